@@ -1,0 +1,5570 @@
+/* align.c -- train and align GPT-2 from scratch, in one file of C.
+ *
+ * ---------------------------------------------------------------------------------------------
+ * Chapter 0 - Preface
+ * ---------------------------------------------------------------------------------------------
+ *
+ * A language model writes what is likely. RLHF, reinforcement learning from human feedback, makes
+ * it write what people like. [glossary: RLHF] The whole of it is one drawing:
+ *
+ *      texts --(13) pretrain, sft--> language model pi_ref ----copy----> policy pi
+ *                                        |    the "reference"              |      ^
+ *      human ratings or pairs            |                                 | sample (12): a rollout
+ *          |                             |                                 v      |
+ *          +--(14) reward--> reward model r(x, y) -----score-----> "prompt x + response y"
+ *          |                                                               |      |
+ *          |                              r(x,y) - beta * KL(pi || pi_ref) |      |
+ *          |                                                               v      |
+ *          |                                            (15) PPO: raise what scored well
+ *          |                                                                      |
+ *          +----------------- pairs: chosen, rejected ----------> (16) DPO: the same optimum
+ *                                                                 without sampling or r
+ *
+ * Numbers in brackets are chapters. Each chapter uses only earlier ones:
+ *
+ *    1 Errors, clock, random numbers, arena    11 Optimizer, schedule, Trainer
+ *    2 Files: JSON, safetensors                12 Generation
+ *    3 Tokenizer                               13 Language modelling: pretraining, SFT
+ *    4 Data: datasets, pairs, collator         14 Reward model
+ *    5 Probability: sigmoid, softmax, KL       15 Policy gradient: PPO
+ *    6 Matrix multiplication                   16 DPO
+ *    7 Layers, forward and backward            17 Exact: the closed form
+ *    8 GPT-2                                   18 Evaluation and the whole course (rlhf)
+ *    9 Reward and value heads                  19 Command line, main
+ *   10 LoRA
+ *
+ * Reading paths. What is a policy, a rollout, an omega? 5, 8, 12. Why does PPO clip? 15. Where
+ * does DPO's loss come from? 14, then 16. How does a transformer learn at all? 7, 8, 11, 13.
+ * By term: docs/glossary.md; every term is tagged [glossary: TERM] where it is implemented.
+ *
+ * To step through:  make debug && gdb --args ./align ppo ...   then  break ppo_loss , run,
+ * p ppo->config , p model->h[0].attn.c_attn.weight.w[0]@8
+ *
+ * Dimensions, everywhere:
+ *    B sequences of a batch   T tokens of one sequence   N all tokens of a batch, packed
+ *    C n_embd, width          L n_layer                  NH n_head, heads     HS = C/NH, head size
+ *    V vocab_size             R rows that predict a token that counts in a loss
+ * A matrix (M,N) is row-major: element (i,j) stands at i*N + j. A gradient of x is called dx.
+ * Log-probabilities are natural, so divergences and entropies are in nats.
+ *
+ * Papers
+ *    [1] Radford 2019, Language Models are Unsupervised Multitask Learners (GPT-2)
+ *    [2] Vaswani 2017, Attention Is All You Need         [3] Ba 2016, Layer Normalization
+ *    [4] Ouyang 2022, Training language models to follow instructions with human feedback
+ *    [5] Rafailov 2023, Direct Preference Optimization   [6] Schulman 2017, Proximal Policy Optimization
+ *    [7] Schulman 2016, High-Dimensional Continuous Control Using GAE
+ *    [8] Loshchilov 2019, Decoupled Weight Decay Regularization (AdamW)
+ *    [9] Bradley & Terry 1952, Rank Analysis of Incomplete Block Designs
+ *   [10] Ziegler 2019, Fine-Tuning Language Models from Human Preferences
+ *   [11] Sennrich 2016, Neural Machine Translation of Rare Words with Subword Units (BPE)
+ *   [12] Holtzman 2020, The Curious Case of Neural Text Degeneration (top-p)
+ *   [13] Azar 2023, A General Theoretical Paradigm to Understand Learning from Preferences (IPO)
+ *   [14] Chowdhury 2024, Provably Robust DPO              [15] Keskar 2019, CTRL (repetition penalty)
+ *   [16] Goto & van de Geijn 2008, Anatomy of High-Performance Matrix Multiplication
+ *   [17] Dao 2022, FlashAttention                        [18] Hendrycks 2016, GELU
+ *   [19] Williams 1992, Simple Statistical Gradient-Following Algorithms (REINFORCE)
+ *   [20] Schulman 2020, Approximating KL Divergence (the k1 and k3 estimates)
+ */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE            /* realpath, clock_gettime, fsync under -std=c11 */
+#endif
+#include <ctype.h>
+#include <dirent.h>
+#include <errno.h>
+#include <float.h>
+#include <limits.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+/* =============================================================================================
+ * Chapter 1 - Errors, clock, random numbers, arena
+ *
+ * What every later chapter stands on. There is one way to fail: CHECK(condition, "what, where,
+ * found and expected, what to do"), one line on stderr and exit status 1; a wrong command line
+ * ends with 2. Memory comes from arenas: whoever opens one frees everything in it at once.
+ * ============================================================================================= */
+
+#if defined(__GNUC__)
+#define PRINTF_LIKE(f, a) __attribute__((format(printf, f, a)))
+#else
+#define PRINTF_LIKE(f, a)
+#endif
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
+#define COUNT(array) (sizeof(array) / sizeof(array)[0])
+
+static bool quiet;             /* --quiet: no progress on stderr; errors are still said */
+
+static _Noreturn void die_with(int status, const char *format, va_list arguments)
+{
+    fflush(stdout);
+    fputs("align: ", stderr);
+    vfprintf(stderr, format, arguments);
+    fputc('\n', stderr);
+    exit(status);
+}
+
+static _Noreturn void PRINTF_LIKE(1, 2) die(const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    die_with(1, format, arguments);
+}
+
+/* The user typed something that is no command or flag: exit 2, as other tools do. */
+static _Noreturn void PRINTF_LIKE(1, 2) die_usage(const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    die_with(2, format, arguments);
+}
+
+#define CHECK(condition, ...) do { if (!(condition)) die(__VA_ARGS__); } while (0)
+
+static void PRINTF_LIKE(1, 2) say(const char *format, ...)
+{
+    if (quiet) return;
+    va_list arguments;
+    va_start(arguments, format);
+    vfprintf(stderr, format, arguments);
+    va_end(arguments);
+    fflush(stderr);
+}
+
+static void PRINTF_LIKE(1, 2) warn(const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    fputs("align: note: ", stderr);
+    vfprintf(stderr, format, arguments);
+    fputc('\n', stderr);
+    va_end(arguments);
+}
+
+static double seconds_now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static size_t peak_rss_bytes(void)
+{
+    struct rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+#ifdef __APPLE__
+    return (size_t)usage.ru_maxrss;
+#else
+    return (size_t)usage.ru_maxrss * 1024;
+#endif
+}
+
+static int thread_count(void)
+{
+#ifdef _OPENMP
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
+/* Random numbers: xoshiro256++ of Blackman and Vigna, its state filled by splitmix64, as they
+ * advise. The whole state is four words, so that it can be printed, saved and forked: `stream`
+ * gives independent sequences of one seed (initial weights, data order, sampling ...), and so
+ * drawing one number more in one of them leaves the others as they were. */
+struct Rng { uint64_t s[4]; };
+
+static uint64_t splitmix64(uint64_t *state)
+{
+    uint64_t z = (*state += 0x9e3779b97f4a7c15u);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+}
+
+enum RngStream { STREAM_INIT = 1, STREAM_ORDER, STREAM_SAMPLE, STREAM_SPLIT, STREAM_LENGTH, STREAM_CUT };
+
+static struct Rng rng_seed(uint64_t seed, uint64_t stream)
+{
+    struct Rng rng;
+    uint64_t state = seed ^ (stream * 0xd1342543de82ef95u);
+    for (int i = 0; i < 4; i++) rng.s[i] = splitmix64(&state);
+    return rng;
+}
+
+static uint64_t rotate_left(uint64_t x, int k) { return (x << k) | (x >> (64 - k)); }
+
+static uint64_t rng_next(struct Rng *rng)
+{
+    uint64_t *s = rng->s;
+    uint64_t result = rotate_left(s[0] + s[3], 23) + s[0];
+    uint64_t t = s[1] << 17;
+    s[2] ^= s[0]; s[3] ^= s[1]; s[1] ^= s[2]; s[0] ^= s[3];
+    s[2] ^= t;
+    s[3] = rotate_left(s[3], 45);
+    return result;
+}
+
+/* Uniform in [0, 1): 53 random bits, all that a double can hold. */
+static double rng_uniform(struct Rng *rng) { return (double)(rng_next(rng) >> 11) * 0x1p-53; }
+
+/* A whole number in [0, n), n < 2^32: the upper half of a 32 x 32 bit product. */
+static size_t rng_below(struct Rng *rng, size_t n) { return (size_t)(((rng_next(rng) >> 32) * (uint64_t)n) >> 32); }
+
+/* Standard normal, by Box and Muller: a uniform angle, and a radius whose square is exponential. */
+static double rng_normal(struct Rng *rng)
+{
+    double radius = sqrt(-2.0 * log(1.0 - rng_uniform(rng)));
+    double angle = 6.283185307179586 * rng_uniform(rng);
+    return radius * cos(angle);
+}
+
+/* Fisher and Yates: every order equally likely. */
+static void rng_shuffle(struct Rng *rng, size_t *items, size_t n)
+{
+    for (size_t i = n; i > 1; i--) {
+        size_t j = rng_below(rng, i), held = items[i - 1];
+        items[i - 1] = items[j];
+        items[j] = held;
+    }
+}
+
+/* Arena: memory taken piece by piece and given back all at once. After a reset the pieces are
+ * merged into one block of their total size, so a training loop that resets once a step asks the
+ * system for memory in its first steps only. Under the address sanitizer every piece is an
+ * allocation of its own: an overrun must not land unseen in a neighbour. */
+#if defined(__SANITIZE_ADDRESS__)
+enum { ARENA_PIECEWISE = 1 };
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+enum { ARENA_PIECEWISE = 1 };
+#else
+enum { ARENA_PIECEWISE = 0 };
+#endif
+#else
+enum { ARENA_PIECEWISE = 0 };
+#endif
+
+struct ArenaBlock { struct ArenaBlock *next; size_t size, used; };
+struct Arena { struct ArenaBlock *blocks; size_t next_size; };
+enum { ARENA_ALIGN = 64, ARENA_HEADER = 64 };      /* 64 bytes: a cache line, an AVX-512 vector */
+
+static void arena_free(struct Arena *arena)
+{
+    while (arena->blocks) {
+        struct ArenaBlock *block = arena->blocks;
+        arena->blocks = block->next;
+        free(block);
+    }
+}
+
+static void arena_reset(struct Arena *arena)
+{
+    if (arena->blocks && !arena->blocks->next && !ARENA_PIECEWISE) {
+        arena->blocks->used = 0;
+        return;
+    }
+    size_t total = 0;
+    for (struct ArenaBlock *block = arena->blocks; block; block = block->next) total += block->size;
+    arena_free(arena);
+    arena->next_size = total;
+}
+
+/* count pieces of `size` bytes, on a 64-byte boundary, not cleared. Ends the program when there is
+ * no memory: nothing sensible could follow. */
+static void *arena_alloc(struct Arena *arena, size_t count, size_t size)
+{
+    CHECK(size == 0 || count <= (SIZE_MAX / 4) / size, "out of memory: %zu x %zu bytes asked for; use a smaller model, batch or --max_length", count, size);
+    size_t bytes = (count * size + ARENA_ALIGN - 1) / ARENA_ALIGN * ARENA_ALIGN;
+    struct ArenaBlock *block = arena->blocks;
+    if (!block || block->size - block->used < bytes || ARENA_PIECEWISE) {
+        size_t capacity = ARENA_PIECEWISE ? bytes : MAX(bytes, MAX(arena->next_size, (size_t)1 << 16));
+        size_t whole = ARENA_HEADER + capacity;
+        block = aligned_alloc(ARENA_ALIGN, (whole + ARENA_ALIGN - 1) / ARENA_ALIGN * ARENA_ALIGN);
+        CHECK(block, "out of memory: %zu MB more were asked for; use a smaller model, batch or --max_length", capacity >> 20);
+        block->next = arena->blocks;
+        block->size = capacity;
+        block->used = 0;
+        arena->blocks = block;
+        arena->next_size = MIN(capacity * 2, (size_t)1 << 24);
+    }
+    void *piece = (char *)block + ARENA_HEADER + block->used;
+    block->used += bytes;
+    return piece;
+}
+
+static void *arena_zeros(struct Arena *arena, size_t count, size_t size)
+{
+    void *piece = arena_alloc(arena, count, size);
+    memset(piece, 0, count * size);
+    return piece;
+}
+
+static float *arena_floats(struct Arena *arena, size_t count) { return arena_alloc(arena, count, sizeof(float)); }
+
+/* A piece of text with its length: data may hold any byte, NUL included. */
+struct Text { const char *data; size_t length; };
+
+static struct Text text_of(const char *string) { return (struct Text){string, strlen(string)}; }
+
+static struct Text text_copy(struct Arena *arena, struct Text text)
+{
+    char *copy = arena_alloc(arena, text.length + 1, 1);
+    if (text.length) memcpy(copy, text.data, text.length);
+    copy[text.length] = 0;
+    return (struct Text){copy, text.length};
+}
+
+static struct Text text_join(struct Arena *arena, struct Text a, struct Text b)
+{
+    char *both = arena_alloc(arena, a.length + b.length + 1, 1);
+    if (a.length) memcpy(both, a.data, a.length);
+    if (b.length) memcpy(both + a.length, b.data, b.length);
+    both[a.length + b.length] = 0;
+    return (struct Text){both, a.length + b.length};
+}
+
+/* printf into an arena: paths and names. */
+static char *PRINTF_LIKE(2, 3) arena_printf(struct Arena *arena, const char *format, ...)
+{
+    va_list arguments, again;
+    va_start(arguments, format);
+    va_copy(again, arguments);
+    int length = vsnprintf(NULL, 0, format, arguments);
+    char *string = arena_alloc(arena, (size_t)length + 1, 1);
+    vsnprintf(string, (size_t)length + 1, format, again);
+    va_end(again);
+    va_end(arguments);
+    return string;
+}
+
+/* =============================================================================================
+ * Chapter 2 - Files: JSON, safetensors
+ *
+ * What enters: files that somebody else wrote, so every length is checked before memory is asked
+ * for and every offset before it is used. What leaves: JSON as a tree of small nodes, tensors as
+ * floats. Files are written beside their final place and renamed when complete and on the disk:
+ * whoever pulls the plug keeps the old file whole.
+ * ============================================================================================= */
+
+static bool file_exists(const char *path) { struct stat s; return stat(path, &s) == 0; }
+static bool is_folder(const char *path) { struct stat s; return stat(path, &s) == 0 && S_ISDIR(s.st_mode); }
+
+/* The whole of a file (or "-", standard input) with a NUL behind it. */
+static struct Text read_file(struct Arena *arena, const char *path)
+{
+    bool is_stdin = strcmp(path, "-") == 0;
+    CHECK(is_stdin || !is_folder(path), "%s: is a folder, a file was expected", path);
+    FILE *file = is_stdin ? stdin : fopen(path, "rb");
+    CHECK(file, "%s: %s", path, strerror(errno));
+    size_t used = 0, capacity = 1 << 16;
+    char *buffer = malloc(capacity);
+    CHECK(buffer, "%s: out of memory", path);
+    for (size_t got; (got = fread(buffer + used, 1, capacity - used, file)) > 0;) {
+        used += got;
+        if (used < capacity) continue;
+        capacity *= 2;
+        buffer = realloc(buffer, capacity);
+        CHECK(buffer, "%s: out of memory after %zu MB", path, used >> 20);
+    }
+    CHECK(!ferror(file), "%s: %s", path, strerror(errno));
+    if (!is_stdin) fclose(file);
+    struct Text text = text_copy(arena, (struct Text){buffer, used});
+    free(buffer);
+    return text;
+}
+
+/* An output file: written as PATH.tmp, moved onto PATH by output_close. */
+struct Output { FILE *file; char path[PATH_MAX], tmp[PATH_MAX + 8]; };
+
+static void output_open(struct Output *out, const char *folder, const char *name)
+{
+    int n = snprintf(out->path, sizeof out->path, "%s/%s", folder, name);
+    CHECK(n > 0 && (size_t)n < sizeof out->path, "%s/%s: the path is too long", folder, name);
+    snprintf(out->tmp, sizeof out->tmp, "%s.tmp", out->path);
+    out->file = fopen(out->tmp, "wb");
+    CHECK(out->file, "%s: cannot be written: %s", out->tmp, strerror(errno));
+}
+
+static void output_close(struct Output *out)
+{
+    bool good = fflush(out->file) == 0 && !ferror(out->file) && fsync(fileno(out->file)) == 0;
+    int error = errno;
+    good = fclose(out->file) == 0 && good;
+    if (!good) remove(out->tmp);
+    CHECK(good, "%s: writing failed: %s; what was there before is untouched", out->path, strerror(error));
+    CHECK(rename(out->tmp, out->path) == 0, "%s: %s", out->path, strerror(errno));
+}
+
+/* mkdir -p */
+static void make_folder(const char *path)
+{
+    char part[PATH_MAX];
+    CHECK(strlen(path) < sizeof part, "%.60s...: the path is too long", path);
+    for (size_t i = 1; i <= strlen(path); i++) {
+        if (path[i] != '/' && path[i] != 0) continue;
+        memcpy(part, path, i);
+        part[i] = 0;
+        CHECK(mkdir(part, 0777) == 0 || errno == EEXIST, "%s: %s", part, strerror(errno));
+    }
+    CHECK(is_folder(path), "%s: is a file, a folder was expected", path);
+}
+
+/* JSON (RFC 8259) as a tree. An object's members and an array's items hang on `child`, linked by
+ * `next`; a member carries its key. Strings are decoded to UTF-8; half a surrogate pair becomes
+ * U+FFFD, as no UTF-8 exists for it. */
+enum JsonType { JSON_NULL, JSON_FALSE, JSON_TRUE, JSON_NUMBER, JSON_STRING, JSON_ARRAY, JSON_OBJECT };
+struct Json { struct Json *child, *next; struct Text key, string; double number; enum JsonType type; };
+
+struct JsonParser { struct Arena *arena; const char *at, *end; const char *error; int depth; };
+enum { JSON_MAX_DEPTH = 64 };
+
+static struct Json *json_fail(struct JsonParser *p, const char *error)
+{
+    if (!p->error) p->error = error;
+    return NULL;
+}
+
+static void json_space(struct JsonParser *p)
+{
+    while (p->at < p->end && (*p->at == ' ' || *p->at == '\t' || *p->at == '\n' || *p->at == '\r')) p->at++;
+}
+
+static size_t utf8_write(char *to, uint32_t c)
+{
+    if (c < 0x80) { to[0] = (char)c; return 1; }
+    if (c < 0x800) { to[0] = (char)(0xc0 | c >> 6); to[1] = (char)(0x80 | (c & 63)); return 2; }
+    if (c < 0x10000) { to[0] = (char)(0xe0 | c >> 12); to[1] = (char)(0x80 | (c >> 6 & 63)); to[2] = (char)(0x80 | (c & 63)); return 3; }
+    to[0] = (char)(0xf0 | c >> 18); to[1] = (char)(0x80 | (c >> 12 & 63)); to[2] = (char)(0x80 | (c >> 6 & 63)); to[3] = (char)(0x80 | (c & 63));
+    return 4;
+}
+
+/* Four hexadecimal digits, or -1. */
+static int32_t json_hex4(struct JsonParser *p)
+{
+    if (p->end - p->at < 4) return -1;
+    int32_t value = 0;
+    for (int i = 0; i < 4; i++) {
+        char c = *p->at++;
+        int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+        if (digit < 0) return -1;
+        value = value * 16 + digit;
+    }
+    return value;
+}
+
+/* After "\u": one code point; a high surrogate takes the low one that must follow it. */
+static int32_t json_code_point(struct JsonParser *p)
+{
+    int32_t c = json_hex4(p);
+    if (c < 0xd800 || c > 0xdfff) return c;
+    if (c < 0xdc00 && p->end - p->at >= 6 && p->at[0] == '\\' && p->at[1] == 'u') {
+        const char *before = p->at;
+        p->at += 2;
+        int32_t low = json_hex4(p);
+        if (low >= 0xdc00 && low <= 0xdfff) return 0x10000 + ((c - 0xd800) << 10) + (low - 0xdc00);
+        p->at = before;
+    }
+    return 0xfffd;
+}
+
+/* A string, its opening quote already seen at p->at. Decoding never lengthens it. */
+static bool json_string(struct JsonParser *p, struct Text *out)
+{
+    const char *close = p->at + 1;
+    while (close < p->end && *close != '"') close += *close == '\\' ? 2 : 1;
+    if (close >= p->end) return json_fail(p, "a string without its closing quote"), false;
+    char *to = arena_alloc(p->arena, (size_t)(close - p->at), 1), *start = to;
+    for (p->at++; p->at < close;) {
+        char c = *p->at++;
+        if ((unsigned char)c < 0x20) return json_fail(p, "a control character inside a string"), false;
+        if (c != '\\') { *to++ = c; continue; }
+        switch (c = *p->at++) {
+        case '"': case '\\': case '/': *to++ = c; break;
+        case 'b': *to++ = '\b'; break;
+        case 'f': *to++ = '\f'; break;
+        case 'n': *to++ = '\n'; break;
+        case 'r': *to++ = '\r'; break;
+        case 't': *to++ = '\t'; break;
+        case 'u': {
+            int32_t code = json_code_point(p);
+            if (code < 0 || p->at > close) return json_fail(p, "\\u without four hexadecimal digits"), false;
+            to += utf8_write(to, (uint32_t)code);
+            break;
+        }
+        default: return json_fail(p, "an unknown escape after \\"), false;
+        }
+    }
+    *to = 0;
+    *out = (struct Text){start, (size_t)(to - start)};
+    p->at = close + 1;
+    return true;
+}
+
+/* [-] digits [. digits] [e digits]: JSON's grammar is narrower than strtod's (no "+1", ".5", "0x1"). */
+static bool json_number(struct JsonParser *p, double *out)
+{
+    const char *s = p->at;
+    if (s < p->end && *s == '-') s++;
+    const char *digits = s;
+    while (s < p->end && isdigit((unsigned char)*s)) s++;
+    if (s == digits || (*digits == '0' && s > digits + 1)) return json_fail(p, "a value was expected"), false;
+    if (s < p->end && *s == '.') {
+        const char *fraction = ++s;
+        while (s < p->end && isdigit((unsigned char)*s)) s++;
+        if (s == fraction) return json_fail(p, "a number ends in its decimal point"), false;
+    }
+    if (s < p->end && (*s == 'e' || *s == 'E')) {
+        s++;
+        if (s < p->end && (*s == '+' || *s == '-')) s++;
+        const char *exponent = s;
+        while (s < p->end && isdigit((unsigned char)*s)) s++;
+        if (s == exponent) return json_fail(p, "a number without its exponent"), false;
+    }
+    char copy[64];
+    size_t length = MIN((size_t)(s - p->at), sizeof copy - 1);     /* beyond 63 digits nothing changes a double here */
+    memcpy(copy, p->at, length);
+    copy[length] = 0;
+    *out = strtod(copy, NULL);
+    p->at = s;
+    return true;
+}
+
+static struct Json *json_value(struct JsonParser *p);
+
+/* The inside of [...] or {...}; p->at stands behind the opening bracket. */
+static struct Json *json_container(struct JsonParser *p, struct Json *node, char close)
+{
+    struct Json **tail = &node->child;
+    json_space(p);
+    if (p->at < p->end && *p->at == close) { p->at++; return node; }
+    if (++p->depth > JSON_MAX_DEPTH) return json_fail(p, "brackets nested more than 64 deep");
+    for (;;) {
+        struct Text key = {0};
+        json_space(p);
+        if (close == '}') {
+            if (p->at >= p->end || *p->at != '"') return json_fail(p, "a member's name in quotes was expected");
+            if (!json_string(p, &key)) return NULL;
+            json_space(p);
+            if (p->at >= p->end || *p->at++ != ':') return json_fail(p, "':' was expected after a member's name");
+        }
+        struct Json *item = json_value(p);
+        if (!item) return NULL;
+        item->key = key;
+        *tail = item;
+        tail = &item->next;
+        json_space(p);
+        if (p->at < p->end && *p->at == ',') { p->at++; continue; }
+        if (p->at < p->end && *p->at == close) { p->at++; p->depth--; return node; }
+        return json_fail(p, close == '}' ? "',' or '}' was expected" : "',' or ']' was expected");
+    }
+}
+
+static struct Json *json_value(struct JsonParser *p)
+{
+    json_space(p);
+    if (p->at >= p->end) return json_fail(p, "it ends where a value was expected");
+    struct Json *node = arena_zeros(p->arena, 1, sizeof *node);
+    static const struct { const char *word; enum JsonType type; } words[] = {{"null", JSON_NULL}, {"false", JSON_FALSE}, {"true", JSON_TRUE}};
+    for (size_t i = 0; i < COUNT(words); i++) {
+        size_t length = strlen(words[i].word);
+        if ((size_t)(p->end - p->at) < length || memcmp(p->at, words[i].word, length)) continue;
+        p->at += length;
+        node->type = words[i].type;
+        return node;
+    }
+    switch (*p->at) {
+    case '"': node->type = JSON_STRING; return json_string(p, &node->string) ? node : NULL;
+    case '[': node->type = JSON_ARRAY; p->at++; return json_container(p, node, ']');
+    case '{': node->type = JSON_OBJECT; p->at++; return json_container(p, node, '}');
+    default: node->type = JSON_NUMBER; return json_number(p, &node->number) ? node : NULL;
+    }
+}
+
+/* One JSON value and nothing behind it. On a mistake NULL, *error says what, *where the byte. */
+static struct Json *json_parse(struct Arena *arena, struct Text text, const char **error, size_t *where)
+{
+    struct JsonParser p = {arena, text.data, text.data + text.length, NULL, 0};
+    struct Json *value = json_value(&p);
+    json_space(&p);
+    if (value && p.at != p.end) value = json_fail(&p, "something stands behind its end");
+    *error = p.error;
+    *where = (size_t)(p.at - text.data);
+    return value;
+}
+
+static struct Json *json_read_file(struct Arena *arena, const char *path)
+{
+    const char *error;
+    size_t where;
+    struct Json *json = json_parse(arena, read_file(arena, path), &error, &where);
+    CHECK(json, "%s: not JSON: %s (byte %zu)", path, error, where);
+    CHECK(json->type == JSON_OBJECT, "%s: a JSON object {...} was expected", path);
+    return json;
+}
+
+static struct Json *json_get(const struct Json *object, const char *key)
+{
+    size_t length = strlen(key);
+    if (!object || object->type != JSON_OBJECT) return NULL;
+    for (struct Json *item = object->child; item; item = item->next)
+        if (item->key.length == length && memcmp(item->key.data, key, length) == 0) return item;
+    return NULL;
+}
+
+static bool json_is_string(const struct Json *json, const char *string)
+{
+    return json && json->type == JSON_STRING && json->string.length == strlen(string) && !memcmp(json->string.data, string, json->string.length);
+}
+
+/* A whole number from 0 to max; anything else is an error that names the place. */
+static size_t json_size(const struct Json *json, size_t max, const char *path, const char *name)
+{
+    CHECK(json && json->type == JSON_NUMBER && json->number >= 0 && json->number <= (double)max && json->number == floor(json->number),
+          "%s: \"%s\" must be a whole number from 0 to %zu", path, name, max);
+    return (size_t)json->number;
+}
+
+static void json_write_string(FILE *file, struct Text text)
+{
+    fputc('"', file);
+    for (size_t i = 0; i < text.length; i++) {
+        unsigned char c = (unsigned char)text.data[i];
+        if (c == '"' || c == '\\') fprintf(file, "\\%c", c);
+        else if (c == '\n') fputs("\\n", file);
+        else if (c == '\r') fputs("\\r", file);
+        else if (c == '\t') fputs("\\t", file);
+        else if (c < 0x20 || c == 0x7f) fprintf(file, "\\u%04x", c);
+        else fputc(c, file);
+    }
+    fputc('"', file);
+}
+
+/* JSON has no NaN; Python's json.load reads null as None. 9 digits bring any float back bit for bit. */
+static void json_write_number(FILE *file, double x)
+{
+    if (isfinite(x)) fprintf(file, "%.9g", x);
+    else fputs("null", file);
+}
+
+static void json_write_ids(FILE *file, const int *ids, size_t n)
+{
+    fputc('[', file);
+    for (size_t i = 0; i < n; i++) fprintf(file, "%s%d", i ? ", " : "", ids[i]);
+    fputc(']', file);
+}
+
+/* A tensor: a named array of floats, up to two dimensions. One declaration gives it its shape and
+ * the name it has in a checkpoint; weights w, gradients d and AdamW's moments m and v all follow
+ * from that, so the four can never disagree. d, m, v are NULL while nothing trains. */
+struct Tensor {
+    char name[64];
+    size_t shape[2], ndim, n;  /* n = product of the shape */
+    bool decay;                /* weight decay applies: matrices yes, biases and layer norms no */
+    float *w, *d, *m, *v;
+};
+
+/* Half-precision numbers on their way in. bfloat16 is the upper half of a float; float16 has 5 bits
+ * of exponent (bias 15) and 10 of fraction, and below 2^-14 the fraction counts without its leading 1. */
+static float float_of_bf16(uint16_t half)
+{
+    uint32_t bits = (uint32_t)half << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+static float float_of_f16(uint16_t half)
+{
+    int exponent = half >> 10 & 31, fraction = half & 1023;
+    float magnitude = exponent == 0 ? ldexpf((float)fraction, -24)
+                    : exponent == 31 ? (fraction ? NAN : INFINITY)
+                    : ldexpf((float)(1024 + fraction), exponent - 25);
+    return half & 0x8000 ? -magnitude : magnitude;
+}
+
+/* safetensors: 8 bytes of header length, a JSON header {"name": {"dtype", "shape", "data_offsets"}},
+ * then the numbers. Tensors are read one by one, straight to where they are needed. */
+struct SafeTensors { FILE *file; char *path; struct Json *header; uint64_t data_start, data_size; };
+
+static struct SafeTensors safetensors_open(struct Arena *arena, const char *path)
+{
+    struct SafeTensors st = {.path = arena_printf(arena, "%s", path)};
+    CHECK(!is_folder(path), "%s: is a folder, a file was expected", path);
+    st.file = fopen(path, "rb");
+    CHECK(st.file, "%s: %s", path, strerror(errno));
+    CHECK(fseeko(st.file, 0, SEEK_END) == 0, "%s: %s", path, strerror(errno));
+    uint64_t size = (uint64_t)ftello(st.file);
+    unsigned char prefix[8];
+    rewind(st.file);
+    CHECK(fread(prefix, 1, 8, st.file) == 8, "%s: not a safetensors file: it has %llu bytes, fewer than its 8-byte prefix", path, (unsigned long long)size);
+    uint64_t length = 0;
+    for (int i = 7; i >= 0; i--) length = length << 8 | prefix[i];
+    CHECK(length >= 2 && length <= size - 8, "%s: not a safetensors file, or cut short: its header claims %llu bytes, %llu follow", path, (unsigned long long)length, (unsigned long long)(size - 8));
+    char *text = arena_alloc(arena, (size_t)length + 1, 1);
+    CHECK(fread(text, 1, (size_t)length, st.file) == length, "%s: cannot be read: %s", path, strerror(errno));
+    const char *error;
+    size_t where;
+    st.header = json_parse(arena, (struct Text){text, (size_t)length}, &error, &where);
+    CHECK(st.header && st.header->type == JSON_OBJECT, "%s: its header is not a JSON object: %s (byte %zu)", path, error ? error : "another value", where);
+    st.data_start = 8 + length;
+    st.data_size = size - st.data_start;
+    return st;
+}
+
+static void safetensors_convert(float *to, const unsigned char *from, size_t n, const char *dtype)
+{
+    if (strcmp(dtype, "F32") == 0) { memcpy(to, from, n * 4); return; }
+    bool bf16 = strcmp(dtype, "BF16") == 0;
+    for (size_t i = 0; i < n; i++) {
+        uint16_t half = (uint16_t)(from[2 * i] | from[2 * i + 1] << 8);
+        to[i] = bf16 ? float_of_bf16(half) : float_of_f16(half);
+    }
+}
+
+/* Reads one entry of the header into a tensor of ours, whose shape decides. */
+static void safetensors_read(struct SafeTensors *st, const struct Json *entry, struct Tensor *tensor)
+{
+    const struct Json *dtype = json_get(entry, "dtype"), *shape = json_get(entry, "shape"), *offsets = json_get(entry, "data_offsets");
+    CHECK(dtype && dtype->type == JSON_STRING && shape && shape->type == JSON_ARRAY && offsets && offsets->type == JSON_ARRAY && offsets->child && offsets->child->next,
+          "%s: tensor %s lacks dtype, shape or data_offsets", st->path, tensor->name);
+    const char *type = dtype->string.data;
+    size_t width = strcmp(type, "F32") == 0 ? 4 : strcmp(type, "F16") == 0 || strcmp(type, "BF16") == 0 ? 2 : 0;
+    CHECK(width, "%s: tensor %s has type %.12s; F32, F16 and BF16 are read", st->path, tensor->name, type);
+    char found[96] = "";
+    size_t dims = 0, used = 0;
+    bool same = true;
+    for (struct Json *item = shape->child; item; item = item->next, dims++) {
+        double size = item->type == JSON_NUMBER ? item->number : -1;
+        same = same && dims < tensor->ndim && size == (double)tensor->shape[dims];
+        if (used < 60) used += (size_t)snprintf(found + used, sizeof found - used, "%s%.0f", dims ? ", " : "", size);
+    }
+    if (tensor->ndim == 2) CHECK(same && dims == 2, "%s: tensor %s: expected shape [%zu, %zu], found [%s]; is config.json this model's?", st->path, tensor->name, tensor->shape[0], tensor->shape[1], found);
+    CHECK(same && dims == tensor->ndim, "%s: tensor %s: expected shape [%zu], found [%s]; is config.json this model's?", st->path, tensor->name, tensor->shape[0], found);
+    size_t begin = json_size(offsets->child, SIZE_MAX / 4, st->path, "data_offsets");
+    size_t end = json_size(offsets->child->next, SIZE_MAX / 4, st->path, "data_offsets");
+    CHECK(begin <= end && end <= st->data_size, "%s: tensor %s: its bytes %zu to %zu leave the file's %llu; cut short?", st->path, tensor->name, begin, end, (unsigned long long)st->data_size);
+    CHECK(end - begin == tensor->n * width, "%s: tensor %s: %zu bytes for %zu numbers of type %s", st->path, tensor->name, end - begin, tensor->n, type);
+    CHECK(fseeko(st->file, (off_t)(st->data_start + begin), SEEK_SET) == 0, "%s: %s", st->path, strerror(errno));
+    unsigned char chunk[4 * 8192];
+    for (size_t done = 0; done < tensor->n;) {
+        size_t n = MIN(tensor->n - done, (size_t)8192);
+        CHECK(fread(chunk, width, n, st->file) == n, "%s: tensor %s cannot be read: %s", st->path, tensor->name, ferror(st->file) ? strerror(errno) : "the file ends");
+        safetensors_convert(tensor->w + done, chunk, n, type);
+        done += n;
+    }
+}
+
+/* Writes tensors as F32, names prefixed, header padded to 8 bytes as the format asks. */
+static void safetensors_write(const char *folder, const char *name, struct Tensor **tensors, size_t count, const char *prefix)
+{
+    struct Arena arena = {0};
+    size_t capacity = 256 + count * 256, used = 0, offset = 0;
+    char *header = arena_alloc(&arena, capacity, 1);
+    used += (size_t)snprintf(header, capacity, "{\"__metadata__\":{\"format\":\"pt\"}");
+    for (size_t i = 0; i < count; i++) {
+        struct Tensor *t = tensors[i];
+        bool bare = strncmp(t->name, "score.", 6) == 0 || strncmp(t->name, "v_head.", 7) == 0;    /* heads stand beside the transformer */
+        used += (size_t)snprintf(header + used, capacity - used, ",\"%s%s\":{\"dtype\":\"F32\",\"shape\":[%zu", bare ? "" : prefix, t->name, t->shape[0]);
+        if (t->ndim == 2) used += (size_t)snprintf(header + used, capacity - used, ",%zu", t->shape[1]);
+        used += (size_t)snprintf(header + used, capacity - used, "],\"data_offsets\":[%zu,%zu]}", offset, offset + 4 * t->n);
+        offset += 4 * t->n;
+    }
+    header[used++] = '}';
+    while (used % 8) header[used++] = ' ';
+    struct Output out;
+    output_open(&out, folder, name);
+    for (int i = 0; i < 8; i++) fputc((int)((uint64_t)used >> 8 * i & 255), out.file);
+    fwrite(header, 1, used, out.file);
+    for (size_t i = 0; i < count; i++) fwrite(tensors[i]->w, 4, tensors[i]->n, out.file);
+    output_close(&out);
+    arena_free(&arena);
+}
+
+/* =============================================================================================
+ * Chapter 3 - Tokenizer                            [glossary: Tokenização de conjunto de dados]
+ *
+ * What enters: bytes. What leaves: numbers (ids) that the model knows, and back, exactly. GPT-2 [1]
+ * first cuts a text into words by a fixed rule, then builds each word up from its bytes by
+ * byte-pair encoding [11]: of all neighbours that may merge, the pair whose merge was learnt first
+ * merges first, until none is left. The id of a merged token is 256 + the merge's rank, so "learnt
+ * first" is "lowest id", and the first V - 1 ids are a smaller vocabulary in their own right.
+ * ============================================================================================= */
+
+enum { TOKENIZER_MAGIC = 20240328, TOKENIZER_VERSION = 2, BYTE_TOKENS = 256 };
+enum CharClass { CLASS_OTHER, CLASS_LETTER, CLASS_NUMBER, CLASS_SPACE };
+enum { UNICODE_END = 0x110000, MERGE_SLOTS = 1 << 17 };
+
+struct Tokenizer {
+    struct Arena arena;
+    char path[PATH_MAX];
+    size_t vocab_size;              /* 50257 */
+    int end_token;                  /* 50256, "<|endoftext|>" */
+    struct Text *token;             /* (vocab_size) the bytes of each id */
+    int byte_token[256];            /* the id of each single byte */
+    uint8_t *char_class;            /* (UNICODE_END) enum CharClass of each code point */
+    uint32_t *merge_key;            /* hash table: left id << 16 | right id ... */
+    int *merge_id;                  /* ... -> the id they make together; -1: an empty slot */
+    size_t merges;
+    const uint16_t *merge_pairs;    /* (merges, 2) in order of rank */
+};
+
+static size_t merge_slot(const struct Tokenizer *tok, uint32_t key)
+{
+    size_t slot = (key * 2654435761u) >> 15;         /* Knuth's multiplicative hash, upper 17 bits */
+    while (tok->merge_id[slot] >= 0 && tok->merge_key[slot] != key) slot = (slot + 1) % MERGE_SLOTS;
+    return slot;
+}
+
+/* The id that two neighbours make together, or -1. */
+static int tokenizer_merge(const struct Tokenizer *tok, int left, int right)
+{
+    return tok->merge_id[merge_slot(tok, (uint32_t)left << 16 | (uint32_t)right)];
+}
+
+/* A cursor over a binary file that refuses to leave it. */
+struct Reader { const unsigned char *at, *end; const char *path; };
+
+static const unsigned char *reader_take(struct Reader *r, size_t n, const char *what)
+{
+    CHECK((size_t)(r->end - r->at) >= n, "%s: ends inside its %s; make it again: python3 prepare_imdb.py tokenizer", r->path, what);
+    const unsigned char *start = r->at;
+    r->at += n;
+    return start;
+}
+
+static uint32_t reader_u32(struct Reader *r, const char *what)
+{
+    const unsigned char *b = reader_take(r, 4, what);
+    return b[0] | (uint32_t)b[1] << 8 | (uint32_t)b[2] << 16 | (uint32_t)b[3] << 24;
+}
+
+static void tokenizer_read_merges(struct Tokenizer *tok, struct Reader *r)
+{
+    tok->merges = reader_u32(r, "merges");
+    CHECK(tok->merges + BYTE_TOKENS + 1 == tok->vocab_size, "%s: %zu merges do not make a vocabulary of %zu", r->path, tok->merges, tok->vocab_size);
+    tok->merge_key = arena_zeros(&tok->arena, MERGE_SLOTS, sizeof *tok->merge_key);
+    tok->merge_id = arena_alloc(&tok->arena, MERGE_SLOTS, sizeof *tok->merge_id);
+    for (size_t i = 0; i < MERGE_SLOTS; i++) tok->merge_id[i] = -1;
+    uint16_t *pairs = arena_alloc(&tok->arena, tok->merges, 2 * sizeof *pairs);
+    tok->merge_pairs = pairs;
+    for (size_t i = 0; i < tok->merges; i++) {
+        const unsigned char *b = reader_take(r, 4, "merges");
+        int left = b[0] | b[1] << 8, right = b[2] | b[3] << 8, id = (int)(BYTE_TOKENS + i);
+        CHECK(left < id && right < id, "%s: merge %zu uses an id that comes after it", r->path, i);
+        pairs[2 * i] = (uint16_t)left;
+        pairs[2 * i + 1] = (uint16_t)right;
+        uint32_t key = (uint32_t)left << 16 | (uint32_t)right;
+        size_t slot = merge_slot(tok, key);
+        CHECK(tok->merge_id[slot] < 0, "%s: merge %zu stands there twice", r->path, i);
+        tok->merge_key[slot] = key;
+        tok->merge_id[slot] = id;
+    }
+}
+
+/* tokenizer.bin: llm.c's layout (header, then each token as a length byte and its bytes), followed
+ * by what an encoder needs: the merges, and Unicode's letters, numbers and spaces as ranges. */
+static struct Tokenizer *tokenizer_load(const char *path)
+{
+    struct Tokenizer *tok = calloc(1, sizeof *tok);
+    CHECK(tok, "out of memory");
+    CHECK(strlen(path) < sizeof tok->path, "%.60s...: the path is too long", path);
+    strcpy(tok->path, path);
+    struct Text file = read_file(&tok->arena, path);
+    struct Reader r = {(const unsigned char *)file.data, (const unsigned char *)file.data + file.length, path};
+    uint32_t header[256];
+    for (size_t i = 0; i < 256; i++) header[i] = reader_u32(&r, "header");
+    CHECK(header[0] == TOKENIZER_MAGIC && header[1] == TOKENIZER_VERSION, "%s: not a tokenizer.bin of version 2 (it starts with %u, %u); make one: python3 prepare_imdb.py tokenizer", path, header[0], header[1]);
+    tok->vocab_size = header[2];
+    tok->end_token = (int)header[3];
+    CHECK(tok->vocab_size > BYTE_TOKENS && tok->vocab_size <= 65536 && header[3] == tok->vocab_size - 1, "%s: a vocabulary of %zu with end token %u; 257 to 65536 ids, the end token last, are read", path, tok->vocab_size, header[3]);
+    tok->token = arena_alloc(&tok->arena, tok->vocab_size, sizeof *tok->token);
+    for (size_t id = 0; id < tok->vocab_size; id++) {
+        size_t length = *reader_take(&r, 1, "tokens");
+        tok->token[id] = (struct Text){(const char *)reader_take(&r, length, "tokens"), length};
+    }
+    memset(tok->byte_token, -1, sizeof tok->byte_token);
+    for (int id = 0; id < BYTE_TOKENS; id++) {
+        CHECK(tok->token[id].length == 1, "%s: id %d is not a single byte", path, id);
+        tok->byte_token[(unsigned char)tok->token[id].data[0]] = id;
+    }
+    for (int byte = 0; byte < 256; byte++) CHECK(tok->byte_token[byte] >= 0, "%s: no id for byte %d", path, byte);
+    tokenizer_read_merges(tok, &r);
+    tok->char_class = arena_zeros(&tok->arena, UNICODE_END, 1);
+    for (int class = CLASS_LETTER; class <= CLASS_SPACE; class++) {
+        for (uint32_t n = reader_u32(&r, "Unicode classes"); n > 0; n--) {
+            uint32_t first = reader_u32(&r, "Unicode classes"), last = reader_u32(&r, "Unicode classes");
+            CHECK(first <= last && last < UNICODE_END, "%s: a Unicode range from %u to %u", path, first, last);
+            memset(tok->char_class + first, class, last - first + 1);
+        }
+    }
+    return tok;
+}
+
+static void tokenizer_free(struct Tokenizer *tok)
+{
+    arena_free(&tok->arena);
+    free(tok);
+}
+
+/* The end token of a model with V ids: GPT-2's own if it has it, else the last. */
+static int end_token_of(size_t vocab_size) { return (int)MIN(vocab_size, (size_t)50257) - 1; }
+
+/* Class and length of the character at text[i]. A byte that is no valid UTF-8 counts as a character
+ * of class "other": it is kept, byte for byte. */
+static enum CharClass char_class_at(const struct Tokenizer *tok, const unsigned char *text, size_t i, size_t n, size_t *length)
+{
+    unsigned char c = text[i];
+    *length = 1;
+    if (c < 0x80) return (enum CharClass)tok->char_class[c];
+    size_t want = c >= 0xf0 ? 4 : c >= 0xe0 ? 3 : 2;
+    static const uint32_t least[5] = {0, 0, 0x80, 0x800, 0x10000};    /* below: an overlong form */
+    if (c < 0xc2 || c > 0xf4 || n - i < want) return CLASS_OTHER;
+    uint32_t code = c & (0xffu >> (want + 1));
+    for (size_t k = 1; k < want; k++) {
+        if ((text[i + k] & 0xc0) != 0x80) return CLASS_OTHER;
+        code = code << 6 | (text[i + k] & 63);
+    }
+    if (code < least[want] || code >= UNICODE_END || (code >= 0xd800 && code < 0xe000)) return CLASS_OTHER;
+    *length = want;
+    return (enum CharClass)tok->char_class[code];
+}
+
+/* Where the word that starts at i ends. GPT-2's rule, as a regular expression tried left to right:
+ *     's|'t|'re|'ve|'m|'ll|'d | ?\p{L}+ | ?\p{N}+ | ?[^\s\p{L}\p{N}]+ | \s+(?!\S) | \s+
+ * By hand: "I'm  42!" -> "I", "'m", " ", " 42", "!".  \s+(?!\S) leaves a run's last space to the word
+ * behind it.                                                              test: tokenizer_words */
+static size_t tokenizer_word_end(const struct Tokenizer *tok, const unsigned char *text, size_t i, size_t n)
+{
+    static const char *const contractions[] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
+    for (size_t k = 0; k < COUNT(contractions) && text[i] == '\''; k++) {
+        size_t length = strlen(contractions[k]);
+        if (n - i >= length && memcmp(text + i, contractions[k], length) == 0) return i + length;
+    }
+    size_t length, at = i;
+    enum CharClass class = char_class_at(tok, text, at, n, &length);
+    if (text[i] == ' ' && i + 1 < n) {                         /* " ?": a space joins the run behind it */
+        enum CharClass next = char_class_at(tok, text, i + 1, n, &length);
+        if (next == CLASS_SPACE) length = 1;
+        else { class = next; at = i + 1; }
+    }
+    size_t last = at;
+    for (at += length; at < n; at += length) {
+        if (char_class_at(tok, text, at, n, &length) != class) break;
+        last = at;
+    }
+    if (class == CLASS_SPACE && at < n && last > i) return last;
+    return at;
+}
+
+/* Byte-pair encoding of one word. Its pieces form a linked list; every neighbour pair that can merge
+ * waits in a heap, lowest merged id first, leftmost first among equals. A merge makes two new
+ * neighbour pairs; entries about pieces gone meanwhile are recognised and skipped. So a word of n
+ * bytes takes O(n log n), where rescanning the word for each merge would take O(n^2). */
+struct MergeEntry { int id; uint32_t at; };
+struct WordPieces { int *id; int32_t *prev, *next; struct MergeEntry *heap; size_t heap_size, capacity; };
+
+static bool merge_before(struct MergeEntry a, struct MergeEntry b) { return a.id < b.id || (a.id == b.id && a.at < b.at); }
+
+static void heap_push(struct WordPieces *w, struct MergeEntry entry)
+{
+    size_t i = w->heap_size++;
+    for (; i > 0 && merge_before(entry, w->heap[(i - 1) / 2]); i = (i - 1) / 2) w->heap[i] = w->heap[(i - 1) / 2];
+    w->heap[i] = entry;
+}
+
+static struct MergeEntry heap_pop(struct WordPieces *w)
+{
+    struct MergeEntry top = w->heap[0], last = w->heap[--w->heap_size];
+    size_t i = 0, n = w->heap_size;
+    for (size_t child; (child = 2 * i + 1) < n; i = child) {
+        if (child + 1 < n && merge_before(w->heap[child + 1], w->heap[child])) child++;
+        if (!merge_before(w->heap[child], last)) break;
+        w->heap[i] = w->heap[child];
+    }
+    w->heap[i] = last;
+    return top;
+}
+
+/* Offers the pair (at, next of at), unless its merge is outside the vocabulary. */
+static void pieces_offer(const struct Tokenizer *tok, struct WordPieces *w, int32_t at, int merge_limit)
+{
+    if (at < 0 || w->next[at] < 0) return;
+    int id = tokenizer_merge(tok, w->id[at], w->id[w->next[at]]);
+    if (id >= 0 && id < merge_limit) heap_push(w, (struct MergeEntry){id, (uint32_t)at});
+}
+
+static size_t tokenizer_encode_word(const struct Tokenizer *tok, struct WordPieces *w, const unsigned char *word, size_t n, int merge_limit, int *out)
+{
+    for (size_t i = 0; i < n; i++) {
+        w->id[i] = tok->byte_token[word[i]];
+        w->prev[i] = (int32_t)i - 1;
+        w->next[i] = i + 1 < n ? (int32_t)i + 1 : -1;
+    }
+    w->heap_size = 0;
+    for (size_t i = 0; i + 1 < n; i++) pieces_offer(tok, w, (int32_t)i, merge_limit);
+    while (w->heap_size > 0) {
+        struct MergeEntry top = heap_pop(w);
+        int32_t left = (int32_t)top.at, right = w->next[left];
+        bool stale = w->id[left] < 0 || right < 0 || tokenizer_merge(tok, w->id[left], w->id[right]) != top.id;
+        if (stale) continue;
+        w->id[left] = top.id;
+        w->id[right] = -1;                                     /* gone */
+        w->next[left] = w->next[right];
+        if (w->next[right] >= 0) w->prev[w->next[right]] = left;
+        pieces_offer(tok, w, w->prev[left], merge_limit);
+        pieces_offer(tok, w, left, merge_limit);
+    }
+    size_t count = 0;
+    for (int32_t i = 0; i >= 0; i = w->next[i]) out[count++] = w->id[i];
+    return count;
+}
+
+/* tokenizer_encode -- text to ids.                [glossary: Tokenização de conjunto de dados]
+ * in   text: n bytes, valid UTF-8 or not; vocab_size: V of the model, ids 0 .. V-2 are used
+ * out  ids: room for n of them (a token is at least a byte); returns how many
+ * "<|endoftext|>" inside a text is ordinary text: data cannot forge an end.   test: tokenizer_* */
+static size_t tokenizer_encode(const struct Tokenizer *tok, struct Text text, size_t vocab_size, int *ids)
+{
+    const unsigned char *bytes = (const unsigned char *)text.data;
+    int merge_limit = end_token_of(vocab_size);
+    struct WordPieces w = {0};
+    size_t count = 0;
+    CHECK(text.length < INT32_MAX, "a text of %zu bytes is longer than the 2 GB that can be encoded at once", text.length);
+    for (size_t i = 0, end; i < text.length; i = end) {
+        end = tokenizer_word_end(tok, bytes, i, text.length);
+        size_t n = end - i;
+        if (n > w.capacity) {
+            w.capacity = MAX(n, (size_t)256);
+            w.id = realloc(w.id, w.capacity * sizeof *w.id);
+            w.prev = realloc(w.prev, w.capacity * sizeof *w.prev);
+            w.next = realloc(w.next, w.capacity * sizeof *w.next);
+            w.heap = realloc(w.heap, 3 * w.capacity * sizeof *w.heap);    /* n - 1 at first, 2 more for each of n - 1 merges */
+            CHECK(w.id && w.prev && w.next && w.heap, "out of memory for a word of %zu bytes", n);
+        }
+        count += tokenizer_encode_word(tok, &w, bytes + i, n, merge_limit, ids + count);
+    }
+    free(w.id); free(w.prev); free(w.next); free(w.heap);
+    return count;
+}
+
+/* The bytes of one id in a model of V ids. */
+static struct Text tokenizer_decode(const struct Tokenizer *tok, int id, size_t vocab_size)
+{
+    if (id == end_token_of(vocab_size)) id = tok->end_token;
+    if (id < 0 || (size_t)id >= tok->vocab_size) return text_of("");        /* the unused ids of a padded vocabulary */
+    return tok->token[id];
+}
+
+static struct Text tokenizer_decode_all(const struct Tokenizer *tok, struct Arena *arena, const int *ids, size_t n, size_t vocab_size)
+{
+    size_t length = 0;
+    for (size_t i = 0; i < n; i++) length += tokenizer_decode(tok, ids[i], vocab_size).length;
+    char *text = arena_alloc(arena, length + 1, 1), *to = text;
+    for (size_t i = 0; i < n; i++) {
+        struct Text piece = tokenizer_decode(tok, ids[i], vocab_size);
+        memcpy(to, piece.data, piece.length);
+        to += piece.length;
+    }
+    *to = 0;
+    return (struct Text){text, length};
+}
+
+/* GPT-2's files show each byte as a printable character: itself if it is one, else 256, 257 ... */
+static uint32_t byte_to_unicode(int byte)
+{
+    uint32_t extra = 256;
+    for (int b = 0; b < 256; b++) {
+        bool printable = (b >= '!' && b <= '~') || (b >= 0xa1 && b <= 0xac) || (b >= 0xae && b <= 0xff);
+        if (b == byte) return printable ? (uint32_t)b : extra;
+        extra += !printable;
+    }
+    return 0;
+}
+
+static struct Text token_as_unicode(struct Arena *arena, struct Text token)
+{
+    char *text = arena_alloc(arena, token.length * 2 + 1, 1), *to = text;
+    for (size_t i = 0; i < token.length; i++) to += utf8_write(to, byte_to_unicode((unsigned char)token.data[i]));
+    *to = 0;
+    return (struct Text){text, (size_t)(to - text)};
+}
+
+/* vocab.json, merges.txt and tokenizer_config.json: what AutoTokenizer looks for beside a model. */
+static void tokenizer_save(const struct Tokenizer *tok, const char *folder, size_t vocab_size)
+{
+    struct Arena arena = {0};
+    size_t end = (size_t)end_token_of(vocab_size);
+    struct Output out;
+    output_open(&out, folder, "vocab.json");
+    fputc('{', out.file);
+    for (size_t id = 0; id < end; id++) {
+        json_write_string(out.file, token_as_unicode(&arena, tok->token[id]));
+        fprintf(out.file, ": %zu, ", id);
+    }
+    fprintf(out.file, "\"<|endoftext|>\": %zu}\n", end);
+    output_close(&out);
+    output_open(&out, folder, "merges.txt");
+    fputs("#version: 0.2\n", out.file);
+    for (size_t i = 0; i + BYTE_TOKENS < end; i++) {
+        struct Text left = token_as_unicode(&arena, tok->token[tok->merge_pairs[2 * i]]);
+        struct Text right = token_as_unicode(&arena, tok->token[tok->merge_pairs[2 * i + 1]]);
+        fprintf(out.file, "%s %s\n", left.data, right.data);
+    }
+    output_close(&out);
+    output_open(&out, folder, "tokenizer_config.json");
+    fputs("{\n  \"add_prefix_space\": false,\n  \"bos_token\": \"<|endoftext|>\",\n  \"eos_token\": \"<|endoftext|>\",\n"
+          "  \"pad_token\": \"<|endoftext|>\",\n  \"tokenizer_class\": \"GPT2Tokenizer\",\n  \"unk_token\": \"<|endoftext|>\"\n}\n", out.file);
+    output_close(&out);
+    arena_free(&arena);
+}
+
+/* A model folder may bring its own vocabulary: refuse one whose ids mean other tokens than ours. */
+static void tokenizer_check_folder(const struct Tokenizer *tok, const char *folder, size_t vocab_size)
+{
+    struct Arena arena = {0};
+    char *path = arena_printf(&arena, "%s/vocab.json", folder);
+    struct Json *vocab = file_exists(path) ? json_read_file(&arena, path) : NULL;
+    if (!vocab) {
+        path = arena_printf(&arena, "%s/tokenizer.json", folder);
+        if (file_exists(path)) vocab = json_get(json_get(json_read_file(&arena, path), "model"), "vocab");
+    }
+    for (struct Json *item = vocab ? vocab->child : NULL; item; item = item->next) {
+        size_t id = json_size(item, 1 << 24, path, "an id of the vocabulary");
+        if (id >= (size_t)end_token_of(vocab_size)) continue;
+        struct Text ours = token_as_unicode(&arena, tok->token[id]);
+        CHECK(ours.length == item->key.length && memcmp(ours.data, item->key.data, ours.length) == 0,
+              "%s: id %zu is \"%s\" here, \"%s\" in %s: another vocabulary than GPT-2's; this model cannot be used", path, id, item->key.data, ours.data, tok->path);
+    }
+    arena_free(&arena);
+}
+
+/* =============================================================================================
+ * Chapter 4 - Data: datasets, pairs, collator, LengthSampler      [glossary: Conjunto de dados]
+ *
+ * What enters: JSON Lines in TRL's shapes, one object a line. What leaves: batches of token ids with
+ * the positions that count in a loss. Padding is the usual way to make sequences of a batch equally
+ * long; here a batch is packed instead: all tokens in a row, with the place where each sequence
+ * starts. What is not there need not be masked, and costs nothing.
+ * ============================================================================================= */
+
+enum Field {
+    HAS_TEXT = 1, HAS_PROMPT = 2, HAS_COMPLETION = 4, HAS_CHOSEN = 8, HAS_REJECTED = 16, HAS_LABEL = 32, HAS_SCORE = 64,
+    HAS_QUERY_IDS = 128, HAS_RESPONSE_IDS = 256,
+    SHAPE_TEXT = HAS_TEXT, SHAPE_PROMPT = HAS_PROMPT, SHAPE_PROMPT_COMPLETION = HAS_PROMPT | HAS_COMPLETION,
+    SHAPE_PREFERENCE = HAS_CHOSEN | HAS_REJECTED, SHAPE_LABELLED = HAS_TEXT | HAS_LABEL, SHAPE_RATED = HAS_TEXT | HAS_SCORE,
+    SHAPE_ROLLOUT = HAS_QUERY_IDS | HAS_RESPONSE_IDS | HAS_SCORE
+};
+static const char *const FIELD_NAMES[] = {"text", "prompt", "completion", "chosen", "rejected", "label", "score", "query_ids", "response_ids"};
+
+struct Row {
+    unsigned has;                                     /* which of enum Field */
+    struct Text text, prompt, completion, chosen, rejected;
+    double score, margin, label;
+    int *query_ids, *response_ids;
+    size_t query_length, response_length;
+};
+
+struct Dataset { struct Arena arena; struct Row *rows; size_t n, capacity; unsigned shape; char *path; };
+
+static const char *shape_name(struct Arena *arena, unsigned shape)
+{
+    char *name = arena_printf(arena, "%s", "");
+    for (size_t i = 0; i < COUNT(FIELD_NAMES); i++)
+        if (shape >> i & 1) name = arena_printf(arena, "%s%s\"%s\"", name, *name ? " + " : "", FIELD_NAMES[i]);
+    return name;
+}
+
+static int *json_ids(struct Arena *arena, const struct Json *array, size_t *count, const char *path, size_t line)
+{
+    size_t n = 0;
+    for (struct Json *item = array->child; item; item = item->next, n++)
+        CHECK(item->type == JSON_NUMBER && item->number >= 0 && item->number < 1 << 24 && item->number == floor(item->number), "%s:%zu: \"%s\" must hold token ids", path, line, array->key.data);
+    int *ids = arena_alloc(arena, n, sizeof *ids);
+    *count = n;
+    n = 0;
+    for (struct Json *item = array->child; item; item = item->next) ids[n++] = (int)item->number;
+    return ids;
+}
+
+/* One line of JSON into a row; fields that we do not know are ignored. */
+static struct Row dataset_row(struct Arena *keep, struct Arena *scratch, struct Text line_text, const char *path, size_t line)
+{
+    const char *error;
+    size_t where;
+    struct Json *json = json_parse(scratch, line_text, &error, &where);
+    CHECK(json, "%s:%zu: not JSON: %s (column %zu)", path, line, error, where + 1);
+    CHECK(json->type == JSON_OBJECT, "%s:%zu: an object {...} was expected", path, line);
+    struct Row row = {0};
+    struct Text *texts[] = {&row.text, &row.prompt, &row.completion, &row.chosen, &row.rejected};
+    double *numbers[] = {&row.label, &row.score, &row.margin};
+    const char *const number_names[] = {"label", "score", "margin"};
+    for (size_t i = 0; i < COUNT(texts); i++) {
+        struct Json *item = json_get(json, FIELD_NAMES[i]);
+        if (!item || item->type == JSON_NULL) continue;
+        CHECK(item->type == JSON_STRING, "%s:%zu: \"%s\" must be a string", path, line, FIELD_NAMES[i]);
+        *texts[i] = text_copy(keep, item->string);
+        row.has |= 1u << i;
+    }
+    for (size_t i = 0; i < COUNT(numbers); i++) {
+        struct Json *item = json_get(json, number_names[i]);
+        if (!item || item->type == JSON_NULL) continue;
+        bool truth = i == 0 && (item->type == JSON_TRUE || item->type == JSON_FALSE);
+        CHECK(truth || item->type == JSON_NUMBER, "%s:%zu: \"%s\" must be a number", path, line, number_names[i]);
+        *numbers[i] = truth ? item->type == JSON_TRUE : item->number;
+        if (i == 0) CHECK(*numbers[i] == 0 || *numbers[i] == 1, "%s:%zu: \"label\" must be 0 or 1", path, line);
+        row.has |= i == 0 ? HAS_LABEL : i == 1 ? HAS_SCORE : 0;
+    }
+    struct Json *query = json_get(json, "query_ids"), *response = json_get(json, "response_ids");
+    if (query && query->type == JSON_ARRAY) { row.query_ids = json_ids(keep, query, &row.query_length, path, line); row.has |= HAS_QUERY_IDS; }
+    if (response && response->type == JSON_ARRAY) { row.response_ids = json_ids(keep, response, &row.response_length, path, line); row.has |= HAS_RESPONSE_IDS; }
+    return row;
+}
+
+/* Appends a file's rows. The first row's shape, of those the caller can use, holds for all. Returns
+ * false when `optional` and the first row has none of the shapes. */
+static bool dataset_add_file(struct Dataset *data, const char *path, const unsigned *shapes, size_t shape_count, bool optional)
+{
+    struct Arena scratch = {0};
+    struct Text file = read_file(&scratch, path);
+    struct Arena line_arena = {0};
+    const char *at = file.data, *end = file.data + file.length;
+    bool used = true;
+    if (file.length >= 3 && memcmp(at, "\xef\xbb\xbf", 3) == 0) at += 3;
+    for (size_t line = 1; at < end && used; line++) {
+        const char *stop = memchr(at, '\n', (size_t)(end - at));
+        if (!stop) stop = end;
+        struct Text text = {at, (size_t)(stop - at)};
+        at = stop + 1;
+        size_t blank = 0;
+        while (blank < text.length && isspace((unsigned char)text.data[blank])) blank++;
+        if (blank == text.length) continue;
+        struct Row row = dataset_row(&data->arena, &line_arena, text, path, line);
+        for (size_t i = 0; i < shape_count && !data->shape; i++) if ((row.has & shapes[i]) == shapes[i]) data->shape = shapes[i];
+        if (!data->shape || (row.has & data->shape) != data->shape) {
+            if (optional && line == 1) { used = false; break; }
+            const char *wanted = shape_name(&scratch, data->shape ? data->shape : shapes[0]), *found = shape_name(&scratch, row.has);
+            die("%s:%zu: expected %s%s, found %s", path, line, wanted, data->shape || shape_count == 1 ? "" : " (or another shape this command takes: see --help)", *found ? found : "no field that is known");
+        }
+        if (data->n == data->capacity) {
+            data->capacity = data->capacity ? 2 * data->capacity : 256;
+            data->rows = realloc(data->rows, data->capacity * sizeof *data->rows);
+            CHECK(data->rows, "out of memory after %zu rows of %s", data->n, path);
+        }
+        data->rows[data->n++] = row;
+        arena_reset(&line_arena);
+    }
+    arena_free(&line_arena);
+    arena_free(&scratch);
+    return used;
+}
+
+static int compare_strings(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
+
+/* dataset_load -- a JSON Lines file, or a folder of them.          [glossary: Conjunto de dados]
+ * shapes: what the caller can use, best first. A folder stands for its *.jsonl of the first shape
+ * that any of them has; files named test*.jsonl are left for evaluation. */
+static struct Dataset *dataset_load(const char *path, const unsigned *shapes, size_t shape_count)
+{
+    struct Dataset *data = calloc(1, sizeof *data);
+    CHECK(data, "out of memory");
+    data->path = arena_printf(&data->arena, "%s", path);
+    if (!is_folder(path)) dataset_add_file(data, path, shapes, shape_count, false);
+    else {
+        char *files[256];
+        size_t count = 0;
+        DIR *folder = opendir(path);
+        CHECK(folder, "%s: %s", path, strerror(errno));
+        for (struct dirent *entry; (entry = readdir(folder)) && count < COUNT(files);) {
+            size_t length = strlen(entry->d_name);
+            bool wanted = length > 6 && strcmp(entry->d_name + length - 6, ".jsonl") == 0 && strncmp(entry->d_name, "test", 4) != 0 && entry->d_name[0] != '.';
+            if (wanted) files[count++] = arena_printf(&data->arena, "%s/%s", path, entry->d_name);
+        }
+        closedir(folder);
+        qsort(files, count, sizeof *files, compare_strings);           /* a folder's own order is anybody's */
+        for (size_t s = 0; s < shape_count && !data->shape; s++)
+            for (size_t i = 0; i < count; i++) dataset_add_file(data, files[i], data->shape ? &data->shape : &shapes[s], 1, true);
+    }
+    struct Arena scratch = {0};
+    CHECK(data->n > 0, "%s: no row with %s was found", path, shape_name(&scratch, shapes[0]));
+    arena_free(&scratch);
+    return data;
+}
+
+static void dataset_free(struct Dataset *data)
+{
+    if (!data) return;
+    arena_free(&data->arena);
+    free(data->rows);
+    free(data);
+}
+
+/* Token ids of one training sequence; the first prompt_length of them are given, not learnt. */
+struct Example { int *ids; size_t n, prompt_length; };
+
+static struct Example example_encode(struct Arena *arena, const struct Tokenizer *tok, struct Text text, size_t vocab_size, bool add_end)
+{
+    struct Example e = {0};
+    int *ids = malloc((text.length + 1) * sizeof *ids);
+    CHECK(ids, "out of memory for a text of %zu bytes", text.length);
+    e.n = tokenizer_encode(tok, text, vocab_size, ids);
+    if (add_end) ids[e.n++] = end_token_of(vocab_size);
+    e.ids = arena_alloc(arena, e.n + 1, sizeof *e.ids);
+    memcpy(e.ids, ids, e.n * sizeof *ids);
+    free(ids);
+    return e;
+}
+
+static size_t common_prefix(struct Example a, struct Example b)
+{
+    size_t n = 0;
+    while (n < a.n && n < b.n && a.ids[n] == b.ids[n]) n++;
+    return n;
+}
+
+/* Prompt + completion as TRL prepares them: the whole is encoded at once, with the end token behind
+ * it, and the completion starts where the ids stop to be the prompt's own. A merge across the seam
+ * so moves the split to the left. */
+static struct Example example_prompt_completion(struct Arena *arena, const struct Tokenizer *tok, struct Text prompt, struct Text completion, size_t vocab_size)
+{
+    struct Arena scratch = {0};
+    struct Example alone = example_encode(&scratch, tok, prompt, vocab_size, false);
+    struct Example whole = example_encode(arena, tok, text_join(&scratch, prompt, completion), vocab_size, true);
+    whole.prompt_length = common_prefix(alone, whole);
+    arena_free(&scratch);
+    return whole;
+}
+
+/* Texts that share a beginning but have no prompt of their own: the longest common prefix of whole
+ * characters is the prompt, less a space at its end, so that completions start with the space.
+ * By hand: "It is good", "It is bad" -> prompt "It is", completions " good" and " bad". */
+static void split_implicit_prompt(struct Row *row)
+{
+    size_t n = 0;
+    while (n < row->chosen.length && n < row->rejected.length && row->chosen.data[n] == row->rejected.data[n]) n++;
+    while (n > 0 && ((unsigned char)(n < row->chosen.length ? row->chosen.data[n] : 0) & 0xc0) == 0x80) n--;
+    while (n > 0 && ((unsigned char)(n < row->rejected.length ? row->rejected.data[n] : 0) & 0xc0) == 0x80) n--;
+    if (n > 0 && row->chosen.data[n - 1] == ' ') n--;
+    row->prompt = (struct Text){row->chosen.data, n};
+    row->chosen = (struct Text){row->chosen.data + n, row->chosen.length - n};
+    row->rejected = (struct Text){row->rejected.data + n, row->rejected.length - n};
+    row->has |= HAS_PROMPT;
+}
+
+/* A batch, packed. Sequence b owns tokens start[b] .. start[b+1]-1; of its rows, those that predict a
+ * token that counts are listed: row[r] is the place of the prediction, target[r] the id it should
+ * give, and rows target_start[b] .. target_start[b+1]-1 belong to sequence b. */
+struct Batch {
+    size_t B, N, R, max_length;       /* max_length: tokens of the longest sequence in the batch */
+    size_t tokens;                    /* of the examples, whether or not the model reads the last ones */
+    int *ids, *position;              /* (N) */
+    size_t *start, *target_start;     /* (B+1) */
+    int *row, *target;                /* (R) */
+};
+
+/* collate -- sequences of different lengths into one batch.           [glossary: Função coladora]
+ * TRL's collators pad to a rectangle (B, T_max), mask the padding out of attention and set the
+ * labels of prompts and padding to -100, "ignore". Packing stores the same facts without the
+ * rectangle: attention looks at one sequence at a time, and `row`/`target` name the positions whose
+ * label would not be -100. Position t predicts token t+1, so a sequence's first token has no row.
+ * The last token predicts nothing: it is only a target, and left out of the model's input, unless
+ * READ_LAST asks for it (a reward is read there).
+ * By hand: ids [5 6 7 8] with a prompt of 2: rows 1 and 2, targets 7 and 8.     test: collate */
+enum LastToken { SKIP_LAST, READ_LAST };
+
+static struct Batch collate(struct Arena *arena, const struct Example *const *examples, size_t B, enum LastToken last)
+{
+    struct Batch batch = {.B = B};
+    for (size_t b = 0; b < B; b++) {
+        batch.tokens += examples[b]->n;
+        batch.N += examples[b]->n - (last == SKIP_LAST && examples[b]->n > 0);
+    }
+    batch.ids = arena_alloc(arena, batch.N, sizeof *batch.ids);
+    batch.position = arena_alloc(arena, batch.N, sizeof *batch.position);
+    batch.row = arena_alloc(arena, batch.N, sizeof *batch.row);
+    batch.target = arena_alloc(arena, batch.N, sizeof *batch.target);
+    batch.start = arena_alloc(arena, B + 1, sizeof *batch.start);
+    batch.target_start = arena_alloc(arena, B + 1, sizeof *batch.target_start);
+    size_t at = 0;
+    for (size_t b = 0; b < B; b++) {
+        const struct Example *e = examples[b];
+        batch.start[b] = at;
+        batch.target_start[b] = batch.R;
+        size_t inputs = e->n - (last == SKIP_LAST && e->n > 0);
+        batch.max_length = MAX(batch.max_length, inputs);
+        for (size_t t = 0; t < inputs; t++, at++) {
+            batch.ids[at] = e->ids[t];
+            batch.position[at] = (int)t;
+            if (t + 1 >= e->n || t + 1 < e->prompt_length) continue;
+            batch.row[batch.R] = (int)at;
+            batch.target[batch.R++] = e->ids[t + 1];
+        }
+    }
+    batch.start[B] = at;
+    batch.target_start[B] = batch.R;
+    return batch;
+}
+
+/* LengthSampler(min, max): a whole number in [min, max), the upper end left out as in TRL.
+ *                                                                  [glossary: LengthSampler]
+ * The lab's LengthSampler(2, 8) so gives 2 to 7. Varying lengths keep the model from learning one. */
+struct LengthSampler { size_t min_value, max_value; };
+
+static size_t length_sampler(const struct LengthSampler *sampler, struct Rng *rng)
+{
+    return sampler->min_value + rng_below(rng, sampler->max_value - sampler->min_value);
+}
+
+/* pairs_from_ratings -- who of n rated texts is preferred to whom.      [glossary: Coleta de dados]
+ * Every pair whose ratings differ by min_difference or more; closer ratings are noise between
+ * raters. pairs: room for n(n-1)/2; returns how many. A batch of 32 sentences gives some 300 pairs
+ * for 32 forward passes. By hand: ratings 2, 0, 0.5 with difference 1 -> (0,1), (0,2). */
+struct Pair { size_t chosen, rejected; double margin; };
+
+static size_t pairs_from_ratings(const double *rating, size_t n, double min_difference, struct Pair *pairs)
+{
+    size_t count = 0;
+    for (size_t i = 0; i < n; i++)
+        for (size_t j = i + 1; j < n; j++) {
+            if (rating[i] == rating[j] || fabs(rating[i] - rating[j]) < min_difference) continue;
+            bool first = rating[i] > rating[j];
+            pairs[count++] = (struct Pair){first ? i : j, first ? j : i, 0};
+        }
+    return count;
+}
+
+/* =============================================================================================
+ * Chapter 5 - Probability: sigmoid, softmax, entropy, KL
+ *
+ * What enters: logits, V numbers of any size, one for each token that may come next. What leaves: a
+ * probability distribution over the vocabulary, and the few functions of distributions that RLHF
+ * is made of. All in nats; all safe where the plain formula overflows.
+ * ============================================================================================= */
+
+/* e^x in float, by a loop the compiler turns into vector instructions (libm's expf is a call a number).
+ *   e^x = 2^n * e^r,  n = round(x / ln 2),  r = x - n ln 2 in [-0.35, 0.35], e^r by its Taylor series
+ * to r^7/7!. Relative error below 2e-7 on [-87, 88] (test: exp_fast); below it gives 0, above inf. */
+static inline float exp_fast(float x)
+{
+    float clamped = x < -87.3f ? -87.3f : x > 88.7f ? 88.7f : x;
+    float n = (clamped * 1.44269504f + 12582912.0f) - 12582912.0f;     /* adding 1.5 * 2^23 rounds to a whole number */
+    float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;       /* ln 2 in two parts: exact at first order */
+    float p = 1.0f + r * (1.0f + r * (0.5f + r * (1.6666667e-1f + r * (4.1666668e-2f + r * (8.3333338e-3f + r * (1.3888889e-3f + r * 1.984127e-4f))))));
+    int32_t half = ((int32_t)n) >> 1, rest = (int32_t)n - half;        /* 2^n in two factors: 2^128 alone would overflow */
+    int32_t bits_a = (half + 127) << 23, bits_b = (rest + 127) << 23;
+    float scale_a, scale_b;
+    memcpy(&scale_a, &bits_a, 4);
+    memcpy(&scale_b, &bits_b, 4);
+    float y = p * scale_a * scale_b;
+    y = x < -87.3f ? 0.0f : y;
+    return x > 88.7f ? (float)INFINITY : y;
+}
+
+/* Sums and maxima over a row in 16 lanes, so that they run as vectors; the order of additions is
+ * fixed by the code, so it is the same on every machine and for every number of threads. */
+enum { LANES = 16 };
+
+static float row_max(const float *x, size_t n)
+{
+    float lane[LANES], result = -INFINITY;
+    for (size_t j = 0; j < LANES; j++) lane[j] = -INFINITY;
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (size_t j = 0; j < LANES; j++) lane[j] = x[i + j] > lane[j] ? x[i + j] : lane[j];
+    for (size_t j = 0; j < LANES; j++) result = lane[j] > result ? lane[j] : result;
+    for (; i < n; i++) result = x[i] > result ? x[i] : result;
+    return result;
+}
+
+static float row_sum(const float *x, size_t n)
+{
+    float lane[LANES] = {0}, result = 0;
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (size_t j = 0; j < LANES; j++) lane[j] += x[i + j];
+    for (size_t j = 0; j < LANES; j++) result += lane[j];
+    for (; i < n; i++) result += x[i];
+    return result;
+}
+
+static float row_dot(const float *x, const float *y, size_t n)
+{
+    float lane[LANES] = {0}, result = 0;
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (size_t j = 0; j < LANES; j++) lane[j] += x[i + j] * y[i + j];
+    for (size_t j = 0; j < LANES; j++) result += lane[j];
+    for (; i < n; i++) result += x[i] * y[i];
+    return result;
+}
+
+/* y = e^(x - shift); returns the sum. */
+static float row_exp(float *y, const float *x, float shift, size_t n)
+{
+    for (size_t i = 0; i < n; i++) y[i] = exp_fast(x[i] - shift);
+    return row_sum(y, n);
+}
+
+/* sigmoid(x) = 1 / (1 + e^-x), the probability that goes with log-odds x.  [glossary: Função sigmoide]
+ * By hand: 0 -> 0.5; 2 -> 0.8808.                                             test: sigmoid */
+static double sigmoid(double x)
+{
+    double e = exp(-fabs(x));                       /* never overflows */
+    return x >= 0 ? 1 / (1 + e) : e / (1 + e);
+}
+
+/* log sigmoid(x) = -log(1 + e^-x), stable: at -100 the sigmoid is 4e-44 and its plain logarithm would
+ * do, at -800 it would be log(0). For x < 0 it equals x - log(1 + e^x).    By hand: 0 -> -ln 2. */
+static double log_sigmoid(double x) { return MIN(x, 0) - log1p(exp(-fabs(x))); }
+
+/* argmax: not the largest value but where it stands; the first among equals. [glossary: Argmax/Argmin] */
+static size_t argmax(const float *x, size_t n)
+{
+    float largest = row_max(x, n);
+    for (size_t i = 0; i < n; i++) if (x[i] == largest) return i;
+    return 0;                                       /* NaN */
+}
+
+/* softmax -- logits to probabilities: p_i = e^(x_i - max) / sum_j e^(x_j - max).   [glossary: Função softmax]
+ * in, out: x (n), in place. Subtracting the maximum changes nothing but keeps e^x from overflowing.
+ * By hand: [0, ln 3] -> [0.25, 0.75].                                         test: softmax */
+static void softmax(float *x, size_t n)
+{
+    float total = row_exp(x, x, row_max(x, n), n);
+    float scale = 1.0f / total;
+    for (size_t i = 0; i < n; i++) x[i] *= scale;
+}
+
+/* log sum_i e^(x_i): what softmax divides by, as a logarithm. log softmax(x)_i = x_i - log_sum_exp(x). */
+static float log_sum_exp(const float *x, size_t n, float *scratch)
+{
+    float largest = row_max(x, n);
+    return largest + logf(row_exp(scratch, x, largest, n));
+}
+
+/* Entropy H(p) = -sum p log p of softmax(x): how undecided a distribution is, from 0 to log n nats.
+ * With lse = log_sum_exp(x), log p_i = x_i - lse, so H = lse - sum p_i x_i.
+ * By hand: two equal logits -> ln 2 = 0.6931.                                 test: entropy */
+static double entropy_of_logits(const float *logits, float lse, size_t n)
+{
+    double expected = 0;
+    for (size_t i = 0; i < n; i++) expected += (double)exp_fast(logits[i] - lse) * logits[i];
+    return lse - expected;
+}
+
+/* kl_exact -- KL(p || q) = sum_i p_i (log p_i - log q_i), in nats.
+ *                                             [glossary: Divergência de Kullback-Leibler (KL)]
+ * in   logits of p and q (n) and their log_sum_exp. Zero only where both agree; never negative.
+ * By hand: p = (1/2, 1/2), q = (1/4, 3/4) -> ln 2 / 2 + ln(2/3) / 2 = 0.1438.      test: kl */
+static double kl_exact(const float *p_logits, float p_lse, const float *q_logits, float q_lse, size_t n)
+{
+    double kl = 0;
+    for (size_t i = 0; i < n; i++) {
+        float log_p = p_logits[i] - p_lse, log_q = q_logits[i] - q_lse;
+        kl += (double)exp_fast(log_p) * (log_p - log_q);
+    }
+    return kl;
+}
+
+/* Estimates of KL(p || q) from a token drawn from p [20]: k1 = log p - log q, right on average but of
+ * either sign; k3 = e^d - 1 - d with d = log q - log p, also right on average and never negative. */
+static double kl_k1(double log_p, double log_q) { return log_p - log_q; }
+static double kl_k3(double log_p, double log_q) { double d = log_q - log_p; return expm1(d) - d; }
+
+/* Log-probability of a sequence, log pi(y|x) = sum_t log pi(y_t | x, y_<t): the course's omega, the
+ * policy written out token by token. A product of hundreds of probabilities would be 0 in floating
+ * point; the sum of their logarithms is exact enough.          [glossary: Função Omega (ω)] */
+static double sequence_logprob(const float *token_logprobs, size_t n)
+{
+    double sum = 0;
+    for (size_t t = 0; t < n; t++) sum += token_logprobs[t];
+    return sum;
+}
+
+/* =============================================================================================
+ * Chapter 6 - Matrix multiplication
+ *
+ * Nine tenths of the time of every command is spent in this chapter, in C += A B for three shapes of
+ * the same thing: y = x W, dx = dy W^T, dW = x^T dy. All three are one function, because it takes
+ * each operand by two strides: element (i,k) of A stands at A[i*a_row + k*a_col], so a transpose is
+ * the same memory with the strides exchanged.
+ *
+ * Why the triple loop is slow, and what to do [16]: it loads two numbers for each multiplication, and
+ * the machine can do 16 multiplications in the time of one load from its second cache.
+ *   1. A register tile: MR x NR sums are kept in vector registers; each step of k loads MR + NR
+ *      numbers and does MR * NR multiply-adds. That alone is the speed; the rest feeds it.
+ *   2. Packing: A and B are copied into panels in the very order in which the tile reads them, so it
+ *      runs along consecutive addresses whatever the strides were.
+ *   3. Blocks: KC steps of k at a time, so that a panel of B stays in the first cache and a block of
+ *      A in the second.
+ * Threads share the packed panels and divide the tiles of C. Each element of C is summed by one
+ * thread in the order of k: one thread or sixteen, the same bits.
+ * ============================================================================================= */
+
+#if defined(__GNUC__)
+typedef float float4 __attribute__((vector_size(16)));      /* SSE, NEON: in every x86-64 and arm64 */
+typedef float float8 __attribute__((vector_size(32)));      /* AVX */
+typedef float float16 __attribute__((vector_size(64)));     /* AVX-512 */
+#endif
+enum { TILE_MAX = 14 * 32, KC = 256, PANEL_ROWS = 2048, PANEL_COLUMNS = 4096 };
+
+/* A tile: c (MR,NR) = sum over k of a[k][0..MR) * b[k][0..NR), a and b being packed panels. */
+struct Kernel { const char *name; size_t MR, NR; void (*tile)(size_t K, const float *a, const float *b, float *c); };
+
+#if defined(__GNUC__)
+static void tile_4x8(size_t K, const float *a, const float *b, float *c)
+{
+    float4 sum[4][2] = {{{0}}};
+    for (size_t k = 0; k < K; k++, a += 4, b += 8) {
+        float4 b0 = *(const float4 *)b, b1 = *(const float4 *)(b + 4);
+        for (int i = 0; i < 4; i++) {
+            sum[i][0] += a[i] * b0;
+            sum[i][1] += a[i] * b1;
+        }
+    }
+    memcpy(c, sum, sizeof sum);
+}
+#else
+static void tile_4x8(size_t K, const float *a, const float *b, float *c)
+{
+    memset(c, 0, 4 * 8 * sizeof *c);
+    for (size_t k = 0; k < K; k++)
+        for (int i = 0; i < 4; i++)
+            for (int j = 0; j < 8; j++) c[i * 8 + j] += a[k * 4 + i] * b[k * 8 + j];
+}
+#endif
+
+#if defined(__GNUC__) && defined(__x86_64__)
+#define HAVE_X86_TILES 1
+/* 6 x 16: 12 of the 16 registers of AVX hold sums. */
+__attribute__((target("avx2,fma"))) static void tile_6x16(size_t K, const float *a, const float *b, float *c)
+{
+    float8 sum[6][2] = {{{0}}};
+    for (size_t k = 0; k < K; k++, a += 6, b += 16) {
+        float8 b0 = *(const float8 *)b, b1 = *(const float8 *)(b + 8);
+        for (int i = 0; i < 6; i++) {
+            sum[i][0] += a[i] * b0;
+            sum[i][1] += a[i] * b1;
+        }
+    }
+    memcpy(c, sum, sizeof sum);
+}
+
+/* 14 x 32: 28 of the 32 registers of AVX-512 hold sums. */
+__attribute__((target("avx512f"))) static void tile_14x32(size_t K, const float *a, const float *b, float *c)
+{
+    float16 sum[14][2] = {{{0}}};
+    for (size_t k = 0; k < K; k++, a += 14, b += 32) {
+        float16 b0 = *(const float16 *)b, b1 = *(const float16 *)(b + 16);
+        for (int i = 0; i < 14; i++) {
+            sum[i][0] += a[i] * b0;
+            sum[i][1] += a[i] * b1;
+        }
+    }
+    memcpy(c, sum, sizeof sum);
+}
+#endif
+
+static const struct Kernel KERNELS[] = {
+    {"plain 4x8", 4, 8, tile_4x8},
+#ifdef HAVE_X86_TILES
+    {"avx2 6x16", 6, 16, tile_6x16},
+    {"avx512 14x32", 14, 32, tile_14x32},
+#endif
+};
+static const struct Kernel *kernel = &KERNELS[0];
+
+/* The widest tile this processor has. ALIGN_KERNEL=0, 1 or 2 asks for a narrower one. */
+static void kernel_choose(void)
+{
+    int widest = 0;
+#ifdef HAVE_X86_TILES
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) widest = 1;
+    if (widest == 1 && __builtin_cpu_supports("avx512f")) widest = 2;
+#endif
+    const char *asked = getenv("ALIGN_KERNEL");
+    kernel = &KERNELS[asked && isdigit((unsigned char)*asked) ? MIN(atoi(asked), widest) : widest];
+}
+
+/* Each thread's own scratch memory: slot 0 for packed A, 1 for packed B, 2 for attention's scores, 3
+ * for a row of the vocabulary. It grows to the largest size asked for and stays. */
+enum ScratchSlot { SCRATCH_A, SCRATCH_B, SCRATCH_SCORES, SCRATCH_ROW, SCRATCH_SLOTS };
+
+static float *thread_scratch(enum ScratchSlot slot, size_t floats)
+{
+    static _Thread_local struct { float *memory; size_t floats; } slots[SCRATCH_SLOTS];
+    if (slots[slot].floats < floats) {
+        free(slots[slot].memory);
+        slots[slot].memory = aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
+        CHECK(slots[slot].memory, "out of memory: %zu MB of scratch", floats >> 18);
+        slots[slot].floats = floats;
+    }
+    return slots[slot].memory;
+}
+
+/* Copies `n` <= width lines of K numbers into a panel: panel[k*width + i] = line i, step k. Missing
+ * lines count as zeros, so that the tile needs no special case at the edge. */
+static void pack_panel(float *panel, const float *from, size_t line_stride, size_t k_stride, size_t n, size_t K, size_t width)
+{
+    if (n == width && line_stride == 1) {
+        for (size_t k = 0; k < K; k++) memcpy(panel + k * width, from + k * k_stride, width * sizeof(float));
+    } else if (n == width && k_stride == 1) {
+        for (size_t k = 0; k < K; k++)
+            for (size_t i = 0; i < width; i++) panel[k * width + i] = from[i * line_stride + k];
+    } else {
+        for (size_t k = 0; k < K; k++)
+            for (size_t i = 0; i < width; i++) panel[k * width + i] = i < n ? from[i * line_stride + k * k_stride] : 0.0f;
+    }
+}
+
+/* The part of C that one task computes: rows m0..m1, columns n0..n1 of the packed block. */
+static void matmul_task(float *c, size_t c_row, const float *a, const float *b, size_t m0, size_t m1, size_t n0, size_t n1, size_t K, bool accumulate)
+{
+    _Alignas(64) float tile[TILE_MAX];
+    for (size_t n = n0; n < n1; n += kernel->NR) {
+        size_t columns = MIN(kernel->NR, n1 - n);
+        for (size_t m = m0; m < m1; m += kernel->MR) {
+            size_t rows = MIN(kernel->MR, m1 - m);
+            kernel->tile(K, a + m * K, b + n * K, tile);
+            for (size_t i = 0; i < rows; i++) {
+                float *c_i = c + (m + i) * c_row + n;
+                const float *tile_i = tile + i * kernel->NR;
+                if (accumulate) for (size_t j = 0; j < columns; j++) c_i[j] += tile_i[j];
+                else for (size_t j = 0; j < columns; j++) c_i[j] = tile_i[j];
+            }
+        }
+    }
+}
+
+/* A matrix as seen by matmul: where it starts, the step to the next row, the step to the next column. */
+struct Matrix { const float *data; size_t row, column; };
+
+static struct Matrix matrix(const float *data, size_t columns) { return (struct Matrix){data, columns, 1}; }
+static struct Matrix transposed(const float *data, size_t columns) { return (struct Matrix){data, 1, columns}; }
+
+/* One block of K: packs both operands, then fills C tile by tile. */
+static void matmul_block(float *c, size_t c_row, struct Matrix a, struct Matrix b, size_t M, size_t N, size_t K, float *pack_a, float *pack_b, bool accumulate, bool b_is_packed)
+{
+    size_t MR = kernel->MR, NR = kernel->NR, task_m = 16 * MR, task_n = 8 * NR;
+    size_t tasks_m = (M + task_m - 1) / task_m, tasks = tasks_m * ((N + task_n - 1) / task_n);
+#ifdef _OPENMP
+    bool parallel = (double)M * (double)N * (double)K > 2e5 && !omp_in_parallel();
+#endif
+    #pragma omp parallel if(parallel)
+    {
+        if (!b_is_packed) {
+            #pragma omp for schedule(static) nowait
+            for (size_t n = 0; n < N; n += NR) pack_panel(pack_b + n * K, b.data + n * b.column, b.column, b.row, MIN(NR, N - n), K, NR);
+        }
+        #pragma omp for schedule(static)
+        for (size_t m = 0; m < M; m += MR) pack_panel(pack_a + m * K, a.data + m * a.row, a.row, a.column, MIN(MR, M - m), K, MR);
+        #pragma omp for schedule(dynamic)
+        for (size_t task = 0; task < tasks; task++) {
+            size_t m = task % tasks_m * task_m, n = task / tasks_m * task_n;
+            matmul_task(c, c_row, pack_a, pack_b, m, MIN(M, m + task_m), n, MIN(N, n + task_n), K, accumulate);
+        }
+    }
+}
+
+/* matmul -- C (M,N), row stride c_row, = or += A (M,K) times B (K,N).
+ * Called inside a parallel loop it runs on the calling thread alone.
+ * By hand: [1 2; 3 4] [5; 6] = [17; 39].                        test: matmul, matmul_threads */
+static void matmul(float *c, size_t c_row, struct Matrix a, struct Matrix b, size_t M, size_t N, size_t K, bool accumulate)
+{
+    size_t k_most = MIN(K, (size_t)KC), edge = 32;
+    float *pack_a = thread_scratch(SCRATCH_A, (MIN(M, (size_t)PANEL_ROWS) + edge) * k_most);
+    float *pack_b = thread_scratch(SCRATCH_B, (MIN(N, (size_t)PANEL_COLUMNS) + edge) * k_most);
+    for (size_t n = 0; n < N; n += PANEL_COLUMNS)
+        for (size_t k = 0; k < K; k += KC)
+            for (size_t m = 0; m < M; m += PANEL_ROWS) {
+                struct Matrix a_block = {a.data + m * a.row + k * a.column, a.row, a.column};
+                struct Matrix b_block = {b.data + k * b.row + n * b.column, b.row, b.column};
+                matmul_block(c + m * c_row + n, c_row, a_block, b_block, MIN(M - m, (size_t)PANEL_ROWS), MIN(N - n, (size_t)PANEL_COLUMNS),
+                             MIN(K - k, (size_t)KC), pack_a, pack_b, accumulate || k > 0, m > 0);
+            }
+}
+
+/* The definition, against which matmul is tested. */
+static void matmul_plain(float *c, size_t c_row, struct Matrix a, struct Matrix b, size_t M, size_t N, size_t K, bool accumulate)
+{
+    for (size_t i = 0; i < M; i++)
+        for (size_t j = 0; j < N; j++) {
+            double sum = accumulate ? c[i * c_row + j] : 0;
+            for (size_t k = 0; k < K; k++) sum += (double)a.data[i * a.row + k * a.column] * b.data[k * b.row + j * b.column];
+            c[i * c_row + j] = (float)sum;
+        }
+}
+
+/* =============================================================================================
+ * Chapter 7 - Layers, forward and backward
+ *
+ * Each layer is a function y = f(x, w). Its backward pass gets dy, the derivative of the loss with
+ * respect to y, and owes dx and dw: the chain rule, one layer at a time, from the loss back to the
+ * embedding. A forward pass stands beside its backward, with the same names. dx is written; the
+ * gradient of weights is added to, so that micro-batches accumulate.
+ * ============================================================================================= */
+
+/* linear: y (N,out) = x (N,in) W (in,out) + bias (out). GPT-2's Conv1D: W as [in,out], not torch's [out,in]. */
+static void linear_forward(float *y, const float *x, const float *weight, const float *bias, size_t N, size_t in, size_t out)
+{
+    #pragma omp parallel for if(N * out > 50000)
+    for (size_t n = 0; n < N; n++) memcpy(y + n * out, bias, out * sizeof *y);
+    matmul(y, out, matrix(x, in), matrix(weight, out), N, out, in, true);
+}
+
+/* Adds the sum of the rows of dy (N,out), columns j0..j1, to dbias: one thread a strip of columns. */
+static void bias_backward_strip(float *dbias, const float *dy, size_t N, size_t out, size_t j0, size_t j1)
+{
+    for (size_t n = 0; n < N; n++)
+        for (size_t j = j0; j < j1; j++) dbias[j] += dy[n * out + j];
+}
+
+enum { STRIP = 64 };     /* columns of a strip */
+
+/* dx = dy W^T;  dW += x^T dy;  dbias += sum of dy's rows. dx may be NULL (nothing below learns), so may dW. */
+static void linear_backward(float *dx, float *dweight, float *dbias, const float *dy, const float *x, const float *weight, size_t N, size_t in, size_t out)
+{
+    if (dx) matmul(dx, in, matrix(dy, out), transposed(weight, out), N, in, out, false);
+    if (dweight) matmul(dweight, out, transposed(x, in), matrix(dy, out), in, out, N, true);
+    if (!dbias) return;
+    #pragma omp parallel for if(N * out > 50000)
+    for (size_t j = 0; j < out; j += STRIP) bias_backward_strip(dbias, dy, N, out, j, MIN(out, j + STRIP));
+}
+
+/* layernorm: y = (x - mean) * rstd * weight + bias, row by row, rstd = 1/sqrt(variance + eps) [3].
+ * mean, rstd (N) are kept for the backward pass. Why: without it, activations grow layer by layer.
+ * By hand: x = (1, 3): mean 2, variance 1 -> (-1, 1).                          test: layernorm */
+static void layernorm_row(float *y, float *mean, float *rstd, const float *x, const float *weight, const float *bias, size_t C, float eps)
+{
+    float m = row_sum(x, C) / (float)C;
+    for (size_t c = 0; c < C; c++) y[c] = x[c] - m;
+    float r = 1.0f / sqrtf(row_dot(y, y, C) / (float)C + eps);
+    for (size_t c = 0; c < C; c++) y[c] = y[c] * r * weight[c] + bias[c];
+    *mean = m;
+    *rstd = r;
+}
+
+static void layernorm_forward(float *y, float *mean, float *rstd, const float *x, const float *weight, const float *bias, size_t N, size_t C, float eps)
+{
+    #pragma omp parallel for if(N * C > 20000)
+    for (size_t n = 0; n < N; n++) layernorm_row(y + n * C, mean + n, rstd + n, x + n * C, weight, bias, C, eps);
+}
+
+/* With h = (x - mean) * rstd, g = dy * weight:  dx = rstd * (g - mean(g) - h * mean(g h)).
+ * The two means are there because x moved the mean and the variance too. dx is ADDED to. */
+static void layernorm_backward_row(float *dx, const float *dy, const float *x, float mean, float rstd, const float *weight, size_t C, float *g)
+{
+    float *gh = g + C;
+    for (size_t c = 0; c < C; c++) {
+        g[c] = dy[c] * weight[c];
+        gh[c] = g[c] * ((x[c] - mean) * rstd);
+    }
+    float mean_g = row_sum(g, C) / (float)C, mean_gh = row_sum(gh, C) / (float)C;
+    for (size_t c = 0; c < C; c++) dx[c] += rstd * (g[c] - mean_g - (x[c] - mean) * rstd * mean_gh);
+}
+
+static void layernorm_backward_strip(float *dweight, float *dbias, const float *dy, const float *x, const float *mean, const float *rstd, size_t N, size_t C, size_t c0, size_t c1)
+{
+    for (size_t n = 0; n < N; n++)
+        for (size_t c = c0; c < c1; c++) {
+            dweight[c] += dy[n * C + c] * (x[n * C + c] - mean[n]) * rstd[n];
+            dbias[c] += dy[n * C + c];
+        }
+}
+
+static void layernorm_backward(float *dx, float *dweight, float *dbias, const float *dy, const float *x, const float *mean, const float *rstd, const float *weight, size_t N, size_t C)
+{
+    #pragma omp parallel for if(N * C > 20000)
+    for (size_t n = 0; n < N; n++)
+        layernorm_backward_row(dx + n * C, dy + n * C, x + n * C, mean[n], rstd[n], weight, C, thread_scratch(SCRATCH_ROW, 2 * C));
+    if (!dweight) return;
+    #pragma omp parallel for if(N * C > 20000)
+    for (size_t c = 0; c < C; c += STRIP) layernorm_backward_strip(dweight, dbias, dy, x, mean, rstd, N, C, c, MIN(C, c + STRIP));
+}
+
+/* gelu, the tanh form that GPT-2 was trained with ("gelu_new") [18]:
+ *   y = x/2 (1 + tanh(u)),  u = sqrt(2/pi) (x + 0.044715 x^3)
+ * and because (1 + tanh u)/2 = sigmoid(2u), it is x * sigmoid(2u): one exponential.
+ * By hand: 0 -> 0; large x -> x; -1 -> -0.1588.                                    test: gelu */
+static inline float gelu_gate(float x)
+{
+    float u2 = 1.5957691f * (x + 0.044715f * x * x * x);
+    return 1.0f / (1.0f + exp_fast(-u2));
+}
+
+static void gelu_row(float *y, const float *x, size_t n)
+{
+    for (size_t i = 0; i < n; i++) y[i] = x[i] * gelu_gate(x[i]);
+}
+
+/* y = x s, s = sigmoid(2u):  dy/dx = s + x s (1 - s) d(2u)/dx. */
+static void gelu_backward_row(float *dx, const float *dy, const float *x, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        float s = gelu_gate(x[i]), slope = 1.5957691f * (1.0f + 3.0f * 0.044715f * x[i] * x[i]);
+        dx[i] = dy[i] * (s + x[i] * s * (1.0f - s) * slope);
+    }
+}
+
+static void gelu_forward(float *y, const float *x, size_t N, size_t C)
+{
+    #pragma omp parallel for if(N * C > 10000)
+    for (size_t n = 0; n < N; n++) gelu_row(y + n * C, x + n * C, C);
+}
+
+static void gelu_backward(float *dx, const float *dy, const float *x, size_t N, size_t C)
+{
+    #pragma omp parallel for if(N * C > 10000)
+    for (size_t n = 0; n < N; n++) gelu_backward_row(dx + n * C, dy + n * C, x + n * C, C);
+}
+
+/* embedding: x (N,C) = wte[id] + wpe[position]: what the token is, and where it stands. */
+static void embedding_forward(float *x, const struct Batch *batch, const float *wte, const float *wpe, size_t C)
+{
+    #pragma omp parallel for if(batch->N * C > 50000)
+    for (size_t n = 0; n < batch->N; n++) {
+        const float *token = wte + (size_t)batch->ids[n] * C, *place = wpe + (size_t)batch->position[n] * C;
+        for (size_t c = 0; c < C; c++) x[n * C + c] = token[c] + place[c];
+    }
+}
+
+static void embedding_backward_strip(float *dwte, float *dwpe, const float *dx, const struct Batch *batch, size_t C, size_t c0, size_t c1)
+{
+    for (size_t n = 0; n < batch->N; n++)
+        for (size_t c = c0; c < c1; c++) {
+            dwte[(size_t)batch->ids[n] * C + c] += dx[n * C + c];
+            dwpe[(size_t)batch->position[n] * C + c] += dx[n * C + c];
+        }
+}
+
+/* A token that stands in several places gets the sum of its gradients: rows in order, one thread a strip. */
+static void embedding_backward(float *dwte, float *dwpe, const float *dx, const struct Batch *batch, size_t C)
+{
+    #pragma omp parallel for if(batch->N * C > 50000)
+    for (size_t c = 0; c < C; c += STRIP) embedding_backward_strip(dwte, dwpe, dx, batch, C, c, MIN(C, c + STRIP));
+}
+
+/* attention -- causal multi-head self-attention [2], each sequence by itself.
+ * in   qkv (N,3C): a row holds query, key and value of one token, NH heads of HS numbers each
+ * out  out (N,C);  lse (N,NH): log sum_j e^(score_j), all that the backward pass needs to keep
+ *   score_tj = q_t . k_j / sqrt(HS) for j <= t;  p_t = softmax(score_t);  out_t = sum_j p_tj v_j
+ * A token looks back, never forward: that is what makes it a language model. The (T,T) matrix of p is
+ * never kept: ATTENTION_ROWS rows of it at a time, made again in the backward pass from lse [17], so
+ * memory grows with T, not T^2.                                test: attention, attention_gradient */
+enum { ATTENTION_ROWS = 64 };
+
+struct AttentionShape { size_t C, NH, HS; float scale; };
+
+static struct AttentionShape attention_shape(size_t C, size_t NH)
+{
+    return (struct AttentionShape){C, NH, C / NH, 1.0f / sqrtf((float)(C / NH))};
+}
+
+/* Scores of rows t0..t1 against keys 0..t1, scaled: p (t1-t0, t1). qkv points at this sequence and head. */
+static void attention_scores(float *p, const float *qkv, struct AttentionShape s, size_t t0, size_t t1)
+{
+    struct Matrix q = {qkv + t0 * 3 * s.C, 3 * s.C, 1}, k_transposed = {qkv + s.C, 1, 3 * s.C};
+    matmul(p, t1, q, k_transposed, t1 - t0, t1, s.HS, false);
+    for (size_t i = 0; i < (t1 - t0) * t1; i++) p[i] *= s.scale;
+}
+
+static void attention_forward_head(float *out, float *lse, const float *qkv, struct AttentionShape s, size_t T)
+{
+    float *p = thread_scratch(SCRATCH_SCORES, ATTENTION_ROWS * T);
+    for (size_t t0 = 0; t0 < T; t0 += ATTENTION_ROWS) {
+        size_t t1 = MIN(T, t0 + ATTENTION_ROWS);
+        attention_scores(p, qkv, s, t0, t1);
+        for (size_t t = t0; t < t1; t++) {
+            float *p_t = p + (t - t0) * t1, largest = row_max(p_t, t + 1);
+            float total = row_exp(p_t, p_t, largest, t + 1), scale = 1.0f / total;
+            for (size_t j = 0; j <= t; j++) p_t[j] *= scale;
+            for (size_t j = t + 1; j < t1; j++) p_t[j] = 0;             /* the future */
+            lse[t * s.NH] = largest + logf(total);
+        }
+        matmul(out + t0 * s.C, s.C, matrix(p, t1), (struct Matrix){qkv + 2 * s.C, 3 * s.C, 1}, t1 - t0, s.HS, t1, false);
+    }
+}
+
+static void attention_forward(float *out, float *lse, const float *qkv, const struct Batch *batch, struct AttentionShape s)
+{
+    #pragma omp parallel for schedule(dynamic)
+    for (size_t task = 0; task < batch->B * s.NH; task++) {
+        size_t b = task / s.NH, h = task % s.NH, start = batch->start[b];
+        attention_forward_head(out + start * s.C + h * s.HS, lse + start * s.NH + h, qkv + start * 3 * s.C + h * s.HS, s, batch->start[b + 1] - start);
+    }
+}
+
+/* out = P V and P = softmax(S), so, with row sums D_t = sum_c dout_tc out_tc = sum_j P_tj dP_tj:
+ *   dV += P^T dout,   dP = dout V^T,   dS = P * (dP - D),   dQ = scale dS K,   dK += scale dS^T Q */
+static void attention_backward_head(float *dqkv, const float *dout, const float *out, const float *lse, const float *qkv, struct AttentionShape s, size_t T)
+{
+    size_t C3 = 3 * s.C;
+    float *p = thread_scratch(SCRATCH_SCORES, 2 * ATTENTION_ROWS * T), *dp = p + ATTENTION_ROWS * T;
+    struct Matrix k = {qkv + s.C, C3, 1}, v_transposed = {qkv + 2 * s.C, 1, C3};
+    for (size_t t = 0; t < T; t++)
+        for (size_t c = 0; c < s.HS; c++) dqkv[t * C3 + s.C + c] = dqkv[t * C3 + 2 * s.C + c] = 0;
+    for (size_t t0 = 0; t0 < T; t0 += ATTENTION_ROWS) {
+        size_t t1 = MIN(T, t0 + ATTENTION_ROWS), rows = t1 - t0;
+        attention_scores(p, qkv, s, t0, t1);
+        matmul(dp, t1, (struct Matrix){dout + t0 * s.C, s.C, 1}, v_transposed, rows, t1, s.HS, false);
+        for (size_t t = t0; t < t1; t++) {
+            float *p_t = p + (t - t0) * t1, *dp_t = dp + (t - t0) * t1, D = 0;
+            for (size_t c = 0; c < s.HS; c++) D += dout[t * s.C + c] * out[t * s.C + c];
+            for (size_t j = 0; j <= t; j++) p_t[j] = exp_fast(p_t[j] - lse[t * s.NH]);
+            for (size_t j = 0; j <= t; j++) dp_t[j] = p_t[j] * (dp_t[j] - D) * s.scale;
+            for (size_t j = t + 1; j < t1; j++) p_t[j] = dp_t[j] = 0;
+        }
+        matmul(dqkv + t0 * C3, C3, matrix(dp, t1), k, rows, s.HS, t1, false);
+        matmul(dqkv + s.C, C3, transposed(dp, t1), (struct Matrix){qkv + t0 * C3, C3, 1}, t1, s.HS, rows, true);
+        matmul(dqkv + 2 * s.C, C3, transposed(p, t1), (struct Matrix){dout + t0 * s.C, s.C, 1}, t1, s.HS, rows, true);
+    }
+}
+
+static void attention_backward(float *dqkv, const float *dout, const float *out, const float *lse, const float *qkv, const struct Batch *batch, struct AttentionShape s)
+{
+    #pragma omp parallel for schedule(dynamic)
+    for (size_t task = 0; task < batch->B * s.NH; task++) {
+        size_t b = task / s.NH, h = task % s.NH, start = batch->start[b], at = start * s.C + h * s.HS;
+        attention_backward_head(dqkv + start * 3 * s.C + h * s.HS, dout + at, out + at, lse + start * s.NH + h, qkv + start * 3 * s.C + h * s.HS, s, batch->start[b + 1] - start);
+    }
+}
+
+/* =============================================================================================
+ * Chapter 8 - GPT-2                  [glossary: Modelo de linguagem] [glossary: AutoModelForCausalLM]
+ *
+ * What enters: ids. What leaves: for each position a hidden vector after the last layer norm, and,
+ * only where somebody asks, the logits of the next token: hidden . wte^T, the embedding used once
+ * more as the output layer ("tied"). In between, n_layer blocks, each adding to the residual stream:
+ *     x = x + attention(ln_1(x));   x = x + mlp(ln_2(x))                                   [1]
+ * The structs repeat transformers' module names: model->h[3].mlp.c_fc.weight is the tensor
+ * "transformer.h.3.mlp.c_fc.weight" of a checkpoint.
+ * ============================================================================================= */
+
+struct GPT2Config { size_t vocab_size, n_positions, n_embd, n_layer, n_head; int eos_token_id, pad_token_id; float layer_norm_epsilon; };
+
+struct Linear { struct Tensor weight, bias; };
+struct LayerNorm { struct Tensor weight, bias; };
+struct Block {
+    struct LayerNorm ln_1;
+    struct { struct Linear c_attn, c_proj; } attn;
+    struct LayerNorm ln_2;
+    struct { struct Linear c_fc, c_proj; } mlp;
+};
+
+struct GPT2 {
+    struct GPT2Config config;
+    struct Tensor wte, wpe;
+    struct Block *h;                       /* (n_layer) */
+    struct LayerNorm ln_f;
+    struct Tensor score;                   /* reward head, chapter 9; n = 0: the model has none */
+    struct Linear v_head;                  /* value head, chapter 9; likewise */
+    struct Tensor **tensors;               /* all of the above, in a checkpoint's order */
+    size_t tensor_count;
+    struct Arena arena;
+};
+
+static void tensor_declare(struct GPT2 *model, struct Tensor *tensor, const char *name, size_t rows, size_t columns)
+{
+    snprintf(tensor->name, sizeof tensor->name, "%s", name);
+    tensor->shape[0] = rows;
+    tensor->shape[1] = columns;
+    tensor->ndim = columns ? 2 : 1;
+    tensor->n = rows * (columns ? columns : 1);
+    tensor->decay = columns != 0;
+    tensor->w = arena_zeros(&model->arena, tensor->n, sizeof(float));
+    model->tensors[model->tensor_count++] = tensor;
+}
+
+static void linear_declare(struct GPT2 *model, struct Linear *linear, const char *name, size_t in, size_t out)
+{
+    char full[64];
+    snprintf(full, sizeof full, "%.48s.weight", name);
+    tensor_declare(model, &linear->weight, full, in, out);
+    snprintf(full, sizeof full, "%.48s.bias", name);
+    tensor_declare(model, &linear->bias, full, out, 0);
+}
+
+static void layernorm_declare(struct GPT2 *model, struct LayerNorm *norm, const char *name, size_t C)
+{
+    char full[64];
+    snprintf(full, sizeof full, "%.48s.weight", name);
+    tensor_declare(model, &norm->weight, full, C, 0);
+    for (size_t c = 0; c < C; c++) norm->weight.w[c] = 1;
+    snprintf(full, sizeof full, "%.48s.bias", name);
+    tensor_declare(model, &norm->bias, full, C, 0);
+}
+
+static void config_check(const struct GPT2Config *c, const char *path)
+{
+    CHECK(c->n_embd > 0 && c->n_embd <= 1 << 16 && c->n_head > 0 && c->n_embd % c->n_head == 0, "%s: n_embd %zu must be a multiple of n_head %zu, at most 65536", path, c->n_embd, c->n_head);
+    CHECK(c->n_layer > 0 && c->n_layer <= 1000, "%s: n_layer %zu; 1 to 1000 can be used", path, c->n_layer);
+    CHECK(c->n_positions > 0 && c->n_positions <= 1 << 20, "%s: n_positions %zu; 1 to 1048576 can be used", path, c->n_positions);
+    CHECK(c->vocab_size > BYTE_TOKENS && c->vocab_size <= 65536, "%s: vocab_size %zu; 257 to 65536 can be used", path, c->vocab_size);
+}
+
+/* A model with all weights zero, layer norms one. */
+static struct GPT2 *gpt2_new(struct GPT2Config config)
+{
+    struct GPT2 *model = calloc(1, sizeof *model);
+    CHECK(model, "out of memory");
+    model->config = config;
+    size_t C = config.n_embd;
+    model->h = arena_zeros(&model->arena, config.n_layer, sizeof *model->h);
+    model->tensors = arena_alloc(&model->arena, 12 * config.n_layer + 8, sizeof *model->tensors);
+    tensor_declare(model, &model->wte, "wte.weight", config.vocab_size, C);
+    tensor_declare(model, &model->wpe, "wpe.weight", config.n_positions, C);
+    for (size_t l = 0; l < config.n_layer; l++) {
+        struct Block *h = &model->h[l];
+        char name[64];
+        #define IN_BLOCK(part) (snprintf(name, sizeof name, "h.%zu.%s", l, part), name)
+        layernorm_declare(model, &h->ln_1, IN_BLOCK("ln_1"), C);
+        linear_declare(model, &h->attn.c_attn, IN_BLOCK("attn.c_attn"), C, 3 * C);
+        linear_declare(model, &h->attn.c_proj, IN_BLOCK("attn.c_proj"), C, C);
+        layernorm_declare(model, &h->ln_2, IN_BLOCK("ln_2"), C);
+        linear_declare(model, &h->mlp.c_fc, IN_BLOCK("mlp.c_fc"), C, 4 * C);
+        linear_declare(model, &h->mlp.c_proj, IN_BLOCK("mlp.c_proj"), 4 * C, C);
+        #undef IN_BLOCK
+    }
+    layernorm_declare(model, &model->ln_f, "ln_f", C);
+    return model;
+}
+
+static void gpt2_free(struct GPT2 *model)
+{
+    if (!model) return;
+    arena_free(&model->arena);
+    free(model);
+}
+
+static void tensor_normal(struct Tensor *tensor, struct Rng *rng, double std)
+{
+    for (size_t i = 0; i < tensor->n; i++) tensor->w[i] = (float)(std * rng_normal(rng));
+}
+
+/* GPT-2's start: N(0, 0.02) for matrices; the two projections that write to the residual stream
+ * scaled by 1/sqrt(2 n_layer), so that its variance does not grow with depth; biases 0 [1]. */
+static void gpt2_init(struct GPT2 *model, uint64_t seed)
+{
+    struct Rng rng = rng_seed(seed, STREAM_INIT);
+    for (size_t i = 0; i < model->tensor_count; i++) {
+        struct Tensor *t = model->tensors[i];
+        bool residual = strstr(t->name, "c_proj.weight") != NULL;
+        if (t->ndim == 2) tensor_normal(t, &rng, residual ? 0.02 / sqrt(2.0 * (double)model->config.n_layer) : 0.02);
+    }
+}
+
+/* Gradients and AdamW's moments, all zero. */
+static void gpt2_make_trainable(struct GPT2 *model)
+{
+    for (size_t i = 0; i < model->tensor_count; i++) {
+        struct Tensor *t = model->tensors[i];
+        if (t->d) continue;
+        t->d = arena_zeros(&model->arena, t->n, sizeof(float));
+        t->m = arena_zeros(&model->arena, t->n, sizeof(float));
+        t->v = arena_zeros(&model->arena, t->n, sizeof(float));
+    }
+}
+
+static void gpt2_zero_grad(struct GPT2 *model)
+{
+    for (size_t i = 0; i < model->tensor_count; i++) memset(model->tensors[i]->d, 0, model->tensors[i]->n * sizeof(float));
+}
+
+/* A second model with the same weights: the reference model.        [glossary: Modelo de referência] */
+static struct GPT2 *gpt2_copy(const struct GPT2 *model)
+{
+    struct GPT2 *copy = gpt2_new(model->config);
+    for (size_t i = 0; i < copy->tensor_count; i++) memcpy(copy->tensors[i]->w, model->tensors[i]->w, copy->tensors[i]->n * sizeof(float));
+    return copy;
+}
+
+/* What the forward pass keeps of one block for the backward pass. */
+struct BlockActivations {
+    float *x;                                         /* (N,C) what entered */
+    float *ln_1, *ln_1_mean, *ln_1_rstd;              /* (N,C) (N) (N) */
+    float *qkv, *att, *lse;                           /* (N,3C) (N,C) (N,NH) */
+    float *mid;                                       /* (N,C) x + attention */
+    float *ln_2, *ln_2_mean, *ln_2_rstd;
+    float *fc, *gelu;                                 /* (N,4C) before and after the activation */
+};
+
+struct Activations {
+    const struct Batch *batch;
+    struct BlockActivations *h;                       /* (L), or one that all share when nothing is kept */
+    bool keep;
+    float *x, *ln_f, *ln_f_mean, *ln_f_rstd;          /* (N,C) out of the last block; hidden = ln_f (N,C) */
+};
+
+static struct BlockActivations block_activations(struct Arena *arena, const struct GPT2Config *c, size_t N)
+{
+    size_t C = c->n_embd;
+    struct BlockActivations a;
+    a.x = arena_floats(arena, N * C);
+    a.ln_1 = arena_floats(arena, N * C);
+    a.ln_1_mean = arena_floats(arena, N);
+    a.ln_1_rstd = arena_floats(arena, N);
+    a.qkv = arena_floats(arena, N * 3 * C);
+    a.att = arena_floats(arena, N * C);
+    a.lse = arena_floats(arena, N * c->n_head);
+    a.mid = arena_floats(arena, N * C);
+    a.ln_2 = arena_floats(arena, N * C);
+    a.ln_2_mean = arena_floats(arena, N);
+    a.ln_2_rstd = arena_floats(arena, N);
+    a.fc = arena_floats(arena, N * 4 * C);
+    a.gelu = arena_floats(arena, N * 4 * C);
+    return a;
+}
+
+static void residual_add(float *sum, const float *x, size_t n)
+{
+    #pragma omp parallel for if(n > 100000)
+    for (size_t i = 0; i < n; i++) sum[i] += x[i];
+}
+
+/* The first half of a block, up to query, key and value. */
+static void block_forward_qkv(const struct GPT2 *model, const struct Block *h, struct BlockActivations *a, size_t N)
+{
+    size_t C = model->config.n_embd;
+    layernorm_forward(a->ln_1, a->ln_1_mean, a->ln_1_rstd, a->x, h->ln_1.weight.w, h->ln_1.bias.w, N, C, model->config.layer_norm_epsilon);
+    linear_forward(a->qkv, a->ln_1, h->attn.c_attn.weight.w, h->attn.c_attn.bias.w, N, C, 3 * C);
+}
+
+/* The second half, from attention's output to `out` (N,C), the next block's x. */
+static void block_forward_rest(const struct GPT2 *model, const struct Block *h, struct BlockActivations *a, float *out, size_t N)
+{
+    size_t C = model->config.n_embd;
+    linear_forward(a->mid, a->att, h->attn.c_proj.weight.w, h->attn.c_proj.bias.w, N, C, C);
+    residual_add(a->mid, a->x, N * C);
+    layernorm_forward(a->ln_2, a->ln_2_mean, a->ln_2_rstd, a->mid, h->ln_2.weight.w, h->ln_2.bias.w, N, C, model->config.layer_norm_epsilon);
+    linear_forward(a->fc, a->ln_2, h->mlp.c_fc.weight.w, h->mlp.c_fc.bias.w, N, C, 4 * C);
+    gelu_forward(a->gelu, a->fc, N, 4 * C);
+    linear_forward(out, a->gelu, h->mlp.c_proj.weight.w, h->mlp.c_proj.bias.w, N, 4 * C, C);
+    residual_add(out, a->mid, N * C);
+}
+
+/* dx (N,C) holds the derivative of the loss by the block's output and becomes that by its input. What
+ * was mid + mlp(ln_2(mid)) sends dx to both summands: dx itself, plus what comes back through the mlp. */
+static void block_backward(struct GPT2 *model, struct Block *h, const struct BlockActivations *a, const struct Batch *batch, float *dx, float *dwide, float *dnarrow)
+{
+    size_t N = batch->N, C = model->config.n_embd;
+    linear_backward(dwide, h->mlp.c_proj.weight.d, h->mlp.c_proj.bias.d, dx, a->gelu, h->mlp.c_proj.weight.w, N, 4 * C, C);
+    gelu_backward(dwide, dwide, a->fc, N, 4 * C);
+    linear_backward(dnarrow, h->mlp.c_fc.weight.d, h->mlp.c_fc.bias.d, dwide, a->ln_2, h->mlp.c_fc.weight.w, N, C, 4 * C);
+    layernorm_backward(dx, h->ln_2.weight.d, h->ln_2.bias.d, dnarrow, a->mid, a->ln_2_mean, a->ln_2_rstd, h->ln_2.weight.w, N, C);
+    linear_backward(dnarrow, h->attn.c_proj.weight.d, h->attn.c_proj.bias.d, dx, a->att, h->attn.c_proj.weight.w, N, C, C);
+    attention_backward(dwide, dnarrow, a->att, a->lse, a->qkv, batch, attention_shape(C, model->config.n_head));
+    linear_backward(dnarrow, h->attn.c_attn.weight.d, h->attn.c_attn.bias.d, dwide, a->ln_1, h->attn.c_attn.weight.w, N, C, 3 * C);
+    layernorm_backward(dx, h->ln_1.weight.d, h->ln_1.bias.d, dnarrow, a->x, a->ln_1_mean, a->ln_1_rstd, h->ln_1.weight.w, N, C);
+}
+
+/* gpt2_forward -- hidden states of a batch.                                [glossary: Inferência]
+ * keep: all activations stay in the arena for gpt2_backward; else one block's worth is reused.
+ * out  activations.ln_f (N,C).                                   test: gpt2_golden, fixtures */
+static struct Activations gpt2_forward(const struct GPT2 *model, struct Arena *arena, const struct Batch *batch, bool keep)
+{
+    const struct GPT2Config *c = &model->config;
+    size_t N = batch->N, C = c->n_embd, L = c->n_layer;
+    CHECK(batch->max_length <= c->n_positions, "a sequence of %zu tokens does not fit the model's %zu positions (n_positions)", batch->max_length, c->n_positions);
+    struct Activations acts = {.batch = batch, .keep = keep};
+    acts.h = arena_alloc(arena, L, sizeof *acts.h);
+    for (size_t l = 0; l < L; l++) acts.h[l] = l == 0 || keep ? block_activations(arena, c, N) : acts.h[0];
+    acts.x = arena_floats(arena, N * C);
+    acts.ln_f = arena_floats(arena, N * C);
+    acts.ln_f_mean = arena_floats(arena, N);
+    acts.ln_f_rstd = arena_floats(arena, N);
+    embedding_forward(acts.h[0].x, batch, model->wte.w, model->wpe.w, C);
+    for (size_t l = 0; l < L; l++) {
+        struct BlockActivations *a = &acts.h[l];
+        block_forward_qkv(model, &model->h[l], a, N);
+        attention_forward(a->att, a->lse, a->qkv, batch, attention_shape(C, c->n_head));
+        block_forward_rest(model, &model->h[l], a, l + 1 < L ? acts.h[l + 1].x : acts.x, N);
+    }
+    layernorm_forward(acts.ln_f, acts.ln_f_mean, acts.ln_f_rstd, acts.x, model->ln_f.weight.w, model->ln_f.bias.w, N, C, c->layer_norm_epsilon);
+    return acts;
+}
+
+/* gpt2_backward -- adds to every weight's gradient; dhidden (N,C) = d loss / d acts->ln_f. */
+static void gpt2_backward(struct GPT2 *model, struct Arena *arena, const struct Activations *acts, const float *dhidden)
+{
+    const struct Batch *batch = acts->batch;
+    size_t N = batch->N, C = model->config.n_embd;
+    float *dx = arena_zeros(arena, N * C, sizeof *dx);
+    float *dwide = arena_floats(arena, N * 4 * C), *dnarrow = arena_floats(arena, N * C);
+    layernorm_backward(dx, model->ln_f.weight.d, model->ln_f.bias.d, dhidden, acts->x, acts->ln_f_mean, acts->ln_f_rstd, model->ln_f.weight.w, N, C);
+    for (size_t l = model->config.n_layer; l-- > 0;) block_backward(model, &model->h[l], &acts->h[l], batch, dx, dwide, dnarrow);
+    embedding_backward(model->wte.d, model->wpe.d, dx, batch, C);
+}
+
+/* The output layer, for chosen rows only. logits (R,V) can be the largest array of all (1024 rows of
+ * GPT-2 are 206 MB), so rows pass in chunks of at most LM_HEAD_FLOATS logits; what stays is a few
+ * numbers a row. If all rows fit one chunk the backward pass finds the logits still there.
+ *   logit_v = hidden . wte_v / temperature;  logprob = logit_target - lse
+ *   d logprob / d logit_v = [v = target] - p_v */
+enum { LM_HEAD_FLOATS = 1 << 25 };
+
+struct LMHead {
+    size_t R, chunk;                  /* rows; rows a chunk */
+    const int *row, *target;          /* (R) */
+    float temperature;
+    float *hidden;                    /* (R,C) gathered */
+    float *logits;                    /* (chunk,V) */
+    size_t logits_first;              /* first row of the chunk that logits holds; R: none */
+    float *logprob, *entropy, *lse;   /* (R) of the target; of the distribution, in nats; log sum e^logit */
+    float *mean_logit, *hit;          /* (R) over the vocabulary; 1 if the target is the argmax */
+};
+
+static struct LMHead lm_head_new(const struct GPT2 *model, struct Arena *arena, const struct Activations *acts, const int *row, const int *target, size_t R, float temperature)
+{
+    size_t C = model->config.n_embd, V = model->config.vocab_size;
+    struct LMHead head = {.R = R, .row = row, .target = target, .temperature = temperature, .logits_first = R};
+    head.chunk = MIN(R, MAX((size_t)1, (size_t)LM_HEAD_FLOATS / V));
+    head.hidden = arena_floats(arena, R * C);
+    head.logits = arena_floats(arena, head.chunk * V);
+    head.logprob = arena_floats(arena, R);
+    head.entropy = arena_floats(arena, R);
+    head.lse = arena_floats(arena, R);
+    head.mean_logit = arena_floats(arena, R);
+    head.hit = arena_floats(arena, R);
+    for (size_t r = 0; r < R; r++) memcpy(head.hidden + r * C, acts->ln_f + (size_t)row[r] * C, C * sizeof(float));
+    return head;
+}
+
+/* Logits of the chunk of rows that starts at `first`; returns how many rows it has. */
+static size_t lm_head_logits(const struct GPT2 *model, struct LMHead *head, size_t first)
+{
+    size_t n = MIN(head->chunk, head->R - first), C = model->config.n_embd, V = model->config.vocab_size;
+    if (head->logits_first == first) return n;
+    matmul(head->logits, V, matrix(head->hidden + first * C, C), transposed(model->wte.w, C), n, V, C, false);
+    if (head->temperature != 1) {
+        float scale = 1 / head->temperature;
+        #pragma omp parallel for
+        for (size_t i = 0; i < n * V; i++) head->logits[i] *= scale;
+    }
+    head->logits_first = first;
+    return n;
+}
+
+static void lm_head_row(struct LMHead *head, size_t r, const float *logits, size_t V)
+{
+    float *e = thread_scratch(SCRATCH_ROW, V);
+    float largest = row_max(logits, V), total = row_exp(e, logits, largest, V);
+    float expected = row_dot(e, logits, V) / total;          /* sum_v p_v logit_v */
+    head->lse[r] = largest + logf(total);
+    head->logprob[r] = logits[head->target[r]] - head->lse[r];
+    head->entropy[r] = head->lse[r] - expected;
+    head->mean_logit[r] = row_sum(logits, V) / (float)V;
+    head->hit[r] = logits[head->target[r]] == largest && argmax(logits, V) == (size_t)head->target[r];
+}
+
+static void lm_head_forward_chunk(const struct GPT2 *model, struct LMHead *head, size_t first)
+{
+    size_t V = model->config.vocab_size, n = lm_head_logits(model, head, first);
+    #pragma omp parallel for schedule(dynamic, 4)
+    for (size_t i = 0; i < n; i++) lm_head_row(head, first + i, head->logits + i * V, V);
+}
+
+/* Turns a row of logits into d loss / d logits, given g = d loss / d logprob. */
+static void lm_head_backward_row(float *logits, float lse, int target, float g, size_t V)
+{
+    for (size_t v = 0; v < V; v++) logits[v] = -g * exp_fast(logits[v] - lse);
+    logits[target] += g;
+}
+
+/* dlogprob (R): d loss / d logprob of each row. Adds to dhidden (N,C) and to wte's gradient. */
+static void lm_head_backward_chunk(struct GPT2 *model, struct LMHead *head, const float *dlogprob, float *dhidden, struct Arena *arena, size_t first)
+{
+    size_t V = model->config.vocab_size, C = model->config.n_embd, n = lm_head_logits(model, head, first);
+    head->logits_first = head->R;                            /* overwritten now */
+    #pragma omp parallel for schedule(dynamic, 4)
+    for (size_t i = 0; i < n; i++)
+        lm_head_backward_row(head->logits + i * V, head->lse[first + i], head->target[first + i], dlogprob[first + i] / head->temperature, V);
+    float *drows = arena_floats(arena, n * C);
+    matmul(drows, C, matrix(head->logits, V), matrix(model->wte.w, C), n, C, V, false);
+    if (model->wte.d) matmul(model->wte.d, C, transposed(head->logits, V), matrix(head->hidden + first * C, C), V, C, n, true);
+    for (size_t i = 0; i < n; i++)
+        for (size_t c = 0; c < C; c++) dhidden[(size_t)head->row[first + i] * C + c] += drows[i * C + c];
+}
+
+/* The two passes, for losses that need all log-probabilities before they know a gradient (DPO, PPO). */
+static void lm_head_forward(const struct GPT2 *model, struct LMHead *head)
+{
+    for (size_t r = 0; r < head->R; r += head->chunk) lm_head_forward_chunk(model, head, r);
+}
+
+static void lm_head_backward(struct GPT2 *model, struct LMHead *head, const float *dlogprob, float *dhidden, struct Arena *arena)
+{
+    for (size_t r = 0; r < head->R; r += head->chunk) lm_head_backward_chunk(model, head, dlogprob, dhidden, arena, r);
+}
+
+/* Both at once for the cross-entropy, -logprob of each target times `weight`.  [glossary: Função de perda] */
+static void lm_head_cross_entropy(struct GPT2 *model, struct LMHead *head, float weight, float *dhidden, struct Arena *arena)
+{
+    float *dlogprob = arena_floats(arena, head->R);
+    for (size_t r = 0; r < head->R; r++) dlogprob[r] = -weight;
+    for (size_t r = 0; r < head->R; r += head->chunk) {
+        lm_head_forward_chunk(model, head, r);
+        lm_head_backward_chunk(model, head, dlogprob, dhidden, arena, r);
+    }
+}
+
+/* Folders, as transformers writes them. */
+static size_t config_size(const struct Json *config, const char *path, const char *name, size_t fallback)
+{
+    struct Json *item = json_get(config, name);
+    return item && item->type != JSON_NULL ? json_size(item, 1 << 24, path, name) : fallback;
+}
+
+/* Settings under which this file would compute something else than transformers does: refused. */
+static void config_refuse(const struct Json *config, const char *path)
+{
+    static const struct { const char *name; enum JsonType allowed; } switches[] = {
+        {"scale_attn_weights", JSON_TRUE}, {"scale_attn_by_inverse_layer_idx", JSON_FALSE}, {"reorder_and_upcast_attn", JSON_FALSE},
+        {"add_cross_attention", JSON_FALSE}, {"tie_word_embeddings", JSON_TRUE}};
+    struct Json *type = json_get(config, "model_type"), *activation = json_get(config, "activation_function");
+    CHECK(!type || json_is_string(type, "gpt2"), "%s: model_type is not \"gpt2\"; only GPT-2 is implemented", path);
+    CHECK(!activation || json_is_string(activation, "gelu_new"), "%s: activation_function \"%s\" is not implemented; GPT-2 has \"gelu_new\"", path, activation->type == JSON_STRING ? activation->string.data : "?");
+    for (size_t i = 0; i < COUNT(switches); i++) {
+        struct Json *item = json_get(config, switches[i].name);
+        bool upcast = strcmp(switches[i].name, "reorder_and_upcast_attn") == 0;      /* changes rounding only */
+        CHECK(!item || upcast || item->type == switches[i].allowed || item->type == JSON_NULL, "%s: \"%s\" changes the mathematics and is not implemented", path, switches[i].name);
+    }
+}
+
+static struct GPT2Config config_load(const char *folder)
+{
+    struct Arena arena = {0};
+    char *path = arena_printf(&arena, "%s/config.json", folder);
+    CHECK(file_exists(folder), "%s: no such folder; a model is a folder with config.json and model.safetensors", folder);
+    CHECK(file_exists(path), "%s: no config.json inside; a model is a folder with config.json and model.safetensors", folder);
+    struct Json *json = json_read_file(&arena, path);
+    config_refuse(json, path);
+    struct GPT2Config c = {
+        .vocab_size = config_size(json, path, "vocab_size", 50257), .n_positions = config_size(json, path, "n_positions", 1024),
+        .n_embd = config_size(json, path, "n_embd", 768), .n_layer = config_size(json, path, "n_layer", 12), .n_head = config_size(json, path, "n_head", 12)};
+    config_check(&c, path);
+    size_t inner = config_size(json, path, "n_inner", 4 * c.n_embd);
+    CHECK(inner == 4 * c.n_embd, "%s: n_inner %zu is not implemented; 4 * n_embd is", path, inner);
+    struct Json *eps = json_get(json, "layer_norm_epsilon");
+    c.layer_norm_epsilon = eps && eps->type == JSON_NUMBER ? (float)eps->number : 1e-5f;
+    c.eos_token_id = (int)config_size(json, path, "eos_token_id", (size_t)end_token_of(c.vocab_size));
+    c.pad_token_id = (int)config_size(json, path, "pad_token_id", (size_t)c.eos_token_id);
+    arena_free(&arena);
+    return c;
+}
+
+/* Gives a tensor its numbers from an open file, under its own name or with "transformer." before it. */
+static bool tensor_load(struct SafeTensors *st, struct Tensor *tensor)
+{
+    char prefixed[96];
+    snprintf(prefixed, sizeof prefixed, "transformer.%s", tensor->name);
+    struct Json *entry = json_get(st->header, tensor->name);
+    if (!entry) entry = json_get(st->header, prefixed);
+    if (entry) safetensors_read(st, entry, tensor);
+    return entry != NULL;
+}
+
+/* The files that hold a model: one, or several named by an index, all inside the folder. */
+static size_t model_files(struct Arena *arena, const char *folder, char **files, size_t most)
+{
+    files[0] = arena_printf(arena, "%s/model.safetensors", folder);
+    char *index = arena_printf(arena, "%s/model.safetensors.index.json", folder);
+    if (file_exists(files[0]) || !file_exists(index)) return 1;
+    struct Json *map = json_get(json_read_file(arena, index), "weight_map");
+    CHECK(map && map->type == JSON_OBJECT, "%s: no \"weight_map\" inside", index);
+    size_t count = 0;
+    for (struct Json *item = map->child; item; item = item->next) {
+        CHECK(item->type == JSON_STRING && item->string.length && !strchr(item->string.data, '/') && !strchr(item->string.data, '\\'), "%s: \"%s\" must name a file of this folder", index, item->key.data);
+        char *path = arena_printf(arena, "%s/%s", folder, item->string.data);
+        bool known = false;
+        for (size_t i = 0; i < count; i++) known = known || strcmp(files[i], path) == 0;
+        if (known) continue;
+        CHECK(count < most, "%s: more than %zu files", index, most);
+        files[count++] = path;
+    }
+    CHECK(count > 0, "%s: \"weight_map\" names no file", index);
+    return count;
+}
+
+static struct Linear *value_head_declare(struct GPT2 *model);
+static struct Tensor *reward_head_declare(struct GPT2 *model);
+
+/* gpt2_load -- a model folder; heads are loaded where they are there.  [glossary: AutoModelForCausalLM] */
+static struct GPT2 *gpt2_load(const char *folder)
+{
+    struct Arena arena = {0};
+    struct GPT2 *model = gpt2_new(config_load(folder));
+    char *files[1024];
+    size_t file_count = model_files(&arena, folder, files, COUNT(files)), backbone = model->tensor_count;
+    bool *found = arena_zeros(&arena, backbone + 3, sizeof *found);
+    for (size_t f = 0; f < file_count; f++) {
+        struct SafeTensors st = safetensors_open(&arena, files[f]);
+        if (json_get(st.header, "score.weight")) reward_head_declare(model);
+        if (json_get(st.header, "v_head.summary.weight")) value_head_declare(model);
+        for (size_t i = 0; i < model->tensor_count; i++) found[i] = tensor_load(&st, model->tensors[i]) || found[i];
+        fclose(st.file);
+    }
+    for (size_t i = 0; i < model->tensor_count; i++)
+        CHECK(found[i], "%s: tensor %s is missing; expected shape [%zu%s%.0zu]", folder, model->tensors[i]->name, model->tensors[i]->shape[0], model->tensors[i]->ndim == 2 ? ", " : "", model->tensors[i]->shape[1]);
+    arena_free(&arena);
+    return model;
+}
+
+static void config_save(const struct GPT2 *model, const char *folder)
+{
+    const struct GPT2Config *c = &model->config;
+    bool classifier = model->score.n > 0;
+    struct Output out;
+    output_open(&out, folder, "config.json");
+    fprintf(out.file, "{\n  \"activation_function\": \"gelu_new\",\n  \"architectures\": [\"%s\"],\n  \"attn_pdrop\": 0.0,\n  \"bos_token_id\": %d,\n", classifier ? "GPT2ForSequenceClassification" : "GPT2LMHeadModel", c->eos_token_id);
+    fprintf(out.file, "  \"dtype\": \"float32\",\n  \"embd_pdrop\": 0.0,\n  \"eos_token_id\": %d,\n", c->eos_token_id);
+    if (classifier) fputs("  \"id2label\": {\"0\": \"LABEL_0\"},\n  \"label2id\": {\"LABEL_0\": 0},\n", out.file);
+    fprintf(out.file, "  \"initializer_range\": 0.02,\n  \"layer_norm_epsilon\": %.9g,\n  \"model_type\": \"gpt2\",\n  \"n_ctx\": %zu,\n  \"n_embd\": %zu,\n  \"n_head\": %zu,\n  \"n_inner\": null,\n", c->layer_norm_epsilon, c->n_positions, c->n_embd, c->n_head);
+    fprintf(out.file, "  \"n_layer\": %zu,\n  \"n_positions\": %zu,\n  \"pad_token_id\": %d,\n  \"resid_pdrop\": 0.0,\n  \"tie_word_embeddings\": true,\n  \"use_cache\": true,\n  \"vocab_size\": %zu\n}\n", c->n_layer, c->n_positions, c->pad_token_id, c->vocab_size);
+    output_close(&out);
+}
+
+/* gpt2_save -- the folder that transformers loads. The weights come last: a folder whose
+ * model.safetensors is new is whole. */
+static void gpt2_save(struct GPT2 *model, const char *folder, const struct Tokenizer *tok)
+{
+    make_folder(folder);
+    config_save(model, folder);
+    if (tok) tokenizer_save(tok, folder, model->config.vocab_size);
+    safetensors_write(folder, "model.safetensors", model->tensors, model->tensor_count, "transformer.");
+}
+
+/* =============================================================================================
+ * Chapter 9 - Reward and value heads
+ *
+ * Two readings of a hidden vector as one number. The reward head reads a whole text at its last
+ * token: how good was it? The value head reads every position: how good will it become?
+ * ============================================================================================= */
+
+/* score.weight (1,C), no bias: GPT2ForSequenceClassification with one label. */
+static struct Tensor *reward_head_declare(struct GPT2 *model)
+{
+    if (!model->score.n) tensor_declare(model, &model->score, "score.weight", 1, model->config.n_embd);
+    return &model->score;
+}
+
+/* v_head.summary (1,C) and bias: TRL's AutoModelForCausalLMWithValueHead.
+ *                                              [glossary: AutoModelForCausalLMWithValueHead] */
+static struct Linear *value_head_declare(struct GPT2 *model)
+{
+    if (model->v_head.weight.n) return &model->v_head;
+    tensor_declare(model, &model->v_head.weight, "v_head.summary.weight", 1, model->config.n_embd);
+    tensor_declare(model, &model->v_head.bias, "v_head.summary.bias", 1, 0);
+    return &model->v_head;
+}
+
+/* A value head for a model without one: U(-1/sqrt(C), 1/sqrt(C)), torch's start of a Linear. */
+static void value_head_init(struct GPT2 *model, uint64_t seed)
+{
+    if (model->v_head.weight.n) return;
+    struct Rng rng = rng_seed(seed, STREAM_INIT);
+    struct Linear *head = value_head_declare(model);
+    double bound = 1 / sqrt((double)model->config.n_embd);
+    for (size_t c = 0; c < model->config.n_embd; c++) head->weight.w[c] = (float)(bound * (2 * rng_uniform(&rng) - 1));
+    head->bias.w[0] = (float)(bound * (2 * rng_uniform(&rng) - 1));
+}
+
+/* scalar_head: out_r = hidden[row_r] . weight (+ bias), R rows of hidden (N,C). */
+static void scalar_head_forward(float *out, const float *hidden, const int *row, size_t R, const struct Tensor *weight, const struct Tensor *bias)
+{
+    size_t C = weight->n;
+    for (size_t r = 0; r < R; r++) out[r] = row_dot(hidden + (size_t)row[r] * C, weight->w, C) + (bias ? bias->w[0] : 0);
+}
+
+/* dhidden[row_r] += dout_r weight;  dweight += sum_r dout_r hidden[row_r];  dbias += sum_r dout_r. */
+static void scalar_head_backward(float *dhidden, const float *dout, const float *hidden, const int *row, size_t R, struct Tensor *weight, struct Tensor *bias)
+{
+    size_t C = weight->n;
+    for (size_t r = 0; r < R; r++) {
+        for (size_t c = 0; c < C; c++) {
+            dhidden[(size_t)row[r] * C + c] += dout[r] * weight->w[c];
+            weight->d[c] += dout[r] * hidden[(size_t)row[r] * C + c];
+        }
+        if (bias) bias->d[0] += dout[r];
+    }
+}
+
+/* Where a text's reward is read: its last token that is not padding. GPT-2 pads with its end token, so
+ * an end token at the end is passed over too. */
+static void reward_rows(const struct Batch *batch, int pad_token_id, int *row)
+{
+    for (size_t b = 0; b < batch->B; b++) {
+        size_t last = batch->start[b + 1] - 1;
+        while (last > batch->start[b] && batch->ids[last] == pad_token_id) last--;
+        row[b] = (int)last;
+    }
+}
+
+/* =============================================================================================
+ * Chapter 11 - Optimizer, schedule, Trainer                                [glossary: Otimização]
+ *
+ * What enters: gradients. What leaves: better weights, and a log of how it went. The Trainer is
+ * transformers' in its steps: epochs of shuffled micro-batches, gradients accumulated over several of
+ * them, clipped, an AdamW step at a scheduled learning rate, a log entry every few steps. What is
+ * trained, and on which loss, is a Task's business (chapters 13, 14, 16).
+ * ============================================================================================= */
+
+struct TrainingArguments {
+    double learning_rate, adam_beta1, adam_beta2, adam_epsilon, weight_decay, max_grad_norm, num_train_epochs;
+    size_t per_device_train_batch_size, gradient_accumulation_steps, max_steps, warmup_steps, logging_steps, eval_steps, max_length;
+    const char *lr_scheduler_type, *train_sampling_strategy, *optim;
+    uint64_t seed;
+    double lr_end;                       /* linear decay ends at this share of the learning rate */
+};
+
+static struct TrainingArguments training_arguments(void)
+{
+    return (struct TrainingArguments){
+        .learning_rate = 5e-5, .adam_beta1 = 0.9, .adam_beta2 = 0.999, .adam_epsilon = 1e-8, .weight_decay = 0, .max_grad_norm = 1, .num_train_epochs = 3,
+        .per_device_train_batch_size = 8, .gradient_accumulation_steps = 1, .logging_steps = 10, .max_length = 1024,
+        .lr_scheduler_type = "linear", .train_sampling_strategy = "random", .optim = "adamw", .seed = 42};
+}
+
+/* Sum of squares in pieces whose number does not depend on that of the threads, so neither does the sum. */
+enum { NORM_PIECES = 512, STEP_PIECE = 1 << 14 };
+
+static double sum_of_squares(const float *x, size_t n)
+{
+    double part[NORM_PIECES], total = 0;
+    size_t piece = (n + NORM_PIECES - 1) / NORM_PIECES;
+    #pragma omp parallel for if(n > 100000)
+    for (size_t p = 0; p < NORM_PIECES; p++) {
+        size_t first = MIN(n, p * piece);
+        part[p] = row_dot(x + first, x + first, MIN(n - first, piece));
+    }
+    for (size_t p = 0; p < NORM_PIECES; p++) total += part[p];
+    return total;
+}
+
+/* The length of the gradient of all weights taken as one vector. */
+static double gradient_norm(const struct GPT2 *model)
+{
+    double total = 0;
+    for (size_t i = 0; i < model->tensor_count; i++) total += sum_of_squares(model->tensors[i]->d, model->tensors[i]->n);
+    return sqrt(total);
+}
+
+/* adamw -- one step for n weights [8].
+ *   m = beta1 m + (1 - beta1) d;      v = beta2 v + (1 - beta2) d^2
+ *   w = w (1 - lr weight_decay) - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
+ * m is the gradient's running mean, v that of its square: the step is about lr in size whatever the
+ * gradient's scale. The divisors undo the start at zero. With weight_decay 0 this is Adam. d comes
+ * multiplied by `clip`.  By hand: first step, no decay -> w moves by lr against the sign of d.
+ *                                                                     test: adamw_golden */
+struct AdamStep { float lr, beta1, beta2, correction1, correction2, eps, decay, clip; };
+
+static void adamw_piece(float *w, const float *d, float *m, float *v, size_t n, struct AdamStep s)
+{
+    for (size_t i = 0; i < n; i++) {
+        float g = d[i] * s.clip;
+        m[i] = s.beta1 * m[i] + (1 - s.beta1) * g;
+        v[i] = s.beta2 * v[i] + (1 - s.beta2) * g * g;
+        float step = s.lr * (m[i] * s.correction1) / (sqrtf(v[i] * s.correction2) + s.eps);
+        w[i] = w[i] * s.decay - step;
+    }
+}
+
+/* Stochastic gradient descent, w = w - lr (d + weight_decay w), as torch.optim.SGD writes it: the
+ * plain rule that AdamW refines.   [glossary: Ascensão de gradiente estocástico (SGA)] for ascent, the
+ * loss is the objective with a minus sign. */
+static void sgd_piece(float *w, const float *d, size_t n, float lr, float weight_decay, float clip)
+{
+    for (size_t i = 0; i < n; i++) w[i] -= lr * (d[i] * clip + weight_decay * w[i]);
+}
+
+/* One optimizer step, number t from 1, at learning rate lr. Returns the gradient's norm before
+ * clipping: a gradient longer than max_grad_norm is shortened to that length (0: no limit), keeping
+ * its direction, so that one odd batch cannot throw the weights far. */
+static double optimizer_step(struct GPT2 *model, const struct TrainingArguments *args, double lr, size_t t)
+{
+    double norm = gradient_norm(model);
+    double clip = args->max_grad_norm > 0 && norm > 0 ? MIN(1, args->max_grad_norm / (norm + 1e-6)) : 1;
+    bool sgd = strcmp(args->optim, "sgd") == 0;
+    for (size_t i = 0; i < model->tensor_count; i++) {
+        struct Tensor *tensor = model->tensors[i];
+        double weight_decay = tensor->decay ? args->weight_decay : 0;
+        struct AdamStep s = {
+            .lr = (float)lr, .beta1 = (float)args->adam_beta1, .beta2 = (float)args->adam_beta2, .eps = (float)args->adam_epsilon, .clip = (float)clip,
+            .correction1 = (float)(1 / (1 - pow(args->adam_beta1, (double)t))), .correction2 = (float)(1 / (1 - pow(args->adam_beta2, (double)t))),
+            .decay = (float)(1 - lr * weight_decay)};
+        #pragma omp parallel for if(tensor->n > 50000)
+        for (size_t p = 0; p < tensor->n; p += STEP_PIECE) {
+            size_t n = MIN(tensor->n - p, (size_t)STEP_PIECE);
+            if (sgd) sgd_piece(tensor->w + p, tensor->d + p, n, (float)lr, (float)weight_decay, (float)clip);
+            else adamw_piece(tensor->w + p, tensor->d + p, tensor->m + p, tensor->v + p, n, s);
+        }
+    }
+    return norm;
+}
+
+/* The share of the learning rate used in step number `step` (from 0) of `total`. Warm-up: from 0 up in
+ * warmup_steps, so that AdamW's averages fill before large steps are taken. Then linear to 0 (or to
+ * lr_end), a half cosine to 0, or constant.          By hand: linear, 10 steps, warm-up 2: 0, .5, 1, .875 */
+static double schedule_factor(const struct TrainingArguments *args, size_t step, size_t total)
+{
+    const char *type = args->lr_scheduler_type;
+    double warmup = (double)args->warmup_steps, at = (double)step, rest = MAX(1.0, (double)total - warmup);
+    if (strcmp(type, "constant") == 0) return 1;
+    if (at < warmup) return at / MAX(1.0, warmup);
+    if (strcmp(type, "constant_with_warmup") == 0) return 1;
+    double progress = MIN(1.0, (at - warmup) / rest);
+    if (strcmp(type, "cosine") == 0) return 0.5 * (1 + cos(3.14159265358979323846 * progress));
+    return args->lr_end + (1 - args->lr_end) * (1 - progress);
+}
+
+/* What the log holds: entries of named numbers, written as transformers' trainer_state.json. */
+enum { MAX_METRICS = 48 };
+struct Metric { const char *name; double sum; size_t n; };
+struct LogEntry { size_t n; struct { const char *name; double value; } item[MAX_METRICS]; };
+
+/* trainer.state: where a training is.                                    [glossary: trainer.state] */
+struct TrainerState {
+    double epoch;
+    size_t global_step, max_steps, steps_per_epoch;
+    double num_train_epochs;
+    size_t num_tokens;                       /* seen so far */
+    struct LogEntry *log_history;
+    size_t log_count, log_capacity;
+};
+
+static struct LogEntry *state_log(struct TrainerState *state)
+{
+    if (state->log_count == state->log_capacity) {
+        state->log_capacity = state->log_capacity ? 2 * state->log_capacity : 64;
+        state->log_history = realloc(state->log_history, state->log_capacity * sizeof *state->log_history);
+        CHECK(state->log_history, "out of memory for the log");
+    }
+    struct LogEntry *entry = &state->log_history[state->log_count++];
+    entry->n = 0;
+    return entry;
+}
+
+static void log_value(struct LogEntry *entry, const char *name, double value)
+{
+    if (entry->n == MAX_METRICS) die("internal: more than %d metrics in a log entry", MAX_METRICS);
+    size_t at = entry->n++;
+    for (; at > 0 && strcmp(entry->item[at - 1].name, name) > 0; at--) entry->item[at] = entry->item[at - 1];   /* sorted keys */
+    entry->item[at].name = name;
+    entry->item[at].value = value;
+}
+
+static bool log_find(const struct LogEntry *entry, const char *name, double *value)
+{
+    *value = NAN;
+    for (size_t i = 0; i < entry->n; i++)
+        if (strcmp(entry->item[i].name, name) == 0) return *value = entry->item[i].value, true;
+    return false;
+}
+
+static void trainer_state_save(const struct TrainerState *s, const struct TrainingArguments *args, const char *folder)
+{
+    struct Output out;
+    output_open(&out, folder, "trainer_state.json");
+    FILE *f = out.file;
+    fputs("{\n  \"best_global_step\": null,\n  \"best_metric\": null,\n  \"best_model_checkpoint\": null,\n  \"epoch\": ", f);
+    json_write_number(f, s->epoch);
+    fprintf(f, ",\n  \"eval_steps\": %zu,\n  \"global_step\": %zu,\n  \"is_hyper_param_search\": false,\n  \"is_local_process_zero\": true,\n  \"is_world_process_zero\": true,\n  \"log_history\": [", args->eval_steps, s->global_step);
+    for (size_t i = 0; i < s->log_count; i++) {
+        fputs(i ? ",\n    {" : "\n    {", f);
+        for (size_t k = 0; k < s->log_history[i].n; k++) {
+            fprintf(f, "%s\n      \"%s\": ", k ? "," : "", s->log_history[i].item[k].name);
+            json_write_number(f, s->log_history[i].item[k].value);
+        }
+        fputs("\n    }", f);
+    }
+    fprintf(f, "\n  ],\n  \"logging_steps\": %zu,\n  \"max_steps\": %zu,\n  \"num_input_tokens_seen\": %zu,\n  \"num_train_epochs\": %.0f,\n  \"save_steps\": 500,\n  \"stateful_callbacks\": {},\n", args->logging_steps, s->max_steps, s->num_tokens, ceil(s->num_train_epochs));
+    fprintf(f, "  \"total_flos\": 0,\n  \"train_batch_size\": %zu,\n  \"trial_name\": null,\n  \"trial_params\": null\n}\n", args->per_device_train_batch_size);
+    output_close(&out);
+}
+
+/* A Task is what is trained: a data set of `n` items and a loss over some of them. */
+struct Trainer;
+struct Task {
+    const char *name;
+    size_t n, eval_n;
+    void *data;
+    /* The loss of the items index[0..count), times `weight`, added to the gradient if `train` is set. Reports
+     * metrics by trainer_metric. `eval`: the items are those held out. */
+    double (*loss)(struct Trainer *trainer, const size_t *index, size_t count, double weight, bool train, bool eval);
+    /* How many target tokens an item has, where a step's loss is a mean over tokens (SFT); else NULL: over micro-batches. */
+    size_t (*targets)(struct Trainer *trainer, size_t index);
+    void (*new_epoch)(struct Trainer *trainer, size_t epoch);      /* may be NULL */
+};
+
+struct Trainer {
+    struct GPT2 *model;
+    const struct Tokenizer *tok;
+    struct TrainingArguments args;
+    struct TrainerState state;
+    struct Task task;
+    struct Arena arena;                      /* emptied before every micro-batch */
+    struct Metric metrics[MAX_METRICS];      /* since the last log entry */
+    size_t metric_count;
+    double last_said;
+};
+
+/* Averages a metric over the micro-batches between two log entries. */
+static void trainer_metric(struct Trainer *trainer, const char *name, double value)
+{
+    size_t i = 0;
+    while (i < trainer->metric_count && strcmp(trainer->metrics[i].name, name) != 0) i++;
+    if (i == trainer->metric_count) {
+        CHECK(i < MAX_METRICS, "internal: more than %d metrics", MAX_METRICS);
+        trainer->metrics[trainer->metric_count++] = (struct Metric){name, 0, 0};
+    }
+    trainer->metrics[i].sum += value;
+    trainer->metrics[i].n++;
+}
+
+/* One line of progress on stderr: the entry's numbers that a person follows. */
+static void trainer_say(struct Trainer *trainer, const struct LogEntry *entry)
+{
+    static const char *const shown[] = {"loss", "eval_loss", "accuracy", "eval_accuracy", "margin", "rewards/margins", "rewards/accuracies", "grad_norm", "learning_rate"};
+    say("%s: step %zu/%zu", trainer->task.name, trainer->state.global_step, trainer->state.max_steps);
+    for (size_t i = 0; i < COUNT(shown); i++) {
+        double value;
+        if (log_find(entry, shown[i], &value)) say("  %s %.4g", shown[i], value);
+    }
+    say("\n");
+}
+
+static void trainer_flush(struct Trainer *trainer, struct LogEntry *entry, const char *const *prefixed)
+{
+    for (size_t i = 0; i < trainer->metric_count; i++)
+        log_value(entry, prefixed ? prefixed[i] : trainer->metrics[i].name, trainer->metrics[i].sum / (double)trainer->metrics[i].n);
+    trainer->metric_count = 0;
+    log_value(entry, "epoch", trainer->state.epoch);
+    log_value(entry, "step", (double)trainer->state.global_step);
+}
+
+/* "eval_" + name, kept for the life of the program: metric names are few. */
+static const char *eval_name(const char *name)
+{
+    static struct Arena names;
+    static const char *known[2 * MAX_METRICS];
+    static size_t count;
+    for (size_t i = 0; i < count; i++) if (strcmp(known[i] + 5, name) == 0) return known[i];
+    CHECK(count < COUNT(known), "internal: more than %zu metrics", COUNT(known));
+    return known[count++] = arena_printf(&names, "eval_%s", name);
+}
+
+/* trainer_evaluate -- the mean loss and metrics over the held-out items; no weight moves. */
+static double trainer_evaluate(struct Trainer *trainer)
+{
+    struct Metric held[MAX_METRICS];
+    size_t held_count = trainer->metric_count, n = trainer->task.eval_n, batch = trainer->args.per_device_train_batch_size, tokens = trainer->state.num_tokens;
+    memcpy(held, trainer->metrics, sizeof held);
+    trainer->metric_count = 0;
+    double total = 0;
+    for (size_t first = 0; first < n; first += batch) {
+        size_t index[4096], count = MIN(MIN(batch, n - first), COUNT(index));
+        for (size_t i = 0; i < count; i++) index[i] = first + i;
+        arena_reset(&trainer->arena);
+        total += trainer->task.loss(trainer, index, count, 1, false, true) * (double)count;
+    }
+    const char *names[MAX_METRICS];
+    for (size_t i = 0; i < trainer->metric_count; i++) names[i] = eval_name(trainer->metrics[i].name);
+    struct LogEntry *entry = state_log(&trainer->state);
+    log_value(entry, "eval_loss", total / (double)n);
+    trainer_flush(trainer, entry, names);
+    trainer_say(trainer, entry);
+    memcpy(trainer->metrics, held, sizeof held);
+    trainer->metric_count = held_count;
+    trainer->state.num_tokens = tokens;
+    return total / (double)n;
+}
+
+/* One optimizer step: gradients of the step's micro-batches, added up. Returns the step's loss. */
+static double trainer_accumulate(struct Trainer *trainer, const size_t *order, size_t n)
+{
+    const struct Task *task = &trainer->task;
+    size_t micro = trainer->args.per_device_train_batch_size, micro_batches = (n + micro - 1) / micro, targets = 0;
+    for (size_t i = 0; task->targets && i < n; i++) targets += task->targets(trainer, order[i]);
+    double weight = 1 / (double)MAX((size_t)1, task->targets ? targets : micro_batches), loss = 0;
+    gpt2_zero_grad(trainer->model);
+    for (size_t first = 0; first < n; first += micro) {
+        arena_reset(&trainer->arena);
+        loss += task->loss(trainer, order + first, MIN(micro, n - first), weight, true, false);
+    }
+    return loss;
+}
+
+static void trainer_log_step(struct Trainer *trainer, double loss, double norm, double lr)
+{
+    struct LogEntry *entry = state_log(&trainer->state);
+    log_value(entry, "loss", loss);
+    log_value(entry, "grad_norm", norm);
+    log_value(entry, "learning_rate", lr);
+    if (trainer->state.num_tokens) log_value(entry, "num_tokens", (double)trainer->state.num_tokens);
+    trainer_flush(trainer, entry, NULL);
+    trainer_say(trainer, entry);
+}
+
+static size_t *epoch_order(const struct Trainer *trainer, struct Arena *arena, size_t epoch)
+{
+    size_t n = trainer->task.n, *order = arena_alloc(arena, n, sizeof *order);
+    struct Rng rng = rng_seed(trainer->args.seed + epoch, STREAM_ORDER);
+    for (size_t i = 0; i < n; i++) order[i] = i;
+    if (strcmp(trainer->args.train_sampling_strategy, "sequential") != 0) rng_shuffle(&rng, order, n);
+    return order;
+}
+
+/* trainer_train -- the whole training.                                  [glossary: Trainer.train()]
+ * Steps of an epoch = ceil(micro-batches / accumulation); a last, smaller batch is kept, and what is
+ * left of an accumulation at an epoch's end is a step of its own. max_steps, if given, decides alone. */
+static void trainer_train(struct Trainer *trainer)
+{
+    struct TrainingArguments *args = &trainer->args;
+    struct TrainerState *state = &trainer->state;
+    size_t per_step = args->per_device_train_batch_size * args->gradient_accumulation_steps, n = trainer->task.n;
+    CHECK(n > 0, "%s: nothing to train on", trainer->task.name);
+    state->steps_per_epoch = (n + per_step - 1) / per_step;
+    state->max_steps = args->max_steps ? args->max_steps : (size_t)ceil(args->num_train_epochs * (double)state->steps_per_epoch);
+    state->num_train_epochs = args->max_steps ? ceil((double)args->max_steps / (double)state->steps_per_epoch) : args->num_train_epochs;
+    gpt2_make_trainable(trainer->model);
+    struct Arena order_arena = {0};
+    double begin = seconds_now(), loss_sum = 0, total_loss = 0;
+    size_t loss_count = 0, samples = 0;
+    for (size_t epoch = 0; state->global_step < state->max_steps; epoch++) {
+        arena_reset(&order_arena);
+        size_t *order = epoch_order(trainer, &order_arena, epoch);
+        if (trainer->task.new_epoch) trainer->task.new_epoch(trainer, epoch);
+        for (size_t step = 0; step < state->steps_per_epoch && state->global_step < state->max_steps; step++) {
+            size_t count = MIN(per_step, n - step * per_step);
+            double loss = trainer_accumulate(trainer, order + step * per_step, count);
+            double lr = args->learning_rate * schedule_factor(args, state->global_step, state->max_steps);
+            double norm = optimizer_step(trainer->model, args, lr, ++state->global_step);
+            CHECK(isfinite(loss) && isfinite(norm), "%s: step %zu: the loss is %g, the gradient's norm %g; try a smaller --learning_rate or --max_grad_norm", trainer->task.name, state->global_step, loss, norm);
+            state->epoch = (double)epoch + (double)(step + 1) / (double)state->steps_per_epoch;
+            loss_sum += loss;
+            total_loss += loss;
+            samples += count;
+            loss_count++;
+            if (state->global_step % args->logging_steps == 0) {
+                trainer_log_step(trainer, loss_sum / (double)loss_count, norm, lr);
+                loss_sum = 0;
+                loss_count = 0;
+            }
+            if (trainer->task.eval_n && args->eval_steps && state->global_step % args->eval_steps == 0) trainer_evaluate(trainer);
+        }
+    }
+    arena_free(&order_arena);
+    double seconds = seconds_now() - begin;
+    struct LogEntry *entry = state_log(state);
+    log_value(entry, "train_runtime", seconds);
+    log_value(entry, "train_samples_per_second", (double)samples / seconds);
+    log_value(entry, "train_steps_per_second", (double)state->max_steps / seconds);
+    log_value(entry, "total_flos", 0);
+    log_value(entry, "train_loss", total_loss / (double)MAX((size_t)1, state->max_steps));
+    log_value(entry, "epoch", state->epoch);
+    log_value(entry, "step", (double)state->global_step);
+}
+
+static void trainer_free(struct Trainer *trainer)
+{
+    arena_free(&trainer->arena);
+    free(trainer->state.log_history);
+}
+
+/* =============================================================================================
+ * Chapter 12 - Generation                                    [glossary: Inferência] [glossary: Amostragem]
+ *
+ * What enters: prompts. What leaves: tokens, one at a time, each drawn from the distribution that the
+ * model gives after everything before it. Keys and values of past tokens are kept (the KV cache), so
+ * a new token costs one row of work. Prompts of different lengths advance together; a sequence that
+ * has ended drops out of the batch. The processors that shape the distribution come in transformers'
+ * order with transformers' meaning.
+ * ============================================================================================= */
+
+struct GenerationConfig {
+    size_t max_new_tokens, min_new_tokens, top_k, no_repeat_ngram_size, num_return_sequences;
+    double temperature, top_p, repetition_penalty;
+    bool do_sample;
+};
+
+static struct GenerationConfig generation_config(void)
+{
+    return (struct GenerationConfig){.max_new_tokens = 20, .top_k = 50, .num_return_sequences = 1, .temperature = 1, .top_p = 1, .repetition_penalty = 1};
+}
+
+struct KVCache {
+    size_t B, capacity;               /* sequences; positions of each */
+    float *k, *v;                     /* (L, B, capacity, C) */
+    size_t *length;                   /* (B) positions filled */
+};
+
+static struct KVCache kv_cache_new(const struct GPT2 *model, struct Arena *arena, size_t B, size_t capacity)
+{
+    struct KVCache cache = {.B = B, .capacity = capacity};
+    size_t floats = model->config.n_layer * B * capacity * model->config.n_embd;
+    cache.k = arena_floats(arena, floats);
+    cache.v = arena_floats(arena, floats);
+    cache.length = arena_zeros(arena, B, sizeof *cache.length);
+    return cache;
+}
+
+/* One new token's query, head h, against the n cached positions of its sequence. */
+static void attention_cached_head(float *out, const float *q, const float *k, const float *v, struct AttentionShape s, size_t n)
+{
+    float *p = thread_scratch(SCRATCH_SCORES, n);
+    for (size_t j = 0; j < n; j++) p[j] = row_dot(q, k + j * s.C, s.HS) * s.scale;
+    softmax(p, n);
+    for (size_t c = 0; c < s.HS; c++) out[c] = 0;
+    for (size_t j = 0; j < n; j++)
+        for (size_t c = 0; c < s.HS; c++) out[c] += p[j] * v[j * s.C + c];
+}
+
+/* Rows of a decoding batch: row n belongs to sequence[n] and stands at batch.position[n]. Stores their
+ * keys and values, then attends. */
+static void attention_cached(float *out, const float *qkv, const struct Batch *batch, const size_t *sequence, struct KVCache *cache, size_t layer, struct AttentionShape s)
+{
+    for (size_t n = 0; n < batch->N; n++) {
+        size_t at = ((layer * cache->B + sequence[n]) * cache->capacity + (size_t)batch->position[n]) * s.C;
+        memcpy(cache->k + at, qkv + n * 3 * s.C + s.C, s.C * sizeof(float));
+        memcpy(cache->v + at, qkv + n * 3 * s.C + 2 * s.C, s.C * sizeof(float));
+    }
+    #pragma omp parallel for if(batch->N * s.NH > 16)
+    for (size_t task = 0; task < batch->N * s.NH; task++) {
+        size_t n = task / s.NH, h = task % s.NH, at = (layer * cache->B + sequence[n]) * cache->capacity * s.C + h * s.HS;
+        attention_cached_head(out + n * s.C + h * s.HS, qkv + n * 3 * s.C + h * s.HS, cache->k + at, cache->v + at, s, (size_t)batch->position[n] + 1);
+    }
+}
+
+/* gpt2_decode -- pushes new tokens through the model, with the past in the cache. Returns hidden (N,C). */
+static float *gpt2_decode(const struct GPT2 *model, struct Arena *arena, const struct Batch *batch, const size_t *sequence, struct KVCache *cache)
+{
+    size_t N = batch->N, C = model->config.n_embd;
+    struct BlockActivations a = block_activations(arena, &model->config, N);
+    embedding_forward(a.x, batch, model->wte.w, model->wpe.w, C);
+    for (size_t l = 0; l < model->config.n_layer; l++) {
+        block_forward_qkv(model, &model->h[l], &a, N);
+        attention_cached(a.att, a.qkv, batch, sequence, cache, l, attention_shape(C, model->config.n_head));
+        block_forward_rest(model, &model->h[l], &a, a.x, N);
+    }
+    for (size_t n = 0; n < N; n++) cache->length[sequence[n]] = MAX(cache->length[sequence[n]], (size_t)batch->position[n] + 1);
+    layernorm_forward(a.ln_1, a.ln_1_mean, a.ln_1_rstd, a.x, model->ln_f.weight.w, model->ln_f.bias.w, N, C, model->config.layer_norm_epsilon);
+    return a.ln_1;
+}
+
+/* A sequence being written: prompt, then what was generated. */
+struct Sequence { int *ids; size_t n, prompt_length, max_length; bool finished; struct Rng rng; };
+
+/* Logits of ids that already occurred are divided by the penalty if positive, multiplied if negative:
+ * less likely either way, once an id however often it occurred [15]. [glossary: Penalidade de repetição]
+ * By hand: penalty 2: 3 -> 1.5, -3 -> -6. */
+static void process_repetition_penalty(float *logits, size_t V, const int *ids, size_t n, double penalty)
+{
+    char *seen = (char *)thread_scratch(SCRATCH_ROW, V / 4 + 1);
+    memset(seen, 0, V);
+    for (size_t i = 0; i < n; i++) {
+        if (seen[ids[i]]) continue;
+        seen[ids[i]] = 1;
+        logits[ids[i]] = (float)(logits[ids[i]] < 0 ? logits[ids[i]] * penalty : logits[ids[i]] / penalty);
+    }
+}
+
+/* Bans every id that would complete an n-gram already in the sequence. */
+static void process_no_repeat_ngram(float *logits, const int *ids, size_t n, size_t ngram)
+{
+    if (n + 1 < ngram) return;
+    for (size_t i = 0; i + ngram <= n; i++)
+        if (memcmp(ids + i, ids + n - (ngram - 1), (ngram - 1) * sizeof *ids) == 0) logits[ids[i + ngram - 1]] = -INFINITY;
+}
+
+static int compare_floats_down(const void *a, const void *b)
+{
+    float x = *(const float *)a, y = *(const float *)b;
+    return (x < y) - (x > y);
+}
+
+/* Keeps the k largest logits, and what ties with the smallest of them.  [glossary: Amostragem top-k] */
+static void process_top_k(float *logits, size_t V, size_t k)
+{
+    if (k >= V) return;
+    float *sorted = thread_scratch(SCRATCH_ROW, V);
+    memcpy(sorted, logits, V * sizeof *sorted);
+    qsort(sorted, V, sizeof *sorted, compare_floats_down);
+    float least = sorted[k - 1];
+    for (size_t v = 0; v < V; v++) if (logits[v] < least) logits[v] = -INFINITY;
+}
+
+struct Candidate { float logit; int id; };
+
+static int compare_candidates_up(const void *a, const void *b)
+{
+    const struct Candidate *x = a, *y = b;
+    return x->logit != y->logit ? (x->logit > y->logit) - (x->logit < y->logit) : (x->id > y->id) - (x->id < y->id);
+}
+
+/* Nucleus sampling: the smallest set of likeliest tokens whose mass reaches p [12]. From the unlikely
+ * end, tokens go while the mass removed stays within 1 - p; the likeliest always stays.
+ * By hand: 0.5, 0.3, 0.2 with p 0.7 -> the first two.                    [glossary: Amostragem top-p] */
+static void process_top_p(float *logits, size_t V, double p)
+{
+    struct Candidate *order = malloc(V * sizeof *order);
+    CHECK(order, "out of memory");
+    size_t n = 0;
+    for (size_t v = 0; v < V; v++) if (logits[v] > -INFINITY) order[n++] = (struct Candidate){logits[v], (int)v};
+    qsort(order, n, sizeof *order, compare_candidates_up);
+    double total = 0, removed = 0;
+    for (size_t i = 0; i < n; i++) total += exp((double)order[i].logit - order[n - 1].logit);
+    for (size_t i = 0; i + 1 < n; i++) {
+        removed += exp((double)order[i].logit - order[n - 1].logit) / total;
+        if (removed > 1 - p) break;
+        logits[order[i].id] = -INFINITY;
+    }
+    free(order);
+}
+
+/* All processors in transformers' order; those after the minimum length act only when sampling. */
+static void process_logits(float *logits, size_t V, const struct GenerationConfig *config, const int *ids, size_t n, size_t new_tokens, int end_token)
+{
+    if (config->repetition_penalty != 1) process_repetition_penalty(logits, V, ids, n, config->repetition_penalty);
+    if (config->no_repeat_ngram_size) process_no_repeat_ngram(logits, ids, n, config->no_repeat_ngram_size);
+    if (new_tokens < config->min_new_tokens) logits[end_token] = -INFINITY;    /* [glossary: Tokens máximos e mínimos] */
+    if (!config->do_sample) return;
+    /* tau < 1 sharpens the distribution, > 1 flattens it; tau -> 0 is the argmax. [glossary: Temperatura (τ)] */
+    if (config->temperature != 1) for (size_t v = 0; v < V; v++) logits[v] = (float)(logits[v] / config->temperature);
+    if (config->top_k) process_top_k(logits, V, config->top_k);
+    if (config->top_p < 1) process_top_p(logits, V, config->top_p);
+}
+
+/* One draw from softmax(logits): a uniform number finds its place in the running sum of the
+ * probabilities, in the order of ids.                                       [glossary: Amostragem] */
+static int sample_token(float *logits, size_t V, struct Rng *rng)
+{
+    softmax(logits, V);
+    double u = rng_uniform(rng), sum = 0;
+    size_t last = 0;
+    for (size_t v = 0; v < V; v++) {
+        if (logits[v] <= 0) continue;
+        sum += logits[v];
+        last = v;
+        if (u < sum) return (int)v;
+    }
+    return (int)last;                  /* rounding left the sum a little under 1 */
+}
+
+static void sequence_extend(struct Sequence *s, float *logits, size_t V, const struct GenerationConfig *config, int end_token)
+{
+    process_logits(logits, V, config, s->ids, s->n, s->n - s->prompt_length, end_token);
+    int id = config->do_sample ? sample_token(logits, V, &s->rng) : (int)argmax(logits, V);
+    s->ids[s->n++] = id;
+    s->finished = id == end_token || s->n >= s->max_length;
+}
+
+/* The rows that the next pass of the model needs: a sequence's prompt at first, its newest token later. */
+static struct Batch decode_batch(struct Arena *arena, struct Sequence **active, const size_t *slot, size_t count, const struct KVCache *cache, size_t *sequence, int *last_row)
+{
+    struct Batch batch = {.B = count};
+    for (size_t i = 0; i < count; i++) batch.N += active[i]->n - cache->length[slot[i]];
+    batch.ids = arena_alloc(arena, batch.N, sizeof *batch.ids);
+    batch.position = arena_alloc(arena, batch.N, sizeof *batch.position);
+    size_t n = 0;
+    for (size_t i = 0; i < count; i++) {
+        for (size_t t = cache->length[slot[i]]; t < active[i]->n; t++, n++) {
+            batch.ids[n] = active[i]->ids[t];
+            batch.position[n] = (int)t;
+            sequence[n] = slot[i];
+        }
+        last_row[i] = (int)n - 1;
+    }
+    return batch;
+}
+
+/* Advances every active sequence by one token; returns the logits (count,V) it came from. */
+static float *generate_step(const struct GPT2 *model, struct Arena *arena, struct Sequence **active, const size_t *slot, size_t count, struct KVCache *cache)
+{
+    size_t C = model->config.n_embd, V = model->config.vocab_size, rows = 0;
+    for (size_t i = 0; i < count; i++) rows += active[i]->n - cache->length[slot[i]];
+    size_t *sequence = arena_alloc(arena, rows, sizeof *sequence);
+    int *last_row = arena_alloc(arena, count, sizeof *last_row);
+    struct Batch batch = decode_batch(arena, active, slot, count, cache, sequence, last_row);
+    float *hidden = gpt2_decode(model, arena, &batch, sequence, cache);
+    float *last = arena_floats(arena, count * C), *logits = arena_floats(arena, count * V);
+    for (size_t i = 0; i < count; i++) memcpy(last + i * C, hidden + (size_t)last_row[i] * C, C * sizeof *last);
+    matmul(logits, V, matrix(last, C), transposed(model->wte.w, C), count, V, C, false);
+    return logits;
+}
+
+enum { GENERATE_TOGETHER = 64 };       /* sequences decoded in one batch: bounds the cache's memory */
+
+/* generate -- writes every sequence to its end token or its max_length.        [glossary: Rollout]
+ * sequences: ids with room for max_length, the prompt in place. Each has its own random numbers, so what
+ * it becomes does not depend on who else is in the batch.        test: generate_golden, generate_cache */
+static void generate(const struct GPT2 *model, struct Sequence *sequences, size_t n, const struct GenerationConfig *config)
+{
+    struct Arena arena = {0}, step_arena = {0};
+    size_t V = model->config.vocab_size;
+    for (size_t first = 0; first < n; first += GENERATE_TOGETHER) {
+        struct Sequence *active[GENERATE_TOGETHER];
+        size_t slot[GENERATE_TOGETHER], count = MIN(n - first, (size_t)GENERATE_TOGETHER), capacity = 0;
+        for (size_t i = 0; i < count; i++) {
+            active[i] = &sequences[first + i];
+            slot[i] = i;
+            capacity = MAX(capacity, active[i]->max_length);
+        }
+        arena_reset(&arena);
+        struct KVCache cache = kv_cache_new(model, &arena, count, capacity);
+        for (;;) {
+            size_t left = 0;                                  /* finished sequences drop out */
+            for (size_t i = 0; i < count; i++)
+                if (!active[i]->finished && active[i]->n < active[i]->max_length) { active[left] = active[i]; slot[left++] = slot[i]; }
+            count = left;
+            if (count == 0) break;
+            arena_reset(&step_arena);
+            float *logits = generate_step(model, &step_arena, active, slot, count, &cache);
+            #pragma omp parallel for schedule(dynamic) if(count > 1)
+            for (size_t i = 0; i < count; i++) sequence_extend(active[i], logits + i * V, V, config, model->config.eos_token_id);
+        }
+    }
+    arena_free(&arena);
+    arena_free(&step_arena);
+}
+
+/* A sequence that starts with `n` ids and may grow by max_new tokens, as far as the context allows. */
+static struct Sequence sequence_start(struct Arena *arena, const int *ids, size_t n, size_t max_new, const struct GPT2 *model, struct Rng rng)
+{
+    size_t max_length = MIN(n + max_new, model->config.n_positions);
+    struct Sequence s = {.n = n, .prompt_length = n, .max_length = max_length, .rng = rng};
+    s.ids = arena_alloc(arena, MAX(n, max_length), sizeof *s.ids);
+    memcpy(s.ids, ids, n * sizeof *ids);
+    return s;
+}
+
+/* =============================================================================================
+ * Chapter 13 - Language modelling: pretraining, SFT
+ *
+ * One loss for both: the cross-entropy of the next token, -log pi(x_t+1 | x_1..t), averaged over the
+ * tokens that count. [glossary: Função de custo] Pretraining reads running text; supervised
+ * fine-tuning reads examples, and only their completions count. [glossary: Ajuste fino]
+ * ============================================================================================= */
+
+struct LanguageTask {
+    struct Example *examples, *eval_examples;
+    struct Example *texts;             /* pretraining: whole texts, packed anew each epoch */
+    size_t text_count, row_length;
+    struct Arena rows;                 /* this epoch's packed rows */
+};
+
+static double language_loss(struct Trainer *trainer, const size_t *index, size_t count, double weight, bool train, bool eval)
+{
+    struct LanguageTask *task = trainer->task.data;
+    struct GPT2 *model = trainer->model;
+    struct Arena *arena = &trainer->arena;
+    const struct Example **examples = arena_alloc(arena, count, sizeof *examples);
+    for (size_t i = 0; i < count; i++) examples[i] = (eval ? task->eval_examples : task->examples) + index[i];
+    struct Batch batch = collate(arena, examples, count, SKIP_LAST);
+    struct Activations acts = gpt2_forward(model, arena, &batch, train);
+    struct LMHead head = lm_head_new(model, arena, &acts, batch.row, batch.target, batch.R, 1);
+    if (train) {
+        float *dhidden = arena_zeros(arena, batch.N * model->config.n_embd, sizeof *dhidden);
+        lm_head_cross_entropy(model, &head, (float)weight, dhidden, arena);
+        gpt2_backward(model, arena, &acts, dhidden);
+    } else lm_head_forward(model, &head);
+    trainer->state.num_tokens += batch.tokens;
+    trainer_metric(trainer, "entropy", (double)row_sum(head.entropy, batch.R) / (double)batch.R);
+    trainer_metric(trainer, "mean_token_accuracy", (double)row_sum(head.hit, batch.R) / (double)batch.R);
+    double nll = -sequence_logprob(head.logprob, batch.R);
+    return eval ? nll / (double)batch.R : nll * weight;
+}
+
+/* What the Trainer divides a step's loss by: labels that are not ignored. The first token of a text without a
+ * prompt counts although nothing predicts it: so transformers counts, and so the loss is a little smaller
+ * than a mean. Packed rows are divided by what they predict. */
+static size_t language_targets(struct Trainer *trainer, size_t index)
+{
+    const struct Example *e = ((struct LanguageTask *)trainer->task.data)->examples + index;
+    return e->n - e->prompt_length;
+}
+
+/* pretrain_pack -- texts joined by end tokens, cut into rows that predict row_length tokens each.
+ * A row has row_length + 1 tokens; the next row starts with its last one, so every token is
+ * predicted once. What is left over at the end is dropped. Returns how many rows. */
+static size_t pretrain_pack(struct Arena *arena, const struct Example *texts, const size_t *order, size_t text_count, size_t row_length, struct Example *rows)
+{
+    size_t total = 0, at = 0;
+    for (size_t i = 0; i < text_count; i++) total += texts[order[i]].n;
+    int *stream = arena_alloc(arena, total, sizeof *stream);
+    for (size_t i = 0; i < text_count; i++) {
+        memcpy(stream + at, texts[order[i]].ids, texts[order[i]].n * sizeof *stream);
+        at += texts[order[i]].n;
+    }
+    size_t count = total > 0 ? (total - 1) / row_length : 0;
+    for (size_t i = 0; i < count; i++) rows[i] = (struct Example){stream + i * row_length, row_length + 1, 1};
+    return count;
+}
+
+/* Each epoch joins the texts in a new order, so that rows never repeat. */
+static void pretrain_new_epoch(struct Trainer *trainer, size_t epoch)
+{
+    struct LanguageTask *task = trainer->task.data;
+    arena_reset(&task->rows);
+    size_t *order = arena_alloc(&task->rows, task->text_count, sizeof *order);
+    struct Rng rng = rng_seed(trainer->args.seed + epoch, STREAM_SPLIT);
+    for (size_t i = 0; i < task->text_count; i++) order[i] = i;
+    if (strcmp(trainer->args.train_sampling_strategy, "sequential") != 0) rng_shuffle(&rng, order, task->text_count);
+    pretrain_pack(&task->rows, task->texts, order, task->text_count, task->row_length, task->examples);
+}
+
+/* Sets up the task of a language model on texts that end in an end token. */
+static struct LanguageTask *pretrain_task(struct Trainer *trainer, struct Arena *arena, struct Example *texts, size_t text_count, struct Example *eval_texts, size_t eval_count)
+{
+    struct LanguageTask *task = arena_zeros(arena, 1, sizeof *task);
+    size_t total = 0, eval_total = 0, length = trainer->args.max_length;
+    for (size_t i = 0; i < text_count; i++) total += texts[i].n;
+    for (size_t i = 0; i < eval_count; i++) eval_total += eval_texts[i].n;
+    *task = (struct LanguageTask){.texts = texts, .text_count = text_count, .row_length = length};
+    CHECK(total > length, "pretrain: the texts have %zu tokens, a row needs %zu; use more text or a smaller --max_length", total, length + 1);
+    task->examples = arena_alloc(arena, total / length + 1, sizeof *task->examples);
+    task->eval_examples = arena_alloc(arena, eval_total / length + 1, sizeof *task->eval_examples);
+    size_t *order = arena_alloc(arena, eval_count, sizeof *order);
+    for (size_t i = 0; i < eval_count; i++) order[i] = i;
+    trainer->task = (struct Task){.name = "pretrain", .n = (total - 1) / length, .data = task, .loss = language_loss, .targets = language_targets, .new_epoch = pretrain_new_epoch};
+    trainer->task.eval_n = pretrain_pack(arena, eval_texts, order, eval_count, length, task->eval_examples);
+    return task;
+}
+
+/* Rows of a data set as SFT examples: TRL appends the end token, keeps the first max_length ids and
+ * drops what then has no target. */
+static size_t sft_examples(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data, struct Example *examples)
+{
+    size_t count = 0, cut = 0, V = trainer->model->config.vocab_size;
+    for (size_t i = 0; i < data->n; i++) {
+        const struct Row *row = &data->rows[i];
+        struct Example e = data->shape == SHAPE_TEXT ? example_encode(arena, trainer->tok, row->text, V, true)
+                                                     : example_prompt_completion(arena, trainer->tok, row->prompt, row->completion, V);
+        cut += e.n > trainer->args.max_length;
+        e.n = MIN(e.n, trainer->args.max_length);
+        if (e.n > MAX((size_t)1, e.prompt_length)) examples[count++] = e;
+    }
+    if (cut) warn("%s: %zu of %zu rows were cut to their first %zu tokens (--max_length)", data->path, cut, data->n, trainer->args.max_length);
+    CHECK(count > 0, "%s: no row has a token to learn from", data->path);
+    return count;
+}
+
+static struct LanguageTask *sft_task(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data, const struct Dataset *eval)
+{
+    struct LanguageTask *task = arena_zeros(arena, 1, sizeof *task);
+    task->examples = arena_alloc(arena, data->n, sizeof *task->examples);
+    trainer->task = (struct Task){.name = "sft", .data = task, .loss = language_loss, .targets = language_targets};
+    trainer->task.n = sft_examples(trainer, arena, data, task->examples);
+    if (eval) {
+        task->eval_examples = arena_alloc(arena, eval->n, sizeof *task->eval_examples);
+        trainer->task.eval_n = sft_examples(trainer, arena, eval, task->eval_examples);
+    }
+    return task;
+}
+
+/* =============================================================================================
+ * Chapter 14 - Reward model                 [glossary: Função de recompensa] [glossary: Modelo Bradley-Terry]
+ *
+ * What enters: who preferred which of two texts. What leaves: a number r(text) such that
+ * sigmoid(r_a - r_b) is the probability that people prefer a to b. Comparisons come first because
+ * people agree about "better" long before they agree about "7 of 10".
+ * ============================================================================================= */
+
+/* bradley_terry_loss -- mean over pairs of -log sigmoid(r_chosen - r_rejected - margin) [9][4],
+ * plus center * mean (r_chosen + r_rejected)^2, which pins the otherwise free zero of r.
+ * in   reward (texts), pairs (n) as indices into it; center_rewards_coefficient, 0 for none
+ * out  dreward (texts), set: d loss / d reward
+ * By hand: 2.0 against 0.5: loss 0.2014; centering with 0.01: 0.0625 more.    test: bradley_terry */
+static double bradley_terry_loss(const float *reward, size_t texts, const struct Pair *pairs, size_t n, double center, float *dreward)
+{
+    double loss = 0;
+    for (size_t t = 0; t < texts; t++) dreward[t] = 0;
+    for (size_t i = 0; i < n; i++) {
+        double chosen = reward[pairs[i].chosen], rejected = reward[pairs[i].rejected];
+        double advantage = chosen - rejected - pairs[i].margin, sum = chosen + rejected;
+        loss += -log_sigmoid(advantage) + center * sum * sum;
+        double d_advantage = -sigmoid(-advantage), d_sum = 2 * center * sum;     /* d/dx -log sigmoid(x) = -sigmoid(-x) */
+        dreward[pairs[i].chosen] += (float)((d_advantage + d_sum) / (double)n);
+        dreward[pairs[i].rejected] += (float)((-d_advantage + d_sum) / (double)n);
+    }
+    return loss / (double)n;
+}
+
+struct RewardTask {
+    struct Example *texts, *eval_texts;      /* pairs: 2i chosen, 2i+1 rejected; rated: one a row */
+    double *margin, *eval_margin;            /* pairs */
+    double *score, *eval_score;              /* rated texts */
+    bool rated;
+    double center, min_difference, prefix_share;
+    struct Rng cut;
+};
+
+/* Half of the texts, say, cut to a random beginning, so that the model learns to judge unfinished ones. */
+static struct Example random_prefix(struct RewardTask *task, struct Example e)
+{
+    enum { LONG = 10, LEAST = 8 };
+    if (task->prefix_share > 0 && e.n > LONG && rng_uniform(&task->cut) < task->prefix_share) e.n = LEAST + rng_below(&task->cut, e.n - LEAST);
+    return e;
+}
+
+static void reward_metrics(struct Trainer *trainer, const float *reward, size_t texts, const struct Pair *pairs, size_t n)
+{
+    double right = 0, margin = 0, least = INFINITY, most = -INFINITY, sum = 0;
+    for (size_t i = 0; i < n; i++) {
+        double difference = (double)reward[pairs[i].chosen] - reward[pairs[i].rejected];
+        right += difference > 0;
+        margin += difference;
+    }
+    for (size_t t = 0; t < texts; t++) {
+        least = MIN(least, reward[t]);
+        most = MAX(most, reward[t]);
+        sum += reward[t];
+    }
+    trainer_metric(trainer, "accuracy", right / (double)n);
+    trainer_metric(trainer, "margin", margin / (double)n);
+    trainer_metric(trainer, "min_reward", least);
+    trainer_metric(trainer, "mean_reward", sum / (double)texts);
+    trainer_metric(trainer, "max_reward", most);
+}
+
+static double reward_loss(struct Trainer *trainer, const size_t *index, size_t count, double weight, bool train, bool eval)
+{
+    struct RewardTask *task = trainer->task.data;
+    struct GPT2 *model = trainer->model;
+    struct Arena *arena = &trainer->arena;
+    struct Example *source = eval ? task->eval_texts : task->texts;
+    size_t texts = task->rated ? count : 2 * count, pair_count = count;
+    struct Example *cut = arena_alloc(arena, texts, sizeof *cut);
+    const struct Example **examples = arena_alloc(arena, texts, sizeof *examples);
+    struct Pair *pairs = arena_alloc(arena, task->rated ? count * count : count, sizeof *pairs);
+    double *rating = arena_alloc(arena, count, sizeof *rating);
+    for (size_t i = 0; i < count; i++) {
+        if (task->rated) rating[i] = (eval ? task->eval_score : task->score)[index[i]];
+        else pairs[i] = (struct Pair){i, count + i, (eval ? task->eval_margin : task->margin)[index[i]]};
+    }
+    for (size_t t = 0; t < texts; t++) {
+        struct Example e = task->rated ? source[index[t]] : source[2 * index[t % count] + t / count];
+        cut[t] = train ? random_prefix(task, e) : e;
+        examples[t] = &cut[t];
+    }
+    if (task->rated) pair_count = pairs_from_ratings(rating, count, task->min_difference, pairs);
+    if (pair_count == 0) return 0;                                  /* a last batch of like ratings teaches nothing */
+    struct Batch batch = collate(arena, examples, texts, READ_LAST);
+    struct Activations acts = gpt2_forward(model, arena, &batch, train);
+    int *row = arena_alloc(arena, texts, sizeof *row);
+    float *reward = arena_floats(arena, texts), *dreward = arena_floats(arena, texts);
+    reward_rows(&batch, model->config.pad_token_id, row);
+    scalar_head_forward(reward, acts.ln_f, row, texts, &model->score, NULL);
+    double loss = bradley_terry_loss(reward, texts, pairs, pair_count, task->center, dreward);
+    trainer->state.num_tokens += batch.tokens;
+    reward_metrics(trainer, reward, texts, pairs, pair_count);
+    if (!train) return loss;
+    for (size_t t = 0; t < texts; t++) dreward[t] *= (float)weight;
+    float *dhidden = arena_zeros(arena, batch.N * model->config.n_embd, sizeof *dhidden);
+    scalar_head_backward(dhidden, dreward, acts.ln_f, row, texts, &model->score, NULL);
+    gpt2_backward(model, arena, &acts, dhidden);
+    return loss * weight;
+}
+
+/* Preference rows as pairs of texts with their end tokens; a pair with a side longer than max_length is
+ * dropped whole: half a text is no fair comparison. */
+static size_t reward_pairs(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data, struct Example *texts, double *margin)
+{
+    size_t count = 0, V = trainer->model->config.vocab_size;
+    for (size_t i = 0; i < data->n; i++) {
+        const struct Row *row = &data->rows[i];
+        struct Example chosen = example_encode(arena, trainer->tok, text_join(arena, row->prompt, row->chosen), V, true);
+        struct Example rejected = example_encode(arena, trainer->tok, text_join(arena, row->prompt, row->rejected), V, true);
+        if (MAX(chosen.n, rejected.n) > trainer->args.max_length) continue;
+        texts[2 * count] = chosen;
+        texts[2 * count + 1] = rejected;
+        margin[count++] = row->margin;
+    }
+    if (count < data->n) warn("%s: %zu of %zu pairs dropped: a side is longer than %zu tokens (--max_length)", data->path, data->n - count, data->n, trainer->args.max_length);
+    CHECK(count > 0, "%s: no pair is left", data->path);
+    return count;
+}
+
+static size_t reward_rated(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data, struct Example *texts, double *score)
+{
+    for (size_t i = 0; i < data->n; i++) {
+        texts[i] = example_encode(arena, trainer->tok, data->rows[i].text, trainer->model->config.vocab_size, true);
+        texts[i].n = MIN(texts[i].n, trainer->args.max_length);
+        score[i] = data->rows[i].score;
+    }
+    return data->n;
+}
+
+static struct RewardTask *reward_task(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data, const struct Dataset *eval)
+{
+    struct RewardTask *task = arena_zeros(arena, 1, sizeof *task);
+    task->rated = data->shape == SHAPE_RATED;
+    task->min_difference = 1;
+    task->cut = rng_seed(trainer->args.seed, STREAM_CUT);
+    trainer->task = (struct Task){.name = "reward", .data = task, .loss = reward_loss};
+    for (int held_out = 0; held_out <= (eval != NULL); held_out++) {
+        const struct Dataset *from = held_out ? eval : data;
+        struct Example *texts = arena_alloc(arena, 2 * from->n, sizeof *texts);
+        double *number = arena_zeros(arena, from->n, sizeof *number);
+        size_t n = task->rated ? reward_rated(trainer, arena, from, texts, number) : reward_pairs(trainer, arena, from, texts, number);
+        *(held_out ? &task->eval_texts : &task->texts) = texts;
+        if (task->rated) *(held_out ? &task->eval_score : &task->score) = number;
+        else *(held_out ? &task->eval_margin : &task->margin) = number;
+        *(held_out ? &trainer->task.eval_n : &trainer->task.n) = n;
+    }
+    return task;
+}
+
+/* reward_score -- r of n token sequences, in batches.     [glossary: Pipeline de análise de sentimentos]
+ * An empty text is read as a lone end token. */
+static void reward_score(const struct GPT2 *model, const struct Example *texts, size_t n, float *reward)
+{
+    enum { TOGETHER = 32 };
+    struct Arena arena = {0};
+    int end = model->config.eos_token_id, row[TOGETHER];
+    struct Example empty = {&end, 1, 0};
+    for (size_t first = 0; first < n; first += TOGETHER) {
+        const struct Example *batch_texts[TOGETHER];
+        size_t count = MIN(n - first, (size_t)TOGETHER);
+        for (size_t i = 0; i < count; i++) batch_texts[i] = texts[first + i].n ? &texts[first + i] : &empty;
+        arena_reset(&arena);
+        struct Batch batch = collate(&arena, batch_texts, count, READ_LAST);
+        struct Activations acts = gpt2_forward(model, &arena, &batch, false);
+        reward_rows(&batch, model->config.pad_token_id, row);
+        scalar_head_forward(reward + first, acts.ln_f, row, count, &model->score, NULL);
+    }
+    arena_free(&arena);
+}
+
+/* pipe_outputs: what Hugging Face's sentiment pipeline returns for a text, a list of labels with
+ * probabilities.   [glossary: Lista de saídas do pipe] [glossary: Pontuação de sentimento] */
+static void write_pipe_outputs(FILE *file, double reward)
+{
+    fputs("[{\"label\": \"POSITIVE\", \"score\": ", file);
+    json_write_number(file, sigmoid(reward));
+    fputs("}, {\"label\": \"NEGATIVE\", \"score\": ", file);
+    json_write_number(file, sigmoid(-reward));
+    fputs("}]", file);
+}
+
+/* =============================================================================================
+ * Chapter 15 - Policy gradient: PPO                     [glossary: Gradiente de política]
+ *
+ * What enters: a policy, a frozen reference and a score for each response. What leaves: a policy that
+ * scores higher without leaving the reference far behind. The objective is
+ *     J(pi) = E_{y ~ pi} [ r(x,y) ] - beta KL(pi || pi_ref)          [10][4]  [glossary: Função objetivo]
+ * and the KL term is what keeps the model writing language: without it the policy finds whatever text
+ * fools the reward model. This chapter is TRL 0.11's PPOTrainer, step by step.
+ * ============================================================================================= */
+
+/* PPOConfig of TRL 0.11 and its defaults.                        [glossary: Classe de configuração PPO] */
+struct PPOConfig {
+    size_t batch_size, mini_batch_size, gradient_accumulation_steps, ppo_epochs;
+    double init_kl_coef;         /* beta at the start                [glossary: Parâmetro Beta (β)] */
+    double target, horizon;      /* of the adaptive KL controller */
+    double gamma, lam;           /* of GAE */
+    double cliprange, cliprange_value, vf_coef, score_clip, ratio_threshold, target_kl;
+    bool adap_kl_ctrl, use_score_scaling, use_score_norm, whiten_rewards, early_stopping;
+    const char *kl_penalty;      /* kl, abs, mse, full */
+};
+
+static struct PPOConfig ppo_config(void)
+{
+    return (struct PPOConfig){
+        .batch_size = 128, .mini_batch_size = 128, .gradient_accumulation_steps = 1, .ppo_epochs = 4, .init_kl_coef = 0.2, .target = 6, .horizon = 10000,
+        .gamma = 1, .lam = 0.95, .cliprange = 0.2, .cliprange_value = 0.2, .vf_coef = 0.1, .ratio_threshold = 10, .target_kl = 1, .adap_kl_ctrl = true, .kl_penalty = "kl"};
+}
+
+/* A rollout: what was asked, what the policy answered, how it scored.        [glossary: Rollout] */
+struct Rollout { struct Example example; size_t response_length; float score; };
+
+/* Mean and variance of x over n values; the variance divides by n - 1 where unbiased. */
+static double mean_of(const float *x, size_t n)
+{
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) sum += x[i];
+    return sum / (double)n;
+}
+
+static double unbiased_variance(const float *x, size_t n)
+{
+    double mean = mean_of(x, n), sum = 0;
+    for (size_t i = 0; i < n; i++) sum += (x[i] - mean) * (x[i] - mean);
+    return n > 1 ? sum / (double)(n - 1) : 0;
+}
+
+/* whiten -- x = (x - mean) / sqrt(variance + 1e-8), variance unbiased; the mean is added back if
+ * !shift_mean. A gradient whose advantages are of one scale needs one learning rate. Returns what a
+ * value of zero would become (TRL whitens padding as well, see ppo_advantages). test: ppo_whiten_golden */
+static double whiten(float *x, size_t n, bool shift_mean)
+{
+    double mean = mean_of(x, n), scale = 1 / sqrt(unbiased_variance(x, n) + 1e-8), back = shift_mean ? 0 : mean;
+    for (size_t i = 0; i < n; i++) x[i] = (float)((x[i] - mean) * scale + back);
+    return (0 - mean) * scale + back;
+}
+
+/* Running mean and variance of all scores seen, batch by batch, by Chan's rule for merging two sets. */
+struct RunningMoments { double mean, var, std, count; };
+
+static void running_moments_update(struct RunningMoments *m, const float *x, size_t n)
+{
+    double batch_mean = mean_of(x, n), batch_var = n > 1 ? unbiased_variance(x, n) * (double)(n - 1) / (double)n : 0;
+    double delta = batch_mean - m->mean, total = m->count + (double)n;
+    double spread = batch_var * (double)n + m->var * m->count + delta * delta * m->count * (double)n / total;
+    m->mean += delta * (double)n / total;
+    m->var = spread / total;
+    m->std = sqrt(m->var * total / (total - 1));
+    m->count = total;
+}
+
+/* The KL controller: beta grows while KL is above its target, shrinks below, by at most 20 % of
+ * batch/horizon a step [10].   By hand: beta 0.2, 128 samples: KL 0 -> 0.199488, KL 30 -> 0.200512. */
+static double kl_controller_update(const struct PPOConfig *config, double kl_coef, double kl, size_t samples)
+{
+    if (!config->adap_kl_ctrl) return kl_coef;
+    double error = MAX(-0.2, MIN(0.2, kl / config->target - 1));
+    return kl_coef * (1 + error * (double)samples / config->horizon);
+}
+
+/* Per-token penalty for leaving the reference; `full` comes in as the exact KL of the two distributions. */
+static float kl_penalty_token(const char *kind, float logprob, float ref_logprob, float full)
+{
+    float difference = (float)kl_k1(logprob, ref_logprob);
+    if (strcmp(kind, "abs") == 0) return fabsf(difference);
+    if (strcmp(kind, "mse") == 0) return 0.5f * difference * difference;
+    return strcmp(kind, "full") == 0 ? full : difference;
+}
+
+/* What PPO knows about the responses of a batch, one number a response token: R of them in all, those of
+ * response b at start[b] .. start[b+1]-1. Prompts and padding simply are not there. */
+struct PPOBatch {
+    size_t B, R, *start;
+    size_t *padding;                      /* (B) columns by which a TRL row would be padded at its end */
+    float *logprobs, *ref_logprobs, *values, *kl, *non_score_rewards, *rewards, *advantages, *returns;
+};
+
+/* ppo_advantages -- generalized advantage estimation [7], backward over each response:
+ *   delta_t = r_t + gamma V_{t+1} - V_t;   A_t = delta_t + gamma lam A_{t+1};   return_t = A_t + V_t
+ * A_t says how much better the token was than the value head expected. lam = 0 trusts the value head
+ * alone, lam = 1 the rewards alone. Then A is whitened over the batch.
+ * With whiten_rewards TRL whitens the padding behind a response too: its zeros become c != 0, and the
+ * recursion runs through them before it reaches the response. Reproduced: `padding` steps of c.
+ * By hand: V .5 .4 .3, r -.1 0 1, gamma 1, lam .95 -> A .33675 .565 .7.   test: ppo_advantages_golden */
+static void ppo_advantages(const struct PPOConfig *config, struct PPOBatch *p)
+{
+    double c = config->whiten_rewards ? whiten(p->rewards, p->R, false) : 0;
+    for (size_t b = 0; b < p->B; b++) {
+        double advantage = 0, next_value = 0;
+        for (size_t k = 0; k < p->padding[b]; k++) advantage = c + config->gamma * config->lam * advantage;
+        for (size_t t = p->start[b + 1]; t-- > p->start[b];) {
+            double delta = p->rewards[t] + config->gamma * next_value - p->values[t];
+            advantage = delta + config->gamma * config->lam * advantage;
+            next_value = p->values[t];
+            p->advantages[t] = (float)advantage;
+            p->returns[t] = (float)(advantage + p->values[t]);
+        }
+    }
+    whiten(p->advantages, p->R, true);
+}
+
+/* The scalars of one mini-batch, averaged over all mini-batches of all epochs into stats_all. */
+enum PPOStat {
+    LOSS_POLICY, LOSS_VALUE, LOSS_TOTAL, POLICY_ENTROPY, POLICY_APPROXKL, POLICY_POLICYKL, POLICY_CLIPFRAC, POLICY_ADVANTAGES_MEAN, POLICY_RATIO,
+    RETURNS_MEAN, RETURNS_VAR, VAL_VPRED, VAL_ERROR, VAL_CLIPFRAC, VAL_MEAN, VAL_VAR, PPO_STATS
+};
+static const char *const PPO_STAT_NAMES[PPO_STATS] = {
+    "ppo/loss/policy", "ppo/loss/value", "ppo/loss/total", "ppo/policy/entropy", "ppo/policy/approxkl", "ppo/policy/policykl", "ppo/policy/clipfrac",
+    "ppo/policy/advantages_mean", "ppo/policy/ratio_mean", "ppo/returns/mean", "ppo/returns/var", "ppo/val/vpred", "ppo/val/error", "ppo/val/clipfrac", "ppo/val/mean", "ppo/val/var"};
+
+/* ppo_loss -- the clipped objective of PPO [6], over the R response tokens of a mini-batch.
+ *                                        [glossary: Otimização de política proximal (PPO)]
+ *   ratio = exp(new - old);  policy = mean max(-A ratio, -A clip(ratio, 1 - c, 1 + c))      [6] Eq. 7
+ *   vclip = clip(v, V - cv, V + cv);  value = 1/2 mean max((v - return)^2, (vclip - return)^2)
+ *   loss = policy + vf_coef value
+ * in   logprobs, values: of the policy now (R); p: what it was at rollout; which: their places in p
+ * out  dlogprobs, dvalues (R); stats
+ * Why clip: samples are reused for several updates; once a token's probability has moved by c in the
+ * direction its advantage asks for, its gradient is zero and it stops being pushed.
+ * By hand: ratio 1.5, c 0.2, A 1 -> loss -1.2, gradient 0; A -1 -> loss 1.5, gradient 1.5.
+ *                                                                          test: ppo_loss_golden */
+static void ppo_loss(const struct PPOConfig *config, const struct PPOBatch *p, const size_t *which, size_t R, const float *logprobs, const float *values, float *dlogprobs, float *dvalues, double stats[PPO_STATS])
+{
+    double n = (double)R, c = config->cliprange, cv = config->cliprange_value;
+    for (size_t r = 0; r < R; r++) {
+        size_t t = which[r];
+        double A = p->advantages[t], V = p->values[t], G = p->returns[t], v = values[r];
+        double log_ratio = (double)logprobs[r] - p->logprobs[t], ratio = exp(log_ratio);
+        double plain = -A * ratio, clipped = -A * MAX(1 - c, MIN(1 + c, ratio));
+        bool policy_clipped = clipped > plain;
+        double v_clipped = MAX(V - cv, MIN(V + cv, v));
+        double error = (v - G) * (v - G), error_clipped = (v_clipped - G) * (v_clipped - G);
+        bool value_clipped = error_clipped > error;
+        dlogprobs[r] = policy_clipped ? 0 : (float)(plain / n);            /* d(-A ratio)/d new = -A ratio */
+        dvalues[r] = (float)(config->vf_coef * (value_clipped ? (v == v_clipped ? v_clipped - G : 0) : v - G) / n);
+        stats[LOSS_POLICY] += MAX(plain, clipped) / n;
+        stats[LOSS_VALUE] += 0.5 * MAX(error, error_clipped) / n;
+        stats[POLICY_APPROXKL] += 0.5 * log_ratio * log_ratio / n;
+        stats[POLICY_POLICYKL] += -log_ratio / n;
+        stats[POLICY_CLIPFRAC] += policy_clipped / n;
+        stats[POLICY_ADVANTAGES_MEAN] += A / n;
+        stats[POLICY_RATIO] += ratio / n;
+        stats[RETURNS_MEAN] += G / n;
+        stats[VAL_VPRED] += v / n;
+        stats[VAL_ERROR] += error / n;
+        stats[VAL_CLIPFRAC] += value_clipped / n;
+        stats[VAL_MEAN] += V / n;
+    }
+    for (size_t r = 0; r < R && R > 1; r++) {
+        double dG = p->returns[which[r]] - stats[RETURNS_MEAN], dV = p->values[which[r]] - stats[VAL_MEAN];
+        stats[RETURNS_VAR] += dG * dG / (n - 1);
+        stats[VAL_VAR] += dV * dV / (n - 1);
+    }
+    stats[LOSS_TOTAL] = stats[LOSS_POLICY] + config->vf_coef * stats[LOSS_VALUE];
+}
+
+/* Everything a PPO training owns.                                          [glossary: Treinador PPO] */
+struct PPOTrainer {
+    struct GPT2 *model, *ref_model;          /* the policy with its value head; the reference */
+    struct PPOConfig config;
+    struct TrainingArguments args;
+    double temperature;                      /* divides the logits of both */
+    double kl_coef;
+    struct RunningMoments moments;
+    struct Rng order;
+    size_t optimizer_steps, step, total_steps;
+    struct Arena arena, epoch_arena;
+    struct LogEntry stats;                   /* of the last step: a line of stats_all */
+};
+
+static struct PPOTrainer *ppo_trainer_new(struct GPT2 *model, struct GPT2 *ref_model, struct PPOConfig config, struct TrainingArguments args, double temperature)
+{
+    struct PPOTrainer *ppo = calloc(1, sizeof *ppo);
+    CHECK(ppo, "out of memory");
+    CHECK(config.batch_size % (config.mini_batch_size * config.gradient_accumulation_steps) == 0, "--batch_size %zu must be a multiple of --mini_batch_size %zu times --gradient_accumulation_steps %zu", config.batch_size, config.mini_batch_size, config.gradient_accumulation_steps);
+    value_head_init(model, args.seed);
+    gpt2_make_trainable(model);
+    *ppo = (struct PPOTrainer){.model = model, .ref_model = ref_model, .config = config, .args = args, .temperature = temperature, .kl_coef = config.init_kl_coef, .moments = {0, 1, 1, 1e-24}, .order = rng_seed(args.seed, STREAM_ORDER)};
+    return ppo;
+}
+
+static void ppo_trainer_free(struct PPOTrainer *ppo)
+{
+    arena_free(&ppo->arena);
+    arena_free(&ppo->epoch_arena);
+    free(ppo);
+}
+
+/* Scores of a batch -> what the rewards are made of: running scale, then clip. */
+static void ppo_process_scores(struct PPOTrainer *ppo, float *scores, size_t n)
+{
+    const struct PPOConfig *c = &ppo->config;
+    if (c->use_score_scaling) {
+        running_moments_update(&ppo->moments, scores, n);
+        double divisor = ppo->moments.std + 1.1920929e-07, shift = c->use_score_norm ? ppo->moments.mean : 0;
+        for (size_t i = 0; i < n; i++) scores[i] = (float)((scores[i] - shift) / divisor);
+    }
+    if (c->score_clip > 0) for (size_t i = 0; i < n; i++) scores[i] = (float)MAX(-c->score_clip, MIN(c->score_clip, scores[i]));
+}
+
+/* Exact KL(policy || reference) at each row, for kl_penalty "full": both logits, chunk by chunk. */
+static void kl_full_rows(const struct GPT2 *model, struct LMHead *head, const struct GPT2 *ref_model, struct LMHead *ref_head, float *kl)
+{
+    size_t V = model->config.vocab_size;
+    for (size_t first = 0; first < head->R; first += head->chunk) {
+        size_t n = lm_head_logits(model, head, first);
+        lm_head_logits(ref_model, ref_head, first);
+        #pragma omp parallel for
+        for (size_t i = 0; i < n; i++)
+            kl[first + i] = (float)kl_exact(head->logits + i * V, head->lse[first + i], ref_head->logits + i * V, ref_head->lse[first + i], V);
+    }
+}
+
+/* Steps 2 and 3 of ppo_step: one pass of policy and reference over queries and responses, and from it
+ *   non_score_t = -beta penalty_t,   r_t = non_score_t,   r_last += score                     */
+static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo, const struct Rollout *rollouts, const float *scores)
+{
+    size_t B = ppo->config.batch_size, longest = 0;
+    struct Arena *arena = &ppo->arena;
+    const struct Example **examples = arena_alloc(arena, B, sizeof *examples);
+    for (size_t b = 0; b < B; b++) {
+        examples[b] = &rollouts[b].example;
+        longest = MAX(longest, examples[b]->n);
+    }
+    struct Batch batch = collate(arena, examples, B, SKIP_LAST);
+    size_t R = batch.R;
+    struct PPOBatch p = {.B = B, .R = R, .start = batch.target_start, .padding = arena_alloc(arena, B, sizeof *p.padding)};
+    float **columns[] = {&p.logprobs, &p.ref_logprobs, &p.values, &p.kl, &p.non_score_rewards, &p.rewards, &p.advantages, &p.returns};
+    for (size_t i = 0; i < COUNT(columns); i++) *columns[i] = arena_floats(arena, R);
+    struct Activations acts = gpt2_forward(ppo->model, arena, &batch, false), ref_acts = gpt2_forward(ppo->ref_model, arena, &batch, false);
+    struct LMHead head = lm_head_new(ppo->model, arena, &acts, batch.row, batch.target, R, (float)ppo->temperature);
+    struct LMHead ref_head = lm_head_new(ppo->ref_model, arena, &ref_acts, batch.row, batch.target, R, (float)ppo->temperature);
+    lm_head_forward(ppo->model, &head);
+    lm_head_forward(ppo->ref_model, &ref_head);
+    scalar_head_forward(p.values, acts.ln_f, batch.row, R, &ppo->model->v_head.weight, &ppo->model->v_head.bias);
+    if (strcmp(ppo->config.kl_penalty, "full") == 0) kl_full_rows(ppo->model, &head, ppo->ref_model, &ref_head, p.kl);
+    for (size_t t = 0; t < R; t++) {
+        p.logprobs[t] = head.logprob[t];
+        p.ref_logprobs[t] = ref_head.logprob[t];
+        p.kl[t] = kl_penalty_token(ppo->config.kl_penalty, p.logprobs[t], p.ref_logprobs[t], p.kl[t]);
+        p.rewards[t] = p.non_score_rewards[t] = (float)(-ppo->kl_coef * p.kl[t]);
+    }
+    for (size_t b = 0; b < B; b++) {
+        p.rewards[p.start[b + 1] - 1] += scores[b];
+        p.padding[b] = longest - examples[b]->n;
+    }
+    return p;
+}
+
+/* Forward and backward over some rollouts of the batch; gradients are added with `weight`. */
+static void ppo_mini_batch(struct PPOTrainer *ppo, const struct Rollout *rollouts, const struct PPOBatch *p, const size_t *member, size_t count, double weight, double stats[PPO_STATS])
+{
+    struct GPT2 *model = ppo->model;
+    struct Arena *arena = &ppo->epoch_arena;
+    arena_reset(arena);
+    const struct Example **examples = arena_alloc(arena, count, sizeof *examples);
+    for (size_t i = 0; i < count; i++) examples[i] = &rollouts[member[i]].example;
+    struct Batch batch = collate(arena, examples, count, SKIP_LAST);
+    size_t R = batch.R, *which = arena_alloc(arena, R, sizeof *which), r = 0;
+    for (size_t i = 0; i < count; i++)
+        for (size_t t = p->start[member[i]]; t < p->start[member[i] + 1]; t++) which[r++] = t;
+    struct Activations acts = gpt2_forward(model, arena, &batch, true);
+    struct LMHead head = lm_head_new(model, arena, &acts, batch.row, batch.target, R, (float)ppo->temperature);
+    lm_head_forward(model, &head);
+    float *values = arena_floats(arena, R), *dlogprobs = arena_floats(arena, R), *dvalues = arena_floats(arena, R);
+    scalar_head_forward(values, acts.ln_f, batch.row, R, &model->v_head.weight, &model->v_head.bias);
+    for (int i = 0; i < PPO_STATS; i++) stats[i] = 0;
+    ppo_loss(&ppo->config, p, which, R, head.logprob, values, dlogprobs, dvalues, stats);
+    stats[POLICY_ENTROPY] = (double)row_sum(head.entropy, R) / (double)R;
+    bool absurd = stats[POLICY_RATIO] > ppo->config.ratio_threshold;       /* the policy ran away: skip the batch */
+    if (absurd) warn("ppo: step %zu: the mean probability ratio %.1f exceeds --ratio_threshold %.1f; this mini-batch is skipped", ppo->step, stats[POLICY_RATIO], ppo->config.ratio_threshold);
+    if (absurd) stats[LOSS_POLICY] = stats[LOSS_VALUE] = stats[LOSS_TOTAL] = 0;
+    for (r = 0; r < R; r++) {
+        dlogprobs[r] = absurd ? 0 : (float)(dlogprobs[r] * weight);
+        dvalues[r] = absurd ? 0 : (float)(dvalues[r] * weight);
+    }
+    float *dhidden = arena_zeros(arena, batch.N * model->config.n_embd, sizeof *dhidden);
+    lm_head_backward(model, &head, dlogprobs, dhidden, arena);
+    scalar_head_backward(dhidden, dvalues, acts.ln_f, batch.row, R, &model->v_head.weight, &model->v_head.bias);
+    gpt2_backward(model, arena, &acts, dhidden);
+}
+
+/* Step 5 of ppo_step: ppo_epochs passes over the batch, in mini-batches of a new random order each
+ * time. Returns how many mini-batches; their statistics are summed. */
+static size_t ppo_optimize(struct PPOTrainer *ppo, const struct Rollout *rollouts, const struct PPOBatch *p, double sums[PPO_STATS])
+{
+    const struct PPOConfig *c = &ppo->config;
+    size_t B = c->batch_size, *order = arena_alloc(&ppo->arena, B, sizeof *order), mini_batches = 0, per_step = c->mini_batch_size * c->gradient_accumulation_steps;
+    double stats[PPO_STATS] = {0};
+    for (size_t epoch = 0; epoch < c->ppo_epochs; epoch++) {
+        for (size_t b = 0; b < B; b++) order[b] = b;
+        if (per_step < B) rng_shuffle(&ppo->order, order, B);          /* one mini-batch of all: its order is only rounding */
+        bool stop = false;
+        for (size_t first = 0; first < B; first += per_step) {
+            gpt2_zero_grad(ppo->model);
+            for (size_t mini = first; mini < first + per_step; mini += c->mini_batch_size, mini_batches++) {
+                ppo_mini_batch(ppo, rollouts, p, order + mini, c->mini_batch_size, 1 / (double)c->gradient_accumulation_steps, stats);
+                for (int i = 0; i < PPO_STATS; i++) sums[i] += stats[i];
+            }
+            stop = c->early_stopping && first + per_step >= B && stats[POLICY_POLICYKL] > 1.5 * c->target_kl;
+            if (stop) break;
+            double lr = ppo->args.learning_rate * schedule_factor(&ppo->args, ppo->step, ppo->total_steps);
+            double norm = optimizer_step(ppo->model, &ppo->args, lr, ++ppo->optimizer_steps);
+            CHECK(isfinite(stats[LOSS_TOTAL]) && isfinite(norm), "ppo: step %zu: the loss is %g, the gradient's norm %g; try a smaller --learning_rate or --max_grad_norm 1", ppo->step + 1, stats[LOSS_TOTAL], norm);
+        }
+        if (stop) break;
+    }
+    return mini_batches;
+}
+
+static void stats_length(struct LogEntry *stats, const char *mean_name, const char *std_name, const float *length, size_t n)
+{
+    log_value(stats, mean_name, mean_of(length, n));
+    log_value(stats, std_name, n > 1 ? sqrt(unbiased_variance(length, n)) : NAN);
+}
+
+/* Step 7: the scalars of TRL's stats dictionary.                             [glossary: Stats_all] */
+static void ppo_record_stats(struct PPOTrainer *ppo, const struct Rollout *rollouts, const struct PPOBatch *p, const float *scores, const double sums[PPO_STATS], size_t mini_batches)
+{
+    struct LogEntry *s = &ppo->stats;
+    size_t B = p->B;
+    float *query = arena_floats(&ppo->arena, B), *response = arena_floats(&ppo->arena, B);
+    double kl = 0, entropy = 0, non_score = 0;
+    for (size_t b = 0; b < B; b++) {
+        query[b] = (float)rollouts[b].example.prompt_length;
+        response[b] = (float)rollouts[b].response_length;
+    }
+    for (size_t t = 0; t < p->R; t++) {
+        kl += p->kl[t] / (double)B;
+        entropy -= p->logprobs[t] / (double)B;
+        non_score += p->non_score_rewards[t] / (double)p->R;
+    }
+    s->n = 0;
+    log_value(s, "objective/kl", kl);
+    log_value(s, "objective/kl_coef", ppo->kl_coef);
+    log_value(s, "objective/entropy", entropy);
+    log_value(s, "ppo/mean_non_score_reward", non_score);
+    stats_length(s, "ppo/mean_scores", "ppo/std_scores", scores, B);
+    stats_length(s, "tokens/queries_len_mean", "tokens/queries_len_std", query, B);
+    stats_length(s, "tokens/responses_len_mean", "tokens/responses_len_std", response, B);
+    for (int i = 0; i < PPO_STATS; i++) if (i != POLICY_RATIO) log_value(s, PPO_STAT_NAMES[i], sums[i] / (double)mini_batches);
+    log_value(s, "ppo/val/var_explained", 1 - sums[VAL_ERROR] / sums[RETURNS_VAR]);
+    log_value(s, "ppo/learning_rate", ppo->args.learning_rate * schedule_factor(&ppo->args, ppo->step, ppo->total_steps));
+}
+
+/* ppo_step -- PPOTrainer.step(queries, responses, scores).        [glossary: Treinador PPO]
+ * rollouts: batch_size of them. Leaves ppo->stats.
+ *                                                          test: ppo_step, check_fidelity ppo* */
+static void ppo_step(struct PPOTrainer *ppo, const struct Rollout *rollouts)
+{
+    size_t B = ppo->config.batch_size;
+    double begin = seconds_now(), sums[PPO_STATS] = {0};
+    arena_reset(&ppo->arena);
+    float *scores = arena_floats(&ppo->arena, B);
+    for (size_t b = 0; b < B; b++) scores[b] = rollouts[b].score;
+    ppo_process_scores(ppo, scores, B);                                             /* 1. scale and clip */
+    struct PPOBatch p = ppo_evaluate_rollouts(ppo, rollouts, scores);               /* 2. log-probabilities, values; 3. rewards */
+    double evaluated = seconds_now();
+    ppo_advantages(&ppo->config, &p);                                               /* 4. advantages and returns */
+    double advantages = seconds_now();
+    size_t mini_batches = ppo_optimize(ppo, rollouts, &p, sums);       /* 5. epochs of clipped updates */
+    double optimized = seconds_now();
+    ppo_record_stats(ppo, rollouts, &p, scores, sums, mini_batches);                /* 6. statistics */
+    double kl;
+    log_find(&ppo->stats, "objective/kl", &kl);
+    ppo->kl_coef = kl_controller_update(&ppo->config, ppo->kl_coef, kl, B);         /* 7. KL controller */
+    ppo->step++;
+    double times[] = {evaluated - begin, advantages - evaluated, optimized - advantages, seconds_now() - begin};
+    static const char *const names[] = {"time/ppo/forward_pass", "time/ppo/compute_advantages", "time/ppo/optimize_step", "time/ppo/total"};
+    for (size_t i = 0; i < COUNT(times); i++) log_value(&ppo->stats, names[i], times[i]);
+}
+
+static void stats_write_line(FILE *file, const struct LogEntry *stats)
+{
+    fputc('{', file);
+    for (size_t i = 0; i < stats->n; i++) {
+        fprintf(file, "%s\"%s\": ", i ? ", " : "", stats->item[i].name);
+        json_write_number(file, stats->item[i].value);
+    }
+    fputs("}\n", file);
+}
+
+/* What turns a response into a score: the reward model, on the text of query and response. */
+struct Scorer {
+    const struct GPT2 *reward_model;
+    const struct Tokenizer *tok;
+    double mean, std;                  /* score = (reward - mean) / std */
+    size_t least_length;               /* a response that ends sooner scores at most short_score */
+    double short_score;
+};
+
+/* Scores n token sequences (query and response together): decoded to text and read by the reward model, as
+ * the lab's sentiment pipeline does. */
+static void scorer_score(const struct Scorer *scorer, struct Arena *arena, const struct Example *sequences, size_t n, size_t vocab_size, float *score)
+{
+    struct Example *texts = arena_alloc(arena, n, sizeof *texts);
+    int end = end_token_of(vocab_size);
+    size_t limit = scorer->reward_model->config.n_positions;
+    for (size_t i = 0; i < n; i++) {
+        size_t length = sequences[i].n;
+        while (length > 0 && sequences[i].ids[length - 1] == end) length--;
+        struct Text text = tokenizer_decode_all(scorer->tok, arena, sequences[i].ids, length, vocab_size);
+        texts[i] = example_encode(arena, scorer->tok, text, scorer->reward_model->config.vocab_size, false);
+        texts[i].n = MIN(texts[i].n, limit);
+    }
+    reward_score(scorer->reward_model, texts, n, score);
+    for (size_t i = 0; i < n; i++) {
+        size_t response = sequences[i].n - sequences[i].prompt_length;
+        score[i] = (float)((score[i] - scorer->mean) / scorer->std);
+        bool ended_soon = response < scorer->least_length && sequences[i].n > 0 && sequences[i].ids[sequences[i].n - 1] == end;
+        if (ended_soon) score[i] = (float)MIN(score[i], scorer->short_score);
+    }
+}
+
+/* The policy answers batch_size prompts and is scored.                       [glossary: Rollout] */
+struct RolloutSource {
+    const struct Example *prompts;
+    size_t n;
+    size_t *order, at;                 /* a shuffled pass over the prompts, renewed at its end */
+    struct Rng shuffle, lengths, sample;
+    struct LengthSampler output_length;
+    struct GenerationConfig generation;
+};
+
+static void collect_rollouts(struct RolloutSource *source, const struct GPT2 *policy, const struct Scorer *scorer, struct Arena *arena, struct Rollout *rollouts, size_t n)
+{
+    struct Sequence *sequences = arena_alloc(arena, n, sizeof *sequences);
+    for (size_t i = 0; i < n; i++) {
+        if (source->at == source->n) {
+            rng_shuffle(&source->shuffle, source->order, source->n);
+            source->at = 0;
+        }
+        const struct Example *prompt = &source->prompts[source->order[source->at++]];
+        struct Rng own = rng_seed(rng_next(&source->sample), STREAM_SAMPLE);
+        sequences[i] = sequence_start(arena, prompt->ids, prompt->n, length_sampler(&source->output_length, &source->lengths), policy, own);
+    }
+    generate(policy, sequences, n, &source->generation);
+    struct Example *examples = arena_alloc(arena, n, sizeof *examples);
+    float *score = arena_floats(arena, n);
+    for (size_t i = 0; i < n; i++) examples[i] = (struct Example){sequences[i].ids, sequences[i].n, sequences[i].prompt_length};
+    scorer_score(scorer, arena, examples, n, policy->config.vocab_size, score);
+    for (size_t i = 0; i < n; i++) rollouts[i] = (struct Rollout){examples[i], examples[i].n - examples[i].prompt_length, score[i]};
+}
+
+static void rollouts_write(FILE *file, const struct Rollout *rollouts, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        const struct Example *e = &rollouts[i].example;
+        fputs("{\"query_ids\": ", file);
+        json_write_ids(file, e->ids, e->prompt_length);
+        fputs(", \"response_ids\": ", file);
+        json_write_ids(file, e->ids + e->prompt_length, e->n - e->prompt_length);
+        fputs(", \"score\": ", file);
+        json_write_number(file, rollouts[i].score);
+        fputs("}\n", file);
+    }
+}
+
+/* Stored rollouts, batch_size of them a step, in file order, round and round. */
+static void replay_rollouts(const struct Dataset *data, size_t step, const struct GPT2 *model, struct Arena *arena, struct Rollout *rollouts, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        const struct Row *row = &data->rows[(step * n + i) % data->n];
+        size_t length = row->query_length + row->response_length;
+        CHECK(row->query_length > 0 && row->response_length > 0, "%s: rollout %zu has an empty query or response", data->path, (step * n + i) % data->n + 1);
+        CHECK(length <= model->config.n_positions, "%s: rollout %zu has %zu tokens, the model's context is %zu", data->path, (step * n + i) % data->n + 1, length, model->config.n_positions);
+        int *ids = arena_alloc(arena, length, sizeof *ids);
+        memcpy(ids, row->query_ids, row->query_length * sizeof *ids);
+        memcpy(ids + row->query_length, row->response_ids, row->response_length * sizeof *ids);
+        for (size_t t = 0; t < length; t++) CHECK((size_t)ids[t] < model->config.vocab_size, "%s: token id %d is outside the model's vocabulary of %zu", data->path, ids[t], model->config.vocab_size);
+        rollouts[i] = (struct Rollout){{ids, length, row->query_length}, row->response_length, (float)row->score};
+    }
+}
+
+/* ppo_train -- rollouts, step, log, again.                        [glossary: Treinador PPO]
+ * Either `source` and `scorer` make rollouts, or `replay` holds them. Logs go to output_dir. */
+static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, const struct Scorer *scorer, const struct Dataset *replay, size_t steps, const char *output_dir, struct TrainerState *state)
+{
+    struct Arena arena = {0};
+    struct Output stats_all, rollout_log;
+    size_t B = ppo->config.batch_size;
+    state->max_steps = ppo->total_steps = steps;
+    if (output_dir) {
+        make_folder(output_dir);
+        output_open(&stats_all, output_dir, "stats_all.jsonl");
+        output_open(&rollout_log, output_dir, "rollouts.jsonl");
+    }
+    for (size_t step = 0; step < steps; step++) {
+        arena_reset(&arena);
+        double begin = seconds_now();
+        struct Rollout *rollouts = arena_alloc(&arena, B, sizeof *rollouts);
+        if (replay) replay_rollouts(replay, step, ppo->model, &arena, rollouts, B);
+        else collect_rollouts(source, ppo->model, scorer, &arena, rollouts, B);
+        double rolled = seconds_now();
+        ppo_step(ppo, rollouts);
+        float *raw = arena_floats(&arena, B);
+        for (size_t b = 0; b < B; b++) raw[b] = rollouts[b].score;
+        stats_length(&ppo->stats, "env/reward_mean", "env/reward_std", raw, B);
+        log_value(&ppo->stats, "time/ppo/rollout", rolled - begin);
+        if (output_dir) {
+            stats_write_line(stats_all.file, &ppo->stats);
+            rollouts_write(rollout_log.file, rollouts, B);
+        }
+        state->global_step = step + 1;
+        if ((step + 1) % ppo->args.logging_steps == 0 || step + 1 == steps) {
+            struct LogEntry *entry = state_log(state);
+            *entry = ppo->stats;
+            log_value(entry, "step", (double)(step + 1));
+            double kl, loss;
+            log_find(entry, "objective/kl", &kl);
+            log_find(entry, "ppo/loss/total", &loss);
+            say("ppo: step %zu/%zu  env/reward_mean %.4g  objective/kl %.4g  ppo/loss/total %.4g\n", step + 1, steps, mean_of(raw, B), kl, loss);
+        }
+    }
+    if (output_dir) {
+        output_close(&stats_all);
+        output_close(&rollout_log);
+    }
+    arena_free(&arena);
+}
+
+/* =============================================================================================
+ * Chapter 16 - DPO                                 [glossary: Otimização de preferência direta (DPO)]
+ *
+ * What enters: pairs of answers, one preferred. What leaves: a policy that prefers likewise. The
+ * maximum of chapter 15's objective is known in closed form, pi*(y) proportional to
+ * pi_ref(y) exp(r(y)/beta); solved for r and put into Bradley-Terry, the unknown normaliser cancels in
+ * the difference, and what is left is a loss on the policy's own log-probabilities [5]: no reward
+ * model, no sampling.
+ * ============================================================================================= */
+
+enum DPOLossType { DPO_SIGMOID, DPO_IPO, DPO_HINGE, DPO_ROBUST, DPO_SFT, DPO_LOSS_TYPES };
+static const char *const DPO_LOSS_NAMES[] = {"sigmoid", "ipo", "hinge", "robust", "sft"};
+
+struct DPOConfig {
+    double beta, label_smoothing;                /* [glossary: Parâmetro Beta (β)] */
+    double weight[DPO_LOSS_TYPES];               /* 0: not used; TRL's loss_type and loss_weights */
+};
+
+/* dpo_loss -- Direct Preference Optimization, B pairs.              [glossary: DPO]
+ * in   chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps: (B), log pi(y|x) in nats,
+ *      summed over the completion's tokens; chosen_length, rejected_length: (B) how many those are
+ * out  the mean loss over pairs; dchosen, drejected: (B), d loss / d logps
+ *   delta_b = (chosen - ref_chosen) - (rejected - ref_rejected)
+ *   sigmoid   -log sigmoid(beta delta)                                         [5] Eq. 7
+ *             with label_smoothing e, conservative DPO: -(1-e) log sigmoid(beta delta) - e log sigmoid(-beta delta)
+ *             (TRL 0.11; TRL 1.16 ignores e here)
+ *   hinge     max(0, 1 - beta delta)
+ *   ipo       (delta with each side divided by its length - 1/(2 beta))^2      [13] Eq. 17
+ *   robust    (-(1-e) log sigmoid(beta delta) + e log sigmoid(-beta delta)) / (1 - 2e)   [14]
+ *   sft       mean negative log-likelihood of the batch's chosen tokens
+ * By hand: policy == reference -> delta 0 -> sigmoid loss ln 2 = 0.6931, whatever beta.
+ * Why log_sigmoid: at delta -1000 log(sigmoid) would be log(0).           test: dpo_golden */
+static double dpo_loss(const struct DPOConfig *config, size_t B, const double *chosen_logps, const double *rejected_logps, const double *ref_chosen_logps, const double *ref_rejected_logps, const size_t *chosen_length, const size_t *rejected_length, double *dchosen, double *drejected)
+{
+    double loss = 0, beta = config->beta, e = config->label_smoothing, n = (double)B, chosen_tokens = 0;
+    const double *w = config->weight;
+    for (size_t b = 0; b < B; b++) chosen_tokens += (double)chosen_length[b];
+    for (size_t b = 0; b < B; b++) {
+        double nw = (double)MAX((size_t)1, chosen_length[b]), nl = (double)MAX((size_t)1, rejected_length[b]);
+        double cw = chosen_logps[b] - ref_chosen_logps[b], cl = rejected_logps[b] - ref_rejected_logps[b];
+        double s = beta * (cw - cl), down = sigmoid(-s), up = sigmoid(s);       /* d -log sigmoid(s)/ds = -sigmoid(-s) */
+        double ipo = cw / nw - cl / nl - 1 / (2 * beta);
+        double robust = 1 / (1 - 2 * e);
+        loss += w[DPO_SIGMOID] * (-(1 - e) * log_sigmoid(s) - e * log_sigmoid(-s)) / n;
+        loss += w[DPO_HINGE] * MAX(0, 1 - s) / n;
+        loss += w[DPO_IPO] * ipo * ipo / n;
+        loss += w[DPO_ROBUST] * robust * (-(1 - e) * log_sigmoid(s) + e * log_sigmoid(-s)) / n;
+        double ds = w[DPO_SIGMOID] * (-(1 - e) * down + e * up) + w[DPO_HINGE] * (s < 1 ? -1 : 0) + w[DPO_ROBUST] * robust * (-(1 - e) * down - e * up);
+        dchosen[b] = (beta * ds + w[DPO_IPO] * 2 * ipo / nw) / n;
+        drejected[b] = (-beta * ds - w[DPO_IPO] * 2 * ipo / nl) / n;
+        if (w[DPO_SFT] == 0 || chosen_tokens == 0) continue;
+        loss += w[DPO_SFT] * -chosen_logps[b] / chosen_tokens;
+        dchosen[b] -= w[DPO_SFT] / chosen_tokens;
+    }
+    return loss;
+}
+
+struct DPOTask {
+    struct DPOConfig config;
+    struct GPT2 *ref_model;
+    struct Example *pairs, *eval_pairs;          /* 2i chosen, 2i+1 rejected */
+    double *ref_logps, *eval_ref_logps;          /* (2n) NaN until first needed: computed once, used in every epoch */
+    double temperature;
+};
+
+/* Log-probabilities of completions under a model: summed over each sequence's target rows. */
+static void sum_target_logps(const struct Batch *batch, const float *token_logprobs, double *logps)
+{
+    for (size_t b = 0; b < batch->B; b++) logps[b] = sequence_logprob(token_logprobs + batch->target_start[b], batch->target_start[b + 1] - batch->target_start[b]);
+}
+
+/* The reference's log-probabilities of a batch, from the cache where it has them. */
+static void dpo_reference(struct DPOTask *task, struct Arena *arena, const struct Batch *batch, const size_t *slot, double *cache, double *logps)
+{
+    bool known = true;
+    for (size_t b = 0; b < batch->B; b++) known = known && !isnan(cache[slot[b]]);
+    if (!known) {
+        struct Activations acts = gpt2_forward(task->ref_model, arena, batch, false);
+        struct LMHead head = lm_head_new(task->ref_model, arena, &acts, batch->row, batch->target, batch->R, (float)task->temperature);
+        lm_head_forward(task->ref_model, &head);
+        sum_target_logps(batch, head.logprob, logps);
+        for (size_t b = 0; b < batch->B; b++) cache[slot[b]] = logps[b];
+    }
+    for (size_t b = 0; b < batch->B; b++) logps[b] = cache[slot[b]];
+}
+
+static void dpo_metrics(struct Trainer *trainer, const struct DPOTask *task, const struct Batch *batch, const struct LMHead *head, size_t B, const double *logps, const double *ref_logps)
+{
+    double chosen = 0, rejected = 0, right = 0, logps_chosen = 0, logps_rejected = 0, n = (double)B;
+    for (size_t b = 0; b < B; b++) {
+        double reward_chosen = task->config.beta * (logps[b] - ref_logps[b]), reward_rejected = task->config.beta * (logps[B + b] - ref_logps[B + b]);
+        chosen += reward_chosen / n;
+        rejected += reward_rejected / n;
+        right += (reward_chosen > reward_rejected) / n;
+        logps_chosen += logps[b] / n;
+        logps_rejected += logps[B + b] / n;
+    }
+    size_t split = batch->target_start[B], R = batch->R;
+    trainer_metric(trainer, "rewards/chosen", chosen);
+    trainer_metric(trainer, "rewards/rejected", rejected);
+    trainer_metric(trainer, "rewards/accuracies", right);
+    trainer_metric(trainer, "rewards/margins", chosen - rejected);
+    trainer_metric(trainer, "logps/chosen", logps_chosen);
+    trainer_metric(trainer, "logps/rejected", logps_rejected);
+    trainer_metric(trainer, "logits/chosen", (double)row_sum(head->mean_logit, split) / (double)MAX((size_t)1, split));
+    trainer_metric(trainer, "logits/rejected", (double)row_sum(head->mean_logit + split, R - split) / (double)MAX((size_t)1, R - split));
+    trainer_metric(trainer, "entropy", (double)row_sum(head->entropy, R) / (double)MAX((size_t)1, R));
+    trainer_metric(trainer, "mean_token_accuracy", (double)row_sum(head->hit, split) / (double)MAX((size_t)1, split));
+}
+
+static double dpo_task_loss(struct Trainer *trainer, const size_t *index, size_t B, double weight, bool train, bool eval)
+{
+    struct DPOTask *task = trainer->task.data;
+    struct GPT2 *model = trainer->model;
+    struct Arena *arena = &trainer->arena;
+    const struct Example *pairs = eval ? task->eval_pairs : task->pairs, **examples = arena_alloc(arena, 2 * B, sizeof *examples);
+    size_t *slot = arena_alloc(arena, 2 * B, sizeof *slot), *length = arena_alloc(arena, 2 * B, sizeof *length);
+    double *logps = arena_alloc(arena, 2 * B, sizeof *logps), *ref_logps = arena_alloc(arena, 2 * B, sizeof *ref_logps), *dlogps = arena_alloc(arena, 2 * B, sizeof *dlogps);
+    for (size_t i = 0; i < 2 * B; i++) {
+        slot[i] = 2 * index[i % B] + i / B;                         /* all chosen, then all rejected */
+        examples[i] = &pairs[slot[i]];
+    }
+    struct Batch batch = collate(arena, examples, 2 * B, SKIP_LAST);
+    dpo_reference(task, arena, &batch, slot, eval ? task->eval_ref_logps : task->ref_logps, ref_logps);
+    struct Activations acts = gpt2_forward(model, arena, &batch, train);
+    struct LMHead head = lm_head_new(model, arena, &acts, batch.row, batch.target, batch.R, (float)task->temperature);
+    lm_head_forward(model, &head);
+    sum_target_logps(&batch, head.logprob, logps);
+    for (size_t i = 0; i < 2 * B; i++) length[i] = batch.target_start[i + 1] - batch.target_start[i];
+    double loss = dpo_loss(&task->config, B, logps, logps + B, ref_logps, ref_logps + B, length, length + B, dlogps, dlogps + B);
+    trainer->state.num_tokens += batch.tokens;
+    dpo_metrics(trainer, task, &batch, &head, B, logps, ref_logps);
+    if (!train) return loss;
+    float *dlogprob = arena_floats(arena, batch.R), *dhidden = arena_zeros(arena, batch.N * model->config.n_embd, sizeof *dhidden);
+    for (size_t i = 0; i < 2 * B; i++)
+        for (size_t r = batch.target_start[i]; r < batch.target_start[i + 1]; r++) dlogprob[r] = (float)(dlogps[i] * weight);
+    lm_head_backward(model, &head, dlogprob, dhidden, arena);
+    gpt2_backward(model, arena, &acts, dhidden);
+    return loss * weight;
+}
+
+/* TRL's preparation: prompt of its own or the answers' common beginning, end tokens, one split for both
+ * (the shorter of the two common prefixes with the prompt's ids); pairs without a completion inside
+ * max_length are dropped; the rest keep their first max_length ids. */
+static size_t dpo_pairs(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data, struct Example *pairs)
+{
+    size_t count = 0, V = trainer->model->config.vocab_size;
+    for (size_t i = 0; i < data->n; i++) {
+        struct Row row = data->rows[i];
+        if (!(row.has & HAS_PROMPT)) split_implicit_prompt(&row);
+        struct Example chosen = example_prompt_completion(arena, trainer->tok, row.prompt, row.chosen, V);
+        struct Example rejected = example_prompt_completion(arena, trainer->tok, row.prompt, row.rejected, V);
+        chosen.prompt_length = rejected.prompt_length = MIN(chosen.prompt_length, rejected.prompt_length);
+        if (chosen.prompt_length >= trainer->args.max_length) continue;
+        chosen.n = MIN(chosen.n, trainer->args.max_length);
+        rejected.n = MIN(rejected.n, trainer->args.max_length);
+        pairs[2 * count] = chosen;
+        pairs[2 * count++ + 1] = rejected;
+    }
+    if (count < data->n) warn("%s: %zu of %zu pairs dropped: the prompt alone has %zu tokens or more (--max_length)", data->path, data->n - count, data->n, trainer->args.max_length);
+    CHECK(count > 0, "%s: no pair is left", data->path);
+    return count;
+}
+
+static double *unknown_logps(struct Arena *arena, size_t n)
+{
+    double *logps = arena_alloc(arena, n, sizeof *logps);
+    for (size_t i = 0; i < n; i++) logps[i] = NAN;
+    return logps;
+}
+
+static struct DPOTask *dpo_task(struct Trainer *trainer, struct Arena *arena, struct GPT2 *ref_model, struct DPOConfig config, double temperature, struct Example *pairs, size_t n)
+{
+    struct DPOTask *task = arena_zeros(arena, 1, sizeof *task);
+    *task = (struct DPOTask){.config = config, .ref_model = ref_model, .pairs = pairs, .temperature = temperature, .ref_logps = unknown_logps(arena, 2 * n)};
+    trainer->task = (struct Task){.name = "dpo", .n = n, .data = task, .loss = dpo_task_loss};
+    return task;
+}
+
+/* collect_preferences -- data collection: several answers a prompt, compared, kept as pairs.
+ *                                                                  [glossary: Coleta de dados]
+ * Each prompt is answered num_generations times by `policy`; the best answer by the scorer becomes
+ * chosen, the worst rejected. Answers that did not end, or ended before scorer->least_length tokens,
+ * are left out: cut-off text would teach the model to be cut off. pairs: room for 2n examples,
+ * 2i chosen, 2i+1 rejected; returns how many pairs. */
+static size_t collect_preferences(const struct GPT2 *policy, const struct Scorer *scorer, struct Arena *arena, const struct Example *prompts, size_t n, size_t num_generations, size_t max_new, const struct GenerationConfig *generation, uint64_t seed, struct Example *pairs)
+{
+    struct Rng rng = rng_seed(seed, STREAM_SAMPLE);
+    size_t total = n * num_generations, count = 0;
+    struct Sequence *sequences = arena_alloc(arena, total, sizeof *sequences);
+    struct Example *answers = arena_alloc(arena, total, sizeof *answers);
+    float *score = arena_floats(arena, total);
+    for (size_t i = 0; i < total; i++) {
+        const struct Example *prompt = &prompts[i / num_generations];
+        sequences[i] = sequence_start(arena, prompt->ids, prompt->n, max_new, policy, rng_seed(rng_next(&rng), STREAM_SAMPLE));
+    }
+    generate(policy, sequences, total, generation);
+    for (size_t i = 0; i < total; i++) answers[i] = (struct Example){sequences[i].ids, sequences[i].n, sequences[i].prompt_length};
+    scorer_score(scorer, arena, answers, total, policy->config.vocab_size, score);
+    for (size_t i = 0; i < n; i++) {
+        size_t best = SIZE_MAX, worst = SIZE_MAX;
+        for (size_t k = i * num_generations; k < (i + 1) * num_generations; k++) {
+            size_t length = answers[k].n - answers[k].prompt_length;
+            bool ended = answers[k].ids[answers[k].n - 1] == policy->config.eos_token_id;
+            if (!ended || length < scorer->least_length) continue;
+            if (best == SIZE_MAX || score[k] > score[best]) best = k;
+            if (worst == SIZE_MAX || score[k] < score[worst]) worst = k;
+        }
+        if (best == worst || score[best] <= score[worst]) continue;
+        pairs[2 * count] = answers[best];
+        pairs[2 * count++ + 1] = answers[worst];
+    }
+    return count;
+}
+
+/* =============================================================================================
+ * Chapter 18 - Evaluation and the whole course (rlhf)    [glossary: Aprendizado por reforço a partir
+ *                                                           de feedback humano (RLHF)]
+ *
+ * What enters: rated texts. What leaves: a language model trained from nothing, a reward model of the
+ * raters' taste, two policies that please it, one by PPO and one by DPO, and the measurements that say
+ * what each gained and what it cost. A tenth of the texts is never trained on; all figures are taken
+ * there.
+ * ============================================================================================= */
+
+/* Distinct word pairs / all word pairs of many texts: 1 if nothing repeats, near 0 for a model that has
+ * one phrase left. Words are runs of letters and apostrophes, and each of . ! ? counts as one. */
+static int compare_u64(const void *a, const void *b)
+{
+    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return (x > y) - (x < y);
+}
+
+static double distinct_2(const struct Text *texts, size_t n)
+{
+    size_t bytes = 0, count = 0, distinct = 0;
+    for (size_t i = 0; i < n; i++) bytes += texts[i].length;
+    uint64_t *pairs = malloc((bytes + 1) * sizeof *pairs);
+    CHECK(pairs, "out of memory");
+    for (size_t i = 0; i < n; i++) {
+        uint64_t previous = 0;
+        for (size_t k = 0; k < texts[i].length;) {
+            uint64_t hash = 14695981039346656037u;                  /* FNV-1a of the word */
+            size_t first = k;
+            for (; k < texts[i].length && (isalpha((unsigned char)texts[i].data[k]) || texts[i].data[k] == '\''); k++)
+                hash = (hash ^ (uint64_t)tolower((unsigned char)texts[i].data[k])) * 1099511628211u;
+            if (k == first) {
+                char c = texts[i].data[k++];
+                if (c != '.' && c != '!' && c != '?') continue;
+                hash = (hash ^ (uint64_t)c) * 1099511628211u;
+            }
+            if (previous) pairs[count++] = previous * 31 + hash;
+            previous = hash;
+        }
+    }
+    qsort(pairs, count, sizeof *pairs, compare_u64);
+    for (size_t i = 0; i < count; i++) distinct += i == 0 || pairs[i] != pairs[i - 1];
+    free(pairs);
+    return count ? (double)distinct / (double)count : 0;
+}
+
+/* Share of pairs of held-out texts, ratings min_difference or more apart, that the rewards order rightly. */
+static double pair_accuracy(const float *reward, const double *rating, size_t n, double min_difference)
+{
+    double right = 0, total = 0;
+    for (size_t i = 0; i < n; i++)
+        for (size_t j = 0; j < n; j++) {
+            if (rating[i] - rating[j] < min_difference) continue;
+            total++;
+            right += reward[i] > reward[j];
+        }
+    return total ? right / total : NAN;
+}
+
+/* KL(policy || reference) of whole responses, in nats, averaged: exact at each token, summed over tokens. */
+static double response_kl(const struct GPT2 *policy, const struct GPT2 *ref_model, const struct Example *answers, size_t n, double temperature)
+{
+    enum { TOGETHER = 32 };
+    struct Arena arena = {0};
+    double total = 0;
+    for (size_t first = 0; first < n; first += TOGETHER) {
+        const struct Example *examples[TOGETHER];
+        size_t count = MIN(n - first, (size_t)TOGETHER);
+        for (size_t i = 0; i < count; i++) examples[i] = &answers[first + i];
+        arena_reset(&arena);
+        struct Batch batch = collate(&arena, examples, count, SKIP_LAST);
+        struct Activations acts = gpt2_forward(policy, &arena, &batch, false), ref_acts = gpt2_forward(ref_model, &arena, &batch, false);
+        struct LMHead head = lm_head_new(policy, &arena, &acts, batch.row, batch.target, batch.R, (float)temperature);
+        struct LMHead ref_head = lm_head_new(ref_model, &arena, &ref_acts, batch.row, batch.target, batch.R, (float)temperature);
+        float *kl = arena_floats(&arena, batch.R);
+        lm_head_forward(policy, &head);
+        lm_head_forward(ref_model, &ref_head);
+        kl_full_rows(policy, &head, ref_model, &ref_head, kl);
+        for (size_t r = 0; r < batch.R; r++) total += kl[r];
+    }
+    arena_free(&arena);
+    return total / (double)n;
+}
+
+/* The course's settings, and all that its stages share. */
+struct Course {
+    struct Arena arena;
+    const struct Tokenizer *tok;
+    const char *output_dir;
+    uint64_t seed;
+    size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps;
+    double temperature, scale;                 /* of sampling; of learning rates: 1 for a new, narrow model */
+    size_t vocab_size;
+    struct Example *train, *held_out;          /* token ids of the rated texts, end token last */
+    double *train_rating, *held_out_rating;
+    size_t train_n, held_out_n;
+    struct Example *prompts, *test_prompts;    /* beginnings of train and of held-out texts */
+    size_t prompt_n, test_n;
+    struct GPT2 *language_model, *reward_model, *ppo, *dpo;
+    struct Scorer scorer;
+    double eval_loss_before, eval_loss_after, eval_accuracy, label_accuracy;
+};
+
+/* One policy's answers to the test prompts and what they are worth. */
+struct CourseResult { struct Example *answers; struct Text *texts; float *reward; double mean_reward, kl, distinct_2, mean_length; };
+
+enum { COURSE_VOCAB = 4097, COURSE_LAYERS = 2, COURSE_WIDTH = 128, COURSE_HEADS = 4, COURSE_POSITIONS = 64, COURSE_LONG_POSITIONS = 256,
+       COURSE_TEST_PROMPTS = 256, COURSE_MAX_NEW = 24, COURSE_LEAST_LENGTH = 8, COURSE_PREFIX = 20 };
+
+static const struct LengthSampler COURSE_PROMPT_LENGTH = {2, 8};
+
+/* Beginnings of texts, 2 to 7 tokens long, never a whole text. */
+static size_t course_prompts(struct Course *course, const struct Example *texts, size_t n, size_t most, struct Rng *rng, struct Example *prompts)
+{
+    size_t count = 0;
+    for (size_t i = 0; i < n && count < most; i++) {
+        size_t length = length_sampler(&COURSE_PROMPT_LENGTH, rng);
+        if (texts[i].n > length + 1) prompts[count++] = (struct Example){texts[i].ids, length, length};
+    }
+    (void)course;
+    return count;
+}
+
+/* Splits the texts, by seed: nine tenths to learn from, one tenth to measure on. */
+static void course_split(struct Course *course, const struct Dataset *data)
+{
+    struct Rng rng = rng_seed(course->seed, STREAM_SPLIT);
+    size_t n = data->n, *order = arena_alloc(&course->arena, n, sizeof *order);
+    for (size_t i = 0; i < n; i++) order[i] = i;
+    rng_shuffle(&rng, order, n);
+    course->held_out_n = n / 10;
+    course->train_n = n - course->held_out_n;
+    CHECK(course->held_out_n >= 20, "%s: %zu rated texts; rlhf needs 200 or more, a tenth of them to measure on", data->path, n);
+    struct Example *all = arena_alloc(&course->arena, n, sizeof *all);
+    double *rating = arena_alloc(&course->arena, n, sizeof *rating);
+    for (size_t i = 0; i < n; i++) {
+        all[i] = example_encode(&course->arena, course->tok, data->rows[order[i]].text, course->vocab_size, true);
+        rating[i] = data->rows[order[i]].score;
+    }
+    course->held_out = all;
+    course->held_out_rating = rating;
+    course->train = all + course->held_out_n;
+    course->train_rating = rating + course->held_out_n;
+    course->prompts = arena_alloc(&course->arena, course->train_n, sizeof *course->prompts);
+    course->test_prompts = arena_alloc(&course->arena, course->held_out_n, sizeof *course->test_prompts);
+    course->prompt_n = course_prompts(course, course->train, course->train_n, course->train_n, &rng, course->prompts);
+    course->test_n = course_prompts(course, course->held_out, course->held_out_n, COURSE_TEST_PROMPTS, &rng, course->test_prompts);
+    CHECK(course->prompt_n > 0 && course->test_n > 0, "%s: its texts are too short to take prompts of 2 to 7 tokens from", data->path);
+}
+
+static struct Trainer course_trainer(struct Course *course, struct GPT2 *model, double learning_rate, size_t steps, size_t batch_size, size_t warmup)
+{
+    struct Trainer trainer = {.model = model, .tok = course->tok, .args = training_arguments()};
+    trainer.args.learning_rate = learning_rate * course->scale;
+    trainer.args.max_steps = steps;
+    trainer.args.per_device_train_batch_size = batch_size;
+    trainer.args.warmup_steps = MIN(warmup, steps / 4);
+    trainer.args.seed = course->seed;
+    trainer.args.logging_steps = MAX((size_t)1, steps / 8);
+    trainer.args.max_length = model->config.n_positions;
+    return trainer;
+}
+
+static void course_save(struct Course *course, struct GPT2 *model, const char *name, const struct Trainer *trainer)
+{
+    char *folder = arena_printf(&course->arena, "%s/%s", course->output_dir, name);
+    gpt2_save(model, folder, course->tok);
+    if (trainer) trainer_state_save(&trainer->state, &trainer->args, folder);
+}
+
+/* Stage 1: a language model, from random weights or from a given folder's. */
+static void course_language_model(struct Course *course, double learning_rate)
+{
+    struct Trainer trainer = course_trainer(course, course->language_model, learning_rate, course->pretrain_steps, 8, 50);
+    trainer.args.adam_beta2 = 0.95;
+    trainer.args.weight_decay = 0.1;
+    trainer.args.lr_end = 0.05;
+    pretrain_task(&trainer, &course->arena, course->train, course->train_n, course->held_out, course->held_out_n);
+    trainer.task.name = "1/4 language model";
+    course->eval_loss_before = trainer_evaluate(&trainer);
+    if (course->pretrain_steps) trainer_train(&trainer);
+    course->eval_loss_after = trainer_evaluate(&trainer);
+    course_save(course, course->language_model, "language_model", &trainer);
+    trainer_free(&trainer);
+}
+
+static struct Example *course_cut(struct Course *course, const struct Example *texts, size_t n, size_t length)
+{
+    struct Example *cut = arena_alloc(&course->arena, n, sizeof *cut);
+    for (size_t i = 0; i < n; i++) {
+        cut[i] = texts[i];
+        cut[i].n = MIN(cut[i].n, length);
+    }
+    return cut;
+}
+
+/* Stage 2: the raters' taste. Whole texts and beginnings of texts alike, for it will have to judge both. */
+static void course_reward_model(struct Course *course)
+{
+    struct GPT2 *model = course->reward_model = gpt2_copy(course->language_model);
+    reward_head_declare(model);
+    struct Trainer trainer = course_trainer(course, model, 2e-3, course->reward_steps, 32, 20);
+    struct RewardTask *task = arena_zeros(&course->arena, 1, sizeof *task);
+    *task = (struct RewardTask){.rated = true, .min_difference = 1, .center = 0.01, .prefix_share = 0.5, .cut = rng_seed(course->seed, STREAM_CUT)};
+    size_t limit = model->config.n_positions;
+    task->texts = course_cut(course, course->train, course->train_n, limit);
+    task->score = course->train_rating;
+    trainer.task = (struct Task){.name = "2/4 reward model", .n = course->train_n, .data = task, .loss = reward_loss};
+    if (course->reward_steps) trainer_train(&trainer);
+    struct Example *held_out = course_cut(course, course->held_out, course->held_out_n, limit);
+    float *reward = arena_floats(&course->arena, MAX(course->held_out_n, (size_t)1000));
+    reward_score(model, held_out, course->held_out_n, reward);
+    course->eval_accuracy = pair_accuracy(reward, course->held_out_rating, course->held_out_n, 1);
+    double right = 0, all = 0;
+    for (size_t i = 0; i < course->held_out_n; i++) {
+        if (course->held_out_rating[i] == 0) continue;
+        right += (reward[i] > 0) == (course->held_out_rating[i] > 0);
+        all++;
+    }
+    course->label_accuracy = all ? right / all : NAN;
+    say("%s: %.3f of held-out pairs ordered as people did, %.3f of held-out texts on the right side of zero\n", trainer.task.name, course->eval_accuracy, course->label_accuracy);
+    size_t prefixes = MIN(course->train_n, (size_t)1000);
+    struct Example *prefix = course_cut(course, course->train, prefixes, COURSE_PREFIX);
+    reward_score(model, prefix, prefixes, reward);
+    course->scorer = (struct Scorer){model, course->tok, mean_of(reward, prefixes), sqrt(unbiased_variance(reward, prefixes)), COURSE_LEAST_LENGTH, -2};
+    course_save(course, model, "reward_model", &trainer);
+    trainer_free(&trainer);
+}
+
+static struct GenerationConfig course_generation(const struct Course *course)
+{
+    struct GenerationConfig generation = generation_config();
+    generation.do_sample = true;
+    generation.temperature = course->temperature;
+    generation.top_k = 0;
+    return generation;
+}
+
+/* Stage 3: PPO. A score is the reward in standard deviations of real beginnings; answers that end before
+ * 8 tokens score at most -2, or the policy learns that "the best." is safe. */
+static void course_ppo(struct Course *course)
+{
+    course->ppo = gpt2_copy(course->language_model);
+    struct PPOConfig config = ppo_config();
+    config.batch_size = config.mini_batch_size = 64;
+    config.adap_kl_ctrl = false;
+    config.init_kl_coef = 0.2;
+    struct TrainingArguments args = training_arguments();
+    args.learning_rate = 5e-4 * course->scale;
+    args.lr_scheduler_type = "constant_with_warmup";
+    args.warmup_steps = MIN((size_t)5, course->ppo_steps / 4);
+    args.max_grad_norm = 0;
+    args.seed = course->seed;
+    args.logging_steps = MAX((size_t)1, course->ppo_steps / 8);
+    struct PPOTrainer *ppo = ppo_trainer_new(course->ppo, course->language_model, config, args, course->temperature);
+    struct RolloutSource source = {.prompts = course->prompts, .n = course->prompt_n, .at = course->prompt_n, .order = arena_alloc(&course->arena, course->prompt_n, sizeof(size_t)),
+        .shuffle = rng_seed(course->seed, STREAM_ORDER), .lengths = rng_seed(course->seed, STREAM_LENGTH), .sample = rng_seed(course->seed, STREAM_SAMPLE),
+        .output_length = {16, 29}, .generation = course_generation(course)};
+    for (size_t i = 0; i < source.n; i++) source.order[i] = i;
+    struct TrainerState state = {0};
+    char *folder = arena_printf(&course->arena, "%s/ppo", course->output_dir);
+    ppo_train(ppo, &source, &course->scorer, NULL, course->ppo_steps, folder, &state);
+    gpt2_save(course->ppo, folder, course->tok);
+    trainer_state_save(&state, &args, folder);
+    free(state.log_history);
+    ppo_trainer_free(ppo);
+}
+
+/* Stage 4: DPO, on pairs collected from the model's own answers. The likelihood of the chosen answers,
+ * at weight 0.2, keeps the policy from lowering both sides and drifting into endless text. */
+static void course_dpo(struct Course *course)
+{
+    enum { ANSWERS = 4, PAIRS_A_STEP = 16 };
+    course->dpo = gpt2_copy(course->language_model);
+    size_t n = MIN(course->prompt_n, course->dpo_steps * PAIRS_A_STEP / 2 + PAIRS_A_STEP);
+    struct Example *pairs = arena_alloc(&course->arena, 2 * n, sizeof *pairs);
+    struct GenerationConfig generation = course_generation(course);
+    size_t count = collect_preferences(course->language_model, &course->scorer, &course->arena, course->prompts, n, ANSWERS, 40, &generation, course->seed, pairs);
+    say("4/4 dpo: %zu pairs collected from %zu answers\n", count, n * ANSWERS);
+    CHECK(count > 0 || course->dpo_steps == 0, "no answer of the language model ended by itself, so no pair could be formed; train it longer (--pretrain_steps)");
+    struct Trainer trainer = course_trainer(course, course->dpo, 5e-4, course->dpo_steps, PAIRS_A_STEP, 10);
+    trainer.args.lr_end = 0.1;
+    struct DPOConfig config = {.beta = 0.1};
+    config.weight[DPO_SIGMOID] = 1;
+    config.weight[DPO_SFT] = 0.2;
+    dpo_task(&trainer, &course->arena, course->language_model, config, course->temperature, pairs, count);
+    trainer.task.name = "4/4 dpo";
+    if (course->dpo_steps) trainer_train(&trainer);
+    course_save(course, course->dpo, "dpo", &trainer);
+    trainer_free(&trainer);
+}
+
+/* Answers of a policy to the held-out prompts, the same random numbers for each policy. */
+static struct CourseResult course_measure(struct Course *course, const struct GPT2 *policy)
+{
+    struct Arena *arena = &course->arena;
+    size_t n = course->test_n;
+    struct Rng rng = rng_seed(course->seed + 1, STREAM_SAMPLE);
+    struct Sequence *sequences = arena_alloc(arena, n, sizeof *sequences);
+    struct CourseResult result = {.answers = arena_alloc(arena, n, sizeof *result.answers), .texts = arena_alloc(arena, n, sizeof *result.texts), .reward = arena_floats(arena, n)};
+    struct GenerationConfig generation = course_generation(course);
+    for (size_t i = 0; i < n; i++) sequences[i] = sequence_start(arena, course->test_prompts[i].ids, course->test_prompts[i].n, COURSE_MAX_NEW, policy, rng_seed(rng_next(&rng), STREAM_SAMPLE));
+    generate(policy, sequences, n, &generation);
+    for (size_t i = 0; i < n; i++) {
+        struct Sequence *s = &sequences[i];
+        result.answers[i] = (struct Example){s->ids, s->n, s->prompt_length};
+        size_t length = s->n - s->prompt_length - (s->ids[s->n - 1] == policy->config.eos_token_id);
+        result.texts[i] = tokenizer_decode_all(course->tok, arena, s->ids + s->prompt_length, length, policy->config.vocab_size);
+        result.mean_length += (double)length / (double)n;
+    }
+    struct Scorer plain = course->scorer;
+    plain.least_length = 0;                                     /* the bare reward, no penalty for short answers */
+    scorer_score(&plain, arena, result.answers, n, policy->config.vocab_size, result.reward);
+    result.mean_reward = mean_of(result.reward, n);
+    result.distinct_2 = distinct_2(result.texts, n);
+    result.kl = response_kl(policy, course->language_model, result.answers, n, course->temperature);
+    return result;
+}
+
+static void course_write_policy(FILE *file, const char *name, const struct CourseResult *before, const struct CourseResult *after)
+{
+    fprintf(file, "  \"%s\": {\"reward_before\": ", name);
+    const char *const keys[] = {"\"reward_after\"", "\"kl\"", "\"distinct_2\"", "\"mean_length\""};
+    double values[] = {after->mean_reward, after->kl, after->distinct_2, after->mean_length};
+    json_write_number(file, before->mean_reward);
+    for (size_t i = 0; i < COUNT(keys); i++) {
+        fprintf(file, ", %s: ", keys[i]);
+        json_write_number(file, values[i]);
+    }
+    fputc('}', file);
+}
+
+static void course_write_files(struct Course *course, const struct CourseResult *before, const struct CourseResult *ppo, const struct CourseResult *dpo, double seconds)
+{
+    struct Output out;
+    output_open(&out, course->output_dir, "summary.json");
+    fputs("{\n  \"seconds\": ", out.file);
+    json_write_number(out.file, seconds);
+    fputs(",\n  \"language_model\": {\"eval_loss_before\": ", out.file);
+    json_write_number(out.file, course->eval_loss_before);
+    fputs(", \"eval_loss_after\": ", out.file);
+    json_write_number(out.file, course->eval_loss_after);
+    fputs("},\n  \"reward_model\": {\"eval_accuracy\": ", out.file);
+    json_write_number(out.file, course->eval_accuracy);
+    fputs(", \"label_accuracy\": ", out.file);
+    json_write_number(out.file, course->label_accuracy);
+    fputs("},\n", out.file);
+    course_write_policy(out.file, "ppo", before, ppo);
+    fputs(",\n", out.file);
+    course_write_policy(out.file, "dpo", before, dpo);
+    fprintf(out.file, ",\n  \"before\": {\"distinct_2\": %.9g, \"mean_length\": %.9g},\n  \"peak_rss_bytes\": %zu\n}\n", before->distinct_2, before->mean_length, peak_rss_bytes());
+    output_close(&out);
+    output_open(&out, course->output_dir, "samples.jsonl");
+    for (size_t i = 0; i < course->test_n; i++) {
+        const struct Example *prompt = &course->test_prompts[i];
+        fputs("{\"prompt\": ", out.file);
+        json_write_string(out.file, tokenizer_decode_all(course->tok, &course->arena, prompt->ids, prompt->n, course->vocab_size));
+        fputs(", \"before\": ", out.file);
+        json_write_string(out.file, before->texts[i]);
+        fputs(", \"ppo\": ", out.file);
+        json_write_string(out.file, ppo->texts[i]);
+        fputs(", \"dpo\": ", out.file);
+        json_write_string(out.file, dpo->texts[i]);
+        fputs("}\n", out.file);
+    }
+    output_close(&out);
+}
+
+/* Text for a terminal: line breaks and control characters become spaces. */
+static void print_plain(struct Text text)
+{
+    for (size_t i = 0; i < text.length; i++) putchar((unsigned char)text.data[i] < 32 ? ' ' : text.data[i]);
+}
+
+static void course_print(struct Course *course, const struct CourseResult *before, const struct CourseResult *ppo, const struct CourseResult *dpo)
+{
+    enum { SHOWN = 8 };
+    const struct CourseResult *results[] = {before, ppo, dpo};
+    const char *const names[] = {"before", "ppo", "dpo"};
+    printf("\nEight held-out beginnings, continued by each model, with the reward of each:\n");
+    for (size_t i = 0; i < MIN(course->test_n, (size_t)SHOWN); i++) {
+        printf("\n  ");
+        print_plain(tokenizer_decode_all(course->tok, &course->arena, course->test_prompts[i].ids, course->test_prompts[i].n, course->vocab_size));
+        printf(" ...\n");
+        for (size_t k = 0; k < COUNT(results); k++) {
+            printf("    %-7s%+5.2f  ", names[k], results[k]->reward[i]);
+            print_plain(results[k]->texts[i]);
+            putchar('\n');
+        }
+    }
+    printf("\n%zu held-out beginnings   reward      KL  distinct-2  length\n", course->test_n);
+    for (size_t k = 0; k < COUNT(results); k++) printf("  %-20s  %+8.2f%8.1f%12.2f%8.1f\n", names[k], results[k]->mean_reward, results[k]->kl, results[k]->distinct_2, results[k]->mean_length);
+    printf("\nThe models are in %s/{language_model,reward_model,ppo,dpo}. Try them:\n", course->output_dir);
+    printf("  ./align generate --model_name_or_path %s/ppo --prompt \"The film is\" --do_sample --top_k 0 --temperature %g\n", course->output_dir, course->temperature);
+    printf("\nThe language model's answers scored %+.2f; after PPO they score %+.2f, after DPO %+.2f (standard deviations of the reward of real reviews).\n", before->mean_reward, ppo->mean_reward, dpo->mean_reward);
+}
+
+/* rlhf -- the four stages, measured. `language_model` comes new or loaded, not yet trained on these texts. */
+static void course_run(struct Course *course, const struct Dataset *data, struct GPT2 *language_model, double learning_rate)
+{
+    double begin = seconds_now();
+    course->language_model = language_model;
+    course->vocab_size = language_model->config.vocab_size;
+    make_folder(course->output_dir);
+    course_split(course, data);
+    say("%zu rated texts to learn from, %zu held out; %.2fM parameters; %d threads, kernel %s\n", course->train_n, course->held_out_n,
+        (double)(language_model->wte.n + language_model->wpe.n + language_model->config.n_layer * 12 * language_model->config.n_embd * language_model->config.n_embd) / 1e6, thread_count(), kernel->name);
+    course_language_model(course, learning_rate);
+    say("    %.0f s\n", seconds_now() - begin);
+    course_reward_model(course);
+    say("    %.0f s\n", seconds_now() - begin);
+    struct CourseResult before = course_measure(course, course->language_model);
+    course_ppo(course);
+    struct CourseResult ppo = course_measure(course, course->ppo);
+    say("    %.0f s\n", seconds_now() - begin);
+    course_dpo(course);
+    struct CourseResult dpo = course_measure(course, course->dpo);
+    say("    %.0f s\n", seconds_now() - begin);
+    course_write_files(course, &before, &ppo, &dpo, seconds_now() - begin);
+    course_print(course, &before, &ppo, &dpo);
+    gpt2_free(course->language_model);
+    gpt2_free(course->reward_model);
+    gpt2_free(course->ppo);
+    gpt2_free(course->dpo);
+    arena_free(&course->arena);
+}
+
+/* =============================================================================================
+ * Chapter 19 - Command line, main
+ *
+ * One table of flags, one table of commands. A flag's name is transformers', TRL's or PEFT's.
+ * ============================================================================================= */
+
+struct Options {
+    const char *model_name_or_path, *ref_model, *reward_model_path, *dataset_name, *eval_dataset, *output_dir, *tokenizer, *prompt, *rollouts, *loss_type, *loss_weights, *file;
+    struct TrainingArguments train;
+    struct PPOConfig ppo;
+    struct GenerationConfig generation;
+    struct GPT2Config model;
+    struct DPOConfig dpo;
+    double center_rewards_coefficient;
+    size_t input_min_text_length, input_max_text_length, output_min_length, output_max_length;
+    size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps, top_n, tokenize_vocab_size;
+    bool json, jsonl, decode, help, quiet, max_length_given;
+};
+
+/* Groups of flags; a command takes some of them. */
+enum Group {
+    G_MODEL = 1, G_DATA = 2, G_TRAIN = 4, G_NEW = 8, G_REF = 16, G_REWARD = 32, G_PPO = 64, G_DPO = 128, G_SAMPLE = 256, G_LENGTH = 512, G_PROMPT = 1024,
+    G_NEXT = 2048, G_TOKENIZE = 4096, G_RLHF = 8192, G_OUT = 16384, G_SEED = 32768, G_RUN = 65536, G_BATCH = 131072, G_JSON = 262144, G_ALL = -1
+};
+enum Kind { KIND_STRING, KIND_SIZE, KIND_DOUBLE, KIND_BOOL, KIND_SEED };
+struct Flag { const char *name; enum Kind kind; size_t offset; int groups; const char *help; };
+#define AT(member) offsetof(struct Options, member)
+
+static const struct Flag FLAGS[] = {
+    {"model_name_or_path", KIND_STRING, AT(model_name_or_path), G_MODEL, "folder of a model (config.json, model.safetensors)"},
+    {"ref_model", KIND_STRING, AT(ref_model), G_REF, "folder of the reference model; default: the start model"},
+    {"reward_model_path", KIND_STRING, AT(reward_model_path), G_PPO, "folder of a reward model"},
+    {"dataset_name", KIND_STRING, AT(dataset_name), G_DATA, "a .jsonl file, or a folder of them"},
+    {"eval_dataset", KIND_STRING, AT(eval_dataset), G_RUN, "held-out data, same shapes"},
+    {"output_dir", KIND_STRING, AT(output_dir), G_OUT, "folder for what is made"},
+    {"tokenizer", KIND_STRING, AT(tokenizer), G_ALL, "tokenizer.bin; default: beside the program, then the current folder"},
+    {"seed", KIND_SEED, AT(train.seed), G_SEED, "of all random numbers"},
+    {"quiet", KIND_BOOL, AT(quiet), G_ALL, "no progress on stderr"},
+    {"learning_rate", KIND_DOUBLE, AT(train.learning_rate), G_TRAIN, "at its highest"},
+    {"lr_scheduler_type", KIND_STRING, AT(train.lr_scheduler_type), G_TRAIN, "linear, cosine, constant, constant_with_warmup"},
+    {"warmup_steps", KIND_SIZE, AT(train.warmup_steps), G_TRAIN, "steps over which the learning rate rises from 0"},
+    {"optim", KIND_STRING, AT(train.optim), G_TRAIN, "adamw, sgd"},
+    {"adam_beta1", KIND_DOUBLE, AT(train.adam_beta1), G_TRAIN, "decay of the gradient's running mean"},
+    {"adam_beta2", KIND_DOUBLE, AT(train.adam_beta2), G_TRAIN, "decay of the squared gradient's running mean"},
+    {"adam_epsilon", KIND_DOUBLE, AT(train.adam_epsilon), G_TRAIN, "added to its square root"},
+    {"weight_decay", KIND_DOUBLE, AT(train.weight_decay), G_TRAIN, "on matrices; never on biases and layer norms"},
+    {"max_grad_norm", KIND_DOUBLE, AT(train.max_grad_norm), G_TRAIN, "longer gradients are shortened to this; 0: no limit"},
+    {"max_steps", KIND_SIZE, AT(train.max_steps), G_TRAIN, "optimizer (ppo: PPO) steps; overrides the epochs"},
+    {"logging_steps", KIND_SIZE, AT(train.logging_steps), G_TRAIN, "steps between log entries"},
+    {"num_train_epochs", KIND_DOUBLE, AT(train.num_train_epochs), G_RUN, "passes over the data"},
+    {"per_device_train_batch_size", KIND_SIZE, AT(train.per_device_train_batch_size), G_RUN | G_BATCH, "rows (dpo, reward: pairs or rated texts) of a micro-batch"},
+    {"gradient_accumulation_steps", KIND_SIZE, AT(train.gradient_accumulation_steps), G_TRAIN, "micro-batches of an optimizer step"},
+    {"eval_steps", KIND_SIZE, AT(train.eval_steps), G_RUN, "steps between evaluations; default: at the end"},
+    {"max_length", KIND_SIZE, AT(train.max_length), G_RUN | G_BATCH | G_LENGTH, "longest sequence in tokens"},
+    {"train_sampling_strategy", KIND_STRING, AT(train.train_sampling_strategy), G_RUN, "random, sequential"},
+    {"n_layer", KIND_SIZE, AT(model.n_layer), G_NEW, "blocks of a new model"},
+    {"n_head", KIND_SIZE, AT(model.n_head), G_NEW, "attention heads"},
+    {"n_embd", KIND_SIZE, AT(model.n_embd), G_NEW, "width"},
+    {"n_positions", KIND_SIZE, AT(model.n_positions), G_NEW, "longest context"},
+    {"vocab_size", KIND_SIZE, AT(model.vocab_size), G_NEW, "ids, the end token included"},
+    {"vocab_size", KIND_SIZE, AT(tokenize_vocab_size), G_TOKENIZE, "the smaller vocabulary of a model with so many ids"},
+    {"center_rewards_coefficient", KIND_DOUBLE, AT(center_rewards_coefficient), G_REWARD, "weight of (r_chosen + r_rejected)^2"},
+    {"beta", KIND_DOUBLE, AT(dpo.beta), G_DPO, "how strongly DPO holds to the reference"},
+    {"loss_type", KIND_STRING, AT(loss_type), G_DPO, "sigmoid, ipo, hinge, robust, sft; several: \"sigmoid sft\""},
+    {"loss_weights", KIND_STRING, AT(loss_weights), G_DPO, "a weight for each loss_type: \"1 0.2\""},
+    {"label_smoothing", KIND_DOUBLE, AT(dpo.label_smoothing), G_DPO, "share of pairs thought to be labelled the wrong way round"},
+    {"rollouts", KIND_STRING, AT(rollouts), G_PPO, "replay stored rollouts (query_ids, response_ids, score)"},
+    {"batch_size", KIND_SIZE, AT(ppo.batch_size), G_PPO, "rollouts of a PPO step"},
+    {"mini_batch_size", KIND_SIZE, AT(ppo.mini_batch_size), G_PPO, "rollouts of one forward and backward pass"},
+    {"ppo_epochs", KIND_SIZE, AT(ppo.ppo_epochs), G_PPO, "passes over a batch of rollouts"},
+    {"init_kl_coef", KIND_DOUBLE, AT(ppo.init_kl_coef), G_PPO, "beta: the price of a nat of KL"},
+    {"adap_kl_ctrl", KIND_BOOL, AT(ppo.adap_kl_ctrl), G_PPO, "adapt it towards --target"},
+    {"target", KIND_DOUBLE, AT(ppo.target), G_PPO, "KL that the controller aims at"},
+    {"horizon", KIND_DOUBLE, AT(ppo.horizon), G_PPO, "samples over which it does"},
+    {"kl_penalty", KIND_STRING, AT(ppo.kl_penalty), G_PPO, "kl, abs, mse, full"},
+    {"gamma", KIND_DOUBLE, AT(ppo.gamma), G_PPO, "discount"},
+    {"lam", KIND_DOUBLE, AT(ppo.lam), G_PPO, "lambda of GAE"},
+    {"cliprange", KIND_DOUBLE, AT(ppo.cliprange), G_PPO, "of the probability ratio"},
+    {"cliprange_value", KIND_DOUBLE, AT(ppo.cliprange_value), G_PPO, "of the value"},
+    {"vf_coef", KIND_DOUBLE, AT(ppo.vf_coef), G_PPO, "weight of the value loss"},
+    {"whiten_rewards", KIND_BOOL, AT(ppo.whiten_rewards), G_PPO, "whiten rewards before the advantages"},
+    {"score_clip", KIND_DOUBLE, AT(ppo.score_clip), G_PPO, "limit scores to +-this"},
+    {"use_score_scaling", KIND_BOOL, AT(ppo.use_score_scaling), G_PPO, "divide scores by their running deviation"},
+    {"use_score_norm", KIND_BOOL, AT(ppo.use_score_norm), G_PPO, "and subtract their running mean"},
+    {"ratio_threshold", KIND_DOUBLE, AT(ppo.ratio_threshold), G_PPO, "skip mini-batches whose mean ratio exceeds it"},
+    {"early_stopping", KIND_BOOL, AT(ppo.early_stopping), G_PPO, "stop a step's epochs at 1.5 * target_kl"},
+    {"target_kl", KIND_DOUBLE, AT(ppo.target_kl), G_PPO, "for early_stopping"},
+    {"input_min_text_length", KIND_SIZE, AT(input_min_text_length), G_PPO, "prompts cut from texts: shortest"},
+    {"input_max_text_length", KIND_SIZE, AT(input_max_text_length), G_PPO, "and longest plus one (LengthSampler)"},
+    {"output_min_length", KIND_SIZE, AT(output_min_length), G_PPO, "responses: shortest limit"},
+    {"output_max_length", KIND_SIZE, AT(output_max_length), G_PPO, "and longest plus one (LengthSampler)"},
+    {"prompt", KIND_STRING, AT(prompt), G_PROMPT, "text to continue"},
+    {"temperature", KIND_DOUBLE, AT(generation.temperature), G_SAMPLE | G_NEXT | G_PPO | G_RLHF | G_DPO, "divides the logits"},
+    {"top_k", KIND_SIZE, AT(generation.top_k), G_SAMPLE | G_NEXT | G_PPO, "sample from the k likeliest; 0: all"},
+    {"top_p", KIND_DOUBLE, AT(generation.top_p), G_SAMPLE | G_NEXT | G_PPO, "sample from the likeliest that hold this mass"},
+    {"repetition_penalty", KIND_DOUBLE, AT(generation.repetition_penalty), G_SAMPLE | G_NEXT, "above 1: ids already there become less likely"},
+    {"no_repeat_ngram_size", KIND_SIZE, AT(generation.no_repeat_ngram_size), G_SAMPLE, "no n-gram twice"},
+    {"max_new_tokens", KIND_SIZE, AT(generation.max_new_tokens), G_SAMPLE, "at most so many new tokens"},
+    {"min_new_tokens", KIND_SIZE, AT(generation.min_new_tokens), G_SAMPLE, "at least so many"},
+    {"do_sample", KIND_BOOL, AT(generation.do_sample), G_SAMPLE, "draw tokens instead of taking the likeliest"},
+    {"num_return_sequences", KIND_SIZE, AT(generation.num_return_sequences), G_SAMPLE, "samples of each prompt"},
+    {"top_n", KIND_SIZE, AT(top_n), G_NEXT, "rows of the table"},
+    {"json", KIND_BOOL, AT(json), G_JSON, "one JSON object a line"},
+    {"jsonl", KIND_BOOL, AT(jsonl), G_TOKENIZE, "{\"text\"} a line in, {\"input_ids\"} a line out"},
+    {"decode", KIND_BOOL, AT(decode), G_TOKENIZE, "ids in, the exact bytes out"},
+    {"pretrain_steps", KIND_SIZE, AT(pretrain_steps), G_RLHF, "of the language model"},
+    {"reward_steps", KIND_SIZE, AT(reward_steps), G_RLHF, "of the reward model"},
+    {"ppo_steps", KIND_SIZE, AT(ppo_steps), G_RLHF, "of PPO"},
+    {"dpo_steps", KIND_SIZE, AT(dpo_steps), G_RLHF, "of DPO"},
+    {"help", KIND_BOOL, AT(help), G_ALL, "this page"},
+};
+
+static struct Tokenizer *load_tokenizer(const struct Options *o)
+{
+    char path[PATH_MAX] = "tokenizer.bin", program[PATH_MAX];
+    if (o->tokenizer) return tokenizer_load(o->tokenizer);
+    ssize_t n = readlink("/proc/self/exe", program, sizeof program - 16);
+    if (n > 0) {
+        program[n] = 0;
+        char *slash = strrchr(program, '/');
+        strcpy(slash ? slash + 1 : program, "tokenizer.bin");
+        if (file_exists(program)) return tokenizer_load(program);
+    }
+    CHECK(file_exists(path), "tokenizer.bin is neither beside the program nor in the current folder; name it with --tokenizer, or make it: python3 prepare_imdb.py tokenizer");
+    return tokenizer_load(path);
+}
+
+/* A file that ships with the program: beside it, or in the current folder. */
+static const char *shipped_file(struct Arena *arena, const char *name)
+{
+    char program[PATH_MAX];
+    ssize_t n = readlink("/proc/self/exe", program, sizeof program - 1);
+    if (n > 0) {
+        program[n] = 0;
+        char *slash = strrchr(program, '/');
+        if (slash) *slash = 0;
+        char *path = arena_printf(arena, "%s/%s", program, name);
+        if (file_exists(path)) return path;
+    }
+    return name;
+}
+
+static struct GPT2 *load_model(const struct Options *o, const char *folder, const struct Tokenizer *tok)
+{
+    if (!folder) die_usage("--model_name_or_path DIR is needed: the folder of a model");
+    (void)o;
+    struct GPT2 *model = gpt2_load(folder);
+    tokenizer_check_folder(tok, folder, model->config.vocab_size);
+    return model;
+}
+
+static struct GPT2 *load_reward_model(const struct Options *o, const char *folder, const struct Tokenizer *tok)
+{
+    struct GPT2 *model = load_model(o, folder, tok);
+    CHECK(model->score.n, "%s: has no score.weight: it is no reward model; train one: align reward", folder);
+    return model;
+}
+
+static const char *need(const char *value, const char *flag)
+{
+    if (!value) die_usage("--%s is needed; see --help", flag);
+    return value;
+}
+
+static struct Dataset *load_data(const char *path, const unsigned *shapes, size_t count) { return dataset_load(need(path, "dataset_name"), shapes, count); }
+
+static void command_tokenize(struct Options *o)
+{
+    struct Arena arena = {0};
+    struct Tokenizer *tok = load_tokenizer(o);
+    size_t V = o->tokenize_vocab_size;
+    CHECK(V > BYTE_TOKENS && V <= tok->vocab_size, "--vocab_size %zu: a vocabulary has 257 to %zu ids", V, tok->vocab_size);
+    const char *path = o->file ? o->file : "-";
+    struct Text in = read_file(&arena, path);
+    if (o->decode) {
+        const char *at = in.data;
+        for (size_t place = 1;; place++) {
+            while (isspace((unsigned char)*at) || *at == ',' || *at == '[' || *at == ']') at++;
+            if (!*at) break;
+            char *end;
+            long id = strtol(at, &end, 10);
+            CHECK(end != at && id >= 0 && (size_t)id < V, "%s: number %zu (\"%.12s\") is no id from 0 to %zu", path, place, at, V - 1);
+            struct Text piece = tokenizer_decode(tok, (int)id, V);
+            fwrite(piece.data, 1, piece.length, stdout);
+            at = end;
+        }
+    } else if (o->jsonl) {
+        struct Arena line_arena = {0};
+        const char *at = in.data, *end = in.data + in.length;
+        for (size_t line = 1; at < end; line++) {
+            const char *stop = memchr(at, '\n', (size_t)(end - at));
+            if (!stop) stop = end;
+            struct Text text = {at, (size_t)(stop - at)};
+            at = stop + 1;
+            if (strspn(text.data, " \t\r\n") >= text.length) continue;
+            struct Row row = dataset_row(&line_arena, &line_arena, text, path, line);
+            CHECK(row.has & HAS_TEXT, "%s:%zu: expected \"text\"", path, line);
+            struct Example e = example_encode(&line_arena, tok, row.text, V, false);
+            fputs("{\"input_ids\": ", stdout);
+            json_write_ids(stdout, e.ids, e.n);
+            fputs("}\n", stdout);
+            arena_reset(&line_arena);
+        }
+        arena_free(&line_arena);
+    } else {
+        struct Example e = example_encode(&arena, tok, in, V, false);
+        for (size_t i = 0; i < e.n; i++) printf("%s%d", i ? " " : "", e.ids[i]);
+        putchar('\n');
+    }
+    arena_free(&arena);
+    tokenizer_free(tok);
+}
+
+static struct Trainer trainer_new(struct Options *o, struct GPT2 *model, const struct Tokenizer *tok)
+{
+    struct Trainer trainer = {.model = model, .tok = tok, .args = o->train};
+    trainer.args.max_length = MIN(o->train.max_length, model->config.n_positions);
+    return trainer;
+}
+
+/* Trains, evaluates, saves: what every training command ends with. */
+static void finish_training(struct Options *o, struct Trainer *trainer)
+{
+    need(o->output_dir, "output_dir");
+    make_folder(o->output_dir);
+    trainer_train(trainer);
+    if (trainer->task.eval_n) trainer_evaluate(trainer);
+    gpt2_save(trainer->model, o->output_dir, trainer->tok);
+    trainer_state_save(&trainer->state, &trainer->args, o->output_dir);
+    say("saved to %s\n", o->output_dir);
+    trainer_free(trainer);
+}
+
+static struct Example *encode_texts(struct Arena *arena, const struct Tokenizer *tok, const struct Dataset *data, size_t V)
+{
+    struct Example *texts = arena_alloc(arena, data->n, sizeof *texts);
+    for (size_t i = 0; i < data->n; i++) texts[i] = example_encode(arena, tok, data->rows[i].text, V, true);
+    return texts;
+}
+
+static const unsigned TEXT_SHAPES[] = {SHAPE_TEXT};
+static const unsigned SFT_SHAPES[] = {SHAPE_PROMPT_COMPLETION, SHAPE_TEXT};
+static const unsigned REWARD_SHAPES[] = {SHAPE_PREFERENCE, SHAPE_RATED};
+static const unsigned DPO_SHAPES[] = {SHAPE_PREFERENCE};
+static const unsigned PROMPT_SHAPES[] = {SHAPE_PROMPT, SHAPE_TEXT};
+static const unsigned ONLY_PROMPT_SHAPES[] = {SHAPE_PROMPT};
+static const unsigned ROLLOUT_SHAPES[] = {SHAPE_ROLLOUT};
+static const unsigned RATED_SHAPES[] = {SHAPE_RATED};
+
+static void command_pretrain(struct Options *o)
+{
+    struct Arena arena = {0};
+    struct Tokenizer *tok = load_tokenizer(o);
+    o->model.eos_token_id = o->model.pad_token_id = end_token_of(o->model.vocab_size);
+    config_check(&o->model, "command line");
+    struct GPT2 *model = o->model_name_or_path ? load_model(o, o->model_name_or_path, tok) : gpt2_new(o->model);
+    if (!o->model_name_or_path) gpt2_init(model, o->train.seed);
+    CHECK(!o->max_length_given || o->train.max_length <= model->config.n_positions, "--max_length %zu is longer than the model's context of %zu (--n_positions)", o->train.max_length, model->config.n_positions);
+    struct Dataset *data = load_data(o->dataset_name, TEXT_SHAPES, 1), *eval = o->eval_dataset ? load_data(o->eval_dataset, TEXT_SHAPES, 1) : NULL;
+    struct Trainer trainer = trainer_new(o, model, tok);
+    size_t V = model->config.vocab_size;
+    struct LanguageTask *task = pretrain_task(&trainer, &arena, encode_texts(&arena, tok, data, V), data->n, eval ? encode_texts(&arena, tok, eval, V) : NULL, eval ? eval->n : 0);
+    finish_training(o, &trainer);
+    arena_free(&task->rows);
+    dataset_free(data);
+    dataset_free(eval);
+    gpt2_free(model);
+    tokenizer_free(tok);
+    arena_free(&arena);
+}
+
+static void command_sft(struct Options *o)
+{
+    struct Arena arena = {0};
+    struct Tokenizer *tok = load_tokenizer(o);
+    struct GPT2 *model = load_model(o, o->model_name_or_path, tok);
+    struct Dataset *data = load_data(o->dataset_name, SFT_SHAPES, COUNT(SFT_SHAPES)), *eval = o->eval_dataset ? load_data(o->eval_dataset, SFT_SHAPES, COUNT(SFT_SHAPES)) : NULL;
+    struct Trainer trainer = trainer_new(o, model, tok);
+    sft_task(&trainer, &arena, data, eval);
+    finish_training(o, &trainer);
+    dataset_free(data);
+    dataset_free(eval);
+    gpt2_free(model);
+    tokenizer_free(tok);
+    arena_free(&arena);
+}
+
+static void command_reward(struct Options *o)
+{
+    struct Arena arena = {0};
+    struct Tokenizer *tok = load_tokenizer(o);
+    struct GPT2 *model = load_model(o, o->model_name_or_path, tok);
+    struct Rng rng = rng_seed(o->train.seed, STREAM_INIT);
+    if (!model->score.n) tensor_normal(reward_head_declare(model), &rng, 0.02);
+    struct Dataset *data = load_data(o->dataset_name, REWARD_SHAPES, COUNT(REWARD_SHAPES)), *eval = o->eval_dataset ? load_data(o->eval_dataset, &data->shape, 1) : NULL;
+    struct Trainer trainer = trainer_new(o, model, tok);
+    reward_task(&trainer, &arena, data, eval)->center = o->center_rewards_coefficient;
+    finish_training(o, &trainer);
+    dataset_free(data);
+    dataset_free(eval);
+    gpt2_free(model);
+    tokenizer_free(tok);
+    arena_free(&arena);
+}
+
+/* --loss_type "sigmoid sft" --loss_weights "1 0.2" into weights. */
+static void parse_loss_types(struct Options *o)
+{
+    const char *type = o->loss_type, *weight = o->loss_weights;
+    while (*(type += strspn(type, " ,"))) {
+        size_t length = strcspn(type, " ,"), k = 0;
+        while (k < DPO_LOSS_TYPES && (strlen(DPO_LOSS_NAMES[k]) != length || strncmp(DPO_LOSS_NAMES[k], type, length))) k++;
+        if (k == DPO_LOSS_TYPES) die_usage("--loss_type \"%.*s\" is unknown; there are sigmoid, ipo, hinge, robust, sft", (int)length, type);
+        o->dpo.weight[k] = 1;
+        if (weight) {
+            char *end;
+            weight += strspn(weight, " ,");
+            o->dpo.weight[k] = strtod(weight, &end);
+            if (end == weight) die_usage("--loss_weights \"%s\" has fewer numbers than --loss_type has names", o->loss_weights);
+            weight = end;
+        }
+        type += length;
+    }
+}
+
+static void command_dpo(struct Options *o)
+{
+    struct Arena arena = {0};
+    parse_loss_types(o);
+    CHECK(o->dpo.beta > 0, "--beta %g: must be above 0; at 0 the pairs would not count", o->dpo.beta);
+    CHECK(o->dpo.label_smoothing >= 0 && o->dpo.label_smoothing < 0.5, "--label_smoothing %g: a share of mislabelled pairs, from 0 to below 0.5", o->dpo.label_smoothing);
+    struct Tokenizer *tok = load_tokenizer(o);
+    struct GPT2 *model = load_model(o, o->model_name_or_path, tok);
+    struct GPT2 *ref_model = o->ref_model ? load_model(o, o->ref_model, tok) : gpt2_copy(model);
+    CHECK(ref_model->config.vocab_size == model->config.vocab_size, "--ref_model %s has %zu ids, the model %zu", o->ref_model, ref_model->config.vocab_size, model->config.vocab_size);
+    struct Dataset *data = load_data(o->dataset_name, DPO_SHAPES, 1), *eval = o->eval_dataset ? load_data(o->eval_dataset, DPO_SHAPES, 1) : NULL;
+    struct Trainer trainer = trainer_new(o, model, tok);
+    struct Example *pairs = arena_alloc(&arena, 2 * data->n, sizeof *pairs);
+    struct DPOTask *task = dpo_task(&trainer, &arena, ref_model, o->dpo, o->generation.temperature, pairs, dpo_pairs(&trainer, &arena, data, pairs));
+    if (eval) {
+        task->eval_pairs = arena_alloc(&arena, 2 * eval->n, sizeof *pairs);
+        trainer.task.eval_n = dpo_pairs(&trainer, &arena, eval, task->eval_pairs);
+        task->eval_ref_logps = unknown_logps(&arena, 2 * trainer.task.eval_n);
+    }
+    finish_training(o, &trainer);
+    dataset_free(data);
+    dataset_free(eval);
+    gpt2_free(model);
+    gpt2_free(ref_model);
+    tokenizer_free(tok);
+    arena_free(&arena);
+}
+
+/* Prompts of PPO: rows with a prompt whole, texts cut to their first tokens by a LengthSampler. */
+static size_t ppo_prompts(struct Options *o, struct Arena *arena, const struct Tokenizer *tok, const struct Dataset *data, const struct GPT2 *model, struct Example *prompts)
+{
+    struct Rng rng = rng_seed(o->train.seed, STREAM_LENGTH);
+    struct LengthSampler input_length = {o->input_min_text_length, o->input_max_text_length};
+    size_t count = 0, longest = model->config.n_positions - 1;
+    for (size_t i = 0; i < data->n; i++) {
+        bool whole = data->shape == SHAPE_PROMPT;
+        struct Example e = example_encode(arena, tok, whole ? data->rows[i].prompt : data->rows[i].text, model->config.vocab_size, false);
+        size_t length = whole ? e.n : MIN(e.n, length_sampler(&input_length, &rng));
+        CHECK(length <= longest, "%s: prompt %zu has %zu tokens; with a context of %zu at most %zu leave room for an answer", data->path, i + 1, length, model->config.n_positions, longest);
+        if (length > 0) prompts[count++] = (struct Example){e.ids, length, length};
+    }
+    CHECK(count > 0, "%s: every prompt is empty", data->path);
+    return count;
+}
+
+static void command_ppo(struct Options *o)
+{
+    struct Arena arena = {0};
+    CHECK(o->ppo.batch_size > 0 && o->ppo.mini_batch_size > 0 && o->ppo.ppo_epochs > 0, "--batch_size, --mini_batch_size and --ppo_epochs must be 1 or more");
+    CHECK(o->output_min_length > 0 && o->output_max_length > o->output_min_length && o->input_min_text_length > 0 && o->input_max_text_length > o->input_min_text_length, "a LengthSampler takes lengths from its minimum, 1 or more, to below its maximum");
+    static const char *const penalties[] = {"kl", "abs", "mse", "full"};
+    bool known = false;
+    for (size_t i = 0; i < COUNT(penalties); i++) known = known || strcmp(o->ppo.kl_penalty, penalties[i]) == 0;
+    if (!known) die_usage("--kl_penalty \"%s\" is unknown; there are kl, abs, mse, full", o->ppo.kl_penalty);
+    need(o->output_dir, "output_dir");
+    o->ppo.mini_batch_size = MIN(o->ppo.mini_batch_size, o->ppo.batch_size);
+    o->ppo.gradient_accumulation_steps = o->train.gradient_accumulation_steps;
+    struct Tokenizer *tok = load_tokenizer(o);
+    struct GPT2 *model = load_model(o, o->model_name_or_path, tok);
+    struct GPT2 *ref_model = o->ref_model ? load_model(o, o->ref_model, tok) : gpt2_copy(model);
+    CHECK(ref_model->config.vocab_size == model->config.vocab_size, "--ref_model %s has %zu ids, the model %zu", o->ref_model, ref_model->config.vocab_size, model->config.vocab_size);
+    struct PPOTrainer *ppo = ppo_trainer_new(model, ref_model, o->ppo, o->train, o->generation.temperature);
+    struct Dataset *data = NULL;
+    struct GPT2 *reward_model = NULL;
+    struct Scorer scorer = {.tok = tok, .std = 1};
+    struct RolloutSource source = {.shuffle = rng_seed(o->train.seed, STREAM_ORDER + 100), .lengths = rng_seed(o->train.seed, STREAM_LENGTH + 100), .sample = rng_seed(o->train.seed, STREAM_SAMPLE),
+        .output_length = {o->output_min_length, o->output_max_length}, .generation = o->generation};
+    source.generation.do_sample = true;
+    if (o->rollouts) data = load_data(o->rollouts, ROLLOUT_SHAPES, 1);
+    else {
+        scorer.reward_model = reward_model = load_reward_model(o, need(o->reward_model_path, "reward_model_path (or --rollouts)"), tok);
+        data = load_data(o->dataset_name, PROMPT_SHAPES, COUNT(PROMPT_SHAPES));
+        struct Example *prompts = arena_alloc(&arena, data->n, sizeof *prompts);
+        source.n = source.at = ppo_prompts(o, &arena, tok, data, model, prompts);
+        source.prompts = prompts;
+        source.order = arena_alloc(&arena, source.n, sizeof *source.order);
+        for (size_t i = 0; i < source.n; i++) source.order[i] = i;
+    }
+    size_t steps = o->train.max_steps ? o->train.max_steps : MAX((size_t)1, (o->rollouts ? data->n : source.n) / o->ppo.batch_size);
+    struct TrainerState state = {.num_train_epochs = 1};
+    ppo_train(ppo, &source, &scorer, o->rollouts ? data : NULL, steps, o->output_dir, &state);
+    gpt2_save(model, o->output_dir, tok);
+    trainer_state_save(&state, &o->train, o->output_dir);
+    say("saved to %s\n", o->output_dir);
+    free(state.log_history);
+    ppo_trainer_free(ppo);
+    dataset_free(data);
+    gpt2_free(model);
+    gpt2_free(ref_model);
+    gpt2_free(reward_model);
+    tokenizer_free(tok);
+    arena_free(&arena);
+}
+
+static void print_sequence(const struct Tokenizer *tok, struct Arena *arena, const struct Sequence *s, size_t V)
+{
+    struct Text text = tokenizer_decode_all(tok, arena, s->ids, s->n - (s->n > s->prompt_length && s->ids[s->n - 1] == end_token_of(V)), V);
+    fwrite(text.data, 1, text.length, stdout);
+    putchar('\n');
+}
+
+static void print_generation_json(const struct Tokenizer *tok, struct Arena *arena, struct Text prompt, const struct Sequence *s, size_t n, size_t V)
+{
+    fputs("{\"prompt\": ", stdout);
+    json_write_string(stdout, prompt);
+    fputs(", \"sequences\": [", stdout);
+    for (size_t i = 0; i < n; i++) {
+        if (i) fputs(", ", stdout);
+        json_write_ids(stdout, s[i].ids + s[i].prompt_length, s[i].n - s[i].prompt_length);
+    }
+    fputs("], \"texts\": [", stdout);
+    for (size_t i = 0; i < n; i++) {
+        if (i) fputs(", ", stdout);
+        json_write_string(stdout, tokenizer_decode_all(tok, arena, s[i].ids + s[i].prompt_length, s[i].n - s[i].prompt_length, V));
+    }
+    fputs("]}\n", stdout);
+}
+
+static void command_generate(struct Options *o)
+{
+    struct Arena arena = {0};
+    struct GenerationConfig *g = &o->generation;
+    CHECK(g->temperature > 0, "--temperature %g: must be above 0; for the likeliest token leave --do_sample out", g->temperature);
+    CHECK(g->num_return_sequences == 1 || g->do_sample, "--num_return_sequences %zu: without --do_sample all of them would be the same", g->num_return_sequences);
+    struct Tokenizer *tok = load_tokenizer(o);
+    struct GPT2 *model = load_model(o, o->model_name_or_path, tok);
+    struct Dataset *data = o->prompt ? NULL : load_data(o->dataset_name, ONLY_PROMPT_SHAPES, 1);
+    size_t V = model->config.vocab_size, n = data ? data->n : 1, each = g->num_return_sequences;
+    struct Sequence *sequences = arena_alloc(&arena, n * each, sizeof *sequences);
+    struct Rng rng = rng_seed(o->train.seed, STREAM_SAMPLE);
+    for (size_t i = 0; i < n; i++) {
+        struct Text prompt = data ? data->rows[i].prompt : text_of(o->prompt);
+        struct Example e = example_encode(&arena, tok, prompt, V, false);
+        if (e.n == 0) e = (struct Example){&model->config.eos_token_id, 1, 1};       /* nothing said yet: start a text */
+        CHECK(e.n < model->config.n_positions, "prompt %zu has %zu tokens, the model's context is %zu (n_positions); shorten it", i + 1, e.n, model->config.n_positions);
+        for (size_t k = 0; k < each; k++) sequences[i * each + k] = sequence_start(&arena, e.ids, e.n, g->max_new_tokens, model, rng_seed(rng_next(&rng), STREAM_SAMPLE));
+    }
+    generate(model, sequences, n * each, g);
+    for (size_t i = 0; i < n; i++) {
+        if (o->json) print_generation_json(tok, &arena, data ? data->rows[i].prompt : text_of(o->prompt), &sequences[i * each], each, V);
+        else for (size_t k = 0; k < each; k++) print_sequence(tok, &arena, &sequences[i * each + k], V);
+    }
+    dataset_free(data);
+    gpt2_free(model);
+    tokenizer_free(tok);
+    arena_free(&arena);
+}
+
+static int compare_candidates_down(const void *a, const void *b)
+{
+    const struct Candidate *x = a, *y = b;
+    return x->logit != y->logit ? (x->logit < y->logit) - (x->logit > y->logit) : (x->id > y->id) - (x->id < y->id);
+}
+
+/* The distribution of the next token after a prompt. [glossary: Distribuição (em ML)] */
+static void command_next(struct Options *o)
+{
+    struct Arena arena = {0};
+    CHECK(o->generation.temperature > 0, "--temperature %g: must be above 0", o->generation.temperature);
+    struct Tokenizer *tok = load_tokenizer(o);
+    struct GPT2 *model = load_model(o, o->model_name_or_path, tok);
+    size_t V = model->config.vocab_size, kept = 0;
+    struct Example e = example_encode(&arena, tok, text_of(need(o->prompt, "prompt")), V, false);
+    if (e.n == 0) e = (struct Example){&model->config.eos_token_id, 1, 1};
+    CHECK(e.n <= model->config.n_positions, "the prompt has %zu tokens, the model's context is %zu (n_positions); shorten it", e.n, model->config.n_positions);
+    const struct Example *examples[] = {&e};
+    struct Batch batch = collate(&arena, examples, 1, READ_LAST);
+    struct Activations acts = gpt2_forward(model, &arena, &batch, false);
+    float *p = arena_floats(&arena, V);
+    matmul(p, V, matrix(acts.ln_f + (e.n - 1) * model->config.n_embd, model->config.n_embd), transposed(model->wte.w, model->config.n_embd), 1, V, model->config.n_embd, false);
+    o->generation.do_sample = true;
+    process_logits(p, V, &o->generation, e.ids, e.n, 0, model->config.eos_token_id);
+    softmax(p, V);
+    struct Candidate *top = arena_alloc(&arena, V, sizeof *top);
+    for (size_t v = 0; v < V; v++) if (p[v] > 0) top[kept++] = (struct Candidate){p[v], (int)v};
+    qsort(top, kept, sizeof *top, compare_candidates_down);
+    size_t shown = MIN(kept, o->top_n);
+    if (o->json) {
+        fputs("{\"prompt\": ", stdout);
+        json_write_string(stdout, text_of(o->prompt));
+        printf(", \"kept\": %zu, \"top\": [", kept);
+        for (size_t i = 0; i < shown; i++) printf("%s[%d, %.9g]", i ? ", " : "", top[i].id, top[i].logit);
+        fputs("]}\n", stdout);
+    } else {
+        printf("   id  probability  token     (%zu of %zu tokens can follow)\n", kept, V);
+        for (size_t i = 0; i < shown; i++) {
+            printf("%5d  %11.6f  ", top[i].id, top[i].logit);
+            json_write_string(stdout, tokenizer_decode(tok, top[i].id, V));
+            putchar('\n');
+        }
+    }
+    gpt2_free(model);
+    tokenizer_free(tok);
+    arena_free(&arena);
+}
+
+static void print_floats(const char *name, const float *x, size_t n)
+{
+    printf(", \"%s\": [", name);
+    for (size_t i = 0; i < n; i++) {
+        if (i) fputs(", ", stdout);
+        json_write_number(stdout, x[i]);
+    }
+    putchar(']');
+}
+
+static void logprob_row(struct Arena *arena, const struct GPT2 *model, const struct GPT2 *ref_model, const struct Example *e)
+{
+    const struct Example *examples[] = {e};
+    struct Batch batch = collate(arena, examples, 1, READ_LAST);
+    int *row = arena_alloc(arena, e->n + 1, sizeof *row), *target = arena_alloc(arena, e->n + 1, sizeof *target);
+    for (size_t t = 0; t < e->n; t++) {                    /* all positions; the last one has no target, its logprob is not shown */
+        row[t] = (int)t;
+        target[t] = t + 1 < e->n ? e->ids[t + 1] : 0;
+    }
+    struct Activations acts = gpt2_forward(model, arena, &batch, false);
+    struct LMHead head = lm_head_new(model, arena, &acts, row, target, e->n, 1);
+    lm_head_forward(model, &head);
+    size_t first = MAX((size_t)1, e->prompt_length) - 1, scored = e->n > first + 1 ? e->n - 1 - first : 0;
+    fputs("{\"input_ids\": ", stdout);
+    json_write_ids(stdout, e->ids, e->n);
+    print_floats("token_logprobs", head.logprob, e->n > 0 ? e->n - 1 : 0);
+    fputs(", \"logprob\": ", stdout);
+    json_write_number(stdout, sequence_logprob(head.logprob + first, scored));
+    if (ref_model) {
+        struct Activations ref_acts = gpt2_forward(ref_model, arena, &batch, false);
+        struct LMHead ref_head = lm_head_new(ref_model, arena, &ref_acts, row, target, e->n, 1);
+        float *kl = arena_floats(arena, e->n);
+        lm_head_forward(ref_model, &ref_head);
+        kl_full_rows(model, &head, ref_model, &ref_head, kl);
+        print_floats("kl_to_ref_per_position", kl, e->n);
+    }
+    fputs("}\n", stdout);
+}
+
+static void command_logprob(struct Options *o)
+{
+    struct Arena arena = {0};
+    struct Tokenizer *tok = load_tokenizer(o);
+    struct GPT2 *model = load_model(o, o->model_name_or_path, tok), *ref_model = o->ref_model ? load_model(o, o->ref_model, tok) : NULL;
+    CHECK(!ref_model || ref_model->config.vocab_size == model->config.vocab_size, "--ref_model %s has %zu ids, the model %zu", o->ref_model, ref_model->config.vocab_size, model->config.vocab_size);
+    struct Dataset *data = load_data(o->dataset_name, SFT_SHAPES, COUNT(SFT_SHAPES));
+    size_t limit = MIN(o->train.max_length, model->config.n_positions), cut = 0;
+    if (ref_model) limit = MIN(limit, ref_model->config.n_positions);
+    for (size_t i = 0; i < data->n; i++) {
+        const struct Row *row = &data->rows[i];
+        arena_reset(&arena);
+        struct Example e = data->shape == SHAPE_TEXT ? example_encode(&arena, tok, row->text, model->config.vocab_size, false)
+                                                     : example_prompt_completion(&arena, tok, row->prompt, row->completion, model->config.vocab_size);
+        if (data->shape != SHAPE_TEXT) e.n--;                    /* no end token is added */
+        e.prompt_length = MIN(e.prompt_length, e.n);
+        if (e.n > limit && !cut++) warn("%s: row %zu and perhaps others are longer than %zu tokens; their first %zu are used", data->path, i + 1, limit, limit);
+        e.n = MIN(e.n, limit);
+        e.prompt_length = MIN(e.prompt_length, e.n);
+        if (e.n == 0) {
+            printf("{\"input_ids\": [], \"token_logprobs\": [], \"logprob\": 0%s}\n", ref_model ? ", \"kl_to_ref_per_position\": []" : "");
+            continue;
+        }
+        logprob_row(&arena, model, ref_model, &e);
+    }
+    dataset_free(data);
+    gpt2_free(model);
+    gpt2_free(ref_model);
+    tokenizer_free(tok);
+    arena_free(&arena);
+}
+
+static void command_score(struct Options *o)
+{
+    struct Arena arena = {0};
+    struct Tokenizer *tok = load_tokenizer(o);
+    struct GPT2 *model = load_reward_model(o, o->model_name_or_path, tok);
+    struct Dataset *data = load_data(o->dataset_name, TEXT_SHAPES, 1);
+    struct Example *texts = arena_alloc(&arena, data->n, sizeof *texts);
+    float *reward = arena_floats(&arena, data->n);
+    size_t limit = MIN(o->train.max_length, model->config.n_positions), cut = 0;
+    for (size_t i = 0; i < data->n; i++) {
+        texts[i] = example_encode(&arena, tok, data->rows[i].text, model->config.vocab_size, false);
+        cut += texts[i].n > limit;
+        texts[i].n = MIN(texts[i].n, limit);
+    }
+    if (cut) warn("%s: %zu of %zu texts are longer than %zu tokens; their first %zu are read", data->path, cut, data->n, limit, limit);
+    reward_score(model, texts, data->n, reward);
+    for (size_t i = 0; i < data->n; i++) {
+        fputs("{\"text\": ", stdout);
+        json_write_string(stdout, data->rows[i].text);
+        fputs(", \"reward\": ", stdout);
+        json_write_number(stdout, reward[i]);
+        fputs(", \"pipe_outputs\": ", stdout);
+        write_pipe_outputs(stdout, reward[i]);
+        fputs("}\n", stdout);
+    }
+    dataset_free(data);
+    gpt2_free(model);
+    tokenizer_free(tok);
+    arena_free(&arena);
+}
+
+/* Sentences fit a context of 64 tokens; for whole reviews a longer one is worth its time. */
+static size_t course_positions(const struct Dataset *data, const struct Tokenizer *tok)
+{
+    struct Arena arena = {0};
+    size_t sample = MIN(data->n, (size_t)200), longer = 0;
+    for (size_t i = 0; i < sample; i++) longer += example_encode(&arena, tok, data->rows[i * (data->n / sample)].text, COURSE_VOCAB, true).n > COURSE_POSITIONS;
+    arena_free(&arena);
+    return longer * 4 > sample ? COURSE_LONG_POSITIONS : COURSE_POSITIONS;
+}
+
+static void command_rlhf(struct Options *o)
+{
+    struct Arena arena = {0};
+    struct Tokenizer *tok = load_tokenizer(o);
+    struct Dataset *data = dataset_load(o->dataset_name ? o->dataset_name : shipped_file(&arena, "docs/reviews.jsonl"), RATED_SHAPES, 1);
+    struct Course course = {.tok = tok, .output_dir = o->output_dir ? o->output_dir : "out", .seed = o->train.seed, .temperature = o->generation.temperature, .scale = 1,
+        .pretrain_steps = o->pretrain_steps, .reward_steps = o->reward_steps, .ppo_steps = o->ppo_steps, .dpo_steps = o->dpo_steps};
+    struct GPT2 *model;
+    double learning_rate = 4e-3;
+    if (o->model_name_or_path) {
+        model = load_model(o, o->model_name_or_path, tok);
+        course.scale = MIN(1, (double)COURSE_WIDTH / (double)model->config.n_embd);         /* wider models take smaller steps */
+        learning_rate = 5e-4;                                                              /* and trained ones are only tuned */
+    } else {
+        model = gpt2_new((struct GPT2Config){.vocab_size = COURSE_VOCAB, .n_positions = course_positions(data, tok), .n_embd = COURSE_WIDTH, .n_layer = COURSE_LAYERS, .n_head = COURSE_HEADS,
+            .eos_token_id = COURSE_VOCAB - 1, .pad_token_id = COURSE_VOCAB - 1, .layer_norm_epsilon = 1e-5f});
+        gpt2_init(model, o->train.seed);
+    }
+    CHECK(model->config.n_positions >= 48, "%s: a context of %zu tokens; rlhf needs 48 or more", o->model_name_or_path, model->config.n_positions);
+    course_run(&course, data, model, learning_rate);
+    dataset_free(data);
+    tokenizer_free(tok);
+    arena_free(&arena);
+}
+
+static const struct Command { const char *name, *what; void (*run)(struct Options *); int groups; } COMMANDS[] = {
+    {"rlhf", "the whole course in one go: language model, reward model, PPO, DPO, samples before and after", command_rlhf, G_RLHF | G_OUT | G_SEED | G_DATA | G_MODEL},
+    {"tokenize", "[FILE]: text (or standard input) to ids; --decode: ids to text", command_tokenize, G_TOKENIZE},
+    {"pretrain", "a new language model from texts", command_pretrain, G_MODEL | G_OUT | G_SEED | G_DATA | G_TRAIN | G_RUN | G_NEW},
+    {"sft", "supervised fine-tuning on text or prompt + completion", command_sft, G_MODEL | G_OUT | G_SEED | G_DATA | G_TRAIN | G_RUN},
+    {"reward", "a reward model from chosen + rejected (+ margin), or from text + score", command_reward, G_MODEL | G_OUT | G_SEED | G_DATA | G_TRAIN | G_RUN | G_REWARD},
+    {"ppo", "PPO with a value head (TRL 0.11's PPOTrainer)", command_ppo, G_MODEL | G_OUT | G_SEED | G_DATA | G_TRAIN | G_PPO | G_REF},
+    {"dpo", "direct preference optimization on prompt + chosen + rejected", command_dpo, G_MODEL | G_OUT | G_SEED | G_DATA | G_TRAIN | G_RUN | G_DPO | G_REF},
+    {"generate", "continue a --prompt, or each prompt of a data set", command_generate, G_MODEL | G_DATA | G_SEED | G_SAMPLE | G_PROMPT | G_JSON},
+    {"next", "the distribution of the next token after a --prompt", command_next, G_MODEL | G_PROMPT | G_NEXT | G_JSON},
+    {"logprob", "log-probability of each token and of the sequence; with --ref_model the KL at each position", command_logprob, G_MODEL | G_DATA | G_REF | G_LENGTH},
+    {"score", "the sentiment pipeline: reward and pipe_outputs of each text", command_score, G_MODEL | G_DATA | G_LENGTH},
+};
+
+/* Insertions, deletions and exchanges that turn a into b: to guess what a mistyped word meant. */
+static size_t edit_distance(const char *a, const char *b)
+{
+    size_t n = MIN(strlen(b), (size_t)63), row[64];
+    for (size_t j = 0; j <= n; j++) row[j] = j;
+    for (size_t i = 0; a[i]; i++) {
+        size_t diagonal = row[0];
+        row[0] = i + 1;
+        for (size_t j = 0; j < n; j++) {
+            size_t change = diagonal + (a[i] != b[j]);
+            diagonal = row[j + 1];
+            row[j + 1] = MIN(change, MIN(row[j], row[j + 1]) + 1);
+        }
+    }
+    return row[n];
+}
+
+static void print_help(const struct Command *command)
+{
+    printf("align %s -- %s\n\n", command->name, command->what);
+    for (size_t i = 0; i < COUNT(FLAGS); i++)
+        if (FLAGS[i].groups & command->groups) printf("  --%-28s %s\n", FLAGS[i].name, FLAGS[i].help);
+}
+
+static void print_commands(FILE *file)
+{
+    fputs("align: train and align GPT-2 from scratch. Commands (--help on each):\n\n", file);
+    for (size_t i = 0; i < COUNT(COMMANDS); i++) fprintf(file, "  %-10s %s\n", COMMANDS[i].name, COMMANDS[i].what);
+    fputs("\nStart with:  ./align rlhf\n", file);
+}
+
+static const struct Flag *find_flag(const char *name, const struct Command *command)
+{
+    const struct Flag *nearest = NULL;
+    size_t least = SIZE_MAX;
+    for (size_t i = 0; i < COUNT(FLAGS); i++) {
+        if (!(FLAGS[i].groups & command->groups)) continue;
+        if (strcmp(FLAGS[i].name, name) == 0) return &FLAGS[i];
+        size_t distance = edit_distance(name, FLAGS[i].name);
+        if (distance < least) { least = distance; nearest = &FLAGS[i]; }
+    }
+    die_usage("%s has no flag --%s; the nearest is --%s (all: align %s --help)", command->name, name, nearest->name, command->name);
+}
+
+/* Stores one flag's value; a boolean may stand bare. Returns how many arguments it took. */
+static int parse_flag(struct Options *o, const struct Flag *flag, const char *value, bool bare)
+{
+    void *to = (char *)o + flag->offset;
+    char *end = NULL;
+    if (flag->kind == KIND_BOOL) {
+        bool is_true = value && strcmp(value, "true") == 0, is_false = value && strcmp(value, "false") == 0;
+        *(bool *)to = !is_false;
+        if (!bare && !is_true && !is_false) die_usage("--%s %s: true or false was expected", flag->name, value);
+        return is_true || is_false;
+    }
+    if (!value) die_usage("--%s needs a value (%s)", flag->name, flag->help);
+    if (flag->kind == KIND_STRING) *(const char **)to = value;
+    if (flag->kind == KIND_DOUBLE) {
+        *(double *)to = strtod(value, &end);
+        if (end == value || *end || !isfinite(*(double *)to)) die_usage("--%s %s: a number was expected", flag->name, value);
+    }
+    if (flag->kind == KIND_SIZE || flag->kind == KIND_SEED) {
+        errno = 0;
+        unsigned long long number = strtoull(value, &end, 10);
+        if (!isdigit((unsigned char)*value) || *end || errno || (flag->kind == KIND_SIZE && number > 1ull << 40)) die_usage("--%s %s: a whole number, 0 or more, was expected", flag->name, value);
+        if (flag->kind == KIND_SIZE) *(size_t *)to = (size_t)number;
+        else *(uint64_t *)to = number;
+    }
+    return 1;
+}
+
+static void parse_arguments(struct Options *o, const struct Command *command, int argc, char **argv)
+{
+    for (int i = 2; i < argc; i++) {
+        if (strncmp(argv[i], "--", 2) != 0) {
+            if (strcmp(command->name, "tokenize") != 0 || o->file) die_usage("%s: \"%s\" is no flag (flags start with --)", command->name, argv[i]);
+            o->file = argv[i];
+            continue;
+        }
+        char name[64];
+        const char *equals = strchr(argv[i], '=');
+        size_t length = equals ? (size_t)(equals - argv[i]) - 2 : strlen(argv[i]) - 2;
+        snprintf(name, sizeof name, "%.*s", (int)MIN(length, sizeof name - 1), argv[i] + 2);
+        const struct Flag *flag = find_flag(name, command);
+        const char *value = equals ? equals + 1 : i + 1 < argc ? argv[i + 1] : NULL;
+        int taken = parse_flag(o, flag, value, !equals && (!value || flag->kind == KIND_BOOL));
+        if (!equals) i += taken;
+        o->max_length_given = o->max_length_given || strcmp(name, "max_length") == 0;
+    }
+    quiet = o->quiet;
+}
+
+/* What a command starts from: transformers' and TRL's defaults. */
+static struct Options default_options(const char *command)
+{
+    struct Options o = {.train = training_arguments(), .ppo = ppo_config(), .generation = generation_config(), .dpo = {.beta = 0.1}, .loss_type = "sigmoid", .top_n = 10, .tokenize_vocab_size = 50257,
+        .model = {.vocab_size = 50257, .n_positions = 1024, .n_embd = 768, .n_layer = 12, .n_head = 12, .layer_norm_epsilon = 1e-5f},
+        .input_min_text_length = 2, .input_max_text_length = 8, .output_min_length = 4, .output_max_length = 16,
+        .pretrain_steps = 2800, .reward_steps = 450, .ppo_steps = 50, .dpo_steps = 120};
+    if (strcmp(command, "sft") == 0) o.train.learning_rate = 2e-5;
+    if (strcmp(command, "reward") == 0) o.train.learning_rate = 1e-4;
+    if (strcmp(command, "dpo") == 0) o.train.learning_rate = 1e-6;
+    if (strcmp(command, "ppo") == 0) {
+        o.train.learning_rate = 1.41e-5;
+        o.train.max_grad_norm = 0;
+        o.train.lr_scheduler_type = "constant";
+        o.train.logging_steps = 1;
+        o.train.seed = 0;
+        o.generation.top_k = 0;
+    }
+    if (strcmp(command, "next") == 0) o.generation.top_k = 0;
+    if (strcmp(command, "rlhf") == 0) o.generation.temperature = 0.7;
+    return o;
+}
+
+static void check_training(const struct Options *o)
+{
+    const struct TrainingArguments *t = &o->train;
+    static const char *const schedules[] = {"linear", "cosine", "constant", "constant_with_warmup"};
+    bool known = false;
+    for (size_t i = 0; i < COUNT(schedules); i++) known = known || strcmp(t->lr_scheduler_type, schedules[i]) == 0;
+    if (!known) die_usage("--lr_scheduler_type \"%s\" is unknown; there are linear, cosine, constant, constant_with_warmup", t->lr_scheduler_type);
+    if (strcmp(t->optim, "adamw") != 0 && strcmp(t->optim, "sgd") != 0) die_usage("--optim \"%s\" is unknown; there are adamw, sgd", t->optim);
+    if (strcmp(t->train_sampling_strategy, "random") != 0 && strcmp(t->train_sampling_strategy, "sequential") != 0) die_usage("--train_sampling_strategy \"%s\" is unknown; there are random, sequential", t->train_sampling_strategy);
+    if (!t->per_device_train_batch_size || !t->gradient_accumulation_steps || !t->logging_steps || !t->max_length) die_usage("batch size, accumulation, --logging_steps and --max_length must be 1 or more");
+    if (t->per_device_train_batch_size > 4096) die_usage("--per_device_train_batch_size %zu: at most 4096; larger steps by --gradient_accumulation_steps", t->per_device_train_batch_size);
+    if (t->num_train_epochs <= 0 && !t->max_steps) die_usage("--num_train_epochs %g: must be above 0", t->num_train_epochs);
+}
+
+#ifndef ALIGN_NO_MAIN
+int main(int argc, char **argv)
+{
+    if (argc < 2 || strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "help") == 0) {
+        print_commands(argc < 2 ? stderr : stdout);
+        return argc < 2 ? 2 : 0;
+    }
+    const struct Command *command = NULL, *nearest = &COMMANDS[0];
+    for (size_t i = 0; i < COUNT(COMMANDS); i++) {
+        if (strcmp(COMMANDS[i].name, argv[1]) == 0) command = &COMMANDS[i];
+        if (edit_distance(argv[1], COMMANDS[i].name) < edit_distance(argv[1], nearest->name)) nearest = &COMMANDS[i];
+    }
+    if (!command) die_usage("there is no command \"%s\"; the nearest is \"%s\" (all: align --help)", argv[1], nearest->name);
+    struct Options o = default_options(command->name);
+    parse_arguments(&o, command, argc, argv);
+    if (o.help) {
+        print_help(command);
+        return 0;
+    }
+    check_training(&o);
+    kernel_choose();
+    command->run(&o);
+    CHECK(fflush(stdout) == 0 && !ferror(stdout), "standard output: %s", strerror(errno));
+    return 0;
+}
+#endif
