@@ -246,14 +246,18 @@ static void rng_shuffle(struct Rng *rng, size_t *items, size_t n)
  * merged into one block of their total size, so a training loop that resets once a step asks the
  * system for memory in its first steps only. Under the address sanitizer every piece is an
  * allocation of its own: an overrun must not land unseen in a neighbour. */
-#if defined(__SANITIZE_ADDRESS__)
-enum { ARENA_PIECEWISE = 1 };
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-enum { ARENA_PIECEWISE = 1 };
+#if defined(__has_feature)
+#define HAS_FEATURE(x) __has_feature(x)
 #else
-enum { ARENA_PIECEWISE = 0 };
+#define HAS_FEATURE(x) 0
 #endif
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__) || HAS_FEATURE(address_sanitizer) || HAS_FEATURE(thread_sanitizer) || HAS_FEATURE(memory_sanitizer)
+#define SANITIZED 1
+#else
+#define SANITIZED 0
+#endif
+#if defined(__SANITIZE_ADDRESS__) || HAS_FEATURE(address_sanitizer)
+enum { ARENA_PIECEWISE = 1 };
 #else
 enum { ARENA_PIECEWISE = 0 };
 #endif
@@ -1454,42 +1458,61 @@ static size_t pairs_from_ratings(const double *rating, size_t n, double min_diff
  * is made of. All in nats; all safe where the plain formula overflows.
  * ============================================================================================= */
 
-/* e^x in float, by a loop the compiler turns into vector instructions (libm's expf is a call a number).
+/* WIDE before a function of plain loops: gcc and clang compile it three times, for AVX-512, AVX2 and any
+ * x86-64, and the loader picks the one that fits the processor. Elsewhere one version serves (arm64's
+ * vectors are in every arm64). Not under sanitizers, whose runtime starts after the loader's choice. */
+#if defined(__x86_64__) && defined(__GLIBC__) && !SANITIZED
+#define WIDE __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define WIDE
+#endif
+
+static inline uint32_t bits_of_float(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+static inline float float_of_bits(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+
+/* e^x in float, without a branch, so that loops over it become vector instructions (libm's expf is a call
+ * a number).
  *   e^x = 2^n * e^r,  n = round(x / ln 2),  r = x - n ln 2 in [-0.35, 0.35], e^r by its Taylor series
- * to r^7/7!. Relative error below 2e-7 on [-87, 88] (test: exp_fast); below it gives 0, above inf. */
+ * to r^7/7!. Relative error below 2e-7 for |x| <= 87 (test: exp_fast); below -87 it is 0, above 87 it
+ * stays e^87. Comparisons are made on the bits of |x|, as whole numbers: for floats the order is the
+ * same, and compilers keep comparisons of floats as branches, lest a NaN raise a trap. */
 static inline float exp_fast(float x)
 {
-    float clamped = x < -87.3f ? -87.3f : x > 88.7f ? 88.7f : x;
-    float n = (clamped * 1.44269504f + 12582912.0f) - 12582912.0f;     /* adding 1.5 * 2^23 rounds to a whole number */
-    float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;       /* ln 2 in two parts: exact at first order */
+    uint32_t sign = bits_of_float(x) & 0x80000000u;
+    int32_t size = (int32_t)(bits_of_float(x) & 0x7fffffffu), limit = 0x42ae0000;       /* 87.0 */
+    float clamped = float_of_bits((uint32_t)(size < limit ? size : limit) | sign);
+    float shifted = clamped * 1.44269504f + 12582912.0f;      /* adding 1.5 * 2^23 leaves n in the lowest bits */
+    float n = shifted - 12582912.0f;
+    float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;       /* ln 2 in two parts, the first exact */
     float p = 1.0f + r * (1.0f + r * (0.5f + r * (1.6666667e-1f + r * (4.1666668e-2f + r * (8.3333338e-3f + r * (1.3888889e-3f + r * 1.984127e-4f))))));
-    int32_t half = ((int32_t)n) >> 1, rest = (int32_t)n - half;        /* 2^n in two factors: 2^128 alone would overflow */
-    int32_t bits_a = (half + 127) << 23, bits_b = (rest + 127) << 23;
-    float scale_a, scale_b;
-    memcpy(&scale_a, &bits_a, 4);
-    memcpy(&scale_b, &bits_b, 4);
-    float y = p * scale_a * scale_b;
-    y = x < -87.3f ? 0.0f : y;
-    return x > 88.7f ? (float)INFINITY : y;
+    float two_to_n = float_of_bits((bits_of_float(shifted) + 127) << 23);
+    uint32_t underflow = size > limit ? sign >> 31 : 0;
+    return float_of_bits(bits_of_float(p * two_to_n) & (underflow - 1u));
 }
 
 /* Sums and maxima over a row in 16 lanes, so that they run as vectors; the order of additions is
- * fixed by the code, so it is the same on every machine and for every number of threads. */
+ * fixed by the code, so it is the same for every number of threads. */
 enum { LANES = 16 };
 
-static float row_max(const float *x, size_t n)
+/* A float's bits as a whole number of the same order (and back): negative ones have their magnitude inverted. */
+static inline int32_t order_key(int32_t bits) { return bits ^ (int32_t)((uint32_t)(bits >> 31) >> 1); }
+
+WIDE static float row_max(const float *x, size_t n)
 {
-    float lane[LANES], result = -INFINITY;
-    for (size_t j = 0; j < LANES; j++) lane[j] = -INFINITY;
+    int32_t lane[LANES], most = INT32_MIN;
     size_t i = 0;
+    for (size_t j = 0; j < LANES; j++) lane[j] = INT32_MIN;
     for (; i + LANES <= n; i += LANES)
-        for (size_t j = 0; j < LANES; j++) lane[j] = x[i + j] > lane[j] ? x[i + j] : lane[j];
-    for (size_t j = 0; j < LANES; j++) result = lane[j] > result ? lane[j] : result;
-    for (; i < n; i++) result = x[i] > result ? x[i] : result;
-    return result;
+        for (size_t j = 0; j < LANES; j++) {
+            int32_t key = order_key((int32_t)bits_of_float(x[i + j]));
+            lane[j] = key > lane[j] ? key : lane[j];
+        }
+    for (size_t j = 0; j < LANES; j++) most = MAX(most, lane[j]);
+    for (; i < n; i++) most = MAX(most, order_key((int32_t)bits_of_float(x[i])));
+    return float_of_bits((uint32_t)order_key(most));
 }
 
-static float row_sum(const float *x, size_t n)
+WIDE static float row_sum(const float *x, size_t n)
 {
     float lane[LANES] = {0}, result = 0;
     size_t i = 0;
@@ -1500,7 +1523,7 @@ static float row_sum(const float *x, size_t n)
     return result;
 }
 
-static float row_dot(const float *x, const float *y, size_t n)
+WIDE static float row_dot(const float *x, const float *y, size_t n)
 {
     float lane[LANES] = {0}, result = 0;
     size_t i = 0;
@@ -1512,7 +1535,7 @@ static float row_dot(const float *x, const float *y, size_t n)
 }
 
 /* y = e^(x - shift); returns the sum. */
-static float row_exp(float *y, const float *x, float shift, size_t n)
+WIDE static float row_exp(float *y, const float *x, float shift, size_t n)
 {
     for (size_t i = 0; i < n; i++) y[i] = exp_fast(x[i] - shift);
     return row_sum(y, n);
@@ -1561,7 +1584,8 @@ static float log_sum_exp(const float *x, size_t n, float *scratch)
 static double entropy_of_logits(const float *logits, float lse, size_t n)
 {
     double expected = 0;
-    for (size_t i = 0; i < n; i++) expected += (double)exp_fast(logits[i] - lse) * logits[i];
+    for (size_t i = 0; i < n; i++)
+        if (logits[i] > -INFINITY) expected += (double)exp_fast(logits[i] - lse) * logits[i];     /* 0 log 0 = 0 */
     return lse - expected;
 }
 
@@ -1616,6 +1640,7 @@ static double sequence_logprob(const float *token_logprobs, size_t n)
 
 #if defined(__GNUC__)
 typedef float float4 __attribute__((vector_size(16)));      /* SSE, NEON: in every x86-64 and arm64 */
+typedef float float4_any __attribute__((vector_size(16), aligned(4)));     /* the same at any address */
 typedef float float8 __attribute__((vector_size(32)));      /* AVX */
 typedef float float16 __attribute__((vector_size(64)));     /* AVX-512 */
 #endif
@@ -1687,7 +1712,7 @@ static const struct Kernel KERNELS[] = {
 };
 static const struct Kernel *kernel = &KERNELS[0];
 
-/* The widest tile this processor has. ALIGN_KERNEL=0, 1 or 2 asks for a narrower one. */
+/* The widest tile this processor has. ALIGN_KERNEL=0, 1 or 2 asks for a narrower one, "plain" for none. */
 static void kernel_choose(void)
 {
     int widest = 0;
@@ -1698,6 +1723,7 @@ static void kernel_choose(void)
 #endif
     const char *asked = getenv("ALIGN_KERNEL");
     kernel = &KERNELS[asked && isdigit((unsigned char)*asked) ? MIN(atoi(asked), widest) : widest];
+    if (asked && strcmp(asked, "plain") == 0) kernel = NULL;
 }
 
 /* Each thread's own scratch memory: slot 0 for packed A, 1 for packed B, 2 for attention's scores, 3
@@ -1716,19 +1742,56 @@ static float *thread_scratch(enum ScratchSlot slot, size_t floats)
     return slots[slot].memory;
 }
 
+/* `width` floats, a tile's MR or NR. A copy of constant size is one or two instructions, any other a call. */
+static inline void copy_line(float *to, const float *from, size_t width)
+{
+    switch (width) {
+    case 4: memcpy(to, from, 4 * sizeof *to); break;
+    case 6: memcpy(to, from, 6 * sizeof *to); break;
+    case 8: memcpy(to, from, 8 * sizeof *to); break;
+    case 14: memcpy(to, from, 14 * sizeof *to); break;
+    case 16: memcpy(to, from, 16 * sizeof *to); break;
+    default: memcpy(to, from, 32 * sizeof *to); break;
+    }
+}
+
+/* Four lines of consecutive numbers into columns 0..3 of a panel: 4 x 4 pieces, transposed in registers. */
+static void pack_four(float *panel, const float *from, size_t line_stride, size_t K, size_t width)
+{
+    const float *a = from, *b = a + line_stride, *c = b + line_stride, *d = c + line_stride;
+    size_t k = 0;
+#if defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 12)
+    for (; k + 4 <= K; k += 4) {
+        float4 ka = *(const float4_any *)(a + k), kb = *(const float4_any *)(b + k), kc = *(const float4_any *)(c + k), kd = *(const float4_any *)(d + k);
+        float4 ab_low = __builtin_shufflevector(ka, kb, 0, 4, 1, 5), ab_high = __builtin_shufflevector(ka, kb, 2, 6, 3, 7);
+        float4 cd_low = __builtin_shufflevector(kc, kd, 0, 4, 1, 5), cd_high = __builtin_shufflevector(kc, kd, 2, 6, 3, 7);
+        *(float4_any *)(panel + k * width) = __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5);
+        *(float4_any *)(panel + (k + 1) * width) = __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7);
+        *(float4_any *)(panel + (k + 2) * width) = __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5);
+        *(float4_any *)(panel + (k + 3) * width) = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
+    }
+#endif
+    for (; k < K; k++) {
+        panel[k * width] = a[k];
+        panel[k * width + 1] = b[k];
+        panel[k * width + 2] = c[k];
+        panel[k * width + 3] = d[k];
+    }
+}
+
 /* Copies `n` <= width lines of K numbers into a panel: panel[k*width + i] = line i, step k. Missing
  * lines count as zeros, so that the tile needs no special case at the edge. */
 static void pack_panel(float *panel, const float *from, size_t line_stride, size_t k_stride, size_t n, size_t K, size_t width)
 {
     if (n == width && line_stride == 1) {
-        for (size_t k = 0; k < K; k++) memcpy(panel + k * width, from + k * k_stride, width * sizeof(float));
-    } else if (n == width && k_stride == 1) {
-        for (size_t k = 0; k < K; k++)
-            for (size_t i = 0; i < width; i++) panel[k * width + i] = from[i * line_stride + k];
-    } else {
-        for (size_t k = 0; k < K; k++)
-            for (size_t i = 0; i < width; i++) panel[k * width + i] = i < n ? from[i * line_stride + k * k_stride] : 0.0f;
+        for (size_t k = 0; k < K; k++) copy_line(panel + k * width, from + k * k_stride, width);
+        return;
     }
+    if (n < width) memset(panel, 0, K * width * sizeof *panel);
+    size_t i = 0;
+    for (; k_stride == 1 && i + 4 <= n; i += 4) pack_four(panel + i, from + i * line_stride, line_stride, K, width);
+    for (size_t k = 0; k < K; k++)
+        for (size_t j = i; j < n; j++) panel[k * width + j] = from[j * line_stride + k * k_stride];
 }
 
 /* The part of C that one task computes: rows m0..m1, columns n0..n1 of the packed block. */
@@ -1780,11 +1843,26 @@ static void matmul_block(float *c, size_t c_row, struct Matrix a, struct Matrix 
     }
 }
 
+/* The definition, against which matmul is tested; ALIGN_KERNEL=plain runs everything on it. */
+static void matmul_plain(float *c, size_t c_row, struct Matrix a, struct Matrix b, size_t M, size_t N, size_t K, bool accumulate)
+{
+    for (size_t i = 0; i < M; i++)
+        for (size_t j = 0; j < N; j++) {
+            double sum = accumulate ? c[i * c_row + j] : 0;
+            for (size_t k = 0; k < K; k++) sum += (double)a.data[i * a.row + k * a.column] * b.data[k * b.row + j * b.column];
+            c[i * c_row + j] = (float)sum;
+        }
+}
+
 /* matmul -- C (M,N), row stride c_row, = or += A (M,K) times B (K,N).
  * Called inside a parallel loop it runs on the calling thread alone.
  * By hand: [1 2; 3 4] [5; 6] = [17; 39].                        test: matmul, matmul_threads */
 static void matmul(float *c, size_t c_row, struct Matrix a, struct Matrix b, size_t M, size_t N, size_t K, bool accumulate)
 {
+    if (!kernel) {
+        matmul_plain(c, c_row, a, b, M, N, K, accumulate);
+        return;
+    }
     size_t k_most = MIN(K, (size_t)KC), edge = 32;
     float *pack_a = thread_scratch(SCRATCH_A, (MIN(M, (size_t)PANEL_ROWS) + edge) * k_most);
     float *pack_b = thread_scratch(SCRATCH_B, (MIN(N, (size_t)PANEL_COLUMNS) + edge) * k_most);
@@ -1796,17 +1874,6 @@ static void matmul(float *c, size_t c_row, struct Matrix a, struct Matrix b, siz
                 matmul_block(c + m * c_row + n, c_row, a_block, b_block, MIN(M - m, (size_t)PANEL_ROWS), MIN(N - n, (size_t)PANEL_COLUMNS),
                              MIN(K - k, (size_t)KC), pack_a, pack_b, accumulate || k > 0, m > 0);
             }
-}
-
-/* The definition, against which matmul is tested. */
-static void matmul_plain(float *c, size_t c_row, struct Matrix a, struct Matrix b, size_t M, size_t N, size_t K, bool accumulate)
-{
-    for (size_t i = 0; i < M; i++)
-        for (size_t j = 0; j < N; j++) {
-            double sum = accumulate ? c[i * c_row + j] : 0;
-            for (size_t k = 0; k < K; k++) sum += (double)a.data[i * a.row + k * a.column] * b.data[k * b.row + j * b.column];
-            c[i * c_row + j] = (float)sum;
-        }
 }
 
 /* =============================================================================================
@@ -1848,7 +1915,7 @@ static void linear_backward(float *dx, float *dweight, float *dbias, const float
 /* layernorm: y = (x - mean) * rstd * weight + bias, row by row, rstd = 1/sqrt(variance + eps) [3].
  * mean, rstd (N) are kept for the backward pass. Why: without it, activations grow layer by layer.
  * By hand: x = (1, 3): mean 2, variance 1 -> (-1, 1).                          test: layernorm */
-static void layernorm_row(float *y, float *mean, float *rstd, const float *x, const float *weight, const float *bias, size_t C, float eps)
+WIDE static void layernorm_row(float *y, float *mean, float *rstd, const float *x, const float *weight, const float *bias, size_t C, float eps)
 {
     float m = row_sum(x, C) / (float)C;
     for (size_t c = 0; c < C; c++) y[c] = x[c] - m;
@@ -1866,7 +1933,7 @@ static void layernorm_forward(float *y, float *mean, float *rstd, const float *x
 
 /* With h = (x - mean) * rstd, g = dy * weight:  dx = rstd * (g - mean(g) - h * mean(g h)).
  * The two means are there because x moved the mean and the variance too. dx is ADDED to. */
-static void layernorm_backward_row(float *dx, const float *dy, const float *x, float mean, float rstd, const float *weight, size_t C, float *g)
+WIDE static void layernorm_backward_row(float *dx, const float *dy, const float *x, float mean, float rstd, const float *weight, size_t C, float *g)
 {
     float *gh = g + C;
     for (size_t c = 0; c < C; c++) {
@@ -1906,13 +1973,13 @@ static inline float gelu_gate(float x)
     return 1.0f / (1.0f + exp_fast(-u2));
 }
 
-static void gelu_row(float *y, const float *x, size_t n)
+WIDE static void gelu_row(float *y, const float *x, size_t n)
 {
     for (size_t i = 0; i < n; i++) y[i] = x[i] * gelu_gate(x[i]);
 }
 
 /* y = x s, s = sigmoid(2u):  dy/dx = s + x s (1 - s) d(2u)/dx. */
-static void gelu_backward_row(float *dx, const float *dy, const float *x, size_t n)
+WIDE static void gelu_backward_row(float *dx, const float *dy, const float *x, size_t n)
 {
     for (size_t i = 0; i < n; i++) {
         float s = gelu_gate(x[i]), slope = 1.5957691f * (1.0f + 3.0f * 0.044715f * x[i] * x[i]);
@@ -2378,7 +2445,7 @@ static void lm_head_forward_chunk(const struct GPT2 *model, struct LMHead *head,
 }
 
 /* Turns a row of logits into d loss / d logits, given g = d loss / d logprob. */
-static void lm_head_backward_row(float *logits, float lse, int target, float g, size_t V)
+WIDE static void lm_head_backward_row(float *logits, float lse, int target, float g, size_t V)
 {
     for (size_t v = 0; v < V; v++) logits[v] = -g * exp_fast(logits[v] - lse);
     logits[target] += g;
@@ -2671,7 +2738,7 @@ static double gradient_norm(const struct GPT2 *model)
  *                                                                     test: adamw_golden */
 struct AdamStep { float lr, beta1, beta2, correction1, correction2, eps, decay, clip; };
 
-static void adamw_piece(float *w, const float *d, float *m, float *v, size_t n, struct AdamStep s)
+WIDE static void adamw_piece(float *w, const float *d, float *m, float *v, size_t n, struct AdamStep s)
 {
     for (size_t i = 0; i < n; i++) {
         float g = d[i] * s.clip;
@@ -3900,18 +3967,20 @@ static void ppo_record_stats(struct PPOTrainer *ppo, const struct Rollout *rollo
     struct LogEntry *s = &ppo->stats;
     size_t B = p->B;
     float *query = arena_floats(&ppo->arena, B), *response = arena_floats(&ppo->arena, B);
-    double kl = 0, entropy = 0, non_score = 0;
+    double kl = 0, kl_k3_sum = 0, entropy = 0, non_score = 0;
     for (size_t b = 0; b < B; b++) {
         query[b] = (float)rollouts[b].example.prompt_length;
         response[b] = (float)rollouts[b].response_length;
     }
     for (size_t t = 0; t < p->R; t++) {
         kl += p->kl[t] / (double)B;
+        kl_k3_sum += kl_k3(p->logprobs[t], p->ref_logprobs[t]) / (double)B;
         entropy -= p->logprobs[t] / (double)B;
         non_score += p->non_score_rewards[t] / (double)p->R;
     }
     s->n = 0;
     log_value(s, "objective/kl", kl);
+    log_value(s, "objective/kl_k3", kl_k3_sum);                /* not TRL's: the estimate that is never negative */
     log_value(s, "objective/kl_coef", ppo->kl_coef);
     log_value(s, "objective/entropy", entropy);
     log_value(s, "ppo/mean_non_score_reward", non_score);
@@ -4720,7 +4789,7 @@ static void course_run(struct Course *course, const struct Dataset *data, struct
     make_folder(course->output_dir);
     course_split(course, data);
     say("%zu rated texts to learn from, %zu held out; %.2fM parameters; %d threads, kernel %s\n", course->train_n, course->held_out_n,
-        (double)(language_model->wte.n + language_model->wpe.n + language_model->config.n_layer * 12 * language_model->config.n_embd * language_model->config.n_embd) / 1e6, thread_count(), kernel->name);
+        (double)(language_model->wte.n + language_model->wpe.n + language_model->config.n_layer * 12 * language_model->config.n_embd * language_model->config.n_embd) / 1e6, thread_count(), kernel ? kernel->name : "plain");
     course_language_model(course, learning_rate);
     say("    %.0f s\n", seconds_now() - begin);
     course_reward_model(course);
@@ -5238,6 +5307,7 @@ static void command_next(struct Options *o)
     matmul(p, V, matrix(acts.ln_f + (e.n - 1) * model->config.n_embd, model->config.n_embd), transposed(model->wte.w, model->config.n_embd), 1, V, model->config.n_embd, false);
     o->generation.do_sample = true;
     process_logits(p, V, &o->generation, e.ids, e.n, 0, model->config.eos_token_id);
+    double entropy = entropy_of_logits(p, log_sum_exp(p, V, arena_floats(&arena, V)), V);
     softmax(p, V);
     struct Candidate *top = arena_alloc(&arena, V, sizeof *top);
     for (size_t v = 0; v < V; v++) if (p[v] > 0) top[kept++] = (struct Candidate){p[v], (int)v};
@@ -5250,7 +5320,7 @@ static void command_next(struct Options *o)
         for (size_t i = 0; i < shown; i++) printf("%s[%d, %.9g]", i ? ", " : "", top[i].id, top[i].logit);
         fputs("]}\n", stdout);
     } else {
-        printf("   id  probability  token     (%zu of %zu tokens can follow)\n", kept, V);
+        printf("   id  probability  token     (%zu of %zu tokens can follow; entropy %.3f nats)\n", kept, V, entropy);
         for (size_t i = 0; i < shown; i++) {
             printf("%5d  %11.6f  ", top[i].id, top[i].logit);
             json_write_string(stdout, tokenizer_decode(tok, top[i].id, V));
