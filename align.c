@@ -642,17 +642,38 @@ static size_t json_size(const struct Json *json, size_t max, const char *path, c
     return (size_t)json->number;
 }
 
+/* Length of the UTF-8 character that starts at text[i], its code point in *code; 0 if it is not valid. */
+static size_t utf8_read(const unsigned char *text, size_t n, uint32_t *code)
+{
+    static const uint32_t least[5] = {0, 0, 0x80, 0x800, 0x10000};          /* below: an overlong form */
+    unsigned char c = text[0];
+    *code = c;
+    if (c < 0x80) return 1;
+    size_t length = c >= 0xf0 ? 4 : c >= 0xe0 ? 3 : 2;
+    if (c < 0xc2 || c > 0xf4 || n < length) return 0;
+    *code = c & (0xffu >> (length + 1));
+    for (size_t k = 1; k < length; k++) {
+        if ((text[k] & 0xc0) != 0x80) return 0;
+        *code = *code << 6 | (text[k] & 63);
+    }
+    bool valid = *code >= least[length] && *code < 0x110000 && (*code < 0xd800 || *code >= 0xe000);
+    return valid ? length : 0;
+}
+
+/* A model can write half a character; JSON is UTF-8, so such bytes become U+FFFD. */
 static void json_write_string(FILE *file, struct Text text)
 {
     fputc('"', file);
-    for (size_t i = 0; i < text.length; i++) {
-        unsigned char c = (unsigned char)text.data[i];
-        if (c == '"' || c == '\\') fprintf(file, "\\%c", c);
+    for (size_t i = 0, length; i < text.length; i += length) {
+        uint32_t c;
+        length = utf8_read((const unsigned char *)text.data + i, text.length - i, &c);
+        if (length == 0) { fputs("\xef\xbf\xbd", file); length = 1; }
+        else if (c == '"' || c == '\\') fprintf(file, "\\%c", (int)c);
         else if (c == '\n') fputs("\\n", file);
         else if (c == '\r') fputs("\\r", file);
         else if (c == '\t') fputs("\\t", file);
-        else if (c < 0x20 || c == 0x7f) fprintf(file, "\\u%04x", c);
-        else fputc(c, file);
+        else if (c < 0x20 || c == 0x7f) fprintf(file, "\\u%04x", (unsigned)c);
+        else fwrite(text.data + i, 1, length, file);
     }
     fputc('"', file);
 }
@@ -931,20 +952,11 @@ static int end_token_of(size_t vocab_size) { return (int)MIN(vocab_size, (size_t
  * of class "other": it is kept, byte for byte. */
 static enum CharClass char_class_at(const struct Tokenizer *tok, const unsigned char *text, size_t i, size_t n, size_t *length)
 {
-    unsigned char c = text[i];
+    uint32_t code;
+    *length = utf8_read(text + i, n - i, &code);
+    if (*length > 0) return (enum CharClass)tok->char_class[code];
     *length = 1;
-    if (c < 0x80) return (enum CharClass)tok->char_class[c];
-    size_t want = c >= 0xf0 ? 4 : c >= 0xe0 ? 3 : 2;
-    static const uint32_t least[5] = {0, 0, 0x80, 0x800, 0x10000};    /* below: an overlong form */
-    if (c < 0xc2 || c > 0xf4 || n - i < want) return CLASS_OTHER;
-    uint32_t code = c & (0xffu >> (want + 1));
-    for (size_t k = 1; k < want; k++) {
-        if ((text[i + k] & 0xc0) != 0x80) return CLASS_OTHER;
-        code = code << 6 | (text[i + k] & 63);
-    }
-    if (code < least[want] || code >= UNICODE_END || (code >= 0xd800 && code < 0xe000)) return CLASS_OTHER;
-    *length = want;
-    return (enum CharClass)tok->char_class[code];
+    return CLASS_OTHER;
 }
 
 /* Where the word that starts at i ends. GPT-2's rule, as a regular expression tried left to right:
@@ -1640,19 +1652,23 @@ static double sequence_logprob(const float *token_logprobs, size_t n)
 
 #if defined(__GNUC__)
 typedef float float4 __attribute__((vector_size(16)));      /* SSE, NEON: in every x86-64 and arm64 */
-typedef float float4_any __attribute__((vector_size(16), aligned(4)));     /* the same at any address */
 typedef float float8 __attribute__((vector_size(32)));      /* AVX */
 typedef float float16 __attribute__((vector_size(64)));     /* AVX-512 */
+typedef float float4_any __attribute__((vector_size(16), aligned(4)));     /* the same, at any address */
+typedef float float8_any __attribute__((vector_size(32), aligned(4)));
+typedef float float16_any __attribute__((vector_size(64), aligned(4)));
 #endif
 enum { TILE_MAX = 14 * 32, KC = 256, PANEL_ROWS = 2048, PANEL_COLUMNS = 4096 };
 
-/* A tile: c (MR,NR) = sum over k of a[k][0..MR) * b[k][0..NR), a and b being packed panels. */
-struct Kernel { const char *name; size_t MR, NR; void (*tile)(size_t K, const float *a, const float *b, float *c); };
+/* A tile: c (MR,NR), rows c_row apart, = or += the sum over k of a[k][0..MR) * b[k][0..NR), packed panels. */
+struct Kernel { const char *name; size_t MR, NR; void (*tile)(size_t K, const float *a, const float *b, float *c, size_t c_row, bool accumulate); };
 
 #if defined(__GNUC__)
-static void tile_4x8(size_t K, const float *a, const float *b, float *c)
+static void tile_4x8(size_t K, const float *a, const float *b, float *c, size_t c_row, bool accumulate)
 {
-    float4 sum[4][2] = {{{0}}};
+    float4 sum[4][2];
+    #pragma GCC unroll 16
+    for (int i = 0; i < 4; i++) sum[i][0] = sum[i][1] = (float4){0};
     for (size_t k = 0; k < K; k++, a += 4, b += 8) {
         float4 b0 = *(const float4 *)b, b1 = *(const float4 *)(b + 4);
         for (int i = 0; i < 4; i++) {
@@ -1660,24 +1676,33 @@ static void tile_4x8(size_t K, const float *a, const float *b, float *c)
             sum[i][1] += a[i] * b1;
         }
     }
-    memcpy(c, sum, sizeof sum);
+    #pragma GCC unroll 16
+    for (int i = 0; i < 4; i++) {
+        float4_any *c0 = (float4_any *)(c + i * c_row), *c1 = (float4_any *)(c + i * c_row + 4);
+        *c0 = accumulate ? *c0 + sum[i][0] : sum[i][0];
+        *c1 = accumulate ? *c1 + sum[i][1] : sum[i][1];
+    }
 }
 #else
-static void tile_4x8(size_t K, const float *a, const float *b, float *c)
+static void tile_4x8(size_t K, const float *a, const float *b, float *c, size_t c_row, bool accumulate)
 {
-    memset(c, 0, 4 * 8 * sizeof *c);
-    for (size_t k = 0; k < K; k++)
-        for (int i = 0; i < 4; i++)
-            for (int j = 0; j < 8; j++) c[i * 8 + j] += a[k * 4 + i] * b[k * 8 + j];
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 8; j++) {
+            float sum = 0;
+            for (size_t k = 0; k < K; k++) sum += a[k * 4 + i] * b[k * 8 + j];
+            c[i * c_row + j] = accumulate ? c[i * c_row + j] + sum : sum;
+        }
 }
 #endif
 
 #if defined(__GNUC__) && defined(__x86_64__)
 #define HAVE_X86_TILES 1
 /* 6 x 16: 12 of the 16 registers of AVX hold sums. */
-__attribute__((target("avx2,fma"))) static void tile_6x16(size_t K, const float *a, const float *b, float *c)
+__attribute__((target("avx2,fma"))) static void tile_6x16(size_t K, const float *a, const float *b, float *c, size_t c_row, bool accumulate)
 {
-    float8 sum[6][2] = {{{0}}};
+    float8 sum[6][2];
+    #pragma GCC unroll 16
+    for (int i = 0; i < 6; i++) sum[i][0] = sum[i][1] = (float8){0};
     for (size_t k = 0; k < K; k++, a += 6, b += 16) {
         float8 b0 = *(const float8 *)b, b1 = *(const float8 *)(b + 8);
         for (int i = 0; i < 6; i++) {
@@ -1685,13 +1710,20 @@ __attribute__((target("avx2,fma"))) static void tile_6x16(size_t K, const float 
             sum[i][1] += a[i] * b1;
         }
     }
-    memcpy(c, sum, sizeof sum);
+    #pragma GCC unroll 16
+    for (int i = 0; i < 6; i++) {
+        float8_any *c0 = (float8_any *)(c + i * c_row), *c1 = (float8_any *)(c + i * c_row + 8);
+        *c0 = accumulate ? *c0 + sum[i][0] : sum[i][0];
+        *c1 = accumulate ? *c1 + sum[i][1] : sum[i][1];
+    }
 }
 
 /* 14 x 32: 28 of the 32 registers of AVX-512 hold sums. */
-__attribute__((target("avx512f"))) static void tile_14x32(size_t K, const float *a, const float *b, float *c)
+__attribute__((target("avx512f"))) static void tile_14x32(size_t K, const float *a, const float *b, float *c, size_t c_row, bool accumulate)
 {
-    float16 sum[14][2] = {{{0}}};
+    float16 sum[14][2];
+    #pragma GCC unroll 16
+    for (int i = 0; i < 14; i++) sum[i][0] = sum[i][1] = (float16){0};
     for (size_t k = 0; k < K; k++, a += 14, b += 32) {
         float16 b0 = *(const float16 *)b, b1 = *(const float16 *)(b + 16);
         for (int i = 0; i < 14; i++) {
@@ -1699,7 +1731,12 @@ __attribute__((target("avx512f"))) static void tile_14x32(size_t K, const float 
             sum[i][1] += a[i] * b1;
         }
     }
-    memcpy(c, sum, sizeof sum);
+    #pragma GCC unroll 16
+    for (int i = 0; i < 14; i++) {
+        float16_any *c0 = (float16_any *)(c + i * c_row), *c1 = (float16_any *)(c + i * c_row + 16);
+        *c0 = accumulate ? *c0 + sum[i][0] : sum[i][0];
+        *c1 = accumulate ? *c1 + sum[i][1] : sum[i][1];
+    }
 }
 #endif
 
@@ -1755,28 +1792,26 @@ static inline void copy_line(float *to, const float *from, size_t width)
     }
 }
 
-/* Four lines of consecutive numbers into columns 0..3 of a panel: 4 x 4 pieces, transposed in registers. */
-static void pack_four(float *panel, const float *from, size_t line_stride, size_t K, size_t width)
+/* Two or four lines of consecutive numbers into neighbouring columns of a panel: pieces of 4 steps are
+ * interleaved in registers. */
+static void pack_lines(float *panel, const float *from, size_t line_stride, size_t lines, size_t K, size_t width)
 {
-    const float *a = from, *b = a + line_stride, *c = b + line_stride, *d = c + line_stride;
     size_t k = 0;
 #if defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 12)
+    const float *a = from, *b = a + line_stride, *c = lines == 4 ? b + line_stride : a, *d = lines == 4 ? c + line_stride : b;
     for (; k + 4 <= K; k += 4) {
+        float *to = panel + k * width;
         float4 ka = *(const float4_any *)(a + k), kb = *(const float4_any *)(b + k), kc = *(const float4_any *)(c + k), kd = *(const float4_any *)(d + k);
-        float4 ab_low = __builtin_shufflevector(ka, kb, 0, 4, 1, 5), ab_high = __builtin_shufflevector(ka, kb, 2, 6, 3, 7);
-        float4 cd_low = __builtin_shufflevector(kc, kd, 0, 4, 1, 5), cd_high = __builtin_shufflevector(kc, kd, 2, 6, 3, 7);
-        *(float4_any *)(panel + k * width) = __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5);
-        *(float4_any *)(panel + (k + 1) * width) = __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7);
-        *(float4_any *)(panel + (k + 2) * width) = __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5);
-        *(float4_any *)(panel + (k + 3) * width) = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
+        float4 ab_01 = __builtin_shufflevector(ka, kb, 0, 4, 1, 5), ab_23 = __builtin_shufflevector(ka, kb, 2, 6, 3, 7);
+        float4 cd_01 = __builtin_shufflevector(kc, kd, 0, 4, 1, 5), cd_23 = __builtin_shufflevector(kc, kd, 2, 6, 3, 7);
+        float4 step[4] = {__builtin_shufflevector(ab_01, cd_01, 0, 1, 4, 5), __builtin_shufflevector(ab_01, cd_01, 2, 3, 6, 7),
+                          __builtin_shufflevector(ab_23, cd_23, 0, 1, 4, 5), __builtin_shufflevector(ab_23, cd_23, 2, 3, 6, 7)};
+        if (lines == 4) for (int i = 0; i < 4; i++) memcpy(to + i * width, &step[i], 4 * sizeof *to);
+        else for (int i = 0; i < 4; i++) memcpy(to + i * width, &step[i], 2 * sizeof *to);
     }
 #endif
-    for (; k < K; k++) {
-        panel[k * width] = a[k];
-        panel[k * width + 1] = b[k];
-        panel[k * width + 2] = c[k];
-        panel[k * width + 3] = d[k];
-    }
+    for (; k < K; k++)
+        for (size_t i = 0; i < lines; i++) panel[k * width + i] = from[i * line_stride + k];
 }
 
 /* Copies `n` <= width lines of K numbers into a panel: panel[k*width + i] = line i, step k. Missing
@@ -1789,28 +1824,30 @@ static void pack_panel(float *panel, const float *from, size_t line_stride, size
     }
     if (n < width) memset(panel, 0, K * width * sizeof *panel);
     size_t i = 0;
-    for (; k_stride == 1 && i + 4 <= n; i += 4) pack_four(panel + i, from + i * line_stride, line_stride, K, width);
+    for (; k_stride == 1 && i + 4 <= n; i += 4) pack_lines(panel + i, from + i * line_stride, line_stride, 4, K, width);
+    for (; k_stride == 1 && i + 2 <= n; i += 2) pack_lines(panel + i, from + i * line_stride, line_stride, 2, K, width);
     for (size_t k = 0; k < K; k++)
         for (size_t j = i; j < n; j++) panel[k * width + j] = from[j * line_stride + k * k_stride];
+}
+
+/* A tile at C's edge, of which only rows x columns exist: made aside, then copied. */
+static void matmul_edge(float *c, size_t c_row, const float *a, const float *b, size_t rows, size_t columns, size_t K, bool accumulate)
+{
+    _Alignas(64) float tile[TILE_MAX];
+    kernel->tile(K, a, b, tile, kernel->NR, false);
+    for (size_t i = 0; i < rows; i++)
+        for (size_t j = 0; j < columns; j++) c[i * c_row + j] = accumulate ? c[i * c_row + j] + tile[i * kernel->NR + j] : tile[i * kernel->NR + j];
 }
 
 /* The part of C that one task computes: rows m0..m1, columns n0..n1 of the packed block. */
 static void matmul_task(float *c, size_t c_row, const float *a, const float *b, size_t m0, size_t m1, size_t n0, size_t n1, size_t K, bool accumulate)
 {
-    _Alignas(64) float tile[TILE_MAX];
-    for (size_t n = n0; n < n1; n += kernel->NR) {
-        size_t columns = MIN(kernel->NR, n1 - n);
+    for (size_t n = n0; n < n1; n += kernel->NR)
         for (size_t m = m0; m < m1; m += kernel->MR) {
-            size_t rows = MIN(kernel->MR, m1 - m);
-            kernel->tile(K, a + m * K, b + n * K, tile);
-            for (size_t i = 0; i < rows; i++) {
-                float *c_i = c + (m + i) * c_row + n;
-                const float *tile_i = tile + i * kernel->NR;
-                if (accumulate) for (size_t j = 0; j < columns; j++) c_i[j] += tile_i[j];
-                else for (size_t j = 0; j < columns; j++) c_i[j] = tile_i[j];
-            }
+            size_t rows = MIN(kernel->MR, m1 - m), columns = MIN(kernel->NR, n1 - n);
+            if (rows == kernel->MR && columns == kernel->NR) kernel->tile(K, a + m * K, b + n * K, c + m * c_row + n, c_row, accumulate);
+            else matmul_edge(c + m * c_row + n, c_row, a + m * K, b + n * K, rows, columns, K, accumulate);
         }
-    }
 }
 
 /* A matrix as seen by matmul: where it starts, the step to the next row, the step to the next column. */
@@ -3329,6 +3366,7 @@ struct LanguageTask {
     struct Example *examples, *eval_examples;
     struct Example *texts;             /* pretraining: whole texts, packed anew each epoch */
     size_t text_count, row_length;
+    bool whole_texts;                  /* see pretrain_pack */
     struct Arena rows;                 /* this epoch's packed rows */
 };
 
@@ -3363,21 +3401,28 @@ static size_t language_targets(struct Trainer *trainer, size_t index)
     return e->n - e->prompt_length;
 }
 
-/* pretrain_pack -- texts joined by end tokens, cut into rows that predict row_length tokens each.
- * A row has row_length + 1 tokens; the next row starts with its last one, so every token is
- * predicted once. What is left over at the end is dropped. Returns how many rows. */
-static size_t pretrain_pack(struct Arena *arena, const struct Example *texts, const size_t *order, size_t text_count, size_t row_length, struct Example *rows)
+/* pretrain_pack -- texts joined by end tokens, cut into `count` rows that predict row_length tokens each.
+ * A row has row_length + 1 tokens and the next row starts with its last one, so every token is predicted
+ * once; what is left over at the end is dropped. With whole_texts a row that would start inside a text
+ * starts where that text starts (if a row can hold it): so the model learns, at position 0, how texts
+ * begin, as a prompt does. Some tokens then count twice and the last texts have to wait for an epoch. */
+static void pretrain_pack(struct Arena *arena, const struct Example *texts, const size_t *order, size_t text_count, size_t row_length, bool whole_texts, struct Example *rows, size_t count)
 {
-    size_t total = 0, at = 0;
+    size_t total = 0, at = 0, text = 0, text_start = 0;
     for (size_t i = 0; i < text_count; i++) total += texts[order[i]].n;
     int *stream = arena_alloc(arena, total, sizeof *stream);
     for (size_t i = 0; i < text_count; i++) {
         memcpy(stream + at, texts[order[i]].ids, texts[order[i]].n * sizeof *stream);
         at += texts[order[i]].n;
     }
-    size_t count = total > 0 ? (total - 1) / row_length : 0;
-    for (size_t i = 0; i < count; i++) rows[i] = (struct Example){stream + i * row_length, row_length + 1, 1};
-    return count;
+    at = 0;
+    for (size_t i = 0; i < count; i++) {
+        rows[i] = (struct Example){stream + at, row_length + 1, 1};
+        size_t next = at + row_length;
+        while (text_start + texts[order[text]].n <= next && text + 1 < text_count) text_start += texts[order[text++]].n;
+        bool fits = texts[order[text]].n <= row_length + 1;
+        at = whole_texts && fits && text_start > at ? text_start : next;
+    }
 }
 
 /* Each epoch joins the texts in a new order, so that rows never repeat. */
@@ -3389,7 +3434,7 @@ static void pretrain_new_epoch(struct Trainer *trainer, size_t epoch)
     struct Rng rng = rng_seed(trainer->args.seed + epoch, STREAM_SPLIT);
     for (size_t i = 0; i < task->text_count; i++) order[i] = i;
     if (strcmp(trainer->args.train_sampling_strategy, "sequential") != 0) rng_shuffle(&rng, order, task->text_count);
-    pretrain_pack(&task->rows, task->texts, order, task->text_count, task->row_length, task->examples);
+    pretrain_pack(&task->rows, task->texts, order, task->text_count, task->row_length, task->whole_texts, task->examples, trainer->task.n);
 }
 
 /* Sets up the task of a language model on texts that end in an end token. */
@@ -3406,7 +3451,8 @@ static struct LanguageTask *pretrain_task(struct Trainer *trainer, struct Arena 
     size_t *order = arena_alloc(arena, eval_count, sizeof *order);
     for (size_t i = 0; i < eval_count; i++) order[i] = i;
     trainer->task = (struct Task){.name = "pretrain", .n = (total - 1) / length, .data = task, .loss = language_loss, .targets = language_targets, .new_epoch = pretrain_new_epoch};
-    trainer->task.eval_n = pretrain_pack(arena, eval_texts, order, eval_count, length, task->eval_examples);
+    trainer->task.eval_n = eval_total ? (eval_total - 1) / length : 0;
+    pretrain_pack(arena, eval_texts, order, eval_count, length, false, task->eval_examples, trainer->task.eval_n);
     return task;
 }
 
@@ -4557,15 +4603,17 @@ static void course_save(struct Course *course, struct GPT2 *model, const char *n
 static void course_language_model(struct Course *course, double learning_rate)
 {
     struct Trainer trainer = course_trainer(course, course->language_model, learning_rate, course->pretrain_steps, 8, 50);
-    trainer.args.adam_beta2 = 0.95;
+    trainer.args.adam_beta2 = 0.99;
     trainer.args.weight_decay = 0.1;
     trainer.args.lr_end = 0.05;
-    pretrain_task(&trainer, &course->arena, course->train, course->train_n, course->held_out, course->held_out_n);
+    struct LanguageTask *task = pretrain_task(&trainer, &course->arena, course->train, course->train_n, course->held_out, course->held_out_n);
+    task->whole_texts = true;
     trainer.task.name = "1/4 language model";
     course->eval_loss_before = trainer_evaluate(&trainer);
     if (course->pretrain_steps) trainer_train(&trainer);
     course->eval_loss_after = trainer_evaluate(&trainer);
     course_save(course, course->language_model, "language_model", &trainer);
+    arena_free(&task->rows);
     trainer_free(&trainer);
 }
 
@@ -5452,7 +5500,7 @@ static void command_rlhf(struct Options *o)
     struct Course course = {.tok = tok, .output_dir = o->output_dir ? o->output_dir : "out", .seed = o->train.seed, .temperature = o->generation.temperature, .scale = 1,
         .pretrain_steps = o->pretrain_steps, .reward_steps = o->reward_steps, .ppo_steps = o->ppo_steps, .dpo_steps = o->dpo_steps};
     struct GPT2 *model;
-    double learning_rate = 4e-3;
+    double learning_rate = 5e-3;
     if (o->model_name_or_path) {
         model = load_model(o, o->model_name_or_path, tok);
         course.scale = MIN(1, (double)COURSE_WIDTH / (double)model->config.n_embd);         /* wider models take smaller steps */
@@ -5461,6 +5509,8 @@ static void command_rlhf(struct Options *o)
         model = gpt2_new((struct GPT2Config){.vocab_size = COURSE_VOCAB, .n_positions = course_positions(data, tok), .n_embd = COURSE_WIDTH, .n_layer = COURSE_LAYERS, .n_head = COURSE_HEADS,
             .eos_token_id = COURSE_VOCAB - 1, .pad_token_id = COURSE_VOCAB - 1, .layer_norm_epsilon = 1e-5f});
         gpt2_init(model, o->train.seed);
+        struct Rng rng = rng_seed(o->train.seed, STREAM_INIT + 100);
+        tensor_normal(&model->wte, &rng, 0.06);       /* GPT-2's 0.02 suits its width of 768; at 128 the blocks would drown so faint a token */
     }
     CHECK(model->config.n_positions >= 48, "%s: a context of %zu tokens; rlhf needs 48 or more", o->model_name_or_path, model->config.n_positions);
     course_run(&course, data, model, learning_rate);
@@ -5581,7 +5631,7 @@ static struct Options default_options(const char *command)
     struct Options o = {.train = training_arguments(), .ppo = ppo_config(), .generation = generation_config(), .dpo = {.beta = 0.1}, .loss_type = "sigmoid", .top_n = 10, .tokenize_vocab_size = 50257,
         .model = {.vocab_size = 50257, .n_positions = 1024, .n_embd = 768, .n_layer = 12, .n_head = 12, .layer_norm_epsilon = 1e-5f},
         .input_min_text_length = 2, .input_max_text_length = 8, .output_min_length = 4, .output_max_length = 16,
-        .pretrain_steps = 2800, .reward_steps = 450, .ppo_steps = 50, .dpo_steps = 120};
+        .pretrain_steps = 2400, .reward_steps = 450, .ppo_steps = 50, .dpo_steps = 120};
     if (strcmp(command, "sft") == 0) o.train.learning_rate = 2e-5;
     if (strcmp(command, "reward") == 0) o.train.learning_rate = 1e-4;
     if (strcmp(command, "dpo") == 0) o.train.learning_rate = 1e-6;
@@ -5612,9 +5662,25 @@ static void check_training(const struct Options *o)
     if (t->num_train_epochs <= 0 && !t->max_steps) die_usage("--num_train_epochs %g: must be above 0", t->num_train_epochs);
 }
 
+/* A thread that waits for the others spins for a while before it sleeps. GNU's OpenMP spins for
+ * milliseconds, which is right on an idle machine; where anything else runs it burns the time of the very
+ * thread it waits for, and a run takes ten times as long. The library reads its setting before main, so,
+ * unless the user has chosen, choose and start again. */
+static void openmp_spin_briefly(char **argv)
+{
+#if defined(_OPENMP) && defined(__linux__)
+    if (getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
+    setenv("GOMP_SPINCOUNT", "4000", 1);
+    execv("/proc/self/exe", argv);          /* where that fails, it runs as it is */
+#else
+    (void)argv;
+#endif
+}
+
 #ifndef ALIGN_NO_MAIN
 int main(int argc, char **argv)
 {
+    openmp_spin_briefly(argv);
     if (argc < 2 || strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "help") == 0) {
         print_commands(argc < 2 ? stderr : stdout);
         return argc < 2 ? 2 : 0;
