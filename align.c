@@ -539,7 +539,8 @@ static bool json_number(struct JsonParser *p, double *out)
         if (s == exponent) return json_fail(p, "a number without its exponent"), false;
     }
     char copy[64];
-    size_t length = MIN((size_t)(s - p->at), sizeof copy - 1);     /* beyond 63 digits nothing changes a double here */
+    size_t length = (size_t)(s - p->at);
+    if (length >= sizeof copy) return json_fail(p, "a number of more than 63 characters"), false;
     memcpy(copy, p->at, length);
     copy[length] = 0;
     *out = strtod(copy, NULL);
@@ -1259,6 +1260,7 @@ static bool dataset_add_file(struct Dataset *data, const char *path, const unsig
     struct Arena line_arena = {0};
     const char *at = file.data, *end = file.data + file.length;
     bool used = true;
+    size_t rows_before = data->n;
     if (file.length >= 3 && memcmp(at, "\xef\xbb\xbf", 3) == 0) at += 3;
     for (size_t line = 1; at < end && used; line++) {
         const char *stop = memchr(at, '\n', (size_t)(end - at));
@@ -1268,10 +1270,11 @@ static bool dataset_add_file(struct Dataset *data, const char *path, const unsig
         size_t blank = 0;
         while (blank < text.length && isspace((unsigned char)text.data[blank])) blank++;
         if (blank == text.length) continue;
+        bool first_row = rows_before == data->n;
         struct Row row = dataset_row(&data->arena, &line_arena, text, path, line);
         for (size_t i = 0; i < shape_count && !data->shape; i++) if ((row.has & shapes[i]) == shapes[i]) data->shape = shapes[i];
         if (!data->shape || (row.has & data->shape) != data->shape) {
-            if (optional && line == 1) { used = false; break; }
+            if (optional && first_row) { used = false; break; }
             const char *wanted = shape_name(&scratch, data->shape ? data->shape : shapes[0]), *found = shape_name(&scratch, row.has);
             die("%s:%zu: expected %s%s, found %s", path, line, wanted, data->shape || shape_count == 1 ? "" : " (or another shape this command takes: see --help)", *found ? found : "no field that is known");
         }
@@ -1896,7 +1899,7 @@ static void matmul_plain(float *c, size_t c_row, struct Matrix a, struct Matrix 
  * By hand: [1 2; 3 4] [5; 6] = [17; 39].                        test: matmul, matmul_threads */
 static void matmul(float *c, size_t c_row, struct Matrix a, struct Matrix b, size_t M, size_t N, size_t K, bool accumulate)
 {
-    if (!kernel) {
+    if (!kernel || K == 0) {
         matmul_plain(c, c_row, a, b, M, N, K, accumulate);
         return;
     }
@@ -2773,14 +2776,14 @@ static double gradient_norm(const struct GPT2 *model)
  * gradient's scale. The divisors undo the start at zero. With weight_decay 0 this is Adam. d comes
  * multiplied by `clip`.  By hand: first step, no decay -> w moves by lr against the sign of d.
  *                                                                     test: adamw_golden */
-struct AdamStep { float lr, beta1, beta2, correction1, correction2, eps, decay, clip; };
+struct AdamStep { float lr, beta1, beta2, rest1, rest2, correction1, correction2, eps, decay, clip; };     /* rest = 1 - beta */
 
 WIDE static void adamw_piece(float *w, const float *d, float *m, float *v, size_t n, struct AdamStep s)
 {
     for (size_t i = 0; i < n; i++) {
         float g = d[i] * s.clip;
-        m[i] = s.beta1 * m[i] + (1 - s.beta1) * g;
-        v[i] = s.beta2 * v[i] + (1 - s.beta2) * g * g;
+        m[i] = s.beta1 * m[i] + s.rest1 * g;
+        v[i] = s.beta2 * v[i] + s.rest2 * g * g;
         float step = s.lr * (m[i] * s.correction1) / (sqrtf(v[i] * s.correction2) + s.eps);
         w[i] = w[i] * s.decay - step;
     }
@@ -2807,6 +2810,7 @@ static double optimizer_step(struct GPT2 *model, const struct TrainingArguments 
         double weight_decay = tensor->decay ? args->weight_decay : 0;
         struct AdamStep s = {
             .lr = (float)lr, .beta1 = (float)args->adam_beta1, .beta2 = (float)args->adam_beta2, .eps = (float)args->adam_epsilon, .clip = (float)clip,
+            .rest1 = (float)(1 - args->adam_beta1), .rest2 = (float)(1 - args->adam_beta2),
             .correction1 = (float)(1 / (1 - pow(args->adam_beta1, (double)t))), .correction2 = (float)(1 / (1 - pow(args->adam_beta2, (double)t))),
             .decay = (float)(1 - lr * weight_decay)};
         #pragma omp parallel for if(tensor->n > 50000)
@@ -2907,7 +2911,7 @@ struct Task {
     void *data;
     /* The loss of the items index[0..count), times `weight`, added to the gradient if `train` is set. Reports
      * metrics by trainer_metric. `eval`: the items are those held out. */
-    double (*loss)(struct Trainer *trainer, const size_t *index, size_t count, double weight, bool train, bool eval);
+    double (*loss)(struct Trainer *trainer, const size_t *index, size_t count, double weight, bool train, bool eval);     /* NaN in evaluation: nothing to judge there */
     /* How many target tokens an item has, where a step's loss is a mean over tokens (SFT); else NULL: over micro-batches. */
     size_t (*targets)(struct Trainer *trainer, size_t index);
     void (*new_epoch)(struct Trainer *trainer, size_t epoch);      /* may be NULL */
@@ -2977,23 +2981,26 @@ static double trainer_evaluate(struct Trainer *trainer)
     size_t held_count = trainer->metric_count, n = trainer->task.eval_n, batch = trainer->args.per_device_train_batch_size, tokens = trainer->state.num_tokens;
     memcpy(held, trainer->metrics, sizeof held);
     trainer->metric_count = 0;
-    double total = 0;
+    double total = 0, judged = 0;
     for (size_t first = 0; first < n; first += batch) {
         size_t index[4096], count = MIN(MIN(batch, n - first), COUNT(index));
         for (size_t i = 0; i < count; i++) index[i] = first + i;
         arena_reset(&trainer->arena);
-        total += trainer->task.loss(trainer, index, count, 1, false, true) * (double)count;
+        double loss = trainer->task.loss(trainer, index, count, 1, false, true);
+        if (isnan(loss)) continue;
+        total += loss * (double)count;
+        judged += (double)count;
     }
     const char *names[MAX_METRICS];
     for (size_t i = 0; i < trainer->metric_count; i++) names[i] = eval_name(trainer->metrics[i].name);
     struct LogEntry *entry = state_log(&trainer->state);
-    log_value(entry, "eval_loss", total / (double)n);
+    log_value(entry, "eval_loss", total / judged);
     trainer_flush(trainer, entry, names);
     trainer_say(trainer, entry);
     memcpy(trainer->metrics, held, sizeof held);
     trainer->metric_count = held_count;
     trainer->state.num_tokens = tokens;
-    return total / (double)n;
+    return total / judged;
 }
 
 /* One optimizer step: gradients of the step's micro-batches, added up. Returns the step's loss. */
@@ -3269,6 +3276,7 @@ static int sample_token(float *logits, size_t V, struct Rng *rng)
 
 static void sequence_extend(struct Sequence *s, float *logits, size_t V, const struct GenerationConfig *config, int end_token)
 {
+    CHECK(isfinite(row_max(logits, V)), "the model's logits after %zu tokens are not finite; its weights are broken", s->n);
     process_logits(logits, V, config, s->ids, s->n, s->n - s->prompt_length, end_token);
     int id = config->do_sample ? sample_token(logits, V, &s->rng) : (int)argmax(logits, V);
     s->ids[s->n++] = id;
@@ -3573,7 +3581,7 @@ static double reward_loss(struct Trainer *trainer, const size_t *index, size_t c
         examples[t] = &cut[t];
     }
     if (task->rated) pair_count = pairs_from_ratings(rating, count, task->min_difference, pairs);
-    if (pair_count == 0) return 0;                                  /* a last batch of like ratings teaches nothing */
+    if (pair_count == 0) return train ? 0 : NAN;                    /* a last batch of like ratings teaches nothing */
     struct Batch batch = collate(arena, examples, texts, READ_LAST);
     struct Activations acts = gpt2_forward(model, arena, &batch, train);
     int *row = arena_alloc(arena, texts, sizeof *row);
@@ -3610,14 +3618,18 @@ static size_t reward_pairs(struct Trainer *trainer, struct Arena *arena, const s
     return count;
 }
 
+/* Rated texts; those longer than max_length are dropped likewise. */
 static size_t reward_rated(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data, struct Example *texts, double *score)
 {
+    size_t count = 0;
     for (size_t i = 0; i < data->n; i++) {
-        texts[i] = example_encode(arena, trainer->tok, data->rows[i].text, trainer->model->config.vocab_size, true);
-        texts[i].n = MIN(texts[i].n, trainer->args.max_length);
-        score[i] = data->rows[i].score;
+        texts[count] = example_encode(arena, trainer->tok, data->rows[i].text, trainer->model->config.vocab_size, true);
+        if (texts[count].n > trainer->args.max_length) continue;
+        score[count++] = data->rows[i].score;
     }
-    return data->n;
+    if (count < data->n) warn("%s: %zu of %zu texts dropped: longer than %zu tokens (--max_length)", data->path, data->n - count, data->n, trainer->args.max_length);
+    CHECK(count > 1, "%s: fewer than two texts are left", data->path);
+    return count;
 }
 
 static struct RewardTask *reward_task(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data, const struct Dataset *eval)
@@ -3983,20 +3995,17 @@ static size_t ppo_optimize(struct PPOTrainer *ppo, const struct Rollout *rollout
     for (size_t epoch = 0; epoch < c->ppo_epochs; epoch++) {
         for (size_t b = 0; b < B; b++) order[b] = b;
         if (per_step < B) rng_shuffle(&ppo->order, order, B);          /* one mini-batch of all: its order is only rounding */
-        bool stop = false;
         for (size_t first = 0; first < B; first += per_step) {
             gpt2_zero_grad(ppo->model);
             for (size_t mini = first; mini < first + per_step; mini += c->mini_batch_size, mini_batches++) {
                 ppo_mini_batch(ppo, rollouts, p, order + mini, c->mini_batch_size, 1 / (double)c->gradient_accumulation_steps, stats);
                 for (int i = 0; i < PPO_STATS; i++) sums[i] += stats[i];
             }
-            stop = c->early_stopping && first + per_step >= B && stats[POLICY_POLICYKL] > 1.5 * c->target_kl;
-            if (stop) break;
             double lr = ppo->args.learning_rate * schedule_factor(&ppo->args, ppo->step, ppo->total_steps);
             double norm = optimizer_step(ppo->model, &ppo->args, lr, ++ppo->optimizer_steps);
             CHECK(isfinite(stats[LOSS_TOTAL]) && isfinite(norm), "ppo: step %zu: the loss is %g, the gradient's norm %g; try a smaller --learning_rate or --max_grad_norm 1", ppo->step + 1, stats[LOSS_TOTAL], norm);
         }
-        if (stop) break;
+        if (c->early_stopping && stats[POLICY_POLICYKL] > 1.5 * c->target_kl) break;      /* the last mini-batch decides */
     }
     return mini_batches;
 }
@@ -4634,7 +4643,7 @@ static void course_reward_model(struct Course *course)
     reward_head_declare(model);
     struct Trainer trainer = course_trainer(course, model, 2e-3, course->reward_steps, 32, 20);
     struct RewardTask *task = arena_zeros(&course->arena, 1, sizeof *task);
-    *task = (struct RewardTask){.rated = true, .min_difference = 1, .center = 0.01, .prefix_share = 0.5, .cut = rng_seed(course->seed, STREAM_CUT)};
+    *task = (struct RewardTask){.rated = true, .min_difference = 1, .prefix_share = 0.5, .cut = rng_seed(course->seed, STREAM_CUT)};
     size_t limit = model->config.n_positions;
     task->texts = course_cut(course, course->train, course->train_n, limit);
     task->score = course->train_rating;
@@ -4652,8 +4661,8 @@ static void course_reward_model(struct Course *course)
     }
     course->label_accuracy = all ? right / all : NAN;
     say("%s: %.3f of held-out pairs ordered as people did, %.3f of held-out texts on the right side of zero\n", trainer.task.name, course->eval_accuracy, course->label_accuracy);
-    size_t prefixes = MIN(course->train_n, (size_t)1000);
-    struct Example *prefix = course_cut(course, course->train, prefixes, COURSE_PREFIX);
+    size_t prefixes = MIN(course->held_out_n, (size_t)1000);          /* unseen ones: on texts it has learnt it is surer of itself */
+    struct Example *prefix = course_cut(course, course->held_out, prefixes, COURSE_PREFIX);
     reward_score(model, prefix, prefixes, reward);
     course->scorer = (struct Scorer){model, course->tok, mean_of(reward, prefixes), sqrt(unbiased_variance(reward, prefixes)), COURSE_LEAST_LENGTH, -2};
     course_save(course, model, "reward_model", &trainer);
@@ -5277,9 +5286,11 @@ static void command_ppo(struct Options *o)
     arena_free(&arena);
 }
 
+/* Prompt and continuation as a person reads them, without end tokens. */
 static void print_sequence(const struct Tokenizer *tok, struct Arena *arena, const struct Sequence *s, size_t V)
 {
-    struct Text text = tokenizer_decode_all(tok, arena, s->ids, s->n - (s->n > s->prompt_length && s->ids[s->n - 1] == end_token_of(V)), V);
+    size_t first = s->ids[0] == end_token_of(V), last = s->n - (s->n > s->prompt_length && s->ids[s->n - 1] == end_token_of(V));
+    struct Text text = tokenizer_decode_all(tok, arena, s->ids + first, last - first, V);
     fwrite(text.data, 1, text.length, stdout);
     putchar('\n');
 }
@@ -5306,6 +5317,7 @@ static void command_generate(struct Options *o)
     struct Arena arena = {0};
     struct GenerationConfig *g = &o->generation;
     CHECK(g->temperature > 0, "--temperature %g: must be above 0; for the likeliest token leave --do_sample out", g->temperature);
+    CHECK(g->num_return_sequences > 0, "--num_return_sequences must be 1 or more");
     CHECK(g->num_return_sequences == 1 || g->do_sample, "--num_return_sequences %zu: without --do_sample all of them would be the same", g->num_return_sequences);
     struct Tokenizer *tok = load_tokenizer(o);
     struct GPT2 *model = load_model(o, o->model_name_or_path, tok);

@@ -1,0 +1,3277 @@
+/* test_align.c -- the tests of align.c.
+ *
+ *     make test                                    all of them
+ *     ./test_align ppo tokenizer_words             those whose names start so
+ *     ./test_align --fixtures ../shared/fixtures/tiny     with the models and expectations of a folder as well
+ *
+ * The program is included, not linked: a test calls any function of it. Groups follow its chapters. What a
+ * test holds to what stands above it: values by hand; numbers that torch, transformers and TRL computed
+ * (docs/golden.py); central differences; a plain program against the fast one; one thread against several,
+ * bit for bit; a batch overfitted; broken files and their messages.
+ */
+#define ALIGN_NO_MAIN
+#include "align.c"
+#include <fcntl.h>
+#include <sys/wait.h>
+
+/* =============================================================================================
+ * The harness
+ * ============================================================================================= */
+
+static const char *test_name;              /* the test that runs */
+static size_t failures;                    /* its failing checks */
+static struct Arena test_arena;            /* its memory, given back at its end */
+static struct Rng test_rng;                /* its random numbers, the same whatever ran before */
+static const struct Tokenizer *tokenizer;
+static const char *fixtures;               /* --fixtures DIR */
+static char folder[PATH_MAX - 64];         /* for temporary files */
+
+/* Counts a failing check; true for the first ten of a test, which are printed. */
+static bool failed(void) { return ++failures <= 10; }
+
+static void expect_close(const char *what, double got, double want, double tolerance)
+{
+    bool same = got == want || (isnan(got) && isnan(want)) || fabs(got - want) <= tolerance;
+    if (!same && failed()) printf("%s: %s: expected %.9g, got %.9g, tolerance %.1e\n", test_name, what, want, got, tolerance);
+}
+
+/* Within tolerance of want, relative to want. */
+static void expect_relative(const char *what, double got, double want, double tolerance) { expect_close(what, got, want, tolerance * fabs(want)); }
+
+static void expect_doubles(const char *what, const double *got, const double *want, size_t n, double tolerance)
+{
+    for (size_t i = 0; i < n; i++) {
+        if (fabs(got[i] - want[i]) <= tolerance || !failed()) continue;
+        printf("%s: %s[%zu]: expected %.9g, got %.9g, tolerance %.1e\n", test_name, what, i, want[i], got[i], tolerance);
+    }
+}
+
+static double *widen(const float *x, size_t n)
+{
+    double *wide = arena_alloc(&test_arena, n, sizeof *wide);
+    for (size_t i = 0; i < n; i++) wide[i] = x[i];
+    return wide;
+}
+
+static void expect_floats(const char *what, const float *got, const double *want, size_t n, double tolerance) { expect_doubles(what, widen(got, n), want, n, tolerance); }
+
+static void expect_true(const char *what, bool condition)
+{
+    if (!condition && failed()) printf("%s: %s: expected true, got false\n", test_name, what);
+}
+
+static void expect_count(const char *what, size_t got, size_t want)
+{
+    if (got != want && failed()) printf("%s: %s: expected %zu, got %zu, tolerance 0\n", test_name, what, want, got);
+}
+
+static void expect_text(const char *what, struct Text got, const char *want)
+{
+    bool same = got.length == strlen(want) && memcmp(got.data, want, got.length) == 0;
+    if (!same && failed()) printf("%s: %s: expected \"%s\", got \"%.*s\"\n", test_name, what, want, (int)got.length, got.data ? got.data : "");
+}
+
+static void expect_ids(const char *what, const int *got, size_t n, const int *want, size_t want_n)
+{
+    if (n == want_n && (n == 0 || memcmp(got, want, n * sizeof *got) == 0)) return;
+    if (!failed()) return;
+    printf("%s: %s: expected", test_name, what);
+    for (size_t i = 0; i < want_n; i++) printf(" %d", want[i]);
+    printf(", got");
+    for (size_t i = 0; i < n; i++) printf(" %d", got[i]);
+    printf("\n");
+}
+
+static void expect_bits(const char *what, const float *got, const float *want, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        if (bits_of_float(got[i]) == bits_of_float(want[i]) || !failed()) continue;
+        printf("%s: %s[%zu]: expected the bits of %.9g, got %.9g\n", test_name, what, i, want[i], got[i]);
+        return;
+    }
+}
+
+/* Central differences. The loss is a function of a context that holds the weight which is moved; four points,
+ * so that the error is h^4: (8 (f(+h) - f(-h)) - (f(+2h) - f(-2h))) / 12h. */
+struct Slope { double (*loss)(void *context); void *context; double h; };
+
+static double slope_at(struct Slope f, float *weight)
+{
+    static const double step[] = {-2, -1, 1, 2};
+    double value[4];
+    float held = *weight;
+    for (int i = 0; i < 4; i++) {
+        *weight = (float)(held + step[i] * f.h);
+        value[i] = f.loss(f.context);
+    }
+    *weight = held;
+    return (8 * (value[2] - value[1]) - (value[3] - value[0])) / (12 * f.h);
+}
+
+/* `samples` of the n gradients d (all, if n is not more) against slopes, relative to the tensor's largest. */
+static void expect_gradient(const char *what, struct Slope f, float *weight, const float *d, size_t n, size_t samples, double tolerance)
+{
+    double largest = 5e-3;
+    for (size_t i = 0; i < n; i++) largest = MAX(largest, fabs((double)d[i]));
+    for (size_t k = 0; k < MIN(n, samples); k++) {
+        size_t i = n <= samples ? k : rng_below(&test_rng, n);
+        double slope = slope_at(f, weight + i);
+        if (fabs(slope - d[i]) <= tolerance * largest || !failed()) continue;
+        printf("%s: d %s[%zu]: expected (central difference) %.6g, got %.6g, tolerance %.1e\n", test_name, what, i, slope, (double)d[i], tolerance * largest);
+    }
+}
+
+static float *random_floats(size_t n, double scale)
+{
+    float *x = arena_floats(&test_arena, n);
+    for (size_t i = 0; i < n; i++) x[i] = (float)(scale * rng_normal(&test_rng));
+    return x;
+}
+
+static double dot_product(const float *a, const float *b, size_t n)
+{
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) sum += (double)a[i] * b[i];
+    return sum;
+}
+
+static double norm_of(const float *x, size_t n) { return sqrt(dot_product(x, x, n)); }
+
+static void use_threads(int n)
+{
+#ifdef _OPENMP
+    omp_set_num_threads(n);
+#endif
+    (void)n;
+}
+
+static const char *temporary(const char *name) { return arena_printf(&test_arena, "%s/%s", folder, name); }
+
+static const char *write_bytes(const char *name, const void *bytes, size_t n)
+{
+    const char *path = temporary(name);
+    FILE *file = fopen(path, "wb");
+    CHECK(file && fwrite(bytes, 1, n, file) == n && fclose(file) == 0, "%s: cannot be written", path);
+    return path;
+}
+
+static const char *write_text(const char *name, const char *text) { return write_bytes(name, text, strlen(text)); }
+
+/* stdout and stderr go to a file between these two; the second returns what was said. */
+static int held_descriptor[2];
+
+static void capture_begin(void)
+{
+    fflush(stdout);
+    for (int d = 0; d < 2; d++) held_descriptor[d] = dup(d + 1);
+    int file = open(temporary("captured"), O_RDWR | O_CREAT | O_TRUNC, 0600);
+    CHECK(file >= 0, "%s: cannot be written", temporary("captured"));
+    for (int d = 0; d < 2; d++) dup2(file, d + 1);
+    close(file);
+}
+
+static struct Text capture_end(void)
+{
+    fflush(stdout);
+    for (int d = 0; d < 2; d++) {
+        dup2(held_descriptor[d], d + 1);
+        close(held_descriptor[d]);
+    }
+    return read_file(&test_arena, temporary("captured"));
+}
+
+#if SANITIZED
+/* Threads keep their scratch memory for life; OpenMP ends some when their number shrinks. */
+const char *__lsan_default_suppressions(void);
+const char *__lsan_default_suppressions(void) { return "leak:thread_scratch"; }
+#endif
+
+/* A process of its own for what ends the program. It runs on one thread: OpenMP's do not survive a fork. */
+#if SANITIZED && defined(__GLIBC__)
+static void leave(int status, void *nothing) { (void)nothing; _exit(status); }      /* what it leaves allocated is no leak of ours */
+#endif
+
+static int run_apart(void (*body)(const void *), const void *argument, struct Text *said)
+{
+    fflush(stdout);
+    capture_begin();
+    pid_t child = fork();
+    if (child == 0) {
+        use_threads(1);
+#if SANITIZED && defined(__GLIBC__)
+        on_exit(leave, NULL);
+#endif
+        body(argument);
+        fflush(stdout);
+        _exit(0);
+    }
+    int status = 0;
+    waitpid(child, &status, 0);
+    *said = capture_end();
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+}
+
+/* body(argument) must end the program with `status`, a line from align, and `message` in it. */
+static void expect_end(const char *what, void (*body)(const void *), const void *argument, int status, const char *message)
+{
+    struct Text said;
+    int got = run_apart(body, argument, &said);
+    bool good = got == status && strstr(said.data, message) && strncmp(said.data, "align: ", 7) == 0 && strchr(said.data, '\n') == said.data + said.length - 1;
+    if (!good && failed()) printf("%s: %s: expected exit %d and one line with \"%s\", got exit %d and \"%s\"\n", test_name, what, status, message, got, said.data);
+}
+
+/* The command line, as main() takes it apart. */
+static void run_command(const void *argument)
+{
+    char *const *argv = argument;
+    int argc = 0;
+    while (argv[argc]) argc++;
+    const struct Command *command = NULL;
+    for (size_t i = 0; i < COUNT(COMMANDS); i++) if (strcmp(COMMANDS[i].name, argv[1]) == 0) command = &COMMANDS[i];
+    CHECK(command, "test_align: no command %s", argv[1]);
+    struct Options o = default_options(command->name);
+    parse_arguments(&o, command, argc, (char **)argv);
+    quiet = true;
+    if (o.help) { print_help(command); return; }
+    check_training(&o);
+    command->run(&o);
+}
+
+/* Models and batches. */
+static void fill_random(struct GPT2 *model)
+{
+    for (size_t i = 0; i < model->tensor_count; i++) {
+        struct Tensor *t = model->tensors[i];
+        bool norm = strstr(t->name, "ln_") && t->ndim == 1 && strstr(t->name, "weight");
+        for (size_t k = 0; k < t->n; k++) t->w[k] = (float)((norm ? 1 : 0) + (t->ndim == 2 ? 0.3 : 0.1) * rng_normal(&test_rng));
+    }
+}
+
+static struct GPT2 *random_model(size_t V, size_t T, size_t C, size_t L, size_t NH)
+{
+    struct GPT2 *model = gpt2_new((struct GPT2Config){V, T, C, L, NH, (int)V - 1, (int)V - 1, 1e-5f});
+    fill_random(model);
+    return model;
+}
+
+/* A model as a training starts from: small weights. */
+static struct GPT2 *new_model(size_t V, size_t T, size_t C, size_t L, size_t NH)
+{
+    struct GPT2 *model = gpt2_new((struct GPT2Config){V, T, C, L, NH, (int)V - 1, (int)V - 1, 1e-5f});
+    gpt2_init(model, 1);
+    return model;
+}
+
+static struct Example random_example(size_t n, size_t prompt_length, size_t V)
+{
+    struct Example e = {arena_alloc(&test_arena, n, sizeof(int)), n, prompt_length};
+    for (size_t i = 0; i < n; i++) e.ids[i] = (int)rng_below(&test_rng, V - 1);
+    return e;
+}
+
+static struct Batch batch_of(const struct Example *examples, size_t n, enum LastToken last)
+{
+    const struct Example *pointers[64];
+    for (size_t i = 0; i < n; i++) pointers[i] = &examples[i];
+    return collate(&test_arena, pointers, n, last);
+}
+
+/* Logits (N,V) of all positions of a batch. */
+static float *batch_logits(const struct GPT2 *model, const struct Batch *batch)
+{
+    size_t C = model->config.n_embd, V = model->config.vocab_size;
+    struct Activations acts = gpt2_forward(model, &test_arena, batch, false);
+    float *logits = arena_floats(&test_arena, batch->N * V);
+    matmul(logits, V, matrix(acts.ln_f, C), transposed(model->wte.w, C), batch->N, V, C, false);
+    return logits;
+}
+
+static struct Trainer trainer_of(struct GPT2 *model, double learning_rate, size_t steps, size_t batch_size)
+{
+    struct Trainer trainer = {.model = model, .tok = tokenizer, .args = training_arguments()};
+    trainer.args.learning_rate = learning_rate;
+    trainer.args.max_steps = steps;
+    trainer.args.per_device_train_batch_size = batch_size;
+    trainer.args.logging_steps = 1;
+    return trainer;
+}
+
+static struct LanguageTask *language_task(struct Trainer *trainer, struct Example *examples, size_t n)
+{
+    struct LanguageTask *task = arena_zeros(&test_arena, 1, sizeof *task);
+    task->examples = task->eval_examples = examples;
+    trainer->task = (struct Task){.name = "test", .n = n, .data = task, .loss = language_loss, .targets = language_targets};
+    return task;
+}
+
+static double logged(const struct Trainer *trainer, size_t entry, const char *name)
+{
+    double value = NAN;
+    if (entry < trainer->state.log_count) log_find(&trainer->state.log_history[entry], name, &value);
+    return value;
+}
+
+/* All weights of a model in one row. */
+static float *all_weights(const struct GPT2 *model, size_t *n)
+{
+    *n = 0;
+    for (size_t i = 0; i < model->tensor_count; i++) *n += model->tensors[i]->n;
+    float *all = arena_floats(&test_arena, *n), *to = all;
+    for (size_t i = 0; i < model->tensor_count; to += model->tensors[i++]->n) memcpy(to, model->tensors[i]->w, model->tensors[i]->n * sizeof(float));
+    return all;
+}
+
+static void expect_same_weights(const char *what, const struct GPT2 *got, const struct GPT2 *want)
+{
+    size_t n, m;
+    float *a = all_weights(got, &n), *b = all_weights(want, &m);
+    expect_count("numbers of weights", n, m);
+    if (n == m) expect_bits(what, a, b, n);
+}
+
+/* =============================================================================================
+ * Golden numbers: made by docs/golden.py with torch 2.13, transformers 5.23, TRL 0.11.4.
+ * Its comments say by which formulas; "f32-f64" there says how exact a float can be.
+ * ============================================================================================= */
+
+
+static const double golden_gpt_loss = 4.9093771;
+static const int golden_gpt_logit_at[8][3] = {{0, 0, 0}, {0, 0, 60}, {0, 5, 17}, {0, 11, 3}, {0, 11, 42}, {1, 0, 8}, {1, 3, 33}, {1, 6, 60}};
+static const double golden_gpt_logit[8] = {0.315499783, 0.681127191, 0.387881666, 0.551511884, -0.700909019, 1.49938715, 1.02304161, 0.619625092};
+static const double golden_gpt_lse[19] = {4.42498302, 4.46406698, 4.41255903, 4.52674389, 4.48971748, 4.48288488, 4.44061565, 4.458148, 4.59317207, 4.57946491, 4.48779774,
+    4.46262646, 4.49447107, 4.44036627, 4.42413044, 4.39093065, 4.46595526, 4.46355057, 4.48117018};
+static const double golden_gpt_target_logp[17] = {-4.99166679, -6.63597775, -4.17347574, -4.54953051, -5.73810768, -4.80450535, -5.31365013, -4.92369366, -4.6966877, -3.36197925,
+    -2.99797797, -4.53631115, -4.4750886, -6.29824066, -6.47846508, -5.0788269, -4.40522957};
+static const double golden_gpt_grad_total = 2.49169612;
+static const double golden_gpt_grad_norm[28] = {1.34106719, 0.688214421, 0.156415701, 0.208438754, 0.770673156, 0.35108611, 0.697219431, 0.39914757, 0.130233914, 0.175667286,
+    0.736602187, 0.224149168, 0.655698299, 0.170337006, 0.0729051754, 0.107150771, 0.600260258, 0.158166543, 0.524300575, 0.153264239, 0.104889669, 0.126633823, 0.49948433,
+    0.130374819, 0.400363952, 0.12922436, 0.407696098, 0.262816101};
+static const double golden_gpt_grad_ends[28][4] = {{0.0140096601, 0.0382240415, -0.0437635072, -0.0211944971}, {0.0231964141, 0.00233481731, 0, 0}, {-0.0512597635, 0.00259381928,
+    0.00461913459, -0.00526909065}, {0.116041444, -0.0859639496, -0.0607703142, 0.039005775}, {0.0230030697, -0.000202904499, -0.0467500128, -0.0376477875}, {0.000449372455,
+    0.00319855195, 0.0535002723, -0.00402795803}, {0.039102789, 0.0282223336, 0.114623904, 0.00282348949}, {0.08413326, -0.067441009, -0.0986377895, -0.0618059561},
+    {-0.00937988888, -0.020181736, -0.0200131759, -0.016307883}, {0.000932431314, -0.0275847483, -0.100541912, -0.0184533633}, {0.00470054615, -0.0119896438, -0.00885186996,
+    -0.00705449423}, {0.0240963772, 0.0112637402, -0.0275587775, -0.0177149847}, {-0.00423472701, -0.00510229589, 0.0241163056, -0.0105314963}, {0.0063066287, -0.0515935868,
+    0.025675524, -0.0342572853}, {0.00118115474, -0.00661215233, 0.0332521237, 0.00786426198}, {-0.0118944626, -0.0107830334, -0.014829088, -0.0166916288}, {-0.000384738989,
+    -0.000872198318, -0.0127929365, -0.00254147477}, {0.00224440754, -0.00396429794, 0.011194814, 0.0286136921}, {0.000714541122, 0.00653385837, 0.0122790402, -0.0119109703},
+    {0.0134599563, -0.0413438454, 0.0312999487, -0.0231640767}, {-0.00419140235, -0.0381934345, 0.0466098487, 0.00624612579}, {-0.000273735845, -0.0109314462, -0.0171370022,
+    -0.0168884508}, {0.00268693734, 0.00228807237, -0.00176244148, -0.0119123533}, {0.00164836994, -0.0198231861, -0.00156693277, 0.0201836955}, {0.0143272104, 0.00912884157,
+    0.0089287078, -0.00624290109}, {0.006825889, -0.028333459, 0.0160839558, -0.031427864}, {0.0714445189, 0.0637056828, 0.325430393, 0.0916504338}, {0.0251195636, 0.0331897065,
+    -0.141107023, -0.103696443}};
+static const double golden_adamw_loss[6] = {4.9093771, 4.9093771, 4.33028555, 3.71520281, 3.44668412, 3.25066376};
+static const double golden_adamw_norm[6] = {2.49169612, 2.49169612, 2.38877416, 1.5375849, 1.59040582, 1.50263071};
+static const double golden_adamw_final = 3.146626;
+static const double golden_adamw_wte[4] = {-0.0288252495, 0.143724903, 0.311980247, 0.312895834};
+static const double golden_adamw_ln_f[4] = {0.998051882, 1.0525403, 1.07128537, 1.06068206};
+static const double golden_rm_reward[2] = {1.91350985, 1.32131338};
+static const double golden_rm_loss = 0.440260053;
+static const double golden_rm_score_grad_norm = 1.24609327;
+static const double golden_rm_score_grad[4] = {-0.104179293, -0.382685363, 0.298906446, -0.4691962};
+static const double golden_rm_wte_grad_norm = 0.986561418;
+static const double golden_rm_wpe_grad_norm = 1.01357591;
+static const int golden_greedy[8] = {52, 52, 52, 52, 52, 4, 4, 4};
+static const int golden_greedy_rep[8] = {52, 52, 4, 48, 7, 44, 48, 48};
+static const int golden_sample_id[6] = {52, 38, 20, 31, 15, 4};
+static const double golden_sample_p[6] = {0.265662611, 0.235709459, 0.176489025, 0.133381784, 0.113244243, 0.0755128339};
+static const int golden_sample_rep_id[7] = {52, 20, 31, 15, 38, 4, 33};
+static const double golden_sample_rep_p[7] = {0.286715627, 0.190475285, 0.143951923, 0.122218527, 0.0970358998, 0.081497021, 0.078105703};
+static const double golden_kl[12] = {0.0143286111, 0.0267592594, 0.0317655057, 0.0250713639, 0.0221926942, 0.0193744227, 0.0163947437, 0.0306888893, 0.0400096476, 0.0412293561,
+    0.0266468395, 0.0250469036};
+static const double golden_logsigmoid_x[7] = {-100, -20, -1, 0, 1, 20, 100};
+static const double golden_logsigmoid[7] = {-100, -20, -1.31326169, -0.693147181, -0.313261688, -2.06115362e-09, -3.72007598e-44};
+static const double golden_gelu_x[9] = {-6, -3, -1, -0.5, 0, 0.5, 1, 3, 6};
+static const double golden_gelu[9] = {-8.43964898e-11, -0.00363739208, -0.158808009, -0.15428599, 0, 0.34571401, 0.841191991, 2.99636261, 6};
+static const double golden_gelu_grad[9] = {-7.70997601e-10, -0.0115841666, -0.0829640838, 0.132630096, 0.5, 0.867369904, 1.08296408, 1.01158417, 1};
+static const double golden_softmax5[5] = {0.0319201128, 0.0867678625, 0.235859504, 0.641132603, 0.0043199175};
+static const double golden_entropy5 = 0.971274128;
+static const double golden_ln_y[4] = {-1.02575458, -0.226376454, 0.106749587, 3.47051415};
+static const double golden_ln_dx[4] = {0.486523816, -0.0973048411, -0.70545966, 0.316240685};
+static const double golden_ln_dw[4] = {-1.02575458, 0.652752912, 0.186500832, 0.792628536};
+static const double golden_ln_db[4] = {1, -1, 2, 0.5};
+static const double golden_att_out[5][4] = {{0.745705187, 0.306575, -0.274824679, -0.800666809}, {-0.0251077607, -0.124858941, -0.110579779, -0.0778156113}, {0.136922313,
+    -0.0687167318, -0.21676931, -0.218699261}, {0.180635907, 0.144986601, -0.195263657, -0.381381868}, {0.163522215, 0.455326275, 0.135781965, -0.669083843}};
+static const double golden_att_dq[5][4] = {{0, 0, 0, 0}, {-0.820438415, -0.481762394, 0.2868383, 0.715507469}, {0.643778864, 0.205401103, -0.357624596, -0.481980762},
+    {-0.313900475, 0.212762823, 0.414880461, 0.0904204776}, {0.0455781064, 0.152319302, 0.117335652, -0.189836731}};
+static const double golden_att_dk[5][4] = {{0.323346555, 0.748379149, 0.645062823, 0.11987897}, {-0.449259074, -1.11602245, -0.96664639, -0.117048982}, {0.291671301, 0.462882288,
+    0.25062775, -0.169028061}, {-0.0164254602, -0.00846056393, 0.00824014646, 0.0167729597}, {-0.149333321, -0.0867784263, 0.0627156705, 0.149425114}};
+static const double golden_att_dv[5][4] = {{1.1141733, 0.354209422, -0.620613206, -1.2189802}, {-0.270751231, -0.0908806051, 0.144116967, 0.291695102}, {-0.150459344,
+    -0.0308386446, 0.107488365, 0.180614366}, {-0.0291819625, -0.0171783036, 0.00524548116, 0.0244874261}, {0.196731671, 0.0333801665, -0.150219307, -0.24269776}};
+static const double golden_lin_y[3][2] = {{-0.217711497, 0.114072773}, {1.94519666, 1.12312179}, {0.982029507, 1.5265574}};
+static const double golden_lin_dx[3][4] = {{1.06898107, -0.032448023, -1.08001126, -0.334684841}, {-1.42191884, 0.47107267, 1.58205261, 0.0667212255}, {0.604620611, -0.522005538,
+    -0.782068213, 0.256153777}};
+static const double golden_lin_dw[4][2] = {{-0.447127995, -1.46305607}, {0.285439726, -1.15921219}, {0.948121859, -0.571552823}, {1.37867068, 0.156042675}};
+static const double golden_lin_db[2] = {0.141804261, 0.158728212};
+static const double golden_sched_linear[11] = {0, 0.333333333, 0.666666667, 1, 0.857142857, 0.714285714, 0.571428571, 0.428571429, 0.285714286, 0.142857143, 0};
+static const double golden_sched_cosine[11] = {0, 0.333333333, 0.666666667, 1, 0.950484434, 0.811744901, 0.611260467, 0.388739533, 0.188255099, 0.049515566, 0};
+static const double golden_sched_constant[11] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+static const double golden_sched_constant_with_warmup[11] = {0, 0.333333333, 0.666666667, 1, 1, 1, 1, 1, 1, 1, 1};
+static const double golden_dpo_sigmoid_loss = 0.545607686;
+static const double golden_dpo_sigmoid_dchosen[3] = {-0.0152120441, -0.018739216, -0.00608085049};
+static const double golden_dpo_sigmoid_drejected[3] = {0.0152120441, 0.018739216, 0.00608085049};
+static const double golden_dpo_sigmoid_smooth_loss = 0.5931077;
+static const double golden_dpo_sigmoid_smooth_dchosen[3] = {-0.0118787102, -0.0154058849, -0.00274751731};
+static const double golden_dpo_sigmoid_smooth_drejected[3] = {0.0118787102, 0.0154058849, 0.00274751731};
+static const double golden_dpo_robust_loss = 0.486232668;
+static const double golden_dpo_robust_dchosen[3] = {-0.0193787105, -0.0229058824, -0.0102475174};
+static const double golden_dpo_robust_drejected[3] = {0.0193787105, 0.0229058824, 0.0102475174};
+static const double golden_dpo_hinge_loss = 0.691666663;
+static const double golden_dpo_hinge_dchosen[3] = {-0.0333333351, -0.0333333351, 0};
+static const double golden_dpo_hinge_drejected[3] = {0.0333333351, 0.0333333351, 0};
+static const double golden_dpo_ipo_loss = 17.696434;
+static const double golden_dpo_ipo_dchosen[3] = {-0.613333344, -0.318334877, -0.462963015};
+static const double golden_dpo_ipo_drejected[3] = {0.766666651, 0.389075965, 0.231481507};
+static const double golden_dpo_sft_loss = 2.67105269;
+static const double golden_dpo_sft_dchosen[3] = {-0.0526315793, -0.0526315793, -0.0526315793};
+static const double golden_dpo_sigmoid_sft_loss = 1.88113403;
+static const double golden_dpo_sigmoid_sft_dchosen[3] = {-0.0415278338, -0.0450550057, -0.0323966406};
+static const double golden_dpo_sigmoid_sft_drejected[3] = {0.0152120441, 0.018739216, 0.00608085049};
+static const double golden_ppo_scores[3] = {1.5, -0.75, 0.25};
+static const double golden_ppo_mean = -0.105236657;
+static const double golden_ppo_var = 0.12100514;
+static const double golden_ppo_whiten[3][8] = {{0.588088632, 1.58352077, 1.60952294, 0.646417081, -0.576937497, -1.13473034, -0.604835033, 0.611734331}, {1.59430218, 1.59928083,
+    0.622902572, -0.595929027, -1.13482654, -0.58596307, 0.63529253, 1.60471821}, {1.58867216, 0.599297464, -0.6146667, -1.13451648, -0.566839874, 0.658756673, 1.61476624,
+    1.57769978}};
+static const double golden_ppo_whiten_keep[3][8] = {{0.482851982, 1.47828412, 1.50428629, 0.541180432, -0.682174146, -1.23996699, -0.710071683, 0.506497681}, {1.48906553,
+    1.49404418, 0.517665923, -0.701165676, -1.24006319, -0.69119972, 0.530055881, 1.49948156}, {1.48343551, 0.494060814, -0.71990335, -1.23975313, -0.672076523, 0.553520024,
+    1.50952959, 1.47246313}};
+static const double golden_ppo_plain_whiten[3] = {1.03490973, -0.960987687, -0.0739221349};
+static const double golden_ppo_entropies[3][8] = {{1.46446431, 1.48964322, 1.45615435, 1.31341207, 1.31366122, 1.2903558, 1.32972217, 1.46224737}, {1.48970628, 1.45869637,
+    1.31994045, 1.30396509, 1.29932439, 1.32318115, 1.45990467, 1.48971915}, {1.46110308, 1.32648385, 1.29472613, 1.30880988, 1.31664169, 1.4574306, 1.48968089, 1.46338153}};
+static const double golden_ppo_rewards_kl[3][8] = {{0.0107609276, -0.0465190075, -0.0447210558, -0.00583171844, -0.00737466803, -0.0406970643, -0.0323995724, 1.51447213},
+    {0.0124140745, -0.0565480255, -0.085784696, -0.00794322509, -0.677197397, 0.0198597908, -0.110615373, -0.12267524}, {0.0257807728, 0.127871558, 0.0162903797, -0.167293116,
+    -0.14993149, 0.317258418, 0.177431613, 0.00201687822}};
+static const double golden_ppo_rewards_abs[3][8] = {{-0.0107609276, -0.0465190075, -0.0447210558, -0.00583171844, -0.00737466803, -0.0406970643, -0.0323995724, 1.48552787},
+    {-0.0124140745, -0.0565480255, -0.085784696, -0.00794322509, -0.822802603, -0.0198597908, -0.110615373, -0.12267524}, {-0.0257807728, -0.127871558, -0.0162903797,
+    -0.167293116, -0.14993149, 0.182741582, -0.177431613, -0.00201687822}};
+static const double golden_ppo_rewards_mse[3][8] = {{-0.00028949391, -0.00541004492, -0.0049999319, -8.50223514e-05, -0.000135964336, -0.0041406271, -0.00262433058, 1.49947643},
+    {-0.000385273102, -0.00799419731, -0.0183975361, -0.000157737057, -0.76325053, -0.00098602823, -0.0305894017, -0.0376230367}, {-0.00166162068, -0.0408778414, -0.000663441082,
+    -0.0699674711, -0.0561986268, 0.238690764, -0.0787049383, -1.01694932e-05}};
+static const double golden_ppo_rewards_full[3][8] = {{-0.00151400419, -0.0242203716, -0.0918063447, -0.140480131, -0.440289229, -0.312611669, -0.51923573, 0.962782681},
+    {-0.418234915, -0.512489557, -0.408486336, -0.2191315, -1.06922829, -0.0619668067, -0.0317828581, -0.000686046493}, {-0.0310049634, -0.0614900999, -0.316356361, -0.21849966,
+    -0.40566054, -0.262236834, -0.419933528, -0.535295904}};
+static const double golden_ppo_adv[3][8] = {{0.452138126, 0.502989888, 0.062611647, 0.505497158, 1.02779174, 1.32773924, 1.26864195, 0.937929869}, {-1.23360002, -1.76150739,
+    -1.39676452, -0.88944155, -0.696923673, -0.514045596, -0.514045596, -0.514045596}, {-0.566204011, -0.568949223, -0.571838856, -0.031829413, -0.0392330885, -0.314511567,
+    -0.514045596, -0.514045596}};
+static const double golden_ppo_ret[3][8] = {{0.93619734, 0.985470891, 1.0134089, 1.10752499, 1.18805599, 1.28466177, 1.41172695, 1.51447213}, {-0.697222471, -0.757659793,
+    -0.743877947, -0.676280499, -0.677197397, 0, 0, 0}, {-0.0505396165, -0.0531995967, -0.055999577, -0.0326370597, 0.157659858, 0.317258418, 0, 0}};
+static const double golden_ppo_adv_white[3][8] = {{0.455302268, 0.524404705, 0.346728981, 0.64479351, 0.96479857, 1.17585719, 1.22699451, 1.13995469}, {-1.2886194, -1.55975509,
+    -1.34622645, -1.04222095, -0.939777553, -0.460096329, -0.439172834, -0.417148113}, {-0.587349951, -0.573124051, -0.558149338, -0.267054588, -0.15713644, -0.186956972,
+    -0.439172834, -0.417148113}};
+static const double golden_ppo_ret_white[3][8] = {{1.62306464, 1.75512886, 1.87021494, 2.10483313, 2.29085302, 2.50018239, 2.78224134, 3.03908944}, {-1.70980895, -1.77690065,
+    -1.7084589, -1.55144286, -1.54311943, -0.126387656, -0.0863999724, -0.0443076789}, {-0.369586825, -0.342399091, -0.313780427, -0.257345617, 0.15019384, 0.519536257,
+    -0.0863999724, -0.0443076789}};
+static const double golden_ppo_adv_g9[3][8] = {{-0.175492063, -0.108266771, -0.775093436, -0.213319331, 0.583800673, 1.22760308, 1.51499438, 1.53358424}, {-0.665719926,
+    -1.5433768, -1.25134909, -0.713518202, -0.585389912, -0.348357141, -0.348357141, -0.348357141}, {-0.485219419, -0.538443625, -0.612366199, 0.12079978, 0.191000685,
+    -0.0897361115, -0.348357141, -0.348357141}};
+static const double golden_ppo_ret_g9[3][8] = {{0.129231408, 0.179488063, 0.135626823, 0.220576972, 0.390938699, 0.678203344, 1.07738125, 1.51447213}, {-0.237255812,
+    -0.442293406, -0.56361866, -0.58552444, -0.677197397, 0, 0, 0}, {-0.102316268, -0.142105922, -0.197369337, -0.149152339, 0.10079965, 0.317258418, 0, 0}};
+static const double golden_ppo_adv_g9_white[3][8] = {{-0.18869862, -0.116939738, -0.425515264, -0.00882489327, 0.538780928, 1.05213284, 1.47370958, 1.84628606}, {-0.736471415,
+    -1.28277695, -1.17165232, -0.916080356, -0.973914027, -0.330793828, -0.314294189, -0.291378021}, {-0.469279319, -0.506635189, -0.558518231, -0.181716666, 0.00538602797,
+    0.0441847295, -0.314294189, -0.291378021}};
+static const double golden_ppo_ret_g9_white[3][8] = {{0.0986321121, 0.19852747, 0.223608881, 0.468658566, 0.805425763, 1.32602906, 2.09723353, 3.03908944}, {-0.663921237,
+    -0.973345876, -1.15829039, -1.22648966, -1.49445951, -0.0991783142, -0.0762092099, -0.0443076789}, {-0.291963667, -0.343966633, -0.416192979, -0.39153558, 0.0664004683,
+    0.546745539, -0.0762092099, -0.0443076789}};
+static const double golden_ppo_loss_policy = 0.0616399869;
+static const double golden_ppo_loss_value_scaled = 0.0579016991;
+static const double golden_ppo_dlogp[3][8] = {{0, 0, -0.0035352814, 0, -0.0797494426, -0.0751792565, 0, -0.072349824}, {0, 0.183580145, 0.107111089, 0, 0.0728414357, 0, 0, 0},
+    {0, 0, 0, 0.00239815633, 0, 0.0331404805, 0, 0}};
+static const double golden_ppo_dvalue[3][8] = {{0, 0, -0.00597338378, 0, -0.0102781672, -0.0158304796, -0.0139595931, 0}, {0, 0, 0.00708580669, 0.0049654711, 0.000298171333, 0,
+    0, 0}, {0, 0, 0, -0.00316583272, -0.00584292412, -0.00132195675, 0, 0}};
+static const double golden_ppo_stats[26] = {0.739985883, 5.99289179, 0.2, -0.034153197, 0.333333343, 1.12731242, 0.0616399869, 0.579016984, 0.11954169, 1.35618162, 0.0318978429,
+    -0.0233546682, 0.307692319, 3.26679306e-08, 0.392855138, 0.813801169, -0.120932974, 1.1224916, 0.230769232, -0.105236657, 0.12100514, -0.379319191, 3, 1, 4.33333349,
+    1.52752519};
+static const double golden_moments[3][6] = {{0.333333343, 0.847222149, 1.12731242, 3, 0.333333343, 1.12731242}, {0.785714269, 1.82908165, 1.46079719, 7, 1.125, 1.75},
+    {0.277777791, 3.71450639, 2.04421616, 9, -1.5, 3.53553391}};
+static const double golden_moments_scaled[9] = {1.33059812, -0.665299058, 0.221766368, 1.36911535, 2.05367303, -0.684557676, 0.342278838, -1.95674026, 0.489185065};
+static const double golden_moments_normed[9] = {1.03490961, -0.960987628, -0.0739221275, 0.831248581, 1.51580632, -1.22242439, -0.195587888, -2.0926249, 0.353300303};
+static const double golden_klctl[4] = {0.199488, 0.2, 0.200426667, 0.200512};
+static const double golden_klctl_seq[4] = {0.199488, 0.199488, 0.199913574, 0.200425353};
+static const double golden_gae_adv[3] = {-1.07383966, 0.169290587, 0.904548705};
+static const double golden_gae_ret[3] = {0.836749971, 0.964999914, 1};
+
+/* =============================================================================================
+ * Chapter 1 - Errors, clock, random numbers, arena
+ * ============================================================================================= */
+
+/* Pieces of an arena: aligned, disjoint, zeroed where asked; a reset merges the blocks into one. */
+static void test_arena_pieces(void)
+{
+    struct Arena arena = {0};
+    unsigned char *piece[200];
+    for (size_t round = 0; round < 3; round++) {
+        for (size_t i = 0; i < COUNT(piece); i++) {
+            piece[i] = arena_zeros(&arena, i * 37, 3);
+            expect_true("on a 64-byte boundary", (uintptr_t)piece[i] % 64 == 0);
+            for (size_t k = 0; k < i * 111; k++) if (piece[i][k]) { expect_true("zeroed", false); break; }
+            memset(piece[i], (int)i, i * 111);
+        }
+        for (size_t i = 0; i < COUNT(piece); i++)
+            for (size_t k = 0; k < i * 111; k++) if (piece[i][k] != (unsigned char)i) { expect_true("untouched by its neighbours", false); break; }
+        arena_reset(&arena);
+        if (ARENA_PIECEWISE) continue;
+        if (round > 0) expect_true("one block after the first round", arena.blocks && !arena.blocks->next && arena.blocks->used == 0);
+    }
+    expect_true("larger than any block", arena_alloc(&arena, 40, 1 << 20) != NULL);
+    arena_free(&arena);
+    expect_true("empty after arena_free", arena.blocks == NULL);
+}
+
+/* Texts in an arena keep their bytes, NUL included. */
+static void test_arena_text(void)
+{
+    struct Text a = {"a\0b", 3}, joined = text_join(&test_arena, a, text_of("cd")), empty = {0};
+    expect_true("joined", joined.length == 5 && memcmp(joined.data, "a\0bcd", 6) == 0);
+    expect_text("with nothing", text_join(&test_arena, empty, text_of("x")), "x");
+    expect_text("copy of nothing", text_copy(&test_arena, empty), "");
+    expect_text("printf", text_of(arena_printf(&test_arena, "%s-%d", "n", 7)), "n-7");
+}
+
+/* xoshiro256++ and splitmix64 give the numbers that their authors publish. */
+static void test_rng_known(void)
+{
+    struct Rng rng = {{1, 2, 3, 4}};
+    static const uint64_t xoshiro[] = {41943041u, 58720359u, 3588806011781223u, 3591011842654386u, 9228616714210784205u};
+    for (size_t i = 0; i < COUNT(xoshiro); i++) expect_true("xoshiro256++ from 1, 2, 3, 4", rng_next(&rng) == xoshiro[i]);
+    uint64_t state = 0;
+    expect_true("splitmix64 from 0", splitmix64(&state) == 0xe220a8397b1dcdafu && splitmix64(&state) == 0x6e789e6aa1b965f4u);
+    struct Rng a = rng_seed(1, STREAM_INIT), b = rng_seed(1, STREAM_ORDER), c = rng_seed(2, STREAM_INIT);
+    uint64_t first = rng_next(&a);
+    expect_true("streams and seeds differ", first != rng_next(&b) && first != rng_next(&c));
+}
+
+/* Means and variances of the distributions; shuffles are permutations, every place equally likely. */
+static void test_rng_distributions(void)
+{
+    enum { N = 40000 };
+    double sum = 0, square = 0, normal = 0, normal_square = 0;
+    size_t below[7] = {0}, place[5] = {0};
+    for (size_t i = 0; i < N; i++) {
+        double u = rng_uniform(&test_rng), z = rng_normal(&test_rng);
+        expect_true("in [0, 1)", u >= 0 && u < 1);
+        sum += u; square += u * u; normal += z; normal_square += z * z;
+        below[rng_below(&test_rng, 7)]++;
+        size_t items[5] = {0, 1, 2, 3, 4}, seen = 0;
+        if (i % 4 == 0) rng_shuffle(&test_rng, items, 5);
+        for (size_t k = 0; k < 5; k++) seen |= (size_t)1 << items[k];
+        expect_count("a permutation", seen, 31);
+        if (i % 4 == 0) place[items[0]]++;
+    }
+    expect_close("mean of uniform", sum / N, 0.5, 0.01);
+    expect_close("second moment of uniform", square / N, 1.0 / 3, 0.01);
+    expect_close("mean of normal", normal / N, 0, 0.025);
+    expect_close("second moment of normal", normal_square / N, 1, 0.04);
+    for (size_t k = 0; k < 7; k++) expect_close("share of each number below 7", (double)below[k] / N, 1.0 / 7, 0.01);
+    for (size_t k = 0; k < 5; k++) expect_close("share of each first item", (double)place[k] / (N / 4.0), 0.2, 0.02);
+}
+
+/* =============================================================================================
+ * Chapter 2 - Files: JSON, safetensors
+ * ============================================================================================= */
+
+static struct Json *parse(const char *text, const char **error)
+{
+    size_t where;
+    return json_parse(&test_arena, text_of(text), error, &where);
+}
+
+/* Values, escapes and nesting by hand. */
+static void test_json_values(void)
+{
+    const char *error;
+    struct Json *json = parse(" { \"a\" : [1, -2.5e3, true, null, \"x\\n\\\"\\u00e9\\ud83d\\ude00\\/\"], \"b\":{\"c\":false}, \"\":0.125 } ", &error);
+    expect_true("parses", json && json->type == JSON_OBJECT);
+    if (!json) return;
+    struct Json *item = json_get(json, "a")->child;
+    expect_close("1", item->number, 1, 0);
+    expect_close("-2.5e3", (item = item->next)->number, -2500, 0);
+    expect_true("true", (item = item->next)->type == JSON_TRUE);
+    expect_true("null", (item = item->next)->type == JSON_NULL);
+    expect_text("escapes", (item = item->next)->string, "x\n\"\xc3\xa9\xf0\x9f\x98\x80/");
+    expect_true("no sixth item", item->next == NULL);
+    expect_true("false", json_get(json_get(json, "b"), "c")->type == JSON_FALSE);
+    expect_close("empty key", json_get(json, "")->number, 0.125, 0);
+    expect_true("missing key, and a key of no object", !json_get(json, "z") && !json_get(item, "a") && !json_get(NULL, "a"));
+    expect_text("half a surrogate pair", parse("\"\\ud800x\\udc00\"", &error)->string, "\xef\xbf\xbdx\xef\xbf\xbd");
+    expect_text("a high half before another escape", parse("\"\\ud83d\\u0041\"", &error)->string, "\xef\xbf\xbd" "A");
+    struct Text nul = parse("\"a\\u0000b\"", &error)->string;
+    expect_true("NUL inside", nul.length == 3 && memcmp(nul.data, "a\0b", 3) == 0);
+    expect_true("empty containers", parse("[{}, [], \"\"]", &error) != NULL);
+    char deep[200] = "";
+    for (int i = 0; i < 64; i++) { deep[i] = '['; deep[65 + i] = ']'; }
+    deep[64] = '1';
+    expect_true("64 deep", parse(deep, &error) != NULL);
+}
+
+/* What is no JSON is refused, with a word about what was expected. */
+static void test_json_errors(void)
+{
+    static const struct { const char *text, *error; } cases[] = {
+        {"", "it ends"}, {"{", "in quotes"}, {"[1,]", "a value was expected"}, {"[1 2]", "',' or ']'"}, {"{\"a\" 1}", "':'"}, {"{\"a\":1,}", "in quotes"},
+        {"{\"a\":1 \"b\":2}", "',' or '}'"},
+        {"\"abc", "closing quote"}, {"\"ab\\", "closing quote"}, {"\"a\\x\"", "unknown escape"}, {"\"a\\u12g4\"", "hexadecimal"}, {"\"\\u12\"", "hexadecimal"},
+        {"\"a\nb\"", "control character"},
+        {"01", "a value was expected"}, {"+1", "a value was expected"}, {".5", "a value was expected"}, {"1.", "decimal point"}, {"1e", "exponent"}, {"-", "a value was expected"},
+        {"0x10", "behind its end"},
+        {"nul", "a value was expected"}, {"NaN", "a value was expected"}, {"1 2", "behind its end"}, {"{1:2}", "in quotes"}, {"[", "it ends"}};
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        const char *error = NULL;
+        struct Json *json = parse(cases[i].text, &error);
+        bool good = !json && error && strstr(error, cases[i].error);
+        if (!good && failed()) printf("%s: '%s': expected no value and \"%s\", got %s and \"%s\"\n", test_name, cases[i].text, cases[i].error, json ? "one" : "none", error ? error : "");
+    }
+    char deep[300];
+    memset(deep, '[', 200);
+    deep[200] = 0;
+    const char *error = NULL;
+    expect_true("200 brackets deep", !parse(deep, &error) && error && strstr(error, "nested"));
+}
+
+/* What is written is read back: every control character, and any float bit for bit. */
+static void test_json_write(void)
+{
+    char all[129];
+    for (int i = 0; i < 128; i++) all[i] = (char)i;
+    float numbers[] = {0.1f, -3.4028235e38f, 1.17549435e-38f, 1e-45f, 0, 16777215, -0.333333343f};
+    FILE *file = fopen(temporary("written.json"), "wb");
+    fputs("{\"text\": ", file);
+    json_write_string(file, (struct Text){all, 128});
+    for (size_t i = 0; i < COUNT(numbers); i++) {
+        fprintf(file, ", \"%zu\": ", i);
+        json_write_number(file, numbers[i]);
+    }
+    fputs(", \"half\": ", file);
+    json_write_string(file, text_of("\xc3\xa9\xf0\x9f\x98"));
+    fputs(", \"nan\": ", file);
+    json_write_number(file, NAN);
+    fputs(", \"ids\": ", file);
+    json_write_ids(file, (int[]){1, 20, 300}, 3);
+    fputs("}", file);
+    fclose(file);
+    struct Json *json = json_read_file(&test_arena, temporary("written.json"));
+    struct Text text = json_get(json, "text")->string;
+    expect_true("128 characters", text.length == 128 && memcmp(text.data, all, 128) == 0);
+    for (size_t i = 0; i < COUNT(numbers); i++) {
+        float back = (float)json_get(json, arena_printf(&test_arena, "%zu", i))->number;
+        expect_bits("number", &back, &numbers[i], 1);
+    }
+    expect_text("half a character as U+FFFD", json_get(json, "half")->string, "\xc3\xa9\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd");
+    expect_true("NaN as null", json_get(json, "nan")->type == JSON_NULL);
+    expect_close("last id", json_get(json, "ids")->child->next->next->number, 300, 0);
+}
+
+/* read_file takes what is larger than its first buffer; an Output appears only when it is closed. */
+static void test_files(void)
+{
+    size_t n = 300001;
+    char *bytes = arena_alloc(&test_arena, n, 1);
+    for (size_t i = 0; i < n; i++) bytes[i] = (char)rng_next(&test_rng);
+    struct Text back = read_file(&test_arena, write_bytes("large", bytes, n));
+    expect_true("300001 bytes", back.length == n && memcmp(back.data, bytes, n) == 0);
+    make_folder(temporary("a/b//c"));
+    make_folder(temporary("a/b"));
+    struct Output out;
+    output_open(&out, temporary("a/b/c"), "file");
+    fputs("whole", out.file);
+    expect_true("not there yet", !file_exists(temporary("a/b/c/file")));
+    output_close(&out);
+    expect_text("there", read_file(&test_arena, temporary("a/b/c/file")), "whole");
+    expect_true("nothing left beside it", !file_exists(temporary("a/b/c/file.tmp")));
+}
+
+/* Half-precision numbers by hand: ones, halves, largest, smallest normal, subnormals, zeros, infinities. */
+static void test_safetensors_half(void)
+{
+    static const struct { uint16_t bits; double value; } f16[] = {
+        {0x3c00, 1}, {0xc000, -2}, {0x3800, 0.5}, {0x7bff, 65504}, {0x0400, 0x1p-14}, {0x0001, 0x1p-24}, {0x03ff, 1023 * 0x1p-24}, {0x8200, -0x1p-15}, {0, 0},
+        {0x3555, 0.333251953125}, {0x7c00, INFINITY}, {0xfc00, -INFINITY}, {0x7e01, NAN}};
+    static const struct { uint16_t bits; double value; } bf16[] = {
+        {0x3f80, 1}, {0xc000, -2}, {0x3eab, 0.333984375}, {0x7f7f, 0x1.fep127}, {0x0080, 0x1p-126}, {0x0001, 0x1p-133}, {0x8001, -0x1p-133}, {0, 0}, {0x7f80, INFINITY},
+        {0xff80, -INFINITY}, {0x7fc0, NAN}};
+    for (size_t i = 0; i < COUNT(f16); i++) expect_close("F16", float_of_f16(f16[i].bits), f16[i].value, 0);
+    for (size_t i = 0; i < COUNT(bf16); i++) expect_close("BF16", float_of_bf16(bf16[i].bits), bf16[i].value, 0);
+    expect_true("-0", signbit(float_of_f16(0x8000)) && signbit(float_of_bf16(0x8000)));
+    unsigned char bytes[] = {0x00, 0x3c, 0x00, 0xc0};
+    float x[2];
+    safetensors_convert(x, bytes, 2, "F16");
+    expect_true("little-endian", x[0] == 1 && x[1] == -2);
+}
+
+/* A written file is laid out as the format says, and read back bit for bit. */
+static void test_safetensors_round_trip(void)
+{
+    struct Tensor a = {.name = "wte.weight", .shape = {3, 10007}, .ndim = 2, .n = 30021}, b = {.name = "v_head.summary.bias", .shape = {1}, .ndim = 1, .n = 1};
+    struct Tensor *tensors[] = {&a, &b};
+    a.w = random_floats(a.n, 1);
+    b.w = random_floats(b.n, 1);
+    safetensors_write(folder, "round.safetensors", tensors, 2, "transformer.");
+    struct Text file = read_file(&test_arena, temporary("round.safetensors"));
+    size_t length = 0;
+    for (int i = 0; i < 8; i++) length |= (size_t)(unsigned char)file.data[i] << 8 * i;
+    expect_count("data on an 8-byte boundary", length % 8, 0);
+    expect_count("bytes of the file", file.length, 8 + length + 4 * (a.n + b.n));
+    struct SafeTensors st = safetensors_open(&test_arena, temporary("round.safetensors"));
+    struct Tensor read_a = a, read_b = b;
+    read_a.w = random_floats(a.n, 1);
+    read_b.w = random_floats(b.n, 1);
+    expect_true("found with its prefix", tensor_load(&st, &read_a));
+    expect_true("the head without", json_get(st.header, "v_head.summary.bias") && tensor_load(&st, &read_b));
+    expect_bits("a", read_a.w, a.w, a.n);
+    expect_bits("b", read_b.w, b.w, b.n);
+    struct Tensor absent = {.name = "nobody", .shape = {1}, .ndim = 1, .n = 1, .w = b.w};
+    expect_true("what is not there is not found", !tensor_load(&st, &absent));
+    fclose(st.file);
+}
+
+/* =============================================================================================
+ * Chapter 3 - Tokenizer
+ * ============================================================================================= */
+
+static int *encode(struct Text text, size_t V, size_t *n)
+{
+    int *ids = arena_alloc(&test_arena, text.length + 1, sizeof *ids);
+    *n = tokenizer_encode(tokenizer, text, V, ids);
+    return ids;
+}
+
+/* encode, then decode: the very bytes. */
+static void expect_round_trip(const char *what, struct Text text, size_t V)
+{
+    size_t n;
+    int *ids = encode(text, V, &n);
+    struct Text back = tokenizer_decode_all(tokenizer, &test_arena, ids, n, V);
+    expect_true(what, back.length == text.length && memcmp(back.data, text.data, text.length) == 0);
+    for (size_t i = 0; i < n; i++) if (ids[i] < 0 || ids[i] >= end_token_of(V)) { expect_true("every id below the end token", false); break; }
+}
+
+/* Where words end, by hand (the first is the comment's own). '|' stands between words. */
+static void test_tokenizer_words(void)
+{
+    static const char *const cases[] = {"I|'m| | 42|!", "it|'s|n|'t|'ll", "'re|'ve|'d|'|Sx", "a| '|s", "  | x", "x| \n| y", "\n\n", "x|\n\n", "x|\n|\n|y", "a|\t|b", "12|ab|34", "a|.,!| ..|b", " ", "a|  ",
+        "\xc3\xa9t\xc3\xa9| \xe4\xbd\xa0|!"};
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        char text[64], got[128] = "";
+        size_t n = 0, used = 0;
+        for (const char *c = cases[i]; *c; c++) if (*c != '|') text[n++] = *c;
+        for (size_t at = 0, end; at < n; at = end) {
+            end = tokenizer_word_end(tokenizer, (unsigned char *)text, at, n);
+            used += (size_t)sprintf(got + used, "%s%.*s", at ? "|" : "", (int)(end - at), text + at);
+        }
+        expect_text("words", text_of(got), cases[i]);
+    }
+}
+
+struct TextCase { const char *text; size_t length; const char *ids; };
+#define TEXT_CASE(text, ids) {text, sizeof text - 1, ids}
+
+/* Texts of every kind and the ids of GPT-2's own tokenizer; half are from shared/fixtures/tokenizer_cases. */
+static const struct TextCase TEXT_CASES[] = {
+    TEXT_CASE("\014)", "200 8"),
+    TEXT_CASE("\342\200\203\360\235\227\202\314\202\342\200\213 \000\n\302\275e\352\265\255\357\270\217\360\237\221\247\n\n\346\274\242 12e\014b\001", "447 225 47728 245 224 136 224 9525 220 188 198 23141 68 166 113 255 37929 41840 100 198 198 162 120 95 1105 68 200 65 189"),
+    TEXT_CASE("9\360\273\230\213\360\237\224\245Se\352\231\256", "24 172 119 246 233 8582 242 98 4653 166 247 106"),
+    TEXT_CASE("\362\264\277\227\n\n\342\200\215\330\255- '\177? 12{", "174 112 123 245 198 198 447 235 148 255 12 705 221 30 1105 90"),
+    TEXT_CASE("\303\250\360\237\207\2676\363\222\267\270\343\201\213\360\237\207\267", "14064 8582 229 115 21 175 240 115 116 27370 8582 229 115"),
+    TEXT_CASE("\343\202\253\363\240\232\212 A", "21763 175 254 248 232 317"),
+    TEXT_CASE("\340\245\207\314\201\343\201\252/\362\250\261\275", "24231 229 136 223 26945 14 174 101 109 121"),
+    TEXT_CASE("\354\226\264 \343\203\212", "168 244 112 14524 232"),
+    TEXT_CASE("\314\210C\000[", "136 230 34 188 58"),
+    TEXT_CASE("\354\226\264^\303\261\n\303\274", "168 244 112 61 12654 198 9116"),
+    TEXT_CASE("\360\220\215\210 '\346\274\242\314\247\015. 1 ' \355\225\234", "172 238 235 230 705 162 120 95 136 100 201 13 352 705 220 47991 250"),
+    TEXT_CASE("\342\200\250`\n\n|g", "447 101 63 198 198 91 70"),
+    TEXT_CASE("\330\247", "12919"),
+    TEXT_CASE("\360\235\225\237d \302\275", "47728 243 253 67 25208"),
+    TEXT_CASE("\360\237\224\245\360\235\227\202\360\237\207\267\343\200\200\314\247", "8582 242 98 47728 245 224 8582 229 115 5099 222 136 100"),
+    TEXT_CASE("\343\200\200''s \360\237\221\251\001\360\222\200\200  '\343\201\213T\177j\357\273\277", "5099 222 7061 82 50169 102 189 172 240 222 222 220 705 27370 51 221 73 171 119 123"),
+    TEXT_CASE("\001\345\255\227 12'", "189 27764 245 1105 6"),
+    TEXT_CASE("\343\202\253\357\277\275 ", "21763 4210 220"),
+    TEXT_CASE("\327\251's ", "50227 338 220"),
+    TEXT_CASE("\342\205\247\360\235\224\230\363\245\213\262\001'e\302\240", "158 227 100 47728 242 246 175 98 233 110 189 6 68 1849"),
+    TEXT_CASE("\314\247\342\200\203", "136 100 447 225"),
+    TEXT_CASE("\342\200\203\015 \357\273\277\363\266\204\252%", "447 225 201 27332 119 123 175 114 226 103 4"),
+    TEXT_CASE("\342\200\213=\330\261\355\225\234\001h\355\225\234\361\231\241\267\303\237", "9525 28 26897 47991 250 189 71 47991 250 173 247 94 115 39683"),
+    TEXT_CASE("Hello world", "15496 995"),
+    TEXT_CASE("I'm  42!", "40 1101 220 5433 0"),
+    TEXT_CASE("it's we've they'll I'd don't you're 'tis", "270 338 356 1053 484 1183 314 1549 836 470 345 821 705 48010"),
+    TEXT_CASE("IT'S WE'VE", "2043 6 50 12887 6 6089"),
+    TEXT_CASE("   three spaces", "220 220 1115 9029"),
+    TEXT_CASE("trailing   ", "9535 4386 220 220 220"),
+    TEXT_CASE("a\n\n\nb", "64 628 198 65"),
+    TEXT_CASE("\t\ttabs\tand \t mix", "197 197 8658 82 197 392 220 197 5022"),
+    TEXT_CASE(" ", "220"),
+    TEXT_CASE("", ""),
+    TEXT_CASE("<|endoftext|>", "27 91 437 1659 5239 91 29"),
+    TEXT_CASE("don''t '' 's's", "9099 7061 83 10148 705 82 338"),
+    TEXT_CASE("1234567890 3.14159", "10163 2231 30924 3829 513 13 1415 19707"),
+    TEXT_CASE("$1,000.00 (50%)", "3 16 11 830 13 405 357 1120 4407"),
+    TEXT_CASE("antidisestablishmentarianism", "415 29207 44390 3699 1042"),
+    TEXT_CASE("caf\303\251 na\303\257ve \303\234ber", "66 1878 2634 41492 49363 527"),
+    TEXT_CASE("\344\275\240\345\245\275\357\274\214\344\270\226\347\225\214", "19526 254 25001 121 171 120 234 10310 244 45911 234"),
+    TEXT_CASE("\360\237\221\250\342\200\215\360\237\221\251\342\200\215\360\237\221\247 family", "41840 101 447 235 41840 102 447 235 41840 100 1641"),
+    TEXT_CASE("\331\205\330\261\330\255\330\250\330\247", "25405 26897 148 255 39848 12919"),
+    TEXT_CASE("e\314\201 \342\221\240\342\205\247\302\275", "68 136 223 2343 239 254 158 227 100 23141"),
+    TEXT_CASE("The film is good.<br /><br />", "464 2646 318 922 29847 1671 1220 6927 1671 11037"),
+    TEXT_CASE("\302\240nbsp\342\200\203em", "1849 77 24145 447 225 368"),
+    TEXT_CASE("def f(x):\n    return x**2\n", "4299 277 7 87 2599 198 220 220 220 1441 2124 1174 17 198"),
+};
+
+static void test_tokenizer_cases(void)
+{
+    for (size_t i = 0; i < COUNT(TEXT_CASES); i++) {
+        const struct TextCase *c = &TEXT_CASES[i];
+        int want[64];
+        size_t n = 0, got_n;
+        char *end;
+        for (const char *at = c->ids; *at; at = end) want[n++] = (int)strtol(at, &end, 10);
+        int *got = encode((struct Text){c->text, c->length}, 50257, &got_n);
+        expect_ids(arena_printf(&test_arena, "text %zu", i), got, got_n, want, n);
+        expect_round_trip("decoded", (struct Text){c->text, c->length}, 50257);
+    }
+}
+
+/* Invalid UTF-8 of every kind, and random bytes, come back byte for byte. */
+static void test_tokenizer_bytes(void)
+{
+    static const char *const bad[] = {"\x80", "\xff\xfe", "\xc0\xaf", "\xc1\xbf", "\xe0\x80\xaf", "\xe2\x82", "\xf0\x9f\x98", "\xed\xa0\x80", "\xf4\x90\x80\x80", "\xf8\x88\x80\x80\x80", "a\xe2\x28\xa1z", "\xc3", "x \xbf\xbf y", "\xf0\x80\x80\x80"};
+    for (size_t i = 0; i < COUNT(bad); i++) expect_round_trip("invalid UTF-8", text_of(bad[i]), 50257);
+    for (size_t round = 0; round < 60; round++) {
+        size_t n = 1 + rng_below(&test_rng, 400);
+        char *bytes = arena_alloc(&test_arena, n, 1);
+        for (size_t i = 0; i < n; i++) bytes[i] = (char)(round % 2 ? rng_next(&test_rng) : 0x60 + rng_below(&test_rng, 0xa0));
+        expect_round_trip("random bytes", (struct Text){bytes, n}, round % 3 ? 50257 : 700);
+    }
+    size_t length;
+    static const struct { const char *text; size_t length; enum CharClass class; } chars[] = {
+        {"a", 1, CLASS_LETTER}, {"7", 1, CLASS_NUMBER}, {" ", 1, CLASS_SPACE}, {"!", 1, CLASS_OTHER}, {"\xc3\xa9", 2, CLASS_LETTER}, {"\xc2\xa0", 2, CLASS_SPACE},
+        {"\xe4\xbd\xa0", 3, CLASS_LETTER}, {"\xe2\x85\xa7", 3, CLASS_NUMBER},
+        {"\xf0\x9f\x98\x80", 4, CLASS_OTHER}, {"\xf0\x90\x8d\x88", 4, CLASS_LETTER}, {"\xc0\xa0", 1, CLASS_OTHER}, {"\xe0\x81\xa1", 1, CLASS_OTHER},
+        {"\xed\xa0\x80", 1, CLASS_OTHER}, {"\xf4\x90\x80\x80", 1, CLASS_OTHER}, {"\xe4\xbd", 1, CLASS_OTHER}};
+    for (size_t i = 0; i < COUNT(chars); i++) {
+        enum CharClass class = char_class_at(tokenizer, (const unsigned char *)chars[i].text, 0, strlen(chars[i].text), &length);
+        expect_count("class", class, chars[i].class);
+        expect_count("length", length, chars[i].length);
+    }
+}
+
+/* Byte-pair encoding by its definition: again and again, the leftmost pair of the lowest id. */
+static size_t encode_plainly(const char *word, size_t n, int limit, int *ids)
+{
+    for (size_t i = 0; i < n; i++) ids[i] = tokenizer->byte_token[(unsigned char)word[i]];
+    for (;;) {
+        int best = limit;
+        size_t at = 0;
+        for (size_t i = 0; i + 1 < n; i++) {
+            int id = tokenizer_merge(tokenizer, ids[i], ids[i + 1]);
+            if (id >= 0 && id < best) { best = id; at = i; }
+        }
+        if (best == limit) return n;
+        ids[at] = best;
+        memmove(ids + at + 1, ids + at + 2, (n - at - 2) * sizeof *ids);
+        n--;
+    }
+}
+
+/* The heap of merges against the definition, on words that merge much. */
+static void test_tokenizer_plain(void)
+{
+    for (size_t round = 0; round < 400; round++) {
+        char word[80];
+        int want[80];
+        size_t n = 1 + rng_below(&test_rng, 79), got_n, V = round % 4 ? 50257 : 257 + rng_below(&test_rng, 3000);
+        for (size_t i = 0; i < n; i++) word[i] = "eatinosrhl"[rng_below(&test_rng, round % 2 ? 10 : 2)];
+        int *got = encode((struct Text){word, n}, V, &got_n);
+        expect_ids("ids", got, got_n, want, encode_plainly(word, n, end_token_of(V), want));
+    }
+}
+
+/* A word of a million letters takes no quadratic time. */
+static void test_tokenizer_long_word(void)
+{
+    size_t n = 1000000, count;
+    char *word = arena_alloc(&test_arena, n, 1);
+    memset(word, 'a', n);
+    clock_t begin = clock();
+    int *ids = encode((struct Text){word, n}, 50257, &count);
+    double seconds = (double)(clock() - begin) / CLOCKS_PER_SEC;
+    expect_true("under a second", SANITIZED || seconds < 1);
+    expect_true("250000 times aaaa, as GPT-2's own tokenizer", count == 250000 && ids[0] == 24794 && ids[count - 1] == 24794);
+    expect_round_trip("decoded", (struct Text){word, n}, 50257);
+}
+
+/* A smaller vocabulary: ids below V - 1, exact decoding; the end token is never in a text, and decodes to its name. */
+static void test_tokenizer_small(void)
+{
+    static const size_t sizes[] = {257, 258, 300, 1024, 4097, 50257};
+    for (size_t i = 0; i < COUNT(sizes); i++) {
+        for (size_t k = 0; k < COUNT(TEXT_CASES); k++) expect_round_trip("decoded", (struct Text){TEXT_CASES[k].text, TEXT_CASES[k].length}, sizes[i]);
+        expect_count("end token", (size_t)end_token_of(sizes[i]), sizes[i] - 1);
+        expect_text("its text", tokenizer_decode(tokenizer, (int)sizes[i] - 1, sizes[i]), "<|endoftext|>");
+    }
+    expect_count("a padded vocabulary keeps GPT-2's end token", (size_t)end_token_of(50304), 50256);
+    expect_count("and its unused ids are empty", tokenizer_decode(tokenizer, 50300, 50304).length, 0);
+}
+
+/* vocab.json and merges.txt hold what GPT-2's hold: line 1 of the merges, a few entries; our own files pass the check. */
+static void test_tokenizer_save(void)
+{
+    make_folder(temporary("vocabulary"));
+    tokenizer_save(tokenizer, temporary("vocabulary"), 1024);
+    struct Json *vocab = json_read_file(&test_arena, temporary("vocabulary/vocab.json"));
+    size_t count = 0;
+    for (struct Json *item = vocab->child; item; item = item->next) count++;
+    expect_count("entries", count, 1024);
+    expect_close("\"!\"", json_get(vocab, "!")->number, 0, 0);
+    expect_close("\" the\"", json_get(vocab, "\xc4\xa0the")->number, 262, 0);
+    expect_close("the newline", json_get(vocab, "\xc4\x8a")->number, 198, 0);
+    expect_close("the end token", json_get(vocab, "<|endoftext|>")->number, 1023, 0);
+    struct Text merges = read_file(&test_arena, temporary("vocabulary/merges.txt"));
+    expect_true("first merges", strncmp(merges.data, "#version: 0.2\n\xc4\xa0 t\n\xc4\xa0 a\nh e\n", 26) == 0);
+    size_t lines = 0;
+    for (size_t i = 0; i < merges.length; i++) lines += merges.data[i] == '\n';
+    expect_count("merges", lines, 1 + 1023 - 256);
+    tokenizer_check_folder(tokenizer, temporary("vocabulary"), 1024);
+    expect_true("tokenizer_config.json", json_is_string(json_get(json_read_file(&test_arena, temporary("vocabulary/tokenizer_config.json")), "tokenizer_class"), "GPT2Tokenizer"));
+}
+
+/* =============================================================================================
+ * Chapter 4 - Data
+ * ============================================================================================= */
+
+static struct Dataset *dataset_of(const char *text, const unsigned *shapes, size_t count)
+{
+    return dataset_load(write_text("data.jsonl", text), shapes, count);
+}
+
+/* Every shape of TRL's, with byte order mark, blank lines, CRLF, nulls and fields that nobody knows. */
+static void test_data_shapes(void)
+{
+    struct Dataset *data = dataset_of("\xef\xbb\xbf{\"text\": \"a\", \"other\": [1, {\"text\": 2}]}\r\n\n  \n{\"text\": \"b\\u0000\"}", TEXT_SHAPES, 1);
+    expect_count("rows", data->n, 2);
+    expect_text("text", data->rows[0].text, "a");
+    expect_count("bytes of text 2", data->rows[1].text.length, 2);
+    dataset_free(data);
+    data = dataset_of("{\"prompt\": \"p\", \"completion\": \" c\", \"text\": \"t\"}\n", SFT_SHAPES, COUNT(SFT_SHAPES));
+    expect_count("prompt + completion before text", data->shape, SHAPE_PROMPT_COMPLETION);
+    expect_text("completion", data->rows[0].completion, " c");
+    dataset_free(data);
+    data = dataset_of("{\"text\": \"t\", \"prompt\": null}\n", SFT_SHAPES, COUNT(SFT_SHAPES));
+    expect_count("null is not there", data->rows[0].has, HAS_TEXT);
+    expect_count("text", data->shape, SHAPE_TEXT);
+    dataset_free(data);
+    data = dataset_of("{\"prompt\": \"p\", \"chosen\": \"c\", \"rejected\": \"r\", \"margin\": 0.5}\n{\"chosen\": \"xc\", \"rejected\": \"xr\"}\n", DPO_SHAPES, 1);
+    expect_true("prompt given, prompt implied", (data->rows[0].has & HAS_PROMPT) && !(data->rows[1].has & HAS_PROMPT));
+    expect_close("margin", data->rows[0].margin, 0.5, 0);
+    expect_close("no margin", data->rows[1].margin, 0, 0);
+    expect_text("rejected", data->rows[1].rejected, "xr");
+    dataset_free(data);
+    static const unsigned labelled[] = {SHAPE_LABELLED};
+    data = dataset_of("{\"text\": \"a\", \"label\": true}\n{\"text\": \"b\", \"label\": 0}\n", labelled, 1);
+    expect_true("labels", data->rows[0].label == 1 && data->rows[1].label == 0);
+    dataset_free(data);
+    data = dataset_of("{\"text\": \"a\", \"score\": -1.5}\n", REWARD_SHAPES, COUNT(REWARD_SHAPES));
+    expect_true("rated", data->shape == SHAPE_RATED && data->rows[0].score == -1.5);
+    dataset_free(data);
+    data = dataset_of("{\"query_ids\": [1, 2, 3], \"response_ids\": [4, 50256], \"score\": 2}\n", ROLLOUT_SHAPES, 1);
+    expect_ids("query", data->rows[0].query_ids, data->rows[0].query_length, (int[]){1, 2, 3}, 3);
+    expect_ids("response", data->rows[0].response_ids, data->rows[0].response_length, (int[]){4, 50256}, 2);
+    dataset_free(data);
+}
+
+/* A folder: files in order of their names, of one shape, test*.jsonl left out. */
+static void test_data_folder(void)
+{
+    make_folder(temporary("set"));
+    write_text("set/b.jsonl", "{\"text\": \"3\"}\n");
+    write_text("set/a.jsonl", "{\"text\": \"1\"}\n{\"text\": \"2\"}\n");
+    write_text("set/c.jsonl", "{\"chosen\": \"c\", \"rejected\": \"r\"}\n");
+    write_text("set/test.jsonl", "{\"text\": \"held out\"}\n");
+    write_text("set/readme.txt", "no data");
+    struct Dataset *data = dataset_load(temporary("set"), TEXT_SHAPES, 1);
+    expect_count("texts", data->n, 3);
+    for (size_t i = 0; i < data->n; i++) expect_text("in order", data->rows[i].text, (const char *[]){"1", "2", "3"}[i]);
+    dataset_free(data);
+    data = dataset_load(temporary("set"), DPO_SHAPES, 1);
+    expect_count("pairs", data->n, 1);
+    dataset_free(data);
+}
+
+/* The common beginning, in whole characters, less one space; the first is the comment's. */
+static void test_data_implicit_prompt(void)
+{
+    static const char *const cases[][5] = {
+        {"It is good", "It is bad", "It is", " good", " bad"}, {"same", "same", "same", "", ""}, {"a", "ab", "a", "", "b"}, {"x", "y", "", "x", "y"}, {" a", " b", "", " a", " b"},
+        {"caf\xc3\xa9", "caf\xc3\xa8", "caf", "\xc3\xa9", "\xc3\xa8"}, {"\xf0\x9f\x98\x80", "\xf0\x9f\x98\x81", "", "\xf0\x9f\x98\x80", "\xf0\x9f\x98\x81"},
+        {"a  b", "a  c", "a ", " b", " c"}, {"word one", "word", "word", " one", ""}};
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        struct Row row = {.chosen = text_of(cases[i][0]), .rejected = text_of(cases[i][1])};
+        split_implicit_prompt(&row);
+        expect_text("prompt", row.prompt, cases[i][2]);
+        expect_text("chosen", row.chosen, cases[i][3]);
+        expect_text("rejected", row.rejected, cases[i][4]);
+        expect_true("has a prompt now", row.has & HAS_PROMPT);
+    }
+}
+
+/* Prompt and completion are encoded as one text; a merge across the seam belongs to the completion. */
+static void test_data_prompt_completion(void)
+{
+    struct Example e = example_prompt_completion(&test_arena, tokenizer, text_of("Hello"), text_of(" world"), 50257);
+    expect_ids("ids", e.ids, e.n, (int[]){15496, 995, 50256}, 3);
+    expect_count("prompt", e.prompt_length, 1);
+    e = example_prompt_completion(&test_arena, tokenizer, text_of("Hello wor"), text_of("ld"), 50257);
+    expect_ids("merged over the seam", e.ids, e.n, (int[]){15496, 995, 50256}, 3);
+    expect_count("split moved left", e.prompt_length, 1);
+    e = example_prompt_completion(&test_arena, tokenizer, text_of(""), text_of("Hello"), 50257);
+    expect_count("no prompt", e.prompt_length, 0);
+    e = example_prompt_completion(&test_arena, tokenizer, text_of("Hello"), text_of(""), 1024);
+    expect_true("nothing to say: the end token alone", e.n == e.prompt_length + 1 && e.ids[e.n - 1] == 1023);
+}
+
+/* Who is preferred to whom, by hand. */
+static void test_data_pairs(void)
+{
+    struct Pair pairs[10];
+    expect_count("pairs", pairs_from_ratings((double[]){2, 0, 0.5}, 3, 1, pairs), 2);
+    expect_true("(0,1), (0,2)", pairs[0].chosen == 0 && pairs[0].rejected == 1 && pairs[1].chosen == 0 && pairs[1].rejected == 2);
+    expect_count("the later one is better", pairs_from_ratings((double[]){-1, 1}, 2, 2, pairs), 1);
+    expect_true("(1,0)", pairs[0].chosen == 1 && pairs[0].rejected == 0 && pairs[0].margin == 0);
+    expect_count("equal ratings never pair", pairs_from_ratings((double[]){1, 1, 1}, 3, 0, pairs), 0);
+    expect_count("every pair", pairs_from_ratings((double[]){1, 2, 3, 4, 5}, 5, 0, pairs), 10);
+}
+
+/* LengthSampler(2, 8): 2 to 7, each as often as the others. */
+static void test_data_length_sampler(void)
+{
+    struct LengthSampler sampler = {2, 8};
+    size_t count[10] = {0};
+    for (size_t i = 0; i < 12000; i++) count[MIN(length_sampler(&sampler, &test_rng), (size_t)9)]++;
+    for (size_t k = 0; k < 10; k++) expect_close("share of each length", (double)count[k] / 12000, k >= 2 && k < 8 ? 1.0 / 6 : 0, k >= 2 && k < 8 ? 0.015 : 0);
+}
+
+/* Rows and targets of a packed batch by hand, with prompt, without, with an example of one token. */
+static void test_collate(void)
+{
+    struct Example examples[] = {{(int[]){5, 6, 7, 8}, 4, 2}, {(int[]){9, 10, 11}, 3, 0}, {(int[]){12}, 1, 1}, {(int[]){13, 14}, 2, 2}};
+    struct Batch batch = batch_of(examples, 4, SKIP_LAST);
+    expect_ids("ids", batch.ids, batch.N, (int[]){5, 6, 7, 9, 10, 13}, 6);
+    expect_ids("positions", batch.position, batch.N, (int[]){0, 1, 2, 0, 1, 0}, 6);
+    expect_ids("rows", batch.row, batch.R, (int[]){1, 2, 3, 4}, 4);
+    expect_ids("targets", batch.target, batch.R, (int[]){7, 8, 10, 11}, 4);
+    static const size_t start[] = {0, 3, 5, 5, 6}, target_start[] = {0, 2, 4, 4, 4};
+    for (size_t b = 0; b <= 4; b++) {
+        expect_count("start", batch.start[b], start[b]);
+        expect_count("target_start", batch.target_start[b], target_start[b]);
+    }
+    expect_count("longest", batch.max_length, 3);
+    expect_count("tokens", batch.tokens, 10);
+    batch = batch_of(examples, 4, READ_LAST);
+    expect_ids("ids with the last ones", batch.ids, batch.N, (int[]){5, 6, 7, 8, 9, 10, 11, 12, 13, 14}, 10);
+    expect_ids("the same targets", batch.target, batch.R, (int[]){7, 8, 10, 11}, 4);
+    expect_count("longest", batch.max_length, 4);
+}
+
+/* =============================================================================================
+ * Chapter 5 - Probability
+ * ============================================================================================= */
+
+/* By hand, torch's log sigmoid, and extremes where the plain formula overflows. */
+static void test_sigmoid(void)
+{
+    expect_close("sigmoid(0)", sigmoid(0), 0.5, 0);
+    expect_close("sigmoid(2)", sigmoid(2), 0.8808, 5e-5);
+    expect_close("sigmoid(-2)", sigmoid(-2), 1 - sigmoid(2), 1e-15);
+    expect_true("no overflow", sigmoid(-1000) == 0 && sigmoid(1000) == 1);
+    expect_close("log sigmoid(0)", log_sigmoid(0), -log(2), 1e-15);
+    expect_close("log sigmoid(-800)", log_sigmoid(-800), -800, 0);
+    for (size_t i = 0; i < COUNT(golden_logsigmoid); i++) expect_relative("log sigmoid", log_sigmoid(golden_logsigmoid_x[i]), golden_logsigmoid[i], 1e-8);
+}
+
+/* By hand, torch's, and logits so large or small that e^x alone would not do. */
+static void test_softmax(void)
+{
+    float x[] = {0, logf(3)}, five[] = {1, 2, 3, 4, -1}, large[] = {1000, 1000, -INFINITY, -1000}, scratch[5];
+    softmax(x, 2);
+    expect_floats("[0, ln 3]", x, (double[]){0.25, 0.75}, 2, 1e-7);
+    expect_close("log_sum_exp", log_sum_exp(five, 5, scratch), 4.44451897, 1e-6);
+    softmax(five, 5);
+    expect_floats("five", five, golden_softmax5, 5, 1e-7);
+    softmax(large, 4);
+    expect_floats("large ones", large, (double[]){0.5, 0.5, 0, 0}, 4, 1e-7);
+}
+
+/* By hand, torch's and TRL's. */
+static void test_entropy(void)
+{
+    float two[] = {5, 5}, five[] = {1, 2, 3, 4, -1}, banned[] = {0, -INFINITY, 0}, scratch[7];
+    expect_close("two equal logits", entropy_of_logits(two, log_sum_exp(two, 2, scratch), 2), log(2), 1e-6);
+    expect_close("five", entropy_of_logits(five, log_sum_exp(five, 5, scratch), 5), golden_entropy5, 1e-6);
+    expect_close("with a banned one", entropy_of_logits(banned, log_sum_exp(banned, 3, scratch), 3), log(2), 1e-6);
+    for (size_t row = 0; row < 24; row++) {
+        float logits[7];
+        for (size_t v = 0; v < 7; v++) logits[v] = (float)(2 * sin(0.1 + 0.77 * (double)(7 * row + v)));
+        expect_close("TRL's entropy_from_logits", entropy_of_logits(logits, log_sum_exp(logits, 7, scratch), 7), golden_ppo_entropies[row / 8][row % 8], 2e-6);
+    }
+}
+
+/* By hand; zero between equals; the estimates k1 and k3; torch's divergence of two models. */
+static void test_kl(void)
+{
+    float p[] = {0, 0}, q[] = {0, logf(3)}, scratch[2];
+    float p_lse = log_sum_exp(p, 2, scratch), q_lse = log_sum_exp(q, 2, scratch);
+    expect_close("(1/2, 1/2) || (1/4, 3/4)", kl_exact(p, p_lse, q, q_lse, 2), log(2) / 2 + log(2.0 / 3) / 2, 1e-6);
+    expect_close("that is", kl_exact(p, p_lse, q, q_lse, 2), 0.1438, 5e-5);
+    expect_close("with itself", kl_exact(q, q_lse, q, q_lse, 2), 0, 0);
+    expect_close("k1", kl_k1(-1, -1.5), 0.5, 0);
+    expect_close("k3", kl_k3(-1, -1.5), exp(-0.5) - 1 + 0.5, 1e-15);
+    expect_close("mean of k1 under p", (kl_k1(log(0.5), log(0.25)) + kl_k1(log(0.5), log(0.75))) / 2, 0.1438, 5e-5);
+    expect_close("mean of k3 under p", (kl_k3(log(0.5), log(0.25)) + kl_k3(log(0.5), log(0.75))) / 2, 0.1438, 5e-5);
+    expect_close("sum of log-probabilities", sequence_logprob((float[]){-1, -2, -0.5f}, 3), -3.5, 0);
+}
+
+/* exp_fast against the C library's exp over its whole range, and at its ends. */
+static void test_exp_fast(void)
+{
+    double worst = 0;
+    for (double x = -87; x <= 87; x += 0.000731) worst = MAX(worst, fabs(exp_fast((float)x) / exp((float)x) - 1));
+    expect_true("worst relative error below 2e-7", worst < 2e-7);
+    expect_true("e^0", exp_fast(0) == 1 && exp_fast(-0.0f) == 1);
+    expect_true("below -87: 0", exp_fast(-87.01f) == 0 && exp_fast(-1e30f) == 0 && exp_fast(-INFINITY) == 0);
+    expect_relative("above 87: e^87", exp_fast(1e30f), exp(87), 1e-6);
+    expect_relative("at infinity too", exp_fast(INFINITY), exp(87), 1e-6);
+}
+
+/* Sums, maxima and products over rows of every length near the lanes' number, against plain loops. */
+static void test_rows(void)
+{
+    for (size_t n = 1; n < 70; n++) {
+        float *x = random_floats(n, 3), *y = random_floats(n, 1), *e = random_floats(n, 1), most = -INFINITY;
+        double sum = 0, exponentials = 0;
+        for (size_t i = 0; i < n; i++) { most = MAX(most, x[i]); sum += x[i]; exponentials += exp((double)x[i] - 1); }
+        expect_close("row_max", row_max(x, n), most, 0);
+        expect_true("argmax", x[argmax(x, n)] == most);
+        expect_close("row_sum", row_sum(x, n), sum, 1e-4);
+        expect_close("row_dot", row_dot(x, y, n), dot_product(x, y, n), 1e-4);
+        expect_relative("row_exp", row_exp(e, x, 1, n), exponentials, 1e-6);
+    }
+    float equal[] = {-1, 2, 2, -3}, negative[] = {-5, -2, -9}, zeros[] = {-0.0f, 0.0f}, banned[] = {-INFINITY, -INFINITY, -7};
+    expect_count("first among equals", argmax(equal, 4), 1);
+    expect_close("all negative", row_max(negative, 3), -2, 0);
+    expect_close("zeros", row_max(zeros, 2), 0, 0);
+    expect_count("after infinities", argmax(banned, 3), 2);
+}
+
+/* =============================================================================================
+ * Chapter 6 - Matrix multiplication
+ * ============================================================================================= */
+
+static const struct Kernel *widest_kernel;
+
+/* A product by its definition and by every kernel this machine has, in the four transposed forms, set and added, between guards. */
+static void compare_matmul(size_t M, size_t N, size_t K)
+{
+    size_t c_row = N + 3;
+    float *a = random_floats(M * K, 1), *b = random_floats(K * N, 1), *start = random_floats(M * c_row, 1);
+    float *plain = arena_zeros(&test_arena, M * c_row, sizeof *plain), *got = arena_floats(&test_arena, M * c_row);
+    for (int form = 0; form < 4; form++) {
+        struct Matrix left = form & 1 ? transposed(a, M) : matrix(a, K), right = form & 2 ? transposed(b, K) : matrix(b, N);
+        matmul_plain(plain, c_row, left, right, M, N, K, false);
+        for (int run = 0; run < 2 * (int)(widest_kernel - KERNELS + 1); run++) {
+            bool accumulate = run & 1;
+            kernel = &KERNELS[run / 2];
+            memcpy(got, start, M * c_row * sizeof *got);
+            matmul(got, c_row, left, right, M, N, K, accumulate);
+            double worst = 0;
+            for (size_t i = 0; i < M; i++)
+                for (size_t j = 0; j < c_row; j++) {
+                    size_t at = i * c_row + j;
+                    worst = MAX(worst, fabs(got[at] - (j < N ? (double)plain[at] + (accumulate ? start[at] : 0) : start[at])));
+                }
+            if (worst > 2e-6 + 4e-7 * (double)K && failed())
+                printf("%s: kernel %s, form %d%s, M %zu, N %zu, K %zu: expected the plain product, got %.2g beside it\n", test_name, kernel->name, form, accumulate ? " added" : "", M, N, K, worst);
+        }
+    }
+    kernel = widest_kernel;
+}
+
+/* By hand. */
+static void test_matmul(void)
+{
+    float a[] = {1, 2, 3, 4}, b[] = {5, 6}, c[2] = {100, 200};
+    matmul(c, 1, matrix(a, 2), matrix(b, 1), 2, 1, 2, false);
+    expect_floats("[1 2; 3 4] [5; 6]", c, (double[]){17, 39}, 2, 0);
+    matmul(c, 1, transposed(a, 2), matrix(b, 1), 2, 1, 2, true);
+    expect_floats("+ [1 3; 2 4] [5; 6]", c, (double[]){17 + 23, 39 + 34}, 2, 0);
+}
+
+/* Shapes around the tiles' and the blocks' edges. */
+static void test_matmul_plain(void)
+{
+    static const size_t ms[] = {1, 3, 5, 13, 15, 29, 70}, ns[] = {1, 7, 9, 17, 33, 70}, ks[] = {1, 7, 255, 256, 257, 700};
+    widest_kernel = kernel;
+    for (size_t n = 1; n <= 70; n += SANITIZED ? 3 : 1) compare_matmul((n * 37) % 70 + 1, n, 7);
+    for (size_t i = 0; i < COUNT(ms); i++)
+        for (size_t j = 0; j < COUNT(ns); j++)
+            for (size_t k = 0; k < COUNT(ks); k++) if (!SANITIZED || (i + j + k) % 5 == 0) compare_matmul(ms[i], ns[j], ks[k]);
+    compare_matmul(2100, 3, 300);                          /* more rows than a packed block has */
+    compare_matmul(5, 4200, 300);                          /* more columns */
+    compare_matmul(2060, 4100, 2);
+    kernel = NULL;
+    float c[1], a[] = {2}, b[] = {3};
+    matmul(c, 1, matrix(a, 1), matrix(b, 1), 1, 1, 1, false);
+    expect_close("without a kernel", c[0], 6, 0);
+    kernel = widest_kernel;
+}
+
+/* One, two and three threads: the same bits. */
+static void test_matmul_threads(void)
+{
+    size_t M = 333, N = 777, K = 300;
+    float *a = random_floats(M * K, 1), *b = random_floats(K * N, 1), *c[4];
+    for (int threads = 1; threads <= 3; threads++) {
+        c[threads] = arena_floats(&test_arena, M * N);
+        use_threads(threads);
+        matmul(c[threads], N, matrix(a, K), matrix(b, N), M, N, K, false);
+        expect_bits("product", c[threads], c[1], M * N);
+    }
+    use_threads(1);
+}
+
+/* =============================================================================================
+ * Chapter 7 - Layers
+ * ============================================================================================= */
+
+/* What a layer's gradients are tested with: loss = sum of y times given dy. */
+struct LayerCase { size_t N, in, out; float *x, *w, *b, *y, *dy, *mean, *rstd, *lse; struct Batch *batch; };
+
+static double linear_loss(void *context)
+{
+    struct LayerCase *c = context;
+    linear_forward(c->y, c->x, c->w, c->b, c->N, c->in, c->out);
+    return dot_product(c->y, c->dy, c->N * c->out);
+}
+
+/* x W + b and its gradients against torch's (Conv1D). */
+static void test_linear_golden(void)
+{
+    float x[12], w[8], b[2], dy[6], y[6], dx[12], dw[8] = {0}, db[2] = {0};
+    for (int i = 0; i < 12; i++) x[i] = (float)sin(0.2 + 0.5 * i);
+    for (int i = 0; i < 8; i++) w[i] = (float)cos(0.1 + 0.7 * i);
+    for (int i = 0; i < 6; i++) dy[i] = (float)cos(0.3 + 1.1 * i);
+    for (int i = 0; i < 2; i++) b[i] = (float)sin(1.0 + i);
+    linear_forward(y, x, w, b, 3, 4, 2);
+    expect_floats("y", y, golden_lin_y[0], 6, 1e-6);
+    linear_backward(dx, dw, db, dy, x, w, 3, 4, 2);
+    expect_floats("dx", dx, golden_lin_dx[0], 12, 1e-6);
+    expect_floats("dW", dw, golden_lin_dw[0], 8, 1e-6);
+    expect_floats("db", db, golden_lin_db, 2, 1e-6);
+    linear_backward(dx, dw, db, dy, x, w, 3, 4, 2);
+    expect_close("dW is added to, dx is not", dw[0] + dx[0], 2 * golden_lin_dw[0][0] + golden_lin_dx[0][0], 2e-6);
+}
+
+/* Central differences, at widths beyond a strip of columns. */
+static void test_linear_gradient(void)
+{
+    struct LayerCase c = {.N = 9, .in = 21, .out = 130};
+    c.x = random_floats(c.N * c.in, 1); c.w = random_floats(c.in * c.out, 0.3); c.b = random_floats(c.out, 1); c.y = random_floats(c.N * c.out, 1); c.dy = random_floats(c.N * c.out, 1);
+    float *dx = random_floats(c.N * c.in, 1), *dw = arena_zeros(&test_arena, c.in * c.out, 4), *db = arena_zeros(&test_arena, c.out, 4);
+    linear_backward(dx, dw, db, c.dy, c.x, c.w, c.N, c.in, c.out);
+    struct Slope f = {linear_loss, &c, 0.25};
+    expect_gradient("x", f, c.x, dx, c.N * c.in, 60, 1e-4);
+    expect_gradient("W", f, c.w, dw, c.in * c.out, 60, 1e-4);
+    expect_gradient("b", f, c.b, db, c.out, 130, 1e-4);
+    linear_backward(NULL, NULL, db, c.dy, c.x, c.w, c.N, c.in, c.out);
+    expect_close("only the bias, added to", db[129], 2 * slope_at(f, c.b + 129), 1e-3);
+}
+
+/* By hand and against torch. */
+static void test_layernorm(void)
+{
+    float pair[] = {1, 3}, one[] = {1, 1}, zero[] = {0, 0}, y[4], mean, rstd;
+    layernorm_forward(y, &mean, &rstd, pair, one, zero, 1, 2, 0);
+    expect_floats("(1, 3)", y, (double[]){-1, 1}, 2, 1e-7);
+    expect_true("mean 2, variance 1", mean == 2 && rstd == 1);
+    float x[] = {1, 2, 4, 8}, w[] = {1, 0.5f, -1, 2}, b[] = {0, 0.1f, 0.2f, 0.3f}, dy[] = {1, -1, 2, 0.5f}, dx[4] = {10, 10, 10, 10}, dw[4] = {0}, db[4] = {0};
+    layernorm_forward(y, &mean, &rstd, x, w, b, 1, 4, 1e-5f);
+    expect_floats("y", y, golden_ln_y, 4, 2e-6);
+    layernorm_backward(dx, dw, db, dy, x, &mean, &rstd, w, 1, 4);
+    for (int i = 0; i < 4; i++) expect_close("dx, added", dx[i] - 10, golden_ln_dx[i], 4e-6);
+    expect_floats("dw", dw, golden_ln_dw, 4, 2e-6);
+    expect_floats("db", db, golden_ln_db, 4, 2e-6);
+}
+
+static double layernorm_loss(void *context)
+{
+    struct LayerCase *c = context;
+    layernorm_forward(c->y, c->mean, c->rstd, c->x, c->w, c->b, c->N, c->out, 1e-5f);
+    return dot_product(c->y, c->dy, c->N * c->out);
+}
+
+static void test_layernorm_gradient(void)
+{
+    struct LayerCase c = {.N = 7, .out = 67};
+    size_t n = c.N * c.out;
+    c.x = random_floats(n, 1); c.w = random_floats(c.out, 1); c.b = random_floats(c.out, 1); c.y = random_floats(n, 1); c.dy = random_floats(n, 1); c.mean = random_floats(c.N, 1); c.rstd = random_floats(c.N, 1);
+    float *dx = arena_zeros(&test_arena, n, 4), *dw = arena_zeros(&test_arena, c.out, 4), *db = arena_zeros(&test_arena, c.out, 4);
+    layernorm_loss(&c);
+    layernorm_backward(dx, dw, db, c.dy, c.x, c.mean, c.rstd, c.w, c.N, c.out);
+    struct Slope f = {layernorm_loss, &c, 0.03};
+    expect_gradient("x", f, c.x, dx, n, 100, 3e-4);
+    expect_gradient("weight", f, c.w, dw, c.out, 67, 3e-4);
+    expect_gradient("bias", f, c.b, db, c.out, 67, 3e-4);
+}
+
+/* By hand, and values and slopes of transformers' gelu_new. */
+static void test_gelu(void)
+{
+    float x[COUNT(golden_gelu_x)], y[COUNT(golden_gelu_x)], dx[COUNT(golden_gelu_x)], one[COUNT(golden_gelu_x)];
+    for (size_t i = 0; i < COUNT(x); i++) { x[i] = (float)golden_gelu_x[i]; one[i] = 1; }
+    gelu_forward(y, x, 1, COUNT(x));
+    gelu_backward(dx, one, x, 1, COUNT(x));
+    expect_floats("y", y, golden_gelu, COUNT(x), 1e-6);
+    expect_floats("slope", dx, golden_gelu_grad, COUNT(x), 1e-6);
+    float far[] = {0, 30, -30, 1e20f, -1e20f, -1};
+    gelu_row(y, far, 6);
+    expect_floats("0, large, small", y, (double[]){0, 30, 0, 1e20f, 0}, 5, 1e-6);
+    expect_close("-1", y[5], -0.1588, 5e-5);
+}
+
+static double gelu_loss(void *context)
+{
+    struct LayerCase *c = context;
+    gelu_forward(c->y, c->x, c->N, c->out);
+    return dot_product(c->y, c->dy, c->N * c->out);
+}
+
+static void test_gelu_gradient(void)
+{
+    struct LayerCase c = {.N = 2, .out = 53, .x = random_floats(106, 2), .y = random_floats(106, 1), .dy = random_floats(106, 1)};
+    float *dx = random_floats(106, 1);
+    gelu_backward(dx, c.dy, c.x, c.N, c.out);
+    expect_gradient("x", (struct Slope){gelu_loss, &c, 0.03}, c.x, dx, 106, 106, 3e-4);
+}
+
+/* Attention by its definition, in doubles: one sequence and head. */
+static void attend_plainly(double *out, const float *qkv, size_t C, size_t HS, size_t T)
+{
+    double *p = arena_alloc(&test_arena, T, sizeof *p);
+    for (size_t t = 0; t < T; t++) {
+        double total = 0;
+        for (size_t j = 0; j <= t; j++) total += p[j] = exp(dot_product(qkv + t * 3 * C, qkv + j * 3 * C + C, HS) / sqrt((double)HS));
+        for (size_t c = 0; c < HS; c++) out[t * C + c] = 0;
+        for (size_t j = 0; j <= t; j++)
+            for (size_t c = 0; c < HS; c++) out[t * C + c] += p[j] / total * qkv[j * 3 * C + 2 * C + c];
+    }
+}
+
+static struct Batch sequences_of(const size_t *length, size_t B)
+{
+    struct Example *examples = arena_alloc(&test_arena, B, sizeof *examples);
+    for (size_t b = 0; b < B; b++) examples[b] = random_example(length[b], 1, 30);
+    return batch_of(examples, B, READ_LAST);
+}
+
+/* Torch's values; then sequences longer than a block of rows, several heads, against the definition. */
+static void test_attention(void)
+{
+    float qkv[5 * 12], out[20], lse[5], dout[20], dqkv[60];
+    for (int i = 0; i < 20; i++) {
+        float *row = qkv + i / 4 * 12 + i % 4;
+        row[0] = (float)sin(0.3 + 0.7 * i + 0.01 * i * i);
+        row[4] = (float)sin(1.1 + 0.9 * i + 0.02 * i * i);
+        row[8] = (float)sin(2.3 + 0.5 * i + 0.03 * i * i);
+        dout[i] = (float)cos(0.4 + 0.8 * i);
+    }
+    struct Batch five = sequences_of((size_t[]){5}, 1);
+    attention_forward(out, lse, qkv, &five, attention_shape(4, 1));
+    expect_floats("out", out, golden_att_out[0], 20, 1e-6);
+    attention_backward(dqkv, dout, out, lse, qkv, &five, attention_shape(4, 1));
+    for (int i = 0; i < 20; i++) {
+        expect_close("dq", dqkv[i / 4 * 12 + i % 4], golden_att_dq[i / 4][i % 4], 1e-6);
+        expect_close("dk", dqkv[i / 4 * 12 + 4 + i % 4], golden_att_dk[i / 4][i % 4], 1e-6);
+        expect_close("dv", dqkv[i / 4 * 12 + 8 + i % 4], golden_att_dv[i / 4][i % 4], 1e-6);
+    }
+    static const size_t length[] = {150, 1, 64, 65};
+    struct Batch batch = sequences_of(length, 4);
+    size_t C = 24, NH = 3, HS = 8, N = batch.N;
+    float *x = random_floats(N * 3 * C, 1), *got = arena_floats(&test_arena, N * C), *got_lse = arena_floats(&test_arena, N * NH);
+    double *want = arena_alloc(&test_arena, N * C, sizeof *want);
+    attention_forward(got, got_lse, x, &batch, attention_shape(C, NH));
+    for (size_t b = 0; b < 4; b++)
+        for (size_t h = 0; h < NH; h++) attend_plainly(want + batch.start[b] * C + h * HS, x + batch.start[b] * 3 * C + h * HS, C, HS, length[b]);
+    expect_floats("against the definition", got, want, N * C, 3e-6);
+}
+
+static double attention_loss(void *context)
+{
+    struct LayerCase *c = context;
+    attention_forward(c->y, c->lse, c->x, c->batch, attention_shape(c->out, c->in));
+    return dot_product(c->y, c->dy, c->N * c->out);
+}
+
+/* Central differences of queries, keys and values, over the edge of a block of 64 rows. */
+static void test_attention_gradient(void)
+{
+    struct Batch batch = sequences_of((size_t[]){71, 3}, 2);
+    struct LayerCase c = {.N = 74, .in = 2, .out = 10, .batch = &batch};
+    c.x = random_floats(c.N * 30, 1); c.y = random_floats(c.N * 10, 1); c.dy = random_floats(c.N * 10, 1); c.lse = random_floats(c.N * 2, 1);
+    float *d = random_floats(c.N * 30, 1);
+    attention_loss(&c);
+    attention_backward(d, c.dy, c.y, c.lse, c.x, &batch, attention_shape(10, 2));
+    struct Slope f = {attention_loss, &c, 0.05};
+    expect_gradient("qkv, first rows", f, c.x, d, 30 * 10, 60, 3e-4);
+    expect_gradient("qkv", f, c.x, d, 30 * 74, 120, 3e-4);
+    expect_gradient("qkv, second sequence", f, c.x + 30 * 71, d + 30 * 71, 90, 90, 3e-4);
+}
+
+/* =============================================================================================
+ * Chapter 8 - GPT-2
+ * ============================================================================================= */
+
+/* Tensor number k of the golden model: 0.3 sin(1.7 k + 0.61 i + 0.003 i i); layer norms 1 + a third of it. */
+static void golden_fill(struct Tensor *t, double k)
+{
+    bool norm = strstr(t->name, "ln_") && strstr(t->name, "weight");
+    for (size_t i = 0; i < t->n; i++) {
+        double v = 0.3 * sin(1.7 * k + 0.61 * (double)i + 0.003 * (double)i * (double)i);
+        t->w[i] = (float)(norm ? 1 + v / 3 : v);
+    }
+}
+
+static struct GPT2 *golden_model(void)
+{
+    struct GPT2 *model = gpt2_new((struct GPT2Config){61, 16, 16, 2, 2, 60, 60, 1e-5f});
+    for (size_t k = 0; k < model->tensor_count; k++) golden_fill(model->tensors[k], (double)k);
+    return model;
+}
+
+/* The golden sequences: 12 and 7 tokens, every one but the first predicted. */
+static struct Example *golden_examples(void)
+{
+    struct Example *examples = arena_alloc(&test_arena, 2, sizeof *examples);
+    for (int b = 0; b < 2; b++) {
+        examples[b] = (struct Example){arena_alloc(&test_arena, 12, sizeof(int)), b ? 7 : 12, 1};
+        for (int t = 0; t < (b ? 7 : 12); t++) examples[b].ids[t] = (7 * t * t + 11 * t + 5 * b + 3) % 61;
+    }
+    return examples;
+}
+
+/* Logits, log-sum-exps, log-probabilities and loss against transformers. */
+static void test_gpt2_golden(void)
+{
+    struct GPT2 *model = golden_model();
+    struct Batch batch = batch_of(golden_examples(), 2, READ_LAST);
+    float *logits = batch_logits(model, &batch), scratch[61];
+    for (size_t i = 0; i < 8; i++) {
+        const int *at = golden_gpt_logit_at[i];
+        expect_close("logit", logits[(batch.start[at[0]] + (size_t)at[1]) * 61 + (size_t)at[2]], golden_gpt_logit[i], 5e-6);
+    }
+    for (size_t n = 0; n < 19; n++) expect_close("log_sum_exp", log_sum_exp(logits + n * 61, 61, scratch), golden_gpt_lse[n], 6e-6);
+    struct Activations acts = gpt2_forward(model, &test_arena, &batch, false);
+    struct LMHead head = lm_head_new(model, &test_arena, &acts, batch.row, batch.target, batch.R, 1);
+    lm_head_forward(model, &head);
+    expect_count("targets", batch.R, 17);
+    expect_floats("log-probability", head.logprob, golden_gpt_target_logp, 17, 1e-5);
+    expect_close("loss", -sequence_logprob(head.logprob, 17) / 17, golden_gpt_loss, 3e-6);
+    for (size_t r = 0; r < 17; r++) {
+        const float *row = logits + (size_t)batch.row[r] * 61;
+        expect_close("entropy", head.entropy[r], entropy_of_logits(row, head.lse[r], 61), 5e-6);
+        expect_close("mean logit", head.mean_logit[r], row_sum(row, 61) / 61, 1e-6);
+        expect_true("hit", head.hit[r] == (argmax(row, 61) == (size_t)batch.target[r]));
+    }
+    gpt2_free(model);
+}
+
+/* Norm and ends of every tensor's gradient against torch's. */
+static void test_gpt2_gradient_golden(void)
+{
+    struct GPT2 *model = golden_model();
+    gpt2_make_trainable(model);
+    struct Batch batch = batch_of(golden_examples(), 2, SKIP_LAST);
+    struct Activations acts = gpt2_forward(model, &test_arena, &batch, true);
+    struct LMHead head = lm_head_new(model, &test_arena, &acts, batch.row, batch.target, batch.R, 1);
+    float *dhidden = arena_zeros(&test_arena, batch.N * 16, sizeof *dhidden);
+    lm_head_cross_entropy(model, &head, 1.0f / 17, dhidden, &test_arena);
+    gpt2_backward(model, &test_arena, &acts, dhidden);
+    expect_count("tensors", model->tensor_count, 28);
+    for (size_t i = 0; i < 28; i++) {
+        const struct Tensor *t = model->tensors[i];
+        float ends[] = {t->d[0], t->d[1], t->d[t->n - 2], t->d[t->n - 1]};
+        expect_relative(t->name, norm_of(t->d, t->n), golden_gpt_grad_norm[i], 5e-6);
+        expect_floats(t->name, ends, golden_gpt_grad_ends[i], 4, 1.5e-6);
+    }
+    expect_close("all", gradient_norm(model), golden_gpt_grad_total, 1e-5);
+    gpt2_free(model);
+}
+
+/* A model, a batch and how the output layer reads it. */
+struct ModelCase { struct GPT2 *model; struct Batch batch; float temperature, *dlogprob; size_t chunk; };
+
+/* Sum of dlogprob times log-probability; backward: its gradient. */
+static double model_loss(void *context)
+{
+    struct ModelCase *c = context;
+    struct Arena arena = {0};
+    struct Activations acts = gpt2_forward(c->model, &arena, &c->batch, false);
+    struct LMHead head = lm_head_new(c->model, &arena, &acts, c->batch.row, c->batch.target, c->batch.R, c->temperature);
+    if (c->chunk) head.chunk = c->chunk;
+    lm_head_forward(c->model, &head);
+    double loss = dot_product(head.logprob, c->dlogprob, c->batch.R);
+    arena_free(&arena);
+    return loss;
+}
+
+static void model_gradient(struct ModelCase *c)
+{
+    struct GPT2 *model = c->model;
+    gpt2_make_trainable(model);
+    gpt2_zero_grad(model);
+    struct Activations acts = gpt2_forward(model, &test_arena, &c->batch, true);
+    struct LMHead head = lm_head_new(model, &test_arena, &acts, c->batch.row, c->batch.target, c->batch.R, c->temperature);
+    if (c->chunk) head.chunk = c->chunk;
+    float *dhidden = arena_zeros(&test_arena, c->batch.N * model->config.n_embd, sizeof *dhidden);
+    lm_head_forward(model, &head);
+    lm_head_backward(model, &head, c->dlogprob, dhidden, &test_arena);
+    gpt2_backward(model, &test_arena, &acts, dhidden);
+}
+
+static struct ModelCase model_case(float temperature, size_t chunk)
+{
+    struct ModelCase c = {.model = random_model(37, 12, 8, 2, 2), .temperature = temperature, .chunk = chunk};
+    struct Example examples[] = {random_example(12, 1, 37), random_example(5, 3, 37), random_example(9, 1, 37)};
+    c.batch = batch_of(examples, 3, SKIP_LAST);
+    c.dlogprob = random_floats(c.batch.R, 0.3);
+    return c;
+}
+
+/* Central differences through the whole model, several weights of every tensor: embedding, blocks, tied output layer. */
+static void test_gpt2_gradient(void)
+{
+    struct ModelCase c = model_case(1, 0);
+    model_gradient(&c);
+    for (size_t i = 0; i < c.model->tensor_count; i++) {
+        struct Tensor *t = c.model->tensors[i];
+        expect_gradient(t->name, (struct Slope){model_loss, &c, 0.015}, t->w, t->d, t->n, 12, 2e-3);
+    }
+    gpt2_free(c.model);
+}
+
+/* With a temperature, and with the output layer's rows in chunks of five. */
+static void test_gpt2_chunks(void)
+{
+    struct ModelCase c = model_case(0.7f, 5), whole = c;
+    whole.chunk = 0;
+    model_gradient(&c);
+    for (size_t i = 0; i < c.model->tensor_count; i += 5) {
+        struct Tensor *t = c.model->tensors[i];
+        expect_gradient(t->name, (struct Slope){model_loss, &c, 0.015}, t->w, t->d, t->n, 8, 2e-3);
+    }
+    expect_close("loss in one chunk", model_loss(&c), model_loss(&whole), 1e-5);
+    float *wte = random_floats(c.model->wte.n, 1);
+    memcpy(wte, c.model->wte.d, c.model->wte.n * sizeof *wte);
+    model_gradient(&whole);
+    expect_floats("wte's gradient in one chunk", wte, widen(c.model->wte.d, c.model->wte.n), c.model->wte.n, 1e-5);
+    for (size_t chunk = 1; chunk <= 4; chunk++) {          /* cross_entropy: forward and backward chunk by chunk */
+        gpt2_zero_grad(c.model);
+        struct Activations acts = gpt2_forward(c.model, &test_arena, &c.batch, true);
+        struct LMHead head = lm_head_new(c.model, &test_arena, &acts, c.batch.row, c.batch.target, c.batch.R, 0.7f);
+        head.chunk = chunk == 4 ? head.R : chunk;
+        float *dhidden = arena_zeros(&test_arena, c.batch.N * 8, sizeof *dhidden);
+        lm_head_cross_entropy(c.model, &head, 0.1f, dhidden, &test_arena);
+        for (size_t r = 0; r < c.batch.R; r++) c.dlogprob[r] = -0.1f;
+        gpt2_backward(c.model, &test_arena, &acts, dhidden);
+        memcpy(wte, c.model->wte.d, c.model->wte.n * sizeof *wte);
+        model_gradient(&whole);
+        expect_floats("wte's gradient of the cross-entropy", wte, widen(c.model->wte.d, c.model->wte.n), c.model->wte.n, 1e-5);
+    }
+    gpt2_free(c.model);
+}
+
+/* A packed batch gives each sequence what it gets alone. */
+static void test_gpt2_packed(void)
+{
+    struct GPT2 *model = random_model(50, 80, 16, 2, 4);
+    struct Example examples[] = {random_example(3, 1, 50), random_example(80, 1, 50), random_example(1, 1, 50), random_example(66, 1, 50)};
+    struct Batch batch = batch_of(examples, 4, READ_LAST);
+    float *together = batch_logits(model, &batch);
+    for (size_t b = 0; b < 4; b++) {
+        struct Batch one = batch_of(&examples[b], 1, READ_LAST);
+        expect_floats("logits", together + batch.start[b] * 50, widen(batch_logits(model, &one), examples[b].n * 50), examples[b].n * 50, 2e-5);
+    }
+    gpt2_free(model);
+}
+
+/* Weights start as GPT-2's: deviation 0.02, less for what writes to the residual stream; biases 0, norms 1. */
+static void test_gpt2_init(void)
+{
+    struct GPT2 *model = new_model(300, 64, 64, 8, 4);
+    for (size_t i = 0; i < model->tensor_count; i++) {
+        struct Tensor *t = model->tensors[i];
+        double rms = norm_of(t->w, t->n) / sqrt((double)t->n), want = t->ndim == 2 ? strstr(t->name, "c_proj") ? 0.005 : 0.02 : strstr(t->name, "bias") ? 0 : 1;
+        expect_close(t->name, rms, want, 0.05 * want);
+        expect_true("decay on matrices alone", t->decay == (t->ndim == 2));
+    }
+    struct GPT2 *copy = gpt2_copy(model);
+    expect_same_weights("copy", copy, model);
+    gpt2_free(copy);
+    gpt2_free(model);
+}
+
+/* A model with all its heads, saved and loaded: the same bits and configuration. */
+static void test_gpt2_save(void)
+{
+    struct GPT2 *model = gpt2_new((struct GPT2Config){300, 24, 12, 2, 3, 299, 298, 1e-6f});
+    reward_head_declare(model);
+    value_head_declare(model);
+    fill_random(model);
+    gpt2_save(model, temporary("saved"), tokenizer);
+    struct GPT2 *loaded = gpt2_load(temporary("saved"));
+    expect_same_weights("weights", loaded, model);
+    const struct GPT2Config *a = &loaded->config, *b = &model->config;
+    expect_true("sizes", a->vocab_size == b->vocab_size && a->n_positions == b->n_positions && a->n_embd == b->n_embd && a->n_layer == b->n_layer && a->n_head == b->n_head);
+    expect_true("ids and epsilon", a->eos_token_id == 299 && a->pad_token_id == 298 && a->layer_norm_epsilon == 1e-6f);
+    expect_true("both heads", loaded->score.n == 12 && loaded->v_head.weight.n == 12 && loaded->v_head.bias.n == 1);
+    tokenizer_check_folder(tokenizer, temporary("saved"), 300);
+    gpt2_free(loaded);
+    gpt2_free(model);
+}
+
+/* The same model as transformers may write it: without prefix, in shards, in half precision, with other tensors beside. */
+static void test_gpt2_load(void)
+{
+    struct GPT2 *model = gpt2_new((struct GPT2Config){300, 24, 12, 2, 3, 299, 299, 1e-5f});
+    fill_random(model);
+    for (size_t i = 0; i < model->tensor_count; i++)           /* numbers that bfloat16 can hold */
+        for (size_t k = 0; k < model->tensors[i]->n; k++) model->tensors[i]->w[k] = float_of_bits(bits_of_float(model->tensors[i]->w[k]) & 0xffff0000u);
+    gpt2_save(model, temporary("plain"), NULL);
+    struct Tensor *extra[40], odd = {.name = "h.0.attn.bias", .shape = {2, 2}, .ndim = 2, .n = 4, .w = random_floats(4, 1)};
+    memcpy(extra, model->tensors, model->tensor_count * sizeof *extra);
+    extra[model->tensor_count] = &odd;
+    safetensors_write(temporary("plain"), "model.safetensors", extra, model->tensor_count + 1, "");
+    struct GPT2 *loaded = gpt2_load(temporary("plain"));
+    expect_same_weights("without prefix", loaded, model);
+    gpt2_free(loaded);
+    unlink(temporary("plain/model.safetensors"));
+    safetensors_write(temporary("plain"), "a.safetensors", model->tensors, 5, "transformer.");
+    safetensors_write(temporary("plain"), "b.safetensors", model->tensors + 5, model->tensor_count - 5, "transformer.");
+    write_text("plain/model.safetensors.index.json", "{\"metadata\": {}, \"weight_map\": {\"x\": \"b.safetensors\", \"y\": \"a.safetensors\", \"z\": \"b.safetensors\"}}");
+    loaded = gpt2_load(temporary("plain"));
+    expect_same_weights("in shards", loaded, model);
+    gpt2_free(loaded);
+    size_t n, used = 0;
+    float *all = all_weights(model, &n);
+    unsigned char *file = arena_alloc(&test_arena, 8 + 8192 + 2 * n, 1);
+    used = 8 + (size_t)sprintf((char *)file + 8, "{");
+    for (size_t i = 0, offset = 0; i < model->tensor_count; offset += 2 * model->tensors[i++]->n) {
+        struct Tensor *t = model->tensors[i];
+        used += (size_t)sprintf((char *)file + used, "%s\"%s\":{\"dtype\":\"BF16\",\"shape\":[%zu%s", i ? "," : "", t->name, t->shape[0], t->ndim == 2 ? "," : "");
+        if (t->ndim == 2) used += (size_t)sprintf((char *)file + used, "%zu", t->shape[1]);
+        used += (size_t)sprintf((char *)file + used, "],\"data_offsets\":[%zu,%zu]}", offset, offset + 2 * t->n);
+    }
+    used += (size_t)sprintf((char *)file + used, "}");
+    for (int i = 0; i < 8; i++) file[i] = (unsigned char)((used - 8) >> 8 * i);
+    for (size_t i = 0; i < n; i++) { file[used++] = (unsigned char)(bits_of_float(all[i]) >> 16); file[used++] = (unsigned char)(bits_of_float(all[i]) >> 24); }
+    write_bytes("plain/model.safetensors", file, used);
+    loaded = gpt2_load(temporary("plain"));
+    expect_same_weights("in bfloat16", loaded, model);
+    gpt2_free(loaded);
+    gpt2_free(model);
+}
+
+/* =============================================================================================
+ * Chapter 9 - Reward and value heads
+ * ============================================================================================= */
+
+/* Rewards, Bradley-Terry loss and gradients against transformers' GPT2ForSequenceClassification. */
+static void test_reward_golden(void)
+{
+    struct GPT2 *model = golden_model();
+    golden_fill(reward_head_declare(model), 100);
+    gpt2_make_trainable(model);
+    struct Batch batch = batch_of(golden_examples(), 2, READ_LAST);
+    struct Activations acts = gpt2_forward(model, &test_arena, &batch, true);
+    int row[2];
+    float reward[2], dreward[2], *dhidden = arena_zeros(&test_arena, batch.N * 16, sizeof *dhidden);
+    reward_rows(&batch, 60, row);
+    expect_ids("rows", row, 2, (int[]){11, 18}, 2);
+    scalar_head_forward(reward, acts.ln_f, row, 2, &model->score, NULL);
+    expect_floats("reward", reward, golden_rm_reward, 2, 3e-6);
+    double loss = bradley_terry_loss(reward, 2, &(struct Pair){0, 1, 0}, 1, 0, dreward);
+    expect_close("loss", loss, golden_rm_loss, 1e-6);
+    scalar_head_backward(dhidden, dreward, acts.ln_f, row, 2, &model->score, NULL);
+    gpt2_backward(model, &test_arena, &acts, dhidden);
+    expect_relative("norm of score's gradient", norm_of(model->score.d, 16), golden_rm_score_grad_norm, 5e-6);
+    expect_floats("score's gradient", model->score.d, golden_rm_score_grad, 4, 3e-6);
+    expect_relative("norm of wte's gradient", norm_of(model->wte.d, model->wte.n), golden_rm_wte_grad_norm, 5e-6);
+    expect_relative("norm of wpe's gradient", norm_of(model->wpe.d, model->wpe.n), golden_rm_wpe_grad_norm, 5e-6);
+    gpt2_free(model);
+}
+
+/* A reward is read before the padding, also where an end token pads; an empty text is a lone end token. */
+static void test_reward_rows(void)
+{
+    struct Example examples[] = {{(int[]){1, 2, 60, 60}, 4, 0}, {(int[]){60, 3}, 2, 0}, {(int[]){60, 60}, 2, 0}, {(int[]){4}, 1, 0}, {(int[]){5, 60, 6, 60}, 4, 0}};
+    struct Batch batch = batch_of(examples, 5, READ_LAST);
+    int row[5];
+    reward_rows(&batch, 60, row);
+    expect_ids("rows", row, 5, (int[]){1, 5, 6, 8, 11}, 5);
+    struct GPT2 *model = golden_model();
+    golden_fill(reward_head_declare(model), 100);
+    struct Example *golden = golden_examples(), texts[40], end = {(int[]){60}, 1, 0};
+    for (size_t i = 0; i < 40; i++) texts[i] = golden[i % 2];
+    texts[39] = (struct Example){NULL, 0, 0};
+    float reward[40], lone;
+    reward_score(model, texts, 40, reward);
+    for (size_t i = 0; i < 39; i++) expect_close("more texts than go together", reward[i], golden_rm_reward[i % 2], 3e-6);
+    reward_score(model, &end, 1, &lone);
+    expect_close("empty text", reward[39], lone, 0);
+    gpt2_free(model);
+}
+
+struct HeadCase { float *hidden, *out, *dout; int *row; struct Linear head; };
+
+static double head_loss(void *context)
+{
+    struct HeadCase *c = context;
+    scalar_head_forward(c->out, c->hidden, c->row, 4, &c->head.weight, &c->head.bias);
+    return dot_product(c->out, c->dout, 4);
+}
+
+/* Central differences; a row that is read twice gets both gradients. A new value head is U(-1/sqrt(C), 1/sqrt(C)). */
+static void test_reward_head_gradient(void)
+{
+    struct HeadCase c = {random_floats(60, 1), random_floats(4, 1), random_floats(4, 1), (int[]){4, 0, 2, 2}, {{.n = 12, .w = random_floats(12, 1)},
+        {.n = 1, .w = random_floats(1, 1)}}};
+    c.head.weight.d = arena_zeros(&test_arena, 12, 4);
+    c.head.bias.d = arena_zeros(&test_arena, 1, 4);
+    float *dhidden = arena_zeros(&test_arena, 60, 4);
+    scalar_head_backward(dhidden, c.dout, c.hidden, c.row, 4, &c.head.weight, &c.head.bias);
+    struct Slope f = {head_loss, &c, 0.1};
+    expect_gradient("hidden", f, c.hidden, dhidden, 60, 60, 1e-4);
+    expect_gradient("weight", f, c.head.weight.w, c.head.weight.d, 12, 12, 1e-4);
+    expect_gradient("bias", f, c.head.bias.w, c.head.bias.d, 1, 1, 1e-4);
+    struct GPT2 *model = new_model(300, 8, 400, 1, 4);
+    value_head_init(model, 3);
+    double most = 0, square = 0;
+    for (size_t i = 0; i < 400; i++) { most = MAX(most, fabs(model->v_head.weight.w[i])); square += pow(model->v_head.weight.w[i], 2) / 400; }
+    expect_true("within 1/20", most <= 0.05 && most > 0.048);
+    expect_close("variance of a uniform distribution", square, 0.05 * 0.05 / 3, 1e-4);
+    gpt2_free(model);
+}
+
+/* =============================================================================================
+ * Chapter 11 - Optimizer, schedule, Trainer
+ * ============================================================================================= */
+
+/* Six steps with decay, clipping and warm-up: losses, norms, learning rates and weights of torch's AdamW, by trainer_train. */
+static void test_adamw_golden(void)
+{
+    struct GPT2 *model = golden_model();
+    struct Trainer trainer = trainer_of(model, 0.01, 6, 2);
+    trainer.args.weight_decay = 0.1;
+    trainer.args.warmup_steps = 2;
+    language_task(&trainer, golden_examples(), 2);
+    trainer_train(&trainer);
+    for (size_t i = 0; i < 6; i++) {
+        expect_close("loss", logged(&trainer, i, "loss"), golden_adamw_loss[i], 2e-5);
+        expect_close("norm before clipping", logged(&trainer, i, "grad_norm"), golden_adamw_norm[i], 5e-5);
+        expect_close("learning rate", logged(&trainer, i, "learning_rate"), (double[]){0, 0.005, 0.01, 0.0075, 0.005, 0.0025}[i], 1e-12);
+        expect_close("step", logged(&trainer, i, "step"), (double)i + 1, 0);
+    }
+    trainer.task.eval_n = 2;
+    expect_close("loss after all", trainer_evaluate(&trainer), golden_adamw_final, 2e-5);
+    expect_floats("wte", model->wte.w, golden_adamw_wte, 4, 2e-6);
+    expect_floats("ln_f", model->ln_f.weight.w, golden_adamw_ln_f, 4, 2e-6);
+    trainer_free(&trainer);
+    gpt2_free(model);
+}
+
+/* The first step by hand, decay and clipping by hand, and plain gradient descent. */
+static void test_adamw_hand(void)
+{
+    struct Tensor t = {.name = "t", .n = 2, .ndim = 2, .decay = true, .w = (float[]){1, -1}, .d = (float[]){300, -400}, .m = (float[]){0, 0}, .v = (float[]){0, 0}}, *tensors[] = {&t};
+    struct GPT2 model = {.tensors = tensors, .tensor_count = 1};
+    struct TrainingArguments args = training_arguments();
+    expect_close("norm before clipping", optimizer_step(&model, &args, 0.1, 1), 500, 1e-3);
+    expect_floats("first step: lr against the gradient's sign", t.w, (double[]){0.9, -0.9}, 2, 4e-6);
+    expect_floats("m of the clipped gradient", t.m, (double[]){0.06, -0.08}, 2, 4e-6);
+    expect_floats("v", t.v, (double[]){0.00036, 0.00064}, 2, 1e-8);
+    args.weight_decay = 0.5;
+    optimizer_step(&model, &args, 0.1, 2);
+    expect_floats("second step with decay", t.w, (double[]){0.9 * 0.95 - 0.1, -0.9 * 0.95 + 0.1}, 2, 4e-6);
+    t.decay = false;
+    args.optim = "sgd";
+    args.max_grad_norm = 0;
+    optimizer_step(&model, &args, 0.001, 3);
+    expect_floats("sgd", t.w, (double[]){0.755 - 0.3, -0.755 + 0.4}, 2, 4e-6);
+    t.decay = true;
+    args.max_grad_norm = 1;
+    optimizer_step(&model, &args, 0.1, 4);
+    expect_floats("sgd, clipped and decayed", t.w, (double[]){0.455 * 0.95 - 0.06, -0.355 * 0.95 + 0.08}, 2, 4e-6);
+}
+
+/* transformers' schedules, and by hand. */
+static void test_schedule(void)
+{
+    static const struct { const char *name; const double *want; } types[] = {{"linear", golden_sched_linear}, {"cosine", golden_sched_cosine}, {"constant", golden_sched_constant},
+        {"constant_with_warmup", golden_sched_constant_with_warmup}};
+    struct TrainingArguments args = training_arguments();
+    args.warmup_steps = 3;
+    for (size_t i = 0; i < COUNT(types); i++) {
+        args.lr_scheduler_type = types[i].name;
+        for (size_t step = 0; step <= 10; step++) expect_close(types[i].name, schedule_factor(&args, step, 10), types[i].want[step], 1e-9);
+    }
+    args = training_arguments();
+    args.warmup_steps = 2;
+    for (size_t step = 0; step < 4; step++) expect_close("linear, 10 steps, warm-up 2", schedule_factor(&args, step, 10), (double[]){0, 0.5, 1, 0.875}[step], 1e-12);
+    args.lr_end = 0.2;
+    expect_close("lr_end", schedule_factor(&args, 10, 10), 0.2, 1e-12);
+    expect_close("half way to lr_end", schedule_factor(&args, 6, 10), 0.6, 1e-12);
+}
+
+/* Steps and epochs of transformers: a smaller last batch, an accumulation's rest as a step; accumulated gradients are the batch's. */
+static void test_trainer_steps(void)
+{
+    struct GPT2 *model = random_model(40, 16, 8, 1, 2);
+    struct Example examples[11];
+    for (size_t i = 0; i < 11; i++) examples[i] = random_example(3 + i, i % 3, 40);
+    struct Trainer trainer = trainer_of(model, 0, 0, 2);
+    trainer.args.gradient_accumulation_steps = 2;
+    trainer.args.num_train_epochs = 2;
+    language_task(&trainer, examples, 11);
+    trainer_train(&trainer);
+    expect_count("steps: 2 epochs of ceil(11 / 4)", trainer.state.global_step, 6);
+    expect_close("epoch after step 2", logged(&trainer, 1, "epoch"), 2.0 / 3, 1e-12);
+    expect_close("epoch at the end", trainer.state.epoch, 2, 0);
+    expect_true("train_loss", isfinite(logged(&trainer, 6, "train_loss")) && isfinite(logged(&trainer, 6, "train_runtime")));
+    size_t order[11], n;
+    for (size_t i = 0; i < 11; i++) order[i] = 10 - i;
+    double loss[2];
+    float *gradient[2];
+    for (int run = 0; run < 2; run++) {
+        trainer.args.per_device_train_batch_size = run ? 3 : 11;
+        loss[run] = trainer_accumulate(&trainer, order, 11);
+        for (size_t i = 0; i < model->tensor_count; i++) memcpy(model->tensors[i]->w, model->tensors[i]->d, model->tensors[i]->n * sizeof(float));
+        gradient[run] = all_weights(model, &n);
+        fill_random((test_rng = rng_seed(1, 1), model));
+        if (run == 0) loss[0] = trainer_accumulate(&trainer, order, 11);
+        if (run == 0) for (size_t i = 0, at = 0; i < model->tensor_count; at += model->tensors[i++]->n) memcpy(gradient[0] + at, model->tensors[i]->d, model->tensors[i]->n * sizeof(float));
+    }
+    expect_close("loss in pieces", loss[1], loss[0], 1e-6);
+    expect_floats("gradient in pieces", gradient[1], widen(gradient[0], n), n, 2e-6);
+    trainer_free(&trainer);
+    gpt2_free(model);
+}
+
+/* What trainer_state.json says is what the log holds, keys sorted; NaN is null. */
+static void test_trainer_state(void)
+{
+    struct TrainerState state = {.epoch = 0.5, .global_step = 3, .max_steps = 6, .num_train_epochs = 1.5};
+    struct TrainingArguments args = training_arguments();
+    struct LogEntry *entry = state_log(&state);
+    log_value(entry, "step", 3);
+    log_value(entry, "loss", 0.1f);
+    log_value(entry, "bad", NAN);
+    trainer_state_save(&state, &args, folder);
+    struct Json *json = json_read_file(&test_arena, temporary("trainer_state.json")), *item = json_get(json, "log_history")->child->child;
+    expect_text("sorted", item->key, "bad");
+    expect_true("NaN", item->type == JSON_NULL);
+    expect_close("loss", item->next->number, 0.1f, 1e-9);
+    expect_close("global_step", json_get(json, "global_step")->number, 3, 0);
+    expect_close("epochs begun", json_get(json, "num_train_epochs")->number, 2, 0);
+    free(state.log_history);
+}
+
+/* Two training steps of a model large enough for every parallel loop: one, two and three threads, the same weights. */
+static void test_trainer_threads(void)
+{
+    struct Example examples[8];
+    struct GPT2 *model[4] = {NULL};
+    for (size_t i = 0; i < 8; i++) examples[i] = random_example(80, i % 2 ? 20 : 1, 1200);
+    for (int threads = 1; threads <= 3; threads++) {
+        model[threads] = new_model(1200, 128, 96, 2, 4);
+        struct Trainer trainer = trainer_of(model[threads], 0.01, 2, 8);
+        language_task(&trainer, examples, 8);
+        use_threads(threads);
+        trainer_train(&trainer);
+        expect_same_weights("weights", model[threads], model[1]);
+        trainer_free(&trainer);
+    }
+    use_threads(1);
+    for (int threads = 1; threads <= 3; threads++) gpt2_free(model[threads]);
+}
+
+/* =============================================================================================
+ * Chapter 12 - Generation
+ * ============================================================================================= */
+
+static struct GenerationConfig sampling(double temperature, size_t top_k, double top_p)
+{
+    struct GenerationConfig config = generation_config();
+    config.do_sample = true;
+    config.temperature = temperature;
+    config.top_k = top_k;
+    config.top_p = top_p;
+    return config;
+}
+
+/* Greedy tokens of transformers, with and without repetition penalty, after a prompt of four. */
+static void test_generate_golden(void)
+{
+    struct GPT2 *model = golden_model();
+    for (int penalty = 0; penalty < 2; penalty++) {
+        struct GenerationConfig config = generation_config();
+        config.repetition_penalty = penalty ? 1.5 : 1;
+        struct Sequence s = sequence_start(&test_arena, golden_examples()[0].ids, 4, 8, model, rng_seed(1, 1));
+        generate(model, &s, 1, &config);
+        expect_ids(penalty ? "repetition_penalty 1.5" : "greedy", s.ids + 4, s.n - 4, penalty ? golden_greedy_rep : golden_greedy, 8);
+    }
+    gpt2_free(model);
+}
+
+/* What transformers keeps, and with what probabilities, by temperature .7, top_k 10, top_p .8 and a repetition penalty. */
+static void test_generate_filters_golden(void)
+{
+    struct GPT2 *model = golden_model();
+    struct Example prompt = {golden_examples()[0].ids, 4, 4};
+    struct Batch batch = batch_of(&prompt, 1, READ_LAST);
+    for (int penalty = 0; penalty < 2; penalty++) {
+        struct GenerationConfig config = sampling(0.7, 10, 0.8);
+        config.repetition_penalty = penalty ? 1.5 : 1;
+        float *p = batch_logits(model, &batch) + 3 * 61;
+        size_t kept = 0, n = penalty ? 7 : 6;
+        process_logits(p, 61, &config, prompt.ids, 4, 0, 60);
+        softmax(p, 61);
+        for (size_t v = 0; v < 61; v++) kept += p[v] > 0;
+        expect_count("kept", kept, n);
+        for (size_t i = 0; i < n; i++) expect_close("probability", p[(penalty ? golden_sample_rep_id : golden_sample_id)[i]], (penalty ? golden_sample_rep_p : golden_sample_p)[i], 2e-6);
+    }
+    gpt2_free(model);
+}
+
+/* Each processor by hand. */
+static void test_generate_processors(void)
+{
+    float penalised[] = {3, -3, 1, 0};
+    process_repetition_penalty(penalised, 4, (int[]){0, 1, 0, 0, 3}, 5, 2);
+    expect_floats("penalty 2, once an id", penalised, (double[]){1.5, -6, 1, 0}, 4, 0);
+    float ngram[] = {1, 2, 3, 4};
+    process_no_repeat_ngram(ngram, (int[]){0, 1, 2, 0, 1, 3, 0, 1}, 8, 3);
+    expect_true("0 1 was followed by 2 and 3", ngram[0] == 1 && ngram[1] == 2 && ngram[2] == -INFINITY && ngram[3] == -INFINITY);
+    float single[] = {1, 2, 3, 4};
+    process_no_repeat_ngram(single, (int[]){1, 3}, 2, 1);
+    expect_true("1-grams: what was seen", single[0] == 1 && single[1] == -INFINITY && single[2] == 3 && single[3] == -INFINITY);
+    process_no_repeat_ngram(single, (int[]){0}, 1, 3);
+    expect_true("shorter than an n-gram", single[0] == 1);
+    float tied[] = {1, 5, 3, 3, 2};
+    process_top_k(tied, 5, 2);
+    expect_true("top 2, a tie kept", tied[0] == -INFINITY && tied[1] == 5 && tied[2] == 3 && tied[3] == 3 && tied[4] == -INFINITY);
+    process_top_k(tied, 5, 9);
+    expect_true("k above V", tied[2] == 3);
+    float nucleus[] = {logf(0.2f), logf(0.5f), logf(0.3f)}, certain[] = {0, 30, -INFINITY};
+    process_top_p(nucleus, 3, 0.7);
+    expect_true("0.5, 0.3, 0.2 with p 0.7", nucleus[0] == -INFINITY && nucleus[1] > -1 && nucleus[2] > -2);
+    process_top_p(nucleus, 3, 0.3);
+    expect_true("the token that crosses p is kept", nucleus[1] > -1 && nucleus[2] == -INFINITY);
+    process_top_p(certain, 3, 1e-9);
+    expect_true("the likeliest always stays", certain[1] == 30 && certain[0] == -INFINITY);
+    struct GenerationConfig config = sampling(2, 0, 1);
+    config.min_new_tokens = 3;
+    float logits[] = {1, 2, 4};
+    process_logits(logits, 3, &config, NULL, 0, 2, 2);
+    expect_true("no end before three tokens, then temperature", logits[0] == 0.5f && logits[1] == 1 && logits[2] == -INFINITY);
+    config.do_sample = false;
+    float greedy[] = {1, 2, 4};
+    process_logits(greedy, 3, &config, NULL, 0, 3, 2);
+    expect_true("greedy ignores temperature", greedy[0] == 1 && greedy[2] == 4);
+}
+
+/* Tokens come as often as their probabilities say; a banned one never. */
+static void test_generate_distribution(void)
+{
+    enum { N = 30000 };
+    static const double p[] = {0.05, 0.4, 0, 0.25, 0.3};
+    size_t count[5] = {0};
+    for (size_t i = 0; i < N; i++) {
+        float logits[5];
+        for (size_t v = 0; v < 5; v++) logits[v] = p[v] > 0 ? (float)log(p[v]) + 7 : -INFINITY;
+        count[sample_token(logits, 5, &test_rng)]++;
+    }
+    for (size_t v = 0; v < 5; v++) expect_close("share", (double)count[v] / N, p[v], 0.011 * (p[v] > 0));
+}
+
+/* Hidden states by the KV cache, prompts of different lengths first and then token by token, against the whole pass. */
+static void test_generate_decode(void)
+{
+    struct GPT2 *model = random_model(50, 70, 16, 2, 4);
+    struct Example e[] = {random_example(70, 1, 50), random_example(12, 1, 50), random_example(33, 1, 50)};
+    struct Batch whole = batch_of(e, 3, READ_LAST);
+    struct Activations acts = gpt2_forward(model, &test_arena, &whole, false);
+    struct KVCache cache = kv_cache_new(model, &test_arena, 3, 70);
+    struct Sequence s[3], *active[3];
+    size_t fed[3] = {0}, slot[3], sequence[70 * 3];
+    int last_row[3];
+    for (size_t step = 0; step < 70; step++) {
+        size_t count = 0, row = 0;
+        for (size_t i = 0; i < 3; i++) {
+            size_t n = MIN(e[i].n, step ? fed[i] + 1 : 3 + 4 * i);
+            if (n == fed[i]) continue;
+            s[i] = (struct Sequence){.ids = e[i].ids, .n = n};
+            active[count] = &s[i];
+            slot[count++] = i;
+        }
+        struct Batch batch = decode_batch(&test_arena, active, slot, count, &cache, sequence, last_row);
+        float *hidden = gpt2_decode(model, &test_arena, &batch, sequence, &cache);
+        for (size_t i = 0; i < count; i++)
+            for (; fed[slot[i]] < active[i]->n; fed[slot[i]]++, row++)
+                expect_floats("hidden", hidden + row * 16, widen(acts.ln_f + (whole.start[slot[i]] + fed[slot[i]]) * 16, 16), 16, 2e-5);
+    }
+    gpt2_free(model);
+}
+
+/* Sampled texts with the cache against a whole pass for each token, alone and together, on one to three threads. */
+static void test_generate_cache(void)
+{
+    struct GPT2 *model = random_model(50, 24, 16, 2, 2);
+    struct GenerationConfig config = sampling(1.3, 20, 0.95);
+    struct Sequence together[4][70], alone, plain;
+    struct Example prompt[70];
+    config.repetition_penalty = 1.2;
+    for (size_t i = 0; i < 70; i++) prompt[i] = random_example(1 + i % 7, 0, 50);
+    for (int threads = 1; threads <= 3; threads++) {
+        use_threads(threads);
+        for (size_t i = 0; i < 70; i++) together[threads][i] = sequence_start(&test_arena, prompt[i].ids, prompt[i].n, 5 + i, model, rng_seed(i, STREAM_SAMPLE));
+        generate(model, together[threads], 70, &config);
+        for (size_t i = 0; i < 70; i++) expect_ids("on more threads", together[threads][i].ids, together[threads][i].n, together[1][i].ids, together[1][i].n);
+    }
+    use_threads(1);
+    for (size_t i = 0; i < 70; i += 3) {
+        alone = sequence_start(&test_arena, prompt[i].ids, prompt[i].n, 5 + i, model, rng_seed(i, STREAM_SAMPLE));
+        plain = sequence_start(&test_arena, prompt[i].ids, prompt[i].n, 5 + i, model, rng_seed(i, STREAM_SAMPLE));
+        generate(model, &alone, 1, &config);
+        while (!plain.finished) {
+            struct Example so_far = {plain.ids, plain.n, 0};
+            struct Batch batch = batch_of(&so_far, 1, READ_LAST);
+            sequence_extend(&plain, batch_logits(model, &batch) + (plain.n - 1) * 50, 50, &config, 49);
+        }
+        expect_ids("alone", together[1][i].ids, together[1][i].n, alone.ids, alone.n);
+        expect_ids("without a cache", together[1][i].ids, together[1][i].n, plain.ids, plain.n);
+        bool ended = plain.ids[plain.n - 1] == 49 && plain.n > plain.prompt_length;
+        expect_true("ends at the end token, its limit or the context", ended || plain.n == MIN(prompt[i].n + 5 + i, (size_t)24));
+    }
+    gpt2_free(model);
+}
+
+/* =============================================================================================
+ * Chapter 13 - Language modelling
+ * ============================================================================================= */
+
+/* Packed rows predict every token of the joined texts once, but the first and what is left over; held-out texts alike.
+ * With whole_texts a row starts where a text does, or goes on where the last one ended, and leaves nothing out. */
+static void test_language_pack(void)
+{
+    struct Example texts[5];
+    size_t total = 0;
+    int stream[100];
+    bool starts[100] = {false};
+    for (size_t i = 0; i < 5; total += texts[i++].n) {
+        starts[total] = true;
+        texts[i] = random_example(3 + 7 * i, 0, 1000);
+        memcpy(stream + total, texts[i].ids, texts[i].n * sizeof(int));
+    }
+    for (size_t length = 1; length < 40; length += 3) {
+        struct Trainer trainer = {.args = training_arguments()};
+        trainer.args.max_length = length;
+        trainer.args.train_sampling_strategy = "sequential";
+        struct LanguageTask *task = pretrain_task(&trainer, &test_arena, texts, 5, texts, 5);
+        trainer.task.new_epoch(&trainer, 0);
+        expect_count("rows", trainer.task.n, (total - 1) / length);
+        expect_count("held-out rows", trainer.task.eval_n, (total - 1) / length);
+        for (size_t i = 0; i < trainer.task.n; i++)
+            for (int held_out = 0; held_out < 2; held_out++) {
+                struct Batch batch = batch_of((held_out ? task->eval_examples : task->examples) + i, 1, SKIP_LAST);
+                expect_ids("ids", batch.ids, batch.N, stream + i * length, length);
+                expect_ids("targets", batch.target, batch.R, stream + i * length + 1, length);
+                expect_count("targets of a row", language_targets(&trainer, i), length);
+            }
+        task->whole_texts = true;
+        trainer.task.new_epoch(&trainer, 0);
+        for (size_t i = 0, last = 0; i < trainer.task.n; i++) {
+            size_t at = (size_t)(task->examples[i].ids - task->examples[0].ids);
+            expect_true("starts with a text or where the last row ended", i == 0 || at == last + length || (at > last && at < last + length && starts[at]));
+            expect_ids("ids", task->examples[i].ids, task->examples[i].n, stream + at, length + 1);
+            last = at;
+        }
+        arena_free(&task->rows);
+    }
+}
+
+/* SFT rows: end token, the first max_length ids, rows without a target dropped, with one note; what counts in the loss. */
+static void test_language_sft_rows(void)
+{
+    struct GPT2 *model = new_model(1024, 32, 8, 1, 2);
+    struct Trainer trainer = trainer_of(model, 0, 1, 4);
+    trainer.args.max_length = 6;
+    struct Dataset *data = dataset_of("{\"prompt\": \"a b c\", \"completion\": \" d\"}\n{\"prompt\": \"a b c d e f g h\", \"completion\": \" i\"}\n{\"prompt\": \"a\", \"completion\": \" b c d e f g h i\"}\n", SFT_SHAPES, COUNT(SFT_SHAPES));
+    capture_begin();
+    struct LanguageTask *task = sft_task(&trainer, &test_arena, data, NULL);
+    struct Text said = capture_end();
+    expect_true("a note", strstr(said.data, "2 of 3 rows were cut to their first 6 tokens"));
+    expect_count("rows", trainer.task.n, 2);
+    expect_true("the end token last", task->examples[0].n == 5 && task->examples[0].ids[4] == 1023 && task->examples[0].prompt_length == 3);
+    expect_true("cut", task->examples[1].n == 6 && task->examples[1].prompt_length == 1);
+    expect_count("completion tokens count", language_targets(&trainer, 0), 2);
+    struct Example text = example_encode(&test_arena, tokenizer, text_of("a b"), 1024, true);
+    task->examples[0] = text;
+    expect_count("all tokens of a text", language_targets(&trainer, 0), 3);
+    dataset_free(data);
+    gpt2_free(model);
+}
+
+/* A model learns four sentences by heart. */
+static void test_language_overfit(void)
+{
+    struct GPT2 *model = new_model(64, 16, 32, 2, 4);
+    struct Example examples[4];
+    for (size_t i = 0; i < 4; i++) examples[i] = random_example(12, 2, 64);
+    struct Trainer trainer = trainer_of(model, 1e-2, 80, 4);
+    language_task(&trainer, examples, 4);
+    trainer_train(&trainer);
+    expect_close("loss at first: ln 64", logged(&trainer, 0, "loss"), log(64), 0.2);
+    expect_true("loss at last below 0.1", logged(&trainer, 79, "loss") < 0.1);
+    expect_close("every token hit", logged(&trainer, 79, "mean_token_accuracy"), 1, 0);
+    trainer_free(&trainer);
+    gpt2_free(model);
+}
+
+/* =============================================================================================
+ * Chapter 14 - Reward model
+ * ============================================================================================= */
+
+/* By hand: the comment's numbers, a margin, and gradients that cancel. */
+static void test_bradley_terry(void)
+{
+    float reward[] = {2, 0.5f, 0.5f}, d[3];
+    struct Pair pairs[] = {{0, 1, 0}, {1, 2, 0}};
+    expect_close("2.0 against 0.5", bradley_terry_loss(reward, 3, pairs, 1, 0, d), 0.2014, 5e-5);
+    expect_floats("gradient", d, (double[]){-sigmoid(-1.5), sigmoid(-1.5), 0}, 3, 1e-7);
+    expect_close("centred with 0.01: 0.0625 more", bradley_terry_loss(reward, 3, pairs, 1, 0.01, d) - 0.2014133, 0.0625, 1e-6);
+    expect_close("two pairs: the mean", bradley_terry_loss(reward, 3, pairs, 2, 0, d), (0.2014133 + log(2)) / 2, 1e-6);
+    pairs[0].margin = 1.5;
+    expect_close("a margin of 1.5 makes it even", bradley_terry_loss(reward, 3, pairs, 1, 0, d), log(2), 1e-7);
+    float far[] = {-1000, 1000};
+    expect_close("hopelessly wrong", bradley_terry_loss(far, 2, (struct Pair[]){{0, 1, 0}}, 1, 0, d), 2000, 1e-9);
+    expect_floats("its gradient", d, (double[]){-1, 1}, 2, 1e-7);
+}
+
+struct BradleyCase { float reward[5], dreward[5]; struct Pair pairs[4]; };
+
+static double bradley_loss(void *context)
+{
+    struct BradleyCase *c = context;
+    return bradley_terry_loss(c->reward, 5, c->pairs, 4, 0.03, c->dreward);
+}
+
+static void test_bradley_terry_gradient(void)
+{
+    struct BradleyCase c = {{0.5f, -1, 2, 0.25f, 1}, {0}, {{0, 1, 0}, {2, 0, 0.5}, {3, 2, 0}, {1, 3, 1}}};
+    float d[5];
+    bradley_loss(&c);
+    memcpy(d, c.dreward, sizeof d);
+    expect_gradient("reward", (struct Slope){bradley_loss, &c, 0.01}, c.reward, d, 5, 5, 1e-5);
+}
+
+/* A Task's loss of four items as a function of the weights, and its gradient: for central differences. */
+static double task_loss(void *context)
+{
+    struct Trainer *trainer = context;
+    size_t index[] = {2, 0, 1, 3};
+    arena_reset(&trainer->arena);
+    return trainer->task.loss(trainer, index, 4, 1, false, false);
+}
+
+static void expect_task_gradient(struct Trainer *trainer, double h)
+{
+    struct GPT2 *model = trainer->model;
+    size_t index[] = {2, 0, 1, 3};
+    gpt2_make_trainable(model);
+    gpt2_zero_grad(model);
+    double loss = trainer->task.loss(trainer, index, 4, 0.5, true, false);
+    expect_close("weighted loss", loss, 0.5 * task_loss(trainer), 1e-6);
+    gpt2_zero_grad(model);
+    trainer->task.loss(trainer, index, 4, 1, true, false);
+    for (size_t i = 0; i < model->tensor_count; i++) {
+        struct Tensor *t = model->tensors[i];
+        expect_gradient(t->name, (struct Slope){task_loss, trainer, h}, t->w, t->d, t->n, 5, 2e-3);
+    }
+}
+
+/* Central differences of the whole reward model, for pairs with margins and for rated texts. */
+static void test_reward_gradient(void)
+{
+    struct GPT2 *model = gpt2_new((struct GPT2Config){37, 12, 8, 2, 2, 36, 36, 1e-5f});
+    reward_head_declare(model);
+    fill_random(model);
+    struct Example texts[8];
+    for (size_t i = 0; i < 8; i++) texts[i] = random_example(2 + i, 0, 37);
+    struct RewardTask task = {.texts = texts, .margin = (double[]){0, 1, -1, 0.5}, .score = (double[]){1, -1, 3, 0}, .center = 0.02, .min_difference = 1};
+    for (int rated = 0; rated < 2; rated++) {
+        struct Trainer trainer = trainer_of(model, 0, 1, 4);
+        task.rated = rated;
+        trainer.task = (struct Task){.name = "reward", .n = 4, .data = &task, .loss = reward_loss};
+        expect_task_gradient(&trainer, 0.01);
+        trainer_free(&trainer);
+    }
+    gpt2_free(model);
+}
+
+/* Six pairs from a file are ordered after a few steps, of rated texts and of preferences; too long a pair is dropped. */
+static void test_reward_overfit(void)
+{
+    static const char *const data[] = {
+        "{\"text\": \"good\", \"score\": 2}\n{\"text\": \"bad\", \"score\": 0}\n{\"text\": \"a fine film\", \"score\": 3}\n{\"text\": \"dull\", \"score\": -1}\n",
+        "{\"prompt\": \"It is\", \"chosen\": \" good\", \"rejected\": \" bad\"}\n{\"chosen\": \"fine\", \"rejected\": \"dull\"}\n{\"chosen\": \"a b c d e f g h i j k l m n o p q\", \"rejected\": \"x\"}\n{\"chosen\": \"yes\", \"rejected\": \"no\", \"margin\": 1}\n"};
+    for (int k = 0; k < 2; k++) {
+        struct GPT2 *model = new_model(1024, 16, 16, 1, 2);
+        reward_head_declare(model);
+        struct Trainer trainer = trainer_of(model, 1e-2, 60, 4);
+        struct Dataset *set = dataset_of(data[k], REWARD_SHAPES, COUNT(REWARD_SHAPES));
+        capture_begin();
+        trainer.args.max_length = 16;
+        struct RewardTask *task = reward_task(&trainer, &test_arena, set, NULL);
+        struct Text said = capture_end();
+        expect_true("rated or not", task->rated == (k == 0) && trainer.task.n == (k ? 3 : 4));
+        expect_true("a note about the long pair", k == 0 || strstr(said.data, "1 of 4 pairs dropped"));
+        trainer_train(&trainer);
+        expect_close("loss at first: ln 2", logged(&trainer, 0, "loss"), k ? (2 * log(2) - log_sigmoid(-1)) / 3 : log(2), 1e-6);
+        expect_close("loss at last", logged(&trainer, 59, "loss"), 0, 0.05);
+        expect_close("accuracy", logged(&trainer, 59, "accuracy"), 1, 0);
+        dataset_free(set);
+        trainer_free(&trainer);
+        gpt2_free(model);
+    }
+}
+
+/* =============================================================================================
+ * Chapter 15 - Policy gradient: PPO
+ * ============================================================================================= */
+
+/* TRL's three rows of 8 positions: responses of 6, 4 and 3 tokens that start at columns 2, 1, 3. */
+static const size_t GOLDEN_START[] = {0, 6, 10, 13}, GOLDEN_COLUMN[] = {2, 1, 3};
+
+static double golden_old(int i) { return -1.6 + 1.2 * sin(0.4 + 1.3 * i); }
+static double golden_ref(int i) { return -1.7 + 1.1 * sin(0.6 + 1.25 * i); }
+static double golden_val(int i) { return 0.5 * sin(0.2 + 0.9 * i); }
+static double golden_new(int i) { return golden_old(i) + 0.35 * sin(1 + 2.1 * i); }
+static double golden_newval(int i) { return golden_val(i) + 0.3 * cos(0.5 + 1.7 * i); }
+
+/* The 13 entries of (3,8) that are response tokens, by a formula of the flat index or from a golden table. */
+static float *packed_formula(double (*value)(int))
+{
+    float *x = arena_floats(&test_arena, 13);
+    for (size_t b = 0, r = 0; b < 3; b++)
+        for (size_t k = 0; k < GOLDEN_START[b + 1] - GOLDEN_START[b]; k++) x[r++] = (float)value((int)(8 * b + GOLDEN_COLUMN[b] + k));
+    return x;
+}
+
+static double *packed_table(const double table[3][8])
+{
+    double *x = arena_alloc(&test_arena, 13, sizeof *x);
+    for (size_t b = 0, r = 0; b < 3; b++)
+        for (size_t k = 0; k < GOLDEN_START[b + 1] - GOLDEN_START[b]; k++) x[r++] = table[b][GOLDEN_COLUMN[b] + k];
+    return x;
+}
+
+static float *narrow(const double *x, size_t n)
+{
+    float *narrowed = arena_floats(&test_arena, n);
+    for (size_t i = 0; i < n; i++) narrowed[i] = (float)x[i];
+    return narrowed;
+}
+
+static struct PPOBatch golden_batch(void)
+{
+    struct PPOBatch p = {.B = 3, .R = 13, .start = arena_alloc(&test_arena, 4, sizeof(size_t)), .padding = arena_alloc(&test_arena, 3, sizeof(size_t))};
+    memcpy(p.start, GOLDEN_START, sizeof GOLDEN_START);
+    memcpy(p.padding, (size_t[]){0, 3, 2}, 3 * sizeof(size_t));
+    p.logprobs = packed_formula(golden_old);
+    p.ref_logprobs = packed_formula(golden_ref);
+    p.values = packed_formula(golden_val);
+    p.rewards = narrow(packed_table(golden_ppo_rewards_kl), 13);
+    p.kl = random_floats(13, 1);
+    p.non_score_rewards = random_floats(13, 1);
+    p.advantages = random_floats(13, 1);
+    p.returns = random_floats(13, 1);
+    return p;
+}
+
+/* Masked mean, variance, whitening against TRL's. */
+static void test_ppo_whiten_golden(void)
+{
+    float *x = packed_formula(golden_val), scores[] = {1.5f, -0.75f, 0.25f};
+    expect_close("mean", mean_of(x, 13), golden_ppo_mean, 1e-7);
+    expect_close("variance", unbiased_variance(x, 13), golden_ppo_var, 1e-7);
+    double zero = whiten(x, 13, true);
+    expect_floats("whitened", x, packed_table(golden_ppo_whiten), 13, 2e-6);
+    expect_close("a zero there", zero, -golden_ppo_mean / sqrt(golden_ppo_var), 1e-5);
+    x = packed_formula(golden_val);
+    whiten(x, 13, false);
+    expect_floats("mean kept", x, packed_table(golden_ppo_whiten_keep), 13, 2e-6);
+    whiten(scores, 3, true);
+    expect_floats("three scores", scores, golden_ppo_plain_whiten, 3, 1e-6);
+    float one[] = {5};
+    whiten(one, 1, true);
+    expect_close("one number", one[0], 0, 0);
+}
+
+/* Running moments and what use_score_scaling, use_score_norm and score_clip make of scores, against TRL. */
+static void test_ppo_scores_golden(void)
+{
+    static const size_t start[] = {0, 3, 7, 9};
+    static const float raw[] = {1.5f, -0.75f, 0.25f, 2, 3, -1, 0.5f, -4, 1};
+    for (int norm = 0; norm < 2; norm++) {
+        struct PPOTrainer ppo = {.config = ppo_config(), .moments = {0, 1, 1, 1e-24}};
+        ppo.config.use_score_scaling = true;
+        ppo.config.use_score_norm = norm;
+        for (size_t b = 0; b < 3; b++) {
+            float scores[4];
+            memcpy(scores, raw + start[b], (start[b + 1] - start[b]) * sizeof *scores);
+            ppo_process_scores(&ppo, scores, start[b + 1] - start[b]);
+            expect_floats("scores", scores, (norm ? golden_moments_normed : golden_moments_scaled) + start[b], start[b + 1] - start[b], 2e-6);
+            expect_doubles("mean, var, std, count", (double[]){ppo.moments.mean, ppo.moments.var, ppo.moments.std, ppo.moments.count}, golden_moments[b], 4, 2e-6);
+        }
+    }
+    struct PPOTrainer ppo = {.config = ppo_config()};
+    float scores[] = {-2, -0.5f, 0, 0.5f, 2};
+    ppo.config.score_clip = 1;
+    ppo_process_scores(&ppo, scores, 5);
+    expect_floats("clipped", scores, (double[]){-1, -0.5, 0, 0.5, 1}, 5, 0);
+}
+
+/* The controller's beta against TRL's, alone and one after another; off, it stays. */
+static void test_ppo_kl_controller(void)
+{
+    static const double kl[] = {0, 6, 7, 30};
+    struct PPOConfig config = ppo_config();
+    double beta = 0.2;
+    for (size_t i = 0; i < 4; i++) {
+        expect_close("from 0.2", kl_controller_update(&config, 0.2, kl[i], 128), golden_klctl[i], 1e-9);
+        expect_close("in sequence", beta = kl_controller_update(&config, beta, kl[i], 128), golden_klctl_seq[i], 1e-9);
+    }
+    config.adap_kl_ctrl = false;
+    expect_close("off", kl_controller_update(&config, 0.2, 30, 128), 0.2, 0);
+}
+
+/* Penalties of every kind -> rewards, against TRL's compute_rewards. */
+static void test_ppo_penalties_golden(void)
+{
+    static const struct { const char *kind; const double (*want)[8]; } kinds[] = {{"kl", golden_ppo_rewards_kl}, {"abs", golden_ppo_rewards_abs}, {"mse", golden_ppo_rewards_mse},
+        {"full", golden_ppo_rewards_full}};
+    struct PPOBatch p = golden_batch();
+    for (size_t k = 0; k < 4; k++) {
+        const double *want = packed_table(kinds[k].want);
+        for (size_t b = 0; b < 3; b++)
+            for (size_t t = GOLDEN_START[b]; t < GOLDEN_START[b + 1]; t++) {
+                size_t column = 8 * b + GOLDEN_COLUMN[b] + t - GOLDEN_START[b];
+                float logits[7], ref[7], scratch[7];
+                for (size_t v = 0; v < 7; v++) { logits[v] = (float)(2 * sin(0.1 + 0.77 * (double)(7 * column + v))); ref[v] = (float)(2 * sin(0.3 + 0.71 * (double)(7 * column + v))); }
+                float full = (float)kl_exact(logits, log_sum_exp(logits, 7, scratch), ref, log_sum_exp(ref, 7, scratch), 7);
+                double reward = -0.2 * kl_penalty_token(kinds[k].kind, p.logprobs[t], p.ref_logprobs[t], full) + (t + 1 == GOLDEN_START[b + 1] ? golden_ppo_scores[b] : 0);
+                expect_close(kinds[k].kind, reward, want[t], 2e-6);
+            }
+    }
+}
+
+/* Advantages and returns against TRL, with whitened rewards and their padding too; the comment's example. */
+static void test_ppo_advantages_golden(void)
+{
+    static const struct { double gamma, lam; bool whiten; const double (*adv)[8], (*ret)[8]; } cases[] = {
+        {1, 0.95, false, golden_ppo_adv, golden_ppo_ret}, {1, 0.95, true, golden_ppo_adv_white, golden_ppo_ret_white},
+        {0.9, 0.8, false, golden_ppo_adv_g9, golden_ppo_ret_g9}, {0.9, 0.8, true, golden_ppo_adv_g9_white, golden_ppo_ret_g9_white}};
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        struct PPOConfig config = ppo_config();
+        struct PPOBatch p = golden_batch();
+        config.gamma = cases[i].gamma;
+        config.lam = cases[i].lam;
+        config.whiten_rewards = cases[i].whiten;
+        ppo_advantages(&config, &p);
+        expect_floats("advantages", p.advantages, packed_table(cases[i].adv), 13, 5e-6);
+        expect_floats("returns", p.returns, packed_table(cases[i].ret), 13, 5e-6);
+    }
+    struct PPOConfig config = ppo_config();
+    float values[] = {0.5f, 0.4f, 0.3f}, rewards[] = {-0.1f, 0, 1}, advantages[3], returns[3];
+    struct PPOBatch p = {.B = 1, .R = 3, .start = (size_t[]){0, 3}, .padding = (size_t[]){0}, .values = values, .rewards = rewards, .advantages = advantages, .returns = returns};
+    ppo_advantages(&config, &p);
+    for (int t = 0; t < 3; t++) expect_close("A = return - V", returns[t] - values[t], (double[]){0.33675, 0.565, 0.7}[t], 1e-6);
+    expect_floats("returns", returns, golden_gae_ret, 3, 1e-6);
+    expect_floats("whitened", advantages, golden_gae_adv, 3, 2e-6);
+}
+
+static const size_t ALL_ROWS[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12};
+
+/* Loss, gradients and all scalars of the stats dictionary against TRL; the comment's two tokens. */
+static void test_ppo_loss_golden(void)
+{
+    struct PPOTrainer ppo = {.config = ppo_config(), .kl_coef = 0.2, .args = training_arguments(), .total_steps = 1};
+    struct PPOBatch p = golden_batch();
+    double stats[PPO_STATS] = {0};
+    float dlogprobs[13], dvalues[13], scratch[7];
+    p.advantages = narrow(packed_table(golden_ppo_adv), 13);
+    p.returns = narrow(packed_table(golden_ppo_ret), 13);
+    ppo_loss(&ppo.config, &p, ALL_ROWS, 13, packed_formula(golden_new), packed_formula(golden_newval), dlogprobs, dvalues, stats);
+    expect_close("policy loss", stats[LOSS_POLICY], golden_ppo_loss_policy, 1e-6);
+    expect_close("value loss", stats[LOSS_VALUE] * 0.1, golden_ppo_loss_value_scaled, 1e-7);
+    expect_floats("d log-probabilities", dlogprobs, packed_table(golden_ppo_dlogp), 13, 2e-7);
+    expect_floats("d values", dvalues, packed_table(golden_ppo_dvalue), 13, 5e-8);
+    struct Rollout rollouts[3];
+    for (size_t b = 0; b < 3; b++) {
+        size_t length = GOLDEN_START[b + 1] - GOLDEN_START[b], query = GOLDEN_COLUMN[b] + 1;
+        rollouts[b] = (struct Rollout){{NULL, query + length, query}, length, 0};
+        for (size_t k = 0; k < length; k++) {
+            float logits[7];
+            for (size_t v = 0; v < 7; v++) logits[v] = (float)(2 * sin(0.1 + 0.77 * (double)(7 * (8 * b + GOLDEN_COLUMN[b] + k) + v)));
+            stats[POLICY_ENTROPY] += entropy_of_logits(logits, log_sum_exp(logits, 7, scratch), 7) / 13;
+        }
+    }
+    for (size_t t = 0; t < 13; t++) {
+        p.kl[t] = kl_penalty_token("kl", p.logprobs[t], p.ref_logprobs[t], 0);
+        p.non_score_rewards[t] = -0.2f * p.kl[t];
+    }
+    ppo_record_stats(&ppo, rollouts, &p, (float[]){1.5f, -0.75f, 0.25f}, stats, 1);
+    static const char *const names[] = {"objective/kl", "objective/entropy", "objective/kl_coef", "ppo/mean_non_score_reward", "ppo/mean_scores", "ppo/std_scores", "ppo/loss/policy", "ppo/loss/value",
+        "ppo/loss/total", "ppo/policy/entropy", "ppo/policy/approxkl", "ppo/policy/policykl", "ppo/policy/clipfrac", "ppo/policy/advantages_mean", "ppo/returns/mean", "ppo/returns/var", "ppo/val/vpred",
+        "ppo/val/error", "ppo/val/clipfrac", "ppo/val/mean", "ppo/val/var", "ppo/val/var_explained", "tokens/queries_len_mean", "tokens/queries_len_std", "tokens/responses_len_mean", "tokens/responses_len_std"};
+    for (size_t i = 0; i < COUNT(names); i++) {
+        double value;
+        expect_true(names[i], log_find(&ppo.stats, names[i], &value));
+        expect_close(names[i], value, golden_ppo_stats[i], 3e-6);
+    }
+    arena_free(&ppo.arena);
+    struct PPOBatch one = {.logprobs = (float[]){0}, .values = (float[]){0}, .returns = (float[]){0}, .advantages = (float[]){1}};
+    float ratio = logf(1.5f), value = 0;
+    memset(stats, 0, sizeof stats);
+    ppo_loss(&ppo.config, &one, ALL_ROWS, 1, &ratio, &value, dlogprobs, dvalues, stats);
+    expect_true("ratio 1.5, A 1: loss -1.2, gradient 0", fabs(stats[LOSS_POLICY] + 1.2) < 1e-6 && dlogprobs[0] == 0);
+    one.advantages[0] = -1;
+    memset(stats, 0, sizeof stats);
+    ppo_loss(&ppo.config, &one, ALL_ROWS, 1, &ratio, &value, dlogprobs, dvalues, stats);
+    expect_true("A -1: loss 1.5, gradient 1.5", fabs(stats[LOSS_POLICY] - 1.5) < 1e-6 && fabs(dlogprobs[0] - 1.5) < 1e-6);
+}
+
+struct PPOCase { struct PPOConfig config; struct PPOBatch p; float *logprobs, *values, dlogprobs[13], dvalues[13]; };
+
+static double ppo_case_loss(void *context)
+{
+    struct PPOCase *c = context;
+    double stats[PPO_STATS] = {0};
+    ppo_loss(&c->config, &c->p, ALL_ROWS, 13, c->logprobs, c->values, c->dlogprobs, c->dvalues, stats);
+    return stats[LOSS_TOTAL];
+}
+
+/* Central differences, tokens inside and outside the clips. */
+static void test_ppo_loss_gradient(void)
+{
+    struct PPOCase c = {ppo_config(), golden_batch(), packed_formula(golden_new), packed_formula(golden_newval), {0}, {0}};
+    float dlogprobs[13], dvalues[13];
+    ppo_case_loss(&c);
+    memcpy(dlogprobs, c.dlogprobs, sizeof dlogprobs);
+    memcpy(dvalues, c.dvalues, sizeof dvalues);
+    struct Slope f = {ppo_case_loss, &c, 1e-3};
+    expect_gradient("log-probability", f, c.logprobs, dlogprobs, 13, 13, 1e-4);
+    expect_gradient("value", f, c.values, dvalues, 13, 13, 1e-4);
+}
+
+/* A policy, a slightly different reference and four rollouts: for what runs through the models. */
+static struct PPOTrainer *ppo_of(struct PPOConfig config, double learning_rate, struct Rollout *rollouts)
+{
+    struct GPT2 *model = random_model(37, 14, 8, 2, 2), *ref_model = gpt2_copy(model);
+    for (size_t i = 0; i < ref_model->tensor_count; i++) for (size_t k = 0; k < ref_model->tensors[i]->n; k++) ref_model->tensors[i]->w[k] *= 0.9f;
+    struct TrainingArguments args = training_arguments();
+    args.learning_rate = learning_rate;
+    args.max_grad_norm = 0;
+    args.lr_scheduler_type = "constant";
+    for (size_t i = 0; i < 4; i++) {
+        size_t query = 2 + i % 3, response = 3 + 2 * i;
+        rollouts[i] = (struct Rollout){random_example(query + response, query, 37), response, (float)i - 1};
+    }
+    config.batch_size = 4;
+    config.mini_batch_size = MIN(config.mini_batch_size, (size_t)4);
+    return ppo_trainer_new(model, ref_model, config, args, 0.7);
+}
+
+static void ppo_end(struct PPOTrainer *ppo)
+{
+    gpt2_free(ppo->model);
+    gpt2_free(ppo->ref_model);
+    ppo_trainer_free(ppo);
+}
+
+struct PPOModelCase { struct PPOTrainer *ppo; struct Rollout *rollouts; struct PPOBatch p; };
+
+static double ppo_model_loss(void *context)
+{
+    struct PPOModelCase *c = context;
+    double stats[PPO_STATS];
+    ppo_mini_batch(c->ppo, c->rollouts, &c->p, (size_t[]){3, 0, 2}, 3, 1, stats);
+    return stats[LOSS_TOTAL];
+}
+
+/* Central differences of a mini-batch's loss by the policy's weights and its value head's, three of four rollouts. */
+static void test_ppo_gradient(void)
+{
+    struct Rollout rollouts[4];
+    struct PPOTrainer *ppo = ppo_of(ppo_config(), 0, rollouts);
+    struct PPOModelCase c = {ppo, rollouts, ppo_evaluate_rollouts(ppo, rollouts, (float[]){-1, 0, 1, 2})};
+    ppo_advantages(&ppo->config, &c.p);
+    gpt2_zero_grad(ppo->model);
+    ppo_model_loss(&c);
+    float *d[32];                                          /* a copy: every pass adds to the gradients */
+    for (size_t i = 0; i < ppo->model->tensor_count; i++) d[i] = narrow(widen(ppo->model->tensors[i]->d, ppo->model->tensors[i]->n), ppo->model->tensors[i]->n);
+    for (size_t i = 0; i < ppo->model->tensor_count; i++) {
+        struct Tensor *t = ppo->model->tensors[i];
+        expect_gradient(t->name, (struct Slope){ppo_model_loss, &c, 0.003}, t->w, d[i], t->n, 6, 4e-3);
+    }
+    ppo_end(ppo);
+}
+
+/* One step at learning rate 0: log-probabilities and rewards of the rollouts by way of logits; ratio 1 and no clipping;
+ * stats, beta and the KL that they must have. */
+static void test_ppo_step(void)
+{
+    for (int full = 0; full < 2; full++) {
+        struct Rollout rollouts[4];
+        struct PPOConfig config = ppo_config();
+        config.mini_batch_size = 2;
+        config.kl_penalty = full ? "full" : "kl";
+        struct PPOTrainer *ppo = ppo_of(config, 0, rollouts);
+        struct PPOBatch p = ppo_evaluate_rollouts(ppo, rollouts, (float[]){-1, 0, 1, 2});
+        double kl = 0;
+        for (size_t b = 0; b < 4; b++) {
+            const struct Example *e = &rollouts[b].example;
+            struct Batch batch = batch_of(e, 1, READ_LAST);
+            float *logits = batch_logits(ppo->model, &batch), *ref = batch_logits(ppo->ref_model, &batch), scratch[37];
+            for (size_t i = 0; i < e->n * 37; i++) { logits[i] /= 0.7f; ref[i] /= 0.7f; }
+            expect_count("response", p.start[b + 1] - p.start[b], rollouts[b].response_length);
+            expect_count("padding", p.padding[b], 11 - e->n);
+            for (size_t k = 0; k < rollouts[b].response_length; k++) {
+                size_t t = p.start[b] + k, place = e->prompt_length - 1 + k;
+                float *row = logits + place * 37, *ref_row = ref + place * 37, lse = log_sum_exp(row, 37, scratch), ref_lse = log_sum_exp(ref_row, 37, scratch);
+                double logp = row[e->ids[place + 1]] - lse, ref_logp = ref_row[e->ids[place + 1]] - ref_lse, penalty = full ? kl_exact(row, lse, ref_row, ref_lse, 37) : logp - ref_logp;
+                expect_close("log-probability", p.logprobs[t], logp, 1e-5);
+                expect_close("the reference's", p.ref_logprobs[t], ref_logp, 1e-5);
+                expect_close("reward", p.rewards[t], -0.2 * penalty + (k + 1 == rollouts[b].response_length ? (double)b - 1 : 0), 1e-5);
+                kl += penalty / 4;
+            }
+        }
+        size_t n;
+        float *before = all_weights(ppo->model, &n);
+        ppo_step(ppo, rollouts);
+        expect_bits("weights at learning rate 0", all_weights(ppo->model, &n), before, n);
+        static const struct { const char *name; double want, tolerance; } stats[] = {{"ppo/policy/approxkl", 0, 1e-9}, {"ppo/policy/policykl", 0, 1e-5},
+            {"ppo/policy/clipfrac", 0, 0}, {"ppo/val/clipfrac", 0, 0},
+            {"ppo/mean_scores", 0.5, 0}, {"objective/kl_coef", 0.2, 0}, {"tokens/responses_len_mean", 6, 0}, {"tokens/queries_len_mean", 2.75, 0}};
+        double value;
+        for (size_t i = 0; i < COUNT(stats); i++) {
+            log_find(&ppo->stats, stats[i].name, &value);
+            expect_close(stats[i].name, value, stats[i].want, stats[i].tolerance);
+        }
+        log_find(&ppo->stats, "objective/kl", &value);
+        expect_close("objective/kl", value, kl, 1e-5);
+        expect_close("beta for the next step", ppo->kl_coef, kl_controller_update(&config, 0.2, kl, 4), 1e-7);
+        expect_count("optimizer steps: 4 epochs of 2", ppo->optimizer_steps, 8);
+        ppo_end(ppo);
+    }
+}
+
+/* Runaway ratios: early_stopping ends the epochs, ratio_threshold skips the mini-batch. */
+static void test_ppo_guards(void)
+{
+    struct Rollout rollouts[4];
+    struct PPOConfig config = ppo_config();
+    config.early_stopping = true;
+    config.target_kl = -100;
+    config.mini_batch_size = 4;
+    struct PPOTrainer *ppo = ppo_of(config, 0.03, rollouts);
+    ppo_step(ppo, rollouts);
+    expect_count("one step, then stopped after the first epoch", ppo->optimizer_steps, 1);
+    ppo_end(ppo);
+    config = ppo_config();
+    config.mini_batch_size = 4;
+    config.ratio_threshold = 1e-3;
+    ppo = ppo_of(config, 0.01, rollouts);
+    size_t n;
+    float *before = all_weights(ppo->model, &n);
+    capture_begin();
+    ppo_step(ppo, rollouts);
+    struct Text said = capture_end();
+    expect_true("a note", strstr(said.data, "exceeds --ratio_threshold"));
+    expect_bits("no gradient, no movement", all_weights(ppo->model, &n), before, n);
+    double value;
+    log_find(&ppo->stats, "ppo/loss/total", &value);
+    expect_close("loss 0", value, 0, 0);
+    ppo_end(ppo);
+}
+
+/* A step with mini-batches and accumulation on one, two and three threads: the same weights, bit for bit. */
+static void test_ppo_threads(void)
+{
+    struct PPOTrainer *ppo[4] = {NULL};
+    struct PPOConfig config = ppo_config();
+    config.batch_size = 8;
+    config.mini_batch_size = config.gradient_accumulation_steps = config.ppo_epochs = 2;
+    struct Rollout rollouts[8];
+    for (size_t i = 0; i < 8; i++) rollouts[i] = (struct Rollout){random_example(60, 20, 600), 40, (float)i};
+    for (int threads = 1; threads <= 3; threads++) {
+        struct GPT2 *model = new_model(600, 60, 64, 1, 4);
+        use_threads(threads);
+        ppo[threads] = ppo_trainer_new(model, gpt2_copy(model), config, training_arguments(), 1);
+        ppo_step(ppo[threads], rollouts);
+        expect_same_weights("weights", ppo[threads]->model, ppo[1]->model);
+    }
+    use_threads(1);
+    for (int threads = 1; threads <= 3; threads++) ppo_end(ppo[threads]);
+}
+
+/* A reward that the test makes up, the share of one token in the answer: PPO raises it. */
+static void test_ppo_raises_reward(void)
+{
+    enum { B = 32, STEPS = 20, TOKEN = 7 };
+    struct GPT2 *model = new_model(40, 16, 32, 1, 2), *ref_model = gpt2_copy(model);
+    struct TrainingArguments args = training_arguments();
+    struct PPOConfig config = ppo_config();
+    struct GenerationConfig generation = sampling(1, 0, 1);
+    args.learning_rate = 4e-3;
+    args.lr_scheduler_type = "constant";
+    config.batch_size = config.mini_batch_size = B;
+    config.init_kl_coef = 0.02;
+    struct PPOTrainer *ppo = ppo_trainer_new(model, ref_model, config, args, 1);
+    double first = 0, last = 0, kl;
+    for (size_t step = 0; step < STEPS; step++) {
+        struct Sequence s[B];
+        struct Rollout rollouts[B];
+        double mean = 0;
+        for (size_t i = 0; i < B; i++) s[i] = sequence_start(&test_arena, (int[]){(int)i, 3}, 2, 6, model, rng_seed(step * B + i, STREAM_SAMPLE));
+        generate(model, s, B, &generation);
+        for (size_t i = 0; i < B; i++) {
+            double share = 0;
+            for (size_t t = 2; t < s[i].n; t++) share += (s[i].ids[t] == TOKEN) / (double)(s[i].n - 2);
+            mean += share / B;
+            rollouts[i] = (struct Rollout){{s[i].ids, s[i].n, 2}, s[i].n - 2, (float)(4 * share)};
+        }
+        ppo_step(ppo, rollouts);
+        *(step == 0 ? &first : &last) = mean;
+    }
+    log_find(&ppo->stats, "objective/kl", &kl);
+    expect_close("share of the token at first", first, 1.0 / 40, 0.05);
+    expect_close("and at last", last, 1, 0.4);
+    expect_true("away from the reference", kl > 1);
+    ppo_end(ppo);
+}
+
+/* Rollouts that are written are read back and replayed as they were. */
+static void test_ppo_replay(void)
+{
+    struct Rollout rollouts[3], back[5];
+    for (size_t i = 0; i < 3; i++) rollouts[i] = (struct Rollout){random_example(5 + i, 2, 37), 3 + i, 0.1f * (float)i - 1};
+    FILE *file = fopen(temporary("rollouts.jsonl"), "wb");
+    rollouts_write(file, rollouts, 3);
+    fclose(file);
+    struct GPT2 *model = random_model(37, 14, 8, 1, 2);
+    struct Dataset *data = dataset_load(temporary("rollouts.jsonl"), ROLLOUT_SHAPES, 1);
+    replay_rollouts(data, 1, model, &test_arena, back, 5);
+    for (size_t i = 0; i < 5; i++) {
+        const struct Rollout *want = &rollouts[(5 + i) % 3];
+        expect_ids("ids", back[i].example.ids, back[i].example.n, want->example.ids, want->example.n);
+        expect_count("response", back[i].response_length, want->response_length);
+        expect_bits("score", &back[i].score, &want->score, 1);
+    }
+    dataset_free(data);
+    gpt2_free(model);
+}
+
+/* =============================================================================================
+ * Chapter 16 - DPO
+ * ============================================================================================= */
+
+static const double DPO_INPUT[4][3] = {{-12.5, -30.25, -8}, {-14, -25.5, -21.75}, {-13.25, -29, -10.5}, {-13, -26.75, -9.25}};    /* chosen, rejected; the reference's */
+static const size_t DPO_LENGTH[2][3] = {{5, 11, 3}, {4, 9, 6}};
+static const struct DPOGolden { const char *name; double weight[DPO_LOSS_TYPES], smoothing, loss; const double *dchosen, *drejected; } DPO_GOLDEN[] = {
+    {"sigmoid", {[DPO_SIGMOID] = 1}, 0, golden_dpo_sigmoid_loss, golden_dpo_sigmoid_dchosen, golden_dpo_sigmoid_drejected},
+    {"sigmoid, smoothed", {[DPO_SIGMOID] = 1}, 0.1, golden_dpo_sigmoid_smooth_loss, golden_dpo_sigmoid_smooth_dchosen, golden_dpo_sigmoid_smooth_drejected},
+    {"robust", {[DPO_ROBUST] = 1}, 0.1, golden_dpo_robust_loss, golden_dpo_robust_dchosen, golden_dpo_robust_drejected},
+    {"hinge", {[DPO_HINGE] = 1}, 0, golden_dpo_hinge_loss, golden_dpo_hinge_dchosen, golden_dpo_hinge_drejected},
+    {"ipo", {[DPO_IPO] = 1}, 0, golden_dpo_ipo_loss, golden_dpo_ipo_dchosen, golden_dpo_ipo_drejected},
+    {"sft", {[DPO_SFT] = 1}, 0, golden_dpo_sft_loss, golden_dpo_sft_dchosen, (const double[]){0, 0, 0}},
+    {"sigmoid sft", {[DPO_SIGMOID] = 1, [DPO_SFT] = 0.5}, 0, golden_dpo_sigmoid_sft_loss, golden_dpo_sigmoid_sft_dchosen, golden_dpo_sigmoid_sft_drejected}};
+
+static struct DPOConfig dpo_config_of(const struct DPOGolden *golden)
+{
+    struct DPOConfig config = {.beta = 0.1, .label_smoothing = golden->smoothing};
+    memcpy(config.weight, golden->weight, sizeof config.weight);
+    return config;
+}
+
+/* Loss and gradients of every type against TRL; by hand. */
+static void test_dpo_golden(void)
+{
+    double dchosen[3], drejected[3];
+    for (size_t i = 0; i < COUNT(DPO_GOLDEN); i++) {
+        const struct DPOGolden *g = &DPO_GOLDEN[i];
+        struct DPOConfig config = dpo_config_of(g);
+        double loss = dpo_loss(&config, 3, DPO_INPUT[0], DPO_INPUT[1], DPO_INPUT[2], DPO_INPUT[3], DPO_LENGTH[0], DPO_LENGTH[1], dchosen, drejected);
+        expect_relative(g->name, loss, g->loss, 2e-6);
+        expect_doubles(g->name, dchosen, g->dchosen, 3, 1e-6);
+        expect_doubles(g->name, drejected, g->drejected, 3, 1e-6);
+    }
+    for (double beta = 0.01; beta < 10; beta *= 7) {
+        struct DPOConfig config = {.beta = beta, .weight = {[DPO_SIGMOID] = 1}};
+        expect_close("policy == reference", dpo_loss(&config, 3, DPO_INPUT[0], DPO_INPUT[1], DPO_INPUT[0], DPO_INPUT[1], DPO_LENGTH[0], DPO_LENGTH[1], dchosen, drejected), log(2), 1e-12);
+    }
+    struct DPOConfig config = {.beta = 1, .weight = {[DPO_SIGMOID] = 1}};
+    expect_close("delta -1000", dpo_loss(&config, 1, (double[]){-1000}, (double[]){0}, (double[]){0}, (double[]){0}, DPO_LENGTH[0], DPO_LENGTH[1], dchosen, drejected), 1000, 1e-9);
+    expect_close("its gradient", dchosen[0], -1, 1e-12);
+}
+
+/* Central differences of every type, in doubles. */
+static void test_dpo_gradient(void)
+{
+    for (size_t i = 0; i < COUNT(DPO_GOLDEN); i++) {
+        struct DPOConfig config = dpo_config_of(&DPO_GOLDEN[i]);
+        double logps[6], d[6], unused[6], h = 1e-5;
+        memcpy(logps, DPO_INPUT, sizeof logps);
+        dpo_loss(&config, 3, logps, logps + 3, DPO_INPUT[2], DPO_INPUT[3], DPO_LENGTH[0], DPO_LENGTH[1], d, d + 3);
+        for (size_t k = 0; k < 6; k++) {
+            double loss[2];
+            for (int side = 0; side < 2; side++) {
+                logps[k] += (side ? 2 : -1) * h;
+                loss[side] = dpo_loss(&config, 3, logps, logps + 3, DPO_INPUT[2], DPO_INPUT[3], DPO_LENGTH[0], DPO_LENGTH[1], unused, unused + 3);
+            }
+            logps[k] -= h;
+            expect_close(DPO_GOLDEN[i].name, d[k], (loss[1] - loss[0]) / (2 * h), 1e-8);
+        }
+    }
+}
+
+/* Central differences through the model, all losses mixed; pairs of different lengths, with a temperature. */
+static void test_dpo_model_gradient(void)
+{
+    struct GPT2 *model = random_model(37, 12, 8, 2, 2), *ref_model = gpt2_copy(model);
+    for (size_t i = 0; i < ref_model->wte.n; i++) ref_model->wte.w[i] *= 0.9f;
+    struct Example pairs[8];
+    for (size_t i = 0; i < 8; i++) pairs[i] = random_example(4 + i, 2 + i / 4, 37);
+    struct DPOConfig config = {.beta = 0.2, .label_smoothing = 0.1, .weight = {1, 0.05, 0.5, 0.7, 0.3}};
+    struct Trainer trainer = trainer_of(model, 0, 1, 4);
+    dpo_task(&trainer, &test_arena, ref_model, config, 0.8, pairs, 4);
+    expect_task_gradient(&trainer, 0.005);
+    trainer_free(&trainer);
+    gpt2_free(model);
+    gpt2_free(ref_model);
+}
+
+/* Pairs from a file as TRL prepares them: a split for both sides, cut to max_length, a prompt too long dropped with a note. */
+static void test_dpo_pairs(void)
+{
+    struct GPT2 *model = new_model(1024, 32, 8, 1, 2);
+    struct Trainer trainer = trainer_of(model, 0, 1, 4);
+    trainer.args.max_length = 6;
+    struct Dataset *data = dataset_of("{\"prompt\": \"a b\", \"chosen\": \" c\", \"rejected\": \" d e f g h i\"}\n{\"chosen\": \"a b c\", \"rejected\": \"a b d\"}\n{\"prompt\": \"a b c d e f g\", \"chosen\": \" x\", \"rejected\": \" y\"}\n"
+        "{\"prompt\": \"a the\", \"chosen\": \"re\", \"rejected\": \" x\"}\n", DPO_SHAPES, 1);
+    struct Example pairs[8];
+    capture_begin();
+    size_t n = dpo_pairs(&trainer, &test_arena, data, pairs);
+    struct Text said = capture_end();
+    expect_true("a note", strstr(said.data, "1 of 4 pairs dropped"));
+    expect_count("pairs", n, 3);
+    expect_true("prompt a b", pairs[0].prompt_length == 2 && pairs[0].n == 4 && pairs[0].ids[3] == 1023 && pairs[1].n == 6 && pairs[1].prompt_length == 2);
+    expect_true("implied prompt a b", pairs[2].prompt_length == 2 && pairs[2].n == 4 && pairs[3].n == 4);
+    expect_true("the shorter common prefix for both", pairs[4].prompt_length == 1 && pairs[5].prompt_length == 1);
+    dataset_free(data);
+    gpt2_free(model);
+}
+
+/* Training moves the margins of eight pairs apart; the loss starts at ln 2; the reference's cache is filled once. */
+static void test_dpo_overfit(void)
+{
+    struct GPT2 *model = new_model(64, 16, 32, 1, 2), *ref_model = gpt2_copy(model);
+    struct Example pairs[16];
+    for (size_t i = 0; i < 16; i++) pairs[i] = random_example(10, 3, 64);
+    for (size_t i = 0; i < 16; i += 2) memcpy(pairs[i + 1].ids, pairs[i].ids, 3 * sizeof(int));
+    struct DPOConfig config = {.beta = 0.1, .weight = {[DPO_SIGMOID] = 1}};
+    struct Trainer trainer = trainer_of(model, 5e-3, 20, 4);
+    struct DPOTask *task = dpo_task(&trainer, &test_arena, ref_model, config, 1, pairs, 8);
+    trainer_train(&trainer);
+    expect_close("loss at first", logged(&trainer, 0, "loss"), log(2), 1e-6);
+    expect_close("margin at first", logged(&trainer, 0, "rewards/margins"), 0, 1e-6);
+    expect_true("margin at last above 1", logged(&trainer, 19, "rewards/margins") > 1);
+    expect_close("every pair ordered", logged(&trainer, 19, "rewards/accuracies"), 1, 0);
+    for (size_t i = 0; i < 16; i++) expect_close("the reference's log-probability: 7 tokens of 64", task->ref_logps[i], -7 * log(64), 1);
+    trainer_free(&trainer);
+    gpt2_free(model);
+    gpt2_free(ref_model);
+}
+
+/* =============================================================================================
+ * Chapter 18 - Evaluation
+ * ============================================================================================= */
+
+/* Word pairs and pair accuracy by hand; the KL of whole answers against the golden divergences. */
+static void test_evaluation(void)
+{
+    struct Text same[] = {{"the film. The FILM.", 19}}, none[] = {{"", 0}, {"one", 3}};
+    expect_close("the-film film-. .-the the-film film-.", distinct_2(same, 1), 3.0 / 5, 1e-12);
+    expect_close("no pair", distinct_2(none, 2), 0, 0);
+    expect_close("two of three pairs ordered", pair_accuracy((float[]){1, 3, 2}, (double[]){3, 2, 1}, 3, 1), 1.0 / 3, 1e-12);
+    expect_close("far ones only", pair_accuracy((float[]){2, 3, 1}, (double[]){3, 2, 1}, 3, 2), 1, 0);
+    expect_true("no pair that far", isnan(pair_accuracy((float[]){1, 2}, (double[]){1, 2}, 2, 5)));
+    struct GPT2 *model = golden_model(), *ref_model = golden_model();
+    for (size_t i = 0; i < 28; i++) for (size_t k = 0; k < ref_model->tensors[i]->n; k++) ref_model->tensors[i]->w[k] *= 0.9f;
+    struct Example answer = golden_examples()[0];
+    double want = 0;
+    answer.prompt_length = 4;
+    for (size_t t = 3; t < 11; t++) want += golden_kl[t];
+    expect_close("KL of an answer", response_kl(model, ref_model, &answer, 1, 1), want, 5e-6);
+    struct Batch batch = batch_of(&answer, 1, READ_LAST);
+    float *logits = batch_logits(model, &batch), *ref = batch_logits(ref_model, &batch), scratch[61];
+    for (size_t t = 0; t < 12; t++) expect_close("KL at a position", kl_exact(logits + 61 * t, log_sum_exp(logits + 61 * t, 61, scratch), ref + 61 * t, log_sum_exp(ref + 61 * t, 61, scratch), 61), golden_kl[t], 4e-6);
+    gpt2_free(model);
+    gpt2_free(ref_model);
+}
+
+/* =============================================================================================
+ * Chapter 19 - Command line; broken files and their messages
+ * ============================================================================================= */
+
+static void load_one_model(const void *path) { gpt2_load(path); }
+static void load_one_tokenizer(const void *path) { tokenizer_load(path); }
+static void load_one_dataset(const void *path) { dataset_load(path, TEXT_SHAPES, 1); }
+
+/* A text with its first `from` replaced. */
+static struct Text replaced(struct Text text, const char *from, const char *to)
+{
+    char *at = memmem(text.data, text.length, from, strlen(from));
+    CHECK(at, "test_align: no %s to replace", from);
+    size_t before = (size_t)(at - text.data);
+    struct Text start = text_join(&test_arena, (struct Text){text.data, before}, text_of(to));
+    return text_join(&test_arena, start, (struct Text){at + strlen(from), text.length - before - strlen(from)});
+}
+
+/* A small model in a folder of its own. */
+static const char *saved_model(const char *name)
+{
+    struct GPT2 *model = new_model(300, 24, 12, 1, 3);
+    reward_head_declare(model);
+    gpt2_save(model, temporary(name), tokenizer);
+    gpt2_free(model);
+    return temporary(name);
+}
+
+/* Weights: cut short, of another shape, missing, of an unknown type, with a header that lies or is none; shards elsewhere. */
+static void test_broken_weights(void)
+{
+    static const struct { const char *what, *from, *to, *message; } edits[] = {
+        {"wrong shape", "\"shape\":[300,12]", "\"shape\":[301,12]", "tensor wte.weight: expected shape [300, 12], found [301, 12]"},
+        {"transposed", "\"shape\":[12,36]", "\"shape\":[36,12]", "tensor h.0.attn.c_attn.weight: expected shape [12, 36], found [36, 12]"},
+        {"one dimension too many", "\"shape\":[36]", "\"shape\":[36,1]", "tensor h.0.attn.c_attn.bias: expected shape [36], found [36, 1]"},
+        {"missing", "\"transformer.ln_f.bias\"", "\"transformer.ln_f.biax\"", "tensor ln_f.bias is missing; expected shape [12]"},
+        {"unknown type", "\"F32\"", "\"I64\"", "tensor wte.weight has type I64; F32, F16 and BF16 are read"},
+        {"bytes and numbers disagree", "[0,14400]", "[0,14396]", "14396 bytes for 3600 numbers"},
+        {"bytes outside", "[0,14400]", "[99999999,100014399]", "cut short?"}, {"backwards", "[0,14400]", "[14400,0]", "cut short?"},
+        {"negative", "[0,14400]", "[-4,14396]", "whole number"}, {"no offsets", "\"data_offsets\"", "\"data_offsetx\"", "lacks dtype, shape or data_offsets"},
+        {"no JSON", "{\"__metadata__\"", "(\"__metadata__\"", "its header is not a JSON object"}};
+    const char *path = saved_model("broken");
+    struct Text file = read_file(&test_arena, temporary("broken/model.safetensors"));
+    size_t length = (unsigned char)file.data[0] | (size_t)(unsigned char)file.data[1] << 8;
+    for (size_t i = 0; i < COUNT(edits); i++) {
+        struct Text header = replaced((struct Text){file.data + 8, length}, edits[i].from, edits[i].to);
+        unsigned char prefix[8] = {(unsigned char)header.length, (unsigned char)(header.length >> 8)};
+        struct Text whole = text_join(&test_arena, text_join(&test_arena, (struct Text){(char *)prefix, 8}, header), (struct Text){file.data + 8 + length, file.length - 8 - length});
+        write_bytes("broken/model.safetensors", whole.data, whole.length);
+        expect_end(edits[i].what, load_one_model, path, 1, edits[i].message);
+    }
+    write_bytes("broken/model.safetensors", file.data, file.length - 100);
+    expect_end("truncated", load_one_model, path, 1, "cut short?");
+    write_bytes("broken/model.safetensors", file.data, 500);
+    expect_end("truncated in the header", load_one_model, path, 1, "or cut short: its header claims");
+    write_bytes("broken/model.safetensors", file.data, 5);
+    expect_end("five bytes", load_one_model, path, 1, "it has 5 bytes, fewer than its 8-byte prefix");
+    write_bytes("broken/model.safetensors", "\0\0\0\0\0\0\0\x7f{}", 10);
+    expect_end("a header of 9 * 10^18 bytes", load_one_model, path, 1, "header claims 9151314442816847872 bytes, 2 follow");
+    unlink(temporary("broken/model.safetensors"));
+    expect_end("no weights", load_one_model, path, 1, "No such file");
+    static const struct { const char *index, *message; } indexes[] = {{"{\"weight_map\": {\"a\": \"../x.safetensors\"}}", "must name a file of this folder"},
+        {"{\"weight_map\": {\"a\": 3}}", "must name a file of this folder"}, {"{\"weight_map\": {}}", "names no file"}, {"{}", "no \"weight_map\""}, {"[", "not JSON"}};
+    for (size_t i = 0; i < COUNT(indexes); i++) {
+        write_text("broken/model.safetensors.index.json", indexes[i].index);
+        expect_end("index", load_one_model, path, 1, indexes[i].message);
+    }
+}
+
+/* A config.json that changes the mathematics, or cannot be. */
+static void test_broken_config(void)
+{
+    static const char *const edits[][3] = {{"\"gelu_new\"", "\"relu\"", "activation_function \"relu\" is not implemented"},
+        {"\"n_inner\": null", "\"n_inner\": 100", "n_inner 100 is not implemented"}, {"\"n_head\": 3", "\"n_head\": 5", "n_embd 12 must be a multiple of n_head 5"},
+        {"\"n_layer\": 1", "\"n_layer\": 0", "n_layer 0"}, {"\"vocab_size\": 300", "\"vocab_size\": 200", "vocab_size 200"},
+        {"\"n_embd\": 12", "\"n_embd\": 12.5", "\"n_embd\" must be a whole number"},
+        {"\"tie_word_embeddings\": true", "\"tie_word_embeddings\": false", "\"tie_word_embeddings\" changes the mathematics"},
+        {"\"use_cache\": true", "\"scale_attn_weights\": false", "\"scale_attn_weights\" changes the mathematics"},
+        {"\"use_cache\": true", "\"add_cross_attention\": true", "\"add_cross_attention\" changes"},
+        {"\"model_type\": \"gpt2\"", "\"model_type\": \"llama\"", "model_type is not \"gpt2\""}, {"\"n_ctx\"", "n_ctx", "not JSON"}};
+    const char *path = saved_model("odd");
+    struct Text config = read_file(&test_arena, temporary("odd/config.json"));
+    for (size_t i = 0; i < COUNT(edits); i++) {
+        struct Text text = replaced(config, edits[i][0], edits[i][1]);
+        write_bytes("odd/config.json", text.data, text.length);
+        expect_end(edits[i][1], load_one_model, path, 1, edits[i][2]);
+    }
+    unlink(temporary("odd/config.json"));
+    expect_end("no config.json", load_one_model, path, 1, "no config.json inside");
+    expect_end("no folder", load_one_model, "/nowhere/at all", 1, "/nowhere/at all: no such folder");
+    write_text("odd/vocab.json", "{\"!\": 0, \"x\": 5}");
+    write_bytes("odd/config.json", config.data, config.length);
+    const char *arguments[] = {"align", "next", "--model_name_or_path", path, "--prompt", "x", "--tokenizer", tokenizer->path, NULL};
+    expect_end("another vocabulary", run_command, arguments, 1, "id 5 is \"x\" here, \"&\" in");
+}
+
+/* Data: the line is named, with what was expected and found. */
+static void test_broken_data(void)
+{
+    static const char *const cases[][2] = {{"{\"text\": \"a\"}\n\n{\"text\": \"b\"\n", "data.jsonl:3: not JSON: ',' or '}' was expected"},
+        {"{\"text\": 1}\n", "data.jsonl:1: \"text\" must be a string"}, {"[1]\n", "data.jsonl:1: an object"},
+        {"{\"prompt\": \"a\"}\n", "data.jsonl:1: expected \"text\", found \"prompt\""},
+        {"{\"text\": \"a\"}\n{\"other\": \"b\"}\n", "data.jsonl:2: expected \"text\", found no field that is known"}, {"", "no row with \"text\" was found"},
+        {"\n \n", "no row with \"text\" was found"}, {"{\"text\": \"a\", \"label\": 2}", "\"label\" must be 0 or 1"},
+        {"{\"text\": \"a\", \"score\": \"high\"}", "\"score\" must be a number"},
+        {"{\"query_ids\": [1, -2]}", "\"query_ids\" must hold token ids"}, {"{\"query_ids\": [1.5]}", "must hold token ids"},
+        {"{\"text\": \"a\"} x", "something stands behind its end"}, {"\x1f\x8b\x08", "not JSON"}};
+    for (size_t i = 0; i < COUNT(cases); i++) expect_end(cases[i][0], load_one_dataset, write_text("data.jsonl", cases[i][0]), 1, cases[i][1]);
+    expect_end("no file", load_one_dataset, "/nowhere/data.jsonl", 1, "/nowhere/data.jsonl: No such file");
+    make_folder(temporary("empty"));
+    expect_end("an empty folder", load_one_dataset, temporary("empty"), 1, "no row with \"text\" was found");
+}
+
+/* tokenizer.bin: another magic, llm.c's version 1, cut short anywhere, merges that cannot be. */
+static void test_broken_tokenizer(void)
+{
+    struct Text file = read_file(&test_arena, tokenizer->path);
+    char *bytes = arena_alloc(&test_arena, file.length, 1);
+    static const struct { size_t at; char byte; const char *message; } edits[] = {{0, 1, "not a tokenizer.bin of version 2"}, {4, 1, "not a tokenizer.bin of version 2"},
+        {8, 0, "end token"}, {10, 9, "end token"}, {1024, 7, "id 0 is not a single byte"}};
+    for (size_t i = 0; i < COUNT(edits); i++) {
+        memcpy(bytes, file.data, file.length);
+        bytes[edits[i].at] = edits[i].byte;
+        expect_end("tokenizer", load_one_tokenizer, write_bytes("tokenizer.bin", bytes, file.length), 1, edits[i].message);
+    }
+    for (size_t n = 0; n < file.length; n += file.length / 9) expect_end("cut short", load_one_tokenizer, write_bytes("tokenizer.bin", file.data, n), 1, "ends inside its");
+    expect_end("last byte missing", load_one_tokenizer, write_bytes("tokenizer.bin", file.data, file.length - 1), 1, "ends inside its Unicode classes");
+}
+
+/* What a user may type wrongly: exit 2 for the command line, 1 for what cannot be done, and the nearest flag's name. */
+static void test_cli_errors(void)
+{
+    const char *model = saved_model("cli"), *rest = tokenizer->path;
+    write_text("long.jsonl", "{\"prompt\": \"a b c d e f g h i j k l m n o p q r s t u v w x y z\"}\n");
+    static const char *const cases[][9] = {
+        {"2", "generate has no flag --promt; the nearest is --prompt", "generate", "--promt", "x"}, {"2", "dpo has no flag --betta; the nearest is --beta", "dpo", "--betta=1"},
+        {"2", "\"x\" is no flag", "score", "x"}, {"2", "--max_new_tokens -3: a whole number", "generate", "--max_new_tokens", "-3"},
+        {"2", "--top_p much: a number was expected", "generate", "--top_p", "much"}, {"2", "--top_p nan: a number", "generate", "--top_p=nan"},
+        {"2", "--do_sample maybe: true or false", "generate", "--do_sample=maybe"}, {"2", "--seed needs a value", "generate", "--seed"},
+        {"2", "--lr_scheduler_type \"step\" is unknown", "sft", "--lr_scheduler_type", "step"}, {"2", "--optim \"adam\" is unknown", "sft", "--optim", "adam"},
+        {"2", "--kl_penalty \"js\" is unknown", "ppo", "--kl_penalty", "js", "--output_dir", "x"}, {"2", "--loss_type \"orpo\" is unknown", "dpo", "--loss_type", "sigmoid orpo"},
+        {"2", "fewer numbers than --loss_type", "dpo", "--loss_type", "sigmoid sft", "--loss_weights", "1"}, {"1", "--beta 0: must be above 0", "dpo", "--beta", "0"},
+        {"1", "--label_smoothing 0.5", "dpo", "--label_smoothing", "0.5"}, {"1", "--temperature 0: must be above 0", "generate", "--temperature", "0"},
+        {"2", "must be 1 or more", "sft", "--per_device_train_batch_size", "0"}, {"2", "--model_name_or_path DIR is needed", "generate", "--prompt", "x", "--tokenizer", "@T"},
+        {"2", "--dataset_name is needed", "generate", "--model_name_or_path", "@M", "--tokenizer", "@T"},
+        {"1", "40 tokens, the model's context is 24", "generate", "--model_name_or_path", "@M", "--dataset_name", "@long.jsonl", "--tokenizer", "@T"},
+        {"1", "no tokenizer here", "generate", "--tokenizer", "no tokenizer here"}};
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        const char *arguments[12] = {"align"};
+        for (size_t k = 2, n = 1; k < 9 && cases[i][k]; k++, n++) {
+            const char *word = cases[i][k];
+            arguments[n] = strcmp(word, "@M") == 0 ? model : strcmp(word, "@T") == 0 ? rest : word[0] == '@' ? temporary(word + 1) : word;
+        }
+        expect_end(cases[i][1], run_command, arguments, atoi(cases[i][0]), cases[i][1]);
+    }
+    expect_count("kitten, sitting", edit_distance("kitten", "sitting"), 3);
+    expect_count("the same, and from nothing", edit_distance("beta", "beta") + edit_distance("", "beta"), 4);
+}
+
+/* The next line of a text, as JSON; NULL at its end. */
+static struct Json *next_line(struct Text *file)
+{
+    const char *error, *stop = memchr(file->data, '\n', file->length);
+    size_t where, length = stop ? (size_t)(stop - file->data) : file->length;
+    struct Json *json = length ? json_parse(&test_arena, (struct Text){file->data, length}, &error, &where) : NULL;
+    *file = (struct Text){file->data + length + (stop != NULL), file->length - length - (stop != NULL)};
+    return json;
+}
+
+/* Runs a command of this program here, on a model and data in the temporary folder; returns what it printed. */
+static struct Text command_output(const char *const *words)
+{
+    const char *arguments[32] = {"align"};
+    size_t n = 1;
+    for (size_t i = 0; words[i]; i++) arguments[n++] = words[i][0] == '@' ? temporary(words[i] + 1) : words[i];
+    arguments[n++] = "--tokenizer";
+    arguments[n] = tokenizer->path;
+    capture_begin();
+    run_command(arguments);
+    return capture_end();
+}
+
+/* Every training command on a tiny model, each on what the one before made; then the tools on the result. */
+static void test_cli_course(void)
+{
+    write_text("texts.jsonl", "{\"text\": \"A good film, and a fine one.\"}\n{\"text\": \"A bad film. It is dull and long.\"}\n{\"text\": \"\xc3\xa9t\xc3\xa9 \\\"quoted\\\"\"}\n");
+    write_text("pairs.jsonl", "{\"prompt\": \"A film\", \"chosen\": \" that is good\", \"rejected\": \" that is bad\"}\n{\"prompt\": \"It\", \"chosen\": \" is fine\", \"rejected\": \" is dull\"}\n");
+    static const char *const commands[][24] = {
+        {"pretrain", "--dataset_name", "@texts.jsonl", "--output_dir", "@lm", "--vocab_size", "400", "--n_layer", "1", "--n_head", "2", "--n_embd", "8", "--n_positions", "32", "--max_length", "16", "--max_steps", "2", "--logging_steps=1"},
+        {"sft", "--model_name_or_path", "@lm", "--dataset_name", "@texts.jsonl", "--eval_dataset", "@texts.jsonl", "--output_dir", "@sft", "--num_train_epochs", "2", "--eval_steps", "1", "--lr_scheduler_type=cosine"},
+        {"reward", "--model_name_or_path", "@sft", "--dataset_name", "@pairs.jsonl", "--eval_dataset", "@pairs.jsonl", "--output_dir", "@rm", "--center_rewards_coefficient", "0.01"},
+        {"ppo", "--model_name_or_path", "@sft", "--reward_model_path", "@rm", "--dataset_name", "@texts.jsonl", "--output_dir", "@ppo", "--batch_size", "4", "--mini_batch_size", "2", "--max_steps", "2", "--whiten_rewards", "--seed", "3"},
+        {"ppo", "--model_name_or_path", "@sft", "--rollouts", "@ppo/rollouts.jsonl", "--output_dir", "@replay", "--batch_size", "4", "--mini_batch_size", "2", "--max_steps", "2", "--whiten_rewards", "true", "--seed", "3"},
+        {"dpo", "--model_name_or_path", "@ppo", "--dataset_name", "@pairs.jsonl", "--eval_dataset", "@pairs.jsonl", "--output_dir", "@dpo", "--loss_type", "sigmoid sft", "--loss_weights", "1 0.2", "--max_steps", "2"}};
+    for (size_t i = 0; i < COUNT(commands); i++) command_output(commands[i]);
+    struct GPT2 *ppo = gpt2_load(temporary("ppo")), *replay = gpt2_load(temporary("replay"));
+    expect_true("a value head", ppo->v_head.weight.n == 8);
+    expect_same_weights("replayed rollouts", replay, ppo);
+    gpt2_free(ppo);
+    gpt2_free(replay);
+    expect_true("pretraining's log", json_get(json_get(json_read_file(&test_arena, temporary("lm/trainer_state.json")), "log_history")->child, "loss") != NULL);
+    struct Text out = command_output((const char *const[]){"generate", "--model_name_or_path", "@dpo", "--prompt", "A film", "--json", "--do_sample", "--num_return_sequences", "3", "--max_new_tokens", "4", NULL});
+    const char *error = "";
+    struct Json *json = parse(out.data, &error);
+    expect_true("three sequences", json && json_get(json, "sequences")->child->next->next && !json_get(json, "sequences")->child->next->next->next);
+    json = parse(command_output((const char *const[]){"next", "--model_name_or_path", "@dpo", "--prompt", "A film", "--json", "--top_k", "5", "--top_n", "3", NULL}).data, &error);
+    expect_close("kept by top_k 5", json ? json_get(json, "kept")->number : NAN, 5, 0);
+    expect_true("highest first", json && json_get(json, "top")->child->child->next->number >= json_get(json, "top")->child->next->child->next->number);
+    out = command_output((const char *const[]){"logprob", "--model_name_or_path", "@dpo", "--ref_model", "@sft", "--dataset_name", "@texts.jsonl", NULL});
+    json = next_line(&out);
+    double sum = 0, divergences = 0, tokens = 0;
+    for (struct Json *item = json ? json_get(json, "token_logprobs")->child : NULL; item; item = item->next, tokens++) sum += item->number;
+    for (struct Json *item = json ? json_get(json, "kl_to_ref_per_position")->child : NULL; item; item = item->next) divergences++;
+    expect_close("the sum of a text's log-probabilities", json ? json_get(json, "logprob")->number : NAN, sum, 1e-5);
+    expect_close("one divergence more than log-probabilities", divergences, tokens + 1, 0);
+    out = command_output((const char *const[]){"score", "--model_name_or_path", "@rm", "--dataset_name", "@texts.jsonl", NULL});
+    json = next_line(&out);
+    struct Json *positive = json ? json_get(json, "pipe_outputs")->child : NULL;
+    expect_true("POSITIVE first", positive && json_is_string(json_get(positive, "label"), "POSITIVE"));
+    expect_close("sigmoid of the reward", positive ? json_get(positive, "score")->number : NAN, json ? sigmoid(json_get(json, "reward")->number) : 0, 1e-8);
+    out = command_output((const char *const[]){"tokenize", "--jsonl", "@texts.jsonl", "--vocab_size", "258", NULL});
+    expect_true("tokenize --jsonl: three lines", next_line(&out) && next_line(&out) && next_line(&out) && !next_line(&out));
+    write_text("ids.txt", "[15496, 995]");
+    expect_text("decode", command_output((const char *const[]){"tokenize", "--decode", "@ids.txt", NULL}), "Hello world");
+    write_text("hello.txt", "Hello world");
+    expect_text("encode", command_output((const char *const[]){"tokenize", "@hello.txt", NULL}), "15496 995\n");
+    out = command_output((const char *const[]){"generate", "--help", NULL});
+    expect_true("--help names the flags", strstr(out.data, "--repetition_penalty") && strstr(out.data, "--max_new_tokens") && !strstr(out.data, "--cliprange"));
+    capture_begin();
+    print_commands(stdout);
+    out = capture_end();
+    for (size_t i = 0; i < COUNT(COMMANDS); i++) expect_true(COMMANDS[i].name, strstr(out.data, COMMANDS[i].name) && COMMANDS[i].groups);
+}
+
+/* =============================================================================================
+ * Fixtures: models of transformers and what it computed for them (--fixtures DIR)
+ * ============================================================================================= */
+
+static const char *fixture(const char *name) { return arena_printf(&test_arena, "%s/%s", fixtures, name); }
+
+/* A tensor's bytes and shape, whatever its type and number of dimensions. */
+static void *fixture_tensor(struct SafeTensors *st, const char *name, size_t shape[3], size_t *n)
+{
+    struct Json *entry = json_get(st->header, name), *offsets = json_get(entry, "data_offsets");
+    CHECK(entry, "%s: no %s", st->path, name);
+    size_t dims = 0, begin = (size_t)offsets->child->number, bytes = (size_t)offsets->child->next->number - begin;
+    for (struct Json *item = json_get(entry, "shape")->child; item && dims < 3; item = item->next) shape[dims++] = (size_t)item->number;
+    void *data = arena_alloc(&test_arena, bytes, 1);
+    CHECK(fseeko(st->file, (off_t)(st->data_start + begin), SEEK_SET) == 0 && fread(data, 1, bytes, st->file) == bytes, "%s: %s cannot be read", st->path, name);
+    *n = bytes / 4;
+    return data;
+}
+
+/* The length of the difference, relative to what is expected. */
+static void expect_tensor(const char *what, const float *got, const float *want, size_t n, double tolerance)
+{
+    double difference = 0;
+    for (size_t i = 0; i < n; i++) difference += pow((double)got[i] - want[i], 2);
+    expect_close(what, sqrt(difference) / (norm_of(want, n) + 1e-12), 0, tolerance);
+}
+
+/* Logits, loss and every gradient of a batch (B,T). */
+static void test_fixtures_gradient(void)
+{
+    struct GPT2 *model = gpt2_load(fixture("model"));
+    struct SafeTensors st = safetensors_open(&test_arena, fixture("expected/forward_backward.safetensors"));
+    size_t shape[3], n, C = model->config.n_embd, V = model->config.vocab_size;
+    int *ids = fixture_tensor(&st, "input_ids", shape, &n);
+    size_t B = shape[0], T = shape[1];
+    struct Example *examples = arena_alloc(&test_arena, B, sizeof *examples);
+    for (size_t b = 0; b < B; b++) examples[b] = (struct Example){ids + b * T, T, 1};
+    struct Batch batch = batch_of(examples, B, READ_LAST);
+    float *logits = fixture_tensor(&st, "logits", shape, &n);
+    expect_count("logits", n, B * T * V);
+    expect_tensor("logits", batch_logits(model, &batch), logits, MIN(n, batch.N * V), 1e-4);
+    gpt2_make_trainable(model);
+    struct Activations acts = gpt2_forward(model, &test_arena, &batch, true);
+    struct LMHead head = lm_head_new(model, &test_arena, &acts, batch.row, batch.target, batch.R, 1);
+    float *dhidden = arena_zeros(&test_arena, batch.N * C, sizeof *dhidden);
+    lm_head_cross_entropy(model, &head, 1 / (float)batch.R, dhidden, &test_arena);
+    gpt2_backward(model, &test_arena, &acts, dhidden);
+    expect_relative("loss", -sequence_logprob(head.logprob, batch.R) / (double)batch.R, *(float *)fixture_tensor(&st, "loss", shape, &n), 1e-5);
+    for (size_t i = 0; i < model->tensor_count; i++) {
+        struct Tensor *t = model->tensors[i];
+        float *want = fixture_tensor(&st, arena_printf(&test_arena, "grad.transformer.%s", t->name), shape, &n);
+        expect_count(t->name, n, t->n);
+        expect_tensor(t->name, t->d, want, MIN(n, t->n), 1e-4);
+    }
+    fclose(st.file);
+    gpt2_free(model);
+}
+
+/* Log-probabilities of every token, for each form in which the model is stored. */
+static void test_fixtures_logprob(void)
+{
+    static const struct { const char *name; double tolerance; } models[] = {{"model", 5e-5}, {"model_sharded", 5e-5}, {"model_f16", 3e-2}, {"model_bf16", 2e-1}};
+    for (size_t m = 0; m < COUNT(models); m++) {
+        if (!file_exists(fixture(models[m].name))) continue;
+        struct GPT2 *model = gpt2_load(fixture(models[m].name));
+        struct Text file = read_file(&test_arena, fixture("expected/logprob.jsonl"));
+        size_t lines = 0, V = model->config.vocab_size;
+        for (struct Json *json; (json = next_line(&file)); lines++) {
+            struct Example e = {0};
+            size_t n;
+            e.ids = json_ids(&test_arena, json_get(json, "input_ids"), &e.n, "fixture", lines);
+            int *ids = encode(json_get(json, "text")->string, V, &n);
+            expect_ids("ids", ids, MIN(n, model->config.n_positions), e.ids, e.n);
+            struct Batch batch = batch_of(&e, 1, SKIP_LAST);
+            struct Activations acts = gpt2_forward(model, &test_arena, &batch, false);
+            struct LMHead head = lm_head_new(model, &test_arena, &acts, batch.row, batch.target, batch.R, 1);
+            lm_head_forward(model, &head);
+            size_t t = 0;
+            for (struct Json *item = json_get(json, "token_logprobs")->child; item; item = item->next, t++) expect_close(models[m].name, t < batch.R ? head.logprob[t] : NAN, item->number, models[m].tolerance);
+            expect_count("log-probabilities", batch.R, t);
+        }
+        expect_true("lines", lines > 0);
+        gpt2_free(model);
+    }
+}
+
+static void test_fixtures_reward(void)
+{
+    if (!file_exists(fixture("reward"))) return;
+    struct GPT2 *model = gpt2_load(fixture("reward"));
+    struct Text file = read_file(&test_arena, fixture("expected/reward_scores.jsonl"));
+    size_t lines = 0;
+    for (struct Json *json; (json = next_line(&file)); lines++) {
+        struct Example e = example_encode(&test_arena, tokenizer, json_get(json, "text")->string, model->config.vocab_size, false);
+        float reward;
+        e.n = MIN(e.n, model->config.n_positions);
+        reward_score(model, &e, 1, &reward);
+        expect_close("reward", reward, json_get(json, "reward")->number, 5e-5);
+    }
+    expect_true("lines", lines > 0);
+    gpt2_free(model);
+}
+
+/* =============================================================================================
+ * The table, main
+ * ============================================================================================= */
+
+static const struct { const char *name; void (*run)(void); } TESTS[] = {
+    {"arena_pieces", test_arena_pieces}, {"arena_text", test_arena_text}, {"rng_known", test_rng_known}, {"rng_distributions", test_rng_distributions},
+    {"json_values", test_json_values}, {"json_errors", test_json_errors}, {"json_write", test_json_write}, {"files", test_files},
+    {"safetensors_half", test_safetensors_half}, {"safetensors_round_trip", test_safetensors_round_trip}, {"tokenizer_words", test_tokenizer_words},
+    {"tokenizer_cases", test_tokenizer_cases}, {"tokenizer_bytes", test_tokenizer_bytes}, {"tokenizer_plain", test_tokenizer_plain},
+    {"tokenizer_long_word", test_tokenizer_long_word}, {"tokenizer_small", test_tokenizer_small}, {"tokenizer_save", test_tokenizer_save},
+    {"data_shapes", test_data_shapes}, {"data_folder", test_data_folder}, {"data_implicit_prompt", test_data_implicit_prompt},
+    {"data_prompt_completion", test_data_prompt_completion}, {"data_pairs", test_data_pairs}, {"data_length_sampler", test_data_length_sampler},
+    {"collate", test_collate}, {"sigmoid", test_sigmoid}, {"softmax", test_softmax}, {"entropy", test_entropy}, {"kl", test_kl}, {"exp_fast", test_exp_fast},
+    {"rows", test_rows}, {"matmul", test_matmul}, {"matmul_plain", test_matmul_plain}, {"matmul_threads", test_matmul_threads}, {"linear_golden", test_linear_golden},
+    {"linear_gradient", test_linear_gradient}, {"layernorm", test_layernorm}, {"layernorm_gradient", test_layernorm_gradient}, {"gelu", test_gelu},
+    {"gelu_gradient", test_gelu_gradient}, {"attention", test_attention}, {"attention_gradient", test_attention_gradient}, {"gpt2_golden", test_gpt2_golden},
+    {"gpt2_gradient_golden", test_gpt2_gradient_golden}, {"gpt2_gradient", test_gpt2_gradient}, {"gpt2_chunks", test_gpt2_chunks}, {"gpt2_packed", test_gpt2_packed},
+    {"gpt2_init", test_gpt2_init}, {"gpt2_save", test_gpt2_save}, {"gpt2_load", test_gpt2_load}, {"reward_golden", test_reward_golden}, {"reward_rows", test_reward_rows},
+    {"reward_head_gradient", test_reward_head_gradient}, {"adamw_golden", test_adamw_golden}, {"adamw_hand", test_adamw_hand}, {"schedule", test_schedule},
+    {"trainer_steps", test_trainer_steps}, {"trainer_state", test_trainer_state}, {"trainer_threads", test_trainer_threads}, {"generate_golden", test_generate_golden},
+    {"generate_filters_golden", test_generate_filters_golden}, {"generate_processors", test_generate_processors}, {"generate_distribution", test_generate_distribution},
+    {"generate_decode", test_generate_decode}, {"generate_cache", test_generate_cache}, {"language_pack", test_language_pack},
+    {"language_sft_rows", test_language_sft_rows}, {"language_overfit", test_language_overfit}, {"bradley_terry", test_bradley_terry},
+    {"bradley_terry_gradient", test_bradley_terry_gradient}, {"reward_gradient", test_reward_gradient}, {"reward_overfit", test_reward_overfit},
+    {"ppo_whiten_golden", test_ppo_whiten_golden}, {"ppo_scores_golden", test_ppo_scores_golden}, {"ppo_kl_controller", test_ppo_kl_controller},
+    {"ppo_penalties_golden", test_ppo_penalties_golden}, {"ppo_advantages_golden", test_ppo_advantages_golden}, {"ppo_loss_golden", test_ppo_loss_golden},
+    {"ppo_loss_gradient", test_ppo_loss_gradient}, {"ppo_gradient", test_ppo_gradient}, {"ppo_step", test_ppo_step}, {"ppo_guards", test_ppo_guards},
+    {"ppo_threads", test_ppo_threads}, {"ppo_raises_reward", test_ppo_raises_reward}, {"ppo_replay", test_ppo_replay}, {"dpo_golden", test_dpo_golden},
+    {"dpo_gradient", test_dpo_gradient}, {"dpo_model_gradient", test_dpo_model_gradient}, {"dpo_pairs", test_dpo_pairs}, {"dpo_overfit", test_dpo_overfit},
+    {"evaluation", test_evaluation}, {"broken_weights", test_broken_weights}, {"broken_config", test_broken_config}, {"broken_data", test_broken_data},
+    {"broken_tokenizer", test_broken_tokenizer}, {"cli_errors", test_cli_errors}, {"cli_course", test_cli_course}, {"fixtures_gradient", test_fixtures_gradient},
+    {"fixtures_logprob", test_fixtures_logprob}, {"fixtures_reward", test_fixtures_reward},
+};
+
+static bool selected(const char *name, int argc, char **argv)
+{
+    bool any = false;
+    for (int i = 1; i < argc; i++) {
+        if (strcmp(argv[i], "--fixtures") == 0) { i++; continue; }
+        any = true;
+        if (strncmp(name, argv[i], strlen(argv[i])) == 0) return true;
+    }
+    return !any;
+}
+
+static void remove_folder(const char *path)
+{
+    DIR *open = opendir(path);
+    if (!open) return;
+    for (struct dirent *entry; (entry = readdir(open));) {
+        if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0) continue;
+        char *inner = arena_printf(&test_arena, "%s/%s", path, entry->d_name);
+        if (is_folder(inner)) remove_folder(inner);
+        else unlink(inner);
+    }
+    closedir(open);
+    rmdir(path);
+}
+
+static size_t passed, not_passed;
+static pid_t own_process;
+
+/* The last line, also when a test ends the program where it should not. */
+static void finish(void)
+{
+    if (getpid() != own_process) return;               /* a child of run_apart */
+    if (test_name) printf("FAILED %s: it ended the program\n", test_name);
+    remove_folder(folder);
+    arena_free(&test_arena);
+    printf("%zu passed, %zu failed\n", passed, not_passed + (test_name != NULL));
+}
+
+int main(int argc, char **argv)
+{
+    openmp_spin_briefly(argv);
+    const char *base = getenv("TMPDIR");
+    snprintf(folder, sizeof folder, "%.3900s/test_align.XXXXXX", base && *base ? base : "/tmp");
+    CHECK(mkdtemp(folder), "%s: %s", folder, strerror(errno));
+    own_process = getpid();
+    atexit(finish);
+    for (int i = 1; i + 1 < argc; i++) if (strcmp(argv[i], "--fixtures") == 0) fixtures = argv[i + 1];
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    kernel_choose();
+    use_threads(1);                    /* more only where threads are tested: small regions are slow on a busy machine */
+    quiet = true;
+    struct Options options = default_options("generate");
+    struct Tokenizer *tok = load_tokenizer(&options);
+    tokenizer = tok;
+    bool slow = getenv("TEST_SECONDS") != NULL;                        /* says how long each test took */
+    for (size_t i = 0; i < COUNT(TESTS); i++) {
+        if (!selected(TESTS[i].name, argc, argv) || (!fixtures && strncmp(TESTS[i].name, "fixtures", 8) == 0)) continue;
+        double begin = seconds_now();
+        test_name = TESTS[i].name;
+        test_rng = rng_seed(7, 77);
+        failures = 0;
+        TESTS[i].run();
+        if (failures) printf("FAILED %s: %zu checks\n", test_name, failures);
+        *(failures ? &not_passed : &passed) += 1;
+        if (slow) printf("%8.3f s  %s\n", seconds_now() - begin, test_name);
+        arena_free(&test_arena);
+    }
+    test_name = NULL;
+    tokenizer_free(tok);
+    return not_passed > 0;
+}
