@@ -4545,7 +4545,7 @@ struct Course {
 struct CourseResult { struct Example *answers; struct Text *texts; float *reward; double mean_reward, kl, distinct_2, mean_length; };
 
 enum { COURSE_VOCAB = 4097, COURSE_LAYERS = 2, COURSE_WIDTH = 128, COURSE_HEADS = 4, COURSE_POSITIONS = 64, COURSE_LONG_POSITIONS = 256,
-       COURSE_TEST_PROMPTS = 256, COURSE_MAX_NEW = 24, COURSE_LEAST_LENGTH = 8, COURSE_PREFIX = 20 };
+       COURSE_TEST_PROMPTS = 256, COURSE_MAX_NEW = 24, COURSE_LEAST_LENGTH = 10, COURSE_PREFIX = 20 };
 
 static const struct LengthSampler COURSE_PROMPT_LENGTH = {2, 8};
 
@@ -4679,16 +4679,17 @@ static struct GenerationConfig course_generation(const struct Course *course)
 }
 
 /* Stage 3: PPO. A score is the reward in standard deviations of real beginnings; answers that end before
- * 8 tokens score at most -2, or the policy learns that "the best." is safe. */
+ * 10 tokens score at most -2, or the policy learns that "the best." is safe. */
 static void course_ppo(struct Course *course)
 {
     course->ppo = gpt2_copy(course->language_model);
     struct PPOConfig config = ppo_config();
     config.batch_size = config.mini_batch_size = 64;
     config.adap_kl_ctrl = false;
-    config.init_kl_coef = 0.2;
+    config.init_kl_coef = 0.15;
+    config.ppo_epochs = 3;
     struct TrainingArguments args = training_arguments();
-    args.learning_rate = 5e-4 * course->scale;
+    args.learning_rate = 7e-4 * course->scale;
     args.lr_scheduler_type = "constant_with_warmup";
     args.warmup_steps = MIN((size_t)5, course->ppo_steps / 4);
     args.max_grad_norm = 0;
@@ -5643,7 +5644,7 @@ static struct Options default_options(const char *command)
     struct Options o = {.train = training_arguments(), .ppo = ppo_config(), .generation = generation_config(), .dpo = {.beta = 0.1}, .loss_type = "sigmoid", .top_n = 10, .tokenize_vocab_size = 50257,
         .model = {.vocab_size = 50257, .n_positions = 1024, .n_embd = 768, .n_layer = 12, .n_head = 12, .layer_norm_epsilon = 1e-5f},
         .input_min_text_length = 2, .input_max_text_length = 8, .output_min_length = 4, .output_max_length = 16,
-        .pretrain_steps = 2400, .reward_steps = 450, .ppo_steps = 50, .dpo_steps = 120};
+        .pretrain_steps = 2400, .reward_steps = 450, .ppo_steps = 60, .dpo_steps = 120};
     if (strcmp(command, "sft") == 0) o.train.learning_rate = 2e-5;
     if (strcmp(command, "reward") == 0) o.train.learning_rate = 1e-4;
     if (strcmp(command, "dpo") == 0) o.train.learning_rate = 1e-6;
