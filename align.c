@@ -28,17 +28,17 @@
  *    4 Data: datasets, pairs, collator         14 Reward model
  *    5 Probability: sigmoid, softmax, KL       15 Policy gradient: PPO
  *    6 Matrix multiplication                   16 DPO
- *    7 Layers, forward and backward            17 Exact: the closed form
+ *    7 Layers, forward and backward            (17 is kept for the closed form)
  *    8 GPT-2                                   18 Evaluation and the whole course (rlhf)
  *    9 Reward and value heads                  19 Command line, main
- *   10 LoRA
+ *  (10 is kept for LoRA)
  *
  * Reading paths. What is a policy, a rollout, an omega? 5, 8, 12. Why does PPO clip? 15. Where
  * does DPO's loss come from? 14, then 16. How does a transformer learn at all? 7, 8, 11, 13.
  * By term: docs/glossary.md; every term is tagged [glossary: TERM] where it is implemented.
  *
  * To step through:  make debug && gdb --args ./align ppo ...   then  break ppo_loss , run,
- * p ppo->config , p model->h[0].attn.c_attn.weight.w[0]@8
+ * p *config , up , p model->h[0].attn.c_attn.weight.w[0]@8
  *
  * Dimensions, everywhere:
  *    B sequences of a batch   T tokens of one sequence   N all tokens of a batch, packed
@@ -87,6 +87,8 @@
 #include <unistd.h>
 #ifdef _OPENMP
 #include <omp.h>
+#elif defined(__GNUC__)
+#pragma GCC diagnostic ignored "-Wunknown-pragmas"       /* without OpenMP its pragmas are comments */
 #endif
 
 /* =============================================================================================
@@ -866,7 +868,7 @@ struct Reader { const unsigned char *at, *end; const char *path; };
 
 static const unsigned char *reader_take(struct Reader *r, size_t n, const char *what)
 {
-    CHECK((size_t)(r->end - r->at) >= n, "%s: ends inside its %s; make it again: python3 prepare_imdb.py tokenizer", r->path, what);
+    CHECK((size_t)(r->end - r->at) >= n, "%s: ends inside its %s; make it again: python3 prepare_imdb.py tokenizer --source DIR (with encoder.json, vocab.bpe)", r->path, what);
     const unsigned char *start = r->at;
     r->at += n;
     return start;
@@ -913,7 +915,7 @@ static struct Tokenizer *tokenizer_load(const char *path)
     struct Reader r = {(const unsigned char *)file.data, (const unsigned char *)file.data + file.length, path};
     uint32_t header[256];
     for (size_t i = 0; i < 256; i++) header[i] = reader_u32(&r, "header");
-    CHECK(header[0] == TOKENIZER_MAGIC && header[1] == TOKENIZER_VERSION, "%s: not a tokenizer.bin of version 2 (it starts with %u, %u); make one: python3 prepare_imdb.py tokenizer", path, header[0], header[1]);
+    CHECK(header[0] == TOKENIZER_MAGIC && header[1] == TOKENIZER_VERSION, "%s: not a tokenizer.bin of version 2 (it starts with %u, %u); make one: python3 prepare_imdb.py tokenizer --source DIR", path, header[0], header[1]);
     tok->vocab_size = header[2];
     tok->end_token = (int)header[3];
     CHECK(tok->vocab_size > BYTE_TOKENS && tok->vocab_size <= 65536 && header[3] == tok->vocab_size - 1, "%s: a vocabulary of %zu with end token %u; 257 to 65536 ids, the end token last, are read", path, tok->vocab_size, header[3]);
@@ -1586,7 +1588,8 @@ static void softmax(float *x, size_t n)
     for (size_t i = 0; i < n; i++) x[i] *= scale;
 }
 
-/* log sum_i e^(x_i): what softmax divides by, as a logarithm. log softmax(x)_i = x_i - log_sum_exp(x). */
+/* log sum_i e^(x_i): what softmax divides by, as a logarithm: the log of the partition function of one token's
+ * distribution.  [glossary: Função de partição] log softmax(x)_i = x_i - log_sum_exp(x). */
 static float log_sum_exp(const float *x, size_t n, float *scratch)
 {
     float largest = row_max(x, n);
@@ -1862,7 +1865,7 @@ static struct Matrix transposed(const float *data, size_t columns) { return (str
 /* One block of K: packs both operands, then fills C tile by tile. */
 static void matmul_block(float *c, size_t c_row, struct Matrix a, struct Matrix b, size_t M, size_t N, size_t K, float *pack_a, float *pack_b, bool accumulate, bool b_is_packed)
 {
-    size_t MR = kernel->MR, NR = kernel->NR, task_m = 16 * MR, task_n = 8 * NR;
+    size_t MR = kernel->MR, NR = kernel->NR, task_m = 8 * MR, task_n = 8 * NR;
     size_t tasks_m = (M + task_m - 1) / task_m, tasks = tasks_m * ((N + task_n - 1) / task_n);
 #ifdef _OPENMP
     bool parallel = (double)M * (double)N * (double)K > 2e5 && !omp_in_parallel();
@@ -2644,7 +2647,7 @@ static void config_save(const struct GPT2 *model, const char *folder)
     output_close(&out);
 }
 
-/* gpt2_save -- the folder that transformers loads. The weights come last: a folder whose
+/* gpt2_save -- the folder that transformers loads.                       [glossary: Hugging Face] The weights come last: a folder whose
  * model.safetensors is new is whole. */
 static void gpt2_save(struct GPT2 *model, const char *folder, const struct Tokenizer *tok)
 {
@@ -3691,7 +3694,9 @@ static void write_pipe_outputs(FILE *file, double reward)
  * scores higher without leaving the reference far behind. The objective is
  *     J(pi) = E_{y ~ pi} [ r(x,y) ] - beta KL(pi || pi_ref)          [10][4]  [glossary: Função objetivo]
  * and the KL term is what keeps the model writing language: without it the policy finds whatever text
- * fools the reward model. This chapter is TRL 0.11's PPOTrainer, step by step.
+ * fools the reward model. The gradient of an expectation over samples is an expectation of
+ * advantage * grad log pi(y|x) [19]: nothing has to be differentiated but the policy's log-probability.
+ * This chapter is TRL 0.11's PPOTrainer, step by step.
  * ============================================================================================= */
 
 /* PPOConfig of TRL 0.11 and its defaults.                        [glossary: Classe de configuração PPO] */
@@ -3836,7 +3841,7 @@ static void ppo_loss(const struct PPOConfig *config, const struct PPOBatch *p, c
         double v_clipped = MAX(V - cv, MIN(V + cv, v));
         double error = (v - G) * (v - G), error_clipped = (v_clipped - G) * (v_clipped - G);
         bool value_clipped = error_clipped > error;
-        dlogprobs[r] = policy_clipped ? 0 : (float)(plain / n);            /* d(-A ratio)/d new = -A ratio */
+        dlogprobs[r] = policy_clipped ? 0 : (float)(plain / n);            /* d ratio = ratio d log pi  [glossary: Truque da log-derivada] */
         dvalues[r] = (float)(config->vf_coef * (value_clipped ? (v == v_clipped ? v_clipped - G : 0) : v - G) / n);
         stats[LOSS_POLICY] += MAX(plain, clipped) / n;
         stats[LOSS_VALUE] += 0.5 * MAX(error, error_clipped) / n;
@@ -3859,7 +3864,7 @@ static void ppo_loss(const struct PPOConfig *config, const struct PPOBatch *p, c
     stats[LOSS_TOTAL] = stats[LOSS_POLICY] + config->vf_coef * stats[LOSS_VALUE];
 }
 
-/* Everything a PPO training owns.                                          [glossary: Treinador PPO] */
+/* Everything a PPO training owns.   [glossary: Treinador PPO]; its model is the policy  [glossary: Política π] */
 struct PPOTrainer {
     struct GPT2 *model, *ref_model;          /* the policy with its value head; the reference */
     struct PPOConfig config;
@@ -4213,7 +4218,7 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, cons
             double kl, loss;
             log_find(entry, "objective/kl", &kl);
             log_find(entry, "ppo/loss/total", &loss);
-            say("ppo: step %zu/%zu  env/reward_mean %.4g  objective/kl %.4g  ppo/loss/total %.4g\n", step + 1, steps, mean_of(raw, B), kl, loss);
+            say("%s: step %zu/%zu  env/reward_mean %.4g  objective/kl %.4g  ppo/loss/total %.4g\n", step + 1, steps, mean_of(raw, B), kl, loss);
         }
     }
     if (output_dir) {
@@ -4405,10 +4410,10 @@ static struct DPOTask *dpo_task(struct Trainer *trainer, struct Arena *arena, st
 /* collect_preferences -- data collection: several answers a prompt, compared, kept as pairs.
  *                                                                  [glossary: Coleta de dados]
  * Each prompt is answered num_generations times by `policy`; the best answer by the scorer becomes
- * chosen, the worst rejected. Answers that did not end, or ended before scorer->least_length tokens,
- * are left out: cut-off text would teach the model to be cut off. pairs: room for 2n examples,
+ * chosen, the worst rejected. Answers that ended before scorer->least_length tokens are left out, and, with
+ * only_ended, those that did not end: cut-off text teaches a model to run on. pairs: room for 2n examples,
  * 2i chosen, 2i+1 rejected; returns how many pairs. */
-static size_t collect_preferences(const struct GPT2 *policy, const struct Scorer *scorer, struct Arena *arena, const struct Example *prompts, size_t n, size_t num_generations, size_t max_new, const struct GenerationConfig *generation, uint64_t seed, struct Example *pairs)
+static size_t collect_preferences(const struct GPT2 *policy, const struct Scorer *scorer, struct Arena *arena, const struct Example *prompts, size_t n, size_t num_generations, size_t max_new, bool only_ended, const struct GenerationConfig *generation, uint64_t seed, struct Example *pairs)
 {
     struct Rng rng = rng_seed(seed, STREAM_SAMPLE);
     size_t total = n * num_generations, count = 0;
@@ -4427,7 +4432,7 @@ static size_t collect_preferences(const struct GPT2 *policy, const struct Scorer
         for (size_t k = i * num_generations; k < (i + 1) * num_generations; k++) {
             size_t length = answers[k].n - answers[k].prompt_length;
             bool ended = answers[k].ids[answers[k].n - 1] == policy->config.eos_token_id;
-            if (!ended || length < scorer->least_length) continue;
+            if ((only_ended && !ended) || length < scorer->least_length) continue;
             if (best == SIZE_MAX || score[k] > score[best]) best = k;
             if (worst == SIZE_MAX || score[k] < score[worst]) worst = k;
         }
@@ -4439,8 +4444,8 @@ static size_t collect_preferences(const struct GPT2 *policy, const struct Scorer
 }
 
 /* =============================================================================================
- * Chapter 18 - Evaluation and the whole course (rlhf)    [glossary: Aprendizado por reforço a partir
- *                                                           de feedback humano (RLHF)]
+ * Chapter 18 - Evaluation and the whole course (rlhf)
+ *             [glossary: Aprendizado por reforço a partir de feedback humano (RLHF)]
  *
  * What enters: rated texts. What leaves: a language model trained from nothing, a reward model of the
  * raters' taste, two policies that please it, one by PPO and one by DPO, and the measurements that say
@@ -4545,19 +4550,18 @@ struct Course {
 struct CourseResult { struct Example *answers; struct Text *texts; float *reward; double mean_reward, kl, distinct_2, mean_length; };
 
 enum { COURSE_VOCAB = 4097, COURSE_LAYERS = 2, COURSE_WIDTH = 128, COURSE_HEADS = 4, COURSE_POSITIONS = 64, COURSE_LONG_POSITIONS = 256,
-       COURSE_TEST_PROMPTS = 256, COURSE_MAX_NEW = 24, COURSE_LEAST_LENGTH = 10, COURSE_PREFIX = 20 };
+       COURSE_TEST_PROMPTS = 256, COURSE_MAX_NEW = 24, COURSE_LEAST_LENGTH = 10, COURSE_PREFIX = 20, COURSE_TOKENS_A_STEP = 512 };
 
 static const struct LengthSampler COURSE_PROMPT_LENGTH = {2, 8};
 
 /* Beginnings of texts, 2 to 7 tokens long, never a whole text. */
-static size_t course_prompts(struct Course *course, const struct Example *texts, size_t n, size_t most, struct Rng *rng, struct Example *prompts)
+static size_t course_prompts(const struct Example *texts, size_t n, size_t most, struct Rng *rng, struct Example *prompts)
 {
     size_t count = 0;
     for (size_t i = 0; i < n && count < most; i++) {
         size_t length = length_sampler(&COURSE_PROMPT_LENGTH, rng);
         if (texts[i].n > length + 1) prompts[count++] = (struct Example){texts[i].ids, length, length};
     }
-    (void)course;
     return count;
 }
 
@@ -4583,8 +4587,8 @@ static void course_split(struct Course *course, const struct Dataset *data)
     course->train_rating = rating + course->held_out_n;
     course->prompts = arena_alloc(&course->arena, course->train_n, sizeof *course->prompts);
     course->test_prompts = arena_alloc(&course->arena, course->held_out_n, sizeof *course->test_prompts);
-    course->prompt_n = course_prompts(course, course->train, course->train_n, course->train_n, &rng, course->prompts);
-    course->test_n = course_prompts(course, course->held_out, course->held_out_n, COURSE_TEST_PROMPTS, &rng, course->test_prompts);
+    course->prompt_n = course_prompts(course->train, course->train_n, course->train_n, &rng, course->prompts);
+    course->test_n = course_prompts(course->held_out, course->held_out_n, COURSE_TEST_PROMPTS, &rng, course->test_prompts);
     CHECK(course->prompt_n > 0 && course->test_n > 0, "%s: its texts are too short to take prompts of 2 to 7 tokens from", data->path);
 }
 
@@ -4611,7 +4615,7 @@ static void course_save(struct Course *course, struct GPT2 *model, const char *n
 /* Stage 1: a language model, from random weights or from a given folder's. */
 static void course_language_model(struct Course *course, double learning_rate)
 {
-    struct Trainer trainer = course_trainer(course, course->language_model, learning_rate, course->pretrain_steps, 8, 50);
+    struct Trainer trainer = course_trainer(course, course->language_model, learning_rate, course->pretrain_steps, MAX((size_t)1, COURSE_TOKENS_A_STEP / course->language_model->config.n_positions), 50);
     trainer.args.adam_beta2 = 0.99;
     trainer.args.weight_decay = 0.1;
     trainer.args.lr_end = 0.05;
@@ -4718,7 +4722,8 @@ static void course_dpo(struct Course *course)
     size_t n = MIN(course->prompt_n, course->dpo_steps * PAIRS_A_STEP / 2 + PAIRS_A_STEP);
     struct Example *pairs = arena_alloc(&course->arena, 2 * n, sizeof *pairs);
     struct GenerationConfig generation = course_generation(course);
-    size_t count = collect_preferences(course->language_model, &course->scorer, &course->arena, course->prompts, n, ANSWERS, 40, &generation, course->seed, pairs);
+    bool sentences = course->language_model->config.n_positions == COURSE_POSITIONS;        /* whole reviews never end within 40 tokens */
+    size_t count = collect_preferences(course->language_model, &course->scorer, &course->arena, course->prompts, n, ANSWERS, 40, sentences, &generation, course->seed, pairs);
     say("4/4 dpo: %zu pairs collected from %zu answers\n", count, n * ANSWERS);
     CHECK(count > 0 || course->dpo_steps == 0, "no answer of the language model ended by itself, so no pair could be formed; train it longer (--pretrain_steps)");
     struct Trainer trainer = course_trainer(course, course->dpo, 5e-4, course->dpo_steps, PAIRS_A_STEP, 10);
@@ -4991,7 +4996,7 @@ static struct Tokenizer *load_tokenizer(const struct Options *o)
         strcpy(slash ? slash + 1 : program, "tokenizer.bin");
         if (file_exists(program)) return tokenizer_load(program);
     }
-    CHECK(file_exists(path), "tokenizer.bin is neither beside the program nor in the current folder; name it with --tokenizer, or make it: python3 prepare_imdb.py tokenizer");
+    CHECK(file_exists(path), "tokenizer.bin is neither beside the program nor in the current folder; name it with --tokenizer, or make it: python3 prepare_imdb.py tokenizer --source DIR");
     return tokenizer_load(path);
 }
 
@@ -5010,18 +5015,17 @@ static const char *shipped_file(struct Arena *arena, const char *name)
     return name;
 }
 
-static struct GPT2 *load_model(const struct Options *o, const char *folder, const struct Tokenizer *tok)
+static struct GPT2 *load_model(const char *folder, const struct Tokenizer *tok)
 {
     if (!folder) die_usage("--model_name_or_path DIR is needed: the folder of a model");
-    (void)o;
     struct GPT2 *model = gpt2_load(folder);
     tokenizer_check_folder(tok, folder, model->config.vocab_size);
     return model;
 }
 
-static struct GPT2 *load_reward_model(const struct Options *o, const char *folder, const struct Tokenizer *tok)
+static struct GPT2 *load_reward_model(const char *folder, const struct Tokenizer *tok)
 {
-    struct GPT2 *model = load_model(o, folder, tok);
+    struct GPT2 *model = load_model(folder, tok);
     CHECK(model->score.n, "%s: has no score.weight: it is no reward model; train one: align reward", folder);
     return model;
 }
@@ -5123,7 +5127,7 @@ static void command_pretrain(struct Options *o)
     struct Tokenizer *tok = load_tokenizer(o);
     o->model.eos_token_id = o->model.pad_token_id = end_token_of(o->model.vocab_size);
     config_check(&o->model, "command line");
-    struct GPT2 *model = o->model_name_or_path ? load_model(o, o->model_name_or_path, tok) : gpt2_new(o->model);
+    struct GPT2 *model = o->model_name_or_path ? load_model(o->model_name_or_path, tok) : gpt2_new(o->model);
     if (!o->model_name_or_path) gpt2_init(model, o->train.seed);
     CHECK(!o->max_length_given || o->train.max_length <= model->config.n_positions, "--max_length %zu is longer than the model's context of %zu (--n_positions)", o->train.max_length, model->config.n_positions);
     struct Dataset *data = load_data(o->dataset_name, TEXT_SHAPES, 1), *eval = o->eval_dataset ? load_data(o->eval_dataset, TEXT_SHAPES, 1) : NULL;
@@ -5143,7 +5147,7 @@ static void command_sft(struct Options *o)
 {
     struct Arena arena = {0};
     struct Tokenizer *tok = load_tokenizer(o);
-    struct GPT2 *model = load_model(o, o->model_name_or_path, tok);
+    struct GPT2 *model = load_model(o->model_name_or_path, tok);
     struct Dataset *data = load_data(o->dataset_name, SFT_SHAPES, COUNT(SFT_SHAPES)), *eval = o->eval_dataset ? load_data(o->eval_dataset, SFT_SHAPES, COUNT(SFT_SHAPES)) : NULL;
     struct Trainer trainer = trainer_new(o, model, tok);
     sft_task(&trainer, &arena, data, eval);
@@ -5159,7 +5163,7 @@ static void command_reward(struct Options *o)
 {
     struct Arena arena = {0};
     struct Tokenizer *tok = load_tokenizer(o);
-    struct GPT2 *model = load_model(o, o->model_name_or_path, tok);
+    struct GPT2 *model = load_model(o->model_name_or_path, tok);
     struct Rng rng = rng_seed(o->train.seed, STREAM_INIT);
     if (!model->score.n) tensor_normal(reward_head_declare(model), &rng, 0.02);
     struct Dataset *data = load_data(o->dataset_name, REWARD_SHAPES, COUNT(REWARD_SHAPES)), *eval = o->eval_dataset ? load_data(o->eval_dataset, &data->shape, 1) : NULL;
@@ -5200,8 +5204,8 @@ static void command_dpo(struct Options *o)
     CHECK(o->dpo.beta > 0, "--beta %g: must be above 0; at 0 the pairs would not count", o->dpo.beta);
     CHECK(o->dpo.label_smoothing >= 0 && o->dpo.label_smoothing < 0.5, "--label_smoothing %g: a share of mislabelled pairs, from 0 to below 0.5", o->dpo.label_smoothing);
     struct Tokenizer *tok = load_tokenizer(o);
-    struct GPT2 *model = load_model(o, o->model_name_or_path, tok);
-    struct GPT2 *ref_model = o->ref_model ? load_model(o, o->ref_model, tok) : gpt2_copy(model);
+    struct GPT2 *model = load_model(o->model_name_or_path, tok);
+    struct GPT2 *ref_model = o->ref_model ? load_model(o->ref_model, tok) : gpt2_copy(model);
     CHECK(ref_model->config.vocab_size == model->config.vocab_size, "--ref_model %s has %zu ids, the model %zu", o->ref_model, ref_model->config.vocab_size, model->config.vocab_size);
     struct Dataset *data = load_data(o->dataset_name, DPO_SHAPES, 1), *eval = o->eval_dataset ? load_data(o->eval_dataset, DPO_SHAPES, 1) : NULL;
     struct Trainer trainer = trainer_new(o, model, tok);
@@ -5251,8 +5255,8 @@ static void command_ppo(struct Options *o)
     o->ppo.mini_batch_size = MIN(o->ppo.mini_batch_size, o->ppo.batch_size);
     o->ppo.gradient_accumulation_steps = o->train.gradient_accumulation_steps;
     struct Tokenizer *tok = load_tokenizer(o);
-    struct GPT2 *model = load_model(o, o->model_name_or_path, tok);
-    struct GPT2 *ref_model = o->ref_model ? load_model(o, o->ref_model, tok) : gpt2_copy(model);
+    struct GPT2 *model = load_model(o->model_name_or_path, tok);
+    struct GPT2 *ref_model = o->ref_model ? load_model(o->ref_model, tok) : gpt2_copy(model);
     CHECK(ref_model->config.vocab_size == model->config.vocab_size, "--ref_model %s has %zu ids, the model %zu", o->ref_model, ref_model->config.vocab_size, model->config.vocab_size);
     struct PPOTrainer *ppo = ppo_trainer_new(model, ref_model, o->ppo, o->train, o->generation.temperature);
     struct Dataset *data = NULL;
@@ -5263,7 +5267,7 @@ static void command_ppo(struct Options *o)
     source.generation.do_sample = true;
     if (o->rollouts) data = load_data(o->rollouts, ROLLOUT_SHAPES, 1);
     else {
-        scorer.reward_model = reward_model = load_reward_model(o, need(o->reward_model_path, "reward_model_path (or --rollouts)"), tok);
+        scorer.reward_model = reward_model = load_reward_model(need(o->reward_model_path, "reward_model_path (or --rollouts)"), tok);
         data = load_data(o->dataset_name, PROMPT_SHAPES, COUNT(PROMPT_SHAPES));
         struct Example *prompts = arena_alloc(&arena, data->n, sizeof *prompts);
         source.n = source.at = ppo_prompts(o, &arena, tok, data, model, prompts);
@@ -5321,7 +5325,7 @@ static void command_generate(struct Options *o)
     CHECK(g->num_return_sequences > 0, "--num_return_sequences must be 1 or more");
     CHECK(g->num_return_sequences == 1 || g->do_sample, "--num_return_sequences %zu: without --do_sample all of them would be the same", g->num_return_sequences);
     struct Tokenizer *tok = load_tokenizer(o);
-    struct GPT2 *model = load_model(o, o->model_name_or_path, tok);
+    struct GPT2 *model = load_model(o->model_name_or_path, tok);
     struct Dataset *data = o->prompt ? NULL : load_data(o->dataset_name, ONLY_PROMPT_SHAPES, 1);
     size_t V = model->config.vocab_size, n = data ? data->n : 1, each = g->num_return_sequences;
     struct Sequence *sequences = arena_alloc(&arena, n * each, sizeof *sequences);
@@ -5356,7 +5360,7 @@ static void command_next(struct Options *o)
     struct Arena arena = {0};
     CHECK(o->generation.temperature > 0, "--temperature %g: must be above 0", o->generation.temperature);
     struct Tokenizer *tok = load_tokenizer(o);
-    struct GPT2 *model = load_model(o, o->model_name_or_path, tok);
+    struct GPT2 *model = load_model(o->model_name_or_path, tok);
     size_t V = model->config.vocab_size, kept = 0;
     struct Example e = example_encode(&arena, tok, text_of(need(o->prompt, "prompt")), V, false);
     if (e.n == 0) e = (struct Example){&model->config.eos_token_id, 1, 1};
@@ -5436,7 +5440,7 @@ static void command_logprob(struct Options *o)
 {
     struct Arena arena = {0};
     struct Tokenizer *tok = load_tokenizer(o);
-    struct GPT2 *model = load_model(o, o->model_name_or_path, tok), *ref_model = o->ref_model ? load_model(o, o->ref_model, tok) : NULL;
+    struct GPT2 *model = load_model(o->model_name_or_path, tok), *ref_model = o->ref_model ? load_model(o->ref_model, tok) : NULL;
     CHECK(!ref_model || ref_model->config.vocab_size == model->config.vocab_size, "--ref_model %s has %zu ids, the model %zu", o->ref_model, ref_model->config.vocab_size, model->config.vocab_size);
     struct Dataset *data = load_data(o->dataset_name, SFT_SHAPES, COUNT(SFT_SHAPES));
     size_t limit = MIN(o->train.max_length, model->config.n_positions), cut = 0;
@@ -5468,7 +5472,7 @@ static void command_score(struct Options *o)
 {
     struct Arena arena = {0};
     struct Tokenizer *tok = load_tokenizer(o);
-    struct GPT2 *model = load_reward_model(o, o->model_name_or_path, tok);
+    struct GPT2 *model = load_reward_model(o->model_name_or_path, tok);
     struct Dataset *data = load_data(o->dataset_name, TEXT_SHAPES, 1);
     struct Example *texts = arena_alloc(&arena, data->n, sizeof *texts);
     float *reward = arena_floats(&arena, data->n);
@@ -5495,7 +5499,8 @@ static void command_score(struct Options *o)
     arena_free(&arena);
 }
 
-/* Sentences fit a context of 64 tokens; for whole reviews a longer one is worth its time. */
+/* Sentences fit a context of 64 tokens; for whole reviews a longer one is worth its time.
+ *                                                              [glossary: Conjunto de dados IMDB] */
 static size_t course_positions(const struct Dataset *data, const struct Tokenizer *tok)
 {
     struct Arena arena = {0};
@@ -5515,7 +5520,7 @@ static void command_rlhf(struct Options *o)
     struct GPT2 *model;
     double learning_rate = 5e-3;
     if (o->model_name_or_path) {
-        model = load_model(o, o->model_name_or_path, tok);
+        model = load_model(o->model_name_or_path, tok);
         course.scale = MIN(1, (double)COURSE_WIDTH / (double)model->config.n_embd);         /* wider models take smaller steps */
         learning_rate = 5e-4;                                                              /* and trained ones are only tuned */
     } else {
@@ -5644,7 +5649,7 @@ static struct Options default_options(const char *command)
     struct Options o = {.train = training_arguments(), .ppo = ppo_config(), .generation = generation_config(), .dpo = {.beta = 0.1}, .loss_type = "sigmoid", .top_n = 10, .tokenize_vocab_size = 50257,
         .model = {.vocab_size = 50257, .n_positions = 1024, .n_embd = 768, .n_layer = 12, .n_head = 12, .layer_norm_epsilon = 1e-5f},
         .input_min_text_length = 2, .input_max_text_length = 8, .output_min_length = 4, .output_max_length = 16,
-        .pretrain_steps = 2400, .reward_steps = 450, .ppo_steps = 60, .dpo_steps = 120};
+        .pretrain_steps = 2000, .reward_steps = 450, .ppo_steps = 60, .dpo_steps = 120};
     if (strcmp(command, "sft") == 0) o.train.learning_rate = 2e-5;
     if (strcmp(command, "reward") == 0) o.train.learning_rate = 1e-4;
     if (strcmp(command, "dpo") == 0) o.train.learning_rate = 1e-6;
