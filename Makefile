@@ -1,5 +1,5 @@
 # make           builds ./align           make run    the whole course, three minutes
-# make test      builds and runs tests    make debug  ./align for gdb: no optimisation, one thread
+# make test      builds and runs tests    make debug  ./align_debug for gdb: no optimisation, one thread
 CC ?= cc
 CFLAGS ?= -O3 -fopenmp
 
@@ -16,9 +16,9 @@ test: test_align
 	./test_align
 
 debug: align.c
-	$(CC) -O0 -g3 -Wno-unknown-pragmas align.c -o align -lm
+	$(CC) -O0 -g3 align.c -o align_debug -lm
 
 clean:
-	rm -f align test_align
+	rm -f align align_debug test_align
 
 .PHONY: run test debug clean

@@ -37,7 +37,7 @@
  * does DPO's loss come from? 14, then 16. How does a transformer learn at all? 7, 8, 11, 13.
  * By term: docs/glossary.md; every term is tagged [glossary: TERM] where it is implemented.
  *
- * To step through:  make debug && gdb --args ./align ppo ...   then  break ppo_loss , run,
+ * To step through:  make debug && gdb --args ./align_debug ppo ...   then  break ppo_loss , run,
  * p *config , up , p model->h[0].attn.c_attn.weight.w[0]@8
  *
  * Dimensions, everywhere:
@@ -3874,6 +3874,7 @@ struct PPOTrainer {
     struct RunningMoments moments;
     struct Rng order;
     size_t optimizer_steps, step, total_steps;
+    const char *name;                        /* in progress lines */
     struct Arena arena, epoch_arena;
     struct LogEntry stats;                   /* of the last step: a line of stats_all */
 };
@@ -3885,7 +3886,7 @@ static struct PPOTrainer *ppo_trainer_new(struct GPT2 *model, struct GPT2 *ref_m
     CHECK(config.batch_size % (config.mini_batch_size * config.gradient_accumulation_steps) == 0, "--batch_size %zu must be a multiple of --mini_batch_size %zu times --gradient_accumulation_steps %zu", config.batch_size, config.mini_batch_size, config.gradient_accumulation_steps);
     value_head_init(model, args.seed);
     gpt2_make_trainable(model);
-    *ppo = (struct PPOTrainer){.model = model, .ref_model = ref_model, .config = config, .args = args, .temperature = temperature, .kl_coef = config.init_kl_coef, .moments = {0, 1, 1, 1e-24}, .order = rng_seed(args.seed, STREAM_ORDER)};
+    *ppo = (struct PPOTrainer){.model = model, .ref_model = ref_model, .config = config, .args = args, .temperature = temperature, .kl_coef = config.init_kl_coef, .moments = {0, 1, 1, 1e-24}, .name = "ppo", .order = rng_seed(args.seed, STREAM_ORDER)};
     return ppo;
 }
 
@@ -4218,7 +4219,7 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, cons
             double kl, loss;
             log_find(entry, "objective/kl", &kl);
             log_find(entry, "ppo/loss/total", &loss);
-            say("%s: step %zu/%zu  env/reward_mean %.4g  objective/kl %.4g  ppo/loss/total %.4g\n", step + 1, steps, mean_of(raw, B), kl, loss);
+            say("%s: step %zu/%zu  env/reward_mean %.4g  objective/kl %.4g  ppo/loss/total %.4g\n", ppo->name, step + 1, steps, mean_of(raw, B), kl, loss);
         }
     }
     if (output_dir) {
@@ -4689,9 +4690,9 @@ static void course_ppo(struct Course *course)
     course->ppo = gpt2_copy(course->language_model);
     struct PPOConfig config = ppo_config();
     config.batch_size = config.mini_batch_size = 64;
-    config.adap_kl_ctrl = false;
-    config.init_kl_coef = 0.15;
-    config.ppo_epochs = 3;
+    config.init_kl_coef = 0.16;          /* the controller steers beta so that every seed ends near 11 nats */
+    config.target = 11;
+    config.horizon = 1280;
     struct TrainingArguments args = training_arguments();
     args.learning_rate = 7e-4 * course->scale;
     args.lr_scheduler_type = "constant_with_warmup";
@@ -4700,6 +4701,7 @@ static void course_ppo(struct Course *course)
     args.seed = course->seed;
     args.logging_steps = MAX((size_t)1, course->ppo_steps / 8);
     struct PPOTrainer *ppo = ppo_trainer_new(course->ppo, course->language_model, config, args, course->temperature);
+    ppo->name = "3/4 ppo";
     struct RolloutSource source = {.prompts = course->prompts, .n = course->prompt_n, .at = course->prompt_n, .order = arena_alloc(&course->arena, course->prompt_n, sizeof(size_t)),
         .shuffle = rng_seed(course->seed, STREAM_ORDER), .lengths = rng_seed(course->seed, STREAM_LENGTH), .sample = rng_seed(course->seed, STREAM_SAMPLE),
         .output_length = {16, 29}, .generation = course_generation(course)};
@@ -4726,7 +4728,7 @@ static void course_dpo(struct Course *course)
     size_t count = collect_preferences(course->language_model, &course->scorer, &course->arena, course->prompts, n, ANSWERS, 40, sentences, &generation, course->seed, pairs);
     say("4/4 dpo: %zu pairs collected from %zu answers\n", count, n * ANSWERS);
     CHECK(count > 0 || course->dpo_steps == 0, "no answer of the language model ended by itself, so no pair could be formed; train it longer (--pretrain_steps)");
-    struct Trainer trainer = course_trainer(course, course->dpo, 5e-4, course->dpo_steps, PAIRS_A_STEP, 10);
+    struct Trainer trainer = course_trainer(course, course->dpo, 7e-4, course->dpo_steps, PAIRS_A_STEP, 10);
     trainer.args.lr_end = 0.1;
     struct DPOConfig config = {.beta = 0.1};
     config.weight[DPO_SIGMOID] = 1;
@@ -5649,7 +5651,7 @@ static struct Options default_options(const char *command)
     struct Options o = {.train = training_arguments(), .ppo = ppo_config(), .generation = generation_config(), .dpo = {.beta = 0.1}, .loss_type = "sigmoid", .top_n = 10, .tokenize_vocab_size = 50257,
         .model = {.vocab_size = 50257, .n_positions = 1024, .n_embd = 768, .n_layer = 12, .n_head = 12, .layer_norm_epsilon = 1e-5f},
         .input_min_text_length = 2, .input_max_text_length = 8, .output_min_length = 4, .output_max_length = 16,
-        .pretrain_steps = 2000, .reward_steps = 450, .ppo_steps = 60, .dpo_steps = 120};
+        .pretrain_steps = 2000, .reward_steps = 450, .ppo_steps = 65, .dpo_steps = 150};
     if (strcmp(command, "sft") == 0) o.train.learning_rate = 2e-5;
     if (strcmp(command, "reward") == 0) o.train.learning_rate = 1e-4;
     if (strcmp(command, "dpo") == 0) o.train.learning_rate = 1e-6;
