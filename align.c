@@ -4658,14 +4658,14 @@ static void course_reward_model(struct Course *course)
     float *reward = arena_floats(&course->arena, MAX(course->held_out_n, (size_t)1000));
     reward_score(model, held_out, course->held_out_n, reward);
     course->eval_accuracy = pair_accuracy(reward, course->held_out_rating, course->held_out_n, 1);
-    double right = 0, all = 0;
+    double right = 0, all = 0, middle = mean_of(reward, course->held_out_n);      /* comparisons leave r's zero open */
     for (size_t i = 0; i < course->held_out_n; i++) {
         if (course->held_out_rating[i] == 0) continue;
-        right += (reward[i] > 0) == (course->held_out_rating[i] > 0);
+        right += (reward[i] > middle) == (course->held_out_rating[i] > 0);
         all++;
     }
     course->label_accuracy = all ? right / all : NAN;
-    say("%s: %.3f of held-out pairs ordered as people did, %.3f of held-out texts on the right side of zero\n", trainer.task.name, course->eval_accuracy, course->label_accuracy);
+    say("%s: %.3f of held-out pairs ordered as people did, %.3f of held-out texts on the right side of the mean\n", trainer.task.name, course->eval_accuracy, course->label_accuracy);
     size_t prefixes = MIN(course->held_out_n, (size_t)1000);          /* unseen ones: on texts it has learnt it is surer of itself */
     struct Example *prefix = course_cut(course, course->held_out, prefixes, COURSE_PREFIX);
     reward_score(model, prefix, prefixes, reward);
