@@ -4551,7 +4551,7 @@ struct Course {
 struct CourseResult { struct Example *answers; struct Text *texts; float *reward; double mean_reward, kl, distinct_2, mean_length; };
 
 enum { COURSE_VOCAB = 4097, COURSE_LAYERS = 2, COURSE_WIDTH = 128, COURSE_HEADS = 4, COURSE_POSITIONS = 64, COURSE_LONG_POSITIONS = 256,
-       COURSE_TEST_PROMPTS = 256, COURSE_MAX_NEW = 24, COURSE_LEAST_LENGTH = 10, COURSE_PREFIX = 20, COURSE_TOKENS_A_STEP = 512 };
+       COURSE_TEST_PROMPTS = 256, COURSE_MAX_NEW = 28, COURSE_LEAST_LENGTH = 10, COURSE_PREFIX = 20, COURSE_TOKENS_A_STEP = 512 };
 
 static const struct LengthSampler COURSE_PROMPT_LENGTH = {2, 8};
 
@@ -4690,12 +4690,12 @@ static void course_ppo(struct Course *course)
     course->ppo = gpt2_copy(course->language_model);
     struct PPOConfig config = ppo_config();
     config.batch_size = config.mini_batch_size = 64;
-    config.init_kl_coef = 0.16;          /* the controller steers beta so that every seed ends near 11 nats */
-    config.target = 11;
+    config.init_kl_coef = 0.15;          /* the controller steers beta so that every seed ends near 12 nats */
+    config.target = 12.5;
     config.horizon = 1280;
     struct TrainingArguments args = training_arguments();
     args.learning_rate = 7e-4 * course->scale;
-    args.lr_scheduler_type = "constant_with_warmup";
+    args.lr_end = 0.2;
     args.warmup_steps = MIN((size_t)5, course->ppo_steps / 4);
     args.max_grad_norm = 0;
     args.seed = course->seed;
@@ -4728,7 +4728,7 @@ static void course_dpo(struct Course *course)
     size_t count = collect_preferences(course->language_model, &course->scorer, &course->arena, course->prompts, n, ANSWERS, 40, sentences, &generation, course->seed, pairs);
     say("4/4 dpo: %zu pairs collected from %zu answers\n", count, n * ANSWERS);
     CHECK(count > 0 || course->dpo_steps == 0, "no answer of the language model ended by itself, so no pair could be formed; train it longer (--pretrain_steps)");
-    struct Trainer trainer = course_trainer(course, course->dpo, 7e-4, course->dpo_steps, PAIRS_A_STEP, 10);
+    struct Trainer trainer = course_trainer(course, course->dpo, 6e-4, course->dpo_steps, PAIRS_A_STEP, 10);
     trainer.args.lr_end = 0.1;
     struct DPOConfig config = {.beta = 0.1};
     config.weight[DPO_SIGMOID] = 1;
@@ -5651,7 +5651,7 @@ static struct Options default_options(const char *command)
     struct Options o = {.train = training_arguments(), .ppo = ppo_config(), .generation = generation_config(), .dpo = {.beta = 0.1}, .loss_type = "sigmoid", .top_n = 10, .tokenize_vocab_size = 50257,
         .model = {.vocab_size = 50257, .n_positions = 1024, .n_embd = 768, .n_layer = 12, .n_head = 12, .layer_norm_epsilon = 1e-5f},
         .input_min_text_length = 2, .input_max_text_length = 8, .output_min_length = 4, .output_max_length = 16,
-        .pretrain_steps = 2000, .reward_steps = 450, .ppo_steps = 65, .dpo_steps = 150};
+        .pretrain_steps = 2000, .reward_steps = 450, .ppo_steps = 85, .dpo_steps = 150};
     if (strcmp(command, "sft") == 0) o.train.learning_rate = 2e-5;
     if (strcmp(command, "reward") == 0) o.train.learning_rate = 1e-4;
     if (strcmp(command, "dpo") == 0) o.train.learning_rate = 1e-6;
