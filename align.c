@@ -4724,7 +4724,9 @@ static void course_dpo(struct Course *course)
     size_t n = MIN(course->prompt_n, course->dpo_steps * PAIRS_A_STEP / 2 + PAIRS_A_STEP);
     struct Example *pairs = arena_alloc(&course->arena, 2 * n, sizeof *pairs);
     struct GenerationConfig generation = course_generation(course);
-    bool sentences = course->language_model->config.n_positions == COURSE_POSITIONS;        /* whole reviews never end within 40 tokens */
+    size_t tokens = 0;
+    for (size_t i = 0; i < course->train_n; i++) tokens += course->train[i].n;
+    bool sentences = tokens / course->train_n < COURSE_POSITIONS;        /* an answer of 40 tokens can end one; it never ends a whole review */
     size_t count = collect_preferences(course->language_model, &course->scorer, &course->arena, course->prompts, n, ANSWERS, 40, sentences, &generation, course->seed, pairs);
     say("4/4 dpo: %zu pairs collected from %zu answers\n", count, n * ANSWERS);
     CHECK(count > 0 || course->dpo_steps == 0, "no answer of the language model ended by itself, so no pair could be formed; train it longer (--pretrain_steps)");
