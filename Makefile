@@ -1,4 +1,4 @@
-# make           builds ./align           make run    the whole course, three minutes
+# make           builds ./align           make run    the whole course, about a minute
 # make test      builds and runs tests    make debug  ./align_debug for gdb: no optimisation, one thread
 CC ?= cc
 CFLAGS ?= -O3 -fopenmp

@@ -31,7 +31,7 @@
  *    7 Layers, forward and backward            (17 is kept for the closed form)
  *    8 GPT-2                                   18 Evaluation and the whole course (rlhf)
  *    9 Reward and value heads                  19 Command line, main
- *  (10 is kept for LoRA)
+ *   10 LoRA
  *
  * Reading paths. What is a policy, a rollout, an omega? 5, 8, 12. Why does PPO clip? 15. Where
  * does DPO's loss come from? 14, then 16. How does a transformer learn at all? 7, 8, 11, 13.
@@ -64,6 +64,8 @@
  *   [17] Dao 2022, FlashAttention                        [18] Hendrycks 2016, GELU
  *   [19] Williams 1992, Simple Statistical Gradient-Following Algorithms (REINFORCE)
  *   [20] Schulman 2020, Approximating KL Divergence (the k1 and k3 estimates)
+ *   [21] Hu 2021, LoRA: Low-Rank Adaptation of Large Language Models
+ *   [22] Kalajdzievski 2023, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA (rslora)
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE            /* realpath, clock_gettime, fsync under -std=c11 */
@@ -81,6 +83,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <time.h>
@@ -266,7 +269,7 @@ enum { ARENA_PIECEWISE = 0 };
 
 struct ArenaBlock { struct ArenaBlock *next; size_t size, used; };
 struct Arena { struct ArenaBlock *blocks; size_t next_size; };
-enum { ARENA_ALIGN = 64, ARENA_HEADER = 64 };      /* 64 bytes: a cache line, an AVX-512 vector */
+enum { ARENA_ALIGN = 64, ARENA_HEADER = 64, ARENA_HUGE = 1 << 21 };      /* 64 bytes: a cache line, an AVX-512 vector */
 
 static void arena_free(struct Arena *arena)
 {
@@ -289,6 +292,19 @@ static void arena_reset(struct Arena *arena)
     arena->next_size = total;
 }
 
+static struct ArenaBlock *arena_block(size_t capacity)
+{
+    size_t unit = capacity >= ARENA_HUGE ? ARENA_HUGE : ARENA_ALIGN, whole = ARENA_HEADER + capacity;
+    struct ArenaBlock *block = aligned_alloc(unit, (whole + unit - 1) / unit * unit);
+    CHECK(block, "out of memory: %zu MB more were asked for; use a smaller model, batch or --max_length", capacity >> 20);
+#ifdef MADV_HUGEPAGE
+    if (unit == ARENA_HUGE) madvise(block, whole / ARENA_HUGE * ARENA_HUGE, MADV_HUGEPAGE);      /* pages of 2 MB: fewer addresses to look up */
+#endif
+    block->size = capacity;
+    block->used = 0;
+    return block;
+}
+
 /* count pieces of `size` bytes, on a 64-byte boundary, not cleared. Ends the program when there is
  * no memory: nothing sensible could follow. */
 static void *arena_alloc(struct Arena *arena, size_t count, size_t size)
@@ -297,15 +313,13 @@ static void *arena_alloc(struct Arena *arena, size_t count, size_t size)
     size_t bytes = (count * size + ARENA_ALIGN - 1) / ARENA_ALIGN * ARENA_ALIGN;
     struct ArenaBlock *block = arena->blocks;
     if (!block || block->size - block->used < bytes || ARENA_PIECEWISE) {
-        size_t capacity = ARENA_PIECEWISE ? bytes : MAX(bytes, MAX(arena->next_size, (size_t)1 << 16));
-        size_t whole = ARENA_HEADER + capacity;
-        block = aligned_alloc(ARENA_ALIGN, (whole + ARENA_ALIGN - 1) / ARENA_ALIGN * ARENA_ALIGN);
-        CHECK(block, "out of memory: %zu MB more were asked for; use a smaller model, batch or --max_length", capacity >> 20);
-        block->next = arena->blocks;
-        block->size = capacity;
-        block->used = 0;
-        arena->blocks = block;
-        arena->next_size = MIN(capacity * 2, (size_t)1 << 24);
+        bool large = bytes >= ARENA_HUGE && !arena->next_size;             /* a block of its own, behind the one that is being filled */
+        size_t capacity = large || ARENA_PIECEWISE ? bytes : MAX(bytes, MAX(arena->next_size, (size_t)1 << 18));
+        block = arena_block(capacity);
+        struct ArenaBlock **place = large && arena->blocks ? &arena->blocks->next : &arena->blocks;
+        block->next = *place;
+        *place = block;
+        arena->next_size = 0;
     }
     void *piece = (char *)block + ARENA_HEADER + block->used;
     block->used += bytes;
@@ -355,6 +369,21 @@ static char *PRINTF_LIKE(2, 3) arena_printf(struct Arena *arena, const char *for
     va_end(again);
     va_end(arguments);
     return string;
+}
+
+/* Each thread's own scratch memory, by purpose. It grows to the largest size asked for and stays. */
+enum ScratchSlot { SCRATCH_A, SCRATCH_B, SCRATCH_SCORES, SCRATCH_ROW, SCRATCH_SLOTS };
+
+static float *thread_scratch(enum ScratchSlot slot, size_t floats)
+{
+    static _Thread_local struct { float *memory; size_t floats; } slots[SCRATCH_SLOTS];
+    if (slots[slot].floats < floats) {
+        free(slots[slot].memory);
+        slots[slot].memory = aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
+        CHECK(slots[slot].memory, "out of memory: %zu MB of scratch", floats >> 18);
+        slots[slot].floats = floats;
+    }
+    return slots[slot].memory;
 }
 
 /* =============================================================================================
@@ -697,7 +726,8 @@ static void json_write_ids(FILE *file, const int *ids, size_t n)
 
 /* A tensor: a named array of floats, up to two dimensions. One declaration gives it its shape and
  * the name it has in a checkpoint; weights w, gradients d and AdamW's moments m and v all follow
- * from that, so the four can never disagree. d, m, v are NULL while nothing trains. */
+ * from that, so the four can never disagree. d, m, v are NULL while nothing trains, and in a tensor that
+ * is frozen while others do: a backward pass then skips it. */
 struct Tensor {
     char name[64];
     size_t shape[2], ndim, n;  /* n = product of the shape */
@@ -796,6 +826,9 @@ static void safetensors_read(struct SafeTensors *st, const struct Json *entry, s
     }
 }
 
+/* Heads stand beside the transformer: "transformer." is no part of their names. */
+static bool tensor_is_head(const struct Tensor *t) { return strncmp(t->name, "score.", 6) == 0 || strncmp(t->name, "v_head.", 7) == 0; }
+
 /* Writes tensors as F32, names prefixed, header padded to 8 bytes as the format asks. */
 static void safetensors_write(const char *folder, const char *name, struct Tensor **tensors, size_t count, const char *prefix)
 {
@@ -805,8 +838,7 @@ static void safetensors_write(const char *folder, const char *name, struct Tenso
     used += (size_t)snprintf(header, capacity, "{\"__metadata__\":{\"format\":\"pt\"}");
     for (size_t i = 0; i < count; i++) {
         struct Tensor *t = tensors[i];
-        bool bare = strncmp(t->name, "score.", 6) == 0 || strncmp(t->name, "v_head.", 7) == 0;    /* heads stand beside the transformer */
-        used += (size_t)snprintf(header + used, capacity - used, ",\"%s%s\":{\"dtype\":\"F32\",\"shape\":[%zu", bare ? "" : prefix, t->name, t->shape[0]);
+        used += (size_t)snprintf(header + used, capacity - used, ",\"%s%s\":{\"dtype\":\"F32\",\"shape\":[%zu", tensor_is_head(t) ? "" : prefix, t->name, t->shape[0]);
         if (t->ndim == 2) used += (size_t)snprintf(header + used, capacity - used, ",%zu", t->shape[1]);
         used += (size_t)snprintf(header + used, capacity - used, "],\"data_offsets\":[%zu,%zu]}", offset, offset + 4 * t->n);
         offset += 4 * t->n;
@@ -1394,6 +1426,7 @@ struct Batch {
     int *ids, *position;              /* (N) */
     size_t *start, *target_start;     /* (B+1) */
     int *row, *target;                /* (R) */
+    size_t *shared, *fork;            /* (B) or NULL: from row fork[b] on, sequence b goes on from its first shared[b] rows (collate_pairs) */
 };
 
 /* collate -- sequences of different lengths into one batch.           [glossary: Função coladora]
@@ -1436,6 +1469,50 @@ static struct Batch collate(struct Arena *arena, const struct Example *const *ex
     }
     batch.start[B] = at;
     batch.target_start[B] = batch.R;
+    return batch;
+}
+
+/* Tokens t0..t1-1 of an example become a batch's next rows. */
+static void batch_append(struct Batch *batch, const struct Example *e, size_t t0, size_t t1)
+{
+    for (size_t t = t0; t < t1; t++, batch->N++) {
+        batch->ids[batch->N] = e->ids[t];
+        batch->position[batch->N] = (int)t;
+    }
+}
+
+/* collate_pairs -- chosen and rejected answers to the same prompts, 2B examples (all chosen first), in one batch in which a prompt is
+ * computed once where that pays: prompt, chosen, rejected in one sequence, whose fork attention knows; the
+ * rejected answer's rows see the prompt and themselves. It pays where the rows saved, 24 C^2 multiplications
+ * a layer, outweigh the scores that are computed and thrown away, 4 C each. Targets come in the order of the examples.
+ * By hand: prompt 2, answers of 3 and 4 tokens: rows 2+2 and 3 instead of 4 + 5.        test: collate_pairs */
+static struct Batch collate_pairs(struct Arena *arena, const struct Example *const *examples, size_t B, size_t C)
+{
+    struct Batch batch = collate(arena, examples, 2 * B, SKIP_LAST);        /* the targets stay, the rows are laid out anew */
+    size_t *length = arena_alloc(arena, 2 * B, sizeof *length);
+    for (size_t b = 0; b < 2 * B; b++) length[b] = batch.start[b + 1] - batch.start[b];
+    batch.shared = arena_zeros(arena, 2 * B, sizeof *batch.shared);
+    batch.fork = arena_zeros(arena, 2 * B, sizeof *batch.fork);
+    batch.N = batch.B = 0;
+    for (size_t b = 0; b < B; b++) {
+        const struct Example *chosen = examples[b], *rejected = examples[B + b];
+        size_t prompt = MIN(MIN(chosen->prompt_length, length[b]), length[B + b]), at = batch.N;
+        if ((double)prompt * 6 * (double)C <= (double)(length[b] - prompt) * (double)(length[B + b] - prompt)) prompt = 0;
+        batch.start[batch.B] = at;
+        batch_append(&batch, chosen, 0, length[b]);
+        if (prompt == 0) batch.start[++batch.B] = batch.N;
+        else {
+            batch.shared[batch.B] = prompt;
+            batch.fork[batch.B] = length[b];
+        }
+        size_t fork = batch.N;
+        batch_append(&batch, rejected, prompt, length[B + b]);
+        batch.start[++batch.B] = batch.N;
+        size_t *target_start = batch.target_start, t = length[b] - (target_start[b + 1] - target_start[b]);        /* the row of the first target */
+        for (size_t r = target_start[b]; r < target_start[b + 1]; r++) batch.row[r] = (int)(at + t++);
+        t = length[B + b] - (target_start[B + b + 1] - target_start[B + b]);
+        for (size_t r = target_start[B + b]; r < target_start[B + b + 1]; r++, t++) batch.row[r] = (int)(t < prompt ? at + t : fork + t - prompt);
+    }
     return batch;
 }
 
@@ -1507,6 +1584,19 @@ static inline float exp_fast(float x)
     return float_of_bits(bits_of_float(p * two_to_n) & (underflow - 1u));
 }
 
+/* The square root without libm's, which sets errno for negative numbers and so is a call a number: a first guess
+ * of 1/sqrt(x) by halving the exponent, three Newton steps y (3 - x y^2)/2, and one for x y itself.
+ * Relative error below 2e-7 for normal x; 0 -> 0.                                  test: sqrt_fast */
+static inline float sqrt_fast(float x)
+{
+    float y = float_of_bits(0x5f375a86 - (bits_of_float(x) >> 1));
+    y *= 1.5f - 0.5f * x * y * y;
+    y *= 1.5f - 0.5f * x * y * y;
+    y *= 1.5f - 0.5f * x * y * y;
+    float root = x * y;
+    return root + 0.5f * y * (x - root * root);
+}
+
 /* Sums and maxima over a row in 16 lanes, so that they run as vectors; the order of additions is
  * fixed by the code, so it is the same for every number of threads. */
 enum { LANES = 16 };
@@ -1529,15 +1619,21 @@ WIDE static float row_max(const float *x, size_t n)
     return float_of_bits((uint32_t)order_key(most));
 }
 
+static inline float lane_sum(float lane[LANES])
+{
+    for (size_t half = LANES / 2; half > 0; half /= 2)
+        for (size_t j = 0; j < half; j++) lane[j] += lane[j + half];
+    return lane[0];
+}
+
 WIDE static float row_sum(const float *x, size_t n)
 {
     float lane[LANES] = {0}, result = 0;
     size_t i = 0;
     for (; i + LANES <= n; i += LANES)
         for (size_t j = 0; j < LANES; j++) lane[j] += x[i + j];
-    for (size_t j = 0; j < LANES; j++) result += lane[j];
     for (; i < n; i++) result += x[i];
-    return result;
+    return result + lane_sum(lane);
 }
 
 WIDE static float row_dot(const float *x, const float *y, size_t n)
@@ -1546,9 +1642,37 @@ WIDE static float row_dot(const float *x, const float *y, size_t n)
     size_t i = 0;
     for (; i + LANES <= n; i += LANES)
         for (size_t j = 0; j < LANES; j++) lane[j] += x[i + j] * y[i + j];
-    for (size_t j = 0; j < LANES; j++) result += lane[j];
     for (; i < n; i++) result += x[i] * y[i];
-    return result;
+    return result + lane_sum(lane);
+}
+
+/* out[r] = x . y_r, r < rows <= 4, the rows y_r y_row apart: four sums under way at once, where one would wait for itself. */
+WIDE static void row_dot_4(float *out, const float *x, const float *y, size_t y_row, size_t n, size_t rows)
+{
+    if (rows < 4) {
+        for (size_t r = 0; r < rows; r++) out[r] = row_dot(x, y + r * y_row, n);
+        return;
+    }
+    float lane0[LANES] = {0}, lane1[LANES] = {0}, lane2[LANES] = {0}, lane3[LANES] = {0};
+    const float *y1 = y + y_row, *y2 = y1 + y_row, *y3 = y2 + y_row;
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (size_t j = 0; j < LANES; j++) {
+            lane0[j] += x[i + j] * y[i + j];
+            lane1[j] += x[i + j] * y1[i + j];
+            lane2[j] += x[i + j] * y2[i + j];
+            lane3[j] += x[i + j] * y3[i + j];
+        }
+    for (; i < n; i++) {
+        lane0[0] += x[i] * y[i];
+        lane1[0] += x[i] * y1[i];
+        lane2[0] += x[i] * y2[i];
+        lane3[0] += x[i] * y3[i];
+    }
+    out[0] = lane_sum(lane0);
+    out[1] = lane_sum(lane1);
+    out[2] = lane_sum(lane2);
+    out[3] = lane_sum(lane3);
 }
 
 /* y = e^(x - shift); returns the sum. */
@@ -1641,7 +1765,7 @@ static double sequence_logprob(const float *token_logprobs, size_t n)
  *
  * Nine tenths of the time of every command is spent in this chapter, in C += A B for three shapes of
  * the same thing: y = x W, dx = dy W^T, dW = x^T dy. All three are one function, because it takes
- * each operand by two strides: element (i,k) of A stands at A[i*a_row + k*a_col], so a transpose is
+ * each operand by two strides: element (i,k) of A stands at data[i*row + k*column], so a transpose is
  * the same memory with the strides exchanged.
  *
  * Why the triple loop is slow, and what to do [16]: it loads two numbers for each multiplication, and
@@ -1650,31 +1774,33 @@ static double sequence_logprob(const float *token_logprobs, size_t n)
  *      numbers and does MR * NR multiply-adds. That alone is the speed; the rest feeds it.
  *   2. Packing: A and B are copied into panels in the very order in which the tile reads them, so it
  *      runs along consecutive addresses whatever the strides were.
- *   3. Blocks: KC steps of k at a time, so that a panel of B stays in the first cache and a block of
- *      A in the second.
- * Threads share the packed panels and divide the tiles of C. Each element of C is summed by one
- * thread in the order of k: one thread or sixteen, the same bits.
+ *   3. Blocks: KC steps of k at a time, so that one panel of B (NR columns, 48 KB) stays in the first
+ *      or second cache while the panels of A pass by it.
+ * All threads pack A together; then each takes panels of B, packs one for itself and fills the columns
+ * of C under it. Each element of C is summed by one thread in the order of k: one thread or sixteen,
+ * the same bits. docs/performance.md has the figures.
  * ============================================================================================= */
 
-#if defined(__GNUC__)
-typedef float float4 __attribute__((vector_size(16)));      /* SSE, NEON: in every x86-64 and arm64 */
-typedef float float8 __attribute__((vector_size(32)));      /* AVX */
-typedef float float16 __attribute__((vector_size(64)));     /* AVX-512 */
-typedef float float4_any __attribute__((vector_size(16), aligned(4)));     /* the same, at any address */
-typedef float float8_any __attribute__((vector_size(32), aligned(4)));
-typedef float float16_any __attribute__((vector_size(64), aligned(4)));
-#endif
-enum { TILE_MAX = 14 * 32, KC = 256, PANEL_ROWS = 2048, PANEL_COLUMNS = 4096 };
+enum { TILE_MAX = 8 * 32, KC = 384, BLOCK_ROWS = 1024 };
 
-/* A tile: c (MR,NR), rows c_row apart, = or += the sum over k of a[k][0..MR) * b[k][0..NR), packed panels. */
-struct Kernel { const char *name; size_t MR, NR; void (*tile)(size_t K, const float *a, const float *b, float *c, size_t c_row, bool accumulate); };
+/* A tile: c (MR,NR) = start + sum over k of a[k][0..MR) * b[k][0..NR), packed panels. c and start have
+ * rows c_row and start_row apart; start NULL counts as zeros, and may be c: that is +=. */
+struct Kernel { const char *name; size_t MR, NR; void (*tile)(size_t K, const float *a, const float *b, const float *start, size_t start_row, float *c, size_t c_row); };
 
 #if defined(__GNUC__)
-static void tile_4x8(size_t K, const float *a, const float *b, float *c, size_t c_row, bool accumulate)
+/* Vectors as gcc and clang spell them: + and * on them are single instructions, and a number times a vector
+ * multiplies each lane. `_any` may stand at any address. The loops over sums are unrolled by order: only
+ * then does gcc keep all of them in registers from the first k to the last. */
+typedef float float4 __attribute__((vector_size(16))), float4_any __attribute__((vector_size(16), aligned(4)));       /* SSE, NEON: in every x86-64 and arm64 */
+typedef float float8 __attribute__((vector_size(32))), float8_any __attribute__((vector_size(32), aligned(4)));       /* AVX */
+typedef float float16 __attribute__((vector_size(64))), float16_any __attribute__((vector_size(64), aligned(4)));     /* AVX-512 */
+
+static void tile_4x8(size_t K, const float *a, const float *b, const float *start, size_t start_row, float *c, size_t c_row)
 {
     float4 sum[4][2];
-    #pragma GCC unroll 16
-    for (int i = 0; i < 4; i++) sum[i][0] = sum[i][1] = (float4){0};
+    #pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 2; j++) sum[i][j] = start ? *(const float4_any *)(start + i * start_row + 4 * j) : (float4){0};
     for (size_t k = 0; k < K; k++, a += 4, b += 8) {
         float4 b0 = *(const float4 *)b, b1 = *(const float4 *)(b + 4);
         for (int i = 0; i < 4; i++) {
@@ -1682,78 +1808,65 @@ static void tile_4x8(size_t K, const float *a, const float *b, float *c, size_t 
             sum[i][1] += a[i] * b1;
         }
     }
-    #pragma GCC unroll 16
-    for (int i = 0; i < 4; i++) {
-        float4_any *c0 = (float4_any *)(c + i * c_row), *c1 = (float4_any *)(c + i * c_row + 4);
-        *c0 = accumulate ? *c0 + sum[i][0] : sum[i][0];
-        *c1 = accumulate ? *c1 + sum[i][1] : sum[i][1];
-    }
-}
-#else
-static void tile_4x8(size_t K, const float *a, const float *b, float *c, size_t c_row, bool accumulate)
-{
+    #pragma GCC unroll 4
     for (int i = 0; i < 4; i++)
-        for (int j = 0; j < 8; j++) {
-            float sum = 0;
-            for (size_t k = 0; k < K; k++) sum += a[k * 4 + i] * b[k * 8 + j];
-            c[i * c_row + j] = accumulate ? c[i * c_row + j] + sum : sum;
-        }
+        for (int j = 0; j < 2; j++) *(float4_any *)(c + i * c_row + 4 * j) = sum[i][j];
 }
 #endif
 
 #if defined(__GNUC__) && defined(__x86_64__)
 #define HAVE_X86_TILES 1
-/* 6 x 16: 12 of the 16 registers of AVX hold sums. */
-__attribute__((target("avx2,fma"))) static void tile_6x16(size_t K, const float *a, const float *b, float *c, size_t c_row, bool accumulate)
+/* 4 x 24: 12 of the 16 registers of AVX2 hold sums, 3 the columns of b, one the number of a. */
+__attribute__((target("avx2,fma"))) static void tile_4x24(size_t K, const float *a, const float *b, const float *start, size_t start_row, float *c, size_t c_row)
 {
-    float8 sum[6][2];
-    #pragma GCC unroll 16
-    for (int i = 0; i < 6; i++) sum[i][0] = sum[i][1] = (float8){0};
-    for (size_t k = 0; k < K; k++, a += 6, b += 16) {
-        float8 b0 = *(const float8 *)b, b1 = *(const float8 *)(b + 8);
-        for (int i = 0; i < 6; i++) {
+    float8 sum[4][3];
+    #pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 3; j++) sum[i][j] = start ? *(const float8_any *)(start + i * start_row + 8 * j) : (float8){0};
+    for (size_t k = 0; k < K; k++, a += 4, b += 24) {
+        float8 b0 = *(const float8 *)b, b1 = *(const float8 *)(b + 8), b2 = *(const float8 *)(b + 16);
+        for (int i = 0; i < 4; i++) {
             sum[i][0] += a[i] * b0;
             sum[i][1] += a[i] * b1;
+            sum[i][2] += a[i] * b2;
         }
     }
-    #pragma GCC unroll 16
-    for (int i = 0; i < 6; i++) {
-        float8_any *c0 = (float8_any *)(c + i * c_row), *c1 = (float8_any *)(c + i * c_row + 8);
-        *c0 = accumulate ? *c0 + sum[i][0] : sum[i][0];
-        *c1 = accumulate ? *c1 + sum[i][1] : sum[i][1];
-    }
+    #pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 3; j++) *(float8_any *)(c + i * c_row + 8 * j) = sum[i][j];
 }
 
-/* 14 x 32: 28 of the 32 registers of AVX-512 hold sums. */
-__attribute__((target("avx512f"))) static void tile_14x32(size_t K, const float *a, const float *b, float *c, size_t c_row, bool accumulate)
+/* 8 x 32: 16 of the 32 registers of AVX-512 hold sums. Larger tiles are not faster, and 8 divides more batches. */
+__attribute__((target("avx512f"))) static void tile_8x32(size_t K, const float *a, const float *b, const float *start, size_t start_row, float *c, size_t c_row)
 {
-    float16 sum[14][2];
-    #pragma GCC unroll 16
-    for (int i = 0; i < 14; i++) sum[i][0] = sum[i][1] = (float16){0};
-    for (size_t k = 0; k < K; k++, a += 14, b += 32) {
+    float16 sum[8][2];
+    #pragma GCC unroll 8
+    for (int i = 0; i < 8; i++)
+        for (int j = 0; j < 2; j++) sum[i][j] = start ? *(const float16_any *)(start + i * start_row + 16 * j) : (float16){0};
+    for (size_t k = 0; k < K; k++, a += 8, b += 32) {
         float16 b0 = *(const float16 *)b, b1 = *(const float16 *)(b + 16);
-        for (int i = 0; i < 14; i++) {
+        for (int i = 0; i < 8; i++) {
             sum[i][0] += a[i] * b0;
             sum[i][1] += a[i] * b1;
         }
     }
-    #pragma GCC unroll 16
-    for (int i = 0; i < 14; i++) {
-        float16_any *c0 = (float16_any *)(c + i * c_row), *c1 = (float16_any *)(c + i * c_row + 16);
-        *c0 = accumulate ? *c0 + sum[i][0] : sum[i][0];
-        *c1 = accumulate ? *c1 + sum[i][1] : sum[i][1];
-    }
+    #pragma GCC unroll 8
+    for (int i = 0; i < 8; i++)
+        for (int j = 0; j < 2; j++) *(float16_any *)(c + i * c_row + 16 * j) = sum[i][j];
 }
 #endif
 
 static const struct Kernel KERNELS[] = {
+#if defined(__GNUC__)
     {"plain 4x8", 4, 8, tile_4x8},
-#ifdef HAVE_X86_TILES
-    {"avx2 6x16", 6, 16, tile_6x16},
-    {"avx512 14x32", 14, 32, tile_14x32},
 #endif
+#ifdef HAVE_X86_TILES
+    {"avx2 4x24", 4, 24, tile_4x24},
+    {"avx512 8x32", 8, 32, tile_8x32},
+#endif
+    {NULL, 0, 0, NULL}
 };
-static const struct Kernel *kernel = &KERNELS[0];
+static const struct Kernel *kernel;      /* NULL: matmul_plain */
 
 /* The widest tile this processor has. ALIGN_KERNEL=0, 1 or 2 asks for a narrower one, "plain" for none. */
 static void kernel_choose(void)
@@ -1766,94 +1879,53 @@ static void kernel_choose(void)
 #endif
     const char *asked = getenv("ALIGN_KERNEL");
     kernel = &KERNELS[asked && isdigit((unsigned char)*asked) ? MIN(atoi(asked), widest) : widest];
-    if (asked && strcmp(asked, "plain") == 0) kernel = NULL;
+    if (!kernel->tile || (asked && strcmp(asked, "plain") == 0)) kernel = NULL;
 }
 
-/* Each thread's own scratch memory: slot 0 for packed A, 1 for packed B, 2 for attention's scores, 3
- * for a row of the vocabulary. It grows to the largest size asked for and stays. */
-enum ScratchSlot { SCRATCH_A, SCRATCH_B, SCRATCH_SCORES, SCRATCH_ROW, SCRATCH_SLOTS };
-
-static float *thread_scratch(enum ScratchSlot slot, size_t floats)
-{
-    static _Thread_local struct { float *memory; size_t floats; } slots[SCRATCH_SLOTS];
-    if (slots[slot].floats < floats) {
-        free(slots[slot].memory);
-        slots[slot].memory = aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
-        CHECK(slots[slot].memory, "out of memory: %zu MB of scratch", floats >> 18);
-        slots[slot].floats = floats;
-    }
-    return slots[slot].memory;
-}
-
-/* `width` floats, a tile's MR or NR. A copy of constant size is one or two instructions, any other a call. */
-static inline void copy_line(float *to, const float *from, size_t width)
-{
-    switch (width) {
-    case 4: memcpy(to, from, 4 * sizeof *to); break;
-    case 6: memcpy(to, from, 6 * sizeof *to); break;
-    case 8: memcpy(to, from, 8 * sizeof *to); break;
-    case 14: memcpy(to, from, 14 * sizeof *to); break;
-    case 16: memcpy(to, from, 16 * sizeof *to); break;
-    default: memcpy(to, from, 32 * sizeof *to); break;
-    }
-}
-
-/* Two or four lines of consecutive numbers into neighbouring columns of a panel: pieces of 4 steps are
- * interleaved in registers. */
-static void pack_lines(float *panel, const float *from, size_t line_stride, size_t lines, size_t K, size_t width)
+/* Four lines of K consecutive numbers into four neighbouring columns of a panel: 4 x 4 at a time, transposed
+ * in registers. shufflevector(x, y, ...) picks from the 8 numbers of x and y. */
+static inline __attribute__((always_inline)) void pack_4_lines(float *panel, const float *from, size_t line_stride, size_t K, size_t width)
 {
     size_t k = 0;
 #if defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 12)
-    const float *a = from, *b = a + line_stride, *c = lines == 4 ? b + line_stride : a, *d = lines == 4 ? c + line_stride : b;
-    for (; k + 4 <= K; k += 4) {
-        float *to = panel + k * width;
-        float4 ka = *(const float4_any *)(a + k), kb = *(const float4_any *)(b + k), kc = *(const float4_any *)(c + k), kd = *(const float4_any *)(d + k);
-        float4 ab_01 = __builtin_shufflevector(ka, kb, 0, 4, 1, 5), ab_23 = __builtin_shufflevector(ka, kb, 2, 6, 3, 7);
-        float4 cd_01 = __builtin_shufflevector(kc, kd, 0, 4, 1, 5), cd_23 = __builtin_shufflevector(kc, kd, 2, 6, 3, 7);
-        float4 step[4] = {__builtin_shufflevector(ab_01, cd_01, 0, 1, 4, 5), __builtin_shufflevector(ab_01, cd_01, 2, 3, 6, 7),
-                          __builtin_shufflevector(ab_23, cd_23, 0, 1, 4, 5), __builtin_shufflevector(ab_23, cd_23, 2, 3, 6, 7)};
-        if (lines == 4) for (int i = 0; i < 4; i++) memcpy(to + i * width, &step[i], 4 * sizeof *to);
-        else for (int i = 0; i < 4; i++) memcpy(to + i * width, &step[i], 2 * sizeof *to);
+    for (; k + 4 <= K; k += 4, from += 4) {
+        float4 a = *(const float4_any *)from, b = *(const float4_any *)(from + line_stride);
+        float4 c = *(const float4_any *)(from + 2 * line_stride), d = *(const float4_any *)(from + 3 * line_stride);
+        float4 ab_01 = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_23 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+        float4 cd_01 = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_23 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+        float4_any *to = (float4_any *)(panel + k * width);
+        to[0] = __builtin_shufflevector(ab_01, cd_01, 0, 1, 4, 5);
+        to[width / 4] = __builtin_shufflevector(ab_01, cd_01, 2, 3, 6, 7);
+        to[2 * width / 4] = __builtin_shufflevector(ab_23, cd_23, 0, 1, 4, 5);
+        to[3 * width / 4] = __builtin_shufflevector(ab_23, cd_23, 2, 3, 6, 7);
     }
 #endif
-    for (; k < K; k++)
-        for (size_t i = 0; i < lines; i++) panel[k * width + i] = from[i * line_stride + k];
+    for (; k < K; k++, from++)
+        for (size_t i = 0; i < 4; i++) panel[k * width + i] = from[i * line_stride];
 }
 
 /* Copies `n` <= width lines of K numbers into a panel: panel[k*width + i] = line i, step k. Missing
- * lines count as zeros, so that the tile needs no special case at the edge. */
-static void pack_panel(float *panel, const float *from, size_t line_stride, size_t k_stride, size_t n, size_t K, size_t width)
+ * lines count as zeros, so that the tile needs no special case at the edge. What comes next is asked for
+ * in advance: the lines are far apart, and the processor's own foresight ends at a page of memory. */
+WIDE static void pack_panel(float *panel, const float *from, size_t line_stride, size_t k_stride, size_t n, size_t K, size_t width)
 {
+    size_t i = 0;
     if (n == width && line_stride == 1) {
-        for (size_t k = 0; k < K; k++) copy_line(panel + k * width, from + k * k_stride, width);
+        for (size_t k = 0; k < K; k++) {
+            for (i = 0; i < width; i += 16) __builtin_prefetch(from + (k + 32) * k_stride + i);
+            if (width == 32) memcpy(panel + k * width, from + k * k_stride, 32 * sizeof *panel);    /* of constant size: four instructions */
+            else for (i = 0; i < width; i += 4) memcpy(panel + k * width + i, from + k * k_stride + i, 4 * sizeof *panel);
+        }
         return;
     }
     if (n < width) memset(panel, 0, K * width * sizeof *panel);
-    size_t i = 0;
-    for (; k_stride == 1 && i + 4 <= n; i += 4) pack_lines(panel + i, from + i * line_stride, line_stride, 4, K, width);
-    for (; k_stride == 1 && i + 2 <= n; i += 2) pack_lines(panel + i, from + i * line_stride, line_stride, 2, K, width);
+    for (; k_stride == 1 && i + 4 <= n; i += 4) {
+        for (size_t j = i + 4; j < i + 8; j++)
+            for (size_t k = 0; k < K; k += 16) __builtin_prefetch(from + j * line_stride + k);
+        pack_4_lines(panel + i, from + i * line_stride, line_stride, K, width);
+    }
     for (size_t k = 0; k < K; k++)
         for (size_t j = i; j < n; j++) panel[k * width + j] = from[j * line_stride + k * k_stride];
-}
-
-/* A tile at C's edge, of which only rows x columns exist: made aside, then copied. */
-static void matmul_edge(float *c, size_t c_row, const float *a, const float *b, size_t rows, size_t columns, size_t K, bool accumulate)
-{
-    _Alignas(64) float tile[TILE_MAX];
-    kernel->tile(K, a, b, tile, kernel->NR, false);
-    for (size_t i = 0; i < rows; i++)
-        for (size_t j = 0; j < columns; j++) c[i * c_row + j] = accumulate ? c[i * c_row + j] + tile[i * kernel->NR + j] : tile[i * kernel->NR + j];
-}
-
-/* The part of C that one task computes: rows m0..m1, columns n0..n1 of the packed block. */
-static void matmul_task(float *c, size_t c_row, const float *a, const float *b, size_t m0, size_t m1, size_t n0, size_t n1, size_t K, bool accumulate)
-{
-    for (size_t n = n0; n < n1; n += kernel->NR)
-        for (size_t m = m0; m < m1; m += kernel->MR) {
-            size_t rows = MIN(kernel->MR, m1 - m), columns = MIN(kernel->NR, n1 - n);
-            if (rows == kernel->MR && columns == kernel->NR) kernel->tile(K, a + m * K, b + n * K, c + m * c_row + n, c_row, accumulate);
-            else matmul_edge(c + m * c_row + n, c_row, a + m * K, b + n * K, rows, columns, K, accumulate);
-        }
 }
 
 /* A matrix as seen by matmul: where it starts, the step to the next row, the step to the next column. */
@@ -1862,61 +1934,79 @@ struct Matrix { const float *data; size_t row, column; };
 static struct Matrix matrix(const float *data, size_t columns) { return (struct Matrix){data, columns, 1}; }
 static struct Matrix transposed(const float *data, size_t columns) { return (struct Matrix){data, 1, columns}; }
 
-/* One block of K: packs both operands, then fills C tile by tile. */
-static void matmul_block(float *c, size_t c_row, struct Matrix a, struct Matrix b, size_t M, size_t N, size_t K, float *pack_a, float *pack_b, bool accumulate, bool b_is_packed)
+/* One panel of B, packed, times the panels of A for rows m0..m1: `columns` columns of C from column n on. A tile that
+ * sticks out of C is made aside and copied. C's next rows are asked for early where they are to be added to. */
+static void matmul_panel(float *c, size_t c_row, const float *start, size_t start_row, const float *pack_a, const float *panel, size_t m0, size_t m1, size_t columns, size_t K)
 {
-    size_t MR = kernel->MR, NR = kernel->NR, task_m = 8 * MR, task_n = 8 * NR;
-    size_t tasks_m = (M + task_m - 1) / task_m, tasks = tasks_m * ((N + task_n - 1) / task_n);
+    size_t MR = kernel->MR, NR = kernel->NR;
+    _Alignas(64) float aside[TILE_MAX];
+    for (size_t m = m0; m < m1; m += MR) {
+        const float *from = start ? start + m * start_row : NULL;
+        for (size_t i = m + MR; from && i < MIN(m1, m + 2 * MR); i++)
+            for (size_t j = 0; j < columns; j += 16) __builtin_prefetch(start + i * start_row + j, 1);
+        if (m1 - m >= MR && columns == NR) {
+            kernel->tile(K, pack_a + m * K, panel, from, start_row, c + m * c_row, c_row);
+            continue;
+        }
+        kernel->tile(K, pack_a + m * K, panel, NULL, 0, aside, NR);
+        for (size_t i = 0; i < MIN(MR, m1 - m); i++)
+            for (size_t j = 0; j < columns; j++) c[(m + i) * c_row + j] = (from ? from[i * start_row + j] : 0) + aside[i * NR + j];
+    }
+}
+
+/* One block of rows and of K. A task is a panel of B and a stretch of rows: all of them, or fewer where the
+ * panels alone would not occupy the threads. */
+static void matmul_block(float *c, size_t c_row, const float *start, size_t start_row, struct Matrix a, struct Matrix b, size_t M, size_t N, size_t K, float *pack_a)
+{
+    size_t MR = kernel->MR, NR = kernel->NR, panels = (N + NR - 1) / NR, stretch = M;
 #ifdef _OPENMP
     bool parallel = (double)M * (double)N * (double)K > 2e5 && !omp_in_parallel();
+    size_t tasks_wanted = parallel ? 4 * (size_t)omp_get_max_threads() : 1;
+    while (panels * ((M + stretch - 1) / stretch) < tasks_wanted && stretch > MR) stretch = (stretch / 2 + MR - 1) / MR * MR;
 #endif
+    size_t stretches = (M + stretch - 1) / stretch;
     #pragma omp parallel if(parallel)
     {
-        if (!b_is_packed) {
-            #pragma omp for schedule(static) nowait
-            for (size_t n = 0; n < N; n += NR) pack_panel(pack_b + n * K, b.data + n * b.column, b.column, b.row, MIN(NR, N - n), K, NR);
-        }
         #pragma omp for schedule(static)
         for (size_t m = 0; m < M; m += MR) pack_panel(pack_a + m * K, a.data + m * a.row, a.row, a.column, MIN(MR, M - m), K, MR);
-        #pragma omp for schedule(dynamic)
-        for (size_t task = 0; task < tasks; task++) {
-            size_t m = task % tasks_m * task_m, n = task / tasks_m * task_n;
-            matmul_task(c, c_row, pack_a, pack_b, m, MIN(M, m + task_m), n, MIN(N, n + task_n), K, accumulate);
+        float *panel = thread_scratch(SCRATCH_B, NR * KC);
+        #pragma omp for schedule(dynamic) nowait
+        for (size_t task = 0; task < panels * stretches; task++) {
+            size_t n = task / stretches * NR, m = task % stretches * stretch;
+            pack_panel(panel, b.data + n * b.column, b.column, b.row, MIN(NR, N - n), K, NR);
+            matmul_panel(c + n, c_row, start ? start + n : NULL, start_row, pack_a, panel, m, MIN(M, m + stretch), MIN(NR, N - n), K);
         }
     }
 }
 
 /* The definition, against which matmul is tested; ALIGN_KERNEL=plain runs everything on it. */
-static void matmul_plain(float *c, size_t c_row, struct Matrix a, struct Matrix b, size_t M, size_t N, size_t K, bool accumulate)
+static void matmul_plain(float *c, size_t c_row, const float *start, size_t start_row, struct Matrix a, struct Matrix b, size_t M, size_t N, size_t K)
 {
     for (size_t i = 0; i < M; i++)
         for (size_t j = 0; j < N; j++) {
-            double sum = accumulate ? c[i * c_row + j] : 0;
+            double sum = start ? start[i * start_row + j] : 0;
             for (size_t k = 0; k < K; k++) sum += (double)a.data[i * a.row + k * a.column] * b.data[k * b.row + j * b.column];
             c[i * c_row + j] = (float)sum;
         }
 }
 
-/* matmul -- C (M,N), row stride c_row, = or += A (M,K) times B (K,N).
- * Called inside a parallel loop it runs on the calling thread alone.
+/* matmul -- C (M,N) = start + A (M,K) B (K,N); C's rows are c_row apart, start's start_row: 0 adds one row, a
+ * bias, to all; start = c adds to C; NULL is zero. Inside a parallel loop it runs on the calling thread alone.
  * By hand: [1 2; 3 4] [5; 6] = [17; 39].                        test: matmul, matmul_threads */
-static void matmul(float *c, size_t c_row, struct Matrix a, struct Matrix b, size_t M, size_t N, size_t K, bool accumulate)
+static void matmul(float *c, size_t c_row, const float *start, size_t start_row, struct Matrix a, struct Matrix b, size_t M, size_t N, size_t K)
 {
     if (!kernel || K == 0) {
-        matmul_plain(c, c_row, a, b, M, N, K, accumulate);
+        matmul_plain(c, c_row, start, start_row, a, b, M, N, K);
         return;
     }
-    size_t k_most = MIN(K, (size_t)KC), edge = 32;
-    float *pack_a = thread_scratch(SCRATCH_A, (MIN(M, (size_t)PANEL_ROWS) + edge) * k_most);
-    float *pack_b = thread_scratch(SCRATCH_B, (MIN(N, (size_t)PANEL_COLUMNS) + edge) * k_most);
-    for (size_t n = 0; n < N; n += PANEL_COLUMNS)
-        for (size_t k = 0; k < K; k += KC)
-            for (size_t m = 0; m < M; m += PANEL_ROWS) {
-                struct Matrix a_block = {a.data + m * a.row + k * a.column, a.row, a.column};
-                struct Matrix b_block = {b.data + k * b.row + n * b.column, b.row, b.column};
-                matmul_block(c + m * c_row + n, c_row, a_block, b_block, MIN(M - m, (size_t)PANEL_ROWS), MIN(N - n, (size_t)PANEL_COLUMNS),
-                             MIN(K - k, (size_t)KC), pack_a, pack_b, accumulate || k > 0, m > 0);
-            }
+    float *pack_a = thread_scratch(SCRATCH_A, (MIN(M, (size_t)BLOCK_ROWS) + kernel->MR) * MIN(K, (size_t)KC));
+    for (size_t m = 0; m < M; m += BLOCK_ROWS)
+        for (size_t k = 0; k < K; k += KC) {
+            struct Matrix a_block = {a.data + m * a.row + k * a.column, a.row, a.column}, b_block = {b.data + k * b.row, b.row, b.column};
+            float *block = c + m * c_row;
+            const float *from = k > 0 ? block : start ? start + m * start_row : NULL;
+            matmul_block(block, c_row, from, k > 0 ? c_row : start_row, a_block, b_block, MIN(M - m, (size_t)BLOCK_ROWS), N, MIN(K - k, (size_t)KC), pack_a);
+        }
 }
 
 /* =============================================================================================
@@ -1928,12 +2018,39 @@ static void matmul(float *c, size_t c_row, struct Matrix a, struct Matrix b, siz
  * gradient of weights is added to, so that micro-batches accumulate.
  * ============================================================================================= */
 
+/* A strip of columns of y = x W + bias for few rows, as in generation, where each weight is used but N times: packing
+ * it would cost more than it saves, and memory sets the speed. Eight rows of W at a time pass through the first
+ * cache and serve all rows of x; the beginnings of the next eight are asked for meanwhile. */
+WIDE static void linear_few_rows(float *y, const float *x, const float *weight, const float *bias, size_t N, size_t in, size_t out, size_t columns)
+{
+    for (size_t n = 0; n < N; n++) memcpy(y + n * out, bias, columns * sizeof *y);
+    size_t k = 0;
+    for (; k + 8 <= in; k += 8)
+        for (size_t n = 0; n < N; n++) {
+            for (size_t next = k + 8 + n; next < MIN(in, k + 16); next += N)
+                for (size_t j = 0; j < MIN(columns, (size_t)384); j += 16) __builtin_prefetch(weight + next * out + j);
+            const float *a = x + n * in + k, *w = weight + k * out, *w1 = w + out, *w2 = w1 + out, *w3 = w2 + out, *w4 = w3 + out, *w5 = w4 + out, *w6 = w5 + out, *w7 = w6 + out;
+            float *sum = y + n * out;
+            for (size_t j = 0; j < columns; j++)
+                sum[j] = sum[j] + a[0] * w[j] + a[1] * w1[j] + a[2] * w2[j] + a[3] * w3[j] + a[4] * w4[j] + a[5] * w5[j] + a[6] * w6[j] + a[7] * w7[j];
+        }
+    for (; k < in; k++)
+        for (size_t n = 0; n < N; n++)
+            for (size_t j = 0; j < columns; j++) y[n * out + j] += x[n * in + k] * weight[k * out + j];
+}
+
+enum { FEW_ROWS = 16 };
+
 /* linear: y (N,out) = x (N,in) W (in,out) + bias (out). GPT-2's Conv1D: W as [in,out], not torch's [out,in]. */
 static void linear_forward(float *y, const float *x, const float *weight, const float *bias, size_t N, size_t in, size_t out)
 {
-    #pragma omp parallel for if(N * out > 50000)
-    for (size_t n = 0; n < N; n++) memcpy(y + n * out, bias, out * sizeof *y);
-    matmul(y, out, matrix(x, in), matrix(weight, out), N, out, in, true);
+    if (N > FEW_ROWS || !kernel) {
+        matmul(y, out, bias, 0, matrix(x, in), matrix(weight, out), N, out, in);
+        return;
+    }
+    size_t threads = (size_t)thread_count(), strip = N > 1 ? 384 : (out / threads + 15) / 16 * 16 + 16;      /* one row: the longest stretches */
+    #pragma omp parallel for schedule(static) if(N * in * out > 50000)
+    for (size_t j = 0; j < out; j += strip) linear_few_rows(y + j, x, weight + j, bias + j, N, in, out, MIN(strip, out - j));
 }
 
 /* Adds the sum of the rows of dy (N,out), columns j0..j1, to dbias: one thread a strip of columns. */
@@ -1945,11 +2062,12 @@ static void bias_backward_strip(float *dbias, const float *dy, size_t N, size_t 
 
 enum { STRIP = 64 };     /* columns of a strip */
 
-/* dx = dy W^T;  dW += x^T dy;  dbias += sum of dy's rows. dx may be NULL (nothing below learns), so may dW. */
+/* dx = dy W^T;  dW += x^T dy;  dbias += sum of dy's rows. dx may be NULL (nothing below learns), so may dW
+ * and dbias (frozen). */
 static void linear_backward(float *dx, float *dweight, float *dbias, const float *dy, const float *x, const float *weight, size_t N, size_t in, size_t out)
 {
-    if (dx) matmul(dx, in, matrix(dy, out), transposed(weight, out), N, in, out, false);
-    if (dweight) matmul(dweight, out, transposed(x, in), matrix(dy, out), in, out, N, true);
+    if (dx) matmul(dx, in, NULL, 0, matrix(dy, out), transposed(weight, out), N, in, out);
+    if (dweight) matmul(dweight, out, dweight, out, transposed(x, in), matrix(dy, out), in, out, N);
     if (!dbias) return;
     #pragma omp parallel for if(N * out > 50000)
     for (size_t j = 0; j < out; j += STRIP) bias_backward_strip(dbias, dy, N, out, j, MIN(out, j + STRIP));
@@ -2021,12 +2139,12 @@ WIDE static void gelu_row(float *y, const float *x, size_t n)
     for (size_t i = 0; i < n; i++) y[i] = x[i] * gelu_gate(x[i]);
 }
 
-/* y = x s, s = sigmoid(2u):  dy/dx = s + x s (1 - s) d(2u)/dx. */
-WIDE static void gelu_backward_row(float *dx, const float *dy, const float *x, size_t n)
+/* y = x s, s = sigmoid(2u):  dy/dx = s + x s (1 - s) d(2u)/dx. dx comes in as dy, and is multiplied by it. */
+WIDE static void gelu_backward_row(float *dx, const float *x, size_t n)
 {
     for (size_t i = 0; i < n; i++) {
         float s = gelu_gate(x[i]), slope = 1.5957691f * (1.0f + 3.0f * 0.044715f * x[i] * x[i]);
-        dx[i] = dy[i] * (s + x[i] * s * (1.0f - s) * slope);
+        dx[i] *= s + x[i] * s * (1.0f - s) * slope;
     }
 }
 
@@ -2036,10 +2154,10 @@ static void gelu_forward(float *y, const float *x, size_t N, size_t C)
     for (size_t n = 0; n < N; n++) gelu_row(y + n * C, x + n * C, C);
 }
 
-static void gelu_backward(float *dx, const float *dy, const float *x, size_t N, size_t C)
+static void gelu_backward(float *dx, const float *x, size_t N, size_t C)
 {
     #pragma omp parallel for if(N * C > 10000)
-    for (size_t n = 0; n < N; n++) gelu_backward_row(dx + n * C, dy + n * C, x + n * C, C);
+    for (size_t n = 0; n < N; n++) gelu_backward_row(dx + n * C, x + n * C, C);
 }
 
 /* embedding: x (N,C) = wte[id] + wpe[position]: what the token is, and where it stands. */
@@ -2077,19 +2195,21 @@ static void embedding_backward(float *dwte, float *dwpe, const float *dx, const 
  * memory grows with T, not T^2.                                test: attention, attention_gradient */
 enum { ATTENTION_ROWS = 64 };
 
-struct AttentionShape { size_t C, NH, HS; float scale; };
+struct AttentionShape { size_t C, NH, HS; float scale; size_t shared, fork; };      /* rows from fork on do not see shared .. fork-1 */
 
 static struct AttentionShape attention_shape(size_t C, size_t NH)
 {
-    return (struct AttentionShape){C, NH, C / NH, 1.0f / sqrtf((float)(C / NH))};
+    return (struct AttentionShape){C, NH, C / NH, 1.0f / sqrtf((float)(C / NH)), 0, 0};
 }
 
 /* Scores of rows t0..t1 against keys 0..t1, scaled: p (t1-t0, t1). qkv points at this sequence and head. */
 static void attention_scores(float *p, const float *qkv, struct AttentionShape s, size_t t0, size_t t1)
 {
     struct Matrix q = {qkv + t0 * 3 * s.C, 3 * s.C, 1}, k_transposed = {qkv + s.C, 1, 3 * s.C};
-    matmul(p, t1, q, k_transposed, t1 - t0, t1, s.HS, false);
+    matmul(p, t1, NULL, 0, q, k_transposed, t1 - t0, t1, s.HS);
     for (size_t i = 0; i < (t1 - t0) * t1; i++) p[i] *= s.scale;
+    for (size_t t = MAX(t0, s.fork); t < t1; t++)
+        for (size_t j = s.shared; j < s.fork; j++) p[(t - t0) * t1 + j] = -INFINITY;
 }
 
 static void attention_forward_head(float *out, float *lse, const float *qkv, struct AttentionShape s, size_t T)
@@ -2105,8 +2225,15 @@ static void attention_forward_head(float *out, float *lse, const float *qkv, str
             for (size_t j = t + 1; j < t1; j++) p_t[j] = 0;             /* the future */
             lse[t * s.NH] = largest + logf(total);
         }
-        matmul(out + t0 * s.C, s.C, matrix(p, t1), (struct Matrix){qkv + 2 * s.C, 3 * s.C, 1}, t1 - t0, s.HS, t1, false);
+        matmul(out + t0 * s.C, s.C, NULL, 0, matrix(p, t1), (struct Matrix){qkv + 2 * s.C, 3 * s.C, 1}, t1 - t0, s.HS, t1);
     }
+}
+
+/* The shape for sequence b, with its fork if it has one. */
+static struct AttentionShape attention_of(struct AttentionShape s, const struct Batch *batch, size_t b)
+{
+    if (batch->fork) s.shared = batch->shared[b], s.fork = batch->fork[b];
+    return s;
 }
 
 static void attention_forward(float *out, float *lse, const float *qkv, const struct Batch *batch, struct AttentionShape s)
@@ -2114,7 +2241,7 @@ static void attention_forward(float *out, float *lse, const float *qkv, const st
     #pragma omp parallel for schedule(dynamic)
     for (size_t task = 0; task < batch->B * s.NH; task++) {
         size_t b = task / s.NH, h = task % s.NH, start = batch->start[b];
-        attention_forward_head(out + start * s.C + h * s.HS, lse + start * s.NH + h, qkv + start * 3 * s.C + h * s.HS, s, batch->start[b + 1] - start);
+        attention_forward_head(out + start * s.C + h * s.HS, lse + start * s.NH + h, qkv + start * 3 * s.C + h * s.HS, attention_of(s, batch, b), batch->start[b + 1] - start);
     }
 }
 
@@ -2130,7 +2257,7 @@ static void attention_backward_head(float *dqkv, const float *dout, const float 
     for (size_t t0 = 0; t0 < T; t0 += ATTENTION_ROWS) {
         size_t t1 = MIN(T, t0 + ATTENTION_ROWS), rows = t1 - t0;
         attention_scores(p, qkv, s, t0, t1);
-        matmul(dp, t1, (struct Matrix){dout + t0 * s.C, s.C, 1}, v_transposed, rows, t1, s.HS, false);
+        matmul(dp, t1, NULL, 0, (struct Matrix){dout + t0 * s.C, s.C, 1}, v_transposed, rows, t1, s.HS);
         for (size_t t = t0; t < t1; t++) {
             float *p_t = p + (t - t0) * t1, *dp_t = dp + (t - t0) * t1, D = 0;
             for (size_t c = 0; c < s.HS; c++) D += dout[t * s.C + c] * out[t * s.C + c];
@@ -2138,9 +2265,9 @@ static void attention_backward_head(float *dqkv, const float *dout, const float 
             for (size_t j = 0; j <= t; j++) dp_t[j] = p_t[j] * (dp_t[j] - D) * s.scale;
             for (size_t j = t + 1; j < t1; j++) p_t[j] = dp_t[j] = 0;
         }
-        matmul(dqkv + t0 * C3, C3, matrix(dp, t1), k, rows, s.HS, t1, false);
-        matmul(dqkv + s.C, C3, transposed(dp, t1), (struct Matrix){qkv + t0 * C3, C3, 1}, t1, s.HS, rows, true);
-        matmul(dqkv + 2 * s.C, C3, transposed(p, t1), (struct Matrix){dout + t0 * s.C, s.C, 1}, t1, s.HS, rows, true);
+        matmul(dqkv + t0 * C3, C3, NULL, 0, matrix(dp, t1), k, rows, s.HS, t1);
+        matmul(dqkv + s.C, C3, dqkv + s.C, C3, transposed(dp, t1), (struct Matrix){qkv + t0 * C3, C3, 1}, t1, s.HS, rows);
+        matmul(dqkv + 2 * s.C, C3, dqkv + 2 * s.C, C3, transposed(p, t1), (struct Matrix){dout + t0 * s.C, s.C, 1}, t1, s.HS, rows);
     }
 }
 
@@ -2149,7 +2276,7 @@ static void attention_backward(float *dqkv, const float *dout, const float *out,
     #pragma omp parallel for schedule(dynamic)
     for (size_t task = 0; task < batch->B * s.NH; task++) {
         size_t b = task / s.NH, h = task % s.NH, start = batch->start[b], at = start * s.C + h * s.HS;
-        attention_backward_head(dqkv + start * 3 * s.C + h * s.HS, dout + at, out + at, lse + start * s.NH + h, qkv + start * 3 * s.C + h * s.HS, s, batch->start[b + 1] - start);
+        attention_backward_head(dqkv + start * 3 * s.C + h * s.HS, dout + at, out + at, lse + start * s.NH + h, qkv + start * 3 * s.C + h * s.HS, attention_of(s, batch, b), batch->start[b + 1] - start);
     }
 }
 
@@ -2166,13 +2293,21 @@ static void attention_backward(float *dqkv, const float *dout, const float *out,
 
 struct GPT2Config { size_t vocab_size, n_positions, n_embd, n_layer, n_head; int eos_token_id, pad_token_id; float layer_norm_epsilon; };
 
-struct Linear { struct Tensor weight, bias; };
+struct Linear { struct Tensor weight, bias, lora_A, lora_B; float lora_scale; };      /* lora: chapter 10; n = 0: no adapter here */
 struct LayerNorm { struct Tensor weight, bias; };
 struct Block {
     struct LayerNorm ln_1;
     struct { struct Linear c_attn, c_proj; } attn;
     struct LayerNorm ln_2;
     struct { struct Linear c_fc, c_proj; } mlp;
+};
+
+/* What adapter_config.json says (chapter 10), in PEFT's names; r = 0: the model has no adapter. */
+struct Adapter {
+    size_t r;
+    double lora_alpha, lora_dropout;
+    const char *target_modules, *base_model_name_or_path;
+    bool use_rslora, pattern;              /* pattern: target_modules is a regular expression, not a list of names */
 };
 
 struct GPT2 {
@@ -2182,6 +2317,7 @@ struct GPT2 {
     struct LayerNorm ln_f;
     struct Tensor score;                   /* reward head, chapter 9; n = 0: the model has none */
     struct Linear v_head;                  /* value head, chapter 9; likewise */
+    struct Adapter adapter;
     struct Tensor **tensors;               /* all of the above, in a checkpoint's order */
     size_t tensor_count;
     struct Arena arena;
@@ -2234,7 +2370,7 @@ static struct GPT2 *gpt2_new(struct GPT2Config config)
     model->config = config;
     size_t C = config.n_embd;
     model->h = arena_zeros(&model->arena, config.n_layer, sizeof *model->h);
-    model->tensors = arena_alloc(&model->arena, 12 * config.n_layer + 8, sizeof *model->tensors);
+    model->tensors = arena_alloc(&model->arena, 20 * config.n_layer + 8, sizeof *model->tensors);
     tensor_declare(model, &model->wte, "wte.weight", config.vocab_size, C);
     tensor_declare(model, &model->wpe, "wpe.weight", config.n_positions, C);
     for (size_t l = 0; l < config.n_layer; l++) {
@@ -2277,21 +2413,17 @@ static void gpt2_init(struct GPT2 *model, uint64_t seed)
     }
 }
 
-/* Gradients and AdamW's moments, all zero. */
+/* Gradients and AdamW's moments, all zero. With an adapter only it and the heads have them: the rest is frozen. */
 static void gpt2_make_trainable(struct GPT2 *model)
 {
     for (size_t i = 0; i < model->tensor_count; i++) {
         struct Tensor *t = model->tensors[i];
-        if (t->d) continue;
+        bool frozen = model->adapter.r && !strstr(t->name, ".lora_") && !tensor_is_head(t);
+        if (t->d || frozen) continue;
         t->d = arena_zeros(&model->arena, t->n, sizeof(float));
         t->m = arena_zeros(&model->arena, t->n, sizeof(float));
         t->v = arena_zeros(&model->arena, t->n, sizeof(float));
     }
-}
-
-static void gpt2_zero_grad(struct GPT2 *model)
-{
-    for (size_t i = 0; i < model->tensor_count; i++) memset(model->tensors[i]->d, 0, model->tensors[i]->n * sizeof(float));
 }
 
 /* A second model with the same weights: the reference model.        [glossary: Modelo de referência] */
@@ -2345,24 +2477,40 @@ static void residual_add(float *sum, const float *x, size_t n)
     for (size_t i = 0; i < n; i++) sum[i] += x[i];
 }
 
+static void lora_forward(float *y, const float *x, const struct Linear *linear, size_t N);
+static void lora_backward(float *dx, const float *dy, const float *x, struct Linear *linear, size_t N);
+
+/* A linear layer of the model and, where it has one, its adapter (chapter 10). */
+static void module_forward(float *y, const float *x, const struct Linear *linear, size_t N)
+{
+    linear_forward(y, x, linear->weight.w, linear->bias.w, N, linear->weight.shape[0], linear->weight.shape[1]);
+    if (linear->lora_A.n) lora_forward(y, x, linear, N);
+}
+
+static void module_backward(float *dx, const float *dy, const float *x, struct Linear *linear, size_t N)
+{
+    linear_backward(dx, linear->weight.d, linear->bias.d, dy, x, linear->weight.w, N, linear->weight.shape[0], linear->weight.shape[1]);
+    if (linear->lora_A.n) lora_backward(dx, dy, x, linear, N);
+}
+
 /* The first half of a block, up to query, key and value. */
 static void block_forward_qkv(const struct GPT2 *model, const struct Block *h, struct BlockActivations *a, size_t N)
 {
     size_t C = model->config.n_embd;
     layernorm_forward(a->ln_1, a->ln_1_mean, a->ln_1_rstd, a->x, h->ln_1.weight.w, h->ln_1.bias.w, N, C, model->config.layer_norm_epsilon);
-    linear_forward(a->qkv, a->ln_1, h->attn.c_attn.weight.w, h->attn.c_attn.bias.w, N, C, 3 * C);
+    module_forward(a->qkv, a->ln_1, &h->attn.c_attn, N);
 }
 
 /* The second half, from attention's output to `out` (N,C), the next block's x. */
 static void block_forward_rest(const struct GPT2 *model, const struct Block *h, struct BlockActivations *a, float *out, size_t N)
 {
     size_t C = model->config.n_embd;
-    linear_forward(a->mid, a->att, h->attn.c_proj.weight.w, h->attn.c_proj.bias.w, N, C, C);
+    module_forward(a->mid, a->att, &h->attn.c_proj, N);
     residual_add(a->mid, a->x, N * C);
     layernorm_forward(a->ln_2, a->ln_2_mean, a->ln_2_rstd, a->mid, h->ln_2.weight.w, h->ln_2.bias.w, N, C, model->config.layer_norm_epsilon);
-    linear_forward(a->fc, a->ln_2, h->mlp.c_fc.weight.w, h->mlp.c_fc.bias.w, N, C, 4 * C);
+    module_forward(a->fc, a->ln_2, &h->mlp.c_fc, N);
     gelu_forward(a->gelu, a->fc, N, 4 * C);
-    linear_forward(out, a->gelu, h->mlp.c_proj.weight.w, h->mlp.c_proj.bias.w, N, 4 * C, C);
+    module_forward(out, a->gelu, &h->mlp.c_proj, N);
     residual_add(out, a->mid, N * C);
 }
 
@@ -2371,13 +2519,13 @@ static void block_forward_rest(const struct GPT2 *model, const struct Block *h, 
 static void block_backward(struct GPT2 *model, struct Block *h, const struct BlockActivations *a, const struct Batch *batch, float *dx, float *dwide, float *dnarrow)
 {
     size_t N = batch->N, C = model->config.n_embd;
-    linear_backward(dwide, h->mlp.c_proj.weight.d, h->mlp.c_proj.bias.d, dx, a->gelu, h->mlp.c_proj.weight.w, N, 4 * C, C);
-    gelu_backward(dwide, dwide, a->fc, N, 4 * C);
-    linear_backward(dnarrow, h->mlp.c_fc.weight.d, h->mlp.c_fc.bias.d, dwide, a->ln_2, h->mlp.c_fc.weight.w, N, C, 4 * C);
+    module_backward(dwide, dx, a->gelu, &h->mlp.c_proj, N);
+    gelu_backward(dwide, a->fc, N, 4 * C);
+    module_backward(dnarrow, dwide, a->ln_2, &h->mlp.c_fc, N);
     layernorm_backward(dx, h->ln_2.weight.d, h->ln_2.bias.d, dnarrow, a->mid, a->ln_2_mean, a->ln_2_rstd, h->ln_2.weight.w, N, C);
-    linear_backward(dnarrow, h->attn.c_proj.weight.d, h->attn.c_proj.bias.d, dx, a->att, h->attn.c_proj.weight.w, N, C, C);
+    module_backward(dnarrow, dx, a->att, &h->attn.c_proj, N);
     attention_backward(dwide, dnarrow, a->att, a->lse, a->qkv, batch, attention_shape(C, model->config.n_head));
-    linear_backward(dnarrow, h->attn.c_attn.weight.d, h->attn.c_attn.bias.d, dwide, a->ln_1, h->attn.c_attn.weight.w, N, C, 3 * C);
+    module_backward(dnarrow, dwide, a->ln_1, &h->attn.c_attn, N);
     layernorm_backward(dx, h->ln_1.weight.d, h->ln_1.bias.d, dnarrow, a->x, a->ln_1_mean, a->ln_1_rstd, h->ln_1.weight.w, N, C);
 }
 
@@ -2407,7 +2555,7 @@ static struct Activations gpt2_forward(const struct GPT2 *model, struct Arena *a
     return acts;
 }
 
-/* gpt2_backward -- adds to every weight's gradient; dhidden (N,C) = d loss / d acts->ln_f. */
+/* gpt2_backward -- adds to the gradient of every weight that is not frozen; dhidden (N,C) = d loss / d acts->ln_f. */
 static void gpt2_backward(struct GPT2 *model, struct Arena *arena, const struct Activations *acts, const float *dhidden)
 {
     const struct Batch *batch = acts->batch;
@@ -2416,7 +2564,24 @@ static void gpt2_backward(struct GPT2 *model, struct Arena *arena, const struct 
     float *dwide = arena_floats(arena, N * 4 * C), *dnarrow = arena_floats(arena, N * C);
     layernorm_backward(dx, model->ln_f.weight.d, model->ln_f.bias.d, dhidden, acts->x, acts->ln_f_mean, acts->ln_f_rstd, model->ln_f.weight.w, N, C);
     for (size_t l = model->config.n_layer; l-- > 0;) block_backward(model, &model->h[l], &acts->h[l], batch, dx, dwide, dnarrow);
-    embedding_backward(model->wte.d, model->wpe.d, dx, batch, C);
+    if (model->wte.d) embedding_backward(model->wte.d, model->wpe.d, dx, batch, C);
+}
+
+/* Logits (n,V) = hidden (n,C) wte^T: the output layer. Few rows: dot products, each row of wte read once. */
+static void output_logits(const struct GPT2 *model, float *logits, const float *hidden, size_t n)
+{
+    size_t C = model->config.n_embd, V = model->config.vocab_size;
+    if (n > FEW_ROWS || !kernel) {
+        matmul(logits, V, NULL, 0, matrix(hidden, C), transposed(model->wte.w, C), n, V, C);
+        return;
+    }
+    #pragma omp parallel for schedule(static) if(n * V * C > 50000)
+    for (size_t v = 0; v < V; v += 4)
+        for (size_t i = 0; i < n; i++) {
+            const float *w = model->wte.w + v * C;
+            for (size_t next = i * 4 * C / n; n > 1 && next < (i + 1) * 4 * C / n; next += 16) __builtin_prefetch(w + 4 * C + next);
+            row_dot_4(logits + i * V + v, hidden + i * C, w, C, C, MIN((size_t)4, V - v));
+        }
 }
 
 /* The output layer, for chosen rows only. logits (R,V) can be the largest array of all (1024 rows of
@@ -2458,7 +2623,7 @@ static size_t lm_head_logits(const struct GPT2 *model, struct LMHead *head, size
 {
     size_t n = MIN(head->chunk, head->R - first), C = model->config.n_embd, V = model->config.vocab_size;
     if (head->logits_first == first) return n;
-    matmul(head->logits, V, matrix(head->hidden + first * C, C), transposed(model->wte.w, C), n, V, C, false);
+    output_logits(model, head->logits, head->hidden + first * C, n);
     if (head->temperature != 1) {
         float scale = 1 / head->temperature;
         #pragma omp parallel for
@@ -2503,8 +2668,8 @@ static void lm_head_backward_chunk(struct GPT2 *model, struct LMHead *head, cons
     for (size_t i = 0; i < n; i++)
         lm_head_backward_row(head->logits + i * V, head->lse[first + i], head->target[first + i], dlogprob[first + i] / head->temperature, V);
     float *drows = arena_floats(arena, n * C);
-    matmul(drows, C, matrix(head->logits, V), matrix(model->wte.w, C), n, C, V, false);
-    if (model->wte.d) matmul(model->wte.d, C, transposed(head->logits, V), matrix(head->hidden + first * C, C), V, C, n, true);
+    matmul(drows, C, NULL, 0, matrix(head->logits, V), matrix(model->wte.w, C), n, C, V);
+    if (model->wte.d) matmul(model->wte.d, C, model->wte.d, C, transposed(head->logits, V), matrix(head->hidden + first * C, C), V, C, n);
     for (size_t i = 0; i < n; i++)
         for (size_t c = 0; c < C; c++) dhidden[(size_t)head->row[first + i] * C + c] += drows[i * C + c];
 }
@@ -2706,9 +2871,9 @@ static void scalar_head_backward(float *dhidden, const float *dout, const float 
     for (size_t r = 0; r < R; r++) {
         for (size_t c = 0; c < C; c++) {
             dhidden[(size_t)row[r] * C + c] += dout[r] * weight->w[c];
-            weight->d[c] += dout[r] * hidden[(size_t)row[r] * C + c];
+            if (weight->d) weight->d[c] += dout[r] * hidden[(size_t)row[r] * C + c];
         }
-        if (bias) bias->d[0] += dout[r];
+        if (bias && bias->d) bias->d[0] += dout[r];
     }
 }
 
@@ -2721,6 +2886,300 @@ static void reward_rows(const struct Batch *batch, int pad_token_id, int *row)
         while (last > batch->start[b] && batch->ids[last] == pad_token_id) last--;
         row[b] = (int)last;
     }
+}
+
+/* =============================================================================================
+ * Chapter 10 - LoRA                                      [glossary: Adaptação de baixo rank (LoRA)]
+ *
+ * What enters: a model, all of it frozen. What leaves: an adapter, two thin matrices beside some of its
+ * linear layers, in PEFT's files. The idea [21]: what fine-tuning changes in a matrix W (in,out) has
+ * low rank, so learn only such a change,
+ *     y = x W + bias + scale (x A^T) B^T       A (r,in), B (out,r), scale = lora_alpha / r
+ * Gradients and AdamW's moments then exist for r (in + out) numbers instead of in * out: GPT-2 with
+ * r = 16 on c_attn trains 589,824 numbers beside 124 million that need nothing but to be read. B starts
+ * at zero, so training starts from the unchanged model, which, adapter left out, is also the reference
+ * of PPO and DPO: no second copy. At the end W + scale A^T B^T is a matrix like any other (`align merge`).
+ * ============================================================================================= */
+
+/* lora_forward -- adds the adapter's share to y (N,out), x (N,in):  u = scale x A^T (N,r);  y += u B^T.
+ * By hand: x = (1, 2), A = (3, 4), B = (5), alpha 2, r 1: u = 22, y grows by 110.       test: lora_hand */
+static void lora_forward(float *y, const float *x, const struct Linear *linear, size_t N)
+{
+    size_t r = linear->lora_A.shape[0], in = linear->lora_A.shape[1], out = linear->lora_B.shape[0];
+    float *u = thread_scratch(SCRATCH_ROW, N * r);
+    matmul(u, r, NULL, 0, matrix(x, in), transposed(linear->lora_A.w, in), N, r, in);
+    for (size_t i = 0; i < N * r; i++) u[i] *= linear->lora_scale;
+    matmul(y, out, y, out, matrix(u, r), transposed(linear->lora_B.w, r), N, out, r);
+}
+
+/* u is made again: it is r numbers a row. With g = scale dy B (N,r), what comes back through B:
+ *   dB += dy^T u;   dA += g^T x;   dx += g A                                   test: lora_gradient */
+static void lora_backward(float *dx, const float *dy, const float *x, struct Linear *linear, size_t N)
+{
+    struct Tensor *A = &linear->lora_A, *B = &linear->lora_B;
+    size_t r = A->shape[0], in = A->shape[1], out = B->shape[0];
+    float *u = thread_scratch(SCRATCH_ROW, 2 * N * r), *g = u + N * r;
+    matmul(u, r, NULL, 0, matrix(x, in), transposed(A->w, in), N, r, in);
+    matmul(g, r, NULL, 0, matrix(dy, out), matrix(B->w, r), N, r, out);
+    for (size_t i = 0; i < 2 * N * r; i++) u[i] *= linear->lora_scale;
+    matmul(B->d, r, B->d, r, transposed(dy, out), matrix(u, r), out, r, N);
+    matmul(A->d, in, A->d, in, transposed(g, r), matrix(x, in), r, in, N);
+    matmul(dx, in, dx, in, matrix(g, r), matrix(A->w, in), N, in, r);
+}
+
+/* One of a list of names, separated by spaces or commas; returns its length, 0 at the end. */
+static size_t next_name(const char **list)
+{
+    *list += strspn(*list, " ,");
+    return strcspn(*list, " ,");
+}
+
+/* PEFT's rule: a target takes each module whose dotted name is the target or ends in "." and the target.
+ * By hand: "c_proj" takes h.0.attn.c_proj and h.0.mlp.c_proj, "mlp.c_proj" the second, "proj" none.
+ *                                                                          test: lora_targets */
+static bool lora_is_target(const char *module, const char *targets)
+{
+    size_t length = strlen(module);
+    for (size_t n; (n = next_name(&targets)) > 0; targets += n)
+        if (n <= length && strncmp(module + length - n, targets, n) == 0 && (n == length || module[length - n - 1] == '.')) return true;
+    return false;
+}
+
+/* The linear layers that an adapter can be put to, 4 n_layer of them. */
+static struct Linear *adaptable(const struct GPT2 *model, size_t i)
+{
+    struct Block *h = &model->h[i / 4];
+    struct Linear *const four[] = {&h->attn.c_attn, &h->attn.c_proj, &h->mlp.c_fc, &h->mlp.c_proj};
+    return four[i % 4];
+}
+
+enum { MODULE_NAME = 64 };
+
+/* "h.0.attn.c_attn.weight" -> "transformer.h.0.attn.c_attn": the module's name in transformers. */
+static const char *module_name(const struct Linear *linear, char name[MODULE_NAME])
+{
+    int length = (int)strlen(linear->weight.name) - (int)strlen(".weight");
+    snprintf(name, MODULE_NAME, "transformer.%.*s", MIN(length, 48), linear->weight.name);
+    return name;
+}
+
+/* Puts an adapter of zeros to a layer. rslora divides by sqrt(r): so the gradient keeps its size at any r [22]. */
+static void lora_declare(struct GPT2 *model, struct Linear *linear)
+{
+    const struct Adapter *adapter = &model->adapter;
+    char module[MODULE_NAME], name[MODULE_NAME];
+    module_name(linear, module);
+    snprintf(name, sizeof name, "%.48s.lora_A.weight", module + strlen("transformer."));
+    tensor_declare(model, &linear->lora_A, name, adapter->r, linear->weight.shape[0]);
+    snprintf(name, sizeof name, "%.48s.lora_B.weight", module + strlen("transformer."));
+    tensor_declare(model, &linear->lora_B, name, linear->weight.shape[1], adapter->r);
+    linear->lora_scale = (float)(adapter->lora_alpha / (adapter->use_rslora ? sqrt((double)adapter->r) : (double)adapter->r));
+}
+
+/* adapter_new -- a new adapter as PEFT starts one: A from U(-1/sqrt(in), 1/sqrt(in)), torch's start of a
+ * Linear (Kaiming's rule with a = sqrt 5), B zero.                              test: lora_start */
+static void adapter_new(struct GPT2 *model, struct Adapter adapter, uint64_t seed)
+{
+    struct Rng rng = rng_seed(seed, STREAM_INIT + 200);
+    char name[MODULE_NAME];
+    if (strcmp(adapter.target_modules, "all-linear") == 0) adapter.target_modules = "c_attn c_fc c_proj";
+    model->adapter = adapter;
+    for (const char *target = adapter.target_modules; next_name(&target) > 0; target += next_name(&target)) {
+        const char *alone = text_copy(&model->arena, (struct Text){target, next_name(&target)}).data;
+        bool any = false;
+        for (size_t i = 0; i < 4 * model->config.n_layer; i++) any = any || lora_is_target(module_name(adaptable(model, i), name), alone);
+        CHECK(any, "--lora_target_modules \"%s\": no linear layer of the model has this name; there are c_attn, c_proj and c_fc (attn.c_proj, mlp.c_proj; all-linear: all)", alone);
+    }
+    for (size_t i = 0; i < 4 * model->config.n_layer; i++) {
+        struct Linear *linear = adaptable(model, i);
+        if (!lora_is_target(module_name(linear, name), adapter.target_modules)) continue;
+        lora_declare(model, linear);
+        double bound = 1 / sqrt((double)linear->weight.shape[0]);
+        for (size_t k = 0; k < linear->lora_A.n; k++) linear->lora_A.w[k] = (float)(bound * (2 * rng_uniform(&rng) - 1));
+    }
+}
+
+/* What adapter_model.safetensors holds, as tensors with PEFT's names that share the model's numbers: the
+ * adapter, and a reward head, which is trained in full (modules_to_save). Returns how many. */
+static size_t adapter_tensors(struct Arena *arena, const struct GPT2 *model, struct Tensor ***list)
+{
+    size_t count = 0;
+    *list = arena_alloc(arena, model->tensor_count, sizeof **list);
+    for (size_t i = 0; i < model->tensor_count; i++) {
+        const struct Tensor *t = model->tensors[i];
+        bool lora = strstr(t->name, ".lora_") != NULL;
+        if (!lora && t != &model->score) continue;
+        struct Tensor *view = (*list)[count++] = arena_alloc(arena, 1, sizeof *view);
+        *view = *t;
+        snprintf(view->name, sizeof view->name, "base_model.model.%s%.34s", lora ? "transformer." : "", t->name);
+    }
+    return count;
+}
+
+/* Settings under which PEFT would compute something else: refused by name. */
+static void adapter_refuse(const struct Json *config, const char *path)
+{
+    static const char *const off[] = {"use_dora", "use_qalora", "use_bdlora", "lora_bias", "rank_pattern", "alpha_pattern", "layers_to_transform", "layer_replication", "exclude_modules",
+        "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config", "monteclora_config"};
+    struct Json *bias = json_get(config, "bias"), *start = json_get(config, "init_lora_weights"), *saved = json_get(config, "modules_to_save");
+    CHECK(json_is_string(json_get(config, "peft_type"), "LORA"), "%s: peft_type is not \"LORA\"; only LoRA adapters are implemented", path);
+    for (size_t i = 0; i < COUNT(off); i++) {
+        struct Json *item = json_get(config, off[i]);
+        bool is_off = !item || item->type == JSON_NULL || item->type == JSON_FALSE || (item->type >= JSON_ARRAY && !item->child);
+        CHECK(is_off, "%s: \"%s\" changes the mathematics and is not implemented", path, off[i]);
+    }
+    CHECK(!bias || json_is_string(bias, "none"), "%s: \"bias\" is not \"none\"; trained biases are not implemented", path);
+    CHECK(!start || start->type != JSON_STRING || json_is_string(start, "gaussian") || json_is_string(start, "eva") || json_is_string(start, "orthogonal"),
+          "%s: \"init_lora_weights\": \"%s\" changes the base's weights and is not implemented", path, start->string.data);
+    for (struct Json *item = saved ? saved->child : NULL; item; item = item->next)
+        CHECK(json_is_string(item, "score") || json_is_string(item, "classifier"), "%s: \"modules_to_save\": only \"score\", the reward head, is implemented", path);
+}
+
+/* adapter_config.json: r 8, lora_alpha 8 where it is silent, as PEFT. */
+static struct Adapter adapter_config_load(struct Arena *arena, const char *folder)
+{
+    char *path = arena_printf(arena, "%s/adapter_config.json", folder);
+    CHECK(file_exists(path), "%s: no adapter_config.json inside; an adapter is a folder with adapter_config.json and adapter_model.safetensors", folder);
+    struct Json *json = json_read_file(arena, path), *alpha = json_get(json, "lora_alpha"), *dropout = json_get(json, "lora_dropout"), *rslora = json_get(json, "use_rslora");
+    struct Json *targets = json_get(json, "target_modules"), *base = json_get(json, "base_model_name_or_path");
+    adapter_refuse(json, path);
+    struct Adapter adapter = {.r = config_size(json, path, "r", 8), .lora_alpha = alpha && alpha->type == JSON_NUMBER ? alpha->number : 8, .use_rslora = rslora && rslora->type == JSON_TRUE};
+    CHECK(adapter.r > 0, "%s: \"r\" must be 1 or more", path);
+    adapter.lora_dropout = dropout && dropout->type == JSON_NUMBER ? dropout->number : 0;
+    adapter.base_model_name_or_path = base && base->type == JSON_STRING ? base->string.data : NULL;
+    adapter.pattern = targets && targets->type == JSON_STRING;
+    adapter.target_modules = !targets || targets->type == JSON_NULL ? "c_attn" : adapter.pattern ? targets->string.data : "";
+    for (struct Json *item = targets && !adapter.pattern ? targets->child : NULL; item; item = item->next) {
+        CHECK(item->type == JSON_STRING, "%s: \"target_modules\" must be a list of names", path);
+        adapter.target_modules = arena_printf(arena, "%s%s%s", adapter.target_modules, *adapter.target_modules ? " " : "", item->string.data);
+    }
+    return adapter;
+}
+
+/* TRL puts the value head of a policy with an adapter in a model file of its own beside it. */
+static void adapter_load_value_head(struct GPT2 *model, struct Arena *arena, const char *folder)
+{
+    char *path = arena_printf(arena, "%s/model.safetensors", folder);
+    if (!file_exists(path)) return;
+    struct SafeTensors st = safetensors_open(arena, path);
+    if (json_get(st.header, "v_head.summary.weight")) {
+        struct Linear *head = value_head_declare(model);
+        CHECK(tensor_load(&st, &head->weight) && tensor_load(&st, &head->bias), "%s: v_head.summary.bias is missing", path);
+    }
+    fclose(st.file);
+}
+
+/* adapter_load -- puts the adapter of a folder to the model. Which layers: target_modules by PEFT's rule,
+ * or, where that is a regular expression, the layers that the file has tensors for. A tensor that no layer
+ * takes is an error: leaving it out would make another model.             test: lora_round_trip, lora_broken */
+static void adapter_load(struct GPT2 *model, const char *folder)
+{
+    struct Arena arena = {0};
+    struct Tensor **tensors;
+    char name[MODULE_NAME], entry_name[MODULE_NAME + 48];
+    CHECK(!model->adapter.r, "%s: the model has an adapter already", folder);
+    model->adapter = adapter_config_load(&model->arena, folder);
+    char *path = arena_printf(&arena, "%s/adapter_model.safetensors", folder);
+    CHECK(file_exists(path), "%s: no adapter_model.safetensors inside (adapter_model.bin is not read)", folder);
+    struct SafeTensors st = safetensors_open(&arena, path);
+    for (size_t i = 0; i < 4 * model->config.n_layer; i++) {
+        struct Linear *linear = adaptable(model, i);
+        snprintf(entry_name, sizeof entry_name, "base_model.model.%s.lora_A.weight", module_name(linear, name));
+        if (model->adapter.pattern ? json_get(st.header, entry_name) != NULL : lora_is_target(name, model->adapter.target_modules)) lora_declare(model, linear);
+    }
+    if (json_get(st.header, "base_model.model.score.weight")) reward_head_declare(model);
+    size_t count = adapter_tensors(&arena, model, &tensors), lora = 0;
+    for (size_t i = 0; i < count; i++) {
+        struct Json *entry = json_get(st.header, tensors[i]->name);
+        lora += strstr(tensors[i]->name, ".lora_") != NULL;
+        CHECK(entry || strstr(tensors[i]->name, "score."), "%s: tensor %s is missing; expected shape [%zu, %zu]", path, tensors[i]->name, tensors[i]->shape[0], tensors[i]->shape[1]);
+        if (entry) safetensors_read(&st, entry, tensors[i]);
+    }
+    CHECK(lora > 0, "%s: its target_modules take no layer of this model; c_attn, c_proj and c_fc can be adapted", folder);
+    for (struct Json *item = st.header->child; item; item = item->next) {
+        bool taken = strcmp(item->key.data, "__metadata__") == 0;
+        for (size_t i = 0; i < count; i++) taken = taken || strcmp(item->key.data, tensors[i]->name) == 0;
+        CHECK(taken, "%s: no layer of this model takes tensor %s; is it an adapter of another model?", path, item->key.data);
+    }
+    fclose(st.file);
+    adapter_load_value_head(model, &arena, folder);
+    arena_free(&arena);
+}
+
+/* adapter_config.json, the fields that say something; PEFT fills in the others with the same defaults. */
+static void adapter_config_save(const struct GPT2 *model, const char *folder)
+{
+    const struct Adapter *a = &model->adapter;
+    struct Output out;
+    output_open(&out, folder, "adapter_config.json");
+    fputs("{\n  \"base_model_name_or_path\": ", out.file);
+    if (a->base_model_name_or_path) json_write_string(out.file, text_of(a->base_model_name_or_path));
+    else fputs("null", out.file);
+    fprintf(out.file, ",\n  \"bias\": \"none\",\n  \"fan_in_fan_out\": true,\n  \"inference_mode\": true,\n  \"init_lora_weights\": true,\n  \"lora_alpha\": %.9g,\n  \"lora_dropout\": %.9g,\n", a->lora_alpha, a->lora_dropout);
+    fprintf(out.file, "  \"modules_to_save\": %s,\n  \"peft_type\": \"LORA\",\n  \"r\": %zu,\n  \"target_modules\": %s", model->score.n ? "[\"classifier\", \"score\"]" : "null", a->r, a->pattern ? "" : "[");
+    const char *target = a->target_modules;
+    if (a->pattern) json_write_string(out.file, text_of(target));
+    else for (size_t n, i = 0; (n = next_name(&target)) > 0; target += n, i++) fprintf(out.file, "%s\"%.*s\"", i ? ", " : "", (int)n, target);
+    fprintf(out.file, "%s,\n  \"task_type\": \"%s\",\n  \"use_dora\": false,\n  \"use_rslora\": %s\n}\n", a->pattern ? "" : "]", model->score.n ? "SEQ_CLS" : "CAUSAL_LM", a->use_rslora ? "true" : "false");
+    output_close(&out);
+}
+
+/* adapter_save -- the folder that PeftModel.from_pretrained loads; a value head beside it. */
+static void adapter_save(struct GPT2 *model, const char *folder, const struct Tokenizer *tok)
+{
+    struct Arena arena = {0};
+    struct Tensor **tensors, *head[] = {&model->v_head.weight, &model->v_head.bias};
+    size_t count = adapter_tensors(&arena, model, &tensors);
+    make_folder(folder);
+    adapter_config_save(model, folder);
+    if (tok) tokenizer_save(tok, folder, model->config.vocab_size);
+    if (model->v_head.weight.n) safetensors_write(folder, "model.safetensors", head, 2, "");
+    safetensors_write(folder, "adapter_model.safetensors", tensors, count, "");
+    arena_free(&arena);
+}
+
+/* adapter_merge -- W += scale A^T B^T: the adapter folded into its base. The model computes the same as before, up
+ * to rounding, and has no adapter.                                            test: lora_merge */
+static void adapter_merge(struct GPT2 *model)
+{
+    size_t kept = 0;
+    for (size_t i = 0; i < 4 * model->config.n_layer; i++) {
+        struct Linear *linear = adaptable(model, i);
+        struct Tensor *W = &linear->weight, *A = &linear->lora_A, *B = &linear->lora_B;
+        size_t in = W->shape[0], out = W->shape[1], r = model->adapter.r;
+        for (size_t k = 0; k < B->n; k++) B->w[k] *= linear->lora_scale;
+        if (A->n) matmul(W->w, out, W->w, out, transposed(A->w, in), transposed(B->w, r), in, out, r);
+        A->n = B->n = 0;
+    }
+    for (size_t i = 0; i < model->tensor_count; i++) if (model->tensors[i]->n) model->tensors[kept++] = model->tensors[i];
+    model->tensor_count = kept;
+    model->adapter.r = 0;
+}
+
+/* adapter_reference -- the start model, to measure the trained one against: it shares every tensor of the base
+ * with it and has its own view of the layers, without adapters; or, to go on with an adapter (`frozen`),
+ * with a copy of that adapter, as TRL 1.16.         [glossary: Modelo de referência]  test: lora_reference */
+static struct GPT2 *adapter_reference(const struct GPT2 *model, bool frozen)
+{
+    struct GPT2 *ref = malloc(sizeof *ref);
+    CHECK(ref, "out of memory");
+    *ref = *model;
+    ref->arena = (struct Arena){0};
+    ref->tensor_count = 0;                       /* it owns nothing that could be trained or saved */
+    ref->h = arena_alloc(&ref->arena, model->config.n_layer, sizeof *ref->h);
+    memcpy(ref->h, model->h, model->config.n_layer * sizeof *ref->h);
+    for (size_t i = 0; i < 4 * model->config.n_layer; i++) {
+        struct Linear *linear = adaptable(ref, i);
+        struct Tensor *pair[] = {&linear->lora_A, &linear->lora_B};
+        for (int k = 0; k < 2; k++) {
+            const float *trained = pair[k]->w;
+            if (!frozen) pair[k]->n = 0;
+            if (!pair[k]->n) continue;
+            pair[k]->w = arena_floats(&ref->arena, pair[k]->n);
+            memcpy(pair[k]->w, trained, pair[k]->n * sizeof(float));
+        }
+    }
+    return ref;
 }
 
 /* =============================================================================================
@@ -2764,11 +3223,12 @@ static double sum_of_squares(const float *x, size_t n)
     return total;
 }
 
-/* The length of the gradient of all weights taken as one vector. */
+/* The length of the gradient of all weights taken as one vector; what is frozen has none. */
 static double gradient_norm(const struct GPT2 *model)
 {
     double total = 0;
-    for (size_t i = 0; i < model->tensor_count; i++) total += sum_of_squares(model->tensors[i]->d, model->tensors[i]->n);
+    for (size_t i = 0; i < model->tensor_count; i++)
+        if (model->tensors[i]->d) total += sum_of_squares(model->tensors[i]->d, model->tensors[i]->n);
     return sqrt(total);
 }
 
@@ -2776,28 +3236,32 @@ static double gradient_norm(const struct GPT2 *model)
  *   m = beta1 m + (1 - beta1) d;      v = beta2 v + (1 - beta2) d^2
  *   w = w (1 - lr weight_decay) - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
  * m is the gradient's running mean, v that of its square: the step is about lr in size whatever the
- * gradient's scale. The divisors undo the start at zero. With weight_decay 0 this is Adam. d comes
- * multiplied by `clip`.  By hand: first step, no decay -> w moves by lr against the sign of d.
+ * gradient's scale. The divisors undo the start at zero. With weight_decay 0 this is Adam. d counts
+ * multiplied by `clip`, and is left zero for the next step to add to: all in one pass through memory.  By hand: first step, no decay -> w moves by lr against the sign of d.
  *                                                                     test: adamw_golden */
 struct AdamStep { float lr, beta1, beta2, rest1, rest2, correction1, correction2, eps, decay, clip; };     /* rest = 1 - beta */
 
-WIDE static void adamw_piece(float *w, const float *d, float *m, float *v, size_t n, struct AdamStep s)
+WIDE static void adamw_piece(float *w, float *d, float *m, float *v, size_t n, struct AdamStep s)
 {
     for (size_t i = 0; i < n; i++) {
         float g = d[i] * s.clip;
         m[i] = s.beta1 * m[i] + s.rest1 * g;
         v[i] = s.beta2 * v[i] + s.rest2 * g * g;
-        float step = s.lr * (m[i] * s.correction1) / (sqrtf(v[i] * s.correction2) + s.eps);
+        float step = s.lr * (m[i] * s.correction1) / (sqrt_fast(v[i] * s.correction2) + s.eps);
         w[i] = w[i] * s.decay - step;
+        d[i] = 0;
     }
 }
 
 /* Stochastic gradient descent, w = w - lr (d + weight_decay w), as torch.optim.SGD writes it: the
  * plain rule that AdamW refines.   [glossary: Ascensão de gradiente estocástico (SGA)] for ascent, the
  * loss is the objective with a minus sign. */
-static void sgd_piece(float *w, const float *d, size_t n, float lr, float weight_decay, float clip)
+WIDE static void sgd_piece(float *w, float *d, size_t n, float lr, float weight_decay, float clip)
 {
-    for (size_t i = 0; i < n; i++) w[i] -= lr * (d[i] * clip + weight_decay * w[i]);
+    for (size_t i = 0; i < n; i++) {
+        w[i] -= lr * (d[i] * clip + weight_decay * w[i]);
+        d[i] = 0;
+    }
 }
 
 /* One optimizer step, number t from 1, at learning rate lr. Returns the gradient's norm before
@@ -2810,6 +3274,7 @@ static double optimizer_step(struct GPT2 *model, const struct TrainingArguments 
     bool sgd = strcmp(args->optim, "sgd") == 0;
     for (size_t i = 0; i < model->tensor_count; i++) {
         struct Tensor *tensor = model->tensors[i];
+        if (!tensor->d) continue;
         double weight_decay = tensor->decay ? args->weight_decay : 0;
         struct AdamStep s = {
             .lr = (float)lr, .beta1 = (float)args->adam_beta1, .beta2 = (float)args->adam_beta2, .eps = (float)args->adam_epsilon, .clip = (float)clip,
@@ -3013,7 +3478,6 @@ static double trainer_accumulate(struct Trainer *trainer, const size_t *order, s
     size_t micro = trainer->args.per_device_train_batch_size, micro_batches = (n + micro - 1) / micro, targets = 0;
     for (size_t i = 0; task->targets && i < n; i++) targets += task->targets(trainer, order[i]);
     double weight = 1 / (double)MAX((size_t)1, task->targets ? targets : micro_batches), loss = 0;
-    gpt2_zero_grad(trainer->model);
     for (size_t first = 0; first < n; first += micro) {
         arena_reset(&trainer->arena);
         loss += task->loss(trainer, order + first, MIN(micro, n - first), weight, true, false);
@@ -3136,10 +3600,11 @@ static struct KVCache kv_cache_new(const struct GPT2 *model, struct Arena *arena
 }
 
 /* One new token's query, head h, against the n cached positions of its sequence. */
-static void attention_cached_head(float *out, const float *q, const float *k, const float *v, struct AttentionShape s, size_t n)
+WIDE static void attention_cached_head(float *out, const float *q, const float *k, const float *v, struct AttentionShape s, size_t n)
 {
     float *p = thread_scratch(SCRATCH_SCORES, n);
-    for (size_t j = 0; j < n; j++) p[j] = row_dot(q, k + j * s.C, s.HS) * s.scale;
+    for (size_t j = 0; j < n; j += 4) row_dot_4(p + j, q, k + j * s.C, s.C, s.HS, MIN((size_t)4, n - j));
+    for (size_t j = 0; j < n; j++) p[j] *= s.scale;
     softmax(p, n);
     for (size_t c = 0; c < s.HS; c++) out[c] = 0;
     for (size_t j = 0; j < n; j++)
@@ -3203,20 +3668,35 @@ static void process_no_repeat_ngram(float *logits, const int *ids, size_t n, siz
         if (memcmp(ids + i, ids + n - (ngram - 1), (ngram - 1) * sizeof *ids) == 0) logits[ids[i + ngram - 1]] = -INFINITY;
 }
 
-static int compare_floats_down(const void *a, const void *b)
+/* The k-th largest of n numbers, 1 <= k <= n, by Hoare's selection: what is larger than some number goes left, the
+ * rest right, and only the side that holds the k-th place is looked at again. x is left rearranged. */
+static float kth_largest(float *x, size_t n, size_t k)
 {
-    float x = *(const float *)a, y = *(const float *)b;
-    return (x < y) - (x > y);
+    size_t low = 0, high = n - 1;
+    while (low < high) {
+        float pivot = x[low + (high - low) / 2];
+        size_t i = low, j = high;
+        for (;; i++, j--) {
+            while (x[i] > pivot) i++;
+            while (x[j] < pivot) j--;
+            if (i >= j) break;
+            float larger = x[j];
+            x[j] = x[i];
+            x[i] = larger;
+        }
+        if (k - 1 <= j) high = j;
+        else low = j + 1;
+    }
+    return x[k - 1];
 }
 
 /* Keeps the k largest logits, and what ties with the smallest of them.  [glossary: Amostragem top-k] */
 static void process_top_k(float *logits, size_t V, size_t k)
 {
     if (k >= V) return;
-    float *sorted = thread_scratch(SCRATCH_ROW, V);
-    memcpy(sorted, logits, V * sizeof *sorted);
-    qsort(sorted, V, sizeof *sorted, compare_floats_down);
-    float least = sorted[k - 1];
+    float *copy = thread_scratch(SCRATCH_ROW, V);
+    memcpy(copy, logits, V * sizeof *copy);
+    float least = kth_largest(copy, V, k);
     for (size_t v = 0; v < V; v++) if (logits[v] < least) logits[v] = -INFINITY;
 }
 
@@ -3316,7 +3796,7 @@ static float *generate_step(const struct GPT2 *model, struct Arena *arena, struc
     float *hidden = gpt2_decode(model, arena, &batch, sequence, cache);
     float *last = arena_floats(arena, count * C), *logits = arena_floats(arena, count * V);
     for (size_t i = 0; i < count; i++) memcpy(last + i * C, hidden + (size_t)last_row[i] * C, C * sizeof *last);
-    matmul(logits, V, matrix(last, C), transposed(model->wte.w, C), count, V, C, false);
+    output_logits(model, logits, last, count);
     return logits;
 }
 
@@ -3782,8 +4262,13 @@ static float kl_penalty_token(const char *kind, float logprob, float ref_logprob
 struct PPOBatch {
     size_t B, R, *start;
     size_t *padding;                      /* (B) columns by which a TRL row would be padded at its end */
+    bool fresh;                           /* forward is of the policy as it is: no step was taken since */
+    struct PPOForward *forward;
     float *logprobs, *ref_logprobs, *values, *kl, *non_score_rewards, *rewards, *advantages, *returns;
 };
+
+/* A forward pass of the policy over rollouts: the one that judges them serves the first update too, if that is of all of them. */
+struct PPOForward { struct Batch batch; struct Activations acts; struct LMHead head; float *values; };
 
 /* ppo_advantages -- generalized advantage estimation [7], backward over each response:
  *   delta_t = r_t + gamma V_{t+1} - V_t;   A_t = delta_t + gamma lam A_{t+1};   return_t = A_t + V_t
@@ -3922,6 +4407,17 @@ static void kl_full_rows(const struct GPT2 *model, struct LMHead *head, const st
     }
 }
 
+static void ppo_forward(struct PPOTrainer *ppo, struct Arena *arena, const struct Example *const *examples, size_t n, bool keep, struct PPOForward *f)
+{
+    const struct GPT2 *model = ppo->model;
+    f->batch = collate(arena, examples, n, SKIP_LAST);
+    f->acts = gpt2_forward(model, arena, &f->batch, keep);
+    f->head = lm_head_new(model, arena, &f->acts, f->batch.row, f->batch.target, f->batch.R, (float)ppo->temperature);
+    f->values = arena_floats(arena, f->batch.R);
+    lm_head_forward(model, &f->head);
+    scalar_head_forward(f->values, f->acts.ln_f, f->batch.row, f->batch.R, &model->v_head.weight, &model->v_head.bias);
+}
+
 /* Steps 2 and 3 of ppo_step: one pass of policy and reference over queries and responses, and from it
  *   non_score_t = -beta penalty_t,   r_t = non_score_t,   r_last += score                     */
 static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo, const struct Rollout *rollouts, const float *scores)
@@ -3933,20 +4429,20 @@ static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo, const struc
         examples[b] = &rollouts[b].example;
         longest = MAX(longest, examples[b]->n);
     }
-    struct Batch batch = collate(arena, examples, B, SKIP_LAST);
+    struct PPOForward *forward = arena_alloc(arena, 1, sizeof *forward);
+    ppo_forward(ppo, arena, examples, B, ppo->config.mini_batch_size == B, forward);
+    struct Batch batch = forward->batch;
+    struct LMHead *head = &forward->head;
     size_t R = batch.R;
-    struct PPOBatch p = {.B = B, .R = R, .start = batch.target_start, .padding = arena_alloc(arena, B, sizeof *p.padding)};
-    float **columns[] = {&p.logprobs, &p.ref_logprobs, &p.values, &p.kl, &p.non_score_rewards, &p.rewards, &p.advantages, &p.returns};
+    struct PPOBatch p = {.B = B, .R = R, .start = batch.target_start, .fresh = ppo->config.mini_batch_size == B, .forward = forward, .values = forward->values, .padding = arena_alloc(arena, B, sizeof *p.padding)};
+    float **columns[] = {&p.logprobs, &p.ref_logprobs, &p.kl, &p.non_score_rewards, &p.rewards, &p.advantages, &p.returns};
     for (size_t i = 0; i < COUNT(columns); i++) *columns[i] = arena_floats(arena, R);
-    struct Activations acts = gpt2_forward(ppo->model, arena, &batch, false), ref_acts = gpt2_forward(ppo->ref_model, arena, &batch, false);
-    struct LMHead head = lm_head_new(ppo->model, arena, &acts, batch.row, batch.target, R, (float)ppo->temperature);
+    struct Activations ref_acts = gpt2_forward(ppo->ref_model, arena, &batch, false);
     struct LMHead ref_head = lm_head_new(ppo->ref_model, arena, &ref_acts, batch.row, batch.target, R, (float)ppo->temperature);
-    lm_head_forward(ppo->model, &head);
     lm_head_forward(ppo->ref_model, &ref_head);
-    scalar_head_forward(p.values, acts.ln_f, batch.row, R, &ppo->model->v_head.weight, &ppo->model->v_head.bias);
-    if (strcmp(ppo->config.kl_penalty, "full") == 0) kl_full_rows(ppo->model, &head, ppo->ref_model, &ref_head, p.kl);
+    if (strcmp(ppo->config.kl_penalty, "full") == 0) kl_full_rows(ppo->model, head, ppo->ref_model, &ref_head, p.kl);
     for (size_t t = 0; t < R; t++) {
-        p.logprobs[t] = head.logprob[t];
+        p.logprobs[t] = head->logprob[t];
         p.ref_logprobs[t] = ref_head.logprob[t];
         p.kl[t] = kl_penalty_token(ppo->config.kl_penalty, p.logprobs[t], p.ref_logprobs[t], p.kl[t]);
         p.rewards[t] = p.non_score_rewards[t] = (float)(-ppo->kl_coef * p.kl[t]);
@@ -3964,20 +4460,17 @@ static void ppo_mini_batch(struct PPOTrainer *ppo, const struct Rollout *rollout
     struct GPT2 *model = ppo->model;
     struct Arena *arena = &ppo->epoch_arena;
     arena_reset(arena);
+    struct PPOForward renewed, *f = p->fresh ? p->forward : &renewed;
     const struct Example **examples = arena_alloc(arena, count, sizeof *examples);
     for (size_t i = 0; i < count; i++) examples[i] = &rollouts[member[i]].example;
-    struct Batch batch = collate(arena, examples, count, SKIP_LAST);
-    size_t R = batch.R, *which = arena_alloc(arena, R, sizeof *which), r = 0;
+    if (!p->fresh) ppo_forward(ppo, arena, examples, count, true, f);
+    size_t R = f->batch.R, *which = arena_alloc(arena, R, sizeof *which), r = 0;
     for (size_t i = 0; i < count; i++)
         for (size_t t = p->start[member[i]]; t < p->start[member[i] + 1]; t++) which[r++] = t;
-    struct Activations acts = gpt2_forward(model, arena, &batch, true);
-    struct LMHead head = lm_head_new(model, arena, &acts, batch.row, batch.target, R, (float)ppo->temperature);
-    lm_head_forward(model, &head);
-    float *values = arena_floats(arena, R), *dlogprobs = arena_floats(arena, R), *dvalues = arena_floats(arena, R);
-    scalar_head_forward(values, acts.ln_f, batch.row, R, &model->v_head.weight, &model->v_head.bias);
+    float *dlogprobs = arena_floats(arena, R), *dvalues = arena_floats(arena, R);
     for (int i = 0; i < PPO_STATS; i++) stats[i] = 0;
-    ppo_loss(&ppo->config, p, which, R, head.logprob, values, dlogprobs, dvalues, stats);
-    stats[POLICY_ENTROPY] = (double)row_sum(head.entropy, R) / (double)R;
+    ppo_loss(&ppo->config, p, which, R, f->head.logprob, f->values, dlogprobs, dvalues, stats);
+    stats[POLICY_ENTROPY] = (double)row_sum(f->head.entropy, R) / (double)R;
     bool absurd = stats[POLICY_RATIO] > ppo->config.ratio_threshold;       /* the policy ran away: skip the batch */
     if (absurd) warn("ppo: step %zu: the mean probability ratio %.1f exceeds --ratio_threshold %.1f; this mini-batch is skipped", ppo->step, stats[POLICY_RATIO], ppo->config.ratio_threshold);
     if (absurd) stats[LOSS_POLICY] = stats[LOSS_VALUE] = stats[LOSS_TOTAL] = 0;
@@ -3985,15 +4478,15 @@ static void ppo_mini_batch(struct PPOTrainer *ppo, const struct Rollout *rollout
         dlogprobs[r] = absurd ? 0 : (float)(dlogprobs[r] * weight);
         dvalues[r] = absurd ? 0 : (float)(dvalues[r] * weight);
     }
-    float *dhidden = arena_zeros(arena, batch.N * model->config.n_embd, sizeof *dhidden);
-    lm_head_backward(model, &head, dlogprobs, dhidden, arena);
-    scalar_head_backward(dhidden, dvalues, acts.ln_f, batch.row, R, &model->v_head.weight, &model->v_head.bias);
-    gpt2_backward(model, arena, &acts, dhidden);
+    float *dhidden = arena_zeros(arena, f->batch.N * model->config.n_embd, sizeof *dhidden);
+    lm_head_backward(model, &f->head, dlogprobs, dhidden, arena);
+    scalar_head_backward(dhidden, dvalues, f->acts.ln_f, f->batch.row, R, &model->v_head.weight, &model->v_head.bias);
+    gpt2_backward(model, arena, &f->acts, dhidden);
 }
 
 /* Step 5 of ppo_step: ppo_epochs passes over the batch, in mini-batches of a new random order each
  * time. Returns how many mini-batches; their statistics are summed. */
-static size_t ppo_optimize(struct PPOTrainer *ppo, const struct Rollout *rollouts, const struct PPOBatch *p, double sums[PPO_STATS])
+static size_t ppo_optimize(struct PPOTrainer *ppo, const struct Rollout *rollouts, struct PPOBatch *p, double sums[PPO_STATS])
 {
     const struct PPOConfig *c = &ppo->config;
     size_t B = c->batch_size, *order = arena_alloc(&ppo->arena, B, sizeof *order), mini_batches = 0, per_step = c->mini_batch_size * c->gradient_accumulation_steps;
@@ -4002,13 +4495,13 @@ static size_t ppo_optimize(struct PPOTrainer *ppo, const struct Rollout *rollout
         for (size_t b = 0; b < B; b++) order[b] = b;
         if (per_step < B) rng_shuffle(&ppo->order, order, B);          /* one mini-batch of all: its order is only rounding */
         for (size_t first = 0; first < B; first += per_step) {
-            gpt2_zero_grad(ppo->model);
             for (size_t mini = first; mini < first + per_step; mini += c->mini_batch_size, mini_batches++) {
                 ppo_mini_batch(ppo, rollouts, p, order + mini, c->mini_batch_size, 1 / (double)c->gradient_accumulation_steps, stats);
                 for (int i = 0; i < PPO_STATS; i++) sums[i] += stats[i];
             }
             double lr = ppo->args.learning_rate * schedule_factor(&ppo->args, ppo->step, ppo->total_steps);
             double norm = optimizer_step(ppo->model, &ppo->args, lr, ++ppo->optimizer_steps);
+            p->fresh = false;
             CHECK(isfinite(stats[LOSS_TOTAL]) && isfinite(norm), "ppo: step %zu: the loss is %g, the gradient's norm %g; try a smaller --learning_rate or --max_grad_norm 1", ppo->step + 1, stats[LOSS_TOTAL], norm);
         }
         if (c->early_stopping && stats[POLICY_POLICYKL] > 1.5 * c->target_kl) break;      /* the last mini-batch decides */
@@ -4294,25 +4787,39 @@ struct DPOTask {
     double temperature;
 };
 
-/* Log-probabilities of completions under a model: summed over each sequence's target rows. */
-static void sum_target_logps(const struct Batch *batch, const float *token_logprobs, double *logps)
+/* Log-probabilities of n completions under a model: summed over the target rows of each. */
+static void sum_target_logps(const struct Batch *batch, size_t n, const float *token_logprobs, double *logps)
 {
-    for (size_t b = 0; b < batch->B; b++) logps[b] = sequence_logprob(token_logprobs + batch->target_start[b], batch->target_start[b + 1] - batch->target_start[b]);
+    for (size_t b = 0; b < n; b++) logps[b] = sequence_logprob(token_logprobs + batch->target_start[b], batch->target_start[b + 1] - batch->target_start[b]);
 }
 
-/* The reference's log-probabilities of a batch, from the cache where it has them. */
-static void dpo_reference(struct DPOTask *task, struct Arena *arena, const struct Batch *batch, const size_t *slot, double *cache, double *logps)
+/* Pairs as a batch: all chosen, then all rejected. slot (2B): where each stands among the pairs. */
+static struct Batch dpo_batch(struct Arena *arena, const struct Example *pairs, const size_t *index, size_t B, size_t C, size_t *slot)
+{
+    const struct Example **examples = arena_alloc(arena, 2 * B, sizeof *examples);
+    for (size_t i = 0; i < 2 * B; i++) {
+        slot[i] = 2 * index[i % B] + i / B;
+        examples[i] = &pairs[slot[i]];
+    }
+    return collate_pairs(arena, examples, B, C);
+}
+
+/* Puts the reference's log-probabilities of B pairs in the cache, if it lacks them. The arena comes and goes empty:
+ * the policy's pass takes the place of the reference's. */
+static void dpo_reference(struct DPOTask *task, struct Arena *arena, const struct Example *pairs, const size_t *index, size_t B, double *cache)
 {
     bool known = true;
-    for (size_t b = 0; b < batch->B; b++) known = known && !isnan(cache[slot[b]]);
-    if (!known) {
-        struct Activations acts = gpt2_forward(task->ref_model, arena, batch, false);
-        struct LMHead head = lm_head_new(task->ref_model, arena, &acts, batch->row, batch->target, batch->R, (float)task->temperature);
-        lm_head_forward(task->ref_model, &head);
-        sum_target_logps(batch, head.logprob, logps);
-        for (size_t b = 0; b < batch->B; b++) cache[slot[b]] = logps[b];
-    }
-    for (size_t b = 0; b < batch->B; b++) logps[b] = cache[slot[b]];
+    for (size_t i = 0; i < B; i++) known = known && !isnan(cache[2 * index[i]]);
+    if (known) return;
+    size_t *slot = arena_alloc(arena, 2 * B, sizeof *slot);
+    double *logps = arena_alloc(arena, 2 * B, sizeof *logps);
+    struct Batch batch = dpo_batch(arena, pairs, index, B, task->ref_model->config.n_embd, slot);
+    struct Activations acts = gpt2_forward(task->ref_model, arena, &batch, false);
+    struct LMHead head = lm_head_new(task->ref_model, arena, &acts, batch.row, batch.target, batch.R, (float)task->temperature);
+    lm_head_forward(task->ref_model, &head);
+    sum_target_logps(&batch, 2 * B, head.logprob, logps);
+    for (size_t i = 0; i < 2 * B; i++) cache[slot[i]] = logps[i];
+    arena_reset(arena);
 }
 
 static void dpo_metrics(struct Trainer *trainer, const struct DPOTask *task, const struct Batch *batch, const struct LMHead *head, size_t B, const double *logps, const double *ref_logps)
@@ -4344,19 +4851,17 @@ static double dpo_task_loss(struct Trainer *trainer, const size_t *index, size_t
     struct DPOTask *task = trainer->task.data;
     struct GPT2 *model = trainer->model;
     struct Arena *arena = &trainer->arena;
-    const struct Example *pairs = eval ? task->eval_pairs : task->pairs, **examples = arena_alloc(arena, 2 * B, sizeof *examples);
+    const struct Example *pairs = eval ? task->eval_pairs : task->pairs;
+    double *cache = eval ? task->eval_ref_logps : task->ref_logps;
+    dpo_reference(task, arena, pairs, index, B, cache);
     size_t *slot = arena_alloc(arena, 2 * B, sizeof *slot), *length = arena_alloc(arena, 2 * B, sizeof *length);
     double *logps = arena_alloc(arena, 2 * B, sizeof *logps), *ref_logps = arena_alloc(arena, 2 * B, sizeof *ref_logps), *dlogps = arena_alloc(arena, 2 * B, sizeof *dlogps);
-    for (size_t i = 0; i < 2 * B; i++) {
-        slot[i] = 2 * index[i % B] + i / B;                         /* all chosen, then all rejected */
-        examples[i] = &pairs[slot[i]];
-    }
-    struct Batch batch = collate(arena, examples, 2 * B, SKIP_LAST);
-    dpo_reference(task, arena, &batch, slot, eval ? task->eval_ref_logps : task->ref_logps, ref_logps);
+    struct Batch batch = dpo_batch(arena, pairs, index, B, model->config.n_embd, slot);
+    for (size_t i = 0; i < 2 * B; i++) ref_logps[i] = cache[slot[i]];
     struct Activations acts = gpt2_forward(model, arena, &batch, train);
     struct LMHead head = lm_head_new(model, arena, &acts, batch.row, batch.target, batch.R, (float)task->temperature);
     lm_head_forward(model, &head);
-    sum_target_logps(&batch, head.logprob, logps);
+    sum_target_logps(&batch, 2 * B, head.logprob, logps);
     for (size_t i = 0; i < 2 * B; i++) length[i] = batch.target_start[i + 1] - batch.target_start[i];
     double loss = dpo_loss(&task->config, B, logps, logps + B, ref_logps, ref_logps + B, length, length + B, dlogps, dlogps + B);
     trainer->state.num_tokens += batch.tokens;
@@ -4878,6 +5383,203 @@ static void course_run(struct Course *course, const struct Dataset *data, struct
 }
 
 /* =============================================================================================
+ * Bench: what this machine could do, and what it does
+ *
+ * A product of matrices can be no faster than the multiply-adds the processor has, and a token can come
+ * no sooner than all weights have been read once. Both limits are measured right before and after each
+ * work, round by round, for machines change their speed from one second to the next; the best round counts.
+ * ============================================================================================= */
+
+struct Bench {
+    struct GPT2 *model, *ref_model;
+    struct Arena arena, kept;
+    struct TrainingArguments args;
+    struct Rng rng;
+    struct Trainer dpo;
+    struct PPOTrainer *ppo;
+    size_t steps, queries, weights;          /* weights: those that are multiplied, all but wpe */
+    float *memory;                           /* BENCH_MEMORY floats to read */
+};
+enum { BENCH_MEMORY = 1 << 26, BENCH_DPO_PAIRS = 4, BENCH_DPO_LENGTH = 64, BENCH_DPO_PROMPT = 16 };
+
+/* Multiply-adds a second of the register tile alone, on all threads, panels in the first cache: GFLOP/s. */
+static double bench_peak(void)
+{
+    enum { K = 128, REPEATS = 20000 };
+    double begin = seconds_now();
+    #pragma omp parallel
+    {
+        float *panels = thread_scratch(SCRATCH_A, (8 + 32) * K + TILE_MAX), *c = panels + (8 + 32) * K;
+        memset(panels, 0, (8 + 32) * K * sizeof *panels);
+        for (int i = 0; i < REPEATS; i++) kernel->tile(K, panels + 32 * K, panels, NULL, 0, c, kernel->NR);
+    }
+    return 2.0 * (double)(kernel->MR * kernel->NR) * K * REPEATS * thread_count() / (seconds_now() - begin) / 1e9;
+}
+
+/* Memory read by all threads, each its own stretches of 1 MB: GB/s. */
+static double bench_read(const struct Bench *bench)
+{
+    enum { PASSES = 4, STRETCH = 1 << 18 };
+    double begin = seconds_now(), never = 0;
+    for (int pass = 0; pass < PASSES; pass++) {
+        #pragma omp parallel for schedule(static) reduction(+ : never)
+        for (size_t i = 0; i < BENCH_MEMORY; i += STRETCH) {
+            float four[4];
+            row_dot_4(four, bench->memory + i, bench->memory + i, STRETCH / 4, STRETCH / 4, 4);
+            never += four[0] + four[1] + four[2] + four[3];          /* zeros, but the compiler cannot know */
+        }
+    }
+    CHECK(never == 0, "internal: memory that was zero is not");
+    return PASSES * 4.0 * BENCH_MEMORY / (seconds_now() - begin) / 1e9;
+}
+
+static struct Example bench_example(struct Bench *bench, struct Arena *arena, size_t n, size_t prompt_length)
+{
+    struct Example e = {arena_alloc(arena, n, sizeof *e.ids), n, prompt_length};
+    for (size_t t = 0; t < n; t++) e.ids[t] = (int)rng_below(&bench->rng, bench->model->config.vocab_size - 1);
+    return e;
+}
+
+/* One training step of `batch` sequences of `length` tokens: forward, loss, backward, AdamW. */
+static double bench_train(struct Bench *bench, size_t batch_size, size_t length)
+{
+    struct Arena *arena = &bench->arena;
+    arena_reset(arena);
+    struct Example *examples = arena_alloc(arena, batch_size, sizeof *examples);
+    const struct Example **each = arena_alloc(arena, batch_size, sizeof *each);
+    for (size_t b = 0; b < batch_size; b++) {
+        examples[b] = bench_example(bench, arena, length, 0);
+        each[b] = &examples[b];
+    }
+    double begin = seconds_now();
+    struct Batch batch = collate(arena, each, batch_size, SKIP_LAST);
+    struct Activations acts = gpt2_forward(bench->model, arena, &batch, true);
+    struct LMHead head = lm_head_new(bench->model, arena, &acts, batch.row, batch.target, batch.R, 1);
+    float *dhidden = arena_zeros(arena, batch.N * bench->model->config.n_embd, sizeof *dhidden);
+    lm_head_cross_entropy(bench->model, &head, 1 / (float)batch.R, dhidden, arena);
+    gpt2_backward(bench->model, arena, &acts, dhidden);
+    optimizer_step(bench->model, &bench->args, 1e-5, ++bench->steps);
+    return seconds_now() - begin;
+}
+
+/* `count` sequences go on for exactly `max_new` tokens after prompts of shortest, shortest + 1 .. longest tokens, over and over. */
+static double bench_generate(struct Bench *bench, struct Arena *arena, struct Sequence *sequences, size_t count, size_t shortest, size_t longest, size_t max_new, bool do_sample)
+{
+    struct GenerationConfig generation = generation_config();
+    generation.max_new_tokens = generation.min_new_tokens = max_new;
+    generation.do_sample = do_sample;
+    generation.top_k = 0;
+    for (size_t i = 0; i < count; i++) {
+        struct Example prompt = bench_example(bench, arena, shortest + i % (longest - shortest + 1), 0);
+        sequences[i] = sequence_start(arena, prompt.ids, prompt.n, max_new, bench->model, rng_seed(rng_next(&bench->rng), STREAM_SAMPLE));
+    }
+    double begin = seconds_now();
+    generate(bench->model, sequences, count, &generation);
+    return seconds_now() - begin;
+}
+
+/* A DPO step: 4 pairs of 64 tokens that share prompts of 16. In the first epoch the reference is computed too. */
+static double bench_dpo(struct Bench *bench, bool first_epoch)
+{
+    struct DPOTask *task = bench->dpo.task.data;
+    static const size_t order[BENCH_DPO_PAIRS] = {0, 1, 2, 3};
+    for (size_t i = 0; first_epoch && i < 2 * BENCH_DPO_PAIRS; i++) task->ref_logps[i] = NAN;
+    double begin = seconds_now();
+    trainer_accumulate(&bench->dpo, order, BENCH_DPO_PAIRS);
+    optimizer_step(bench->model, &bench->args, 1e-6, ++bench->steps);
+    return seconds_now() - begin;
+}
+
+/* A PPO step: queries of 2 to 7 tokens, 10 new tokens each, scores, 4 epochs of one mini-batch. */
+static double bench_ppo(struct Bench *bench)
+{
+    struct Arena *arena = &bench->arena;
+    struct Sequence *sequences = arena_alloc(arena, bench->queries, sizeof *sequences);
+    struct Rollout *rollouts = arena_alloc(arena, bench->queries, sizeof *rollouts);
+    double seconds = bench_generate(bench, arena, sequences, bench->queries, 2, 7, 10, true), begin = seconds_now();
+    for (size_t i = 0; i < bench->queries; i++) {
+        struct Sequence *s = &sequences[i];
+        rollouts[i] = (struct Rollout){{s->ids, s->n, s->prompt_length}, s->n - s->prompt_length, (float)rng_normal(&bench->rng)};
+    }
+    ppo_step(bench->ppo, rollouts);
+    return seconds + seconds_now() - begin;
+}
+
+enum BenchWork { TRAIN_4X64, TRAIN_16X64, TRAIN_4X256, TRAIN_1X1024, GENERATE_1, GENERATE_16, DPO_FIRST, DPO_LATER, PPO_STEP, BENCH_WORKS };
+static const struct { const char *name, *key; size_t batch, length; } BENCH_WORK[] = {
+    {"train 4 x 64", "train", 4, 64}, {"train 16 x 64", "train_16x64", 16, 64}, {"train 4 x 256", "train_4x256", 4, 256}, {"train 1 x 1024", "train_1x1024", 1, 1024},
+    {"generate 48 after 32", "generate", 1, 80}, {"generate 16 x 48 after 32", "generate_batch", 16, 80},
+    {"dpo step, 4 pairs of 64", "dpo_step", 8, 64}, {"  with reference cached", "dpo_step_cached", 8, 64}, {"ppo step, 4 epochs", "ppo_step", 0, 0}};
+
+static double bench_work(struct Bench *bench, enum BenchWork work)
+{
+    size_t batch = BENCH_WORK[work].batch;
+    struct Sequence sequences[16];
+    arena_reset(&bench->arena);
+    switch (work) {
+    case GENERATE_1: case GENERATE_16: return bench_generate(bench, &bench->arena, sequences, batch, 32, 32, 48, false);
+    case DPO_FIRST: case DPO_LATER: return bench_dpo(bench, work == DPO_FIRST);
+    case PPO_STEP: return bench_ppo(bench);
+    default: return bench_train(bench, batch, BENCH_WORK[work].length);
+    }
+}
+
+/* Seconds that the work takes at least: its multiplications at the peak, or its weights at the speed of reading, whichever is more. */
+static double bench_limit(const struct Bench *bench, enum BenchWork work, double gflops, double gbytes)
+{
+    double weights = (double)bench->weights, tokens = (double)(BENCH_WORK[work].batch * BENCH_WORK[work].length), passes = 6, reads = 0;
+    if (work == GENERATE_1 || work == GENERATE_16) passes = 2, reads = 48;
+    if (work == DPO_FIRST) passes = 8;
+    if (work == DPO_FIRST || work == DPO_LATER) tokens = BENCH_DPO_PAIRS * (2 * BENCH_DPO_LENGTH - BENCH_DPO_PROMPT - 2);      /* the prompt once, the last tokens not at all */
+    /* rollout, reference, policy (which is the first update's forward pass), and 4 epochs of 6 */
+    if (work == PPO_STEP) passes = 2 + 2 + 4 * 6, tokens = (double)bench->queries * (4.5 + 10), reads = 10;
+    return MAX(passes * weights * tokens / gflops, 4 * weights * reads / gbytes) / 1e9;
+}
+
+static struct Bench *bench_new(struct GPT2Config config, size_t queries)
+{
+    struct Bench *bench = calloc(1, sizeof *bench);
+    CHECK(bench, "out of memory");
+    *bench = (struct Bench){.model = gpt2_new(config), .args = training_arguments(), .rng = rng_seed(42, STREAM_SAMPLE), .queries = queries};
+    gpt2_init(bench->model, 42);
+    gpt2_make_trainable(bench->model);
+    for (size_t i = 0; i < bench->model->tensor_count; i++) bench->weights += bench->model->tensors[i]->n;
+    bench->weights -= bench->model->wpe.n;
+    return bench;
+}
+
+/* What only DPO, PPO and the measure of memory need. */
+static void bench_complete(struct Bench *bench)
+{
+    struct PPOConfig config = ppo_config();
+    config.batch_size = config.mini_batch_size = bench->queries;
+    config.ratio_threshold = INFINITY;
+    bench->ref_model = gpt2_copy(bench->model);
+    bench->ppo = ppo_trainer_new(bench->model, bench->ref_model, config, bench->args, 1);
+    bench->ppo->args.learning_rate = 1e-6;
+    bench->ppo->total_steps = 1000;
+    struct Example *pairs = arena_alloc(&bench->kept, 2 * BENCH_DPO_PAIRS, sizeof *pairs);
+    for (size_t i = 0; i < 2 * BENCH_DPO_PAIRS; i++) {
+        pairs[i] = bench_example(bench, &bench->kept, BENCH_DPO_LENGTH, BENCH_DPO_PROMPT);
+        if (i % 2) memcpy(pairs[i].ids, pairs[i - 1].ids, BENCH_DPO_PROMPT * sizeof(int));
+    }
+    bench->dpo = (struct Trainer){.model = bench->model, .args = bench->args};
+    dpo_task(&bench->dpo, &bench->kept, bench->ref_model, (struct DPOConfig){.beta = 0.1, .weight = {1}}, 1, pairs, BENCH_DPO_PAIRS);
+    bench->memory = arena_zeros(&bench->kept, BENCH_MEMORY, sizeof *bench->memory);
+}
+
+static void bench_free(struct Bench *bench)
+{
+    if (bench->ppo) ppo_trainer_free(bench->ppo);
+    trainer_free(&bench->dpo);
+    gpt2_free(bench->model);
+    gpt2_free(bench->ref_model);
+    arena_free(&bench->arena);
+    arena_free(&bench->kept);
+    free(bench);
+}
+
+/* =============================================================================================
  * Chapter 19 - Command line, main
  *
  * One table of flags, one table of commands. A flag's name is transformers', TRL's or PEFT's.
@@ -4885,6 +5587,8 @@ static void course_run(struct Course *course, const struct Dataset *data, struct
 
 struct Options {
     const char *model_name_or_path, *ref_model, *reward_model_path, *dataset_name, *eval_dataset, *output_dir, *tokenizer, *prompt, *rollouts, *loss_type, *loss_weights, *file;
+    const char *peft_adapter;
+    struct Adapter lora;                     /* of a new adapter */
     struct TrainingArguments train;
     struct PPOConfig ppo;
     struct GenerationConfig generation;
@@ -4893,20 +5597,28 @@ struct Options {
     double center_rewards_coefficient;
     size_t input_min_text_length, input_max_text_length, output_min_length, output_max_length;
     size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps, top_n, tokenize_vocab_size;
-    bool json, jsonl, decode, help, quiet, max_length_given;
+    bool json, jsonl, decode, help, quiet, max_length_given, use_peft;
 };
 
 /* Groups of flags; a command takes some of them. */
 enum Group {
     G_MODEL = 1, G_DATA = 2, G_TRAIN = 4, G_NEW = 8, G_REF = 16, G_REWARD = 32, G_PPO = 64, G_DPO = 128, G_SAMPLE = 256, G_LENGTH = 512, G_PROMPT = 1024,
-    G_NEXT = 2048, G_TOKENIZE = 4096, G_RLHF = 8192, G_OUT = 16384, G_SEED = 32768, G_RUN = 65536, G_BATCH = 131072, G_JSON = 262144, G_ALL = -1
+    G_NEXT = 2048, G_TOKENIZE = 4096, G_RLHF = 8192, G_OUT = 16384, G_SEED = 32768, G_RUN = 65536, G_BATCH = 131072, G_JSON = 262144, G_BENCH = 524288,
+    G_PEFT = 1 << 20, G_LORA = 1 << 21, G_ALL = -1
 };
-enum Kind { KIND_STRING, KIND_SIZE, KIND_DOUBLE, KIND_BOOL, KIND_SEED };
+enum Kind { KIND_STRING, KIND_LIST, KIND_SIZE, KIND_DOUBLE, KIND_BOOL, KIND_SEED };
 struct Flag { const char *name; enum Kind kind; size_t offset; int groups; const char *help; };
 #define AT(member) offsetof(struct Options, member)
 
 static const struct Flag FLAGS[] = {
     {"model_name_or_path", KIND_STRING, AT(model_name_or_path), G_MODEL, "folder of a model (config.json, model.safetensors)"},
+    {"peft_adapter", KIND_STRING, AT(peft_adapter), G_PEFT, "folder of a LoRA adapter (adapter_config.json, adapter_model.safetensors): added to the model; training goes on with it"},
+    {"use_peft", KIND_BOOL, AT(use_peft), G_LORA, "train a new LoRA adapter instead of the model's weights"},
+    {"lora_r", KIND_SIZE, AT(lora.r), G_LORA, "its rank"},
+    {"lora_alpha", KIND_DOUBLE, AT(lora.lora_alpha), G_LORA, "its scale is lora_alpha / lora_r"},
+    {"use_rslora", KIND_BOOL, AT(lora.use_rslora), G_LORA, "its scale is lora_alpha / sqrt(lora_r)"},
+    {"lora_dropout", KIND_DOUBLE, AT(lora.lora_dropout), G_LORA, "only 0 is implemented"},
+    {"lora_target_modules", KIND_LIST, AT(lora.target_modules), G_LORA, "layers that get it: c_attn (default), c_proj, c_fc; attn.c_proj, mlp.c_proj; all-linear"},
     {"ref_model", KIND_STRING, AT(ref_model), G_REF, "folder of the reference model; default: the start model"},
     {"reward_model_path", KIND_STRING, AT(reward_model_path), G_PPO, "folder of a reward model"},
     {"dataset_name", KIND_STRING, AT(dataset_name), G_DATA, "a .jsonl file, or a folder of them"},
@@ -4940,11 +5652,11 @@ static const struct Flag FLAGS[] = {
     {"vocab_size", KIND_SIZE, AT(tokenize_vocab_size), G_TOKENIZE, "the smaller vocabulary of a model with so many ids"},
     {"center_rewards_coefficient", KIND_DOUBLE, AT(center_rewards_coefficient), G_REWARD, "weight of (r_chosen + r_rejected)^2"},
     {"beta", KIND_DOUBLE, AT(dpo.beta), G_DPO, "how strongly DPO holds to the reference"},
-    {"loss_type", KIND_STRING, AT(loss_type), G_DPO, "sigmoid, ipo, hinge, robust, sft; several: \"sigmoid sft\""},
-    {"loss_weights", KIND_STRING, AT(loss_weights), G_DPO, "a weight for each loss_type: \"1 0.2\""},
+    {"loss_type", KIND_LIST, AT(loss_type), G_DPO, "sigmoid, ipo, hinge, robust, sft; several: sigmoid sft"},
+    {"loss_weights", KIND_LIST, AT(loss_weights), G_DPO, "a weight for each loss_type: 1 0.2"},
     {"label_smoothing", KIND_DOUBLE, AT(dpo.label_smoothing), G_DPO, "share of pairs thought to be labelled the wrong way round"},
     {"rollouts", KIND_STRING, AT(rollouts), G_PPO, "replay stored rollouts (query_ids, response_ids, score)"},
-    {"batch_size", KIND_SIZE, AT(ppo.batch_size), G_PPO, "rollouts of a PPO step"},
+    {"batch_size", KIND_SIZE, AT(ppo.batch_size), G_PPO | G_BENCH, "rollouts of a PPO step"},
     {"mini_batch_size", KIND_SIZE, AT(ppo.mini_batch_size), G_PPO, "rollouts of one forward and backward pass"},
     {"ppo_epochs", KIND_SIZE, AT(ppo.ppo_epochs), G_PPO, "passes over a batch of rollouts"},
     {"init_kl_coef", KIND_DOUBLE, AT(ppo.init_kl_coef), G_PPO, "beta: the price of a nat of KL"},
@@ -5019,19 +5731,71 @@ static const char *shipped_file(struct Arena *arena, const char *name)
     return name;
 }
 
+static bool is_adapter(const char *folder)
+{
+    char path[PATH_MAX];
+    return snprintf(path, sizeof path, "%s/adapter_config.json", folder) < (int)sizeof path && file_exists(path);
+}
+
+/* A model's folder; or an adapter's: its base, the adapter folded in. */
 static struct GPT2 *load_model(const char *folder, const struct Tokenizer *tok)
 {
     if (!folder) die_usage("--model_name_or_path DIR is needed: the folder of a model");
-    struct GPT2 *model = gpt2_load(folder);
+    struct Arena arena = {0};
+    const char *base = is_adapter(folder) ? adapter_config_load(&arena, folder).base_model_name_or_path : folder;
+    CHECK(base == folder || (base && file_exists(base)), "%s: its base \"%s\" is not here (base_model_name_or_path in its adapter_config.json); give both: --model_name_or_path BASE --peft_adapter DIR", folder, base ? base : "");
+    struct GPT2 *model = gpt2_load(base);
     tokenizer_check_folder(tok, folder, model->config.vocab_size);
+    if (base != folder) {
+        tokenizer_check_folder(tok, base, model->config.vocab_size);
+        adapter_load(model, folder);
+        adapter_merge(model);
+    }
+    arena_free(&arena);
     return model;
 }
 
-static struct GPT2 *load_reward_model(const char *folder, const struct Tokenizer *tok)
+static void say_trainable(const struct GPT2 *model)
 {
-    struct GPT2 *model = load_model(folder, tok);
-    CHECK(model->score.n, "%s: has no score.weight: it is no reward model; train one: align reward", folder);
+    size_t adapter = 0, all = 0;
+    for (size_t i = 0; i < model->tensor_count; i++) {
+        all += model->tensors[i]->n;
+        if (strstr(model->tensors[i]->name, ".lora_")) adapter += model->tensors[i]->n;
+    }
+    say("LoRA: %zu of %zu numbers are the adapter's and train (%.2g %%)\n", adapter, all, 100 * (double)adapter / (double)all);
+}
+
+/* A command's model with --peft_adapter's adapter, for training, or folded in; or with a new one (--use_peft). */
+static struct GPT2 *load_adapted(const struct Options *o, const struct Tokenizer *tok, bool train)
+{
+    struct GPT2 *model = load_model(o->model_name_or_path, tok);
+    bool asked = o->lora.r != 16 || o->lora.lora_alpha != 32 || o->lora.lora_dropout != 0 || o->lora.use_rslora || strcmp(o->lora.target_modules, "c_attn") != 0;
+    if (asked && !o->use_peft) warn("--lora_r, --lora_alpha, --lora_dropout, --lora_target_modules and --use_rslora count with --use_peft alone; they are ignored");
+    if (!o->use_peft && !o->peft_adapter) return model;
+    CHECK(!is_adapter(o->model_name_or_path), "--model_name_or_path %s: is itself an adapter, a base is needed here; fold it into its base first: align merge", o->model_name_or_path);
+    if (o->use_peft && o->peft_adapter) die_usage("--use_peft starts a new adapter, --peft_adapter goes on with one: give one of them");
+    if (o->lora.lora_dropout != 0) die_usage("--lora_dropout %g: only 0 is implemented; leave it out", o->lora.lora_dropout);
+    if (o->lora.r == 0 || o->lora.r > 1 << 16) die_usage("--lora_r %zu: 1 to 65536 can be used", o->lora.r);
+    if (o->use_peft) adapter_new(model, o->lora, o->train.seed);
+    else adapter_load(model, o->peft_adapter);
+    model->adapter.base_model_name_or_path = o->model_name_or_path;
+    if (train) say_trainable(model);
+    else adapter_merge(model);
+    if (train && model->adapter.lora_dropout > 0) warn("%s: lora_dropout %g is not applied: training here has no dropout", o->peft_adapter, model->adapter.lora_dropout);
     return model;
+}
+
+/* --ref_model, or the start model: of an adapter without a second copy of the base. */
+static struct GPT2 *load_reference(const struct Options *o, const struct GPT2 *model, const struct Tokenizer *tok)
+{
+    struct GPT2 *ref_model = o->ref_model ? load_model(o->ref_model, tok) : model->adapter.r ? adapter_reference(model, o->peft_adapter != NULL) : gpt2_copy(model);
+    CHECK(ref_model->config.vocab_size == model->config.vocab_size, "--ref_model %s has %zu ids, the model %zu", o->ref_model, ref_model->config.vocab_size, model->config.vocab_size);
+    return ref_model;
+}
+
+static void check_reward_model(const struct GPT2 *model, const char *folder)
+{
+    CHECK(model->score.n, "%s: has no score.weight: it is no reward model; train one: align reward", folder);
 }
 
 static const char *need(const char *value, const char *flag)
@@ -5096,14 +5860,29 @@ static struct Trainer trainer_new(struct Options *o, struct GPT2 *model, const s
     return trainer;
 }
 
+/* The folder for the result. One that holds a model cannot take an adapter too, nor the other way round: who
+ * loads it could not know which of them is meant. */
+static void open_output_dir(const struct Options *o, const struct GPT2 *model)
+{
+    char path[PATH_MAX];
+    make_folder(need(o->output_dir, "output_dir"));
+    snprintf(path, sizeof path, "%.4000s/config.json", o->output_dir);
+    CHECK(model->adapter.r ? !file_exists(path) : !is_adapter(o->output_dir), "--output_dir %s: holds %s already; choose another folder for %s", o->output_dir, model->adapter.r ? "a model" : "an adapter", model->adapter.r ? "the adapter" : "the model");
+}
+
+static void save_result(const struct Options *o, struct GPT2 *model, const struct Tokenizer *tok)
+{
+    if (model->adapter.r) adapter_save(model, o->output_dir, tok);
+    else gpt2_save(model, o->output_dir, tok);
+}
+
 /* Trains, evaluates, saves: what every training command ends with. */
 static void finish_training(struct Options *o, struct Trainer *trainer)
 {
-    need(o->output_dir, "output_dir");
-    make_folder(o->output_dir);
+    open_output_dir(o, trainer->model);
     trainer_train(trainer);
     if (trainer->task.eval_n) trainer_evaluate(trainer);
-    gpt2_save(trainer->model, o->output_dir, trainer->tok);
+    save_result(o, trainer->model, trainer->tok);
     trainer_state_save(&trainer->state, &trainer->args, o->output_dir);
     say("saved to %s\n", o->output_dir);
     trainer_free(trainer);
@@ -5151,7 +5930,7 @@ static void command_sft(struct Options *o)
 {
     struct Arena arena = {0};
     struct Tokenizer *tok = load_tokenizer(o);
-    struct GPT2 *model = load_model(o->model_name_or_path, tok);
+    struct GPT2 *model = load_adapted(o, tok, true);
     struct Dataset *data = load_data(o->dataset_name, SFT_SHAPES, COUNT(SFT_SHAPES)), *eval = o->eval_dataset ? load_data(o->eval_dataset, SFT_SHAPES, COUNT(SFT_SHAPES)) : NULL;
     struct Trainer trainer = trainer_new(o, model, tok);
     sft_task(&trainer, &arena, data, eval);
@@ -5167,7 +5946,7 @@ static void command_reward(struct Options *o)
 {
     struct Arena arena = {0};
     struct Tokenizer *tok = load_tokenizer(o);
-    struct GPT2 *model = load_model(o->model_name_or_path, tok);
+    struct GPT2 *model = load_adapted(o, tok, true);
     struct Rng rng = rng_seed(o->train.seed, STREAM_INIT);
     if (!model->score.n) tensor_normal(reward_head_declare(model), &rng, 0.02);
     struct Dataset *data = load_data(o->dataset_name, REWARD_SHAPES, COUNT(REWARD_SHAPES)), *eval = o->eval_dataset ? load_data(o->eval_dataset, &data->shape, 1) : NULL;
@@ -5208,9 +5987,7 @@ static void command_dpo(struct Options *o)
     CHECK(o->dpo.beta > 0, "--beta %g: must be above 0; at 0 the pairs would not count", o->dpo.beta);
     CHECK(o->dpo.label_smoothing >= 0 && o->dpo.label_smoothing < 0.5, "--label_smoothing %g: a share of mislabelled pairs, from 0 to below 0.5", o->dpo.label_smoothing);
     struct Tokenizer *tok = load_tokenizer(o);
-    struct GPT2 *model = load_model(o->model_name_or_path, tok);
-    struct GPT2 *ref_model = o->ref_model ? load_model(o->ref_model, tok) : gpt2_copy(model);
-    CHECK(ref_model->config.vocab_size == model->config.vocab_size, "--ref_model %s has %zu ids, the model %zu", o->ref_model, ref_model->config.vocab_size, model->config.vocab_size);
+    struct GPT2 *model = load_adapted(o, tok, true), *ref_model = load_reference(o, model, tok);
     struct Dataset *data = load_data(o->dataset_name, DPO_SHAPES, 1), *eval = o->eval_dataset ? load_data(o->eval_dataset, DPO_SHAPES, 1) : NULL;
     struct Trainer trainer = trainer_new(o, model, tok);
     struct Example *pairs = arena_alloc(&arena, 2 * data->n, sizeof *pairs);
@@ -5259,9 +6036,8 @@ static void command_ppo(struct Options *o)
     o->ppo.mini_batch_size = MIN(o->ppo.mini_batch_size, o->ppo.batch_size);
     o->ppo.gradient_accumulation_steps = o->train.gradient_accumulation_steps;
     struct Tokenizer *tok = load_tokenizer(o);
-    struct GPT2 *model = load_model(o->model_name_or_path, tok);
-    struct GPT2 *ref_model = o->ref_model ? load_model(o->ref_model, tok) : gpt2_copy(model);
-    CHECK(ref_model->config.vocab_size == model->config.vocab_size, "--ref_model %s has %zu ids, the model %zu", o->ref_model, ref_model->config.vocab_size, model->config.vocab_size);
+    struct GPT2 *model = load_adapted(o, tok, true), *ref_model = load_reference(o, model, tok);
+    open_output_dir(o, model);
     struct PPOTrainer *ppo = ppo_trainer_new(model, ref_model, o->ppo, o->train, o->generation.temperature);
     struct Dataset *data = NULL;
     struct GPT2 *reward_model = NULL;
@@ -5271,7 +6047,8 @@ static void command_ppo(struct Options *o)
     source.generation.do_sample = true;
     if (o->rollouts) data = load_data(o->rollouts, ROLLOUT_SHAPES, 1);
     else {
-        scorer.reward_model = reward_model = load_reward_model(need(o->reward_model_path, "reward_model_path (or --rollouts)"), tok);
+        scorer.reward_model = reward_model = load_model(need(o->reward_model_path, "reward_model_path (or --rollouts)"), tok);
+        check_reward_model(reward_model, o->reward_model_path);
         data = load_data(o->dataset_name, PROMPT_SHAPES, COUNT(PROMPT_SHAPES));
         struct Example *prompts = arena_alloc(&arena, data->n, sizeof *prompts);
         source.n = source.at = ppo_prompts(o, &arena, tok, data, model, prompts);
@@ -5282,7 +6059,7 @@ static void command_ppo(struct Options *o)
     size_t steps = o->train.max_steps ? o->train.max_steps : MAX((size_t)1, (o->rollouts ? data->n : source.n) / o->ppo.batch_size);
     struct TrainerState state = {.num_train_epochs = 1};
     ppo_train(ppo, &source, &scorer, o->rollouts ? data : NULL, steps, o->output_dir, &state);
-    gpt2_save(model, o->output_dir, tok);
+    save_result(o, model, tok);
     trainer_state_save(&state, &o->train, o->output_dir);
     say("saved to %s\n", o->output_dir);
     free(state.log_history);
@@ -5329,7 +6106,7 @@ static void command_generate(struct Options *o)
     CHECK(g->num_return_sequences > 0, "--num_return_sequences must be 1 or more");
     CHECK(g->num_return_sequences == 1 || g->do_sample, "--num_return_sequences %zu: without --do_sample all of them would be the same", g->num_return_sequences);
     struct Tokenizer *tok = load_tokenizer(o);
-    struct GPT2 *model = load_model(o->model_name_or_path, tok);
+    struct GPT2 *model = load_adapted(o, tok, false);
     struct Dataset *data = o->prompt ? NULL : load_data(o->dataset_name, ONLY_PROMPT_SHAPES, 1);
     size_t V = model->config.vocab_size, n = data ? data->n : 1, each = g->num_return_sequences;
     struct Sequence *sequences = arena_alloc(&arena, n * each, sizeof *sequences);
@@ -5364,7 +6141,7 @@ static void command_next(struct Options *o)
     struct Arena arena = {0};
     CHECK(o->generation.temperature > 0, "--temperature %g: must be above 0", o->generation.temperature);
     struct Tokenizer *tok = load_tokenizer(o);
-    struct GPT2 *model = load_model(o->model_name_or_path, tok);
+    struct GPT2 *model = load_adapted(o, tok, false);
     size_t V = model->config.vocab_size, kept = 0;
     struct Example e = example_encode(&arena, tok, text_of(need(o->prompt, "prompt")), V, false);
     if (e.n == 0) e = (struct Example){&model->config.eos_token_id, 1, 1};
@@ -5373,7 +6150,7 @@ static void command_next(struct Options *o)
     struct Batch batch = collate(&arena, examples, 1, READ_LAST);
     struct Activations acts = gpt2_forward(model, &arena, &batch, false);
     float *p = arena_floats(&arena, V);
-    matmul(p, V, matrix(acts.ln_f + (e.n - 1) * model->config.n_embd, model->config.n_embd), transposed(model->wte.w, model->config.n_embd), 1, V, model->config.n_embd, false);
+    output_logits(model, p, acts.ln_f + (e.n - 1) * model->config.n_embd, 1);
     o->generation.do_sample = true;
     process_logits(p, V, &o->generation, e.ids, e.n, 0, model->config.eos_token_id);
     double entropy = entropy_of_logits(p, log_sum_exp(p, V, arena_floats(&arena, V)), V);
@@ -5444,7 +6221,7 @@ static void command_logprob(struct Options *o)
 {
     struct Arena arena = {0};
     struct Tokenizer *tok = load_tokenizer(o);
-    struct GPT2 *model = load_model(o->model_name_or_path, tok), *ref_model = o->ref_model ? load_model(o->ref_model, tok) : NULL;
+    struct GPT2 *model = load_adapted(o, tok, false), *ref_model = o->ref_model ? load_model(o->ref_model, tok) : NULL;
     CHECK(!ref_model || ref_model->config.vocab_size == model->config.vocab_size, "--ref_model %s has %zu ids, the model %zu", o->ref_model, ref_model->config.vocab_size, model->config.vocab_size);
     struct Dataset *data = load_data(o->dataset_name, SFT_SHAPES, COUNT(SFT_SHAPES));
     size_t limit = MIN(o->train.max_length, model->config.n_positions), cut = 0;
@@ -5476,7 +6253,8 @@ static void command_score(struct Options *o)
 {
     struct Arena arena = {0};
     struct Tokenizer *tok = load_tokenizer(o);
-    struct GPT2 *model = load_reward_model(o->model_name_or_path, tok);
+    struct GPT2 *model = load_adapted(o, tok, false);
+    check_reward_model(model, o->peft_adapter ? o->peft_adapter : o->model_name_or_path);
     struct Dataset *data = load_data(o->dataset_name, TEXT_SHAPES, 1);
     struct Example *texts = arena_alloc(&arena, data->n, sizeof *texts);
     float *reward = arena_floats(&arena, data->n);
@@ -5501,6 +6279,19 @@ static void command_score(struct Options *o)
     gpt2_free(model);
     tokenizer_free(tok);
     arena_free(&arena);
+}
+
+/* align merge -- an adapter folded into its base, saved as a model like any other. */
+static void command_merge(struct Options *o)
+{
+    struct Tokenizer *tok = load_tokenizer(o);
+    if (!o->model_name_or_path || !(o->peft_adapter || is_adapter(o->model_name_or_path))) die_usage("merge needs an adapter: --model_name_or_path BASE --peft_adapter DIR, or its folder as --model_name_or_path");
+    struct GPT2 *model = load_adapted(o, tok, false);
+    open_output_dir(o, model);
+    gpt2_save(model, o->output_dir, tok);
+    say("saved to %s\n", o->output_dir);
+    gpt2_free(model);
+    tokenizer_free(tok);
 }
 
 /* Sentences fit a context of 64 tokens; for whole reviews a longer one is worth its time.
@@ -5541,18 +6332,90 @@ static void command_rlhf(struct Options *o)
     arena_free(&arena);
 }
 
+/* One training step of a size of the user's choice: what its time and memory are. */
+static void bench_one(struct Bench *bench, size_t batch, size_t length, bool json)
+{
+    double best = INFINITY, peak = 0, begin = seconds_now();
+    for (int round = 0; round < 4 || (seconds_now() - begin < 5 && round < 200); round++) {
+        peak = MAX(peak, bench_peak());
+        double seconds = bench_train(bench, batch, length);
+        if (round > 0) best = MIN(best, seconds);
+    }
+    double tokens = (double)(batch * length), gflops = 6e-9 * (double)bench->weights * tokens / best;
+    if (json) printf("{\"threads\": %d, \"batch\": %zu, \"length\": %zu, \"step_seconds\": %.9g, \"train_tokens_per_second\": %.9g, \"gflops\": %.9g, \"peak_gflops\": %.9g, \"peak_rss_bytes\": %zu}\n", thread_count(), batch, length, best, tokens / best, gflops, peak, peak_rss_bytes());
+    else printf("train %zu x %zu: %.4f s, %.1f tokens/s, %.0f of %.0f GFLOP/s (%.0f %%), %d threads, peak memory %.0f MB\n", batch, length, best, tokens / best, gflops, peak, 100 * gflops / peak, thread_count(), (double)peak_rss_bytes() / 1e6);
+}
+
+static void bench_print(const struct Bench *bench, const double *best, const double *shares, double gflops, double gbytes, size_t train_rss, bool json)
+{
+    const struct GPT2Config *c = &bench->model->config;
+    if (json) printf("{\"threads\": %d, \"kernel\": \"%s\", \"parameters\": %zu, \"peak_gflops\": %.9g, \"read_gbytes_per_second\": %.9g, \"train_peak_rss_bytes\": %zu, \"peak_rss_bytes\": %zu", thread_count(), kernel->name, bench->weights + bench->model->wpe.n, gflops, gbytes, train_rss, peak_rss_bytes());
+    else printf("%.1f million weights (%zu layers x %zu, %zu ids), %d threads, kernel %s\nlimits: %.0f GFLOP/s multiplied and added, %.1f GB/s read\n\n%-28s%10s%12s%18s\n", (double)(bench->weights + bench->model->wpe.n) / 1e6, c->n_layer, c->n_embd, c->vocab_size, thread_count(), kernel->name, gflops, gbytes, "", "seconds", "tokens/s", "share of limit");
+    for (int work = 0; work < BENCH_WORKS; work++) {
+        if (!isfinite(best[work])) continue;
+        double tokens = (double)(BENCH_WORK[work].batch * BENCH_WORK[work].length), share = shares[work];
+        if (work == GENERATE_1 || work == GENERATE_16) tokens = (double)BENCH_WORK[work].batch * 48;
+        if (work == PPO_STEP) tokens = (double)bench->queries * 10;
+        bool in_seconds = work >= DPO_FIRST;
+        if (json) printf(", \"%s_%s\": %.9g, \"%s_share_of_limit\": %.4g", BENCH_WORK[work].key, in_seconds ? "seconds" : "tokens_per_second", in_seconds ? best[work] : tokens / best[work], BENCH_WORK[work].key, share);
+        else printf("%-28s%10.4f%12.1f%16.0f %%\n", BENCH_WORK[work].name, best[work], tokens / best[work], 100 * share);
+    }
+    if (json) puts("}");
+    else printf("\npeak memory: %.0f MB for train 4 x 64, %.0f MB for all\n", (double)train_rss / 1e6, (double)peak_rss_bytes() / 1e6);
+}
+
+/* align bench -- each work once a round, at least five rounds and some seconds; the first round warms up. */
+static void command_bench(struct Options *o)
+{
+    CHECK(kernel, "bench measures a kernel; ALIGN_KERNEL=plain has none");
+    CHECK(o->ppo.batch_size > 0 && o->ppo.batch_size <= 4096, "--batch_size %zu: 1 to 4096 queries", o->ppo.batch_size);
+    if (o->model.n_embd % o->model.n_head) o->model.n_head = MAX((size_t)1, o->model.n_embd / 64);
+    o->model.eos_token_id = o->model.pad_token_id = (int)o->model.vocab_size - 1;
+    config_check(&o->model, "--n_layer, --n_head, --n_embd, --n_positions, --vocab_size");
+    size_t batch = o->train.per_device_train_batch_size, length = o->train.max_length;
+    CHECK(length <= o->model.n_positions && length != 1 && o->model.n_positions >= 80, "--max_length %zu: 2 to --n_positions, %zu, which is 80 or more", length, o->model.n_positions);
+    struct Bench *bench = bench_new(o->model, o->ppo.batch_size);
+    if (batch || length) bench_one(bench, batch ? batch : 4, length ? length : 64, o->json);
+    else {
+        double best[BENCH_WORKS], share[BENCH_WORKS] = {0}, gflops = 0, gbytes = 0;
+        for (int work = 0; work < BENCH_WORKS; work++) best[work] = INFINITY;
+        for (int i = 0; i < 2; i++) bench_train(bench, 4, 64);
+        size_t train_rss = peak_rss_bytes();
+        bench_complete(bench);
+        double begin = seconds_now();
+        for (int round = 0; round < 5 || (seconds_now() - begin < 15 && round < 100); round++) {
+            if (round < 5) say("bench: round %d\n", round + 1);
+            for (int work = 0; work < BENCH_WORKS; work++) {
+                if (BENCH_WORK[work].length > o->model.n_positions) continue;
+                double peak = bench_peak(), read = bench_read(bench), seconds = bench_work(bench, work);
+                peak = MAX(peak, bench_peak());                 /* this round's limits: the better of before and after */
+                read = MAX(read, bench_read(bench));
+                gflops = MAX(gflops, peak);
+                gbytes = MAX(gbytes, read);
+                if (round == 0) continue;
+                best[work] = MIN(best[work], seconds);
+                share[work] = MAX(share[work], bench_limit(bench, work, peak, read) / seconds);
+            }
+        }
+        bench_print(bench, best, share, gflops, gbytes, train_rss, o->json);
+    }
+    bench_free(bench);
+}
+
 static const struct Command { const char *name, *what; void (*run)(struct Options *); int groups; } COMMANDS[] = {
     {"rlhf", "the whole course in one go: language model, reward model, PPO, DPO, samples before and after", command_rlhf, G_RLHF | G_OUT | G_SEED | G_DATA | G_MODEL},
     {"tokenize", "[FILE]: text (or standard input) to ids; --decode: ids to text", command_tokenize, G_TOKENIZE},
     {"pretrain", "a new language model from texts", command_pretrain, G_MODEL | G_OUT | G_SEED | G_DATA | G_TRAIN | G_RUN | G_NEW},
-    {"sft", "supervised fine-tuning on text or prompt + completion", command_sft, G_MODEL | G_OUT | G_SEED | G_DATA | G_TRAIN | G_RUN},
-    {"reward", "a reward model from chosen + rejected (+ margin), or from text + score", command_reward, G_MODEL | G_OUT | G_SEED | G_DATA | G_TRAIN | G_RUN | G_REWARD},
-    {"ppo", "PPO with a value head (TRL 0.11's PPOTrainer)", command_ppo, G_MODEL | G_OUT | G_SEED | G_DATA | G_TRAIN | G_PPO | G_REF},
-    {"dpo", "direct preference optimization on prompt + chosen + rejected", command_dpo, G_MODEL | G_OUT | G_SEED | G_DATA | G_TRAIN | G_RUN | G_DPO | G_REF},
-    {"generate", "continue a --prompt, or each prompt of a data set", command_generate, G_MODEL | G_DATA | G_SEED | G_SAMPLE | G_PROMPT | G_JSON},
-    {"next", "the distribution of the next token after a --prompt", command_next, G_MODEL | G_PROMPT | G_NEXT | G_JSON},
-    {"logprob", "log-probability of each token and of the sequence; with --ref_model the KL at each position", command_logprob, G_MODEL | G_DATA | G_REF | G_LENGTH},
-    {"score", "the sentiment pipeline: reward and pipe_outputs of each text", command_score, G_MODEL | G_DATA | G_LENGTH},
+    {"sft", "supervised fine-tuning on text or prompt + completion", command_sft, G_MODEL | G_PEFT | G_LORA | G_OUT | G_SEED | G_DATA | G_TRAIN | G_RUN},
+    {"reward", "a reward model from chosen + rejected (+ margin), or from text + score", command_reward, G_MODEL | G_PEFT | G_LORA | G_OUT | G_SEED | G_DATA | G_TRAIN | G_RUN | G_REWARD},
+    {"ppo", "PPO with a value head (TRL 0.11's PPOTrainer)", command_ppo, G_MODEL | G_PEFT | G_LORA | G_OUT | G_SEED | G_DATA | G_TRAIN | G_PPO | G_REF},
+    {"dpo", "direct preference optimization on prompt + chosen + rejected", command_dpo, G_MODEL | G_PEFT | G_LORA | G_OUT | G_SEED | G_DATA | G_TRAIN | G_RUN | G_DPO | G_REF},
+    {"generate", "continue a --prompt, or each prompt of a data set", command_generate, G_MODEL | G_PEFT | G_DATA | G_SEED | G_SAMPLE | G_PROMPT | G_JSON},
+    {"next", "the distribution of the next token after a --prompt", command_next, G_MODEL | G_PEFT | G_PROMPT | G_NEXT | G_JSON},
+    {"logprob", "log-probability of each token and of the sequence; with --ref_model the KL at each position", command_logprob, G_MODEL | G_PEFT | G_DATA | G_REF | G_LENGTH},
+    {"score", "the sentiment pipeline: reward and pipe_outputs of each text", command_score, G_MODEL | G_PEFT | G_DATA | G_LENGTH},
+    {"merge", "a LoRA adapter folded into its base, saved as a model", command_merge, G_MODEL | G_PEFT | G_OUT},
+    {"bench", "this machine's limits, and what training, generation, DPO and PPO reach of them", command_bench, G_NEW | G_BATCH | G_JSON | G_BENCH},
 };
 
 /* Insertions, deletions and exchanges that turn a into b: to guess what a mistyped word meant. */
@@ -5611,7 +6474,7 @@ static int parse_flag(struct Options *o, const struct Flag *flag, const char *va
         return is_true || is_false;
     }
     if (!value) die_usage("--%s needs a value (%s)", flag->name, flag->help);
-    if (flag->kind == KIND_STRING) *(const char **)to = value;
+    if (flag->kind == KIND_STRING || flag->kind == KIND_LIST) *(const char **)to = value;
     if (flag->kind == KIND_DOUBLE) {
         *(double *)to = strtod(value, &end);
         if (end == value || *end || !isfinite(*(double *)to)) die_usage("--%s %s: a number was expected", flag->name, value);
@@ -5642,6 +6505,9 @@ static void parse_arguments(struct Options *o, const struct Command *command, in
         const char *value = equals ? equals + 1 : i + 1 < argc ? argv[i + 1] : NULL;
         int taken = parse_flag(o, flag, value, !equals && (!value || flag->kind == KIND_BOOL));
         if (!equals) i += taken;
+        static struct Arena lists;                       /* a list goes on to the next flag: --loss_type sigmoid sft */
+        const char **list = (const char **)((char *)o + flag->offset);
+        while (flag->kind == KIND_LIST && !equals && i + 1 < argc && strncmp(argv[i + 1], "--", 2) != 0) *list = arena_printf(&lists, "%s %s", *list, argv[++i]);
         o->max_length_given = o->max_length_given || strcmp(name, "max_length") == 0;
     }
     quiet = o->quiet;
@@ -5650,7 +6516,7 @@ static void parse_arguments(struct Options *o, const struct Command *command, in
 /* What a command starts from: transformers' and TRL's defaults. */
 static struct Options default_options(const char *command)
 {
-    struct Options o = {.train = training_arguments(), .ppo = ppo_config(), .generation = generation_config(), .dpo = {.beta = 0.1}, .loss_type = "sigmoid", .top_n = 10, .tokenize_vocab_size = 50257,
+    struct Options o = {.train = training_arguments(), .ppo = ppo_config(), .generation = generation_config(), .dpo = {.beta = 0.1}, .loss_type = "sigmoid", .lora = {.r = 16, .lora_alpha = 32, .target_modules = "c_attn"}, .top_n = 10, .tokenize_vocab_size = 50257,
         .model = {.vocab_size = 50257, .n_positions = 1024, .n_embd = 768, .n_layer = 12, .n_head = 12, .layer_norm_epsilon = 1e-5f},
         .input_min_text_length = 2, .input_max_text_length = 8, .output_min_length = 4, .output_max_length = 16,
         .pretrain_steps = 2000, .reward_steps = 450, .ppo_steps = 85, .dpo_steps = 150};
@@ -5664,6 +6530,10 @@ static struct Options default_options(const char *command)
         o.train.logging_steps = 1;
         o.train.seed = 0;
         o.generation.top_k = 0;
+    }
+    if (strcmp(command, "bench") == 0) {
+        o.ppo.batch_size = 16;
+        o.train.per_device_train_batch_size = o.train.max_length = 0;       /* given: that step alone */
     }
     if (strcmp(command, "next") == 0) o.generation.top_k = 0;
     if (strcmp(command, "rlhf") == 0) o.generation.temperature = 0.7;
@@ -5719,7 +6589,7 @@ int main(int argc, char **argv)
         print_help(command);
         return 0;
     }
-    check_training(&o);
+    if (!(command->groups & G_BENCH)) check_training(&o);
     kernel_choose();
     command->run(&o);
     CHECK(fflush(stdout) == 0 && !ferror(stdout), "standard output: %s", strerror(errno));

@@ -276,13 +276,30 @@ static struct Batch batch_of(const struct Example *examples, size_t n, enum Last
     return collate(&test_arena, pointers, n, last);
 }
 
+/* Gradients are zero after an optimizer step; a test that takes none clears them. */
+static void gpt2_zero_grad(struct GPT2 *model)
+{
+    for (size_t i = 0; i < model->tensor_count; i++)
+        if (model->tensors[i]->d) memset(model->tensors[i]->d, 0, model->tensors[i]->n * sizeof(float));
+}
+
+static float *all_gradients(const struct GPT2 *model, size_t *n)
+{
+    size_t at = 0;
+    *n = 0;
+    for (size_t i = 0; i < model->tensor_count; i++) *n += model->tensors[i]->n;
+    float *all = arena_floats(&test_arena, *n);
+    for (size_t i = 0; i < model->tensor_count; at += model->tensors[i++]->n) memcpy(all + at, model->tensors[i]->d, model->tensors[i]->n * sizeof *all);
+    return all;
+}
+
 /* Logits (N,V) of all positions of a batch. */
 static float *batch_logits(const struct GPT2 *model, const struct Batch *batch)
 {
     size_t C = model->config.n_embd, V = model->config.vocab_size;
     struct Activations acts = gpt2_forward(model, &test_arena, batch, false);
     float *logits = arena_floats(&test_arena, batch->N * V);
-    matmul(logits, V, matrix(acts.ln_f, C), transposed(model->wte.w, C), batch->N, V, C, false);
+    matmul(logits, V, NULL, 0, matrix(acts.ln_f, C), transposed(model->wte.w, C), batch->N, V, C);
     return logits;
 }
 
@@ -1067,6 +1084,41 @@ static void test_collate(void)
     expect_count("longest", batch.max_length, 4);
 }
 
+/* A shared prompt by hand, and log-probabilities of pairs that share equal to those of sequences that do not, lengths around the attention's blocks included. */
+static void test_collate_pairs(void)
+{
+    struct Example chosen = {(int[]){1, 2, 3, 4, 5}, 5, 2}, rejected = {(int[]){1, 2, 6, 7, 8, 9}, 6, 2};
+    const struct Example *pair[] = {&chosen, &rejected};
+    struct Batch batch = collate_pairs(&test_arena, pair, 1, 16);
+    expect_ids("ids", batch.ids, batch.N, (int[]){1, 2, 3, 4, 6, 7, 8}, 7);
+    expect_ids("positions", batch.position, batch.N, (int[]){0, 1, 2, 3, 2, 3, 4}, 7);
+    expect_ids("rows", batch.row, batch.R, (int[]){1, 2, 3, 1, 4, 5, 6}, 7);
+    expect_ids("targets", batch.target, batch.R, (int[]){3, 4, 5, 6, 7, 8, 9}, 7);
+    expect_true("one forked sequence", batch.B == 1 && batch.shared[0] == 2 && batch.fork[0] == 4);
+    chosen.prompt_length = rejected.prompt_length = 1;
+    batch = collate_pairs(&test_arena, pair, 1, 1);
+    expect_true("does not pay", batch.B == 2 && batch.fork[0] == 0 && batch.N == 9);
+    expect_ids("rows apart", batch.row, batch.R, (int[]){0, 1, 2, 3, 4, 5, 6, 7, 8}, 9);
+    struct GPT2 *model = random_model(40, 150, 32, 2, 2);
+    static const size_t prompts[] = {5, 1, 60, 70, 9}, lengths[2][5] = {{9, 4, 90, 140, 10}, {7, 8, 70, 80, 10}};
+    struct Example examples[10];
+    const struct Example *each[10];
+    for (size_t i = 0; i < 10; i++) {
+        examples[i] = random_example(lengths[i / 5][i % 5], prompts[i % 5], 40);
+        if (i >= 5) memcpy(examples[i].ids, examples[i - 5].ids, prompts[i % 5] * sizeof(int));
+        each[i] = &examples[i];
+    }
+    struct Batch forked = collate_pairs(&test_arena, each, 5, 32), plain = collate(&test_arena, each, 10, SKIP_LAST);
+    expect_true("fewer rows", forked.N < plain.N - 100 && forked.R == plain.R);
+    struct Activations forked_acts = gpt2_forward(model, &test_arena, &forked, false), plain_acts = gpt2_forward(model, &test_arena, &plain, false);
+    struct LMHead forked_head = lm_head_new(model, &test_arena, &forked_acts, forked.row, forked.target, forked.R, 1);
+    struct LMHead plain_head = lm_head_new(model, &test_arena, &plain_acts, plain.row, plain.target, plain.R, 1);
+    lm_head_forward(model, &forked_head);
+    lm_head_forward(model, &plain_head);
+    expect_floats("log-probabilities", forked_head.logprob, widen(plain_head.logprob, plain.R), plain.R, 2e-5);
+    gpt2_free(model);
+}
+
 /* =============================================================================================
  * Chapter 5 - Probability
  * ============================================================================================= */
@@ -1125,6 +1177,16 @@ static void test_kl(void)
     expect_close("sum of log-probabilities", sequence_logprob((float[]){-1, -2, -0.5f}, 3), -3.5, 0);
 }
 
+/* sqrt_fast against the C library's sqrt over the normal numbers, and at zero. */
+static void test_sqrt_fast(void)
+{
+    double worst = 0;
+    for (double x = 1.2e-38; x < 3e38; x *= 1.00007) worst = MAX(worst, fabs(sqrt_fast((float)x) / sqrt((float)x) - 1));
+    expect_true("worst relative error below 2e-7", worst < 2e-7);
+    expect_true("0 and 4", sqrt_fast(0) == 0 && fabsf(sqrt_fast(4) - 2) < 3e-7f);
+    expect_true("below the normal numbers: small", sqrt_fast(1e-45f) >= 0 && sqrt_fast(1e-40f) < 1e-19f);
+}
+
 /* exp_fast against the C library's exp over its whole range, and at its ends. */
 static void test_exp_fast(void)
 {
@@ -1163,28 +1225,30 @@ static void test_rows(void)
 
 static const struct Kernel *widest_kernel;
 
-/* A product by its definition and by every kernel this machine has, in the four transposed forms, set and added, between guards. */
+/* A product by its definition and by every kernel this machine has, in the four transposed forms, from zero, from C
+ * itself and from one row (a bias), between guards. */
 static void compare_matmul(size_t M, size_t N, size_t K)
 {
     size_t c_row = N + 3;
-    float *a = random_floats(M * K, 1), *b = random_floats(K * N, 1), *start = random_floats(M * c_row, 1);
+    float *a = random_floats(M * K, 1), *b = random_floats(K * N, 1), *before = random_floats(M * c_row, 1);
     float *plain = arena_zeros(&test_arena, M * c_row, sizeof *plain), *got = arena_floats(&test_arena, M * c_row);
     for (int form = 0; form < 4; form++) {
         struct Matrix left = form & 1 ? transposed(a, M) : matrix(a, K), right = form & 2 ? transposed(b, K) : matrix(b, N);
-        matmul_plain(plain, c_row, left, right, M, N, K, false);
-        for (int run = 0; run < 2 * (int)(widest_kernel - KERNELS + 1); run++) {
-            bool accumulate = run & 1;
-            kernel = &KERNELS[run / 2];
-            memcpy(got, start, M * c_row * sizeof *got);
-            matmul(got, c_row, left, right, M, N, K, accumulate);
+        matmul_plain(plain, c_row, NULL, 0, left, right, M, N, K);
+        for (int run = 0; run < 3 * (int)(widest_kernel - KERNELS + 1); run++) {
+            int from = run % 3;
+            kernel = &KERNELS[run / 3];
+            memcpy(got, before, M * c_row * sizeof *got);
+            matmul(got, c_row, (float *[]){NULL, got, before}[from], (size_t[]){0, c_row, 0}[from], left, right, M, N, K);
             double worst = 0;
             for (size_t i = 0; i < M; i++)
                 for (size_t j = 0; j < c_row; j++) {
                     size_t at = i * c_row + j;
-                    worst = MAX(worst, fabs(got[at] - (j < N ? (double)plain[at] + (accumulate ? start[at] : 0) : start[at])));
+                    double start = from == 1 ? before[at] : from == 2 ? before[j] : 0;
+                    worst = MAX(worst, fabs(got[at] - (j < N ? plain[at] + start : before[at])));
                 }
             if (worst > 2e-6 + 4e-7 * (double)K && failed())
-                printf("%s: kernel %s, form %d%s, M %zu, N %zu, K %zu: expected the plain product, got %.2g beside it\n", test_name, kernel->name, form, accumulate ? " added" : "", M, N, K, worst);
+                printf("%s: kernel %s, form %d, from %d, M %zu, N %zu, K %zu: expected the plain product, got %.2g beside it\n", test_name, kernel->name, form, from, M, N, K, worst);
         }
     }
     kernel = widest_kernel;
@@ -1194,16 +1258,16 @@ static void compare_matmul(size_t M, size_t N, size_t K)
 static void test_matmul(void)
 {
     float a[] = {1, 2, 3, 4}, b[] = {5, 6}, c[2] = {100, 200};
-    matmul(c, 1, matrix(a, 2), matrix(b, 1), 2, 1, 2, false);
+    matmul(c, 1, NULL, 0, matrix(a, 2), matrix(b, 1), 2, 1, 2);
     expect_floats("[1 2; 3 4] [5; 6]", c, (double[]){17, 39}, 2, 0);
-    matmul(c, 1, transposed(a, 2), matrix(b, 1), 2, 1, 2, true);
+    matmul(c, 1, c, 1, transposed(a, 2), matrix(b, 1), 2, 1, 2);
     expect_floats("+ [1 3; 2 4] [5; 6]", c, (double[]){17 + 23, 39 + 34}, 2, 0);
 }
 
 /* Shapes around the tiles' and the blocks' edges. */
 static void test_matmul_plain(void)
 {
-    static const size_t ms[] = {1, 3, 5, 13, 15, 29, 70}, ns[] = {1, 7, 9, 17, 33, 70}, ks[] = {1, 7, 255, 256, 257, 700};
+    static const size_t ms[] = {1, 3, 5, 8, 15, 29, 70}, ns[] = {1, 7, 9, 24, 33, 70}, ks[] = {1, 7, 383, 384, 385, 900};
     widest_kernel = kernel;
     for (size_t n = 1; n <= 70; n += SANITIZED ? 3 : 1) compare_matmul((n * 37) % 70 + 1, n, 7);
     for (size_t i = 0; i < COUNT(ms); i++)
@@ -1214,8 +1278,8 @@ static void test_matmul_plain(void)
     compare_matmul(2060, 4100, 2);
     kernel = NULL;
     float c[1], a[] = {2}, b[] = {3};
-    matmul(c, 1, matrix(a, 1), matrix(b, 1), 1, 1, 1, false);
-    expect_close("without a kernel", c[0], 6, 0);
+    matmul(c, 1, b, 0, matrix(a, 1), matrix(b, 1), 1, 1, 1);
+    expect_close("without a kernel", c[0], 9, 0);
     kernel = widest_kernel;
 }
 
@@ -1227,7 +1291,7 @@ static void test_matmul_threads(void)
     for (int threads = 1; threads <= 3; threads++) {
         c[threads] = arena_floats(&test_arena, M * N);
         use_threads(threads);
-        matmul(c[threads], N, matrix(a, K), matrix(b, N), M, N, K, false);
+        matmul(c[threads], N, NULL, 0, matrix(a, K), matrix(b, N), M, N, K);
         expect_bits("product", c[threads], c[1], M * N);
     }
     use_threads(1);
@@ -1323,13 +1387,44 @@ static void test_gelu(void)
     float x[COUNT(golden_gelu_x)], y[COUNT(golden_gelu_x)], dx[COUNT(golden_gelu_x)], one[COUNT(golden_gelu_x)];
     for (size_t i = 0; i < COUNT(x); i++) { x[i] = (float)golden_gelu_x[i]; one[i] = 1; }
     gelu_forward(y, x, 1, COUNT(x));
-    gelu_backward(dx, one, x, 1, COUNT(x));
+    memcpy(dx, one, sizeof dx);
+    gelu_backward(dx, x, 1, COUNT(x));
     expect_floats("y", y, golden_gelu, COUNT(x), 1e-6);
     expect_floats("slope", dx, golden_gelu_grad, COUNT(x), 1e-6);
     float far[] = {0, 30, -30, 1e20f, -1e20f, -1};
     gelu_row(y, far, 6);
     expect_floats("0, large, small", y, (double[]){0, 30, 0, 1e20f, 0}, 5, 1e-6);
     expect_close("-1", y[5], -0.1588, 5e-5);
+    double worst = 0;
+    for (double v = -10; v <= 10; v += 0.00037) {
+        float in = (float)v, out;
+        gelu_row(&out, &in, 1);
+        worst = MAX(worst, fabs(out - 0.5 * in * (1 + tanh(sqrt(2 / 3.14159265358979323846) * (in + 0.044715 * pow(in, 3))))));
+    }
+    expect_true("within 2e-6 of the tanh form in doubles", worst < 2e-6);
+}
+
+/* Few rows and many give what the definition gives; so do the logits of few and many hidden vectors. */
+static void test_few_rows(void)
+{
+    static const size_t rows[] = {1, 2, 3, 8, FEW_ROWS, FEW_ROWS + 1}, ins[] = {1, 7, 8, 61}, outs[] = {1, 31, 800};
+    for (size_t i = 0; i < COUNT(rows) * COUNT(ins) * COUNT(outs); i++) {
+        size_t N = rows[i % 6], in = ins[i / 6 % 4], out = outs[i / 24];
+        float *x = random_floats(N * in, 1), *weight = random_floats(in * out, 1), *bias = random_floats(out, 1), *y = arena_floats(&test_arena, N * out + 1), *plain = arena_floats(&test_arena, N * out);
+        y[N * out] = 77;
+        linear_forward(y, x, weight, bias, N, in, out);
+        matmul_plain(plain, out, bias, 0, matrix(x, in), matrix(weight, out), N, out, in);
+        expect_floats("rows times a matrix", y, widen(plain, N * out), N * out, 2e-6 + 4e-7 * (double)in);
+        expect_true("nothing written behind", y[N * out] == 77);
+    }
+    struct GPT2 *model = random_model(263, 8, 36, 1, 2);
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        float *hidden = random_floats(rows[i] * 36, 1), *logits = arena_floats(&test_arena, rows[i] * 263), *plain = arena_floats(&test_arena, rows[i] * 263);
+        output_logits(model, logits, hidden, rows[i]);
+        matmul_plain(plain, 263, NULL, 0, matrix(hidden, 36), transposed(model->wte.w, 36), rows[i], 263, 36);
+        expect_floats("logits", logits, widen(plain, rows[i] * 263), rows[i] * 263, 2e-5);
+    }
+    gpt2_free(model);
 }
 
 static double gelu_loss(void *context)
@@ -1343,7 +1438,8 @@ static void test_gelu_gradient(void)
 {
     struct LayerCase c = {.N = 2, .out = 53, .x = random_floats(106, 2), .y = random_floats(106, 1), .dy = random_floats(106, 1)};
     float *dx = random_floats(106, 1);
-    gelu_backward(dx, c.dy, c.x, c.N, c.out);
+    memcpy(dx, c.dy, 106 * sizeof *dx);
+    gelu_backward(dx, c.x, c.N, c.out);
     expect_gradient("x", (struct Slope){gelu_loss, &c, 0.03}, c.x, dx, 106, 106, 3e-4);
 }
 
@@ -1720,7 +1816,7 @@ static void test_reward_rows(void)
     reward_score(model, texts, 40, reward);
     for (size_t i = 0; i < 39; i++) expect_close("more texts than go together", reward[i], golden_rm_reward[i % 2], 3e-6);
     reward_score(model, &end, 1, &lone);
-    expect_close("empty text", reward[39], lone, 0);
+    expect_close("empty text", reward[39], lone, 2e-6);
     gpt2_free(model);
 }
 
@@ -1736,8 +1832,8 @@ static double head_loss(void *context)
 /* Central differences; a row that is read twice gets both gradients. A new value head is U(-1/sqrt(C), 1/sqrt(C)). */
 static void test_reward_head_gradient(void)
 {
-    struct HeadCase c = {random_floats(60, 1), random_floats(4, 1), random_floats(4, 1), (int[]){4, 0, 2, 2}, {{.n = 12, .w = random_floats(12, 1)},
-        {.n = 1, .w = random_floats(1, 1)}}};
+    struct HeadCase c = {random_floats(60, 1), random_floats(4, 1), random_floats(4, 1), (int[]){4, 0, 2, 2}, {.weight = {.n = 12, .w = random_floats(12, 1)},
+        .bias = {.n = 1, .w = random_floats(1, 1)}}};
     c.head.weight.d = arena_zeros(&test_arena, 12, 4);
     c.head.bias.d = arena_zeros(&test_arena, 1, 4);
     float *dhidden = arena_zeros(&test_arena, 60, 4);
@@ -1753,6 +1849,219 @@ static void test_reward_head_gradient(void)
     expect_true("within 1/20", most <= 0.05 && most > 0.048);
     expect_close("variance of a uniform distribution", square, 0.05 * 0.05 / 3, 1e-4);
     gpt2_free(model);
+}
+
+/* =============================================================================================
+ * Chapter 10 - LoRA
+ * ============================================================================================= */
+
+/* A random model with a random adapter: no zero in B that would hide A. */
+static void random_adapter(struct GPT2 *model, size_t r, const char *targets)
+{
+    adapter_new(model, (struct Adapter){.r = r, .lora_alpha = 2 * (double)r, .target_modules = targets, .base_model_name_or_path = "base"}, 5);
+    for (size_t i = 0; i < model->tensor_count; i++) {
+        struct Tensor *t = model->tensors[i];
+        for (size_t k = 0; strstr(t->name, ".lora_") && k < t->n; k++) t->w[k] = (float)(0.3 * rng_normal(&test_rng));
+    }
+}
+
+static size_t trainable_count(const struct GPT2 *model)
+{
+    size_t n = 0;
+    for (size_t i = 0; i < model->tensor_count; i++) n += model->tensors[i]->d ? model->tensors[i]->n : 0;
+    return n;
+}
+
+/* One row by hand: x = (1, 2), A = (3, 4), B = (5), alpha 2, r 1; then every gradient for dy = 1. */
+static void test_lora_hand(void)
+{
+    float A[] = {3, 4}, B[] = {5}, dA[2] = {0}, dB[1] = {0}, x[] = {1, 2}, y[] = {7}, dy[] = {1}, dx[] = {1, 1};
+    struct Linear linear = {.lora_A = {.w = A, .d = dA, .shape = {1, 2}, .n = 2}, .lora_B = {.w = B, .d = dB, .shape = {1, 1}, .n = 1}, .lora_scale = 2};
+    lora_forward(y, x, &linear, 1);
+    expect_close("7 + 2 * 5 * (3 + 8)", y[0], 117, 0);
+    for (int pass = 1; pass <= 2; pass++) {
+        lora_backward(dx, dy, x, &linear, 1);
+        expect_floats("dA, added to", dA, (double[]){10 * pass, 20 * pass}, 2, 0);
+        expect_close("dB, added to", dB[0], 22 * pass, 0);
+        expect_floats("dx, added to", dx, (double[]){1 + 30 * pass, 1 + 40 * pass}, 2, 0);
+    }
+}
+
+/* Which layers a target takes; the numbers of the course's labs at GPT-2's width, one layer of twelve. */
+static void test_lora_targets(void)
+{
+    static const struct { const char *targets; bool taken[4]; } cases[] = {{"c_attn", {1, 0, 0, 0}}, {"c_proj", {0, 1, 0, 1}}, {"mlp.c_proj", {0, 0, 0, 1}}, {"c_fc,attn.c_proj", {0, 1, 1, 0}},
+        {"proj", {0, 0, 0, 0}}, {"attn", {0, 0, 0, 0}}, {"transformer.h.0.mlp.c_fc", {0, 0, 1, 0}}, {"h.1.mlp.c_fc", {0, 0, 0, 0}}, {"x.transformer.h.0.mlp.c_fc", {0, 0, 0, 0}}, {"", {0, 0, 0, 0}}};
+    static const char *const modules[] = {"transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_proj", "transformer.h.0.mlp.c_fc", "transformer.h.0.mlp.c_proj"};
+    for (size_t i = 0; i < COUNT(cases); i++)
+        for (size_t k = 0; k < 4; k++) expect_true(cases[i].targets, lora_is_target(modules[k], cases[i].targets) == cases[i].taken[k]);
+    static const struct { const char *targets; size_t r, want; } labs[] = {{"c_proj c_attn", 4, 405504}, {"attn.c_attn attn.c_proj", 8, 442368}, {"c_attn", 16, 589824}, {"all-linear", 1, 147456}};
+    for (size_t i = 0; i < COUNT(labs); i++) {
+        struct GPT2 *model = new_model(300, 4, 768, 1, 12);
+        random_adapter(model, labs[i].r, labs[i].targets);
+        gpt2_make_trainable(model);
+        expect_count(labs[i].targets, 12 * trainable_count(model), labs[i].want);
+        gpt2_free(model);
+    }
+}
+
+/* A starts as U(-1/sqrt(in), 1/sqrt(in)), B as zero: the model is the base to the bit. alpha / r, with rslora alpha / sqrt(r). */
+static void test_lora_start(void)
+{
+    struct GPT2 *model = random_model(37, 12, 64, 1, 2), *base = gpt2_copy(model);
+    adapter_new(model, (struct Adapter){.r = 64, .lora_alpha = 16, .target_modules = "c_attn mlp.c_proj", .use_rslora = true}, 5);
+    const struct Linear *wide = &model->h[0].mlp.c_proj, *rows[] = {&model->h[0].attn.c_attn, wide};
+    for (int i = 0; i < 2; i++) {
+        const struct Tensor *A = &rows[i]->lora_A;
+        double bound = 1 / sqrt((double)A->shape[1]), most = 0;
+        for (size_t k = 0; k < A->n; k++) most = MAX(most, fabs(A->w[k]));
+        expect_true("within the bound, and near it", most <= bound && most > 0.99 * bound);
+        expect_relative("variance of a uniform distribution", norm_of(A->w, A->n) * norm_of(A->w, A->n) / (double)A->n, bound * bound / 3, 0.05);
+        expect_close("B", norm_of(rows[i]->lora_B.w, rows[i]->lora_B.n), 0, 0);
+    }
+    expect_true("shapes", wide->lora_A.shape[0] == 64 && wide->lora_A.shape[1] == 256 && wide->lora_B.shape[0] == 64 && wide->lora_B.shape[1] == 64 && !model->h[0].mlp.c_fc.lora_A.n);
+    expect_close("rslora", wide->lora_scale, 16.0 / 8, 0);
+    struct Example e = random_example(12, 1, 37);
+    struct Batch batch = batch_of(&e, 1, READ_LAST);
+    expect_bits("the base's logits", batch_logits(model, &batch), batch_logits(base, &batch), 12 * 37);
+    gpt2_free(model);
+    gpt2_free(base);
+}
+
+/* Central differences of every A and B through the whole model; nothing else has a gradient. */
+static void test_lora_gradient(void)
+{
+    struct ModelCase c = model_case(0.8f, 5);
+    random_adapter(c.model, 3, "all-linear");
+    model_gradient(&c);
+    size_t adapted = 0;
+    for (size_t i = 0; i < c.model->tensor_count; i++) {
+        struct Tensor *t = c.model->tensors[i];
+        expect_true(t->name, (t->d != NULL) == (strstr(t->name, ".lora_") != NULL) && (t->m != NULL) == (t->d != NULL) && (t->v != NULL) == (t->d != NULL));
+        if (!t->d) continue;
+        expect_gradient(t->name, (struct Slope){model_loss, &c, 0.015}, t->w, t->d, t->n, 12, 2e-3);
+        expect_true("a gradient that is not zero", norm_of(t->d, t->n) > 1e-4);
+        adapted++;
+    }
+    expect_count("A and B of four layers in two blocks", adapted, 16);
+    gpt2_free(c.model);
+}
+
+/* Folded into its base, an adapter computes the same: many rows, few rows, and decoded; the base alone does not. */
+static void test_lora_merge(void)
+{
+    struct GPT2 *model = random_model(37, 24, 16, 2, 2), *base = gpt2_copy(model);
+    random_adapter(model, 3, "c_attn c_fc mlp.c_proj");
+    struct Example examples[] = {random_example(24, 1, 37), random_example(20, 1, 37)};
+    struct Batch batch = batch_of(examples, 2, READ_LAST), few = batch_of(examples + 1, 1, READ_LAST);
+    struct GenerationConfig config = generation_config();
+    struct Sequence s[2];
+    float *on[2] = {batch_logits(model, &batch), batch_logits(model, &few)}, *plain = batch_logits(base, &batch);
+    for (int merged = 0; merged < 2; merged++) {
+        if (merged) adapter_merge(model);
+        s[merged] = sequence_start(&test_arena, examples[0].ids, 4, 16, model, rng_seed(1, 1));
+        generate(model, &s[merged], 1, &config);
+    }
+    float *off = batch_logits(model, &batch), difference = 0;
+    for (size_t i = 0; i < 44 * 37; i++) difference = MAX(difference, fabsf(off[i] - plain[i]));
+    expect_true("an adapter that matters", difference > 0.5);
+    expect_floats("merged", off, widen(on[0], 44 * 37), 44 * 37, 1e-4);
+    expect_floats("merged, few rows", batch_logits(model, &few), widen(on[1], 20 * 37), 20 * 37, 1e-4);
+    expect_ids("decoded", s[1].ids, s[1].n, s[0].ids, s[0].n);
+    expect_true("no adapter is left", model->tensor_count == base->tensor_count && !model->adapter.r && !model->h[1].mlp.c_fc.lora_A.n);
+    gpt2_free(model);
+    gpt2_free(base);
+}
+
+/* The reference shares the base: of a new adapter it is the base to the bit, of one that goes on a copy that stays. */
+static void test_lora_reference(void)
+{
+    struct GPT2 *model = random_model(37, 12, 8, 2, 2), *base = gpt2_copy(model);
+    random_adapter(model, 3, "c_attn c_proj");
+    struct GPT2 *off = adapter_reference(model, false), *frozen = adapter_reference(model, true);
+    struct Example e = random_example(12, 1, 37);
+    struct Batch batch = batch_of(&e, 1, READ_LAST);
+    float *start = batch_logits(model, &batch);
+    for (size_t k = 0; k < model->h[1].attn.c_proj.lora_B.n; k++) model->h[1].attn.c_proj.lora_B.w[k] += (float)(k % 5);
+    expect_true("one copy of the base", off->wte.w == model->wte.w && frozen->h[1].mlp.c_fc.weight.w == model->h[1].mlp.c_fc.weight.w);
+    expect_bits("adapter off", batch_logits(off, &batch), batch_logits(base, &batch), 12 * 37);
+    expect_bits("frozen", batch_logits(frozen, &batch), start, 12 * 37);
+    expect_true("the model has moved", fabsf(batch_logits(model, &batch)[100] - start[100]) > 1e-3f);
+    gpt2_free(off);
+    gpt2_free(frozen);
+    gpt2_free(model);
+    gpt2_free(base);
+}
+
+/* Training: the base stays to the bit, decay or not; adapter and reward head move; on one to three threads the same. */
+static void test_lora_frozen(void)
+{
+    float *trained[4] = {NULL};
+    size_t n = 0, m = 0;
+    for (int threads = 1; threads <= 3; threads++) {
+        test_rng = rng_seed(7, 78);
+        use_threads(threads);
+        struct GPT2 *model = random_model(50, 40, 16, 2, 2), *base = gpt2_copy(model);
+        struct Example examples[8];
+        for (size_t i = 0; i < 8; i++) examples[i] = random_example(40, 1, 50);
+        reward_head_declare(model);
+        adapter_new(model, (struct Adapter){.r = 4, .lora_alpha = 8, .target_modules = "c_attn c_proj"}, 5);
+        struct Trainer trainer = trainer_of(model, 1e-2, 4, 4);
+        trainer.args.weight_decay = 0.1;
+        struct RewardTask task = {.texts = examples, .margin = (double[]){0, 0, 0, 0}};
+        trainer.task = (struct Task){.name = "reward", .n = 4, .data = &task, .loss = reward_loss};
+        trainer_train(&trainer);
+        for (size_t i = 0; i < base->tensor_count; i++) expect_bits(base->tensors[i]->name, model->tensors[i]->w, base->tensors[i]->w, base->tensors[i]->n);
+        for (size_t i = base->tensor_count; i < model->tensor_count; i++) expect_true(model->tensors[i]->name, norm_of(model->tensors[i]->w, model->tensors[i]->n) > 1e-3);
+        trained[threads] = all_weights(model, &n);
+        if (threads == 1) m = n;
+        expect_bits("threads", trained[threads], trained[1], MIN(n, m));
+        trainer_free(&trainer);
+        gpt2_free(model);
+        gpt2_free(base);
+    }
+    use_threads(1);
+}
+
+/* An adapter with both heads, saved and put to its base again: the same bits under PEFT's names; target_modules as a
+ * regular expression stays one, and the file's tensors say which layers it takes. */
+static void test_lora_round_trip(void)
+{
+    for (int pattern = 0; pattern < 2; pattern++) {
+        struct GPT2 *model = random_model(300, 12, 8, 2, 2), *loaded = gpt2_copy(model);
+        const char *path = temporary(pattern ? "lora_pattern" : "lora");
+        if (!pattern) tensor_normal(reward_head_declare(model), &test_rng, 1);
+        if (!pattern) value_head_init(model, 3);
+        random_adapter(model, 3, "attn.c_proj c_fc");
+        if (pattern) { model->adapter.pattern = true; model->adapter.target_modules = ".*(attn\\.c_proj|fc)"; }
+        model->adapter.use_rslora = true;
+        adapter_save(model, path, pattern ? NULL : tokenizer);
+        struct Json *config = json_read_file(&test_arena, arena_printf(&test_arena, "%s/adapter_config.json", path)), *targets = json_get(config, "target_modules");
+        expect_true("adapter_config.json", json_is_string(json_get(config, "peft_type"), "LORA") && json_get(config, "r")->number == 3 && json_get(config, "lora_alpha")->number == 6 && json_get(config, "use_rslora")->type == JSON_TRUE
+            && json_get(config, "fan_in_fan_out")->type == JSON_TRUE && json_is_string(json_get(config, "base_model_name_or_path"), "base") && json_is_string(json_get(config, "task_type"), pattern ? "CAUSAL_LM" : "SEQ_CLS"));
+        expect_true("target_modules", pattern ? json_is_string(targets, ".*(attn\\.c_proj|fc)") : json_is_string(targets->child, "attn.c_proj") && json_is_string(targets->child->next, "c_fc"));
+        expect_true("modules_to_save", pattern ? json_get(config, "modules_to_save")->type == JSON_NULL : json_is_string(json_get(config, "modules_to_save")->child->next, "score"));
+        struct SafeTensors st = safetensors_open(&test_arena, arena_printf(&test_arena, "%s/adapter_model.safetensors", path));
+        size_t entries = 0;
+        for (struct Json *item = st.header->child; item; item = item->next) entries++;
+        fclose(st.file);
+        expect_count("metadata, A and B of four layers, score", entries, pattern ? 9 : 10);
+        expect_true("PEFT's names", json_get(st.header, "base_model.model.transformer.h.1.mlp.c_fc.lora_B.weight") && (json_get(st.header, "base_model.model.score.weight") != NULL) == !pattern);
+        adapter_load(loaded, path);
+        expect_count("tensors", loaded->tensor_count, model->tensor_count);
+        for (size_t i = 0; i < 8; i++) {
+            struct Linear *a = adaptable(loaded, i), *b = adaptable(model, i);
+            expect_count("adapted alike", a->lora_A.n, b->lora_A.n);
+            expect_bits("A", a->lora_A.w, b->lora_A.w, b->lora_A.n);
+            expect_bits("B", a->lora_B.w, b->lora_B.w, b->lora_B.n);
+            if (b->lora_A.n) expect_close("6 / sqrt(3)", a->lora_scale, 6 / sqrt(3), 1e-6);
+        }
+        if (!pattern) expect_bits("score", loaded->score.w, model->score.w, 8);
+        if (!pattern) expect_bits("value head", loaded->v_head.weight.w, model->v_head.weight.w, 8);
+        expect_true("heads", pattern ? !loaded->score.n && !loaded->v_head.weight.n : loaded->v_head.bias.w[0] == model->v_head.bias.w[0]);
+        gpt2_free(loaded);
+        gpt2_free(model);
+    }
 }
 
 /* =============================================================================================
@@ -1792,16 +2101,21 @@ static void test_adamw_hand(void)
     expect_floats("first step: lr against the gradient's sign", t.w, (double[]){0.9, -0.9}, 2, 4e-6);
     expect_floats("m of the clipped gradient", t.m, (double[]){0.06, -0.08}, 2, 4e-6);
     expect_floats("v", t.v, (double[]){0.00036, 0.00064}, 2, 1e-8);
+    expect_true("the gradient is used up", t.d[0] == 0 && t.d[1] == 0);
     args.weight_decay = 0.5;
+    memcpy(t.d, (float[]){300, -400}, sizeof(float[2]));
     optimizer_step(&model, &args, 0.1, 2);
     expect_floats("second step with decay", t.w, (double[]){0.9 * 0.95 - 0.1, -0.9 * 0.95 + 0.1}, 2, 4e-6);
     t.decay = false;
     args.optim = "sgd";
     args.max_grad_norm = 0;
+    memcpy(t.d, (float[]){300, -400}, sizeof(float[2]));
     optimizer_step(&model, &args, 0.001, 3);
+    expect_true("used up by sgd", t.d[0] == 0 && t.d[1] == 0);
     expect_floats("sgd", t.w, (double[]){0.755 - 0.3, -0.755 + 0.4}, 2, 4e-6);
     t.decay = true;
     args.max_grad_norm = 1;
+    memcpy(t.d, (float[]){300, -400}, sizeof(float[2]));
     optimizer_step(&model, &args, 0.1, 4);
     expect_floats("sgd, clipped and decayed", t.w, (double[]){0.455 * 0.95 - 0.06, -0.355 * 0.95 + 0.08}, 2, 4e-6);
 }
@@ -1846,12 +2160,9 @@ static void test_trainer_steps(void)
     float *gradient[2];
     for (int run = 0; run < 2; run++) {
         trainer.args.per_device_train_batch_size = run ? 3 : 11;
+        gpt2_zero_grad(model);
         loss[run] = trainer_accumulate(&trainer, order, 11);
-        for (size_t i = 0; i < model->tensor_count; i++) memcpy(model->tensors[i]->w, model->tensors[i]->d, model->tensors[i]->n * sizeof(float));
-        gradient[run] = all_weights(model, &n);
-        fill_random((test_rng = rng_seed(1, 1), model));
-        if (run == 0) loss[0] = trainer_accumulate(&trainer, order, 11);
-        if (run == 0) for (size_t i = 0, at = 0; i < model->tensor_count; at += model->tensors[i++]->n) memcpy(gradient[0] + at, model->tensors[i]->d, model->tensors[i]->n * sizeof(float));
+        gradient[run] = all_gradients(model, &n);
     }
     expect_close("loss in pieces", loss[1], loss[0], 1e-6);
     expect_floats("gradient in pieces", gradient[1], widen(gradient[0], n), n, 2e-6);
@@ -2023,6 +2334,20 @@ static void test_generate_decode(void)
                 expect_floats("hidden", hidden + row * 16, widen(acts.ln_f + (whole.start[slot[i]] + fed[slot[i]]) * 16, 16), 16, 2e-5);
     }
     gpt2_free(model);
+}
+
+static int compare_down(const void *a, const void *b) { return (*(const float *)a < *(const float *)b) - (*(const float *)a > *(const float *)b); }
+
+/* The k-th largest against sorting, among equals and infinities too. */
+static void test_kth_largest(void)
+{
+    for (size_t n = 1; n < 60; n++)
+        for (size_t k = 1; k <= n; k++) {
+            float x[60], sorted[60];
+            for (size_t i = 0; i < n; i++) x[i] = sorted[i] = n % 3 == 0 ? (float)rng_below(&test_rng, 4) : rng_below(&test_rng, 9) ? (float)rng_normal(&test_rng) : -INFINITY;
+            qsort(sorted, n, sizeof *sorted, compare_down);
+            expect_true("k-th largest", kth_largest(x, n, k) == sorted[k - 1]);
+        }
 }
 
 /* Sampled texts with the cache against a whole pass for each token, alone and together, on one to three threads. */
@@ -2518,6 +2843,7 @@ static void test_ppo_gradient(void)
     struct Rollout rollouts[4];
     struct PPOTrainer *ppo = ppo_of(ppo_config(), 0, rollouts);
     struct PPOModelCase c = {ppo, rollouts, ppo_evaluate_rollouts(ppo, rollouts, (float[]){-1, 0, 1, 2})};
+    c.p.fresh = false;                       /* the weights will be moved one by one */
     ppo_advantages(&ppo->config, &c.p);
     gpt2_zero_grad(ppo->model);
     ppo_model_loss(&c);
@@ -3067,6 +3393,85 @@ static void test_cli_course(void)
     for (size_t i = 0; i < COUNT(COMMANDS); i++) expect_true(COMMANDS[i].name, strstr(out.data, COMMANDS[i].name) && COMMANDS[i].groups);
 }
 
+static void load_one_adapter(const void *path)
+{
+    struct GPT2 *model = new_model(300, 12, 8, 2, 2);
+    adapter_load(model, path);
+}
+
+/* Adapters: settings that would compute something else, tensors that are missing, misshapen, or of another model. */
+static void test_lora_broken(void)
+{
+    static const char *const edits[][3] = {{"\"LORA\"", "\"IA3\"", "peft_type is not \"LORA\""}, {"\"use_dora\": false", "\"use_dora\": true", "\"use_dora\" changes the mathematics"},
+        {"\"r\": 3", "\"rank_pattern\": {\"c_fc\": 2}, \"r\": 3", "\"rank_pattern\" changes"}, {"\"r\": 3", "\"layers_to_transform\": [0], \"r\": 3", "\"layers_to_transform\" changes"},
+        {"\"bias\": \"none\"", "\"bias\": \"all\"", "\"bias\" is not \"none\""}, {"\"init_lora_weights\": true", "\"init_lora_weights\": \"pissa\"", "\"init_lora_weights\": \"pissa\""},
+        {"\"modules_to_save\": null", "\"modules_to_save\": [\"wte\"]", "\"modules_to_save\": only \"score\""}, {"\"r\": 3", "\"r\": 0", "\"r\" must be 1 or more"}, {"\"r\": 3", "\"r\": 2.5", "\"r\" must be a whole number"},
+        {"\"r\": 3", "\"r\": 4", "lora_A.weight: expected shape [4, 8], found [3, 8]"}, {"\"c_fc\"]", "\"c_fc\", \"c_attn\"]", "attn.c_attn.lora_A.weight is missing; expected shape [3, 8]"},
+        {", \"c_fc\"]", "]", "no layer of this model takes tensor base_model.model.transformer.h.0.mlp.c_fc.lora_A.weight"}, {"[\"attn.c_proj\", \"c_fc\"]", "[\"q_proj\"]", "take no layer of this model"},
+        {"\"target_modules\": [", "\"target_modules\": [1, ", "\"target_modules\" must be a list of names"}};
+    struct GPT2 *model = new_model(300, 12, 8, 2, 2);
+    random_adapter(model, 3, "attn.c_proj c_fc");
+    adapter_save(model, temporary("odd_lora"), NULL);
+    gpt2_free(model);
+    struct Text config = read_file(&test_arena, temporary("odd_lora/adapter_config.json"));
+    for (size_t i = 0; i < COUNT(edits); i++) {
+        struct Text text = replaced(config, edits[i][0], edits[i][1]);
+        write_bytes("odd_lora/adapter_config.json", text.data, text.length);
+        expect_end(edits[i][1], load_one_adapter, temporary("odd_lora"), 1, edits[i][2]);
+    }
+    write_bytes("odd_lora/adapter_config.json", config.data, config.length);
+    const char *model_path = saved_model("lora_base"), *const arguments[] = {"align", "next", "--model_name_or_path", temporary("odd_lora"), "--prompt", "x", "--tokenizer", tokenizer->path, NULL};
+    expect_end("no base", run_command, arguments, 1, "its base \"base\" is not here");
+    expect_end("no adapter", load_one_adapter, model_path, 1, "no adapter_config.json inside");
+    unlink(temporary("odd_lora/adapter_model.safetensors"));
+    expect_end("no tensors", load_one_adapter, temporary("odd_lora"), 1, "no adapter_model.safetensors inside");
+}
+
+/* The commands: a new adapter by sft, reward, ppo and dpo; dpo that goes on with sft's; merged, beside its base and as a
+ * model's folder it gives the same log-probabilities; a folder for the one kind is not written by the other. */
+static void test_cli_lora(void)
+{
+    write_text("texts.jsonl", "{\"text\": \"A good film, and a fine one.\"}\n{\"text\": \"A bad film. It is dull and long.\"}\n");
+    write_text("pairs.jsonl", "{\"prompt\": \"A film\", \"chosen\": \" that is good\", \"rejected\": \" that is bad\"}\n{\"prompt\": \"It\", \"chosen\": \" is fine\", \"rejected\": \" is dull\"}\n");
+    struct GPT2 *base = new_model(400, 32, 8, 1, 2);
+    gpt2_save(base, temporary("base"), tokenizer);
+    gpt2_free(base);
+    #define LORA "--model_name_or_path", "@base", "--max_steps", "3", "--learning_rate", "0.05", "--output_dir"
+    static const char *const commands[][24] = {
+        {"sft", LORA, "@la_sft", "--use_peft", "--dataset_name", "@texts.jsonl", "--lora_r", "2", "--lora_alpha=6", "--lora_target_modules", "c_attn", "mlp.c_proj", "--use_rslora"},
+        {"reward", LORA, "@la_reward", "--use_peft", "--dataset_name", "@pairs.jsonl"},
+        {"ppo", LORA, "@la_ppo", "--use_peft", "--reward_model_path", "@la_reward", "--dataset_name", "@texts.jsonl", "--batch_size", "4", "--mini_batch_size", "2"},
+        {"ppo", LORA, "@la_replay", "--use_peft", "--rollouts", "@la_ppo/rollouts.jsonl", "--batch_size", "4", "--mini_batch_size", "2"},
+        {"dpo", LORA, "@la_dpo", "--peft_adapter", "@la_sft", "--dataset_name", "@pairs.jsonl", "--logging_steps", "1", "--loss_type", "sigmoid", "ipo", "--loss_weights", "1", "0"},
+        {"dpo", LORA, "@la_new", "--use_peft", "--dataset_name", "@pairs.jsonl"},
+        {"merge", "--model_name_or_path", "@base", "--peft_adapter", "@la_dpo", "--output_dir", "@la_merged"}};
+    for (size_t i = 0; i < COUNT(commands); i++) command_output(commands[i]);
+    struct Text with = command_output((const char *const[]){"logprob", "--model_name_or_path", "@base", "--peft_adapter", "@la_dpo", "--dataset_name", "@texts.jsonl", NULL});
+    expect_text("an adapter's folder as the model", command_output((const char *const[]){"logprob", "--model_name_or_path", "@la_dpo", "--dataset_name", "@texts.jsonl", NULL}), with.data);
+    expect_text("merged", command_output((const char *const[]){"logprob", "--model_name_or_path", "@la_merged", "--dataset_name", "@texts.jsonl", NULL}), with.data);
+    struct Text alone = command_output((const char *const[]){"logprob", "--model_name_or_path", "@base", "--dataset_name", "@texts.jsonl", NULL});
+    struct Text before = command_output((const char *const[]){"logprob", "--model_name_or_path", "@la_sft", "--dataset_name", "@texts.jsonl", NULL});
+    expect_true("trained: not the base, not sft's adapter", strcmp(alone.data, with.data) != 0 && strcmp(before.data, with.data) != 0);
+    const char *files[][2] = {{"@la_ppo/adapter_model.safetensors", "@la_replay/adapter_model.safetensors"}, {"@la_ppo/model.safetensors", "@la_replay/model.safetensors"}};
+    for (int i = 0; i < 2; i++) {
+        struct Text a = read_file(&test_arena, temporary(files[i][0] + 1)), b = read_file(&test_arena, temporary(files[i][1] + 1));
+        expect_true("replayed rollouts", a.length == b.length && memcmp(a.data, b.data, a.length) == 0);
+    }
+    struct Json *first = json_get(json_get(json_read_file(&test_arena, temporary("la_dpo/trainer_state.json")), "log_history")->child, "loss");
+    expect_close("dpo starts at ln 2: the reference is sft's adapter", first ? first->number : NAN, log(2), 1e-6);
+    static const struct { int status; const char *message, *words[14]; } cases[] = {
+        {2, "--lora_dropout 0.1: only 0 is implemented", {"sft", "--use_peft", "--lora_dropout", "0.1"}}, {2, "--lora_r 0", {"sft", "--use_peft", "--lora_r", "0"}},
+        {2, "give one of them", {"sft", "--use_peft", "--peft_adapter", "@la_sft"}}, {1, "--lora_target_modules \"wte\": no linear layer", {"sft", "--use_peft", "--lora_target_modules", "c_attn", "wte"}},
+        {1, "holds a model already", {"sft", "--use_peft", "--dataset_name", "@texts.jsonl", "--output_dir", "@base"}}, {1, "holds an adapter already", {"sft", "--dataset_name", "@texts.jsonl", "--output_dir", "@la_sft"}},
+        {2, "merge needs an adapter", {"merge", "--output_dir", "@x"}}, {1, "is itself an adapter", {"sft", "--peft_adapter", "@la_sft", "--model_name_or_path", "@la_dpo"}}};
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        const char *arguments[20] = {"align", cases[i].words[0], "--tokenizer", tokenizer->path, "--model_name_or_path", temporary("base")};
+        for (size_t k = 1; k < 14 && cases[i].words[k]; k++) arguments[k + 5] = cases[i].words[k][0] == '@' ? temporary(cases[i].words[k] + 1) : cases[i].words[k];
+        expect_end(cases[i].message, run_command, arguments, cases[i].status, cases[i].message);
+    }
+    #undef LORA
+}
+
 /* =============================================================================================
  * Fixtures: models of transformers and what it computed for them (--fixtures DIR)
  * ============================================================================================= */
@@ -3182,16 +3587,17 @@ static const struct { const char *name; void (*run)(void); } TESTS[] = {
     {"tokenizer_long_word", test_tokenizer_long_word}, {"tokenizer_small", test_tokenizer_small}, {"tokenizer_save", test_tokenizer_save},
     {"data_shapes", test_data_shapes}, {"data_folder", test_data_folder}, {"data_implicit_prompt", test_data_implicit_prompt},
     {"data_prompt_completion", test_data_prompt_completion}, {"data_pairs", test_data_pairs}, {"data_length_sampler", test_data_length_sampler},
-    {"collate", test_collate}, {"sigmoid", test_sigmoid}, {"softmax", test_softmax}, {"entropy", test_entropy}, {"kl", test_kl}, {"exp_fast", test_exp_fast},
-    {"rows", test_rows}, {"matmul", test_matmul}, {"matmul_plain", test_matmul_plain}, {"matmul_threads", test_matmul_threads}, {"linear_golden", test_linear_golden},
+    {"collate", test_collate}, {"collate_pairs", test_collate_pairs}, {"sigmoid", test_sigmoid}, {"softmax", test_softmax}, {"entropy", test_entropy}, {"kl", test_kl}, {"exp_fast", test_exp_fast}, {"sqrt_fast", test_sqrt_fast},
+    {"rows", test_rows}, {"matmul", test_matmul}, {"matmul_plain", test_matmul_plain}, {"matmul_threads", test_matmul_threads}, {"linear_golden", test_linear_golden}, {"few_rows", test_few_rows},
     {"linear_gradient", test_linear_gradient}, {"layernorm", test_layernorm}, {"layernorm_gradient", test_layernorm_gradient}, {"gelu", test_gelu},
     {"gelu_gradient", test_gelu_gradient}, {"attention", test_attention}, {"attention_gradient", test_attention_gradient}, {"gpt2_golden", test_gpt2_golden},
     {"gpt2_gradient_golden", test_gpt2_gradient_golden}, {"gpt2_gradient", test_gpt2_gradient}, {"gpt2_chunks", test_gpt2_chunks}, {"gpt2_packed", test_gpt2_packed},
     {"gpt2_init", test_gpt2_init}, {"gpt2_save", test_gpt2_save}, {"gpt2_load", test_gpt2_load}, {"reward_golden", test_reward_golden}, {"reward_rows", test_reward_rows},
-    {"reward_head_gradient", test_reward_head_gradient}, {"adamw_golden", test_adamw_golden}, {"adamw_hand", test_adamw_hand}, {"schedule", test_schedule},
+    {"reward_head_gradient", test_reward_head_gradient}, {"lora_hand", test_lora_hand}, {"lora_targets", test_lora_targets}, {"lora_start", test_lora_start}, {"lora_gradient", test_lora_gradient}, {"lora_merge", test_lora_merge},
+    {"lora_reference", test_lora_reference}, {"lora_frozen", test_lora_frozen}, {"lora_round_trip", test_lora_round_trip}, {"lora_broken", test_lora_broken}, {"adamw_golden", test_adamw_golden}, {"adamw_hand", test_adamw_hand}, {"schedule", test_schedule},
     {"trainer_steps", test_trainer_steps}, {"trainer_state", test_trainer_state}, {"trainer_threads", test_trainer_threads}, {"generate_golden", test_generate_golden},
     {"generate_filters_golden", test_generate_filters_golden}, {"generate_processors", test_generate_processors}, {"generate_distribution", test_generate_distribution},
-    {"generate_decode", test_generate_decode}, {"generate_cache", test_generate_cache}, {"language_pack", test_language_pack},
+    {"generate_decode", test_generate_decode}, {"kth_largest", test_kth_largest}, {"generate_cache", test_generate_cache}, {"language_pack", test_language_pack},
     {"language_sft_rows", test_language_sft_rows}, {"language_overfit", test_language_overfit}, {"bradley_terry", test_bradley_terry},
     {"bradley_terry_gradient", test_bradley_terry_gradient}, {"reward_gradient", test_reward_gradient}, {"reward_overfit", test_reward_overfit},
     {"ppo_whiten_golden", test_ppo_whiten_golden}, {"ppo_scores_golden", test_ppo_scores_golden}, {"ppo_kl_controller", test_ppo_kl_controller},
@@ -3200,7 +3606,7 @@ static const struct { const char *name; void (*run)(void); } TESTS[] = {
     {"ppo_threads", test_ppo_threads}, {"ppo_raises_reward", test_ppo_raises_reward}, {"ppo_replay", test_ppo_replay}, {"dpo_golden", test_dpo_golden},
     {"dpo_gradient", test_dpo_gradient}, {"dpo_model_gradient", test_dpo_model_gradient}, {"dpo_pairs", test_dpo_pairs}, {"dpo_overfit", test_dpo_overfit},
     {"evaluation", test_evaluation}, {"broken_weights", test_broken_weights}, {"broken_config", test_broken_config}, {"broken_data", test_broken_data},
-    {"broken_tokenizer", test_broken_tokenizer}, {"cli_errors", test_cli_errors}, {"cli_course", test_cli_course}, {"fixtures_gradient", test_fixtures_gradient},
+    {"broken_tokenizer", test_broken_tokenizer}, {"cli_errors", test_cli_errors}, {"cli_course", test_cli_course}, {"cli_lora", test_cli_lora}, {"fixtures_gradient", test_fixtures_gradient},
     {"fixtures_logprob", test_fixtures_logprob}, {"fixtures_reward", test_fixtures_reward},
 };
 
