@@ -1223,7 +1223,7 @@ static void test_rows(void)
  * Chapter 6 - Matrix multiplication
  * ============================================================================================= */
 
-static const struct Kernel *widest_kernel;
+static const struct Kernel *widest_kernel;     /* NULL under ALIGN_KERNEL=plain: nothing to compare */
 
 /* A product by its definition and by every kernel this machine has, in the four transposed forms, from zero, from C
  * itself and from one row (a bias), between guards. */
@@ -1235,7 +1235,7 @@ static void compare_matmul(size_t M, size_t N, size_t K)
     for (int form = 0; form < 4; form++) {
         struct Matrix left = form & 1 ? transposed(a, M) : matrix(a, K), right = form & 2 ? transposed(b, K) : matrix(b, N);
         matmul_plain(plain, c_row, NULL, 0, left, right, M, N, K);
-        for (int run = 0; run < 3 * (int)(widest_kernel - KERNELS + 1); run++) {
+        for (int run = 0; widest_kernel && run < 3 * (int)(widest_kernel - KERNELS + 1); run++) {
             int from = run % 3;
             kernel = &KERNELS[run / 3];
             memcpy(got, before, M * c_row * sizeof *got);
