@@ -4622,18 +4622,20 @@ struct RolloutSource {
     size_t *order, at;                 /* a shuffled pass over the prompts, renewed at its end */
     struct Rng shuffle, lengths, sample;
     struct LengthSampler output_length;
+    size_t num_generations;            /* answers to a prompt, one after the other */
     struct GenerationConfig generation;
 };
 
 static void collect_rollouts(struct RolloutSource *source, const struct GPT2 *policy, const struct Scorer *scorer, struct Arena *arena, struct Rollout *rollouts, size_t n)
 {
     struct Sequence *sequences = arena_alloc(arena, n, sizeof *sequences);
+    const struct Example *prompt = NULL;
     for (size_t i = 0; i < n; i++) {
-        if (source->at == source->n) {
+        if (source->at == source->n && i % source->num_generations == 0) {
             rng_shuffle(&source->shuffle, source->order, source->n);
             source->at = 0;
         }
-        const struct Example *prompt = &source->prompts[source->order[source->at++]];
+        if (i % source->num_generations == 0) prompt = &source->prompts[source->order[source->at++]];
         struct Rng own = rng_seed(rng_next(&source->sample), STREAM_SAMPLE);
         sequences[i] = sequence_start(arena, prompt->ids, prompt->n, length_sampler(&source->output_length, &source->lengths), policy, own);
     }
@@ -5209,7 +5211,7 @@ static void course_ppo(struct Course *course)
     ppo->name = "3/4 ppo";
     struct RolloutSource source = {.prompts = course->prompts, .n = course->prompt_n, .at = course->prompt_n, .order = arena_alloc(&course->arena, course->prompt_n, sizeof(size_t)),
         .shuffle = rng_seed(course->seed, STREAM_ORDER), .lengths = rng_seed(course->seed, STREAM_LENGTH), .sample = rng_seed(course->seed, STREAM_SAMPLE),
-        .output_length = {16, 29}, .generation = course_generation(course)};
+        .output_length = {16, 29}, .num_generations = 1, .generation = course_generation(course)};
     for (size_t i = 0; i < source.n; i++) source.order[i] = i;
     struct TrainerState state = {0};
     char *folder = arena_printf(&course->arena, "%s/ppo", course->output_dir);
@@ -5592,12 +5594,17 @@ struct Options {
     struct TrainingArguments train;
     struct PPOConfig ppo;
     struct GenerationConfig generation;
-    struct GPT2Config model;
+    struct GPT2Config config;
     struct DPOConfig dpo;
     double center_rewards_coefficient;
     size_t input_min_text_length, input_max_text_length, output_min_length, output_max_length;
     size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps, top_n, tokenize_vocab_size;
     bool json, jsonl, decode, help, quiet, max_length_given, use_peft;
+    /* What a command opens and main closes. */
+    struct Arena arena;
+    struct Tokenizer *tok;
+    struct GPT2 *model, *reference, *reward_model;
+    struct Dataset *data, *eval;
 };
 
 /* Groups of flags; a command takes some of them. */
@@ -5644,11 +5651,11 @@ static const struct Flag FLAGS[] = {
     {"eval_steps", KIND_SIZE, AT(train.eval_steps), G_RUN, "steps between evaluations; default: at the end"},
     {"max_length", KIND_SIZE, AT(train.max_length), G_RUN | G_BATCH | G_LENGTH, "longest sequence in tokens"},
     {"train_sampling_strategy", KIND_STRING, AT(train.train_sampling_strategy), G_RUN, "random, sequential"},
-    {"n_layer", KIND_SIZE, AT(model.n_layer), G_NEW, "blocks of a new model"},
-    {"n_head", KIND_SIZE, AT(model.n_head), G_NEW, "attention heads"},
-    {"n_embd", KIND_SIZE, AT(model.n_embd), G_NEW, "width"},
-    {"n_positions", KIND_SIZE, AT(model.n_positions), G_NEW, "longest context"},
-    {"vocab_size", KIND_SIZE, AT(model.vocab_size), G_NEW, "ids, the end token included"},
+    {"n_layer", KIND_SIZE, AT(config.n_layer), G_NEW, "blocks of a new model"},
+    {"n_head", KIND_SIZE, AT(config.n_head), G_NEW, "attention heads"},
+    {"n_embd", KIND_SIZE, AT(config.n_embd), G_NEW, "width"},
+    {"n_positions", KIND_SIZE, AT(config.n_positions), G_NEW, "longest context"},
+    {"vocab_size", KIND_SIZE, AT(config.vocab_size), G_NEW, "ids, the end token included"},
     {"vocab_size", KIND_SIZE, AT(tokenize_vocab_size), G_TOKENIZE, "the smaller vocabulary of a model with so many ids"},
     {"center_rewards_coefficient", KIND_DOUBLE, AT(center_rewards_coefficient), G_REWARD, "weight of (r_chosen + r_rejected)^2"},
     {"beta", KIND_DOUBLE, AT(dpo.beta), G_DPO, "how strongly DPO holds to the reference"},
@@ -5701,21 +5708,6 @@ static const struct Flag FLAGS[] = {
     {"help", KIND_BOOL, AT(help), G_ALL, "this page"},
 };
 
-static struct Tokenizer *load_tokenizer(const struct Options *o)
-{
-    char path[PATH_MAX] = "tokenizer.bin", program[PATH_MAX];
-    if (o->tokenizer) return tokenizer_load(o->tokenizer);
-    ssize_t n = readlink("/proc/self/exe", program, sizeof program - 16);
-    if (n > 0) {
-        program[n] = 0;
-        char *slash = strrchr(program, '/');
-        strcpy(slash ? slash + 1 : program, "tokenizer.bin");
-        if (file_exists(program)) return tokenizer_load(program);
-    }
-    CHECK(file_exists(path), "tokenizer.bin is neither beside the program nor in the current folder; name it with --tokenizer, or make it: python3 prepare_imdb.py tokenizer --source DIR");
-    return tokenizer_load(path);
-}
-
 /* A file that ships with the program: beside it, or in the current folder. */
 static const char *shipped_file(struct Arena *arena, const char *name)
 {
@@ -5729,6 +5721,13 @@ static const char *shipped_file(struct Arena *arena, const char *name)
         if (file_exists(path)) return path;
     }
     return name;
+}
+
+static struct Tokenizer *load_tokenizer(struct Options *o)
+{
+    const char *path = o->tokenizer ? o->tokenizer : shipped_file(&o->arena, "tokenizer.bin");
+    CHECK(o->tokenizer || file_exists(path), "tokenizer.bin is neither beside the program nor in the current folder; name it with --tokenizer, or make it: python3 prepare_imdb.py tokenizer --source DIR");
+    return o->tok = tokenizer_load(path);
 }
 
 static bool is_adapter(const char *folder)
@@ -5786,16 +5785,23 @@ static struct GPT2 *load_adapted(const struct Options *o, const struct Tokenizer
 }
 
 /* --ref_model, or the start model: of an adapter without a second copy of the base. */
-static struct GPT2 *load_reference(const struct Options *o, const struct GPT2 *model, const struct Tokenizer *tok)
+static void load_reference(struct Options *o)
 {
-    struct GPT2 *ref_model = o->ref_model ? load_model(o->ref_model, tok) : model->adapter.r ? adapter_reference(model, o->peft_adapter != NULL) : gpt2_copy(model);
-    CHECK(ref_model->config.vocab_size == model->config.vocab_size, "--ref_model %s has %zu ids, the model %zu", o->ref_model, ref_model->config.vocab_size, model->config.vocab_size);
-    return ref_model;
+    const struct GPT2 *model = o->model;
+    o->reference = o->ref_model ? load_model(o->ref_model, o->tok) : model->adapter.r ? adapter_reference(model, o->peft_adapter != NULL) : gpt2_copy(model);
+    CHECK(o->reference->config.vocab_size == model->config.vocab_size, "--ref_model %s has %zu ids, the model %zu", o->ref_model, o->reference->config.vocab_size, model->config.vocab_size);
 }
 
 static void check_reward_model(const struct GPT2 *model, const char *folder)
 {
     CHECK(model->score.n, "%s: has no score.weight: it is no reward model; train one: align reward", folder);
+}
+
+static struct GPT2 *load_reward_model(const char *folder, const struct Tokenizer *tok)
+{
+    struct GPT2 *model = load_model(folder, tok);
+    check_reward_model(model, folder);
+    return model;
 }
 
 static const char *need(const char *value, const char *flag)
@@ -5804,94 +5810,122 @@ static const char *need(const char *value, const char *flag)
     return value;
 }
 
-static struct Dataset *load_data(const char *path, const unsigned *shapes, size_t count) { return dataset_load(need(path, "dataset_name"), shapes, count); }
+/* Opens the model, its tokenizer, and the data with what is held out: what a command starts with. */
+static void open_model(struct Options *o, bool train)
+{
+    load_tokenizer(o);
+    o->model = load_adapted(o, o->tok, train);
+}
+
+static void open_data(struct Options *o, const unsigned *shapes, size_t count)
+{
+    o->data = dataset_load(need(o->dataset_name, "dataset_name"), shapes, count);
+    if (o->eval_dataset) o->eval = dataset_load(o->eval_dataset, &o->data->shape, 1);
+}
+
+static void options_close(struct Options *o)
+{
+    dataset_free(o->data);
+    dataset_free(o->eval);
+    gpt2_free(o->model);
+    gpt2_free(o->reference);
+    gpt2_free(o->reward_model);
+    if (o->tok) tokenizer_free(o->tok);
+    arena_free(&o->arena);
+}
+
+static void tokenize_decode(const struct Tokenizer *tok, const char *at, size_t V, const char *path)
+{
+    for (size_t place = 1;; place++) {
+        at += strspn(at, " \t\r\n\v\f,[]");
+        if (!*at) break;
+        char *end;
+        long id = strtol(at, &end, 10);
+        CHECK(end != at && id >= 0 && (size_t)id < V, "%s: number %zu (\"%.12s\") is no id from 0 to %zu", path, place, at, V - 1);
+        struct Text piece = tokenizer_decode(tok, (int)id, V);
+        fwrite(piece.data, 1, piece.length, stdout);
+        at = end;
+    }
+}
+
+static void tokenize_jsonl(const struct Tokenizer *tok, struct Text in, size_t V, const char *path)
+{
+    struct Arena arena = {0};
+    const char *at = in.data, *end = in.data + in.length;
+    for (size_t line = 1; at < end; line++) {
+        const char *stop = memchr(at, '\n', (size_t)(end - at));
+        if (!stop) stop = end;
+        struct Text text = {at, (size_t)(stop - at)};
+        at = stop + 1;
+        if (strspn(text.data, " \t\r\n") >= text.length) continue;
+        arena_reset(&arena);
+        struct Row row = dataset_row(&arena, &arena, text, path, line);
+        CHECK(row.has & HAS_TEXT, "%s:%zu: expected \"text\"", path, line);
+        struct Example e = example_encode(&arena, tok, row.text, V, false);
+        fputs("{\"input_ids\": ", stdout);
+        json_write_ids(stdout, e.ids, e.n);
+        fputs("}\n", stdout);
+    }
+    arena_free(&arena);
+}
 
 static void command_tokenize(struct Options *o)
 {
-    struct Arena arena = {0};
     struct Tokenizer *tok = load_tokenizer(o);
     size_t V = o->tokenize_vocab_size;
     CHECK(V > BYTE_TOKENS && V <= tok->vocab_size, "--vocab_size %zu: a vocabulary has 257 to %zu ids", V, tok->vocab_size);
     const char *path = o->file ? o->file : "-";
-    struct Text in = read_file(&arena, path);
-    if (o->decode) {
-        const char *at = in.data;
-        for (size_t place = 1;; place++) {
-            while (isspace((unsigned char)*at) || *at == ',' || *at == '[' || *at == ']') at++;
-            if (!*at) break;
-            char *end;
-            long id = strtol(at, &end, 10);
-            CHECK(end != at && id >= 0 && (size_t)id < V, "%s: number %zu (\"%.12s\") is no id from 0 to %zu", path, place, at, V - 1);
-            struct Text piece = tokenizer_decode(tok, (int)id, V);
-            fwrite(piece.data, 1, piece.length, stdout);
-            at = end;
-        }
-    } else if (o->jsonl) {
-        struct Arena line_arena = {0};
-        const char *at = in.data, *end = in.data + in.length;
-        for (size_t line = 1; at < end; line++) {
-            const char *stop = memchr(at, '\n', (size_t)(end - at));
-            if (!stop) stop = end;
-            struct Text text = {at, (size_t)(stop - at)};
-            at = stop + 1;
-            if (strspn(text.data, " \t\r\n") >= text.length) continue;
-            struct Row row = dataset_row(&line_arena, &line_arena, text, path, line);
-            CHECK(row.has & HAS_TEXT, "%s:%zu: expected \"text\"", path, line);
-            struct Example e = example_encode(&line_arena, tok, row.text, V, false);
-            fputs("{\"input_ids\": ", stdout);
-            json_write_ids(stdout, e.ids, e.n);
-            fputs("}\n", stdout);
-            arena_reset(&line_arena);
-        }
-        arena_free(&line_arena);
-    } else {
-        struct Example e = example_encode(&arena, tok, in, V, false);
+    struct Text in = read_file(&o->arena, path);
+    if (o->decode) tokenize_decode(tok, in.data, V, path);
+    else if (o->jsonl) tokenize_jsonl(tok, in, V, path);
+    else {
+        struct Example e = example_encode(&o->arena, tok, in, V, false);
         for (size_t i = 0; i < e.n; i++) printf("%s%d", i ? " " : "", e.ids[i]);
         putchar('\n');
     }
-    arena_free(&arena);
-    tokenizer_free(tok);
 }
 
-static struct Trainer trainer_new(struct Options *o, struct GPT2 *model, const struct Tokenizer *tok)
+static struct Trainer trainer_new(const struct Options *o)
 {
-    struct Trainer trainer = {.model = model, .tok = tok, .args = o->train};
-    trainer.args.max_length = MIN(o->train.max_length, model->config.n_positions);
+    struct Trainer trainer = {.model = o->model, .tok = o->tok, .args = o->train};
+    trainer.args.max_length = MIN(o->train.max_length, o->model->config.n_positions);
     return trainer;
 }
 
 /* The folder for the result. One that holds a model cannot take an adapter too, nor the other way round: who
  * loads it could not know which of them is meant. */
-static void open_output_dir(const struct Options *o, const struct GPT2 *model)
+static void open_output_dir(const struct Options *o)
 {
     char path[PATH_MAX];
+    bool adapter = o->model->adapter.r > 0;
     make_folder(need(o->output_dir, "output_dir"));
     snprintf(path, sizeof path, "%.4000s/config.json", o->output_dir);
-    CHECK(model->adapter.r ? !file_exists(path) : !is_adapter(o->output_dir), "--output_dir %s: holds %s already; choose another folder for %s", o->output_dir, model->adapter.r ? "a model" : "an adapter", model->adapter.r ? "the adapter" : "the model");
+    CHECK(adapter ? !file_exists(path) : !is_adapter(o->output_dir), "--output_dir %s: holds %s already; choose another folder for %s", o->output_dir, adapter ? "a model" : "an adapter", adapter ? "the adapter" : "the model");
 }
 
-static void save_result(const struct Options *o, struct GPT2 *model, const struct Tokenizer *tok)
+static void save_result(const struct Options *o, const struct TrainerState *state)
 {
-    if (model->adapter.r) adapter_save(model, o->output_dir, tok);
-    else gpt2_save(model, o->output_dir, tok);
+    if (o->model->adapter.r) adapter_save(o->model, o->output_dir, o->tok);
+    else gpt2_save(o->model, o->output_dir, o->tok);
+    if (state) trainer_state_save(state, &o->train, o->output_dir);
+    say("saved to %s\n", o->output_dir);
 }
 
 /* Trains, evaluates, saves: what every training command ends with. */
 static void finish_training(struct Options *o, struct Trainer *trainer)
 {
-    open_output_dir(o, trainer->model);
+    open_output_dir(o);
     trainer_train(trainer);
     if (trainer->task.eval_n) trainer_evaluate(trainer);
-    save_result(o, trainer->model, trainer->tok);
-    trainer_state_save(&trainer->state, &trainer->args, o->output_dir);
-    say("saved to %s\n", o->output_dir);
+    save_result(o, &trainer->state);
     trainer_free(trainer);
 }
 
-static struct Example *encode_texts(struct Arena *arena, const struct Tokenizer *tok, const struct Dataset *data, size_t V)
+static struct Example *encode_texts(struct Options *o, const struct Dataset *data)
 {
-    struct Example *texts = arena_alloc(arena, data->n, sizeof *texts);
-    for (size_t i = 0; i < data->n; i++) texts[i] = example_encode(arena, tok, data->rows[i].text, V, true);
+    if (!data) return NULL;
+    struct Example *texts = arena_alloc(&o->arena, data->n, sizeof *texts);
+    for (size_t i = 0; i < data->n; i++) texts[i] = example_encode(&o->arena, o->tok, data->rows[i].text, o->model->config.vocab_size, true);
     return texts;
 }
 
@@ -5906,58 +5940,38 @@ static const unsigned RATED_SHAPES[] = {SHAPE_RATED};
 
 static void command_pretrain(struct Options *o)
 {
-    struct Arena arena = {0};
-    struct Tokenizer *tok = load_tokenizer(o);
-    o->model.eos_token_id = o->model.pad_token_id = end_token_of(o->model.vocab_size);
-    config_check(&o->model, "command line");
-    struct GPT2 *model = o->model_name_or_path ? load_model(o->model_name_or_path, tok) : gpt2_new(o->model);
-    if (!o->model_name_or_path) gpt2_init(model, o->train.seed);
-    CHECK(!o->max_length_given || o->train.max_length <= model->config.n_positions, "--max_length %zu is longer than the model's context of %zu (--n_positions)", o->train.max_length, model->config.n_positions);
-    struct Dataset *data = load_data(o->dataset_name, TEXT_SHAPES, 1), *eval = o->eval_dataset ? load_data(o->eval_dataset, TEXT_SHAPES, 1) : NULL;
-    struct Trainer trainer = trainer_new(o, model, tok);
-    size_t V = model->config.vocab_size;
-    struct LanguageTask *task = pretrain_task(&trainer, &arena, encode_texts(&arena, tok, data, V), data->n, eval ? encode_texts(&arena, tok, eval, V) : NULL, eval ? eval->n : 0);
+    o->config.eos_token_id = o->config.pad_token_id = end_token_of(o->config.vocab_size);
+    config_check(&o->config, "command line");
+    load_tokenizer(o);
+    o->model = o->model_name_or_path ? load_model(o->model_name_or_path, o->tok) : gpt2_new(o->config);
+    if (!o->model_name_or_path) gpt2_init(o->model, o->train.seed);
+    size_t n_positions = o->model->config.n_positions;
+    CHECK(!o->max_length_given || o->train.max_length <= n_positions, "--max_length %zu is longer than the model's context of %zu (--n_positions)", o->train.max_length, n_positions);
+    open_data(o, TEXT_SHAPES, 1);
+    struct Trainer trainer = trainer_new(o);
+    struct LanguageTask *task = pretrain_task(&trainer, &o->arena, encode_texts(o, o->data), o->data->n, encode_texts(o, o->eval), o->eval ? o->eval->n : 0);
     finish_training(o, &trainer);
     arena_free(&task->rows);
-    dataset_free(data);
-    dataset_free(eval);
-    gpt2_free(model);
-    tokenizer_free(tok);
-    arena_free(&arena);
 }
 
 static void command_sft(struct Options *o)
 {
-    struct Arena arena = {0};
-    struct Tokenizer *tok = load_tokenizer(o);
-    struct GPT2 *model = load_adapted(o, tok, true);
-    struct Dataset *data = load_data(o->dataset_name, SFT_SHAPES, COUNT(SFT_SHAPES)), *eval = o->eval_dataset ? load_data(o->eval_dataset, SFT_SHAPES, COUNT(SFT_SHAPES)) : NULL;
-    struct Trainer trainer = trainer_new(o, model, tok);
-    sft_task(&trainer, &arena, data, eval);
+    open_model(o, true);
+    open_data(o, SFT_SHAPES, COUNT(SFT_SHAPES));
+    struct Trainer trainer = trainer_new(o);
+    sft_task(&trainer, &o->arena, o->data, o->eval);
     finish_training(o, &trainer);
-    dataset_free(data);
-    dataset_free(eval);
-    gpt2_free(model);
-    tokenizer_free(tok);
-    arena_free(&arena);
 }
 
 static void command_reward(struct Options *o)
 {
-    struct Arena arena = {0};
-    struct Tokenizer *tok = load_tokenizer(o);
-    struct GPT2 *model = load_adapted(o, tok, true);
+    open_model(o, true);
     struct Rng rng = rng_seed(o->train.seed, STREAM_INIT);
-    if (!model->score.n) tensor_normal(reward_head_declare(model), &rng, 0.02);
-    struct Dataset *data = load_data(o->dataset_name, REWARD_SHAPES, COUNT(REWARD_SHAPES)), *eval = o->eval_dataset ? load_data(o->eval_dataset, &data->shape, 1) : NULL;
-    struct Trainer trainer = trainer_new(o, model, tok);
-    reward_task(&trainer, &arena, data, eval)->center = o->center_rewards_coefficient;
+    if (!o->model->score.n) tensor_normal(reward_head_declare(o->model), &rng, 0.02);
+    open_data(o, REWARD_SHAPES, COUNT(REWARD_SHAPES));
+    struct Trainer trainer = trainer_new(o);
+    reward_task(&trainer, &o->arena, o->data, o->eval)->center = o->center_rewards_coefficient;
     finish_training(o, &trainer);
-    dataset_free(data);
-    dataset_free(eval);
-    gpt2_free(model);
-    tokenizer_free(tok);
-    arena_free(&arena);
 }
 
 /* --loss_type "sigmoid sft" --loss_weights "1 0.2" into weights. */
@@ -5982,94 +5996,84 @@ static void parse_loss_types(struct Options *o)
 
 static void command_dpo(struct Options *o)
 {
-    struct Arena arena = {0};
     parse_loss_types(o);
     CHECK(o->dpo.beta > 0, "--beta %g: must be above 0; at 0 the pairs would not count", o->dpo.beta);
     CHECK(o->dpo.label_smoothing >= 0 && o->dpo.label_smoothing < 0.5, "--label_smoothing %g: a share of mislabelled pairs, from 0 to below 0.5", o->dpo.label_smoothing);
-    struct Tokenizer *tok = load_tokenizer(o);
-    struct GPT2 *model = load_adapted(o, tok, true), *ref_model = load_reference(o, model, tok);
-    struct Dataset *data = load_data(o->dataset_name, DPO_SHAPES, 1), *eval = o->eval_dataset ? load_data(o->eval_dataset, DPO_SHAPES, 1) : NULL;
-    struct Trainer trainer = trainer_new(o, model, tok);
-    struct Example *pairs = arena_alloc(&arena, 2 * data->n, sizeof *pairs);
-    struct DPOTask *task = dpo_task(&trainer, &arena, ref_model, o->dpo, o->generation.temperature, pairs, dpo_pairs(&trainer, &arena, data, pairs));
-    if (eval) {
-        task->eval_pairs = arena_alloc(&arena, 2 * eval->n, sizeof *pairs);
-        trainer.task.eval_n = dpo_pairs(&trainer, &arena, eval, task->eval_pairs);
-        task->eval_ref_logps = unknown_logps(&arena, 2 * trainer.task.eval_n);
+    open_model(o, true);
+    load_reference(o);
+    open_data(o, DPO_SHAPES, 1);
+    struct Trainer trainer = trainer_new(o);
+    struct Example *pairs = arena_alloc(&o->arena, 2 * o->data->n, sizeof *pairs);
+    struct DPOTask *task = dpo_task(&trainer, &o->arena, o->reference, o->dpo, o->generation.temperature, pairs, dpo_pairs(&trainer, &o->arena, o->data, pairs));
+    if (o->eval) {
+        task->eval_pairs = arena_alloc(&o->arena, 2 * o->eval->n, sizeof *pairs);
+        trainer.task.eval_n = dpo_pairs(&trainer, &o->arena, o->eval, task->eval_pairs);
+        task->eval_ref_logps = unknown_logps(&o->arena, 2 * trainer.task.eval_n);
     }
     finish_training(o, &trainer);
-    dataset_free(data);
-    dataset_free(eval);
-    gpt2_free(model);
-    gpt2_free(ref_model);
-    tokenizer_free(tok);
-    arena_free(&arena);
 }
 
-/* Prompts of PPO: rows with a prompt whole, texts cut to their first tokens by a LengthSampler. */
-static size_t ppo_prompts(struct Options *o, struct Arena *arena, const struct Tokenizer *tok, const struct Dataset *data, const struct GPT2 *model, struct Example *prompts)
+/* Prompts to answer: rows with a prompt whole, texts cut to their first tokens by a LengthSampler. */
+static size_t encode_prompts(struct Options *o, struct Example *prompts)
 {
+    const struct Dataset *data = o->data;
     struct Rng rng = rng_seed(o->train.seed, STREAM_LENGTH);
     struct LengthSampler input_length = {o->input_min_text_length, o->input_max_text_length};
-    size_t count = 0, longest = model->config.n_positions - 1;
+    size_t count = 0, longest = o->model->config.n_positions - 1;
     for (size_t i = 0; i < data->n; i++) {
         bool whole = data->shape == SHAPE_PROMPT;
-        struct Example e = example_encode(arena, tok, whole ? data->rows[i].prompt : data->rows[i].text, model->config.vocab_size, false);
+        struct Example e = example_encode(&o->arena, o->tok, whole ? data->rows[i].prompt : data->rows[i].text, o->model->config.vocab_size, false);
         size_t length = whole ? e.n : MIN(e.n, length_sampler(&input_length, &rng));
-        CHECK(length <= longest, "%s: prompt %zu has %zu tokens; with a context of %zu at most %zu leave room for an answer", data->path, i + 1, length, model->config.n_positions, longest);
+        CHECK(length <= longest, "%s: prompt %zu has %zu tokens; with a context of %zu at most %zu leave room for an answer", data->path, i + 1, length, o->model->config.n_positions, longest);
         if (length > 0) prompts[count++] = (struct Example){e.ids, length, length};
     }
     CHECK(count > 0, "%s: every prompt is empty", data->path);
     return count;
 }
 
+/* Where rollouts come from: prompts of the data set, answers of the model, rewards of the reward model. */
+static struct RolloutSource open_rollouts(struct Options *o, struct Scorer *scorer)
+{
+    CHECK(o->output_min_length > 0 && o->output_max_length > o->output_min_length && o->input_min_text_length > 0 && o->input_max_text_length > o->input_min_text_length, "a LengthSampler takes lengths from its minimum, 1 or more, to below its maximum");
+    struct RolloutSource source = {.shuffle = rng_seed(o->train.seed, STREAM_ORDER + 100), .lengths = rng_seed(o->train.seed, STREAM_LENGTH + 100), .sample = rng_seed(o->train.seed, STREAM_SAMPLE),
+        .output_length = {o->output_min_length, o->output_max_length}, .generation = o->generation, .num_generations = 1};
+    source.generation.do_sample = true;
+    if (o->reward_model_path) o->reward_model = load_reward_model(o->reward_model_path, o->tok);
+    *scorer = (struct Scorer){.reward_model = o->reward_model, .tok = o->tok, .std = 1};
+    open_data(o, PROMPT_SHAPES, COUNT(PROMPT_SHAPES));
+    struct Example *prompts = arena_alloc(&o->arena, o->data->n, sizeof *prompts);
+    source.n = source.at = encode_prompts(o, prompts);
+    source.prompts = prompts;
+    source.order = arena_alloc(&o->arena, source.n, sizeof *source.order);
+    for (size_t i = 0; i < source.n; i++) source.order[i] = i;
+    return source;
+}
+
 static void command_ppo(struct Options *o)
 {
-    struct Arena arena = {0};
     CHECK(o->ppo.batch_size > 0 && o->ppo.mini_batch_size > 0 && o->ppo.ppo_epochs > 0, "--batch_size, --mini_batch_size and --ppo_epochs must be 1 or more");
-    CHECK(o->output_min_length > 0 && o->output_max_length > o->output_min_length && o->input_min_text_length > 0 && o->input_max_text_length > o->input_min_text_length, "a LengthSampler takes lengths from its minimum, 1 or more, to below its maximum");
     static const char *const penalties[] = {"kl", "abs", "mse", "full"};
     bool known = false;
     for (size_t i = 0; i < COUNT(penalties); i++) known = known || strcmp(o->ppo.kl_penalty, penalties[i]) == 0;
     if (!known) die_usage("--kl_penalty \"%s\" is unknown; there are kl, abs, mse, full", o->ppo.kl_penalty);
     need(o->output_dir, "output_dir");
+    if (!o->rollouts) need(o->reward_model_path, "reward_model_path (or --rollouts)");
     o->ppo.mini_batch_size = MIN(o->ppo.mini_batch_size, o->ppo.batch_size);
     o->ppo.gradient_accumulation_steps = o->train.gradient_accumulation_steps;
-    struct Tokenizer *tok = load_tokenizer(o);
-    struct GPT2 *model = load_adapted(o, tok, true), *ref_model = load_reference(o, model, tok);
-    open_output_dir(o, model);
-    struct PPOTrainer *ppo = ppo_trainer_new(model, ref_model, o->ppo, o->train, o->generation.temperature);
-    struct Dataset *data = NULL;
-    struct GPT2 *reward_model = NULL;
-    struct Scorer scorer = {.tok = tok, .std = 1};
-    struct RolloutSource source = {.shuffle = rng_seed(o->train.seed, STREAM_ORDER + 100), .lengths = rng_seed(o->train.seed, STREAM_LENGTH + 100), .sample = rng_seed(o->train.seed, STREAM_SAMPLE),
-        .output_length = {o->output_min_length, o->output_max_length}, .generation = o->generation};
-    source.generation.do_sample = true;
-    if (o->rollouts) data = load_data(o->rollouts, ROLLOUT_SHAPES, 1);
-    else {
-        scorer.reward_model = reward_model = load_model(need(o->reward_model_path, "reward_model_path (or --rollouts)"), tok);
-        check_reward_model(reward_model, o->reward_model_path);
-        data = load_data(o->dataset_name, PROMPT_SHAPES, COUNT(PROMPT_SHAPES));
-        struct Example *prompts = arena_alloc(&arena, data->n, sizeof *prompts);
-        source.n = source.at = ppo_prompts(o, &arena, tok, data, model, prompts);
-        source.prompts = prompts;
-        source.order = arena_alloc(&arena, source.n, sizeof *source.order);
-        for (size_t i = 0; i < source.n; i++) source.order[i] = i;
-    }
-    size_t steps = o->train.max_steps ? o->train.max_steps : MAX((size_t)1, (o->rollouts ? data->n : source.n) / o->ppo.batch_size);
+    open_model(o, true);
+    load_reference(o);
+    open_output_dir(o);
+    struct PPOTrainer *ppo = ppo_trainer_new(o->model, o->reference, o->ppo, o->train, o->generation.temperature);
+    struct Scorer scorer;
+    struct RolloutSource source = {0};
+    if (o->rollouts) o->data = dataset_load(o->rollouts, ROLLOUT_SHAPES, 1);
+    else source = open_rollouts(o, &scorer);
+    size_t steps = o->train.max_steps ? o->train.max_steps : MAX((size_t)1, (o->rollouts ? o->data->n : source.n) / o->ppo.batch_size);
     struct TrainerState state = {.num_train_epochs = 1};
-    ppo_train(ppo, &source, &scorer, o->rollouts ? data : NULL, steps, o->output_dir, &state);
-    save_result(o, model, tok);
-    trainer_state_save(&state, &o->train, o->output_dir);
-    say("saved to %s\n", o->output_dir);
+    ppo_train(ppo, &source, &scorer, o->rollouts ? o->data : NULL, steps, o->output_dir, &state);
+    save_result(o, &state);
     free(state.log_history);
     ppo_trainer_free(ppo);
-    dataset_free(data);
-    gpt2_free(model);
-    gpt2_free(ref_model);
-    gpt2_free(reward_model);
-    tokenizer_free(tok);
-    arena_free(&arena);
 }
 
 /* Prompt and continuation as a person reads them, without end tokens. */
@@ -6079,6 +6083,13 @@ static void print_sequence(const struct Tokenizer *tok, struct Arena *arena, con
     struct Text text = tokenizer_decode_all(tok, arena, s->ids + first, last - first, V);
     fwrite(text.data, 1, text.length, stdout);
     putchar('\n');
+}
+
+/* A prompt's ids; of an empty one the end token: nothing said yet, start a text. */
+static struct Example prompt_encode(struct Options *o, struct Text prompt)
+{
+    struct Example e = example_encode(&o->arena, o->tok, prompt, o->model->config.vocab_size, false);
+    return e.n ? e : (struct Example){&o->model->config.eos_token_id, 1, 1};
 }
 
 static void print_generation_json(const struct Tokenizer *tok, struct Arena *arena, struct Text prompt, const struct Sequence *s, size_t n, size_t V)
@@ -6100,33 +6111,25 @@ static void print_generation_json(const struct Tokenizer *tok, struct Arena *are
 
 static void command_generate(struct Options *o)
 {
-    struct Arena arena = {0};
     struct GenerationConfig *g = &o->generation;
     CHECK(g->temperature > 0, "--temperature %g: must be above 0; for the likeliest token leave --do_sample out", g->temperature);
     CHECK(g->num_return_sequences > 0, "--num_return_sequences must be 1 or more");
     CHECK(g->num_return_sequences == 1 || g->do_sample, "--num_return_sequences %zu: without --do_sample all of them would be the same", g->num_return_sequences);
-    struct Tokenizer *tok = load_tokenizer(o);
-    struct GPT2 *model = load_adapted(o, tok, false);
-    struct Dataset *data = o->prompt ? NULL : load_data(o->dataset_name, ONLY_PROMPT_SHAPES, 1);
-    size_t V = model->config.vocab_size, n = data ? data->n : 1, each = g->num_return_sequences;
-    struct Sequence *sequences = arena_alloc(&arena, n * each, sizeof *sequences);
+    open_model(o, false);
+    if (!o->prompt) open_data(o, ONLY_PROMPT_SHAPES, 1);
+    size_t V = o->model->config.vocab_size, n = o->data ? o->data->n : 1, each = g->num_return_sequences;
+    struct Sequence *sequences = arena_alloc(&o->arena, n * each, sizeof *sequences);
     struct Rng rng = rng_seed(o->train.seed, STREAM_SAMPLE);
     for (size_t i = 0; i < n; i++) {
-        struct Text prompt = data ? data->rows[i].prompt : text_of(o->prompt);
-        struct Example e = example_encode(&arena, tok, prompt, V, false);
-        if (e.n == 0) e = (struct Example){&model->config.eos_token_id, 1, 1};       /* nothing said yet: start a text */
-        CHECK(e.n < model->config.n_positions, "prompt %zu has %zu tokens, the model's context is %zu (n_positions); shorten it", i + 1, e.n, model->config.n_positions);
-        for (size_t k = 0; k < each; k++) sequences[i * each + k] = sequence_start(&arena, e.ids, e.n, g->max_new_tokens, model, rng_seed(rng_next(&rng), STREAM_SAMPLE));
+        struct Example e = prompt_encode(o, o->data ? o->data->rows[i].prompt : text_of(o->prompt));
+        CHECK(e.n < o->model->config.n_positions, "prompt %zu has %zu tokens, the model's context is %zu (n_positions); shorten it", i + 1, e.n, o->model->config.n_positions);
+        for (size_t k = 0; k < each; k++) sequences[i * each + k] = sequence_start(&o->arena, e.ids, e.n, g->max_new_tokens, o->model, rng_seed(rng_next(&rng), STREAM_SAMPLE));
     }
-    generate(model, sequences, n * each, g);
+    generate(o->model, sequences, n * each, g);
     for (size_t i = 0; i < n; i++) {
-        if (o->json) print_generation_json(tok, &arena, data ? data->rows[i].prompt : text_of(o->prompt), &sequences[i * each], each, V);
-        else for (size_t k = 0; k < each; k++) print_sequence(tok, &arena, &sequences[i * each + k], V);
+        if (o->json) print_generation_json(o->tok, &o->arena, o->data ? o->data->rows[i].prompt : text_of(o->prompt), &sequences[i * each], each, V);
+        else for (size_t k = 0; k < each; k++) print_sequence(o->tok, &o->arena, &sequences[i * each + k], V);
     }
-    dataset_free(data);
-    gpt2_free(model);
-    tokenizer_free(tok);
-    arena_free(&arena);
 }
 
 static int compare_candidates_down(const void *a, const void *b)
@@ -6138,24 +6141,23 @@ static int compare_candidates_down(const void *a, const void *b)
 /* The distribution of the next token after a prompt. [glossary: Distribuição (em ML)] */
 static void command_next(struct Options *o)
 {
-    struct Arena arena = {0};
     CHECK(o->generation.temperature > 0, "--temperature %g: must be above 0", o->generation.temperature);
-    struct Tokenizer *tok = load_tokenizer(o);
-    struct GPT2 *model = load_adapted(o, tok, false);
+    open_model(o, false);
+    struct Arena *arena = &o->arena;
+    struct GPT2 *model = o->model;
     size_t V = model->config.vocab_size, kept = 0;
-    struct Example e = example_encode(&arena, tok, text_of(need(o->prompt, "prompt")), V, false);
-    if (e.n == 0) e = (struct Example){&model->config.eos_token_id, 1, 1};
+    struct Example e = prompt_encode(o, text_of(need(o->prompt, "prompt")));
     CHECK(e.n <= model->config.n_positions, "the prompt has %zu tokens, the model's context is %zu (n_positions); shorten it", e.n, model->config.n_positions);
     const struct Example *examples[] = {&e};
-    struct Batch batch = collate(&arena, examples, 1, READ_LAST);
-    struct Activations acts = gpt2_forward(model, &arena, &batch, false);
-    float *p = arena_floats(&arena, V);
+    struct Batch batch = collate(arena, examples, 1, READ_LAST);
+    struct Activations acts = gpt2_forward(model, arena, &batch, false);
+    float *p = arena_floats(arena, V);
     output_logits(model, p, acts.ln_f + (e.n - 1) * model->config.n_embd, 1);
     o->generation.do_sample = true;
     process_logits(p, V, &o->generation, e.ids, e.n, 0, model->config.eos_token_id);
-    double entropy = entropy_of_logits(p, log_sum_exp(p, V, arena_floats(&arena, V)), V);
+    double entropy = entropy_of_logits(p, log_sum_exp(p, V, arena_floats(arena, V)), V);
     softmax(p, V);
-    struct Candidate *top = arena_alloc(&arena, V, sizeof *top);
+    struct Candidate *top = arena_alloc(arena, V, sizeof *top);
     for (size_t v = 0; v < V; v++) if (p[v] > 0) top[kept++] = (struct Candidate){p[v], (int)v};
     qsort(top, kept, sizeof *top, compare_candidates_down);
     size_t shown = MIN(kept, o->top_n);
@@ -6169,13 +6171,10 @@ static void command_next(struct Options *o)
         printf("   id  probability  token     (%zu of %zu tokens can follow; entropy %.3f nats)\n", kept, V, entropy);
         for (size_t i = 0; i < shown; i++) {
             printf("%5d  %11.6f  ", top[i].id, top[i].logit);
-            json_write_string(stdout, tokenizer_decode(tok, top[i].id, V));
+            json_write_string(stdout, tokenizer_decode(o->tok, top[i].id, V));
             putchar('\n');
         }
     }
-    gpt2_free(model);
-    tokenizer_free(tok);
-    arena_free(&arena);
 }
 
 static void print_floats(const char *name, const float *x, size_t n)
@@ -6220,52 +6219,42 @@ static void logprob_row(struct Arena *arena, const struct GPT2 *model, const str
 static void command_logprob(struct Options *o)
 {
     struct Arena arena = {0};
-    struct Tokenizer *tok = load_tokenizer(o);
-    struct GPT2 *model = load_adapted(o, tok, false), *ref_model = o->ref_model ? load_model(o->ref_model, tok) : NULL;
-    CHECK(!ref_model || ref_model->config.vocab_size == model->config.vocab_size, "--ref_model %s has %zu ids, the model %zu", o->ref_model, ref_model->config.vocab_size, model->config.vocab_size);
-    struct Dataset *data = load_data(o->dataset_name, SFT_SHAPES, COUNT(SFT_SHAPES));
-    size_t limit = MIN(o->train.max_length, model->config.n_positions), cut = 0;
-    if (ref_model) limit = MIN(limit, ref_model->config.n_positions);
+    open_model(o, false);
+    if (o->ref_model) load_reference(o);
+    open_data(o, SFT_SHAPES, COUNT(SFT_SHAPES));
+    const struct Dataset *data = o->data;
+    size_t V = o->model->config.vocab_size, limit = MIN(o->train.max_length, o->model->config.n_positions), cut = 0;
+    if (o->reference) limit = MIN(limit, o->reference->config.n_positions);
     for (size_t i = 0; i < data->n; i++) {
         const struct Row *row = &data->rows[i];
         arena_reset(&arena);
-        struct Example e = data->shape == SHAPE_TEXT ? example_encode(&arena, tok, row->text, model->config.vocab_size, false)
-                                                     : example_prompt_completion(&arena, tok, row->prompt, row->completion, model->config.vocab_size);
+        struct Example e = data->shape == SHAPE_TEXT ? example_encode(&arena, o->tok, row->text, V, false) : example_prompt_completion(&arena, o->tok, row->prompt, row->completion, V);
         if (data->shape != SHAPE_TEXT) e.n--;                    /* no end token is added */
-        e.prompt_length = MIN(e.prompt_length, e.n);
         if (e.n > limit && !cut++) warn("%s: row %zu and perhaps others are longer than %zu tokens; their first %zu are used", data->path, i + 1, limit, limit);
         e.n = MIN(e.n, limit);
         e.prompt_length = MIN(e.prompt_length, e.n);
-        if (e.n == 0) {
-            printf("{\"input_ids\": [], \"token_logprobs\": [], \"logprob\": 0%s}\n", ref_model ? ", \"kl_to_ref_per_position\": []" : "");
-            continue;
-        }
-        logprob_row(&arena, model, ref_model, &e);
+        if (e.n > 0) logprob_row(&arena, o->model, o->reference, &e);
+        else printf("{\"input_ids\": [], \"token_logprobs\": [], \"logprob\": 0%s}\n", o->reference ? ", \"kl_to_ref_per_position\": []" : "");
     }
-    dataset_free(data);
-    gpt2_free(model);
-    gpt2_free(ref_model);
-    tokenizer_free(tok);
     arena_free(&arena);
 }
 
 static void command_score(struct Options *o)
 {
-    struct Arena arena = {0};
-    struct Tokenizer *tok = load_tokenizer(o);
-    struct GPT2 *model = load_adapted(o, tok, false);
-    check_reward_model(model, o->peft_adapter ? o->peft_adapter : o->model_name_or_path);
-    struct Dataset *data = load_data(o->dataset_name, TEXT_SHAPES, 1);
-    struct Example *texts = arena_alloc(&arena, data->n, sizeof *texts);
-    float *reward = arena_floats(&arena, data->n);
-    size_t limit = MIN(o->train.max_length, model->config.n_positions), cut = 0;
+    open_model(o, false);
+    check_reward_model(o->model, o->peft_adapter ? o->peft_adapter : o->model_name_or_path);
+    open_data(o, TEXT_SHAPES, 1);
+    const struct Dataset *data = o->data;
+    struct Example *texts = encode_texts(o, data);
+    float *reward = arena_floats(&o->arena, data->n);
+    size_t limit = MIN(o->train.max_length, o->model->config.n_positions), cut = 0;
     for (size_t i = 0; i < data->n; i++) {
-        texts[i] = example_encode(&arena, tok, data->rows[i].text, model->config.vocab_size, false);
+        texts[i].n--;                                            /* no end token is read */
         cut += texts[i].n > limit;
         texts[i].n = MIN(texts[i].n, limit);
     }
     if (cut) warn("%s: %zu of %zu texts are longer than %zu tokens; their first %zu are read", data->path, cut, data->n, limit, limit);
-    reward_score(model, texts, data->n, reward);
+    reward_score(o->model, texts, data->n, reward);
     for (size_t i = 0; i < data->n; i++) {
         fputs("{\"text\": ", stdout);
         json_write_string(stdout, data->rows[i].text);
@@ -6275,23 +6264,15 @@ static void command_score(struct Options *o)
         write_pipe_outputs(stdout, reward[i]);
         fputs("}\n", stdout);
     }
-    dataset_free(data);
-    gpt2_free(model);
-    tokenizer_free(tok);
-    arena_free(&arena);
 }
 
 /* align merge -- an adapter folded into its base, saved as a model like any other. */
 static void command_merge(struct Options *o)
 {
-    struct Tokenizer *tok = load_tokenizer(o);
     if (!o->model_name_or_path || !(o->peft_adapter || is_adapter(o->model_name_or_path))) die_usage("merge needs an adapter: --model_name_or_path BASE --peft_adapter DIR, or its folder as --model_name_or_path");
-    struct GPT2 *model = load_adapted(o, tok, false);
-    open_output_dir(o, model);
-    gpt2_save(model, o->output_dir, tok);
-    say("saved to %s\n", o->output_dir);
-    gpt2_free(model);
-    tokenizer_free(tok);
+    open_model(o, false);
+    open_output_dir(o);
+    save_result(o, NULL);
 }
 
 /* Sentences fit a context of 64 tokens; for whole reviews a longer one is worth its time.
@@ -6307,9 +6288,8 @@ static size_t course_positions(const struct Dataset *data, const struct Tokenize
 
 static void command_rlhf(struct Options *o)
 {
-    struct Arena arena = {0};
     struct Tokenizer *tok = load_tokenizer(o);
-    struct Dataset *data = dataset_load(o->dataset_name ? o->dataset_name : shipped_file(&arena, "docs/reviews.jsonl"), RATED_SHAPES, 1);
+    struct Dataset *data = o->data = dataset_load(o->dataset_name ? o->dataset_name : shipped_file(&o->arena, "docs/reviews.jsonl"), RATED_SHAPES, 1);
     struct Course course = {.tok = tok, .output_dir = o->output_dir ? o->output_dir : "out", .seed = o->train.seed, .temperature = o->generation.temperature, .scale = 1,
         .pretrain_steps = o->pretrain_steps, .reward_steps = o->reward_steps, .ppo_steps = o->ppo_steps, .dpo_steps = o->dpo_steps};
     struct GPT2 *model;
@@ -6327,9 +6307,6 @@ static void command_rlhf(struct Options *o)
     }
     CHECK(model->config.n_positions >= 48, "%s: a context of %zu tokens; rlhf needs 48 or more", o->model_name_or_path, model->config.n_positions);
     course_run(&course, data, model, learning_rate);
-    dataset_free(data);
-    tokenizer_free(tok);
-    arena_free(&arena);
 }
 
 /* One training step of a size of the user's choice: what its time and memory are. */
@@ -6369,12 +6346,12 @@ static void command_bench(struct Options *o)
 {
     CHECK(kernel, "bench measures a kernel; ALIGN_KERNEL=plain has none");
     CHECK(o->ppo.batch_size > 0 && o->ppo.batch_size <= 4096, "--batch_size %zu: 1 to 4096 queries", o->ppo.batch_size);
-    if (o->model.n_embd % o->model.n_head) o->model.n_head = MAX((size_t)1, o->model.n_embd / 64);
-    o->model.eos_token_id = o->model.pad_token_id = (int)o->model.vocab_size - 1;
-    config_check(&o->model, "--n_layer, --n_head, --n_embd, --n_positions, --vocab_size");
+    if (o->config.n_embd % o->config.n_head) o->config.n_head = MAX((size_t)1, o->config.n_embd / 64);
+    o->config.eos_token_id = o->config.pad_token_id = (int)o->config.vocab_size - 1;
+    config_check(&o->config, "--n_layer, --n_head, --n_embd, --n_positions, --vocab_size");
     size_t batch = o->train.per_device_train_batch_size, length = o->train.max_length;
-    CHECK(length <= o->model.n_positions && length != 1 && o->model.n_positions >= 80, "--max_length %zu: 2 to --n_positions, %zu, which is 80 or more", length, o->model.n_positions);
-    struct Bench *bench = bench_new(o->model, o->ppo.batch_size);
+    CHECK(length <= o->config.n_positions && length != 1 && o->config.n_positions >= 80, "--max_length %zu: 2 to --n_positions, %zu, which is 80 or more", length, o->config.n_positions);
+    struct Bench *bench = bench_new(o->config, o->ppo.batch_size);
     if (batch || length) bench_one(bench, batch ? batch : 4, length ? length : 64, o->json);
     else {
         double best[BENCH_WORKS], share[BENCH_WORKS] = {0}, gflops = 0, gbytes = 0;
@@ -6386,7 +6363,7 @@ static void command_bench(struct Options *o)
         for (int round = 0; round < 5 || (seconds_now() - begin < 15 && round < 100); round++) {
             if (round < 5) say("bench: round %d\n", round + 1);
             for (int work = 0; work < BENCH_WORKS; work++) {
-                if (BENCH_WORK[work].length > o->model.n_positions) continue;
+                if (BENCH_WORK[work].length > o->config.n_positions) continue;
                 double peak = bench_peak(), read = bench_read(bench), seconds = bench_work(bench, work);
                 peak = MAX(peak, bench_peak());                 /* this round's limits: the better of before and after */
                 read = MAX(read, bench_read(bench));
@@ -6517,7 +6494,7 @@ static void parse_arguments(struct Options *o, const struct Command *command, in
 static struct Options default_options(const char *command)
 {
     struct Options o = {.train = training_arguments(), .ppo = ppo_config(), .generation = generation_config(), .dpo = {.beta = 0.1}, .loss_type = "sigmoid", .lora = {.r = 16, .lora_alpha = 32, .target_modules = "c_attn"}, .top_n = 10, .tokenize_vocab_size = 50257,
-        .model = {.vocab_size = 50257, .n_positions = 1024, .n_embd = 768, .n_layer = 12, .n_head = 12, .layer_norm_epsilon = 1e-5f},
+        .config = {.vocab_size = 50257, .n_positions = 1024, .n_embd = 768, .n_layer = 12, .n_head = 12, .layer_norm_epsilon = 1e-5f},
         .input_min_text_length = 2, .input_max_text_length = 8, .output_min_length = 4, .output_max_length = 16,
         .pretrain_steps = 2000, .reward_steps = 450, .ppo_steps = 85, .dpo_steps = 150};
     if (strcmp(command, "sft") == 0) o.train.learning_rate = 2e-5;
@@ -6592,6 +6569,7 @@ int main(int argc, char **argv)
     if (!(command->groups & G_BENCH)) check_training(&o);
     kernel_choose();
     command->run(&o);
+    options_close(&o);
     CHECK(fflush(stdout) == 0 && !ferror(stdout), "standard output: %s", strerror(errno));
     return 0;
 }

@@ -235,6 +235,7 @@ static void run_command(const void *argument)
     if (o.help) { print_help(command); return; }
     check_training(&o);
     command->run(&o);
+    options_close(&o);
 }
 
 /* Models and batches. */
