@@ -3572,15 +3572,18 @@ static void trainer_free(struct Trainer *trainer)
  * order with transformers' meaning.
  * ============================================================================================= */
 
+enum EarlyStopping { STOP_FALSE, STOP_TRUE, STOP_NEVER };      /* of beam search */
+
 struct GenerationConfig {
-    size_t max_new_tokens, min_new_tokens, top_k, no_repeat_ngram_size, num_return_sequences;
-    double temperature, top_p, repetition_penalty;
+    size_t max_new_tokens, min_new_tokens, top_k, no_repeat_ngram_size, num_return_sequences, num_beams;
+    double temperature, top_p, repetition_penalty, length_penalty;
+    enum EarlyStopping early_stopping;
     bool do_sample;
 };
 
 static struct GenerationConfig generation_config(void)
 {
-    return (struct GenerationConfig){.max_new_tokens = 20, .top_k = 50, .num_return_sequences = 1, .temperature = 1, .top_p = 1, .repetition_penalty = 1};
+    return (struct GenerationConfig){.max_new_tokens = 20, .top_k = 50, .num_return_sequences = 1, .num_beams = 1, .temperature = 1, .top_p = 1, .repetition_penalty = 1, .length_penalty = 1};
 }
 
 struct KVCache {
@@ -3597,6 +3600,17 @@ static struct KVCache kv_cache_new(const struct GPT2 *model, struct Arena *arena
     cache.v = arena_floats(arena, floats);
     cache.length = arena_zeros(arena, B, sizeof *cache.length);
     return cache;
+}
+
+/* Sequence `slot` of a cache becomes a copy of sequence `from_slot` of another. */
+static void kv_cache_copy(const struct GPT2 *model, struct KVCache *cache, size_t slot, const struct KVCache *from, size_t from_slot)
+{
+    size_t row = cache->capacity * model->config.n_embd, used = from->length[from_slot] * model->config.n_embd;
+    for (size_t l = 0; l < model->config.n_layer; l++) {
+        memcpy(cache->k + (l * cache->B + slot) * row, from->k + (l * from->B + from_slot) * row, used * sizeof(float));
+        memcpy(cache->v + (l * cache->B + slot) * row, from->v + (l * from->B + from_slot) * row, used * sizeof(float));
+    }
+    cache->length[slot] = from->length[from_slot];
 }
 
 /* One new token's query, head h, against the n cached positions of its sequence. */
@@ -3643,8 +3657,8 @@ static float *gpt2_decode(const struct GPT2 *model, struct Arena *arena, const s
     return a.ln_1;
 }
 
-/* A sequence being written: prompt, then what was generated. */
-struct Sequence { int *ids; size_t n, prompt_length, max_length; bool finished; struct Rng rng; };
+/* A sequence being written: prompt, then what was generated. stream: each token is printed as it comes. */
+struct Sequence { int *ids; size_t n, prompt_length, max_length; bool finished; struct Rng rng; const struct Tokenizer *stream; };
 
 /* Logits of ids that already occurred are divided by the penalty if positive, multiplied if negative:
  * less likely either way, once an id however often it occurred [15]. [glossary: Penalidade de repetição]
@@ -3708,10 +3722,16 @@ static int compare_candidates_up(const void *a, const void *b)
     return x->logit != y->logit ? (x->logit > y->logit) - (x->logit < y->logit) : (x->id > y->id) - (x->id < y->id);
 }
 
+static int compare_candidates_down(const void *a, const void *b)
+{
+    const struct Candidate *x = a, *y = b;
+    return x->logit != y->logit ? (x->logit < y->logit) - (x->logit > y->logit) : (x->id > y->id) - (x->id < y->id);
+}
+
 /* Nucleus sampling: the smallest set of likeliest tokens whose mass reaches p [12]. From the unlikely
- * end, tokens go while the mass removed stays within 1 - p; the likeliest always stays.
+ * end, tokens go while the mass removed stays within 1 - p; the `least` likeliest always stay.
  * By hand: 0.5, 0.3, 0.2 with p 0.7 -> the first two.                    [glossary: Amostragem top-p] */
-static void process_top_p(float *logits, size_t V, double p)
+static void process_top_p(float *logits, size_t V, double p, size_t least)
 {
     struct Candidate *order = malloc(V * sizeof *order);
     CHECK(order, "out of memory");
@@ -3720,7 +3740,7 @@ static void process_top_p(float *logits, size_t V, double p)
     qsort(order, n, sizeof *order, compare_candidates_up);
     double total = 0, removed = 0;
     for (size_t i = 0; i < n; i++) total += exp((double)order[i].logit - order[n - 1].logit);
-    for (size_t i = 0; i + 1 < n; i++) {
+    for (size_t i = 0; i + least < n; i++) {
         removed += exp((double)order[i].logit - order[n - 1].logit) / total;
         if (removed > 1 - p) break;
         logits[order[i].id] = -INFINITY;
@@ -3737,8 +3757,9 @@ static void process_logits(float *logits, size_t V, const struct GenerationConfi
     if (!config->do_sample) return;
     /* tau < 1 sharpens the distribution, > 1 flattens it; tau -> 0 is the argmax. [glossary: Temperatura (τ)] */
     if (config->temperature != 1) for (size_t v = 0; v < V; v++) logits[v] = (float)(logits[v] / config->temperature);
-    if (config->top_k) process_top_k(logits, V, config->top_k);
-    if (config->top_p < 1) process_top_p(logits, V, config->top_p);
+    size_t least = config->num_beams > 1 ? 2 : 1;              /* a beam that may end needs a way to go on too */
+    if (config->top_k) process_top_k(logits, V, MAX(config->top_k, least));
+    if (config->top_p < 1) process_top_p(logits, V, config->top_p, least);
 }
 
 /* One draw from softmax(logits): a uniform number finds its place in the running sum of the
@@ -3764,6 +3785,10 @@ static void sequence_extend(struct Sequence *s, float *logits, size_t V, const s
     int id = config->do_sample ? sample_token(logits, V, &s->rng) : (int)argmax(logits, V);
     s->ids[s->n++] = id;
     s->finished = id == end_token || s->n >= s->max_length;
+    if (!s->stream || id == end_token) return;
+    struct Text text = tokenizer_decode(s->stream, id, V);
+    fwrite(text.data, 1, text.length, stdout);
+    fflush(stdout);
 }
 
 /* The rows that the next pass of the model needs: a sequence's prompt at first, its newest token later. */
@@ -3800,6 +3825,136 @@ static float *generate_step(const struct GPT2 *model, struct Arena *arena, struc
     return logits;
 }
 
+/* A beam: a sequence and the log-probability of what was generated. */
+struct Beam { int *ids; size_t n; float score; };
+enum { UNFILLED = -1000000000 };                       /* transformers' score of a finished sequence that is not there yet */
+
+static struct Beam *beams_new(struct Arena *arena, size_t count, size_t max_length)
+{
+    struct Beam *beams = arena_alloc(arena, count, sizeof *beams);
+    for (size_t i = 0; i < count; i++) beams[i] = (struct Beam){arena_alloc(arena, max_length, sizeof(int)), 0, UNFILLED};
+    return beams;
+}
+
+static void beam_set(struct Beam *beam, const struct Beam *from, int id, float score)
+{
+    memcpy(beam->ids, from->ids, from->n * sizeof *beam->ids);
+    beam->ids[from->n] = id;
+    beam->n = from->n + 1;
+    beam->score = score;
+}
+
+/* The `most` best of n scores, best first: (score, place). When sampling, `most` draws without replacement from
+ * softmax(score), in the order drawn: the largest scores after Gumbel noise -log(-log u) was added to each. */
+static size_t beam_candidates(float *score, size_t n, size_t most, struct Rng *sample, struct Arena *arena, struct Candidate *best)
+{
+    float *key = arena_floats(arena, n), *copy = arena_floats(arena, n);
+    most = MIN(most, n);
+    for (size_t i = 0; i < n; i++) key[i] = sample ? (float)(score[i] - log(-log(1 - rng_uniform(sample)))) : score[i];
+    memcpy(copy, key, n * sizeof *copy);
+    float least = kth_largest(copy, n, most);
+    size_t count = 0;
+    for (int pass = 0; pass < 2; pass++)                          /* what ties with the last one comes in as far as there is room */
+        for (size_t i = 0; i < n && count < most; i++)
+            if (key[i] > -INFINITY && (pass == 0 ? key[i] > least : key[i] == least)) best[count++] = (struct Candidate){key[i], (int)i};
+    qsort(best, count, sizeof *best, compare_candidates_down);
+    for (size_t i = 0; i < count; i++) best[i].logit = score[best[i].id];
+    return count;
+}
+
+/* Logits of the running beams -> their score with each possible next token: log-probability so far plus
+ * log softmax, which the processors act on without normalizing it again. */
+static void beam_scores(float *logits, const struct Beam *running, size_t beams, size_t V, size_t start, const struct GenerationConfig *config, int end_token)
+{
+    #pragma omp parallel for
+    for (size_t b = 0; b < beams; b++) {
+        float *row = logits + b * V, lse = log_sum_exp(row, V, thread_scratch(SCRATCH_ROW, V));
+        for (size_t v = 0; v < V; v++) row[v] -= lse;
+        process_logits(row, V, config, running[b].ids, running[b].n, running[b].n - start, end_token);
+        for (size_t v = 0; v < V; v++) row[v] += running[b].score;
+    }
+}
+
+/* A sequence that ended enters the pool if its score, divided by its length to the power of length_penalty,
+ * beats the worst there. The pool stays sorted, best first. */
+static void beam_finish(struct Beam *pool, size_t K, const struct Beam *from, int id, float score)
+{
+    if (score <= pool[K - 1].score) return;
+    beam_set(&pool[K - 1], from, id, score);
+    for (size_t i = K - 1; i > 0 && pool[i].score > pool[i - 1].score; i--) {
+        struct Beam better = pool[i];
+        pool[i] = pool[i - 1];
+        pool[i - 1] = better;
+    }
+}
+
+/* beam_search -- the num_beams likeliest beginnings are continued side by side.       [glossary: Beam search]
+ * Greedy decoding takes the likeliest token and can walk past the likeliest sequence. Here each of K beams is
+ * continued with every token; of the K V continuations the best 2K are looked at: those that end go, if among the
+ * first K, to a pool of K finished ones, and the best K of the rest run on. It stops when no running beam can beat
+ * the worst of the pool: judged at its present length, or, with early_stopping "never", at the longest possible;
+ * with early_stopping true as soon as the pool is full. Step by step as transformers 5 does it.
+ * sequences: num_return_sequences of them that hold the same prompt; they become the best of the pool.
+ * By hand: after A, 0.6 B and 0.4 C; after AB at most 0.5, after AC 0.95: greedy ends with ABx at 0.30,
+ * two beams with ACx at 0.38.                              test: beam_search_golden, beam_search_exhaustive */
+static void beam_search(const struct GPT2 *model, struct Sequence *sequences, const struct GenerationConfig *config)
+{
+    struct Arena arena = {0}, step_arena = {0};
+    size_t K = config->num_beams, V = model->config.vocab_size, start = sequences->n, max_length = sequences->max_length, beams = 1;
+    int end_token = model->config.eos_token_id;
+    struct Beam *running = beams_new(&arena, K, max_length), *next = beams_new(&arena, K, max_length), *pool = beams_new(&arena, K, max_length);
+    struct KVCache cache = kv_cache_new(model, &arena, K, max_length), spare = kv_cache_new(model, &arena, K, max_length);
+    struct Candidate *best = arena_alloc(&arena, 2 * K, sizeof *best), *going = arena_alloc(&arena, 2 * K, sizeof *going);
+    struct Sequence *view = arena_alloc(&arena, K, sizeof *view), **active = arena_alloc(&arena, K, sizeof *active);
+    size_t *slot = arena_alloc(&arena, K, sizeof *slot);
+    memcpy(running[0].ids, sequences->ids, start * sizeof(int));
+    running[0].n = start;
+    running[0].score = 0;
+    for (bool hope = true, full = false; hope && !(full && config->early_stopping == STOP_TRUE) && running[0].n < max_length;) {
+        arena_reset(&step_arena);
+        for (size_t b = 0; b < beams; b++) {
+            view[b] = (struct Sequence){.ids = running[b].ids, .n = running[b].n};
+            active[b] = &view[b];
+            slot[b] = b;
+        }
+        float *score = generate_step(model, &step_arena, active, slot, beams, &cache);
+        beam_scores(score, running, beams, V, start, config, end_token);
+        size_t count = beam_candidates(score, beams * V, 2 * K, config->do_sample ? &sequences->rng : NULL, &step_arena, best), left = 0;
+        size_t length = running[0].n + 1 - start;
+        for (size_t i = 0; i < count; i++) {
+            const struct Beam *from = &running[(size_t)best[i].id / V];
+            int id = (int)((size_t)best[i].id % V);
+            if (id != end_token && from->n + 1 < max_length) going[left++] = best[i];
+            else if (i < K) beam_finish(pool, K, from, id, (float)(best[i].logit / pow((double)length, config->length_penalty)));
+        }
+        full = pool[K - 1].score > UNFILLED;
+        if (left == 0) break;
+        qsort(going, left, sizeof *going, compare_candidates_down);
+        left = MIN(left, K);
+        for (size_t i = 0; i < left; i++) {
+            size_t from = (size_t)going[i].id / V;
+            beam_set(&next[i], &running[from], (int)((size_t)going[i].id % V), going[i].logit);
+            kv_cache_copy(model, &spare, i, &cache, from);
+        }
+        struct Beam *swap = running;
+        running = next;
+        next = swap;
+        struct KVCache swap_cache = cache;
+        cache = spare;
+        spare = swap_cache;
+        beams = left;
+        size_t hoped = config->early_stopping == STOP_NEVER && config->length_penalty > 0 ? max_length - start : length;
+        hope = running[0].score / pow((double)hoped, config->length_penalty) > pool[K - 1].score;
+    }
+    for (size_t i = 0; i < config->num_return_sequences; i++) {
+        memcpy(sequences[i].ids, pool[i].ids, pool[i].n * sizeof(int));
+        sequences[i].n = pool[i].n;
+        sequences[i].finished = true;
+    }
+    arena_free(&arena);
+    arena_free(&step_arena);
+}
+
 enum { GENERATE_TOGETHER = 64 };       /* sequences decoded in one batch: bounds the cache's memory */
 
 /* generate -- writes every sequence to its end token or its max_length.        [glossary: Rollout]
@@ -3809,7 +3964,8 @@ static void generate(const struct GPT2 *model, struct Sequence *sequences, size_
 {
     struct Arena arena = {0}, step_arena = {0};
     size_t V = model->config.vocab_size;
-    for (size_t first = 0; first < n; first += GENERATE_TOGETHER) {
+    for (size_t i = 0; config->num_beams > 1 && i < n; i += config->num_return_sequences) beam_search(model, sequences + i, config);
+    for (size_t first = 0; config->num_beams == 1 && first < n; first += GENERATE_TOGETHER) {
         struct Sequence *active[GENERATE_TOGETHER];
         size_t slot[GENERATE_TOGETHER], count = MIN(n - first, (size_t)GENERATE_TOGETHER), capacity = 0;
         for (size_t i = 0; i < count; i++) {
@@ -5613,7 +5769,7 @@ enum Group {
     G_NEXT = 2048, G_TOKENIZE = 4096, G_RLHF = 8192, G_OUT = 16384, G_SEED = 32768, G_RUN = 65536, G_BATCH = 131072, G_JSON = 262144, G_BENCH = 524288,
     G_PEFT = 1 << 20, G_LORA = 1 << 21, G_ALL = -1
 };
-enum Kind { KIND_STRING, KIND_LIST, KIND_SIZE, KIND_DOUBLE, KIND_BOOL, KIND_SEED };
+enum Kind { KIND_STRING, KIND_LIST, KIND_SIZE, KIND_DOUBLE, KIND_BOOL, KIND_STOPPING, KIND_SEED };
 struct Flag { const char *name; enum Kind kind; size_t offset; int groups; const char *help; };
 #define AT(member) offsetof(struct Options, member)
 
@@ -5695,6 +5851,9 @@ static const struct Flag FLAGS[] = {
     {"no_repeat_ngram_size", KIND_SIZE, AT(generation.no_repeat_ngram_size), G_SAMPLE, "no n-gram twice"},
     {"max_new_tokens", KIND_SIZE, AT(generation.max_new_tokens), G_SAMPLE, "at most so many new tokens"},
     {"min_new_tokens", KIND_SIZE, AT(generation.min_new_tokens), G_SAMPLE, "at least so many"},
+    {"num_beams", KIND_SIZE, AT(generation.num_beams), G_SAMPLE, "beam search with so many beams"},
+    {"length_penalty", KIND_DOUBLE, AT(generation.length_penalty), G_SAMPLE, "beam search: above 0 favours longer sequences"},
+    {"early_stopping", KIND_STOPPING, AT(generation.early_stopping), G_SAMPLE, "beam search: false, true or never"},
     {"do_sample", KIND_BOOL, AT(generation.do_sample), G_SAMPLE, "draw tokens instead of taking the likeliest"},
     {"num_return_sequences", KIND_SIZE, AT(generation.num_return_sequences), G_SAMPLE, "samples of each prompt"},
     {"top_n", KIND_SIZE, AT(top_n), G_NEXT, "rows of the table"},
@@ -6082,7 +6241,6 @@ static void print_sequence(const struct Tokenizer *tok, struct Arena *arena, con
     size_t first = s->ids[0] == end_token_of(V), last = s->n - (s->n > s->prompt_length && s->ids[s->n - 1] == end_token_of(V));
     struct Text text = tokenizer_decode_all(tok, arena, s->ids + first, last - first, V);
     fwrite(text.data, 1, text.length, stdout);
-    putchar('\n');
 }
 
 /* A prompt's ids; of an empty one the end token: nothing said yet, start a text. */
@@ -6114,8 +6272,10 @@ static void command_generate(struct Options *o)
     struct GenerationConfig *g = &o->generation;
     CHECK(g->temperature > 0, "--temperature %g: must be above 0; for the likeliest token leave --do_sample out", g->temperature);
     CHECK(g->num_return_sequences > 0, "--num_return_sequences must be 1 or more");
-    CHECK(g->num_return_sequences == 1 || g->do_sample, "--num_return_sequences %zu: without --do_sample all of them would be the same", g->num_return_sequences);
+    CHECK(g->num_return_sequences == 1 || g->do_sample || g->num_beams > 1, "--num_return_sequences %zu: without --do_sample or --num_beams all of them would be the same", g->num_return_sequences);
+    CHECK(g->num_beams == 1 || g->num_return_sequences <= g->num_beams, "--num_return_sequences %zu: %zu beams give at most as many", g->num_return_sequences, g->num_beams);
     open_model(o, false);
+    CHECK(g->num_beams > 0 && 2 * g->num_beams <= MIN((size_t)256, o->model->config.vocab_size), "--num_beams %zu: 1 to 128 can be used", g->num_beams);
     if (!o->prompt) open_data(o, ONLY_PROMPT_SHAPES, 1);
     size_t V = o->model->config.vocab_size, n = o->data ? o->data->n : 1, each = g->num_return_sequences;
     struct Sequence *sequences = arena_alloc(&o->arena, n * each, sizeof *sequences);
@@ -6125,17 +6285,20 @@ static void command_generate(struct Options *o)
         CHECK(e.n < o->model->config.n_positions, "prompt %zu has %zu tokens, the model's context is %zu (n_positions); shorten it", i + 1, e.n, o->model->config.n_positions);
         for (size_t k = 0; k < each; k++) sequences[i * each + k] = sequence_start(&o->arena, e.ids, e.n, g->max_new_tokens, o->model, rng_seed(rng_next(&rng), STREAM_SAMPLE));
     }
-    generate(o->model, sequences, n * each, g);
-    for (size_t i = 0; i < n; i++) {
-        if (o->json) print_generation_json(o->tok, &o->arena, o->data ? o->data->rows[i].prompt : text_of(o->prompt), &sequences[i * each], each, V);
-        else for (size_t k = 0; k < each; k++) print_sequence(o->tok, &o->arena, &sequences[i * each + k], V);
+    bool stream = n * each == 1 && !o->json && g->num_beams == 1 && isatty(STDOUT_FILENO);
+    if (stream) {
+        print_sequence(o->tok, &o->arena, sequences, V);
+        sequences->stream = o->tok;
     }
-}
-
-static int compare_candidates_down(const void *a, const void *b)
-{
-    const struct Candidate *x = a, *y = b;
-    return x->logit != y->logit ? (x->logit < y->logit) - (x->logit > y->logit) : (x->id > y->id) - (x->id < y->id);
+    generate(o->model, sequences, n * each, g);
+    for (size_t i = 0; i < n && !stream; i++) {
+        if (o->json) print_generation_json(o->tok, &o->arena, o->data ? o->data->rows[i].prompt : text_of(o->prompt), &sequences[i * each], each, V);
+        for (size_t k = 0; !o->json && k < each; k++) {
+            print_sequence(o->tok, &o->arena, &sequences[i * each + k], V);
+            putchar('\n');
+        }
+    }
+    if (stream) putchar('\n');
 }
 
 /* The distribution of the next token after a prompt. [glossary: Distribuição (em ML)] */
@@ -6444,11 +6607,13 @@ static int parse_flag(struct Options *o, const struct Flag *flag, const char *va
 {
     void *to = (char *)o + flag->offset;
     char *end = NULL;
-    if (flag->kind == KIND_BOOL) {
+    if (flag->kind == KIND_BOOL || flag->kind == KIND_STOPPING) {
         bool is_true = value && strcmp(value, "true") == 0, is_false = value && strcmp(value, "false") == 0;
-        *(bool *)to = !is_false;
-        if (!bare && !is_true && !is_false) die_usage("--%s %s: true or false was expected", flag->name, value);
-        return is_true || is_false;
+        bool never = flag->kind == KIND_STOPPING && value && strcmp(value, "never") == 0;
+        if (flag->kind == KIND_BOOL) *(bool *)to = !is_false;
+        else *(enum EarlyStopping *)to = never ? STOP_NEVER : is_false ? STOP_FALSE : STOP_TRUE;
+        if (!bare && !is_true && !is_false && !never) die_usage("--%s %s: true or false%s was expected", flag->name, value, flag->kind == KIND_BOOL ? "" : " or never");
+        return is_true || is_false || never;
     }
     if (!value) die_usage("--%s needs a value (%s)", flag->name, flag->help);
     if (flag->kind == KIND_STRING || flag->kind == KIND_LIST) *(const char **)to = value;
@@ -6480,7 +6645,7 @@ static void parse_arguments(struct Options *o, const struct Command *command, in
         snprintf(name, sizeof name, "%.*s", (int)MIN(length, sizeof name - 1), argv[i] + 2);
         const struct Flag *flag = find_flag(name, command);
         const char *value = equals ? equals + 1 : i + 1 < argc ? argv[i + 1] : NULL;
-        int taken = parse_flag(o, flag, value, !equals && (!value || flag->kind == KIND_BOOL));
+        int taken = parse_flag(o, flag, value, !equals && (!value || flag->kind == KIND_BOOL || flag->kind == KIND_STOPPING));
         if (!equals) i += taken;
         static struct Arena lists;                       /* a list goes on to the next flag: --loss_type sigmoid sft */
         const char **list = (const char **)((char *)o + flag->offset);

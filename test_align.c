@@ -2237,6 +2237,87 @@ static void test_generate_golden(void)
     gpt2_free(model);
 }
 
+static const int golden_beam[3][8] = {{52, 52, 52, 52, 52, 48, 48, 48}, {52, 52, 52, 52, 52, 4, 48, 48}, {52, 52, 52, 52, 52, 4, 4, 4}};
+static const int golden_beam_eos4[3][8] = {{52, 52, 52, 52, 52, 48, 48, 48}, {52, 52, 52, 52, 52, 4}, {52, 52, 52, 52, 52, 48, 48, 4}};
+static const int golden_beam_eos4_long[3][8] = {{52, 52, 52, 52, 52, 48, 48, 48}, {52, 52, 52, 52, 52, 48, 48, 4}, {52, 52, 52, 52, 52, 44, 48, 48}};
+static const int golden_beam_eos4_zero[3][8] = {{52, 52, 4}, {52, 52, 52, 52, 52, 4}, {52, 52, 52, 52, 52, 48, 4}};
+static const int golden_beam_eos4_early[3][8] = {{52, 52, 52, 52, 52, 4}, {52, 52, 52, 52, 52, 48, 4}, {52, 52, 4}};
+
+/* transformers' three best of three beams, by length_penalty and early_stopping. */
+static void test_beam_search_golden(void)
+{
+    static const struct { const char *name; int end_token; double length_penalty; enum EarlyStopping early_stopping; const int (*ids)[8]; size_t length[3]; } cases[] = {
+        {"no end", 60, 1, STOP_FALSE, golden_beam, {8, 8, 8}}, {"end 4", 4, 1, STOP_FALSE, golden_beam_eos4, {8, 6, 8}},
+        {"length_penalty 2", 4, 2, STOP_FALSE, golden_beam_eos4_long, {8, 8, 8}}, {"length_penalty 0", 4, 0, STOP_FALSE, golden_beam_eos4_zero, {3, 6, 7}},
+        {"early_stopping", 4, 1, STOP_TRUE, golden_beam_eos4_early, {6, 7, 3}}};
+    struct GPT2 *model = golden_model();
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        struct GenerationConfig config = generation_config();
+        struct Sequence s[3];
+        config.num_beams = config.num_return_sequences = 3;
+        config.length_penalty = cases[i].length_penalty;
+        config.early_stopping = cases[i].early_stopping;
+        model->config.eos_token_id = cases[i].end_token;
+        for (int k = 0; k < 3; k++) s[k] = sequence_start(&test_arena, golden_examples()[0].ids, 4, 8, model, rng_seed(1, 1));
+        generate(model, s, 3, &config);
+        for (int k = 0; k < 3; k++) expect_ids(cases[i].name, s[k].ids + 4, s[k].n - 4, cases[i].ids[k], cases[i].length[k]);
+    }
+    gpt2_free(model);
+}
+
+/* With as many beams as there are sequences nothing is ever dropped: the best of all 125 responses of three tokens
+ * comes first, found here by scoring each alone. With one beam it is greedy decoding. */
+static void test_beam_search_exhaustive(void)
+{
+    struct GPT2 *model = random_model(5, 8, 16, 2, 2);
+    struct GenerationConfig config = generation_config();
+    int prompt[] = {2}, best[4] = {2}, ids[4] = {2};
+    double most = -INFINITY;
+    model->config.eos_token_id = 5;                                       /* none */
+    for (int y = 0; y < 125; y++) {
+        ids[1] = y / 25, ids[2] = y / 5 % 5, ids[3] = y % 5;
+        struct Example e = {ids, 4, 1};
+        struct Batch batch = batch_of(&e, 1, SKIP_LAST);
+        struct Activations acts = gpt2_forward(model, &test_arena, &batch, false);
+        struct LMHead head = lm_head_new(model, &test_arena, &acts, batch.row, batch.target, batch.R, 1);
+        lm_head_forward(model, &head);
+        double logp = sequence_logprob(head.logprob, 3);
+        if (logp > most) memcpy(best, ids, sizeof best), most = logp;
+    }
+    struct Sequence s = sequence_start(&test_arena, prompt, 1, 3, model, rng_seed(1, 1)), greedy = s;
+    greedy.ids = arena_alloc(&test_arena, 4, sizeof(int));
+    greedy.ids[0] = 2;
+    config.num_beams = 125;
+    generate(model, &s, 1, &config);
+    expect_ids("the likeliest response", s.ids, s.n, best, 4);
+    config.num_beams = 1;
+    generate(model, &greedy, 1, &config);
+    s.n = 1;
+    s.finished = false;
+    beam_search(model, &s, &config);
+    expect_ids("one beam is greedy", s.ids, s.n, greedy.ids, 4);
+    gpt2_free(model);
+}
+
+/* Sampled beams: the first draw has softmax's probabilities, and nothing is drawn twice. */
+static void test_beam_candidates(void)
+{
+    float score[] = {logf(0.5f), -INFINITY, logf(0.2f), logf(0.3f)};
+    struct Candidate best[4];
+    struct Rng rng = rng_seed(3, 3);
+    double first[4] = {0};
+    expect_count("without sampling", beam_candidates(score, 4, 2, NULL, &test_arena, best), 2);
+    expect_true("the two best, best first", best[0].id == 0 && best[1].id == 3 && best[0].logit == score[0]);
+    for (int i = 0; i < 20000; i++) {
+        size_t n = beam_candidates(score, 4, 4, &rng, &test_arena, best);
+        expect_count("all that are possible", n, 3);
+        first[best[0].id] += 1 / 20000.0;
+        expect_true("each once", best[0].id != best[1].id && best[1].id != best[2].id && best[0].id != best[2].id);
+    }
+    expect_close("first draw", first[0], 0.5, 0.02);
+    expect_close("first draw", first[2], 0.2, 0.02);
+}
+
 /* What transformers keeps, and with what probabilities, by temperature .7, top_k 10, top_p .8 and a repetition penalty. */
 static void test_generate_filters_golden(void)
 {
@@ -2277,11 +2358,11 @@ static void test_generate_processors(void)
     process_top_k(tied, 5, 9);
     expect_true("k above V", tied[2] == 3);
     float nucleus[] = {logf(0.2f), logf(0.5f), logf(0.3f)}, certain[] = {0, 30, -INFINITY};
-    process_top_p(nucleus, 3, 0.7);
+    process_top_p(nucleus, 3, 0.7, 1);
     expect_true("0.5, 0.3, 0.2 with p 0.7", nucleus[0] == -INFINITY && nucleus[1] > -1 && nucleus[2] > -2);
-    process_top_p(nucleus, 3, 0.3);
+    process_top_p(nucleus, 3, 0.3, 1);
     expect_true("the token that crosses p is kept", nucleus[1] > -1 && nucleus[2] == -INFINITY);
-    process_top_p(certain, 3, 1e-9);
+    process_top_p(certain, 3, 1e-9, 1);
     expect_true("the likeliest always stays", certain[1] == 30 && certain[0] == -INFINITY);
     struct GenerationConfig config = sampling(2, 0, 1);
     config.min_new_tokens = 3;
@@ -3596,7 +3677,8 @@ static const struct { const char *name; void (*run)(void); } TESTS[] = {
     {"gpt2_init", test_gpt2_init}, {"gpt2_save", test_gpt2_save}, {"gpt2_load", test_gpt2_load}, {"reward_golden", test_reward_golden}, {"reward_rows", test_reward_rows},
     {"reward_head_gradient", test_reward_head_gradient}, {"lora_hand", test_lora_hand}, {"lora_targets", test_lora_targets}, {"lora_start", test_lora_start}, {"lora_gradient", test_lora_gradient}, {"lora_merge", test_lora_merge},
     {"lora_reference", test_lora_reference}, {"lora_frozen", test_lora_frozen}, {"lora_round_trip", test_lora_round_trip}, {"lora_broken", test_lora_broken}, {"adamw_golden", test_adamw_golden}, {"adamw_hand", test_adamw_hand}, {"schedule", test_schedule},
-    {"trainer_steps", test_trainer_steps}, {"trainer_state", test_trainer_state}, {"trainer_threads", test_trainer_threads}, {"generate_golden", test_generate_golden},
+    {"trainer_steps", test_trainer_steps}, {"trainer_state", test_trainer_state}, {"trainer_threads", test_trainer_threads}, {"generate_golden", test_generate_golden}, {"beam_search_golden", test_beam_search_golden}, {"beam_search_exhaustive", test_beam_search_exhaustive},
+    {"beam_candidates", test_beam_candidates},
     {"generate_filters_golden", test_generate_filters_golden}, {"generate_processors", test_generate_processors}, {"generate_distribution", test_generate_distribution},
     {"generate_decode", test_generate_decode}, {"kth_largest", test_kth_largest}, {"generate_cache", test_generate_cache}, {"language_pack", test_language_pack},
     {"language_sft_rows", test_language_sft_rows}, {"language_overfit", test_language_overfit}, {"bradley_terry", test_bradley_terry},
