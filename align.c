@@ -724,6 +724,16 @@ static void json_write_ids(FILE *file, const int *ids, size_t n)
     fputc(']', file);
 }
 
+static void json_write_floats(FILE *file, const float *x, size_t n)
+{
+    fputc('[', file);
+    for (size_t i = 0; i < n; i++) {
+        if (i) fputs(", ", file);
+        json_write_number(file, x[i]);
+    }
+    fputc(']', file);
+}
+
 /* A tensor: a named array of floats, up to two dimensions. One declaration gives it its shape and
  * the name it has in a checkpoint; weights w, gradients d and AdamW's moments m and v all follow
  * from that, so the four can never disagree. d, m, v are NULL while nothing trains, and in a tensor that
@@ -4505,6 +4515,9 @@ static void ppo_loss(const struct PPOConfig *config, const struct PPOBatch *p, c
     stats[LOSS_TOTAL] = stats[LOSS_POLICY] + config->vf_coef * stats[LOSS_VALUE];
 }
 
+/* A vector of stats_all; with `start`, n of them, response by response. */
+struct StatsVector { const char *name; const float *x; size_t n; const size_t *start; };
+
 /* Everything a PPO training owns.   [glossary: Treinador PPO]; its model is the policy  [glossary: Política π] */
 struct PPOTrainer {
     struct GPT2 *model, *ref_model;          /* the policy with its value head; the reference */
@@ -4517,7 +4530,10 @@ struct PPOTrainer {
     size_t optimizer_steps, step, total_steps;
     const char *name;                        /* in progress lines */
     struct Arena arena, epoch_arena;
-    struct LogEntry stats;                   /* of the last step: a line of stats_all */
+    struct LogEntry stats;                   /* of the last step: a line of stats_all, */
+    struct StatsVector vectors[10];          /* and its vectors */
+    size_t vector_count, updated;
+    float *advantages, *ratio;               /* (ppo_epochs R), `updated` so far: of each token in each update */
 };
 
 static struct PPOTrainer *ppo_trainer_new(struct GPT2 *model, struct GPT2 *ref_model, struct PPOConfig config, struct TrainingArguments args, double temperature)
@@ -4574,9 +4590,8 @@ static void ppo_forward(struct PPOTrainer *ppo, struct Arena *arena, const struc
     scalar_head_forward(f->values, f->acts.ln_f, f->batch.row, f->batch.R, &model->v_head.weight, &model->v_head.bias);
 }
 
-/* Steps 2 and 3 of ppo_step: one pass of policy and reference over queries and responses, and from it
- *   non_score_t = -beta penalty_t,   r_t = non_score_t,   r_last += score                     */
-static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo, const struct Rollout *rollouts, const float *scores)
+/* Step 2 of ppo_step: one pass of policy and reference over queries and responses. */
+static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo, const struct Rollout *rollouts)
 {
     size_t B = ppo->config.batch_size, longest = 0;
     struct Arena *arena = &ppo->arena;
@@ -4597,17 +4612,20 @@ static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo, const struc
     struct LMHead ref_head = lm_head_new(ppo->ref_model, arena, &ref_acts, batch.row, batch.target, R, (float)ppo->temperature);
     lm_head_forward(ppo->ref_model, &ref_head);
     if (strcmp(ppo->config.kl_penalty, "full") == 0) kl_full_rows(ppo->model, head, ppo->ref_model, &ref_head, p.kl);
-    for (size_t t = 0; t < R; t++) {
-        p.logprobs[t] = head->logprob[t];
-        p.ref_logprobs[t] = ref_head.logprob[t];
-        p.kl[t] = kl_penalty_token(ppo->config.kl_penalty, p.logprobs[t], p.ref_logprobs[t], p.kl[t]);
-        p.rewards[t] = p.non_score_rewards[t] = (float)(-ppo->kl_coef * p.kl[t]);
-    }
-    for (size_t b = 0; b < B; b++) {
-        p.rewards[p.start[b + 1] - 1] += scores[b];
-        p.padding[b] = longest - examples[b]->n;
-    }
+    memcpy(p.logprobs, head->logprob, R * sizeof(float));
+    memcpy(p.ref_logprobs, ref_head.logprob, R * sizeof(float));
+    for (size_t b = 0; b < B; b++) p.padding[b] = longest - examples[b]->n;
     return p;
+}
+
+/* Step 3: non_score_t = -beta penalty_t,   r_t = non_score_t,   r_last += score. */
+static void ppo_rewards(const struct PPOTrainer *ppo, struct PPOBatch *p, const float *scores)
+{
+    for (size_t t = 0; t < p->R; t++) {
+        p->kl[t] = kl_penalty_token(ppo->config.kl_penalty, p->logprobs[t], p->ref_logprobs[t], p->kl[t]);
+        p->rewards[t] = p->non_score_rewards[t] = (float)(-ppo->kl_coef * p->kl[t]);
+    }
+    for (size_t b = 0; b < p->B; b++) p->rewards[p->start[b + 1] - 1] += scores[b];
 }
 
 /* Forward and backward over some rollouts of the batch; gradients are added with `weight`. */
@@ -4627,6 +4645,10 @@ static void ppo_mini_batch(struct PPOTrainer *ppo, const struct Rollout *rollout
     for (int i = 0; i < PPO_STATS; i++) stats[i] = 0;
     ppo_loss(&ppo->config, p, which, R, f->head.logprob, f->values, dlogprobs, dvalues, stats);
     stats[POLICY_ENTROPY] = (double)row_sum(f->head.entropy, R) / (double)R;
+    for (r = 0; ppo->ratio && r < R; r++, ppo->updated++) {
+        ppo->advantages[ppo->updated] = p->advantages[which[r]];
+        ppo->ratio[ppo->updated] = expf(f->head.logprob[r] - p->logprobs[which[r]]);
+    }
     bool absurd = stats[POLICY_RATIO] > ppo->config.ratio_threshold;       /* the policy ran away: skip the batch */
     if (absurd) warn("ppo: step %zu: the mean probability ratio %.1f exceeds --ratio_threshold %.1f; this mini-batch is skipped", ppo->step, stats[POLICY_RATIO], ppo->config.ratio_threshold);
     if (absurd) stats[LOSS_POLICY] = stats[LOSS_VALUE] = stats[LOSS_TOTAL] = 0;
@@ -4647,6 +4669,9 @@ static size_t ppo_optimize(struct PPOTrainer *ppo, const struct Rollout *rollout
     const struct PPOConfig *c = &ppo->config;
     size_t B = c->batch_size, *order = arena_alloc(&ppo->arena, B, sizeof *order), mini_batches = 0, per_step = c->mini_batch_size * c->gradient_accumulation_steps;
     double stats[PPO_STATS] = {0};
+    ppo->advantages = arena_floats(&ppo->arena, c->ppo_epochs * p->R);
+    ppo->ratio = arena_floats(&ppo->arena, c->ppo_epochs * p->R);
+    ppo->updated = 0;
     for (size_t epoch = 0; epoch < c->ppo_epochs; epoch++) {
         for (size_t b = 0; b < B; b++) order[b] = b;
         if (per_step < B) rng_shuffle(&ppo->order, order, B);          /* one mini-batch of all: its order is only rounding */
@@ -4671,16 +4696,23 @@ static void stats_length(struct LogEntry *stats, const char *mean_name, const ch
     log_value(stats, std_name, n > 1 ? sqrt(unbiased_variance(length, n)) : NAN);
 }
 
-/* Step 7: the scalars of TRL's stats dictionary.                             [glossary: Stats_all] */
+static void stats_vector(struct PPOTrainer *ppo, const char *name, const float *x, size_t n, const size_t *start)
+{
+    ppo->vectors[ppo->vector_count++] = (struct StatsVector){name, x, n, start};
+}
+
+/* Step 6: TRL's stats dictionary.                                            [glossary: Stats_all]
+ * Of its vectors and matrices, which TRL pads, the response tokens are kept. */
 static void ppo_record_stats(struct PPOTrainer *ppo, const struct Rollout *rollouts, const struct PPOBatch *p, const float *scores, const double sums[PPO_STATS], size_t mini_batches)
 {
     struct LogEntry *s = &ppo->stats;
     size_t B = p->B;
-    float *query = arena_floats(&ppo->arena, B), *response = arena_floats(&ppo->arena, B);
+    float *query = arena_floats(&ppo->arena, B), *response = arena_floats(&ppo->arena, B), *kl_dist = arena_zeros(&ppo->arena, B, sizeof(float));
     double kl = 0, kl_k3_sum = 0, entropy = 0, non_score = 0;
     for (size_t b = 0; b < B; b++) {
         query[b] = (float)rollouts[b].example.prompt_length;
         response[b] = (float)rollouts[b].response_length;
+        for (size_t t = p->start[b]; t < p->start[b + 1]; t++) kl_dist[b] += p->kl[t];
     }
     for (size_t t = 0; t < p->R; t++) {
         kl += p->kl[t] / (double)B;
@@ -4700,6 +4732,14 @@ static void ppo_record_stats(struct PPOTrainer *ppo, const struct Rollout *rollo
     for (int i = 0; i < PPO_STATS; i++) if (i != POLICY_RATIO) log_value(s, PPO_STAT_NAMES[i], sums[i] / (double)mini_batches);
     log_value(s, "ppo/val/var_explained", 1 - sums[VAL_ERROR] / sums[RETURNS_VAR]);
     log_value(s, "ppo/learning_rate", ppo->args.learning_rate * schedule_factor(&ppo->args, ppo->step, ppo->total_steps));
+    ppo->vector_count = 0;
+    stats_vector(ppo, "objective/kl_dist", kl_dist, B, NULL);
+    stats_vector(ppo, "objective/logprobs", p->logprobs, B, p->start);
+    stats_vector(ppo, "objective/ref_logprobs", p->ref_logprobs, B, p->start);
+    stats_vector(ppo, "tokens/queries_dist", query, B, NULL);
+    stats_vector(ppo, "tokens/responses_dist", response, B, NULL);
+    stats_vector(ppo, "ppo/policy/advantages", ppo->advantages, ppo->updated, NULL);
+    stats_vector(ppo, "ppo/policy/ratio", ppo->ratio, ppo->updated, NULL);
 }
 
 /* ppo_step -- PPOTrainer.step(queries, responses, scores).        [glossary: Treinador PPO]
@@ -4713,28 +4753,40 @@ static void ppo_step(struct PPOTrainer *ppo, const struct Rollout *rollouts)
     float *scores = arena_floats(&ppo->arena, B);
     for (size_t b = 0; b < B; b++) scores[b] = rollouts[b].score;
     ppo_process_scores(ppo, scores, B);                                             /* 1. scale and clip */
-    struct PPOBatch p = ppo_evaluate_rollouts(ppo, rollouts, scores);               /* 2. log-probabilities, values; 3. rewards */
+    struct PPOBatch p = ppo_evaluate_rollouts(ppo, rollouts);                       /* 2. log-probabilities, values */
     double evaluated = seconds_now();
+    ppo_rewards(ppo, &p, scores);                                                   /* 3. penalty and score a token */
+    double rewarded = seconds_now();
     ppo_advantages(&ppo->config, &p);                                               /* 4. advantages and returns */
     double advantages = seconds_now();
-    size_t mini_batches = ppo_optimize(ppo, rollouts, &p, sums);       /* 5. epochs of clipped updates */
-    double optimized = seconds_now();
+    size_t mini_batches = ppo_optimize(ppo, rollouts, &p, sums);                    /* 5. epochs of clipped updates */
+    double optimized = seconds_now(), kl;
     ppo_record_stats(ppo, rollouts, &p, scores, sums, mini_batches);                /* 6. statistics */
-    double kl;
     log_find(&ppo->stats, "objective/kl", &kl);
     ppo->kl_coef = kl_controller_update(&ppo->config, ppo->kl_coef, kl, B);         /* 7. KL controller */
     ppo->step++;
-    double times[] = {evaluated - begin, advantages - evaluated, optimized - advantages, seconds_now() - begin};
-    static const char *const names[] = {"time/ppo/forward_pass", "time/ppo/compute_advantages", "time/ppo/optimize_step", "time/ppo/total"};
+    double end = seconds_now(), times[] = {evaluated - begin, rewarded - evaluated, advantages - rewarded, optimized - advantages, end - optimized, end - begin};
+    static const char *const names[] = {"time/ppo/forward_pass", "time/ppo/compute_rewards", "time/ppo/compute_advantages", "time/ppo/optimize_step", "time/ppo/calc_stats", "time/ppo/total"};
     for (size_t i = 0; i < COUNT(times); i++) log_value(&ppo->stats, names[i], times[i]);
 }
 
-static void stats_write_line(FILE *file, const struct LogEntry *stats)
+static void stats_write_line(FILE *file, const struct PPOTrainer *ppo)
 {
+    const struct LogEntry *stats = &ppo->stats;
     fputc('{', file);
     for (size_t i = 0; i < stats->n; i++) {
         fprintf(file, "%s\"%s\": ", i ? ", " : "", stats->item[i].name);
         json_write_number(file, stats->item[i].value);
+    }
+    for (size_t i = 0; i < ppo->vector_count; i++) {
+        const struct StatsVector *v = &ppo->vectors[i];
+        fprintf(file, ", \"%s\": %s", v->name, v->start ? "[" : "");
+        for (size_t b = 0; v->start && b < v->n; b++) {
+            if (b) fputs(", ", file);
+            json_write_floats(file, v->x + v->start[b], v->start[b + 1] - v->start[b]);
+        }
+        if (v->start) fputc(']', file);
+        else json_write_floats(file, v->x, v->n);
     }
     fputs("}\n", file);
 }
@@ -4857,9 +4909,10 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, cons
         float *raw = arena_floats(&arena, B);
         for (size_t b = 0; b < B; b++) raw[b] = rollouts[b].score;
         stats_length(&ppo->stats, "env/reward_mean", "env/reward_std", raw, B);
+        stats_vector(ppo, "env/reward_dist", raw, B, NULL);
         log_value(&ppo->stats, "time/ppo/rollout", rolled - begin);
         if (output_dir) {
-            stats_write_line(stats_all.file, &ppo->stats);
+            stats_write_line(stats_all.file, ppo);
             rollouts_write(rollout_log.file, rollouts, B);
         }
         state->global_step = step + 1;
@@ -6340,16 +6393,6 @@ static void command_next(struct Options *o)
     }
 }
 
-static void print_floats(const char *name, const float *x, size_t n)
-{
-    printf(", \"%s\": [", name);
-    for (size_t i = 0; i < n; i++) {
-        if (i) fputs(", ", stdout);
-        json_write_number(stdout, x[i]);
-    }
-    putchar(']');
-}
-
 static void logprob_row(struct Arena *arena, const struct GPT2 *model, const struct GPT2 *ref_model, const struct Example *e)
 {
     const struct Example *examples[] = {e};
@@ -6365,7 +6408,8 @@ static void logprob_row(struct Arena *arena, const struct GPT2 *model, const str
     size_t first = MAX((size_t)1, e->prompt_length) - 1, scored = e->n > first + 1 ? e->n - 1 - first : 0;
     fputs("{\"input_ids\": ", stdout);
     json_write_ids(stdout, e->ids, e->n);
-    print_floats("token_logprobs", head.logprob, e->n > 0 ? e->n - 1 : 0);
+    fputs(", \"token_logprobs\": ", stdout);
+    json_write_floats(stdout, head.logprob, e->n - 1);
     fputs(", \"logprob\": ", stdout);
     json_write_number(stdout, sequence_logprob(head.logprob + first, scored));
     if (ref_model) {
@@ -6374,7 +6418,8 @@ static void logprob_row(struct Arena *arena, const struct GPT2 *model, const str
         float *kl = arena_floats(arena, e->n);
         lm_head_forward(ref_model, &ref_head);
         kl_full_rows(model, &head, ref_model, &ref_head, kl);
-        print_floats("kl_to_ref_per_position", kl, e->n);
+        fputs(", \"kl_to_ref_per_position\": ", stdout);
+        json_write_floats(stdout, kl, e->n);
     }
     fputs("}\n", stdout);
 }

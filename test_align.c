@@ -585,6 +585,13 @@ static void test_rng_distributions(void)
  * Chapter 2 - Files: JSON, safetensors
  * ============================================================================================= */
 
+static size_t json_count(const struct Json *array)
+{
+    size_t n = 0;
+    for (struct Json *item = array->child; item; item = item->next) n++;
+    return n;
+}
+
 static struct Json *parse(const char *text, const char **error)
 {
     size_t where;
@@ -2924,7 +2931,8 @@ static void test_ppo_gradient(void)
 {
     struct Rollout rollouts[4];
     struct PPOTrainer *ppo = ppo_of(ppo_config(), 0, rollouts);
-    struct PPOModelCase c = {ppo, rollouts, ppo_evaluate_rollouts(ppo, rollouts, (float[]){-1, 0, 1, 2})};
+    struct PPOModelCase c = {ppo, rollouts, ppo_evaluate_rollouts(ppo, rollouts)};
+    ppo_rewards(ppo, &c.p, (float[]){-1, 0, 1, 2});
     c.p.fresh = false;                       /* the weights will be moved one by one */
     ppo_advantages(&ppo->config, &c.p);
     gpt2_zero_grad(ppo->model);
@@ -2948,7 +2956,8 @@ static void test_ppo_step(void)
         config.mini_batch_size = 2;
         config.kl_penalty = full ? "full" : "kl";
         struct PPOTrainer *ppo = ppo_of(config, 0, rollouts);
-        struct PPOBatch p = ppo_evaluate_rollouts(ppo, rollouts, (float[]){-1, 0, 1, 2});
+        struct PPOBatch p = ppo_evaluate_rollouts(ppo, rollouts);
+        ppo_rewards(ppo, &p, (float[]){-1, 0, 1, 2});
         double kl = 0;
         for (size_t b = 0; b < 4; b++) {
             const struct Example *e = &rollouts[b].example;
@@ -2983,6 +2992,20 @@ static void test_ppo_step(void)
         expect_close("objective/kl", value, kl, 1e-5);
         expect_close("beta for the next step", ppo->kl_coef, kl_controller_update(&config, 0.2, kl, 4), 1e-7);
         expect_count("optimizer steps: 4 epochs of 2", ppo->optimizer_steps, 8);
+        FILE *file = fopen(temporary("stats_all.jsonl"), "wb");
+        stats_write_line(file, ppo);
+        fclose(file);
+        const char *error;
+        struct Json *line = parse(read_file(&test_arena, temporary("stats_all.jsonl")).data, &error), *logprobs = json_get(line, "objective/logprobs"), *dist = json_get(line, "objective/kl_dist");
+        double kl_of_dist = 0;
+        size_t b = 0;
+        for (struct Json *item = dist->child; item; item = item->next) kl_of_dist += item->number / 4;
+        expect_close("kl is the mean of kl_dist", kl_of_dist, kl, 1e-5);
+        for (struct Json *item = logprobs->child; item; item = item->next, b++) expect_count("a log-probability a response token", json_count(item), rollouts[b].response_length);
+        expect_count("as many as responses", b, 4);
+        expect_count("every token of every epoch", json_count(json_get(line, "ppo/policy/ratio")), 4 * 24);
+        expect_count("its advantage", json_count(json_get(line, "ppo/policy/advantages")), 4 * 24);
+        for (struct Json *item = json_get(line, "ppo/policy/ratio")->child; item; item = item->next) expect_close("at learning rate 0 the ratio is 1", item->number, 1, 1e-5);
         ppo_end(ppo);
     }
 }
