@@ -26,7 +26,7 @@
  *    2 Files: JSON, safetensors                12 Generation
  *    3 Tokenizer                               13 Language modelling: pretraining, SFT
  *    4 Data: datasets, pairs, collator         14 Reward model
- *    5 Probability: sigmoid, softmax, KL       15 Policy gradient: PPO
+ *    5 Probability: sigmoid, softmax, KL       15 Policy gradient: REINFORCE, PPO
  *    6 Matrix multiplication                   16 DPO
  *    7 Layers, forward and backward            (17 is kept for the closed form)
  *    8 GPT-2                                   18 Evaluation and the whole course (rlhf)
@@ -66,6 +66,7 @@
  *   [20] Schulman 2020, Approximating KL Divergence (the k1 and k3 estimates)
  *   [21] Hu 2021, LoRA: Low-Rank Adaptation of Large Language Models
  *   [22] Kalajdzievski 2023, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA (rslora)
+ *   [23] Ahmadian 2024, Back to Basics: Revisiting REINFORCE-Style Optimization (RLOO)
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE            /* realpath, clock_gettime, fsync under -std=c11 */
@@ -4334,34 +4335,15 @@ static void write_pipe_outputs(FILE *file, double reward)
 }
 
 /* =============================================================================================
- * Chapter 15 - Policy gradient: PPO                     [glossary: Gradiente de política]
+ * Chapter 15 - Policy gradient: REINFORCE, PPO          [glossary: Gradiente de política]
  *
  * What enters: a policy, a frozen reference and a score for each response. What leaves: a policy that
  * scores higher without leaving the reference far behind. The objective is
  *     J(pi) = E_{y ~ pi} [ r(x,y) ] - beta KL(pi || pi_ref)          [10][4]  [glossary: Função objetivo]
  * and the KL term is what keeps the model writing language: without it the policy finds whatever text
- * fools the reward model. The gradient of an expectation over samples is an expectation of
- * advantage * grad log pi(y|x) [19]: nothing has to be differentiated but the policy's log-probability.
- * This chapter is TRL 0.11's PPOTrainer, step by step.
+ * fools the reward model. REINFORCE climbs J by its plain gradient; PPO, TRL 0.11's PPOTrainer step by
+ * step, learns what to expect of each token and uses its samples several times.
  * ============================================================================================= */
-
-/* PPOConfig of TRL 0.11 and its defaults.                        [glossary: Classe de configuração PPO] */
-struct PPOConfig {
-    size_t batch_size, mini_batch_size, gradient_accumulation_steps, ppo_epochs;
-    double init_kl_coef;         /* beta at the start                [glossary: Parâmetro Beta (β)] */
-    double target, horizon;      /* of the adaptive KL controller */
-    double gamma, lam;           /* of GAE */
-    double cliprange, cliprange_value, vf_coef, score_clip, ratio_threshold, target_kl;
-    bool adap_kl_ctrl, use_score_scaling, use_score_norm, whiten_rewards, early_stopping;
-    const char *kl_penalty;      /* kl, abs, mse, full */
-};
-
-static struct PPOConfig ppo_config(void)
-{
-    return (struct PPOConfig){
-        .batch_size = 128, .mini_batch_size = 128, .gradient_accumulation_steps = 1, .ppo_epochs = 4, .init_kl_coef = 0.2, .target = 6, .horizon = 10000,
-        .gamma = 1, .lam = 0.95, .cliprange = 0.2, .cliprange_value = 0.2, .vf_coef = 0.1, .ratio_threshold = 10, .target_kl = 1, .adap_kl_ctrl = true, .kl_penalty = "kl"};
-}
 
 /* A rollout: what was asked, what the policy answered, how it scored.        [glossary: Rollout] */
 struct Rollout { struct Example example; size_t response_length; float score; };
@@ -4381,16 +4363,6 @@ static double unbiased_variance(const float *x, size_t n)
     return n > 1 ? sum / (double)(n - 1) : 0;
 }
 
-/* whiten -- x = (x - mean) / sqrt(variance + 1e-8), variance unbiased; the mean is added back if
- * !shift_mean. A gradient whose advantages are of one scale needs one learning rate. Returns what a
- * value of zero would become (TRL whitens padding as well, see ppo_advantages). test: ppo_whiten_golden */
-static double whiten(float *x, size_t n, bool shift_mean)
-{
-    double mean = mean_of(x, n), scale = 1 / sqrt(unbiased_variance(x, n) + 1e-8), back = shift_mean ? 0 : mean;
-    for (size_t i = 0; i < n; i++) x[i] = (float)((x[i] - mean) * scale + back);
-    return (0 - mean) * scale + back;
-}
-
 /* Running mean and variance of all scores seen, batch by batch, by Chan's rule for merging two sets. */
 struct RunningMoments { double mean, var, std, count; };
 
@@ -4403,6 +4375,252 @@ static void running_moments_update(struct RunningMoments *m, const float *x, siz
     m->var = spread / total;
     m->std = sqrt(m->var * total / (total - 1));
     m->count = total;
+}
+
+/* Log-probabilities of n completions under a model: summed over the target rows of each. */
+static void sum_target_logps(const struct Batch *batch, size_t n, const float *token_logprobs, double *logps)
+{
+    for (size_t b = 0; b < n; b++) logps[b] = sequence_logprob(token_logprobs + batch->target_start[b], batch->target_start[b + 1] - batch->target_start[b]);
+}
+
+/* What turns a response into a score: the reward model, on the text of query and response. */
+struct Scorer {
+    const struct GPT2 *reward_model;
+    const struct Tokenizer *tok;
+    double mean, std;                  /* score = (reward - mean) / std */
+    size_t least_length;               /* a response that ends sooner scores at most short_score */
+    double short_score;
+};
+
+/* Scores n token sequences (query and response together): decoded to text and read by the reward model, as
+ * the lab's sentiment pipeline does. */
+static void scorer_score(const struct Scorer *scorer, struct Arena *arena, const struct Example *sequences, size_t n, size_t vocab_size, float *score)
+{
+    struct Example *texts = arena_alloc(arena, n, sizeof *texts);
+    int end = end_token_of(vocab_size);
+    size_t limit = scorer->reward_model->config.n_positions;
+    for (size_t i = 0; i < n; i++) {
+        size_t length = sequences[i].n;
+        while (length > 0 && sequences[i].ids[length - 1] == end) length--;
+        struct Text text = tokenizer_decode_all(scorer->tok, arena, sequences[i].ids, length, vocab_size);
+        texts[i] = example_encode(arena, scorer->tok, text, scorer->reward_model->config.vocab_size, false);
+        texts[i].n = MIN(texts[i].n, limit);
+    }
+    reward_score(scorer->reward_model, texts, n, score);
+    for (size_t i = 0; i < n; i++) {
+        size_t response = sequences[i].n - sequences[i].prompt_length;
+        score[i] = (float)((score[i] - scorer->mean) / scorer->std);
+        bool ended_soon = response < scorer->least_length && sequences[i].n > 0 && sequences[i].ids[sequences[i].n - 1] == end;
+        if (ended_soon) score[i] = (float)MIN(score[i], scorer->short_score);
+    }
+}
+
+/* The policy answers batch_size prompts and is scored.                       [glossary: Rollout] */
+struct RolloutSource {
+    const struct Example *prompts;
+    size_t n;
+    size_t *order, at;                 /* a shuffled pass over the prompts, renewed at its end */
+    struct Rng shuffle, lengths, sample;
+    struct LengthSampler output_length;
+    size_t num_generations;            /* answers to a prompt, one after the other */
+    struct GenerationConfig generation;
+};
+
+static void collect_rollouts(struct RolloutSource *source, const struct GPT2 *policy, const struct Scorer *scorer, struct Arena *arena, struct Rollout *rollouts, size_t n)
+{
+    struct Sequence *sequences = arena_alloc(arena, n, sizeof *sequences);
+    const struct Example *prompt = NULL;
+    for (size_t i = 0; i < n; i++) {
+        if (source->at == source->n && i % source->num_generations == 0) {
+            rng_shuffle(&source->shuffle, source->order, source->n);
+            source->at = 0;
+        }
+        if (i % source->num_generations == 0) prompt = &source->prompts[source->order[source->at++]];
+        struct Rng own = rng_seed(rng_next(&source->sample), STREAM_SAMPLE);
+        sequences[i] = sequence_start(arena, prompt->ids, prompt->n, length_sampler(&source->output_length, &source->lengths), policy, own);
+    }
+    generate(policy, sequences, n, &source->generation);
+    struct Example *examples = arena_alloc(arena, n, sizeof *examples);
+    float *score = arena_floats(arena, n);
+    for (size_t i = 0; i < n; i++) examples[i] = (struct Example){sequences[i].ids, sequences[i].n, sequences[i].prompt_length};
+    scorer_score(scorer, arena, examples, n, policy->config.vocab_size, score);
+    for (size_t i = 0; i < n; i++) rollouts[i] = (struct Rollout){examples[i], examples[i].n - examples[i].prompt_length, score[i]};
+}
+
+/* REINFORCE [19]. How can an expectation over samples be differentiated, when the samples themselves depend on the
+ * weights? By d pi = pi d log pi:                              [glossary: Truque da log-derivada]
+ *   grad J = grad sum_y pi(y) R(y) = sum_y pi(y) R(y) grad log pi(y) = E_{y ~ pi} [ R(y) grad log pi(y) ]
+ * so R is only evaluated, never differentiated: it may be a person's word. With the KL term inside,
+ * R(y) = r(y) - beta (log pi(y) - log pi_ref(y)); its own gradient adds nothing, for E[grad log pi] = 0. That is also
+ * why a baseline b that does not depend on y may be subtracted: R - b has the same mean gradient and less noise.
+ *   none   b = 0                mean   b = the mean of all R of earlier steps
+ *   rloo   b = the mean R of the other answers to the same prompt (leave one out)                       [23] */
+enum Baseline { BASELINE_NONE, BASELINE_MEAN, BASELINE_RLOO, BASELINES };
+static const char *const BASELINE_NAMES[] = {"none", "mean", "rloo"};
+
+/* reinforce_advantages -- R(y_i) - b of n rewards, those of one prompt side by side, num_generations of each.
+ * By hand: R = 1, 2, 6 of one prompt: rloo gives 1 - 4, 2 - 3.5, 6 - 1.5 = -3, -1.5, 4.5.      test: reinforce_advantages */
+static void reinforce_advantages(enum Baseline baseline, const float *rewards, size_t n, size_t num_generations, double running_mean, float *advantages)
+{
+    for (size_t i = 0; i < n; i++) {
+        double b = 0;
+        size_t first = i / num_generations * num_generations;
+        if (baseline == BASELINE_MEAN) b = running_mean;
+        if (baseline == BASELINE_RLOO) b = (mean_of(rewards + first, num_generations) * (double)num_generations - rewards[i]) / (double)(num_generations - 1);
+        advantages[i] = (float)(rewards[i] - b);
+    }
+}
+
+/* reinforce_loss -- what is minimized so that J rises: the optimizer goes down, w -= lr grad, so the loss carries the
+ * minus sign of stochastic gradient ascent, w += lr grad J.    [glossary: Ascensão de gradiente estocástico (SGA)]
+ *   loss = -1/n sum_i A_i log pi(y_i);   dlogps_i = -A_i / n             (n)          test: reinforce_gradient */
+static double reinforce_loss(const float *advantages, const double *logps, size_t n, double *dlogps)
+{
+    double loss = 0;
+    for (size_t i = 0; i < n; i++) {
+        loss -= advantages[i] * logps[i] / (double)n;
+        dlogps[i] = -advantages[i] / (double)n;
+    }
+    return loss;
+}
+
+/* The variance of the gradient that n samples estimate: 1/(n (n-1)) sum_i |A_i s_i - mean|^2, where s_i (C) is the
+ * gradient of log pi(y_i).  By hand: A = 1, 3 and s = 1, 1: mean 2, variance (1 + 1)/2 = 1. test: reinforce_advantages */
+static double gradient_variance(const float *advantages, const float *s, size_t n, size_t C)
+{
+    double total = 0;
+    for (size_t c = 0; c < C; c++) {
+        double mean = 0;
+        for (size_t i = 0; i < n; i++) mean += (double)advantages[i] * s[i * C + c] / (double)n;
+        for (size_t i = 0; i < n; i++) total += pow((double)advantages[i] * s[i * C + c] - mean, 2);
+    }
+    return n > 1 ? total / (double)n / (double)(n - 1) : NAN;
+}
+
+struct Reinforce {
+    struct GPT2 *model, *ref_model;
+    struct TrainingArguments args;
+    enum Baseline baseline;
+    double beta, temperature;
+    size_t batch_size, num_generations, step, total_steps;
+    struct RunningMoments rewards;           /* of the steps before */
+    struct Arena arena;
+    struct LogEntry stats;
+};
+
+/* d log pi(y_i) / d ln_f.bias, (n,C): of all weights the ones whose gradient every answer's own can be had for nothing,
+ * the sum of d log pi / d hidden over its tokens. On them the variance is measured. */
+static float *reinforce_scores(struct Reinforce *r, struct LMHead *head, const struct Batch *batch)
+{
+    struct GPT2 view = *r->model;
+    size_t C = view.config.n_embd;
+    float *ones = arena_floats(&r->arena, head->R), *dhidden = arena_zeros(&r->arena, batch->N * C, sizeof(float)), *s = arena_zeros(&r->arena, batch->B * C, sizeof(float));
+    view.wte.d = NULL;                       /* a look, no gradient */
+    for (size_t i = 0; i < head->R; i++) ones[i] = 1;
+    lm_head_backward(&view, head, ones, dhidden, &r->arena);
+    for (size_t b = 0; b < batch->B; b++)
+        for (size_t i = batch->start[b]; i < batch->start[b + 1]; i++)
+            for (size_t c = 0; c < C; c++) s[b * C + c] += dhidden[i * C + c];
+    return s;
+}
+
+/* reinforce_step -- one step up the gradient from batch_size fresh rollouts.         test: reinforce_step */
+static void reinforce_step(struct Reinforce *r, const struct Rollout *rollouts)
+{
+    static const char *const variance[] = {"gradient_variance/none", "gradient_variance/mean", "gradient_variance/rloo"};
+    struct Arena *arena = &r->arena;
+    size_t n = r->batch_size, C = r->model->config.n_embd;
+    arena_reset(arena);
+    const struct Example **examples = arena_alloc(arena, n, sizeof *examples);
+    double *logps = arena_alloc(arena, n, sizeof *logps), *ref_logps = arena_alloc(arena, n, sizeof *ref_logps), *dlogps = arena_alloc(arena, n, sizeof *dlogps), kl = 0, score = 0, length = 0;
+    float *rewards = arena_floats(arena, n), *advantages[BASELINES];
+    for (size_t i = 0; i < n; i++) examples[i] = &rollouts[i].example;
+    struct Batch batch = collate(arena, examples, n, SKIP_LAST);
+    struct Activations acts = gpt2_forward(r->model, arena, &batch, true), ref_acts = gpt2_forward(r->ref_model, arena, &batch, false);
+    struct LMHead head = lm_head_new(r->model, arena, &acts, batch.row, batch.target, batch.R, (float)r->temperature);
+    struct LMHead ref_head = lm_head_new(r->ref_model, arena, &ref_acts, batch.row, batch.target, batch.R, (float)r->temperature);
+    lm_head_forward(r->ref_model, &ref_head);
+    lm_head_forward(r->model, &head);
+    sum_target_logps(&batch, n, head.logprob, logps);
+    sum_target_logps(&batch, n, ref_head.logprob, ref_logps);
+    for (size_t i = 0; i < n; i++) {
+        rewards[i] = (float)(rollouts[i].score - r->beta * (logps[i] - ref_logps[i]));
+        kl += kl_k1(logps[i], ref_logps[i]) / (double)n;
+        score += rollouts[i].score / (double)n;
+        length += (double)rollouts[i].response_length / (double)n;
+    }
+    r->stats.n = 0;
+    bool logged = (r->step + 1) % r->args.logging_steps == 0;
+    float *s = logged ? reinforce_scores(r, &head, &batch) : NULL;
+    for (int b = 0; b < BASELINES; b++) {
+        if (b == BASELINE_RLOO && r->num_generations < 2) continue;
+        advantages[b] = arena_floats(arena, n);
+        reinforce_advantages(b, rewards, n, r->num_generations, r->rewards.mean, advantages[b]);
+        if (logged) log_value(&r->stats, variance[b], gradient_variance(advantages[b], s, n, C));
+    }
+    double loss = reinforce_loss(advantages[r->baseline], logps, n, dlogps);
+    float *dlogprob = arena_floats(arena, batch.R), *dhidden = arena_zeros(arena, batch.N * C, sizeof *dhidden);
+    for (size_t i = 0; i < n; i++)
+        for (size_t t = batch.target_start[i]; t < batch.target_start[i + 1]; t++) dlogprob[t] = (float)dlogps[i];
+    lm_head_backward(r->model, &head, dlogprob, dhidden, arena);
+    gpt2_backward(r->model, arena, &acts, dhidden);
+    double lr = r->args.learning_rate * schedule_factor(&r->args, r->step, r->total_steps), norm = optimizer_step(r->model, &r->args, lr, ++r->step);
+    CHECK(isfinite(loss) && isfinite(norm), "reinforce: step %zu: the loss is %g, the gradient's norm %g; try a smaller --learning_rate or --max_grad_norm", r->step, loss, norm);
+    running_moments_update(&r->rewards, rewards, n);
+    const char *const names[] = {"loss", "grad_norm", "learning_rate", "reward", "kl", "objective", "entropy", "completions/mean_length", "step"};
+    double values[] = {loss, norm, lr, score, kl, mean_of(rewards, n), (double)row_sum(head.entropy, batch.R) / (double)batch.R, length, (double)r->step};
+    for (size_t i = 0; i < COUNT(names); i++) log_value(&r->stats, names[i], values[i]);
+}
+
+/* reinforce_train -- answers, rewards, one step up, again. */
+static void reinforce_train(struct Reinforce *r, struct RolloutSource *source, const struct Scorer *scorer, struct TrainerState *state)
+{
+    struct Arena arena = {0};
+    gpt2_make_trainable(r->model);
+    state->max_steps = r->total_steps;
+    while (r->step < r->total_steps) {
+        arena_reset(&arena);
+        struct Rollout *rollouts = arena_alloc(&arena, r->batch_size, sizeof *rollouts);
+        collect_rollouts(source, r->model, scorer, &arena, rollouts, r->batch_size);
+        reinforce_step(r, rollouts);
+        state->global_step = r->step;
+        if (r->step % r->args.logging_steps) continue;
+        double shown[5];
+        static const char *const names[] = {"reward", "kl", "gradient_variance/none", "gradient_variance/mean", "gradient_variance/rloo"};
+        for (size_t i = 0; i < COUNT(names); i++) log_find(&r->stats, names[i], &shown[i]);
+        say("reinforce: step %zu/%zu  reward %.4g  kl %.4g  gradient's variance: no baseline %.3g, running mean %.3g, leave-one-out %.3g\n", r->step, r->total_steps, shown[0], shown[1], shown[2], shown[3], shown[4]);
+        *state_log(state) = r->stats;
+    }
+    arena_free(&arena);
+    arena_free(&r->arena);
+}
+
+/* PPOConfig of TRL 0.11 and its defaults.                        [glossary: Classe de configuração PPO] */
+struct PPOConfig {
+    size_t batch_size, mini_batch_size, gradient_accumulation_steps, ppo_epochs;
+    double init_kl_coef;         /* beta at the start                [glossary: Parâmetro Beta (β)] */
+    double target, horizon;      /* of the adaptive KL controller */
+    double gamma, lam;           /* of GAE */
+    double cliprange, cliprange_value, vf_coef, score_clip, ratio_threshold, target_kl;
+    bool adap_kl_ctrl, use_score_scaling, use_score_norm, whiten_rewards, early_stopping;
+    const char *kl_penalty;      /* kl, abs, mse, full */
+};
+
+static struct PPOConfig ppo_config(void)
+{
+    return (struct PPOConfig){
+        .batch_size = 128, .mini_batch_size = 128, .gradient_accumulation_steps = 1, .ppo_epochs = 4, .init_kl_coef = 0.2, .target = 6, .horizon = 10000,
+        .gamma = 1, .lam = 0.95, .cliprange = 0.2, .cliprange_value = 0.2, .vf_coef = 0.1, .ratio_threshold = 10, .target_kl = 1, .adap_kl_ctrl = true, .kl_penalty = "kl"};
+}
+
+/* whiten -- x = (x - mean) / sqrt(variance + 1e-8), variance unbiased; the mean is added back if
+ * !shift_mean. A gradient whose advantages are of one scale needs one learning rate. Returns what a
+ * value of zero would become (TRL whitens padding as well, see ppo_advantages). test: ppo_whiten_golden */
+static double whiten(float *x, size_t n, bool shift_mean)
+{
+    double mean = mean_of(x, n), scale = 1 / sqrt(unbiased_variance(x, n) + 1e-8), back = shift_mean ? 0 : mean;
+    for (size_t i = 0; i < n; i++) x[i] = (float)((x[i] - mean) * scale + back);
+    return (0 - mean) * scale + back;
 }
 
 /* The KL controller: beta grows while KL is above its target, shrinks below, by at most 20 % of
@@ -4492,7 +4710,7 @@ static void ppo_loss(const struct PPOConfig *config, const struct PPOBatch *p, c
         double v_clipped = MAX(V - cv, MIN(V + cv, v));
         double error = (v - G) * (v - G), error_clipped = (v_clipped - G) * (v_clipped - G);
         bool value_clipped = error_clipped > error;
-        dlogprobs[r] = policy_clipped ? 0 : (float)(plain / n);            /* d ratio = ratio d log pi  [glossary: Truque da log-derivada] */
+        dlogprobs[r] = policy_clipped ? 0 : (float)(plain / n);            /* d ratio = ratio d log pi */
         dvalues[r] = (float)(config->vf_coef * (value_clipped ? (v == v_clipped ? v_clipped - G : 0) : v - G) / n);
         stats[LOSS_POLICY] += MAX(plain, clipped) / n;
         stats[LOSS_VALUE] += 0.5 * MAX(error, error_clipped) / n;
@@ -4791,70 +5009,6 @@ static void stats_write_line(FILE *file, const struct PPOTrainer *ppo)
     fputs("}\n", file);
 }
 
-/* What turns a response into a score: the reward model, on the text of query and response. */
-struct Scorer {
-    const struct GPT2 *reward_model;
-    const struct Tokenizer *tok;
-    double mean, std;                  /* score = (reward - mean) / std */
-    size_t least_length;               /* a response that ends sooner scores at most short_score */
-    double short_score;
-};
-
-/* Scores n token sequences (query and response together): decoded to text and read by the reward model, as
- * the lab's sentiment pipeline does. */
-static void scorer_score(const struct Scorer *scorer, struct Arena *arena, const struct Example *sequences, size_t n, size_t vocab_size, float *score)
-{
-    struct Example *texts = arena_alloc(arena, n, sizeof *texts);
-    int end = end_token_of(vocab_size);
-    size_t limit = scorer->reward_model->config.n_positions;
-    for (size_t i = 0; i < n; i++) {
-        size_t length = sequences[i].n;
-        while (length > 0 && sequences[i].ids[length - 1] == end) length--;
-        struct Text text = tokenizer_decode_all(scorer->tok, arena, sequences[i].ids, length, vocab_size);
-        texts[i] = example_encode(arena, scorer->tok, text, scorer->reward_model->config.vocab_size, false);
-        texts[i].n = MIN(texts[i].n, limit);
-    }
-    reward_score(scorer->reward_model, texts, n, score);
-    for (size_t i = 0; i < n; i++) {
-        size_t response = sequences[i].n - sequences[i].prompt_length;
-        score[i] = (float)((score[i] - scorer->mean) / scorer->std);
-        bool ended_soon = response < scorer->least_length && sequences[i].n > 0 && sequences[i].ids[sequences[i].n - 1] == end;
-        if (ended_soon) score[i] = (float)MIN(score[i], scorer->short_score);
-    }
-}
-
-/* The policy answers batch_size prompts and is scored.                       [glossary: Rollout] */
-struct RolloutSource {
-    const struct Example *prompts;
-    size_t n;
-    size_t *order, at;                 /* a shuffled pass over the prompts, renewed at its end */
-    struct Rng shuffle, lengths, sample;
-    struct LengthSampler output_length;
-    size_t num_generations;            /* answers to a prompt, one after the other */
-    struct GenerationConfig generation;
-};
-
-static void collect_rollouts(struct RolloutSource *source, const struct GPT2 *policy, const struct Scorer *scorer, struct Arena *arena, struct Rollout *rollouts, size_t n)
-{
-    struct Sequence *sequences = arena_alloc(arena, n, sizeof *sequences);
-    const struct Example *prompt = NULL;
-    for (size_t i = 0; i < n; i++) {
-        if (source->at == source->n && i % source->num_generations == 0) {
-            rng_shuffle(&source->shuffle, source->order, source->n);
-            source->at = 0;
-        }
-        if (i % source->num_generations == 0) prompt = &source->prompts[source->order[source->at++]];
-        struct Rng own = rng_seed(rng_next(&source->sample), STREAM_SAMPLE);
-        sequences[i] = sequence_start(arena, prompt->ids, prompt->n, length_sampler(&source->output_length, &source->lengths), policy, own);
-    }
-    generate(policy, sequences, n, &source->generation);
-    struct Example *examples = arena_alloc(arena, n, sizeof *examples);
-    float *score = arena_floats(arena, n);
-    for (size_t i = 0; i < n; i++) examples[i] = (struct Example){sequences[i].ids, sequences[i].n, sequences[i].prompt_length};
-    scorer_score(scorer, arena, examples, n, policy->config.vocab_size, score);
-    for (size_t i = 0; i < n; i++) rollouts[i] = (struct Rollout){examples[i], examples[i].n - examples[i].prompt_length, score[i]};
-}
-
 static void rollouts_write(FILE *file, const struct Rollout *rollouts, size_t n)
 {
     for (size_t i = 0; i < n; i++) {
@@ -4997,12 +5151,6 @@ struct DPOTask {
     double *ref_logps, *eval_ref_logps;          /* (2n) NaN until first needed: computed once, used in every epoch */
     double temperature;
 };
-
-/* Log-probabilities of n completions under a model: summed over the target rows of each. */
-static void sum_target_logps(const struct Batch *batch, size_t n, const float *token_logprobs, double *logps)
-{
-    for (size_t b = 0; b < n; b++) logps[b] = sequence_logprob(token_logprobs + batch->target_start[b], batch->target_start[b + 1] - batch->target_start[b]);
-}
 
 /* Pairs as a batch: all chosen, then all rejected. slot (2B): where each stands among the pairs. */
 static struct Batch dpo_batch(struct Arena *arena, const struct Example *pairs, const size_t *index, size_t B, size_t C, size_t *slot)
@@ -5798,7 +5946,7 @@ static void bench_free(struct Bench *bench)
 
 struct Options {
     const char *model_name_or_path, *ref_model, *reward_model_path, *dataset_name, *eval_dataset, *output_dir, *tokenizer, *prompt, *rollouts, *loss_type, *loss_weights, *file;
-    const char *peft_adapter;
+    const char *peft_adapter, *baseline;
     struct Adapter lora;                     /* of a new adapter */
     struct TrainingArguments train;
     struct PPOConfig ppo;
@@ -5807,7 +5955,7 @@ struct Options {
     struct DPOConfig dpo;
     double center_rewards_coefficient;
     size_t input_min_text_length, input_max_text_length, output_min_length, output_max_length;
-    size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps, top_n, tokenize_vocab_size;
+    size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps, top_n, tokenize_vocab_size, num_generations;
     bool json, jsonl, decode, help, quiet, max_length_given, use_peft;
     /* What a command opens and main closes. */
     struct Arena arena;
@@ -5820,7 +5968,7 @@ struct Options {
 enum Group {
     G_MODEL = 1, G_DATA = 2, G_TRAIN = 4, G_NEW = 8, G_REF = 16, G_REWARD = 32, G_PPO = 64, G_DPO = 128, G_SAMPLE = 256, G_LENGTH = 512, G_PROMPT = 1024,
     G_NEXT = 2048, G_TOKENIZE = 4096, G_RLHF = 8192, G_OUT = 16384, G_SEED = 32768, G_RUN = 65536, G_BATCH = 131072, G_JSON = 262144, G_BENCH = 524288,
-    G_PEFT = 1 << 20, G_LORA = 1 << 21, G_ALL = -1
+    G_PEFT = 1 << 20, G_LORA = 1 << 21, G_ROLL = 1 << 22, G_RLOO = 1 << 23, G_ALL = -1
 };
 enum Kind { KIND_STRING, KIND_LIST, KIND_SIZE, KIND_DOUBLE, KIND_BOOL, KIND_STOPPING, KIND_SEED };
 struct Flag { const char *name; enum Kind kind; size_t offset; int groups; const char *help; };
@@ -5836,7 +5984,7 @@ static const struct Flag FLAGS[] = {
     {"lora_dropout", KIND_DOUBLE, AT(lora.lora_dropout), G_LORA, "only 0 is implemented"},
     {"lora_target_modules", KIND_LIST, AT(lora.target_modules), G_LORA, "layers that get it: c_attn (default), c_proj, c_fc; attn.c_proj, mlp.c_proj; all-linear"},
     {"ref_model", KIND_STRING, AT(ref_model), G_REF, "folder of the reference model; default: the start model"},
-    {"reward_model_path", KIND_STRING, AT(reward_model_path), G_PPO, "folder of a reward model"},
+    {"reward_model_path", KIND_STRING, AT(reward_model_path), G_ROLL, "folder of a reward model"},
     {"dataset_name", KIND_STRING, AT(dataset_name), G_DATA, "a .jsonl file, or a folder of them"},
     {"eval_dataset", KIND_STRING, AT(eval_dataset), G_RUN, "held-out data, same shapes"},
     {"output_dir", KIND_STRING, AT(output_dir), G_OUT, "folder for what is made"},
@@ -5868,11 +6016,14 @@ static const struct Flag FLAGS[] = {
     {"vocab_size", KIND_SIZE, AT(tokenize_vocab_size), G_TOKENIZE, "the smaller vocabulary of a model with so many ids"},
     {"center_rewards_coefficient", KIND_DOUBLE, AT(center_rewards_coefficient), G_REWARD, "weight of (r_chosen + r_rejected)^2"},
     {"beta", KIND_DOUBLE, AT(dpo.beta), G_DPO, "how strongly DPO holds to the reference"},
+    {"beta", KIND_DOUBLE, AT(dpo.beta), G_RLOO, "price of a nat of KL(policy || reference)"},
+    {"baseline", KIND_STRING, AT(baseline), G_RLOO, "subtracted from the reward: none, mean (of earlier steps), rloo (leave one out)"},
+    {"num_generations", KIND_SIZE, AT(num_generations), G_RLOO, "answers to each prompt"},
     {"loss_type", KIND_LIST, AT(loss_type), G_DPO, "sigmoid, ipo, hinge, robust, sft; several: sigmoid sft"},
     {"loss_weights", KIND_LIST, AT(loss_weights), G_DPO, "a weight for each loss_type: 1 0.2"},
     {"label_smoothing", KIND_DOUBLE, AT(dpo.label_smoothing), G_DPO, "share of pairs thought to be labelled the wrong way round"},
     {"rollouts", KIND_STRING, AT(rollouts), G_PPO, "replay stored rollouts (query_ids, response_ids, score)"},
-    {"batch_size", KIND_SIZE, AT(ppo.batch_size), G_PPO | G_BENCH, "rollouts of a PPO step"},
+    {"batch_size", KIND_SIZE, AT(ppo.batch_size), G_ROLL | G_BENCH, "rollouts of a step"},
     {"mini_batch_size", KIND_SIZE, AT(ppo.mini_batch_size), G_PPO, "rollouts of one forward and backward pass"},
     {"ppo_epochs", KIND_SIZE, AT(ppo.ppo_epochs), G_PPO, "passes over a batch of rollouts"},
     {"init_kl_coef", KIND_DOUBLE, AT(ppo.init_kl_coef), G_PPO, "beta: the price of a nat of KL"},
@@ -5892,14 +6043,14 @@ static const struct Flag FLAGS[] = {
     {"ratio_threshold", KIND_DOUBLE, AT(ppo.ratio_threshold), G_PPO, "skip mini-batches whose mean ratio exceeds it"},
     {"early_stopping", KIND_BOOL, AT(ppo.early_stopping), G_PPO, "stop a step's epochs at 1.5 * target_kl"},
     {"target_kl", KIND_DOUBLE, AT(ppo.target_kl), G_PPO, "for early_stopping"},
-    {"input_min_text_length", KIND_SIZE, AT(input_min_text_length), G_PPO, "prompts cut from texts: shortest"},
-    {"input_max_text_length", KIND_SIZE, AT(input_max_text_length), G_PPO, "and longest plus one (LengthSampler)"},
-    {"output_min_length", KIND_SIZE, AT(output_min_length), G_PPO, "responses: shortest limit"},
-    {"output_max_length", KIND_SIZE, AT(output_max_length), G_PPO, "and longest plus one (LengthSampler)"},
+    {"input_min_text_length", KIND_SIZE, AT(input_min_text_length), G_ROLL, "prompts cut from texts: shortest"},
+    {"input_max_text_length", KIND_SIZE, AT(input_max_text_length), G_ROLL, "and longest plus one (LengthSampler)"},
+    {"output_min_length", KIND_SIZE, AT(output_min_length), G_ROLL, "responses: shortest limit"},
+    {"output_max_length", KIND_SIZE, AT(output_max_length), G_ROLL, "and longest plus one (LengthSampler)"},
     {"prompt", KIND_STRING, AT(prompt), G_PROMPT, "text to continue"},
-    {"temperature", KIND_DOUBLE, AT(generation.temperature), G_SAMPLE | G_NEXT | G_PPO | G_RLHF | G_DPO, "divides the logits"},
-    {"top_k", KIND_SIZE, AT(generation.top_k), G_SAMPLE | G_NEXT | G_PPO, "sample from the k likeliest; 0: all"},
-    {"top_p", KIND_DOUBLE, AT(generation.top_p), G_SAMPLE | G_NEXT | G_PPO, "sample from the likeliest that hold this mass"},
+    {"temperature", KIND_DOUBLE, AT(generation.temperature), G_SAMPLE | G_NEXT | G_ROLL | G_RLHF | G_DPO, "divides the logits"},
+    {"top_k", KIND_SIZE, AT(generation.top_k), G_SAMPLE | G_NEXT | G_ROLL, "sample from the k likeliest; 0: all"},
+    {"top_p", KIND_DOUBLE, AT(generation.top_p), G_SAMPLE | G_NEXT | G_ROLL, "sample from the likeliest that hold this mass"},
     {"repetition_penalty", KIND_DOUBLE, AT(generation.repetition_penalty), G_SAMPLE | G_NEXT, "above 1: ids already there become less likely"},
     {"no_repeat_ngram_size", KIND_SIZE, AT(generation.no_repeat_ngram_size), G_SAMPLE, "no n-gram twice"},
     {"max_new_tokens", KIND_SIZE, AT(generation.max_new_tokens), G_SAMPLE, "at most so many new tokens"},
@@ -6288,6 +6439,28 @@ static void command_ppo(struct Options *o)
     ppo_trainer_free(ppo);
 }
 
+static void command_reinforce(struct Options *o)
+{
+    size_t baseline = 0, n = o->ppo.batch_size, each = o->num_generations;
+    while (baseline < BASELINES && strcmp(o->baseline, BASELINE_NAMES[baseline]) != 0) baseline++;
+    if (baseline == BASELINES) die_usage("--baseline \"%s\" is unknown; there are none, mean, rloo", o->baseline);
+    CHECK(each > 0 && n > 0 && n % each == 0, "--batch_size %zu must be a multiple of --num_generations %zu, both 1 or more", n, each);
+    CHECK(each > 1 || baseline != BASELINE_RLOO, "--baseline rloo needs other answers to the same prompt: --num_generations 2 or more");
+    need(o->reward_model_path, "reward_model_path");
+    open_model(o, true);
+    load_reference(o);
+    open_output_dir(o);
+    struct Scorer scorer;
+    struct RolloutSource source = open_rollouts(o, &scorer);
+    source.num_generations = each;
+    struct Reinforce r = {.model = o->model, .ref_model = o->reference, .args = o->train, .baseline = (enum Baseline)baseline, .beta = o->dpo.beta, .temperature = o->generation.temperature,
+        .batch_size = n, .num_generations = each, .total_steps = o->train.max_steps ? o->train.max_steps : MAX((size_t)1, source.n * each / n), .rewards = {0, 1, 1, 1e-24}};
+    struct TrainerState state = {.num_train_epochs = 1};
+    reinforce_train(&r, &source, &scorer, &state);
+    save_result(o, &state);
+    free(state.log_history);
+}
+
 /* Prompt and continuation as a person reads them, without end tokens. */
 static void print_sequence(const struct Tokenizer *tok, struct Arena *arena, const struct Sequence *s, size_t V)
 {
@@ -6593,7 +6766,8 @@ static const struct Command { const char *name, *what; void (*run)(struct Option
     {"pretrain", "a new language model from texts", command_pretrain, G_MODEL | G_OUT | G_SEED | G_DATA | G_TRAIN | G_RUN | G_NEW},
     {"sft", "supervised fine-tuning on text or prompt + completion", command_sft, G_MODEL | G_PEFT | G_LORA | G_OUT | G_SEED | G_DATA | G_TRAIN | G_RUN},
     {"reward", "a reward model from chosen + rejected (+ margin), or from text + score", command_reward, G_MODEL | G_PEFT | G_LORA | G_OUT | G_SEED | G_DATA | G_TRAIN | G_RUN | G_REWARD},
-    {"ppo", "PPO with a value head (TRL 0.11's PPOTrainer)", command_ppo, G_MODEL | G_PEFT | G_LORA | G_OUT | G_SEED | G_DATA | G_TRAIN | G_PPO | G_REF},
+    {"ppo", "PPO with a value head (TRL 0.11's PPOTrainer)", command_ppo, G_MODEL | G_PEFT | G_LORA | G_OUT | G_SEED | G_DATA | G_TRAIN | G_ROLL | G_PPO | G_REF},
+    {"reinforce", "the plain policy gradient, with and without a baseline", command_reinforce, G_MODEL | G_PEFT | G_LORA | G_OUT | G_SEED | G_DATA | G_TRAIN | G_ROLL | G_RLOO | G_REF},
     {"dpo", "direct preference optimization on prompt + chosen + rejected", command_dpo, G_MODEL | G_PEFT | G_LORA | G_OUT | G_SEED | G_DATA | G_TRAIN | G_RUN | G_DPO | G_REF},
     {"generate", "continue a --prompt, or each prompt of a data set", command_generate, G_MODEL | G_PEFT | G_DATA | G_SEED | G_SAMPLE | G_PROMPT | G_JSON},
     {"next", "the distribution of the next token after a --prompt", command_next, G_MODEL | G_PEFT | G_PROMPT | G_NEXT | G_JSON},
@@ -6703,13 +6877,19 @@ static void parse_arguments(struct Options *o, const struct Command *command, in
 /* What a command starts from: transformers' and TRL's defaults. */
 static struct Options default_options(const char *command)
 {
-    struct Options o = {.train = training_arguments(), .ppo = ppo_config(), .generation = generation_config(), .dpo = {.beta = 0.1}, .loss_type = "sigmoid", .lora = {.r = 16, .lora_alpha = 32, .target_modules = "c_attn"}, .top_n = 10, .tokenize_vocab_size = 50257,
+    struct Options o = {.train = training_arguments(), .ppo = ppo_config(), .generation = generation_config(), .dpo = {.beta = 0.1}, .loss_type = "sigmoid", .baseline = "rloo", .num_generations = 2, .lora = {.r = 16, .lora_alpha = 32, .target_modules = "c_attn"}, .top_n = 10, .tokenize_vocab_size = 50257,
         .config = {.vocab_size = 50257, .n_positions = 1024, .n_embd = 768, .n_layer = 12, .n_head = 12, .layer_norm_epsilon = 1e-5f},
         .input_min_text_length = 2, .input_max_text_length = 8, .output_min_length = 4, .output_max_length = 16,
         .pretrain_steps = 2000, .reward_steps = 450, .ppo_steps = 85, .dpo_steps = 150};
     if (strcmp(command, "sft") == 0) o.train.learning_rate = 2e-5;
     if (strcmp(command, "reward") == 0) o.train.learning_rate = 1e-4;
     if (strcmp(command, "dpo") == 0) o.train.learning_rate = 1e-6;
+    if (strcmp(command, "reinforce") == 0) {
+        o.train.learning_rate = 1e-6;
+        o.train.logging_steps = 1;
+        o.generation.top_k = 0;
+        o.dpo.beta = 0.05;
+    }
     if (strcmp(command, "ppo") == 0) {
         o.train.learning_rate = 1.41e-5;
         o.train.max_grad_norm = 0;

@@ -3095,6 +3095,153 @@ static void test_ppo_raises_reward(void)
     ppo_end(ppo);
 }
 
+/* By hand: three answers to one prompt, then two to another. */
+static void test_reinforce_advantages(void)
+{
+    float rewards[] = {1, 2, 6, 0, 4, 5}, a[6];
+    reinforce_advantages(BASELINE_NONE, rewards, 6, 3, 9, a);
+    expect_floats("none", a, (double[]){1, 2, 6, 0, 4, 5}, 6, 0);
+    reinforce_advantages(BASELINE_MEAN, rewards, 6, 3, 1.5, a);
+    expect_floats("running mean 1.5", a, (double[]){-0.5, 0.5, 4.5, -1.5, 2.5, 3.5}, 6, 0);
+    reinforce_advantages(BASELINE_RLOO, rewards, 6, 3, 9, a);
+    expect_floats("leave one out", a, (double[]){-3, -1.5, 4.5, -4.5, 1.5, 3}, 6, 1e-6);
+    float s[] = {1, 1, 2, 0}, wide[] = {1, 3};
+    expect_close("variance by hand", gradient_variance(wide, s, 2, 1), 1, 1e-9);
+    expect_close("two weights: (1,1), (6,0): (2.5^2 + 0.5^2) * 2 / 2", gradient_variance(wide, s, 2, 2), 6.5, 1e-6);
+    expect_close("a baseline that fits leaves none", gradient_variance((float[]){0, 0}, s, 2, 2), 0, 0);
+}
+
+/* Every response of two tokens out of four, with its reward: 16 of them. */
+enum { SMALL_V = 4, SMALL_RESPONSES = 16 };
+struct SmallWorld { struct GPT2 *model; struct Example y[SMALL_RESPONSES]; double reward[SMALL_RESPONSES], logps[SMALL_RESPONSES]; struct Batch batch; struct Activations acts; struct LMHead head; };
+
+static struct SmallWorld small_world(void)
+{
+    struct SmallWorld w = {.model = random_model(SMALL_V, 4, 8, 1, 2)};
+    for (int i = 0; i < SMALL_RESPONSES; i++) {
+        int *ids = arena_alloc(&test_arena, 3, sizeof *ids);
+        ids[0] = 1, ids[1] = i / SMALL_V, ids[2] = i % SMALL_V;
+        w.y[i] = (struct Example){ids, 3, 1};
+        w.reward[i] = sin(1.7 * i);
+    }
+    return w;
+}
+
+/* J = sum_y pi(y) R(y), outright. */
+static double small_objective(void *context)
+{
+    struct SmallWorld *w = context;
+    double J = 0;
+    w->batch = batch_of(w->y, SMALL_RESPONSES, SKIP_LAST);
+    w->acts = gpt2_forward(w->model, &test_arena, &w->batch, true);
+    w->head = lm_head_new(w->model, &test_arena, &w->acts, w->batch.row, w->batch.target, w->batch.R, 1);
+    lm_head_forward(w->model, &w->head);
+    sum_target_logps(&w->batch, SMALL_RESPONSES, w->head.logprob, w->logps);
+    for (int i = 0; i < SMALL_RESPONSES; i++) J += exp(w->logps[i]) * w->reward[i];
+    return J;
+}
+
+/* The log-derivative trick: the mean of R grad log pi over all responses, weighted by their probability, is the slope of
+ * J by central differences, with any constant baseline. */
+static void test_reinforce_gradient(void)
+{
+    struct SmallWorld w = small_world();
+    gpt2_make_trainable(w.model);
+    for (int baseline = 0; baseline < 2; baseline++) {
+        float advantages[SMALL_RESPONSES], *d[32];
+        double dlogps[SMALL_RESPONSES];
+        small_objective(&w);
+        gpt2_zero_grad(w.model);
+        for (int i = 0; i < SMALL_RESPONSES; i++) advantages[i] = (float)(SMALL_RESPONSES * exp(w.logps[i]) * (w.reward[i] - 0.7 * baseline));
+        reinforce_loss(advantages, w.logps, SMALL_RESPONSES, dlogps);
+        float *dlogprob = arena_floats(&test_arena, w.batch.R), *dhidden = arena_zeros(&test_arena, w.batch.N * 8, sizeof *dhidden);
+        for (size_t i = 0; i < SMALL_RESPONSES; i++)
+            for (size_t t = w.batch.target_start[i]; t < w.batch.target_start[i + 1]; t++) dlogprob[t] = (float)-dlogps[i];      /* up, not down */
+        lm_head_backward(w.model, &w.head, dlogprob, dhidden, &test_arena);
+        gpt2_backward(w.model, &test_arena, &w.acts, dhidden);
+        for (size_t i = 0; i < w.model->tensor_count; i++) {
+            struct Tensor *t = w.model->tensors[i];
+            d[i] = narrow(widen(t->d, t->n), t->n);
+            expect_gradient(t->name, (struct Slope){small_objective, &w, 0.003}, t->w, d[i], t->n, 6, 4e-3);
+        }
+    }
+    gpt2_free(w.model);
+}
+
+/* reinforce_step without movement: what it logs, and each answer's own gradient of ln_f.bias by central difference; then
+ * with movement: REINFORCE with any baseline raises the reward of one token. */
+static void test_reinforce_step(void)
+{
+    struct Rollout rollouts[4];
+    struct PPOTrainer *ppo = ppo_of(ppo_config(), 0, rollouts);
+    struct Reinforce r = {.model = ppo->model, .ref_model = ppo->ref_model, .args = ppo->args, .baseline = BASELINE_RLOO, .beta = 0.1, .temperature = 0.7, .batch_size = 4, .num_generations = 2, .total_steps = 9, .rewards = {0, 1, 1, 1e-24}};
+    r.args.logging_steps = 1;
+    reinforce_step(&r, rollouts);
+    double value, kl = 0, R[4];
+    const struct Example *examples[] = {&rollouts[0].example, &rollouts[1].example, &rollouts[2].example, &rollouts[3].example};
+    struct Batch batch = collate(&test_arena, examples, 4, SKIP_LAST);
+    struct Activations acts = gpt2_forward(r.model, &test_arena, &batch, false), ref_acts = gpt2_forward(r.ref_model, &test_arena, &batch, false);
+    struct LMHead head = lm_head_new(r.model, &test_arena, &acts, batch.row, batch.target, batch.R, 0.7f), ref_head = lm_head_new(r.ref_model, &test_arena, &ref_acts, batch.row, batch.target, batch.R, 0.7f);
+    lm_head_forward(r.model, &head);
+    lm_head_forward(r.ref_model, &ref_head);
+    for (size_t i = 0; i < 4; i++) {
+        size_t t = batch.target_start[i], n = batch.target_start[i + 1] - t;
+        double difference = sequence_logprob(head.logprob + t, n) - sequence_logprob(ref_head.logprob + t, n);
+        kl += difference / 4;
+        R[i] = rollouts[i].score - 0.1 * difference;
+    }
+    log_find(&r.stats, "kl", &value);
+    expect_close("kl", value, kl, 1e-5);
+    log_find(&r.stats, "objective", &value);
+    expect_close("reward less beta KL", value, (R[0] + R[1] + R[2] + R[3]) / 4, 1e-5);
+    expect_close("the running mean", r.rewards.mean, value, 1e-6);
+    float *s = reinforce_scores(&r, &head, &batch), bias = r.model->ln_f.bias.w[3];
+    double logps[2][4];
+    for (int side = 0; side < 2; side++) {
+        r.model->ln_f.bias.w[3] = bias + (side ? 0.01f : -0.01f);
+        acts = gpt2_forward(r.model, &test_arena, &batch, false);
+        struct LMHead moved = lm_head_new(r.model, &test_arena, &acts, batch.row, batch.target, batch.R, 0.7f);
+        lm_head_forward(r.model, &moved);
+        sum_target_logps(&batch, 4, moved.logprob, logps[side]);
+    }
+    for (size_t i = 0; i < 4; i++) expect_close("d log pi / d ln_f.bias", s[i * 8 + 3], (logps[1][i] - logps[0][i]) / 0.02, 2e-3);
+    arena_free(&r.arena);
+    ppo_end(ppo);
+}
+
+static void test_reinforce_raises_reward(void)
+{
+    enum { B = 32, STEPS = 30, TOKEN = 7 };
+    struct GenerationConfig generation = sampling(1, 0, 1);
+    for (int baseline = 0; baseline < BASELINES; baseline++) {
+        struct GPT2 *model = new_model(40, 16, 32, 1, 2), *ref_model = gpt2_copy(model);
+        struct Reinforce r = {.model = model, .ref_model = ref_model, .args = training_arguments(), .baseline = (enum Baseline)baseline, .beta = 0.01, .temperature = 1, .batch_size = B, .num_generations = 4, .total_steps = STEPS, .rewards = {0, 1, 1, 1e-24}};
+        r.args.learning_rate = 1e-2;
+        r.args.lr_scheduler_type = "constant";
+        gpt2_make_trainable(model);
+        double first = 0, last = 0;
+        for (size_t step = 0; step < STEPS; step++) {
+            struct Sequence s[B];
+            struct Rollout rollouts[B];
+            double mean = 0;
+            for (size_t i = 0; i < B; i++) s[i] = sequence_start(&test_arena, (int[]){(int)i / 4, 3}, 2, 6, model, rng_seed(step * B + i, STREAM_SAMPLE));
+            generate(model, s, B, &generation);
+            for (size_t i = 0; i < B; i++) {
+                double share = 0;
+                for (size_t t = 2; t < s[i].n; t++) share += (s[i].ids[t] == TOKEN) / (double)(s[i].n - 2);
+                mean += share / B;
+                rollouts[i] = (struct Rollout){{s[i].ids, s[i].n, 2}, s[i].n - 2, (float)(4 * share)};
+            }
+            reinforce_step(&r, rollouts);
+            *(step == 0 ? &first : &last) = mean;
+        }
+        expect_true(BASELINE_NAMES[baseline], first < 0.1 && last > 0.5);
+        arena_free(&r.arena);
+        gpt2_free(model);
+        gpt2_free(ref_model);
+    }
+}
+
 /* Rollouts that are written are read back and replayed as they were. */
 static void test_ppo_replay(void)
 {
@@ -3709,7 +3856,9 @@ static const struct { const char *name; void (*run)(void); } TESTS[] = {
     {"ppo_whiten_golden", test_ppo_whiten_golden}, {"ppo_scores_golden", test_ppo_scores_golden}, {"ppo_kl_controller", test_ppo_kl_controller},
     {"ppo_penalties_golden", test_ppo_penalties_golden}, {"ppo_advantages_golden", test_ppo_advantages_golden}, {"ppo_loss_golden", test_ppo_loss_golden},
     {"ppo_loss_gradient", test_ppo_loss_gradient}, {"ppo_gradient", test_ppo_gradient}, {"ppo_step", test_ppo_step}, {"ppo_guards", test_ppo_guards},
-    {"ppo_threads", test_ppo_threads}, {"ppo_raises_reward", test_ppo_raises_reward}, {"ppo_replay", test_ppo_replay}, {"dpo_golden", test_dpo_golden},
+    {"ppo_threads", test_ppo_threads}, {"ppo_raises_reward", test_ppo_raises_reward}, {"ppo_replay", test_ppo_replay},
+    {"reinforce_advantages", test_reinforce_advantages}, {"reinforce_gradient", test_reinforce_gradient}, {"reinforce_step", test_reinforce_step},
+    {"reinforce_raises_reward", test_reinforce_raises_reward}, {"dpo_golden", test_dpo_golden},
     {"dpo_gradient", test_dpo_gradient}, {"dpo_model_gradient", test_dpo_model_gradient}, {"dpo_pairs", test_dpo_pairs}, {"dpo_overfit", test_dpo_overfit},
     {"evaluation", test_evaluation}, {"broken_weights", test_broken_weights}, {"broken_config", test_broken_config}, {"broken_data", test_broken_data},
     {"broken_tokenizer", test_broken_tokenizer}, {"cli_errors", test_cli_errors}, {"cli_course", test_cli_course}, {"cli_lora", test_cli_lora}, {"fixtures_gradient", test_fixtures_gradient},
