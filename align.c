@@ -4173,11 +4173,25 @@ static double bradley_terry_loss(const float *reward, size_t texts, const struct
     return loss / (double)n;
 }
 
+/* sentiment_loss -- a classifier of liked and disliked texts: the mean binary cross-entropy of n texts,
+ *   -[label log sigmoid(r) + (1 - label) log sigmoid(-r)],   d / d r = sigmoid(r) - label
+ * Bradley-Terry's sigmoid with r alone instead of a difference, so its zero is not free: sigmoid(r) is the probability
+ * that a text is liked.       [glossary: Pontuação de sentimento]  By hand: r = 0 -> ln 2.    test: sentiment_loss */
+static double sentiment_loss(const float *reward, const double *label, size_t n, float *dreward)
+{
+    double loss = 0;
+    for (size_t i = 0; i < n; i++) {
+        loss -= (label[i] * log_sigmoid(reward[i]) + (1 - label[i]) * log_sigmoid(-reward[i])) / (double)n;
+        dreward[i] = (float)((sigmoid(reward[i]) - label[i]) / (double)n);
+    }
+    return loss;
+}
+
 struct RewardTask {
-    struct Example *texts, *eval_texts;      /* pairs: 2i chosen, 2i+1 rejected; rated: one a row */
+    struct Example *texts, *eval_texts;      /* pairs: 2i chosen, 2i+1 rejected; rated or labelled: one a row */
     double *margin, *eval_margin;            /* pairs */
-    double *score, *eval_score;              /* rated texts */
-    bool rated;
+    double *score, *eval_score;              /* rated or labelled texts: the rating or label */
+    bool rated, labelled;
     double center, min_difference, prefix_share;
     struct Rng cut;
 };
@@ -4190,10 +4204,12 @@ static struct Example random_prefix(struct RewardTask *task, struct Example e)
     return e;
 }
 
-static void reward_metrics(struct Trainer *trainer, const float *reward, size_t texts, const struct Pair *pairs, size_t n)
+/* pairs NULL: labels are compared with the reward's sign. */
+static void reward_metrics(struct Trainer *trainer, const float *reward, size_t texts, const struct Pair *pairs, size_t n, const double *label)
 {
     double right = 0, margin = 0, least = INFINITY, most = -INFINITY, sum = 0;
-    for (size_t i = 0; i < n; i++) {
+    for (size_t i = 0; !pairs && i < n; i++) right += (reward[i] > 0) == (label[i] > 0);
+    for (size_t i = 0; pairs && i < n; i++) {
         double difference = (double)reward[pairs[i].chosen] - reward[pairs[i].rejected];
         right += difference > 0;
         margin += difference;
@@ -4204,7 +4220,7 @@ static void reward_metrics(struct Trainer *trainer, const float *reward, size_t 
         sum += reward[t];
     }
     trainer_metric(trainer, "accuracy", right / (double)n);
-    trainer_metric(trainer, "margin", margin / (double)n);
+    if (pairs) trainer_metric(trainer, "margin", margin / (double)n);
     trainer_metric(trainer, "min_reward", least);
     trainer_metric(trainer, "mean_reward", sum / (double)texts);
     trainer_metric(trainer, "max_reward", most);
@@ -4216,17 +4232,18 @@ static double reward_loss(struct Trainer *trainer, const size_t *index, size_t c
     struct GPT2 *model = trainer->model;
     struct Arena *arena = &trainer->arena;
     struct Example *source = eval ? task->eval_texts : task->texts;
-    size_t texts = task->rated ? count : 2 * count, pair_count = count;
+    bool single = task->rated || task->labelled;
+    size_t texts = single ? count : 2 * count, pair_count = count;
     struct Example *cut = arena_alloc(arena, texts, sizeof *cut);
     const struct Example **examples = arena_alloc(arena, texts, sizeof *examples);
     struct Pair *pairs = arena_alloc(arena, task->rated ? count * count : count, sizeof *pairs);
     double *rating = arena_alloc(arena, count, sizeof *rating);
     for (size_t i = 0; i < count; i++) {
-        if (task->rated) rating[i] = (eval ? task->eval_score : task->score)[index[i]];
+        if (single) rating[i] = (eval ? task->eval_score : task->score)[index[i]];
         else pairs[i] = (struct Pair){i, count + i, (eval ? task->eval_margin : task->margin)[index[i]]};
     }
     for (size_t t = 0; t < texts; t++) {
-        struct Example e = task->rated ? source[index[t]] : source[2 * index[t % count] + t / count];
+        struct Example e = single ? source[index[t]] : source[2 * index[t % count] + t / count];
         cut[t] = train ? random_prefix(task, e) : e;
         examples[t] = &cut[t];
     }
@@ -4238,9 +4255,9 @@ static double reward_loss(struct Trainer *trainer, const size_t *index, size_t c
     float *reward = arena_floats(arena, texts), *dreward = arena_floats(arena, texts);
     reward_rows(&batch, model->config.pad_token_id, row);
     scalar_head_forward(reward, acts.ln_f, row, texts, &model->score, NULL);
-    double loss = bradley_terry_loss(reward, texts, pairs, pair_count, task->center, dreward);
+    double loss = task->labelled ? sentiment_loss(reward, rating, count, dreward) : bradley_terry_loss(reward, texts, pairs, pair_count, task->center, dreward);
     trainer->state.num_tokens += batch.tokens;
-    reward_metrics(trainer, reward, texts, pairs, pair_count);
+    reward_metrics(trainer, reward, texts, task->labelled ? NULL : pairs, pair_count, rating);
     if (!train) return loss;
     for (size_t t = 0; t < texts; t++) dreward[t] *= (float)weight;
     float *dhidden = arena_zeros(arena, batch.N * model->config.n_embd, sizeof *dhidden);
@@ -4268,14 +4285,14 @@ static size_t reward_pairs(struct Trainer *trainer, struct Arena *arena, const s
     return count;
 }
 
-/* Rated texts; those longer than max_length are dropped likewise. */
+/* Rated or labelled texts; those longer than max_length are dropped likewise. */
 static size_t reward_rated(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data, struct Example *texts, double *score)
 {
     size_t count = 0;
     for (size_t i = 0; i < data->n; i++) {
         texts[count] = example_encode(arena, trainer->tok, data->rows[i].text, trainer->model->config.vocab_size, true);
         if (texts[count].n > trainer->args.max_length) continue;
-        score[count++] = data->rows[i].score;
+        score[count++] = data->shape == SHAPE_LABELLED ? data->rows[i].label : data->rows[i].score;
     }
     if (count < data->n) warn("%s: %zu of %zu texts dropped: longer than %zu tokens (--max_length)", data->path, data->n - count, data->n, trainer->args.max_length);
     CHECK(count > 1, "%s: fewer than two texts are left", data->path);
@@ -4286,6 +4303,7 @@ static struct RewardTask *reward_task(struct Trainer *trainer, struct Arena *are
 {
     struct RewardTask *task = arena_zeros(arena, 1, sizeof *task);
     task->rated = data->shape == SHAPE_RATED;
+    task->labelled = data->shape == SHAPE_LABELLED;
     task->min_difference = 1;
     task->cut = rng_seed(trainer->args.seed, STREAM_CUT);
     trainer->task = (struct Task){.name = "reward", .data = task, .loss = reward_loss};
@@ -4293,9 +4311,9 @@ static struct RewardTask *reward_task(struct Trainer *trainer, struct Arena *are
         const struct Dataset *from = held_out ? eval : data;
         struct Example *texts = arena_alloc(arena, 2 * from->n, sizeof *texts);
         double *number = arena_zeros(arena, from->n, sizeof *number);
-        size_t n = task->rated ? reward_rated(trainer, arena, from, texts, number) : reward_pairs(trainer, arena, from, texts, number);
+        size_t n = task->rated || task->labelled ? reward_rated(trainer, arena, from, texts, number) : reward_pairs(trainer, arena, from, texts, number);
         *(held_out ? &task->eval_texts : &task->texts) = texts;
-        if (task->rated) *(held_out ? &task->eval_score : &task->score) = number;
+        if (task->rated || task->labelled) *(held_out ? &task->eval_score : &task->score) = number;
         else *(held_out ? &task->eval_margin : &task->margin) = number;
         *(held_out ? &trainer->task.eval_n : &trainer->task.n) = n;
     }
@@ -6015,6 +6033,7 @@ static const struct Flag FLAGS[] = {
     {"vocab_size", KIND_SIZE, AT(config.vocab_size), G_NEW, "ids, the end token included"},
     {"vocab_size", KIND_SIZE, AT(tokenize_vocab_size), G_TOKENIZE, "the smaller vocabulary of a model with so many ids"},
     {"center_rewards_coefficient", KIND_DOUBLE, AT(center_rewards_coefficient), G_REWARD, "weight of (r_chosen + r_rejected)^2"},
+    {"loss_type", KIND_STRING, AT(loss_type), G_REWARD, "sigmoid: Bradley-Terry; bce: binary cross-entropy on text + label (alone with such data)"},
     {"beta", KIND_DOUBLE, AT(dpo.beta), G_DPO, "how strongly DPO holds to the reference"},
     {"beta", KIND_DOUBLE, AT(dpo.beta), G_RLOO, "price of a nat of KL(policy || reference)"},
     {"baseline", KIND_STRING, AT(baseline), G_RLOO, "subtracted from the reward: none, mean (of earlier steps), rloo (leave one out)"},
@@ -6294,7 +6313,7 @@ static struct Example *encode_texts(struct Options *o, const struct Dataset *dat
 
 static const unsigned TEXT_SHAPES[] = {SHAPE_TEXT};
 static const unsigned SFT_SHAPES[] = {SHAPE_PROMPT_COMPLETION, SHAPE_TEXT};
-static const unsigned REWARD_SHAPES[] = {SHAPE_PREFERENCE, SHAPE_RATED};
+static const unsigned REWARD_SHAPES[] = {SHAPE_PREFERENCE, SHAPE_RATED, SHAPE_LABELLED}, LABELLED_SHAPES[] = {SHAPE_LABELLED};
 static const unsigned DPO_SHAPES[] = {SHAPE_PREFERENCE};
 static const unsigned PROMPT_SHAPES[] = {SHAPE_PROMPT, SHAPE_TEXT};
 static const unsigned ONLY_PROMPT_SHAPES[] = {SHAPE_PROMPT};
@@ -6331,7 +6350,9 @@ static void command_reward(struct Options *o)
     open_model(o, true);
     struct Rng rng = rng_seed(o->train.seed, STREAM_INIT);
     if (!o->model->score.n) tensor_normal(reward_head_declare(o->model), &rng, 0.02);
-    open_data(o, REWARD_SHAPES, COUNT(REWARD_SHAPES));
+    bool classifier = strcmp(o->loss_type, "bce") == 0;
+    if (!classifier && strcmp(o->loss_type, "sigmoid") != 0) die_usage("--loss_type \"%s\" is unknown; reward has sigmoid and bce", o->loss_type);
+    open_data(o, classifier ? LABELLED_SHAPES : REWARD_SHAPES, classifier ? 1 : COUNT(REWARD_SHAPES));
     struct Trainer trainer = trainer_new(o);
     reward_task(&trainer, &o->arena, o->data, o->eval)->center = o->center_rewards_coefficient;
     finish_training(o, &trainer);
@@ -6765,7 +6786,7 @@ static const struct Command { const char *name, *what; void (*run)(struct Option
     {"tokenize", "[FILE]: text (or standard input) to ids; --decode: ids to text", command_tokenize, G_TOKENIZE},
     {"pretrain", "a new language model from texts", command_pretrain, G_MODEL | G_OUT | G_SEED | G_DATA | G_TRAIN | G_RUN | G_NEW},
     {"sft", "supervised fine-tuning on text or prompt + completion", command_sft, G_MODEL | G_PEFT | G_LORA | G_OUT | G_SEED | G_DATA | G_TRAIN | G_RUN},
-    {"reward", "a reward model from chosen + rejected (+ margin), or from text + score", command_reward, G_MODEL | G_PEFT | G_LORA | G_OUT | G_SEED | G_DATA | G_TRAIN | G_RUN | G_REWARD},
+    {"reward", "a reward model from chosen + rejected (+ margin), from text + score, or a classifier from text + label", command_reward, G_MODEL | G_PEFT | G_LORA | G_OUT | G_SEED | G_DATA | G_TRAIN | G_RUN | G_REWARD},
     {"ppo", "PPO with a value head (TRL 0.11's PPOTrainer)", command_ppo, G_MODEL | G_PEFT | G_LORA | G_OUT | G_SEED | G_DATA | G_TRAIN | G_ROLL | G_PPO | G_REF},
     {"reinforce", "the plain policy gradient, with and without a baseline", command_reinforce, G_MODEL | G_PEFT | G_LORA | G_OUT | G_SEED | G_DATA | G_TRAIN | G_ROLL | G_RLOO | G_REF},
     {"dpo", "direct preference optimization on prompt + chosen + rejected", command_dpo, G_MODEL | G_PEFT | G_LORA | G_OUT | G_SEED | G_DATA | G_TRAIN | G_RUN | G_DPO | G_REF},

@@ -2616,7 +2616,18 @@ static void expect_task_gradient(struct Trainer *trainer, double h)
     }
 }
 
-/* Central differences of the whole reward model, for pairs with margins and for rated texts. */
+/* By hand, with its slope, and far out where log(sigmoid) would overflow. */
+static void test_sentiment_loss(void)
+{
+    float reward[] = {0, 2}, d[2], far[] = {-1000};
+    expect_close("r = 0: ln 2", sentiment_loss(reward, (double[]){1}, 1, d), log(2), 1e-9);
+    expect_close("its slope", d[0], -0.5, 1e-7);
+    expect_close("2 disliked: 2.1269", sentiment_loss(reward, (double[]){1, 0}, 2, d), (log(2) + 2.126928) / 2, 1e-6);
+    expect_floats("slopes", d, (double[]){-0.25, sigmoid(2) / 2}, 2, 1e-7);
+    expect_close("hopelessly wrong", sentiment_loss(far, (double[]){1}, 1, d), 1000, 1e-9);
+}
+
+/* Central differences of the whole reward model, for pairs with margins, rated and labelled texts. */
 static void test_reward_gradient(void)
 {
     struct GPT2 *model = gpt2_new((struct GPT2Config){37, 12, 8, 2, 2, 36, 36, 1e-5f});
@@ -2625,9 +2636,11 @@ static void test_reward_gradient(void)
     struct Example texts[8];
     for (size_t i = 0; i < 8; i++) texts[i] = random_example(2 + i, 0, 37);
     struct RewardTask task = {.texts = texts, .margin = (double[]){0, 1, -1, 0.5}, .score = (double[]){1, -1, 3, 0}, .center = 0.02, .min_difference = 1};
-    for (int rated = 0; rated < 2; rated++) {
+    for (int kind = 0; kind < 3; kind++) {
         struct Trainer trainer = trainer_of(model, 0, 1, 4);
-        task.rated = rated;
+        task.rated = kind == 1;
+        task.labelled = kind == 2;
+        if (task.labelled) task.score = (double[]){1, 0, 0, 1};
         trainer.task = (struct Task){.name = "reward", .n = 4, .data = &task, .loss = reward_loss};
         expect_task_gradient(&trainer, 0.01);
         trainer_free(&trainer);
@@ -2640,8 +2653,9 @@ static void test_reward_overfit(void)
 {
     static const char *const data[] = {
         "{\"text\": \"good\", \"score\": 2}\n{\"text\": \"bad\", \"score\": 0}\n{\"text\": \"a fine film\", \"score\": 3}\n{\"text\": \"dull\", \"score\": -1}\n",
-        "{\"prompt\": \"It is\", \"chosen\": \" good\", \"rejected\": \" bad\"}\n{\"chosen\": \"fine\", \"rejected\": \"dull\"}\n{\"chosen\": \"a b c d e f g h i j k l m n o p q\", \"rejected\": \"x\"}\n{\"chosen\": \"yes\", \"rejected\": \"no\", \"margin\": 1}\n"};
-    for (int k = 0; k < 2; k++) {
+        "{\"prompt\": \"It is\", \"chosen\": \" good\", \"rejected\": \" bad\"}\n{\"chosen\": \"fine\", \"rejected\": \"dull\"}\n{\"chosen\": \"a b c d e f g h i j k l m n o p q\", \"rejected\": \"x\"}\n{\"chosen\": \"yes\", \"rejected\": \"no\", \"margin\": 1}\n",
+        "{\"text\": \"good\", \"label\": 1}\n{\"text\": \"bad\", \"label\": 0}\n{\"text\": \"a fine film\", \"label\": true}\n{\"text\": \"dull\", \"label\": false}\n"};
+    for (int k = 0; k < 3; k++) {
         struct GPT2 *model = new_model(1024, 16, 16, 1, 2);
         reward_head_declare(model);
         struct Trainer trainer = trainer_of(model, 1e-2, 60, 4);
@@ -2650,10 +2664,10 @@ static void test_reward_overfit(void)
         trainer.args.max_length = 16;
         struct RewardTask *task = reward_task(&trainer, &test_arena, set, NULL);
         struct Text said = capture_end();
-        expect_true("rated or not", task->rated == (k == 0) && trainer.task.n == (k ? 3 : 4));
-        expect_true("a note about the long pair", k == 0 || strstr(said.data, "1 of 4 pairs dropped"));
+        expect_true("rated or not", task->rated == (k == 0) && task->labelled == (k == 2) && trainer.task.n == (k == 1 ? 3 : 4));
+        expect_true("a note about the long pair", k != 1 || strstr(said.data, "1 of 4 pairs dropped"));
         trainer_train(&trainer);
-        expect_close("loss at first: ln 2", logged(&trainer, 0, "loss"), k ? (2 * log(2) - log_sigmoid(-1)) / 3 : log(2), 1e-6);
+        expect_close("loss at first: ln 2", logged(&trainer, 0, "loss"), k == 1 ? (2 * log(2) - log_sigmoid(-1)) / 3 : log(2), 1e-6);
         expect_close("loss at last", logged(&trainer, 59, "loss"), 0, 0.05);
         expect_close("accuracy", logged(&trainer, 59, "accuracy"), 1, 0);
         dataset_free(set);
@@ -3852,7 +3866,7 @@ static const struct { const char *name; void (*run)(void); } TESTS[] = {
     {"generate_filters_golden", test_generate_filters_golden}, {"generate_processors", test_generate_processors}, {"generate_distribution", test_generate_distribution},
     {"generate_decode", test_generate_decode}, {"kth_largest", test_kth_largest}, {"generate_cache", test_generate_cache}, {"language_pack", test_language_pack},
     {"language_sft_rows", test_language_sft_rows}, {"language_overfit", test_language_overfit}, {"bradley_terry", test_bradley_terry},
-    {"bradley_terry_gradient", test_bradley_terry_gradient}, {"reward_gradient", test_reward_gradient}, {"reward_overfit", test_reward_overfit},
+    {"sentiment_loss", test_sentiment_loss}, {"bradley_terry_gradient", test_bradley_terry_gradient}, {"reward_gradient", test_reward_gradient}, {"reward_overfit", test_reward_overfit},
     {"ppo_whiten_golden", test_ppo_whiten_golden}, {"ppo_scores_golden", test_ppo_scores_golden}, {"ppo_kl_controller", test_ppo_kl_controller},
     {"ppo_penalties_golden", test_ppo_penalties_golden}, {"ppo_advantages_golden", test_ppo_advantages_golden}, {"ppo_loss_golden", test_ppo_loss_golden},
     {"ppo_loss_gradient", test_ppo_loss_gradient}, {"ppo_gradient", test_ppo_gradient}, {"ppo_step", test_ppo_step}, {"ppo_guards", test_ppo_guards},
