@@ -340,6 +340,7 @@ static float *arena_floats(struct Arena *arena, size_t count) { return arena_all
 struct Text { const char *data; size_t length; };
 
 static struct Text text_of(const char *string) { return (struct Text){string, strlen(string)}; }
+static bool text_equal(struct Text a, struct Text b) { return a.length == b.length && memcmp(a.data, b.data, a.length) == 0; }
 
 static struct Text text_copy(struct Arena *arena, struct Text text)
 {
@@ -3361,6 +3362,14 @@ static bool log_find(const struct LogEntry *entry, const char *name, double *val
     return false;
 }
 
+static void log_write(FILE *file, const struct LogEntry *entry, const char *separator)
+{
+    for (size_t i = 0; i < entry->n; i++) {
+        fprintf(file, "%s\"%s\": ", i ? separator : "", entry->item[i].name);
+        json_write_number(file, entry->item[i].value);
+    }
+}
+
 static void trainer_state_save(const struct TrainerState *s, const struct TrainingArguments *args, const char *folder)
 {
     struct Output out;
@@ -3370,11 +3379,8 @@ static void trainer_state_save(const struct TrainerState *s, const struct Traini
     json_write_number(f, s->epoch);
     fprintf(f, ",\n  \"eval_steps\": %zu,\n  \"global_step\": %zu,\n  \"is_hyper_param_search\": false,\n  \"is_local_process_zero\": true,\n  \"is_world_process_zero\": true,\n  \"log_history\": [", args->eval_steps, s->global_step);
     for (size_t i = 0; i < s->log_count; i++) {
-        fputs(i ? ",\n    {" : "\n    {", f);
-        for (size_t k = 0; k < s->log_history[i].n; k++) {
-            fprintf(f, "%s\n      \"%s\": ", k ? "," : "", s->log_history[i].item[k].name);
-            json_write_number(f, s->log_history[i].item[k].value);
-        }
+        fputs(i ? ",\n    {\n      " : "\n    {\n      ", f);
+        log_write(f, &s->log_history[i], ",\n      ");
         fputs("\n    }", f);
     }
     fprintf(f, "\n  ],\n  \"logging_steps\": %zu,\n  \"max_steps\": %zu,\n  \"num_input_tokens_seen\": %zu,\n  \"num_train_epochs\": %.0f,\n  \"save_steps\": 500,\n  \"stateful_callbacks\": {},\n", args->logging_steps, s->max_steps, s->num_tokens, ceil(s->num_train_epochs));
@@ -5008,12 +5014,8 @@ static void ppo_step(struct PPOTrainer *ppo, const struct Rollout *rollouts)
 
 static void stats_write_line(FILE *file, const struct PPOTrainer *ppo)
 {
-    const struct LogEntry *stats = &ppo->stats;
     fputc('{', file);
-    for (size_t i = 0; i < stats->n; i++) {
-        fprintf(file, "%s\"%s\": ", i ? ", " : "", stats->item[i].name);
-        json_write_number(file, stats->item[i].value);
-    }
+    log_write(file, &ppo->stats, ", ");
     for (size_t i = 0; i < ppo->vector_count; i++) {
         const struct StatsVector *v = &ppo->vectors[i];
         fprintf(file, ", \"%s\": %s", v->name, v->start ? "[" : "");
@@ -5290,26 +5292,34 @@ static struct DPOTask *dpo_task(struct Trainer *trainer, struct Arena *arena, st
     return task;
 }
 
+/* Answers of a policy to n prompts, num_generations of each side by side. */
+static struct Example *sample_answers(const struct GPT2 *policy, struct Arena *arena, const struct Example *prompts, size_t n, size_t num_generations, const struct GenerationConfig *generation, uint64_t seed)
+{
+    struct Rng rng = rng_seed(seed, STREAM_SAMPLE);
+    size_t total = n * num_generations;
+    struct Sequence *sequences = arena_alloc(arena, total, sizeof *sequences);
+    struct Example *answers = arena_alloc(arena, total, sizeof *answers);
+    for (size_t i = 0; i < total; i++) {
+        const struct Example *prompt = &prompts[i / num_generations];
+        sequences[i] = sequence_start(arena, prompt->ids, prompt->n, generation->max_new_tokens, policy, rng_seed(rng_next(&rng), STREAM_SAMPLE));
+    }
+    generate(policy, sequences, total, generation);
+    for (size_t i = 0; i < total; i++) answers[i] = (struct Example){sequences[i].ids, sequences[i].n, sequences[i].prompt_length};
+    return answers;
+}
+
 /* collect_preferences -- data collection: several answers a prompt, compared, kept as pairs.
  *                                                                  [glossary: Coleta de dados]
  * Each prompt is answered num_generations times by `policy`; the best answer by the scorer becomes
  * chosen, the worst rejected. Answers that ended before scorer->least_length tokens are left out, and, with
  * only_ended, those that did not end: cut-off text teaches a model to run on. pairs: room for 2n examples,
  * 2i chosen, 2i+1 rejected; returns how many pairs. */
-static size_t collect_preferences(const struct GPT2 *policy, const struct Scorer *scorer, struct Arena *arena, const struct Example *prompts, size_t n, size_t num_generations, size_t max_new, bool only_ended, const struct GenerationConfig *generation, uint64_t seed, struct Example *pairs)
+static size_t collect_preferences(const struct GPT2 *policy, const struct Scorer *scorer, struct Arena *arena, const struct Example *prompts, size_t n, size_t num_generations, bool only_ended, const struct GenerationConfig *generation, uint64_t seed, struct Example *pairs)
 {
-    struct Rng rng = rng_seed(seed, STREAM_SAMPLE);
-    size_t total = n * num_generations, count = 0;
-    struct Sequence *sequences = arena_alloc(arena, total, sizeof *sequences);
-    struct Example *answers = arena_alloc(arena, total, sizeof *answers);
-    float *score = arena_floats(arena, total);
-    for (size_t i = 0; i < total; i++) {
-        const struct Example *prompt = &prompts[i / num_generations];
-        sequences[i] = sequence_start(arena, prompt->ids, prompt->n, max_new, policy, rng_seed(rng_next(&rng), STREAM_SAMPLE));
-    }
-    generate(policy, sequences, total, generation);
-    for (size_t i = 0; i < total; i++) answers[i] = (struct Example){sequences[i].ids, sequences[i].n, sequences[i].prompt_length};
-    scorer_score(scorer, arena, answers, total, policy->config.vocab_size, score);
+    struct Example *answers = sample_answers(policy, arena, prompts, n, num_generations, generation, seed);
+    float *score = arena_floats(arena, n * num_generations);
+    size_t count = 0;
+    scorer_score(scorer, arena, answers, n * num_generations, policy->config.vocab_size, score);
     for (size_t i = 0; i < n; i++) {
         size_t best = SIZE_MAX, worst = SIZE_MAX;
         for (size_t k = i * num_generations; k < (i + 1) * num_generations; k++) {
@@ -5324,6 +5334,13 @@ static size_t collect_preferences(const struct GPT2 *policy, const struct Scorer
         pairs[2 * count++ + 1] = answers[worst];
     }
     return count;
+}
+
+/* What was generated, as text, without the end token. */
+static struct Text answer_text(const struct Tokenizer *tok, struct Arena *arena, const struct Example *answer, size_t V)
+{
+    size_t end = answer->n - (answer->n > answer->prompt_length && answer->ids[answer->n - 1] == end_token_of(V));
+    return tokenizer_decode_all(tok, arena, answer->ids + answer->prompt_length, end - answer->prompt_length, V);
 }
 
 /* =============================================================================================
@@ -5609,7 +5626,8 @@ static void course_dpo(struct Course *course)
     size_t tokens = 0;
     for (size_t i = 0; i < course->train_n; i++) tokens += course->train[i].n;
     bool sentences = tokens / course->train_n < COURSE_POSITIONS;        /* an answer of 40 tokens can end one; it never ends a whole review */
-    size_t count = collect_preferences(course->language_model, &course->scorer, &course->arena, course->prompts, n, ANSWERS, 40, sentences, &generation, course->seed, pairs);
+    generation.max_new_tokens = 40;
+    size_t count = collect_preferences(course->language_model, &course->scorer, &course->arena, course->prompts, n, ANSWERS, sentences, &generation, course->seed, pairs);
     say("4/4 dpo: %zu pairs collected from %zu answers\n", count, n * ANSWERS);
     CHECK(count > 0 || course->dpo_steps == 0, "no answer of the language model ended by itself, so no pair could be formed; train it longer (--pretrain_steps)");
     struct Trainer trainer = course_trainer(course, course->dpo, 6e-4, course->dpo_steps, PAIRS_A_STEP, 10);
@@ -5629,18 +5647,14 @@ static struct CourseResult course_measure(struct Course *course, const struct GP
 {
     struct Arena *arena = &course->arena;
     size_t n = course->test_n;
-    struct Rng rng = rng_seed(course->seed + 1, STREAM_SAMPLE);
-    struct Sequence *sequences = arena_alloc(arena, n, sizeof *sequences);
-    struct CourseResult result = {.answers = arena_alloc(arena, n, sizeof *result.answers), .texts = arena_alloc(arena, n, sizeof *result.texts), .reward = arena_floats(arena, n)};
+    struct CourseResult result = {.texts = arena_alloc(arena, n, sizeof *result.texts), .reward = arena_floats(arena, n)};
     struct GenerationConfig generation = course_generation(course);
-    for (size_t i = 0; i < n; i++) sequences[i] = sequence_start(arena, course->test_prompts[i].ids, course->test_prompts[i].n, COURSE_MAX_NEW, policy, rng_seed(rng_next(&rng), STREAM_SAMPLE));
-    generate(policy, sequences, n, &generation);
+    generation.max_new_tokens = COURSE_MAX_NEW;
+    result.answers = sample_answers(policy, arena, course->test_prompts, n, 1, &generation, course->seed + 1);
     for (size_t i = 0; i < n; i++) {
-        struct Sequence *s = &sequences[i];
-        result.answers[i] = (struct Example){s->ids, s->n, s->prompt_length};
-        size_t length = s->n - s->prompt_length - (s->ids[s->n - 1] == policy->config.eos_token_id);
-        result.texts[i] = tokenizer_decode_all(course->tok, arena, s->ids + s->prompt_length, length, policy->config.vocab_size);
-        result.mean_length += (double)length / (double)n;
+        const struct Example *a = &result.answers[i];
+        result.texts[i] = answer_text(course->tok, arena, a, policy->config.vocab_size);
+        result.mean_length += (double)(a->n - a->prompt_length - (a->ids[a->n - 1] == policy->config.eos_token_id)) / (double)n;
     }
     struct Scorer plain = course->scorer;
     plain.least_length = 0;                                     /* the bare reward, no penalty for short answers */
@@ -5973,7 +5987,7 @@ struct Options {
     struct DPOConfig dpo;
     double center_rewards_coefficient;
     size_t input_min_text_length, input_max_text_length, output_min_length, output_max_length;
-    size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps, top_n, tokenize_vocab_size, num_generations;
+    size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps, top_n, tokenize_vocab_size, num_generations, max_samples;
     bool json, jsonl, decode, help, quiet, max_length_given, use_peft;
     /* What a command opens and main closes. */
     struct Arena arena;
@@ -5986,7 +6000,7 @@ struct Options {
 enum Group {
     G_MODEL = 1, G_DATA = 2, G_TRAIN = 4, G_NEW = 8, G_REF = 16, G_REWARD = 32, G_PPO = 64, G_DPO = 128, G_SAMPLE = 256, G_LENGTH = 512, G_PROMPT = 1024,
     G_NEXT = 2048, G_TOKENIZE = 4096, G_RLHF = 8192, G_OUT = 16384, G_SEED = 32768, G_RUN = 65536, G_BATCH = 131072, G_JSON = 262144, G_BENCH = 524288,
-    G_PEFT = 1 << 20, G_LORA = 1 << 21, G_ROLL = 1 << 22, G_RLOO = 1 << 23, G_ALL = -1
+    G_PEFT = 1 << 20, G_LORA = 1 << 21, G_ROLL = 1 << 22, G_RLOO = 1 << 23, G_COLLECT = 1 << 25, G_EVAL = 1 << 26, G_ALL = -1
 };
 enum Kind { KIND_STRING, KIND_LIST, KIND_SIZE, KIND_DOUBLE, KIND_BOOL, KIND_STOPPING, KIND_SEED };
 struct Flag { const char *name; enum Kind kind; size_t offset; int groups; const char *help; };
@@ -6037,12 +6051,13 @@ static const struct Flag FLAGS[] = {
     {"beta", KIND_DOUBLE, AT(dpo.beta), G_DPO, "how strongly DPO holds to the reference"},
     {"beta", KIND_DOUBLE, AT(dpo.beta), G_RLOO, "price of a nat of KL(policy || reference)"},
     {"baseline", KIND_STRING, AT(baseline), G_RLOO, "subtracted from the reward: none, mean (of earlier steps), rloo (leave one out)"},
-    {"num_generations", KIND_SIZE, AT(num_generations), G_RLOO, "answers to each prompt"},
+    {"num_generations", KIND_SIZE, AT(num_generations), G_RLOO | G_COLLECT, "answers to each prompt"},
+    {"max_samples", KIND_SIZE, AT(max_samples), G_COLLECT | G_EVAL, "prompts used, from the first; 0: all"},
     {"loss_type", KIND_LIST, AT(loss_type), G_DPO, "sigmoid, ipo, hinge, robust, sft; several: sigmoid sft"},
     {"loss_weights", KIND_LIST, AT(loss_weights), G_DPO, "a weight for each loss_type: 1 0.2"},
     {"label_smoothing", KIND_DOUBLE, AT(dpo.label_smoothing), G_DPO, "share of pairs thought to be labelled the wrong way round"},
     {"rollouts", KIND_STRING, AT(rollouts), G_PPO, "replay stored rollouts (query_ids, response_ids, score)"},
-    {"batch_size", KIND_SIZE, AT(ppo.batch_size), G_ROLL | G_BENCH, "rollouts of a step"},
+    {"batch_size", KIND_SIZE, AT(ppo.batch_size), G_PPO | G_RLOO | G_BENCH, "rollouts of a step"},
     {"mini_batch_size", KIND_SIZE, AT(ppo.mini_batch_size), G_PPO, "rollouts of one forward and backward pass"},
     {"ppo_epochs", KIND_SIZE, AT(ppo.ppo_epochs), G_PPO, "passes over a batch of rollouts"},
     {"init_kl_coef", KIND_DOUBLE, AT(ppo.init_kl_coef), G_PPO, "beta: the price of a nat of KL"},
@@ -6064,15 +6079,15 @@ static const struct Flag FLAGS[] = {
     {"target_kl", KIND_DOUBLE, AT(ppo.target_kl), G_PPO, "for early_stopping"},
     {"input_min_text_length", KIND_SIZE, AT(input_min_text_length), G_ROLL, "prompts cut from texts: shortest"},
     {"input_max_text_length", KIND_SIZE, AT(input_max_text_length), G_ROLL, "and longest plus one (LengthSampler)"},
-    {"output_min_length", KIND_SIZE, AT(output_min_length), G_ROLL, "responses: shortest limit"},
-    {"output_max_length", KIND_SIZE, AT(output_max_length), G_ROLL, "and longest plus one (LengthSampler)"},
+    {"output_min_length", KIND_SIZE, AT(output_min_length), G_PPO | G_RLOO, "responses: shortest limit"},
+    {"output_max_length", KIND_SIZE, AT(output_max_length), G_PPO | G_RLOO, "and longest plus one (LengthSampler)"},
     {"prompt", KIND_STRING, AT(prompt), G_PROMPT, "text to continue"},
     {"temperature", KIND_DOUBLE, AT(generation.temperature), G_SAMPLE | G_NEXT | G_ROLL | G_RLHF | G_DPO, "divides the logits"},
     {"top_k", KIND_SIZE, AT(generation.top_k), G_SAMPLE | G_NEXT | G_ROLL, "sample from the k likeliest; 0: all"},
     {"top_p", KIND_DOUBLE, AT(generation.top_p), G_SAMPLE | G_NEXT | G_ROLL, "sample from the likeliest that hold this mass"},
     {"repetition_penalty", KIND_DOUBLE, AT(generation.repetition_penalty), G_SAMPLE | G_NEXT, "above 1: ids already there become less likely"},
     {"no_repeat_ngram_size", KIND_SIZE, AT(generation.no_repeat_ngram_size), G_SAMPLE, "no n-gram twice"},
-    {"max_new_tokens", KIND_SIZE, AT(generation.max_new_tokens), G_SAMPLE, "at most so many new tokens"},
+    {"max_new_tokens", KIND_SIZE, AT(generation.max_new_tokens), G_SAMPLE | G_COLLECT | G_EVAL, "at most so many new tokens"},
     {"min_new_tokens", KIND_SIZE, AT(generation.min_new_tokens), G_SAMPLE, "at least so many"},
     {"num_beams", KIND_SIZE, AT(generation.num_beams), G_SAMPLE, "beam search with so many beams"},
     {"length_penalty", KIND_DOUBLE, AT(generation.length_penalty), G_SAMPLE, "beam search: above 0 favours longer sequences"},
@@ -6668,6 +6683,174 @@ static void command_score(struct Options *o)
     }
 }
 
+/* One preference, on the disk before the next is asked for. */
+static void preference_write(struct Options *o, FILE *file, const struct Example *chosen, const struct Example *rejected)
+{
+    size_t V = o->model->config.vocab_size;
+    fputs("{\"prompt\": ", file);
+    json_write_string(file, tokenizer_decode_all(o->tok, &o->arena, chosen->ids, chosen->prompt_length, V));
+    fputs(", \"chosen\": ", file);
+    json_write_string(file, answer_text(o->tok, &o->arena, chosen, V));
+    fputs(", \"rejected\": ", file);
+    json_write_string(file, answer_text(o->tok, &o->arena, rejected, V));
+    fputs("}\n", file);
+    CHECK(fflush(file) == 0 && fsync(fileno(file)) == 0, "%s/preferences.jsonl: writing failed: %s; what was judged before is there", o->output_dir, strerror(errno));
+}
+
+/* Shows two answers and waits for a word: '1', '2', 's' (skip) or 'q' (stop; so does the end of the input). */
+static int ask_person(struct Options *o, const struct Example *answers, size_t number, size_t of)
+{
+    char line[256];
+    size_t V = o->model->config.vocab_size;
+    struct Text prompt = tokenizer_decode_all(o->tok, &o->arena, answers->ids, answers->prompt_length, V);
+    fprintf(stderr, "\n%zu/%zu  %.*s ...\n", number, of, (int)prompt.length, prompt.data);
+    for (int k = 0; k < 2; k++) {
+        struct Text text = answer_text(o->tok, &o->arena, &answers[k], V);
+        fprintf(stderr, "  %d: %.*s\n", k + 1, (int)text.length, text.data);
+    }
+    for (;;) {
+        fputs("Which is better? 1, 2, s to skip, q to stop: ", stderr);
+        if (!fgets(line, sizeof line, stdin)) return 'q';
+        int c = tolower((unsigned char)line[strspn(line, " \t")]);
+        if (c && strchr("12sq", c)) return c;
+    }
+}
+
+/* Answers two and two before a person; returns the number of judgements, or SIZE_MAX to stop. */
+static size_t judge_by_person(struct Options *o, FILE *file, const struct Example *answers, size_t number, size_t of)
+{
+    size_t judged = 0, V = o->model->config.vocab_size;
+    for (size_t k = 0; k + 1 < o->num_generations; k += 2) {
+        struct Text a = answer_text(o->tok, &o->arena, &answers[k], V), b = answer_text(o->tok, &o->arena, &answers[k + 1], V);
+        if (text_equal(a, b)) continue;
+        int word = ask_person(o, answers + k, number, of);
+        if (word == 'q') return SIZE_MAX;
+        if (word == 's') continue;
+        preference_write(o, file, &answers[k + (word == '2')], &answers[k + (word == '1')]);
+        judged++;
+    }
+    return judged;
+}
+
+static bool is_judged(struct Options *o, const struct Example *prompt)
+{
+    struct Text text = tokenizer_decode_all(o->tok, &o->arena, prompt->ids, prompt->n, o->model->config.vocab_size);
+    for (size_t k = 0; o->eval && k < o->eval->n; k++) if (text_equal(o->eval->rows[k].prompt, text)) return true;
+    return false;
+}
+
+enum { COLLECT_TOGETHER = 64 };
+
+/* align collect -- data collection, the H in RLHF: a reward model or the person at the keyboard compares answers.
+ * Judgements are added to preferences.jsonl; a prompt that is there already is passed over.  [glossary: Coleta de dados] */
+static void command_collect(struct Options *o)
+{
+    CHECK(o->num_generations >= 2, "--num_generations %zu: 2 or more answers are needed to compare", o->num_generations);
+    open_model(o, false);
+    struct Scorer scorer;
+    struct RolloutSource source = open_rollouts(o, &scorer);
+    make_folder(need(o->output_dir, "output_dir"));
+    char *path = arena_printf(&o->arena, "%s/preferences.jsonl", o->output_dir);
+    struct stat s;
+    if (stat(path, &s) == 0 && s.st_size > 0) o->eval = dataset_load(path, DPO_SHAPES, 1);
+    FILE *file = fopen(path, "ab");
+    CHECK(file, "%s: cannot be written: %s", path, strerror(errno));
+    size_t n = o->max_samples ? MIN(o->max_samples, source.n) : source.n, left = 0, judged = 0, together = o->reward_model ? COLLECT_TOGETHER : 1, last = 0;
+    struct Example *prompts = arena_alloc(&o->arena, n, sizeof *prompts), *pairs = arena_alloc(&o->arena, 2 * COLLECT_TOGETHER, sizeof *pairs);
+    for (size_t i = 0; i < n; i++) if (!is_judged(o, &source.prompts[i])) prompts[left++] = source.prompts[i];
+    for (size_t i = 0; i < left && last != SIZE_MAX; i += together) {
+        size_t count = MIN(together, left - i);
+        uint64_t seed = o->train.seed + judged;
+        if (o->reward_model) last = collect_preferences(o->model, &scorer, &o->arena, prompts + i, count, o->num_generations, false, &source.generation, seed, pairs);
+        else last = judge_by_person(o, file, sample_answers(o->model, &o->arena, prompts + i, 1, o->num_generations, &source.generation, seed + i), i + 1, left);
+        for (size_t k = 0; o->reward_model && k < last; k++) preference_write(o, file, &pairs[2 * k], &pairs[2 * k + 1]);
+        if (last != SIZE_MAX) judged += last;
+    }
+    fclose(file);
+    say("%zu pairs added to %s (%zu were there)\n", judged, path, o->eval ? o->eval->n : 0);
+}
+
+/* Mean negative log-likelihood a token, and its exponential: perplexity, the number of equally likely tokens that would
+ * leave as much doubt. */
+static void eval_language(struct Trainer *trainer, const struct Options *o, struct LogEntry *entry)
+{
+    struct Arena arena = {0};
+    struct LanguageTask *task = sft_task(trainer, &arena, o->data, NULL);
+    double nll = 0, tokens = 0;
+    for (size_t i = 0; i < trainer->task.n; i++) {
+        arena_reset(&trainer->arena);
+        nll += language_loss(trainer, &i, 1, 1, false, false);
+        tokens += (double)(task->examples[i].n - MAX((size_t)1, task->examples[i].prompt_length));
+    }
+    log_value(entry, "eval_loss", nll / tokens);
+    log_value(entry, "perplexity", exp(nll / tokens));
+    log_value(entry, "tokens", tokens);
+    arena_free(&arena);
+}
+
+/* A policy's answers: their reward, its distance from --ref_model, how varied and long they are. */
+static void eval_policy(struct Options *o, struct LogEntry *entry)
+{
+    struct Scorer scorer;
+    struct RolloutSource source = open_rollouts(o, &scorer);
+    size_t n = o->max_samples ? MIN(o->max_samples, source.n) : source.n;
+    struct Example *answers = sample_answers(o->model, &o->arena, source.prompts, n, 1, &source.generation, o->train.seed);
+    struct Text *texts = arena_alloc(&o->arena, n, sizeof *texts);
+    float *reward = arena_floats(&o->arena, n), *length = arena_floats(&o->arena, n);
+    scorer_score(&scorer, &o->arena, answers, n, o->model->config.vocab_size, reward);
+    for (size_t i = 0; i < n; i++) {
+        texts[i] = answer_text(o->tok, &o->arena, &answers[i], o->model->config.vocab_size);
+        length[i] = (float)(answers[i].n - answers[i].prompt_length);
+    }
+    log_value(entry, "reward", mean_of(reward, n));
+    log_value(entry, "reward_std", sqrt(unbiased_variance(reward, n)));
+    log_value(entry, "distinct_2", distinct_2(texts, n));
+    log_value(entry, "mean_length", mean_of(length, n));
+    log_value(entry, "samples", (double)n);
+    if (o->reference) log_value(entry, "kl", response_kl(o->model, o->reference, answers, n, o->generation.temperature));
+}
+
+/* align eval -- one JSON object. With a reward head: how well it orders pairs, rated or labelled texts. With
+ * --reward_model_path: what a policy's answers are worth. On preferences with --ref_model: DPO's metrics. Else: loss. */
+static void command_eval(struct Options *o)
+{
+    open_model(o, false);
+    struct Trainer trainer = trainer_new(o);
+    struct LogEntry entry = {0};
+    trainer.args.per_device_train_batch_size = 1;                /* the mean over rows, not over batches */
+    if (o->ref_model) load_reference(o);
+    if (o->reward_model_path) eval_policy(o, &entry);
+    else if (o->model->score.n || o->reference) {
+        open_data(o, REWARD_SHAPES, o->model->score.n ? COUNT(REWARD_SHAPES) : 1);
+        struct RewardTask *task = NULL;
+        if (o->model->score.n) task = reward_task(&trainer, &o->arena, o->data, o->data);
+        else {
+            struct Example *pairs = arena_alloc(&o->arena, 2 * o->data->n, sizeof *pairs);
+            size_t n = trainer.task.eval_n = dpo_pairs(&trainer, &o->arena, o->data, pairs);
+            struct DPOTask *dpo = dpo_task(&trainer, &o->arena, o->reference, (struct DPOConfig){.beta = 0.1, .weight = {1}}, 1, pairs, n);
+            dpo->eval_pairs = pairs;
+            dpo->eval_ref_logps = dpo->ref_logps;
+            trainer.task.eval_n = n;
+        }
+        if (task && task->rated) {
+            float *reward = arena_floats(&o->arena, trainer.task.n);
+            reward_score(o->model, task->texts, trainer.task.n, reward);
+            log_value(&entry, "eval_accuracy", pair_accuracy(reward, task->score, trainer.task.n, 1));
+            log_value(&entry, "mean_reward", mean_of(reward, trainer.task.n));
+        } else {
+            trainer_evaluate(&trainer);
+            entry = trainer.state.log_history[0];
+        }
+    } else {
+        open_data(o, SFT_SHAPES, COUNT(SFT_SHAPES));
+        eval_language(&trainer, o, &entry);
+    }
+    putchar('{');
+    log_write(stdout, &entry, ", ");
+    puts("}");
+    trainer_free(&trainer);
+}
+
 /* align merge -- an adapter folded into its base, saved as a model like any other. */
 static void command_merge(struct Options *o)
 {
@@ -6794,6 +6977,8 @@ static const struct Command { const char *name, *what; void (*run)(struct Option
     {"next", "the distribution of the next token after a --prompt", command_next, G_MODEL | G_PEFT | G_PROMPT | G_NEXT | G_JSON},
     {"logprob", "log-probability of each token and of the sequence; with --ref_model the KL at each position", command_logprob, G_MODEL | G_PEFT | G_DATA | G_REF | G_LENGTH},
     {"score", "the sentiment pipeline: reward and pipe_outputs of each text", command_score, G_MODEL | G_PEFT | G_DATA | G_LENGTH},
+    {"collect", "several answers to each prompt, compared by a reward model or by you, into preferences.jsonl", command_collect, G_MODEL | G_PEFT | G_OUT | G_SEED | G_DATA | G_ROLL | G_COLLECT},
+    {"eval", "loss and perplexity, accuracy of a reward model, or reward and KL of a policy, as model and data allow", command_eval, G_MODEL | G_PEFT | G_DATA | G_SEED | G_REF | G_ROLL | G_EVAL | G_LENGTH},
     {"merge", "a LoRA adapter folded into its base, saved as a model", command_merge, G_MODEL | G_PEFT | G_OUT},
     {"bench", "this machine's limits, and what training, generation, DPO and PPO reach of them", command_bench, G_NEW | G_BATCH | G_JSON | G_BENCH},
 };
@@ -6923,7 +7108,8 @@ static struct Options default_options(const char *command)
         o.ppo.batch_size = 16;
         o.train.per_device_train_batch_size = o.train.max_length = 0;       /* given: that step alone */
     }
-    if (strcmp(command, "next") == 0) o.generation.top_k = 0;
+    if (strcmp(command, "next") == 0 || strcmp(command, "collect") == 0 || strcmp(command, "eval") == 0) o.generation.top_k = 0;
+    if (strcmp(command, "eval") == 0) o.max_samples = 256;
     if (strcmp(command, "rlhf") == 0) o.generation.temperature = 0.7;
     return o;
 }

@@ -3607,6 +3607,72 @@ static struct Text command_output(const char *const *words)
     return capture_end();
 }
 
+/* collect, judged by a reward model and from a keyboard that says 1, an unknown word, 2, skip, stop; a second run goes
+ * on behind what is there. Then reinforce, and eval of each kind. */
+static void test_cli_collect(void)
+{
+    write_text("p.jsonl", "{\"prompt\": \"A film\"}\n{\"prompt\": \"It\"}\n{\"prompt\": \"So\"}\n{\"prompt\": \"We\"}\n");
+    write_text("rated.jsonl", "{\"text\": \"good\", \"score\": 2}\n{\"text\": \"bad\", \"score\": 0}\n{\"text\": \"dull\", \"score\": -1}\n");
+    write_text("texts.jsonl", "{\"text\": \"A good film, and a fine one.\"}\n{\"text\": \"A bad film. It is dull and long.\"}\n");
+    write_text("keys.txt", "1\nwhat?\n 2\nS\nq\n");
+    command_output((const char *const[]){"pretrain", "--dataset_name", "@texts.jsonl", "--output_dir", "@c_lm", "--vocab_size", "400", "--n_layer", "1", "--n_head", "2", "--n_embd", "8", "--n_positions", "32", "--max_length", "16", "--max_steps", "60", "--learning_rate", "0.03", NULL});
+    command_output((const char *const[]){"reward", "--model_name_or_path", "@c_lm", "--dataset_name", "@rated.jsonl", "--output_dir", "@c_rm", "--max_steps", "3", "--learning_rate", "0.01", NULL});
+    command_output((const char *const[]){"collect", "--model_name_or_path", "@c_lm", "--reward_model_path", "@c_rm", "--dataset_name", "@p.jsonl", "--num_generations", "3", "--max_samples", "3", "--output_dir", "@c_pairs", NULL});
+    struct Dataset *data = dataset_load(temporary("c_pairs/preferences.jsonl"), DPO_SHAPES, 1);
+    expect_count("a pair a prompt", data->n, 3);
+    struct GPT2 *rm = gpt2_load(temporary("c_rm"));
+    for (size_t i = 0; i < data->n; i++) {
+        float reward[2];
+        struct Example texts[2];
+        for (int side = 0; side < 2; side++) texts[side] = example_encode(&test_arena, tokenizer, text_join(&test_arena, data->rows[i].prompt, side ? data->rows[i].rejected : data->rows[i].chosen), 400, false);
+        texts[0].n = MIN(texts[0].n, (size_t)32);
+        texts[1].n = MIN(texts[1].n, (size_t)32);
+        reward_score(rm, texts, 2, reward);
+        expect_true("the chosen one has the higher reward", reward[0] > reward[1]);
+    }
+    dataset_free(data);
+    int keyboard = dup(STDIN_FILENO);
+    CHECK(freopen(temporary("keys.txt"), "r", stdin), "keys.txt");
+    command_output((const char *const[]){"collect", "--model_name_or_path", "@c_lm", "--dataset_name", "@p.jsonl", "--output_dir", "@c_mine", NULL});
+    data = dataset_load(temporary("c_mine/preferences.jsonl"), DPO_SHAPES, 1);
+    expect_count("two judgements", data->n, 2);
+    struct Text first = text_copy(&test_arena, data->rows[0].chosen), second = text_copy(&test_arena, data->rows[1].chosen), lost = text_copy(&test_arena, data->rows[1].rejected);
+    dataset_free(data);
+    rewind(stdin);
+    command_output((const char *const[]){"collect", "--model_name_or_path", "@c_lm", "--dataset_name", "@p.jsonl", "--output_dir", "@c_mine", NULL});
+    data = dataset_load(temporary("c_mine/preferences.jsonl"), DPO_SHAPES, 1);
+    expect_true("what was there stays", data->n == 4 && text_equal(data->rows[0].chosen, first) && text_equal(data->rows[1].chosen, second));
+    expect_text("the third prompt is next", data->rows[2].prompt, "So");
+    dataset_free(data);
+    write_text("keys.txt", "2\n1\nq\n");
+    CHECK(freopen(temporary("keys.txt"), "r", stdin), "keys.txt");
+    command_output((const char *const[]){"collect", "--model_name_or_path", "@c_lm", "--dataset_name", "@p.jsonl", "--output_dir", "@c_other", NULL});
+    data = dataset_load(temporary("c_other/preferences.jsonl"), DPO_SHAPES, 1);
+    expect_true("the other way round", text_equal(data->rows[0].rejected, first) && text_equal(data->rows[1].rejected, second) && text_equal(data->rows[1].chosen, lost));
+    dataset_free(data);
+    dup2(keyboard, STDIN_FILENO);
+    clearerr(stdin);
+    command_output((const char *const[]){"reinforce", "--model_name_or_path", "@c_lm", "--reward_model_path", "@c_rm", "--dataset_name", "@p.jsonl", "--batch_size", "6", "--num_generations", "3", "--max_steps", "2", "--use_peft", "--output_dir", "@c_re", NULL});
+    struct Json *entries = json_get(json_read_file(&test_arena, temporary("c_re/trainer_state.json")), "log_history");
+    expect_true("the variances are logged", json_count(entries) == 2 && json_get(entries->child, "gradient_variance/rloo") && json_get(entries->child, "gradient_variance/none"));
+    expect_true("an adapter", is_adapter(temporary("c_re")));
+    struct Text out = command_output((const char *const[]){"eval", "--model_name_or_path", "@c_lm", "--dataset_name", "@texts.jsonl", NULL}), lines = command_output((const char *const[]){"logprob", "--model_name_or_path", "@c_lm", "--dataset_name", "@texts.jsonl", NULL});
+    const char *error;
+    struct Json *eval = parse(out.data, &error), *line = next_line(&lines);
+    expect_close("perplexity", json_get(eval, "perplexity")->number, exp(json_get(eval, "eval_loss")->number), 1e-4);
+    double logprob = 0;                                                  /* logprob adds no end token, the loss does */
+    for (; line; line = next_line(&lines)) logprob += json_get(line, "logprob")->number;
+    expect_true("the texts' tokens and their end tokens", json_get(eval, "eval_loss")->number * json_get(eval, "tokens")->number >= -logprob);
+    eval = parse(command_output((const char *const[]){"eval", "--model_name_or_path", "@c_rm", "--dataset_name", "@c_pairs/preferences.jsonl", NULL}).data, &error);
+    expect_true("reward model: loss and accuracy", json_get(eval, "eval_accuracy") && json_get(eval, "eval_loss"));
+    eval = parse(command_output((const char *const[]){"eval", "--model_name_or_path", "@c_lm", "--ref_model", "@c_lm", "--dataset_name", "@c_pairs/preferences.jsonl", NULL}).data, &error);
+    expect_close("policy == reference: ln 2", json_get(eval, "eval_loss")->number, log(2), 1e-6);
+    eval = parse(command_output((const char *const[]){"eval", "--model_name_or_path", "@c_lm", "--ref_model", "@c_lm", "--reward_model_path", "@c_rm", "--dataset_name", "@p.jsonl", NULL}).data, &error);
+    expect_close("KL of a policy to itself", json_get(eval, "kl")->number, 0, 1e-9);
+    expect_close("samples", json_get(eval, "samples")->number, 4, 0);
+    gpt2_free(rm);
+}
+
 /* Every training command on a tiny model, each on what the one before made; then the tools on the result. */
 static void test_cli_course(void)
 {
@@ -3875,7 +3941,7 @@ static const struct { const char *name; void (*run)(void); } TESTS[] = {
     {"reinforce_raises_reward", test_reinforce_raises_reward}, {"dpo_golden", test_dpo_golden},
     {"dpo_gradient", test_dpo_gradient}, {"dpo_model_gradient", test_dpo_model_gradient}, {"dpo_pairs", test_dpo_pairs}, {"dpo_overfit", test_dpo_overfit},
     {"evaluation", test_evaluation}, {"broken_weights", test_broken_weights}, {"broken_config", test_broken_config}, {"broken_data", test_broken_data},
-    {"broken_tokenizer", test_broken_tokenizer}, {"cli_errors", test_cli_errors}, {"cli_course", test_cli_course}, {"cli_lora", test_cli_lora}, {"fixtures_gradient", test_fixtures_gradient},
+    {"broken_tokenizer", test_broken_tokenizer}, {"cli_errors", test_cli_errors}, {"cli_course", test_cli_course}, {"cli_collect", test_cli_collect}, {"cli_lora", test_cli_lora}, {"fixtures_gradient", test_fixtures_gradient},
     {"fixtures_logprob", test_fixtures_logprob}, {"fixtures_reward", test_fixtures_reward},
 };
 
