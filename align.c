@@ -113,8 +113,10 @@
 
 static bool quiet;             /* --quiet: no progress on stderr; errors are still said */
 
-static _Noreturn void die_with(int status, const char *format, va_list arguments)
+static _Noreturn void PRINTF_LIKE(2, 3) die_with(int status, const char *format, ...)
 {
+    va_list arguments;
+    va_start(arguments, format);
     fflush(stdout);
     fputs("align: ", stderr);
     vfprintf(stderr, format, arguments);
@@ -122,21 +124,8 @@ static _Noreturn void die_with(int status, const char *format, va_list arguments
     exit(status);
 }
 
-static _Noreturn void PRINTF_LIKE(1, 2) die(const char *format, ...)
-{
-    va_list arguments;
-    va_start(arguments, format);
-    die_with(1, format, arguments);
-}
-
-/* The user typed something that is no command or flag: exit 2, as other tools do. */
-static _Noreturn void PRINTF_LIKE(1, 2) die_usage(const char *format, ...)
-{
-    va_list arguments;
-    va_start(arguments, format);
-    die_with(2, format, arguments);
-}
-
+#define die(...) die_with(1, __VA_ARGS__)
+#define die_usage(...) die_with(2, __VA_ARGS__)        /* what was typed is no command or flag: 2, as other tools do */
 #define CHECK(condition, ...) do { if (!(condition)) die(__VA_ARGS__); } while (0)
 
 static void PRINTF_LIKE(1, 2) say(const char *format, ...)
@@ -249,8 +238,8 @@ static void rng_shuffle(struct Rng *rng, size_t *items, size_t n)
 
 /* Arena: memory taken piece by piece and given back all at once. After a reset the pieces are
  * merged into one block of their total size, so a training loop that resets once a step asks the
- * system for memory in its first steps only. Under the address sanitizer every piece is an
- * allocation of its own: an overrun must not land unseen in a neighbour. */
+ * system for memory in its first steps only. Under sanitizers every piece is an allocation of its
+ * own: an overrun must not land unseen in a neighbour. */
 #if defined(__has_feature)
 #define HAS_FEATURE(x) __has_feature(x)
 #else
@@ -261,15 +250,10 @@ static void rng_shuffle(struct Rng *rng, size_t *items, size_t n)
 #else
 #define SANITIZED 0
 #endif
-#if defined(__SANITIZE_ADDRESS__) || HAS_FEATURE(address_sanitizer)
-enum { ARENA_PIECEWISE = 1 };
-#else
-enum { ARENA_PIECEWISE = 0 };
-#endif
 
 struct ArenaBlock { struct ArenaBlock *next; size_t size, used; };
 struct Arena { struct ArenaBlock *blocks; size_t next_size; };
-enum { ARENA_ALIGN = 64, ARENA_HEADER = 64, ARENA_HUGE = 1 << 21 };      /* 64 bytes: a cache line, an AVX-512 vector */
+enum { ARENA_PIECEWISE = SANITIZED, ARENA_ALIGN = 64, ARENA_HEADER = 64, ARENA_HUGE = 1 << 21 };      /* 64 bytes: a cache line, an AVX-512 vector */
 
 static void arena_free(struct Arena *arena)
 {
@@ -340,14 +324,6 @@ struct Text { const char *data; size_t length; };
 
 static struct Text text_of(const char *string) { return (struct Text){string, strlen(string)}; }
 
-static struct Text text_copy(struct Arena *arena, struct Text text)
-{
-    char *copy = arena_alloc(arena, text.length + 1, 1);
-    if (text.length) memcpy(copy, text.data, text.length);
-    copy[text.length] = 0;
-    return (struct Text){copy, text.length};
-}
-
 static struct Text text_join(struct Arena *arena, struct Text a, struct Text b)
 {
     char *both = arena_alloc(arena, a.length + b.length + 1, 1);
@@ -356,6 +332,8 @@ static struct Text text_join(struct Arena *arena, struct Text a, struct Text b)
     both[a.length + b.length] = 0;
     return (struct Text){both, a.length + b.length};
 }
+
+static struct Text text_copy(struct Arena *arena, struct Text text) { return text_join(arena, text, (struct Text){0}); }
 
 /* printf into an arena: paths and names. */
 static char *PRINTF_LIKE(2, 3) arena_printf(struct Arena *arena, const char *format, ...)
@@ -480,25 +458,23 @@ static void json_space(struct JsonParser *p)
 
 static size_t utf8_write(char *to, uint32_t c)
 {
-    if (c < 0x80) { to[0] = (char)c; return 1; }
-    if (c < 0x800) { to[0] = (char)(0xc0 | c >> 6); to[1] = (char)(0x80 | (c & 63)); return 2; }
-    if (c < 0x10000) { to[0] = (char)(0xe0 | c >> 12); to[1] = (char)(0x80 | (c >> 6 & 63)); to[2] = (char)(0x80 | (c & 63)); return 3; }
-    to[0] = (char)(0xf0 | c >> 18); to[1] = (char)(0x80 | (c >> 12 & 63)); to[2] = (char)(0x80 | (c >> 6 & 63)); to[3] = (char)(0x80 | (c & 63));
-    return 4;
+    static const unsigned char lead[] = {0, 0, 0xc0, 0xe0, 0xf0};
+    size_t length = c < 0x80 ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
+    for (size_t k = length; k-- > 1; c >>= 6) to[k] = (char)(0x80 | (c & 63));
+    to[0] = (char)(lead[length] | c);
+    return length;
 }
 
 /* Four hexadecimal digits, or -1. */
 static int32_t json_hex4(struct JsonParser *p)
 {
     if (p->end - p->at < 4) return -1;
-    int32_t value = 0;
+    char digits[5] = {0};
     for (int i = 0; i < 4; i++) {
-        char c = *p->at++;
-        int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
-        if (digit < 0) return -1;
-        value = value * 16 + digit;
+        digits[i] = *p->at++;
+        if (!isxdigit((unsigned char)digits[i])) return -1;
     }
-    return value;
+    return (int32_t)strtol(digits, NULL, 16);
 }
 
 /* After "\u": one code point; a high surrogate takes the low one that must follow it. */
@@ -521,27 +497,20 @@ static bool json_string(struct JsonParser *p, struct Text *out)
 {
     const char *close = p->at + 1;
     while (close < p->end && *close != '"') close += *close == '\\' ? 2 : 1;
-    if (close >= p->end) return json_fail(p, "a string without its closing quote"), false;
+    static const char escapes[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
+    if (close >= p->end) return json_fail(p, "a string without its closing quote");
     char *to = arena_alloc(p->arena, (size_t)(close - p->at), 1), *start = to;
     for (p->at++; p->at < close;) {
         char c = *p->at++;
-        if ((unsigned char)c < 0x20) return json_fail(p, "a control character inside a string"), false;
+        if ((unsigned char)c < 0x20) return json_fail(p, "a control character inside a string");
         if (c != '\\') { *to++ = c; continue; }
-        switch (c = *p->at++) {
-        case '"': case '\\': case '/': *to++ = c; break;
-        case 'b': *to++ = '\b'; break;
-        case 'f': *to++ = '\f'; break;
-        case 'n': *to++ = '\n'; break;
-        case 'r': *to++ = '\r'; break;
-        case 't': *to++ = '\t'; break;
-        case 'u': {
-            int32_t code = json_code_point(p);
-            if (code < 0 || p->at > close) return json_fail(p, "\\u without four hexadecimal digits"), false;
-            to += utf8_write(to, (uint32_t)code);
-            break;
-        }
-        default: return json_fail(p, "an unknown escape after \\"), false;
-        }
+        c = *p->at++;
+        const char *escape = memchr(escapes, c, sizeof escapes - 1);
+        if (escape) { *to++ = meanings[escape - escapes]; continue; }
+        if (c != 'u') return json_fail(p, "an unknown escape after \\");
+        int32_t code = json_code_point(p);
+        if (code < 0 || p->at > close) return json_fail(p, "\\u without four hexadecimal digits");
+        to += utf8_write(to, (uint32_t)code);
     }
     *to = 0;
     *out = (struct Text){start, (size_t)(to - start)};
@@ -556,22 +525,22 @@ static bool json_number(struct JsonParser *p, double *out)
     if (s < p->end && *s == '-') s++;
     const char *digits = s;
     while (s < p->end && isdigit((unsigned char)*s)) s++;
-    if (s == digits || (*digits == '0' && s > digits + 1)) return json_fail(p, "a value was expected"), false;
+    if (s == digits || (*digits == '0' && s > digits + 1)) return json_fail(p, "a value was expected");
     if (s < p->end && *s == '.') {
         const char *fraction = ++s;
         while (s < p->end && isdigit((unsigned char)*s)) s++;
-        if (s == fraction) return json_fail(p, "a number ends in its decimal point"), false;
+        if (s == fraction) return json_fail(p, "a number ends in its decimal point");
     }
     if (s < p->end && (*s == 'e' || *s == 'E')) {
         s++;
         if (s < p->end && (*s == '+' || *s == '-')) s++;
         const char *exponent = s;
         while (s < p->end && isdigit((unsigned char)*s)) s++;
-        if (s == exponent) return json_fail(p, "a number without its exponent"), false;
+        if (s == exponent) return json_fail(p, "a number without its exponent");
     }
     char copy[64];
     size_t length = (size_t)(s - p->at);
-    if (length >= sizeof copy) return json_fail(p, "a number of more than 63 characters"), false;
+    if (length >= sizeof copy) return json_fail(p, "a number of more than 63 characters");
     memcpy(copy, p->at, length);
     copy[length] = 0;
     *out = strtod(copy, NULL);
@@ -710,12 +679,18 @@ static void json_write_string(FILE *file, struct Text text)
     fputc('"', file);
 }
 
-/* JSON has no NaN; Python's json.load reads null as None. 9 digits bring any float back bit for bit. */
-static void json_write_number(FILE *file, double x)
+/* JSON has no NaN; Python's json.load reads null as None. 9 digits bring any float back bit for bit.
+ * The text stays until the eighth call from here: enough for one printf. */
+static const char *json_number_text(double x)
 {
-    if (isfinite(x)) fprintf(file, "%.9g", x);
-    else fputs("null", file);
+    static char texts[8][32];
+    static size_t next;
+    char *text = texts[next++ % COUNT(texts)];
+    snprintf(text, sizeof texts[0], "%.9g", x);
+    return isfinite(x) ? text : "null";
 }
+
+static void json_write_number(FILE *file, double x) { fputs(json_number_text(x), file); }
 
 static void json_write_ids(FILE *file, const int *ids, size_t n)
 {
@@ -735,15 +710,12 @@ struct Tensor {
     float *w, *d, *m, *v;
 };
 
+static inline uint32_t bits_of_float(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+static inline float float_of_bits(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+
 /* Half-precision numbers on their way in. bfloat16 is the upper half of a float; float16 has 5 bits
  * of exponent (bias 15) and 10 of fraction, and below 2^-14 the fraction counts without its leading 1. */
-static float float_of_bf16(uint16_t half)
-{
-    uint32_t bits = (uint32_t)half << 16;
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-}
+static float float_of_bf16(uint16_t half) { return float_of_bits((uint32_t)half << 16); }
 
 static float float_of_f16(uint16_t half)
 {
@@ -810,8 +782,8 @@ static void safetensors_read(struct SafeTensors *st, const struct Json *entry, s
         same = same && dims < tensor->ndim && size == (double)tensor->shape[dims];
         if (used < 60) used += (size_t)snprintf(found + used, sizeof found - used, "%s%.0f", dims ? ", " : "", size);
     }
-    if (tensor->ndim == 2) CHECK(same && dims == 2, "%s: tensor %s: expected shape [%zu, %zu], found [%s]; is config.json this model's?", st->path, tensor->name, tensor->shape[0], tensor->shape[1], found);
-    CHECK(same && dims == tensor->ndim, "%s: tensor %s: expected shape [%zu], found [%s]; is config.json this model's?", st->path, tensor->name, tensor->shape[0], found);
+    CHECK(same && dims == tensor->ndim, "%s: tensor %s: expected shape [%zu%s%.0zu], found [%s]; is config.json this model's?",
+          st->path, tensor->name, tensor->shape[0], tensor->ndim == 2 ? ", " : "", tensor->shape[1], found);
     size_t begin = json_size(offsets->child, SIZE_MAX / 4, st->path, "data_offsets");
     size_t end = json_size(offsets->child->next, SIZE_MAX / 4, st->path, "data_offsets");
     CHECK(begin <= end && end <= st->data_size, "%s: tensor %s: its bytes %zu to %zu leave the file's %llu; cut short?", st->path, tensor->name, begin, end, (unsigned long long)st->data_size);
@@ -1026,7 +998,8 @@ static size_t tokenizer_word_end(const struct Tokenizer *tok, const unsigned cha
  * neighbour pairs; entries about pieces gone meanwhile are recognised and skipped. So a word of n
  * bytes takes O(n log n), where rescanning the word for each merge would take O(n^2). */
 struct MergeEntry { int id; uint32_t at; };
-struct WordPieces { int *id; int32_t *prev, *next; struct MergeEntry *heap; size_t heap_size, capacity; };
+struct Piece { int id; int32_t prev, next; };             /* id -1: merged into its left neighbour; prev, next -1: none */
+struct WordPieces { struct Piece *piece; struct MergeEntry *heap; size_t heap_size, capacity; };
 
 static bool merge_before(struct MergeEntry a, struct MergeEntry b) { return a.id < b.id || (a.id == b.id && a.at < b.at); }
 
@@ -1053,34 +1026,30 @@ static struct MergeEntry heap_pop(struct WordPieces *w)
 /* Offers the pair (at, next of at), unless its merge is outside the vocabulary. */
 static void pieces_offer(const struct Tokenizer *tok, struct WordPieces *w, int32_t at, int merge_limit)
 {
-    if (at < 0 || w->next[at] < 0) return;
-    int id = tokenizer_merge(tok, w->id[at], w->id[w->next[at]]);
+    if (at < 0 || w->piece[at].next < 0) return;
+    int id = tokenizer_merge(tok, w->piece[at].id, w->piece[w->piece[at].next].id);
     if (id >= 0 && id < merge_limit) heap_push(w, (struct MergeEntry){id, (uint32_t)at});
 }
 
 static size_t tokenizer_encode_word(const struct Tokenizer *tok, struct WordPieces *w, const unsigned char *word, size_t n, int merge_limit, int *out)
 {
-    for (size_t i = 0; i < n; i++) {
-        w->id[i] = tok->byte_token[word[i]];
-        w->prev[i] = (int32_t)i - 1;
-        w->next[i] = i + 1 < n ? (int32_t)i + 1 : -1;
-    }
+    struct Piece *piece = w->piece;
+    for (size_t i = 0; i < n; i++) piece[i] = (struct Piece){tok->byte_token[word[i]], (int32_t)i - 1, i + 1 < n ? (int32_t)i + 1 : -1};
     w->heap_size = 0;
     for (size_t i = 0; i + 1 < n; i++) pieces_offer(tok, w, (int32_t)i, merge_limit);
     while (w->heap_size > 0) {
         struct MergeEntry top = heap_pop(w);
-        int32_t left = (int32_t)top.at, right = w->next[left];
-        bool stale = w->id[left] < 0 || right < 0 || tokenizer_merge(tok, w->id[left], w->id[right]) != top.id;
+        int32_t left = (int32_t)top.at, right = piece[left].next;
+        bool stale = piece[left].id < 0 || right < 0 || tokenizer_merge(tok, piece[left].id, piece[right].id) != top.id;
         if (stale) continue;
-        w->id[left] = top.id;
-        w->id[right] = -1;                                     /* gone */
-        w->next[left] = w->next[right];
-        if (w->next[right] >= 0) w->prev[w->next[right]] = left;
-        pieces_offer(tok, w, w->prev[left], merge_limit);
+        piece[left] = (struct Piece){top.id, piece[left].prev, piece[right].next};
+        piece[right].id = -1;
+        if (piece[left].next >= 0) piece[piece[left].next].prev = left;
+        pieces_offer(tok, w, piece[left].prev, merge_limit);
         pieces_offer(tok, w, left, merge_limit);
     }
     size_t count = 0;
-    for (int32_t i = 0; i >= 0; i = w->next[i]) out[count++] = w->id[i];
+    for (int32_t i = 0; i >= 0; i = piece[i].next) out[count++] = piece[i].id;
     return count;
 }
 
@@ -1100,15 +1069,14 @@ static size_t tokenizer_encode(const struct Tokenizer *tok, struct Text text, si
         size_t n = end - i;
         if (n > w.capacity) {
             w.capacity = MAX(n, (size_t)256);
-            w.id = realloc(w.id, w.capacity * sizeof *w.id);
-            w.prev = realloc(w.prev, w.capacity * sizeof *w.prev);
-            w.next = realloc(w.next, w.capacity * sizeof *w.next);
+            w.piece = realloc(w.piece, w.capacity * sizeof *w.piece);
             w.heap = realloc(w.heap, 3 * w.capacity * sizeof *w.heap);    /* n - 1 at first, 2 more for each of n - 1 merges */
-            CHECK(w.id && w.prev && w.next && w.heap, "out of memory for a word of %zu bytes", n);
+            CHECK(w.piece && w.heap, "out of memory for a word of %zu bytes", n);
         }
         count += tokenizer_encode_word(tok, &w, bytes + i, n, merge_limit, ids + count);
     }
-    free(w.id); free(w.prev); free(w.next); free(w.heap);
+    free(w.piece);
+    free(w.heap);
     return count;
 }
 
@@ -1135,15 +1103,11 @@ static struct Text tokenizer_decode_all(const struct Tokenizer *tok, struct Aren
 }
 
 /* GPT-2's files show each byte as a printable character: itself if it is one, else 256, 257 ... */
-static uint32_t byte_to_unicode(int byte)
+static uint32_t byte_to_unicode(uint32_t byte)
 {
-    uint32_t extra = 256;
-    for (int b = 0; b < 256; b++) {
-        bool printable = (b >= '!' && b <= '~') || (b >= 0xa1 && b <= 0xac) || (b >= 0xae && b <= 0xff);
-        if (b == byte) return printable ? (uint32_t)b : extra;
-        extra += !printable;
-    }
-    return 0;
+    if (byte <= ' ') return 256 + byte;                                        /* the first 33 */
+    if (byte >= 0x7f && byte <= 0xa0) return 256 + 33 + (byte - 0x7f);         /* 34 more */
+    return byte == 0xad ? 256 + 33 + 34 : byte;                                /* the soft hyphen */
 }
 
 static struct Text token_as_unicode(struct Arena *arena, struct Text token)
@@ -1296,14 +1260,12 @@ static bool dataset_add_file(struct Dataset *data, const char *path, const unsig
     bool used = true;
     size_t rows_before = data->n;
     if (file.length >= 3 && memcmp(at, "\xef\xbb\xbf", 3) == 0) at += 3;
-    for (size_t line = 1; at < end && used; line++) {
+    for (size_t line = 1; at < end; line++) {
         const char *stop = memchr(at, '\n', (size_t)(end - at));
         if (!stop) stop = end;
         struct Text text = {at, (size_t)(stop - at)};
         at = stop + 1;
-        size_t blank = 0;
-        while (blank < text.length && isspace((unsigned char)text.data[blank])) blank++;
-        if (blank == text.length) continue;
+        if (strspn(text.data, " \t\r\v\f") == text.length) continue;
         bool first_row = rows_before == data->n;
         struct Row row = dataset_row(&data->arena, &line_arena, text, path, line);
         for (size_t i = 0; i < shape_count && !data->shape; i++) if ((row.has & shapes[i]) == shapes[i]) data->shape = shapes[i];
@@ -1351,9 +1313,7 @@ static struct Dataset *dataset_load(const char *path, const unsigned *shapes, si
         for (size_t s = 0; s < shape_count && !data->shape; s++)
             for (size_t i = 0; i < count; i++) dataset_add_file(data, files[i], data->shape ? &data->shape : &shapes[s], 1, true);
     }
-    struct Arena scratch = {0};
-    CHECK(data->n > 0, "%s: no row with %s was found", path, shape_name(&scratch, shapes[0]));
-    arena_free(&scratch);
+    CHECK(data->n > 0, "%s: no row with %s was found", path, shape_name(&data->arena, shapes[0]));
     return data;
 }
 
@@ -1381,12 +1341,7 @@ static struct Example example_encode(struct Arena *arena, const struct Tokenizer
     return e;
 }
 
-static size_t common_prefix(struct Example a, struct Example b)
-{
-    size_t n = 0;
-    while (n < a.n && n < b.n && a.ids[n] == b.ids[n]) n++;
-    return n;
-}
+
 
 /* Prompt + completion as TRL prepares them: the whole is encoded at once, with the end token behind
  * it, and the completion starts where the ids stop to be the prompt's own. A merge across the seam
@@ -1396,7 +1351,8 @@ static struct Example example_prompt_completion(struct Arena *arena, const struc
     struct Arena scratch = {0};
     struct Example alone = example_encode(&scratch, tok, prompt, vocab_size, false);
     struct Example whole = example_encode(arena, tok, text_join(&scratch, prompt, completion), vocab_size, true);
-    whole.prompt_length = common_prefix(alone, whole);
+    size_t *n = &whole.prompt_length;
+    while (*n < alone.n && *n < whole.n && alone.ids[*n] == whole.ids[*n]) ++*n;
     arena_free(&scratch);
     return whole;
 }
@@ -1560,9 +1516,6 @@ static size_t pairs_from_ratings(const double *rating, size_t n, double min_diff
 #else
 #define WIDE
 #endif
-
-static inline uint32_t bits_of_float(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
-static inline float float_of_bits(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
 
 /* e^x in float, without a branch, so that loops over it become vector instructions (libm's expf is a call
  * a number).
@@ -2335,23 +2288,15 @@ static void tensor_declare(struct GPT2 *model, struct Tensor *tensor, const char
     model->tensors[model->tensor_count++] = tensor;
 }
 
-static void linear_declare(struct GPT2 *model, struct Linear *linear, const char *name, size_t in, size_t out)
+/* name.weight and name.bias: a linear layer (in,out) of zeros, or, with out = 0, a layer norm of ones. */
+static void module_declare(struct GPT2 *model, struct Tensor *weight, struct Tensor *bias, const char *name, size_t in, size_t out)
 {
     char full[64];
     snprintf(full, sizeof full, "%.48s.weight", name);
-    tensor_declare(model, &linear->weight, full, in, out);
+    tensor_declare(model, weight, full, in, out);
     snprintf(full, sizeof full, "%.48s.bias", name);
-    tensor_declare(model, &linear->bias, full, out, 0);
-}
-
-static void layernorm_declare(struct GPT2 *model, struct LayerNorm *norm, const char *name, size_t C)
-{
-    char full[64];
-    snprintf(full, sizeof full, "%.48s.weight", name);
-    tensor_declare(model, &norm->weight, full, C, 0);
-    for (size_t c = 0; c < C; c++) norm->weight.w[c] = 1;
-    snprintf(full, sizeof full, "%.48s.bias", name);
-    tensor_declare(model, &norm->bias, full, C, 0);
+    tensor_declare(model, bias, full, out ? out : in, 0);
+    for (size_t i = 0; out == 0 && i < in; i++) weight->w[i] = 1;
 }
 
 static void config_check(const struct GPT2Config *c, const char *path)
@@ -2376,16 +2321,16 @@ static struct GPT2 *gpt2_new(struct GPT2Config config)
     for (size_t l = 0; l < config.n_layer; l++) {
         struct Block *h = &model->h[l];
         char name[64];
-        #define IN_BLOCK(part) (snprintf(name, sizeof name, "h.%zu.%s", l, part), name)
-        layernorm_declare(model, &h->ln_1, IN_BLOCK("ln_1"), C);
-        linear_declare(model, &h->attn.c_attn, IN_BLOCK("attn.c_attn"), C, 3 * C);
-        linear_declare(model, &h->attn.c_proj, IN_BLOCK("attn.c_proj"), C, C);
-        layernorm_declare(model, &h->ln_2, IN_BLOCK("ln_2"), C);
-        linear_declare(model, &h->mlp.c_fc, IN_BLOCK("mlp.c_fc"), C, 4 * C);
-        linear_declare(model, &h->mlp.c_proj, IN_BLOCK("mlp.c_proj"), 4 * C, C);
+        #define IN_BLOCK(part) &h->part.weight, &h->part.bias, (snprintf(name, sizeof name, "h.%zu." #part, l), name)
+        module_declare(model, IN_BLOCK(ln_1), C, 0);
+        module_declare(model, IN_BLOCK(attn.c_attn), C, 3 * C);
+        module_declare(model, IN_BLOCK(attn.c_proj), C, C);
+        module_declare(model, IN_BLOCK(ln_2), C, 0);
+        module_declare(model, IN_BLOCK(mlp.c_fc), C, 4 * C);
+        module_declare(model, IN_BLOCK(mlp.c_proj), 4 * C, C);
         #undef IN_BLOCK
     }
-    layernorm_declare(model, &model->ln_f, "ln_f", C);
+    module_declare(model, &model->ln_f.weight, &model->ln_f.bias, "ln_f", C, 0);
     return model;
 }
 
@@ -2447,28 +2392,18 @@ struct BlockActivations {
 struct Activations {
     const struct Batch *batch;
     struct BlockActivations *h;                       /* (L), or one that all share when nothing is kept */
-    bool keep;
     float *x, *ln_f, *ln_f_mean, *ln_f_rstd;          /* (N,C) out of the last block; hidden = ln_f (N,C) */
 };
 
 static struct BlockActivations block_activations(struct Arena *arena, const struct GPT2Config *c, size_t N)
 {
     size_t C = c->n_embd;
-    struct BlockActivations a;
-    a.x = arena_floats(arena, N * C);
-    a.ln_1 = arena_floats(arena, N * C);
-    a.ln_1_mean = arena_floats(arena, N);
-    a.ln_1_rstd = arena_floats(arena, N);
-    a.qkv = arena_floats(arena, N * 3 * C);
-    a.att = arena_floats(arena, N * C);
-    a.lse = arena_floats(arena, N * c->n_head);
-    a.mid = arena_floats(arena, N * C);
-    a.ln_2 = arena_floats(arena, N * C);
-    a.ln_2_mean = arena_floats(arena, N);
-    a.ln_2_rstd = arena_floats(arena, N);
-    a.fc = arena_floats(arena, N * 4 * C);
-    a.gelu = arena_floats(arena, N * 4 * C);
-    return a;
+    return (struct BlockActivations){
+        .x = arena_floats(arena, N * C), .mid = arena_floats(arena, N * C),
+        .ln_1 = arena_floats(arena, N * C), .ln_1_mean = arena_floats(arena, N), .ln_1_rstd = arena_floats(arena, N),
+        .qkv = arena_floats(arena, N * 3 * C), .att = arena_floats(arena, N * C), .lse = arena_floats(arena, N * c->n_head),
+        .ln_2 = arena_floats(arena, N * C), .ln_2_mean = arena_floats(arena, N), .ln_2_rstd = arena_floats(arena, N),
+        .fc = arena_floats(arena, N * 4 * C), .gelu = arena_floats(arena, N * 4 * C)};
 }
 
 static void residual_add(float *sum, const float *x, size_t n)
@@ -2537,13 +2472,10 @@ static struct Activations gpt2_forward(const struct GPT2 *model, struct Arena *a
     const struct GPT2Config *c = &model->config;
     size_t N = batch->N, C = c->n_embd, L = c->n_layer;
     CHECK(batch->max_length <= c->n_positions, "a sequence of %zu tokens does not fit the model's %zu positions (n_positions)", batch->max_length, c->n_positions);
-    struct Activations acts = {.batch = batch, .keep = keep};
-    acts.h = arena_alloc(arena, L, sizeof *acts.h);
+    struct Activations acts = {
+        .batch = batch, .h = arena_alloc(arena, L, sizeof *acts.h), .x = arena_floats(arena, N * C),
+        .ln_f = arena_floats(arena, N * C), .ln_f_mean = arena_floats(arena, N), .ln_f_rstd = arena_floats(arena, N)};
     for (size_t l = 0; l < L; l++) acts.h[l] = l == 0 || keep ? block_activations(arena, c, N) : acts.h[0];
-    acts.x = arena_floats(arena, N * C);
-    acts.ln_f = arena_floats(arena, N * C);
-    acts.ln_f_mean = arena_floats(arena, N);
-    acts.ln_f_rstd = arena_floats(arena, N);
     embedding_forward(acts.h[0].x, batch, model->wte.w, model->wpe.w, C);
     for (size_t l = 0; l < L; l++) {
         struct BlockActivations *a = &acts.h[l];
@@ -2605,15 +2537,11 @@ struct LMHead {
 static struct LMHead lm_head_new(const struct GPT2 *model, struct Arena *arena, const struct Activations *acts, const int *row, const int *target, size_t R, float temperature)
 {
     size_t C = model->config.n_embd, V = model->config.vocab_size;
-    struct LMHead head = {.R = R, .row = row, .target = target, .temperature = temperature, .logits_first = R};
-    head.chunk = MIN(R, MAX((size_t)1, (size_t)LM_HEAD_FLOATS / V));
-    head.hidden = arena_floats(arena, R * C);
-    head.logits = arena_floats(arena, head.chunk * V);
-    head.logprob = arena_floats(arena, R);
-    head.entropy = arena_floats(arena, R);
-    head.lse = arena_floats(arena, R);
-    head.mean_logit = arena_floats(arena, R);
-    head.hit = arena_floats(arena, R);
+    size_t chunk = MIN(R, MAX((size_t)1, (size_t)LM_HEAD_FLOATS / V));
+    struct LMHead head = {
+        .R = R, .chunk = chunk, .row = row, .target = target, .temperature = temperature, .logits_first = R,
+        .hidden = arena_floats(arena, R * C), .logits = arena_floats(arena, chunk * V), .logprob = arena_floats(arena, R),
+        .entropy = arena_floats(arena, R), .lse = arena_floats(arena, R), .mean_logit = arena_floats(arena, R), .hit = arena_floats(arena, R)};
     for (size_t r = 0; r < R; r++) memcpy(head.hidden + r * C, acts->ln_f + (size_t)row[r] * C, C * sizeof(float));
     return head;
 }
