@@ -521,30 +521,30 @@ static bool json_string(struct JsonParser *p, struct Text *out)
 /* [-] digits [. digits] [e digits]: JSON's grammar is narrower than strtod's (no "+1", ".5", "0x1"). */
 static bool json_number(struct JsonParser *p, double *out)
 {
-    const char *s = p->at;
-    if (s < p->end && *s == '-') s++;
-    const char *digits = s;
-    while (s < p->end && isdigit((unsigned char)*s)) s++;
-    if (s == digits || (*digits == '0' && s > digits + 1)) return json_fail(p, "a value was expected");
-    if (s < p->end && *s == '.') {
-        const char *fraction = ++s;
-        while (s < p->end && isdigit((unsigned char)*s)) s++;
-        if (s == fraction) return json_fail(p, "a number ends in its decimal point");
-    }
-    if (s < p->end && (*s == 'e' || *s == 'E')) {
-        s++;
-        if (s < p->end && (*s == '+' || *s == '-')) s++;
-        const char *exponent = s;
-        while (s < p->end && isdigit((unsigned char)*s)) s++;
-        if (s == exponent) return json_fail(p, "a number without its exponent");
-    }
-    char copy[64];
-    size_t length = (size_t)(s - p->at);
+    static const char DIGITS[] = "0123456789";
+    char copy[64] = "";
+    size_t length = 0;
+    while (p->at + length < p->end && (isdigit((unsigned char)p->at[length]) || memchr("+-.eE", p->at[length], 5))) length++;
     if (length >= sizeof copy) return json_fail(p, "a number of more than 63 characters");
     memcpy(copy, p->at, length);
-    copy[length] = 0;
+    char *s = copy + (*copy == '-');
+    size_t n = strspn(s, DIGITS);
+    if (n == 0 || (n > 1 && *s == '0')) return json_fail(p, "a value was expected");
+    s += n;
+    if (*s == '.') {
+        n = strspn(++s, DIGITS);
+        if (n == 0) return json_fail(p, "a number ends in its decimal point");
+        s += n;
+    }
+    if (*s == 'e' || *s == 'E') {
+        s += s[1] == '+' || s[1] == '-' ? 2 : 1;
+        n = strspn(s, DIGITS);
+        if (n == 0) return json_fail(p, "a number without its exponent");
+        s += n;
+    }
+    *s = 0;
     *out = strtod(copy, NULL);
-    p->at = s;
+    p->at += s - copy;
     return true;
 }
 
@@ -842,29 +842,28 @@ enum { UNICODE_END = 0x110000, MERGE_SLOTS = 1 << 17 };
 
 struct Tokenizer {
     struct Arena arena;
-    char path[PATH_MAX];
+    char *path;
     size_t vocab_size;              /* 50257 */
     int end_token;                  /* 50256, "<|endoftext|>" */
     struct Text *token;             /* (vocab_size) the bytes of each id */
     int byte_token[256];            /* the id of each single byte */
     uint8_t *char_class;            /* (UNICODE_END) enum CharClass of each code point */
-    uint32_t *merge_key;            /* hash table: left id << 16 | right id ... */
-    int *merge_id;                  /* ... -> the id they make together; -1: an empty slot */
     size_t merges;
-    const uint16_t *merge_pairs;    /* (merges, 2) in order of rank */
+    uint32_t *merge_pair;           /* (merges) in order of rank: left id | right id << 16 */
+    int *merge_id;                  /* (MERGE_SLOTS) hash table: a pair -> the id it makes; -1: an empty slot */
 };
 
-static size_t merge_slot(const struct Tokenizer *tok, uint32_t key)
+static size_t merge_slot(const struct Tokenizer *tok, uint32_t pair)
 {
-    size_t slot = (key * 2654435761u) >> 15;         /* Knuth's multiplicative hash, upper 17 bits */
-    while (tok->merge_id[slot] >= 0 && tok->merge_key[slot] != key) slot = (slot + 1) % MERGE_SLOTS;
+    size_t slot = (pair * 2654435761u) >> 15;        /* Knuth's multiplicative hash, upper 17 bits */
+    while (tok->merge_id[slot] >= 0 && tok->merge_pair[tok->merge_id[slot] - BYTE_TOKENS] != pair) slot = (slot + 1) % MERGE_SLOTS;
     return slot;
 }
 
 /* The id that two neighbours make together, or -1. */
 static int tokenizer_merge(const struct Tokenizer *tok, int left, int right)
 {
-    return tok->merge_id[merge_slot(tok, (uint32_t)left << 16 | (uint32_t)right)];
+    return tok->merge_id[merge_slot(tok, (uint32_t)left | (uint32_t)right << 16)];
 }
 
 /* A cursor over a binary file that refuses to leave it. */
@@ -888,22 +887,15 @@ static void tokenizer_read_merges(struct Tokenizer *tok, struct Reader *r)
 {
     tok->merges = reader_u32(r, "merges");
     CHECK(tok->merges + BYTE_TOKENS + 1 == tok->vocab_size, "%s: %zu merges do not make a vocabulary of %zu", r->path, tok->merges, tok->vocab_size);
-    tok->merge_key = arena_zeros(&tok->arena, MERGE_SLOTS, sizeof *tok->merge_key);
+    tok->merge_pair = arena_alloc(&tok->arena, tok->merges, sizeof *tok->merge_pair);
     tok->merge_id = arena_alloc(&tok->arena, MERGE_SLOTS, sizeof *tok->merge_id);
     for (size_t i = 0; i < MERGE_SLOTS; i++) tok->merge_id[i] = -1;
-    uint16_t *pairs = arena_alloc(&tok->arena, tok->merges, 2 * sizeof *pairs);
-    tok->merge_pairs = pairs;
     for (size_t i = 0; i < tok->merges; i++) {
-        const unsigned char *b = reader_take(r, 4, "merges");
-        int left = b[0] | b[1] << 8, right = b[2] | b[3] << 8, id = (int)(BYTE_TOKENS + i);
-        CHECK(left < id && right < id, "%s: merge %zu uses an id that comes after it", r->path, i);
-        pairs[2 * i] = (uint16_t)left;
-        pairs[2 * i + 1] = (uint16_t)right;
-        uint32_t key = (uint32_t)left << 16 | (uint32_t)right;
-        size_t slot = merge_slot(tok, key);
-        CHECK(tok->merge_id[slot] < 0, "%s: merge %zu stands there twice", r->path, i);
-        tok->merge_key[slot] = key;
-        tok->merge_id[slot] = id;
+        uint32_t pair = tok->merge_pair[i] = reader_u32(r, "merges"), id = (uint32_t)(BYTE_TOKENS + i);
+        CHECK((pair & 0xffff) < id && pair >> 16 < id, "%s: merge %zu uses an id that comes after it", r->path, i);
+        int *slot = &tok->merge_id[merge_slot(tok, pair)];
+        CHECK(*slot < 0, "%s: merge %zu stands there twice", r->path, i);
+        *slot = (int)id;
     }
 }
 
@@ -913,8 +905,7 @@ static struct Tokenizer *tokenizer_load(const char *path)
 {
     struct Tokenizer *tok = calloc(1, sizeof *tok);
     CHECK(tok, "out of memory");
-    CHECK(strlen(path) < sizeof tok->path, "%.60s...: the path is too long", path);
-    strcpy(tok->path, path);
+    tok->path = arena_printf(&tok->arena, "%s", path);
     struct Text file = read_file(&tok->arena, path);
     struct Reader r = {(const unsigned char *)file.data, (const unsigned char *)file.data + file.length, path};
     uint32_t header[256];
@@ -997,26 +988,23 @@ static size_t tokenizer_word_end(const struct Tokenizer *tok, const unsigned cha
  * waits in a heap, lowest merged id first, leftmost first among equals. A merge makes two new
  * neighbour pairs; entries about pieces gone meanwhile are recognised and skipped. So a word of n
  * bytes takes O(n log n), where rescanning the word for each merge would take O(n^2). */
-struct MergeEntry { int id; uint32_t at; };
 struct Piece { int id; int32_t prev, next; };             /* id -1: merged into its left neighbour; prev, next -1: none */
-struct WordPieces { struct Piece *piece; struct MergeEntry *heap; size_t heap_size, capacity; };
+struct WordPieces { struct Piece *piece; uint64_t *heap; size_t heap_size, capacity; };       /* heap: merged id << 32 | left piece */
 
-static bool merge_before(struct MergeEntry a, struct MergeEntry b) { return a.id < b.id || (a.id == b.id && a.at < b.at); }
-
-static void heap_push(struct WordPieces *w, struct MergeEntry entry)
+static void heap_push(struct WordPieces *w, uint64_t entry)
 {
     size_t i = w->heap_size++;
-    for (; i > 0 && merge_before(entry, w->heap[(i - 1) / 2]); i = (i - 1) / 2) w->heap[i] = w->heap[(i - 1) / 2];
+    for (; i > 0 && entry < w->heap[(i - 1) / 2]; i = (i - 1) / 2) w->heap[i] = w->heap[(i - 1) / 2];
     w->heap[i] = entry;
 }
 
-static struct MergeEntry heap_pop(struct WordPieces *w)
+static uint64_t heap_pop(struct WordPieces *w)
 {
-    struct MergeEntry top = w->heap[0], last = w->heap[--w->heap_size];
+    uint64_t top = w->heap[0], last = w->heap[--w->heap_size];
     size_t i = 0, n = w->heap_size;
     for (size_t child; (child = 2 * i + 1) < n; i = child) {
-        if (child + 1 < n && merge_before(w->heap[child + 1], w->heap[child])) child++;
-        if (!merge_before(w->heap[child], last)) break;
+        if (child + 1 < n && w->heap[child + 1] < w->heap[child]) child++;
+        if (w->heap[child] >= last) break;
         w->heap[i] = w->heap[child];
     }
     w->heap[i] = last;
@@ -1028,7 +1016,7 @@ static void pieces_offer(const struct Tokenizer *tok, struct WordPieces *w, int3
 {
     if (at < 0 || w->piece[at].next < 0) return;
     int id = tokenizer_merge(tok, w->piece[at].id, w->piece[w->piece[at].next].id);
-    if (id >= 0 && id < merge_limit) heap_push(w, (struct MergeEntry){id, (uint32_t)at});
+    if (id >= 0 && id < merge_limit) heap_push(w, (uint64_t)id << 32 | (uint32_t)at);
 }
 
 static size_t tokenizer_encode_word(const struct Tokenizer *tok, struct WordPieces *w, const unsigned char *word, size_t n, int merge_limit, int *out)
@@ -1038,11 +1026,12 @@ static size_t tokenizer_encode_word(const struct Tokenizer *tok, struct WordPiec
     w->heap_size = 0;
     for (size_t i = 0; i + 1 < n; i++) pieces_offer(tok, w, (int32_t)i, merge_limit);
     while (w->heap_size > 0) {
-        struct MergeEntry top = heap_pop(w);
-        int32_t left = (int32_t)top.at, right = piece[left].next;
-        bool stale = piece[left].id < 0 || right < 0 || tokenizer_merge(tok, piece[left].id, piece[right].id) != top.id;
+        uint64_t top = heap_pop(w);
+        int id = (int)(top >> 32);
+        int32_t left = (int32_t)(top & 0xffffffff), right = piece[left].next;
+        bool stale = piece[left].id < 0 || right < 0 || tokenizer_merge(tok, piece[left].id, piece[right].id) != id;
         if (stale) continue;
-        piece[left] = (struct Piece){top.id, piece[left].prev, piece[right].next};
+        piece[left] = (struct Piece){id, piece[left].prev, piece[right].next};
         piece[right].id = -1;
         if (piece[left].next >= 0) piece[piece[left].next].prev = left;
         pieces_offer(tok, w, piece[left].prev, merge_limit);
@@ -1135,8 +1124,8 @@ static void tokenizer_save(const struct Tokenizer *tok, const char *folder, size
     output_open(&out, folder, "merges.txt");
     fputs("#version: 0.2\n", out.file);
     for (size_t i = 0; i + BYTE_TOKENS < end; i++) {
-        struct Text left = token_as_unicode(&arena, tok->token[tok->merge_pairs[2 * i]]);
-        struct Text right = token_as_unicode(&arena, tok->token[tok->merge_pairs[2 * i + 1]]);
+        struct Text left = token_as_unicode(&arena, tok->token[tok->merge_pair[i] & 0xffff]);
+        struct Text right = token_as_unicode(&arena, tok->token[tok->merge_pair[i] >> 16]);
         fprintf(out.file, "%s %s\n", left.data, right.data);
     }
     output_close(&out);
@@ -1249,15 +1238,14 @@ static struct Row dataset_row(struct Arena *keep, struct Arena *scratch, struct 
     return row;
 }
 
-/* Appends a file's rows. The first row's shape, of those the caller can use, holds for all. Returns
- * false when `optional` and the first row has none of the shapes. */
-static bool dataset_add_file(struct Dataset *data, const char *path, const unsigned *shapes, size_t shape_count, bool optional)
+/* Appends a file's rows. The first row's shape, of those the caller can use, holds for all. A file whose first
+ * row has none of the shapes is an error, or, if `optional`, left out. */
+static void dataset_add_file(struct Dataset *data, const char *path, const unsigned *shapes, size_t shape_count, bool optional)
 {
     struct Arena scratch = {0};
     struct Text file = read_file(&scratch, path);
     struct Arena line_arena = {0};
     const char *at = file.data, *end = file.data + file.length;
-    bool used = true;
     size_t rows_before = data->n;
     if (file.length >= 3 && memcmp(at, "\xef\xbb\xbf", 3) == 0) at += 3;
     for (size_t line = 1; at < end; line++) {
@@ -1270,7 +1258,7 @@ static bool dataset_add_file(struct Dataset *data, const char *path, const unsig
         struct Row row = dataset_row(&data->arena, &line_arena, text, path, line);
         for (size_t i = 0; i < shape_count && !data->shape; i++) if ((row.has & shapes[i]) == shapes[i]) data->shape = shapes[i];
         if (!data->shape || (row.has & data->shape) != data->shape) {
-            if (optional && first_row) { used = false; break; }
+            if (optional && first_row) break;
             const char *wanted = shape_name(&scratch, data->shape ? data->shape : shapes[0]), *found = shape_name(&scratch, row.has);
             die("%s:%zu: expected %s%s, found %s", path, line, wanted, data->shape || shape_count == 1 ? "" : " (or another shape this command takes: see --help)", *found ? found : "no field that is known");
         }
@@ -1284,7 +1272,6 @@ static bool dataset_add_file(struct Dataset *data, const char *path, const unsig
     }
     arena_free(&line_arena);
     arena_free(&scratch);
-    return used;
 }
 
 static int compare_strings(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
@@ -1335,8 +1322,7 @@ static struct Example example_encode(struct Arena *arena, const struct Tokenizer
     CHECK(ids, "out of memory for a text of %zu bytes", text.length);
     e.n = tokenizer_encode(tok, text, vocab_size, ids);
     if (add_end) ids[e.n++] = end_token_of(vocab_size);
-    e.ids = arena_alloc(arena, e.n + 1, sizeof *e.ids);
-    memcpy(e.ids, ids, e.n * sizeof *ids);
+    e.ids = memcpy(arena_alloc(arena, e.n + 1, sizeof *e.ids), ids, e.n * sizeof *ids);
     free(ids);
     return e;
 }
@@ -1397,18 +1383,16 @@ enum LastToken { SKIP_LAST, READ_LAST };
 
 static struct Batch collate(struct Arena *arena, const struct Example *const *examples, size_t B, enum LastToken last)
 {
-    struct Batch batch = {.B = B};
+    size_t tokens = 0, N = 0, at = 0;
     for (size_t b = 0; b < B; b++) {
-        batch.tokens += examples[b]->n;
-        batch.N += examples[b]->n - (last == SKIP_LAST && examples[b]->n > 0);
+        tokens += examples[b]->n;
+        N += examples[b]->n - (last == SKIP_LAST && examples[b]->n > 0);
     }
-    batch.ids = arena_alloc(arena, batch.N, sizeof *batch.ids);
-    batch.position = arena_alloc(arena, batch.N, sizeof *batch.position);
-    batch.row = arena_alloc(arena, batch.N, sizeof *batch.row);
-    batch.target = arena_alloc(arena, batch.N, sizeof *batch.target);
-    batch.start = arena_alloc(arena, B + 1, sizeof *batch.start);
-    batch.target_start = arena_alloc(arena, B + 1, sizeof *batch.target_start);
-    size_t at = 0;
+    struct Batch batch = {
+        .B = B, .N = N, .tokens = tokens,
+        .ids = arena_alloc(arena, N, sizeof(int)), .position = arena_alloc(arena, N, sizeof(int)),
+        .row = arena_alloc(arena, N, sizeof(int)), .target = arena_alloc(arena, N, sizeof(int)),
+        .start = arena_alloc(arena, B + 1, sizeof(size_t)), .target_start = arena_alloc(arena, B + 1, sizeof(size_t))};
     for (size_t b = 0; b < B; b++) {
         const struct Example *e = examples[b];
         batch.start[b] = at;
@@ -2631,19 +2615,18 @@ static size_t config_size(const struct Json *config, const char *path, const cha
     return item && item->type != JSON_NULL ? json_size(item, 1 << 24, path, name) : fallback;
 }
 
-/* Settings under which this file would compute something else than transformers does: refused. */
+/* Settings under which this file would compute something else than transformers does: refused (but not
+ * reorder_and_upcast_attn, which changes rounding only). */
 static void config_refuse(const struct Json *config, const char *path)
 {
     static const struct { const char *name; enum JsonType allowed; } switches[] = {
-        {"scale_attn_weights", JSON_TRUE}, {"scale_attn_by_inverse_layer_idx", JSON_FALSE}, {"reorder_and_upcast_attn", JSON_FALSE},
-        {"add_cross_attention", JSON_FALSE}, {"tie_word_embeddings", JSON_TRUE}};
+        {"scale_attn_weights", JSON_TRUE}, {"scale_attn_by_inverse_layer_idx", JSON_FALSE}, {"add_cross_attention", JSON_FALSE}, {"tie_word_embeddings", JSON_TRUE}};
     struct Json *type = json_get(config, "model_type"), *activation = json_get(config, "activation_function");
     CHECK(!type || json_is_string(type, "gpt2"), "%s: model_type is not \"gpt2\"; only GPT-2 is implemented", path);
     CHECK(!activation || json_is_string(activation, "gelu_new"), "%s: activation_function \"%s\" is not implemented; GPT-2 has \"gelu_new\"", path, activation->type == JSON_STRING ? activation->string.data : "?");
     for (size_t i = 0; i < COUNT(switches); i++) {
         struct Json *item = json_get(config, switches[i].name);
-        bool upcast = strcmp(switches[i].name, "reorder_and_upcast_attn") == 0;      /* changes rounding only */
-        CHECK(!item || upcast || item->type == switches[i].allowed || item->type == JSON_NULL, "%s: \"%s\" changes the mathematics and is not implemented", path, switches[i].name);
+        CHECK(!item || item->type == switches[i].allowed || item->type == JSON_NULL, "%s: \"%s\" changes the mathematics and is not implemented", path, switches[i].name);
     }
 }
 
@@ -3094,17 +3077,13 @@ static struct GPT2 *adapter_reference(const struct GPT2 *model, bool frozen)
     *ref = *model;
     ref->arena = (struct Arena){0};
     ref->tensor_count = 0;                       /* it owns nothing that could be trained or saved */
-    ref->h = arena_alloc(&ref->arena, model->config.n_layer, sizeof *ref->h);
-    memcpy(ref->h, model->h, model->config.n_layer * sizeof *ref->h);
+    ref->h = memcpy(arena_alloc(&ref->arena, model->config.n_layer, sizeof *ref->h), model->h, model->config.n_layer * sizeof *ref->h);
     for (size_t i = 0; i < 4 * model->config.n_layer; i++) {
         struct Linear *linear = adaptable(ref, i);
         struct Tensor *pair[] = {&linear->lora_A, &linear->lora_B};
         for (int k = 0; k < 2; k++) {
-            const float *trained = pair[k]->w;
             if (!frozen) pair[k]->n = 0;
-            if (!pair[k]->n) continue;
-            pair[k]->w = arena_floats(&ref->arena, pair[k]->n);
-            memcpy(pair[k]->w, trained, pair[k]->n * sizeof(float));
+            if (pair[k]->n) pair[k]->w = memcpy(arena_floats(&ref->arena, pair[k]->n), pair[k]->w, pair[k]->n * sizeof(float));
         }
     }
     return ref;
@@ -3283,15 +3262,12 @@ static void trainer_state_save(const struct TrainerState *s, const struct Traini
     struct Output out;
     output_open(&out, folder, "trainer_state.json");
     FILE *f = out.file;
-    fputs("{\n  \"best_global_step\": null,\n  \"best_metric\": null,\n  \"best_model_checkpoint\": null,\n  \"epoch\": ", f);
-    json_write_number(f, s->epoch);
+    fprintf(f, "{\n  \"best_global_step\": null,\n  \"best_metric\": null,\n  \"best_model_checkpoint\": null,\n  \"epoch\": %s", json_number_text(s->epoch));
     fprintf(f, ",\n  \"eval_steps\": %zu,\n  \"global_step\": %zu,\n  \"is_hyper_param_search\": false,\n  \"is_local_process_zero\": true,\n  \"is_world_process_zero\": true,\n  \"log_history\": [", args->eval_steps, s->global_step);
     for (size_t i = 0; i < s->log_count; i++) {
         fputs(i ? ",\n    {" : "\n    {", f);
-        for (size_t k = 0; k < s->log_history[i].n; k++) {
-            fprintf(f, "%s\n      \"%s\": ", k ? "," : "", s->log_history[i].item[k].name);
-            json_write_number(f, s->log_history[i].item[k].value);
-        }
+        for (size_t k = 0; k < s->log_history[i].n; k++)
+            fprintf(f, "%s\n      \"%s\": %s", k ? "," : "", s->log_history[i].item[k].name, json_number_text(s->log_history[i].item[k].value));
         fputs("\n    }", f);
     }
     fprintf(f, "\n  ],\n  \"logging_steps\": %zu,\n  \"max_steps\": %zu,\n  \"num_input_tokens_seen\": %zu,\n  \"num_train_epochs\": %.0f,\n  \"save_steps\": 500,\n  \"stateful_callbacks\": {},\n", args->logging_steps, s->max_steps, s->num_tokens, ceil(s->num_train_epochs));
@@ -3350,25 +3326,20 @@ static void trainer_say(struct Trainer *trainer, const struct LogEntry *entry)
     say("\n");
 }
 
-static void trainer_flush(struct Trainer *trainer, struct LogEntry *entry, const char *const *prefixed)
+/* Moves the metrics' means into a log entry, in evaluation under "eval_" and their names, which stay as long as logs may. */
+static void trainer_flush(struct Trainer *trainer, struct LogEntry *entry, bool eval)
 {
-    for (size_t i = 0; i < trainer->metric_count; i++)
-        log_value(entry, prefixed ? prefixed[i] : trainer->metrics[i].name, trainer->metrics[i].sum / (double)trainer->metrics[i].n);
+    static struct Arena names;
+    for (size_t i = 0; i < trainer->metric_count; i++) {
+        const struct Metric *metric = &trainer->metrics[i];
+        log_value(entry, eval ? arena_printf(&names, "eval_%s", metric->name) : metric->name, metric->sum / (double)metric->n);
+    }
     trainer->metric_count = 0;
     log_value(entry, "epoch", trainer->state.epoch);
     log_value(entry, "step", (double)trainer->state.global_step);
 }
 
-/* "eval_" + name, kept for the life of the program: metric names are few. */
-static const char *eval_name(const char *name)
-{
-    static struct Arena names;
-    static const char *known[2 * MAX_METRICS];
-    static size_t count;
-    for (size_t i = 0; i < count; i++) if (strcmp(known[i] + 5, name) == 0) return known[i];
-    CHECK(count < COUNT(known), "internal: more than %zu metrics", COUNT(known));
-    return known[count++] = arena_printf(&names, "eval_%s", name);
-}
+
 
 /* trainer_evaluate -- the mean loss and metrics over the held-out items; no weight moves. */
 static double trainer_evaluate(struct Trainer *trainer)
@@ -3387,11 +3358,9 @@ static double trainer_evaluate(struct Trainer *trainer)
         total += loss * (double)count;
         judged += (double)count;
     }
-    const char *names[MAX_METRICS];
-    for (size_t i = 0; i < trainer->metric_count; i++) names[i] = eval_name(trainer->metrics[i].name);
     struct LogEntry *entry = state_log(&trainer->state);
     log_value(entry, "eval_loss", total / judged);
-    trainer_flush(trainer, entry, names);
+    trainer_flush(trainer, entry, true);
     trainer_say(trainer, entry);
     memcpy(trainer->metrics, held, sizeof held);
     trainer->metric_count = held_count;
@@ -3420,7 +3389,7 @@ static void trainer_log_step(struct Trainer *trainer, double loss, double norm, 
     log_value(entry, "grad_norm", norm);
     log_value(entry, "learning_rate", lr);
     if (trainer->state.num_tokens) log_value(entry, "num_tokens", (double)trainer->state.num_tokens);
-    trainer_flush(trainer, entry, NULL);
+    trainer_flush(trainer, entry, false);
     trainer_say(trainer, entry);
 }
 
@@ -4903,16 +4872,13 @@ static double distinct_2(const struct Text *texts, size_t n)
     CHECK(pairs, "out of memory");
     for (size_t i = 0; i < n; i++) {
         uint64_t previous = 0;
+        const unsigned char *text = (const unsigned char *)texts[i].data;
         for (size_t k = 0; k < texts[i].length;) {
-            uint64_t hash = 14695981039346656037u;                  /* FNV-1a of the word */
             size_t first = k;
-            for (; k < texts[i].length && (isalpha((unsigned char)texts[i].data[k]) || texts[i].data[k] == '\''); k++)
-                hash = (hash ^ (uint64_t)tolower((unsigned char)texts[i].data[k])) * 1099511628211u;
-            if (k == first) {
-                char c = texts[i].data[k++];
-                if (c != '.' && c != '!' && c != '?') continue;
-                hash = (hash ^ (uint64_t)c) * 1099511628211u;
-            }
+            uint64_t hash = 14695981039346656037u;                  /* FNV-1a of the word */
+            while (k < texts[i].length && (isalpha(text[k]) || text[k] == '\'')) k++;
+            if (k == first && !memchr(".!?", text[k++], 3)) continue;
+            for (size_t c = first; c < k; c++) hash = (hash ^ (uint64_t)tolower(text[c])) * 1099511628211u;
             if (previous) pairs[count++] = previous * 31 + hash;
             previous = hash;
         }
@@ -5039,11 +5005,13 @@ static struct Trainer course_trainer(struct Course *course, struct GPT2 *model, 
     return trainer;
 }
 
-static void course_save(struct Course *course, struct GPT2 *model, const char *name, const struct Trainer *trainer)
+/* Saves what was trained, and its log. */
+static void course_finish(struct Course *course, const char *name, struct Trainer *trainer)
 {
     char *folder = arena_printf(&course->arena, "%s/%s", course->output_dir, name);
-    gpt2_save(model, folder, course->tok);
-    if (trainer) trainer_state_save(&trainer->state, &trainer->args, folder);
+    gpt2_save(trainer->model, folder, course->tok);
+    trainer_state_save(&trainer->state, &trainer->args, folder);
+    trainer_free(trainer);
 }
 
 /* Stage 1: a language model, from random weights or from a given folder's. */
@@ -5059,9 +5027,8 @@ static void course_language_model(struct Course *course, double learning_rate)
     course->eval_loss_before = trainer_evaluate(&trainer);
     if (course->pretrain_steps) trainer_train(&trainer);
     course->eval_loss_after = trainer_evaluate(&trainer);
-    course_save(course, course->language_model, "language_model", &trainer);
+    course_finish(course, "language_model", &trainer);
     arena_free(&task->rows);
-    trainer_free(&trainer);
 }
 
 static struct Example *course_cut(struct Course *course, const struct Example *texts, size_t n, size_t length)
@@ -5103,8 +5070,7 @@ static void course_reward_model(struct Course *course)
     struct Example *prefix = course_cut(course, course->held_out, prefixes, COURSE_PREFIX);
     reward_score(model, prefix, prefixes, reward);
     course->scorer = (struct Scorer){model, course->tok, mean_of(reward, prefixes), sqrt(unbiased_variance(reward, prefixes)), COURSE_LEAST_LENGTH, -2};
-    course_save(course, model, "reward_model", &trainer);
-    trainer_free(&trainer);
+    course_finish(course, "reward_model", &trainer);
 }
 
 static struct GenerationConfig course_generation(const struct Course *course)
@@ -5126,13 +5092,9 @@ static void course_ppo(struct Course *course)
     config.init_kl_coef = 0.15;          /* the controller steers beta so that every seed ends near 12 nats */
     config.target = 12.5;
     config.horizon = 1280;
-    struct TrainingArguments args = training_arguments();
-    args.learning_rate = 7e-4 * course->scale;
+    struct TrainingArguments args = course_trainer(course, course->ppo, 7e-4, course->ppo_steps, 8, 5).args;
     args.lr_end = 0.2;
-    args.warmup_steps = MIN((size_t)5, course->ppo_steps / 4);
     args.max_grad_norm = 0;
-    args.seed = course->seed;
-    args.logging_steps = MAX((size_t)1, course->ppo_steps / 8);
     struct PPOTrainer *ppo = ppo_trainer_new(course->ppo, course->language_model, config, args, course->temperature);
     ppo->name = "3/4 ppo";
     struct RolloutSource source = {.prompts = course->prompts, .n = course->prompt_n, .at = course->prompt_n, .order = arena_alloc(&course->arena, course->prompt_n, sizeof(size_t)),
@@ -5171,8 +5133,7 @@ static void course_dpo(struct Course *course)
     dpo_task(&trainer, &course->arena, course->language_model, config, course->temperature, pairs, count);
     trainer.task.name = "4/4 dpo";
     if (course->dpo_steps) trainer_train(&trainer);
-    course_save(course, course->dpo, "dpo", &trainer);
-    trainer_free(&trainer);
+    course_finish(course, "dpo", &trainer);
 }
 
 /* Answers of a policy to the held-out prompts, the same random numbers for each policy. */
@@ -5204,48 +5165,33 @@ static struct CourseResult course_measure(struct Course *course, const struct GP
 
 static void course_write_policy(FILE *file, const char *name, const struct CourseResult *before, const struct CourseResult *after)
 {
-    fprintf(file, "  \"%s\": {\"reward_before\": ", name);
-    const char *const keys[] = {"\"reward_after\"", "\"kl\"", "\"distinct_2\"", "\"mean_length\""};
-    double values[] = {after->mean_reward, after->kl, after->distinct_2, after->mean_length};
-    json_write_number(file, before->mean_reward);
-    for (size_t i = 0; i < COUNT(keys); i++) {
-        fprintf(file, ", %s: ", keys[i]);
-        json_write_number(file, values[i]);
-    }
-    fputc('}', file);
+    fprintf(file, "  \"%s\": {\"reward_before\": %s, \"reward_after\": %s, \"kl\": %s, ", name,
+            json_number_text(before->mean_reward), json_number_text(after->mean_reward), json_number_text(after->kl));
+    fprintf(file, "\"distinct_2\": %s, \"mean_length\": %s},\n", json_number_text(after->distinct_2), json_number_text(after->mean_length));
 }
 
 static void course_write_files(struct Course *course, const struct CourseResult *before, const struct CourseResult *ppo, const struct CourseResult *dpo, double seconds)
 {
     struct Output out;
     output_open(&out, course->output_dir, "summary.json");
-    fputs("{\n  \"seconds\": ", out.file);
-    json_write_number(out.file, seconds);
-    fputs(",\n  \"language_model\": {\"eval_loss_before\": ", out.file);
-    json_write_number(out.file, course->eval_loss_before);
-    fputs(", \"eval_loss_after\": ", out.file);
-    json_write_number(out.file, course->eval_loss_after);
-    fputs("},\n  \"reward_model\": {\"eval_accuracy\": ", out.file);
-    json_write_number(out.file, course->eval_accuracy);
-    fputs(", \"label_accuracy\": ", out.file);
-    json_write_number(out.file, course->label_accuracy);
-    fputs("},\n", out.file);
+    fprintf(out.file, "{\n  \"seconds\": %s,\n", json_number_text(seconds));
+    fprintf(out.file, "  \"language_model\": {\"eval_loss_before\": %s, \"eval_loss_after\": %s},\n",
+            json_number_text(course->eval_loss_before), json_number_text(course->eval_loss_after));
+    fprintf(out.file, "  \"reward_model\": {\"eval_accuracy\": %s, \"label_accuracy\": %s},\n",
+            json_number_text(course->eval_accuracy), json_number_text(course->label_accuracy));
     course_write_policy(out.file, "ppo", before, ppo);
-    fputs(",\n", out.file);
     course_write_policy(out.file, "dpo", before, dpo);
-    fprintf(out.file, ",\n  \"before\": {\"distinct_2\": %.9g, \"mean_length\": %.9g},\n  \"peak_rss_bytes\": %zu\n}\n", before->distinct_2, before->mean_length, peak_rss_bytes());
+    fprintf(out.file, "  \"before\": {\"distinct_2\": %.9g, \"mean_length\": %.9g},\n  \"peak_rss_bytes\": %zu\n}\n", before->distinct_2, before->mean_length, peak_rss_bytes());
     output_close(&out);
     output_open(&out, course->output_dir, "samples.jsonl");
     for (size_t i = 0; i < course->test_n; i++) {
         const struct Example *prompt = &course->test_prompts[i];
-        fputs("{\"prompt\": ", out.file);
-        json_write_string(out.file, tokenizer_decode_all(course->tok, &course->arena, prompt->ids, prompt->n, course->vocab_size));
-        fputs(", \"before\": ", out.file);
-        json_write_string(out.file, before->texts[i]);
-        fputs(", \"ppo\": ", out.file);
-        json_write_string(out.file, ppo->texts[i]);
-        fputs(", \"dpo\": ", out.file);
-        json_write_string(out.file, dpo->texts[i]);
+        struct Text texts[] = {tokenizer_decode_all(course->tok, &course->arena, prompt->ids, prompt->n, course->vocab_size), before->texts[i], ppo->texts[i], dpo->texts[i]};
+        static const char *const names[] = {"prompt", "before", "ppo", "dpo"};
+        for (size_t k = 0; k < COUNT(texts); k++) {
+            fprintf(out.file, "%s\"%s\": ", k ? ", " : "{", names[k]);
+            json_write_string(out.file, texts[k]);
+        }
         fputs("}\n", out.file);
     }
     output_close(&out);
@@ -5321,9 +5267,9 @@ static void course_run(struct Course *course, const struct Dataset *data, struct
 struct Bench {
     struct GPT2 *model, *ref_model;
     struct Arena arena, kept;
-    struct TrainingArguments args;
     struct Rng rng;
-    struct Trainer dpo;
+    struct Trainer trainer;
+    struct Task dpo;
     struct PPOTrainer *ppo;
     size_t steps, queries, weights;          /* weights: those that are multiplied, all but wpe */
     float *memory;                           /* BENCH_MEMORY floats to read */
@@ -5368,63 +5314,51 @@ static struct Example bench_example(struct Bench *bench, struct Arena *arena, si
     return e;
 }
 
-/* One training step of `batch` sequences of `length` tokens: forward, loss, backward, AdamW. */
-static double bench_train(struct Bench *bench, size_t batch_size, size_t length)
+/* One step on `n` items of a task: forward, loss, backward, AdamW. */
+static double bench_step(struct Bench *bench, struct Task task, size_t n)
 {
-    struct Arena *arena = &bench->arena;
-    arena_reset(arena);
-    struct Example *examples = arena_alloc(arena, batch_size, sizeof *examples);
-    const struct Example **each = arena_alloc(arena, batch_size, sizeof *each);
-    for (size_t b = 0; b < batch_size; b++) {
-        examples[b] = bench_example(bench, arena, length, 0);
-        each[b] = &examples[b];
-    }
+    struct Trainer *trainer = &bench->trainer;
+    size_t *order = arena_alloc(&bench->arena, n, sizeof *order);
+    for (size_t i = 0; i < n; i++) order[i] = i;
+    trainer->task = task;
+    trainer->args.per_device_train_batch_size = n;
     double begin = seconds_now();
-    struct Batch batch = collate(arena, each, batch_size, SKIP_LAST);
-    struct Activations acts = gpt2_forward(bench->model, arena, &batch, true);
-    struct LMHead head = lm_head_new(bench->model, arena, &acts, batch.row, batch.target, batch.R, 1);
-    float *dhidden = arena_zeros(arena, batch.N * bench->model->config.n_embd, sizeof *dhidden);
-    lm_head_cross_entropy(bench->model, &head, 1 / (float)batch.R, dhidden, arena);
-    gpt2_backward(bench->model, arena, &acts, dhidden);
-    optimizer_step(bench->model, &bench->args, 1e-5, ++bench->steps);
+    trainer_accumulate(trainer, order, n);
+    optimizer_step(bench->model, &trainer->args, 1e-6, ++bench->steps);
     return seconds_now() - begin;
 }
 
+/* Language modelling, on texts of `length` tokens. */
+static double bench_train(struct Bench *bench, size_t batch_size, size_t length)
+{
+    arena_reset(&bench->arena);
+    struct LanguageTask task = {.examples = arena_alloc(&bench->arena, batch_size, sizeof *task.examples)};
+    for (size_t b = 0; b < batch_size; b++) task.examples[b] = bench_example(bench, &bench->arena, length, 0);
+    return bench_step(bench, (struct Task){.data = &task, .loss = language_loss, .targets = language_targets}, batch_size);
+}
+
 /* `count` sequences go on for exactly `max_new` tokens after prompts of shortest, shortest + 1 .. longest tokens, over and over. */
-static double bench_generate(struct Bench *bench, struct Arena *arena, struct Sequence *sequences, size_t count, size_t shortest, size_t longest, size_t max_new, bool do_sample)
+static double bench_generate(struct Bench *bench, struct Sequence *sequences, size_t count, size_t shortest, size_t longest, size_t max_new, bool do_sample)
 {
     struct GenerationConfig generation = generation_config();
     generation.max_new_tokens = generation.min_new_tokens = max_new;
     generation.do_sample = do_sample;
     generation.top_k = 0;
     for (size_t i = 0; i < count; i++) {
-        struct Example prompt = bench_example(bench, arena, shortest + i % (longest - shortest + 1), 0);
-        sequences[i] = sequence_start(arena, prompt.ids, prompt.n, max_new, bench->model, rng_seed(rng_next(&bench->rng), STREAM_SAMPLE));
+        struct Example prompt = bench_example(bench, &bench->arena, shortest + i % (longest - shortest + 1), 0);
+        sequences[i] = sequence_start(&bench->arena, prompt.ids, prompt.n, max_new, bench->model, rng_seed(rng_next(&bench->rng), STREAM_SAMPLE));
     }
     double begin = seconds_now();
     generate(bench->model, sequences, count, &generation);
     return seconds_now() - begin;
 }
 
-/* A DPO step: 4 pairs of 64 tokens that share prompts of 16. In the first epoch the reference is computed too. */
-static double bench_dpo(struct Bench *bench, bool first_epoch)
-{
-    struct DPOTask *task = bench->dpo.task.data;
-    static const size_t order[BENCH_DPO_PAIRS] = {0, 1, 2, 3};
-    for (size_t i = 0; first_epoch && i < 2 * BENCH_DPO_PAIRS; i++) task->ref_logps[i] = NAN;
-    double begin = seconds_now();
-    trainer_accumulate(&bench->dpo, order, BENCH_DPO_PAIRS);
-    optimizer_step(bench->model, &bench->args, 1e-6, ++bench->steps);
-    return seconds_now() - begin;
-}
-
 /* A PPO step: queries of 2 to 7 tokens, 10 new tokens each, scores, 4 epochs of one mini-batch. */
 static double bench_ppo(struct Bench *bench)
 {
-    struct Arena *arena = &bench->arena;
-    struct Sequence *sequences = arena_alloc(arena, bench->queries, sizeof *sequences);
-    struct Rollout *rollouts = arena_alloc(arena, bench->queries, sizeof *rollouts);
-    double seconds = bench_generate(bench, arena, sequences, bench->queries, 2, 7, 10, true), begin = seconds_now();
+    struct Sequence *sequences = arena_alloc(&bench->arena, bench->queries, sizeof *sequences);
+    struct Rollout *rollouts = arena_alloc(&bench->arena, bench->queries, sizeof *rollouts);
+    double seconds = bench_generate(bench, sequences, bench->queries, 2, 7, 10, true), begin = seconds_now();
     for (size_t i = 0; i < bench->queries; i++) {
         struct Sequence *s = &sequences[i];
         rollouts[i] = (struct Rollout){{s->ids, s->n, s->prompt_length}, s->n - s->prompt_length, (float)rng_normal(&bench->rng)};
@@ -5434,41 +5368,43 @@ static double bench_ppo(struct Bench *bench)
 }
 
 enum BenchWork { TRAIN_4X64, TRAIN_16X64, TRAIN_4X256, TRAIN_1X1024, GENERATE_1, GENERATE_16, DPO_FIRST, DPO_LATER, PPO_STEP, BENCH_WORKS };
-static const struct { const char *name, *key; size_t batch, length; } BENCH_WORK[] = {
-    {"train 4 x 64", "train", 4, 64}, {"train 16 x 64", "train_16x64", 16, 64}, {"train 4 x 256", "train_4x256", 4, 256}, {"train 1 x 1024", "train_1x1024", 1, 1024},
-    {"generate 48 after 32", "generate", 1, 80}, {"generate 16 x 48 after 32", "generate_batch", 16, 80},
-    {"dpo step, 4 pairs of 64", "dpo_step", 8, 64}, {"  with reference cached", "dpo_step_cached", 8, 64}, {"ppo step, 4 epochs", "ppo_step", 0, 0}};
+/* passes: 2 for a forward pass, 6 for a training step; a PPO step has the rollout, the reference, the policy (which is
+ * the first update's forward pass) and 4 epochs of 6. reads: how often all weights are read, one token after another. */
+static const struct { const char *name, *key; size_t batch, length; double passes, reads; } BENCH_WORK[] = {
+    {"train 4 x 64", "train", 4, 64, 6, 0}, {"train 16 x 64", "train_16x64", 16, 64, 6, 0},
+    {"train 4 x 256", "train_4x256", 4, 256, 6, 0}, {"train 1 x 1024", "train_1x1024", 1, 1024, 6, 0},
+    {"generate 48 after 32", "generate", 1, 80, 2, 48}, {"generate 16 x 48 after 32", "generate_batch", 16, 80, 2, 48},
+    {"dpo step, 4 pairs of 64", "dpo_step", 8, 64, 8, 0}, {"  with reference cached", "dpo_step_cached", 8, 64, 6, 0},
+    {"ppo step, 4 epochs", "ppo_step", 0, 0, 2 + 2 + 4 * 6, 10}};
 
 static double bench_work(struct Bench *bench, enum BenchWork work)
 {
     size_t batch = BENCH_WORK[work].batch;
     struct Sequence sequences[16];
     arena_reset(&bench->arena);
-    switch (work) {
-    case GENERATE_1: case GENERATE_16: return bench_generate(bench, &bench->arena, sequences, batch, 32, 32, 48, false);
-    case DPO_FIRST: case DPO_LATER: return bench_dpo(bench, work == DPO_FIRST);
-    case PPO_STEP: return bench_ppo(bench);
-    default: return bench_train(bench, batch, BENCH_WORK[work].length);
-    }
+    if (work == GENERATE_1 || work == GENERATE_16) return bench_generate(bench, sequences, batch, 32, 32, 48, false);
+    if (work == PPO_STEP) return bench_ppo(bench);
+    if (work < GENERATE_1) return bench_train(bench, batch, BENCH_WORK[work].length);
+    struct DPOTask *dpo = bench->dpo.data;
+    for (size_t i = 0; work == DPO_FIRST && i < 2 * BENCH_DPO_PAIRS; i++) dpo->ref_logps[i] = NAN;        /* to be computed again */
+    return bench_step(bench, bench->dpo, BENCH_DPO_PAIRS);
 }
 
 /* Seconds that the work takes at least: its multiplications at the peak, or its weights at the speed of reading, whichever is more. */
 static double bench_limit(const struct Bench *bench, enum BenchWork work, double gflops, double gbytes)
 {
-    double weights = (double)bench->weights, tokens = (double)(BENCH_WORK[work].batch * BENCH_WORK[work].length), passes = 6, reads = 0;
-    if (work == GENERATE_1 || work == GENERATE_16) passes = 2, reads = 48;
-    if (work == DPO_FIRST) passes = 8;
+    double weights = (double)bench->weights, tokens = (double)(BENCH_WORK[work].batch * BENCH_WORK[work].length);
     if (work == DPO_FIRST || work == DPO_LATER) tokens = BENCH_DPO_PAIRS * (2 * BENCH_DPO_LENGTH - BENCH_DPO_PROMPT - 2);      /* the prompt once, the last tokens not at all */
-    /* rollout, reference, policy (which is the first update's forward pass), and 4 epochs of 6 */
-    if (work == PPO_STEP) passes = 2 + 2 + 4 * 6, tokens = (double)bench->queries * (4.5 + 10), reads = 10;
-    return MAX(passes * weights * tokens / gflops, 4 * weights * reads / gbytes) / 1e9;
+    if (work == PPO_STEP) tokens = (double)bench->queries * (4.5 + 10);
+    return MAX(BENCH_WORK[work].passes * weights * tokens / gflops, 4 * weights * BENCH_WORK[work].reads / gbytes) / 1e9;
 }
 
 static struct Bench *bench_new(struct GPT2Config config, size_t queries)
 {
     struct Bench *bench = calloc(1, sizeof *bench);
     CHECK(bench, "out of memory");
-    *bench = (struct Bench){.model = gpt2_new(config), .args = training_arguments(), .rng = rng_seed(42, STREAM_SAMPLE), .queries = queries};
+    *bench = (struct Bench){.model = gpt2_new(config), .rng = rng_seed(42, STREAM_SAMPLE), .queries = queries};
+    bench->trainer = (struct Trainer){.model = bench->model, .args = training_arguments()};
     gpt2_init(bench->model, 42);
     gpt2_make_trainable(bench->model);
     for (size_t i = 0; i < bench->model->tensor_count; i++) bench->weights += bench->model->tensors[i]->n;
@@ -5483,7 +5419,7 @@ static void bench_complete(struct Bench *bench)
     config.batch_size = config.mini_batch_size = bench->queries;
     config.ratio_threshold = INFINITY;
     bench->ref_model = gpt2_copy(bench->model);
-    bench->ppo = ppo_trainer_new(bench->model, bench->ref_model, config, bench->args, 1);
+    bench->ppo = ppo_trainer_new(bench->model, bench->ref_model, config, training_arguments(), 1);
     bench->ppo->args.learning_rate = 1e-6;
     bench->ppo->total_steps = 1000;
     struct Example *pairs = arena_alloc(&bench->kept, 2 * BENCH_DPO_PAIRS, sizeof *pairs);
@@ -5491,15 +5427,15 @@ static void bench_complete(struct Bench *bench)
         pairs[i] = bench_example(bench, &bench->kept, BENCH_DPO_LENGTH, BENCH_DPO_PROMPT);
         if (i % 2) memcpy(pairs[i].ids, pairs[i - 1].ids, BENCH_DPO_PROMPT * sizeof(int));
     }
-    bench->dpo = (struct Trainer){.model = bench->model, .args = bench->args};
-    dpo_task(&bench->dpo, &bench->kept, bench->ref_model, (struct DPOConfig){.beta = 0.1, .weight = {1}}, 1, pairs, BENCH_DPO_PAIRS);
+    dpo_task(&bench->trainer, &bench->kept, bench->ref_model, (struct DPOConfig){.beta = 0.1, .weight = {1}}, 1, pairs, BENCH_DPO_PAIRS);
+    bench->dpo = bench->trainer.task;
     bench->memory = arena_zeros(&bench->kept, BENCH_MEMORY, sizeof *bench->memory);
 }
 
 static void bench_free(struct Bench *bench)
 {
     if (bench->ppo) ppo_trainer_free(bench->ppo);
-    trainer_free(&bench->dpo);
+    trainer_free(&bench->trainer);
     gpt2_free(bench->model);
     gpt2_free(bench->ref_model);
     arena_free(&bench->arena);
