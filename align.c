@@ -114,8 +114,10 @@
 
 static bool quiet;             /* --quiet: no progress on stderr; errors are still said */
 
-static _Noreturn void die_with(int status, const char *format, va_list arguments)
+static _Noreturn void PRINTF_LIKE(2, 3) die_with(int status, const char *format, ...)
 {
+    va_list arguments;
+    va_start(arguments, format);
     fflush(stdout);
     fputs("align: ", stderr);
     vfprintf(stderr, format, arguments);
@@ -123,21 +125,8 @@ static _Noreturn void die_with(int status, const char *format, va_list arguments
     exit(status);
 }
 
-static _Noreturn void PRINTF_LIKE(1, 2) die(const char *format, ...)
-{
-    va_list arguments;
-    va_start(arguments, format);
-    die_with(1, format, arguments);
-}
-
-/* The user typed something that is no command or flag: exit 2, as other tools do. */
-static _Noreturn void PRINTF_LIKE(1, 2) die_usage(const char *format, ...)
-{
-    va_list arguments;
-    va_start(arguments, format);
-    die_with(2, format, arguments);
-}
-
+#define die(...) die_with(1, __VA_ARGS__)
+#define die_usage(...) die_with(2, __VA_ARGS__)        /* what was typed is no command or flag: 2, as other tools do */
 #define CHECK(condition, ...) do { if (!(condition)) die(__VA_ARGS__); } while (0)
 
 static void PRINTF_LIKE(1, 2) say(const char *format, ...)
@@ -250,8 +239,8 @@ static void rng_shuffle(struct Rng *rng, size_t *items, size_t n)
 
 /* Arena: memory taken piece by piece and given back all at once. After a reset the pieces are
  * merged into one block of their total size, so a training loop that resets once a step asks the
- * system for memory in its first steps only. Under the address sanitizer every piece is an
- * allocation of its own: an overrun must not land unseen in a neighbour. */
+ * system for memory in its first steps only. Under sanitizers every piece is an allocation of its
+ * own: an overrun must not land unseen in a neighbour. */
 #if defined(__has_feature)
 #define HAS_FEATURE(x) __has_feature(x)
 #else
@@ -262,15 +251,10 @@ static void rng_shuffle(struct Rng *rng, size_t *items, size_t n)
 #else
 #define SANITIZED 0
 #endif
-#if defined(__SANITIZE_ADDRESS__) || HAS_FEATURE(address_sanitizer)
-enum { ARENA_PIECEWISE = 1 };
-#else
-enum { ARENA_PIECEWISE = 0 };
-#endif
 
 struct ArenaBlock { struct ArenaBlock *next; size_t size, used; };
 struct Arena { struct ArenaBlock *blocks; size_t next_size; };
-enum { ARENA_ALIGN = 64, ARENA_HEADER = 64, ARENA_HUGE = 1 << 21 };      /* 64 bytes: a cache line, an AVX-512 vector */
+enum { ARENA_PIECEWISE = SANITIZED, ARENA_ALIGN = 64, ARENA_HEADER = 64, ARENA_HUGE = 1 << 21 };      /* 64 bytes: a cache line, an AVX-512 vector */
 
 static void arena_free(struct Arena *arena)
 {
@@ -342,14 +326,6 @@ struct Text { const char *data; size_t length; };
 static struct Text text_of(const char *string) { return (struct Text){string, strlen(string)}; }
 static bool text_equal(struct Text a, struct Text b) { return a.length == b.length && memcmp(a.data, b.data, a.length) == 0; }
 
-static struct Text text_copy(struct Arena *arena, struct Text text)
-{
-    char *copy = arena_alloc(arena, text.length + 1, 1);
-    if (text.length) memcpy(copy, text.data, text.length);
-    copy[text.length] = 0;
-    return (struct Text){copy, text.length};
-}
-
 static struct Text text_join(struct Arena *arena, struct Text a, struct Text b)
 {
     char *both = arena_alloc(arena, a.length + b.length + 1, 1);
@@ -358,6 +334,8 @@ static struct Text text_join(struct Arena *arena, struct Text a, struct Text b)
     both[a.length + b.length] = 0;
     return (struct Text){both, a.length + b.length};
 }
+
+static struct Text text_copy(struct Arena *arena, struct Text text) { return text_join(arena, text, (struct Text){0}); }
 
 /* printf into an arena: paths and names. */
 static char *PRINTF_LIKE(2, 3) arena_printf(struct Arena *arena, const char *format, ...)
@@ -482,25 +460,23 @@ static void json_space(struct JsonParser *p)
 
 static size_t utf8_write(char *to, uint32_t c)
 {
-    if (c < 0x80) { to[0] = (char)c; return 1; }
-    if (c < 0x800) { to[0] = (char)(0xc0 | c >> 6); to[1] = (char)(0x80 | (c & 63)); return 2; }
-    if (c < 0x10000) { to[0] = (char)(0xe0 | c >> 12); to[1] = (char)(0x80 | (c >> 6 & 63)); to[2] = (char)(0x80 | (c & 63)); return 3; }
-    to[0] = (char)(0xf0 | c >> 18); to[1] = (char)(0x80 | (c >> 12 & 63)); to[2] = (char)(0x80 | (c >> 6 & 63)); to[3] = (char)(0x80 | (c & 63));
-    return 4;
+    static const unsigned char lead[] = {0, 0, 0xc0, 0xe0, 0xf0};
+    size_t length = c < 0x80 ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
+    for (size_t k = length; k-- > 1; c >>= 6) to[k] = (char)(0x80 | (c & 63));
+    to[0] = (char)(lead[length] | c);
+    return length;
 }
 
 /* Four hexadecimal digits, or -1. */
 static int32_t json_hex4(struct JsonParser *p)
 {
     if (p->end - p->at < 4) return -1;
-    int32_t value = 0;
+    char digits[5] = {0};
     for (int i = 0; i < 4; i++) {
-        char c = *p->at++;
-        int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
-        if (digit < 0) return -1;
-        value = value * 16 + digit;
+        digits[i] = *p->at++;
+        if (!isxdigit((unsigned char)digits[i])) return -1;
     }
-    return value;
+    return (int32_t)strtol(digits, NULL, 16);
 }
 
 /* After "\u": one code point; a high surrogate takes the low one that must follow it. */
@@ -523,27 +499,20 @@ static bool json_string(struct JsonParser *p, struct Text *out)
 {
     const char *close = p->at + 1;
     while (close < p->end && *close != '"') close += *close == '\\' ? 2 : 1;
-    if (close >= p->end) return json_fail(p, "a string without its closing quote"), false;
+    static const char escapes[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
+    if (close >= p->end) return json_fail(p, "a string without its closing quote");
     char *to = arena_alloc(p->arena, (size_t)(close - p->at), 1), *start = to;
     for (p->at++; p->at < close;) {
         char c = *p->at++;
-        if ((unsigned char)c < 0x20) return json_fail(p, "a control character inside a string"), false;
+        if ((unsigned char)c < 0x20) return json_fail(p, "a control character inside a string");
         if (c != '\\') { *to++ = c; continue; }
-        switch (c = *p->at++) {
-        case '"': case '\\': case '/': *to++ = c; break;
-        case 'b': *to++ = '\b'; break;
-        case 'f': *to++ = '\f'; break;
-        case 'n': *to++ = '\n'; break;
-        case 'r': *to++ = '\r'; break;
-        case 't': *to++ = '\t'; break;
-        case 'u': {
-            int32_t code = json_code_point(p);
-            if (code < 0 || p->at > close) return json_fail(p, "\\u without four hexadecimal digits"), false;
-            to += utf8_write(to, (uint32_t)code);
-            break;
-        }
-        default: return json_fail(p, "an unknown escape after \\"), false;
-        }
+        c = *p->at++;
+        const char *escape = memchr(escapes, c, sizeof escapes - 1);
+        if (escape) { *to++ = meanings[escape - escapes]; continue; }
+        if (c != 'u') return json_fail(p, "an unknown escape after \\");
+        int32_t code = json_code_point(p);
+        if (code < 0 || p->at > close) return json_fail(p, "\\u without four hexadecimal digits");
+        to += utf8_write(to, (uint32_t)code);
     }
     *to = 0;
     *out = (struct Text){start, (size_t)(to - start)};
@@ -554,30 +523,30 @@ static bool json_string(struct JsonParser *p, struct Text *out)
 /* [-] digits [. digits] [e digits]: JSON's grammar is narrower than strtod's (no "+1", ".5", "0x1"). */
 static bool json_number(struct JsonParser *p, double *out)
 {
-    const char *s = p->at;
-    if (s < p->end && *s == '-') s++;
-    const char *digits = s;
-    while (s < p->end && isdigit((unsigned char)*s)) s++;
-    if (s == digits || (*digits == '0' && s > digits + 1)) return json_fail(p, "a value was expected"), false;
-    if (s < p->end && *s == '.') {
-        const char *fraction = ++s;
-        while (s < p->end && isdigit((unsigned char)*s)) s++;
-        if (s == fraction) return json_fail(p, "a number ends in its decimal point"), false;
-    }
-    if (s < p->end && (*s == 'e' || *s == 'E')) {
-        s++;
-        if (s < p->end && (*s == '+' || *s == '-')) s++;
-        const char *exponent = s;
-        while (s < p->end && isdigit((unsigned char)*s)) s++;
-        if (s == exponent) return json_fail(p, "a number without its exponent"), false;
-    }
-    char copy[64];
-    size_t length = (size_t)(s - p->at);
-    if (length >= sizeof copy) return json_fail(p, "a number of more than 63 characters"), false;
+    static const char DIGITS[] = "0123456789";
+    char copy[64] = "";
+    size_t length = 0;
+    while (p->at + length < p->end && (isdigit((unsigned char)p->at[length]) || memchr("+-.eE", p->at[length], 5))) length++;
+    if (length >= sizeof copy) return json_fail(p, "a number of more than 63 characters");
     memcpy(copy, p->at, length);
-    copy[length] = 0;
+    char *s = copy + (*copy == '-');
+    size_t n = strspn(s, DIGITS);
+    if (n == 0 || (n > 1 && *s == '0')) return json_fail(p, "a value was expected");
+    s += n;
+    if (*s == '.') {
+        n = strspn(++s, DIGITS);
+        if (n == 0) return json_fail(p, "a number ends in its decimal point");
+        s += n;
+    }
+    if (*s == 'e' || *s == 'E') {
+        s += s[1] == '+' || s[1] == '-' ? 2 : 1;
+        n = strspn(s, DIGITS);
+        if (n == 0) return json_fail(p, "a number without its exponent");
+        s += n;
+    }
+    *s = 0;
     *out = strtod(copy, NULL);
-    p->at = s;
+    p->at += s - copy;
     return true;
 }
 
@@ -712,12 +681,18 @@ static void json_write_string(FILE *file, struct Text text)
     fputc('"', file);
 }
 
-/* JSON has no NaN; Python's json.load reads null as None. 9 digits bring any float back bit for bit. */
-static void json_write_number(FILE *file, double x)
+/* JSON has no NaN; Python's json.load reads null as None. 9 digits bring any float back bit for bit.
+ * The text stays until the eighth call from here: enough for one printf. */
+static const char *json_number_text(double x)
 {
-    if (isfinite(x)) fprintf(file, "%.9g", x);
-    else fputs("null", file);
+    static char texts[8][32];
+    static size_t next;
+    char *text = texts[next++ % COUNT(texts)];
+    snprintf(text, sizeof texts[0], "%.9g", x);
+    return isfinite(x) ? text : "null";
 }
+
+static void json_write_number(FILE *file, double x) { fputs(json_number_text(x), file); }
 
 static void json_write_ids(FILE *file, const int *ids, size_t n)
 {
@@ -747,15 +722,12 @@ struct Tensor {
     float *w, *d, *m, *v;
 };
 
+static inline uint32_t bits_of_float(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+static inline float float_of_bits(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+
 /* Half-precision numbers on their way in. bfloat16 is the upper half of a float; float16 has 5 bits
  * of exponent (bias 15) and 10 of fraction, and below 2^-14 the fraction counts without its leading 1. */
-static float float_of_bf16(uint16_t half)
-{
-    uint32_t bits = (uint32_t)half << 16;
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-}
+static float float_of_bf16(uint16_t half) { return float_of_bits((uint32_t)half << 16); }
 
 static float float_of_f16(uint16_t half)
 {
@@ -822,8 +794,8 @@ static void safetensors_read(struct SafeTensors *st, const struct Json *entry, s
         same = same && dims < tensor->ndim && size == (double)tensor->shape[dims];
         if (used < 60) used += (size_t)snprintf(found + used, sizeof found - used, "%s%.0f", dims ? ", " : "", size);
     }
-    if (tensor->ndim == 2) CHECK(same && dims == 2, "%s: tensor %s: expected shape [%zu, %zu], found [%s]; is config.json this model's?", st->path, tensor->name, tensor->shape[0], tensor->shape[1], found);
-    CHECK(same && dims == tensor->ndim, "%s: tensor %s: expected shape [%zu], found [%s]; is config.json this model's?", st->path, tensor->name, tensor->shape[0], found);
+    CHECK(same && dims == tensor->ndim, "%s: tensor %s: expected shape [%zu%s%.0zu], found [%s]; is config.json this model's?",
+          st->path, tensor->name, tensor->shape[0], tensor->ndim == 2 ? ", " : "", tensor->shape[1], found);
     size_t begin = json_size(offsets->child, SIZE_MAX / 4, st->path, "data_offsets");
     size_t end = json_size(offsets->child->next, SIZE_MAX / 4, st->path, "data_offsets");
     CHECK(begin <= end && end <= st->data_size, "%s: tensor %s: its bytes %zu to %zu leave the file's %llu; cut short?", st->path, tensor->name, begin, end, (unsigned long long)st->data_size);
@@ -882,29 +854,28 @@ enum { UNICODE_END = 0x110000, MERGE_SLOTS = 1 << 17 };
 
 struct Tokenizer {
     struct Arena arena;
-    char path[PATH_MAX];
+    char *path;
     size_t vocab_size;              /* 50257 */
     int end_token;                  /* 50256, "<|endoftext|>" */
     struct Text *token;             /* (vocab_size) the bytes of each id */
     int byte_token[256];            /* the id of each single byte */
     uint8_t *char_class;            /* (UNICODE_END) enum CharClass of each code point */
-    uint32_t *merge_key;            /* hash table: left id << 16 | right id ... */
-    int *merge_id;                  /* ... -> the id they make together; -1: an empty slot */
     size_t merges;
-    const uint16_t *merge_pairs;    /* (merges, 2) in order of rank */
+    uint32_t *merge_pair;           /* (merges) in order of rank: left id | right id << 16 */
+    int *merge_id;                  /* (MERGE_SLOTS) hash table: a pair -> the id it makes; -1: an empty slot */
 };
 
-static size_t merge_slot(const struct Tokenizer *tok, uint32_t key)
+static size_t merge_slot(const struct Tokenizer *tok, uint32_t pair)
 {
-    size_t slot = (key * 2654435761u) >> 15;         /* Knuth's multiplicative hash, upper 17 bits */
-    while (tok->merge_id[slot] >= 0 && tok->merge_key[slot] != key) slot = (slot + 1) % MERGE_SLOTS;
+    size_t slot = (pair * 2654435761u) >> 15;        /* Knuth's multiplicative hash, upper 17 bits */
+    while (tok->merge_id[slot] >= 0 && tok->merge_pair[tok->merge_id[slot] - BYTE_TOKENS] != pair) slot = (slot + 1) % MERGE_SLOTS;
     return slot;
 }
 
 /* The id that two neighbours make together, or -1. */
 static int tokenizer_merge(const struct Tokenizer *tok, int left, int right)
 {
-    return tok->merge_id[merge_slot(tok, (uint32_t)left << 16 | (uint32_t)right)];
+    return tok->merge_id[merge_slot(tok, (uint32_t)left | (uint32_t)right << 16)];
 }
 
 /* A cursor over a binary file that refuses to leave it. */
@@ -928,22 +899,15 @@ static void tokenizer_read_merges(struct Tokenizer *tok, struct Reader *r)
 {
     tok->merges = reader_u32(r, "merges");
     CHECK(tok->merges + BYTE_TOKENS + 1 == tok->vocab_size, "%s: %zu merges do not make a vocabulary of %zu", r->path, tok->merges, tok->vocab_size);
-    tok->merge_key = arena_zeros(&tok->arena, MERGE_SLOTS, sizeof *tok->merge_key);
+    tok->merge_pair = arena_alloc(&tok->arena, tok->merges, sizeof *tok->merge_pair);
     tok->merge_id = arena_alloc(&tok->arena, MERGE_SLOTS, sizeof *tok->merge_id);
     for (size_t i = 0; i < MERGE_SLOTS; i++) tok->merge_id[i] = -1;
-    uint16_t *pairs = arena_alloc(&tok->arena, tok->merges, 2 * sizeof *pairs);
-    tok->merge_pairs = pairs;
     for (size_t i = 0; i < tok->merges; i++) {
-        const unsigned char *b = reader_take(r, 4, "merges");
-        int left = b[0] | b[1] << 8, right = b[2] | b[3] << 8, id = (int)(BYTE_TOKENS + i);
-        CHECK(left < id && right < id, "%s: merge %zu uses an id that comes after it", r->path, i);
-        pairs[2 * i] = (uint16_t)left;
-        pairs[2 * i + 1] = (uint16_t)right;
-        uint32_t key = (uint32_t)left << 16 | (uint32_t)right;
-        size_t slot = merge_slot(tok, key);
-        CHECK(tok->merge_id[slot] < 0, "%s: merge %zu stands there twice", r->path, i);
-        tok->merge_key[slot] = key;
-        tok->merge_id[slot] = id;
+        uint32_t pair = tok->merge_pair[i] = reader_u32(r, "merges"), id = (uint32_t)(BYTE_TOKENS + i);
+        CHECK((pair & 0xffff) < id && pair >> 16 < id, "%s: merge %zu uses an id that comes after it", r->path, i);
+        int *slot = &tok->merge_id[merge_slot(tok, pair)];
+        CHECK(*slot < 0, "%s: merge %zu stands there twice", r->path, i);
+        *slot = (int)id;
     }
 }
 
@@ -953,8 +917,7 @@ static struct Tokenizer *tokenizer_load(const char *path)
 {
     struct Tokenizer *tok = calloc(1, sizeof *tok);
     CHECK(tok, "out of memory");
-    CHECK(strlen(path) < sizeof tok->path, "%.60s...: the path is too long", path);
-    strcpy(tok->path, path);
+    tok->path = arena_printf(&tok->arena, "%s", path);
     struct Text file = read_file(&tok->arena, path);
     struct Reader r = {(const unsigned char *)file.data, (const unsigned char *)file.data + file.length, path};
     uint32_t header[256];
@@ -1037,25 +1000,23 @@ static size_t tokenizer_word_end(const struct Tokenizer *tok, const unsigned cha
  * waits in a heap, lowest merged id first, leftmost first among equals. A merge makes two new
  * neighbour pairs; entries about pieces gone meanwhile are recognised and skipped. So a word of n
  * bytes takes O(n log n), where rescanning the word for each merge would take O(n^2). */
-struct MergeEntry { int id; uint32_t at; };
-struct WordPieces { int *id; int32_t *prev, *next; struct MergeEntry *heap; size_t heap_size, capacity; };
+struct Piece { int id; int32_t prev, next; };             /* id -1: merged into its left neighbour; prev, next -1: none */
+struct WordPieces { struct Piece *piece; uint64_t *heap; size_t heap_size, capacity; };       /* heap: merged id << 32 | left piece */
 
-static bool merge_before(struct MergeEntry a, struct MergeEntry b) { return a.id < b.id || (a.id == b.id && a.at < b.at); }
-
-static void heap_push(struct WordPieces *w, struct MergeEntry entry)
+static void heap_push(struct WordPieces *w, uint64_t entry)
 {
     size_t i = w->heap_size++;
-    for (; i > 0 && merge_before(entry, w->heap[(i - 1) / 2]); i = (i - 1) / 2) w->heap[i] = w->heap[(i - 1) / 2];
+    for (; i > 0 && entry < w->heap[(i - 1) / 2]; i = (i - 1) / 2) w->heap[i] = w->heap[(i - 1) / 2];
     w->heap[i] = entry;
 }
 
-static struct MergeEntry heap_pop(struct WordPieces *w)
+static uint64_t heap_pop(struct WordPieces *w)
 {
-    struct MergeEntry top = w->heap[0], last = w->heap[--w->heap_size];
+    uint64_t top = w->heap[0], last = w->heap[--w->heap_size];
     size_t i = 0, n = w->heap_size;
     for (size_t child; (child = 2 * i + 1) < n; i = child) {
-        if (child + 1 < n && merge_before(w->heap[child + 1], w->heap[child])) child++;
-        if (!merge_before(w->heap[child], last)) break;
+        if (child + 1 < n && w->heap[child + 1] < w->heap[child]) child++;
+        if (w->heap[child] >= last) break;
         w->heap[i] = w->heap[child];
     }
     w->heap[i] = last;
@@ -1065,34 +1026,31 @@ static struct MergeEntry heap_pop(struct WordPieces *w)
 /* Offers the pair (at, next of at), unless its merge is outside the vocabulary. */
 static void pieces_offer(const struct Tokenizer *tok, struct WordPieces *w, int32_t at, int merge_limit)
 {
-    if (at < 0 || w->next[at] < 0) return;
-    int id = tokenizer_merge(tok, w->id[at], w->id[w->next[at]]);
-    if (id >= 0 && id < merge_limit) heap_push(w, (struct MergeEntry){id, (uint32_t)at});
+    if (at < 0 || w->piece[at].next < 0) return;
+    int id = tokenizer_merge(tok, w->piece[at].id, w->piece[w->piece[at].next].id);
+    if (id >= 0 && id < merge_limit) heap_push(w, (uint64_t)id << 32 | (uint32_t)at);
 }
 
 static size_t tokenizer_encode_word(const struct Tokenizer *tok, struct WordPieces *w, const unsigned char *word, size_t n, int merge_limit, int *out)
 {
-    for (size_t i = 0; i < n; i++) {
-        w->id[i] = tok->byte_token[word[i]];
-        w->prev[i] = (int32_t)i - 1;
-        w->next[i] = i + 1 < n ? (int32_t)i + 1 : -1;
-    }
+    struct Piece *piece = w->piece;
+    for (size_t i = 0; i < n; i++) piece[i] = (struct Piece){tok->byte_token[word[i]], (int32_t)i - 1, i + 1 < n ? (int32_t)i + 1 : -1};
     w->heap_size = 0;
     for (size_t i = 0; i + 1 < n; i++) pieces_offer(tok, w, (int32_t)i, merge_limit);
     while (w->heap_size > 0) {
-        struct MergeEntry top = heap_pop(w);
-        int32_t left = (int32_t)top.at, right = w->next[left];
-        bool stale = w->id[left] < 0 || right < 0 || tokenizer_merge(tok, w->id[left], w->id[right]) != top.id;
+        uint64_t top = heap_pop(w);
+        int id = (int)(top >> 32);
+        int32_t left = (int32_t)(top & 0xffffffff), right = piece[left].next;
+        bool stale = piece[left].id < 0 || right < 0 || tokenizer_merge(tok, piece[left].id, piece[right].id) != id;
         if (stale) continue;
-        w->id[left] = top.id;
-        w->id[right] = -1;                                     /* gone */
-        w->next[left] = w->next[right];
-        if (w->next[right] >= 0) w->prev[w->next[right]] = left;
-        pieces_offer(tok, w, w->prev[left], merge_limit);
+        piece[left] = (struct Piece){id, piece[left].prev, piece[right].next};
+        piece[right].id = -1;
+        if (piece[left].next >= 0) piece[piece[left].next].prev = left;
+        pieces_offer(tok, w, piece[left].prev, merge_limit);
         pieces_offer(tok, w, left, merge_limit);
     }
     size_t count = 0;
-    for (int32_t i = 0; i >= 0; i = w->next[i]) out[count++] = w->id[i];
+    for (int32_t i = 0; i >= 0; i = piece[i].next) out[count++] = piece[i].id;
     return count;
 }
 
@@ -1112,15 +1070,14 @@ static size_t tokenizer_encode(const struct Tokenizer *tok, struct Text text, si
         size_t n = end - i;
         if (n > w.capacity) {
             w.capacity = MAX(n, (size_t)256);
-            w.id = realloc(w.id, w.capacity * sizeof *w.id);
-            w.prev = realloc(w.prev, w.capacity * sizeof *w.prev);
-            w.next = realloc(w.next, w.capacity * sizeof *w.next);
+            w.piece = realloc(w.piece, w.capacity * sizeof *w.piece);
             w.heap = realloc(w.heap, 3 * w.capacity * sizeof *w.heap);    /* n - 1 at first, 2 more for each of n - 1 merges */
-            CHECK(w.id && w.prev && w.next && w.heap, "out of memory for a word of %zu bytes", n);
+            CHECK(w.piece && w.heap, "out of memory for a word of %zu bytes", n);
         }
         count += tokenizer_encode_word(tok, &w, bytes + i, n, merge_limit, ids + count);
     }
-    free(w.id); free(w.prev); free(w.next); free(w.heap);
+    free(w.piece);
+    free(w.heap);
     return count;
 }
 
@@ -1147,15 +1104,11 @@ static struct Text tokenizer_decode_all(const struct Tokenizer *tok, struct Aren
 }
 
 /* GPT-2's files show each byte as a printable character: itself if it is one, else 256, 257 ... */
-static uint32_t byte_to_unicode(int byte)
+static uint32_t byte_to_unicode(uint32_t byte)
 {
-    uint32_t extra = 256;
-    for (int b = 0; b < 256; b++) {
-        bool printable = (b >= '!' && b <= '~') || (b >= 0xa1 && b <= 0xac) || (b >= 0xae && b <= 0xff);
-        if (b == byte) return printable ? (uint32_t)b : extra;
-        extra += !printable;
-    }
-    return 0;
+    if (byte <= ' ') return 256 + byte;                                        /* the first 33 */
+    if (byte >= 0x7f && byte <= 0xa0) return 256 + 33 + (byte - 0x7f);         /* 34 more */
+    return byte == 0xad ? 256 + 33 + 34 : byte;                                /* the soft hyphen */
 }
 
 static struct Text token_as_unicode(struct Arena *arena, struct Text token)
@@ -1183,8 +1136,8 @@ static void tokenizer_save(const struct Tokenizer *tok, const char *folder, size
     output_open(&out, folder, "merges.txt");
     fputs("#version: 0.2\n", out.file);
     for (size_t i = 0; i + BYTE_TOKENS < end; i++) {
-        struct Text left = token_as_unicode(&arena, tok->token[tok->merge_pairs[2 * i]]);
-        struct Text right = token_as_unicode(&arena, tok->token[tok->merge_pairs[2 * i + 1]]);
+        struct Text left = token_as_unicode(&arena, tok->token[tok->merge_pair[i] & 0xffff]);
+        struct Text right = token_as_unicode(&arena, tok->token[tok->merge_pair[i] >> 16]);
         fprintf(out.file, "%s %s\n", left.data, right.data);
     }
     output_close(&out);
@@ -1297,30 +1250,27 @@ static struct Row dataset_row(struct Arena *keep, struct Arena *scratch, struct 
     return row;
 }
 
-/* Appends a file's rows. The first row's shape, of those the caller can use, holds for all. Returns
- * false when `optional` and the first row has none of the shapes. */
-static bool dataset_add_file(struct Dataset *data, const char *path, const unsigned *shapes, size_t shape_count, bool optional)
+/* Appends a file's rows. The first row's shape, of those the caller can use, holds for all. A file whose first
+ * row has none of the shapes is an error, or, if `optional`, left out. */
+static void dataset_add_file(struct Dataset *data, const char *path, const unsigned *shapes, size_t shape_count, bool optional)
 {
     struct Arena scratch = {0};
     struct Text file = read_file(&scratch, path);
     struct Arena line_arena = {0};
     const char *at = file.data, *end = file.data + file.length;
-    bool used = true;
     size_t rows_before = data->n;
     if (file.length >= 3 && memcmp(at, "\xef\xbb\xbf", 3) == 0) at += 3;
-    for (size_t line = 1; at < end && used; line++) {
+    for (size_t line = 1; at < end; line++) {
         const char *stop = memchr(at, '\n', (size_t)(end - at));
         if (!stop) stop = end;
         struct Text text = {at, (size_t)(stop - at)};
         at = stop + 1;
-        size_t blank = 0;
-        while (blank < text.length && isspace((unsigned char)text.data[blank])) blank++;
-        if (blank == text.length) continue;
+        if (strspn(text.data, " \t\r\v\f") == text.length) continue;
         bool first_row = rows_before == data->n;
         struct Row row = dataset_row(&data->arena, &line_arena, text, path, line);
         for (size_t i = 0; i < shape_count && !data->shape; i++) if ((row.has & shapes[i]) == shapes[i]) data->shape = shapes[i];
         if (!data->shape || (row.has & data->shape) != data->shape) {
-            if (optional && first_row) { used = false; break; }
+            if (optional && first_row) break;
             const char *wanted = shape_name(&scratch, data->shape ? data->shape : shapes[0]), *found = shape_name(&scratch, row.has);
             die("%s:%zu: expected %s%s, found %s", path, line, wanted, data->shape || shape_count == 1 ? "" : " (or another shape this command takes: see --help)", *found ? found : "no field that is known");
         }
@@ -1334,7 +1284,6 @@ static bool dataset_add_file(struct Dataset *data, const char *path, const unsig
     }
     arena_free(&line_arena);
     arena_free(&scratch);
-    return used;
 }
 
 static int compare_strings(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
@@ -1363,9 +1312,7 @@ static struct Dataset *dataset_load(const char *path, const unsigned *shapes, si
         for (size_t s = 0; s < shape_count && !data->shape; s++)
             for (size_t i = 0; i < count; i++) dataset_add_file(data, files[i], data->shape ? &data->shape : &shapes[s], 1, true);
     }
-    struct Arena scratch = {0};
-    CHECK(data->n > 0, "%s: no row with %s was found", path, shape_name(&scratch, shapes[0]));
-    arena_free(&scratch);
+    CHECK(data->n > 0, "%s: no row with %s was found", path, shape_name(&data->arena, shapes[0]));
     return data;
 }
 
@@ -1387,18 +1334,12 @@ static struct Example example_encode(struct Arena *arena, const struct Tokenizer
     CHECK(ids, "out of memory for a text of %zu bytes", text.length);
     e.n = tokenizer_encode(tok, text, vocab_size, ids);
     if (add_end) ids[e.n++] = end_token_of(vocab_size);
-    e.ids = arena_alloc(arena, e.n + 1, sizeof *e.ids);
-    memcpy(e.ids, ids, e.n * sizeof *ids);
+    e.ids = memcpy(arena_alloc(arena, e.n + 1, sizeof *e.ids), ids, e.n * sizeof *ids);
     free(ids);
     return e;
 }
 
-static size_t common_prefix(struct Example a, struct Example b)
-{
-    size_t n = 0;
-    while (n < a.n && n < b.n && a.ids[n] == b.ids[n]) n++;
-    return n;
-}
+
 
 /* Prompt + completion as TRL prepares them: the whole is encoded at once, with the end token behind
  * it, and the completion starts where the ids stop to be the prompt's own. A merge across the seam
@@ -1408,7 +1349,8 @@ static struct Example example_prompt_completion(struct Arena *arena, const struc
     struct Arena scratch = {0};
     struct Example alone = example_encode(&scratch, tok, prompt, vocab_size, false);
     struct Example whole = example_encode(arena, tok, text_join(&scratch, prompt, completion), vocab_size, true);
-    whole.prompt_length = common_prefix(alone, whole);
+    size_t *n = &whole.prompt_length;
+    while (*n < alone.n && *n < whole.n && alone.ids[*n] == whole.ids[*n]) ++*n;
     arena_free(&scratch);
     return whole;
 }
@@ -1453,18 +1395,16 @@ enum LastToken { SKIP_LAST, READ_LAST };
 
 static struct Batch collate(struct Arena *arena, const struct Example *const *examples, size_t B, enum LastToken last)
 {
-    struct Batch batch = {.B = B};
+    size_t tokens = 0, N = 0, at = 0;
     for (size_t b = 0; b < B; b++) {
-        batch.tokens += examples[b]->n;
-        batch.N += examples[b]->n - (last == SKIP_LAST && examples[b]->n > 0);
+        tokens += examples[b]->n;
+        N += examples[b]->n - (last == SKIP_LAST && examples[b]->n > 0);
     }
-    batch.ids = arena_alloc(arena, batch.N, sizeof *batch.ids);
-    batch.position = arena_alloc(arena, batch.N, sizeof *batch.position);
-    batch.row = arena_alloc(arena, batch.N, sizeof *batch.row);
-    batch.target = arena_alloc(arena, batch.N, sizeof *batch.target);
-    batch.start = arena_alloc(arena, B + 1, sizeof *batch.start);
-    batch.target_start = arena_alloc(arena, B + 1, sizeof *batch.target_start);
-    size_t at = 0;
+    struct Batch batch = {
+        .B = B, .N = N, .tokens = tokens,
+        .ids = arena_alloc(arena, N, sizeof(int)), .position = arena_alloc(arena, N, sizeof(int)),
+        .row = arena_alloc(arena, N, sizeof(int)), .target = arena_alloc(arena, N, sizeof(int)),
+        .start = arena_alloc(arena, B + 1, sizeof(size_t)), .target_start = arena_alloc(arena, B + 1, sizeof(size_t))};
     for (size_t b = 0; b < B; b++) {
         const struct Example *e = examples[b];
         batch.start[b] = at;
@@ -1572,9 +1512,6 @@ static size_t pairs_from_ratings(const double *rating, size_t n, double min_diff
 #else
 #define WIDE
 #endif
-
-static inline uint32_t bits_of_float(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
-static inline float float_of_bits(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
 
 /* e^x in float, without a branch, so that loops over it become vector instructions (libm's expf is a call
  * a number).
@@ -2347,23 +2284,15 @@ static void tensor_declare(struct GPT2 *model, struct Tensor *tensor, const char
     model->tensors[model->tensor_count++] = tensor;
 }
 
-static void linear_declare(struct GPT2 *model, struct Linear *linear, const char *name, size_t in, size_t out)
+/* name.weight and name.bias: a linear layer (in,out) of zeros, or, with out = 0, a layer norm of ones. */
+static void module_declare(struct GPT2 *model, struct Tensor *weight, struct Tensor *bias, const char *name, size_t in, size_t out)
 {
     char full[64];
     snprintf(full, sizeof full, "%.48s.weight", name);
-    tensor_declare(model, &linear->weight, full, in, out);
+    tensor_declare(model, weight, full, in, out);
     snprintf(full, sizeof full, "%.48s.bias", name);
-    tensor_declare(model, &linear->bias, full, out, 0);
-}
-
-static void layernorm_declare(struct GPT2 *model, struct LayerNorm *norm, const char *name, size_t C)
-{
-    char full[64];
-    snprintf(full, sizeof full, "%.48s.weight", name);
-    tensor_declare(model, &norm->weight, full, C, 0);
-    for (size_t c = 0; c < C; c++) norm->weight.w[c] = 1;
-    snprintf(full, sizeof full, "%.48s.bias", name);
-    tensor_declare(model, &norm->bias, full, C, 0);
+    tensor_declare(model, bias, full, out ? out : in, 0);
+    for (size_t i = 0; out == 0 && i < in; i++) weight->w[i] = 1;
 }
 
 static void config_check(const struct GPT2Config *c, const char *path)
@@ -2388,16 +2317,16 @@ static struct GPT2 *gpt2_new(struct GPT2Config config)
     for (size_t l = 0; l < config.n_layer; l++) {
         struct Block *h = &model->h[l];
         char name[64];
-        #define IN_BLOCK(part) (snprintf(name, sizeof name, "h.%zu.%s", l, part), name)
-        layernorm_declare(model, &h->ln_1, IN_BLOCK("ln_1"), C);
-        linear_declare(model, &h->attn.c_attn, IN_BLOCK("attn.c_attn"), C, 3 * C);
-        linear_declare(model, &h->attn.c_proj, IN_BLOCK("attn.c_proj"), C, C);
-        layernorm_declare(model, &h->ln_2, IN_BLOCK("ln_2"), C);
-        linear_declare(model, &h->mlp.c_fc, IN_BLOCK("mlp.c_fc"), C, 4 * C);
-        linear_declare(model, &h->mlp.c_proj, IN_BLOCK("mlp.c_proj"), 4 * C, C);
+        #define IN_BLOCK(part) &h->part.weight, &h->part.bias, (snprintf(name, sizeof name, "h.%zu." #part, l), name)
+        module_declare(model, IN_BLOCK(ln_1), C, 0);
+        module_declare(model, IN_BLOCK(attn.c_attn), C, 3 * C);
+        module_declare(model, IN_BLOCK(attn.c_proj), C, C);
+        module_declare(model, IN_BLOCK(ln_2), C, 0);
+        module_declare(model, IN_BLOCK(mlp.c_fc), C, 4 * C);
+        module_declare(model, IN_BLOCK(mlp.c_proj), 4 * C, C);
         #undef IN_BLOCK
     }
-    layernorm_declare(model, &model->ln_f, "ln_f", C);
+    module_declare(model, &model->ln_f.weight, &model->ln_f.bias, "ln_f", C, 0);
     return model;
 }
 
@@ -2459,28 +2388,18 @@ struct BlockActivations {
 struct Activations {
     const struct Batch *batch;
     struct BlockActivations *h;                       /* (L), or one that all share when nothing is kept */
-    bool keep;
     float *x, *ln_f, *ln_f_mean, *ln_f_rstd;          /* (N,C) out of the last block; hidden = ln_f (N,C) */
 };
 
 static struct BlockActivations block_activations(struct Arena *arena, const struct GPT2Config *c, size_t N)
 {
     size_t C = c->n_embd;
-    struct BlockActivations a;
-    a.x = arena_floats(arena, N * C);
-    a.ln_1 = arena_floats(arena, N * C);
-    a.ln_1_mean = arena_floats(arena, N);
-    a.ln_1_rstd = arena_floats(arena, N);
-    a.qkv = arena_floats(arena, N * 3 * C);
-    a.att = arena_floats(arena, N * C);
-    a.lse = arena_floats(arena, N * c->n_head);
-    a.mid = arena_floats(arena, N * C);
-    a.ln_2 = arena_floats(arena, N * C);
-    a.ln_2_mean = arena_floats(arena, N);
-    a.ln_2_rstd = arena_floats(arena, N);
-    a.fc = arena_floats(arena, N * 4 * C);
-    a.gelu = arena_floats(arena, N * 4 * C);
-    return a;
+    return (struct BlockActivations){
+        .x = arena_floats(arena, N * C), .mid = arena_floats(arena, N * C),
+        .ln_1 = arena_floats(arena, N * C), .ln_1_mean = arena_floats(arena, N), .ln_1_rstd = arena_floats(arena, N),
+        .qkv = arena_floats(arena, N * 3 * C), .att = arena_floats(arena, N * C), .lse = arena_floats(arena, N * c->n_head),
+        .ln_2 = arena_floats(arena, N * C), .ln_2_mean = arena_floats(arena, N), .ln_2_rstd = arena_floats(arena, N),
+        .fc = arena_floats(arena, N * 4 * C), .gelu = arena_floats(arena, N * 4 * C)};
 }
 
 static void residual_add(float *sum, const float *x, size_t n)
@@ -2549,13 +2468,10 @@ static struct Activations gpt2_forward(const struct GPT2 *model, struct Arena *a
     const struct GPT2Config *c = &model->config;
     size_t N = batch->N, C = c->n_embd, L = c->n_layer;
     CHECK(batch->max_length <= c->n_positions, "a sequence of %zu tokens does not fit the model's %zu positions (n_positions)", batch->max_length, c->n_positions);
-    struct Activations acts = {.batch = batch, .keep = keep};
-    acts.h = arena_alloc(arena, L, sizeof *acts.h);
+    struct Activations acts = {
+        .batch = batch, .h = arena_alloc(arena, L, sizeof *acts.h), .x = arena_floats(arena, N * C),
+        .ln_f = arena_floats(arena, N * C), .ln_f_mean = arena_floats(arena, N), .ln_f_rstd = arena_floats(arena, N)};
     for (size_t l = 0; l < L; l++) acts.h[l] = l == 0 || keep ? block_activations(arena, c, N) : acts.h[0];
-    acts.x = arena_floats(arena, N * C);
-    acts.ln_f = arena_floats(arena, N * C);
-    acts.ln_f_mean = arena_floats(arena, N);
-    acts.ln_f_rstd = arena_floats(arena, N);
     embedding_forward(acts.h[0].x, batch, model->wte.w, model->wpe.w, C);
     for (size_t l = 0; l < L; l++) {
         struct BlockActivations *a = &acts.h[l];
@@ -2617,15 +2533,11 @@ struct LMHead {
 static struct LMHead lm_head_new(const struct GPT2 *model, struct Arena *arena, const struct Activations *acts, const int *row, const int *target, size_t R, float temperature)
 {
     size_t C = model->config.n_embd, V = model->config.vocab_size;
-    struct LMHead head = {.R = R, .row = row, .target = target, .temperature = temperature, .logits_first = R};
-    head.chunk = MIN(R, MAX((size_t)1, (size_t)LM_HEAD_FLOATS / V));
-    head.hidden = arena_floats(arena, R * C);
-    head.logits = arena_floats(arena, head.chunk * V);
-    head.logprob = arena_floats(arena, R);
-    head.entropy = arena_floats(arena, R);
-    head.lse = arena_floats(arena, R);
-    head.mean_logit = arena_floats(arena, R);
-    head.hit = arena_floats(arena, R);
+    size_t chunk = MIN(R, MAX((size_t)1, (size_t)LM_HEAD_FLOATS / V));
+    struct LMHead head = {
+        .R = R, .chunk = chunk, .row = row, .target = target, .temperature = temperature, .logits_first = R,
+        .hidden = arena_floats(arena, R * C), .logits = arena_floats(arena, chunk * V), .logprob = arena_floats(arena, R),
+        .entropy = arena_floats(arena, R), .lse = arena_floats(arena, R), .mean_logit = arena_floats(arena, R), .hit = arena_floats(arena, R)};
     for (size_t r = 0; r < R; r++) memcpy(head.hidden + r * C, acts->ln_f + (size_t)row[r] * C, C * sizeof(float));
     return head;
 }
@@ -2715,19 +2627,18 @@ static size_t config_size(const struct Json *config, const char *path, const cha
     return item && item->type != JSON_NULL ? json_size(item, 1 << 24, path, name) : fallback;
 }
 
-/* Settings under which this file would compute something else than transformers does: refused. */
+/* Settings under which this file would compute something else than transformers does: refused (but not
+ * reorder_and_upcast_attn, which changes rounding only). */
 static void config_refuse(const struct Json *config, const char *path)
 {
     static const struct { const char *name; enum JsonType allowed; } switches[] = {
-        {"scale_attn_weights", JSON_TRUE}, {"scale_attn_by_inverse_layer_idx", JSON_FALSE}, {"reorder_and_upcast_attn", JSON_FALSE},
-        {"add_cross_attention", JSON_FALSE}, {"tie_word_embeddings", JSON_TRUE}};
+        {"scale_attn_weights", JSON_TRUE}, {"scale_attn_by_inverse_layer_idx", JSON_FALSE}, {"add_cross_attention", JSON_FALSE}, {"tie_word_embeddings", JSON_TRUE}};
     struct Json *type = json_get(config, "model_type"), *activation = json_get(config, "activation_function");
     CHECK(!type || json_is_string(type, "gpt2"), "%s: model_type is not \"gpt2\"; only GPT-2 is implemented", path);
     CHECK(!activation || json_is_string(activation, "gelu_new"), "%s: activation_function \"%s\" is not implemented; GPT-2 has \"gelu_new\"", path, activation->type == JSON_STRING ? activation->string.data : "?");
     for (size_t i = 0; i < COUNT(switches); i++) {
         struct Json *item = json_get(config, switches[i].name);
-        bool upcast = strcmp(switches[i].name, "reorder_and_upcast_attn") == 0;      /* changes rounding only */
-        CHECK(!item || upcast || item->type == switches[i].allowed || item->type == JSON_NULL, "%s: \"%s\" changes the mathematics and is not implemented", path, switches[i].name);
+        CHECK(!item || item->type == switches[i].allowed || item->type == JSON_NULL, "%s: \"%s\" changes the mathematics and is not implemented", path, switches[i].name);
     }
 }
 
@@ -3178,17 +3089,13 @@ static struct GPT2 *adapter_reference(const struct GPT2 *model, bool frozen)
     *ref = *model;
     ref->arena = (struct Arena){0};
     ref->tensor_count = 0;                       /* it owns nothing that could be trained or saved */
-    ref->h = arena_alloc(&ref->arena, model->config.n_layer, sizeof *ref->h);
-    memcpy(ref->h, model->h, model->config.n_layer * sizeof *ref->h);
+    ref->h = memcpy(arena_alloc(&ref->arena, model->config.n_layer, sizeof *ref->h), model->h, model->config.n_layer * sizeof *ref->h);
     for (size_t i = 0; i < 4 * model->config.n_layer; i++) {
         struct Linear *linear = adaptable(ref, i);
         struct Tensor *pair[] = {&linear->lora_A, &linear->lora_B};
         for (int k = 0; k < 2; k++) {
-            const float *trained = pair[k]->w;
             if (!frozen) pair[k]->n = 0;
-            if (!pair[k]->n) continue;
-            pair[k]->w = arena_floats(&ref->arena, pair[k]->n);
-            memcpy(pair[k]->w, trained, pair[k]->n * sizeof(float));
+            if (pair[k]->n) pair[k]->w = memcpy(arena_floats(&ref->arena, pair[k]->n), pair[k]->w, pair[k]->n * sizeof(float));
         }
     }
     return ref;
@@ -3375,8 +3282,7 @@ static void trainer_state_save(const struct TrainerState *s, const struct Traini
     struct Output out;
     output_open(&out, folder, "trainer_state.json");
     FILE *f = out.file;
-    fputs("{\n  \"best_global_step\": null,\n  \"best_metric\": null,\n  \"best_model_checkpoint\": null,\n  \"epoch\": ", f);
-    json_write_number(f, s->epoch);
+    fprintf(f, "{\n  \"best_global_step\": null,\n  \"best_metric\": null,\n  \"best_model_checkpoint\": null,\n  \"epoch\": %s", json_number_text(s->epoch));
     fprintf(f, ",\n  \"eval_steps\": %zu,\n  \"global_step\": %zu,\n  \"is_hyper_param_search\": false,\n  \"is_local_process_zero\": true,\n  \"is_world_process_zero\": true,\n  \"log_history\": [", args->eval_steps, s->global_step);
     for (size_t i = 0; i < s->log_count; i++) {
         fputs(i ? ",\n    {\n      " : "\n    {\n      ", f);
@@ -3439,25 +3345,20 @@ static void trainer_say(struct Trainer *trainer, const struct LogEntry *entry)
     say("\n");
 }
 
-static void trainer_flush(struct Trainer *trainer, struct LogEntry *entry, const char *const *prefixed)
+/* Moves the metrics' means into a log entry, in evaluation under "eval_" and their names, which stay as long as logs may. */
+static void trainer_flush(struct Trainer *trainer, struct LogEntry *entry, bool eval)
 {
-    for (size_t i = 0; i < trainer->metric_count; i++)
-        log_value(entry, prefixed ? prefixed[i] : trainer->metrics[i].name, trainer->metrics[i].sum / (double)trainer->metrics[i].n);
+    static struct Arena names;
+    for (size_t i = 0; i < trainer->metric_count; i++) {
+        const struct Metric *metric = &trainer->metrics[i];
+        log_value(entry, eval ? arena_printf(&names, "eval_%s", metric->name) : metric->name, metric->sum / (double)metric->n);
+    }
     trainer->metric_count = 0;
     log_value(entry, "epoch", trainer->state.epoch);
     log_value(entry, "step", (double)trainer->state.global_step);
 }
 
-/* "eval_" + name, kept for the life of the program: metric names are few. */
-static const char *eval_name(const char *name)
-{
-    static struct Arena names;
-    static const char *known[2 * MAX_METRICS];
-    static size_t count;
-    for (size_t i = 0; i < count; i++) if (strcmp(known[i] + 5, name) == 0) return known[i];
-    CHECK(count < COUNT(known), "internal: more than %zu metrics", COUNT(known));
-    return known[count++] = arena_printf(&names, "eval_%s", name);
-}
+
 
 /* trainer_evaluate -- the mean loss and metrics over the held-out items; no weight moves. */
 static double trainer_evaluate(struct Trainer *trainer)
@@ -3476,11 +3377,9 @@ static double trainer_evaluate(struct Trainer *trainer)
         total += loss * (double)count;
         judged += (double)count;
     }
-    const char *names[MAX_METRICS];
-    for (size_t i = 0; i < trainer->metric_count; i++) names[i] = eval_name(trainer->metrics[i].name);
     struct LogEntry *entry = state_log(&trainer->state);
     log_value(entry, "eval_loss", total / judged);
-    trainer_flush(trainer, entry, names);
+    trainer_flush(trainer, entry, true);
     trainer_say(trainer, entry);
     memcpy(trainer->metrics, held, sizeof held);
     trainer->metric_count = held_count;
@@ -3509,7 +3408,7 @@ static void trainer_log_step(struct Trainer *trainer, double loss, double norm, 
     log_value(entry, "grad_norm", norm);
     log_value(entry, "learning_rate", lr);
     if (trainer->state.num_tokens) log_value(entry, "num_tokens", (double)trainer->state.num_tokens);
-    trainer_flush(trainer, entry, NULL);
+    trainer_flush(trainer, entry, false);
     trainer_say(trainer, entry);
 }
 
@@ -5369,16 +5268,13 @@ static double distinct_2(const struct Text *texts, size_t n)
     CHECK(pairs, "out of memory");
     for (size_t i = 0; i < n; i++) {
         uint64_t previous = 0;
+        const unsigned char *text = (const unsigned char *)texts[i].data;
         for (size_t k = 0; k < texts[i].length;) {
-            uint64_t hash = 14695981039346656037u;                  /* FNV-1a of the word */
             size_t first = k;
-            for (; k < texts[i].length && (isalpha((unsigned char)texts[i].data[k]) || texts[i].data[k] == '\''); k++)
-                hash = (hash ^ (uint64_t)tolower((unsigned char)texts[i].data[k])) * 1099511628211u;
-            if (k == first) {
-                char c = texts[i].data[k++];
-                if (c != '.' && c != '!' && c != '?') continue;
-                hash = (hash ^ (uint64_t)c) * 1099511628211u;
-            }
+            uint64_t hash = 14695981039346656037u;                  /* FNV-1a of the word */
+            while (k < texts[i].length && (isalpha(text[k]) || text[k] == '\'')) k++;
+            if (k == first && !memchr(".!?", text[k++], 3)) continue;
+            for (size_t c = first; c < k; c++) hash = (hash ^ (uint64_t)tolower(text[c])) * 1099511628211u;
             if (previous) pairs[count++] = previous * 31 + hash;
             previous = hash;
         }
@@ -5505,11 +5401,13 @@ static struct Trainer course_trainer(struct Course *course, struct GPT2 *model, 
     return trainer;
 }
 
-static void course_save(struct Course *course, struct GPT2 *model, const char *name, const struct Trainer *trainer)
+/* Saves what was trained, and its log. */
+static void course_finish(struct Course *course, const char *name, struct Trainer *trainer)
 {
     char *folder = arena_printf(&course->arena, "%s/%s", course->output_dir, name);
-    gpt2_save(model, folder, course->tok);
-    if (trainer) trainer_state_save(&trainer->state, &trainer->args, folder);
+    gpt2_save(trainer->model, folder, course->tok);
+    trainer_state_save(&trainer->state, &trainer->args, folder);
+    trainer_free(trainer);
 }
 
 /* Stage 1: a language model, from random weights or from a given folder's. */
@@ -5525,9 +5423,8 @@ static void course_language_model(struct Course *course, double learning_rate)
     course->eval_loss_before = trainer_evaluate(&trainer);
     if (course->pretrain_steps) trainer_train(&trainer);
     course->eval_loss_after = trainer_evaluate(&trainer);
-    course_save(course, course->language_model, "language_model", &trainer);
+    course_finish(course, "language_model", &trainer);
     arena_free(&task->rows);
-    trainer_free(&trainer);
 }
 
 static struct Example *course_cut(struct Course *course, const struct Example *texts, size_t n, size_t length)
@@ -5569,8 +5466,7 @@ static void course_reward_model(struct Course *course)
     struct Example *prefix = course_cut(course, course->held_out, prefixes, COURSE_PREFIX);
     reward_score(model, prefix, prefixes, reward);
     course->scorer = (struct Scorer){model, course->tok, mean_of(reward, prefixes), sqrt(unbiased_variance(reward, prefixes)), COURSE_LEAST_LENGTH, -2};
-    course_save(course, model, "reward_model", &trainer);
-    trainer_free(&trainer);
+    course_finish(course, "reward_model", &trainer);
 }
 
 static struct GenerationConfig course_generation(const struct Course *course)
@@ -5592,13 +5488,9 @@ static void course_ppo(struct Course *course)
     config.init_kl_coef = 0.15;          /* the controller steers beta so that every seed ends near 12 nats */
     config.target = 12.5;
     config.horizon = 1280;
-    struct TrainingArguments args = training_arguments();
-    args.learning_rate = 7e-4 * course->scale;
+    struct TrainingArguments args = course_trainer(course, course->ppo, 7e-4, course->ppo_steps, 8, 5).args;
     args.lr_end = 0.2;
-    args.warmup_steps = MIN((size_t)5, course->ppo_steps / 4);
     args.max_grad_norm = 0;
-    args.seed = course->seed;
-    args.logging_steps = MAX((size_t)1, course->ppo_steps / 8);
     struct PPOTrainer *ppo = ppo_trainer_new(course->ppo, course->language_model, config, args, course->temperature);
     ppo->name = "3/4 ppo";
     struct RolloutSource source = {.prompts = course->prompts, .n = course->prompt_n, .at = course->prompt_n, .order = arena_alloc(&course->arena, course->prompt_n, sizeof(size_t)),
@@ -5638,8 +5530,7 @@ static void course_dpo(struct Course *course)
     dpo_task(&trainer, &course->arena, course->language_model, config, course->temperature, pairs, count);
     trainer.task.name = "4/4 dpo";
     if (course->dpo_steps) trainer_train(&trainer);
-    course_save(course, course->dpo, "dpo", &trainer);
-    trainer_free(&trainer);
+    course_finish(course, "dpo", &trainer);
 }
 
 /* Answers of a policy to the held-out prompts, the same random numbers for each policy. */
@@ -5667,48 +5558,33 @@ static struct CourseResult course_measure(struct Course *course, const struct GP
 
 static void course_write_policy(FILE *file, const char *name, const struct CourseResult *before, const struct CourseResult *after)
 {
-    fprintf(file, "  \"%s\": {\"reward_before\": ", name);
-    const char *const keys[] = {"\"reward_after\"", "\"kl\"", "\"distinct_2\"", "\"mean_length\""};
-    double values[] = {after->mean_reward, after->kl, after->distinct_2, after->mean_length};
-    json_write_number(file, before->mean_reward);
-    for (size_t i = 0; i < COUNT(keys); i++) {
-        fprintf(file, ", %s: ", keys[i]);
-        json_write_number(file, values[i]);
-    }
-    fputc('}', file);
+    fprintf(file, "  \"%s\": {\"reward_before\": %s, \"reward_after\": %s, \"kl\": %s, ", name,
+            json_number_text(before->mean_reward), json_number_text(after->mean_reward), json_number_text(after->kl));
+    fprintf(file, "\"distinct_2\": %s, \"mean_length\": %s},\n", json_number_text(after->distinct_2), json_number_text(after->mean_length));
 }
 
 static void course_write_files(struct Course *course, const struct CourseResult *before, const struct CourseResult *ppo, const struct CourseResult *dpo, double seconds)
 {
     struct Output out;
     output_open(&out, course->output_dir, "summary.json");
-    fputs("{\n  \"seconds\": ", out.file);
-    json_write_number(out.file, seconds);
-    fputs(",\n  \"language_model\": {\"eval_loss_before\": ", out.file);
-    json_write_number(out.file, course->eval_loss_before);
-    fputs(", \"eval_loss_after\": ", out.file);
-    json_write_number(out.file, course->eval_loss_after);
-    fputs("},\n  \"reward_model\": {\"eval_accuracy\": ", out.file);
-    json_write_number(out.file, course->eval_accuracy);
-    fputs(", \"label_accuracy\": ", out.file);
-    json_write_number(out.file, course->label_accuracy);
-    fputs("},\n", out.file);
+    fprintf(out.file, "{\n  \"seconds\": %s,\n", json_number_text(seconds));
+    fprintf(out.file, "  \"language_model\": {\"eval_loss_before\": %s, \"eval_loss_after\": %s},\n",
+            json_number_text(course->eval_loss_before), json_number_text(course->eval_loss_after));
+    fprintf(out.file, "  \"reward_model\": {\"eval_accuracy\": %s, \"label_accuracy\": %s},\n",
+            json_number_text(course->eval_accuracy), json_number_text(course->label_accuracy));
     course_write_policy(out.file, "ppo", before, ppo);
-    fputs(",\n", out.file);
     course_write_policy(out.file, "dpo", before, dpo);
-    fprintf(out.file, ",\n  \"before\": {\"distinct_2\": %.9g, \"mean_length\": %.9g},\n  \"peak_rss_bytes\": %zu\n}\n", before->distinct_2, before->mean_length, peak_rss_bytes());
+    fprintf(out.file, "  \"before\": {\"distinct_2\": %.9g, \"mean_length\": %.9g},\n  \"peak_rss_bytes\": %zu\n}\n", before->distinct_2, before->mean_length, peak_rss_bytes());
     output_close(&out);
     output_open(&out, course->output_dir, "samples.jsonl");
     for (size_t i = 0; i < course->test_n; i++) {
         const struct Example *prompt = &course->test_prompts[i];
-        fputs("{\"prompt\": ", out.file);
-        json_write_string(out.file, tokenizer_decode_all(course->tok, &course->arena, prompt->ids, prompt->n, course->vocab_size));
-        fputs(", \"before\": ", out.file);
-        json_write_string(out.file, before->texts[i]);
-        fputs(", \"ppo\": ", out.file);
-        json_write_string(out.file, ppo->texts[i]);
-        fputs(", \"dpo\": ", out.file);
-        json_write_string(out.file, dpo->texts[i]);
+        struct Text texts[] = {tokenizer_decode_all(course->tok, &course->arena, prompt->ids, prompt->n, course->vocab_size), before->texts[i], ppo->texts[i], dpo->texts[i]};
+        static const char *const names[] = {"prompt", "before", "ppo", "dpo"};
+        for (size_t k = 0; k < COUNT(texts); k++) {
+            fprintf(out.file, "%s\"%s\": ", k ? ", " : "{", names[k]);
+            json_write_string(out.file, texts[k]);
+        }
         fputs("}\n", out.file);
     }
     output_close(&out);
@@ -5784,9 +5660,9 @@ static void course_run(struct Course *course, const struct Dataset *data, struct
 struct Bench {
     struct GPT2 *model, *ref_model;
     struct Arena arena, kept;
-    struct TrainingArguments args;
     struct Rng rng;
-    struct Trainer dpo;
+    struct Trainer trainer;
+    struct Task dpo;
     struct PPOTrainer *ppo;
     size_t steps, queries, weights;          /* weights: those that are multiplied, all but wpe */
     float *memory;                           /* BENCH_MEMORY floats to read */
@@ -5831,63 +5707,51 @@ static struct Example bench_example(struct Bench *bench, struct Arena *arena, si
     return e;
 }
 
-/* One training step of `batch` sequences of `length` tokens: forward, loss, backward, AdamW. */
-static double bench_train(struct Bench *bench, size_t batch_size, size_t length)
+/* One step on `n` items of a task: forward, loss, backward, AdamW. */
+static double bench_step(struct Bench *bench, struct Task task, size_t n)
 {
-    struct Arena *arena = &bench->arena;
-    arena_reset(arena);
-    struct Example *examples = arena_alloc(arena, batch_size, sizeof *examples);
-    const struct Example **each = arena_alloc(arena, batch_size, sizeof *each);
-    for (size_t b = 0; b < batch_size; b++) {
-        examples[b] = bench_example(bench, arena, length, 0);
-        each[b] = &examples[b];
-    }
+    struct Trainer *trainer = &bench->trainer;
+    size_t *order = arena_alloc(&bench->arena, n, sizeof *order);
+    for (size_t i = 0; i < n; i++) order[i] = i;
+    trainer->task = task;
+    trainer->args.per_device_train_batch_size = n;
     double begin = seconds_now();
-    struct Batch batch = collate(arena, each, batch_size, SKIP_LAST);
-    struct Activations acts = gpt2_forward(bench->model, arena, &batch, true);
-    struct LMHead head = lm_head_new(bench->model, arena, &acts, batch.row, batch.target, batch.R, 1);
-    float *dhidden = arena_zeros(arena, batch.N * bench->model->config.n_embd, sizeof *dhidden);
-    lm_head_cross_entropy(bench->model, &head, 1 / (float)batch.R, dhidden, arena);
-    gpt2_backward(bench->model, arena, &acts, dhidden);
-    optimizer_step(bench->model, &bench->args, 1e-5, ++bench->steps);
+    trainer_accumulate(trainer, order, n);
+    optimizer_step(bench->model, &trainer->args, 1e-6, ++bench->steps);
     return seconds_now() - begin;
 }
 
+/* Language modelling, on texts of `length` tokens. */
+static double bench_train(struct Bench *bench, size_t batch_size, size_t length)
+{
+    arena_reset(&bench->arena);
+    struct LanguageTask task = {.examples = arena_alloc(&bench->arena, batch_size, sizeof *task.examples)};
+    for (size_t b = 0; b < batch_size; b++) task.examples[b] = bench_example(bench, &bench->arena, length, 0);
+    return bench_step(bench, (struct Task){.data = &task, .loss = language_loss, .targets = language_targets}, batch_size);
+}
+
 /* `count` sequences go on for exactly `max_new` tokens after prompts of shortest, shortest + 1 .. longest tokens, over and over. */
-static double bench_generate(struct Bench *bench, struct Arena *arena, struct Sequence *sequences, size_t count, size_t shortest, size_t longest, size_t max_new, bool do_sample)
+static double bench_generate(struct Bench *bench, struct Sequence *sequences, size_t count, size_t shortest, size_t longest, size_t max_new, bool do_sample)
 {
     struct GenerationConfig generation = generation_config();
     generation.max_new_tokens = generation.min_new_tokens = max_new;
     generation.do_sample = do_sample;
     generation.top_k = 0;
     for (size_t i = 0; i < count; i++) {
-        struct Example prompt = bench_example(bench, arena, shortest + i % (longest - shortest + 1), 0);
-        sequences[i] = sequence_start(arena, prompt.ids, prompt.n, max_new, bench->model, rng_seed(rng_next(&bench->rng), STREAM_SAMPLE));
+        struct Example prompt = bench_example(bench, &bench->arena, shortest + i % (longest - shortest + 1), 0);
+        sequences[i] = sequence_start(&bench->arena, prompt.ids, prompt.n, max_new, bench->model, rng_seed(rng_next(&bench->rng), STREAM_SAMPLE));
     }
     double begin = seconds_now();
     generate(bench->model, sequences, count, &generation);
     return seconds_now() - begin;
 }
 
-/* A DPO step: 4 pairs of 64 tokens that share prompts of 16. In the first epoch the reference is computed too. */
-static double bench_dpo(struct Bench *bench, bool first_epoch)
-{
-    struct DPOTask *task = bench->dpo.task.data;
-    static const size_t order[BENCH_DPO_PAIRS] = {0, 1, 2, 3};
-    for (size_t i = 0; first_epoch && i < 2 * BENCH_DPO_PAIRS; i++) task->ref_logps[i] = NAN;
-    double begin = seconds_now();
-    trainer_accumulate(&bench->dpo, order, BENCH_DPO_PAIRS);
-    optimizer_step(bench->model, &bench->args, 1e-6, ++bench->steps);
-    return seconds_now() - begin;
-}
-
 /* A PPO step: queries of 2 to 7 tokens, 10 new tokens each, scores, 4 epochs of one mini-batch. */
 static double bench_ppo(struct Bench *bench)
 {
-    struct Arena *arena = &bench->arena;
-    struct Sequence *sequences = arena_alloc(arena, bench->queries, sizeof *sequences);
-    struct Rollout *rollouts = arena_alloc(arena, bench->queries, sizeof *rollouts);
-    double seconds = bench_generate(bench, arena, sequences, bench->queries, 2, 7, 10, true), begin = seconds_now();
+    struct Sequence *sequences = arena_alloc(&bench->arena, bench->queries, sizeof *sequences);
+    struct Rollout *rollouts = arena_alloc(&bench->arena, bench->queries, sizeof *rollouts);
+    double seconds = bench_generate(bench, sequences, bench->queries, 2, 7, 10, true), begin = seconds_now();
     for (size_t i = 0; i < bench->queries; i++) {
         struct Sequence *s = &sequences[i];
         rollouts[i] = (struct Rollout){{s->ids, s->n, s->prompt_length}, s->n - s->prompt_length, (float)rng_normal(&bench->rng)};
@@ -5897,41 +5761,43 @@ static double bench_ppo(struct Bench *bench)
 }
 
 enum BenchWork { TRAIN_4X64, TRAIN_16X64, TRAIN_4X256, TRAIN_1X1024, GENERATE_1, GENERATE_16, DPO_FIRST, DPO_LATER, PPO_STEP, BENCH_WORKS };
-static const struct { const char *name, *key; size_t batch, length; } BENCH_WORK[] = {
-    {"train 4 x 64", "train", 4, 64}, {"train 16 x 64", "train_16x64", 16, 64}, {"train 4 x 256", "train_4x256", 4, 256}, {"train 1 x 1024", "train_1x1024", 1, 1024},
-    {"generate 48 after 32", "generate", 1, 80}, {"generate 16 x 48 after 32", "generate_batch", 16, 80},
-    {"dpo step, 4 pairs of 64", "dpo_step", 8, 64}, {"  with reference cached", "dpo_step_cached", 8, 64}, {"ppo step, 4 epochs", "ppo_step", 0, 0}};
+/* passes: 2 for a forward pass, 6 for a training step; a PPO step has the rollout, the reference, the policy (which is
+ * the first update's forward pass) and 4 epochs of 6. reads: how often all weights are read, one token after another. */
+static const struct { const char *name, *key; size_t batch, length; double passes, reads; } BENCH_WORK[] = {
+    {"train 4 x 64", "train", 4, 64, 6, 0}, {"train 16 x 64", "train_16x64", 16, 64, 6, 0},
+    {"train 4 x 256", "train_4x256", 4, 256, 6, 0}, {"train 1 x 1024", "train_1x1024", 1, 1024, 6, 0},
+    {"generate 48 after 32", "generate", 1, 80, 2, 48}, {"generate 16 x 48 after 32", "generate_batch", 16, 80, 2, 48},
+    {"dpo step, 4 pairs of 64", "dpo_step", 8, 64, 8, 0}, {"  with reference cached", "dpo_step_cached", 8, 64, 6, 0},
+    {"ppo step, 4 epochs", "ppo_step", 0, 0, 2 + 2 + 4 * 6, 10}};
 
 static double bench_work(struct Bench *bench, enum BenchWork work)
 {
     size_t batch = BENCH_WORK[work].batch;
     struct Sequence sequences[16];
     arena_reset(&bench->arena);
-    switch (work) {
-    case GENERATE_1: case GENERATE_16: return bench_generate(bench, &bench->arena, sequences, batch, 32, 32, 48, false);
-    case DPO_FIRST: case DPO_LATER: return bench_dpo(bench, work == DPO_FIRST);
-    case PPO_STEP: return bench_ppo(bench);
-    default: return bench_train(bench, batch, BENCH_WORK[work].length);
-    }
+    if (work == GENERATE_1 || work == GENERATE_16) return bench_generate(bench, sequences, batch, 32, 32, 48, false);
+    if (work == PPO_STEP) return bench_ppo(bench);
+    if (work < GENERATE_1) return bench_train(bench, batch, BENCH_WORK[work].length);
+    struct DPOTask *dpo = bench->dpo.data;
+    for (size_t i = 0; work == DPO_FIRST && i < 2 * BENCH_DPO_PAIRS; i++) dpo->ref_logps[i] = NAN;        /* to be computed again */
+    return bench_step(bench, bench->dpo, BENCH_DPO_PAIRS);
 }
 
 /* Seconds that the work takes at least: its multiplications at the peak, or its weights at the speed of reading, whichever is more. */
 static double bench_limit(const struct Bench *bench, enum BenchWork work, double gflops, double gbytes)
 {
-    double weights = (double)bench->weights, tokens = (double)(BENCH_WORK[work].batch * BENCH_WORK[work].length), passes = 6, reads = 0;
-    if (work == GENERATE_1 || work == GENERATE_16) passes = 2, reads = 48;
-    if (work == DPO_FIRST) passes = 8;
+    double weights = (double)bench->weights, tokens = (double)(BENCH_WORK[work].batch * BENCH_WORK[work].length);
     if (work == DPO_FIRST || work == DPO_LATER) tokens = BENCH_DPO_PAIRS * (2 * BENCH_DPO_LENGTH - BENCH_DPO_PROMPT - 2);      /* the prompt once, the last tokens not at all */
-    /* rollout, reference, policy (which is the first update's forward pass), and 4 epochs of 6 */
-    if (work == PPO_STEP) passes = 2 + 2 + 4 * 6, tokens = (double)bench->queries * (4.5 + 10), reads = 10;
-    return MAX(passes * weights * tokens / gflops, 4 * weights * reads / gbytes) / 1e9;
+    if (work == PPO_STEP) tokens = (double)bench->queries * (4.5 + 10);
+    return MAX(BENCH_WORK[work].passes * weights * tokens / gflops, 4 * weights * BENCH_WORK[work].reads / gbytes) / 1e9;
 }
 
 static struct Bench *bench_new(struct GPT2Config config, size_t queries)
 {
     struct Bench *bench = calloc(1, sizeof *bench);
     CHECK(bench, "out of memory");
-    *bench = (struct Bench){.model = gpt2_new(config), .args = training_arguments(), .rng = rng_seed(42, STREAM_SAMPLE), .queries = queries};
+    *bench = (struct Bench){.model = gpt2_new(config), .rng = rng_seed(42, STREAM_SAMPLE), .queries = queries};
+    bench->trainer = (struct Trainer){.model = bench->model, .args = training_arguments()};
     gpt2_init(bench->model, 42);
     gpt2_make_trainable(bench->model);
     for (size_t i = 0; i < bench->model->tensor_count; i++) bench->weights += bench->model->tensors[i]->n;
@@ -5946,7 +5812,7 @@ static void bench_complete(struct Bench *bench)
     config.batch_size = config.mini_batch_size = bench->queries;
     config.ratio_threshold = INFINITY;
     bench->ref_model = gpt2_copy(bench->model);
-    bench->ppo = ppo_trainer_new(bench->model, bench->ref_model, config, bench->args, 1);
+    bench->ppo = ppo_trainer_new(bench->model, bench->ref_model, config, training_arguments(), 1);
     bench->ppo->args.learning_rate = 1e-6;
     bench->ppo->total_steps = 1000;
     struct Example *pairs = arena_alloc(&bench->kept, 2 * BENCH_DPO_PAIRS, sizeof *pairs);
@@ -5954,15 +5820,15 @@ static void bench_complete(struct Bench *bench)
         pairs[i] = bench_example(bench, &bench->kept, BENCH_DPO_LENGTH, BENCH_DPO_PROMPT);
         if (i % 2) memcpy(pairs[i].ids, pairs[i - 1].ids, BENCH_DPO_PROMPT * sizeof(int));
     }
-    bench->dpo = (struct Trainer){.model = bench->model, .args = bench->args};
-    dpo_task(&bench->dpo, &bench->kept, bench->ref_model, (struct DPOConfig){.beta = 0.1, .weight = {1}}, 1, pairs, BENCH_DPO_PAIRS);
+    dpo_task(&bench->trainer, &bench->kept, bench->ref_model, (struct DPOConfig){.beta = 0.1, .weight = {1}}, 1, pairs, BENCH_DPO_PAIRS);
+    bench->dpo = bench->trainer.task;
     bench->memory = arena_zeros(&bench->kept, BENCH_MEMORY, sizeof *bench->memory);
 }
 
 static void bench_free(struct Bench *bench)
 {
     if (bench->ppo) ppo_trainer_free(bench->ppo);
-    trainer_free(&bench->dpo);
+    trainer_free(&bench->trainer);
     gpt2_free(bench->model);
     gpt2_free(bench->ref_model);
     arena_free(&bench->arena);
