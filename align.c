@@ -4447,6 +4447,23 @@ static float *reinforce_scores(struct Reinforce *r, struct LMHead *head, const s
     return s;
 }
 
+/* What REINFORCE maximizes, R(y_i) of each answer (n); *kl: the mean of log pi - log pi_ref. */
+static float *reinforce_rewards(struct Reinforce *r, const struct Rollout *rollouts, const struct Batch *batch, const double *logps, double *kl)
+{
+    struct Activations acts = gpt2_forward(r->ref_model, &r->arena, batch, false);
+    struct LMHead head = lm_head_new(r->ref_model, &r->arena, &acts, batch->row, batch->target, batch->R, (float)r->temperature);
+    double *ref_logps = arena_alloc(&r->arena, batch->B, sizeof *ref_logps);
+    float *rewards = arena_floats(&r->arena, batch->B);
+    lm_head_forward(r->ref_model, &head);
+    sum_target_logps(batch, batch->B, head.logprob, ref_logps);
+    *kl = 0;
+    for (size_t i = 0; i < batch->B; i++) {
+        rewards[i] = (float)(rollouts[i].score - r->beta * (logps[i] - ref_logps[i]));
+        *kl += kl_k1(logps[i], ref_logps[i]) / (double)batch->B;
+    }
+    return rewards;
+}
+
 /* reinforce_step -- one step up the gradient from batch_size fresh rollouts.         test: reinforce_step */
 static void reinforce_step(struct Reinforce *r, const struct Rollout *rollouts)
 {
@@ -4455,31 +4472,23 @@ static void reinforce_step(struct Reinforce *r, const struct Rollout *rollouts)
     size_t n = r->batch_size, C = r->model->config.n_embd;
     arena_reset(arena);
     const struct Example **examples = arena_alloc(arena, n, sizeof *examples);
-    double *logps = arena_alloc(arena, n, sizeof *logps), *ref_logps = arena_alloc(arena, n, sizeof *ref_logps), *dlogps = arena_alloc(arena, n, sizeof *dlogps), kl = 0, score = 0, length = 0;
-    float *rewards = arena_floats(arena, n), *advantages[BASELINES];
-    for (size_t i = 0; i < n; i++) examples[i] = &rollouts[i].example;
-    struct Batch batch = collate(arena, examples, n, SKIP_LAST);
-    struct Activations acts = gpt2_forward(r->model, arena, &batch, true), ref_acts = gpt2_forward(r->ref_model, arena, &batch, false);
-    struct LMHead head = lm_head_new(r->model, arena, &acts, batch.row, batch.target, batch.R, (float)r->temperature);
-    struct LMHead ref_head = lm_head_new(r->ref_model, arena, &ref_acts, batch.row, batch.target, batch.R, (float)r->temperature);
-    lm_head_forward(r->ref_model, &ref_head);
-    lm_head_forward(r->model, &head);
-    sum_target_logps(&batch, n, head.logprob, logps);
-    sum_target_logps(&batch, n, ref_head.logprob, ref_logps);
+    double *logps = arena_alloc(arena, n, sizeof *logps), *dlogps = arena_alloc(arena, n, sizeof *dlogps), kl, score = 0, length = 0;
     for (size_t i = 0; i < n; i++) {
-        rewards[i] = (float)(rollouts[i].score - r->beta * (logps[i] - ref_logps[i]));
-        kl += kl_k1(logps[i], ref_logps[i]) / (double)n;
+        examples[i] = &rollouts[i].example;
         score += rollouts[i].score / (double)n;
         length += (double)rollouts[i].response_length / (double)n;
     }
+    struct Batch batch = collate(arena, examples, n, SKIP_LAST);
+    struct Activations acts = gpt2_forward(r->model, arena, &batch, true);
+    struct LMHead head = lm_head_new(r->model, arena, &acts, batch.row, batch.target, batch.R, (float)r->temperature);
+    lm_head_forward(r->model, &head);
+    sum_target_logps(&batch, n, head.logprob, logps);
+    float *rewards = reinforce_rewards(r, rollouts, &batch, logps, &kl), *s = reinforce_scores(r, &head, &batch), *advantages[BASELINES];
     r->stats.n = 0;
-    bool logged = (r->step + 1) % r->args.logging_steps == 0;
-    float *s = logged ? reinforce_scores(r, &head, &batch) : NULL;
-    for (int b = 0; b < BASELINES; b++) {
-        if (b == BASELINE_RLOO && r->num_generations < 2) continue;
+    for (int b = 0; b < (r->num_generations > 1 ? BASELINES : BASELINE_RLOO); b++) {
         advantages[b] = arena_floats(arena, n);
         reinforce_advantages(b, rewards, n, r->num_generations, r->rewards.mean, advantages[b]);
-        if (logged) log_value(&r->stats, variance[b], gradient_variance(advantages[b], s, n, C));
+        log_value(&r->stats, variance[b], gradient_variance(advantages[b], s, n, C));
     }
     double loss = reinforce_loss(advantages[r->baseline], logps, n, dlogps);
     float *dlogprob = arena_floats(arena, batch.R), *dhidden = arena_zeros(arena, batch.N * C, sizeof *dhidden);
