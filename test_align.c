@@ -3210,6 +3210,9 @@ static void test_reinforce_step(void)
     expect_close("reward less beta KL", value, (R[0] + R[1] + R[2] + R[3]) / 4, 1e-5);
     expect_close("the running mean", r.rewards.mean, value, 1e-6);
     float *s = reinforce_scores(&r, &head, &batch), bias = r.model->ln_f.bias.w[3];
+    double stirred = 0;
+    for (size_t i = 0; i < r.model->wte.n; i++) stirred += fabs(r.model->wte.d[i]);
+    expect_close("looking leaves no gradient", stirred, 0, 0);
     double logps[2][4];
     for (int side = 0; side < 2; side++) {
         r.model->ln_f.bias.w[3] = bias + (side ? 0.01f : -0.01f);
