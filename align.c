@@ -524,11 +524,8 @@ static bool json_string(struct JsonParser *p, struct Text *out)
 static bool json_number(struct JsonParser *p, double *out)
 {
     static const char DIGITS[] = "0123456789";
-    char copy[64] = "";
-    size_t length = 0;
-    while (p->at + length < p->end && (isdigit((unsigned char)p->at[length]) || memchr("+-.eE", p->at[length], 5))) length++;
-    if (length >= sizeof copy) return json_fail(p, "a number of more than 63 characters");
-    memcpy(copy, p->at, length);
+    char copy[65] = "";
+    memcpy(copy, p->at, MIN((size_t)(p->end - p->at), sizeof copy - 1));
     char *s = copy + (*copy == '-');
     size_t n = strspn(s, DIGITS);
     if (n == 0 || (n > 1 && *s == '0')) return json_fail(p, "a value was expected");
@@ -544,6 +541,7 @@ static bool json_number(struct JsonParser *p, double *out)
         if (n == 0) return json_fail(p, "a number without its exponent");
         s += n;
     }
+    if (s == copy + sizeof copy - 1) return json_fail(p, "a number of more than 63 characters");
     *s = 0;
     *out = strtod(copy, NULL);
     p->at += s - copy;
