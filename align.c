@@ -702,10 +702,7 @@ static void json_write_ids(FILE *file, const int *ids, size_t n)
 static void json_write_floats(FILE *file, const float *x, size_t n)
 {
     fputc('[', file);
-    for (size_t i = 0; i < n; i++) {
-        if (i) fputs(", ", file);
-        json_write_number(file, x[i]);
-    }
+    for (size_t i = 0; i < n; i++) fprintf(file, "%s%s", i ? ", " : "", json_number_text(x[i]));
     fputc(']', file);
 }
 
@@ -2602,6 +2599,15 @@ static void lm_head_forward(const struct GPT2 *model, struct LMHead *head)
     for (size_t r = 0; r < head->R; r += head->chunk) lm_head_forward_chunk(model, head, r);
 }
 
+/* A batch judged by a model that is not trained on it: the log-probability of each target. */
+static struct LMHead batch_logprobs(const struct GPT2 *model, struct Arena *arena, const struct Batch *batch, double temperature)
+{
+    struct Activations acts = gpt2_forward(model, arena, batch, false);
+    struct LMHead head = lm_head_new(model, arena, &acts, batch->row, batch->target, batch->R, (float)temperature);
+    lm_head_forward(model, &head);
+    return head;
+}
+
 static void lm_head_backward(struct GPT2 *model, struct LMHead *head, const float *dlogprob, float *dhidden, struct Arena *arena)
 {
     for (size_t r = 0; r < head->R; r += head->chunk) lm_head_backward_chunk(model, head, dlogprob, dhidden, arena, r);
@@ -3269,10 +3275,7 @@ static bool log_find(const struct LogEntry *entry, const char *name, double *val
 
 static void log_write(FILE *file, const struct LogEntry *entry, const char *separator)
 {
-    for (size_t i = 0; i < entry->n; i++) {
-        fprintf(file, "%s\"%s\": ", i ? separator : "", entry->item[i].name);
-        json_write_number(file, entry->item[i].value);
-    }
+    for (size_t i = 0; i < entry->n; i++) fprintf(file, "%s\"%s\": %s", i ? separator : "", entry->item[i].name, json_number_text(entry->item[i].value));
 }
 
 static void trainer_state_save(const struct TrainerState *s, const struct TrainingArguments *args, const char *folder)
@@ -4248,11 +4251,7 @@ static void reward_score(const struct GPT2 *model, const struct Example *texts, 
  * probabilities.   [glossary: Lista de saídas do pipe] [glossary: Pontuação de sentimento] */
 static void write_pipe_outputs(FILE *file, double reward)
 {
-    fputs("[{\"label\": \"POSITIVE\", \"score\": ", file);
-    json_write_number(file, sigmoid(reward));
-    fputs("}, {\"label\": \"NEGATIVE\", \"score\": ", file);
-    json_write_number(file, sigmoid(-reward));
-    fputs("}]", file);
+    fprintf(file, "[{\"label\": \"POSITIVE\", \"score\": %s}, {\"label\": \"NEGATIVE\", \"score\": %s}]", json_number_text(sigmoid(reward)), json_number_text(sigmoid(-reward)));
 }
 
 /* =============================================================================================
@@ -4448,11 +4447,9 @@ static float *reinforce_scores(struct Reinforce *r, struct LMHead *head, const s
 /* What REINFORCE maximizes, R(y_i) of each answer (n); *kl: the mean of log pi - log pi_ref. */
 static float *reinforce_rewards(struct Reinforce *r, const struct Rollout *rollouts, const struct Batch *batch, const double *logps, double *kl)
 {
-    struct Activations acts = gpt2_forward(r->ref_model, &r->arena, batch, false);
-    struct LMHead head = lm_head_new(r->ref_model, &r->arena, &acts, batch->row, batch->target, batch->R, (float)r->temperature);
+    struct LMHead head = batch_logprobs(r->ref_model, &r->arena, batch, r->temperature);
     double *ref_logps = arena_alloc(&r->arena, batch->B, sizeof *ref_logps);
     float *rewards = arena_floats(&r->arena, batch->B);
-    lm_head_forward(r->ref_model, &head);
     sum_target_logps(batch, batch->B, head.logprob, ref_logps);
     *kl = 0;
     for (size_t i = 0; i < batch->B; i++) {
@@ -4756,9 +4753,7 @@ static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo, const struc
     struct PPOBatch p = {.B = B, .R = R, .start = batch.target_start, .fresh = ppo->config.mini_batch_size == B, .forward = forward, .values = forward->values, .padding = arena_alloc(arena, B, sizeof *p.padding)};
     float **columns[] = {&p.logprobs, &p.ref_logprobs, &p.kl, &p.non_score_rewards, &p.rewards, &p.advantages, &p.returns};
     for (size_t i = 0; i < COUNT(columns); i++) *columns[i] = arena_floats(arena, R);
-    struct Activations ref_acts = gpt2_forward(ppo->ref_model, arena, &batch, false);
-    struct LMHead ref_head = lm_head_new(ppo->ref_model, arena, &ref_acts, batch.row, batch.target, R, (float)ppo->temperature);
-    lm_head_forward(ppo->ref_model, &ref_head);
+    struct LMHead ref_head = batch_logprobs(ppo->ref_model, arena, &batch, ppo->temperature);
     if (strcmp(ppo->config.kl_penalty, "full") == 0) kl_full_rows(ppo->model, head, ppo->ref_model, &ref_head, p.kl);
     memcpy(p.logprobs, head->logprob, R * sizeof(float));
     memcpy(p.ref_logprobs, ref_head.logprob, R * sizeof(float));
@@ -4943,9 +4938,7 @@ static void rollouts_write(FILE *file, const struct Rollout *rollouts, size_t n)
         json_write_ids(file, e->ids, e->prompt_length);
         fputs(", \"response_ids\": ", file);
         json_write_ids(file, e->ids + e->prompt_length, e->n - e->prompt_length);
-        fputs(", \"score\": ", file);
-        json_write_number(file, rollouts[i].score);
-        fputs("}\n", file);
+        fprintf(file, ", \"score\": %s}\n", json_number_text(rollouts[i].score));
     }
 }
 
@@ -5099,9 +5092,7 @@ static void dpo_reference(struct DPOTask *task, struct Arena *arena, const struc
     size_t *slot = arena_alloc(arena, 2 * B, sizeof *slot);
     double *logps = arena_alloc(arena, 2 * B, sizeof *logps);
     struct Batch batch = dpo_batch(arena, pairs, index, B, task->ref_model->config.n_embd, slot);
-    struct Activations acts = gpt2_forward(task->ref_model, arena, &batch, false);
-    struct LMHead head = lm_head_new(task->ref_model, arena, &acts, batch.row, batch.target, batch.R, (float)task->temperature);
-    lm_head_forward(task->ref_model, &head);
+    struct LMHead head = batch_logprobs(task->ref_model, arena, &batch, task->temperature);
     sum_target_logps(&batch, 2 * B, head.logprob, logps);
     for (size_t i = 0; i < 2 * B; i++) cache[slot[i]] = logps[i];
     arena_reset(arena);
@@ -5317,12 +5308,8 @@ static double response_kl(const struct GPT2 *policy, const struct GPT2 *ref_mode
         for (size_t i = 0; i < count; i++) examples[i] = &answers[first + i];
         arena_reset(&arena);
         struct Batch batch = collate(&arena, examples, count, SKIP_LAST);
-        struct Activations acts = gpt2_forward(policy, &arena, &batch, false), ref_acts = gpt2_forward(ref_model, &arena, &batch, false);
-        struct LMHead head = lm_head_new(policy, &arena, &acts, batch.row, batch.target, batch.R, (float)temperature);
-        struct LMHead ref_head = lm_head_new(ref_model, &arena, &ref_acts, batch.row, batch.target, batch.R, (float)temperature);
+        struct LMHead head = batch_logprobs(policy, &arena, &batch, temperature), ref_head = batch_logprobs(ref_model, &arena, &batch, temperature);
         float *kl = arena_floats(&arena, batch.R);
-        lm_head_forward(policy, &head);
-        lm_head_forward(ref_model, &ref_head);
         kl_full_rows(policy, &head, ref_model, &ref_head, kl);
         for (size_t r = 0; r < batch.R; r++) total += kl[r];
     }
@@ -6479,26 +6466,21 @@ static void logprob_row(struct Arena *arena, const struct GPT2 *model, const str
 {
     const struct Example *examples[] = {e};
     struct Batch batch = collate(arena, examples, 1, READ_LAST);
-    int *row = arena_alloc(arena, e->n + 1, sizeof *row), *target = arena_alloc(arena, e->n + 1, sizeof *target);
+    batch.R = e->n;
     for (size_t t = 0; t < e->n; t++) {                    /* all positions; the last one has no target, its logprob is not shown */
-        row[t] = (int)t;
-        target[t] = t + 1 < e->n ? e->ids[t + 1] : 0;
+        batch.row[t] = (int)t;
+        batch.target[t] = t + 1 < e->n ? e->ids[t + 1] : 0;
     }
-    struct Activations acts = gpt2_forward(model, arena, &batch, false);
-    struct LMHead head = lm_head_new(model, arena, &acts, row, target, e->n, 1);
-    lm_head_forward(model, &head);
+    struct LMHead head = batch_logprobs(model, arena, &batch, 1);
     size_t first = MAX((size_t)1, e->prompt_length) - 1, scored = e->n > first + 1 ? e->n - 1 - first : 0;
     fputs("{\"input_ids\": ", stdout);
     json_write_ids(stdout, e->ids, e->n);
     fputs(", \"token_logprobs\": ", stdout);
     json_write_floats(stdout, head.logprob, e->n - 1);
-    fputs(", \"logprob\": ", stdout);
-    json_write_number(stdout, sequence_logprob(head.logprob + first, scored));
+    printf(", \"logprob\": %s", json_number_text(sequence_logprob(head.logprob + first, scored)));
     if (ref_model) {
-        struct Activations ref_acts = gpt2_forward(ref_model, arena, &batch, false);
-        struct LMHead ref_head = lm_head_new(ref_model, arena, &ref_acts, row, target, e->n, 1);
+        struct LMHead ref_head = batch_logprobs(ref_model, arena, &batch, 1);
         float *kl = arena_floats(arena, e->n);
-        lm_head_forward(ref_model, &ref_head);
         kl_full_rows(model, &head, ref_model, &ref_head, kl);
         fputs(", \"kl_to_ref_per_position\": ", stdout);
         json_write_floats(stdout, kl, e->n);
@@ -6548,9 +6530,7 @@ static void command_score(struct Options *o)
     for (size_t i = 0; i < data->n; i++) {
         fputs("{\"text\": ", stdout);
         json_write_string(stdout, data->rows[i].text);
-        fputs(", \"reward\": ", stdout);
-        json_write_number(stdout, reward[i]);
-        fputs(", \"pipe_outputs\": ", stdout);
+        printf(", \"reward\": %s, \"pipe_outputs\": ", json_number_text(reward[i]));
         write_pipe_outputs(stdout, reward[i]);
         fputs("}\n", stdout);
     }
