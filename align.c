@@ -1115,7 +1115,7 @@ static struct Text token_as_unicode(struct Arena *arena, struct Text token)
 }
 
 /* vocab.json, merges.txt and tokenizer_config.json: what AutoTokenizer looks for beside a model. */
-static void tokenizer_save(const struct Tokenizer *tok, const char *folder, size_t vocab_size)
+static void tokenizer_save(const struct Tokenizer *tok, const char *folder, size_t vocab_size, size_t n_positions)
 {
     struct Arena arena = {0};
     size_t end = (size_t)end_token_of(vocab_size);
@@ -1137,8 +1137,8 @@ static void tokenizer_save(const struct Tokenizer *tok, const char *folder, size
     }
     output_close(&out);
     output_open(&out, folder, "tokenizer_config.json");
-    fputs("{\n  \"add_prefix_space\": false,\n  \"bos_token\": \"<|endoftext|>\",\n  \"eos_token\": \"<|endoftext|>\",\n"
-          "  \"pad_token\": \"<|endoftext|>\",\n  \"tokenizer_class\": \"GPT2Tokenizer\",\n  \"unk_token\": \"<|endoftext|>\"\n}\n", out.file);
+    fprintf(out.file, "{\n  \"add_prefix_space\": false,\n  \"bos_token\": \"<|endoftext|>\",\n  \"eos_token\": \"<|endoftext|>\",\n  \"model_max_length\": %zu,\n"
+          "  \"pad_token\": \"<|endoftext|>\",\n  \"tokenizer_class\": \"GPT2Tokenizer\",\n  \"unk_token\": \"<|endoftext|>\"\n}\n", n_positions);
     output_close(&out);
     arena_free(&arena);
 }
@@ -2668,15 +2668,20 @@ static struct GPT2Config config_load(const char *folder)
     return c;
 }
 
-/* Gives a tensor its numbers from an open file, under its own name or with "transformer." before it. */
+/* Gives a tensor its numbers from an open file, under its own name or with a prefix before it: "transformer.", and
+ * in raw dumps of TRL's value-head model "pretrained_model.". */
 static bool tensor_load(struct SafeTensors *st, struct Tensor *tensor)
 {
+    static const char *const prefixes[] = {"", "transformer.", "pretrained_model.transformer.", "pretrained_model."};
     char prefixed[96];
-    snprintf(prefixed, sizeof prefixed, "transformer.%s", tensor->name);
-    struct Json *entry = json_get(st->header, tensor->name);
-    if (!entry) entry = json_get(st->header, prefixed);
-    if (entry) safetensors_read(st, entry, tensor);
-    return entry != NULL;
+    for (size_t i = 0; i < COUNT(prefixes); i++) {
+        snprintf(prefixed, sizeof prefixed, "%s%s", prefixes[i], tensor->name);
+        struct Json *entry = json_get(st->header, prefixed);
+        if (!entry) continue;
+        safetensors_read(st, entry, tensor);
+        return true;
+    }
+    return false;
 }
 
 /* The files that hold a model: one, or several named by an index, all inside the folder. */
@@ -2684,7 +2689,8 @@ static size_t model_files(struct Arena *arena, const char *folder, char **files,
 {
     files[0] = arena_printf(arena, "%s/model.safetensors", folder);
     char *index = arena_printf(arena, "%s/model.safetensors.index.json", folder);
-    if (file_exists(files[0]) || !file_exists(index)) return 1;
+    CHECK(file_exists(files[0]) || file_exists(index), "%s: no model.safetensors inside; of a pytorch_model.bin make one with transformers: save_pretrained(FOLDER, safe_serialization=True)", folder);
+    if (file_exists(files[0])) return 1;
     struct Json *map = json_get(json_read_file(arena, index), "weight_map");
     CHECK(map && map->type == JSON_OBJECT, "%s: no \"weight_map\" inside", index);
     size_t count = 0;
@@ -2734,7 +2740,7 @@ static void config_save(const struct GPT2 *model, const char *folder)
     fprintf(out.file, "{\n  \"activation_function\": \"gelu_new\",\n  \"architectures\": [\"%s\"],\n  \"attn_pdrop\": 0.0,\n  \"bos_token_id\": %d,\n", classifier ? "GPT2ForSequenceClassification" : "GPT2LMHeadModel", c->eos_token_id);
     fprintf(out.file, "  \"dtype\": \"float32\",\n  \"embd_pdrop\": 0.0,\n  \"eos_token_id\": %d,\n", c->eos_token_id);
     if (classifier) fputs("  \"id2label\": {\"0\": \"LABEL_0\"},\n  \"label2id\": {\"LABEL_0\": 0},\n", out.file);
-    fprintf(out.file, "  \"initializer_range\": 0.02,\n  \"layer_norm_epsilon\": %.9g,\n  \"model_type\": \"gpt2\",\n  \"n_ctx\": %zu,\n  \"n_embd\": %zu,\n  \"n_head\": %zu,\n  \"n_inner\": null,\n", c->layer_norm_epsilon, c->n_positions, c->n_embd, c->n_head);
+    fprintf(out.file, "  \"initializer_range\": 0.02,\n  \"layer_norm_epsilon\": %.7g,\n  \"model_type\": \"gpt2\",\n  \"n_ctx\": %zu,\n  \"n_embd\": %zu,\n  \"n_head\": %zu,\n  \"n_inner\": null,\n", c->layer_norm_epsilon, c->n_positions, c->n_embd, c->n_head);
     fprintf(out.file, "  \"n_layer\": %zu,\n  \"n_positions\": %zu,\n  \"pad_token_id\": %d,\n  \"resid_pdrop\": 0.0,\n  \"tie_word_embeddings\": true,\n  \"use_cache\": true,\n  \"vocab_size\": %zu\n}\n", c->n_layer, c->n_positions, c->pad_token_id, c->vocab_size);
     output_close(&out);
 }
@@ -2745,7 +2751,7 @@ static void gpt2_save(struct GPT2 *model, const char *folder, const struct Token
 {
     make_folder(folder);
     config_save(model, folder);
-    if (tok) tokenizer_save(tok, folder, model->config.vocab_size);
+    if (tok) tokenizer_save(tok, folder, model->config.vocab_size, model->config.n_positions);
     safetensors_write(folder, "model.safetensors", model->tensors, model->tensor_count, "transformer.");
 }
 
@@ -2986,7 +2992,8 @@ static struct Adapter adapter_config_load(struct Arena *arena, const char *folde
 /* TRL puts the value head of a policy with an adapter in a model file of its own beside it. */
 static void adapter_load_value_head(struct GPT2 *model, struct Arena *arena, const char *folder)
 {
-    char *path = arena_printf(arena, "%s/model.safetensors", folder);
+    char *path = arena_printf(arena, "%s/model.safetensors", folder), *pickle = arena_printf(arena, "%s/pytorch_model.bin", folder);
+    if (!file_exists(path) && file_exists(pickle)) warn("%s is not read: a value head in it is left out. Make a model.safetensors of it: python3 -c \"import torch; from safetensors.torch import save_file; save_file(torch.load('%s'), '%s')\"", pickle, pickle, path);
     if (!file_exists(path)) return;
     struct SafeTensors st = safetensors_open(arena, path);
     if (json_get(st.header, "v_head.summary.weight")) {
@@ -3059,7 +3066,7 @@ static void adapter_save(struct GPT2 *model, const char *folder, const struct To
     size_t count = adapter_tensors(&arena, model, &tensors);
     make_folder(folder);
     adapter_config_save(model, folder);
-    if (tok) tokenizer_save(tok, folder, model->config.vocab_size);
+    if (tok) tokenizer_save(tok, folder, model->config.vocab_size, model->config.n_positions);
     if (model->v_head.weight.n) safetensors_write(folder, "model.safetensors", head, 2, "");
     safetensors_write(folder, "adapter_model.safetensors", tensors, count, "");
     arena_free(&arena);
@@ -3368,7 +3375,7 @@ static double trainer_evaluate(struct Trainer *trainer)
     size_t held_count = trainer->metric_count, n = trainer->task.eval_n, batch = trainer->args.per_device_train_batch_size, tokens = trainer->state.num_tokens;
     memcpy(held, trainer->metrics, sizeof held);
     trainer->metric_count = 0;
-    double total = 0, judged = 0;
+    double total = 0, judged = 0, begin = seconds_now();
     for (size_t first = 0; first < n; first += batch) {
         size_t index[4096], count = MIN(MIN(batch, n - first), COUNT(index));
         for (size_t i = 0; i < count; i++) index[i] = first + i;
@@ -3379,7 +3386,11 @@ static double trainer_evaluate(struct Trainer *trainer)
         judged += (double)count;
     }
     struct LogEntry *entry = state_log(&trainer->state);
+    double seconds = seconds_now() - begin;
     log_value(entry, "eval_loss", total / judged);
+    log_value(entry, "eval_runtime", seconds);
+    log_value(entry, "eval_samples_per_second", (double)n / seconds);
+    log_value(entry, "eval_steps_per_second", ceil((double)n / (double)batch) / seconds);
     trainer_flush(trainer, entry, true);
     trainer_say(trainer, entry);
     memcpy(trainer->metrics, held, sizeof held);
@@ -4511,12 +4522,15 @@ static void reinforce_train(struct Reinforce *r, struct RolloutSource *source, c
         collect_rollouts(source, r->model, scorer, &arena, rollouts, r->batch_size);
         reinforce_step(r, rollouts);
         state->global_step = r->step;
+        state->epoch = (double)(r->step * r->batch_size / r->num_generations) / (double)source->n;
         if (r->step % r->args.logging_steps) continue;
         double shown[5];
         static const char *const names[] = {"reward", "kl", "gradient_variance/none", "gradient_variance/mean", "gradient_variance/rloo"};
         for (size_t i = 0; i < COUNT(names); i++) log_find(&r->stats, names[i], &shown[i]);
         say("reinforce: step %zu/%zu  reward %.4g  kl %.4g  gradient's variance: no baseline %.3g, running mean %.3g, leave-one-out %.3g\n", r->step, r->total_steps, shown[0], shown[1], shown[2], shown[3], shown[4]);
-        *state_log(state) = r->stats;
+        struct LogEntry *entry = state_log(state);
+        *entry = r->stats;
+        log_value(entry, "epoch", state->epoch);
     }
     arena_free(&arena);
     arena_free(&r->arena);
@@ -4989,10 +5003,12 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, cons
             rollouts_write(rollout_log.file, rollouts, B);
         }
         state->global_step = step + 1;
+        state->epoch = (double)((step + 1) * B) / (double)(replay ? replay->n : source->n);
         if ((step + 1) % ppo->args.logging_steps == 0 || step + 1 == steps) {
             struct LogEntry *entry = state_log(state);
             *entry = ppo->stats;
             log_value(entry, "step", (double)(step + 1));
+            log_value(entry, "epoch", state->epoch);
             double kl, loss;
             log_find(entry, "objective/kl", &kl);
             log_find(entry, "ppo/loss/total", &loss);
