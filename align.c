@@ -3797,6 +3797,7 @@ static void beam_scores(float *logits, const struct Beam *running, size_t beams,
     #pragma omp parallel for
     for (size_t b = 0; b < beams; b++) {
         float *row = logits + b * V, lse = log_sum_exp(row, V, thread_scratch(SCRATCH_ROW, V));
+        CHECK(isfinite(lse), "the model's logits after %zu tokens are not finite; its weights are broken", running[b].n);
         for (size_t v = 0; v < V; v++) row[v] -= lse;
         process_logits(row, V, config, running[b].ids, running[b].n, running[b].n - start, end_token);
         for (size_t v = 0; v < V; v++) row[v] += running[b].score;
@@ -3874,7 +3875,7 @@ static void beam_search(const struct GPT2 *model, struct Sequence *sequences, co
         size_t hoped = config->early_stopping == STOP_NEVER && config->length_penalty > 0 ? max_length - start : length;
         hope = running[0].score / pow((double)hoped, config->length_penalty) > pool[K - 1].score;
     }
-    for (size_t i = 0; i < config->num_return_sequences; i++) {
+    for (size_t i = 0; i < config->num_return_sequences && pool[i].n; i++) {
         memcpy(sequences[i].ids, pool[i].ids, pool[i].n * sizeof(int));
         sequences[i].n = pool[i].n;
         sequences[i].finished = true;
