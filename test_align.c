@@ -3807,6 +3807,75 @@ static void test_cli_lora(void)
     #undef LORA
 }
 
+/* Names as they are compared: accents of either kind, Greek, punctuation, what is no UTF-8. */
+static void test_glossary_fold(void)
+{
+    static const char *const cases[][2] = {{"Otimiza\xc3\xa7\xc3\xa3o; Top-p", " otimizacao \n top p "}, {"otimizac\xcc\xa7\x61\xcc\x83o", " otimizacao "}, {"  Trainer.train() ", " trainer train "},
+        {"Par\xc3\x82METRO (\xce\x92)", " parametro \xce\xb2 "}, {"A \xc2\xb7 B;c", " a \n b \n c "}, {"\xff(\xc3", " "}, {"", " "}, {"x\xe2\x80\x94y \xf0\x9f\x98\x80", " x y \xf0\x9f\x98\x80 "}};
+    for (size_t i = 0; i < COUNT(cases); i++) expect_text(cases[i][0], text_of(fold(&test_arena, cases[i][0])), cases[i][1]);
+}
+
+static struct Text glossary(const char *a, const char *b, const char *c) { return command_output((const char *const[]){"glossary", a, b, c, NULL}); }
+
+/* What a user types, and how the answer begins: by either language, alias, without accents, a beginning, a word, misspelt. */
+static void test_glossary_find(void)
+{
+    #define KL "Diverg\xc3\xaancia de Kullback-Leibler (KL) \xc2\xb7 "
+    #define DPO "Otimiza\xc3\xa7\xc3\xa3o de prefer\xc3\xaancia direta (DPO) \xc2\xb7 "
+    static const char *const cases[][2] = {{"Diverg\xc3\xaancia de Kullback-Leibler (KL)", KL}, {"DIVERGENCIA de kullback leibler", KL}, {"kl", KL}, {"Kullback-Leibler divergence", KL}, {"leibler", KL},
+        {"dpo", DPO}, {"otimizac\xcc\xa7\x61\xcc\x83o de prefere\xcc\x82ncia", DPO}, {"coleta de dados", "Coleta de dados \xc2\xb7 "}, {"top p", "Amostragem top-p \xc2\xb7 "}, {"beam", "Beam search \xc2\xb7 "},
+        {"trainer.train", "Trainer.train() \xc2\xb7 "}, {"\xcf\x84", "Temperatura (\xcf\x84) \xc2\xb7 "}, {"Tau", "Temperatura (\xcf\x84) \xc2\xb7 "}, {"\xce\xa9", "Fun\xc3\xa7\xc3\xa3o Omega (\xcf\x89) \xc2\xb7 "}, {"pi", "Pol\xc3\xadtica \xcf\x80 \xc2\xb7 "},
+        {"kulback", "no term \"kulback\"; the nearest is:\n" KL}, {"divergencia de kullbak", "no term \"divergencia de kullbak\"; the nearest is:\n" KL}, {"softmaks", "no term \"softmaks\"; the nearest is:\nFun\xc3\xa7\xc3\xa3o softmax"},
+        {"GAE", "no term \"gae\"; it occurs in:\nOtimiza\xc3\xa7\xc3\xa3o de pol\xc3\xadtica proximal (PPO)"}, {"top", "several terms fit \"top\":\n  Amostragem top-k \xc2\xb7 top-k sampling\n  Amostragem top-p"}, {"()", "Data and tokens"}};
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        struct Text out = glossary(cases[i][0], NULL, NULL);
+        out.length = MIN(out.length, strlen(cases[i][1]));
+        expect_text(cases[i][0], out, cases[i][1]);
+    }
+    struct Text words = glossary("divergencia", "de", "kullback"), whole = glossary("divergencia de kullback", NULL, NULL);
+    expect_text("several words", words, whole.data);
+    expect_true("what a term shows", strstr(words.data, "How far a distribution p") && strstr(words.data, "Qu\xc3\xa3o longe uma") && strstr(words.data, "\ntest      ./test_align kl\n") && strstr(words.data, "\ntry       head -40 docs/reviews.jsonl > ") && strstr(words.data, "\nsee also  "));
+    char *odd = arena_alloc(&test_arena, 100000, 1);
+    for (size_t i = 0; i < 99999; i++) odd[i] = (char)(1 + rng_below(&test_rng, 255));
+    odd[99999] = 0;
+    expect_true("any bytes, very long", glossary(odd, odd + 50000, "-").length > 0);
+    for (const unsigned char *c = (const unsigned char *)glossary("\x1b[31mred\x07", NULL, NULL).data; *c; c++) expect_true("no control codes", *c >= 32 || *c == '\n');
+    #undef KL
+    #undef DPO
+}
+
+/* Without a term all 53, a line each; each one found by both its names, its code where it stands in align.c, in lines of 90 columns. */
+static void test_glossary_terms(void)
+{
+    struct Text all = glossary(NULL, NULL, NULL), source = read_file(&test_arena, shipped_file(&test_arena, "align.c"));
+    const char **line = arena_alloc(&test_arena, source.length + 2, sizeof *line);
+    size_t terms = 0, lines = 1, numbers = 0;
+    for (char *rest = (char *)source.data; rest; lines++) line[lines] = strsep(&rest, "\n");
+    for (char *rest = (char *)all.data, *name; (name = strsep(&rest, "\n"));) {
+        if (strncmp(name, "  ", 2) != 0) continue;
+        char *english = strstr(name, " \xc2\xb7 "), *shown, *at;
+        struct Text by_english = glossary(english + 4, NULL, NULL);
+        *english = 0;
+        struct Text out = glossary(name + 2, NULL, NULL);
+        expect_text(name, out, by_english.data);
+        expect_true(name, strncmp(out.data, name + 2, strlen(name + 2)) == 0);
+        terms++;
+        for (char *text = (char *)out.data; (shown = strsep(&text, "\n"));) {
+            size_t width = 0;
+            for (const char *c = shown; *c; c++) width += ((unsigned char)*c & 0xc0) != 0x80;
+            expect_true(shown, width <= 90 || strncmp(shown, "try ", 4) == 0);
+            if (!(at = strstr(shown, "align.c:"))) continue;
+            size_t number = strtoul(at + 8, &at, 10);
+            const char *found = number < lines ? line[number] : "", *opening = arena_printf(&test_arena, strncmp(at, " struct", 7) == 0 ? "%s {" : "%s(", at + 1), *place = strstr(found, opening);
+            bool body = strchr(found, '{') || strcmp(line[number + 1], "{") == 0;
+            if (!(place && body && found[0] != ' ')) expect_text(at, text_of(found), "its definition");
+            numbers++;
+        }
+    }
+    expect_count("terms", terms, 53);
+    expect_true("functions", numbers > 80);
+}
+
 /* =============================================================================================
  * Fixtures: models of transformers and what it computed for them (--fixtures DIR)
  * ============================================================================================= */
@@ -3944,7 +4013,8 @@ static const struct { const char *name; void (*run)(void); } TESTS[] = {
     {"reinforce_raises_reward", test_reinforce_raises_reward}, {"dpo_golden", test_dpo_golden},
     {"dpo_gradient", test_dpo_gradient}, {"dpo_model_gradient", test_dpo_model_gradient}, {"dpo_pairs", test_dpo_pairs}, {"dpo_overfit", test_dpo_overfit},
     {"evaluation", test_evaluation}, {"broken_weights", test_broken_weights}, {"broken_config", test_broken_config}, {"broken_data", test_broken_data},
-    {"broken_tokenizer", test_broken_tokenizer}, {"cli_errors", test_cli_errors}, {"cli_course", test_cli_course}, {"cli_collect", test_cli_collect}, {"cli_lora", test_cli_lora}, {"fixtures_gradient", test_fixtures_gradient},
+    {"broken_tokenizer", test_broken_tokenizer}, {"cli_errors", test_cli_errors}, {"cli_course", test_cli_course}, {"cli_collect", test_cli_collect}, {"cli_lora", test_cli_lora},
+    {"glossary_fold", test_glossary_fold}, {"glossary_find", test_glossary_find}, {"glossary_terms", test_glossary_terms}, {"fixtures_gradient", test_fixtures_gradient},
     {"fixtures_logprob", test_fixtures_logprob}, {"fixtures_reward", test_fixtures_reward},
 };
 
