@@ -3825,7 +3825,8 @@ static void test_glossary_find(void)
     static const char *const cases[][2] = {{"Diverg\xc3\xaancia de Kullback-Leibler (KL)", KL}, {"DIVERGENCIA de kullback leibler", KL}, {"kl", KL}, {"Kullback-Leibler divergence", KL}, {"leibler", KL},
         {"dpo", DPO}, {"otimizac\xcc\xa7\x61\xcc\x83o de prefere\xcc\x82ncia", DPO}, {"coleta de dados", "Coleta de dados \xc2\xb7 "}, {"top p", "Amostragem top-p \xc2\xb7 "}, {"beam", "Beam search \xc2\xb7 "},
         {"trainer.train", "Trainer.train() \xc2\xb7 "}, {"\xcf\x84", "Temperatura (\xcf\x84) \xc2\xb7 "}, {"Tau", "Temperatura (\xcf\x84) \xc2\xb7 "}, {"\xce\xa9", "Fun\xc3\xa7\xc3\xa3o Omega (\xcf\x89) \xc2\xb7 "}, {"pi", "Pol\xc3\xadtica \xcf\x80 \xc2\xb7 "},
-        {"kulback", "no term \"kulback\"; the nearest is:\n" KL}, {"divergencia de kullbak", "no term \"divergencia de kullbak\"; the nearest is:\n" KL}, {"softmaks", "no term \"softmaks\"; the nearest is:\nFun\xc3\xa7\xc3\xa3o softmax"},
+        {"kulback", "no term \"kulback\"; the nearest is:\n" KL}, {"divergencia de kullbak", "no term \"divergencia de kullbak\"; the nearest is:\n" KL}, {"recompensas", "no term \"recompensas\"; the nearest is:\n  Fun\xc3\xa7\xc3\xa3o de recompensa \xc2\xb7 reward function\n  Distribui"},
+        {"softmaks", "no term \"softmaks\"; the nearest is:\nFun\xc3\xa7\xc3\xa3o softmax"},
         {"GAE", "no term \"gae\"; it occurs in:\nOtimiza\xc3\xa7\xc3\xa3o de pol\xc3\xadtica proximal (PPO)"}, {"top", "several terms fit \"top\":\n  Amostragem top-k \xc2\xb7 top-k sampling\n  Amostragem top-p"}, {"()", "Data and tokens"}};
     for (size_t i = 0; i < COUNT(cases); i++) {
         struct Text out = glossary(cases[i][0], NULL, NULL);
