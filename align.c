@@ -690,7 +690,6 @@ static const char *json_number_text(double x)
     return isfinite(x) ? text : "null";
 }
 
-static void json_write_number(FILE *file, double x) { fputs(json_number_text(x), file); }
 
 static void json_write_ids(FILE *file, const int *ids, size_t n)
 {
