@@ -26,7 +26,7 @@
  *    2 Files: JSON, safetensors                12 Generation
  *    3 Tokenizer                               13 Language modelling: pretraining, SFT
  *    4 Data: datasets, pairs, collator         14 Reward model
- *    5 Probability: sigmoid, softmax, KL       15 Policy gradient: PPO
+ *    5 Probability: sigmoid, softmax, KL       15 Policy gradient: REINFORCE, PPO
  *    6 Matrix multiplication                   16 DPO
  *    7 Layers, forward and backward            (17 is kept for the closed form)
  *    8 GPT-2                                   18 Evaluation and the whole course (rlhf)
@@ -66,6 +66,7 @@
  *   [20] Schulman 2020, Approximating KL Divergence (the k1 and k3 estimates)
  *   [21] Hu 2021, LoRA: Low-Rank Adaptation of Large Language Models
  *   [22] Kalajdzievski 2023, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA (rslora)
+ *   [23] Ahmadian 2024, Back to Basics: Revisiting REINFORCE-Style Optimization (RLOO)
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE            /* realpath, clock_gettime, fsync under -std=c11 */
@@ -113,8 +114,10 @@
 
 static bool quiet;             /* --quiet: no progress on stderr; errors are still said */
 
-static _Noreturn void die_with(int status, const char *format, va_list arguments)
+static _Noreturn void PRINTF_LIKE(2, 3) die_with(int status, const char *format, ...)
 {
+    va_list arguments;
+    va_start(arguments, format);
     fflush(stdout);
     fputs("align: ", stderr);
     vfprintf(stderr, format, arguments);
@@ -122,21 +125,8 @@ static _Noreturn void die_with(int status, const char *format, va_list arguments
     exit(status);
 }
 
-static _Noreturn void PRINTF_LIKE(1, 2) die(const char *format, ...)
-{
-    va_list arguments;
-    va_start(arguments, format);
-    die_with(1, format, arguments);
-}
-
-/* The user typed something that is no command or flag: exit 2, as other tools do. */
-static _Noreturn void PRINTF_LIKE(1, 2) die_usage(const char *format, ...)
-{
-    va_list arguments;
-    va_start(arguments, format);
-    die_with(2, format, arguments);
-}
-
+#define die(...) die_with(1, __VA_ARGS__)
+#define die_usage(...) die_with(2, __VA_ARGS__)        /* what was typed is no command or flag: 2, as other tools do */
 #define CHECK(condition, ...) do { if (!(condition)) die(__VA_ARGS__); } while (0)
 
 static void PRINTF_LIKE(1, 2) say(const char *format, ...)
@@ -249,8 +239,8 @@ static void rng_shuffle(struct Rng *rng, size_t *items, size_t n)
 
 /* Arena: memory taken piece by piece and given back all at once. After a reset the pieces are
  * merged into one block of their total size, so a training loop that resets once a step asks the
- * system for memory in its first steps only. Under the address sanitizer every piece is an
- * allocation of its own: an overrun must not land unseen in a neighbour. */
+ * system for memory in its first steps only. Under sanitizers every piece is an allocation of its
+ * own: an overrun must not land unseen in a neighbour. */
 #if defined(__has_feature)
 #define HAS_FEATURE(x) __has_feature(x)
 #else
@@ -261,15 +251,10 @@ static void rng_shuffle(struct Rng *rng, size_t *items, size_t n)
 #else
 #define SANITIZED 0
 #endif
-#if defined(__SANITIZE_ADDRESS__) || HAS_FEATURE(address_sanitizer)
-enum { ARENA_PIECEWISE = 1 };
-#else
-enum { ARENA_PIECEWISE = 0 };
-#endif
 
 struct ArenaBlock { struct ArenaBlock *next; size_t size, used; };
 struct Arena { struct ArenaBlock *blocks; size_t next_size; };
-enum { ARENA_ALIGN = 64, ARENA_HEADER = 64, ARENA_HUGE = 1 << 21 };      /* 64 bytes: a cache line, an AVX-512 vector */
+enum { ARENA_PIECEWISE = SANITIZED, ARENA_ALIGN = 64, ARENA_HEADER = 64, ARENA_HUGE = 1 << 21 };      /* 64 bytes: a cache line, an AVX-512 vector */
 
 static void arena_free(struct Arena *arena)
 {
@@ -339,14 +324,7 @@ static float *arena_floats(struct Arena *arena, size_t count) { return arena_all
 struct Text { const char *data; size_t length; };
 
 static struct Text text_of(const char *string) { return (struct Text){string, strlen(string)}; }
-
-static struct Text text_copy(struct Arena *arena, struct Text text)
-{
-    char *copy = arena_alloc(arena, text.length + 1, 1);
-    if (text.length) memcpy(copy, text.data, text.length);
-    copy[text.length] = 0;
-    return (struct Text){copy, text.length};
-}
+static bool text_equal(struct Text a, struct Text b) { return a.length == b.length && memcmp(a.data, b.data, a.length) == 0; }
 
 static struct Text text_join(struct Arena *arena, struct Text a, struct Text b)
 {
@@ -356,6 +334,8 @@ static struct Text text_join(struct Arena *arena, struct Text a, struct Text b)
     both[a.length + b.length] = 0;
     return (struct Text){both, a.length + b.length};
 }
+
+static struct Text text_copy(struct Arena *arena, struct Text text) { return text_join(arena, text, (struct Text){0}); }
 
 /* printf into an arena: paths and names. */
 static char *PRINTF_LIKE(2, 3) arena_printf(struct Arena *arena, const char *format, ...)
@@ -480,25 +460,23 @@ static void json_space(struct JsonParser *p)
 
 static size_t utf8_write(char *to, uint32_t c)
 {
-    if (c < 0x80) { to[0] = (char)c; return 1; }
-    if (c < 0x800) { to[0] = (char)(0xc0 | c >> 6); to[1] = (char)(0x80 | (c & 63)); return 2; }
-    if (c < 0x10000) { to[0] = (char)(0xe0 | c >> 12); to[1] = (char)(0x80 | (c >> 6 & 63)); to[2] = (char)(0x80 | (c & 63)); return 3; }
-    to[0] = (char)(0xf0 | c >> 18); to[1] = (char)(0x80 | (c >> 12 & 63)); to[2] = (char)(0x80 | (c >> 6 & 63)); to[3] = (char)(0x80 | (c & 63));
-    return 4;
+    static const unsigned char lead[] = {0, 0, 0xc0, 0xe0, 0xf0};
+    size_t length = c < 0x80 ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
+    for (size_t k = length; k-- > 1; c >>= 6) to[k] = (char)(0x80 | (c & 63));
+    to[0] = (char)(lead[length] | c);
+    return length;
 }
 
 /* Four hexadecimal digits, or -1. */
 static int32_t json_hex4(struct JsonParser *p)
 {
     if (p->end - p->at < 4) return -1;
-    int32_t value = 0;
+    char digits[5] = {0};
     for (int i = 0; i < 4; i++) {
-        char c = *p->at++;
-        int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
-        if (digit < 0) return -1;
-        value = value * 16 + digit;
+        digits[i] = *p->at++;
+        if (!isxdigit((unsigned char)digits[i])) return -1;
     }
-    return value;
+    return (int32_t)strtol(digits, NULL, 16);
 }
 
 /* After "\u": one code point; a high surrogate takes the low one that must follow it. */
@@ -521,27 +499,20 @@ static bool json_string(struct JsonParser *p, struct Text *out)
 {
     const char *close = p->at + 1;
     while (close < p->end && *close != '"') close += *close == '\\' ? 2 : 1;
-    if (close >= p->end) return json_fail(p, "a string without its closing quote"), false;
+    static const char escapes[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
+    if (close >= p->end) return json_fail(p, "a string without its closing quote");
     char *to = arena_alloc(p->arena, (size_t)(close - p->at), 1), *start = to;
     for (p->at++; p->at < close;) {
         char c = *p->at++;
-        if ((unsigned char)c < 0x20) return json_fail(p, "a control character inside a string"), false;
+        if ((unsigned char)c < 0x20) return json_fail(p, "a control character inside a string");
         if (c != '\\') { *to++ = c; continue; }
-        switch (c = *p->at++) {
-        case '"': case '\\': case '/': *to++ = c; break;
-        case 'b': *to++ = '\b'; break;
-        case 'f': *to++ = '\f'; break;
-        case 'n': *to++ = '\n'; break;
-        case 'r': *to++ = '\r'; break;
-        case 't': *to++ = '\t'; break;
-        case 'u': {
-            int32_t code = json_code_point(p);
-            if (code < 0 || p->at > close) return json_fail(p, "\\u without four hexadecimal digits"), false;
-            to += utf8_write(to, (uint32_t)code);
-            break;
-        }
-        default: return json_fail(p, "an unknown escape after \\"), false;
-        }
+        c = *p->at++;
+        const char *escape = memchr(escapes, c, sizeof escapes - 1);
+        if (escape) { *to++ = meanings[escape - escapes]; continue; }
+        if (c != 'u') return json_fail(p, "an unknown escape after \\");
+        int32_t code = json_code_point(p);
+        if (code < 0 || p->at > close) return json_fail(p, "\\u without four hexadecimal digits");
+        to += utf8_write(to, (uint32_t)code);
     }
     *to = 0;
     *out = (struct Text){start, (size_t)(to - start)};
@@ -552,30 +523,28 @@ static bool json_string(struct JsonParser *p, struct Text *out)
 /* [-] digits [. digits] [e digits]: JSON's grammar is narrower than strtod's (no "+1", ".5", "0x1"). */
 static bool json_number(struct JsonParser *p, double *out)
 {
-    const char *s = p->at;
-    if (s < p->end && *s == '-') s++;
-    const char *digits = s;
-    while (s < p->end && isdigit((unsigned char)*s)) s++;
-    if (s == digits || (*digits == '0' && s > digits + 1)) return json_fail(p, "a value was expected"), false;
-    if (s < p->end && *s == '.') {
-        const char *fraction = ++s;
-        while (s < p->end && isdigit((unsigned char)*s)) s++;
-        if (s == fraction) return json_fail(p, "a number ends in its decimal point"), false;
+    static const char DIGITS[] = "0123456789";
+    char copy[65] = "";
+    memcpy(copy, p->at, MIN((size_t)(p->end - p->at), sizeof copy - 1));
+    char *s = copy + (*copy == '-');
+    size_t n = strspn(s, DIGITS);
+    if (n == 0 || (n > 1 && *s == '0')) return json_fail(p, "a value was expected");
+    s += n;
+    if (*s == '.') {
+        n = strspn(++s, DIGITS);
+        if (n == 0) return json_fail(p, "a number ends in its decimal point");
+        s += n;
     }
-    if (s < p->end && (*s == 'e' || *s == 'E')) {
-        s++;
-        if (s < p->end && (*s == '+' || *s == '-')) s++;
-        const char *exponent = s;
-        while (s < p->end && isdigit((unsigned char)*s)) s++;
-        if (s == exponent) return json_fail(p, "a number without its exponent"), false;
+    if (*s == 'e' || *s == 'E') {
+        s += s[1] == '+' || s[1] == '-' ? 2 : 1;
+        n = strspn(s, DIGITS);
+        if (n == 0) return json_fail(p, "a number without its exponent");
+        s += n;
     }
-    char copy[64];
-    size_t length = (size_t)(s - p->at);
-    if (length >= sizeof copy) return json_fail(p, "a number of more than 63 characters"), false;
-    memcpy(copy, p->at, length);
-    copy[length] = 0;
+    if (s == copy + sizeof copy - 1) return json_fail(p, "a number of more than 63 characters");
+    *s = 0;
     *out = strtod(copy, NULL);
-    p->at = s;
+    p->at += s - copy;
     return true;
 }
 
@@ -710,17 +679,30 @@ static void json_write_string(FILE *file, struct Text text)
     fputc('"', file);
 }
 
-/* JSON has no NaN; Python's json.load reads null as None. 9 digits bring any float back bit for bit. */
-static void json_write_number(FILE *file, double x)
+/* JSON has no NaN; Python's json.load reads null as None. 9 digits bring any float back bit for bit.
+ * The text stays until the eighth call from here: enough for one printf. */
+static const char *json_number_text(double x)
 {
-    if (isfinite(x)) fprintf(file, "%.9g", x);
-    else fputs("null", file);
+    static char texts[8][32];
+    static size_t next;
+    char *text = texts[next++ % COUNT(texts)];
+    snprintf(text, sizeof texts[0], "%.9g", x);
+    return isfinite(x) ? text : "null";
 }
+
+static void json_write_number(FILE *file, double x) { fputs(json_number_text(x), file); }
 
 static void json_write_ids(FILE *file, const int *ids, size_t n)
 {
     fputc('[', file);
     for (size_t i = 0; i < n; i++) fprintf(file, "%s%d", i ? ", " : "", ids[i]);
+    fputc(']', file);
+}
+
+static void json_write_floats(FILE *file, const float *x, size_t n)
+{
+    fputc('[', file);
+    for (size_t i = 0; i < n; i++) fprintf(file, "%s%s", i ? ", " : "", json_number_text(x[i]));
     fputc(']', file);
 }
 
@@ -735,15 +717,12 @@ struct Tensor {
     float *w, *d, *m, *v;
 };
 
+static inline uint32_t bits_of_float(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+static inline float float_of_bits(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+
 /* Half-precision numbers on their way in. bfloat16 is the upper half of a float; float16 has 5 bits
  * of exponent (bias 15) and 10 of fraction, and below 2^-14 the fraction counts without its leading 1. */
-static float float_of_bf16(uint16_t half)
-{
-    uint32_t bits = (uint32_t)half << 16;
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-}
+static float float_of_bf16(uint16_t half) { return float_of_bits((uint32_t)half << 16); }
 
 static float float_of_f16(uint16_t half)
 {
@@ -810,8 +789,8 @@ static void safetensors_read(struct SafeTensors *st, const struct Json *entry, s
         same = same && dims < tensor->ndim && size == (double)tensor->shape[dims];
         if (used < 60) used += (size_t)snprintf(found + used, sizeof found - used, "%s%.0f", dims ? ", " : "", size);
     }
-    if (tensor->ndim == 2) CHECK(same && dims == 2, "%s: tensor %s: expected shape [%zu, %zu], found [%s]; is config.json this model's?", st->path, tensor->name, tensor->shape[0], tensor->shape[1], found);
-    CHECK(same && dims == tensor->ndim, "%s: tensor %s: expected shape [%zu], found [%s]; is config.json this model's?", st->path, tensor->name, tensor->shape[0], found);
+    CHECK(same && dims == tensor->ndim, "%s: tensor %s: expected shape [%zu%s%.0zu], found [%s]; is config.json this model's?",
+          st->path, tensor->name, tensor->shape[0], tensor->ndim == 2 ? ", " : "", tensor->shape[1], found);
     size_t begin = json_size(offsets->child, SIZE_MAX / 4, st->path, "data_offsets");
     size_t end = json_size(offsets->child->next, SIZE_MAX / 4, st->path, "data_offsets");
     CHECK(begin <= end && end <= st->data_size, "%s: tensor %s: its bytes %zu to %zu leave the file's %llu; cut short?", st->path, tensor->name, begin, end, (unsigned long long)st->data_size);
@@ -870,29 +849,28 @@ enum { UNICODE_END = 0x110000, MERGE_SLOTS = 1 << 17 };
 
 struct Tokenizer {
     struct Arena arena;
-    char path[PATH_MAX];
+    char *path;
     size_t vocab_size;              /* 50257 */
     int end_token;                  /* 50256, "<|endoftext|>" */
     struct Text *token;             /* (vocab_size) the bytes of each id */
     int byte_token[256];            /* the id of each single byte */
     uint8_t *char_class;            /* (UNICODE_END) enum CharClass of each code point */
-    uint32_t *merge_key;            /* hash table: left id << 16 | right id ... */
-    int *merge_id;                  /* ... -> the id they make together; -1: an empty slot */
     size_t merges;
-    const uint16_t *merge_pairs;    /* (merges, 2) in order of rank */
+    uint32_t *merge_pair;           /* (merges) in order of rank: left id | right id << 16 */
+    int *merge_id;                  /* (MERGE_SLOTS) hash table: a pair -> the id it makes; -1: an empty slot */
 };
 
-static size_t merge_slot(const struct Tokenizer *tok, uint32_t key)
+static size_t merge_slot(const struct Tokenizer *tok, uint32_t pair)
 {
-    size_t slot = (key * 2654435761u) >> 15;         /* Knuth's multiplicative hash, upper 17 bits */
-    while (tok->merge_id[slot] >= 0 && tok->merge_key[slot] != key) slot = (slot + 1) % MERGE_SLOTS;
+    size_t slot = (pair * 2654435761u) >> 15;        /* Knuth's multiplicative hash, upper 17 bits */
+    while (tok->merge_id[slot] >= 0 && tok->merge_pair[tok->merge_id[slot] - BYTE_TOKENS] != pair) slot = (slot + 1) % MERGE_SLOTS;
     return slot;
 }
 
 /* The id that two neighbours make together, or -1. */
 static int tokenizer_merge(const struct Tokenizer *tok, int left, int right)
 {
-    return tok->merge_id[merge_slot(tok, (uint32_t)left << 16 | (uint32_t)right)];
+    return tok->merge_id[merge_slot(tok, (uint32_t)left | (uint32_t)right << 16)];
 }
 
 /* A cursor over a binary file that refuses to leave it. */
@@ -916,22 +894,15 @@ static void tokenizer_read_merges(struct Tokenizer *tok, struct Reader *r)
 {
     tok->merges = reader_u32(r, "merges");
     CHECK(tok->merges + BYTE_TOKENS + 1 == tok->vocab_size, "%s: %zu merges do not make a vocabulary of %zu", r->path, tok->merges, tok->vocab_size);
-    tok->merge_key = arena_zeros(&tok->arena, MERGE_SLOTS, sizeof *tok->merge_key);
+    tok->merge_pair = arena_alloc(&tok->arena, tok->merges, sizeof *tok->merge_pair);
     tok->merge_id = arena_alloc(&tok->arena, MERGE_SLOTS, sizeof *tok->merge_id);
     for (size_t i = 0; i < MERGE_SLOTS; i++) tok->merge_id[i] = -1;
-    uint16_t *pairs = arena_alloc(&tok->arena, tok->merges, 2 * sizeof *pairs);
-    tok->merge_pairs = pairs;
     for (size_t i = 0; i < tok->merges; i++) {
-        const unsigned char *b = reader_take(r, 4, "merges");
-        int left = b[0] | b[1] << 8, right = b[2] | b[3] << 8, id = (int)(BYTE_TOKENS + i);
-        CHECK(left < id && right < id, "%s: merge %zu uses an id that comes after it", r->path, i);
-        pairs[2 * i] = (uint16_t)left;
-        pairs[2 * i + 1] = (uint16_t)right;
-        uint32_t key = (uint32_t)left << 16 | (uint32_t)right;
-        size_t slot = merge_slot(tok, key);
-        CHECK(tok->merge_id[slot] < 0, "%s: merge %zu stands there twice", r->path, i);
-        tok->merge_key[slot] = key;
-        tok->merge_id[slot] = id;
+        uint32_t pair = tok->merge_pair[i] = reader_u32(r, "merges"), id = (uint32_t)(BYTE_TOKENS + i);
+        CHECK((pair & 0xffff) < id && pair >> 16 < id, "%s: merge %zu uses an id that comes after it", r->path, i);
+        int *slot = &tok->merge_id[merge_slot(tok, pair)];
+        CHECK(*slot < 0, "%s: merge %zu stands there twice", r->path, i);
+        *slot = (int)id;
     }
 }
 
@@ -941,8 +912,7 @@ static struct Tokenizer *tokenizer_load(const char *path)
 {
     struct Tokenizer *tok = calloc(1, sizeof *tok);
     CHECK(tok, "out of memory");
-    CHECK(strlen(path) < sizeof tok->path, "%.60s...: the path is too long", path);
-    strcpy(tok->path, path);
+    tok->path = arena_printf(&tok->arena, "%s", path);
     struct Text file = read_file(&tok->arena, path);
     struct Reader r = {(const unsigned char *)file.data, (const unsigned char *)file.data + file.length, path};
     uint32_t header[256];
@@ -1025,25 +995,23 @@ static size_t tokenizer_word_end(const struct Tokenizer *tok, const unsigned cha
  * waits in a heap, lowest merged id first, leftmost first among equals. A merge makes two new
  * neighbour pairs; entries about pieces gone meanwhile are recognised and skipped. So a word of n
  * bytes takes O(n log n), where rescanning the word for each merge would take O(n^2). */
-struct MergeEntry { int id; uint32_t at; };
-struct WordPieces { int *id; int32_t *prev, *next; struct MergeEntry *heap; size_t heap_size, capacity; };
+struct Piece { int id; int32_t prev, next; };             /* id -1: merged into its left neighbour; prev, next -1: none */
+struct WordPieces { struct Piece *piece; uint64_t *heap; size_t heap_size, capacity; };       /* heap: merged id << 32 | left piece */
 
-static bool merge_before(struct MergeEntry a, struct MergeEntry b) { return a.id < b.id || (a.id == b.id && a.at < b.at); }
-
-static void heap_push(struct WordPieces *w, struct MergeEntry entry)
+static void heap_push(struct WordPieces *w, uint64_t entry)
 {
     size_t i = w->heap_size++;
-    for (; i > 0 && merge_before(entry, w->heap[(i - 1) / 2]); i = (i - 1) / 2) w->heap[i] = w->heap[(i - 1) / 2];
+    for (; i > 0 && entry < w->heap[(i - 1) / 2]; i = (i - 1) / 2) w->heap[i] = w->heap[(i - 1) / 2];
     w->heap[i] = entry;
 }
 
-static struct MergeEntry heap_pop(struct WordPieces *w)
+static uint64_t heap_pop(struct WordPieces *w)
 {
-    struct MergeEntry top = w->heap[0], last = w->heap[--w->heap_size];
+    uint64_t top = w->heap[0], last = w->heap[--w->heap_size];
     size_t i = 0, n = w->heap_size;
     for (size_t child; (child = 2 * i + 1) < n; i = child) {
-        if (child + 1 < n && merge_before(w->heap[child + 1], w->heap[child])) child++;
-        if (!merge_before(w->heap[child], last)) break;
+        if (child + 1 < n && w->heap[child + 1] < w->heap[child]) child++;
+        if (w->heap[child] >= last) break;
         w->heap[i] = w->heap[child];
     }
     w->heap[i] = last;
@@ -1053,34 +1021,31 @@ static struct MergeEntry heap_pop(struct WordPieces *w)
 /* Offers the pair (at, next of at), unless its merge is outside the vocabulary. */
 static void pieces_offer(const struct Tokenizer *tok, struct WordPieces *w, int32_t at, int merge_limit)
 {
-    if (at < 0 || w->next[at] < 0) return;
-    int id = tokenizer_merge(tok, w->id[at], w->id[w->next[at]]);
-    if (id >= 0 && id < merge_limit) heap_push(w, (struct MergeEntry){id, (uint32_t)at});
+    if (at < 0 || w->piece[at].next < 0) return;
+    int id = tokenizer_merge(tok, w->piece[at].id, w->piece[w->piece[at].next].id);
+    if (id >= 0 && id < merge_limit) heap_push(w, (uint64_t)id << 32 | (uint32_t)at);
 }
 
 static size_t tokenizer_encode_word(const struct Tokenizer *tok, struct WordPieces *w, const unsigned char *word, size_t n, int merge_limit, int *out)
 {
-    for (size_t i = 0; i < n; i++) {
-        w->id[i] = tok->byte_token[word[i]];
-        w->prev[i] = (int32_t)i - 1;
-        w->next[i] = i + 1 < n ? (int32_t)i + 1 : -1;
-    }
+    struct Piece *piece = w->piece;
+    for (size_t i = 0; i < n; i++) piece[i] = (struct Piece){tok->byte_token[word[i]], (int32_t)i - 1, i + 1 < n ? (int32_t)i + 1 : -1};
     w->heap_size = 0;
     for (size_t i = 0; i + 1 < n; i++) pieces_offer(tok, w, (int32_t)i, merge_limit);
     while (w->heap_size > 0) {
-        struct MergeEntry top = heap_pop(w);
-        int32_t left = (int32_t)top.at, right = w->next[left];
-        bool stale = w->id[left] < 0 || right < 0 || tokenizer_merge(tok, w->id[left], w->id[right]) != top.id;
+        uint64_t top = heap_pop(w);
+        int id = (int)(top >> 32);
+        int32_t left = (int32_t)(top & 0xffffffff), right = piece[left].next;
+        bool stale = piece[left].id < 0 || right < 0 || tokenizer_merge(tok, piece[left].id, piece[right].id) != id;
         if (stale) continue;
-        w->id[left] = top.id;
-        w->id[right] = -1;                                     /* gone */
-        w->next[left] = w->next[right];
-        if (w->next[right] >= 0) w->prev[w->next[right]] = left;
-        pieces_offer(tok, w, w->prev[left], merge_limit);
+        piece[left] = (struct Piece){id, piece[left].prev, piece[right].next};
+        piece[right].id = -1;
+        if (piece[left].next >= 0) piece[piece[left].next].prev = left;
+        pieces_offer(tok, w, piece[left].prev, merge_limit);
         pieces_offer(tok, w, left, merge_limit);
     }
     size_t count = 0;
-    for (int32_t i = 0; i >= 0; i = w->next[i]) out[count++] = w->id[i];
+    for (int32_t i = 0; i >= 0; i = piece[i].next) out[count++] = piece[i].id;
     return count;
 }
 
@@ -1100,15 +1065,14 @@ static size_t tokenizer_encode(const struct Tokenizer *tok, struct Text text, si
         size_t n = end - i;
         if (n > w.capacity) {
             w.capacity = MAX(n, (size_t)256);
-            w.id = realloc(w.id, w.capacity * sizeof *w.id);
-            w.prev = realloc(w.prev, w.capacity * sizeof *w.prev);
-            w.next = realloc(w.next, w.capacity * sizeof *w.next);
+            w.piece = realloc(w.piece, w.capacity * sizeof *w.piece);
             w.heap = realloc(w.heap, 3 * w.capacity * sizeof *w.heap);    /* n - 1 at first, 2 more for each of n - 1 merges */
-            CHECK(w.id && w.prev && w.next && w.heap, "out of memory for a word of %zu bytes", n);
+            CHECK(w.piece && w.heap, "out of memory for a word of %zu bytes", n);
         }
         count += tokenizer_encode_word(tok, &w, bytes + i, n, merge_limit, ids + count);
     }
-    free(w.id); free(w.prev); free(w.next); free(w.heap);
+    free(w.piece);
+    free(w.heap);
     return count;
 }
 
@@ -1135,15 +1099,11 @@ static struct Text tokenizer_decode_all(const struct Tokenizer *tok, struct Aren
 }
 
 /* GPT-2's files show each byte as a printable character: itself if it is one, else 256, 257 ... */
-static uint32_t byte_to_unicode(int byte)
+static uint32_t byte_to_unicode(uint32_t byte)
 {
-    uint32_t extra = 256;
-    for (int b = 0; b < 256; b++) {
-        bool printable = (b >= '!' && b <= '~') || (b >= 0xa1 && b <= 0xac) || (b >= 0xae && b <= 0xff);
-        if (b == byte) return printable ? (uint32_t)b : extra;
-        extra += !printable;
-    }
-    return 0;
+    if (byte <= ' ') return 256 + byte;                                        /* the first 33 */
+    if (byte >= 0x7f && byte <= 0xa0) return 256 + 33 + (byte - 0x7f);         /* 34 more */
+    return byte == 0xad ? 256 + 33 + 34 : byte;                                /* the soft hyphen */
 }
 
 static struct Text token_as_unicode(struct Arena *arena, struct Text token)
@@ -1155,7 +1115,7 @@ static struct Text token_as_unicode(struct Arena *arena, struct Text token)
 }
 
 /* vocab.json, merges.txt and tokenizer_config.json: what AutoTokenizer looks for beside a model. */
-static void tokenizer_save(const struct Tokenizer *tok, const char *folder, size_t vocab_size)
+static void tokenizer_save(const struct Tokenizer *tok, const char *folder, size_t vocab_size, size_t n_positions)
 {
     struct Arena arena = {0};
     size_t end = (size_t)end_token_of(vocab_size);
@@ -1171,14 +1131,14 @@ static void tokenizer_save(const struct Tokenizer *tok, const char *folder, size
     output_open(&out, folder, "merges.txt");
     fputs("#version: 0.2\n", out.file);
     for (size_t i = 0; i + BYTE_TOKENS < end; i++) {
-        struct Text left = token_as_unicode(&arena, tok->token[tok->merge_pairs[2 * i]]);
-        struct Text right = token_as_unicode(&arena, tok->token[tok->merge_pairs[2 * i + 1]]);
+        struct Text left = token_as_unicode(&arena, tok->token[tok->merge_pair[i] & 0xffff]);
+        struct Text right = token_as_unicode(&arena, tok->token[tok->merge_pair[i] >> 16]);
         fprintf(out.file, "%s %s\n", left.data, right.data);
     }
     output_close(&out);
     output_open(&out, folder, "tokenizer_config.json");
-    fputs("{\n  \"add_prefix_space\": false,\n  \"bos_token\": \"<|endoftext|>\",\n  \"eos_token\": \"<|endoftext|>\",\n"
-          "  \"pad_token\": \"<|endoftext|>\",\n  \"tokenizer_class\": \"GPT2Tokenizer\",\n  \"unk_token\": \"<|endoftext|>\"\n}\n", out.file);
+    fprintf(out.file, "{\n  \"add_prefix_space\": false,\n  \"bos_token\": \"<|endoftext|>\",\n  \"eos_token\": \"<|endoftext|>\",\n  \"model_max_length\": %zu,\n"
+          "  \"pad_token\": \"<|endoftext|>\",\n  \"tokenizer_class\": \"GPT2Tokenizer\",\n  \"unk_token\": \"<|endoftext|>\"\n}\n", n_positions);
     output_close(&out);
     arena_free(&arena);
 }
@@ -1285,30 +1245,27 @@ static struct Row dataset_row(struct Arena *keep, struct Arena *scratch, struct 
     return row;
 }
 
-/* Appends a file's rows. The first row's shape, of those the caller can use, holds for all. Returns
- * false when `optional` and the first row has none of the shapes. */
-static bool dataset_add_file(struct Dataset *data, const char *path, const unsigned *shapes, size_t shape_count, bool optional)
+/* Appends a file's rows. The first row's shape, of those the caller can use, holds for all. A file whose first
+ * row has none of the shapes is an error, or, if `optional`, left out. */
+static void dataset_add_file(struct Dataset *data, const char *path, const unsigned *shapes, size_t shape_count, bool optional)
 {
     struct Arena scratch = {0};
     struct Text file = read_file(&scratch, path);
     struct Arena line_arena = {0};
     const char *at = file.data, *end = file.data + file.length;
-    bool used = true;
     size_t rows_before = data->n;
     if (file.length >= 3 && memcmp(at, "\xef\xbb\xbf", 3) == 0) at += 3;
-    for (size_t line = 1; at < end && used; line++) {
+    for (size_t line = 1; at < end; line++) {
         const char *stop = memchr(at, '\n', (size_t)(end - at));
         if (!stop) stop = end;
         struct Text text = {at, (size_t)(stop - at)};
         at = stop + 1;
-        size_t blank = 0;
-        while (blank < text.length && isspace((unsigned char)text.data[blank])) blank++;
-        if (blank == text.length) continue;
+        if (strspn(text.data, " \t\r\v\f") == text.length) continue;
         bool first_row = rows_before == data->n;
         struct Row row = dataset_row(&data->arena, &line_arena, text, path, line);
         for (size_t i = 0; i < shape_count && !data->shape; i++) if ((row.has & shapes[i]) == shapes[i]) data->shape = shapes[i];
         if (!data->shape || (row.has & data->shape) != data->shape) {
-            if (optional && first_row) { used = false; break; }
+            if (optional && first_row) break;
             const char *wanted = shape_name(&scratch, data->shape ? data->shape : shapes[0]), *found = shape_name(&scratch, row.has);
             die("%s:%zu: expected %s%s, found %s", path, line, wanted, data->shape || shape_count == 1 ? "" : " (or another shape this command takes: see --help)", *found ? found : "no field that is known");
         }
@@ -1322,7 +1279,6 @@ static bool dataset_add_file(struct Dataset *data, const char *path, const unsig
     }
     arena_free(&line_arena);
     arena_free(&scratch);
-    return used;
 }
 
 static int compare_strings(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
@@ -1351,9 +1307,7 @@ static struct Dataset *dataset_load(const char *path, const unsigned *shapes, si
         for (size_t s = 0; s < shape_count && !data->shape; s++)
             for (size_t i = 0; i < count; i++) dataset_add_file(data, files[i], data->shape ? &data->shape : &shapes[s], 1, true);
     }
-    struct Arena scratch = {0};
-    CHECK(data->n > 0, "%s: no row with %s was found", path, shape_name(&scratch, shapes[0]));
-    arena_free(&scratch);
+    CHECK(data->n > 0, "%s: no row with %s was found", path, shape_name(&data->arena, shapes[0]));
     return data;
 }
 
@@ -1375,18 +1329,12 @@ static struct Example example_encode(struct Arena *arena, const struct Tokenizer
     CHECK(ids, "out of memory for a text of %zu bytes", text.length);
     e.n = tokenizer_encode(tok, text, vocab_size, ids);
     if (add_end) ids[e.n++] = end_token_of(vocab_size);
-    e.ids = arena_alloc(arena, e.n + 1, sizeof *e.ids);
-    memcpy(e.ids, ids, e.n * sizeof *ids);
+    e.ids = memcpy(arena_alloc(arena, e.n + 1, sizeof *e.ids), ids, e.n * sizeof *ids);
     free(ids);
     return e;
 }
 
-static size_t common_prefix(struct Example a, struct Example b)
-{
-    size_t n = 0;
-    while (n < a.n && n < b.n && a.ids[n] == b.ids[n]) n++;
-    return n;
-}
+
 
 /* Prompt + completion as TRL prepares them: the whole is encoded at once, with the end token behind
  * it, and the completion starts where the ids stop to be the prompt's own. A merge across the seam
@@ -1396,7 +1344,8 @@ static struct Example example_prompt_completion(struct Arena *arena, const struc
     struct Arena scratch = {0};
     struct Example alone = example_encode(&scratch, tok, prompt, vocab_size, false);
     struct Example whole = example_encode(arena, tok, text_join(&scratch, prompt, completion), vocab_size, true);
-    whole.prompt_length = common_prefix(alone, whole);
+    size_t *n = &whole.prompt_length;
+    while (*n < alone.n && *n < whole.n && alone.ids[*n] == whole.ids[*n]) ++*n;
     arena_free(&scratch);
     return whole;
 }
@@ -1441,18 +1390,16 @@ enum LastToken { SKIP_LAST, READ_LAST };
 
 static struct Batch collate(struct Arena *arena, const struct Example *const *examples, size_t B, enum LastToken last)
 {
-    struct Batch batch = {.B = B};
+    size_t tokens = 0, N = 0, at = 0;
     for (size_t b = 0; b < B; b++) {
-        batch.tokens += examples[b]->n;
-        batch.N += examples[b]->n - (last == SKIP_LAST && examples[b]->n > 0);
+        tokens += examples[b]->n;
+        N += examples[b]->n - (last == SKIP_LAST && examples[b]->n > 0);
     }
-    batch.ids = arena_alloc(arena, batch.N, sizeof *batch.ids);
-    batch.position = arena_alloc(arena, batch.N, sizeof *batch.position);
-    batch.row = arena_alloc(arena, batch.N, sizeof *batch.row);
-    batch.target = arena_alloc(arena, batch.N, sizeof *batch.target);
-    batch.start = arena_alloc(arena, B + 1, sizeof *batch.start);
-    batch.target_start = arena_alloc(arena, B + 1, sizeof *batch.target_start);
-    size_t at = 0;
+    struct Batch batch = {
+        .B = B, .N = N, .tokens = tokens,
+        .ids = arena_alloc(arena, N, sizeof(int)), .position = arena_alloc(arena, N, sizeof(int)),
+        .row = arena_alloc(arena, N, sizeof(int)), .target = arena_alloc(arena, N, sizeof(int)),
+        .start = arena_alloc(arena, B + 1, sizeof(size_t)), .target_start = arena_alloc(arena, B + 1, sizeof(size_t))};
     for (size_t b = 0; b < B; b++) {
         const struct Example *e = examples[b];
         batch.start[b] = at;
@@ -1560,9 +1507,6 @@ static size_t pairs_from_ratings(const double *rating, size_t n, double min_diff
 #else
 #define WIDE
 #endif
-
-static inline uint32_t bits_of_float(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
-static inline float float_of_bits(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
 
 /* e^x in float, without a branch, so that loops over it become vector instructions (libm's expf is a call
  * a number).
@@ -2335,23 +2279,15 @@ static void tensor_declare(struct GPT2 *model, struct Tensor *tensor, const char
     model->tensors[model->tensor_count++] = tensor;
 }
 
-static void linear_declare(struct GPT2 *model, struct Linear *linear, const char *name, size_t in, size_t out)
+/* name.weight and name.bias: a linear layer (in,out) of zeros, or, with out = 0, a layer norm of ones. */
+static void module_declare(struct GPT2 *model, struct Tensor *weight, struct Tensor *bias, const char *name, size_t in, size_t out)
 {
     char full[64];
     snprintf(full, sizeof full, "%.48s.weight", name);
-    tensor_declare(model, &linear->weight, full, in, out);
+    tensor_declare(model, weight, full, in, out);
     snprintf(full, sizeof full, "%.48s.bias", name);
-    tensor_declare(model, &linear->bias, full, out, 0);
-}
-
-static void layernorm_declare(struct GPT2 *model, struct LayerNorm *norm, const char *name, size_t C)
-{
-    char full[64];
-    snprintf(full, sizeof full, "%.48s.weight", name);
-    tensor_declare(model, &norm->weight, full, C, 0);
-    for (size_t c = 0; c < C; c++) norm->weight.w[c] = 1;
-    snprintf(full, sizeof full, "%.48s.bias", name);
-    tensor_declare(model, &norm->bias, full, C, 0);
+    tensor_declare(model, bias, full, out ? out : in, 0);
+    for (size_t i = 0; out == 0 && i < in; i++) weight->w[i] = 1;
 }
 
 static void config_check(const struct GPT2Config *c, const char *path)
@@ -2376,16 +2312,16 @@ static struct GPT2 *gpt2_new(struct GPT2Config config)
     for (size_t l = 0; l < config.n_layer; l++) {
         struct Block *h = &model->h[l];
         char name[64];
-        #define IN_BLOCK(part) (snprintf(name, sizeof name, "h.%zu.%s", l, part), name)
-        layernorm_declare(model, &h->ln_1, IN_BLOCK("ln_1"), C);
-        linear_declare(model, &h->attn.c_attn, IN_BLOCK("attn.c_attn"), C, 3 * C);
-        linear_declare(model, &h->attn.c_proj, IN_BLOCK("attn.c_proj"), C, C);
-        layernorm_declare(model, &h->ln_2, IN_BLOCK("ln_2"), C);
-        linear_declare(model, &h->mlp.c_fc, IN_BLOCK("mlp.c_fc"), C, 4 * C);
-        linear_declare(model, &h->mlp.c_proj, IN_BLOCK("mlp.c_proj"), 4 * C, C);
+        #define IN_BLOCK(part) &h->part.weight, &h->part.bias, (snprintf(name, sizeof name, "h.%zu." #part, l), name)
+        module_declare(model, IN_BLOCK(ln_1), C, 0);
+        module_declare(model, IN_BLOCK(attn.c_attn), C, 3 * C);
+        module_declare(model, IN_BLOCK(attn.c_proj), C, C);
+        module_declare(model, IN_BLOCK(ln_2), C, 0);
+        module_declare(model, IN_BLOCK(mlp.c_fc), C, 4 * C);
+        module_declare(model, IN_BLOCK(mlp.c_proj), 4 * C, C);
         #undef IN_BLOCK
     }
-    layernorm_declare(model, &model->ln_f, "ln_f", C);
+    module_declare(model, &model->ln_f.weight, &model->ln_f.bias, "ln_f", C, 0);
     return model;
 }
 
@@ -2447,28 +2383,18 @@ struct BlockActivations {
 struct Activations {
     const struct Batch *batch;
     struct BlockActivations *h;                       /* (L), or one that all share when nothing is kept */
-    bool keep;
     float *x, *ln_f, *ln_f_mean, *ln_f_rstd;          /* (N,C) out of the last block; hidden = ln_f (N,C) */
 };
 
 static struct BlockActivations block_activations(struct Arena *arena, const struct GPT2Config *c, size_t N)
 {
     size_t C = c->n_embd;
-    struct BlockActivations a;
-    a.x = arena_floats(arena, N * C);
-    a.ln_1 = arena_floats(arena, N * C);
-    a.ln_1_mean = arena_floats(arena, N);
-    a.ln_1_rstd = arena_floats(arena, N);
-    a.qkv = arena_floats(arena, N * 3 * C);
-    a.att = arena_floats(arena, N * C);
-    a.lse = arena_floats(arena, N * c->n_head);
-    a.mid = arena_floats(arena, N * C);
-    a.ln_2 = arena_floats(arena, N * C);
-    a.ln_2_mean = arena_floats(arena, N);
-    a.ln_2_rstd = arena_floats(arena, N);
-    a.fc = arena_floats(arena, N * 4 * C);
-    a.gelu = arena_floats(arena, N * 4 * C);
-    return a;
+    return (struct BlockActivations){
+        .x = arena_floats(arena, N * C), .mid = arena_floats(arena, N * C),
+        .ln_1 = arena_floats(arena, N * C), .ln_1_mean = arena_floats(arena, N), .ln_1_rstd = arena_floats(arena, N),
+        .qkv = arena_floats(arena, N * 3 * C), .att = arena_floats(arena, N * C), .lse = arena_floats(arena, N * c->n_head),
+        .ln_2 = arena_floats(arena, N * C), .ln_2_mean = arena_floats(arena, N), .ln_2_rstd = arena_floats(arena, N),
+        .fc = arena_floats(arena, N * 4 * C), .gelu = arena_floats(arena, N * 4 * C)};
 }
 
 static void residual_add(float *sum, const float *x, size_t n)
@@ -2537,13 +2463,10 @@ static struct Activations gpt2_forward(const struct GPT2 *model, struct Arena *a
     const struct GPT2Config *c = &model->config;
     size_t N = batch->N, C = c->n_embd, L = c->n_layer;
     CHECK(batch->max_length <= c->n_positions, "a sequence of %zu tokens does not fit the model's %zu positions (n_positions)", batch->max_length, c->n_positions);
-    struct Activations acts = {.batch = batch, .keep = keep};
-    acts.h = arena_alloc(arena, L, sizeof *acts.h);
+    struct Activations acts = {
+        .batch = batch, .h = arena_alloc(arena, L, sizeof *acts.h), .x = arena_floats(arena, N * C),
+        .ln_f = arena_floats(arena, N * C), .ln_f_mean = arena_floats(arena, N), .ln_f_rstd = arena_floats(arena, N)};
     for (size_t l = 0; l < L; l++) acts.h[l] = l == 0 || keep ? block_activations(arena, c, N) : acts.h[0];
-    acts.x = arena_floats(arena, N * C);
-    acts.ln_f = arena_floats(arena, N * C);
-    acts.ln_f_mean = arena_floats(arena, N);
-    acts.ln_f_rstd = arena_floats(arena, N);
     embedding_forward(acts.h[0].x, batch, model->wte.w, model->wpe.w, C);
     for (size_t l = 0; l < L; l++) {
         struct BlockActivations *a = &acts.h[l];
@@ -2605,15 +2528,11 @@ struct LMHead {
 static struct LMHead lm_head_new(const struct GPT2 *model, struct Arena *arena, const struct Activations *acts, const int *row, const int *target, size_t R, float temperature)
 {
     size_t C = model->config.n_embd, V = model->config.vocab_size;
-    struct LMHead head = {.R = R, .row = row, .target = target, .temperature = temperature, .logits_first = R};
-    head.chunk = MIN(R, MAX((size_t)1, (size_t)LM_HEAD_FLOATS / V));
-    head.hidden = arena_floats(arena, R * C);
-    head.logits = arena_floats(arena, head.chunk * V);
-    head.logprob = arena_floats(arena, R);
-    head.entropy = arena_floats(arena, R);
-    head.lse = arena_floats(arena, R);
-    head.mean_logit = arena_floats(arena, R);
-    head.hit = arena_floats(arena, R);
+    size_t chunk = MIN(R, MAX((size_t)1, (size_t)LM_HEAD_FLOATS / V));
+    struct LMHead head = {
+        .R = R, .chunk = chunk, .row = row, .target = target, .temperature = temperature, .logits_first = R,
+        .hidden = arena_floats(arena, R * C), .logits = arena_floats(arena, chunk * V), .logprob = arena_floats(arena, R),
+        .entropy = arena_floats(arena, R), .lse = arena_floats(arena, R), .mean_logit = arena_floats(arena, R), .hit = arena_floats(arena, R)};
     for (size_t r = 0; r < R; r++) memcpy(head.hidden + r * C, acts->ln_f + (size_t)row[r] * C, C * sizeof(float));
     return head;
 }
@@ -2680,6 +2599,15 @@ static void lm_head_forward(const struct GPT2 *model, struct LMHead *head)
     for (size_t r = 0; r < head->R; r += head->chunk) lm_head_forward_chunk(model, head, r);
 }
 
+/* A batch judged by a model that is not trained on it: the log-probability of each target. */
+static struct LMHead batch_logprobs(const struct GPT2 *model, struct Arena *arena, const struct Batch *batch, double temperature)
+{
+    struct Activations acts = gpt2_forward(model, arena, batch, false);
+    struct LMHead head = lm_head_new(model, arena, &acts, batch->row, batch->target, batch->R, (float)temperature);
+    lm_head_forward(model, &head);
+    return head;
+}
+
 static void lm_head_backward(struct GPT2 *model, struct LMHead *head, const float *dlogprob, float *dhidden, struct Arena *arena)
 {
     for (size_t r = 0; r < head->R; r += head->chunk) lm_head_backward_chunk(model, head, dlogprob, dhidden, arena, r);
@@ -2703,19 +2631,18 @@ static size_t config_size(const struct Json *config, const char *path, const cha
     return item && item->type != JSON_NULL ? json_size(item, 1 << 24, path, name) : fallback;
 }
 
-/* Settings under which this file would compute something else than transformers does: refused. */
+/* Settings under which this file would compute something else than transformers does: refused (but not
+ * reorder_and_upcast_attn, which changes rounding only). */
 static void config_refuse(const struct Json *config, const char *path)
 {
     static const struct { const char *name; enum JsonType allowed; } switches[] = {
-        {"scale_attn_weights", JSON_TRUE}, {"scale_attn_by_inverse_layer_idx", JSON_FALSE}, {"reorder_and_upcast_attn", JSON_FALSE},
-        {"add_cross_attention", JSON_FALSE}, {"tie_word_embeddings", JSON_TRUE}};
+        {"scale_attn_weights", JSON_TRUE}, {"scale_attn_by_inverse_layer_idx", JSON_FALSE}, {"add_cross_attention", JSON_FALSE}, {"tie_word_embeddings", JSON_TRUE}};
     struct Json *type = json_get(config, "model_type"), *activation = json_get(config, "activation_function");
     CHECK(!type || json_is_string(type, "gpt2"), "%s: model_type is not \"gpt2\"; only GPT-2 is implemented", path);
     CHECK(!activation || json_is_string(activation, "gelu_new"), "%s: activation_function \"%s\" is not implemented; GPT-2 has \"gelu_new\"", path, activation->type == JSON_STRING ? activation->string.data : "?");
     for (size_t i = 0; i < COUNT(switches); i++) {
         struct Json *item = json_get(config, switches[i].name);
-        bool upcast = strcmp(switches[i].name, "reorder_and_upcast_attn") == 0;      /* changes rounding only */
-        CHECK(!item || upcast || item->type == switches[i].allowed || item->type == JSON_NULL, "%s: \"%s\" changes the mathematics and is not implemented", path, switches[i].name);
+        CHECK(!item || item->type == switches[i].allowed || item->type == JSON_NULL, "%s: \"%s\" changes the mathematics and is not implemented", path, switches[i].name);
     }
 }
 
@@ -2741,15 +2668,20 @@ static struct GPT2Config config_load(const char *folder)
     return c;
 }
 
-/* Gives a tensor its numbers from an open file, under its own name or with "transformer." before it. */
+/* Gives a tensor its numbers from an open file, under its own name or with a prefix before it: "transformer.", and
+ * in raw dumps of TRL's value-head model "pretrained_model.". */
 static bool tensor_load(struct SafeTensors *st, struct Tensor *tensor)
 {
+    static const char *const prefixes[] = {"", "transformer.", "pretrained_model.transformer.", "pretrained_model."};
     char prefixed[96];
-    snprintf(prefixed, sizeof prefixed, "transformer.%s", tensor->name);
-    struct Json *entry = json_get(st->header, tensor->name);
-    if (!entry) entry = json_get(st->header, prefixed);
-    if (entry) safetensors_read(st, entry, tensor);
-    return entry != NULL;
+    for (size_t i = 0; i < COUNT(prefixes); i++) {
+        snprintf(prefixed, sizeof prefixed, "%s%s", prefixes[i], tensor->name);
+        struct Json *entry = json_get(st->header, prefixed);
+        if (!entry) continue;
+        safetensors_read(st, entry, tensor);
+        return true;
+    }
+    return false;
 }
 
 /* The files that hold a model: one, or several named by an index, all inside the folder. */
@@ -2757,7 +2689,8 @@ static size_t model_files(struct Arena *arena, const char *folder, char **files,
 {
     files[0] = arena_printf(arena, "%s/model.safetensors", folder);
     char *index = arena_printf(arena, "%s/model.safetensors.index.json", folder);
-    if (file_exists(files[0]) || !file_exists(index)) return 1;
+    CHECK(file_exists(files[0]) || file_exists(index), "%s: no model.safetensors inside; of a pytorch_model.bin make one with transformers: save_pretrained(FOLDER, safe_serialization=True)", folder);
+    if (file_exists(files[0])) return 1;
     struct Json *map = json_get(json_read_file(arena, index), "weight_map");
     CHECK(map && map->type == JSON_OBJECT, "%s: no \"weight_map\" inside", index);
     size_t count = 0;
@@ -2807,7 +2740,7 @@ static void config_save(const struct GPT2 *model, const char *folder)
     fprintf(out.file, "{\n  \"activation_function\": \"gelu_new\",\n  \"architectures\": [\"%s\"],\n  \"attn_pdrop\": 0.0,\n  \"bos_token_id\": %d,\n", classifier ? "GPT2ForSequenceClassification" : "GPT2LMHeadModel", c->eos_token_id);
     fprintf(out.file, "  \"dtype\": \"float32\",\n  \"embd_pdrop\": 0.0,\n  \"eos_token_id\": %d,\n", c->eos_token_id);
     if (classifier) fputs("  \"id2label\": {\"0\": \"LABEL_0\"},\n  \"label2id\": {\"LABEL_0\": 0},\n", out.file);
-    fprintf(out.file, "  \"initializer_range\": 0.02,\n  \"layer_norm_epsilon\": %.9g,\n  \"model_type\": \"gpt2\",\n  \"n_ctx\": %zu,\n  \"n_embd\": %zu,\n  \"n_head\": %zu,\n  \"n_inner\": null,\n", c->layer_norm_epsilon, c->n_positions, c->n_embd, c->n_head);
+    fprintf(out.file, "  \"initializer_range\": 0.02,\n  \"layer_norm_epsilon\": %.7g,\n  \"model_type\": \"gpt2\",\n  \"n_ctx\": %zu,\n  \"n_embd\": %zu,\n  \"n_head\": %zu,\n  \"n_inner\": null,\n", c->layer_norm_epsilon, c->n_positions, c->n_embd, c->n_head);
     fprintf(out.file, "  \"n_layer\": %zu,\n  \"n_positions\": %zu,\n  \"pad_token_id\": %d,\n  \"resid_pdrop\": 0.0,\n  \"tie_word_embeddings\": true,\n  \"use_cache\": true,\n  \"vocab_size\": %zu\n}\n", c->n_layer, c->n_positions, c->pad_token_id, c->vocab_size);
     output_close(&out);
 }
@@ -2818,7 +2751,7 @@ static void gpt2_save(struct GPT2 *model, const char *folder, const struct Token
 {
     make_folder(folder);
     config_save(model, folder);
-    if (tok) tokenizer_save(tok, folder, model->config.vocab_size);
+    if (tok) tokenizer_save(tok, folder, model->config.vocab_size, model->config.n_positions);
     safetensors_write(folder, "model.safetensors", model->tensors, model->tensor_count, "transformer.");
 }
 
@@ -3059,7 +2992,8 @@ static struct Adapter adapter_config_load(struct Arena *arena, const char *folde
 /* TRL puts the value head of a policy with an adapter in a model file of its own beside it. */
 static void adapter_load_value_head(struct GPT2 *model, struct Arena *arena, const char *folder)
 {
-    char *path = arena_printf(arena, "%s/model.safetensors", folder);
+    char *path = arena_printf(arena, "%s/model.safetensors", folder), *pickle = arena_printf(arena, "%s/pytorch_model.bin", folder);
+    if (!file_exists(path) && file_exists(pickle)) warn("%s is not read: a value head in it is left out. Make a model.safetensors of it: python3 -c \"import torch; from safetensors.torch import save_file; save_file(torch.load('%s'), '%s')\"", pickle, pickle, path);
     if (!file_exists(path)) return;
     struct SafeTensors st = safetensors_open(arena, path);
     if (json_get(st.header, "v_head.summary.weight")) {
@@ -3132,7 +3066,7 @@ static void adapter_save(struct GPT2 *model, const char *folder, const struct To
     size_t count = adapter_tensors(&arena, model, &tensors);
     make_folder(folder);
     adapter_config_save(model, folder);
-    if (tok) tokenizer_save(tok, folder, model->config.vocab_size);
+    if (tok) tokenizer_save(tok, folder, model->config.vocab_size, model->config.n_positions);
     if (model->v_head.weight.n) safetensors_write(folder, "model.safetensors", head, 2, "");
     safetensors_write(folder, "adapter_model.safetensors", tensors, count, "");
     arena_free(&arena);
@@ -3166,17 +3100,13 @@ static struct GPT2 *adapter_reference(const struct GPT2 *model, bool frozen)
     *ref = *model;
     ref->arena = (struct Arena){0};
     ref->tensor_count = 0;                       /* it owns nothing that could be trained or saved */
-    ref->h = arena_alloc(&ref->arena, model->config.n_layer, sizeof *ref->h);
-    memcpy(ref->h, model->h, model->config.n_layer * sizeof *ref->h);
+    ref->h = memcpy(arena_alloc(&ref->arena, model->config.n_layer, sizeof *ref->h), model->h, model->config.n_layer * sizeof *ref->h);
     for (size_t i = 0; i < 4 * model->config.n_layer; i++) {
         struct Linear *linear = adaptable(ref, i);
         struct Tensor *pair[] = {&linear->lora_A, &linear->lora_B};
         for (int k = 0; k < 2; k++) {
-            const float *trained = pair[k]->w;
             if (!frozen) pair[k]->n = 0;
-            if (!pair[k]->n) continue;
-            pair[k]->w = arena_floats(&ref->arena, pair[k]->n);
-            memcpy(pair[k]->w, trained, pair[k]->n * sizeof(float));
+            if (pair[k]->n) pair[k]->w = memcpy(arena_floats(&ref->arena, pair[k]->n), pair[k]->w, pair[k]->n * sizeof(float));
         }
     }
     return ref;
@@ -3350,20 +3280,21 @@ static bool log_find(const struct LogEntry *entry, const char *name, double *val
     return false;
 }
 
+static void log_write(FILE *file, const struct LogEntry *entry, const char *separator)
+{
+    for (size_t i = 0; i < entry->n; i++) fprintf(file, "%s\"%s\": %s", i ? separator : "", entry->item[i].name, json_number_text(entry->item[i].value));
+}
+
 static void trainer_state_save(const struct TrainerState *s, const struct TrainingArguments *args, const char *folder)
 {
     struct Output out;
     output_open(&out, folder, "trainer_state.json");
     FILE *f = out.file;
-    fputs("{\n  \"best_global_step\": null,\n  \"best_metric\": null,\n  \"best_model_checkpoint\": null,\n  \"epoch\": ", f);
-    json_write_number(f, s->epoch);
+    fprintf(f, "{\n  \"best_global_step\": null,\n  \"best_metric\": null,\n  \"best_model_checkpoint\": null,\n  \"epoch\": %s", json_number_text(s->epoch));
     fprintf(f, ",\n  \"eval_steps\": %zu,\n  \"global_step\": %zu,\n  \"is_hyper_param_search\": false,\n  \"is_local_process_zero\": true,\n  \"is_world_process_zero\": true,\n  \"log_history\": [", args->eval_steps, s->global_step);
     for (size_t i = 0; i < s->log_count; i++) {
-        fputs(i ? ",\n    {" : "\n    {", f);
-        for (size_t k = 0; k < s->log_history[i].n; k++) {
-            fprintf(f, "%s\n      \"%s\": ", k ? "," : "", s->log_history[i].item[k].name);
-            json_write_number(f, s->log_history[i].item[k].value);
-        }
+        fputs(i ? ",\n    {\n      " : "\n    {\n      ", f);
+        log_write(f, &s->log_history[i], ",\n      ");
         fputs("\n    }", f);
     }
     fprintf(f, "\n  ],\n  \"logging_steps\": %zu,\n  \"max_steps\": %zu,\n  \"num_input_tokens_seen\": %zu,\n  \"num_train_epochs\": %.0f,\n  \"save_steps\": 500,\n  \"stateful_callbacks\": {},\n", args->logging_steps, s->max_steps, s->num_tokens, ceil(s->num_train_epochs));
@@ -3422,25 +3353,20 @@ static void trainer_say(struct Trainer *trainer, const struct LogEntry *entry)
     say("\n");
 }
 
-static void trainer_flush(struct Trainer *trainer, struct LogEntry *entry, const char *const *prefixed)
+/* Moves the metrics' means into a log entry, in evaluation under "eval_" and their names, which stay as long as logs may. */
+static void trainer_flush(struct Trainer *trainer, struct LogEntry *entry, bool eval)
 {
-    for (size_t i = 0; i < trainer->metric_count; i++)
-        log_value(entry, prefixed ? prefixed[i] : trainer->metrics[i].name, trainer->metrics[i].sum / (double)trainer->metrics[i].n);
+    static struct Arena names;
+    for (size_t i = 0; i < trainer->metric_count; i++) {
+        const struct Metric *metric = &trainer->metrics[i];
+        log_value(entry, eval ? arena_printf(&names, "eval_%s", metric->name) : metric->name, metric->sum / (double)metric->n);
+    }
     trainer->metric_count = 0;
     log_value(entry, "epoch", trainer->state.epoch);
     log_value(entry, "step", (double)trainer->state.global_step);
 }
 
-/* "eval_" + name, kept for the life of the program: metric names are few. */
-static const char *eval_name(const char *name)
-{
-    static struct Arena names;
-    static const char *known[2 * MAX_METRICS];
-    static size_t count;
-    for (size_t i = 0; i < count; i++) if (strcmp(known[i] + 5, name) == 0) return known[i];
-    CHECK(count < COUNT(known), "internal: more than %zu metrics", COUNT(known));
-    return known[count++] = arena_printf(&names, "eval_%s", name);
-}
+
 
 /* trainer_evaluate -- the mean loss and metrics over the held-out items; no weight moves. */
 static double trainer_evaluate(struct Trainer *trainer)
@@ -3449,7 +3375,7 @@ static double trainer_evaluate(struct Trainer *trainer)
     size_t held_count = trainer->metric_count, n = trainer->task.eval_n, batch = trainer->args.per_device_train_batch_size, tokens = trainer->state.num_tokens;
     memcpy(held, trainer->metrics, sizeof held);
     trainer->metric_count = 0;
-    double total = 0, judged = 0;
+    double total = 0, judged = 0, begin = seconds_now();
     for (size_t first = 0; first < n; first += batch) {
         size_t index[4096], count = MIN(MIN(batch, n - first), COUNT(index));
         for (size_t i = 0; i < count; i++) index[i] = first + i;
@@ -3459,11 +3385,13 @@ static double trainer_evaluate(struct Trainer *trainer)
         total += loss * (double)count;
         judged += (double)count;
     }
-    const char *names[MAX_METRICS];
-    for (size_t i = 0; i < trainer->metric_count; i++) names[i] = eval_name(trainer->metrics[i].name);
     struct LogEntry *entry = state_log(&trainer->state);
+    double seconds = seconds_now() - begin;
     log_value(entry, "eval_loss", total / judged);
-    trainer_flush(trainer, entry, names);
+    log_value(entry, "eval_runtime", seconds);
+    log_value(entry, "eval_samples_per_second", (double)n / seconds);
+    log_value(entry, "eval_steps_per_second", ceil((double)n / (double)batch) / seconds);
+    trainer_flush(trainer, entry, true);
     trainer_say(trainer, entry);
     memcpy(trainer->metrics, held, sizeof held);
     trainer->metric_count = held_count;
@@ -3492,7 +3420,7 @@ static void trainer_log_step(struct Trainer *trainer, double loss, double norm, 
     log_value(entry, "grad_norm", norm);
     log_value(entry, "learning_rate", lr);
     if (trainer->state.num_tokens) log_value(entry, "num_tokens", (double)trainer->state.num_tokens);
-    trainer_flush(trainer, entry, NULL);
+    trainer_flush(trainer, entry, false);
     trainer_say(trainer, entry);
 }
 
@@ -3572,15 +3500,18 @@ static void trainer_free(struct Trainer *trainer)
  * order with transformers' meaning.
  * ============================================================================================= */
 
+enum EarlyStopping { STOP_FALSE, STOP_TRUE, STOP_NEVER };      /* of beam search */
+
 struct GenerationConfig {
-    size_t max_new_tokens, min_new_tokens, top_k, no_repeat_ngram_size, num_return_sequences;
-    double temperature, top_p, repetition_penalty;
+    size_t max_new_tokens, min_new_tokens, top_k, no_repeat_ngram_size, num_return_sequences, num_beams;
+    double temperature, top_p, repetition_penalty, length_penalty;
+    enum EarlyStopping early_stopping;
     bool do_sample;
 };
 
 static struct GenerationConfig generation_config(void)
 {
-    return (struct GenerationConfig){.max_new_tokens = 20, .top_k = 50, .num_return_sequences = 1, .temperature = 1, .top_p = 1, .repetition_penalty = 1};
+    return (struct GenerationConfig){.max_new_tokens = 20, .top_k = 50, .num_return_sequences = 1, .num_beams = 1, .temperature = 1, .top_p = 1, .repetition_penalty = 1, .length_penalty = 1};
 }
 
 struct KVCache {
@@ -3597,6 +3528,17 @@ static struct KVCache kv_cache_new(const struct GPT2 *model, struct Arena *arena
     cache.v = arena_floats(arena, floats);
     cache.length = arena_zeros(arena, B, sizeof *cache.length);
     return cache;
+}
+
+/* Sequence `slot` of a cache becomes a copy of sequence `from_slot` of another. */
+static void kv_cache_copy(const struct GPT2 *model, struct KVCache *cache, size_t slot, const struct KVCache *from, size_t from_slot)
+{
+    size_t row = cache->capacity * model->config.n_embd, used = from->length[from_slot] * model->config.n_embd;
+    for (size_t l = 0; l < model->config.n_layer; l++) {
+        memcpy(cache->k + (l * cache->B + slot) * row, from->k + (l * from->B + from_slot) * row, used * sizeof(float));
+        memcpy(cache->v + (l * cache->B + slot) * row, from->v + (l * from->B + from_slot) * row, used * sizeof(float));
+    }
+    cache->length[slot] = from->length[from_slot];
 }
 
 /* One new token's query, head h, against the n cached positions of its sequence. */
@@ -3643,8 +3585,8 @@ static float *gpt2_decode(const struct GPT2 *model, struct Arena *arena, const s
     return a.ln_1;
 }
 
-/* A sequence being written: prompt, then what was generated. */
-struct Sequence { int *ids; size_t n, prompt_length, max_length; bool finished; struct Rng rng; };
+/* A sequence being written: prompt, then what was generated. stream: each token is printed as it comes. */
+struct Sequence { int *ids; size_t n, prompt_length, max_length; bool finished; struct Rng rng; const struct Tokenizer *stream; };
 
 /* Logits of ids that already occurred are divided by the penalty if positive, multiplied if negative:
  * less likely either way, once an id however often it occurred [15]. [glossary: Penalidade de repetição]
@@ -3708,10 +3650,16 @@ static int compare_candidates_up(const void *a, const void *b)
     return x->logit != y->logit ? (x->logit > y->logit) - (x->logit < y->logit) : (x->id > y->id) - (x->id < y->id);
 }
 
+static int compare_candidates_down(const void *a, const void *b)
+{
+    const struct Candidate *x = a, *y = b;
+    return x->logit != y->logit ? (x->logit < y->logit) - (x->logit > y->logit) : (x->id > y->id) - (x->id < y->id);
+}
+
 /* Nucleus sampling: the smallest set of likeliest tokens whose mass reaches p [12]. From the unlikely
- * end, tokens go while the mass removed stays within 1 - p; the likeliest always stays.
+ * end, tokens go while the mass removed stays within 1 - p; the `least` likeliest always stay.
  * By hand: 0.5, 0.3, 0.2 with p 0.7 -> the first two.                    [glossary: Amostragem top-p] */
-static void process_top_p(float *logits, size_t V, double p)
+static void process_top_p(float *logits, size_t V, double p, size_t least)
 {
     struct Candidate *order = malloc(V * sizeof *order);
     CHECK(order, "out of memory");
@@ -3720,7 +3668,7 @@ static void process_top_p(float *logits, size_t V, double p)
     qsort(order, n, sizeof *order, compare_candidates_up);
     double total = 0, removed = 0;
     for (size_t i = 0; i < n; i++) total += exp((double)order[i].logit - order[n - 1].logit);
-    for (size_t i = 0; i + 1 < n; i++) {
+    for (size_t i = 0; i + least < n; i++) {
         removed += exp((double)order[i].logit - order[n - 1].logit) / total;
         if (removed > 1 - p) break;
         logits[order[i].id] = -INFINITY;
@@ -3737,8 +3685,9 @@ static void process_logits(float *logits, size_t V, const struct GenerationConfi
     if (!config->do_sample) return;
     /* tau < 1 sharpens the distribution, > 1 flattens it; tau -> 0 is the argmax. [glossary: Temperatura (τ)] */
     if (config->temperature != 1) for (size_t v = 0; v < V; v++) logits[v] = (float)(logits[v] / config->temperature);
-    if (config->top_k) process_top_k(logits, V, config->top_k);
-    if (config->top_p < 1) process_top_p(logits, V, config->top_p);
+    size_t least = config->num_beams > 1 ? 2 : 1;              /* a beam that may end needs a way to go on too */
+    if (config->top_k) process_top_k(logits, V, MAX(config->top_k, least));
+    if (config->top_p < 1) process_top_p(logits, V, config->top_p, least);
 }
 
 /* One draw from softmax(logits): a uniform number finds its place in the running sum of the
@@ -3764,6 +3713,10 @@ static void sequence_extend(struct Sequence *s, float *logits, size_t V, const s
     int id = config->do_sample ? sample_token(logits, V, &s->rng) : (int)argmax(logits, V);
     s->ids[s->n++] = id;
     s->finished = id == end_token || s->n >= s->max_length;
+    if (!s->stream || id == end_token) return;
+    struct Text text = tokenizer_decode(s->stream, id, V);
+    fwrite(text.data, 1, text.length, stdout);
+    fflush(stdout);
 }
 
 /* The rows that the next pass of the model needs: a sequence's prompt at first, its newest token later. */
@@ -3800,6 +3753,137 @@ static float *generate_step(const struct GPT2 *model, struct Arena *arena, struc
     return logits;
 }
 
+/* A beam: a sequence and the log-probability of what was generated. */
+struct Beam { int *ids; size_t n; float score; };
+enum { UNFILLED = -1000000000 };                       /* transformers' score of a finished sequence that is not there yet */
+
+static struct Beam *beams_new(struct Arena *arena, size_t count, size_t max_length)
+{
+    struct Beam *beams = arena_alloc(arena, count, sizeof *beams);
+    for (size_t i = 0; i < count; i++) beams[i] = (struct Beam){arena_alloc(arena, max_length, sizeof(int)), 0, UNFILLED};
+    return beams;
+}
+
+static void beam_set(struct Beam *beam, const struct Beam *from, int id, float score)
+{
+    memcpy(beam->ids, from->ids, from->n * sizeof *beam->ids);
+    beam->ids[from->n] = id;
+    beam->n = from->n + 1;
+    beam->score = score;
+}
+
+/* The `most` best of n scores, best first: (score, place). When sampling, `most` draws without replacement from
+ * softmax(score), in the order drawn: the largest scores after Gumbel noise -log(-log u) was added to each. */
+static size_t beam_candidates(float *score, size_t n, size_t most, struct Rng *sample, struct Arena *arena, struct Candidate *best)
+{
+    float *key = arena_floats(arena, n), *copy = arena_floats(arena, n);
+    most = MIN(most, n);
+    for (size_t i = 0; i < n; i++) key[i] = sample ? (float)(score[i] - log(-log(1 - rng_uniform(sample)))) : score[i];
+    memcpy(copy, key, n * sizeof *copy);
+    float least = kth_largest(copy, n, most);
+    size_t count = 0;
+    for (int pass = 0; pass < 2; pass++)                          /* what ties with the last one comes in as far as there is room */
+        for (size_t i = 0; i < n && count < most; i++)
+            if (key[i] > -INFINITY && (pass == 0 ? key[i] > least : key[i] == least)) best[count++] = (struct Candidate){key[i], (int)i};
+    qsort(best, count, sizeof *best, compare_candidates_down);
+    for (size_t i = 0; i < count; i++) best[i].logit = score[best[i].id];
+    return count;
+}
+
+/* Logits of the running beams -> their score with each possible next token: log-probability so far plus
+ * log softmax, which the processors act on without normalizing it again. */
+static void beam_scores(float *logits, const struct Beam *running, size_t beams, size_t V, size_t start, const struct GenerationConfig *config, int end_token)
+{
+    #pragma omp parallel for
+    for (size_t b = 0; b < beams; b++) {
+        float *row = logits + b * V, lse = log_sum_exp(row, V, thread_scratch(SCRATCH_ROW, V));
+        CHECK(isfinite(lse), "the model's logits after %zu tokens are not finite; its weights are broken", running[b].n);
+        for (size_t v = 0; v < V; v++) row[v] -= lse;
+        process_logits(row, V, config, running[b].ids, running[b].n, running[b].n - start, end_token);
+        for (size_t v = 0; v < V; v++) row[v] += running[b].score;
+    }
+}
+
+/* A sequence that ended enters the pool if its score, divided by its length to the power of length_penalty,
+ * beats the worst there. The pool stays sorted, best first. */
+static void beam_finish(struct Beam *pool, size_t K, const struct Beam *from, int id, float score)
+{
+    if (score <= pool[K - 1].score) return;
+    beam_set(&pool[K - 1], from, id, score);
+    for (size_t i = K - 1; i > 0 && pool[i].score > pool[i - 1].score; i--) {
+        struct Beam better = pool[i];
+        pool[i] = pool[i - 1];
+        pool[i - 1] = better;
+    }
+}
+
+/* beam_search -- the num_beams likeliest beginnings are continued side by side.       [glossary: Beam search]
+ * Greedy decoding takes the likeliest token and can walk past the likeliest sequence. Here each of K beams is
+ * continued with every token; of the K V continuations the best 2K are looked at: those that end go, if among the
+ * first K, to a pool of K finished ones, and the best K of the rest run on. It stops when no running beam can beat
+ * the worst of the pool: judged at its present length, or, with early_stopping "never", at the longest possible;
+ * with early_stopping true as soon as the pool is full. Step by step as transformers 5 does it.
+ * sequences: num_return_sequences of them that hold the same prompt; they become the best of the pool.
+ * By hand: after A, 0.6 B and 0.4 C; after AB at most 0.5, after AC 0.95: greedy ends with ABx at 0.30,
+ * two beams with ACx at 0.38.                              test: beam_search_golden, beam_search_exhaustive */
+static void beam_search(const struct GPT2 *model, struct Sequence *sequences, const struct GenerationConfig *config)
+{
+    struct Arena arena = {0}, step_arena = {0};
+    size_t K = config->num_beams, V = model->config.vocab_size, start = sequences->n, max_length = sequences->max_length, beams = 1;
+    int end_token = model->config.eos_token_id;
+    struct Beam *running = beams_new(&arena, K, max_length), *next = beams_new(&arena, K, max_length), *pool = beams_new(&arena, K, max_length);
+    struct KVCache cache = kv_cache_new(model, &arena, K, max_length), spare = kv_cache_new(model, &arena, K, max_length);
+    struct Candidate *best = arena_alloc(&arena, 2 * K, sizeof *best), *going = arena_alloc(&arena, 2 * K, sizeof *going);
+    struct Sequence *view = arena_alloc(&arena, K, sizeof *view), **active = arena_alloc(&arena, K, sizeof *active);
+    size_t *slot = arena_alloc(&arena, K, sizeof *slot);
+    memcpy(running[0].ids, sequences->ids, start * sizeof(int));
+    running[0].n = start;
+    running[0].score = 0;
+    for (bool hope = true, full = false; hope && !(full && config->early_stopping == STOP_TRUE) && running[0].n < max_length;) {
+        arena_reset(&step_arena);
+        for (size_t b = 0; b < beams; b++) {
+            view[b] = (struct Sequence){.ids = running[b].ids, .n = running[b].n};
+            active[b] = &view[b];
+            slot[b] = b;
+        }
+        float *score = generate_step(model, &step_arena, active, slot, beams, &cache);
+        beam_scores(score, running, beams, V, start, config, end_token);
+        size_t count = beam_candidates(score, beams * V, 2 * K, config->do_sample ? &sequences->rng : NULL, &step_arena, best), left = 0;
+        size_t length = running[0].n + 1 - start;
+        for (size_t i = 0; i < count; i++) {
+            const struct Beam *from = &running[(size_t)best[i].id / V];
+            int id = (int)((size_t)best[i].id % V);
+            if (id != end_token && from->n + 1 < max_length) going[left++] = best[i];
+            else if (i < K) beam_finish(pool, K, from, id, (float)(best[i].logit / pow((double)length, config->length_penalty)));
+        }
+        full = pool[K - 1].score > UNFILLED;
+        if (left == 0) break;
+        qsort(going, left, sizeof *going, compare_candidates_down);
+        left = MIN(left, K);
+        for (size_t i = 0; i < left; i++) {
+            size_t from = (size_t)going[i].id / V;
+            beam_set(&next[i], &running[from], (int)((size_t)going[i].id % V), going[i].logit);
+            kv_cache_copy(model, &spare, i, &cache, from);
+        }
+        struct Beam *swap = running;
+        running = next;
+        next = swap;
+        struct KVCache swap_cache = cache;
+        cache = spare;
+        spare = swap_cache;
+        beams = left;
+        size_t hoped = config->early_stopping == STOP_NEVER && config->length_penalty > 0 ? max_length - start : length;
+        hope = running[0].score / pow((double)hoped, config->length_penalty) > pool[K - 1].score;
+    }
+    for (size_t i = 0; i < config->num_return_sequences && pool[i].n; i++) {
+        memcpy(sequences[i].ids, pool[i].ids, pool[i].n * sizeof(int));
+        sequences[i].n = pool[i].n;
+        sequences[i].finished = true;
+    }
+    arena_free(&arena);
+    arena_free(&step_arena);
+}
+
 enum { GENERATE_TOGETHER = 64 };       /* sequences decoded in one batch: bounds the cache's memory */
 
 /* generate -- writes every sequence to its end token or its max_length.        [glossary: Rollout]
@@ -3809,7 +3893,8 @@ static void generate(const struct GPT2 *model, struct Sequence *sequences, size_
 {
     struct Arena arena = {0}, step_arena = {0};
     size_t V = model->config.vocab_size;
-    for (size_t first = 0; first < n; first += GENERATE_TOGETHER) {
+    for (size_t i = 0; config->num_beams > 1 && i < n; i += config->num_return_sequences) beam_search(model, sequences + i, config);
+    for (size_t first = 0; config->num_beams == 1 && first < n; first += GENERATE_TOGETHER) {
         struct Sequence *active[GENERATE_TOGETHER];
         size_t slot[GENERATE_TOGETHER], count = MIN(n - first, (size_t)GENERATE_TOGETHER), capacity = 0;
         for (size_t i = 0; i < count; i++) {
@@ -4006,11 +4091,25 @@ static double bradley_terry_loss(const float *reward, size_t texts, const struct
     return loss / (double)n;
 }
 
+/* sentiment_loss -- a classifier of liked and disliked texts: the mean binary cross-entropy of n texts,
+ *   -[label log sigmoid(r) + (1 - label) log sigmoid(-r)],   d / d r = sigmoid(r) - label
+ * Bradley-Terry's sigmoid with r alone instead of a difference, so its zero is not free: sigmoid(r) is the probability
+ * that a text is liked.       [glossary: Pontuação de sentimento]  By hand: r = 0 -> ln 2.    test: sentiment_loss */
+static double sentiment_loss(const float *reward, const double *label, size_t n, float *dreward)
+{
+    double loss = 0;
+    for (size_t i = 0; i < n; i++) {
+        loss -= (label[i] * log_sigmoid(reward[i]) + (1 - label[i]) * log_sigmoid(-reward[i])) / (double)n;
+        dreward[i] = (float)((sigmoid(reward[i]) - label[i]) / (double)n);
+    }
+    return loss;
+}
+
 struct RewardTask {
-    struct Example *texts, *eval_texts;      /* pairs: 2i chosen, 2i+1 rejected; rated: one a row */
+    struct Example *texts, *eval_texts;      /* pairs: 2i chosen, 2i+1 rejected; rated or labelled: one a row */
     double *margin, *eval_margin;            /* pairs */
-    double *score, *eval_score;              /* rated texts */
-    bool rated;
+    double *score, *eval_score;              /* rated or labelled texts: the rating or label */
+    bool rated, labelled;
     double center, min_difference, prefix_share;
     struct Rng cut;
 };
@@ -4023,10 +4122,12 @@ static struct Example random_prefix(struct RewardTask *task, struct Example e)
     return e;
 }
 
-static void reward_metrics(struct Trainer *trainer, const float *reward, size_t texts, const struct Pair *pairs, size_t n)
+/* pairs NULL: labels are compared with the reward's sign. */
+static void reward_metrics(struct Trainer *trainer, const float *reward, size_t texts, const struct Pair *pairs, size_t n, const double *label)
 {
     double right = 0, margin = 0, least = INFINITY, most = -INFINITY, sum = 0;
-    for (size_t i = 0; i < n; i++) {
+    for (size_t i = 0; !pairs && i < n; i++) right += (reward[i] > 0) == (label[i] > 0);
+    for (size_t i = 0; pairs && i < n; i++) {
         double difference = (double)reward[pairs[i].chosen] - reward[pairs[i].rejected];
         right += difference > 0;
         margin += difference;
@@ -4037,7 +4138,7 @@ static void reward_metrics(struct Trainer *trainer, const float *reward, size_t 
         sum += reward[t];
     }
     trainer_metric(trainer, "accuracy", right / (double)n);
-    trainer_metric(trainer, "margin", margin / (double)n);
+    if (pairs) trainer_metric(trainer, "margin", margin / (double)n);
     trainer_metric(trainer, "min_reward", least);
     trainer_metric(trainer, "mean_reward", sum / (double)texts);
     trainer_metric(trainer, "max_reward", most);
@@ -4049,17 +4150,18 @@ static double reward_loss(struct Trainer *trainer, const size_t *index, size_t c
     struct GPT2 *model = trainer->model;
     struct Arena *arena = &trainer->arena;
     struct Example *source = eval ? task->eval_texts : task->texts;
-    size_t texts = task->rated ? count : 2 * count, pair_count = count;
+    bool single = task->rated || task->labelled;
+    size_t texts = single ? count : 2 * count, pair_count = count;
     struct Example *cut = arena_alloc(arena, texts, sizeof *cut);
     const struct Example **examples = arena_alloc(arena, texts, sizeof *examples);
     struct Pair *pairs = arena_alloc(arena, task->rated ? count * count : count, sizeof *pairs);
     double *rating = arena_alloc(arena, count, sizeof *rating);
     for (size_t i = 0; i < count; i++) {
-        if (task->rated) rating[i] = (eval ? task->eval_score : task->score)[index[i]];
+        if (single) rating[i] = (eval ? task->eval_score : task->score)[index[i]];
         else pairs[i] = (struct Pair){i, count + i, (eval ? task->eval_margin : task->margin)[index[i]]};
     }
     for (size_t t = 0; t < texts; t++) {
-        struct Example e = task->rated ? source[index[t]] : source[2 * index[t % count] + t / count];
+        struct Example e = single ? source[index[t]] : source[2 * index[t % count] + t / count];
         cut[t] = train ? random_prefix(task, e) : e;
         examples[t] = &cut[t];
     }
@@ -4071,9 +4173,9 @@ static double reward_loss(struct Trainer *trainer, const size_t *index, size_t c
     float *reward = arena_floats(arena, texts), *dreward = arena_floats(arena, texts);
     reward_rows(&batch, model->config.pad_token_id, row);
     scalar_head_forward(reward, acts.ln_f, row, texts, &model->score, NULL);
-    double loss = bradley_terry_loss(reward, texts, pairs, pair_count, task->center, dreward);
+    double loss = task->labelled ? sentiment_loss(reward, rating, count, dreward) : bradley_terry_loss(reward, texts, pairs, pair_count, task->center, dreward);
     trainer->state.num_tokens += batch.tokens;
-    reward_metrics(trainer, reward, texts, pairs, pair_count);
+    reward_metrics(trainer, reward, texts, task->labelled ? NULL : pairs, pair_count, rating);
     if (!train) return loss;
     for (size_t t = 0; t < texts; t++) dreward[t] *= (float)weight;
     float *dhidden = arena_zeros(arena, batch.N * model->config.n_embd, sizeof *dhidden);
@@ -4101,14 +4203,14 @@ static size_t reward_pairs(struct Trainer *trainer, struct Arena *arena, const s
     return count;
 }
 
-/* Rated texts; those longer than max_length are dropped likewise. */
+/* Rated or labelled texts; those longer than max_length are dropped likewise. */
 static size_t reward_rated(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data, struct Example *texts, double *score)
 {
     size_t count = 0;
     for (size_t i = 0; i < data->n; i++) {
         texts[count] = example_encode(arena, trainer->tok, data->rows[i].text, trainer->model->config.vocab_size, true);
         if (texts[count].n > trainer->args.max_length) continue;
-        score[count++] = data->rows[i].score;
+        score[count++] = data->shape == SHAPE_LABELLED ? data->rows[i].label : data->rows[i].score;
     }
     if (count < data->n) warn("%s: %zu of %zu texts dropped: longer than %zu tokens (--max_length)", data->path, data->n - count, data->n, trainer->args.max_length);
     CHECK(count > 1, "%s: fewer than two texts are left", data->path);
@@ -4119,6 +4221,7 @@ static struct RewardTask *reward_task(struct Trainer *trainer, struct Arena *are
 {
     struct RewardTask *task = arena_zeros(arena, 1, sizeof *task);
     task->rated = data->shape == SHAPE_RATED;
+    task->labelled = data->shape == SHAPE_LABELLED;
     task->min_difference = 1;
     task->cut = rng_seed(trainer->args.seed, STREAM_CUT);
     trainer->task = (struct Task){.name = "reward", .data = task, .loss = reward_loss};
@@ -4126,9 +4229,9 @@ static struct RewardTask *reward_task(struct Trainer *trainer, struct Arena *are
         const struct Dataset *from = held_out ? eval : data;
         struct Example *texts = arena_alloc(arena, 2 * from->n, sizeof *texts);
         double *number = arena_zeros(arena, from->n, sizeof *number);
-        size_t n = task->rated ? reward_rated(trainer, arena, from, texts, number) : reward_pairs(trainer, arena, from, texts, number);
+        size_t n = task->rated || task->labelled ? reward_rated(trainer, arena, from, texts, number) : reward_pairs(trainer, arena, from, texts, number);
         *(held_out ? &task->eval_texts : &task->texts) = texts;
-        if (task->rated) *(held_out ? &task->eval_score : &task->score) = number;
+        if (task->rated || task->labelled) *(held_out ? &task->eval_score : &task->score) = number;
         else *(held_out ? &task->eval_margin : &task->margin) = number;
         *(held_out ? &trainer->task.eval_n : &trainer->task.n) = n;
     }
@@ -4160,42 +4263,19 @@ static void reward_score(const struct GPT2 *model, const struct Example *texts, 
  * probabilities.   [glossary: Lista de saídas do pipe] [glossary: Pontuação de sentimento] */
 static void write_pipe_outputs(FILE *file, double reward)
 {
-    fputs("[{\"label\": \"POSITIVE\", \"score\": ", file);
-    json_write_number(file, sigmoid(reward));
-    fputs("}, {\"label\": \"NEGATIVE\", \"score\": ", file);
-    json_write_number(file, sigmoid(-reward));
-    fputs("}]", file);
+    fprintf(file, "[{\"label\": \"POSITIVE\", \"score\": %s}, {\"label\": \"NEGATIVE\", \"score\": %s}]", json_number_text(sigmoid(reward)), json_number_text(sigmoid(-reward)));
 }
 
 /* =============================================================================================
- * Chapter 15 - Policy gradient: PPO                     [glossary: Gradiente de política]
+ * Chapter 15 - Policy gradient: REINFORCE, PPO          [glossary: Gradiente de política]
  *
  * What enters: a policy, a frozen reference and a score for each response. What leaves: a policy that
  * scores higher without leaving the reference far behind. The objective is
  *     J(pi) = E_{y ~ pi} [ r(x,y) ] - beta KL(pi || pi_ref)          [10][4]  [glossary: Função objetivo]
  * and the KL term is what keeps the model writing language: without it the policy finds whatever text
- * fools the reward model. The gradient of an expectation over samples is an expectation of
- * advantage * grad log pi(y|x) [19]: nothing has to be differentiated but the policy's log-probability.
- * This chapter is TRL 0.11's PPOTrainer, step by step.
+ * fools the reward model. REINFORCE climbs J by its plain gradient; PPO, TRL 0.11's PPOTrainer step by
+ * step, learns what to expect of each token and uses its samples several times.
  * ============================================================================================= */
-
-/* PPOConfig of TRL 0.11 and its defaults.                        [glossary: Classe de configuração PPO] */
-struct PPOConfig {
-    size_t batch_size, mini_batch_size, gradient_accumulation_steps, ppo_epochs;
-    double init_kl_coef;         /* beta at the start                [glossary: Parâmetro Beta (β)] */
-    double target, horizon;      /* of the adaptive KL controller */
-    double gamma, lam;           /* of GAE */
-    double cliprange, cliprange_value, vf_coef, score_clip, ratio_threshold, target_kl;
-    bool adap_kl_ctrl, use_score_scaling, use_score_norm, whiten_rewards, early_stopping;
-    const char *kl_penalty;      /* kl, abs, mse, full */
-};
-
-static struct PPOConfig ppo_config(void)
-{
-    return (struct PPOConfig){
-        .batch_size = 128, .mini_batch_size = 128, .gradient_accumulation_steps = 1, .ppo_epochs = 4, .init_kl_coef = 0.2, .target = 6, .horizon = 10000,
-        .gamma = 1, .lam = 0.95, .cliprange = 0.2, .cliprange_value = 0.2, .vf_coef = 0.1, .ratio_threshold = 10, .target_kl = 1, .adap_kl_ctrl = true, .kl_penalty = "kl"};
-}
 
 /* A rollout: what was asked, what the policy answered, how it scored.        [glossary: Rollout] */
 struct Rollout { struct Example example; size_t response_length; float score; };
@@ -4215,16 +4295,6 @@ static double unbiased_variance(const float *x, size_t n)
     return n > 1 ? sum / (double)(n - 1) : 0;
 }
 
-/* whiten -- x = (x - mean) / sqrt(variance + 1e-8), variance unbiased; the mean is added back if
- * !shift_mean. A gradient whose advantages are of one scale needs one learning rate. Returns what a
- * value of zero would become (TRL whitens padding as well, see ppo_advantages). test: ppo_whiten_golden */
-static double whiten(float *x, size_t n, bool shift_mean)
-{
-    double mean = mean_of(x, n), scale = 1 / sqrt(unbiased_variance(x, n) + 1e-8), back = shift_mean ? 0 : mean;
-    for (size_t i = 0; i < n; i++) x[i] = (float)((x[i] - mean) * scale + back);
-    return (0 - mean) * scale + back;
-}
-
 /* Running mean and variance of all scores seen, batch by batch, by Chan's rule for merging two sets. */
 struct RunningMoments { double mean, var, std, count; };
 
@@ -4237,6 +4307,262 @@ static void running_moments_update(struct RunningMoments *m, const float *x, siz
     m->var = spread / total;
     m->std = sqrt(m->var * total / (total - 1));
     m->count = total;
+}
+
+/* Log-probabilities of n completions under a model: summed over the target rows of each. */
+static void sum_target_logps(const struct Batch *batch, size_t n, const float *token_logprobs, double *logps)
+{
+    for (size_t b = 0; b < n; b++) logps[b] = sequence_logprob(token_logprobs + batch->target_start[b], batch->target_start[b + 1] - batch->target_start[b]);
+}
+
+/* What turns a response into a score: the reward model, on the text of query and response. */
+struct Scorer {
+    const struct GPT2 *reward_model;
+    const struct Tokenizer *tok;
+    double mean, std;                  /* score = (reward - mean) / std */
+    size_t least_length;               /* a response that ends sooner scores at most short_score */
+    double short_score;
+};
+
+/* Scores n token sequences (query and response together): decoded to text and read by the reward model, as
+ * the lab's sentiment pipeline does. */
+static void scorer_score(const struct Scorer *scorer, struct Arena *arena, const struct Example *sequences, size_t n, size_t vocab_size, float *score)
+{
+    struct Example *texts = arena_alloc(arena, n, sizeof *texts);
+    int end = end_token_of(vocab_size);
+    size_t limit = scorer->reward_model->config.n_positions;
+    for (size_t i = 0; i < n; i++) {
+        size_t length = sequences[i].n;
+        while (length > 0 && sequences[i].ids[length - 1] == end) length--;
+        struct Text text = tokenizer_decode_all(scorer->tok, arena, sequences[i].ids, length, vocab_size);
+        texts[i] = example_encode(arena, scorer->tok, text, scorer->reward_model->config.vocab_size, false);
+        texts[i].n = MIN(texts[i].n, limit);
+    }
+    reward_score(scorer->reward_model, texts, n, score);
+    for (size_t i = 0; i < n; i++) {
+        size_t response = sequences[i].n - sequences[i].prompt_length;
+        score[i] = (float)((score[i] - scorer->mean) / scorer->std);
+        bool ended_soon = response < scorer->least_length && sequences[i].n > 0 && sequences[i].ids[sequences[i].n - 1] == end;
+        if (ended_soon) score[i] = (float)MIN(score[i], scorer->short_score);
+    }
+}
+
+/* The policy answers batch_size prompts and is scored.                       [glossary: Rollout] */
+struct RolloutSource {
+    const struct Example *prompts;
+    size_t n;
+    size_t *order, at;                 /* a shuffled pass over the prompts, renewed at its end */
+    struct Rng shuffle, lengths, sample;
+    struct LengthSampler output_length;
+    size_t num_generations;            /* answers to a prompt, one after the other */
+    struct GenerationConfig generation;
+};
+
+static void collect_rollouts(struct RolloutSource *source, const struct GPT2 *policy, const struct Scorer *scorer, struct Arena *arena, struct Rollout *rollouts, size_t n)
+{
+    struct Sequence *sequences = arena_alloc(arena, n, sizeof *sequences);
+    const struct Example *prompt = NULL;
+    for (size_t i = 0; i < n; i++) {
+        if (source->at == source->n && i % source->num_generations == 0) {
+            rng_shuffle(&source->shuffle, source->order, source->n);
+            source->at = 0;
+        }
+        if (i % source->num_generations == 0) prompt = &source->prompts[source->order[source->at++]];
+        struct Rng own = rng_seed(rng_next(&source->sample), STREAM_SAMPLE);
+        sequences[i] = sequence_start(arena, prompt->ids, prompt->n, length_sampler(&source->output_length, &source->lengths), policy, own);
+    }
+    generate(policy, sequences, n, &source->generation);
+    struct Example *examples = arena_alloc(arena, n, sizeof *examples);
+    float *score = arena_floats(arena, n);
+    for (size_t i = 0; i < n; i++) examples[i] = (struct Example){sequences[i].ids, sequences[i].n, sequences[i].prompt_length};
+    scorer_score(scorer, arena, examples, n, policy->config.vocab_size, score);
+    for (size_t i = 0; i < n; i++) rollouts[i] = (struct Rollout){examples[i], examples[i].n - examples[i].prompt_length, score[i]};
+}
+
+/* REINFORCE [19]. How can an expectation over samples be differentiated, when the samples themselves depend on the
+ * weights? By d pi = pi d log pi:                              [glossary: Truque da log-derivada]
+ *   grad J = grad sum_y pi(y) R(y) = sum_y pi(y) R(y) grad log pi(y) = E_{y ~ pi} [ R(y) grad log pi(y) ]
+ * so R is only evaluated, never differentiated: it may be a person's word. With the KL term inside,
+ * R(y) = r(y) - beta (log pi(y) - log pi_ref(y)); its own gradient adds nothing, for E[grad log pi] = 0. That is also
+ * why a baseline b that does not depend on y may be subtracted: R - b has the same mean gradient and less noise.
+ *   none   b = 0                mean   b = the mean of all R of earlier steps
+ *   rloo   b = the mean R of the other answers to the same prompt (leave one out)                       [23] */
+enum Baseline { BASELINE_NONE, BASELINE_MEAN, BASELINE_RLOO, BASELINES };
+static const char *const BASELINE_NAMES[] = {"none", "mean", "rloo"};
+
+/* reinforce_advantages -- R(y_i) - b of n rewards, those of one prompt side by side, num_generations of each.
+ * By hand: R = 1, 2, 6 of one prompt: rloo gives 1 - 4, 2 - 3.5, 6 - 1.5 = -3, -1.5, 4.5.      test: reinforce_advantages */
+static void reinforce_advantages(enum Baseline baseline, const float *rewards, size_t n, size_t num_generations, double running_mean, float *advantages)
+{
+    for (size_t i = 0; i < n; i++) {
+        double b = 0;
+        size_t first = i / num_generations * num_generations;
+        if (baseline == BASELINE_MEAN) b = running_mean;
+        if (baseline == BASELINE_RLOO) b = (mean_of(rewards + first, num_generations) * (double)num_generations - rewards[i]) / (double)(num_generations - 1);
+        advantages[i] = (float)(rewards[i] - b);
+    }
+}
+
+/* reinforce_loss -- what is minimized so that J rises: the optimizer goes down, w -= lr grad, so the loss carries the
+ * minus sign of stochastic gradient ascent, w += lr grad J.    [glossary: Ascensão de gradiente estocástico (SGA)]
+ *   loss = -1/n sum_i A_i log pi(y_i);   dlogps_i = -A_i / n             (n)          test: reinforce_gradient */
+static double reinforce_loss(const float *advantages, const double *logps, size_t n, double *dlogps)
+{
+    double loss = 0;
+    for (size_t i = 0; i < n; i++) {
+        loss -= advantages[i] * logps[i] / (double)n;
+        dlogps[i] = -advantages[i] / (double)n;
+    }
+    return loss;
+}
+
+/* The variance of the gradient that n samples estimate: 1/(n (n-1)) sum_i |A_i s_i - mean|^2, where s_i (C) is the
+ * gradient of log pi(y_i).  By hand: A = 1, 3 and s = 1, 1: mean 2, variance (1 + 1)/2 = 1. test: reinforce_advantages */
+static double gradient_variance(const float *advantages, const float *s, size_t n, size_t C)
+{
+    double total = 0;
+    for (size_t c = 0; c < C; c++) {
+        double mean = 0;
+        for (size_t i = 0; i < n; i++) mean += (double)advantages[i] * s[i * C + c] / (double)n;
+        for (size_t i = 0; i < n; i++) total += pow((double)advantages[i] * s[i * C + c] - mean, 2);
+    }
+    return n > 1 ? total / (double)n / (double)(n - 1) : NAN;
+}
+
+struct Reinforce {
+    struct GPT2 *model, *ref_model;
+    struct TrainingArguments args;
+    enum Baseline baseline;
+    double beta, temperature;
+    size_t batch_size, num_generations, step, total_steps;
+    struct RunningMoments rewards;           /* of the steps before */
+    struct Arena arena;
+    struct LogEntry stats;
+};
+
+/* d log pi(y_i) / d ln_f.bias, (n,C): of all weights the ones whose gradient every answer's own can be had for nothing,
+ * the sum of d log pi / d hidden over its tokens. On them the variance is measured. */
+static float *reinforce_scores(struct Reinforce *r, struct LMHead *head, const struct Batch *batch)
+{
+    struct GPT2 view = *r->model;
+    size_t C = view.config.n_embd;
+    float *ones = arena_floats(&r->arena, head->R), *dhidden = arena_zeros(&r->arena, batch->N * C, sizeof(float)), *s = arena_zeros(&r->arena, batch->B * C, sizeof(float));
+    view.wte.d = NULL;                       /* a look, no gradient */
+    for (size_t i = 0; i < head->R; i++) ones[i] = 1;
+    lm_head_backward(&view, head, ones, dhidden, &r->arena);
+    for (size_t b = 0; b < batch->B; b++)
+        for (size_t i = batch->start[b]; i < batch->start[b + 1]; i++)
+            for (size_t c = 0; c < C; c++) s[b * C + c] += dhidden[i * C + c];
+    return s;
+}
+
+/* What REINFORCE maximizes, R(y_i) of each answer (n); *kl: the mean of log pi - log pi_ref. */
+static float *reinforce_rewards(struct Reinforce *r, const struct Rollout *rollouts, const struct Batch *batch, const double *logps, double *kl)
+{
+    struct LMHead head = batch_logprobs(r->ref_model, &r->arena, batch, r->temperature);
+    double *ref_logps = arena_alloc(&r->arena, batch->B, sizeof *ref_logps);
+    float *rewards = arena_floats(&r->arena, batch->B);
+    sum_target_logps(batch, batch->B, head.logprob, ref_logps);
+    *kl = 0;
+    for (size_t i = 0; i < batch->B; i++) {
+        rewards[i] = (float)(rollouts[i].score - r->beta * (logps[i] - ref_logps[i]));
+        *kl += kl_k1(logps[i], ref_logps[i]) / (double)batch->B;
+    }
+    return rewards;
+}
+
+/* reinforce_step -- one step up the gradient from batch_size fresh rollouts.         test: reinforce_step */
+static void reinforce_step(struct Reinforce *r, const struct Rollout *rollouts)
+{
+    static const char *const variance[] = {"gradient_variance/none", "gradient_variance/mean", "gradient_variance/rloo"};
+    struct Arena *arena = &r->arena;
+    size_t n = r->batch_size, C = r->model->config.n_embd;
+    arena_reset(arena);
+    const struct Example **examples = arena_alloc(arena, n, sizeof *examples);
+    double *logps = arena_alloc(arena, n, sizeof *logps), *dlogps = arena_alloc(arena, n, sizeof *dlogps), kl, score = 0, length = 0;
+    for (size_t i = 0; i < n; i++) {
+        examples[i] = &rollouts[i].example;
+        score += rollouts[i].score / (double)n;
+        length += (double)rollouts[i].response_length / (double)n;
+    }
+    struct Batch batch = collate(arena, examples, n, SKIP_LAST);
+    struct Activations acts = gpt2_forward(r->model, arena, &batch, true);
+    struct LMHead head = lm_head_new(r->model, arena, &acts, batch.row, batch.target, batch.R, (float)r->temperature);
+    lm_head_forward(r->model, &head);
+    sum_target_logps(&batch, n, head.logprob, logps);
+    float *rewards = reinforce_rewards(r, rollouts, &batch, logps, &kl), *s = reinforce_scores(r, &head, &batch), *advantages[BASELINES];
+    r->stats.n = 0;
+    for (int b = 0; b < (r->num_generations > 1 ? BASELINES : BASELINE_RLOO); b++) {
+        advantages[b] = arena_floats(arena, n);
+        reinforce_advantages(b, rewards, n, r->num_generations, r->rewards.mean, advantages[b]);
+        log_value(&r->stats, variance[b], gradient_variance(advantages[b], s, n, C));
+    }
+    double loss = reinforce_loss(advantages[r->baseline], logps, n, dlogps);
+    float *dlogprob = arena_floats(arena, batch.R), *dhidden = arena_zeros(arena, batch.N * C, sizeof *dhidden);
+    for (size_t i = 0; i < n; i++)
+        for (size_t t = batch.target_start[i]; t < batch.target_start[i + 1]; t++) dlogprob[t] = (float)dlogps[i];
+    lm_head_backward(r->model, &head, dlogprob, dhidden, arena);
+    gpt2_backward(r->model, arena, &acts, dhidden);
+    double lr = r->args.learning_rate * schedule_factor(&r->args, r->step, r->total_steps), norm = optimizer_step(r->model, &r->args, lr, ++r->step);
+    CHECK(isfinite(loss) && isfinite(norm), "reinforce: step %zu: the loss is %g, the gradient's norm %g; try a smaller --learning_rate or --max_grad_norm", r->step, loss, norm);
+    running_moments_update(&r->rewards, rewards, n);
+    const char *const names[] = {"loss", "grad_norm", "learning_rate", "reward", "kl", "objective", "entropy", "completions/mean_length", "step"};
+    double values[] = {loss, norm, lr, score, kl, mean_of(rewards, n), (double)row_sum(head.entropy, batch.R) / (double)batch.R, length, (double)r->step};
+    for (size_t i = 0; i < COUNT(names); i++) log_value(&r->stats, names[i], values[i]);
+}
+
+/* reinforce_train -- answers, rewards, one step up, again. */
+static void reinforce_train(struct Reinforce *r, struct RolloutSource *source, const struct Scorer *scorer, struct TrainerState *state)
+{
+    struct Arena arena = {0};
+    gpt2_make_trainable(r->model);
+    state->max_steps = r->total_steps;
+    while (r->step < r->total_steps) {
+        arena_reset(&arena);
+        struct Rollout *rollouts = arena_alloc(&arena, r->batch_size, sizeof *rollouts);
+        collect_rollouts(source, r->model, scorer, &arena, rollouts, r->batch_size);
+        reinforce_step(r, rollouts);
+        state->global_step = r->step;
+        state->epoch = (double)(r->step * r->batch_size / r->num_generations) / (double)source->n;
+        if (r->step % r->args.logging_steps) continue;
+        double shown[5];
+        static const char *const names[] = {"reward", "kl", "gradient_variance/none", "gradient_variance/mean", "gradient_variance/rloo"};
+        for (size_t i = 0; i < COUNT(names); i++) log_find(&r->stats, names[i], &shown[i]);
+        say("reinforce: step %zu/%zu  reward %.4g  kl %.4g  gradient's variance: no baseline %.3g, running mean %.3g, leave-one-out %.3g\n", r->step, r->total_steps, shown[0], shown[1], shown[2], shown[3], shown[4]);
+        struct LogEntry *entry = state_log(state);
+        *entry = r->stats;
+        log_value(entry, "epoch", state->epoch);
+    }
+    arena_free(&arena);
+    arena_free(&r->arena);
+}
+
+/* PPOConfig of TRL 0.11 and its defaults.                        [glossary: Classe de configuração PPO] */
+struct PPOConfig {
+    size_t batch_size, mini_batch_size, gradient_accumulation_steps, ppo_epochs;
+    double init_kl_coef;         /* beta at the start                [glossary: Parâmetro Beta (β)] */
+    double target, horizon;      /* of the adaptive KL controller */
+    double gamma, lam;           /* of GAE */
+    double cliprange, cliprange_value, vf_coef, score_clip, ratio_threshold, target_kl;
+    bool adap_kl_ctrl, use_score_scaling, use_score_norm, whiten_rewards, early_stopping;
+    const char *kl_penalty;      /* kl, abs, mse, full */
+};
+
+static struct PPOConfig ppo_config(void)
+{
+    return (struct PPOConfig){
+        .batch_size = 128, .mini_batch_size = 128, .gradient_accumulation_steps = 1, .ppo_epochs = 4, .init_kl_coef = 0.2, .target = 6, .horizon = 10000,
+        .gamma = 1, .lam = 0.95, .cliprange = 0.2, .cliprange_value = 0.2, .vf_coef = 0.1, .ratio_threshold = 10, .target_kl = 1, .adap_kl_ctrl = true, .kl_penalty = "kl"};
+}
+
+/* whiten -- x = (x - mean) / sqrt(variance + 1e-8), variance unbiased; the mean is added back if
+ * !shift_mean. A gradient whose advantages are of one scale needs one learning rate. Returns what a
+ * value of zero would become (TRL whitens padding as well, see ppo_advantages). test: ppo_whiten_golden */
+static double whiten(float *x, size_t n, bool shift_mean)
+{
+    double mean = mean_of(x, n), scale = 1 / sqrt(unbiased_variance(x, n) + 1e-8), back = shift_mean ? 0 : mean;
+    for (size_t i = 0; i < n; i++) x[i] = (float)((x[i] - mean) * scale + back);
+    return (0 - mean) * scale + back;
 }
 
 /* The KL controller: beta grows while KL is above its target, shrinks below, by at most 20 % of
@@ -4326,7 +4652,7 @@ static void ppo_loss(const struct PPOConfig *config, const struct PPOBatch *p, c
         double v_clipped = MAX(V - cv, MIN(V + cv, v));
         double error = (v - G) * (v - G), error_clipped = (v_clipped - G) * (v_clipped - G);
         bool value_clipped = error_clipped > error;
-        dlogprobs[r] = policy_clipped ? 0 : (float)(plain / n);            /* d ratio = ratio d log pi  [glossary: Truque da log-derivada] */
+        dlogprobs[r] = policy_clipped ? 0 : (float)(plain / n);            /* d ratio = ratio d log pi */
         dvalues[r] = (float)(config->vf_coef * (value_clipped ? (v == v_clipped ? v_clipped - G : 0) : v - G) / n);
         stats[LOSS_POLICY] += MAX(plain, clipped) / n;
         stats[LOSS_VALUE] += 0.5 * MAX(error, error_clipped) / n;
@@ -4349,6 +4675,9 @@ static void ppo_loss(const struct PPOConfig *config, const struct PPOBatch *p, c
     stats[LOSS_TOTAL] = stats[LOSS_POLICY] + config->vf_coef * stats[LOSS_VALUE];
 }
 
+/* A vector of stats_all; with `start`, n of them, response by response. */
+struct StatsVector { const char *name; const float *x; size_t n; const size_t *start; };
+
 /* Everything a PPO training owns.   [glossary: Treinador PPO]; its model is the policy  [glossary: Política π] */
 struct PPOTrainer {
     struct GPT2 *model, *ref_model;          /* the policy with its value head; the reference */
@@ -4361,7 +4690,10 @@ struct PPOTrainer {
     size_t optimizer_steps, step, total_steps;
     const char *name;                        /* in progress lines */
     struct Arena arena, epoch_arena;
-    struct LogEntry stats;                   /* of the last step: a line of stats_all */
+    struct LogEntry stats;                   /* of the last step: a line of stats_all, */
+    struct StatsVector vectors[10];          /* and its vectors */
+    size_t vector_count, updated;
+    float *advantages, *ratio;               /* (ppo_epochs R), `updated` so far: of each token in each update */
 };
 
 static struct PPOTrainer *ppo_trainer_new(struct GPT2 *model, struct GPT2 *ref_model, struct PPOConfig config, struct TrainingArguments args, double temperature)
@@ -4418,9 +4750,8 @@ static void ppo_forward(struct PPOTrainer *ppo, struct Arena *arena, const struc
     scalar_head_forward(f->values, f->acts.ln_f, f->batch.row, f->batch.R, &model->v_head.weight, &model->v_head.bias);
 }
 
-/* Steps 2 and 3 of ppo_step: one pass of policy and reference over queries and responses, and from it
- *   non_score_t = -beta penalty_t,   r_t = non_score_t,   r_last += score                     */
-static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo, const struct Rollout *rollouts, const float *scores)
+/* Step 2 of ppo_step: one pass of policy and reference over queries and responses. */
+static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo, const struct Rollout *rollouts)
 {
     size_t B = ppo->config.batch_size, longest = 0;
     struct Arena *arena = &ppo->arena;
@@ -4437,21 +4768,22 @@ static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo, const struc
     struct PPOBatch p = {.B = B, .R = R, .start = batch.target_start, .fresh = ppo->config.mini_batch_size == B, .forward = forward, .values = forward->values, .padding = arena_alloc(arena, B, sizeof *p.padding)};
     float **columns[] = {&p.logprobs, &p.ref_logprobs, &p.kl, &p.non_score_rewards, &p.rewards, &p.advantages, &p.returns};
     for (size_t i = 0; i < COUNT(columns); i++) *columns[i] = arena_floats(arena, R);
-    struct Activations ref_acts = gpt2_forward(ppo->ref_model, arena, &batch, false);
-    struct LMHead ref_head = lm_head_new(ppo->ref_model, arena, &ref_acts, batch.row, batch.target, R, (float)ppo->temperature);
-    lm_head_forward(ppo->ref_model, &ref_head);
+    struct LMHead ref_head = batch_logprobs(ppo->ref_model, arena, &batch, ppo->temperature);
     if (strcmp(ppo->config.kl_penalty, "full") == 0) kl_full_rows(ppo->model, head, ppo->ref_model, &ref_head, p.kl);
-    for (size_t t = 0; t < R; t++) {
-        p.logprobs[t] = head->logprob[t];
-        p.ref_logprobs[t] = ref_head.logprob[t];
-        p.kl[t] = kl_penalty_token(ppo->config.kl_penalty, p.logprobs[t], p.ref_logprobs[t], p.kl[t]);
-        p.rewards[t] = p.non_score_rewards[t] = (float)(-ppo->kl_coef * p.kl[t]);
-    }
-    for (size_t b = 0; b < B; b++) {
-        p.rewards[p.start[b + 1] - 1] += scores[b];
-        p.padding[b] = longest - examples[b]->n;
-    }
+    memcpy(p.logprobs, head->logprob, R * sizeof(float));
+    memcpy(p.ref_logprobs, ref_head.logprob, R * sizeof(float));
+    for (size_t b = 0; b < B; b++) p.padding[b] = longest - examples[b]->n;
     return p;
+}
+
+/* Step 3: non_score_t = -beta penalty_t,   r_t = non_score_t,   r_last += score. */
+static void ppo_rewards(const struct PPOTrainer *ppo, struct PPOBatch *p, const float *scores)
+{
+    for (size_t t = 0; t < p->R; t++) {
+        p->kl[t] = kl_penalty_token(ppo->config.kl_penalty, p->logprobs[t], p->ref_logprobs[t], p->kl[t]);
+        p->rewards[t] = p->non_score_rewards[t] = (float)(-ppo->kl_coef * p->kl[t]);
+    }
+    for (size_t b = 0; b < p->B; b++) p->rewards[p->start[b + 1] - 1] += scores[b];
 }
 
 /* Forward and backward over some rollouts of the batch; gradients are added with `weight`. */
@@ -4471,6 +4803,10 @@ static void ppo_mini_batch(struct PPOTrainer *ppo, const struct Rollout *rollout
     for (int i = 0; i < PPO_STATS; i++) stats[i] = 0;
     ppo_loss(&ppo->config, p, which, R, f->head.logprob, f->values, dlogprobs, dvalues, stats);
     stats[POLICY_ENTROPY] = (double)row_sum(f->head.entropy, R) / (double)R;
+    for (r = 0; ppo->ratio && r < R; r++, ppo->updated++) {
+        ppo->advantages[ppo->updated] = p->advantages[which[r]];
+        ppo->ratio[ppo->updated] = expf(f->head.logprob[r] - p->logprobs[which[r]]);
+    }
     bool absurd = stats[POLICY_RATIO] > ppo->config.ratio_threshold;       /* the policy ran away: skip the batch */
     if (absurd) warn("ppo: step %zu: the mean probability ratio %.1f exceeds --ratio_threshold %.1f; this mini-batch is skipped", ppo->step, stats[POLICY_RATIO], ppo->config.ratio_threshold);
     if (absurd) stats[LOSS_POLICY] = stats[LOSS_VALUE] = stats[LOSS_TOTAL] = 0;
@@ -4491,6 +4827,9 @@ static size_t ppo_optimize(struct PPOTrainer *ppo, const struct Rollout *rollout
     const struct PPOConfig *c = &ppo->config;
     size_t B = c->batch_size, *order = arena_alloc(&ppo->arena, B, sizeof *order), mini_batches = 0, per_step = c->mini_batch_size * c->gradient_accumulation_steps;
     double stats[PPO_STATS] = {0};
+    ppo->advantages = arena_floats(&ppo->arena, c->ppo_epochs * p->R);
+    ppo->ratio = arena_floats(&ppo->arena, c->ppo_epochs * p->R);
+    ppo->updated = 0;
     for (size_t epoch = 0; epoch < c->ppo_epochs; epoch++) {
         for (size_t b = 0; b < B; b++) order[b] = b;
         if (per_step < B) rng_shuffle(&ppo->order, order, B);          /* one mini-batch of all: its order is only rounding */
@@ -4515,16 +4854,23 @@ static void stats_length(struct LogEntry *stats, const char *mean_name, const ch
     log_value(stats, std_name, n > 1 ? sqrt(unbiased_variance(length, n)) : NAN);
 }
 
-/* Step 7: the scalars of TRL's stats dictionary.                             [glossary: Stats_all] */
+static void stats_vector(struct PPOTrainer *ppo, const char *name, const float *x, size_t n, const size_t *start)
+{
+    ppo->vectors[ppo->vector_count++] = (struct StatsVector){name, x, n, start};
+}
+
+/* Step 6: TRL's stats dictionary.                                            [glossary: Stats_all]
+ * Of its vectors and matrices, which TRL pads, the response tokens are kept. */
 static void ppo_record_stats(struct PPOTrainer *ppo, const struct Rollout *rollouts, const struct PPOBatch *p, const float *scores, const double sums[PPO_STATS], size_t mini_batches)
 {
     struct LogEntry *s = &ppo->stats;
     size_t B = p->B;
-    float *query = arena_floats(&ppo->arena, B), *response = arena_floats(&ppo->arena, B);
+    float *query = arena_floats(&ppo->arena, B), *response = arena_floats(&ppo->arena, B), *kl_dist = arena_zeros(&ppo->arena, B, sizeof(float));
     double kl = 0, kl_k3_sum = 0, entropy = 0, non_score = 0;
     for (size_t b = 0; b < B; b++) {
         query[b] = (float)rollouts[b].example.prompt_length;
         response[b] = (float)rollouts[b].response_length;
+        for (size_t t = p->start[b]; t < p->start[b + 1]; t++) kl_dist[b] += p->kl[t];
     }
     for (size_t t = 0; t < p->R; t++) {
         kl += p->kl[t] / (double)B;
@@ -4544,6 +4890,14 @@ static void ppo_record_stats(struct PPOTrainer *ppo, const struct Rollout *rollo
     for (int i = 0; i < PPO_STATS; i++) if (i != POLICY_RATIO) log_value(s, PPO_STAT_NAMES[i], sums[i] / (double)mini_batches);
     log_value(s, "ppo/val/var_explained", 1 - sums[VAL_ERROR] / sums[RETURNS_VAR]);
     log_value(s, "ppo/learning_rate", ppo->args.learning_rate * schedule_factor(&ppo->args, ppo->step, ppo->total_steps));
+    ppo->vector_count = 0;
+    stats_vector(ppo, "objective/kl_dist", kl_dist, B, NULL);
+    stats_vector(ppo, "objective/logprobs", p->logprobs, B, p->start);
+    stats_vector(ppo, "objective/ref_logprobs", p->ref_logprobs, B, p->start);
+    stats_vector(ppo, "tokens/queries_dist", query, B, NULL);
+    stats_vector(ppo, "tokens/responses_dist", response, B, NULL);
+    stats_vector(ppo, "ppo/policy/advantages", ppo->advantages, ppo->updated, NULL);
+    stats_vector(ppo, "ppo/policy/ratio", ppo->ratio, ppo->updated, NULL);
 }
 
 /* ppo_step -- PPOTrainer.step(queries, responses, scores).        [glossary: Treinador PPO]
@@ -4557,92 +4911,38 @@ static void ppo_step(struct PPOTrainer *ppo, const struct Rollout *rollouts)
     float *scores = arena_floats(&ppo->arena, B);
     for (size_t b = 0; b < B; b++) scores[b] = rollouts[b].score;
     ppo_process_scores(ppo, scores, B);                                             /* 1. scale and clip */
-    struct PPOBatch p = ppo_evaluate_rollouts(ppo, rollouts, scores);               /* 2. log-probabilities, values; 3. rewards */
+    struct PPOBatch p = ppo_evaluate_rollouts(ppo, rollouts);                       /* 2. log-probabilities, values */
     double evaluated = seconds_now();
+    ppo_rewards(ppo, &p, scores);                                                   /* 3. penalty and score a token */
+    double rewarded = seconds_now();
     ppo_advantages(&ppo->config, &p);                                               /* 4. advantages and returns */
     double advantages = seconds_now();
-    size_t mini_batches = ppo_optimize(ppo, rollouts, &p, sums);       /* 5. epochs of clipped updates */
-    double optimized = seconds_now();
+    size_t mini_batches = ppo_optimize(ppo, rollouts, &p, sums);                    /* 5. epochs of clipped updates */
+    double optimized = seconds_now(), kl;
     ppo_record_stats(ppo, rollouts, &p, scores, sums, mini_batches);                /* 6. statistics */
-    double kl;
     log_find(&ppo->stats, "objective/kl", &kl);
     ppo->kl_coef = kl_controller_update(&ppo->config, ppo->kl_coef, kl, B);         /* 7. KL controller */
     ppo->step++;
-    double times[] = {evaluated - begin, advantages - evaluated, optimized - advantages, seconds_now() - begin};
-    static const char *const names[] = {"time/ppo/forward_pass", "time/ppo/compute_advantages", "time/ppo/optimize_step", "time/ppo/total"};
+    double end = seconds_now(), times[] = {evaluated - begin, rewarded - evaluated, advantages - rewarded, optimized - advantages, end - optimized, end - begin};
+    static const char *const names[] = {"time/ppo/forward_pass", "time/ppo/compute_rewards", "time/ppo/compute_advantages", "time/ppo/optimize_step", "time/ppo/calc_stats", "time/ppo/total"};
     for (size_t i = 0; i < COUNT(times); i++) log_value(&ppo->stats, names[i], times[i]);
 }
 
-static void stats_write_line(FILE *file, const struct LogEntry *stats)
+static void stats_write_line(FILE *file, const struct PPOTrainer *ppo)
 {
     fputc('{', file);
-    for (size_t i = 0; i < stats->n; i++) {
-        fprintf(file, "%s\"%s\": ", i ? ", " : "", stats->item[i].name);
-        json_write_number(file, stats->item[i].value);
+    log_write(file, &ppo->stats, ", ");
+    for (size_t i = 0; i < ppo->vector_count; i++) {
+        const struct StatsVector *v = &ppo->vectors[i];
+        fprintf(file, ", \"%s\": %s", v->name, v->start ? "[" : "");
+        for (size_t b = 0; v->start && b < v->n; b++) {
+            if (b) fputs(", ", file);
+            json_write_floats(file, v->x + v->start[b], v->start[b + 1] - v->start[b]);
+        }
+        if (v->start) fputc(']', file);
+        else json_write_floats(file, v->x, v->n);
     }
     fputs("}\n", file);
-}
-
-/* What turns a response into a score: the reward model, on the text of query and response. */
-struct Scorer {
-    const struct GPT2 *reward_model;
-    const struct Tokenizer *tok;
-    double mean, std;                  /* score = (reward - mean) / std */
-    size_t least_length;               /* a response that ends sooner scores at most short_score */
-    double short_score;
-};
-
-/* Scores n token sequences (query and response together): decoded to text and read by the reward model, as
- * the lab's sentiment pipeline does. */
-static void scorer_score(const struct Scorer *scorer, struct Arena *arena, const struct Example *sequences, size_t n, size_t vocab_size, float *score)
-{
-    struct Example *texts = arena_alloc(arena, n, sizeof *texts);
-    int end = end_token_of(vocab_size);
-    size_t limit = scorer->reward_model->config.n_positions;
-    for (size_t i = 0; i < n; i++) {
-        size_t length = sequences[i].n;
-        while (length > 0 && sequences[i].ids[length - 1] == end) length--;
-        struct Text text = tokenizer_decode_all(scorer->tok, arena, sequences[i].ids, length, vocab_size);
-        texts[i] = example_encode(arena, scorer->tok, text, scorer->reward_model->config.vocab_size, false);
-        texts[i].n = MIN(texts[i].n, limit);
-    }
-    reward_score(scorer->reward_model, texts, n, score);
-    for (size_t i = 0; i < n; i++) {
-        size_t response = sequences[i].n - sequences[i].prompt_length;
-        score[i] = (float)((score[i] - scorer->mean) / scorer->std);
-        bool ended_soon = response < scorer->least_length && sequences[i].n > 0 && sequences[i].ids[sequences[i].n - 1] == end;
-        if (ended_soon) score[i] = (float)MIN(score[i], scorer->short_score);
-    }
-}
-
-/* The policy answers batch_size prompts and is scored.                       [glossary: Rollout] */
-struct RolloutSource {
-    const struct Example *prompts;
-    size_t n;
-    size_t *order, at;                 /* a shuffled pass over the prompts, renewed at its end */
-    struct Rng shuffle, lengths, sample;
-    struct LengthSampler output_length;
-    struct GenerationConfig generation;
-};
-
-static void collect_rollouts(struct RolloutSource *source, const struct GPT2 *policy, const struct Scorer *scorer, struct Arena *arena, struct Rollout *rollouts, size_t n)
-{
-    struct Sequence *sequences = arena_alloc(arena, n, sizeof *sequences);
-    for (size_t i = 0; i < n; i++) {
-        if (source->at == source->n) {
-            rng_shuffle(&source->shuffle, source->order, source->n);
-            source->at = 0;
-        }
-        const struct Example *prompt = &source->prompts[source->order[source->at++]];
-        struct Rng own = rng_seed(rng_next(&source->sample), STREAM_SAMPLE);
-        sequences[i] = sequence_start(arena, prompt->ids, prompt->n, length_sampler(&source->output_length, &source->lengths), policy, own);
-    }
-    generate(policy, sequences, n, &source->generation);
-    struct Example *examples = arena_alloc(arena, n, sizeof *examples);
-    float *score = arena_floats(arena, n);
-    for (size_t i = 0; i < n; i++) examples[i] = (struct Example){sequences[i].ids, sequences[i].n, sequences[i].prompt_length};
-    scorer_score(scorer, arena, examples, n, policy->config.vocab_size, score);
-    for (size_t i = 0; i < n; i++) rollouts[i] = (struct Rollout){examples[i], examples[i].n - examples[i].prompt_length, score[i]};
 }
 
 static void rollouts_write(FILE *file, const struct Rollout *rollouts, size_t n)
@@ -4653,9 +4953,7 @@ static void rollouts_write(FILE *file, const struct Rollout *rollouts, size_t n)
         json_write_ids(file, e->ids, e->prompt_length);
         fputs(", \"response_ids\": ", file);
         json_write_ids(file, e->ids + e->prompt_length, e->n - e->prompt_length);
-        fputs(", \"score\": ", file);
-        json_write_number(file, rollouts[i].score);
-        fputs("}\n", file);
+        fprintf(file, ", \"score\": %s}\n", json_number_text(rollouts[i].score));
     }
 }
 
@@ -4699,16 +4997,19 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, cons
         float *raw = arena_floats(&arena, B);
         for (size_t b = 0; b < B; b++) raw[b] = rollouts[b].score;
         stats_length(&ppo->stats, "env/reward_mean", "env/reward_std", raw, B);
+        stats_vector(ppo, "env/reward_dist", raw, B, NULL);
         log_value(&ppo->stats, "time/ppo/rollout", rolled - begin);
         if (output_dir) {
-            stats_write_line(stats_all.file, &ppo->stats);
+            stats_write_line(stats_all.file, ppo);
             rollouts_write(rollout_log.file, rollouts, B);
         }
         state->global_step = step + 1;
+        state->epoch = (double)((step + 1) * B) / (double)(replay ? replay->n : source->n);
         if ((step + 1) % ppo->args.logging_steps == 0 || step + 1 == steps) {
             struct LogEntry *entry = state_log(state);
             *entry = ppo->stats;
             log_value(entry, "step", (double)(step + 1));
+            log_value(entry, "epoch", state->epoch);
             double kl, loss;
             log_find(entry, "objective/kl", &kl);
             log_find(entry, "ppo/loss/total", &loss);
@@ -4787,12 +5088,6 @@ struct DPOTask {
     double temperature;
 };
 
-/* Log-probabilities of n completions under a model: summed over the target rows of each. */
-static void sum_target_logps(const struct Batch *batch, size_t n, const float *token_logprobs, double *logps)
-{
-    for (size_t b = 0; b < n; b++) logps[b] = sequence_logprob(token_logprobs + batch->target_start[b], batch->target_start[b + 1] - batch->target_start[b]);
-}
-
 /* Pairs as a batch: all chosen, then all rejected. slot (2B): where each stands among the pairs. */
 static struct Batch dpo_batch(struct Arena *arena, const struct Example *pairs, const size_t *index, size_t B, size_t C, size_t *slot)
 {
@@ -4814,9 +5109,7 @@ static void dpo_reference(struct DPOTask *task, struct Arena *arena, const struc
     size_t *slot = arena_alloc(arena, 2 * B, sizeof *slot);
     double *logps = arena_alloc(arena, 2 * B, sizeof *logps);
     struct Batch batch = dpo_batch(arena, pairs, index, B, task->ref_model->config.n_embd, slot);
-    struct Activations acts = gpt2_forward(task->ref_model, arena, &batch, false);
-    struct LMHead head = lm_head_new(task->ref_model, arena, &acts, batch.row, batch.target, batch.R, (float)task->temperature);
-    lm_head_forward(task->ref_model, &head);
+    struct LMHead head = batch_logprobs(task->ref_model, arena, &batch, task->temperature);
     sum_target_logps(&batch, 2 * B, head.logprob, logps);
     for (size_t i = 0; i < 2 * B; i++) cache[slot[i]] = logps[i];
     arena_reset(arena);
@@ -4913,26 +5206,34 @@ static struct DPOTask *dpo_task(struct Trainer *trainer, struct Arena *arena, st
     return task;
 }
 
+/* Answers of a policy to n prompts, num_generations of each side by side. */
+static struct Example *sample_answers(const struct GPT2 *policy, struct Arena *arena, const struct Example *prompts, size_t n, size_t num_generations, const struct GenerationConfig *generation, uint64_t seed)
+{
+    struct Rng rng = rng_seed(seed, STREAM_SAMPLE);
+    size_t total = n * num_generations;
+    struct Sequence *sequences = arena_alloc(arena, total, sizeof *sequences);
+    struct Example *answers = arena_alloc(arena, total, sizeof *answers);
+    for (size_t i = 0; i < total; i++) {
+        const struct Example *prompt = &prompts[i / num_generations];
+        sequences[i] = sequence_start(arena, prompt->ids, prompt->n, generation->max_new_tokens, policy, rng_seed(rng_next(&rng), STREAM_SAMPLE));
+    }
+    generate(policy, sequences, total, generation);
+    for (size_t i = 0; i < total; i++) answers[i] = (struct Example){sequences[i].ids, sequences[i].n, sequences[i].prompt_length};
+    return answers;
+}
+
 /* collect_preferences -- data collection: several answers a prompt, compared, kept as pairs.
  *                                                                  [glossary: Coleta de dados]
  * Each prompt is answered num_generations times by `policy`; the best answer by the scorer becomes
  * chosen, the worst rejected. Answers that ended before scorer->least_length tokens are left out, and, with
  * only_ended, those that did not end: cut-off text teaches a model to run on. pairs: room for 2n examples,
  * 2i chosen, 2i+1 rejected; returns how many pairs. */
-static size_t collect_preferences(const struct GPT2 *policy, const struct Scorer *scorer, struct Arena *arena, const struct Example *prompts, size_t n, size_t num_generations, size_t max_new, bool only_ended, const struct GenerationConfig *generation, uint64_t seed, struct Example *pairs)
+static size_t collect_preferences(const struct GPT2 *policy, const struct Scorer *scorer, struct Arena *arena, const struct Example *prompts, size_t n, size_t num_generations, bool only_ended, const struct GenerationConfig *generation, uint64_t seed, struct Example *pairs)
 {
-    struct Rng rng = rng_seed(seed, STREAM_SAMPLE);
-    size_t total = n * num_generations, count = 0;
-    struct Sequence *sequences = arena_alloc(arena, total, sizeof *sequences);
-    struct Example *answers = arena_alloc(arena, total, sizeof *answers);
-    float *score = arena_floats(arena, total);
-    for (size_t i = 0; i < total; i++) {
-        const struct Example *prompt = &prompts[i / num_generations];
-        sequences[i] = sequence_start(arena, prompt->ids, prompt->n, max_new, policy, rng_seed(rng_next(&rng), STREAM_SAMPLE));
-    }
-    generate(policy, sequences, total, generation);
-    for (size_t i = 0; i < total; i++) answers[i] = (struct Example){sequences[i].ids, sequences[i].n, sequences[i].prompt_length};
-    scorer_score(scorer, arena, answers, total, policy->config.vocab_size, score);
+    struct Example *answers = sample_answers(policy, arena, prompts, n, num_generations, generation, seed);
+    float *score = arena_floats(arena, n * num_generations);
+    size_t count = 0;
+    scorer_score(scorer, arena, answers, n * num_generations, policy->config.vocab_size, score);
     for (size_t i = 0; i < n; i++) {
         size_t best = SIZE_MAX, worst = SIZE_MAX;
         for (size_t k = i * num_generations; k < (i + 1) * num_generations; k++) {
@@ -4947,6 +5248,13 @@ static size_t collect_preferences(const struct GPT2 *policy, const struct Scorer
         pairs[2 * count++ + 1] = answers[worst];
     }
     return count;
+}
+
+/* What was generated, as text, without the end token. */
+static struct Text answer_text(const struct Tokenizer *tok, struct Arena *arena, const struct Example *answer, size_t V)
+{
+    size_t end = answer->n - (answer->n > answer->prompt_length && answer->ids[answer->n - 1] == end_token_of(V));
+    return tokenizer_decode_all(tok, arena, answer->ids + answer->prompt_length, end - answer->prompt_length, V);
 }
 
 /* =============================================================================================
@@ -4975,16 +5283,13 @@ static double distinct_2(const struct Text *texts, size_t n)
     CHECK(pairs, "out of memory");
     for (size_t i = 0; i < n; i++) {
         uint64_t previous = 0;
+        const unsigned char *text = (const unsigned char *)texts[i].data;
         for (size_t k = 0; k < texts[i].length;) {
-            uint64_t hash = 14695981039346656037u;                  /* FNV-1a of the word */
             size_t first = k;
-            for (; k < texts[i].length && (isalpha((unsigned char)texts[i].data[k]) || texts[i].data[k] == '\''); k++)
-                hash = (hash ^ (uint64_t)tolower((unsigned char)texts[i].data[k])) * 1099511628211u;
-            if (k == first) {
-                char c = texts[i].data[k++];
-                if (c != '.' && c != '!' && c != '?') continue;
-                hash = (hash ^ (uint64_t)c) * 1099511628211u;
-            }
+            uint64_t hash = 14695981039346656037u;                  /* FNV-1a of the word */
+            while (k < texts[i].length && (isalpha(text[k]) || text[k] == '\'')) k++;
+            if (k == first && !memchr(".!?", text[k++], 3)) continue;
+            for (size_t c = first; c < k; c++) hash = (hash ^ (uint64_t)tolower(text[c])) * 1099511628211u;
             if (previous) pairs[count++] = previous * 31 + hash;
             previous = hash;
         }
@@ -5020,12 +5325,8 @@ static double response_kl(const struct GPT2 *policy, const struct GPT2 *ref_mode
         for (size_t i = 0; i < count; i++) examples[i] = &answers[first + i];
         arena_reset(&arena);
         struct Batch batch = collate(&arena, examples, count, SKIP_LAST);
-        struct Activations acts = gpt2_forward(policy, &arena, &batch, false), ref_acts = gpt2_forward(ref_model, &arena, &batch, false);
-        struct LMHead head = lm_head_new(policy, &arena, &acts, batch.row, batch.target, batch.R, (float)temperature);
-        struct LMHead ref_head = lm_head_new(ref_model, &arena, &ref_acts, batch.row, batch.target, batch.R, (float)temperature);
+        struct LMHead head = batch_logprobs(policy, &arena, &batch, temperature), ref_head = batch_logprobs(ref_model, &arena, &batch, temperature);
         float *kl = arena_floats(&arena, batch.R);
-        lm_head_forward(policy, &head);
-        lm_head_forward(ref_model, &ref_head);
         kl_full_rows(policy, &head, ref_model, &ref_head, kl);
         for (size_t r = 0; r < batch.R; r++) total += kl[r];
     }
@@ -5111,11 +5412,13 @@ static struct Trainer course_trainer(struct Course *course, struct GPT2 *model, 
     return trainer;
 }
 
-static void course_save(struct Course *course, struct GPT2 *model, const char *name, const struct Trainer *trainer)
+/* Saves what was trained, and its log. */
+static void course_finish(struct Course *course, const char *name, struct Trainer *trainer)
 {
     char *folder = arena_printf(&course->arena, "%s/%s", course->output_dir, name);
-    gpt2_save(model, folder, course->tok);
-    if (trainer) trainer_state_save(&trainer->state, &trainer->args, folder);
+    gpt2_save(trainer->model, folder, course->tok);
+    trainer_state_save(&trainer->state, &trainer->args, folder);
+    trainer_free(trainer);
 }
 
 /* Stage 1: a language model, from random weights or from a given folder's. */
@@ -5131,9 +5434,8 @@ static void course_language_model(struct Course *course, double learning_rate)
     course->eval_loss_before = trainer_evaluate(&trainer);
     if (course->pretrain_steps) trainer_train(&trainer);
     course->eval_loss_after = trainer_evaluate(&trainer);
-    course_save(course, course->language_model, "language_model", &trainer);
+    course_finish(course, "language_model", &trainer);
     arena_free(&task->rows);
-    trainer_free(&trainer);
 }
 
 static struct Example *course_cut(struct Course *course, const struct Example *texts, size_t n, size_t length)
@@ -5175,8 +5477,7 @@ static void course_reward_model(struct Course *course)
     struct Example *prefix = course_cut(course, course->held_out, prefixes, COURSE_PREFIX);
     reward_score(model, prefix, prefixes, reward);
     course->scorer = (struct Scorer){model, course->tok, mean_of(reward, prefixes), sqrt(unbiased_variance(reward, prefixes)), COURSE_LEAST_LENGTH, -2};
-    course_save(course, model, "reward_model", &trainer);
-    trainer_free(&trainer);
+    course_finish(course, "reward_model", &trainer);
 }
 
 static struct GenerationConfig course_generation(const struct Course *course)
@@ -5198,18 +5499,14 @@ static void course_ppo(struct Course *course)
     config.init_kl_coef = 0.15;          /* the controller steers beta so that every seed ends near 12 nats */
     config.target = 12.5;
     config.horizon = 1280;
-    struct TrainingArguments args = training_arguments();
-    args.learning_rate = 7e-4 * course->scale;
+    struct TrainingArguments args = course_trainer(course, course->ppo, 7e-4, course->ppo_steps, 8, 5).args;
     args.lr_end = 0.2;
-    args.warmup_steps = MIN((size_t)5, course->ppo_steps / 4);
     args.max_grad_norm = 0;
-    args.seed = course->seed;
-    args.logging_steps = MAX((size_t)1, course->ppo_steps / 8);
     struct PPOTrainer *ppo = ppo_trainer_new(course->ppo, course->language_model, config, args, course->temperature);
     ppo->name = "3/4 ppo";
     struct RolloutSource source = {.prompts = course->prompts, .n = course->prompt_n, .at = course->prompt_n, .order = arena_alloc(&course->arena, course->prompt_n, sizeof(size_t)),
         .shuffle = rng_seed(course->seed, STREAM_ORDER), .lengths = rng_seed(course->seed, STREAM_LENGTH), .sample = rng_seed(course->seed, STREAM_SAMPLE),
-        .output_length = {16, 29}, .generation = course_generation(course)};
+        .output_length = {16, 29}, .num_generations = 1, .generation = course_generation(course)};
     for (size_t i = 0; i < source.n; i++) source.order[i] = i;
     struct TrainerState state = {0};
     char *folder = arena_printf(&course->arena, "%s/ppo", course->output_dir);
@@ -5232,7 +5529,8 @@ static void course_dpo(struct Course *course)
     size_t tokens = 0;
     for (size_t i = 0; i < course->train_n; i++) tokens += course->train[i].n;
     bool sentences = tokens / course->train_n < COURSE_POSITIONS;        /* an answer of 40 tokens can end one; it never ends a whole review */
-    size_t count = collect_preferences(course->language_model, &course->scorer, &course->arena, course->prompts, n, ANSWERS, 40, sentences, &generation, course->seed, pairs);
+    generation.max_new_tokens = 40;
+    size_t count = collect_preferences(course->language_model, &course->scorer, &course->arena, course->prompts, n, ANSWERS, sentences, &generation, course->seed, pairs);
     say("4/4 dpo: %zu pairs collected from %zu answers\n", count, n * ANSWERS);
     CHECK(count > 0 || course->dpo_steps == 0, "no answer of the language model ended by itself, so no pair could be formed; train it longer (--pretrain_steps)");
     struct Trainer trainer = course_trainer(course, course->dpo, 6e-4, course->dpo_steps, PAIRS_A_STEP, 10);
@@ -5243,8 +5541,7 @@ static void course_dpo(struct Course *course)
     dpo_task(&trainer, &course->arena, course->language_model, config, course->temperature, pairs, count);
     trainer.task.name = "4/4 dpo";
     if (course->dpo_steps) trainer_train(&trainer);
-    course_save(course, course->dpo, "dpo", &trainer);
-    trainer_free(&trainer);
+    course_finish(course, "dpo", &trainer);
 }
 
 /* Answers of a policy to the held-out prompts, the same random numbers for each policy. */
@@ -5252,18 +5549,14 @@ static struct CourseResult course_measure(struct Course *course, const struct GP
 {
     struct Arena *arena = &course->arena;
     size_t n = course->test_n;
-    struct Rng rng = rng_seed(course->seed + 1, STREAM_SAMPLE);
-    struct Sequence *sequences = arena_alloc(arena, n, sizeof *sequences);
-    struct CourseResult result = {.answers = arena_alloc(arena, n, sizeof *result.answers), .texts = arena_alloc(arena, n, sizeof *result.texts), .reward = arena_floats(arena, n)};
+    struct CourseResult result = {.texts = arena_alloc(arena, n, sizeof *result.texts), .reward = arena_floats(arena, n)};
     struct GenerationConfig generation = course_generation(course);
-    for (size_t i = 0; i < n; i++) sequences[i] = sequence_start(arena, course->test_prompts[i].ids, course->test_prompts[i].n, COURSE_MAX_NEW, policy, rng_seed(rng_next(&rng), STREAM_SAMPLE));
-    generate(policy, sequences, n, &generation);
+    generation.max_new_tokens = COURSE_MAX_NEW;
+    result.answers = sample_answers(policy, arena, course->test_prompts, n, 1, &generation, course->seed + 1);
     for (size_t i = 0; i < n; i++) {
-        struct Sequence *s = &sequences[i];
-        result.answers[i] = (struct Example){s->ids, s->n, s->prompt_length};
-        size_t length = s->n - s->prompt_length - (s->ids[s->n - 1] == policy->config.eos_token_id);
-        result.texts[i] = tokenizer_decode_all(course->tok, arena, s->ids + s->prompt_length, length, policy->config.vocab_size);
-        result.mean_length += (double)length / (double)n;
+        const struct Example *a = &result.answers[i];
+        result.texts[i] = answer_text(course->tok, arena, a, policy->config.vocab_size);
+        result.mean_length += (double)(a->n - a->prompt_length - (a->ids[a->n - 1] == policy->config.eos_token_id)) / (double)n;
     }
     struct Scorer plain = course->scorer;
     plain.least_length = 0;                                     /* the bare reward, no penalty for short answers */
@@ -5276,48 +5569,33 @@ static struct CourseResult course_measure(struct Course *course, const struct GP
 
 static void course_write_policy(FILE *file, const char *name, const struct CourseResult *before, const struct CourseResult *after)
 {
-    fprintf(file, "  \"%s\": {\"reward_before\": ", name);
-    const char *const keys[] = {"\"reward_after\"", "\"kl\"", "\"distinct_2\"", "\"mean_length\""};
-    double values[] = {after->mean_reward, after->kl, after->distinct_2, after->mean_length};
-    json_write_number(file, before->mean_reward);
-    for (size_t i = 0; i < COUNT(keys); i++) {
-        fprintf(file, ", %s: ", keys[i]);
-        json_write_number(file, values[i]);
-    }
-    fputc('}', file);
+    fprintf(file, "  \"%s\": {\"reward_before\": %s, \"reward_after\": %s, \"kl\": %s, ", name,
+            json_number_text(before->mean_reward), json_number_text(after->mean_reward), json_number_text(after->kl));
+    fprintf(file, "\"distinct_2\": %s, \"mean_length\": %s},\n", json_number_text(after->distinct_2), json_number_text(after->mean_length));
 }
 
 static void course_write_files(struct Course *course, const struct CourseResult *before, const struct CourseResult *ppo, const struct CourseResult *dpo, double seconds)
 {
     struct Output out;
     output_open(&out, course->output_dir, "summary.json");
-    fputs("{\n  \"seconds\": ", out.file);
-    json_write_number(out.file, seconds);
-    fputs(",\n  \"language_model\": {\"eval_loss_before\": ", out.file);
-    json_write_number(out.file, course->eval_loss_before);
-    fputs(", \"eval_loss_after\": ", out.file);
-    json_write_number(out.file, course->eval_loss_after);
-    fputs("},\n  \"reward_model\": {\"eval_accuracy\": ", out.file);
-    json_write_number(out.file, course->eval_accuracy);
-    fputs(", \"label_accuracy\": ", out.file);
-    json_write_number(out.file, course->label_accuracy);
-    fputs("},\n", out.file);
+    fprintf(out.file, "{\n  \"seconds\": %s,\n", json_number_text(seconds));
+    fprintf(out.file, "  \"language_model\": {\"eval_loss_before\": %s, \"eval_loss_after\": %s},\n",
+            json_number_text(course->eval_loss_before), json_number_text(course->eval_loss_after));
+    fprintf(out.file, "  \"reward_model\": {\"eval_accuracy\": %s, \"label_accuracy\": %s},\n",
+            json_number_text(course->eval_accuracy), json_number_text(course->label_accuracy));
     course_write_policy(out.file, "ppo", before, ppo);
-    fputs(",\n", out.file);
     course_write_policy(out.file, "dpo", before, dpo);
-    fprintf(out.file, ",\n  \"before\": {\"distinct_2\": %.9g, \"mean_length\": %.9g},\n  \"peak_rss_bytes\": %zu\n}\n", before->distinct_2, before->mean_length, peak_rss_bytes());
+    fprintf(out.file, "  \"before\": {\"distinct_2\": %.9g, \"mean_length\": %.9g},\n  \"peak_rss_bytes\": %zu\n}\n", before->distinct_2, before->mean_length, peak_rss_bytes());
     output_close(&out);
     output_open(&out, course->output_dir, "samples.jsonl");
     for (size_t i = 0; i < course->test_n; i++) {
         const struct Example *prompt = &course->test_prompts[i];
-        fputs("{\"prompt\": ", out.file);
-        json_write_string(out.file, tokenizer_decode_all(course->tok, &course->arena, prompt->ids, prompt->n, course->vocab_size));
-        fputs(", \"before\": ", out.file);
-        json_write_string(out.file, before->texts[i]);
-        fputs(", \"ppo\": ", out.file);
-        json_write_string(out.file, ppo->texts[i]);
-        fputs(", \"dpo\": ", out.file);
-        json_write_string(out.file, dpo->texts[i]);
+        struct Text texts[] = {tokenizer_decode_all(course->tok, &course->arena, prompt->ids, prompt->n, course->vocab_size), before->texts[i], ppo->texts[i], dpo->texts[i]};
+        static const char *const names[] = {"prompt", "before", "ppo", "dpo"};
+        for (size_t k = 0; k < COUNT(texts); k++) {
+            fprintf(out.file, "%s\"%s\": ", k ? ", " : "{", names[k]);
+            json_write_string(out.file, texts[k]);
+        }
         fputs("}\n", out.file);
     }
     output_close(&out);
@@ -5393,9 +5671,9 @@ static void course_run(struct Course *course, const struct Dataset *data, struct
 struct Bench {
     struct GPT2 *model, *ref_model;
     struct Arena arena, kept;
-    struct TrainingArguments args;
     struct Rng rng;
-    struct Trainer dpo;
+    struct Trainer trainer;
+    struct Task dpo;
     struct PPOTrainer *ppo;
     size_t steps, queries, weights;          /* weights: those that are multiplied, all but wpe */
     float *memory;                           /* BENCH_MEMORY floats to read */
@@ -5440,63 +5718,51 @@ static struct Example bench_example(struct Bench *bench, struct Arena *arena, si
     return e;
 }
 
-/* One training step of `batch` sequences of `length` tokens: forward, loss, backward, AdamW. */
-static double bench_train(struct Bench *bench, size_t batch_size, size_t length)
+/* One step on `n` items of a task: forward, loss, backward, AdamW. */
+static double bench_step(struct Bench *bench, struct Task task, size_t n)
 {
-    struct Arena *arena = &bench->arena;
-    arena_reset(arena);
-    struct Example *examples = arena_alloc(arena, batch_size, sizeof *examples);
-    const struct Example **each = arena_alloc(arena, batch_size, sizeof *each);
-    for (size_t b = 0; b < batch_size; b++) {
-        examples[b] = bench_example(bench, arena, length, 0);
-        each[b] = &examples[b];
-    }
+    struct Trainer *trainer = &bench->trainer;
+    size_t *order = arena_alloc(&bench->arena, n, sizeof *order);
+    for (size_t i = 0; i < n; i++) order[i] = i;
+    trainer->task = task;
+    trainer->args.per_device_train_batch_size = n;
     double begin = seconds_now();
-    struct Batch batch = collate(arena, each, batch_size, SKIP_LAST);
-    struct Activations acts = gpt2_forward(bench->model, arena, &batch, true);
-    struct LMHead head = lm_head_new(bench->model, arena, &acts, batch.row, batch.target, batch.R, 1);
-    float *dhidden = arena_zeros(arena, batch.N * bench->model->config.n_embd, sizeof *dhidden);
-    lm_head_cross_entropy(bench->model, &head, 1 / (float)batch.R, dhidden, arena);
-    gpt2_backward(bench->model, arena, &acts, dhidden);
-    optimizer_step(bench->model, &bench->args, 1e-5, ++bench->steps);
+    trainer_accumulate(trainer, order, n);
+    optimizer_step(bench->model, &trainer->args, 1e-6, ++bench->steps);
     return seconds_now() - begin;
 }
 
+/* Language modelling, on texts of `length` tokens. */
+static double bench_train(struct Bench *bench, size_t batch_size, size_t length)
+{
+    arena_reset(&bench->arena);
+    struct LanguageTask task = {.examples = arena_alloc(&bench->arena, batch_size, sizeof *task.examples)};
+    for (size_t b = 0; b < batch_size; b++) task.examples[b] = bench_example(bench, &bench->arena, length, 0);
+    return bench_step(bench, (struct Task){.data = &task, .loss = language_loss, .targets = language_targets}, batch_size);
+}
+
 /* `count` sequences go on for exactly `max_new` tokens after prompts of shortest, shortest + 1 .. longest tokens, over and over. */
-static double bench_generate(struct Bench *bench, struct Arena *arena, struct Sequence *sequences, size_t count, size_t shortest, size_t longest, size_t max_new, bool do_sample)
+static double bench_generate(struct Bench *bench, struct Sequence *sequences, size_t count, size_t shortest, size_t longest, size_t max_new, bool do_sample)
 {
     struct GenerationConfig generation = generation_config();
     generation.max_new_tokens = generation.min_new_tokens = max_new;
     generation.do_sample = do_sample;
     generation.top_k = 0;
     for (size_t i = 0; i < count; i++) {
-        struct Example prompt = bench_example(bench, arena, shortest + i % (longest - shortest + 1), 0);
-        sequences[i] = sequence_start(arena, prompt.ids, prompt.n, max_new, bench->model, rng_seed(rng_next(&bench->rng), STREAM_SAMPLE));
+        struct Example prompt = bench_example(bench, &bench->arena, shortest + i % (longest - shortest + 1), 0);
+        sequences[i] = sequence_start(&bench->arena, prompt.ids, prompt.n, max_new, bench->model, rng_seed(rng_next(&bench->rng), STREAM_SAMPLE));
     }
     double begin = seconds_now();
     generate(bench->model, sequences, count, &generation);
     return seconds_now() - begin;
 }
 
-/* A DPO step: 4 pairs of 64 tokens that share prompts of 16. In the first epoch the reference is computed too. */
-static double bench_dpo(struct Bench *bench, bool first_epoch)
-{
-    struct DPOTask *task = bench->dpo.task.data;
-    static const size_t order[BENCH_DPO_PAIRS] = {0, 1, 2, 3};
-    for (size_t i = 0; first_epoch && i < 2 * BENCH_DPO_PAIRS; i++) task->ref_logps[i] = NAN;
-    double begin = seconds_now();
-    trainer_accumulate(&bench->dpo, order, BENCH_DPO_PAIRS);
-    optimizer_step(bench->model, &bench->args, 1e-6, ++bench->steps);
-    return seconds_now() - begin;
-}
-
 /* A PPO step: queries of 2 to 7 tokens, 10 new tokens each, scores, 4 epochs of one mini-batch. */
 static double bench_ppo(struct Bench *bench)
 {
-    struct Arena *arena = &bench->arena;
-    struct Sequence *sequences = arena_alloc(arena, bench->queries, sizeof *sequences);
-    struct Rollout *rollouts = arena_alloc(arena, bench->queries, sizeof *rollouts);
-    double seconds = bench_generate(bench, arena, sequences, bench->queries, 2, 7, 10, true), begin = seconds_now();
+    struct Sequence *sequences = arena_alloc(&bench->arena, bench->queries, sizeof *sequences);
+    struct Rollout *rollouts = arena_alloc(&bench->arena, bench->queries, sizeof *rollouts);
+    double seconds = bench_generate(bench, sequences, bench->queries, 2, 7, 10, true), begin = seconds_now();
     for (size_t i = 0; i < bench->queries; i++) {
         struct Sequence *s = &sequences[i];
         rollouts[i] = (struct Rollout){{s->ids, s->n, s->prompt_length}, s->n - s->prompt_length, (float)rng_normal(&bench->rng)};
@@ -5506,41 +5772,43 @@ static double bench_ppo(struct Bench *bench)
 }
 
 enum BenchWork { TRAIN_4X64, TRAIN_16X64, TRAIN_4X256, TRAIN_1X1024, GENERATE_1, GENERATE_16, DPO_FIRST, DPO_LATER, PPO_STEP, BENCH_WORKS };
-static const struct { const char *name, *key; size_t batch, length; } BENCH_WORK[] = {
-    {"train 4 x 64", "train", 4, 64}, {"train 16 x 64", "train_16x64", 16, 64}, {"train 4 x 256", "train_4x256", 4, 256}, {"train 1 x 1024", "train_1x1024", 1, 1024},
-    {"generate 48 after 32", "generate", 1, 80}, {"generate 16 x 48 after 32", "generate_batch", 16, 80},
-    {"dpo step, 4 pairs of 64", "dpo_step", 8, 64}, {"  with reference cached", "dpo_step_cached", 8, 64}, {"ppo step, 4 epochs", "ppo_step", 0, 0}};
+/* passes: 2 for a forward pass, 6 for a training step; a PPO step has the rollout, the reference, the policy (which is
+ * the first update's forward pass) and 4 epochs of 6. reads: how often all weights are read, one token after another. */
+static const struct { const char *name, *key; size_t batch, length; double passes, reads; } BENCH_WORK[] = {
+    {"train 4 x 64", "train", 4, 64, 6, 0}, {"train 16 x 64", "train_16x64", 16, 64, 6, 0},
+    {"train 4 x 256", "train_4x256", 4, 256, 6, 0}, {"train 1 x 1024", "train_1x1024", 1, 1024, 6, 0},
+    {"generate 48 after 32", "generate", 1, 80, 2, 48}, {"generate 16 x 48 after 32", "generate_batch", 16, 80, 2, 48},
+    {"dpo step, 4 pairs of 64", "dpo_step", 8, 64, 8, 0}, {"  with reference cached", "dpo_step_cached", 8, 64, 6, 0},
+    {"ppo step, 4 epochs", "ppo_step", 0, 0, 2 + 2 + 4 * 6, 10}};
 
 static double bench_work(struct Bench *bench, enum BenchWork work)
 {
     size_t batch = BENCH_WORK[work].batch;
     struct Sequence sequences[16];
     arena_reset(&bench->arena);
-    switch (work) {
-    case GENERATE_1: case GENERATE_16: return bench_generate(bench, &bench->arena, sequences, batch, 32, 32, 48, false);
-    case DPO_FIRST: case DPO_LATER: return bench_dpo(bench, work == DPO_FIRST);
-    case PPO_STEP: return bench_ppo(bench);
-    default: return bench_train(bench, batch, BENCH_WORK[work].length);
-    }
+    if (work == GENERATE_1 || work == GENERATE_16) return bench_generate(bench, sequences, batch, 32, 32, 48, false);
+    if (work == PPO_STEP) return bench_ppo(bench);
+    if (work < GENERATE_1) return bench_train(bench, batch, BENCH_WORK[work].length);
+    struct DPOTask *dpo = bench->dpo.data;
+    for (size_t i = 0; work == DPO_FIRST && i < 2 * BENCH_DPO_PAIRS; i++) dpo->ref_logps[i] = NAN;        /* to be computed again */
+    return bench_step(bench, bench->dpo, BENCH_DPO_PAIRS);
 }
 
 /* Seconds that the work takes at least: its multiplications at the peak, or its weights at the speed of reading, whichever is more. */
 static double bench_limit(const struct Bench *bench, enum BenchWork work, double gflops, double gbytes)
 {
-    double weights = (double)bench->weights, tokens = (double)(BENCH_WORK[work].batch * BENCH_WORK[work].length), passes = 6, reads = 0;
-    if (work == GENERATE_1 || work == GENERATE_16) passes = 2, reads = 48;
-    if (work == DPO_FIRST) passes = 8;
+    double weights = (double)bench->weights, tokens = (double)(BENCH_WORK[work].batch * BENCH_WORK[work].length);
     if (work == DPO_FIRST || work == DPO_LATER) tokens = BENCH_DPO_PAIRS * (2 * BENCH_DPO_LENGTH - BENCH_DPO_PROMPT - 2);      /* the prompt once, the last tokens not at all */
-    /* rollout, reference, policy (which is the first update's forward pass), and 4 epochs of 6 */
-    if (work == PPO_STEP) passes = 2 + 2 + 4 * 6, tokens = (double)bench->queries * (4.5 + 10), reads = 10;
-    return MAX(passes * weights * tokens / gflops, 4 * weights * reads / gbytes) / 1e9;
+    if (work == PPO_STEP) tokens = (double)bench->queries * (4.5 + 10);
+    return MAX(BENCH_WORK[work].passes * weights * tokens / gflops, 4 * weights * BENCH_WORK[work].reads / gbytes) / 1e9;
 }
 
 static struct Bench *bench_new(struct GPT2Config config, size_t queries)
 {
     struct Bench *bench = calloc(1, sizeof *bench);
     CHECK(bench, "out of memory");
-    *bench = (struct Bench){.model = gpt2_new(config), .args = training_arguments(), .rng = rng_seed(42, STREAM_SAMPLE), .queries = queries};
+    *bench = (struct Bench){.model = gpt2_new(config), .rng = rng_seed(42, STREAM_SAMPLE), .queries = queries};
+    bench->trainer = (struct Trainer){.model = bench->model, .args = training_arguments()};
     gpt2_init(bench->model, 42);
     gpt2_make_trainable(bench->model);
     for (size_t i = 0; i < bench->model->tensor_count; i++) bench->weights += bench->model->tensors[i]->n;
@@ -5555,7 +5823,7 @@ static void bench_complete(struct Bench *bench)
     config.batch_size = config.mini_batch_size = bench->queries;
     config.ratio_threshold = INFINITY;
     bench->ref_model = gpt2_copy(bench->model);
-    bench->ppo = ppo_trainer_new(bench->model, bench->ref_model, config, bench->args, 1);
+    bench->ppo = ppo_trainer_new(bench->model, bench->ref_model, config, training_arguments(), 1);
     bench->ppo->args.learning_rate = 1e-6;
     bench->ppo->total_steps = 1000;
     struct Example *pairs = arena_alloc(&bench->kept, 2 * BENCH_DPO_PAIRS, sizeof *pairs);
@@ -5563,15 +5831,15 @@ static void bench_complete(struct Bench *bench)
         pairs[i] = bench_example(bench, &bench->kept, BENCH_DPO_LENGTH, BENCH_DPO_PROMPT);
         if (i % 2) memcpy(pairs[i].ids, pairs[i - 1].ids, BENCH_DPO_PROMPT * sizeof(int));
     }
-    bench->dpo = (struct Trainer){.model = bench->model, .args = bench->args};
-    dpo_task(&bench->dpo, &bench->kept, bench->ref_model, (struct DPOConfig){.beta = 0.1, .weight = {1}}, 1, pairs, BENCH_DPO_PAIRS);
+    dpo_task(&bench->trainer, &bench->kept, bench->ref_model, (struct DPOConfig){.beta = 0.1, .weight = {1}}, 1, pairs, BENCH_DPO_PAIRS);
+    bench->dpo = bench->trainer.task;
     bench->memory = arena_zeros(&bench->kept, BENCH_MEMORY, sizeof *bench->memory);
 }
 
 static void bench_free(struct Bench *bench)
 {
     if (bench->ppo) ppo_trainer_free(bench->ppo);
-    trainer_free(&bench->dpo);
+    trainer_free(&bench->trainer);
     gpt2_free(bench->model);
     gpt2_free(bench->ref_model);
     arena_free(&bench->arena);
@@ -5587,26 +5855,31 @@ static void bench_free(struct Bench *bench)
 
 struct Options {
     const char *model_name_or_path, *ref_model, *reward_model_path, *dataset_name, *eval_dataset, *output_dir, *tokenizer, *prompt, *rollouts, *loss_type, *loss_weights, *file;
-    const char *peft_adapter;
+    const char *peft_adapter, *baseline;
     struct Adapter lora;                     /* of a new adapter */
     struct TrainingArguments train;
     struct PPOConfig ppo;
     struct GenerationConfig generation;
-    struct GPT2Config model;
+    struct GPT2Config config;
     struct DPOConfig dpo;
     double center_rewards_coefficient;
     size_t input_min_text_length, input_max_text_length, output_min_length, output_max_length;
-    size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps, top_n, tokenize_vocab_size;
+    size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps, top_n, tokenize_vocab_size, num_generations, max_samples;
     bool json, jsonl, decode, help, quiet, max_length_given, use_peft;
+    /* What a command opens and main closes. */
+    struct Arena arena;
+    struct Tokenizer *tok;
+    struct GPT2 *model, *reference, *reward_model;
+    struct Dataset *data, *eval;
 };
 
 /* Groups of flags; a command takes some of them. */
 enum Group {
     G_MODEL = 1, G_DATA = 2, G_TRAIN = 4, G_NEW = 8, G_REF = 16, G_REWARD = 32, G_PPO = 64, G_DPO = 128, G_SAMPLE = 256, G_LENGTH = 512, G_PROMPT = 1024,
     G_NEXT = 2048, G_TOKENIZE = 4096, G_RLHF = 8192, G_OUT = 16384, G_SEED = 32768, G_RUN = 65536, G_BATCH = 131072, G_JSON = 262144, G_BENCH = 524288,
-    G_PEFT = 1 << 20, G_LORA = 1 << 21, G_ALL = -1
+    G_PEFT = 1 << 20, G_LORA = 1 << 21, G_ROLL = 1 << 22, G_RLOO = 1 << 23, G_COLLECT = 1 << 25, G_EVAL = 1 << 26, G_ALL = -1
 };
-enum Kind { KIND_STRING, KIND_LIST, KIND_SIZE, KIND_DOUBLE, KIND_BOOL, KIND_SEED };
+enum Kind { KIND_STRING, KIND_LIST, KIND_SIZE, KIND_DOUBLE, KIND_BOOL, KIND_STOPPING, KIND_SEED };
 struct Flag { const char *name; enum Kind kind; size_t offset; int groups; const char *help; };
 #define AT(member) offsetof(struct Options, member)
 
@@ -5620,7 +5893,7 @@ static const struct Flag FLAGS[] = {
     {"lora_dropout", KIND_DOUBLE, AT(lora.lora_dropout), G_LORA, "only 0 is implemented"},
     {"lora_target_modules", KIND_LIST, AT(lora.target_modules), G_LORA, "layers that get it: c_attn (default), c_proj, c_fc; attn.c_proj, mlp.c_proj; all-linear"},
     {"ref_model", KIND_STRING, AT(ref_model), G_REF, "folder of the reference model; default: the start model"},
-    {"reward_model_path", KIND_STRING, AT(reward_model_path), G_PPO, "folder of a reward model"},
+    {"reward_model_path", KIND_STRING, AT(reward_model_path), G_ROLL, "folder of a reward model"},
     {"dataset_name", KIND_STRING, AT(dataset_name), G_DATA, "a .jsonl file, or a folder of them"},
     {"eval_dataset", KIND_STRING, AT(eval_dataset), G_RUN, "held-out data, same shapes"},
     {"output_dir", KIND_STRING, AT(output_dir), G_OUT, "folder for what is made"},
@@ -5644,19 +5917,24 @@ static const struct Flag FLAGS[] = {
     {"eval_steps", KIND_SIZE, AT(train.eval_steps), G_RUN, "steps between evaluations; default: at the end"},
     {"max_length", KIND_SIZE, AT(train.max_length), G_RUN | G_BATCH | G_LENGTH, "longest sequence in tokens"},
     {"train_sampling_strategy", KIND_STRING, AT(train.train_sampling_strategy), G_RUN, "random, sequential"},
-    {"n_layer", KIND_SIZE, AT(model.n_layer), G_NEW, "blocks of a new model"},
-    {"n_head", KIND_SIZE, AT(model.n_head), G_NEW, "attention heads"},
-    {"n_embd", KIND_SIZE, AT(model.n_embd), G_NEW, "width"},
-    {"n_positions", KIND_SIZE, AT(model.n_positions), G_NEW, "longest context"},
-    {"vocab_size", KIND_SIZE, AT(model.vocab_size), G_NEW, "ids, the end token included"},
+    {"n_layer", KIND_SIZE, AT(config.n_layer), G_NEW, "blocks of a new model"},
+    {"n_head", KIND_SIZE, AT(config.n_head), G_NEW, "attention heads"},
+    {"n_embd", KIND_SIZE, AT(config.n_embd), G_NEW, "width"},
+    {"n_positions", KIND_SIZE, AT(config.n_positions), G_NEW, "longest context"},
+    {"vocab_size", KIND_SIZE, AT(config.vocab_size), G_NEW, "ids, the end token included"},
     {"vocab_size", KIND_SIZE, AT(tokenize_vocab_size), G_TOKENIZE, "the smaller vocabulary of a model with so many ids"},
     {"center_rewards_coefficient", KIND_DOUBLE, AT(center_rewards_coefficient), G_REWARD, "weight of (r_chosen + r_rejected)^2"},
+    {"loss_type", KIND_STRING, AT(loss_type), G_REWARD, "sigmoid: Bradley-Terry; bce: binary cross-entropy on text + label (alone with such data)"},
     {"beta", KIND_DOUBLE, AT(dpo.beta), G_DPO, "how strongly DPO holds to the reference"},
+    {"beta", KIND_DOUBLE, AT(dpo.beta), G_RLOO, "price of a nat of KL(policy || reference)"},
+    {"baseline", KIND_STRING, AT(baseline), G_RLOO, "subtracted from the reward: none, mean (of earlier steps), rloo (leave one out)"},
+    {"num_generations", KIND_SIZE, AT(num_generations), G_RLOO | G_COLLECT, "answers to each prompt"},
+    {"max_samples", KIND_SIZE, AT(max_samples), G_COLLECT | G_EVAL, "prompts used, from the first; 0: all"},
     {"loss_type", KIND_LIST, AT(loss_type), G_DPO, "sigmoid, ipo, hinge, robust, sft; several: sigmoid sft"},
     {"loss_weights", KIND_LIST, AT(loss_weights), G_DPO, "a weight for each loss_type: 1 0.2"},
     {"label_smoothing", KIND_DOUBLE, AT(dpo.label_smoothing), G_DPO, "share of pairs thought to be labelled the wrong way round"},
     {"rollouts", KIND_STRING, AT(rollouts), G_PPO, "replay stored rollouts (query_ids, response_ids, score)"},
-    {"batch_size", KIND_SIZE, AT(ppo.batch_size), G_PPO | G_BENCH, "rollouts of a PPO step"},
+    {"batch_size", KIND_SIZE, AT(ppo.batch_size), G_PPO | G_RLOO | G_BENCH, "rollouts of a step"},
     {"mini_batch_size", KIND_SIZE, AT(ppo.mini_batch_size), G_PPO, "rollouts of one forward and backward pass"},
     {"ppo_epochs", KIND_SIZE, AT(ppo.ppo_epochs), G_PPO, "passes over a batch of rollouts"},
     {"init_kl_coef", KIND_DOUBLE, AT(ppo.init_kl_coef), G_PPO, "beta: the price of a nat of KL"},
@@ -5676,18 +5954,21 @@ static const struct Flag FLAGS[] = {
     {"ratio_threshold", KIND_DOUBLE, AT(ppo.ratio_threshold), G_PPO, "skip mini-batches whose mean ratio exceeds it"},
     {"early_stopping", KIND_BOOL, AT(ppo.early_stopping), G_PPO, "stop a step's epochs at 1.5 * target_kl"},
     {"target_kl", KIND_DOUBLE, AT(ppo.target_kl), G_PPO, "for early_stopping"},
-    {"input_min_text_length", KIND_SIZE, AT(input_min_text_length), G_PPO, "prompts cut from texts: shortest"},
-    {"input_max_text_length", KIND_SIZE, AT(input_max_text_length), G_PPO, "and longest plus one (LengthSampler)"},
-    {"output_min_length", KIND_SIZE, AT(output_min_length), G_PPO, "responses: shortest limit"},
-    {"output_max_length", KIND_SIZE, AT(output_max_length), G_PPO, "and longest plus one (LengthSampler)"},
+    {"input_min_text_length", KIND_SIZE, AT(input_min_text_length), G_ROLL, "prompts cut from texts: shortest"},
+    {"input_max_text_length", KIND_SIZE, AT(input_max_text_length), G_ROLL, "and longest plus one (LengthSampler)"},
+    {"output_min_length", KIND_SIZE, AT(output_min_length), G_PPO | G_RLOO, "responses: shortest limit"},
+    {"output_max_length", KIND_SIZE, AT(output_max_length), G_PPO | G_RLOO, "and longest plus one (LengthSampler)"},
     {"prompt", KIND_STRING, AT(prompt), G_PROMPT, "text to continue"},
-    {"temperature", KIND_DOUBLE, AT(generation.temperature), G_SAMPLE | G_NEXT | G_PPO | G_RLHF | G_DPO, "divides the logits"},
-    {"top_k", KIND_SIZE, AT(generation.top_k), G_SAMPLE | G_NEXT | G_PPO, "sample from the k likeliest; 0: all"},
-    {"top_p", KIND_DOUBLE, AT(generation.top_p), G_SAMPLE | G_NEXT | G_PPO, "sample from the likeliest that hold this mass"},
+    {"temperature", KIND_DOUBLE, AT(generation.temperature), G_SAMPLE | G_NEXT | G_ROLL | G_RLHF | G_DPO, "divides the logits"},
+    {"top_k", KIND_SIZE, AT(generation.top_k), G_SAMPLE | G_NEXT | G_ROLL, "sample from the k likeliest; 0: all"},
+    {"top_p", KIND_DOUBLE, AT(generation.top_p), G_SAMPLE | G_NEXT | G_ROLL, "sample from the likeliest that hold this mass"},
     {"repetition_penalty", KIND_DOUBLE, AT(generation.repetition_penalty), G_SAMPLE | G_NEXT, "above 1: ids already there become less likely"},
     {"no_repeat_ngram_size", KIND_SIZE, AT(generation.no_repeat_ngram_size), G_SAMPLE, "no n-gram twice"},
-    {"max_new_tokens", KIND_SIZE, AT(generation.max_new_tokens), G_SAMPLE, "at most so many new tokens"},
+    {"max_new_tokens", KIND_SIZE, AT(generation.max_new_tokens), G_SAMPLE | G_COLLECT | G_EVAL, "at most so many new tokens"},
     {"min_new_tokens", KIND_SIZE, AT(generation.min_new_tokens), G_SAMPLE, "at least so many"},
+    {"num_beams", KIND_SIZE, AT(generation.num_beams), G_SAMPLE, "beam search with so many beams"},
+    {"length_penalty", KIND_DOUBLE, AT(generation.length_penalty), G_SAMPLE, "beam search: above 0 favours longer sequences"},
+    {"early_stopping", KIND_STOPPING, AT(generation.early_stopping), G_SAMPLE, "beam search: false, true or never"},
     {"do_sample", KIND_BOOL, AT(generation.do_sample), G_SAMPLE, "draw tokens instead of taking the likeliest"},
     {"num_return_sequences", KIND_SIZE, AT(generation.num_return_sequences), G_SAMPLE, "samples of each prompt"},
     {"top_n", KIND_SIZE, AT(top_n), G_NEXT, "rows of the table"},
@@ -5700,21 +5981,6 @@ static const struct Flag FLAGS[] = {
     {"dpo_steps", KIND_SIZE, AT(dpo_steps), G_RLHF, "of DPO"},
     {"help", KIND_BOOL, AT(help), G_ALL, "this page"},
 };
-
-static struct Tokenizer *load_tokenizer(const struct Options *o)
-{
-    char path[PATH_MAX] = "tokenizer.bin", program[PATH_MAX];
-    if (o->tokenizer) return tokenizer_load(o->tokenizer);
-    ssize_t n = readlink("/proc/self/exe", program, sizeof program - 16);
-    if (n > 0) {
-        program[n] = 0;
-        char *slash = strrchr(program, '/');
-        strcpy(slash ? slash + 1 : program, "tokenizer.bin");
-        if (file_exists(program)) return tokenizer_load(program);
-    }
-    CHECK(file_exists(path), "tokenizer.bin is neither beside the program nor in the current folder; name it with --tokenizer, or make it: python3 prepare_imdb.py tokenizer --source DIR");
-    return tokenizer_load(path);
-}
 
 /* A file that ships with the program: beside it, or in the current folder. */
 static const char *shipped_file(struct Arena *arena, const char *name)
@@ -5729,6 +5995,13 @@ static const char *shipped_file(struct Arena *arena, const char *name)
         if (file_exists(path)) return path;
     }
     return name;
+}
+
+static struct Tokenizer *load_tokenizer(struct Options *o)
+{
+    const char *path = o->tokenizer ? o->tokenizer : shipped_file(&o->arena, "tokenizer.bin");
+    CHECK(o->tokenizer || file_exists(path), "tokenizer.bin is neither beside the program nor in the current folder; name it with --tokenizer, or make it: python3 prepare_imdb.py tokenizer --source DIR");
+    return o->tok = tokenizer_load(path);
 }
 
 static bool is_adapter(const char *folder)
@@ -5786,16 +6059,23 @@ static struct GPT2 *load_adapted(const struct Options *o, const struct Tokenizer
 }
 
 /* --ref_model, or the start model: of an adapter without a second copy of the base. */
-static struct GPT2 *load_reference(const struct Options *o, const struct GPT2 *model, const struct Tokenizer *tok)
+static void load_reference(struct Options *o)
 {
-    struct GPT2 *ref_model = o->ref_model ? load_model(o->ref_model, tok) : model->adapter.r ? adapter_reference(model, o->peft_adapter != NULL) : gpt2_copy(model);
-    CHECK(ref_model->config.vocab_size == model->config.vocab_size, "--ref_model %s has %zu ids, the model %zu", o->ref_model, ref_model->config.vocab_size, model->config.vocab_size);
-    return ref_model;
+    const struct GPT2 *model = o->model;
+    o->reference = o->ref_model ? load_model(o->ref_model, o->tok) : model->adapter.r ? adapter_reference(model, o->peft_adapter != NULL) : gpt2_copy(model);
+    CHECK(o->reference->config.vocab_size == model->config.vocab_size, "--ref_model %s has %zu ids, the model %zu", o->ref_model, o->reference->config.vocab_size, model->config.vocab_size);
 }
 
 static void check_reward_model(const struct GPT2 *model, const char *folder)
 {
     CHECK(model->score.n, "%s: has no score.weight: it is no reward model; train one: align reward", folder);
+}
+
+static struct GPT2 *load_reward_model(const char *folder, const struct Tokenizer *tok)
+{
+    struct GPT2 *model = load_model(folder, tok);
+    check_reward_model(model, folder);
+    return model;
 }
 
 static const char *need(const char *value, const char *flag)
@@ -5804,100 +6084,128 @@ static const char *need(const char *value, const char *flag)
     return value;
 }
 
-static struct Dataset *load_data(const char *path, const unsigned *shapes, size_t count) { return dataset_load(need(path, "dataset_name"), shapes, count); }
+/* Opens the model, its tokenizer, and the data with what is held out: what a command starts with. */
+static void open_model(struct Options *o, bool train)
+{
+    load_tokenizer(o);
+    o->model = load_adapted(o, o->tok, train);
+}
+
+static void open_data(struct Options *o, const unsigned *shapes, size_t count)
+{
+    o->data = dataset_load(need(o->dataset_name, "dataset_name"), shapes, count);
+    if (o->eval_dataset) o->eval = dataset_load(o->eval_dataset, &o->data->shape, 1);
+}
+
+static void options_close(struct Options *o)
+{
+    dataset_free(o->data);
+    dataset_free(o->eval);
+    gpt2_free(o->model);
+    gpt2_free(o->reference);
+    gpt2_free(o->reward_model);
+    if (o->tok) tokenizer_free(o->tok);
+    arena_free(&o->arena);
+}
+
+static void tokenize_decode(const struct Tokenizer *tok, const char *at, size_t V, const char *path)
+{
+    for (size_t place = 1;; place++) {
+        at += strspn(at, " \t\r\n\v\f,[]");
+        if (!*at) break;
+        char *end;
+        long id = strtol(at, &end, 10);
+        CHECK(end != at && id >= 0 && (size_t)id < V, "%s: number %zu (\"%.12s\") is no id from 0 to %zu", path, place, at, V - 1);
+        struct Text piece = tokenizer_decode(tok, (int)id, V);
+        fwrite(piece.data, 1, piece.length, stdout);
+        at = end;
+    }
+}
+
+static void tokenize_jsonl(const struct Tokenizer *tok, struct Text in, size_t V, const char *path)
+{
+    struct Arena arena = {0};
+    const char *at = in.data, *end = in.data + in.length;
+    for (size_t line = 1; at < end; line++) {
+        const char *stop = memchr(at, '\n', (size_t)(end - at));
+        if (!stop) stop = end;
+        struct Text text = {at, (size_t)(stop - at)};
+        at = stop + 1;
+        if (strspn(text.data, " \t\r\n") >= text.length) continue;
+        arena_reset(&arena);
+        struct Row row = dataset_row(&arena, &arena, text, path, line);
+        CHECK(row.has & HAS_TEXT, "%s:%zu: expected \"text\"", path, line);
+        struct Example e = example_encode(&arena, tok, row.text, V, false);
+        fputs("{\"input_ids\": ", stdout);
+        json_write_ids(stdout, e.ids, e.n);
+        fputs("}\n", stdout);
+    }
+    arena_free(&arena);
+}
 
 static void command_tokenize(struct Options *o)
 {
-    struct Arena arena = {0};
     struct Tokenizer *tok = load_tokenizer(o);
     size_t V = o->tokenize_vocab_size;
     CHECK(V > BYTE_TOKENS && V <= tok->vocab_size, "--vocab_size %zu: a vocabulary has 257 to %zu ids", V, tok->vocab_size);
     const char *path = o->file ? o->file : "-";
-    struct Text in = read_file(&arena, path);
-    if (o->decode) {
-        const char *at = in.data;
-        for (size_t place = 1;; place++) {
-            while (isspace((unsigned char)*at) || *at == ',' || *at == '[' || *at == ']') at++;
-            if (!*at) break;
-            char *end;
-            long id = strtol(at, &end, 10);
-            CHECK(end != at && id >= 0 && (size_t)id < V, "%s: number %zu (\"%.12s\") is no id from 0 to %zu", path, place, at, V - 1);
-            struct Text piece = tokenizer_decode(tok, (int)id, V);
-            fwrite(piece.data, 1, piece.length, stdout);
-            at = end;
-        }
-    } else if (o->jsonl) {
-        struct Arena line_arena = {0};
-        const char *at = in.data, *end = in.data + in.length;
-        for (size_t line = 1; at < end; line++) {
-            const char *stop = memchr(at, '\n', (size_t)(end - at));
-            if (!stop) stop = end;
-            struct Text text = {at, (size_t)(stop - at)};
-            at = stop + 1;
-            if (strspn(text.data, " \t\r\n") >= text.length) continue;
-            struct Row row = dataset_row(&line_arena, &line_arena, text, path, line);
-            CHECK(row.has & HAS_TEXT, "%s:%zu: expected \"text\"", path, line);
-            struct Example e = example_encode(&line_arena, tok, row.text, V, false);
-            fputs("{\"input_ids\": ", stdout);
-            json_write_ids(stdout, e.ids, e.n);
-            fputs("}\n", stdout);
-            arena_reset(&line_arena);
-        }
-        arena_free(&line_arena);
-    } else {
-        struct Example e = example_encode(&arena, tok, in, V, false);
+    struct Text in = read_file(&o->arena, path);
+    if (o->decode) tokenize_decode(tok, in.data, V, path);
+    else if (o->jsonl) tokenize_jsonl(tok, in, V, path);
+    else {
+        struct Example e = example_encode(&o->arena, tok, in, V, false);
         for (size_t i = 0; i < e.n; i++) printf("%s%d", i ? " " : "", e.ids[i]);
         putchar('\n');
     }
-    arena_free(&arena);
-    tokenizer_free(tok);
 }
 
-static struct Trainer trainer_new(struct Options *o, struct GPT2 *model, const struct Tokenizer *tok)
+static struct Trainer trainer_new(const struct Options *o)
 {
-    struct Trainer trainer = {.model = model, .tok = tok, .args = o->train};
-    trainer.args.max_length = MIN(o->train.max_length, model->config.n_positions);
+    struct Trainer trainer = {.model = o->model, .tok = o->tok, .args = o->train};
+    trainer.args.max_length = MIN(o->train.max_length, o->model->config.n_positions);
     return trainer;
 }
 
 /* The folder for the result. One that holds a model cannot take an adapter too, nor the other way round: who
  * loads it could not know which of them is meant. */
-static void open_output_dir(const struct Options *o, const struct GPT2 *model)
+static void open_output_dir(const struct Options *o)
 {
     char path[PATH_MAX];
+    bool adapter = o->model->adapter.r > 0;
     make_folder(need(o->output_dir, "output_dir"));
     snprintf(path, sizeof path, "%.4000s/config.json", o->output_dir);
-    CHECK(model->adapter.r ? !file_exists(path) : !is_adapter(o->output_dir), "--output_dir %s: holds %s already; choose another folder for %s", o->output_dir, model->adapter.r ? "a model" : "an adapter", model->adapter.r ? "the adapter" : "the model");
+    CHECK(adapter ? !file_exists(path) : !is_adapter(o->output_dir), "--output_dir %s: holds %s already; choose another folder for %s", o->output_dir, adapter ? "a model" : "an adapter", adapter ? "the adapter" : "the model");
 }
 
-static void save_result(const struct Options *o, struct GPT2 *model, const struct Tokenizer *tok)
+static void save_result(const struct Options *o, const struct TrainerState *state)
 {
-    if (model->adapter.r) adapter_save(model, o->output_dir, tok);
-    else gpt2_save(model, o->output_dir, tok);
+    if (o->model->adapter.r) adapter_save(o->model, o->output_dir, o->tok);
+    else gpt2_save(o->model, o->output_dir, o->tok);
+    if (state) trainer_state_save(state, &o->train, o->output_dir);
+    say("saved to %s\n", o->output_dir);
 }
 
 /* Trains, evaluates, saves: what every training command ends with. */
 static void finish_training(struct Options *o, struct Trainer *trainer)
 {
-    open_output_dir(o, trainer->model);
+    open_output_dir(o);
     trainer_train(trainer);
     if (trainer->task.eval_n) trainer_evaluate(trainer);
-    save_result(o, trainer->model, trainer->tok);
-    trainer_state_save(&trainer->state, &trainer->args, o->output_dir);
-    say("saved to %s\n", o->output_dir);
+    save_result(o, &trainer->state);
     trainer_free(trainer);
 }
 
-static struct Example *encode_texts(struct Arena *arena, const struct Tokenizer *tok, const struct Dataset *data, size_t V)
+static struct Example *encode_texts(struct Options *o, const struct Dataset *data)
 {
-    struct Example *texts = arena_alloc(arena, data->n, sizeof *texts);
-    for (size_t i = 0; i < data->n; i++) texts[i] = example_encode(arena, tok, data->rows[i].text, V, true);
+    if (!data) return NULL;
+    struct Example *texts = arena_alloc(&o->arena, data->n, sizeof *texts);
+    for (size_t i = 0; i < data->n; i++) texts[i] = example_encode(&o->arena, o->tok, data->rows[i].text, o->model->config.vocab_size, true);
     return texts;
 }
 
 static const unsigned TEXT_SHAPES[] = {SHAPE_TEXT};
 static const unsigned SFT_SHAPES[] = {SHAPE_PROMPT_COMPLETION, SHAPE_TEXT};
-static const unsigned REWARD_SHAPES[] = {SHAPE_PREFERENCE, SHAPE_RATED};
+static const unsigned REWARD_SHAPES[] = {SHAPE_PREFERENCE, SHAPE_RATED, SHAPE_LABELLED}, LABELLED_SHAPES[] = {SHAPE_LABELLED};
 static const unsigned DPO_SHAPES[] = {SHAPE_PREFERENCE};
 static const unsigned PROMPT_SHAPES[] = {SHAPE_PROMPT, SHAPE_TEXT};
 static const unsigned ONLY_PROMPT_SHAPES[] = {SHAPE_PROMPT};
@@ -5906,58 +6214,40 @@ static const unsigned RATED_SHAPES[] = {SHAPE_RATED};
 
 static void command_pretrain(struct Options *o)
 {
-    struct Arena arena = {0};
-    struct Tokenizer *tok = load_tokenizer(o);
-    o->model.eos_token_id = o->model.pad_token_id = end_token_of(o->model.vocab_size);
-    config_check(&o->model, "command line");
-    struct GPT2 *model = o->model_name_or_path ? load_model(o->model_name_or_path, tok) : gpt2_new(o->model);
-    if (!o->model_name_or_path) gpt2_init(model, o->train.seed);
-    CHECK(!o->max_length_given || o->train.max_length <= model->config.n_positions, "--max_length %zu is longer than the model's context of %zu (--n_positions)", o->train.max_length, model->config.n_positions);
-    struct Dataset *data = load_data(o->dataset_name, TEXT_SHAPES, 1), *eval = o->eval_dataset ? load_data(o->eval_dataset, TEXT_SHAPES, 1) : NULL;
-    struct Trainer trainer = trainer_new(o, model, tok);
-    size_t V = model->config.vocab_size;
-    struct LanguageTask *task = pretrain_task(&trainer, &arena, encode_texts(&arena, tok, data, V), data->n, eval ? encode_texts(&arena, tok, eval, V) : NULL, eval ? eval->n : 0);
+    o->config.eos_token_id = o->config.pad_token_id = end_token_of(o->config.vocab_size);
+    config_check(&o->config, "command line");
+    load_tokenizer(o);
+    o->model = o->model_name_or_path ? load_model(o->model_name_or_path, o->tok) : gpt2_new(o->config);
+    if (!o->model_name_or_path) gpt2_init(o->model, o->train.seed);
+    size_t n_positions = o->model->config.n_positions;
+    CHECK(!o->max_length_given || o->train.max_length <= n_positions, "--max_length %zu is longer than the model's context of %zu (--n_positions)", o->train.max_length, n_positions);
+    open_data(o, TEXT_SHAPES, 1);
+    struct Trainer trainer = trainer_new(o);
+    struct LanguageTask *task = pretrain_task(&trainer, &o->arena, encode_texts(o, o->data), o->data->n, encode_texts(o, o->eval), o->eval ? o->eval->n : 0);
     finish_training(o, &trainer);
     arena_free(&task->rows);
-    dataset_free(data);
-    dataset_free(eval);
-    gpt2_free(model);
-    tokenizer_free(tok);
-    arena_free(&arena);
 }
 
 static void command_sft(struct Options *o)
 {
-    struct Arena arena = {0};
-    struct Tokenizer *tok = load_tokenizer(o);
-    struct GPT2 *model = load_adapted(o, tok, true);
-    struct Dataset *data = load_data(o->dataset_name, SFT_SHAPES, COUNT(SFT_SHAPES)), *eval = o->eval_dataset ? load_data(o->eval_dataset, SFT_SHAPES, COUNT(SFT_SHAPES)) : NULL;
-    struct Trainer trainer = trainer_new(o, model, tok);
-    sft_task(&trainer, &arena, data, eval);
+    open_model(o, true);
+    open_data(o, SFT_SHAPES, COUNT(SFT_SHAPES));
+    struct Trainer trainer = trainer_new(o);
+    sft_task(&trainer, &o->arena, o->data, o->eval);
     finish_training(o, &trainer);
-    dataset_free(data);
-    dataset_free(eval);
-    gpt2_free(model);
-    tokenizer_free(tok);
-    arena_free(&arena);
 }
 
 static void command_reward(struct Options *o)
 {
-    struct Arena arena = {0};
-    struct Tokenizer *tok = load_tokenizer(o);
-    struct GPT2 *model = load_adapted(o, tok, true);
+    open_model(o, true);
     struct Rng rng = rng_seed(o->train.seed, STREAM_INIT);
-    if (!model->score.n) tensor_normal(reward_head_declare(model), &rng, 0.02);
-    struct Dataset *data = load_data(o->dataset_name, REWARD_SHAPES, COUNT(REWARD_SHAPES)), *eval = o->eval_dataset ? load_data(o->eval_dataset, &data->shape, 1) : NULL;
-    struct Trainer trainer = trainer_new(o, model, tok);
-    reward_task(&trainer, &arena, data, eval)->center = o->center_rewards_coefficient;
+    if (!o->model->score.n) tensor_normal(reward_head_declare(o->model), &rng, 0.02);
+    bool classifier = strcmp(o->loss_type, "bce") == 0;
+    if (!classifier && strcmp(o->loss_type, "sigmoid") != 0) die_usage("--loss_type \"%s\" is unknown; reward has sigmoid and bce", o->loss_type);
+    open_data(o, classifier ? LABELLED_SHAPES : REWARD_SHAPES, classifier ? 1 : COUNT(REWARD_SHAPES));
+    struct Trainer trainer = trainer_new(o);
+    reward_task(&trainer, &o->arena, o->data, o->eval)->center = o->center_rewards_coefficient;
     finish_training(o, &trainer);
-    dataset_free(data);
-    dataset_free(eval);
-    gpt2_free(model);
-    tokenizer_free(tok);
-    arena_free(&arena);
 }
 
 /* --loss_type "sigmoid sft" --loss_weights "1 0.2" into weights. */
@@ -5982,94 +6272,106 @@ static void parse_loss_types(struct Options *o)
 
 static void command_dpo(struct Options *o)
 {
-    struct Arena arena = {0};
     parse_loss_types(o);
     CHECK(o->dpo.beta > 0, "--beta %g: must be above 0; at 0 the pairs would not count", o->dpo.beta);
     CHECK(o->dpo.label_smoothing >= 0 && o->dpo.label_smoothing < 0.5, "--label_smoothing %g: a share of mislabelled pairs, from 0 to below 0.5", o->dpo.label_smoothing);
-    struct Tokenizer *tok = load_tokenizer(o);
-    struct GPT2 *model = load_adapted(o, tok, true), *ref_model = load_reference(o, model, tok);
-    struct Dataset *data = load_data(o->dataset_name, DPO_SHAPES, 1), *eval = o->eval_dataset ? load_data(o->eval_dataset, DPO_SHAPES, 1) : NULL;
-    struct Trainer trainer = trainer_new(o, model, tok);
-    struct Example *pairs = arena_alloc(&arena, 2 * data->n, sizeof *pairs);
-    struct DPOTask *task = dpo_task(&trainer, &arena, ref_model, o->dpo, o->generation.temperature, pairs, dpo_pairs(&trainer, &arena, data, pairs));
-    if (eval) {
-        task->eval_pairs = arena_alloc(&arena, 2 * eval->n, sizeof *pairs);
-        trainer.task.eval_n = dpo_pairs(&trainer, &arena, eval, task->eval_pairs);
-        task->eval_ref_logps = unknown_logps(&arena, 2 * trainer.task.eval_n);
+    open_model(o, true);
+    load_reference(o);
+    open_data(o, DPO_SHAPES, 1);
+    struct Trainer trainer = trainer_new(o);
+    struct Example *pairs = arena_alloc(&o->arena, 2 * o->data->n, sizeof *pairs);
+    struct DPOTask *task = dpo_task(&trainer, &o->arena, o->reference, o->dpo, o->generation.temperature, pairs, dpo_pairs(&trainer, &o->arena, o->data, pairs));
+    if (o->eval) {
+        task->eval_pairs = arena_alloc(&o->arena, 2 * o->eval->n, sizeof *pairs);
+        trainer.task.eval_n = dpo_pairs(&trainer, &o->arena, o->eval, task->eval_pairs);
+        task->eval_ref_logps = unknown_logps(&o->arena, 2 * trainer.task.eval_n);
     }
     finish_training(o, &trainer);
-    dataset_free(data);
-    dataset_free(eval);
-    gpt2_free(model);
-    gpt2_free(ref_model);
-    tokenizer_free(tok);
-    arena_free(&arena);
 }
 
-/* Prompts of PPO: rows with a prompt whole, texts cut to their first tokens by a LengthSampler. */
-static size_t ppo_prompts(struct Options *o, struct Arena *arena, const struct Tokenizer *tok, const struct Dataset *data, const struct GPT2 *model, struct Example *prompts)
+/* Prompts to answer: rows with a prompt whole, texts cut to their first tokens by a LengthSampler. */
+static size_t encode_prompts(struct Options *o, struct Example *prompts)
 {
+    const struct Dataset *data = o->data;
     struct Rng rng = rng_seed(o->train.seed, STREAM_LENGTH);
     struct LengthSampler input_length = {o->input_min_text_length, o->input_max_text_length};
-    size_t count = 0, longest = model->config.n_positions - 1;
+    size_t count = 0, longest = o->model->config.n_positions - 1;
     for (size_t i = 0; i < data->n; i++) {
         bool whole = data->shape == SHAPE_PROMPT;
-        struct Example e = example_encode(arena, tok, whole ? data->rows[i].prompt : data->rows[i].text, model->config.vocab_size, false);
+        struct Example e = example_encode(&o->arena, o->tok, whole ? data->rows[i].prompt : data->rows[i].text, o->model->config.vocab_size, false);
         size_t length = whole ? e.n : MIN(e.n, length_sampler(&input_length, &rng));
-        CHECK(length <= longest, "%s: prompt %zu has %zu tokens; with a context of %zu at most %zu leave room for an answer", data->path, i + 1, length, model->config.n_positions, longest);
+        CHECK(length <= longest, "%s: prompt %zu has %zu tokens; with a context of %zu at most %zu leave room for an answer", data->path, i + 1, length, o->model->config.n_positions, longest);
         if (length > 0) prompts[count++] = (struct Example){e.ids, length, length};
     }
     CHECK(count > 0, "%s: every prompt is empty", data->path);
     return count;
 }
 
+/* Where rollouts come from: prompts of the data set, answers of the model, rewards of the reward model. */
+static struct RolloutSource open_rollouts(struct Options *o, struct Scorer *scorer)
+{
+    CHECK(o->output_min_length > 0 && o->output_max_length > o->output_min_length && o->input_min_text_length > 0 && o->input_max_text_length > o->input_min_text_length, "a LengthSampler takes lengths from its minimum, 1 or more, to below its maximum");
+    struct RolloutSource source = {.shuffle = rng_seed(o->train.seed, STREAM_ORDER + 100), .lengths = rng_seed(o->train.seed, STREAM_LENGTH + 100), .sample = rng_seed(o->train.seed, STREAM_SAMPLE),
+        .output_length = {o->output_min_length, o->output_max_length}, .generation = o->generation, .num_generations = 1};
+    source.generation.do_sample = true;
+    if (o->reward_model_path) o->reward_model = load_reward_model(o->reward_model_path, o->tok);
+    *scorer = (struct Scorer){.reward_model = o->reward_model, .tok = o->tok, .std = 1};
+    open_data(o, PROMPT_SHAPES, COUNT(PROMPT_SHAPES));
+    struct Example *prompts = arena_alloc(&o->arena, o->data->n, sizeof *prompts);
+    source.n = source.at = encode_prompts(o, prompts);
+    source.prompts = prompts;
+    source.order = arena_alloc(&o->arena, source.n, sizeof *source.order);
+    for (size_t i = 0; i < source.n; i++) source.order[i] = i;
+    return source;
+}
+
 static void command_ppo(struct Options *o)
 {
-    struct Arena arena = {0};
     CHECK(o->ppo.batch_size > 0 && o->ppo.mini_batch_size > 0 && o->ppo.ppo_epochs > 0, "--batch_size, --mini_batch_size and --ppo_epochs must be 1 or more");
-    CHECK(o->output_min_length > 0 && o->output_max_length > o->output_min_length && o->input_min_text_length > 0 && o->input_max_text_length > o->input_min_text_length, "a LengthSampler takes lengths from its minimum, 1 or more, to below its maximum");
     static const char *const penalties[] = {"kl", "abs", "mse", "full"};
     bool known = false;
     for (size_t i = 0; i < COUNT(penalties); i++) known = known || strcmp(o->ppo.kl_penalty, penalties[i]) == 0;
     if (!known) die_usage("--kl_penalty \"%s\" is unknown; there are kl, abs, mse, full", o->ppo.kl_penalty);
     need(o->output_dir, "output_dir");
+    if (!o->rollouts) need(o->reward_model_path, "reward_model_path (or --rollouts)");
     o->ppo.mini_batch_size = MIN(o->ppo.mini_batch_size, o->ppo.batch_size);
     o->ppo.gradient_accumulation_steps = o->train.gradient_accumulation_steps;
-    struct Tokenizer *tok = load_tokenizer(o);
-    struct GPT2 *model = load_adapted(o, tok, true), *ref_model = load_reference(o, model, tok);
-    open_output_dir(o, model);
-    struct PPOTrainer *ppo = ppo_trainer_new(model, ref_model, o->ppo, o->train, o->generation.temperature);
-    struct Dataset *data = NULL;
-    struct GPT2 *reward_model = NULL;
-    struct Scorer scorer = {.tok = tok, .std = 1};
-    struct RolloutSource source = {.shuffle = rng_seed(o->train.seed, STREAM_ORDER + 100), .lengths = rng_seed(o->train.seed, STREAM_LENGTH + 100), .sample = rng_seed(o->train.seed, STREAM_SAMPLE),
-        .output_length = {o->output_min_length, o->output_max_length}, .generation = o->generation};
-    source.generation.do_sample = true;
-    if (o->rollouts) data = load_data(o->rollouts, ROLLOUT_SHAPES, 1);
-    else {
-        scorer.reward_model = reward_model = load_model(need(o->reward_model_path, "reward_model_path (or --rollouts)"), tok);
-        check_reward_model(reward_model, o->reward_model_path);
-        data = load_data(o->dataset_name, PROMPT_SHAPES, COUNT(PROMPT_SHAPES));
-        struct Example *prompts = arena_alloc(&arena, data->n, sizeof *prompts);
-        source.n = source.at = ppo_prompts(o, &arena, tok, data, model, prompts);
-        source.prompts = prompts;
-        source.order = arena_alloc(&arena, source.n, sizeof *source.order);
-        for (size_t i = 0; i < source.n; i++) source.order[i] = i;
-    }
-    size_t steps = o->train.max_steps ? o->train.max_steps : MAX((size_t)1, (o->rollouts ? data->n : source.n) / o->ppo.batch_size);
+    open_model(o, true);
+    load_reference(o);
+    open_output_dir(o);
+    struct PPOTrainer *ppo = ppo_trainer_new(o->model, o->reference, o->ppo, o->train, o->generation.temperature);
+    struct Scorer scorer;
+    struct RolloutSource source = {0};
+    if (o->rollouts) o->data = dataset_load(o->rollouts, ROLLOUT_SHAPES, 1);
+    else source = open_rollouts(o, &scorer);
+    size_t steps = o->train.max_steps ? o->train.max_steps : MAX((size_t)1, (o->rollouts ? o->data->n : source.n) / o->ppo.batch_size);
     struct TrainerState state = {.num_train_epochs = 1};
-    ppo_train(ppo, &source, &scorer, o->rollouts ? data : NULL, steps, o->output_dir, &state);
-    save_result(o, model, tok);
-    trainer_state_save(&state, &o->train, o->output_dir);
-    say("saved to %s\n", o->output_dir);
+    ppo_train(ppo, &source, &scorer, o->rollouts ? o->data : NULL, steps, o->output_dir, &state);
+    save_result(o, &state);
     free(state.log_history);
     ppo_trainer_free(ppo);
-    dataset_free(data);
-    gpt2_free(model);
-    gpt2_free(ref_model);
-    gpt2_free(reward_model);
-    tokenizer_free(tok);
-    arena_free(&arena);
+}
+
+static void command_reinforce(struct Options *o)
+{
+    size_t baseline = 0, n = o->ppo.batch_size, each = o->num_generations;
+    while (baseline < BASELINES && strcmp(o->baseline, BASELINE_NAMES[baseline]) != 0) baseline++;
+    if (baseline == BASELINES) die_usage("--baseline \"%s\" is unknown; there are none, mean, rloo", o->baseline);
+    CHECK(each > 0 && n > 0 && n % each == 0, "--batch_size %zu must be a multiple of --num_generations %zu, both 1 or more", n, each);
+    CHECK(each > 1 || baseline != BASELINE_RLOO, "--baseline rloo needs other answers to the same prompt: --num_generations 2 or more");
+    need(o->reward_model_path, "reward_model_path");
+    open_model(o, true);
+    load_reference(o);
+    open_output_dir(o);
+    struct Scorer scorer;
+    struct RolloutSource source = open_rollouts(o, &scorer);
+    source.num_generations = each;
+    struct Reinforce r = {.model = o->model, .ref_model = o->reference, .args = o->train, .baseline = (enum Baseline)baseline, .beta = o->dpo.beta, .temperature = o->generation.temperature,
+        .batch_size = n, .num_generations = each, .total_steps = o->train.max_steps ? o->train.max_steps : MAX((size_t)1, source.n * each / n), .rewards = {0, 1, 1, 1e-24}};
+    struct TrainerState state = {.num_train_epochs = 1};
+    reinforce_train(&r, &source, &scorer, &state);
+    save_result(o, &state);
+    free(state.log_history);
 }
 
 /* Prompt and continuation as a person reads them, without end tokens. */
@@ -6078,7 +6380,13 @@ static void print_sequence(const struct Tokenizer *tok, struct Arena *arena, con
     size_t first = s->ids[0] == end_token_of(V), last = s->n - (s->n > s->prompt_length && s->ids[s->n - 1] == end_token_of(V));
     struct Text text = tokenizer_decode_all(tok, arena, s->ids + first, last - first, V);
     fwrite(text.data, 1, text.length, stdout);
-    putchar('\n');
+}
+
+/* A prompt's ids; of an empty one the end token: nothing said yet, start a text. */
+static struct Example prompt_encode(struct Options *o, struct Text prompt)
+{
+    struct Example e = example_encode(&o->arena, o->tok, prompt, o->model->config.vocab_size, false);
+    return e.n ? e : (struct Example){&o->model->config.eos_token_id, 1, 1};
 }
 
 static void print_generation_json(const struct Tokenizer *tok, struct Arena *arena, struct Text prompt, const struct Sequence *s, size_t n, size_t V)
@@ -6100,62 +6408,58 @@ static void print_generation_json(const struct Tokenizer *tok, struct Arena *are
 
 static void command_generate(struct Options *o)
 {
-    struct Arena arena = {0};
     struct GenerationConfig *g = &o->generation;
     CHECK(g->temperature > 0, "--temperature %g: must be above 0; for the likeliest token leave --do_sample out", g->temperature);
     CHECK(g->num_return_sequences > 0, "--num_return_sequences must be 1 or more");
-    CHECK(g->num_return_sequences == 1 || g->do_sample, "--num_return_sequences %zu: without --do_sample all of them would be the same", g->num_return_sequences);
-    struct Tokenizer *tok = load_tokenizer(o);
-    struct GPT2 *model = load_adapted(o, tok, false);
-    struct Dataset *data = o->prompt ? NULL : load_data(o->dataset_name, ONLY_PROMPT_SHAPES, 1);
-    size_t V = model->config.vocab_size, n = data ? data->n : 1, each = g->num_return_sequences;
-    struct Sequence *sequences = arena_alloc(&arena, n * each, sizeof *sequences);
+    CHECK(g->num_return_sequences == 1 || g->do_sample || g->num_beams > 1, "--num_return_sequences %zu: without --do_sample or --num_beams all of them would be the same", g->num_return_sequences);
+    CHECK(g->num_beams == 1 || g->num_return_sequences <= g->num_beams, "--num_return_sequences %zu: %zu beams give at most as many", g->num_return_sequences, g->num_beams);
+    open_model(o, false);
+    CHECK(g->num_beams > 0 && 2 * g->num_beams <= MIN((size_t)256, o->model->config.vocab_size), "--num_beams %zu: 1 to 128 can be used", g->num_beams);
+    if (!o->prompt) open_data(o, ONLY_PROMPT_SHAPES, 1);
+    size_t V = o->model->config.vocab_size, n = o->data ? o->data->n : 1, each = g->num_return_sequences;
+    struct Sequence *sequences = arena_alloc(&o->arena, n * each, sizeof *sequences);
     struct Rng rng = rng_seed(o->train.seed, STREAM_SAMPLE);
     for (size_t i = 0; i < n; i++) {
-        struct Text prompt = data ? data->rows[i].prompt : text_of(o->prompt);
-        struct Example e = example_encode(&arena, tok, prompt, V, false);
-        if (e.n == 0) e = (struct Example){&model->config.eos_token_id, 1, 1};       /* nothing said yet: start a text */
-        CHECK(e.n < model->config.n_positions, "prompt %zu has %zu tokens, the model's context is %zu (n_positions); shorten it", i + 1, e.n, model->config.n_positions);
-        for (size_t k = 0; k < each; k++) sequences[i * each + k] = sequence_start(&arena, e.ids, e.n, g->max_new_tokens, model, rng_seed(rng_next(&rng), STREAM_SAMPLE));
+        struct Example e = prompt_encode(o, o->data ? o->data->rows[i].prompt : text_of(o->prompt));
+        CHECK(e.n < o->model->config.n_positions, "prompt %zu has %zu tokens, the model's context is %zu (n_positions); shorten it", i + 1, e.n, o->model->config.n_positions);
+        for (size_t k = 0; k < each; k++) sequences[i * each + k] = sequence_start(&o->arena, e.ids, e.n, g->max_new_tokens, o->model, rng_seed(rng_next(&rng), STREAM_SAMPLE));
     }
-    generate(model, sequences, n * each, g);
-    for (size_t i = 0; i < n; i++) {
-        if (o->json) print_generation_json(tok, &arena, data ? data->rows[i].prompt : text_of(o->prompt), &sequences[i * each], each, V);
-        else for (size_t k = 0; k < each; k++) print_sequence(tok, &arena, &sequences[i * each + k], V);
+    bool stream = n * each == 1 && !o->json && g->num_beams == 1 && isatty(STDOUT_FILENO);
+    if (stream) {
+        print_sequence(o->tok, &o->arena, sequences, V);
+        sequences->stream = o->tok;
     }
-    dataset_free(data);
-    gpt2_free(model);
-    tokenizer_free(tok);
-    arena_free(&arena);
-}
-
-static int compare_candidates_down(const void *a, const void *b)
-{
-    const struct Candidate *x = a, *y = b;
-    return x->logit != y->logit ? (x->logit < y->logit) - (x->logit > y->logit) : (x->id > y->id) - (x->id < y->id);
+    generate(o->model, sequences, n * each, g);
+    for (size_t i = 0; i < n && !stream; i++) {
+        if (o->json) print_generation_json(o->tok, &o->arena, o->data ? o->data->rows[i].prompt : text_of(o->prompt), &sequences[i * each], each, V);
+        for (size_t k = 0; !o->json && k < each; k++) {
+            print_sequence(o->tok, &o->arena, &sequences[i * each + k], V);
+            putchar('\n');
+        }
+    }
+    if (stream) putchar('\n');
 }
 
 /* The distribution of the next token after a prompt. [glossary: Distribuição (em ML)] */
 static void command_next(struct Options *o)
 {
-    struct Arena arena = {0};
     CHECK(o->generation.temperature > 0, "--temperature %g: must be above 0", o->generation.temperature);
-    struct Tokenizer *tok = load_tokenizer(o);
-    struct GPT2 *model = load_adapted(o, tok, false);
+    open_model(o, false);
+    struct Arena *arena = &o->arena;
+    struct GPT2 *model = o->model;
     size_t V = model->config.vocab_size, kept = 0;
-    struct Example e = example_encode(&arena, tok, text_of(need(o->prompt, "prompt")), V, false);
-    if (e.n == 0) e = (struct Example){&model->config.eos_token_id, 1, 1};
+    struct Example e = prompt_encode(o, text_of(need(o->prompt, "prompt")));
     CHECK(e.n <= model->config.n_positions, "the prompt has %zu tokens, the model's context is %zu (n_positions); shorten it", e.n, model->config.n_positions);
     const struct Example *examples[] = {&e};
-    struct Batch batch = collate(&arena, examples, 1, READ_LAST);
-    struct Activations acts = gpt2_forward(model, &arena, &batch, false);
-    float *p = arena_floats(&arena, V);
+    struct Batch batch = collate(arena, examples, 1, READ_LAST);
+    struct Activations acts = gpt2_forward(model, arena, &batch, false);
+    float *p = arena_floats(arena, V);
     output_logits(model, p, acts.ln_f + (e.n - 1) * model->config.n_embd, 1);
     o->generation.do_sample = true;
     process_logits(p, V, &o->generation, e.ids, e.n, 0, model->config.eos_token_id);
-    double entropy = entropy_of_logits(p, log_sum_exp(p, V, arena_floats(&arena, V)), V);
+    double entropy = entropy_of_logits(p, log_sum_exp(p, V, arena_floats(arena, V)), V);
     softmax(p, V);
-    struct Candidate *top = arena_alloc(&arena, V, sizeof *top);
+    struct Candidate *top = arena_alloc(arena, V, sizeof *top);
     for (size_t v = 0; v < V; v++) if (p[v] > 0) top[kept++] = (struct Candidate){p[v], (int)v};
     qsort(top, kept, sizeof *top, compare_candidates_down);
     size_t shown = MIN(kept, o->top_n);
@@ -6169,50 +6473,34 @@ static void command_next(struct Options *o)
         printf("   id  probability  token     (%zu of %zu tokens can follow; entropy %.3f nats)\n", kept, V, entropy);
         for (size_t i = 0; i < shown; i++) {
             printf("%5d  %11.6f  ", top[i].id, top[i].logit);
-            json_write_string(stdout, tokenizer_decode(tok, top[i].id, V));
+            json_write_string(stdout, tokenizer_decode(o->tok, top[i].id, V));
             putchar('\n');
         }
     }
-    gpt2_free(model);
-    tokenizer_free(tok);
-    arena_free(&arena);
-}
-
-static void print_floats(const char *name, const float *x, size_t n)
-{
-    printf(", \"%s\": [", name);
-    for (size_t i = 0; i < n; i++) {
-        if (i) fputs(", ", stdout);
-        json_write_number(stdout, x[i]);
-    }
-    putchar(']');
 }
 
 static void logprob_row(struct Arena *arena, const struct GPT2 *model, const struct GPT2 *ref_model, const struct Example *e)
 {
     const struct Example *examples[] = {e};
     struct Batch batch = collate(arena, examples, 1, READ_LAST);
-    int *row = arena_alloc(arena, e->n + 1, sizeof *row), *target = arena_alloc(arena, e->n + 1, sizeof *target);
+    batch.R = e->n;
     for (size_t t = 0; t < e->n; t++) {                    /* all positions; the last one has no target, its logprob is not shown */
-        row[t] = (int)t;
-        target[t] = t + 1 < e->n ? e->ids[t + 1] : 0;
+        batch.row[t] = (int)t;
+        batch.target[t] = t + 1 < e->n ? e->ids[t + 1] : 0;
     }
-    struct Activations acts = gpt2_forward(model, arena, &batch, false);
-    struct LMHead head = lm_head_new(model, arena, &acts, row, target, e->n, 1);
-    lm_head_forward(model, &head);
+    struct LMHead head = batch_logprobs(model, arena, &batch, 1);
     size_t first = MAX((size_t)1, e->prompt_length) - 1, scored = e->n > first + 1 ? e->n - 1 - first : 0;
     fputs("{\"input_ids\": ", stdout);
     json_write_ids(stdout, e->ids, e->n);
-    print_floats("token_logprobs", head.logprob, e->n > 0 ? e->n - 1 : 0);
-    fputs(", \"logprob\": ", stdout);
-    json_write_number(stdout, sequence_logprob(head.logprob + first, scored));
+    fputs(", \"token_logprobs\": ", stdout);
+    json_write_floats(stdout, head.logprob, e->n - 1);
+    printf(", \"logprob\": %s", json_number_text(sequence_logprob(head.logprob + first, scored)));
     if (ref_model) {
-        struct Activations ref_acts = gpt2_forward(ref_model, arena, &batch, false);
-        struct LMHead ref_head = lm_head_new(ref_model, arena, &ref_acts, row, target, e->n, 1);
+        struct LMHead ref_head = batch_logprobs(ref_model, arena, &batch, 1);
         float *kl = arena_floats(arena, e->n);
-        lm_head_forward(ref_model, &ref_head);
         kl_full_rows(model, &head, ref_model, &ref_head, kl);
-        print_floats("kl_to_ref_per_position", kl, e->n);
+        fputs(", \"kl_to_ref_per_position\": ", stdout);
+        json_write_floats(stdout, kl, e->n);
     }
     fputs("}\n", stdout);
 }
@@ -6220,78 +6508,226 @@ static void logprob_row(struct Arena *arena, const struct GPT2 *model, const str
 static void command_logprob(struct Options *o)
 {
     struct Arena arena = {0};
-    struct Tokenizer *tok = load_tokenizer(o);
-    struct GPT2 *model = load_adapted(o, tok, false), *ref_model = o->ref_model ? load_model(o->ref_model, tok) : NULL;
-    CHECK(!ref_model || ref_model->config.vocab_size == model->config.vocab_size, "--ref_model %s has %zu ids, the model %zu", o->ref_model, ref_model->config.vocab_size, model->config.vocab_size);
-    struct Dataset *data = load_data(o->dataset_name, SFT_SHAPES, COUNT(SFT_SHAPES));
-    size_t limit = MIN(o->train.max_length, model->config.n_positions), cut = 0;
-    if (ref_model) limit = MIN(limit, ref_model->config.n_positions);
+    open_model(o, false);
+    if (o->ref_model) load_reference(o);
+    open_data(o, SFT_SHAPES, COUNT(SFT_SHAPES));
+    const struct Dataset *data = o->data;
+    size_t V = o->model->config.vocab_size, limit = MIN(o->train.max_length, o->model->config.n_positions), cut = 0;
+    if (o->reference) limit = MIN(limit, o->reference->config.n_positions);
     for (size_t i = 0; i < data->n; i++) {
         const struct Row *row = &data->rows[i];
         arena_reset(&arena);
-        struct Example e = data->shape == SHAPE_TEXT ? example_encode(&arena, tok, row->text, model->config.vocab_size, false)
-                                                     : example_prompt_completion(&arena, tok, row->prompt, row->completion, model->config.vocab_size);
+        struct Example e = data->shape == SHAPE_TEXT ? example_encode(&arena, o->tok, row->text, V, false) : example_prompt_completion(&arena, o->tok, row->prompt, row->completion, V);
         if (data->shape != SHAPE_TEXT) e.n--;                    /* no end token is added */
-        e.prompt_length = MIN(e.prompt_length, e.n);
         if (e.n > limit && !cut++) warn("%s: row %zu and perhaps others are longer than %zu tokens; their first %zu are used", data->path, i + 1, limit, limit);
         e.n = MIN(e.n, limit);
         e.prompt_length = MIN(e.prompt_length, e.n);
-        if (e.n == 0) {
-            printf("{\"input_ids\": [], \"token_logprobs\": [], \"logprob\": 0%s}\n", ref_model ? ", \"kl_to_ref_per_position\": []" : "");
-            continue;
-        }
-        logprob_row(&arena, model, ref_model, &e);
+        if (e.n > 0) logprob_row(&arena, o->model, o->reference, &e);
+        else printf("{\"input_ids\": [], \"token_logprobs\": [], \"logprob\": 0%s}\n", o->reference ? ", \"kl_to_ref_per_position\": []" : "");
     }
-    dataset_free(data);
-    gpt2_free(model);
-    gpt2_free(ref_model);
-    tokenizer_free(tok);
     arena_free(&arena);
 }
 
 static void command_score(struct Options *o)
 {
-    struct Arena arena = {0};
-    struct Tokenizer *tok = load_tokenizer(o);
-    struct GPT2 *model = load_adapted(o, tok, false);
-    check_reward_model(model, o->peft_adapter ? o->peft_adapter : o->model_name_or_path);
-    struct Dataset *data = load_data(o->dataset_name, TEXT_SHAPES, 1);
-    struct Example *texts = arena_alloc(&arena, data->n, sizeof *texts);
-    float *reward = arena_floats(&arena, data->n);
-    size_t limit = MIN(o->train.max_length, model->config.n_positions), cut = 0;
+    open_model(o, false);
+    check_reward_model(o->model, o->peft_adapter ? o->peft_adapter : o->model_name_or_path);
+    open_data(o, TEXT_SHAPES, 1);
+    const struct Dataset *data = o->data;
+    struct Example *texts = encode_texts(o, data);
+    float *reward = arena_floats(&o->arena, data->n);
+    size_t limit = MIN(o->train.max_length, o->model->config.n_positions), cut = 0;
     for (size_t i = 0; i < data->n; i++) {
-        texts[i] = example_encode(&arena, tok, data->rows[i].text, model->config.vocab_size, false);
+        texts[i].n--;                                            /* no end token is read */
         cut += texts[i].n > limit;
         texts[i].n = MIN(texts[i].n, limit);
     }
     if (cut) warn("%s: %zu of %zu texts are longer than %zu tokens; their first %zu are read", data->path, cut, data->n, limit, limit);
-    reward_score(model, texts, data->n, reward);
+    reward_score(o->model, texts, data->n, reward);
     for (size_t i = 0; i < data->n; i++) {
         fputs("{\"text\": ", stdout);
         json_write_string(stdout, data->rows[i].text);
-        fputs(", \"reward\": ", stdout);
-        json_write_number(stdout, reward[i]);
-        fputs(", \"pipe_outputs\": ", stdout);
+        printf(", \"reward\": %s, \"pipe_outputs\": ", json_number_text(reward[i]));
         write_pipe_outputs(stdout, reward[i]);
         fputs("}\n", stdout);
     }
-    dataset_free(data);
-    gpt2_free(model);
-    tokenizer_free(tok);
+}
+
+/* One preference, on the disk before the next is asked for. */
+static void preference_write(struct Options *o, FILE *file, const struct Example *chosen, const struct Example *rejected)
+{
+    size_t V = o->model->config.vocab_size;
+    fputs("{\"prompt\": ", file);
+    json_write_string(file, tokenizer_decode_all(o->tok, &o->arena, chosen->ids, chosen->prompt_length, V));
+    fputs(", \"chosen\": ", file);
+    json_write_string(file, answer_text(o->tok, &o->arena, chosen, V));
+    fputs(", \"rejected\": ", file);
+    json_write_string(file, answer_text(o->tok, &o->arena, rejected, V));
+    fputs("}\n", file);
+    CHECK(fflush(file) == 0 && fsync(fileno(file)) == 0, "%s/preferences.jsonl: writing failed: %s; what was judged before is there", o->output_dir, strerror(errno));
+}
+
+/* Shows two answers and waits for a word: '1', '2', 's' (skip) or 'q' (stop; so does the end of the input). */
+static int ask_person(struct Options *o, const struct Example *answers, size_t number, size_t of)
+{
+    char line[256];
+    size_t V = o->model->config.vocab_size;
+    struct Text prompt = tokenizer_decode_all(o->tok, &o->arena, answers->ids, answers->prompt_length, V);
+    fprintf(stderr, "\n%zu/%zu  %.*s ...\n", number, of, (int)prompt.length, prompt.data);
+    for (int k = 0; k < 2; k++) {
+        struct Text text = answer_text(o->tok, &o->arena, &answers[k], V);
+        fprintf(stderr, "  %d: %.*s\n", k + 1, (int)text.length, text.data);
+    }
+    for (;;) {
+        fputs("Which is better? 1, 2, s to skip, q to stop: ", stderr);
+        if (!fgets(line, sizeof line, stdin)) return 'q';
+        int c = tolower((unsigned char)line[strspn(line, " \t")]);
+        if (c && strchr("12sq", c)) return c;
+    }
+}
+
+/* Answers two and two before a person; returns the number of judgements, or SIZE_MAX to stop. */
+static size_t judge_by_person(struct Options *o, FILE *file, const struct Example *answers, size_t number, size_t of)
+{
+    size_t judged = 0, V = o->model->config.vocab_size;
+    for (size_t k = 0; k + 1 < o->num_generations; k += 2) {
+        struct Text a = answer_text(o->tok, &o->arena, &answers[k], V), b = answer_text(o->tok, &o->arena, &answers[k + 1], V);
+        if (text_equal(a, b)) continue;
+        int word = ask_person(o, answers + k, number, of);
+        if (word == 'q') return SIZE_MAX;
+        if (word == 's') continue;
+        preference_write(o, file, &answers[k + (word == '2')], &answers[k + (word == '1')]);
+        judged++;
+    }
+    return judged;
+}
+
+static bool is_judged(struct Options *o, const struct Example *prompt)
+{
+    struct Text text = tokenizer_decode_all(o->tok, &o->arena, prompt->ids, prompt->n, o->model->config.vocab_size);
+    for (size_t k = 0; o->eval && k < o->eval->n; k++) if (text_equal(o->eval->rows[k].prompt, text)) return true;
+    return false;
+}
+
+enum { COLLECT_TOGETHER = 64 };
+
+/* align collect -- data collection, the H in RLHF: a reward model or the person at the keyboard compares answers.
+ * Judgements are added to preferences.jsonl; a prompt that is there already is passed over.  [glossary: Coleta de dados] */
+static void command_collect(struct Options *o)
+{
+    CHECK(o->num_generations >= 2, "--num_generations %zu: 2 or more answers are needed to compare", o->num_generations);
+    open_model(o, false);
+    struct Scorer scorer;
+    struct RolloutSource source = open_rollouts(o, &scorer);
+    make_folder(need(o->output_dir, "output_dir"));
+    char *path = arena_printf(&o->arena, "%s/preferences.jsonl", o->output_dir);
+    struct stat s;
+    if (stat(path, &s) == 0 && s.st_size > 0) o->eval = dataset_load(path, DPO_SHAPES, 1);
+    FILE *file = fopen(path, "ab");
+    CHECK(file, "%s: cannot be written: %s", path, strerror(errno));
+    size_t n = o->max_samples ? MIN(o->max_samples, source.n) : source.n, left = 0, judged = 0, together = o->reward_model ? COLLECT_TOGETHER : 1, last = 0;
+    struct Example *prompts = arena_alloc(&o->arena, n, sizeof *prompts), *pairs = arena_alloc(&o->arena, 2 * COLLECT_TOGETHER, sizeof *pairs);
+    for (size_t i = 0; i < n; i++) if (!is_judged(o, &source.prompts[i])) prompts[left++] = source.prompts[i];
+    for (size_t i = 0; i < left && last != SIZE_MAX; i += together) {
+        size_t count = MIN(together, left - i);
+        uint64_t seed = o->train.seed + judged;
+        if (o->reward_model) last = collect_preferences(o->model, &scorer, &o->arena, prompts + i, count, o->num_generations, false, &source.generation, seed, pairs);
+        else last = judge_by_person(o, file, sample_answers(o->model, &o->arena, prompts + i, 1, o->num_generations, &source.generation, seed + i), i + 1, left);
+        for (size_t k = 0; o->reward_model && k < last; k++) preference_write(o, file, &pairs[2 * k], &pairs[2 * k + 1]);
+        if (last != SIZE_MAX) judged += last;
+    }
+    fclose(file);
+    say("%zu pairs added to %s (%zu were there)\n", judged, path, o->eval ? o->eval->n : 0);
+}
+
+/* Mean negative log-likelihood a token, and its exponential: perplexity, the number of equally likely tokens that would
+ * leave as much doubt. */
+static void eval_language(struct Trainer *trainer, const struct Options *o, struct LogEntry *entry)
+{
+    struct Arena arena = {0};
+    struct LanguageTask *task = sft_task(trainer, &arena, o->data, NULL);
+    double nll = 0, tokens = 0;
+    for (size_t i = 0; i < trainer->task.n; i++) {
+        arena_reset(&trainer->arena);
+        nll += language_loss(trainer, &i, 1, 1, false, false);
+        tokens += (double)(task->examples[i].n - MAX((size_t)1, task->examples[i].prompt_length));
+    }
+    log_value(entry, "eval_loss", nll / tokens);
+    log_value(entry, "perplexity", exp(nll / tokens));
+    log_value(entry, "tokens", tokens);
     arena_free(&arena);
+}
+
+/* A policy's answers: their reward, its distance from --ref_model, how varied and long they are. */
+static void eval_policy(struct Options *o, struct LogEntry *entry)
+{
+    struct Scorer scorer;
+    struct RolloutSource source = open_rollouts(o, &scorer);
+    size_t n = o->max_samples ? MIN(o->max_samples, source.n) : source.n;
+    struct Example *answers = sample_answers(o->model, &o->arena, source.prompts, n, 1, &source.generation, o->train.seed);
+    struct Text *texts = arena_alloc(&o->arena, n, sizeof *texts);
+    float *reward = arena_floats(&o->arena, n), *length = arena_floats(&o->arena, n);
+    scorer_score(&scorer, &o->arena, answers, n, o->model->config.vocab_size, reward);
+    for (size_t i = 0; i < n; i++) {
+        texts[i] = answer_text(o->tok, &o->arena, &answers[i], o->model->config.vocab_size);
+        length[i] = (float)(answers[i].n - answers[i].prompt_length);
+    }
+    log_value(entry, "reward", mean_of(reward, n));
+    log_value(entry, "reward_std", sqrt(unbiased_variance(reward, n)));
+    log_value(entry, "distinct_2", distinct_2(texts, n));
+    log_value(entry, "mean_length", mean_of(length, n));
+    log_value(entry, "samples", (double)n);
+    if (o->reference) log_value(entry, "kl", response_kl(o->model, o->reference, answers, n, o->generation.temperature));
+}
+
+/* align eval -- one JSON object. With a reward head: how well it orders pairs, rated or labelled texts. With
+ * --reward_model_path: what a policy's answers are worth. On preferences with --ref_model: DPO's metrics. Else: loss. */
+static void command_eval(struct Options *o)
+{
+    open_model(o, false);
+    struct Trainer trainer = trainer_new(o);
+    struct LogEntry entry = {0};
+    trainer.args.per_device_train_batch_size = 1;                /* the mean over rows, not over batches */
+    if (o->ref_model) load_reference(o);
+    if (o->reward_model_path) eval_policy(o, &entry);
+    else if (o->model->score.n || o->reference) {
+        open_data(o, REWARD_SHAPES, o->model->score.n ? COUNT(REWARD_SHAPES) : 1);
+        struct RewardTask *task = NULL;
+        if (o->model->score.n) task = reward_task(&trainer, &o->arena, o->data, o->data);
+        else {
+            struct Example *pairs = arena_alloc(&o->arena, 2 * o->data->n, sizeof *pairs);
+            size_t n = trainer.task.eval_n = dpo_pairs(&trainer, &o->arena, o->data, pairs);
+            struct DPOTask *dpo = dpo_task(&trainer, &o->arena, o->reference, (struct DPOConfig){.beta = 0.1, .weight = {1}}, 1, pairs, n);
+            dpo->eval_pairs = pairs;
+            dpo->eval_ref_logps = dpo->ref_logps;
+            trainer.task.eval_n = n;
+        }
+        if (task && task->rated) {
+            float *reward = arena_floats(&o->arena, trainer.task.n);
+            reward_score(o->model, task->texts, trainer.task.n, reward);
+            log_value(&entry, "eval_accuracy", pair_accuracy(reward, task->score, trainer.task.n, 1));
+            log_value(&entry, "mean_reward", mean_of(reward, trainer.task.n));
+        } else {
+            trainer_evaluate(&trainer);
+            entry = trainer.state.log_history[0];
+        }
+    } else {
+        open_data(o, SFT_SHAPES, COUNT(SFT_SHAPES));
+        eval_language(&trainer, o, &entry);
+    }
+    putchar('{');
+    log_write(stdout, &entry, ", ");
+    puts("}");
+    trainer_free(&trainer);
 }
 
 /* align merge -- an adapter folded into its base, saved as a model like any other. */
 static void command_merge(struct Options *o)
 {
-    struct Tokenizer *tok = load_tokenizer(o);
     if (!o->model_name_or_path || !(o->peft_adapter || is_adapter(o->model_name_or_path))) die_usage("merge needs an adapter: --model_name_or_path BASE --peft_adapter DIR, or its folder as --model_name_or_path");
-    struct GPT2 *model = load_adapted(o, tok, false);
-    open_output_dir(o, model);
-    gpt2_save(model, o->output_dir, tok);
-    say("saved to %s\n", o->output_dir);
-    gpt2_free(model);
-    tokenizer_free(tok);
+    open_model(o, false);
+    open_output_dir(o);
+    save_result(o, NULL);
 }
 
 /* Sentences fit a context of 64 tokens; for whole reviews a longer one is worth its time.
@@ -6307,9 +6743,8 @@ static size_t course_positions(const struct Dataset *data, const struct Tokenize
 
 static void command_rlhf(struct Options *o)
 {
-    struct Arena arena = {0};
     struct Tokenizer *tok = load_tokenizer(o);
-    struct Dataset *data = dataset_load(o->dataset_name ? o->dataset_name : shipped_file(&arena, "docs/reviews.jsonl"), RATED_SHAPES, 1);
+    struct Dataset *data = o->data = dataset_load(o->dataset_name ? o->dataset_name : shipped_file(&o->arena, "docs/reviews.jsonl"), RATED_SHAPES, 1);
     struct Course course = {.tok = tok, .output_dir = o->output_dir ? o->output_dir : "out", .seed = o->train.seed, .temperature = o->generation.temperature, .scale = 1,
         .pretrain_steps = o->pretrain_steps, .reward_steps = o->reward_steps, .ppo_steps = o->ppo_steps, .dpo_steps = o->dpo_steps};
     struct GPT2 *model;
@@ -6327,9 +6762,6 @@ static void command_rlhf(struct Options *o)
     }
     CHECK(model->config.n_positions >= 48, "%s: a context of %zu tokens; rlhf needs 48 or more", o->model_name_or_path, model->config.n_positions);
     course_run(&course, data, model, learning_rate);
-    dataset_free(data);
-    tokenizer_free(tok);
-    arena_free(&arena);
 }
 
 /* One training step of a size of the user's choice: what its time and memory are. */
@@ -6369,12 +6801,12 @@ static void command_bench(struct Options *o)
 {
     CHECK(kernel, "bench measures a kernel; ALIGN_KERNEL=plain has none");
     CHECK(o->ppo.batch_size > 0 && o->ppo.batch_size <= 4096, "--batch_size %zu: 1 to 4096 queries", o->ppo.batch_size);
-    if (o->model.n_embd % o->model.n_head) o->model.n_head = MAX((size_t)1, o->model.n_embd / 64);
-    o->model.eos_token_id = o->model.pad_token_id = (int)o->model.vocab_size - 1;
-    config_check(&o->model, "--n_layer, --n_head, --n_embd, --n_positions, --vocab_size");
+    if (o->config.n_embd % o->config.n_head) o->config.n_head = MAX((size_t)1, o->config.n_embd / 64);
+    o->config.eos_token_id = o->config.pad_token_id = (int)o->config.vocab_size - 1;
+    config_check(&o->config, "--n_layer, --n_head, --n_embd, --n_positions, --vocab_size");
     size_t batch = o->train.per_device_train_batch_size, length = o->train.max_length;
-    CHECK(length <= o->model.n_positions && length != 1 && o->model.n_positions >= 80, "--max_length %zu: 2 to --n_positions, %zu, which is 80 or more", length, o->model.n_positions);
-    struct Bench *bench = bench_new(o->model, o->ppo.batch_size);
+    CHECK(length <= o->config.n_positions && length != 1 && o->config.n_positions >= 80, "--max_length %zu: 2 to --n_positions, %zu, which is 80 or more", length, o->config.n_positions);
+    struct Bench *bench = bench_new(o->config, o->ppo.batch_size);
     if (batch || length) bench_one(bench, batch ? batch : 4, length ? length : 64, o->json);
     else {
         double best[BENCH_WORKS], share[BENCH_WORKS] = {0}, gflops = 0, gbytes = 0;
@@ -6386,7 +6818,7 @@ static void command_bench(struct Options *o)
         for (int round = 0; round < 5 || (seconds_now() - begin < 15 && round < 100); round++) {
             if (round < 5) say("bench: round %d\n", round + 1);
             for (int work = 0; work < BENCH_WORKS; work++) {
-                if (BENCH_WORK[work].length > o->model.n_positions) continue;
+                if (BENCH_WORK[work].length > o->config.n_positions) continue;
                 double peak = bench_peak(), read = bench_read(bench), seconds = bench_work(bench, work);
                 peak = MAX(peak, bench_peak());                 /* this round's limits: the better of before and after */
                 read = MAX(read, bench_read(bench));
@@ -6407,13 +6839,16 @@ static const struct Command { const char *name, *what; void (*run)(struct Option
     {"tokenize", "[FILE]: text (or standard input) to ids; --decode: ids to text", command_tokenize, G_TOKENIZE},
     {"pretrain", "a new language model from texts", command_pretrain, G_MODEL | G_OUT | G_SEED | G_DATA | G_TRAIN | G_RUN | G_NEW},
     {"sft", "supervised fine-tuning on text or prompt + completion", command_sft, G_MODEL | G_PEFT | G_LORA | G_OUT | G_SEED | G_DATA | G_TRAIN | G_RUN},
-    {"reward", "a reward model from chosen + rejected (+ margin), or from text + score", command_reward, G_MODEL | G_PEFT | G_LORA | G_OUT | G_SEED | G_DATA | G_TRAIN | G_RUN | G_REWARD},
-    {"ppo", "PPO with a value head (TRL 0.11's PPOTrainer)", command_ppo, G_MODEL | G_PEFT | G_LORA | G_OUT | G_SEED | G_DATA | G_TRAIN | G_PPO | G_REF},
+    {"reward", "a reward model from chosen + rejected (+ margin), from text + score, or a classifier from text + label", command_reward, G_MODEL | G_PEFT | G_LORA | G_OUT | G_SEED | G_DATA | G_TRAIN | G_RUN | G_REWARD},
+    {"ppo", "PPO with a value head (TRL 0.11's PPOTrainer)", command_ppo, G_MODEL | G_PEFT | G_LORA | G_OUT | G_SEED | G_DATA | G_TRAIN | G_ROLL | G_PPO | G_REF},
+    {"reinforce", "the plain policy gradient, with and without a baseline", command_reinforce, G_MODEL | G_PEFT | G_LORA | G_OUT | G_SEED | G_DATA | G_TRAIN | G_ROLL | G_RLOO | G_REF},
     {"dpo", "direct preference optimization on prompt + chosen + rejected", command_dpo, G_MODEL | G_PEFT | G_LORA | G_OUT | G_SEED | G_DATA | G_TRAIN | G_RUN | G_DPO | G_REF},
     {"generate", "continue a --prompt, or each prompt of a data set", command_generate, G_MODEL | G_PEFT | G_DATA | G_SEED | G_SAMPLE | G_PROMPT | G_JSON},
     {"next", "the distribution of the next token after a --prompt", command_next, G_MODEL | G_PEFT | G_PROMPT | G_NEXT | G_JSON},
     {"logprob", "log-probability of each token and of the sequence; with --ref_model the KL at each position", command_logprob, G_MODEL | G_PEFT | G_DATA | G_REF | G_LENGTH},
     {"score", "the sentiment pipeline: reward and pipe_outputs of each text", command_score, G_MODEL | G_PEFT | G_DATA | G_LENGTH},
+    {"collect", "several answers to each prompt, compared by a reward model or by you, into preferences.jsonl", command_collect, G_MODEL | G_PEFT | G_OUT | G_SEED | G_DATA | G_ROLL | G_COLLECT},
+    {"eval", "loss and perplexity, accuracy of a reward model, or reward and KL of a policy, as model and data allow", command_eval, G_MODEL | G_PEFT | G_DATA | G_SEED | G_REF | G_ROLL | G_EVAL | G_LENGTH},
     {"merge", "a LoRA adapter folded into its base, saved as a model", command_merge, G_MODEL | G_PEFT | G_OUT},
     {"bench", "this machine's limits, and what training, generation, DPO and PPO reach of them", command_bench, G_NEW | G_BATCH | G_JSON | G_BENCH},
 };
@@ -6467,11 +6902,13 @@ static int parse_flag(struct Options *o, const struct Flag *flag, const char *va
 {
     void *to = (char *)o + flag->offset;
     char *end = NULL;
-    if (flag->kind == KIND_BOOL) {
+    if (flag->kind == KIND_BOOL || flag->kind == KIND_STOPPING) {
         bool is_true = value && strcmp(value, "true") == 0, is_false = value && strcmp(value, "false") == 0;
-        *(bool *)to = !is_false;
-        if (!bare && !is_true && !is_false) die_usage("--%s %s: true or false was expected", flag->name, value);
-        return is_true || is_false;
+        bool never = flag->kind == KIND_STOPPING && value && strcmp(value, "never") == 0;
+        if (flag->kind == KIND_BOOL) *(bool *)to = !is_false;
+        else *(enum EarlyStopping *)to = never ? STOP_NEVER : is_false ? STOP_FALSE : STOP_TRUE;
+        if (!bare && !is_true && !is_false && !never) die_usage("--%s %s: true or false%s was expected", flag->name, value, flag->kind == KIND_BOOL ? "" : " or never");
+        return is_true || is_false || never;
     }
     if (!value) die_usage("--%s needs a value (%s)", flag->name, flag->help);
     if (flag->kind == KIND_STRING || flag->kind == KIND_LIST) *(const char **)to = value;
@@ -6503,7 +6940,7 @@ static void parse_arguments(struct Options *o, const struct Command *command, in
         snprintf(name, sizeof name, "%.*s", (int)MIN(length, sizeof name - 1), argv[i] + 2);
         const struct Flag *flag = find_flag(name, command);
         const char *value = equals ? equals + 1 : i + 1 < argc ? argv[i + 1] : NULL;
-        int taken = parse_flag(o, flag, value, !equals && (!value || flag->kind == KIND_BOOL));
+        int taken = parse_flag(o, flag, value, !equals && (!value || flag->kind == KIND_BOOL || flag->kind == KIND_STOPPING));
         if (!equals) i += taken;
         static struct Arena lists;                       /* a list goes on to the next flag: --loss_type sigmoid sft */
         const char **list = (const char **)((char *)o + flag->offset);
@@ -6516,13 +6953,19 @@ static void parse_arguments(struct Options *o, const struct Command *command, in
 /* What a command starts from: transformers' and TRL's defaults. */
 static struct Options default_options(const char *command)
 {
-    struct Options o = {.train = training_arguments(), .ppo = ppo_config(), .generation = generation_config(), .dpo = {.beta = 0.1}, .loss_type = "sigmoid", .lora = {.r = 16, .lora_alpha = 32, .target_modules = "c_attn"}, .top_n = 10, .tokenize_vocab_size = 50257,
-        .model = {.vocab_size = 50257, .n_positions = 1024, .n_embd = 768, .n_layer = 12, .n_head = 12, .layer_norm_epsilon = 1e-5f},
+    struct Options o = {.train = training_arguments(), .ppo = ppo_config(), .generation = generation_config(), .dpo = {.beta = 0.1}, .loss_type = "sigmoid", .baseline = "rloo", .num_generations = 2, .lora = {.r = 16, .lora_alpha = 32, .target_modules = "c_attn"}, .top_n = 10, .tokenize_vocab_size = 50257,
+        .config = {.vocab_size = 50257, .n_positions = 1024, .n_embd = 768, .n_layer = 12, .n_head = 12, .layer_norm_epsilon = 1e-5f},
         .input_min_text_length = 2, .input_max_text_length = 8, .output_min_length = 4, .output_max_length = 16,
         .pretrain_steps = 2000, .reward_steps = 450, .ppo_steps = 85, .dpo_steps = 150};
     if (strcmp(command, "sft") == 0) o.train.learning_rate = 2e-5;
     if (strcmp(command, "reward") == 0) o.train.learning_rate = 1e-4;
     if (strcmp(command, "dpo") == 0) o.train.learning_rate = 1e-6;
+    if (strcmp(command, "reinforce") == 0) {
+        o.train.learning_rate = 1e-6;
+        o.train.logging_steps = 1;
+        o.generation.top_k = 0;
+        o.dpo.beta = 0.05;
+    }
     if (strcmp(command, "ppo") == 0) {
         o.train.learning_rate = 1.41e-5;
         o.train.max_grad_norm = 0;
@@ -6535,7 +6978,8 @@ static struct Options default_options(const char *command)
         o.ppo.batch_size = 16;
         o.train.per_device_train_batch_size = o.train.max_length = 0;       /* given: that step alone */
     }
-    if (strcmp(command, "next") == 0) o.generation.top_k = 0;
+    if (strcmp(command, "next") == 0 || strcmp(command, "collect") == 0 || strcmp(command, "eval") == 0) o.generation.top_k = 0;
+    if (strcmp(command, "eval") == 0) o.max_samples = 256;
     if (strcmp(command, "rlhf") == 0) o.generation.temperature = 0.7;
     return o;
 }
@@ -6592,6 +7036,7 @@ int main(int argc, char **argv)
     if (!(command->groups & G_BENCH)) check_training(&o);
     kernel_choose();
     command->run(&o);
+    options_close(&o);
     CHECK(fflush(stdout) == 0 && !ferror(stdout), "standard output: %s", strerror(errno));
     return 0;
 }

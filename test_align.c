@@ -235,6 +235,7 @@ static void run_command(const void *argument)
     if (o.help) { print_help(command); return; }
     check_training(&o);
     command->run(&o);
+    options_close(&o);
 }
 
 /* Models and batches. */
@@ -584,6 +585,13 @@ static void test_rng_distributions(void)
  * Chapter 2 - Files: JSON, safetensors
  * ============================================================================================= */
 
+static size_t json_count(const struct Json *array)
+{
+    size_t n = 0;
+    for (struct Json *item = array->child; item; item = item->next) n++;
+    return n;
+}
+
 static struct Json *parse(const char *text, const char **error)
 {
     size_t where;
@@ -929,7 +937,7 @@ static void test_tokenizer_small(void)
 static void test_tokenizer_save(void)
 {
     make_folder(temporary("vocabulary"));
-    tokenizer_save(tokenizer, temporary("vocabulary"), 1024);
+    tokenizer_save(tokenizer, temporary("vocabulary"), 1024, 64);
     struct Json *vocab = json_read_file(&test_arena, temporary("vocabulary/vocab.json"));
     size_t count = 0;
     for (struct Json *item = vocab->child; item; item = item->next) count++;
@@ -2236,6 +2244,87 @@ static void test_generate_golden(void)
     gpt2_free(model);
 }
 
+static const int golden_beam[3][8] = {{52, 52, 52, 52, 52, 48, 48, 48}, {52, 52, 52, 52, 52, 4, 48, 48}, {52, 52, 52, 52, 52, 4, 4, 4}};
+static const int golden_beam_eos4[3][8] = {{52, 52, 52, 52, 52, 48, 48, 48}, {52, 52, 52, 52, 52, 4}, {52, 52, 52, 52, 52, 48, 48, 4}};
+static const int golden_beam_eos4_long[3][8] = {{52, 52, 52, 52, 52, 48, 48, 48}, {52, 52, 52, 52, 52, 48, 48, 4}, {52, 52, 52, 52, 52, 44, 48, 48}};
+static const int golden_beam_eos4_zero[3][8] = {{52, 52, 4}, {52, 52, 52, 52, 52, 4}, {52, 52, 52, 52, 52, 48, 4}};
+static const int golden_beam_eos4_early[3][8] = {{52, 52, 52, 52, 52, 4}, {52, 52, 52, 52, 52, 48, 4}, {52, 52, 4}};
+
+/* transformers' three best of three beams, by length_penalty and early_stopping. */
+static void test_beam_search_golden(void)
+{
+    static const struct { const char *name; int end_token; double length_penalty; enum EarlyStopping early_stopping; const int (*ids)[8]; size_t length[3]; } cases[] = {
+        {"no end", 60, 1, STOP_FALSE, golden_beam, {8, 8, 8}}, {"end 4", 4, 1, STOP_FALSE, golden_beam_eos4, {8, 6, 8}},
+        {"length_penalty 2", 4, 2, STOP_FALSE, golden_beam_eos4_long, {8, 8, 8}}, {"length_penalty 0", 4, 0, STOP_FALSE, golden_beam_eos4_zero, {3, 6, 7}},
+        {"early_stopping", 4, 1, STOP_TRUE, golden_beam_eos4_early, {6, 7, 3}}};
+    struct GPT2 *model = golden_model();
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        struct GenerationConfig config = generation_config();
+        struct Sequence s[3];
+        config.num_beams = config.num_return_sequences = 3;
+        config.length_penalty = cases[i].length_penalty;
+        config.early_stopping = cases[i].early_stopping;
+        model->config.eos_token_id = cases[i].end_token;
+        for (int k = 0; k < 3; k++) s[k] = sequence_start(&test_arena, golden_examples()[0].ids, 4, 8, model, rng_seed(1, 1));
+        generate(model, s, 3, &config);
+        for (int k = 0; k < 3; k++) expect_ids(cases[i].name, s[k].ids + 4, s[k].n - 4, cases[i].ids[k], cases[i].length[k]);
+    }
+    gpt2_free(model);
+}
+
+/* With as many beams as there are sequences nothing is ever dropped: the best of all 125 responses of three tokens
+ * comes first, found here by scoring each alone. With one beam it is greedy decoding. */
+static void test_beam_search_exhaustive(void)
+{
+    struct GPT2 *model = random_model(5, 8, 16, 2, 2);
+    struct GenerationConfig config = generation_config();
+    int prompt[] = {2}, best[4] = {2}, ids[4] = {2};
+    double most = -INFINITY;
+    model->config.eos_token_id = 5;                                       /* none */
+    for (int y = 0; y < 125; y++) {
+        ids[1] = y / 25, ids[2] = y / 5 % 5, ids[3] = y % 5;
+        struct Example e = {ids, 4, 1};
+        struct Batch batch = batch_of(&e, 1, SKIP_LAST);
+        struct Activations acts = gpt2_forward(model, &test_arena, &batch, false);
+        struct LMHead head = lm_head_new(model, &test_arena, &acts, batch.row, batch.target, batch.R, 1);
+        lm_head_forward(model, &head);
+        double logp = sequence_logprob(head.logprob, 3);
+        if (logp > most) memcpy(best, ids, sizeof best), most = logp;
+    }
+    struct Sequence s = sequence_start(&test_arena, prompt, 1, 3, model, rng_seed(1, 1)), greedy = s;
+    greedy.ids = arena_alloc(&test_arena, 4, sizeof(int));
+    greedy.ids[0] = 2;
+    config.num_beams = 125;
+    generate(model, &s, 1, &config);
+    expect_ids("the likeliest response", s.ids, s.n, best, 4);
+    config.num_beams = 1;
+    generate(model, &greedy, 1, &config);
+    s.n = 1;
+    s.finished = false;
+    beam_search(model, &s, &config);
+    expect_ids("one beam is greedy", s.ids, s.n, greedy.ids, 4);
+    gpt2_free(model);
+}
+
+/* Sampled beams: the first draw has softmax's probabilities, and nothing is drawn twice. */
+static void test_beam_candidates(void)
+{
+    float score[] = {logf(0.5f), -INFINITY, logf(0.2f), logf(0.3f)};
+    struct Candidate best[4];
+    struct Rng rng = rng_seed(3, 3);
+    double first[4] = {0};
+    expect_count("without sampling", beam_candidates(score, 4, 2, NULL, &test_arena, best), 2);
+    expect_true("the two best, best first", best[0].id == 0 && best[1].id == 3 && best[0].logit == score[0]);
+    for (int i = 0; i < 20000; i++) {
+        size_t n = beam_candidates(score, 4, 4, &rng, &test_arena, best);
+        expect_count("all that are possible", n, 3);
+        first[best[0].id] += 1 / 20000.0;
+        expect_true("each once", best[0].id != best[1].id && best[1].id != best[2].id && best[0].id != best[2].id);
+    }
+    expect_close("first draw", first[0], 0.5, 0.02);
+    expect_close("first draw", first[2], 0.2, 0.02);
+}
+
 /* What transformers keeps, and with what probabilities, by temperature .7, top_k 10, top_p .8 and a repetition penalty. */
 static void test_generate_filters_golden(void)
 {
@@ -2276,11 +2365,11 @@ static void test_generate_processors(void)
     process_top_k(tied, 5, 9);
     expect_true("k above V", tied[2] == 3);
     float nucleus[] = {logf(0.2f), logf(0.5f), logf(0.3f)}, certain[] = {0, 30, -INFINITY};
-    process_top_p(nucleus, 3, 0.7);
+    process_top_p(nucleus, 3, 0.7, 1);
     expect_true("0.5, 0.3, 0.2 with p 0.7", nucleus[0] == -INFINITY && nucleus[1] > -1 && nucleus[2] > -2);
-    process_top_p(nucleus, 3, 0.3);
+    process_top_p(nucleus, 3, 0.3, 1);
     expect_true("the token that crosses p is kept", nucleus[1] > -1 && nucleus[2] == -INFINITY);
-    process_top_p(certain, 3, 1e-9);
+    process_top_p(certain, 3, 1e-9, 1);
     expect_true("the likeliest always stays", certain[1] == 30 && certain[0] == -INFINITY);
     struct GenerationConfig config = sampling(2, 0, 1);
     config.min_new_tokens = 3;
@@ -2527,7 +2616,18 @@ static void expect_task_gradient(struct Trainer *trainer, double h)
     }
 }
 
-/* Central differences of the whole reward model, for pairs with margins and for rated texts. */
+/* By hand, with its slope, and far out where log(sigmoid) would overflow. */
+static void test_sentiment_loss(void)
+{
+    float reward[] = {0, 2}, d[2], far[] = {-1000};
+    expect_close("r = 0: ln 2", sentiment_loss(reward, (double[]){1}, 1, d), log(2), 1e-9);
+    expect_close("its slope", d[0], -0.5, 1e-7);
+    expect_close("2 disliked: 2.1269", sentiment_loss(reward, (double[]){1, 0}, 2, d), (log(2) + 2.126928) / 2, 1e-6);
+    expect_floats("slopes", d, (double[]){-0.25, sigmoid(2) / 2}, 2, 1e-7);
+    expect_close("hopelessly wrong", sentiment_loss(far, (double[]){1}, 1, d), 1000, 1e-9);
+}
+
+/* Central differences of the whole reward model, for pairs with margins, rated and labelled texts. */
 static void test_reward_gradient(void)
 {
     struct GPT2 *model = gpt2_new((struct GPT2Config){37, 12, 8, 2, 2, 36, 36, 1e-5f});
@@ -2536,9 +2636,11 @@ static void test_reward_gradient(void)
     struct Example texts[8];
     for (size_t i = 0; i < 8; i++) texts[i] = random_example(2 + i, 0, 37);
     struct RewardTask task = {.texts = texts, .margin = (double[]){0, 1, -1, 0.5}, .score = (double[]){1, -1, 3, 0}, .center = 0.02, .min_difference = 1};
-    for (int rated = 0; rated < 2; rated++) {
+    for (int kind = 0; kind < 3; kind++) {
         struct Trainer trainer = trainer_of(model, 0, 1, 4);
-        task.rated = rated;
+        task.rated = kind == 1;
+        task.labelled = kind == 2;
+        if (task.labelled) task.score = (double[]){1, 0, 0, 1};
         trainer.task = (struct Task){.name = "reward", .n = 4, .data = &task, .loss = reward_loss};
         expect_task_gradient(&trainer, 0.01);
         trainer_free(&trainer);
@@ -2551,8 +2653,9 @@ static void test_reward_overfit(void)
 {
     static const char *const data[] = {
         "{\"text\": \"good\", \"score\": 2}\n{\"text\": \"bad\", \"score\": 0}\n{\"text\": \"a fine film\", \"score\": 3}\n{\"text\": \"dull\", \"score\": -1}\n",
-        "{\"prompt\": \"It is\", \"chosen\": \" good\", \"rejected\": \" bad\"}\n{\"chosen\": \"fine\", \"rejected\": \"dull\"}\n{\"chosen\": \"a b c d e f g h i j k l m n o p q\", \"rejected\": \"x\"}\n{\"chosen\": \"yes\", \"rejected\": \"no\", \"margin\": 1}\n"};
-    for (int k = 0; k < 2; k++) {
+        "{\"prompt\": \"It is\", \"chosen\": \" good\", \"rejected\": \" bad\"}\n{\"chosen\": \"fine\", \"rejected\": \"dull\"}\n{\"chosen\": \"a b c d e f g h i j k l m n o p q\", \"rejected\": \"x\"}\n{\"chosen\": \"yes\", \"rejected\": \"no\", \"margin\": 1}\n",
+        "{\"text\": \"good\", \"label\": 1}\n{\"text\": \"bad\", \"label\": 0}\n{\"text\": \"a fine film\", \"label\": true}\n{\"text\": \"dull\", \"label\": false}\n"};
+    for (int k = 0; k < 3; k++) {
         struct GPT2 *model = new_model(1024, 16, 16, 1, 2);
         reward_head_declare(model);
         struct Trainer trainer = trainer_of(model, 1e-2, 60, 4);
@@ -2561,10 +2664,10 @@ static void test_reward_overfit(void)
         trainer.args.max_length = 16;
         struct RewardTask *task = reward_task(&trainer, &test_arena, set, NULL);
         struct Text said = capture_end();
-        expect_true("rated or not", task->rated == (k == 0) && trainer.task.n == (k ? 3 : 4));
-        expect_true("a note about the long pair", k == 0 || strstr(said.data, "1 of 4 pairs dropped"));
+        expect_true("rated or not", task->rated == (k == 0) && task->labelled == (k == 2) && trainer.task.n == (k == 1 ? 3 : 4));
+        expect_true("a note about the long pair", k != 1 || strstr(said.data, "1 of 4 pairs dropped"));
         trainer_train(&trainer);
-        expect_close("loss at first: ln 2", logged(&trainer, 0, "loss"), k ? (2 * log(2) - log_sigmoid(-1)) / 3 : log(2), 1e-6);
+        expect_close("loss at first: ln 2", logged(&trainer, 0, "loss"), k == 1 ? (2 * log(2) - log_sigmoid(-1)) / 3 : log(2), 1e-6);
         expect_close("loss at last", logged(&trainer, 59, "loss"), 0, 0.05);
         expect_close("accuracy", logged(&trainer, 59, "accuracy"), 1, 0);
         dataset_free(set);
@@ -2842,7 +2945,8 @@ static void test_ppo_gradient(void)
 {
     struct Rollout rollouts[4];
     struct PPOTrainer *ppo = ppo_of(ppo_config(), 0, rollouts);
-    struct PPOModelCase c = {ppo, rollouts, ppo_evaluate_rollouts(ppo, rollouts, (float[]){-1, 0, 1, 2})};
+    struct PPOModelCase c = {ppo, rollouts, ppo_evaluate_rollouts(ppo, rollouts)};
+    ppo_rewards(ppo, &c.p, (float[]){-1, 0, 1, 2});
     c.p.fresh = false;                       /* the weights will be moved one by one */
     ppo_advantages(&ppo->config, &c.p);
     gpt2_zero_grad(ppo->model);
@@ -2866,7 +2970,8 @@ static void test_ppo_step(void)
         config.mini_batch_size = 2;
         config.kl_penalty = full ? "full" : "kl";
         struct PPOTrainer *ppo = ppo_of(config, 0, rollouts);
-        struct PPOBatch p = ppo_evaluate_rollouts(ppo, rollouts, (float[]){-1, 0, 1, 2});
+        struct PPOBatch p = ppo_evaluate_rollouts(ppo, rollouts);
+        ppo_rewards(ppo, &p, (float[]){-1, 0, 1, 2});
         double kl = 0;
         for (size_t b = 0; b < 4; b++) {
             const struct Example *e = &rollouts[b].example;
@@ -2901,6 +3006,20 @@ static void test_ppo_step(void)
         expect_close("objective/kl", value, kl, 1e-5);
         expect_close("beta for the next step", ppo->kl_coef, kl_controller_update(&config, 0.2, kl, 4), 1e-7);
         expect_count("optimizer steps: 4 epochs of 2", ppo->optimizer_steps, 8);
+        FILE *file = fopen(temporary("stats_all.jsonl"), "wb");
+        stats_write_line(file, ppo);
+        fclose(file);
+        const char *error;
+        struct Json *line = parse(read_file(&test_arena, temporary("stats_all.jsonl")).data, &error), *logprobs = json_get(line, "objective/logprobs"), *dist = json_get(line, "objective/kl_dist");
+        double kl_of_dist = 0;
+        size_t b = 0;
+        for (struct Json *item = dist->child; item; item = item->next) kl_of_dist += item->number / 4;
+        expect_close("kl is the mean of kl_dist", kl_of_dist, kl, 1e-5);
+        for (struct Json *item = logprobs->child; item; item = item->next, b++) expect_count("a log-probability a response token", json_count(item), rollouts[b].response_length);
+        expect_count("as many as responses", b, 4);
+        expect_count("every token of every epoch", json_count(json_get(line, "ppo/policy/ratio")), 4 * 24);
+        expect_count("its advantage", json_count(json_get(line, "ppo/policy/advantages")), 4 * 24);
+        for (struct Json *item = json_get(line, "ppo/policy/ratio")->child; item; item = item->next) expect_close("at learning rate 0 the ratio is 1", item->number, 1, 1e-5);
         ppo_end(ppo);
     }
 }
@@ -2988,6 +3107,156 @@ static void test_ppo_raises_reward(void)
     expect_close("and at last", last, 1, 0.4);
     expect_true("away from the reference", kl > 1);
     ppo_end(ppo);
+}
+
+/* By hand: three answers to one prompt, then two to another. */
+static void test_reinforce_advantages(void)
+{
+    float rewards[] = {1, 2, 6, 0, 4, 5}, a[6];
+    reinforce_advantages(BASELINE_NONE, rewards, 6, 3, 9, a);
+    expect_floats("none", a, (double[]){1, 2, 6, 0, 4, 5}, 6, 0);
+    reinforce_advantages(BASELINE_MEAN, rewards, 6, 3, 1.5, a);
+    expect_floats("running mean 1.5", a, (double[]){-0.5, 0.5, 4.5, -1.5, 2.5, 3.5}, 6, 0);
+    reinforce_advantages(BASELINE_RLOO, rewards, 6, 3, 9, a);
+    expect_floats("leave one out", a, (double[]){-3, -1.5, 4.5, -4.5, 1.5, 3}, 6, 1e-6);
+    float s[] = {1, 1, 2, 0}, wide[] = {1, 3};
+    expect_close("variance by hand", gradient_variance(wide, s, 2, 1), 1, 1e-9);
+    expect_close("two weights: (1,1), (6,0): (2.5^2 + 0.5^2) * 2 / 2", gradient_variance(wide, s, 2, 2), 6.5, 1e-6);
+    expect_close("a baseline that fits leaves none", gradient_variance((float[]){0, 0}, s, 2, 2), 0, 0);
+}
+
+/* Every response of two tokens out of four, with its reward: 16 of them. */
+enum { SMALL_V = 4, SMALL_RESPONSES = 16 };
+struct SmallWorld { struct GPT2 *model; struct Example y[SMALL_RESPONSES]; double reward[SMALL_RESPONSES], logps[SMALL_RESPONSES]; struct Batch batch; struct Activations acts; struct LMHead head; };
+
+static struct SmallWorld small_world(void)
+{
+    struct SmallWorld w = {.model = random_model(SMALL_V, 4, 8, 1, 2)};
+    for (int i = 0; i < SMALL_RESPONSES; i++) {
+        int *ids = arena_alloc(&test_arena, 3, sizeof *ids);
+        ids[0] = 1, ids[1] = i / SMALL_V, ids[2] = i % SMALL_V;
+        w.y[i] = (struct Example){ids, 3, 1};
+        w.reward[i] = sin(1.7 * i);
+    }
+    return w;
+}
+
+/* J = sum_y pi(y) R(y), outright. */
+static double small_objective(void *context)
+{
+    struct SmallWorld *w = context;
+    double J = 0;
+    w->batch = batch_of(w->y, SMALL_RESPONSES, SKIP_LAST);
+    w->acts = gpt2_forward(w->model, &test_arena, &w->batch, true);
+    w->head = lm_head_new(w->model, &test_arena, &w->acts, w->batch.row, w->batch.target, w->batch.R, 1);
+    lm_head_forward(w->model, &w->head);
+    sum_target_logps(&w->batch, SMALL_RESPONSES, w->head.logprob, w->logps);
+    for (int i = 0; i < SMALL_RESPONSES; i++) J += exp(w->logps[i]) * w->reward[i];
+    return J;
+}
+
+/* The log-derivative trick: the mean of R grad log pi over all responses, weighted by their probability, is the slope of
+ * J by central differences, with any constant baseline. */
+static void test_reinforce_gradient(void)
+{
+    struct SmallWorld w = small_world();
+    gpt2_make_trainable(w.model);
+    for (int baseline = 0; baseline < 2; baseline++) {
+        float advantages[SMALL_RESPONSES], *d[32];
+        double dlogps[SMALL_RESPONSES];
+        small_objective(&w);
+        gpt2_zero_grad(w.model);
+        for (int i = 0; i < SMALL_RESPONSES; i++) advantages[i] = (float)(SMALL_RESPONSES * exp(w.logps[i]) * (w.reward[i] - 0.7 * baseline));
+        reinforce_loss(advantages, w.logps, SMALL_RESPONSES, dlogps);
+        float *dlogprob = arena_floats(&test_arena, w.batch.R), *dhidden = arena_zeros(&test_arena, w.batch.N * 8, sizeof *dhidden);
+        for (size_t i = 0; i < SMALL_RESPONSES; i++)
+            for (size_t t = w.batch.target_start[i]; t < w.batch.target_start[i + 1]; t++) dlogprob[t] = (float)-dlogps[i];      /* up, not down */
+        lm_head_backward(w.model, &w.head, dlogprob, dhidden, &test_arena);
+        gpt2_backward(w.model, &test_arena, &w.acts, dhidden);
+        for (size_t i = 0; i < w.model->tensor_count; i++) {
+            struct Tensor *t = w.model->tensors[i];
+            d[i] = narrow(widen(t->d, t->n), t->n);
+            expect_gradient(t->name, (struct Slope){small_objective, &w, 0.003}, t->w, d[i], t->n, 6, 4e-3);
+        }
+    }
+    gpt2_free(w.model);
+}
+
+/* reinforce_step without movement: what it logs, and each answer's own gradient of ln_f.bias by central difference; then
+ * with movement: REINFORCE with any baseline raises the reward of one token. */
+static void test_reinforce_step(void)
+{
+    struct Rollout rollouts[4];
+    struct PPOTrainer *ppo = ppo_of(ppo_config(), 0, rollouts);
+    struct Reinforce r = {.model = ppo->model, .ref_model = ppo->ref_model, .args = ppo->args, .baseline = BASELINE_RLOO, .beta = 0.1, .temperature = 0.7, .batch_size = 4, .num_generations = 2, .total_steps = 9, .rewards = {0, 1, 1, 1e-24}};
+    r.args.logging_steps = 1;
+    reinforce_step(&r, rollouts);
+    double value, kl = 0, R[4];
+    const struct Example *examples[] = {&rollouts[0].example, &rollouts[1].example, &rollouts[2].example, &rollouts[3].example};
+    struct Batch batch = collate(&test_arena, examples, 4, SKIP_LAST);
+    struct Activations acts = gpt2_forward(r.model, &test_arena, &batch, false), ref_acts = gpt2_forward(r.ref_model, &test_arena, &batch, false);
+    struct LMHead head = lm_head_new(r.model, &test_arena, &acts, batch.row, batch.target, batch.R, 0.7f), ref_head = lm_head_new(r.ref_model, &test_arena, &ref_acts, batch.row, batch.target, batch.R, 0.7f);
+    lm_head_forward(r.model, &head);
+    lm_head_forward(r.ref_model, &ref_head);
+    for (size_t i = 0; i < 4; i++) {
+        size_t t = batch.target_start[i], n = batch.target_start[i + 1] - t;
+        double difference = sequence_logprob(head.logprob + t, n) - sequence_logprob(ref_head.logprob + t, n);
+        kl += difference / 4;
+        R[i] = rollouts[i].score - 0.1 * difference;
+    }
+    log_find(&r.stats, "kl", &value);
+    expect_close("kl", value, kl, 1e-5);
+    log_find(&r.stats, "objective", &value);
+    expect_close("reward less beta KL", value, (R[0] + R[1] + R[2] + R[3]) / 4, 1e-5);
+    expect_close("the running mean", r.rewards.mean, value, 1e-6);
+    float *s = reinforce_scores(&r, &head, &batch), bias = r.model->ln_f.bias.w[3];
+    double stirred = 0;
+    for (size_t i = 0; i < r.model->wte.n; i++) stirred += fabs(r.model->wte.d[i]);
+    expect_close("looking leaves no gradient", stirred, 0, 0);
+    double logps[2][4];
+    for (int side = 0; side < 2; side++) {
+        r.model->ln_f.bias.w[3] = bias + (side ? 0.01f : -0.01f);
+        acts = gpt2_forward(r.model, &test_arena, &batch, false);
+        struct LMHead moved = lm_head_new(r.model, &test_arena, &acts, batch.row, batch.target, batch.R, 0.7f);
+        lm_head_forward(r.model, &moved);
+        sum_target_logps(&batch, 4, moved.logprob, logps[side]);
+    }
+    for (size_t i = 0; i < 4; i++) expect_close("d log pi / d ln_f.bias", s[i * 8 + 3], (logps[1][i] - logps[0][i]) / 0.02, 2e-3);
+    arena_free(&r.arena);
+    ppo_end(ppo);
+}
+
+static void test_reinforce_raises_reward(void)
+{
+    enum { B = 32, STEPS = 30, TOKEN = 7 };
+    struct GenerationConfig generation = sampling(1, 0, 1);
+    for (int baseline = 0; baseline < BASELINES; baseline++) {
+        struct GPT2 *model = new_model(40, 16, 32, 1, 2), *ref_model = gpt2_copy(model);
+        struct Reinforce r = {.model = model, .ref_model = ref_model, .args = training_arguments(), .baseline = (enum Baseline)baseline, .beta = 0.01, .temperature = 1, .batch_size = B, .num_generations = 4, .total_steps = STEPS, .rewards = {0, 1, 1, 1e-24}};
+        r.args.learning_rate = 1e-2;
+        r.args.lr_scheduler_type = "constant";
+        gpt2_make_trainable(model);
+        double first = 0, last = 0;
+        for (size_t step = 0; step < STEPS; step++) {
+            struct Sequence s[B];
+            struct Rollout rollouts[B];
+            double mean = 0;
+            for (size_t i = 0; i < B; i++) s[i] = sequence_start(&test_arena, (int[]){(int)i / 4, 3}, 2, 6, model, rng_seed(step * B + i, STREAM_SAMPLE));
+            generate(model, s, B, &generation);
+            for (size_t i = 0; i < B; i++) {
+                double share = 0;
+                for (size_t t = 2; t < s[i].n; t++) share += (s[i].ids[t] == TOKEN) / (double)(s[i].n - 2);
+                mean += share / B;
+                rollouts[i] = (struct Rollout){{s[i].ids, s[i].n, 2}, s[i].n - 2, (float)(4 * share)};
+            }
+            reinforce_step(&r, rollouts);
+            *(step == 0 ? &first : &last) = mean;
+        }
+        expect_true(BASELINE_NAMES[baseline], first < 0.1 && last > 0.5);
+        arena_free(&r.arena);
+        gpt2_free(model);
+        gpt2_free(ref_model);
+    }
 }
 
 /* Rollouts that are written are read back and replayed as they were. */
@@ -3219,7 +3488,7 @@ static void test_broken_weights(void)
     write_bytes("broken/model.safetensors", "\0\0\0\0\0\0\0\x7f{}", 10);
     expect_end("a header of 9 * 10^18 bytes", load_one_model, path, 1, "header claims 9151314442816847872 bytes, 2 follow");
     unlink(temporary("broken/model.safetensors"));
-    expect_end("no weights", load_one_model, path, 1, "No such file");
+    expect_end("no weights", load_one_model, path, 1, "no model.safetensors inside");
     static const struct { const char *index, *message; } indexes[] = {{"{\"weight_map\": {\"a\": \"../x.safetensors\"}}", "must name a file of this folder"},
         {"{\"weight_map\": {\"a\": 3}}", "must name a file of this folder"}, {"{\"weight_map\": {}}", "names no file"}, {"{}", "no \"weight_map\""}, {"[", "not JSON"}};
     for (size_t i = 0; i < COUNT(indexes); i++) {
@@ -3339,6 +3608,72 @@ static struct Text command_output(const char *const *words)
     capture_begin();
     run_command(arguments);
     return capture_end();
+}
+
+/* collect, judged by a reward model and from a keyboard that says 1, an unknown word, 2, skip, stop; a second run goes
+ * on behind what is there. Then reinforce, and eval of each kind. */
+static void test_cli_collect(void)
+{
+    write_text("p.jsonl", "{\"prompt\": \"A film\"}\n{\"prompt\": \"It\"}\n{\"prompt\": \"So\"}\n{\"prompt\": \"We\"}\n");
+    write_text("rated.jsonl", "{\"text\": \"good\", \"score\": 2}\n{\"text\": \"bad\", \"score\": 0}\n{\"text\": \"dull\", \"score\": -1}\n");
+    write_text("texts.jsonl", "{\"text\": \"A good film, and a fine one.\"}\n{\"text\": \"A bad film. It is dull and long.\"}\n");
+    write_text("keys.txt", "1\nwhat?\n 2\nS\nq\n");
+    command_output((const char *const[]){"pretrain", "--dataset_name", "@texts.jsonl", "--output_dir", "@c_lm", "--vocab_size", "400", "--n_layer", "1", "--n_head", "2", "--n_embd", "8", "--n_positions", "32", "--max_length", "16", "--max_steps", "60", "--learning_rate", "0.03", NULL});
+    command_output((const char *const[]){"reward", "--model_name_or_path", "@c_lm", "--dataset_name", "@rated.jsonl", "--output_dir", "@c_rm", "--max_steps", "3", "--learning_rate", "0.01", NULL});
+    command_output((const char *const[]){"collect", "--model_name_or_path", "@c_lm", "--reward_model_path", "@c_rm", "--dataset_name", "@p.jsonl", "--num_generations", "3", "--max_samples", "3", "--output_dir", "@c_pairs", NULL});
+    struct Dataset *data = dataset_load(temporary("c_pairs/preferences.jsonl"), DPO_SHAPES, 1);
+    expect_count("a pair a prompt", data->n, 3);
+    struct GPT2 *rm = gpt2_load(temporary("c_rm"));
+    for (size_t i = 0; i < data->n; i++) {
+        float reward[2];
+        struct Example texts[2];
+        for (int side = 0; side < 2; side++) texts[side] = example_encode(&test_arena, tokenizer, text_join(&test_arena, data->rows[i].prompt, side ? data->rows[i].rejected : data->rows[i].chosen), 400, false);
+        texts[0].n = MIN(texts[0].n, (size_t)32);
+        texts[1].n = MIN(texts[1].n, (size_t)32);
+        reward_score(rm, texts, 2, reward);
+        expect_true("the chosen one has the higher reward", reward[0] > reward[1]);
+    }
+    dataset_free(data);
+    int keyboard = dup(STDIN_FILENO);
+    CHECK(freopen(temporary("keys.txt"), "r", stdin), "keys.txt");
+    command_output((const char *const[]){"collect", "--model_name_or_path", "@c_lm", "--dataset_name", "@p.jsonl", "--output_dir", "@c_mine", NULL});
+    data = dataset_load(temporary("c_mine/preferences.jsonl"), DPO_SHAPES, 1);
+    expect_count("two judgements", data->n, 2);
+    struct Text first = text_copy(&test_arena, data->rows[0].chosen), second = text_copy(&test_arena, data->rows[1].chosen), lost = text_copy(&test_arena, data->rows[1].rejected);
+    dataset_free(data);
+    rewind(stdin);
+    command_output((const char *const[]){"collect", "--model_name_or_path", "@c_lm", "--dataset_name", "@p.jsonl", "--output_dir", "@c_mine", NULL});
+    data = dataset_load(temporary("c_mine/preferences.jsonl"), DPO_SHAPES, 1);
+    expect_true("what was there stays", data->n == 4 && text_equal(data->rows[0].chosen, first) && text_equal(data->rows[1].chosen, second));
+    expect_text("the third prompt is next", data->rows[2].prompt, "So");
+    dataset_free(data);
+    write_text("keys.txt", "2\n1\nq\n");
+    CHECK(freopen(temporary("keys.txt"), "r", stdin), "keys.txt");
+    command_output((const char *const[]){"collect", "--model_name_or_path", "@c_lm", "--dataset_name", "@p.jsonl", "--output_dir", "@c_other", NULL});
+    data = dataset_load(temporary("c_other/preferences.jsonl"), DPO_SHAPES, 1);
+    expect_true("the other way round", text_equal(data->rows[0].rejected, first) && text_equal(data->rows[1].rejected, second) && text_equal(data->rows[1].chosen, lost));
+    dataset_free(data);
+    dup2(keyboard, STDIN_FILENO);
+    clearerr(stdin);
+    command_output((const char *const[]){"reinforce", "--model_name_or_path", "@c_lm", "--reward_model_path", "@c_rm", "--dataset_name", "@p.jsonl", "--batch_size", "6", "--num_generations", "3", "--max_steps", "2", "--use_peft", "--output_dir", "@c_re", NULL});
+    struct Json *entries = json_get(json_read_file(&test_arena, temporary("c_re/trainer_state.json")), "log_history");
+    expect_true("the variances are logged", json_count(entries) == 2 && json_get(entries->child, "gradient_variance/rloo") && json_get(entries->child, "gradient_variance/none"));
+    expect_true("an adapter", is_adapter(temporary("c_re")));
+    struct Text out = command_output((const char *const[]){"eval", "--model_name_or_path", "@c_lm", "--dataset_name", "@texts.jsonl", NULL}), lines = command_output((const char *const[]){"logprob", "--model_name_or_path", "@c_lm", "--dataset_name", "@texts.jsonl", NULL});
+    const char *error;
+    struct Json *eval = parse(out.data, &error), *line = next_line(&lines);
+    expect_close("perplexity", json_get(eval, "perplexity")->number, exp(json_get(eval, "eval_loss")->number), 1e-4);
+    double logprob = 0;                                                  /* logprob adds no end token, the loss does */
+    for (; line; line = next_line(&lines)) logprob += json_get(line, "logprob")->number;
+    expect_true("the texts' tokens and their end tokens", json_get(eval, "eval_loss")->number * json_get(eval, "tokens")->number >= -logprob);
+    eval = parse(command_output((const char *const[]){"eval", "--model_name_or_path", "@c_rm", "--dataset_name", "@c_pairs/preferences.jsonl", NULL}).data, &error);
+    expect_true("reward model: loss and accuracy", json_get(eval, "eval_accuracy") && json_get(eval, "eval_loss"));
+    eval = parse(command_output((const char *const[]){"eval", "--model_name_or_path", "@c_lm", "--ref_model", "@c_lm", "--dataset_name", "@c_pairs/preferences.jsonl", NULL}).data, &error);
+    expect_close("policy == reference: ln 2", json_get(eval, "eval_loss")->number, log(2), 1e-6);
+    eval = parse(command_output((const char *const[]){"eval", "--model_name_or_path", "@c_lm", "--ref_model", "@c_lm", "--reward_model_path", "@c_rm", "--dataset_name", "@p.jsonl", NULL}).data, &error);
+    expect_close("KL of a policy to itself", json_get(eval, "kl")->number, 0, 1e-9);
+    expect_close("samples", json_get(eval, "samples")->number, 4, 0);
+    gpt2_free(rm);
 }
 
 /* Every training command on a tiny model, each on what the one before made; then the tools on the result. */
@@ -3595,18 +3930,21 @@ static const struct { const char *name; void (*run)(void); } TESTS[] = {
     {"gpt2_init", test_gpt2_init}, {"gpt2_save", test_gpt2_save}, {"gpt2_load", test_gpt2_load}, {"reward_golden", test_reward_golden}, {"reward_rows", test_reward_rows},
     {"reward_head_gradient", test_reward_head_gradient}, {"lora_hand", test_lora_hand}, {"lora_targets", test_lora_targets}, {"lora_start", test_lora_start}, {"lora_gradient", test_lora_gradient}, {"lora_merge", test_lora_merge},
     {"lora_reference", test_lora_reference}, {"lora_frozen", test_lora_frozen}, {"lora_round_trip", test_lora_round_trip}, {"lora_broken", test_lora_broken}, {"adamw_golden", test_adamw_golden}, {"adamw_hand", test_adamw_hand}, {"schedule", test_schedule},
-    {"trainer_steps", test_trainer_steps}, {"trainer_state", test_trainer_state}, {"trainer_threads", test_trainer_threads}, {"generate_golden", test_generate_golden},
+    {"trainer_steps", test_trainer_steps}, {"trainer_state", test_trainer_state}, {"trainer_threads", test_trainer_threads}, {"generate_golden", test_generate_golden}, {"beam_search_golden", test_beam_search_golden}, {"beam_search_exhaustive", test_beam_search_exhaustive},
+    {"beam_candidates", test_beam_candidates},
     {"generate_filters_golden", test_generate_filters_golden}, {"generate_processors", test_generate_processors}, {"generate_distribution", test_generate_distribution},
     {"generate_decode", test_generate_decode}, {"kth_largest", test_kth_largest}, {"generate_cache", test_generate_cache}, {"language_pack", test_language_pack},
     {"language_sft_rows", test_language_sft_rows}, {"language_overfit", test_language_overfit}, {"bradley_terry", test_bradley_terry},
-    {"bradley_terry_gradient", test_bradley_terry_gradient}, {"reward_gradient", test_reward_gradient}, {"reward_overfit", test_reward_overfit},
+    {"sentiment_loss", test_sentiment_loss}, {"bradley_terry_gradient", test_bradley_terry_gradient}, {"reward_gradient", test_reward_gradient}, {"reward_overfit", test_reward_overfit},
     {"ppo_whiten_golden", test_ppo_whiten_golden}, {"ppo_scores_golden", test_ppo_scores_golden}, {"ppo_kl_controller", test_ppo_kl_controller},
     {"ppo_penalties_golden", test_ppo_penalties_golden}, {"ppo_advantages_golden", test_ppo_advantages_golden}, {"ppo_loss_golden", test_ppo_loss_golden},
     {"ppo_loss_gradient", test_ppo_loss_gradient}, {"ppo_gradient", test_ppo_gradient}, {"ppo_step", test_ppo_step}, {"ppo_guards", test_ppo_guards},
-    {"ppo_threads", test_ppo_threads}, {"ppo_raises_reward", test_ppo_raises_reward}, {"ppo_replay", test_ppo_replay}, {"dpo_golden", test_dpo_golden},
+    {"ppo_threads", test_ppo_threads}, {"ppo_raises_reward", test_ppo_raises_reward}, {"ppo_replay", test_ppo_replay},
+    {"reinforce_advantages", test_reinforce_advantages}, {"reinforce_gradient", test_reinforce_gradient}, {"reinforce_step", test_reinforce_step},
+    {"reinforce_raises_reward", test_reinforce_raises_reward}, {"dpo_golden", test_dpo_golden},
     {"dpo_gradient", test_dpo_gradient}, {"dpo_model_gradient", test_dpo_model_gradient}, {"dpo_pairs", test_dpo_pairs}, {"dpo_overfit", test_dpo_overfit},
     {"evaluation", test_evaluation}, {"broken_weights", test_broken_weights}, {"broken_config", test_broken_config}, {"broken_data", test_broken_data},
-    {"broken_tokenizer", test_broken_tokenizer}, {"cli_errors", test_cli_errors}, {"cli_course", test_cli_course}, {"cli_lora", test_cli_lora}, {"fixtures_gradient", test_fixtures_gradient},
+    {"broken_tokenizer", test_broken_tokenizer}, {"cli_errors", test_cli_errors}, {"cli_course", test_cli_course}, {"cli_collect", test_cli_collect}, {"cli_lora", test_cli_lora}, {"fixtures_gradient", test_fixtures_gradient},
     {"fixtures_logprob", test_fixtures_logprob}, {"fixtures_reward", test_fixtures_reward},
 };
 
