@@ -58,6 +58,7 @@ grad TENSOR i -- the same of its gradient.
 end
 define token
   set $vocab = 50257
+  frame apply all -q -s set $tok = o->tok
   frame apply all -q -s set $tok = tok
   frame apply all -q -s set $vocab = model->config.vocab_size
   set $text = $tok->token[($arg0) == $vocab - 1 ? $tok->end_token : ($arg0)]
@@ -68,11 +69,10 @@ document token
 token ID -- an id and its text, without an end of line. The tokenizer is the one of the calling frames.
 end
 define tokens
-  set $i = 0
+  set $i = -1
   printf "|"
-  while $i < $arg1
+  while ++$i < $arg1
     token ($arg0)[$i]
-    set $i++
   end
   printf "\n"
 end
@@ -83,19 +83,18 @@ define pieces
   set $i = 0
   printf "|"
   while $i >= 0
-    token ($arg0)->id[$i]
-    set $i = ($arg0)->next[$i]
+    token ($arg0)[$i].id
+    set $i = ($arg0)[$i].next
   end
   printf "\n"
 end
 document pieces
-pieces WORDPIECES -- what byte-pair encoding has made of a word so far.
+pieces PIECES -- what byte-pair encoding has made of a word so far, from an array of struct Piece.
 end
 define batch
-  set $b = 0
-  while $b < ($arg0).B
+  set $b = -1
+  while ++$b < ($arg0).B
     tokens ($arg0).ids+($arg0).start[$b] ($arg0).start[$b+1]-($arg0).start[$b]
-    set $b++
   end
 end
 document batch
