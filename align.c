@@ -5062,7 +5062,7 @@ static double dpo_loss(const struct DPOConfig *config, size_t B, const double *c
     for (size_t b = 0; b < B; b++) {
         double nw = (double)MAX((size_t)1, chosen_length[b]), nl = (double)MAX((size_t)1, rejected_length[b]);
         double cw = chosen_logps[b] - ref_chosen_logps[b], cl = rejected_logps[b] - ref_rejected_logps[b];
-        double s = beta * (cw - cl), down = sigmoid(-s), up = sigmoid(s);       /* d -log sigmoid(s)/ds = -sigmoid(-s) */
+        double delta = cw - cl, s = beta * delta, down = sigmoid(-s), up = sigmoid(s);       /* d -log sigmoid(s)/ds = -sigmoid(-s) */
         double ipo = cw / nw - cl / nl - 1 / (2 * beta);
         double robust = 1 / (1 - 2 * e);
         loss += w[DPO_SIGMOID] * (-(1 - e) * log_sigmoid(s) - e * log_sigmoid(-s)) / n;
