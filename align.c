@@ -58,7 +58,7 @@
  *   [10] Ziegler 2019, Fine-Tuning Language Models from Human Preferences
  *   [11] Sennrich 2016, Neural Machine Translation of Rare Words with Subword Units (BPE)
  *   [12] Holtzman 2020, The Curious Case of Neural Text Degeneration (top-p)
- *   [13] Azar 2023, A General Theoretical Paradigm to Understand Learning from Preferences (IPO)
+ *   [13] Azar 2023, A General Theoretical Paradigm to Understand Learning from Human Preferences (IPO)
  *   [14] Chowdhury 2024, Provably Robust DPO              [15] Keskar 2019, CTRL (repetition penalty)
  *   [16] Goto & van de Geijn 2008, Anatomy of High-Performance Matrix Multiplication
  *   [17] Dao 2022, FlashAttention                        [18] Hendrycks 2016, GELU
@@ -788,7 +788,7 @@ static void safetensors_read(struct SafeTensors *st, const struct Json *entry, s
         same = same && dims < tensor->ndim && size == (double)tensor->shape[dims];
         if (used < 60) used += (size_t)snprintf(found + used, sizeof found - used, "%s%.0f", dims ? ", " : "", size);
     }
-    CHECK(same && dims == tensor->ndim, "%s: tensor %s: expected shape [%zu%s%.0zu], found [%s]; is config.json this model's?",
+    CHECK(same && dims == tensor->ndim, "%s: tensor %s: expected shape [%zu%s%.0zu], found [%s]; is the folder's config this file's?",
           st->path, tensor->name, tensor->shape[0], tensor->ndim == 2 ? ", " : "", tensor->shape[1], found);
     size_t begin = json_size(offsets->child, SIZE_MAX / 4, st->path, "data_offsets");
     size_t end = json_size(offsets->child->next, SIZE_MAX / 4, st->path, "data_offsets");
@@ -1198,6 +1198,13 @@ static const char *shape_name(struct Arena *arena, unsigned shape)
     return name;
 }
 
+static const char *shape_names(struct Arena *arena, const unsigned *shapes, size_t count)
+{
+    const char *names = shape_name(arena, shapes[0]);
+    for (size_t i = 1; i < count; i++) names = arena_printf(arena, "%s, or %s", names, shape_name(arena, shapes[i]));
+    return names;
+}
+
 static int *json_ids(struct Arena *arena, const struct Json *array, size_t *count, const char *path, size_t line)
 {
     size_t n = 0;
@@ -1265,8 +1272,8 @@ static void dataset_add_file(struct Dataset *data, const char *path, const unsig
         for (size_t i = 0; i < shape_count && !data->shape; i++) if ((row.has & shapes[i]) == shapes[i]) data->shape = shapes[i];
         if (!data->shape || (row.has & data->shape) != data->shape) {
             if (optional && first_row) break;
-            const char *wanted = shape_name(&scratch, data->shape ? data->shape : shapes[0]), *found = shape_name(&scratch, row.has);
-            die("%s:%zu: expected %s%s, found %s", path, line, wanted, data->shape || shape_count == 1 ? "" : " (or another shape this command takes: see --help)", *found ? found : "no field that is known");
+            const char *wanted = data->shape ? shape_name(&scratch, data->shape) : shape_names(&scratch, shapes, shape_count), *found = shape_name(&scratch, row.has);
+            die("%s:%zu: expected %s, found %s", path, line, wanted, *found ? found : "no field that is known");
         }
         if (data->n == data->capacity) {
             data->capacity = data->capacity ? 2 * data->capacity : 256;
@@ -1296,9 +1303,10 @@ static struct Dataset *dataset_load(const char *path, const unsigned *shapes, si
         size_t count = 0;
         DIR *folder = opendir(path);
         CHECK(folder, "%s: %s", path, strerror(errno));
-        for (struct dirent *entry; (entry = readdir(folder)) && count < COUNT(files);) {
+        for (struct dirent *entry; (entry = readdir(folder));) {
             size_t length = strlen(entry->d_name);
             bool wanted = length > 6 && strcmp(entry->d_name + length - 6, ".jsonl") == 0 && strncmp(entry->d_name, "test", 4) != 0 && entry->d_name[0] != '.';
+            CHECK(!wanted || count < COUNT(files), "%s: more than %zu .jsonl files; join them: cat %s/*.jsonl > all.jsonl", path, COUNT(files), path);
             if (wanted) files[count++] = arena_printf(&data->arena, "%s/%s", path, entry->d_name);
         }
         closedir(folder);
@@ -1306,7 +1314,7 @@ static struct Dataset *dataset_load(const char *path, const unsigned *shapes, si
         for (size_t s = 0; s < shape_count && !data->shape; s++)
             for (size_t i = 0; i < count; i++) dataset_add_file(data, files[i], data->shape ? &data->shape : &shapes[s], 1, true);
     }
-    CHECK(data->n > 0, "%s: no row with %s was found", path, shape_name(&data->arena, shapes[0]));
+    CHECK(data->n > 0, "%s: no row with %s was found", path, shape_names(&data->arena, shapes, shape_count));
     return data;
 }
 
@@ -1676,7 +1684,7 @@ static double entropy_of_logits(const float *logits, float lse, size_t n)
 
 /* kl_exact -- KL(p || q) = sum_i p_i (log p_i - log q_i), in nats.
  *                                             [glossary: Divergência de Kullback-Leibler (KL)]
- * in   logits of p and q (n) and their log_sum_exp. Zero only where both agree; never negative.
+ * in   logits of p and q (n) and their log_sum_exp. Zero only where both agree; never negative, rounding aside.
  * By hand: p = (1/2, 1/2), q = (1/4, 3/4) -> ln 2 / 2 + ln(2/3) / 2 = 0.1438.      test: kl */
 static double kl_exact(const float *p_logits, float p_lse, const float *q_logits, float q_lse, size_t n)
 {
@@ -5019,6 +5027,7 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, cons
         output_close(&stats_all);
         output_close(&rollout_log);
     }
+    state->num_train_epochs = ceil(state->epoch);
     arena_free(&arena);
 }
 
@@ -5249,11 +5258,15 @@ static size_t collect_preferences(const struct GPT2 *policy, const struct Scorer
     return count;
 }
 
-/* What was generated, as text, without the end token. */
+/* What was generated, without the end token: how many tokens, and as text. */
+static size_t answer_length(const struct Example *answer, size_t V)
+{
+    return answer->n - answer->prompt_length - (answer->n > answer->prompt_length && answer->ids[answer->n - 1] == end_token_of(V));
+}
+
 static struct Text answer_text(const struct Tokenizer *tok, struct Arena *arena, const struct Example *answer, size_t V)
 {
-    size_t end = answer->n - (answer->n > answer->prompt_length && answer->ids[answer->n - 1] == end_token_of(V));
-    return tokenizer_decode_all(tok, arena, answer->ids + answer->prompt_length, end - answer->prompt_length, V);
+    return tokenizer_decode_all(tok, arena, answer->ids + answer->prompt_length, answer_length(answer, V), V);
 }
 
 /* =============================================================================================
@@ -5555,7 +5568,7 @@ static struct CourseResult course_measure(struct Course *course, const struct GP
     for (size_t i = 0; i < n; i++) {
         const struct Example *a = &result.answers[i];
         result.texts[i] = answer_text(course->tok, arena, a, policy->config.vocab_size);
-        result.mean_length += (double)(a->n - a->prompt_length - (a->ids[a->n - 1] == policy->config.eos_token_id)) / (double)n;
+        result.mean_length += (double)answer_length(a, policy->config.vocab_size) / (double)n;
     }
     struct Scorer plain = course->scorer;
     plain.least_length = 0;                                     /* the bare reward, no penalty for short answers */
@@ -6189,7 +6202,8 @@ static void finish_training(struct Options *o, struct Trainer *trainer)
 {
     open_output_dir(o);
     trainer_train(trainer);
-    if (trainer->task.eval_n) trainer_evaluate(trainer);
+    bool judged = trainer->args.eval_steps && trainer->state.global_step % trainer->args.eval_steps == 0;
+    if (trainer->task.eval_n && !judged) trainer_evaluate(trainer);
     save_result(o, &trainer->state);
     trainer_free(trainer);
 }
@@ -6298,7 +6312,7 @@ static size_t encode_prompts(struct Options *o, struct Example *prompts)
     for (size_t i = 0; i < data->n; i++) {
         bool whole = data->shape == SHAPE_PROMPT;
         struct Example e = example_encode(&o->arena, o->tok, whole ? data->rows[i].prompt : data->rows[i].text, o->model->config.vocab_size, false);
-        size_t length = whole ? e.n : MIN(e.n, length_sampler(&input_length, &rng));
+        size_t drawn = whole ? e.n : length_sampler(&input_length, &rng), length = MIN(e.n, drawn);
         CHECK(length <= longest, "%s: prompt %zu has %zu tokens; with a context of %zu at most %zu leave room for an answer", data->path, i + 1, length, o->model->config.n_positions, longest);
         if (length > 0) prompts[count++] = (struct Example){e.ids, length, length};
     }
@@ -6344,7 +6358,8 @@ static void command_ppo(struct Options *o)
     if (o->rollouts) o->data = dataset_load(o->rollouts, ROLLOUT_SHAPES, 1);
     else source = open_rollouts(o, &scorer);
     size_t steps = o->train.max_steps ? o->train.max_steps : MAX((size_t)1, (o->rollouts ? o->data->n : source.n) / o->ppo.batch_size);
-    struct TrainerState state = {.num_train_epochs = 1};
+    struct TrainerState state = {0};
+    o->train.per_device_train_batch_size = o->ppo.batch_size;
     ppo_train(ppo, &source, &scorer, o->rollouts ? o->data : NULL, steps, o->output_dir, &state);
     save_result(o, &state);
     free(state.log_history);
@@ -6367,8 +6382,10 @@ static void command_reinforce(struct Options *o)
     source.num_generations = each;
     struct Reinforce r = {.model = o->model, .ref_model = o->reference, .args = o->train, .baseline = (enum Baseline)baseline, .beta = o->dpo.beta, .temperature = o->generation.temperature,
         .batch_size = n, .num_generations = each, .total_steps = o->train.max_steps ? o->train.max_steps : MAX((size_t)1, source.n * each / n), .rewards = {0, 1, 1, 1e-24}};
-    struct TrainerState state = {.num_train_epochs = 1};
+    struct TrainerState state = {0};
+    o->train.per_device_train_batch_size = n;
     reinforce_train(&r, &source, &scorer, &state);
+    state.num_train_epochs = ceil(state.epoch);
     save_result(o, &state);
     free(state.log_history);
 }
@@ -6414,6 +6431,7 @@ static void command_generate(struct Options *o)
     CHECK(g->num_beams == 1 || g->num_return_sequences <= g->num_beams, "--num_return_sequences %zu: %zu beams give at most as many", g->num_return_sequences, g->num_beams);
     open_model(o, false);
     CHECK(g->num_beams > 0 && 2 * g->num_beams <= MIN((size_t)256, o->model->config.vocab_size), "--num_beams %zu: 1 to 128 can be used", g->num_beams);
+    if (!o->prompt && !o->dataset_name) die_usage("--prompt TEXT is needed, or --dataset_name FILE with a \"prompt\" a line");
     if (!o->prompt) open_data(o, ONLY_PROMPT_SHAPES, 1);
     size_t V = o->model->config.vocab_size, n = o->data ? o->data->n : 1, each = g->num_return_sequences;
     struct Sequence *sequences = arena_alloc(&o->arena, n * each, sizeof *sequences);
@@ -6669,7 +6687,7 @@ static void eval_policy(struct Options *o, struct LogEntry *entry)
     scorer_score(&scorer, &o->arena, answers, n, o->model->config.vocab_size, reward);
     for (size_t i = 0; i < n; i++) {
         texts[i] = answer_text(o->tok, &o->arena, &answers[i], o->model->config.vocab_size);
-        length[i] = (float)(answers[i].n - answers[i].prompt_length);
+        length[i] = (float)answer_length(&answers[i], o->model->config.vocab_size);
     }
     log_value(entry, "reward", mean_of(reward, n));
     log_value(entry, "reward_std", sqrt(unbiased_variance(reward, n)));
@@ -6701,11 +6719,15 @@ static void command_eval(struct Options *o)
             dpo->eval_ref_logps = dpo->ref_logps;
             trainer.task.eval_n = n;
         }
-        if (task && task->rated) {
-            float *reward = arena_floats(&o->arena, trainer.task.n);
-            reward_score(o->model, task->texts, trainer.task.n, reward);
-            log_value(&entry, "eval_accuracy", pair_accuracy(reward, task->score, trainer.task.n, 1));
-            log_value(&entry, "mean_reward", mean_of(reward, trainer.task.n));
+        if (task && (task->rated || task->labelled)) {
+            size_t n = trainer.task.n;
+            float *reward = arena_floats(&o->arena, n), *dreward = arena_floats(&o->arena, n);
+            double right = 0;
+            reward_score(o->model, task->texts, n, reward);
+            for (size_t k = 0; k < n; k++) right += (reward[k] > 0) == (task->score[k] > 0);
+            if (task->labelled) log_value(&entry, "eval_loss", sentiment_loss(reward, task->score, n, dreward));
+            log_value(&entry, "eval_accuracy", task->labelled ? right / (double)n : pair_accuracy(reward, task->score, n, 1));
+            log_value(&entry, "eval_mean_reward", mean_of(reward, n));
         } else {
             trainer_evaluate(&trainer);
             entry = trainer.state.log_history[0];

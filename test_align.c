@@ -3572,7 +3572,7 @@ static void test_cli_errors(void)
         {"2", "fewer numbers than --loss_type", "dpo", "--loss_type", "sigmoid sft", "--loss_weights", "1"}, {"1", "--beta 0: must be above 0", "dpo", "--beta", "0"},
         {"1", "--label_smoothing 0.5", "dpo", "--label_smoothing", "0.5"}, {"1", "--temperature 0: must be above 0", "generate", "--temperature", "0"},
         {"2", "must be 1 or more", "sft", "--per_device_train_batch_size", "0"}, {"2", "--model_name_or_path DIR is needed", "generate", "--prompt", "x", "--tokenizer", "@T"},
-        {"2", "--dataset_name is needed", "generate", "--model_name_or_path", "@M", "--tokenizer", "@T"},
+        {"2", "--prompt TEXT is needed", "generate", "--model_name_or_path", "@M", "--tokenizer", "@T"},
         {"1", "40 tokens, the model's context is 24", "generate", "--model_name_or_path", "@M", "--dataset_name", "@long.jsonl", "--tokenizer", "@T"},
         {"1", "no tokenizer here", "generate", "--tokenizer", "no tokenizer here"}};
     for (size_t i = 0; i < COUNT(cases); i++) {
@@ -3674,6 +3674,23 @@ static void test_cli_collect(void)
     expect_close("KL of a policy to itself", json_get(eval, "kl")->number, 0, 1e-9);
     expect_close("samples", json_get(eval, "samples")->number, 4, 0);
     gpt2_free(rm);
+}
+
+/* Prompts cut from texts shorter than the sampled length end where the text does. */
+static void test_encode_prompts(void)
+{
+    struct Options o = default_options("ppo");
+    struct Example prompts[64];
+    char lines[64 * 16] = "";
+    for (int i = 0; i < 64; i++) strcat(lines, "{\"text\": \"Hi\"}\n");
+    o.tok = (struct Tokenizer *)tokenizer;
+    o.model = new_model(1024, 16, 8, 1, 2);
+    o.data = dataset_of(lines, PROMPT_SHAPES, COUNT(PROMPT_SHAPES));
+    expect_count("prompts", encode_prompts(&o, prompts), 64);
+    for (int i = 0; i < 64; i++) expect_ids("H i", prompts[i].ids, prompts[i].n, (int[]){39, 72}, 2);
+    dataset_free(o.data);
+    gpt2_free(o.model);
+    arena_free(&o.arena);
 }
 
 /* Every training command on a tiny model, each on what the one before made; then the tools on the result. */
@@ -4014,7 +4031,7 @@ static const struct { const char *name; void (*run)(void); } TESTS[] = {
     {"reinforce_raises_reward", test_reinforce_raises_reward}, {"dpo_golden", test_dpo_golden},
     {"dpo_gradient", test_dpo_gradient}, {"dpo_model_gradient", test_dpo_model_gradient}, {"dpo_pairs", test_dpo_pairs}, {"dpo_overfit", test_dpo_overfit},
     {"evaluation", test_evaluation}, {"broken_weights", test_broken_weights}, {"broken_config", test_broken_config}, {"broken_data", test_broken_data},
-    {"broken_tokenizer", test_broken_tokenizer}, {"cli_errors", test_cli_errors}, {"cli_course", test_cli_course}, {"cli_collect", test_cli_collect}, {"cli_lora", test_cli_lora},
+    {"broken_tokenizer", test_broken_tokenizer}, {"cli_errors", test_cli_errors}, {"cli_course", test_cli_course}, {"cli_collect", test_cli_collect}, {"encode_prompts", test_encode_prompts}, {"cli_lora", test_cli_lora},
     {"glossary_fold", test_glossary_fold}, {"glossary_find", test_glossary_find}, {"glossary_terms", test_glossary_terms}, {"fixtures_gradient", test_fixtures_gradient},
     {"fixtures_logprob", test_fixtures_logprob}, {"fixtures_reward", test_fixtures_reward},
 };
