@@ -1670,8 +1670,7 @@ static void tile_4x8(size_t K, const float *a, const float *b, const float *star
 #if defined(__GNUC__) && defined(__x86_64__)
 #define HAVE_X86_TILES 1
 /* 4 x 24: 12 of the 16 registers of AVX2 hold sums, 3 the columns of b, one the number of a. */
-__attribute__((target("avx2,fma"))) static void tile_4x24(size_t K, const float *a, const float *b, const float *start, size_t start_row, float *c, size_t c_row)
-{
+__attribute__((target("avx2,fma"))) static void tile_4x24(size_t K, const float *a, const float *b, const float *start, size_t start_row, float *c, size_t c_row) {
     float8 sum[4][3];
     #pragma GCC unroll 4
     for (int i = 0; i < 4; i++)
@@ -1690,8 +1689,7 @@ __attribute__((target("avx2,fma"))) static void tile_4x24(size_t K, const float 
 }
 
 /* 8 x 32: 16 of the 32 registers of AVX-512 hold sums. Larger tiles are not faster, and 8 divides more batches. */
-__attribute__((target("avx512f"))) static void tile_8x32(size_t K, const float *a, const float *b, const float *start, size_t start_row, float *c, size_t c_row)
-{
+__attribute__((target("avx512f"))) static void tile_8x32(size_t K, const float *a, const float *b, const float *start, size_t start_row, float *c, size_t c_row) {
     float16 sum[8][2];
     #pragma GCC unroll 8
     for (int i = 0; i < 8; i++)
@@ -3131,7 +3129,6 @@ struct Trainer {
     struct Arena arena;                      /* emptied before every micro-batch */
     struct Metric metrics[MAX_METRICS];      /* since the last log entry */
     size_t metric_count;
-    double last_said;
 };
 
 /* Averages a metric over the micro-batches between two log entries. */
@@ -4136,7 +4133,6 @@ static void collect_rollouts(struct RolloutSource *source, const struct GPT2 *po
  *   none   b = 0                mean   b = the mean of all R of earlier steps
  *   rloo   b = the mean R of the other answers to the same prompt (leave one out)                       [23] */
 enum Baseline { BASELINE_NONE, BASELINE_MEAN, BASELINE_RLOO, BASELINES };
-static const char *const BASELINE_NAMES[] = {"none", "mean", "rloo"};
 
 /* reinforce_advantages -- R(y_i) - b of n rewards, those of one prompt side by side, num_generations of each.
  * By hand: R = 1, 2, 6 of one prompt: rloo gives 1 - 4, 2 - 3.5, 6 - 1.5 = -3, -1.5, 4.5.      test: reinforce_advantages */
@@ -4753,7 +4749,6 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, cons
  * ============================================================================================= */
 
 enum DPOLossType { DPO_SIGMOID, DPO_IPO, DPO_HINGE, DPO_ROBUST, DPO_SFT, DPO_LOSS_TYPES };
-static const char *const DPO_LOSS_NAMES[] = {"sigmoid", "ipo", "hinge", "robust", "sft"};
 
 struct DPOConfig {
     double beta, label_smoothing;                /* [glossary: Parâmetro Beta (β)] */
@@ -5738,19 +5733,22 @@ static void load_reference(struct Options *o) {
     CHECK(o->reference->config.vocab_size == model->config.vocab_size, "--ref_model %s has %zu ids, the model %zu", o->ref_model, o->reference->config.vocab_size, model->config.vocab_size);
 }
 
-static void check_reward_model(const struct GPT2 *model, const char *folder) {
+static struct GPT2 *check_reward_model(struct GPT2 *model, const char *folder) {
     CHECK(model->score.n, "%s: has no score.weight: it is no reward model; train one: align reward", folder);
-}
-
-static struct GPT2 *load_reward_model(const char *folder, const struct Tokenizer *tok) {
-    struct GPT2 *model = load_model(folder, tok);
-    check_reward_model(model, folder);
     return model;
 }
 
 static const char *need(const char *value, const char *flag) {
     if (!value) die_usage("--%s is needed; see --help", flag);
     return value;
+}
+
+/* Which of the names a flag's value is. */
+static size_t choice(const char *flag, const char *value, const char *names) {
+    const char *name = names;
+    for (size_t length, i = 0; (length = next_name(&name)) > 0; name += length, i++)
+        if (strlen(value) == length && strncmp(name, value, length) == 0) return i;
+    die_usage("--%s \"%s\" is unknown; there are %s", flag, value, names);
 }
 
 /* Opens the model, its tokenizer, and the data with what is held out: what a command starts with. */
@@ -5898,8 +5896,7 @@ static void command_reward(struct Options *o) {
     open_model(o, true);
     struct Rng rng = rng_seed(o->train.seed, STREAM_INIT);
     if (!o->model->score.n) tensor_normal(reward_head_declare(o->model), &rng, 0.02);
-    bool classifier = strcmp(o->loss_type, "bce") == 0;
-    if (!classifier && strcmp(o->loss_type, "sigmoid") != 0) die_usage("--loss_type \"%s\" is unknown; reward has sigmoid and bce", o->loss_type);
+    bool classifier = choice("loss_type", o->loss_type, "sigmoid, bce") == 1;
     open_data(o, classifier ? LABELLED_SHAPES : REWARD_SHAPES, classifier ? 1 : COUNT(REWARD_SHAPES));
     struct Trainer trainer = trainer_new(o);
     reward_task(&trainer, &o->arena, o->data, o->eval)->center = o->center_rewards_coefficient;
@@ -5909,19 +5906,15 @@ static void command_reward(struct Options *o) {
 /* --loss_type "sigmoid sft" --loss_weights "1 0.2" into weights. */
 static void parse_loss_types(struct Options *o) {
     const char *type = o->loss_type, *weight = o->loss_weights;
-    while (*(type += strspn(type, " ,"))) {
-        size_t length = strcspn(type, " ,"), k = 0;
-        while (k < DPO_LOSS_TYPES && (strlen(DPO_LOSS_NAMES[k]) != length || strncmp(DPO_LOSS_NAMES[k], type, length))) k++;
-        if (k == DPO_LOSS_TYPES) die_usage("--loss_type \"%.*s\" is unknown; there are sigmoid, ipo, hinge, robust, sft", (int)length, type);
+    for (size_t length; (length = next_name(&type)) > 0; type += length) {
+        size_t k = choice("loss_type", text_copy(&o->arena, (struct Text){type, length}).data, "sigmoid, ipo, hinge, robust, sft");      /* the order of enum DPOLossType */
         o->dpo.weight[k] = 1;
-        if (weight) {
-            char *end;
-            weight += strspn(weight, " ,");
-            o->dpo.weight[k] = strtod(weight, &end);
-            if (end == weight) die_usage("--loss_weights \"%s\" has fewer numbers than --loss_type has names", o->loss_weights);
-            weight = end;
-        }
-        type += length;
+        if (!weight) continue;
+        char *end;
+        weight += strspn(weight, " ,");
+        o->dpo.weight[k] = strtod(weight, &end);
+        if (end == weight) die_usage("--loss_weights \"%s\" has fewer numbers than --loss_type has names", o->loss_weights);
+        weight = end;
     }
 }
 
@@ -5966,7 +5959,7 @@ static struct RolloutSource open_rollouts(struct Options *o, struct Scorer *scor
     struct RolloutSource source = {.shuffle = rng_seed(o->train.seed, STREAM_ORDER + 100), .lengths = rng_seed(o->train.seed, STREAM_LENGTH + 100), .sample = rng_seed(o->train.seed, STREAM_SAMPLE),
         .output_length = {o->output_min_length, o->output_max_length}, .generation = o->generation, .num_generations = 1};
     source.generation.do_sample = true;
-    if (o->reward_model_path) o->reward_model = load_reward_model(o->reward_model_path, o->tok);
+    if (o->reward_model_path) o->reward_model = check_reward_model(load_model(o->reward_model_path, o->tok), o->reward_model_path);
     *scorer = (struct Scorer){.reward_model = o->reward_model, .tok = o->tok, .std = 1};
     open_data(o, PROMPT_SHAPES, COUNT(PROMPT_SHAPES));
     struct Example *prompts = arena_alloc(&o->arena, o->data->n, sizeof *prompts);
@@ -5979,10 +5972,7 @@ static struct RolloutSource open_rollouts(struct Options *o, struct Scorer *scor
 
 static void command_ppo(struct Options *o) {
     CHECK(o->ppo.batch_size > 0 && o->ppo.mini_batch_size > 0 && o->ppo.ppo_epochs > 0, "--batch_size, --mini_batch_size and --ppo_epochs must be 1 or more");
-    static const char *const penalties[] = {"kl", "abs", "mse", "full"};
-    bool known = false;
-    for (size_t i = 0; i < COUNT(penalties); i++) known = known || strcmp(o->ppo.kl_penalty, penalties[i]) == 0;
-    if (!known) die_usage("--kl_penalty \"%s\" is unknown; there are kl, abs, mse, full", o->ppo.kl_penalty);
+    choice("kl_penalty", o->ppo.kl_penalty, "kl, abs, mse, full");
     need(o->output_dir, "output_dir");
     if (!o->rollouts) need(o->reward_model_path, "reward_model_path (or --rollouts)");
     o->ppo.mini_batch_size = MIN(o->ppo.mini_batch_size, o->ppo.batch_size);
@@ -6005,9 +5995,7 @@ static void command_ppo(struct Options *o) {
 }
 
 static void command_reinforce(struct Options *o) {
-    size_t baseline = 0, n = o->ppo.batch_size, each = o->num_generations;
-    while (baseline < BASELINES && strcmp(o->baseline, BASELINE_NAMES[baseline]) != 0) baseline++;
-    if (baseline == BASELINES) die_usage("--baseline \"%s\" is unknown; there are none, mean, rloo", o->baseline);
+    size_t baseline = choice("baseline", o->baseline, "none, mean, rloo"), n = o->ppo.batch_size, each = o->num_generations;
     CHECK(each > 0 && n > 0 && n % each == 0, "--batch_size %zu must be a multiple of --num_generations %zu, both 1 or more", n, each);
     CHECK(each > 1 || baseline != BASELINE_RLOO, "--baseline rloo needs other answers to the same prompt: --num_generations 2 or more");
     need(o->reward_model_path, "reward_model_path");
@@ -6721,12 +6709,9 @@ static struct Options default_options(const char *command) {
 
 static void check_training(const struct Options *o) {
     const struct TrainingArguments *t = &o->train;
-    static const char *const schedules[] = {"linear", "cosine", "constant", "constant_with_warmup"};
-    bool known = false;
-    for (size_t i = 0; i < COUNT(schedules); i++) known = known || strcmp(t->lr_scheduler_type, schedules[i]) == 0;
-    if (!known) die_usage("--lr_scheduler_type \"%s\" is unknown; there are linear, cosine, constant, constant_with_warmup", t->lr_scheduler_type);
-    if (strcmp(t->optim, "adamw") != 0 && strcmp(t->optim, "sgd") != 0) die_usage("--optim \"%s\" is unknown; there are adamw, sgd", t->optim);
-    if (strcmp(t->train_sampling_strategy, "random") != 0 && strcmp(t->train_sampling_strategy, "sequential") != 0) die_usage("--train_sampling_strategy \"%s\" is unknown; there are random, sequential", t->train_sampling_strategy);
+    choice("lr_scheduler_type", t->lr_scheduler_type, "linear, cosine, constant, constant_with_warmup");
+    choice("optim", t->optim, "adamw, sgd");
+    choice("train_sampling_strategy", t->train_sampling_strategy, "random, sequential");
     if (!t->per_device_train_batch_size || !t->gradient_accumulation_steps || !t->logging_steps || !t->max_length) die_usage("batch size, accumulation, --logging_steps and --max_length must be 1 or more");
     if (t->per_device_train_batch_size > 4096) die_usage("--per_device_train_batch_size %zu: at most 4096; larger steps by --gradient_accumulation_steps", t->per_device_train_batch_size);
     if (t->num_train_epochs <= 0 && !t->max_steps) die_usage("--num_train_epochs %g: must be above 0", t->num_train_epochs);
