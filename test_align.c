@@ -2491,12 +2491,13 @@ static void test_reward_gradient(void) {
     fill_random(model);
     struct Example texts[8];
     for (size_t i = 0; i < 8; i++) texts[i] = random_example(2 + i, 0, 37);
-    struct RewardTask task = {.texts = texts, .margin = (double[]){0, 1, -1, 0.5}, .score = (double[]){1, -1, 3, 0}, .center = 0.02, .min_difference = 1};
+    struct RewardTask task = {.texts = texts, .margin = (double[]){0, 1, -1, 0.5}, .center = 0.02, .min_difference = 1};
+    double ratings[] = {1, -1, 3, 0}, labels[] = {1, 0, 0, 1};
     for (int kind = 0; kind < 3; kind++) {
         struct Trainer trainer = trainer_of(model, 0, 1, 4);
         task.rated = kind == 1;
         task.labelled = kind == 2;
-        if (task.labelled) task.score = (double[]){1, 0, 0, 1};
+        task.score = task.labelled ? labels : ratings;
         trainer.task = (struct Task){.name = "reward", .n = 4, .data = &task, .loss = reward_loss};
         expect_task_gradient(&trainer, 0.01);
         trainer_free(&trainer);
