@@ -28,7 +28,7 @@
  *    4 Data: datasets, pairs, collator         14 Reward model
  *    5 Probability: sigmoid, softmax, KL       15 Policy gradient: REINFORCE, PPO
  *    6 Matrix multiplication                   16 DPO
- *    7 Layers, forward and backward            (17 is kept for the closed form)
+ *    7 Layers, forward and backward            17 Exact: the closed form
  *    8 GPT-2                                   18 Evaluation and the whole course (rlhf)
  *    9 Reward and value heads                  19 Command line, main
  *   10 LoRA
@@ -183,7 +183,7 @@ static uint64_t splitmix64(uint64_t *state) {
     return z ^ (z >> 31);
 }
 
-enum RngStream { STREAM_INIT = 1, STREAM_ORDER, STREAM_SAMPLE, STREAM_SPLIT, STREAM_LENGTH, STREAM_CUT };
+enum RngStream { STREAM_INIT = 1, STREAM_ORDER, STREAM_SAMPLE, STREAM_SPLIT, STREAM_LENGTH, STREAM_CUT, STREAM_REWARD };
 
 static struct Rng rng_seed(uint64_t seed, uint64_t stream) {
     struct Rng rng;
@@ -4964,6 +4964,207 @@ static struct Text answer_text(const struct Tokenizer *tok, struct Arena *arena,
 }
 
 /* =============================================================================================
+ * Chapter 17 - Exact: the closed form                         [glossary: Solução em forma fechada]
+ *
+ * What enters: a world so small that every response can be written down. What leaves: the best policy there is, by a
+ * formula, and how near to it DPO, PPO and REINFORCE come. Chapter 15's methods see only samples, as with real text; what
+ * is then said of a policy is a sum over all responses: nothing is estimated.
+ * ============================================================================================= */
+
+enum { EXACT_RESPONSES = 4096, EXACT_BATCH = 128, EXACT_SHOWN = 8 };
+enum ExactPolicy { EXACT_REFERENCE, EXACT_OPTIMUM, EXACT_DPO, EXACT_PPO, EXACT_REINFORCE, EXACT_POLICIES };
+static const struct { const char *name; double learning_rate; size_t steps; } EXACT[EXACT_POLICIES] = {
+    {"reference", 0, 0}, {"optimum", 0, 0}, {"dpo", 8e-3, 250}, {"ppo", 2e-3, 400}, {"reinforce", 2e-3, 500}};
+
+struct ExactWorld {
+    size_t V, L, n;                          /* n = V^L responses, all of L tokens: there is no end token */
+    struct Example *y;                       /* (n) the prompt, id 0, and i written in base V */
+    double *r, *logps[EXACT_POLICIES];       /* (n) reward; log pi(y), nats */
+    double beta, log_Z;
+    struct GPT2 *ref_model;
+    uint64_t seed;
+};
+
+/* exact_optimum -- the policy that no training can beat: the reference, weighted by reward.
+ *                    [glossary: Distribuição ponderada por recompensa] [glossary: Função de partição]
+ * in   ref_logps, r (n): log pi_ref(y), nats, and reward of every response     out  optimum (n): log pi*(y);  log Z
+ *   Z = sum_y pi_ref(y) exp(r(y) / beta);   pi*(y) = pi_ref(y) exp(r(y) / beta) / Z                        [5] Eq. 4
+ * Why no policy has a larger J(pi) = E_pi[r] - beta KL(pi || pi_ref), [5] appendix A.1: solved for r, that is
+ *   r = beta log Z + beta log(pi* / pi_ref);  put into J, whose KL is E_pi[log(pi / pi_ref)],
+ *   J(pi) = beta log Z - beta KL(pi || pi*),  and that KL is 0 for pi = pi*, above 0 for any other.
+ * By hand: pi_ref = (1/2, 1/2), r = (0, beta ln 3): Z = 1/2 + 3/2 = 2, pi* = (1/4, 3/4), J(pi*) = beta ln 2.
+ * With text Z is out of reach: 20 tokens of GPT-2's 50257 make 10^94 responses.                   test: exact_optimum */
+static double exact_optimum(const double *ref_logps, const double *r, size_t n, double beta, double *optimum) {
+    double largest = -INFINITY, sum = 0;
+    for (size_t i = 0; i < n; i++) largest = MAX(largest, optimum[i] = ref_logps[i] + r[i] / beta);
+    for (size_t i = 0; i < n; i++) sum += exp(optimum[i] - largest);            /* chapter 5's log_sum_exp, in double */
+    for (size_t i = 0; i < n; i++) optimum[i] -= largest + log(sum);
+    return largest + log(sum);
+}
+
+struct ExactFigures { double kl_to_optimum, reward, kl, objective; };      /* KL(pi || pi*), E[r], KL(pi || pi_ref), J  [glossary: Função objetivo] */
+static struct ExactFigures exact_figures(const struct ExactWorld *w, const double *logps) {
+    struct ExactFigures f = {0};
+    for (size_t i = 0; i < w->n; i++) {
+        double p = exp(logps[i]);
+        f.kl_to_optimum += p * (logps[i] - w->logps[EXACT_OPTIMUM][i]);
+        f.reward += p * w->r[i];
+        f.kl += p * (logps[i] - w->logps[EXACT_REFERENCE][i]);
+    }
+    f.objective = f.reward - w->beta * f.kl;
+    return f;
+}
+
+/* exact_dpo_loss -- chapter 16's loss, expected over all n^2 ordered pairs when each is judged by someone who prefers as
+ * Bradley and Terry say (chapter 14): i to j with probability p_ij = sigmoid(r_i - r_j).
+ * in   logps, ref_logps, r (n)        out  the loss;  dlogps (n): d loss / d log pi(y_i) = d loss / d h_i
+ *   h_i = log pi(y_i) - log pi_ref(y_i);   s_ij = beta (h_i - h_j)
+ *   loss = 1/n^2 sum_ij -[p_ij log sigmoid(s_ij) + (1 - p_ij) log sigmoid(-s_ij)]                  [5] Eq. 7, expected
+ *   d loss / d h_i = 2 beta / n^2 sum_j (sigmoid(s_ij) - p_ij)         twice: the pair (j,i) pulls as (i,j) does
+ * Least where s_ij = r_i - r_j for all pairs, that is beta h = r + a constant: pi*. The constant is -beta log Z; in
+ * every pair it cancels, and so DPO needs no Z.
+ * By hand: pi = pi_ref: loss ln 2; with r = (0, ln 3) the slope of h_1 is 2 beta/4 (1/2 - 3/4) = -beta/8.
+ *                                                                       test: exact_dpo_loss, exact_dpo_gradient */
+static double exact_dpo_loss(const double *logps, const double *ref_logps, const double *r, size_t n, double beta, double *dlogps) {
+    double loss = 0, pairs = (double)n * (double)n;
+    for (size_t i = 0; i < n; i++) {
+        dlogps[i] = 0;
+        for (size_t j = 0; j < n; j++) {
+            double p = sigmoid(r[i] - r[j]), s = beta * (logps[i] - ref_logps[i] - logps[j] + ref_logps[j]);
+            loss -= (p * log_sigmoid(s) + (1 - p) * log_sigmoid(-s)) / pairs;
+            dlogps[i] += 2 * beta * (sigmoid(s) - p) / pairs;
+        }
+    }
+    return loss;
+}
+
+/* All responses through a model: log pi(y) of each into logps (n), and in training DPO's gradient into the weights. In
+ * float the probabilities add up to 1 within 1e-6; the optimum at an infinite beta is the same policy, its sum 1. */
+static void exact_pass(const struct ExactWorld *w, struct GPT2 *model, struct Arena *arena, bool train, double *logps) {
+    const struct Example **examples = arena_alloc(arena, w->n, sizeof *examples);
+    for (size_t i = 0; i < w->n; i++) examples[i] = &w->y[i];
+    struct Batch batch = collate(arena, examples, w->n, SKIP_LAST);
+    struct Activations acts = gpt2_forward(model, arena, &batch, train);
+    struct LMHead head = lm_head_new(model, arena, &acts, batch.row, batch.target, batch.R, 1);
+    lm_head_forward(model, &head);
+    sum_target_logps(&batch, w->n, head.logprob, logps);
+    exact_optimum(logps, w->r, w->n, INFINITY, logps);
+    if (!train) return;
+    double *dlogps = arena_alloc(arena, w->n, sizeof *dlogps);
+    float *dlogprob = arena_floats(arena, batch.R), *dhidden = arena_zeros(arena, batch.N * model->config.n_embd, sizeof *dhidden);
+    exact_dpo_loss(logps, w->logps[EXACT_REFERENCE], w->r, w->n, w->beta, dlogps);
+    for (size_t i = 0; i < batch.R; i++) dlogprob[i] = (float)dlogps[i / w->L];
+    lm_head_backward(model, &head, dlogprob, dhidden, arena);
+    gpt2_backward(model, arena, &acts, dhidden);
+}
+
+/* A reference, all responses, rewards from N(0, 1). GPT-2's own start, N(0, 0.02), makes all responses about as likely; from
+ * N(0, 0.1) some are a hundred times likelier than others. The end token's id, V, is none of the model's: nothing ends early. */
+static struct ExactWorld *exact_world(struct Arena *arena, struct GPT2Config config, size_t L, uint64_t seed) {
+    struct ExactWorld *w = arena_zeros(arena, 1, sizeof *w);
+    *w = (struct ExactWorld){.V = config.vocab_size, .L = L, .n = (size_t)lround(pow((double)config.vocab_size, (double)L)), .seed = seed};
+    w->ref_model = gpt2_new((struct GPT2Config){w->V, L + 1, config.n_embd, config.n_layer, config.n_head, (int)w->V, (int)w->V, config.layer_norm_epsilon});
+    struct Rng weights = rng_seed(seed, STREAM_INIT), rewards = rng_seed(seed, STREAM_REWARD);
+    for (size_t i = 0; i < w->ref_model->tensor_count; i++)
+        if (w->ref_model->tensors[i]->ndim == 2) tensor_normal(w->ref_model->tensors[i], &weights, 0.1);
+    for (int k = 0; k < EXACT_POLICIES; k++) w->logps[k] = arena_zeros(arena, w->n, sizeof(double));
+    w->y = arena_alloc(arena, w->n, sizeof *w->y);
+    w->r = arena_alloc(arena, w->n, sizeof *w->r);
+    for (size_t i = 0; i < w->n; i++) {
+        w->y[i] = (struct Example){arena_zeros(arena, L + 1, sizeof(int)), L + 1, 1};
+        for (size_t t = L, rest = i; t > 0; t--, rest /= w->V) w->y[i].ids[t] = (int)(rest % w->V);
+        w->r[i] = rng_normal(&rewards);
+    }
+    exact_pass(w, w->ref_model, arena, false, w->logps[EXACT_REFERENCE]);
+    return w;
+}
+
+/* The policy answers EXACT_BATCH times; the score is the reward of what it said. */
+static struct Rollout *exact_rollouts(const struct ExactWorld *w, const struct GPT2 *policy, struct Rng *rng, struct Arena *arena) {
+    struct Rollout *rollouts = arena_alloc(arena, EXACT_BATCH, sizeof *rollouts);
+    struct Sequence s[EXACT_BATCH];
+    struct GenerationConfig sampling = {.do_sample = true, .num_beams = 1, .temperature = 1, .top_p = 1, .repetition_penalty = 1};
+    for (size_t i = 0; i < EXACT_BATCH; i++) s[i] = sequence_start(arena, w->y[0].ids, 1, w->L, policy, rng_seed(rng_next(rng), STREAM_SAMPLE));
+    generate(policy, s, EXACT_BATCH, &sampling);
+    for (size_t i = 0; i < EXACT_BATCH; i++) {
+        size_t y = 0;
+        for (size_t t = 1; t <= w->L; t++) y = y * w->V + (size_t)s[i].ids[t];
+        rollouts[i] = (struct Rollout){w->y[y], w->L, (float)w->r[y]};
+    }
+    return rollouts;
+}
+
+/* exact_train -- a copy of the reference, trained by one method. DPO takes all pairs in each step: no noise. PPO and
+ * REINFORCE take chapter 15's own steps, a nat of KL at the fixed price beta, all answers to the one prompt. */
+static void exact_train(struct ExactWorld *w, enum ExactPolicy method) {
+    struct Arena arena = {0};
+    struct GPT2 *model = gpt2_copy(w->ref_model);
+    struct Rng rng = rng_seed(w->seed, STREAM_SAMPLE);
+    size_t steps = EXACT[method].steps;
+    struct TrainingArguments args = training_arguments();
+    args.learning_rate = EXACT[method].learning_rate;
+    args.warmup_steps = 20;                                            /* then down to 0, and with it the samples' noise */
+    struct PPOConfig config = ppo_config();
+    config.batch_size = config.mini_batch_size = EXACT_BATCH;
+    config.ppo_epochs = 2;
+    config.vf_coef = 0.5;
+    config.init_kl_coef = w->beta;
+    config.adap_kl_ctrl = false;
+    struct PPOTrainer *ppo = ppo_trainer_new(model, w->ref_model, config, args, 1);
+    ppo->total_steps = steps;
+    struct Reinforce reinforce = {.model = model, .ref_model = w->ref_model, .args = args, .baseline = BASELINE_RLOO, .beta = w->beta, .temperature = 1,
+        .batch_size = EXACT_BATCH, .num_generations = EXACT_BATCH, .total_steps = steps, .rewards = {0, 1, 1, 1e-24}};
+    for (size_t step = 0; step < steps; step++, arena_reset(&arena)) {
+        if (method == EXACT_PPO) ppo_step(ppo, exact_rollouts(w, model, &rng, &arena));
+        if (method == EXACT_REINFORCE) reinforce_step(&reinforce, exact_rollouts(w, model, &rng, &arena));
+        if (method == EXACT_DPO) exact_pass(w, model, &arena, true, w->logps[method]);
+        if (method == EXACT_DPO) optimizer_step(model, &args, args.learning_rate * schedule_factor(&args, step, steps), step + 1);
+    }
+    exact_pass(w, model, &arena, false, w->logps[method]);
+    say("exact: beta %g: %s: %zu steps, KL to the optimum %.5f nats\n", w->beta, EXACT[method].name, steps, exact_figures(w, w->logps[method]).kl_to_optimum);
+    arena_free(&reinforce.arena);
+    ppo_trainer_free(ppo);
+    gpt2_free(model);
+    arena_free(&arena);
+}
+
+/* The optimum at beta and the three trainings, which know nothing of one another: a thread for each.      test: exact_run */
+static void exact_run(struct ExactWorld *w, double beta) {
+    w->beta = beta;
+    w->log_Z = exact_optimum(w->logps[EXACT_REFERENCE], w->r, w->n, beta, w->logps[EXACT_OPTIMUM]);
+    #pragma omp parallel for schedule(dynamic, 1)
+    for (int k = EXACT_REINFORCE; k >= EXACT_DPO; k--) exact_train(w, (enum ExactPolicy)k);
+}
+
+/* As JSON; of a sweep E[r] and KL(pi || pi_ref) alone; else all figures, and the likeliest responses under pi*. */
+static void exact_print(const struct ExactWorld *w, bool json, bool sweep) {
+    struct ExactFigures f[EXACT_POLICIES];
+    for (int k = 0; k < EXACT_POLICIES; k++) f[k] = exact_figures(w, w->logps[k]);
+    double ref = f[EXACT_REFERENCE].objective, max = w->beta * w->log_Z;
+    if (json) printf("{\"beta\": %.9g, \"objective_ref\": %.9g, \"objective_max\": %.9g", w->beta, ref, max);
+    else if (sweep) printf("%6g", w->beta);
+    else printf("%zu responses of %zu tokens; beta %g: Z %.5g, log Z %.4f; J of the reference %.4f, at most beta log Z = %.4f\n\n           KL(pi||pi*)     E[r]  KL(pi||ref)        J  of the way\n", w->n, w->L, w->beta, exp(w->log_Z), w->log_Z, ref, max);
+    for (int k = json ? EXACT_DPO : sweep ? EXACT_OPTIMUM : 0; k < EXACT_POLICIES; k++) {
+        if (json) printf(", \"%s\": {\"kl_to_optimum\": %.9g, \"objective\": %.9g, \"reward\": %.9g, \"kl\": %.9g}", EXACT[k].name, f[k].kl_to_optimum, f[k].objective, f[k].reward, f[k].kl);
+        else if (sweep) printf("%12.4f %8.4f", f[k].reward, f[k].kl);
+        else printf("%-10s %11.5f %8.4f %12.4f %8.4f %9.2f %%\n", EXACT[k].name, f[k].kl_to_optimum, f[k].reward, f[k].kl, f[k].objective, 100 * (f[k].objective - ref) / (max - ref));
+    }
+    puts(json ? "}" : "");
+    if (json || sweep) return;
+    struct Candidate top[EXACT_RESPONSES];
+    for (size_t i = 0; i < w->n; i++) top[i] = (struct Candidate){(float)w->logps[EXACT_OPTIMUM][i], (int)i};
+    qsort(top, w->n, sizeof *top, compare_candidates_down);
+    puts("  reward  reference   optimum       dpo       ppo reinforce   the likeliest responses under pi*");
+    for (size_t i = 0; i < MIN(w->n, (size_t)EXACT_SHOWN); i++) {
+        size_t y = (size_t)top[i].id;
+        printf("%8.4f ", w->r[y]);
+        for (int k = 0; k < EXACT_POLICIES; k++) printf(" %9.5f", exp(w->logps[k][y]));
+        for (size_t t = 1; t <= w->L; t++) printf("%s%d", t == 1 ? "   " : " ", w->y[y].ids[t]);
+        putchar('\n');
+    }
+}
+
+/* =============================================================================================
  * Chapter 18 - Evaluation and the whole course (rlhf)
  *             [glossary: Aprendizado por reforço a partir de feedback humano (RLHF)]
  *
@@ -5539,7 +5740,7 @@ struct Options {
     double center_rewards_coefficient;
     size_t input_min_text_length, input_max_text_length, output_min_length, output_max_length;
     size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps, top_n, tokenize_vocab_size, num_generations, max_samples;
-    bool json, jsonl, decode, help, quiet, max_length_given, use_peft;
+    bool json, jsonl, decode, help, quiet, max_length_given, use_peft, sweep;
     /* What a command opens and main closes. */
     struct Arena arena;
     struct Tokenizer *tok;
@@ -5551,7 +5752,7 @@ struct Options {
 enum Group {
     G_MODEL = 1, G_DATA = 2, G_TRAIN = 4, G_NEW = 8, G_REF = 16, G_REWARD = 32, G_PPO = 64, G_DPO = 128, G_SAMPLE = 256, G_LENGTH = 512, G_PROMPT = 1024,
     G_NEXT = 2048, G_TOKENIZE = 4096, G_RLHF = 8192, G_OUT = 16384, G_SEED = 32768, G_RUN = 65536, G_BATCH = 131072, G_JSON = 262144, G_BENCH = 524288,
-    G_PEFT = 1 << 20, G_LORA = 1 << 21, G_ROLL = 1 << 22, G_RLOO = 1 << 23, G_COLLECT = 1 << 25, G_EVAL = 1 << 26, G_ALL = -1
+    G_PEFT = 1 << 20, G_LORA = 1 << 21, G_ROLL = 1 << 22, G_RLOO = 1 << 23, G_EXACT = 1 << 24, G_COLLECT = 1 << 25, G_EVAL = 1 << 26, G_ALL = -1
 };
 enum Kind { KIND_STRING, KIND_LIST, KIND_SIZE, KIND_DOUBLE, KIND_BOOL, KIND_STOPPING, KIND_SEED };
 struct Flag { const char *name; enum Kind kind; size_t offset; int groups; const char *help; };
@@ -5591,16 +5792,17 @@ static const struct Flag FLAGS[] = {
     {"eval_steps", KIND_SIZE, AT(train.eval_steps), G_RUN, "steps between evaluations; default: at the end"},
     {"max_length", KIND_SIZE, AT(train.max_length), G_RUN | G_BATCH | G_LENGTH, "longest sequence in tokens"},
     {"train_sampling_strategy", KIND_STRING, AT(train.train_sampling_strategy), G_RUN, "random, sequential"},
-    {"n_layer", KIND_SIZE, AT(config.n_layer), G_NEW, "blocks of a new model"},
-    {"n_head", KIND_SIZE, AT(config.n_head), G_NEW, "attention heads"},
-    {"n_embd", KIND_SIZE, AT(config.n_embd), G_NEW, "width"},
+    {"n_layer", KIND_SIZE, AT(config.n_layer), G_NEW | G_EXACT, "blocks of a new model"},
+    {"n_head", KIND_SIZE, AT(config.n_head), G_NEW | G_EXACT, "attention heads"},
+    {"n_embd", KIND_SIZE, AT(config.n_embd), G_NEW | G_EXACT, "width"},
     {"n_positions", KIND_SIZE, AT(config.n_positions), G_NEW, "longest context"},
     {"vocab_size", KIND_SIZE, AT(config.vocab_size), G_NEW, "ids, the end token included"},
+    {"vocab_size", KIND_SIZE, AT(config.vocab_size), G_EXACT, "tokens, 2 to 16"},
     {"vocab_size", KIND_SIZE, AT(tokenize_vocab_size), G_TOKENIZE, "the smaller vocabulary of a model with so many ids"},
     {"center_rewards_coefficient", KIND_DOUBLE, AT(center_rewards_coefficient), G_REWARD, "weight of (r_chosen + r_rejected)^2"},
     {"loss_type", KIND_STRING, AT(loss_type), G_REWARD, "sigmoid: Bradley-Terry; bce: binary cross-entropy on text + label (alone with such data)"},
     {"beta", KIND_DOUBLE, AT(dpo.beta), G_DPO, "how strongly DPO holds to the reference"},
-    {"beta", KIND_DOUBLE, AT(dpo.beta), G_RLOO, "price of a nat of KL(policy || reference)"},
+    {"beta", KIND_DOUBLE, AT(dpo.beta), G_RLOO | G_EXACT, "price of a nat of KL(policy || reference)"},
     {"baseline", KIND_STRING, AT(baseline), G_RLOO, "subtracted from the reward: none, mean (of earlier steps), rloo (leave one out)"},
     {"num_generations", KIND_SIZE, AT(num_generations), G_RLOO | G_COLLECT, "answers to each prompt"},
     {"max_samples", KIND_SIZE, AT(max_samples), G_COLLECT | G_EVAL, "prompts used, from the first; 0: all"},
@@ -5638,7 +5840,7 @@ static const struct Flag FLAGS[] = {
     {"top_p", KIND_DOUBLE, AT(generation.top_p), G_SAMPLE | G_NEXT | G_ROLL, "sample from the likeliest that hold this mass"},
     {"repetition_penalty", KIND_DOUBLE, AT(generation.repetition_penalty), G_SAMPLE | G_NEXT, "above 1: ids already there become less likely"},
     {"no_repeat_ngram_size", KIND_SIZE, AT(generation.no_repeat_ngram_size), G_SAMPLE, "no n-gram twice"},
-    {"max_new_tokens", KIND_SIZE, AT(generation.max_new_tokens), G_SAMPLE | G_COLLECT | G_EVAL, "at most so many new tokens"},
+    {"max_new_tokens", KIND_SIZE, AT(generation.max_new_tokens), G_SAMPLE | G_COLLECT | G_EVAL | G_EXACT, "at most so many new tokens (exact: just so many)"},
     {"min_new_tokens", KIND_SIZE, AT(generation.min_new_tokens), G_SAMPLE, "at least so many"},
     {"num_beams", KIND_SIZE, AT(generation.num_beams), G_SAMPLE, "beam search with so many beams"},
     {"length_penalty", KIND_DOUBLE, AT(generation.length_penalty), G_SAMPLE, "beam search: above 0 favours longer sequences"},
@@ -5646,6 +5848,7 @@ static const struct Flag FLAGS[] = {
     {"do_sample", KIND_BOOL, AT(generation.do_sample), G_SAMPLE, "draw tokens instead of taking the likeliest"},
     {"num_return_sequences", KIND_SIZE, AT(generation.num_return_sequences), G_SAMPLE, "samples of each prompt"},
     {"top_n", KIND_SIZE, AT(top_n), G_NEXT, "rows of the table"},
+    {"sweep", KIND_BOOL, AT(sweep), G_EXACT, "beta 4, 2, 1, 0.5, 0.25: the frontier of reward against KL"},
     {"json", KIND_BOOL, AT(json), G_JSON, "one JSON object a line"},
     {"jsonl", KIND_BOOL, AT(jsonl), G_TOKENIZE, "{\"text\"} a line in, {\"input_ids\"} a line out"},
     {"decode", KIND_BOOL, AT(decode), G_TOKENIZE, "ids in, the exact bytes out"},
@@ -6495,6 +6698,25 @@ static void command_rlhf(struct Options *o) {
     course_run(&course, data, model, learning_rate);
 }
 
+/* align exact -- chapter 17, for one beta or several. */
+static void command_exact(struct Options *o) {
+    static const double betas[] = {4, 2, 1, 0.5, 0.25};
+    const struct GPT2Config *c = &o->config;
+    size_t L = o->generation.max_new_tokens;
+    double count = pow((double)c->vocab_size, (double)L);
+    CHECK(o->dpo.beta >= 1e-3 && o->dpo.beta <= 1e3, "--beta %g: must be above 0, 0.001 to 1000", o->dpo.beta);
+    CHECK(c->vocab_size >= 2 && c->vocab_size <= 16, "--vocab_size %zu: 2 to 16 tokens", c->vocab_size);
+    CHECK(L > 0 && count <= EXACT_RESPONSES, "--max_new_tokens %zu: %zu tokens make %.6g responses of this length, 2 to %d can be enumerated; use a shorter one", L, c->vocab_size, count, EXACT_RESPONSES);
+    CHECK(c->n_layer > 0 && c->n_layer <= 100 && c->n_head > 0 && c->n_embd > 0 && c->n_embd <= 4096 && c->n_embd % c->n_head == 0, "--n_embd %zu must be a multiple of --n_head %zu, at most 4096; --n_layer %zu: 1 to 100", c->n_embd, c->n_head, c->n_layer);
+    struct ExactWorld *w = exact_world(&o->arena, *c, L, o->train.seed);
+    o->reference = w->ref_model;
+    if (o->sweep && !o->json) puts("  beta      optimum: E[r], KL             dpo                 ppo           reinforce");
+    for (size_t k = 0; k < (o->sweep ? COUNT(betas) : 1); k++) {
+        exact_run(w, o->sweep ? betas[k] : o->dpo.beta);
+        exact_print(w, o->json, o->sweep);
+    }
+}
+
 /* One training step of a size of the user's choice: what its time and memory are. */
 static void bench_one(struct Bench *bench, size_t batch, size_t length, bool json) {
     double best = INFINITY, peak = 0, begin = seconds_now();
@@ -6571,6 +6793,7 @@ static const struct Command { const char *name, *what; void (*run)(struct Option
     {"ppo", "PPO with a value head (TRL 0.11's PPOTrainer)", command_ppo, G_MODEL | G_PEFT | G_LORA | G_OUT | G_SEED | G_DATA | G_TRAIN | G_ROLL | G_PPO | G_REF},
     {"reinforce", "the plain policy gradient, with and without a baseline", command_reinforce, G_MODEL | G_PEFT | G_LORA | G_OUT | G_SEED | G_DATA | G_TRAIN | G_ROLL | G_RLOO | G_REF},
     {"dpo", "direct preference optimization on prompt + chosen + rejected", command_dpo, G_MODEL | G_PEFT | G_LORA | G_OUT | G_SEED | G_DATA | G_TRAIN | G_RUN | G_DPO | G_REF},
+    {"exact", "a toy small enough to enumerate: the optimum in closed form beside what DPO, PPO and REINFORCE reach", command_exact, G_EXACT | G_SEED | G_JSON},
     {"generate", "continue a --prompt, or each prompt of a data set", command_generate, G_MODEL | G_PEFT | G_DATA | G_SEED | G_SAMPLE | G_PROMPT | G_JSON},
     {"next", "the distribution of the next token after a --prompt", command_next, G_MODEL | G_PEFT | G_PROMPT | G_NEXT | G_JSON},
     {"logprob", "log-probability of each token and of the sequence; with --ref_model the KL at each position", command_logprob, G_MODEL | G_PEFT | G_DATA | G_REF | G_LENGTH},
@@ -6700,6 +6923,11 @@ static struct Options default_options(const char *command) {
     if (strcmp(command, "bench") == 0) {
         o.ppo.batch_size = 16;
         o.train.per_device_train_batch_size = o.train.max_length = 0;       /* given: that step alone */
+    }
+    if (strcmp(command, "exact") == 0) {
+        o.config = (struct GPT2Config){.vocab_size = 6, .n_embd = 32, .n_layer = 2, .n_head = 2, .layer_norm_epsilon = 1e-5f};
+        o.generation.max_new_tokens = 3;
+        o.dpo.beta = 1;
     }
     if (strcmp(command, "next") == 0 || strcmp(command, "collect") == 0 || strcmp(command, "eval") == 0) o.generation.top_k = 0;
     if (strcmp(command, "eval") == 0) o.max_samples = 256;
