@@ -3387,6 +3387,7 @@ static void test_cli_errors(void) {
         {"2", "fewer numbers than --loss_type", "dpo", "--loss_type", "sigmoid sft", "--loss_weights", "1"}, {"1", "--beta 0: must be above 0", "dpo", "--beta", "0"},
         {"1", "--label_smoothing 0.5", "dpo", "--label_smoothing", "0.5"}, {"1", "--temperature 0: must be above 0", "generate", "--temperature", "0"},
         {"2", "must be 1 or more", "sft", "--per_device_train_batch_size", "0"}, {"2", "--model_name_or_path DIR is needed", "generate", "--prompt", "x", "--tokenizer", "@T"},
+        {"1", "--max_new_tokens 5: 6 tokens make 7776 responses", "exact", "--max_new_tokens", "5"}, {"1", "--beta 0: must be above 0", "exact", "--beta", "0"}, {"1", "--vocab_size 17: 2 to 16", "exact", "--vocab_size", "17"},
         {"2", "--prompt TEXT is needed", "generate", "--model_name_or_path", "@M", "--tokenizer", "@T"},
         {"1", "40 tokens, the model's context is 24", "generate", "--model_name_or_path", "@M", "--dataset_name", "@long.jsonl", "--tokenizer", "@T"},
         {"1", "no tokenizer here", "generate", "--tokenizer", "no tokenizer here"}};
@@ -3486,6 +3487,87 @@ static void test_cli_collect(void) {
     expect_close("KL of a policy to itself", json_get(eval, "kl")->number, 0, 1e-9);
     expect_close("samples", json_get(eval, "samples")->number, 4, 0);
     gpt2_free(rm);
+}
+
+/* By hand; and for any policy J + beta KL(pi || pi*) is beta log Z. */
+static void test_exact_optimum(void) {
+    double half[] = {log(0.5), log(0.5)}, r[] = {0, 0.7 * log(3)}, optimum[2], wide[5], far[] = {0, 900, -900, 3, 1}, uneven[5], other[5];
+    expect_close("log Z = log 2", exact_optimum(half, r, 2, 0.7, optimum), log(2), 1e-12);
+    expect_close("pi* of the first", exp(optimum[0]), 0.25, 1e-12);
+    expect_close("and of the second", exp(optimum[1]), 0.75, 1e-12);
+    for (int i = 0; i < 5; i++) uneven[i] = log((i + 1) / 15.0), other[i] = log((5 - i) / 15.0);
+    expect_close("rewards that e^ cannot hold", exact_optimum(uneven, far, 5, 0.5, wide), 1800 + log(2 / 15.0), 1e-9);
+    struct ExactWorld w = {.n = 5, .r = (double[]){0.3, -1, 2, 0.5, 0}, .beta = 0.4, .logps = {uneven, wide}};
+    w.log_Z = exact_optimum(uneven, w.r, 5, 0.4, wide);
+    double *policies[] = {uneven, other, wide}, sum = 0;
+    for (int k = 0; k < 3; k++) {
+        struct ExactFigures f = exact_figures(&w, policies[k]);
+        expect_close("J + beta KL(pi || pi*) = beta log Z", f.objective + 0.4 * f.kl_to_optimum, 0.4 * w.log_Z, 1e-12);
+        expect_true("zero for pi* alone", (f.kl_to_optimum > 1e-3) == (k < 2));
+    }
+    for (int i = 0; i < 5; i++) sum += exp(wide[i]);
+    expect_close("a distribution", sum, 1, 1e-12);
+}
+
+/* By hand, no slope at pi*, and elsewhere the slopes of central differences. */
+static void test_exact_dpo_loss(void) {
+    double ref[] = {log(0.5), log(0.5)}, r[] = {0, log(3)}, d[4], optimum[4], uneven[4], r4[] = {1, -0.5, 0.2, 2};
+    expect_close("pi = pi_ref: ln 2", exact_dpo_loss(ref, ref, r, 2, 0.8, d), log(2), 1e-12);
+    expect_close("slope of the better one: -beta / 8", d[1], -0.1, 1e-12);
+    expect_close("and of the other", d[0], 0.1, 1e-12);
+    for (int i = 0; i < 4; i++) uneven[i] = log((i + 1) / 10.0);
+    exact_optimum(uneven, r4, 4, 0.5, optimum);
+    double least = exact_dpo_loss(optimum, uneven, r4, 4, 0.5, d);
+    for (int i = 0; i < 4; i++) expect_close("no slope at pi*", d[i], 0, 1e-12);
+    expect_true("the least loss", least < exact_dpo_loss(uneven, uneven, r4, 4, 0.5, d));
+    for (int i = 0; i < 4; i++) {
+        double up[4], down[4], unused[4];
+        memcpy(up, uneven, sizeof up);
+        memcpy(down, uneven, sizeof down);
+        up[i] += 1e-4;
+        down[i] -= 1e-4;
+        expect_close("slope", d[i], (exact_dpo_loss(up, uneven, r4, 4, 0.5, unused) - exact_dpo_loss(down, uneven, r4, 4, 0.5, unused)) / 2e-4, 1e-7);
+    }
+}
+
+/* The same through the whole model: DPO's expected loss by the weights of a policy that has left the reference. */
+static double exact_model_loss(void *context) {
+    struct ExactWorld *w = context;
+    double logps[32], dlogps[32];
+    exact_pass(w, w->ref_model, &test_arena, false, logps);
+    return exact_dpo_loss(logps, w->logps[EXACT_REFERENCE], w->r, w->n, w->beta, dlogps);
+}
+
+static void test_exact_dpo_gradient(void) {
+    struct ExactWorld *w = exact_world(&test_arena, (struct GPT2Config){.vocab_size = 3, .n_embd = 8, .n_layer = 1, .n_head = 2, .layer_norm_epsilon = 1e-5f}, 3, 5);
+    double logps[27], sum = 0;
+    expect_count("3^3 responses", w->n, 27);
+    for (size_t i = 0; i < w->n; i++) sum += exp(w->logps[EXACT_REFERENCE][i]);
+    expect_close("their probabilities", sum, 1, 1e-6);
+    expect_ids("response 14 is 1 1 2", w->y[14].ids, 4, (int[]){0, 1, 1, 2}, 4);
+    fill_random(w->ref_model);                               /* another policy; logps[EXACT_REFERENCE] stays */
+    w->beta = 0.7;
+    gpt2_make_trainable(w->ref_model);
+    exact_pass(w, w->ref_model, &test_arena, true, logps);
+    for (size_t i = 0; i < w->ref_model->tensor_count; i++) {
+        struct Tensor *t = w->ref_model->tensors[i];
+        expect_gradient(t->name, (struct Slope){exact_model_loss, w, 0.003}, t->w, t->d, t->n, 6, 4e-3);
+    }
+    gpt2_free(w->ref_model);
+}
+
+/* A toy of 9 responses: all three methods come near the optimum. */
+static void test_exact_run(void) {
+    const char *error;
+    struct Json *json = parse(command_output((const char *const[]){"exact", "--vocab_size", "3", "--max_new_tokens", "2", "--n_embd", "16", "--n_layer", "1", "--json", NULL}).data, &error);
+    expect_close("beta", json_get(json, "beta")->number, 1, 0);
+    expect_close("DPO", json_get(json_get(json, "dpo"), "kl_to_optimum")->number, 0, 1e-3);
+    static const char *const methods[] = {"dpo", "ppo", "reinforce"};
+    for (int k = 0; k < 3; k++) {
+        struct Json *m = json_get(json, methods[k]);
+        double share = (json_get(m, "objective")->number - json_get(json, "objective_ref")->number) / (json_get(json, "objective_max")->number - json_get(json, "objective_ref")->number);
+        expect_true(methods[k], json_get(m, "kl_to_optimum") && share > 0.98 && share < 1 + 1e-6);
+    }
 }
 
 /* Prompts cut from texts shorter than the sampled length end where the text does. */
@@ -3830,7 +3912,8 @@ static const struct { const char *name; void (*run)(void); } TESTS[] = {
     {"reinforce_raises_reward", test_reinforce_raises_reward}, {"dpo_golden", test_dpo_golden},
     {"dpo_gradient", test_dpo_gradient}, {"dpo_model_gradient", test_dpo_model_gradient}, {"dpo_pairs", test_dpo_pairs}, {"dpo_overfit", test_dpo_overfit},
     {"evaluation", test_evaluation}, {"broken_weights", test_broken_weights}, {"broken_config", test_broken_config}, {"broken_data", test_broken_data},
-    {"broken_tokenizer", test_broken_tokenizer}, {"cli_errors", test_cli_errors}, {"cli_course", test_cli_course}, {"cli_collect", test_cli_collect}, {"encode_prompts", test_encode_prompts}, {"cli_lora", test_cli_lora},
+    {"broken_tokenizer", test_broken_tokenizer}, {"cli_errors", test_cli_errors}, {"cli_course", test_cli_course}, {"cli_collect", test_cli_collect}, {"encode_prompts", test_encode_prompts}, {"exact_optimum", test_exact_optimum},
+    {"exact_dpo_loss", test_exact_dpo_loss}, {"exact_dpo_gradient", test_exact_dpo_gradient}, {"exact_run", test_exact_run}, {"cli_lora", test_cli_lora},
     {"glossary_fold", test_glossary_fold}, {"glossary_find", test_glossary_find}, {"glossary_terms", test_glossary_terms}, {"fixtures_gradient", test_fixtures_gradient},
     {"fixtures_logprob", test_fixtures_logprob}, {"fixtures_reward", test_fixtures_reward},
 };
