@@ -1804,14 +1804,24 @@ static void matmul_panel(float *c, size_t c_row, const float *start, size_t star
 /* One block of rows and of K. A task is a panel of B and a stretch of rows: all of them, or fewer where the
  * panels alone would not occupy the threads. */
 static void matmul_block(float *c, size_t c_row, const float *start, size_t start_row, struct Matrix a, struct Matrix b, size_t M, size_t N, size_t K, float *pack_a) {
-    size_t MR = kernel->MR, NR = kernel->NR, panels = (N + NR - 1) / NR, stretch = M;
+    size_t MR = kernel->MR, NR = kernel->NR, panels = (N + NR - 1) / NR, stretch = M, tasks_wanted = 4 * (size_t)thread_count();
 #ifdef _OPENMP
     bool parallel = (double)M * (double)N * (double)K > 2e5 && !omp_in_parallel();
-    size_t tasks_wanted = parallel ? 4 * (size_t)omp_get_max_threads() : 1;
-    while (panels * ((M + stretch - 1) / stretch) < tasks_wanted && stretch > MR) stretch = (stretch / 2 + MR - 1) / MR * MR;
+#else
+    bool parallel = false;
 #endif
+    if (!parallel) {                                   /* the same, alone: even a team of one thread costs a microsecond, and attention calls often */
+        float *panel = thread_scratch(SCRATCH_B, NR * KC);
+        for (size_t m = 0; m < M; m += MR) pack_panel(pack_a + m * K, a.data + m * a.row, a.row, a.column, MIN(MR, M - m), K, MR);
+        for (size_t n = 0; n < N; n += NR) {
+            pack_panel(panel, b.data + n * b.column, b.column, b.row, MIN(NR, N - n), K, NR);
+            matmul_panel(c + n, c_row, start ? start + n : NULL, start_row, pack_a, panel, 0, M, MIN(NR, N - n), K);
+        }
+        return;
+    }
+    while (panels * ((M + stretch - 1) / stretch) < tasks_wanted && stretch > MR) stretch = (stretch / 2 + MR - 1) / MR * MR;
     size_t stretches = (M + stretch - 1) / stretch;
-    #pragma omp parallel if(parallel)
+    #pragma omp parallel
     {
         #pragma omp for schedule(static)
         for (size_t m = 0; m < M; m += MR) pack_panel(pack_a + m * K, a.data + m * a.row, a.row, a.column, MIN(MR, M - m), K, MR);
