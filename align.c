@@ -28,7 +28,7 @@
  *    4 Data: datasets, pairs, collator         14 Reward model
  *    5 Probability: sigmoid, softmax, KL       15 Policy gradient: REINFORCE, PPO
  *    6 Matrix multiplication                   16 DPO
- *    7 Layers, forward and backward            (17 is kept for the closed form)
+ *    7 Layers, forward and backward            17 Exact: the closed form
  *    8 GPT-2                                   18 Evaluation and the whole course (rlhf)
  *    9 Reward and value heads                  19 Command line, main
  *   10 LoRA
@@ -58,7 +58,7 @@
  *   [10] Ziegler 2019, Fine-Tuning Language Models from Human Preferences
  *   [11] Sennrich 2016, Neural Machine Translation of Rare Words with Subword Units (BPE)
  *   [12] Holtzman 2020, The Curious Case of Neural Text Degeneration (top-p)
- *   [13] Azar 2023, A General Theoretical Paradigm to Understand Learning from Preferences (IPO)
+ *   [13] Azar 2023, A General Theoretical Paradigm to Understand Learning from Human Preferences (IPO)
  *   [14] Chowdhury 2024, Provably Robust DPO              [15] Keskar 2019, CTRL (repetition penalty)
  *   [16] Goto & van de Geijn 2008, Anatomy of High-Performance Matrix Multiplication
  *   [17] Dao 2022, FlashAttention                        [18] Hendrycks 2016, GELU
@@ -114,8 +114,7 @@
 
 static bool quiet;             /* --quiet: no progress on stderr; errors are still said */
 
-static _Noreturn void PRINTF_LIKE(2, 3) die_with(int status, const char *format, ...)
-{
+static _Noreturn void PRINTF_LIKE(2, 3) die_with(int status, const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);
     fflush(stdout);
@@ -129,8 +128,7 @@ static _Noreturn void PRINTF_LIKE(2, 3) die_with(int status, const char *format,
 #define die_usage(...) die_with(2, __VA_ARGS__)        /* what was typed is no command or flag: 2, as other tools do */
 #define CHECK(condition, ...) do { if (!(condition)) die(__VA_ARGS__); } while (0)
 
-static void PRINTF_LIKE(1, 2) say(const char *format, ...)
-{
+static void PRINTF_LIKE(1, 2) say(const char *format, ...) {
     if (quiet) return;
     va_list arguments;
     va_start(arguments, format);
@@ -139,8 +137,7 @@ static void PRINTF_LIKE(1, 2) say(const char *format, ...)
     fflush(stderr);
 }
 
-static void PRINTF_LIKE(1, 2) warn(const char *format, ...)
-{
+static void PRINTF_LIKE(1, 2) warn(const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);
     fputs("align: note: ", stderr);
@@ -149,15 +146,13 @@ static void PRINTF_LIKE(1, 2) warn(const char *format, ...)
     va_end(arguments);
 }
 
-static double seconds_now(void)
-{
+static double seconds_now(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-static size_t peak_rss_bytes(void)
-{
+static size_t peak_rss_bytes(void) {
     struct rusage usage;
     getrusage(RUSAGE_SELF, &usage);
 #ifdef __APPLE__
@@ -167,8 +162,7 @@ static size_t peak_rss_bytes(void)
 #endif
 }
 
-static int thread_count(void)
-{
+static int thread_count(void) {
 #ifdef _OPENMP
     return omp_get_max_threads();
 #else
@@ -182,18 +176,16 @@ static int thread_count(void)
  * drawing one number more in one of them leaves the others as they were. */
 struct Rng { uint64_t s[4]; };
 
-static uint64_t splitmix64(uint64_t *state)
-{
+static uint64_t splitmix64(uint64_t *state) {
     uint64_t z = (*state += 0x9e3779b97f4a7c15u);
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
     return z ^ (z >> 31);
 }
 
-enum RngStream { STREAM_INIT = 1, STREAM_ORDER, STREAM_SAMPLE, STREAM_SPLIT, STREAM_LENGTH, STREAM_CUT };
+enum RngStream { STREAM_INIT = 1, STREAM_ORDER, STREAM_SAMPLE, STREAM_SPLIT, STREAM_LENGTH, STREAM_CUT, STREAM_REWARD };
 
-static struct Rng rng_seed(uint64_t seed, uint64_t stream)
-{
+static struct Rng rng_seed(uint64_t seed, uint64_t stream) {
     struct Rng rng;
     uint64_t state = seed ^ (stream * 0xd1342543de82ef95u);
     for (int i = 0; i < 4; i++) rng.s[i] = splitmix64(&state);
@@ -202,8 +194,7 @@ static struct Rng rng_seed(uint64_t seed, uint64_t stream)
 
 static uint64_t rotate_left(uint64_t x, int k) { return (x << k) | (x >> (64 - k)); }
 
-static uint64_t rng_next(struct Rng *rng)
-{
+static uint64_t rng_next(struct Rng *rng) {
     uint64_t *s = rng->s;
     uint64_t result = rotate_left(s[0] + s[3], 23) + s[0];
     uint64_t t = s[1] << 17;
@@ -220,16 +211,14 @@ static double rng_uniform(struct Rng *rng) { return (double)(rng_next(rng) >> 11
 static size_t rng_below(struct Rng *rng, size_t n) { return (size_t)(((rng_next(rng) >> 32) * (uint64_t)n) >> 32); }
 
 /* Standard normal, by Box and Muller: a uniform angle, and a radius whose square is exponential. */
-static double rng_normal(struct Rng *rng)
-{
+static double rng_normal(struct Rng *rng) {
     double radius = sqrt(-2.0 * log(1.0 - rng_uniform(rng)));
     double angle = 6.283185307179586 * rng_uniform(rng);
     return radius * cos(angle);
 }
 
 /* Fisher and Yates: every order equally likely. */
-static void rng_shuffle(struct Rng *rng, size_t *items, size_t n)
-{
+static void rng_shuffle(struct Rng *rng, size_t *items, size_t n) {
     for (size_t i = n; i > 1; i--) {
         size_t j = rng_below(rng, i), held = items[i - 1];
         items[i - 1] = items[j];
@@ -256,8 +245,7 @@ struct ArenaBlock { struct ArenaBlock *next; size_t size, used; };
 struct Arena { struct ArenaBlock *blocks; size_t next_size; };
 enum { ARENA_PIECEWISE = SANITIZED, ARENA_ALIGN = 64, ARENA_HEADER = 64, ARENA_HUGE = 1 << 21 };      /* 64 bytes: a cache line, an AVX-512 vector */
 
-static void arena_free(struct Arena *arena)
-{
+static void arena_free(struct Arena *arena) {
     while (arena->blocks) {
         struct ArenaBlock *block = arena->blocks;
         arena->blocks = block->next;
@@ -265,8 +253,7 @@ static void arena_free(struct Arena *arena)
     }
 }
 
-static void arena_reset(struct Arena *arena)
-{
+static void arena_reset(struct Arena *arena) {
     if (arena->blocks && !arena->blocks->next && !ARENA_PIECEWISE) {
         arena->blocks->used = 0;
         return;
@@ -277,8 +264,7 @@ static void arena_reset(struct Arena *arena)
     arena->next_size = total;
 }
 
-static struct ArenaBlock *arena_block(size_t capacity)
-{
+static struct ArenaBlock *arena_block(size_t capacity) {
     size_t unit = capacity >= ARENA_HUGE ? ARENA_HUGE : ARENA_ALIGN, whole = ARENA_HEADER + capacity;
     struct ArenaBlock *block = aligned_alloc(unit, (whole + unit - 1) / unit * unit);
     CHECK(block, "out of memory: %zu MB more were asked for; use a smaller model, batch or --max_length", capacity >> 20);
@@ -292,8 +278,7 @@ static struct ArenaBlock *arena_block(size_t capacity)
 
 /* count pieces of `size` bytes, on a 64-byte boundary, not cleared. Ends the program when there is
  * no memory: nothing sensible could follow. */
-static void *arena_alloc(struct Arena *arena, size_t count, size_t size)
-{
+static void *arena_alloc(struct Arena *arena, size_t count, size_t size) {
     CHECK(size == 0 || count <= (SIZE_MAX / 4) / size, "out of memory: %zu x %zu bytes asked for; use a smaller model, batch or --max_length", count, size);
     size_t bytes = (count * size + ARENA_ALIGN - 1) / ARENA_ALIGN * ARENA_ALIGN;
     struct ArenaBlock *block = arena->blocks;
@@ -311,8 +296,7 @@ static void *arena_alloc(struct Arena *arena, size_t count, size_t size)
     return piece;
 }
 
-static void *arena_zeros(struct Arena *arena, size_t count, size_t size)
-{
+static void *arena_zeros(struct Arena *arena, size_t count, size_t size) {
     void *piece = arena_alloc(arena, count, size);
     memset(piece, 0, count * size);
     return piece;
@@ -326,8 +310,7 @@ struct Text { const char *data; size_t length; };
 static struct Text text_of(const char *string) { return (struct Text){string, strlen(string)}; }
 static bool text_equal(struct Text a, struct Text b) { return a.length == b.length && memcmp(a.data, b.data, a.length) == 0; }
 
-static struct Text text_join(struct Arena *arena, struct Text a, struct Text b)
-{
+static struct Text text_join(struct Arena *arena, struct Text a, struct Text b) {
     char *both = arena_alloc(arena, a.length + b.length + 1, 1);
     if (a.length) memcpy(both, a.data, a.length);
     if (b.length) memcpy(both + a.length, b.data, b.length);
@@ -338,8 +321,7 @@ static struct Text text_join(struct Arena *arena, struct Text a, struct Text b)
 static struct Text text_copy(struct Arena *arena, struct Text text) { return text_join(arena, text, (struct Text){0}); }
 
 /* printf into an arena: paths and names. */
-static char *PRINTF_LIKE(2, 3) arena_printf(struct Arena *arena, const char *format, ...)
-{
+static char *PRINTF_LIKE(2, 3) arena_printf(struct Arena *arena, const char *format, ...) {
     va_list arguments, again;
     va_start(arguments, format);
     va_copy(again, arguments);
@@ -354,8 +336,7 @@ static char *PRINTF_LIKE(2, 3) arena_printf(struct Arena *arena, const char *for
 /* Each thread's own scratch memory, by purpose. It grows to the largest size asked for and stays. */
 enum ScratchSlot { SCRATCH_A, SCRATCH_B, SCRATCH_SCORES, SCRATCH_ROW, SCRATCH_SLOTS };
 
-static float *thread_scratch(enum ScratchSlot slot, size_t floats)
-{
+static float *thread_scratch(enum ScratchSlot slot, size_t floats) {
     static _Thread_local struct { float *memory; size_t floats; } slots[SCRATCH_SLOTS];
     if (slots[slot].floats < floats) {
         free(slots[slot].memory);
@@ -379,8 +360,7 @@ static bool file_exists(const char *path) { struct stat s; return stat(path, &s)
 static bool is_folder(const char *path) { struct stat s; return stat(path, &s) == 0 && S_ISDIR(s.st_mode); }
 
 /* The whole of a file (or "-", standard input) with a NUL behind it. */
-static struct Text read_file(struct Arena *arena, const char *path)
-{
+static struct Text read_file(struct Arena *arena, const char *path) {
     bool is_stdin = strcmp(path, "-") == 0;
     CHECK(is_stdin || !is_folder(path), "%s: is a folder, a file was expected", path);
     FILE *file = is_stdin ? stdin : fopen(path, "rb");
@@ -405,8 +385,7 @@ static struct Text read_file(struct Arena *arena, const char *path)
 /* An output file: written as PATH.tmp, moved onto PATH by output_close. */
 struct Output { FILE *file; char path[PATH_MAX], tmp[PATH_MAX + 8]; };
 
-static void output_open(struct Output *out, const char *folder, const char *name)
-{
+static void output_open(struct Output *out, const char *folder, const char *name) {
     int n = snprintf(out->path, sizeof out->path, "%s/%s", folder, name);
     CHECK(n > 0 && (size_t)n < sizeof out->path, "%s/%s: the path is too long", folder, name);
     snprintf(out->tmp, sizeof out->tmp, "%s.tmp", out->path);
@@ -414,8 +393,7 @@ static void output_open(struct Output *out, const char *folder, const char *name
     CHECK(out->file, "%s: cannot be written: %s", out->tmp, strerror(errno));
 }
 
-static void output_close(struct Output *out)
-{
+static void output_close(struct Output *out) {
     bool good = fflush(out->file) == 0 && !ferror(out->file) && fsync(fileno(out->file)) == 0;
     int error = errno;
     good = fclose(out->file) == 0 && good;
@@ -425,8 +403,7 @@ static void output_close(struct Output *out)
 }
 
 /* mkdir -p */
-static void make_folder(const char *path)
-{
+static void make_folder(const char *path) {
     char part[PATH_MAX];
     CHECK(strlen(path) < sizeof part, "%.60s...: the path is too long", path);
     for (size_t i = 1; i <= strlen(path); i++) {
@@ -447,19 +424,16 @@ struct Json { struct Json *child, *next; struct Text key, string; double number;
 struct JsonParser { struct Arena *arena; const char *at, *end; const char *error; int depth; };
 enum { JSON_MAX_DEPTH = 64 };
 
-static struct Json *json_fail(struct JsonParser *p, const char *error)
-{
+static struct Json *json_fail(struct JsonParser *p, const char *error) {
     if (!p->error) p->error = error;
     return NULL;
 }
 
-static void json_space(struct JsonParser *p)
-{
+static void json_space(struct JsonParser *p) {
     while (p->at < p->end && (*p->at == ' ' || *p->at == '\t' || *p->at == '\n' || *p->at == '\r')) p->at++;
 }
 
-static size_t utf8_write(char *to, uint32_t c)
-{
+static size_t utf8_write(char *to, uint32_t c) {
     static const unsigned char lead[] = {0, 0, 0xc0, 0xe0, 0xf0};
     size_t length = c < 0x80 ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
     for (size_t k = length; k-- > 1; c >>= 6) to[k] = (char)(0x80 | (c & 63));
@@ -468,8 +442,7 @@ static size_t utf8_write(char *to, uint32_t c)
 }
 
 /* Four hexadecimal digits, or -1. */
-static int32_t json_hex4(struct JsonParser *p)
-{
+static int32_t json_hex4(struct JsonParser *p) {
     if (p->end - p->at < 4) return -1;
     char digits[5] = {0};
     for (int i = 0; i < 4; i++) {
@@ -480,8 +453,7 @@ static int32_t json_hex4(struct JsonParser *p)
 }
 
 /* After "\u": one code point; a high surrogate takes the low one that must follow it. */
-static int32_t json_code_point(struct JsonParser *p)
-{
+static int32_t json_code_point(struct JsonParser *p) {
     int32_t c = json_hex4(p);
     if (c < 0xd800 || c > 0xdfff) return c;
     if (c < 0xdc00 && p->end - p->at >= 6 && p->at[0] == '\\' && p->at[1] == 'u') {
@@ -495,8 +467,7 @@ static int32_t json_code_point(struct JsonParser *p)
 }
 
 /* A string, its opening quote already seen at p->at. Decoding never lengthens it. */
-static bool json_string(struct JsonParser *p, struct Text *out)
-{
+static bool json_string(struct JsonParser *p, struct Text *out) {
     const char *close = p->at + 1;
     while (close < p->end && *close != '"') close += *close == '\\' ? 2 : 1;
     static const char escapes[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
@@ -521,14 +492,10 @@ static bool json_string(struct JsonParser *p, struct Text *out)
 }
 
 /* [-] digits [. digits] [e digits]: JSON's grammar is narrower than strtod's (no "+1", ".5", "0x1"). */
-static bool json_number(struct JsonParser *p, double *out)
-{
+static bool json_number(struct JsonParser *p, double *out) {
     static const char DIGITS[] = "0123456789";
-    char copy[64] = "";
-    size_t length = 0;
-    while (p->at + length < p->end && (isdigit((unsigned char)p->at[length]) || memchr("+-.eE", p->at[length], 5))) length++;
-    if (length >= sizeof copy) return json_fail(p, "a number of more than 63 characters");
-    memcpy(copy, p->at, length);
+    char copy[65] = "";
+    memcpy(copy, p->at, MIN((size_t)(p->end - p->at), sizeof copy - 1));
     char *s = copy + (*copy == '-');
     size_t n = strspn(s, DIGITS);
     if (n == 0 || (n > 1 && *s == '0')) return json_fail(p, "a value was expected");
@@ -544,6 +511,7 @@ static bool json_number(struct JsonParser *p, double *out)
         if (n == 0) return json_fail(p, "a number without its exponent");
         s += n;
     }
+    if (s == copy + sizeof copy - 1) return json_fail(p, "a number of more than 63 characters");
     *s = 0;
     *out = strtod(copy, NULL);
     p->at += s - copy;
@@ -553,8 +521,7 @@ static bool json_number(struct JsonParser *p, double *out)
 static struct Json *json_value(struct JsonParser *p);
 
 /* The inside of [...] or {...}; p->at stands behind the opening bracket. */
-static struct Json *json_container(struct JsonParser *p, struct Json *node, char close)
-{
+static struct Json *json_container(struct JsonParser *p, struct Json *node, char close) {
     struct Json **tail = &node->child;
     json_space(p);
     if (p->at < p->end && *p->at == close) { p->at++; return node; }
@@ -580,8 +547,7 @@ static struct Json *json_container(struct JsonParser *p, struct Json *node, char
     }
 }
 
-static struct Json *json_value(struct JsonParser *p)
-{
+static struct Json *json_value(struct JsonParser *p) {
     json_space(p);
     if (p->at >= p->end) return json_fail(p, "it ends where a value was expected");
     struct Json *node = arena_zeros(p->arena, 1, sizeof *node);
@@ -602,8 +568,7 @@ static struct Json *json_value(struct JsonParser *p)
 }
 
 /* One JSON value and nothing behind it. On a mistake NULL, *error says what, *where the byte. */
-static struct Json *json_parse(struct Arena *arena, struct Text text, const char **error, size_t *where)
-{
+static struct Json *json_parse(struct Arena *arena, struct Text text, const char **error, size_t *where) {
     struct JsonParser p = {arena, text.data, text.data + text.length, NULL, 0};
     struct Json *value = json_value(&p);
     json_space(&p);
@@ -613,8 +578,7 @@ static struct Json *json_parse(struct Arena *arena, struct Text text, const char
     return value;
 }
 
-static struct Json *json_read_file(struct Arena *arena, const char *path)
-{
+static struct Json *json_read_file(struct Arena *arena, const char *path) {
     const char *error;
     size_t where;
     struct Json *json = json_parse(arena, read_file(arena, path), &error, &where);
@@ -623,8 +587,7 @@ static struct Json *json_read_file(struct Arena *arena, const char *path)
     return json;
 }
 
-static struct Json *json_get(const struct Json *object, const char *key)
-{
+static struct Json *json_get(const struct Json *object, const char *key) {
     size_t length = strlen(key);
     if (!object || object->type != JSON_OBJECT) return NULL;
     for (struct Json *item = object->child; item; item = item->next)
@@ -632,22 +595,19 @@ static struct Json *json_get(const struct Json *object, const char *key)
     return NULL;
 }
 
-static bool json_is_string(const struct Json *json, const char *string)
-{
+static bool json_is_string(const struct Json *json, const char *string) {
     return json && json->type == JSON_STRING && json->string.length == strlen(string) && !memcmp(json->string.data, string, json->string.length);
 }
 
 /* A whole number from 0 to max; anything else is an error that names the place. */
-static size_t json_size(const struct Json *json, size_t max, const char *path, const char *name)
-{
+static size_t json_size(const struct Json *json, size_t max, const char *path, const char *name) {
     CHECK(json && json->type == JSON_NUMBER && json->number >= 0 && json->number <= (double)max && json->number == floor(json->number),
           "%s: \"%s\" must be a whole number from 0 to %zu", path, name, max);
     return (size_t)json->number;
 }
 
 /* Length of the UTF-8 character that starts at text[i], its code point in *code; 0 if it is not valid. */
-static size_t utf8_read(const unsigned char *text, size_t n, uint32_t *code)
-{
+static size_t utf8_read(const unsigned char *text, size_t n, uint32_t *code) {
     static const uint32_t least[5] = {0, 0, 0x80, 0x800, 0x10000};          /* below: an overlong form */
     unsigned char c = text[0];
     *code = c;
@@ -664,8 +624,7 @@ static size_t utf8_read(const unsigned char *text, size_t n, uint32_t *code)
 }
 
 /* A model can write half a character; JSON is UTF-8, so such bytes become U+FFFD. */
-static void json_write_string(FILE *file, struct Text text)
-{
+static void json_write_string(FILE *file, struct Text text) {
     fputc('"', file);
     for (size_t i = 0, length; i < text.length; i += length) {
         uint32_t c;
@@ -683,8 +642,7 @@ static void json_write_string(FILE *file, struct Text text)
 
 /* JSON has no NaN; Python's json.load reads null as None. 9 digits bring any float back bit for bit.
  * The text stays until the eighth call from here: enough for one printf. */
-static const char *json_number_text(double x)
-{
+static const char *json_number_text(double x) {
     static char texts[8][32];
     static size_t next;
     char *text = texts[next++ % COUNT(texts)];
@@ -692,22 +650,16 @@ static const char *json_number_text(double x)
     return isfinite(x) ? text : "null";
 }
 
-static void json_write_number(FILE *file, double x) { fputs(json_number_text(x), file); }
 
-static void json_write_ids(FILE *file, const int *ids, size_t n)
-{
+static void json_write_ids(FILE *file, const int *ids, size_t n) {
     fputc('[', file);
     for (size_t i = 0; i < n; i++) fprintf(file, "%s%d", i ? ", " : "", ids[i]);
     fputc(']', file);
 }
 
-static void json_write_floats(FILE *file, const float *x, size_t n)
-{
+static void json_write_floats(FILE *file, const float *x, size_t n) {
     fputc('[', file);
-    for (size_t i = 0; i < n; i++) {
-        if (i) fputs(", ", file);
-        json_write_number(file, x[i]);
-    }
+    for (size_t i = 0; i < n; i++) fprintf(file, "%s%s", i ? ", " : "", json_number_text(x[i]));
     fputc(']', file);
 }
 
@@ -729,8 +681,7 @@ static inline float float_of_bits(uint32_t bits) { float x; memcpy(&x, &bits, 4)
  * of exponent (bias 15) and 10 of fraction, and below 2^-14 the fraction counts without its leading 1. */
 static float float_of_bf16(uint16_t half) { return float_of_bits((uint32_t)half << 16); }
 
-static float float_of_f16(uint16_t half)
-{
+static float float_of_f16(uint16_t half) {
     int exponent = half >> 10 & 31, fraction = half & 1023;
     float magnitude = exponent == 0 ? ldexpf((float)fraction, -24)
                     : exponent == 31 ? (fraction ? NAN : INFINITY)
@@ -742,8 +693,7 @@ static float float_of_f16(uint16_t half)
  * then the numbers. Tensors are read one by one, straight to where they are needed. */
 struct SafeTensors { FILE *file; char *path; struct Json *header; uint64_t data_start, data_size; };
 
-static struct SafeTensors safetensors_open(struct Arena *arena, const char *path)
-{
+static struct SafeTensors safetensors_open(struct Arena *arena, const char *path) {
     struct SafeTensors st = {.path = arena_printf(arena, "%s", path)};
     CHECK(!is_folder(path), "%s: is a folder, a file was expected", path);
     st.file = fopen(path, "rb");
@@ -767,8 +717,7 @@ static struct SafeTensors safetensors_open(struct Arena *arena, const char *path
     return st;
 }
 
-static void safetensors_convert(float *to, const unsigned char *from, size_t n, const char *dtype)
-{
+static void safetensors_convert(float *to, const unsigned char *from, size_t n, const char *dtype) {
     if (strcmp(dtype, "F32") == 0) { memcpy(to, from, n * 4); return; }
     bool bf16 = strcmp(dtype, "BF16") == 0;
     for (size_t i = 0; i < n; i++) {
@@ -778,8 +727,7 @@ static void safetensors_convert(float *to, const unsigned char *from, size_t n, 
 }
 
 /* Reads one entry of the header into a tensor of ours, whose shape decides. */
-static void safetensors_read(struct SafeTensors *st, const struct Json *entry, struct Tensor *tensor)
-{
+static void safetensors_read(struct SafeTensors *st, const struct Json *entry, struct Tensor *tensor) {
     const struct Json *dtype = json_get(entry, "dtype"), *shape = json_get(entry, "shape"), *offsets = json_get(entry, "data_offsets");
     CHECK(dtype && dtype->type == JSON_STRING && shape && shape->type == JSON_ARRAY && offsets && offsets->type == JSON_ARRAY && offsets->child && offsets->child->next,
           "%s: tensor %s lacks dtype, shape or data_offsets", st->path, tensor->name);
@@ -794,7 +742,7 @@ static void safetensors_read(struct SafeTensors *st, const struct Json *entry, s
         same = same && dims < tensor->ndim && size == (double)tensor->shape[dims];
         if (used < 60) used += (size_t)snprintf(found + used, sizeof found - used, "%s%.0f", dims ? ", " : "", size);
     }
-    CHECK(same && dims == tensor->ndim, "%s: tensor %s: expected shape [%zu%s%.0zu], found [%s]; is config.json this model's?",
+    CHECK(same && dims == tensor->ndim, "%s: tensor %s: expected shape [%zu%s%.0zu], found [%s]; is the folder's config this file's?",
           st->path, tensor->name, tensor->shape[0], tensor->ndim == 2 ? ", " : "", tensor->shape[1], found);
     size_t begin = json_size(offsets->child, SIZE_MAX / 4, st->path, "data_offsets");
     size_t end = json_size(offsets->child->next, SIZE_MAX / 4, st->path, "data_offsets");
@@ -814,8 +762,7 @@ static void safetensors_read(struct SafeTensors *st, const struct Json *entry, s
 static bool tensor_is_head(const struct Tensor *t) { return strncmp(t->name, "score.", 6) == 0 || strncmp(t->name, "v_head.", 7) == 0; }
 
 /* Writes tensors as F32, names prefixed, header padded to 8 bytes as the format asks. */
-static void safetensors_write(const char *folder, const char *name, struct Tensor **tensors, size_t count, const char *prefix)
-{
+static void safetensors_write(const char *folder, const char *name, struct Tensor **tensors, size_t count, const char *prefix) {
     struct Arena arena = {0};
     size_t capacity = 256 + count * 256, used = 0, offset = 0;
     char *header = arena_alloc(&arena, capacity, 1);
@@ -865,38 +812,33 @@ struct Tokenizer {
     int *merge_id;                  /* (MERGE_SLOTS) hash table: a pair -> the id it makes; -1: an empty slot */
 };
 
-static size_t merge_slot(const struct Tokenizer *tok, uint32_t pair)
-{
+static size_t merge_slot(const struct Tokenizer *tok, uint32_t pair) {
     size_t slot = (pair * 2654435761u) >> 15;        /* Knuth's multiplicative hash, upper 17 bits */
     while (tok->merge_id[slot] >= 0 && tok->merge_pair[tok->merge_id[slot] - BYTE_TOKENS] != pair) slot = (slot + 1) % MERGE_SLOTS;
     return slot;
 }
 
 /* The id that two neighbours make together, or -1. */
-static int tokenizer_merge(const struct Tokenizer *tok, int left, int right)
-{
+static int tokenizer_merge(const struct Tokenizer *tok, int left, int right) {
     return tok->merge_id[merge_slot(tok, (uint32_t)left | (uint32_t)right << 16)];
 }
 
 /* A cursor over a binary file that refuses to leave it. */
 struct Reader { const unsigned char *at, *end; const char *path; };
 
-static const unsigned char *reader_take(struct Reader *r, size_t n, const char *what)
-{
+static const unsigned char *reader_take(struct Reader *r, size_t n, const char *what) {
     CHECK((size_t)(r->end - r->at) >= n, "%s: ends inside its %s; make it again: python3 prepare_imdb.py tokenizer --source DIR (with encoder.json, vocab.bpe)", r->path, what);
     const unsigned char *start = r->at;
     r->at += n;
     return start;
 }
 
-static uint32_t reader_u32(struct Reader *r, const char *what)
-{
+static uint32_t reader_u32(struct Reader *r, const char *what) {
     const unsigned char *b = reader_take(r, 4, what);
     return b[0] | (uint32_t)b[1] << 8 | (uint32_t)b[2] << 16 | (uint32_t)b[3] << 24;
 }
 
-static void tokenizer_read_merges(struct Tokenizer *tok, struct Reader *r)
-{
+static void tokenizer_read_merges(struct Tokenizer *tok, struct Reader *r) {
     tok->merges = reader_u32(r, "merges");
     CHECK(tok->merges + BYTE_TOKENS + 1 == tok->vocab_size, "%s: %zu merges do not make a vocabulary of %zu", r->path, tok->merges, tok->vocab_size);
     tok->merge_pair = arena_alloc(&tok->arena, tok->merges, sizeof *tok->merge_pair);
@@ -913,8 +855,7 @@ static void tokenizer_read_merges(struct Tokenizer *tok, struct Reader *r)
 
 /* tokenizer.bin: llm.c's layout (header, then each token as a length byte and its bytes), followed
  * by what an encoder needs: the merges, and Unicode's letters, numbers and spaces as ranges. */
-static struct Tokenizer *tokenizer_load(const char *path)
-{
+static struct Tokenizer *tokenizer_load(const char *path) {
     struct Tokenizer *tok = calloc(1, sizeof *tok);
     CHECK(tok, "out of memory");
     tok->path = arena_printf(&tok->arena, "%s", path);
@@ -949,8 +890,7 @@ static struct Tokenizer *tokenizer_load(const char *path)
     return tok;
 }
 
-static void tokenizer_free(struct Tokenizer *tok)
-{
+static void tokenizer_free(struct Tokenizer *tok) {
     arena_free(&tok->arena);
     free(tok);
 }
@@ -960,8 +900,7 @@ static int end_token_of(size_t vocab_size) { return (int)MIN(vocab_size, (size_t
 
 /* Class and length of the character at text[i]. A byte that is no valid UTF-8 counts as a character
  * of class "other": it is kept, byte for byte. */
-static enum CharClass char_class_at(const struct Tokenizer *tok, const unsigned char *text, size_t i, size_t n, size_t *length)
-{
+static enum CharClass char_class_at(const struct Tokenizer *tok, const unsigned char *text, size_t i, size_t n, size_t *length) {
     uint32_t code;
     *length = utf8_read(text + i, n - i, &code);
     if (*length > 0) return (enum CharClass)tok->char_class[code];
@@ -973,8 +912,7 @@ static enum CharClass char_class_at(const struct Tokenizer *tok, const unsigned 
  *     's|'t|'re|'ve|'m|'ll|'d | ?\p{L}+ | ?\p{N}+ | ?[^\s\p{L}\p{N}]+ | \s+(?!\S) | \s+
  * By hand: "I'm  42!" -> "I", "'m", " ", " 42", "!".  \s+(?!\S) leaves a run's last space to the word
  * behind it.                                                              test: tokenizer_words */
-static size_t tokenizer_word_end(const struct Tokenizer *tok, const unsigned char *text, size_t i, size_t n)
-{
+static size_t tokenizer_word_end(const struct Tokenizer *tok, const unsigned char *text, size_t i, size_t n) {
     static const char *const contractions[] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
     for (size_t k = 0; k < COUNT(contractions) && text[i] == '\''; k++) {
         size_t length = strlen(contractions[k]);
@@ -1003,15 +941,13 @@ static size_t tokenizer_word_end(const struct Tokenizer *tok, const unsigned cha
 struct Piece { int id; int32_t prev, next; };             /* id -1: merged into its left neighbour; prev, next -1: none */
 struct WordPieces { struct Piece *piece; uint64_t *heap; size_t heap_size, capacity; };       /* heap: merged id << 32 | left piece */
 
-static void heap_push(struct WordPieces *w, uint64_t entry)
-{
+static void heap_push(struct WordPieces *w, uint64_t entry) {
     size_t i = w->heap_size++;
     for (; i > 0 && entry < w->heap[(i - 1) / 2]; i = (i - 1) / 2) w->heap[i] = w->heap[(i - 1) / 2];
     w->heap[i] = entry;
 }
 
-static uint64_t heap_pop(struct WordPieces *w)
-{
+static uint64_t heap_pop(struct WordPieces *w) {
     uint64_t top = w->heap[0], last = w->heap[--w->heap_size];
     size_t i = 0, n = w->heap_size;
     for (size_t child; (child = 2 * i + 1) < n; i = child) {
@@ -1024,15 +960,13 @@ static uint64_t heap_pop(struct WordPieces *w)
 }
 
 /* Offers the pair (at, next of at), unless its merge is outside the vocabulary. */
-static void pieces_offer(const struct Tokenizer *tok, struct WordPieces *w, int32_t at, int merge_limit)
-{
+static void pieces_offer(const struct Tokenizer *tok, struct WordPieces *w, int32_t at, int merge_limit) {
     if (at < 0 || w->piece[at].next < 0) return;
     int id = tokenizer_merge(tok, w->piece[at].id, w->piece[w->piece[at].next].id);
     if (id >= 0 && id < merge_limit) heap_push(w, (uint64_t)id << 32 | (uint32_t)at);
 }
 
-static size_t tokenizer_encode_word(const struct Tokenizer *tok, struct WordPieces *w, const unsigned char *word, size_t n, int merge_limit, int *out)
-{
+static size_t tokenizer_encode_word(const struct Tokenizer *tok, struct WordPieces *w, const unsigned char *word, size_t n, int merge_limit, int *out) {
     struct Piece *piece = w->piece;
     for (size_t i = 0; i < n; i++) piece[i] = (struct Piece){tok->byte_token[word[i]], (int32_t)i - 1, i + 1 < n ? (int32_t)i + 1 : -1};
     w->heap_size = 0;
@@ -1058,8 +992,7 @@ static size_t tokenizer_encode_word(const struct Tokenizer *tok, struct WordPiec
  * in   text: n bytes, valid UTF-8 or not; vocab_size: V of the model, ids 0 .. V-2 are used
  * out  ids: room for n of them (a token is at least a byte); returns how many
  * "<|endoftext|>" inside a text is ordinary text: data cannot forge an end.   test: tokenizer_* */
-static size_t tokenizer_encode(const struct Tokenizer *tok, struct Text text, size_t vocab_size, int *ids)
-{
+static size_t tokenizer_encode(const struct Tokenizer *tok, struct Text text, size_t vocab_size, int *ids) {
     const unsigned char *bytes = (const unsigned char *)text.data;
     int merge_limit = end_token_of(vocab_size);
     struct WordPieces w = {0};
@@ -1082,15 +1015,13 @@ static size_t tokenizer_encode(const struct Tokenizer *tok, struct Text text, si
 }
 
 /* The bytes of one id in a model of V ids. */
-static struct Text tokenizer_decode(const struct Tokenizer *tok, int id, size_t vocab_size)
-{
+static struct Text tokenizer_decode(const struct Tokenizer *tok, int id, size_t vocab_size) {
     if (id == end_token_of(vocab_size)) id = tok->end_token;
     if (id < 0 || (size_t)id >= tok->vocab_size) return text_of("");        /* the unused ids of a padded vocabulary */
     return tok->token[id];
 }
 
-static struct Text tokenizer_decode_all(const struct Tokenizer *tok, struct Arena *arena, const int *ids, size_t n, size_t vocab_size)
-{
+static struct Text tokenizer_decode_all(const struct Tokenizer *tok, struct Arena *arena, const int *ids, size_t n, size_t vocab_size) {
     size_t length = 0;
     for (size_t i = 0; i < n; i++) length += tokenizer_decode(tok, ids[i], vocab_size).length;
     char *text = arena_alloc(arena, length + 1, 1), *to = text;
@@ -1104,15 +1035,13 @@ static struct Text tokenizer_decode_all(const struct Tokenizer *tok, struct Aren
 }
 
 /* GPT-2's files show each byte as a printable character: itself if it is one, else 256, 257 ... */
-static uint32_t byte_to_unicode(uint32_t byte)
-{
+static uint32_t byte_to_unicode(uint32_t byte) {
     if (byte <= ' ') return 256 + byte;                                        /* the first 33 */
     if (byte >= 0x7f && byte <= 0xa0) return 256 + 33 + (byte - 0x7f);         /* 34 more */
     return byte == 0xad ? 256 + 33 + 34 : byte;                                /* the soft hyphen */
 }
 
-static struct Text token_as_unicode(struct Arena *arena, struct Text token)
-{
+static struct Text token_as_unicode(struct Arena *arena, struct Text token) {
     char *text = arena_alloc(arena, token.length * 2 + 1, 1), *to = text;
     for (size_t i = 0; i < token.length; i++) to += utf8_write(to, byte_to_unicode((unsigned char)token.data[i]));
     *to = 0;
@@ -1120,8 +1049,7 @@ static struct Text token_as_unicode(struct Arena *arena, struct Text token)
 }
 
 /* vocab.json, merges.txt and tokenizer_config.json: what AutoTokenizer looks for beside a model. */
-static void tokenizer_save(const struct Tokenizer *tok, const char *folder, size_t vocab_size)
-{
+static void tokenizer_save(const struct Tokenizer *tok, const char *folder, size_t vocab_size, size_t n_positions) {
     struct Arena arena = {0};
     size_t end = (size_t)end_token_of(vocab_size);
     struct Output out;
@@ -1142,15 +1070,14 @@ static void tokenizer_save(const struct Tokenizer *tok, const char *folder, size
     }
     output_close(&out);
     output_open(&out, folder, "tokenizer_config.json");
-    fputs("{\n  \"add_prefix_space\": false,\n  \"bos_token\": \"<|endoftext|>\",\n  \"eos_token\": \"<|endoftext|>\",\n"
-          "  \"pad_token\": \"<|endoftext|>\",\n  \"tokenizer_class\": \"GPT2Tokenizer\",\n  \"unk_token\": \"<|endoftext|>\"\n}\n", out.file);
+    fprintf(out.file, "{\n  \"add_prefix_space\": false,\n  \"bos_token\": \"<|endoftext|>\",\n  \"eos_token\": \"<|endoftext|>\",\n  \"model_max_length\": %zu,\n"
+          "  \"pad_token\": \"<|endoftext|>\",\n  \"tokenizer_class\": \"GPT2Tokenizer\",\n  \"unk_token\": \"<|endoftext|>\"\n}\n", n_positions);
     output_close(&out);
     arena_free(&arena);
 }
 
 /* A model folder may bring its own vocabulary: refuse one whose ids mean other tokens than ours. */
-static void tokenizer_check_folder(const struct Tokenizer *tok, const char *folder, size_t vocab_size)
-{
+static void tokenizer_check_folder(const struct Tokenizer *tok, const char *folder, size_t vocab_size) {
     struct Arena arena = {0};
     char *path = arena_printf(&arena, "%s/vocab.json", folder);
     struct Json *vocab = file_exists(path) ? json_read_file(&arena, path) : NULL;
@@ -1196,16 +1123,20 @@ struct Row {
 
 struct Dataset { struct Arena arena; struct Row *rows; size_t n, capacity; unsigned shape; char *path; };
 
-static const char *shape_name(struct Arena *arena, unsigned shape)
-{
+static const char *shape_name(struct Arena *arena, unsigned shape) {
     char *name = arena_printf(arena, "%s", "");
     for (size_t i = 0; i < COUNT(FIELD_NAMES); i++)
         if (shape >> i & 1) name = arena_printf(arena, "%s%s\"%s\"", name, *name ? " + " : "", FIELD_NAMES[i]);
     return name;
 }
 
-static int *json_ids(struct Arena *arena, const struct Json *array, size_t *count, const char *path, size_t line)
-{
+static const char *shape_names(struct Arena *arena, const unsigned *shapes, size_t count) {
+    const char *names = shape_name(arena, shapes[0]);
+    for (size_t i = 1; i < count; i++) names = arena_printf(arena, "%s, or %s", names, shape_name(arena, shapes[i]));
+    return names;
+}
+
+static int *json_ids(struct Arena *arena, const struct Json *array, size_t *count, const char *path, size_t line) {
     size_t n = 0;
     for (struct Json *item = array->child; item; item = item->next, n++)
         CHECK(item->type == JSON_NUMBER && item->number >= 0 && item->number < 1 << 24 && item->number == floor(item->number), "%s:%zu: \"%s\" must hold token ids", path, line, array->key.data);
@@ -1217,8 +1148,7 @@ static int *json_ids(struct Arena *arena, const struct Json *array, size_t *coun
 }
 
 /* One line of JSON into a row; fields that we do not know are ignored. */
-static struct Row dataset_row(struct Arena *keep, struct Arena *scratch, struct Text line_text, const char *path, size_t line)
-{
+static struct Row dataset_row(struct Arena *keep, struct Arena *scratch, struct Text line_text, const char *path, size_t line) {
     const char *error;
     size_t where;
     struct Json *json = json_parse(scratch, line_text, &error, &where);
@@ -1252,8 +1182,7 @@ static struct Row dataset_row(struct Arena *keep, struct Arena *scratch, struct 
 
 /* Appends a file's rows. The first row's shape, of those the caller can use, holds for all. A file whose first
  * row has none of the shapes is an error, or, if `optional`, left out. */
-static void dataset_add_file(struct Dataset *data, const char *path, const unsigned *shapes, size_t shape_count, bool optional)
-{
+static void dataset_add_file(struct Dataset *data, const char *path, const unsigned *shapes, size_t shape_count, bool optional) {
     struct Arena scratch = {0};
     struct Text file = read_file(&scratch, path);
     struct Arena line_arena = {0};
@@ -1271,8 +1200,8 @@ static void dataset_add_file(struct Dataset *data, const char *path, const unsig
         for (size_t i = 0; i < shape_count && !data->shape; i++) if ((row.has & shapes[i]) == shapes[i]) data->shape = shapes[i];
         if (!data->shape || (row.has & data->shape) != data->shape) {
             if (optional && first_row) break;
-            const char *wanted = shape_name(&scratch, data->shape ? data->shape : shapes[0]), *found = shape_name(&scratch, row.has);
-            die("%s:%zu: expected %s%s, found %s", path, line, wanted, data->shape || shape_count == 1 ? "" : " (or another shape this command takes: see --help)", *found ? found : "no field that is known");
+            const char *wanted = data->shape ? shape_name(&scratch, data->shape) : shape_names(&scratch, shapes, shape_count), *found = shape_name(&scratch, row.has);
+            die("%s:%zu: expected %s, found %s", path, line, wanted, *found ? found : "no field that is known");
         }
         if (data->n == data->capacity) {
             data->capacity = data->capacity ? 2 * data->capacity : 256;
@@ -1291,8 +1220,7 @@ static int compare_strings(const void *a, const void *b) { return strcmp(*(char 
 /* dataset_load -- a JSON Lines file, or a folder of them.          [glossary: Conjunto de dados]
  * shapes: what the caller can use, best first. A folder stands for its *.jsonl of the first shape
  * that any of them has; files named test*.jsonl are left for evaluation. */
-static struct Dataset *dataset_load(const char *path, const unsigned *shapes, size_t shape_count)
-{
+static struct Dataset *dataset_load(const char *path, const unsigned *shapes, size_t shape_count) {
     struct Dataset *data = calloc(1, sizeof *data);
     CHECK(data, "out of memory");
     data->path = arena_printf(&data->arena, "%s", path);
@@ -1302,9 +1230,10 @@ static struct Dataset *dataset_load(const char *path, const unsigned *shapes, si
         size_t count = 0;
         DIR *folder = opendir(path);
         CHECK(folder, "%s: %s", path, strerror(errno));
-        for (struct dirent *entry; (entry = readdir(folder)) && count < COUNT(files);) {
+        for (struct dirent *entry; (entry = readdir(folder));) {
             size_t length = strlen(entry->d_name);
             bool wanted = length > 6 && strcmp(entry->d_name + length - 6, ".jsonl") == 0 && strncmp(entry->d_name, "test", 4) != 0 && entry->d_name[0] != '.';
+            CHECK(!wanted || count < COUNT(files), "%s: more than %zu .jsonl files; join them: cat %s/*.jsonl > all.jsonl", path, COUNT(files), path);
             if (wanted) files[count++] = arena_printf(&data->arena, "%s/%s", path, entry->d_name);
         }
         closedir(folder);
@@ -1312,12 +1241,11 @@ static struct Dataset *dataset_load(const char *path, const unsigned *shapes, si
         for (size_t s = 0; s < shape_count && !data->shape; s++)
             for (size_t i = 0; i < count; i++) dataset_add_file(data, files[i], data->shape ? &data->shape : &shapes[s], 1, true);
     }
-    CHECK(data->n > 0, "%s: no row with %s was found", path, shape_name(&data->arena, shapes[0]));
+    CHECK(data->n > 0, "%s: no row with %s was found", path, shape_names(&data->arena, shapes, shape_count));
     return data;
 }
 
-static void dataset_free(struct Dataset *data)
-{
+static void dataset_free(struct Dataset *data) {
     if (!data) return;
     arena_free(&data->arena);
     free(data->rows);
@@ -1327,8 +1255,7 @@ static void dataset_free(struct Dataset *data)
 /* Token ids of one training sequence; the first prompt_length of them are given, not learnt. */
 struct Example { int *ids; size_t n, prompt_length; };
 
-static struct Example example_encode(struct Arena *arena, const struct Tokenizer *tok, struct Text text, size_t vocab_size, bool add_end)
-{
+static struct Example example_encode(struct Arena *arena, const struct Tokenizer *tok, struct Text text, size_t vocab_size, bool add_end) {
     struct Example e = {0};
     int *ids = malloc((text.length + 1) * sizeof *ids);
     CHECK(ids, "out of memory for a text of %zu bytes", text.length);
@@ -1344,8 +1271,7 @@ static struct Example example_encode(struct Arena *arena, const struct Tokenizer
 /* Prompt + completion as TRL prepares them: the whole is encoded at once, with the end token behind
  * it, and the completion starts where the ids stop to be the prompt's own. A merge across the seam
  * so moves the split to the left. */
-static struct Example example_prompt_completion(struct Arena *arena, const struct Tokenizer *tok, struct Text prompt, struct Text completion, size_t vocab_size)
-{
+static struct Example example_prompt_completion(struct Arena *arena, const struct Tokenizer *tok, struct Text prompt, struct Text completion, size_t vocab_size) {
     struct Arena scratch = {0};
     struct Example alone = example_encode(&scratch, tok, prompt, vocab_size, false);
     struct Example whole = example_encode(arena, tok, text_join(&scratch, prompt, completion), vocab_size, true);
@@ -1358,8 +1284,7 @@ static struct Example example_prompt_completion(struct Arena *arena, const struc
 /* Texts that share a beginning but have no prompt of their own: the longest common prefix of whole
  * characters is the prompt, less a space at its end, so that completions start with the space.
  * By hand: "It is good", "It is bad" -> prompt "It is", completions " good" and " bad". */
-static void split_implicit_prompt(struct Row *row)
-{
+static void split_implicit_prompt(struct Row *row) {
     size_t n = 0;
     while (n < row->chosen.length && n < row->rejected.length && row->chosen.data[n] == row->rejected.data[n]) n++;
     while (n > 0 && ((unsigned char)(n < row->chosen.length ? row->chosen.data[n] : 0) & 0xc0) == 0x80) n--;
@@ -1393,8 +1318,7 @@ struct Batch {
  * By hand: ids [5 6 7 8] with a prompt of 2: rows 1 and 2, targets 7 and 8.     test: collate */
 enum LastToken { SKIP_LAST, READ_LAST };
 
-static struct Batch collate(struct Arena *arena, const struct Example *const *examples, size_t B, enum LastToken last)
-{
+static struct Batch collate(struct Arena *arena, const struct Example *const *examples, size_t B, enum LastToken last) {
     size_t tokens = 0, N = 0, at = 0;
     for (size_t b = 0; b < B; b++) {
         tokens += examples[b]->n;
@@ -1425,8 +1349,7 @@ static struct Batch collate(struct Arena *arena, const struct Example *const *ex
 }
 
 /* Tokens t0..t1-1 of an example become a batch's next rows. */
-static void batch_append(struct Batch *batch, const struct Example *e, size_t t0, size_t t1)
-{
+static void batch_append(struct Batch *batch, const struct Example *e, size_t t0, size_t t1) {
     for (size_t t = t0; t < t1; t++, batch->N++) {
         batch->ids[batch->N] = e->ids[t];
         batch->position[batch->N] = (int)t;
@@ -1438,8 +1361,7 @@ static void batch_append(struct Batch *batch, const struct Example *e, size_t t0
  * rejected answer's rows see the prompt and themselves. It pays where the rows saved, 24 C^2 multiplications
  * a layer, outweigh the scores that are computed and thrown away, 4 C each. Targets come in the order of the examples.
  * By hand: prompt 2, answers of 3 and 4 tokens: rows 2+2 and 3 instead of 4 + 5.        test: collate_pairs */
-static struct Batch collate_pairs(struct Arena *arena, const struct Example *const *examples, size_t B, size_t C)
-{
+static struct Batch collate_pairs(struct Arena *arena, const struct Example *const *examples, size_t B, size_t C) {
     struct Batch batch = collate(arena, examples, 2 * B, SKIP_LAST);        /* the targets stay, the rows are laid out anew */
     size_t *length = arena_alloc(arena, 2 * B, sizeof *length);
     for (size_t b = 0; b < 2 * B; b++) length[b] = batch.start[b + 1] - batch.start[b];
@@ -1473,8 +1395,7 @@ static struct Batch collate_pairs(struct Arena *arena, const struct Example *con
  * The lab's LengthSampler(2, 8) so gives 2 to 7. Varying lengths keep the model from learning one. */
 struct LengthSampler { size_t min_value, max_value; };
 
-static size_t length_sampler(const struct LengthSampler *sampler, struct Rng *rng)
-{
+static size_t length_sampler(const struct LengthSampler *sampler, struct Rng *rng) {
     return sampler->min_value + rng_below(rng, sampler->max_value - sampler->min_value);
 }
 
@@ -1484,8 +1405,7 @@ static size_t length_sampler(const struct LengthSampler *sampler, struct Rng *rn
  * for 32 forward passes. By hand: ratings 2, 0, 0.5 with difference 1 -> (0,1), (0,2). */
 struct Pair { size_t chosen, rejected; double margin; };
 
-static size_t pairs_from_ratings(const double *rating, size_t n, double min_difference, struct Pair *pairs)
-{
+static size_t pairs_from_ratings(const double *rating, size_t n, double min_difference, struct Pair *pairs) {
     size_t count = 0;
     for (size_t i = 0; i < n; i++)
         for (size_t j = i + 1; j < n; j++) {
@@ -1519,8 +1439,7 @@ static size_t pairs_from_ratings(const double *rating, size_t n, double min_diff
  * to r^7/7!. Relative error below 2e-7 for |x| <= 87 (test: exp_fast); below -87 it is 0, above 87 it
  * stays e^87. Comparisons are made on the bits of |x|, as whole numbers: for floats the order is the
  * same, and compilers keep comparisons of floats as branches, lest a NaN raise a trap. */
-static inline float exp_fast(float x)
-{
+static inline float exp_fast(float x) {
     uint32_t sign = bits_of_float(x) & 0x80000000u;
     int32_t size = (int32_t)(bits_of_float(x) & 0x7fffffffu), limit = 0x42ae0000;       /* 87.0 */
     float clamped = float_of_bits((uint32_t)(size < limit ? size : limit) | sign);
@@ -1536,8 +1455,7 @@ static inline float exp_fast(float x)
 /* The square root without libm's, which sets errno for negative numbers and so is a call a number: a first guess
  * of 1/sqrt(x) by halving the exponent, three Newton steps y (3 - x y^2)/2, and one for x y itself.
  * Relative error below 2e-7 for normal x; 0 -> 0.                                  test: sqrt_fast */
-static inline float sqrt_fast(float x)
-{
+static inline float sqrt_fast(float x) {
     float y = float_of_bits(0x5f375a86 - (bits_of_float(x) >> 1));
     y *= 1.5f - 0.5f * x * y * y;
     y *= 1.5f - 0.5f * x * y * y;
@@ -1553,8 +1471,7 @@ enum { LANES = 16 };
 /* A float's bits as a whole number of the same order (and back): negative ones have their magnitude inverted. */
 static inline int32_t order_key(int32_t bits) { return bits ^ (int32_t)((uint32_t)(bits >> 31) >> 1); }
 
-WIDE static float row_max(const float *x, size_t n)
-{
+WIDE static float row_max(const float *x, size_t n) {
     int32_t lane[LANES], most = INT32_MIN;
     size_t i = 0;
     for (size_t j = 0; j < LANES; j++) lane[j] = INT32_MIN;
@@ -1568,15 +1485,13 @@ WIDE static float row_max(const float *x, size_t n)
     return float_of_bits((uint32_t)order_key(most));
 }
 
-static inline float lane_sum(float lane[LANES])
-{
+static inline float lane_sum(float lane[LANES]) {
     for (size_t half = LANES / 2; half > 0; half /= 2)
         for (size_t j = 0; j < half; j++) lane[j] += lane[j + half];
     return lane[0];
 }
 
-WIDE static float row_sum(const float *x, size_t n)
-{
+WIDE static float row_sum(const float *x, size_t n) {
     float lane[LANES] = {0}, result = 0;
     size_t i = 0;
     for (; i + LANES <= n; i += LANES)
@@ -1585,8 +1500,7 @@ WIDE static float row_sum(const float *x, size_t n)
     return result + lane_sum(lane);
 }
 
-WIDE static float row_dot(const float *x, const float *y, size_t n)
-{
+WIDE static float row_dot(const float *x, const float *y, size_t n) {
     float lane[LANES] = {0}, result = 0;
     size_t i = 0;
     for (; i + LANES <= n; i += LANES)
@@ -1596,8 +1510,7 @@ WIDE static float row_dot(const float *x, const float *y, size_t n)
 }
 
 /* out[r] = x . y_r, r < rows <= 4, the rows y_r y_row apart: four sums under way at once, where one would wait for itself. */
-WIDE static void row_dot_4(float *out, const float *x, const float *y, size_t y_row, size_t n, size_t rows)
-{
+WIDE static void row_dot_4(float *out, const float *x, const float *y, size_t y_row, size_t n, size_t rows) {
     if (rows < 4) {
         for (size_t r = 0; r < rows; r++) out[r] = row_dot(x, y + r * y_row, n);
         return;
@@ -1625,16 +1538,14 @@ WIDE static void row_dot_4(float *out, const float *x, const float *y, size_t y_
 }
 
 /* y = e^(x - shift); returns the sum. */
-WIDE static float row_exp(float *y, const float *x, float shift, size_t n)
-{
+WIDE static float row_exp(float *y, const float *x, float shift, size_t n) {
     for (size_t i = 0; i < n; i++) y[i] = exp_fast(x[i] - shift);
     return row_sum(y, n);
 }
 
 /* sigmoid(x) = 1 / (1 + e^-x), the probability that goes with log-odds x.  [glossary: Função sigmoide]
  * By hand: 0 -> 0.5; 2 -> 0.8808.                                             test: sigmoid */
-static double sigmoid(double x)
-{
+static double sigmoid(double x) {
     double e = exp(-fabs(x));                       /* never overflows */
     return x >= 0 ? 1 / (1 + e) : e / (1 + e);
 }
@@ -1644,8 +1555,7 @@ static double sigmoid(double x)
 static double log_sigmoid(double x) { return MIN(x, 0) - log1p(exp(-fabs(x))); }
 
 /* argmax: not the largest value but where it stands; the first among equals. [glossary: Argmax/Argmin] */
-static size_t argmax(const float *x, size_t n)
-{
+static size_t argmax(const float *x, size_t n) {
     float largest = row_max(x, n);
     for (size_t i = 0; i < n; i++) if (x[i] == largest) return i;
     return 0;                                       /* NaN */
@@ -1654,8 +1564,7 @@ static size_t argmax(const float *x, size_t n)
 /* softmax -- logits to probabilities: p_i = e^(x_i - max) / sum_j e^(x_j - max).   [glossary: Função softmax]
  * in, out: x (n), in place. Subtracting the maximum changes nothing but keeps e^x from overflowing.
  * By hand: [0, ln 3] -> [0.25, 0.75].                                         test: softmax */
-static void softmax(float *x, size_t n)
-{
+static void softmax(float *x, size_t n) {
     float total = row_exp(x, x, row_max(x, n), n);
     float scale = 1.0f / total;
     for (size_t i = 0; i < n; i++) x[i] *= scale;
@@ -1663,8 +1572,7 @@ static void softmax(float *x, size_t n)
 
 /* log sum_i e^(x_i): what softmax divides by, as a logarithm: the log of the partition function of one token's
  * distribution.  [glossary: Função de partição] log softmax(x)_i = x_i - log_sum_exp(x). */
-static float log_sum_exp(const float *x, size_t n, float *scratch)
-{
+static float log_sum_exp(const float *x, size_t n, float *scratch) {
     float largest = row_max(x, n);
     return largest + logf(row_exp(scratch, x, largest, n));
 }
@@ -1672,8 +1580,7 @@ static float log_sum_exp(const float *x, size_t n, float *scratch)
 /* Entropy H(p) = -sum p log p of softmax(x): how undecided a distribution is, from 0 to log n nats.
  * With lse = log_sum_exp(x), log p_i = x_i - lse, so H = lse - sum p_i x_i.
  * By hand: two equal logits -> ln 2 = 0.6931.                                 test: entropy */
-static double entropy_of_logits(const float *logits, float lse, size_t n)
-{
+static double entropy_of_logits(const float *logits, float lse, size_t n) {
     double expected = 0;
     for (size_t i = 0; i < n; i++)
         if (logits[i] > -INFINITY) expected += (double)exp_fast(logits[i] - lse) * logits[i];     /* 0 log 0 = 0 */
@@ -1682,10 +1589,9 @@ static double entropy_of_logits(const float *logits, float lse, size_t n)
 
 /* kl_exact -- KL(p || q) = sum_i p_i (log p_i - log q_i), in nats.
  *                                             [glossary: Divergência de Kullback-Leibler (KL)]
- * in   logits of p and q (n) and their log_sum_exp. Zero only where both agree; never negative.
+ * in   logits of p and q (n) and their log_sum_exp. Zero only where both agree; never negative, rounding aside.
  * By hand: p = (1/2, 1/2), q = (1/4, 3/4) -> ln 2 / 2 + ln(2/3) / 2 = 0.1438.      test: kl */
-static double kl_exact(const float *p_logits, float p_lse, const float *q_logits, float q_lse, size_t n)
-{
+static double kl_exact(const float *p_logits, float p_lse, const float *q_logits, float q_lse, size_t n) {
     double kl = 0;
     for (size_t i = 0; i < n; i++) {
         float log_p = p_logits[i] - p_lse, log_q = q_logits[i] - q_lse;
@@ -1702,8 +1608,7 @@ static double kl_k3(double log_p, double log_q) { double d = log_q - log_p; retu
 /* Log-probability of a sequence, log pi(y|x) = sum_t log pi(y_t | x, y_<t): the course's omega, the
  * policy written out token by token. A product of hundreds of probabilities would be 0 in floating
  * point; the sum of their logarithms is exact enough.          [glossary: Função Omega (ω)] */
-static double sequence_logprob(const float *token_logprobs, size_t n)
-{
+static double sequence_logprob(const float *token_logprobs, size_t n) {
     double sum = 0;
     for (size_t t = 0; t < n; t++) sum += token_logprobs[t];
     return sum;
@@ -1744,8 +1649,7 @@ typedef float float4 __attribute__((vector_size(16))), float4_any __attribute__(
 typedef float float8 __attribute__((vector_size(32))), float8_any __attribute__((vector_size(32), aligned(4)));       /* AVX */
 typedef float float16 __attribute__((vector_size(64))), float16_any __attribute__((vector_size(64), aligned(4)));     /* AVX-512 */
 
-static void tile_4x8(size_t K, const float *a, const float *b, const float *start, size_t start_row, float *c, size_t c_row)
-{
+static void tile_4x8(size_t K, const float *a, const float *b, const float *start, size_t start_row, float *c, size_t c_row) {
     float4 sum[4][2];
     #pragma GCC unroll 4
     for (int i = 0; i < 4; i++)
@@ -1766,8 +1670,7 @@ static void tile_4x8(size_t K, const float *a, const float *b, const float *star
 #if defined(__GNUC__) && defined(__x86_64__)
 #define HAVE_X86_TILES 1
 /* 4 x 24: 12 of the 16 registers of AVX2 hold sums, 3 the columns of b, one the number of a. */
-__attribute__((target("avx2,fma"))) static void tile_4x24(size_t K, const float *a, const float *b, const float *start, size_t start_row, float *c, size_t c_row)
-{
+__attribute__((target("avx2,fma"))) static void tile_4x24(size_t K, const float *a, const float *b, const float *start, size_t start_row, float *c, size_t c_row) {
     float8 sum[4][3];
     #pragma GCC unroll 4
     for (int i = 0; i < 4; i++)
@@ -1786,8 +1689,7 @@ __attribute__((target("avx2,fma"))) static void tile_4x24(size_t K, const float 
 }
 
 /* 8 x 32: 16 of the 32 registers of AVX-512 hold sums. Larger tiles are not faster, and 8 divides more batches. */
-__attribute__((target("avx512f"))) static void tile_8x32(size_t K, const float *a, const float *b, const float *start, size_t start_row, float *c, size_t c_row)
-{
+__attribute__((target("avx512f"))) static void tile_8x32(size_t K, const float *a, const float *b, const float *start, size_t start_row, float *c, size_t c_row) {
     float16 sum[8][2];
     #pragma GCC unroll 8
     for (int i = 0; i < 8; i++)
@@ -1818,8 +1720,7 @@ static const struct Kernel KERNELS[] = {
 static const struct Kernel *kernel;      /* NULL: matmul_plain */
 
 /* The widest tile this processor has. ALIGN_KERNEL=0, 1 or 2 asks for a narrower one, "plain" for none. */
-static void kernel_choose(void)
-{
+static void kernel_choose(void) {
     int widest = 0;
 #ifdef HAVE_X86_TILES
     __builtin_cpu_init();
@@ -1833,8 +1734,7 @@ static void kernel_choose(void)
 
 /* Four lines of K consecutive numbers into four neighbouring columns of a panel: 4 x 4 at a time, transposed
  * in registers. shufflevector(x, y, ...) picks from the 8 numbers of x and y. */
-static inline __attribute__((always_inline)) void pack_4_lines(float *panel, const float *from, size_t line_stride, size_t K, size_t width)
-{
+static inline __attribute__((always_inline)) void pack_4_lines(float *panel, const float *from, size_t line_stride, size_t K, size_t width) {
     size_t k = 0;
 #if defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 12)
     for (; k + 4 <= K; k += 4, from += 4) {
@@ -1856,8 +1756,7 @@ static inline __attribute__((always_inline)) void pack_4_lines(float *panel, con
 /* Copies `n` <= width lines of K numbers into a panel: panel[k*width + i] = line i, step k. Missing
  * lines count as zeros, so that the tile needs no special case at the edge. What comes next is asked for
  * in advance: the lines are far apart, and the processor's own foresight ends at a page of memory. */
-WIDE static void pack_panel(float *panel, const float *from, size_t line_stride, size_t k_stride, size_t n, size_t K, size_t width)
-{
+WIDE static void pack_panel(float *panel, const float *from, size_t line_stride, size_t k_stride, size_t n, size_t K, size_t width) {
     size_t i = 0;
     if (n == width && line_stride == 1) {
         for (size_t k = 0; k < K; k++) {
@@ -1885,8 +1784,7 @@ static struct Matrix transposed(const float *data, size_t columns) { return (str
 
 /* One panel of B, packed, times the panels of A for rows m0..m1: `columns` columns of C from column n on. A tile that
  * sticks out of C is made aside and copied. C's next rows are asked for early where they are to be added to. */
-static void matmul_panel(float *c, size_t c_row, const float *start, size_t start_row, const float *pack_a, const float *panel, size_t m0, size_t m1, size_t columns, size_t K)
-{
+static void matmul_panel(float *c, size_t c_row, const float *start, size_t start_row, const float *pack_a, const float *panel, size_t m0, size_t m1, size_t columns, size_t K) {
     size_t MR = kernel->MR, NR = kernel->NR;
     _Alignas(64) float aside[TILE_MAX];
     for (size_t m = m0; m < m1; m += MR) {
@@ -1905,8 +1803,7 @@ static void matmul_panel(float *c, size_t c_row, const float *start, size_t star
 
 /* One block of rows and of K. A task is a panel of B and a stretch of rows: all of them, or fewer where the
  * panels alone would not occupy the threads. */
-static void matmul_block(float *c, size_t c_row, const float *start, size_t start_row, struct Matrix a, struct Matrix b, size_t M, size_t N, size_t K, float *pack_a)
-{
+static void matmul_block(float *c, size_t c_row, const float *start, size_t start_row, struct Matrix a, struct Matrix b, size_t M, size_t N, size_t K, float *pack_a) {
     size_t MR = kernel->MR, NR = kernel->NR, panels = (N + NR - 1) / NR, stretch = M;
 #ifdef _OPENMP
     bool parallel = (double)M * (double)N * (double)K > 2e5 && !omp_in_parallel();
@@ -1929,8 +1826,7 @@ static void matmul_block(float *c, size_t c_row, const float *start, size_t star
 }
 
 /* The definition, against which matmul is tested; ALIGN_KERNEL=plain runs everything on it. */
-static void matmul_plain(float *c, size_t c_row, const float *start, size_t start_row, struct Matrix a, struct Matrix b, size_t M, size_t N, size_t K)
-{
+static void matmul_plain(float *c, size_t c_row, const float *start, size_t start_row, struct Matrix a, struct Matrix b, size_t M, size_t N, size_t K) {
     for (size_t i = 0; i < M; i++)
         for (size_t j = 0; j < N; j++) {
             double sum = start ? start[i * start_row + j] : 0;
@@ -1942,8 +1838,7 @@ static void matmul_plain(float *c, size_t c_row, const float *start, size_t star
 /* matmul -- C (M,N) = start + A (M,K) B (K,N); C's rows are c_row apart, start's start_row: 0 adds one row, a
  * bias, to all; start = c adds to C; NULL is zero. Inside a parallel loop it runs on the calling thread alone.
  * By hand: [1 2; 3 4] [5; 6] = [17; 39].                        test: matmul, matmul_threads */
-static void matmul(float *c, size_t c_row, const float *start, size_t start_row, struct Matrix a, struct Matrix b, size_t M, size_t N, size_t K)
-{
+static void matmul(float *c, size_t c_row, const float *start, size_t start_row, struct Matrix a, struct Matrix b, size_t M, size_t N, size_t K) {
     if (!kernel || K == 0) {
         matmul_plain(c, c_row, start, start_row, a, b, M, N, K);
         return;
@@ -1970,8 +1865,7 @@ static void matmul(float *c, size_t c_row, const float *start, size_t start_row,
 /* A strip of columns of y = x W + bias for few rows, as in generation, where each weight is used but N times: packing
  * it would cost more than it saves, and memory sets the speed. Eight rows of W at a time pass through the first
  * cache and serve all rows of x; the beginnings of the next eight are asked for meanwhile. */
-WIDE static void linear_few_rows(float *y, const float *x, const float *weight, const float *bias, size_t N, size_t in, size_t out, size_t columns)
-{
+WIDE static void linear_few_rows(float *y, const float *x, const float *weight, const float *bias, size_t N, size_t in, size_t out, size_t columns) {
     for (size_t n = 0; n < N; n++) memcpy(y + n * out, bias, columns * sizeof *y);
     size_t k = 0;
     for (; k + 8 <= in; k += 8)
@@ -1991,8 +1885,7 @@ WIDE static void linear_few_rows(float *y, const float *x, const float *weight, 
 enum { FEW_ROWS = 16 };
 
 /* linear: y (N,out) = x (N,in) W (in,out) + bias (out). GPT-2's Conv1D: W as [in,out], not torch's [out,in]. */
-static void linear_forward(float *y, const float *x, const float *weight, const float *bias, size_t N, size_t in, size_t out)
-{
+static void linear_forward(float *y, const float *x, const float *weight, const float *bias, size_t N, size_t in, size_t out) {
     if (N > FEW_ROWS || !kernel) {
         matmul(y, out, bias, 0, matrix(x, in), matrix(weight, out), N, out, in);
         return;
@@ -2003,8 +1896,7 @@ static void linear_forward(float *y, const float *x, const float *weight, const 
 }
 
 /* Adds the sum of the rows of dy (N,out), columns j0..j1, to dbias: one thread a strip of columns. */
-static void bias_backward_strip(float *dbias, const float *dy, size_t N, size_t out, size_t j0, size_t j1)
-{
+static void bias_backward_strip(float *dbias, const float *dy, size_t N, size_t out, size_t j0, size_t j1) {
     for (size_t n = 0; n < N; n++)
         for (size_t j = j0; j < j1; j++) dbias[j] += dy[n * out + j];
 }
@@ -2013,8 +1905,7 @@ enum { STRIP = 64 };     /* columns of a strip */
 
 /* dx = dy W^T;  dW += x^T dy;  dbias += sum of dy's rows. dx may be NULL (nothing below learns), so may dW
  * and dbias (frozen). */
-static void linear_backward(float *dx, float *dweight, float *dbias, const float *dy, const float *x, const float *weight, size_t N, size_t in, size_t out)
-{
+static void linear_backward(float *dx, float *dweight, float *dbias, const float *dy, const float *x, const float *weight, size_t N, size_t in, size_t out) {
     if (dx) matmul(dx, in, NULL, 0, matrix(dy, out), transposed(weight, out), N, in, out);
     if (dweight) matmul(dweight, out, dweight, out, transposed(x, in), matrix(dy, out), in, out, N);
     if (!dbias) return;
@@ -2025,8 +1916,7 @@ static void linear_backward(float *dx, float *dweight, float *dbias, const float
 /* layernorm: y = (x - mean) * rstd * weight + bias, row by row, rstd = 1/sqrt(variance + eps) [3].
  * mean, rstd (N) are kept for the backward pass. Why: without it, activations grow layer by layer.
  * By hand: x = (1, 3): mean 2, variance 1 -> (-1, 1).                          test: layernorm */
-WIDE static void layernorm_row(float *y, float *mean, float *rstd, const float *x, const float *weight, const float *bias, size_t C, float eps)
-{
+WIDE static void layernorm_row(float *y, float *mean, float *rstd, const float *x, const float *weight, const float *bias, size_t C, float eps) {
     float m = row_sum(x, C) / (float)C;
     for (size_t c = 0; c < C; c++) y[c] = x[c] - m;
     float r = 1.0f / sqrtf(row_dot(y, y, C) / (float)C + eps);
@@ -2035,16 +1925,14 @@ WIDE static void layernorm_row(float *y, float *mean, float *rstd, const float *
     *rstd = r;
 }
 
-static void layernorm_forward(float *y, float *mean, float *rstd, const float *x, const float *weight, const float *bias, size_t N, size_t C, float eps)
-{
+static void layernorm_forward(float *y, float *mean, float *rstd, const float *x, const float *weight, const float *bias, size_t N, size_t C, float eps) {
     #pragma omp parallel for if(N * C > 20000)
     for (size_t n = 0; n < N; n++) layernorm_row(y + n * C, mean + n, rstd + n, x + n * C, weight, bias, C, eps);
 }
 
 /* With h = (x - mean) * rstd, g = dy * weight:  dx = rstd * (g - mean(g) - h * mean(g h)).
  * The two means are there because x moved the mean and the variance too. dx is ADDED to. */
-WIDE static void layernorm_backward_row(float *dx, const float *dy, const float *x, float mean, float rstd, const float *weight, size_t C, float *g)
-{
+WIDE static void layernorm_backward_row(float *dx, const float *dy, const float *x, float mean, float rstd, const float *weight, size_t C, float *g) {
     float *gh = g + C;
     for (size_t c = 0; c < C; c++) {
         g[c] = dy[c] * weight[c];
@@ -2054,8 +1942,7 @@ WIDE static void layernorm_backward_row(float *dx, const float *dy, const float 
     for (size_t c = 0; c < C; c++) dx[c] += rstd * (g[c] - mean_g - (x[c] - mean) * rstd * mean_gh);
 }
 
-static void layernorm_backward_strip(float *dweight, float *dbias, const float *dy, const float *x, const float *mean, const float *rstd, size_t N, size_t C, size_t c0, size_t c1)
-{
+static void layernorm_backward_strip(float *dweight, float *dbias, const float *dy, const float *x, const float *mean, const float *rstd, size_t N, size_t C, size_t c0, size_t c1) {
     for (size_t n = 0; n < N; n++)
         for (size_t c = c0; c < c1; c++) {
             dweight[c] += dy[n * C + c] * (x[n * C + c] - mean[n]) * rstd[n];
@@ -2063,8 +1950,7 @@ static void layernorm_backward_strip(float *dweight, float *dbias, const float *
         }
 }
 
-static void layernorm_backward(float *dx, float *dweight, float *dbias, const float *dy, const float *x, const float *mean, const float *rstd, const float *weight, size_t N, size_t C)
-{
+static void layernorm_backward(float *dx, float *dweight, float *dbias, const float *dy, const float *x, const float *mean, const float *rstd, const float *weight, size_t N, size_t C) {
     #pragma omp parallel for if(N * C > 20000)
     for (size_t n = 0; n < N; n++)
         layernorm_backward_row(dx + n * C, dy + n * C, x + n * C, mean[n], rstd[n], weight, C, thread_scratch(SCRATCH_ROW, 2 * C));
@@ -2077,41 +1963,35 @@ static void layernorm_backward(float *dx, float *dweight, float *dbias, const fl
  *   y = x/2 (1 + tanh(u)),  u = sqrt(2/pi) (x + 0.044715 x^3)
  * and because (1 + tanh u)/2 = sigmoid(2u), it is x * sigmoid(2u): one exponential.
  * By hand: 0 -> 0; large x -> x; -1 -> -0.1588.                                    test: gelu */
-static inline float gelu_gate(float x)
-{
+static inline float gelu_gate(float x) {
     float u2 = 1.5957691f * (x + 0.044715f * x * x * x);
     return 1.0f / (1.0f + exp_fast(-u2));
 }
 
-WIDE static void gelu_row(float *y, const float *x, size_t n)
-{
+WIDE static void gelu_row(float *y, const float *x, size_t n) {
     for (size_t i = 0; i < n; i++) y[i] = x[i] * gelu_gate(x[i]);
 }
 
 /* y = x s, s = sigmoid(2u):  dy/dx = s + x s (1 - s) d(2u)/dx. dx comes in as dy, and is multiplied by it. */
-WIDE static void gelu_backward_row(float *dx, const float *x, size_t n)
-{
+WIDE static void gelu_backward_row(float *dx, const float *x, size_t n) {
     for (size_t i = 0; i < n; i++) {
         float s = gelu_gate(x[i]), slope = 1.5957691f * (1.0f + 3.0f * 0.044715f * x[i] * x[i]);
         dx[i] *= s + x[i] * s * (1.0f - s) * slope;
     }
 }
 
-static void gelu_forward(float *y, const float *x, size_t N, size_t C)
-{
+static void gelu_forward(float *y, const float *x, size_t N, size_t C) {
     #pragma omp parallel for if(N * C > 10000)
     for (size_t n = 0; n < N; n++) gelu_row(y + n * C, x + n * C, C);
 }
 
-static void gelu_backward(float *dx, const float *x, size_t N, size_t C)
-{
+static void gelu_backward(float *dx, const float *x, size_t N, size_t C) {
     #pragma omp parallel for if(N * C > 10000)
     for (size_t n = 0; n < N; n++) gelu_backward_row(dx + n * C, x + n * C, C);
 }
 
 /* embedding: x (N,C) = wte[id] + wpe[position]: what the token is, and where it stands. */
-static void embedding_forward(float *x, const struct Batch *batch, const float *wte, const float *wpe, size_t C)
-{
+static void embedding_forward(float *x, const struct Batch *batch, const float *wte, const float *wpe, size_t C) {
     #pragma omp parallel for if(batch->N * C > 50000)
     for (size_t n = 0; n < batch->N; n++) {
         const float *token = wte + (size_t)batch->ids[n] * C, *place = wpe + (size_t)batch->position[n] * C;
@@ -2119,8 +1999,7 @@ static void embedding_forward(float *x, const struct Batch *batch, const float *
     }
 }
 
-static void embedding_backward_strip(float *dwte, float *dwpe, const float *dx, const struct Batch *batch, size_t C, size_t c0, size_t c1)
-{
+static void embedding_backward_strip(float *dwte, float *dwpe, const float *dx, const struct Batch *batch, size_t C, size_t c0, size_t c1) {
     for (size_t n = 0; n < batch->N; n++)
         for (size_t c = c0; c < c1; c++) {
             dwte[(size_t)batch->ids[n] * C + c] += dx[n * C + c];
@@ -2129,8 +2008,7 @@ static void embedding_backward_strip(float *dwte, float *dwpe, const float *dx, 
 }
 
 /* A token that stands in several places gets the sum of its gradients: rows in order, one thread a strip. */
-static void embedding_backward(float *dwte, float *dwpe, const float *dx, const struct Batch *batch, size_t C)
-{
+static void embedding_backward(float *dwte, float *dwpe, const float *dx, const struct Batch *batch, size_t C) {
     #pragma omp parallel for if(batch->N * C > 50000)
     for (size_t c = 0; c < C; c += STRIP) embedding_backward_strip(dwte, dwpe, dx, batch, C, c, MIN(C, c + STRIP));
 }
@@ -2146,14 +2024,12 @@ enum { ATTENTION_ROWS = 64 };
 
 struct AttentionShape { size_t C, NH, HS; float scale; size_t shared, fork; };      /* rows from fork on do not see shared .. fork-1 */
 
-static struct AttentionShape attention_shape(size_t C, size_t NH)
-{
+static struct AttentionShape attention_shape(size_t C, size_t NH) {
     return (struct AttentionShape){C, NH, C / NH, 1.0f / sqrtf((float)(C / NH)), 0, 0};
 }
 
 /* Scores of rows t0..t1 against keys 0..t1, scaled: p (t1-t0, t1). qkv points at this sequence and head. */
-static void attention_scores(float *p, const float *qkv, struct AttentionShape s, size_t t0, size_t t1)
-{
+static void attention_scores(float *p, const float *qkv, struct AttentionShape s, size_t t0, size_t t1) {
     struct Matrix q = {qkv + t0 * 3 * s.C, 3 * s.C, 1}, k_transposed = {qkv + s.C, 1, 3 * s.C};
     matmul(p, t1, NULL, 0, q, k_transposed, t1 - t0, t1, s.HS);
     for (size_t i = 0; i < (t1 - t0) * t1; i++) p[i] *= s.scale;
@@ -2161,8 +2037,7 @@ static void attention_scores(float *p, const float *qkv, struct AttentionShape s
         for (size_t j = s.shared; j < s.fork; j++) p[(t - t0) * t1 + j] = -INFINITY;
 }
 
-static void attention_forward_head(float *out, float *lse, const float *qkv, struct AttentionShape s, size_t T)
-{
+static void attention_forward_head(float *out, float *lse, const float *qkv, struct AttentionShape s, size_t T) {
     float *p = thread_scratch(SCRATCH_SCORES, ATTENTION_ROWS * T);
     for (size_t t0 = 0; t0 < T; t0 += ATTENTION_ROWS) {
         size_t t1 = MIN(T, t0 + ATTENTION_ROWS);
@@ -2179,14 +2054,12 @@ static void attention_forward_head(float *out, float *lse, const float *qkv, str
 }
 
 /* The shape for sequence b, with its fork if it has one. */
-static struct AttentionShape attention_of(struct AttentionShape s, const struct Batch *batch, size_t b)
-{
+static struct AttentionShape attention_of(struct AttentionShape s, const struct Batch *batch, size_t b) {
     if (batch->fork) s.shared = batch->shared[b], s.fork = batch->fork[b];
     return s;
 }
 
-static void attention_forward(float *out, float *lse, const float *qkv, const struct Batch *batch, struct AttentionShape s)
-{
+static void attention_forward(float *out, float *lse, const float *qkv, const struct Batch *batch, struct AttentionShape s) {
     #pragma omp parallel for schedule(dynamic)
     for (size_t task = 0; task < batch->B * s.NH; task++) {
         size_t b = task / s.NH, h = task % s.NH, start = batch->start[b];
@@ -2196,8 +2069,7 @@ static void attention_forward(float *out, float *lse, const float *qkv, const st
 
 /* out = P V and P = softmax(S), so, with row sums D_t = sum_c dout_tc out_tc = sum_j P_tj dP_tj:
  *   dV += P^T dout,   dP = dout V^T,   dS = P * (dP - D),   dQ = scale dS K,   dK += scale dS^T Q */
-static void attention_backward_head(float *dqkv, const float *dout, const float *out, const float *lse, const float *qkv, struct AttentionShape s, size_t T)
-{
+static void attention_backward_head(float *dqkv, const float *dout, const float *out, const float *lse, const float *qkv, struct AttentionShape s, size_t T) {
     size_t C3 = 3 * s.C;
     float *p = thread_scratch(SCRATCH_SCORES, 2 * ATTENTION_ROWS * T), *dp = p + ATTENTION_ROWS * T;
     struct Matrix k = {qkv + s.C, C3, 1}, v_transposed = {qkv + 2 * s.C, 1, C3};
@@ -2220,8 +2092,7 @@ static void attention_backward_head(float *dqkv, const float *dout, const float 
     }
 }
 
-static void attention_backward(float *dqkv, const float *dout, const float *out, const float *lse, const float *qkv, const struct Batch *batch, struct AttentionShape s)
-{
+static void attention_backward(float *dqkv, const float *dout, const float *out, const float *lse, const float *qkv, const struct Batch *batch, struct AttentionShape s) {
     #pragma omp parallel for schedule(dynamic)
     for (size_t task = 0; task < batch->B * s.NH; task++) {
         size_t b = task / s.NH, h = task % s.NH, start = batch->start[b], at = start * s.C + h * s.HS;
@@ -2272,8 +2143,7 @@ struct GPT2 {
     struct Arena arena;
 };
 
-static void tensor_declare(struct GPT2 *model, struct Tensor *tensor, const char *name, size_t rows, size_t columns)
-{
+static void tensor_declare(struct GPT2 *model, struct Tensor *tensor, const char *name, size_t rows, size_t columns) {
     snprintf(tensor->name, sizeof tensor->name, "%s", name);
     tensor->shape[0] = rows;
     tensor->shape[1] = columns;
@@ -2285,8 +2155,7 @@ static void tensor_declare(struct GPT2 *model, struct Tensor *tensor, const char
 }
 
 /* name.weight and name.bias: a linear layer (in,out) of zeros, or, with out = 0, a layer norm of ones. */
-static void module_declare(struct GPT2 *model, struct Tensor *weight, struct Tensor *bias, const char *name, size_t in, size_t out)
-{
+static void module_declare(struct GPT2 *model, struct Tensor *weight, struct Tensor *bias, const char *name, size_t in, size_t out) {
     char full[64];
     snprintf(full, sizeof full, "%.48s.weight", name);
     tensor_declare(model, weight, full, in, out);
@@ -2295,8 +2164,7 @@ static void module_declare(struct GPT2 *model, struct Tensor *weight, struct Ten
     for (size_t i = 0; out == 0 && i < in; i++) weight->w[i] = 1;
 }
 
-static void config_check(const struct GPT2Config *c, const char *path)
-{
+static void config_check(const struct GPT2Config *c, const char *path) {
     CHECK(c->n_embd > 0 && c->n_embd <= 1 << 16 && c->n_head > 0 && c->n_embd % c->n_head == 0, "%s: n_embd %zu must be a multiple of n_head %zu, at most 65536", path, c->n_embd, c->n_head);
     CHECK(c->n_layer > 0 && c->n_layer <= 1000, "%s: n_layer %zu; 1 to 1000 can be used", path, c->n_layer);
     CHECK(c->n_positions > 0 && c->n_positions <= 1 << 20, "%s: n_positions %zu; 1 to 1048576 can be used", path, c->n_positions);
@@ -2304,8 +2172,7 @@ static void config_check(const struct GPT2Config *c, const char *path)
 }
 
 /* A model with all weights zero, layer norms one. */
-static struct GPT2 *gpt2_new(struct GPT2Config config)
-{
+static struct GPT2 *gpt2_new(struct GPT2Config config) {
     struct GPT2 *model = calloc(1, sizeof *model);
     CHECK(model, "out of memory");
     model->config = config;
@@ -2330,22 +2197,19 @@ static struct GPT2 *gpt2_new(struct GPT2Config config)
     return model;
 }
 
-static void gpt2_free(struct GPT2 *model)
-{
+static void gpt2_free(struct GPT2 *model) {
     if (!model) return;
     arena_free(&model->arena);
     free(model);
 }
 
-static void tensor_normal(struct Tensor *tensor, struct Rng *rng, double std)
-{
+static void tensor_normal(struct Tensor *tensor, struct Rng *rng, double std) {
     for (size_t i = 0; i < tensor->n; i++) tensor->w[i] = (float)(std * rng_normal(rng));
 }
 
 /* GPT-2's start: N(0, 0.02) for matrices; the two projections that write to the residual stream
  * scaled by 1/sqrt(2 n_layer), so that its variance does not grow with depth; biases 0 [1]. */
-static void gpt2_init(struct GPT2 *model, uint64_t seed)
-{
+static void gpt2_init(struct GPT2 *model, uint64_t seed) {
     struct Rng rng = rng_seed(seed, STREAM_INIT);
     for (size_t i = 0; i < model->tensor_count; i++) {
         struct Tensor *t = model->tensors[i];
@@ -2355,8 +2219,7 @@ static void gpt2_init(struct GPT2 *model, uint64_t seed)
 }
 
 /* Gradients and AdamW's moments, all zero. With an adapter only it and the heads have them: the rest is frozen. */
-static void gpt2_make_trainable(struct GPT2 *model)
-{
+static void gpt2_make_trainable(struct GPT2 *model) {
     for (size_t i = 0; i < model->tensor_count; i++) {
         struct Tensor *t = model->tensors[i];
         bool frozen = model->adapter.r && !strstr(t->name, ".lora_") && !tensor_is_head(t);
@@ -2368,8 +2231,7 @@ static void gpt2_make_trainable(struct GPT2 *model)
 }
 
 /* A second model with the same weights: the reference model.        [glossary: Modelo de referência] */
-static struct GPT2 *gpt2_copy(const struct GPT2 *model)
-{
+static struct GPT2 *gpt2_copy(const struct GPT2 *model) {
     struct GPT2 *copy = gpt2_new(model->config);
     for (size_t i = 0; i < copy->tensor_count; i++) memcpy(copy->tensors[i]->w, model->tensors[i]->w, copy->tensors[i]->n * sizeof(float));
     return copy;
@@ -2391,8 +2253,7 @@ struct Activations {
     float *x, *ln_f, *ln_f_mean, *ln_f_rstd;          /* (N,C) out of the last block; hidden = ln_f (N,C) */
 };
 
-static struct BlockActivations block_activations(struct Arena *arena, const struct GPT2Config *c, size_t N)
-{
+static struct BlockActivations block_activations(struct Arena *arena, const struct GPT2Config *c, size_t N) {
     size_t C = c->n_embd;
     return (struct BlockActivations){
         .x = arena_floats(arena, N * C), .mid = arena_floats(arena, N * C),
@@ -2402,8 +2263,7 @@ static struct BlockActivations block_activations(struct Arena *arena, const stru
         .fc = arena_floats(arena, N * 4 * C), .gelu = arena_floats(arena, N * 4 * C)};
 }
 
-static void residual_add(float *sum, const float *x, size_t n)
-{
+static void residual_add(float *sum, const float *x, size_t n) {
     #pragma omp parallel for if(n > 100000)
     for (size_t i = 0; i < n; i++) sum[i] += x[i];
 }
@@ -2412,29 +2272,25 @@ static void lora_forward(float *y, const float *x, const struct Linear *linear, 
 static void lora_backward(float *dx, const float *dy, const float *x, struct Linear *linear, size_t N);
 
 /* A linear layer of the model and, where it has one, its adapter (chapter 10). */
-static void module_forward(float *y, const float *x, const struct Linear *linear, size_t N)
-{
+static void module_forward(float *y, const float *x, const struct Linear *linear, size_t N) {
     linear_forward(y, x, linear->weight.w, linear->bias.w, N, linear->weight.shape[0], linear->weight.shape[1]);
     if (linear->lora_A.n) lora_forward(y, x, linear, N);
 }
 
-static void module_backward(float *dx, const float *dy, const float *x, struct Linear *linear, size_t N)
-{
+static void module_backward(float *dx, const float *dy, const float *x, struct Linear *linear, size_t N) {
     linear_backward(dx, linear->weight.d, linear->bias.d, dy, x, linear->weight.w, N, linear->weight.shape[0], linear->weight.shape[1]);
     if (linear->lora_A.n) lora_backward(dx, dy, x, linear, N);
 }
 
 /* The first half of a block, up to query, key and value. */
-static void block_forward_qkv(const struct GPT2 *model, const struct Block *h, struct BlockActivations *a, size_t N)
-{
+static void block_forward_qkv(const struct GPT2 *model, const struct Block *h, struct BlockActivations *a, size_t N) {
     size_t C = model->config.n_embd;
     layernorm_forward(a->ln_1, a->ln_1_mean, a->ln_1_rstd, a->x, h->ln_1.weight.w, h->ln_1.bias.w, N, C, model->config.layer_norm_epsilon);
     module_forward(a->qkv, a->ln_1, &h->attn.c_attn, N);
 }
 
 /* The second half, from attention's output to `out` (N,C), the next block's x. */
-static void block_forward_rest(const struct GPT2 *model, const struct Block *h, struct BlockActivations *a, float *out, size_t N)
-{
+static void block_forward_rest(const struct GPT2 *model, const struct Block *h, struct BlockActivations *a, float *out, size_t N) {
     size_t C = model->config.n_embd;
     module_forward(a->mid, a->att, &h->attn.c_proj, N);
     residual_add(a->mid, a->x, N * C);
@@ -2447,8 +2303,7 @@ static void block_forward_rest(const struct GPT2 *model, const struct Block *h, 
 
 /* dx (N,C) holds the derivative of the loss by the block's output and becomes that by its input. What
  * was mid + mlp(ln_2(mid)) sends dx to both summands: dx itself, plus what comes back through the mlp. */
-static void block_backward(struct GPT2 *model, struct Block *h, const struct BlockActivations *a, const struct Batch *batch, float *dx, float *dwide, float *dnarrow)
-{
+static void block_backward(struct GPT2 *model, struct Block *h, const struct BlockActivations *a, const struct Batch *batch, float *dx, float *dwide, float *dnarrow) {
     size_t N = batch->N, C = model->config.n_embd;
     module_backward(dwide, dx, a->gelu, &h->mlp.c_proj, N);
     gelu_backward(dwide, a->fc, N, 4 * C);
@@ -2463,8 +2318,7 @@ static void block_backward(struct GPT2 *model, struct Block *h, const struct Blo
 /* gpt2_forward -- hidden states of a batch.                                [glossary: Inferência]
  * keep: all activations stay in the arena for gpt2_backward; else one block's worth is reused.
  * out  activations.ln_f (N,C).                                   test: gpt2_golden, fixtures */
-static struct Activations gpt2_forward(const struct GPT2 *model, struct Arena *arena, const struct Batch *batch, bool keep)
-{
+static struct Activations gpt2_forward(const struct GPT2 *model, struct Arena *arena, const struct Batch *batch, bool keep) {
     const struct GPT2Config *c = &model->config;
     size_t N = batch->N, C = c->n_embd, L = c->n_layer;
     CHECK(batch->max_length <= c->n_positions, "a sequence of %zu tokens does not fit the model's %zu positions (n_positions)", batch->max_length, c->n_positions);
@@ -2484,8 +2338,7 @@ static struct Activations gpt2_forward(const struct GPT2 *model, struct Arena *a
 }
 
 /* gpt2_backward -- adds to the gradient of every weight that is not frozen; dhidden (N,C) = d loss / d acts->ln_f. */
-static void gpt2_backward(struct GPT2 *model, struct Arena *arena, const struct Activations *acts, const float *dhidden)
-{
+static void gpt2_backward(struct GPT2 *model, struct Arena *arena, const struct Activations *acts, const float *dhidden) {
     const struct Batch *batch = acts->batch;
     size_t N = batch->N, C = model->config.n_embd;
     float *dx = arena_zeros(arena, N * C, sizeof *dx);
@@ -2496,8 +2349,7 @@ static void gpt2_backward(struct GPT2 *model, struct Arena *arena, const struct 
 }
 
 /* Logits (n,V) = hidden (n,C) wte^T: the output layer. Few rows: dot products, each row of wte read once. */
-static void output_logits(const struct GPT2 *model, float *logits, const float *hidden, size_t n)
-{
+static void output_logits(const struct GPT2 *model, float *logits, const float *hidden, size_t n) {
     size_t C = model->config.n_embd, V = model->config.vocab_size;
     if (n > FEW_ROWS || !kernel) {
         matmul(logits, V, NULL, 0, matrix(hidden, C), transposed(model->wte.w, C), n, V, C);
@@ -2530,8 +2382,7 @@ struct LMHead {
     float *mean_logit, *hit;          /* (R) over the vocabulary; 1 if the target is the argmax */
 };
 
-static struct LMHead lm_head_new(const struct GPT2 *model, struct Arena *arena, const struct Activations *acts, const int *row, const int *target, size_t R, float temperature)
-{
+static struct LMHead lm_head_new(const struct GPT2 *model, struct Arena *arena, const struct Activations *acts, const int *row, const int *target, size_t R, float temperature) {
     size_t C = model->config.n_embd, V = model->config.vocab_size;
     size_t chunk = MIN(R, MAX((size_t)1, (size_t)LM_HEAD_FLOATS / V));
     struct LMHead head = {
@@ -2543,8 +2394,7 @@ static struct LMHead lm_head_new(const struct GPT2 *model, struct Arena *arena, 
 }
 
 /* Logits of the chunk of rows that starts at `first`; returns how many rows it has. */
-static size_t lm_head_logits(const struct GPT2 *model, struct LMHead *head, size_t first)
-{
+static size_t lm_head_logits(const struct GPT2 *model, struct LMHead *head, size_t first) {
     size_t n = MIN(head->chunk, head->R - first), C = model->config.n_embd, V = model->config.vocab_size;
     if (head->logits_first == first) return n;
     output_logits(model, head->logits, head->hidden + first * C, n);
@@ -2557,8 +2407,7 @@ static size_t lm_head_logits(const struct GPT2 *model, struct LMHead *head, size
     return n;
 }
 
-static void lm_head_row(struct LMHead *head, size_t r, const float *logits, size_t V)
-{
+static void lm_head_row(struct LMHead *head, size_t r, const float *logits, size_t V) {
     float *e = thread_scratch(SCRATCH_ROW, V);
     float largest = row_max(logits, V), total = row_exp(e, logits, largest, V);
     float expected = row_dot(e, logits, V) / total;          /* sum_v p_v logit_v */
@@ -2569,23 +2418,20 @@ static void lm_head_row(struct LMHead *head, size_t r, const float *logits, size
     head->hit[r] = logits[head->target[r]] == largest && argmax(logits, V) == (size_t)head->target[r];
 }
 
-static void lm_head_forward_chunk(const struct GPT2 *model, struct LMHead *head, size_t first)
-{
+static void lm_head_forward_chunk(const struct GPT2 *model, struct LMHead *head, size_t first) {
     size_t V = model->config.vocab_size, n = lm_head_logits(model, head, first);
     #pragma omp parallel for schedule(dynamic, 4)
     for (size_t i = 0; i < n; i++) lm_head_row(head, first + i, head->logits + i * V, V);
 }
 
 /* Turns a row of logits into d loss / d logits, given g = d loss / d logprob. */
-WIDE static void lm_head_backward_row(float *logits, float lse, int target, float g, size_t V)
-{
+WIDE static void lm_head_backward_row(float *logits, float lse, int target, float g, size_t V) {
     for (size_t v = 0; v < V; v++) logits[v] = -g * exp_fast(logits[v] - lse);
     logits[target] += g;
 }
 
 /* dlogprob (R): d loss / d logprob of each row. Adds to dhidden (N,C) and to wte's gradient. */
-static void lm_head_backward_chunk(struct GPT2 *model, struct LMHead *head, const float *dlogprob, float *dhidden, struct Arena *arena, size_t first)
-{
+static void lm_head_backward_chunk(struct GPT2 *model, struct LMHead *head, const float *dlogprob, float *dhidden, struct Arena *arena, size_t first) {
     size_t V = model->config.vocab_size, C = model->config.n_embd, n = lm_head_logits(model, head, first);
     head->logits_first = head->R;                            /* overwritten now */
     #pragma omp parallel for schedule(dynamic, 4)
@@ -2599,19 +2445,24 @@ static void lm_head_backward_chunk(struct GPT2 *model, struct LMHead *head, cons
 }
 
 /* The two passes, for losses that need all log-probabilities before they know a gradient (DPO, PPO). */
-static void lm_head_forward(const struct GPT2 *model, struct LMHead *head)
-{
+static void lm_head_forward(const struct GPT2 *model, struct LMHead *head) {
     for (size_t r = 0; r < head->R; r += head->chunk) lm_head_forward_chunk(model, head, r);
 }
 
-static void lm_head_backward(struct GPT2 *model, struct LMHead *head, const float *dlogprob, float *dhidden, struct Arena *arena)
-{
+/* A batch judged by a model that is not trained on it: the log-probability of each target. */
+static struct LMHead batch_logprobs(const struct GPT2 *model, struct Arena *arena, const struct Batch *batch, double temperature) {
+    struct Activations acts = gpt2_forward(model, arena, batch, false);
+    struct LMHead head = lm_head_new(model, arena, &acts, batch->row, batch->target, batch->R, (float)temperature);
+    lm_head_forward(model, &head);
+    return head;
+}
+
+static void lm_head_backward(struct GPT2 *model, struct LMHead *head, const float *dlogprob, float *dhidden, struct Arena *arena) {
     for (size_t r = 0; r < head->R; r += head->chunk) lm_head_backward_chunk(model, head, dlogprob, dhidden, arena, r);
 }
 
 /* Both at once for the cross-entropy, -logprob of each target times `weight`.  [glossary: Função de perda] */
-static void lm_head_cross_entropy(struct GPT2 *model, struct LMHead *head, float weight, float *dhidden, struct Arena *arena)
-{
+static void lm_head_cross_entropy(struct GPT2 *model, struct LMHead *head, float weight, float *dhidden, struct Arena *arena) {
     float *dlogprob = arena_floats(arena, head->R);
     for (size_t r = 0; r < head->R; r++) dlogprob[r] = -weight;
     for (size_t r = 0; r < head->R; r += head->chunk) {
@@ -2621,16 +2472,14 @@ static void lm_head_cross_entropy(struct GPT2 *model, struct LMHead *head, float
 }
 
 /* Folders, as transformers writes them. */
-static size_t config_size(const struct Json *config, const char *path, const char *name, size_t fallback)
-{
+static size_t config_size(const struct Json *config, const char *path, const char *name, size_t fallback) {
     struct Json *item = json_get(config, name);
     return item && item->type != JSON_NULL ? json_size(item, 1 << 24, path, name) : fallback;
 }
 
 /* Settings under which this file would compute something else than transformers does: refused (but not
  * reorder_and_upcast_attn, which changes rounding only). */
-static void config_refuse(const struct Json *config, const char *path)
-{
+static void config_refuse(const struct Json *config, const char *path) {
     static const struct { const char *name; enum JsonType allowed; } switches[] = {
         {"scale_attn_weights", JSON_TRUE}, {"scale_attn_by_inverse_layer_idx", JSON_FALSE}, {"add_cross_attention", JSON_FALSE}, {"tie_word_embeddings", JSON_TRUE}};
     struct Json *type = json_get(config, "model_type"), *activation = json_get(config, "activation_function");
@@ -2642,8 +2491,7 @@ static void config_refuse(const struct Json *config, const char *path)
     }
 }
 
-static struct GPT2Config config_load(const char *folder)
-{
+static struct GPT2Config config_load(const char *folder) {
     struct Arena arena = {0};
     char *path = arena_printf(&arena, "%s/config.json", folder);
     CHECK(file_exists(folder), "%s: no such folder; a model is a folder with config.json and model.safetensors", folder);
@@ -2664,23 +2512,27 @@ static struct GPT2Config config_load(const char *folder)
     return c;
 }
 
-/* Gives a tensor its numbers from an open file, under its own name or with "transformer." before it. */
-static bool tensor_load(struct SafeTensors *st, struct Tensor *tensor)
-{
+/* Gives a tensor its numbers from an open file, under its own name or with a prefix before it: "transformer.", and
+ * in raw dumps of TRL's value-head model "pretrained_model.". */
+static bool tensor_load(struct SafeTensors *st, struct Tensor *tensor) {
+    static const char *const prefixes[] = {"", "transformer.", "pretrained_model.transformer.", "pretrained_model."};
     char prefixed[96];
-    snprintf(prefixed, sizeof prefixed, "transformer.%s", tensor->name);
-    struct Json *entry = json_get(st->header, tensor->name);
-    if (!entry) entry = json_get(st->header, prefixed);
-    if (entry) safetensors_read(st, entry, tensor);
-    return entry != NULL;
+    for (size_t i = 0; i < COUNT(prefixes); i++) {
+        snprintf(prefixed, sizeof prefixed, "%s%s", prefixes[i], tensor->name);
+        struct Json *entry = json_get(st->header, prefixed);
+        if (!entry) continue;
+        safetensors_read(st, entry, tensor);
+        return true;
+    }
+    return false;
 }
 
 /* The files that hold a model: one, or several named by an index, all inside the folder. */
-static size_t model_files(struct Arena *arena, const char *folder, char **files, size_t most)
-{
+static size_t model_files(struct Arena *arena, const char *folder, char **files, size_t most) {
     files[0] = arena_printf(arena, "%s/model.safetensors", folder);
     char *index = arena_printf(arena, "%s/model.safetensors.index.json", folder);
-    if (file_exists(files[0]) || !file_exists(index)) return 1;
+    CHECK(file_exists(files[0]) || file_exists(index), "%s: no model.safetensors inside; of a pytorch_model.bin make one with transformers: save_pretrained(FOLDER, safe_serialization=True)", folder);
+    if (file_exists(files[0])) return 1;
     struct Json *map = json_get(json_read_file(arena, index), "weight_map");
     CHECK(map && map->type == JSON_OBJECT, "%s: no \"weight_map\" inside", index);
     size_t count = 0;
@@ -2701,8 +2553,7 @@ static struct Linear *value_head_declare(struct GPT2 *model);
 static struct Tensor *reward_head_declare(struct GPT2 *model);
 
 /* gpt2_load -- a model folder; heads are loaded where they are there.  [glossary: AutoModelForCausalLM] */
-static struct GPT2 *gpt2_load(const char *folder)
-{
+static struct GPT2 *gpt2_load(const char *folder) {
     struct Arena arena = {0};
     struct GPT2 *model = gpt2_new(config_load(folder));
     char *files[1024];
@@ -2721,8 +2572,7 @@ static struct GPT2 *gpt2_load(const char *folder)
     return model;
 }
 
-static void config_save(const struct GPT2 *model, const char *folder)
-{
+static void config_save(const struct GPT2 *model, const char *folder) {
     const struct GPT2Config *c = &model->config;
     bool classifier = model->score.n > 0;
     struct Output out;
@@ -2730,18 +2580,17 @@ static void config_save(const struct GPT2 *model, const char *folder)
     fprintf(out.file, "{\n  \"activation_function\": \"gelu_new\",\n  \"architectures\": [\"%s\"],\n  \"attn_pdrop\": 0.0,\n  \"bos_token_id\": %d,\n", classifier ? "GPT2ForSequenceClassification" : "GPT2LMHeadModel", c->eos_token_id);
     fprintf(out.file, "  \"dtype\": \"float32\",\n  \"embd_pdrop\": 0.0,\n  \"eos_token_id\": %d,\n", c->eos_token_id);
     if (classifier) fputs("  \"id2label\": {\"0\": \"LABEL_0\"},\n  \"label2id\": {\"LABEL_0\": 0},\n", out.file);
-    fprintf(out.file, "  \"initializer_range\": 0.02,\n  \"layer_norm_epsilon\": %.9g,\n  \"model_type\": \"gpt2\",\n  \"n_ctx\": %zu,\n  \"n_embd\": %zu,\n  \"n_head\": %zu,\n  \"n_inner\": null,\n", c->layer_norm_epsilon, c->n_positions, c->n_embd, c->n_head);
+    fprintf(out.file, "  \"initializer_range\": 0.02,\n  \"layer_norm_epsilon\": %.7g,\n  \"model_type\": \"gpt2\",\n  \"n_ctx\": %zu,\n  \"n_embd\": %zu,\n  \"n_head\": %zu,\n  \"n_inner\": null,\n", c->layer_norm_epsilon, c->n_positions, c->n_embd, c->n_head);
     fprintf(out.file, "  \"n_layer\": %zu,\n  \"n_positions\": %zu,\n  \"pad_token_id\": %d,\n  \"resid_pdrop\": 0.0,\n  \"tie_word_embeddings\": true,\n  \"use_cache\": true,\n  \"vocab_size\": %zu\n}\n", c->n_layer, c->n_positions, c->pad_token_id, c->vocab_size);
     output_close(&out);
 }
 
 /* gpt2_save -- the folder that transformers loads.                       [glossary: Hugging Face] The weights come last: a folder whose
  * model.safetensors is new is whole. */
-static void gpt2_save(struct GPT2 *model, const char *folder, const struct Tokenizer *tok)
-{
+static void gpt2_save(struct GPT2 *model, const char *folder, const struct Tokenizer *tok) {
     make_folder(folder);
     config_save(model, folder);
-    if (tok) tokenizer_save(tok, folder, model->config.vocab_size);
+    if (tok) tokenizer_save(tok, folder, model->config.vocab_size, model->config.n_positions);
     safetensors_write(folder, "model.safetensors", model->tensors, model->tensor_count, "transformer.");
 }
 
@@ -2753,16 +2602,14 @@ static void gpt2_save(struct GPT2 *model, const char *folder, const struct Token
  * ============================================================================================= */
 
 /* score.weight (1,C), no bias: GPT2ForSequenceClassification with one label. */
-static struct Tensor *reward_head_declare(struct GPT2 *model)
-{
+static struct Tensor *reward_head_declare(struct GPT2 *model) {
     if (!model->score.n) tensor_declare(model, &model->score, "score.weight", 1, model->config.n_embd);
     return &model->score;
 }
 
 /* v_head.summary (1,C) and bias: TRL's AutoModelForCausalLMWithValueHead.
  *                                              [glossary: AutoModelForCausalLMWithValueHead] */
-static struct Linear *value_head_declare(struct GPT2 *model)
-{
+static struct Linear *value_head_declare(struct GPT2 *model) {
     if (model->v_head.weight.n) return &model->v_head;
     tensor_declare(model, &model->v_head.weight, "v_head.summary.weight", 1, model->config.n_embd);
     tensor_declare(model, &model->v_head.bias, "v_head.summary.bias", 1, 0);
@@ -2770,8 +2617,7 @@ static struct Linear *value_head_declare(struct GPT2 *model)
 }
 
 /* A value head for a model without one: U(-1/sqrt(C), 1/sqrt(C)), torch's start of a Linear. */
-static void value_head_init(struct GPT2 *model, uint64_t seed)
-{
+static void value_head_init(struct GPT2 *model, uint64_t seed) {
     if (model->v_head.weight.n) return;
     struct Rng rng = rng_seed(seed, STREAM_INIT);
     struct Linear *head = value_head_declare(model);
@@ -2781,15 +2627,13 @@ static void value_head_init(struct GPT2 *model, uint64_t seed)
 }
 
 /* scalar_head: out_r = hidden[row_r] . weight (+ bias), R rows of hidden (N,C). */
-static void scalar_head_forward(float *out, const float *hidden, const int *row, size_t R, const struct Tensor *weight, const struct Tensor *bias)
-{
+static void scalar_head_forward(float *out, const float *hidden, const int *row, size_t R, const struct Tensor *weight, const struct Tensor *bias) {
     size_t C = weight->n;
     for (size_t r = 0; r < R; r++) out[r] = row_dot(hidden + (size_t)row[r] * C, weight->w, C) + (bias ? bias->w[0] : 0);
 }
 
 /* dhidden[row_r] += dout_r weight;  dweight += sum_r dout_r hidden[row_r];  dbias += sum_r dout_r. */
-static void scalar_head_backward(float *dhidden, const float *dout, const float *hidden, const int *row, size_t R, struct Tensor *weight, struct Tensor *bias)
-{
+static void scalar_head_backward(float *dhidden, const float *dout, const float *hidden, const int *row, size_t R, struct Tensor *weight, struct Tensor *bias) {
     size_t C = weight->n;
     for (size_t r = 0; r < R; r++) {
         for (size_t c = 0; c < C; c++) {
@@ -2802,8 +2646,7 @@ static void scalar_head_backward(float *dhidden, const float *dout, const float 
 
 /* Where a text's reward is read: its last token that is not padding. GPT-2 pads with its end token, so
  * an end token at the end is passed over too. */
-static void reward_rows(const struct Batch *batch, int pad_token_id, int *row)
-{
+static void reward_rows(const struct Batch *batch, int pad_token_id, int *row) {
     for (size_t b = 0; b < batch->B; b++) {
         size_t last = batch->start[b + 1] - 1;
         while (last > batch->start[b] && batch->ids[last] == pad_token_id) last--;
@@ -2826,8 +2669,7 @@ static void reward_rows(const struct Batch *batch, int pad_token_id, int *row)
 
 /* lora_forward -- adds the adapter's share to y (N,out), x (N,in):  u = scale x A^T (N,r);  y += u B^T.
  * By hand: x = (1, 2), A = (3, 4), B = (5), alpha 2, r 1: u = 22, y grows by 110.       test: lora_hand */
-static void lora_forward(float *y, const float *x, const struct Linear *linear, size_t N)
-{
+static void lora_forward(float *y, const float *x, const struct Linear *linear, size_t N) {
     size_t r = linear->lora_A.shape[0], in = linear->lora_A.shape[1], out = linear->lora_B.shape[0];
     float *u = thread_scratch(SCRATCH_ROW, N * r);
     matmul(u, r, NULL, 0, matrix(x, in), transposed(linear->lora_A.w, in), N, r, in);
@@ -2837,8 +2679,7 @@ static void lora_forward(float *y, const float *x, const struct Linear *linear, 
 
 /* u is made again: it is r numbers a row. With g = scale dy B (N,r), what comes back through B:
  *   dB += dy^T u;   dA += g^T x;   dx += g A                                   test: lora_gradient */
-static void lora_backward(float *dx, const float *dy, const float *x, struct Linear *linear, size_t N)
-{
+static void lora_backward(float *dx, const float *dy, const float *x, struct Linear *linear, size_t N) {
     struct Tensor *A = &linear->lora_A, *B = &linear->lora_B;
     size_t r = A->shape[0], in = A->shape[1], out = B->shape[0];
     float *u = thread_scratch(SCRATCH_ROW, 2 * N * r), *g = u + N * r;
@@ -2851,8 +2692,7 @@ static void lora_backward(float *dx, const float *dy, const float *x, struct Lin
 }
 
 /* One of a list of names, separated by spaces or commas; returns its length, 0 at the end. */
-static size_t next_name(const char **list)
-{
+static size_t next_name(const char **list) {
     *list += strspn(*list, " ,");
     return strcspn(*list, " ,");
 }
@@ -2860,8 +2700,7 @@ static size_t next_name(const char **list)
 /* PEFT's rule: a target takes each module whose dotted name is the target or ends in "." and the target.
  * By hand: "c_proj" takes h.0.attn.c_proj and h.0.mlp.c_proj, "mlp.c_proj" the second, "proj" none.
  *                                                                          test: lora_targets */
-static bool lora_is_target(const char *module, const char *targets)
-{
+static bool lora_is_target(const char *module, const char *targets) {
     size_t length = strlen(module);
     for (size_t n; (n = next_name(&targets)) > 0; targets += n)
         if (n <= length && strncmp(module + length - n, targets, n) == 0 && (n == length || module[length - n - 1] == '.')) return true;
@@ -2869,8 +2708,7 @@ static bool lora_is_target(const char *module, const char *targets)
 }
 
 /* The linear layers that an adapter can be put to, 4 n_layer of them. */
-static struct Linear *adaptable(const struct GPT2 *model, size_t i)
-{
+static struct Linear *adaptable(const struct GPT2 *model, size_t i) {
     struct Block *h = &model->h[i / 4];
     struct Linear *const four[] = {&h->attn.c_attn, &h->attn.c_proj, &h->mlp.c_fc, &h->mlp.c_proj};
     return four[i % 4];
@@ -2879,16 +2717,14 @@ static struct Linear *adaptable(const struct GPT2 *model, size_t i)
 enum { MODULE_NAME = 64 };
 
 /* "h.0.attn.c_attn.weight" -> "transformer.h.0.attn.c_attn": the module's name in transformers. */
-static const char *module_name(const struct Linear *linear, char name[MODULE_NAME])
-{
+static const char *module_name(const struct Linear *linear, char name[MODULE_NAME]) {
     int length = (int)strlen(linear->weight.name) - (int)strlen(".weight");
     snprintf(name, MODULE_NAME, "transformer.%.*s", MIN(length, 48), linear->weight.name);
     return name;
 }
 
 /* Puts an adapter of zeros to a layer. rslora divides by sqrt(r): so the gradient keeps its size at any r [22]. */
-static void lora_declare(struct GPT2 *model, struct Linear *linear)
-{
+static void lora_declare(struct GPT2 *model, struct Linear *linear) {
     const struct Adapter *adapter = &model->adapter;
     char module[MODULE_NAME], name[MODULE_NAME];
     module_name(linear, module);
@@ -2901,8 +2737,7 @@ static void lora_declare(struct GPT2 *model, struct Linear *linear)
 
 /* adapter_new -- a new adapter as PEFT starts one: A from U(-1/sqrt(in), 1/sqrt(in)), torch's start of a
  * Linear (Kaiming's rule with a = sqrt 5), B zero.                              test: lora_start */
-static void adapter_new(struct GPT2 *model, struct Adapter adapter, uint64_t seed)
-{
+static void adapter_new(struct GPT2 *model, struct Adapter adapter, uint64_t seed) {
     struct Rng rng = rng_seed(seed, STREAM_INIT + 200);
     char name[MODULE_NAME];
     if (strcmp(adapter.target_modules, "all-linear") == 0) adapter.target_modules = "c_attn c_fc c_proj";
@@ -2924,8 +2759,7 @@ static void adapter_new(struct GPT2 *model, struct Adapter adapter, uint64_t see
 
 /* What adapter_model.safetensors holds, as tensors with PEFT's names that share the model's numbers: the
  * adapter, and a reward head, which is trained in full (modules_to_save). Returns how many. */
-static size_t adapter_tensors(struct Arena *arena, const struct GPT2 *model, struct Tensor ***list)
-{
+static size_t adapter_tensors(struct Arena *arena, const struct GPT2 *model, struct Tensor ***list) {
     size_t count = 0;
     *list = arena_alloc(arena, model->tensor_count, sizeof **list);
     for (size_t i = 0; i < model->tensor_count; i++) {
@@ -2940,8 +2774,7 @@ static size_t adapter_tensors(struct Arena *arena, const struct GPT2 *model, str
 }
 
 /* Settings under which PEFT would compute something else: refused by name. */
-static void adapter_refuse(const struct Json *config, const char *path)
-{
+static void adapter_refuse(const struct Json *config, const char *path) {
     static const char *const off[] = {"use_dora", "use_qalora", "use_bdlora", "lora_bias", "rank_pattern", "alpha_pattern", "layers_to_transform", "layer_replication", "exclude_modules",
         "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config", "monteclora_config"};
     struct Json *bias = json_get(config, "bias"), *start = json_get(config, "init_lora_weights"), *saved = json_get(config, "modules_to_save");
@@ -2959,8 +2792,7 @@ static void adapter_refuse(const struct Json *config, const char *path)
 }
 
 /* adapter_config.json: r 8, lora_alpha 8 where it is silent, as PEFT. */
-static struct Adapter adapter_config_load(struct Arena *arena, const char *folder)
-{
+static struct Adapter adapter_config_load(struct Arena *arena, const char *folder) {
     char *path = arena_printf(arena, "%s/adapter_config.json", folder);
     CHECK(file_exists(path), "%s: no adapter_config.json inside; an adapter is a folder with adapter_config.json and adapter_model.safetensors", folder);
     struct Json *json = json_read_file(arena, path), *alpha = json_get(json, "lora_alpha"), *dropout = json_get(json, "lora_dropout"), *rslora = json_get(json, "use_rslora");
@@ -2980,9 +2812,9 @@ static struct Adapter adapter_config_load(struct Arena *arena, const char *folde
 }
 
 /* TRL puts the value head of a policy with an adapter in a model file of its own beside it. */
-static void adapter_load_value_head(struct GPT2 *model, struct Arena *arena, const char *folder)
-{
-    char *path = arena_printf(arena, "%s/model.safetensors", folder);
+static void adapter_load_value_head(struct GPT2 *model, struct Arena *arena, const char *folder) {
+    char *path = arena_printf(arena, "%s/model.safetensors", folder), *pickle = arena_printf(arena, "%s/pytorch_model.bin", folder);
+    if (!file_exists(path) && file_exists(pickle)) warn("%s is not read: a value head in it is left out. Make a model.safetensors of it: python3 -c \"import torch; from safetensors.torch import save_file; save_file(torch.load('%s'), '%s')\"", pickle, pickle, path);
     if (!file_exists(path)) return;
     struct SafeTensors st = safetensors_open(arena, path);
     if (json_get(st.header, "v_head.summary.weight")) {
@@ -2995,8 +2827,7 @@ static void adapter_load_value_head(struct GPT2 *model, struct Arena *arena, con
 /* adapter_load -- puts the adapter of a folder to the model. Which layers: target_modules by PEFT's rule,
  * or, where that is a regular expression, the layers that the file has tensors for. A tensor that no layer
  * takes is an error: leaving it out would make another model.             test: lora_round_trip, lora_broken */
-static void adapter_load(struct GPT2 *model, const char *folder)
-{
+static void adapter_load(struct GPT2 *model, const char *folder) {
     struct Arena arena = {0};
     struct Tensor **tensors;
     char name[MODULE_NAME], entry_name[MODULE_NAME + 48];
@@ -3030,8 +2861,7 @@ static void adapter_load(struct GPT2 *model, const char *folder)
 }
 
 /* adapter_config.json, the fields that say something; PEFT fills in the others with the same defaults. */
-static void adapter_config_save(const struct GPT2 *model, const char *folder)
-{
+static void adapter_config_save(const struct GPT2 *model, const char *folder) {
     const struct Adapter *a = &model->adapter;
     struct Output out;
     output_open(&out, folder, "adapter_config.json");
@@ -3048,14 +2878,13 @@ static void adapter_config_save(const struct GPT2 *model, const char *folder)
 }
 
 /* adapter_save -- the folder that PeftModel.from_pretrained loads; a value head beside it. */
-static void adapter_save(struct GPT2 *model, const char *folder, const struct Tokenizer *tok)
-{
+static void adapter_save(struct GPT2 *model, const char *folder, const struct Tokenizer *tok) {
     struct Arena arena = {0};
     struct Tensor **tensors, *head[] = {&model->v_head.weight, &model->v_head.bias};
     size_t count = adapter_tensors(&arena, model, &tensors);
     make_folder(folder);
     adapter_config_save(model, folder);
-    if (tok) tokenizer_save(tok, folder, model->config.vocab_size);
+    if (tok) tokenizer_save(tok, folder, model->config.vocab_size, model->config.n_positions);
     if (model->v_head.weight.n) safetensors_write(folder, "model.safetensors", head, 2, "");
     safetensors_write(folder, "adapter_model.safetensors", tensors, count, "");
     arena_free(&arena);
@@ -3063,8 +2892,7 @@ static void adapter_save(struct GPT2 *model, const char *folder, const struct To
 
 /* adapter_merge -- W += scale A^T B^T: the adapter folded into its base. The model computes the same as before, up
  * to rounding, and has no adapter.                                            test: lora_merge */
-static void adapter_merge(struct GPT2 *model)
-{
+static void adapter_merge(struct GPT2 *model) {
     size_t kept = 0;
     for (size_t i = 0; i < 4 * model->config.n_layer; i++) {
         struct Linear *linear = adaptable(model, i);
@@ -3082,8 +2910,7 @@ static void adapter_merge(struct GPT2 *model)
 /* adapter_reference -- the start model, to measure the trained one against: it shares every tensor of the base
  * with it and has its own view of the layers, without adapters; or, to go on with an adapter (`frozen`),
  * with a copy of that adapter, as TRL 1.16.         [glossary: Modelo de referência]  test: lora_reference */
-static struct GPT2 *adapter_reference(const struct GPT2 *model, bool frozen)
-{
+static struct GPT2 *adapter_reference(const struct GPT2 *model, bool frozen) {
     struct GPT2 *ref = malloc(sizeof *ref);
     CHECK(ref, "out of memory");
     *ref = *model;
@@ -3118,8 +2945,7 @@ struct TrainingArguments {
     double lr_end;                       /* linear decay ends at this share of the learning rate */
 };
 
-static struct TrainingArguments training_arguments(void)
-{
+static struct TrainingArguments training_arguments(void) {
     return (struct TrainingArguments){
         .learning_rate = 5e-5, .adam_beta1 = 0.9, .adam_beta2 = 0.999, .adam_epsilon = 1e-8, .weight_decay = 0, .max_grad_norm = 1, .num_train_epochs = 3,
         .per_device_train_batch_size = 8, .gradient_accumulation_steps = 1, .logging_steps = 10, .max_length = 1024,
@@ -3129,8 +2955,7 @@ static struct TrainingArguments training_arguments(void)
 /* Sum of squares in pieces whose number does not depend on that of the threads, so neither does the sum. */
 enum { NORM_PIECES = 512, STEP_PIECE = 1 << 14 };
 
-static double sum_of_squares(const float *x, size_t n)
-{
+static double sum_of_squares(const float *x, size_t n) {
     double part[NORM_PIECES], total = 0;
     size_t piece = (n + NORM_PIECES - 1) / NORM_PIECES;
     #pragma omp parallel for if(n > 100000)
@@ -3143,8 +2968,7 @@ static double sum_of_squares(const float *x, size_t n)
 }
 
 /* The length of the gradient of all weights taken as one vector; what is frozen has none. */
-static double gradient_norm(const struct GPT2 *model)
-{
+static double gradient_norm(const struct GPT2 *model) {
     double total = 0;
     for (size_t i = 0; i < model->tensor_count; i++)
         if (model->tensors[i]->d) total += sum_of_squares(model->tensors[i]->d, model->tensors[i]->n);
@@ -3160,8 +2984,7 @@ static double gradient_norm(const struct GPT2 *model)
  *                                                                     test: adamw_golden */
 struct AdamStep { float lr, beta1, beta2, rest1, rest2, correction1, correction2, eps, decay, clip; };     /* rest = 1 - beta */
 
-WIDE static void adamw_piece(float *w, float *d, float *m, float *v, size_t n, struct AdamStep s)
-{
+WIDE static void adamw_piece(float *w, float *d, float *m, float *v, size_t n, struct AdamStep s) {
     for (size_t i = 0; i < n; i++) {
         float g = d[i] * s.clip;
         m[i] = s.beta1 * m[i] + s.rest1 * g;
@@ -3175,8 +2998,7 @@ WIDE static void adamw_piece(float *w, float *d, float *m, float *v, size_t n, s
 /* Stochastic gradient descent, w = w - lr (d + weight_decay w), as torch.optim.SGD writes it: the
  * plain rule that AdamW refines.   [glossary: Ascensão de gradiente estocástico (SGA)] for ascent, the
  * loss is the objective with a minus sign. */
-WIDE static void sgd_piece(float *w, float *d, size_t n, float lr, float weight_decay, float clip)
-{
+WIDE static void sgd_piece(float *w, float *d, size_t n, float lr, float weight_decay, float clip) {
     for (size_t i = 0; i < n; i++) {
         w[i] -= lr * (d[i] * clip + weight_decay * w[i]);
         d[i] = 0;
@@ -3186,8 +3008,7 @@ WIDE static void sgd_piece(float *w, float *d, size_t n, float lr, float weight_
 /* One optimizer step, number t from 1, at learning rate lr. Returns the gradient's norm before
  * clipping: a gradient longer than max_grad_norm is shortened to that length (0: no limit), keeping
  * its direction, so that one odd batch cannot throw the weights far. */
-static double optimizer_step(struct GPT2 *model, const struct TrainingArguments *args, double lr, size_t t)
-{
+static double optimizer_step(struct GPT2 *model, const struct TrainingArguments *args, double lr, size_t t) {
     double norm = gradient_norm(model);
     double clip = args->max_grad_norm > 0 && norm > 0 ? MIN(1, args->max_grad_norm / (norm + 1e-6)) : 1;
     bool sgd = strcmp(args->optim, "sgd") == 0;
@@ -3213,8 +3034,7 @@ static double optimizer_step(struct GPT2 *model, const struct TrainingArguments 
 /* The share of the learning rate used in step number `step` (from 0) of `total`. Warm-up: from 0 up in
  * warmup_steps, so that AdamW's averages fill before large steps are taken. Then linear to 0 (or to
  * lr_end), a half cosine to 0, or constant.          By hand: linear, 10 steps, warm-up 2: 0, .5, 1, .875 */
-static double schedule_factor(const struct TrainingArguments *args, size_t step, size_t total)
-{
+static double schedule_factor(const struct TrainingArguments *args, size_t step, size_t total) {
     const char *type = args->lr_scheduler_type;
     double warmup = (double)args->warmup_steps, at = (double)step, rest = MAX(1.0, (double)total - warmup);
     if (strcmp(type, "constant") == 0) return 1;
@@ -3240,8 +3060,7 @@ struct TrainerState {
     size_t log_count, log_capacity;
 };
 
-static struct LogEntry *state_log(struct TrainerState *state)
-{
+static struct LogEntry *state_log(struct TrainerState *state) {
     if (state->log_count == state->log_capacity) {
         state->log_capacity = state->log_capacity ? 2 * state->log_capacity : 64;
         state->log_history = realloc(state->log_history, state->log_capacity * sizeof *state->log_history);
@@ -3252,8 +3071,7 @@ static struct LogEntry *state_log(struct TrainerState *state)
     return entry;
 }
 
-static void log_value(struct LogEntry *entry, const char *name, double value)
-{
+static void log_value(struct LogEntry *entry, const char *name, double value) {
     if (entry->n == MAX_METRICS) die("internal: more than %d metrics in a log entry", MAX_METRICS);
     size_t at = entry->n++;
     for (; at > 0 && strcmp(entry->item[at - 1].name, name) > 0; at--) entry->item[at] = entry->item[at - 1];   /* sorted keys */
@@ -3261,24 +3079,18 @@ static void log_value(struct LogEntry *entry, const char *name, double value)
     entry->item[at].value = value;
 }
 
-static bool log_find(const struct LogEntry *entry, const char *name, double *value)
-{
+static bool log_find(const struct LogEntry *entry, const char *name, double *value) {
     *value = NAN;
     for (size_t i = 0; i < entry->n; i++)
         if (strcmp(entry->item[i].name, name) == 0) return *value = entry->item[i].value, true;
     return false;
 }
 
-static void log_write(FILE *file, const struct LogEntry *entry, const char *separator)
-{
-    for (size_t i = 0; i < entry->n; i++) {
-        fprintf(file, "%s\"%s\": ", i ? separator : "", entry->item[i].name);
-        json_write_number(file, entry->item[i].value);
-    }
+static void log_write(FILE *file, const struct LogEntry *entry, const char *separator) {
+    for (size_t i = 0; i < entry->n; i++) fprintf(file, "%s\"%s\": %s", i ? separator : "", entry->item[i].name, json_number_text(entry->item[i].value));
 }
 
-static void trainer_state_save(const struct TrainerState *s, const struct TrainingArguments *args, const char *folder)
-{
+static void trainer_state_save(const struct TrainerState *s, const struct TrainingArguments *args, const char *folder) {
     struct Output out;
     output_open(&out, folder, "trainer_state.json");
     FILE *f = out.file;
@@ -3317,12 +3129,10 @@ struct Trainer {
     struct Arena arena;                      /* emptied before every micro-batch */
     struct Metric metrics[MAX_METRICS];      /* since the last log entry */
     size_t metric_count;
-    double last_said;
 };
 
 /* Averages a metric over the micro-batches between two log entries. */
-static void trainer_metric(struct Trainer *trainer, const char *name, double value)
-{
+static void trainer_metric(struct Trainer *trainer, const char *name, double value) {
     size_t i = 0;
     while (i < trainer->metric_count && strcmp(trainer->metrics[i].name, name) != 0) i++;
     if (i == trainer->metric_count) {
@@ -3334,8 +3144,7 @@ static void trainer_metric(struct Trainer *trainer, const char *name, double val
 }
 
 /* One line of progress on stderr: the entry's numbers that a person follows. */
-static void trainer_say(struct Trainer *trainer, const struct LogEntry *entry)
-{
+static void trainer_say(struct Trainer *trainer, const struct LogEntry *entry) {
     static const char *const shown[] = {"loss", "eval_loss", "accuracy", "eval_accuracy", "margin", "rewards/margins", "rewards/accuracies", "grad_norm", "learning_rate"};
     say("%s: step %zu/%zu", trainer->task.name, trainer->state.global_step, trainer->state.max_steps);
     for (size_t i = 0; i < COUNT(shown); i++) {
@@ -3346,8 +3155,7 @@ static void trainer_say(struct Trainer *trainer, const struct LogEntry *entry)
 }
 
 /* Moves the metrics' means into a log entry, in evaluation under "eval_" and their names, which stay as long as logs may. */
-static void trainer_flush(struct Trainer *trainer, struct LogEntry *entry, bool eval)
-{
+static void trainer_flush(struct Trainer *trainer, struct LogEntry *entry, bool eval) {
     static struct Arena names;
     for (size_t i = 0; i < trainer->metric_count; i++) {
         const struct Metric *metric = &trainer->metrics[i];
@@ -3361,13 +3169,12 @@ static void trainer_flush(struct Trainer *trainer, struct LogEntry *entry, bool 
 
 
 /* trainer_evaluate -- the mean loss and metrics over the held-out items; no weight moves. */
-static double trainer_evaluate(struct Trainer *trainer)
-{
+static double trainer_evaluate(struct Trainer *trainer) {
     struct Metric held[MAX_METRICS];
     size_t held_count = trainer->metric_count, n = trainer->task.eval_n, batch = trainer->args.per_device_train_batch_size, tokens = trainer->state.num_tokens;
     memcpy(held, trainer->metrics, sizeof held);
     trainer->metric_count = 0;
-    double total = 0, judged = 0;
+    double total = 0, judged = 0, begin = seconds_now();
     for (size_t first = 0; first < n; first += batch) {
         size_t index[4096], count = MIN(MIN(batch, n - first), COUNT(index));
         for (size_t i = 0; i < count; i++) index[i] = first + i;
@@ -3378,7 +3185,11 @@ static double trainer_evaluate(struct Trainer *trainer)
         judged += (double)count;
     }
     struct LogEntry *entry = state_log(&trainer->state);
+    double seconds = seconds_now() - begin;
     log_value(entry, "eval_loss", total / judged);
+    log_value(entry, "eval_runtime", seconds);
+    log_value(entry, "eval_samples_per_second", (double)n / seconds);
+    log_value(entry, "eval_steps_per_second", ceil((double)n / (double)batch) / seconds);
     trainer_flush(trainer, entry, true);
     trainer_say(trainer, entry);
     memcpy(trainer->metrics, held, sizeof held);
@@ -3388,8 +3199,7 @@ static double trainer_evaluate(struct Trainer *trainer)
 }
 
 /* One optimizer step: gradients of the step's micro-batches, added up. Returns the step's loss. */
-static double trainer_accumulate(struct Trainer *trainer, const size_t *order, size_t n)
-{
+static double trainer_accumulate(struct Trainer *trainer, const size_t *order, size_t n) {
     const struct Task *task = &trainer->task;
     size_t micro = trainer->args.per_device_train_batch_size, micro_batches = (n + micro - 1) / micro, targets = 0;
     for (size_t i = 0; task->targets && i < n; i++) targets += task->targets(trainer, order[i]);
@@ -3401,8 +3211,7 @@ static double trainer_accumulate(struct Trainer *trainer, const size_t *order, s
     return loss;
 }
 
-static void trainer_log_step(struct Trainer *trainer, double loss, double norm, double lr)
-{
+static void trainer_log_step(struct Trainer *trainer, double loss, double norm, double lr) {
     struct LogEntry *entry = state_log(&trainer->state);
     log_value(entry, "loss", loss);
     log_value(entry, "grad_norm", norm);
@@ -3412,8 +3221,7 @@ static void trainer_log_step(struct Trainer *trainer, double loss, double norm, 
     trainer_say(trainer, entry);
 }
 
-static size_t *epoch_order(const struct Trainer *trainer, struct Arena *arena, size_t epoch)
-{
+static size_t *epoch_order(const struct Trainer *trainer, struct Arena *arena, size_t epoch) {
     size_t n = trainer->task.n, *order = arena_alloc(arena, n, sizeof *order);
     struct Rng rng = rng_seed(trainer->args.seed + epoch, STREAM_ORDER);
     for (size_t i = 0; i < n; i++) order[i] = i;
@@ -3424,8 +3232,7 @@ static size_t *epoch_order(const struct Trainer *trainer, struct Arena *arena, s
 /* trainer_train -- the whole training.                                  [glossary: Trainer.train()]
  * Steps of an epoch = ceil(micro-batches / accumulation); a last, smaller batch is kept, and what is
  * left of an accumulation at an epoch's end is a step of its own. max_steps, if given, decides alone. */
-static void trainer_train(struct Trainer *trainer)
-{
+static void trainer_train(struct Trainer *trainer) {
     struct TrainingArguments *args = &trainer->args;
     struct TrainerState *state = &trainer->state;
     size_t per_step = args->per_device_train_batch_size * args->gradient_accumulation_steps, n = trainer->task.n;
@@ -3472,8 +3279,7 @@ static void trainer_train(struct Trainer *trainer)
     log_value(entry, "step", (double)state->global_step);
 }
 
-static void trainer_free(struct Trainer *trainer)
-{
+static void trainer_free(struct Trainer *trainer) {
     arena_free(&trainer->arena);
     free(trainer->state.log_history);
 }
@@ -3497,8 +3303,7 @@ struct GenerationConfig {
     bool do_sample;
 };
 
-static struct GenerationConfig generation_config(void)
-{
+static struct GenerationConfig generation_config(void) {
     return (struct GenerationConfig){.max_new_tokens = 20, .top_k = 50, .num_return_sequences = 1, .num_beams = 1, .temperature = 1, .top_p = 1, .repetition_penalty = 1, .length_penalty = 1};
 }
 
@@ -3508,8 +3313,7 @@ struct KVCache {
     size_t *length;                   /* (B) positions filled */
 };
 
-static struct KVCache kv_cache_new(const struct GPT2 *model, struct Arena *arena, size_t B, size_t capacity)
-{
+static struct KVCache kv_cache_new(const struct GPT2 *model, struct Arena *arena, size_t B, size_t capacity) {
     struct KVCache cache = {.B = B, .capacity = capacity};
     size_t floats = model->config.n_layer * B * capacity * model->config.n_embd;
     cache.k = arena_floats(arena, floats);
@@ -3519,8 +3323,7 @@ static struct KVCache kv_cache_new(const struct GPT2 *model, struct Arena *arena
 }
 
 /* Sequence `slot` of a cache becomes a copy of sequence `from_slot` of another. */
-static void kv_cache_copy(const struct GPT2 *model, struct KVCache *cache, size_t slot, const struct KVCache *from, size_t from_slot)
-{
+static void kv_cache_copy(const struct GPT2 *model, struct KVCache *cache, size_t slot, const struct KVCache *from, size_t from_slot) {
     size_t row = cache->capacity * model->config.n_embd, used = from->length[from_slot] * model->config.n_embd;
     for (size_t l = 0; l < model->config.n_layer; l++) {
         memcpy(cache->k + (l * cache->B + slot) * row, from->k + (l * from->B + from_slot) * row, used * sizeof(float));
@@ -3530,8 +3333,7 @@ static void kv_cache_copy(const struct GPT2 *model, struct KVCache *cache, size_
 }
 
 /* One new token's query, head h, against the n cached positions of its sequence. */
-WIDE static void attention_cached_head(float *out, const float *q, const float *k, const float *v, struct AttentionShape s, size_t n)
-{
+WIDE static void attention_cached_head(float *out, const float *q, const float *k, const float *v, struct AttentionShape s, size_t n) {
     float *p = thread_scratch(SCRATCH_SCORES, n);
     for (size_t j = 0; j < n; j += 4) row_dot_4(p + j, q, k + j * s.C, s.C, s.HS, MIN((size_t)4, n - j));
     for (size_t j = 0; j < n; j++) p[j] *= s.scale;
@@ -3543,8 +3345,7 @@ WIDE static void attention_cached_head(float *out, const float *q, const float *
 
 /* Rows of a decoding batch: row n belongs to sequence[n] and stands at batch.position[n]. Stores their
  * keys and values, then attends. */
-static void attention_cached(float *out, const float *qkv, const struct Batch *batch, const size_t *sequence, struct KVCache *cache, size_t layer, struct AttentionShape s)
-{
+static void attention_cached(float *out, const float *qkv, const struct Batch *batch, const size_t *sequence, struct KVCache *cache, size_t layer, struct AttentionShape s) {
     for (size_t n = 0; n < batch->N; n++) {
         size_t at = ((layer * cache->B + sequence[n]) * cache->capacity + (size_t)batch->position[n]) * s.C;
         memcpy(cache->k + at, qkv + n * 3 * s.C + s.C, s.C * sizeof(float));
@@ -3558,8 +3359,7 @@ static void attention_cached(float *out, const float *qkv, const struct Batch *b
 }
 
 /* gpt2_decode -- pushes new tokens through the model, with the past in the cache. Returns hidden (N,C). */
-static float *gpt2_decode(const struct GPT2 *model, struct Arena *arena, const struct Batch *batch, const size_t *sequence, struct KVCache *cache)
-{
+static float *gpt2_decode(const struct GPT2 *model, struct Arena *arena, const struct Batch *batch, const size_t *sequence, struct KVCache *cache) {
     size_t N = batch->N, C = model->config.n_embd;
     struct BlockActivations a = block_activations(arena, &model->config, N);
     embedding_forward(a.x, batch, model->wte.w, model->wpe.w, C);
@@ -3579,8 +3379,7 @@ struct Sequence { int *ids; size_t n, prompt_length, max_length; bool finished; 
 /* Logits of ids that already occurred are divided by the penalty if positive, multiplied if negative:
  * less likely either way, once an id however often it occurred [15]. [glossary: Penalidade de repetição]
  * By hand: penalty 2: 3 -> 1.5, -3 -> -6. */
-static void process_repetition_penalty(float *logits, size_t V, const int *ids, size_t n, double penalty)
-{
+static void process_repetition_penalty(float *logits, size_t V, const int *ids, size_t n, double penalty) {
     char *seen = (char *)thread_scratch(SCRATCH_ROW, V / 4 + 1);
     memset(seen, 0, V);
     for (size_t i = 0; i < n; i++) {
@@ -3591,8 +3390,7 @@ static void process_repetition_penalty(float *logits, size_t V, const int *ids, 
 }
 
 /* Bans every id that would complete an n-gram already in the sequence. */
-static void process_no_repeat_ngram(float *logits, const int *ids, size_t n, size_t ngram)
-{
+static void process_no_repeat_ngram(float *logits, const int *ids, size_t n, size_t ngram) {
     if (n + 1 < ngram) return;
     for (size_t i = 0; i + ngram <= n; i++)
         if (memcmp(ids + i, ids + n - (ngram - 1), (ngram - 1) * sizeof *ids) == 0) logits[ids[i + ngram - 1]] = -INFINITY;
@@ -3600,8 +3398,7 @@ static void process_no_repeat_ngram(float *logits, const int *ids, size_t n, siz
 
 /* The k-th largest of n numbers, 1 <= k <= n, by Hoare's selection: what is larger than some number goes left, the
  * rest right, and only the side that holds the k-th place is looked at again. x is left rearranged. */
-static float kth_largest(float *x, size_t n, size_t k)
-{
+static float kth_largest(float *x, size_t n, size_t k) {
     size_t low = 0, high = n - 1;
     while (low < high) {
         float pivot = x[low + (high - low) / 2];
@@ -3621,8 +3418,7 @@ static float kth_largest(float *x, size_t n, size_t k)
 }
 
 /* Keeps the k largest logits, and what ties with the smallest of them.  [glossary: Amostragem top-k] */
-static void process_top_k(float *logits, size_t V, size_t k)
-{
+static void process_top_k(float *logits, size_t V, size_t k) {
     if (k >= V) return;
     float *copy = thread_scratch(SCRATCH_ROW, V);
     memcpy(copy, logits, V * sizeof *copy);
@@ -3632,14 +3428,12 @@ static void process_top_k(float *logits, size_t V, size_t k)
 
 struct Candidate { float logit; int id; };
 
-static int compare_candidates_up(const void *a, const void *b)
-{
+static int compare_candidates_up(const void *a, const void *b) {
     const struct Candidate *x = a, *y = b;
     return x->logit != y->logit ? (x->logit > y->logit) - (x->logit < y->logit) : (x->id > y->id) - (x->id < y->id);
 }
 
-static int compare_candidates_down(const void *a, const void *b)
-{
+static int compare_candidates_down(const void *a, const void *b) {
     const struct Candidate *x = a, *y = b;
     return x->logit != y->logit ? (x->logit < y->logit) - (x->logit > y->logit) : (x->id > y->id) - (x->id < y->id);
 }
@@ -3647,8 +3441,7 @@ static int compare_candidates_down(const void *a, const void *b)
 /* Nucleus sampling: the smallest set of likeliest tokens whose mass reaches p [12]. From the unlikely
  * end, tokens go while the mass removed stays within 1 - p; the `least` likeliest always stay.
  * By hand: 0.5, 0.3, 0.2 with p 0.7 -> the first two.                    [glossary: Amostragem top-p] */
-static void process_top_p(float *logits, size_t V, double p, size_t least)
-{
+static void process_top_p(float *logits, size_t V, double p, size_t least) {
     struct Candidate *order = malloc(V * sizeof *order);
     CHECK(order, "out of memory");
     size_t n = 0;
@@ -3665,8 +3458,7 @@ static void process_top_p(float *logits, size_t V, double p, size_t least)
 }
 
 /* All processors in transformers' order; those after the minimum length act only when sampling. */
-static void process_logits(float *logits, size_t V, const struct GenerationConfig *config, const int *ids, size_t n, size_t new_tokens, int end_token)
-{
+static void process_logits(float *logits, size_t V, const struct GenerationConfig *config, const int *ids, size_t n, size_t new_tokens, int end_token) {
     if (config->repetition_penalty != 1) process_repetition_penalty(logits, V, ids, n, config->repetition_penalty);
     if (config->no_repeat_ngram_size) process_no_repeat_ngram(logits, ids, n, config->no_repeat_ngram_size);
     if (new_tokens < config->min_new_tokens) logits[end_token] = -INFINITY;    /* [glossary: Tokens máximos e mínimos] */
@@ -3680,8 +3472,7 @@ static void process_logits(float *logits, size_t V, const struct GenerationConfi
 
 /* One draw from softmax(logits): a uniform number finds its place in the running sum of the
  * probabilities, in the order of ids.                                       [glossary: Amostragem] */
-static int sample_token(float *logits, size_t V, struct Rng *rng)
-{
+static int sample_token(float *logits, size_t V, struct Rng *rng) {
     softmax(logits, V);
     double u = rng_uniform(rng), sum = 0;
     size_t last = 0;
@@ -3694,8 +3485,7 @@ static int sample_token(float *logits, size_t V, struct Rng *rng)
     return (int)last;                  /* rounding left the sum a little under 1 */
 }
 
-static void sequence_extend(struct Sequence *s, float *logits, size_t V, const struct GenerationConfig *config, int end_token)
-{
+static void sequence_extend(struct Sequence *s, float *logits, size_t V, const struct GenerationConfig *config, int end_token) {
     CHECK(isfinite(row_max(logits, V)), "the model's logits after %zu tokens are not finite; its weights are broken", s->n);
     process_logits(logits, V, config, s->ids, s->n, s->n - s->prompt_length, end_token);
     int id = config->do_sample ? sample_token(logits, V, &s->rng) : (int)argmax(logits, V);
@@ -3708,8 +3498,7 @@ static void sequence_extend(struct Sequence *s, float *logits, size_t V, const s
 }
 
 /* The rows that the next pass of the model needs: a sequence's prompt at first, its newest token later. */
-static struct Batch decode_batch(struct Arena *arena, struct Sequence **active, const size_t *slot, size_t count, const struct KVCache *cache, size_t *sequence, int *last_row)
-{
+static struct Batch decode_batch(struct Arena *arena, struct Sequence **active, const size_t *slot, size_t count, const struct KVCache *cache, size_t *sequence, int *last_row) {
     struct Batch batch = {.B = count};
     for (size_t i = 0; i < count; i++) batch.N += active[i]->n - cache->length[slot[i]];
     batch.ids = arena_alloc(arena, batch.N, sizeof *batch.ids);
@@ -3727,8 +3516,7 @@ static struct Batch decode_batch(struct Arena *arena, struct Sequence **active, 
 }
 
 /* Advances every active sequence by one token; returns the logits (count,V) it came from. */
-static float *generate_step(const struct GPT2 *model, struct Arena *arena, struct Sequence **active, const size_t *slot, size_t count, struct KVCache *cache)
-{
+static float *generate_step(const struct GPT2 *model, struct Arena *arena, struct Sequence **active, const size_t *slot, size_t count, struct KVCache *cache) {
     size_t C = model->config.n_embd, V = model->config.vocab_size, rows = 0;
     for (size_t i = 0; i < count; i++) rows += active[i]->n - cache->length[slot[i]];
     size_t *sequence = arena_alloc(arena, rows, sizeof *sequence);
@@ -3745,15 +3533,13 @@ static float *generate_step(const struct GPT2 *model, struct Arena *arena, struc
 struct Beam { int *ids; size_t n; float score; };
 enum { UNFILLED = -1000000000 };                       /* transformers' score of a finished sequence that is not there yet */
 
-static struct Beam *beams_new(struct Arena *arena, size_t count, size_t max_length)
-{
+static struct Beam *beams_new(struct Arena *arena, size_t count, size_t max_length) {
     struct Beam *beams = arena_alloc(arena, count, sizeof *beams);
     for (size_t i = 0; i < count; i++) beams[i] = (struct Beam){arena_alloc(arena, max_length, sizeof(int)), 0, UNFILLED};
     return beams;
 }
 
-static void beam_set(struct Beam *beam, const struct Beam *from, int id, float score)
-{
+static void beam_set(struct Beam *beam, const struct Beam *from, int id, float score) {
     memcpy(beam->ids, from->ids, from->n * sizeof *beam->ids);
     beam->ids[from->n] = id;
     beam->n = from->n + 1;
@@ -3762,8 +3548,7 @@ static void beam_set(struct Beam *beam, const struct Beam *from, int id, float s
 
 /* The `most` best of n scores, best first: (score, place). When sampling, `most` draws without replacement from
  * softmax(score), in the order drawn: the largest scores after Gumbel noise -log(-log u) was added to each. */
-static size_t beam_candidates(float *score, size_t n, size_t most, struct Rng *sample, struct Arena *arena, struct Candidate *best)
-{
+static size_t beam_candidates(float *score, size_t n, size_t most, struct Rng *sample, struct Arena *arena, struct Candidate *best) {
     float *key = arena_floats(arena, n), *copy = arena_floats(arena, n);
     most = MIN(most, n);
     for (size_t i = 0; i < n; i++) key[i] = sample ? (float)(score[i] - log(-log(1 - rng_uniform(sample)))) : score[i];
@@ -3780,11 +3565,11 @@ static size_t beam_candidates(float *score, size_t n, size_t most, struct Rng *s
 
 /* Logits of the running beams -> their score with each possible next token: log-probability so far plus
  * log softmax, which the processors act on without normalizing it again. */
-static void beam_scores(float *logits, const struct Beam *running, size_t beams, size_t V, size_t start, const struct GenerationConfig *config, int end_token)
-{
+static void beam_scores(float *logits, const struct Beam *running, size_t beams, size_t V, size_t start, const struct GenerationConfig *config, int end_token) {
     #pragma omp parallel for
     for (size_t b = 0; b < beams; b++) {
         float *row = logits + b * V, lse = log_sum_exp(row, V, thread_scratch(SCRATCH_ROW, V));
+        CHECK(isfinite(lse), "the model's logits after %zu tokens are not finite; its weights are broken", running[b].n);
         for (size_t v = 0; v < V; v++) row[v] -= lse;
         process_logits(row, V, config, running[b].ids, running[b].n, running[b].n - start, end_token);
         for (size_t v = 0; v < V; v++) row[v] += running[b].score;
@@ -3793,8 +3578,7 @@ static void beam_scores(float *logits, const struct Beam *running, size_t beams,
 
 /* A sequence that ended enters the pool if its score, divided by its length to the power of length_penalty,
  * beats the worst there. The pool stays sorted, best first. */
-static void beam_finish(struct Beam *pool, size_t K, const struct Beam *from, int id, float score)
-{
+static void beam_finish(struct Beam *pool, size_t K, const struct Beam *from, int id, float score) {
     if (score <= pool[K - 1].score) return;
     beam_set(&pool[K - 1], from, id, score);
     for (size_t i = K - 1; i > 0 && pool[i].score > pool[i - 1].score; i--) {
@@ -3813,8 +3597,7 @@ static void beam_finish(struct Beam *pool, size_t K, const struct Beam *from, in
  * sequences: num_return_sequences of them that hold the same prompt; they become the best of the pool.
  * By hand: after A, 0.6 B and 0.4 C; after AB at most 0.5, after AC 0.95: greedy ends with ABx at 0.30,
  * two beams with ACx at 0.38.                              test: beam_search_golden, beam_search_exhaustive */
-static void beam_search(const struct GPT2 *model, struct Sequence *sequences, const struct GenerationConfig *config)
-{
+static void beam_search(const struct GPT2 *model, struct Sequence *sequences, const struct GenerationConfig *config) {
     struct Arena arena = {0}, step_arena = {0};
     size_t K = config->num_beams, V = model->config.vocab_size, start = sequences->n, max_length = sequences->max_length, beams = 1;
     int end_token = model->config.eos_token_id;
@@ -3862,7 +3645,7 @@ static void beam_search(const struct GPT2 *model, struct Sequence *sequences, co
         size_t hoped = config->early_stopping == STOP_NEVER && config->length_penalty > 0 ? max_length - start : length;
         hope = running[0].score / pow((double)hoped, config->length_penalty) > pool[K - 1].score;
     }
-    for (size_t i = 0; i < config->num_return_sequences; i++) {
+    for (size_t i = 0; i < config->num_return_sequences && pool[i].n; i++) {
         memcpy(sequences[i].ids, pool[i].ids, pool[i].n * sizeof(int));
         sequences[i].n = pool[i].n;
         sequences[i].finished = true;
@@ -3876,8 +3659,7 @@ enum { GENERATE_TOGETHER = 64 };       /* sequences decoded in one batch: bounds
 /* generate -- writes every sequence to its end token or its max_length.        [glossary: Rollout]
  * sequences: ids with room for max_length, the prompt in place. Each has its own random numbers, so what
  * it becomes does not depend on who else is in the batch.        test: generate_golden, generate_cache */
-static void generate(const struct GPT2 *model, struct Sequence *sequences, size_t n, const struct GenerationConfig *config)
-{
+static void generate(const struct GPT2 *model, struct Sequence *sequences, size_t n, const struct GenerationConfig *config) {
     struct Arena arena = {0}, step_arena = {0};
     size_t V = model->config.vocab_size;
     for (size_t i = 0; config->num_beams > 1 && i < n; i += config->num_return_sequences) beam_search(model, sequences + i, config);
@@ -3908,8 +3690,7 @@ static void generate(const struct GPT2 *model, struct Sequence *sequences, size_
 }
 
 /* A sequence that starts with `n` ids and may grow by max_new tokens, as far as the context allows. */
-static struct Sequence sequence_start(struct Arena *arena, const int *ids, size_t n, size_t max_new, const struct GPT2 *model, struct Rng rng)
-{
+static struct Sequence sequence_start(struct Arena *arena, const int *ids, size_t n, size_t max_new, const struct GPT2 *model, struct Rng rng) {
     size_t max_length = MIN(n + max_new, model->config.n_positions);
     struct Sequence s = {.n = n, .prompt_length = n, .max_length = max_length, .rng = rng};
     s.ids = arena_alloc(arena, MAX(n, max_length), sizeof *s.ids);
@@ -3933,8 +3714,7 @@ struct LanguageTask {
     struct Arena rows;                 /* this epoch's packed rows */
 };
 
-static double language_loss(struct Trainer *trainer, const size_t *index, size_t count, double weight, bool train, bool eval)
-{
+static double language_loss(struct Trainer *trainer, const size_t *index, size_t count, double weight, bool train, bool eval) {
     struct LanguageTask *task = trainer->task.data;
     struct GPT2 *model = trainer->model;
     struct Arena *arena = &trainer->arena;
@@ -3958,8 +3738,7 @@ static double language_loss(struct Trainer *trainer, const size_t *index, size_t
 /* What the Trainer divides a step's loss by: labels that are not ignored. The first token of a text without a
  * prompt counts although nothing predicts it: so transformers counts, and so the loss is a little smaller
  * than a mean. Packed rows are divided by what they predict. */
-static size_t language_targets(struct Trainer *trainer, size_t index)
-{
+static size_t language_targets(struct Trainer *trainer, size_t index) {
     const struct Example *e = ((struct LanguageTask *)trainer->task.data)->examples + index;
     return e->n - e->prompt_length;
 }
@@ -3969,8 +3748,7 @@ static size_t language_targets(struct Trainer *trainer, size_t index)
  * once; what is left over at the end is dropped. With whole_texts a row that would start inside a text
  * starts where that text starts (if a row can hold it): so the model learns, at position 0, how texts
  * begin, as a prompt does. Some tokens then count twice and the last texts have to wait for an epoch. */
-static void pretrain_pack(struct Arena *arena, const struct Example *texts, const size_t *order, size_t text_count, size_t row_length, bool whole_texts, struct Example *rows, size_t count)
-{
+static void pretrain_pack(struct Arena *arena, const struct Example *texts, const size_t *order, size_t text_count, size_t row_length, bool whole_texts, struct Example *rows, size_t count) {
     size_t total = 0, at = 0, text = 0, text_start = 0;
     for (size_t i = 0; i < text_count; i++) total += texts[order[i]].n;
     int *stream = arena_alloc(arena, total, sizeof *stream);
@@ -3989,8 +3767,7 @@ static void pretrain_pack(struct Arena *arena, const struct Example *texts, cons
 }
 
 /* Each epoch joins the texts in a new order, so that rows never repeat. */
-static void pretrain_new_epoch(struct Trainer *trainer, size_t epoch)
-{
+static void pretrain_new_epoch(struct Trainer *trainer, size_t epoch) {
     struct LanguageTask *task = trainer->task.data;
     arena_reset(&task->rows);
     size_t *order = arena_alloc(&task->rows, task->text_count, sizeof *order);
@@ -4001,8 +3778,7 @@ static void pretrain_new_epoch(struct Trainer *trainer, size_t epoch)
 }
 
 /* Sets up the task of a language model on texts that end in an end token. */
-static struct LanguageTask *pretrain_task(struct Trainer *trainer, struct Arena *arena, struct Example *texts, size_t text_count, struct Example *eval_texts, size_t eval_count)
-{
+static struct LanguageTask *pretrain_task(struct Trainer *trainer, struct Arena *arena, struct Example *texts, size_t text_count, struct Example *eval_texts, size_t eval_count) {
     struct LanguageTask *task = arena_zeros(arena, 1, sizeof *task);
     size_t total = 0, eval_total = 0, length = trainer->args.max_length;
     for (size_t i = 0; i < text_count; i++) total += texts[i].n;
@@ -4021,8 +3797,7 @@ static struct LanguageTask *pretrain_task(struct Trainer *trainer, struct Arena 
 
 /* Rows of a data set as SFT examples: TRL appends the end token, keeps the first max_length ids and
  * drops what then has no target. */
-static size_t sft_examples(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data, struct Example *examples)
-{
+static size_t sft_examples(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data, struct Example *examples) {
     size_t count = 0, cut = 0, V = trainer->model->config.vocab_size;
     for (size_t i = 0; i < data->n; i++) {
         const struct Row *row = &data->rows[i];
@@ -4037,8 +3812,7 @@ static size_t sft_examples(struct Trainer *trainer, struct Arena *arena, const s
     return count;
 }
 
-static struct LanguageTask *sft_task(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data, const struct Dataset *eval)
-{
+static struct LanguageTask *sft_task(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data, const struct Dataset *eval) {
     struct LanguageTask *task = arena_zeros(arena, 1, sizeof *task);
     task->examples = arena_alloc(arena, data->n, sizeof *task->examples);
     trainer->task = (struct Task){.name = "sft", .data = task, .loss = language_loss, .targets = language_targets};
@@ -4063,8 +3837,7 @@ static struct LanguageTask *sft_task(struct Trainer *trainer, struct Arena *aren
  * in   reward (texts), pairs (n) as indices into it; center_rewards_coefficient, 0 for none
  * out  dreward (texts), set: d loss / d reward
  * By hand: 2.0 against 0.5: loss 0.2014; centering with 0.01: 0.0625 more.    test: bradley_terry */
-static double bradley_terry_loss(const float *reward, size_t texts, const struct Pair *pairs, size_t n, double center, float *dreward)
-{
+static double bradley_terry_loss(const float *reward, size_t texts, const struct Pair *pairs, size_t n, double center, float *dreward) {
     double loss = 0;
     for (size_t t = 0; t < texts; t++) dreward[t] = 0;
     for (size_t i = 0; i < n; i++) {
@@ -4082,8 +3855,7 @@ static double bradley_terry_loss(const float *reward, size_t texts, const struct
  *   -[label log sigmoid(r) + (1 - label) log sigmoid(-r)],   d / d r = sigmoid(r) - label
  * Bradley-Terry's sigmoid with r alone instead of a difference, so its zero is not free: sigmoid(r) is the probability
  * that a text is liked.       [glossary: Pontuação de sentimento]  By hand: r = 0 -> ln 2.    test: sentiment_loss */
-static double sentiment_loss(const float *reward, const double *label, size_t n, float *dreward)
-{
+static double sentiment_loss(const float *reward, const double *label, size_t n, float *dreward) {
     double loss = 0;
     for (size_t i = 0; i < n; i++) {
         loss -= (label[i] * log_sigmoid(reward[i]) + (1 - label[i]) * log_sigmoid(-reward[i])) / (double)n;
@@ -4102,16 +3874,14 @@ struct RewardTask {
 };
 
 /* Half of the texts, say, cut to a random beginning, so that the model learns to judge unfinished ones. */
-static struct Example random_prefix(struct RewardTask *task, struct Example e)
-{
+static struct Example random_prefix(struct RewardTask *task, struct Example e) {
     enum { LONG = 10, LEAST = 8 };
     if (task->prefix_share > 0 && e.n > LONG && rng_uniform(&task->cut) < task->prefix_share) e.n = LEAST + rng_below(&task->cut, e.n - LEAST);
     return e;
 }
 
 /* pairs NULL: labels are compared with the reward's sign. */
-static void reward_metrics(struct Trainer *trainer, const float *reward, size_t texts, const struct Pair *pairs, size_t n, const double *label)
-{
+static void reward_metrics(struct Trainer *trainer, const float *reward, size_t texts, const struct Pair *pairs, size_t n, const double *label) {
     double right = 0, margin = 0, least = INFINITY, most = -INFINITY, sum = 0;
     for (size_t i = 0; !pairs && i < n; i++) right += (reward[i] > 0) == (label[i] > 0);
     for (size_t i = 0; pairs && i < n; i++) {
@@ -4131,8 +3901,7 @@ static void reward_metrics(struct Trainer *trainer, const float *reward, size_t 
     trainer_metric(trainer, "max_reward", most);
 }
 
-static double reward_loss(struct Trainer *trainer, const size_t *index, size_t count, double weight, bool train, bool eval)
-{
+static double reward_loss(struct Trainer *trainer, const size_t *index, size_t count, double weight, bool train, bool eval) {
     struct RewardTask *task = trainer->task.data;
     struct GPT2 *model = trainer->model;
     struct Arena *arena = &trainer->arena;
@@ -4173,8 +3942,7 @@ static double reward_loss(struct Trainer *trainer, const size_t *index, size_t c
 
 /* Preference rows as pairs of texts with their end tokens; a pair with a side longer than max_length is
  * dropped whole: half a text is no fair comparison. */
-static size_t reward_pairs(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data, struct Example *texts, double *margin)
-{
+static size_t reward_pairs(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data, struct Example *texts, double *margin) {
     size_t count = 0, V = trainer->model->config.vocab_size;
     for (size_t i = 0; i < data->n; i++) {
         const struct Row *row = &data->rows[i];
@@ -4191,8 +3959,7 @@ static size_t reward_pairs(struct Trainer *trainer, struct Arena *arena, const s
 }
 
 /* Rated or labelled texts; those longer than max_length are dropped likewise. */
-static size_t reward_rated(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data, struct Example *texts, double *score)
-{
+static size_t reward_rated(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data, struct Example *texts, double *score) {
     size_t count = 0;
     for (size_t i = 0; i < data->n; i++) {
         texts[count] = example_encode(arena, trainer->tok, data->rows[i].text, trainer->model->config.vocab_size, true);
@@ -4204,8 +3971,7 @@ static size_t reward_rated(struct Trainer *trainer, struct Arena *arena, const s
     return count;
 }
 
-static struct RewardTask *reward_task(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data, const struct Dataset *eval)
-{
+static struct RewardTask *reward_task(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data, const struct Dataset *eval) {
     struct RewardTask *task = arena_zeros(arena, 1, sizeof *task);
     task->rated = data->shape == SHAPE_RATED;
     task->labelled = data->shape == SHAPE_LABELLED;
@@ -4227,8 +3993,7 @@ static struct RewardTask *reward_task(struct Trainer *trainer, struct Arena *are
 
 /* reward_score -- r of n token sequences, in batches.     [glossary: Pipeline de análise de sentimentos]
  * An empty text is read as a lone end token. */
-static void reward_score(const struct GPT2 *model, const struct Example *texts, size_t n, float *reward)
-{
+static void reward_score(const struct GPT2 *model, const struct Example *texts, size_t n, float *reward) {
     enum { TOGETHER = 32 };
     struct Arena arena = {0};
     int end = model->config.eos_token_id, row[TOGETHER];
@@ -4248,13 +4013,8 @@ static void reward_score(const struct GPT2 *model, const struct Example *texts, 
 
 /* pipe_outputs: what Hugging Face's sentiment pipeline returns for a text, a list of labels with
  * probabilities.   [glossary: Lista de saídas do pipe] [glossary: Pontuação de sentimento] */
-static void write_pipe_outputs(FILE *file, double reward)
-{
-    fputs("[{\"label\": \"POSITIVE\", \"score\": ", file);
-    json_write_number(file, sigmoid(reward));
-    fputs("}, {\"label\": \"NEGATIVE\", \"score\": ", file);
-    json_write_number(file, sigmoid(-reward));
-    fputs("}]", file);
+static void write_pipe_outputs(FILE *file, double reward) {
+    fprintf(file, "[{\"label\": \"POSITIVE\", \"score\": %s}, {\"label\": \"NEGATIVE\", \"score\": %s}]", json_number_text(sigmoid(reward)), json_number_text(sigmoid(-reward)));
 }
 
 /* =============================================================================================
@@ -4272,15 +4032,13 @@ static void write_pipe_outputs(FILE *file, double reward)
 struct Rollout { struct Example example; size_t response_length; float score; };
 
 /* Mean and variance of x over n values; the variance divides by n - 1 where unbiased. */
-static double mean_of(const float *x, size_t n)
-{
+static double mean_of(const float *x, size_t n) {
     double sum = 0;
     for (size_t i = 0; i < n; i++) sum += x[i];
     return sum / (double)n;
 }
 
-static double unbiased_variance(const float *x, size_t n)
-{
+static double unbiased_variance(const float *x, size_t n) {
     double mean = mean_of(x, n), sum = 0;
     for (size_t i = 0; i < n; i++) sum += (x[i] - mean) * (x[i] - mean);
     return n > 1 ? sum / (double)(n - 1) : 0;
@@ -4289,8 +4047,7 @@ static double unbiased_variance(const float *x, size_t n)
 /* Running mean and variance of all scores seen, batch by batch, by Chan's rule for merging two sets. */
 struct RunningMoments { double mean, var, std, count; };
 
-static void running_moments_update(struct RunningMoments *m, const float *x, size_t n)
-{
+static void running_moments_update(struct RunningMoments *m, const float *x, size_t n) {
     double batch_mean = mean_of(x, n), batch_var = n > 1 ? unbiased_variance(x, n) * (double)(n - 1) / (double)n : 0;
     double delta = batch_mean - m->mean, total = m->count + (double)n;
     double spread = batch_var * (double)n + m->var * m->count + delta * delta * m->count * (double)n / total;
@@ -4301,8 +4058,7 @@ static void running_moments_update(struct RunningMoments *m, const float *x, siz
 }
 
 /* Log-probabilities of n completions under a model: summed over the target rows of each. */
-static void sum_target_logps(const struct Batch *batch, size_t n, const float *token_logprobs, double *logps)
-{
+static void sum_target_logps(const struct Batch *batch, size_t n, const float *token_logprobs, double *logps) {
     for (size_t b = 0; b < n; b++) logps[b] = sequence_logprob(token_logprobs + batch->target_start[b], batch->target_start[b + 1] - batch->target_start[b]);
 }
 
@@ -4317,8 +4073,7 @@ struct Scorer {
 
 /* Scores n token sequences (query and response together): decoded to text and read by the reward model, as
  * the lab's sentiment pipeline does. */
-static void scorer_score(const struct Scorer *scorer, struct Arena *arena, const struct Example *sequences, size_t n, size_t vocab_size, float *score)
-{
+static void scorer_score(const struct Scorer *scorer, struct Arena *arena, const struct Example *sequences, size_t n, size_t vocab_size, float *score) {
     struct Example *texts = arena_alloc(arena, n, sizeof *texts);
     int end = end_token_of(vocab_size);
     size_t limit = scorer->reward_model->config.n_positions;
@@ -4349,8 +4104,7 @@ struct RolloutSource {
     struct GenerationConfig generation;
 };
 
-static void collect_rollouts(struct RolloutSource *source, const struct GPT2 *policy, const struct Scorer *scorer, struct Arena *arena, struct Rollout *rollouts, size_t n)
-{
+static void collect_rollouts(struct RolloutSource *source, const struct GPT2 *policy, const struct Scorer *scorer, struct Arena *arena, struct Rollout *rollouts, size_t n) {
     struct Sequence *sequences = arena_alloc(arena, n, sizeof *sequences);
     const struct Example *prompt = NULL;
     for (size_t i = 0; i < n; i++) {
@@ -4379,12 +4133,10 @@ static void collect_rollouts(struct RolloutSource *source, const struct GPT2 *po
  *   none   b = 0                mean   b = the mean of all R of earlier steps
  *   rloo   b = the mean R of the other answers to the same prompt (leave one out)                       [23] */
 enum Baseline { BASELINE_NONE, BASELINE_MEAN, BASELINE_RLOO, BASELINES };
-static const char *const BASELINE_NAMES[] = {"none", "mean", "rloo"};
 
 /* reinforce_advantages -- R(y_i) - b of n rewards, those of one prompt side by side, num_generations of each.
  * By hand: R = 1, 2, 6 of one prompt: rloo gives 1 - 4, 2 - 3.5, 6 - 1.5 = -3, -1.5, 4.5.      test: reinforce_advantages */
-static void reinforce_advantages(enum Baseline baseline, const float *rewards, size_t n, size_t num_generations, double running_mean, float *advantages)
-{
+static void reinforce_advantages(enum Baseline baseline, const float *rewards, size_t n, size_t num_generations, double running_mean, float *advantages) {
     for (size_t i = 0; i < n; i++) {
         double b = 0;
         size_t first = i / num_generations * num_generations;
@@ -4397,8 +4149,7 @@ static void reinforce_advantages(enum Baseline baseline, const float *rewards, s
 /* reinforce_loss -- what is minimized so that J rises: the optimizer goes down, w -= lr grad, so the loss carries the
  * minus sign of stochastic gradient ascent, w += lr grad J.    [glossary: Ascensão de gradiente estocástico (SGA)]
  *   loss = -1/n sum_i A_i log pi(y_i);   dlogps_i = -A_i / n             (n)          test: reinforce_gradient */
-static double reinforce_loss(const float *advantages, const double *logps, size_t n, double *dlogps)
-{
+static double reinforce_loss(const float *advantages, const double *logps, size_t n, double *dlogps) {
     double loss = 0;
     for (size_t i = 0; i < n; i++) {
         loss -= advantages[i] * logps[i] / (double)n;
@@ -4409,8 +4160,7 @@ static double reinforce_loss(const float *advantages, const double *logps, size_
 
 /* The variance of the gradient that n samples estimate: 1/(n (n-1)) sum_i |A_i s_i - mean|^2, where s_i (C) is the
  * gradient of log pi(y_i).  By hand: A = 1, 3 and s = 1, 1: mean 2, variance (1 + 1)/2 = 1. test: reinforce_advantages */
-static double gradient_variance(const float *advantages, const float *s, size_t n, size_t C)
-{
+static double gradient_variance(const float *advantages, const float *s, size_t n, size_t C) {
     double total = 0;
     for (size_t c = 0; c < C; c++) {
         double mean = 0;
@@ -4433,8 +4183,7 @@ struct Reinforce {
 
 /* d log pi(y_i) / d ln_f.bias, (n,C): of all weights the ones whose gradient every answer's own can be had for nothing,
  * the sum of d log pi / d hidden over its tokens. On them the variance is measured. */
-static float *reinforce_scores(struct Reinforce *r, struct LMHead *head, const struct Batch *batch)
-{
+static float *reinforce_scores(struct Reinforce *r, struct LMHead *head, const struct Batch *batch) {
     struct GPT2 view = *r->model;
     size_t C = view.config.n_embd;
     float *ones = arena_floats(&r->arena, head->R), *dhidden = arena_zeros(&r->arena, batch->N * C, sizeof(float)), *s = arena_zeros(&r->arena, batch->B * C, sizeof(float));
@@ -4447,39 +4196,44 @@ static float *reinforce_scores(struct Reinforce *r, struct LMHead *head, const s
     return s;
 }
 
+/* What REINFORCE maximizes, R(y_i) of each answer (n); *kl: the mean of log pi - log pi_ref. */
+static float *reinforce_rewards(struct Reinforce *r, const struct Rollout *rollouts, const struct Batch *batch, const double *logps, double *kl) {
+    struct LMHead head = batch_logprobs(r->ref_model, &r->arena, batch, r->temperature);
+    double *ref_logps = arena_alloc(&r->arena, batch->B, sizeof *ref_logps);
+    float *rewards = arena_floats(&r->arena, batch->B);
+    sum_target_logps(batch, batch->B, head.logprob, ref_logps);
+    *kl = 0;
+    for (size_t i = 0; i < batch->B; i++) {
+        rewards[i] = (float)(rollouts[i].score - r->beta * (logps[i] - ref_logps[i]));
+        *kl += kl_k1(logps[i], ref_logps[i]) / (double)batch->B;
+    }
+    return rewards;
+}
+
 /* reinforce_step -- one step up the gradient from batch_size fresh rollouts.         test: reinforce_step */
-static void reinforce_step(struct Reinforce *r, const struct Rollout *rollouts)
-{
+static void reinforce_step(struct Reinforce *r, const struct Rollout *rollouts) {
     static const char *const variance[] = {"gradient_variance/none", "gradient_variance/mean", "gradient_variance/rloo"};
     struct Arena *arena = &r->arena;
     size_t n = r->batch_size, C = r->model->config.n_embd;
     arena_reset(arena);
     const struct Example **examples = arena_alloc(arena, n, sizeof *examples);
-    double *logps = arena_alloc(arena, n, sizeof *logps), *ref_logps = arena_alloc(arena, n, sizeof *ref_logps), *dlogps = arena_alloc(arena, n, sizeof *dlogps), kl = 0, score = 0, length = 0;
-    float *rewards = arena_floats(arena, n), *advantages[BASELINES];
-    for (size_t i = 0; i < n; i++) examples[i] = &rollouts[i].example;
-    struct Batch batch = collate(arena, examples, n, SKIP_LAST);
-    struct Activations acts = gpt2_forward(r->model, arena, &batch, true), ref_acts = gpt2_forward(r->ref_model, arena, &batch, false);
-    struct LMHead head = lm_head_new(r->model, arena, &acts, batch.row, batch.target, batch.R, (float)r->temperature);
-    struct LMHead ref_head = lm_head_new(r->ref_model, arena, &ref_acts, batch.row, batch.target, batch.R, (float)r->temperature);
-    lm_head_forward(r->ref_model, &ref_head);
-    lm_head_forward(r->model, &head);
-    sum_target_logps(&batch, n, head.logprob, logps);
-    sum_target_logps(&batch, n, ref_head.logprob, ref_logps);
+    double *logps = arena_alloc(arena, n, sizeof *logps), *dlogps = arena_alloc(arena, n, sizeof *dlogps), kl, score = 0, length = 0;
     for (size_t i = 0; i < n; i++) {
-        rewards[i] = (float)(rollouts[i].score - r->beta * (logps[i] - ref_logps[i]));
-        kl += kl_k1(logps[i], ref_logps[i]) / (double)n;
+        examples[i] = &rollouts[i].example;
         score += rollouts[i].score / (double)n;
         length += (double)rollouts[i].response_length / (double)n;
     }
+    struct Batch batch = collate(arena, examples, n, SKIP_LAST);
+    struct Activations acts = gpt2_forward(r->model, arena, &batch, true);
+    struct LMHead head = lm_head_new(r->model, arena, &acts, batch.row, batch.target, batch.R, (float)r->temperature);
+    lm_head_forward(r->model, &head);
+    sum_target_logps(&batch, n, head.logprob, logps);
+    float *rewards = reinforce_rewards(r, rollouts, &batch, logps, &kl), *s = reinforce_scores(r, &head, &batch), *advantages[BASELINES];
     r->stats.n = 0;
-    bool logged = (r->step + 1) % r->args.logging_steps == 0;
-    float *s = logged ? reinforce_scores(r, &head, &batch) : NULL;
-    for (int b = 0; b < BASELINES; b++) {
-        if (b == BASELINE_RLOO && r->num_generations < 2) continue;
+    for (int b = 0; b < (r->num_generations > 1 ? BASELINES : BASELINE_RLOO); b++) {
         advantages[b] = arena_floats(arena, n);
         reinforce_advantages(b, rewards, n, r->num_generations, r->rewards.mean, advantages[b]);
-        if (logged) log_value(&r->stats, variance[b], gradient_variance(advantages[b], s, n, C));
+        log_value(&r->stats, variance[b], gradient_variance(advantages[b], s, n, C));
     }
     double loss = reinforce_loss(advantages[r->baseline], logps, n, dlogps);
     float *dlogprob = arena_floats(arena, batch.R), *dhidden = arena_zeros(arena, batch.N * C, sizeof *dhidden);
@@ -4496,8 +4250,7 @@ static void reinforce_step(struct Reinforce *r, const struct Rollout *rollouts)
 }
 
 /* reinforce_train -- answers, rewards, one step up, again. */
-static void reinforce_train(struct Reinforce *r, struct RolloutSource *source, const struct Scorer *scorer, struct TrainerState *state)
-{
+static void reinforce_train(struct Reinforce *r, struct RolloutSource *source, const struct Scorer *scorer, struct TrainerState *state) {
     struct Arena arena = {0};
     gpt2_make_trainable(r->model);
     state->max_steps = r->total_steps;
@@ -4507,12 +4260,15 @@ static void reinforce_train(struct Reinforce *r, struct RolloutSource *source, c
         collect_rollouts(source, r->model, scorer, &arena, rollouts, r->batch_size);
         reinforce_step(r, rollouts);
         state->global_step = r->step;
+        state->epoch = (double)(r->step * r->batch_size / r->num_generations) / (double)source->n;
         if (r->step % r->args.logging_steps) continue;
         double shown[5];
         static const char *const names[] = {"reward", "kl", "gradient_variance/none", "gradient_variance/mean", "gradient_variance/rloo"};
         for (size_t i = 0; i < COUNT(names); i++) log_find(&r->stats, names[i], &shown[i]);
         say("reinforce: step %zu/%zu  reward %.4g  kl %.4g  gradient's variance: no baseline %.3g, running mean %.3g, leave-one-out %.3g\n", r->step, r->total_steps, shown[0], shown[1], shown[2], shown[3], shown[4]);
-        *state_log(state) = r->stats;
+        struct LogEntry *entry = state_log(state);
+        *entry = r->stats;
+        log_value(entry, "epoch", state->epoch);
     }
     arena_free(&arena);
     arena_free(&r->arena);
@@ -4529,8 +4285,7 @@ struct PPOConfig {
     const char *kl_penalty;      /* kl, abs, mse, full */
 };
 
-static struct PPOConfig ppo_config(void)
-{
+static struct PPOConfig ppo_config(void) {
     return (struct PPOConfig){
         .batch_size = 128, .mini_batch_size = 128, .gradient_accumulation_steps = 1, .ppo_epochs = 4, .init_kl_coef = 0.2, .target = 6, .horizon = 10000,
         .gamma = 1, .lam = 0.95, .cliprange = 0.2, .cliprange_value = 0.2, .vf_coef = 0.1, .ratio_threshold = 10, .target_kl = 1, .adap_kl_ctrl = true, .kl_penalty = "kl"};
@@ -4539,8 +4294,7 @@ static struct PPOConfig ppo_config(void)
 /* whiten -- x = (x - mean) / sqrt(variance + 1e-8), variance unbiased; the mean is added back if
  * !shift_mean. A gradient whose advantages are of one scale needs one learning rate. Returns what a
  * value of zero would become (TRL whitens padding as well, see ppo_advantages). test: ppo_whiten_golden */
-static double whiten(float *x, size_t n, bool shift_mean)
-{
+static double whiten(float *x, size_t n, bool shift_mean) {
     double mean = mean_of(x, n), scale = 1 / sqrt(unbiased_variance(x, n) + 1e-8), back = shift_mean ? 0 : mean;
     for (size_t i = 0; i < n; i++) x[i] = (float)((x[i] - mean) * scale + back);
     return (0 - mean) * scale + back;
@@ -4548,16 +4302,14 @@ static double whiten(float *x, size_t n, bool shift_mean)
 
 /* The KL controller: beta grows while KL is above its target, shrinks below, by at most 20 % of
  * batch/horizon a step [10].   By hand: beta 0.2, 128 samples: KL 0 -> 0.199488, KL 30 -> 0.200512. */
-static double kl_controller_update(const struct PPOConfig *config, double kl_coef, double kl, size_t samples)
-{
+static double kl_controller_update(const struct PPOConfig *config, double kl_coef, double kl, size_t samples) {
     if (!config->adap_kl_ctrl) return kl_coef;
     double error = MAX(-0.2, MIN(0.2, kl / config->target - 1));
     return kl_coef * (1 + error * (double)samples / config->horizon);
 }
 
 /* Per-token penalty for leaving the reference; `full` comes in as the exact KL of the two distributions. */
-static float kl_penalty_token(const char *kind, float logprob, float ref_logprob, float full)
-{
+static float kl_penalty_token(const char *kind, float logprob, float ref_logprob, float full) {
     float difference = (float)kl_k1(logprob, ref_logprob);
     if (strcmp(kind, "abs") == 0) return fabsf(difference);
     if (strcmp(kind, "mse") == 0) return 0.5f * difference * difference;
@@ -4584,8 +4336,7 @@ struct PPOForward { struct Batch batch; struct Activations acts; struct LMHead h
  * With whiten_rewards TRL whitens the padding behind a response too: its zeros become c != 0, and the
  * recursion runs through them before it reaches the response. Reproduced: `padding` steps of c.
  * By hand: V .5 .4 .3, r -.1 0 1, gamma 1, lam .95 -> A .33675 .565 .7.   test: ppo_advantages_golden */
-static void ppo_advantages(const struct PPOConfig *config, struct PPOBatch *p)
-{
+static void ppo_advantages(const struct PPOConfig *config, struct PPOBatch *p) {
     double c = config->whiten_rewards ? whiten(p->rewards, p->R, false) : 0;
     for (size_t b = 0; b < p->B; b++) {
         double advantage = 0, next_value = 0;
@@ -4621,8 +4372,7 @@ static const char *const PPO_STAT_NAMES[PPO_STATS] = {
  * direction its advantage asks for, its gradient is zero and it stops being pushed.
  * By hand: ratio 1.5, c 0.2, A 1 -> loss -1.2, gradient 0; A -1 -> loss 1.5, gradient 1.5.
  *                                                                          test: ppo_loss_golden */
-static void ppo_loss(const struct PPOConfig *config, const struct PPOBatch *p, const size_t *which, size_t R, const float *logprobs, const float *values, float *dlogprobs, float *dvalues, double stats[PPO_STATS])
-{
+static void ppo_loss(const struct PPOConfig *config, const struct PPOBatch *p, const size_t *which, size_t R, const float *logprobs, const float *values, float *dlogprobs, float *dvalues, double stats[PPO_STATS]) {
     double n = (double)R, c = config->cliprange, cv = config->cliprange_value;
     for (size_t r = 0; r < R; r++) {
         size_t t = which[r];
@@ -4677,8 +4427,7 @@ struct PPOTrainer {
     float *advantages, *ratio;               /* (ppo_epochs R), `updated` so far: of each token in each update */
 };
 
-static struct PPOTrainer *ppo_trainer_new(struct GPT2 *model, struct GPT2 *ref_model, struct PPOConfig config, struct TrainingArguments args, double temperature)
-{
+static struct PPOTrainer *ppo_trainer_new(struct GPT2 *model, struct GPT2 *ref_model, struct PPOConfig config, struct TrainingArguments args, double temperature) {
     struct PPOTrainer *ppo = calloc(1, sizeof *ppo);
     CHECK(ppo, "out of memory");
     CHECK(config.batch_size % (config.mini_batch_size * config.gradient_accumulation_steps) == 0, "--batch_size %zu must be a multiple of --mini_batch_size %zu times --gradient_accumulation_steps %zu", config.batch_size, config.mini_batch_size, config.gradient_accumulation_steps);
@@ -4688,16 +4437,14 @@ static struct PPOTrainer *ppo_trainer_new(struct GPT2 *model, struct GPT2 *ref_m
     return ppo;
 }
 
-static void ppo_trainer_free(struct PPOTrainer *ppo)
-{
+static void ppo_trainer_free(struct PPOTrainer *ppo) {
     arena_free(&ppo->arena);
     arena_free(&ppo->epoch_arena);
     free(ppo);
 }
 
 /* Scores of a batch -> what the rewards are made of: running scale, then clip. */
-static void ppo_process_scores(struct PPOTrainer *ppo, float *scores, size_t n)
-{
+static void ppo_process_scores(struct PPOTrainer *ppo, float *scores, size_t n) {
     const struct PPOConfig *c = &ppo->config;
     if (c->use_score_scaling) {
         running_moments_update(&ppo->moments, scores, n);
@@ -4708,8 +4455,7 @@ static void ppo_process_scores(struct PPOTrainer *ppo, float *scores, size_t n)
 }
 
 /* Exact KL(policy || reference) at each row, for kl_penalty "full": both logits, chunk by chunk. */
-static void kl_full_rows(const struct GPT2 *model, struct LMHead *head, const struct GPT2 *ref_model, struct LMHead *ref_head, float *kl)
-{
+static void kl_full_rows(const struct GPT2 *model, struct LMHead *head, const struct GPT2 *ref_model, struct LMHead *ref_head, float *kl) {
     size_t V = model->config.vocab_size;
     for (size_t first = 0; first < head->R; first += head->chunk) {
         size_t n = lm_head_logits(model, head, first);
@@ -4720,8 +4466,7 @@ static void kl_full_rows(const struct GPT2 *model, struct LMHead *head, const st
     }
 }
 
-static void ppo_forward(struct PPOTrainer *ppo, struct Arena *arena, const struct Example *const *examples, size_t n, bool keep, struct PPOForward *f)
-{
+static void ppo_forward(struct PPOTrainer *ppo, struct Arena *arena, const struct Example *const *examples, size_t n, bool keep, struct PPOForward *f) {
     const struct GPT2 *model = ppo->model;
     f->batch = collate(arena, examples, n, SKIP_LAST);
     f->acts = gpt2_forward(model, arena, &f->batch, keep);
@@ -4732,8 +4477,7 @@ static void ppo_forward(struct PPOTrainer *ppo, struct Arena *arena, const struc
 }
 
 /* Step 2 of ppo_step: one pass of policy and reference over queries and responses. */
-static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo, const struct Rollout *rollouts)
-{
+static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo, const struct Rollout *rollouts) {
     size_t B = ppo->config.batch_size, longest = 0;
     struct Arena *arena = &ppo->arena;
     const struct Example **examples = arena_alloc(arena, B, sizeof *examples);
@@ -4749,9 +4493,7 @@ static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo, const struc
     struct PPOBatch p = {.B = B, .R = R, .start = batch.target_start, .fresh = ppo->config.mini_batch_size == B, .forward = forward, .values = forward->values, .padding = arena_alloc(arena, B, sizeof *p.padding)};
     float **columns[] = {&p.logprobs, &p.ref_logprobs, &p.kl, &p.non_score_rewards, &p.rewards, &p.advantages, &p.returns};
     for (size_t i = 0; i < COUNT(columns); i++) *columns[i] = arena_floats(arena, R);
-    struct Activations ref_acts = gpt2_forward(ppo->ref_model, arena, &batch, false);
-    struct LMHead ref_head = lm_head_new(ppo->ref_model, arena, &ref_acts, batch.row, batch.target, R, (float)ppo->temperature);
-    lm_head_forward(ppo->ref_model, &ref_head);
+    struct LMHead ref_head = batch_logprobs(ppo->ref_model, arena, &batch, ppo->temperature);
     if (strcmp(ppo->config.kl_penalty, "full") == 0) kl_full_rows(ppo->model, head, ppo->ref_model, &ref_head, p.kl);
     memcpy(p.logprobs, head->logprob, R * sizeof(float));
     memcpy(p.ref_logprobs, ref_head.logprob, R * sizeof(float));
@@ -4760,8 +4502,7 @@ static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo, const struc
 }
 
 /* Step 3: non_score_t = -beta penalty_t,   r_t = non_score_t,   r_last += score. */
-static void ppo_rewards(const struct PPOTrainer *ppo, struct PPOBatch *p, const float *scores)
-{
+static void ppo_rewards(const struct PPOTrainer *ppo, struct PPOBatch *p, const float *scores) {
     for (size_t t = 0; t < p->R; t++) {
         p->kl[t] = kl_penalty_token(ppo->config.kl_penalty, p->logprobs[t], p->ref_logprobs[t], p->kl[t]);
         p->rewards[t] = p->non_score_rewards[t] = (float)(-ppo->kl_coef * p->kl[t]);
@@ -4770,8 +4511,7 @@ static void ppo_rewards(const struct PPOTrainer *ppo, struct PPOBatch *p, const 
 }
 
 /* Forward and backward over some rollouts of the batch; gradients are added with `weight`. */
-static void ppo_mini_batch(struct PPOTrainer *ppo, const struct Rollout *rollouts, const struct PPOBatch *p, const size_t *member, size_t count, double weight, double stats[PPO_STATS])
-{
+static void ppo_mini_batch(struct PPOTrainer *ppo, const struct Rollout *rollouts, const struct PPOBatch *p, const size_t *member, size_t count, double weight, double stats[PPO_STATS]) {
     struct GPT2 *model = ppo->model;
     struct Arena *arena = &ppo->epoch_arena;
     arena_reset(arena);
@@ -4805,8 +4545,7 @@ static void ppo_mini_batch(struct PPOTrainer *ppo, const struct Rollout *rollout
 
 /* Step 5 of ppo_step: ppo_epochs passes over the batch, in mini-batches of a new random order each
  * time. Returns how many mini-batches; their statistics are summed. */
-static size_t ppo_optimize(struct PPOTrainer *ppo, const struct Rollout *rollouts, struct PPOBatch *p, double sums[PPO_STATS])
-{
+static size_t ppo_optimize(struct PPOTrainer *ppo, const struct Rollout *rollouts, struct PPOBatch *p, double sums[PPO_STATS]) {
     const struct PPOConfig *c = &ppo->config;
     size_t B = c->batch_size, *order = arena_alloc(&ppo->arena, B, sizeof *order), mini_batches = 0, per_step = c->mini_batch_size * c->gradient_accumulation_steps;
     double stats[PPO_STATS] = {0};
@@ -4831,21 +4570,18 @@ static size_t ppo_optimize(struct PPOTrainer *ppo, const struct Rollout *rollout
     return mini_batches;
 }
 
-static void stats_length(struct LogEntry *stats, const char *mean_name, const char *std_name, const float *length, size_t n)
-{
+static void stats_length(struct LogEntry *stats, const char *mean_name, const char *std_name, const float *length, size_t n) {
     log_value(stats, mean_name, mean_of(length, n));
     log_value(stats, std_name, n > 1 ? sqrt(unbiased_variance(length, n)) : NAN);
 }
 
-static void stats_vector(struct PPOTrainer *ppo, const char *name, const float *x, size_t n, const size_t *start)
-{
+static void stats_vector(struct PPOTrainer *ppo, const char *name, const float *x, size_t n, const size_t *start) {
     ppo->vectors[ppo->vector_count++] = (struct StatsVector){name, x, n, start};
 }
 
 /* Step 6: TRL's stats dictionary.                                            [glossary: Stats_all]
  * Of its vectors and matrices, which TRL pads, the response tokens are kept. */
-static void ppo_record_stats(struct PPOTrainer *ppo, const struct Rollout *rollouts, const struct PPOBatch *p, const float *scores, const double sums[PPO_STATS], size_t mini_batches)
-{
+static void ppo_record_stats(struct PPOTrainer *ppo, const struct Rollout *rollouts, const struct PPOBatch *p, const float *scores, const double sums[PPO_STATS], size_t mini_batches) {
     struct LogEntry *s = &ppo->stats;
     size_t B = p->B;
     float *query = arena_floats(&ppo->arena, B), *response = arena_floats(&ppo->arena, B), *kl_dist = arena_zeros(&ppo->arena, B, sizeof(float));
@@ -4886,8 +4622,7 @@ static void ppo_record_stats(struct PPOTrainer *ppo, const struct Rollout *rollo
 /* ppo_step -- PPOTrainer.step(queries, responses, scores).        [glossary: Treinador PPO]
  * rollouts: batch_size of them. Leaves ppo->stats.
  *                                                          test: ppo_step, check_fidelity ppo* */
-static void ppo_step(struct PPOTrainer *ppo, const struct Rollout *rollouts)
-{
+static void ppo_step(struct PPOTrainer *ppo, const struct Rollout *rollouts) {
     size_t B = ppo->config.batch_size;
     double begin = seconds_now(), sums[PPO_STATS] = {0};
     arena_reset(&ppo->arena);
@@ -4911,8 +4646,7 @@ static void ppo_step(struct PPOTrainer *ppo, const struct Rollout *rollouts)
     for (size_t i = 0; i < COUNT(times); i++) log_value(&ppo->stats, names[i], times[i]);
 }
 
-static void stats_write_line(FILE *file, const struct PPOTrainer *ppo)
-{
+static void stats_write_line(FILE *file, const struct PPOTrainer *ppo) {
     fputc('{', file);
     log_write(file, &ppo->stats, ", ");
     for (size_t i = 0; i < ppo->vector_count; i++) {
@@ -4928,23 +4662,19 @@ static void stats_write_line(FILE *file, const struct PPOTrainer *ppo)
     fputs("}\n", file);
 }
 
-static void rollouts_write(FILE *file, const struct Rollout *rollouts, size_t n)
-{
+static void rollouts_write(FILE *file, const struct Rollout *rollouts, size_t n) {
     for (size_t i = 0; i < n; i++) {
         const struct Example *e = &rollouts[i].example;
         fputs("{\"query_ids\": ", file);
         json_write_ids(file, e->ids, e->prompt_length);
         fputs(", \"response_ids\": ", file);
         json_write_ids(file, e->ids + e->prompt_length, e->n - e->prompt_length);
-        fputs(", \"score\": ", file);
-        json_write_number(file, rollouts[i].score);
-        fputs("}\n", file);
+        fprintf(file, ", \"score\": %s}\n", json_number_text(rollouts[i].score));
     }
 }
 
 /* Stored rollouts, batch_size of them a step, in file order, round and round. */
-static void replay_rollouts(const struct Dataset *data, size_t step, const struct GPT2 *model, struct Arena *arena, struct Rollout *rollouts, size_t n)
-{
+static void replay_rollouts(const struct Dataset *data, size_t step, const struct GPT2 *model, struct Arena *arena, struct Rollout *rollouts, size_t n) {
     for (size_t i = 0; i < n; i++) {
         const struct Row *row = &data->rows[(step * n + i) % data->n];
         size_t length = row->query_length + row->response_length;
@@ -4960,8 +4690,7 @@ static void replay_rollouts(const struct Dataset *data, size_t step, const struc
 
 /* ppo_train -- rollouts, step, log, again.                        [glossary: Treinador PPO]
  * Either `source` and `scorer` make rollouts, or `replay` holds them. Logs go to output_dir. */
-static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, const struct Scorer *scorer, const struct Dataset *replay, size_t steps, const char *output_dir, struct TrainerState *state)
-{
+static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, const struct Scorer *scorer, const struct Dataset *replay, size_t steps, const char *output_dir, struct TrainerState *state) {
     struct Arena arena = {0};
     struct Output stats_all, rollout_log;
     size_t B = ppo->config.batch_size;
@@ -4989,10 +4718,12 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, cons
             rollouts_write(rollout_log.file, rollouts, B);
         }
         state->global_step = step + 1;
+        state->epoch = (double)((step + 1) * B) / (double)(replay ? replay->n : source->n);
         if ((step + 1) % ppo->args.logging_steps == 0 || step + 1 == steps) {
             struct LogEntry *entry = state_log(state);
             *entry = ppo->stats;
             log_value(entry, "step", (double)(step + 1));
+            log_value(entry, "epoch", state->epoch);
             double kl, loss;
             log_find(entry, "objective/kl", &kl);
             log_find(entry, "ppo/loss/total", &loss);
@@ -5003,6 +4734,7 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, cons
         output_close(&stats_all);
         output_close(&rollout_log);
     }
+    state->num_train_epochs = ceil(state->epoch);
     arena_free(&arena);
 }
 
@@ -5017,7 +4749,6 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, cons
  * ============================================================================================= */
 
 enum DPOLossType { DPO_SIGMOID, DPO_IPO, DPO_HINGE, DPO_ROBUST, DPO_SFT, DPO_LOSS_TYPES };
-static const char *const DPO_LOSS_NAMES[] = {"sigmoid", "ipo", "hinge", "robust", "sft"};
 
 struct DPOConfig {
     double beta, label_smoothing;                /* [glossary: Parâmetro Beta (β)] */
@@ -5038,15 +4769,14 @@ struct DPOConfig {
  *   sft       mean negative log-likelihood of the batch's chosen tokens
  * By hand: policy == reference -> delta 0 -> sigmoid loss ln 2 = 0.6931, whatever beta.
  * Why log_sigmoid: at delta -1000 log(sigmoid) would be log(0).           test: dpo_golden */
-static double dpo_loss(const struct DPOConfig *config, size_t B, const double *chosen_logps, const double *rejected_logps, const double *ref_chosen_logps, const double *ref_rejected_logps, const size_t *chosen_length, const size_t *rejected_length, double *dchosen, double *drejected)
-{
+static double dpo_loss(const struct DPOConfig *config, size_t B, const double *chosen_logps, const double *rejected_logps, const double *ref_chosen_logps, const double *ref_rejected_logps, const size_t *chosen_length, const size_t *rejected_length, double *dchosen, double *drejected) {
     double loss = 0, beta = config->beta, e = config->label_smoothing, n = (double)B, chosen_tokens = 0;
     const double *w = config->weight;
     for (size_t b = 0; b < B; b++) chosen_tokens += (double)chosen_length[b];
     for (size_t b = 0; b < B; b++) {
         double nw = (double)MAX((size_t)1, chosen_length[b]), nl = (double)MAX((size_t)1, rejected_length[b]);
         double cw = chosen_logps[b] - ref_chosen_logps[b], cl = rejected_logps[b] - ref_rejected_logps[b];
-        double s = beta * (cw - cl), down = sigmoid(-s), up = sigmoid(s);       /* d -log sigmoid(s)/ds = -sigmoid(-s) */
+        double delta = cw - cl, s = beta * delta, down = sigmoid(-s), up = sigmoid(s);       /* d -log sigmoid(s)/ds = -sigmoid(-s) */
         double ipo = cw / nw - cl / nl - 1 / (2 * beta);
         double robust = 1 / (1 - 2 * e);
         loss += w[DPO_SIGMOID] * (-(1 - e) * log_sigmoid(s) - e * log_sigmoid(-s)) / n;
@@ -5072,8 +4802,7 @@ struct DPOTask {
 };
 
 /* Pairs as a batch: all chosen, then all rejected. slot (2B): where each stands among the pairs. */
-static struct Batch dpo_batch(struct Arena *arena, const struct Example *pairs, const size_t *index, size_t B, size_t C, size_t *slot)
-{
+static struct Batch dpo_batch(struct Arena *arena, const struct Example *pairs, const size_t *index, size_t B, size_t C, size_t *slot) {
     const struct Example **examples = arena_alloc(arena, 2 * B, sizeof *examples);
     for (size_t i = 0; i < 2 * B; i++) {
         slot[i] = 2 * index[i % B] + i / B;
@@ -5084,24 +4813,20 @@ static struct Batch dpo_batch(struct Arena *arena, const struct Example *pairs, 
 
 /* Puts the reference's log-probabilities of B pairs in the cache, if it lacks them. The arena comes and goes empty:
  * the policy's pass takes the place of the reference's. */
-static void dpo_reference(struct DPOTask *task, struct Arena *arena, const struct Example *pairs, const size_t *index, size_t B, double *cache)
-{
+static void dpo_reference(struct DPOTask *task, struct Arena *arena, const struct Example *pairs, const size_t *index, size_t B, double *cache) {
     bool known = true;
     for (size_t i = 0; i < B; i++) known = known && !isnan(cache[2 * index[i]]);
     if (known) return;
     size_t *slot = arena_alloc(arena, 2 * B, sizeof *slot);
     double *logps = arena_alloc(arena, 2 * B, sizeof *logps);
     struct Batch batch = dpo_batch(arena, pairs, index, B, task->ref_model->config.n_embd, slot);
-    struct Activations acts = gpt2_forward(task->ref_model, arena, &batch, false);
-    struct LMHead head = lm_head_new(task->ref_model, arena, &acts, batch.row, batch.target, batch.R, (float)task->temperature);
-    lm_head_forward(task->ref_model, &head);
+    struct LMHead head = batch_logprobs(task->ref_model, arena, &batch, task->temperature);
     sum_target_logps(&batch, 2 * B, head.logprob, logps);
     for (size_t i = 0; i < 2 * B; i++) cache[slot[i]] = logps[i];
     arena_reset(arena);
 }
 
-static void dpo_metrics(struct Trainer *trainer, const struct DPOTask *task, const struct Batch *batch, const struct LMHead *head, size_t B, const double *logps, const double *ref_logps)
-{
+static void dpo_metrics(struct Trainer *trainer, const struct DPOTask *task, const struct Batch *batch, const struct LMHead *head, size_t B, const double *logps, const double *ref_logps) {
     double chosen = 0, rejected = 0, right = 0, logps_chosen = 0, logps_rejected = 0, n = (double)B;
     for (size_t b = 0; b < B; b++) {
         double reward_chosen = task->config.beta * (logps[b] - ref_logps[b]), reward_rejected = task->config.beta * (logps[B + b] - ref_logps[B + b]);
@@ -5124,8 +4849,7 @@ static void dpo_metrics(struct Trainer *trainer, const struct DPOTask *task, con
     trainer_metric(trainer, "mean_token_accuracy", (double)row_sum(head->hit, split) / (double)MAX((size_t)1, split));
 }
 
-static double dpo_task_loss(struct Trainer *trainer, const size_t *index, size_t B, double weight, bool train, bool eval)
-{
+static double dpo_task_loss(struct Trainer *trainer, const size_t *index, size_t B, double weight, bool train, bool eval) {
     struct DPOTask *task = trainer->task.data;
     struct GPT2 *model = trainer->model;
     struct Arena *arena = &trainer->arena;
@@ -5156,8 +4880,7 @@ static double dpo_task_loss(struct Trainer *trainer, const size_t *index, size_t
 /* TRL's preparation: prompt of its own or the answers' common beginning, end tokens, one split for both
  * (the shorter of the two common prefixes with the prompt's ids); pairs without a completion inside
  * max_length are dropped; the rest keep their first max_length ids. */
-static size_t dpo_pairs(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data, struct Example *pairs)
-{
+static size_t dpo_pairs(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data, struct Example *pairs) {
     size_t count = 0, V = trainer->model->config.vocab_size;
     for (size_t i = 0; i < data->n; i++) {
         struct Row row = data->rows[i];
@@ -5176,15 +4899,13 @@ static size_t dpo_pairs(struct Trainer *trainer, struct Arena *arena, const stru
     return count;
 }
 
-static double *unknown_logps(struct Arena *arena, size_t n)
-{
+static double *unknown_logps(struct Arena *arena, size_t n) {
     double *logps = arena_alloc(arena, n, sizeof *logps);
     for (size_t i = 0; i < n; i++) logps[i] = NAN;
     return logps;
 }
 
-static struct DPOTask *dpo_task(struct Trainer *trainer, struct Arena *arena, struct GPT2 *ref_model, struct DPOConfig config, double temperature, struct Example *pairs, size_t n)
-{
+static struct DPOTask *dpo_task(struct Trainer *trainer, struct Arena *arena, struct GPT2 *ref_model, struct DPOConfig config, double temperature, struct Example *pairs, size_t n) {
     struct DPOTask *task = arena_zeros(arena, 1, sizeof *task);
     *task = (struct DPOTask){.config = config, .ref_model = ref_model, .pairs = pairs, .temperature = temperature, .ref_logps = unknown_logps(arena, 2 * n)};
     trainer->task = (struct Task){.name = "dpo", .n = n, .data = task, .loss = dpo_task_loss};
@@ -5192,8 +4913,7 @@ static struct DPOTask *dpo_task(struct Trainer *trainer, struct Arena *arena, st
 }
 
 /* Answers of a policy to n prompts, num_generations of each side by side. */
-static struct Example *sample_answers(const struct GPT2 *policy, struct Arena *arena, const struct Example *prompts, size_t n, size_t num_generations, const struct GenerationConfig *generation, uint64_t seed)
-{
+static struct Example *sample_answers(const struct GPT2 *policy, struct Arena *arena, const struct Example *prompts, size_t n, size_t num_generations, const struct GenerationConfig *generation, uint64_t seed) {
     struct Rng rng = rng_seed(seed, STREAM_SAMPLE);
     size_t total = n * num_generations;
     struct Sequence *sequences = arena_alloc(arena, total, sizeof *sequences);
@@ -5213,8 +4933,7 @@ static struct Example *sample_answers(const struct GPT2 *policy, struct Arena *a
  * chosen, the worst rejected. Answers that ended before scorer->least_length tokens are left out, and, with
  * only_ended, those that did not end: cut-off text teaches a model to run on. pairs: room for 2n examples,
  * 2i chosen, 2i+1 rejected; returns how many pairs. */
-static size_t collect_preferences(const struct GPT2 *policy, const struct Scorer *scorer, struct Arena *arena, const struct Example *prompts, size_t n, size_t num_generations, bool only_ended, const struct GenerationConfig *generation, uint64_t seed, struct Example *pairs)
-{
+static size_t collect_preferences(const struct GPT2 *policy, const struct Scorer *scorer, struct Arena *arena, const struct Example *prompts, size_t n, size_t num_generations, bool only_ended, const struct GenerationConfig *generation, uint64_t seed, struct Example *pairs) {
     struct Example *answers = sample_answers(policy, arena, prompts, n, num_generations, generation, seed);
     float *score = arena_floats(arena, n * num_generations);
     size_t count = 0;
@@ -5235,11 +4954,214 @@ static size_t collect_preferences(const struct GPT2 *policy, const struct Scorer
     return count;
 }
 
-/* What was generated, as text, without the end token. */
-static struct Text answer_text(const struct Tokenizer *tok, struct Arena *arena, const struct Example *answer, size_t V)
-{
-    size_t end = answer->n - (answer->n > answer->prompt_length && answer->ids[answer->n - 1] == end_token_of(V));
-    return tokenizer_decode_all(tok, arena, answer->ids + answer->prompt_length, end - answer->prompt_length, V);
+/* What was generated, without the end token: how many tokens, and as text. */
+static size_t answer_length(const struct Example *answer, size_t V) {
+    return answer->n - answer->prompt_length - (answer->n > answer->prompt_length && answer->ids[answer->n - 1] == end_token_of(V));
+}
+
+static struct Text answer_text(const struct Tokenizer *tok, struct Arena *arena, const struct Example *answer, size_t V) {
+    return tokenizer_decode_all(tok, arena, answer->ids + answer->prompt_length, answer_length(answer, V), V);
+}
+
+/* =============================================================================================
+ * Chapter 17 - Exact: the closed form                         [glossary: Solução em forma fechada]
+ *
+ * What enters: a world so small that every response can be written down. What leaves: the best policy there is, by a
+ * formula, and how near to it DPO, PPO and REINFORCE come. Chapter 15's methods see only samples, as with real text; what
+ * is then said of a policy is a sum over all responses: nothing is estimated.
+ * ============================================================================================= */
+
+enum { EXACT_RESPONSES = 4096, EXACT_BATCH = 128, EXACT_SHOWN = 8 };
+enum ExactPolicy { EXACT_REFERENCE, EXACT_OPTIMUM, EXACT_DPO, EXACT_PPO, EXACT_REINFORCE, EXACT_POLICIES };
+static const struct { const char *name; double learning_rate; size_t steps; } EXACT[EXACT_POLICIES] = {
+    {"reference", 0, 0}, {"optimum", 0, 0}, {"dpo", 8e-3, 250}, {"ppo", 2e-3, 400}, {"reinforce", 2e-3, 500}};
+
+struct ExactWorld {
+    size_t V, L, n;                          /* n = V^L responses, all of L tokens: there is no end token */
+    struct Example *y;                       /* (n) the prompt, id 0, and i written in base V */
+    double *r, *logps[EXACT_POLICIES];       /* (n) reward; log pi(y), nats */
+    double beta, log_Z;
+    struct GPT2 *ref_model;
+    uint64_t seed;
+};
+
+/* exact_optimum -- the policy that no training can beat: the reference, weighted by reward.
+ *                    [glossary: Distribuição ponderada por recompensa] [glossary: Função de partição]
+ * in   ref_logps, r (n): log pi_ref(y), nats, and reward of every response     out  optimum (n): log pi*(y);  log Z
+ *   Z = sum_y pi_ref(y) exp(r(y) / beta);   pi*(y) = pi_ref(y) exp(r(y) / beta) / Z                        [5] Eq. 4
+ * Why no policy has a larger J(pi) = E_pi[r] - beta KL(pi || pi_ref), [5] appendix A.1: solved for r, that is
+ *   r = beta log Z + beta log(pi* / pi_ref);  put into J, whose KL is E_pi[log(pi / pi_ref)],
+ *   J(pi) = beta log Z - beta KL(pi || pi*),  and that KL is 0 for pi = pi*, above 0 for any other.
+ * By hand: pi_ref = (1/2, 1/2), r = (0, beta ln 3): Z = 1/2 + 3/2 = 2, pi* = (1/4, 3/4), J(pi*) = beta ln 2.
+ * With text Z is out of reach: 20 tokens of GPT-2's 50257 make 10^94 responses.                   test: exact_optimum */
+static double exact_optimum(const double *ref_logps, const double *r, size_t n, double beta, double *optimum) {
+    double largest = -INFINITY, sum = 0;
+    for (size_t i = 0; i < n; i++) largest = MAX(largest, optimum[i] = ref_logps[i] + r[i] / beta);
+    for (size_t i = 0; i < n; i++) sum += exp(optimum[i] - largest);            /* chapter 5's log_sum_exp, in double */
+    for (size_t i = 0; i < n; i++) optimum[i] -= largest + log(sum);
+    return largest + log(sum);
+}
+
+struct ExactFigures { double kl_to_optimum, reward, kl, objective; };      /* KL(pi || pi*), E[r], KL(pi || pi_ref), J  [glossary: Função objetivo] */
+static struct ExactFigures exact_figures(const struct ExactWorld *w, const double *logps) {
+    struct ExactFigures f = {0};
+    for (size_t i = 0; i < w->n; i++) {
+        double p = exp(logps[i]);
+        f.kl_to_optimum += p * (logps[i] - w->logps[EXACT_OPTIMUM][i]);
+        f.reward += p * w->r[i];
+        f.kl += p * (logps[i] - w->logps[EXACT_REFERENCE][i]);
+    }
+    f.objective = f.reward - w->beta * f.kl;
+    return f;
+}
+
+/* exact_dpo_loss -- chapter 16's loss, expected over all n^2 ordered pairs when each is judged by someone who prefers as
+ * Bradley and Terry say (chapter 14): i to j with probability p_ij = sigmoid(r_i - r_j).
+ * in   logps, ref_logps, r (n)        out  the loss;  dlogps (n): d loss / d log pi(y_i) = d loss / d h_i
+ *   h_i = log pi(y_i) - log pi_ref(y_i);   s_ij = beta (h_i - h_j)
+ *   loss = 1/n^2 sum_ij -[p_ij log sigmoid(s_ij) + (1 - p_ij) log sigmoid(-s_ij)]                  [5] Eq. 7, expected
+ *   d loss / d h_i = 2 beta / n^2 sum_j (sigmoid(s_ij) - p_ij)         twice: the pair (j,i) pulls as (i,j) does
+ * Least where s_ij = r_i - r_j for all pairs, that is beta h = r + a constant: pi*. The constant is -beta log Z; in
+ * every pair it cancels, and so DPO needs no Z.
+ * By hand: pi = pi_ref: loss ln 2; with r = (0, ln 3) the slope of h_1 is 2 beta/4 (1/2 - 3/4) = -beta/8.
+ *                                                                       test: exact_dpo_loss, exact_dpo_gradient */
+static double exact_dpo_loss(const double *logps, const double *ref_logps, const double *r, size_t n, double beta, double *dlogps) {
+    double loss = 0, pairs = (double)n * (double)n;
+    for (size_t i = 0; i < n; i++) {
+        dlogps[i] = 0;
+        for (size_t j = 0; j < n; j++) {
+            double p = sigmoid(r[i] - r[j]), s = beta * (logps[i] - ref_logps[i] - logps[j] + ref_logps[j]);
+            loss -= (p * log_sigmoid(s) + (1 - p) * log_sigmoid(-s)) / pairs;
+            dlogps[i] += 2 * beta * (sigmoid(s) - p) / pairs;
+        }
+    }
+    return loss;
+}
+
+/* All responses through a model: log pi(y) of each into logps (n), and in training DPO's gradient into the weights. In
+ * float the probabilities add up to 1 within 1e-6; the optimum at an infinite beta is the same policy, its sum 1. */
+static void exact_pass(const struct ExactWorld *w, struct GPT2 *model, struct Arena *arena, bool train, double *logps) {
+    const struct Example **examples = arena_alloc(arena, w->n, sizeof *examples);
+    for (size_t i = 0; i < w->n; i++) examples[i] = &w->y[i];
+    struct Batch batch = collate(arena, examples, w->n, SKIP_LAST);
+    struct Activations acts = gpt2_forward(model, arena, &batch, train);
+    struct LMHead head = lm_head_new(model, arena, &acts, batch.row, batch.target, batch.R, 1);
+    lm_head_forward(model, &head);
+    sum_target_logps(&batch, w->n, head.logprob, logps);
+    exact_optimum(logps, w->r, w->n, INFINITY, logps);
+    if (!train) return;
+    double *dlogps = arena_alloc(arena, w->n, sizeof *dlogps);
+    float *dlogprob = arena_floats(arena, batch.R), *dhidden = arena_zeros(arena, batch.N * model->config.n_embd, sizeof *dhidden);
+    exact_dpo_loss(logps, w->logps[EXACT_REFERENCE], w->r, w->n, w->beta, dlogps);
+    for (size_t i = 0; i < batch.R; i++) dlogprob[i] = (float)dlogps[i / w->L];
+    lm_head_backward(model, &head, dlogprob, dhidden, arena);
+    gpt2_backward(model, arena, &acts, dhidden);
+}
+
+/* A reference, all responses, rewards from N(0, 1). GPT-2's own start, N(0, 0.02), makes all responses about as likely; from
+ * N(0, 0.1) some are a hundred times likelier than others. The end token's id, V, is none of the model's: nothing ends early. */
+static struct ExactWorld *exact_world(struct Arena *arena, struct GPT2Config config, size_t L, uint64_t seed) {
+    struct ExactWorld *w = arena_zeros(arena, 1, sizeof *w);
+    *w = (struct ExactWorld){.V = config.vocab_size, .L = L, .n = (size_t)lround(pow((double)config.vocab_size, (double)L)), .seed = seed};
+    w->ref_model = gpt2_new((struct GPT2Config){w->V, L + 1, config.n_embd, config.n_layer, config.n_head, (int)w->V, (int)w->V, config.layer_norm_epsilon});
+    struct Rng weights = rng_seed(seed, STREAM_INIT), rewards = rng_seed(seed, STREAM_REWARD);
+    for (size_t i = 0; i < w->ref_model->tensor_count; i++)
+        if (w->ref_model->tensors[i]->ndim == 2) tensor_normal(w->ref_model->tensors[i], &weights, 0.1);
+    for (int k = 0; k < EXACT_POLICIES; k++) w->logps[k] = arena_zeros(arena, w->n, sizeof(double));
+    w->y = arena_alloc(arena, w->n, sizeof *w->y);
+    w->r = arena_alloc(arena, w->n, sizeof *w->r);
+    for (size_t i = 0; i < w->n; i++) {
+        w->y[i] = (struct Example){arena_zeros(arena, L + 1, sizeof(int)), L + 1, 1};
+        for (size_t t = L, rest = i; t > 0; t--, rest /= w->V) w->y[i].ids[t] = (int)(rest % w->V);
+        w->r[i] = rng_normal(&rewards);
+    }
+    exact_pass(w, w->ref_model, arena, false, w->logps[EXACT_REFERENCE]);
+    return w;
+}
+
+/* The policy answers EXACT_BATCH times; the score is the reward of what it said. */
+static struct Rollout *exact_rollouts(const struct ExactWorld *w, const struct GPT2 *policy, struct Rng *rng, struct Arena *arena) {
+    struct Rollout *rollouts = arena_alloc(arena, EXACT_BATCH, sizeof *rollouts);
+    struct Sequence s[EXACT_BATCH];
+    struct GenerationConfig sampling = {.do_sample = true, .num_beams = 1, .temperature = 1, .top_p = 1, .repetition_penalty = 1};
+    for (size_t i = 0; i < EXACT_BATCH; i++) s[i] = sequence_start(arena, w->y[0].ids, 1, w->L, policy, rng_seed(rng_next(rng), STREAM_SAMPLE));
+    generate(policy, s, EXACT_BATCH, &sampling);
+    for (size_t i = 0; i < EXACT_BATCH; i++) {
+        size_t y = 0;
+        for (size_t t = 1; t <= w->L; t++) y = y * w->V + (size_t)s[i].ids[t];
+        rollouts[i] = (struct Rollout){w->y[y], w->L, (float)w->r[y]};
+    }
+    return rollouts;
+}
+
+/* exact_train -- a copy of the reference, trained by one method. DPO takes all pairs in each step: no noise. PPO and
+ * REINFORCE take chapter 15's own steps, a nat of KL at the fixed price beta, all answers to the one prompt. */
+static void exact_train(struct ExactWorld *w, enum ExactPolicy method) {
+    struct Arena arena = {0};
+    struct GPT2 *model = gpt2_copy(w->ref_model);
+    struct Rng rng = rng_seed(w->seed, STREAM_SAMPLE);
+    size_t steps = EXACT[method].steps;
+    struct TrainingArguments args = training_arguments();
+    args.learning_rate = EXACT[method].learning_rate;
+    args.warmup_steps = 20;                                            /* then down to 0, and with it the samples' noise */
+    struct PPOConfig config = ppo_config();
+    config.batch_size = config.mini_batch_size = EXACT_BATCH;
+    config.ppo_epochs = 2;
+    config.vf_coef = 0.5;
+    config.init_kl_coef = w->beta;
+    config.adap_kl_ctrl = false;
+    struct PPOTrainer *ppo = ppo_trainer_new(model, w->ref_model, config, args, 1);
+    ppo->total_steps = steps;
+    struct Reinforce reinforce = {.model = model, .ref_model = w->ref_model, .args = args, .baseline = BASELINE_RLOO, .beta = w->beta, .temperature = 1,
+        .batch_size = EXACT_BATCH, .num_generations = EXACT_BATCH, .total_steps = steps, .rewards = {0, 1, 1, 1e-24}};
+    for (size_t step = 0; step < steps; step++, arena_reset(&arena)) {
+        if (method == EXACT_PPO) ppo_step(ppo, exact_rollouts(w, model, &rng, &arena));
+        if (method == EXACT_REINFORCE) reinforce_step(&reinforce, exact_rollouts(w, model, &rng, &arena));
+        if (method == EXACT_DPO) exact_pass(w, model, &arena, true, w->logps[method]);
+        if (method == EXACT_DPO) optimizer_step(model, &args, args.learning_rate * schedule_factor(&args, step, steps), step + 1);
+    }
+    exact_pass(w, model, &arena, false, w->logps[method]);
+    say("exact: beta %g: %s: %zu steps, KL to the optimum %.5f nats\n", w->beta, EXACT[method].name, steps, exact_figures(w, w->logps[method]).kl_to_optimum);
+    arena_free(&reinforce.arena);
+    ppo_trainer_free(ppo);
+    gpt2_free(model);
+    arena_free(&arena);
+}
+
+/* The optimum at beta and the three trainings, which know nothing of one another: a thread for each.      test: exact_run */
+static void exact_run(struct ExactWorld *w, double beta) {
+    w->beta = beta;
+    w->log_Z = exact_optimum(w->logps[EXACT_REFERENCE], w->r, w->n, beta, w->logps[EXACT_OPTIMUM]);
+    #pragma omp parallel for schedule(dynamic, 1)
+    for (int k = EXACT_REINFORCE; k >= EXACT_DPO; k--) exact_train(w, (enum ExactPolicy)k);
+}
+
+/* As JSON; of a sweep E[r] and KL(pi || pi_ref) alone; else all figures, and the likeliest responses under pi*. */
+static void exact_print(const struct ExactWorld *w, bool json, bool sweep) {
+    struct ExactFigures f[EXACT_POLICIES];
+    for (int k = 0; k < EXACT_POLICIES; k++) f[k] = exact_figures(w, w->logps[k]);
+    double ref = f[EXACT_REFERENCE].objective, max = w->beta * w->log_Z;
+    if (json) printf("{\"beta\": %.9g, \"objective_ref\": %.9g, \"objective_max\": %.9g", w->beta, ref, max);
+    else if (sweep) printf("%6g", w->beta);
+    else printf("%zu responses of %zu tokens; beta %g: Z %.5g, log Z %.4f; J of the reference %.4f, at most beta log Z = %.4f\n\n           KL(pi||pi*)     E[r]  KL(pi||ref)        J  of the way\n", w->n, w->L, w->beta, exp(w->log_Z), w->log_Z, ref, max);
+    for (int k = json ? EXACT_DPO : sweep ? EXACT_OPTIMUM : 0; k < EXACT_POLICIES; k++) {
+        if (json) printf(", \"%s\": {\"kl_to_optimum\": %.9g, \"objective\": %.9g, \"reward\": %.9g, \"kl\": %.9g}", EXACT[k].name, f[k].kl_to_optimum, f[k].objective, f[k].reward, f[k].kl);
+        else if (sweep) printf("%12.4f %8.4f", f[k].reward, f[k].kl);
+        else printf("%-10s %11.5f %8.4f %12.4f %8.4f %9.2f %%\n", EXACT[k].name, f[k].kl_to_optimum, f[k].reward, f[k].kl, f[k].objective, 100 * (f[k].objective - ref) / (max - ref));
+    }
+    puts(json ? "}" : "");
+    if (json || sweep) return;
+    struct Candidate top[EXACT_RESPONSES];
+    for (size_t i = 0; i < w->n; i++) top[i] = (struct Candidate){(float)w->logps[EXACT_OPTIMUM][i], (int)i};
+    qsort(top, w->n, sizeof *top, compare_candidates_down);
+    puts("  reward  reference   optimum       dpo       ppo reinforce   the likeliest responses under pi*");
+    for (size_t i = 0; i < MIN(w->n, (size_t)EXACT_SHOWN); i++) {
+        size_t y = (size_t)top[i].id;
+        printf("%8.4f ", w->r[y]);
+        for (int k = 0; k < EXACT_POLICIES; k++) printf(" %9.5f", exp(w->logps[k][y]));
+        for (size_t t = 1; t <= w->L; t++) printf("%s%d", t == 1 ? "   " : " ", w->y[y].ids[t]);
+        putchar('\n');
+    }
 }
 
 /* =============================================================================================
@@ -5254,14 +5176,12 @@ static struct Text answer_text(const struct Tokenizer *tok, struct Arena *arena,
 
 /* Distinct word pairs / all word pairs of many texts: 1 if nothing repeats, near 0 for a model that has
  * one phrase left. Words are runs of letters and apostrophes, and each of . ! ? counts as one. */
-static int compare_u64(const void *a, const void *b)
-{
+static int compare_u64(const void *a, const void *b) {
     uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
     return (x > y) - (x < y);
 }
 
-static double distinct_2(const struct Text *texts, size_t n)
-{
+static double distinct_2(const struct Text *texts, size_t n) {
     size_t bytes = 0, count = 0, distinct = 0;
     for (size_t i = 0; i < n; i++) bytes += texts[i].length;
     uint64_t *pairs = malloc((bytes + 1) * sizeof *pairs);
@@ -5286,8 +5206,7 @@ static double distinct_2(const struct Text *texts, size_t n)
 }
 
 /* Share of pairs of held-out texts, ratings min_difference or more apart, that the rewards order rightly. */
-static double pair_accuracy(const float *reward, const double *rating, size_t n, double min_difference)
-{
+static double pair_accuracy(const float *reward, const double *rating, size_t n, double min_difference) {
     double right = 0, total = 0;
     for (size_t i = 0; i < n; i++)
         for (size_t j = 0; j < n; j++) {
@@ -5299,8 +5218,7 @@ static double pair_accuracy(const float *reward, const double *rating, size_t n,
 }
 
 /* KL(policy || reference) of whole responses, in nats, averaged: exact at each token, summed over tokens. */
-static double response_kl(const struct GPT2 *policy, const struct GPT2 *ref_model, const struct Example *answers, size_t n, double temperature)
-{
+static double response_kl(const struct GPT2 *policy, const struct GPT2 *ref_model, const struct Example *answers, size_t n, double temperature) {
     enum { TOGETHER = 32 };
     struct Arena arena = {0};
     double total = 0;
@@ -5310,12 +5228,8 @@ static double response_kl(const struct GPT2 *policy, const struct GPT2 *ref_mode
         for (size_t i = 0; i < count; i++) examples[i] = &answers[first + i];
         arena_reset(&arena);
         struct Batch batch = collate(&arena, examples, count, SKIP_LAST);
-        struct Activations acts = gpt2_forward(policy, &arena, &batch, false), ref_acts = gpt2_forward(ref_model, &arena, &batch, false);
-        struct LMHead head = lm_head_new(policy, &arena, &acts, batch.row, batch.target, batch.R, (float)temperature);
-        struct LMHead ref_head = lm_head_new(ref_model, &arena, &ref_acts, batch.row, batch.target, batch.R, (float)temperature);
+        struct LMHead head = batch_logprobs(policy, &arena, &batch, temperature), ref_head = batch_logprobs(ref_model, &arena, &batch, temperature);
         float *kl = arena_floats(&arena, batch.R);
-        lm_head_forward(policy, &head);
-        lm_head_forward(ref_model, &ref_head);
         kl_full_rows(policy, &head, ref_model, &ref_head, kl);
         for (size_t r = 0; r < batch.R; r++) total += kl[r];
     }
@@ -5351,8 +5265,7 @@ enum { COURSE_VOCAB = 4097, COURSE_LAYERS = 2, COURSE_WIDTH = 128, COURSE_HEADS 
 static const struct LengthSampler COURSE_PROMPT_LENGTH = {2, 8};
 
 /* Beginnings of texts, 2 to 7 tokens long, never a whole text. */
-static size_t course_prompts(const struct Example *texts, size_t n, size_t most, struct Rng *rng, struct Example *prompts)
-{
+static size_t course_prompts(const struct Example *texts, size_t n, size_t most, struct Rng *rng, struct Example *prompts) {
     size_t count = 0;
     for (size_t i = 0; i < n && count < most; i++) {
         size_t length = length_sampler(&COURSE_PROMPT_LENGTH, rng);
@@ -5362,8 +5275,7 @@ static size_t course_prompts(const struct Example *texts, size_t n, size_t most,
 }
 
 /* Splits the texts, by seed: nine tenths to learn from, one tenth to measure on. */
-static void course_split(struct Course *course, const struct Dataset *data)
-{
+static void course_split(struct Course *course, const struct Dataset *data) {
     struct Rng rng = rng_seed(course->seed, STREAM_SPLIT);
     size_t n = data->n, *order = arena_alloc(&course->arena, n, sizeof *order);
     for (size_t i = 0; i < n; i++) order[i] = i;
@@ -5388,8 +5300,7 @@ static void course_split(struct Course *course, const struct Dataset *data)
     CHECK(course->prompt_n > 0 && course->test_n > 0, "%s: its texts are too short to take prompts of 2 to 7 tokens from", data->path);
 }
 
-static struct Trainer course_trainer(struct Course *course, struct GPT2 *model, double learning_rate, size_t steps, size_t batch_size, size_t warmup)
-{
+static struct Trainer course_trainer(struct Course *course, struct GPT2 *model, double learning_rate, size_t steps, size_t batch_size, size_t warmup) {
     struct Trainer trainer = {.model = model, .tok = course->tok, .args = training_arguments()};
     trainer.args.learning_rate = learning_rate * course->scale;
     trainer.args.max_steps = steps;
@@ -5402,8 +5313,7 @@ static struct Trainer course_trainer(struct Course *course, struct GPT2 *model, 
 }
 
 /* Saves what was trained, and its log. */
-static void course_finish(struct Course *course, const char *name, struct Trainer *trainer)
-{
+static void course_finish(struct Course *course, const char *name, struct Trainer *trainer) {
     char *folder = arena_printf(&course->arena, "%s/%s", course->output_dir, name);
     gpt2_save(trainer->model, folder, course->tok);
     trainer_state_save(&trainer->state, &trainer->args, folder);
@@ -5411,8 +5321,7 @@ static void course_finish(struct Course *course, const char *name, struct Traine
 }
 
 /* Stage 1: a language model, from random weights or from a given folder's. */
-static void course_language_model(struct Course *course, double learning_rate)
-{
+static void course_language_model(struct Course *course, double learning_rate) {
     struct Trainer trainer = course_trainer(course, course->language_model, learning_rate, course->pretrain_steps, MAX((size_t)1, COURSE_TOKENS_A_STEP / course->language_model->config.n_positions), 50);
     trainer.args.adam_beta2 = 0.99;
     trainer.args.weight_decay = 0.1;
@@ -5427,8 +5336,7 @@ static void course_language_model(struct Course *course, double learning_rate)
     arena_free(&task->rows);
 }
 
-static struct Example *course_cut(struct Course *course, const struct Example *texts, size_t n, size_t length)
-{
+static struct Example *course_cut(struct Course *course, const struct Example *texts, size_t n, size_t length) {
     struct Example *cut = arena_alloc(&course->arena, n, sizeof *cut);
     for (size_t i = 0; i < n; i++) {
         cut[i] = texts[i];
@@ -5438,8 +5346,7 @@ static struct Example *course_cut(struct Course *course, const struct Example *t
 }
 
 /* Stage 2: the raters' taste. Whole texts and beginnings of texts alike, for it will have to judge both. */
-static void course_reward_model(struct Course *course)
-{
+static void course_reward_model(struct Course *course) {
     struct GPT2 *model = course->reward_model = gpt2_copy(course->language_model);
     reward_head_declare(model);
     struct Trainer trainer = course_trainer(course, model, 2e-3, course->reward_steps, 32, 20);
@@ -5469,8 +5376,7 @@ static void course_reward_model(struct Course *course)
     course_finish(course, "reward_model", &trainer);
 }
 
-static struct GenerationConfig course_generation(const struct Course *course)
-{
+static struct GenerationConfig course_generation(const struct Course *course) {
     struct GenerationConfig generation = generation_config();
     generation.do_sample = true;
     generation.temperature = course->temperature;
@@ -5480,8 +5386,7 @@ static struct GenerationConfig course_generation(const struct Course *course)
 
 /* Stage 3: PPO. A score is the reward in standard deviations of real beginnings; answers that end before
  * 10 tokens score at most -2, or the policy learns that "the best." is safe. */
-static void course_ppo(struct Course *course)
-{
+static void course_ppo(struct Course *course) {
     course->ppo = gpt2_copy(course->language_model);
     struct PPOConfig config = ppo_config();
     config.batch_size = config.mini_batch_size = 64;
@@ -5508,8 +5413,7 @@ static void course_ppo(struct Course *course)
 
 /* Stage 4: DPO, on pairs collected from the model's own answers. The likelihood of the chosen answers,
  * at weight 0.2, keeps the policy from lowering both sides and drifting into endless text. */
-static void course_dpo(struct Course *course)
-{
+static void course_dpo(struct Course *course) {
     enum { ANSWERS = 4, PAIRS_A_STEP = 16 };
     course->dpo = gpt2_copy(course->language_model);
     size_t n = MIN(course->prompt_n, course->dpo_steps * PAIRS_A_STEP / 2 + PAIRS_A_STEP);
@@ -5534,8 +5438,7 @@ static void course_dpo(struct Course *course)
 }
 
 /* Answers of a policy to the held-out prompts, the same random numbers for each policy. */
-static struct CourseResult course_measure(struct Course *course, const struct GPT2 *policy)
-{
+static struct CourseResult course_measure(struct Course *course, const struct GPT2 *policy) {
     struct Arena *arena = &course->arena;
     size_t n = course->test_n;
     struct CourseResult result = {.texts = arena_alloc(arena, n, sizeof *result.texts), .reward = arena_floats(arena, n)};
@@ -5545,7 +5448,7 @@ static struct CourseResult course_measure(struct Course *course, const struct GP
     for (size_t i = 0; i < n; i++) {
         const struct Example *a = &result.answers[i];
         result.texts[i] = answer_text(course->tok, arena, a, policy->config.vocab_size);
-        result.mean_length += (double)(a->n - a->prompt_length - (a->ids[a->n - 1] == policy->config.eos_token_id)) / (double)n;
+        result.mean_length += (double)answer_length(a, policy->config.vocab_size) / (double)n;
     }
     struct Scorer plain = course->scorer;
     plain.least_length = 0;                                     /* the bare reward, no penalty for short answers */
@@ -5556,15 +5459,13 @@ static struct CourseResult course_measure(struct Course *course, const struct GP
     return result;
 }
 
-static void course_write_policy(FILE *file, const char *name, const struct CourseResult *before, const struct CourseResult *after)
-{
+static void course_write_policy(FILE *file, const char *name, const struct CourseResult *before, const struct CourseResult *after) {
     fprintf(file, "  \"%s\": {\"reward_before\": %s, \"reward_after\": %s, \"kl\": %s, ", name,
             json_number_text(before->mean_reward), json_number_text(after->mean_reward), json_number_text(after->kl));
     fprintf(file, "\"distinct_2\": %s, \"mean_length\": %s},\n", json_number_text(after->distinct_2), json_number_text(after->mean_length));
 }
 
-static void course_write_files(struct Course *course, const struct CourseResult *before, const struct CourseResult *ppo, const struct CourseResult *dpo, double seconds)
-{
+static void course_write_files(struct Course *course, const struct CourseResult *before, const struct CourseResult *ppo, const struct CourseResult *dpo, double seconds) {
     struct Output out;
     output_open(&out, course->output_dir, "summary.json");
     fprintf(out.file, "{\n  \"seconds\": %s,\n", json_number_text(seconds));
@@ -5591,13 +5492,11 @@ static void course_write_files(struct Course *course, const struct CourseResult 
 }
 
 /* Text for a terminal: line breaks and control characters become spaces. */
-static void print_plain(struct Text text)
-{
+static void print_plain(struct Text text) {
     for (size_t i = 0; i < text.length; i++) putchar((unsigned char)text.data[i] < 32 ? ' ' : text.data[i]);
 }
 
-static void course_print(struct Course *course, const struct CourseResult *before, const struct CourseResult *ppo, const struct CourseResult *dpo)
-{
+static void course_print(struct Course *course, const struct CourseResult *before, const struct CourseResult *ppo, const struct CourseResult *dpo) {
     enum { SHOWN = 8 };
     const struct CourseResult *results[] = {before, ppo, dpo};
     const char *const names[] = {"before", "ppo", "dpo"};
@@ -5620,8 +5519,7 @@ static void course_print(struct Course *course, const struct CourseResult *befor
 }
 
 /* rlhf -- the four stages, measured. `language_model` comes new or loaded, not yet trained on these texts. */
-static void course_run(struct Course *course, const struct Dataset *data, struct GPT2 *language_model, double learning_rate)
-{
+static void course_run(struct Course *course, const struct Dataset *data, struct GPT2 *language_model, double learning_rate) {
     double begin = seconds_now();
     course->language_model = language_model;
     course->vocab_size = language_model->config.vocab_size;
@@ -5670,8 +5568,7 @@ struct Bench {
 enum { BENCH_MEMORY = 1 << 26, BENCH_DPO_PAIRS = 4, BENCH_DPO_LENGTH = 64, BENCH_DPO_PROMPT = 16 };
 
 /* Multiply-adds a second of the register tile alone, on all threads, panels in the first cache: GFLOP/s. */
-static double bench_peak(void)
-{
+static double bench_peak(void) {
     enum { K = 128, REPEATS = 20000 };
     double begin = seconds_now();
     #pragma omp parallel
@@ -5684,8 +5581,7 @@ static double bench_peak(void)
 }
 
 /* Memory read by all threads, each its own stretches of 1 MB: GB/s. */
-static double bench_read(const struct Bench *bench)
-{
+static double bench_read(const struct Bench *bench) {
     enum { PASSES = 4, STRETCH = 1 << 18 };
     double begin = seconds_now(), never = 0;
     for (int pass = 0; pass < PASSES; pass++) {
@@ -5700,16 +5596,14 @@ static double bench_read(const struct Bench *bench)
     return PASSES * 4.0 * BENCH_MEMORY / (seconds_now() - begin) / 1e9;
 }
 
-static struct Example bench_example(struct Bench *bench, struct Arena *arena, size_t n, size_t prompt_length)
-{
+static struct Example bench_example(struct Bench *bench, struct Arena *arena, size_t n, size_t prompt_length) {
     struct Example e = {arena_alloc(arena, n, sizeof *e.ids), n, prompt_length};
     for (size_t t = 0; t < n; t++) e.ids[t] = (int)rng_below(&bench->rng, bench->model->config.vocab_size - 1);
     return e;
 }
 
 /* One step on `n` items of a task: forward, loss, backward, AdamW. */
-static double bench_step(struct Bench *bench, struct Task task, size_t n)
-{
+static double bench_step(struct Bench *bench, struct Task task, size_t n) {
     struct Trainer *trainer = &bench->trainer;
     size_t *order = arena_alloc(&bench->arena, n, sizeof *order);
     for (size_t i = 0; i < n; i++) order[i] = i;
@@ -5722,8 +5616,7 @@ static double bench_step(struct Bench *bench, struct Task task, size_t n)
 }
 
 /* Language modelling, on texts of `length` tokens. */
-static double bench_train(struct Bench *bench, size_t batch_size, size_t length)
-{
+static double bench_train(struct Bench *bench, size_t batch_size, size_t length) {
     arena_reset(&bench->arena);
     struct LanguageTask task = {.examples = arena_alloc(&bench->arena, batch_size, sizeof *task.examples)};
     for (size_t b = 0; b < batch_size; b++) task.examples[b] = bench_example(bench, &bench->arena, length, 0);
@@ -5731,8 +5624,7 @@ static double bench_train(struct Bench *bench, size_t batch_size, size_t length)
 }
 
 /* `count` sequences go on for exactly `max_new` tokens after prompts of shortest, shortest + 1 .. longest tokens, over and over. */
-static double bench_generate(struct Bench *bench, struct Sequence *sequences, size_t count, size_t shortest, size_t longest, size_t max_new, bool do_sample)
-{
+static double bench_generate(struct Bench *bench, struct Sequence *sequences, size_t count, size_t shortest, size_t longest, size_t max_new, bool do_sample) {
     struct GenerationConfig generation = generation_config();
     generation.max_new_tokens = generation.min_new_tokens = max_new;
     generation.do_sample = do_sample;
@@ -5747,8 +5639,7 @@ static double bench_generate(struct Bench *bench, struct Sequence *sequences, si
 }
 
 /* A PPO step: queries of 2 to 7 tokens, 10 new tokens each, scores, 4 epochs of one mini-batch. */
-static double bench_ppo(struct Bench *bench)
-{
+static double bench_ppo(struct Bench *bench) {
     struct Sequence *sequences = arena_alloc(&bench->arena, bench->queries, sizeof *sequences);
     struct Rollout *rollouts = arena_alloc(&bench->arena, bench->queries, sizeof *rollouts);
     double seconds = bench_generate(bench, sequences, bench->queries, 2, 7, 10, true), begin = seconds_now();
@@ -5770,8 +5661,7 @@ static const struct { const char *name, *key; size_t batch, length; double passe
     {"dpo step, 4 pairs of 64", "dpo_step", 8, 64, 8, 0}, {"  with reference cached", "dpo_step_cached", 8, 64, 6, 0},
     {"ppo step, 4 epochs", "ppo_step", 0, 0, 2 + 2 + 4 * 6, 10}};
 
-static double bench_work(struct Bench *bench, enum BenchWork work)
-{
+static double bench_work(struct Bench *bench, enum BenchWork work) {
     size_t batch = BENCH_WORK[work].batch;
     struct Sequence sequences[16];
     arena_reset(&bench->arena);
@@ -5784,16 +5674,14 @@ static double bench_work(struct Bench *bench, enum BenchWork work)
 }
 
 /* Seconds that the work takes at least: its multiplications at the peak, or its weights at the speed of reading, whichever is more. */
-static double bench_limit(const struct Bench *bench, enum BenchWork work, double gflops, double gbytes)
-{
+static double bench_limit(const struct Bench *bench, enum BenchWork work, double gflops, double gbytes) {
     double weights = (double)bench->weights, tokens = (double)(BENCH_WORK[work].batch * BENCH_WORK[work].length);
     if (work == DPO_FIRST || work == DPO_LATER) tokens = BENCH_DPO_PAIRS * (2 * BENCH_DPO_LENGTH - BENCH_DPO_PROMPT - 2);      /* the prompt once, the last tokens not at all */
     if (work == PPO_STEP) tokens = (double)bench->queries * (4.5 + 10);
     return MAX(BENCH_WORK[work].passes * weights * tokens / gflops, 4 * weights * BENCH_WORK[work].reads / gbytes) / 1e9;
 }
 
-static struct Bench *bench_new(struct GPT2Config config, size_t queries)
-{
+static struct Bench *bench_new(struct GPT2Config config, size_t queries) {
     struct Bench *bench = calloc(1, sizeof *bench);
     CHECK(bench, "out of memory");
     *bench = (struct Bench){.model = gpt2_new(config), .rng = rng_seed(42, STREAM_SAMPLE), .queries = queries};
@@ -5806,8 +5694,7 @@ static struct Bench *bench_new(struct GPT2Config config, size_t queries)
 }
 
 /* What only DPO, PPO and the measure of memory need. */
-static void bench_complete(struct Bench *bench)
-{
+static void bench_complete(struct Bench *bench) {
     struct PPOConfig config = ppo_config();
     config.batch_size = config.mini_batch_size = bench->queries;
     config.ratio_threshold = INFINITY;
@@ -5825,8 +5712,7 @@ static void bench_complete(struct Bench *bench)
     bench->memory = arena_zeros(&bench->kept, BENCH_MEMORY, sizeof *bench->memory);
 }
 
-static void bench_free(struct Bench *bench)
-{
+static void bench_free(struct Bench *bench) {
     if (bench->ppo) ppo_trainer_free(bench->ppo);
     trainer_free(&bench->trainer);
     gpt2_free(bench->model);
@@ -5854,7 +5740,7 @@ struct Options {
     double center_rewards_coefficient;
     size_t input_min_text_length, input_max_text_length, output_min_length, output_max_length;
     size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps, top_n, tokenize_vocab_size, num_generations, max_samples;
-    bool json, jsonl, decode, help, quiet, max_length_given, use_peft;
+    bool json, jsonl, decode, help, quiet, max_length_given, use_peft, sweep;
     /* What a command opens and main closes. */
     struct Arena arena;
     struct Tokenizer *tok;
@@ -5866,7 +5752,7 @@ struct Options {
 enum Group {
     G_MODEL = 1, G_DATA = 2, G_TRAIN = 4, G_NEW = 8, G_REF = 16, G_REWARD = 32, G_PPO = 64, G_DPO = 128, G_SAMPLE = 256, G_LENGTH = 512, G_PROMPT = 1024,
     G_NEXT = 2048, G_TOKENIZE = 4096, G_RLHF = 8192, G_OUT = 16384, G_SEED = 32768, G_RUN = 65536, G_BATCH = 131072, G_JSON = 262144, G_BENCH = 524288,
-    G_PEFT = 1 << 20, G_LORA = 1 << 21, G_ROLL = 1 << 22, G_RLOO = 1 << 23, G_COLLECT = 1 << 25, G_EVAL = 1 << 26, G_ALL = -1
+    G_PEFT = 1 << 20, G_LORA = 1 << 21, G_ROLL = 1 << 22, G_RLOO = 1 << 23, G_EXACT = 1 << 24, G_COLLECT = 1 << 25, G_EVAL = 1 << 26, G_ALL = -1
 };
 enum Kind { KIND_STRING, KIND_LIST, KIND_SIZE, KIND_DOUBLE, KIND_BOOL, KIND_STOPPING, KIND_SEED };
 struct Flag { const char *name; enum Kind kind; size_t offset; int groups; const char *help; };
@@ -5906,16 +5792,17 @@ static const struct Flag FLAGS[] = {
     {"eval_steps", KIND_SIZE, AT(train.eval_steps), G_RUN, "steps between evaluations; default: at the end"},
     {"max_length", KIND_SIZE, AT(train.max_length), G_RUN | G_BATCH | G_LENGTH, "longest sequence in tokens"},
     {"train_sampling_strategy", KIND_STRING, AT(train.train_sampling_strategy), G_RUN, "random, sequential"},
-    {"n_layer", KIND_SIZE, AT(config.n_layer), G_NEW, "blocks of a new model"},
-    {"n_head", KIND_SIZE, AT(config.n_head), G_NEW, "attention heads"},
-    {"n_embd", KIND_SIZE, AT(config.n_embd), G_NEW, "width"},
+    {"n_layer", KIND_SIZE, AT(config.n_layer), G_NEW | G_EXACT, "blocks of a new model"},
+    {"n_head", KIND_SIZE, AT(config.n_head), G_NEW | G_EXACT, "attention heads"},
+    {"n_embd", KIND_SIZE, AT(config.n_embd), G_NEW | G_EXACT, "width"},
     {"n_positions", KIND_SIZE, AT(config.n_positions), G_NEW, "longest context"},
     {"vocab_size", KIND_SIZE, AT(config.vocab_size), G_NEW, "ids, the end token included"},
+    {"vocab_size", KIND_SIZE, AT(config.vocab_size), G_EXACT, "tokens, 2 to 16"},
     {"vocab_size", KIND_SIZE, AT(tokenize_vocab_size), G_TOKENIZE, "the smaller vocabulary of a model with so many ids"},
     {"center_rewards_coefficient", KIND_DOUBLE, AT(center_rewards_coefficient), G_REWARD, "weight of (r_chosen + r_rejected)^2"},
     {"loss_type", KIND_STRING, AT(loss_type), G_REWARD, "sigmoid: Bradley-Terry; bce: binary cross-entropy on text + label (alone with such data)"},
     {"beta", KIND_DOUBLE, AT(dpo.beta), G_DPO, "how strongly DPO holds to the reference"},
-    {"beta", KIND_DOUBLE, AT(dpo.beta), G_RLOO, "price of a nat of KL(policy || reference)"},
+    {"beta", KIND_DOUBLE, AT(dpo.beta), G_RLOO | G_EXACT, "price of a nat of KL(policy || reference)"},
     {"baseline", KIND_STRING, AT(baseline), G_RLOO, "subtracted from the reward: none, mean (of earlier steps), rloo (leave one out)"},
     {"num_generations", KIND_SIZE, AT(num_generations), G_RLOO | G_COLLECT, "answers to each prompt"},
     {"max_samples", KIND_SIZE, AT(max_samples), G_COLLECT | G_EVAL, "prompts used, from the first; 0: all"},
@@ -5953,7 +5840,7 @@ static const struct Flag FLAGS[] = {
     {"top_p", KIND_DOUBLE, AT(generation.top_p), G_SAMPLE | G_NEXT | G_ROLL, "sample from the likeliest that hold this mass"},
     {"repetition_penalty", KIND_DOUBLE, AT(generation.repetition_penalty), G_SAMPLE | G_NEXT, "above 1: ids already there become less likely"},
     {"no_repeat_ngram_size", KIND_SIZE, AT(generation.no_repeat_ngram_size), G_SAMPLE, "no n-gram twice"},
-    {"max_new_tokens", KIND_SIZE, AT(generation.max_new_tokens), G_SAMPLE | G_COLLECT | G_EVAL, "at most so many new tokens"},
+    {"max_new_tokens", KIND_SIZE, AT(generation.max_new_tokens), G_SAMPLE | G_COLLECT | G_EVAL | G_EXACT, "at most so many new tokens (exact: just so many)"},
     {"min_new_tokens", KIND_SIZE, AT(generation.min_new_tokens), G_SAMPLE, "at least so many"},
     {"num_beams", KIND_SIZE, AT(generation.num_beams), G_SAMPLE, "beam search with so many beams"},
     {"length_penalty", KIND_DOUBLE, AT(generation.length_penalty), G_SAMPLE, "beam search: above 0 favours longer sequences"},
@@ -5961,6 +5848,7 @@ static const struct Flag FLAGS[] = {
     {"do_sample", KIND_BOOL, AT(generation.do_sample), G_SAMPLE, "draw tokens instead of taking the likeliest"},
     {"num_return_sequences", KIND_SIZE, AT(generation.num_return_sequences), G_SAMPLE, "samples of each prompt"},
     {"top_n", KIND_SIZE, AT(top_n), G_NEXT, "rows of the table"},
+    {"sweep", KIND_BOOL, AT(sweep), G_EXACT, "beta 4, 2, 1, 0.5, 0.25: the frontier of reward against KL"},
     {"json", KIND_BOOL, AT(json), G_JSON, "one JSON object a line"},
     {"jsonl", KIND_BOOL, AT(jsonl), G_TOKENIZE, "{\"text\"} a line in, {\"input_ids\"} a line out"},
     {"decode", KIND_BOOL, AT(decode), G_TOKENIZE, "ids in, the exact bytes out"},
@@ -5972,8 +5860,7 @@ static const struct Flag FLAGS[] = {
 };
 
 /* A file that ships with the program: beside it, or in the current folder. */
-static const char *shipped_file(struct Arena *arena, const char *name)
-{
+static const char *shipped_file(struct Arena *arena, const char *name) {
     char program[PATH_MAX];
     ssize_t n = readlink("/proc/self/exe", program, sizeof program - 1);
     if (n > 0) {
@@ -5986,22 +5873,19 @@ static const char *shipped_file(struct Arena *arena, const char *name)
     return name;
 }
 
-static struct Tokenizer *load_tokenizer(struct Options *o)
-{
+static struct Tokenizer *load_tokenizer(struct Options *o) {
     const char *path = o->tokenizer ? o->tokenizer : shipped_file(&o->arena, "tokenizer.bin");
     CHECK(o->tokenizer || file_exists(path), "tokenizer.bin is neither beside the program nor in the current folder; name it with --tokenizer, or make it: python3 prepare_imdb.py tokenizer --source DIR");
     return o->tok = tokenizer_load(path);
 }
 
-static bool is_adapter(const char *folder)
-{
+static bool is_adapter(const char *folder) {
     char path[PATH_MAX];
     return snprintf(path, sizeof path, "%s/adapter_config.json", folder) < (int)sizeof path && file_exists(path);
 }
 
 /* A model's folder; or an adapter's: its base, the adapter folded in. */
-static struct GPT2 *load_model(const char *folder, const struct Tokenizer *tok)
-{
+static struct GPT2 *load_model(const char *folder, const struct Tokenizer *tok) {
     if (!folder) die_usage("--model_name_or_path DIR is needed: the folder of a model");
     struct Arena arena = {0};
     const char *base = is_adapter(folder) ? adapter_config_load(&arena, folder).base_model_name_or_path : folder;
@@ -6017,8 +5901,7 @@ static struct GPT2 *load_model(const char *folder, const struct Tokenizer *tok)
     return model;
 }
 
-static void say_trainable(const struct GPT2 *model)
-{
+static void say_trainable(const struct GPT2 *model) {
     size_t adapter = 0, all = 0;
     for (size_t i = 0; i < model->tensor_count; i++) {
         all += model->tensors[i]->n;
@@ -6028,8 +5911,7 @@ static void say_trainable(const struct GPT2 *model)
 }
 
 /* A command's model with --peft_adapter's adapter, for training, or folded in; or with a new one (--use_peft). */
-static struct GPT2 *load_adapted(const struct Options *o, const struct Tokenizer *tok, bool train)
-{
+static struct GPT2 *load_adapted(const struct Options *o, const struct Tokenizer *tok, bool train) {
     struct GPT2 *model = load_model(o->model_name_or_path, tok);
     bool asked = o->lora.r != 16 || o->lora.lora_alpha != 32 || o->lora.lora_dropout != 0 || o->lora.use_rslora || strcmp(o->lora.target_modules, "c_attn") != 0;
     if (asked && !o->use_peft) warn("--lora_r, --lora_alpha, --lora_dropout, --lora_target_modules and --use_rslora count with --use_peft alone; they are ignored");
@@ -6048,46 +5930,42 @@ static struct GPT2 *load_adapted(const struct Options *o, const struct Tokenizer
 }
 
 /* --ref_model, or the start model: of an adapter without a second copy of the base. */
-static void load_reference(struct Options *o)
-{
+static void load_reference(struct Options *o) {
     const struct GPT2 *model = o->model;
     o->reference = o->ref_model ? load_model(o->ref_model, o->tok) : model->adapter.r ? adapter_reference(model, o->peft_adapter != NULL) : gpt2_copy(model);
     CHECK(o->reference->config.vocab_size == model->config.vocab_size, "--ref_model %s has %zu ids, the model %zu", o->ref_model, o->reference->config.vocab_size, model->config.vocab_size);
 }
 
-static void check_reward_model(const struct GPT2 *model, const char *folder)
-{
+static struct GPT2 *check_reward_model(struct GPT2 *model, const char *folder) {
     CHECK(model->score.n, "%s: has no score.weight: it is no reward model; train one: align reward", folder);
-}
-
-static struct GPT2 *load_reward_model(const char *folder, const struct Tokenizer *tok)
-{
-    struct GPT2 *model = load_model(folder, tok);
-    check_reward_model(model, folder);
     return model;
 }
 
-static const char *need(const char *value, const char *flag)
-{
+static const char *need(const char *value, const char *flag) {
     if (!value) die_usage("--%s is needed; see --help", flag);
     return value;
 }
 
+/* Which of the names a flag's value is. */
+static size_t choice(const char *flag, const char *value, const char *names) {
+    const char *name = names;
+    for (size_t length, i = 0; (length = next_name(&name)) > 0; name += length, i++)
+        if (strlen(value) == length && strncmp(name, value, length) == 0) return i;
+    die_usage("--%s \"%s\" is unknown; there are %s", flag, value, names);
+}
+
 /* Opens the model, its tokenizer, and the data with what is held out: what a command starts with. */
-static void open_model(struct Options *o, bool train)
-{
+static void open_model(struct Options *o, bool train) {
     load_tokenizer(o);
     o->model = load_adapted(o, o->tok, train);
 }
 
-static void open_data(struct Options *o, const unsigned *shapes, size_t count)
-{
+static void open_data(struct Options *o, const unsigned *shapes, size_t count) {
     o->data = dataset_load(need(o->dataset_name, "dataset_name"), shapes, count);
     if (o->eval_dataset) o->eval = dataset_load(o->eval_dataset, &o->data->shape, 1);
 }
 
-static void options_close(struct Options *o)
-{
+static void options_close(struct Options *o) {
     dataset_free(o->data);
     dataset_free(o->eval);
     gpt2_free(o->model);
@@ -6097,8 +5975,7 @@ static void options_close(struct Options *o)
     arena_free(&o->arena);
 }
 
-static void tokenize_decode(const struct Tokenizer *tok, const char *at, size_t V, const char *path)
-{
+static void tokenize_decode(const struct Tokenizer *tok, const char *at, size_t V, const char *path) {
     for (size_t place = 1;; place++) {
         at += strspn(at, " \t\r\n\v\f,[]");
         if (!*at) break;
@@ -6111,8 +5988,7 @@ static void tokenize_decode(const struct Tokenizer *tok, const char *at, size_t 
     }
 }
 
-static void tokenize_jsonl(const struct Tokenizer *tok, struct Text in, size_t V, const char *path)
-{
+static void tokenize_jsonl(const struct Tokenizer *tok, struct Text in, size_t V, const char *path) {
     struct Arena arena = {0};
     const char *at = in.data, *end = in.data + in.length;
     for (size_t line = 1; at < end; line++) {
@@ -6132,8 +6008,7 @@ static void tokenize_jsonl(const struct Tokenizer *tok, struct Text in, size_t V
     arena_free(&arena);
 }
 
-static void command_tokenize(struct Options *o)
-{
+static void command_tokenize(struct Options *o) {
     struct Tokenizer *tok = load_tokenizer(o);
     size_t V = o->tokenize_vocab_size;
     CHECK(V > BYTE_TOKENS && V <= tok->vocab_size, "--vocab_size %zu: a vocabulary has 257 to %zu ids", V, tok->vocab_size);
@@ -6148,8 +6023,7 @@ static void command_tokenize(struct Options *o)
     }
 }
 
-static struct Trainer trainer_new(const struct Options *o)
-{
+static struct Trainer trainer_new(const struct Options *o) {
     struct Trainer trainer = {.model = o->model, .tok = o->tok, .args = o->train};
     trainer.args.max_length = MIN(o->train.max_length, o->model->config.n_positions);
     return trainer;
@@ -6157,8 +6031,7 @@ static struct Trainer trainer_new(const struct Options *o)
 
 /* The folder for the result. One that holds a model cannot take an adapter too, nor the other way round: who
  * loads it could not know which of them is meant. */
-static void open_output_dir(const struct Options *o)
-{
+static void open_output_dir(const struct Options *o) {
     char path[PATH_MAX];
     bool adapter = o->model->adapter.r > 0;
     make_folder(need(o->output_dir, "output_dir"));
@@ -6166,8 +6039,7 @@ static void open_output_dir(const struct Options *o)
     CHECK(adapter ? !file_exists(path) : !is_adapter(o->output_dir), "--output_dir %s: holds %s already; choose another folder for %s", o->output_dir, adapter ? "a model" : "an adapter", adapter ? "the adapter" : "the model");
 }
 
-static void save_result(const struct Options *o, const struct TrainerState *state)
-{
+static void save_result(const struct Options *o, const struct TrainerState *state) {
     if (o->model->adapter.r) adapter_save(o->model, o->output_dir, o->tok);
     else gpt2_save(o->model, o->output_dir, o->tok);
     if (state) trainer_state_save(state, &o->train, o->output_dir);
@@ -6175,17 +6047,16 @@ static void save_result(const struct Options *o, const struct TrainerState *stat
 }
 
 /* Trains, evaluates, saves: what every training command ends with. */
-static void finish_training(struct Options *o, struct Trainer *trainer)
-{
+static void finish_training(struct Options *o, struct Trainer *trainer) {
     open_output_dir(o);
     trainer_train(trainer);
-    if (trainer->task.eval_n) trainer_evaluate(trainer);
+    bool judged = trainer->args.eval_steps && trainer->state.global_step % trainer->args.eval_steps == 0;
+    if (trainer->task.eval_n && !judged) trainer_evaluate(trainer);
     save_result(o, &trainer->state);
     trainer_free(trainer);
 }
 
-static struct Example *encode_texts(struct Options *o, const struct Dataset *data)
-{
+static struct Example *encode_texts(struct Options *o, const struct Dataset *data) {
     if (!data) return NULL;
     struct Example *texts = arena_alloc(&o->arena, data->n, sizeof *texts);
     for (size_t i = 0; i < data->n; i++) texts[i] = example_encode(&o->arena, o->tok, data->rows[i].text, o->model->config.vocab_size, true);
@@ -6201,8 +6072,7 @@ static const unsigned ONLY_PROMPT_SHAPES[] = {SHAPE_PROMPT};
 static const unsigned ROLLOUT_SHAPES[] = {SHAPE_ROLLOUT};
 static const unsigned RATED_SHAPES[] = {SHAPE_RATED};
 
-static void command_pretrain(struct Options *o)
-{
+static void command_pretrain(struct Options *o) {
     o->config.eos_token_id = o->config.pad_token_id = end_token_of(o->config.vocab_size);
     config_check(&o->config, "command line");
     load_tokenizer(o);
@@ -6217,8 +6087,7 @@ static void command_pretrain(struct Options *o)
     arena_free(&task->rows);
 }
 
-static void command_sft(struct Options *o)
-{
+static void command_sft(struct Options *o) {
     open_model(o, true);
     open_data(o, SFT_SHAPES, COUNT(SFT_SHAPES));
     struct Trainer trainer = trainer_new(o);
@@ -6226,13 +6095,11 @@ static void command_sft(struct Options *o)
     finish_training(o, &trainer);
 }
 
-static void command_reward(struct Options *o)
-{
+static void command_reward(struct Options *o) {
     open_model(o, true);
     struct Rng rng = rng_seed(o->train.seed, STREAM_INIT);
     if (!o->model->score.n) tensor_normal(reward_head_declare(o->model), &rng, 0.02);
-    bool classifier = strcmp(o->loss_type, "bce") == 0;
-    if (!classifier && strcmp(o->loss_type, "sigmoid") != 0) die_usage("--loss_type \"%s\" is unknown; reward has sigmoid and bce", o->loss_type);
+    bool classifier = choice("loss_type", o->loss_type, "sigmoid, bce") == 1;
     open_data(o, classifier ? LABELLED_SHAPES : REWARD_SHAPES, classifier ? 1 : COUNT(REWARD_SHAPES));
     struct Trainer trainer = trainer_new(o);
     reward_task(&trainer, &o->arena, o->data, o->eval)->center = o->center_rewards_coefficient;
@@ -6240,27 +6107,21 @@ static void command_reward(struct Options *o)
 }
 
 /* --loss_type "sigmoid sft" --loss_weights "1 0.2" into weights. */
-static void parse_loss_types(struct Options *o)
-{
+static void parse_loss_types(struct Options *o) {
     const char *type = o->loss_type, *weight = o->loss_weights;
-    while (*(type += strspn(type, " ,"))) {
-        size_t length = strcspn(type, " ,"), k = 0;
-        while (k < DPO_LOSS_TYPES && (strlen(DPO_LOSS_NAMES[k]) != length || strncmp(DPO_LOSS_NAMES[k], type, length))) k++;
-        if (k == DPO_LOSS_TYPES) die_usage("--loss_type \"%.*s\" is unknown; there are sigmoid, ipo, hinge, robust, sft", (int)length, type);
+    for (size_t length; (length = next_name(&type)) > 0; type += length) {
+        size_t k = choice("loss_type", text_copy(&o->arena, (struct Text){type, length}).data, "sigmoid, ipo, hinge, robust, sft");      /* the order of enum DPOLossType */
         o->dpo.weight[k] = 1;
-        if (weight) {
-            char *end;
-            weight += strspn(weight, " ,");
-            o->dpo.weight[k] = strtod(weight, &end);
-            if (end == weight) die_usage("--loss_weights \"%s\" has fewer numbers than --loss_type has names", o->loss_weights);
-            weight = end;
-        }
-        type += length;
+        if (!weight) continue;
+        char *end;
+        weight += strspn(weight, " ,");
+        o->dpo.weight[k] = strtod(weight, &end);
+        if (end == weight) die_usage("--loss_weights \"%s\" has fewer numbers than --loss_type has names", o->loss_weights);
+        weight = end;
     }
 }
 
-static void command_dpo(struct Options *o)
-{
+static void command_dpo(struct Options *o) {
     parse_loss_types(o);
     CHECK(o->dpo.beta > 0, "--beta %g: must be above 0; at 0 the pairs would not count", o->dpo.beta);
     CHECK(o->dpo.label_smoothing >= 0 && o->dpo.label_smoothing < 0.5, "--label_smoothing %g: a share of mislabelled pairs, from 0 to below 0.5", o->dpo.label_smoothing);
@@ -6279,8 +6140,7 @@ static void command_dpo(struct Options *o)
 }
 
 /* Prompts to answer: rows with a prompt whole, texts cut to their first tokens by a LengthSampler. */
-static size_t encode_prompts(struct Options *o, struct Example *prompts)
-{
+static size_t encode_prompts(struct Options *o, struct Example *prompts) {
     const struct Dataset *data = o->data;
     struct Rng rng = rng_seed(o->train.seed, STREAM_LENGTH);
     struct LengthSampler input_length = {o->input_min_text_length, o->input_max_text_length};
@@ -6288,7 +6148,7 @@ static size_t encode_prompts(struct Options *o, struct Example *prompts)
     for (size_t i = 0; i < data->n; i++) {
         bool whole = data->shape == SHAPE_PROMPT;
         struct Example e = example_encode(&o->arena, o->tok, whole ? data->rows[i].prompt : data->rows[i].text, o->model->config.vocab_size, false);
-        size_t length = whole ? e.n : MIN(e.n, length_sampler(&input_length, &rng));
+        size_t drawn = whole ? e.n : length_sampler(&input_length, &rng), length = MIN(e.n, drawn);
         CHECK(length <= longest, "%s: prompt %zu has %zu tokens; with a context of %zu at most %zu leave room for an answer", data->path, i + 1, length, o->model->config.n_positions, longest);
         if (length > 0) prompts[count++] = (struct Example){e.ids, length, length};
     }
@@ -6297,13 +6157,12 @@ static size_t encode_prompts(struct Options *o, struct Example *prompts)
 }
 
 /* Where rollouts come from: prompts of the data set, answers of the model, rewards of the reward model. */
-static struct RolloutSource open_rollouts(struct Options *o, struct Scorer *scorer)
-{
+static struct RolloutSource open_rollouts(struct Options *o, struct Scorer *scorer) {
     CHECK(o->output_min_length > 0 && o->output_max_length > o->output_min_length && o->input_min_text_length > 0 && o->input_max_text_length > o->input_min_text_length, "a LengthSampler takes lengths from its minimum, 1 or more, to below its maximum");
     struct RolloutSource source = {.shuffle = rng_seed(o->train.seed, STREAM_ORDER + 100), .lengths = rng_seed(o->train.seed, STREAM_LENGTH + 100), .sample = rng_seed(o->train.seed, STREAM_SAMPLE),
         .output_length = {o->output_min_length, o->output_max_length}, .generation = o->generation, .num_generations = 1};
     source.generation.do_sample = true;
-    if (o->reward_model_path) o->reward_model = load_reward_model(o->reward_model_path, o->tok);
+    if (o->reward_model_path) o->reward_model = check_reward_model(load_model(o->reward_model_path, o->tok), o->reward_model_path);
     *scorer = (struct Scorer){.reward_model = o->reward_model, .tok = o->tok, .std = 1};
     open_data(o, PROMPT_SHAPES, COUNT(PROMPT_SHAPES));
     struct Example *prompts = arena_alloc(&o->arena, o->data->n, sizeof *prompts);
@@ -6314,13 +6173,9 @@ static struct RolloutSource open_rollouts(struct Options *o, struct Scorer *scor
     return source;
 }
 
-static void command_ppo(struct Options *o)
-{
+static void command_ppo(struct Options *o) {
     CHECK(o->ppo.batch_size > 0 && o->ppo.mini_batch_size > 0 && o->ppo.ppo_epochs > 0, "--batch_size, --mini_batch_size and --ppo_epochs must be 1 or more");
-    static const char *const penalties[] = {"kl", "abs", "mse", "full"};
-    bool known = false;
-    for (size_t i = 0; i < COUNT(penalties); i++) known = known || strcmp(o->ppo.kl_penalty, penalties[i]) == 0;
-    if (!known) die_usage("--kl_penalty \"%s\" is unknown; there are kl, abs, mse, full", o->ppo.kl_penalty);
+    choice("kl_penalty", o->ppo.kl_penalty, "kl, abs, mse, full");
     need(o->output_dir, "output_dir");
     if (!o->rollouts) need(o->reward_model_path, "reward_model_path (or --rollouts)");
     o->ppo.mini_batch_size = MIN(o->ppo.mini_batch_size, o->ppo.batch_size);
@@ -6334,18 +6189,16 @@ static void command_ppo(struct Options *o)
     if (o->rollouts) o->data = dataset_load(o->rollouts, ROLLOUT_SHAPES, 1);
     else source = open_rollouts(o, &scorer);
     size_t steps = o->train.max_steps ? o->train.max_steps : MAX((size_t)1, (o->rollouts ? o->data->n : source.n) / o->ppo.batch_size);
-    struct TrainerState state = {.num_train_epochs = 1};
+    struct TrainerState state = {0};
+    o->train.per_device_train_batch_size = o->ppo.batch_size;
     ppo_train(ppo, &source, &scorer, o->rollouts ? o->data : NULL, steps, o->output_dir, &state);
     save_result(o, &state);
     free(state.log_history);
     ppo_trainer_free(ppo);
 }
 
-static void command_reinforce(struct Options *o)
-{
-    size_t baseline = 0, n = o->ppo.batch_size, each = o->num_generations;
-    while (baseline < BASELINES && strcmp(o->baseline, BASELINE_NAMES[baseline]) != 0) baseline++;
-    if (baseline == BASELINES) die_usage("--baseline \"%s\" is unknown; there are none, mean, rloo", o->baseline);
+static void command_reinforce(struct Options *o) {
+    size_t baseline = choice("baseline", o->baseline, "none, mean, rloo"), n = o->ppo.batch_size, each = o->num_generations;
     CHECK(each > 0 && n > 0 && n % each == 0, "--batch_size %zu must be a multiple of --num_generations %zu, both 1 or more", n, each);
     CHECK(each > 1 || baseline != BASELINE_RLOO, "--baseline rloo needs other answers to the same prompt: --num_generations 2 or more");
     need(o->reward_model_path, "reward_model_path");
@@ -6357,29 +6210,28 @@ static void command_reinforce(struct Options *o)
     source.num_generations = each;
     struct Reinforce r = {.model = o->model, .ref_model = o->reference, .args = o->train, .baseline = (enum Baseline)baseline, .beta = o->dpo.beta, .temperature = o->generation.temperature,
         .batch_size = n, .num_generations = each, .total_steps = o->train.max_steps ? o->train.max_steps : MAX((size_t)1, source.n * each / n), .rewards = {0, 1, 1, 1e-24}};
-    struct TrainerState state = {.num_train_epochs = 1};
+    struct TrainerState state = {0};
+    o->train.per_device_train_batch_size = n;
     reinforce_train(&r, &source, &scorer, &state);
+    state.num_train_epochs = ceil(state.epoch);
     save_result(o, &state);
     free(state.log_history);
 }
 
 /* Prompt and continuation as a person reads them, without end tokens. */
-static void print_sequence(const struct Tokenizer *tok, struct Arena *arena, const struct Sequence *s, size_t V)
-{
+static void print_sequence(const struct Tokenizer *tok, struct Arena *arena, const struct Sequence *s, size_t V) {
     size_t first = s->ids[0] == end_token_of(V), last = s->n - (s->n > s->prompt_length && s->ids[s->n - 1] == end_token_of(V));
     struct Text text = tokenizer_decode_all(tok, arena, s->ids + first, last - first, V);
     fwrite(text.data, 1, text.length, stdout);
 }
 
 /* A prompt's ids; of an empty one the end token: nothing said yet, start a text. */
-static struct Example prompt_encode(struct Options *o, struct Text prompt)
-{
+static struct Example prompt_encode(struct Options *o, struct Text prompt) {
     struct Example e = example_encode(&o->arena, o->tok, prompt, o->model->config.vocab_size, false);
     return e.n ? e : (struct Example){&o->model->config.eos_token_id, 1, 1};
 }
 
-static void print_generation_json(const struct Tokenizer *tok, struct Arena *arena, struct Text prompt, const struct Sequence *s, size_t n, size_t V)
-{
+static void print_generation_json(const struct Tokenizer *tok, struct Arena *arena, struct Text prompt, const struct Sequence *s, size_t n, size_t V) {
     fputs("{\"prompt\": ", stdout);
     json_write_string(stdout, prompt);
     fputs(", \"sequences\": [", stdout);
@@ -6395,8 +6247,7 @@ static void print_generation_json(const struct Tokenizer *tok, struct Arena *are
     fputs("]}\n", stdout);
 }
 
-static void command_generate(struct Options *o)
-{
+static void command_generate(struct Options *o) {
     struct GenerationConfig *g = &o->generation;
     CHECK(g->temperature > 0, "--temperature %g: must be above 0; for the likeliest token leave --do_sample out", g->temperature);
     CHECK(g->num_return_sequences > 0, "--num_return_sequences must be 1 or more");
@@ -6404,6 +6255,7 @@ static void command_generate(struct Options *o)
     CHECK(g->num_beams == 1 || g->num_return_sequences <= g->num_beams, "--num_return_sequences %zu: %zu beams give at most as many", g->num_return_sequences, g->num_beams);
     open_model(o, false);
     CHECK(g->num_beams > 0 && 2 * g->num_beams <= MIN((size_t)256, o->model->config.vocab_size), "--num_beams %zu: 1 to 128 can be used", g->num_beams);
+    if (!o->prompt && !o->dataset_name) die_usage("--prompt TEXT is needed, or --dataset_name FILE with a \"prompt\" a line");
     if (!o->prompt) open_data(o, ONLY_PROMPT_SHAPES, 1);
     size_t V = o->model->config.vocab_size, n = o->data ? o->data->n : 1, each = g->num_return_sequences;
     struct Sequence *sequences = arena_alloc(&o->arena, n * each, sizeof *sequences);
@@ -6430,8 +6282,7 @@ static void command_generate(struct Options *o)
 }
 
 /* The distribution of the next token after a prompt. [glossary: Distribuição (em ML)] */
-static void command_next(struct Options *o)
-{
+static void command_next(struct Options *o) {
     CHECK(o->generation.temperature > 0, "--temperature %g: must be above 0", o->generation.temperature);
     open_model(o, false);
     struct Arena *arena = &o->arena;
@@ -6468,30 +6319,24 @@ static void command_next(struct Options *o)
     }
 }
 
-static void logprob_row(struct Arena *arena, const struct GPT2 *model, const struct GPT2 *ref_model, const struct Example *e)
-{
+static void logprob_row(struct Arena *arena, const struct GPT2 *model, const struct GPT2 *ref_model, const struct Example *e) {
     const struct Example *examples[] = {e};
     struct Batch batch = collate(arena, examples, 1, READ_LAST);
-    int *row = arena_alloc(arena, e->n + 1, sizeof *row), *target = arena_alloc(arena, e->n + 1, sizeof *target);
+    batch.R = e->n;
     for (size_t t = 0; t < e->n; t++) {                    /* all positions; the last one has no target, its logprob is not shown */
-        row[t] = (int)t;
-        target[t] = t + 1 < e->n ? e->ids[t + 1] : 0;
+        batch.row[t] = (int)t;
+        batch.target[t] = t + 1 < e->n ? e->ids[t + 1] : 0;
     }
-    struct Activations acts = gpt2_forward(model, arena, &batch, false);
-    struct LMHead head = lm_head_new(model, arena, &acts, row, target, e->n, 1);
-    lm_head_forward(model, &head);
+    struct LMHead head = batch_logprobs(model, arena, &batch, 1);
     size_t first = MAX((size_t)1, e->prompt_length) - 1, scored = e->n > first + 1 ? e->n - 1 - first : 0;
     fputs("{\"input_ids\": ", stdout);
     json_write_ids(stdout, e->ids, e->n);
     fputs(", \"token_logprobs\": ", stdout);
     json_write_floats(stdout, head.logprob, e->n - 1);
-    fputs(", \"logprob\": ", stdout);
-    json_write_number(stdout, sequence_logprob(head.logprob + first, scored));
+    printf(", \"logprob\": %s", json_number_text(sequence_logprob(head.logprob + first, scored)));
     if (ref_model) {
-        struct Activations ref_acts = gpt2_forward(ref_model, arena, &batch, false);
-        struct LMHead ref_head = lm_head_new(ref_model, arena, &ref_acts, row, target, e->n, 1);
+        struct LMHead ref_head = batch_logprobs(ref_model, arena, &batch, 1);
         float *kl = arena_floats(arena, e->n);
-        lm_head_forward(ref_model, &ref_head);
         kl_full_rows(model, &head, ref_model, &ref_head, kl);
         fputs(", \"kl_to_ref_per_position\": ", stdout);
         json_write_floats(stdout, kl, e->n);
@@ -6499,8 +6344,7 @@ static void logprob_row(struct Arena *arena, const struct GPT2 *model, const str
     fputs("}\n", stdout);
 }
 
-static void command_logprob(struct Options *o)
-{
+static void command_logprob(struct Options *o) {
     struct Arena arena = {0};
     open_model(o, false);
     if (o->ref_model) load_reference(o);
@@ -6522,8 +6366,7 @@ static void command_logprob(struct Options *o)
     arena_free(&arena);
 }
 
-static void command_score(struct Options *o)
-{
+static void command_score(struct Options *o) {
     open_model(o, false);
     check_reward_model(o->model, o->peft_adapter ? o->peft_adapter : o->model_name_or_path);
     open_data(o, TEXT_SHAPES, 1);
@@ -6541,17 +6384,14 @@ static void command_score(struct Options *o)
     for (size_t i = 0; i < data->n; i++) {
         fputs("{\"text\": ", stdout);
         json_write_string(stdout, data->rows[i].text);
-        fputs(", \"reward\": ", stdout);
-        json_write_number(stdout, reward[i]);
-        fputs(", \"pipe_outputs\": ", stdout);
+        printf(", \"reward\": %s, \"pipe_outputs\": ", json_number_text(reward[i]));
         write_pipe_outputs(stdout, reward[i]);
         fputs("}\n", stdout);
     }
 }
 
 /* One preference, on the disk before the next is asked for. */
-static void preference_write(struct Options *o, FILE *file, const struct Example *chosen, const struct Example *rejected)
-{
+static void preference_write(struct Options *o, FILE *file, const struct Example *chosen, const struct Example *rejected) {
     size_t V = o->model->config.vocab_size;
     fputs("{\"prompt\": ", file);
     json_write_string(file, tokenizer_decode_all(o->tok, &o->arena, chosen->ids, chosen->prompt_length, V));
@@ -6564,8 +6404,7 @@ static void preference_write(struct Options *o, FILE *file, const struct Example
 }
 
 /* Shows two answers and waits for a word: '1', '2', 's' (skip) or 'q' (stop; so does the end of the input). */
-static int ask_person(struct Options *o, const struct Example *answers, size_t number, size_t of)
-{
+static int ask_person(struct Options *o, const struct Example *answers, size_t number, size_t of) {
     char line[256];
     size_t V = o->model->config.vocab_size;
     struct Text prompt = tokenizer_decode_all(o->tok, &o->arena, answers->ids, answers->prompt_length, V);
@@ -6583,8 +6422,7 @@ static int ask_person(struct Options *o, const struct Example *answers, size_t n
 }
 
 /* Answers two and two before a person; returns the number of judgements, or SIZE_MAX to stop. */
-static size_t judge_by_person(struct Options *o, FILE *file, const struct Example *answers, size_t number, size_t of)
-{
+static size_t judge_by_person(struct Options *o, FILE *file, const struct Example *answers, size_t number, size_t of) {
     size_t judged = 0, V = o->model->config.vocab_size;
     for (size_t k = 0; k + 1 < o->num_generations; k += 2) {
         struct Text a = answer_text(o->tok, &o->arena, &answers[k], V), b = answer_text(o->tok, &o->arena, &answers[k + 1], V);
@@ -6598,8 +6436,7 @@ static size_t judge_by_person(struct Options *o, FILE *file, const struct Exampl
     return judged;
 }
 
-static bool is_judged(struct Options *o, const struct Example *prompt)
-{
+static bool is_judged(struct Options *o, const struct Example *prompt) {
     struct Text text = tokenizer_decode_all(o->tok, &o->arena, prompt->ids, prompt->n, o->model->config.vocab_size);
     for (size_t k = 0; o->eval && k < o->eval->n; k++) if (text_equal(o->eval->rows[k].prompt, text)) return true;
     return false;
@@ -6609,8 +6446,7 @@ enum { COLLECT_TOGETHER = 64 };
 
 /* align collect -- data collection, the H in RLHF: a reward model or the person at the keyboard compares answers.
  * Judgements are added to preferences.jsonl; a prompt that is there already is passed over.  [glossary: Coleta de dados] */
-static void command_collect(struct Options *o)
-{
+static void command_collect(struct Options *o) {
     CHECK(o->num_generations >= 2, "--num_generations %zu: 2 or more answers are needed to compare", o->num_generations);
     open_model(o, false);
     struct Scorer scorer;
@@ -6638,8 +6474,7 @@ static void command_collect(struct Options *o)
 
 /* Mean negative log-likelihood a token, and its exponential: perplexity, the number of equally likely tokens that would
  * leave as much doubt. */
-static void eval_language(struct Trainer *trainer, const struct Options *o, struct LogEntry *entry)
-{
+static void eval_language(struct Trainer *trainer, const struct Options *o, struct LogEntry *entry) {
     struct Arena arena = {0};
     struct LanguageTask *task = sft_task(trainer, &arena, o->data, NULL);
     double nll = 0, tokens = 0;
@@ -6655,8 +6490,7 @@ static void eval_language(struct Trainer *trainer, const struct Options *o, stru
 }
 
 /* A policy's answers: their reward, its distance from --ref_model, how varied and long they are. */
-static void eval_policy(struct Options *o, struct LogEntry *entry)
-{
+static void eval_policy(struct Options *o, struct LogEntry *entry) {
     struct Scorer scorer;
     struct RolloutSource source = open_rollouts(o, &scorer);
     size_t n = o->max_samples ? MIN(o->max_samples, source.n) : source.n;
@@ -6666,7 +6500,7 @@ static void eval_policy(struct Options *o, struct LogEntry *entry)
     scorer_score(&scorer, &o->arena, answers, n, o->model->config.vocab_size, reward);
     for (size_t i = 0; i < n; i++) {
         texts[i] = answer_text(o->tok, &o->arena, &answers[i], o->model->config.vocab_size);
-        length[i] = (float)(answers[i].n - answers[i].prompt_length);
+        length[i] = (float)answer_length(&answers[i], o->model->config.vocab_size);
     }
     log_value(entry, "reward", mean_of(reward, n));
     log_value(entry, "reward_std", sqrt(unbiased_variance(reward, n)));
@@ -6678,8 +6512,7 @@ static void eval_policy(struct Options *o, struct LogEntry *entry)
 
 /* align eval -- one JSON object. With a reward head: how well it orders pairs, rated or labelled texts. With
  * --reward_model_path: what a policy's answers are worth. On preferences with --ref_model: DPO's metrics. Else: loss. */
-static void command_eval(struct Options *o)
-{
+static void command_eval(struct Options *o) {
     open_model(o, false);
     struct Trainer trainer = trainer_new(o);
     struct LogEntry entry = {0};
@@ -6698,11 +6531,15 @@ static void command_eval(struct Options *o)
             dpo->eval_ref_logps = dpo->ref_logps;
             trainer.task.eval_n = n;
         }
-        if (task && task->rated) {
-            float *reward = arena_floats(&o->arena, trainer.task.n);
-            reward_score(o->model, task->texts, trainer.task.n, reward);
-            log_value(&entry, "eval_accuracy", pair_accuracy(reward, task->score, trainer.task.n, 1));
-            log_value(&entry, "mean_reward", mean_of(reward, trainer.task.n));
+        if (task && (task->rated || task->labelled)) {
+            size_t n = trainer.task.n;
+            float *reward = arena_floats(&o->arena, n), *dreward = arena_floats(&o->arena, n);
+            double right = 0;
+            reward_score(o->model, task->texts, n, reward);
+            for (size_t k = 0; k < n; k++) right += (reward[k] > 0) == (task->score[k] > 0);
+            if (task->labelled) log_value(&entry, "eval_loss", sentiment_loss(reward, task->score, n, dreward));
+            log_value(&entry, "eval_accuracy", task->labelled ? right / (double)n : pair_accuracy(reward, task->score, n, 1));
+            log_value(&entry, "eval_mean_reward", mean_of(reward, n));
         } else {
             trainer_evaluate(&trainer);
             entry = trainer.state.log_history[0];
@@ -6718,18 +6555,120 @@ static void command_eval(struct Options *o)
 }
 
 /* align merge -- an adapter folded into its base, saved as a model like any other. */
-static void command_merge(struct Options *o)
-{
+static void command_merge(struct Options *o) {
     if (!o->model_name_or_path || !(o->peft_adapter || is_adapter(o->model_name_or_path))) die_usage("merge needs an adapter: --model_name_or_path BASE --peft_adapter DIR, or its folder as --model_name_or_path");
     open_model(o, false);
     open_output_dir(o);
     save_result(o, NULL);
 }
 
+/* A term of docs/glossary.md: a heading, then a line for each label. */
+enum TermLine { TERM_NAME, TERM_ALIASES, TERM_ENGLISH, TERM_PORTUGUESE, TERM_CODE, TERM_TEST, TERM_TRY, TERM_SEE_ALSO, TERM_LINES };
+static const char *const TERM_LABELS[TERM_LINES] = {"### ", "- Aliases: ", "- English: ", "- Portugu\xc3\xaas: ", "- In align.c: ", "- Test: ", "- Try: ", "- See also: "};
+struct Term { const char *theme, *line[TERM_LINES]; size_t rank; };          /* rank: see term_rank */
+static size_t edit_distance(const char *a, const char *b);
+
+/* Text as it is compared: small letters without accents, one space for all else and at both ends, a line end between two names.
+ * By hand: "Otimização; Top-p" -> " otimizacao \n top p ".                                               test: glossary_fold */
+static const char *fold(struct Arena *arena, const char *text) {
+    static const char latin[] = "aaaaaaaceeeeiiiidnooooo ouuuuyps";          /* U+00C0 to U+00DF; small letters are 32 further on */
+    char *folded = arena_zeros(arena, 4 * strlen(text) + 8, 1), *to = stpcpy(folded, " ");
+    for (size_t i = 0, n = strlen(text), length; i <= n; i += MAX(length, (size_t)1)) {      /* the NUL too: a last space */
+        uint32_t c;
+        length = utf8_read((const unsigned char *)text + i, n - i, &c);
+        if (length == 0 || (c < 0xc0 ? c != ';' && c != 0xb7 && !isalnum((int)c) : c >= 0x2000 && c < 0x2c00)) c = ' ';
+        if (c >= 0xc0 && c <= 0xff) c = (unsigned char)latin[c & 31];
+        if ((c >= 'A' && c <= 'Z') || (c >= 0x391 && c <= 0x3a9)) c += 32;                   /* Latin and Greek capitals */
+        if (c == ';' || c == 0xb7) to = stpcpy(to, to[-1] == ' ' ? "\n " : " \n ");
+        else if ((c < 0x300 || c > 0x36f) && (c != ' ' || to[-1] != ' ')) to += utf8_write(to, c);       /* not an accent of its own */
+    }
+    return folded;
+}
+
+/* How a folded query fits a term: 0 a name; 1 the beginning of one; 2 words inside one; 2 + edits misspelt, an edit for every four
+ * letters; 100 in the definition; 100 + edits. Edits are those to a name, from any of its words on, cut to the query's length. */
+static size_t term_rank(struct Arena *arena, const struct Term *term, const char *query) {
+    const char *keys = fold(arena, arena_printf(arena, ";%s;%s;", term->line[TERM_NAME], term->line[TERM_ALIASES]));
+    size_t edits = SIZE_MAX / 2, n = strlen(query) - 2, cut = MIN(n, (size_t)60);
+    if (strstr(keys, arena_printf(arena, "\n%s\n", query))) return 0;
+    if (strstr(keys, arena_printf(arena, "\n%.*s", (int)n + 1, query))) return 1;
+    if (strstr(keys, query)) return 2;
+    for (const char *c = keys + 1, *asked = arena_printf(arena, "%.*s", (int)cut, query + 1); (c = strchr(c, ' ')); c++)
+        edits = MIN(edits, edit_distance(asked, arena_printf(arena, "%.*s", (int)MIN(cut, strcspn(c + 1, "\n")), c + 1)));
+    if (edits <= cut / 4) return 2 + edits;
+    return strstr(fold(arena, arena_printf(arena, "%s %s", term->line[TERM_ENGLISH], term->line[TERM_PORTUGUESE])), query) ? 100 : 100 + edits;
+}
+
+/* `label`, then the text behind it, in lines of at most 88 columns; of a character's bytes in UTF-8 the later ones are 10xxxxxx. */
+static void print_wrapped(const char *label, const char *text) {
+    int indent = (int)strlen(label) - (*label == '\n'), at = indent, n, width;
+    for (fputs(label, stdout); *text; text += n) {                           /* a word, with the space before it */
+        for (n = width = 0; text[n] && (n == 0 || text[n] != ' '); n++) width += ((unsigned char)text[n] & 0xc0) != 0x80;
+        bool wraps = (at += width) > 88 && *text == ' ';
+        if (wraps) at = printf("\n%*s", indent, "") + width - 2;
+        printf("%.*s", n - wraps, text + wraps);
+    }
+    putchar('\n');
+}
+
+/* The line of align.c on which a function ("name(") or a struct ("struct name {") is defined; 0: nowhere. */
+static size_t definition_line(const char *at, const char *opening) {
+    for (size_t line = 1, length; *at; at += length + (at[length] != 0), line++) {
+        length = strcspn(at, "\n");
+        const char *name = memmem(at, length, opening, strlen(opening));
+        bool is_function = name && name > at && strchr(" *", name[-1]) && isalpha((unsigned char)*at) && (at[length - 1] == ')' || memmem(name, length - (size_t)(name - at), ") {", 3));
+        if (is_function || (name == at && strncmp(at, "struct ", 7) == 0)) return line;
+    }
+    return 0;
+}
+
+static void print_term(struct Arena *arena, const struct Term *term) {
+    const char *path = shipped_file(arena, "align.c"), *source = file_exists(path) ? read_file(arena, path).data : "", *label = "\ncode      ", *chapter = "";
+    for (int i = TERM_NAME; i <= TERM_PORTUGUESE; i++) print_wrapped(i == TERM_NAME ? "" : i == TERM_ALIASES ? "also      " : "\n  ", term->line[i]);
+    for (const char *at = term->line[TERM_CODE], *name; *(name = at + strcspn(at, "`")); at = name + strspn(name, "`"), label = "") {
+        const char *stated = strstr(at, "chapter ");                          /* chapter 5, `a`, `b`; chapter 8, `c` */
+        if (stated && stated < name) chapter = stated;
+        int n = (int)strcspn(++name, "`");
+        size_t line = definition_line(source, arena_printf(arena, "%.*s%s", n, name, strncmp(name, "struct ", 7) ? "(" : " {"));
+        printf("%-10s%-12.*s%s%.*s\n", label, (int)strcspn(chapter, ","), chapter, line ? arena_printf(arena, "align.c:%zu ", line) : "", n, name);
+        name += n;
+    }
+    for (const char *c = arena_printf(arena, "test      ./test_align %s\ntry       %s", term->line[TERM_TEST], term->line[TERM_TRY]); *c; c++) if (*c != '`') putchar(*c);
+    print_wrapped("\nsee also  ", term->line[TERM_SEE_ALSO]);
+}
+
+/* align glossary [TERM] -- the term, or those that fit as well as the best of them; without TERM all. */
+static void command_glossary(struct Options *o) {
+    const char *path = shipped_file(&o->arena, "docs/glossary.md"), *theme = "", *query = fold(&o->arena, o->file ? o->file : "");
+    CHECK(file_exists(path), "docs/glossary.md is neither beside the program nor in the current folder; run align in the folder it came in");
+    struct Text file = read_file(&o->arena, path);
+    struct Term *terms = arena_zeros(&o->arena, file.length / 64 + 1, sizeof *terms);         /* the labels alone take more than 64 bytes */
+    size_t count = 0, number = 1, best = SIZE_MAX, hits = 0, wanted = TERM_NAME, shown = MIN(strlen(query) - 1, (size_t)61);      /* of the query, by whole characters */
+    while (((unsigned char)query[shown] & 0xc0) == 0x80) shown--;
+    for (char *rest = (char *)file.data, *line; (line = strsep(&rest, "\n")); number++) {
+        bool labelled = strncmp(line, TERM_LABELS[wanted], strlen(TERM_LABELS[wanted])) == 0;
+        CHECK(labelled ? wanted || strstr(line, " \xc2\xb7 ") : !wanted, "%s:%zu: expected \"%s\"; the file's head says how a term is written", path, number, wanted ? TERM_LABELS[wanted] : "### Portuguese \xc2\xb7 English");
+        if (strncmp(line, "## ", 3) == 0) theme = line + 3;
+        if (labelled && wanted == TERM_NAME) terms[count++].theme = theme;
+        if (labelled) terms[count - 1].line[wanted] = line + strlen(TERM_LABELS[wanted]);
+        wanted = (wanted + labelled) % TERM_LINES;
+    }
+    CHECK(count > 0 && wanted == TERM_NAME, "%s:%zu: the file ends inside a term, or has none", path, number);
+    for (size_t i = 0; i < count; i++) terms[i].rank = query[1] ? term_rank(&o->arena, &terms[i], query) : 0;
+    for (size_t i = 0; i < count; i++) best = MIN(best, terms[i].rank);
+    for (size_t i = 0; i < count; i++) hits += terms[i].rank == best;
+    if (query[1] && (hits > 1 || best > 2)) printf("%s \"%.*s\"%s\n", best > 2 ? "no term" : "several terms fit", (int)shown - 1, query + 1, best > 2 ? best == 100 ? "; it occurs in:" : "; the nearest is:" : ":");
+    for (size_t i = 0; i < count; i++) {
+        bool first = !query[1] && (i == 0 || terms[i].theme != terms[i - 1].theme);               /* of a theme */
+        if (terms[i].rank != best) continue;
+        if (hits == 1) print_term(&o->arena, &terms[i]);
+        else printf("%s%s%s  %s\n", first && i ? "\n" : "", first ? terms[i].theme : "", first ? "\n" : "", terms[i].line[TERM_NAME]);
+    }
+}
+
 /* Sentences fit a context of 64 tokens; for whole reviews a longer one is worth its time.
  *                                                              [glossary: Conjunto de dados IMDB] */
-static size_t course_positions(const struct Dataset *data, const struct Tokenizer *tok)
-{
+static size_t course_positions(const struct Dataset *data, const struct Tokenizer *tok) {
     struct Arena arena = {0};
     size_t sample = MIN(data->n, (size_t)200), longer = 0;
     for (size_t i = 0; i < sample; i++) longer += example_encode(&arena, tok, data->rows[i * (data->n / sample)].text, COURSE_VOCAB, true).n > COURSE_POSITIONS;
@@ -6737,8 +6676,7 @@ static size_t course_positions(const struct Dataset *data, const struct Tokenize
     return longer * 4 > sample ? COURSE_LONG_POSITIONS : COURSE_POSITIONS;
 }
 
-static void command_rlhf(struct Options *o)
-{
+static void command_rlhf(struct Options *o) {
     struct Tokenizer *tok = load_tokenizer(o);
     struct Dataset *data = o->data = dataset_load(o->dataset_name ? o->dataset_name : shipped_file(&o->arena, "docs/reviews.jsonl"), RATED_SHAPES, 1);
     struct Course course = {.tok = tok, .output_dir = o->output_dir ? o->output_dir : "out", .seed = o->train.seed, .temperature = o->generation.temperature, .scale = 1,
@@ -6760,9 +6698,27 @@ static void command_rlhf(struct Options *o)
     course_run(&course, data, model, learning_rate);
 }
 
+/* align exact -- chapter 17, for one beta or several. */
+static void command_exact(struct Options *o) {
+    static const double betas[] = {4, 2, 1, 0.5, 0.25};
+    const struct GPT2Config *c = &o->config;
+    size_t L = o->generation.max_new_tokens;
+    double count = pow((double)c->vocab_size, (double)L);
+    CHECK(o->dpo.beta >= 1e-3 && o->dpo.beta <= 1e3, "--beta %g: must be above 0, 0.001 to 1000", o->dpo.beta);
+    CHECK(c->vocab_size >= 2 && c->vocab_size <= 16, "--vocab_size %zu: 2 to 16 tokens", c->vocab_size);
+    CHECK(L > 0 && count <= EXACT_RESPONSES, "--max_new_tokens %zu: %zu tokens make %.6g responses of this length, 2 to %d can be enumerated; use a shorter one", L, c->vocab_size, count, EXACT_RESPONSES);
+    CHECK(c->n_layer > 0 && c->n_layer <= 100 && c->n_head > 0 && c->n_embd > 0 && c->n_embd <= 4096 && c->n_embd % c->n_head == 0, "--n_embd %zu must be a multiple of --n_head %zu, at most 4096; --n_layer %zu: 1 to 100", c->n_embd, c->n_head, c->n_layer);
+    struct ExactWorld *w = exact_world(&o->arena, *c, L, o->train.seed);
+    o->reference = w->ref_model;
+    if (o->sweep && !o->json) puts("  beta      optimum: E[r], KL             dpo                 ppo           reinforce");
+    for (size_t k = 0; k < (o->sweep ? COUNT(betas) : 1); k++) {
+        exact_run(w, o->sweep ? betas[k] : o->dpo.beta);
+        exact_print(w, o->json, o->sweep);
+    }
+}
+
 /* One training step of a size of the user's choice: what its time and memory are. */
-static void bench_one(struct Bench *bench, size_t batch, size_t length, bool json)
-{
+static void bench_one(struct Bench *bench, size_t batch, size_t length, bool json) {
     double best = INFINITY, peak = 0, begin = seconds_now();
     for (int round = 0; round < 4 || (seconds_now() - begin < 5 && round < 200); round++) {
         peak = MAX(peak, bench_peak());
@@ -6774,8 +6730,7 @@ static void bench_one(struct Bench *bench, size_t batch, size_t length, bool jso
     else printf("train %zu x %zu: %.4f s, %.1f tokens/s, %.0f of %.0f GFLOP/s (%.0f %%), %d threads, peak memory %.0f MB\n", batch, length, best, tokens / best, gflops, peak, 100 * gflops / peak, thread_count(), (double)peak_rss_bytes() / 1e6);
 }
 
-static void bench_print(const struct Bench *bench, const double *best, const double *shares, double gflops, double gbytes, size_t train_rss, bool json)
-{
+static void bench_print(const struct Bench *bench, const double *best, const double *shares, double gflops, double gbytes, size_t train_rss, bool json) {
     const struct GPT2Config *c = &bench->model->config;
     if (json) printf("{\"threads\": %d, \"kernel\": \"%s\", \"parameters\": %zu, \"peak_gflops\": %.9g, \"read_gbytes_per_second\": %.9g, \"train_peak_rss_bytes\": %zu, \"peak_rss_bytes\": %zu", thread_count(), kernel->name, bench->weights + bench->model->wpe.n, gflops, gbytes, train_rss, peak_rss_bytes());
     else printf("%.1f million weights (%zu layers x %zu, %zu ids), %d threads, kernel %s\nlimits: %.0f GFLOP/s multiplied and added, %.1f GB/s read\n\n%-28s%10s%12s%18s\n", (double)(bench->weights + bench->model->wpe.n) / 1e6, c->n_layer, c->n_embd, c->vocab_size, thread_count(), kernel->name, gflops, gbytes, "", "seconds", "tokens/s", "share of limit");
@@ -6793,8 +6748,7 @@ static void bench_print(const struct Bench *bench, const double *best, const dou
 }
 
 /* align bench -- each work once a round, at least five rounds and some seconds; the first round warms up. */
-static void command_bench(struct Options *o)
-{
+static void command_bench(struct Options *o) {
     CHECK(kernel, "bench measures a kernel; ALIGN_KERNEL=plain has none");
     CHECK(o->ppo.batch_size > 0 && o->ppo.batch_size <= 4096, "--batch_size %zu: 1 to 4096 queries", o->ppo.batch_size);
     if (o->config.n_embd % o->config.n_head) o->config.n_head = MAX((size_t)1, o->config.n_embd / 64);
@@ -6839,6 +6793,7 @@ static const struct Command { const char *name, *what; void (*run)(struct Option
     {"ppo", "PPO with a value head (TRL 0.11's PPOTrainer)", command_ppo, G_MODEL | G_PEFT | G_LORA | G_OUT | G_SEED | G_DATA | G_TRAIN | G_ROLL | G_PPO | G_REF},
     {"reinforce", "the plain policy gradient, with and without a baseline", command_reinforce, G_MODEL | G_PEFT | G_LORA | G_OUT | G_SEED | G_DATA | G_TRAIN | G_ROLL | G_RLOO | G_REF},
     {"dpo", "direct preference optimization on prompt + chosen + rejected", command_dpo, G_MODEL | G_PEFT | G_LORA | G_OUT | G_SEED | G_DATA | G_TRAIN | G_RUN | G_DPO | G_REF},
+    {"exact", "a toy small enough to enumerate: the optimum in closed form beside what DPO, PPO and REINFORCE reach", command_exact, G_EXACT | G_SEED | G_JSON},
     {"generate", "continue a --prompt, or each prompt of a data set", command_generate, G_MODEL | G_PEFT | G_DATA | G_SEED | G_SAMPLE | G_PROMPT | G_JSON},
     {"next", "the distribution of the next token after a --prompt", command_next, G_MODEL | G_PEFT | G_PROMPT | G_NEXT | G_JSON},
     {"logprob", "log-probability of each token and of the sequence; with --ref_model the KL at each position", command_logprob, G_MODEL | G_PEFT | G_DATA | G_REF | G_LENGTH},
@@ -6846,12 +6801,12 @@ static const struct Command { const char *name, *what; void (*run)(struct Option
     {"collect", "several answers to each prompt, compared by a reward model or by you, into preferences.jsonl", command_collect, G_MODEL | G_PEFT | G_OUT | G_SEED | G_DATA | G_ROLL | G_COLLECT},
     {"eval", "loss and perplexity, accuracy of a reward model, or reward and KL of a policy, as model and data allow", command_eval, G_MODEL | G_PEFT | G_DATA | G_SEED | G_REF | G_ROLL | G_EVAL | G_LENGTH},
     {"merge", "a LoRA adapter folded into its base, saved as a model", command_merge, G_MODEL | G_PEFT | G_OUT},
+    {"glossary", "[TERM]: the course's terms in Portuguese and English, with the function, test and command of each", command_glossary, 1 << 30},
     {"bench", "this machine's limits, and what training, generation, DPO and PPO reach of them", command_bench, G_NEW | G_BATCH | G_JSON | G_BENCH},
 };
 
 /* Insertions, deletions and exchanges that turn a into b: to guess what a mistyped word meant. */
-static size_t edit_distance(const char *a, const char *b)
-{
+static size_t edit_distance(const char *a, const char *b) {
     size_t n = MIN(strlen(b), (size_t)63), row[64];
     for (size_t j = 0; j <= n; j++) row[j] = j;
     for (size_t i = 0; a[i]; i++) {
@@ -6866,22 +6821,19 @@ static size_t edit_distance(const char *a, const char *b)
     return row[n];
 }
 
-static void print_help(const struct Command *command)
-{
+static void print_help(const struct Command *command) {
     printf("align %s -- %s\n\n", command->name, command->what);
     for (size_t i = 0; i < COUNT(FLAGS); i++)
         if (FLAGS[i].groups & command->groups) printf("  --%-28s %s\n", FLAGS[i].name, FLAGS[i].help);
 }
 
-static void print_commands(FILE *file)
-{
+static void print_commands(FILE *file) {
     fputs("align: train and align GPT-2 from scratch. Commands (--help on each):\n\n", file);
     for (size_t i = 0; i < COUNT(COMMANDS); i++) fprintf(file, "  %-10s %s\n", COMMANDS[i].name, COMMANDS[i].what);
     fputs("\nStart with:  ./align rlhf\n", file);
 }
 
-static const struct Flag *find_flag(const char *name, const struct Command *command)
-{
+static const struct Flag *find_flag(const char *name, const struct Command *command) {
     const struct Flag *nearest = NULL;
     size_t least = SIZE_MAX;
     for (size_t i = 0; i < COUNT(FLAGS); i++) {
@@ -6894,8 +6846,7 @@ static const struct Flag *find_flag(const char *name, const struct Command *comm
 }
 
 /* Stores one flag's value; a boolean may stand bare. Returns how many arguments it took. */
-static int parse_flag(struct Options *o, const struct Flag *flag, const char *value, bool bare)
-{
+static int parse_flag(struct Options *o, const struct Flag *flag, const char *value, bool bare) {
     void *to = (char *)o + flag->offset;
     char *end = NULL;
     if (flag->kind == KIND_BOOL || flag->kind == KIND_STOPPING) {
@@ -6922,12 +6873,12 @@ static int parse_flag(struct Options *o, const struct Flag *flag, const char *va
     return 1;
 }
 
-static void parse_arguments(struct Options *o, const struct Command *command, int argc, char **argv)
-{
+static void parse_arguments(struct Options *o, const struct Command *command, int argc, char **argv) {
     for (int i = 2; i < argc; i++) {
         if (strncmp(argv[i], "--", 2) != 0) {
-            if (strcmp(command->name, "tokenize") != 0 || o->file) die_usage("%s: \"%s\" is no flag (flags start with --)", command->name, argv[i]);
-            o->file = argv[i];
+            bool words = strcmp(command->name, "glossary") == 0;
+            if (!words && (strcmp(command->name, "tokenize") != 0 || o->file)) die_usage("%s: \"%s\" is no flag (flags start with --)", command->name, argv[i]);
+            if (!o->file || strlen(o->file) < 1000) o->file = o->file ? arena_printf(&o->arena, "%s %s", o->file, argv[i]) : argv[i];
             continue;
         }
         char name[64];
@@ -6947,8 +6898,7 @@ static void parse_arguments(struct Options *o, const struct Command *command, in
 }
 
 /* What a command starts from: transformers' and TRL's defaults. */
-static struct Options default_options(const char *command)
-{
+static struct Options default_options(const char *command) {
     struct Options o = {.train = training_arguments(), .ppo = ppo_config(), .generation = generation_config(), .dpo = {.beta = 0.1}, .loss_type = "sigmoid", .baseline = "rloo", .num_generations = 2, .lora = {.r = 16, .lora_alpha = 32, .target_modules = "c_attn"}, .top_n = 10, .tokenize_vocab_size = 50257,
         .config = {.vocab_size = 50257, .n_positions = 1024, .n_embd = 768, .n_layer = 12, .n_head = 12, .layer_norm_epsilon = 1e-5f},
         .input_min_text_length = 2, .input_max_text_length = 8, .output_min_length = 4, .output_max_length = 16,
@@ -6974,21 +6924,22 @@ static struct Options default_options(const char *command)
         o.ppo.batch_size = 16;
         o.train.per_device_train_batch_size = o.train.max_length = 0;       /* given: that step alone */
     }
+    if (strcmp(command, "exact") == 0) {
+        o.config = (struct GPT2Config){.vocab_size = 6, .n_embd = 32, .n_layer = 2, .n_head = 2, .layer_norm_epsilon = 1e-5f};
+        o.generation.max_new_tokens = 3;
+        o.dpo.beta = 1;
+    }
     if (strcmp(command, "next") == 0 || strcmp(command, "collect") == 0 || strcmp(command, "eval") == 0) o.generation.top_k = 0;
     if (strcmp(command, "eval") == 0) o.max_samples = 256;
     if (strcmp(command, "rlhf") == 0) o.generation.temperature = 0.7;
     return o;
 }
 
-static void check_training(const struct Options *o)
-{
+static void check_training(const struct Options *o) {
     const struct TrainingArguments *t = &o->train;
-    static const char *const schedules[] = {"linear", "cosine", "constant", "constant_with_warmup"};
-    bool known = false;
-    for (size_t i = 0; i < COUNT(schedules); i++) known = known || strcmp(t->lr_scheduler_type, schedules[i]) == 0;
-    if (!known) die_usage("--lr_scheduler_type \"%s\" is unknown; there are linear, cosine, constant, constant_with_warmup", t->lr_scheduler_type);
-    if (strcmp(t->optim, "adamw") != 0 && strcmp(t->optim, "sgd") != 0) die_usage("--optim \"%s\" is unknown; there are adamw, sgd", t->optim);
-    if (strcmp(t->train_sampling_strategy, "random") != 0 && strcmp(t->train_sampling_strategy, "sequential") != 0) die_usage("--train_sampling_strategy \"%s\" is unknown; there are random, sequential", t->train_sampling_strategy);
+    choice("lr_scheduler_type", t->lr_scheduler_type, "linear, cosine, constant, constant_with_warmup");
+    choice("optim", t->optim, "adamw, sgd");
+    choice("train_sampling_strategy", t->train_sampling_strategy, "random, sequential");
     if (!t->per_device_train_batch_size || !t->gradient_accumulation_steps || !t->logging_steps || !t->max_length) die_usage("batch size, accumulation, --logging_steps and --max_length must be 1 or more");
     if (t->per_device_train_batch_size > 4096) die_usage("--per_device_train_batch_size %zu: at most 4096; larger steps by --gradient_accumulation_steps", t->per_device_train_batch_size);
     if (t->num_train_epochs <= 0 && !t->max_steps) die_usage("--num_train_epochs %g: must be above 0", t->num_train_epochs);
@@ -6998,8 +6949,7 @@ static void check_training(const struct Options *o)
  * milliseconds, which is right on an idle machine; where anything else runs it burns the time of the very
  * thread it waits for, and a run takes ten times as long. The library reads its setting before main, so,
  * unless the user has chosen, choose and start again. */
-static void openmp_spin_briefly(char **argv)
-{
+static void openmp_spin_briefly(char **argv) {
 #if defined(_OPENMP) && defined(__linux__)
     if (getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
     setenv("GOMP_SPINCOUNT", "4000", 1);
@@ -7010,8 +6960,7 @@ static void openmp_spin_briefly(char **argv)
 }
 
 #ifndef ALIGN_NO_MAIN
-int main(int argc, char **argv)
-{
+int main(int argc, char **argv) {
     openmp_spin_briefly(argv);
     if (argc < 2 || strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "help") == 0) {
         print_commands(argc < 2 ? stderr : stdout);
