@@ -3452,6 +3452,14 @@ static void test_cli_collect(void) {
     command_output((const char *const[]){"collect", "--model_name_or_path", "@c_lm", "--dataset_name", "@p.jsonl", "--output_dir", "@c_mine", NULL});
     data = dataset_load(temporary("c_mine/preferences.jsonl"), DPO_SHAPES, 1);
     expect_count("two judgements", data->n, 2);
+    struct GPT2 *lm = gpt2_load(temporary("c_lm"));
+    struct GenerationConfig generation = default_options("collect").generation;
+    generation.do_sample = true;
+    struct Example prompt = example_encode(&test_arena, tokenizer, text_of("A film"), 400, false);
+    prompt.prompt_length = prompt.n;
+    struct Example *answers = sample_answers(lm, &test_arena, &prompt, 1, 2, &generation, 42);
+    expect_true("key 1 rejects the answer shown second", text_equal(data->rows[0].rejected, answer_text(tokenizer, &test_arena, &answers[1], 400)));
+    gpt2_free(lm);
     struct Text first = text_copy(&test_arena, data->rows[0].chosen), second = text_copy(&test_arena, data->rows[1].chosen), lost = text_copy(&test_arena, data->rows[1].rejected);
     dataset_free(data);
     rewind(stdin);
