@@ -74,9 +74,11 @@
 #include <ctype.h>
 #include <dirent.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <float.h>
 #include <limits.h>
 #include <math.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -415,6 +417,35 @@ static void make_folder(const char *path) {
     CHECK(is_folder(path), "%s: is a file, a folder was expected", path);
 }
 
+/* Removes a folder and the files in it, if it is there. */
+static void folder_remove(const char *folder) {
+    char path[PATH_MAX];
+    DIR *dir = opendir(folder);
+    if (!dir) return;
+    for (struct dirent *entry; (entry = readdir(dir));)
+        if (snprintf(path, sizeof path, "%s/%s", folder, entry->d_name) < (int)sizeof path && !is_folder(path)) remove(path);
+    closedir(dir);
+    CHECK(rmdir(folder) == 0, "%s: cannot be removed: %s", folder, strerror(errno));
+}
+
+/* Puts the names in a folder on the disk, as output_close puts a file's contents. */
+static void folder_sync(const char *folder) {
+    int fd = open(folder, O_RDONLY);
+    if (fd < 0) return;
+    fsync(fd);
+    close(fd);
+}
+
+/* Adds the contents of a file to an open one. */
+static void file_append(FILE *to, const char *path) {
+    char chunk[1 << 14];
+    FILE *from = fopen(path, "rb");
+    CHECK(from, "%s: %s", path, strerror(errno));
+    for (size_t n; (n = fread(chunk, 1, sizeof chunk, from)) > 0;) fwrite(chunk, 1, n, to);
+    CHECK(!ferror(from), "%s: %s", path, strerror(errno));
+    fclose(from);
+}
+
 /* JSON (RFC 8259) as a tree. An object's members and an array's items hang on `child`, linked by
  * `next`; a member carries its key. Strings are decoded to UTF-8; half a surrogate pair becomes
  * U+FFFD, as no UTF-8 exists for it. */
@@ -491,8 +522,9 @@ static bool json_string(struct JsonParser *p, struct Text *out) {
     return true;
 }
 
-/* [-] digits [. digits] [e digits]: JSON's grammar is narrower than strtod's (no "+1", ".5", "0x1"). */
-static bool json_number(struct JsonParser *p, double *out) {
+/* [-] digits [. digits] [e digits]: JSON's grammar is narrower than strtod's (no "+1", ".5", "0x1"). The digits
+ * stay in `string`: a double holds 53 of a whole number's 64 bits. */
+static bool json_number(struct JsonParser *p, struct Json *node) {
     static const char DIGITS[] = "0123456789";
     char copy[65] = "";
     memcpy(copy, p->at, MIN((size_t)(p->end - p->at), sizeof copy - 1));
@@ -513,7 +545,8 @@ static bool json_number(struct JsonParser *p, double *out) {
     }
     if (s == copy + sizeof copy - 1) return json_fail(p, "a number of more than 63 characters");
     *s = 0;
-    *out = strtod(copy, NULL);
+    node->number = strtod(copy, NULL);
+    node->string = (struct Text){p->at, (size_t)(s - copy)};
     p->at += s - copy;
     return true;
 }
@@ -563,7 +596,7 @@ static struct Json *json_value(struct JsonParser *p) {
     case '"': node->type = JSON_STRING; return json_string(p, &node->string) ? node : NULL;
     case '[': node->type = JSON_ARRAY; p->at++; return json_container(p, node, ']');
     case '{': node->type = JSON_OBJECT; p->at++; return json_container(p, node, '}');
-    default: node->type = JSON_NUMBER; return json_number(p, &node->number) ? node : NULL;
+    default: node->type = JSON_NUMBER; return json_number(p, node) ? node : NULL;
     }
 }
 
@@ -2523,9 +2556,9 @@ static struct GPT2Config config_load(const char *folder) {
 }
 
 /* Gives a tensor its numbers from an open file, under its own name or with a prefix before it: "transformer.", and
- * in raw dumps of TRL's value-head model "pretrained_model.". */
+ * in raw dumps of TRL's value-head model "pretrained_model."; an adapter's have "base_model.model." as well. */
 static bool tensor_load(struct SafeTensors *st, struct Tensor *tensor) {
-    static const char *const prefixes[] = {"", "transformer.", "pretrained_model.transformer.", "pretrained_model."};
+    static const char *const prefixes[] = {"", "transformer.", "pretrained_model.transformer.", "pretrained_model.", "base_model.model.transformer.", "base_model.model."};
     char prefixed[96];
     for (size_t i = 0; i < COUNT(prefixes); i++) {
         snprintf(prefixed, sizeof prefixed, "%s%s", prefixes[i], tensor->name);
@@ -2900,6 +2933,11 @@ static void adapter_save(struct GPT2 *model, const char *folder, const struct To
     arena_free(&arena);
 }
 
+static void model_save(struct GPT2 *model, const char *folder, const struct Tokenizer *tok) {
+    if (model->adapter.r) adapter_save(model, folder, tok);
+    else gpt2_save(model, folder, tok);
+}
+
 /* adapter_merge -- W += scale A^T B^T: the adapter folded into its base. The model computes the same as before, up
  * to rounding, and has no adapter.                                            test: lora_merge */
 static void adapter_merge(struct GPT2 *model) {
@@ -2953,13 +2991,15 @@ struct TrainingArguments {
     const char *lr_scheduler_type, *train_sampling_strategy, *optim;
     uint64_t seed;
     double lr_end;                       /* linear decay ends at this share of the learning rate */
+    const char *output_dir, *resume_from_checkpoint;        /* output_dir NULL: no checkpoints */
+    size_t save_steps, save_total_limit;                    /* 0: none; all */
 };
 
 static struct TrainingArguments training_arguments(void) {
     return (struct TrainingArguments){
         .learning_rate = 5e-5, .adam_beta1 = 0.9, .adam_beta2 = 0.999, .adam_epsilon = 1e-8, .weight_decay = 0, .max_grad_norm = 1, .num_train_epochs = 3,
         .per_device_train_batch_size = 8, .gradient_accumulation_steps = 1, .logging_steps = 10, .max_length = 1024,
-        .lr_scheduler_type = "linear", .train_sampling_strategy = "random", .optim = "adamw", .seed = 42};
+        .lr_scheduler_type = "linear", .train_sampling_strategy = "random", .optim = "adamw", .seed = 42, .save_steps = 500};
 }
 
 /* Sum of squares in pieces whose number does not depend on that of the threads, so neither does the sum. */
@@ -3065,9 +3105,12 @@ struct TrainerState {
     double epoch;
     size_t global_step, max_steps, steps_per_epoch;
     double num_train_epochs;
-    size_t num_tokens;                       /* seen so far */
+    size_t num_tokens, samples;              /* seen so far */
+    double total_loss, seconds;              /* of all steps */
     struct LogEntry *log_history;
     size_t log_count, log_capacity;
+    struct Metric metrics[MAX_METRICS];      /* since the last log entry */
+    size_t metric_count;
 };
 
 static struct LogEntry *state_log(struct TrainerState *state) {
@@ -3079,6 +3122,12 @@ static struct LogEntry *state_log(struct TrainerState *state) {
     struct LogEntry *entry = &state->log_history[state->log_count++];
     entry->n = 0;
     return entry;
+}
+
+/* A name that is put together or read from a file, kept as long as logs may be. */
+static const char *log_name(const char *prefix, struct Text name) {
+    static struct Arena names;
+    return text_join(&names, text_of(prefix), name).data;
 }
 
 static void log_value(struct LogEntry *entry, const char *name, double value) {
@@ -3111,9 +3160,220 @@ static void trainer_state_save(const struct TrainerState *s, const struct Traini
         log_write(f, &s->log_history[i], ",\n      ");
         fputs("\n    }", f);
     }
-    fprintf(f, "\n  ],\n  \"logging_steps\": %zu,\n  \"max_steps\": %zu,\n  \"num_input_tokens_seen\": %zu,\n  \"num_train_epochs\": %.0f,\n  \"save_steps\": 500,\n  \"stateful_callbacks\": {},\n", args->logging_steps, s->max_steps, s->num_tokens, ceil(s->num_train_epochs));
+    fprintf(f, "\n  ],\n  \"logging_steps\": %zu,\n  \"max_steps\": %zu,\n  \"num_input_tokens_seen\": %zu,\n  \"num_train_epochs\": %.0f,\n  \"save_steps\": %zu,\n  \"stateful_callbacks\": {},\n", args->logging_steps, s->max_steps, s->num_tokens, ceil(s->num_train_epochs), args->save_steps);
     fprintf(f, "  \"total_flos\": 0,\n  \"train_batch_size\": %zu,\n  \"trial_name\": null,\n  \"trial_params\": null\n}\n", args->per_device_train_batch_size);
     output_close(&out);
+}
+
+/* Checkpoints: all that a run needs to go on as if it had never stopped, in a folder checkpoint-N.
+ *   model.safetensors ...   the weights, as those of any model; of an adapter its two files
+ *   optimizer.safetensors   exp_avg.* and exp_avg_sq.*: m and v of each tensor that trains
+ *   trainer_state.json      which step this is, and the log so far
+ *   training_state.json     random states, places in the data, running means: the `saved` below
+ * It is written as tmp-checkpoint-N, put on the disk and renamed: a folder called checkpoint-N is whole,
+ * whenever the plug was pulled.                                            test: checkpoint_* */
+enum SavedKind { SAVED_SIZE, SAVED_BITS, SAVED_DOUBLE, SAVED_FIXED };      /* FIXED: must be as it was, or the run would not be the same */
+struct Saved { const char *name; enum SavedKind kind; void *at; size_t n, limit; };      /* n values, sizes below `limit` */
+
+struct Checkpoint {
+    struct GPT2 *model;
+    const struct Tokenizer *tok;
+    const struct TrainingArguments *args;
+    struct TrainerState *state;
+    const char *task;
+    struct Output *logs[2];                  /* files that grow during the run */
+    struct Saved saved[20];
+    size_t count;
+};
+
+static void checkpoint_add(struct Checkpoint *c, const char *name, enum SavedKind kind, void *at, size_t n, size_t limit) {
+    if (c->count == COUNT(c->saved)) die("internal: more than %zu things in a checkpoint", COUNT(c->saved));
+    c->saved[c->count++] = (struct Saved){name, kind, at, n, limit};
+}
+
+static void checkpoint_rng(struct Checkpoint *c, const char *name, struct Rng *rng) { checkpoint_add(c, name, SAVED_BITS, rng->s, 4, 0); }
+
+/* What every run has; the caller adds what is its own. */
+static struct Checkpoint checkpoint_new(const char *task, struct GPT2 *model, const struct Tokenizer *tok, const struct TrainingArguments *args, struct TrainerState *state) {
+    struct Checkpoint c = {.model = model, .tok = tok, .args = args, .state = state, .task = task};
+    checkpoint_add(&c, "num_tokens", SAVED_SIZE, &state->num_tokens, 1, SIZE_MAX);
+    checkpoint_add(&c, "samples", SAVED_SIZE, &state->samples, 1, SIZE_MAX);
+    checkpoint_add(&c, "total_loss", SAVED_DOUBLE, &state->total_loss, 1, 0);
+    checkpoint_add(&c, "seconds", SAVED_DOUBLE, &state->seconds, 1, 0);
+    checkpoint_add(&c, "epoch", SAVED_DOUBLE, &state->epoch, 1, 0);
+    return c;
+}
+
+static void training_state_save(const struct Checkpoint *c, const char *folder) {
+    struct Output out;
+    output_open(&out, folder, "training_state.json");
+    fprintf(out.file, "{\n  \"task\": \"%s\"", c->task);
+    for (const struct Saved *s = c->saved; s < c->saved + c->count; s++) {
+        fprintf(out.file, ",\n  \"%s\": [", s->name);
+        for (size_t i = 0; i < s->n; i++) {
+            double x = s->kind == SAVED_DOUBLE ? ((double *)s->at)[i] : 0;
+            if (i) fputs(", ", out.file);
+            if (s->kind == SAVED_BITS) fprintf(out.file, "%llu", (unsigned long long)((uint64_t *)s->at)[i]);
+            else if (s->kind != SAVED_DOUBLE) fprintf(out.file, "%zu", ((size_t *)s->at)[i]);
+            else if (isfinite(x)) fprintf(out.file, "%.17g", x);               /* 17 digits bring a double back bit for bit */
+            else fputs("null", out.file);
+        }
+        fputc(']', out.file);
+    }
+    fputs(",\n  \"metrics\": {", out.file);
+    for (size_t i = 0; i < c->state->metric_count; i++) {
+        const struct Metric *m = &c->state->metrics[i];
+        fprintf(out.file, "%s\n    \"%s\": [%.17g, %zu]", i ? "," : "", m->name, m->sum, m->n);
+    }
+    fputs("\n  }\n}\n", out.file);
+    output_close(&out);
+}
+
+static void training_state_load(struct Checkpoint *c, struct Arena *arena, const char *path) {
+    struct Json *json = json_read_file(arena, path), *task = json_get(json, "task"), *metrics = json_get(json, "metrics");
+    CHECK(json_is_string(task, c->task), "%s: a checkpoint of \"%s\", not of \"%s\"", path, task && task->type == JSON_STRING ? task->string.data : "?", c->task);
+    for (const struct Saved *s = c->saved; s < c->saved + c->count; s++) {
+        struct Json *list = json_get(json, s->name), *item = list && list->type == JSON_ARRAY ? list->child : NULL;
+        for (size_t i = 0; i < s->n; i++, item = item->next) {
+            CHECK(item, "%s: \"%s\" has %zu numbers, %zu were expected; are data and flags those of the run that was saved?", path, s->name, i, s->n);
+            CHECK(item->type == JSON_NUMBER || (s->kind == SAVED_DOUBLE && item->type == JSON_NULL), "%s: \"%s\": number %zu is none", path, s->name, i + 1);
+            uint64_t whole = strtoull(item->string.data ? item->string.data : "0", NULL, 10);
+            if (s->kind == SAVED_DOUBLE) ((double *)s->at)[i] = item->type == JSON_NULL ? NAN : item->number;
+            if (s->kind == SAVED_BITS) ((uint64_t *)s->at)[i] = whole;
+            if (s->kind == SAVED_FIXED) CHECK(whole == ((size_t *)s->at)[i], "%s: \"%s\" was %llu, now it is %zu: the run would not be the same; give the data and flags it began with", path, s->name, (unsigned long long)whole, ((size_t *)s->at)[i]);
+            if (s->kind == SAVED_SIZE) CHECK(whole < s->limit, "%s: \"%s\": number %zu is %llu, below %zu was expected", path, s->name, i + 1, (unsigned long long)whole, s->limit);
+            if (s->kind == SAVED_SIZE) ((size_t *)s->at)[i] = (size_t)whole;
+        }
+    }
+    c->state->metric_count = 0;
+    for (struct Json *item = metrics && metrics->type == JSON_OBJECT ? metrics->child : NULL; item; item = item->next) {
+        struct Json *n = item->type == JSON_ARRAY && item->child ? item->child->next : NULL;
+        CHECK(n && c->state->metric_count < MAX_METRICS, "%s: \"metrics\": at most %d pairs of sum and number were expected", path, MAX_METRICS);
+        c->state->metrics[c->state->metric_count++] = (struct Metric){log_name("", item->key), item->child->number, json_size(n, SIZE_MAX / 2, path, "metrics")};
+    }
+}
+
+/* Step and log of trainer_state.json. */
+static void trainer_state_load(struct TrainerState *state, struct Arena *arena, const char *path) {
+    struct Json *json = json_read_file(arena, path), *epoch = json_get(json, "epoch"), *log = json_get(json, "log_history");
+    CHECK(epoch && epoch->type == JSON_NUMBER && log && log->type == JSON_ARRAY, "%s: lacks \"epoch\" or \"log_history\"", path);
+    state->global_step = json_size(json_get(json, "global_step"), SIZE_MAX / 2, path, "global_step");
+    state->log_count = 0;
+    for (struct Json *item = log->child; item; item = item->next) {
+        struct LogEntry *entry = state_log(state);
+        for (struct Json *value = item->child; value; value = value->next) {
+            CHECK(entry->n < MAX_METRICS, "%s: \"log_history\": an entry has more than %d numbers", path, MAX_METRICS);
+            log_value(entry, log_name("", value->key), value->type == JSON_NUMBER ? value->number : NAN);
+        }
+    }
+}
+
+/* m and v of each tensor that trains, as tensors with PyTorch's names. Returns how many. */
+static size_t moment_tensors(struct Arena *arena, const struct GPT2 *model, struct Tensor ***list) {
+    size_t count = 0;
+    *list = arena_alloc(arena, 2 * model->tensor_count, sizeof **list);
+    for (size_t i = 0; i < 2 * model->tensor_count; i++) {
+        const struct Tensor *t = model->tensors[i / 2];
+        if (!t->d) continue;
+        struct Tensor *view = (*list)[count++] = arena_alloc(arena, 1, sizeof *view);
+        *view = *t;
+        view->w = i % 2 ? t->v : t->m;
+        snprintf(view->name, sizeof view->name, "%s%.50s", i % 2 ? "exp_avg_sq." : "exp_avg.", t->name);
+    }
+    return count;
+}
+
+/* How many checkpoint-N, N <= most, a folder has; *oldest and *newest: their numbers. */
+static size_t checkpoint_find(const char *folder, size_t most, size_t *oldest, size_t *newest) {
+    DIR *dir = opendir(folder);
+    size_t count = 0;
+    for (struct dirent *entry; dir && (entry = readdir(dir));) {
+        char *end, path[PATH_MAX];
+        size_t n = strncmp(entry->d_name, "checkpoint-", 11) ? SIZE_MAX : strtoull(entry->d_name + 11, &end, 10);
+        if (n > most || *end || snprintf(path, sizeof path, "%s/checkpoint-%zu/training_state.json", folder, n) >= (int)sizeof path || !file_exists(path)) continue;
+        if (count == 0 || n < *oldest) *oldest = n;
+        if (count == 0 || n > *newest) *newest = n;
+        count++;
+    }
+    if (dir) closedir(dir);
+    return count;
+}
+
+static void checkpoint_save(const struct Checkpoint *c) {
+    struct Arena arena = {0};
+    struct Tensor **moments;
+    size_t step = c->state->global_step, oldest, newest;
+    const char *dir = c->args->output_dir, *staged = arena_printf(&arena, "%s/tmp-checkpoint-%zu", dir, step), *whole = arena_printf(&arena, "%s/checkpoint-%zu", dir, step);
+    folder_remove(staged);                                       /* what a run left that was killed in the midst of this */
+    model_save(c->model, staged, c->tok);
+    size_t count = moment_tensors(&arena, c->model, &moments);
+    safetensors_write(staged, "optimizer.safetensors", moments, count, "");
+    for (size_t i = 0; i < COUNT(c->logs) && c->logs[i]; i++) {
+        struct Output copy;
+        fflush(c->logs[i]->file);
+        output_open(&copy, staged, strrchr(c->logs[i]->path, '/') + 1);
+        file_append(copy.file, c->logs[i]->tmp);
+        output_close(&copy);
+    }
+    trainer_state_save(c->state, c->args, staged);
+    training_state_save(c, staged);
+    folder_sync(staged);
+    folder_remove(whole);
+    CHECK(rename(staged, whole) == 0, "%s: %s", whole, strerror(errno));
+    folder_sync(dir);
+    while (c->args->save_total_limit && checkpoint_find(dir, step, &oldest, &newest) > c->args->save_total_limit) folder_remove(arena_printf(&arena, "%s/checkpoint-%zu", dir, oldest));
+    arena_free(&arena);
+}
+
+static volatile sig_atomic_t interrupted;
+
+static void interrupt(int signal_number) {
+    interrupted = 1;
+    signal(signal_number, SIG_DFL);          /* the next one ends the program */
+}
+
+/* Puts back what a checkpoint holds, if the run is to go on from one. From here on Ctrl-C waits for a step's end. */
+static void checkpoint_resume(struct Checkpoint *c) {
+    struct Arena arena = {0};
+    struct Tensor **moments;
+    size_t oldest, newest = 0, found = 0, loaded = 0;
+    const char *dir = c->args->output_dir, *from = c->args->resume_from_checkpoint;
+    static const char *const files[] = {"model.safetensors", "adapter_model.safetensors"};
+    if (!dir) return;
+    signal(SIGINT, interrupt);
+    signal(SIGTERM, interrupt);
+    bool newest_one = from && strcmp(from, "true") == 0, any = checkpoint_find(dir, SIZE_MAX - 1, &oldest, &newest) > 0;
+    if (any && !from) warn("%s holds checkpoint-%zu of an earlier run; this one starts over (--resume_from_checkpoint true would go on)", dir, newest);
+    if (newest_one && !any) warn("%s: no whole checkpoint to resume from; starting over", dir);
+    if (!from || strcmp(from, "false") == 0 || (newest_one && !any)) return;
+    if (newest_one) from = arena_printf(&arena, "%s/checkpoint-%zu", dir, newest);
+    CHECK(file_exists(arena_printf(&arena, "%s/training_state.json", from)), "--resume_from_checkpoint %s: no checkpoint is there (a folder with training_state.json); `true` takes the newest in --output_dir", from);
+    training_state_load(c, &arena, arena_printf(&arena, "%s/training_state.json", from));
+    trainer_state_load(c->state, &arena, arena_printf(&arena, "%s/trainer_state.json", from));
+    for (size_t f = 0; f < COUNT(files); f++) {
+        const char *path = arena_printf(&arena, "%s/%s", from, files[f]);
+        if (!file_exists(path)) continue;
+        struct SafeTensors st = safetensors_open(&arena, path);
+        for (size_t i = 0; i < c->model->tensor_count; i++) found += c->model->tensors[i]->d && tensor_load(&st, c->model->tensors[i]);
+        fclose(st.file);
+    }
+    struct SafeTensors st = safetensors_open(&arena, arena_printf(&arena, "%s/optimizer.safetensors", from));
+    size_t count = moment_tensors(&arena, c->model, &moments);
+    while (loaded < count && tensor_load(&st, moments[loaded])) loaded++;
+    fclose(st.file);
+    CHECK(2 * found == count && loaded == count, "%s: holds %zu of %zu tensors that train and %zu of %zu of their moments; are the model and flags those of the run that was saved?", from, found, count / 2, loaded, count);
+    for (size_t i = 0; i < COUNT(c->logs) && c->logs[i]; i++) file_append(c->logs[i]->file, arena_printf(&arena, "%s%s", from, strrchr(c->logs[i]->path, '/')));
+    say("%s: going on after step %zu from %s\n", c->task, c->state->global_step, from);
+    arena_free(&arena);
+}
+
+/* After each step: saves when it is time; after Ctrl-C saves and ends the program. */
+static void checkpoint_step(const struct Checkpoint *c) {
+    const struct TrainingArguments *args = c->args;
+    bool due = args->save_steps && c->state->global_step % args->save_steps == 0, stop = interrupted && c->state->global_step < c->state->max_steps;
+    if (!args->output_dir || !(due || stop)) return;
+    checkpoint_save(c);
+    if (stop) die("%s: interrupted after step %zu of %zu, saved as %s/checkpoint-%zu; to go on, give the same command with --resume_from_checkpoint true", c->task, c->state->global_step, c->state->max_steps, args->output_dir, c->state->global_step);
 }
 
 /* A Task is what is trained: a data set of `n` items and a loss over some of them. */
@@ -3128,6 +3388,7 @@ struct Task {
     /* How many target tokens an item has, where a step's loss is a mean over tokens (SFT); else NULL: over micro-batches. */
     size_t (*targets)(struct Trainer *trainer, size_t index);
     void (*new_epoch)(struct Trainer *trainer, size_t epoch);      /* may be NULL */
+    void (*saved)(struct Trainer *trainer, struct Checkpoint *checkpoint);      /* adds to a checkpoint what the task alone knows; may be NULL */
 };
 
 struct Trainer {
@@ -3137,20 +3398,19 @@ struct Trainer {
     struct TrainerState state;
     struct Task task;
     struct Arena arena;                      /* emptied before every micro-batch */
-    struct Metric metrics[MAX_METRICS];      /* since the last log entry */
-    size_t metric_count;
 };
 
 /* Averages a metric over the micro-batches between two log entries. */
 static void trainer_metric(struct Trainer *trainer, const char *name, double value) {
+    struct TrainerState *state = &trainer->state;
     size_t i = 0;
-    while (i < trainer->metric_count && strcmp(trainer->metrics[i].name, name) != 0) i++;
-    if (i == trainer->metric_count) {
+    while (i < state->metric_count && strcmp(state->metrics[i].name, name) != 0) i++;
+    if (i == state->metric_count) {
         CHECK(i < MAX_METRICS, "internal: more than %d metrics", MAX_METRICS);
-        trainer->metrics[trainer->metric_count++] = (struct Metric){name, 0, 0};
+        state->metrics[state->metric_count++] = (struct Metric){name, 0, 0};
     }
-    trainer->metrics[i].sum += value;
-    trainer->metrics[i].n++;
+    state->metrics[i].sum += value;
+    state->metrics[i].n++;
 }
 
 /* One line of progress on stderr: the entry's numbers that a person follows. */
@@ -3164,26 +3424,24 @@ static void trainer_say(struct Trainer *trainer, const struct LogEntry *entry) {
     say("\n");
 }
 
-/* Moves the metrics' means into a log entry, in evaluation under "eval_" and their names, which stay as long as logs may. */
+/* Moves the metrics' means into a log entry, in evaluation under "eval_" and their names. */
 static void trainer_flush(struct Trainer *trainer, struct LogEntry *entry, bool eval) {
-    static struct Arena names;
-    for (size_t i = 0; i < trainer->metric_count; i++) {
-        const struct Metric *metric = &trainer->metrics[i];
-        log_value(entry, eval ? arena_printf(&names, "eval_%s", metric->name) : metric->name, metric->sum / (double)metric->n);
+    struct TrainerState *state = &trainer->state;
+    for (size_t i = 0; i < state->metric_count; i++) {
+        const struct Metric *metric = &state->metrics[i];
+        log_value(entry, eval ? log_name("eval_", text_of(metric->name)) : metric->name, metric->sum / (double)metric->n);
     }
-    trainer->metric_count = 0;
-    log_value(entry, "epoch", trainer->state.epoch);
-    log_value(entry, "step", (double)trainer->state.global_step);
+    state->metric_count = 0;
+    log_value(entry, "epoch", state->epoch);
+    log_value(entry, "step", (double)state->global_step);
 }
-
-
 
 /* trainer_evaluate -- the mean loss and metrics over the held-out items; no weight moves. */
 static double trainer_evaluate(struct Trainer *trainer) {
     struct Metric held[MAX_METRICS];
-    size_t held_count = trainer->metric_count, n = trainer->task.eval_n, batch = trainer->args.per_device_train_batch_size, tokens = trainer->state.num_tokens;
-    memcpy(held, trainer->metrics, sizeof held);
-    trainer->metric_count = 0;
+    size_t held_count = trainer->state.metric_count, n = trainer->task.eval_n, batch = trainer->args.per_device_train_batch_size, tokens = trainer->state.num_tokens;
+    memcpy(held, trainer->state.metrics, sizeof held);
+    trainer->state.metric_count = 0;
     double total = 0, judged = 0, begin = seconds_now();
     for (size_t first = 0; first < n; first += batch) {
         size_t index[4096], count = MIN(MIN(batch, n - first), COUNT(index));
@@ -3202,8 +3460,8 @@ static double trainer_evaluate(struct Trainer *trainer) {
     log_value(entry, "eval_steps_per_second", ceil((double)n / (double)batch) / seconds);
     trainer_flush(trainer, entry, true);
     trainer_say(trainer, entry);
-    memcpy(trainer->metrics, held, sizeof held);
-    trainer->metric_count = held_count;
+    memcpy(trainer->state.metrics, held, sizeof held);
+    trainer->state.metric_count = held_count;
     trainer->state.num_tokens = tokens;
     return total / judged;
 }
@@ -3221,9 +3479,8 @@ static double trainer_accumulate(struct Trainer *trainer, const size_t *order, s
     return loss;
 }
 
-static void trainer_log_step(struct Trainer *trainer, double loss, double norm, double lr) {
+static void trainer_log_step(struct Trainer *trainer, double norm, double lr) {
     struct LogEntry *entry = state_log(&trainer->state);
-    log_value(entry, "loss", loss);
     log_value(entry, "grad_norm", norm);
     log_value(entry, "learning_rate", lr);
     if (trainer->state.num_tokens) log_value(entry, "num_tokens", (double)trainer->state.num_tokens);
@@ -3251,40 +3508,40 @@ static void trainer_train(struct Trainer *trainer) {
     state->max_steps = args->max_steps ? args->max_steps : (size_t)ceil(args->num_train_epochs * (double)state->steps_per_epoch);
     state->num_train_epochs = args->max_steps ? ceil((double)args->max_steps / (double)state->steps_per_epoch) : args->num_train_epochs;
     gpt2_make_trainable(trainer->model);
+    struct Checkpoint checkpoint = checkpoint_new(trainer->task.name, trainer->model, trainer->tok, args, state);
+    checkpoint_add(&checkpoint, "rows", SAVED_FIXED, &trainer->task.n, 1, 0);
+    checkpoint_add(&checkpoint, "rows_per_step", SAVED_FIXED, &per_step, 1, 0);
+    if (trainer->task.saved) trainer->task.saved(trainer, &checkpoint);
+    checkpoint_resume(&checkpoint);
     struct Arena order_arena = {0};
-    double begin = seconds_now(), loss_sum = 0, total_loss = 0;
-    size_t loss_count = 0, samples = 0;
-    for (size_t epoch = 0; state->global_step < state->max_steps; epoch++) {
+    double begin = seconds_now() - state->seconds;
+    for (size_t epoch = state->global_step / state->steps_per_epoch; state->global_step < state->max_steps; epoch++) {
         arena_reset(&order_arena);
         size_t *order = epoch_order(trainer, &order_arena, epoch);
         if (trainer->task.new_epoch) trainer->task.new_epoch(trainer, epoch);
-        for (size_t step = 0; step < state->steps_per_epoch && state->global_step < state->max_steps; step++) {
+        for (size_t step = state->global_step % state->steps_per_epoch; step < state->steps_per_epoch && state->global_step < state->max_steps; step++) {
             size_t count = MIN(per_step, n - step * per_step);
             double loss = trainer_accumulate(trainer, order + step * per_step, count);
             double lr = args->learning_rate * schedule_factor(args, state->global_step, state->max_steps);
             double norm = optimizer_step(trainer->model, args, lr, ++state->global_step);
             CHECK(isfinite(loss) && isfinite(norm), "%s: step %zu: the loss is %g, the gradient's norm %g; try a smaller --learning_rate or --max_grad_norm", trainer->task.name, state->global_step, loss, norm);
             state->epoch = (double)epoch + (double)(step + 1) / (double)state->steps_per_epoch;
-            loss_sum += loss;
-            total_loss += loss;
-            samples += count;
-            loss_count++;
-            if (state->global_step % args->logging_steps == 0) {
-                trainer_log_step(trainer, loss_sum / (double)loss_count, norm, lr);
-                loss_sum = 0;
-                loss_count = 0;
-            }
+            trainer_metric(trainer, "loss", loss);
+            state->total_loss += loss;
+            state->samples += count;
+            if (state->global_step % args->logging_steps == 0) trainer_log_step(trainer, norm, lr);
             if (trainer->task.eval_n && args->eval_steps && state->global_step % args->eval_steps == 0) trainer_evaluate(trainer);
+            state->seconds = seconds_now() - begin;
+            checkpoint_step(&checkpoint);
         }
     }
     arena_free(&order_arena);
-    double seconds = seconds_now() - begin;
     struct LogEntry *entry = state_log(state);
-    log_value(entry, "train_runtime", seconds);
-    log_value(entry, "train_samples_per_second", (double)samples / seconds);
-    log_value(entry, "train_steps_per_second", (double)state->max_steps / seconds);
+    log_value(entry, "train_runtime", state->seconds);
+    log_value(entry, "train_samples_per_second", (double)state->samples / state->seconds);
+    log_value(entry, "train_steps_per_second", (double)state->max_steps / state->seconds);
     log_value(entry, "total_flos", 0);
-    log_value(entry, "train_loss", total_loss / (double)MAX((size_t)1, state->max_steps));
+    log_value(entry, "train_loss", state->total_loss / (double)MAX((size_t)1, state->max_steps));
     log_value(entry, "epoch", state->epoch);
     log_value(entry, "step", (double)state->global_step);
 }
@@ -3981,13 +4238,17 @@ static size_t reward_rated(struct Trainer *trainer, struct Arena *arena, const s
     return count;
 }
 
+static void reward_saved(struct Trainer *trainer, struct Checkpoint *checkpoint) {
+    checkpoint_rng(checkpoint, "cut", &((struct RewardTask *)trainer->task.data)->cut);
+}
+
 static struct RewardTask *reward_task(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data, const struct Dataset *eval) {
     struct RewardTask *task = arena_zeros(arena, 1, sizeof *task);
     task->rated = data->shape == SHAPE_RATED;
     task->labelled = data->shape == SHAPE_LABELLED;
     task->min_difference = 1;
     task->cut = rng_seed(trainer->args.seed, STREAM_CUT);
-    trainer->task = (struct Task){.name = "reward", .data = task, .loss = reward_loss};
+    trainer->task = (struct Task){.name = "reward", .data = task, .loss = reward_loss, .saved = reward_saved};
     for (int held_out = 0; held_out <= (eval != NULL); held_out++) {
         const struct Dataset *from = held_out ? eval : data;
         struct Example *texts = arena_alloc(arena, 2 * from->n, sizeof *texts);
@@ -4113,6 +4374,15 @@ struct RolloutSource {
     size_t num_generations;            /* answers to a prompt, one after the other */
     struct GenerationConfig generation;
 };
+
+static void rollouts_saved(struct RolloutSource *source, struct Checkpoint *checkpoint) {
+    checkpoint_add(checkpoint, "prompts", SAVED_FIXED, &source->n, 1, 0);
+    checkpoint_add(checkpoint, "order", SAVED_SIZE, source->order, source->n, source->n);
+    checkpoint_add(checkpoint, "at", SAVED_SIZE, &source->at, 1, source->n + 1);
+    checkpoint_rng(checkpoint, "shuffle", &source->shuffle);
+    checkpoint_rng(checkpoint, "lengths", &source->lengths);
+    checkpoint_rng(checkpoint, "sample", &source->sample);
+}
 
 static void collect_rollouts(struct RolloutSource *source, const struct GPT2 *policy, const struct Scorer *scorer, struct Arena *arena, struct Rollout *rollouts, size_t n) {
     struct Sequence *sequences = arena_alloc(arena, n, sizeof *sequences);
@@ -4259,11 +4529,27 @@ static void reinforce_step(struct Reinforce *r, const struct Rollout *rollouts) 
     for (size_t i = 0; i < COUNT(names); i++) log_value(&r->stats, names[i], values[i]);
 }
 
+static void reinforce_log(const struct Reinforce *r, struct TrainerState *state) {
+    static const char *const names[] = {"reward", "kl", "gradient_variance/none", "gradient_variance/mean", "gradient_variance/rloo"};
+    double shown[5];
+    for (size_t i = 0; i < COUNT(names); i++) log_find(&r->stats, names[i], &shown[i]);
+    say("reinforce: step %zu/%zu  reward %.4g  kl %.4g  gradient's variance: no baseline %.3g, running mean %.3g, leave-one-out %.3g\n", r->step, r->total_steps, shown[0], shown[1], shown[2], shown[3], shown[4]);
+    struct LogEntry *entry = state_log(state);
+    *entry = r->stats;
+    log_value(entry, "epoch", state->epoch);
+}
+
 /* reinforce_train -- answers, rewards, one step up, again. */
 static void reinforce_train(struct Reinforce *r, struct RolloutSource *source, const struct Scorer *scorer, struct TrainerState *state) {
     struct Arena arena = {0};
     gpt2_make_trainable(r->model);
     state->max_steps = r->total_steps;
+    struct Checkpoint checkpoint = checkpoint_new("reinforce", r->model, scorer->tok, &r->args, state);
+    checkpoint_add(&checkpoint, "batch_size", SAVED_FIXED, &r->batch_size, 1, 0);
+    checkpoint_add(&checkpoint, "rewards", SAVED_DOUBLE, &r->rewards, sizeof r->rewards / sizeof(double), 0);
+    rollouts_saved(source, &checkpoint);
+    checkpoint_resume(&checkpoint);
+    r->step = state->global_step;
     while (r->step < r->total_steps) {
         arena_reset(&arena);
         struct Rollout *rollouts = arena_alloc(&arena, r->batch_size, sizeof *rollouts);
@@ -4271,14 +4557,8 @@ static void reinforce_train(struct Reinforce *r, struct RolloutSource *source, c
         reinforce_step(r, rollouts);
         state->global_step = r->step;
         state->epoch = (double)(r->step * r->batch_size / r->num_generations) / (double)source->n;
-        if (r->step % r->args.logging_steps) continue;
-        double shown[5];
-        static const char *const names[] = {"reward", "kl", "gradient_variance/none", "gradient_variance/mean", "gradient_variance/rloo"};
-        for (size_t i = 0; i < COUNT(names); i++) log_find(&r->stats, names[i], &shown[i]);
-        say("reinforce: step %zu/%zu  reward %.4g  kl %.4g  gradient's variance: no baseline %.3g, running mean %.3g, leave-one-out %.3g\n", r->step, r->total_steps, shown[0], shown[1], shown[2], shown[3], shown[4]);
-        struct LogEntry *entry = state_log(state);
-        *entry = r->stats;
-        log_value(entry, "epoch", state->epoch);
+        if (r->step % r->args.logging_steps == 0) reinforce_log(r, state);
+        checkpoint_step(&checkpoint);
     }
     arena_free(&arena);
     arena_free(&r->arena);
@@ -4424,6 +4704,7 @@ struct PPOTrainer {
     struct GPT2 *model, *ref_model;          /* the policy with its value head; the reference */
     struct PPOConfig config;
     struct TrainingArguments args;
+    const struct Tokenizer *tok;             /* goes with the model into checkpoints */
     double temperature;                      /* divides the logits of both */
     double kl_coef;
     struct RunningMoments moments;
@@ -4710,7 +4991,17 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, cons
         output_open(&stats_all, output_dir, "stats_all.jsonl");
         output_open(&rollout_log, output_dir, "rollouts.jsonl");
     }
-    for (size_t step = 0; step < steps; step++) {
+    struct Checkpoint checkpoint = checkpoint_new("ppo", ppo->model, ppo->tok, &ppo->args, state);
+    checkpoint.logs[0] = &stats_all;
+    checkpoint.logs[1] = &rollout_log;
+    checkpoint_add(&checkpoint, "batch_size", SAVED_FIXED, &B, 1, 0);
+    checkpoint_add(&checkpoint, "kl_coef", SAVED_DOUBLE, &ppo->kl_coef, 1, 0);
+    checkpoint_add(&checkpoint, "moments", SAVED_DOUBLE, &ppo->moments, sizeof ppo->moments / sizeof(double), 0);
+    checkpoint_add(&checkpoint, "optimizer_steps", SAVED_SIZE, &ppo->optimizer_steps, 1, SIZE_MAX);
+    checkpoint_rng(&checkpoint, "mini_batches", &ppo->order);
+    rollouts_saved(source, &checkpoint);
+    checkpoint_resume(&checkpoint);
+    for (size_t step = ppo->step = state->global_step; step < steps; step++) {
         arena_reset(&arena);
         double begin = seconds_now();
         struct Rollout *rollouts = arena_alloc(&arena, B, sizeof *rollouts);
@@ -4739,6 +5030,7 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, cons
             log_find(entry, "ppo/loss/total", &loss);
             say("%s: step %zu/%zu  env/reward_mean %.4g  objective/kl %.4g  ppo/loss/total %.4g\n", ppo->name, step + 1, steps, mean_of(raw, B), kl, loss);
         }
+        checkpoint_step(&checkpoint);
     }
     if (output_dir) {
         output_close(&stats_all);
@@ -4915,10 +5207,15 @@ static double *unknown_logps(struct Arena *arena, size_t n) {
     return logps;
 }
 
+/* The reference's log-probabilities too: computed again beside other pairs they could differ in the last bit. */
+static void dpo_saved(struct Trainer *trainer, struct Checkpoint *checkpoint) {
+    checkpoint_add(checkpoint, "ref_logps", SAVED_DOUBLE, ((struct DPOTask *)trainer->task.data)->ref_logps, 2 * trainer->task.n, 0);
+}
+
 static struct DPOTask *dpo_task(struct Trainer *trainer, struct Arena *arena, struct GPT2 *ref_model, struct DPOConfig config, double temperature, struct Example *pairs, size_t n) {
     struct DPOTask *task = arena_zeros(arena, 1, sizeof *task);
     *task = (struct DPOTask){.config = config, .ref_model = ref_model, .pairs = pairs, .temperature = temperature, .ref_logps = unknown_logps(arena, 2 * n)};
-    trainer->task = (struct Task){.name = "dpo", .n = n, .data = task, .loss = dpo_task_loss};
+    trainer->task = (struct Task){.name = "dpo", .n = n, .data = task, .loss = dpo_task_loss, .saved = dpo_saved};
     return task;
 }
 
@@ -5739,7 +6036,7 @@ static void bench_free(struct Bench *bench) {
  * ============================================================================================= */
 
 struct Options {
-    const char *model_name_or_path, *ref_model, *reward_model_path, *dataset_name, *eval_dataset, *output_dir, *tokenizer, *prompt, *rollouts, *loss_type, *loss_weights, *file;
+    const char *model_name_or_path, *ref_model, *reward_model_path, *dataset_name, *eval_dataset, *tokenizer, *prompt, *rollouts, *loss_type, *loss_weights, *file;
     const char *peft_adapter, *baseline;
     struct Adapter lora;                     /* of a new adapter */
     struct TrainingArguments train;
@@ -5781,7 +6078,7 @@ static const struct Flag FLAGS[] = {
     {"reward_model_path", KIND_STRING, AT(reward_model_path), G_ROLL, "folder of a reward model"},
     {"dataset_name", KIND_STRING, AT(dataset_name), G_DATA, "a .jsonl file, or a folder of them"},
     {"eval_dataset", KIND_STRING, AT(eval_dataset), G_RUN, "held-out data, same shapes"},
-    {"output_dir", KIND_STRING, AT(output_dir), G_OUT, "folder for what is made"},
+    {"output_dir", KIND_STRING, AT(train.output_dir), G_OUT, "folder for what is made"},
     {"tokenizer", KIND_STRING, AT(tokenizer), G_ALL, "tokenizer.bin; default: beside the program, then the current folder"},
     {"seed", KIND_SEED, AT(train.seed), G_SEED, "of all random numbers"},
     {"quiet", KIND_BOOL, AT(quiet), G_ALL, "no progress on stderr"},
@@ -5796,6 +6093,9 @@ static const struct Flag FLAGS[] = {
     {"max_grad_norm", KIND_DOUBLE, AT(train.max_grad_norm), G_TRAIN, "longer gradients are shortened to this; 0: no limit"},
     {"max_steps", KIND_SIZE, AT(train.max_steps), G_TRAIN, "optimizer (ppo: PPO) steps; overrides the epochs"},
     {"logging_steps", KIND_SIZE, AT(train.logging_steps), G_TRAIN, "steps between log entries"},
+    {"save_steps", KIND_SIZE, AT(train.save_steps), G_TRAIN, "steps between checkpoints, folders checkpoint-N in --output_dir; 0: none"},
+    {"save_total_limit", KIND_SIZE, AT(train.save_total_limit), G_TRAIN, "how many to keep; 0: all"},
+    {"resume_from_checkpoint", KIND_STRING, AT(train.resume_from_checkpoint), G_TRAIN, "go on from a folder checkpoint-N; true: from the newest in --output_dir"},
     {"num_train_epochs", KIND_DOUBLE, AT(train.num_train_epochs), G_RUN, "passes over the data"},
     {"per_device_train_batch_size", KIND_SIZE, AT(train.per_device_train_batch_size), G_RUN | G_BATCH, "rows (dpo, reward: pairs or rated texts) of a micro-batch"},
     {"gradient_accumulation_steps", KIND_SIZE, AT(train.gradient_accumulation_steps), G_TRAIN, "micro-batches of an optimizer step"},
@@ -6044,16 +6344,15 @@ static struct Trainer trainer_new(const struct Options *o) {
 static void open_output_dir(const struct Options *o) {
     char path[PATH_MAX];
     bool adapter = o->model->adapter.r > 0;
-    make_folder(need(o->output_dir, "output_dir"));
-    snprintf(path, sizeof path, "%.4000s/config.json", o->output_dir);
-    CHECK(adapter ? !file_exists(path) : !is_adapter(o->output_dir), "--output_dir %s: holds %s already; choose another folder for %s", o->output_dir, adapter ? "a model" : "an adapter", adapter ? "the adapter" : "the model");
+    make_folder(need(o->train.output_dir, "output_dir"));
+    snprintf(path, sizeof path, "%.4000s/config.json", o->train.output_dir);
+    CHECK(adapter ? !file_exists(path) : !is_adapter(o->train.output_dir), "--output_dir %s: holds %s already; choose another folder for %s", o->train.output_dir, adapter ? "a model" : "an adapter", adapter ? "the adapter" : "the model");
 }
 
 static void save_result(const struct Options *o, const struct TrainerState *state) {
-    if (o->model->adapter.r) adapter_save(o->model, o->output_dir, o->tok);
-    else gpt2_save(o->model, o->output_dir, o->tok);
-    if (state) trainer_state_save(state, &o->train, o->output_dir);
-    say("saved to %s\n", o->output_dir);
+    model_save(o->model, o->train.output_dir, o->tok);
+    if (state) trainer_state_save(state, &o->train, o->train.output_dir);
+    say("saved to %s\n", o->train.output_dir);
 }
 
 /* Trains, evaluates, saves: what every training command ends with. */
@@ -6186,7 +6485,7 @@ static struct RolloutSource open_rollouts(struct Options *o, struct Scorer *scor
 static void command_ppo(struct Options *o) {
     CHECK(o->ppo.batch_size > 0 && o->ppo.mini_batch_size > 0 && o->ppo.ppo_epochs > 0, "--batch_size, --mini_batch_size and --ppo_epochs must be 1 or more");
     choice("kl_penalty", o->ppo.kl_penalty, "kl, abs, mse, full");
-    need(o->output_dir, "output_dir");
+    need(o->train.output_dir, "output_dir");
     if (!o->rollouts) need(o->reward_model_path, "reward_model_path (or --rollouts)");
     o->ppo.mini_batch_size = MIN(o->ppo.mini_batch_size, o->ppo.batch_size);
     o->ppo.gradient_accumulation_steps = o->train.gradient_accumulation_steps;
@@ -6200,8 +6499,9 @@ static void command_ppo(struct Options *o) {
     else source = open_rollouts(o, &scorer);
     size_t steps = o->train.max_steps ? o->train.max_steps : MAX((size_t)1, (o->rollouts ? o->data->n : source.n) / o->ppo.batch_size);
     struct TrainerState state = {0};
+    ppo->tok = o->tok;
     o->train.per_device_train_batch_size = o->ppo.batch_size;
-    ppo_train(ppo, &source, &scorer, o->rollouts ? o->data : NULL, steps, o->output_dir, &state);
+    ppo_train(ppo, &source, &scorer, o->rollouts ? o->data : NULL, steps, o->train.output_dir, &state);
     save_result(o, &state);
     free(state.log_history);
     ppo_trainer_free(ppo);
@@ -6410,7 +6710,7 @@ static void preference_write(struct Options *o, FILE *file, const struct Example
     fputs(", \"rejected\": ", file);
     json_write_string(file, answer_text(o->tok, &o->arena, rejected, V));
     fputs("}\n", file);
-    CHECK(fflush(file) == 0 && fsync(fileno(file)) == 0, "%s/preferences.jsonl: writing failed: %s; what was judged before is there", o->output_dir, strerror(errno));
+    CHECK(fflush(file) == 0 && fsync(fileno(file)) == 0, "%s/preferences.jsonl: writing failed: %s; what was judged before is there", o->train.output_dir, strerror(errno));
 }
 
 /* Shows two answers and waits for a word: '1', '2', 's' (skip) or 'q' (stop; so does the end of the input). */
@@ -6461,8 +6761,8 @@ static void command_collect(struct Options *o) {
     open_model(o, false);
     struct Scorer scorer;
     struct RolloutSource source = open_rollouts(o, &scorer);
-    make_folder(need(o->output_dir, "output_dir"));
-    char *path = arena_printf(&o->arena, "%s/preferences.jsonl", o->output_dir);
+    make_folder(need(o->train.output_dir, "output_dir"));
+    char *path = arena_printf(&o->arena, "%s/preferences.jsonl", o->train.output_dir);
     struct stat s;
     if (stat(path, &s) == 0 && s.st_size > 0) o->eval = dataset_load(path, DPO_SHAPES, 1);
     FILE *file = fopen(path, "ab");
@@ -6689,7 +6989,7 @@ static size_t course_positions(const struct Dataset *data, const struct Tokenize
 static void command_rlhf(struct Options *o) {
     struct Tokenizer *tok = load_tokenizer(o);
     struct Dataset *data = o->data = dataset_load(o->dataset_name ? o->dataset_name : shipped_file(&o->arena, "docs/reviews.jsonl"), RATED_SHAPES, 1);
-    struct Course course = {.tok = tok, .output_dir = o->output_dir ? o->output_dir : "out", .seed = o->train.seed, .temperature = o->generation.temperature, .scale = 1,
+    struct Course course = {.tok = tok, .output_dir = o->train.output_dir ? o->train.output_dir : "out", .seed = o->train.seed, .temperature = o->generation.temperature, .scale = 1,
         .pretrain_steps = o->pretrain_steps, .reward_steps = o->reward_steps, .ppo_steps = o->ppo_steps, .dpo_steps = o->dpo_steps};
     struct GPT2 *model;
     double learning_rate = 5e-3;

@@ -1,0 +1,124 @@
+"""Kills runs at random moments and resumes them: nothing may be lost, nothing may differ.
+
+    python3 docs/check_resume.py [--kills 50] [--seed 1]
+
+For each trainer, with and without LoRA, one run is left alone. Others, with the same flags, are killed (SIGKILL) at
+random moments, some of them several times, then resumed from the newest checkpoint until they end. Every folder
+checkpoint-N that a killed run leaves must load, and the final weights, logs and rollouts must equal, byte for byte,
+those of the run that was left alone, but for what a clock says. Needs ./align. Ends with 'N passed, N failed'.
+"""
+import argparse, json, os, random, shutil, signal, subprocess, sys, tempfile, time
+
+CLOCK = ("runtime", "per_second", "time/")
+
+arguments = argparse.ArgumentParser()
+arguments.add_argument("--kills", type=int, default=50)
+arguments.add_argument("--seed", type=int, default=1)
+arguments = arguments.parse_args()
+root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+work = tempfile.mkdtemp()
+draw = random.Random(arguments.seed)
+lora = "--use_peft --lora_r 4"
+
+
+def align(command, out, *more):
+    return [os.path.join(root, "align"), *command.split(), "--output_dir", out, "--quiet", *more]
+
+
+def without_clock(value):
+    if isinstance(value, dict): return {k: without_clock(v) for k, v in value.items() if not any(word in k for word in CLOCK)}
+    return [without_clock(v) for v in value] if isinstance(value, list) else value
+
+
+def contents(folder):
+    """What a run left behind, by file; logs without what a clock says."""
+    found = {}
+    for name in sorted(os.listdir(folder)):
+        path = os.path.join(folder, name)
+        if os.path.isdir(path): continue
+        data = open(path, "rb").read()
+        if name == "trainer_state.json": data = without_clock(json.loads(data))
+        if name == "stats_all.jsonl": data = [without_clock(json.loads(line)) for line in data.splitlines()]
+        found[name] = data
+    return found
+
+
+def checkpoints(folder):
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted((n for n in names if n.startswith("checkpoint-")), key=lambda n: int(n.split("-")[1]))
+
+
+def whole(folder):
+    """Every safetensors file of a checkpoint is as long as its header says, every JSON file is JSON."""
+    for name in os.listdir(folder):
+        data = open(os.path.join(folder, name), "rb").read()
+        if name.endswith(".json"): json.loads(data)
+        if name.endswith(".safetensors"):
+            length = int.from_bytes(data[:8], "little")
+            header = json.loads(data[8:8 + length])
+            assert len(data) == 8 + length + max(t["data_offsets"][1] for k, t in header.items() if k != "__metadata__"), name
+
+
+def prepare():
+    """A small language model and reward model, and preferences."""
+    rows = [json.loads(line) for line in open(os.path.join(root, "docs/reviews.jsonl"))][:400]
+    with open(f"{work}/texts.jsonl", "w") as f:
+        for row in rows: f.write(json.dumps({"text": row["text"], "score": row["score"]}) + "\n")
+    with open(f"{work}/pairs.jsonl", "w") as f:
+        for a, b in zip(rows[::2], rows[1::2]): f.write(json.dumps({"prompt": "The film", "chosen": " " + a["text"], "rejected": " " + b["text"]}) + "\n")
+    shape = "--n_layer 2 --n_head 2 --n_embd 32 --n_positions 64 --vocab_size 800"
+    subprocess.run(align(f"pretrain {shape} --dataset_name {work}/texts.jsonl --max_steps 20", f"{work}/lm"), check=True)
+    subprocess.run(align(f"reward --model_name_or_path {work}/lm --dataset_name {work}/texts.jsonl --max_steps 10", f"{work}/rm"), check=True)
+    base, texts, pairs = f"--model_name_or_path {work}/lm", f"--dataset_name {work}/texts.jsonl", f"--dataset_name {work}/pairs.jsonl"
+    small = "--per_device_train_batch_size 4 --logging_steps 3 --max_steps 120 --save_steps 7 --learning_rate 1e-3"
+    rolls = f"{base} {texts} --reward_model_path {work}/rm --max_steps 40 --save_steps 3 --logging_steps 2 --learning_rate 1e-3 --batch_size 8"
+    return {
+        "pretrain": f"pretrain {shape} {texts} {small} --max_length 32",
+        "sft": f"sft {base} {texts} --eval_dataset {work}/texts.jsonl --eval_steps 50 {small} --save_total_limit 2",
+        "reward": f"reward {base} {texts} {small}", "dpo": f"dpo {base} {pairs} {small} --gradient_accumulation_steps 2",
+        "ppo": f"ppo {rolls} --mini_batch_size 4 --use_score_scaling --use_score_norm", "reinforce": f"reinforce {rolls} --baseline mean",
+        "sft, LoRA": f"sft {base} {texts} {small} {lora}", "reward, LoRA": f"reward {base} {pairs} {small} {lora}", "dpo, LoRA": f"dpo {base} {pairs} {small} {lora}",
+        "ppo, LoRA": f"ppo {rolls} --mini_batch_size 4 {lora}", "reinforce, LoRA": f"reinforce {rolls} {lora}"}
+
+
+def killed_run(name, command, seconds, expected):
+    """Kills a run one to three times, resumes it, compares. Returns how often it was killed, or a complaint."""
+    out, kills = f"{work}/killed", 0
+    shutil.rmtree(out, ignore_errors=True)
+    for attempt in range(draw.choice([1, 1, 2, 3])):
+        process = subprocess.Popen(align(command, out, "--resume_from_checkpoint", "true"), stderr=subprocess.DEVNULL)
+        time.sleep(draw.uniform(0.05, 1.0) * seconds)
+        kills += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for folder in checkpoints(out): whole(os.path.join(out, folder))
+    places = checkpoints(out)
+    done = subprocess.run(align(command, out, "--resume_from_checkpoint", "true"), capture_output=True, text=True)
+    if done.returncode: return kills, f"resuming failed: {done.stderr.strip()}"
+    different = [f for f in set(expected) | set(contents(out)) if expected.get(f) != contents(out).get(f)]
+    if different: return kills, f"differs after resuming from {places[-1:]}: {sorted(different)}"
+    if any(n.startswith("tmp-") for n in os.listdir(out)): return kills, "a tmp- folder is left"
+    return kills, f"resumed from {places[-1] if places else 'the beginning'}"
+
+
+passed = failed = total = 0
+os.environ["OMP_NUM_THREADS"] = "1"
+commands = prepare()
+runs = {}
+for name, command in commands.items():
+    begin = time.time()
+    subprocess.run(align(command, f"{work}/alone"), check=True)
+    runs[name] = (command, time.time() - begin, contents(f"{work}/alone"))
+    shutil.rmtree(f"{work}/alone")
+while total < arguments.kills:
+    for name, (command, seconds, expected) in runs.items():
+        if total >= arguments.kills: break
+        kills, word = killed_run(name, command, seconds, expected)
+        good = word.startswith("resumed")
+        total += kills
+        passed, failed = passed + good, failed + (not good)
+        print(f"{'ok  ' if good else 'FAIL'}  {name} ({seconds:.1f} s): killed {kills} times, {word}", flush=True)
+shutil.rmtree(work)
+print(f"{total} kills")
+print(f"{passed} passed, {failed} failed")
+sys.exit(failed > 0)
