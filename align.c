@@ -395,6 +395,27 @@ static void output_open(struct Output *out, const char *folder, const char *name
     CHECK(out->file, "%s: cannot be written: %s", out->tmp, strerror(errno));
 }
 
+/* Goes on with a file that grew in `beside`, as NAME.tmp or finished, from its first `bytes` bytes on. Written over
+ * itself it stays as it is, so that being killed here loses nothing. */
+static void output_resume(struct Output *out, const char *folder, const char *name, const char *beside, size_t bytes) {
+    char path[PATH_MAX + 8], chunk[1 << 14];
+    struct stat s;
+    FILE *earlier = NULL;
+    for (int finished = 0; finished < 2 && !earlier; finished++) {
+        int n = snprintf(path, sizeof path, "%s/%s%s", beside, name, finished ? "" : ".tmp");
+        if (n < (int)sizeof path && stat(path, &s) == 0 && (uint64_t)s.st_size >= bytes) earlier = fopen(path, "rb");
+    }
+    snprintf(out->path, sizeof out->path, "%.4000s/%s", folder, name);
+    snprintf(out->tmp, sizeof out->tmp, "%s.tmp", out->path);
+    int fd = open(out->tmp, O_RDWR | O_CREAT, 0666);
+    out->file = fd < 0 ? NULL : fdopen(fd, "r+b");
+    CHECK(out->file, "%s: cannot be written: %s", out->tmp, strerror(errno));
+    if (!earlier) warn("%s/%s: lacks the %zu bytes of the steps before; it begins anew", beside, name, bytes);
+    for (size_t n; earlier && bytes > 0 && (n = fread(chunk, 1, MIN(bytes, sizeof chunk), earlier)) > 0; bytes -= n) fwrite(chunk, 1, n, out->file);
+    CHECK(fflush(out->file) == 0 && ftruncate(fd, ftello(out->file)) == 0, "%s: writing failed: %s", out->tmp, strerror(errno));
+    if (earlier) fclose(earlier);
+}
+
 static void output_close(struct Output *out) {
     bool good = fflush(out->file) == 0 && !ferror(out->file) && fsync(fileno(out->file)) == 0;
     int error = errno;
@@ -434,16 +455,6 @@ static void folder_sync(const char *folder) {
     if (fd < 0) return;
     fsync(fd);
     close(fd);
-}
-
-/* Adds the contents of a file to an open one. */
-static void file_append(FILE *to, const char *path) {
-    char chunk[1 << 14];
-    FILE *from = fopen(path, "rb");
-    CHECK(from, "%s: %s", path, strerror(errno));
-    for (size_t n; (n = fread(chunk, 1, sizeof chunk, from)) > 0;) fwrite(chunk, 1, n, to);
-    CHECK(!ferror(from), "%s: %s", path, strerror(errno));
-    fclose(from);
 }
 
 /* JSON (RFC 8259) as a tree. An object's members and an array's items hang on `child`, linked by
@@ -3169,9 +3180,9 @@ static void trainer_state_save(const struct TrainerState *s, const struct Traini
  *   model.safetensors ...   the weights, as those of any model; of an adapter its two files
  *   optimizer.safetensors   exp_avg.* and exp_avg_sq.*: m and v of each tensor that trains
  *   trainer_state.json      which step this is, and the log so far
- *   training_state.json     random states, places in the data, running means: the `saved` below
- * It is written as tmp-checkpoint-N, put on the disk and renamed: a folder called checkpoint-N is whole,
- * whenever the plug was pulled.                                            test: checkpoint_* */
+ *   training_state.json     random states, places in the data, running means, lengths of growing logs: `saved` below
+ * It is written as tmp-checkpoint-N, put on the disk and renamed, and renamed again before it is removed: a folder
+ * called checkpoint-N is whole, whenever the plug was pulled.              test: checkpoint_* */
 enum SavedKind { SAVED_SIZE, SAVED_BITS, SAVED_DOUBLE, SAVED_FIXED };      /* FIXED: must be as it was, or the run would not be the same */
 struct Saved { const char *name; enum SavedKind kind; void *at; size_t n, limit; };      /* n values, sizes below `limit` */
 
@@ -3181,7 +3192,9 @@ struct Checkpoint {
     const struct TrainingArguments *args;
     struct TrainerState *state;
     const char *task;
-    struct Output *logs[2];                  /* files that grow during the run */
+    size_t log_count, log_bytes[2];          /* files that grow during the run, and their lengths at the checkpoint */
+    struct Output *logs[2];
+    const char *log_names[2], *log_dir;
     struct Saved saved[20];
     size_t count;
 };
@@ -3193,9 +3206,19 @@ static void checkpoint_add(struct Checkpoint *c, const char *name, enum SavedKin
 
 static void checkpoint_rng(struct Checkpoint *c, const char *name, struct Rng *rng) { checkpoint_add(c, name, SAVED_BITS, rng->s, 4, 0); }
 
+/* A file that the run adds to: checkpoint_resume opens it. */
+static void checkpoint_log(struct Checkpoint *c, struct Output *log, const char *dir, const char *name) {
+    size_t i = c->log_count++;
+    c->logs[i] = log;
+    c->log_names[i] = name;
+    c->log_dir = dir;
+    checkpoint_add(c, name, SAVED_SIZE, &c->log_bytes[i], 1, SIZE_MAX);
+}
+
 /* What every run has; the caller adds what is its own. */
 static struct Checkpoint checkpoint_new(const char *task, struct GPT2 *model, const struct Tokenizer *tok, const struct TrainingArguments *args, struct TrainerState *state) {
     struct Checkpoint c = {.model = model, .tok = tok, .args = args, .state = state, .task = task};
+    checkpoint_add(&c, "seed", SAVED_FIXED, (void *)&args->seed, 1, 0);
     checkpoint_add(&c, "num_tokens", SAVED_SIZE, &state->num_tokens, 1, SIZE_MAX);
     checkpoint_add(&c, "samples", SAVED_SIZE, &state->samples, 1, SIZE_MAX);
     checkpoint_add(&c, "total_loss", SAVED_DOUBLE, &state->total_loss, 1, 0);
@@ -3283,45 +3306,58 @@ static size_t moment_tensors(struct Arena *arena, const struct GPT2 *model, stru
     return count;
 }
 
-/* How many checkpoint-N, N <= most, a folder has; *oldest and *newest: their numbers. */
-static size_t checkpoint_find(const char *folder, size_t most, size_t *oldest, size_t *newest) {
+/* How many checkpoint-N a folder has; *oldest and *newest: the numbers of those written first and last. Not those with
+ * the least and greatest: a run that started over writes small numbers again. */
+static size_t checkpoint_find(const char *folder, size_t *oldest, size_t *newest) {
     DIR *dir = opendir(folder);
     size_t count = 0;
+    time_t first = 0, last = 0;
     for (struct dirent *entry; dir && (entry = readdir(dir));) {
         char *end, path[PATH_MAX];
+        struct stat s;
         size_t n = strncmp(entry->d_name, "checkpoint-", 11) ? SIZE_MAX : strtoull(entry->d_name + 11, &end, 10);
-        if (n > most || *end || snprintf(path, sizeof path, "%s/checkpoint-%zu/training_state.json", folder, n) >= (int)sizeof path || !file_exists(path)) continue;
-        if (count == 0 || n < *oldest) *oldest = n;
-        if (count == 0 || n > *newest) *newest = n;
+        if (n == SIZE_MAX || *end || snprintf(path, sizeof path, "%s/checkpoint-%zu/training_state.json", folder, n) >= (int)sizeof path || stat(path, &s)) continue;
+        if (count == 0 || s.st_mtime < first || (s.st_mtime == first && n < *oldest)) *oldest = n, first = s.st_mtime;
+        if (count == 0 || s.st_mtime > last || (s.st_mtime == last && n > *newest)) *newest = n, last = s.st_mtime;
         count++;
     }
     if (dir) closedir(dir);
     return count;
 }
 
-static void checkpoint_save(const struct Checkpoint *c) {
+/* Removes checkpoint-N, if it is there, and every tmp-checkpoint-*: what a run left that was killed while it wrote or removed one. */
+static void checkpoint_remove(const char *folder, size_t n) {
+    struct Arena arena = {0};
+    rename(arena_printf(&arena, "%s/checkpoint-%zu", folder, n), arena_printf(&arena, "%s/tmp-checkpoint-%zu-old", folder, n));
+    DIR *dir = opendir(folder);
+    for (struct dirent *entry; dir && (entry = readdir(dir));)
+        if (strncmp(entry->d_name, "tmp-checkpoint-", 15) == 0) folder_remove(arena_printf(&arena, "%s/%s", folder, entry->d_name));
+    if (dir) closedir(dir);
+    arena_free(&arena);
+}
+
+static void checkpoint_save(struct Checkpoint *c) {
     struct Arena arena = {0};
     struct Tensor **moments;
     size_t step = c->state->global_step, oldest, newest;
-    const char *dir = c->args->output_dir, *staged = arena_printf(&arena, "%s/tmp-checkpoint-%zu", dir, step), *whole = arena_printf(&arena, "%s/checkpoint-%zu", dir, step);
-    folder_remove(staged);                                       /* what a run left that was killed in the midst of this */
+    const char *dir = c->args->output_dir, *staged = arena_printf(&arena, "%s/tmp-checkpoint-%zu", dir, step);
+    const char *replaced = arena_printf(&arena, "%s-old", staged), *whole = arena_printf(&arena, "%s/checkpoint-%zu", dir, step);
+    for (size_t i = 0; i < c->log_count; i++) {
+        FILE *log = c->logs[i]->file;
+        CHECK(fflush(log) == 0 && fsync(fileno(log)) == 0, "%s: writing failed: %s", c->logs[i]->tmp, strerror(errno));
+        c->log_bytes[i] = (size_t)ftello(log);
+    }
     model_save(c->model, staged, c->tok);
     size_t count = moment_tensors(&arena, c->model, &moments);
     safetensors_write(staged, "optimizer.safetensors", moments, count, "");
-    for (size_t i = 0; i < COUNT(c->logs) && c->logs[i]; i++) {
-        struct Output copy;
-        fflush(c->logs[i]->file);
-        output_open(&copy, staged, strrchr(c->logs[i]->path, '/') + 1);
-        file_append(copy.file, c->logs[i]->tmp);
-        output_close(&copy);
-    }
     trainer_state_save(c->state, c->args, staged);
     training_state_save(c, staged);
     folder_sync(staged);
-    folder_remove(whole);
+    rename(whole, replaced);                                     /* an earlier run's, if there is one */
     CHECK(rename(staged, whole) == 0, "%s: %s", whole, strerror(errno));
+    folder_remove(replaced);
     folder_sync(dir);
-    while (c->args->save_total_limit && checkpoint_find(dir, step, &oldest, &newest) > c->args->save_total_limit) folder_remove(arena_printf(&arena, "%s/checkpoint-%zu", dir, oldest));
+    while (c->args->save_total_limit && checkpoint_find(dir, &oldest, &newest) > c->args->save_total_limit) checkpoint_remove(dir, oldest);
     arena_free(&arena);
 }
 
@@ -3339,13 +3375,18 @@ static void checkpoint_resume(struct Checkpoint *c) {
     size_t oldest, newest = 0, found = 0, loaded = 0;
     const char *dir = c->args->output_dir, *from = c->args->resume_from_checkpoint;
     static const char *const files[] = {"model.safetensors", "adapter_model.safetensors"};
-    if (!dir) return;
-    signal(SIGINT, interrupt);
-    signal(SIGTERM, interrupt);
-    bool newest_one = from && strcmp(from, "true") == 0, any = checkpoint_find(dir, SIZE_MAX - 1, &oldest, &newest) > 0;
+    if (dir) {
+        checkpoint_remove(dir, SIZE_MAX);
+        signal(SIGINT, interrupt);
+        signal(SIGTERM, interrupt);
+    }
+    bool newest_one = dir && from && strcmp(from, "true") == 0, any = dir && checkpoint_find(dir, &oldest, &newest) > 0;
     if (any && !from) warn("%s holds checkpoint-%zu of an earlier run; this one starts over (--resume_from_checkpoint true would go on)", dir, newest);
     if (newest_one && !any) warn("%s: no whole checkpoint to resume from; starting over", dir);
-    if (!from || strcmp(from, "false") == 0 || (newest_one && !any)) return;
+    if (!from || strcmp(from, "false") == 0 || (newest_one && !any)) {
+        for (size_t i = 0; i < c->log_count; i++) output_open(c->logs[i], c->log_dir, c->log_names[i]);
+        return;
+    }
     if (newest_one) from = arena_printf(&arena, "%s/checkpoint-%zu", dir, newest);
     CHECK(file_exists(arena_printf(&arena, "%s/training_state.json", from)), "--resume_from_checkpoint %s: no checkpoint is there (a folder with training_state.json); `true` takes the newest in --output_dir", from);
     training_state_load(c, &arena, arena_printf(&arena, "%s/training_state.json", from));
@@ -3362,13 +3403,13 @@ static void checkpoint_resume(struct Checkpoint *c) {
     while (loaded < count && tensor_load(&st, moments[loaded])) loaded++;
     fclose(st.file);
     CHECK(2 * found == count && loaded == count, "%s: holds %zu of %zu tensors that train and %zu of %zu of their moments; are the model and flags those of the run that was saved?", from, found, count / 2, loaded, count);
-    for (size_t i = 0; i < COUNT(c->logs) && c->logs[i]; i++) file_append(c->logs[i]->file, arena_printf(&arena, "%s%s", from, strrchr(c->logs[i]->path, '/')));
+    for (size_t i = 0; i < c->log_count; i++) output_resume(c->logs[i], dir, c->log_names[i], arena_printf(&arena, "%s/..", from), c->log_bytes[i]);
     say("%s: going on after step %zu from %s\n", c->task, c->state->global_step, from);
     arena_free(&arena);
 }
 
 /* After each step: saves when it is time; after Ctrl-C saves and ends the program. */
-static void checkpoint_step(const struct Checkpoint *c) {
+static void checkpoint_step(struct Checkpoint *c) {
     const struct TrainingArguments *args = c->args;
     bool due = args->save_steps && c->state->global_step % args->save_steps == 0, stop = interrupted && c->state->global_step < c->state->max_steps;
     if (!args->output_dir || !(due || stop)) return;
@@ -4986,14 +5027,12 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, cons
     struct Output stats_all, rollout_log;
     size_t B = ppo->config.batch_size;
     state->max_steps = ppo->total_steps = steps;
+    struct Checkpoint checkpoint = checkpoint_new("ppo", ppo->model, ppo->tok, &ppo->args, state);
     if (output_dir) {
         make_folder(output_dir);
-        output_open(&stats_all, output_dir, "stats_all.jsonl");
-        output_open(&rollout_log, output_dir, "rollouts.jsonl");
+        checkpoint_log(&checkpoint, &stats_all, output_dir, "stats_all.jsonl");
+        checkpoint_log(&checkpoint, &rollout_log, output_dir, "rollouts.jsonl");
     }
-    struct Checkpoint checkpoint = checkpoint_new("ppo", ppo->model, ppo->tok, &ppo->args, state);
-    checkpoint.logs[0] = &stats_all;
-    checkpoint.logs[1] = &rollout_log;
     checkpoint_add(&checkpoint, "batch_size", SAVED_FIXED, &B, 1, 0);
     checkpoint_add(&checkpoint, "kl_coef", SAVED_DOUBLE, &ppo->kl_coef, 1, 0);
     checkpoint_add(&checkpoint, "moments", SAVED_DOUBLE, &ppo->moments, sizeof ppo->moments / sizeof(double), 0);

@@ -48,9 +48,10 @@ def checkpoints(folder):
     return sorted((n for n in names if n.startswith("checkpoint-")), key=lambda n: int(n.split("-")[1]))
 
 
-def whole(folder):
-    """Every safetensors file of a checkpoint is as long as its header says, every JSON file is JSON."""
-    for name in os.listdir(folder):
+def whole(folder, files):
+    """A checkpoint has the files that it should have; every safetensors file is as long as its header says, every JSON file is JSON."""
+    assert sorted(os.listdir(folder)) == files, (folder, sorted(os.listdir(folder)))
+    for name in files:
         data = open(os.path.join(folder, name), "rb").read()
         if name.endswith(".json"): json.loads(data)
         if name.endswith(".safetensors"):
@@ -81,8 +82,19 @@ def prepare():
         "ppo, LoRA": f"ppo {rolls} --mini_batch_size 4 {lora}", "reinforce, LoRA": f"reinforce {rolls} {lora}"}
 
 
-def killed_run(name, command, seconds, expected):
-    """Kills a run one to three times, resumes it, compares. Returns how often it was killed, or a complaint."""
+def resumed(command, out, expected):
+    """Resumes until the end; how that went, as a word."""
+    places = checkpoints(out)
+    done = subprocess.run(align(command, out, "--resume_from_checkpoint", "true"), capture_output=True, text=True)
+    if done.returncode: return f"resuming failed: {done.stderr.strip()}"
+    different = [f for f in set(expected) | set(contents(out)) if expected.get(f) != contents(out).get(f)]
+    if different: return f"differs after resuming from {places[-1:]}: {sorted(different)}"
+    if any(n.startswith("tmp-") for n in os.listdir(out)): return "a tmp- folder is left"
+    return f"resumed with {len(places)} checkpoints, the last {places[-1]}" if places else "resumed from the beginning"
+
+
+def killed_run(command, seconds, expected, files):
+    """Kills a run one to three times, resumes it, compares. Returns how often it was killed, and a word."""
     out, kills = f"{work}/killed", 0
     shutil.rmtree(out, ignore_errors=True)
     for attempt in range(draw.choice([1, 1, 2, 3])):
@@ -91,33 +103,67 @@ def killed_run(name, command, seconds, expected):
         kills += process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.wait()
-        for folder in checkpoints(out): whole(os.path.join(out, folder))
-    places = checkpoints(out)
-    done = subprocess.run(align(command, out, "--resume_from_checkpoint", "true"), capture_output=True, text=True)
-    if done.returncode: return kills, f"resuming failed: {done.stderr.strip()}"
-    different = [f for f in set(expected) | set(contents(out)) if expected.get(f) != contents(out).get(f)]
-    if different: return kills, f"differs after resuming from {places[-1:]}: {sorted(different)}"
-    if any(n.startswith("tmp-") for n in os.listdir(out)): return kills, "a tmp- folder is left"
-    return kills, f"resumed from {places[-1] if places else 'the beginning'}"
+        for folder in checkpoints(out): whole(os.path.join(out, folder), files)
+    return kills, resumed(command, out, expected)
+
+
+def interrupted_run(command, seconds, expected, files):
+    """Ctrl-C once: the step is finished and saved, the message says how to go on. Twice: it stops at once."""
+    out = f"{work}/interrupted"
+    shutil.rmtree(out, ignore_errors=True)
+    for times in (1, 2):
+        process = subprocess.Popen(align(command, out, "--resume_from_checkpoint", "true"), stderr=subprocess.PIPE, text=True)
+        while not checkpoints(out): time.sleep(0.002)                # until it trains
+        for _ in range(times):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.001)
+        message = process.communicate()[1].strip().split("\n")[-1]
+        for folder in checkpoints(out): whole(os.path.join(out, folder), files)
+        if times == 1 and (process.returncode != 1 or "interrupted after step" not in message or "--resume_from_checkpoint true" not in message):
+            return f"Ctrl-C: exit {process.returncode}: {message}"
+        if times == 2 and process.returncode not in (1, -signal.SIGINT): return f"Ctrl-C twice: exit {process.returncode}: {message}"
+    return resumed(command, out, expected)
+
+
+def started_over(command, seconds, expected, files):
+    """A run with another seed leaves checkpoints; one starts over in its folder and is killed: the newest are its own."""
+    out = f"{work}/over"
+    shutil.rmtree(out, ignore_errors=True)
+    subprocess.run(align(command, out, "--seed", "7"), check=True)
+    time.sleep(1.1)                                                  # checkpoints are told apart by their second
+    process = subprocess.Popen(align(command, out), stderr=subprocess.DEVNULL)
+    before = os.path.getmtime(f"{out}/{checkpoints(out)[0]}/training_state.json")
+    while process.poll() is None and os.path.getmtime(f"{out}/{checkpoints(out)[0]}/training_state.json") == before: time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return resumed(command, out, expected)
 
 
 passed = failed = total = 0
+
+
+def judge(name, word, kills=0):
+    global passed, failed, total
+    good = word.startswith("resumed")
+    total, passed, failed = total + kills, passed + good, failed + (not good)
+    print(f"{'ok  ' if good else 'FAIL'}  {name}: {word}", flush=True)
+
+
 os.environ["OMP_NUM_THREADS"] = "1"
-commands = prepare()
 runs = {}
-for name, command in commands.items():
+for name, command in prepare().items():
     begin = time.time()
     subprocess.run(align(command, f"{work}/alone"), check=True)
-    runs[name] = (command, time.time() - begin, contents(f"{work}/alone"))
+    files = sorted(os.listdir(f"{work}/alone/{checkpoints(f'{work}/alone')[0]}"))
+    runs[name] = (command, time.time() - begin, contents(f"{work}/alone"), files)
     shutil.rmtree(f"{work}/alone")
+for name in ("sft", "ppo, LoRA"): judge(f"{name}, Ctrl-C", interrupted_run(*runs[name]))
+judge("ppo, started over", started_over(*runs["ppo"]))
 while total < arguments.kills:
-    for name, (command, seconds, expected) in runs.items():
+    for name, run in runs.items():
         if total >= arguments.kills: break
-        kills, word = killed_run(name, command, seconds, expected)
-        good = word.startswith("resumed")
-        total += kills
-        passed, failed = passed + good, failed + (not good)
-        print(f"{'ok  ' if good else 'FAIL'}  {name} ({seconds:.1f} s): killed {kills} times, {word}", flush=True)
+        kills, word = killed_run(*run)
+        judge(f"{name} ({run[1]:.1f} s), killed {kills} times", word, kills)
 shutil.rmtree(work)
 print(f"{total} kills")
 print(f"{passed} passed, {failed} failed")
