@@ -6100,7 +6100,12 @@ enum Group {
     G_NEXT = 2048, G_TOKENIZE = 4096, G_RLHF = 8192, G_OUT = 16384, G_SEED = 32768, G_RUN = 65536, G_BATCH = 131072, G_JSON = 262144, G_BENCH = 524288,
     G_PEFT = 1 << 20, G_LORA = 1 << 21, G_ROLL = 1 << 22, G_RLOO = 1 << 23, G_EXACT = 1 << 24, G_COLLECT = 1 << 25, G_EVAL = 1 << 26, G_ALL = -1
 };
-enum Kind { KIND_STRING, KIND_LIST, KIND_SIZE, KIND_DOUBLE, KIND_BOOL, KIND_STOPPING, KIND_SEED };
+/* What a flag's value may be; of numbers, whole ones up to KIND_COUNT, the range is part of it. */
+enum Kind { KIND_STRING, KIND_LIST, KIND_BOOL, KIND_STOPPING, KIND_SEED, KIND_SIZE, KIND_COUNT, KIND_DOUBLE, KIND_POSITIVE, KIND_WEIGHT, KIND_SHARE, KIND_DECAY };
+static const struct { double least, most; const char *expected; } RANGES[] = {
+    [KIND_SEED] = {0, 0x1p64, "a whole number, 0 or more,"}, [KIND_SIZE] = {0, 0x1p40, "a whole number, 0 to 2^40,"}, [KIND_COUNT] = {1, 0x1p40, "a whole number, 1 to 2^40,"},
+    [KIND_DOUBLE] = {-FLT_MAX, FLT_MAX, "a number"}, [KIND_POSITIVE] = {FLT_MIN, FLT_MAX, "a number above 0"}, [KIND_WEIGHT] = {0, FLT_MAX, "a number, 0 or more,"},
+    [KIND_SHARE] = {0, 1, "a number from 0 to 1"}, [KIND_DECAY] = {0, 1 - DBL_EPSILON / 2, "a number from 0 to below 1"}};
 struct Flag { const char *name; enum Kind kind; size_t offset; int groups; const char *help; };
 #define AT(member) offsetof(struct Options, member)
 
@@ -6108,10 +6113,10 @@ static const struct Flag FLAGS[] = {
     {"model_name_or_path", KIND_STRING, AT(model_name_or_path), G_MODEL, "folder of a model (config.json, model.safetensors)"},
     {"peft_adapter", KIND_STRING, AT(peft_adapter), G_PEFT, "folder of a LoRA adapter (adapter_config.json, adapter_model.safetensors): added to the model; training goes on with it"},
     {"use_peft", KIND_BOOL, AT(use_peft), G_LORA, "train a new LoRA adapter instead of the model's weights"},
-    {"lora_r", KIND_SIZE, AT(lora.r), G_LORA, "its rank"},
-    {"lora_alpha", KIND_DOUBLE, AT(lora.lora_alpha), G_LORA, "its scale is lora_alpha / lora_r"},
+    {"lora_r", KIND_COUNT, AT(lora.r), G_LORA, "its rank"},
+    {"lora_alpha", KIND_POSITIVE, AT(lora.lora_alpha), G_LORA, "its scale is lora_alpha / lora_r"},
     {"use_rslora", KIND_BOOL, AT(lora.use_rslora), G_LORA, "its scale is lora_alpha / sqrt(lora_r)"},
-    {"lora_dropout", KIND_DOUBLE, AT(lora.lora_dropout), G_LORA, "only 0 is implemented"},
+    {"lora_dropout", KIND_WEIGHT, AT(lora.lora_dropout), G_LORA, "only 0 is implemented"},
     {"lora_target_modules", KIND_LIST, AT(lora.target_modules), G_LORA, "layers that get it: c_attn (default), c_proj, c_fc; attn.c_proj, mlp.c_proj; all-linear"},
     {"ref_model", KIND_STRING, AT(ref_model), G_REF, "folder of the reference model; default: the start model"},
     {"reward_model_path", KIND_STRING, AT(reward_model_path), G_ROLL, "folder of a reward model"},
@@ -6121,82 +6126,82 @@ static const struct Flag FLAGS[] = {
     {"tokenizer", KIND_STRING, AT(tokenizer), G_ALL, "tokenizer.bin; default: beside the program, then the current folder"},
     {"seed", KIND_SEED, AT(train.seed), G_SEED, "of all random numbers"},
     {"quiet", KIND_BOOL, AT(quiet), G_ALL, "no progress on stderr"},
-    {"learning_rate", KIND_DOUBLE, AT(train.learning_rate), G_TRAIN, "at its highest"},
+    {"learning_rate", KIND_WEIGHT, AT(train.learning_rate), G_TRAIN, "at its highest"},
     {"lr_scheduler_type", KIND_STRING, AT(train.lr_scheduler_type), G_TRAIN, "linear, cosine, constant, constant_with_warmup"},
     {"warmup_steps", KIND_SIZE, AT(train.warmup_steps), G_TRAIN, "steps over which the learning rate rises from 0"},
     {"optim", KIND_STRING, AT(train.optim), G_TRAIN, "adamw, sgd"},
-    {"adam_beta1", KIND_DOUBLE, AT(train.adam_beta1), G_TRAIN, "decay of the gradient's running mean"},
-    {"adam_beta2", KIND_DOUBLE, AT(train.adam_beta2), G_TRAIN, "decay of the squared gradient's running mean"},
-    {"adam_epsilon", KIND_DOUBLE, AT(train.adam_epsilon), G_TRAIN, "added to its square root"},
-    {"weight_decay", KIND_DOUBLE, AT(train.weight_decay), G_TRAIN, "on matrices; never on biases and layer norms"},
-    {"max_grad_norm", KIND_DOUBLE, AT(train.max_grad_norm), G_TRAIN, "longer gradients are shortened to this; 0: no limit"},
+    {"adam_beta1", KIND_DECAY, AT(train.adam_beta1), G_TRAIN, "decay of the gradient's running mean"},
+    {"adam_beta2", KIND_DECAY, AT(train.adam_beta2), G_TRAIN, "decay of the squared gradient's running mean"},
+    {"adam_epsilon", KIND_POSITIVE, AT(train.adam_epsilon), G_TRAIN, "added to its square root"},
+    {"weight_decay", KIND_WEIGHT, AT(train.weight_decay), G_TRAIN, "on matrices; never on biases and layer norms"},
+    {"max_grad_norm", KIND_WEIGHT, AT(train.max_grad_norm), G_TRAIN, "longer gradients are shortened to this; 0: no limit"},
     {"max_steps", KIND_SIZE, AT(train.max_steps), G_TRAIN, "optimizer (ppo: PPO) steps; overrides the epochs"},
-    {"logging_steps", KIND_SIZE, AT(train.logging_steps), G_TRAIN, "steps between log entries"},
+    {"logging_steps", KIND_COUNT, AT(train.logging_steps), G_TRAIN, "steps between log entries"},
     {"save_steps", KIND_SIZE, AT(train.save_steps), G_TRAIN, "steps between checkpoints, folders checkpoint-N in --output_dir; 0: none"},
     {"save_total_limit", KIND_SIZE, AT(train.save_total_limit), G_TRAIN, "how many to keep; 0: all"},
     {"resume_from_checkpoint", KIND_STRING, AT(train.resume_from_checkpoint), G_TRAIN, "go on from a folder checkpoint-N; true: from the newest in --output_dir"},
-    {"num_train_epochs", KIND_DOUBLE, AT(train.num_train_epochs), G_RUN, "passes over the data"},
-    {"per_device_train_batch_size", KIND_SIZE, AT(train.per_device_train_batch_size), G_RUN | G_BATCH, "rows (dpo, reward: pairs or rated texts) of a micro-batch"},
-    {"gradient_accumulation_steps", KIND_SIZE, AT(train.gradient_accumulation_steps), G_TRAIN, "micro-batches of an optimizer step"},
+    {"num_train_epochs", KIND_POSITIVE, AT(train.num_train_epochs), G_RUN, "passes over the data"},
+    {"per_device_train_batch_size", KIND_COUNT, AT(train.per_device_train_batch_size), G_RUN | G_BATCH, "rows (dpo, reward: pairs or rated texts) of a micro-batch"},
+    {"gradient_accumulation_steps", KIND_COUNT, AT(train.gradient_accumulation_steps), G_TRAIN, "micro-batches of an optimizer step"},
     {"eval_steps", KIND_SIZE, AT(train.eval_steps), G_RUN, "steps between evaluations; default: at the end"},
-    {"max_length", KIND_SIZE, AT(train.max_length), G_RUN | G_BATCH | G_LENGTH, "longest sequence in tokens"},
+    {"max_length", KIND_COUNT, AT(train.max_length), G_RUN | G_BATCH | G_LENGTH, "longest sequence in tokens"},
     {"train_sampling_strategy", KIND_STRING, AT(train.train_sampling_strategy), G_RUN, "random, sequential"},
-    {"n_layer", KIND_SIZE, AT(config.n_layer), G_NEW | G_EXACT, "blocks of a new model"},
-    {"n_head", KIND_SIZE, AT(config.n_head), G_NEW | G_EXACT, "attention heads"},
-    {"n_embd", KIND_SIZE, AT(config.n_embd), G_NEW | G_EXACT, "width"},
-    {"n_positions", KIND_SIZE, AT(config.n_positions), G_NEW, "longest context"},
+    {"n_layer", KIND_COUNT, AT(config.n_layer), G_NEW | G_EXACT, "blocks of a new model"},
+    {"n_head", KIND_COUNT, AT(config.n_head), G_NEW | G_EXACT, "attention heads"},
+    {"n_embd", KIND_COUNT, AT(config.n_embd), G_NEW | G_EXACT, "width"},
+    {"n_positions", KIND_COUNT, AT(config.n_positions), G_NEW, "longest context"},
     {"vocab_size", KIND_SIZE, AT(config.vocab_size), G_NEW, "ids, the end token included"},
     {"vocab_size", KIND_SIZE, AT(config.vocab_size), G_EXACT, "tokens, 2 to 16"},
     {"vocab_size", KIND_SIZE, AT(tokenize_vocab_size), G_TOKENIZE, "the smaller vocabulary of a model with so many ids"},
-    {"center_rewards_coefficient", KIND_DOUBLE, AT(center_rewards_coefficient), G_REWARD, "weight of (r_chosen + r_rejected)^2"},
+    {"center_rewards_coefficient", KIND_WEIGHT, AT(center_rewards_coefficient), G_REWARD, "weight of (r_chosen + r_rejected)^2"},
     {"loss_type", KIND_STRING, AT(loss_type), G_REWARD, "sigmoid: Bradley-Terry; bce: binary cross-entropy on text + label (alone with such data)"},
-    {"beta", KIND_DOUBLE, AT(dpo.beta), G_DPO, "how strongly DPO holds to the reference"},
-    {"beta", KIND_DOUBLE, AT(dpo.beta), G_RLOO | G_EXACT, "price of a nat of KL(policy || reference)"},
+    {"beta", KIND_POSITIVE, AT(dpo.beta), G_DPO, "how strongly DPO holds to the reference; at 0 the pairs would not count"},
+    {"beta", KIND_WEIGHT, AT(dpo.beta), G_RLOO | G_EXACT, "price of a nat of KL(policy || reference)"},
     {"baseline", KIND_STRING, AT(baseline), G_RLOO, "subtracted from the reward: none, mean (of earlier steps), rloo (leave one out)"},
-    {"num_generations", KIND_SIZE, AT(num_generations), G_RLOO | G_COLLECT, "answers to each prompt"},
+    {"num_generations", KIND_COUNT, AT(num_generations), G_RLOO | G_COLLECT, "answers to each prompt"},
     {"max_samples", KIND_SIZE, AT(max_samples), G_COLLECT | G_EVAL, "prompts used, from the first; 0: all"},
     {"loss_type", KIND_LIST, AT(loss_type), G_DPO, "sigmoid, ipo, hinge, robust, sft; several: sigmoid sft"},
     {"loss_weights", KIND_LIST, AT(loss_weights), G_DPO, "a weight for each loss_type: 1 0.2"},
-    {"label_smoothing", KIND_DOUBLE, AT(dpo.label_smoothing), G_DPO, "share of pairs thought to be labelled the wrong way round"},
+    {"label_smoothing", KIND_DECAY, AT(dpo.label_smoothing), G_DPO, "share of pairs thought to be labelled the wrong way round"},
     {"rollouts", KIND_STRING, AT(rollouts), G_PPO, "replay stored rollouts (query_ids, response_ids, score)"},
-    {"batch_size", KIND_SIZE, AT(ppo.batch_size), G_PPO | G_RLOO | G_BENCH, "rollouts of a step"},
-    {"mini_batch_size", KIND_SIZE, AT(ppo.mini_batch_size), G_PPO, "rollouts of one forward and backward pass"},
-    {"ppo_epochs", KIND_SIZE, AT(ppo.ppo_epochs), G_PPO, "passes over a batch of rollouts"},
-    {"init_kl_coef", KIND_DOUBLE, AT(ppo.init_kl_coef), G_PPO, "beta: the price of a nat of KL"},
+    {"batch_size", KIND_COUNT, AT(ppo.batch_size), G_PPO | G_RLOO | G_BENCH, "rollouts of a step"},
+    {"mini_batch_size", KIND_COUNT, AT(ppo.mini_batch_size), G_PPO, "rollouts of one forward and backward pass"},
+    {"ppo_epochs", KIND_COUNT, AT(ppo.ppo_epochs), G_PPO, "passes over a batch of rollouts"},
+    {"init_kl_coef", KIND_WEIGHT, AT(ppo.init_kl_coef), G_PPO, "beta: the price of a nat of KL"},
     {"adap_kl_ctrl", KIND_BOOL, AT(ppo.adap_kl_ctrl), G_PPO, "adapt it towards --target"},
-    {"target", KIND_DOUBLE, AT(ppo.target), G_PPO, "KL that the controller aims at"},
-    {"horizon", KIND_DOUBLE, AT(ppo.horizon), G_PPO, "samples over which it does"},
+    {"target", KIND_POSITIVE, AT(ppo.target), G_PPO, "KL that the controller aims at"},
+    {"horizon", KIND_POSITIVE, AT(ppo.horizon), G_PPO, "samples over which it does"},
     {"kl_penalty", KIND_STRING, AT(ppo.kl_penalty), G_PPO, "kl, abs, mse, full"},
-    {"gamma", KIND_DOUBLE, AT(ppo.gamma), G_PPO, "discount"},
-    {"lam", KIND_DOUBLE, AT(ppo.lam), G_PPO, "lambda of GAE"},
-    {"cliprange", KIND_DOUBLE, AT(ppo.cliprange), G_PPO, "of the probability ratio"},
-    {"cliprange_value", KIND_DOUBLE, AT(ppo.cliprange_value), G_PPO, "of the value"},
-    {"vf_coef", KIND_DOUBLE, AT(ppo.vf_coef), G_PPO, "weight of the value loss"},
+    {"gamma", KIND_SHARE, AT(ppo.gamma), G_PPO, "discount"},
+    {"lam", KIND_SHARE, AT(ppo.lam), G_PPO, "lambda of GAE"},
+    {"cliprange", KIND_WEIGHT, AT(ppo.cliprange), G_PPO, "of the probability ratio"},
+    {"cliprange_value", KIND_WEIGHT, AT(ppo.cliprange_value), G_PPO, "of the value"},
+    {"vf_coef", KIND_WEIGHT, AT(ppo.vf_coef), G_PPO, "weight of the value loss"},
     {"whiten_rewards", KIND_BOOL, AT(ppo.whiten_rewards), G_PPO, "whiten rewards before the advantages"},
-    {"score_clip", KIND_DOUBLE, AT(ppo.score_clip), G_PPO, "limit scores to +-this"},
+    {"score_clip", KIND_WEIGHT, AT(ppo.score_clip), G_PPO, "limit scores to +-this"},
     {"use_score_scaling", KIND_BOOL, AT(ppo.use_score_scaling), G_PPO, "divide scores by their running deviation"},
     {"use_score_norm", KIND_BOOL, AT(ppo.use_score_norm), G_PPO, "and subtract their running mean"},
-    {"ratio_threshold", KIND_DOUBLE, AT(ppo.ratio_threshold), G_PPO, "skip mini-batches whose mean ratio exceeds it"},
+    {"ratio_threshold", KIND_POSITIVE, AT(ppo.ratio_threshold), G_PPO, "skip mini-batches whose mean ratio exceeds it"},
     {"early_stopping", KIND_BOOL, AT(ppo.early_stopping), G_PPO, "stop a step's epochs at 1.5 * target_kl"},
-    {"target_kl", KIND_DOUBLE, AT(ppo.target_kl), G_PPO, "for early_stopping"},
-    {"input_min_text_length", KIND_SIZE, AT(input_min_text_length), G_ROLL, "prompts cut from texts: shortest"},
-    {"input_max_text_length", KIND_SIZE, AT(input_max_text_length), G_ROLL, "and longest plus one (LengthSampler)"},
-    {"output_min_length", KIND_SIZE, AT(output_min_length), G_PPO | G_RLOO, "responses: shortest limit"},
-    {"output_max_length", KIND_SIZE, AT(output_max_length), G_PPO | G_RLOO, "and longest plus one (LengthSampler)"},
+    {"target_kl", KIND_POSITIVE, AT(ppo.target_kl), G_PPO, "for early_stopping"},
+    {"input_min_text_length", KIND_COUNT, AT(input_min_text_length), G_ROLL, "prompts cut from texts: shortest"},
+    {"input_max_text_length", KIND_COUNT, AT(input_max_text_length), G_ROLL, "and longest plus one (LengthSampler)"},
+    {"output_min_length", KIND_COUNT, AT(output_min_length), G_PPO | G_RLOO, "responses: shortest limit"},
+    {"output_max_length", KIND_COUNT, AT(output_max_length), G_PPO | G_RLOO, "and longest plus one (LengthSampler)"},
     {"prompt", KIND_STRING, AT(prompt), G_PROMPT, "text to continue"},
-    {"temperature", KIND_DOUBLE, AT(generation.temperature), G_SAMPLE | G_NEXT | G_ROLL | G_RLHF | G_DPO, "divides the logits"},
+    {"temperature", KIND_POSITIVE, AT(generation.temperature), G_SAMPLE | G_NEXT | G_ROLL | G_RLHF | G_DPO, "divides the logits; towards 0 only the likeliest token is left"},
     {"top_k", KIND_SIZE, AT(generation.top_k), G_SAMPLE | G_NEXT | G_ROLL, "sample from the k likeliest; 0: all"},
-    {"top_p", KIND_DOUBLE, AT(generation.top_p), G_SAMPLE | G_NEXT | G_ROLL, "sample from the likeliest that hold this mass"},
-    {"repetition_penalty", KIND_DOUBLE, AT(generation.repetition_penalty), G_SAMPLE | G_NEXT, "above 1: ids already there become less likely"},
+    {"top_p", KIND_SHARE, AT(generation.top_p), G_SAMPLE | G_NEXT | G_ROLL, "sample from the likeliest that hold this mass"},
+    {"repetition_penalty", KIND_POSITIVE, AT(generation.repetition_penalty), G_SAMPLE | G_NEXT, "above 1: ids already there become less likely"},
     {"no_repeat_ngram_size", KIND_SIZE, AT(generation.no_repeat_ngram_size), G_SAMPLE, "no n-gram twice"},
-    {"max_new_tokens", KIND_SIZE, AT(generation.max_new_tokens), G_SAMPLE | G_COLLECT | G_EVAL | G_EXACT, "at most so many new tokens (exact: just so many)"},
+    {"max_new_tokens", KIND_COUNT, AT(generation.max_new_tokens), G_SAMPLE | G_COLLECT | G_EVAL | G_EXACT, "at most so many new tokens (exact: just so many)"},
     {"min_new_tokens", KIND_SIZE, AT(generation.min_new_tokens), G_SAMPLE, "at least so many"},
-    {"num_beams", KIND_SIZE, AT(generation.num_beams), G_SAMPLE, "beam search with so many beams"},
+    {"num_beams", KIND_COUNT, AT(generation.num_beams), G_SAMPLE, "beam search with so many beams"},
     {"length_penalty", KIND_DOUBLE, AT(generation.length_penalty), G_SAMPLE, "beam search: above 0 favours longer sequences"},
     {"early_stopping", KIND_STOPPING, AT(generation.early_stopping), G_SAMPLE, "beam search: false, true or never"},
     {"do_sample", KIND_BOOL, AT(generation.do_sample), G_SAMPLE, "draw tokens instead of taking the likeliest"},
-    {"num_return_sequences", KIND_SIZE, AT(generation.num_return_sequences), G_SAMPLE, "samples of each prompt"},
-    {"top_n", KIND_SIZE, AT(top_n), G_NEXT, "rows of the table"},
+    {"num_return_sequences", KIND_COUNT, AT(generation.num_return_sequences), G_SAMPLE, "samples of each prompt"},
+    {"top_n", KIND_COUNT, AT(top_n), G_NEXT, "rows of the table"},
     {"sweep", KIND_BOOL, AT(sweep), G_EXACT, "beta 4, 2, 1, 0.5, 0.25: the frontier of reward against KL"},
     {"json", KIND_BOOL, AT(json), G_JSON, "one JSON object a line"},
     {"jsonl", KIND_BOOL, AT(jsonl), G_TOKENIZE, "{\"text\"} a line in, {\"input_ids\"} a line out"},
@@ -6268,7 +6273,7 @@ static struct GPT2 *load_adapted(const struct Options *o, const struct Tokenizer
     CHECK(!is_adapter(o->model_name_or_path), "--model_name_or_path %s: is itself an adapter, a base is needed here; fold it into its base first: align merge", o->model_name_or_path);
     if (o->use_peft && o->peft_adapter) die_usage("--use_peft starts a new adapter, --peft_adapter goes on with one: give one of them");
     if (o->lora.lora_dropout != 0) die_usage("--lora_dropout %g: only 0 is implemented; leave it out", o->lora.lora_dropout);
-    if (o->lora.r == 0 || o->lora.r > 1 << 16) die_usage("--lora_r %zu: 1 to 65536 can be used", o->lora.r);
+    if (o->lora.r > 1 << 16) die_usage("--lora_r %zu: 1 to 65536 can be used", o->lora.r);
     if (o->use_peft) adapter_new(model, o->lora, o->train.seed);
     else adapter_load(model, o->peft_adapter);
     model->adapter.base_model_name_or_path = o->model_name_or_path;
@@ -6464,15 +6469,15 @@ static void parse_loss_types(struct Options *o) {
         char *end;
         weight += strspn(weight, " ,");
         o->dpo.weight[k] = strtod(weight, &end);
-        if (end == weight) die_usage("--loss_weights \"%s\" has fewer numbers than --loss_type has names", o->loss_weights);
-        weight = end;
+        if (end == weight || !(o->dpo.weight[k] >= 0 && o->dpo.weight[k] <= FLT_MAX)) weight = "x";
+        else weight = end;
     }
+    if (weight && weight[strspn(weight, " ,")]) die_usage("--loss_weights \"%s\": a number, 0 or more, for each of --loss_type's names was expected", o->loss_weights);
 }
 
 static void command_dpo(struct Options *o) {
     parse_loss_types(o);
-    CHECK(o->dpo.beta > 0, "--beta %g: must be above 0; at 0 the pairs would not count", o->dpo.beta);
-    CHECK(o->dpo.label_smoothing >= 0 && o->dpo.label_smoothing < 0.5, "--label_smoothing %g: a share of mislabelled pairs, from 0 to below 0.5", o->dpo.label_smoothing);
+    CHECK(o->dpo.label_smoothing < 0.5, "--label_smoothing %g: a share of mislabelled pairs, from 0 to below 0.5", o->dpo.label_smoothing);
     open_model(o, true);
     load_reference(o);
     open_data(o, DPO_SHAPES, 1);
@@ -6506,7 +6511,8 @@ static size_t encode_prompts(struct Options *o, struct Example *prompts) {
 
 /* Where rollouts come from: prompts of the data set, answers of the model, rewards of the reward model. */
 static struct RolloutSource open_rollouts(struct Options *o, struct Scorer *scorer) {
-    CHECK(o->output_min_length > 0 && o->output_max_length > o->output_min_length && o->input_min_text_length > 0 && o->input_max_text_length > o->input_min_text_length, "a LengthSampler takes lengths from its minimum, 1 or more, to below its maximum");
+    CHECK(o->output_max_length > o->output_min_length, "--output_max_length %zu: more than --output_min_length, %zu, was expected: lengths are drawn from the one to below the other", o->output_max_length, o->output_min_length);
+    CHECK(o->input_max_text_length > o->input_min_text_length, "--input_max_text_length %zu: more than --input_min_text_length, %zu, was expected: lengths are drawn from the one to below the other", o->input_max_text_length, o->input_min_text_length);
     struct RolloutSource source = {.shuffle = rng_seed(o->train.seed, STREAM_ORDER + 100), .lengths = rng_seed(o->train.seed, STREAM_LENGTH + 100), .sample = rng_seed(o->train.seed, STREAM_SAMPLE),
         .output_length = {o->output_min_length, o->output_max_length}, .generation = o->generation, .num_generations = 1};
     source.generation.do_sample = true;
@@ -6522,7 +6528,6 @@ static struct RolloutSource open_rollouts(struct Options *o, struct Scorer *scor
 }
 
 static void command_ppo(struct Options *o) {
-    CHECK(o->ppo.batch_size > 0 && o->ppo.mini_batch_size > 0 && o->ppo.ppo_epochs > 0, "--batch_size, --mini_batch_size and --ppo_epochs must be 1 or more");
     choice("kl_penalty", o->ppo.kl_penalty, "kl, abs, mse, full");
     need(o->train.output_dir, "output_dir");
     if (!o->rollouts) need(o->reward_model_path, "reward_model_path (or --rollouts)");
@@ -6548,7 +6553,7 @@ static void command_ppo(struct Options *o) {
 
 static void command_reinforce(struct Options *o) {
     size_t baseline = choice("baseline", o->baseline, "none, mean, rloo"), n = o->ppo.batch_size, each = o->num_generations;
-    CHECK(each > 0 && n > 0 && n % each == 0, "--batch_size %zu must be a multiple of --num_generations %zu, both 1 or more", n, each);
+    CHECK(n % each == 0, "--batch_size %zu must be a multiple of --num_generations %zu", n, each);
     CHECK(each > 1 || baseline != BASELINE_RLOO, "--baseline rloo needs other answers to the same prompt: --num_generations 2 or more");
     need(o->reward_model_path, "reward_model_path");
     open_model(o, true);
@@ -6598,12 +6603,10 @@ static void print_generation_json(const struct Tokenizer *tok, struct Arena *are
 
 static void command_generate(struct Options *o) {
     struct GenerationConfig *g = &o->generation;
-    CHECK(g->temperature > 0, "--temperature %g: must be above 0; for the likeliest token leave --do_sample out", g->temperature);
-    CHECK(g->num_return_sequences > 0, "--num_return_sequences must be 1 or more");
     CHECK(g->num_return_sequences == 1 || g->do_sample || g->num_beams > 1, "--num_return_sequences %zu: without --do_sample or --num_beams all of them would be the same", g->num_return_sequences);
     CHECK(g->num_beams == 1 || g->num_return_sequences <= g->num_beams, "--num_return_sequences %zu: %zu beams give at most as many", g->num_return_sequences, g->num_beams);
     open_model(o, false);
-    CHECK(g->num_beams > 0 && 2 * g->num_beams <= MIN((size_t)256, o->model->config.vocab_size), "--num_beams %zu: 1 to 128 can be used", g->num_beams);
+    CHECK(2 * g->num_beams <= MIN((size_t)256, o->model->config.vocab_size), "--num_beams %zu: 1 to 128 can be used", g->num_beams);
     if (!o->prompt && !o->dataset_name) die_usage("--prompt TEXT is needed, or --dataset_name FILE with a \"prompt\" a line");
     if (!o->prompt) open_data(o, ONLY_PROMPT_SHAPES, 1);
     size_t V = o->model->config.vocab_size, n = o->data ? o->data->n : 1, each = g->num_return_sequences;
@@ -6632,7 +6635,6 @@ static void command_generate(struct Options *o) {
 
 /* The distribution of the next token after a prompt. [glossary: Distribuição (em ML)] */
 static void command_next(struct Options *o) {
-    CHECK(o->generation.temperature > 0, "--temperature %g: must be above 0", o->generation.temperature);
     open_model(o, false);
     struct Arena *arena = &o->arena;
     struct GPT2 *model = o->model;
@@ -7207,18 +7209,16 @@ static int parse_flag(struct Options *o, const struct Flag *flag, const char *va
         return is_true || is_false || never;
     }
     if (!value) die_usage("--%s needs a value (%s)", flag->name, flag->help);
-    if (flag->kind == KIND_STRING || flag->kind == KIND_LIST) *(const char **)to = value;
-    if (flag->kind == KIND_DOUBLE) {
-        *(double *)to = strtod(value, &end);
-        if (end == value || *end || !isfinite(*(double *)to)) die_usage("--%s %s: a number was expected", flag->name, value);
-    }
-    if (flag->kind == KIND_SIZE || flag->kind == KIND_SEED) {
-        errno = 0;
-        unsigned long long number = strtoull(value, &end, 10);
-        if (!isdigit((unsigned char)*value) || *end || errno || (flag->kind == KIND_SIZE && number > 1ull << 40)) die_usage("--%s %s: a whole number, 0 or more, was expected", flag->name, value);
-        if (flag->kind == KIND_SIZE) *(size_t *)to = (size_t)number;
-        else *(uint64_t *)to = number;
-    }
+    if (flag->kind == KIND_STRING || flag->kind == KIND_LIST) return *(const char **)to = value, 1;
+    errno = 0;
+    bool whole = flag->kind <= KIND_COUNT;
+    unsigned long long size = strtoull(value, &end, 10);
+    double number = whole ? (double)size : strtod(value, &end);
+    bool read = whole ? isdigit((unsigned char)*value) && !errno : end != value;
+    if (!read || *end || !(number >= RANGES[flag->kind].least && number <= RANGES[flag->kind].most)) die_usage("--%s %s: %s was expected (%s)", flag->name, value, RANGES[flag->kind].expected, flag->help);
+    if (!whole) *(double *)to = number;
+    else if (flag->kind == KIND_SEED) *(uint64_t *)to = size;
+    else *(size_t *)to = (size_t)size;
     return 1;
 }
 
@@ -7289,9 +7289,9 @@ static void check_training(const struct Options *o) {
     choice("lr_scheduler_type", t->lr_scheduler_type, "linear, cosine, constant, constant_with_warmup");
     choice("optim", t->optim, "adamw, sgd");
     choice("train_sampling_strategy", t->train_sampling_strategy, "random, sequential");
-    if (!t->per_device_train_batch_size || !t->gradient_accumulation_steps || !t->logging_steps || !t->max_length) die_usage("batch size, accumulation, --logging_steps and --max_length must be 1 or more");
     if (t->per_device_train_batch_size > 4096) die_usage("--per_device_train_batch_size %zu: at most 4096; larger steps by --gradient_accumulation_steps", t->per_device_train_batch_size);
-    if (t->num_train_epochs <= 0 && !t->max_steps) die_usage("--num_train_epochs %g: must be above 0", t->num_train_epochs);
+    if (o->generation.temperature < 1e-6) die_usage("--temperature %g: 1e-6 or more was expected; less takes the likeliest token as well, but overflows", o->generation.temperature);
+    if (t->num_train_epochs > 1e9) die_usage("--num_train_epochs %g: at most 1e9; Ctrl-C ends a run too, and saves it", t->num_train_epochs);
 }
 
 /* A thread that waits for the others spins for a while before it sleeps. GNU's OpenMP spins for
