@@ -1350,7 +1350,24 @@ struct Batch {
     size_t *start, *target_start;     /* (B+1) */
     int *row, *target;                /* (R) */
     size_t *shared, *fork;            /* (B) or NULL: from row fork[b] on, sequence b goes on from its first shared[b] rows (collate_pairs) */
+    size_t *slot;                     /* (N) in decoding: the sequence of the KV cache that a token belongs to (chapter 12) */
 };
+
+/* A batch of B sequences without a token yet, and room for `tokens` of them. */
+static struct Batch batch_new(struct Arena *arena, size_t B, size_t tokens) {
+    return (struct Batch){
+        .B = B, .tokens = tokens, .ids = arena_alloc(arena, tokens, sizeof(int)), .position = arena_alloc(arena, tokens, sizeof(int)),
+        .row = arena_alloc(arena, tokens, sizeof(int)), .target = arena_alloc(arena, tokens, sizeof(int)),
+        .start = arena_zeros(arena, B + 1, sizeof(size_t)), .target_start = arena_zeros(arena, B + 1, sizeof(size_t))};
+}
+
+/* Tokens t0..t1-1 of a sequence become a batch's next rows. */
+static void batch_append(struct Batch *batch, const int *ids, size_t t0, size_t t1) {
+    for (size_t t = t0; t < t1; t++, batch->N++) {
+        batch->ids[batch->N] = ids[t];
+        batch->position[batch->N] = (int)t;
+    }
+}
 
 /* collate -- sequences of different lengths into one batch.           [glossary: Função coladora]
  * TRL's collators pad to a rectangle (B, T_max), mask the padding out of attention and set the
@@ -1363,41 +1380,21 @@ struct Batch {
 enum LastToken { SKIP_LAST, READ_LAST };
 
 static struct Batch collate(struct Arena *arena, const struct Example *const *examples, size_t B, enum LastToken last) {
-    size_t tokens = 0, N = 0, at = 0;
-    for (size_t b = 0; b < B; b++) {
-        tokens += examples[b]->n;
-        N += examples[b]->n - (last == SKIP_LAST && examples[b]->n > 0);
-    }
-    struct Batch batch = {
-        .B = B, .N = N, .tokens = tokens,
-        .ids = arena_alloc(arena, N, sizeof(int)), .position = arena_alloc(arena, N, sizeof(int)),
-        .row = arena_alloc(arena, N, sizeof(int)), .target = arena_alloc(arena, N, sizeof(int)),
-        .start = arena_alloc(arena, B + 1, sizeof(size_t)), .target_start = arena_alloc(arena, B + 1, sizeof(size_t))};
+    size_t tokens = 0;
+    for (size_t b = 0; b < B; b++) tokens += examples[b]->n;
+    struct Batch batch = batch_new(arena, B, tokens);
     for (size_t b = 0; b < B; b++) {
         const struct Example *e = examples[b];
-        batch.start[b] = at;
-        batch.target_start[b] = batch.R;
-        size_t inputs = e->n - (last == SKIP_LAST && e->n > 0);
-        batch.max_length = MAX(batch.max_length, inputs);
-        for (size_t t = 0; t < inputs; t++, at++) {
-            batch.ids[at] = e->ids[t];
-            batch.position[at] = (int)t;
-            if (t + 1 >= e->n || t + 1 < e->prompt_length) continue;
-            batch.row[batch.R] = (int)at;
-            batch.target[batch.R++] = e->ids[t + 1];
+        for (size_t t = MAX(e->prompt_length, (size_t)1); t < e->n; t++) {
+            batch.row[batch.R] = (int)(batch.N + t - 1);
+            batch.target[batch.R++] = e->ids[t];
         }
+        batch_append(&batch, e->ids, 0, e->n - (last == SKIP_LAST && e->n > 0));
+        batch.start[b + 1] = batch.N;
+        batch.target_start[b + 1] = batch.R;
+        batch.max_length = MAX(batch.max_length, batch.N - batch.start[b]);
     }
-    batch.start[B] = at;
-    batch.target_start[B] = batch.R;
     return batch;
-}
-
-/* Tokens t0..t1-1 of an example become a batch's next rows. */
-static void batch_append(struct Batch *batch, const struct Example *e, size_t t0, size_t t1) {
-    for (size_t t = t0; t < t1; t++, batch->N++) {
-        batch->ids[batch->N] = e->ids[t];
-        batch->position[batch->N] = (int)t;
-    }
 }
 
 /* collate_pairs -- chosen and rejected answers to the same prompts, 2B examples (all chosen first), in one batch in which a prompt is
@@ -1407,29 +1404,28 @@ static void batch_append(struct Batch *batch, const struct Example *e, size_t t0
  * By hand: prompt 2, answers of 3 and 4 tokens: rows 2+2 and 3 instead of 4 + 5.        test: collate_pairs */
 static struct Batch collate_pairs(struct Arena *arena, const struct Example *const *examples, size_t B, size_t C) {
     struct Batch batch = collate(arena, examples, 2 * B, SKIP_LAST);        /* the targets stay, the rows are laid out anew */
-    size_t *length = arena_alloc(arena, 2 * B, sizeof *length);
-    for (size_t b = 0; b < 2 * B; b++) length[b] = batch.start[b + 1] - batch.start[b];
+    const size_t *from = batch.start, *target_start = batch.target_start;
+    batch.start = arena_zeros(arena, 2 * B + 1, sizeof *batch.start);
     batch.shared = arena_zeros(arena, 2 * B, sizeof *batch.shared);
     batch.fork = arena_zeros(arena, 2 * B, sizeof *batch.fork);
     batch.N = batch.B = 0;
-    for (size_t b = 0; b < B; b++) {
-        const struct Example *chosen = examples[b], *rejected = examples[B + b];
-        size_t prompt = MIN(MIN(chosen->prompt_length, length[b]), length[B + b]), at = batch.N;
-        if ((double)prompt * 6 * (double)C <= (double)(length[b] - prompt) * (double)(length[B + b] - prompt)) prompt = 0;
-        batch.start[batch.B] = at;
-        batch_append(&batch, chosen, 0, length[b]);
-        if (prompt == 0) batch.start[++batch.B] = batch.N;
+    for (size_t b = 0, at = 0; b < B; b++, at = batch.N) {
+        size_t chosen = from[b + 1] - from[b], rejected = from[B + b + 1] - from[B + b], fork = at + chosen;
+        size_t prompt = MIN(MIN(examples[b]->prompt_length, chosen), rejected);
+        if ((double)prompt * 6 * (double)C <= (double)(chosen - prompt) * (double)(rejected - prompt)) prompt = 0;
+        batch_append(&batch, examples[b]->ids, 0, chosen);
+        batch_append(&batch, examples[B + b]->ids, prompt, rejected);
+        if (prompt == 0) batch.start[++batch.B] = fork;
         else {
             batch.shared[batch.B] = prompt;
-            batch.fork[batch.B] = length[b];
+            batch.fork[batch.B] = chosen;
         }
-        size_t fork = batch.N;
-        batch_append(&batch, rejected, prompt, length[B + b]);
         batch.start[++batch.B] = batch.N;
-        size_t *target_start = batch.target_start, t = length[b] - (target_start[b + 1] - target_start[b]);        /* the row of the first target */
-        for (size_t r = target_start[b]; r < target_start[b + 1]; r++) batch.row[r] = (int)(at + t++);
-        t = length[B + b] - (target_start[B + b + 1] - target_start[B + b]);
-        for (size_t r = target_start[B + b]; r < target_start[B + b + 1]; r++, t++) batch.row[r] = (int)(t < prompt ? at + t : fork + t - prompt);
+        for (size_t r = target_start[b]; r < target_start[b + 1]; r++) batch.row[r] += (int)at - (int)from[b];
+        for (size_t r = target_start[B + b]; r < target_start[B + b + 1]; r++) {
+            size_t t = (size_t)batch.row[r] - from[B + b];
+            batch.row[r] = (int)(t < prompt ? at + t : fork + t - prompt);
+        }
     }
     return batch;
 }
@@ -3622,12 +3618,8 @@ struct KVCache {
 };
 
 static struct KVCache kv_cache_new(const struct GPT2 *model, struct Arena *arena, size_t B, size_t capacity) {
-    struct KVCache cache = {.B = B, .capacity = capacity};
     size_t floats = model->config.n_layer * B * capacity * model->config.n_embd;
-    cache.k = arena_floats(arena, floats);
-    cache.v = arena_floats(arena, floats);
-    cache.length = arena_zeros(arena, B, sizeof *cache.length);
-    return cache;
+    return (struct KVCache){B, capacity, arena_floats(arena, floats), arena_floats(arena, floats), arena_zeros(arena, B, sizeof(size_t))};
 }
 
 /* Sequence `slot` of a cache becomes a copy of sequence `from_slot` of another. */
@@ -3651,38 +3643,44 @@ WIDE static void attention_cached_head(float *out, const float *q, const float *
         for (size_t c = 0; c < s.HS; c++) out[c] += p[j] * v[j * s.C + c];
 }
 
-/* Rows of a decoding batch: row n belongs to sequence[n] and stands at batch.position[n]. Stores their
- * keys and values, then attends. */
-static void attention_cached(float *out, const float *qkv, const struct Batch *batch, const size_t *sequence, struct KVCache *cache, size_t layer, struct AttentionShape s) {
+/* Stores the keys and values of a decoding batch, then attends. */
+static void attention_cached(float *out, const float *qkv, const struct Batch *batch, struct KVCache *cache, size_t layer, struct AttentionShape s) {
     for (size_t n = 0; n < batch->N; n++) {
-        size_t at = ((layer * cache->B + sequence[n]) * cache->capacity + (size_t)batch->position[n]) * s.C;
+        size_t at = ((layer * cache->B + batch->slot[n]) * cache->capacity + (size_t)batch->position[n]) * s.C;
         memcpy(cache->k + at, qkv + n * 3 * s.C + s.C, s.C * sizeof(float));
         memcpy(cache->v + at, qkv + n * 3 * s.C + 2 * s.C, s.C * sizeof(float));
     }
     #pragma omp parallel for if(batch->N * s.NH > 16)
     for (size_t task = 0; task < batch->N * s.NH; task++) {
-        size_t n = task / s.NH, h = task % s.NH, at = (layer * cache->B + sequence[n]) * cache->capacity * s.C + h * s.HS;
+        size_t n = task / s.NH, h = task % s.NH, at = (layer * cache->B + batch->slot[n]) * cache->capacity * s.C + h * s.HS;
         attention_cached_head(out + n * s.C + h * s.HS, qkv + n * 3 * s.C + h * s.HS, cache->k + at, cache->v + at, s, (size_t)batch->position[n] + 1);
     }
 }
 
 /* gpt2_decode -- pushes new tokens through the model, with the past in the cache. Returns hidden (N,C). */
-static float *gpt2_decode(const struct GPT2 *model, struct Arena *arena, const struct Batch *batch, const size_t *sequence, struct KVCache *cache) {
+static float *gpt2_decode(const struct GPT2 *model, struct Arena *arena, const struct Batch *batch, struct KVCache *cache) {
     size_t N = batch->N, C = model->config.n_embd;
     struct BlockActivations a = block_activations(arena, &model->config, N);
     embedding_forward(a.x, batch, model->wte.w, model->wpe.w, C);
     for (size_t l = 0; l < model->config.n_layer; l++) {
         block_forward_qkv(model, &model->h[l], &a, N);
-        attention_cached(a.att, a.qkv, batch, sequence, cache, l, attention_shape(C, model->config.n_head));
+        attention_cached(a.att, a.qkv, batch, cache, l, attention_shape(C, model->config.n_head));
         block_forward_rest(model, &model->h[l], &a, a.x, N);
     }
-    for (size_t n = 0; n < N; n++) cache->length[sequence[n]] = MAX(cache->length[sequence[n]], (size_t)batch->position[n] + 1);
+    for (size_t n = 0; n < N; n++) cache->length[batch->slot[n]] = (size_t)batch->position[n] + 1;
     layernorm_forward(a.ln_1, a.ln_1_mean, a.ln_1_rstd, a.x, model->ln_f.weight.w, model->ln_f.bias.w, N, C, model->config.layer_norm_epsilon);
     return a.ln_1;
 }
 
-/* A sequence being written: prompt, then what was generated. stream: each token is printed as it comes. */
-struct Sequence { int *ids; size_t n, prompt_length, max_length; bool finished; struct Rng rng; const struct Tokenizer *stream; };
+/* A sequence being written: prompt, then what was generated. */
+struct Sequence {
+    int *ids;
+    size_t n, prompt_length, max_length, slot;          /* slot: its place in the KV cache */
+    float score;                                        /* of a beam: the log-probability of what was generated */
+    bool finished;
+    struct Rng rng;
+    const struct Tokenizer *stream;                     /* not NULL: each token is printed as it comes */
+};
 
 /* Logits of ids that already occurred are divided by the penalty if positive, multiplied if negative:
  * less likely either way, once an id however often it occurred [15]. [glossary: Penalidade de repetição]
@@ -3736,11 +3734,6 @@ static void process_top_k(float *logits, size_t V, size_t k) {
 
 struct Candidate { float logit; int id; };
 
-static int compare_candidates_up(const void *a, const void *b) {
-    const struct Candidate *x = a, *y = b;
-    return x->logit != y->logit ? (x->logit > y->logit) - (x->logit < y->logit) : (x->id > y->id) - (x->id < y->id);
-}
-
 static int compare_candidates_down(const void *a, const void *b) {
     const struct Candidate *x = a, *y = b;
     return x->logit != y->logit ? (x->logit < y->logit) - (x->logit > y->logit) : (x->id > y->id) - (x->id < y->id);
@@ -3753,12 +3746,12 @@ static void process_top_p(float *logits, size_t V, double p, size_t least) {
     struct Candidate *order = malloc(V * sizeof *order);
     CHECK(order, "out of memory");
     size_t n = 0;
-    for (size_t v = 0; v < V; v++) if (logits[v] > -INFINITY) order[n++] = (struct Candidate){logits[v], (int)v};
-    qsort(order, n, sizeof *order, compare_candidates_up);
+    for (size_t v = 0; v < V; v++) if (logits[v] > -INFINITY) order[n++] = (struct Candidate){-logits[v], (int)v};     /* minus: the smallest first */
+    qsort(order, n, sizeof *order, compare_candidates_down);
     double total = 0, removed = 0;
-    for (size_t i = 0; i < n; i++) total += exp((double)order[i].logit - order[n - 1].logit);
+    for (size_t i = 0; i < n; i++) total += exp((double)order[n - 1].logit - order[i].logit);
     for (size_t i = 0; i + least < n; i++) {
-        removed += exp((double)order[i].logit - order[n - 1].logit) / total;
+        removed += exp((double)order[n - 1].logit - order[i].logit) / total;
         if (removed > 1 - p) break;
         logits[order[i].id] = -INFINITY;
     }
@@ -3806,48 +3799,39 @@ static void sequence_extend(struct Sequence *s, float *logits, size_t V, const s
 }
 
 /* The rows that the next pass of the model needs: a sequence's prompt at first, its newest token later. */
-static struct Batch decode_batch(struct Arena *arena, struct Sequence **active, const size_t *slot, size_t count, const struct KVCache *cache, size_t *sequence, int *last_row) {
-    struct Batch batch = {.B = count};
-    for (size_t i = 0; i < count; i++) batch.N += active[i]->n - cache->length[slot[i]];
-    batch.ids = arena_alloc(arena, batch.N, sizeof *batch.ids);
-    batch.position = arena_alloc(arena, batch.N, sizeof *batch.position);
-    size_t n = 0;
+static struct Batch decode_batch(struct Arena *arena, struct Sequence **active, size_t count, const struct KVCache *cache) {
+    size_t N = 0;
+    for (size_t i = 0; i < count; i++) N += active[i]->n - cache->length[active[i]->slot];
+    struct Batch batch = batch_new(arena, count, N);
+    batch.slot = arena_alloc(arena, N, sizeof *batch.slot);
     for (size_t i = 0; i < count; i++) {
-        for (size_t t = cache->length[slot[i]]; t < active[i]->n; t++, n++) {
-            batch.ids[n] = active[i]->ids[t];
-            batch.position[n] = (int)t;
-            sequence[n] = slot[i];
-        }
-        last_row[i] = (int)n - 1;
+        batch_append(&batch, active[i]->ids, cache->length[active[i]->slot], active[i]->n);
+        batch.start[i + 1] = batch.N;
+        for (size_t n = batch.start[i]; n < batch.N; n++) batch.slot[n] = active[i]->slot;
     }
     return batch;
 }
 
-/* Advances every active sequence by one token; returns the logits (count,V) it came from. */
-static float *generate_step(const struct GPT2 *model, struct Arena *arena, struct Sequence **active, const size_t *slot, size_t count, struct KVCache *cache) {
-    size_t C = model->config.n_embd, V = model->config.vocab_size, rows = 0;
-    for (size_t i = 0; i < count; i++) rows += active[i]->n - cache->length[slot[i]];
-    size_t *sequence = arena_alloc(arena, rows, sizeof *sequence);
-    int *last_row = arena_alloc(arena, count, sizeof *last_row);
-    struct Batch batch = decode_batch(arena, active, slot, count, cache, sequence, last_row);
-    float *hidden = gpt2_decode(model, arena, &batch, sequence, cache);
+/* The logits (count,V) that the next token of each active sequence comes from. */
+static float *generate_step(const struct GPT2 *model, struct Arena *arena, struct Sequence **active, size_t count, struct KVCache *cache) {
+    size_t C = model->config.n_embd, V = model->config.vocab_size;
+    struct Batch batch = decode_batch(arena, active, count, cache);
+    float *hidden = gpt2_decode(model, arena, &batch, cache);
     float *last = arena_floats(arena, count * C), *logits = arena_floats(arena, count * V);
-    for (size_t i = 0; i < count; i++) memcpy(last + i * C, hidden + (size_t)last_row[i] * C, C * sizeof *last);
+    for (size_t i = 0; i < count; i++) memcpy(last + i * C, hidden + (batch.start[i + 1] - 1) * C, C * sizeof *last);
     output_logits(model, logits, last, count);
     return logits;
 }
 
-/* A beam: a sequence and the log-probability of what was generated. */
-struct Beam { int *ids; size_t n; float score; };
 enum { UNFILLED = -1000000000 };                       /* transformers' score of a finished sequence that is not there yet */
 
-static struct Beam *beams_new(struct Arena *arena, size_t count, size_t max_length) {
-    struct Beam *beams = arena_alloc(arena, count, sizeof *beams);
-    for (size_t i = 0; i < count; i++) beams[i] = (struct Beam){arena_alloc(arena, max_length, sizeof(int)), 0, UNFILLED};
+static struct Sequence *beams_new(struct Arena *arena, size_t count, size_t max_length) {
+    struct Sequence *beams = arena_zeros(arena, count, sizeof *beams);
+    for (size_t i = 0; i < count; i++) beams[i] = (struct Sequence){.ids = arena_alloc(arena, max_length, sizeof(int)), .slot = i, .score = UNFILLED};
     return beams;
 }
 
-static void beam_set(struct Beam *beam, const struct Beam *from, int id, float score) {
+static void beam_set(struct Sequence *beam, const struct Sequence *from, int id, float score) {
     memcpy(beam->ids, from->ids, from->n * sizeof *beam->ids);
     beam->ids[from->n] = id;
     beam->n = from->n + 1;
@@ -3873,7 +3857,7 @@ static size_t beam_candidates(float *score, size_t n, size_t most, struct Rng *s
 
 /* Logits of the running beams -> their score with each possible next token: log-probability so far plus
  * log softmax, which the processors act on without normalizing it again. */
-static void beam_scores(float *logits, const struct Beam *running, size_t beams, size_t V, size_t start, const struct GenerationConfig *config, int end_token) {
+static void beam_scores(float *logits, const struct Sequence *running, size_t beams, size_t V, size_t start, const struct GenerationConfig *config, int end_token) {
     #pragma omp parallel for
     for (size_t b = 0; b < beams; b++) {
         float *row = logits + b * V, lse = log_sum_exp(row, V, thread_scratch(SCRATCH_ROW, V));
@@ -3886,11 +3870,11 @@ static void beam_scores(float *logits, const struct Beam *running, size_t beams,
 
 /* A sequence that ended enters the pool if its score, divided by its length to the power of length_penalty,
  * beats the worst there. The pool stays sorted, best first. */
-static void beam_finish(struct Beam *pool, size_t K, const struct Beam *from, int id, float score) {
+static void beam_finish(struct Sequence *pool, size_t K, const struct Sequence *from, int id, float score) {
     if (score <= pool[K - 1].score) return;
     beam_set(&pool[K - 1], from, id, score);
     for (size_t i = K - 1; i > 0 && pool[i].score > pool[i - 1].score; i--) {
-        struct Beam better = pool[i];
+        struct Sequence better = pool[i];
         pool[i] = pool[i - 1];
         pool[i - 1] = better;
     }
@@ -3909,27 +3893,22 @@ static void beam_search(const struct GPT2 *model, struct Sequence *sequences, co
     struct Arena arena = {0}, step_arena = {0};
     size_t K = config->num_beams, V = model->config.vocab_size, start = sequences->n, max_length = sequences->max_length, beams = 1;
     int end_token = model->config.eos_token_id;
-    struct Beam *running = beams_new(&arena, K, max_length), *next = beams_new(&arena, K, max_length), *pool = beams_new(&arena, K, max_length);
+    struct Sequence *running = beams_new(&arena, K, max_length), *next = beams_new(&arena, K, max_length), *pool = beams_new(&arena, K, max_length);
+    struct Sequence **active = arena_alloc(&arena, K, sizeof *active);
     struct KVCache cache = kv_cache_new(model, &arena, K, max_length), spare = kv_cache_new(model, &arena, K, max_length);
     struct Candidate *best = arena_alloc(&arena, 2 * K, sizeof *best), *going = arena_alloc(&arena, 2 * K, sizeof *going);
-    struct Sequence *view = arena_alloc(&arena, K, sizeof *view), **active = arena_alloc(&arena, K, sizeof *active);
-    size_t *slot = arena_alloc(&arena, K, sizeof *slot);
     memcpy(running[0].ids, sequences->ids, start * sizeof(int));
     running[0].n = start;
     running[0].score = 0;
     for (bool hope = true, full = false; hope && !(full && config->early_stopping == STOP_TRUE) && running[0].n < max_length;) {
         arena_reset(&step_arena);
-        for (size_t b = 0; b < beams; b++) {
-            view[b] = (struct Sequence){.ids = running[b].ids, .n = running[b].n};
-            active[b] = &view[b];
-            slot[b] = b;
-        }
-        float *score = generate_step(model, &step_arena, active, slot, beams, &cache);
+        for (size_t b = 0; b < beams; b++) active[b] = &running[b];
+        float *score = generate_step(model, &step_arena, active, beams, &cache);
         beam_scores(score, running, beams, V, start, config, end_token);
         size_t count = beam_candidates(score, beams * V, 2 * K, config->do_sample ? &sequences->rng : NULL, &step_arena, best), left = 0;
         size_t length = running[0].n + 1 - start;
         for (size_t i = 0; i < count; i++) {
-            const struct Beam *from = &running[(size_t)best[i].id / V];
+            const struct Sequence *from = &running[(size_t)best[i].id / V];
             int id = (int)((size_t)best[i].id % V);
             if (id != end_token && from->n + 1 < max_length) going[left++] = best[i];
             else if (i < K) beam_finish(pool, K, from, id, (float)(best[i].logit / pow((double)length, config->length_penalty)));
@@ -3943,7 +3922,7 @@ static void beam_search(const struct GPT2 *model, struct Sequence *sequences, co
             beam_set(&next[i], &running[from], (int)((size_t)going[i].id % V), going[i].logit);
             kv_cache_copy(model, &spare, i, &cache, from);
         }
-        struct Beam *swap = running;
+        struct Sequence *swap = running;
         running = next;
         next = swap;
         struct KVCache swap_cache = cache;
@@ -3973,10 +3952,10 @@ static void generate(const struct GPT2 *model, struct Sequence *sequences, size_
     for (size_t i = 0; config->num_beams > 1 && i < n; i += config->num_return_sequences) beam_search(model, sequences + i, config);
     for (size_t first = 0; config->num_beams == 1 && first < n; first += GENERATE_TOGETHER) {
         struct Sequence *active[GENERATE_TOGETHER];
-        size_t slot[GENERATE_TOGETHER], count = MIN(n - first, (size_t)GENERATE_TOGETHER), capacity = 0;
+        size_t count = MIN(n - first, (size_t)GENERATE_TOGETHER), capacity = 0;
         for (size_t i = 0; i < count; i++) {
             active[i] = &sequences[first + i];
-            slot[i] = i;
+            active[i]->slot = i;
             capacity = MAX(capacity, active[i]->max_length);
         }
         arena_reset(&arena);
@@ -3984,11 +3963,11 @@ static void generate(const struct GPT2 *model, struct Sequence *sequences, size_
         for (;;) {
             size_t left = 0;                                  /* finished sequences drop out */
             for (size_t i = 0; i < count; i++)
-                if (!active[i]->finished && active[i]->n < active[i]->max_length) { active[left] = active[i]; slot[left++] = slot[i]; }
+                if (!active[i]->finished && active[i]->n < active[i]->max_length) active[left++] = active[i];
             count = left;
             if (count == 0) break;
             arena_reset(&step_arena);
-            float *logits = generate_step(model, &step_arena, active, slot, count, &cache);
+            float *logits = generate_step(model, &step_arena, active, count, &cache);
             #pragma omp parallel for schedule(dynamic) if(count > 1)
             for (size_t i = 0; i < count; i++) sequence_extend(active[i], logits + i * V, V, config, model->config.eos_token_id);
         }
@@ -3999,10 +3978,8 @@ static void generate(const struct GPT2 *model, struct Sequence *sequences, size_
 
 /* A sequence that starts with `n` ids and may grow by max_new tokens, as far as the context allows. */
 static struct Sequence sequence_start(struct Arena *arena, const int *ids, size_t n, size_t max_new, const struct GPT2 *model, struct Rng rng) {
-    size_t max_length = MIN(n + max_new, model->config.n_positions);
-    struct Sequence s = {.n = n, .prompt_length = n, .max_length = max_length, .rng = rng};
-    s.ids = arena_alloc(arena, MAX(n, max_length), sizeof *s.ids);
-    memcpy(s.ids, ids, n * sizeof *ids);
+    struct Sequence s = {.n = n, .prompt_length = n, .max_length = MIN(n + max_new, model->config.n_positions), .rng = rng};
+    s.ids = memcpy(arena_alloc(arena, MAX(n, s.max_length), sizeof *s.ids), ids, n * sizeof *ids);
     return s;
 }
 

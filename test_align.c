@@ -2273,22 +2273,20 @@ static void test_generate_decode(void) {
     struct Activations acts = gpt2_forward(model, &test_arena, &whole, false);
     struct KVCache cache = kv_cache_new(model, &test_arena, 3, 70);
     struct Sequence s[3], *active[3];
-    size_t fed[3] = {0}, slot[3], sequence[70 * 3];
-    int last_row[3];
+    size_t fed[3] = {0};
     for (size_t step = 0; step < 70; step++) {
         size_t count = 0, row = 0;
         for (size_t i = 0; i < 3; i++) {
             size_t n = MIN(e[i].n, step ? fed[i] + 1 : 3 + 4 * i);
             if (n == fed[i]) continue;
-            s[i] = (struct Sequence){.ids = e[i].ids, .n = n};
-            active[count] = &s[i];
-            slot[count++] = i;
+            s[i] = (struct Sequence){.ids = e[i].ids, .n = n, .slot = i};
+            active[count++] = &s[i];
         }
-        struct Batch batch = decode_batch(&test_arena, active, slot, count, &cache, sequence, last_row);
-        float *hidden = gpt2_decode(model, &test_arena, &batch, sequence, &cache);
-        for (size_t i = 0; i < count; i++)
-            for (; fed[slot[i]] < active[i]->n; fed[slot[i]]++, row++)
-                expect_floats("hidden", hidden + row * 16, widen(acts.ln_f + (whole.start[slot[i]] + fed[slot[i]]) * 16, 16), 16, 2e-5);
+        struct Batch batch = decode_batch(&test_arena, active, count, &cache);
+        float *hidden = gpt2_decode(model, &test_arena, &batch, &cache);
+        for (size_t i = 0, b; i < count; i++)
+            for (b = active[i]->slot; fed[b] < active[i]->n; fed[b]++, row++)
+                expect_floats("hidden", hidden + row * 16, widen(acts.ln_f + (whole.start[b] + fed[b]) * 16, 16), 16, 2e-5);
     }
     gpt2_free(model);
 }
