@@ -3255,7 +3255,7 @@ static void training_state_load(struct Checkpoint *c, struct Arena *arena, const
         struct Json *list = json_get(json, s->name), *item = list && list->type == JSON_ARRAY ? list->child : NULL;
         for (size_t i = 0; i < s->n; i++, item = item->next) {
             CHECK(item, "%s: \"%s\" has %zu numbers, %zu were expected; are data and flags those of the run that was saved?", path, s->name, i, s->n);
-            CHECK(item->type == JSON_NUMBER || (s->kind == SAVED_DOUBLE && item->type == JSON_NULL), "%s: \"%s\": number %zu is none", path, s->name, i + 1);
+            CHECK(item->type == JSON_NUMBER || (s->kind == SAVED_DOUBLE && item->type == JSON_NULL), "%s: \"%s\": item %zu is no number", path, s->name, i + 1);
             uint64_t whole = strtoull(item->string.data ? item->string.data : "0", NULL, 10);
             if (s->kind == SAVED_DOUBLE) ((double *)s->at)[i] = item->type == JSON_NULL ? NAN : item->number;
             if (s->kind == SAVED_BITS) ((uint64_t *)s->at)[i] = whole;

@@ -2093,6 +2093,118 @@ static void test_trainer_threads(void) {
     for (int threads = 1; threads <= 3; threads++) gpt2_free(model[threads]);
 }
 
+/* A run of 7 steps with checkpoints each 2, or what is left of it after checkpoint-`from`. */
+static struct Trainer checkpointed_run(struct Example *examples, const char *dir, size_t from, size_t limit) {
+    struct Trainer trainer = trainer_of(new_model(40, 16, 8, 1, 2), 0.01, 7, 2);
+    trainer.args.logging_steps = 3;
+    trainer.args.save_steps = 2;
+    trainer.args.save_total_limit = limit;
+    trainer.args.output_dir = dir;
+    if (from) trainer.args.resume_from_checkpoint = arena_printf(&test_arena, "%s/checkpoint-%zu", dir, from);
+    language_task(&trainer, examples, 5);
+    make_folder(dir);
+    trainer_train(&trainer);
+    return trainer;
+}
+
+/* A run that goes on from a checkpoint ends as one that never stopped: weights, and the log but for the clock. Steps 3
+ * to 5 lie across an epoch's end and a log entry. */
+static void test_checkpoint_resume(void) {
+    struct Example examples[5];
+    for (size_t i = 0; i < 5; i++) examples[i] = random_example(6 + i, 1, 40);
+    const char *dir = temporary("checkpoints");
+    struct Trainer whole = checkpointed_run(examples, dir, 0, 0);
+    for (size_t from = 2; from <= 6; from += 2) {
+        struct Trainer rest = checkpointed_run(examples, dir, from, 0);
+        expect_same_weights(arena_printf(&test_arena, "from step %zu", from), rest.model, whole.model);
+        expect_count("entries", rest.state.log_count, whole.state.log_count);
+        for (size_t i = 0; i < whole.state.log_count; i++) {
+            expect_close("loss", logged(&rest, i, "loss"), logged(&whole, i, "loss"), 1e-8);           /* a log has 9 digits */
+            expect_close("epoch", logged(&rest, i, "epoch"), logged(&whole, i, "epoch"), 1e-9);
+        }
+        expect_close("train_loss", logged(&rest, rest.state.log_count - 1, "train_loss"), logged(&whole, whole.state.log_count - 1, "train_loss"), 0);
+        gpt2_free(rest.model);
+        trainer_free(&rest);
+    }
+    gpt2_free(whole.model);
+    trainer_free(&whole);
+}
+
+/* save_total_limit keeps those written last; what a killed run left half written or half removed is taken away, and is no checkpoint. */
+static void test_checkpoint_limit(void) {
+    struct Example examples[5];
+    size_t oldest = 0, newest = 0;
+    for (size_t i = 0; i < 5; i++) examples[i] = random_example(6, 1, 40);
+    const char *dir = temporary("limited");
+    make_folder(temporary("limited/tmp-checkpoint-8"));
+    write_bytes("limited/tmp-checkpoint-8/training_state.json", "{", 1);
+    make_folder(temporary("limited/checkpoint-9"));                              /* without a state: none of ours */
+    struct Trainer trainer = checkpointed_run(examples, dir, 0, 2);
+    expect_count("how many", checkpoint_find(dir, &oldest, &newest), 2);
+    expect_true("which", oldest == 4 && newest == 6 && !file_exists(temporary("limited/checkpoint-2")));
+    expect_true("left over", !file_exists(temporary("limited/tmp-checkpoint-8")) && file_exists(temporary("limited/checkpoint-9")));
+    struct timespec times[2] = {{.tv_sec = 1000}, {.tv_sec = 1000}};
+    utimensat(AT_FDCWD, temporary("limited/checkpoint-6/training_state.json"), times, 0);
+    checkpoint_find(dir, &oldest, &newest);
+    expect_true("by time", oldest == 6 && newest == 4);
+    gpt2_free(trainer.model);
+    trainer_free(&trainer);
+}
+
+/* What is no checkpoint of this run is refused, with its place. argument: a file and a text in it, and what to write there instead. */
+static void resume_changed(const void *argument) {
+    const char *const *change = argument;
+    struct Example examples[5];
+    const char *dir = arena_printf(&test_arena, "%s/changed%zu", folder, (size_t)change[3]);
+    struct Rng rng = test_rng;
+    for (size_t i = 0; i < 5; i++) examples[i] = random_example(6, 1, 40);
+    test_rng = rng;
+    struct Trainer trainer = checkpointed_run(examples, dir, 0, 0);
+    gpt2_free(trainer.model);
+    trainer_free(&trainer);
+    const char *name = arena_printf(&test_arena, "%s/checkpoint-4/%s", dir + strlen(folder) + 1, change[0]);
+    struct Text text = read_file(&test_arena, temporary(name)), before = {text.data, text.length};
+    const char *at = change[1] ? memmem(text.data, text.length, change[1], strlen(change[1])) : text.data + text.length / 2;
+    CHECK(at, "test_align: %s has no %s", name, change[1]);
+    before.length = (size_t)(at - text.data);
+    struct Text behind = {at + (change[1] ? strlen(change[1]) : 0), change[1] ? text.length - before.length - strlen(change[1]) : 0};
+    text = text_join(&test_arena, text_join(&test_arena, before, text_of(change[2])), behind);
+    write_bytes(name, text.data, text.length);
+    checkpointed_run(examples, dir, 4, 0);
+}
+
+static void test_checkpoint_errors(void) {
+    static const char *const changes[][4] = {
+        {"training_state.json", "\"test\"", "\"dpo\"", "a checkpoint of \"dpo\", not of \"test\""},
+        {"training_state.json", "\"rows\": [5]", "\"rows\": [6]", "\"rows\" was 6, now it is 5"},
+        {"training_state.json", "\"seed\": [42]", "\"seed\": [43]", "\"seed\" was 43, now it is 42"},
+        {"training_state.json", "\"samples\": [", "\"samples\": [true, ", "\"samples\": item 1 is no number"},
+        {"training_state.json", "\"total_loss\": [", "\"total_loss\": [], \"x\": [", "\"total_loss\" has 0 numbers, 1 were expected"},
+        {"training_state.json", NULL, "", "not JSON"},
+        {"trainer_state.json", "\"log_history\"", "\"log\"", "lacks \"epoch\" or \"log_history\""},
+        {"trainer_state.json", "\"global_step\": 4", "\"global_step\": -4", "\"global_step\" must be a whole number"},
+        {"optimizer.safetensors", "exp_avg_sq.wte", "exp_avg_sq.wtx", "of their moments"},
+        {"model.safetensors", NULL, "", "cut short?"}};
+    for (size_t i = 0; i < COUNT(changes); i++) expect_end(changes[i][3], resume_changed, changes[i], 1, changes[i][3]);
+}
+
+/* A log that grew on after the checkpoint loses what came later; finished or not, beside the checkpoint or copied from elsewhere. */
+static void test_output_resume(void) {
+    struct Output out;
+    for (int finished = 0; finished < 2; finished++)
+        for (int elsewhere = 0; elsewhere < 2; elsewhere++) {
+            make_folder(temporary("log"));
+            make_folder(temporary("log2"));
+            write_bytes(finished ? "log/a.jsonl" : "log/a.jsonl.tmp", "one\ntwo\nthree\n", 14);
+            output_resume(&out, temporary(elsewhere ? "log2" : "log"), "a.jsonl", temporary("log"), 8);
+            fputs("3\n", out.file);
+            output_close(&out);
+            expect_text("log", read_file(&test_arena, temporary(elsewhere ? "log2/a.jsonl" : "log/a.jsonl")), "one\ntwo\n3\n");
+            remove(temporary("log/a.jsonl"));
+            remove(temporary("log/a.jsonl.tmp"));
+        }
+}
+
 /* =============================================================================================
  * Chapter 12 - Generation
  * ============================================================================================= */
@@ -3910,7 +4022,9 @@ static const struct { const char *name; void (*run)(void); } TESTS[] = {
     {"gpt2_init", test_gpt2_init}, {"gpt2_save", test_gpt2_save}, {"gpt2_load", test_gpt2_load}, {"reward_golden", test_reward_golden}, {"reward_rows", test_reward_rows},
     {"reward_head_gradient", test_reward_head_gradient}, {"lora_hand", test_lora_hand}, {"lora_targets", test_lora_targets}, {"lora_start", test_lora_start}, {"lora_gradient", test_lora_gradient}, {"lora_merge", test_lora_merge},
     {"lora_reference", test_lora_reference}, {"lora_frozen", test_lora_frozen}, {"lora_round_trip", test_lora_round_trip}, {"lora_broken", test_lora_broken}, {"adamw_golden", test_adamw_golden}, {"adamw_hand", test_adamw_hand}, {"schedule", test_schedule},
-    {"trainer_steps", test_trainer_steps}, {"trainer_state", test_trainer_state}, {"trainer_threads", test_trainer_threads}, {"generate_golden", test_generate_golden}, {"beam_search_golden", test_beam_search_golden}, {"beam_search_exhaustive", test_beam_search_exhaustive},
+    {"trainer_steps", test_trainer_steps}, {"trainer_state", test_trainer_state}, {"trainer_threads", test_trainer_threads},
+    {"checkpoint_resume", test_checkpoint_resume}, {"checkpoint_limit", test_checkpoint_limit}, {"checkpoint_errors", test_checkpoint_errors}, {"output_resume", test_output_resume},
+    {"generate_golden", test_generate_golden}, {"beam_search_golden", test_beam_search_golden}, {"beam_search_exhaustive", test_beam_search_exhaustive},
     {"beam_candidates", test_beam_candidates},
     {"generate_filters_golden", test_generate_filters_golden}, {"generate_processors", test_generate_processors}, {"generate_distribution", test_generate_distribution},
     {"generate_decode", test_generate_decode}, {"kth_largest", test_kth_largest}, {"generate_cache", test_generate_cache}, {"language_pack", test_language_pack},
