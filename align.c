@@ -6891,106 +6891,103 @@ static void command_merge(struct Options *o) {
 }
 
 /* A term of docs/glossary.md: a heading, then a line for each label. */
-enum TermLine { TERM_NAME, TERM_ALIASES, TERM_ENGLISH, TERM_PORTUGUESE, TERM_CODE, TERM_TEST, TERM_TRY, TERM_SEE_ALSO, TERM_LINES };
+enum { TERM_NAME, TERM_ALIASES, TERM_ENGLISH, TERM_PORTUGUESE, TERM_CODE, TERM_LINES = 8 };
 static const char *const TERM_LABELS[TERM_LINES] = {"### ", "- Aliases: ", "- English: ", "- Portugu\xc3\xaas: ", "- In align.c: ", "- Test: ", "- Try: ", "- See also: "};
-struct Term { const char *theme, *line[TERM_LINES]; size_t rank; };          /* rank: see term_rank */
-static size_t edit_distance(const char *a, const char *b);
 
 /* Text as it is compared: small letters without accents, one space for all else and at both ends, a line end between two names.
  * By hand: "Otimização; Top-p" -> " otimizacao \n top p ".                                               test: glossary_fold */
 static const char *fold(struct Arena *arena, const char *text) {
     static const char latin[] = "aaaaaaaceeeeiiiidnooooo ouuuuyps";          /* U+00C0 to U+00DF; small letters are 32 further on */
-    char *folded = arena_zeros(arena, 4 * strlen(text) + 8, 1), *to = stpcpy(folded, " ");
-    for (size_t i = 0, n = strlen(text), length; i <= n; i += MAX(length, (size_t)1)) {      /* the NUL too: a last space */
+    size_t n = strlen(text);
+    char *folded = arena_zeros(arena, 4 * n + 8, 1), *to = folded + 1;
+    folded[0] = ' ';
+    for (size_t i = 0, length; i <= n; i += MAX(length, (size_t)1)) {        /* the NUL too: a last space */
         uint32_t c;
         length = utf8_read((const unsigned char *)text + i, n - i, &c);
         if (length == 0 || (c < 0xc0 ? c != ';' && c != 0xb7 && !isalnum((int)c) : c >= 0x2000 && c < 0x2c00)) c = ' ';
         if (c >= 0xc0 && c <= 0xff) c = (unsigned char)latin[c & 31];
         if ((c >= 'A' && c <= 'Z') || (c >= 0x391 && c <= 0x3a9)) c += 32;                   /* Latin and Greek capitals */
-        if (c == ';' || c == 0xb7) to = stpcpy(to, to[-1] == ' ' ? "\n " : " \n ");
+        if (c == ';' || c == 0xb7) to += sprintf(to, to[-1] == ' ' ? "\n " : " \n ");
         else if ((c < 0x300 || c > 0x36f) && (c != ' ' || to[-1] != ' ')) to += utf8_write(to, c);       /* not an accent of its own */
     }
     return folded;
 }
 
-/* How a folded query fits a term: 0 a name; 1 the beginning of one; 2 words inside one; 2 + edits misspelt, an edit for every four
- * letters; 100 in the definition; 100 + edits. Edits are those to a name, from any of its words on, cut to the query's length. */
-static size_t term_rank(struct Arena *arena, const struct Term *term, const char *query) {
-    const char *keys = fold(arena, arena_printf(arena, ";%s;%s;", term->line[TERM_NAME], term->line[TERM_ALIASES]));
-    size_t edits = SIZE_MAX / 2, n = strlen(query) - 2, cut = MIN(n, (size_t)60);
-    if (strstr(keys, arena_printf(arena, "\n%s\n", query))) return 0;
-    if (strstr(keys, arena_printf(arena, "\n%.*s", (int)n + 1, query))) return 1;
-    if (strstr(keys, query)) return 2;
-    for (const char *c = keys + 1, *asked = arena_printf(arena, "%.*s", (int)cut, query + 1); (c = strchr(c, ' ')); c++)
-        edits = MIN(edits, edit_distance(asked, arena_printf(arena, "%.*s", (int)MIN(cut, strcspn(c + 1, "\n")), c + 1)));
-    if (edits <= cut / 4) return 2 + edits;
-    return strstr(fold(arena, arena_printf(arena, "%s %s", term->line[TERM_ENGLISH], term->line[TERM_PORTUGUESE])), query) ? 100 : 100 + edits;
+/* Insertions, deletions and exchanges that turn a into b: to guess what a mistyped word meant. */
+static size_t edit_distance(const char *a, const char *b) {
+    size_t n = MIN(strlen(b), (size_t)63), row[64];
+    for (size_t j = 0; j <= n; j++) row[j] = j;
+    for (size_t i = 0; a[i]; i++) {
+        size_t diagonal = row[0];
+        row[0] = i + 1;
+        for (size_t j = 0; j < n; j++) {
+            size_t change = diagonal + (a[i] != b[j]);
+            diagonal = row[j + 1];
+            row[j + 1] = MIN(change, MIN(row[j], row[j + 1]) + 1);
+        }
+    }
+    return row[n];
 }
 
-/* `label`, then the text behind it, in lines of at most 88 columns; of a character's bytes in UTF-8 the later ones are 10xxxxxx. */
-static void print_wrapped(const char *label, const char *text) {
-    int indent = (int)strlen(label) - (*label == '\n'), at = indent, n, width;
-    for (fputs(label, stdout); *text; text += n) {                           /* a word, with the space before it */
-        for (n = width = 0; text[n] && (n == 0 || text[n] != ' '); n++) width += ((unsigned char)text[n] & 0xc0) != 0x80;
-        bool wraps = (at += width) > 88 && *text == ' ';
-        if (wraps) at = printf("\n%*s", indent, "") + width - 2;
-        printf("%.*s", n - wraps, text + wraps);
-    }
-    putchar('\n');
+/* How a folded query fits a term: 0 it is a name; 1 the beginning of one; 2 words of one; 3 words of a definition; 4 + the
+ * fewest edits that make it the words somewhere in a name. */
+static size_t term_rank(struct Arena *arena, char *const *line, const char *query) {
+    const char *names = fold(arena, arena_printf(arena, ";%s;%s;", line[TERM_NAME], line[TERM_ALIASES] + strlen(TERM_LABELS[TERM_ALIASES])));
+    size_t edits = SIZE_MAX / 2;
+    int n = (int)strlen(query) - 1;
+    if (strstr(names, arena_printf(arena, "\n%s\n", query))) return 0;
+    if (strstr(names, arena_printf(arena, "\n%.*s", n, query))) return 1;
+    if (strstr(names, query)) return 2;
+    if (strstr(fold(arena, arena_printf(arena, "%s %s", line[TERM_ENGLISH], line[TERM_PORTUGUESE])), query)) return 3;
+    for (const char *word = names; (word = strchr(word, ' ')); word++) edits = MIN(edits, edit_distance(query, arena_printf(arena, "%.*s ", n, word)));
+    return 4 + edits;
 }
 
-/* The line of align.c on which a function ("name(") or a struct ("struct name {") is defined; 0: nowhere. */
-static size_t definition_line(const char *at, const char *opening) {
-    for (size_t line = 1, length; *at; at += length + (at[length] != 0), line++) {
-        length = strcspn(at, "\n");
-        const char *name = memmem(at, length, opening, strlen(opening));
-        bool is_function = name && name > at && strchr(" *", name[-1]) && isalpha((unsigned char)*at) && (at[length - 1] == ')' || memmem(name, length - (size_t)(name - at), ") {", 3));
-        if (is_function || (name == at && strncmp(at, "struct ", 7) == 0)) return line;
-    }
-    return 0;
+/* Cuts the next line off a text; NULL at its end. */
+static char *cut_line(char **rest) {
+    char *line = *rest, *end = line ? strchr(line, '\n') : NULL;
+    if (end) *end = 0;
+    *rest = end ? end + 1 : NULL;
+    return line;
 }
 
-static void print_term(struct Arena *arena, const struct Term *term) {
-    const char *path = shipped_file(arena, "align.c"), *source = file_exists(path) ? read_file(arena, path).data : "", *label = "\ncode      ", *chapter = "";
-    for (int i = TERM_NAME; i <= TERM_PORTUGUESE; i++) print_wrapped(i == TERM_NAME ? "" : i == TERM_ALIASES ? "also      " : "\n  ", term->line[i]);
-    for (const char *at = term->line[TERM_CODE], *name; *(name = at + strcspn(at, "`")); at = name + strspn(name, "`"), label = "") {
-        const char *stated = strstr(at, "chapter ");                          /* chapter 5, `a`, `b`; chapter 8, `c` */
-        if (stated && stated < name) chapter = stated;
-        int n = (int)strcspn(++name, "`");
-        size_t line = definition_line(source, arena_printf(arena, "%.*s%s", n, name, strncmp(name, "struct ", 7) ? "(" : " {"));
-        printf("%-10s%-12.*s%s%.*s\n", label, (int)strcspn(chapter, ","), chapter, line ? arena_printf(arena, "align.c:%zu ", line) : "", n, name);
-        name += n;
+/* A term as it stands in the glossary, and the lines of align.c where its functions and structs begin. */
+static void print_term(struct Arena *arena, char *const *term) {
+    const char *path = shipped_file(arena, "align.c");
+    char *rest = file_exists(path) ? (char *)read_file(arena, path).data : NULL, *line;
+    for (int k = 0; k < TERM_LINES; k++) puts(k == TERM_NAME ? term[k] + strlen(TERM_LABELS[k]) : term[k]);
+    for (size_t number = 1; (line = cut_line(&rest)); number++) {
+        size_t n = strcspn(line, "({"), first = n;
+        if (!isalpha((unsigned char)*line) || !line[n] || (line[n] == '(' && line[strlen(line) - 1] == ';')) continue;      /* no definition */
+        while (line[n] == '(' && first > 0 && (isalnum((unsigned char)line[first - 1]) || line[first - 1] == '_')) first--;
+        const char *name = line[n] == '(' ? arena_printf(arena, "%.*s", (int)(n - first), line + first) : arena_printf(arena, "%.*s", (int)n - 1, line);
+        if (strstr(term[TERM_CODE], arena_printf(arena, "`%s`", name))) printf("align.c:%zu %s\n", number, name);
     }
-    for (const char *c = arena_printf(arena, "test      ./test_align %s\ntry       %s", term->line[TERM_TEST], term->line[TERM_TRY]); *c; c++) if (*c != '`') putchar(*c);
-    print_wrapped("\nsee also  ", term->line[TERM_SEE_ALSO]);
 }
 
 /* align glossary [TERM] -- the term, or those that fit as well as the best of them; without TERM all. */
 static void command_glossary(struct Options *o) {
-    const char *path = shipped_file(&o->arena, "docs/glossary.md"), *theme = "", *query = fold(&o->arena, o->file ? o->file : "");
+    const char *path = shipped_file(&o->arena, "docs/glossary.md"), *query = fold(&o->arena, o->file ? o->file : "");
     CHECK(file_exists(path), "docs/glossary.md is neither beside the program nor in the current folder; run align in the folder it came in");
     struct Text file = read_file(&o->arena, path);
-    struct Term *terms = arena_zeros(&o->arena, file.length / 64 + 1, sizeof *terms);         /* the labels alone take more than 64 bytes */
-    size_t count = 0, number = 1, best = SIZE_MAX, hits = 0, wanted = TERM_NAME, shown = MIN(strlen(query) - 1, (size_t)61);      /* of the query, by whole characters */
-    while (((unsigned char)query[shown] & 0xc0) == 0x80) shown--;
-    for (char *rest = (char *)file.data, *line; (line = strsep(&rest, "\n")); number++) {
-        bool labelled = strncmp(line, TERM_LABELS[wanted], strlen(TERM_LABELS[wanted])) == 0;
-        CHECK(labelled ? wanted || strstr(line, " \xc2\xb7 ") : !wanted, "%s:%zu: expected \"%s\"; the file's head says how a term is written", path, number, wanted ? TERM_LABELS[wanted] : "### Portuguese \xc2\xb7 English");
-        if (strncmp(line, "## ", 3) == 0) theme = line + 3;
-        if (labelled && wanted == TERM_NAME) terms[count++].theme = theme;
-        if (labelled) terms[count - 1].line[wanted] = line + strlen(TERM_LABELS[wanted]);
-        wanted = (wanted + labelled) % TERM_LINES;
+    char **line = arena_alloc(&o->arena, file.length + 2, sizeof *line), *rest = (char *)file.data;
+    size_t *rank = arena_alloc(&o->arena, file.length + 2, sizeof *rank), lines = 0, best = SIZE_MAX, hits = 0;
+    while ((line[lines] = cut_line(&rest))) rank[lines++] = SIZE_MAX;
+    for (size_t i = 0; i < lines; i++) {
+        if (strncmp(line[i], "### ", 4) != 0) continue;
+        for (size_t k = 0; k < TERM_LINES; k++)
+            CHECK(i + k < lines && strncmp(line[i + k], TERM_LABELS[k], strlen(TERM_LABELS[k])) == 0 && (k > 0 || strstr(line[i], " \xc2\xb7 ")), "%s:%zu: expected \"%s\"; the file's head says how a term is written", path, i + k + 1, k ? TERM_LABELS[k] : "### Portuguese \xc2\xb7 English");
+        rank[i] = term_rank(&o->arena, line + i, query);
+        hits = rank[i] < best ? 1 : hits + (rank[i] == best);
+        best = MIN(best, rank[i]);
     }
-    CHECK(count > 0 && wanted == TERM_NAME, "%s:%zu: the file ends inside a term, or has none", path, number);
-    for (size_t i = 0; i < count; i++) terms[i].rank = query[1] ? term_rank(&o->arena, &terms[i], query) : 0;
-    for (size_t i = 0; i < count; i++) best = MIN(best, terms[i].rank);
-    for (size_t i = 0; i < count; i++) hits += terms[i].rank == best;
-    if (query[1] && (hits > 1 || best > 2)) printf("%s \"%.*s\"%s\n", best > 2 ? "no term" : "several terms fit", (int)shown - 1, query + 1, best > 2 ? best == 100 ? "; it occurs in:" : "; the nearest is:" : ":");
-    for (size_t i = 0; i < count; i++) {
-        bool first = !query[1] && (i == 0 || terms[i].theme != terms[i - 1].theme);               /* of a theme */
-        if (terms[i].rank != best) continue;
-        if (hits == 1) print_term(&o->arena, &terms[i]);
-        else printf("%s%s%s  %s\n", first && i ? "\n" : "", first ? terms[i].theme : "", first ? "\n" : "", terms[i].line[TERM_NAME]);
+    CHECK(hits > 0, "%s: the file has no term", path);
+    if (query[1] && (hits > 1 || best > 2)) printf("%s \"%.*s\"%s\n", best > 2 ? "no term" : "several terms fit", (int)strlen(query) - 2, query + 1, best > 3 ? "; the nearest is:" : best == 3 ? "; it occurs in:" : ":");
+    for (size_t i = 0; i < lines; i++) {
+        if (!query[1] && strncmp(line[i], "## ", 3) == 0) puts(line[i] + 3);
+        if (rank[i] != best) continue;
+        if (hits == 1) print_term(&o->arena, line + i);
+        else printf("  %s\n", line[i] + 4);
     }
 }
 
@@ -7132,22 +7129,6 @@ static const struct Command { const char *name, *what; void (*run)(struct Option
     {"glossary", "[TERM]: the course's terms in Portuguese and English, with the function, test and command of each", command_glossary, 1 << 30},
     {"bench", "this machine's limits, and what training, generation, DPO and PPO reach of them", command_bench, G_NEW | G_BATCH | G_JSON | G_BENCH},
 };
-
-/* Insertions, deletions and exchanges that turn a into b: to guess what a mistyped word meant. */
-static size_t edit_distance(const char *a, const char *b) {
-    size_t n = MIN(strlen(b), (size_t)63), row[64];
-    for (size_t j = 0; j <= n; j++) row[j] = j;
-    for (size_t i = 0; a[i]; i++) {
-        size_t diagonal = row[0];
-        row[0] = i + 1;
-        for (size_t j = 0; j < n; j++) {
-            size_t change = diagonal + (a[i] != b[j]);
-            diagonal = row[j + 1];
-            row[j + 1] = MIN(change, MIN(row[j], row[j + 1]) + 1);
-        }
-    }
-    return row[n];
-}
 
 static void print_help(const struct Command *command) {
     printf("align %s -- %s\n\n", command->name, command->what);
