@@ -306,6 +306,15 @@ static void *arena_zeros(struct Arena *arena, size_t count, size_t size) {
 
 static float *arena_floats(struct Arena *arena, size_t count) { return arena_alloc(arena, count, sizeof(float)); }
 
+/* Room for at least one item more behind n of them, in an array that doubles as it fills and is freed by its owner. */
+static void *grow(void *items, size_t n, size_t *capacity, size_t size) {
+    if (n < *capacity) return items;
+    *capacity = MAX(2 * *capacity, (size_t)256);
+    items = realloc(items, *capacity * size);
+    CHECK(items, "out of memory: %zu MB asked for", *capacity * size >> 20);
+    return items;
+}
+
 /* A piece of text with its length: data may hold any byte, NUL included. */
 struct Text { const char *data; size_t length; };
 
@@ -367,15 +376,11 @@ static struct Text read_file(struct Arena *arena, const char *path) {
     CHECK(is_stdin || !is_folder(path), "%s: is a folder, a file was expected", path);
     FILE *file = is_stdin ? stdin : fopen(path, "rb");
     CHECK(file, "%s: %s", path, strerror(errno));
-    size_t used = 0, capacity = 1 << 16;
-    char *buffer = malloc(capacity);
-    CHECK(buffer, "%s: out of memory", path);
-    for (size_t got; (got = fread(buffer + used, 1, capacity - used, file)) > 0;) {
-        used += got;
-        if (used < capacity) continue;
-        capacity *= 2;
-        buffer = realloc(buffer, capacity);
-        CHECK(buffer, "%s: out of memory after %zu MB", path, used >> 20);
+    size_t used = 0, capacity = 0;
+    char *buffer = NULL;
+    for (size_t got = 1; got > 0; used += got) {
+        buffer = grow(buffer, used, &capacity, 1);
+        got = fread(buffer + used, 1, capacity - used, file);
     }
     CHECK(!ferror(file), "%s: %s", path, strerror(errno));
     if (!is_stdin) fclose(file);
@@ -533,27 +538,22 @@ static bool json_string(struct JsonParser *p, struct Text *out) {
     return true;
 }
 
+/* Passes over `lead` characters and the digits behind them, of which there must be one. */
+static bool skip_digits(char **s, size_t lead) {
+    size_t n = strspn(*s + lead, "0123456789");
+    *s += lead + n;
+    return n > 0;
+}
+
 /* [-] digits [. digits] [e digits]: JSON's grammar is narrower than strtod's (no "+1", ".5", "0x1"). The digits
  * stay in `string`: a double holds 53 of a whole number's 64 bits. */
 static bool json_number(struct JsonParser *p, struct Json *node) {
-    static const char DIGITS[] = "0123456789";
     char copy[65] = "";
     memcpy(copy, p->at, MIN((size_t)(p->end - p->at), sizeof copy - 1));
     char *s = copy + (*copy == '-');
-    size_t n = strspn(s, DIGITS);
-    if (n == 0 || (n > 1 && *s == '0')) return json_fail(p, "a value was expected");
-    s += n;
-    if (*s == '.') {
-        n = strspn(++s, DIGITS);
-        if (n == 0) return json_fail(p, "a number ends in its decimal point");
-        s += n;
-    }
-    if (*s == 'e' || *s == 'E') {
-        s += s[1] == '+' || s[1] == '-' ? 2 : 1;
-        n = strspn(s, DIGITS);
-        if (n == 0) return json_fail(p, "a number without its exponent");
-        s += n;
-    }
+    if ((s[0] == '0' && isdigit((unsigned char)s[1])) || !skip_digits(&s, 0)) return json_fail(p, "a value was expected");
+    if (*s == '.' && !skip_digits(&s, 1)) return json_fail(p, "a number ends in its decimal point");
+    if ((*s == 'e' || *s == 'E') && !skip_digits(&s, s[1] == '+' || s[1] == '-' ? 2 : 1)) return json_fail(p, "a number without its exponent");
     if (s == copy + sizeof copy - 1) return json_fail(p, "a number of more than 63 characters");
     *s = 0;
     node->number = strtod(copy, NULL);
@@ -632,15 +632,13 @@ static struct Json *json_read_file(struct Arena *arena, const char *path) {
 }
 
 static struct Json *json_get(const struct Json *object, const char *key) {
-    size_t length = strlen(key);
-    if (!object || object->type != JSON_OBJECT) return NULL;
-    for (struct Json *item = object->child; item; item = item->next)
-        if (item->key.length == length && memcmp(item->key.data, key, length) == 0) return item;
-    return NULL;
+    struct Json *item = object && object->type == JSON_OBJECT ? object->child : NULL;
+    while (item && !text_equal(item->key, text_of(key))) item = item->next;
+    return item;
 }
 
 static bool json_is_string(const struct Json *json, const char *string) {
-    return json && json->type == JSON_STRING && json->string.length == strlen(string) && !memcmp(json->string.data, string, json->string.length);
+    return json && json->type == JSON_STRING && text_equal(json->string, text_of(string));
 }
 
 /* A whole number from 0 to max; anything else is an error that names the place. */
@@ -693,7 +691,6 @@ static const char *json_number_text(double x) {
     snprintf(text, sizeof texts[0], "%.9g", x);
     return isfinite(x) ? text : "null";
 }
-
 
 static void json_write_ids(FILE *file, const int *ids, size_t n) {
     fputc('[', file);
@@ -813,9 +810,8 @@ static void safetensors_write(const char *folder, const char *name, struct Tenso
     used += (size_t)snprintf(header, capacity, "{\"__metadata__\":{\"format\":\"pt\"}");
     for (size_t i = 0; i < count; i++) {
         struct Tensor *t = tensors[i];
-        used += (size_t)snprintf(header + used, capacity - used, ",\"%s%s\":{\"dtype\":\"F32\",\"shape\":[%zu", tensor_is_head(t) ? "" : prefix, t->name, t->shape[0]);
-        if (t->ndim == 2) used += (size_t)snprintf(header + used, capacity - used, ",%zu", t->shape[1]);
-        used += (size_t)snprintf(header + used, capacity - used, "],\"data_offsets\":[%zu,%zu]}", offset, offset + 4 * t->n);
+        used += (size_t)snprintf(header + used, capacity - used, ",\"%s%s\":{\"dtype\":\"F32\",\"shape\":[%zu%s%.0zu],\"data_offsets\":[%zu,%zu]}",
+            tensor_is_head(t) ? "" : prefix, t->name, t->shape[0], t->ndim == 2 ? "," : "", t->shape[1], offset, offset + 4 * t->n);
         offset += 4 * t->n;
     }
     header[used++] = '}';
@@ -1123,18 +1119,15 @@ static void tokenizer_save(const struct Tokenizer *tok, const char *folder, size
 /* A model folder may bring its own vocabulary: refuse one whose ids mean other tokens than ours. */
 static void tokenizer_check_folder(const struct Tokenizer *tok, const char *folder, size_t vocab_size) {
     struct Arena arena = {0};
-    char *path = arena_printf(&arena, "%s/vocab.json", folder);
-    struct Json *vocab = file_exists(path) ? json_read_file(&arena, path) : NULL;
-    if (!vocab) {
-        path = arena_printf(&arena, "%s/tokenizer.json", folder);
-        if (file_exists(path)) vocab = json_get(json_get(json_read_file(&arena, path), "model"), "vocab");
-    }
+    char *path = arena_printf(&arena, "%s/vocab.json", folder), *other = arena_printf(&arena, "%s/tokenizer.json", folder);
+    struct Json *vocab = NULL;
+    if (file_exists(path)) vocab = json_read_file(&arena, path);
+    else if (file_exists(path = other)) vocab = json_get(json_get(json_read_file(&arena, path), "model"), "vocab");
     for (struct Json *item = vocab ? vocab->child : NULL; item; item = item->next) {
         size_t id = json_size(item, 1 << 24, path, "an id of the vocabulary");
         if (id >= (size_t)end_token_of(vocab_size)) continue;
         struct Text ours = token_as_unicode(&arena, tok->token[id]);
-        CHECK(ours.length == item->key.length && memcmp(ours.data, item->key.data, ours.length) == 0,
-              "%s: id %zu is \"%s\" here, \"%s\" in %s: another vocabulary than GPT-2's; this model cannot be used", path, id, item->key.data, ours.data, tok->path);
+        CHECK(text_equal(ours, item->key), "%s: id %zu is \"%s\" here, \"%s\" in %s: another vocabulary than GPT-2's; this model cannot be used", path, id, item->key.data, ours.data, tok->path);
     }
     arena_free(&arena);
 }
@@ -1247,11 +1240,7 @@ static void dataset_add_file(struct Dataset *data, const char *path, const unsig
             const char *wanted = data->shape ? shape_name(&scratch, data->shape) : shape_names(&scratch, shapes, shape_count), *found = shape_name(&scratch, row.has);
             die("%s:%zu: expected %s, found %s", path, line, wanted, *found ? found : "no field that is known");
         }
-        if (data->n == data->capacity) {
-            data->capacity = data->capacity ? 2 * data->capacity : 256;
-            data->rows = realloc(data->rows, data->capacity * sizeof *data->rows);
-            CHECK(data->rows, "out of memory after %zu rows of %s", data->n, path);
-        }
+        data->rows = grow(data->rows, data->n, &data->capacity, sizeof *data->rows);
         data->rows[data->n++] = row;
         arena_reset(&line_arena);
     }
@@ -3121,11 +3110,7 @@ struct TrainerState {
 };
 
 static struct LogEntry *state_log(struct TrainerState *state) {
-    if (state->log_count == state->log_capacity) {
-        state->log_capacity = state->log_capacity ? 2 * state->log_capacity : 64;
-        state->log_history = realloc(state->log_history, state->log_capacity * sizeof *state->log_history);
-        CHECK(state->log_history, "out of memory for the log");
-    }
+    state->log_history = grow(state->log_history, state->log_count, &state->log_capacity, sizeof *state->log_history);
     struct LogEntry *entry = &state->log_history[state->log_count++];
     entry->n = 0;
     return entry;
