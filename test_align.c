@@ -2196,6 +2196,7 @@ static void test_output_resume(void) {
             make_folder(temporary("log"));
             make_folder(temporary("log2"));
             write_bytes(finished ? "log/a.jsonl" : "log/a.jsonl.tmp", "one\ntwo\nthree\n", 14);
+            if (finished) write_bytes("log/a.jsonl.tmp", "on", 2);                  /* too short: of another run */
             output_resume(&out, temporary(elsewhere ? "log2" : "log"), "a.jsonl", temporary("log"), 8);
             fputs("3\n", out.file);
             output_close(&out);
