@@ -115,6 +115,8 @@
 #define COUNT(array) (sizeof(array) / sizeof(array)[0])
 
 static bool quiet;             /* --quiet: no progress on stderr; errors are still said */
+static char way_on[PATH_MAX + 80];                     /* said behind an error: what a training that fails can go on from */
+static void outputs_remove(void);                      /* chapter 2: what is half written */
 
 static _Noreturn void PRINTF_LIKE(2, 3) die_with(int status, const char *format, ...) {
     va_list arguments;
@@ -122,7 +124,9 @@ static _Noreturn void PRINTF_LIKE(2, 3) die_with(int status, const char *format,
     fflush(stdout);
     fputs("align: ", stderr);
     vfprintf(stderr, format, arguments);
-    fputc('\n', stderr);
+    fprintf(stderr, "%s\n", status == 1 ? way_on : "");
+    va_end(arguments);
+    outputs_remove();
     exit(status);
 }
 
@@ -389,8 +393,14 @@ static struct Text read_file(struct Arena *arena, const char *path) {
     return text;
 }
 
-/* An output file: written as PATH.tmp, moved onto PATH by output_close. */
+/* An output file: written as PATH.tmp, moved onto PATH by output_close. Files that belong together, a model's, are held
+ * back and moved when all of them are on the disk: one that is full leaves the folder as it was. */
 struct Output { FILE *file; char path[PATH_MAX], tmp[PATH_MAX + 8]; };
+
+static struct Output waiting[16];
+static size_t waiting_count;
+static bool holding;
+static const char *staged_folder;            /* of a checkpoint that is being written */
 
 static void output_open(struct Output *out, const char *folder, const char *name) {
     int n = snprintf(out->path, sizeof out->path, "%s/%s", folder, name);
@@ -398,6 +408,11 @@ static void output_open(struct Output *out, const char *folder, const char *name
     snprintf(out->tmp, sizeof out->tmp, "%s.tmp", out->path);
     out->file = fopen(out->tmp, "wb");
     CHECK(out->file, "%s: cannot be written: %s", out->tmp, strerror(errno));
+}
+
+/* For a file that grows with the run: its end is too late to learn that the disk is full. */
+static void output_flush(struct Output *out) {
+    CHECK(fflush(out->file) == 0 && !ferror(out->file), "%s: writing failed: %s", out->tmp, strerror(errno));
 }
 
 /* Goes on with a file that grew in `beside`, as NAME.tmp or finished, from its first `bytes` bytes on. Written over
@@ -421,13 +436,21 @@ static void output_resume(struct Output *out, const char *folder, const char *na
     if (earlier) fclose(earlier);
 }
 
+static void outputs_release(void) {
+    for (size_t i = 0; i < waiting_count; i++) CHECK(rename(waiting[i].tmp, waiting[i].path) == 0, "%s: %s", waiting[i].path, strerror(errno));
+    waiting_count = 0;
+    holding = false;
+}
+
 static void output_close(struct Output *out) {
     bool good = fflush(out->file) == 0 && !ferror(out->file) && fsync(fileno(out->file)) == 0;
     int error = errno;
     good = fclose(out->file) == 0 && good;
     if (!good) remove(out->tmp);
     CHECK(good, "%s: writing failed: %s; what was there before is untouched", out->path, strerror(error));
-    CHECK(rename(out->tmp, out->path) == 0, "%s: %s", out->path, strerror(errno));
+    if (waiting_count == COUNT(waiting)) die("internal: more than %zu files held back", COUNT(waiting));
+    waiting[waiting_count++] = *out;
+    if (!holding) outputs_release();
 }
 
 /* mkdir -p */
@@ -441,17 +464,22 @@ static void make_folder(const char *path) {
         CHECK(mkdir(part, 0777) == 0 || errno == EEXIST, "%s: %s", part, strerror(errno));
     }
     CHECK(is_folder(path), "%s: is a file, a folder was expected", path);
+    CHECK(access(path, W_OK) == 0, "%s: cannot be written to: %s", path, strerror(errno));
 }
 
-/* Removes a folder and the files in it, if it is there. */
+/* Removes a folder and the files in it, if it is there and can be. */
 static void folder_remove(const char *folder) {
     char path[PATH_MAX];
     DIR *dir = opendir(folder);
-    if (!dir) return;
-    for (struct dirent *entry; (entry = readdir(dir));)
+    for (struct dirent *entry; dir && (entry = readdir(dir));)
         if (snprintf(path, sizeof path, "%s/%s", folder, entry->d_name) < (int)sizeof path && !is_folder(path)) remove(path);
-    closedir(dir);
-    CHECK(rmdir(folder) == 0, "%s: cannot be removed: %s", folder, strerror(errno));
+    if (dir) closedir(dir);
+    rmdir(folder);
+}
+
+static void outputs_remove(void) {
+    while (waiting_count) remove(waiting[--waiting_count].tmp);
+    if (staged_folder) folder_remove(staged_folder);
 }
 
 /* Puts the names in a folder on the disk, as output_close puts a file's contents. */
@@ -2930,8 +2958,10 @@ static void adapter_save(struct GPT2 *model, const char *folder, const struct To
 }
 
 static void model_save(struct GPT2 *model, const char *folder, const struct Tokenizer *tok) {
+    holding = true;
     if (model->adapter.r) adapter_save(model, folder, tok);
     else gpt2_save(model, folder, tok);
+    outputs_release();
 }
 
 /* adapter_merge -- W += scale A^T B^T: the adapter folded into its base. The model computes the same as before, up
@@ -3317,6 +3347,8 @@ static void checkpoint_remove(const char *folder, size_t n) {
     arena_free(&arena);
 }
 
+static void checkpoint_way_on(const char *folder) { snprintf(way_on, sizeof way_on, "; %.4000s is whole: --resume_from_checkpoint true goes on from it", folder); }
+
 static void checkpoint_save(struct Checkpoint *c) {
     struct Arena arena = {0};
     struct Tensor **moments;
@@ -3328,6 +3360,7 @@ static void checkpoint_save(struct Checkpoint *c) {
         CHECK(fflush(log) == 0 && fsync(fileno(log)) == 0, "%s: writing failed: %s", c->logs[i]->tmp, strerror(errno));
         c->log_bytes[i] = (size_t)ftello(log);
     }
+    staged_folder = staged;
     model_save(c->model, staged, c->tok);
     size_t count = moment_tensors(&arena, c->model, &moments);
     safetensors_write(staged, "optimizer.safetensors", moments, count, "");
@@ -3336,9 +3369,14 @@ static void checkpoint_save(struct Checkpoint *c) {
     folder_sync(staged);
     rename(whole, replaced);                                     /* an earlier run's, if there is one */
     CHECK(rename(staged, whole) == 0, "%s: %s", whole, strerror(errno));
+    staged_folder = NULL;
     folder_remove(replaced);
     folder_sync(dir);
-    while (c->args->save_total_limit && checkpoint_find(dir, &oldest, &newest) > c->args->save_total_limit) checkpoint_remove(dir, oldest);
+    checkpoint_way_on(whole);
+    for (size_t n = c->args->save_total_limit ? checkpoint_find(dir, &oldest, &newest) : 0; n > c->args->save_total_limit; n--) {
+        checkpoint_remove(dir, oldest);
+        checkpoint_find(dir, &oldest, &newest);
+    }
     arena_free(&arena);
 }
 
@@ -3386,6 +3424,7 @@ static void checkpoint_resume(struct Checkpoint *c) {
     CHECK(2 * found == count && loaded == count, "%s: holds %zu of %zu tensors that train and %zu of %zu of their moments; are the model and flags those of the run that was saved?", from, found, count / 2, loaded, count);
     for (size_t i = 0; i < c->log_count; i++) output_resume(c->logs[i], dir, c->log_names[i], arena_printf(&arena, "%s/..", from), c->log_bytes[i]);
     say("%s: going on after step %zu from %s\n", c->task, c->state->global_step, from);
+    if (newest_one) checkpoint_way_on(from);
     arena_free(&arena);
 }
 
@@ -3395,7 +3434,7 @@ static void checkpoint_step(struct Checkpoint *c) {
     bool due = args->save_steps && c->state->global_step % args->save_steps == 0, stop = interrupted && c->state->global_step < c->state->max_steps;
     if (!args->output_dir || !(due || stop)) return;
     checkpoint_save(c);
-    if (stop) die("%s: interrupted after step %zu of %zu, saved as %s/checkpoint-%zu; to go on, give the same command with --resume_from_checkpoint true", c->task, c->state->global_step, c->state->max_steps, args->output_dir, c->state->global_step);
+    if (stop) die("%s: interrupted after step %zu of %zu", c->task, c->state->global_step, c->state->max_steps);
 }
 
 /* A Task is what is trained: a data set of `n` items and a loss over some of them. */
@@ -5018,6 +5057,8 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, cons
         if (output_dir) {
             stats_write_line(stats_all.file, ppo);
             rollouts_write(rollout_log.file, rollouts, B);
+            output_flush(&stats_all);
+            output_flush(&rollout_log);
         }
         state->global_step = step + 1;
         state->epoch = (double)((step + 1) * B) / (double)(replay ? replay->n : source->n);
@@ -6703,9 +6744,11 @@ static void command_score(struct Options *o) {
     }
 }
 
-/* One preference, on the disk before the next is asked for. */
+/* One preference, on the disk before the next is asked for; half a line does not stay. */
 static void preference_write(struct Options *o, FILE *file, const struct Example *chosen, const struct Example *rejected) {
     size_t V = o->model->config.vocab_size;
+    struct stat before;
+    CHECK(fstat(fileno(file), &before) == 0, "%s/preferences.jsonl: %s", o->train.output_dir, strerror(errno));
     fputs("{\"prompt\": ", file);
     json_write_string(file, tokenizer_decode_all(o->tok, &o->arena, chosen->ids, chosen->prompt_length, V));
     fputs(", \"chosen\": ", file);
@@ -6713,7 +6756,10 @@ static void preference_write(struct Options *o, FILE *file, const struct Example
     fputs(", \"rejected\": ", file);
     json_write_string(file, answer_text(o->tok, &o->arena, rejected, V));
     fputs("}\n", file);
-    CHECK(fflush(file) == 0 && fsync(fileno(file)) == 0, "%s/preferences.jsonl: writing failed: %s; what was judged before is there", o->train.output_dir, strerror(errno));
+    if (fflush(file) == 0 && fsync(fileno(file)) == 0) return;
+    int error = errno, cut = ftruncate(fileno(file), before.st_size);
+    close(fileno(file));                             /* what is left in the buffer must not be written at the program's end */
+    die("%s/preferences.jsonl: writing failed: %s; what was judged before is there%s", o->train.output_dir, strerror(error), cut ? ", with half a line behind it" : "");
 }
 
 /* Shows two answers and waits for a word: '1', '2', 's' (skip) or 'q' (stop; so does the end of the input). */
@@ -7252,11 +7298,29 @@ static void openmp_spin_briefly(char **argv) {
 }
 
 #ifndef ALIGN_NO_MAIN
+/* A standard stream that comes closed leaves its number to the next file that is opened, and messages would go into a
+ * model. A file at its size limit is an error like a full disk, not the program's end. */
+static void prepare_streams(void) {
+#ifdef F_GETFD
+    for (int fd = 0; fd <= 2; fd++) if (fcntl(fd, F_GETFD) == -1 && open("/dev/null", O_RDONLY) != fd) exit(1);      /* read-only: what is printed still fails */
+#endif
+#ifdef SIGXFSZ
+    signal(SIGXFSZ, SIG_IGN);
+#endif
+}
+
+static int end_output(int status) {
+    errno = 0;
+    CHECK(fflush(stdout) == 0 && !ferror(stdout), "standard output: writing failed: %s", errno ? strerror(errno) : "what came out is not complete");
+    return status;
+}
+
 int main(int argc, char **argv) {
+    prepare_streams();
     openmp_spin_briefly(argv);
     if (argc < 2 || strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "help") == 0) {
         print_commands(argc < 2 ? stderr : stdout);
-        return argc < 2 ? 2 : 0;
+        return end_output(argc < 2 ? 2 : 0);
     }
     const struct Command *command = NULL, *nearest = &COMMANDS[0];
     for (size_t i = 0; i < COUNT(COMMANDS); i++) {
@@ -7268,13 +7332,15 @@ int main(int argc, char **argv) {
     parse_arguments(&o, command, argc, argv);
     if (o.help) {
         print_help(command);
-        return 0;
+        return end_output(0);
     }
+#ifdef SIGPIPE
+    if (command->groups & G_OUT) signal(SIGPIPE, SIG_IGN);      /* a training goes on when nobody reads its progress; a filter ends */
+#endif
     if (!(command->groups & G_BENCH)) check_training(&o);
     kernel_choose();
     command->run(&o);
     options_close(&o);
-    CHECK(fflush(stdout) == 0 && !ferror(stdout), "standard output: %s", strerror(errno));
-    return 0;
+    return end_output(0);
 }
 #endif

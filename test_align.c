@@ -3387,6 +3387,51 @@ static const char *saved_model(const char *name) {
     return temporary(name);
 }
 
+/* A larger model on top of one that is there, where files can have only 40,000 bytes: config.json and vocabulary fit, the weights do not. */
+static void save_without_room(const void *path) {
+    struct GPT2 *model = new_model(300, 24, 48, 1, 3);
+    signal(SIGXFSZ, SIG_IGN);
+    CHECK(setrlimit(RLIMIT_FSIZE, &(struct rlimit){40000, 40000}) == 0, "no limit");
+    model_save(model, path, tokenizer);
+}
+
+/* A checkpoint and a log that do not fit. */
+static void checkpoint_without_room(const void *path) {
+    struct GPT2 *model = new_model(300, 24, 48, 1, 3);
+    struct TrainingArguments args = training_arguments();
+    struct TrainerState state = {.global_step = 20};
+    args.output_dir = path;
+    struct Checkpoint checkpoint = checkpoint_new("sft", model, tokenizer, &args, &state);
+    gpt2_make_trainable(model);
+    signal(SIGXFSZ, SIG_IGN);
+    checkpoint_way_on(arena_printf(&test_arena, "%s/checkpoint-10", folder));
+    CHECK(setrlimit(RLIMIT_FSIZE, &(struct rlimit){40000, 40000}) == 0, "no limit");
+    checkpoint_save(&checkpoint);
+}
+
+static void log_without_room(const void *path) {
+    struct Output log;
+    signal(SIGXFSZ, SIG_IGN);
+    CHECK(setrlimit(RLIMIT_FSIZE, &(struct rlimit){40000, 40000}) == 0, "no limit");
+    output_open(&log, path, "log");
+    for (size_t i = 0; i < 30000; i++) fputs("xyz\n", log.file);
+    output_flush(&log);
+}
+
+/* What was there stays, nothing half written is left, and a checkpoint that is whole is named. */
+static void test_full_disk(void) {
+    const char *path = saved_model("full_disk");
+    struct Text before = read_file(&test_arena, arena_printf(&test_arena, "%s/config.json", path));
+    expect_end("model", save_without_room, path, 1, "model.safetensors: writing failed: File too large; what was there before is untouched");
+    expect_text("config.json is the old one", read_file(&test_arena, arena_printf(&test_arena, "%s/config.json", path)), before.data);
+    expect_count("width of the model that is there", gpt2_load(path)->config.n_embd, 12);
+    expect_true("no config.json.tmp", !file_exists(arena_printf(&test_arena, "%s/config.json.tmp", path)) && !file_exists(arena_printf(&test_arena, "%s/model.safetensors.tmp", path)));
+    expect_end("checkpoint", checkpoint_without_room, path, 1, "tmp-checkpoint-20/model.safetensors: writing failed: File too large; what was there before is untouched; ");
+    expect_end("checkpoint", checkpoint_without_room, path, 1, "/checkpoint-10 is whole: --resume_from_checkpoint true goes on from it\n");
+    expect_true("no tmp-checkpoint-20", !file_exists(arena_printf(&test_arena, "%s/tmp-checkpoint-20", path)) && !file_exists(arena_printf(&test_arena, "%s/checkpoint-20", path)));
+    expect_end("log", log_without_room, path, 1, "log.tmp: writing failed: File too large");
+}
+
 /* Weights: cut short, of another shape, missing, of an unknown type, with a header that lies or is none; shards elsewhere. */
 static void test_broken_weights(void) {
     static const struct { const char *what, *from, *to, *message; } edits[] = {
@@ -4037,7 +4082,7 @@ static const struct { const char *name; void (*run)(void); } TESTS[] = {
     {"reinforce_advantages", test_reinforce_advantages}, {"reinforce_gradient", test_reinforce_gradient}, {"reinforce_step", test_reinforce_step},
     {"reinforce_raises_reward", test_reinforce_raises_reward}, {"dpo_golden", test_dpo_golden},
     {"dpo_gradient", test_dpo_gradient}, {"dpo_model_gradient", test_dpo_model_gradient}, {"dpo_pairs", test_dpo_pairs}, {"dpo_overfit", test_dpo_overfit},
-    {"evaluation", test_evaluation}, {"broken_weights", test_broken_weights}, {"broken_config", test_broken_config}, {"broken_data", test_broken_data},
+    {"evaluation", test_evaluation}, {"full_disk", test_full_disk}, {"broken_weights", test_broken_weights}, {"broken_config", test_broken_config}, {"broken_data", test_broken_data},
     {"broken_tokenizer", test_broken_tokenizer}, {"cli_errors", test_cli_errors}, {"cli_course", test_cli_course}, {"cli_collect", test_cli_collect}, {"encode_prompts", test_encode_prompts}, {"exact_optimum", test_exact_optimum},
     {"exact_dpo_loss", test_exact_dpo_loss}, {"exact_dpo_gradient", test_exact_dpo_gradient}, {"exact_run", test_exact_run}, {"cli_lora", test_cli_lora},
     {"glossary_fold", test_glossary_fold}, {"glossary_find", test_glossary_find}, {"glossary_terms", test_glossary_terms}, {"fixtures_gradient", test_fixtures_gradient},
