@@ -86,6 +86,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
@@ -98,7 +99,7 @@
 #endif
 
 /* =============================================================================================
- * Chapter 1 - Errors, clock, random numbers, arena
+ * Chapter 1 - Errors, clock, random numbers, arena, progress
  *
  * What every later chapter stands on. There is one way to fail: CHECK(condition, "what, where,
  * found and expected, what to do"), one line on stderr and exit status 1; a wrong command line
@@ -118,10 +119,19 @@ static bool quiet;             /* --quiet: no progress on stderr; errors are sti
 static char way_on[PATH_MAX + 80];                     /* said behind an error: what a training that fails can go on from */
 static void outputs_remove(void);                      /* chapter 2: what is half written */
 
+/* The line of progress on a terminal, where it is `open`: what else is said takes its place, and it comes again below. */
+static struct Progress { const char *name; double begin, drawn; size_t step, total, first_step, first_tokens; bool open; } progress_line;
+
+static void progress_clear(void) {
+    if (progress_line.open) fputs(progress_line.total && progress_line.step == progress_line.total ? "\n" : "\r\033[K", stderr);       /* one that is complete stays */
+    progress_line.open = false;
+}
+
 static _Noreturn void PRINTF_LIKE(2, 3) die_with(int status, const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);
     fflush(stdout);
+    progress_clear();
     fputs("align: ", stderr);
     vfprintf(stderr, format, arguments);
     fprintf(stderr, "%s\n", status == 1 ? way_on : "");
@@ -138,6 +148,7 @@ static void PRINTF_LIKE(1, 2) say(const char *format, ...) {
     if (quiet) return;
     va_list arguments;
     va_start(arguments, format);
+    progress_clear();
     vfprintf(stderr, format, arguments);
     va_end(arguments);
     fflush(stderr);
@@ -146,6 +157,7 @@ static void PRINTF_LIKE(1, 2) say(const char *format, ...) {
 static void PRINTF_LIKE(1, 2) warn(const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);
+    progress_clear();
     fputs("align: note: ", stderr);
     vfprintf(stderr, format, arguments);
     fputc('\n', stderr);
@@ -347,6 +359,87 @@ static char *PRINTF_LIKE(2, 3) arena_printf(struct Arena *arena, const char *for
     va_end(arguments);
     return string;
 }
+
+/* Length of the UTF-8 character that starts at text[i], its code point in *code; 0 if it is not valid. */
+static size_t utf8_read(const unsigned char *text, size_t n, uint32_t *code) {
+    static const uint32_t least[5] = {0, 0, 0x80, 0x800, 0x10000};          /* below: an overlong form */
+    unsigned char c = text[0];
+    *code = c;
+    if (c < 0x80) return 1;
+    size_t length = c >= 0xf0 ? 4 : c >= 0xe0 ? 3 : 2;
+    if (c < 0xc2 || c > 0xf4 || n < length) return 0;
+    *code = c & (0xffu >> (length + 1));
+    for (size_t k = 1; k < length; k++) {
+        if ((text[k] & 0xc0) != 0x80) return 0;
+        *code = *code << 6 | (text[k] & 63);
+    }
+    bool valid = *code >= least[length] && *code < 0x110000 && (*code < 0xd800 || *code >= 0xe000);
+    return valid ? length : 0;
+}
+
+/* Makes `text` safe for a terminal and cuts it to so many columns: whole characters, blanks for what would control the
+ * terminal; Chinese, Japanese, Korean and emoji take two columns.                              test: progress_cut */
+static char *cut_columns(char *text, size_t columns) {
+    size_t n = strlen(text), i = 0, length;
+    for (uint32_t c; i < n; i += length) {
+        length = utf8_read((unsigned char *)text + i, n - i, &c);
+        bool plain = length > 0 && c >= 32 && (c < 127 || c >= 160);
+        if (!plain) memset(text + i, ' ', length = MAX(length, (size_t)1));
+        size_t width = !plain ? length : c >= 0x1100 && (c < 0x1160 || c >= 0x2e80) ? 2 : 1;
+        if (width > columns) break;
+        columns -= width;
+    }
+    text[i] = 0;
+    return text;
+}
+
+/* Progress. On a terminal one line a stage, renewed in place, above it now and then what the model writes; elsewhere plain
+ * lines. No colours, so NO_COLOR has nothing to ask for. What is shown is only looked at: the run is the same bit for bit. */
+static bool progress_live(void) {
+    const char *terminal = getenv("TERM");
+    return !quiet && isatty(STDERR_FILENO) && terminal && strcmp(terminal, "dumb") != 0;
+}
+
+/* One less than the terminal has, for in its last column a line may wrap. */
+static size_t terminal_columns(void) {
+    const char *columns = getenv("COLUMNS");
+#ifdef TIOCGWINSZ
+    struct winsize size;
+    if (ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 1) return size.ws_col - 1u;
+#endif
+    return columns && atoi(columns) > 1 ? (size_t)atoi(columns) - 1 : 79;
+}
+
+/* Tells where a stage is: bar, steps, time left, tokens a second and the metrics that matter now. A terminal's line is
+ * renewed ten times a second at most, and always if `due`; elsewhere a line is said if `due`. */
+static void PRINTF_LIKE(6, 7) progress_say(const char *name, size_t step, size_t total, size_t tokens, bool due, const char *format, ...) {
+    static const char BAR[] = "━━━━━━━━━━━━━━━━━━━━────────────────────";
+    struct Progress *p = &progress_line;
+    char metrics[400], line[800];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(metrics, sizeof metrics, format, arguments);
+    va_end(arguments);
+    double now = seconds_now();
+    bool live = progress_live();
+    for (char *slash, *word; live && (slash = word = strchr(metrics, '/')); memmove(word, slash + 1, strlen(slash)))         /* objective/kl: kl */
+        while (word > metrics && word[-1] != ' ') word--;
+    if (!live && due) say("%s: step %zu/%zu  %s\n", name, step, total, metrics);
+    if (!live || (!due && step < total && now - p->drawn < 0.1)) return;
+    if (p->name != name || step < p->step) {
+        progress_clear();
+        *p = (struct Progress){.name = name, .begin = now, .first_step = step, .first_tokens = tokens};
+    }
+    *p = (struct Progress){name, p->begin, now, step, total, p->first_step, p->first_tokens, true};
+    size_t columns = terminal_columns(), cells = columns < 100 ? 10 : 20, full = total ? cells * step / total : 0;
+    double gone = now - p->begin, done = (double)(step - p->first_step), left = step == total || !done ? gone : gone * (double)(total - step) / done;
+    snprintf(line, sizeof line, "%-*s %.*s %zu/%zu  %zu:%02zu%s  %.0f tokens/s  %s", columns < 100 ? 0 : 18, name, 3 * (int)cells, BAR + 3 * (20 - full), step, total,
+        (size_t)left / 60, (size_t)left % 60, step == total ? "" : " left", gone > 0 ? (double)(tokens - p->first_tokens) / gone : 0, metrics);
+    fprintf(stderr, "\r%s\033[K", cut_columns(line, columns));
+}
+
+/* Now is the time for a sample: about eight times a stage. */
+static bool progress_sampling(size_t step, size_t total) { return progress_live() && (step == 1 || step % MAX((size_t)1, total / 8) == 0); }
 
 /* Each thread's own scratch memory, by purpose. It grows to the largest size asked for and stays. */
 enum ScratchSlot { SCRATCH_A, SCRATCH_B, SCRATCH_SCORES, SCRATCH_ROW, SCRATCH_SLOTS };
@@ -674,23 +767,6 @@ static size_t json_size(const struct Json *json, size_t max, const char *path, c
     CHECK(json && json->type == JSON_NUMBER && json->number >= 0 && json->number <= (double)max && json->number == floor(json->number),
           "%s: \"%s\" must be a whole number from 0 to %zu", path, name, max);
     return (size_t)json->number;
-}
-
-/* Length of the UTF-8 character that starts at text[i], its code point in *code; 0 if it is not valid. */
-static size_t utf8_read(const unsigned char *text, size_t n, uint32_t *code) {
-    static const uint32_t least[5] = {0, 0, 0x80, 0x800, 0x10000};          /* below: an overlong form */
-    unsigned char c = text[0];
-    *code = c;
-    if (c < 0x80) return 1;
-    size_t length = c >= 0xf0 ? 4 : c >= 0xe0 ? 3 : 2;
-    if (c < 0xc2 || c > 0xf4 || n < length) return 0;
-    *code = c & (0xffu >> (length + 1));
-    for (size_t k = 1; k < length; k++) {
-        if ((text[k] & 0xc0) != 0x80) return 0;
-        *code = *code << 6 | (text[k] & 63);
-    }
-    bool valid = *code >= least[length] && *code < 0x110000 && (*code < 0xd800 || *code >= 0xe000);
-    return valid ? length : 0;
 }
 
 /* A model can write half a character; JSON is UTF-8, so such bytes become U+FFFD. */
@@ -3019,6 +3095,7 @@ struct TrainingArguments {
     double lr_end;                       /* linear decay ends at this share of the learning rate */
     const char *output_dir, *resume_from_checkpoint;        /* output_dir NULL: no checkpoints */
     size_t save_steps, save_total_limit;                    /* 0: none; all */
+    size_t say_steps;                                       /* plain progress lines; 0: one each log entry */
 };
 
 static struct TrainingArguments training_arguments(void) {
@@ -3450,6 +3527,7 @@ struct Task {
     size_t (*targets)(struct Trainer *trainer, size_t index);
     void (*new_epoch)(struct Trainer *trainer, size_t epoch);      /* may be NULL */
     void (*saved)(struct Trainer *trainer, struct Checkpoint *checkpoint);      /* adds to a checkpoint what the task alone knows; may be NULL */
+    void (*sample)(const struct Trainer *trainer);                 /* shows what the model writes; may be NULL */
 };
 
 struct Trainer {
@@ -3474,15 +3552,25 @@ static void trainer_metric(struct Trainer *trainer, const char *name, double val
     state->metrics[i].n++;
 }
 
-/* One line of progress on stderr: the entry's numbers that a person follows. */
-static void trainer_say(struct Trainer *trainer, const struct LogEntry *entry) {
+/* The entry's numbers that a person follows, as progress. */
+static void trainer_say(const struct Trainer *trainer, const struct LogEntry *entry, bool plain) {
     static const char *const shown[] = {"loss", "eval_loss", "accuracy", "eval_accuracy", "margin", "rewards/margins", "rewards/accuracies", "grad_norm", "learning_rate"};
-    say("%s: step %zu/%zu", trainer->task.name, trainer->state.global_step, trainer->state.max_steps);
-    for (size_t i = 0; i < COUNT(shown); i++) {
+    const struct TrainerState *state = &trainer->state;
+    char text[400] = "";
+    for (size_t i = 0, used = 0; i < COUNT(shown); i++) {
         double value;
-        if (log_find(entry, shown[i], &value)) say("  %s %.4g", shown[i], value);
+        if (log_find(entry, shown[i], &value)) used += (size_t)snprintf(text + used, sizeof text - used, "%s%s %.4g", used ? "  " : "", shown[i], value);
     }
-    say("\n");
+    progress_say(trainer->task.name, state->global_step, state->max_steps, state->num_tokens, plain, "%s", text);
+}
+
+/* After every step: the means since the last log entry, and sometimes a sample. */
+static void trainer_show(const struct Trainer *trainer) {
+    const struct TrainerState *state = &trainer->state;
+    struct LogEntry now = {0};
+    for (size_t i = 0; i < state->metric_count; i++) log_value(&now, state->metrics[i].name, state->metrics[i].sum / (double)state->metrics[i].n);
+    if (trainer->task.sample && progress_sampling(state->global_step, state->max_steps)) trainer->task.sample(trainer);
+    trainer_say(trainer, &now, false);
 }
 
 /* Moves the metrics' means into a log entry, in evaluation under "eval_" and their names. */
@@ -3520,10 +3608,10 @@ static double trainer_evaluate(struct Trainer *trainer) {
     log_value(entry, "eval_samples_per_second", (double)n / seconds);
     log_value(entry, "eval_steps_per_second", ceil((double)n / (double)batch) / seconds);
     trainer_flush(trainer, entry, true);
-    trainer_say(trainer, entry);
     memcpy(trainer->state.metrics, held, sizeof held);
     trainer->state.metric_count = held_count;
     trainer->state.num_tokens = tokens;
+    trainer_say(trainer, entry, true);
     return total / judged;
 }
 
@@ -3546,7 +3634,7 @@ static void trainer_log_step(struct Trainer *trainer, double norm, double lr) {
     log_value(entry, "learning_rate", lr);
     if (trainer->state.num_tokens) log_value(entry, "num_tokens", (double)trainer->state.num_tokens);
     trainer_flush(trainer, entry, false);
-    trainer_say(trainer, entry);
+    trainer_say(trainer, entry, !trainer->args.say_steps || trainer->state.global_step % trainer->args.say_steps == 0);
 }
 
 static size_t *epoch_order(const struct Trainer *trainer, struct Arena *arena, size_t epoch) {
@@ -3590,6 +3678,7 @@ static void trainer_train(struct Trainer *trainer) {
             trainer_metric(trainer, "loss", loss);
             state->total_loss += loss;
             state->samples += count;
+            if (progress_live()) trainer_show(trainer);
             if (state->global_step % args->logging_steps == 0) trainer_log_step(trainer, norm, lr);
             if (trainer->task.eval_n && args->eval_steps && state->global_step % args->eval_steps == 0) trainer_evaluate(trainer);
             state->seconds = seconds_now() - begin;
@@ -4007,6 +4096,15 @@ static struct Sequence sequence_start(struct Arena *arena, const int *ids, size_
     return s;
 }
 
+/* A sample, for a terminal: prompt, a bar, what the model wrote. */
+static void sample_show(const struct Tokenizer *tok, const struct Example *e, size_t V, const char *score) {
+    struct Arena arena = {0};
+    struct Text prompt = tokenizer_decode_all(tok, &arena, e->ids, e->prompt_length, V), answer = tokenizer_decode_all(tok, &arena, e->ids + e->prompt_length, e->n - e->prompt_length, V);
+    char *line = arena_printf(&arena, "    %s%.*s |%.*s", score, (int)prompt.length, prompt.data, (int)answer.length, answer.data);
+    say("%s\n", cut_columns(line, terminal_columns()));
+    arena_free(&arena);
+}
+
 /* =============================================================================================
  * Chapter 13 - Language modelling: pretraining, SFT
  *
@@ -4086,6 +4184,19 @@ static void pretrain_new_epoch(struct Trainer *trainer, size_t epoch) {
     pretrain_pack(&task->rows, task->texts, order, task->text_count, task->row_length, task->whole_texts, task->examples, trainer->task.n);
 }
 
+/* How the model goes on after the first words of the first text. */
+static void language_sample(const struct Trainer *trainer) {
+    const struct Example *text = ((struct LanguageTask *)trainer->task.data)->texts;
+    struct Arena arena = {0};
+    struct GenerationConfig generation = generation_config();
+    generation.do_sample = true;
+    generation.temperature = 0.7;
+    struct Sequence s = sequence_start(&arena, text->ids, text->n > 3 ? 3 : 1, 28, trainer->model, rng_seed(trainer->args.seed, STREAM_SAMPLE));
+    generate(trainer->model, &s, 1, &generation);
+    sample_show(trainer->tok, &(struct Example){s.ids, s.n, s.prompt_length}, trainer->model->config.vocab_size, "");
+    arena_free(&arena);
+}
+
 /* Sets up the task of a language model on texts that end in an end token. */
 static struct LanguageTask *pretrain_task(struct Trainer *trainer, struct Arena *arena, struct Example *texts, size_t text_count, struct Example *eval_texts, size_t eval_count) {
     struct LanguageTask *task = arena_zeros(arena, 1, sizeof *task);
@@ -4098,7 +4209,7 @@ static struct LanguageTask *pretrain_task(struct Trainer *trainer, struct Arena 
     task->eval_examples = arena_alloc(arena, eval_total / length + 1, sizeof *task->eval_examples);
     size_t *order = arena_alloc(arena, eval_count, sizeof *order);
     for (size_t i = 0; i < eval_count; i++) order[i] = i;
-    trainer->task = (struct Task){.name = "pretrain", .n = (total - 1) / length, .data = task, .loss = language_loss, .targets = language_targets, .new_epoch = pretrain_new_epoch};
+    trainer->task = (struct Task){.name = "pretrain", .n = (total - 1) / length, .data = task, .loss = language_loss, .targets = language_targets, .new_epoch = pretrain_new_epoch, .sample = language_sample};
     trainer->task.eval_n = eval_total ? (eval_total - 1) / length : 0;
     pretrain_pack(arena, eval_texts, order, eval_count, length, false, task->eval_examples, trainer->task.eval_n);
     return task;
@@ -4497,7 +4608,7 @@ struct Reinforce {
     struct TrainingArguments args;
     enum Baseline baseline;
     double beta, temperature;
-    size_t batch_size, num_generations, step, total_steps;
+    size_t batch_size, num_generations, step, total_steps, tokens;
     struct RunningMoments rewards;           /* of the steps before */
     struct Arena arena;
     struct LogEntry stats;
@@ -4544,6 +4655,7 @@ static void reinforce_step(struct Reinforce *r, const struct Rollout *rollouts) 
         examples[i] = &rollouts[i].example;
         score += rollouts[i].score / (double)n;
         length += (double)rollouts[i].response_length / (double)n;
+        r->tokens += rollouts[i].example.n;
     }
     struct Batch batch = collate(arena, examples, n, SKIP_LAST);
     struct Activations acts = gpt2_forward(r->model, arena, &batch, true);
@@ -4575,7 +4687,7 @@ static void reinforce_log(const struct Reinforce *r, struct TrainerState *state)
     static const char *const names[] = {"reward", "kl", "gradient_variance/none", "gradient_variance/mean", "gradient_variance/rloo"};
     double shown[5];
     for (size_t i = 0; i < COUNT(names); i++) log_find(&r->stats, names[i], &shown[i]);
-    say("reinforce: step %zu/%zu  reward %.4g  kl %.4g  gradient's variance: no baseline %.3g, running mean %.3g, leave-one-out %.3g\n", r->step, r->total_steps, shown[0], shown[1], shown[2], shown[3], shown[4]);
+    progress_say("reinforce", r->step, r->total_steps, r->tokens, true, "reward %.4g  kl %.4g  gradient's variance: no baseline %.3g, running mean %.3g, leave-one-out %.3g", shown[0], shown[1], shown[2], shown[3], shown[4]);
     struct LogEntry *entry = state_log(state);
     *entry = r->stats;
     log_value(entry, "epoch", state->epoch);
@@ -5026,7 +5138,7 @@ static void replay_rollouts(const struct Dataset *data, size_t step, const struc
 static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, const struct Scorer *scorer, const struct Dataset *replay, size_t steps, const char *output_dir, struct TrainerState *state) {
     struct Arena arena = {0};
     struct Output stats_all, rollout_log;
-    size_t B = ppo->config.batch_size;
+    size_t B = ppo->config.batch_size, tokens = 0;
     state->max_steps = ppo->total_steps = steps;
     struct Checkpoint checkpoint = checkpoint_new("ppo", ppo->model, ppo->tok, &ppo->args, state);
     if (output_dir) {
@@ -5062,15 +5174,20 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, cons
         }
         state->global_step = step + 1;
         state->epoch = (double)((step + 1) * B) / (double)(replay ? replay->n : source->n);
-        if ((step + 1) % ppo->args.logging_steps == 0 || step + 1 == steps) {
+        double kl, loss;
+        log_find(&ppo->stats, "objective/kl", &kl);
+        log_find(&ppo->stats, "ppo/loss/total", &loss);
+        for (size_t b = 0; b < B; b++) tokens += rollouts[b].example.n;
+        bool log = (step + 1) % ppo->args.logging_steps == 0 || step + 1 == steps, plain = ppo->args.say_steps ? (step + 1) % ppo->args.say_steps == 0 || step + 1 == steps : log;
+        char score[32];
+        snprintf(score, sizeof score, "%+.2f  ", raw[0]);
+        if (progress_sampling(step + 1, steps)) sample_show(ppo->tok, &rollouts[0].example, ppo->model->config.vocab_size, score);
+        progress_say(ppo->name, step + 1, steps, tokens, plain, "env/reward_mean %.4g  objective/kl %.4g  ppo/loss/total %.4g", mean_of(raw, B), kl, loss);
+        if (log) {
             struct LogEntry *entry = state_log(state);
             *entry = ppo->stats;
             log_value(entry, "step", (double)(step + 1));
             log_value(entry, "epoch", state->epoch);
-            double kl, loss;
-            log_find(entry, "objective/kl", &kl);
-            log_find(entry, "ppo/loss/total", &loss);
-            say("%s: step %zu/%zu  env/reward_mean %.4g  objective/kl %.4g  ppo/loss/total %.4g\n", ppo->name, step + 1, steps, mean_of(raw, B), kl, loss);
         }
         checkpoint_step(&checkpoint);
     }
@@ -5656,7 +5773,8 @@ static struct Trainer course_trainer(struct Course *course, struct GPT2 *model, 
     trainer.args.per_device_train_batch_size = batch_size;
     trainer.args.warmup_steps = MIN(warmup, steps / 4);
     trainer.args.seed = course->seed;
-    trainer.args.logging_steps = MAX((size_t)1, steps / 8);
+    trainer.args.logging_steps = MAX((size_t)1, steps / 50);
+    trainer.args.say_steps = MAX((size_t)1, steps / 8);
     trainer.args.max_length = model->config.n_positions;
     return trainer;
 }
@@ -5747,6 +5865,7 @@ static void course_ppo(struct Course *course) {
     args.max_grad_norm = 0;
     struct PPOTrainer *ppo = ppo_trainer_new(course->ppo, course->language_model, config, args, course->temperature);
     ppo->name = "3/4 ppo";
+    ppo->tok = course->tok;
     struct RolloutSource source = {.prompts = course->prompts, .n = course->prompt_n, .at = course->prompt_n, .order = arena_alloc(&course->arena, course->prompt_n, sizeof(size_t)),
         .shuffle = rng_seed(course->seed, STREAM_ORDER), .lengths = rng_seed(course->seed, STREAM_LENGTH), .sample = rng_seed(course->seed, STREAM_SAMPLE),
         .output_length = {16, 29}, .num_generations = 1, .generation = course_generation(course)};
@@ -5867,6 +5986,8 @@ static void course_print(struct Course *course, const struct CourseResult *befor
     printf("\nThe language model's answers scored %+.2f; after PPO they score %+.2f, after DPO %+.2f (standard deviations of the reward of real reviews).\n", before->mean_reward, ppo->mean_reward, dpo->mean_reward);
 }
 
+static void course_time(double begin) { if (!progress_live()) say("    %.0f s\n", seconds_now() - begin); }      /* a terminal's lines have theirs */
+
 /* rlhf -- the four stages, measured. `language_model` comes new or loaded, not yet trained on these texts. */
 static void course_run(struct Course *course, const struct Dataset *data, struct GPT2 *language_model, double learning_rate) {
     double begin = seconds_now();
@@ -5877,16 +5998,16 @@ static void course_run(struct Course *course, const struct Dataset *data, struct
     say("%zu rated texts to learn from, %zu held out; %.2fM parameters; %d threads, kernel %s\n", course->train_n, course->held_out_n,
         (double)(language_model->wte.n + language_model->wpe.n + language_model->config.n_layer * 12 * language_model->config.n_embd * language_model->config.n_embd) / 1e6, thread_count(), kernel ? kernel->name : "plain");
     course_language_model(course, learning_rate);
-    say("    %.0f s\n", seconds_now() - begin);
+    course_time(begin);
     course_reward_model(course);
-    say("    %.0f s\n", seconds_now() - begin);
+    course_time(begin);
     struct CourseResult before = course_measure(course, course->language_model);
     course_ppo(course);
     struct CourseResult ppo = course_measure(course, course->ppo);
-    say("    %.0f s\n", seconds_now() - begin);
+    course_time(begin);
     course_dpo(course);
     struct CourseResult dpo = course_measure(course, course->dpo);
-    say("    %.0f s\n", seconds_now() - begin);
+    course_time(begin);
     course_write_files(course, &before, &ppo, &dpo, seconds_now() - begin);
     course_print(course, &before, &ppo, &dpo);
     gpt2_free(course->language_model);

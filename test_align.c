@@ -561,6 +561,22 @@ static struct Json *parse(const char *text, const char **error) {
 }
 
 /* Values, escapes and nesting by hand. */
+static void expect_cut(const char *what, const char *text, size_t columns, const char *want) {
+    expect_text(what, text_of(cut_columns(arena_printf(&test_arena, "%s", text), columns)), want);
+}
+
+static void test_progress_cut(void) {
+    expect_cut("shorter", "abc", 4, "abc");
+    expect_cut("longer", "abcde", 4, "abcd");
+    expect_cut("two bytes, one column", "aéié", 3, "aéi");
+    expect_cut("wide characters are not cut in half", "日本語", 5, "日本");
+    expect_cut("emoji", "a😀b", 3, "a😀");
+    expect_cut("escape, newline, delete", "a\x1b[31m\n\x7f" "b", 40, "a [31m  b");
+    expect_cut("C1 control in UTF-8", "a\xc2\x9b" "b", 40, "a  b");
+    expect_cut("half a character", "a\xc3", 40, "a ");
+    expect_cut("no UTF-8", "\xff\xfe", 1, " ");
+}
+
 static void test_json_values(void) {
     const char *error;
     struct Json *json = parse(" { \"a\" : [1, -2.5e3, true, null, \"x\\n\\\"\\u00e9\\ud83d\\ude00\\/\"], \"b\":{\"c\":false}, \"\":0.125 } ", &error);
@@ -4052,7 +4068,7 @@ static void test_fixtures_reward(void) {
  * ============================================================================================= */
 
 static const struct { const char *name; void (*run)(void); } TESTS[] = {
-    {"arena_pieces", test_arena_pieces}, {"arena_text", test_arena_text}, {"rng_known", test_rng_known}, {"rng_distributions", test_rng_distributions},
+    {"arena_pieces", test_arena_pieces}, {"arena_text", test_arena_text}, {"rng_known", test_rng_known}, {"rng_distributions", test_rng_distributions}, {"progress_cut", test_progress_cut},
     {"json_values", test_json_values}, {"json_errors", test_json_errors}, {"json_write", test_json_write}, {"files", test_files},
     {"safetensors_half", test_safetensors_half}, {"safetensors_round_trip", test_safetensors_round_trip}, {"tokenizer_words", test_tokenizer_words},
     {"tokenizer_cases", test_tokenizer_cases}, {"tokenizer_bytes", test_tokenizer_bytes}, {"tokenizer_plain", test_tokenizer_plain},
