@@ -1,15 +1,21 @@
 #!/usr/bin/env python3
-"""prepare_imdb.py -- turns downloaded files into the ones align reads. Python 3.8 or later, nothing to install.
+"""prepare_imdb.py -- gets the files that align reads. Python 3.8 or later, nothing to install.
 
     python3 prepare_imdb.py imdb       the IMDB film reviews -> imdb/*.jsonl, then ./align rlhf --dataset_name imdb
+    python3 prepare_imdb.py gpt2       GPT-2's weights       -> gpt2/, then ./align sft --model_name_or_path gpt2 ...
     python3 prepare_imdb.py tokenizer  GPT-2's vocabulary    -> tokenizer.bin         (shipped, no need to run it)
     python3 prepare_imdb.py reviews    rated film sentences  -> docs/reviews.jsonl    (shipped, no need to run it)
 
-A new source of reviews is one more generator like `reviews_of_archive`; a new command is one more function
-`command_...` and its lines in `parse_arguments`. Exit 0: done; 1: it could not be done; 2: wrong usage.
+`imdb` takes an archive, a folder, a CSV or an address (--source). Without one it looks for the archive and the folder
+here, and else downloads the archive, 84 MB. An interrupted download goes on where it stopped. A new source of reviews
+is one more generator like `reviews_of_csv`. Exit 0: done; 1: it could not be done; 2: wrong usage.
 """
 import argparse
+import csv
 import gzip
+import hashlib
+import http.client
+import io
 import json
 import os
 import random
@@ -18,11 +24,24 @@ import shlex
 import struct
 import sys
 import tarfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
 import zlib
 
-TOKENIZER = os.path.join(os.path.dirname(os.path.realpath(__file__)), "tokenizer.bin")
 IMDB_PAGE = "https://ai.stanford.edu/~amaas/data/sentiment/"
 IMDB_NAMES = ("aclImdb_v1.tar.gz", "aclImdb")  # as downloaded, as unpacked
+IMDB_MD5 = "7c2ac02c03563afcf9b574c7e56c153a"  # as torchtext and others give it
+# GPT-2, 124 million weights: one revision of the page, and the SHA-256 of its files. The weights come last: a folder
+# that has them has the rest.
+GPT2_URL = "https://huggingface.co/openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e"
+GPT2_SHA256 = {
+    "config.json": "0daed7749b4f02b8f76240d5444551d7b08712dab4d0adb8239c56ba823bb7b4",
+    "vocab.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "merges.txt": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "tokenizer.json": "8414cab924d8b9b33013f0d221c5862f365ee9be39c5c2bfae8a5a9e970478a6",
+    "model.safetensors": "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"}
 
 
 # ---- Errors and writing ---------------------------------------------------------------------------------------------
@@ -80,6 +99,158 @@ LINE_BREAKERS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 def json_lines(rows):
     for row in rows:
         yield (json.dumps(row, ensure_ascii=False).translate(LINE_BREAKERS) + "\n").encode("utf-8")
+
+
+# ---- Downloading ----------------------------------------------------------------------------------------------------
+
+ATTEMPTS, TIMEOUT, CHUNK = 5, 30, 1 << 16  # in a row without a new byte; seconds of silence; bytes
+
+
+class Interrupted(Exception):
+    """The connection failed in a way that may pass. `connected`: the server had answered."""
+
+    def __init__(self, why, connected=True):
+        super().__init__(str(getattr(why, "reason", None) or why) or type(why).__name__)
+        self.connected = connected
+
+
+class Progress:
+    """How far a download is: on a terminal one line that is written over, elsewhere a line each tenth."""
+
+    def __init__(self, name, have, total):
+        self.name, self.first, self.total = name, have, total
+        self.begin = self.shown = time.time()
+        self.tenth = self.tenth_of(have)
+
+    def tenth_of(self, have):
+        return 10 * have // self.total if self.total else have // 10000000
+
+    def show(self, have, end=False):
+        now = time.time()
+        speed = (have - self.first) / max(now - self.begin, 1e-3)
+        line = "%s: %.1f%s MB" % (self.name, have / 1e6, " of %.1f" % (self.total / 1e6) if self.total else "")
+        if sys.stderr.isatty() and (end or now - self.shown > 0.1):
+            left = ", %.0f s left" % ((self.total - have) / speed) if self.total and speed and not end else ""
+            sys.stderr.write("\r%s, %.1f MB/s%s\033[K%s" % (line, speed / 1e6, left, "\n" if end else ""))
+            sys.stderr.flush()
+            self.shown = now
+        elif not sys.stderr.isatty() and self.tenth_of(have) > self.tenth:
+            self.tenth = self.tenth_of(have)
+            say(line)
+
+
+def fetch(url, part):
+    """Appends to the file `part` what it lacks of `url`. A server that does not know Range sends all, and the file
+    begins anew. Raises Interrupted where another try may help."""
+    have = os.path.getsize(part) if os.path.exists(part) else 0
+    headers = {"User-Agent": "prepare_imdb.py", "Accept-Encoding": "identity"}
+    if have:
+        headers["Range"] = "bytes=%d-" % have
+    try:
+        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
+    except urllib.error.HTTPError as e:
+        e.close()
+        if e.code == 416 and have:  # nothing lies behind what is here: it is whole, or of another file
+            if e.headers.get("Content-Range") != "bytes */%d" % have:
+                os.remove(part)
+                raise Interrupted("the file there is another than the one begun")
+            return
+        if e.code in (408, 429) or e.code >= 500:
+            raise Interrupted("HTTP %d %s" % (e.code, e.msg))
+        raise Failure("%s: HTTP %d %s: expected the file: check the address" % (url, e.code, e.msg))
+    except (OSError, http.client.HTTPException) as e:
+        raise Interrupted(e, connected=False)
+    with response:
+        check(response.geturl().startswith("https:") or not url.startswith("https:"), "%s: leads to %s: expected https "
+              "to the end: do not trust it", url, response.geturl())
+        goes_on = response.status == 206 and response.headers.get("Content-Range", "").startswith("bytes %d-" % have)
+        have = have if goes_on else 0
+        length = response.headers.get("Content-Length", "")
+        total = have + int(length) if length.isdigit() else None
+        progress = Progress(os.path.basename(part)[:-len(".part")], have, total)
+        with open(part, "ab" if goes_on else "wb") as f:
+            while True:
+                try:
+                    chunk = response.read(CHUNK)
+                except (OSError, http.client.HTTPException) as e:
+                    raise Interrupted(e)
+                if not chunk:
+                    break
+                f.write(chunk)
+                have += len(chunk)
+                progress.show(have)
+        if total is not None and have != total:
+            raise Interrupted("the answer ended after %d of %d bytes" % (have, total))
+        progress.show(have, end=True)
+
+
+def verify(path, algorithm, expected, advice):
+    digest = hashlib.new(algorithm)
+    with open(path, "rb") as f:
+        for chunk in iter(lambda: f.read(1 << 20), b""):
+            digest.update(chunk)
+    found = digest.hexdigest()
+    check(not expected or found == expected.lower(), "%s: its %s is %s: expected %s: %s",
+          path, algorithm, found, expected, advice)
+    return found
+
+
+def download(url, path, algorithm="sha256", expected=None, look=None):
+    """Fetches url to path.part, which the next run goes on from; checks the sum and what `look` does; renames it."""
+    part, failures = path + ".part", 0
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    while True:
+        before = os.path.getsize(part) if os.path.exists(part) else 0
+        try:
+            fetch(url, part)
+            break
+        except Interrupted as e:
+            failures = 1 if os.path.exists(part) and os.path.getsize(part) > before else failures + 1
+            hopeless = not e.connected and failures == 1 and not before
+            problem = "the connection failed" if e.connected else "no connection"
+            check(failures < ATTEMPTS and not hopeless, "%s: %s (%s): expected the file: check the network and run "
+                  "this again (it goes on where it stopped), or download the file elsewhere and copy it to %s",
+                  url, problem, e, path)
+            say("%s: %s; trying again" % (url, e))
+            time.sleep(min(0.25 * 2 ** failures, 8))
+    try:
+        found = verify(part, algorithm, expected, "damaged on the way, or another file: run this again")
+        if look:
+            look(part)
+    except Failure:
+        os.remove(part)
+        raise
+    os.replace(part, path)
+    say("%s: %d bytes, %s %s%s" % (path, os.path.getsize(path), algorithm, found, ", as expected" if expected else ""))
+
+
+def look_at_gpt2(part):
+    """Says no to what has the right address but is not the file, such as a page of a network that asks to log in."""
+    name, size = os.path.basename(part)[:-len(".part")], os.path.getsize(part)
+    try:
+        with open(part, "rb") as f:
+            if name == "merges.txt":
+                whole = f.read(8) == b"#version"
+            elif name == "model.safetensors":  # 8 bytes: the header's length; the header, JSON; the tensors
+                header = f.read(min(struct.unpack("<Q", f.read(8))[0], 100 << 20))
+                tensors = [t for key, t in json.loads(header.decode()).items() if key != "__metadata__"]
+                whole = 8 + len(header) + max(t["data_offsets"][1] for t in tensors) == size
+            else:
+                whole = isinstance(json.load(f), dict)
+    except (struct.error, ValueError, LookupError, TypeError, AttributeError):
+        whole = False
+    check(whole, "%s: %d bytes that are no %s: expected GPT-2's: check --base_url and run this again", part, size, name)
+
+
+def command_gpt2(args):
+    for name, sha256 in GPT2_SHA256.items():
+        path = os.path.join(args.output, name)
+        if os.path.exists(path):
+            say("%s: is there already" % path)
+            continue
+        known = sha256 if args.base_url == GPT2_URL else None
+        download(args.base_url.rstrip("/") + "/" + name, path, "sha256", known, look_at_gpt2)
+    say("next: ./align generate --model_name_or_path %s --prompt 'The film is'" % shlex.quote(args.output))
 
 
 # ---- tokenizer.bin: writing -----------------------------------------------------------------------------------------
@@ -173,77 +344,6 @@ def command_tokenizer(args):
     say("%s: %d tokens, %d merges, %d bytes" % (args.output, len(tokens), len(merges), sum(map(len, chunks))))
 
 
-# ---- tokenizer.bin: reading, and byte pair encoding -----------------------------------------------------------------
-
-class Tokenizer:
-    """GPT-2's tokenizer in its plainest form; align.c has the fast one, with the same ids. Two steps: `pieces` cuts
-    the text into words, numbers, signs and white space; `merge` joins the bytes of a piece, never across pieces."""
-
-    def __init__(self, path):
-        check(os.path.isfile(path), "%s: there is no such file: expected the tokenizer beside this script: restore it, "
-              "or make it with 'python3 prepare_imdb.py tokenizer --source DIR'", path)
-        with open(path, "rb") as f:
-            data = f.read()
-        try:
-            self.parse(data)
-        except (struct.error, LookupError, ValueError, re.error):
-            raise Failure("%s: is cut short or another kind of file (%d bytes): expected align's tokenizer.bin with "
-                          "merges and character classes: restore the file the project ships" % (path, len(data)))
-        self.cache = {}
-
-    def parse(self, data):
-        magic, version, vocab_size, _ = struct.unpack_from("<4i", data)
-        if (magic, version) != (MAGIC, VERSION):
-            raise ValueError("magic number or version")
-        at, self.tokens = 1024, []
-        for _ in range(vocab_size):
-            self.tokens.append(data[at + 1:at + 1 + data[at]])
-            at += 1 + data[at]
-        self.id_of_byte = {self.tokens[i][0]: i for i in range(256)}  # ids 0..255: the bytes, in GPT-2's order
-        count, = struct.unpack_from("<I", data, at)
-        pairs = struct.unpack_from("<%dH" % (2 * count), data, at + 4)
-        at += 4 + 4 * count
-        self.merged = {pair: 256 + i for i, pair in enumerate(zip(pairs[::2], pairs[1::2]))}  # (left, right) -> id
-        classes = []
-        for _ in CLASSES:
-            count, = struct.unpack_from("<I", data, at)
-            ends = struct.unpack_from("<%dI" % (2 * count), data, at + 4)
-            at += 4 + 8 * count
-            classes.append("".join("\\U%08x-\\U%08x" % ends[i:i + 2] for i in range(0, 2 * count, 2)))
-        # GPT-2's rule. Python's own re knows neither \p{L} nor \p{N}, so the classes are spelt out as ranges:
-        #   's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
-        # \s+(?!\S) leaves the last space of a run to the word after it: "a   b" -> "a", "  ", " b".
-        self.pieces = re.compile(
-            "'s|'t|'re|'ve|'m|'ll|'d| ?[{L}]+| ?[{N}]+| ?[^{S}{L}{N}]+|[{S}]+(?![^{S}])|[{S}]+".format(
-                L=classes[0], N=classes[1], S=classes[2]))
-
-    def merge(self, piece):
-        """Starts from single bytes and joins, again and again, the pair that was learnt first (the smallest id),
-        until no neighbours have a merge. By hand: ' the' -> ' ','t','h','e' -> ' t','h','e' -> ' t','he' -> ' the'."""
-        ids = [self.id_of_byte[b] for b in piece.encode("utf-8")]
-        while True:
-            best = min((self.merged.get(pair, VOCAB_SIZE) for pair in zip(ids, ids[1:])), default=VOCAB_SIZE)
-            if best == VOCAB_SIZE:
-                return ids
-            joined, i = [], 0
-            while i < len(ids):
-                hit = self.merged.get(tuple(ids[i:i + 2])) == best
-                joined.append(best if hit else ids[i])
-                i += 2 if hit else 1
-            ids = joined
-
-    def encode(self, text):
-        ids = []
-        for piece in self.pieces.findall(text):
-            if piece not in self.cache:
-                self.cache[piece] = self.merge(piece)
-            ids += self.cache[piece]
-        return ids
-
-    def decode_bytes(self, ids):
-        return b"".join(self.tokens[i] for i in ids)
-
-
 # ---- The rated sentences: C.J. Hutto's VADER ground truth, each with the mean of up to 20 people's ratings ----------
 
 def command_reviews(args):
@@ -274,34 +374,55 @@ def command_reviews(args):
 
 
 # ---- IMDB: 25,000 reviews to train on and 25,000 to test with, a file each: {train,test}/{pos,neg}/<id>_<rating>.txt -
-# A source is a generator of (split, group, file name, where it stands, bytes).
+# A source is a generator of (split, its place in the order, {"text", "label", "score"}).
 
 DOWNLOAD = "download aclImdb_v1.tar.gz (84,125,825 bytes) from " + IMDB_PAGE
+REVIEW_MAX, MEMBER_MAX, ALL_MAX = 1 << 20, 1 << 26, 1 << 30  # bytes: 70, 1.5 and 3 times what the real archive has
 
 
-def reviews_of_archive(path):
-    """Reads the .tar.gz from front to back in memory. The names inside only tell what a file is; nothing is unpacked,
-    so a name such as ../../x does no harm. 'unsup', the reviews without a label, matches no name and is passed over."""
+class Limited:
+    """A file to read that refuses to grow beyond all measure: a few kilobytes of gzip can hold gigabytes."""
+
+    def __init__(self, file, path):
+        self.file, self.path, self.total = file, path, 0
+
+    def read(self, size):
+        data = self.file.read(size)
+        self.total += len(data)
+        check(self.total <= ALL_MAX, "%s: unpacks to more than %d bytes: expected the reviews: %s",
+              self.path, ALL_MAX, DOWNLOAD)
+        return data
+
+
+def files_of_archive(path):
+    """Reads the .tar.gz from front to back in memory. The names inside only tell what a file is; nothing is unpacked.
+    'unsup', the reviews without a label, matches no name and is passed over."""
     inside = re.compile(r"(?:^|/)(train|test)/(pos|neg)/([^/]+)$")
     try:
         # gzip.open, rather than tarfile's own unzipping, because it notices a missing end and a wrong checksum.
         with gzip.open(path, "rb") as unzipped:
-            with tarfile.open(fileobj=unzipped, mode="r|") as archive:
+            limited = Limited(unzipped, path)
+            with tarfile.open(fileobj=limited, mode="r|") as archive:
                 for member in archive:
-                    found = inside.search(member.name)
-                    if found and member.isfile():
-                        yield found.groups() + (path + ":" + member.name, archive.extractfile(member).read())
-            while unzipped.read(1 << 20):  # to the very end: the checksum comes last
+                    found, where = inside.search(member.name), path + ":" + member.name
+                    within = ".." not in member.name.split("/") and not member.name.startswith("/")
+                    check(within, "%s: a name that leaves its folder: expected the reviews: %s", where, DOWNLOAD)
+                    check(member.size <= (REVIEW_MAX if found else MEMBER_MAX), "%s: %d bytes: expected a review: %s",
+                          where, member.size, DOWNLOAD)
+                    if found:
+                        check(member.isfile(), "%s: is a link or a folder: expected a file: %s", where, DOWNLOAD)
+                        yield found.groups() + (where, archive.extractfile(member).read())
+            while limited.read(1 << 20):  # to the very end: the checksum comes last
                 pass
     except EOFError:
         raise Failure("%s: ends in the middle, after %d bytes: expected a whole .tar.gz: %s again"
                       % (path, os.path.getsize(path), DOWNLOAD))
     except (tarfile.TarError, gzip.BadGzipFile, zlib.error, ValueError) as e:
-        raise Failure("%s: is damaged or no .tar.gz archive (%s): expected aclImdb_v1.tar.gz or the folder unpacked "
-                      "from it: %s" % (path, e, DOWNLOAD))
+        raise Failure("%s: is damaged or no .tar.gz archive (%s): expected aclImdb_v1.tar.gz, the folder unpacked from "
+                      "it or a .csv (a .zip: unzip it first): %s" % (path, e, DOWNLOAD))
 
 
-def reviews_of_folder(path):
+def files_of_folder(path):
     if not any(os.path.isdir(os.path.join(path, split)) for split in ("train", "test")):
         path = os.path.join(path, "aclImdb")  # the folder above it was given
     for split in ("train", "test"):
@@ -314,25 +435,75 @@ def reviews_of_folder(path):
                         yield split, group, name, where, f.read()
 
 
-def read_reviews(source):
-    """{"train": [...], "test": [...]} of {"text", "label", "score"}, sorted by group and file name, so that the order
-    does not depend on how an archive was packed or a disk lists its files. The text is byte for byte the file's, with
-    '<br />' where the writer broke a line: the same texts as in Hugging Face's `imdb`."""
-    reader = reviews_of_folder if os.path.isdir(source) else reviews_of_archive
-    found = {"train": {}, "test": {}}
-    for split, group, name, where, data in reader(source):
+def reviews_of_files(files):
+    """Sorted by group and file name, so that the order does not depend on how an archive was packed or a disk lists its
+    files. The text is byte for byte the file's, with '<br />' where the writer broke a line: the same texts as in
+    Hugging Face's `imdb`."""
+    for split, group, name, where, data in files:
         if name.startswith("."):
             continue  # .DS_Store and the ._ files of macOS
         rating = re.match(r"[0-9]+_(10|[1-9])\.txt$", name)
         check(rating, "%s: no rating in the file name: expected <id>_<rating>.txt with a rating from 1 to 10: rename "
               "or remove the file", where)
-        found[split][group, name] = {
-            "text": to_text(data, where), "label": int(group == "pos"), "score": int(rating.group(1)) - 5.5}
+        score = int(rating.group(1)) - 5.5
+        yield split, (group, name), {"text": to_text(data, where), "label": int(group == "pos"), "score": score}
+
+
+LABELS = dict.fromkeys(("positive", "pos", "1", "true"), 1)
+LABELS.update(dict.fromkeys(("negative", "neg", "0", "false"), 0))
+
+
+def reviews_of_csv(path, encoding):
+    """A table with a header: a column review or text, a column sentiment or label, as Kaggle's 'IMDB Dataset.csv' has.
+    It has no ratings: the score is 1 or -1. Fields are separated by what the header has most of: , ; | or a tab."""
+    data = read_source(path, "a .csv of reviews")
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        encoding = "utf-16"
+    try:
+        text = data.decode("utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding)
+    except UnicodeDecodeError as e:
+        raise Failure("%s:%d: is not %s: expected text: give its --encoding, such as cp1252"
+                      % (path, data.count(b"\n", 0, e.start) + 1, encoding))
+    except LookupError:
+        raise Failure("--encoding %s: there is no such encoding: expected utf-8, cp1252, latin-1 ..." % encoding)
+    csv.field_size_limit(REVIEW_MAX)
+    separator = max(",;\t|", key=text.split("\n", 1)[0].count)
+    table = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    try:
+        names = [name.strip().lower() for name in next(table, [])]
+        texts = next((i for i, name in enumerate(names) if name in ("review", "text")), None)
+        labels = next((i for i, name in enumerate(names) if name in ("sentiment", "label")), None)
+        check(texts is not None and labels is not None, "%s:1: the columns are %s: expected a header with review and "
+              "sentiment (or text and label): add it", path, ", ".join(map(repr, names)) or "none")
+        for number, row in enumerate(table):
+            where = "%s:%d" % (path, table.line_num)
+            if not any(field.strip() for field in row):
+                continue
+            check(len(row) == len(names), "%s: %d fields: expected %d, as in the header: put a field with a separator "
+                  "inside in quotes", where, len(row), len(names))
+            label = LABELS.get(row[labels].strip().lower())
+            check(label is not None, "%s: %r: expected positive or negative: correct the line", where, row[labels])
+            if row[texts].strip():
+                yield "train", number, {"text": row[texts], "label": label, "score": 2 * label - 1}
+    except csv.Error as e:
+        raise Failure("%s:%d: %s: expected fields in quotes to end, and quotes inside them doubled: correct it"
+                      % (path, table.line_num, e))
+
+
+def read_reviews(source, encoding):
+    """{"train": [...], "test": [...]} of {"text", "label", "score"} in an order that is always the same."""
+    if source.lower().endswith((".csv", ".tsv")):
+        rows = reviews_of_csv(source, encoding)
+    else:
+        rows = reviews_of_files(files_of_folder(source) if os.path.isdir(source) else files_of_archive(source))
+    found = {"train": {}, "test": {}}
+    for split, key, review in rows:
+        found[split][key] = review
     check(found["train"] or found["test"], "%s: no reviews inside: expected files named train/pos/<id>_<rating>.txt "
-          "and so on: give aclImdb_v1.tar.gz or the folder aclImdb from %s", source, IMDB_PAGE)
-    for group in ("pos", "neg"):
-        check(any(key[0] == group for key in found["train"]), "%s: no reviews in train/%s: expected liked (pos) and "
-              "disliked (neg) ones, to make pairs of: get the archive again from %s", source, group, IMDB_PAGE)
+          "and so on, or rows of a .csv: %s", source, DOWNLOAD)
+    for label, word in ((1, "liked (pos)"), (0, "disliked (neg)")):
+        check(any(review["label"] == label for review in found["train"].values()), "%s: no %s reviews to train on: "
+              "expected both kinds, to make pairs of: %s", source, word, DOWNLOAD)
     return {split: [reviews[key] for key in sorted(reviews)] for split, reviews in found.items()}
 
 
@@ -360,42 +531,46 @@ def make_pairs(reviews, rng):
     return [{"chosen": chosen, "rejected": rejected} for chosen, rejected in zip(liked, disliked)]
 
 
-PROMPT_MIN, PROMPT_END = 2, 8  # tokens; the end is excluded, as in the course's LengthSampler(2, 8): 2 to 7
-PROMPT_CHARACTERS = 200        # far more than 7 tokens of a review, and encoding whole ones would take longer
+# Words, numbers, signs and white space, as GPT-2's tokenizer cuts a text first: a token never crosses such a cut.
+PIECES = re.compile(r"'(?:s|t|re|ve|m|ll|d)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+")
 
 
-def make_prompts(reviews, tokenizer, rng):
-    """Beginnings of reviews, for the writer to go on from, cut where a token ends. A token may end inside a character
-    of several bytes; such a beginning is no text and is left out, and so is one of white space alone."""
-    prompts = []
-    for review in reviews:
-        length = rng.randrange(PROMPT_MIN, PROMPT_END)
-        ids = tokenizer.encode(review["text"][:PROMPT_CHARACTERS])[:length]
-        try:
-            prompt = tokenizer.decode_bytes(ids).decode("utf-8")
-        except UnicodeDecodeError:
-            continue
-        if prompt.strip():
-            prompts.append({"prompt": prompt})
-    return prompts
+def make_prompts(reviews, rng):
+    """Beginnings of reviews, for the writer to go on from: 2 to 7 pieces, as the course's LengthSampler(2, 8) draws."""
+    beginnings = ("".join(PIECES.findall(review["text"][:400])[:rng.randrange(2, 8)]) for review in reviews)
+    return [{"prompt": beginning} for beginning in beginnings if beginning.strip()]
+
+
+def find_reviews(args):
+    """The path of the reviews, after a download where --source is an address or nothing is here."""
+    source = args.source or next(filter(os.path.exists, IMDB_NAMES), IMDB_PAGE + IMDB_NAMES[0])
+    known = ("md5", IMDB_MD5) if source == IMDB_PAGE + IMDB_NAMES[0] and not args.sha256 else ("sha256", args.sha256)
+    if re.match("https?://", source):
+        path = os.path.basename(urllib.parse.urlsplit(source).path)
+        check(path.strip("."), "%s: names no file: expected an address that ends in one: check --source", source)
+        if not os.path.exists(path):
+            say("downloading %s to %s" % (source, path))
+            download(source, path, *known)
+            return path
+        source = path
+    check(os.path.exists(source), "%s: there is no such file or folder: expected aclImdb_v1.tar.gz or the folder "
+          "aclImdb from %s, or a .csv: check the path given to --source", source, IMDB_PAGE)
+    if known[1] and os.path.isfile(source):
+        verify(source, *known, "%s or check the sum" % DOWNLOAD)
+    return source
 
 
 def command_imdb(args):
     # What is quick to check comes first: reading the whole archive takes a while.
-    source = args.source or next(filter(os.path.exists, IMDB_NAMES), None)
-    check(source, "%s: no reviews found: expected %s or a folder %s: download the archive from %s into this folder, or "
-          "pass it: 'prepare_imdb.py imdb --source PATH'", os.getcwd(), *IMDB_NAMES, IMDB_PAGE)
-    check(os.path.exists(source), "%s: there is no such file or folder: expected aclImdb_v1.tar.gz or the folder "
-          "aclImdb from %s: check the path given to --source", source, IMDB_PAGE)
     check(os.path.isdir(args.output) or not os.path.exists(args.output),
           "%s: is a file: expected a folder to write into: choose another --output", args.output)
-    tokenizer = Tokenizer(TOKENIZER)
+    source = find_reviews(args)
     say("reading %s ..." % source)
-    reviews = read_reviews(source)
+    reviews = read_reviews(source, args.encoding)
     train = choose(reviews["train"], args.max_reviews, dice(args.seed, "train"))
     test = choose(reviews["test"], args.max_reviews, dice(args.seed, "test"))
     files = {"train.jsonl": train, "test.jsonl": test, "pairs.jsonl": make_pairs(train, dice(args.seed, "pairs")),
-             "prompts.jsonl": make_prompts(train, tokenizer, dice(args.seed, "prompts"))}
+             "prompts.jsonl": make_prompts(train, dice(args.seed, "prompts"))}
     write_files({os.path.join(args.output, name): json_lines(rows) for name, rows in files.items()})
     for name, rows in files.items():
         liked = " (%d liked)" % sum(r["label"] for r in rows) if rows and "label" in rows[0] else ""
@@ -414,7 +589,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_arguments(argv):
-    parser = Parser(prog="prepare_imdb.py", description="Turns downloaded files into the ones align reads.")
+    parser = Parser(prog="prepare_imdb.py", description="Gets the files that align reads.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name, run, description):
@@ -423,12 +598,17 @@ def parse_arguments(argv):
         return sub
 
     p = imdb = command("imdb", command_imdb, "the IMDB film reviews -> {train,test,pairs,prompts}.jsonl")
-    p.add_argument("--source", metavar="PATH", help="aclImdb_v1.tar.gz from %s or the folder unpacked from it "
-                   "(default: the one in the current folder)" % IMDB_PAGE)
+    p.add_argument("--source", metavar="PATH", help="aclImdb_v1.tar.gz, the folder unpacked from it, a .csv with "
+                   "review and sentiment, or an address (default: what is in this folder, else from %s)" % IMDB_PAGE)
+    p.add_argument("--sha256", metavar="HEX", help="what the file's SHA-256 must be (default: the real archive's md5)")
+    p.add_argument("--encoding", metavar="NAME", default="utf-8", help="of a .csv (default: utf-8)")
     p.add_argument("--output", metavar="DIR", default="imdb", help="folder to write into (default: imdb)")
     p.add_argument("--seed", metavar="N", type=int, default=42, help="decides order, pairs and prompts (default: 42)")
     p.add_argument("--max_reviews", metavar="N", type=int,
                    help="at most N training and N test reviews, half of them liked (default: all)")
+    p = command("gpt2", command_gpt2, "downloads GPT-2's weights, 548 MB -> a folder for --model_name_or_path")
+    p.add_argument("--output", metavar="DIR", default="gpt2", help="folder to write into (default: gpt2)")
+    p.add_argument("--base_url", metavar="URL", default=GPT2_URL, help="where the files are (default: %s)" % GPT2_URL)
     p = command("tokenizer", command_tokenizer, "GPT-2's vocabulary -> tokenizer.bin")
     p.add_argument("--source", metavar="DIR", required=True,
                    help="folder of encoder.json, vocab.bpe and unicode_classes.json")
@@ -454,7 +634,7 @@ def main():
         say("prepare_imdb.py: %s: %s: expected to read or write here: check the path, the rights and the free space"
             % (e.filename or "reading or writing", e.strerror or e))
     except KeyboardInterrupt:
-        say("prepare_imdb.py: stopped; nothing was written")
+        say("prepare_imdb.py: stopped; nothing was written but, of a download, what came; run it again to go on")
     return 1
 
 
