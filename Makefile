@@ -1,5 +1,6 @@
 # make           builds ./align           make run    the whole course, about a minute
 # make test      builds and runs tests    make debug  ./align_debug for gdb: no optimisation, one thread
+# make book      docs/book.html: align.c for reading
 CC ?= cc
 CFLAGS ?= -O3 -fopenmp
 
@@ -18,7 +19,10 @@ test: test_align
 debug: align.c
 	$(CC) -O0 -g3 align.c -o align_debug -lm
 
+book:
+	python3 docs/make_book.py
+
 clean:
 	rm -f align align_debug test_align
 
-.PHONY: run test debug clean
+.PHONY: run test debug book clean

@@ -201,16 +201,17 @@ class Page:
         """Two frames: what scripts and layout had still to do is done."""
         self.evaluate("new Promise(done => { requestAnimationFrame(() => requestAnimationFrame(() => done(true))); setTimeout(() => done(true), 1000); })")
 
-    def press(self, key, shift=False):
+    def press(self, key, shift=False, settle=True):
         """One key: a character, or Enter, Escape, Tab, ArrowDown, ArrowUp, Home, End."""
         code, number, text = KEYS.get(key, ("", ord(key[0].upper()) if key.isalnum() else 0, key))
         common = dict(key=key, code=code, windowsVirtualKeyCode=number, modifiers=8 if shift else 0)
         self.call("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", **common, **({"text": text} if text else {}))
         self.call("Input.dispatchKeyEvent", type="keyUp", **common)
-        self.settle()
+        if settle: self.settle()
 
     def type(self, text):
-        for character in text: self.press(character)
+        for character in text: self.press(character, settle=False)
+        self.settle()
 
     def overflow(self): return self.evaluate("Math.max(0, document.scrollingElement.scrollWidth - innerWidth)")
 
