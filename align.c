@@ -2523,13 +2523,14 @@ struct LMHead {
     size_t logits_first;              /* first row of the chunk that logits holds; R: none */
     float *logprob, *entropy, *lse;   /* (R) of the target; of the distribution, in nats; log sum e^logit */
     float *mean_logit, *hit;          /* (R) over the vocabulary; 1 if the target is the argmax */
+    struct Activations acts;          /* what it stands on */
 };
 
 static struct LMHead lm_head_new(const struct GPT2 *model, struct Arena *arena, const struct Activations *acts, const int *row, const int *target, size_t R, float temperature) {
     size_t C = model->config.n_embd, V = model->config.vocab_size;
     size_t chunk = MIN(R, MAX((size_t)1, (size_t)LM_HEAD_FLOATS / V));
     struct LMHead head = {
-        .R = R, .chunk = chunk, .row = row, .target = target, .temperature = temperature, .logits_first = R,
+        .R = R, .chunk = chunk, .row = row, .target = target, .temperature = temperature, .logits_first = R, .acts = *acts,
         .hidden = arena_floats(arena, R * C), .logits = arena_floats(arena, chunk * V), .logprob = arena_floats(arena, R),
         .entropy = arena_floats(arena, R), .lse = arena_floats(arena, R), .mean_logit = arena_floats(arena, R), .hit = arena_floats(arena, R)};
     for (size_t r = 0; r < R; r++) memcpy(head.hidden + r * C, acts->ln_f + (size_t)row[r] * C, C * sizeof(float));
@@ -2593,8 +2594,8 @@ static void lm_head_forward(const struct GPT2 *model, struct LMHead *head) {
 }
 
 /* A batch judged by a model that is not trained on it: the log-probability of each target. */
-static struct LMHead batch_logprobs(const struct GPT2 *model, struct Arena *arena, const struct Batch *batch, double temperature) {
-    struct Activations acts = gpt2_forward(model, arena, batch, false);
+static struct LMHead batch_logprobs(const struct GPT2 *model, struct Arena *arena, const struct Batch *batch, double temperature, bool keep) {
+    struct Activations acts = gpt2_forward(model, arena, batch, keep);
     struct LMHead head = lm_head_new(model, arena, &acts, batch->row, batch->target, batch->R, (float)temperature);
     lm_head_forward(model, &head);
     return head;
@@ -4486,6 +4487,15 @@ static void sum_target_logps(const struct Batch *batch, size_t n, const float *t
     for (size_t b = 0; b < n; b++) logps[b] = sequence_logprob(token_logprobs + batch->target_start[b], batch->target_start[b + 1] - batch->target_start[b]);
 }
 
+/* The way back: dlogps (n), d loss / d log pi(y_i), times weight, to each token of y_i and on into the gradients. */
+static void target_logps_backward(struct GPT2 *model, struct Arena *arena, const struct Batch *batch, struct LMHead *head, size_t n, const double *dlogps, double weight) {
+    float *dlogprob = arena_floats(arena, batch->R), *dhidden = arena_zeros(arena, batch->N * model->config.n_embd, sizeof *dhidden);
+    for (size_t i = 0; i < n; i++)
+        for (size_t r = batch->target_start[i]; r < batch->target_start[i + 1]; r++) dlogprob[r] = (float)(dlogps[i] * weight);
+    lm_head_backward(model, head, dlogprob, dhidden, arena);
+    gpt2_backward(model, arena, &head->acts, dhidden);
+}
+
 /* What turns a response into a score: the reward model, on the text of query and response. */
 struct Scorer {
     const struct GPT2 *reward_model;
@@ -4517,16 +4527,76 @@ static void scorer_score(const struct Scorer *scorer, struct Arena *arena, const
     }
 }
 
-/* The policy answers batch_size prompts and is scored.                       [glossary: Rollout] */
+/* Where rollouts come from: prompts that the policy answers and the scorer judges, or stored ones.           [glossary: Rollout] */
 struct RolloutSource {
     const struct Example *prompts;
     size_t n;
     size_t *order, at;                 /* a shuffled pass over the prompts, renewed at its end */
     struct Rng shuffle, lengths, sample;
     struct LengthSampler output_length;
-    size_t num_generations;            /* answers to a prompt, one after the other */
     struct GenerationConfig generation;
+    struct Scorer scorer;
+    const struct Dataset *replay;      /* stored rollouts, or NULL */
 };
+
+enum Baseline { BASELINE_NONE, BASELINE_MEAN, BASELINE_RLOO, BASELINES, BASELINE_VALUE_HEAD = BASELINES };
+
+/* PPOConfig of TRL 0.11 and its defaults; REINFORCE reads baseline, batch_size, num_generations and init_kl_coef.
+ *                        [glossary: Classe de configuração PPO] */
+struct PPOConfig {
+    enum Baseline baseline;      /* what is subtracted from a reward: PPO has its value head */
+    size_t num_generations;      /* answers to a prompt, one after the other */
+    size_t batch_size, mini_batch_size, gradient_accumulation_steps, ppo_epochs;
+    double init_kl_coef;         /* beta at the start                [glossary: Parâmetro Beta (β)] */
+    double target, horizon;      /* of the adaptive KL controller */
+    double gamma, lam;           /* of GAE */
+    double cliprange, cliprange_value, vf_coef, score_clip, ratio_threshold, target_kl;
+    bool adap_kl_ctrl, use_score_scaling, use_score_norm, whiten_rewards, early_stopping;
+    const char *kl_penalty;      /* kl, abs, mse, full */
+};
+
+static struct PPOConfig ppo_config(void) {
+    return (struct PPOConfig){
+        .baseline = BASELINE_VALUE_HEAD, .num_generations = 1, .batch_size = 128, .mini_batch_size = 128, .gradient_accumulation_steps = 1, .ppo_epochs = 4, .init_kl_coef = 0.2, .target = 6, .horizon = 10000,
+        .gamma = 1, .lam = 0.95, .cliprange = 0.2, .cliprange_value = 0.2, .vf_coef = 0.1, .ratio_threshold = 10, .target_kl = 1, .adap_kl_ctrl = true, .kl_penalty = "kl"};
+}
+
+/* A vector of stats_all; with `start`, n of them, response by response. */
+struct StatsVector { const char *name; const float *x; size_t n; const size_t *start; };
+
+/* Everything a training on rollouts owns: PPO, or REINFORCE with one of the other baselines.   [glossary: Treinador PPO]; its model is the policy  [glossary: Política π] */
+struct PPOTrainer {
+    struct GPT2 *model, *ref_model;          /* the policy with its value head; the reference */
+    struct PPOConfig config;
+    struct TrainingArguments args;
+    const struct Tokenizer *tok;             /* goes with the model into checkpoints */
+    double temperature;                      /* divides the logits of both */
+    double kl_coef;
+    struct RunningMoments moments;           /* of scores; REINFORCE: of the R of earlier steps */
+    struct Rng order;
+    size_t optimizer_steps, step, total_steps;
+    const char *name;                        /* in progress lines */
+    struct Arena arena, epoch_arena;
+    struct LogEntry stats;                   /* of the last step: a line of stats_all, */
+    struct StatsVector vectors[10];          /* and its vectors */
+    size_t vector_count, updated;
+    float *advantages, *ratio;               /* (ppo_epochs R), `updated` so far: of each token in each update */
+};
+
+static struct PPOTrainer *ppo_trainer_new(struct GPT2 *model, struct GPT2 *ref_model, struct PPOConfig config, struct TrainingArguments args, double temperature) {
+    struct PPOTrainer *ppo = calloc(1, sizeof *ppo);
+    CHECK(ppo, "out of memory");
+    if (config.baseline == BASELINE_VALUE_HEAD) value_head_init(model, args.seed);
+    gpt2_make_trainable(model);
+    *ppo = (struct PPOTrainer){.model = model, .ref_model = ref_model, .config = config, .args = args, .temperature = temperature, .kl_coef = config.init_kl_coef, .moments = {0, 1, 1, 1e-24}, .name = config.baseline == BASELINE_VALUE_HEAD ? "ppo" : "reinforce", .order = rng_seed(args.seed, STREAM_ORDER)};
+    return ppo;
+}
+
+static void ppo_trainer_free(struct PPOTrainer *ppo) {
+    arena_free(&ppo->arena);
+    arena_free(&ppo->epoch_arena);
+    free(ppo);
+}
 
 static void rollouts_saved(struct RolloutSource *source, struct Checkpoint *checkpoint) {
     checkpoint_add(checkpoint, "prompts", SAVED_FIXED, &source->n, 1, 0);
@@ -4537,24 +4607,41 @@ static void rollouts_saved(struct RolloutSource *source, struct Checkpoint *chec
     checkpoint_rng(checkpoint, "sample", &source->sample);
 }
 
-static void collect_rollouts(struct RolloutSource *source, const struct GPT2 *policy, const struct Scorer *scorer, struct Arena *arena, struct Rollout *rollouts, size_t n) {
+/* The policy answers batch_size prompts and is scored. */
+static void collect_rollouts(const struct PPOTrainer *ppo, struct RolloutSource *source, struct Arena *arena, struct Rollout *rollouts) {
+    size_t n = ppo->config.batch_size, V = ppo->model->config.vocab_size;
     struct Sequence *sequences = arena_alloc(arena, n, sizeof *sequences);
     const struct Example *prompt = NULL;
     for (size_t i = 0; i < n; i++) {
-        if (source->at == source->n && i % source->num_generations == 0) {
-            rng_shuffle(&source->shuffle, source->order, source->n);
-            source->at = 0;
+        if (i % ppo->config.num_generations == 0) {
+            if (source->at == source->n) rng_shuffle(&source->shuffle, source->order, source->n);
+            source->at %= source->n;
+            prompt = &source->prompts[source->order[source->at++]];
         }
-        if (i % source->num_generations == 0) prompt = &source->prompts[source->order[source->at++]];
         struct Rng own = rng_seed(rng_next(&source->sample), STREAM_SAMPLE);
-        sequences[i] = sequence_start(arena, prompt->ids, prompt->n, length_sampler(&source->output_length, &source->lengths), policy, own);
+        sequences[i] = sequence_start(arena, prompt->ids, prompt->n, length_sampler(&source->output_length, &source->lengths), ppo->model, own);
     }
-    generate(policy, sequences, n, &source->generation);
+    generate(ppo->model, sequences, n, &source->generation);
     struct Example *examples = arena_alloc(arena, n, sizeof *examples);
     float *score = arena_floats(arena, n);
     for (size_t i = 0; i < n; i++) examples[i] = (struct Example){sequences[i].ids, sequences[i].n, sequences[i].prompt_length};
-    scorer_score(scorer, arena, examples, n, policy->config.vocab_size, score);
+    scorer_score(&source->scorer, arena, examples, n, V, score);
     for (size_t i = 0; i < n; i++) rollouts[i] = (struct Rollout){examples[i], examples[i].n - examples[i].prompt_length, score[i]};
+}
+
+/* Stored rollouts, batch_size of them a step, in file order, round and round. */
+static void replay_rollouts(const struct Dataset *data, size_t step, const struct GPT2 *model, struct Arena *arena, struct Rollout *rollouts, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        const struct Row *row = &data->rows[(step * n + i) % data->n];
+        size_t length = row->query_length + row->response_length;
+        CHECK(row->query_length > 0 && row->response_length > 0, "%s: rollout %zu has an empty query or response", data->path, (step * n + i) % data->n + 1);
+        CHECK(length <= model->config.n_positions, "%s: rollout %zu has %zu tokens, the model's context is %zu", data->path, (step * n + i) % data->n + 1, length, model->config.n_positions);
+        int *ids = arena_alloc(arena, length, sizeof *ids);
+        memcpy(ids, row->query_ids, row->query_length * sizeof *ids);
+        memcpy(ids + row->query_length, row->response_ids, row->response_length * sizeof *ids);
+        for (size_t t = 0; t < length; t++) CHECK((size_t)ids[t] < model->config.vocab_size, "%s: token id %d is outside the model's vocabulary of %zu", data->path, ids[t], model->config.vocab_size);
+        rollouts[i] = (struct Rollout){{ids, length, row->query_length}, row->response_length, (float)row->score};
+    }
 }
 
 /* REINFORCE [19]. How can an expectation over samples be differentiated, when the samples themselves depend on the
@@ -4565,8 +4652,6 @@ static void collect_rollouts(struct RolloutSource *source, const struct GPT2 *po
  * why a baseline b that does not depend on y may be subtracted: R - b has the same mean gradient and less noise.
  *   none   b = 0                mean   b = the mean of all R of earlier steps
  *   rloo   b = the mean R of the other answers to the same prompt (leave one out)                       [23] */
-enum Baseline { BASELINE_NONE, BASELINE_MEAN, BASELINE_RLOO, BASELINES };
-
 /* reinforce_advantages -- R(y_i) - b of n rewards, those of one prompt side by side, num_generations of each.
  * By hand: R = 1, 2, 6 of one prompt: rloo gives 1 - 4, 2 - 3.5, 6 - 1.5 = -3, -1.5, 4.5.      test: reinforce_advantages */
 static void reinforce_advantages(enum Baseline baseline, const float *rewards, size_t n, size_t num_generations, double running_mean, float *advantages) {
@@ -4603,26 +4688,15 @@ static double gradient_variance(const float *advantages, const float *s, size_t 
     return n > 1 ? total / (double)n / (double)(n - 1) : NAN;
 }
 
-struct Reinforce {
-    struct GPT2 *model, *ref_model;
-    struct TrainingArguments args;
-    enum Baseline baseline;
-    double beta, temperature;
-    size_t batch_size, num_generations, step, total_steps, tokens;
-    struct RunningMoments rewards;           /* of the steps before */
-    struct Arena arena;
-    struct LogEntry stats;
-};
-
 /* d log pi(y_i) / d ln_f.bias, (n,C): of all weights the ones whose gradient every answer's own can be had for nothing,
  * the sum of d log pi / d hidden over its tokens. On them the variance is measured. */
-static float *reinforce_scores(struct Reinforce *r, struct LMHead *head, const struct Batch *batch) {
-    struct GPT2 view = *r->model;
+static float *reinforce_scores(struct PPOTrainer *ppo, struct LMHead *head, const struct Batch *batch) {
+    struct GPT2 view = *ppo->model;
     size_t C = view.config.n_embd;
-    float *ones = arena_floats(&r->arena, head->R), *dhidden = arena_zeros(&r->arena, batch->N * C, sizeof(float)), *s = arena_zeros(&r->arena, batch->B * C, sizeof(float));
+    float *ones = arena_floats(&ppo->arena, head->R), *dhidden = arena_zeros(&ppo->arena, batch->N * C, sizeof(float)), *s = arena_zeros(&ppo->arena, batch->B * C, sizeof(float));
     view.wte.d = NULL;                       /* a look, no gradient */
     for (size_t i = 0; i < head->R; i++) ones[i] = 1;
-    lm_head_backward(&view, head, ones, dhidden, &r->arena);
+    lm_head_backward(&view, head, ones, dhidden, &ppo->arena);
     for (size_t b = 0; b < batch->B; b++)
         for (size_t i = batch->start[b]; i < batch->start[b + 1]; i++)
             for (size_t c = 0; c < C; c++) s[b * C + c] += dhidden[i * C + c];
@@ -4630,24 +4704,24 @@ static float *reinforce_scores(struct Reinforce *r, struct LMHead *head, const s
 }
 
 /* What REINFORCE maximizes, R(y_i) of each answer (n); *kl: the mean of log pi - log pi_ref. */
-static float *reinforce_rewards(struct Reinforce *r, const struct Rollout *rollouts, const struct Batch *batch, const double *logps, double *kl) {
-    struct LMHead head = batch_logprobs(r->ref_model, &r->arena, batch, r->temperature);
-    double *ref_logps = arena_alloc(&r->arena, batch->B, sizeof *ref_logps);
-    float *rewards = arena_floats(&r->arena, batch->B);
+static float *reinforce_rewards(struct PPOTrainer *ppo, const struct Rollout *rollouts, const struct Batch *batch, const double *logps, double *kl) {
+    struct LMHead head = batch_logprobs(ppo->ref_model, &ppo->arena, batch, ppo->temperature, false);
+    double *ref_logps = arena_alloc(&ppo->arena, batch->B, sizeof *ref_logps);
+    float *rewards = arena_floats(&ppo->arena, batch->B);
     sum_target_logps(batch, batch->B, head.logprob, ref_logps);
     *kl = 0;
     for (size_t i = 0; i < batch->B; i++) {
-        rewards[i] = (float)(rollouts[i].score - r->beta * (logps[i] - ref_logps[i]));
+        rewards[i] = (float)(rollouts[i].score - ppo->kl_coef * (logps[i] - ref_logps[i]));
         *kl += kl_k1(logps[i], ref_logps[i]) / (double)batch->B;
     }
     return rewards;
 }
 
 /* reinforce_step -- one step up the gradient from batch_size fresh rollouts.         test: reinforce_step */
-static void reinforce_step(struct Reinforce *r, const struct Rollout *rollouts) {
+static void reinforce_step(struct PPOTrainer *ppo, const struct Rollout *rollouts) {
     static const char *const variance[] = {"gradient_variance/none", "gradient_variance/mean", "gradient_variance/rloo"};
-    struct Arena *arena = &r->arena;
-    size_t n = r->batch_size, C = r->model->config.n_embd;
+    struct Arena *arena = &ppo->arena;
+    size_t n = ppo->config.batch_size, each = ppo->config.num_generations;
     arena_reset(arena);
     const struct Example **examples = arena_alloc(arena, n, sizeof *examples);
     double *logps = arena_alloc(arena, n, sizeof *logps), *dlogps = arena_alloc(arena, n, sizeof *dlogps), kl, score = 0, length = 0;
@@ -4655,84 +4729,25 @@ static void reinforce_step(struct Reinforce *r, const struct Rollout *rollouts) 
         examples[i] = &rollouts[i].example;
         score += rollouts[i].score / (double)n;
         length += (double)rollouts[i].response_length / (double)n;
-        r->tokens += rollouts[i].example.n;
     }
     struct Batch batch = collate(arena, examples, n, SKIP_LAST);
-    struct Activations acts = gpt2_forward(r->model, arena, &batch, true);
-    struct LMHead head = lm_head_new(r->model, arena, &acts, batch.row, batch.target, batch.R, (float)r->temperature);
-    lm_head_forward(r->model, &head);
+    struct LMHead head = batch_logprobs(ppo->model, arena, &batch, ppo->temperature, true);
     sum_target_logps(&batch, n, head.logprob, logps);
-    float *rewards = reinforce_rewards(r, rollouts, &batch, logps, &kl), *s = reinforce_scores(r, &head, &batch), *advantages[BASELINES];
-    r->stats.n = 0;
-    for (int b = 0; b < (r->num_generations > 1 ? BASELINES : BASELINE_RLOO); b++) {
+    float *rewards = reinforce_rewards(ppo, rollouts, &batch, logps, &kl), *s = reinforce_scores(ppo, &head, &batch), *advantages[BASELINES];
+    ppo->stats.n = 0;
+    for (int b = 0; b < (each > 1 ? BASELINES : BASELINE_RLOO); b++) {
         advantages[b] = arena_floats(arena, n);
-        reinforce_advantages(b, rewards, n, r->num_generations, r->rewards.mean, advantages[b]);
-        log_value(&r->stats, variance[b], gradient_variance(advantages[b], s, n, C));
+        reinforce_advantages(b, rewards, n, each, ppo->moments.mean, advantages[b]);
+        log_value(&ppo->stats, variance[b], gradient_variance(advantages[b], s, n, ppo->model->config.n_embd));
     }
-    double loss = reinforce_loss(advantages[r->baseline], logps, n, dlogps);
-    float *dlogprob = arena_floats(arena, batch.R), *dhidden = arena_zeros(arena, batch.N * C, sizeof *dhidden);
-    for (size_t i = 0; i < n; i++)
-        for (size_t t = batch.target_start[i]; t < batch.target_start[i + 1]; t++) dlogprob[t] = (float)dlogps[i];
-    lm_head_backward(r->model, &head, dlogprob, dhidden, arena);
-    gpt2_backward(r->model, arena, &acts, dhidden);
-    double lr = r->args.learning_rate * schedule_factor(&r->args, r->step, r->total_steps), norm = optimizer_step(r->model, &r->args, lr, ++r->step);
-    CHECK(isfinite(loss) && isfinite(norm), "reinforce: step %zu: the loss is %g, the gradient's norm %g; try a smaller --learning_rate or --max_grad_norm", r->step, loss, norm);
-    running_moments_update(&r->rewards, rewards, n);
-    const char *const names[] = {"loss", "grad_norm", "learning_rate", "reward", "kl", "objective", "entropy", "completions/mean_length", "step"};
-    double values[] = {loss, norm, lr, score, kl, mean_of(rewards, n), (double)row_sum(head.entropy, batch.R) / (double)batch.R, length, (double)r->step};
-    for (size_t i = 0; i < COUNT(names); i++) log_value(&r->stats, names[i], values[i]);
-}
-
-static void reinforce_log(const struct Reinforce *r, struct TrainerState *state) {
-    static const char *const names[] = {"reward", "kl", "gradient_variance/none", "gradient_variance/mean", "gradient_variance/rloo"};
-    double shown[5];
-    for (size_t i = 0; i < COUNT(names); i++) log_find(&r->stats, names[i], &shown[i]);
-    progress_say("reinforce", r->step, r->total_steps, r->tokens, true, "reward %.4g  kl %.4g  gradient's variance: no baseline %.3g, running mean %.3g, leave-one-out %.3g", shown[0], shown[1], shown[2], shown[3], shown[4]);
-    struct LogEntry *entry = state_log(state);
-    *entry = r->stats;
-    log_value(entry, "epoch", state->epoch);
-}
-
-/* reinforce_train -- answers, rewards, one step up, again. */
-static void reinforce_train(struct Reinforce *r, struct RolloutSource *source, const struct Scorer *scorer, struct TrainerState *state) {
-    struct Arena arena = {0};
-    gpt2_make_trainable(r->model);
-    state->max_steps = r->total_steps;
-    struct Checkpoint checkpoint = checkpoint_new("reinforce", r->model, scorer->tok, &r->args, state);
-    checkpoint_add(&checkpoint, "batch_size", SAVED_FIXED, &r->batch_size, 1, 0);
-    checkpoint_add(&checkpoint, "rewards", SAVED_DOUBLE, &r->rewards, sizeof r->rewards / sizeof(double), 0);
-    rollouts_saved(source, &checkpoint);
-    checkpoint_resume(&checkpoint);
-    r->step = state->global_step;
-    while (r->step < r->total_steps) {
-        arena_reset(&arena);
-        struct Rollout *rollouts = arena_alloc(&arena, r->batch_size, sizeof *rollouts);
-        collect_rollouts(source, r->model, scorer, &arena, rollouts, r->batch_size);
-        reinforce_step(r, rollouts);
-        state->global_step = r->step;
-        state->epoch = (double)(r->step * r->batch_size / r->num_generations) / (double)source->n;
-        if (r->step % r->args.logging_steps == 0) reinforce_log(r, state);
-        checkpoint_step(&checkpoint);
-    }
-    arena_free(&arena);
-    arena_free(&r->arena);
-}
-
-/* PPOConfig of TRL 0.11 and its defaults.                        [glossary: Classe de configuração PPO] */
-struct PPOConfig {
-    size_t batch_size, mini_batch_size, gradient_accumulation_steps, ppo_epochs;
-    double init_kl_coef;         /* beta at the start                [glossary: Parâmetro Beta (β)] */
-    double target, horizon;      /* of the adaptive KL controller */
-    double gamma, lam;           /* of GAE */
-    double cliprange, cliprange_value, vf_coef, score_clip, ratio_threshold, target_kl;
-    bool adap_kl_ctrl, use_score_scaling, use_score_norm, whiten_rewards, early_stopping;
-    const char *kl_penalty;      /* kl, abs, mse, full */
-};
-
-static struct PPOConfig ppo_config(void) {
-    return (struct PPOConfig){
-        .batch_size = 128, .mini_batch_size = 128, .gradient_accumulation_steps = 1, .ppo_epochs = 4, .init_kl_coef = 0.2, .target = 6, .horizon = 10000,
-        .gamma = 1, .lam = 0.95, .cliprange = 0.2, .cliprange_value = 0.2, .vf_coef = 0.1, .ratio_threshold = 10, .target_kl = 1, .adap_kl_ctrl = true, .kl_penalty = "kl"};
+    double loss = reinforce_loss(advantages[ppo->config.baseline], logps, n, dlogps);
+    target_logps_backward(ppo->model, arena, &batch, &head, n, dlogps, 1);
+    double lr = ppo->args.learning_rate * schedule_factor(&ppo->args, ppo->step, ppo->total_steps), norm = optimizer_step(ppo->model, &ppo->args, lr, ++ppo->step);
+    CHECK(isfinite(loss) && isfinite(norm), "reinforce: step %zu: the loss is %g, the gradient's norm %g; try a smaller --learning_rate or --max_grad_norm", ppo->step, loss, norm);
+    running_moments_update(&ppo->moments, rewards, n);
+    const char *const names[] = {"loss", "grad_norm", "learning_rate", "reward", "kl", "objective", "entropy", "completions/mean_length"};
+    double values[] = {loss, norm, lr, score, kl, mean_of(rewards, n), (double)row_sum(head.entropy, batch.R) / (double)batch.R, length};
+    for (size_t i = 0; i < COUNT(names); i++) log_value(&ppo->stats, names[i], values[i]);
 }
 
 /* whiten -- x = (x - mean) / sqrt(variance + 1e-8), variance unbiased; the mean is added back if
@@ -4771,7 +4786,7 @@ struct PPOBatch {
 };
 
 /* A forward pass of the policy over rollouts: the one that judges them serves the first update too, if that is of all of them. */
-struct PPOForward { struct Batch batch; struct Activations acts; struct LMHead head; float *values; };
+struct PPOForward { struct Batch batch; struct LMHead head; float *values; };
 
 /* ppo_advantages -- generalized advantage estimation [7], backward over each response:
  *   delta_t = r_t + gamma V_{t+1} - V_t;   A_t = delta_t + gamma lam A_{t+1};   return_t = A_t + V_t
@@ -4850,44 +4865,6 @@ static void ppo_loss(const struct PPOConfig *config, const struct PPOBatch *p, c
     stats[LOSS_TOTAL] = stats[LOSS_POLICY] + config->vf_coef * stats[LOSS_VALUE];
 }
 
-/* A vector of stats_all; with `start`, n of them, response by response. */
-struct StatsVector { const char *name; const float *x; size_t n; const size_t *start; };
-
-/* Everything a PPO training owns.   [glossary: Treinador PPO]; its model is the policy  [glossary: Política π] */
-struct PPOTrainer {
-    struct GPT2 *model, *ref_model;          /* the policy with its value head; the reference */
-    struct PPOConfig config;
-    struct TrainingArguments args;
-    const struct Tokenizer *tok;             /* goes with the model into checkpoints */
-    double temperature;                      /* divides the logits of both */
-    double kl_coef;
-    struct RunningMoments moments;
-    struct Rng order;
-    size_t optimizer_steps, step, total_steps;
-    const char *name;                        /* in progress lines */
-    struct Arena arena, epoch_arena;
-    struct LogEntry stats;                   /* of the last step: a line of stats_all, */
-    struct StatsVector vectors[10];          /* and its vectors */
-    size_t vector_count, updated;
-    float *advantages, *ratio;               /* (ppo_epochs R), `updated` so far: of each token in each update */
-};
-
-static struct PPOTrainer *ppo_trainer_new(struct GPT2 *model, struct GPT2 *ref_model, struct PPOConfig config, struct TrainingArguments args, double temperature) {
-    struct PPOTrainer *ppo = calloc(1, sizeof *ppo);
-    CHECK(ppo, "out of memory");
-    CHECK(config.batch_size % (config.mini_batch_size * config.gradient_accumulation_steps) == 0, "--batch_size %zu must be a multiple of --mini_batch_size %zu times --gradient_accumulation_steps %zu", config.batch_size, config.mini_batch_size, config.gradient_accumulation_steps);
-    value_head_init(model, args.seed);
-    gpt2_make_trainable(model);
-    *ppo = (struct PPOTrainer){.model = model, .ref_model = ref_model, .config = config, .args = args, .temperature = temperature, .kl_coef = config.init_kl_coef, .moments = {0, 1, 1, 1e-24}, .name = "ppo", .order = rng_seed(args.seed, STREAM_ORDER)};
-    return ppo;
-}
-
-static void ppo_trainer_free(struct PPOTrainer *ppo) {
-    arena_free(&ppo->arena);
-    arena_free(&ppo->epoch_arena);
-    free(ppo);
-}
-
 /* Scores of a batch -> what the rewards are made of: running scale, then clip. */
 static void ppo_process_scores(struct PPOTrainer *ppo, float *scores, size_t n) {
     const struct PPOConfig *c = &ppo->config;
@@ -4914,11 +4891,9 @@ static void kl_full_rows(const struct GPT2 *model, struct LMHead *head, const st
 static void ppo_forward(struct PPOTrainer *ppo, struct Arena *arena, const struct Example *const *examples, size_t n, bool keep, struct PPOForward *f) {
     const struct GPT2 *model = ppo->model;
     f->batch = collate(arena, examples, n, SKIP_LAST);
-    f->acts = gpt2_forward(model, arena, &f->batch, keep);
-    f->head = lm_head_new(model, arena, &f->acts, f->batch.row, f->batch.target, f->batch.R, (float)ppo->temperature);
+    f->head = batch_logprobs(model, arena, &f->batch, ppo->temperature, keep);
     f->values = arena_floats(arena, f->batch.R);
-    lm_head_forward(model, &f->head);
-    scalar_head_forward(f->values, f->acts.ln_f, f->batch.row, f->batch.R, &model->v_head.weight, &model->v_head.bias);
+    scalar_head_forward(f->values, f->head.acts.ln_f, f->batch.row, f->batch.R, &model->v_head.weight, &model->v_head.bias);
 }
 
 /* Step 2 of ppo_step: one pass of policy and reference over queries and responses. */
@@ -4938,7 +4913,7 @@ static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo, const struc
     struct PPOBatch p = {.B = B, .R = R, .start = batch.target_start, .fresh = ppo->config.mini_batch_size == B, .forward = forward, .values = forward->values, .padding = arena_alloc(arena, B, sizeof *p.padding)};
     float **columns[] = {&p.logprobs, &p.ref_logprobs, &p.kl, &p.non_score_rewards, &p.rewards, &p.advantages, &p.returns};
     for (size_t i = 0; i < COUNT(columns); i++) *columns[i] = arena_floats(arena, R);
-    struct LMHead ref_head = batch_logprobs(ppo->ref_model, arena, &batch, ppo->temperature);
+    struct LMHead ref_head = batch_logprobs(ppo->ref_model, arena, &batch, ppo->temperature, false);
     if (strcmp(ppo->config.kl_penalty, "full") == 0) kl_full_rows(ppo->model, head, ppo->ref_model, &ref_head, p.kl);
     memcpy(p.logprobs, head->logprob, R * sizeof(float));
     memcpy(p.ref_logprobs, ref_head.logprob, R * sizeof(float));
@@ -4984,8 +4959,8 @@ static void ppo_mini_batch(struct PPOTrainer *ppo, const struct Rollout *rollout
     }
     float *dhidden = arena_zeros(arena, f->batch.N * model->config.n_embd, sizeof *dhidden);
     lm_head_backward(model, &f->head, dlogprobs, dhidden, arena);
-    scalar_head_backward(dhidden, dvalues, f->acts.ln_f, f->batch.row, R, &model->v_head.weight, &model->v_head.bias);
-    gpt2_backward(model, arena, &f->acts, dhidden);
+    scalar_head_backward(dhidden, dvalues, f->head.acts.ln_f, f->batch.row, R, &model->v_head.weight, &model->v_head.bias);
+    gpt2_backward(model, arena, &f->head.acts, dhidden);
 }
 
 /* Step 5 of ppo_step: ppo_epochs passes over the batch, in mini-batches of a new random order each
@@ -5118,34 +5093,28 @@ static void rollouts_write(FILE *file, const struct Rollout *rollouts, size_t n)
     }
 }
 
-/* Stored rollouts, batch_size of them a step, in file order, round and round. */
-static void replay_rollouts(const struct Dataset *data, size_t step, const struct GPT2 *model, struct Arena *arena, struct Rollout *rollouts, size_t n) {
-    for (size_t i = 0; i < n; i++) {
-        const struct Row *row = &data->rows[(step * n + i) % data->n];
-        size_t length = row->query_length + row->response_length;
-        CHECK(row->query_length > 0 && row->response_length > 0, "%s: rollout %zu has an empty query or response", data->path, (step * n + i) % data->n + 1);
-        CHECK(length <= model->config.n_positions, "%s: rollout %zu has %zu tokens, the model's context is %zu", data->path, (step * n + i) % data->n + 1, length, model->config.n_positions);
-        int *ids = arena_alloc(arena, length, sizeof *ids);
-        memcpy(ids, row->query_ids, row->query_length * sizeof *ids);
-        memcpy(ids + row->query_length, row->response_ids, row->response_length * sizeof *ids);
-        for (size_t t = 0; t < length; t++) CHECK((size_t)ids[t] < model->config.vocab_size, "%s: token id %d is outside the model's vocabulary of %zu", data->path, ids[t], model->config.vocab_size);
-        rollouts[i] = (struct Rollout){{ids, length, row->query_length}, row->response_length, (float)row->score};
-    }
+/* The last step for the person: a sample now and then, and a line. */
+static void ppo_say(const struct PPOTrainer *ppo, const struct Rollout *rollouts, size_t tokens, bool plain) {
+    static const char *const names[] = {"env/reward_mean", "objective/kl", "ppo/loss/total", "reward", "kl", "gradient_variance/none", "gradient_variance/mean", "gradient_variance/rloo"};
+    double v[COUNT(names)];
+    char score[32];
+    for (size_t i = 0; i < COUNT(names); i++) log_find(&ppo->stats, names[i], &v[i]);
+    snprintf(score, sizeof score, "%+.2f  ", rollouts->score);
+    if (progress_sampling(ppo->step, ppo->total_steps)) sample_show(ppo->tok, &rollouts->example, ppo->model->config.vocab_size, score);
+    if (ppo->config.baseline == BASELINE_VALUE_HEAD) progress_say(ppo->name, ppo->step, ppo->total_steps, tokens, plain, "env/reward_mean %.4g  objective/kl %.4g  ppo/loss/total %.4g", v[0], v[1], v[2]);
+    else progress_say(ppo->name, ppo->step, ppo->total_steps, tokens, plain, "reward %.4g  kl %.4g  gradient's variance: no baseline %.3g, running mean %.3g, leave-one-out %.3g", v[3], v[4], v[5], v[6], v[7]);
 }
 
-/* ppo_train -- rollouts, step, log, again.                        [glossary: Treinador PPO]
- * Either `source` and `scorer` make rollouts, or `replay` holds them. Logs go to output_dir. */
-static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, const struct Scorer *scorer, const struct Dataset *replay, size_t steps, const char *output_dir, struct TrainerState *state) {
+/* ppo_train -- rollouts, step, log, again, by PPO or REINFORCE.   [glossary: Treinador PPO]
+ * stats_all.jsonl and rollouts.jsonl go to log_dir, unless that is NULL. */
+static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, size_t steps, const char *log_dir, struct TrainerState *state) {
     struct Arena arena = {0};
-    struct Output stats_all, rollout_log;
-    size_t B = ppo->config.batch_size, tokens = 0;
+    struct Output logs[2];
+    size_t B = ppo->config.batch_size, n = source->replay ? source->replay->n : source->n, tokens = 0;
     state->max_steps = ppo->total_steps = steps;
-    struct Checkpoint checkpoint = checkpoint_new("ppo", ppo->model, ppo->tok, &ppo->args, state);
-    if (output_dir) {
-        make_folder(output_dir);
-        checkpoint_log(&checkpoint, &stats_all, output_dir, "stats_all.jsonl");
-        checkpoint_log(&checkpoint, &rollout_log, output_dir, "rollouts.jsonl");
-    }
+    struct Checkpoint checkpoint = checkpoint_new(ppo->name, ppo->model, ppo->tok, &ppo->args, state);
+    if (log_dir) make_folder(log_dir);
+    for (int i = 0; log_dir && i < 2; i++) checkpoint_log(&checkpoint, &logs[i], log_dir, i ? "rollouts.jsonl" : "stats_all.jsonl");
     checkpoint_add(&checkpoint, "batch_size", SAVED_FIXED, &B, 1, 0);
     checkpoint_add(&checkpoint, "kl_coef", SAVED_DOUBLE, &ppo->kl_coef, 1, 0);
     checkpoint_add(&checkpoint, "moments", SAVED_DOUBLE, &ppo->moments, sizeof ppo->moments / sizeof(double), 0);
@@ -5153,48 +5122,40 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, cons
     checkpoint_rng(&checkpoint, "mini_batches", &ppo->order);
     rollouts_saved(source, &checkpoint);
     checkpoint_resume(&checkpoint);
-    for (size_t step = ppo->step = state->global_step; step < steps; step++) {
+    ppo->step = state->global_step;
+    while (ppo->step < steps) {
         arena_reset(&arena);
         double begin = seconds_now();
         struct Rollout *rollouts = arena_alloc(&arena, B, sizeof *rollouts);
-        if (replay) replay_rollouts(replay, step, ppo->model, &arena, rollouts, B);
-        else collect_rollouts(source, ppo->model, scorer, &arena, rollouts, B);
+        if (source->replay) replay_rollouts(source->replay, ppo->step, ppo->model, &arena, rollouts, B);
+        else collect_rollouts(ppo, source, &arena, rollouts);
         double rolled = seconds_now();
-        ppo_step(ppo, rollouts);
-        float *raw = arena_floats(&arena, B);
-        for (size_t b = 0; b < B; b++) raw[b] = rollouts[b].score;
-        stats_length(&ppo->stats, "env/reward_mean", "env/reward_std", raw, B);
-        stats_vector(ppo, "env/reward_dist", raw, B, NULL);
-        log_value(&ppo->stats, "time/ppo/rollout", rolled - begin);
-        if (output_dir) {
-            stats_write_line(stats_all.file, ppo);
-            rollouts_write(rollout_log.file, rollouts, B);
-            output_flush(&stats_all);
-            output_flush(&rollout_log);
+        if (ppo->config.baseline == BASELINE_VALUE_HEAD) ppo_step(ppo, rollouts);
+        else reinforce_step(ppo, rollouts);
+        if (log_dir) {
+            float *raw = arena_floats(&arena, B);
+            for (size_t b = 0; b < B; b++) raw[b] = rollouts[b].score;
+            stats_length(&ppo->stats, "env/reward_mean", "env/reward_std", raw, B);
+            stats_vector(ppo, "env/reward_dist", raw, B, NULL);
+            log_value(&ppo->stats, "time/ppo/rollout", rolled - begin);
+            stats_write_line(logs[0].file, ppo);
+            rollouts_write(logs[1].file, rollouts, B);
+            for (int i = 0; i < 2; i++) output_flush(&logs[i]);
         }
-        state->global_step = step + 1;
-        state->epoch = (double)((step + 1) * B) / (double)(replay ? replay->n : source->n);
-        double kl, loss;
-        log_find(&ppo->stats, "objective/kl", &kl);
-        log_find(&ppo->stats, "ppo/loss/total", &loss);
+        state->global_step = ppo->step;
+        state->epoch = (double)(ppo->step * B / ppo->config.num_generations) / (double)n;
         for (size_t b = 0; b < B; b++) tokens += rollouts[b].example.n;
-        bool log = (step + 1) % ppo->args.logging_steps == 0 || step + 1 == steps, plain = ppo->args.say_steps ? (step + 1) % ppo->args.say_steps == 0 || step + 1 == steps : log;
-        char score[32];
-        snprintf(score, sizeof score, "%+.2f  ", raw[0]);
-        if (progress_sampling(step + 1, steps)) sample_show(ppo->tok, &rollouts[0].example, ppo->model->config.vocab_size, score);
-        progress_say(ppo->name, step + 1, steps, tokens, plain, "env/reward_mean %.4g  objective/kl %.4g  ppo/loss/total %.4g", mean_of(raw, B), kl, loss);
+        bool last = ppo->step == steps, log = ppo->step % ppo->args.logging_steps == 0 || last;
+        ppo_say(ppo, rollouts, tokens, ppo->args.say_steps ? ppo->step % ppo->args.say_steps == 0 || last : log);
         if (log) {
             struct LogEntry *entry = state_log(state);
             *entry = ppo->stats;
-            log_value(entry, "step", (double)(step + 1));
+            log_value(entry, "step", (double)ppo->step);
             log_value(entry, "epoch", state->epoch);
         }
         checkpoint_step(&checkpoint);
     }
-    if (output_dir) {
-        output_close(&stats_all);
-        output_close(&rollout_log);
-    }
+    for (int i = 0; log_dir && i < 2; i++) output_close(&logs[i]);
     state->num_train_epochs = ceil(state->epoch);
     arena_free(&arena);
 }
@@ -5281,7 +5242,7 @@ static void dpo_reference(struct DPOTask *task, struct Arena *arena, const struc
     size_t *slot = arena_alloc(arena, 2 * B, sizeof *slot);
     double *logps = arena_alloc(arena, 2 * B, sizeof *logps);
     struct Batch batch = dpo_batch(arena, pairs, index, B, task->ref_model->config.n_embd, slot);
-    struct LMHead head = batch_logprobs(task->ref_model, arena, &batch, task->temperature);
+    struct LMHead head = batch_logprobs(task->ref_model, arena, &batch, task->temperature, false);
     sum_target_logps(&batch, 2 * B, head.logprob, logps);
     for (size_t i = 0; i < 2 * B; i++) cache[slot[i]] = logps[i];
     arena_reset(arena);
@@ -5321,20 +5282,14 @@ static double dpo_task_loss(struct Trainer *trainer, const size_t *index, size_t
     double *logps = arena_alloc(arena, 2 * B, sizeof *logps), *ref_logps = arena_alloc(arena, 2 * B, sizeof *ref_logps), *dlogps = arena_alloc(arena, 2 * B, sizeof *dlogps);
     struct Batch batch = dpo_batch(arena, pairs, index, B, model->config.n_embd, slot);
     for (size_t i = 0; i < 2 * B; i++) ref_logps[i] = cache[slot[i]];
-    struct Activations acts = gpt2_forward(model, arena, &batch, train);
-    struct LMHead head = lm_head_new(model, arena, &acts, batch.row, batch.target, batch.R, (float)task->temperature);
-    lm_head_forward(model, &head);
+    struct LMHead head = batch_logprobs(model, arena, &batch, task->temperature, train);
     sum_target_logps(&batch, 2 * B, head.logprob, logps);
     for (size_t i = 0; i < 2 * B; i++) length[i] = batch.target_start[i + 1] - batch.target_start[i];
     double loss = dpo_loss(&task->config, B, logps, logps + B, ref_logps, ref_logps + B, length, length + B, dlogps, dlogps + B);
     trainer->state.num_tokens += batch.tokens;
     dpo_metrics(trainer, task, &batch, &head, B, logps, ref_logps);
     if (!train) return loss;
-    float *dlogprob = arena_floats(arena, batch.R), *dhidden = arena_zeros(arena, batch.N * model->config.n_embd, sizeof *dhidden);
-    for (size_t i = 0; i < 2 * B; i++)
-        for (size_t r = batch.target_start[i]; r < batch.target_start[i + 1]; r++) dlogprob[r] = (float)(dlogps[i] * weight);
-    lm_head_backward(model, &head, dlogprob, dhidden, arena);
-    gpt2_backward(model, arena, &acts, dhidden);
+    target_logps_backward(model, arena, &batch, &head, 2 * B, dlogps, weight);
     return loss * weight;
 }
 
@@ -5510,18 +5465,13 @@ static void exact_pass(const struct ExactWorld *w, struct GPT2 *model, struct Ar
     const struct Example **examples = arena_alloc(arena, w->n, sizeof *examples);
     for (size_t i = 0; i < w->n; i++) examples[i] = &w->y[i];
     struct Batch batch = collate(arena, examples, w->n, SKIP_LAST);
-    struct Activations acts = gpt2_forward(model, arena, &batch, train);
-    struct LMHead head = lm_head_new(model, arena, &acts, batch.row, batch.target, batch.R, 1);
-    lm_head_forward(model, &head);
+    struct LMHead head = batch_logprobs(model, arena, &batch, 1, train);
     sum_target_logps(&batch, w->n, head.logprob, logps);
     exact_optimum(logps, w->r, w->n, INFINITY, logps);
     if (!train) return;
     double *dlogps = arena_alloc(arena, w->n, sizeof *dlogps);
-    float *dlogprob = arena_floats(arena, batch.R), *dhidden = arena_zeros(arena, batch.N * model->config.n_embd, sizeof *dhidden);
     exact_dpo_loss(logps, w->logps[EXACT_REFERENCE], w->r, w->n, w->beta, dlogps);
-    for (size_t i = 0; i < batch.R; i++) dlogprob[i] = (float)dlogps[i / w->L];
-    lm_head_backward(model, &head, dlogprob, dhidden, arena);
-    gpt2_backward(model, arena, &acts, dhidden);
+    target_logps_backward(model, arena, &batch, &head, w->n, dlogps, 1);
 }
 
 /* A reference, all responses, rewards from N(0, 1). GPT-2's own start, N(0, 0.02), makes all responses about as likely; from
@@ -5571,24 +5521,22 @@ static void exact_train(struct ExactWorld *w, enum ExactPolicy method) {
     args.learning_rate = EXACT[method].learning_rate;
     args.warmup_steps = 20;                                            /* then down to 0, and with it the samples' noise */
     struct PPOConfig config = ppo_config();
-    config.batch_size = config.mini_batch_size = EXACT_BATCH;
+    config.batch_size = config.mini_batch_size = config.num_generations = EXACT_BATCH;
+    if (method == EXACT_REINFORCE) config.baseline = BASELINE_RLOO;
     config.ppo_epochs = 2;
     config.vf_coef = 0.5;
     config.init_kl_coef = w->beta;
     config.adap_kl_ctrl = false;
     struct PPOTrainer *ppo = ppo_trainer_new(model, w->ref_model, config, args, 1);
     ppo->total_steps = steps;
-    struct Reinforce reinforce = {.model = model, .ref_model = w->ref_model, .args = args, .baseline = BASELINE_RLOO, .beta = w->beta, .temperature = 1,
-        .batch_size = EXACT_BATCH, .num_generations = EXACT_BATCH, .total_steps = steps, .rewards = {0, 1, 1, 1e-24}};
     for (size_t step = 0; step < steps; step++, arena_reset(&arena)) {
         if (method == EXACT_PPO) ppo_step(ppo, exact_rollouts(w, model, &rng, &arena));
-        if (method == EXACT_REINFORCE) reinforce_step(&reinforce, exact_rollouts(w, model, &rng, &arena));
+        if (method == EXACT_REINFORCE) reinforce_step(ppo, exact_rollouts(w, model, &rng, &arena));
         if (method == EXACT_DPO) exact_pass(w, model, &arena, true, w->logps[method]);
         if (method == EXACT_DPO) optimizer_step(model, &args, args.learning_rate * schedule_factor(&args, step, steps), step + 1);
     }
     exact_pass(w, model, &arena, false, w->logps[method]);
     say("exact: beta %g: %s: %zu steps, KL to the optimum %.5f nats\n", w->beta, EXACT[method].name, steps, exact_figures(w, w->logps[method]).kl_to_optimum);
-    arena_free(&reinforce.arena);
     ppo_trainer_free(ppo);
     gpt2_free(model);
     arena_free(&arena);
@@ -5694,7 +5642,7 @@ static double response_kl(const struct GPT2 *policy, const struct GPT2 *ref_mode
         for (size_t i = 0; i < count; i++) examples[i] = &answers[first + i];
         arena_reset(&arena);
         struct Batch batch = collate(&arena, examples, count, SKIP_LAST);
-        struct LMHead head = batch_logprobs(policy, &arena, &batch, temperature), ref_head = batch_logprobs(ref_model, &arena, &batch, temperature);
+        struct LMHead head = batch_logprobs(policy, &arena, &batch, temperature, false), ref_head = batch_logprobs(ref_model, &arena, &batch, temperature, false);
         float *kl = arena_floats(&arena, batch.R);
         kl_full_rows(policy, &head, ref_model, &ref_head, kl);
         for (size_t r = 0; r < batch.R; r++) total += kl[r];
@@ -5868,11 +5816,11 @@ static void course_ppo(struct Course *course) {
     ppo->tok = course->tok;
     struct RolloutSource source = {.prompts = course->prompts, .n = course->prompt_n, .at = course->prompt_n, .order = arena_alloc(&course->arena, course->prompt_n, sizeof(size_t)),
         .shuffle = rng_seed(course->seed, STREAM_ORDER), .lengths = rng_seed(course->seed, STREAM_LENGTH), .sample = rng_seed(course->seed, STREAM_SAMPLE),
-        .output_length = {16, 29}, .num_generations = 1, .generation = course_generation(course)};
+        .output_length = {16, 29}, .generation = course_generation(course), .scorer = course->scorer};
     for (size_t i = 0; i < source.n; i++) source.order[i] = i;
     struct TrainerState state = {0};
     char *folder = arena_printf(&course->arena, "%s/ppo", course->output_dir);
-    ppo_train(ppo, &source, &course->scorer, NULL, course->ppo_steps, folder, &state);
+    ppo_train(ppo, &source, course->ppo_steps, folder, &state);
     gpt2_save(course->ppo, folder, course->tok);
     trainer_state_save(&state, &args, folder);
     free(state.log_history);
@@ -6209,7 +6157,7 @@ struct Options {
     struct DPOConfig dpo;
     double center_rewards_coefficient;
     size_t input_min_text_length, input_max_text_length, output_min_length, output_max_length;
-    size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps, top_n, tokenize_vocab_size, num_generations, max_samples;
+    size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps, top_n, tokenize_vocab_size, max_samples;
     bool json, jsonl, decode, help, quiet, max_length_given, use_peft, sweep;
     /* What a command opens and main closes. */
     struct Arena arena;
@@ -6282,7 +6230,7 @@ static const struct Flag FLAGS[] = {
     {"beta", KIND_POSITIVE, AT(dpo.beta), G_DPO, "how strongly DPO holds to the reference; at 0 the pairs would not count"},
     {"beta", KIND_WEIGHT, AT(dpo.beta), G_RLOO | G_EXACT, "price of a nat of KL(policy || reference)"},
     {"baseline", KIND_STRING, AT(baseline), G_RLOO, "subtracted from the reward: none, mean (of earlier steps), rloo (leave one out)"},
-    {"num_generations", KIND_COUNT, AT(num_generations), G_RLOO | G_COLLECT, "answers to each prompt"},
+    {"num_generations", KIND_COUNT, AT(ppo.num_generations), G_RLOO | G_COLLECT, "answers to each prompt"},
     {"max_samples", KIND_SIZE, AT(max_samples), G_COLLECT | G_EVAL, "prompts used, from the first; 0: all"},
     {"loss_type", KIND_LIST, AT(loss_type), G_DPO, "sigmoid, ipo, hinge, robust, sft; several: sigmoid sft"},
     {"loss_weights", KIND_LIST, AT(loss_weights), G_DPO, "a weight for each loss_type: 1 0.2"},
@@ -6634,14 +6582,14 @@ static size_t encode_prompts(struct Options *o, struct Example *prompts) {
 }
 
 /* Where rollouts come from: prompts of the data set, answers of the model, rewards of the reward model. */
-static struct RolloutSource open_rollouts(struct Options *o, struct Scorer *scorer) {
+static struct RolloutSource open_rollouts(struct Options *o) {
     CHECK(o->output_max_length > o->output_min_length, "--output_max_length %zu: more than --output_min_length, %zu, was expected: lengths are drawn from the one to below the other", o->output_max_length, o->output_min_length);
     CHECK(o->input_max_text_length > o->input_min_text_length, "--input_max_text_length %zu: more than --input_min_text_length, %zu, was expected: lengths are drawn from the one to below the other", o->input_max_text_length, o->input_min_text_length);
     struct RolloutSource source = {.shuffle = rng_seed(o->train.seed, STREAM_ORDER + 100), .lengths = rng_seed(o->train.seed, STREAM_LENGTH + 100), .sample = rng_seed(o->train.seed, STREAM_SAMPLE),
-        .output_length = {o->output_min_length, o->output_max_length}, .generation = o->generation, .num_generations = 1};
+        .output_length = {o->output_min_length, o->output_max_length}, .generation = o->generation};
     source.generation.do_sample = true;
     if (o->reward_model_path) o->reward_model = check_reward_model(load_model(o->reward_model_path, o->tok), o->reward_model_path);
-    *scorer = (struct Scorer){.reward_model = o->reward_model, .tok = o->tok, .std = 1};
+    source.scorer = (struct Scorer){.reward_model = o->reward_model, .tok = o->tok, .std = 1};
     open_data(o, PROMPT_SHAPES, COUNT(PROMPT_SHAPES));
     struct Example *prompts = arena_alloc(&o->arena, o->data->n, sizeof *prompts);
     source.n = source.at = encode_prompts(o, prompts);
@@ -6651,49 +6599,48 @@ static struct RolloutSource open_rollouts(struct Options *o, struct Scorer *scor
     return source;
 }
 
-static void command_ppo(struct Options *o) {
-    choice("kl_penalty", o->ppo.kl_penalty, "kl, abs, mse, full");
-    need(o->train.output_dir, "output_dir");
-    if (!o->rollouts) need(o->reward_model_path, "reward_model_path (or --rollouts)");
-    o->ppo.mini_batch_size = MIN(o->ppo.mini_batch_size, o->ppo.batch_size);
-    o->ppo.gradient_accumulation_steps = o->train.gradient_accumulation_steps;
-    open_model(o, true);
-    load_reference(o);
-    open_output_dir(o);
+/* Trains by PPO or REINFORCE on the source's rollouts and saves: max_steps, or one pass. */
+static void train_on_rollouts(struct Options *o, struct RolloutSource *source, const char *log_dir) {
     struct PPOTrainer *ppo = ppo_trainer_new(o->model, o->reference, o->ppo, o->train, o->generation.temperature);
-    struct Scorer scorer;
-    struct RolloutSource source = {0};
-    if (o->rollouts) o->data = dataset_load(o->rollouts, ROLLOUT_SHAPES, 1);
-    else source = open_rollouts(o, &scorer);
-    size_t steps = o->train.max_steps ? o->train.max_steps : MAX((size_t)1, (o->rollouts ? o->data->n : source.n) / o->ppo.batch_size);
+    size_t n = source->replay ? source->replay->n : source->n, pass = MAX((size_t)1, n * o->ppo.num_generations / o->ppo.batch_size);
     struct TrainerState state = {0};
     ppo->tok = o->tok;
+    ppo_train(ppo, source, o->train.max_steps ? o->train.max_steps : pass, log_dir, &state);
     o->train.per_device_train_batch_size = o->ppo.batch_size;
-    ppo_train(ppo, &source, &scorer, o->rollouts ? o->data : NULL, steps, o->train.output_dir, &state);
     save_result(o, &state);
     free(state.log_history);
     ppo_trainer_free(ppo);
 }
 
+static void command_ppo(struct Options *o) {
+    struct PPOConfig *c = &o->ppo;
+    choice("kl_penalty", c->kl_penalty, "kl, abs, mse, full");
+    need(o->train.output_dir, "output_dir");
+    if (!o->rollouts) need(o->reward_model_path, "reward_model_path (or --rollouts)");
+    c->mini_batch_size = MIN(c->mini_batch_size, c->batch_size);
+    c->gradient_accumulation_steps = o->train.gradient_accumulation_steps;
+    CHECK(c->batch_size % (c->mini_batch_size * c->gradient_accumulation_steps) == 0, "--batch_size %zu must be a multiple of --mini_batch_size %zu times --gradient_accumulation_steps %zu", c->batch_size, c->mini_batch_size, c->gradient_accumulation_steps);
+    open_model(o, true);
+    load_reference(o);
+    open_output_dir(o);
+    struct RolloutSource source = {0};
+    if (o->rollouts) source.replay = o->data = dataset_load(o->rollouts, ROLLOUT_SHAPES, 1);
+    else source = open_rollouts(o);
+    train_on_rollouts(o, &source, o->train.output_dir);
+}
+
 static void command_reinforce(struct Options *o) {
-    size_t baseline = choice("baseline", o->baseline, "none, mean, rloo"), n = o->ppo.batch_size, each = o->num_generations;
+    size_t n = o->ppo.batch_size, each = o->ppo.num_generations;
+    o->ppo.baseline = (enum Baseline)choice("baseline", o->baseline, "none, mean, rloo");
+    o->ppo.init_kl_coef = o->dpo.beta;
     CHECK(n % each == 0, "--batch_size %zu must be a multiple of --num_generations %zu", n, each);
-    CHECK(each > 1 || baseline != BASELINE_RLOO, "--baseline rloo needs other answers to the same prompt: --num_generations 2 or more");
+    CHECK(each > 1 || o->ppo.baseline != BASELINE_RLOO, "--baseline rloo needs other answers to the same prompt: --num_generations 2 or more");
     need(o->reward_model_path, "reward_model_path");
     open_model(o, true);
     load_reference(o);
     open_output_dir(o);
-    struct Scorer scorer;
-    struct RolloutSource source = open_rollouts(o, &scorer);
-    source.num_generations = each;
-    struct Reinforce r = {.model = o->model, .ref_model = o->reference, .args = o->train, .baseline = (enum Baseline)baseline, .beta = o->dpo.beta, .temperature = o->generation.temperature,
-        .batch_size = n, .num_generations = each, .total_steps = o->train.max_steps ? o->train.max_steps : MAX((size_t)1, source.n * each / n), .rewards = {0, 1, 1, 1e-24}};
-    struct TrainerState state = {0};
-    o->train.per_device_train_batch_size = n;
-    reinforce_train(&r, &source, &scorer, &state);
-    state.num_train_epochs = ceil(state.epoch);
-    save_result(o, &state);
-    free(state.log_history);
+    struct RolloutSource source = open_rollouts(o);
+    train_on_rollouts(o, &source, NULL);
 }
 
 /* Prompt and continuation as a person reads them, without end tokens. */
@@ -6802,7 +6749,7 @@ static void logprob_row(struct Arena *arena, const struct GPT2 *model, const str
         batch.row[t] = (int)t;
         batch.target[t] = t + 1 < e->n ? e->ids[t + 1] : 0;
     }
-    struct LMHead head = batch_logprobs(model, arena, &batch, 1);
+    struct LMHead head = batch_logprobs(model, arena, &batch, 1, false);
     size_t first = MAX((size_t)1, e->prompt_length) - 1, scored = e->n > first + 1 ? e->n - 1 - first : 0;
     fputs("{\"input_ids\": ", stdout);
     json_write_ids(stdout, e->ids, e->n);
@@ -6810,7 +6757,7 @@ static void logprob_row(struct Arena *arena, const struct GPT2 *model, const str
     json_write_floats(stdout, head.logprob, e->n - 1);
     printf(", \"logprob\": %s", json_number_text(sequence_logprob(head.logprob + first, scored)));
     if (ref_model) {
-        struct LMHead ref_head = batch_logprobs(ref_model, arena, &batch, 1);
+        struct LMHead ref_head = batch_logprobs(ref_model, arena, &batch, 1, false);
         float *kl = arena_floats(arena, e->n);
         kl_full_rows(model, &head, ref_model, &ref_head, kl);
         fputs(", \"kl_to_ref_per_position\": ", stdout);
@@ -6904,7 +6851,7 @@ static int ask_person(struct Options *o, const struct Example *answers, size_t n
 /* Answers two and two before a person; returns the number of judgements, or SIZE_MAX to stop. */
 static size_t judge_by_person(struct Options *o, FILE *file, const struct Example *answers, size_t number, size_t of) {
     size_t judged = 0, V = o->model->config.vocab_size;
-    for (size_t k = 0; k + 1 < o->num_generations; k += 2) {
+    for (size_t k = 0; k + 1 < o->ppo.num_generations; k += 2) {
         struct Text a = answer_text(o->tok, &o->arena, &answers[k], V), b = answer_text(o->tok, &o->arena, &answers[k + 1], V);
         if (text_equal(a, b)) continue;
         int word = ask_person(o, answers + k, number, of);
@@ -6927,10 +6874,9 @@ enum { COLLECT_TOGETHER = 64 };
 /* align collect -- data collection, the H in RLHF: a reward model or the person at the keyboard compares answers.
  * Judgements are added to preferences.jsonl; a prompt that is there already is passed over.  [glossary: Coleta de dados] */
 static void command_collect(struct Options *o) {
-    CHECK(o->num_generations >= 2, "--num_generations %zu: 2 or more answers are needed to compare", o->num_generations);
+    CHECK(o->ppo.num_generations >= 2, "--num_generations %zu: 2 or more answers are needed to compare", o->ppo.num_generations);
     open_model(o, false);
-    struct Scorer scorer;
-    struct RolloutSource source = open_rollouts(o, &scorer);
+    struct RolloutSource source = open_rollouts(o);
     make_folder(need(o->train.output_dir, "output_dir"));
     char *path = arena_printf(&o->arena, "%s/preferences.jsonl", o->train.output_dir);
     struct stat s;
@@ -6943,8 +6889,8 @@ static void command_collect(struct Options *o) {
     for (size_t i = 0; i < left && last != SIZE_MAX; i += together) {
         size_t count = MIN(together, left - i);
         uint64_t seed = o->train.seed + judged;
-        if (o->reward_model) last = collect_preferences(o->model, &scorer, &o->arena, prompts + i, count, o->num_generations, false, &source.generation, seed, pairs);
-        else last = judge_by_person(o, file, sample_answers(o->model, &o->arena, prompts + i, 1, o->num_generations, &source.generation, seed + i), i + 1, left);
+        if (o->reward_model) last = collect_preferences(o->model, &source.scorer, &o->arena, prompts + i, count, o->ppo.num_generations, false, &source.generation, seed, pairs);
+        else last = judge_by_person(o, file, sample_answers(o->model, &o->arena, prompts + i, 1, o->ppo.num_generations, &source.generation, seed + i), i + 1, left);
         for (size_t k = 0; o->reward_model && k < last; k++) preference_write(o, file, &pairs[2 * k], &pairs[2 * k + 1]);
         if (last != SIZE_MAX) judged += last;
     }
@@ -6971,13 +6917,12 @@ static void eval_language(struct Trainer *trainer, const struct Options *o, stru
 
 /* A policy's answers: their reward, its distance from --ref_model, how varied and long they are. */
 static void eval_policy(struct Options *o, struct LogEntry *entry) {
-    struct Scorer scorer;
-    struct RolloutSource source = open_rollouts(o, &scorer);
+    struct RolloutSource source = open_rollouts(o);
     size_t n = o->max_samples ? MIN(o->max_samples, source.n) : source.n;
     struct Example *answers = sample_answers(o->model, &o->arena, source.prompts, n, 1, &source.generation, o->train.seed);
     struct Text *texts = arena_alloc(&o->arena, n, sizeof *texts);
     float *reward = arena_floats(&o->arena, n), *length = arena_floats(&o->arena, n);
-    scorer_score(&scorer, &o->arena, answers, n, o->model->config.vocab_size, reward);
+    scorer_score(&source.scorer, &o->arena, answers, n, o->model->config.vocab_size, reward);
     for (size_t i = 0; i < n; i++) {
         texts[i] = answer_text(o->tok, &o->arena, &answers[i], o->model->config.vocab_size);
         length[i] = (float)answer_length(&answers[i], o->model->config.vocab_size);
@@ -7358,13 +7303,14 @@ static void parse_arguments(struct Options *o, const struct Command *command, in
 
 /* What a command starts from: transformers' and TRL's defaults. */
 static struct Options default_options(const char *command) {
-    struct Options o = {.train = training_arguments(), .ppo = ppo_config(), .generation = generation_config(), .dpo = {.beta = 0.1}, .loss_type = "sigmoid", .baseline = "rloo", .num_generations = 2, .lora = {.r = 16, .lora_alpha = 32, .target_modules = "c_attn"}, .top_n = 10, .tokenize_vocab_size = 50257,
+    struct Options o = {.train = training_arguments(), .ppo = ppo_config(), .generation = generation_config(), .dpo = {.beta = 0.1}, .loss_type = "sigmoid", .baseline = "rloo", .lora = {.r = 16, .lora_alpha = 32, .target_modules = "c_attn"}, .top_n = 10, .tokenize_vocab_size = 50257,
         .config = {.vocab_size = 50257, .n_positions = 1024, .n_embd = 768, .n_layer = 12, .n_head = 12, .layer_norm_epsilon = 1e-5f},
         .input_min_text_length = 2, .input_max_text_length = 8, .output_min_length = 4, .output_max_length = 16,
         .pretrain_steps = 2000, .reward_steps = 450, .ppo_steps = 85, .dpo_steps = 150};
     if (strcmp(command, "sft") == 0) o.train.learning_rate = 2e-5;
     if (strcmp(command, "reward") == 0) o.train.learning_rate = 1e-4;
     if (strcmp(command, "dpo") == 0) o.train.learning_rate = 1e-6;
+    if (strcmp(command, "reinforce") == 0 || strcmp(command, "collect") == 0) o.ppo.num_generations = 2;
     if (strcmp(command, "reinforce") == 0) {
         o.train.learning_rate = 1e-6;
         o.train.logging_steps = 1;

@@ -3146,41 +3146,42 @@ static void test_reinforce_gradient(void) {
 static void test_reinforce_step(void) {
     struct Rollout rollouts[4];
     struct PPOTrainer *ppo = ppo_of(ppo_config(), 0, rollouts);
-    struct Reinforce r = {.model = ppo->model, .ref_model = ppo->ref_model, .args = ppo->args, .baseline = BASELINE_RLOO, .beta = 0.1, .temperature = 0.7, .batch_size = 4, .num_generations = 2, .total_steps = 9, .rewards = {0, 1, 1, 1e-24}};
-    r.args.logging_steps = 1;
-    reinforce_step(&r, rollouts);
+    ppo->config.baseline = BASELINE_RLOO;
+    ppo->config.num_generations = 2;
+    ppo->kl_coef = 0.1;
+    ppo->total_steps = 9;
+    reinforce_step(ppo, rollouts);
     double value, kl = 0, R[4];
     const struct Example *examples[] = {&rollouts[0].example, &rollouts[1].example, &rollouts[2].example, &rollouts[3].example};
     struct Batch batch = collate(&test_arena, examples, 4, SKIP_LAST);
-    struct Activations acts = gpt2_forward(r.model, &test_arena, &batch, false), ref_acts = gpt2_forward(r.ref_model, &test_arena, &batch, false);
-    struct LMHead head = lm_head_new(r.model, &test_arena, &acts, batch.row, batch.target, batch.R, 0.7f), ref_head = lm_head_new(r.ref_model, &test_arena, &ref_acts, batch.row, batch.target, batch.R, 0.7f);
-    lm_head_forward(r.model, &head);
-    lm_head_forward(r.ref_model, &ref_head);
+    struct Activations acts = gpt2_forward(ppo->model, &test_arena, &batch, false), ref_acts = gpt2_forward(ppo->ref_model, &test_arena, &batch, false);
+    struct LMHead head = lm_head_new(ppo->model, &test_arena, &acts, batch.row, batch.target, batch.R, 0.7f), ref_head = lm_head_new(ppo->ref_model, &test_arena, &ref_acts, batch.row, batch.target, batch.R, 0.7f);
+    lm_head_forward(ppo->model, &head);
+    lm_head_forward(ppo->ref_model, &ref_head);
     for (size_t i = 0; i < 4; i++) {
         size_t t = batch.target_start[i], n = batch.target_start[i + 1] - t;
         double difference = sequence_logprob(head.logprob + t, n) - sequence_logprob(ref_head.logprob + t, n);
         kl += difference / 4;
         R[i] = rollouts[i].score - 0.1 * difference;
     }
-    log_find(&r.stats, "kl", &value);
+    log_find(&ppo->stats, "kl", &value);
     expect_close("kl", value, kl, 1e-5);
-    log_find(&r.stats, "objective", &value);
+    log_find(&ppo->stats, "objective", &value);
     expect_close("reward less beta KL", value, (R[0] + R[1] + R[2] + R[3]) / 4, 1e-5);
-    expect_close("the running mean", r.rewards.mean, value, 1e-6);
-    float *s = reinforce_scores(&r, &head, &batch), bias = r.model->ln_f.bias.w[3];
+    expect_close("the running mean", ppo->moments.mean, value, 1e-6);
+    float *s = reinforce_scores(ppo, &head, &batch), bias = ppo->model->ln_f.bias.w[3];
     double stirred = 0;
-    for (size_t i = 0; i < r.model->wte.n; i++) stirred += fabs(r.model->wte.d[i]);
+    for (size_t i = 0; i < ppo->model->wte.n; i++) stirred += fabs(ppo->model->wte.d[i]);
     expect_close("looking leaves no gradient", stirred, 0, 0);
     double logps[2][4];
     for (int side = 0; side < 2; side++) {
-        r.model->ln_f.bias.w[3] = bias + (side ? 0.01f : -0.01f);
-        acts = gpt2_forward(r.model, &test_arena, &batch, false);
-        struct LMHead moved = lm_head_new(r.model, &test_arena, &acts, batch.row, batch.target, batch.R, 0.7f);
-        lm_head_forward(r.model, &moved);
+        ppo->model->ln_f.bias.w[3] = bias + (side ? 0.01f : -0.01f);
+        acts = gpt2_forward(ppo->model, &test_arena, &batch, false);
+        struct LMHead moved = lm_head_new(ppo->model, &test_arena, &acts, batch.row, batch.target, batch.R, 0.7f);
+        lm_head_forward(ppo->model, &moved);
         sum_target_logps(&batch, 4, moved.logprob, logps[side]);
     }
     for (size_t i = 0; i < 4; i++) expect_close("d log pi / d ln_f.bias", s[i * 8 + 3], (logps[1][i] - logps[0][i]) / 0.02, 2e-3);
-    arena_free(&r.arena);
     ppo_end(ppo);
 }
 
@@ -3189,10 +3190,12 @@ static void test_reinforce_raises_reward(void) {
     struct GenerationConfig generation = sampling(1, 0, 1);
     for (int baseline = 0; baseline < BASELINES; baseline++) {
         struct GPT2 *model = new_model(40, 16, 32, 1, 2), *ref_model = gpt2_copy(model);
-        struct Reinforce r = {.model = model, .ref_model = ref_model, .args = training_arguments(), .baseline = (enum Baseline)baseline, .beta = 0.01, .temperature = 1, .batch_size = B, .num_generations = 4, .total_steps = STEPS, .rewards = {0, 1, 1, 1e-24}};
-        r.args.learning_rate = 1e-2;
-        r.args.lr_scheduler_type = "constant";
-        gpt2_make_trainable(model);
+        struct PPOConfig config = {.baseline = (enum Baseline)baseline, .init_kl_coef = 0.01, .batch_size = B, .num_generations = 4};
+        struct TrainingArguments args = training_arguments();
+        args.learning_rate = 1e-2;
+        args.lr_scheduler_type = "constant";
+        struct PPOTrainer *ppo = ppo_trainer_new(model, ref_model, config, args, 1);
+        ppo->total_steps = STEPS;
         double first = 0, last = 0;
         for (size_t step = 0; step < STEPS; step++) {
             struct Sequence s[B];
@@ -3206,11 +3209,11 @@ static void test_reinforce_raises_reward(void) {
                 mean += share / B;
                 rollouts[i] = (struct Rollout){{s[i].ids, s[i].n, 2}, s[i].n - 2, (float)(4 * share)};
             }
-            reinforce_step(&r, rollouts);
+            reinforce_step(ppo, rollouts);
             *(step == 0 ? &first : &last) = mean;
         }
         expect_true((const char *[]){"none", "mean", "rloo"}[baseline], first < 0.1 && last > 0.5);
-        arena_free(&r.arena);
+        ppo_trainer_free(ppo);
         gpt2_free(model);
         gpt2_free(ref_model);
     }
