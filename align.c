@@ -495,12 +495,14 @@ static size_t waiting_count;
 static bool holding;
 static const char *staged_folder;            /* of a checkpoint that is being written */
 
-static void output_open(struct Output *out, const char *folder, const char *name) {
-    int n = snprintf(out->path, sizeof out->path, "%s/%s", folder, name);
-    CHECK(n > 0 && (size_t)n < sizeof out->path, "%s/%s: the path is too long", folder, name);
-    snprintf(out->tmp, sizeof out->tmp, "%s.tmp", out->path);
-    out->file = fopen(out->tmp, "wb");
-    CHECK(out->file, "%s: cannot be written: %s", out->tmp, strerror(errno));
+static struct Output output_open(const char *folder, const char *name) {
+    struct Output out;
+    int n = snprintf(out.path, sizeof out.path, "%s/%s", folder, name);
+    CHECK(n > 0 && (size_t)n < sizeof out.path, "%s/%s: the path is too long", folder, name);
+    snprintf(out.tmp, sizeof out.tmp, "%s.tmp", out.path);
+    out.file = fopen(out.tmp, "wb");
+    CHECK(out.file, "%s: cannot be written: %s", out.tmp, strerror(errno));
+    return out;
 }
 
 /* For a file that grows with the run: its end is too late to learn that the disk is full. */
@@ -771,15 +773,14 @@ static size_t json_size(const struct Json *json, size_t max, const char *path, c
 
 /* A model can write half a character; JSON is UTF-8, so such bytes become U+FFFD. */
 static void json_write_string(FILE *file, struct Text text) {
+    static const char plain[] = "\"\\\n\r\t", letters[] = "\"\\nrt";
     fputc('"', file);
     for (size_t i = 0, length; i < text.length; i += length) {
         uint32_t c;
+        const char *escape;
         length = utf8_read((const unsigned char *)text.data + i, text.length - i, &c);
         if (length == 0) { fputs("\xef\xbf\xbd", file); length = 1; }
-        else if (c == '"' || c == '\\') fprintf(file, "\\%c", (int)c);
-        else if (c == '\n') fputs("\\n", file);
-        else if (c == '\r') fputs("\\r", file);
-        else if (c == '\t') fputs("\\t", file);
+        else if (c < 128 && c && (escape = strchr(plain, (int)c))) fprintf(file, "\\%c", letters[escape - plain]);
         else if (c < 0x20 || c == 0x7f) fprintf(file, "\\u%04x", (unsigned)c);
         else fwrite(text.data + i, 1, length, file);
     }
@@ -920,8 +921,7 @@ static void safetensors_write(const char *folder, const char *name, struct Tenso
     }
     header[used++] = '}';
     while (used % 8) header[used++] = ' ';
-    struct Output out;
-    output_open(&out, folder, name);
+    struct Output out = output_open(folder, name);
     for (int i = 0; i < 8; i++) fputc((int)((uint64_t)used >> 8 * i & 255), out.file);
     fwrite(header, 1, used, out.file);
     for (size_t i = 0; i < count; i++) fwrite(tensors[i]->w, 4, tensors[i]->n, out.file);
@@ -1083,7 +1083,7 @@ static size_t tokenizer_word_end(const struct Tokenizer *tok, const unsigned cha
  * neighbour pairs; entries about pieces gone meanwhile are recognised and skipped. So a word of n
  * bytes takes O(n log n), where rescanning the word for each merge would take O(n^2). */
 struct Piece { int id; int32_t prev, next; };             /* id -1: merged into its left neighbour; prev, next -1: none */
-struct WordPieces { struct Piece *piece; uint64_t *heap; size_t heap_size, capacity; };       /* heap: merged id << 32 | left piece */
+struct WordPieces { struct Piece *piece; uint64_t *heap; size_t heap_size; };       /* heap: merged id << 32 | left piece */
 
 static void heap_push(struct WordPieces *w, uint64_t entry) {
     size_t i = w->heap_size++;
@@ -1145,16 +1145,10 @@ static size_t tokenizer_encode(const struct Tokenizer *tok, struct Text text, si
     for (size_t i = 0, end; i < text.length; i = end) {
         end = tokenizer_word_end(tok, bytes, i, text.length);
         size_t n = end - i;
-        if (n > w.capacity) {
-            w.capacity = MAX(n, (size_t)256);
-            w.piece = realloc(w.piece, w.capacity * sizeof *w.piece);
-            w.heap = realloc(w.heap, 3 * w.capacity * sizeof *w.heap);    /* n - 1 at first, 2 more for each of n - 1 merges */
-            CHECK(w.piece && w.heap, "out of memory for a word of %zu bytes", n);
-        }
+        w.heap = (uint64_t *)thread_scratch(SCRATCH_A, 6 * n);        /* n - 1 entries at first, 2 more for each of n - 1 merges */
+        w.piece = (struct Piece *)thread_scratch(SCRATCH_B, 3 * n);
         count += tokenizer_encode_word(tok, &w, bytes + i, n, merge_limit, ids + count);
     }
-    free(w.piece);
-    free(w.heap);
     return count;
 }
 
@@ -1196,8 +1190,7 @@ static struct Text token_as_unicode(struct Arena *arena, struct Text token) {
 static void tokenizer_save(const struct Tokenizer *tok, const char *folder, size_t vocab_size, size_t n_positions) {
     struct Arena arena = {0};
     size_t end = (size_t)end_token_of(vocab_size);
-    struct Output out;
-    output_open(&out, folder, "vocab.json");
+    struct Output out = output_open(folder, "vocab.json");
     fputc('{', out.file);
     for (size_t id = 0; id < end; id++) {
         json_write_string(out.file, token_as_unicode(&arena, tok->token[id]));
@@ -1205,7 +1198,7 @@ static void tokenizer_save(const struct Tokenizer *tok, const char *folder, size
     }
     fprintf(out.file, "\"<|endoftext|>\": %zu}\n", end);
     output_close(&out);
-    output_open(&out, folder, "merges.txt");
+    out = output_open(folder, "merges.txt");
     fputs("#version: 0.2\n", out.file);
     for (size_t i = 0; i + BYTE_TOKENS < end; i++) {
         struct Text left = token_as_unicode(&arena, tok->token[tok->merge_pair[i] & 0xffff]);
@@ -1213,7 +1206,7 @@ static void tokenizer_save(const struct Tokenizer *tok, const char *folder, size
         fprintf(out.file, "%s %s\n", left.data, right.data);
     }
     output_close(&out);
-    output_open(&out, folder, "tokenizer_config.json");
+    out = output_open(folder, "tokenizer_config.json");
     fprintf(out.file, "{\n  \"add_prefix_space\": false,\n  \"bos_token\": \"<|endoftext|>\",\n  \"eos_token\": \"<|endoftext|>\",\n  \"model_max_length\": %zu,\n"
           "  \"pad_token\": \"<|endoftext|>\",\n  \"tokenizer_class\": \"GPT2Tokenizer\",\n  \"unk_token\": \"<|endoftext|>\"\n}\n", n_positions);
     output_close(&out);
@@ -1394,12 +1387,10 @@ struct Example { int *ids; size_t n, prompt_length; };
 
 static struct Example example_encode(struct Arena *arena, const struct Tokenizer *tok, struct Text text, size_t vocab_size, bool add_end) {
     struct Example e = {0};
-    int *ids = malloc((text.length + 1) * sizeof *ids);
-    CHECK(ids, "out of memory for a text of %zu bytes", text.length);
+    int *ids = (int *)thread_scratch(SCRATCH_ROW, text.length + 1);
     e.n = tokenizer_encode(tok, text, vocab_size, ids);
     if (add_end) ids[e.n++] = end_token_of(vocab_size);
     e.ids = memcpy(arena_alloc(arena, e.n + 1, sizeof *e.ids), ids, e.n * sizeof *ids);
-    free(ids);
     return e;
 }
 
@@ -1695,12 +1686,12 @@ static size_t argmax(const float *x, size_t n) {
 }
 
 /* softmax -- logits to probabilities: p_i = e^(x_i - max) / sum_j e^(x_j - max).   [glossary: Função softmax]
- * in, out: x (n), in place. Subtracting the maximum changes nothing but keeps e^x from overflowing.
+ * in, out: x (n), in place; returns log_sum_exp of what came in. Subtracting the maximum changes nothing but keeps e^x from overflowing.
  * By hand: [0, ln 3] -> [0.25, 0.75].                                         test: softmax */
-static void softmax(float *x, size_t n) {
-    float total = row_exp(x, x, row_max(x, n), n);
-    float scale = 1.0f / total;
+static float softmax(float *x, size_t n) {
+    float largest = row_max(x, n), total = row_exp(x, x, largest, n), scale = 1.0f / total;
     for (size_t i = 0; i < n; i++) x[i] *= scale;
+    return largest + logf(total);
 }
 
 /* log sum_i e^(x_i): what softmax divides by, as a logarithm: the log of the partition function of one token's
@@ -2186,11 +2177,9 @@ static void attention_forward_head(float *out, float *lse, const float *qkv, str
         size_t t1 = MIN(T, t0 + ATTENTION_ROWS);
         attention_scores(p, qkv, s, t0, t1);
         for (size_t t = t0; t < t1; t++) {
-            float *p_t = p + (t - t0) * t1, largest = row_max(p_t, t + 1);
-            float total = row_exp(p_t, p_t, largest, t + 1), scale = 1.0f / total;
-            for (size_t j = 0; j <= t; j++) p_t[j] *= scale;
+            float *p_t = p + (t - t0) * t1;
+            lse[t * s.NH] = softmax(p_t, t + 1);
             for (size_t j = t + 1; j < t1; j++) p_t[j] = 0;             /* the future */
-            lse[t * s.NH] = largest + logf(total);
         }
         matmul(out + t0 * s.C, s.C, NULL, 0, matrix(p, t1), (struct Matrix){qkv + 2 * s.C, 3 * s.C, 1}, t1 - t0, s.HS, t1);
     }
@@ -2719,8 +2708,7 @@ static struct GPT2 *gpt2_load(const char *folder) {
 static void config_save(const struct GPT2 *model, const char *folder) {
     const struct GPT2Config *c = &model->config;
     bool classifier = model->score.n > 0;
-    struct Output out;
-    output_open(&out, folder, "config.json");
+    struct Output out = output_open(folder, "config.json");
     fprintf(out.file, "{\n  \"activation_function\": \"gelu_new\",\n  \"architectures\": [\"%s\"],\n  \"attn_pdrop\": 0.0,\n  \"bos_token_id\": %d,\n", classifier ? "GPT2ForSequenceClassification" : "GPT2LMHeadModel", c->eos_token_id);
     fprintf(out.file, "  \"dtype\": \"float32\",\n  \"embd_pdrop\": 0.0,\n  \"eos_token_id\": %d,\n", c->eos_token_id);
     if (classifier) fputs("  \"id2label\": {\"0\": \"LABEL_0\"},\n  \"label2id\": {\"LABEL_0\": 0},\n", out.file);
@@ -3007,8 +2995,7 @@ static void adapter_load(struct GPT2 *model, const char *folder) {
 /* adapter_config.json, the fields that say something; PEFT fills in the others with the same defaults. */
 static void adapter_config_save(const struct GPT2 *model, const char *folder) {
     const struct Adapter *a = &model->adapter;
-    struct Output out;
-    output_open(&out, folder, "adapter_config.json");
+    struct Output out = output_open(folder, "adapter_config.json");
     fputs("{\n  \"base_model_name_or_path\": ", out.file);
     if (a->base_model_name_or_path) json_write_string(out.file, text_of(a->base_model_name_or_path));
     else fputs("null", out.file);
@@ -3250,8 +3237,7 @@ static void log_write(FILE *file, const struct LogEntry *entry, const char *sepa
 }
 
 static void trainer_state_save(const struct TrainerState *s, const struct TrainingArguments *args, const char *folder) {
-    struct Output out;
-    output_open(&out, folder, "trainer_state.json");
+    struct Output out = output_open(folder, "trainer_state.json");
     FILE *f = out.file;
     fprintf(f, "{\n  \"best_global_step\": null,\n  \"best_metric\": null,\n  \"best_model_checkpoint\": null,\n  \"epoch\": %s", json_number_text(s->epoch));
     fprintf(f, ",\n  \"eval_steps\": %zu,\n  \"global_step\": %zu,\n  \"is_hyper_param_search\": false,\n  \"is_local_process_zero\": true,\n  \"is_world_process_zero\": true,\n  \"log_history\": [", args->eval_steps, s->global_step);
@@ -3317,8 +3303,7 @@ static struct Checkpoint checkpoint_new(const char *task, struct GPT2 *model, co
 }
 
 static void training_state_save(const struct Checkpoint *c, const char *folder) {
-    struct Output out;
-    output_open(&out, folder, "training_state.json");
+    struct Output out = output_open(folder, "training_state.json");
     fprintf(out.file, "{\n  \"task\": \"%s\"", c->task);
     for (const struct Saved *s = c->saved; s < c->saved + c->count; s++) {
         fprintf(out.file, ",\n  \"%s\": [", s->name);
@@ -3481,7 +3466,7 @@ static void checkpoint_resume(struct Checkpoint *c) {
     if (any && !from) warn("%s holds checkpoint-%zu of an earlier run; this one starts over (--resume_from_checkpoint true would go on)", dir, newest);
     if (newest_one && !any) warn("%s: no whole checkpoint to resume from; starting over", dir);
     if (!from || strcmp(from, "false") == 0 || (newest_one && !any)) {
-        for (size_t i = 0; i < c->log_count; i++) output_open(c->logs[i], c->log_dir, c->log_names[i]);
+        for (size_t i = 0; i < c->log_count; i++) *c->logs[i] = output_open(c->log_dir, c->log_names[i]);
         return;
     }
     if (newest_one) from = arena_printf(&arena, "%s/checkpoint-%zu", dir, newest);
@@ -3588,9 +3573,8 @@ static void trainer_flush(struct Trainer *trainer, struct LogEntry *entry, bool 
 
 /* trainer_evaluate -- the mean loss and metrics over the held-out items; no weight moves. */
 static double trainer_evaluate(struct Trainer *trainer) {
-    struct Metric held[MAX_METRICS];
-    size_t held_count = trainer->state.metric_count, n = trainer->task.eval_n, batch = trainer->args.per_device_train_batch_size, tokens = trainer->state.num_tokens;
-    memcpy(held, trainer->state.metrics, sizeof held);
+    struct TrainerState before = trainer->state;
+    size_t n = trainer->task.eval_n, batch = trainer->args.per_device_train_batch_size;
     trainer->state.metric_count = 0;
     double total = 0, judged = 0, begin = seconds_now();
     for (size_t first = 0; first < n; first += batch) {
@@ -3609,9 +3593,9 @@ static double trainer_evaluate(struct Trainer *trainer) {
     log_value(entry, "eval_samples_per_second", (double)n / seconds);
     log_value(entry, "eval_steps_per_second", ceil((double)n / (double)batch) / seconds);
     trainer_flush(trainer, entry, true);
-    memcpy(trainer->state.metrics, held, sizeof held);
-    trainer->state.metric_count = held_count;
-    trainer->state.num_tokens = tokens;
+    memcpy(trainer->state.metrics, before.metrics, sizeof before.metrics);
+    trainer->state.metric_count = before.metric_count;
+    trainer->state.num_tokens = before.num_tokens;
     trainer_say(trainer, entry, true);
     return total / judged;
 }
@@ -3857,8 +3841,7 @@ static int compare_candidates_down(const void *a, const void *b) {
  * end, tokens go while the mass removed stays within 1 - p; the `least` likeliest always stay.
  * By hand: 0.5, 0.3, 0.2 with p 0.7 -> the first two.                    [glossary: Amostragem top-p] */
 static void process_top_p(float *logits, size_t V, double p, size_t least) {
-    struct Candidate *order = malloc(V * sizeof *order);
-    CHECK(order, "out of memory");
+    struct Candidate *order = (struct Candidate *)thread_scratch(SCRATCH_ROW, 2 * V);
     size_t n = 0;
     for (size_t v = 0; v < V; v++) if (logits[v] > -INFINITY) order[n++] = (struct Candidate){-logits[v], (int)v};     /* minus: the smallest first */
     qsort(order, n, sizeof *order, compare_candidates_down);
@@ -3869,7 +3852,6 @@ static void process_top_p(float *logits, size_t V, double p, size_t least) {
         if (removed > 1 - p) break;
         logits[order[i].id] = -INFINITY;
     }
-    free(order);
 }
 
 /* All processors in transformers' order; those after the minimum length act only when sampling. */
@@ -5882,8 +5864,7 @@ static void course_write_policy(FILE *file, const char *name, const struct Cours
 }
 
 static void course_write_files(struct Course *course, const struct CourseResult *before, const struct CourseResult *ppo, const struct CourseResult *dpo, double seconds) {
-    struct Output out;
-    output_open(&out, course->output_dir, "summary.json");
+    struct Output out = output_open(course->output_dir, "summary.json");
     fprintf(out.file, "{\n  \"seconds\": %s,\n", json_number_text(seconds));
     fprintf(out.file, "  \"language_model\": {\"eval_loss_before\": %s, \"eval_loss_after\": %s},\n",
             json_number_text(course->eval_loss_before), json_number_text(course->eval_loss_after));
@@ -5893,7 +5874,7 @@ static void course_write_files(struct Course *course, const struct CourseResult 
     course_write_policy(out.file, "dpo", before, dpo);
     fprintf(out.file, "  \"before\": {\"distinct_2\": %.9g, \"mean_length\": %.9g},\n  \"peak_rss_bytes\": %zu\n}\n", before->distinct_2, before->mean_length, peak_rss_bytes());
     output_close(&out);
-    output_open(&out, course->output_dir, "samples.jsonl");
+    out = output_open(course->output_dir, "samples.jsonl");
     for (size_t i = 0; i < course->test_n; i++) {
         const struct Example *prompt = &course->test_prompts[i];
         struct Text texts[] = {tokenizer_decode_all(course->tok, &course->arena, prompt->ids, prompt->n, course->vocab_size), before->texts[i], ppo->texts[i], dpo->texts[i]};

@@ -667,8 +667,7 @@ static void test_files(void) {
     expect_true("300001 bytes", back.length == n && memcmp(back.data, bytes, n) == 0);
     make_folder(temporary("a/b//c"));
     make_folder(temporary("a/b"));
-    struct Output out;
-    output_open(&out, temporary("a/b/c"), "file");
+    struct Output out = output_open(temporary("a/b/c"), "file");
     fputs("whole", out.file);
     expect_true("not there yet", !file_exists(temporary("a/b/c/file")));
     output_close(&out);
@@ -3432,7 +3431,7 @@ static void log_without_room(const void *path) {
     struct Output log;
     signal(SIGXFSZ, SIG_IGN);
     CHECK(setrlimit(RLIMIT_FSIZE, &(struct rlimit){40000, 40000}) == 0, "no limit");
-    output_open(&log, path, "log");
+    log = output_open(path, "log");
     for (size_t i = 0; i < 30000; i++) fputs("xyz\n", log.file);
     output_flush(&log);
 }

@@ -102,7 +102,7 @@ batch BATCH -- the sequences of a struct Batch.
 end
 define top
   set $p = (float *)memcpy((void *)malloc(4 * ($arg1)), $arg0, 4 * ($arg1))
-  call softmax($p, $arg1)
+  set $lse = softmax($p, $arg1)
   set $sum = 0.0
   set $i = 0
   while $i++ < $arg2 && $p[$best = argmax($p, $arg1)] > 0
