@@ -71,6 +71,7 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE            /* realpath, clock_gettime, fsync under -std=c11 */
 #endif
+#define _FILE_OFFSET_BITS 64   /* files beyond 2 GB where long has 32 bits */
 #include <ctype.h>
 #include <dirent.h>
 #include <errno.h>
@@ -86,9 +87,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
-#include <sys/mman.h>
-#include <sys/resource.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -106,8 +104,33 @@
  * ends with 2. Memory comes from arenas: whoever opens one frees everything in it at once.
  * ============================================================================================= */
 
+/* Windows (mingw-w64) spells some of POSIX otherwise: its rename() does not replace, its mkdir() knows no mode, memory on a
+ * boundary has a free() of its own. What it lacks altogether is left out where it is used, by #ifdef. */
+#ifdef _WIN32
+#include <direct.h>
+#include <malloc.h>
+__declspec(dllimport) int __stdcall MoveFileExA(const char *from, const char *to, unsigned long flags);
+__declspec(dllimport) unsigned long __stdcall GetModuleFileNameA(void *module, char *path, unsigned long size);
+static int rename_over(const char *from, const char *to) { return MoveFileExA(from, to, 1 | 8) ? 0 : (errno = EACCES, -1); }      /* replace, write through */
+#define rename rename_over
+#define mkdir(path, mode) _mkdir(path)
+#define fsync _commit
+#define aligned_alloc(boundary, size) _aligned_malloc(size, boundary)
+#define aligned_free _aligned_free
+#define PRINTF_FORMAT gnu_printf
+#else
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#ifdef __APPLE__
+#include <mach-o/dyld.h>
+#endif
+#define aligned_free free
+#define PRINTF_FORMAT printf
+#endif
+
 #if defined(__GNUC__)
-#define PRINTF_LIKE(f, a) __attribute__((format(printf, f, a)))
+#define PRINTF_LIKE(f, a) __attribute__((format(PRINTF_FORMAT, f, a)))
 #else
 #define PRINTF_LIKE(f, a)
 #endif
@@ -171,12 +194,33 @@ static double seconds_now(void) {
 }
 
 static size_t peak_rss_bytes(void) {
+#ifdef _WIN32
+    return 0;                  /* not known */
+#else
     struct rusage usage;
     getrusage(RUSAGE_SELF, &usage);
 #ifdef __APPLE__
     return (size_t)usage.ru_maxrss;
 #else
     return (size_t)usage.ru_maxrss * 1024;
+#endif
+#endif
+}
+
+/* Where the running program lies, links followed. */
+static bool program_path(char path[PATH_MAX]) {
+#if defined(_WIN32)
+    size_t n = GetModuleFileNameA(NULL, path, PATH_MAX);
+    for (char *c = path; c < path + n; c++) if (*c == '\\') *c = '/';
+    return n > 0 && n < PATH_MAX;
+#elif defined(__APPLE__)
+    char raw[PATH_MAX];
+    uint32_t size = sizeof raw;
+    return _NSGetExecutablePath(raw, &size) == 0 && realpath(raw, path);
+#else
+    ssize_t n = readlink("/proc/self/exe", path, PATH_MAX - 1);
+    path[MAX(n, 0)] = 0;
+    return n > 0;
 #endif
 }
 
@@ -267,7 +311,7 @@ static void arena_free(struct Arena *arena) {
     while (arena->blocks) {
         struct ArenaBlock *block = arena->blocks;
         arena->blocks = block->next;
-        free(block);
+        aligned_free(block);
     }
 }
 
@@ -447,7 +491,7 @@ enum ScratchSlot { SCRATCH_A, SCRATCH_B, SCRATCH_SCORES, SCRATCH_ROW, SCRATCH_SL
 static float *thread_scratch(enum ScratchSlot slot, size_t floats) {
     static _Thread_local struct { float *memory; size_t floats; } slots[SCRATCH_SLOTS];
     if (slots[slot].floats < floats) {
-        free(slots[slot].memory);
+        aligned_free(slots[slot].memory);
         slots[slot].memory = aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
         CHECK(slots[slot].memory, "out of memory: %zu MB of scratch", floats >> 18);
         slots[slot].floats = floats;
@@ -556,7 +600,7 @@ static void make_folder(const char *path) {
         if (path[i] != '/' && path[i] != 0) continue;
         memcpy(part, path, i);
         part[i] = 0;
-        CHECK(mkdir(part, 0777) == 0 || errno == EEXIST, "%s: %s", part, strerror(errno));
+        CHECK(mkdir(part, 0777) == 0 || errno == EEXIST || is_folder(part), "%s: %s", part, strerror(errno));
     }
     CHECK(is_folder(path), "%s: is a file, a folder was expected", path);
     CHECK(access(path, W_OK) == 0, "%s: cannot be written to: %s", path, strerror(errno));
@@ -6269,9 +6313,7 @@ static const struct Flag FLAGS[] = {
 /* A file that ships with the program: beside it, or in the current folder. */
 static const char *shipped_file(struct Arena *arena, const char *name) {
     char program[PATH_MAX];
-    ssize_t n = readlink("/proc/self/exe", program, sizeof program - 1);
-    if (n > 0) {
-        program[n] = 0;
+    if (program_path(program)) {
         char *slash = strrchr(program, '/');
         if (slash) *slash = 0;
         char *path = arena_printf(arena, "%s/%s", program, name);
@@ -7354,6 +7396,10 @@ static void prepare_streams(void) {
 #endif
 #ifdef SIGXFSZ
     signal(SIGXFSZ, SIG_IGN);
+#endif
+#ifdef _WIN32
+    _fmode = _O_BINARY;                              /* else line ends change on the way */
+    for (int fd = 0; fd <= 2; fd++) _setmode(fd, _O_BINARY);
 #endif
 }
 
