@@ -30,8 +30,12 @@ class Row:
 
     def main(self):
         """The function that the comment is about: "NAME -- ..." says so; else the first."""
-        lead = re.match(r"(\w+)(?: --|:)", self.comment[0]) if self.comment else None
-        return lead[1] if lead and lead[1] in self.functions else self.functions[0] if self.functions else ""
+        name = self.lead(" --|:")
+        return name if name in self.functions else self.functions[0] if self.functions else ""
+
+    def lead(self, behind=" --"):
+        m = re.match(r"(\w+)(?:%s)" % behind, self.comment[0]) if self.comment else None
+        return m[1] if m else ""
 
 
 class Chapter:
@@ -161,7 +165,7 @@ def read_source(source):
         found = definitions(text)
         functions = [name for k, name in found if k == "function"]
         named = re.match(r"(\w+) --", row.comment[0]) if row and row.comment else None
-        joins = row and (not row.code or (not row.functions and (not functions or (named and named[1] in functions))))
+        joins = row and (not row.code or (not row.functions and (not functions or (named and any(f == named[1] or f.startswith(named[1] + "_") for f in functions)))))
         if not joins:
             row = Row(None, chapters[-1])
             chapters[-1].rows.append(row)
@@ -216,7 +220,7 @@ class Book:
                 row.functions = [name for name in dict.fromkeys(row.functions) if self.functions.setdefault(name, row) is row]
                 row.types = [(k, name) for k, name in dict.fromkeys(row.types) if self.types.setdefault(name, (k, row))[1] is row]
                 count[chapter.number] = count.get(chapter.number, 0) + 1
-                row.id = "fn-" + row.main() if row.functions else f"row-{chapter.number}-{count[chapter.number]}"
+                row.id = "fn-" + row.main() if row.functions else "about-" + row.lead() if row.lead() else f"row-{chapter.number}-{count[chapter.number]}"
         self.callers = {name: [] for name in self.functions}
         self.here = ("", "")                                       # where text is that is rendered now: address and label
 
@@ -289,6 +293,32 @@ class Book:
                 shown = re.sub(r"\((\d{1,2})\)", lambda m: "(" + chapter(m[1], m[1]) + ")", shown)
                 shown = re.sub(r"(?m)(^|\s)(\d{1,2}) ([A-Z](?:\S| (?! ))*)", lambda m: f"{m[1]}{m[2]} {chapter(m[2], m[3])}" if m[1] != "" or len(m[2]) < 3 else m[0], shown)
             return f"<pre class=draw>{shown}</pre>"
+        out, plain = [], []
+        while texts:
+            table = self.table(texts)
+            if (table or len(texts) == 1) and (plain or not table):
+                plain += texts[:1] if not table else []
+                out.append(f"<pre class=f>{self.formula_lines(plain)}</pre>")
+                plain = []
+            elif not table: plain.append(texts[0])
+            if table: out.append(table[0])
+            texts = texts[table[1] if table else 1:]
+        return "".join(out)
+
+    def table(self, texts):
+        """Labels and, from one column on, what they stand for: (html, how many lines); None if no table of two rows or more starts here."""
+        m = re.match(r"(\S+(?: \S+)*)\s{3,}(?=[^\s\[])", texts[0])
+        if not m or len(m[1]) > 24 or m[1][-1] in ";=,": return None
+        column, rows = m.end(), []
+        for text in texts:
+            label, value = text[:column], text[column:]
+            if label.strip() and (not value or value[0] == " " or not label.endswith("  ") or re.search(r"\S\s{2,}\S", label)): break
+            if label.strip(): rows.append([label.strip(), []])
+            rows[-1][1].append(value)
+        if len(rows) < 2: return None
+        return "<dl class=table>" + "".join(f"<dt>{self.inline(label, False)}</dt><dd><pre class=f>{self.formula_lines(values)}</pre></dd>" for label, values in rows) + "</dl>", sum(len(values) for _, values in rows)
+
+    def formula_lines(self, texts):
         out = []
         for text in texts:
             indent = len(text) - len(text.lstrip())
@@ -297,7 +327,7 @@ class Book:
             shown = "".join(self.inline(piece, False) if k % 2 or len(pieces) == 1 else f"<span class=q>{self.inline(piece, False)}</span>" for k, piece in enumerate(pieces))
             if formula: shown += f"{gap}<span class=note>{self.inline(note, False)}</span>"
             out.append(f'<span class="l{f" i{indent // 2 * 2}" if indent > 1 else ""}">{shown}\n</span>')
-        return f'<pre class=f>{"".join(out)}</pre>'
+        return "".join(out)
 
     def prose(self, lines, name="", wide=False):
         """A comment's lines -> (html, terms tagged, tests named)."""
@@ -342,7 +372,7 @@ class Book:
         for kind, content in blocks:
             if kind == "p":
                 words = " ".join(content)
-                if not out and re.match(r"[a-z]{2,} ", words) and name: words = words[0].upper() + words[1:]
+                if not out and name and re.match(r"(?!align )[a-z]{2,} ", words): words = words[0].upper() + words[1:]
                 out.append(f"<p>{self.flow(words)}</p>")
             elif kind == "f": out.append(self.formula(content, wide))
             elif kind == "io": out.append("<dl class=io>" + "".join(f"<dt>{key}</dt><dd>{self.flow(value)}</dd>" for key, value in content) + "</dl>")
@@ -350,15 +380,17 @@ class Book:
 
     # -- code
     @staticmethod
-    def tighten(words):
-        """Comments at lines' ends that start in one column move left together, until the longest line has two spaces before its own."""
+    def tighten(words, width=74):
+        """Comments at lines' ends that start in one column: in the nearest column that suits those that fit their line, two spaces
+        behind the code where they don't."""
         groups, column = {}, 0
         for k, (group, word) in enumerate(words):
-            if group == "comment" and k > 1 and words[k - 1][0] == "space" and words[k - 2][0] != "line": groups.setdefault(column, []).append(k - 1)
+            if group == "comment" and k > 1 and words[k - 1][0] == "space" and words[k - 2][0] != "line":
+                groups.setdefault(column, []).append((k - 1, column - len(words[k - 1][1]), len(word)))
             column = len(word) - word.rfind("\n") - 1 if "\n" in word else column + len(word)
         for members in groups.values():
-            spare = min(len(words[k][1]) for k in members) - 2
-            for k in members: words[k] = ("space", words[k][1][max(spare, 0):])
+            at = max((code + 2 for _, code, comment in members if code + 2 + comment <= width), default=0)
+            for k, code, comment in members: words[k] = ("space", " " * (at - code if code + 2 <= at and at + comment <= width else 2))
         return words
 
     def code(self, text, row):
@@ -454,13 +486,15 @@ class Book:
     def row(self, row):
         main = row.main()
         types = [f"{kind} {name}" for kind, name in row.types if kind != "macro"]
-        label = main or (types[0] if types else f"chapter {row.chapter.number}")
-        anchor = "fn-" + main if main else types[0].replace(" ", "-") if types else row.id
+        lead = row.lead()
+        label = main or lead or (types[0] if types else f"chapter {row.chapter.number}")
+        anchor = "fn-" + main if main else row.id if lead else types[0].replace(" ", "-") if types else row.id
         self.here = (anchor, label)
         left = [f'<h3><a href="#fn-{name}">{name}</a></h3>' for name in row.functions]
-        if not row.functions and types: left.append("<h3>" + "<br>".join(f'<a href="#{t.replace(" ", "-")}">{t}</a>' for t in types[:3]) + "</h3>")
+        if lead and lead != main: left.insert(0, f'<h3><a href="#{row.id}">{lead}</a></h3>')
+        elif not row.functions and types: left.append("<h3>" + "<br>".join(f'<a href="#{t.replace(" ", "-")}">{t}</a>' for t in types[:3]) + "</h3>")
         if row.comment:
-            body, tags, tests = self.prose(row.comment, main)
+            body, tags, tests = self.prose(row.comment, lead or main)
             meta = self.meta(tags, tests)
             left += meta[:1] if tags else []
             left.append(body)
@@ -672,7 +706,9 @@ h3 a:hover { text-decoration: underline; }
 h3.part, h3.theme { font: 600 1.25rem/1.3 var(--serif); }
 h3.theme { padding: 2rem 2rem .5rem; }
 p { margin: 0 0 .7rem; hyphens: manual; }
+@counter-style paper { system: extends decimal; prefix: "["; suffix: "] "; }
 .terms, .meta { font: .8125rem/1.5 var(--sans); color: var(--soft); margin: .3rem 0 .6rem; overflow-wrap: anywhere; }
+h3 + .meta { margin-top: .5rem; }
 .meta a { color: var(--soft); }
 .meta a, .meta code { font-family: var(--mono); font-size: .75rem; }
 .label { color: var(--soft); font: .8125rem var(--sans); margin-right: .3em; }
@@ -703,6 +739,9 @@ pre.draw { margin: .3rem 0 1rem; overflow-x: auto; font-size: .8125rem; line-hei
 .io { display: grid; grid-template-columns: 2.2rem minmax(0, 1fr); gap: .15rem .4rem; margin: .3rem 0 .7rem; }
 .io dt { font: .8125rem/1.9 var(--mono); color: var(--soft); }
 .io dd { margin: 0; }
+.table { display: grid; grid-template-columns: fit-content(24ch) minmax(0, 1fr); gap: .15rem .8rem; margin: .2rem 0 .8rem; padding-left: .8rem; border-left: 2px solid var(--line); }
+.table dt { font: .78rem/1.6 var(--mono); overflow-wrap: anywhere; }
+.table dd, .table pre.f { margin: 0; padding: 0; border: 0; }
 .k { color: var(--keyword); } .s { color: var(--string); } .c { color: var(--comment); } .m { color: var(--macro); }
 .code a { color: inherit; text-decoration: underline; text-decoration-color: color-mix(in srgb, currentColor 28%, transparent); }
 .code a:hover { text-decoration-color: currentColor; color: var(--link); }
@@ -724,7 +763,7 @@ h4 [lang] { display: inline-block; margin-left: .4em; font-size: 1rem; }
 .facts dt { color: var(--soft); }
 .facts dd { margin: 0; overflow-wrap: anywhere; }
 .facts code { font-size: .78rem; }
-.papers { padding-left: 2.2rem; }
+.papers { padding-left: 2.6rem; list-style: paper; }
 .papers li { margin-bottom: .7rem; padding-left: .3rem; }
 
 @media (max-width: 63.99rem) {
@@ -747,6 +786,8 @@ h4 [lang] { display: inline-block; margin-left: .4em; font-size: 1rem; }
   h2 { font-size: 1.5rem; }
   #found { position: fixed; left: .5rem; right: .5rem; top: calc(var(--bar) + .3rem); width: auto; }
   h4 [lang] { display: block; margin-left: 0; }
+  .table { grid-template-columns: minmax(0, 1fr); gap: 0; }
+  .table dd { margin: 0 0 .3rem 1rem; }
   .facts { grid-template-columns: minmax(0, 1fr); gap: 0; }
   .facts dd { margin-bottom: .4rem; }
 }
@@ -755,7 +796,7 @@ h4 [lang] { display: inline-block; margin-left: .4em; font-size: 1rem; }
   .top { grid-column: 1 / -1; }
   #menu { display: none; }
   nav { position: sticky; top: var(--bar); height: calc(100vh - var(--bar)); overflow-y: auto; padding: 1rem .8rem 3rem; border-right: 1px solid var(--line); overscroll-behavior: contain; }
-  .r { grid-template-columns: minmax(20rem, 52ch) minmax(0, 62rem); gap: 2rem; padding: 1.3rem 1.5rem 1.3rem 2rem; }
+  .r { grid-template-columns: minmax(20rem, clamp(52ch, 32vw, 62ch)) minmax(0, 62rem); gap: 2rem; padding: 1.3rem 1.5rem 1.3rem 2rem; }
   .r .p { align-self: start; position: sticky; top: calc(var(--bar) + 1rem); }
   .r.text { grid-template-columns: minmax(0, 58ch); }
   .r.text .p { position: static; }
@@ -849,7 +890,7 @@ SCRIPT = r"""
     for (const e of all('h3[id]')) add('section', e, e.textContent);
     for (const e of all('h4[id]')) add('term', e, [...e.childNodes].map(n => n.textContent.trim()).join(' \u00b7 '), e.dataset.also);
     const texts = all('.intro, .r, .term, .papers li').map(e => {
-      const parts = e.matches('li') ? [e] : [...e.querySelectorAll('p:not(.meta):not(.terms), li, .io, pre, .facts dd')];
+      const parts = e.matches('li') ? [e] : [...e.querySelectorAll('p:not(.meta):not(.terms), li, .io, .table, pre, .facts dd')];
       const text = parts.map(p => p.textContent).join(' ').replace(/\s+/g, ' '), head = e.id ? e : e.querySelector('h2[id], h3[id], h4[id]'), title = e.querySelector('h2, h3, h4');
       return {e, id: head ? head.id : '', where: title ? (title.matches('h2') ? title : title.firstChild).textContent.trim() : '', text, key: fold(text)};
     }).filter(t => t.id);
