@@ -150,14 +150,28 @@ static void progress_clear(void) {
     progress_line.open = false;
 }
 
+/* One line on stderr. Names in it can come from a file: control bytes, which could steer a terminal, become '?', and of a long line
+ * the middle is left out. */
+static void PRINTF_LIKE(2, 0) complain(const char *start, const char *format, va_list arguments, const char *end) {
+    char line[2 * PATH_MAX];
+    int n = vsnprintf(line, sizeof line, format, arguments);
+    n = MIN(n, (int)sizeof line - 1);
+    progress_clear();
+    fputs(start, stderr);
+    for (int i = 0; i < n; i++) {
+        unsigned char c = (unsigned char)line[i];
+        bool control = c < ' ' || c == 0x7f || (i && c < 0xa0 && line[i - 1] == '\xc2');           /* C2 80 to C2 9F: in UTF-8 */
+        if (i < 600 || i >= n - 600) fputc(control ? '?' : c, stderr);
+        else if (i == 600) fputs(" ... ", stderr);
+    }
+    fprintf(stderr, "%s\n", end);
+}
+
 static _Noreturn void PRINTF_LIKE(2, 3) die_with(int status, const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);
     fflush(stdout);
-    progress_clear();
-    fputs("align: ", stderr);
-    vfprintf(stderr, format, arguments);
-    fprintf(stderr, "%s\n", status == 1 ? way_on : "");
+    complain("align: ", format, arguments, status == 1 ? way_on : "");
     va_end(arguments);
     outputs_remove();
     exit(status);
@@ -180,10 +194,7 @@ static void PRINTF_LIKE(1, 2) say(const char *format, ...) {
 static void PRINTF_LIKE(1, 2) warn(const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);
-    progress_clear();
-    fputs("align: note: ", stderr);
-    vfprintf(stderr, format, arguments);
-    fputc('\n', stderr);
+    complain("align: note: ", format, arguments, "");
     va_end(arguments);
 }
 
@@ -687,7 +698,10 @@ static bool json_string(struct JsonParser *p, struct Text *out) {
     static const char escapes[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
     if (close >= p->end) return json_fail(p, "a string without its closing quote");
     char *to = arena_alloc(p->arena, (size_t)(close - p->at), 1), *start = to;
-    for (p->at++; p->at < close;) {
+    const char *from = ++p->at;
+    for (uint32_t c, n; p->at < close; p->at += n)
+        if (!(n = (uint32_t)utf8_read((const unsigned char *)p->at, (size_t)(close - p->at), &c))) return json_fail(p, "a string that is not UTF-8; save the file as UTF-8");
+    for (p->at = from; p->at < close;) {
         char c = *p->at++;
         if ((unsigned char)c < 0x20) return json_fail(p, "a control character inside a string");
         if (c != '\\') { *to++ = c; continue; }
@@ -724,6 +738,7 @@ static bool json_number(struct JsonParser *p, struct Json *node) {
     if (s == copy + sizeof copy - 1) return json_fail(p, "a number of more than 63 characters");
     *s = 0;
     node->number = strtod(copy, NULL);
+    if (!isfinite(node->number)) return json_fail(p, "a number beyond 1.8e308");
     node->string = (struct Text){p->at, (size_t)(s - copy)};
     p->at += s - copy;
     return true;
@@ -780,7 +795,8 @@ static struct Json *json_value(struct JsonParser *p) {
 
 /* One JSON value and nothing behind it. On a mistake NULL, *error says what, *where the byte. */
 static struct Json *json_parse(struct Arena *arena, struct Text text, const char **error, size_t *where) {
-    struct JsonParser p = {arena, text.data, text.data + text.length, NULL, 0};
+    bool has_mark = text.length >= 3 && memcmp(text.data, "\xef\xbb\xbf", 3) == 0;       /* Windows' editors begin a file with it */
+    struct JsonParser p = {arena, text.data + 3 * has_mark, text.data + text.length, NULL, 0};
     struct Json *value = json_value(&p);
     json_space(&p);
     if (value && p.at != p.end) value = json_fail(&p, "something stands behind its end");
@@ -798,10 +814,11 @@ static struct Json *json_read_file(struct Arena *arena, const char *path) {
     return json;
 }
 
+/* A member by its name; of several with one name the last, as in Python. */
 static struct Json *json_get(const struct Json *object, const char *key) {
-    struct Json *item = object && object->type == JSON_OBJECT ? object->child : NULL;
-    while (item && !text_equal(item->key, text_of(key))) item = item->next;
-    return item;
+    struct Json *found = NULL;
+    for (struct Json *item = object && object->type == JSON_OBJECT ? object->child : NULL; item; item = item->next) if (text_equal(item->key, text_of(key))) found = item;
+    return found;
 }
 
 static bool json_is_string(const struct Json *json, const char *string) {
@@ -883,9 +900,36 @@ static float float_of_f16(uint16_t half) {
  * then the numbers. Tensors are read one by one, straight to where they are needed. */
 struct SafeTensors { FILE *file; char *path; struct Json *header; uint64_t data_start, data_size; };
 
+struct Span { uint64_t begin, end; const char *name; };      /* a tensor's bytes, counted from the header's end */
+
+static int compare_spans(const void *a, const void *b) {       /* by their middles, which empty ones have too */
+    const struct Span *x = a, *y = b;
+    return (x->begin + x->end > y->begin + y->end) - (x->begin + x->end < y->begin + y->end);
+}
+
+static struct Span safetensors_span(const struct SafeTensors *st, const struct Json *entry) {
+    const struct Json *dtype = json_get(entry, "dtype"), *shape = json_get(entry, "shape"), *offsets = json_get(entry, "data_offsets");
+    CHECK(dtype && dtype->type == JSON_STRING && shape && shape->type == JSON_ARRAY && offsets && offsets->type == JSON_ARRAY && offsets->child && offsets->child->next,
+          "%s: tensor %s lacks dtype, shape or data_offsets", st->path, entry->key.data);
+    struct Span span = {json_size(offsets->child, SIZE_MAX / 4, st->path, "data_offsets"), json_size(offsets->child->next, SIZE_MAX / 4, st->path, "data_offsets"), entry->key.data};
+    CHECK(span.begin <= span.end && span.end <= st->data_size, "%s: tensor %s: its bytes %llu to %llu leave the file's %llu; cut short?", st->path, span.name, (unsigned long long)span.begin, (unsigned long long)span.end, (unsigned long long)st->data_size);
+    return span;
+}
+
+/* No two tensors share bytes, those that nobody reads included: the file would not be what its writer meant. */
+static void safetensors_check(const struct SafeTensors *st, struct Arena *arena) {
+    size_t count = 0;
+    for (struct Json *entry = st->header->child; entry; entry = entry->next) count++;
+    struct Span *spans = arena_alloc(arena, count + 1, sizeof *spans), *to = spans;
+    for (struct Json *entry = st->header->child; entry; entry = entry->next) if (strcmp(entry->key.data, "__metadata__") != 0) *to++ = safetensors_span(st, entry);
+    qsort(spans, (size_t)(to - spans), sizeof *spans, compare_spans);
+    for (struct Span *span = spans + 1; span < to; span++) CHECK(span->begin >= span[-1].end, "%s: tensors %s and %s share bytes", st->path, span[-1].name, span->name);
+}
+
 static struct SafeTensors safetensors_open(struct Arena *arena, const char *path) {
     struct SafeTensors st = {.path = arena_printf(arena, "%s", path)};
-    CHECK(!is_folder(path), "%s: is a folder, a file was expected", path);
+    struct stat status;
+    CHECK(stat(path, &status) != 0 || S_ISREG(status.st_mode), "%s: is a folder, a pipe or a device; a file was expected", path);
     st.file = fopen(path, "rb");
     CHECK(st.file, "%s: %s", path, strerror(errno));
     CHECK(fseeko(st.file, 0, SEEK_END) == 0, "%s: %s", path, strerror(errno));
@@ -904,6 +948,7 @@ static struct SafeTensors safetensors_open(struct Arena *arena, const char *path
     CHECK(st.header && st.header->type == JSON_OBJECT, "%s: its header is not a JSON object: %s (byte %zu)", path, error ? error : "another value", where);
     st.data_start = 8 + length;
     st.data_size = size - st.data_start;
+    safetensors_check(&st, arena);
     return st;
 }
 
@@ -918,10 +963,9 @@ static void safetensors_convert(float *to, const unsigned char *from, size_t n, 
 
 /* Reads one entry of the header into a tensor of ours, whose shape decides. */
 static void safetensors_read(struct SafeTensors *st, const struct Json *entry, struct Tensor *tensor) {
-    const struct Json *dtype = json_get(entry, "dtype"), *shape = json_get(entry, "shape"), *offsets = json_get(entry, "data_offsets");
-    CHECK(dtype && dtype->type == JSON_STRING && shape && shape->type == JSON_ARRAY && offsets && offsets->type == JSON_ARRAY && offsets->child && offsets->child->next,
-          "%s: tensor %s lacks dtype, shape or data_offsets", st->path, tensor->name);
-    const char *type = dtype->string.data;
+    struct Span span = safetensors_span(st, entry);
+    const struct Json *shape = json_get(entry, "shape");
+    const char *type = json_get(entry, "dtype")->string.data;
     size_t width = strcmp(type, "F32") == 0 ? 4 : strcmp(type, "F16") == 0 || strcmp(type, "BF16") == 0 ? 2 : 0;
     CHECK(width, "%s: tensor %s has type %.12s; F32, F16 and BF16 are read", st->path, tensor->name, type);
     char found[96] = "";
@@ -934,11 +978,8 @@ static void safetensors_read(struct SafeTensors *st, const struct Json *entry, s
     }
     CHECK(same && dims == tensor->ndim, "%s: tensor %s: expected shape [%zu%s%.0zu], found [%s]; is the folder's config this file's?",
           st->path, tensor->name, tensor->shape[0], tensor->ndim == 2 ? ", " : "", tensor->shape[1], found);
-    size_t begin = json_size(offsets->child, SIZE_MAX / 4, st->path, "data_offsets");
-    size_t end = json_size(offsets->child->next, SIZE_MAX / 4, st->path, "data_offsets");
-    CHECK(begin <= end && end <= st->data_size, "%s: tensor %s: its bytes %zu to %zu leave the file's %llu; cut short?", st->path, tensor->name, begin, end, (unsigned long long)st->data_size);
-    CHECK(end - begin == tensor->n * width, "%s: tensor %s: %zu bytes for %zu numbers of type %s", st->path, tensor->name, end - begin, tensor->n, type);
-    CHECK(fseeko(st->file, (off_t)(st->data_start + begin), SEEK_SET) == 0, "%s: %s", st->path, strerror(errno));
+    CHECK(span.end - span.begin == tensor->n * width, "%s: tensor %s: %llu bytes for %zu numbers of type %s", st->path, tensor->name, (unsigned long long)(span.end - span.begin), tensor->n, type);
+    CHECK(fseeko(st->file, (off_t)(st->data_start + span.begin), SEEK_SET) == 0, "%s: %s", st->path, strerror(errno));
     unsigned char chunk[4 * 8192];
     for (size_t done = 0; done < tensor->n;) {
         size_t n = MIN(tensor->n - done, (size_t)8192);
@@ -1035,6 +1076,9 @@ static void tokenizer_read_merges(struct Tokenizer *tok, struct Reader *r) {
     for (size_t i = 0; i < tok->merges; i++) {
         uint32_t pair = tok->merge_pair[i] = reader_u32(r, "merges"), id = (uint32_t)(BYTE_TOKENS + i);
         CHECK((pair & 0xffff) < id && pair >> 16 < id, "%s: merge %zu uses an id that comes after it", r->path, i);
+        struct Text left = tok->token[pair & 0xffff], right = tok->token[pair >> 16], both = tok->token[id];
+        bool joined = both.length == left.length + right.length && !memcmp(both.data, left.data, left.length) && !memcmp(both.data + left.length, right.data, right.length);
+        CHECK(joined, "%s: token %u is not what merge %zu makes", r->path, id, i);
         int *slot = &tok->merge_id[merge_slot(tok, pair)];
         CHECK(*slot < 0, "%s: merge %zu stands there twice", r->path, i);
         *slot = (int)id;
@@ -1069,10 +1113,11 @@ static struct Tokenizer *tokenizer_load(const char *path) {
     tokenizer_read_merges(tok, &r);
     tok->char_class = arena_zeros(&tok->arena, UNICODE_END, 1);
     for (int class = CLASS_LETTER; class <= CLASS_SPACE; class++) {
-        for (uint32_t n = reader_u32(&r, "Unicode classes"); n > 0; n--) {
+        for (uint32_t n = reader_u32(&r, "Unicode classes"), next = 0; n > 0; n--) {
             uint32_t first = reader_u32(&r, "Unicode classes"), last = reader_u32(&r, "Unicode classes");
-            CHECK(first <= last && last < UNICODE_END, "%s: a Unicode range from %u to %u", path, first, last);
+            CHECK(first >= next && first <= last && last < UNICODE_END, "%s: a Unicode range from %u to %u, after one that ends before %u", path, first, last, next);
             memset(tok->char_class + first, class, last - first + 1);
+            next = last + 1;
         }
     }
     return tok;
@@ -1264,6 +1309,8 @@ static void tokenizer_check_folder(const struct Tokenizer *tok, const char *fold
     struct Json *vocab = NULL;
     if (file_exists(path)) vocab = json_read_file(&arena, path);
     else if (file_exists(path = other)) vocab = json_get(json_get(json_read_file(&arena, path), "model"), "vocab");
+    CHECK((size_t)end_token_of(vocab_size) < tok->vocab_size, "%s: has %zu ids, %s only %zu; another --tokenizer is needed", folder, vocab_size, tok->path, tok->vocab_size);
+    CHECK(!vocab || vocab->type == JSON_OBJECT, "%s: its vocabulary is not an object {\"token\": id, ...}", path);
     for (struct Json *item = vocab ? vocab->child : NULL; item; item = item->next) {
         size_t id = json_size(item, 1 << 24, path, "an id of the vocabulary");
         if (id >= (size_t)end_token_of(vocab_size)) continue;
@@ -1366,7 +1413,6 @@ static void dataset_add_file(struct Dataset *data, const char *path, const unsig
     struct Arena line_arena = {0};
     const char *at = file.data, *end = file.data + file.length;
     size_t rows_before = data->n;
-    if (file.length >= 3 && memcmp(at, "\xef\xbb\xbf", 3) == 0) at += 3;
     for (size_t line = 1; at < end; line++) {
         const char *stop = memchr(at, '\n', (size_t)(end - at));
         if (!stop) stop = end;
@@ -2682,8 +2728,10 @@ static struct GPT2Config config_load(const char *folder) {
     size_t inner = config_size(json, path, "n_inner", 4 * c.n_embd);
     CHECK(inner == 4 * c.n_embd, "%s: n_inner %zu is not implemented; 4 * n_embd is", path, inner);
     struct Json *eps = json_get(json, "layer_norm_epsilon");
-    c.layer_norm_epsilon = eps && eps->type == JSON_NUMBER ? (float)eps->number : 1e-5f;
+    CHECK(!eps || (eps->type == JSON_NUMBER && eps->number > 0 && eps->number <= 1), "%s: \"layer_norm_epsilon\" must be above 0, at most 1", path);
+    c.layer_norm_epsilon = eps ? (float)eps->number : 1e-5f;
     c.eos_token_id = (int)config_size(json, path, "eos_token_id", (size_t)end_token_of(c.vocab_size));
+    CHECK((size_t)c.eos_token_id < c.vocab_size, "%s: eos_token_id %d is outside the vocabulary of %zu", path, c.eos_token_id, c.vocab_size);
     c.pad_token_id = (int)config_size(json, path, "pad_token_id", (size_t)c.eos_token_id);
     arena_free(&arena);
     return c;
@@ -2732,9 +2780,14 @@ static struct Tensor *reward_head_declare(struct GPT2 *model);
 /* gpt2_load -- a model folder; heads are loaded where they are there.  [glossary: AutoModelForCausalLM] */
 static struct GPT2 *gpt2_load(const char *folder) {
     struct Arena arena = {0};
-    struct GPT2 *model = gpt2_new(config_load(folder));
     char *files[1024];
-    size_t file_count = model_files(&arena, folder, files, COUNT(files)), backbone = model->tensor_count;
+    struct GPT2Config c = config_load(folder);
+    size_t file_count = model_files(&arena, folder, files, COUNT(files)), numbers = (c.vocab_size + c.n_positions) * c.n_embd + c.n_layer * 12 * c.n_embd * c.n_embd, bytes = 0;
+    struct stat status;
+    for (size_t f = 0; f < file_count; f++) if (stat(files[f], &status) == 0) bytes += (size_t)status.st_size;
+    CHECK(numbers <= bytes / 2 + (1 << 20), "%s: config.json describes %zu numbers, at least %zu MB; the weights have %zu MB; is it theirs, or are they cut short?", folder, numbers, numbers >> 19, bytes >> 20);
+    struct GPT2 *model = gpt2_new(c);
+    size_t backbone = model->tensor_count;
     bool *found = arena_zeros(&arena, backbone + 3, sizeof *found);
     for (size_t f = 0; f < file_count; f++) {
         struct SafeTensors st = safetensors_open(&arena, files[f]);
@@ -2981,7 +3034,7 @@ static struct Adapter adapter_config_load(struct Arena *arena, const char *folde
     adapter.pattern = targets && targets->type == JSON_STRING;
     adapter.target_modules = !targets || targets->type == JSON_NULL ? "c_attn" : adapter.pattern ? targets->string.data : "";
     for (struct Json *item = targets && !adapter.pattern ? targets->child : NULL; item; item = item->next) {
-        CHECK(item->type == JSON_STRING, "%s: \"target_modules\" must be a list of names", path);
+        CHECK(item->type == JSON_STRING && strlen(adapter.target_modules) < 4096, "%s: \"target_modules\" must be a list of names, 4096 letters at most", path);
         adapter.target_modules = arena_printf(arena, "%s%s%s", adapter.target_modules, *adapter.target_modules ? " " : "", item->string.data);
     }
     return adapter;
@@ -3007,6 +3060,7 @@ static void adapter_load(struct GPT2 *model, const char *folder) {
     struct Arena arena = {0};
     struct Tensor **tensors;
     char name[MODULE_NAME], entry_name[MODULE_NAME + 48];
+    size_t numbers = 0;
     CHECK(!model->adapter.r, "%s: the model has an adapter already", folder);
     model->adapter = adapter_config_load(&model->arena, folder);
     char *path = arena_printf(&arena, "%s/adapter_model.safetensors", folder);
@@ -3015,7 +3069,10 @@ static void adapter_load(struct GPT2 *model, const char *folder) {
     for (size_t i = 0; i < 4 * model->config.n_layer; i++) {
         struct Linear *linear = adaptable(model, i);
         snprintf(entry_name, sizeof entry_name, "base_model.model.%s.lora_A.weight", module_name(linear, name));
-        if (model->adapter.pattern ? json_get(st.header, entry_name) != NULL : lora_is_target(name, model->adapter.target_modules)) lora_declare(model, linear);
+        if (model->adapter.pattern ? !json_get(st.header, entry_name) : !lora_is_target(name, model->adapter.target_modules)) continue;
+        numbers += model->adapter.r * (linear->weight.shape[0] + linear->weight.shape[1]);
+        CHECK(numbers <= st.data_size / 2 + (1 << 16), "%s: its %llu bytes are too few for adapters of \"r\" %zu; is the folder's adapter_config.json this file's?", path, (unsigned long long)st.data_size, model->adapter.r);
+        lora_declare(model, linear);
     }
     if (json_get(st.header, "base_model.model.score.weight")) reward_head_declare(model);
     size_t count = adapter_tensors(&arena, model, &tensors), lora = 0;
@@ -3256,9 +3313,12 @@ static struct LogEntry *state_log(struct TrainerState *state) {
 }
 
 /* A name that is put together or read from a file, kept as long as logs may be. */
+static struct Arena log_names;
+
 static const char *log_name(const char *prefix, struct Text name) {
-    static struct Arena names;
-    return text_join(&names, text_of(prefix), name).data;
+    char *text = arena_printf(&log_names, "%s%.*s", prefix, (int)MIN(name.length, (size_t)100), name.data);
+    for (char *c = text; *c; c++) if (*c == '"' || *c == '\\' || (unsigned char)*c < ' ') *c = '_';       /* it will stand in JSON */
+    return text;
 }
 
 static void log_value(struct LogEntry *entry, const char *name, double value) {
@@ -3364,7 +3424,8 @@ static void training_state_save(const struct Checkpoint *c, const char *folder) 
     fputs(",\n  \"metrics\": {", out.file);
     for (size_t i = 0; i < c->state->metric_count; i++) {
         const struct Metric *m = &c->state->metrics[i];
-        fprintf(out.file, "%s\n    \"%s\": [%.17g, %zu]", i ? "," : "", m->name, m->sum, m->n);
+        if (isfinite(m->sum)) fprintf(out.file, "%s\n    \"%s\": [%.17g, %zu]", i ? "," : "", m->name, m->sum, m->n);
+        else fprintf(out.file, "%s\n    \"%s\": [null, %zu]", i ? "," : "", m->name, m->n);
     }
     fputs("\n  }\n}\n", out.file);
     output_close(&out);
@@ -3377,8 +3438,9 @@ static void training_state_load(struct Checkpoint *c, struct Arena *arena, const
         struct Json *list = json_get(json, s->name), *item = list && list->type == JSON_ARRAY ? list->child : NULL;
         for (size_t i = 0; i < s->n; i++, item = item->next) {
             CHECK(item, "%s: \"%s\" has %zu numbers, %zu were expected; are data and flags those of the run that was saved?", path, s->name, i, s->n);
-            CHECK(item->type == JSON_NUMBER || (s->kind == SAVED_DOUBLE && item->type == JSON_NULL), "%s: \"%s\": item %zu is no number", path, s->name, i + 1);
-            uint64_t whole = strtoull(item->string.data ? item->string.data : "0", NULL, 10);
+            const char *digits = item->type == JSON_NUMBER ? item->string.data : "";
+            CHECK(s->kind == SAVED_DOUBLE ? *digits || item->type == JSON_NULL : *digits && strspn(digits, "0123456789") == item->string.length, "%s: \"%s\": item %zu is no number", path, s->name, i + 1);
+            uint64_t whole = strtoull(digits, NULL, 10);
             if (s->kind == SAVED_DOUBLE) ((double *)s->at)[i] = item->type == JSON_NULL ? NAN : item->number;
             if (s->kind == SAVED_BITS) ((uint64_t *)s->at)[i] = whole;
             if (s->kind == SAVED_FIXED) CHECK(whole == ((size_t *)s->at)[i], "%s: \"%s\" was %llu, now it is %zu: the run would not be the same; give the data and flags it began with", path, s->name, (unsigned long long)whole, ((size_t *)s->at)[i]);
@@ -3390,7 +3452,7 @@ static void training_state_load(struct Checkpoint *c, struct Arena *arena, const
     for (struct Json *item = metrics && metrics->type == JSON_OBJECT ? metrics->child : NULL; item; item = item->next) {
         struct Json *n = item->type == JSON_ARRAY && item->child ? item->child->next : NULL;
         CHECK(n && c->state->metric_count < MAX_METRICS, "%s: \"metrics\": at most %d pairs of sum and number were expected", path, MAX_METRICS);
-        c->state->metrics[c->state->metric_count++] = (struct Metric){log_name("", item->key), item->child->number, json_size(n, SIZE_MAX / 2, path, "metrics")};
+        c->state->metrics[c->state->metric_count++] = (struct Metric){log_name("", item->key), item->child->type == JSON_NUMBER ? item->child->number : NAN, json_size(n, SIZE_MAX / 2, path, "metrics")};
     }
 }
 
@@ -3402,6 +3464,7 @@ static void trainer_state_load(struct TrainerState *state, struct Arena *arena, 
     state->log_count = 0;
     for (struct Json *item = log->child; item; item = item->next) {
         struct LogEntry *entry = state_log(state);
+        CHECK(item->type == JSON_OBJECT && item->child, "%s: \"log_history\": entry %zu is no object with numbers", path, state->log_count);
         for (struct Json *value = item->child; value; value = value->next) {
             CHECK(entry->n < MAX_METRICS, "%s: \"log_history\": an entry has more than %d numbers", path, MAX_METRICS);
             log_value(entry, log_name("", value->key), value->type == JSON_NUMBER ? value->number : NAN);
@@ -6424,10 +6487,11 @@ static void options_close(struct Options *o) {
     arena_free(&o->arena);
 }
 
-static void tokenize_decode(const struct Tokenizer *tok, const char *at, size_t V, const char *path) {
+static void tokenize_decode(const struct Tokenizer *tok, struct Text in, size_t V, const char *path) {
+    const char *at = in.data;
     for (size_t place = 1;; place++) {
         at += strspn(at, " \t\r\n\v\f,[]");
-        if (!*at) break;
+        if (at == in.data + in.length) break;
         char *end;
         long id = strtol(at, &end, 10);
         CHECK(end != at && id >= 0 && (size_t)id < V, "%s: number %zu (\"%.12s\") is no id from 0 to %zu", path, place, at, V - 1);
@@ -6463,7 +6527,7 @@ static void command_tokenize(struct Options *o) {
     CHECK(V > BYTE_TOKENS && V <= tok->vocab_size, "--vocab_size %zu: a vocabulary has 257 to %zu ids", V, tok->vocab_size);
     const char *path = o->file ? o->file : "-";
     struct Text in = read_file(&o->arena, path);
-    if (o->decode) tokenize_decode(tok, in.data, V, path);
+    if (o->decode) tokenize_decode(tok, in, V, path);
     else if (o->jsonl) tokenize_jsonl(tok, in, V, path);
     else {
         struct Example e = example_encode(&o->arena, tok, in, V, false);
@@ -7090,6 +7154,7 @@ static void command_glossary(struct Options *o) {
     const char *path = shipped_file(&o->arena, "docs/glossary.md"), *query = fold(&o->arena, o->file ? o->file : "");
     CHECK(file_exists(path), "docs/glossary.md is neither beside the program nor in the current folder; run align in the folder it came in");
     struct Text file = read_file(&o->arena, path);
+    CHECK(strlen(file.data) == file.length, "%s: holds a NUL byte; it is no text", path);
     char **line = arena_alloc(&o->arena, file.length + 2, sizeof *line), *rest = (char *)file.data;
     size_t *rank = arena_alloc(&o->arena, file.length + 2, sizeof *rank), lines = 0, best = SIZE_MAX, hits = 0;
     while ((line[lines] = cut_line(&rest))) rank[lines++] = SIZE_MAX;
@@ -7316,9 +7381,8 @@ static void parse_arguments(struct Options *o, const struct Command *command, in
         const char *value = equals ? equals + 1 : i + 1 < argc ? argv[i + 1] : NULL;
         int taken = parse_flag(o, flag, value, !equals && (!value || flag->kind == KIND_BOOL || flag->kind == KIND_STOPPING));
         if (!equals) i += taken;
-        static struct Arena lists;                       /* a list goes on to the next flag: --loss_type sigmoid sft */
-        const char **list = (const char **)((char *)o + flag->offset);
-        while (flag->kind == KIND_LIST && !equals && i + 1 < argc && strncmp(argv[i + 1], "--", 2) != 0) *list = arena_printf(&lists, "%s %s", *list, argv[++i]);
+        const char **list = (const char **)((char *)o + flag->offset);       /* a list goes on to the next flag: --loss_type sigmoid sft */
+        while (flag->kind == KIND_LIST && !equals && i + 1 < argc && strlen(*list) < 1000 && strncmp(argv[i + 1], "--", 2) != 0) *list = arena_printf(&o->arena, "%s %s", *list, argv[++i]);
         o->max_length_given = o->max_length_given || strcmp(name, "max_length") == 0;
     }
     quiet = o->quiet;

@@ -612,6 +612,7 @@ static void test_json_errors(void) {
         {"\"a\nb\"", "control character"},
         {"01", "a value was expected"}, {"+1", "a value was expected"}, {".5", "a value was expected"}, {"1.", "decimal point"}, {"1e", "exponent"}, {"-", "a value was expected"},
         {"0x10", "behind its end"},
+        {"1e999", "beyond 1.8e308"}, {"[-1e999]", "beyond 1.8e308"}, {"\"caf\xe9\"", "not UTF-8"}, {"{\"\xc0\x80\":1}", "not UTF-8"}, {"\"\xed\xa0\x80\"", "not UTF-8"},
         {"nul", "a value was expected"}, {"NaN", "a value was expected"}, {"1 2", "behind its end"}, {"{1:2}", "in quotes"}, {"[", "it ends"}};
     for (size_t i = 0; i < COUNT(cases); i++) {
         const char *error = NULL;
@@ -2195,6 +2196,9 @@ static void test_checkpoint_errors(void) {
         {"training_state.json", "\"seed\": [42]", "\"seed\": [43]", "\"seed\" was 43, now it is 42"},
         {"training_state.json", "\"samples\": [", "\"samples\": [true, ", "\"samples\": item 1 is no number"},
         {"training_state.json", "\"total_loss\": [", "\"total_loss\": [], \"x\": [", "\"total_loss\" has 0 numbers, 1 were expected"},
+        {"training_state.json", "\"num_tokens\": [", "\"num_tokens\": [1.5, ", "\"num_tokens\": item 1 is no number"},
+        {"training_state.json", "\"rows\": [5]", "\"rows\": [-5]", "\"rows\": item 1 is no number"},
+        {"trainer_state.json", "\"log_history\": [", "\"log_history\": [3, ", "\"log_history\": entry 1 is no object"},
         {"training_state.json", NULL, "", "not JSON"},
         {"trainer_state.json", "\"log_history\"", "\"log\"", "lacks \"epoch\" or \"log_history\""},
         {"trainer_state.json", "\"global_step\": 4", "\"global_step\": -4", "\"global_step\" must be a whole number"},
@@ -3459,9 +3463,12 @@ static void test_broken_weights(void) {
         {"missing", "\"transformer.ln_f.bias\"", "\"transformer.ln_f.biax\"", "tensor ln_f.bias is missing; expected shape [12]"},
         {"unknown type", "\"F32\"", "\"I64\"", "tensor wte.weight has type I64; F32, F16 and BF16 are read"},
         {"bytes and numbers disagree", "[0,14400]", "[0,14396]", "14396 bytes for 3600 numbers"},
+        {"shared bytes", "[14400,15552]", "[14396,15548]", "tensors transformer.wte.weight and transformer.wpe.weight share bytes"},
+        {"shared bytes of a tensor that is not read", "{\"__metadata__\"", "{\"x\":{\"dtype\":\"U8\",\"shape\":[9],\"data_offsets\":[3,12]},\"__metadata__\"", "share bytes"},
         {"bytes outside", "[0,14400]", "[99999999,100014399]", "cut short?"}, {"backwards", "[0,14400]", "[14400,0]", "cut short?"},
         {"negative", "[0,14400]", "[-4,14396]", "whole number"}, {"no offsets", "\"data_offsets\"", "\"data_offsetx\"", "lacks dtype, shape or data_offsets"},
-        {"no JSON", "{\"__metadata__\"", "(\"__metadata__\"", "its header is not a JSON object"}};
+        {"no JSON", "{\"__metadata__\"", "(\"__metadata__\"", "its header is not a JSON object"}, {"no entry", "{\"__metadata__\"", "{\"x\":3,\"__metadata__\"", "tensor x lacks dtype"},
+        {"a name that steers the terminal", "{\"__metadata__\"", "{\"a\\u001b[31m\\n\\u009bb\":3,\"__metadata__\"", "tensor a?[31m?\xc2?b lacks dtype"}};
     const char *path = saved_model("broken");
     struct Text file = read_file(&test_arena, temporary("broken/model.safetensors"));
     size_t length = (unsigned char)file.data[0] | (size_t)(unsigned char)file.data[1] << 8;
@@ -3481,6 +3488,9 @@ static void test_broken_weights(void) {
     write_bytes("broken/model.safetensors", "\0\0\0\0\0\0\0\x7f{}", 10);
     expect_end("a header of 9 * 10^18 bytes", load_one_model, path, 1, "header claims 9151314442816847872 bytes, 2 follow");
     unlink(temporary("broken/model.safetensors"));
+    expect_true("a pipe is made", mkfifo(temporary("broken/model.safetensors"), 0600) == 0);
+    expect_end("a pipe, which nobody writes to", load_one_model, path, 1, "model.safetensors: is a folder, a pipe or a device");
+    unlink(temporary("broken/model.safetensors"));
     expect_end("no weights", load_one_model, path, 1, "no model.safetensors inside");
     static const struct { const char *index, *message; } indexes[] = {{"{\"weight_map\": {\"a\": \"../x.safetensors\"}}", "must name a file of this folder"},
         {"{\"weight_map\": {\"a\": 3}}", "must name a file of this folder"}, {"{\"weight_map\": {}}", "names no file"}, {"{}", "no \"weight_map\""}, {"[", "not JSON"}};
@@ -3499,7 +3509,10 @@ static void test_broken_config(void) {
         {"\"tie_word_embeddings\": true", "\"tie_word_embeddings\": false", "\"tie_word_embeddings\" changes the mathematics"},
         {"\"use_cache\": true", "\"scale_attn_weights\": false", "\"scale_attn_weights\" changes the mathematics"},
         {"\"use_cache\": true", "\"add_cross_attention\": true", "\"add_cross_attention\" changes"},
-        {"\"model_type\": \"gpt2\"", "\"model_type\": \"llama\"", "model_type is not \"gpt2\""}, {"\"n_ctx\"", "n_ctx", "not JSON"}};
+        {"\"model_type\": \"gpt2\"", "\"model_type\": \"llama\"", "model_type is not \"gpt2\""}, {"\"n_ctx\"", "n_ctx", "not JSON"},
+        {"\"n_positions\": 24", "\"n_positions\": 1000000", "config.json describes 12005328 numbers, at least 22 MB; the weights have 0 MB"}, {"\"n_layer\": 1,", "\"n_layer\": 1000000000,", "\"n_layer\" must be a whole number"},
+        {"\"n_embd\": 12", "\"n_embd\": 65535", "describes 51559268040 numbers"}, {"\"eos_token_id\": 299", "\"eos_token_id\": 300", "eos_token_id 300 is outside the vocabulary of 300"},
+        {"\"layer_norm_epsilon\": 1e-05", "\"layer_norm_epsilon\": -1", "\"layer_norm_epsilon\" must be"}, {"\"n_layer\": 1,", "\"n_layer\": 1, \"n_layer\": 2,", "tensor h.1.ln_1.weight is missing"}};
     const char *path = saved_model("odd");
     struct Text config = read_file(&test_arena, temporary("odd/config.json"));
     for (size_t i = 0; i < COUNT(edits); i++) {
@@ -3514,6 +3527,16 @@ static void test_broken_config(void) {
     write_bytes("odd/config.json", config.data, config.length);
     const char *arguments[] = {"align", "next", "--model_name_or_path", path, "--prompt", "x", "--tokenizer", tokenizer->path, NULL};
     expect_end("another vocabulary", run_command, arguments, 1, "id 5 is \"x\" here, \"&\" in");
+    write_text("odd/vocab.json", "{\"x\\u001b[2J\": 5}");
+    expect_end("a token that clears the screen", run_command, arguments, 1, "id 5 is \"x?[2J\" here");
+    unlink(temporary("odd/vocab.json"));
+    write_text("odd/tokenizer.json", "{\"model\": {\"vocab\": [[\"!\", 0]]}}");
+    expect_end("a vocabulary in a list", run_command, arguments, 1, "tokenizer.json: its vocabulary is not an object");
+    write_bytes("odd/config.json", "\xef\xbb\xbf", 3);
+    expect_end("nothing but a byte order mark", load_one_model, path, 1, "not JSON: it ends");
+    struct Text marked = text_join(&test_arena, text_of("\xef\xbb\xbf"), config), said;
+    write_bytes("odd/config.json", marked.data, marked.length);
+    expect_count("with a byte order mark", (size_t)run_apart(load_one_model, path, &said), 0);
 }
 
 /* Data: the line is named, with what was expected and found. */
@@ -3525,12 +3548,15 @@ static void test_broken_data(void) {
         {"\n \n", "no row with \"text\" was found"}, {"{\"text\": \"a\", \"label\": 2}", "\"label\" must be 0 or 1"},
         {"{\"text\": \"a\", \"score\": \"high\"}", "\"score\" must be a number"},
         {"{\"query_ids\": [1, -2]}", "\"query_ids\" must hold token ids"}, {"{\"query_ids\": [1.5]}", "must hold token ids"},
-        {"{\"text\": \"a\"} x", "something stands behind its end"}, {"\x1f\x8b\x08", "not JSON"}};
+        {"{\"text\": \"a\"} x", "something stands behind its end"}, {"\x1f\x8b\x08", "not JSON"}, {"\xef\xbb\xbf{\"text\": \"a\"}\r\n{\"text\": 3}\r\n", "data.jsonl:2: \"text\" must be a string"},
+        {"{\"text\": \"a\"}\n{\"text\": \"caf\xe9\"}\n", "data.jsonl:2: not JSON: a string that is not UTF-8; save the file as UTF-8 (column 14)"}, {"{\"text\": \"a\", \"score\": 1e999}", "a number beyond"}};
     for (size_t i = 0; i < COUNT(cases); i++) expect_end(cases[i][0], load_one_dataset, write_text("data.jsonl", cases[i][0]), 1, cases[i][1]);
     expect_end("no file", load_one_dataset, "/nowhere/data.jsonl", 1, "/nowhere/data.jsonl: No such file");
     make_folder(temporary("empty"));
     expect_end("an empty folder", load_one_dataset, temporary("empty"), 1, "no row with \"text\" was found");
 }
+
+static void check_vocabulary(const void *tok) { tokenizer_check_folder(tok, "/nowhere", 50257); }
 
 /* tokenizer.bin: another magic, llm.c's version 1, cut short anywhere, merges that cannot be. */
 static void test_broken_tokenizer(void) {
@@ -3544,7 +3570,45 @@ static void test_broken_tokenizer(void) {
         expect_end("tokenizer", load_one_tokenizer, write_bytes("tokenizer.bin", bytes, file.length), 1, edits[i].message);
     }
     for (size_t n = 0; n < file.length; n += file.length / 9) expect_end("cut short", load_one_tokenizer, write_bytes("tokenizer.bin", file.data, n), 1, "ends inside its");
+    memcpy(bytes, file.data, file.length);
+    char *spaces = bytes + file.length - 10 * 8, held[8];              /* the last ten ranges, Unicode's spaces */
+    memcpy(held, spaces, 8);
+    memcpy(spaces, spaces + 8, 8);
+    memcpy(spaces + 8, held, 8);
+    expect_end("ranges out of order", load_one_tokenizer, write_bytes("tokenizer.bin", bytes, file.length), 1, "a Unicode range from 9 to 13, after one that ends before 33");
+    memcpy(bytes, file.data, file.length);
+    memcpy((char *)memmem(bytes, file.length, "\4ence", 5) + 1, "enca", 4);
+    expect_end("a token that its merge does not make", load_one_tokenizer, write_bytes("tokenizer.bin", bytes, file.length), 1, "is not what merge");
+    struct Tokenizer small = *tokenizer;
+    small.vocab_size = 300;
+    expect_end("fewer ids than the model", check_vocabulary, &small, 1, "has 50257 ids, ");
     expect_end("last byte missing", load_one_tokenizer, write_bytes("tokenizer.bin", file.data, file.length - 1), 1, "ends inside its Unicode classes");
+}
+
+static void decode_text(const void *text) {
+    const struct Text *ids = text;
+    tokenize_decode(tokenizer, *ids, 300, "ids.txt");
+}
+
+static void die_of(const void *name) { die("%s: is wrong", (const char *)name); }
+
+/* A message is one clean line, however long the name or the file that it speaks of; ids behind a NUL are not passed over. */
+static void test_broken_messages(void) {
+    static const struct Text nul = {"\0 1 2", 5}, large = {"99999999999999999999", 20};
+    expect_end("a NUL among ids", decode_text, &nul, 1, "ids.txt: number 1 (\"\") is no id from 0 to 299");
+    expect_end("a large id", decode_text, &large, 1, "number 1 (\"999999999999\") is no id");
+    char *name = arena_alloc(&test_arena, 5001, 1);
+    memset(name, 'x', 5000);
+    memcpy(name, "\33[2J\n\xc2\x9b", 7);
+    name[5000] = 0;
+    expect_end("a long name", die_of, name, 1, "xx: is wrong");
+    struct Text said;
+    run_apart(die_of, name, &said);
+    expect_true("its start, its end, nothing that steers", said.length == 7 + 1200 + 5 + 1 + strlen(way_on) && strstr(said.data, "align: ?[2J?\xc2?xx") == said.data);
+    const char *many[600] = {"align", "dpo", "--loss_type"};
+    for (size_t i = 3; i < 590; i++) many[i] = "sigmoid";
+    expect_end("a list without end", run_command, many, 2, "dpo: \"sigmoid\" is no flag");
+    expect_text("names in a log", text_of(log_name("eval_", text_of("a\"b\\c\n"))), "eval_a_b_c_");
 }
 
 /* What a user may type wrongly: exit 2 for the command line, 1 for what cannot be done, and the nearest flag's name. */
@@ -3838,7 +3902,7 @@ static void test_lora_broken(void) {
         {"\"modules_to_save\": null", "\"modules_to_save\": [\"wte\"]", "\"modules_to_save\": only \"score\""}, {"\"r\": 3", "\"r\": 0", "\"r\" must be 1 or more"}, {"\"r\": 3", "\"r\": 2.5", "\"r\" must be a whole number"},
         {"\"r\": 3", "\"r\": 4", "lora_A.weight: expected shape [4, 8], found [3, 8]"}, {"\"c_fc\"]", "\"c_fc\", \"c_attn\"]", "attn.c_attn.lora_A.weight is missing; expected shape [3, 8]"},
         {", \"c_fc\"]", "]", "no layer of this model takes tensor base_model.model.transformer.h.0.mlp.c_fc.lora_A.weight"}, {"[\"attn.c_proj\", \"c_fc\"]", "[\"q_proj\"]", "take no layer of this model"},
-        {"\"target_modules\": [", "\"target_modules\": [1, ", "\"target_modules\" must be a list of names"}};
+        {"\"target_modules\": [", "\"target_modules\": [1, ", "\"target_modules\" must be a list of names"}, {"\"r\": 3", "\"r\": 16777216", "too few for adapters of \"r\" 16777216"}};
     struct GPT2 *model = new_model(300, 12, 8, 2, 2);
     random_adapter(model, 3, "attn.c_proj c_fc");
     adapter_save(model, temporary("odd_lora"), NULL);
@@ -4101,7 +4165,7 @@ static const struct { const char *name; void (*run)(void); } TESTS[] = {
     {"reinforce_raises_reward", test_reinforce_raises_reward}, {"dpo_golden", test_dpo_golden},
     {"dpo_gradient", test_dpo_gradient}, {"dpo_model_gradient", test_dpo_model_gradient}, {"dpo_pairs", test_dpo_pairs}, {"dpo_overfit", test_dpo_overfit},
     {"evaluation", test_evaluation}, {"full_disk", test_full_disk}, {"broken_weights", test_broken_weights}, {"broken_config", test_broken_config}, {"broken_data", test_broken_data},
-    {"broken_tokenizer", test_broken_tokenizer}, {"cli_errors", test_cli_errors}, {"cli_course", test_cli_course}, {"cli_collect", test_cli_collect}, {"encode_prompts", test_encode_prompts}, {"exact_optimum", test_exact_optimum},
+    {"broken_tokenizer", test_broken_tokenizer}, {"broken_messages", test_broken_messages}, {"cli_errors", test_cli_errors}, {"cli_course", test_cli_course}, {"cli_collect", test_cli_collect}, {"encode_prompts", test_encode_prompts}, {"exact_optimum", test_exact_optimum},
     {"exact_dpo_loss", test_exact_dpo_loss}, {"exact_dpo_gradient", test_exact_dpo_gradient}, {"exact_run", test_exact_run}, {"cli_lora", test_cli_lora},
     {"glossary_fold", test_glossary_fold}, {"glossary_find", test_glossary_find}, {"glossary_terms", test_glossary_terms}, {"fixtures_gradient", test_fixtures_gradient},
     {"fixtures_logprob", test_fixtures_logprob}, {"fixtures_reward", test_fixtures_reward},
