@@ -243,10 +243,9 @@ static int thread_count(void) {
 #endif
 }
 
-/* Random numbers: xoshiro256++ of Blackman and Vigna, its state filled by splitmix64, as they
- * advise. The whole state is four words, so that it can be printed, saved and forked: `stream`
- * gives independent sequences of one seed (initial weights, data order, sampling ...), and so
- * drawing one number more in one of them leaves the others as they were. */
+/* Random numbers: xoshiro256++ of Blackman and Vigna, its state of four words filled by splitmix64, as they advise.
+ * `stream` gives independent sequences of one seed (initial weights, data order, sampling ...): drawing one number
+ * more in one of them leaves the others as they were. */
 struct Rng { uint64_t s[4]; };
 
 static uint64_t splitmix64(uint64_t *state) {
@@ -299,10 +298,9 @@ static void rng_shuffle(struct Rng *rng, size_t *items, size_t n) {
     }
 }
 
-/* Arena: memory taken piece by piece and given back all at once. After a reset the pieces are
- * merged into one block of their total size, so a training loop that resets once a step asks the
- * system for memory in its first steps only. Under sanitizers every piece is an allocation of its
- * own: an overrun must not land unseen in a neighbour. */
+/* Arena: memory taken piece by piece and given back all at once. A reset merges the pieces into one block of their
+ * total size, so a training loop that resets once a step asks the system for memory in its first steps only. Under
+ * sanitizers every piece is an allocation of its own: an overrun must not land unseen in a neighbour. */
 #if defined(__has_feature)
 #define HAS_FEATURE(x) __has_feature(x)
 #else
@@ -349,8 +347,7 @@ static struct ArenaBlock *arena_block(size_t capacity) {
     return block;
 }
 
-/* count pieces of `size` bytes, on a 64-byte boundary, not cleared. Ends the program when there is
- * no memory: nothing sensible could follow. */
+/* count pieces of `size` bytes, on a 64-byte boundary, not cleared; no memory ends the program. */
 static void *arena_alloc(struct Arena *arena, size_t count, size_t size) {
     CHECK(size == 0 || count <= (SIZE_MAX / 4) / size, "out of memory: %zu x %zu bytes asked for; use a smaller model, batch or --max_length", count, size);
     size_t bytes = (count * size + ARENA_ALIGN - 1) / ARENA_ALIGN * ARENA_ALIGN;
@@ -513,10 +510,9 @@ static float *thread_scratch(enum ScratchSlot slot, size_t floats) {
 /* =============================================================================================
  * Chapter 2 - Files: JSON, safetensors
  *
- * What enters: files that somebody else wrote, so every length is checked before memory is asked
- * for and every offset before it is used. What leaves: JSON as a tree of small nodes, tensors as
- * floats. Files are written beside their final place and renamed when complete and on the disk:
- * whoever pulls the plug keeps the old file whole.
+ * What enters: files that somebody else wrote: every length is checked before memory is asked for, every offset
+ * before it is used. What leaves: JSON as a tree of small nodes, tensors as floats. Files are written beside their
+ * final place and renamed when complete and on the disk: whoever pulls the plug keeps the old file whole.
  * ============================================================================================= */
 
 static bool file_exists(const char *path) { struct stat s; return stat(path, &s) == 0; }
@@ -640,9 +636,8 @@ static void folder_sync(const char *folder) {
     close(fd);
 }
 
-/* JSON (RFC 8259) as a tree. An object's members and an array's items hang on `child`, linked by
- * `next`; a member carries its key. Strings are decoded to UTF-8; half a surrogate pair becomes
- * U+FFFD, as no UTF-8 exists for it. */
+/* JSON (RFC 8259) as a tree. An object's members and an array's items hang on `child`, linked by `next`; a member
+ * carries its key. Strings are decoded to UTF-8; half a surrogate pair, for which none exists, becomes U+FFFD. */
 enum JsonType { JSON_NULL, JSON_FALSE, JSON_TRUE, JSON_NUMBER, JSON_STRING, JSON_ARRAY, JSON_OBJECT };
 struct Json { struct Json *child, *next; struct Text key, string; double number; enum JsonType type; };
 
@@ -870,10 +865,9 @@ static void json_write_floats(FILE *file, const float *x, size_t n) {
     fputc(']', file);
 }
 
-/* A tensor: a named array of floats, up to two dimensions. One declaration gives it its shape and
- * the name it has in a checkpoint; weights w, gradients d and AdamW's moments m and v all follow
- * from that, so the four can never disagree. d, m, v are NULL while nothing trains, and in a tensor that
- * is frozen while others do: a backward pass then skips it. */
+/* A tensor: a named array of floats, up to two dimensions. One declaration gives it its shape and its name in a
+ * checkpoint; weights w, gradients d and AdamW's moments m and v follow from that and can never disagree. d, m, v are
+ * NULL while nothing trains, and in a tensor that is frozen while others do: a backward pass then skips it. */
 struct Tensor {
     char name[64];
     size_t shape[2], ndim, n;  /* n = product of the shape */
@@ -1017,11 +1011,10 @@ static void safetensors_write(const char *folder, const char *name, struct Tenso
 /* =============================================================================================
  * Chapter 3 - Tokenizer                            [glossary: Tokenização de conjunto de dados]
  *
- * What enters: bytes. What leaves: numbers (ids) that the model knows, and back, exactly. GPT-2 [1]
- * first cuts a text into words by a fixed rule, then builds each word up from its bytes by
- * byte-pair encoding [11]: of all neighbours that may merge, the pair whose merge was learnt first
- * merges first, until none is left. The id of a merged token is 256 + the merge's rank, so "learnt
- * first" is "lowest id", and the first V - 1 ids are a smaller vocabulary in their own right.
+ * What enters: bytes. What leaves: numbers (ids) that the model knows, and back, exactly. GPT-2 [1] first cuts a text
+ * into words by a fixed rule, then builds each word up from its bytes by byte-pair encoding [11]: of all neighbours
+ * that may merge, the pair whose merge was learnt first merges first, until none is left. The id of a merged token is
+ * 256 + the merge's rank: "learnt first" is "lowest id", and the first V - 1 ids are a smaller vocabulary themselves.
  * ============================================================================================= */
 
 enum { TOKENIZER_MAGIC = 20240328, TOKENIZER_VERSION = 2, BYTE_TOKENS = 256 };
@@ -1167,10 +1160,9 @@ static size_t tokenizer_word_end(const struct Tokenizer *tok, const unsigned cha
     return at;
 }
 
-/* Byte-pair encoding of one word. Its pieces form a linked list; every neighbour pair that can merge
- * waits in a heap, lowest merged id first, leftmost first among equals. A merge makes two new
- * neighbour pairs; entries about pieces gone meanwhile are recognised and skipped. So a word of n
- * bytes takes O(n log n), where rescanning the word for each merge would take O(n^2). */
+/* Byte-pair encoding of one word. Its pieces form a linked list; every neighbour pair that can merge waits in a heap,
+ * lowest merged id first, leftmost among equals. A merge makes two new pairs; entries about pieces gone meanwhile are
+ * skipped. A word of n bytes so takes O(n log n), where rescanning it for each merge would take O(n^2). */
 struct Piece { int id; int32_t prev, next; };             /* id -1: merged into its left neighbour; prev, next -1: none */
 struct WordPieces { struct Piece *piece; uint64_t *heap; size_t heap_size; };       /* heap: merged id << 32 | left piece */
 
@@ -1323,10 +1315,9 @@ static void tokenizer_check_folder(const struct Tokenizer *tok, const char *fold
 /* =============================================================================================
  * Chapter 4 - Data: datasets, pairs, collator, LengthSampler      [glossary: Conjunto de dados]
  *
- * What enters: JSON Lines in TRL's shapes, one object a line. What leaves: batches of token ids with
- * the positions that count in a loss. Padding is the usual way to make sequences of a batch equally
- * long; here a batch is packed instead: all tokens in a row, with the place where each sequence
- * starts. What is not there need not be masked, and costs nothing.
+ * What enters: JSON Lines in TRL's shapes, one object a line. What leaves: batches of token ids with the positions
+ * that count in a loss. Instead of padding its sequences to equal length, a batch is packed: all tokens in a row, with
+ * the place where each sequence starts. What is not there need not be masked, and costs nothing.
  * ============================================================================================= */
 
 enum Field {
@@ -1486,9 +1477,8 @@ static struct Example example_encode(struct Arena *arena, const struct Tokenizer
 
 
 
-/* Prompt + completion as TRL prepares them: the whole is encoded at once, with the end token behind
- * it, and the completion starts where the ids stop to be the prompt's own. A merge across the seam
- * so moves the split to the left. */
+/* Prompt + completion as TRL prepares them: encoded as one, the end token behind it; the completion starts where the
+ * ids stop to be the prompt's own. A merge across the seam so moves the split to the left. */
 static struct Example example_prompt_completion(struct Arena *arena, const struct Tokenizer *tok, struct Text prompt, struct Text completion, size_t vocab_size) {
     struct Arena scratch = {0};
     struct Example alone = example_encode(&scratch, tok, prompt, vocab_size, false);
@@ -1499,8 +1489,8 @@ static struct Example example_prompt_completion(struct Arena *arena, const struc
     return whole;
 }
 
-/* Texts that share a beginning but have no prompt of their own: the longest common prefix of whole
- * characters is the prompt, less a space at its end, so that completions start with the space.
+/* Texts without a prompt of their own: the longest common prefix of whole characters is the prompt, less a space at
+ * its end, with which the completions then start.
  * By hand: "It is good", "It is bad" -> prompt "It is", completions " good" and " bad". */
 static void split_implicit_prompt(struct Row *row) {
     size_t n = 0;
@@ -1544,12 +1534,11 @@ static void batch_append(struct Batch *batch, const int *ids, size_t t0, size_t 
 }
 
 /* collate -- sequences of different lengths into one batch.           [glossary: Função coladora]
- * TRL's collators pad to a rectangle (B, T_max), mask the padding out of attention and set the
- * labels of prompts and padding to -100, "ignore". Packing stores the same facts without the
- * rectangle: attention looks at one sequence at a time, and `row`/`target` name the positions whose
- * label would not be -100. Position t predicts token t+1, so a sequence's first token has no row.
- * The last token predicts nothing: it is only a target, and left out of the model's input, unless
- * READ_LAST asks for it (a reward is read there).
+ * TRL's collators pad to a rectangle (B, T_max), mask the padding out of attention and set the labels of prompts and
+ * padding to -100, "ignore". Packing stores the same facts without the rectangle: attention looks at one sequence at
+ * a time, and `row`/`target` name the positions whose label would not be -100. Position t predicts token t+1, so a
+ * sequence's first token has no row. The last one predicts nothing: it is only a target, and left out of the model's
+ * input, unless READ_LAST asks for it (a reward is read there).
  * By hand: ids [5 6 7 8] with a prompt of 2: rows 1 and 2, targets 7 and 8.     test: collate */
 enum LastToken { SKIP_LAST, READ_LAST };
 
@@ -1614,9 +1603,8 @@ static size_t length_sampler(const struct LengthSampler *sampler, struct Rng *rn
 }
 
 /* pairs_from_ratings -- who of n rated texts is preferred to whom.      [glossary: Coleta de dados]
- * Every pair whose ratings differ by min_difference or more; closer ratings are noise between
- * raters. pairs: room for n(n-1)/2; returns how many. A batch of 32 sentences gives some 300 pairs
- * for 32 forward passes. By hand: ratings 2, 0, 0.5 with difference 1 -> (0,1), (0,2). */
+ * Every pair whose ratings differ by min_difference or more; closer ones are noise between raters. pairs: room for
+ * n(n-1)/2; returns how many. 32 sentences give some 300. By hand: 2, 0, 0.5 with difference 1 -> (0,1), (0,2). */
 struct Pair { size_t chosen, rejected; double margin; };
 
 static size_t pairs_from_ratings(const double *rating, size_t n, double min_difference, struct Pair *pairs) {
@@ -1633,9 +1621,8 @@ static size_t pairs_from_ratings(const double *rating, size_t n, double min_diff
 /* =============================================================================================
  * Chapter 5 - Probability: sigmoid, softmax, entropy, KL
  *
- * What enters: logits, V numbers of any size, one for each token that may come next. What leaves: a
- * probability distribution over the vocabulary, and the few functions of distributions that RLHF
- * is made of. All in nats; all safe where the plain formula overflows.
+ * What enters: logits, V numbers of any size, one for each token that may come next. What leaves: a probability
+ * distribution over the vocabulary, and the few functions of it that RLHF is made of, in nats, safe from overflow.
  * ============================================================================================= */
 
 /* WIDE before a function of plain loops: gcc and clang compile it three times, for AVX-512, AVX2 and any
@@ -1647,8 +1634,7 @@ static size_t pairs_from_ratings(const double *rating, size_t n, double min_diff
 #define WIDE
 #endif
 
-/* e^x in float, without a branch, so that loops over it become vector instructions (libm's expf is a call
- * a number).
+/* e^x in float, without a branch, so that loops over it become vector instructions (libm's expf is a call a number).
  *   e^x = 2^n * e^r,  n = round(x / ln 2),  r = x - n ln 2 in [-0.35, 0.35], e^r by its Taylor series
  * to r^7/7!. Relative error below 2e-7 for |x| <= 87 (test: exp_fast); below -87 it is 0, above 87 it
  * stays e^87. Comparisons are made on the bits of |x|, as whole numbers: for floats the order is the
@@ -1666,9 +1652,8 @@ static inline float exp_fast(float x) {
     return float_of_bits(bits_of_float(p * two_to_n) & (underflow - 1u));
 }
 
-/* The square root without libm's, which sets errno for negative numbers and so is a call a number: a first guess
- * of 1/sqrt(x) by halving the exponent, three Newton steps y (3 - x y^2)/2, and one for x y itself.
- * Relative error below 2e-7 for normal x; 0 -> 0.                                  test: sqrt_fast */
+/* The square root, likewise: a first guess of 1/sqrt(x) by halving the exponent, three Newton steps y (3 - x y^2)/2,
+ * and one for x y itself. Relative error below 2e-7 for normal x; 0 -> 0.                       test: sqrt_fast */
 static inline float sqrt_fast(float x) {
     float y = float_of_bits(0x5f375a86 - (bits_of_float(x) >> 1));
     y *= 1.5f - 0.5f * x * y * y;
@@ -1819,9 +1804,8 @@ static double kl_exact(const float *p_logits, float p_lse, const float *q_logits
 static double kl_k1(double log_p, double log_q) { return log_p - log_q; }
 static double kl_k3(double log_p, double log_q) { double d = log_q - log_p; return expm1(d) - d; }
 
-/* Log-probability of a sequence, log pi(y|x) = sum_t log pi(y_t | x, y_<t): the course's omega, the
- * policy written out token by token. A product of hundreds of probabilities would be 0 in floating
- * point; the sum of their logarithms is exact enough.          [glossary: Função Omega (ω)] */
+/* Log-probability of a sequence, log pi(y|x) = sum_t log pi(y_t | x, y_<t): the course's omega, the policy token by
+ * token. A product of hundreds of probabilities would be 0 in floating point.          [glossary: Função Omega (ω)] */
 static double sequence_logprob(const float *token_logprobs, size_t n) {
     double sum = 0;
     for (size_t t = 0; t < n; t++) sum += token_logprobs[t];
@@ -1831,22 +1815,19 @@ static double sequence_logprob(const float *token_logprobs, size_t n) {
 /* =============================================================================================
  * Chapter 6 - Matrix multiplication
  *
- * Nine tenths of the time of every command is spent in this chapter, in C += A B for three shapes of
- * the same thing: y = x W, dx = dy W^T, dW = x^T dy. All three are one function, because it takes
- * each operand by two strides: element (i,k) of A stands at data[i*row + k*column], so a transpose is
- * the same memory with the strides exchanged.
+ * Nine tenths of the time of every command is spent here, in C += A B: y = x W, dx = dy W^T, dW = x^T dy. All three
+ * are one function, because it takes each operand by two strides: element (i,k) of A stands at
+ * data[i*row + k*column], so a transpose is the same memory with the strides exchanged.
  *
- * Why the triple loop is slow, and what to do [16]: it loads two numbers for each multiplication, and
- * the machine can do 16 multiplications in the time of one load from its second cache.
- *   1. A register tile: MR x NR sums are kept in vector registers; each step of k loads MR + NR
- *      numbers and does MR * NR multiply-adds. That alone is the speed; the rest feeds it.
- *   2. Packing: A and B are copied into panels in the very order in which the tile reads them, so it
- *      runs along consecutive addresses whatever the strides were.
- *   3. Blocks: KC steps of k at a time, so that one panel of B (NR columns, 48 KB) stays in the first
- *      or second cache while the panels of A pass by it.
- * All threads pack A together; then each takes panels of B, packs one for itself and fills the columns
- * of C under it. Each element of C is summed by one thread in the order of k: one thread or sixteen,
- * the same bits. docs/performance.md has the figures.
+ * Why the triple loop is slow, and what to do [16]: it loads two numbers for each multiplication, and the machine can
+ * do 16 multiplications in the time of one load from its second cache.
+ *   1. A register tile: MR x NR sums are kept in vector registers; each step of k loads MR + NR numbers and does
+ *      MR * NR multiply-adds. That alone is the speed; the rest feeds it.
+ *   2. Packing: A and B are copied into panels in the very order in which the tile reads them, whatever the strides.
+ *   3. Blocks: KC steps of k at a time, so that one panel of B (NR columns, 48 KB) stays in the first or second cache
+ *      while the panels of A pass by it.
+ * All threads pack A together; then each takes panels of B, packs one for itself and fills the columns of C under it.
+ * One thread sums an element of C, in the order of k: the same bits on any number. Figures: docs/performance.md.
  * ============================================================================================= */
 
 enum { TILE_MAX = 8 * 32, KC = 384, BLOCK_ROWS = 1024 };
@@ -2080,15 +2061,13 @@ static void matmul(float *c, size_t c_row, const float *start, size_t start_row,
 /* =============================================================================================
  * Chapter 7 - Layers, forward and backward
  *
- * Each layer is a function y = f(x, w). Its backward pass gets dy, the derivative of the loss with
- * respect to y, and owes dx and dw: the chain rule, one layer at a time, from the loss back to the
- * embedding. A forward pass stands beside its backward, with the same names. dx is written; the
- * gradient of weights is added to, so that micro-batches accumulate.
+ * Each layer is a function y = f(x, w). Its backward pass gets dy, the derivative of the loss with respect to y, and
+ * owes dx and dw: the chain rule, one layer at a time, from the loss back to the embedding. A forward pass stands
+ * beside its backward. dx is written; the gradient of weights is added to, so that micro-batches accumulate.
  * ============================================================================================= */
 
-/* A strip of columns of y = x W + bias for few rows, as in generation, where each weight is used but N times: packing
- * it would cost more than it saves, and memory sets the speed. Eight rows of W at a time pass through the first
- * cache and serve all rows of x; the beginnings of the next eight are asked for meanwhile. */
+/* A strip of columns of y = x W + bias for few rows, as in generation: packing W would cost more than it saves. Eight
+ * rows of W at a time pass through the first cache and serve all rows of x; the next eight are asked for meanwhile. */
 WIDE static void linear_few_rows(float *y, const float *x, const float *weight, const float *bias, size_t N, size_t in, size_t out, size_t columns) {
     for (size_t n = 0; n < N; n++) memcpy(y + n * out, bias, columns * sizeof *y);
     size_t k = 0;
@@ -2700,8 +2679,7 @@ static size_t config_size(const struct Json *config, const char *path, const cha
     return item && item->type != JSON_NULL ? json_size(item, 1 << 24, path, name) : fallback;
 }
 
-/* Settings under which this file would compute something else than transformers does: refused (but not
- * reorder_and_upcast_attn, which changes rounding only). */
+/* Settings that change the mathematics: refused (reorder_and_upcast_attn changes rounding only). */
 static void config_refuse(const struct Json *config, const char *path) {
     static const struct { const char *name; enum JsonType allowed; } switches[] = {
         {"scale_attn_weights", JSON_TRUE}, {"scale_attn_by_inverse_layer_idx", JSON_FALSE}, {"add_cross_attention", JSON_FALSE}, {"tie_word_embeddings", JSON_TRUE}};
@@ -2737,8 +2715,8 @@ static struct GPT2Config config_load(const char *folder) {
     return c;
 }
 
-/* Gives a tensor its numbers from an open file, under its own name or with a prefix before it: "transformer.", and
- * in raw dumps of TRL's value-head model "pretrained_model."; an adapter's have "base_model.model." as well. */
+/* Gives a tensor its numbers from an open file, under its own name or with a prefix before it ("pretrained_model.":
+ * raw dumps of TRL's value-head model; "base_model.model.": adapters). */
 static bool tensor_load(struct SafeTensors *st, struct Tensor *tensor) {
     static const char *const prefixes[] = {"", "transformer.", "pretrained_model.transformer.", "pretrained_model.", "base_model.model.transformer.", "base_model.model."};
     char prefixed[96];
@@ -2814,8 +2792,7 @@ static void config_save(const struct GPT2 *model, const char *folder) {
     output_close(&out);
 }
 
-/* gpt2_save -- the folder that transformers loads.                       [glossary: Hugging Face] The weights come last: a folder whose
- * model.safetensors is new is whole. */
+/* gpt2_save -- the folder that transformers loads, weights last: if they are new, all is.  [glossary: Hugging Face] */
 static void gpt2_save(struct GPT2 *model, const char *folder, const struct Tokenizer *tok) {
     make_folder(folder);
     config_save(model, folder);
@@ -2873,8 +2850,7 @@ static void scalar_head_backward(float *dhidden, const float *dout, const float 
     }
 }
 
-/* Where a text's reward is read: its last token that is not padding. GPT-2 pads with its end token, so
- * an end token at the end is passed over too. */
+/* Where a text's reward is read: its last token that is not padding, which for GPT-2 is the end token. */
 static void reward_rows(const struct Batch *batch, int pad_token_id, int *row) {
     for (size_t b = 0; b < batch->B; b++) {
         size_t last = batch->start[b + 1] - 1;
@@ -3170,10 +3146,9 @@ static struct GPT2 *adapter_reference(const struct GPT2 *model, bool frozen) {
 /* =============================================================================================
  * Chapter 11 - Optimizer, schedule, Trainer                                [glossary: Otimização]
  *
- * What enters: gradients. What leaves: better weights, and a log of how it went. The Trainer is
- * transformers' in its steps: epochs of shuffled micro-batches, gradients accumulated over several of
- * them, clipped, an AdamW step at a scheduled learning rate, a log entry every few steps. What is
- * trained, and on which loss, is a Task's business (chapters 13, 14, 16).
+ * What enters: gradients. What leaves: better weights, and a log of how it went. The Trainer is transformers': epochs
+ * of shuffled micro-batches, gradients accumulated over several of them, clipped, an AdamW step at a scheduled learning
+ * rate, a log entry every few steps. What is trained, on which loss, is a Task's business (chapters 13, 14, 16).
  * ============================================================================================= */
 
 struct TrainingArguments {
@@ -3220,10 +3195,9 @@ static double gradient_norm(const struct GPT2 *model) {
 /* adamw -- one step for n weights [8].
  *   m = beta1 m + (1 - beta1) d;      v = beta2 v + (1 - beta2) d^2
  *   w = w (1 - lr weight_decay) - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
- * m is the gradient's running mean, v that of its square: the step is about lr in size whatever the
- * gradient's scale. The divisors undo the start at zero. With weight_decay 0 this is Adam. d counts
- * multiplied by `clip`, and is left zero for the next step to add to: all in one pass through memory.  By hand: first step, no decay -> w moves by lr against the sign of d.
- *                                                                     test: adamw_golden */
+ * m is the gradient's running mean, v that of its square: the step is about lr in size whatever the gradient's scale.
+ * The divisors undo the start at zero. With weight_decay 0 this is Adam. d counts times `clip`, and is left zero.
+ * By hand: first step, no decay -> w moves by lr against the sign of d.                         test: adamw_golden */
 struct AdamStep { float lr, beta1, beta2, rest1, rest2, correction1, correction2, eps, decay, clip; };     /* rest = 1 - beta */
 
 WIDE static void adamw_piece(float *w, float *d, float *m, float *v, size_t n, struct AdamStep s) {
@@ -3237,9 +3211,8 @@ WIDE static void adamw_piece(float *w, float *d, float *m, float *v, size_t n, s
     }
 }
 
-/* Stochastic gradient descent, w = w - lr (d + weight_decay w), as torch.optim.SGD writes it: the
- * plain rule that AdamW refines.   [glossary: Ascensão de gradiente estocástico (SGA)] for ascent, the
- * loss is the objective with a minus sign. */
+/* Stochastic gradient descent, w = w - lr (d + weight_decay w), as torch.optim.SGD: the plain rule that AdamW refines.
+ * Ascent: the loss is the objective with a minus sign.       [glossary: Ascensão de gradiente estocástico (SGA)] */
 WIDE static void sgd_piece(float *w, float *d, size_t n, float lr, float weight_decay, float clip) {
     for (size_t i = 0; i < n; i++) {
         w[i] -= lr * (d[i] * clip + weight_decay * w[i]);
@@ -3247,9 +3220,8 @@ WIDE static void sgd_piece(float *w, float *d, size_t n, float lr, float weight_
     }
 }
 
-/* One optimizer step, number t from 1, at learning rate lr. Returns the gradient's norm before
- * clipping: a gradient longer than max_grad_norm is shortened to that length (0: no limit), keeping
- * its direction, so that one odd batch cannot throw the weights far. */
+/* One optimizer step, number t from 1, at learning rate lr. A gradient longer than max_grad_norm (0: no limit) is
+ * shortened to that length, so that one odd batch cannot throw the weights far. Returns the norm before. */
 static double optimizer_step(struct GPT2 *model, const struct TrainingArguments *args, double lr, size_t t) {
     double norm = gradient_norm(model);
     double clip = args->max_grad_norm > 0 && norm > 0 ? MIN(1, args->max_grad_norm / (norm + 1e-6)) : 1;
@@ -3796,11 +3768,10 @@ static void trainer_free(struct Trainer *trainer) {
 /* =============================================================================================
  * Chapter 12 - Generation                                    [glossary: Inferência] [glossary: Amostragem]
  *
- * What enters: prompts. What leaves: tokens, one at a time, each drawn from the distribution that the
- * model gives after everything before it. Keys and values of past tokens are kept (the KV cache), so
- * a new token costs one row of work. Prompts of different lengths advance together; a sequence that
- * has ended drops out of the batch. The processors that shape the distribution come in transformers'
- * order with transformers' meaning.
+ * What enters: prompts. What leaves: tokens, one at a time, each drawn from the distribution that the model gives
+ * after everything before it. Keys and values of past tokens are kept (the KV cache), so a new token costs one row of
+ * work. Prompts of different lengths advance together; a sequence that has ended drops out of the batch. The
+ * processors that shape the distribution have transformers' order and meaning.
  * ============================================================================================= */
 
 enum EarlyStopping { STOP_FALSE, STOP_TRUE, STOP_NEVER };      /* of beam search */
@@ -3887,9 +3858,8 @@ struct Sequence {
     const struct Tokenizer *stream;                     /* not NULL: each token is printed as it comes */
 };
 
-/* Logits of ids that already occurred are divided by the penalty if positive, multiplied if negative:
- * less likely either way, once an id however often it occurred [15]. [glossary: Penalidade de repetição]
- * By hand: penalty 2: 3 -> 1.5, -3 -> -6. */
+/* Logits of ids that already occurred, however often, are divided by the penalty if positive, multiplied if negative:
+ * less likely either way [15]. By hand: penalty 2: 3 -> 1.5, -3 -> -6.       [glossary: Penalidade de repetição] */
 static void process_repetition_penalty(float *logits, size_t V, const int *ids, size_t n, double penalty) {
     char *seen = (char *)thread_scratch(SCRATCH_ROW, V / 4 + 1);
     memset(seen, 0, V);
@@ -3907,8 +3877,8 @@ static void process_no_repeat_ngram(float *logits, const int *ids, size_t n, siz
         if (memcmp(ids + i, ids + n - (ngram - 1), (ngram - 1) * sizeof *ids) == 0) logits[ids[i + ngram - 1]] = -INFINITY;
 }
 
-/* The k-th largest of n numbers, 1 <= k <= n, by Hoare's selection: what is larger than some number goes left, the
- * rest right, and only the side that holds the k-th place is looked at again. x is left rearranged. */
+/* The k-th largest of n numbers, 1 <= k <= n, by Hoare's selection: what is larger than a pivot goes left, the rest
+ * right, and only the side that holds the k-th place is looked at again. x is left rearranged. */
 static float kth_largest(float *x, size_t n, size_t k) {
     size_t low = 0, high = n - 1;
     while (low < high) {
