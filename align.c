@@ -1542,12 +1542,12 @@ static void batch_append(struct Batch *batch, const int *ids, size_t t0, size_t 
  * By hand: ids [5 6 7 8] with a prompt of 2: rows 1 and 2, targets 7 and 8.     test: collate */
 enum LastToken { SKIP_LAST, READ_LAST };
 
-static struct Batch collate(struct Arena *arena, const struct Example *const *examples, size_t B, enum LastToken last) {
+static struct Batch collate(struct Arena *arena, const struct Example *examples, size_t B, enum LastToken last) {
     size_t tokens = 0;
-    for (size_t b = 0; b < B; b++) tokens += examples[b]->n;
+    for (size_t b = 0; b < B; b++) tokens += examples[b].n;
     struct Batch batch = batch_new(arena, B, tokens);
     for (size_t b = 0; b < B; b++) {
-        const struct Example *e = examples[b];
+        const struct Example *e = &examples[b];
         for (size_t t = MAX(e->prompt_length, (size_t)1); t < e->n; t++) {
             batch.row[batch.R] = (int)(batch.N + t - 1);
             batch.target[batch.R++] = e->ids[t];
@@ -1565,7 +1565,7 @@ static struct Batch collate(struct Arena *arena, const struct Example *const *ex
  * rejected answer's rows see the prompt and themselves. It pays where the rows saved, 24 C^2 multiplications
  * a layer, outweigh the scores that are computed and thrown away, 4 C each. Targets come in the order of the examples.
  * By hand: prompt 2, answers of 3 and 4 tokens: rows 2+2 and 3 instead of 4 + 5.        test: collate_pairs */
-static struct Batch collate_pairs(struct Arena *arena, const struct Example *const *examples, size_t B, size_t C) {
+static struct Batch collate_pairs(struct Arena *arena, const struct Example *examples, size_t B, size_t C) {
     struct Batch batch = collate(arena, examples, 2 * B, SKIP_LAST);        /* the targets stay, the rows are laid out anew */
     const size_t *from = batch.start, *target_start = batch.target_start;
     batch.start = arena_zeros(arena, 2 * B + 1, sizeof *batch.start);
@@ -1574,10 +1574,10 @@ static struct Batch collate_pairs(struct Arena *arena, const struct Example *con
     batch.N = batch.B = 0;
     for (size_t b = 0, at = 0; b < B; b++, at = batch.N) {
         size_t chosen = from[b + 1] - from[b], rejected = from[B + b + 1] - from[B + b], fork = at + chosen;
-        size_t prompt = MIN(MIN(examples[b]->prompt_length, chosen), rejected);
+        size_t prompt = MIN(MIN(examples[b].prompt_length, chosen), rejected);
         if ((double)prompt * 6 * (double)C <= (double)(chosen - prompt) * (double)(rejected - prompt)) prompt = 0;
-        batch_append(&batch, examples[b]->ids, 0, chosen);
-        batch_append(&batch, examples[B + b]->ids, prompt, rejected);
+        batch_append(&batch, examples[b].ids, 0, chosen);
+        batch_append(&batch, examples[B + b].ids, prompt, rejected);
         if (prompt == 0) batch.start[++batch.B] = fork;
         else {
             batch.shared[batch.B] = prompt;
@@ -3701,11 +3701,11 @@ static void trainer_log_step(struct Trainer *trainer, double norm, double lr) {
     trainer_say(trainer, entry, !trainer->args.say_steps || trainer->state.global_step % trainer->args.say_steps == 0);
 }
 
-static size_t *epoch_order(const struct Trainer *trainer, struct Arena *arena, size_t epoch) {
-    size_t n = trainer->task.n, *order = arena_alloc(arena, n, sizeof *order);
-    struct Rng rng = rng_seed(trainer->args.seed + epoch, STREAM_ORDER);
+static size_t *epoch_order(const struct TrainingArguments *args, struct Arena *arena, size_t n, size_t epoch, enum RngStream stream) {
+    size_t *order = arena_alloc(arena, n, sizeof *order);
+    struct Rng rng = rng_seed(args->seed + epoch, stream);
     for (size_t i = 0; i < n; i++) order[i] = i;
-    if (strcmp(trainer->args.train_sampling_strategy, "sequential") != 0) rng_shuffle(&rng, order, n);
+    if (strcmp(args->train_sampling_strategy, "sequential") != 0) rng_shuffle(&rng, order, n);
     return order;
 }
 
@@ -3730,7 +3730,7 @@ static void trainer_train(struct Trainer *trainer) {
     double begin = seconds_now() - state->seconds;
     for (size_t epoch = state->global_step / state->steps_per_epoch; state->global_step < state->max_steps; epoch++) {
         arena_reset(&order_arena);
-        size_t *order = epoch_order(trainer, &order_arena, epoch);
+        size_t *order = epoch_order(args, &order_arena, n, epoch, STREAM_ORDER);
         if (trainer->task.new_epoch) trainer->task.new_epoch(trainer, epoch);
         for (size_t step = state->global_step % state->steps_per_epoch; step < state->steps_per_epoch && state->global_step < state->max_steps; step++) {
             size_t count = MIN(per_step, n - step * per_step);
@@ -4156,6 +4156,21 @@ static struct Sequence sequence_start(struct Arena *arena, const int *ids, size_
     return s;
 }
 
+/* Answers of a policy to n prompts, num_generations of each side by side. */
+static struct Example *sample_answers(const struct GPT2 *policy, struct Arena *arena, const struct Example *prompts, size_t n, size_t num_generations, const struct GenerationConfig *generation, uint64_t seed) {
+    struct Rng rng = rng_seed(seed, STREAM_SAMPLE);
+    size_t total = n * num_generations;
+    struct Sequence *sequences = arena_alloc(arena, total, sizeof *sequences);
+    struct Example *answers = arena_alloc(arena, total, sizeof *answers);
+    for (size_t i = 0; i < total; i++) {
+        const struct Example *prompt = &prompts[i / num_generations];
+        sequences[i] = sequence_start(arena, prompt->ids, prompt->n, generation->max_new_tokens, policy, rng_seed(rng_next(&rng), STREAM_SAMPLE));
+    }
+    generate(policy, sequences, total, generation);
+    for (size_t i = 0; i < total; i++) answers[i] = (struct Example){sequences[i].ids, sequences[i].n, sequences[i].prompt_length};
+    return answers;
+}
+
 /* A sample, for a terminal: prompt, a bar, what the model wrote. */
 static void sample_show(const struct Tokenizer *tok, const struct Example *e, size_t V, const char *score) {
     struct Arena arena = {0};
@@ -4185,8 +4200,8 @@ static double language_loss(struct Trainer *trainer, const size_t *index, size_t
     struct LanguageTask *task = trainer->task.data;
     struct GPT2 *model = trainer->model;
     struct Arena *arena = &trainer->arena;
-    const struct Example **examples = arena_alloc(arena, count, sizeof *examples);
-    for (size_t i = 0; i < count; i++) examples[i] = (eval ? task->eval_examples : task->examples) + index[i];
+    struct Example *examples = arena_alloc(arena, count, sizeof *examples);
+    for (size_t i = 0; i < count; i++) examples[i] = (eval ? task->eval_examples : task->examples)[index[i]];
     struct Batch batch = collate(arena, examples, count, SKIP_LAST);
     struct Activations acts = gpt2_forward(model, arena, &batch, train);
     struct LMHead head = lm_head_new(model, arena, &acts, batch.row, batch.target, batch.R, 1);
@@ -4237,10 +4252,7 @@ static void pretrain_pack(struct Arena *arena, const struct Example *texts, cons
 static void pretrain_new_epoch(struct Trainer *trainer, size_t epoch) {
     struct LanguageTask *task = trainer->task.data;
     arena_reset(&task->rows);
-    size_t *order = arena_alloc(&task->rows, task->text_count, sizeof *order);
-    struct Rng rng = rng_seed(trainer->args.seed + epoch, STREAM_SPLIT);
-    for (size_t i = 0; i < task->text_count; i++) order[i] = i;
-    if (strcmp(trainer->args.train_sampling_strategy, "sequential") != 0) rng_shuffle(&rng, order, task->text_count);
+    size_t *order = epoch_order(&trainer->args, &task->rows, task->text_count, epoch, STREAM_SPLIT);
     pretrain_pack(&task->rows, task->texts, order, task->text_count, task->row_length, task->whole_texts, task->examples, trainer->task.n);
 }
 
@@ -4251,9 +4263,9 @@ static void language_sample(const struct Trainer *trainer) {
     struct GenerationConfig generation = generation_config();
     generation.do_sample = true;
     generation.temperature = 0.7;
-    struct Sequence s = sequence_start(&arena, text->ids, text->n > 3 ? 3 : 1, 28, trainer->model, rng_seed(trainer->args.seed, STREAM_SAMPLE));
-    generate(trainer->model, &s, 1, &generation);
-    sample_show(trainer->tok, &(struct Example){s.ids, s.n, s.prompt_length}, trainer->model->config.vocab_size, "");
+    generation.max_new_tokens = 28;
+    struct Example prompt = {text->ids, text->n > 3 ? 3 : 1, 0};
+    sample_show(trainer->tok, sample_answers(trainer->model, &arena, &prompt, 1, 1, &generation, trainer->args.seed), trainer->model->config.vocab_size, "");
     arena_free(&arena);
 }
 
@@ -4345,19 +4357,17 @@ static double sentiment_loss(const float *reward, const double *label, size_t n,
 }
 
 struct RewardTask {
-    struct Example *texts, *eval_texts;      /* pairs: 2i chosen, 2i+1 rejected; rated or labelled: one a row */
-    double *margin, *eval_margin;            /* pairs */
-    double *score, *eval_score;              /* rated or labelled texts: the rating or label */
+    struct Example *texts[2];                /* to learn from, held out; of pairs 2i chosen, 2i+1 rejected; rated or labelled: one a row */
+    double *number[2];                       /* a row's margin, rating or label */
     bool rated, labelled;
     double center, min_difference, prefix_share;
     struct Rng cut;
 };
 
 /* Half of the texts, say, cut to a random beginning, so that the model learns to judge unfinished ones. */
-static struct Example random_prefix(struct RewardTask *task, struct Example e) {
+static void random_prefix(struct RewardTask *task, struct Example *e) {
     enum { LONG = 10, LEAST = 8 };
-    if (task->prefix_share > 0 && e.n > LONG && rng_uniform(&task->cut) < task->prefix_share) e.n = LEAST + rng_below(&task->cut, e.n - LEAST);
-    return e;
+    if (task->prefix_share > 0 && e->n > LONG && rng_uniform(&task->cut) < task->prefix_share) e->n = LEAST + rng_below(&task->cut, e->n - LEAST);
 }
 
 /* pairs NULL: labels are compared with the reward's sign. */
@@ -4385,21 +4395,17 @@ static double reward_loss(struct Trainer *trainer, const size_t *index, size_t c
     struct RewardTask *task = trainer->task.data;
     struct GPT2 *model = trainer->model;
     struct Arena *arena = &trainer->arena;
-    struct Example *source = eval ? task->eval_texts : task->texts;
-    bool single = task->rated || task->labelled;
-    size_t texts = single ? count : 2 * count, pair_count = count;
-    struct Example *cut = arena_alloc(arena, texts, sizeof *cut);
-    const struct Example **examples = arena_alloc(arena, texts, sizeof *examples);
+    size_t each = task->rated || task->labelled ? 1 : 2, texts = each * count, pair_count = count;
+    struct Example *examples = arena_alloc(arena, texts, sizeof *examples);
     struct Pair *pairs = arena_alloc(arena, task->rated ? count * count : count, sizeof *pairs);
     double *rating = arena_alloc(arena, count, sizeof *rating);
     for (size_t i = 0; i < count; i++) {
-        if (single) rating[i] = (eval ? task->eval_score : task->score)[index[i]];
-        else pairs[i] = (struct Pair){i, count + i, (eval ? task->eval_margin : task->margin)[index[i]]};
+        rating[i] = task->number[eval][index[i]];
+        pairs[i] = (struct Pair){i, count + i, rating[i]};
     }
     for (size_t t = 0; t < texts; t++) {
-        struct Example e = single ? source[index[t]] : source[2 * index[t % count] + t / count];
-        cut[t] = train ? random_prefix(task, e) : e;
-        examples[t] = &cut[t];
+        examples[t] = task->texts[eval][each * index[t % count] + t / count];
+        if (train) random_prefix(task, &examples[t]);
     }
     if (task->rated) pair_count = pairs_from_ratings(rating, count, task->min_difference, pairs);
     if (pair_count == 0) return train ? 0 : NAN;                    /* a last batch of like ratings teaches nothing */
@@ -4420,34 +4426,23 @@ static double reward_loss(struct Trainer *trainer, const size_t *index, size_t c
     return loss * weight;
 }
 
-/* Preference rows as pairs of texts with their end tokens; a pair with a side longer than max_length is
- * dropped whole: half a text is no fair comparison. */
-static size_t reward_pairs(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data, struct Example *texts, double *margin) {
-    size_t count = 0, V = trainer->model->config.vocab_size;
+/* Rows as texts with their end tokens, two a preference, and numbers. A row with a text longer than max_length is dropped
+ * whole: half a text is no fair comparison. */
+static size_t reward_texts(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data, struct Example *texts, double *number) {
+    size_t count = 0, each = data->shape == SHAPE_PREFERENCE ? 2 : 1;
     for (size_t i = 0; i < data->n; i++) {
         const struct Row *row = &data->rows[i];
-        struct Example chosen = example_encode(arena, trainer->tok, text_join(arena, row->prompt, row->chosen), V, true);
-        struct Example rejected = example_encode(arena, trainer->tok, text_join(arena, row->prompt, row->rejected), V, true);
-        if (MAX(chosen.n, rejected.n) > trainer->args.max_length) continue;
-        texts[2 * count] = chosen;
-        texts[2 * count + 1] = rejected;
-        margin[count++] = row->margin;
+        struct Example *e = texts + each * count;
+        for (size_t k = 0; k < each; k++) {
+            struct Text text = each == 1 ? row->text : text_join(arena, row->prompt, k ? row->rejected : row->chosen);
+            e[k] = example_encode(arena, trainer->tok, text, trainer->model->config.vocab_size, true);
+        }
+        if (MAX(e[0].n, e[each - 1].n) > trainer->args.max_length) continue;
+        number[count++] = each == 2 ? row->margin : data->shape == SHAPE_LABELLED ? row->label : row->score;
     }
-    if (count < data->n) warn("%s: %zu of %zu pairs dropped: a side is longer than %zu tokens (--max_length)", data->path, data->n - count, data->n, trainer->args.max_length);
-    CHECK(count > 0, "%s: no pair is left", data->path);
-    return count;
-}
-
-/* Rated or labelled texts; those longer than max_length are dropped likewise. */
-static size_t reward_rated(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data, struct Example *texts, double *score) {
-    size_t count = 0;
-    for (size_t i = 0; i < data->n; i++) {
-        texts[count] = example_encode(arena, trainer->tok, data->rows[i].text, trainer->model->config.vocab_size, true);
-        if (texts[count].n > trainer->args.max_length) continue;
-        score[count++] = data->shape == SHAPE_LABELLED ? data->rows[i].label : data->rows[i].score;
-    }
-    if (count < data->n) warn("%s: %zu of %zu texts dropped: longer than %zu tokens (--max_length)", data->path, data->n - count, data->n, trainer->args.max_length);
-    CHECK(count > 1, "%s: fewer than two texts are left", data->path);
+    const char *what = each == 2 ? "pairs" : "texts";
+    if (count < data->n) warn("%s: %zu of %zu %s dropped: longer than %zu tokens (--max_length)", data->path, data->n - count, data->n, what, trainer->args.max_length);
+    CHECK(count + each > 2, "%s: %zu %s are left; a pair or two texts are needed to compare", data->path, count, what);
     return count;
 }
 
@@ -4464,13 +4459,9 @@ static struct RewardTask *reward_task(struct Trainer *trainer, struct Arena *are
     trainer->task = (struct Task){.name = "reward", .data = task, .loss = reward_loss, .saved = reward_saved};
     for (int held_out = 0; held_out <= (eval != NULL); held_out++) {
         const struct Dataset *from = held_out ? eval : data;
-        struct Example *texts = arena_alloc(arena, 2 * from->n, sizeof *texts);
-        double *number = arena_zeros(arena, from->n, sizeof *number);
-        size_t n = task->rated || task->labelled ? reward_rated(trainer, arena, from, texts, number) : reward_pairs(trainer, arena, from, texts, number);
-        *(held_out ? &task->eval_texts : &task->texts) = texts;
-        if (task->rated || task->labelled) *(held_out ? &task->eval_score : &task->score) = number;
-        else *(held_out ? &task->eval_margin : &task->margin) = number;
-        *(held_out ? &trainer->task.eval_n : &trainer->task.n) = n;
+        task->texts[held_out] = arena_alloc(arena, 2 * from->n, sizeof **task->texts);
+        task->number[held_out] = arena_alloc(arena, from->n, sizeof **task->number);
+        *(held_out ? &trainer->task.eval_n : &trainer->task.n) = reward_texts(trainer, arena, from, task->texts[held_out], task->number[held_out]);
     }
     return task;
 }
@@ -4483,9 +4474,9 @@ static void reward_score(const struct GPT2 *model, const struct Example *texts, 
     int end = model->config.eos_token_id, row[TOGETHER];
     struct Example empty = {&end, 1, 0};
     for (size_t first = 0; first < n; first += TOGETHER) {
-        const struct Example *batch_texts[TOGETHER];
+        struct Example batch_texts[TOGETHER];
         size_t count = MIN(n - first, (size_t)TOGETHER);
-        for (size_t i = 0; i < count; i++) batch_texts[i] = texts[first + i].n ? &texts[first + i] : &empty;
+        for (size_t i = 0; i < count; i++) batch_texts[i] = texts[first + i].n ? texts[first + i] : empty;
         arena_reset(&arena);
         struct Batch batch = collate(&arena, batch_texts, count, READ_LAST);
         struct Activations acts = gpt2_forward(model, &arena, &batch, false);
@@ -4782,10 +4773,10 @@ static void reinforce_step(struct PPOTrainer *ppo, const struct Rollout *rollout
     struct Arena *arena = &ppo->arena;
     size_t n = ppo->config.batch_size, each = ppo->config.num_generations;
     arena_reset(arena);
-    const struct Example **examples = arena_alloc(arena, n, sizeof *examples);
+    struct Example *examples = arena_alloc(arena, n, sizeof *examples);
     double *logps = arena_alloc(arena, n, sizeof *logps), *dlogps = arena_alloc(arena, n, sizeof *dlogps), kl, score = 0, length = 0;
     for (size_t i = 0; i < n; i++) {
-        examples[i] = &rollouts[i].example;
+        examples[i] = rollouts[i].example;
         score += rollouts[i].score / (double)n;
         length += (double)rollouts[i].response_length / (double)n;
     }
@@ -4947,7 +4938,7 @@ static void kl_full_rows(const struct GPT2 *model, struct LMHead *head, const st
     }
 }
 
-static void ppo_forward(struct PPOTrainer *ppo, struct Arena *arena, const struct Example *const *examples, size_t n, bool keep, struct PPOForward *f) {
+static void ppo_forward(struct PPOTrainer *ppo, struct Arena *arena, const struct Example *examples, size_t n, bool keep, struct PPOForward *f) {
     const struct GPT2 *model = ppo->model;
     f->batch = collate(arena, examples, n, SKIP_LAST);
     f->head = batch_logprobs(model, arena, &f->batch, ppo->temperature, keep);
@@ -4959,10 +4950,10 @@ static void ppo_forward(struct PPOTrainer *ppo, struct Arena *arena, const struc
 static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo, const struct Rollout *rollouts) {
     size_t B = ppo->config.batch_size, longest = 0;
     struct Arena *arena = &ppo->arena;
-    const struct Example **examples = arena_alloc(arena, B, sizeof *examples);
+    struct Example *examples = arena_alloc(arena, B, sizeof *examples);
     for (size_t b = 0; b < B; b++) {
-        examples[b] = &rollouts[b].example;
-        longest = MAX(longest, examples[b]->n);
+        examples[b] = rollouts[b].example;
+        longest = MAX(longest, examples[b].n);
     }
     struct PPOForward *forward = arena_alloc(arena, 1, sizeof *forward);
     ppo_forward(ppo, arena, examples, B, ppo->config.mini_batch_size == B, forward);
@@ -4976,7 +4967,7 @@ static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo, const struc
     if (strcmp(ppo->config.kl_penalty, "full") == 0) kl_full_rows(ppo->model, head, ppo->ref_model, &ref_head, p.kl);
     memcpy(p.logprobs, head->logprob, R * sizeof(float));
     memcpy(p.ref_logprobs, ref_head.logprob, R * sizeof(float));
-    for (size_t b = 0; b < B; b++) p.padding[b] = longest - examples[b]->n;
+    for (size_t b = 0; b < B; b++) p.padding[b] = longest - examples[b].n;
     return p;
 }
 
@@ -4995,8 +4986,8 @@ static void ppo_mini_batch(struct PPOTrainer *ppo, const struct Rollout *rollout
     struct Arena *arena = &ppo->epoch_arena;
     arena_reset(arena);
     struct PPOForward renewed, *f = p->fresh ? p->forward : &renewed;
-    const struct Example **examples = arena_alloc(arena, count, sizeof *examples);
-    for (size_t i = 0; i < count; i++) examples[i] = &rollouts[member[i]].example;
+    struct Example *examples = arena_alloc(arena, count, sizeof *examples);
+    for (size_t i = 0; i < count; i++) examples[i] = rollouts[member[i]].example;
     if (!p->fresh) ppo_forward(ppo, arena, examples, count, true, f);
     size_t R = f->batch.R, *which = arena_alloc(arena, R, sizeof *which), r = 0;
     for (size_t i = 0; i < count; i++)
@@ -5284,10 +5275,10 @@ struct DPOTask {
 
 /* Pairs as a batch: all chosen, then all rejected. slot (2B): where each stands among the pairs. */
 static struct Batch dpo_batch(struct Arena *arena, const struct Example *pairs, const size_t *index, size_t B, size_t C, size_t *slot) {
-    const struct Example **examples = arena_alloc(arena, 2 * B, sizeof *examples);
+    struct Example *examples = arena_alloc(arena, 2 * B, sizeof *examples);
     for (size_t i = 0; i < 2 * B; i++) {
         slot[i] = 2 * index[i % B] + i / B;
-        examples[i] = &pairs[slot[i]];
+        examples[i] = pairs[slot[i]];
     }
     return collate_pairs(arena, examples, B, C);
 }
@@ -5390,21 +5381,6 @@ static struct DPOTask *dpo_task(struct Trainer *trainer, struct Arena *arena, st
     *task = (struct DPOTask){.config = config, .ref_model = ref_model, .pairs = pairs, .temperature = temperature, .ref_logps = unknown_logps(arena, 2 * n)};
     trainer->task = (struct Task){.name = "dpo", .n = n, .data = task, .loss = dpo_task_loss, .saved = dpo_saved};
     return task;
-}
-
-/* Answers of a policy to n prompts, num_generations of each side by side. */
-static struct Example *sample_answers(const struct GPT2 *policy, struct Arena *arena, const struct Example *prompts, size_t n, size_t num_generations, const struct GenerationConfig *generation, uint64_t seed) {
-    struct Rng rng = rng_seed(seed, STREAM_SAMPLE);
-    size_t total = n * num_generations;
-    struct Sequence *sequences = arena_alloc(arena, total, sizeof *sequences);
-    struct Example *answers = arena_alloc(arena, total, sizeof *answers);
-    for (size_t i = 0; i < total; i++) {
-        const struct Example *prompt = &prompts[i / num_generations];
-        sequences[i] = sequence_start(arena, prompt->ids, prompt->n, generation->max_new_tokens, policy, rng_seed(rng_next(&rng), STREAM_SAMPLE));
-    }
-    generate(policy, sequences, total, generation);
-    for (size_t i = 0; i < total; i++) answers[i] = (struct Example){sequences[i].ids, sequences[i].n, sequences[i].prompt_length};
-    return answers;
 }
 
 /* collect_preferences -- data collection: several answers a prompt, compared, kept as pairs.
@@ -5521,9 +5497,7 @@ static double exact_dpo_loss(const double *logps, const double *ref_logps, const
 /* All responses through a model: log pi(y) of each into logps (n), and in training DPO's gradient into the weights. In
  * float the probabilities add up to 1 within 1e-6; the optimum at an infinite beta is the same policy, its sum 1. */
 static void exact_pass(const struct ExactWorld *w, struct GPT2 *model, struct Arena *arena, bool train, double *logps) {
-    const struct Example **examples = arena_alloc(arena, w->n, sizeof *examples);
-    for (size_t i = 0; i < w->n; i++) examples[i] = &w->y[i];
-    struct Batch batch = collate(arena, examples, w->n, SKIP_LAST);
+    struct Batch batch = collate(arena, w->y, w->n, SKIP_LAST);
     struct LMHead head = batch_logprobs(model, arena, &batch, 1, train);
     sum_target_logps(&batch, w->n, head.logprob, logps);
     exact_optimum(logps, w->r, w->n, INFINITY, logps);
@@ -5696,11 +5670,8 @@ static double response_kl(const struct GPT2 *policy, const struct GPT2 *ref_mode
     struct Arena arena = {0};
     double total = 0;
     for (size_t first = 0; first < n; first += TOGETHER) {
-        const struct Example *examples[TOGETHER];
-        size_t count = MIN(n - first, (size_t)TOGETHER);
-        for (size_t i = 0; i < count; i++) examples[i] = &answers[first + i];
         arena_reset(&arena);
-        struct Batch batch = collate(&arena, examples, count, SKIP_LAST);
+        struct Batch batch = collate(&arena, answers + first, MIN(n - first, (size_t)TOGETHER), SKIP_LAST);
         struct LMHead head = batch_logprobs(policy, &arena, &batch, temperature, false), ref_head = batch_logprobs(ref_model, &arena, &batch, temperature, false);
         float *kl = arena_floats(&arena, batch.R);
         kl_full_rows(policy, &head, ref_model, &ref_head, kl);
@@ -5827,8 +5798,8 @@ static void course_reward_model(struct Course *course) {
     struct RewardTask *task = arena_zeros(&course->arena, 1, sizeof *task);
     *task = (struct RewardTask){.rated = true, .min_difference = 1, .prefix_share = 0.5, .cut = rng_seed(course->seed, STREAM_CUT)};
     size_t limit = model->config.n_positions;
-    task->texts = course_cut(course, course->train, course->train_n, limit);
-    task->score = course->train_rating;
+    task->texts[0] = course_cut(course, course->train, course->train_n, limit);
+    task->number[0] = course->train_rating;
     trainer.task = (struct Task){.name = "2/4 reward model", .n = course->train_n, .data = task, .loss = reward_loss};
     if (course->reward_steps) trainer_train(&trainer);
     struct Example *held_out = course_cut(course, course->held_out, course->held_out_n, limit);
@@ -6769,8 +6740,7 @@ static void command_next(struct Options *o) {
     size_t V = model->config.vocab_size, kept = 0;
     struct Example e = prompt_encode(o, text_of(need(o->prompt, "prompt")));
     CHECK(e.n <= model->config.n_positions, "the prompt has %zu tokens, the model's context is %zu (n_positions); shorten it", e.n, model->config.n_positions);
-    const struct Example *examples[] = {&e};
-    struct Batch batch = collate(arena, examples, 1, READ_LAST);
+    struct Batch batch = collate(arena, &e, 1, READ_LAST);
     struct Activations acts = gpt2_forward(model, arena, &batch, false);
     float *p = arena_floats(arena, V);
     output_logits(model, p, acts.ln_f + (e.n - 1) * model->config.n_embd, 1);
@@ -6799,8 +6769,7 @@ static void command_next(struct Options *o) {
 }
 
 static void logprob_row(struct Arena *arena, const struct GPT2 *model, const struct GPT2 *ref_model, const struct Example *e) {
-    const struct Example *examples[] = {e};
-    struct Batch batch = collate(arena, examples, 1, READ_LAST);
+    struct Batch batch = collate(arena, e, 1, READ_LAST);
     batch.R = e->n;
     for (size_t t = 0; t < e->n; t++) {                    /* all positions; the last one has no target, its logprob is not shown */
         batch.row[t] = (int)t;
@@ -7017,10 +6986,10 @@ static void command_eval(struct Options *o) {
             size_t n = trainer.task.n;
             float *reward = arena_floats(&o->arena, n), *dreward = arena_floats(&o->arena, n);
             double right = 0;
-            reward_score(o->model, task->texts, n, reward);
-            for (size_t k = 0; k < n; k++) right += (reward[k] > 0) == (task->score[k] > 0);
-            if (task->labelled) log_value(&entry, "eval_loss", sentiment_loss(reward, task->score, n, dreward));
-            log_value(&entry, "eval_accuracy", task->labelled ? right / (double)n : pair_accuracy(reward, task->score, n, 1));
+            reward_score(o->model, task->texts[0], n, reward);
+            for (size_t k = 0; k < n; k++) right += (reward[k] > 0) == (task->number[0][k] > 0);
+            if (task->labelled) log_value(&entry, "eval_loss", sentiment_loss(reward, task->number[0], n, dreward));
+            log_value(&entry, "eval_accuracy", task->labelled ? right / (double)n : pair_accuracy(reward, task->number[0], n, 1));
             log_value(&entry, "eval_mean_reward", mean_of(reward, n));
         } else {
             trainer_evaluate(&trainer);

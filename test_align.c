@@ -248,9 +248,7 @@ static struct Example random_example(size_t n, size_t prompt_length, size_t V) {
 }
 
 static struct Batch batch_of(const struct Example *examples, size_t n, enum LastToken last) {
-    const struct Example *pointers[64];
-    for (size_t i = 0; i < n; i++) pointers[i] = &examples[i];
-    return collate(&test_arena, pointers, n, last);
+    return collate(&test_arena, examples, n, last);
 }
 
 /* Gradients are zero after an optimizer step; a test that takes none clears them. */
@@ -1048,28 +1046,25 @@ static void test_collate(void) {
 
 /* A shared prompt by hand, and log-probabilities of pairs that share equal to those of sequences that do not, lengths around the attention's blocks included. */
 static void test_collate_pairs(void) {
-    struct Example chosen = {(int[]){1, 2, 3, 4, 5}, 5, 2}, rejected = {(int[]){1, 2, 6, 7, 8, 9}, 6, 2};
-    const struct Example *pair[] = {&chosen, &rejected};
+    struct Example pair[] = {{(int[]){1, 2, 3, 4, 5}, 5, 2}, {(int[]){1, 2, 6, 7, 8, 9}, 6, 2}};
     struct Batch batch = collate_pairs(&test_arena, pair, 1, 16);
     expect_ids("ids", batch.ids, batch.N, (int[]){1, 2, 3, 4, 6, 7, 8}, 7);
     expect_ids("positions", batch.position, batch.N, (int[]){0, 1, 2, 3, 2, 3, 4}, 7);
     expect_ids("rows", batch.row, batch.R, (int[]){1, 2, 3, 1, 4, 5, 6}, 7);
     expect_ids("targets", batch.target, batch.R, (int[]){3, 4, 5, 6, 7, 8, 9}, 7);
     expect_true("one forked sequence", batch.B == 1 && batch.shared[0] == 2 && batch.fork[0] == 4);
-    chosen.prompt_length = rejected.prompt_length = 1;
+    pair[0].prompt_length = pair[1].prompt_length = 1;
     batch = collate_pairs(&test_arena, pair, 1, 1);
     expect_true("does not pay", batch.B == 2 && batch.fork[0] == 0 && batch.N == 9);
     expect_ids("rows apart", batch.row, batch.R, (int[]){0, 1, 2, 3, 4, 5, 6, 7, 8}, 9);
     struct GPT2 *model = random_model(40, 150, 32, 2, 2);
     static const size_t prompts[] = {5, 1, 60, 70, 9}, lengths[2][5] = {{9, 4, 90, 140, 10}, {7, 8, 70, 80, 10}};
     struct Example examples[10];
-    const struct Example *each[10];
     for (size_t i = 0; i < 10; i++) {
         examples[i] = random_example(lengths[i / 5][i % 5], prompts[i % 5], 40);
         if (i >= 5) memcpy(examples[i].ids, examples[i - 5].ids, prompts[i % 5] * sizeof(int));
-        each[i] = &examples[i];
     }
-    struct Batch forked = collate_pairs(&test_arena, each, 5, 32), plain = collate(&test_arena, each, 10, SKIP_LAST);
+    struct Batch forked = collate_pairs(&test_arena, examples, 5, 32), plain = collate(&test_arena, examples, 10, SKIP_LAST);
     expect_true("fewer rows", forked.N < plain.N - 100 && forked.R == plain.R);
     struct Activations forked_acts = gpt2_forward(model, &test_arena, &forked, false), plain_acts = gpt2_forward(model, &test_arena, &plain, false);
     struct LMHead forked_head = lm_head_new(model, &test_arena, &forked_acts, forked.row, forked.target, forked.R, 1);
@@ -1916,7 +1911,7 @@ static void test_lora_frozen(void) {
         adapter_new(model, (struct Adapter){.r = 4, .lora_alpha = 8, .target_modules = "c_attn c_proj"}, 5);
         struct Trainer trainer = trainer_of(model, 1e-2, 4, 4);
         trainer.args.weight_decay = 0.1;
-        struct RewardTask task = {.texts = examples, .margin = (double[]){0, 0, 0, 0}};
+        struct RewardTask task = {.texts = {examples}, .number = {(double[]){0, 0, 0, 0}}};
         trainer.task = (struct Task){.name = "reward", .n = 4, .data = &task, .loss = reward_loss};
         trainer_train(&trainer);
         for (size_t i = 0; i < base->tensor_count; i++) expect_bits(base->tensors[i]->name, model->tensors[i]->w, base->tensors[i]->w, base->tensors[i]->n);
@@ -2621,13 +2616,13 @@ static void test_reward_gradient(void) {
     fill_random(model);
     struct Example texts[8];
     for (size_t i = 0; i < 8; i++) texts[i] = random_example(2 + i, 0, 37);
-    struct RewardTask task = {.texts = texts, .margin = (double[]){0, 1, -1, 0.5}, .center = 0.02, .min_difference = 1};
+    struct RewardTask task = {.texts = {texts}, .number = {(double[]){0, 1, -1, 0.5}}, .center = 0.02, .min_difference = 1};
     double ratings[] = {1, -1, 3, 0}, labels[] = {1, 0, 0, 1};
     for (int kind = 0; kind < 3; kind++) {
         struct Trainer trainer = trainer_of(model, 0, 1, 4);
         task.rated = kind == 1;
         task.labelled = kind == 2;
-        task.score = task.labelled ? labels : ratings;
+        if (kind) task.number[0] = task.labelled ? labels : ratings;
         trainer.task = (struct Task){.name = "reward", .n = 4, .data = &task, .loss = reward_loss};
         expect_task_gradient(&trainer, 0.01);
         trainer_free(&trainer);
@@ -3155,7 +3150,7 @@ static void test_reinforce_step(void) {
     ppo->total_steps = 9;
     reinforce_step(ppo, rollouts);
     double value, kl = 0, R[4];
-    const struct Example *examples[] = {&rollouts[0].example, &rollouts[1].example, &rollouts[2].example, &rollouts[3].example};
+    const struct Example examples[] = {rollouts[0].example, rollouts[1].example, rollouts[2].example, rollouts[3].example};
     struct Batch batch = collate(&test_arena, examples, 4, SKIP_LAST);
     struct Activations acts = gpt2_forward(ppo->model, &test_arena, &batch, false), ref_acts = gpt2_forward(ppo->ref_model, &test_arena, &batch, false);
     struct LMHead head = lm_head_new(ppo->model, &test_arena, &acts, batch.row, batch.target, batch.R, 0.7f), ref_head = lm_head_new(ppo->ref_model, &test_arena, &ref_acts, batch.row, batch.target, batch.R, 0.7f);
