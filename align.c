@@ -140,7 +140,7 @@ static int rename_over(const char *from, const char *to) { return MoveFileExA(fr
 
 static bool quiet;             /* --quiet: no progress on stderr; errors are still said */
 static char way_on[PATH_MAX + 80];                     /* said behind an error: what a training that fails can go on from */
-static void outputs_remove(void);                      /* chapter 2: what is half written */
+static void staged_remove(void);                       /* chapter 2: what is half written */
 
 /* The line of progress on a terminal, where it is `open`: what else is said takes its place, and it comes again below. */
 static struct Progress { const char *name; double begin, drawn; size_t step, total, first_step, first_tokens; bool open; } progress_line;
@@ -173,7 +173,7 @@ static _Noreturn void PRINTF_LIKE(2, 3) die_with(int status, const char *format,
     fflush(stdout);
     complain("align: ", format, arguments, status == 1 ? way_on : "");
     va_end(arguments);
-    outputs_remove();
+    staged_remove();
     exit(status);
 }
 
@@ -537,14 +537,8 @@ static struct Text read_file(struct Arena *arena, const char *path) {
     return text;
 }
 
-/* An output file: written as PATH.tmp, moved onto PATH by output_close. Files that belong together, a model's, are held
- * back and moved when all of them are on the disk: one that is full leaves the folder as it was. */
+/* An output file: written as PATH.tmp, moved onto PATH by output_close. */
 struct Output { FILE *file; char path[PATH_MAX], tmp[PATH_MAX + 8]; };
-
-static struct Output waiting[16];
-static size_t waiting_count;
-static bool holding;
-static const char *staged_folder;            /* of a checkpoint that is being written */
 
 static struct Output output_open(const char *folder, const char *name) {
     struct Output out;
@@ -582,21 +576,13 @@ static void output_resume(struct Output *out, const char *folder, const char *na
     if (earlier) fclose(earlier);
 }
 
-static void outputs_release(void) {
-    for (size_t i = 0; i < waiting_count; i++) CHECK(rename(waiting[i].tmp, waiting[i].path) == 0, "%s: %s", waiting[i].path, strerror(errno));
-    waiting_count = 0;
-    holding = false;
-}
-
 static void output_close(struct Output *out) {
     bool good = fflush(out->file) == 0 && !ferror(out->file) && fsync(fileno(out->file)) == 0;
     int error = errno;
     good = fclose(out->file) == 0 && good;
     if (!good) remove(out->tmp);
     CHECK(good, "%s: writing failed: %s; what was there before is untouched", out->path, strerror(error));
-    if (waiting_count == COUNT(waiting)) die("internal: more than %zu files held back", COUNT(waiting));
-    waiting[waiting_count++] = *out;
-    if (!holding) outputs_release();
+    CHECK(rename(out->tmp, out->path) == 0, "%s: %s", out->path, strerror(errno));
 }
 
 /* mkdir -p */
@@ -613,20 +599,23 @@ static void make_folder(const char *path) {
     CHECK(access(path, W_OK) == 0, "%s: cannot be written to: %s", path, strerror(errno));
 }
 
-/* Removes a folder and the files in it, if it is there and can be. */
-static void folder_remove(const char *folder) {
-    char path[PATH_MAX];
+/* Removes a folder and the files in it, as far as that can be done; with `to`, moves them there. */
+static void folder_remove(const char *folder, const char *to) {
+    char path[PATH_MAX], target[PATH_MAX];
     DIR *dir = opendir(folder);
-    for (struct dirent *entry; dir && (entry = readdir(dir));)
-        if (snprintf(path, sizeof path, "%s/%s", folder, entry->d_name) < (int)sizeof path && !is_folder(path)) remove(path);
+    for (struct dirent *entry; dir && (entry = readdir(dir));) {
+        if (snprintf(path, sizeof path, "%s/%s", folder, entry->d_name) >= (int)sizeof path || is_folder(path)) continue;
+        if (to) CHECK(snprintf(target, sizeof target, "%s/%s", to, entry->d_name) < (int)sizeof target && rename(path, target) == 0, "%s: %s", target, strerror(errno));
+        else remove(path);
+    }
     if (dir) closedir(dir);
     rmdir(folder);
 }
 
-static void outputs_remove(void) {
-    while (waiting_count) remove(waiting[--waiting_count].tmp);
-    if (staged_folder) folder_remove(staged_folder);
-}
+/* Files that belong together are written in a folder of their own and moved when all are on the disk: one that is full
+ * leaves all as it was, and what is half written goes with the program. */
+static const char *staged_folder;
+static void staged_remove(void) { if (staged_folder) folder_remove(staged_folder, NULL); }
 
 /* Puts the names in a folder on the disk, as output_close puts a file's contents. */
 static void folder_sync(const char *folder) {
@@ -878,6 +867,17 @@ struct Tensor {
 static inline uint32_t bits_of_float(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
 static inline float float_of_bits(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
 
+/* The place of the first of n numbers that is NaN or infinite; n: all are finite. */
+static size_t first_not_finite(const float *x, size_t n) {
+    for (size_t first = 0; first < n; first += 4096) {
+        size_t end = MIN(n, first + 4096);
+        int bad = 0;
+        for (size_t i = first; i < end; i++) bad |= !(fabsf(x[i]) <= FLT_MAX);
+        for (size_t i = first; bad && i < end; i++) if (!isfinite(x[i])) return i;
+    }
+    return n;
+}
+
 /* Half-precision numbers on their way in. bfloat16 is the upper half of a float; float16 has 5 bits
  * of exponent (bias 15) and 10 of fraction, and below 2^-14 the fraction counts without its leading 1. */
 static float float_of_bf16(uint16_t half) { return float_of_bits((uint32_t)half << 16); }
@@ -979,6 +979,9 @@ static void safetensors_read(struct SafeTensors *st, const struct Json *entry, s
         size_t n = MIN(tensor->n - done, (size_t)8192);
         CHECK(fread(chunk, width, n, st->file) == n, "%s: tensor %s cannot be read: %s", st->path, tensor->name, ferror(st->file) ? strerror(errno) : "the file ends");
         safetensors_convert(tensor->w + done, chunk, n, type);
+        size_t bad = first_not_finite(tensor->w + done, n);                       /* a moment may be infinite: its step is 0 then */
+        CHECK(bad == n || strncmp(tensor->name, "exp_avg", 7) == 0, "%s: tensor %s: number %zu is %g, a finite one was expected; take an earlier checkpoint or a fresh copy of the file",
+              st->path, tensor->name, done + bad, tensor->w[done + bad]);
         done += n;
     }
 }
@@ -1385,7 +1388,7 @@ static struct Row dataset_row(struct Arena *keep, struct Arena *scratch, struct 
         struct Json *item = json_get(json, number_names[i]);
         if (!item || item->type == JSON_NULL) continue;
         bool truth = i == 0 && (item->type == JSON_TRUE || item->type == JSON_FALSE);
-        CHECK(truth || item->type == JSON_NUMBER, "%s:%zu: \"%s\" must be a number", path, line, number_names[i]);
+        CHECK(truth || (item->type == JSON_NUMBER && fabs(item->number) <= FLT_MAX), "%s:%zu: \"%s\" must be a number, at most 3.4e38", path, line, number_names[i]);
         *numbers[i] = truth ? item->type == JSON_TRUE : item->number;
         if (i == 0) CHECK(*numbers[i] == 0 || *numbers[i] == 1, "%s:%zu: \"label\" must be 0 or 1", path, line);
         row.has |= i == 0 ? HAS_LABEL : i == 1 ? HAS_SCORE : 0;
@@ -2331,6 +2334,9 @@ struct Adapter {
     bool use_rslora, pattern;              /* pattern: target_modules is a regular expression, not a list of names */
 };
 
+/* What the last backward pass went through: where check_finite looks. N = 0: nothing; task NULL: no training. */
+struct Trace { const char *task; size_t step, N; struct BlockActivations *h; float *x, *ln_f; };
+
 struct GPT2 {
     struct GPT2Config config;
     struct Tensor wte, wpe;
@@ -2341,6 +2347,7 @@ struct GPT2 {
     struct Adapter adapter;
     struct Tensor **tensors;               /* all of the above, in a checkpoint's order */
     size_t tensor_count;
+    struct Trace trace;
     struct Arena arena;
 };
 
@@ -2547,6 +2554,40 @@ static void gpt2_backward(struct GPT2 *model, struct Arena *arena, const struct 
     layernorm_backward(dx, model->ln_f.weight.d, model->ln_f.bias.d, dhidden, acts->x, acts->ln_f_mean, acts->ln_f_rstd, model->ln_f.weight.w, N, C);
     for (size_t l = model->config.n_layer; l-- > 0;) block_backward(model, &model->h[l], &acts->h[l], batch, dx, dwide, dnarrow);
     if (model->wte.d) embedding_backward(model->wte.d, model->wpe.d, dx, batch, C);
+    model->trace = (struct Trace){model->trace.task, model->trace.step, N, acts->h, acts->x, acts->ln_f};
+}
+
+static void note_bad(char place[160], const char *what, const char *name, const float *x, size_t n) {
+    size_t i = *place || !x ? n : first_not_finite(x, n);
+    if (i < n) snprintf(place, 160, "%s %s was the first to break (%s)", what, name, isnan(x[i]) ? "NaN" : "infinite");
+}
+
+/* check_finite -- a step's loss, its gradient's norm, a logit: when one is NaN or infinite, the run ends and names where it
+ * began, in the order in which numbers are made: weights (the step before took them there), activations forward, of a
+ * gradient's norm then the gradients backward.                                             test: bad_numbers */
+static void check_finite(const struct GPT2 *model, const char *what, double value) {
+    if (isfinite(value)) return;
+    const struct Trace *t = &model->trace;
+    char place[160] = "", step[64] = "", name[64];
+    size_t width = t->N * model->config.n_embd, L = model->config.n_layer;
+    for (size_t i = 0; i < model->tensor_count; i++) note_bad(place, "weight", model->tensors[i]->name, model->tensors[i]->w, model->tensors[i]->n);
+    for (size_t k = 0; t->N && k < 8 * L; k++) {
+        static const char *const names[] = {"ln_1", "attn.c_attn", "attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.act", "mlp.c_proj"};
+        const struct BlockActivations *a = &t->h[k / 8];
+        const float *outputs[] = {a->ln_1, a->qkv, a->att, a->mid, a->ln_2, a->fc, a->gelu, k / 8 + 1 < L ? t->h[k / 8 + 1].x : t->x};
+        snprintf(name, sizeof name, "h.%zu.%s", k / 8, names[k % 8]);
+        note_bad(place, "the output of", name, outputs[k % 8], width * (k % 8 == 1 ? 3 : k % 8 == 5 || k % 8 == 6 ? 4 : 1));
+    }
+    note_bad(place, "the output of", "ln_f", t->ln_f, width);
+    for (size_t i = model->tensor_count; strstr(what, "gradient") && i-- > 0;) note_bad(place, "the gradient of", model->tensors[i]->name, model->tensors[i]->d, model->tensors[i]->n);
+    if (t->task) snprintf(step, sizeof step, "%s: step %zu: ", t->task, t->step);
+    die("%s%s is %s: %s; try a smaller --learning_rate, more --warmup_steps or --max_grad_norm 1%s", step, what, isnan(value) ? "NaN" : "infinite",
+        *place ? place : "what the model holds is finite, but too large", t->task ? ", and look at this step's data" : " where the model is trained");
+}
+
+static void check_numbers(const struct GPT2 *model, const char *what, const float *x, size_t n) {
+    size_t i = first_not_finite(x, n);
+    if (i < n) check_finite(model, what, x[i]);
 }
 
 /* Logits (n,V) = hidden (n,C) wte^T: the output layer. Few rows: dot products, each row of wte read once. */
@@ -2656,6 +2697,7 @@ static struct LMHead batch_logprobs(const struct GPT2 *model, struct Arena *aren
     struct Activations acts = gpt2_forward(model, arena, batch, keep);
     struct LMHead head = lm_head_new(model, arena, &acts, batch->row, batch->target, batch->R, (float)temperature);
     lm_head_forward(model, &head);
+    if (!keep) check_numbers(model, model->trace.task ? "a log-probability" : "a log-probability under the frozen model", head.logprob, head.R);
     return head;
 }
 
@@ -3099,10 +3141,20 @@ static void adapter_save(struct GPT2 *model, const char *folder, const struct To
 }
 
 static void model_save(struct GPT2 *model, const char *folder, const struct Tokenizer *tok) {
-    holding = true;
+    for (size_t i = 0; i < model->tensor_count; i++) check_numbers(model, "a weight that was to be saved", model->tensors[i]->w, model->tensors[i]->n);
     if (model->adapter.r) adapter_save(model, folder, tok);
     else gpt2_save(model, folder, tok);
-    outputs_release();
+}
+
+/* A folder's model is replaced as a whole or not at all. */
+static void model_replace(struct GPT2 *model, const char *folder, const struct Tokenizer *tok) {
+    struct Arena arena = {0};
+    staged_folder = arena_printf(&arena, "%s/tmp-model", folder);
+    model_save(model, staged_folder, tok);
+    folder_remove(staged_folder, folder);
+    staged_folder = NULL;
+    folder_sync(folder);
+    arena_free(&arena);
 }
 
 /* adapter_merge -- W += scale A^T B^T: the adapter folded into its base. The model computes the same as before, up
@@ -3224,6 +3276,7 @@ WIDE static void sgd_piece(float *w, float *d, size_t n, float lr, float weight_
  * shortened to that length, so that one odd batch cannot throw the weights far. Returns the norm before. */
 static double optimizer_step(struct GPT2 *model, const struct TrainingArguments *args, double lr, size_t t) {
     double norm = gradient_norm(model);
+    check_finite(model, "the gradient's norm", norm);
     double clip = args->max_grad_norm > 0 && norm > 0 ? MIN(1, args->max_grad_norm / (norm + 1e-6)) : 1;
     bool sgd = strcmp(args->optim, "sgd") == 0;
     for (size_t i = 0; i < model->tensor_count; i++) {
@@ -3242,6 +3295,7 @@ static double optimizer_step(struct GPT2 *model, const struct TrainingArguments 
             else adamw_piece(tensor->w + p, tensor->d + p, tensor->m + p, tensor->v + p, n, s);
         }
     }
+    model->trace.N = 0;                          /* the activations are those of other weights now */
     return norm;
 }
 
@@ -3484,7 +3538,7 @@ static void checkpoint_remove(const char *folder, size_t n) {
     rename(arena_printf(&arena, "%s/checkpoint-%zu", folder, n), arena_printf(&arena, "%s/tmp-checkpoint-%zu-old", folder, n));
     DIR *dir = opendir(folder);
     for (struct dirent *entry; dir && (entry = readdir(dir));)
-        if (strncmp(entry->d_name, "tmp-checkpoint-", 15) == 0) folder_remove(arena_printf(&arena, "%s/%s", folder, entry->d_name));
+        if (strncmp(entry->d_name, "tmp-checkpoint-", 15) == 0) folder_remove(arena_printf(&arena, "%s/%s", folder, entry->d_name), NULL);
     if (dir) closedir(dir);
     arena_free(&arena);
 }
@@ -3512,7 +3566,7 @@ static void checkpoint_save(struct Checkpoint *c) {
     rename(whole, replaced);                                     /* an earlier run's, if there is one */
     CHECK(rename(staged, whole) == 0, "%s: %s", whole, strerror(errno));
     staged_folder = NULL;
-    folder_remove(replaced);
+    folder_remove(replaced, NULL);
     folder_sync(dir);
     checkpoint_way_on(whole);
     for (size_t n = c->args->save_total_limit ? checkpoint_find(dir, &oldest, &newest) : 0; n > c->args->save_total_limit; n--) {
@@ -3688,6 +3742,7 @@ static double trainer_accumulate(struct Trainer *trainer, const size_t *order, s
     for (size_t first = 0; first < n; first += micro) {
         arena_reset(&trainer->arena);
         loss += task->loss(trainer, order + first, MIN(micro, n - first), weight, true, false);
+        check_finite(trainer->model, "the loss", loss);
     }
     return loss;
 }
@@ -3734,10 +3789,11 @@ static void trainer_train(struct Trainer *trainer) {
         if (trainer->task.new_epoch) trainer->task.new_epoch(trainer, epoch);
         for (size_t step = state->global_step % state->steps_per_epoch; step < state->steps_per_epoch && state->global_step < state->max_steps; step++) {
             size_t count = MIN(per_step, n - step * per_step);
+            trainer->model->trace.task = trainer->task.name;
+            trainer->model->trace.step = state->global_step + 1;
             double loss = trainer_accumulate(trainer, order + step * per_step, count);
             double lr = args->learning_rate * schedule_factor(args, state->global_step, state->max_steps);
             double norm = optimizer_step(trainer->model, args, lr, ++state->global_step);
-            CHECK(isfinite(loss) && isfinite(norm), "%s: step %zu: the loss is %g, the gradient's norm %g; try a smaller --learning_rate or --max_grad_norm", trainer->task.name, state->global_step, loss, norm);
             state->epoch = (double)epoch + (double)(step + 1) / (double)state->steps_per_epoch;
             trainer_metric(trainer, "loss", loss);
             state->total_loss += loss;
@@ -3960,7 +4016,6 @@ static int sample_token(float *logits, size_t V, struct Rng *rng) {
 }
 
 static void sequence_extend(struct Sequence *s, float *logits, size_t V, const struct GenerationConfig *config, int end_token) {
-    CHECK(isfinite(row_max(logits, V)), "the model's logits after %zu tokens are not finite; its weights are broken", s->n);
     process_logits(logits, V, config, s->ids, s->n, s->n - s->prompt_length, end_token);
     int id = config->do_sample ? sample_token(logits, V, &s->rng) : (int)argmax(logits, V);
     s->ids[s->n++] = id;
@@ -3993,6 +4048,7 @@ static float *generate_step(const struct GPT2 *model, struct Arena *arena, struc
     float *last = arena_floats(arena, count * C), *logits = arena_floats(arena, count * V);
     for (size_t i = 0; i < count; i++) memcpy(last + i * C, hidden + (batch.start[i + 1] - 1) * C, C * sizeof *last);
     output_logits(model, logits, last, count);
+    check_numbers(model, "a logit of the next token", logits, count * V);
     return logits;
 }
 
@@ -4034,7 +4090,6 @@ static void beam_scores(float *logits, const struct Sequence *running, size_t be
     #pragma omp parallel for
     for (size_t b = 0; b < beams; b++) {
         float *row = logits + b * V, lse = log_sum_exp(row, V, thread_scratch(SCRATCH_ROW, V));
-        CHECK(isfinite(lse), "the model's logits after %zu tokens are not finite; its weights are broken", running[b].n);
         for (size_t v = 0; v < V; v++) row[v] -= lse;
         process_logits(row, V, config, running[b].ids, running[b].n, running[b].n - start, end_token);
         for (size_t v = 0; v < V; v++) row[v] += running[b].score;
@@ -4482,6 +4537,7 @@ static void reward_score(const struct GPT2 *model, const struct Example *texts, 
         struct Activations acts = gpt2_forward(model, &arena, &batch, false);
         reward_rows(&batch, model->config.pad_token_id, row);
         scalar_head_forward(reward + first, acts.ln_f, row, count, &model->score, NULL);
+        check_numbers(model, "the reward of a text", reward + first, count);
     }
     arena_free(&arena);
 }
@@ -4792,8 +4848,8 @@ static void reinforce_step(struct PPOTrainer *ppo, const struct Rollout *rollout
     }
     double loss = reinforce_loss(advantages[ppo->config.baseline], logps, n, dlogps);
     target_logps_backward(ppo->model, arena, &batch, &head, n, dlogps, 1);
+    check_finite(ppo->model, "the loss", loss);
     double lr = ppo->args.learning_rate * schedule_factor(&ppo->args, ppo->step, ppo->total_steps), norm = optimizer_step(ppo->model, &ppo->args, lr, ++ppo->step);
-    CHECK(isfinite(loss) && isfinite(norm), "reinforce: step %zu: the loss is %g, the gradient's norm %g; try a smaller --learning_rate or --max_grad_norm", ppo->step, loss, norm);
     running_moments_update(&ppo->moments, rewards, n);
     const char *const names[] = {"loss", "grad_norm", "learning_rate", "reward", "kl", "objective", "entropy", "completions/mean_length"};
     double values[] = {loss, norm, lr, score, kl, mean_of(rewards, n), (double)row_sum(head.entropy, batch.R) / (double)batch.R, length};
@@ -5028,12 +5084,12 @@ static size_t ppo_optimize(struct PPOTrainer *ppo, const struct Rollout *rollout
         for (size_t first = 0; first < B; first += per_step) {
             for (size_t mini = first; mini < first + per_step; mini += c->mini_batch_size, mini_batches++) {
                 ppo_mini_batch(ppo, rollouts, p, order + mini, c->mini_batch_size, 1 / (double)c->gradient_accumulation_steps, stats);
+                check_finite(ppo->model, "the loss", stats[LOSS_TOTAL]);
                 for (int i = 0; i < PPO_STATS; i++) sums[i] += stats[i];
             }
             double lr = ppo->args.learning_rate * schedule_factor(&ppo->args, ppo->step, ppo->total_steps);
-            double norm = optimizer_step(ppo->model, &ppo->args, lr, ++ppo->optimizer_steps);
+            optimizer_step(ppo->model, &ppo->args, lr, ++ppo->optimizer_steps);
             p->fresh = false;
-            CHECK(isfinite(stats[LOSS_TOTAL]) && isfinite(norm), "ppo: step %zu: the loss is %g, the gradient's norm %g; try a smaller --learning_rate or --max_grad_norm 1", ppo->step + 1, stats[LOSS_TOTAL], norm);
         }
         if (c->early_stopping && stats[POLICY_POLICYKL] > 1.5 * c->target_kl) break;      /* the last mini-batch decides */
     }
@@ -5177,6 +5233,8 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, size
         arena_reset(&arena);
         double begin = seconds_now();
         struct Rollout *rollouts = arena_alloc(&arena, B, sizeof *rollouts);
+        ppo->model->trace.task = ppo->name;
+        ppo->model->trace.step = ppo->step + 1;
         if (source->replay) replay_rollouts(source->replay, ppo->step, ppo->model, &arena, rollouts, B);
         else collect_rollouts(ppo, source, &arena, rollouts);
         double rolled = seconds_now();
@@ -5760,7 +5818,7 @@ static struct Trainer course_trainer(struct Course *course, struct GPT2 *model, 
 /* Saves what was trained, and its log. */
 static void course_finish(struct Course *course, const char *name, struct Trainer *trainer) {
     char *folder = arena_printf(&course->arena, "%s/%s", course->output_dir, name);
-    gpt2_save(trainer->model, folder, course->tok);
+    model_replace(trainer->model, folder, course->tok);
     trainer_state_save(&trainer->state, &trainer->args, folder);
     trainer_free(trainer);
 }
@@ -5851,7 +5909,7 @@ static void course_ppo(struct Course *course) {
     struct TrainerState state = {0};
     char *folder = arena_printf(&course->arena, "%s/ppo", course->output_dir);
     ppo_train(ppo, &source, course->ppo_steps, folder, &state);
-    gpt2_save(course->ppo, folder, course->tok);
+    model_replace(course->ppo, folder, course->tok);
     trainer_state_save(&state, &args, folder);
     free(state.log_history);
     ppo_trainer_free(ppo);
@@ -6494,7 +6552,7 @@ static void open_output_dir(const struct Options *o) {
 }
 
 static void save_result(const struct Options *o, const struct TrainerState *state) {
-    model_save(o->model, o->train.output_dir, o->tok);
+    model_replace(o->model, o->train.output_dir, o->tok);
     if (state) trainer_state_save(state, &o->train, o->train.output_dir);
     say("saved to %s\n", o->train.output_dir);
 }
@@ -6744,6 +6802,7 @@ static void command_next(struct Options *o) {
     struct Activations acts = gpt2_forward(model, arena, &batch, false);
     float *p = arena_floats(arena, V);
     output_logits(model, p, acts.ln_f + (e.n - 1) * model->config.n_embd, 1);
+    check_numbers(model, "a logit of the next token", p, V);
     o->generation.do_sample = true;
     process_logits(p, V, &o->generation, e.ids, e.n, 0, model->config.eos_token_id);
     double entropy = entropy_of_logits(p, log_sum_exp(p, V, arena_floats(arena, V)), V);
@@ -7394,10 +7453,8 @@ static void openmp_spin_briefly(char **argv) {
 /* A standard stream that comes closed leaves its number to the next file that is opened, and messages would go into a
  * model. A file at its size limit is an error like a full disk, not the program's end. */
 static void prepare_streams(void) {
-#ifdef F_GETFD
+#ifndef _WIN32
     for (int fd = 0; fd <= 2; fd++) if (fcntl(fd, F_GETFD) == -1 && open("/dev/null", O_RDONLY) != fd) exit(1);      /* read-only: what is printed still fails */
-#endif
-#ifdef SIGXFSZ
     signal(SIGXFSZ, SIG_IGN);
 #endif
 #ifdef _WIN32
@@ -7431,7 +7488,7 @@ int main(int argc, char **argv) {
         print_help(command);
         return end_output(0);
     }
-#ifdef SIGPIPE
+#ifndef _WIN32
     if (command->groups & G_OUT) signal(SIGPIPE, SIG_IGN);      /* a training goes on when nobody reads its progress; a filter ends */
 #endif
     if (!(command->groups & G_BENCH)) check_training(&o);

@@ -3409,7 +3409,7 @@ static void save_without_room(const void *path) {
     struct GPT2 *model = new_model(300, 24, 48, 1, 3);
     signal(SIGXFSZ, SIG_IGN);
     CHECK(setrlimit(RLIMIT_FSIZE, &(struct rlimit){40000, 40000}) == 0, "no limit");
-    model_save(model, path, tokenizer);
+    model_replace(model, path, tokenizer);
 }
 
 /* A checkpoint and a log that do not fit. */
@@ -3433,6 +3433,78 @@ static void log_without_room(const void *path) {
     log = output_open(path, "log");
     for (size_t i = 0; i < 30000; i++) fputs("xyz\n", log.file);
     output_flush(&log);
+}
+
+/* A model whose numbers break in some way, then what finds it. */
+enum Breakage { BAD_FILE, BAD_SAVE, BAD_STEP, BAD_GRADIENT, BAD_ADAPTER, BAD_LOGIT, BAD_REWARD, BAD_REFERENCE, BAD_PPO };
+
+static void break_numbers(const void *argument) {
+    enum Breakage kind = *(const enum Breakage *)argument;
+    struct GPT2 *model = new_model(300, 24, 12, 2, 3);
+    struct TrainingArguments args = training_arguments();
+    struct Example text = random_example(10, 2, 300);
+    struct LanguageTask task = {.examples = &text};
+    struct Trainer trainer = {.model = model, .args = args, .task = {.name = "sft", .n = 1, .data = &task, .loss = language_loss, .targets = language_targets}};
+    if (kind == BAD_ADAPTER) adapter_new(model, (struct Adapter){.r = 2, .lora_alpha = 4, .target_modules = "c_attn"}, 1);
+    gpt2_make_trainable(model);
+    if (kind == BAD_FILE) {
+        model->h[1].mlp.c_fc.weight.w[500] = NAN;
+        gpt2_save(model, temporary("bad_file"), tokenizer);
+        gpt2_load(temporary("bad_file"));
+    } else if (kind == BAD_SAVE) {
+        model->ln_f.bias.w[3] = -INFINITY;
+        model_save(model, temporary("bad_save"), tokenizer);
+    } else if (kind == BAD_STEP || kind == BAD_ADAPTER) {
+        trainer.args.learning_rate = 1e30;
+        trainer_train(&trainer);
+    } else if (kind == BAD_GRADIENT) {
+        model->trace.task = "sft";
+        model->trace.step = 7;
+        model->h[0].attn.c_attn.weight.d[3] = NAN;
+        model->h[1].ln_2.weight.d[1] = INFINITY;                     /* made first: the gradient comes from the end */
+        optimizer_step(model, &args, 1e-3, 7);
+    } else if (kind == BAD_LOGIT) {
+        struct GenerationConfig config = generation_config();
+        for (size_t i = 0; i < 12; i++) model->ln_f.weight.w[i] = 3e38f;
+        struct Sequence s = sequence_start(&test_arena, text.ids, 3, 4, model, test_rng);
+        generate(model, &s, 1, &config);
+    } else if (kind == BAD_REWARD) {
+        float reward;
+        for (size_t c = 0; c < 12; c++) reward_head_declare(model)->w[c] = c % 2 ? 3e38f : -3e38f;
+        for (size_t i = 0; i < 12; i++) model->ln_f.weight.w[i] = 1e10f;
+        reward_score(model, &text, 1, &reward);
+    } else if (kind == BAD_REFERENCE) {
+        struct Example pair[] = {text, random_example(9, 2, 300)};
+        struct GPT2 *ref = gpt2_copy(model);
+        for (size_t i = 0; i < 12; i++) ref->ln_f.weight.w[i] = 3e38f;
+        dpo_task(&trainer, &test_arena, ref, (struct DPOConfig){.beta = 0.1, .weight = {1}}, 1, pair, 1);
+        trainer_train(&trainer);
+    } else if (kind == BAD_PPO) {
+        struct Rollout rollouts[4];
+        struct PPOTrainer *ppo = ppo_of(ppo_config(), 1e30, rollouts);
+        for (int step = 0; step < 2; step++) ppo_step(ppo, rollouts);
+    }
+}
+
+/* NaN and infinities: in a file, in what would be saved, after a step that was far too large, in gradients, in what is generated or judged. */
+static void test_bad_numbers(void) {
+    static const char *const messages[] = {
+        [BAD_FILE] = "model.safetensors: tensor h.1.mlp.c_fc.weight: number 500 is nan, a finite one was expected; take an earlier checkpoint",
+        [BAD_SAVE] = "align: a weight that was to be saved is infinite: weight ln_f.bias was the first to break (infinite)",
+        [BAD_STEP] = "align: sft: step 2: the loss is NaN: the output of h.0.attn.c_attn was the first to break (infinite); try a smaller --learning_rate",
+        [BAD_GRADIENT] = "align: sft: step 7: the gradient's norm is NaN: the gradient of h.1.ln_2.weight was the first to break (infinite); try",
+        [BAD_ADAPTER] = "align: sft: step 2: the loss is NaN: the output of h.0.attn was the first to break (NaN); try", [BAD_LOGIT] = "a logit of the next token is ",
+        [BAD_REWARD] = "the reward of a text is infinite: what the model holds is finite, but too large; try a smaller --learning_rate",
+        [BAD_REFERENCE] = "a log-probability under the frozen model is NaN", [BAD_PPO] = "the loss is NaN: the output of h.0.attn"};
+    for (enum Breakage kind = BAD_FILE; kind <= BAD_PPO; kind++) expect_end(messages[kind], break_numbers, &kind, 1, messages[kind]);
+    float x[5000] = {0};
+    expect_count("all finite", first_not_finite(x, 5000), 5000);
+    x[4999] = -INFINITY;
+    expect_count("the last", first_not_finite(x, 5000), 4999);
+    x[4096] = NAN;
+    expect_count("the first of the second piece", first_not_finite(x, 5000), 4096);
+    x[2] = -FLT_MAX;
+    expect_count("the largest is finite", first_not_finite(x, 3), 3);
 }
 
 /* What was there stays, nothing half written is left, and a checkpoint that is whole is named. */
@@ -4159,7 +4231,7 @@ static const struct { const char *name; void (*run)(void); } TESTS[] = {
     {"reinforce_advantages", test_reinforce_advantages}, {"reinforce_gradient", test_reinforce_gradient}, {"reinforce_step", test_reinforce_step},
     {"reinforce_raises_reward", test_reinforce_raises_reward}, {"dpo_golden", test_dpo_golden},
     {"dpo_gradient", test_dpo_gradient}, {"dpo_model_gradient", test_dpo_model_gradient}, {"dpo_pairs", test_dpo_pairs}, {"dpo_overfit", test_dpo_overfit},
-    {"evaluation", test_evaluation}, {"full_disk", test_full_disk}, {"broken_weights", test_broken_weights}, {"broken_config", test_broken_config}, {"broken_data", test_broken_data},
+    {"evaluation", test_evaluation}, {"full_disk", test_full_disk}, {"bad_numbers", test_bad_numbers}, {"broken_weights", test_broken_weights}, {"broken_config", test_broken_config}, {"broken_data", test_broken_data},
     {"broken_tokenizer", test_broken_tokenizer}, {"broken_messages", test_broken_messages}, {"cli_errors", test_cli_errors}, {"cli_course", test_cli_course}, {"cli_collect", test_cli_collect}, {"encode_prompts", test_encode_prompts}, {"exact_optimum", test_exact_optimum},
     {"exact_dpo_loss", test_exact_dpo_loss}, {"exact_dpo_gradient", test_exact_dpo_gradient}, {"exact_run", test_exact_run}, {"cli_lora", test_cli_lora},
     {"glossary_fold", test_glossary_fold}, {"glossary_find", test_glossary_find}, {"glossary_terms", test_glossary_terms}, {"fixtures_gradient", test_fixtures_gradient},
