@@ -934,8 +934,17 @@ SCRIPT = r"""
     if (window.Highlight && CSS.highlights) {
       CSS.highlights.delete('found');
       if (hit.e) {
-        const ranges = [], walk = document.createTreeWalker(hit.e, NodeFilter.SHOW_TEXT);
-        for (let n; (n = walk.nextNode());) for (let k = 0, key = fold(n.data); key.length === n.data.length && (k = key.indexOf(hit.q, k)) >= 0; k += hit.q.length) { const r = new Range(); r.setStart(n, k); r.setEnd(n, k + hit.q.length); ranges.push(r); }
+        const ranges = [], chars = [], walk = document.createTreeWalker(hit.e, NodeFilter.SHOW_TEXT);      // a match may lie in several nodes
+        for (let n, space = false; (n = walk.nextNode());) for (let k = 0; k < n.data.length; k++) {
+          const white = /\s/.test(n.data[k]);
+          if (!white || !space) chars.push([white ? ' ' : fold(n.data[k])[0] || n.data[k], n, k]);
+          space = white;
+        }
+        const key = chars.map(c => c[0]).join('');
+        for (let k = 0; (k = key.indexOf(hit.q, k)) >= 0; k += hit.q.length) {
+          const r = new Range(), first = chars[k], last = chars[k + hit.q.length - 1];
+          r.setStart(first[1], first[2]); r.setEnd(last[1], last[2] + 1); ranges.push(r);
+        }
         CSS.highlights.set('found', new Highlight(...ranges));
         const r = ranges.length && ranges[0].getBoundingClientRect();
         if (r && (r.top > innerHeight * .8 || r.top < 60)) scrollBy(0, r.top - innerHeight / 3);
