@@ -326,7 +326,7 @@ class Book:
             pieces = re.split(r"(?<=;)( {2,})", formula or text)               # "a = b;   c = d": a line breaks between the two first
             shown = "".join(self.inline(piece, False) if k % 2 or len(pieces) == 1 else f"<span class=q>{self.inline(piece, False)}</span>" for k, piece in enumerate(pieces))
             if formula: shown += f"{gap}<span class=note>{self.inline(note, False)}</span>"
-            out.append(f'<span class="l{f" i{indent // 2 * 2}" if indent > 1 else ""}">{shown}\n</span>')
+            out.append(f'<span class="l{f" i{min(indent // 2 * 2, 40)}" if indent > 1 else ""}">{shown}\n</span>')
         return "".join(out)
 
     def prose(self, lines, name="", wide=False):
@@ -470,7 +470,7 @@ class Book:
                         if depth == 0: inside = ""
                     elif word == "(" : parens += depth == 0
                     elif word == ")": parens -= depth == 0
-                put(f"<span class=m>#</span>" if word == "#" and preprocessor and only_space else escape(word))
+                put("<span class=m>#</span>" if word == "#" and preprocessor and only_space else escape(word))
                 only_space = False
             i += 1
         if line: end_line()
@@ -523,7 +523,7 @@ class Book:
         intro = f'<div class=intro>{head}{"".join(self.meta(chapter.tags + tags, tests))}{body}</div>\n'
         return intro + "".join(self.row(row) for row in chapter.rows)
 
-    def links(self, places, total=None):
+    def links(self, places):
         return ", ".join(f'<a href="#{address}">{escape(label)}</a>' for address, label in places)
 
     def glossary(self):
@@ -540,7 +540,7 @@ class Book:
             for chapter, listed in re.findall(r"chapter (\d+)((?:, `[^`]+`)+)", term.get("In align.c", "")):
                 for name in re.findall(r"`([^`]+)`", listed):
                     kind, _, bare = name.rpartition(" ")
-                    address = f"fn-{name}" if name in self.functions else f"{kind}-{bare}" if self.types.get(bare, ("",))[0] == kind else ""
+                    address = f"fn-{name}" if name in self.functions else f"{kind}-{bare}" if kind and self.types.get(bare, ("",))[0] == kind else ""
                     names.append(f'<a href="#{address}"><code>{name}</code></a>' if address else f"<code>{name}</code>")
             if names: facts.append(("In align.c", ", ".join(names)))
             uses = self.uses[term["id"]]
@@ -583,7 +583,6 @@ class Book:
     def render(self):
         name, _, what = self.title.partition(" -- ")
         sections = []
-        number = None
         for chapter in self.chapters:
             if chapter.part: sections[-1] += self.chapter(chapter)
             else: sections.append(f'<section class=chapter aria-labelledby="chapter-{chapter.number}">\n' + self.chapter(chapter))
@@ -709,6 +708,7 @@ p { margin: 0 0 .7rem; hyphens: manual; }
 @counter-style paper { system: extends decimal; prefix: "["; suffix: "] "; }
 .terms, .meta { font: .8125rem/1.5 var(--sans); color: var(--soft); margin: .3rem 0 .6rem; overflow-wrap: anywhere; }
 h3 + .meta { margin-top: .5rem; }
+h3 + h3 { margin-top: .4rem; }
 .meta a { color: var(--soft); }
 .meta a, .meta code { font-family: var(--mono); font-size: .75rem; }
 .label { color: var(--soft); font: .8125rem var(--sans); margin-right: .3em; }
