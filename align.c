@@ -878,8 +878,7 @@ static size_t first_not_finite(const float *x, size_t n) {
     return n;
 }
 
-/* Half-precision numbers on their way in. bfloat16 is the upper half of a float; float16 has 5 bits
- * of exponent (bias 15) and 10 of fraction, and below 2^-14 the fraction counts without its leading 1. */
+/* bfloat16 is the upper half of a float; float16 has 5 bits of exponent (bias 15) and 10 of fraction, without a leading 1 below 2^-14. */
 static float float_of_bf16(uint16_t half) { return float_of_bits((uint32_t)half << 16); }
 
 static float float_of_f16(uint16_t half) {
@@ -1127,8 +1126,7 @@ static void tokenizer_free(struct Tokenizer *tok) {
 /* The end token of a model with V ids: GPT-2's own if it has it, else the last. */
 static int end_token_of(size_t vocab_size) { return (int)MIN(vocab_size, (size_t)50257) - 1; }
 
-/* Class and length of the character at text[i]. A byte that is no valid UTF-8 counts as a character
- * of class "other": it is kept, byte for byte. */
+/* Class and length of the character at text[i]. A byte that is no valid UTF-8 is a character of class "other", and kept. */
 static enum CharClass char_class_at(const struct Tokenizer *tok, const unsigned char *text, size_t i, size_t n, size_t *length) {
     uint32_t code;
     *length = utf8_read(text + i, n - i, &code);
@@ -1139,8 +1137,7 @@ static enum CharClass char_class_at(const struct Tokenizer *tok, const unsigned 
 
 /* Where the word that starts at i ends. GPT-2's rule, as a regular expression tried left to right:
  *     's|'t|'re|'ve|'m|'ll|'d | ?\p{L}+ | ?\p{N}+ | ?[^\s\p{L}\p{N}]+ | \s+(?!\S) | \s+
- * By hand: "I'm  42!" -> "I", "'m", " ", " 42", "!".  \s+(?!\S) leaves a run's last space to the word
- * behind it.                                                              test: tokenizer_words */
+ * By hand: "I'm  42!" -> "I", "'m", " ", " 42", "!": \s+(?!\S) leaves the last space to the next word. test: tokenizer_words */
 static size_t tokenizer_word_end(const struct Tokenizer *tok, const unsigned char *text, size_t i, size_t n) {
     static const char *const contractions[] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
     for (size_t k = 0; k < COUNT(contractions) && text[i] == '\''; k++) {
@@ -1432,8 +1429,7 @@ static void dataset_add_file(struct Dataset *data, const char *path, const unsig
 static int compare_strings(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
 
 /* dataset_load -- a JSON Lines file, or a folder of them.          [glossary: Conjunto de dados]
- * shapes: what the caller can use, best first. A folder stands for its *.jsonl of the first shape
- * that any of them has; files named test*.jsonl are left for evaluation. */
+ * shapes: what the caller can use, best first. A folder stands for its *.jsonl (but test*) of the first that any has. */
 static struct Dataset *dataset_load(const char *path, const unsigned *shapes, size_t shape_count) {
     struct Dataset *data = calloc(1, sizeof *data);
     CHECK(data, "out of memory");
@@ -1507,9 +1503,8 @@ static void split_implicit_prompt(struct Row *row) {
     row->has |= HAS_PROMPT;
 }
 
-/* A batch, packed. Sequence b owns tokens start[b] .. start[b+1]-1; of its rows, those that predict a
- * token that counts are listed: row[r] is the place of the prediction, target[r] the id it should
- * give, and rows target_start[b] .. target_start[b+1]-1 belong to sequence b. */
+/* A batch, packed. Sequence b owns tokens start[b] .. start[b+1]-1, and r = target_start[b] .. target_start[b+1]-1 of the
+ * predictions that count: row[r] is where one is made, target[r] the id it should give. */
 struct Batch {
     size_t B, N, R, max_length;       /* max_length: tokens of the longest sequence in the batch */
     size_t tokens;                    /* of the examples, whether or not the model reads the last ones */
@@ -1563,10 +1558,10 @@ static struct Batch collate(struct Arena *arena, const struct Example *examples,
     return batch;
 }
 
-/* collate_pairs -- chosen and rejected answers to the same prompts, 2B examples (all chosen first), in one batch in which a prompt is
- * computed once where that pays: prompt, chosen, rejected in one sequence, whose fork attention knows; the
- * rejected answer's rows see the prompt and themselves. It pays where the rows saved, 24 C^2 multiplications
- * a layer, outweigh the scores that are computed and thrown away, 4 C each. Targets come in the order of the examples.
+/* collate_pairs -- 2B examples (all chosen first) in one batch in which the prompt of a pair is computed once where that
+ * pays: prompt, chosen, rejected in one sequence, whose fork attention knows; the rejected answer's rows see the prompt
+ * and themselves. It pays where the rows saved, 24 C^2 multiplications a layer, outweigh the scores that are computed
+ * and thrown away, 4 C each. Targets come in the order of the examples.
  * By hand: prompt 2, answers of 3 and 4 tokens: rows 2+2 and 3 instead of 4 + 5.        test: collate_pairs */
 static struct Batch collate_pairs(struct Arena *arena, const struct Example *examples, size_t B, size_t C) {
     struct Batch batch = collate(arena, examples, 2 * B, SKIP_LAST);        /* the targets stay, the rows are laid out anew */
@@ -1596,9 +1591,8 @@ static struct Batch collate_pairs(struct Arena *arena, const struct Example *exa
     return batch;
 }
 
-/* LengthSampler(min, max): a whole number in [min, max), the upper end left out as in TRL.
- *                                                                  [glossary: LengthSampler]
- * The lab's LengthSampler(2, 8) so gives 2 to 7. Varying lengths keep the model from learning one. */
+/* LengthSampler(min, max): a whole number in [min, max), as in TRL; the lab's LengthSampler(2, 8) so gives 2 to 7.
+ * Varying lengths keep the model from learning one.                       [glossary: LengthSampler] */
 struct LengthSampler { size_t min_value, max_value; };
 
 static size_t length_sampler(const struct LengthSampler *sampler, struct Rng *rng) {
@@ -1628,9 +1622,8 @@ static size_t pairs_from_ratings(const double *rating, size_t n, double min_diff
  * distribution over the vocabulary, and the few functions of it that RLHF is made of, in nats, safe from overflow.
  * ============================================================================================= */
 
-/* WIDE before a function of plain loops: gcc and clang compile it three times, for AVX-512, AVX2 and any
- * x86-64, and the loader picks the one that fits the processor. Elsewhere one version serves (arm64's
- * vectors are in every arm64). Not under sanitizers, whose runtime starts after the loader's choice. */
+/* WIDE before a function of plain loops: gcc and clang compile it three times, for AVX-512, AVX2 and any x86-64, and
+ * the loader picks what fits the processor (not under sanitizers, whose runtime starts later). Elsewhere one serves. */
 #if defined(__x86_64__) && defined(__GLIBC__) && !SANITIZED
 #define WIDE __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
@@ -1638,10 +1631,9 @@ static size_t pairs_from_ratings(const double *rating, size_t n, double min_diff
 #endif
 
 /* e^x in float, without a branch, so that loops over it become vector instructions (libm's expf is a call a number).
- *   e^x = 2^n * e^r,  n = round(x / ln 2),  r = x - n ln 2 in [-0.35, 0.35], e^r by its Taylor series
- * to r^7/7!. Relative error below 2e-7 for |x| <= 87 (test: exp_fast); below -87 it is 0, above 87 it
- * stays e^87. Comparisons are made on the bits of |x|, as whole numbers: for floats the order is the
- * same, and compilers keep comparisons of floats as branches, lest a NaN raise a trap. */
+ *   e^x = 2^n * e^r,  n = round(x / ln 2),  r = x - n ln 2 in [-0.35, 0.35], e^r by its Taylor series to r^7/7!
+ * Relative error below 2e-7 for |x| <= 87 (test: exp_fast); below -87 it is 0, above 87 it stays e^87. The bits of |x|
+ * are compared as whole numbers, whose order is the same: comparisons of floats stay branches, lest a NaN raise a trap. */
 static inline float exp_fast(float x) {
     uint32_t sign = bits_of_float(x) & 0x80000000u;
     int32_t size = (int32_t)(bits_of_float(x) & 0x7fffffffu), limit = 0x42ae0000;       /* 87.0 */
@@ -1666,8 +1658,7 @@ static inline float sqrt_fast(float x) {
     return root + 0.5f * y * (x - root * root);
 }
 
-/* Sums and maxima over a row in 16 lanes, so that they run as vectors; the order of additions is
- * fixed by the code, so it is the same for every number of threads. */
+/* Sums and maxima over a row in 16 lanes, to run as vectors; the code fixes the order of additions. */
 enum { LANES = 16 };
 
 /* A float's bits as a whole number of the same order (and back): negative ones have their magnitude inverted. */
@@ -1764,7 +1755,7 @@ static size_t argmax(const float *x, size_t n) {
 }
 
 /* softmax -- logits to probabilities: p_i = e^(x_i - max) / sum_j e^(x_j - max).   [glossary: Função softmax]
- * in, out: x (n), in place; returns log_sum_exp of what came in. Subtracting the maximum changes nothing but keeps e^x from overflowing.
+ * in, out: x (n); returns log_sum_exp of what came in. Subtracting the maximum keeps e^x from overflowing.
  * By hand: [0, ln 3] -> [0.25, 0.75].                                         test: softmax */
 static float softmax(float *x, size_t n) {
     float largest = row_max(x, n), total = row_exp(x, x, largest, n), scale = 1.0f / total;
@@ -1789,8 +1780,7 @@ static double entropy_of_logits(const float *logits, float lse, size_t n) {
     return lse - expected;
 }
 
-/* kl_exact -- KL(p || q) = sum_i p_i (log p_i - log q_i), in nats.
- *                                             [glossary: Divergência de Kullback-Leibler (KL)]
+/* kl_exact -- KL(p || q) = sum_i p_i (log p_i - log q_i), in nats.      [glossary: Divergência de Kullback-Leibler (KL)]
  * in   logits of p and q (n) and their log_sum_exp. Zero only where both agree; never negative, rounding aside.
  * By hand: p = (1/2, 1/2), q = (1/4, 3/4) -> ln 2 / 2 + ln(2/3) / 2 = 0.1438.      test: kl */
 static double kl_exact(const float *p_logits, float p_lse, const float *q_logits, float q_lse, size_t n) {
@@ -2223,9 +2213,8 @@ static void embedding_backward(float *dwte, float *dwpe, const float *dx, const 
  * in   qkv (N,3C): a row holds query, key and value of one token, NH heads of HS numbers each
  * out  out (N,C);  lse (N,NH): log sum_j e^(score_j), all that the backward pass needs to keep
  *   score_tj = q_t . k_j / sqrt(HS) for j <= t;  p_t = softmax(score_t);  out_t = sum_j p_tj v_j
- * A token looks back, never forward: that is what makes it a language model. The (T,T) matrix of p is
- * never kept: ATTENTION_ROWS rows of it at a time, made again in the backward pass from lse [17], so
- * memory grows with T, not T^2.                                test: attention, attention_gradient */
+ * A token looks back, never forward: that makes it a language model. The (T,T) matrix of p is made ATTENTION_ROWS rows
+ * at a time, again in the backward pass [17]: memory grows with T, not T^2.   test: attention, attention_gradient */
 enum { ATTENTION_ROWS = 64 };
 
 struct AttentionShape { size_t C, NH, HS; float scale; size_t shared, fork; };      /* rows from fork on do not see shared .. fork-1 */
@@ -2236,7 +2225,7 @@ static struct AttentionShape attention_shape(size_t C, size_t NH) {
 
 /* Scores of rows t0..t1 against keys 0..t1, scaled: p (t1-t0, t1). qkv points at this sequence and head. */
 static void attention_scores(float *p, const float *qkv, struct AttentionShape s, size_t t0, size_t t1) {
-    struct Matrix q = {qkv + t0 * 3 * s.C, 3 * s.C, 1}, k_transposed = {qkv + s.C, 1, 3 * s.C};
+    struct Matrix q = matrix(qkv + t0 * 3 * s.C, 3 * s.C), k_transposed = transposed(qkv + s.C, 3 * s.C);
     matmul(p, t1, NULL, 0, q, k_transposed, t1 - t0, t1, s.HS);
     for (size_t i = 0; i < (t1 - t0) * t1; i++) p[i] *= s.scale;
     for (size_t t = MAX(t0, s.fork); t < t1; t++)
@@ -2253,7 +2242,7 @@ static void attention_forward_head(float *out, float *lse, const float *qkv, str
             lse[t * s.NH] = softmax(p_t, t + 1);
             for (size_t j = t + 1; j < t1; j++) p_t[j] = 0;             /* the future */
         }
-        matmul(out + t0 * s.C, s.C, NULL, 0, matrix(p, t1), (struct Matrix){qkv + 2 * s.C, 3 * s.C, 1}, t1 - t0, s.HS, t1);
+        matmul(out + t0 * s.C, s.C, NULL, 0, matrix(p, t1), matrix(qkv + 2 * s.C, 3 * s.C), t1 - t0, s.HS, t1);
     }
 }
 
@@ -2276,13 +2265,13 @@ static void attention_forward(float *out, float *lse, const float *qkv, const st
 static void attention_backward_head(float *dqkv, const float *dout, const float *out, const float *lse, const float *qkv, struct AttentionShape s, size_t T) {
     size_t C3 = 3 * s.C;
     float *p = thread_scratch(SCRATCH_SCORES, 2 * ATTENTION_ROWS * T), *dp = p + ATTENTION_ROWS * T;
-    struct Matrix k = {qkv + s.C, C3, 1}, v_transposed = {qkv + 2 * s.C, 1, C3};
+    struct Matrix k = matrix(qkv + s.C, C3), v_transposed = transposed(qkv + 2 * s.C, C3);
     for (size_t t = 0; t < T; t++)
         for (size_t c = 0; c < s.HS; c++) dqkv[t * C3 + s.C + c] = dqkv[t * C3 + 2 * s.C + c] = 0;
     for (size_t t0 = 0; t0 < T; t0 += ATTENTION_ROWS) {
         size_t t1 = MIN(T, t0 + ATTENTION_ROWS), rows = t1 - t0;
         attention_scores(p, qkv, s, t0, t1);
-        matmul(dp, t1, NULL, 0, (struct Matrix){dout + t0 * s.C, s.C, 1}, v_transposed, rows, t1, s.HS);
+        matmul(dp, t1, NULL, 0, matrix(dout + t0 * s.C, s.C), v_transposed, rows, t1, s.HS);
         for (size_t t = t0; t < t1; t++) {
             float *p_t = p + (t - t0) * t1, *dp_t = dp + (t - t0) * t1, D = 0;
             for (size_t c = 0; c < s.HS; c++) D += dout[t * s.C + c] * out[t * s.C + c];
@@ -2291,8 +2280,8 @@ static void attention_backward_head(float *dqkv, const float *dout, const float 
             for (size_t j = t + 1; j < t1; j++) p_t[j] = dp_t[j] = 0;
         }
         matmul(dqkv + t0 * C3, C3, NULL, 0, matrix(dp, t1), k, rows, s.HS, t1);
-        matmul(dqkv + s.C, C3, dqkv + s.C, C3, transposed(dp, t1), (struct Matrix){qkv + t0 * C3, C3, 1}, t1, s.HS, rows);
-        matmul(dqkv + 2 * s.C, C3, dqkv + 2 * s.C, C3, transposed(p, t1), (struct Matrix){dout + t0 * s.C, s.C, 1}, t1, s.HS, rows);
+        matmul(dqkv + s.C, C3, dqkv + s.C, C3, transposed(dp, t1), matrix(qkv + t0 * C3, C3), t1, s.HS, rows);
+        matmul(dqkv + 2 * s.C, C3, dqkv + 2 * s.C, C3, transposed(p, t1), matrix(dout + t0 * s.C, s.C), t1, s.HS, rows);
     }
 }
 
@@ -2307,9 +2296,8 @@ static void attention_backward(float *dqkv, const float *dout, const float *out,
 /* =============================================================================================
  * Chapter 8 - GPT-2                  [glossary: Modelo de linguagem] [glossary: AutoModelForCausalLM]
  *
- * What enters: ids. What leaves: for each position a hidden vector after the last layer norm, and,
- * only where somebody asks, the logits of the next token: hidden . wte^T, the embedding used once
- * more as the output layer ("tied"). In between, n_layer blocks, each adding to the residual stream:
+ * What enters: ids. What leaves: for each position a hidden vector, and, where somebody asks, the logits of the next
+ * token: hidden . wte^T, the embedding as output layer ("tied"). In between, n_layer blocks, each adding to the residual stream:
  *     x = x + attention(ln_1(x));   x = x + mlp(ln_2(x))                                   [1]
  * The structs repeat transformers' module names: model->h[3].mlp.c_fc.weight is the tensor
  * "transformer.h.3.mlp.c_fc.weight" of a checkpoint.
@@ -2352,12 +2340,8 @@ struct GPT2 {
 };
 
 static void tensor_declare(struct GPT2 *model, struct Tensor *tensor, const char *name, size_t rows, size_t columns) {
+    *tensor = (struct Tensor){{0}, {rows, columns}, columns ? 2 : 1, rows * MAX(columns, (size_t)1), .decay = columns != 0};
     snprintf(tensor->name, sizeof tensor->name, "%s", name);
-    tensor->shape[0] = rows;
-    tensor->shape[1] = columns;
-    tensor->ndim = columns ? 2 : 1;
-    tensor->n = rows * (columns ? columns : 1);
-    tensor->decay = columns != 0;
     tensor->w = arena_zeros(&model->arena, tensor->n, sizeof(float));
     model->tensors[model->tensor_count++] = tensor;
 }
@@ -2606,9 +2590,8 @@ static void output_logits(const struct GPT2 *model, float *logits, const float *
         }
 }
 
-/* The output layer, for chosen rows only. logits (R,V) can be the largest array of all (1024 rows of
- * GPT-2 are 206 MB), so rows pass in chunks of at most LM_HEAD_FLOATS logits; what stays is a few
- * numbers a row. If all rows fit one chunk the backward pass finds the logits still there.
+/* The output layer, for chosen rows. logits (R,V) can be the largest array of all (1024 rows of GPT-2 are 206 MB), so
+ * rows pass in chunks of LM_HEAD_FLOATS logits; a few numbers a row stay, and of a single chunk the logits too.
  *   logit_v = hidden . wte_v / temperature;  logprob = logit_target - lse
  *   d logprob / d logit_v = [v = target] - p_v */
 enum { LM_HEAD_FLOATS = 1 << 25 };
@@ -2855,8 +2838,7 @@ static struct Tensor *reward_head_declare(struct GPT2 *model) {
     return &model->score;
 }
 
-/* v_head.summary (1,C) and bias: TRL's AutoModelForCausalLMWithValueHead.
- *                                              [glossary: AutoModelForCausalLMWithValueHead] */
+/* v_head.summary (1,C) and bias, as in TRL.                        [glossary: AutoModelForCausalLMWithValueHead] */
 static struct Linear *value_head_declare(struct GPT2 *model) {
     if (model->v_head.weight.n) return &model->v_head;
     tensor_declare(model, &model->v_head.weight, "v_head.summary.weight", 1, model->config.n_embd);
@@ -2904,14 +2886,12 @@ static void reward_rows(const struct Batch *batch, int pad_token_id, int *row) {
 /* =============================================================================================
  * Chapter 10 - LoRA                                      [glossary: Adaptação de baixo rank (LoRA)]
  *
- * What enters: a model, all of it frozen. What leaves: an adapter, two thin matrices beside some of its
- * linear layers, in PEFT's files. The idea [21]: what fine-tuning changes in a matrix W (in,out) has
- * low rank, so learn only such a change,
+ * What enters: a frozen model. What leaves: an adapter, two thin matrices beside some of its linear layers, in PEFT's
+ * files. The idea [21]: what fine-tuning changes in a matrix W (in,out) has low rank, so learn only such a change,
  *     y = x W + bias + scale (x A^T) B^T       A (r,in), B (out,r), scale = lora_alpha / r
- * Gradients and AdamW's moments then exist for r (in + out) numbers instead of in * out: GPT-2 with
- * r = 16 on c_attn trains 589,824 numbers beside 124 million that need nothing but to be read. B starts
- * at zero, so training starts from the unchanged model, which, adapter left out, is also the reference
- * of PPO and DPO: no second copy. At the end W + scale A^T B^T is a matrix like any other (`align merge`).
+ * Gradients and AdamW's moments then exist for r (in + out) numbers instead of in * out: GPT-2 with r = 16 on c_attn
+ * trains 589,824 numbers beside 124 million. B starts at zero, so training starts from the unchanged model, which,
+ * adapter left out, is also the reference of PPO and DPO. At the end W + scale A^T B^T is a matrix again (`align merge`).
  * ============================================================================================= */
 
 /* lora_forward -- adds the adapter's share to y (N,out), x (N,in):  u = scale x A^T (N,r);  y += u B^T.
@@ -2944,9 +2924,8 @@ static size_t next_name(const char **list) {
     return strcspn(*list, " ,");
 }
 
-/* PEFT's rule: a target takes each module whose dotted name is the target or ends in "." and the target.
- * By hand: "c_proj" takes h.0.attn.c_proj and h.0.mlp.c_proj, "mlp.c_proj" the second, "proj" none.
- *                                                                          test: lora_targets */
+/* PEFT's rule: a target takes each module whose dotted name is the target or ends in "." and the target. By hand:
+ * "c_proj" takes h.0.attn.c_proj and h.0.mlp.c_proj, "mlp.c_proj" the second, "proj" none.       test: lora_targets */
 static bool lora_is_target(const char *module, const char *targets) {
     size_t length = strlen(module);
     for (size_t n; (n = next_name(&targets)) > 0; targets += n)
@@ -3071,9 +3050,8 @@ static void adapter_load_value_head(struct GPT2 *model, struct Arena *arena, con
     fclose(st.file);
 }
 
-/* adapter_load -- puts the adapter of a folder to the model. Which layers: target_modules by PEFT's rule,
- * or, where that is a regular expression, the layers that the file has tensors for. A tensor that no layer
- * takes is an error: leaving it out would make another model.             test: lora_round_trip, lora_broken */
+/* adapter_load -- puts the adapter of a folder to the layers that target_modules takes, or, if that is a regular
+ * expression, that the file has tensors for. A tensor that no layer takes is an error.  test: lora_round_trip, lora_broken */
 static void adapter_load(struct GPT2 *model, const char *folder) {
     struct Arena arena = {0};
     struct Tensor **tensors;
@@ -3157,8 +3135,7 @@ static void model_replace(struct GPT2 *model, const char *folder, const struct T
     arena_free(&arena);
 }
 
-/* adapter_merge -- W += scale A^T B^T: the adapter folded into its base. The model computes the same as before, up
- * to rounding, and has no adapter.                                            test: lora_merge */
+/* adapter_merge -- W += scale A^T B^T: the adapter folded into its base, the same model up to rounding. test: lora_merge */
 static void adapter_merge(struct GPT2 *model) {
     size_t kept = 0;
     for (size_t i = 0; i < 4 * model->config.n_layer; i++) {
@@ -3174,9 +3151,8 @@ static void adapter_merge(struct GPT2 *model) {
     model->adapter.r = 0;
 }
 
-/* adapter_reference -- the start model, to measure the trained one against: it shares every tensor of the base
- * with it and has its own view of the layers, without adapters; or, to go on with an adapter (`frozen`),
- * with a copy of that adapter, as TRL 1.16.         [glossary: Modelo de referência]  test: lora_reference */
+/* adapter_reference -- the start model, to measure the trained one against: the same tensors, without adapters, or, to
+ * go on with an adapter (`frozen`), with a copy of it (TRL 1.16). [glossary: Modelo de referência]  test: lora_reference */
 static struct GPT2 *adapter_reference(const struct GPT2 *model, bool frozen) {
     struct GPT2 *ref = malloc(sizeof *ref);
     CHECK(ref, "out of memory");
@@ -3970,8 +3946,7 @@ static int compare_candidates_down(const void *a, const void *b) {
     return x->logit != y->logit ? (x->logit < y->logit) - (x->logit > y->logit) : (x->id > y->id) - (x->id < y->id);
 }
 
-/* Nucleus sampling: the smallest set of likeliest tokens whose mass reaches p [12]. From the unlikely
- * end, tokens go while the mass removed stays within 1 - p; the `least` likeliest always stay.
+/* Nucleus sampling: the smallest set of likeliest tokens whose mass reaches p [12]; the `least` likeliest always stay.
  * By hand: 0.5, 0.3, 0.2 with p 0.7 -> the first two.                    [glossary: Amostragem top-p] */
 static void process_top_p(float *logits, size_t V, double p, size_t least) {
     struct Candidate *order = (struct Candidate *)thread_scratch(SCRATCH_ROW, 2 * V);
@@ -4084,8 +4059,7 @@ static size_t beam_candidates(float *score, size_t n, size_t most, struct Rng *s
     return count;
 }
 
-/* Logits of the running beams -> their score with each possible next token: log-probability so far plus
- * log softmax, which the processors act on without normalizing it again. */
+/* Logits of running beams -> their score with each next token: log-probability so far plus log softmax, processed. */
 static void beam_scores(float *logits, const struct Sequence *running, size_t beams, size_t V, size_t start, const struct GenerationConfig *config, int end_token) {
     #pragma omp parallel for
     for (size_t b = 0; b < beams; b++) {
@@ -4096,8 +4070,7 @@ static void beam_scores(float *logits, const struct Sequence *running, size_t be
     }
 }
 
-/* A sequence that ended enters the pool if its score, divided by its length to the power of length_penalty,
- * beats the worst there. The pool stays sorted, best first. */
+/* A sequence that ended enters the pool, sorted best first, if its score beats the worst there. */
 static void beam_finish(struct Sequence *pool, size_t K, const struct Sequence *from, int id, float score) {
     if (score <= pool[K - 1].score) return;
     beam_set(&pool[K - 1], from, id, score);
@@ -4111,9 +4084,9 @@ static void beam_finish(struct Sequence *pool, size_t K, const struct Sequence *
 /* beam_search -- the num_beams likeliest beginnings are continued side by side.       [glossary: Beam search]
  * Greedy decoding takes the likeliest token and can walk past the likeliest sequence. Here each of K beams is
  * continued with every token; of the K V continuations the best 2K are looked at: those that end go, if among the
- * first K, to a pool of K finished ones, and the best K of the rest run on. It stops when no running beam can beat
- * the worst of the pool: judged at its present length, or, with early_stopping "never", at the longest possible;
- * with early_stopping true as soon as the pool is full. Step by step as transformers 5 does it.
+ * first K, to a pool of K finished ones (score: log-probability / length^length_penalty), and the best K of the rest
+ * run on. It stops when no running beam can beat the worst of the pool at its present length, with early_stopping
+ * "never" at the longest possible, with true as soon as the pool is full. Step by step as transformers 5 does it.
  * sequences: num_return_sequences of them that hold the same prompt; they become the best of the pool.
  * By hand: after A, 0.6 B and 0.4 C; after AB at most 0.5, after AC 0.95: greedy ends with ABx at 0.30,
  * two beams with ACx at 0.38.                              test: beam_search_golden, beam_search_exhaustive */
@@ -4121,17 +4094,18 @@ static void beam_search(const struct GPT2 *model, struct Sequence *sequences, co
     struct Arena arena = {0}, step_arena = {0};
     size_t K = config->num_beams, V = model->config.vocab_size, start = sequences->n, max_length = sequences->max_length, beams = 1;
     int end_token = model->config.eos_token_id;
-    struct Sequence *running = beams_new(&arena, K, max_length), *next = beams_new(&arena, K, max_length), *pool = beams_new(&arena, K, max_length);
-    struct Sequence **active = arena_alloc(&arena, K, sizeof *active);
-    struct KVCache cache = kv_cache_new(model, &arena, K, max_length), spare = kv_cache_new(model, &arena, K, max_length);
+    struct Sequence *side[] = {beams_new(&arena, K, max_length), beams_new(&arena, K, max_length)}, *running = side[0];
+    struct Sequence *pool = beams_new(&arena, K, max_length), **active = arena_alloc(&arena, K, sizeof *active);
+    struct KVCache cache[] = {kv_cache_new(model, &arena, K, max_length), kv_cache_new(model, &arena, K, max_length)};
     struct Candidate *best = arena_alloc(&arena, 2 * K, sizeof *best), *going = arena_alloc(&arena, 2 * K, sizeof *going);
-    memcpy(running[0].ids, sequences->ids, start * sizeof(int));
-    running[0].n = start;
-    running[0].score = 0;
-    for (bool hope = true, full = false; hope && !(full && config->early_stopping == STOP_TRUE) && running[0].n < max_length;) {
+    memcpy(running->ids, sequences->ids, start * sizeof(int));
+    running->n = start;
+    running->score = 0;
+    bool hope = true, full = false;
+    for (int now = 0; hope && !(full && config->early_stopping == STOP_TRUE) && running->n < max_length; now = !now) {
         arena_reset(&step_arena);
         for (size_t b = 0; b < beams; b++) active[b] = &running[b];
-        float *score = generate_step(model, &step_arena, active, beams, &cache);
+        float *score = generate_step(model, &step_arena, active, beams, &cache[now]);
         beam_scores(score, running, beams, V, start, config, end_token);
         size_t count = beam_candidates(score, beams * V, 2 * K, config->do_sample ? &sequences->rng : NULL, &step_arena, best), left = 0;
         size_t length = running[0].n + 1 - start;
@@ -4144,21 +4118,15 @@ static void beam_search(const struct GPT2 *model, struct Sequence *sequences, co
         full = pool[K - 1].score > UNFILLED;
         if (left == 0) break;
         qsort(going, left, sizeof *going, compare_candidates_down);
-        left = MIN(left, K);
-        for (size_t i = 0; i < left; i++) {
+        beams = MIN(left, K);
+        for (size_t i = 0; i < beams; i++) {
             size_t from = (size_t)going[i].id / V;
-            beam_set(&next[i], &running[from], (int)((size_t)going[i].id % V), going[i].logit);
-            kv_cache_copy(model, &spare, i, &cache, from);
+            beam_set(&side[!now][i], &running[from], (int)((size_t)going[i].id % V), going[i].logit);
+            kv_cache_copy(model, &cache[!now], i, &cache[now], from);
         }
-        struct Sequence *swap = running;
-        running = next;
-        next = swap;
-        struct KVCache swap_cache = cache;
-        cache = spare;
-        spare = swap_cache;
-        beams = left;
+        running = side[!now];
         size_t hoped = config->early_stopping == STOP_NEVER && config->length_penalty > 0 ? max_length - start : length;
-        hope = running[0].score / pow((double)hoped, config->length_penalty) > pool[K - 1].score;
+        hope = running->score / pow((double)hoped, config->length_penalty) > pool[K - 1].score;
     }
     for (size_t i = 0; i < config->num_return_sequences && pool[i].n; i++) {
         memcpy(sequences[i].ids, pool[i].ids, pool[i].n * sizeof(int));
