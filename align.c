@@ -5707,11 +5707,330 @@ static double response_kl(const struct GPT2 *policy, const struct GPT2 *ref_mode
     return total / (double)n;
 }
 
+/* =============================================================================================
+ * Report: a run as a page
+ *
+ * What enters: a run's logs and report.json, its note of what no log has. What leaves: report.html, one file that stands
+ * alone: it opens from disk, on a phone, on paper, by a screen reader, and holds no program.
+ * ============================================================================================= */
+
+/* Stages: their folders in rlhf's, and the metric by which a log is known for one's; the last that fits counts. */
+enum Stage { STAGE_RUN, STAGE_LANGUAGE, STAGE_REWARD, STAGE_PPO, STAGE_DPO, STAGE_REINFORCE, STAGES };
+static const struct { const char *folder, *marker, *title, *about; } STAGE[STAGES] = {
+    {".", "", "", ""},
+    {"language_model", "loss", "Language model", "It learns to predict the next token of what people wrote. It is the reference of all later stages."},
+    {"reward_model", "min_reward", "Reward model", "It learns from people's ratings to give a text a number, the reward: the higher, the better liked."},
+    {"ppo", "objective/kl", "PPO", "The policy answers, the reward model scores; tokens that led to better scores than expected become likelier."},
+    {"dpo", "rewards/margins", "DPO", "The policy learns from pairs of answers, one chosen, one rejected: no reward model, no sampling."},
+    {".", "gradient_variance/none", "REINFORCE", "The policy answers and goes up the gradient of the reward as it stands, without PPO's clip."}};
+
+/* Metrics over steps; if the unit is a share in %, the histogram of numbers in report.json. */
+#define TRAINED {"training", "held out"}
+static const struct Plot { enum Stage stage; const char *title, *unit, *metric[3], *label[3], *term, *about; } PLOTS[] = {
+    {STAGE_RUN, "Rewards of answers", "% of answers", {"before", "ppo", "dpo"}, {"before", "PPO", "DPO"}, "Função de recompensa · reward function",
+     "Answers to held-out beginnings. A hill that moves right pleases the reward model more; one that also narrows says one thing again and again."},
+    {STAGE_LANGUAGE, "Loss", "nats a token", {"loss", "eval_loss"}, TRAINED, "Função de custo · cost function",
+     "−log of the next token's probability. It falls as the model learns; held out far above training means learnt by heart."},
+    {STAGE_REWARD, "Accuracy", "share of pairs", {"accuracy", "eval_accuracy"}, TRAINED, "Modelo Bradley-Terry · Bradley-Terry model",
+     "How often the text that people preferred got the higher reward. 0.5 is a guess; people disagree too, so 1 is not to be expected."},
+    {STAGE_REWARD, "Margin", "reward", {"margin", "eval_margin"}, TRAINED, "Função sigmoide · sigmoid function",
+     "Reward of the preferred text less the other's. At a margin of 2 the model is sure by σ(2) = 88 %."},
+    {STAGE_REWARD, "Rewards of reviews", "% of reviews", {"liked", "disliked"}, {"liked", "disliked"}, "Pontuação de sentimento · sentiment score",
+     "Held-out reviews that people liked, and that they did not. The less the hills overlap, the better the model tells them apart."},
+    {STAGE_PPO, "Reward", "score", {"env/reward_mean"}, {"mean"}, "Rollout · rollout",
+     "Mean score of a step's answers. It should rise, but alone it proves nothing: read it beside the KL, and read the samples."},
+    {STAGE_PPO, "KL", "nats an answer", {"objective/kl"}, {"KL"}, "Divergência de Kullback-Leibler (KL) · Kullback-Leibler divergence (KL)",
+     "How far the policy has left the reference. It starts at 0; the penalty β holds it near its target."},
+    {STAGE_PPO, "Clip fraction", "share of tokens", {"ppo/policy/clipfrac"}, {"clipped"}, "Otimização de política proximal (PPO) · proximal policy optimization (PPO)",
+     "Tokens whose probability moved so far that the clip stopped pushing them. Much above 0.3: take a smaller learning rate."},
+    {STAGE_PPO, "Value loss", "score²", {"ppo/loss/value"}, {"value loss"}, "AutoModelForCausalLMWithValueHead",
+     "Squared error of the value head. It falls as the head learns what an answer will bring."},
+    {STAGE_DPO, "Loss", "nats a pair", {"loss", "eval_loss"}, TRAINED, "Otimização de preferência direta (DPO) · direct preference optimization (DPO)",
+     "−log σ(margin), and what --loss_type adds. A policy that is still the reference has ln 2 = 0.69 of it."},
+    {STAGE_DPO, "Rewards", "β nats", {"rewards/chosen", "rewards/rejected"}, {"chosen", "rejected"}, "Modelo de referência · reference model",
+     "β times the log-ratio of policy and reference: above 0 an answer became likelier. Both falling: the policy forgets how to write."},
+    {STAGE_DPO, "Margin", "β nats", {"rewards/margins", "eval_rewards/margins"}, TRAINED, "Parâmetro Beta (β) · beta parameter (β)",
+     "The chosen answer's reward less the rejected one's: what the loss widens. Above 5 the pairs have no more to teach."},
+    {STAGE_DPO, "Accuracy", "share of pairs", {"rewards/accuracies", "eval_rewards/accuracies"}, TRAINED, "Função de perda · loss function",
+     "Pairs whose chosen answer has the higher reward. Near 1 in a second pass over the same pairs means learnt by heart."},
+    {STAGE_REINFORCE, "Reward", "score", {"reward", "objective"}, {"score", "objective"}, "Função objetivo · objective function",
+     "Mean score of a step's answers, and what is maximized: the score less β times the KL."},
+    {STAGE_REINFORCE, "Variance of the gradient", "squared gradient", {"gradient_variance/none", "gradient_variance/mean", "gradient_variance/rloo"},
+     {"none", "mean", "rloo"}, "Gradiente de política · policy gradient", "The noise that each baseline leaves: the lower, the fewer samples are needed."}};
+
+static const char REPORT_CSS[] =
+    ":root{color-scheme:light dark;--mut:light-dark(#59616b,#a3abb5);--line:light-dark(#c9ced5,#454c55);--grid:light-dark(#e8ebee,#262b31);--up:230,126,0;"
+    "--down:59,130,246;--c0:light-dark(#0a5cc2,#74b6ff);--c1:light-dark(#b3420a,#ff9e60);--c2:light-dark(#23733a,#7ed391)}*{box-sizing:border-box}"
+    "body{margin:0;background:light-dark(#fff,#13161a);color:light-dark(#1b1f24,#e6e9ed);font:1rem/1.55 system-ui,sans-serif}"
+    "main{max-width:72rem;margin:auto;padding:1rem clamp(1rem,4vw,2.5rem) 4rem}h2{margin:3rem 0 .4rem;padding-top:.8rem;border-top:1px solid var(--line)}"
+    "h3,h4{font-size:1.05rem;margin:0 0 .3rem}h4{font-size:.9rem}p{margin:.4rem 0;max-width:46rem}.mut,figcaption{color:var(--mut);font-size:.9rem}"
+    "table{border-collapse:collapse;margin:.8rem 0;font-size:.95rem}th,td{text-align:left;vertical-align:top;padding:.3rem .9rem .3rem 0;overflow-wrap:anywhere;"
+    "border-bottom:1px solid var(--grid)}th{overflow-wrap:normal}.n *+*{text-align:right;padding-left:clamp(0rem,2vw,2rem)}figure{margin:0;max-width:30rem;break-inside:avoid}"
+    ".grid{display:grid;gap:1.5rem 2.5rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,22rem),1fr));margin:1rem 0}svg{display:block;width:100%}"
+    "text{font:11px system-ui,sans-serif;fill:var(--mut)}.g{stroke:var(--grid)}.a{stroke:var(--line)}.l{fill:none;stroke-width:1.8;stroke-linejoin:round;"
+    "stroke-linecap:round}.s0{stroke:var(--c0)}.s1{stroke:var(--c1);stroke-dasharray:6 4}.s2{stroke:var(--c2);stroke-dasharray:1 4}.h{fill-opacity:.14}.f0{fill:var(--c0)}"
+    ".f1{fill:var(--c1)}.f2{fill:var(--c2)}section{margin:0 0 1.6rem;break-inside:avoid}section .grid{margin:.3rem 0;gap:.8rem 2rem;"
+    "grid-template-columns:repeat(auto-fit,minmax(min(100%,17rem),1fr))}.t{white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate;line-height:1.8}"
+    ".t span{padding-bottom:1px}.u1,.u2,.u3{border-bottom:1px solid rgb(var(--up));background:rgba(var(--up),.14)}.u2{border-width:2px;background:rgba(var(--up),.3)}"
+    ".u3{border-width:3px;background:rgba(var(--up),.48)}.d1,.d2,.d3{border-bottom:1px dashed rgb(var(--down));background:rgba(var(--down),.14)}"
+    ".d2{border-width:2px;background:rgba(var(--down),.28)}.d3{border-width:3px;background:rgba(var(--down),.42)}@media print{:root{color-scheme:light}"
+    "body{font-size:10pt}main{padding:0}h2{break-after:avoid}.grid{grid-template-columns:1fr 1fr!important}section .grid{grid-template-columns:1fr 1fr 1fr!important}}";
+
+/* Text of any bytes between two pieces of HTML: in it markup stays text, and what is no UTF-8 or steers how text is shown becomes
+ * U+FFFD.                                                                                                          test: report_text */
+static void html_text(FILE *file, const char *before, struct Text text, const char *after) {
+    fputs(before, file);
+    for (size_t i = 0, length; i < text.length; i += MAX(length, (size_t)1)) {
+        uint32_t c;
+        length = utf8_read((const unsigned char *)text.data + i, text.length - i, &c);
+        bool bad = length == 0 || (c < 32 && !memchr("\t\n\r", (int)c, 3)) || (c >= 127 && c < 160) || (c >= 0x202a && c <= 0x202e) || (c >= 0x2066 && c <= 0x2069);
+        const char *entity = bad ? "\xef\xbf\xbd" : c == '&' ? "&amp;" : c == '<' ? "&lt;" : c == '"' ? "&quot;" : NULL;
+        if (entity) fputs(entity, file);
+        else fwrite(text.data + i, 1, length, file);
+    }
+    fputs(after, file);
+}
+
+/* What a page can show of a JSON value: NaN for no number, null and the absurd; no text for none. */
+static double json_shown(const struct Json *json) { return json && json->type == JSON_NUMBER && fabs(json->number) < 1e30 ? json->number : NAN; }
+static struct Text json_words(const struct Json *json) { return json && json->type == JSON_STRING ? json->string : (struct Text){"", 0}; }
+
+/* axis_fit -- from one round number to another, low and high between them, in about `most` steps of 1, 2 or 5 times a power of
+ * ten.  By hand: 0.13 to 0.87, most 5: 0 to 1 by 0.2; 8 to 8, most 4: 4 to 12 by 2.                               test: report_axis */
+struct Axis { double low, step; int count, decimals; };
+
+static struct Axis axis_fit(double low, double high, int most) {
+    double size = MAX(fabs(low), fabs(high)), pad = high - low > 1e-3 * size ? 0 : size > 0 ? size / 2 : 1, rough = (high - low + 2 * pad) / most, power = pow(10, floor(log10(rough)));
+    double times = rough / power * (1 - 1e-9), step = power * (times <= 1 ? 1 : times <= 2 ? 2 : times <= 5 ? 5 : 10);
+    double first = floor((low - pad) / step + 1e-9), last = ceil((high + pad) / step - 1e-9);
+    return (struct Axis){first * step, step, (int)MAX(1, last - first), (int)MAX(0, -floor(log10(step) + 1e-9))};
+}
+
+struct Point { double x, y; };
+struct Curve { const char *label; struct Point *p; size_t n; };
+
+static struct Axis curves_axis(const struct Curve *curves, size_t count, bool of_x, double low, int most) {
+    double high = -INFINITY;
+    for (const struct Curve *c = curves; c < curves + count; c++)
+        for (size_t i = 0; i < c->n; i++) {
+            low = MIN(low, of_x ? c->p[i].x : c->p[i].y);
+            high = MAX(high, of_x ? c->p[i].x : c->p[i].y);
+        }
+    return axis_fit(low, high, most);
+}
+
+/* curve_thin -- a long curve as a page can show it: of each of `bins` stretches the least and the largest value, in the order in
+ * which they came.                                                                                                 test: report_thin */
+static void curve_thin(struct Curve *c, size_t bins) {
+    size_t n = c->n;
+    for (size_t b = 0; n > 2 * bins && b < bins; b++, c->n = 2 * b) {
+        size_t least = b * n / bins, most = least;
+        for (size_t i = least; i < (b + 1) * n / bins; i++) {
+            if (c->p[i].y < c->p[least].y) least = i;
+            if (c->p[i].y > c->p[most].y) most = i;
+        }
+        struct Point two[] = {c->p[MIN(least, most)], c->p[MAX(least, most)]};
+        memcpy(c->p + 2 * b, two, sizeof two);
+    }
+}
+
+/* The numbers of a list; with `metric` those of its objects, over their "step". */
+static struct Curve curve_read(struct Arena *arena, const struct Json *list, const char *metric, const char *label) {
+    size_t n = 0;
+    for (const struct Json *item = list ? list->child : NULL; item; item = item->next) n++;
+    struct Curve curve = {label, arena_alloc(arena, n, sizeof *curve.p), 0};
+    for (const struct Json *item = n ? list->child : NULL; item; item = item->next) {
+        struct Point p = {metric ? json_shown(json_get(item, "step")) : 0, json_shown(metric ? json_get(item, metric) : item)};
+        if (!isnan(p.x) && !isnan(p.y)) curve.p[curve.n++] = p;
+    }
+    return curve;
+}
+
+/* Values as the outline of their histogram: a stair of shares in %, four of its steps to one of the axis.       test: report_stair */
+static struct Curve curve_stair(struct Arena *arena, const struct Curve *values, const struct Axis *axis) {
+    size_t bins = 4 * (size_t)axis->count, n = 2 * bins + 2, *count = arena_zeros(arena, bins + 1, sizeof *count);
+    struct Curve stair = {values->label, arena_alloc(arena, n, sizeof *stair.p), n};
+    for (size_t i = 0; i < values->n; i++) count[MIN(bins - 1, (size_t)(4 * (values->p[i].y - axis->low) / axis->step))]++;
+    for (size_t i = 0; i < n; i++) stair.p[i] = (struct Point){axis->low + (double)(i / 2) * axis->step / 4, i ? 100 * (double)count[(i - 1) / 2] / (double)values->n : 0};
+    return stair;
+}
+
+struct Report { FILE *file; struct Arena arena; const struct Json *run; size_t plots; };
+enum { PLOT_W = 360, PLOT_H = 218, PLOT_LEFT = 52, PLOT_TOP = 40, PLOT_RIGHT = PLOT_W - 10, PLOT_BOTTOM = PLOT_H - 32 };
+static double plot_x(const struct Axis *x, double value) { return PLOT_LEFT + (value - x->low) / (x->step * x->count) * (PLOT_RIGHT - PLOT_LEFT); }
+static double plot_y(const struct Axis *y, double value) { return PLOT_BOTTOM - (value - y->low) / (y->step * y->count) * (PLOT_BOTTOM - PLOT_TOP); }
+
+static void plot_axis(FILE *f, const struct Axis *axis, bool is_x) {
+    bool plain = fabs(axis->low) + axis->step * axis->count < 1e6 && axis->decimals < 4;
+    for (int i = 0; i <= axis->count; i++) {
+        double value = fabs(axis->low + i * axis->step) < axis->step / 2 ? 0 : axis->low + i * axis->step;
+        double x = is_x ? plot_x(axis, value) : PLOT_LEFT - 5, y = is_x ? PLOT_BOTTOM + 15 : plot_y(axis, value) + 4;
+        if (is_x) fprintf(f, "<path class=\"a\" d=\"M%.1f %dv4\"/>", x, PLOT_BOTTOM);
+        else fprintf(f, "<path class=\"%s\" d=\"M%d %.1fH%d\"/>", i ? "g" : "a", PLOT_LEFT, y - 4, PLOT_RIGHT);
+        fprintf(f, "<text x=\"%.1f\" y=\"%.1f\" text-anchor=\"%s\">", x, y, is_x && i < axis->count ? "middle" : "end");
+        fprintf(f, plain ? "%.*f</text>" : "%.*g</text>", plain ? axis->decimals : 3, value);
+    }
+}
+
+/* One figure, if there is a number to show: curves over axes, and the same in words for those who listen. */
+static void report_plot(struct Report *r, const struct Plot *plot, const struct Json *log) {
+    FILE *f = r->file;
+    bool histogram = *plot->unit == '%';
+    struct Curve c[3];
+    size_t count = 0;
+    for (size_t k = 0; k < COUNT(c) && plot->metric[k]; k++) {
+        c[count] = curve_read(&r->arena, histogram ? json_get(r->run, plot->metric[k]) : log, histogram ? NULL : plot->metric[k], plot->label[k]);
+        count += c[count].n > 0;
+    }
+    if (count == 0) return;
+    struct Axis x = curves_axis(c, count, !histogram, INFINITY, 5);
+    fprintf(f, "<figure><h3>%s</h3>\n<svg viewBox=\"0 0 %d %d\" role=\"img\" aria-label=\"%s, %s: ", plot->title, PLOT_W, PLOT_H, plot->title, plot->unit);
+    for (size_t k = 0; k < count; k++) {
+        double sum = 0, last = c[k].p[c[k].n - 1].y;
+        for (size_t i = 0; i < c[k].n; i++) sum += c[k].p[i].y;
+        c[k].label = arena_printf(&r->arena, histogram ? "%s %+.2f" : "%s %.3g", c[k].label, histogram ? sum / (double)c[k].n : last);
+        fprintf(f, "%s (%zu points from %.3g). ", c[k].label, c[k].n, c[k].p[0].y);
+        if (histogram) c[k] = curve_stair(&r->arena, &c[k], &x);
+    }
+    struct Axis y = curves_axis(c, count, false, histogram ? 0 : INFINITY, 4);
+    fprintf(f, "\"><text x=\"2\" y=\"%d\">%s</text><text x=\"%d\" y=\"%d\" text-anchor=\"end\">%s</text>", PLOT_TOP - 11, plot->unit, PLOT_RIGHT, PLOT_H - 3, histogram ? "reward" : "step");
+    plot_axis(f, &y, false);
+    plot_axis(f, &x, true);
+    double at = 2;
+    for (size_t k = 0; k < count; at += 36 + 6 * (double)strlen(c[k++].label)) {
+        fprintf(f, "\n<path class=\"l s%zu\" d=\"M%.0f 8h18\"/><text x=\"%.0f\" y=\"12\">%s</text>", k, at, at + 22, c[k].label);
+        curve_thin(&c[k], 300);
+        for (int area = histogram; area >= 0; area--) {
+            fprintf(f, "<path class=\"%s%zu\" d=\"M", area ? "h f" : "l s", k);
+            for (size_t i = 0; i < c[k].n; i++) fprintf(f, "%.1f %.1f ", plot_x(&x, c[k].p[i].x), plot_y(&y, c[k].p[i].y));
+            fputs("h0\"/>", f);                                     /* a dot, where there is one point */
+        }
+    }
+    fprintf(f, "</svg>\n<figcaption>%s<br>Glossary: %s</figcaption></figure>\n", plot->about, plot->term);
+    r->plots++;
+}
+
+static void report_plots(struct Report *r, enum Stage stage, const struct Json *log) {
+    fputs("<div class=\"grid\">\n", r->file);
+    for (size_t i = 0; i < COUNT(PLOTS); i++) if (PLOTS[i].stage == stage) report_plot(r, &PLOTS[i], log);
+    fputs("</div>\n", r->file);
+}
+
+/* A model's answer: tokens, and how the training moved the log-probability of each, told by underline, colour and number. */
+static void report_answer(FILE *f, const char *name, const struct Json *answer) {
+    const struct Json *tokens = json_get(answer, "tokens"), *ratios = json_get(answer, "logratio"), *ratio = ratios ? ratios->child : NULL, *moved = NULL;
+    double sum = 0, most = 0, reward = json_shown(json_get(answer, "reward"));
+    fprintf(f, "<div><h4>%s", name);
+    if (!isnan(reward)) fprintf(f, ": reward %+.2f", reward);
+    fputs("</h4><p class=\"t\">", f);
+    for (const struct Json *token = tokens ? tokens->child : NULL; token; token = token->next, ratio = ratio ? ratio->next : NULL) {
+        double shown = json_shown(ratio), x = isnan(shown) ? 0 : shown, size = fabs(x);
+        int level = (size >= 0.1) + (size >= 1) + (size >= 3);
+        if (level) fprintf(f, "<span class=\"%c%d\" title=\"%+.2f nats\">", x > 0 ? 'u' : 'd', level, x);
+        html_text(f, "", json_words(token), level ? "</span>" : "");
+        if (size > fabs(most)) moved = token;
+        if (size > fabs(most)) most = x;
+        sum += x;
+    }
+    if (moved) fprintf(f, "</p><p class=\"mut\">In all %+.1f nats; the most, %+.1f, ", sum, most);
+    if (moved) html_text(f, "for “", json_words(moved), "”");
+    fputs("</p></div>\n", f);
+}
+
+/* rlhf's part: what an outside judge looks at in summary.json, and samples side by side. */
+static const char *const COURSE_MODEL[][2] = {{"before", "Before"}, {"ppo", "PPO"}, {"dpo", "DPO"}};
+
+static void report_result(FILE *f, const struct Json *summary) {
+    static const char *const formats[] = {"<td>%+.2f", "<td>%.1f", "<td>%.2f", "<td>%.1f"};
+    fputs("<h2>Result</h2>\n<table class=\"n\"><tr><th>Model<th>Reward<th>KL<th>Distinct-2<th>Length</tr>\n", f);
+    for (size_t k = 0; k < COUNT(COURSE_MODEL); k++) {
+        const struct Json *p = json_get(summary, COURSE_MODEL[k][0]), *reward = k ? json_get(p, "reward_after") : json_get(json_get(summary, "ppo"), "reward_before");
+        double cells[] = {json_shown(reward), k ? json_shown(json_get(p, "kl")) : 0, json_shown(json_get(p, "distinct_2")), json_shown(json_get(p, "mean_length"))};
+        fprintf(f, "<tr><th scope=\"row\">%s", COURSE_MODEL[k][1]);
+        for (size_t i = 0; i < COUNT(cells); i++) fprintf(f, isnan(cells[i]) ? "<td><!-- %g -->" : formats[i], cells[i]);
+        fputs("</tr>\n", f);
+    }
+    fputs("</table>\n<p><b>Reward</b>: what the reward model says, in standard deviations over real reviews: the aim. <b>KL</b>, in nats an answer: how far the model "
+          "has left the reference: the price. <b>Distinct-2</b>: different word pairs / all; low if the answers are alike. <b>Length</b>: tokens. A higher reward at a much "
+          "higher KL and a much lower distinct-2 is no better text: the policy has found what pleases the reward model. What people would say, the samples tell.</p>\n", f);
+}
+
+static void report_samples(FILE *f, const struct Json *samples) {
+    fputs("<h2>Samples</h2>\n<p>Held-out beginnings, and how each model goes on. Underlined is what the training moved: <span class=\"t\"><span class=\"u1\">solid: likelier</span>"
+          " by 0.1 nats or more, <span class=\"u2\">by 1</span>, <span class=\"u3\">by 3</span>; <span class=\"d1\">dashed: less likely</span> by 0.1, <span class=\"d2\">by 1</span>, "
+          "<span class=\"d3\">by 3</span></span>. A nat is a factor of 2.7, three are 20; rest on a token for its number.</p>\n<p class=\"mut\">Glossary: Função Omega (ω) · omega function (ω)</p>\n", f);
+    for (const struct Json *sample = samples->child; sample; sample = sample->next) {
+        html_text(f, "<section><h3 class=\"t\">", json_words(json_get(sample, "prompt")), " …</h3><div class=\"grid\">\n");
+        for (size_t k = 0; k < COUNT(COURSE_MODEL); k++) report_answer(f, COURSE_MODEL[k][1], json_get(sample, COURSE_MODEL[k][0]));
+        fputs("</div></section>\n", f);
+    }
+}
+
+static struct Json *report_json(struct Arena *arena, const char *dir, const char *folder, const char *name) {
+    const char *path = arena_printf(arena, "%s/%s/%s", dir, folder, name);
+    return file_exists(path) ? json_read_file(arena, path) : NULL;
+}
+
+/* report_write -- makes DIR/report.html of the logs in DIR and in the folders of rlhf's stages.                   test: report_page */
+static void report_write(const char *dir) {
+    struct Report r = {0};
+    struct Json *log[STAGES] = {0}, *summary = report_json(&r.arena, dir, ".", "summary.json"), *facts, *samples;
+    bool any = summary != NULL;
+    for (int k = 0; k < STAGE_REINFORCE; k++) {
+        log[k] = json_get(report_json(&r.arena, dir, STAGE[k].folder, "trainer_state.json"), "log_history");
+        any = any || log[k];
+    }
+    CHECK(any, "%s: no log of a run there (trainer_state.json, summary.json); give the --output_dir of one", dir);
+    r.run = report_json(&r.arena, dir, ".", "report.json");
+    facts = json_get(r.run, "facts");
+    samples = json_get(r.run, "samples");
+    struct Output out = output_open(dir, "report.html");
+    r.file = out.file;
+    fprintf(r.file, "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n"
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\"><title>A run of align</title>\n"
+        "<style>%s</style></head>\n<body><main><h1>A run of align</h1>\n<table>\n", REPORT_CSS);
+    for (const struct Json *fact = facts ? facts->child : NULL; fact; fact = fact->next) {
+        html_text(r.file, "<tr><th scope=\"row\">", fact->key, "<td>");
+        html_text(r.file, "", json_words(fact), "</tr>\n");
+    }
+    fputs("</table>\n<p class=\"mut\">In plots, beside a curve’s name stands its last value, beside a histogram’s its mean. Terms: docs/glossary.md, or <code>align glossary TERM</code>.</p>\n", r.file);
+    if (summary) report_result(r.file, summary);
+    report_plots(&r, STAGE_RUN, NULL);
+    if (samples) report_samples(r.file, samples);
+    for (int k = 0; k < STAGES; k++) {
+        enum Stage stage = STAGE_RUN;
+        for (int s = 1; log[k] && s < STAGES; s++) if (curve_read(&r.arena, log[k], STAGE[s].marker, "").n) stage = (enum Stage)s;
+        if (stage == STAGE_RUN) continue;
+        fprintf(r.file, "<h2>%s</h2>\n<p>%s</p>\n", STAGE[stage].title, STAGE[stage].about);
+        report_plots(&r, stage, log[k]);
+    }
+    fprintf(r.file, "<p class=\"mut\">%s<code>align report DIR</code> makes this page again.</p>\n</main></body></html>\n", r.plots ? "" : "The logs hold no numbers to plot. ");
+    output_close(&out);
+    arena_free(&r.arena);
+}
+
+/* Begins report.json with what was done, in words. The caller adds what else it knows, and closes the object and the file. */
+static struct Output report_begin(const char *dir, const char *command, const char *data, const char *training, const struct GPT2 *model, uint64_t seed, double seconds) {
+    const struct GPT2Config *c = &model->config;
+    size_t weights = 0;
+    for (size_t i = 0; i < model->tensor_count; i++) weights += model->tensors[i]->n;
+    struct Output out = output_open(dir, "report.json");
+    fputs("{\"facts\": {\n  \"Command\": ", out.file);
+    json_write_string(out.file, text_of(command));
+    fputs(",\n  \"Data\": ", out.file);
+    json_write_string(out.file, text_of(data));
+    fprintf(out.file, ",\n  \"Training\": \"%s\",\n  \"Model\": \"GPT-2: %.2f million weights, %zu layers, width %zu, %zu heads, context %zu, vocabulary %zu\",\n",
+        training, (double)weights / 1e6, c->n_layer, c->n_embd, c->n_head, c->n_positions, c->vocab_size);
+    fprintf(out.file, "  \"Seed\": \"%llu\",\n  \"Time\": \"%.0f seconds\",\n  \"Machine\": \"threads: %d; kernel %s; at most %.0f MB of memory\"}",
+        (unsigned long long)seed, seconds, thread_count(), kernel ? kernel->name : "plain", (double)peak_rss_bytes() / 1e6);
+    return out;
+}
+
 /* The course's settings, and all that its stages share. */
 struct Course {
     struct Arena arena;
     const struct Tokenizer *tok;
-    const char *output_dir;
+    const char *output_dir, *command, *data;
     uint64_t seed;
     size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps;
     double temperature, scale;                 /* of sampling; of learning rates: 1 for a new, narrow model */
@@ -5723,6 +6042,7 @@ struct Course {
     size_t prompt_n, test_n;
     struct GPT2 *language_model, *reward_model, *ppo, *dpo;
     struct Scorer scorer;
+    float *held_out_reward;
     double eval_loss_before, eval_loss_after, eval_accuracy, label_accuracy;
 };
 
@@ -5748,6 +6068,7 @@ static size_t course_prompts(const struct Example *texts, size_t n, size_t most,
 static void course_split(struct Course *course, const struct Dataset *data) {
     struct Rng rng = rng_seed(course->seed, STREAM_SPLIT);
     size_t n = data->n, *order = arena_alloc(&course->arena, n, sizeof *order);
+    course->data = data->path;
     for (size_t i = 0; i < n; i++) order[i] = i;
     rng_shuffle(&rng, order, n);
     course->held_out_n = n / 10;
@@ -5797,6 +6118,7 @@ static void course_language_model(struct Course *course, double learning_rate) {
     trainer.args.adam_beta2 = 0.99;
     trainer.args.weight_decay = 0.1;
     trainer.args.lr_end = 0.05;
+    trainer.args.eval_steps = course->pretrain_steps / 5 + 1;
     struct LanguageTask *task = pretrain_task(&trainer, &course->arena, course->train, course->train_n, course->held_out, course->held_out_n);
     task->whole_texts = true;
     trainer.task.name = "1/4 language model";
@@ -5826,10 +6148,13 @@ static void course_reward_model(struct Course *course) {
     size_t limit = model->config.n_positions;
     task->texts[0] = course_cut(course, course->train, course->train_n, limit);
     task->number[0] = course->train_rating;
-    trainer.task = (struct Task){.name = "2/4 reward model", .n = course->train_n, .data = task, .loss = reward_loss};
+    struct Example *held_out = task->texts[1] = course_cut(course, course->held_out, course->held_out_n, limit);
+    task->number[1] = course->held_out_rating;
+    trainer.task = (struct Task){.name = "2/4 reward model", .n = course->train_n, .eval_n = course->held_out_n, .data = task, .loss = reward_loss};
+    trainer.args.eval_steps = course->reward_steps / 5 + 1;
     if (course->reward_steps) trainer_train(&trainer);
-    struct Example *held_out = course_cut(course, course->held_out, course->held_out_n, limit);
-    float *reward = arena_floats(&course->arena, MAX(course->held_out_n, (size_t)1000));
+    trainer_evaluate(&trainer);
+    float *reward = course->held_out_reward = arena_floats(&course->arena, course->held_out_n);
     reward_score(model, held_out, course->held_out_n, reward);
     course->eval_accuracy = pair_accuracy(reward, course->held_out_rating, course->held_out_n, 1);
     double right = 0, all = 0, middle = mean_of(reward, course->held_out_n);      /* comparisons leave r's zero open */
@@ -5842,6 +6167,7 @@ static void course_reward_model(struct Course *course) {
     say("%s: %.3f of held-out pairs ordered as people did, %.3f of held-out texts on the right side of the mean\n", trainer.task.name, course->eval_accuracy, course->label_accuracy);
     size_t prefixes = MIN(course->held_out_n, (size_t)1000);          /* unseen ones: on texts it has learnt it is surer of itself */
     struct Example *prefix = course_cut(course, course->held_out, prefixes, COURSE_PREFIX);
+    reward = arena_floats(&course->arena, prefixes);
     reward_score(model, prefix, prefixes, reward);
     course->scorer = (struct Scorer){model, course->tok, mean_of(reward, prefixes), sqrt(unbiased_variance(reward, prefixes)), COURSE_LEAST_LENGTH, -2};
     course_finish(course, "reward_model", &trainer);
@@ -5866,6 +6192,7 @@ static void course_ppo(struct Course *course) {
     config.horizon = 1280;
     struct TrainingArguments args = course_trainer(course, course->ppo, 7e-4, course->ppo_steps, 8, 5).args;
     args.lr_end = 0.2;
+    args.logging_steps = 1;
     args.max_grad_norm = 0;
     struct PPOTrainer *ppo = ppo_trainer_new(course->ppo, course->language_model, config, args, course->temperature);
     ppo->name = "3/4 ppo";
@@ -5935,6 +6262,51 @@ static void course_write_policy(FILE *file, const char *name, const struct Cours
     fprintf(file, "  \"%s\": {\"reward_before\": %s, \"reward_after\": %s, \"kl\": %s, ", name,
             json_number_text(before->mean_reward), json_number_text(after->mean_reward), json_number_text(after->kl));
     fprintf(file, "\"distinct_2\": %s, \"mean_length\": %s},\n", json_number_text(after->distinct_2), json_number_text(after->mean_length));
+}
+
+/* An answer, its tokens, and what the training did to their log-probabilities. */
+static void course_write_answer(struct Course *course, FILE *f, const struct GPT2 *policy, const struct Example *answer, double reward) {
+    struct Batch batch = collate(&course->arena, answer, 1, SKIP_LAST);
+    struct LMHead head = batch_logprobs(policy, &course->arena, &batch, course->temperature, false), ref = batch_logprobs(course->language_model, &course->arena, &batch, course->temperature, false);
+    fprintf(f, "{\"reward\": %s, \"tokens\": [", json_number_text(reward));
+    for (size_t t = answer->prompt_length; t < answer->n; t++) {
+        if (t > answer->prompt_length) fputs(", ", f);
+        json_write_string(f, tokenizer_decode(course->tok, answer->ids[t], course->vocab_size));
+    }
+    for (size_t r = 0; r < batch.R; r++) head.logprob[r] -= ref.logprob[r];
+    fputs("], \"logratio\": ", f);
+    json_write_floats(f, head.logprob, batch.R);
+    fputc('}', f);
+}
+
+/* report.json: rewards of reviews and answers, and a few answers token by token. */
+static void course_write_report(struct Course *course, const struct CourseResult *results, double seconds) {
+    const struct GPT2 *policies[] = {course->language_model, course->ppo, course->dpo};
+    size_t n[] = {0, 0, course->test_n, course->test_n, course->test_n};
+    float *rewards[] = {arena_floats(&course->arena, course->held_out_n), arena_floats(&course->arena, course->held_out_n), results[0].reward, results[1].reward, results[2].reward};
+    for (size_t i = 0, liked; i < course->held_out_n; i++) {
+        liked = course->held_out_rating[i] > 0;
+        if (course->held_out_rating[i] != 0) rewards[!liked][n[!liked]++] = course->held_out_reward[i];
+    }
+    char *data = arena_printf(&course->arena, "%s: %zu rated texts to learn from, %zu held out", course->data, course->train_n, course->held_out_n);
+    char *training = arena_printf(&course->arena, "steps: %zu of the language model, %zu of the reward model, %zu of PPO, %zu of DPO", course->pretrain_steps, course->reward_steps, course->ppo_steps, course->dpo_steps);
+    struct Output out = report_begin(course->output_dir, course->command, data, training, course->language_model, course->seed, seconds);
+    for (size_t k = 0; k < COUNT(rewards); k++) {
+        fprintf(out.file, ",\n\"%s\": ", k == 0 ? "liked" : k == 1 ? "disliked" : COURSE_MODEL[k - 2][0]);
+        json_write_floats(out.file, rewards[k], n[k]);
+    }
+    fputs(",\n\"samples\": [", out.file);
+    for (size_t i = 0; i < MIN(course->test_n, (size_t)8); i++) {
+        fputs(i ? ",\n{\"prompt\": " : "\n{\"prompt\": ", out.file);
+        json_write_string(out.file, tokenizer_decode_all(course->tok, &course->arena, course->test_prompts[i].ids, course->test_prompts[i].n, course->vocab_size));
+        for (size_t k = 0; k < COUNT(policies); k++) {
+            fprintf(out.file, ", \"%s\": ", COURSE_MODEL[k][0]);
+            course_write_answer(course, out.file, policies[k], &results[k].answers[i], results[k].reward[i]);
+        }
+        fputc('}', out.file);
+    }
+    fputs("]}\n", out.file);
+    output_close(&out);
 }
 
 static void course_write_files(struct Course *course, const struct CourseResult *before, const struct CourseResult *ppo, const struct CourseResult *dpo, double seconds) {
@@ -6012,6 +6384,8 @@ static void course_run(struct Course *course, const struct Dataset *data, struct
     struct CourseResult dpo = course_measure(course, course->dpo);
     course_time(begin);
     course_write_files(course, &before, &ppo, &dpo, seconds_now() - begin);
+    course_write_report(course, (struct CourseResult[]){before, ppo, dpo}, seconds_now() - begin);
+    report_write(course->output_dir);
     course_print(course, &before, &ppo, &dpo);
     gpt2_free(course->language_model);
     gpt2_free(course->reward_model);
@@ -6213,6 +6587,8 @@ struct Options {
     double center_rewards_coefficient;
     size_t input_min_text_length, input_max_text_length, output_min_length, output_max_length;
     size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps, top_n, tokenize_vocab_size, max_samples;
+    const char *command;                     /* the command line */
+    double begin;                            /* when it was given */
     bool json, jsonl, decode, help, quiet, max_length_given, use_peft, sweep;
     /* What a command opens and main closes. */
     struct Arena arena;
@@ -6520,9 +6896,18 @@ static void open_output_dir(const struct Options *o) {
 }
 
 static void save_result(const struct Options *o, const struct TrainerState *state) {
+    struct Arena arena = {0};
     model_replace(o->model, o->train.output_dir, o->tok);
-    if (state) trainer_state_save(state, &o->train, o->train.output_dir);
     say("saved to %s\n", o->train.output_dir);
+    if (!state) return;
+    trainer_state_save(state, &o->train, o->train.output_dir);
+    const char *held_out = o->eval ? arena_printf(&arena, "; held out: %s, %zu rows", o->eval->path, o->eval->n) : "", *data = arena_printf(&arena, "%s: %zu rows%s", o->data->path, o->data->n, held_out);
+    const char *training = arena_printf(&arena, "%zu steps of %zu rows, learning rate %g", state->global_step, o->train.per_device_train_batch_size * o->train.gradient_accumulation_steps, o->train.learning_rate);
+    struct Output out = report_begin(o->train.output_dir, o->command, data, training, o->model, o->train.seed, seconds_now() - o->begin);
+    fputs("}\n", out.file);
+    output_close(&out);
+    report_write(o->train.output_dir);
+    arena_free(&arena);
 }
 
 /* Trains, evaluates, saves: what every training command ends with. */
@@ -7155,7 +7540,7 @@ static size_t course_positions(const struct Dataset *data, const struct Tokenize
 static void command_rlhf(struct Options *o) {
     struct Tokenizer *tok = load_tokenizer(o);
     struct Dataset *data = o->data = dataset_load(o->dataset_name ? o->dataset_name : shipped_file(&o->arena, "docs/reviews.jsonl"), RATED_SHAPES, 1);
-    struct Course course = {.tok = tok, .output_dir = o->train.output_dir ? o->train.output_dir : "out", .seed = o->train.seed, .temperature = o->generation.temperature, .scale = 1,
+    struct Course course = {.tok = tok, .command = o->command, .output_dir = o->train.output_dir ? o->train.output_dir : "out", .seed = o->train.seed, .temperature = o->generation.temperature, .scale = 1,
         .pretrain_steps = o->pretrain_steps, .reward_steps = o->reward_steps, .ppo_steps = o->ppo_steps, .dpo_steps = o->dpo_steps};
     struct GPT2 *model;
     double learning_rate = 5e-3;
@@ -7172,6 +7557,12 @@ static void command_rlhf(struct Options *o) {
     }
     CHECK(model->config.n_positions >= 48, "%s: a context of %zu tokens; rlhf needs 48 or more", o->model_name_or_path, model->config.n_positions);
     course_run(&course, data, model, learning_rate);
+}
+
+static void command_report(struct Options *o) {
+    if (!o->file) die_usage("report: which run? align report DIR, the --output_dir of one");
+    report_write(o->file);
+    say("%s/report.html is written; open it in a browser\n", o->file);
 }
 
 /* align exact -- chapter 17, for one beta or several. */
@@ -7277,6 +7668,7 @@ static const struct Command { const char *name, *what; void (*run)(struct Option
     {"collect", "several answers to each prompt, compared by a reward model or by you, into preferences.jsonl", command_collect, G_MODEL | G_PEFT | G_OUT | G_SEED | G_DATA | G_ROLL | G_COLLECT},
     {"eval", "loss and perplexity, accuracy of a reward model, or reward and KL of a policy, as model and data allow", command_eval, G_MODEL | G_PEFT | G_DATA | G_SEED | G_REF | G_ROLL | G_EVAL | G_LENGTH},
     {"merge", "a LoRA adapter folded into its base, saved as a model", command_merge, G_MODEL | G_PEFT | G_OUT},
+    {"report", "DIR: report.html again, from a run's logs", command_report, 1 << 30},
     {"glossary", "[TERM]: the course's terms in Portuguese and English, with the function, test and command of each", command_glossary, 1 << 30},
     {"bench", "this machine's limits, and what training, generation, DPO and PPO reach of them", command_bench, G_NEW | G_BATCH | G_JSON | G_BENCH},
 };
@@ -7335,7 +7727,7 @@ static void parse_arguments(struct Options *o, const struct Command *command, in
     for (int i = 2; i < argc; i++) {
         if (strncmp(argv[i], "--", 2) != 0) {
             bool words = strcmp(command->name, "glossary") == 0;
-            if (!words && (strcmp(command->name, "tokenize") != 0 || o->file)) die_usage("%s: \"%s\" is no flag (flags start with --)", command->name, argv[i]);
+            if (!words && ((strcmp(command->name, "tokenize") != 0 && strcmp(command->name, "report") != 0) || o->file)) die_usage("%s: \"%s\" is no flag (flags start with --)", command->name, argv[i]);
             if (!o->file || strlen(o->file) < 1000) o->file = o->file ? arena_printf(&o->arena, "%s %s", o->file, argv[i]) : argv[i];
             continue;
         }
@@ -7352,6 +7744,12 @@ static void parse_arguments(struct Options *o, const struct Command *command, in
         o->max_length_given = o->max_length_given || strcmp(name, "max_length") == 0;
     }
     quiet = o->quiet;
+    o->begin = seconds_now();
+    o->command = "align";
+    for (int i = 1; i < argc; i++) {                     /* as a shell would take it again, but for quotes inside quotes */
+        bool plain = argv[i][strcspn(argv[i], " \t\n\"'$&|;<>()*?[]{}`\\#~!")] == 0 && *argv[i];
+        o->command = arena_printf(&o->arena, plain ? "%s %s" : "%s '%s'", o->command, argv[i]);
+    }
 }
 
 /* What a command starts from: transformers' and TRL's defaults. */
