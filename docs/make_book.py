@@ -796,7 +796,7 @@ h4 [lang] { display: inline-block; margin-left: .4em; font-size: 1rem; }
   .top { grid-column: 1 / -1; }
   #menu { display: none; }
   nav { position: sticky; top: var(--bar); height: calc(100vh - var(--bar)); overflow-y: auto; padding: 1rem .8rem 3rem; border-right: 1px solid var(--line); overscroll-behavior: contain; }
-  .r { grid-template-columns: minmax(20rem, clamp(52ch, 32vw, 62ch)) minmax(0, 62rem); gap: 2rem; padding: 1.3rem 1.5rem 1.3rem 2rem; }
+  .r { grid-template-columns: minmax(20rem, clamp(54ch, 32vw, 62ch)) minmax(0, 62rem); gap: 2rem; padding: 1.3rem 1.5rem 1.3rem 2rem; }
   .r .p { align-self: start; position: sticky; top: calc(var(--bar) + 1rem); }
   .r.text { grid-template-columns: minmax(0, 58ch); }
   .r.text .p { position: static; }
