@@ -1,0 +1,144 @@
+#!/usr/bin/env bash
+# Everything that can find a fault, one after the other:
+#     docs/check_all.sh                    all of it; about half an hour on two processors (make check-all)
+#     docs/check_all.sh valgrind tsan      those whose names start so;  docs/check_all.sh --list  names them
+#     LONG_RUN_MINUTES=60 docs/check_all.sh long_run
+# A row each: what, seconds, the last line it said. A tool that is not installed makes a skipped row that says how to get
+# it; nothing is installed from here. Ends with 'N passed, N failed, N skipped'.
+set -u
+cd "$(dirname "$0")/.."
+work=$(mktemp -d "${TMPDIR:-/tmp}/check_all.XXXXXX")
+trap 'rm -rf "$work"' EXIT
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-0}        # threads that wait sleep: under these tools, or on a busy machine, spinning starves the one they wait for
+shared=$(cd .. && pwd)/shared
+passed=0 failed=0 skipped=0 missing=""
+names=("$@")
+
+wanted() {                     # wanted NAME: was it asked for?
+    [ ${#names[@]} = 0 ] && return 0
+    local n; for n in "${names[@]}"; do [[ $1 == "$n"* ]] && return 0; done
+    return 1
+}
+
+check() {                      # check NAME "TOOL ..." COMMAND...: a row
+    local name=$1 tools=$2 tool begin=$SECONDS; shift 2
+    if [ "${names[0]:-}" = --list ]; then echo "$name"; return; fi
+    wanted "$name" || return
+    for tool in $tools; do
+        [ -e "$tool" ] || command -v "$tool" > /dev/null && continue
+        skipped=$((skipped + 1)); missing="$missing $(package "$tool")"
+        printf 'skip  %-16s        no %s: apt-get install %s\n' "$name" "$tool" "$(package "$tool")"; return
+    done
+    if "$@" > "$work/log" 2>&1; then passed=$((passed + 1)); printf 'ok    %-16s %5d s  %s\n' "$name" $((SECONDS - begin)) "$(tail -n 1 "$work/log")"
+    else failed=$((failed + 1)); printf 'FAIL  %-16s %5d s\n' "$name" $((SECONDS - begin)); tail -n "${LINES_SHOWN:-30}" "$work/log" | sed 's/^/      /'; fi
+}
+
+package() {                    # the Debian package that a tool comes in
+    case $1 in
+        musl-gcc) echo musl-tools;; qemu-aarch64) echo qemu-user;; aarch64-linux-gnu-gcc) echo gcc-aarch64-linux-gnu libc6-dev-arm64-cross;;
+        x86_64-w64-mingw32-gcc) echo gcc-mingw-w64-x86-64;; clang) echo clang libomp-dev;; *libarcher.so) echo libomp-dev;; */wine64) echo wine64;; *) echo "$1";;
+    esac
+}
+
+build() { "$@" test_align.c -o "$work/test" -lm; }                     # build COMPILER FLAGS...
+tests() { build "$@" && cp tokenizer.bin "$work" && "$work/test"; }     # and run
+
+# Warnings: none, of either file, with and without OpenMP.
+warnings() {
+    local f mode
+    for f in align.c test_align.c; do for mode in "-O3 -fopenmp" "-O0" "-O2 -std=c11"; do
+        "$1" $mode -Wall -Wextra -Wshadow "$f" -o "$work/warn" -lm > "$work/warnings" 2>&1 || { cat "$work/warnings"; return 1; }
+        if [ -s "$work/warnings" ]; then cat "$work/warnings"; return 1; fi
+    done; done
+    echo "no warning"
+}
+check warnings_gcc gcc warnings gcc
+check warnings_clang clang warnings clang
+
+# Compilers and optimisation levels.
+for level in 0 1 2 3; do
+    check gcc_O$level gcc tests gcc -O$level -fopenmp
+    check clang_O$level clang tests clang -O$level -fopenmp
+done
+check serial gcc tests gcc -O2
+check musl musl-gcc tests musl-gcc -O2 -static
+
+# Sanitizers. halt_on_error is what -fno-sanitize-recover does; leaks are looked for at the end of each process.
+for compiler in gcc clang; do
+    check asan_$compiler $compiler env ASAN_OPTIONS=detect_leaks=1:detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1 bash -c "$(declare -f build tests); work=$work; tests $compiler -g -O1 -fopenmp -fsanitize=address,undefined,leak -fno-sanitize-recover=all"
+done
+
+# The thread sanitizer knows pthreads. OpenMP's barriers it learns from libarcher, which comes with clang's libomp; gcc's libgomp has
+# no such thing, and each of its barriers would be reported. ignore_noninstrumented_modules: libomp itself is not looked into.
+# First the instrument is tried: it must find a race that is there, and none where there is a barrier.
+archer=$(ls /usr/lib/llvm-*/lib/libarcher.so 2> /dev/null | tail -n 1)
+tsan() {
+    export TSAN_OPTIONS="ignore_noninstrumented_modules=1 die_after_fork=0" OMP_TOOL_LIBRARIES=$archer OMP_NUM_THREADS=4
+    local flags="-g -O1 -fopenmp -fsanitize=thread"
+    cat > "$work/race.c" <<'C'
+#include <stdio.h>
+int main(void) {
+    int sum = 0, each[64] = {0};
+#ifdef RACE
+    #pragma omp parallel for
+    for (int i = 0; i < 64; i++) sum += i;
+#endif
+    #pragma omp parallel for
+    for (int i = 0; i < 64; i++) each[i] = i;
+    #pragma omp parallel for
+    for (int i = 0; i < 64; i++) each[63 - i] += 1;
+    printf("%d %d\n", sum, each[0]);
+    return 0;
+}
+C
+    clang $flags -DRACE "$work/race.c" -o "$work/race" && ! "$work/race" > /dev/null 2>&1 || { echo "a race that is there was not found"; return 1; }
+    clang $flags "$work/race.c" -o "$work/race" && "$work/race" || { echo "a race was found where a barrier is"; return 1; }
+    tests clang $flags
+}
+check tsan "clang ${archer:-/usr/lib/llvm-14/lib/libarcher.so}" tsan
+
+# Memcheck, without OpenMP: libgomp never gives its threads' stacks back, which would be reported; threads are tsan's business.
+# Valgrind's processor has no AVX-512, so kernel_choose and the loader's choice of WIDE functions take AVX2. --track-origins: where
+# an uninitialized value came from.
+memcheck() { build gcc -g -O2 && cp tokenizer.bin "$work" && TEST_THIN=1 valgrind --quiet --error-exitcode=9 --leak-check=full --show-leak-kinds=all --errors-for-leak-kinds=definite,indirect,possible "$work/test"; }
+check valgrind "gcc valgrind" memcheck
+
+# Static analysis. What is suppressed, and why, stands in docs/cppcheck.txt; one place in align.c has its reason beside it.
+static() {
+    cppcheck --quiet --std=c11 --enable=warning,performance,portability --inline-suppr --suppressions-list=docs/cppcheck.txt --error-exitcode=1 --max-configs=1 -D__GNUC__=12 -D__GLIBC__=2 -D__x86_64__=1 -D__SSE2__=1 align.c && echo "no finding"
+}
+check cppcheck cppcheck static
+analyzer() { gcc -fanalyzer -O2 -fopenmp -c align.c -o "$work/analyzed" 2> "$work/findings"; cat "$work/findings"; [ ! -s "$work/findings" ] && echo "no finding"; }
+check fanalyzer gcc analyzer
+
+# Other machines.
+arm64() { build aarch64-linux-gnu-gcc -O2 -static && cp tokenizer.bin "$work" && TEST_THIN=1 qemu-aarch64 "$work/test"; }
+check arm64 "aarch64-linux-gnu-gcc qemu-aarch64" arm64
+check windows_build x86_64-w64-mingw32-gcc bash -c "x86_64-w64-mingw32-gcc -O2 -fopenmp -static -Wall -Wextra -Wshadow -Werror align.c -o $work/align.exe -lm && echo 'no warning; align.exe is built'"
+wine=/usr/lib/wine/wine64
+windows_tests() {              # those that end the program need fork() and are passed over
+    build x86_64-w64-mingw32-gcc -O2 -fopenmp -static -Wall -Wextra -Werror || return 1
+    mkdir -p "$work/windows/docs" && mv "$work/test.exe" "$work/windows" && cp tokenizer.bin align.c "$work/windows" && cp docs/glossary.md docs/reviews.jsonl "$work/windows/docs" &&
+    (cd "$work/windows" && TMPDIR=. TEST_THIN=1 WINEDEBUG=-all WINEPREFIX=$work/wine $wine test.exe)
+}
+check windows_tests "x86_64-w64-mingw32-gcc $wine" windows_tests
+apple() {                      # a compiler that refuses -fopenmp, as Apple's clang does: make says so and goes on with one thread
+    mkdir -p "$work/apple" && printf '#!/bin/sh\nfor a in "$@"; do [ "$a" = -fopenmp ] && { echo "clang: error: unsupported option '"'-fopenmp'"'" >&2; exit 1; }; done\nexec gcc -Wno-unknown-pragmas "$@"\n' > "$work/apple/cc" && chmod +x "$work/apple/cc" &&
+    cp align.c test_align.c tokenizer.bin Makefile "$work/apple" && PATH=$work/apple:$PATH make -C "$work/apple" align > "$work/apple/log" 2>&1 || { cat "$work/apple/log"; return 1; }
+    grep -q "libomp" "$work/apple/log" && ! ldd "$work/apple/align" | grep -q gomp && echo "What a film" | "$work/apple/align" tokenize && grep libomp "$work/apple/log"
+}
+check apple_cc gcc apple
+
+# The program as a whole.
+if [ ! -x align ] || [ align.c -nt align ]; then make align > /dev/null; fi
+check threads python3 python3 docs/check_threads.py
+[ -f docs/check_resume.py ] && check resume python3 python3 docs/check_resume.py
+[ -f docs/check_failures.py ] && check failures python3 python3 docs/check_failures.py
+[ -f docs/fuzz.sh ] && check fuzz clang bash docs/fuzz.sh 200000
+[ -f "$shared/check_fidelity.py" ] && check fidelity python3 python3 "$shared/check_fidelity.py"
+check long_run python3 python3 docs/long_run.py "${LONG_RUN_MINUTES:-2}"
+
+[ "${names[0]:-}" = --list ] && exit 0
+[ -n "$missing" ] && echo "to run what was skipped: apt-get install $(printf '%s\n' $missing | sort -u | tr '\n' ' ')"
+[ $skipped -gt 0 ] && echo "$passed passed, $failed failed, $skipped skipped" || echo "$passed passed, $failed failed"
+[ $failed = 0 ] && [ $passed -gt 0 ]
