@@ -399,7 +399,6 @@ static struct Text text_join(struct Arena *arena, struct Text a, struct Text b) 
 
 static struct Text text_copy(struct Arena *arena, struct Text text) { return text_join(arena, text, (struct Text){0}); }
 
-/* printf into an arena: paths and names. */
 static char *PRINTF_LIKE(2, 3) arena_printf(struct Arena *arena, const char *format, ...) {
     va_list arguments, again;
     va_start(arguments, format);
@@ -1233,7 +1232,6 @@ static size_t tokenizer_encode(const struct Tokenizer *tok, struct Text text, si
     return count;
 }
 
-/* The bytes of one id in a model of V ids. */
 static struct Text tokenizer_decode(const struct Tokenizer *tok, int id, size_t vocab_size) {
     if (id == end_token_of(vocab_size)) id = tok->end_token;
     if (id < 0 || (size_t)id >= tok->vocab_size) return text_of("");        /* the unused ids of a padded vocabulary */
@@ -1396,8 +1394,7 @@ static struct Row dataset_row(struct Arena *keep, struct Arena *scratch, struct 
     return row;
 }
 
-/* Appends a file's rows. The first row's shape, of those the caller can use, holds for all. A file whose first
- * row has none of the shapes is an error, or, if `optional`, left out. */
+/* Appends a file's rows, all of the first one's shape. If that is none of `shapes`: an error, or, if `optional`, left out. */
 static void dataset_add_file(struct Dataset *data, const char *path, const unsigned *shapes, size_t shape_count, bool optional) {
     struct Arena scratch = {0};
     struct Text file = read_file(&scratch, path);
@@ -1763,8 +1760,7 @@ static float softmax(float *x, size_t n) {
     return largest + logf(total);
 }
 
-/* log sum_i e^(x_i): what softmax divides by, as a logarithm: the log of the partition function of one token's
- * distribution.  [glossary: Função de partição] log softmax(x)_i = x_i - log_sum_exp(x). */
+/* log sum_i e^(x_i), the log of a token's partition function: log softmax(x)_i = x_i - it.  [glossary: Função de partição] */
 static float log_sum_exp(const float *x, size_t n, float *scratch) {
     float largest = row_max(x, n);
     return largest + logf(row_exp(scratch, x, largest, n));
@@ -2507,9 +2503,8 @@ static void block_backward(struct GPT2 *model, struct Block *h, const struct Blo
     layernorm_backward(dx, h->ln_1.weight.d, h->ln_1.bias.d, dnarrow, a->x, a->ln_1_mean, a->ln_1_rstd, h->ln_1.weight.w, N, C);
 }
 
-/* gpt2_forward -- hidden states of a batch.                                [glossary: Inferência]
- * keep: all activations stay in the arena for gpt2_backward; else one block's worth is reused.
- * out  activations.ln_f (N,C).                                   test: gpt2_golden, fixtures */
+/* gpt2_forward -- hidden states of a batch, activations.ln_f (N,C).                    [glossary: Inferência]
+ * keep: all activations stay for gpt2_backward; else one block's worth is reused.      test: gpt2_golden, fixtures */
 static struct Activations gpt2_forward(const struct GPT2 *model, struct Arena *arena, const struct Batch *batch, bool keep) {
     const struct GPT2Config *c = &model->config;
     size_t N = batch->N, C = c->n_embd, L = c->n_layer;
@@ -2698,7 +2693,6 @@ static void lm_head_cross_entropy(struct GPT2 *model, struct LMHead *head, float
     }
 }
 
-/* Folders, as transformers writes them. */
 static size_t config_size(const struct Json *config, const char *path, const char *name, size_t fallback) {
     struct Json *item = json_get(config, name);
     return item && item->type != JSON_NULL ? json_size(item, 1 << 24, path, name) : fallback;
@@ -2961,8 +2955,7 @@ static void lora_declare(struct GPT2 *model, struct Linear *linear) {
     linear->lora_scale = (float)(adapter->lora_alpha / (adapter->use_rslora ? sqrt((double)adapter->r) : (double)adapter->r));
 }
 
-/* adapter_new -- a new adapter as PEFT starts one: A from U(-1/sqrt(in), 1/sqrt(in)), torch's start of a
- * Linear (Kaiming's rule with a = sqrt 5), B zero.                              test: lora_start */
+/* adapter_new -- as PEFT: A from U(-1/sqrt(in), 1/sqrt(in)), torch's start of a Linear (Kaiming), B zero. test: lora_start */
 static void adapter_new(struct GPT2 *model, struct Adapter adapter, uint64_t seed) {
     struct Rng rng = rng_seed(seed, STREAM_INIT + 200);
     char name[MODULE_NAME];
@@ -2983,8 +2976,7 @@ static void adapter_new(struct GPT2 *model, struct Adapter adapter, uint64_t see
     }
 }
 
-/* What adapter_model.safetensors holds, as tensors with PEFT's names that share the model's numbers: the
- * adapter, and a reward head, which is trained in full (modules_to_save). Returns how many. */
+/* What adapter_model.safetensors holds, under PEFT's names: the adapter and a reward head (modules_to_save). Returns how many. */
 static size_t adapter_tensors(struct Arena *arena, const struct GPT2 *model, struct Tensor ***list) {
     size_t count = 0;
     *list = arena_alloc(arena, model->tensor_count, sizeof **list);
@@ -3458,7 +3450,6 @@ static void training_state_load(struct Checkpoint *c, struct Arena *arena, const
     }
 }
 
-/* Step and log of trainer_state.json. */
 static void trainer_state_load(struct TrainerState *state, struct Arena *arena, const char *path) {
     struct Json *json = json_read_file(arena, path), *epoch = json_get(json, "epoch"), *log = json_get(json, "log_history");
     CHECK(epoch && epoch->type == JSON_NUMBER && log && log->type == JSON_ARRAY, "%s: lacks \"epoch\" or \"log_history\"", path);
@@ -3975,8 +3966,7 @@ static void process_logits(float *logits, size_t V, const struct GenerationConfi
     if (config->top_p < 1) process_top_p(logits, V, config->top_p, least);
 }
 
-/* One draw from softmax(logits): a uniform number finds its place in the running sum of the
- * probabilities, in the order of ids.                                       [glossary: Amostragem] */
+/* One draw from softmax(logits): where a uniform number falls in the running sum by id.  [glossary: Amostragem] */
 static int sample_token(float *logits, size_t V, struct Rng *rng) {
     softmax(logits, V);
     double u = rng_uniform(rng), sum = 0;
