@@ -1366,7 +1366,9 @@ static struct Row dataset_row(struct Arena *keep, struct Arena *scratch, struct 
     const char *error;
     size_t where;
     struct Json *json = json_parse(scratch, line_text, &error, &where);
-    CHECK(json, "%s:%zu: not JSON: %s (column %zu)", path, line, error, where + 1);
+    bool wide = line_text.length > 1 && (memcmp(line_text.data, "\xff\xfe", 2) == 0 || memcmp(line_text.data, "\xfe\xff", 2) == 0);
+    const char *hint = wide ? "; it is UTF-16, make it UTF-8: iconv -f UTF-16 -t UTF-8" : *line_text.data == '{' ? "" : "; one object a line was expected: {\"text\": \"...\"}";
+    CHECK(json, "%s:%zu: not JSON: %s (column %zu)%s", path, line, error, where + 1, hint);
     CHECK(json->type == JSON_OBJECT, "%s:%zu: an object {...} was expected", path, line);
     struct Row row = {0};
     struct Text *texts[] = {&row.text, &row.prompt, &row.completion, &row.chosen, &row.rejected};
@@ -3557,6 +3559,7 @@ static void checkpoint_resume(struct Checkpoint *c) {
     size_t oldest, newest = 0, found = 0, loaded = 0;
     const char *dir = c->args->output_dir, *from = c->args->resume_from_checkpoint;
     static const char *const files[] = {"model.safetensors", "adapter_model.safetensors"};
+    if (c->args->warmup_steps > c->state->max_steps) warn("--warmup_steps %zu: the run has %zu steps; its learning rate never reaches --learning_rate", c->args->warmup_steps, c->state->max_steps);
     if (dir) {
         checkpoint_remove(dir, SIZE_MAX);
         signal(SIGINT, interrupt);
@@ -4314,6 +4317,7 @@ static size_t sft_examples(struct Trainer *trainer, struct Arena *arena, const s
     }
     if (cut) warn("%s: %zu of %zu rows were cut to their first %zu tokens (--max_length)", data->path, cut, data->n, trainer->args.max_length);
     CHECK(count > 0, "%s: no row has a token to learn from", data->path);
+    if (count < data->n) warn("%s: %zu of %zu rows have no token to learn from and are left out", data->path, data->n - count, data->n);
     return count;
 }
 
@@ -4456,6 +4460,10 @@ static size_t reward_texts(struct Trainer *trainer, struct Arena *arena, const s
     const char *what = each == 2 ? "pairs" : "texts";
     if (count < data->n) warn("%s: %zu of %zu %s dropped: longer than %zu tokens (--max_length)", data->path, data->n - count, data->n, what, trainer->args.max_length);
     CHECK(count + each > 2, "%s: %zu %s are left; a pair or two texts are needed to compare", data->path, count, what);
+    double least = number[0], most = number[0];
+    for (size_t i = 0; i < count; i++) least = MIN(least, number[i]), most = MAX(most, number[i]);
+    CHECK(data->shape != SHAPE_RATED || most - least >= 1, "%s: no two ratings differ by 1 or more, so there is nothing to compare; they go from %g to %g", data->path, least, most);
+    if (data->shape == SHAPE_LABELLED && least == most) warn("%s: every label is %g: a model that always says so is right", data->path, least);
     return count;
 }
 

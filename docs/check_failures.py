@@ -1,0 +1,484 @@
+"""What goes wrong, and what align says then.
+
+    python3 docs/check_failures.py [--table] [--align ./align] [WORD ...]
+
+Runs align on the wrong files, flags and numbers below, and on full and broken disks. Each case states the exit status (0 done,
+1 it could not be done, 2 wrong usage) and words of the message: of the last line on stderr, which must be the only one that is
+an error; where the status is 0, of all that was said. Makes its tiny models with align itself. With words only the cases whose
+description has one of them. --table prints the cases and messages in Markdown. Ends with 'N passed, N failed'.
+"""
+import argparse, json, os, re, resource, shlex, shutil, signal, struct, subprocess, sys, tempfile
+
+arguments = argparse.ArgumentParser()
+arguments.add_argument("--table", action="store_true")
+arguments.add_argument("--align", default=os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "align"))
+arguments.add_argument("words", nargs="*")
+arguments = arguments.parse_args()
+program = os.path.realpath(arguments.align)
+work = tempfile.mkdtemp(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)      # in memory: thousands of small files are put on the disk one by one
+os.chdir(work)
+environment = {**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "0"}      # GOMP_SPINCOUNT: else align starts itself again
+passed = failed = 0
+
+
+def align(command, **how):
+    how = {"stdin": subprocess.DEVNULL, "capture_output": True, "timeout": 60, "env": environment, **how}
+    return subprocess.run([program] + (shlex.split(command) if isinstance(command, str) else command), **how)
+
+
+def result(what, problem, message=""):
+    """Counts a case and prints it."""
+    global passed, failed
+    if problem:
+        failed += 1
+        print("FAILED %s: %s" % (what, problem))
+    else:
+        passed += 1
+        if arguments.table: print("| %s | %s |" % (what.replace("|", "\\|"), message.replace("|", "\\|").replace("<", "&lt;")))
+
+
+def last_line(process): return (process.stderr.decode("utf-8", "replace").strip().split("\n") or [""])[-1]
+
+
+def problem_of(process, status, words):
+    said = process.stderr.decode("utf-8", "replace")
+    errors = [line for line in said.split("\n") if line.startswith("align: ") and not line.startswith("align: note: ")]
+    looked_at = last_line(process) if status else said + process.stdout.decode("utf-8", "replace")
+    if process.returncode != status: return "exit status %d, %d was expected; %s" % (process.returncode, status, said[-300:])
+    if status and (len(errors) != 1 or last_line(process) != errors[0]): return "one line was expected last on stderr: " + said[-300:]
+    missing = [word for word in words if word not in looked_at]
+    return "the message lacks %s: %s" % (missing, looked_at[-400:]) if missing else None
+
+
+def wanted(what): return not arguments.words or any(word in what for word in arguments.words)
+
+
+def case(what, command, status, *words):
+    """command: one, or a list of them of which each must end so."""
+    for each in command if isinstance(command, list) else [command]:
+        if not wanted(what): continue
+        shutil.rmtree("out", ignore_errors=True)
+        process = align(each)
+        said = last_line(process).replace("align: ", "", 1)
+        result("%s: `%s`" % (what, re.sub(" +", " ", each)) if isinstance(command, list) else what, problem_of(process, status, words), said if status or words else "accepted")
+
+
+def write(name, data):
+    if os.path.dirname(name): os.makedirs(os.path.dirname(name), exist_ok=True)
+    with open(name, "wb") as file: file.write(data if isinstance(data, bytes) else data.encode())
+
+
+def lines(name, *rows): write(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read(name):
+    with open(name, "rb") as file: return file.read()
+
+
+def model(name, change=None, config=None, base="m"):
+    """A copy of a model; change(header, numbers) works on its safetensors, config on its config.json."""
+    shutil.copytree(base, name)
+    if config: write(name + "/config.json", json.dumps({**json.loads(read(base + "/config.json")), **config}))
+    if change:
+        data = read(base + "/model.safetensors")
+        length = struct.unpack("<Q", data[:8])[0]
+        header, numbers = json.loads(data[8:8 + length]), bytearray(data[8 + length:])
+        change(header, numbers)
+        text = json.dumps(header).encode()
+        write(name + "/model.safetensors", struct.pack("<Q", len(text)) + text + numbers)
+
+
+def plant(name, place, value):
+    def change(header, numbers): struct.pack_into("<f", numbers, header["transformer." + name]["data_offsets"][0] + 4 * place, value)
+    return change
+
+
+# ---- models and data
+good = ["The film is good and I liked it.", "It was bad, so bad that I left.", "A fine story, well told.", "Nothing in it is new."] * 4
+lines("texts.jsonl", *({"text": text} for text in good))
+lines("prompts.jsonl", {"prompt": "The film"}, {"prompt": "It was"}, {"prompt": "A"})
+lines("pairs.jsonl", *({"prompt": "The film is", "chosen": " good", "rejected": " bad"} for _ in range(4)))
+lines("rated.jsonl", *({"text": text, "score": i % 4} for i, text in enumerate(good)))
+lines("labelled.jsonl", *({"text": text, "label": i % 2} for i, text in enumerate(good)))
+lines("many.jsonl", *({"text": "%s %d" % (good[i % 4], i), "score": i % 4} for i in range(240)))
+lines("rollouts.jsonl", *({"query_ids": [1, 2], "response_ids": [3, 4, 5], "score": i - 1} for i in range(4)))
+short = " --max_steps 1 --max_length 32 --quiet --output_dir "
+new = "pretrain --dataset_name texts.jsonl --n_layer 2 --n_embd 16 --n_head 2 --n_positions 40 --vocab_size 300"
+for command in (new + short + "m", new + " --n_positions 48 --n_layer 1" + short + "m48", new + " --vocab_size 400" + short + "m400", "sft --model_name_or_path m --dataset_name texts.jsonl --use_peft --lora_r 2" + short + "adapter",
+                "reward --model_name_or_path m --dataset_name rated.jsonl" + short + "rm"):
+    process = align(command)
+    assert process.returncode == 0, (command, process.stderr)
+pretrain = new + short + "out "
+sft = "sft --model_name_or_path m --dataset_name texts.jsonl" + short + "out "
+reward = "reward --model_name_or_path m --dataset_name pairs.jsonl" + short + "out "
+dpo = "dpo --model_name_or_path m --dataset_name pairs.jsonl" + short + "out "
+ppo = "ppo --model_name_or_path m --reward_model_path rm --dataset_name prompts.jsonl --batch_size 4 --mini_batch_size 2 --max_steps 1 --quiet --output_dir out "
+replay = "ppo --model_name_or_path m --rollouts rollouts.jsonl --batch_size 4 --mini_batch_size 2 --max_steps 1 --quiet --output_dir out "
+reinforce = "reinforce --model_name_or_path m --reward_model_path rm --dataset_name prompts.jsonl --batch_size 4 --max_steps 1 --quiet --output_dir out "
+collect = "collect --model_name_or_path m --reward_model_path rm --dataset_name prompts.jsonl --quiet --output_dir out "
+generate = "generate --model_name_or_path m --prompt x --max_new_tokens 4 "
+following = "next --model_name_or_path m --prompt x "
+rlhf = "rlhf --model_name_or_path m48 --dataset_name many.jsonl --pretrain_steps 1 --reward_steps 1 --ppo_steps 1 --dpo_steps 1 --quiet --output_dir out "
+
+# ---- the command line
+if arguments.table: print("| What is wrong | What align says |\n|---|---|")
+case("A misspelt flag", sft + "--learning_rat 1", 2, "sft has no flag --learning_rat; the nearest is --learning_rate")
+case("A misspelt command", "trian --dataset_name texts.jsonl", 2, 'there is no command "trian"; the nearest is')
+case("A flag that another command has", generate + "--beta 1", 2, "generate has no flag --beta")
+case("A needed flag is missing", ["sft --dataset_name texts.jsonl --output_dir out", "sft --model_name_or_path m --output_dir out", "sft --model_name_or_path m --dataset_name texts.jsonl",
+     "generate --model_name_or_path m", "next --model_name_or_path m", "ppo --model_name_or_path m --dataset_name prompts.jsonl --output_dir out", "collect --model_name_or_path m --dataset_name prompts.jsonl --reward_model_path rm",
+     "merge --model_name_or_path m --output_dir out", "dpo --model_name_or_path m --output_dir out"], 2, "need")
+case("A flag without its value", "sft --model_name_or_path", 2, "--model_name_or_path needs a value")
+case("A word that is no flag", sft + "more", 2, '"more" is no flag')
+case("The same flag twice: the last one counts", sft + "--learning_rate 1e-4 --learning_rate 0", 0)
+case("Must be above 0", [dpo + "--beta 0", dpo + "--beta -1"] + [c + "--temperature 0" for c in (generate, following, ppo, dpo, reinforce, collect, rlhf, "eval --model_name_or_path m --dataset_name prompts.jsonl --reward_model_path rm ")] +
+     [sft + "--use_peft --lora_alpha -1", sft + "--use_peft --lora_alpha 0", sft + "--adam_epsilon -1", sft + "--adam_epsilon 0", sft + "--num_train_epochs 0", ppo + "--horizon 0", ppo + "--target 0", ppo + "--ratio_threshold -1",
+      ppo + "--target_kl -1", generate + "--repetition_penalty -1"], 2, ": a number above 0 was expected (")
+case("Must be 0 or more", [sft + "--learning_rate -1e-4", sft + "--weight_decay -1", sft + "--max_grad_norm -1", reinforce + "--beta -1", reward + "--center_rewards_coefficient -1", ppo + "--init_kl_coef -1", ppo + "--cliprange -1",
+     ppo + "--cliprange_value -1", ppo + "--vf_coef -1", ppo + "--score_clip -1", sft + "--learning_rate 1e39"], 2, ": a number, 0 or more, was expected (")
+case("Must be from 0 to 1", [generate + "--do_sample --top_p 2", generate + "--top_p -1", ppo + "--gamma 2", ppo + "--lam -1"], 2, ": a number from 0 to 1 was expected (")
+case("Must be from 0 to below 1", [sft + "--adam_beta1 1", sft + "--adam_beta2 -0.1", dpo + "--label_smoothing 1"], 2, ": a number from 0 to below 1 was expected (")
+case("Must be a whole number, 1 or more", [c + " 0" for c in (sft + "--per_device_train_batch_size", sft + "--gradient_accumulation_steps", sft + "--logging_steps", sft + "--max_length", sft + "--use_peft --lora_r", ppo + "--batch_size",
+     ppo + "--mini_batch_size", ppo + "--ppo_epochs", ppo + "--output_min_length", reinforce + "--num_generations", generate + "--max_new_tokens", generate + "--num_beams", generate + "--num_return_sequences", pretrain + "--n_layer")],
+     2, ": a whole number, 1 to 2^40, was expected (")
+case("Must be a whole number", [sft + "--max_steps -1", sft + "--max_steps 1.5", sft + "--warmup_steps many", sft + "--max_steps 99999999999999"], 2, ": a whole number, 0 to 2^40, was expected (")
+case("No number", [sft + "--learning_rate nan", sft + "--learning_rate inf", sft + "--learning_rate 1e-4x", sft + "--seed -1"], 2, "was expected")
+case("Epochs without end", sft + "--num_train_epochs 1e30", 2, "--num_train_epochs 1e+30: at most 1e9; Ctrl-C ends a run too")
+case("A temperature that overflows", generate + "--do_sample --temperature 1e-30", 2, "--temperature 1e-30: 1e-6 or more was expected")
+case("Label smoothing of a half: no pair would count", dpo + "--label_smoothing 0.5", 1, "--label_smoothing 0.5: a share of mislabelled pairs, from 0 to below 0.5")
+case("--beta 0 has no optimum", "exact --beta 0", 1, "--beta 0: must be above 0")
+case("Loss weights that do not fit", [dpo + "--loss_type 'sigmoid sft' --loss_weights " + w for w in ("1", "'1 2 3'", "'1 x'", "'1 -1'", "'1 nan'")], 2, "a number, 0 or more, for each of --loss_type's names was expected")
+case("An unknown name", [dpo + "--loss_type orpo", sft + "--optim adam", sft + "--lr_scheduler_type step", ppo + "--kl_penalty js", sft + "--train_sampling_strategy sorted"], 2, "is unknown; there are")
+case("Not true or false", sft + "--quiet=perhaps", 2, "--quiet perhaps: true or false was expected")
+case("vocab_size that has no room for the 256 bytes", pretrain + "--vocab_size 200", 1, "vocab_size 200; 257 to 65536 can be used")
+case("Heads that do not divide the width", pretrain + "--n_head 3", 1, "n_embd 16 must be a multiple of n_head 3")
+case("mini_batch_size that does not divide batch_size", ppo + "--batch_size 4 --mini_batch_size 3", 1, "--batch_size 4 must be a multiple of --mini_batch_size 3")
+case("Accumulation that does not divide batch_size", ppo + "--gradient_accumulation_steps 3", 1, "times --gradient_accumulation_steps 3")
+case("One answer cannot be compared", collect + "--num_generations 1", 1, "--num_generations 1: 2 or more answers are needed")
+case("Leave-one-out of one answer", reinforce + "--num_generations 1", 1, "--num_generations 2 or more")
+case("num_generations that does not divide batch_size", reinforce + "--num_generations 3", 1, "--batch_size 4 must be a multiple of --num_generations 3")
+case("More beams than can be used", generate + "--num_beams 1000", 1, "--num_beams 1000: 1 to 128 can be used")
+case("More sequences than beams", generate + "--num_beams 2 --num_return_sequences 3", 1, "2 beams give at most as many")
+case("Several sequences without sampling", generate + "--num_return_sequences 3", 1, "without --do_sample or --num_beams all of them would be the same")
+case("LengthSampler without a length", ppo + "--output_min_length 5 --output_max_length 5", 1, "--output_max_length 5: more than --output_min_length, 5, was expected")
+case("max_length beyond the context", pretrain + "--max_length 100", 1, "--max_length 100 is longer than the model's context of 40")
+case("A new adapter and an old one", sft + "--use_peft --peft_adapter adapter", 2, "give one of them")
+case("Dropout in the adapter", sft + "--use_peft --lora_dropout 0.1", 2, "--lora_dropout 0.1: only 0 is implemented")
+case("A layer that the model has not", sft + "--use_peft --lora_target_modules q_proj", 1, '--lora_target_modules "q_proj": no linear layer of the model has this name')
+case("A batch that memory cannot hold", ppo + "--batch_size 1099511627776 --mini_batch_size 1099511627776", 1, "out of memory")
+
+# ---- odd, but with a meaning
+case("top_k larger than the vocabulary: all tokens, as in transformers", generate + "--do_sample --top_k 100000", 0)
+case("top_p 0: the likeliest token, as in transformers", generate + "--do_sample --top_p 0", 0)
+case("An empty prompt: the end token starts a text", ["generate --model_name_or_path m --prompt '' --max_new_tokens 2", "next --model_name_or_path m --prompt ''"], 0)
+case("A batch larger than the data: one step an epoch", sft + "--per_device_train_batch_size 4096", 0)
+case("batch_size larger than the prompts: they come again", ppo + "--batch_size 64 --mini_batch_size 64", 0)
+case("mini_batch_size larger than batch_size: the whole batch", ppo + "--mini_batch_size 64", 0)
+case("Fewer rollouts than batch_size: they come again", replay + "--batch_size 8", 0)
+case("Accumulation beyond the data: one step an epoch", sft + "--gradient_accumulation_steps 1000000", 0)
+case("beta 0 in REINFORCE: no price on KL", reinforce + "--beta 0", 0)
+case("learning_rate 0: nothing moves", sft + "--learning_rate 0", 0)
+case("max_grad_norm 0: no limit", sft + "--max_grad_norm 0", 0)
+case("score_clip 0: no limit", ppo + "--score_clip 0", 0)
+shutil.copytree("m", "own")
+case("The model's own folder as output: replaced when all is written", "sft --model_name_or_path own --dataset_name texts.jsonl --max_steps 1 --quiet --output_dir own", 0)
+case("Warm-up longer than the run", sft + "--warmup_steps 10", 0, "note: --warmup_steps 10: the run has 1 steps; its learning rate never reaches --learning_rate")
+lines("empty_completion.jsonl", {"prompt": "a", "completion": ""})
+case("An empty completion: the end token is learnt, as in TRL", sft + "--dataset_name empty_completion.jsonl", 0)
+lines("empty_prompt.jsonl", {"prompt": "", "completion": " x", "chosen": " x", "rejected": " y"})
+case("An empty prompt in training", [sft + "--dataset_name empty_prompt.jsonl", dpo + "--dataset_name empty_prompt.jsonl", reward + "--dataset_name empty_prompt.jsonl"], 0)
+lines("empty_some.jsonl", {"text": ""}, {"text": "good"})
+case("Some empty texts", sft + "--dataset_name empty_some.jsonl", 0, "note: empty_some.jsonl: 1 of 2 rows have no token to learn from and are left out")
+lines("same.jsonl", {"prompt": "a", "chosen": " b", "rejected": " b"})
+case("chosen and rejected are the same: nothing is learnt, the loss is ln 2", [dpo + "--dataset_name same.jsonl", reward + "--dataset_name same.jsonl"], 0)
+lines("same_whole.jsonl", {"chosen": "a b", "rejected": "a b"})
+case("The same without a prompt of their own", [dpo + "--dataset_name same_whole.jsonl", reward + "--dataset_name same_whole.jsonl"], 0)
+lines("prefix.jsonl", {"chosen": "It is", "rejected": "It is bad"})
+case("chosen is the beginning of rejected", [dpo + "--dataset_name prefix.jsonl", reward + "--dataset_name prefix.jsonl"], 0)
+lines("one_class.jsonl", {"text": "a", "label": 1}, {"text": "b", "label": 1})
+case("Labels of one class", reward + "--loss_type bce --dataset_name one_class.jsonl", 0, "note: one_class.jsonl: every label is 1")
+lines("long.jsonl", {"text": "word " * 200, "prompt": "word " * 200})
+case("Texts longer than the context", [sft + "--dataset_name long.jsonl", "logprob --model_name_or_path m --dataset_name long.jsonl", "score --model_name_or_path rm --dataset_name long.jsonl"], 0, "tokens")
+write("windows.jsonl", b'{"text": "good"}\r\n\r\n{"text": "bad"}\r\n')
+case("Windows line ends and empty lines", sft + "--dataset_name windows.jsonl", 0)
+write("bom.jsonl", b'\xef\xbb\xbf{"text": "good"}\n')
+case("A byte order mark of UTF-8", sft + "--dataset_name bom.jsonl", 0)
+write("no_end.jsonl", '{"text": "good"}\n{"text": "bad"}')
+case("No line end at the end", sft + "--dataset_name no_end.jsonl", 0)
+
+# ---- data
+case("A file that is not there", sft + "--dataset_name nowhere.jsonl", 1, "nowhere.jsonl: No such file")
+write("data.csv", "text,label\nA fine film.,1\n")
+case("A CSV as data", sft + "--dataset_name data.csv", 1, "data.csv:1: not JSON", "(column 1)", "one object a line")
+write("data.txt", "A fine film.\n")
+case("A text file as data", sft + "--dataset_name data.txt", 1, "data.txt:1: not JSON", "one object a line")
+write("array.json", '[\n  {"text": "a"}\n]\n')
+case("A JSON array as data", sft + "--dataset_name array.json", 1, "array.json:1: not JSON", "one object a line")
+write("comma.jsonl", '{"text": "a"}\n{"text": "b",}\n')
+case("A trailing comma", sft + "--dataset_name comma.jsonl", 1, "comma.jsonl:2: not JSON", "(column 14)")
+write("cut.jsonl", '{"text": "a"}\n{"text": "b')
+case("A last line that is cut short", sft + "--dataset_name cut.jsonl", 1, "cut.jsonl:2: not JSON")
+write("twice.jsonl", '{"text": "a"} {"text": "b"}\n')
+case("Two objects on a line", sft + "--dataset_name twice.jsonl", 1, "twice.jsonl:1: not JSON: something stands behind its end (column 15)")
+lines("other.jsonl", {"text": "a"}, {"review": "b"})
+case("A line without the field", sft + "--dataset_name other.jsonl", 1, 'other.jsonl:2: expected "text", found no field that is known')
+lines("type.jsonl", {"text": 7})
+case("The wrong type in a field", sft + "--dataset_name type.jsonl", 1, 'type.jsonl:1: "text" must be a string')
+lines("label.jsonl", {"text": "a", "label": 2})
+case("A label that is none", reward + "--loss_type bce --dataset_name label.jsonl", 1, 'label.jsonl:1: "label" must be 0 or 1')
+case("Data of another shape", [dpo + "--dataset_name texts.jsonl", reward + "--dataset_name texts.jsonl"], 1, 'texts.jsonl:1: expected "chosen" + "rejected"', 'found "text"')
+case("eval_dataset of another shape", [sft + "--eval_dataset pairs.jsonl", dpo + "--eval_dataset texts.jsonl"], 1, ".jsonl:1: expected ")
+case("bce on pairs", reward + "--loss_type bce", 1, 'pairs.jsonl:1: expected "text" + "label"')
+write("latin.jsonl", '{"text": "caf\u00e9"}\n'.encode("latin-1"))
+case("Latin-1", sft + "--dataset_name latin.jsonl", 1, "latin.jsonl:1: not JSON", "UTF-8")
+write("utf16.jsonl", '{"text": "a"}\n'.encode("utf-16"))
+case("UTF-16", sft + "--dataset_name utf16.jsonl", 1, "utf16.jsonl:1: not JSON", "UTF-16", "iconv")
+write("empty.jsonl", "")
+case("An empty file", sft + "--dataset_name empty.jsonl", 1, 'empty.jsonl: no row with "prompt" + "completion", or "text" was found')
+os.makedirs("folder")
+case("A folder without .jsonl", sft + "--dataset_name folder", 1, "folder: no row with")
+lines("empties.jsonl", {"text": ""})
+case("Only empty texts", sft + "--dataset_name empties.jsonl", 1, "empties.jsonl: no row has a token to learn from")
+lines("empty_prompts.jsonl", {"prompt": ""})
+case("Only empty prompts", ppo + "--dataset_name empty_prompts.jsonl", 1, "every prompt is empty")
+lines("long_prompt.jsonl", {"prompt": "a b " * 100})
+case("A prompt longer than the context", [ppo + "--dataset_name long_prompt.jsonl", "generate --model_name_or_path m --dataset_name long_prompt.jsonl", "next --model_name_or_path m --prompt '%s'" % ("a b " * 30)], 1,
+     "tokens", "context")
+lines("long_pair.jsonl", {"prompt": "a b " * 100, "chosen": " a", "rejected": " b"})
+case("Every pair too long", [dpo + "--dataset_name long_pair.jsonl", reward + "--dataset_name long_pair.jsonl"], 1, "long_pair.jsonl: ", "left")
+lines("equal.jsonl", *({"text": text, "score": 2} for text in good))
+case("All ratings equal", reward + "--dataset_name equal.jsonl", 1, "equal.jsonl: no two ratings differ by 1 or more, so there is nothing to compare")
+lines("one.jsonl", {"text": "good", "score": 1})
+case("One rated text", reward + "--dataset_name one.jsonl", 1, "one.jsonl: 1 texts are left; a pair or two texts are needed to compare")
+lines("little.jsonl", {"text": "good"})
+case("Too little text for one row", pretrain + "--dataset_name little.jsonl", 1, "the texts have", "a row needs 33; use more text or a smaller --max_length")
+lines("little_prompt.jsonl", {"prompt": "good"})
+case("One row", [sft + "--dataset_name little.jsonl", dpo + "--dataset_name same.jsonl", ppo + "--dataset_name little_prompt.jsonl"], 0)
+write("nan.jsonl", '{"query_ids": [1], "response_ids": [2], "score": NaN}\n')
+case("NaN as a score", replay + "--rollouts nan.jsonl", 1, "nan.jsonl:1: not JSON")
+write("null.jsonl", '{"query_ids": [1], "response_ids": [2], "score": null}\n')
+case("null as a score", replay + "--rollouts null.jsonl", 1, 'null.jsonl:1: expected "score" + "query_ids" + "response_ids", found "query_ids" + "response_ids"')
+write("huge.jsonl", '{"query_ids": [1], "response_ids": [2], "score": 1e39}\n')
+case("A score that no float holds", replay + "--rollouts huge.jsonl", 1, 'huge.jsonl:1: "score" must be a number, at most 3.4e38')
+lines("ids.jsonl", {"query_ids": [1], "response_ids": [999], "score": 1})
+case("An id outside the vocabulary", replay + "--rollouts ids.jsonl", 1, "999", "300")
+lines("no_response.jsonl", {"query_ids": [1], "response_ids": [], "score": 1})
+case("A rollout without a response", replay + "--rollouts no_response.jsonl", 1, "rollout 1 has an empty query or response")
+lines("long_rollout.jsonl", {"query_ids": [1], "response_ids": [2] * 60, "score": 1})
+case("A rollout longer than the context", replay + "--rollouts long_rollout.jsonl", 1, "rollout 1 has 61 tokens, the model's context is 40")
+
+# ---- models
+case("No such model", "generate --model_name_or_path nowhere --prompt x", 1, "nowhere: no such folder; a model is a folder with config.json and model.safetensors")
+case("A folder that is no model", "generate --model_name_or_path folder --prompt x", 1, "folder: no config.json inside")
+model("bin")
+os.rename("bin/model.safetensors", "bin/pytorch_model.bin")
+case("A pytorch_model.bin", "generate --model_name_or_path bin --prompt x", 1, "bin: no model.safetensors inside", "safe_serialization=True")
+model("llama", config={"model_type": "llama"})
+case("A Llama", "generate --model_name_or_path llama --prompt x", 1, 'llama/config.json: model_type is not "gpt2"; only GPT-2 is implemented')
+model("relu", config={"activation_function": "relu"})
+case("Another activation", "generate --model_name_or_path relu --prompt x", 1, 'activation_function "relu" is not implemented')
+model("comma")
+write("comma/config.json", read("m/config.json").replace(b"\n}", b",\n}"))
+case("config.json with a trailing comma", "generate --model_name_or_path comma --prompt x", 1, "comma/config.json: not JSON")
+model("layers", config={"n_layer": 3})
+case("config.json of a deeper model", "generate --model_name_or_path layers --prompt x", 1, "tensor h.2.ln_1.weight is missing; expected shape [16]")
+model("truncated")
+write("truncated/model.safetensors", read("m/model.safetensors")[:-100])
+case("A safetensors file that is cut short", "generate --model_name_or_path truncated --prompt x", 1, "truncated/model.safetensors: ", "cut short")
+write("truncated/model.safetensors", b"<html>404</html>")
+case("A web page in place of the weights", "generate --model_name_or_path truncated --prompt x", 1, "not a safetensors file")
+write("truncated/model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 548105171\n")
+case("A Git LFS pointer in place of the weights", "generate --model_name_or_path truncated --prompt x", 1, "not a safetensors file")
+write("truncated/model.safetensors", "")
+case("An empty weights file", "generate --model_name_or_path truncated --prompt x", 1, "not a safetensors file")
+model("missing", lambda header, numbers: header.pop("transformer.h.1.mlp.c_fc.weight"))
+case("A tensor is missing", "generate --model_name_or_path missing --prompt x", 1, "tensor h.1.mlp.c_fc.weight is missing; expected shape [16, 64]")
+model("shape", lambda header, numbers: header["transformer.h.1.mlp.c_fc.weight"].update(shape=[64, 16]))
+case("A tensor of another shape", "generate --model_name_or_path shape --prompt x", 1, "tensor h.1.mlp.c_fc.weight: expected shape [16, 64], found [64, 16]")
+model("dtype", lambda header, numbers: header["transformer.ln_f.bias"].update(dtype="I64"))
+case("A type that is no float", "generate --model_name_or_path dtype --prompt x", 1, "tensor ln_f.bias has type I64; F32, F16 and BF16 are read")
+model("m_nan", plant("h.1.attn.c_proj.weight", 7, float("nan")))
+model("m_inf", plant("wte.weight", 9, float("inf")))
+case("NaN in a model's weights", ["%s --model_name_or_path m_nan" % c for c in (generate, sft, dpo)] + [dpo + "--ref_model m_nan"], 1, "m_nan/model.safetensors: tensor h.1.attn.c_proj.weight: number 7 is nan, a finite one was expected")
+case("An infinite weight", generate + "--model_name_or_path m_inf", 1, "m_inf/model.safetensors: tensor wte.weight: number 9 is inf")
+case("A reference of another vocabulary", dpo + "--ref_model m400", 1, "--ref_model m400 has 400 ids, the model 300")
+case("A language model as reward model", [ppo + "--reward_model_path m", "score --model_name_or_path m --dataset_name texts.jsonl"], 1, "m: has no score.weight: it is no reward model; train one: align reward")
+shutil.copytree("adapter", "orphan")
+write("orphan/adapter_config.json", read("adapter/adapter_config.json").replace(b'_path": "m"', b'_path": "gone"'))
+case("An adapter whose base is not here", "generate --model_name_or_path orphan --prompt x", 1, 'orphan: its base "gone" is not here', "--peft_adapter DIR")
+case("A model as adapter", generate + "--peft_adapter m", 1, "m: no adapter_config.json inside")
+case("An adapter on another model", "generate --model_name_or_path m400 --prompt x --peft_adapter adapter", 0)          # its layers are alike
+align(new + " --n_embd 32 --n_head 2" + short + "wide")
+case("An adapter of another width", "generate --model_name_or_path wide --prompt x --peft_adapter adapter", 1, "expected shape [2, 32], found [2, 16]")
+case("merge without an adapter", "merge --model_name_or_path m --output_dir out", 2, "merge needs an adapter")
+case("An adapter where a model is", "sft --model_name_or_path m --dataset_name texts.jsonl --use_peft --max_steps 1 --output_dir m400", 1, "--output_dir m400: holds a model already; choose another folder for the adapter")
+case("Nothing to resume from: starts over", sft + "--resume_from_checkpoint true", 0, "no whole checkpoint to resume from; starting over")
+case("A checkpoint that is not there", sft + "--resume_from_checkpoint nowhere", 1, "--resume_from_checkpoint nowhere: no checkpoint is there")
+
+# ---- the tokenizer
+whole = read(os.path.join(os.path.dirname(program), "tokenizer.bin"))
+case("No tokenizer.bin", generate + "--tokenizer nowhere.bin", 1, "nowhere.bin: No such file")
+write("version1.bin", whole[:4] + struct.pack("<i", 1) + whole[8:])
+case("llm.c's first tokenizer.bin", generate + "--tokenizer version1.bin", 1, "version1.bin: not a tokenizer.bin of version 2 (it starts with 20240328, 1)")
+write("other.bin", b"\x80\x04" + whole[2:])
+case("A file that is no tokenizer.bin", generate + "--tokenizer other.bin", 1, "other.bin")
+write("half.bin", whole[:len(whole) // 2])
+case("A tokenizer.bin that is cut short", generate + "--tokenizer half.bin", 1, "half.bin")
+model("other_vocabulary")
+write("other_vocabulary/vocab.json", json.dumps({"a": 0, "b": 1}))
+case("A model with another vocabulary", generate + "--model_name_or_path other_vocabulary", 1, "other_vocabulary")
+write("ids.txt", "1 2 300")
+case("An id that the vocabulary has not", "tokenize --decode --vocab_size 300 ids.txt", 1, 'ids.txt: number 3 ("300") is no id from 0 to 299')
+
+# ---- numbers that break while training
+for name, command in (("sft", sft), ("dpo", dpo), ("reward", "reward --model_name_or_path m --dataset_name rated.jsonl" + short + "out "), ("ppo", ppo), ("reinforce", reinforce)):
+    case("A learning rate far too large: %s" % name, command + "--learning_rate 1e30 --max_steps 3", 1, "%s: step " % name, "try a smaller --learning_rate",
+         "a logit of the next token is" if name == "reinforce" else "the output of h.0.")
+case("The same with an adapter", sft + "--learning_rate 1e30 --max_steps 3 --use_peft", 1, "sft: step ", "the output of h.0.", "try a smaller --learning_rate")
+case("Weights that are broken after the last step", sft + "--learning_rate 3e38 --weight_decay 100", 1, "a weight that was to be saved is", "try a smaller --learning_rate")
+
+# ---- disks: what was there stays whole, nothing half written stays, and the next run goes through
+WRITES = ("writing failed: ", "cannot be written: ", "No space left on device", "File too large", "cannot be written to: ", "File exists")
+os.chmod(work, 0o755)
+
+
+def limit(size): return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def loads(folder):
+    """None, or why a folder's model is no model: by align itself, checkpoints too."""
+    for name in ["", *sorted(os.listdir(folder)), *(os.path.join(a, b) for a in os.listdir(folder) if os.path.isdir(os.path.join(folder, a)) for b in os.listdir(os.path.join(folder, a)))]:
+        path = os.path.join(folder, name) if name else folder
+        if "tmp-" in name: return path + " is left"
+        if not os.path.isdir(path) or not any(os.path.exists(path + "/" + f) for f in ("config.json", "adapter_config.json")): continue
+        process = align("next --prompt x --model_name_or_path " + path)
+        if process.returncode: return "%s does not load: %s" % (path, last_line(process))
+        for file in os.listdir(path):
+            if file.endswith(".json"): json.loads(read(path + "/" + file))
+            if file.endswith(".jsonl"): [json.loads(line) for line in read(path + "/" + file).splitlines()]
+    return None
+
+
+runs = ended = 0
+
+
+def without_room(command, folder, more_room, again, **how):
+    """A run that may find no room, then, with more room, another. Returns what is wrong, and whether the first run ended for lack of room."""
+    global runs, ended
+    process = align(command, **how)
+    runs += 1
+    short_of_room = process.returncode == 1
+    ended += short_of_room
+    problem = problem_of(process, 1, ()) if process.returncode else None
+    if short_of_room and not any(word in last_line(process) for word in WRITES): problem = problem or "another message: " + last_line(process)
+    whole = [name for name in os.listdir(folder) if name.startswith("checkpoint-")]
+    if short_of_room and whole and "is whole: --resume_from_checkpoint true goes on from it" not in last_line(process): problem = problem or "the way on is not said: " + last_line(process)
+    problem = problem or loads(folder)
+    if problem or not short_of_room: return problem, short_of_room
+    more_room()
+    process = align(again)
+    runs += 1
+    return (process.returncode and "the next run fails: " + last_line(process) or loads(folder)), True
+
+
+steps = " --max_steps 3 --save_steps 1 "
+writers = {
+    "pretrain": pretrain + steps, "sft": sft + steps, "sft with LoRA": sft + steps + "--use_peft ", "reward": reward + steps, "dpo": dpo + steps, "ppo": ppo + steps,
+    "reinforce": reinforce + steps, "merge": "merge --model_name_or_path adapter --output_dir out --quiet", "collect": collect + "--dataset_name many.jsonl ", "rlhf": rlhf}
+before = {"pretrain": "wide", "sft": "m", "reward": "rm", "dpo": "m", "ppo": "m", "reinforce": "m", "merge": "m"}       # what the folder holds already
+model_bytes = os.path.getsize("m/model.safetensors")
+for name, command in writers.items():
+    if not wanted("disk " + name): continue
+    problems, failed_at = [], 0
+    for size in (0, 10, 1000, 5000, model_bytes // 2, model_bytes - 1, int(1.5 * model_bytes), 3 * model_bytes):
+        shutil.rmtree("out", ignore_errors=True)
+        if name in before: shutil.copytree(before[name], "out")
+        else: os.makedirs("out")
+        problem, ran_out = without_room(command, "out", lambda: None, command, preexec_fn=limit(size))
+        failed_at += ran_out
+        if problem: problems.append("at most %d bytes a file: %s" % (size, problem))
+    if not failed_at: problems.append("no size was too small")
+    result("Files cannot grow (RLIMIT_FSIZE, 8 sizes): %s" % name, "; ".join(problems), "`PATH: writing failed: File too large; what was there before is untouched`")
+
+can_mount = False
+if os.geteuid() == 0:
+    os.makedirs("disk")
+    can_mount = subprocess.run("mount -t tmpfs -o size=64k none disk && umount disk", shell=True, capture_output=True).returncode == 0
+if not can_mount: print("skipped: a small disk (tmpfs) can be mounted by root alone")
+for name, command in writers.items() if can_mount else ():
+    if not wanted("disk " + name): continue
+    problems, failed_at = [], 0
+    command = command.replace("--output_dir out", "--output_dir disk/out")
+    for extra in (0, 8, 24, 48, 100, 180, 300, 500, 2000):                   # kB beside what is there
+        used = sum(-(-os.path.getsize(before[name] + "/" + f) // 4096) * 4 for f in os.listdir(before[name])) + 8 if name in before else 8
+        subprocess.run("mount -t tmpfs -o size=%dk none disk" % (used + extra), shell=True, check=True)
+        try:
+            if name in before: shutil.copytree(before[name], "disk/out")
+            else: os.makedirs("disk/out")
+            more_room = lambda: subprocess.run("mount -o remount,size=%dk disk" % (used + 4000), shell=True, check=True)
+            problem, ran_out = without_room(command, "disk/out", more_room, command + (" --resume_from_checkpoint true" if "save_steps" in command else ""))
+            failed_at += ran_out
+            if problem: problems.append("%d kB free: %s" % (extra, problem))
+        finally: subprocess.run("umount disk", shell=True)
+    if not failed_at: problems.append("no size was too small")
+    result("A full disk (tmpfs, 9 sizes): %s" % name, "; ".join(problems), "`PATH: writing failed: No space left on device; what was there before is untouched`")
+
+
+def streams(what, commands, check, **how):
+    """check(process) -> a problem or None, for each command."""
+    if not wanted(what): return
+    problems = []
+    for command in commands:
+        shutil.rmtree("out", ignore_errors=True)
+        process = align(command, **{k: v() if callable(v) and k != "preexec_fn" else v for k, v in how.items()})
+        problem = check(process)
+        if problem: problems.append("`%s`: %s" % (command, problem))
+    result(what, "; ".join(problems), "%d commands" % len(commands))
+
+
+def said(word): return lambda process: problem_of(process, 1, (word,))
+def trained(process): return ("exit status %d" % process.returncode) if process.returncode else loads("out")
+
+
+def broken_pipe():
+    r, w = os.pipe()
+    os.close(r)
+    return w
+
+
+printing = ["tokenize texts.jsonl", "tokenize --jsonl texts.jsonl", "tokenize --decode --vocab_size 300 decode.txt", generate, generate + "--json", following, following + "--json",
+            "logprob --model_name_or_path m --dataset_name texts.jsonl", "score --model_name_or_path rm --dataset_name texts.jsonl", "eval --model_name_or_path m --dataset_name texts.jsonl",
+            "exact --vocab_size 2 --max_new_tokens 1 --json --quiet", "glossary", "glossary PPO", "--help", "sft --help", rlhf]
+write("decode.txt", "1 2 3")
+training = [pretrain, sft, reward, dpo, ppo, reinforce]
+full = lambda: os.open("/dev/full", os.O_WRONLY)
+if os.path.exists("/dev/full"):
+    streams("Standard output on a full disk", printing, said("standard output: writing failed: No space left on device"), capture_output=False, stdout=full, stderr=subprocess.PIPE)
+    streams("Messages on a full disk: the training goes on", training, trained, capture_output=False, stderr=full, stdout=subprocess.DEVNULL)
+streams("Standard output is closed", printing, said("standard output: writing failed: "), preexec_fn=lambda: os.close(1))
+streams("Standard error is closed: the training goes on, nothing is written into its files", training, trained, preexec_fn=lambda: os.close(2))
+streams("All three streams are closed", training, trained, preexec_fn=lambda: [os.close(fd) for fd in (0, 1, 2)])
+streams("Nobody reads the messages any more: the training goes on", training, trained, capture_output=False, stderr=broken_pipe, stdout=subprocess.DEVNULL)
+streams("Nobody reads the output any more: a filter ends without a word, as filters do", printing[:-1], lambda process: None if process.returncode == -signal.SIGPIPE and not process.stderr else "exit status %d" % process.returncode,
+        capture_output=False, stdout=broken_pipe, stderr=subprocess.PIPE)
+streams("Nobody reads the output any more: rlhf saves its models first", printing[-1:], lambda process: problem_of(process, 1, ("standard output: writing failed: Broken pipe",)) or loads("out"),
+        capture_output=False, stdout=broken_pipe, stderr=subprocess.PIPE)
+
+write("a_file", "x")
+case("output_dir is a file", [sft + "--output_dir a_file", collect + "--output_dir a_file", ppo + "--output_dir a_file"], 1, "a_file: is a file, a folder was expected")
+case("output_dir is inside a file", sft + "--output_dir a_file/out", 1, "a_file/out: Not a directory")
+if can_mount and wanted("output_dir read-only"):
+    subprocess.run("mount -t tmpfs -o size=64k,ro none disk", shell=True, check=True)
+    try: case("output_dir on a read-only disk: found before the training", [sft + "--output_dir disk", ppo + "--output_dir disk", rlhf + "--output_dir disk", collect + "--output_dir disk"], 1, "disk: cannot be written to: Read-only file system")
+    finally: subprocess.run("umount disk", shell=True)
+os.makedirs("locked", 0o555)
+os.chmod("locked", 0o555)
+if wanted("output_dir of somebody else"):
+    drop = {"preexec_fn": lambda: os.setuid(65534)} if os.geteuid() == 0 else {}
+    process = align(sft + "--output_dir locked", **drop)
+    result("output_dir without permission: found before the training", problem_of(process, 1, ("locked: cannot be written to: Permission denied",)), last_line(process).replace("align: ", "", 1))
+
+shutil.rmtree(work, ignore_errors=True)
+if runs and not arguments.table: print("%d runs without room, %d of them ended with one line; every model and checkpoint they left loads" % (runs, ended))
+print("%d passed, %d failed" % (passed, failed))
+sys.exit(failed > 0)
