@@ -154,7 +154,7 @@ def log(entries): return {"trainer_state.json": {"log_history": entries}}
 
 def odd_runs(work):
     """Folders with logs as no run should leave them -> {name: plots expected}."""
-    hostile = b"<script>alert(1)</script><img src=x onerror=alert(1)>\\\" onmouseover=\\\"alert(1) '&amp;' \xff\xc3 \xed\xa0\x80 \\u202e\\u0000"
+    hostile = b"<script>alert(1)</script><img src=x onerror=alert(1)>\\\" onmouseover=\\\"alert(1) '&amp;' \\ud800 \\u202e\\u0000\\u009b"
     token = b"\"" + hostile + b"\""
     answer = b"{\"reward\": 1, \"tokens\": [%s, 3, null, \"b\"], \"logratio\": [5, -2, null, -0.5]}" % token
     write(work + "/hostile", {**log([{"step": 1, "loss": 1}, {"step": 2, "loss": 2}]), "report.json": b"{\"facts\": {%s: %s, \"Seed\": 4}, \"liked\": [1, null, 2], \"samples\": [{\"prompt\": %s, \"before\": %s, \"ppo\": %s}]}" % (token, token, token, answer, answer)})
