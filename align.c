@@ -5757,22 +5757,22 @@ static const struct Plot { enum Stage stage; const char *title, *unit, *metric[3
      {"none", "mean", "rloo"}, "Gradiente de política · policy gradient", "The noise that each baseline leaves: the lower, the fewer samples are needed."}};
 
 static const char REPORT_CSS[] =
-    ":root{color-scheme:light dark;--mut:light-dark(#59616b,#a3abb5);--line:light-dark(#c9ced5,#454c55);--grid:light-dark(#e8ebee,#262b31);--up:230,126,0;"
-    "--down:59,130,246;--c0:light-dark(#0a5cc2,#74b6ff);--c1:light-dark(#b3420a,#ff9e60);--c2:light-dark(#23733a,#7ed391)}*{box-sizing:border-box}"
-    "body{margin:0;background:light-dark(#fff,#13161a);color:light-dark(#1b1f24,#e6e9ed);font:1rem/1.55 system-ui,sans-serif}"
-    "main{max-width:72rem;margin:auto;padding:1rem clamp(1rem,4vw,2.5rem) 4rem}h2{margin:3rem 0 .4rem;padding-top:.8rem;border-top:1px solid var(--line)}"
+    ":root{color-scheme:light dark;--mut:light-dark(#59616b,#a3abb5);--line:light-dark(#dde1e5,#3a4048);--c0:light-dark(#0a5cc2,#74b6ff);"
+    "--c1:light-dark(#b3420a,#ff9e60);--c2:light-dark(#23733a,#7ed391);--up:230,126,0;--down:59,130,246}body{font:1rem/1.55 system-ui,sans-serif;"
+    "max-width:72rem;margin:auto;padding:1rem clamp(1rem,4vw,2.5rem) 4rem}h2{margin:3rem 0 .4rem;padding-top:.8rem;border-top:1px solid var(--line)}"
     "h3,h4{font-size:1.05rem;margin:0 0 .3rem}h4{font-size:.9rem}p{margin:.4rem 0;max-width:46rem}.mut,figcaption{color:var(--mut);font-size:.9rem}"
-    "table{border-collapse:collapse;margin:.8rem 0;font-size:.95rem}th,td{text-align:left;vertical-align:top;padding:.3rem .9rem .3rem 0;overflow-wrap:anywhere;"
-    "border-bottom:1px solid var(--grid)}th{overflow-wrap:normal}.n *+*{text-align:right;padding-left:clamp(0rem,2vw,2rem)}figure{margin:0;max-width:30rem;break-inside:avoid}"
-    ".grid{display:grid;gap:1.5rem 2.5rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,22rem),1fr));margin:1rem 0}svg{display:block;width:100%}"
-    "text{font:11px system-ui,sans-serif;fill:var(--mut)}.g{stroke:var(--grid)}.a{stroke:var(--line)}.l{fill:none;stroke-width:1.8;stroke-linejoin:round;"
-    "stroke-linecap:round}.s0{stroke:var(--c0)}.s1{stroke:var(--c1);stroke-dasharray:6 4}.s2{stroke:var(--c2);stroke-dasharray:1 4}.h{fill-opacity:.14}.f0{fill:var(--c0)}"
-    ".f1{fill:var(--c1)}.f2{fill:var(--c2)}section{margin:0 0 1.6rem;break-inside:avoid}section .grid{margin:.3rem 0;gap:.8rem 2rem;"
-    "grid-template-columns:repeat(auto-fit,minmax(min(100%,17rem),1fr))}.t{white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate;line-height:1.8}"
-    ".t span{padding-bottom:1px}.u1,.u2,.u3{border-bottom:1px solid rgb(var(--up));background:rgba(var(--up),.14)}.u2{border-width:2px;background:rgba(var(--up),.3)}"
+    "table{border-collapse:collapse;margin:.8rem 0;font-size:.95rem}th,td{text-align:left;vertical-align:top;padding:.3rem .9rem .3rem 0;"
+    "overflow-wrap:anywhere;border-bottom:1px solid var(--line)}th{overflow-wrap:normal}.n *+*{text-align:right;padding:.3rem .3rem .3rem clamp(0rem,2vw,2rem)}"
+    ".grid{display:grid;gap:1.5rem 2.5rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,22rem),1fr));margin:1rem 0}figure{margin:0;max-width:30rem;"
+    "break-inside:avoid}svg{display:block}text{font:11px system-ui,sans-serif;fill:var(--mut)}.a{stroke:var(--line)}.l{fill:none;stroke-width:1.8;"
+    "stroke-linejoin:round;stroke-linecap:round}.s0{stroke:var(--c0)}.s1{stroke:var(--c1);stroke-dasharray:6 4}.s2{stroke:var(--c2);stroke-dasharray:1 4}"
+    ".h{fill-opacity:.14}.f0{fill:var(--c0)}.f1{fill:var(--c1)}.f2{fill:var(--c2)}section{margin:0 0 1.6rem;break-inside:avoid}section .grid{margin:0;"
+    "gap:.8rem 2rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,17rem),1fr))}.t{white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate;"
+    "line-height:1.8}.u1,.u2,.u3{border-bottom:1px solid rgb(var(--up));background:rgba(var(--up),.14)}.u2{border-width:2px;background:rgba(var(--up),.3)}"
     ".u3{border-width:3px;background:rgba(var(--up),.48)}.d1,.d2,.d3{border-bottom:1px dashed rgb(var(--down));background:rgba(var(--down),.14)}"
     ".d2{border-width:2px;background:rgba(var(--down),.28)}.d3{border-width:3px;background:rgba(var(--down),.42)}@media print{:root{color-scheme:light}"
-    "body{font-size:10pt}main{padding:0}h2{break-after:avoid}.grid{grid-template-columns:1fr 1fr!important}section .grid{grid-template-columns:1fr 1fr 1fr!important}}";
+    "body{font-size:10pt;padding:0}h2{break-after:avoid}.grid{grid-template-columns:1fr 1fr!important}"
+    "section .grid{grid-template-columns:1fr 1fr 1fr!important}}";
 
 /* Text of any bytes between two pieces of HTML: in it markup stays text, and what is no UTF-8 or steers how text is shown becomes
  * U+FFFD.                                                                                                          test: report_text */
@@ -5798,7 +5798,8 @@ static struct Text json_words(const struct Json *json) { return json && json->ty
 struct Axis { double low, step; int count, decimals; };
 
 static struct Axis axis_fit(double low, double high, int most) {
-    double size = MAX(fabs(low), fabs(high)), pad = high - low > 1e-3 * size ? 0 : size > 0 ? size / 2 : 1, rough = (high - low + 2 * pad) / most, power = pow(10, floor(log10(rough)));
+    if (low == 0 && high == 0) high = 1;
+    double size = MAX(fabs(low), fabs(high)), pad = high - low > 1e-3 * size ? 0 : size / 2, rough = (high - low + 2 * pad) / most, power = pow(10, floor(log10(rough)));
     double times = rough / power * (1 - 1e-9), step = power * (times <= 1 ? 1 : times <= 2 ? 2 : times <= 5 ? 5 : 10);
     double first = floor((low - pad) / step + 1e-9), last = ceil((high + pad) / step - 1e-9);
     return (struct Axis){first * step, step, (int)MAX(1, last - first), (int)MAX(0, -floor(log10(step) + 1e-9))};
@@ -5864,7 +5865,7 @@ static void plot_axis(FILE *f, const struct Axis *axis, bool is_x) {
         double value = fabs(axis->low + i * axis->step) < axis->step / 2 ? 0 : axis->low + i * axis->step;
         double x = is_x ? plot_x(axis, value) : PLOT_LEFT - 5, y = is_x ? PLOT_BOTTOM + 15 : plot_y(axis, value) + 4;
         if (is_x) fprintf(f, "<path class=\"a\" d=\"M%.1f %dv4\"/>", x, PLOT_BOTTOM);
-        else fprintf(f, "<path class=\"%s\" d=\"M%d %.1fH%d\"/>", i ? "g" : "a", PLOT_LEFT, y - 4, PLOT_RIGHT);
+        else fprintf(f, "<path class=\"a\" d=\"M%d %.1fH%d\"/>", PLOT_LEFT, y - 4, PLOT_RIGHT);
         fprintf(f, "<text x=\"%.1f\" y=\"%.1f\" text-anchor=\"%s\">", x, y, is_x && i < axis->count ? "middle" : "end");
         fprintf(f, plain ? "%.*f</text>" : "%.*g</text>", plain ? axis->decimals : 3, value);
     }

@@ -4233,7 +4233,7 @@ static void expect_axis(const char *what, struct Axis got, double low, double st
 static void test_report_axis(void) {
     expect_axis("0.13 to 0.87", axis_fit(0.13, 0.87, 5), 0, 0.2, 5, 1);
     expect_axis("one value", axis_fit(8, 8, 4), 4, 2, 4, 0);
-    expect_axis("zero", axis_fit(0, 0, 4), -1, 0.5, 4, 1);
+    expect_axis("zero", axis_fit(0, 0, 4), 0, 0.5, 2, 1);
     expect_axis("almost one value", axis_fit(0.693147, 0.693148, 4), 0.2, 0.2, 5, 1);
     expect_axis("steps", axis_fit(1, 2000, 5), 0, 500, 4, 0);
     expect_axis("round numbers stay", axis_fit(0, 100, 5), 0, 20, 5, 0);

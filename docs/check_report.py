@@ -27,7 +27,7 @@ FIGURES = r"""[...document.querySelectorAll('figure')].map(f => {
   if (svg.getAttribute('role') !== 'img' || label.length < 20) wrong.push('no label');
   const ticks = anchor => [...svg.querySelectorAll('text')].filter(anchor).map(t => Number(t.textContent.replace('−', '-'))).filter(v => !Number.isNaN(v));
   const number = t => /^[-+.e\d]+$/.test(t.textContent);
-  const y = ticks(t => number(t) && t.getAttribute('x') === '39.0'), x = ticks(t => number(t) && t.getAttribute('x') !== '39.0');
+  const y = ticks(t => number(t) && t.getAttribute('x') < 50), x = ticks(t => number(t) && t.getAttribute('x') >= 50);
   for (const [name, v] of [['x', x], ['y', y]]) {
     if (v.length < 2) { wrong.push(name + ' axis of ' + v.length + ' numbers'); continue; }
     const step = v[1] - v[0], lead = Number((step / 10 ** Math.floor(Math.log10(step) + 1e-9)).toPrecision(3));
