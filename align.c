@@ -3346,7 +3346,7 @@ static void trainer_state_save(const struct TrainerState *s, const struct Traini
         log_write(f, &s->log_history[i], ",\n      ");
         fputs("\n    }", f);
     }
-    fprintf(f, "\n  ],\n  \"logging_steps\": %zu,\n  \"max_steps\": %zu,\n  \"num_input_tokens_seen\": %zu,\n  \"num_train_epochs\": %.0f,\n  \"save_steps\": %zu,\n  \"stateful_callbacks\": {},\n", args->logging_steps, s->max_steps, s->num_tokens, ceil(s->num_train_epochs), args->save_steps);
+    fprintf(f, "\n  ],\n  \"logging_steps\": %zu,\n  \"max_steps\": %zu,\n  \"num_input_tokens_seen\": %zu,\n  \"num_train_epochs\": %.0f,\n  \"save_steps\": %zu,\n  \"stateful_callbacks\": {\"TrainerControl\": {\"args\": {}, \"attributes\": {}}},\n", args->logging_steps, s->max_steps, s->num_tokens, ceil(s->num_train_epochs), args->save_steps);
     fprintf(f, "  \"total_flos\": 0,\n  \"train_batch_size\": %zu,\n  \"trial_name\": null,\n  \"trial_params\": null\n}\n", args->per_device_train_batch_size);
     output_close(&out);
 }
