@@ -236,6 +236,27 @@ def trainer_state():
             check(name + "eval_loss, step, epoch", worst([(evaluated, [steps])]), 0)
 
 
+def checkpoints():
+    """A folder checkpoint-N is a model with a log; its moments have torch's names. That transformers' Trainer goes on
+    from it is checked by docs/check_outgrow.py."""
+    flags = [*FROM_BASE, REVIEWS, "--per_device_train_batch_size", 4, "--train_sampling_strategy", "sequential", "--save_steps", 1]
+    folder = train("sft", "saved", *flags)
+    shutil.copytree("saved/checkpoint-6", "last")
+    same_logprobs("checkpoint-6, align > AutoModelForCausalLM", ask("logprob", folder), AutoModelForCausalLM.from_pretrained(handed("last")).eval())
+    state = TrainerState.load_from_json(handed("saved/checkpoint-2") + "/trainer_state.json")
+    check("checkpoint-2 > TrainerState: global_step, entries", worst([([state.global_step, len(state.log_history)], [2, 2])]), 0)
+    first = handed("saved/checkpoint-1")       # after one step exp_avg is 0.1 d, exp_avg_sq 0.001 d^2
+    names, moments = load_file(first + "/model.safetensors"), load_file(first + "/optimizer.safetensors")
+    rest = ((moments["exp_avg." + n.replace("transformer.", "")] / 0.1, (moments["exp_avg_sq." + n.replace("transformer.", "")] / 0.001).sqrt()) for n in names)
+    check("checkpoint-1, optimizer.safetensors: moments of every weight", worst(((m.abs() / m.abs().max(), v / m.abs().max()) for m, v in rest)), 1e-3)
+    train("reward", "saved_reward_steps", "--model_name_or_path", "reward", "--dataset_name", REVIEWS, "--save_steps", 6)
+    same_rewards("checkpoint-6 of a reward model > AutoModelForSequenceClassification", ask("score", "saved_reward_steps"),
+                 AutoModelForSequenceClassification.from_pretrained(handed("saved_reward_steps/checkpoint-6")).eval())
+    train("sft", "lora_steps", *flags, "--use_peft", "--lora_r", 4)
+    same_logprobs("checkpoint-6 of an adapter > PeftModel", ask("logprob", "base", "--peft_adapter", "lora_steps"),
+                  PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), handed("lora_steps/checkpoint-6")).eval())
+
+
 @torch.no_grad()
 def same_values(name, folder, model, rollouts):
     """What align's statistics say of the values and log-probabilities of responses, 4 a step, against TRL's model."""
@@ -305,7 +326,7 @@ def main():
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     prepare()
-    here_only = [value_head] if opt.with_trl else [trainer_state, second_python]
+    here_only = [value_head] if opt.with_trl else [trainer_state, checkpoints, second_python]
     for part in [language_model, tokenizer, reward_model, lora, lora_reward_model] + here_only:
         try:
             part()
