@@ -577,7 +577,7 @@ const char *__asan_default_options(void) { return "detect_leaks=0"; }
 
 static const struct FuzzReader *reader;
 static const struct Text *input;         /* the parts of the run */
-static struct Text valid_input[8];
+static struct Text valid_input[16];
 static size_t valid_inputs;
 static size_t executions, refusals;
 static double slowest;
@@ -734,12 +734,19 @@ static void mutate_once(struct Edit *e) {
         for (int tries = 0; tries < 20 && (word[0] == '"') != (e->data[at] == '"'); tries++) word = WORDS[rng_below(rng, COUNT(WORDS))];
         edit_replace(e, at, word_end(e, at) - at, word, strlen(word));
         break;
-    case 9: case 10:                                                   /* a word twice, or in the place of another one */
+    case 9: case 10:                                                   /* a word in the place of another one, or an item or member once more */
         at = word_start(e);
-        n = MIN(word_end(e, at) - at, sizeof held_word);
+        n = word_end(e, at);
+        bool again = rng_below(rng, 2);
+        for (size_t k = 0; again && k < 2 && n < e->size; k++) {       /* "key": value */
+            while (n + 1 < e->size && (e->data[n] == ' ' || e->data[n] == ':')) { k += e->data[n] == ':'; n++; }
+            if (k == 1) n = word_end(e, n);
+        }
+        n = MIN(n - at, sizeof held_word - 1);
         memcpy(held_word, e->data + at, n);
-        to = word_start(e);
-        edit_replace(e, to, rng_below(rng, 2) ? word_end(e, to) - to : 0, held_word, n);
+        if (again) held_word[n++] = ',';
+        if (!again || rng_below(rng, 2)) at = word_start(e);
+        edit_replace(e, at, again ? 0 : word_end(e, at) - at, held_word, n);
         break;
     case 11: at = word_start(e); edit_replace(e, at, MIN(word_end(e, at) + rng_below(rng, 3), e->size) - at, NULL, 0); break;
     case 12: word = rng_below(rng, 2) ? "[" : "{\"a\":"; for (size_t i = rng_below(rng, 100); i-- > 0;) edit_replace(e, at, 0, word, strlen(word)); break;
