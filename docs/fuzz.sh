@@ -19,7 +19,7 @@ printf '%-16s%11s%8s%10s%10s%9s%12s%13s%10s\n' reader executions edges features 
 for reader in "$@"; do
     mkdir -p "$work/$reader" "$work/found"
     begin=$(date +%s.%N)
-    TMPDIR="$work/$reader" "$work/fuzz" "$reader" "-runs=$executions" "-seed=${SEED:-1}" -max_len=16384 -timeout=20 -malloc_limit_mb=256 -rss_limit_mb=4096 "-artifact_prefix=$work/found/$reader-" -verbosity=1 > "$work/log" 2>&1
+    TMPDIR="$work/$reader" "$work/fuzz" "$reader" "-runs=$executions" "-seed=${SEED:-1}" -max_len=16384 -len_control=0 -timeout=20 -malloc_limit_mb=256 -rss_limit_mb=4096 "-artifact_prefix=$work/found/$reader-" -verbosity=1 > "$work/log" 2>&1
     status=$?
     seconds=$(echo "$begin $(date +%s.%N)" | awk '{ printf "%.1f", $2 - $1 }')
     coverage=$(grep -ao 'cov: [0-9]* ft: [0-9]*' "$work/log" | tail -n 1 | awk '{ print $2, $4 }')
