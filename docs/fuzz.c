@@ -738,10 +738,9 @@ static void mutate_once(struct Edit *e) {
         at = word_start(e);
         n = word_end(e, at);
         bool again = rng_below(rng, 2);
-        for (size_t k = 0; again && k < 2 && n < e->size; k++) {       /* "key": value */
-            while (n + 1 < e->size && (e->data[n] == ' ' || e->data[n] == ':')) { k += e->data[n] == ':'; n++; }
-            if (k == 1) n = word_end(e, n);
-        }
+        size_t value = n;                                              /* of "key": value */
+        while (value < e->size && strchr(": ", e->data[value])) value++;
+        if (again && value < e->size && memchr(e->data + n, ':', value - n)) n = word_end(e, value);
         n = MIN(n - at, sizeof held_word - 1);
         memcpy(held_word, e->data + at, n);
         if (again) held_word[n++] = ',';
