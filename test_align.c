@@ -3540,7 +3540,9 @@ static void test_full_disk(void) {
     struct Text before = read_file(&test_arena, arena_printf(&test_arena, "%s/config.json", path));
     expect_end("model", save_without_room, path, 1, "model.safetensors: writing failed: File too large; what was there before is untouched");
     expect_text("config.json is the old one", read_file(&test_arena, arena_printf(&test_arena, "%s/config.json", path)), before.data);
-    expect_count("width of the model that is there", gpt2_load(path)->config.n_embd, 12);
+    struct GPT2 *there = gpt2_load(path);
+    expect_count("width of the model that is there", there->config.n_embd, 12);
+    gpt2_free(there);
     expect_true("no config.json.tmp", !file_exists(arena_printf(&test_arena, "%s/config.json.tmp", path)) && !file_exists(arena_printf(&test_arena, "%s/model.safetensors.tmp", path)));
     expect_end("checkpoint", checkpoint_without_room, path, 1, "tmp-checkpoint-20/model.safetensors: writing failed: File too large; what was there before is untouched; ");
     expect_end("checkpoint", checkpoint_without_room, path, 1, "/checkpoint-10 is whole: --resume_from_checkpoint true goes on from it\n");
