@@ -5762,7 +5762,7 @@ static const char REPORT_CSS[] =
     "max-width:72rem;margin:auto;padding:1rem clamp(1rem,4vw,2.5rem) 4rem}h2{margin:3rem 0 .4rem;padding-top:.8rem;border-top:1px solid var(--line)}"
     "h3,h4{font-size:1.05rem;margin:0 0 .3rem}h4{font-size:.9rem}p{margin:.4rem 0;max-width:46rem}.mut,figcaption{color:var(--mut);font-size:.9rem}"
     "table{border-collapse:collapse;margin:.8rem 0;font-size:.95rem}th,td{text-align:left;vertical-align:top;padding:.3rem .9rem .3rem 0;"
-    "overflow-wrap:anywhere;border-bottom:1px solid var(--line)}th{overflow-wrap:normal}.n *+*{text-align:right;padding:.3rem .3rem .3rem clamp(0rem,2vw,2rem)}"
+    "overflow-wrap:anywhere;border-bottom:1px solid var(--line)}th{overflow-wrap:normal}.n *{overflow-wrap:normal;padding-right:.3rem}.n *+*{text-align:right;padding-left:clamp(0rem,2vw,2rem)}"
     ".grid{display:grid;gap:1.5rem 2.5rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,22rem),1fr));margin:1rem 0}figure{margin:0;max-width:30rem;"
     "break-inside:avoid}svg{display:block}text{font:11px system-ui,sans-serif;fill:var(--mut)}.a{stroke:var(--line)}.l{fill:none;stroke-width:1.8;"
     "stroke-linejoin:round;stroke-linecap:round}.s0{stroke:var(--c0)}.s1{stroke:var(--c1);stroke-dasharray:6 4}.s2{stroke:var(--c2);stroke-dasharray:1 4}"
@@ -6025,6 +6025,9 @@ static struct Output report_begin(const char *dir, const char *command, const ch
     return out;
 }
 
+/* One policy's answers to the test prompts and what they are worth. */
+struct CourseResult { const struct GPT2 *policy; struct Example *answers; struct Text *texts; float *reward; double mean_reward, kl, distinct_2, mean_length; };
+
 /* The course's settings, and all that its stages share. */
 struct Course {
     struct Arena arena;
@@ -6042,11 +6045,9 @@ struct Course {
     struct GPT2 *language_model, *reward_model, *ppo, *dpo;
     struct Scorer scorer;
     float *held_out_reward;
+    struct CourseResult result[3];             /* before, ppo, dpo */
     double eval_loss_before, eval_loss_after, eval_accuracy, label_accuracy;
 };
-
-/* One policy's answers to the test prompts and what they are worth. */
-struct CourseResult { struct Example *answers; struct Text *texts; float *reward; double mean_reward, kl, distinct_2, mean_length; };
 
 enum { COURSE_VOCAB = 4097, COURSE_LAYERS = 2, COURSE_WIDTH = 128, COURSE_HEADS = 4, COURSE_POSITIONS = 64, COURSE_LONG_POSITIONS = 256,
        COURSE_TEST_PROMPTS = 256, COURSE_MAX_NEW = 28, COURSE_LEAST_LENGTH = 10, COURSE_PREFIX = 20, COURSE_TOKENS_A_STEP = 512 };
@@ -6239,7 +6240,7 @@ static void course_dpo(struct Course *course) {
 static struct CourseResult course_measure(struct Course *course, const struct GPT2 *policy) {
     struct Arena *arena = &course->arena;
     size_t n = course->test_n;
-    struct CourseResult result = {.texts = arena_alloc(arena, n, sizeof *result.texts), .reward = arena_floats(arena, n)};
+    struct CourseResult result = {.policy = policy, .texts = arena_alloc(arena, n, sizeof *result.texts), .reward = arena_floats(arena, n)};
     struct GenerationConfig generation = course_generation(course);
     generation.max_new_tokens = COURSE_MAX_NEW;
     result.answers = sample_answers(policy, arena, course->test_prompts, n, 1, &generation, course->seed + 1);
@@ -6257,76 +6258,75 @@ static struct CourseResult course_measure(struct Course *course, const struct GP
     return result;
 }
 
-static void course_write_policy(FILE *file, const char *name, const struct CourseResult *before, const struct CourseResult *after) {
-    fprintf(file, "  \"%s\": {\"reward_before\": %s, \"reward_after\": %s, \"kl\": %s, ", name,
-            json_number_text(before->mean_reward), json_number_text(after->mean_reward), json_number_text(after->kl));
-    fprintf(file, "\"distinct_2\": %s, \"mean_length\": %s},\n", json_number_text(after->distinct_2), json_number_text(after->mean_length));
+static struct Text course_prompt(struct Course *course, size_t i) {
+    return tokenizer_decode_all(course->tok, &course->arena, course->test_prompts[i].ids, course->test_prompts[i].n, course->vocab_size);
 }
 
 /* An answer, its tokens, and what the training did to their log-probabilities. */
-static void course_write_answer(struct Course *course, FILE *f, const struct GPT2 *policy, const struct Example *answer, double reward) {
+static void course_write_answer(struct Course *course, FILE *f, const struct CourseResult *r, size_t i) {
+    const struct Example *answer = &r->answers[i];
     struct Batch batch = collate(&course->arena, answer, 1, SKIP_LAST);
-    struct LMHead head = batch_logprobs(policy, &course->arena, &batch, course->temperature, false), ref = batch_logprobs(course->language_model, &course->arena, &batch, course->temperature, false);
-    fprintf(f, "{\"reward\": %s, \"tokens\": [", json_number_text(reward));
+    struct LMHead head = batch_logprobs(r->policy, &course->arena, &batch, course->temperature, false), ref = batch_logprobs(course->language_model, &course->arena, &batch, course->temperature, false);
+    fprintf(f, "{\"reward\": %s, \"tokens\": [", json_number_text(r->reward[i]));
     for (size_t t = answer->prompt_length; t < answer->n; t++) {
         if (t > answer->prompt_length) fputs(", ", f);
         json_write_string(f, tokenizer_decode(course->tok, answer->ids[t], course->vocab_size));
     }
-    for (size_t r = 0; r < batch.R; r++) head.logprob[r] -= ref.logprob[r];
+    for (size_t t = 0; t < batch.R; t++) head.logprob[t] -= ref.logprob[t];
     fputs("], \"logratio\": ", f);
     json_write_floats(f, head.logprob, batch.R);
     fputc('}', f);
 }
 
 /* report.json: rewards of reviews and answers, and a few answers token by token. */
-static void course_write_report(struct Course *course, const struct CourseResult *results, double seconds) {
-    const struct GPT2 *policies[] = {course->language_model, course->ppo, course->dpo};
-    size_t n[] = {0, 0, course->test_n, course->test_n, course->test_n};
-    float *rewards[] = {arena_floats(&course->arena, course->held_out_n), arena_floats(&course->arena, course->held_out_n), results[0].reward, results[1].reward, results[2].reward};
+static void course_write_report(struct Course *course, double seconds) {
+    struct Arena *arena = &course->arena;
+    size_t counts[] = {0, 0};
+    float *rewards[] = {arena_floats(arena, course->held_out_n), arena_floats(arena, course->held_out_n)};
     for (size_t i = 0, liked; i < course->held_out_n; i++) {
         liked = course->held_out_rating[i] > 0;
-        if (course->held_out_rating[i] != 0) rewards[!liked][n[!liked]++] = course->held_out_reward[i];
+        if (course->held_out_rating[i] != 0) rewards[liked][counts[liked]++] = course->held_out_reward[i];
     }
-    char *data = arena_printf(&course->arena, "%s: %zu rated texts to learn from, %zu held out", course->data, course->train_n, course->held_out_n);
-    char *training = arena_printf(&course->arena, "steps: %zu of the language model, %zu of the reward model, %zu of PPO, %zu of DPO", course->pretrain_steps, course->reward_steps, course->ppo_steps, course->dpo_steps);
-    struct Output out = report_begin(course->output_dir, course->command, data, training, course->language_model, course->seed, seconds);
-    for (size_t k = 0; k < COUNT(rewards); k++) {
-        fprintf(out.file, ",\n\"%s\": ", k == 0 ? "liked" : k == 1 ? "disliked" : COURSE_MODEL[k - 2][0]);
-        json_write_floats(out.file, rewards[k], n[k]);
+    struct Output out = report_begin(course->output_dir, course->command, arena_printf(arena, "%s: %zu rated texts to learn from, %zu held out", course->data, course->train_n, course->held_out_n),
+        arena_printf(arena, "steps: %zu of the language model, %zu of the reward model, %zu of PPO, %zu of DPO", course->pretrain_steps, course->reward_steps, course->ppo_steps, course->dpo_steps),
+        course->language_model, course->seed, seconds);
+    for (size_t k = 0; k < 5; k++) {
+        fprintf(out.file, ",\n\"%s\": ", k == 0 ? "disliked" : k == 1 ? "liked" : COURSE_MODEL[k - 2][0]);
+        json_write_floats(out.file, k < 2 ? rewards[k] : course->result[k - 2].reward, k < 2 ? counts[k] : course->test_n);
     }
-    fputs(",\n\"samples\": [", out.file);
     for (size_t i = 0; i < MIN(course->test_n, (size_t)8); i++) {
-        fputs(i ? ",\n{\"prompt\": " : "\n{\"prompt\": ", out.file);
-        json_write_string(out.file, tokenizer_decode_all(course->tok, &course->arena, course->test_prompts[i].ids, course->test_prompts[i].n, course->vocab_size));
-        for (size_t k = 0; k < COUNT(policies); k++) {
+        fputs(i ? "},\n{\"prompt\": " : ",\n\"samples\": [\n{\"prompt\": ", out.file);
+        json_write_string(out.file, course_prompt(course, i));
+        for (size_t k = 0; k < COUNT(course->result); k++) {
             fprintf(out.file, ", \"%s\": ", COURSE_MODEL[k][0]);
-            course_write_answer(course, out.file, policies[k], &results[k].answers[i], results[k].reward[i]);
+            course_write_answer(course, out.file, &course->result[k], i);
         }
-        fputc('}', out.file);
     }
-    fputs("]}\n", out.file);
+    fputs("}]}\n", out.file);
     output_close(&out);
 }
 
-static void course_write_files(struct Course *course, const struct CourseResult *before, const struct CourseResult *ppo, const struct CourseResult *dpo, double seconds) {
+static void course_write_files(struct Course *course, double seconds) {
+    const struct CourseResult *before = course->result;
     struct Output out = output_open(course->output_dir, "summary.json");
-    fprintf(out.file, "{\n  \"seconds\": %s,\n", json_number_text(seconds));
-    fprintf(out.file, "  \"language_model\": {\"eval_loss_before\": %s, \"eval_loss_after\": %s},\n",
-            json_number_text(course->eval_loss_before), json_number_text(course->eval_loss_after));
+    fprintf(out.file, "{\n  \"seconds\": %s,\n  \"language_model\": {\"eval_loss_before\": %s, \"eval_loss_after\": %s},\n",
+            json_number_text(seconds), json_number_text(course->eval_loss_before), json_number_text(course->eval_loss_after));
     fprintf(out.file, "  \"reward_model\": {\"eval_accuracy\": %s, \"label_accuracy\": %s},\n",
             json_number_text(course->eval_accuracy), json_number_text(course->label_accuracy));
-    course_write_policy(out.file, "ppo", before, ppo);
-    course_write_policy(out.file, "dpo", before, dpo);
+    for (size_t k = 1; k < COUNT(course->result); k++) {
+        const struct CourseResult *r = &course->result[k];
+        fprintf(out.file, "  \"%s\": {\"reward_before\": %s, \"reward_after\": %s, \"kl\": %s, \"distinct_2\": %s, \"mean_length\": %s},\n", COURSE_MODEL[k][0], json_number_text(before->mean_reward),
+            json_number_text(r->mean_reward), json_number_text(r->kl), json_number_text(r->distinct_2), json_number_text(r->mean_length));
+    }
     fprintf(out.file, "  \"before\": {\"distinct_2\": %.9g, \"mean_length\": %.9g},\n  \"peak_rss_bytes\": %zu\n}\n", before->distinct_2, before->mean_length, peak_rss_bytes());
     output_close(&out);
     out = output_open(course->output_dir, "samples.jsonl");
     for (size_t i = 0; i < course->test_n; i++) {
-        const struct Example *prompt = &course->test_prompts[i];
-        struct Text texts[] = {tokenizer_decode_all(course->tok, &course->arena, prompt->ids, prompt->n, course->vocab_size), before->texts[i], ppo->texts[i], dpo->texts[i]};
-        static const char *const names[] = {"prompt", "before", "ppo", "dpo"};
-        for (size_t k = 0; k < COUNT(texts); k++) {
-            fprintf(out.file, "%s\"%s\": ", k ? ", " : "{", names[k]);
-            json_write_string(out.file, texts[k]);
+        fputs("{\"prompt\": ", out.file);
+        json_write_string(out.file, course_prompt(course, i));
+        for (size_t k = 0; k < COUNT(course->result); k++) {
+            fprintf(out.file, ", \"%s\": ", COURSE_MODEL[k][0]);
+            json_write_string(out.file, course->result[k].texts[i]);
         }
         fputs("}\n", out.file);
     }
@@ -6338,26 +6338,25 @@ static void print_plain(struct Text text) {
     for (size_t i = 0; i < text.length; i++) putchar((unsigned char)text.data[i] < 32 ? ' ' : text.data[i]);
 }
 
-static void course_print(struct Course *course, const struct CourseResult *before, const struct CourseResult *ppo, const struct CourseResult *dpo) {
+static void course_print(struct Course *course) {
     enum { SHOWN = 8 };
-    const struct CourseResult *results[] = {before, ppo, dpo};
-    const char *const names[] = {"before", "ppo", "dpo"};
+    const struct CourseResult *r = course->result;
     printf("\nEight held-out beginnings, continued by each model, with the reward of each:\n");
     for (size_t i = 0; i < MIN(course->test_n, (size_t)SHOWN); i++) {
         printf("\n  ");
-        print_plain(tokenizer_decode_all(course->tok, &course->arena, course->test_prompts[i].ids, course->test_prompts[i].n, course->vocab_size));
+        print_plain(course_prompt(course, i));
         printf(" ...\n");
-        for (size_t k = 0; k < COUNT(results); k++) {
-            printf("    %-7s%+5.2f  ", names[k], results[k]->reward[i]);
-            print_plain(results[k]->texts[i]);
+        for (size_t k = 0; k < COUNT(course->result); k++) {
+            printf("    %-7s%+5.2f  ", COURSE_MODEL[k][0], r[k].reward[i]);
+            print_plain(r[k].texts[i]);
             putchar('\n');
         }
     }
     printf("\n%zu held-out beginnings   reward      KL  distinct-2  length\n", course->test_n);
-    for (size_t k = 0; k < COUNT(results); k++) printf("  %-20s  %+8.2f%8.1f%12.2f%8.1f\n", names[k], results[k]->mean_reward, results[k]->kl, results[k]->distinct_2, results[k]->mean_length);
+    for (size_t k = 0; k < COUNT(course->result); k++) printf("  %-20s  %+8.2f%8.1f%12.2f%8.1f\n", COURSE_MODEL[k][0], r[k].mean_reward, r[k].kl, r[k].distinct_2, r[k].mean_length);
     printf("\nThe models are in %s/{language_model,reward_model,ppo,dpo}. Try them:\n", course->output_dir);
     printf("  ./align generate --model_name_or_path %s/ppo --prompt \"The film is\" --do_sample --top_k 0 --temperature %g\n", course->output_dir, course->temperature);
-    printf("\nThe language model's answers scored %+.2f; after PPO they score %+.2f, after DPO %+.2f (standard deviations of the reward of real reviews).\n", before->mean_reward, ppo->mean_reward, dpo->mean_reward);
+    printf("\nThe language model's answers scored %+.2f; after PPO they score %+.2f, after DPO %+.2f (standard deviations of the reward of real reviews).\n", r[0].mean_reward, r[1].mean_reward, r[2].mean_reward);
 }
 
 static void course_time(double begin) { if (!progress_live()) say("    %.0f s\n", seconds_now() - begin); }      /* a terminal's lines have theirs */
@@ -6375,17 +6374,17 @@ static void course_run(struct Course *course, const struct Dataset *data, struct
     course_time(begin);
     course_reward_model(course);
     course_time(begin);
-    struct CourseResult before = course_measure(course, course->language_model);
+    course->result[0] = course_measure(course, course->language_model);
     course_ppo(course);
-    struct CourseResult ppo = course_measure(course, course->ppo);
+    course->result[1] = course_measure(course, course->ppo);
     course_time(begin);
     course_dpo(course);
-    struct CourseResult dpo = course_measure(course, course->dpo);
+    course->result[2] = course_measure(course, course->dpo);
     course_time(begin);
-    course_write_files(course, &before, &ppo, &dpo, seconds_now() - begin);
-    course_write_report(course, (struct CourseResult[]){before, ppo, dpo}, seconds_now() - begin);
+    course_write_files(course, seconds_now() - begin);
+    course_write_report(course, seconds_now() - begin);
     report_write(course->output_dir);
-    course_print(course, &before, &ppo, &dpo);
+    course_print(course);
     gpt2_free(course->language_model);
     gpt2_free(course->reward_model);
     gpt2_free(course->ppo);
