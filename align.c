@@ -2566,9 +2566,16 @@ static void check_finite(const struct GPT2 *model, const char *what, double valu
         *place ? place : "what the model holds is finite, but too large", t->task ? ", and look at this step's data" : " where the model is trained");
 }
 
-static void check_numbers(const struct GPT2 *model, const char *what, const float *x, size_t n) {
+/* Numbers that a model without a backward pass gave: to find where they broke, its forward pass is made again and kept. */
+static void check_numbers(const struct GPT2 *model, struct Arena *arena, const struct Batch *batch, const char *what, const float *x, size_t n) {
     size_t i = first_not_finite(x, n);
-    if (i < n) check_finite(model, what, x[i]);
+    if (i == n) return;
+    struct GPT2 traced = *model;
+    if (batch) {
+        struct Activations acts = gpt2_forward(model, arena, batch, true);
+        traced.trace = (struct Trace){model->trace.task, model->trace.step, batch->N, acts.h, acts.x, acts.ln_f};
+    }
+    check_finite(&traced, what, x[i]);
 }
 
 /* Logits (n,V) = hidden (n,C) wte^T: the output layer. Few rows: dot products, each row of wte read once. */
@@ -2677,7 +2684,7 @@ static struct LMHead batch_logprobs(const struct GPT2 *model, struct Arena *aren
     struct Activations acts = gpt2_forward(model, arena, batch, keep);
     struct LMHead head = lm_head_new(model, arena, &acts, batch->row, batch->target, batch->R, (float)temperature);
     lm_head_forward(model, &head);
-    if (!keep) check_numbers(model, model->trace.task ? "a log-probability" : "a log-probability under the frozen model", head.logprob, head.R);
+    if (!keep) check_numbers(model, arena, batch, model->trace.task ? "a log-probability" : "a log-probability under the frozen model", head.logprob, head.R);
     return head;
 }
 
@@ -3113,7 +3120,7 @@ static void adapter_save(struct GPT2 *model, const char *folder, const struct To
 }
 
 static void model_save(struct GPT2 *model, const char *folder, const struct Tokenizer *tok) {
-    for (size_t i = 0; i < model->tensor_count; i++) check_numbers(model, "a weight that was to be saved", model->tensors[i]->w, model->tensors[i]->n);
+    for (size_t i = 0; i < model->tensor_count; i++) check_numbers(model, NULL, NULL, "a weight that was to be saved", model->tensors[i]->w, model->tensors[i]->n);
     if (model->adapter.r) adapter_save(model, folder, tok);
     else gpt2_save(model, folder, tok);
 }
@@ -4016,7 +4023,10 @@ static float *generate_step(const struct GPT2 *model, struct Arena *arena, struc
     float *last = arena_floats(arena, count * C), *logits = arena_floats(arena, count * V);
     for (size_t i = 0; i < count; i++) memcpy(last + i * C, hidden + (batch.start[i + 1] - 1) * C, C * sizeof *last);
     output_logits(model, logits, last, count);
-    check_numbers(model, "a logit of the next token", logits, count * V);
+    for (size_t i = 0; i < count && first_not_finite(logits, count * V) < count * V; i++) {       /* never, if all is well: look closer, sequence by sequence */
+        struct Batch again = collate(arena, &(struct Example){active[i]->ids, active[i]->n, 0}, 1, READ_LAST);
+        check_numbers(model, arena, &again, "a logit of the next token", logits + i * V, V);
+    }
     return logits;
 }
 
@@ -4503,7 +4513,7 @@ static void reward_score(const struct GPT2 *model, const struct Example *texts, 
         struct Activations acts = gpt2_forward(model, &arena, &batch, false);
         reward_rows(&batch, model->config.pad_token_id, row);
         scalar_head_forward(reward + first, acts.ln_f, row, count, &model->score, NULL);
-        check_numbers(model, "the reward of a text", reward + first, count);
+        check_numbers(model, &arena, &batch, "the reward of a text", reward + first, count);
     }
     arena_free(&arena);
 }
@@ -7153,7 +7163,7 @@ static void command_next(struct Options *o) {
     struct Activations acts = gpt2_forward(model, arena, &batch, false);
     float *p = arena_floats(arena, V);
     output_logits(model, p, acts.ln_f + (e.n - 1) * model->config.n_embd, 1);
-    check_numbers(model, "a logit of the next token", p, V);
+    check_numbers(model, arena, &batch, "a logit of the next token", p, V);
     o->generation.do_sample = true;
     process_logits(p, V, &o->generation, e.ids, e.n, 0, model->config.eos_token_id);
     double entropy = entropy_of_logits(p, log_sum_exp(p, V, arena_floats(arena, V)), V);

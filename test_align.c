@@ -3519,9 +3519,9 @@ static void test_bad_numbers(void) {
         [BAD_SAVE] = "align: a weight that was to be saved is infinite: weight ln_f.bias was the first to break (infinite)",
         [BAD_STEP] = "align: sft: step 2: the loss is NaN: the output of h.0.attn.c_attn was the first to break (",
         [BAD_GRADIENT] = "align: sft: step 7: the gradient's norm is NaN: the gradient of h.1.ln_2.weight was the first to break (infinite); try",
-        [BAD_ADAPTER] = "align: sft: step 2: the loss is NaN: the output of h.0.attn was the first to break (NaN); try", [BAD_LOGIT] = "a logit of the next token is ",
+        [BAD_ADAPTER] = "align: sft: step 2: the loss is NaN: the output of h.0.attn was the first to break (NaN); try", [BAD_LOGIT] = ": the output of ln_f was the first to break",
         [BAD_REWARD] = "the reward of a text is ",
-        [BAD_REFERENCE] = "a log-probability under the frozen model is NaN", [BAD_PPO] = "the loss is NaN: the output of h.0.attn"};
+        [BAD_REFERENCE] = "a log-probability under the frozen model is NaN: the output of ln_f was the first to break", [BAD_PPO] = "the loss is NaN: the output of h.0.attn"};
     /* Whether a sum that overflows ends infinite or as NaN (infinity less infinity) depends on its order: not said here. */
     for (enum Breakage kind = BAD_FILE; kind <= BAD_PPO; kind++) expect_end(messages[kind], break_numbers, &kind, 1, messages[kind]);
     float x[5000] = {0};

@@ -60,7 +60,8 @@ def case(what, command, status, *words):
         shutil.rmtree("out", ignore_errors=True)
         process = align(each)
         said = last_line(process).replace("align: ", "", 1)
-        result("%s: `%s`" % (what, re.sub(" +", " ", each)) if isinstance(command, list) else what, problem_of(process, status, words), said if status or words else "accepted")
+        said_of = next((c.split()[0] + " ... " + each[len(c):] for c in bases if each.startswith(c)), each)
+        result("%s: `%s`" % (what, re.sub(r"(\w+ )\1{3,}", r"\1... ", re.sub(" +", " ", said_of))) if isinstance(command, list) else what, problem_of(process, status, words), said if status or words else "accepted")
 
 
 def write(name, data):
@@ -118,12 +119,13 @@ reinforce = "reinforce --model_name_or_path m --reward_model_path rm --dataset_n
 collect = "collect --model_name_or_path m --reward_model_path rm --dataset_name prompts.jsonl --quiet --output_dir out "
 generate = "generate --model_name_or_path m --prompt x --max_new_tokens 4 "
 following = "next --model_name_or_path m --prompt x "
+bases = [pretrain, sft, reward, dpo, ppo, replay, reinforce, collect, generate, following]
 rlhf = "rlhf --model_name_or_path m48 --dataset_name many.jsonl --pretrain_steps 1 --reward_steps 1 --ppo_steps 1 --dpo_steps 1 --quiet --output_dir out "
 
 # ---- the command line
 if arguments.table: print("| What is wrong | What align says |\n|---|---|")
 case("A misspelt flag", sft + "--learning_rat 1", 2, "sft has no flag --learning_rat; the nearest is --learning_rate")
-case("A misspelt command", "trian --dataset_name texts.jsonl", 2, 'there is no command "trian"; the nearest is')
+case("A misspelt command", "pretrian --dataset_name texts.jsonl", 2, 'there is no command "pretrian"; the nearest is "pretrain"')
 case("A flag that another command has", generate + "--beta 1", 2, "generate has no flag --beta")
 case("A needed flag is missing", ["sft --dataset_name texts.jsonl --output_dir out", "sft --model_name_or_path m --output_dir out", "sft --model_name_or_path m --dataset_name texts.jsonl",
      "generate --model_name_or_path m", "next --model_name_or_path m", "ppo --model_name_or_path m --dataset_name prompts.jsonl --output_dir out", "collect --model_name_or_path m --dataset_name prompts.jsonl --reward_model_path rm",
@@ -333,7 +335,7 @@ case("An id that the vocabulary has not", "tokenize --decode --vocab_size 300 id
 # ---- numbers that break while training
 for name, command in (("sft", sft), ("dpo", dpo), ("reward", "reward --model_name_or_path m --dataset_name rated.jsonl" + short + "out "), ("ppo", ppo), ("reinforce", reinforce)):
     case("A learning rate far too large: %s" % name, command + "--learning_rate 1e30 --max_steps 3", 1, "%s: step " % name, "try a smaller --learning_rate",
-         "a logit of the next token is" if name == "reinforce" else "the output of h.0.")
+         "the output of h.0.", "was the first to break")
 case("The same with an adapter", sft + "--learning_rate 1e30 --max_steps 3 --use_peft", 1, "sft: step ", "the output of h.0.", "try a smaller --learning_rate")
 case("Weights that are broken after the last step", sft + "--learning_rate 3e38 --weight_decay 100", 1, "a weight that was to be saved is", "try a smaller --learning_rate")
 
