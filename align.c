@@ -5715,6 +5715,26 @@ static double response_kl(const struct GPT2 *policy, const struct GPT2 *ref_mode
     return total / (double)n;
 }
 
+/* A policy's answers to prompts: their reward, how far it went from the reference, how varied and long they are. */
+struct PolicyResult { const struct GPT2 *policy; struct Example *answers; struct Text *texts; float *reward; double mean_reward, kl, distinct_2, mean_length; };
+
+static struct PolicyResult policy_measure(const struct GPT2 *policy, const struct GPT2 *ref_model, const struct Scorer *scorer, struct Arena *arena, const struct Example *prompts, size_t n, const struct GenerationConfig *generation, uint64_t seed) {
+    size_t V = policy->config.vocab_size;
+    struct PolicyResult result = {.policy = policy, .texts = arena_alloc(arena, n, sizeof *result.texts), .reward = arena_floats(arena, n)};
+    result.answers = sample_answers(policy, arena, prompts, n, 1, generation, seed);
+    for (size_t i = 0; i < n; i++) {
+        result.texts[i] = answer_text(scorer->tok, arena, &result.answers[i], V);
+        result.mean_length += (double)answer_length(&result.answers[i], V) / (double)n;
+    }
+    struct Scorer plain = *scorer;
+    plain.least_length = 0;                                     /* the bare reward, no penalty for short answers */
+    scorer_score(&plain, arena, result.answers, n, V, result.reward);
+    result.mean_reward = mean_of(result.reward, n);
+    result.distinct_2 = distinct_2(result.texts, n);
+    if (ref_model) result.kl = response_kl(policy, ref_model, result.answers, n, generation->temperature);
+    return result;
+}
+
 /* =============================================================================================
  * Report: a run as a page
  *
@@ -6035,9 +6055,6 @@ static struct Output report_begin(const char *dir, const char *command, const ch
     return out;
 }
 
-/* One policy's answers to the test prompts and what they are worth. */
-struct CourseResult { const struct GPT2 *policy; struct Example *answers; struct Text *texts; float *reward; double mean_reward, kl, distinct_2, mean_length; };
-
 /* The course's settings, and all that its stages share. */
 struct Course {
     struct Arena arena;
@@ -6055,7 +6072,7 @@ struct Course {
     struct GPT2 *language_model, *reward_model, *ppo, *dpo;
     struct Scorer scorer;
     float *held_out_reward;
-    struct CourseResult result[3];             /* before, ppo, dpo */
+    struct PolicyResult result[3];             /* before, ppo, dpo */
     double eval_loss_before, eval_loss_after, eval_accuracy, label_accuracy;
 };
 
@@ -6246,26 +6263,11 @@ static void course_dpo(struct Course *course) {
     course_finish(course, "dpo", &trainer);
 }
 
-/* Answers of a policy to the held-out prompts, the same random numbers for each policy. */
-static struct CourseResult course_measure(struct Course *course, const struct GPT2 *policy) {
-    struct Arena *arena = &course->arena;
-    size_t n = course->test_n;
-    struct CourseResult result = {.policy = policy, .texts = arena_alloc(arena, n, sizeof *result.texts), .reward = arena_floats(arena, n)};
+/* The same random numbers for each policy. */
+static struct PolicyResult course_measure(struct Course *course, const struct GPT2 *policy) {
     struct GenerationConfig generation = course_generation(course);
     generation.max_new_tokens = COURSE_MAX_NEW;
-    result.answers = sample_answers(policy, arena, course->test_prompts, n, 1, &generation, course->seed + 1);
-    for (size_t i = 0; i < n; i++) {
-        const struct Example *a = &result.answers[i];
-        result.texts[i] = answer_text(course->tok, arena, a, policy->config.vocab_size);
-        result.mean_length += (double)answer_length(a, policy->config.vocab_size) / (double)n;
-    }
-    struct Scorer plain = course->scorer;
-    plain.least_length = 0;                                     /* the bare reward, no penalty for short answers */
-    scorer_score(&plain, arena, result.answers, n, policy->config.vocab_size, result.reward);
-    result.mean_reward = mean_of(result.reward, n);
-    result.distinct_2 = distinct_2(result.texts, n);
-    result.kl = response_kl(policy, course->language_model, result.answers, n, course->temperature);
-    return result;
+    return policy_measure(policy, course->language_model, &course->scorer, &course->arena, course->test_prompts, course->test_n, &generation, course->seed + 1);
 }
 
 static struct Text course_prompt(struct Course *course, size_t i) {
@@ -6273,7 +6275,7 @@ static struct Text course_prompt(struct Course *course, size_t i) {
 }
 
 /* An answer, its tokens, and what the training did to their log-probabilities. */
-static void course_write_answer(struct Course *course, FILE *f, const struct CourseResult *r, size_t i) {
+static void course_write_answer(struct Course *course, FILE *f, const struct PolicyResult *r, size_t i) {
     const struct Example *answer = &r->answers[i];
     struct Batch batch = collate(&course->arena, answer, 1, SKIP_LAST);
     struct LMHead head = batch_logprobs(r->policy, &course->arena, &batch, course->temperature, false), ref = batch_logprobs(course->language_model, &course->arena, &batch, course->temperature, false);
@@ -6317,14 +6319,14 @@ static void course_write_report(struct Course *course, double seconds) {
 }
 
 static void course_write_files(struct Course *course, double seconds) {
-    const struct CourseResult *before = course->result;
+    const struct PolicyResult *before = course->result;
     struct Output out = output_open(course->output_dir, "summary.json");
     fprintf(out.file, "{\n  \"seconds\": %s,\n  \"language_model\": {\"eval_loss_before\": %s, \"eval_loss_after\": %s},\n",
             json_number_text(seconds), json_number_text(course->eval_loss_before), json_number_text(course->eval_loss_after));
     fprintf(out.file, "  \"reward_model\": {\"eval_accuracy\": %s, \"label_accuracy\": %s},\n",
             json_number_text(course->eval_accuracy), json_number_text(course->label_accuracy));
     for (size_t k = 1; k < COUNT(course->result); k++) {
-        const struct CourseResult *r = &course->result[k];
+        const struct PolicyResult *r = &course->result[k];
         fprintf(out.file, "  \"%s\": {\"reward_before\": %s, \"reward_after\": %s, \"kl\": %s, \"distinct_2\": %s, \"mean_length\": %s},\n", COURSE_MODEL[k][0], json_number_text(before->mean_reward),
             json_number_text(r->mean_reward), json_number_text(r->kl), json_number_text(r->distinct_2), json_number_text(r->mean_length));
     }
@@ -6350,7 +6352,7 @@ static void print_plain(struct Text text) {
 
 static void course_print(struct Course *course) {
     enum { SHOWN = 8 };
-    const struct CourseResult *r = course->result;
+    const struct PolicyResult *r = course->result;
     printf("\nEight held-out beginnings, continued by each model, with the reward of each:\n");
     for (size_t i = 0; i < MIN(course->test_n, (size_t)SHOWN); i++) {
         printf("\n  ");
@@ -6439,6 +6441,7 @@ static double bench_peak(void) {
 static double bench_read(const struct Bench *bench) {
     enum { PASSES = 4, STRETCH = 1 << 18 };
     double begin = seconds_now(), never = 0;
+    if (!bench->memory) return 0;
     for (int pass = 0; pass < PASSES; pass++) {
         #pragma omp parallel for schedule(static) reduction(+ : never)
         for (size_t i = 0; i < BENCH_MEMORY; i += STRETCH) {
@@ -6472,7 +6475,6 @@ static double bench_step(struct Bench *bench, struct Task task, size_t n) {
 
 /* Language modelling, on texts of `length` tokens. */
 static double bench_train(struct Bench *bench, size_t batch_size, size_t length) {
-    arena_reset(&bench->arena);
     struct LanguageTask task = {.examples = arena_alloc(&bench->arena, batch_size, sizeof *task.examples)};
     for (size_t b = 0; b < batch_size; b++) task.examples[b] = bench_example(bench, &bench->arena, length, 0);
     return bench_step(bench, (struct Task){.data = &task, .loss = language_loss, .targets = language_targets}, batch_size);
@@ -6506,17 +6508,19 @@ static double bench_ppo(struct Bench *bench) {
     return seconds + seconds_now() - begin;
 }
 
-enum BenchWork { TRAIN_4X64, TRAIN_16X64, TRAIN_4X256, TRAIN_1X1024, GENERATE_1, GENERATE_16, DPO_FIRST, DPO_LATER, PPO_STEP, BENCH_WORKS };
-/* passes: 2 for a forward pass, 6 for a training step; a PPO step has the rollout, the reference, the policy (which is
- * the first update's forward pass) and 4 epochs of 6. reads: how often all weights are read, one token after another. */
-static const struct { const char *name, *key; size_t batch, length; double passes, reads; } BENCH_WORK[] = {
-    {"train 4 x 64", "train", 4, 64, 6, 0}, {"train 16 x 64", "train_16x64", 16, 64, 6, 0},
-    {"train 4 x 256", "train_4x256", 4, 256, 6, 0}, {"train 1 x 1024", "train_1x1024", 1, 1024, 6, 0},
-    {"generate 48 after 32", "generate", 1, 80, 2, 48}, {"generate 16 x 48 after 32", "generate_batch", 16, 80, 2, 48},
-    {"dpo step, 4 pairs of 64", "dpo_step", 8, 64, 8, 0}, {"  with reference cached", "dpo_step_cached", 8, 64, 6, 0},
-    {"ppo step, 4 epochs", "ppo_step", 0, 0, 2 + 2 + 4 * 6, 10}};
+/* tokens: those a step is said to handle; passes: how often a token goes through all weights, 2 times forward, 6 in training,
+ * summed over tokens; reads: how often all weights are read, one token after another. Of DPO's pairs the prompt counts once,
+ * the last tokens not at all. A PPO step, here for one query, has the rollout, the reference, the policy (which is the first
+ * update's forward pass) and 4 epochs of 6. */
+enum { TRAIN_4X64, TRAIN_16X64, TRAIN_4X256, TRAIN_1X1024, GENERATE_1, GENERATE_16, DPO_FIRST, DPO_LATER, PPO_STEP, BENCH_WORKS };
+static struct BenchWork { const char *name, *key; size_t batch, length; double tokens, passes, reads; } BENCH_WORK[] = {
+    {"train 4 x 64", "train", 4, 64, 4 * 64, 6 * 4 * 64, 0}, {"train 16 x 64", "train_16x64", 16, 64, 16 * 64, 6 * 16 * 64, 0},
+    {"train 4 x 256", "train_4x256", 4, 256, 4 * 256, 6 * 4 * 256, 0}, {"train 1 x 1024", "train_1x1024", 1, 1024, 1024, 6 * 1024, 0},
+    {"generate 48 after 32", "generate", 1, 80, 48, 2 * 80, 48}, {"generate 16 x 48 after 32", "generate_batch", 16, 80, 16 * 48, 2 * 16 * 80, 48},
+    {"dpo step, 4 pairs of 64", "dpo_step", 8, 64, 8 * 64, 8 * 4 * (64 + 48 - 2), 0}, {"  with reference cached", "dpo_step_cached", 8, 64, 8 * 64, 6 * 4 * (64 + 48 - 2), 0},
+    {"ppo step, 4 epochs", "ppo_step", 0, 0, 10, (2 + 2 + 4 * 6) * (4.5 + 10), 10}};
 
-static double bench_work(struct Bench *bench, enum BenchWork work) {
+static double bench_work(struct Bench *bench, int work) {
     size_t batch = BENCH_WORK[work].batch;
     struct Sequence sequences[16];
     arena_reset(&bench->arena);
@@ -6528,14 +6532,6 @@ static double bench_work(struct Bench *bench, enum BenchWork work) {
     return bench_step(bench, bench->dpo, BENCH_DPO_PAIRS);
 }
 
-/* Seconds that the work takes at least: its multiplications at the peak, or its weights at the speed of reading, whichever is more. */
-static double bench_limit(const struct Bench *bench, enum BenchWork work, double gflops, double gbytes) {
-    double weights = (double)bench->weights, tokens = (double)(BENCH_WORK[work].batch * BENCH_WORK[work].length);
-    if (work == DPO_FIRST || work == DPO_LATER) tokens = BENCH_DPO_PAIRS * (2 * BENCH_DPO_LENGTH - BENCH_DPO_PROMPT - 2);      /* the prompt once, the last tokens not at all */
-    if (work == PPO_STEP) tokens = (double)bench->queries * (4.5 + 10);
-    return MAX(BENCH_WORK[work].passes * weights * tokens / gflops, 4 * weights * BENCH_WORK[work].reads / gbytes) / 1e9;
-}
-
 static struct Bench *bench_new(struct GPT2Config config, size_t queries) {
     struct Bench *bench = calloc(1, sizeof *bench);
     CHECK(bench, "out of memory");
@@ -6545,6 +6541,8 @@ static struct Bench *bench_new(struct GPT2Config config, size_t queries) {
     gpt2_make_trainable(bench->model);
     for (size_t i = 0; i < bench->model->tensor_count; i++) bench->weights += bench->model->tensors[i]->n;
     bench->weights -= bench->model->wpe.n;
+    BENCH_WORK[PPO_STEP].tokens *= (double)queries;
+    BENCH_WORK[PPO_STEP].passes *= (double)queries;
     return bench;
 }
 
@@ -6565,16 +6563,6 @@ static void bench_complete(struct Bench *bench) {
     dpo_task(&bench->trainer, &bench->kept, bench->ref_model, (struct DPOConfig){.beta = 0.1, .weight = {1}}, 1, pairs, BENCH_DPO_PAIRS);
     bench->dpo = bench->trainer.task;
     bench->memory = arena_zeros(&bench->kept, BENCH_MEMORY, sizeof *bench->memory);
-}
-
-static void bench_free(struct Bench *bench) {
-    if (bench->ppo) ppo_trainer_free(bench->ppo);
-    trainer_free(&bench->trainer);
-    gpt2_free(bench->model);
-    gpt2_free(bench->ref_model);
-    arena_free(&bench->arena);
-    arena_free(&bench->kept);
-    free(bench);
 }
 
 /* =============================================================================================
@@ -7365,20 +7353,13 @@ static void eval_language(struct Trainer *trainer, const struct Options *o, stru
 static void eval_policy(struct Options *o, struct LogEntry *entry) {
     struct RolloutSource source = open_rollouts(o);
     size_t n = o->max_samples ? MIN(o->max_samples, source.n) : source.n;
-    struct Example *answers = sample_answers(o->model, &o->arena, source.prompts, n, 1, &source.generation, o->train.seed);
-    struct Text *texts = arena_alloc(&o->arena, n, sizeof *texts);
-    float *reward = arena_floats(&o->arena, n), *length = arena_floats(&o->arena, n);
-    scorer_score(&source.scorer, &o->arena, answers, n, o->model->config.vocab_size, reward);
-    for (size_t i = 0; i < n; i++) {
-        texts[i] = answer_text(o->tok, &o->arena, &answers[i], o->model->config.vocab_size);
-        length[i] = (float)answer_length(&answers[i], o->model->config.vocab_size);
-    }
-    log_value(entry, "reward", mean_of(reward, n));
-    log_value(entry, "reward_std", sqrt(unbiased_variance(reward, n)));
-    log_value(entry, "distinct_2", distinct_2(texts, n));
-    log_value(entry, "mean_length", mean_of(length, n));
+    struct PolicyResult result = policy_measure(o->model, o->reference, &source.scorer, &o->arena, source.prompts, n, &source.generation, o->train.seed);
+    log_value(entry, "reward", result.mean_reward);
+    log_value(entry, "reward_std", sqrt(unbiased_variance(result.reward, n)));
+    log_value(entry, "distinct_2", result.distinct_2);
+    log_value(entry, "mean_length", result.mean_length);
     log_value(entry, "samples", (double)n);
-    if (o->reference) log_value(entry, "kl", response_kl(o->model, o->reference, answers, n, o->generation.temperature));
+    if (o->reference) log_value(entry, "kl", result.kl);
 }
 
 /* align eval -- one JSON object. With a reward head: how well it orders pairs, rated or labelled texts. With
@@ -7592,37 +7573,24 @@ static void command_exact(struct Options *o) {
     }
 }
 
-/* One training step of a size of the user's choice: what its time and memory are. */
-static void bench_one(struct Bench *bench, size_t batch, size_t length, bool json) {
-    double best = INFINITY, peak = 0, begin = seconds_now();
-    for (int round = 0; round < 4 || (seconds_now() - begin < 5 && round < 200); round++) {
-        peak = MAX(peak, bench_peak());
-        double seconds = bench_train(bench, batch, length);
-        if (round > 0) best = MIN(best, seconds);
-    }
-    double tokens = (double)(batch * length), gflops = 6e-9 * (double)bench->weights * tokens / best;
-    if (json) printf("{\"threads\": %d, \"batch\": %zu, \"length\": %zu, \"step_seconds\": %.9g, \"train_tokens_per_second\": %.9g, \"gflops\": %.9g, \"peak_gflops\": %.9g, \"peak_rss_bytes\": %zu}\n", thread_count(), batch, length, best, tokens / best, gflops, peak, peak_rss_bytes());
-    else printf("train %zu x %zu: %.4f s, %.1f tokens/s, %.0f of %.0f GFLOP/s (%.0f %%), %d threads, peak memory %.0f MB\n", batch, length, best, tokens / best, gflops, peak, 100 * gflops / peak, thread_count(), (double)peak_rss_bytes() / 1e6);
-}
-
-static void bench_print(const struct Bench *bench, const double *best, const double *shares, double gflops, double gbytes, size_t train_rss, bool json) {
+static void bench_print(const struct Bench *bench, const double *best, const double *share, double gflops, double gbytes, size_t train_rss, bool json) {
     const struct GPT2Config *c = &bench->model->config;
-    if (json) printf("{\"threads\": %d, \"kernel\": \"%s\", \"parameters\": %zu, \"peak_gflops\": %.9g, \"read_gbytes_per_second\": %.9g, \"train_peak_rss_bytes\": %zu, \"peak_rss_bytes\": %zu", thread_count(), kernel->name, bench->weights + bench->model->wpe.n, gflops, gbytes, train_rss, peak_rss_bytes());
-    else printf("%.1f million weights (%zu layers x %zu, %zu ids), %d threads, kernel %s\nlimits: %.0f GFLOP/s multiplied and added, %.1f GB/s read\n\n%-28s%10s%12s%18s\n", (double)(bench->weights + bench->model->wpe.n) / 1e6, c->n_layer, c->n_embd, c->vocab_size, thread_count(), kernel->name, gflops, gbytes, "", "seconds", "tokens/s", "share of limit");
+    size_t parameters = bench->weights + bench->model->wpe.n;
+    if (json) printf("{\"threads\": %d, \"kernel\": \"%s\", \"parameters\": %zu, \"peak_gflops\": %.9g, \"read_gbytes_per_second\": %.9g, \"train_peak_rss_bytes\": %zu, \"peak_rss_bytes\": %zu", thread_count(), kernel->name, parameters, gflops, gbytes, train_rss, peak_rss_bytes());
+    else printf("%.1f million weights (%zu layers x %zu, %zu ids), %d threads, kernel %s\nlimits: %.0f GFLOP/s multiplied and added, %.1f GB/s read\n\n%-28s%10s%12s%18s\n", (double)parameters / 1e6, c->n_layer, c->n_embd, c->vocab_size, thread_count(), kernel->name, gflops, gbytes, "", "seconds", "tokens/s", "share of limit");
     for (int work = 0; work < BENCH_WORKS; work++) {
         if (!isfinite(best[work])) continue;
-        double tokens = (double)(BENCH_WORK[work].batch * BENCH_WORK[work].length), share = shares[work];
-        if (work == GENERATE_1 || work == GENERATE_16) tokens = (double)BENCH_WORK[work].batch * 48;
-        if (work == PPO_STEP) tokens = (double)bench->queries * 10;
-        bool in_seconds = work >= DPO_FIRST;
-        if (json) printf(", \"%s_%s\": %.9g, \"%s_share_of_limit\": %.4g", BENCH_WORK[work].key, in_seconds ? "seconds" : "tokens_per_second", in_seconds ? best[work] : tokens / best[work], BENCH_WORK[work].key, share);
-        else printf("%-28s%10.4f%12.1f%16.0f %%\n", BENCH_WORK[work].name, best[work], tokens / best[work], 100 * share);
+        double speed = BENCH_WORK[work].tokens / best[work];
+        const char *key = BENCH_WORK[work].key;
+        if (!json) printf("%-28s%10.4f%12.1f%16.0f %%\n", BENCH_WORK[work].name, best[work], speed, 100 * share[work]);
+        else if (work >= DPO_FIRST) printf(", \"%s_seconds\": %.9g, \"%s_share_of_limit\": %.4g", key, best[work], key, share[work]);
+        else printf(", \"%s_tokens_per_second\": %.9g, \"%s_share_of_limit\": %.4g", key, speed, key, share[work]);
     }
     if (json) puts("}");
-    else printf("\npeak memory: %.0f MB for train 4 x 64, %.0f MB for all\n", (double)train_rss / 1e6, (double)peak_rss_bytes() / 1e6);
+    else printf("\npeak memory: %.0f MB for %s, %.0f MB for all\n", (double)train_rss / 1e6, BENCH_WORK[TRAIN_4X64].name, (double)peak_rss_bytes() / 1e6);
 }
 
-/* align bench -- each work once a round, at least five rounds and some seconds; the first round warms up. */
+/* align bench -- each work, or only a training step of the user's size, once a round, at least five rounds and some seconds; the first round warms up. */
 static void command_bench(struct Options *o) {
     CHECK(kernel, "bench measures a kernel; ALIGN_KERNEL=plain has none");
     CHECK(o->ppo.batch_size > 0 && o->ppo.batch_size <= 4096, "--batch_size %zu: 1 to 4096 queries", o->ppo.batch_size);
@@ -7631,32 +7599,45 @@ static void command_bench(struct Options *o) {
     config_check(&o->config, "--n_layer, --n_head, --n_embd, --n_positions, --vocab_size");
     size_t batch = o->train.per_device_train_batch_size, length = o->train.max_length;
     CHECK(length <= o->config.n_positions && length != 1 && o->config.n_positions >= 80, "--max_length %zu: 2 to --n_positions, %zu, which is 80 or more", length, o->config.n_positions);
+    bool one = batch || length;
     struct Bench *bench = bench_new(o->config, o->ppo.batch_size);
-    if (batch || length) bench_one(bench, batch ? batch : 4, length ? length : 64, o->json);
-    else {
-        double best[BENCH_WORKS], share[BENCH_WORKS] = {0}, gflops = 0, gbytes = 0;
-        for (int work = 0; work < BENCH_WORKS; work++) best[work] = INFINITY;
-        for (int i = 0; i < 2; i++) bench_train(bench, 4, 64);
-        size_t train_rss = peak_rss_bytes();
-        bench_complete(bench);
-        double begin = seconds_now();
-        for (int round = 0; round < 5 || (seconds_now() - begin < 15 && round < 100); round++) {
-            if (round < 5) say("bench: round %d\n", round + 1);
-            for (int work = 0; work < BENCH_WORKS; work++) {
-                if (BENCH_WORK[work].length > o->config.n_positions) continue;
-                double peak = bench_peak(), read = bench_read(bench), seconds = bench_work(bench, work);
-                peak = MAX(peak, bench_peak());                 /* this round's limits: the better of before and after */
-                read = MAX(read, bench_read(bench));
-                gflops = MAX(gflops, peak);
-                gbytes = MAX(gbytes, read);
-                if (round == 0) continue;
-                best[work] = MIN(best[work], seconds);
-                share[work] = MAX(share[work], bench_limit(bench, work, peak, read) / seconds);
-            }
-        }
-        bench_print(bench, best, share, gflops, gbytes, train_rss, o->json);
+    if (one) {
+        batch = batch ? batch : 4;
+        length = length ? length : 64;
+        double tokens = (double)(batch * length);
+        BENCH_WORK[TRAIN_4X64] = (struct BenchWork){arena_printf(&o->arena, "train %zu x %zu", batch, length), "train", batch, length, tokens, 6 * tokens, 0};
     }
-    bench_free(bench);
+    double best[BENCH_WORKS], share[BENCH_WORKS] = {0}, gflops = 0, gbytes = 0;
+    for (int work = 0; work < BENCH_WORKS; work++) best[work] = INFINITY;
+    for (int i = 0; i < 2; i++) bench_work(bench, TRAIN_4X64);
+    size_t train_rss = peak_rss_bytes();
+    if (!one) bench_complete(bench);
+    double begin = seconds_now();
+    for (int round = 0; round < 5 || (seconds_now() - begin < 15 && round < 100); round++) {
+        if (round < 5) say("bench: round %d\n", round + 1);
+        for (int work = 0; work < (one ? 1 : BENCH_WORKS); work++) {
+            const struct BenchWork *w = &BENCH_WORK[work];
+            if (w->length > o->config.n_positions) continue;
+            double peak = bench_peak(), read = bench_read(bench), seconds = bench_work(bench, work);
+            peak = MAX(peak, bench_peak());                 /* this round's limits: the better of before and after */
+            read = MAX(read, bench_read(bench));
+            gflops = MAX(gflops, peak);
+            gbytes = MAX(gbytes, read);
+            if (round == 0) continue;
+            /* it takes at least its multiplications at the peak, or its weights at the speed of reading, whichever is more */
+            double least = MAX(w->passes * (double)bench->weights / peak, w->reads > 0 ? 4 * (double)bench->weights * w->reads / read : 0) / 1e9;
+            best[work] = MIN(best[work], seconds);
+            share[work] = MAX(share[work], least / seconds);
+        }
+    }
+    bench_print(bench, best, share, gflops, gbytes, train_rss, o->json);
+    if (bench->ppo) ppo_trainer_free(bench->ppo);
+    trainer_free(&bench->trainer);
+    gpt2_free(bench->model);
+    gpt2_free(bench->ref_model);
+    arena_free(&bench->arena);
+    arena_free(&bench->kept);
+    free(bench);
 }
 
 static const struct Command { const char *name, *what; void (*run)(struct Options *); int groups; } COMMANDS[] = {
