@@ -815,10 +815,10 @@ static size_t json_size(const struct Json *json, size_t max, const char *path, c
     return (size_t)json->number;
 }
 
-/* A model can write half a character; JSON is UTF-8, so such bytes become U+FFFD. */
-static void json_write_string(FILE *file, struct Text text) {
+/* A model can write half a character; JSON is UTF-8, so such bytes become U+FFFD. `before` it, its key say, goes first. */
+static void json_write_string(FILE *file, const char *before, struct Text text) {
     static const char plain[] = "\"\\\n\r\t", letters[] = "\"\\nrt";
-    fputc('"', file);
+    fprintf(file, "%s\"", before);
     for (size_t i = 0, length; i < text.length; i += length) {
         uint32_t c;
         const char *escape;
@@ -841,14 +841,14 @@ static const char *json_number_text(double x) {
     return isfinite(x) ? text : "null";
 }
 
-static void json_write_ids(FILE *file, const int *ids, size_t n) {
-    fputc('[', file);
+static void json_write_ids(FILE *file, const char *before, const int *ids, size_t n) {
+    fprintf(file, "%s[", before);
     for (size_t i = 0; i < n; i++) fprintf(file, "%s%d", i ? ", " : "", ids[i]);
     fputc(']', file);
 }
 
-static void json_write_floats(FILE *file, const float *x, size_t n) {
-    fputc('[', file);
+static void json_write_floats(FILE *file, const char *before, const float *x, size_t n) {
+    fprintf(file, "%s[", before);
     for (size_t i = 0; i < n; i++) fprintf(file, "%s%s", i ? ", " : "", json_number_text(x[i]));
     fputc(']', file);
 }
@@ -1272,7 +1272,7 @@ static void tokenizer_save(const struct Tokenizer *tok, const char *folder, size
     struct Output out = output_open(folder, "vocab.json");
     fputc('{', out.file);
     for (size_t id = 0; id < end; id++) {
-        json_write_string(out.file, token_as_unicode(&arena, tok->token[id]));
+        json_write_string(out.file, "", token_as_unicode(&arena, tok->token[id]));
         fprintf(out.file, ": %zu, ", id);
     }
     fprintf(out.file, "\"<|endoftext|>\": %zu}\n", end);
@@ -3095,12 +3095,12 @@ static void adapter_config_save(const struct GPT2 *model, const char *folder) {
     const struct Adapter *a = &model->adapter;
     struct Output out = output_open(folder, "adapter_config.json");
     fputs("{\n  \"base_model_name_or_path\": ", out.file);
-    if (a->base_model_name_or_path) json_write_string(out.file, text_of(a->base_model_name_or_path));
+    if (a->base_model_name_or_path) json_write_string(out.file, "", text_of(a->base_model_name_or_path));
     else fputs("null", out.file);
     fprintf(out.file, ",\n  \"bias\": \"none\",\n  \"fan_in_fan_out\": true,\n  \"inference_mode\": true,\n  \"init_lora_weights\": true,\n  \"lora_alpha\": %.9g,\n  \"lora_dropout\": %.9g,\n", a->lora_alpha, a->lora_dropout);
     fprintf(out.file, "  \"modules_to_save\": %s,\n  \"peft_type\": \"LORA\",\n  \"r\": %zu,\n  \"target_modules\": %s", model->score.n ? "[\"classifier\", \"score\"]" : "null", a->r, a->pattern ? "" : "[");
     const char *target = a->target_modules;
-    if (a->pattern) json_write_string(out.file, text_of(target));
+    if (a->pattern) json_write_string(out.file, "", text_of(target));
     else for (size_t n, i = 0; (n = next_name(&target)) > 0; target += n, i++) fprintf(out.file, "%s\"%.*s\"", i ? ", " : "", (int)n, target);
     fprintf(out.file, "%s,\n  \"task_type\": \"%s\",\n  \"use_dora\": false,\n  \"use_rslora\": %s\n}\n", a->pattern ? "" : "]", model->score.n ? "SEQ_CLS" : "CAUSAL_LM", a->use_rslora ? "true" : "false");
     output_close(&out);
@@ -5154,12 +5154,10 @@ static void stats_write_line(FILE *file, const struct PPOTrainer *ppo) {
     for (size_t i = 0; i < ppo->vector_count; i++) {
         const struct StatsVector *v = &ppo->vectors[i];
         fprintf(file, ", \"%s\": %s", v->name, v->start ? "[" : "");
-        for (size_t b = 0; v->start && b < v->n; b++) {
-            if (b) fputs(", ", file);
-            json_write_floats(file, v->x + v->start[b], v->start[b + 1] - v->start[b]);
-        }
+        for (size_t b = 0; v->start && b < v->n; b++)
+            json_write_floats(file, b ? ", " : "", v->x + v->start[b], v->start[b + 1] - v->start[b]);
         if (v->start) fputc(']', file);
-        else json_write_floats(file, v->x, v->n);
+        else json_write_floats(file, "", v->x, v->n);
     }
     fputs("}\n", file);
 }
@@ -5167,10 +5165,8 @@ static void stats_write_line(FILE *file, const struct PPOTrainer *ppo) {
 static void rollouts_write(FILE *file, const struct Rollout *rollouts, size_t n) {
     for (size_t i = 0; i < n; i++) {
         const struct Example *e = &rollouts[i].example;
-        fputs("{\"query_ids\": ", file);
-        json_write_ids(file, e->ids, e->prompt_length);
-        fputs(", \"response_ids\": ", file);
-        json_write_ids(file, e->ids + e->prompt_length, e->n - e->prompt_length);
+        json_write_ids(file, "{\"query_ids\": ", e->ids, e->prompt_length);
+        json_write_ids(file, ", \"response_ids\": ", e->ids + e->prompt_length, e->n - e->prompt_length);
         fprintf(file, ", \"score\": %s}\n", json_number_text(rollouts[i].score));
     }
 }
@@ -6044,10 +6040,8 @@ static struct Output report_begin(const char *dir, const char *command, const ch
     size_t weights = 0;
     for (size_t i = 0; i < model->tensor_count; i++) weights += model->tensors[i]->n;
     struct Output out = output_open(dir, "report.json");
-    fputs("{\"facts\": {\n  \"Command\": ", out.file);
-    json_write_string(out.file, text_of(command));
-    fputs(",\n  \"Data\": ", out.file);
-    json_write_string(out.file, text_of(data));
+    json_write_string(out.file, "{\"facts\": {\n  \"Command\": ", text_of(command));
+    json_write_string(out.file, ",\n  \"Data\": ", text_of(data));
     fprintf(out.file, ",\n  \"Training\": \"%s\",\n  \"Model\": \"GPT-2: %.2f million weights, %zu layers, width %zu, %zu heads, context %zu, vocabulary %zu\",\n",
         training, (double)weights / 1e6, c->n_layer, c->n_embd, c->n_head, c->n_positions, c->vocab_size);
     fprintf(out.file, "  \"Seed\": \"%llu\",\n  \"Time\": \"%.0f seconds\",\n  \"Machine\": \"threads: %d; kernel %s; at most %.0f MB of memory\"}",
@@ -6280,13 +6274,10 @@ static void course_write_answer(struct Course *course, FILE *f, const struct Pol
     struct Batch batch = collate(&course->arena, answer, 1, SKIP_LAST);
     struct LMHead head = batch_logprobs(r->policy, &course->arena, &batch, course->temperature, false), ref = batch_logprobs(course->language_model, &course->arena, &batch, course->temperature, false);
     fprintf(f, "{\"reward\": %s, \"tokens\": [", json_number_text(r->reward[i]));
-    for (size_t t = answer->prompt_length; t < answer->n; t++) {
-        if (t > answer->prompt_length) fputs(", ", f);
-        json_write_string(f, tokenizer_decode(course->tok, answer->ids[t], course->vocab_size));
-    }
+    for (size_t t = answer->prompt_length; t < answer->n; t++)
+        json_write_string(f, t > answer->prompt_length ? ", " : "", tokenizer_decode(course->tok, answer->ids[t], course->vocab_size));
     for (size_t t = 0; t < batch.R; t++) head.logprob[t] -= ref.logprob[t];
-    fputs("], \"logratio\": ", f);
-    json_write_floats(f, head.logprob, batch.R);
+    json_write_floats(f, "], \"logratio\": ", head.logprob, batch.R);
     fputc('}', f);
 }
 
@@ -6304,11 +6295,11 @@ static void course_write_report(struct Course *course, double seconds) {
         course->language_model, course->seed, seconds);
     for (size_t k = 0; k < 5; k++) {
         fprintf(out.file, ",\n\"%s\": ", k == 0 ? "disliked" : k == 1 ? "liked" : COURSE_MODEL[k - 2][0]);
-        json_write_floats(out.file, k < 2 ? rewards[k] : course->result[k - 2].reward, k < 2 ? counts[k] : course->test_n);
+        json_write_floats(out.file, "", k < 2 ? rewards[k] : course->result[k - 2].reward, k < 2 ? counts[k] : course->test_n);
     }
     for (size_t i = 0; i < MIN(course->test_n, (size_t)8); i++) {
         fputs(i ? "},\n{\"prompt\": " : ",\n\"samples\": [\n{\"prompt\": ", out.file);
-        json_write_string(out.file, course_prompt(course, i));
+        json_write_string(out.file, "", course_prompt(course, i));
         for (size_t k = 0; k < COUNT(course->result); k++) {
             fprintf(out.file, ", \"%s\": ", COURSE_MODEL[k][0]);
             course_write_answer(course, out.file, &course->result[k], i);
@@ -6334,11 +6325,10 @@ static void course_write_files(struct Course *course, double seconds) {
     output_close(&out);
     out = output_open(course->output_dir, "samples.jsonl");
     for (size_t i = 0; i < course->test_n; i++) {
-        fputs("{\"prompt\": ", out.file);
-        json_write_string(out.file, course_prompt(course, i));
+        json_write_string(out.file, "{\"prompt\": ", course_prompt(course, i));
         for (size_t k = 0; k < COUNT(course->result); k++) {
             fprintf(out.file, ", \"%s\": ", COURSE_MODEL[k][0]);
-            json_write_string(out.file, course->result[k].texts[i]);
+            json_write_string(out.file, "", course->result[k].texts[i]);
         }
         fputs("}\n", out.file);
     }
@@ -6853,8 +6843,7 @@ static void tokenize_jsonl(const struct Tokenizer *tok, struct Text in, size_t V
         struct Row row = dataset_row(&arena, &arena, text, path, line);
         CHECK(row.has & HAS_TEXT, "%s:%zu: expected \"text\"", path, line);
         struct Example e = example_encode(&arena, tok, row.text, V, false);
-        fputs("{\"input_ids\": ", stdout);
-        json_write_ids(stdout, e.ids, e.n);
+        json_write_ids(stdout, "{\"input_ids\": ", e.ids, e.n);
         fputs("}\n", stdout);
     }
     arena_free(&arena);
@@ -7092,18 +7081,13 @@ static struct Example prompt_encode(struct Options *o, struct Text prompt) {
 }
 
 static void print_generation_json(const struct Tokenizer *tok, struct Arena *arena, struct Text prompt, const struct Sequence *s, size_t n, size_t V) {
-    fputs("{\"prompt\": ", stdout);
-    json_write_string(stdout, prompt);
+    json_write_string(stdout, "{\"prompt\": ", prompt);
     fputs(", \"sequences\": [", stdout);
-    for (size_t i = 0; i < n; i++) {
-        if (i) fputs(", ", stdout);
-        json_write_ids(stdout, s[i].ids + s[i].prompt_length, s[i].n - s[i].prompt_length);
-    }
+    for (size_t i = 0; i < n; i++)
+        json_write_ids(stdout, i ? ", " : "", s[i].ids + s[i].prompt_length, s[i].n - s[i].prompt_length);
     fputs("], \"texts\": [", stdout);
-    for (size_t i = 0; i < n; i++) {
-        if (i) fputs(", ", stdout);
-        json_write_string(stdout, tokenizer_decode_all(tok, arena, s[i].ids + s[i].prompt_length, s[i].n - s[i].prompt_length, V));
-    }
+    for (size_t i = 0; i < n; i++)
+        json_write_string(stdout, i ? ", " : "", tokenizer_decode_all(tok, arena, s[i].ids + s[i].prompt_length, s[i].n - s[i].prompt_length, V));
     fputs("]}\n", stdout);
 }
 
@@ -7161,8 +7145,7 @@ static void command_next(struct Options *o) {
     qsort(top, kept, sizeof *top, compare_candidates_down);
     size_t shown = MIN(kept, o->top_n);
     if (o->json) {
-        fputs("{\"prompt\": ", stdout);
-        json_write_string(stdout, text_of(o->prompt));
+        json_write_string(stdout, "{\"prompt\": ", text_of(o->prompt));
         printf(", \"kept\": %zu, \"top\": [", kept);
         for (size_t i = 0; i < shown; i++) printf("%s[%d, %.9g]", i ? ", " : "", top[i].id, top[i].logit);
         fputs("]}\n", stdout);
@@ -7170,7 +7153,7 @@ static void command_next(struct Options *o) {
         printf("   id  probability  token     (%zu of %zu tokens can follow; entropy %.3f nats)\n", kept, V, entropy);
         for (size_t i = 0; i < shown; i++) {
             printf("%5d  %11.6f  ", top[i].id, top[i].logit);
-            json_write_string(stdout, tokenizer_decode(o->tok, top[i].id, V));
+            json_write_string(stdout, "", tokenizer_decode(o->tok, top[i].id, V));
             putchar('\n');
         }
     }
@@ -7185,17 +7168,14 @@ static void logprob_row(struct Arena *arena, const struct GPT2 *model, const str
     }
     struct LMHead head = batch_logprobs(model, arena, &batch, 1, false);
     size_t first = MAX((size_t)1, e->prompt_length) - 1, scored = e->n > first + 1 ? e->n - 1 - first : 0;
-    fputs("{\"input_ids\": ", stdout);
-    json_write_ids(stdout, e->ids, e->n);
-    fputs(", \"token_logprobs\": ", stdout);
-    json_write_floats(stdout, head.logprob, e->n - 1);
+    json_write_ids(stdout, "{\"input_ids\": ", e->ids, e->n);
+    json_write_floats(stdout, ", \"token_logprobs\": ", head.logprob, e->n - 1);
     printf(", \"logprob\": %s", json_number_text(sequence_logprob(head.logprob + first, scored)));
     if (ref_model) {
         struct LMHead ref_head = batch_logprobs(ref_model, arena, &batch, 1, false);
         float *kl = arena_floats(arena, e->n);
         kl_full_rows(model, &head, ref_model, &ref_head, kl);
-        fputs(", \"kl_to_ref_per_position\": ", stdout);
-        json_write_floats(stdout, kl, e->n);
+        json_write_floats(stdout, ", \"kl_to_ref_per_position\": ", kl, e->n);
     }
     fputs("}\n", stdout);
 }
@@ -7238,8 +7218,7 @@ static void command_score(struct Options *o) {
     if (cut) warn("%s: %zu of %zu texts are longer than %zu tokens; their first %zu are read", data->path, cut, data->n, limit, limit);
     reward_score(o->model, texts, data->n, reward);
     for (size_t i = 0; i < data->n; i++) {
-        fputs("{\"text\": ", stdout);
-        json_write_string(stdout, data->rows[i].text);
+        json_write_string(stdout, "{\"text\": ", data->rows[i].text);
         printf(", \"reward\": %s, \"pipe_outputs\": ", json_number_text(reward[i]));
         write_pipe_outputs(stdout, reward[i]);
         fputs("}\n", stdout);
@@ -7251,12 +7230,9 @@ static void preference_write(struct Options *o, FILE *file, const struct Example
     size_t V = o->model->config.vocab_size;
     struct stat before;
     CHECK(fstat(fileno(file), &before) == 0, "%s/preferences.jsonl: %s", o->train.output_dir, strerror(errno));
-    fputs("{\"prompt\": ", file);
-    json_write_string(file, tokenizer_decode_all(o->tok, &o->arena, chosen->ids, chosen->prompt_length, V));
-    fputs(", \"chosen\": ", file);
-    json_write_string(file, answer_text(o->tok, &o->arena, chosen, V));
-    fputs(", \"rejected\": ", file);
-    json_write_string(file, answer_text(o->tok, &o->arena, rejected, V));
+    json_write_string(file, "{\"prompt\": ", tokenizer_decode_all(o->tok, &o->arena, chosen->ids, chosen->prompt_length, V));
+    json_write_string(file, ", \"chosen\": ", answer_text(o->tok, &o->arena, chosen, V));
+    json_write_string(file, ", \"rejected\": ", answer_text(o->tok, &o->arena, rejected, V));
     fputs("}\n", file);
     if (fflush(file) == 0 && fsync(fileno(file)) == 0) return;
     int error = errno, cut = ftruncate(fileno(file), before.st_size);

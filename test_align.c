@@ -665,17 +665,17 @@ static void test_json_write(void) {
     float numbers[] = {0.1f, -3.4028235e38f, 1.17549435e-38f, 1e-45f, 0, 16777215, -0.333333343f};
     FILE *file = fopen(temporary("written.json"), "wb");
     fputs("{\"text\": ", file);
-    json_write_string(file, (struct Text){all, 128});
+    json_write_string(file, "", (struct Text){all, 128});
     for (size_t i = 0; i < COUNT(numbers); i++) {
         fprintf(file, ", \"%zu\": ", i);
         fputs(json_number_text(numbers[i]), file);
     }
     fputs(", \"half\": ", file);
-    json_write_string(file, text_of("\xc3\xa9\xf0\x9f\x98"));
+    json_write_string(file, "", text_of("\xc3\xa9\xf0\x9f\x98"));
     fputs(", \"nan\": ", file);
     fputs(json_number_text(NAN), file);
     fputs(", \"ids\": ", file);
-    json_write_ids(file, (int[]){1, 20, 300}, 3);
+    json_write_ids(file, "", (int[]){1, 20, 300}, 3);
     fputs("}", file);
     fclose(file);
     struct Json *json = json_read_file(&test_arena, temporary("written.json"));
