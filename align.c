@@ -7817,6 +7817,7 @@ int main(int argc, char **argv) {
     parse_arguments(&o, command, argc, argv);
     if (o.help) {
         print_help(command);
+        options_close(&o);
         return end_output(0);
     }
 #ifndef _WIN32

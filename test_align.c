@@ -246,7 +246,11 @@ static void run_command(const void *argument) {
     struct Options o = default_options(command->name);
     parse_arguments(&o, command, argc, (char **)argv);
     quiet = true;
-    if (o.help) { print_help(command); return; }
+    if (o.help) {
+        print_help(command);
+        options_close(&o);
+        return;
+    }
     check_training(&o);
     command->run(&o);
     options_close(&o);

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that can find a fault, one after the other:
-#     docs/check_all.sh                    all of it (make check-all): more than an hour of processor time, mostly docs/fuzz.sh's
+#     docs/check_all.sh                    all of it (make check-all); long: docs/fuzz.sh alone runs 200,000 inputs a reader
 #     docs/check_all.sh valgrind tsan      those whose names start so;  docs/check_all.sh --list  names them
 #     LONG_RUN_MINUTES=60 docs/check_all.sh long_run
 # A row each: what, seconds, the last line it said. A tool that is not installed makes a skipped row that says how to get
