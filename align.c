@@ -6397,24 +6397,13 @@ static void course_run(struct Course *course, const struct Dataset *data, struct
 /* =============================================================================================
  * Bench: what this machine could do, and what it does
  *
- * A product of matrices can be no faster than the multiply-adds the processor has, and a token can come
- * no sooner than all weights have been read once. Both limits are measured right before and after each
- * work, round by round, for machines change their speed from one second to the next; the best round counts.
+ * A product of matrices can be no faster than the multiply-adds the processor has. They and the works are measured in
+ * turn, round by round, for machines change their speed from one second to the next; the best of each counts.
  * ============================================================================================= */
 
-struct Bench {
-    struct GPT2 *model, *ref_model;
-    struct Arena arena, kept;
-    struct Rng rng;
-    struct Trainer trainer;
-    struct Task dpo;
-    struct PPOTrainer *ppo;
-    size_t steps, queries, weights;          /* weights: those that are multiplied, all but wpe */
-    float *memory;                           /* BENCH_MEMORY floats to read */
-};
-enum { BENCH_MEMORY = 1 << 26, BENCH_DPO_PAIRS = 4, BENCH_DPO_LENGTH = 64, BENCH_DPO_PROMPT = 16 };
+struct Bench { struct GPT2 *model, *ref_model; struct Arena arena; struct Rng rng; struct Trainer trainer; struct PPOTrainer *ppo; size_t steps; };
 
-/* Multiply-adds a second of the register tile alone, on all threads, panels in the first cache: GFLOP/s. */
+/* Multiply-adds of the register tile alone, on all threads, panels in the first cache: operations a second, two each. */
 static double bench_peak(void) {
     enum { K = 128, REPEATS = 20000 };
     double begin = seconds_now();
@@ -6424,136 +6413,68 @@ static double bench_peak(void) {
         memset(panels, 0, (8 + 32) * K * sizeof *panels);
         for (int i = 0; i < REPEATS; i++) kernel->tile(K, panels + 32 * K, panels, NULL, 0, c, kernel->NR);
     }
-    return 2.0 * (double)(kernel->MR * kernel->NR) * K * REPEATS * thread_count() / (seconds_now() - begin) / 1e9;
+    return 2.0 * (double)(kernel->MR * kernel->NR) * K * REPEATS * thread_count() / (seconds_now() - begin);
 }
 
-/* Memory read by all threads, each its own stretches of 1 MB: GB/s. */
-static double bench_read(const struct Bench *bench) {
-    enum { PASSES = 4, STRETCH = 1 << 18 };
-    double begin = seconds_now(), never = 0;
-    if (!bench->memory) return 0;
-    for (int pass = 0; pass < PASSES; pass++) {
-        #pragma omp parallel for schedule(static) reduction(+ : never)
-        for (size_t i = 0; i < BENCH_MEMORY; i += STRETCH) {
-            float four[4];
-            row_dot_4(four, bench->memory + i, bench->memory + i, STRETCH / 4, STRETCH / 4, 4);
-            never += four[0] + four[1] + four[2] + four[3];          /* zeros, but the compiler cannot know */
-        }
+static struct Example *bench_texts(struct Bench *bench, size_t n, size_t length, size_t prompt_length) {
+    struct Example *texts = arena_alloc(&bench->arena, n, sizeof *texts);
+    for (size_t i = 0; i < n; i++) {
+        texts[i] = (struct Example){arena_alloc(&bench->arena, length, sizeof(int)), length, prompt_length};
+        for (size_t t = 0; t < length; t++) texts[i].ids[t] = (int)rng_below(&bench->rng, bench->model->config.vocab_size - 1);
     }
-    CHECK(never == 0, "internal: memory that was zero is not");
-    return PASSES * 4.0 * BENCH_MEMORY / (seconds_now() - begin) / 1e9;
+    return texts;
 }
 
-static struct Example bench_example(struct Bench *bench, struct Arena *arena, size_t n, size_t prompt_length) {
-    struct Example e = {arena_alloc(arena, n, sizeof *e.ids), n, prompt_length};
-    for (size_t t = 0; t < n; t++) e.ids[t] = (int)rng_below(&bench->rng, bench->model->config.vocab_size - 1);
-    return e;
-}
-
-/* One step on `n` items of a task: forward, loss, backward, AdamW. */
-static double bench_step(struct Bench *bench, struct Task task, size_t n) {
-    struct Trainer *trainer = &bench->trainer;
+/* One step on n items of the trainer's task: forward, loss, backward, AdamW. */
+static void bench_step(struct Bench *bench, size_t n) {
     size_t *order = arena_alloc(&bench->arena, n, sizeof *order);
     for (size_t i = 0; i < n; i++) order[i] = i;
-    trainer->task = task;
-    trainer->args.per_device_train_batch_size = n;
-    double begin = seconds_now();
-    trainer_accumulate(trainer, order, n);
-    optimizer_step(bench->model, &trainer->args, 1e-6, ++bench->steps);
-    return seconds_now() - begin;
+    bench->trainer.args.per_device_train_batch_size = n;
+    trainer_accumulate(&bench->trainer, order, n);
+    optimizer_step(bench->model, &bench->trainer.args, 1e-6, ++bench->steps);
 }
 
-/* Language modelling, on texts of `length` tokens. */
-static double bench_train(struct Bench *bench, size_t batch_size, size_t length) {
-    struct LanguageTask task = {.examples = arena_alloc(&bench->arena, batch_size, sizeof *task.examples)};
-    for (size_t b = 0; b < batch_size; b++) task.examples[b] = bench_example(bench, &bench->arena, length, 0);
-    return bench_step(bench, (struct Task){.data = &task, .loss = language_loss, .targets = language_targets}, batch_size);
+static void bench_train(struct Bench *bench, size_t n, size_t length) {
+    struct LanguageTask task = {.examples = bench_texts(bench, n, length, 0)};
+    bench->trainer.task = (struct Task){.data = &task, .loss = language_loss, .targets = language_targets};
+    bench_step(bench, n);
 }
 
-/* `count` sequences go on for exactly `max_new` tokens after prompts of shortest, shortest + 1 .. longest tokens, over and over. */
-static double bench_generate(struct Bench *bench, struct Sequence *sequences, size_t count, size_t shortest, size_t longest, size_t max_new, bool do_sample) {
+static void bench_dpo(struct Bench *bench, size_t n, size_t length) {
+    struct Example *pairs = bench_texts(bench, 2 * n, length, 16);
+    for (size_t i = 0; i < 2 * n; i += 2) memcpy(pairs[i + 1].ids, pairs[i].ids, 16 * sizeof(int));
+    dpo_task(&bench->trainer, &bench->arena, bench->ref_model, (struct DPOConfig){.beta = 0.1, .weight = {1}}, 1, pairs, n);
+    bench_step(bench, n);
+}
+
+static struct Example *bench_answers(struct Bench *bench, struct Example *prompts, size_t n, size_t new_tokens, bool do_sample) {
     struct GenerationConfig generation = generation_config();
-    generation.max_new_tokens = generation.min_new_tokens = max_new;
+    generation.max_new_tokens = generation.min_new_tokens = new_tokens;
     generation.do_sample = do_sample;
     generation.top_k = 0;
-    for (size_t i = 0; i < count; i++) {
-        struct Example prompt = bench_example(bench, &bench->arena, shortest + i % (longest - shortest + 1), 0);
-        sequences[i] = sequence_start(&bench->arena, prompt.ids, prompt.n, max_new, bench->model, rng_seed(rng_next(&bench->rng), STREAM_SAMPLE));
-    }
-    double begin = seconds_now();
-    generate(bench->model, sequences, count, &generation);
-    return seconds_now() - begin;
+    return sample_answers(bench->model, &bench->arena, prompts, n, 1, &generation, rng_next(&bench->rng));
+}
+
+static void bench_generate(struct Bench *bench, size_t n, size_t length) {
+    bench_answers(bench, bench_texts(bench, n, 32, 0), n, length - 32, false);
 }
 
 /* A PPO step: queries of 2 to 7 tokens, 10 new tokens each, scores, 4 epochs of one mini-batch. */
-static double bench_ppo(struct Bench *bench) {
-    struct Sequence *sequences = arena_alloc(&bench->arena, bench->queries, sizeof *sequences);
-    struct Rollout *rollouts = arena_alloc(&bench->arena, bench->queries, sizeof *rollouts);
-    double seconds = bench_generate(bench, sequences, bench->queries, 2, 7, 10, true), begin = seconds_now();
-    for (size_t i = 0; i < bench->queries; i++) {
-        struct Sequence *s = &sequences[i];
-        rollouts[i] = (struct Rollout){{s->ids, s->n, s->prompt_length}, s->n - s->prompt_length, (float)rng_normal(&bench->rng)};
-    }
+static void bench_ppo(struct Bench *bench, size_t n, size_t length) {
+    struct Rollout *rollouts = arena_alloc(&bench->arena, n, sizeof *rollouts);
+    struct Example *queries = bench_texts(bench, n, 7, 0);
+    for (size_t i = 0; i < n; i++) queries[i].n = 2 + i % 6;
+    struct Example *answers = bench_answers(bench, queries, n, length - 7, true);
+    for (size_t i = 0; i < n; i++) rollouts[i] = (struct Rollout){answers[i], length - 7, (float)rng_normal(&bench->rng)};
     ppo_step(bench->ppo, rollouts);
-    return seconds + seconds_now() - begin;
 }
 
-/* tokens: those a step is said to handle; passes: how often a token goes through all weights, 2 times forward, 6 in training,
- * summed over tokens; reads: how often all weights are read, one token after another. Of DPO's pairs the prompt counts once,
- * the last tokens not at all. A PPO step, here for one query, has the rollout, the reference, the policy (which is the first
- * update's forward pass) and 4 epochs of 6. */
-enum { TRAIN_4X64, TRAIN_16X64, TRAIN_4X256, TRAIN_1X1024, GENERATE_1, GENERATE_16, DPO_FIRST, DPO_LATER, PPO_STEP, BENCH_WORKS };
-static struct BenchWork { const char *name, *key; size_t batch, length; double tokens, passes, reads; } BENCH_WORK[] = {
-    {"train 4 x 64", "train", 4, 64, 4 * 64, 6 * 4 * 64, 0}, {"train 16 x 64", "train_16x64", 16, 64, 16 * 64, 6 * 16 * 64, 0},
-    {"train 4 x 256", "train_4x256", 4, 256, 4 * 256, 6 * 4 * 256, 0}, {"train 1 x 1024", "train_1x1024", 1, 1024, 1024, 6 * 1024, 0},
-    {"generate 48 after 32", "generate", 1, 80, 48, 2 * 80, 48}, {"generate 16 x 48 after 32", "generate_batch", 16, 80, 16 * 48, 2 * 16 * 80, 48},
-    {"dpo step, 4 pairs of 64", "dpo_step", 8, 64, 8 * 64, 8 * 4 * (64 + 48 - 2), 0}, {"  with reference cached", "dpo_step_cached", 8, 64, 8 * 64, 6 * 4 * (64 + 48 - 2), 0},
-    {"ppo step, 4 epochs", "ppo_step", 0, 0, 10, (2 + 2 + 4 * 6) * (4.5 + 10), 10}};
-
-static double bench_work(struct Bench *bench, int work) {
-    size_t batch = BENCH_WORK[work].batch;
-    struct Sequence sequences[16];
-    arena_reset(&bench->arena);
-    if (work == GENERATE_1 || work == GENERATE_16) return bench_generate(bench, sequences, batch, 32, 32, 48, false);
-    if (work == PPO_STEP) return bench_ppo(bench);
-    if (work < GENERATE_1) return bench_train(bench, batch, BENCH_WORK[work].length);
-    struct DPOTask *dpo = bench->dpo.data;
-    for (size_t i = 0; work == DPO_FIRST && i < 2 * BENCH_DPO_PAIRS; i++) dpo->ref_logps[i] = NAN;        /* to be computed again */
-    return bench_step(bench, bench->dpo, BENCH_DPO_PAIRS);
-}
-
-static struct Bench *bench_new(struct GPT2Config config, size_t queries) {
-    struct Bench *bench = calloc(1, sizeof *bench);
-    CHECK(bench, "out of memory");
-    *bench = (struct Bench){.model = gpt2_new(config), .rng = rng_seed(42, STREAM_SAMPLE), .queries = queries};
-    bench->trainer = (struct Trainer){.model = bench->model, .args = training_arguments()};
-    gpt2_init(bench->model, 42);
-    gpt2_make_trainable(bench->model);
-    for (size_t i = 0; i < bench->model->tensor_count; i++) bench->weights += bench->model->tensors[i]->n;
-    bench->weights -= bench->model->wpe.n;
-    BENCH_WORK[PPO_STEP].tokens *= (double)queries;
-    BENCH_WORK[PPO_STEP].passes *= (double)queries;
-    return bench;
-}
-
-/* What only DPO, PPO and the measure of memory need. */
-static void bench_complete(struct Bench *bench) {
-    struct PPOConfig config = ppo_config();
-    config.batch_size = config.mini_batch_size = bench->queries;
-    config.ratio_threshold = INFINITY;
-    bench->ref_model = gpt2_copy(bench->model);
-    bench->ppo = ppo_trainer_new(bench->model, bench->ref_model, config, training_arguments(), 1);
-    bench->ppo->args.learning_rate = 1e-6;
-    bench->ppo->total_steps = 1000;
-    struct Example *pairs = arena_alloc(&bench->kept, 2 * BENCH_DPO_PAIRS, sizeof *pairs);
-    for (size_t i = 0; i < 2 * BENCH_DPO_PAIRS; i++) {
-        pairs[i] = bench_example(bench, &bench->kept, BENCH_DPO_LENGTH, BENCH_DPO_PROMPT);
-        if (i % 2) memcpy(pairs[i].ids, pairs[i - 1].ids, BENCH_DPO_PROMPT * sizeof(int));
-    }
-    dpo_task(&bench->trainer, &bench->kept, bench->ref_model, (struct DPOConfig){.beta = 0.1, .weight = {1}}, 1, pairs, BENCH_DPO_PAIRS);
-    bench->dpo = bench->trainer.task;
-    bench->memory = arena_zeros(&bench->kept, BENCH_MEMORY, sizeof *bench->memory);
-}
+/* n texts, pairs or queries (--batch_size), at most `length` tokens long; `tokens` of each are trained on or generated. */
+static const struct BenchWork { const char *name, *key; void (*run)(struct Bench *, size_t, size_t); size_t n, length, tokens; } BENCH_WORK[] = {
+    {"train 4 x 64", "train", bench_train, 4, 64, 64}, {"train 16 x 64", "train_16x64", bench_train, 16, 64, 64},
+    {"train 4 x 256", "train_4x256", bench_train, 4, 256, 256}, {"train 1 x 1024", "train_1x1024", bench_train, 1, 1024, 1024},
+    {"generate 48 after 32", "generate", bench_generate, 1, 80, 48}, {"generate 16 x 48 after 32", "generate_batch", bench_generate, 16, 80, 48},
+    {"dpo step, 4 pairs of 64", "dpo_step", bench_dpo, 4, 64, 128}, {"ppo step, 4 epochs", "ppo_step", bench_ppo, 0, 17, 10}};
 
 /* =============================================================================================
  * Chapter 19 - Command line, main
@@ -7549,24 +7470,8 @@ static void command_exact(struct Options *o) {
     }
 }
 
-static void bench_print(const struct Bench *bench, const double *best, const double *share, double gflops, double gbytes, size_t train_rss, bool json) {
-    const struct GPT2Config *c = &bench->model->config;
-    size_t parameters = bench->weights + bench->model->wpe.n;
-    if (json) printf("{\"threads\": %d, \"kernel\": \"%s\", \"parameters\": %zu, \"peak_gflops\": %.9g, \"read_gbytes_per_second\": %.9g, \"train_peak_rss_bytes\": %zu, \"peak_rss_bytes\": %zu", thread_count(), kernel->name, parameters, gflops, gbytes, train_rss, peak_rss_bytes());
-    else printf("%.1f million weights (%zu layers x %zu, %zu ids), %d threads, kernel %s\nlimits: %.0f GFLOP/s multiplied and added, %.1f GB/s read\n\n%-28s%10s%12s%18s\n", (double)parameters / 1e6, c->n_layer, c->n_embd, c->vocab_size, thread_count(), kernel->name, gflops, gbytes, "", "seconds", "tokens/s", "share of limit");
-    for (int work = 0; work < BENCH_WORKS; work++) {
-        if (!isfinite(best[work])) continue;
-        double speed = BENCH_WORK[work].tokens / best[work];
-        const char *key = BENCH_WORK[work].key;
-        if (!json) printf("%-28s%10.4f%12.1f%16.0f %%\n", BENCH_WORK[work].name, best[work], speed, 100 * share[work]);
-        else if (work >= DPO_FIRST) printf(", \"%s_seconds\": %.9g, \"%s_share_of_limit\": %.4g", key, best[work], key, share[work]);
-        else printf(", \"%s_tokens_per_second\": %.9g, \"%s_share_of_limit\": %.4g", key, speed, key, share[work]);
-    }
-    if (json) puts("}");
-    else printf("\npeak memory: %.0f MB for %s, %.0f MB for all\n", (double)train_rss / 1e6, BENCH_WORK[TRAIN_4X64].name, (double)peak_rss_bytes() / 1e6);
-}
-
-/* align bench -- each work, or only a training step of the user's size, once a round, at least five rounds and some seconds; the first round warms up. */
+/* align bench -- each work, or only a training step of the user's size, once a round, at least five rounds and some seconds;
+ * the first warms up. Of training: the share of the multiply-adds that 2 passes forward and 4 backward through all weights but wpe take. */
 static void command_bench(struct Options *o) {
     CHECK(kernel, "bench measures a kernel; ALIGN_KERNEL=plain has none");
     CHECK(o->ppo.batch_size > 0 && o->ppo.batch_size <= 4096, "--batch_size %zu: 1 to 4096 queries", o->ppo.batch_size);
@@ -7574,46 +7479,58 @@ static void command_bench(struct Options *o) {
     o->config.eos_token_id = o->config.pad_token_id = (int)o->config.vocab_size - 1;
     config_check(&o->config, "--n_layer, --n_head, --n_embd, --n_positions, --vocab_size");
     size_t batch = o->train.per_device_train_batch_size, length = o->train.max_length;
-    CHECK(length <= o->config.n_positions && length != 1 && o->config.n_positions >= 80, "--max_length %zu: 2 to --n_positions, %zu, which is 80 or more", length, o->config.n_positions);
-    bool one = batch || length;
-    struct Bench *bench = bench_new(o->config, o->ppo.batch_size);
-    if (one) {
-        batch = batch ? batch : 4;
-        length = length ? length : 64;
-        double tokens = (double)(batch * length);
-        BENCH_WORK[TRAIN_4X64] = (struct BenchWork){arena_printf(&o->arena, "train %zu x %zu", batch, length), "train", batch, length, tokens, 6 * tokens, 0};
+    CHECK(length <= o->config.n_positions && length != 1 && o->config.n_positions >= 80,
+          "--max_length %zu: 2 to --n_positions, %zu, which is 80 or more", length, o->config.n_positions);
+    struct BenchWork work[COUNT(BENCH_WORK)];
+    size_t count = batch || length ? 1 : COUNT(work), weights = 0;
+    memcpy(work, BENCH_WORK, sizeof work);
+    work[count - 1].n = o->ppo.batch_size;
+    if (count == 1) work[0] = (struct BenchWork){"train", "train", bench_train, batch ? batch : 4, length ? length : 64, length ? length : 64};
+    struct Bench bench = {.model = o->model = gpt2_new(o->config), .rng = rng_seed(42, STREAM_SAMPLE), .trainer.args = training_arguments()};
+    bench.trainer.model = bench.model;
+    gpt2_init(bench.model, 42);
+    gpt2_make_trainable(bench.model);
+    for (size_t i = 0; i < bench.model->tensor_count; i++) weights += bench.model->tensors[i]->n;
+    if (count > 1) {
+        o->ppo.mini_batch_size = o->ppo.batch_size;
+        o->ppo.ratio_threshold = INFINITY;
+        bench.ref_model = o->reference = gpt2_copy(bench.model);
+        bench.ppo = ppo_trainer_new(bench.model, bench.ref_model, o->ppo, bench.trainer.args, 1);
+        bench.ppo->args.learning_rate = 1e-6;
+        bench.ppo->total_steps = 1000;
     }
-    double best[BENCH_WORKS], share[BENCH_WORKS] = {0}, gflops = 0, gbytes = 0;
-    for (int work = 0; work < BENCH_WORKS; work++) best[work] = INFINITY;
-    for (int i = 0; i < 2; i++) bench_work(bench, TRAIN_4X64);
-    size_t train_rss = peak_rss_bytes();
-    if (!one) bench_complete(bench);
-    double begin = seconds_now();
+    double best[COUNT(work)], peak = 0, begin = seconds_now();
+    for (size_t k = 0; k < count; k++) best[k] = INFINITY;
     for (int round = 0; round < 5 || (seconds_now() - begin < 15 && round < 100); round++) {
         if (round < 5) say("bench: round %d\n", round + 1);
-        for (int work = 0; work < (one ? 1 : BENCH_WORKS); work++) {
-            const struct BenchWork *w = &BENCH_WORK[work];
-            if (w->length > o->config.n_positions) continue;
-            double peak = bench_peak(), read = bench_read(bench), seconds = bench_work(bench, work);
-            peak = MAX(peak, bench_peak());                 /* this round's limits: the better of before and after */
-            read = MAX(read, bench_read(bench));
-            gflops = MAX(gflops, peak);
-            gbytes = MAX(gbytes, read);
-            if (round == 0) continue;
-            /* it takes at least its multiplications at the peak, or its weights at the speed of reading, whichever is more */
-            double least = MAX(w->passes * (double)bench->weights / peak, w->reads > 0 ? 4 * (double)bench->weights * w->reads / read : 0) / 1e9;
-            best[work] = MIN(best[work], seconds);
-            share[work] = MAX(share[work], least / seconds);
+        for (size_t k = 0; k < count; k++) {
+            if (work[k].length > o->config.n_positions) continue;
+            peak = MAX(peak, bench_peak());
+            arena_reset(&bench.arena);
+            double start = seconds_now();
+            work[k].run(&bench, work[k].n, work[k].length);
+            if (round > 0) best[k] = MIN(best[k], seconds_now() - start);
         }
     }
-    bench_print(bench, best, share, gflops, gbytes, train_rss, o->json);
-    if (bench->ppo) ppo_trainer_free(bench->ppo);
-    trainer_free(&bench->trainer);
-    gpt2_free(bench->model);
-    gpt2_free(bench->ref_model);
-    arena_free(&bench->arena);
-    arena_free(&bench->kept);
-    free(bench);
+    printf(o->json ? "{\"threads\": %d, \"kernel\": \"%s\", \"parameters\": %zu, \"peak_gflops\": %.9g, \"peak_rss_bytes\": %zu"
+                   : "%d threads, kernel %s; %zu weights; %.0f GFLOP/s multiplied and added; peak memory %zu bytes\n\n",
+           thread_count(), kernel->name, weights, peak / 1e9, peak_rss_bytes());
+    if (!o->json) printf("%-28s%10s%12s%18s", "", "seconds", "tokens/s", "share of limit");
+    for (size_t k = 0; k < count; k++) {
+        double speed = (double)(work[k].n * work[k].tokens) / best[k];
+        double share = 6 * speed * (double)(weights - bench.model->wpe.n) / peak;
+        bool train = work[k].run == bench_train;
+        const char *key = work[k].key;
+        if (!isfinite(best[k])) continue;
+        if (o->json) printf(", \"%s_seconds\": %.9g, \"%s_tokens_per_second\": %.9g", key, best[k], key, speed);
+        else printf("\n%-28s%10.4f%12.1f", work[k].name, best[k], speed);
+        if (train && o->json) printf(", \"%s_share_of_limit\": %.4g", key, share);
+        else if (train) printf("%16.0f %%", 100 * share);
+    }
+    puts(o->json ? "}" : "");
+    if (bench.ppo) ppo_trainer_free(bench.ppo);
+    trainer_free(&bench.trainer);
+    arena_free(&bench.arena);
 }
 
 static const struct Command { const char *name, *what; void (*run)(struct Options *); int groups; } COMMANDS[] = {
@@ -7635,7 +7552,7 @@ static const struct Command { const char *name, *what; void (*run)(struct Option
     {"merge", "a LoRA adapter folded into its base, saved as a model", command_merge, G_MODEL | G_PEFT | G_OUT},
     {"report", "DIR: report.html again, from a run's logs", command_report, 1 << 30},
     {"glossary", "[TERM]: the course's terms in Portuguese and English, with the function, test and command of each", command_glossary, 1 << 30},
-    {"bench", "this machine's limits, and what training, generation, DPO and PPO reach of them", command_bench, G_NEW | G_BATCH | G_JSON | G_BENCH},
+    {"bench", "this machine's limit, and what training, generation, DPO and PPO reach of them", command_bench, G_NEW | G_BATCH | G_JSON | G_BENCH},
 };
 
 static void print_help(const struct Command *command) {
