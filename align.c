@@ -3292,8 +3292,8 @@ static double schedule_factor(const struct TrainingArguments *args, size_t step,
 
 /* What the log holds: entries of named numbers, written as transformers' trainer_state.json. */
 enum { MAX_METRICS = 48 };
-struct Metric { const char *name; double sum; size_t n; };
-struct LogEntry { size_t n; struct { const char *name; double value; } item[MAX_METRICS]; };
+struct Metric { const char *name; double value; size_t n; };       /* n: of a mean, how many numbers `value` is the sum of */
+struct LogEntry { size_t n; struct Metric item[MAX_METRICS]; };    /* sorted by name */
 
 /* trainer.state: where a training is.                                    [glossary: trainer.state] */
 struct TrainerState {
@@ -3304,8 +3304,7 @@ struct TrainerState {
     double total_loss, seconds;              /* of all steps */
     struct LogEntry *log_history;
     size_t log_count, log_capacity;
-    struct Metric metrics[MAX_METRICS];      /* since the last log entry */
-    size_t metric_count;
+    struct LogEntry metrics;                 /* sums since the last log entry */
 };
 
 static struct LogEntry *state_log(struct TrainerState *state) {
@@ -3324,13 +3323,18 @@ static const char *log_name(const char *prefix, struct Text name) {
     return text;
 }
 
-static void log_value(struct LogEntry *entry, const char *name, double value) {
-    if (entry->n == MAX_METRICS) die("internal: more than %d metrics in a log entry", MAX_METRICS);
-    size_t at = entry->n++;
-    for (; at > 0 && strcmp(entry->item[at - 1].name, name) > 0; at--) entry->item[at] = entry->item[at - 1];   /* sorted keys */
-    entry->item[at].name = name;
-    entry->item[at].value = value;
+/* The number of this name in an entry; a new one is 0. */
+static struct Metric *log_at(struct LogEntry *entry, const char *name) {
+    size_t at = 0;
+    while (at < entry->n && strcmp(entry->item[at].name, name) < 0) at++;
+    if (at < entry->n && strcmp(entry->item[at].name, name) == 0) return &entry->item[at];
+    CHECK(entry->n < MAX_METRICS, "internal: more than %d metrics in a log entry", MAX_METRICS);
+    memmove(&entry->item[at + 1], &entry->item[at], (entry->n++ - at) * sizeof *entry->item);
+    entry->item[at] = (struct Metric){name, 0, 0};
+    return &entry->item[at];
 }
+
+static void log_value(struct LogEntry *entry, const char *name, double value) { log_at(entry, name)->value = value; }
 
 static bool log_find(const struct LogEntry *entry, const char *name, double *value) {
     *value = NAN;
@@ -3365,71 +3369,76 @@ static void trainer_state_save(const struct TrainerState *s, const struct Traini
  *   training_state.json     random states, places in the data, running means, lengths of growing logs: `saved` below
  * It is written as tmp-checkpoint-N, put on the disk and renamed, and renamed again before it is removed: a folder
  * called checkpoint-N is whole, whenever the plug was pulled.              test: checkpoint_* */
-enum SavedKind { SAVED_SIZE, SAVED_BITS, SAVED_DOUBLE, SAVED_FIXED };      /* FIXED: must be as it was, or the run would not be the same */
-struct Saved { const char *name; enum SavedKind kind; void *at; size_t n, limit; };      /* n values, sizes below `limit` */
+struct Saved { const char *name; void *at; size_t n; uint64_t most; };      /* n doubles or whole numbers of 64 bits, these up to `most` */
+enum { AS_IT_WAS };      /* in place of `most`: a number that must not have changed, or the run would not be the same */
 
 struct Checkpoint {
     struct GPT2 *model;
     const struct Tokenizer *tok;
     const struct TrainingArguments *args;
     struct TrainerState *state;
-    const char *task;
-    size_t log_count, log_bytes[2];          /* files that grow during the run, and their lengths at the checkpoint */
-    struct Output *logs[2];
-    const char *log_names[2], *log_dir;
+    const char *task, *log_dir;              /* log_dir: where the two logs grow that PPO writes */
+    struct Output *logs;                     /* NULL: none */
+    uint64_t log_bytes[2];                   /* their lengths at the checkpoint */
     struct Saved saved[20];
     size_t count;
 };
 
-static void checkpoint_add(struct Checkpoint *c, const char *name, enum SavedKind kind, void *at, size_t n, size_t limit) {
+static const char *const LOGS[] = {"stats_all.jsonl", "rollouts.jsonl"};
+
+static void checkpoint_add(struct Checkpoint *c, const char *name, void *at, size_t n, uint64_t most) {
     if (c->count == COUNT(c->saved)) die("internal: more than %zu things in a checkpoint", COUNT(c->saved));
-    c->saved[c->count++] = (struct Saved){name, kind, at, n, limit};
-}
-
-static void checkpoint_rng(struct Checkpoint *c, const char *name, struct Rng *rng) { checkpoint_add(c, name, SAVED_BITS, rng->s, 4, 0); }
-
-/* A file that the run adds to: checkpoint_resume opens it. */
-static void checkpoint_log(struct Checkpoint *c, struct Output *log, const char *dir, const char *name) {
-    size_t i = c->log_count++;
-    c->logs[i] = log;
-    c->log_names[i] = name;
-    c->log_dir = dir;
-    checkpoint_add(c, name, SAVED_SIZE, &c->log_bytes[i], 1, SIZE_MAX);
+    c->saved[c->count++] = (struct Saved){name, at, n, most};
 }
 
 /* What every run has; the caller adds what is its own. */
 static struct Checkpoint checkpoint_new(const char *task, struct GPT2 *model, const struct Tokenizer *tok, const struct TrainingArguments *args, struct TrainerState *state) {
     struct Checkpoint c = {.model = model, .tok = tok, .args = args, .state = state, .task = task};
-    checkpoint_add(&c, "seed", SAVED_FIXED, (void *)&args->seed, 1, 0);
-    checkpoint_add(&c, "num_tokens", SAVED_SIZE, &state->num_tokens, 1, SIZE_MAX);
-    checkpoint_add(&c, "samples", SAVED_SIZE, &state->samples, 1, SIZE_MAX);
-    checkpoint_add(&c, "total_loss", SAVED_DOUBLE, &state->total_loss, 1, 0);
-    checkpoint_add(&c, "seconds", SAVED_DOUBLE, &state->seconds, 1, 0);
-    checkpoint_add(&c, "epoch", SAVED_DOUBLE, &state->epoch, 1, 0);
+    checkpoint_add(&c, "seed", (void *)&args->seed, 1, AS_IT_WAS);
+    checkpoint_add(&c, "num_tokens", &state->num_tokens, 1, UINT64_MAX);
+    checkpoint_add(&c, "samples", &state->samples, 1, UINT64_MAX);
+    checkpoint_add(&c, "total_loss", &state->total_loss, 1, UINT64_MAX);
+    checkpoint_add(&c, "seconds", &state->seconds, 1, UINT64_MAX);
+    checkpoint_add(&c, "epoch", &state->epoch, 1, UINT64_MAX);
     return c;
 }
 
-static void training_state_save(const struct Checkpoint *c, const char *folder) {
+/* A double is written as the whole number that its 64 bits are: so it comes back bit for bit. */
+static void saved_write(FILE *file, const char *before, struct Saved s) {
+    fprintf(file, "%s\"%s\": [", before, s.name);
+    for (size_t i = 0; i < s.n; i++) {
+        uint64_t bits;
+        memcpy(&bits, (char *)s.at + 8 * i, 8);
+        fprintf(file, "%s%llu", i ? ", " : "", (unsigned long long)bits);
+    }
+    fputc(']', file);
+}
+
+static void saved_read(const struct Json *list, struct Saved s, const char *path) {
+    const struct Json *item = list && list->type == JSON_ARRAY ? list->child : NULL;
+    for (size_t i = 0; i < s.n; i++, item = item->next) {
+        CHECK(item, "%s: \"%s\" has %zu numbers, %zu were expected; are data and flags those of the run that was saved?", path, s.name, i, s.n);
+        bool whole = item->type == JSON_NUMBER && strspn(item->string.data, "0123456789") == item->string.length;
+        CHECK(whole, "%s: \"%s\": item %zu is no whole number", path, s.name, i + 1);
+        unsigned long long found = strtoull(item->string.data, NULL, 10), now;
+        memcpy(&now, (char *)s.at + 8 * i, 8);
+        CHECK(s.most || found == now, "%s: \"%s\" was %llu, now it is %llu: the run would not be the same; give the data and flags it began with", path, s.name, found, now);
+        CHECK(!s.most || found <= s.most, "%s: \"%s\": number %zu is %llu, at most %llu was expected", path, s.name, i + 1, found, (unsigned long long)s.most);
+        memcpy((char *)s.at + 8 * i, &found, 8);
+    }
+}
+
+static struct Saved metric_saved(struct Metric *m) {
+    return (struct Saved){m->name, (char *)m + offsetof(struct Metric, value), 2, UINT64_MAX};      /* value and n */
+}
+
+static void training_state_save(struct Checkpoint *c, const char *folder) {
     struct Output out = output_open(folder, "training_state.json");
+    struct LogEntry *metrics = &c->state->metrics;
     fprintf(out.file, "{\n  \"task\": \"%s\"", c->task);
-    for (const struct Saved *s = c->saved; s < c->saved + c->count; s++) {
-        fprintf(out.file, ",\n  \"%s\": [", s->name);
-        for (size_t i = 0; i < s->n; i++) {
-            double x = s->kind == SAVED_DOUBLE ? ((double *)s->at)[i] : 0;
-            if (i) fputs(", ", out.file);
-            if (s->kind == SAVED_BITS) fprintf(out.file, "%llu", (unsigned long long)((uint64_t *)s->at)[i]);
-            else if (s->kind != SAVED_DOUBLE) fprintf(out.file, "%zu", ((size_t *)s->at)[i]);
-            else if (isfinite(x)) fprintf(out.file, "%.17g", x);               /* 17 digits bring a double back bit for bit */
-            else fputs("null", out.file);
-        }
-        fputc(']', out.file);
-    }
+    for (size_t i = 0; i < c->count; i++) saved_write(out.file, ",\n  ", c->saved[i]);
     fputs(",\n  \"metrics\": {", out.file);
-    for (size_t i = 0; i < c->state->metric_count; i++) {
-        const struct Metric *m = &c->state->metrics[i];
-        if (isfinite(m->sum)) fprintf(out.file, "%s\n    \"%s\": [%.17g, %zu]", i ? "," : "", m->name, m->sum, m->n);
-        else fprintf(out.file, "%s\n    \"%s\": [null, %zu]", i ? "," : "", m->name, m->n);
-    }
+    for (size_t i = 0; i < metrics->n; i++) saved_write(out.file, i ? ",\n    " : "\n    ", metric_saved(&metrics->item[i]));
     fputs("\n  }\n}\n", out.file);
     output_close(&out);
 }
@@ -3437,25 +3446,11 @@ static void training_state_save(const struct Checkpoint *c, const char *folder) 
 static void training_state_load(struct Checkpoint *c, struct Arena *arena, const char *path) {
     struct Json *json = json_read_file(arena, path), *task = json_get(json, "task"), *metrics = json_get(json, "metrics");
     CHECK(json_is_string(task, c->task), "%s: a checkpoint of \"%s\", not of \"%s\"", path, task && task->type == JSON_STRING ? task->string.data : "?", c->task);
-    for (const struct Saved *s = c->saved; s < c->saved + c->count; s++) {
-        struct Json *list = json_get(json, s->name), *item = list && list->type == JSON_ARRAY ? list->child : NULL;
-        for (size_t i = 0; i < s->n; i++, item = item->next) {
-            CHECK(item, "%s: \"%s\" has %zu numbers, %zu were expected; are data and flags those of the run that was saved?", path, s->name, i, s->n);
-            const char *digits = item->type == JSON_NUMBER ? item->string.data : "";
-            CHECK(s->kind == SAVED_DOUBLE ? *digits || item->type == JSON_NULL : *digits && strspn(digits, "0123456789") == item->string.length, "%s: \"%s\": item %zu is no number", path, s->name, i + 1);
-            uint64_t whole = strtoull(digits, NULL, 10);
-            if (s->kind == SAVED_DOUBLE) ((double *)s->at)[i] = item->type == JSON_NULL ? NAN : item->number;
-            if (s->kind == SAVED_BITS) ((uint64_t *)s->at)[i] = whole;
-            if (s->kind == SAVED_FIXED) CHECK(whole == ((size_t *)s->at)[i], "%s: \"%s\" was %llu, now it is %zu: the run would not be the same; give the data and flags it began with", path, s->name, (unsigned long long)whole, ((size_t *)s->at)[i]);
-            if (s->kind == SAVED_SIZE) CHECK(whole < s->limit, "%s: \"%s\": number %zu is %llu, below %zu was expected", path, s->name, i + 1, (unsigned long long)whole, s->limit);
-            if (s->kind == SAVED_SIZE) ((size_t *)s->at)[i] = (size_t)whole;
-        }
-    }
-    c->state->metric_count = 0;
-    for (struct Json *item = metrics && metrics->type == JSON_OBJECT ? metrics->child : NULL; item; item = item->next) {
-        struct Json *n = item->type == JSON_ARRAY && item->child ? item->child->next : NULL;
-        CHECK(n && c->state->metric_count < MAX_METRICS, "%s: \"metrics\": at most %d pairs of sum and number were expected", path, MAX_METRICS);
-        c->state->metrics[c->state->metric_count++] = (struct Metric){log_name("", item->key), item->child->type == JSON_NUMBER ? item->child->number : NAN, json_size(n, SIZE_MAX / 2, path, "metrics")};
+    for (size_t i = 0; i < c->count; i++) saved_read(json_get(json, c->saved[i].name), c->saved[i], path);
+    c->state->metrics.n = 0;
+    for (struct Json *item = metrics ? metrics->child : NULL; item; item = item->next) {
+        CHECK(c->state->metrics.n < MAX_METRICS, "%s: \"metrics\": at most %d were expected", path, MAX_METRICS);
+        saved_read(item, metric_saved(log_at(&c->state->metrics, log_name("", item->key))), path);
     }
 }
 
@@ -3474,19 +3469,20 @@ static void trainer_state_load(struct TrainerState *state, struct Arena *arena, 
     }
 }
 
-/* m and v of each tensor that trains, as tensors with PyTorch's names. Returns how many. */
-static size_t moment_tensors(struct Arena *arena, const struct GPT2 *model, struct Tensor ***list) {
+/* The tensors that train, then m and v of each, as tensors with PyTorch's names. Returns how many train. */
+static size_t training_tensors(struct Arena *arena, const struct GPT2 *model, struct Tensor ***list) {
+    static const char *const prefixes[] = {"", "exp_avg.", "exp_avg_sq."};
     size_t count = 0;
-    *list = arena_alloc(arena, 2 * model->tensor_count, sizeof **list);
-    for (size_t i = 0; i < 2 * model->tensor_count; i++) {
-        const struct Tensor *t = model->tensors[i / 2];
+    *list = arena_alloc(arena, 3 * model->tensor_count, sizeof **list);
+    for (size_t i = 0; i < 3 * model->tensor_count; i++) {
+        const struct Tensor *t = model->tensors[i % model->tensor_count];
         if (!t->d) continue;
         struct Tensor *view = (*list)[count++] = arena_alloc(arena, 1, sizeof *view);
         *view = *t;
-        view->w = i % 2 ? t->v : t->m;
-        snprintf(view->name, sizeof view->name, "%s%.50s", i % 2 ? "exp_avg_sq." : "exp_avg.", t->name);
+        view->w = (float *[]){t->w, t->m, t->v}[i / model->tensor_count];
+        snprintf(view->name, sizeof view->name, "%s%.50s", prefixes[i / model->tensor_count], t->name);
     }
-    return count;
+    return count / 3;
 }
 
 /* How many checkpoint-N a folder has; *oldest and *newest: the numbers of those written first and last. Not those with
@@ -3523,19 +3519,18 @@ static void checkpoint_way_on(const char *folder) { snprintf(way_on, sizeof way_
 
 static void checkpoint_save(struct Checkpoint *c) {
     struct Arena arena = {0};
-    struct Tensor **moments;
-    size_t step = c->state->global_step, oldest, newest;
+    struct Tensor **tensors;
+    size_t step = c->state->global_step, train = training_tensors(&arena, c->model, &tensors), oldest, newest;
     const char *dir = c->args->output_dir, *staged = arena_printf(&arena, "%s/tmp-checkpoint-%zu", dir, step);
     const char *replaced = arena_printf(&arena, "%s-old", staged), *whole = arena_printf(&arena, "%s/checkpoint-%zu", dir, step);
-    for (size_t i = 0; i < c->log_count; i++) {
-        FILE *log = c->logs[i]->file;
-        CHECK(fflush(log) == 0 && fsync(fileno(log)) == 0, "%s: writing failed: %s", c->logs[i]->tmp, strerror(errno));
-        c->log_bytes[i] = (size_t)ftello(log);
+    for (size_t i = 0; c->logs && i < COUNT(LOGS); i++) {
+        output_flush(&c->logs[i]);
+        CHECK(fsync(fileno(c->logs[i].file)) == 0, "%s: writing failed: %s", c->logs[i].tmp, strerror(errno));
+        c->log_bytes[i] = (uint64_t)ftello(c->logs[i].file);
     }
     staged_folder = staged;
     model_save(c->model, staged, c->tok);
-    size_t count = moment_tensors(&arena, c->model, &moments);
-    safetensors_write(staged, "optimizer.safetensors", moments, count, "");
+    safetensors_write(staged, "optimizer.safetensors", tensors + train, 2 * train, "");
     trainer_state_save(c->state, c->args, staged);
     training_state_save(c, staged);
     folder_sync(staged);
@@ -3562,10 +3557,10 @@ static void interrupt(int signal_number) {
 /* Puts back what a checkpoint holds, if the run is to go on from one. From here on Ctrl-C waits for a step's end. */
 static void checkpoint_resume(struct Checkpoint *c) {
     struct Arena arena = {0};
-    struct Tensor **moments;
-    size_t oldest, newest = 0, found = 0, loaded = 0;
+    struct Tensor **tensors;
+    size_t oldest, newest = 0, loaded = 0, train = training_tensors(&arena, c->model, &tensors);
     const char *dir = c->args->output_dir, *from = c->args->resume_from_checkpoint;
-    static const char *const files[] = {"model.safetensors", "adapter_model.safetensors"};
+    static const char *const files[] = {"model.safetensors", "adapter_model.safetensors", "optimizer.safetensors"};
     if (c->args->warmup_steps > c->state->max_steps) warn("--warmup_steps %zu: the run has %zu steps; its learning rate never reaches --learning_rate", c->args->warmup_steps, c->state->max_steps);
     if (dir) {
         checkpoint_remove(dir, SIZE_MAX);
@@ -3576,7 +3571,7 @@ static void checkpoint_resume(struct Checkpoint *c) {
     if (any && !from) warn("%s holds checkpoint-%zu of an earlier run; this one starts over (--resume_from_checkpoint true would go on)", dir, newest);
     if (newest_one && !any) warn("%s: no whole checkpoint to resume from; starting over", dir);
     if (!from || strcmp(from, "false") == 0 || (newest_one && !any)) {
-        for (size_t i = 0; i < c->log_count; i++) *c->logs[i] = output_open(c->log_dir, c->log_names[i]);
+        for (size_t i = 0; c->logs && i < COUNT(LOGS); i++) c->logs[i] = output_open(c->log_dir, LOGS[i]);
         return;
     }
     if (newest_one) from = arena_printf(&arena, "%s/checkpoint-%zu", dir, newest);
@@ -3587,15 +3582,11 @@ static void checkpoint_resume(struct Checkpoint *c) {
         const char *path = arena_printf(&arena, "%s/%s", from, files[f]);
         if (!file_exists(path)) continue;
         struct SafeTensors st = safetensors_open(&arena, path);
-        for (size_t i = 0; i < c->model->tensor_count; i++) found += c->model->tensors[i]->d && tensor_load(&st, c->model->tensors[i]);
+        for (size_t i = 0; i < 3 * train; i++) loaded += tensor_load(&st, tensors[i]);
         fclose(st.file);
     }
-    struct SafeTensors st = safetensors_open(&arena, arena_printf(&arena, "%s/optimizer.safetensors", from));
-    size_t count = moment_tensors(&arena, c->model, &moments);
-    while (loaded < count && tensor_load(&st, moments[loaded])) loaded++;
-    fclose(st.file);
-    CHECK(2 * found == count && loaded == count, "%s: holds %zu of %zu tensors that train and %zu of %zu of their moments; are the model and flags those of the run that was saved?", from, found, count / 2, loaded, count);
-    for (size_t i = 0; i < c->log_count; i++) output_resume(c->logs[i], dir, c->log_names[i], arena_printf(&arena, "%s/..", from), c->log_bytes[i]);
+    CHECK(loaded == 3 * train, "%s: holds %zu of %zu tensors that train and their moments; are the model and flags those of the run that was saved?", from, loaded, 3 * train);
+    for (size_t i = 0; c->logs && i < COUNT(LOGS); i++) output_resume(&c->logs[i], dir, LOGS[i], arena_printf(&arena, "%s/..", from), c->log_bytes[i]);
     say("%s: going on after step %zu from %s\n", c->task, c->state->global_step, from);
     if (newest_one) checkpoint_way_on(from);
     arena_free(&arena);
@@ -3637,15 +3628,9 @@ struct Trainer {
 
 /* Averages a metric over the micro-batches between two log entries. */
 static void trainer_metric(struct Trainer *trainer, const char *name, double value) {
-    struct TrainerState *state = &trainer->state;
-    size_t i = 0;
-    while (i < state->metric_count && strcmp(state->metrics[i].name, name) != 0) i++;
-    if (i == state->metric_count) {
-        CHECK(i < MAX_METRICS, "internal: more than %d metrics", MAX_METRICS);
-        state->metrics[state->metric_count++] = (struct Metric){name, 0, 0};
-    }
-    state->metrics[i].sum += value;
-    state->metrics[i].n++;
+    struct Metric *metric = log_at(&trainer->state.metrics, name);
+    metric->value += value;
+    metric->n++;
 }
 
 /* The entry's numbers that a person follows, as progress. */
@@ -3660,32 +3645,20 @@ static void trainer_say(const struct Trainer *trainer, const struct LogEntry *en
     progress_say(trainer->task.name, state->global_step, state->max_steps, state->num_tokens, plain, "%s", text);
 }
 
-/* After every step: the means since the last log entry, and sometimes a sample. */
-static void trainer_show(const struct Trainer *trainer) {
-    const struct TrainerState *state = &trainer->state;
-    struct LogEntry now = {0};
-    for (size_t i = 0; i < state->metric_count; i++) log_value(&now, state->metrics[i].name, state->metrics[i].sum / (double)state->metrics[i].n);
-    if (trainer->task.sample && progress_sampling(state->global_step, state->max_steps)) trainer->task.sample(trainer);
-    trainer_say(trainer, &now, false);
-}
-
-/* Moves the metrics' means into a log entry, in evaluation under "eval_" and their names. */
-static void trainer_flush(struct Trainer *trainer, struct LogEntry *entry, bool eval) {
-    struct TrainerState *state = &trainer->state;
-    for (size_t i = 0; i < state->metric_count; i++) {
-        const struct Metric *metric = &state->metrics[i];
-        log_value(entry, eval ? log_name("eval_", text_of(metric->name)) : metric->name, metric->sum / (double)metric->n);
-    }
-    state->metric_count = 0;
+/* The metrics' means go to a log entry, in evaluation under "eval_" and their names, and where the training is. */
+static void trainer_means(const struct TrainerState *state, struct LogEntry *entry, const char *prefix) {
+    for (const struct Metric *m = state->metrics.item; m < state->metrics.item + state->metrics.n; m++)
+        log_value(entry, *prefix ? log_name(prefix, text_of(m->name)) : m->name, m->value / (double)m->n);
     log_value(entry, "epoch", state->epoch);
     log_value(entry, "step", (double)state->global_step);
 }
 
 /* trainer_evaluate -- the mean loss and metrics over the held-out items; no weight moves. */
 static double trainer_evaluate(struct Trainer *trainer) {
-    struct TrainerState before = trainer->state;
+    struct TrainerState *state = &trainer->state, before = *state;
+    struct LogEntry entry = {0};
     size_t n = trainer->task.eval_n, batch = trainer->args.per_device_train_batch_size;
-    trainer->state.metric_count = 0;
+    state->metrics.n = 0;
     double total = 0, judged = 0, begin = seconds_now();
     for (size_t first = 0; first < n; first += batch) {
         size_t index[4096], count = MIN(MIN(batch, n - first), COUNT(index));
@@ -3696,17 +3669,15 @@ static double trainer_evaluate(struct Trainer *trainer) {
         total += loss * (double)count;
         judged += (double)count;
     }
-    struct LogEntry *entry = state_log(&trainer->state);
     double seconds = seconds_now() - begin;
-    log_value(entry, "eval_loss", total / judged);
-    log_value(entry, "eval_runtime", seconds);
-    log_value(entry, "eval_samples_per_second", (double)n / seconds);
-    log_value(entry, "eval_steps_per_second", ceil((double)n / (double)batch) / seconds);
-    trainer_flush(trainer, entry, true);
-    memcpy(trainer->state.metrics, before.metrics, sizeof before.metrics);
-    trainer->state.metric_count = before.metric_count;
-    trainer->state.num_tokens = before.num_tokens;
-    trainer_say(trainer, entry, true);
+    log_value(&entry, "eval_loss", total / judged);
+    log_value(&entry, "eval_runtime", seconds);
+    log_value(&entry, "eval_samples_per_second", (double)n / seconds);
+    log_value(&entry, "eval_steps_per_second", ceil((double)n / (double)batch) / seconds);
+    trainer_means(state, &entry, "eval_");
+    *state = before;
+    *state_log(state) = entry;
+    trainer_say(trainer, &entry, true);
     return total / judged;
 }
 
@@ -3724,13 +3695,20 @@ static double trainer_accumulate(struct Trainer *trainer, const size_t *order, s
     return loss;
 }
 
-static void trainer_log_step(struct Trainer *trainer, double norm, double lr) {
-    struct LogEntry *entry = state_log(&trainer->state);
-    log_value(entry, "grad_norm", norm);
-    log_value(entry, "learning_rate", lr);
-    if (trainer->state.num_tokens) log_value(entry, "num_tokens", (double)trainer->state.num_tokens);
-    trainer_flush(trainer, entry, false);
-    trainer_say(trainer, entry, !trainer->args.say_steps || trainer->state.global_step % trainer->args.say_steps == 0);
+/* After a step: a log entry when one is due, for the person a line, and on a terminal now and then a sample. */
+static void trainer_log(struct Trainer *trainer, double norm, double lr) {
+    struct TrainerState *state = &trainer->state;
+    struct LogEntry entry = {0};
+    bool due = state->global_step % trainer->args.logging_steps == 0;
+    log_value(&entry, "grad_norm", norm);
+    log_value(&entry, "learning_rate", lr);
+    if (state->num_tokens) log_value(&entry, "num_tokens", (double)state->num_tokens);
+    trainer_means(state, &entry, "");
+    if (trainer->task.sample && progress_sampling(state->global_step, state->max_steps)) trainer->task.sample(trainer);
+    trainer_say(trainer, &entry, due && (!trainer->args.say_steps || state->global_step % trainer->args.say_steps == 0));
+    if (!due) return;
+    *state_log(state) = entry;
+    state->metrics.n = 0;
 }
 
 static size_t *epoch_order(const struct TrainingArguments *args, struct Arena *arena, size_t n, size_t epoch, enum RngStream stream) {
@@ -3754,8 +3732,8 @@ static void trainer_train(struct Trainer *trainer) {
     state->num_train_epochs = args->max_steps ? ceil((double)args->max_steps / (double)state->steps_per_epoch) : args->num_train_epochs;
     gpt2_make_trainable(trainer->model);
     struct Checkpoint checkpoint = checkpoint_new(trainer->task.name, trainer->model, trainer->tok, args, state);
-    checkpoint_add(&checkpoint, "rows", SAVED_FIXED, &trainer->task.n, 1, 0);
-    checkpoint_add(&checkpoint, "rows_per_step", SAVED_FIXED, &per_step, 1, 0);
+    checkpoint_add(&checkpoint, "rows", &trainer->task.n, 1, AS_IT_WAS);
+    checkpoint_add(&checkpoint, "rows_per_step", &per_step, 1, AS_IT_WAS);
     if (trainer->task.saved) trainer->task.saved(trainer, &checkpoint);
     checkpoint_resume(&checkpoint);
     struct Arena order_arena = {0};
@@ -3775,8 +3753,7 @@ static void trainer_train(struct Trainer *trainer) {
             trainer_metric(trainer, "loss", loss);
             state->total_loss += loss;
             state->samples += count;
-            if (progress_live()) trainer_show(trainer);
-            if (state->global_step % args->logging_steps == 0) trainer_log_step(trainer, norm, lr);
+            trainer_log(trainer, norm, lr);
             if (trainer->task.eval_n && args->eval_steps && state->global_step % args->eval_steps == 0) trainer_evaluate(trainer);
             state->seconds = seconds_now() - begin;
             checkpoint_step(&checkpoint);
@@ -4478,7 +4455,7 @@ static size_t reward_texts(struct Trainer *trainer, struct Arena *arena, const s
 }
 
 static void reward_saved(struct Trainer *trainer, struct Checkpoint *checkpoint) {
-    checkpoint_rng(checkpoint, "cut", &((struct RewardTask *)trainer->task.data)->cut);
+    checkpoint_add(checkpoint, "cut", ((struct RewardTask *)trainer->task.data)->cut.s, 4, UINT64_MAX);
 }
 
 static struct RewardTask *reward_task(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data, const struct Dataset *eval) {
@@ -4681,12 +4658,12 @@ static void ppo_trainer_free(struct PPOTrainer *ppo) {
 }
 
 static void rollouts_saved(struct RolloutSource *source, struct Checkpoint *checkpoint) {
-    checkpoint_add(checkpoint, "prompts", SAVED_FIXED, &source->n, 1, 0);
-    checkpoint_add(checkpoint, "order", SAVED_SIZE, source->order, source->n, source->n);
-    checkpoint_add(checkpoint, "at", SAVED_SIZE, &source->at, 1, source->n + 1);
-    checkpoint_rng(checkpoint, "shuffle", &source->shuffle);
-    checkpoint_rng(checkpoint, "lengths", &source->lengths);
-    checkpoint_rng(checkpoint, "sample", &source->sample);
+    checkpoint_add(checkpoint, "prompts", &source->n, 1, AS_IT_WAS);
+    checkpoint_add(checkpoint, "order", source->order, source->n, source->n - 1);
+    checkpoint_add(checkpoint, "at", &source->at, 1, source->n);
+    checkpoint_add(checkpoint, "shuffle", source->shuffle.s, 4, UINT64_MAX);
+    checkpoint_add(checkpoint, "lengths", source->lengths.s, 4, UINT64_MAX);
+    checkpoint_add(checkpoint, "sample", source->sample.s, 4, UINT64_MAX);
 }
 
 /* The policy answers batch_size prompts and is scored. */
@@ -5191,13 +5168,17 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, size
     size_t B = ppo->config.batch_size, n = source->replay ? source->replay->n : source->n, tokens = 0;
     state->max_steps = ppo->total_steps = steps;
     struct Checkpoint checkpoint = checkpoint_new(ppo->name, ppo->model, ppo->tok, &ppo->args, state);
-    if (log_dir) make_folder(log_dir);
-    for (int i = 0; log_dir && i < 2; i++) checkpoint_log(&checkpoint, &logs[i], log_dir, i ? "rollouts.jsonl" : "stats_all.jsonl");
-    checkpoint_add(&checkpoint, "batch_size", SAVED_FIXED, &B, 1, 0);
-    checkpoint_add(&checkpoint, "kl_coef", SAVED_DOUBLE, &ppo->kl_coef, 1, 0);
-    checkpoint_add(&checkpoint, "moments", SAVED_DOUBLE, &ppo->moments, sizeof ppo->moments / sizeof(double), 0);
-    checkpoint_add(&checkpoint, "optimizer_steps", SAVED_SIZE, &ppo->optimizer_steps, 1, SIZE_MAX);
-    checkpoint_rng(&checkpoint, "mini_batches", &ppo->order);
+    if (log_dir) {
+        make_folder(log_dir);
+        checkpoint.logs = logs;
+        checkpoint.log_dir = log_dir;
+        checkpoint_add(&checkpoint, "log_bytes", checkpoint.log_bytes, COUNT(LOGS), UINT64_MAX);
+    }
+    checkpoint_add(&checkpoint, "batch_size", &B, 1, AS_IT_WAS);
+    checkpoint_add(&checkpoint, "kl_coef", &ppo->kl_coef, 1, UINT64_MAX);
+    checkpoint_add(&checkpoint, "moments", &ppo->moments, sizeof ppo->moments / sizeof(double), UINT64_MAX);
+    checkpoint_add(&checkpoint, "optimizer_steps", &ppo->optimizer_steps, 1, UINT64_MAX);
+    checkpoint_add(&checkpoint, "mini_batches", ppo->order.s, 4, UINT64_MAX);
     rollouts_saved(source, &checkpoint);
     checkpoint_resume(&checkpoint);
     ppo->step = state->global_step;
@@ -5403,7 +5384,7 @@ static double *unknown_logps(struct Arena *arena, size_t n) {
 
 /* The reference's log-probabilities too: computed again beside other pairs they could differ in the last bit. */
 static void dpo_saved(struct Trainer *trainer, struct Checkpoint *checkpoint) {
-    checkpoint_add(checkpoint, "ref_logps", SAVED_DOUBLE, ((struct DPOTask *)trainer->task.data)->ref_logps, 2 * trainer->task.n, 0);
+    checkpoint_add(checkpoint, "ref_logps", ((struct DPOTask *)trainer->task.data)->ref_logps, 2 * trainer->task.n, UINT64_MAX);
 }
 
 static struct DPOTask *dpo_task(struct Trainer *trainer, struct Arena *arena, struct GPT2 *ref_model, struct DPOConfig config, double temperature, struct Example *pairs, size_t n) {

@@ -2225,15 +2225,15 @@ static void test_checkpoint_errors(void) {
         {"training_state.json", "\"test\"", "\"dpo\"", "a checkpoint of \"dpo\", not of \"test\""},
         {"training_state.json", "\"rows\": [5]", "\"rows\": [6]", "\"rows\" was 6, now it is 5"},
         {"training_state.json", "\"seed\": [42]", "\"seed\": [43]", "\"seed\" was 43, now it is 42"},
-        {"training_state.json", "\"samples\": [", "\"samples\": [true, ", "\"samples\": item 1 is no number"},
+        {"training_state.json", "\"samples\": [", "\"samples\": [true, ", "\"samples\": item 1 is no whole number"},
         {"training_state.json", "\"total_loss\": [", "\"total_loss\": [], \"x\": [", "\"total_loss\" has 0 numbers, 1 were expected"},
-        {"training_state.json", "\"num_tokens\": [", "\"num_tokens\": [1.5, ", "\"num_tokens\": item 1 is no number"},
-        {"training_state.json", "\"rows\": [5]", "\"rows\": [-5]", "\"rows\": item 1 is no number"},
+        {"training_state.json", "\"num_tokens\": [", "\"num_tokens\": [1.5, ", "\"num_tokens\": item 1 is no whole number"},
+        {"training_state.json", "\"rows\": [5]", "\"rows\": [-5]", "\"rows\": item 1 is no whole number"},
         {"trainer_state.json", "\"log_history\": [", "\"log_history\": [3, ", "\"log_history\": entry 1 is no object"},
         {"training_state.json", NULL, "", "not JSON"},
         {"trainer_state.json", "\"log_history\"", "\"log\"", "lacks \"epoch\" or \"log_history\""},
         {"trainer_state.json", "\"global_step\": 4", "\"global_step\": -4", "\"global_step\" must be a whole number"},
-        {"optimizer.safetensors", "exp_avg_sq.wte", "exp_avg_sq.wtx", "of their moments"},
+        {"optimizer.safetensors", "exp_avg_sq.wte", "exp_avg_sq.wtx", "holds 47 of 48 tensors that train and their moments"},
         {"model.safetensors", NULL, "", "cut short?"}};
     for (size_t i = 0; i < COUNT(changes); i++) expect_end(changes[i][3], resume_changed, changes[i], 1, changes[i][3]);
 }

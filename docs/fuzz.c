@@ -415,10 +415,10 @@ static void resumed_open(struct Resumed *r) {
     r->args.output_dir = "fuzzed";
     r->args.resume_from_checkpoint = "fuzzed/checkpoint-4";
     r->checkpoint = checkpoint_new("sft", r->model, NULL, &r->args, &r->state);
-    checkpoint_rng(&r->checkpoint, "rng", &r->rng);
-    checkpoint_add(&r->checkpoint, "place", SAVED_SIZE, &r->place, 1, 9);
-    checkpoint_add(&r->checkpoint, "rows", SAVED_FIXED, &r->rows, 1, 0);
-    checkpoint_add(&r->checkpoint, "running", SAVED_DOUBLE, r->running, COUNT(r->running), 0);
+    checkpoint_add(&r->checkpoint, "rng", r->rng.s, 4, UINT64_MAX);
+    checkpoint_add(&r->checkpoint, "place", &r->place, 1, 8);
+    checkpoint_add(&r->checkpoint, "rows", &r->rows, 1, AS_IT_WAS);
+    checkpoint_add(&r->checkpoint, "running", r->running, COUNT(r->running), UINT64_MAX);
 }
 
 static const char *const checkpoint_files[] = {"training_state.json", "trainer_state.json", "model.safetensors", "optimizer.safetensors"};
@@ -449,7 +449,7 @@ static bool seed_checkpoint(size_t k, struct Text *parts) {
     log_value(entry, "loss", 2.5);
     log_value(entry, "rewards/margins", 1);
     r.state.global_step = 4;
-    r.state.metrics[r.state.metric_count++] = (struct Metric){"loss", 1.5, 3};
+    *log_at(&r.state.metrics, "loss") = (struct Metric){"loss", 1.5, 3};
     make_folder("fuzzed");
     checkpoint_save(&r.checkpoint);
     for (size_t i = 0; i < COUNT(checkpoint_files); i++) {
