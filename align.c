@@ -984,7 +984,7 @@ static void safetensors_read(struct SafeTensors *st, const struct Json *entry, s
     }
 }
 
-/* Heads stand beside the transformer: "transformer." is no part of their names. */
+/* Heads stand beside the transformer: "transformer.", where a prefix ends in it, is no part of their names. */
 static bool tensor_is_head(const struct Tensor *t) { return strncmp(t->name, "score.", 6) == 0 || strncmp(t->name, "v_head.", 7) == 0; }
 
 /* Writes tensors as F32, names prefixed, header padded to 8 bytes as the format asks. */
@@ -995,8 +995,9 @@ static void safetensors_write(const char *folder, const char *name, struct Tenso
     used += (size_t)snprintf(header, capacity, "{\"__metadata__\":{\"format\":\"pt\"}");
     for (size_t i = 0; i < count; i++) {
         struct Tensor *t = tensors[i];
-        used += (size_t)snprintf(header + used, capacity - used, ",\"%s%s\":{\"dtype\":\"F32\",\"shape\":[%zu%s%.0zu],\"data_offsets\":[%zu,%zu]}",
-            tensor_is_head(t) ? "" : prefix, t->name, t->shape[0], t->ndim == 2 ? "," : "", t->shape[1], offset, offset + 4 * t->n);
+        size_t shorter = tensor_is_head(t) && *prefix ? strlen("transformer.") : 0;
+        used += (size_t)snprintf(header + used, capacity - used, ",\"%.*s%s\":{\"dtype\":\"F32\",\"shape\":[%zu%s%.0zu],\"data_offsets\":[%zu,%zu]}",
+            (int)(strlen(prefix) - shorter), prefix, t->name, t->shape[0], t->ndim == 2 ? "," : "", t->shape[1], offset, offset + 4 * t->n);
         offset += 4 * t->n;
     }
     header[used++] = '}';
@@ -2320,8 +2321,25 @@ struct Adapter {
     bool use_rslora, pattern;              /* pattern: target_modules is a regular expression, not a list of names */
 };
 
-/* What the last backward pass went through: where check_finite looks. N = 0: nothing; task NULL: no training. */
-struct Trace { const char *task; size_t step, N; struct BlockActivations *h; float *x, *ln_f; };
+/* What the forward pass keeps of one block for the backward pass. */
+struct BlockActivations {
+    float *x;                                         /* (N,C) what entered */
+    float *ln_1, *ln_1_mean, *ln_1_rstd;              /* (N,C) (N) (N) */
+    float *qkv, *att, *lse;                           /* (N,3C) (N,C) (N,NH) */
+    float *mid;                                       /* (N,C) x + attention */
+    float *ln_2, *ln_2_mean, *ln_2_rstd;
+    float *fc, *gelu;                                 /* (N,4C) before and after the activation */
+};
+
+struct Activations {
+    const struct Batch *batch;
+    size_t N;
+    struct BlockActivations *h;                       /* (L), or one that all share when nothing is kept */
+    float *x, *ln_f, *ln_f_mean, *ln_f_rstd;          /* (N,C) out of the last block; hidden = ln_f (N,C) */
+};
+
+/* What the last backward pass went through: where check_finite looks. acts.N = 0: nothing; task NULL: no training. */
+struct Trace { const char *task; size_t step; struct Activations acts; };
 
 struct GPT2 {
     struct GPT2Config config;
@@ -2427,22 +2445,6 @@ static struct GPT2 *gpt2_copy(const struct GPT2 *model) {
     return copy;
 }
 
-/* What the forward pass keeps of one block for the backward pass. */
-struct BlockActivations {
-    float *x;                                         /* (N,C) what entered */
-    float *ln_1, *ln_1_mean, *ln_1_rstd;              /* (N,C) (N) (N) */
-    float *qkv, *att, *lse;                           /* (N,3C) (N,C) (N,NH) */
-    float *mid;                                       /* (N,C) x + attention */
-    float *ln_2, *ln_2_mean, *ln_2_rstd;
-    float *fc, *gelu;                                 /* (N,4C) before and after the activation */
-};
-
-struct Activations {
-    const struct Batch *batch;
-    struct BlockActivations *h;                       /* (L), or one that all share when nothing is kept */
-    float *x, *ln_f, *ln_f_mean, *ln_f_rstd;          /* (N,C) out of the last block; hidden = ln_f (N,C) */
-};
-
 static struct BlockActivations block_activations(struct Arena *arena, const struct GPT2Config *c, size_t N) {
     size_t C = c->n_embd;
     return (struct BlockActivations){
@@ -2512,7 +2514,7 @@ static struct Activations gpt2_forward(const struct GPT2 *model, struct Arena *a
     size_t N = batch->N, C = c->n_embd, L = c->n_layer;
     CHECK(batch->max_length <= c->n_positions, "a sequence of %zu tokens does not fit the model's %zu positions (n_positions)", batch->max_length, c->n_positions);
     struct Activations acts = {
-        .batch = batch, .h = arena_alloc(arena, L, sizeof *acts.h), .x = arena_floats(arena, N * C),
+        .batch = batch, .N = N, .h = arena_alloc(arena, L, sizeof *acts.h), .x = arena_floats(arena, N * C),
         .ln_f = arena_floats(arena, N * C), .ln_f_mean = arena_floats(arena, N), .ln_f_rstd = arena_floats(arena, N)};
     for (size_t l = 0; l < L; l++) acts.h[l] = l == 0 || keep ? block_activations(arena, c, N) : acts.h[0];
     embedding_forward(acts.h[0].x, batch, model->wte.w, model->wpe.w, C);
@@ -2535,7 +2537,7 @@ static void gpt2_backward(struct GPT2 *model, struct Arena *arena, const struct 
     layernorm_backward(dx, model->ln_f.weight.d, model->ln_f.bias.d, dhidden, acts->x, acts->ln_f_mean, acts->ln_f_rstd, model->ln_f.weight.w, N, C);
     for (size_t l = model->config.n_layer; l-- > 0;) block_backward(model, &model->h[l], &acts->h[l], batch, dx, dwide, dnarrow);
     if (model->wte.d) embedding_backward(model->wte.d, model->wpe.d, dx, batch, C);
-    model->trace = (struct Trace){model->trace.task, model->trace.step, N, acts->h, acts->x, acts->ln_f};
+    model->trace.acts = *acts;
 }
 
 static void note_bad(char place[160], const char *what, const char *name, const float *x, size_t n) {
@@ -2548,22 +2550,22 @@ static void note_bad(char place[160], const char *what, const char *name, const 
  * gradient's norm then the gradients backward.                                             test: bad_numbers */
 static void check_finite(const struct GPT2 *model, const char *what, double value) {
     if (isfinite(value)) return;
-    const struct Trace *t = &model->trace;
+    const struct Activations *acts = &model->trace.acts;
     char place[160] = "", step[64] = "", name[64];
-    size_t width = t->N * model->config.n_embd, L = model->config.n_layer;
+    size_t width = acts->N * model->config.n_embd, L = model->config.n_layer;
     for (size_t i = 0; i < model->tensor_count; i++) note_bad(place, "weight", model->tensors[i]->name, model->tensors[i]->w, model->tensors[i]->n);
-    for (size_t k = 0; t->N && k < 8 * L; k++) {
+    for (size_t k = 0; acts->N && k < 8 * L; k++) {
         static const char *const names[] = {"ln_1", "attn.c_attn", "attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.act", "mlp.c_proj"};
-        const struct BlockActivations *a = &t->h[k / 8];
-        const float *outputs[] = {a->ln_1, a->qkv, a->att, a->mid, a->ln_2, a->fc, a->gelu, k / 8 + 1 < L ? t->h[k / 8 + 1].x : t->x};
+        const struct BlockActivations *a = &acts->h[k / 8];
+        const float *outputs[] = {a->ln_1, a->qkv, a->att, a->mid, a->ln_2, a->fc, a->gelu, k / 8 + 1 < L ? a[1].x : acts->x};
         snprintf(name, sizeof name, "h.%zu.%s", k / 8, names[k % 8]);
         note_bad(place, "the output of", name, outputs[k % 8], width * (k % 8 == 1 ? 3 : k % 8 == 5 || k % 8 == 6 ? 4 : 1));
     }
-    note_bad(place, "the output of", "ln_f", t->ln_f, width);
+    note_bad(place, "the output of", "ln_f", acts->ln_f, width);
     for (size_t i = model->tensor_count; strstr(what, "gradient") && i-- > 0;) note_bad(place, "the gradient of", model->tensors[i]->name, model->tensors[i]->d, model->tensors[i]->n);
-    if (t->task) snprintf(step, sizeof step, "%s: step %zu: ", t->task, t->step);
+    if (model->trace.task) snprintf(step, sizeof step, "%s: step %zu: ", model->trace.task, model->trace.step);
     die("%s%s is %s: %s; try a smaller --learning_rate, more --warmup_steps or --max_grad_norm 1%s", step, what, isnan(value) ? "NaN" : "infinite",
-        *place ? place : "what the model holds is finite, but too large", t->task ? ", and look at this step's data" : " where the model is trained");
+        *place ? place : "what the model holds is finite, but too large", model->trace.task ? ", and look at this step's data" : " where the model is trained");
 }
 
 /* Numbers that a model without a backward pass gave: to find where they broke, its forward pass is made again and kept. */
@@ -2571,10 +2573,7 @@ static void check_numbers(const struct GPT2 *model, struct Arena *arena, const s
     size_t i = first_not_finite(x, n);
     if (i == n) return;
     struct GPT2 traced = *model;
-    if (batch) {
-        struct Activations acts = gpt2_forward(model, arena, batch, true);
-        traced.trace = (struct Trace){model->trace.task, model->trace.step, batch->N, acts.h, acts.x, acts.ln_f};
-    }
+    if (batch) traced.trace.acts = gpt2_forward(model, arena, batch, true);
     check_finite(&traced, what, x[i]);
 }
 
@@ -2707,26 +2706,31 @@ static size_t config_size(const struct Json *config, const char *path, const cha
     return item && item->type != JSON_NULL ? json_size(item, 1 << 24, path, name) : fallback;
 }
 
-/* Settings that change the mathematics: refused (reorder_and_upcast_attn changes rounding only). */
-static void config_refuse(const struct Json *config, const char *path) {
-    static const struct { const char *name; enum JsonType allowed; } switches[] = {
-        {"scale_attn_weights", JSON_TRUE}, {"scale_attn_by_inverse_layer_idx", JSON_FALSE}, {"add_cross_attention", JSON_FALSE}, {"tie_word_embeddings", JSON_TRUE}};
-    struct Json *type = json_get(config, "model_type"), *activation = json_get(config, "activation_function");
-    CHECK(!type || json_is_string(type, "gpt2"), "%s: model_type is not \"gpt2\"; only GPT-2 is implemented", path);
-    CHECK(!activation || json_is_string(activation, "gelu_new"), "%s: activation_function \"%s\" is not implemented; GPT-2 has \"gelu_new\"", path, activation->type == JSON_STRING ? activation->string.data : "?");
-    for (size_t i = 0; i < COUNT(switches); i++) {
-        struct Json *item = json_get(config, switches[i].name);
-        CHECK(!item || item->type == switches[i].allowed || item->type == JSON_NULL, "%s: \"%s\" changes the mathematics and is not implemented", path, switches[i].name);
+/* Settings that change the mathematics are refused: what each may be, if it is not absent, null or empty. */
+struct Allowed { const char *name, *values[5]; };
+
+static void config_refuse(const struct Json *config, const char *path, const struct Allowed *allowed, size_t n) {
+    static const char *const words[] = {"null", "false", "true", "a number", "", "a list", "an object"};
+    for (const struct Allowed *a = allowed; a < allowed + n; a++) {
+        const struct Json *setting = json_get(config, a->name), *item = setting && setting->type >= JSON_ARRAY ? setting->child : setting;
+        for (; item; item = item == setting ? NULL : item->next) {
+            const char *word = item->type == JSON_STRING ? item->string.data : words[item->type];
+            bool good = item->type == JSON_NULL;
+            for (size_t k = 0; k < COUNT(a->values) && a->values[k]; k++) good = good || strcmp(word, a->values[k]) == 0;
+            CHECK(good, "%s: \"%s\": %s is implemented, %s is not: it changes the mathematics", path, a->name, a->values[0], word);
+        }
     }
 }
 
 static struct GPT2Config config_load(const char *folder) {
+    static const struct Allowed allowed[] = {{"model_type", {"gpt2"}}, {"activation_function", {"gelu_new"}}, {"tie_word_embeddings", {"true"}},
+        {"scale_attn_weights", {"true"}}, {"scale_attn_by_inverse_layer_idx", {"false"}}, {"add_cross_attention", {"false"}}};
     struct Arena arena = {0};
     char *path = arena_printf(&arena, "%s/config.json", folder);
     CHECK(file_exists(folder), "%s: no such folder; a model is a folder with config.json and model.safetensors", folder);
     CHECK(file_exists(path), "%s: no config.json inside; a model is a folder with config.json and model.safetensors", folder);
     struct Json *json = json_read_file(&arena, path);
-    config_refuse(json, path);
+    config_refuse(json, path, allowed, COUNT(allowed));
     struct GPT2Config c = {
         .vocab_size = config_size(json, path, "vocab_size", 50257), .n_positions = config_size(json, path, "n_positions", 1024),
         .n_embd = config_size(json, path, "n_embd", 768), .n_layer = config_size(json, path, "n_layer", 12), .n_head = config_size(json, path, "n_head", 12)};
@@ -2753,6 +2757,7 @@ static bool tensor_load(struct SafeTensors *st, struct Tensor *tensor) {
         struct Json *entry = json_get(st->header, prefixed);
         if (!entry) continue;
         safetensors_read(st, entry, tensor);
+        entry->number = 1;                           /* taken */
         return true;
     }
     return false;
@@ -2943,88 +2948,52 @@ static struct Linear *adaptable(const struct GPT2 *model, size_t i) {
     return four[i % 4];
 }
 
-enum { MODULE_NAME = 64 };
-
 /* "h.0.attn.c_attn.weight" -> "transformer.h.0.attn.c_attn": the module's name in transformers. */
-static const char *module_name(const struct Linear *linear, char name[MODULE_NAME]) {
-    int length = (int)strlen(linear->weight.name) - (int)strlen(".weight");
-    snprintf(name, MODULE_NAME, "transformer.%.*s", MIN(length, 48), linear->weight.name);
-    return name;
+static const char *module_name(struct Arena *arena, const struct Linear *linear) {
+    return arena_printf(arena, "transformer.%.*s", (int)(strlen(linear->weight.name) - strlen(".weight")), linear->weight.name);
 }
 
 /* Puts an adapter of zeros to a layer. rslora divides by sqrt(r): so the gradient keeps its size at any r [22]. */
 static void lora_declare(struct GPT2 *model, struct Linear *linear) {
     const struct Adapter *adapter = &model->adapter;
-    char module[MODULE_NAME], name[MODULE_NAME];
-    module_name(linear, module);
-    snprintf(name, sizeof name, "%.48s.lora_A.weight", module + strlen("transformer."));
-    tensor_declare(model, &linear->lora_A, name, adapter->r, linear->weight.shape[0]);
-    snprintf(name, sizeof name, "%.48s.lora_B.weight", module + strlen("transformer."));
-    tensor_declare(model, &linear->lora_B, name, linear->weight.shape[1], adapter->r);
+    const char *name = module_name(&model->arena, linear) + strlen("transformer.");
+    tensor_declare(model, &linear->lora_A, arena_printf(&model->arena, "%s.lora_A.weight", name), adapter->r, linear->weight.shape[0]);
+    tensor_declare(model, &linear->lora_B, arena_printf(&model->arena, "%s.lora_B.weight", name), linear->weight.shape[1], adapter->r);
     linear->lora_scale = (float)(adapter->lora_alpha / (adapter->use_rslora ? sqrt((double)adapter->r) : (double)adapter->r));
 }
 
 /* adapter_new -- as PEFT: A from U(-1/sqrt(in), 1/sqrt(in)), torch's start of a Linear (Kaiming), B zero. test: lora_start */
 static void adapter_new(struct GPT2 *model, struct Adapter adapter, uint64_t seed) {
     struct Rng rng = rng_seed(seed, STREAM_INIT + 200);
-    char name[MODULE_NAME];
     if (strcmp(adapter.target_modules, "all-linear") == 0) adapter.target_modules = "c_attn c_fc c_proj";
     model->adapter = adapter;
     for (const char *target = adapter.target_modules; next_name(&target) > 0; target += next_name(&target)) {
         const char *alone = text_copy(&model->arena, (struct Text){target, next_name(&target)}).data;
         bool any = false;
-        for (size_t i = 0; i < 4 * model->config.n_layer; i++) any = any || lora_is_target(module_name(adaptable(model, i), name), alone);
+        for (size_t i = 0; i < 4 * model->config.n_layer; i++) any = any || lora_is_target(module_name(&model->arena, adaptable(model, i)), alone);
         CHECK(any, "--lora_target_modules \"%s\": no linear layer of the model has this name; there are c_attn, c_proj and c_fc (attn.c_proj, mlp.c_proj; all-linear: all)", alone);
     }
     for (size_t i = 0; i < 4 * model->config.n_layer; i++) {
         struct Linear *linear = adaptable(model, i);
-        if (!lora_is_target(module_name(linear, name), adapter.target_modules)) continue;
+        if (!lora_is_target(module_name(&model->arena, linear), adapter.target_modules)) continue;
         lora_declare(model, linear);
         double bound = 1 / sqrt((double)linear->weight.shape[0]);
         for (size_t k = 0; k < linear->lora_A.n; k++) linear->lora_A.w[k] = (float)(bound * (2 * rng_uniform(&rng) - 1));
     }
 }
 
-/* What adapter_model.safetensors holds, under PEFT's names: the adapter and a reward head (modules_to_save). Returns how many. */
-static size_t adapter_tensors(struct Arena *arena, const struct GPT2 *model, struct Tensor ***list) {
-    size_t count = 0;
-    *list = arena_alloc(arena, model->tensor_count, sizeof **list);
-    for (size_t i = 0; i < model->tensor_count; i++) {
-        const struct Tensor *t = model->tensors[i];
-        bool lora = strstr(t->name, ".lora_") != NULL;
-        if (!lora && t != &model->score) continue;
-        struct Tensor *view = (*list)[count++] = arena_alloc(arena, 1, sizeof *view);
-        *view = *t;
-        snprintf(view->name, sizeof view->name, "base_model.model.%s%.34s", lora ? "transformer." : "", t->name);
-    }
-    return count;
-}
-
-/* Settings under which PEFT would compute something else: refused by name. */
-static void adapter_refuse(const struct Json *config, const char *path) {
-    static const char *const off[] = {"use_dora", "use_qalora", "use_bdlora", "lora_bias", "rank_pattern", "alpha_pattern", "layers_to_transform", "layer_replication", "exclude_modules",
-        "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config", "monteclora_config"};
-    struct Json *bias = json_get(config, "bias"), *start = json_get(config, "init_lora_weights"), *saved = json_get(config, "modules_to_save");
-    CHECK(json_is_string(json_get(config, "peft_type"), "LORA"), "%s: peft_type is not \"LORA\"; only LoRA adapters are implemented", path);
-    for (size_t i = 0; i < COUNT(off); i++) {
-        struct Json *item = json_get(config, off[i]);
-        bool is_off = !item || item->type == JSON_NULL || item->type == JSON_FALSE || (item->type >= JSON_ARRAY && !item->child);
-        CHECK(is_off, "%s: \"%s\" changes the mathematics and is not implemented", path, off[i]);
-    }
-    CHECK(!bias || json_is_string(bias, "none"), "%s: \"bias\" is not \"none\"; trained biases are not implemented", path);
-    CHECK(!start || start->type != JSON_STRING || json_is_string(start, "gaussian") || json_is_string(start, "eva") || json_is_string(start, "orthogonal"),
-          "%s: \"init_lora_weights\": \"%s\" changes the base's weights and is not implemented", path, start->string.data);
-    for (struct Json *item = saved ? saved->child : NULL; item; item = item->next)
-        CHECK(json_is_string(item, "score") || json_is_string(item, "classifier"), "%s: \"modules_to_save\": only \"score\", the reward head, is implemented", path);
-}
-
 /* adapter_config.json: r 8, lora_alpha 8 where it is silent, as PEFT. */
 static struct Adapter adapter_config_load(struct Arena *arena, const char *folder) {
+    static const struct Allowed allowed[] = {{"peft_type", {"LORA"}}, {"bias", {"none"}}, {"init_lora_weights", {"true", "false", "gaussian", "eva", "orthogonal"}},
+        {"modules_to_save", {"score", "classifier"}}, {"use_dora", {"false"}}, {"use_qalora", {"false"}}, {"use_bdlora", {"false"}}, {"lora_bias", {"false"}},
+        {"rank_pattern", {"null"}}, {"alpha_pattern", {"null"}}, {"layers_to_transform", {"null"}}, {"layer_replication", {"null"}}, {"exclude_modules", {"null"}},
+        {"target_parameters", {"null"}}, {"trainable_token_indices", {"null"}}, {"alora_invocation_tokens", {"null"}}, {"arrow_config", {"null"}},
+        {"kasa_config", {"null"}}, {"velora_config", {"null"}}, {"monteclora_config", {"null"}}};
     char *path = arena_printf(arena, "%s/adapter_config.json", folder);
     CHECK(file_exists(path), "%s: no adapter_config.json inside; an adapter is a folder with adapter_config.json and adapter_model.safetensors", folder);
     struct Json *json = json_read_file(arena, path), *alpha = json_get(json, "lora_alpha"), *dropout = json_get(json, "lora_dropout"), *rslora = json_get(json, "use_rslora");
     struct Json *targets = json_get(json, "target_modules"), *base = json_get(json, "base_model_name_or_path");
-    adapter_refuse(json, path);
+    config_refuse(json, path, allowed, COUNT(allowed));
     struct Adapter adapter = {.r = config_size(json, path, "r", 8), .lora_alpha = alpha && alpha->type == JSON_NUMBER ? alpha->number : 8, .use_rslora = rslora && rslora->type == JSON_TRUE};
     CHECK(adapter.r > 0, "%s: \"r\" must be 1 or more", path);
     adapter.lora_dropout = dropout && dropout->type == JSON_NUMBER ? dropout->number : 0;
@@ -3055,8 +3024,6 @@ static void adapter_load_value_head(struct GPT2 *model, struct Arena *arena, con
  * expression, that the file has tensors for. A tensor that no layer takes is an error.  test: lora_round_trip, lora_broken */
 static void adapter_load(struct GPT2 *model, const char *folder) {
     struct Arena arena = {0};
-    struct Tensor **tensors;
-    char name[MODULE_NAME], entry_name[MODULE_NAME + 48];
     size_t numbers = 0;
     CHECK(!model->adapter.r, "%s: the model has an adapter already", folder);
     model->adapter = adapter_config_load(&model->arena, folder);
@@ -3065,26 +3032,18 @@ static void adapter_load(struct GPT2 *model, const char *folder) {
     struct SafeTensors st = safetensors_open(&arena, path);
     for (size_t i = 0; i < 4 * model->config.n_layer; i++) {
         struct Linear *linear = adaptable(model, i);
-        snprintf(entry_name, sizeof entry_name, "base_model.model.%s.lora_A.weight", module_name(linear, name));
-        if (model->adapter.pattern ? !json_get(st.header, entry_name) : !lora_is_target(name, model->adapter.target_modules)) continue;
+        struct Tensor *pair[] = {&linear->lora_A, &linear->lora_B};
+        const char *name = module_name(&arena, linear), *entry = arena_printf(&arena, "base_model.model.%s.lora_A.weight", name);
+        if (model->adapter.pattern ? !json_get(st.header, entry) : !lora_is_target(name, model->adapter.target_modules)) continue;
         numbers += model->adapter.r * (linear->weight.shape[0] + linear->weight.shape[1]);
         CHECK(numbers <= st.data_size / 2 + (1 << 16), "%s: its %llu bytes are too few for adapters of \"r\" %zu; is the folder's adapter_config.json this file's?", path, (unsigned long long)st.data_size, model->adapter.r);
         lora_declare(model, linear);
+        for (int k = 0; k < 2; k++) CHECK(tensor_load(&st, pair[k]), "%s: tensor %s is missing; expected shape [%zu, %zu]", path, pair[k]->name, pair[k]->shape[0], pair[k]->shape[1]);
     }
-    if (json_get(st.header, "base_model.model.score.weight")) reward_head_declare(model);
-    size_t count = adapter_tensors(&arena, model, &tensors), lora = 0;
-    for (size_t i = 0; i < count; i++) {
-        struct Json *entry = json_get(st.header, tensors[i]->name);
-        lora += strstr(tensors[i]->name, ".lora_") != NULL;
-        CHECK(entry || strstr(tensors[i]->name, "score."), "%s: tensor %s is missing; expected shape [%zu, %zu]", path, tensors[i]->name, tensors[i]->shape[0], tensors[i]->shape[1]);
-        if (entry) safetensors_read(&st, entry, tensors[i]);
-    }
-    CHECK(lora > 0, "%s: its target_modules take no layer of this model; c_attn, c_proj and c_fc can be adapted", folder);
-    for (struct Json *item = st.header->child; item; item = item->next) {
-        bool taken = strcmp(item->key.data, "__metadata__") == 0;
-        for (size_t i = 0; i < count; i++) taken = taken || strcmp(item->key.data, tensors[i]->name) == 0;
-        CHECK(taken, "%s: no layer of this model takes tensor %s; is it an adapter of another model?", path, item->key.data);
-    }
+    CHECK(numbers > 0, "%s: its target_modules take no layer of this model; c_attn, c_proj and c_fc can be adapted", folder);
+    if (json_get(st.header, "base_model.model.score.weight")) tensor_load(&st, reward_head_declare(model));
+    for (struct Json *item = st.header->child; item; item = item->next)
+        CHECK(item->number || strcmp(item->key.data, "__metadata__") == 0, "%s: no layer of this model takes tensor %s; is it an adapter of another model?", path, item->key.data);
     fclose(st.file);
     adapter_load_value_head(model, &arena, folder);
     arena_free(&arena);
@@ -3109,13 +3068,15 @@ static void adapter_config_save(const struct GPT2 *model, const char *folder) {
 /* adapter_save -- the folder that PeftModel.from_pretrained loads; a value head beside it. */
 static void adapter_save(struct GPT2 *model, const char *folder, const struct Tokenizer *tok) {
     struct Arena arena = {0};
-    struct Tensor **tensors, *head[] = {&model->v_head.weight, &model->v_head.bias};
-    size_t count = adapter_tensors(&arena, model, &tensors);
+    struct Tensor **tensors = arena_alloc(&arena, model->tensor_count, sizeof *tensors), *head[] = {&model->v_head.weight, &model->v_head.bias};
+    size_t count = 0;
+    for (size_t i = 0; i < model->tensor_count; i++)                  /* the adapter, and a reward head: PEFT's modules_to_save */
+        if (strstr(model->tensors[i]->name, ".lora_") || model->tensors[i] == &model->score) tensors[count++] = model->tensors[i];
     make_folder(folder);
     adapter_config_save(model, folder);
     if (tok) tokenizer_save(tok, folder, model->config.vocab_size, model->config.n_positions);
     if (model->v_head.weight.n) safetensors_write(folder, "model.safetensors", head, 2, "");
-    safetensors_write(folder, "adapter_model.safetensors", tensors, count, "");
+    safetensors_write(folder, "adapter_model.safetensors", tensors, count, "base_model.model.transformer.");
     arena_free(&arena);
 }
 
@@ -3272,7 +3233,7 @@ static double optimizer_step(struct GPT2 *model, const struct TrainingArguments 
             else adamw_piece(tensor->w + p, tensor->d + p, tensor->m + p, tensor->v + p, n, s);
         }
     }
-    model->trace.N = 0;                          /* the activations are those of other weights now */
+    model->trace.acts.N = 0;                          /* the activations are those of other weights now */
     return norm;
 }
 

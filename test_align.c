@@ -3605,14 +3605,14 @@ static void test_broken_weights(void) {
 
 /* A config.json that changes the mathematics, or cannot be. */
 static void test_broken_config(void) {
-    static const char *const edits[][3] = {{"\"gelu_new\"", "\"relu\"", "activation_function \"relu\" is not implemented"},
+    static const char *const edits[][3] = {{"\"gelu_new\"", "\"relu\"", "\"activation_function\": gelu_new is implemented, relu is not: it changes the mathematics"},
         {"\"n_inner\": null", "\"n_inner\": 100", "n_inner 100 is not implemented"}, {"\"n_head\": 3", "\"n_head\": 5", "n_embd 12 must be a multiple of n_head 5"},
         {"\"n_layer\": 1", "\"n_layer\": 0", "n_layer 0"}, {"\"vocab_size\": 300", "\"vocab_size\": 200", "vocab_size 200"},
         {"\"n_embd\": 12", "\"n_embd\": 12.5", "\"n_embd\" must be a whole number"},
-        {"\"tie_word_embeddings\": true", "\"tie_word_embeddings\": false", "\"tie_word_embeddings\" changes the mathematics"},
-        {"\"use_cache\": true", "\"scale_attn_weights\": false", "\"scale_attn_weights\" changes the mathematics"},
-        {"\"use_cache\": true", "\"add_cross_attention\": true", "\"add_cross_attention\" changes"},
-        {"\"model_type\": \"gpt2\"", "\"model_type\": \"llama\"", "model_type is not \"gpt2\""}, {"\"n_ctx\"", "n_ctx", "not JSON"},
+        {"\"tie_word_embeddings\": true", "\"tie_word_embeddings\": false", "\"tie_word_embeddings\": true is implemented, false is not"},
+        {"\"use_cache\": true", "\"scale_attn_weights\": false", "\"scale_attn_weights\": true is implemented, false is not"},
+        {"\"use_cache\": true", "\"add_cross_attention\": true", "\"add_cross_attention\": false is implemented, true is not"},
+        {"\"model_type\": \"gpt2\"", "\"model_type\": \"llama\"", "\"model_type\": gpt2 is implemented, llama is not"}, {"\"n_ctx\"", "n_ctx", "not JSON"},
         {"\"n_positions\": 24", "\"n_positions\": 1000000", "config.json describes 12005328 numbers, at least 22 MB; the weights have 0 MB"}, {"\"n_layer\": 1,", "\"n_layer\": 1000000000,", "\"n_layer\" must be a whole number"},
         {"\"n_embd\": 12", "\"n_embd\": 65535", "describes 51559268040 numbers"}, {"\"eos_token_id\": 299", "\"eos_token_id\": 300", "eos_token_id 300 is outside the vocabulary of 300"},
         {"\"layer_norm_epsilon\": 1e-05", "\"layer_norm_epsilon\": -1", "\"layer_norm_epsilon\" must be"}, {"\"n_layer\": 1,", "\"n_layer\": 1, \"n_layer\": 2,", "tensor h.1.ln_1.weight is missing"}};
@@ -3999,10 +3999,10 @@ static void load_one_adapter(const void *path) {
 
 /* Adapters: settings that would compute something else, tensors that are missing, misshapen, or of another model. */
 static void test_lora_broken(void) {
-    static const char *const edits[][3] = {{"\"LORA\"", "\"IA3\"", "peft_type is not \"LORA\""}, {"\"use_dora\": false", "\"use_dora\": true", "\"use_dora\" changes the mathematics"},
-        {"\"r\": 3", "\"rank_pattern\": {\"c_fc\": 2}, \"r\": 3", "\"rank_pattern\" changes"}, {"\"r\": 3", "\"layers_to_transform\": [0], \"r\": 3", "\"layers_to_transform\" changes"},
-        {"\"bias\": \"none\"", "\"bias\": \"all\"", "\"bias\" is not \"none\""}, {"\"init_lora_weights\": true", "\"init_lora_weights\": \"pissa\"", "\"init_lora_weights\": \"pissa\""},
-        {"\"modules_to_save\": null", "\"modules_to_save\": [\"wte\"]", "\"modules_to_save\": only \"score\""}, {"\"r\": 3", "\"r\": 0", "\"r\" must be 1 or more"}, {"\"r\": 3", "\"r\": 2.5", "\"r\" must be a whole number"},
+    static const char *const edits[][3] = {{"\"LORA\"", "\"IA3\"", "\"peft_type\": LORA is implemented, IA3 is not"}, {"\"use_dora\": false", "\"use_dora\": true", "\"use_dora\": false is implemented, true is not"},
+        {"\"r\": 3", "\"rank_pattern\": {\"c_fc\": 2}, \"r\": 3", "\"rank_pattern\": null is implemented, a number is not"}, {"\"r\": 3", "\"layers_to_transform\": [0], \"r\": 3", "\"layers_to_transform\": null is implemented, a number is not"},
+        {"\"bias\": \"none\"", "\"bias\": \"all\"", "\"bias\": none is implemented, all is not"}, {"\"init_lora_weights\": true", "\"init_lora_weights\": \"pissa\"", "\"init_lora_weights\": true is implemented, pissa is not"},
+        {"\"modules_to_save\": null", "\"modules_to_save\": [\"wte\"]", "\"modules_to_save\": score is implemented, wte is not"}, {"\"r\": 3", "\"r\": 0", "\"r\" must be 1 or more"}, {"\"r\": 3", "\"r\": 2.5", "\"r\" must be a whole number"},
         {"\"r\": 3", "\"r\": 4", "lora_A.weight: expected shape [4, 8], found [3, 8]"}, {"\"c_fc\"]", "\"c_fc\", \"c_attn\"]", "attn.c_attn.lora_A.weight is missing; expected shape [3, 8]"},
         {", \"c_fc\"]", "]", "no layer of this model takes tensor base_model.model.transformer.h.0.mlp.c_fc.lora_A.weight"}, {"[\"attn.c_proj\", \"c_fc\"]", "[\"q_proj\"]", "take no layer of this model"},
         {"\"target_modules\": [", "\"target_modules\": [1, ", "\"target_modules\" must be a list of names"}, {"\"r\": 3", "\"r\": 16777216", "too few for adapters of \"r\" 16777216"}};
