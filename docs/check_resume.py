@@ -35,7 +35,7 @@ def contents(folder):
     found = {}
     for name in sorted(os.listdir(folder)):
         path = os.path.join(folder, name)
-        if os.path.isdir(path): continue
+        if os.path.isdir(path) or name.startswith("report."): continue          # the report tells the time and the command line
         data = open(path, "rb").read()
         if name == "trainer_state.json": data = without_clock(json.loads(data))
         if name == "stats_all.jsonl": data = [without_clock(json.loads(line)) for line in data.splitlines()]
