@@ -3595,15 +3595,15 @@ static void trainer_metric(struct Trainer *trainer, const char *name, double val
 }
 
 /* The entry's numbers that a person follows, as progress. */
-static void trainer_say(const struct Trainer *trainer, const struct LogEntry *entry, bool plain) {
-    static const char *const shown[] = {"loss", "eval_loss", "accuracy", "eval_accuracy", "margin", "rewards/margins", "rewards/accuracies", "grad_norm", "learning_rate"};
-    const struct TrainerState *state = &trainer->state;
+static void state_say(const struct TrainerState *state, const char *name, const struct LogEntry *entry, bool plain) {
+    static const char *const shown[] = {"env/reward_mean", "objective/kl", "ppo/loss/total", "reward", "kl", "gradient_variance/none", "gradient_variance/mean",
+        "gradient_variance/rloo", "loss", "eval_loss", "accuracy", "eval_accuracy", "margin", "rewards/margins", "rewards/accuracies", "grad_norm", "learning_rate"};
     char text[400] = "";
     for (size_t i = 0, used = 0; i < COUNT(shown); i++) {
         double value;
         if (log_find(entry, shown[i], &value)) used += (size_t)snprintf(text + used, sizeof text - used, "%s%s %.4g", used ? "  " : "", shown[i], value);
     }
-    progress_say(trainer->task.name, state->global_step, state->max_steps, state->num_tokens, plain, "%s", text);
+    progress_say(name, state->global_step, state->max_steps, state->num_tokens, plain, "%s", text);
 }
 
 /* The metrics' means go to a log entry, in evaluation under "eval_" and their names, and where the training is. */
@@ -3638,7 +3638,7 @@ static double trainer_evaluate(struct Trainer *trainer) {
     trainer_means(state, &entry, "eval_");
     *state = before;
     *state_log(state) = entry;
-    trainer_say(trainer, &entry, true);
+    state_say(state, trainer->task.name, &entry, true);
     return total / judged;
 }
 
@@ -3666,7 +3666,7 @@ static void trainer_log(struct Trainer *trainer, double norm, double lr) {
     if (state->num_tokens) log_value(&entry, "num_tokens", (double)state->num_tokens);
     trainer_means(state, &entry, "");
     if (trainer->task.sample && progress_sampling(state->global_step, state->max_steps)) trainer->task.sample(trainer);
-    trainer_say(trainer, &entry, due && (!trainer->args.say_steps || state->global_step % trainer->args.say_steps == 0));
+    state_say(state, trainer->task.name, &entry, due && (!trainer->args.say_steps || state->global_step % trainer->args.say_steps == 0));
     if (!due) return;
     *state_log(state) = entry;
     state->metrics.n = 0;
@@ -4189,27 +4189,26 @@ static size_t language_targets(struct Trainer *trainer, size_t index) {
     return e->n - e->prompt_length;
 }
 
-/* pretrain_pack -- texts joined by end tokens, cut into `count` rows that predict row_length tokens each.
- * A row has row_length + 1 tokens and the next row starts with its last one, so every token is predicted
- * once; what is left over at the end is dropped. With whole_texts a row that would start inside a text
- * starts where that text starts (if a row can hold it): so the model learns, at position 0, how texts
- * begin, as a prompt does. Some tokens then count twice and the last texts have to wait for an epoch. */
-static void pretrain_pack(struct Arena *arena, const struct Example *texts, const size_t *order, size_t text_count, size_t row_length, bool whole_texts, struct Example *rows, size_t count) {
+/* pretrain_pack -- texts joined by end tokens, cut into `count` rows that predict row_length tokens each. A row has row_length + 1
+ * tokens and the next row starts with its last one, so every token is predicted once; what is left over is dropped. With
+ * whole_texts a row that would start inside a text starts where that text starts (if a row can hold it): so the model learns, at
+ * position 0, how texts begin, as a prompt does. Some tokens then count twice and the last texts have to wait for an epoch. */
+static struct Example *pretrain_pack(struct Arena *arena, const struct Example *texts, const size_t *order, size_t text_count, size_t row_length, bool whole_texts, size_t *count) {
     size_t total = 0, at = 0, text = 0, text_start = 0;
-    for (size_t i = 0; i < text_count; i++) total += texts[order[i]].n;
+    for (size_t i = 0; i < text_count; i++) total += texts[i].n;
     int *stream = arena_alloc(arena, total, sizeof *stream);
-    for (size_t i = 0; i < text_count; i++) {
-        memcpy(stream + at, texts[order[i]].ids, texts[order[i]].n * sizeof *stream);
-        at += texts[order[i]].n;
-    }
+    for (size_t i = 0; i < text_count; at += texts[order[i++]].n) memcpy(stream + at, texts[order[i]].ids, texts[order[i]].n * sizeof *stream);
+    *count = total ? (total - 1) / row_length : 0;
+    struct Example *rows = arena_alloc(arena, *count, sizeof *rows);
     at = 0;
-    for (size_t i = 0; i < count; i++) {
+    for (size_t i = 0; i < *count; i++) {
         rows[i] = (struct Example){stream + at, row_length + 1, 1};
         size_t next = at + row_length;
         while (text_start + texts[order[text]].n <= next && text + 1 < text_count) text_start += texts[order[text++]].n;
         bool fits = texts[order[text]].n <= row_length + 1;
         at = whole_texts && fits && text_start > at ? text_start : next;
     }
+    return rows;
 }
 
 /* Each epoch joins the texts in a new order, so that rows never repeat. */
@@ -4217,43 +4216,36 @@ static void pretrain_new_epoch(struct Trainer *trainer, size_t epoch) {
     struct LanguageTask *task = trainer->task.data;
     arena_reset(&task->rows);
     size_t *order = epoch_order(&trainer->args, &task->rows, task->text_count, epoch, STREAM_SPLIT);
-    pretrain_pack(&task->rows, task->texts, order, task->text_count, task->row_length, task->whole_texts, task->examples, trainer->task.n);
+    task->examples = pretrain_pack(&task->rows, task->texts, order, task->text_count, task->row_length, task->whole_texts, &trainer->task.n);
 }
 
 /* How the model goes on after the first words of the first text. */
 static void language_sample(const struct Trainer *trainer) {
     const struct Example *text = ((struct LanguageTask *)trainer->task.data)->texts;
     struct Arena arena = {0};
-    struct GenerationConfig generation = generation_config();
-    generation.do_sample = true;
-    generation.temperature = 0.7;
-    generation.max_new_tokens = 28;
+    struct GenerationConfig sampling = {.max_new_tokens = 28, .do_sample = true, .num_beams = 1, .temperature = 0.7, .top_p = 1, .repetition_penalty = 1};
     struct Example prompt = {text->ids, text->n > 3 ? 3 : 1, 0};
-    sample_show(trainer->tok, sample_answers(trainer->model, &arena, &prompt, 1, 1, &generation, trainer->args.seed), trainer->model->config.vocab_size, "");
+    sample_show(trainer->tok, sample_answers(trainer->model, &arena, &prompt, 1, 1, &sampling, trainer->args.seed), trainer->model->config.vocab_size, "");
     arena_free(&arena);
 }
 
 /* Sets up the task of a language model on texts that end in an end token. */
 static struct LanguageTask *pretrain_task(struct Trainer *trainer, struct Arena *arena, struct Example *texts, size_t text_count, struct Example *eval_texts, size_t eval_count) {
     struct LanguageTask *task = arena_zeros(arena, 1, sizeof *task);
-    size_t total = 0, eval_total = 0, length = trainer->args.max_length;
-    for (size_t i = 0; i < text_count; i++) total += texts[i].n;
-    for (size_t i = 0; i < eval_count; i++) eval_total += eval_texts[i].n;
+    size_t length = trainer->args.max_length, *order = arena_alloc(arena, eval_count, sizeof *order);
     *task = (struct LanguageTask){.texts = texts, .text_count = text_count, .row_length = length};
-    CHECK(total > length, "pretrain: the texts have %zu tokens, a row needs %zu; use more text or a smaller --max_length", total, length + 1);
-    task->examples = arena_alloc(arena, total / length + 1, sizeof *task->examples);
-    task->eval_examples = arena_alloc(arena, eval_total / length + 1, sizeof *task->eval_examples);
-    size_t *order = arena_alloc(arena, eval_count, sizeof *order);
+    trainer->task = (struct Task){.name = "pretrain", .data = task, .loss = language_loss, .targets = language_targets, .new_epoch = pretrain_new_epoch, .sample = language_sample};
+    pretrain_new_epoch(trainer, 0);
+    CHECK(trainer->task.n > 0, "pretrain: the texts have too few tokens, a row needs %zu; use more text or a smaller --max_length", length + 1);
     for (size_t i = 0; i < eval_count; i++) order[i] = i;
-    trainer->task = (struct Task){.name = "pretrain", .n = (total - 1) / length, .data = task, .loss = language_loss, .targets = language_targets, .new_epoch = pretrain_new_epoch, .sample = language_sample};
-    trainer->task.eval_n = eval_total ? (eval_total - 1) / length : 0;
-    pretrain_pack(arena, eval_texts, order, eval_count, length, false, task->eval_examples, trainer->task.eval_n);
+    task->eval_examples = pretrain_pack(arena, eval_texts, order, eval_count, length, false, &trainer->task.eval_n);
     return task;
 }
 
 /* Rows of a data set as SFT examples: TRL appends the end token, keeps the first max_length ids and
  * drops what then has no target. */
-static size_t sft_examples(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data, struct Example *examples) {
+static struct Example *sft_examples(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data, size_t *n) {
+    struct Example *examples = arena_alloc(arena, data->n, sizeof *examples);
     size_t count = 0, cut = 0, V = trainer->model->config.vocab_size;
     for (size_t i = 0; i < data->n; i++) {
         const struct Row *row = &data->rows[i];
@@ -4266,18 +4258,15 @@ static size_t sft_examples(struct Trainer *trainer, struct Arena *arena, const s
     if (cut) warn("%s: %zu of %zu rows were cut to their first %zu tokens (--max_length)", data->path, cut, data->n, trainer->args.max_length);
     CHECK(count > 0, "%s: no row has a token to learn from", data->path);
     if (count < data->n) warn("%s: %zu of %zu rows have no token to learn from and are left out", data->path, data->n - count, data->n);
-    return count;
+    *n = count;
+    return examples;
 }
 
 static struct LanguageTask *sft_task(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data, const struct Dataset *eval) {
     struct LanguageTask *task = arena_zeros(arena, 1, sizeof *task);
-    task->examples = arena_alloc(arena, data->n, sizeof *task->examples);
     trainer->task = (struct Task){.name = "sft", .data = task, .loss = language_loss, .targets = language_targets};
-    trainer->task.n = sft_examples(trainer, arena, data, task->examples);
-    if (eval) {
-        task->eval_examples = arena_alloc(arena, eval->n, sizeof *task->eval_examples);
-        trainer->task.eval_n = sft_examples(trainer, arena, eval, task->eval_examples);
-    }
+    task->examples = sft_examples(trainer, arena, data, &trainer->task.n);
+    if (eval) task->eval_examples = sft_examples(trainer, arena, eval, &trainer->task.eval_n);
     return task;
 }
 
@@ -4325,22 +4314,16 @@ struct RewardTask {
     struct Example *texts[2];                /* to learn from, held out; of pairs 2i chosen, 2i+1 rejected; rated or labelled: one a row */
     double *number[2];                       /* a row's margin, rating or label */
     bool rated, labelled;
-    double center, min_difference, prefix_share;
+    double center, min_difference;
+    double prefix_share;                     /* of texts cut to a random beginning, so that the model learns to judge unfinished ones */
     struct Rng cut;
 };
-
-/* Half of the texts, say, cut to a random beginning, so that the model learns to judge unfinished ones. */
-static void random_prefix(struct RewardTask *task, struct Example *e) {
-    enum { LONG = 10, LEAST = 8 };
-    if (task->prefix_share > 0 && e->n > LONG && rng_uniform(&task->cut) < task->prefix_share) e->n = LEAST + rng_below(&task->cut, e->n - LEAST);
-}
 
 /* pairs NULL: labels are compared with the reward's sign. */
 static void reward_metrics(struct Trainer *trainer, const float *reward, size_t texts, const struct Pair *pairs, size_t n, const double *label) {
     double right = 0, margin = 0, least = INFINITY, most = -INFINITY, sum = 0;
-    for (size_t i = 0; !pairs && i < n; i++) right += (reward[i] > 0) == (label[i] > 0);
-    for (size_t i = 0; pairs && i < n; i++) {
-        double difference = (double)reward[pairs[i].chosen] - reward[pairs[i].rejected];
+    for (size_t i = 0; i < n; i++) {
+        double difference = pairs ? (double)reward[pairs[i].chosen] - reward[pairs[i].rejected] : label[i] > 0 ? reward[i] : -reward[i];
         right += difference > 0;
         margin += difference;
     }
@@ -4369,8 +4352,10 @@ static double reward_loss(struct Trainer *trainer, const size_t *index, size_t c
         pairs[i] = (struct Pair){i, count + i, rating[i]};
     }
     for (size_t t = 0; t < texts; t++) {
-        examples[t] = task->texts[eval][each * index[t % count] + t / count];
-        if (train) random_prefix(task, &examples[t]);
+        struct Example *e = &examples[t];
+        *e = task->texts[eval][each * index[t % count] + t / count];
+        bool cut = train && task->prefix_share > 0 && e->n > 10 && rng_uniform(&task->cut) < task->prefix_share;
+        if (cut) e->n = 8 + rng_below(&task->cut, e->n - 8);
     }
     if (task->rated) pair_count = pairs_from_ratings(rating, count, task->min_difference, pairs);
     if (pair_count == 0) return train ? 0 : NAN;                    /* a last batch of like ratings teaches nothing */
@@ -4393,8 +4378,11 @@ static double reward_loss(struct Trainer *trainer, const size_t *index, size_t c
 
 /* Rows as texts with their end tokens, two a preference, and numbers. A row with a text longer than max_length is dropped
  * whole: half a text is no fair comparison. */
-static size_t reward_texts(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data, struct Example *texts, double *number) {
+static size_t reward_texts(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data, int held_out) {
+    struct RewardTask *task = trainer->task.data;
     size_t count = 0, each = data->shape == SHAPE_PREFERENCE ? 2 : 1;
+    struct Example *texts = task->texts[held_out] = arena_alloc(arena, each * data->n, sizeof *texts);
+    double *number = task->number[held_out] = arena_alloc(arena, data->n, sizeof *number);
     for (size_t i = 0; i < data->n; i++) {
         const struct Row *row = &data->rows[i];
         struct Example *e = texts + each * count;
@@ -4421,17 +4409,11 @@ static void reward_saved(struct Trainer *trainer, struct Checkpoint *checkpoint)
 
 static struct RewardTask *reward_task(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data, const struct Dataset *eval) {
     struct RewardTask *task = arena_zeros(arena, 1, sizeof *task);
-    task->rated = data->shape == SHAPE_RATED;
-    task->labelled = data->shape == SHAPE_LABELLED;
-    task->min_difference = 1;
+    *task = (struct RewardTask){.rated = data->shape == SHAPE_RATED, .labelled = data->shape == SHAPE_LABELLED, .min_difference = 1};
     task->cut = rng_seed(trainer->args.seed, STREAM_CUT);
     trainer->task = (struct Task){.name = "reward", .data = task, .loss = reward_loss, .saved = reward_saved};
-    for (int held_out = 0; held_out <= (eval != NULL); held_out++) {
-        const struct Dataset *from = held_out ? eval : data;
-        task->texts[held_out] = arena_alloc(arena, 2 * from->n, sizeof **task->texts);
-        task->number[held_out] = arena_alloc(arena, from->n, sizeof **task->number);
-        *(held_out ? &trainer->task.eval_n : &trainer->task.n) = reward_texts(trainer, arena, from, task->texts[held_out], task->number[held_out]);
-    }
+    trainer->task.n = reward_texts(trainer, arena, data, 0);
+    trainer->task.eval_n = eval ? reward_texts(trainer, arena, eval, 1) : 0;
     return task;
 }
 
@@ -4618,15 +4600,6 @@ static void ppo_trainer_free(struct PPOTrainer *ppo) {
     free(ppo);
 }
 
-static void rollouts_saved(struct RolloutSource *source, struct Checkpoint *checkpoint) {
-    checkpoint_add(checkpoint, "prompts", &source->n, 1, AS_IT_WAS);
-    checkpoint_add(checkpoint, "order", source->order, source->n, source->n - 1);
-    checkpoint_add(checkpoint, "at", &source->at, 1, source->n);
-    checkpoint_add(checkpoint, "shuffle", source->shuffle.s, 4, UINT64_MAX);
-    checkpoint_add(checkpoint, "lengths", source->lengths.s, 4, UINT64_MAX);
-    checkpoint_add(checkpoint, "sample", source->sample.s, 4, UINT64_MAX);
-}
-
 /* The policy answers batch_size prompts and is scored. */
 static void collect_rollouts(const struct PPOTrainer *ppo, struct RolloutSource *source, struct Arena *arena, struct Rollout *rollouts) {
     size_t n = ppo->config.batch_size, V = ppo->model->config.vocab_size;
@@ -4795,6 +4768,9 @@ static float kl_penalty_token(const char *kind, float logprob, float ref_logprob
     return strcmp(kind, "full") == 0 ? full : difference;
 }
 
+/* A forward pass of the policy over rollouts: the one that judges them serves the first update too, if that is of all of them. */
+struct PPOForward { struct Batch batch; struct LMHead head; float *values; };
+
 /* What PPO knows about the responses of a batch, one number a response token: R of them in all, those of
  * response b at start[b] .. start[b+1]-1. Prompts and padding simply are not there. */
 struct PPOBatch {
@@ -4804,9 +4780,6 @@ struct PPOBatch {
     struct PPOForward *forward;
     float *logprobs, *ref_logprobs, *values, *kl, *non_score_rewards, *rewards, *advantages, *returns;
 };
-
-/* A forward pass of the policy over rollouts: the one that judges them serves the first update too, if that is of all of them. */
-struct PPOForward { struct Batch batch; struct LMHead head; float *values; };
 
 /* ppo_advantages -- generalized advantage estimation [7], backward over each response:
  *   delta_t = r_t + gamma V_{t+1} - V_t;   A_t = delta_t + gamma lam A_{t+1};   return_t = A_t + V_t
@@ -4908,12 +4881,13 @@ static void kl_full_rows(const struct GPT2 *model, struct LMHead *head, const st
     }
 }
 
-static void ppo_forward(struct PPOTrainer *ppo, struct Arena *arena, const struct Example *examples, size_t n, bool keep, struct PPOForward *f) {
-    const struct GPT2 *model = ppo->model;
+static struct PPOForward *ppo_forward(struct PPOTrainer *ppo, struct Arena *arena, const struct Example *examples, size_t n, bool keep) {
+    struct PPOForward *f = arena_alloc(arena, 1, sizeof *f);
     f->batch = collate(arena, examples, n, SKIP_LAST);
-    f->head = batch_logprobs(model, arena, &f->batch, ppo->temperature, keep);
+    f->head = batch_logprobs(ppo->model, arena, &f->batch, ppo->temperature, keep);
     f->values = arena_floats(arena, f->batch.R);
-    scalar_head_forward(f->values, f->head.acts.ln_f, f->batch.row, f->batch.R, &model->v_head.weight, &model->v_head.bias);
+    scalar_head_forward(f->values, f->head.acts.ln_f, f->batch.row, f->batch.R, &ppo->model->v_head.weight, &ppo->model->v_head.bias);
+    return f;
 }
 
 /* Step 2 of ppo_step: one pass of policy and reference over queries and responses. */
@@ -4925,18 +4899,16 @@ static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo, const struc
         examples[b] = rollouts[b].example;
         longest = MAX(longest, examples[b].n);
     }
-    struct PPOForward *forward = arena_alloc(arena, 1, sizeof *forward);
-    ppo_forward(ppo, arena, examples, B, ppo->config.mini_batch_size == B, forward);
-    struct Batch batch = forward->batch;
-    struct LMHead *head = &forward->head;
-    size_t R = batch.R;
-    struct PPOBatch p = {.B = B, .R = R, .start = batch.target_start, .fresh = ppo->config.mini_batch_size == B, .forward = forward, .values = forward->values, .padding = arena_alloc(arena, B, sizeof *p.padding)};
-    float **columns[] = {&p.logprobs, &p.ref_logprobs, &p.kl, &p.non_score_rewards, &p.rewards, &p.advantages, &p.returns};
-    for (size_t i = 0; i < COUNT(columns); i++) *columns[i] = arena_floats(arena, R);
-    struct LMHead ref_head = batch_logprobs(ppo->ref_model, arena, &batch, ppo->temperature, false);
-    if (strcmp(ppo->config.kl_penalty, "full") == 0) kl_full_rows(ppo->model, head, ppo->ref_model, &ref_head, p.kl);
-    memcpy(p.logprobs, head->logprob, R * sizeof(float));
-    memcpy(p.ref_logprobs, ref_head.logprob, R * sizeof(float));
+    bool fresh = ppo->config.mini_batch_size == B;
+    struct PPOForward *f = ppo_forward(ppo, arena, examples, B, fresh);
+    struct LMHead ref_head = batch_logprobs(ppo->ref_model, arena, &f->batch, ppo->temperature, false);
+    struct PPOBatch p = {.B = B, .R = f->batch.R, .start = f->batch.target_start, .fresh = fresh, .forward = f, .values = f->values};
+    float **columns[] = {&p.logprobs, &p.kl, &p.non_score_rewards, &p.rewards, &p.advantages, &p.returns};
+    for (size_t i = 0; i < COUNT(columns); i++) *columns[i] = arena_floats(arena, p.R);
+    if (strcmp(ppo->config.kl_penalty, "full") == 0) kl_full_rows(ppo->model, &f->head, ppo->ref_model, &ref_head, p.kl);
+    memcpy(p.logprobs, f->head.logprob, p.R * sizeof(float));
+    p.ref_logprobs = ref_head.logprob;
+    p.padding = arena_alloc(arena, B, sizeof *p.padding);
     for (size_t b = 0; b < B; b++) p.padding[b] = longest - examples[b].n;
     return p;
 }
@@ -4955,10 +4927,9 @@ static void ppo_mini_batch(struct PPOTrainer *ppo, const struct Rollout *rollout
     struct GPT2 *model = ppo->model;
     struct Arena *arena = &ppo->epoch_arena;
     arena_reset(arena);
-    struct PPOForward renewed, *f = p->fresh ? p->forward : &renewed;
     struct Example *examples = arena_alloc(arena, count, sizeof *examples);
     for (size_t i = 0; i < count; i++) examples[i] = rollouts[member[i]].example;
-    if (!p->fresh) ppo_forward(ppo, arena, examples, count, true, f);
+    struct PPOForward *f = p->fresh ? p->forward : ppo_forward(ppo, arena, examples, count, true);
     size_t R = f->batch.R, *which = arena_alloc(arena, R, sizeof *which), r = 0;
     for (size_t i = 0; i < count; i++)
         for (size_t t = p->start[member[i]]; t < p->start[member[i] + 1]; t++) which[r++] = t;
@@ -5010,13 +4981,15 @@ static size_t ppo_optimize(struct PPOTrainer *ppo, const struct Rollout *rollout
     return mini_batches;
 }
 
-static void stats_length(struct LogEntry *stats, const char *mean_name, const char *std_name, const float *length, size_t n) {
-    log_value(stats, mean_name, mean_of(length, n));
-    log_value(stats, std_name, n > 1 ? sqrt(unbiased_variance(length, n)) : NAN);
-}
-
 static void stats_vector(struct PPOTrainer *ppo, const char *name, const float *x, size_t n, const size_t *start) {
     ppo->vectors[ppo->vector_count++] = (struct StatsVector){name, x, n, start};
+}
+
+/* One number a rollout: mean, deviation, and all of them. */
+static void stats_of(struct PPOTrainer *ppo, const char *mean_name, const char *std_name, const char *name, const float *x, size_t n) {
+    log_value(&ppo->stats, mean_name, mean_of(x, n));
+    log_value(&ppo->stats, std_name, n > 1 ? sqrt(unbiased_variance(x, n)) : NAN);
+    if (name) stats_vector(ppo, name, x, n, NULL);
 }
 
 /* Step 6: TRL's stats dictionary.                                            [glossary: Stats_all]
@@ -5037,24 +5010,21 @@ static void ppo_record_stats(struct PPOTrainer *ppo, const struct Rollout *rollo
         entropy -= p->logprobs[t] / (double)B;
         non_score += p->non_score_rewards[t] / (double)p->R;
     }
-    s->n = 0;
+    s->n = ppo->vector_count = 0;
     log_value(s, "objective/kl", kl);
     log_value(s, "objective/kl_k3", kl_k3_sum);                /* not TRL's: the estimate that is never negative */
     log_value(s, "objective/kl_coef", ppo->kl_coef);
     log_value(s, "objective/entropy", entropy);
     log_value(s, "ppo/mean_non_score_reward", non_score);
-    stats_length(s, "ppo/mean_scores", "ppo/std_scores", scores, B);
-    stats_length(s, "tokens/queries_len_mean", "tokens/queries_len_std", query, B);
-    stats_length(s, "tokens/responses_len_mean", "tokens/responses_len_std", response, B);
+    stats_of(ppo, "ppo/mean_scores", "ppo/std_scores", NULL, scores, B);
+    stats_of(ppo, "tokens/queries_len_mean", "tokens/queries_len_std", "tokens/queries_dist", query, B);
+    stats_of(ppo, "tokens/responses_len_mean", "tokens/responses_len_std", "tokens/responses_dist", response, B);
     for (int i = 0; i < PPO_STATS; i++) if (i != POLICY_RATIO) log_value(s, PPO_STAT_NAMES[i], sums[i] / (double)mini_batches);
     log_value(s, "ppo/val/var_explained", 1 - sums[VAL_ERROR] / sums[RETURNS_VAR]);
     log_value(s, "ppo/learning_rate", ppo->args.learning_rate * schedule_factor(&ppo->args, ppo->step, ppo->total_steps));
-    ppo->vector_count = 0;
     stats_vector(ppo, "objective/kl_dist", kl_dist, B, NULL);
     stats_vector(ppo, "objective/logprobs", p->logprobs, B, p->start);
     stats_vector(ppo, "objective/ref_logprobs", p->ref_logprobs, B, p->start);
-    stats_vector(ppo, "tokens/queries_dist", query, B, NULL);
-    stats_vector(ppo, "tokens/responses_dist", response, B, NULL);
     stats_vector(ppo, "ppo/policy/advantages", ppo->advantages, ppo->updated, NULL);
     stats_vector(ppo, "ppo/policy/ratio", ppo->ratio, ppo->updated, NULL);
 }
@@ -5089,13 +5059,11 @@ static void ppo_step(struct PPOTrainer *ppo, const struct Rollout *rollouts) {
 static void stats_write_line(FILE *file, const struct PPOTrainer *ppo) {
     fputc('{', file);
     log_write(file, &ppo->stats, ", ");
-    for (size_t i = 0; i < ppo->vector_count; i++) {
-        const struct StatsVector *v = &ppo->vectors[i];
-        fprintf(file, ", \"%s\": %s", v->name, v->start ? "[" : "");
-        for (size_t b = 0; v->start && b < v->n; b++)
-            json_write_floats(file, b ? ", " : "", v->x + v->start[b], v->start[b + 1] - v->start[b]);
+    for (const struct StatsVector *v = ppo->vectors; v < ppo->vectors + ppo->vector_count; v++) {
+        fprintf(file, ", \"%s\": ", v->name);
+        if (!v->start) json_write_floats(file, "", v->x, v->n);
+        for (size_t b = 0; v->start && b < v->n; b++) json_write_floats(file, b ? ", " : "[", v->x + v->start[b], v->start[b + 1] - v->start[b]);
         if (v->start) fputc(']', file);
-        else json_write_floats(file, "", v->x, v->n);
     }
     fputs("}\n", file);
 }
@@ -5109,24 +5077,12 @@ static void rollouts_write(FILE *file, const struct Rollout *rollouts, size_t n)
     }
 }
 
-/* The last step for the person: a sample now and then, and a line. */
-static void ppo_say(const struct PPOTrainer *ppo, const struct Rollout *rollouts, size_t tokens, bool plain) {
-    static const char *const names[] = {"env/reward_mean", "objective/kl", "ppo/loss/total", "reward", "kl", "gradient_variance/none", "gradient_variance/mean", "gradient_variance/rloo"};
-    double v[COUNT(names)];
-    char score[32];
-    for (size_t i = 0; i < COUNT(names); i++) log_find(&ppo->stats, names[i], &v[i]);
-    snprintf(score, sizeof score, "%+.2f  ", rollouts->score);
-    if (progress_sampling(ppo->step, ppo->total_steps)) sample_show(ppo->tok, &rollouts->example, ppo->model->config.vocab_size, score);
-    if (ppo->config.baseline == BASELINE_VALUE_HEAD) progress_say(ppo->name, ppo->step, ppo->total_steps, tokens, plain, "env/reward_mean %.4g  objective/kl %.4g  ppo/loss/total %.4g", v[0], v[1], v[2]);
-    else progress_say(ppo->name, ppo->step, ppo->total_steps, tokens, plain, "reward %.4g  kl %.4g  gradient's variance: no baseline %.3g, running mean %.3g, leave-one-out %.3g", v[3], v[4], v[5], v[6], v[7]);
-}
-
 /* ppo_train -- rollouts, step, log, again, by PPO or REINFORCE.   [glossary: Treinador PPO]
  * stats_all.jsonl and rollouts.jsonl go to log_dir, unless that is NULL. */
 static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, size_t steps, const char *log_dir, struct TrainerState *state) {
     struct Arena arena = {0};
     struct Output logs[2];
-    size_t B = ppo->config.batch_size, n = source->replay ? source->replay->n : source->n, tokens = 0;
+    size_t B = ppo->config.batch_size, n = source->replay ? source->replay->n : source->n;
     state->max_steps = ppo->total_steps = steps;
     struct Checkpoint checkpoint = checkpoint_new(ppo->name, ppo->model, ppo->tok, &ppo->args, state);
     if (log_dir) {
@@ -5140,7 +5096,12 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, size
     checkpoint_add(&checkpoint, "moments", &ppo->moments, sizeof ppo->moments / sizeof(double), UINT64_MAX);
     checkpoint_add(&checkpoint, "optimizer_steps", &ppo->optimizer_steps, 1, UINT64_MAX);
     checkpoint_add(&checkpoint, "mini_batches", ppo->order.s, 4, UINT64_MAX);
-    rollouts_saved(source, &checkpoint);
+    checkpoint_add(&checkpoint, "prompts", &source->n, 1, AS_IT_WAS);
+    checkpoint_add(&checkpoint, "order", source->order, source->n, source->n - 1);
+    checkpoint_add(&checkpoint, "at", &source->at, 1, source->n);
+    checkpoint_add(&checkpoint, "shuffle", source->shuffle.s, 4, UINT64_MAX);
+    checkpoint_add(&checkpoint, "lengths", source->lengths.s, 4, UINT64_MAX);
+    checkpoint_add(&checkpoint, "sample", source->sample.s, 4, UINT64_MAX);
     checkpoint_resume(&checkpoint);
     ppo->step = state->global_step;
     while (ppo->step < steps) {
@@ -5157,8 +5118,7 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, size
         if (log_dir) {
             float *raw = arena_floats(&arena, B);
             for (size_t b = 0; b < B; b++) raw[b] = rollouts[b].score;
-            stats_length(&ppo->stats, "env/reward_mean", "env/reward_std", raw, B);
-            stats_vector(ppo, "env/reward_dist", raw, B, NULL);
+            stats_of(ppo, "env/reward_mean", "env/reward_std", "env/reward_dist", raw, B);
             log_value(&ppo->stats, "time/ppo/rollout", rolled - begin);
             stats_write_line(logs[0].file, ppo);
             rollouts_write(logs[1].file, rollouts, B);
@@ -5166,9 +5126,11 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, size
         }
         state->global_step = ppo->step;
         state->epoch = (double)(ppo->step * B / ppo->config.num_generations) / (double)n;
-        for (size_t b = 0; b < B; b++) tokens += rollouts[b].example.n;
+        for (size_t b = 0; b < B; b++) state->num_tokens += rollouts[b].example.n;
         bool last = ppo->step == steps, log = ppo->step % ppo->args.logging_steps == 0 || last;
-        ppo_say(ppo, rollouts, tokens, ppo->args.say_steps ? ppo->step % ppo->args.say_steps == 0 || last : log);
+        const char *score = arena_printf(&arena, "%+.2f  ", rollouts->score);
+        if (progress_sampling(ppo->step, steps)) sample_show(ppo->tok, &rollouts->example, ppo->model->config.vocab_size, score);
+        state_say(state, ppo->name, &ppo->stats, ppo->args.say_steps ? ppo->step % ppo->args.say_steps == 0 || last : log);
         if (log) {
             struct LogEntry *entry = state_log(state);
             *entry = ppo->stats;
@@ -5241,7 +5203,7 @@ struct DPOTask {
     struct DPOConfig config;
     struct GPT2 *ref_model;
     struct Example *pairs, *eval_pairs;          /* 2i chosen, 2i+1 rejected */
-    double *ref_logps, *eval_ref_logps;          /* (2n) NaN until first needed: computed once, used in every epoch */
+    double *ref_logps, *eval_ref_logps;          /* (2n) 0 until first needed: computed once, used in every epoch */
     double temperature;
 };
 
@@ -5259,7 +5221,7 @@ static struct Batch dpo_batch(struct Arena *arena, const struct Example *pairs, 
  * the policy's pass takes the place of the reference's. */
 static void dpo_reference(struct DPOTask *task, struct Arena *arena, const struct Example *pairs, const size_t *index, size_t B, double *cache) {
     bool known = true;
-    for (size_t i = 0; i < B; i++) known = known && !isnan(cache[2 * index[i]]);
+    for (size_t i = 0; i < B; i++) known = known && cache[2 * index[i]] != 0;
     if (known) return;
     size_t *slot = arena_alloc(arena, 2 * B, sizeof *slot);
     double *logps = arena_alloc(arena, 2 * B, sizeof *logps);
@@ -5280,17 +5242,14 @@ static void dpo_metrics(struct Trainer *trainer, const struct DPOTask *task, con
         logps_chosen += logps[b] / n;
         logps_rejected += logps[B + b] / n;
     }
-    size_t split = batch->target_start[B], R = batch->R;
-    trainer_metric(trainer, "rewards/chosen", chosen);
-    trainer_metric(trainer, "rewards/rejected", rejected);
-    trainer_metric(trainer, "rewards/accuracies", right);
-    trainer_metric(trainer, "rewards/margins", chosen - rejected);
-    trainer_metric(trainer, "logps/chosen", logps_chosen);
-    trainer_metric(trainer, "logps/rejected", logps_rejected);
-    trainer_metric(trainer, "logits/chosen", (double)row_sum(head->mean_logit, split) / (double)MAX((size_t)1, split));
-    trainer_metric(trainer, "logits/rejected", (double)row_sum(head->mean_logit + split, R - split) / (double)MAX((size_t)1, R - split));
-    trainer_metric(trainer, "entropy", (double)row_sum(head->entropy, R) / (double)MAX((size_t)1, R));
-    trainer_metric(trainer, "mean_token_accuracy", (double)row_sum(head->hit, split) / (double)MAX((size_t)1, split));
+    size_t split = batch->target_start[B], rest = batch->R - split;
+    double c = (double)MAX((size_t)1, split), r = (double)MAX((size_t)1, rest), all = (double)MAX((size_t)1, batch->R);      /* tokens */
+    const struct { const char *name; double value; } metrics[] = {
+        {"rewards/chosen", chosen}, {"rewards/rejected", rejected}, {"rewards/accuracies", right}, {"rewards/margins", chosen - rejected},
+        {"logps/chosen", logps_chosen}, {"logps/rejected", logps_rejected}, {"logits/chosen", (double)row_sum(head->mean_logit, split) / c},
+        {"logits/rejected", (double)row_sum(head->mean_logit + split, rest) / r}, {"entropy", (double)row_sum(head->entropy, batch->R) / all},
+        {"mean_token_accuracy", (double)row_sum(head->hit, split) / c}};
+    for (size_t i = 0; i < COUNT(metrics); i++) trainer_metric(trainer, metrics[i].name, metrics[i].value);
 }
 
 static double dpo_task_loss(struct Trainer *trainer, const size_t *index, size_t B, double weight, bool train, bool eval) {
@@ -5337,12 +5296,6 @@ static size_t dpo_pairs(struct Trainer *trainer, struct Arena *arena, const stru
     return count;
 }
 
-static double *unknown_logps(struct Arena *arena, size_t n) {
-    double *logps = arena_alloc(arena, n, sizeof *logps);
-    for (size_t i = 0; i < n; i++) logps[i] = NAN;
-    return logps;
-}
-
 /* The reference's log-probabilities too: computed again beside other pairs they could differ in the last bit. */
 static void dpo_saved(struct Trainer *trainer, struct Checkpoint *checkpoint) {
     checkpoint_add(checkpoint, "ref_logps", ((struct DPOTask *)trainer->task.data)->ref_logps, 2 * trainer->task.n, UINT64_MAX);
@@ -5350,7 +5303,7 @@ static void dpo_saved(struct Trainer *trainer, struct Checkpoint *checkpoint) {
 
 static struct DPOTask *dpo_task(struct Trainer *trainer, struct Arena *arena, struct GPT2 *ref_model, struct DPOConfig config, double temperature, struct Example *pairs, size_t n) {
     struct DPOTask *task = arena_zeros(arena, 1, sizeof *task);
-    *task = (struct DPOTask){.config = config, .ref_model = ref_model, .pairs = pairs, .temperature = temperature, .ref_logps = unknown_logps(arena, 2 * n)};
+    *task = (struct DPOTask){.config = config, .ref_model = ref_model, .pairs = pairs, .temperature = temperature, .ref_logps = arena_zeros(arena, 2 * n, sizeof(double))};
     trainer->task = (struct Task){.name = "dpo", .n = n, .data = task, .loss = dpo_task_loss, .saved = dpo_saved};
     return task;
 }
@@ -5555,21 +5508,19 @@ static void exact_run(struct ExactWorld *w, double beta) {
     for (int k = EXACT_REINFORCE; k >= EXACT_DPO; k--) exact_train(w, (enum ExactPolicy)k);
 }
 
-/* As JSON; of a sweep E[r] and KL(pi || pi_ref) alone; else all figures, and the likeliest responses under pi*. */
-static void exact_print(const struct ExactWorld *w, bool json, bool sweep) {
+/* As JSON, or as a table and the likeliest responses under pi*. */
+static void exact_print(const struct ExactWorld *w, bool json) {
     struct ExactFigures f[EXACT_POLICIES];
     for (int k = 0; k < EXACT_POLICIES; k++) f[k] = exact_figures(w, w->logps[k]);
     double ref = f[EXACT_REFERENCE].objective, max = w->beta * w->log_Z;
     if (json) printf("{\"beta\": %.9g, \"objective_ref\": %.9g, \"objective_max\": %.9g", w->beta, ref, max);
-    else if (sweep) printf("%6g", w->beta);
     else printf("%zu responses of %zu tokens; beta %g: Z %.5g, log Z %.4f; J of the reference %.4f, at most beta log Z = %.4f\n\n           KL(pi||pi*)     E[r]  KL(pi||ref)        J  of the way\n", w->n, w->L, w->beta, exp(w->log_Z), w->log_Z, ref, max);
-    for (int k = json ? EXACT_DPO : sweep ? EXACT_OPTIMUM : 0; k < EXACT_POLICIES; k++) {
+    for (int k = json ? EXACT_DPO : 0; k < EXACT_POLICIES; k++) {
         if (json) printf(", \"%s\": {\"kl_to_optimum\": %.9g, \"objective\": %.9g, \"reward\": %.9g, \"kl\": %.9g}", EXACT[k].name, f[k].kl_to_optimum, f[k].objective, f[k].reward, f[k].kl);
-        else if (sweep) printf("%12.4f %8.4f", f[k].reward, f[k].kl);
         else printf("%-10s %11.5f %8.4f %12.4f %8.4f %9.2f %%\n", EXACT[k].name, f[k].kl_to_optimum, f[k].reward, f[k].kl, f[k].objective, 100 * (f[k].objective - ref) / (max - ref));
     }
     puts(json ? "}" : "");
-    if (json || sweep) return;
+    if (json) return;
     struct Candidate top[EXACT_RESPONSES];
     for (size_t i = 0; i < w->n; i++) top[i] = (struct Candidate){(float)w->logps[EXACT_OPTIMUM][i], (int)i};
     qsort(top, w->n, sizeof *top, compare_candidates_down);
@@ -6438,7 +6389,7 @@ struct Options {
     size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps, top_n, tokenize_vocab_size, max_samples;
     const char *command;                     /* the command line */
     double begin;                            /* when it was given */
-    bool json, jsonl, decode, help, quiet, max_length_given, use_peft, sweep;
+    bool json, jsonl, decode, help, quiet, max_length_given, use_peft;
     /* What a command opens and main closes. */
     struct Arena arena;
     struct Tokenizer *tok;
@@ -6554,7 +6505,6 @@ static const struct Flag FLAGS[] = {
     {"do_sample", KIND_BOOL, AT(generation.do_sample), G_SAMPLE, "draw tokens instead of taking the likeliest"},
     {"num_return_sequences", KIND_COUNT, AT(generation.num_return_sequences), G_SAMPLE, "samples of each prompt"},
     {"top_n", KIND_COUNT, AT(top_n), G_NEXT, "rows of the table"},
-    {"sweep", KIND_BOOL, AT(sweep), G_EXACT, "beta 4, 2, 1, 0.5, 0.25: the frontier of reward against KL"},
     {"json", KIND_BOOL, AT(json), G_JSON, "one JSON object a line"},
     {"jsonl", KIND_BOOL, AT(jsonl), G_TOKENIZE, "{\"text\"} a line in, {\"input_ids\"} a line out"},
     {"decode", KIND_BOOL, AT(decode), G_TOKENIZE, "ids in, the exact bytes out"},
@@ -6846,7 +6796,7 @@ static void command_dpo(struct Options *o) {
     if (o->eval) {
         task->eval_pairs = arena_alloc(&o->arena, 2 * o->eval->n, sizeof *pairs);
         trainer.task.eval_n = dpo_pairs(&trainer, &o->arena, o->eval, task->eval_pairs);
-        task->eval_ref_logps = unknown_logps(&o->arena, 2 * trainer.task.eval_n);
+        task->eval_ref_logps = arena_zeros(&o->arena, 2 * trainer.task.eval_n, sizeof(double));
     }
     finish_training(o, &trainer);
 }
@@ -7393,9 +7343,8 @@ static void command_report(struct Options *o) {
     say("%s/report.html is written; open it in a browser\n", o->file);
 }
 
-/* align exact -- chapter 17, for one beta or several. */
+/* align exact -- chapter 17. */
 static void command_exact(struct Options *o) {
-    static const double betas[] = {4, 2, 1, 0.5, 0.25};
     const struct GPT2Config *c = &o->config;
     size_t L = o->generation.max_new_tokens;
     double count = pow((double)c->vocab_size, (double)L);
@@ -7405,11 +7354,8 @@ static void command_exact(struct Options *o) {
     CHECK(c->n_layer > 0 && c->n_layer <= 100 && c->n_head > 0 && c->n_embd > 0 && c->n_embd <= 4096 && c->n_embd % c->n_head == 0, "--n_embd %zu must be a multiple of --n_head %zu, at most 4096; --n_layer %zu: 1 to 100", c->n_embd, c->n_head, c->n_layer);
     struct ExactWorld *w = exact_world(&o->arena, *c, L, o->train.seed);
     o->reference = w->ref_model;
-    if (o->sweep && !o->json) puts("  beta      optimum: E[r], KL             dpo                 ppo           reinforce");
-    for (size_t k = 0; k < (o->sweep ? COUNT(betas) : 1); k++) {
-        exact_run(w, o->sweep ? betas[k] : o->dpo.beta);
-        exact_print(w, o->json, o->sweep);
-    }
+    exact_run(w, o->dpo.beta);
+    exact_print(w, o->json);
 }
 
 /* align bench -- each work, or only a training step of the user's size, once a round, at least five rounds and some seconds;
