@@ -112,6 +112,7 @@
 __declspec(dllimport) int __stdcall MoveFileExA(const char *from, const char *to, unsigned long flags);
 __declspec(dllimport) unsigned long __stdcall GetModuleFileNameA(void *module, char *path, unsigned long size);
 static int rename_over(const char *from, const char *to) { return MoveFileExA(from, to, 1 | 8) ? 0 : (errno = EACCES, -1); }      /* replace, write through */
+static size_t peak_rss_bytes(void) { return 0; }       /* not known */
 #define rename rename_over
 #define mkdir(path, mode) _mkdir(path)
 #define fsync _commit
@@ -122,11 +123,19 @@ static int rename_over(const char *from, const char *to) { return MoveFileExA(fr
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
-#ifdef __APPLE__
-#include <mach-o/dyld.h>
-#endif
 #define aligned_free free
 #define PRINTF_FORMAT printf
+#ifdef __APPLE__
+#include <mach-o/dyld.h>
+enum { RSS_UNIT = 1 };
+#else
+enum { RSS_UNIT = 1024 };
+#endif
+static size_t peak_rss_bytes(void) {
+    struct rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+    return (size_t)usage.ru_maxrss * RSS_UNIT;
+}
 #endif
 
 #if defined(__GNUC__)
@@ -142,6 +151,37 @@ static bool quiet;             /* --quiet: no progress on stderr; errors are sti
 static char way_on[PATH_MAX + 80];                     /* said behind an error: what a training that fails can go on from */
 static void staged_remove(void);                       /* chapter 2: what is half written */
 
+/* Length of the UTF-8 character that starts at text[i], its code point in *code; 0 if it is not valid. */
+static size_t utf8_read(const unsigned char *text, size_t n, uint32_t *code) {
+    static const uint32_t least[5] = {0, 0, 0x80, 0x800, 0x10000};          /* below: an overlong form */
+    unsigned char c = text[0];
+    *code = c;
+    if (c < 0x80) return 1;
+    size_t length = c >= 0xf0 ? 4 : c >= 0xe0 ? 3 : 2;
+    if (c < 0xc2 || c > 0xf4 || n < length) return 0;
+    *code = c & (0xffu >> (length + 1));
+    for (size_t k = 1; k < length; k++) {
+        if ((text[k] & 0xc0) != 0x80) return 0;
+        *code = *code << 6 | (text[k] & 63);
+    }
+    bool valid = *code >= least[length] && *code < 0x110000 && (*code < 0xd800 || *code >= 0xe000);
+    return valid ? length : 0;
+}
+
+/* Makes `text`, of a file or a model, fit for a terminal: so many bytes of it at most, whole characters, '?' for what is no UTF-8 and
+ * for control bytes, which could steer the terminal.                                              test: progress_cut */
+static char *cut_text(char *text, size_t bytes) {
+    size_t n = strlen(text), i = 0, length;
+    for (uint32_t c; i < n; i += length) {
+        length = utf8_read((unsigned char *)text + i, n - i, &c);
+        bool plain = length > 0 && c >= 32 && (c < 127 || c >= 160);
+        if (!plain) memset(text + i, '?', length = MAX(length, (size_t)1));
+        if (i + length > bytes) break;
+    }
+    text[i] = 0;
+    return text;
+}
+
 /* The line of progress on a terminal, where it is `open`: what else is said takes its place, and it comes again below. */
 static struct Progress { const char *name; double begin, drawn; size_t step, total, first_step, first_tokens; bool open; } progress_line;
 
@@ -150,21 +190,13 @@ static void progress_clear(void) {
     progress_line.open = false;
 }
 
-/* One line on stderr. Names in it can come from a file: control bytes, which could steer a terminal, become '?', and of a long line
- * the middle is left out. */
+/* One line on stderr; of a long one the middle is left out. */
 static void PRINTF_LIKE(2, 0) complain(const char *start, const char *format, va_list arguments, const char *end) {
     char line[2 * PATH_MAX];
-    int n = vsnprintf(line, sizeof line, format, arguments);
-    n = MIN(n, (int)sizeof line - 1);
+    vsnprintf(line, sizeof line, format, arguments);
+    size_t n = strlen(cut_text(line, sizeof line)), head = MIN(n, (size_t)600), tail = MAX(head, n - head);
     progress_clear();
-    fputs(start, stderr);
-    for (int i = 0; i < n; i++) {
-        unsigned char c = (unsigned char)line[i];
-        bool control = c < ' ' || c == 0x7f || (i && c < 0xa0 && line[i - 1] == '\xc2');           /* C2 80 to C2 9F: in UTF-8 */
-        if (i < 600 || i >= n - 600) fputc(control ? '?' : c, stderr);
-        else if (i == 600) fputs(" ... ", stderr);
-    }
-    fprintf(stderr, "%s\n", end);
+    fprintf(stderr, "%s%.*s%s%s%s\n", start, (int)head, line, tail > head ? " ... " : "", line + tail, end);
 }
 
 static _Noreturn void PRINTF_LIKE(2, 3) die_with(int status, const char *format, ...) {
@@ -202,20 +234,6 @@ static double seconds_now(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-static size_t peak_rss_bytes(void) {
-#ifdef _WIN32
-    return 0;                  /* not known */
-#else
-    struct rusage usage;
-    getrusage(RUSAGE_SELF, &usage);
-#ifdef __APPLE__
-    return (size_t)usage.ru_maxrss;
-#else
-    return (size_t)usage.ru_maxrss * 1024;
-#endif
-#endif
 }
 
 /* Where the running program lies, links followed. */
@@ -301,12 +319,10 @@ static void rng_shuffle(struct Rng *rng, size_t *items, size_t n) {
 /* Arena: memory taken piece by piece and given back all at once. A reset merges the pieces into one block of their
  * total size, so a training loop that resets once a step asks the system for memory in its first steps only. Under
  * sanitizers every piece is an allocation of its own: an overrun must not land unseen in a neighbour. */
-#if defined(__has_feature)
-#define HAS_FEATURE(x) __has_feature(x)
-#else
-#define HAS_FEATURE(x) 0
+#ifndef __has_feature
+#define __has_feature(x) 0
 #endif
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__) || HAS_FEATURE(address_sanitizer) || HAS_FEATURE(thread_sanitizer) || HAS_FEATURE(memory_sanitizer)
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__) || __has_feature(address_sanitizer) || __has_feature(thread_sanitizer) || __has_feature(memory_sanitizer)
 #define SANITIZED 1
 #else
 #define SANITIZED 0
@@ -411,39 +427,6 @@ static char *PRINTF_LIKE(2, 3) arena_printf(struct Arena *arena, const char *for
     return string;
 }
 
-/* Length of the UTF-8 character that starts at text[i], its code point in *code; 0 if it is not valid. */
-static size_t utf8_read(const unsigned char *text, size_t n, uint32_t *code) {
-    static const uint32_t least[5] = {0, 0, 0x80, 0x800, 0x10000};          /* below: an overlong form */
-    unsigned char c = text[0];
-    *code = c;
-    if (c < 0x80) return 1;
-    size_t length = c >= 0xf0 ? 4 : c >= 0xe0 ? 3 : 2;
-    if (c < 0xc2 || c > 0xf4 || n < length) return 0;
-    *code = c & (0xffu >> (length + 1));
-    for (size_t k = 1; k < length; k++) {
-        if ((text[k] & 0xc0) != 0x80) return 0;
-        *code = *code << 6 | (text[k] & 63);
-    }
-    bool valid = *code >= least[length] && *code < 0x110000 && (*code < 0xd800 || *code >= 0xe000);
-    return valid ? length : 0;
-}
-
-/* Makes `text` safe for a terminal and cuts it to so many columns: whole characters, blanks for what would control the
- * terminal; Chinese, Japanese, Korean and emoji take two columns.                              test: progress_cut */
-static char *cut_columns(char *text, size_t columns) {
-    size_t n = strlen(text), i = 0, length;
-    for (uint32_t c; i < n; i += length) {
-        length = utf8_read((unsigned char *)text + i, n - i, &c);
-        bool plain = length > 0 && c >= 32 && (c < 127 || c >= 160);
-        if (!plain) memset(text + i, ' ', length = MAX(length, (size_t)1));
-        size_t width = !plain ? length : c >= 0x1100 && (c < 0x1160 || c >= 0x2e80) ? 2 : 1;
-        if (width > columns) break;
-        columns -= width;
-    }
-    text[i] = 0;
-    return text;
-}
-
 /* Progress. On a terminal one line a stage, renewed in place, above it now and then what the model writes; elsewhere plain
  * lines. No colours, so NO_COLOR has nothing to ask for. What is shown is only looked at: the run is the same bit for bit. */
 static bool progress_live(void) {
@@ -451,30 +434,26 @@ static bool progress_live(void) {
     return !quiet && isatty(STDERR_FILENO) && terminal && strcmp(terminal, "dumb") != 0;
 }
 
-/* One less than the terminal has, for in its last column a line may wrap. */
+/* One less than the terminal has, for in its last column a line may wrap. A character takes no more columns than bytes. */
 static size_t terminal_columns(void) {
-    const char *columns = getenv("COLUMNS");
 #ifdef TIOCGWINSZ
     struct winsize size;
     if (ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 1) return size.ws_col - 1u;
 #endif
-    return columns && atoi(columns) > 1 ? (size_t)atoi(columns) - 1 : 79;
+    return 79;
 }
 
-/* Tells where a stage is: bar, steps, time left, tokens a second and the metrics that matter now. A terminal's line is
+/* Tells where a stage is: bar, steps, time left, the metrics that matter now, tokens a second. A terminal's line is
  * renewed ten times a second at most, and always if `due`; elsewhere a line is said if `due`. */
 static void PRINTF_LIKE(6, 7) progress_say(const char *name, size_t step, size_t total, size_t tokens, bool due, const char *format, ...) {
-    static const char BAR[] = "━━━━━━━━━━━━━━━━━━━━────────────────────";
     struct Progress *p = &progress_line;
     char metrics[400], line[800];
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(metrics, sizeof metrics, format, arguments);
     va_end(arguments);
-    double now = seconds_now();
     bool live = progress_live();
-    for (char *slash, *word; live && (slash = word = strchr(metrics, '/')); memmove(word, slash + 1, strlen(slash)))         /* objective/kl: kl */
-        while (word > metrics && word[-1] != ' ') word--;
+    double now = seconds_now();
     if (!live && due) say("%s: step %zu/%zu  %s\n", name, step, total, metrics);
     if (!live || (!due && step < total && now - p->drawn < 0.1)) return;
     if (p->name != name || step < p->step) {
@@ -482,11 +461,11 @@ static void PRINTF_LIKE(6, 7) progress_say(const char *name, size_t step, size_t
         *p = (struct Progress){.name = name, .begin = now, .first_step = step, .first_tokens = tokens};
     }
     *p = (struct Progress){name, p->begin, now, step, total, p->first_step, p->first_tokens, true};
-    size_t columns = terminal_columns(), cells = columns < 100 ? 10 : 20, full = total ? cells * step / total : 0;
-    double gone = now - p->begin, done = (double)(step - p->first_step), left = step == total || !done ? gone : gone * (double)(total - step) / done;
-    snprintf(line, sizeof line, "%-*s %.*s %zu/%zu  %zu:%02zu%s  %.0f tokens/s  %s", columns < 100 ? 0 : 18, name, 3 * (int)cells, BAR + 3 * (20 - full), step, total,
-        (size_t)left / 60, (size_t)left % 60, step == total ? "" : " left", gone > 0 ? (double)(tokens - p->first_tokens) / gone : 0, metrics);
-    fprintf(stderr, "\r%s\033[K", cut_columns(line, columns));
+    double gone = now - p->begin;
+    size_t left = (size_t)(gone * (double)(total - step) / (double)MAX(step - p->first_step, (size_t)1));
+    snprintf(line, sizeof line, "%s [%-10.*s] %zu/%zu  %zu:%02zu left  %s  %.0f tokens/s", name, total ? (int)(10 * step / total) : 0, "==========",
+        step, total, left / 60, left % 60, metrics, gone > 0 ? (double)(tokens - p->first_tokens) / gone : 0);
+    fprintf(stderr, "\r%s\033[K", cut_text(line, terminal_columns()));
 }
 
 /* Now is the time for a sample: about eight times a stage. */
@@ -496,14 +475,12 @@ static bool progress_sampling(size_t step, size_t total) { return progress_live(
 enum ScratchSlot { SCRATCH_A, SCRATCH_B, SCRATCH_SCORES, SCRATCH_ROW, SCRATCH_SLOTS };
 
 static float *thread_scratch(enum ScratchSlot slot, size_t floats) {
-    static _Thread_local struct { float *memory; size_t floats; } slots[SCRATCH_SLOTS];
-    if (slots[slot].floats < floats) {
-        aligned_free(slots[slot].memory);
-        slots[slot].memory = aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
-        CHECK(slots[slot].memory, "out of memory: %zu MB of scratch", floats >> 18);
-        slots[slot].floats = floats;
+    static _Thread_local struct ArenaBlock *slots[SCRATCH_SLOTS];
+    if (!slots[slot] || slots[slot]->size < floats * sizeof(float)) {
+        aligned_free(slots[slot]);
+        slots[slot] = arena_block(floats * sizeof(float));
     }
-    return slots[slot].memory;
+    return (float *)((char *)slots[slot] + ARENA_HEADER);
 }
 
 /* =============================================================================================
@@ -536,18 +513,20 @@ static struct Text read_file(struct Arena *arena, const char *path) {
     return text;
 }
 
-/* An output file: written as PATH.tmp, moved onto PATH by output_close. */
+/* An output file: written as PATH.tmp, moved onto PATH by output_close. With `keep`, what PATH.tmp holds is there to be written over. */
 struct Output { FILE *file; char path[PATH_MAX], tmp[PATH_MAX + 8]; };
 
-static struct Output output_open(const char *folder, const char *name) {
+static struct Output output_begin(const char *folder, const char *name, bool keep) {
     struct Output out;
     int n = snprintf(out.path, sizeof out.path, "%s/%s", folder, name);
     CHECK(n > 0 && (size_t)n < sizeof out.path, "%s/%s: the path is too long", folder, name);
     snprintf(out.tmp, sizeof out.tmp, "%s.tmp", out.path);
-    out.file = fopen(out.tmp, "wb");
+    out.file = fopen(out.tmp, keep && file_exists(out.tmp) ? "r+b" : "wb");
     CHECK(out.file, "%s: cannot be written: %s", out.tmp, strerror(errno));
     return out;
 }
+
+static struct Output output_open(const char *folder, const char *name) { return output_begin(folder, name, false); }
 
 /* For a file that grows with the run: its end is too late to learn that the disk is full. */
 static void output_flush(struct Output *out) {
@@ -556,7 +535,7 @@ static void output_flush(struct Output *out) {
 
 /* Goes on with a file that grew in `beside`, as NAME.tmp or finished, from its first `bytes` bytes on. Written over
  * itself it stays as it is, so that being killed here loses nothing. */
-static void output_resume(struct Output *out, const char *folder, const char *name, const char *beside, size_t bytes) {
+static struct Output output_resume(const char *folder, const char *name, const char *beside, size_t bytes) {
     char path[PATH_MAX + 8], chunk[1 << 14];
     struct stat s;
     FILE *earlier = NULL;
@@ -564,15 +543,13 @@ static void output_resume(struct Output *out, const char *folder, const char *na
         int n = snprintf(path, sizeof path, "%s/%s%s", beside, name, finished ? "" : ".tmp");
         if (n < (int)sizeof path && stat(path, &s) == 0 && (uint64_t)s.st_size >= bytes) earlier = fopen(path, "rb");
     }
-    snprintf(out->path, sizeof out->path, "%.4000s/%s", folder, name);
-    snprintf(out->tmp, sizeof out->tmp, "%s.tmp", out->path);
-    int fd = open(out->tmp, O_RDWR | O_CREAT, 0666);
-    out->file = fd < 0 ? NULL : fdopen(fd, "r+b");
-    CHECK(out->file, "%s: cannot be written: %s", out->tmp, strerror(errno));
     if (!earlier) warn("%s/%s: lacks the %zu bytes of the steps before; it begins anew", beside, name, bytes);
-    for (size_t n; earlier && bytes > 0 && (n = fread(chunk, 1, MIN(bytes, sizeof chunk), earlier)) > 0; bytes -= n) fwrite(chunk, 1, n, out->file);
-    CHECK(fflush(out->file) == 0 && ftruncate(fd, ftello(out->file)) == 0, "%s: writing failed: %s", out->tmp, strerror(errno));
+    struct Output out = output_begin(folder, name, true);
+    for (size_t n; earlier && bytes > 0 && (n = fread(chunk, 1, MIN(bytes, sizeof chunk), earlier)) > 0; bytes -= n) fwrite(chunk, 1, n, out.file);
+    output_flush(&out);
+    CHECK(ftruncate(fileno(out.file), ftello(out.file)) == 0, "%s: writing failed: %s", out.tmp, strerror(errno));
     if (earlier) fclose(earlier);
+    return out;
 }
 
 static void output_close(struct Output *out) {
@@ -590,8 +567,7 @@ static void make_folder(const char *path) {
     CHECK(strlen(path) < sizeof part, "%.60s...: the path is too long", path);
     for (size_t i = 1; i <= strlen(path); i++) {
         if (path[i] != '/' && path[i] != 0) continue;
-        memcpy(part, path, i);
-        part[i] = 0;
+        snprintf(part, i + 1, "%s", path);
         CHECK(mkdir(part, 0777) == 0 || errno == EEXIST || is_folder(part), "%s: %s", part, strerror(errno));
     }
     CHECK(is_folder(path), "%s: is a file, a folder was expected", path);
@@ -650,51 +626,44 @@ static size_t utf8_write(char *to, uint32_t c) {
 }
 
 /* Four hexadecimal digits, or -1. */
-static int32_t json_hex4(struct JsonParser *p) {
-    if (p->end - p->at < 4) return -1;
-    char digits[5] = {0};
-    for (int i = 0; i < 4; i++) {
-        digits[i] = *p->at++;
-        if (!isxdigit((unsigned char)digits[i])) return -1;
-    }
-    return (int32_t)strtol(digits, NULL, 16);
+static int32_t json_hex4(const char *at, const char *end) {
+    char digits[5] = "";
+    memcpy(digits, at, MIN((size_t)(end - at), (size_t)4));
+    return strspn(digits, "0123456789abcdefABCDEF") == 4 ? (int32_t)strtol(digits, NULL, 16) : -1;
 }
 
-/* After "\u": one code point; a high surrogate takes the low one that must follow it. */
+/* After "\u": one code point, or -1; a high surrogate takes the low one that must follow it. */
 static int32_t json_code_point(struct JsonParser *p) {
-    int32_t c = json_hex4(p);
+    int32_t c = json_hex4(p->at, p->end), low = -1;
+    if (c >= 0) p->at += 4;
     if (c < 0xd800 || c > 0xdfff) return c;
-    if (c < 0xdc00 && p->end - p->at >= 6 && p->at[0] == '\\' && p->at[1] == 'u') {
-        const char *before = p->at;
-        p->at += 2;
-        int32_t low = json_hex4(p);
-        if (low >= 0xdc00 && low <= 0xdfff) return 0x10000 + ((c - 0xd800) << 10) + (low - 0xdc00);
-        p->at = before;
-    }
-    return 0xfffd;
+    if (c < 0xdc00 && p->end - p->at >= 2 && memcmp(p->at, "\\u", 2) == 0) low = json_hex4(p->at + 2, p->end);
+    if (low < 0xdc00 || low > 0xdfff) return 0xfffd;
+    p->at += 6;
+    return 0x10000 + ((c - 0xd800) << 10) + (low - 0xdc00);
 }
 
 /* A string, its opening quote already seen at p->at. Decoding never lengthens it. */
 static bool json_string(struct JsonParser *p, struct Text *out) {
+    static const char escapes[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
     const char *close = p->at + 1;
     while (close < p->end && *close != '"') close += *close == '\\' ? 2 : 1;
-    static const char escapes[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
     if (close >= p->end) return json_fail(p, "a string without its closing quote");
     char *to = arena_alloc(p->arena, (size_t)(close - p->at), 1), *start = to;
-    const char *from = ++p->at;
-    for (uint32_t c, n; p->at < close; p->at += n)
-        if (!(n = (uint32_t)utf8_read((const unsigned char *)p->at, (size_t)(close - p->at), &c))) return json_fail(p, "a string that is not UTF-8; save the file as UTF-8");
-    for (p->at = from; p->at < close;) {
-        char c = *p->at++;
-        if ((unsigned char)c < 0x20) return json_fail(p, "a control character inside a string");
-        if (c != '\\') { *to++ = c; continue; }
-        c = *p->at++;
-        const char *escape = memchr(escapes, c, sizeof escapes - 1);
-        if (escape) { *to++ = meanings[escape - escapes]; continue; }
-        if (c != 'u') return json_fail(p, "an unknown escape after \\");
-        int32_t code = json_code_point(p);
-        if (code < 0 || p->at > close) return json_fail(p, "\\u without four hexadecimal digits");
-        to += utf8_write(to, (uint32_t)code);
+    for (p->at++; p->at < close;) {
+        uint32_t c;
+        size_t length = utf8_read((const unsigned char *)p->at, (size_t)(close - p->at), &c);
+        if (length == 0) return json_fail(p, "a string that is not UTF-8; save the file as UTF-8");
+        if (c < 0x20) return json_fail(p, "a control character inside a string");
+        p->at += length;
+        if (c == '\\') {
+            const char *escape = memchr(escapes, *p->at, sizeof escapes - 1);
+            if (!escape && *p->at != 'u') return json_fail(p, "an unknown escape after \\");
+            p->at++;
+            c = escape ? (uint32_t)meanings[escape - escapes] : (uint32_t)json_code_point(p);
+            if (c == UINT32_MAX) return json_fail(p, "\\u without four hexadecimal digits");
+        }
+        to += utf8_write(to, c);
     }
     *to = 0;
     *out = (struct Text){start, (size_t)(to - start)};
@@ -924,10 +893,8 @@ static struct SafeTensors safetensors_open(struct Arena *arena, const char *path
     CHECK(stat(path, &status) != 0 || S_ISREG(status.st_mode), "%s: is a folder, a pipe or a device; a file was expected", path);
     st.file = fopen(path, "rb");
     CHECK(st.file, "%s: %s", path, strerror(errno));
-    CHECK(fseeko(st.file, 0, SEEK_END) == 0, "%s: %s", path, strerror(errno));
-    uint64_t size = (uint64_t)ftello(st.file);
+    uint64_t size = (uint64_t)status.st_size;
     unsigned char prefix[8];
-    rewind(st.file);
     CHECK(fread(prefix, 1, 8, st.file) == 8, "%s: not a safetensors file: it has %llu bytes, fewer than its 8-byte prefix", path, (unsigned long long)size);
     uint64_t length = 0;
     for (int i = 7; i >= 0; i--) length = length << 8 | prefix[i];
@@ -989,25 +956,21 @@ static bool tensor_is_head(const struct Tensor *t) { return strncmp(t->name, "sc
 
 /* Writes tensors as F32, names prefixed, header padded to 8 bytes as the format asks. */
 static void safetensors_write(const char *folder, const char *name, struct Tensor **tensors, size_t count, const char *prefix) {
-    struct Arena arena = {0};
-    size_t capacity = 256 + count * 256, used = 0, offset = 0;
-    char *header = arena_alloc(&arena, capacity, 1);
-    used += (size_t)snprintf(header, capacity, "{\"__metadata__\":{\"format\":\"pt\"}");
+    struct Output out = output_open(folder, name);
+    fwrite("\0\0\0\0\0\0\0", 1, 8, out.file);         /* the header's length, when it is known */
+    size_t length = (size_t)fprintf(out.file, "{\"__metadata__\":{\"format\":\"pt\"}"), offset = 0;
     for (size_t i = 0; i < count; i++) {
         struct Tensor *t = tensors[i];
         size_t shorter = tensor_is_head(t) && *prefix ? strlen("transformer.") : 0;
-        used += (size_t)snprintf(header + used, capacity - used, ",\"%.*s%s\":{\"dtype\":\"F32\",\"shape\":[%zu%s%.0zu],\"data_offsets\":[%zu,%zu]}",
+        length += (size_t)fprintf(out.file, ",\"%.*s%s\":{\"dtype\":\"F32\",\"shape\":[%zu%s%.0zu],\"data_offsets\":[%zu,%zu]}",
             (int)(strlen(prefix) - shorter), prefix, t->name, t->shape[0], t->ndim == 2 ? "," : "", t->shape[1], offset, offset + 4 * t->n);
         offset += 4 * t->n;
     }
-    header[used++] = '}';
-    while (used % 8) header[used++] = ' ';
-    struct Output out = output_open(folder, name);
-    for (int i = 0; i < 8; i++) fputc((int)((uint64_t)used >> 8 * i & 255), out.file);
-    fwrite(header, 1, used, out.file);
+    length += (size_t)fprintf(out.file, "}%*s", (int)(7 - length % 8), "");
     for (size_t i = 0; i < count; i++) fwrite(tensors[i]->w, 4, tensors[i]->n, out.file);
+    fseeko(out.file, 0, SEEK_SET);                             /* unlike rewind() it keeps the mark of an error */
+    for (int i = 0; i < 8; i++) fputc((int)((uint64_t)length >> 8 * i & 255), out.file);
     output_close(&out);
-    arena_free(&arena);
 }
 
 /* =============================================================================================
@@ -1321,12 +1284,12 @@ static void tokenizer_check_folder(const struct Tokenizer *tok, const char *fold
 
 enum Field {
     HAS_TEXT = 1, HAS_PROMPT = 2, HAS_COMPLETION = 4, HAS_CHOSEN = 8, HAS_REJECTED = 16, HAS_LABEL = 32, HAS_SCORE = 64,
-    HAS_QUERY_IDS = 128, HAS_RESPONSE_IDS = 256,
+    HAS_QUERY_IDS = 128, HAS_RESPONSE_IDS = 256, HAS_MARGIN = 512,
     SHAPE_TEXT = HAS_TEXT, SHAPE_PROMPT = HAS_PROMPT, SHAPE_PROMPT_COMPLETION = HAS_PROMPT | HAS_COMPLETION,
     SHAPE_PREFERENCE = HAS_CHOSEN | HAS_REJECTED, SHAPE_LABELLED = HAS_TEXT | HAS_LABEL, SHAPE_RATED = HAS_TEXT | HAS_SCORE,
     SHAPE_ROLLOUT = HAS_QUERY_IDS | HAS_RESPONSE_IDS | HAS_SCORE
 };
-static const char *const FIELD_NAMES[] = {"text", "prompt", "completion", "chosen", "rejected", "label", "score", "query_ids", "response_ids"};
+static const char *const FIELD_NAMES[] = {"text", "prompt", "completion", "chosen", "rejected", "label", "score", "query_ids", "response_ids", "margin"};
 
 struct Row {
     unsigned has;                                     /* which of enum Field */
@@ -1338,27 +1301,26 @@ struct Row {
 
 struct Dataset { struct Arena arena; struct Row *rows; size_t n, capacity; unsigned shape; char *path; };
 
-static const char *shape_name(struct Arena *arena, unsigned shape) {
-    char *name = arena_printf(arena, "%s", "");
-    for (size_t i = 0; i < COUNT(FIELD_NAMES); i++)
-        if (shape >> i & 1) name = arena_printf(arena, "%s%s\"%s\"", name, *name ? " + " : "", FIELD_NAMES[i]);
-    return name;
-}
-
+/* "chosen" + "rejected", or "text": what shapes are made of. */
 static const char *shape_names(struct Arena *arena, const unsigned *shapes, size_t count) {
-    const char *names = shape_name(arena, shapes[0]);
-    for (size_t i = 1; i < count; i++) names = arena_printf(arena, "%s, or %s", names, shape_name(arena, shapes[i]));
+    const char *names = "", *joint = "";
+    for (size_t s = 0; s < count; s++, joint = ", or ")
+        for (size_t i = 0; i < COUNT(FIELD_NAMES); i++) {
+            if (!(shapes[s] >> i & 1)) continue;
+            names = arena_printf(arena, "%s%s\"%s\"", names, joint, FIELD_NAMES[i]);
+            joint = " + ";
+        }
     return names;
 }
 
 static int *json_ids(struct Arena *arena, const struct Json *array, size_t *count, const char *path, size_t line) {
-    size_t n = 0;
-    for (struct Json *item = array->child; item; item = item->next, n++)
-        CHECK(item->type == JSON_NUMBER && item->number >= 0 && item->number < 1 << 24 && item->number == floor(item->number), "%s:%zu: \"%s\" must hold token ids", path, line, array->key.data);
-    int *ids = arena_alloc(arena, n, sizeof *ids);
-    *count = n;
-    n = 0;
-    for (struct Json *item = array->child; item; item = item->next) ids[n++] = (int)item->number;
+    bool good = array->type == JSON_ARRAY;
+    *count = 0;
+    for (struct Json *item = array->child; item; item = item->next, ++*count)
+        good = good && item->type == JSON_NUMBER && item->number >= 0 && item->number < 1 << 24 && item->number == floor(item->number);
+    CHECK(good, "%s:%zu: \"%s\" must hold token ids", path, line, array->key.data);
+    int *ids = arena_alloc(arena, *count, sizeof *ids), *to = ids;
+    for (struct Json *item = array->child; item; item = item->next) *to++ = (int)item->number;
     return ids;
 }
 
@@ -1373,27 +1335,24 @@ static struct Row dataset_row(struct Arena *keep, struct Arena *scratch, struct 
     CHECK(json->type == JSON_OBJECT, "%s:%zu: an object {...} was expected", path, line);
     struct Row row = {0};
     struct Text *texts[] = {&row.text, &row.prompt, &row.completion, &row.chosen, &row.rejected};
-    double *numbers[] = {&row.label, &row.score, &row.margin};
-    const char *const number_names[] = {"label", "score", "margin"};
-    for (size_t i = 0; i < COUNT(texts); i++) {
+    for (size_t i = 0; i < COUNT(FIELD_NAMES); i++) {
         struct Json *item = json_get(json, FIELD_NAMES[i]);
+        unsigned field = 1u << i;
         if (!item || item->type == JSON_NULL) continue;
-        CHECK(item->type == JSON_STRING, "%s:%zu: \"%s\" must be a string", path, line, FIELD_NAMES[i]);
-        *texts[i] = text_copy(keep, item->string);
-        row.has |= 1u << i;
+        row.has |= field;
+        if (i < COUNT(texts)) {
+            CHECK(item->type == JSON_STRING, "%s:%zu: \"%s\" must be a string", path, line, FIELD_NAMES[i]);
+            *texts[i] = text_copy(keep, item->string);
+        } else if (field == HAS_QUERY_IDS) row.query_ids = json_ids(keep, item, &row.query_length, path, line);
+        else if (field == HAS_RESPONSE_IDS) row.response_ids = json_ids(keep, item, &row.response_length, path, line);
+        else {
+            bool truth = field == HAS_LABEL && (item->type == JSON_TRUE || item->type == JSON_FALSE);
+            double number = truth ? item->type == JSON_TRUE : item->number;
+            CHECK(truth || (item->type == JSON_NUMBER && fabs(number) <= FLT_MAX), "%s:%zu: \"%s\" must be a number, at most 3.4e38", path, line, FIELD_NAMES[i]);
+            CHECK(field != HAS_LABEL || number == 0 || number == 1, "%s:%zu: \"label\" must be 0 or 1", path, line);
+            *(field == HAS_LABEL ? &row.label : field == HAS_SCORE ? &row.score : &row.margin) = number;
+        }
     }
-    for (size_t i = 0; i < COUNT(numbers); i++) {
-        struct Json *item = json_get(json, number_names[i]);
-        if (!item || item->type == JSON_NULL) continue;
-        bool truth = i == 0 && (item->type == JSON_TRUE || item->type == JSON_FALSE);
-        CHECK(truth || (item->type == JSON_NUMBER && fabs(item->number) <= FLT_MAX), "%s:%zu: \"%s\" must be a number, at most 3.4e38", path, line, number_names[i]);
-        *numbers[i] = truth ? item->type == JSON_TRUE : item->number;
-        if (i == 0) CHECK(*numbers[i] == 0 || *numbers[i] == 1, "%s:%zu: \"label\" must be 0 or 1", path, line);
-        row.has |= i == 0 ? HAS_LABEL : i == 1 ? HAS_SCORE : 0;
-    }
-    struct Json *query = json_get(json, "query_ids"), *response = json_get(json, "response_ids");
-    if (query && query->type == JSON_ARRAY) { row.query_ids = json_ids(keep, query, &row.query_length, path, line); row.has |= HAS_QUERY_IDS; }
-    if (response && response->type == JSON_ARRAY) { row.response_ids = json_ids(keep, response, &row.response_length, path, line); row.has |= HAS_RESPONSE_IDS; }
     return row;
 }
 
@@ -1415,7 +1374,7 @@ static void dataset_add_file(struct Dataset *data, const char *path, const unsig
         for (size_t i = 0; i < shape_count && !data->shape; i++) if ((row.has & shapes[i]) == shapes[i]) data->shape = shapes[i];
         if (!data->shape || (row.has & data->shape) != data->shape) {
             if (optional && first_row) break;
-            const char *wanted = data->shape ? shape_name(&scratch, data->shape) : shape_names(&scratch, shapes, shape_count), *found = shape_name(&scratch, row.has);
+            const char *wanted = data->shape ? shape_names(&scratch, &data->shape, 1) : shape_names(&scratch, shapes, shape_count), *found = shape_names(&scratch, &row.has, 1);
             die("%s:%zu: expected %s, found %s", path, line, wanted, *found ? found : "no field that is known");
         }
         data->rows = grow(data->rows, data->n, &data->capacity, sizeof *data->rows);
@@ -1474,8 +1433,6 @@ static struct Example example_encode(struct Arena *arena, const struct Tokenizer
     return e;
 }
 
-
-
 /* Prompt + completion as TRL prepares them: encoded as one, the end token behind it; the completion starts where the
  * ids stop to be the prompt's own. A merge across the seam so moves the split to the left. */
 static struct Example example_prompt_completion(struct Arena *arena, const struct Tokenizer *tok, struct Text prompt, struct Text completion, size_t vocab_size) {
@@ -1494,8 +1451,7 @@ static struct Example example_prompt_completion(struct Arena *arena, const struc
 static void split_implicit_prompt(struct Row *row) {
     size_t n = 0;
     while (n < row->chosen.length && n < row->rejected.length && row->chosen.data[n] == row->rejected.data[n]) n++;
-    while (n > 0 && ((unsigned char)(n < row->chosen.length ? row->chosen.data[n] : 0) & 0xc0) == 0x80) n--;
-    while (n > 0 && ((unsigned char)(n < row->rejected.length ? row->rejected.data[n] : 0) & 0xc0) == 0x80) n--;
+    while (n > 0 && ((row->chosen.data[n] & 0xc0) == 0x80 || (row->rejected.data[n] & 0xc0) == 0x80)) n--;         /* behind a text stands a NUL */
     if (n > 0 && row->chosen.data[n - 1] == ' ') n--;
     row->prompt = (struct Text){row->chosen.data, n};
     row->chosen = (struct Text){row->chosen.data + n, row->chosen.length - n};
@@ -3547,7 +3503,7 @@ static void checkpoint_resume(struct Checkpoint *c) {
         fclose(st.file);
     }
     CHECK(loaded == 3 * train, "%s: holds %zu of %zu tensors that train and their moments; are the model and flags those of the run that was saved?", from, loaded, 3 * train);
-    for (size_t i = 0; c->logs && i < COUNT(LOGS); i++) output_resume(&c->logs[i], dir, LOGS[i], arena_printf(&arena, "%s/..", from), c->log_bytes[i]);
+    for (size_t i = 0; c->logs && i < COUNT(LOGS); i++) c->logs[i] = output_resume(dir, LOGS[i], arena_printf(&arena, "%s/..", from), c->log_bytes[i]);
     say("%s: going on after step %zu from %s\n", c->task, c->state->global_step, from);
     if (newest_one) checkpoint_way_on(from);
     arena_free(&arena);
@@ -4140,7 +4096,7 @@ static void sample_show(const struct Tokenizer *tok, const struct Example *e, si
     struct Arena arena = {0};
     struct Text prompt = tokenizer_decode_all(tok, &arena, e->ids, e->prompt_length, V), answer = tokenizer_decode_all(tok, &arena, e->ids + e->prompt_length, e->n - e->prompt_length, V);
     char *line = arena_printf(&arena, "    %s%.*s |%.*s", score, (int)prompt.length, prompt.data, (int)answer.length, answer.data);
-    say("%s\n", cut_columns(line, terminal_columns()));
+    say("%s\n", cut_text(line, terminal_columns()));
     arena_free(&arena);
 }
 
@@ -6254,7 +6210,7 @@ static void course_print(struct Course *course) {
     printf("\nThe language model's answers scored %+.2f; after PPO they score %+.2f, after DPO %+.2f (standard deviations of the reward of real reviews).\n", r[0].mean_reward, r[1].mean_reward, r[2].mean_reward);
 }
 
-static void course_time(double begin) { if (!progress_live()) say("    %.0f s\n", seconds_now() - begin); }      /* a terminal's lines have theirs */
+static void course_time(double begin) { say("    %.0f s\n", seconds_now() - begin); }
 
 /* rlhf -- the four stages, measured. `language_model` comes new or loaded, not yet trained on these texts. */
 static void course_run(struct Course *course, const struct Dataset *data, struct GPT2 *language_model, double learning_rate) {

@@ -114,7 +114,7 @@ def check_progress(work):
         lines = [l for l in re.split("[\r\n]", text.replace(b"\x1b[K", b"").decode("utf-8")) if l]
         if "columns" in name:
             if codes.search(text.replace(b"\r", b"").replace(b"\x1b[K", b"")): faults.append("more control codes than \\r and ESC [ K")
-            bars, samples = [l for l in lines if "━" in l or "─" in l], [l for l in lines if l.startswith("    ")]
+            bars, samples = [l for l in lines if re.search(r" \[=* *\] ", l)], [l for l in lines if l.startswith("    ")]
             wide = [l for l in bars + samples if columns_of(l) > columns - 1]
             faults += [wide and "too wide: %r" % wide[0], len(bars) < 20 and "%d lines of progress" % len(bars), len(samples) < 8 and "%d samples" % len(samples)]
             faults += ["stage %s is missing" % stage for stage in ("1/4", "2/4", "3/4", "4/4") if not any(l.startswith(stage) for l in bars)]
