@@ -3782,7 +3782,6 @@ struct Sequence {
     float score;                                        /* of a beam: the log-probability of what was generated */
     bool finished;
     struct Rng rng;
-    const struct Tokenizer *stream;                     /* not NULL: each token is printed as it comes */
 };
 
 /* Logits of ids that already occurred, however often, are divided by the penalty if positive, multiplied if negative:
@@ -3889,10 +3888,6 @@ static void sequence_extend(struct Sequence *s, float *logits, size_t V, const s
     int id = config->do_sample ? sample_token(logits, V, &s->rng) : (int)argmax(logits, V);
     s->ids[s->n++] = id;
     s->finished = id == end_token || s->n >= s->max_length;
-    if (!s->stream || id == end_token) return;
-    struct Text text = tokenizer_decode(s->stream, id, V);
-    fwrite(text.data, 1, text.length, stdout);
-    fflush(stdout);
 }
 
 /* The rows that the next pass of the model needs: a sequence's prompt at first, its newest token later. */
@@ -6341,11 +6336,11 @@ struct Options {
     struct GPT2Config config;
     struct DPOConfig dpo;
     double center_rewards_coefficient;
-    size_t input_min_text_length, input_max_text_length, output_min_length, output_max_length;
-    size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps, top_n, tokenize_vocab_size, max_samples;
+    struct LengthSampler input_length, output_length;
+    size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps, top_n, max_samples;
     const char *command;                     /* the command line */
     double begin;                            /* when it was given */
-    bool json, jsonl, decode, help, quiet, max_length_given, use_peft;
+    bool json, jsonl, decode, help, quiet, use_peft;
     /* What a command opens and main closes. */
     struct Arena arena;
     struct Tokenizer *tok;
@@ -6357,13 +6352,19 @@ struct Options {
 enum Group {
     G_MODEL = 1, G_DATA = 2, G_TRAIN = 4, G_NEW = 8, G_REF = 16, G_REWARD = 32, G_PPO = 64, G_DPO = 128, G_SAMPLE = 256, G_LENGTH = 512, G_PROMPT = 1024,
     G_NEXT = 2048, G_TOKENIZE = 4096, G_RLHF = 8192, G_OUT = 16384, G_SEED = 32768, G_RUN = 65536, G_BATCH = 131072, G_JSON = 262144, G_BENCH = 524288,
-    G_PEFT = 1 << 20, G_LORA = 1 << 21, G_ROLL = 1 << 22, G_RLOO = 1 << 23, G_EXACT = 1 << 24, G_COLLECT = 1 << 25, G_EVAL = 1 << 26, G_ALL = -1
+    G_PEFT = 1 << 20, G_LORA = 1 << 21, G_ROLL = 1 << 22, G_RLOO = 1 << 23, G_EXACT = 1 << 24, G_COLLECT = 1 << 25, G_EVAL = 1 << 26, G_WORDS = 1 << 27,
+    G_TRAINING = G_OUT | G_SEED | G_DATA | G_TRAIN, G_TUNING = G_MODEL | G_PEFT | G_LORA | G_TRAINING, G_ALL = -1
 };
-/* What a flag's value may be; of numbers, whole ones up to KIND_COUNT, the range is part of it. */
-enum Kind { KIND_STRING, KIND_LIST, KIND_BOOL, KIND_STOPPING, KIND_SEED, KIND_SIZE, KIND_COUNT, KIND_DOUBLE, KIND_POSITIVE, KIND_WEIGHT, KIND_SHARE, KIND_DECAY };
+/* What a flag's value may be: one of the names that its help lists; of numbers, whole ones up to KIND_COUNT, the range is part of it. */
+enum Kind {
+    KIND_STRING, KIND_NAME, KIND_LIST, KIND_BOOL, KIND_STOPPING, KIND_SEED, KIND_SIZE, KIND_BATCH, KIND_COUNT,
+    KIND_DOUBLE, KIND_POSITIVE, KIND_TEMPERATURE, KIND_EPOCHS, KIND_WEIGHT, KIND_SHARE, KIND_DECAY
+};
 static const struct { double least, most; const char *expected; } RANGES[] = {
     [KIND_SEED] = {0, 0x1p64, "a whole number, 0 or more,"}, [KIND_SIZE] = {0, 0x1p40, "a whole number, 0 to 2^40,"}, [KIND_COUNT] = {1, 0x1p40, "a whole number, 1 to 2^40,"},
     [KIND_DOUBLE] = {-FLT_MAX, FLT_MAX, "a number"}, [KIND_POSITIVE] = {FLT_MIN, FLT_MAX, "a number above 0"}, [KIND_WEIGHT] = {0, FLT_MAX, "a number, 0 or more,"},
+    [KIND_BATCH] = {1, 4096, "a whole number, 1 to 4096,"}, [KIND_EPOCHS] = {FLT_MIN, 1e9, "a number above 0, at most 1e9,"},
+    [KIND_TEMPERATURE] = {1e-6, FLT_MAX, "a number, 1e-6 or more,"},                 /* less takes the likeliest token as well, but overflows */
     [KIND_SHARE] = {0, 1, "a number from 0 to 1"}, [KIND_DECAY] = {0, 1 - DBL_EPSILON / 2, "a number from 0 to below 1"}};
 struct Flag { const char *name; enum Kind kind; size_t offset; int groups; const char *help; };
 #define AT(member) offsetof(struct Options, member)
@@ -6386,9 +6387,9 @@ static const struct Flag FLAGS[] = {
     {"seed", KIND_SEED, AT(train.seed), G_SEED, "of all random numbers"},
     {"quiet", KIND_BOOL, AT(quiet), G_ALL, "no progress on stderr"},
     {"learning_rate", KIND_WEIGHT, AT(train.learning_rate), G_TRAIN, "at its highest"},
-    {"lr_scheduler_type", KIND_STRING, AT(train.lr_scheduler_type), G_TRAIN, "linear, cosine, constant, constant_with_warmup"},
+    {"lr_scheduler_type", KIND_NAME, AT(train.lr_scheduler_type), G_TRAIN, "linear, cosine, constant, constant_with_warmup"},
     {"warmup_steps", KIND_SIZE, AT(train.warmup_steps), G_TRAIN, "steps over which the learning rate rises from 0"},
-    {"optim", KIND_STRING, AT(train.optim), G_TRAIN, "adamw, sgd"},
+    {"optim", KIND_NAME, AT(train.optim), G_TRAIN, "adamw, sgd"},
     {"adam_beta1", KIND_DECAY, AT(train.adam_beta1), G_TRAIN, "decay of the gradient's running mean"},
     {"adam_beta2", KIND_DECAY, AT(train.adam_beta2), G_TRAIN, "decay of the squared gradient's running mean"},
     {"adam_epsilon", KIND_POSITIVE, AT(train.adam_epsilon), G_TRAIN, "added to its square root"},
@@ -6399,23 +6400,21 @@ static const struct Flag FLAGS[] = {
     {"save_steps", KIND_SIZE, AT(train.save_steps), G_TRAIN, "steps between checkpoints, folders checkpoint-N in --output_dir; 0: none"},
     {"save_total_limit", KIND_SIZE, AT(train.save_total_limit), G_TRAIN, "how many to keep; 0: all"},
     {"resume_from_checkpoint", KIND_STRING, AT(train.resume_from_checkpoint), G_TRAIN, "go on from a folder checkpoint-N; true: from the newest in --output_dir"},
-    {"num_train_epochs", KIND_POSITIVE, AT(train.num_train_epochs), G_RUN, "passes over the data"},
-    {"per_device_train_batch_size", KIND_COUNT, AT(train.per_device_train_batch_size), G_RUN | G_BATCH, "rows (dpo, reward: pairs or rated texts) of a micro-batch"},
+    {"num_train_epochs", KIND_EPOCHS, AT(train.num_train_epochs), G_RUN, "passes over the data"},
+    {"per_device_train_batch_size", KIND_BATCH, AT(train.per_device_train_batch_size), G_RUN | G_BATCH, "rows (dpo, reward: pairs or rated texts) of a micro-batch"},
     {"gradient_accumulation_steps", KIND_COUNT, AT(train.gradient_accumulation_steps), G_TRAIN, "micro-batches of an optimizer step"},
     {"eval_steps", KIND_SIZE, AT(train.eval_steps), G_RUN, "steps between evaluations; default: at the end"},
     {"max_length", KIND_COUNT, AT(train.max_length), G_RUN | G_BATCH | G_LENGTH, "longest sequence in tokens"},
-    {"train_sampling_strategy", KIND_STRING, AT(train.train_sampling_strategy), G_RUN, "random, sequential"},
+    {"train_sampling_strategy", KIND_NAME, AT(train.train_sampling_strategy), G_RUN, "random, sequential"},
     {"n_layer", KIND_COUNT, AT(config.n_layer), G_NEW | G_EXACT, "blocks of a new model"},
     {"n_head", KIND_COUNT, AT(config.n_head), G_NEW | G_EXACT, "attention heads"},
     {"n_embd", KIND_COUNT, AT(config.n_embd), G_NEW | G_EXACT, "width"},
     {"n_positions", KIND_COUNT, AT(config.n_positions), G_NEW, "longest context"},
-    {"vocab_size", KIND_SIZE, AT(config.vocab_size), G_NEW, "ids, the end token included"},
-    {"vocab_size", KIND_SIZE, AT(config.vocab_size), G_EXACT, "tokens, 2 to 16"},
-    {"vocab_size", KIND_SIZE, AT(tokenize_vocab_size), G_TOKENIZE, "the smaller vocabulary of a model with so many ids"},
+    {"vocab_size", KIND_SIZE, AT(config.vocab_size), G_NEW | G_EXACT | G_TOKENIZE, "ids, the end token included (exact: 2 to 16, without one)"},
     {"center_rewards_coefficient", KIND_WEIGHT, AT(center_rewards_coefficient), G_REWARD, "weight of (r_chosen + r_rejected)^2"},
     {"loss_type", KIND_STRING, AT(loss_type), G_REWARD, "sigmoid: Bradley-Terry; bce: binary cross-entropy on text + label (alone with such data)"},
     {"beta", KIND_POSITIVE, AT(dpo.beta), G_DPO, "how strongly DPO holds to the reference; at 0 the pairs would not count"},
-    {"beta", KIND_WEIGHT, AT(dpo.beta), G_RLOO | G_EXACT, "price of a nat of KL(policy || reference)"},
+    {"beta", KIND_WEIGHT, AT(ppo.init_kl_coef), G_RLOO | G_EXACT, "price of a nat of KL(policy || reference)"},
     {"baseline", KIND_STRING, AT(baseline), G_RLOO, "subtracted from the reward: none, mean (of earlier steps), rloo (leave one out)"},
     {"num_generations", KIND_COUNT, AT(ppo.num_generations), G_RLOO | G_COLLECT, "answers to each prompt"},
     {"max_samples", KIND_SIZE, AT(max_samples), G_COLLECT | G_EVAL, "prompts used, from the first; 0: all"},
@@ -6430,7 +6429,7 @@ static const struct Flag FLAGS[] = {
     {"adap_kl_ctrl", KIND_BOOL, AT(ppo.adap_kl_ctrl), G_PPO, "adapt it towards --target"},
     {"target", KIND_POSITIVE, AT(ppo.target), G_PPO, "KL that the controller aims at"},
     {"horizon", KIND_POSITIVE, AT(ppo.horizon), G_PPO, "samples over which it does"},
-    {"kl_penalty", KIND_STRING, AT(ppo.kl_penalty), G_PPO, "kl, abs, mse, full"},
+    {"kl_penalty", KIND_NAME, AT(ppo.kl_penalty), G_PPO, "kl, abs, mse, full"},
     {"gamma", KIND_SHARE, AT(ppo.gamma), G_PPO, "discount"},
     {"lam", KIND_SHARE, AT(ppo.lam), G_PPO, "lambda of GAE"},
     {"cliprange", KIND_WEIGHT, AT(ppo.cliprange), G_PPO, "of the probability ratio"},
@@ -6443,12 +6442,12 @@ static const struct Flag FLAGS[] = {
     {"ratio_threshold", KIND_POSITIVE, AT(ppo.ratio_threshold), G_PPO, "skip mini-batches whose mean ratio exceeds it"},
     {"early_stopping", KIND_BOOL, AT(ppo.early_stopping), G_PPO, "stop a step's epochs at 1.5 * target_kl"},
     {"target_kl", KIND_POSITIVE, AT(ppo.target_kl), G_PPO, "for early_stopping"},
-    {"input_min_text_length", KIND_COUNT, AT(input_min_text_length), G_ROLL, "prompts cut from texts: shortest"},
-    {"input_max_text_length", KIND_COUNT, AT(input_max_text_length), G_ROLL, "and longest plus one (LengthSampler)"},
-    {"output_min_length", KIND_COUNT, AT(output_min_length), G_PPO | G_RLOO, "responses: shortest limit"},
-    {"output_max_length", KIND_COUNT, AT(output_max_length), G_PPO | G_RLOO, "and longest plus one (LengthSampler)"},
+    {"input_min_text_length", KIND_COUNT, AT(input_length.min_value), G_ROLL, "prompts cut from texts: shortest"},
+    {"input_max_text_length", KIND_COUNT, AT(input_length.max_value), G_ROLL, "and longest plus one (LengthSampler)"},
+    {"output_min_length", KIND_COUNT, AT(output_length.min_value), G_PPO | G_RLOO, "responses: shortest limit"},
+    {"output_max_length", KIND_COUNT, AT(output_length.max_value), G_PPO | G_RLOO, "and longest plus one (LengthSampler)"},
     {"prompt", KIND_STRING, AT(prompt), G_PROMPT, "text to continue"},
-    {"temperature", KIND_POSITIVE, AT(generation.temperature), G_SAMPLE | G_NEXT | G_ROLL | G_RLHF | G_DPO, "divides the logits; towards 0 only the likeliest token is left"},
+    {"temperature", KIND_TEMPERATURE, AT(generation.temperature), G_SAMPLE | G_NEXT | G_ROLL | G_RLHF | G_DPO, "divides the logits; towards 0 only the likeliest token is left"},
     {"top_k", KIND_SIZE, AT(generation.top_k), G_SAMPLE | G_NEXT | G_ROLL, "sample from the k likeliest; 0: all"},
     {"top_p", KIND_SHARE, AT(generation.top_p), G_SAMPLE | G_NEXT | G_ROLL, "sample from the likeliest that hold this mass"},
     {"repetition_penalty", KIND_POSITIVE, AT(generation.repetition_penalty), G_SAMPLE | G_NEXT, "above 1: ids already there become less likely"},
@@ -6494,9 +6493,13 @@ static bool is_adapter(const char *folder) {
     return snprintf(path, sizeof path, "%s/adapter_config.json", folder) < (int)sizeof path && file_exists(path);
 }
 
+static const char *need(const char *value, const char *flag) {
+    if (!value) die_usage("--%s is needed; see --help", flag);
+    return value;
+}
+
 /* A model's folder; or an adapter's: its base, the adapter folded in. */
 static struct GPT2 *load_model(const char *folder, const struct Tokenizer *tok) {
-    if (!folder) die_usage("--model_name_or_path DIR is needed: the folder of a model");
     struct Arena arena = {0};
     const char *base = is_adapter(folder) ? adapter_config_load(&arena, folder).base_model_name_or_path : folder;
     CHECK(base == folder || (base && file_exists(base)), "%s: its base \"%s\" is not here (base_model_name_or_path in its adapter_config.json); give both: --model_name_or_path BASE --peft_adapter DIR", folder, base ? base : "");
@@ -6511,20 +6514,9 @@ static struct GPT2 *load_model(const char *folder, const struct Tokenizer *tok) 
     return model;
 }
 
-static void say_trainable(const struct GPT2 *model) {
-    size_t adapter = 0, all = 0;
-    for (size_t i = 0; i < model->tensor_count; i++) {
-        all += model->tensors[i]->n;
-        if (strstr(model->tensors[i]->name, ".lora_")) adapter += model->tensors[i]->n;
-    }
-    say("LoRA: %zu of %zu numbers are the adapter's and train (%.2g %%)\n", adapter, all, 100 * (double)adapter / (double)all);
-}
-
 /* A command's model with --peft_adapter's adapter, for training, or folded in; or with a new one (--use_peft). */
 static struct GPT2 *load_adapted(const struct Options *o, const struct Tokenizer *tok, bool train) {
-    struct GPT2 *model = load_model(o->model_name_or_path, tok);
-    bool asked = o->lora.r != 16 || o->lora.lora_alpha != 32 || o->lora.lora_dropout != 0 || o->lora.use_rslora || strcmp(o->lora.target_modules, "c_attn") != 0;
-    if (asked && !o->use_peft) warn("--lora_r, --lora_alpha, --lora_dropout, --lora_target_modules and --use_rslora count with --use_peft alone; they are ignored");
+    struct GPT2 *model = load_model(need(o->model_name_or_path, "model_name_or_path"), tok);
     if (!o->use_peft && !o->peft_adapter) return model;
     CHECK(!is_adapter(o->model_name_or_path), "--model_name_or_path %s: is itself an adapter, a base is needed here; fold it into its base first: align merge", o->model_name_or_path);
     if (o->use_peft && o->peft_adapter) die_usage("--use_peft starts a new adapter, --peft_adapter goes on with one: give one of them");
@@ -6533,8 +6525,7 @@ static struct GPT2 *load_adapted(const struct Options *o, const struct Tokenizer
     if (o->use_peft) adapter_new(model, o->lora, o->train.seed);
     else adapter_load(model, o->peft_adapter);
     model->adapter.base_model_name_or_path = o->model_name_or_path;
-    if (train) say_trainable(model);
-    else adapter_merge(model);
+    if (!train) adapter_merge(model);
     if (train && model->adapter.lora_dropout > 0) warn("%s: lora_dropout %g is not applied: training here has no dropout", o->peft_adapter, model->adapter.lora_dropout);
     return model;
 }
@@ -6544,16 +6535,6 @@ static void load_reference(struct Options *o) {
     const struct GPT2 *model = o->model;
     o->reference = o->ref_model ? load_model(o->ref_model, o->tok) : model->adapter.r ? adapter_reference(model, o->peft_adapter != NULL) : gpt2_copy(model);
     CHECK(o->reference->config.vocab_size == model->config.vocab_size, "--ref_model %s has %zu ids, the model %zu", o->ref_model, o->reference->config.vocab_size, model->config.vocab_size);
-}
-
-static struct GPT2 *check_reward_model(struct GPT2 *model, const char *folder) {
-    CHECK(model->score.n, "%s: has no score.weight: it is no reward model; train one: align reward", folder);
-    return model;
-}
-
-static const char *need(const char *value, const char *flag) {
-    if (!value) die_usage("--%s is needed; see --help", flag);
-    return value;
 }
 
 /* Which of the names a flag's value is. */
@@ -6585,6 +6566,15 @@ static void options_close(struct Options *o) {
     arena_free(&o->arena);
 }
 
+static const unsigned TEXT_SHAPES[] = {SHAPE_TEXT};
+static const unsigned SFT_SHAPES[] = {SHAPE_PROMPT_COMPLETION, SHAPE_TEXT};
+static const unsigned REWARD_SHAPES[] = {SHAPE_PREFERENCE, SHAPE_RATED, SHAPE_LABELLED}, LABELLED_SHAPES[] = {SHAPE_LABELLED};
+static const unsigned DPO_SHAPES[] = {SHAPE_PREFERENCE};
+static const unsigned PROMPT_SHAPES[] = {SHAPE_PROMPT, SHAPE_TEXT};
+static const unsigned ONLY_PROMPT_SHAPES[] = {SHAPE_PROMPT};
+static const unsigned ROLLOUT_SHAPES[] = {SHAPE_ROLLOUT};
+static const unsigned RATED_SHAPES[] = {SHAPE_RATED};
+
 static void tokenize_decode(const struct Tokenizer *tok, struct Text in, size_t V, const char *path) {
     const char *at = in.data;
     for (size_t place = 1;; place++) {
@@ -6599,44 +6589,32 @@ static void tokenize_decode(const struct Tokenizer *tok, struct Text in, size_t 
     }
 }
 
-static void tokenize_jsonl(const struct Tokenizer *tok, struct Text in, size_t V, const char *path) {
-    struct Arena arena = {0};
-    const char *at = in.data, *end = in.data + in.length;
-    for (size_t line = 1; at < end; line++) {
-        const char *stop = memchr(at, '\n', (size_t)(end - at));
-        if (!stop) stop = end;
-        struct Text text = {at, (size_t)(stop - at)};
-        at = stop + 1;
-        if (strspn(text.data, " \t\r\n") >= text.length) continue;
-        arena_reset(&arena);
-        struct Row row = dataset_row(&arena, &arena, text, path, line);
-        CHECK(row.has & HAS_TEXT, "%s:%zu: expected \"text\"", path, line);
-        struct Example e = example_encode(&arena, tok, row.text, V, false);
-        json_write_ids(stdout, "{\"input_ids\": ", e.ids, e.n);
-        fputs("}\n", stdout);
-    }
-    arena_free(&arena);
-}
-
 static void command_tokenize(struct Options *o) {
     struct Tokenizer *tok = load_tokenizer(o);
-    size_t V = o->tokenize_vocab_size;
+    size_t V = o->config.vocab_size;
     CHECK(V > BYTE_TOKENS && V <= tok->vocab_size, "--vocab_size %zu: a vocabulary has 257 to %zu ids", V, tok->vocab_size);
     const char *path = o->file ? o->file : "-";
-    struct Text in = read_file(&o->arena, path);
-    if (o->decode) tokenize_decode(tok, in, V, path);
-    else if (o->jsonl) tokenize_jsonl(tok, in, V, path);
-    else {
-        struct Example e = example_encode(&o->arena, tok, in, V, false);
-        for (size_t i = 0; i < e.n; i++) printf("%s%d", i ? " " : "", e.ids[i]);
-        putchar('\n');
+    struct Row plain = {0};
+    if (o->jsonl) o->data = dataset_load(path, TEXT_SHAPES, 1);
+    else plain.text = read_file(&o->arena, path);
+    if (o->decode) {
+        tokenize_decode(tok, plain.text, V, path);
+        return;
+    }
+    for (size_t i = 0; i < (o->jsonl ? o->data->n : 1); i++) {
+        struct Example e = example_encode(&o->arena, tok, o->jsonl ? o->data->rows[i].text : plain.text, V, false);
+        if (o->jsonl) json_write_ids(stdout, "{\"input_ids\": ", e.ids, e.n);
+        for (size_t k = 0; k < e.n && !o->jsonl; k++) printf("%s%d", k ? " " : "", e.ids[k]);
+        puts(o->jsonl ? "}" : "");
     }
 }
 
-static struct Trainer trainer_new(const struct Options *o) {
-    struct Trainer trainer = {.model = o->model, .tok = o->tok, .args = o->train};
-    trainer.args.max_length = MIN(o->train.max_length, o->model->config.n_positions);
-    return trainer;
+/* What a training starts from: model, data, and a Trainer whose task is to be set. */
+static struct Trainer open_training(struct Options *o, const unsigned *shapes, size_t count) {
+    if (!o->model) open_model(o, true);
+    open_data(o, shapes, count);
+    o->train.max_length = MIN(o->train.max_length, o->model->config.n_positions);
+    return (struct Trainer){.model = o->model, .tok = o->tok, .args = o->train};
 }
 
 /* The folder for the result. One that holds a model cannot take an adapter too, nor the other way round: who
@@ -6649,14 +6627,15 @@ static void open_output_dir(const struct Options *o) {
     CHECK(adapter ? !file_exists(path) : !is_adapter(o->train.output_dir), "--output_dir %s: holds %s already; choose another folder for %s", o->train.output_dir, adapter ? "a model" : "an adapter", adapter ? "the adapter" : "the model");
 }
 
+/* Saves the model, the log and a report of a training that is done. */
 static void save_result(const struct Options *o, const struct TrainerState *state) {
     struct Arena arena = {0};
     model_replace(o->model, o->train.output_dir, o->tok);
     say("saved to %s\n", o->train.output_dir);
-    if (!state) return;
     trainer_state_save(state, &o->train, o->train.output_dir);
-    const char *held_out = o->eval ? arena_printf(&arena, "; held out: %s, %zu rows", o->eval->path, o->eval->n) : "", *data = arena_printf(&arena, "%s: %zu rows%s", o->data->path, o->data->n, held_out);
-    const char *training = arena_printf(&arena, "%zu steps of %zu rows, learning rate %g", state->global_step, o->train.per_device_train_batch_size * o->train.gradient_accumulation_steps, o->train.learning_rate);
+    const char *data = arena_printf(&arena, "%s: %zu rows%s%s", o->data->path, o->data->n, o->eval ? "; held out: " : "", o->eval ? o->eval->path : "");
+    size_t rows = o->train.per_device_train_batch_size * o->train.gradient_accumulation_steps;
+    const char *training = arena_printf(&arena, "%zu steps of %zu rows, learning rate %g", state->global_step, rows, o->train.learning_rate);
     struct Output out = report_begin(o->train.output_dir, o->command, data, training, o->model, o->train.seed, seconds_now() - o->begin);
     fputs("}\n", out.file);
     output_close(&out);
@@ -6668,8 +6647,7 @@ static void save_result(const struct Options *o, const struct TrainerState *stat
 static void finish_training(struct Options *o, struct Trainer *trainer) {
     open_output_dir(o);
     trainer_train(trainer);
-    bool judged = trainer->args.eval_steps && trainer->state.global_step % trainer->args.eval_steps == 0;
-    if (trainer->task.eval_n && !judged) trainer_evaluate(trainer);
+    if (trainer->task.eval_n && !(o->train.eval_steps && trainer->state.global_step % o->train.eval_steps == 0)) trainer_evaluate(trainer);
     save_result(o, &trainer->state);
     trainer_free(trainer);
 }
@@ -6681,15 +6659,6 @@ static struct Example *encode_texts(struct Options *o, const struct Dataset *dat
     return texts;
 }
 
-static const unsigned TEXT_SHAPES[] = {SHAPE_TEXT};
-static const unsigned SFT_SHAPES[] = {SHAPE_PROMPT_COMPLETION, SHAPE_TEXT};
-static const unsigned REWARD_SHAPES[] = {SHAPE_PREFERENCE, SHAPE_RATED, SHAPE_LABELLED}, LABELLED_SHAPES[] = {SHAPE_LABELLED};
-static const unsigned DPO_SHAPES[] = {SHAPE_PREFERENCE};
-static const unsigned PROMPT_SHAPES[] = {SHAPE_PROMPT, SHAPE_TEXT};
-static const unsigned ONLY_PROMPT_SHAPES[] = {SHAPE_PROMPT};
-static const unsigned ROLLOUT_SHAPES[] = {SHAPE_ROLLOUT};
-static const unsigned RATED_SHAPES[] = {SHAPE_RATED};
-
 static void command_pretrain(struct Options *o) {
     o->config.eos_token_id = o->config.pad_token_id = end_token_of(o->config.vocab_size);
     config_check(&o->config, "command line");
@@ -6697,29 +6666,24 @@ static void command_pretrain(struct Options *o) {
     o->model = o->model_name_or_path ? load_model(o->model_name_or_path, o->tok) : gpt2_new(o->config);
     if (!o->model_name_or_path) gpt2_init(o->model, o->train.seed);
     size_t n_positions = o->model->config.n_positions;
-    CHECK(!o->max_length_given || o->train.max_length <= n_positions, "--max_length %zu is longer than the model's context of %zu (--n_positions)", o->train.max_length, n_positions);
-    open_data(o, TEXT_SHAPES, 1);
-    struct Trainer trainer = trainer_new(o);
+    CHECK(o->train.max_length <= n_positions || o->train.max_length == 1024, "--max_length %zu is longer than the model's context of %zu (--n_positions)", o->train.max_length, n_positions);
+    struct Trainer trainer = open_training(o, TEXT_SHAPES, 1);
     struct LanguageTask *task = pretrain_task(&trainer, &o->arena, encode_texts(o, o->data), o->data->n, encode_texts(o, o->eval), o->eval ? o->eval->n : 0);
     finish_training(o, &trainer);
     arena_free(&task->rows);
 }
 
 static void command_sft(struct Options *o) {
-    open_model(o, true);
-    open_data(o, SFT_SHAPES, COUNT(SFT_SHAPES));
-    struct Trainer trainer = trainer_new(o);
+    struct Trainer trainer = open_training(o, SFT_SHAPES, COUNT(SFT_SHAPES));
     sft_task(&trainer, &o->arena, o->data, o->eval);
     finish_training(o, &trainer);
 }
 
 static void command_reward(struct Options *o) {
-    open_model(o, true);
+    bool classifier = choice("loss_type", o->loss_type, "sigmoid, bce") == 1;
+    struct Trainer trainer = open_training(o, classifier ? LABELLED_SHAPES : REWARD_SHAPES, classifier ? 1 : COUNT(REWARD_SHAPES));
     struct Rng rng = rng_seed(o->train.seed, STREAM_INIT);
     if (!o->model->score.n) tensor_normal(reward_head_declare(o->model), &rng, 0.02);
-    bool classifier = choice("loss_type", o->loss_type, "sigmoid, bce") == 1;
-    open_data(o, classifier ? LABELLED_SHAPES : REWARD_SHAPES, classifier ? 1 : COUNT(REWARD_SHAPES));
-    struct Trainer trainer = trainer_new(o);
     reward_task(&trainer, &o->arena, o->data, o->eval)->center = o->center_rewards_coefficient;
     finish_training(o, &trainer);
 }
@@ -6732,10 +6696,9 @@ static void parse_loss_types(struct Options *o) {
         o->dpo.weight[k] = 1;
         if (!weight) continue;
         char *end;
-        weight += strspn(weight, " ,");
-        o->dpo.weight[k] = strtod(weight, &end);
-        if (end == weight || !(o->dpo.weight[k] >= 0 && o->dpo.weight[k] <= FLT_MAX)) weight = "x";
-        else weight = end;
+        double number = strtod(weight + strspn(weight, " ,"), &end);
+        weight = end > weight && number >= 0 && number <= FLT_MAX ? end : "x";
+        o->dpo.weight[k] = number;
     }
     if (weight && weight[strspn(weight, " ,")]) die_usage("--loss_weights \"%s\": a number, 0 or more, for each of --loss_type's names was expected", o->loss_weights);
 }
@@ -6743,12 +6706,11 @@ static void parse_loss_types(struct Options *o) {
 static void command_dpo(struct Options *o) {
     parse_loss_types(o);
     CHECK(o->dpo.label_smoothing < 0.5, "--label_smoothing %g: a share of mislabelled pairs, from 0 to below 0.5", o->dpo.label_smoothing);
-    open_model(o, true);
+    struct Trainer trainer = open_training(o, DPO_SHAPES, 1);
     load_reference(o);
-    open_data(o, DPO_SHAPES, 1);
-    struct Trainer trainer = trainer_new(o);
     struct Example *pairs = arena_alloc(&o->arena, 2 * o->data->n, sizeof *pairs);
-    struct DPOTask *task = dpo_task(&trainer, &o->arena, o->reference, o->dpo, o->generation.temperature, pairs, dpo_pairs(&trainer, &o->arena, o->data, pairs));
+    size_t n = dpo_pairs(&trainer, &o->arena, o->data, pairs);
+    struct DPOTask *task = dpo_task(&trainer, &o->arena, o->reference, o->dpo, o->generation.temperature, pairs, n);
     if (o->eval) {
         task->eval_pairs = arena_alloc(&o->arena, 2 * o->eval->n, sizeof *pairs);
         trainer.task.eval_n = dpo_pairs(&trainer, &o->arena, o->eval, task->eval_pairs);
@@ -6761,12 +6723,11 @@ static void command_dpo(struct Options *o) {
 static size_t encode_prompts(struct Options *o, struct Example *prompts) {
     const struct Dataset *data = o->data;
     struct Rng rng = rng_seed(o->train.seed, STREAM_LENGTH);
-    struct LengthSampler input_length = {o->input_min_text_length, o->input_max_text_length};
     size_t count = 0, longest = o->model->config.n_positions - 1;
     for (size_t i = 0; i < data->n; i++) {
         bool whole = data->shape == SHAPE_PROMPT;
         struct Example e = example_encode(&o->arena, o->tok, whole ? data->rows[i].prompt : data->rows[i].text, o->model->config.vocab_size, false);
-        size_t drawn = whole ? e.n : length_sampler(&input_length, &rng), length = MIN(e.n, drawn);
+        size_t drawn = whole ? e.n : length_sampler(&o->input_length, &rng), length = MIN(e.n, drawn);
         CHECK(length <= longest, "%s: prompt %zu has %zu tokens; with a context of %zu at most %zu leave room for an answer", data->path, i + 1, length, o->model->config.n_positions, longest);
         if (length > 0) prompts[count++] = (struct Example){e.ids, length, length};
     }
@@ -6776,12 +6737,14 @@ static size_t encode_prompts(struct Options *o, struct Example *prompts) {
 
 /* Where rollouts come from: prompts of the data set, answers of the model, rewards of the reward model. */
 static struct RolloutSource open_rollouts(struct Options *o) {
-    CHECK(o->output_max_length > o->output_min_length, "--output_max_length %zu: more than --output_min_length, %zu, was expected: lengths are drawn from the one to below the other", o->output_max_length, o->output_min_length);
-    CHECK(o->input_max_text_length > o->input_min_text_length, "--input_max_text_length %zu: more than --input_min_text_length, %zu, was expected: lengths are drawn from the one to below the other", o->input_max_text_length, o->input_min_text_length);
+    const struct LengthSampler *in = &o->input_length, *out = &o->output_length;
+    CHECK(out->max_value > out->min_value, "--output_max_length %zu: more than --output_min_length, %zu, was expected", out->max_value, out->min_value);
+    CHECK(in->max_value > in->min_value, "--input_max_text_length %zu: more than --input_min_text_length, %zu, was expected", in->max_value, in->min_value);
     struct RolloutSource source = {.shuffle = rng_seed(o->train.seed, STREAM_ORDER + 100), .lengths = rng_seed(o->train.seed, STREAM_LENGTH + 100), .sample = rng_seed(o->train.seed, STREAM_SAMPLE),
-        .output_length = {o->output_min_length, o->output_max_length}, .generation = o->generation};
+        .output_length = o->output_length, .generation = o->generation};
     source.generation.do_sample = true;
-    if (o->reward_model_path) o->reward_model = check_reward_model(load_model(o->reward_model_path, o->tok), o->reward_model_path);
+    if (o->reward_model_path) o->reward_model = load_model(o->reward_model_path, o->tok);
+    CHECK(!o->reward_model || o->reward_model->score.n, "%s: has no score.weight: it is no reward model; train one: align reward", o->reward_model_path);
     source.scorer = (struct Scorer){.reward_model = o->reward_model, .tok = o->tok, .std = 1};
     open_data(o, PROMPT_SHAPES, COUNT(PROMPT_SHAPES));
     struct Example *prompts = arena_alloc(&o->arena, o->data->n, sizeof *prompts);
@@ -6792,13 +6755,19 @@ static struct RolloutSource open_rollouts(struct Options *o) {
     return source;
 }
 
-/* Trains by PPO or REINFORCE on the source's rollouts and saves: max_steps, or one pass. */
-static void train_on_rollouts(struct Options *o, struct RolloutSource *source, const char *log_dir) {
+/* Trains by PPO or REINFORCE on rollouts, new or stored, and saves: max_steps, or one pass. */
+static void train_on_rollouts(struct Options *o, const char *log_dir) {
+    open_model(o, true);
+    load_reference(o);
+    open_output_dir(o);
+    struct RolloutSource source = {0};
+    if (o->rollouts) source.replay = o->data = dataset_load(o->rollouts, ROLLOUT_SHAPES, 1);
+    else source = open_rollouts(o);
     struct PPOTrainer *ppo = ppo_trainer_new(o->model, o->reference, o->ppo, o->train, o->generation.temperature);
-    size_t n = source->replay ? source->replay->n : source->n, pass = MAX((size_t)1, n * o->ppo.num_generations / o->ppo.batch_size);
+    size_t n = o->rollouts ? o->data->n : source.n, pass = MAX((size_t)1, n * o->ppo.num_generations / o->ppo.batch_size);
     struct TrainerState state = {0};
     ppo->tok = o->tok;
-    ppo_train(ppo, source, o->train.max_steps ? o->train.max_steps : pass, log_dir, &state);
+    ppo_train(ppo, &source, o->train.max_steps ? o->train.max_steps : pass, log_dir, &state);
     o->train.per_device_train_batch_size = o->ppo.batch_size;
     save_result(o, &state);
     free(state.log_history);
@@ -6807,89 +6776,70 @@ static void train_on_rollouts(struct Options *o, struct RolloutSource *source, c
 
 static void command_ppo(struct Options *o) {
     struct PPOConfig *c = &o->ppo;
-    choice("kl_penalty", c->kl_penalty, "kl, abs, mse, full");
     need(o->train.output_dir, "output_dir");
     if (!o->rollouts) need(o->reward_model_path, "reward_model_path (or --rollouts)");
     c->mini_batch_size = MIN(c->mini_batch_size, c->batch_size);
     c->gradient_accumulation_steps = o->train.gradient_accumulation_steps;
     CHECK(c->batch_size % (c->mini_batch_size * c->gradient_accumulation_steps) == 0, "--batch_size %zu must be a multiple of --mini_batch_size %zu times --gradient_accumulation_steps %zu", c->batch_size, c->mini_batch_size, c->gradient_accumulation_steps);
-    open_model(o, true);
-    load_reference(o);
-    open_output_dir(o);
-    struct RolloutSource source = {0};
-    if (o->rollouts) source.replay = o->data = dataset_load(o->rollouts, ROLLOUT_SHAPES, 1);
-    else source = open_rollouts(o);
-    train_on_rollouts(o, &source, o->train.output_dir);
+    train_on_rollouts(o, o->train.output_dir);
 }
 
 static void command_reinforce(struct Options *o) {
     size_t n = o->ppo.batch_size, each = o->ppo.num_generations;
     o->ppo.baseline = (enum Baseline)choice("baseline", o->baseline, "none, mean, rloo");
-    o->ppo.init_kl_coef = o->dpo.beta;
     CHECK(n % each == 0, "--batch_size %zu must be a multiple of --num_generations %zu", n, each);
     CHECK(each > 1 || o->ppo.baseline != BASELINE_RLOO, "--baseline rloo needs other answers to the same prompt: --num_generations 2 or more");
     need(o->reward_model_path, "reward_model_path");
-    open_model(o, true);
-    load_reference(o);
-    open_output_dir(o);
-    struct RolloutSource source = open_rollouts(o);
-    train_on_rollouts(o, &source, NULL);
+    train_on_rollouts(o, NULL);
 }
 
-/* Prompt and continuation as a person reads them, without end tokens. */
-static void print_sequence(const struct Tokenizer *tok, struct Arena *arena, const struct Sequence *s, size_t V) {
-    size_t first = s->ids[0] == end_token_of(V), last = s->n - (s->n > s->prompt_length && s->ids[s->n - 1] == end_token_of(V));
-    struct Text text = tokenizer_decode_all(tok, arena, s->ids + first, last - first, V);
-    fwrite(text.data, 1, text.length, stdout);
-}
-
-/* A prompt's ids; of an empty one the end token: nothing said yet, start a text. */
-static struct Example prompt_encode(struct Options *o, struct Text prompt) {
+/* A prompt's ids, at most `longest`; of an empty one the end token: nothing said yet, start a text. */
+static struct Example prompt_encode(struct Options *o, struct Text prompt, size_t number, size_t longest) {
     struct Example e = example_encode(&o->arena, o->tok, prompt, o->model->config.vocab_size, false);
+    CHECK(e.n <= longest, "prompt %zu has %zu tokens, the model's context is %zu (n_positions); shorten it", number, e.n, o->model->config.n_positions);
     return e.n ? e : (struct Example){&o->model->config.eos_token_id, 1, 1};
 }
 
-static void print_generation_json(const struct Tokenizer *tok, struct Arena *arena, struct Text prompt, const struct Sequence *s, size_t n, size_t V) {
+/* A prompt's continuations: a line of JSON, or each behind its prompt as a person reads it, without end tokens. */
+static void print_generation(struct Options *o, struct Text prompt, const struct Sequence *s, size_t n) {
+    size_t V = o->model->config.vocab_size;
+    for (size_t i = 0; i < n && !o->json; i++) {
+        size_t first = s[i].ids[0] == end_token_of(V), last = s[i].n - (s[i].n > s[i].prompt_length && s[i].ids[s[i].n - 1] == end_token_of(V));
+        struct Text text = tokenizer_decode_all(o->tok, &o->arena, s[i].ids + first, last - first, V);
+        fwrite(text.data, 1, text.length, stdout);
+        putchar('\n');
+    }
+    if (!o->json) return;
     json_write_string(stdout, "{\"prompt\": ", prompt);
-    fputs(", \"sequences\": [", stdout);
-    for (size_t i = 0; i < n; i++)
-        json_write_ids(stdout, i ? ", " : "", s[i].ids + s[i].prompt_length, s[i].n - s[i].prompt_length);
-    fputs("], \"texts\": [", stdout);
-    for (size_t i = 0; i < n; i++)
-        json_write_string(stdout, i ? ", " : "", tokenizer_decode_all(tok, arena, s[i].ids + s[i].prompt_length, s[i].n - s[i].prompt_length, V));
+    for (size_t i = 0; i < n; i++) json_write_ids(stdout, i ? ", " : ", \"sequences\": [", s[i].ids + s[i].prompt_length, s[i].n - s[i].prompt_length);
+    for (size_t i = 0; i < n; i++) {
+        struct Text text = tokenizer_decode_all(o->tok, &o->arena, s[i].ids + s[i].prompt_length, s[i].n - s[i].prompt_length, V);
+        json_write_string(stdout, i ? ", " : "], \"texts\": [", text);
+    }
     fputs("]}\n", stdout);
 }
 
 static void command_generate(struct Options *o) {
     struct GenerationConfig *g = &o->generation;
-    CHECK(g->num_return_sequences == 1 || g->do_sample || g->num_beams > 1, "--num_return_sequences %zu: without --do_sample or --num_beams all of them would be the same", g->num_return_sequences);
-    CHECK(g->num_beams == 1 || g->num_return_sequences <= g->num_beams, "--num_return_sequences %zu: %zu beams give at most as many", g->num_return_sequences, g->num_beams);
+    size_t each = g->num_return_sequences;
+    CHECK(each == 1 || g->do_sample || g->num_beams > 1, "--num_return_sequences %zu: without --do_sample or --num_beams all of them would be the same", each);
+    CHECK(g->num_beams == 1 || each <= g->num_beams, "--num_return_sequences %zu: %zu beams give at most as many", each, g->num_beams);
     open_model(o, false);
     CHECK(2 * g->num_beams <= MIN((size_t)256, o->model->config.vocab_size), "--num_beams %zu: 1 to 128 can be used", g->num_beams);
-    if (!o->prompt && !o->dataset_name) die_usage("--prompt TEXT is needed, or --dataset_name FILE with a \"prompt\" a line");
+    struct Row typed = {.prompt = text_of(o->prompt ? o->prompt : "")};
+    struct Dataset one = {.rows = &typed, .n = 1};
+    if (!o->prompt) need(o->dataset_name, "prompt, or --dataset_name,");
     if (!o->prompt) open_data(o, ONLY_PROMPT_SHAPES, 1);
-    size_t V = o->model->config.vocab_size, n = o->data ? o->data->n : 1, each = g->num_return_sequences;
+    const struct Dataset *data = o->data ? o->data : &one;
+    size_t n = data->n;
     struct Sequence *sequences = arena_alloc(&o->arena, n * each, sizeof *sequences);
     struct Rng rng = rng_seed(o->train.seed, STREAM_SAMPLE);
     for (size_t i = 0; i < n; i++) {
-        struct Example e = prompt_encode(o, o->data ? o->data->rows[i].prompt : text_of(o->prompt));
-        CHECK(e.n < o->model->config.n_positions, "prompt %zu has %zu tokens, the model's context is %zu (n_positions); shorten it", i + 1, e.n, o->model->config.n_positions);
+        struct Example e = prompt_encode(o, data->rows[i].prompt, i + 1, o->model->config.n_positions - 1);
         for (size_t k = 0; k < each; k++) sequences[i * each + k] = sequence_start(&o->arena, e.ids, e.n, g->max_new_tokens, o->model, rng_seed(rng_next(&rng), STREAM_SAMPLE));
     }
-    bool stream = n * each == 1 && !o->json && g->num_beams == 1 && isatty(STDOUT_FILENO);
-    if (stream) {
-        print_sequence(o->tok, &o->arena, sequences, V);
-        sequences->stream = o->tok;
-    }
     generate(o->model, sequences, n * each, g);
-    for (size_t i = 0; i < n && !stream; i++) {
-        if (o->json) print_generation_json(o->tok, &o->arena, o->data ? o->data->rows[i].prompt : text_of(o->prompt), &sequences[i * each], each, V);
-        for (size_t k = 0; !o->json && k < each; k++) {
-            print_sequence(o->tok, &o->arena, &sequences[i * each + k], V);
-            putchar('\n');
-        }
-    }
-    if (stream) putchar('\n');
+    for (size_t i = 0; i < n; i++) print_generation(o, data->rows[i].prompt, &sequences[i * each], each);
 }
 
 /* The distribution of the next token after a prompt. [glossary: Distribuição (em ML)] */
@@ -6898,8 +6848,7 @@ static void command_next(struct Options *o) {
     struct Arena *arena = &o->arena;
     struct GPT2 *model = o->model;
     size_t V = model->config.vocab_size, kept = 0;
-    struct Example e = prompt_encode(o, text_of(need(o->prompt, "prompt")));
-    CHECK(e.n <= model->config.n_positions, "the prompt has %zu tokens, the model's context is %zu (n_positions); shorten it", e.n, model->config.n_positions);
+    struct Example e = prompt_encode(o, text_of(need(o->prompt, "prompt")), 1, model->config.n_positions);
     struct Batch batch = collate(arena, &e, 1, READ_LAST);
     struct Activations acts = gpt2_forward(model, arena, &batch, false);
     float *p = arena_floats(arena, V);
@@ -6912,20 +6861,19 @@ static void command_next(struct Options *o) {
     struct Candidate *top = arena_alloc(arena, V, sizeof *top);
     for (size_t v = 0; v < V; v++) if (p[v] > 0) top[kept++] = (struct Candidate){p[v], (int)v};
     qsort(top, kept, sizeof *top, compare_candidates_down);
-    size_t shown = MIN(kept, o->top_n);
-    if (o->json) {
-        json_write_string(stdout, "{\"prompt\": ", text_of(o->prompt));
-        printf(", \"kept\": %zu, \"top\": [", kept);
-        for (size_t i = 0; i < shown; i++) printf("%s[%d, %.9g]", i ? ", " : "", top[i].id, top[i].logit);
-        fputs("]}\n", stdout);
-    } else {
-        printf("   id  probability  token     (%zu of %zu tokens can follow; entropy %.3f nats)\n", kept, V, entropy);
-        for (size_t i = 0; i < shown; i++) {
-            printf("%5d  %11.6f  ", top[i].id, top[i].logit);
-            json_write_string(stdout, "", tokenizer_decode(o->tok, top[i].id, V));
-            putchar('\n');
+    if (o->json) json_write_string(stdout, "{\"prompt\": ", text_of(o->prompt));
+    if (o->json) printf(", \"kept\": %zu, \"top\": [", kept);
+    else printf("   id  probability  token     (%zu of %zu tokens can follow; entropy %.3f nats)\n", kept, V, entropy);
+    for (size_t i = 0; i < MIN(kept, o->top_n); i++) {
+        if (o->json) {
+            printf("%s[%d, %.9g]", i ? ", " : "", top[i].id, top[i].logit);
+            continue;
         }
+        printf("%5d  %11.6f  ", top[i].id, top[i].logit);
+        json_write_string(stdout, "", tokenizer_decode(o->tok, top[i].id, V));
+        putchar('\n');
     }
+    if (o->json) puts("]}");
 }
 
 static void logprob_row(struct Arena *arena, const struct GPT2 *model, const struct GPT2 *ref_model, const struct Example *e) {
@@ -6973,7 +6921,8 @@ static void command_logprob(struct Options *o) {
 
 static void command_score(struct Options *o) {
     open_model(o, false);
-    check_reward_model(o->model, o->peft_adapter ? o->peft_adapter : o->model_name_or_path);
+    const char *folder = o->peft_adapter ? o->peft_adapter : o->model_name_or_path;
+    CHECK(o->model->score.n, "%s: has no score.weight: it is no reward model; train one: align reward", folder);
     open_data(o, TEXT_SHAPES, 1);
     const struct Dataset *data = o->data;
     struct Example *texts = encode_texts(o, data);
@@ -6994,31 +6943,31 @@ static void command_score(struct Options *o) {
     }
 }
 
-/* One preference, on the disk before the next is asked for; half a line does not stay. */
-static void preference_write(struct Options *o, FILE *file, const struct Example *chosen, const struct Example *rejected) {
+/* Pairs behind those that preferences.jsonl has, on the disk before the next are asked for. */
+static void preferences_add(struct Options *o, const char *path, const struct Example *pairs, size_t n) {
+    struct Arena arena = {0};
     size_t V = o->model->config.vocab_size;
-    struct stat before;
-    CHECK(fstat(fileno(file), &before) == 0, "%s/preferences.jsonl: %s", o->train.output_dir, strerror(errno));
-    json_write_string(file, "{\"prompt\": ", tokenizer_decode_all(o->tok, &o->arena, chosen->ids, chosen->prompt_length, V));
-    json_write_string(file, ", \"chosen\": ", answer_text(o->tok, &o->arena, chosen, V));
-    json_write_string(file, ", \"rejected\": ", answer_text(o->tok, &o->arena, rejected, V));
-    fputs("}\n", file);
-    if (fflush(file) == 0 && fsync(fileno(file)) == 0) return;
-    int error = errno, cut = ftruncate(fileno(file), before.st_size);
-    close(fileno(file));                             /* what is left in the buffer must not be written at the program's end */
-    die("%s/preferences.jsonl: writing failed: %s; what was judged before is there%s", o->train.output_dir, strerror(error), cut ? ", with half a line behind it" : "");
+    struct Text before = file_exists(path) ? read_file(&arena, path) : text_of("");
+    struct Output out = output_open(o->train.output_dir, "preferences.jsonl");
+    fwrite(before.data, 1, before.length, out.file);
+    for (const struct Example *chosen = pairs; chosen < pairs + 2 * n; chosen += 2) {
+        json_write_string(out.file, "{\"prompt\": ", tokenizer_decode_all(o->tok, &arena, chosen->ids, chosen->prompt_length, V));
+        json_write_string(out.file, ", \"chosen\": ", answer_text(o->tok, &arena, chosen, V));
+        json_write_string(out.file, ", \"rejected\": ", answer_text(o->tok, &arena, chosen + 1, V));
+        fputs("}\n", out.file);
+    }
+    output_close(&out);
+    arena_free(&arena);
 }
 
-/* Shows two answers and waits for a word: '1', '2', 's' (skip) or 'q' (stop; so does the end of the input). */
+/* Shows two answers and waits for a word: '1', '2', 's' (skip; equal ones are) or 'q' (stop; so does the end of the input). */
 static int ask_person(struct Options *o, const struct Example *answers, size_t number, size_t of) {
     char line[256];
     size_t V = o->model->config.vocab_size;
     struct Text prompt = tokenizer_decode_all(o->tok, &o->arena, answers->ids, answers->prompt_length, V);
-    fprintf(stderr, "\n%zu/%zu  %.*s ...\n", number, of, (int)prompt.length, prompt.data);
-    for (int k = 0; k < 2; k++) {
-        struct Text text = answer_text(o->tok, &o->arena, &answers[k], V);
-        fprintf(stderr, "  %d: %.*s\n", k + 1, (int)text.length, text.data);
-    }
+    struct Text a = answer_text(o->tok, &o->arena, answers, V), b = answer_text(o->tok, &o->arena, answers + 1, V);
+    if (text_equal(a, b)) return 's';
+    fprintf(stderr, "\n%zu/%zu  %.*s ...\n  1: %.*s\n  2: %.*s\n", number, of, (int)prompt.length, prompt.data, (int)a.length, a.data, (int)b.length, b.data);
     for (;;) {
         fputs("Which is better? 1, 2, s to skip, q to stop: ", stderr);
         if (!fgets(line, sizeof line, stdin)) return 'q';
@@ -7027,123 +6976,85 @@ static int ask_person(struct Options *o, const struct Example *answers, size_t n
     }
 }
 
-/* Answers two and two before a person; returns the number of judgements, or SIZE_MAX to stop. */
-static size_t judge_by_person(struct Options *o, FILE *file, const struct Example *answers, size_t number, size_t of) {
-    size_t judged = 0, V = o->model->config.vocab_size;
-    for (size_t k = 0; k + 1 < o->ppo.num_generations; k += 2) {
-        struct Text a = answer_text(o->tok, &o->arena, &answers[k], V), b = answer_text(o->tok, &o->arena, &answers[k + 1], V);
-        if (text_equal(a, b)) continue;
-        int word = ask_person(o, answers + k, number, of);
-        if (word == 'q') return SIZE_MAX;
-        if (word == 's') continue;
-        preference_write(o, file, &answers[k + (word == '2')], &answers[k + (word == '1')]);
-        judged++;
-    }
-    return judged;
-}
-
-static bool is_judged(struct Options *o, const struct Example *prompt) {
-    struct Text text = tokenizer_decode_all(o->tok, &o->arena, prompt->ids, prompt->n, o->model->config.vocab_size);
-    for (size_t k = 0; o->eval && k < o->eval->n; k++) if (text_equal(o->eval->rows[k].prompt, text)) return true;
-    return false;
-}
-
-enum { COLLECT_TOGETHER = 64 };
-
 /* align collect -- data collection, the H in RLHF: a reward model or the person at the keyboard compares answers.
  * Judgements are added to preferences.jsonl; a prompt that is there already is passed over.  [glossary: Coleta de dados] */
 static void command_collect(struct Options *o) {
-    CHECK(o->ppo.num_generations >= 2, "--num_generations %zu: 2 or more answers are needed to compare", o->ppo.num_generations);
+    enum { TOGETHER = 64 };
+    size_t each = o->ppo.num_generations, left = 0, judged = 0;
+    CHECK(each >= 2, "--num_generations %zu: 2 or more answers are needed to compare", each);
     open_model(o, false);
     struct RolloutSource source = open_rollouts(o);
     make_folder(need(o->train.output_dir, "output_dir"));
-    char *path = arena_printf(&o->arena, "%s/preferences.jsonl", o->train.output_dir);
-    struct stat s;
-    if (stat(path, &s) == 0 && s.st_size > 0) o->eval = dataset_load(path, DPO_SHAPES, 1);
-    FILE *file = fopen(path, "ab");
-    CHECK(file, "%s: cannot be written: %s", path, strerror(errno));
-    size_t n = o->max_samples ? MIN(o->max_samples, source.n) : source.n, left = 0, judged = 0, together = o->reward_model ? COLLECT_TOGETHER : 1, last = 0;
-    struct Example *prompts = arena_alloc(&o->arena, n, sizeof *prompts), *pairs = arena_alloc(&o->arena, 2 * COLLECT_TOGETHER, sizeof *pairs);
-    for (size_t i = 0; i < n; i++) if (!is_judged(o, &source.prompts[i])) prompts[left++] = source.prompts[i];
-    for (size_t i = 0; i < left && last != SIZE_MAX; i += together) {
-        size_t count = MIN(together, left - i);
-        uint64_t seed = o->train.seed + judged;
-        if (o->reward_model) last = collect_preferences(o->model, &source.scorer, &o->arena, prompts + i, count, o->ppo.num_generations, false, &source.generation, seed, pairs);
-        else last = judge_by_person(o, file, sample_answers(o->model, &o->arena, prompts + i, 1, o->ppo.num_generations, &source.generation, seed + i), i + 1, left);
-        for (size_t k = 0; o->reward_model && k < last; k++) preference_write(o, file, &pairs[2 * k], &pairs[2 * k + 1]);
-        if (last != SIZE_MAX) judged += last;
+    const char *path = arena_printf(&o->arena, "%s/preferences.jsonl", o->train.output_dir);
+    if (file_exists(path)) o->eval = dataset_load(path, DPO_SHAPES, 1);
+    size_t n = o->max_samples ? MIN(o->max_samples, source.n) : source.n, there = o->eval ? o->eval->n : 0;
+    struct Example *prompts = arena_alloc(&o->arena, n, sizeof *prompts), pairs[2 * TOGETHER];
+    for (size_t i = 0, k; i < n; i++) {
+        struct Text text = tokenizer_decode_all(o->tok, &o->arena, source.prompts[i].ids, source.prompts[i].n, o->model->config.vocab_size);
+        for (k = 0; k < there && !text_equal(o->eval->rows[k].prompt, text);) k++;
+        if (k == there) prompts[left++] = source.prompts[i];
     }
-    fclose(file);
-    say("%zu pairs added to %s (%zu were there)\n", judged, path, o->eval ? o->eval->n : 0);
-}
-
-/* Mean negative log-likelihood a token, and its exponential: perplexity, the number of equally likely tokens that would
- * leave as much doubt. */
-static void eval_language(struct Trainer *trainer, const struct Options *o, struct LogEntry *entry) {
-    struct Arena arena = {0};
-    struct LanguageTask *task = sft_task(trainer, &arena, o->data, NULL);
-    double nll = 0, tokens = 0;
-    for (size_t i = 0; i < trainer->task.n; i++) {
-        arena_reset(&trainer->arena);
-        nll += language_loss(trainer, &i, 1, 1, false, false);
-        tokens += (double)(task->examples[i].n - MAX((size_t)1, task->examples[i].prompt_length));
+    for (size_t i = 0; i < left && o->reward_model; i += TOGETHER) {
+        size_t added = collect_preferences(o->model, &source.scorer, &o->arena, prompts + i, MIN((size_t)TOGETHER, left - i), each, false, &source.generation, o->train.seed + judged, pairs);
+        preferences_add(o, path, pairs, added);
+        judged += added;
     }
-    log_value(entry, "eval_loss", nll / tokens);
-    log_value(entry, "perplexity", exp(nll / tokens));
-    log_value(entry, "tokens", tokens);
-    arena_free(&arena);
-}
-
-/* A policy's answers: their reward, its distance from --ref_model, how varied and long they are. */
-static void eval_policy(struct Options *o, struct LogEntry *entry) {
-    struct RolloutSource source = open_rollouts(o);
-    size_t n = o->max_samples ? MIN(o->max_samples, source.n) : source.n;
-    struct PolicyResult result = policy_measure(o->model, o->reference, &source.scorer, &o->arena, source.prompts, n, &source.generation, o->train.seed);
-    log_value(entry, "reward", result.mean_reward);
-    log_value(entry, "reward_std", sqrt(unbiased_variance(result.reward, n)));
-    log_value(entry, "distinct_2", result.distinct_2);
-    log_value(entry, "mean_length", result.mean_length);
-    log_value(entry, "samples", (double)n);
-    if (o->reference) log_value(entry, "kl", result.kl);
-}
-
-/* align eval -- one JSON object. With a reward head: how well it orders pairs, rated or labelled texts. With
- * --reward_model_path: what a policy's answers are worth. On preferences with --ref_model: DPO's metrics. Else: loss. */
-static void command_eval(struct Options *o) {
-    open_model(o, false);
-    struct Trainer trainer = trainer_new(o);
-    struct LogEntry entry = {0};
-    trainer.args.per_device_train_batch_size = 1;                /* the mean over rows, not over batches */
-    if (o->ref_model) load_reference(o);
-    if (o->reward_model_path) eval_policy(o, &entry);
-    else if (o->model->score.n || o->reference) {
-        open_data(o, REWARD_SHAPES, o->model->score.n ? COUNT(REWARD_SHAPES) : 1);
-        struct RewardTask *task = NULL;
-        if (o->model->score.n) task = reward_task(&trainer, &o->arena, o->data, o->data);
-        else {
-            struct Example *pairs = arena_alloc(&o->arena, 2 * o->data->n, sizeof *pairs);
-            size_t n = trainer.task.eval_n = dpo_pairs(&trainer, &o->arena, o->data, pairs);
-            struct DPOTask *dpo = dpo_task(&trainer, &o->arena, o->reference, (struct DPOConfig){.beta = 0.1, .weight = {1}}, 1, pairs, n);
-            dpo->eval_pairs = pairs;
-            dpo->eval_ref_logps = dpo->ref_logps;
-            trainer.task.eval_n = n;
+    for (size_t i = 0, word = 0; i < left && !o->reward_model && word != 'q'; i++) {
+        const struct Example *answers = sample_answers(o->model, &o->arena, prompts + i, 1, each, &source.generation, o->train.seed + judged + i);
+        for (size_t k = 0; k + 1 < each && word != 'q'; k += 2) {
+            word = (size_t)ask_person(o, answers + k, i + 1, left);
+            if (word != '1' && word != '2') continue;
+            preferences_add(o, path, (struct Example[]){answers[k + (word == '2')], answers[k + (word == '1')]}, 1);
+            judged++;
         }
-        if (task && (task->rated || task->labelled)) {
-            size_t n = trainer.task.n;
-            float *reward = arena_floats(&o->arena, n), *dreward = arena_floats(&o->arena, n);
-            double right = 0;
-            reward_score(o->model, task->texts[0], n, reward);
-            for (size_t k = 0; k < n; k++) right += (reward[k] > 0) == (task->number[0][k] > 0);
-            if (task->labelled) log_value(&entry, "eval_loss", sentiment_loss(reward, task->number[0], n, dreward));
-            log_value(&entry, "eval_accuracy", task->labelled ? right / (double)n : pair_accuracy(reward, task->number[0], n, 1));
-            log_value(&entry, "eval_mean_reward", mean_of(reward, n));
+    }
+    say("%zu pairs added to %s (%zu were there)\n", judged, path, there);
+}
+
+/* align eval -- one JSON object. With --reward_model_path: what a policy's answers are worth, its distance from --ref_model, how
+ * varied and long they are. With a reward head: how well it orders pairs, rated or labelled texts. Else the mean negative
+ * log-likelihood a token, and its exponential: perplexity, the number of equally likely tokens that would leave as much doubt. */
+static void command_eval(struct Options *o) {
+    struct LogEntry entry = {0};
+    struct Trainer trainer = {0};
+    open_model(o, false);
+    if (o->ref_model) load_reference(o);
+    if (o->reward_model_path) {
+        struct RolloutSource source = open_rollouts(o);
+        size_t n = o->max_samples ? MIN(o->max_samples, source.n) : source.n;
+        struct PolicyResult result = policy_measure(o->model, o->reference, &source.scorer, &o->arena, source.prompts, n, &source.generation, o->train.seed);
+        log_value(&entry, "reward", result.mean_reward);
+        log_value(&entry, "reward_std", sqrt(unbiased_variance(result.reward, n)));
+        log_value(&entry, "distinct_2", result.distinct_2);
+        log_value(&entry, "mean_length", result.mean_length);
+        log_value(&entry, "samples", (double)n);
+        if (o->reference) log_value(&entry, "kl", result.kl);
+    } else if (o->model->score.n) {
+        o->train.per_device_train_batch_size = 1;                /* the mean over rows, not over batches */
+        trainer = open_training(o, REWARD_SHAPES, COUNT(REWARD_SHAPES));
+        struct RewardTask *task = reward_task(&trainer, &o->arena, o->data, o->data);
+        if (task->rated) {
+            float *reward = arena_floats(&o->arena, trainer.task.n);
+            reward_score(o->model, task->texts[0], trainer.task.n, reward);
+            log_value(&entry, "eval_accuracy", pair_accuracy(reward, task->number[0], trainer.task.n, 1));
+            log_value(&entry, "eval_mean_reward", mean_of(reward, trainer.task.n));
         } else {
             trainer_evaluate(&trainer);
             entry = trainer.state.log_history[0];
         }
     } else {
-        open_data(o, SFT_SHAPES, COUNT(SFT_SHAPES));
-        eval_language(&trainer, o, &entry);
+        trainer = open_training(o, SFT_SHAPES, COUNT(SFT_SHAPES));
+        sft_task(&trainer, &o->arena, o->data, NULL);
+        double nll = 0, tokens = 0;
+        for (size_t i = 0; i < trainer.task.n; i++) {
+            const struct Example *e = ((struct LanguageTask *)trainer.task.data)->examples + i;
+            arena_reset(&trainer.arena);
+            nll += language_loss(&trainer, &i, 1, 1, false, false);
+            tokens += (double)(e->n - MAX((size_t)1, e->prompt_length));
+        }
+        log_value(&entry, "eval_loss", nll / tokens);
+        log_value(&entry, "perplexity", exp(nll / tokens));
+        log_value(&entry, "tokens", tokens);
     }
     putchar('{');
     log_write(stdout, &entry, ", ");
@@ -7156,29 +7067,28 @@ static void command_merge(struct Options *o) {
     if (!o->model_name_or_path || !(o->peft_adapter || is_adapter(o->model_name_or_path))) die_usage("merge needs an adapter: --model_name_or_path BASE --peft_adapter DIR, or its folder as --model_name_or_path");
     open_model(o, false);
     open_output_dir(o);
-    save_result(o, NULL);
+    model_replace(o->model, o->train.output_dir, o->tok);
 }
 
 /* A term of docs/glossary.md: a heading, then a line for each label. */
-enum { TERM_NAME, TERM_ALIASES, TERM_ENGLISH, TERM_PORTUGUESE, TERM_CODE, TERM_LINES = 8 };
+enum { TERM_NAME, TERM_ALIASES, TERM_LINES = 8 };
 static const char *const TERM_LABELS[TERM_LINES] = {"### ", "- Aliases: ", "- English: ", "- Portugu\xc3\xaas: ", "- In align.c: ", "- Test: ", "- Try: ", "- See also: "};
 
-/* Text as it is compared: small letters without accents, one space for all else and at both ends, a line end between two names.
- * By hand: "Otimização; Top-p" -> " otimizacao \n top p ".                                               test: glossary_fold */
+/* Text as it is compared: small letters without accents, one space for all else and at both ends; the names of a term, which
+ * semicolons or a dot divide, keep a semicolon.  By hand: "Otimização; Top-p" -> " otimizacao ; top p ".     test: glossary_fold */
 static const char *fold(struct Arena *arena, const char *text) {
     static const char latin[] = "aaaaaaaceeeeiiiidnooooo ouuuuyps";          /* U+00C0 to U+00DF; small letters are 32 further on */
-    size_t n = strlen(text);
-    char *folded = arena_zeros(arena, 4 * n + 8, 1), *to = folded + 1;
-    folded[0] = ' ';
-    for (size_t i = 0, length; i <= n; i += MAX(length, (size_t)1)) {        /* the NUL too: a last space */
-        uint32_t c;
-        length = utf8_read((const unsigned char *)text + i, n - i, &c);
-        if (length == 0 || (c < 0xc0 ? c != ';' && c != 0xb7 && !isalnum((int)c) : c >= 0x2000 && c < 0x2c00)) c = ' ';
-        if (c >= 0xc0 && c <= 0xff) c = (unsigned char)latin[c & 31];
-        if ((c >= 'A' && c <= 'Z') || (c >= 0x391 && c <= 0x3a9)) c += 32;                   /* Latin and Greek capitals */
-        if (c == ';' || c == 0xb7) to += sprintf(to, to[-1] == ' ' ? "\n " : " \n ");
-        else if ((c < 0x300 || c > 0x36f) && (c != ' ' || to[-1] != ' ')) to += utf8_write(to, c);       /* not an accent of its own */
+    char *folded = arena_zeros(arena, 3 * strlen(text) + 3, 1), *to = folded;
+    *to++ = ' ';
+    for (const char *c = text; *c; c++) {
+        bool dot = strncmp(c, "\xc2\xb7", 2) == 0, accented = *c == '\xc3' && c[1];
+        c += dot || accented;
+        int letter = dot ? ';' : accented ? latin[*c & 31] : tolower((unsigned char)*c);
+        if (isalnum(letter) || letter >= 0x80) *to++ = (char)letter;
+        else if (to[-1] != ' ') *to++ = ' ';
+        if (letter == ';') to += sprintf(to, "; ");
     }
+    if (to[-1] != ' ') *to = ' ';
     return folded;
 }
 
@@ -7198,40 +7108,14 @@ static size_t edit_distance(const char *a, const char *b) {
     return row[n];
 }
 
-/* How a folded query fits a term: 0 it is a name; 1 the beginning of one; 2 words of one; 3 words of a definition; 4 + the
- * fewest edits that make it the words somewhere in a name. */
+/* How a folded query fits a term: 0 it is a name; 1 words of one; 2 + the fewest edits that make it the words somewhere in one. */
 static size_t term_rank(struct Arena *arena, char *const *line, const char *query) {
-    const char *names = fold(arena, arena_printf(arena, ";%s;%s;", line[TERM_NAME], line[TERM_ALIASES] + strlen(TERM_LABELS[TERM_ALIASES])));
+    const char *names = fold(arena, arena_printf(arena, ";%s;%s;", line[TERM_NAME] + 4, line[TERM_ALIASES] + strlen(TERM_LABELS[TERM_ALIASES])));
     size_t edits = SIZE_MAX / 2;
-    int n = (int)strlen(query) - 1;
-    if (strstr(names, arena_printf(arena, "\n%s\n", query))) return 0;
-    if (strstr(names, arena_printf(arena, "\n%.*s", n, query))) return 1;
-    if (strstr(names, query)) return 2;
-    if (strstr(fold(arena, arena_printf(arena, "%s %s", line[TERM_ENGLISH], line[TERM_PORTUGUESE])), query)) return 3;
-    for (const char *word = names; (word = strchr(word, ' ')); word++) edits = MIN(edits, edit_distance(query, arena_printf(arena, "%.*s ", n, word)));
-    return 4 + edits;
-}
-
-/* Cuts the next line off a text; NULL at its end. */
-static char *cut_line(char **rest) {
-    char *line = *rest, *end = line ? strchr(line, '\n') : NULL;
-    if (end) *end = 0;
-    *rest = end ? end + 1 : NULL;
-    return line;
-}
-
-/* A term as it stands in the glossary, and the lines of align.c where its functions and structs begin. */
-static void print_term(struct Arena *arena, char *const *term) {
-    const char *path = shipped_file(arena, "align.c");
-    char *rest = file_exists(path) ? (char *)read_file(arena, path).data : NULL, *line;
-    for (int k = 0; k < TERM_LINES; k++) puts(k == TERM_NAME ? term[k] + strlen(TERM_LABELS[k]) : term[k]);
-    for (size_t number = 1; (line = cut_line(&rest)); number++) {
-        size_t n = strcspn(line, "({"), first = n;
-        if (!isalpha((unsigned char)*line) || !line[n] || (line[n] == '(' && line[strlen(line) - 1] == ';')) continue;      /* no definition */
-        while (line[n] == '(' && first > 0 && (isalnum((unsigned char)line[first - 1]) || line[first - 1] == '_')) first--;
-        const char *name = line[n] == '(' ? arena_printf(arena, "%.*s", (int)(n - first), line + first) : arena_printf(arena, "%.*s", (int)n - 1, line);
-        if (strstr(term[TERM_CODE], arena_printf(arena, "`%s`", name))) printf("align.c:%zu %s\n", number, name);
-    }
+    if (strstr(names, arena_printf(arena, ";%s;", query))) return 0;
+    if (strstr(names, query)) return 1;
+    for (const char *word = names; (word = strchr(word, ' ')); word++) edits = MIN(edits, edit_distance(query, arena_printf(arena, "%.*s ", (int)strlen(query) - 1, word)));
+    return 2 + edits;
 }
 
 /* align glossary [TERM] -- the term, or those that fit as well as the best of them; without TERM all. */
@@ -7239,25 +7123,26 @@ static void command_glossary(struct Options *o) {
     const char *path = shipped_file(&o->arena, "docs/glossary.md"), *query = fold(&o->arena, o->file ? o->file : "");
     CHECK(file_exists(path), "docs/glossary.md is neither beside the program nor in the current folder; run align in the folder it came in");
     struct Text file = read_file(&o->arena, path);
-    CHECK(strlen(file.data) == file.length, "%s: holds a NUL byte; it is no text", path);
-    char **line = arena_alloc(&o->arena, file.length + 2, sizeof *line), *rest = (char *)file.data;
+    char **line = arena_alloc(&o->arena, file.length + 2, sizeof *line);
     size_t *rank = arena_alloc(&o->arena, file.length + 2, sizeof *rank), lines = 0, best = SIZE_MAX, hits = 0;
-    while ((line[lines] = cut_line(&rest))) rank[lines++] = SIZE_MAX;
+    for (char *at = strtok((char *)file.data, "\n"); at; at = strtok(NULL, "\n")) line[lines++] = at;
     for (size_t i = 0; i < lines; i++) {
+        rank[i] = SIZE_MAX;
         if (strncmp(line[i], "### ", 4) != 0) continue;
-        for (size_t k = 0; k < TERM_LINES; k++)
-            CHECK(i + k < lines && strncmp(line[i + k], TERM_LABELS[k], strlen(TERM_LABELS[k])) == 0 && (k > 0 || strstr(line[i], " \xc2\xb7 ")), "%s:%zu: expected \"%s\"; the file's head says how a term is written", path, i + k + 1, k ? TERM_LABELS[k] : "### Portuguese \xc2\xb7 English");
+        for (size_t k = 0; k < TERM_LINES; k++) {
+            bool good = i + k < lines && strncmp(line[i + k], TERM_LABELS[k], strlen(TERM_LABELS[k])) == 0 && (k > 0 || strstr(line[i], " \xc2\xb7 "));
+            CHECK(good, "%s: a line \"%s\" was expected under \"%s\"; the file's head says how a term is written", path, k ? TERM_LABELS[k] : "### Portuguese \xc2\xb7 English", line[i]);
+        }
         rank[i] = term_rank(&o->arena, line + i, query);
         hits = rank[i] < best ? 1 : hits + (rank[i] == best);
         best = MIN(best, rank[i]);
     }
     CHECK(hits > 0, "%s: the file has no term", path);
-    if (query[1] && (hits > 1 || best > 2)) printf("%s \"%.*s\"%s\n", best > 2 ? "no term" : "several terms fit", (int)strlen(query) - 2, query + 1, best > 3 ? "; the nearest is:" : best == 3 ? "; it occurs in:" : ":");
+    if (query[1] && (hits > 1 || best > 1)) puts(best > 1 ? "no term has this name; the nearest:" : "several terms fit:");
     for (size_t i = 0; i < lines; i++) {
         if (!query[1] && strncmp(line[i], "## ", 3) == 0) puts(line[i] + 3);
-        if (rank[i] != best) continue;
-        if (hits == 1) print_term(&o->arena, line + i);
-        else printf("  %s\n", line[i] + 4);
+        if (rank[i] == best) printf("%s%s\n", hits > 1 ? "  " : "", line[i] + 4);
+        for (size_t k = 1; k < TERM_LINES && rank[i] == best && hits == 1; k++) puts(line[i + k]);
     }
 }
 
@@ -7304,13 +7189,13 @@ static void command_exact(struct Options *o) {
     const struct GPT2Config *c = &o->config;
     size_t L = o->generation.max_new_tokens;
     double count = pow((double)c->vocab_size, (double)L);
-    CHECK(o->dpo.beta >= 1e-3 && o->dpo.beta <= 1e3, "--beta %g: must be above 0, 0.001 to 1000", o->dpo.beta);
+    CHECK(o->ppo.init_kl_coef >= 1e-3 && o->ppo.init_kl_coef <= 1e3, "--beta %g: must be above 0, 0.001 to 1000", o->ppo.init_kl_coef);
     CHECK(c->vocab_size >= 2 && c->vocab_size <= 16, "--vocab_size %zu: 2 to 16 tokens", c->vocab_size);
     CHECK(L > 0 && count <= EXACT_RESPONSES, "--max_new_tokens %zu: %zu tokens make %.6g responses of this length, 2 to %d can be enumerated; use a shorter one", L, c->vocab_size, count, EXACT_RESPONSES);
     CHECK(c->n_layer > 0 && c->n_layer <= 100 && c->n_head > 0 && c->n_embd > 0 && c->n_embd <= 4096 && c->n_embd % c->n_head == 0, "--n_embd %zu must be a multiple of --n_head %zu, at most 4096; --n_layer %zu: 1 to 100", c->n_embd, c->n_head, c->n_layer);
     struct ExactWorld *w = exact_world(&o->arena, *c, L, o->train.seed);
     o->reference = w->ref_model;
-    exact_run(w, o->dpo.beta);
+    exact_run(w, o->ppo.init_kl_coef);
     exact_print(w, o->json);
 }
 
@@ -7377,26 +7262,33 @@ static void command_bench(struct Options *o) {
     arena_free(&bench.arena);
 }
 
-static const struct Command { const char *name, *what; void (*run)(struct Options *); int groups; } COMMANDS[] = {
-    {"rlhf", "the whole course in one go: language model, reward model, PPO, DPO, samples before and after", command_rlhf, G_RLHF | G_OUT | G_SEED | G_DATA | G_MODEL},
-    {"tokenize", "[FILE]: text (or standard input) to ids; --decode: ids to text", command_tokenize, G_TOKENIZE},
-    {"pretrain", "a new language model from texts", command_pretrain, G_MODEL | G_OUT | G_SEED | G_DATA | G_TRAIN | G_RUN | G_NEW},
-    {"sft", "supervised fine-tuning on text or prompt + completion", command_sft, G_MODEL | G_PEFT | G_LORA | G_OUT | G_SEED | G_DATA | G_TRAIN | G_RUN},
-    {"reward", "a reward model from chosen + rejected (+ margin), from text + score, or a classifier from text + label", command_reward, G_MODEL | G_PEFT | G_LORA | G_OUT | G_SEED | G_DATA | G_TRAIN | G_RUN | G_REWARD},
-    {"ppo", "PPO with a value head (TRL 0.11's PPOTrainer)", command_ppo, G_MODEL | G_PEFT | G_LORA | G_OUT | G_SEED | G_DATA | G_TRAIN | G_ROLL | G_PPO | G_REF},
-    {"reinforce", "the plain policy gradient, with and without a baseline", command_reinforce, G_MODEL | G_PEFT | G_LORA | G_OUT | G_SEED | G_DATA | G_TRAIN | G_ROLL | G_RLOO | G_REF},
-    {"dpo", "direct preference optimization on prompt + chosen + rejected", command_dpo, G_MODEL | G_PEFT | G_LORA | G_OUT | G_SEED | G_DATA | G_TRAIN | G_RUN | G_DPO | G_REF},
-    {"exact", "a toy small enough to enumerate: the optimum in closed form beside what DPO, PPO and REINFORCE reach", command_exact, G_EXACT | G_SEED | G_JSON},
-    {"generate", "continue a --prompt, or each prompt of a data set", command_generate, G_MODEL | G_PEFT | G_DATA | G_SEED | G_SAMPLE | G_PROMPT | G_JSON},
-    {"next", "the distribution of the next token after a --prompt", command_next, G_MODEL | G_PEFT | G_PROMPT | G_NEXT | G_JSON},
-    {"logprob", "log-probability of each token and of the sequence; with --ref_model the KL at each position", command_logprob, G_MODEL | G_PEFT | G_DATA | G_REF | G_LENGTH},
-    {"score", "the sentiment pipeline: reward and pipe_outputs of each text", command_score, G_MODEL | G_PEFT | G_DATA | G_LENGTH},
-    {"collect", "several answers to each prompt, compared by a reward model or by you, into preferences.jsonl", command_collect, G_MODEL | G_PEFT | G_OUT | G_SEED | G_DATA | G_ROLL | G_COLLECT},
-    {"eval", "loss and perplexity, accuracy of a reward model, or reward and KL of a policy, as model and data allow", command_eval, G_MODEL | G_PEFT | G_DATA | G_SEED | G_REF | G_ROLL | G_EVAL | G_LENGTH},
-    {"merge", "a LoRA adapter folded into its base, saved as a model", command_merge, G_MODEL | G_PEFT | G_OUT},
-    {"report", "DIR: report.html again, from a run's logs", command_report, 1 << 30},
-    {"glossary", "[TERM]: the course's terms in Portuguese and English, with the function, test and command of each", command_glossary, 1 << 30},
-    {"bench", "this machine's limit, and what training, generation, DPO and PPO reach of them", command_bench, G_NEW | G_BATCH | G_JSON | G_BENCH},
+static const struct Command { const char *name, *what; void (*run)(struct Options *); int groups; const char *defaults[16]; } COMMANDS[] = {
+    {"rlhf", "the whole course in one go: language model, reward model, PPO, DPO, samples before and after", command_rlhf, G_RLHF | G_OUT | G_SEED | G_DATA | G_MODEL,
+        {"temperature", "0.7"}},
+    {"tokenize", "[FILE]: text (or standard input) to ids; --decode: ids to text", command_tokenize, G_TOKENIZE | G_WORDS, {0}},
+    {"pretrain", "a new language model from texts", command_pretrain, G_MODEL | G_TRAINING | G_RUN | G_NEW, {0}},
+    {"sft", "supervised fine-tuning on text or prompt + completion", command_sft, G_TUNING | G_RUN, {"learning_rate", "2e-5"}},
+    {"reward", "a reward model from chosen + rejected (+ margin), from text + score, or a classifier from text + label", command_reward, G_TUNING | G_RUN | G_REWARD,
+        {"learning_rate", "1e-4"}},
+    {"ppo", "PPO with a value head (TRL 0.11's PPOTrainer)", command_ppo, G_TUNING | G_ROLL | G_PPO | G_REF,
+        {"learning_rate", "1.41e-5", "max_grad_norm", "0", "lr_scheduler_type", "constant", "logging_steps", "1", "seed", "0", "top_k", "0"}},
+    {"reinforce", "the plain policy gradient, with and without a baseline", command_reinforce, G_TUNING | G_ROLL | G_RLOO | G_REF,
+        {"learning_rate", "1e-6", "logging_steps", "1", "top_k", "0", "beta", "0.05", "num_generations", "2"}},
+    {"dpo", "direct preference optimization on prompt + chosen + rejected", command_dpo, G_TUNING | G_RUN | G_DPO | G_REF, {"learning_rate", "1e-6"}},
+    {"exact", "a toy small enough to enumerate: the optimum in closed form beside what DPO, PPO and REINFORCE reach", command_exact, G_EXACT | G_SEED | G_JSON,
+        {"vocab_size", "6", "n_embd", "32", "n_layer", "2", "n_head", "2", "max_new_tokens", "3", "beta", "1"}},
+    {"generate", "continue a --prompt, or each prompt of a data set", command_generate, G_MODEL | G_PEFT | G_DATA | G_SEED | G_SAMPLE | G_PROMPT | G_JSON, {0}},
+    {"next", "the distribution of the next token after a --prompt", command_next, G_MODEL | G_PEFT | G_PROMPT | G_NEXT | G_JSON, {"top_k", "0"}},
+    {"logprob", "log-probability of each token and of the sequence; with --ref_model the KL at each position", command_logprob, G_MODEL | G_PEFT | G_DATA | G_REF | G_LENGTH, {0}},
+    {"score", "the sentiment pipeline: reward and pipe_outputs of each text", command_score, G_MODEL | G_PEFT | G_DATA | G_LENGTH, {0}},
+    {"collect", "several answers to each prompt, compared by a reward model or by you, into preferences.jsonl", command_collect, G_MODEL | G_PEFT | G_OUT | G_SEED | G_DATA | G_ROLL | G_COLLECT,
+        {"num_generations", "2", "top_k", "0"}},
+    {"eval", "loss and perplexity, accuracy of a reward model, or reward and KL of a policy, as model and data allow", command_eval, G_MODEL | G_PEFT | G_DATA | G_SEED | G_REF | G_ROLL | G_EVAL | G_LENGTH,
+        {"top_k", "0", "max_samples", "256"}},
+    {"merge", "a LoRA adapter folded into its base, saved as a model", command_merge, G_MODEL | G_PEFT | G_OUT, {0}},
+    {"report", "DIR: report.html again, from a run's logs", command_report, G_WORDS, {0}},
+    {"glossary", "[TERM]: the course's terms in Portuguese and English, with the function, test and command of each", command_glossary, G_WORDS, {0}},
+    {"bench", "this machine's limits, and what training, generation, DPO and PPO reach of them", command_bench, G_NEW | G_BATCH | G_JSON | G_BENCH, {"batch_size", "16"}},
 };
 
 static void print_help(const struct Command *command) {
@@ -7411,15 +7303,18 @@ static void print_commands(FILE *file) {
     fputs("\nStart with:  ./align rlhf\n", file);
 }
 
+static const struct Command *find_command(const char *name) {
+    const struct Command *nearest = COMMANDS;
+    for (size_t i = 0; i < COUNT(COMMANDS); i++) if (edit_distance(name, COMMANDS[i].name) < edit_distance(name, nearest->name)) nearest = &COMMANDS[i];
+    if (strcmp(name, nearest->name) != 0) die_usage("there is no command \"%s\"; the nearest is \"%s\" (all: align --help)", name, nearest->name);
+    return nearest;
+}
+
 static const struct Flag *find_flag(const char *name, const struct Command *command) {
     const struct Flag *nearest = NULL;
-    size_t least = SIZE_MAX;
-    for (size_t i = 0; i < COUNT(FLAGS); i++) {
-        if (!(FLAGS[i].groups & command->groups)) continue;
-        if (strcmp(FLAGS[i].name, name) == 0) return &FLAGS[i];
-        size_t distance = edit_distance(name, FLAGS[i].name);
-        if (distance < least) { least = distance; nearest = &FLAGS[i]; }
-    }
+    for (size_t i = 0; i < COUNT(FLAGS); i++)
+        if ((FLAGS[i].groups & command->groups) && (!nearest || edit_distance(name, FLAGS[i].name) < edit_distance(name, nearest->name))) nearest = &FLAGS[i];
+    if (strcmp(name, nearest->name) == 0) return nearest;
     die_usage("%s has no flag --%s; the nearest is --%s (all: align %s --help)", command->name, name, nearest->name, command->name);
 }
 
@@ -7436,7 +7331,8 @@ static int parse_flag(struct Options *o, const struct Flag *flag, const char *va
         return is_true || is_false || never;
     }
     if (!value) die_usage("--%s needs a value (%s)", flag->name, flag->help);
-    if (flag->kind == KIND_STRING || flag->kind == KIND_LIST) return *(const char **)to = value, 1;
+    if (flag->kind == KIND_NAME) choice(flag->name, value, flag->help);
+    if (flag->kind <= KIND_LIST) return *(const char **)to = value, 1;
     errno = 0;
     bool whole = flag->kind <= KIND_COUNT;
     unsigned long long size = strtoull(value, &end, 10);
@@ -7452,79 +7348,34 @@ static int parse_flag(struct Options *o, const struct Flag *flag, const char *va
 static void parse_arguments(struct Options *o, const struct Command *command, int argc, char **argv) {
     for (int i = 2; i < argc; i++) {
         if (strncmp(argv[i], "--", 2) != 0) {
-            bool words = strcmp(command->name, "glossary") == 0;
-            if (!words && ((strcmp(command->name, "tokenize") != 0 && strcmp(command->name, "report") != 0) || o->file)) die_usage("%s: \"%s\" is no flag (flags start with --)", command->name, argv[i]);
+            if (!(command->groups & G_WORDS)) die_usage("%s: \"%s\" is no flag (flags start with --)", command->name, argv[i]);
             if (!o->file || strlen(o->file) < 1000) o->file = o->file ? arena_printf(&o->arena, "%s %s", o->file, argv[i]) : argv[i];
             continue;
         }
-        char name[64];
-        const char *equals = strchr(argv[i], '=');
-        size_t length = equals ? (size_t)(equals - argv[i]) - 2 : strlen(argv[i]) - 2;
-        snprintf(name, sizeof name, "%.*s", (int)MIN(length, sizeof name - 1), argv[i] + 2);
-        const struct Flag *flag = find_flag(name, command);
-        const char *value = equals ? equals + 1 : i + 1 < argc ? argv[i + 1] : NULL;
-        int taken = parse_flag(o, flag, value, !equals && (!value || flag->kind == KIND_BOOL || flag->kind == KIND_STOPPING));
+        size_t length = strcspn(argv[i] + 2, "=");
+        bool equals = argv[i][2 + length] == '=';
+        const struct Flag *flag = find_flag(arena_printf(&o->arena, "%.*s", (int)MIN(length, (size_t)60), argv[i] + 2), command);
+        int taken = parse_flag(o, flag, equals ? argv[i] + 3 + length : i + 1 < argc ? argv[i + 1] : NULL, !equals);
         if (!equals) i += taken;
         const char **list = (const char **)((char *)o + flag->offset);       /* a list goes on to the next flag: --loss_type sigmoid sft */
         while (flag->kind == KIND_LIST && !equals && i + 1 < argc && strlen(*list) < 1000 && strncmp(argv[i + 1], "--", 2) != 0) *list = arena_printf(&o->arena, "%s %s", *list, argv[++i]);
-        o->max_length_given = o->max_length_given || strcmp(name, "max_length") == 0;
     }
     quiet = o->quiet;
     o->begin = seconds_now();
     o->command = "align";
-    for (int i = 1; i < argc; i++) {                     /* as a shell would take it again, but for quotes inside quotes */
-        bool plain = argv[i][strcspn(argv[i], " \t\n\"'$&|;<>()*?[]{}`\\#~!")] == 0 && *argv[i];
-        o->command = arena_printf(&o->arena, plain ? "%s %s" : "%s '%s'", o->command, argv[i]);
-    }
+    for (int i = 1; i < argc; i++) o->command = arena_printf(&o->arena, argv[i][strcspn(argv[i], " \t\n\"$&|;<>()*?#")] ? "%s '%s'" : "%s %s", o->command, argv[i]);
 }
 
-/* What a command starts from: transformers' and TRL's defaults. */
-static struct Options default_options(const char *command) {
-    struct Options o = {.train = training_arguments(), .ppo = ppo_config(), .generation = generation_config(), .dpo = {.beta = 0.1}, .loss_type = "sigmoid", .baseline = "rloo", .lora = {.r = 16, .lora_alpha = 32, .target_modules = "c_attn"}, .top_n = 10, .tokenize_vocab_size = 50257,
+/* What a command starts from: transformers' defaults, and its own in the table of commands, TRL's. */
+static struct Options default_options(const char *name) {
+    struct Options o = {.train = training_arguments(), .ppo = ppo_config(), .generation = generation_config(), .dpo = {.beta = 0.1}, .loss_type = "sigmoid", .baseline = "rloo",
+        .lora = {.r = 16, .lora_alpha = 32, .target_modules = "c_attn"}, .top_n = 10,
         .config = {.vocab_size = 50257, .n_positions = 1024, .n_embd = 768, .n_layer = 12, .n_head = 12, .layer_norm_epsilon = 1e-5f},
-        .input_min_text_length = 2, .input_max_text_length = 8, .output_min_length = 4, .output_max_length = 16,
-        .pretrain_steps = 2000, .reward_steps = 450, .ppo_steps = 85, .dpo_steps = 150};
-    if (strcmp(command, "sft") == 0) o.train.learning_rate = 2e-5;
-    if (strcmp(command, "reward") == 0) o.train.learning_rate = 1e-4;
-    if (strcmp(command, "dpo") == 0) o.train.learning_rate = 1e-6;
-    if (strcmp(command, "reinforce") == 0 || strcmp(command, "collect") == 0) o.ppo.num_generations = 2;
-    if (strcmp(command, "reinforce") == 0) {
-        o.train.learning_rate = 1e-6;
-        o.train.logging_steps = 1;
-        o.generation.top_k = 0;
-        o.dpo.beta = 0.05;
-    }
-    if (strcmp(command, "ppo") == 0) {
-        o.train.learning_rate = 1.41e-5;
-        o.train.max_grad_norm = 0;
-        o.train.lr_scheduler_type = "constant";
-        o.train.logging_steps = 1;
-        o.train.seed = 0;
-        o.generation.top_k = 0;
-    }
-    if (strcmp(command, "bench") == 0) {
-        o.ppo.batch_size = 16;
-        o.train.per_device_train_batch_size = o.train.max_length = 0;       /* given: that step alone */
-    }
-    if (strcmp(command, "exact") == 0) {
-        o.config = (struct GPT2Config){.vocab_size = 6, .n_embd = 32, .n_layer = 2, .n_head = 2, .layer_norm_epsilon = 1e-5f};
-        o.generation.max_new_tokens = 3;
-        o.dpo.beta = 1;
-    }
-    if (strcmp(command, "next") == 0 || strcmp(command, "collect") == 0 || strcmp(command, "eval") == 0) o.generation.top_k = 0;
-    if (strcmp(command, "eval") == 0) o.max_samples = 256;
-    if (strcmp(command, "rlhf") == 0) o.generation.temperature = 0.7;
+        .input_length = {2, 8}, .output_length = {4, 16}, .pretrain_steps = 2000, .reward_steps = 450, .ppo_steps = 85, .dpo_steps = 150};
+    const struct Command *command = find_command(name);
+    for (const char *const *word = command->defaults; *word; word += 2) parse_flag(&o, find_flag(word[0], command), word[1], false);
+    if (command->groups & G_BENCH) o.train.per_device_train_batch_size = o.train.max_length = 0;       /* given: that step alone */
     return o;
-}
-
-static void check_training(const struct Options *o) {
-    const struct TrainingArguments *t = &o->train;
-    choice("lr_scheduler_type", t->lr_scheduler_type, "linear, cosine, constant, constant_with_warmup");
-    choice("optim", t->optim, "adamw, sgd");
-    choice("train_sampling_strategy", t->train_sampling_strategy, "random, sequential");
-    if (t->per_device_train_batch_size > 4096) die_usage("--per_device_train_batch_size %zu: at most 4096; larger steps by --gradient_accumulation_steps", t->per_device_train_batch_size);
-    if (o->generation.temperature < 1e-6) die_usage("--temperature %g: 1e-6 or more was expected; less takes the likeliest token as well, but overflows", o->generation.temperature);
-    if (t->num_train_epochs > 1e9) die_usage("--num_train_epochs %g: at most 1e9; Ctrl-C ends a run too, and saves it", t->num_train_epochs);
 }
 
 /* A thread that waits for the others spins for a while before it sleeps. GNU's OpenMP spins for
@@ -7548,8 +7399,7 @@ static void prepare_streams(void) {
 #ifndef _WIN32
     for (int fd = 0; fd <= 2; fd++) if (fcntl(fd, F_GETFD) == -1 && open("/dev/null", O_RDONLY) != fd) exit(1);      /* read-only: what is printed still fails */
     signal(SIGXFSZ, SIG_IGN);
-#endif
-#ifdef _WIN32
+#else
     _fmode = _O_BINARY;                              /* else line ends change on the way */
     for (int fd = 0; fd <= 2; fd++) _setmode(fd, _O_BINARY);
 #endif
@@ -7568,12 +7418,7 @@ int main(int argc, char **argv) {
         print_commands(argc < 2 ? stderr : stdout);
         return end_output(argc < 2 ? 2 : 0);
     }
-    const struct Command *command = NULL, *nearest = &COMMANDS[0];
-    for (size_t i = 0; i < COUNT(COMMANDS); i++) {
-        if (strcmp(COMMANDS[i].name, argv[1]) == 0) command = &COMMANDS[i];
-        if (edit_distance(argv[1], COMMANDS[i].name) < edit_distance(argv[1], nearest->name)) nearest = &COMMANDS[i];
-    }
-    if (!command) die_usage("there is no command \"%s\"; the nearest is \"%s\" (all: align --help)", argv[1], nearest->name);
+    const struct Command *command = find_command(argv[1]);
     struct Options o = default_options(command->name);
     parse_arguments(&o, command, argc, argv);
     if (o.help) {
@@ -7584,7 +7429,6 @@ int main(int argc, char **argv) {
 #ifndef _WIN32
     if (command->groups & G_OUT) signal(SIGPIPE, SIG_IGN);      /* a training goes on when nobody reads its progress; a filter ends */
 #endif
-    if (!(command->groups & G_BENCH)) check_training(&o);
     kernel_choose();
     command->run(&o);
     options_close(&o);

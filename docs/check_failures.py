@@ -133,20 +133,21 @@ case("A needed flag is missing", ["sft --dataset_name texts.jsonl --output_dir o
 case("A flag without its value", "sft --model_name_or_path", 2, "--model_name_or_path needs a value")
 case("A word that is no flag", sft + "more", 2, '"more" is no flag')
 case("The same flag twice: the last one counts", sft + "--learning_rate 1e-4 --learning_rate 0", 0)
-case("Must be above 0", [dpo + "--beta 0", dpo + "--beta -1"] + [c + "--temperature 0" for c in (generate, following, ppo, dpo, reinforce, collect, rlhf, "eval --model_name_or_path m --dataset_name prompts.jsonl --reward_model_path rm ")] +
-     [sft + "--use_peft --lora_alpha -1", sft + "--use_peft --lora_alpha 0", sft + "--adam_epsilon -1", sft + "--adam_epsilon 0", sft + "--num_train_epochs 0", ppo + "--horizon 0", ppo + "--target 0", ppo + "--ratio_threshold -1",
+case("Must be above 0", [dpo + "--beta 0", dpo + "--beta -1"] + [sft + "--use_peft --lora_alpha -1", sft + "--use_peft --lora_alpha 0", sft + "--adam_epsilon -1", sft + "--adam_epsilon 0", ppo + "--horizon 0", ppo + "--target 0", ppo + "--ratio_threshold -1",
       ppo + "--target_kl -1", generate + "--repetition_penalty -1"], 2, ": a number above 0 was expected (")
 case("Must be 0 or more", [sft + "--learning_rate -1e-4", sft + "--weight_decay -1", sft + "--max_grad_norm -1", reinforce + "--beta -1", reward + "--center_rewards_coefficient -1", ppo + "--init_kl_coef -1", ppo + "--cliprange -1",
      ppo + "--cliprange_value -1", ppo + "--vf_coef -1", ppo + "--score_clip -1", sft + "--learning_rate 1e39"], 2, ": a number, 0 or more, was expected (")
 case("Must be from 0 to 1", [generate + "--do_sample --top_p 2", generate + "--top_p -1", ppo + "--gamma 2", ppo + "--lam -1"], 2, ": a number from 0 to 1 was expected (")
 case("Must be from 0 to below 1", [sft + "--adam_beta1 1", sft + "--adam_beta2 -0.1", dpo + "--label_smoothing 1"], 2, ": a number from 0 to below 1 was expected (")
-case("Must be a whole number, 1 or more", [c + " 0" for c in (sft + "--per_device_train_batch_size", sft + "--gradient_accumulation_steps", sft + "--logging_steps", sft + "--max_length", sft + "--use_peft --lora_r", ppo + "--batch_size",
+case("Must be a whole number, 1 or more", [c + " 0" for c in (sft + "--gradient_accumulation_steps", sft + "--logging_steps", sft + "--max_length", sft + "--use_peft --lora_r", ppo + "--batch_size",
      ppo + "--mini_batch_size", ppo + "--ppo_epochs", ppo + "--output_min_length", reinforce + "--num_generations", generate + "--max_new_tokens", generate + "--num_beams", generate + "--num_return_sequences", pretrain + "--n_layer")],
      2, ": a whole number, 1 to 2^40, was expected (")
+case("Must be a whole number, 1 to 4096", [sft + "--per_device_train_batch_size 0", sft + "--per_device_train_batch_size 5000"], 2, ": a whole number, 1 to 4096, was expected (")
 case("Must be a whole number", [sft + "--max_steps -1", sft + "--max_steps 1.5", sft + "--warmup_steps many", sft + "--max_steps 99999999999999"], 2, ": a whole number, 0 to 2^40, was expected (")
 case("No number", [sft + "--learning_rate nan", sft + "--learning_rate inf", sft + "--learning_rate 1e-4x", sft + "--seed -1"], 2, "was expected")
-case("Epochs without end", sft + "--num_train_epochs 1e30", 2, "--num_train_epochs 1e+30: at most 1e9; Ctrl-C ends a run too")
-case("A temperature that overflows", generate + "--do_sample --temperature 1e-30", 2, "--temperature 1e-30: 1e-6 or more was expected")
+case("Epochs without end, or none", [sft + "--num_train_epochs 1e30", sft + "--num_train_epochs 0"], 2, ": a number above 0, at most 1e9, was expected (")
+case("A temperature of 0, or one that overflows", [c + "--temperature 0" for c in (generate, following, ppo, dpo, reinforce, collect, rlhf, "eval --model_name_or_path m --dataset_name prompts.jsonl --reward_model_path rm ")] +
+     [generate + "--do_sample --temperature 1e-30"], 2, ": a number, 1e-6 or more, was expected (")
 case("Label smoothing of a half: no pair would count", dpo + "--label_smoothing 0.5", 1, "--label_smoothing 0.5: a share of mislabelled pairs, from 0 to below 0.5")
 case("--beta 0 has no optimum", "exact --beta 0", 1, "--beta 0: must be above 0")
 case("Loss weights that do not fit", [dpo + "--loss_type 'sigmoid sft' --loss_weights " + w for w in ("1", "'1 2 3'", "'1 x'", "'1 -1'", "'1 nan'")], 2, "a number, 0 or more, for each of --loss_type's names was expected")

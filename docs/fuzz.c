@@ -496,13 +496,6 @@ static void read_ids(const struct Text *parts) {
 
 static bool seed_ids(size_t k, struct Text *parts) { TEXTS("32 257 299\n0", "[1, 2,\t3]\r\n256"); }
 
-static void read_tokenize_jsonl(const struct Text *parts) {
-    struct Arena arena = {0};
-    const char *path = put("fuzzed/texts.jsonl", parts[0]);
-    if (parts[0].length) tokenize_jsonl(tok, read_file(&arena, path), V, path);
-    arena_free(&arena);
-}
-
 static void read_glossary(const struct Text *parts) {
     struct Options o = default_options("glossary");
     char word[200];
@@ -532,7 +525,6 @@ static void read_arguments(const struct Text *parts) {
     struct Options o = default_options(command->name);
     parse_arguments(&o, command, argc, argv);
     if (o.help) print_help(command);
-    if (!(command->groups & G_BENCH)) check_training(&o);
     if (command->groups & G_DPO) parse_loss_types(&o);
     quiet = true;
     options_close(&o);
@@ -566,7 +558,6 @@ static const struct FuzzReader READERS[] = {
     {"trainer_state", read_trainer_state, seed_trainer_state, {PART_JSON}, 1, 256 * KB, 512, {"fuzzed/trainer_state.json"}},
     {"text", read_bytes, seed_bytes, {PART_TEXT}, 1, 256 * KB, 256, {"nothing is refused"}},
     {"ids", read_ids, seed_ids, {PART_TEXT}, 1, 256 * KB, 16, {"fuzzed/ids.txt"}},
-    {"tokenize_jsonl", read_tokenize_jsonl, seed_jsonl, {PART_JSON}, 1, 256 * KB, 256, {"fuzzed/texts.jsonl"}},
     {"glossary", read_glossary, seed_glossary, {PART_TEXT, PART_TEXT}, 2, 256 * KB, 256, {"docs/glossary.md"}},
     {"arguments", read_arguments, seed_arguments, {PART_TEXT}, 1, 256 * KB, 64, {"--", "\" is no flag"}},
 };
