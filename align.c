@@ -5586,8 +5586,8 @@ static struct PolicyResult policy_measure(const struct GPT2 *policy, const struc
 enum Stage { STAGE_RUN, STAGE_LANGUAGE, STAGE_REWARD, STAGE_PPO, STAGE_DPO, STAGE_REINFORCE, STAGES };
 static const struct { const char *folder, *marker, *title, *about; } STAGE[STAGES] = {
     {".", "", "", ""},
-    {"language_model", "loss", "Language model", "It learns to predict the next token of what people wrote. It is the reference of all later stages."},
-    {"reward_model", "min_reward", "Reward model", "It learns from people's ratings to give a text a number, the reward: the higher, the better liked."},
+    {"language_model", "loss", "Language model", "It learns to predict the next token of what people wrote. All later stages start from it."},
+    {"reward_model", "min_reward", "Reward model", "It learns from ratings to give a text a number, the reward: the higher, the better liked."},
     {"ppo", "objective/kl", "PPO", "The policy answers, the reward model scores; tokens that led to better scores than expected become likelier."},
     {"dpo", "rewards/margins", "DPO", "The policy learns from pairs of answers, one chosen, one rejected: no reward model, no sampling."},
     {".", "gradient_variance/none", "REINFORCE", "The policy answers and goes up the gradient of the reward as it stands, without PPO's clip."}};
@@ -5596,11 +5596,11 @@ static const struct { const char *folder, *marker, *title, *about; } STAGE[STAGE
 #define TRAINED {"training", "held out"}
 static const struct Plot { enum Stage stage; const char *title, *unit, *metric[3], *label[3], *term, *about; } PLOTS[] = {
     {STAGE_RUN, "Rewards of answers", "% of answers", {"before", "ppo", "dpo"}, {"before", "PPO", "DPO"}, "Função de recompensa · reward function",
-     "Answers to held-out beginnings. A hill that moves right pleases the reward model more; one that also narrows says one thing again and again."},
+     "Answers to held-out beginnings. A hill that moves right pleases more; one that also narrows says one thing again and again."},
     {STAGE_LANGUAGE, "Loss", "nats a token", {"loss", "eval_loss"}, TRAINED, "Função de custo · cost function",
      "−log of the next token's probability. It falls as the model learns; held out far above training means learnt by heart."},
     {STAGE_REWARD, "Accuracy", "share of pairs", {"accuracy", "eval_accuracy"}, TRAINED, "Modelo Bradley-Terry · Bradley-Terry model",
-     "How often the text that people preferred got the higher reward. 0.5 is a guess; people disagree too, so 1 is not to be expected."},
+     "How often the text that people preferred got the higher reward. 0.5 is a guess; people disagree, so 1 is not to be expected."},
     {STAGE_REWARD, "Margin", "reward", {"margin", "eval_margin"}, TRAINED, "Função sigmoide · sigmoid function",
      "Reward of the preferred text less the other's. At a margin of 2 the model is sure by σ(2) = 88 %."},
     {STAGE_REWARD, "Rewards of reviews", "% of reviews", {"liked", "disliked"}, {"liked", "disliked"}, "Pontuação de sentimento · sentiment score",
@@ -5609,40 +5609,31 @@ static const struct Plot { enum Stage stage; const char *title, *unit, *metric[3
      "Mean score of a step's answers. It should rise, but alone it proves nothing: read it beside the KL, and read the samples."},
     {STAGE_PPO, "KL", "nats an answer", {"objective/kl"}, {"KL"}, "Divergência de Kullback-Leibler (KL) · Kullback-Leibler divergence (KL)",
      "How far the policy has left the reference. It starts at 0; the penalty β holds it near its target."},
-    {STAGE_PPO, "Clip fraction", "share of tokens", {"ppo/policy/clipfrac"}, {"clipped"}, "Otimização de política proximal (PPO) · proximal policy optimization (PPO)",
-     "Tokens whose probability moved so far that the clip stopped pushing them. Much above 0.3: take a smaller learning rate."},
+    {STAGE_PPO, "Clip fraction", "share of tokens", {"ppo/policy/clipfrac"}, {"clipped"},
+     "Otimização de política proximal (PPO) · proximal policy optimization (PPO)", "Held back by the clip. Much above 0.3: a smaller learning rate."},
     {STAGE_PPO, "Value loss", "score²", {"ppo/loss/value"}, {"value loss"}, "AutoModelForCausalLMWithValueHead",
      "Squared error of the value head. It falls as the head learns what an answer will bring."},
-    {STAGE_DPO, "Loss", "nats a pair", {"loss", "eval_loss"}, TRAINED, "Otimização de preferência direta (DPO) · direct preference optimization (DPO)",
-     "−log σ(margin), and what --loss_type adds. A policy that is still the reference has ln 2 = 0.69 of it."},
     {STAGE_DPO, "Rewards", "β nats", {"rewards/chosen", "rewards/rejected"}, {"chosen", "rejected"}, "Modelo de referência · reference model",
-     "β times the log-ratio of policy and reference: above 0 an answer became likelier. Both falling: the policy forgets how to write."},
+     "β times the log-ratio of policy and reference: above 0 an answer became likelier. Both falling: it forgets how to write."},
     {STAGE_DPO, "Margin", "β nats", {"rewards/margins", "eval_rewards/margins"}, TRAINED, "Parâmetro Beta (β) · beta parameter (β)",
      "The chosen answer's reward less the rejected one's: what the loss widens. Above 5 the pairs have no more to teach."},
-    {STAGE_DPO, "Accuracy", "share of pairs", {"rewards/accuracies", "eval_rewards/accuracies"}, TRAINED, "Função de perda · loss function",
-     "Pairs whose chosen answer has the higher reward. Near 1 in a second pass over the same pairs means learnt by heart."},
     {STAGE_REINFORCE, "Reward", "score", {"reward", "objective"}, {"score", "objective"}, "Função objetivo · objective function",
-     "Mean score of a step's answers, and what is maximized: the score less β times the KL."},
-    {STAGE_REINFORCE, "Variance of the gradient", "squared gradient", {"gradient_variance/none", "gradient_variance/mean", "gradient_variance/rloo"},
-     {"none", "mean", "rloo"}, "Gradiente de política · policy gradient", "The noise that each baseline leaves: the lower, the fewer samples are needed."}};
+     "Mean score of a step's answers, and what is maximized: the score less β times the KL."}};
 
 static const char REPORT_CSS[] =
-    ":root{color-scheme:light dark;--mut:light-dark(#59616b,#a3abb5);--line:light-dark(#dde1e5,#3a4048);--c0:light-dark(#0a5cc2,#74b6ff);"
-    "--c1:light-dark(#b3420a,#ff9e60);--c2:light-dark(#23733a,#7ed391);--up:230,126,0;--down:59,130,246}body{font:1rem/1.55 system-ui,sans-serif;"
+    ":root{color-scheme:light dark;--mut:light-dark(#59616b,#a3abb5);--line:light-dark(#dde1e5,#3a4048)}body{font:1rem/1.55 system-ui,sans-serif;"
     "max-width:72rem;margin:auto;padding:1rem clamp(1rem,4vw,2.5rem) 4rem}h2{margin:3rem 0 .4rem;padding-top:.8rem;border-top:1px solid var(--line)}"
-    "h3,h4{font-size:1.05rem;margin:0 0 .3rem}h4{font-size:.9rem}p{margin:.4rem 0;max-width:46rem}.mut,figcaption{color:var(--mut);font-size:.9rem}"
-    "table{border-collapse:collapse;margin:.8rem 0;font-size:.95rem}th,td{text-align:left;vertical-align:top;padding:.3rem .9rem .3rem 0;"
-    "overflow-wrap:anywhere;border-bottom:1px solid var(--line)}th{overflow-wrap:normal}.n *{overflow-wrap:normal;padding-right:.3rem}.n *+*{text-align:right;padding-left:clamp(0rem,2vw,2rem)}"
-    ".grid{display:grid;gap:1.5rem 2.5rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,22rem),1fr));margin:1rem 0}figure{margin:0;max-width:30rem;"
-    "break-inside:avoid}svg{display:block}text{font:11px system-ui,sans-serif;fill:var(--mut)}.a{stroke:var(--line)}.l{fill:none;stroke-width:1.8;"
-    "stroke-linejoin:round;stroke-linecap:round}.s0{stroke:var(--c0)}.s1{stroke:var(--c1);stroke-dasharray:6 4}.s2{stroke:var(--c2);stroke-dasharray:1 4}"
-    ".h{fill-opacity:.14}.f0{fill:var(--c0)}.f1{fill:var(--c1)}.f2{fill:var(--c2)}section{margin:0 0 1.6rem;break-inside:avoid}section .grid{margin:0;"
-    "gap:.8rem 2rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,17rem),1fr))}.t{white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate;"
-    "line-height:1.8}.u1,.u2,.u3{border-bottom:1px solid rgb(var(--up));background:rgba(var(--up),.14)}.u2{border-width:2px;background:rgba(var(--up),.3)}"
-    ".u3{border-width:3px;background:rgba(var(--up),.48)}.d1,.d2,.d3{border-bottom:1px dashed rgb(var(--down));background:rgba(var(--down),.14)}"
-    ".d2{border-width:2px;background:rgba(var(--down),.28)}.d3{border-width:3px;background:rgba(var(--down),.42)}@media print{:root{color-scheme:light}"
-    "body{font-size:10pt;padding:0}h2{break-after:avoid}.grid{grid-template-columns:1fr 1fr!important}"
-    "section .grid{grid-template-columns:1fr 1fr 1fr!important}}";
+    "h3,h4{margin:0;font-size:1rem}p{margin:.4rem 0;max-width:46rem}.mut,figcaption{color:var(--mut);font-size:.9rem}"
+    "table{border-collapse:collapse;margin:.8rem 0}th,td{text-align:left;vertical-align:top;padding:.3rem .9rem .3rem 0;"
+    "border-bottom:1px solid var(--line)}td{overflow-wrap:anywhere}.grid{--w:22rem;display:grid;"
+    "gap:1rem 2rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,var(--w)),1fr));margin:1rem 0}section .grid{--w:17rem}"
+    "figure{margin:0;max-width:30rem}figure,section{break-inside:avoid}text{font:11px system-ui,sans-serif;fill:var(--mut)}.a{stroke:var(--line)}"
+    ".l{fill:none;stroke:currentColor;stroke-width:1.8;stroke-linecap:round}.h{fill:currentColor;fill-opacity:.14}"
+    ".s0{color:light-dark(#0a5cc2,#74b6ff)}.s1{color:light-dark(#b3420a,#ff9e60);stroke-dasharray:6 4}"
+    ".s2{color:light-dark(#23733a,#7ed391);stroke-dasharray:1 4}.t{white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate;line-height:1.8}"
+    ".u1,.u2,.u3{--c:230,126,0;--s:solid}.d1,.d2,.d3{--c:59,130,246;--s:dashed}.t span{border-bottom:1px var(--s) rgb(var(--c));"
+    "background:rgba(var(--c),.14)}.t .u2,.t .d2{border-width:2px;background:rgba(var(--c),.28)}.t .u3,.t .d3{border-width:3px;"
+    "background:rgba(var(--c),.42)}@media print{:root{color-scheme:light}}";
 
 /* Text of any bytes between two pieces of HTML: in it markup stays text, and what is no UTF-8 or steers how text is shown becomes
  * U+FFFD.                                                                                                          test: report_text */
@@ -5651,7 +5642,8 @@ static void html_text(FILE *file, const char *before, struct Text text, const ch
     for (size_t i = 0, length; i < text.length; i += MAX(length, (size_t)1)) {
         uint32_t c;
         length = utf8_read((const unsigned char *)text.data + i, text.length - i, &c);
-        bool bad = length == 0 || (c < 32 && !memchr("\t\n\r", (int)c, 3)) || (c >= 127 && c < 160) || (c >= 0x202a && c <= 0x202e) || (c >= 0x2066 && c <= 0x2069);
+        bool control = length && ((c < 32 && !memchr("\t\n\r", (int)c, 3)) || (c >= 127 && c < 160));
+        bool bad = length == 0 || control || (c >= 0x202a && c <= 0x202e) || (c >= 0x2066 && c <= 0x2069);
         const char *entity = bad ? "\xef\xbf\xbd" : c == '&' ? "&amp;" : c == '<' ? "&lt;" : c == '"' ? "&quot;" : NULL;
         if (entity) fputs(entity, file);
         else fwrite(text.data + i, 1, length, file);
@@ -5662,17 +5654,19 @@ static void html_text(FILE *file, const char *before, struct Text text, const ch
 /* What a page can show of a JSON value: NaN for no number, null and the absurd; no text for none. */
 static double json_shown(const struct Json *json) { return json && json->type == JSON_NUMBER && fabs(json->number) < 1e30 ? json->number : NAN; }
 static struct Text json_words(const struct Json *json) { return json && json->type == JSON_STRING ? json->string : (struct Text){"", 0}; }
+static const struct Json *json_first(const struct Json *list) { return list ? list->child : NULL; }
 
 /* axis_fit -- from one round number to another, low and high between them, in about `most` steps of 1, 2 or 5 times a power of
  * ten.  By hand: 0.13 to 0.87, most 5: 0 to 1 by 0.2; 8 to 8, most 4: 4 to 12 by 2.                               test: report_axis */
-struct Axis { double low, step; int count, decimals; };
+struct Axis { double low, step; int count; };
 
 static struct Axis axis_fit(double low, double high, int most) {
     if (low == 0 && high == 0) high = 1;
-    double size = MAX(fabs(low), fabs(high)), pad = high - low > 1e-3 * size ? 0 : size / 2, rough = (high - low + 2 * pad) / most, power = pow(10, floor(log10(rough)));
+    double size = MAX(fabs(low), fabs(high)), pad = high - low > 1e-3 * size ? 0 : size / 2;
+    double rough = (high - low + 2 * pad) / most, power = pow(10, floor(log10(rough)));
     double times = rough / power * (1 - 1e-9), step = power * (times <= 1 ? 1 : times <= 2 ? 2 : times <= 5 ? 5 : 10);
     double first = floor((low - pad) / step + 1e-9), last = ceil((high + pad) / step - 1e-9);
-    return (struct Axis){first * step, step, (int)MAX(1, last - first), (int)MAX(0, -floor(log10(step) + 1e-9))};
+    return (struct Axis){first * step, step, (int)MAX(1, last - first)};
 }
 
 struct Point { double x, y; };
@@ -5688,27 +5682,12 @@ static struct Axis curves_axis(const struct Curve *curves, size_t count, bool of
     return axis_fit(low, high, most);
 }
 
-/* curve_thin -- a long curve as a page can show it: of each of `bins` stretches the least and the largest value, in the order in
- * which they came.                                                                                                 test: report_thin */
-static void curve_thin(struct Curve *c, size_t bins) {
-    size_t n = c->n;
-    for (size_t b = 0; n > 2 * bins && b < bins; b++, c->n = 2 * b) {
-        size_t least = b * n / bins, most = least;
-        for (size_t i = least; i < (b + 1) * n / bins; i++) {
-            if (c->p[i].y < c->p[least].y) least = i;
-            if (c->p[i].y > c->p[most].y) most = i;
-        }
-        struct Point two[] = {c->p[MIN(least, most)], c->p[MAX(least, most)]};
-        memcpy(c->p + 2 * b, two, sizeof two);
-    }
-}
-
 /* The numbers of a list; with `metric` those of its objects, over their "step". */
 static struct Curve curve_read(struct Arena *arena, const struct Json *list, const char *metric, const char *label) {
     size_t n = 0;
-    for (const struct Json *item = list ? list->child : NULL; item; item = item->next) n++;
+    for (const struct Json *item = json_first(list); item; item = item->next) n++;
     struct Curve curve = {label, arena_alloc(arena, n, sizeof *curve.p), 0};
-    for (const struct Json *item = n ? list->child : NULL; item; item = item->next) {
+    for (const struct Json *item = json_first(list); item; item = item->next) {
         struct Point p = {metric ? json_shown(json_get(item, "step")) : 0, json_shown(metric ? json_get(item, metric) : item)};
         if (!isnan(p.x) && !isnan(p.y)) curve.p[curve.n++] = p;
     }
@@ -5717,27 +5696,27 @@ static struct Curve curve_read(struct Arena *arena, const struct Json *list, con
 
 /* Values as the outline of their histogram: a stair of shares in %, four of its steps to one of the axis.       test: report_stair */
 static struct Curve curve_stair(struct Arena *arena, const struct Curve *values, const struct Axis *axis) {
-    size_t bins = 4 * (size_t)axis->count, n = 2 * bins + 2, *count = arena_zeros(arena, bins + 1, sizeof *count);
-    struct Curve stair = {values->label, arena_alloc(arena, n, sizeof *stair.p), n};
-    for (size_t i = 0; i < values->n; i++) count[MIN(bins - 1, (size_t)(4 * (values->p[i].y - axis->low) / axis->step))]++;
-    for (size_t i = 0; i < n; i++) stair.p[i] = (struct Point){axis->low + (double)(i / 2) * axis->step / 4, i ? 100 * (double)count[(i - 1) / 2] / (double)values->n : 0};
+    size_t bins = 4 * (size_t)axis->count, n = 2 * bins + 2;
+    struct Curve stair = {values->label, arena_zeros(arena, n, sizeof *stair.p), n};
+    for (size_t i = 0; i < n; i++) stair.p[i].x = axis->low + (double)(i / 2) * axis->step / 4;
+    for (size_t i = 0; i < values->n; i++) {
+        size_t bin = MIN(bins - 1, (size_t)(4 * (values->p[i].y - axis->low) / axis->step));
+        stair.p[2 * bin + 1].y = stair.p[2 * bin + 2].y += 100 / (double)values->n;
+    }
     return stair;
 }
 
 struct Report { FILE *file; struct Arena arena; const struct Json *run; size_t plots; };
-enum { PLOT_W = 360, PLOT_H = 218, PLOT_LEFT = 52, PLOT_TOP = 40, PLOT_RIGHT = PLOT_W - 10, PLOT_BOTTOM = PLOT_H - 32 };
+enum { PLOT_W = 360, PLOT_H = 218, PLOT_LEFT = 52, PLOT_TOP = 40, PLOT_RIGHT = PLOT_W - 24, PLOT_BOTTOM = PLOT_H - 32 };
 static double plot_x(const struct Axis *x, double value) { return PLOT_LEFT + (value - x->low) / (x->step * x->count) * (PLOT_RIGHT - PLOT_LEFT); }
 static double plot_y(const struct Axis *y, double value) { return PLOT_BOTTOM - (value - y->low) / (y->step * y->count) * (PLOT_BOTTOM - PLOT_TOP); }
 
 static void plot_axis(FILE *f, const struct Axis *axis, bool is_x) {
-    bool plain = fabs(axis->low) + axis->step * axis->count < 1e6 && axis->decimals < 4;
     for (int i = 0; i <= axis->count; i++) {
-        double value = fabs(axis->low + i * axis->step) < axis->step / 2 ? 0 : axis->low + i * axis->step;
-        double x = is_x ? plot_x(axis, value) : PLOT_LEFT - 5, y = is_x ? PLOT_BOTTOM + 15 : plot_y(axis, value) + 4;
-        if (is_x) fprintf(f, "<path class=\"a\" d=\"M%.1f %dv4\"/>", x, PLOT_BOTTOM);
-        else fprintf(f, "<path class=\"a\" d=\"M%d %.1fH%d\"/>", PLOT_LEFT, y - 4, PLOT_RIGHT);
-        fprintf(f, "<text x=\"%.1f\" y=\"%.1f\" text-anchor=\"%s\">", x, y, is_x && i < axis->count ? "middle" : "end");
-        fprintf(f, plain ? "%.*f</text>" : "%.*g</text>", plain ? axis->decimals : 3, value);
+        double value = axis->low + i * axis->step, x = is_x ? plot_x(axis, value) : PLOT_LEFT, y = is_x ? PLOT_BOTTOM : plot_y(axis, value);
+        fprintf(f, "<path class=\"a\" d=\"M%.1f %.1f%s%d\"/>", x, y, is_x ? "v" : "H", is_x ? 4 : PLOT_RIGHT);
+        fprintf(f, "<text x=\"%.1f\" y=\"%.1f\" text-anchor=\"%s\">", x - (is_x ? 0 : 5), y + (is_x ? 15 : 4), is_x ? "middle" : "end");
+        fprintf(f, "%.6g</text>", fabs(value) < axis->step / 2 ? 0 : value);
     }
 }
 
@@ -5748,12 +5727,14 @@ static void report_plot(struct Report *r, const struct Plot *plot, const struct 
     struct Curve c[3];
     size_t count = 0;
     for (size_t k = 0; k < COUNT(c) && plot->metric[k]; k++) {
-        c[count] = curve_read(&r->arena, histogram ? json_get(r->run, plot->metric[k]) : log, histogram ? NULL : plot->metric[k], plot->label[k]);
+        const char *name = plot->metric[k];
+        c[count] = curve_read(&r->arena, histogram ? json_get(r->run, name) : log, histogram ? NULL : name, plot->label[k]);
         count += c[count].n > 0;
     }
     if (count == 0) return;
     struct Axis x = curves_axis(c, count, !histogram, INFINITY, 5);
-    fprintf(f, "<figure><h3>%s</h3>\n<svg viewBox=\"0 0 %d %d\" role=\"img\" aria-label=\"%s, %s: ", plot->title, PLOT_W, PLOT_H, plot->title, plot->unit);
+    fprintf(f, "<figure><h3>%s</h3>\n<svg viewBox=\"0 0 %d %d\" role=\"img\" ", plot->title, PLOT_W, PLOT_H);
+    fprintf(f, "aria-label=\"%s, %s: ", plot->title, plot->unit);
     for (size_t k = 0; k < count; k++) {
         double sum = 0, last = c[k].p[c[k].n - 1].y;
         for (size_t i = 0; i < c[k].n; i++) sum += c[k].p[i].y;
@@ -5762,18 +5743,16 @@ static void report_plot(struct Report *r, const struct Plot *plot, const struct 
         if (histogram) c[k] = curve_stair(&r->arena, &c[k], &x);
     }
     struct Axis y = curves_axis(c, count, false, histogram ? 0 : INFINITY, 4);
-    fprintf(f, "\"><text x=\"2\" y=\"%d\">%s</text><text x=\"%d\" y=\"%d\" text-anchor=\"end\">%s</text>", PLOT_TOP - 11, plot->unit, PLOT_RIGHT, PLOT_H - 3, histogram ? "reward" : "step");
-    plot_axis(f, &y, false);
+    fprintf(f, "\"><text x=\"2\" y=\"%d\">%s</text><text x=\"%d\" y=\"%d\" text-anchor=\"end\">%s</text>",
+            PLOT_TOP - 11, plot->unit, PLOT_RIGHT, PLOT_H - 3, histogram ? "reward" : "step");
     plot_axis(f, &x, true);
+    plot_axis(f, &y, false);
     double at = 2;
     for (size_t k = 0; k < count; at += 36 + 6 * (double)strlen(c[k++].label)) {
         fprintf(f, "\n<path class=\"l s%zu\" d=\"M%.0f 8h18\"/><text x=\"%.0f\" y=\"12\">%s</text>", k, at, at + 22, c[k].label);
-        curve_thin(&c[k], 300);
-        for (int area = histogram; area >= 0; area--) {
-            fprintf(f, "<path class=\"%s%zu\" d=\"M", area ? "h f" : "l s", k);
-            for (size_t i = 0; i < c[k].n; i++) fprintf(f, "%.1f %.1f ", plot_x(&x, c[k].p[i].x), plot_y(&y, c[k].p[i].y));
-            fputs("h0\"/>", f);                                     /* a dot, where there is one point */
-        }
+        fprintf(f, "<path class=\"l%s s%zu\" d=\"M", histogram ? " h" : "", k);
+        for (size_t i = 0; i < c[k].n; i++) fprintf(f, "%.1f %.1f ", plot_x(&x, c[k].p[i].x), plot_y(&y, c[k].p[i].y));
+        fputs("h0\"/>", f);                                         /* a dot, where there is one point */
     }
     fprintf(f, "</svg>\n<figcaption>%s<br>Glossary: %s</figcaption></figure>\n", plot->about, plot->term);
     r->plots++;
@@ -5787,48 +5766,28 @@ static void report_plots(struct Report *r, enum Stage stage, const struct Json *
 
 /* A model's answer: tokens, and how the training moved the log-probability of each, told by underline, colour and number. */
 static void report_answer(FILE *f, const char *name, const struct Json *answer) {
-    const struct Json *tokens = json_get(answer, "tokens"), *ratios = json_get(answer, "logratio"), *ratio = ratios ? ratios->child : NULL, *moved = NULL;
-    double sum = 0, most = 0, reward = json_shown(json_get(answer, "reward"));
-    fprintf(f, "<div><h4>%s", name);
-    if (!isnan(reward)) fprintf(f, ": reward %+.2f", reward);
-    fputs("</h4><p class=\"t\">", f);
-    for (const struct Json *token = tokens ? tokens->child : NULL; token; token = token->next, ratio = ratio ? ratio->next : NULL) {
+    const struct Json *ratio = json_first(json_get(answer, "logratio"));
+    double sum = 0;
+    fprintf(f, "<div><h4>%s: reward %+.2f</h4><p class=\"t\">", name, json_shown(json_get(answer, "reward")));
+    for (const struct Json *token = json_first(json_get(answer, "tokens")); token; token = token->next, ratio = ratio ? ratio->next : NULL) {
         double shown = json_shown(ratio), x = isnan(shown) ? 0 : shown, size = fabs(x);
         int level = (size >= 0.1) + (size >= 1) + (size >= 3);
         if (level) fprintf(f, "<span class=\"%c%d\" title=\"%+.2f nats\">", x > 0 ? 'u' : 'd', level, x);
         html_text(f, "", json_words(token), level ? "</span>" : "");
-        if (size > fabs(most)) moved = token;
-        if (size > fabs(most)) most = x;
         sum += x;
     }
-    if (moved) fprintf(f, "</p><p class=\"mut\">In all %+.1f nats; the most, %+.1f, ", sum, most);
-    if (moved) html_text(f, "for “", json_words(moved), "”");
-    fputs("</p></div>\n", f);
+    fprintf(f, "</p><p class=\"mut\">In all %+.1f nats</p></div>\n", sum);
 }
 
-/* rlhf's part: what an outside judge looks at in summary.json, and samples side by side. */
+/* rlhf's part: samples side by side. */
 static const char *const COURSE_MODEL[][2] = {{"before", "Before"}, {"ppo", "PPO"}, {"dpo", "DPO"}};
 
-static void report_result(FILE *f, const struct Json *summary) {
-    static const char *const formats[] = {"<td>%+.2f", "<td>%.1f", "<td>%.2f", "<td>%.1f"};
-    fputs("<h2>Result</h2>\n<table class=\"n\"><tr><th>Model<th>Reward<th>KL<th>Distinct-2<th>Length</tr>\n", f);
-    for (size_t k = 0; k < COUNT(COURSE_MODEL); k++) {
-        const struct Json *p = json_get(summary, COURSE_MODEL[k][0]), *reward = k ? json_get(p, "reward_after") : json_get(json_get(summary, "ppo"), "reward_before");
-        double cells[] = {json_shown(reward), k ? json_shown(json_get(p, "kl")) : 0, json_shown(json_get(p, "distinct_2")), json_shown(json_get(p, "mean_length"))};
-        fprintf(f, "<tr><th scope=\"row\">%s", COURSE_MODEL[k][1]);
-        for (size_t i = 0; i < COUNT(cells); i++) fprintf(f, isnan(cells[i]) ? "<td><!-- %g -->" : formats[i], cells[i]);
-        fputs("</tr>\n", f);
-    }
-    fputs("</table>\n<p><b>Reward</b>: what the reward model says, in standard deviations over real reviews: the aim. <b>KL</b>, in nats an answer: how far the model "
-          "has left the reference: the price. <b>Distinct-2</b>: different word pairs / all; low if the answers are alike. <b>Length</b>: tokens. A higher reward at a much "
-          "higher KL and a much lower distinct-2 is no better text: the policy has found what pleases the reward model. What people would say, the samples tell.</p>\n", f);
-}
-
 static void report_samples(FILE *f, const struct Json *samples) {
-    fputs("<h2>Samples</h2>\n<p>Held-out beginnings, and how each model goes on. Underlined is what the training moved: <span class=\"t\"><span class=\"u1\">solid: likelier</span>"
-          " by 0.1 nats or more, <span class=\"u2\">by 1</span>, <span class=\"u3\">by 3</span>; <span class=\"d1\">dashed: less likely</span> by 0.1, <span class=\"d2\">by 1</span>, "
-          "<span class=\"d3\">by 3</span></span>. A nat is a factor of 2.7, three are 20; rest on a token for its number.</p>\n<p class=\"mut\">Glossary: Função Omega (ω) · omega function (ω)</p>\n", f);
-    for (const struct Json *sample = samples->child; sample; sample = sample->next) {
+    fputs("<h2>Samples</h2>\n<p>Held-out beginnings, and how each model goes on. Underlined is what the training moved: <span class=\"t\">"
+          "<span class=\"u1\">solid: likelier</span>, <span class=\"d1\">dashed: less likely</span></span>, thicker from 1 and from 3 nats; a nat is "
+          "a factor of 2.7. Rest on a token for its number. A higher reward at a much higher KL and a much lower distinct-2 is no better text: the "
+          "policy has found what pleases the reward model.</p>\n<p class=\"mut\">Glossary: Função Omega (ω) · omega function (ω)</p>\n", f);
+    for (const struct Json *sample = json_first(samples); sample; sample = sample->next) {
         html_text(f, "<section><h3 class=\"t\">", json_words(json_get(sample, "prompt")), " …</h3><div class=\"grid\">\n");
         for (size_t k = 0; k < COUNT(COURSE_MODEL); k++) report_answer(f, COURSE_MODEL[k][1], json_get(sample, COURSE_MODEL[k][0]));
         fputs("</div></section>\n", f);
@@ -5843,53 +5802,55 @@ static struct Json *report_json(struct Arena *arena, const char *dir, const char
 /* report_write -- makes DIR/report.html of the logs in DIR and in the folders of rlhf's stages.                   test: report_page */
 static void report_write(const char *dir) {
     struct Report r = {0};
-    struct Json *log[STAGES] = {0}, *summary = report_json(&r.arena, dir, ".", "summary.json"), *facts, *samples;
-    bool any = summary != NULL;
+    const struct Json *log[STAGES] = {0}, *samples;
+    bool any = false;
     for (int k = 0; k < STAGE_REINFORCE; k++) {
         log[k] = json_get(report_json(&r.arena, dir, STAGE[k].folder, "trainer_state.json"), "log_history");
         any = any || log[k];
     }
-    CHECK(any, "%s: no log of a run there (trainer_state.json, summary.json); give the --output_dir of one", dir);
+    CHECK(any, "%s: no log of a run there (trainer_state.json); give the --output_dir of one", dir);
     r.run = report_json(&r.arena, dir, ".", "report.json");
-    facts = json_get(r.run, "facts");
-    samples = json_get(r.run, "samples");
     struct Output out = output_open(dir, "report.html");
-    r.file = out.file;
-    fprintf(r.file, "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n"
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\"><title>A run of align</title>\n"
-        "<style>%s</style></head>\n<body><main><h1>A run of align</h1>\n<table>\n", REPORT_CSS);
-    for (const struct Json *fact = facts ? facts->child : NULL; fact; fact = fact->next) {
-        html_text(r.file, "<tr><th scope=\"row\">", fact->key, "<td>");
-        html_text(r.file, "", json_words(fact), "</tr>\n");
+    FILE *f = r.file = out.file;
+    fprintf(f, "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>A run of align</title>\n"
+            "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n"
+            "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
+            "<style>%s</style></head>\n<body><main><h1>A run of align</h1>\n<table>\n", REPORT_CSS);
+    for (const struct Json *fact = json_first(json_get(r.run, "facts")); fact; fact = fact->next) {
+        html_text(f, "<tr><th scope=\"row\">", fact->key, "<td>");
+        html_text(f, "", json_words(fact), "</tr>\n");
     }
-    fputs("</table>\n<p class=\"mut\">In plots, beside a curve’s name stands its last value, beside a histogram’s its mean. Terms: docs/glossary.md, or <code>align glossary TERM</code>.</p>\n", r.file);
-    if (summary) report_result(r.file, summary);
+    fputs("</table>\n<p class=\"mut\">In plots, beside a curve’s name stands its last value, beside a histogram’s its mean. "
+          "Terms: docs/glossary.md, or <code>align glossary TERM</code>.</p>\n", f);
     report_plots(&r, STAGE_RUN, NULL);
-    if (samples) report_samples(r.file, samples);
+    if ((samples = json_get(r.run, "samples"))) report_samples(f, samples);
     for (int k = 0; k < STAGES; k++) {
         enum Stage stage = STAGE_RUN;
         for (int s = 1; log[k] && s < STAGES; s++) if (curve_read(&r.arena, log[k], STAGE[s].marker, "").n) stage = (enum Stage)s;
         if (stage == STAGE_RUN) continue;
-        fprintf(r.file, "<h2>%s</h2>\n<p>%s</p>\n", STAGE[stage].title, STAGE[stage].about);
+        fprintf(f, "<h2>%s</h2>\n<p>%s</p>\n", STAGE[stage].title, STAGE[stage].about);
         report_plots(&r, stage, log[k]);
     }
-    fprintf(r.file, "<p class=\"mut\">%s<code>align report DIR</code> makes this page again.</p>\n</main></body></html>\n", r.plots ? "" : "The logs hold no numbers to plot. ");
+    fprintf(f, "<p class=\"mut\">%s<code>align report DIR</code> makes this page again.</p>\n</main></body></html>\n",
+            r.plots ? "" : "The logs hold no numbers to plot. ");
     output_close(&out);
     arena_free(&r.arena);
 }
 
-/* Begins report.json with what was done, in words. The caller adds what else it knows, and closes the object and the file. */
-static struct Output report_begin(const char *dir, const char *command, const char *data, const char *training, const struct GPT2 *model, uint64_t seed, double seconds) {
+/* Begins report.json with what was done, in words. The caller adds what else it knows, and closes facts, object and file. */
+static struct Output report_begin(const char *dir, const char *command, const char *data, const char *training, const struct GPT2 *model,
+                                  uint64_t seed, double seconds) {
     const struct GPT2Config *c = &model->config;
     size_t weights = 0;
     for (size_t i = 0; i < model->tensor_count; i++) weights += model->tensors[i]->n;
     struct Output out = output_open(dir, "report.json");
     json_write_string(out.file, "{\"facts\": {\n  \"Command\": ", text_of(command));
     json_write_string(out.file, ",\n  \"Data\": ", text_of(data));
-    fprintf(out.file, ",\n  \"Training\": \"%s\",\n  \"Model\": \"GPT-2: %.2f million weights, %zu layers, width %zu, %zu heads, context %zu, vocabulary %zu\",\n",
-        training, (double)weights / 1e6, c->n_layer, c->n_embd, c->n_head, c->n_positions, c->vocab_size);
-    fprintf(out.file, "  \"Seed\": \"%llu\",\n  \"Time\": \"%.0f seconds\",\n  \"Machine\": \"threads: %d; kernel %s; at most %.0f MB of memory\"}",
-        (unsigned long long)seed, seconds, thread_count(), kernel ? kernel->name : "plain", (double)peak_rss_bytes() / 1e6);
+    fprintf(out.file, ",\n  \"Training\": \"%s\",\n  \"Seed\": \"%llu\",\n  \"Time\": \"%.0f seconds\",\n", training, (unsigned long long)seed, seconds);
+    fprintf(out.file, "  \"Model\": \"GPT-2: %.2f million weights, %zu layers, width %zu, %zu heads, context %zu, vocabulary %zu\",\n",
+            (double)weights / 1e6, c->n_layer, c->n_embd, c->n_head, c->n_positions, c->vocab_size);
+    fprintf(out.file, "  \"Machine\": \"threads: %d; kernel %s; at most %.0f MB of memory\"",
+            thread_count(), kernel ? kernel->name : "plain", (double)peak_rss_bytes() / 1e6);
     return out;
 }
 
@@ -5965,6 +5926,7 @@ static struct Trainer course_trainer(struct Course *course, struct GPT2 *model, 
     trainer.args.seed = course->seed;
     trainer.args.logging_steps = MAX((size_t)1, steps / 50);
     trainer.args.say_steps = MAX((size_t)1, steps / 8);
+    trainer.args.eval_steps = steps / 5 + 1;
     trainer.args.max_length = model->config.n_positions;
     return trainer;
 }
@@ -5977,13 +5939,31 @@ static void course_finish(struct Course *course, const char *name, struct Traine
     trainer_free(trainer);
 }
 
+static struct Example *course_cut(struct Course *course, const struct Example *texts, size_t n, size_t length) {
+    struct Example *cut = arena_alloc(&course->arena, n, sizeof *cut);
+    for (size_t i = 0; i < n; i++) {
+        cut[i] = texts[i];
+        cut[i].n = MIN(cut[i].n, length);
+    }
+    return cut;
+}
+
+static struct GenerationConfig course_generation(const struct Course *course, size_t max_new_tokens) {
+    struct GenerationConfig generation = generation_config();
+    generation.do_sample = true;
+    generation.temperature = course->temperature;
+    generation.top_k = 0;
+    generation.max_new_tokens = max_new_tokens;
+    return generation;
+}
+
 /* Stage 1: a language model, from random weights or from a given folder's. */
 static void course_language_model(struct Course *course, double learning_rate) {
-    struct Trainer trainer = course_trainer(course, course->language_model, learning_rate, course->pretrain_steps, MAX((size_t)1, COURSE_TOKENS_A_STEP / course->language_model->config.n_positions), 50);
+    size_t rows = MAX((size_t)1, COURSE_TOKENS_A_STEP / course->language_model->config.n_positions);
+    struct Trainer trainer = course_trainer(course, course->language_model, learning_rate, course->pretrain_steps, rows, 50);
     trainer.args.adam_beta2 = 0.99;
     trainer.args.weight_decay = 0.1;
     trainer.args.lr_end = 0.05;
-    trainer.args.eval_steps = course->pretrain_steps / 5 + 1;
     struct LanguageTask *task = pretrain_task(&trainer, &course->arena, course->train, course->train_n, course->held_out, course->held_out_n);
     task->whole_texts = true;
     trainer.task.name = "1/4 language model";
@@ -5994,56 +5974,27 @@ static void course_language_model(struct Course *course, double learning_rate) {
     arena_free(&task->rows);
 }
 
-static struct Example *course_cut(struct Course *course, const struct Example *texts, size_t n, size_t length) {
-    struct Example *cut = arena_alloc(&course->arena, n, sizeof *cut);
-    for (size_t i = 0; i < n; i++) {
-        cut[i] = texts[i];
-        cut[i].n = MIN(cut[i].n, length);
-    }
-    return cut;
-}
-
 /* Stage 2: the raters' taste. Whole texts and beginnings of texts alike, for it will have to judge both. */
 static void course_reward_model(struct Course *course) {
     struct GPT2 *model = course->reward_model = gpt2_copy(course->language_model);
     reward_head_declare(model);
     struct Trainer trainer = course_trainer(course, model, 2e-3, course->reward_steps, 32, 20);
-    struct RewardTask *task = arena_zeros(&course->arena, 1, sizeof *task);
-    *task = (struct RewardTask){.rated = true, .min_difference = 1, .prefix_share = 0.5, .cut = rng_seed(course->seed, STREAM_CUT)};
-    size_t limit = model->config.n_positions;
-    task->texts[0] = course_cut(course, course->train, course->train_n, limit);
-    task->number[0] = course->train_rating;
-    struct Example *held_out = task->texts[1] = course_cut(course, course->held_out, course->held_out_n, limit);
-    task->number[1] = course->held_out_rating;
-    trainer.task = (struct Task){.name = "2/4 reward model", .n = course->train_n, .eval_n = course->held_out_n, .data = task, .loss = reward_loss};
-    trainer.args.eval_steps = course->reward_steps / 5 + 1;
+    size_t limit = model->config.n_positions, n = course->held_out_n;
+    struct RewardTask task = {.rated = true, .min_difference = 1, .prefix_share = 0.5, .cut = rng_seed(course->seed, STREAM_CUT),
+        .number = {course->train_rating, course->held_out_rating},
+        .texts = {course_cut(course, course->train, course->train_n, limit), course_cut(course, course->held_out, n, limit)}};
+    trainer.task = (struct Task){.name = "2/4 reward model", .n = course->train_n, .eval_n = n, .data = &task, .loss = reward_loss};
     if (course->reward_steps) trainer_train(&trainer);
     trainer_evaluate(&trainer);
-    float *reward = course->held_out_reward = arena_floats(&course->arena, course->held_out_n);
-    reward_score(model, held_out, course->held_out_n, reward);
-    course->eval_accuracy = pair_accuracy(reward, course->held_out_rating, course->held_out_n, 1);
-    double right = 0, all = 0, middle = mean_of(reward, course->held_out_n);      /* comparisons leave r's zero open */
-    for (size_t i = 0; i < course->held_out_n; i++) {
-        if (course->held_out_rating[i] == 0) continue;
-        right += (reward[i] > middle) == (course->held_out_rating[i] > 0);
-        all++;
-    }
-    course->label_accuracy = all ? right / all : NAN;
-    say("%s: %.3f of held-out pairs ordered as people did, %.3f of held-out texts on the right side of the mean\n", trainer.task.name, course->eval_accuracy, course->label_accuracy);
-    size_t prefixes = MIN(course->held_out_n, (size_t)1000);          /* unseen ones: on texts it has learnt it is surer of itself */
-    struct Example *prefix = course_cut(course, course->held_out, prefixes, COURSE_PREFIX);
-    reward = arena_floats(&course->arena, prefixes);
-    reward_score(model, prefix, prefixes, reward);
-    course->scorer = (struct Scorer){model, course->tok, mean_of(reward, prefixes), sqrt(unbiased_variance(reward, prefixes)), COURSE_LEAST_LENGTH, -2};
+    float *reward = course->held_out_reward = arena_floats(&course->arena, n), *prefix_reward = arena_floats(&course->arena, n);
+    reward_score(model, task.texts[1], n, reward);
+    course->eval_accuracy = pair_accuracy(reward, course->held_out_rating, n, 1);
+    say("%s: %.3f of held-out pairs ordered as people did\n", trainer.task.name, course->eval_accuracy);
+    n = MIN(n, (size_t)1000);                                 /* comparisons leave the reward's zero and unit open; real beginnings set them, */
+    reward_score(model, course_cut(course, course->held_out, n, COURSE_PREFIX), n, prefix_reward);     /* unseen: of learnt ones it is surer */
+    double mean = mean_of(prefix_reward, n), deviation = sqrt(unbiased_variance(prefix_reward, n));
+    course->scorer = (struct Scorer){model, course->tok, mean, deviation, COURSE_LEAST_LENGTH, -2};
     course_finish(course, "reward_model", &trainer);
-}
-
-static struct GenerationConfig course_generation(const struct Course *course) {
-    struct GenerationConfig generation = generation_config();
-    generation.do_sample = true;
-    generation.temperature = course->temperature;
-    generation.top_k = 0;
-    return generation;
 }
 
 /* Stage 3: PPO. A score is the reward in standard deviations of real beginnings; answers that end before
@@ -6055,23 +6006,21 @@ static void course_ppo(struct Course *course) {
     config.init_kl_coef = 0.15;          /* the controller steers beta so that every seed ends near 12 nats */
     config.target = 12.5;
     config.horizon = 1280;
-    struct TrainingArguments args = course_trainer(course, course->ppo, 7e-4, course->ppo_steps, 8, 5).args;
-    args.lr_end = 0.2;
-    args.logging_steps = 1;
-    args.max_grad_norm = 0;
-    struct PPOTrainer *ppo = ppo_trainer_new(course->ppo, course->language_model, config, args, course->temperature);
+    struct Trainer trainer = course_trainer(course, course->ppo, 7e-4, course->ppo_steps, 8, 5);
+    trainer.args.lr_end = 0.2;
+    trainer.args.logging_steps = 1;
+    trainer.args.max_grad_norm = 0;
+    struct PPOTrainer *ppo = ppo_trainer_new(course->ppo, course->language_model, config, trainer.args, course->temperature);
     ppo->name = "3/4 ppo";
     ppo->tok = course->tok;
-    struct RolloutSource source = {.prompts = course->prompts, .n = course->prompt_n, .at = course->prompt_n, .order = arena_alloc(&course->arena, course->prompt_n, sizeof(size_t)),
-        .shuffle = rng_seed(course->seed, STREAM_ORDER), .lengths = rng_seed(course->seed, STREAM_LENGTH), .sample = rng_seed(course->seed, STREAM_SAMPLE),
-        .output_length = {16, 29}, .generation = course_generation(course), .scorer = course->scorer};
-    for (size_t i = 0; i < source.n; i++) source.order[i] = i;
-    struct TrainerState state = {0};
-    char *folder = arena_printf(&course->arena, "%s/ppo", course->output_dir);
-    ppo_train(ppo, &source, course->ppo_steps, folder, &state);
-    model_replace(course->ppo, folder, course->tok);
-    trainer_state_save(&state, &args, folder);
-    free(state.log_history);
+    size_t n = course->prompt_n;
+    struct RolloutSource source = {.prompts = course->prompts, .n = n, .at = n, .order = arena_alloc(&course->arena, n, sizeof(size_t)),
+        .shuffle = rng_seed(course->seed, STREAM_ORDER), .lengths = rng_seed(course->seed, STREAM_LENGTH),
+        .sample = rng_seed(course->seed, STREAM_SAMPLE), .output_length = {16, 29}, .generation = course_generation(course, 20),
+        .scorer = course->scorer};
+    for (size_t i = 0; i < n; i++) source.order[i] = i;
+    ppo_train(ppo, &source, course->ppo_steps, arena_printf(&course->arena, "%s/ppo", course->output_dir), &trainer.state);
+    course_finish(course, "ppo", &trainer);
     ppo_trainer_free(ppo);
 }
 
@@ -6080,21 +6029,19 @@ static void course_ppo(struct Course *course) {
 static void course_dpo(struct Course *course) {
     enum { ANSWERS = 4, PAIRS_A_STEP = 16 };
     course->dpo = gpt2_copy(course->language_model);
-    size_t n = MIN(course->prompt_n, course->dpo_steps * PAIRS_A_STEP / 2 + PAIRS_A_STEP);
+    size_t n = MIN(course->prompt_n, course->dpo_steps * PAIRS_A_STEP / 2 + PAIRS_A_STEP), tokens = 0;
     struct Example *pairs = arena_alloc(&course->arena, 2 * n, sizeof *pairs);
-    struct GenerationConfig generation = course_generation(course);
-    size_t tokens = 0;
+    struct GenerationConfig generation = course_generation(course, 40);
     for (size_t i = 0; i < course->train_n; i++) tokens += course->train[i].n;
     bool sentences = tokens / course->train_n < COURSE_POSITIONS;        /* an answer of 40 tokens can end one; it never ends a whole review */
-    generation.max_new_tokens = 40;
-    size_t count = collect_preferences(course->language_model, &course->scorer, &course->arena, course->prompts, n, ANSWERS, sentences, &generation, course->seed, pairs);
+    size_t count = collect_preferences(course->language_model, &course->scorer, &course->arena, course->prompts, n, ANSWERS, sentences,
+                                       &generation, course->seed, pairs);
     say("4/4 dpo: %zu pairs collected from %zu answers\n", count, n * ANSWERS);
-    CHECK(count > 0 || course->dpo_steps == 0, "no answer of the language model ended by itself, so no pair could be formed; train it longer (--pretrain_steps)");
+    CHECK(count > 0 || course->dpo_steps == 0,
+          "no answer of the language model ended by itself, so no pair could be formed; train it longer (--pretrain_steps)");
     struct Trainer trainer = course_trainer(course, course->dpo, 6e-4, course->dpo_steps, PAIRS_A_STEP, 10);
     trainer.args.lr_end = 0.1;
-    struct DPOConfig config = {.beta = 0.1};
-    config.weight[DPO_SIGMOID] = 1;
-    config.weight[DPO_SFT] = 0.2;
+    struct DPOConfig config = {.beta = 0.1, .weight = {[DPO_SIGMOID] = 1, [DPO_SFT] = 0.2}};
     dpo_task(&trainer, &course->arena, course->language_model, config, course->temperature, pairs, count);
     trainer.task.name = "4/4 dpo";
     if (course->dpo_steps) trainer_train(&trainer);
@@ -6103,9 +6050,9 @@ static void course_dpo(struct Course *course) {
 
 /* The same random numbers for each policy. */
 static struct PolicyResult course_measure(struct Course *course, const struct GPT2 *policy) {
-    struct GenerationConfig generation = course_generation(course);
-    generation.max_new_tokens = COURSE_MAX_NEW;
-    return policy_measure(policy, course->language_model, &course->scorer, &course->arena, course->test_prompts, course->test_n, &generation, course->seed + 1);
+    struct GenerationConfig generation = course_generation(course, COURSE_MAX_NEW);
+    return policy_measure(policy, course->language_model, &course->scorer, &course->arena, course->test_prompts, course->test_n,
+                          &generation, course->seed + 1);
 }
 
 static struct Text course_prompt(struct Course *course, size_t i) {
@@ -6116,7 +6063,8 @@ static struct Text course_prompt(struct Course *course, size_t i) {
 static void course_write_answer(struct Course *course, FILE *f, const struct PolicyResult *r, size_t i) {
     const struct Example *answer = &r->answers[i];
     struct Batch batch = collate(&course->arena, answer, 1, SKIP_LAST);
-    struct LMHead head = batch_logprobs(r->policy, &course->arena, &batch, course->temperature, false), ref = batch_logprobs(course->language_model, &course->arena, &batch, course->temperature, false);
+    struct LMHead head = batch_logprobs(r->policy, &course->arena, &batch, course->temperature, false);
+    struct LMHead ref = batch_logprobs(course->language_model, &course->arena, &batch, course->temperature, false);
     fprintf(f, "{\"reward\": %s, \"tokens\": [", json_number_text(r->reward[i]));
     for (size_t t = answer->prompt_length; t < answer->n; t++)
         json_write_string(f, t > answer->prompt_length ? ", " : "", tokenizer_decode(course->tok, answer->ids[t], course->vocab_size));
@@ -6125,31 +6073,45 @@ static void course_write_answer(struct Course *course, FILE *f, const struct Pol
     fputc('}', f);
 }
 
-/* report.json: rewards of reviews and answers, and a few answers token by token. */
+/* A prompt and each model's answer, as words (samples.jsonl) or token by token (report.json). */
+static void course_write_sample(struct Course *course, FILE *f, size_t i, bool tokens) {
+    json_write_string(f, "{\"prompt\": ", course_prompt(course, i));
+    for (size_t k = 0; k < COUNT(course->result); k++) {
+        fprintf(f, ", \"%s\": ", COURSE_MODEL[k][0]);
+        if (tokens) course_write_answer(course, f, &course->result[k], i);
+        else json_write_string(f, "", course->result[k].texts[i]);
+    }
+    fputc('}', f);
+}
+
+/* report.json: figures, rewards of reviews and answers, and a few answers token by token. */
 static void course_write_report(struct Course *course, double seconds) {
     struct Arena *arena = &course->arena;
-    size_t counts[] = {0, 0};
-    float *rewards[] = {arena_floats(arena, course->held_out_n), arena_floats(arena, course->held_out_n)};
-    for (size_t i = 0, liked; i < course->held_out_n; i++) {
-        liked = course->held_out_rating[i] > 0;
-        if (course->held_out_rating[i] != 0) rewards[liked][counts[liked]++] = course->held_out_reward[i];
+    const char *data = arena_printf(arena, "%s: %zu rated texts to learn from, %zu held out", course->data, course->train_n, course->held_out_n);
+    const char *steps = arena_printf(arena, "steps: %zu of the language model, %zu of the reward model, %zu of PPO, %zu of DPO",
+                                     course->pretrain_steps, course->reward_steps, course->ppo_steps, course->dpo_steps);
+    struct Output out = report_begin(course->output_dir, course->command, data, steps, course->language_model, course->seed, seconds);
+    for (size_t k = 0; k < COUNT(course->result); k++) {
+        const struct PolicyResult *r = &course->result[k];
+        fprintf(out.file, ",\n  \"%s\": \"reward %+.2f standard deviations of real reviews, KL %.1f nats an answer, distinct-2 (different word "
+                "pairs / all) %.2f, %.1f tokens\"", COURSE_MODEL[k][1], r->mean_reward, r->kl, r->distinct_2, r->mean_length);
     }
-    struct Output out = report_begin(course->output_dir, course->command, arena_printf(arena, "%s: %zu rated texts to learn from, %zu held out", course->data, course->train_n, course->held_out_n),
-        arena_printf(arena, "steps: %zu of the language model, %zu of the reward model, %zu of PPO, %zu of DPO", course->pretrain_steps, course->reward_steps, course->ppo_steps, course->dpo_steps),
-        course->language_model, course->seed, seconds);
-    for (size_t k = 0; k < 5; k++) {
-        fprintf(out.file, ",\n\"%s\": ", k == 0 ? "disliked" : k == 1 ? "liked" : COURSE_MODEL[k - 2][0]);
-        json_write_floats(out.file, "", k < 2 ? rewards[k] : course->result[k - 2].reward, k < 2 ? counts[k] : course->test_n);
+    for (size_t k = 0; k < COUNT(course->result); k++)
+        json_write_floats(out.file, arena_printf(arena, "%s,\n\"%s\": ", k ? "" : "}", COURSE_MODEL[k][0]), course->result[k].reward, course->test_n);
+    for (int liked = 0; liked < 2; liked++) {
+        size_t count = 0;
+        float *rewards = arena_floats(arena, course->held_out_n);
+        for (size_t i = 0; i < course->held_out_n; i++) {
+            double rating = course->held_out_rating[i];
+            if (liked ? rating > 0 : rating < 0) rewards[count++] = course->held_out_reward[i];
+        }
+        json_write_floats(out.file, liked ? ",\n\"liked\": " : ",\n\"disliked\": ", rewards, count);
     }
     for (size_t i = 0; i < MIN(course->test_n, (size_t)8); i++) {
-        fputs(i ? "},\n{\"prompt\": " : ",\n\"samples\": [\n{\"prompt\": ", out.file);
-        json_write_string(out.file, "", course_prompt(course, i));
-        for (size_t k = 0; k < COUNT(course->result); k++) {
-            fprintf(out.file, ", \"%s\": ", COURSE_MODEL[k][0]);
-            course_write_answer(course, out.file, &course->result[k], i);
-        }
+        fputs(i ? ",\n" : ",\n\"samples\": [\n", out.file);
+        course_write_sample(course, out.file, i, true);
     }
-    fputs("}]}\n", out.file);
+    fputs("]}\n", out.file);
     output_close(&out);
 }
 
@@ -6158,24 +6120,18 @@ static void course_write_files(struct Course *course, double seconds) {
     struct Output out = output_open(course->output_dir, "summary.json");
     fprintf(out.file, "{\n  \"seconds\": %s,\n  \"language_model\": {\"eval_loss_before\": %s, \"eval_loss_after\": %s},\n",
             json_number_text(seconds), json_number_text(course->eval_loss_before), json_number_text(course->eval_loss_after));
-    fprintf(out.file, "  \"reward_model\": {\"eval_accuracy\": %s, \"label_accuracy\": %s},\n",
-            json_number_text(course->eval_accuracy), json_number_text(course->label_accuracy));
-    for (size_t k = 1; k < COUNT(course->result); k++) {
+    fprintf(out.file, "  \"reward_model\": {\"eval_accuracy\": %s},\n", json_number_text(course->eval_accuracy));
+    for (size_t k = 0; k < COUNT(course->result); k++) {
         const struct PolicyResult *r = &course->result[k];
-        fprintf(out.file, "  \"%s\": {\"reward_before\": %s, \"reward_after\": %s, \"kl\": %s, \"distinct_2\": %s, \"mean_length\": %s},\n", COURSE_MODEL[k][0], json_number_text(before->mean_reward),
-            json_number_text(r->mean_reward), json_number_text(r->kl), json_number_text(r->distinct_2), json_number_text(r->mean_length));
+        fprintf(out.file, "  \"%s\": {", COURSE_MODEL[k][0]);
+        if (k) fprintf(out.file, "\"reward_before\": %s, \"reward_after\": %s, \"kl\": %s, ",
+                       json_number_text(before->mean_reward), json_number_text(r->mean_reward), json_number_text(r->kl));
+        fprintf(out.file, "\"distinct_2\": %s, \"mean_length\": %s},\n", json_number_text(r->distinct_2), json_number_text(r->mean_length));
     }
-    fprintf(out.file, "  \"before\": {\"distinct_2\": %.9g, \"mean_length\": %.9g},\n  \"peak_rss_bytes\": %zu\n}\n", before->distinct_2, before->mean_length, peak_rss_bytes());
+    fprintf(out.file, "  \"peak_rss_bytes\": %zu\n}\n", peak_rss_bytes());
     output_close(&out);
     out = output_open(course->output_dir, "samples.jsonl");
-    for (size_t i = 0; i < course->test_n; i++) {
-        json_write_string(out.file, "{\"prompt\": ", course_prompt(course, i));
-        for (size_t k = 0; k < COUNT(course->result); k++) {
-            fprintf(out.file, ", \"%s\": ", COURSE_MODEL[k][0]);
-            json_write_string(out.file, "", course->result[k].texts[i]);
-        }
-        fputs("}\n", out.file);
-    }
+    for (size_t i = 0; i < course->test_n; i++, fputc('\n', out.file)) course_write_sample(course, out.file, i, false);
     output_close(&out);
 }
 
@@ -6199,13 +6155,14 @@ static void course_print(struct Course *course) {
         }
     }
     printf("\n%zu held-out beginnings   reward      KL  distinct-2  length\n", course->test_n);
-    for (size_t k = 0; k < COUNT(course->result); k++) printf("  %-20s  %+8.2f%8.1f%12.2f%8.1f\n", COURSE_MODEL[k][0], r[k].mean_reward, r[k].kl, r[k].distinct_2, r[k].mean_length);
+    for (size_t k = 0; k < COUNT(course->result); k++)
+        printf("  %-20s  %+8.2f%8.1f%12.2f%8.1f\n", COURSE_MODEL[k][0], r[k].mean_reward, r[k].kl, r[k].distinct_2, r[k].mean_length);
     printf("\nThe models are in %s/{language_model,reward_model,ppo,dpo}. Try them:\n", course->output_dir);
-    printf("  ./align generate --model_name_or_path %s/ppo --prompt \"The film is\" --do_sample --top_k 0 --temperature %g\n", course->output_dir, course->temperature);
-    printf("\nThe language model's answers scored %+.2f; after PPO they score %+.2f, after DPO %+.2f (standard deviations of the reward of real reviews).\n", r[0].mean_reward, r[1].mean_reward, r[2].mean_reward);
+    printf("  ./align generate --model_name_or_path %s/ppo --prompt \"The film is\" --do_sample --top_k 0 --temperature %g\n",
+           course->output_dir, course->temperature);
+    printf("\nThe language model's answers scored %+.2f; after PPO they score %+.2f, after DPO %+.2f (standard deviations of the reward of "
+           "real reviews).\n", r[0].mean_reward, r[1].mean_reward, r[2].mean_reward);
 }
-
-static void course_time(double begin) { say("    %.0f s\n", seconds_now() - begin); }
 
 /* rlhf -- the four stages, measured. `language_model` comes new or loaded, not yet trained on these texts. */
 static void course_run(struct Course *course, const struct Dataset *data, struct GPT2 *language_model, double learning_rate) {
@@ -6214,19 +6171,17 @@ static void course_run(struct Course *course, const struct Dataset *data, struct
     course->vocab_size = language_model->config.vocab_size;
     make_folder(course->output_dir);
     course_split(course, data);
+    const struct GPT2Config *c = &language_model->config;
     say("%zu rated texts to learn from, %zu held out; %.2fM parameters; %d threads, kernel %s\n", course->train_n, course->held_out_n,
-        (double)(language_model->wte.n + language_model->wpe.n + language_model->config.n_layer * 12 * language_model->config.n_embd * language_model->config.n_embd) / 1e6, thread_count(), kernel ? kernel->name : "plain");
+        (double)(language_model->wte.n + language_model->wpe.n + c->n_layer * 12 * c->n_embd * c->n_embd) / 1e6, thread_count(),
+        kernel ? kernel->name : "plain");
     course_language_model(course, learning_rate);
-    course_time(begin);
     course_reward_model(course);
-    course_time(begin);
     course->result[0] = course_measure(course, course->language_model);
     course_ppo(course);
     course->result[1] = course_measure(course, course->ppo);
-    course_time(begin);
     course_dpo(course);
     course->result[2] = course_measure(course, course->dpo);
-    course_time(begin);
     course_write_files(course, seconds_now() - begin);
     course_write_report(course, seconds_now() - begin);
     report_write(course->output_dir);
@@ -6637,7 +6592,7 @@ static void save_result(const struct Options *o, const struct TrainerState *stat
     size_t rows = o->train.per_device_train_batch_size * o->train.gradient_accumulation_steps;
     const char *training = arena_printf(&arena, "%zu steps of %zu rows, learning rate %g", state->global_step, rows, o->train.learning_rate);
     struct Output out = report_begin(o->train.output_dir, o->command, data, training, o->model, o->train.seed, seconds_now() - o->begin);
-    fputs("}\n", out.file);
+    fputs("}}\n", out.file);
     output_close(&out);
     report_write(o->train.output_dir);
     arena_free(&arena);

@@ -18,7 +18,7 @@ ALIGN = os.path.abspath("align")
 TINY, FEW = "--vocab_size 300 --n_layer 1 --n_head 2 --n_embd 16", "--max_steps 4 --logging_steps 1"
 RLHF = "rlhf --model_name_or_path pretrain --dataset_name rated --pretrain_steps 9 --reward_steps 6 --ppo_steps 3 --dpo_steps 2"
 ROLL = "--model_name_or_path pretrain --dataset_name prompts --reward_model_path reward --batch_size 4 " + FEW
-PLOTS = {"course": 13, "pretrain": 1, "sft": 1, "reward": 2, "dpo": 4, "ppo": 4, "reinforce": 2}
+PLOTS = {"course": 11, "pretrain": 1, "sft": 1, "reward": 2, "dpo": 2, "ppo": 4, "reinforce": 1}
 
 # Of each figure: what a reader needs, as one string of complaints.
 FIGURES = r"""[...document.querySelectorAll('figure')].map(f => {
@@ -164,8 +164,7 @@ def odd_runs(work):
     write(work + "/absurd", {"trainer_state.json": b"{\"log_history\": [{\"step\": 1, \"loss\": -1e308}, {\"step\": 2, \"loss\": 1e300}, {\"step\": 3, \"loss\": 1e29}, {\"step\": 4, \"loss\": -1e29}, {\"step\": 1e14, \"loss\": 1e-29}]}"})
     write(work + "/flat", log([{"step": s, "loss": 1e6 + 1e-9 * s} for s in range(5)] + [{"step": 2, "eval_loss": 0}]))
     write(work + "/long", log([{"step": s, "loss": 3 + (s * 7919 % 1000) / 1000 + (97 if s == 54321 else 0)} for s in range(100000)]))
-    write(work + "/summary", {"summary.json": {"ppo": {"reward_before": 1, "reward_after": 2, "kl": 3, "distinct_2": 0.5, "mean_length": 7}, "dpo": {"reward_after": 2, "kl": 3, "distinct_2": 0.5, "mean_length": 7}, "before": {"distinct_2": 0.5, "mean_length": 7}}})
-    return {"hostile": 1, "none": 0, "one": 1, "nulls": 1, "absurd": 1, "flat": 1, "long": 1, "summary": 0}
+    return {"hostile": 1, "none": 0, "one": 1, "nulls": 1, "absurd": 1, "flat": 1, "long": 1}
 
 
 def check_refusals(work):
