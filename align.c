@@ -828,7 +828,8 @@ static void json_write_floats(FILE *file, const char *before, const float *x, si
 struct Tensor {
     char name[64];
     size_t shape[2], ndim, n;  /* n = product of the shape */
-    bool decay;                /* weight decay applies: matrices yes, biases and layer norms no */
+    bool decay, loaded;        /* weight decay applies: matrices yes, biases and layer norms no; its numbers came from a file */
+    bool bits;                 /* no numbers to look at: any bits may stand in place of floats */
     float *w, *d, *m, *v;
 };
 
@@ -945,7 +946,7 @@ static void safetensors_read(struct SafeTensors *st, const struct Json *entry, s
         CHECK(fread(chunk, width, n, st->file) == n, "%s: tensor %s cannot be read: %s", st->path, tensor->name, ferror(st->file) ? strerror(errno) : "the file ends");
         safetensors_convert(tensor->w + done, chunk, n, type);
         size_t bad = first_not_finite(tensor->w + done, n);                       /* a moment may be infinite: its step is 0 then */
-        CHECK(bad == n || strncmp(tensor->name, "exp_avg", 7) == 0, "%s: tensor %s: number %zu is %g, a finite one was expected; take an earlier checkpoint or a fresh copy of the file",
+        CHECK(bad == n || tensor->bits || strncmp(tensor->name, "exp_avg", 7) == 0, "%s: tensor %s: number %zu is %g, a finite one was expected; take an earlier checkpoint or a fresh copy of the file",
               st->path, tensor->name, done + bad, tensor->w[done + bad]);
         done += n;
     }
@@ -2714,7 +2715,7 @@ static bool tensor_load(struct SafeTensors *st, struct Tensor *tensor) {
         if (!entry) continue;
         safetensors_read(st, entry, tensor);
         entry->number = 1;                           /* taken */
-        return true;
+        return tensor->loaded = true;
     }
     return false;
 }
@@ -2731,11 +2732,11 @@ static size_t model_files(struct Arena *arena, const char *folder, char **files,
     for (struct Json *item = map->child; item; item = item->next) {
         CHECK(item->type == JSON_STRING && item->string.length && !strchr(item->string.data, '/') && !strchr(item->string.data, '\\'), "%s: \"%s\" must name a file of this folder", index, item->key.data);
         char *path = arena_printf(arena, "%s/%s", folder, item->string.data);
-        bool known = false;
-        for (size_t i = 0; i < count; i++) known = known || strcmp(files[i], path) == 0;
-        if (known) continue;
-        CHECK(count < most, "%s: more than %zu files", index, most);
-        files[count++] = path;
+        size_t i = 0;
+        while (i < count && strcmp(files[i], path) != 0) i++;
+        CHECK(i < most, "%s: more than %zu files", index, most);
+        files[i] = path;
+        count = MAX(count, i + 1);
     }
     CHECK(count > 0, "%s: \"weight_map\" names no file", index);
     return count;
@@ -2743,6 +2744,21 @@ static size_t model_files(struct Arena *arena, const char *folder, char **files,
 
 static struct Linear *value_head_declare(struct GPT2 *model);
 static struct Tensor *reward_head_declare(struct GPT2 *model);
+
+/* Reads what a file has of a model's tensors; a head is declared where there is one. */
+static void model_read(struct GPT2 *model, const char *path) {
+    struct Arena arena = {0};
+    struct SafeTensors st = safetensors_open(&arena, path);
+    if (json_get(st.header, "score.weight")) reward_head_declare(model);
+    if (json_get(st.header, "v_head.summary.weight")) value_head_declare(model);
+    for (size_t i = 0; i < model->tensor_count; i++) tensor_load(&st, model->tensors[i]);
+    fclose(st.file);
+    arena_free(&arena);
+}
+
+static void tensor_check_loaded(const struct Tensor *t, const char *where) {
+    CHECK(t->loaded, "%s: tensor %s is missing; expected shape [%zu%s%.0zu]", where, t->name, t->shape[0], t->ndim == 2 ? ", " : "", t->shape[1]);
+}
 
 /* gpt2_load -- a model folder; heads are loaded where they are there.  [glossary: AutoModelForCausalLM] */
 static struct GPT2 *gpt2_load(const char *folder) {
@@ -2754,17 +2770,8 @@ static struct GPT2 *gpt2_load(const char *folder) {
     for (size_t f = 0; f < file_count; f++) if (stat(files[f], &status) == 0) bytes += (size_t)status.st_size;
     CHECK(numbers <= bytes / 2 + (1 << 20), "%s: config.json describes %zu numbers, at least %zu MB; the weights have %zu MB; is it theirs, or are they cut short?", folder, numbers, numbers >> 19, bytes >> 20);
     struct GPT2 *model = gpt2_new(c);
-    size_t backbone = model->tensor_count;
-    bool *found = arena_zeros(&arena, backbone + 3, sizeof *found);
-    for (size_t f = 0; f < file_count; f++) {
-        struct SafeTensors st = safetensors_open(&arena, files[f]);
-        if (json_get(st.header, "score.weight")) reward_head_declare(model);
-        if (json_get(st.header, "v_head.summary.weight")) value_head_declare(model);
-        for (size_t i = 0; i < model->tensor_count; i++) found[i] = tensor_load(&st, model->tensors[i]) || found[i];
-        fclose(st.file);
-    }
-    for (size_t i = 0; i < model->tensor_count; i++)
-        CHECK(found[i], "%s: tensor %s is missing; expected shape [%zu%s%.0zu]", folder, model->tensors[i]->name, model->tensors[i]->shape[0], model->tensors[i]->ndim == 2 ? ", " : "", model->tensors[i]->shape[1]);
+    for (size_t f = 0; f < file_count; f++) model_read(model, files[f]);
+    for (size_t i = 0; i < model->tensor_count; i++) tensor_check_loaded(model->tensors[i], folder);
     arena_free(&arena);
     return model;
 }
@@ -2963,19 +2970,6 @@ static struct Adapter adapter_config_load(struct Arena *arena, const char *folde
     return adapter;
 }
 
-/* TRL puts the value head of a policy with an adapter in a model file of its own beside it. */
-static void adapter_load_value_head(struct GPT2 *model, struct Arena *arena, const char *folder) {
-    char *path = arena_printf(arena, "%s/model.safetensors", folder), *pickle = arena_printf(arena, "%s/pytorch_model.bin", folder);
-    if (!file_exists(path) && file_exists(pickle)) warn("%s is not read: a value head in it is left out. Make a model.safetensors of it: python3 -c \"import torch; from safetensors.torch import save_file; save_file(torch.load('%s'), '%s')\"", pickle, pickle, path);
-    if (!file_exists(path)) return;
-    struct SafeTensors st = safetensors_open(arena, path);
-    if (json_get(st.header, "v_head.summary.weight")) {
-        struct Linear *head = value_head_declare(model);
-        CHECK(tensor_load(&st, &head->weight) && tensor_load(&st, &head->bias), "%s: v_head.summary.bias is missing", path);
-    }
-    fclose(st.file);
-}
-
 /* adapter_load -- puts the adapter of a folder to the layers that target_modules takes, or, if that is a regular
  * expression, that the file has tensors for. A tensor that no layer takes is an error.  test: lora_round_trip, lora_broken */
 static void adapter_load(struct GPT2 *model, const char *folder) {
@@ -2994,14 +2988,20 @@ static void adapter_load(struct GPT2 *model, const char *folder) {
         numbers += model->adapter.r * (linear->weight.shape[0] + linear->weight.shape[1]);
         CHECK(numbers <= st.data_size / 2 + (1 << 16), "%s: its %llu bytes are too few for adapters of \"r\" %zu; is the folder's adapter_config.json this file's?", path, (unsigned long long)st.data_size, model->adapter.r);
         lora_declare(model, linear);
-        for (int k = 0; k < 2; k++) CHECK(tensor_load(&st, pair[k]), "%s: tensor %s is missing; expected shape [%zu, %zu]", path, pair[k]->name, pair[k]->shape[0], pair[k]->shape[1]);
+        for (int k = 0; k < 2; k++) {
+            tensor_load(&st, pair[k]);
+            tensor_check_loaded(pair[k], path);
+        }
     }
     CHECK(numbers > 0, "%s: its target_modules take no layer of this model; c_attn, c_proj and c_fc can be adapted", folder);
     if (json_get(st.header, "base_model.model.score.weight")) tensor_load(&st, reward_head_declare(model));
     for (struct Json *item = st.header->child; item; item = item->next)
         CHECK(item->number || strcmp(item->key.data, "__metadata__") == 0, "%s: no layer of this model takes tensor %s; is it an adapter of another model?", path, item->key.data);
     fclose(st.file);
-    adapter_load_value_head(model, &arena, folder);
+    char *head = arena_printf(&arena, "%s/model.safetensors", folder), *pickle = arena_printf(&arena, "%s/pytorch_model.bin", folder);
+    if (file_exists(head)) model_read(model, head);                   /* TRL puts a value head in a model file of its own */
+    else if (file_exists(pickle)) warn("%s is not read: a value head in it is left out; make a model.safetensors of it, by torch.load and safetensors.torch.save_file", pickle);
+    if (model->v_head.weight.loaded) tensor_check_loaded(&model->v_head.bias, head);
     arena_free(&arena);
 }
 
@@ -3281,12 +3281,12 @@ static void trainer_state_save(const struct TrainerState *s, const struct Traini
 
 /* Checkpoints: all that a run needs to go on as if it had never stopped, in a folder checkpoint-N.
  *   model.safetensors ...   the weights, as those of any model; of an adapter its two files
- *   optimizer.safetensors   exp_avg.* and exp_avg_sq.*: m and v of each tensor that trains
+ *   optimizer.safetensors   exp_avg.* and exp_avg_sq.*: m and v of each tensor that trains; beside them, as tensors too,
+ *                           random states, places in the data, running means, lengths of growing logs: `saved` below
  *   trainer_state.json      which step this is, and the log so far
- *   training_state.json     random states, places in the data, running means, lengths of growing logs: `saved` below
  * It is written as tmp-checkpoint-N, put on the disk and renamed, and renamed again before it is removed: a folder
  * called checkpoint-N is whole, whenever the plug was pulled.              test: checkpoint_* */
-struct Saved { const char *name; void *at; size_t n; uint64_t most; };      /* n doubles or whole numbers of 64 bits, these up to `most` */
+struct Saved { struct Tensor tensor; uint64_t least, most; };      /* whole numbers from least to most, or doubles */
 enum { AS_IT_WAS };      /* in place of `most`: a number that must not have changed, or the run would not be the same */
 
 struct Checkpoint {
@@ -3303,9 +3303,20 @@ struct Checkpoint {
 
 static const char *const LOGS[] = {"stats_all.jsonl", "rollouts.jsonl"};
 
+/* n numbers of 64 bits as a tensor of twice as many floats: kept bit for bit, never looked at. */
+static struct Tensor tensor_of_bits(const char *group, const char *name, void *at, size_t n) {
+    struct Tensor t = {.shape = {2 * n}, .ndim = 1, .n = 2 * n, .w = at, .bits = true};
+    snprintf(t.name, sizeof t.name, "%.16s.%.44s", group, name);
+    return t;
+}
+
 static void checkpoint_add(struct Checkpoint *c, const char *name, void *at, size_t n, uint64_t most) {
     if (c->count == COUNT(c->saved)) die("internal: more than %zu things in a checkpoint", COUNT(c->saved));
-    c->saved[c->count++] = (struct Saved){name, at, n, most};
+    struct Saved *s = &c->saved[c->count++];
+    *s = (struct Saved){tensor_of_bits(c->task, name, at, n), 0, most};
+    if (most != AS_IT_WAS) return;
+    memcpy(&s->least, at, sizeof s->least);
+    s->most = s->least;
 }
 
 /* What every run has; the caller adds what is its own. */
@@ -3318,57 +3329,6 @@ static struct Checkpoint checkpoint_new(const char *task, struct GPT2 *model, co
     checkpoint_add(&c, "seconds", &state->seconds, 1, UINT64_MAX);
     checkpoint_add(&c, "epoch", &state->epoch, 1, UINT64_MAX);
     return c;
-}
-
-/* A double is written as the whole number that its 64 bits are: so it comes back bit for bit. */
-static void saved_write(FILE *file, const char *before, struct Saved s) {
-    fprintf(file, "%s\"%s\": [", before, s.name);
-    for (size_t i = 0; i < s.n; i++) {
-        uint64_t bits;
-        memcpy(&bits, (char *)s.at + 8 * i, 8);
-        fprintf(file, "%s%llu", i ? ", " : "", (unsigned long long)bits);
-    }
-    fputc(']', file);
-}
-
-static void saved_read(const struct Json *list, struct Saved s, const char *path) {
-    const struct Json *item = list && list->type == JSON_ARRAY ? list->child : NULL;
-    for (size_t i = 0; i < s.n; i++, item = item->next) {
-        CHECK(item, "%s: \"%s\" has %zu numbers, %zu were expected; are data and flags those of the run that was saved?", path, s.name, i, s.n);
-        bool whole = item->type == JSON_NUMBER && strspn(item->string.data, "0123456789") == item->string.length;
-        CHECK(whole, "%s: \"%s\": item %zu is no whole number", path, s.name, i + 1);
-        unsigned long long found = strtoull(item->string.data, NULL, 10), now;
-        memcpy(&now, (char *)s.at + 8 * i, 8);
-        CHECK(s.most || found == now, "%s: \"%s\" was %llu, now it is %llu: the run would not be the same; give the data and flags it began with", path, s.name, found, now);
-        CHECK(!s.most || found <= s.most, "%s: \"%s\": number %zu is %llu, at most %llu was expected", path, s.name, i + 1, found, (unsigned long long)s.most);
-        memcpy((char *)s.at + 8 * i, &found, 8);
-    }
-}
-
-static struct Saved metric_saved(struct Metric *m) {
-    return (struct Saved){m->name, (char *)m + offsetof(struct Metric, value), 2, UINT64_MAX};      /* value and n */
-}
-
-static void training_state_save(struct Checkpoint *c, const char *folder) {
-    struct Output out = output_open(folder, "training_state.json");
-    struct LogEntry *metrics = &c->state->metrics;
-    fprintf(out.file, "{\n  \"task\": \"%s\"", c->task);
-    for (size_t i = 0; i < c->count; i++) saved_write(out.file, ",\n  ", c->saved[i]);
-    fputs(",\n  \"metrics\": {", out.file);
-    for (size_t i = 0; i < metrics->n; i++) saved_write(out.file, i ? ",\n    " : "\n    ", metric_saved(&metrics->item[i]));
-    fputs("\n  }\n}\n", out.file);
-    output_close(&out);
-}
-
-static void training_state_load(struct Checkpoint *c, struct Arena *arena, const char *path) {
-    struct Json *json = json_read_file(arena, path), *task = json_get(json, "task"), *metrics = json_get(json, "metrics");
-    CHECK(json_is_string(task, c->task), "%s: a checkpoint of \"%s\", not of \"%s\"", path, task && task->type == JSON_STRING ? task->string.data : "?", c->task);
-    for (size_t i = 0; i < c->count; i++) saved_read(json_get(json, c->saved[i].name), c->saved[i], path);
-    c->state->metrics.n = 0;
-    for (struct Json *item = metrics ? metrics->child : NULL; item; item = item->next) {
-        CHECK(c->state->metrics.n < MAX_METRICS, "%s: \"metrics\": at most %d were expected", path, MAX_METRICS);
-        saved_read(item, metric_saved(log_at(&c->state->metrics, log_name("", item->key))), path);
-    }
 }
 
 static void trainer_state_load(struct TrainerState *state, struct Arena *arena, const char *path) {
@@ -3386,20 +3346,29 @@ static void trainer_state_load(struct TrainerState *state, struct Arena *arena, 
     }
 }
 
-/* The tensors that train, then m and v of each, as tensors with PyTorch's names. Returns how many train. */
-static size_t training_tensors(struct Arena *arena, const struct GPT2 *model, struct Tensor ***list) {
+/* All that a checkpoint holds: the `train` weights that train, then what is in optimizer.safetensors. */
+struct Holding { struct Tensor **list; size_t train, count; };
+
+static struct Holding checkpoint_holding(struct Checkpoint *c, struct Arena *arena) {
     static const char *const prefixes[] = {"", "exp_avg.", "exp_avg_sq."};
-    size_t count = 0;
-    *list = arena_alloc(arena, 3 * model->tensor_count, sizeof **list);
-    for (size_t i = 0; i < 3 * model->tensor_count; i++) {
-        const struct Tensor *t = model->tensors[i % model->tensor_count];
+    size_t n = c->model->tensor_count, most = 3 * n + c->count + c->state->metrics.n;
+    struct Tensor *copy = arena_alloc(arena, most, sizeof *copy);
+    struct Holding held = {arena_alloc(arena, most, sizeof *held.list), 0, 0};
+    for (size_t i = 0; i < 3 * n; i++) {
+        const struct Tensor *t = c->model->tensors[i % n];
         if (!t->d) continue;
-        struct Tensor *view = (*list)[count++] = arena_alloc(arena, 1, sizeof *view);
-        *view = *t;
-        view->w = (float *[]){t->w, t->m, t->v}[i / model->tensor_count];
-        snprintf(view->name, sizeof view->name, "%s%.50s", prefixes[i / model->tensor_count], t->name);
+        struct Tensor *to = &copy[held.count++];
+        *to = *t;
+        to->w = (float *[]){t->w, t->m, t->v}[i / n];
+        to->loaded = false;
+        snprintf(to->name, sizeof to->name, "%s%.50s", prefixes[i / n], t->name);
+        held.train += i < n;
     }
-    return count / 3;
+    for (size_t i = 0; i < c->count; i++) copy[held.count++] = c->saved[i].tensor;
+    for (struct Metric *m = c->state->metrics.item; m < c->state->metrics.item + c->state->metrics.n; m++)
+        copy[held.count++] = tensor_of_bits("metric", m->name, (char *)m + offsetof(struct Metric, value), 2);      /* value and n */
+    for (size_t i = 0; i < held.count; i++) held.list[i] = &copy[i];
+    return held;
 }
 
 /* How many checkpoint-N a folder has; *oldest and *newest: the numbers of those written first and last. Not those with
@@ -3412,7 +3381,7 @@ static size_t checkpoint_find(const char *folder, size_t *oldest, size_t *newest
         char *end, path[PATH_MAX];
         struct stat s;
         size_t n = strncmp(entry->d_name, "checkpoint-", 11) ? SIZE_MAX : strtoull(entry->d_name + 11, &end, 10);
-        if (n == SIZE_MAX || *end || snprintf(path, sizeof path, "%s/checkpoint-%zu/training_state.json", folder, n) >= (int)sizeof path || stat(path, &s)) continue;
+        if (n == SIZE_MAX || *end || snprintf(path, sizeof path, "%s/checkpoint-%zu/optimizer.safetensors", folder, n) >= (int)sizeof path || stat(path, &s)) continue;
         if (count == 0 || s.st_mtime < first || (s.st_mtime == first && n < *oldest)) *oldest = n, first = s.st_mtime;
         if (count == 0 || s.st_mtime > last || (s.st_mtime == last && n > *newest)) *newest = n, last = s.st_mtime;
         count++;
@@ -3436,8 +3405,7 @@ static void checkpoint_way_on(const char *folder) { snprintf(way_on, sizeof way_
 
 static void checkpoint_save(struct Checkpoint *c) {
     struct Arena arena = {0};
-    struct Tensor **tensors;
-    size_t step = c->state->global_step, train = training_tensors(&arena, c->model, &tensors), oldest, newest;
+    size_t step = c->state->global_step, oldest, newest;
     const char *dir = c->args->output_dir, *staged = arena_printf(&arena, "%s/tmp-checkpoint-%zu", dir, step);
     const char *replaced = arena_printf(&arena, "%s-old", staged), *whole = arena_printf(&arena, "%s/checkpoint-%zu", dir, step);
     for (size_t i = 0; c->logs && i < COUNT(LOGS); i++) {
@@ -3447,9 +3415,9 @@ static void checkpoint_save(struct Checkpoint *c) {
     }
     staged_folder = staged;
     model_save(c->model, staged, c->tok);
-    safetensors_write(staged, "optimizer.safetensors", tensors + train, 2 * train, "");
+    struct Holding held = checkpoint_holding(c, &arena);
+    safetensors_write(staged, "optimizer.safetensors", held.list + held.train, held.count - held.train, "");
     trainer_state_save(c->state, c->args, staged);
-    training_state_save(c, staged);
     folder_sync(staged);
     rename(whole, replaced);                                     /* an earlier run's, if there is one */
     CHECK(rename(staged, whole) == 0, "%s: %s", whole, strerror(errno));
@@ -3474,8 +3442,7 @@ static void interrupt(int signal_number) {
 /* Puts back what a checkpoint holds, if the run is to go on from one. From here on Ctrl-C waits for a step's end. */
 static void checkpoint_resume(struct Checkpoint *c) {
     struct Arena arena = {0};
-    struct Tensor **tensors;
-    size_t oldest, newest = 0, loaded = 0, train = training_tensors(&arena, c->model, &tensors);
+    size_t oldest, newest = 0;
     const char *dir = c->args->output_dir, *from = c->args->resume_from_checkpoint;
     static const char *const files[] = {"model.safetensors", "adapter_model.safetensors", "optimizer.safetensors"};
     if (c->args->warmup_steps > c->state->max_steps) warn("--warmup_steps %zu: the run has %zu steps; its learning rate never reaches --learning_rate", c->args->warmup_steps, c->state->max_steps);
@@ -3492,17 +3459,30 @@ static void checkpoint_resume(struct Checkpoint *c) {
         return;
     }
     if (newest_one) from = arena_printf(&arena, "%s/checkpoint-%zu", dir, newest);
-    CHECK(file_exists(arena_printf(&arena, "%s/training_state.json", from)), "--resume_from_checkpoint %s: no checkpoint is there (a folder with training_state.json); `true` takes the newest in --output_dir", from);
-    training_state_load(c, &arena, arena_printf(&arena, "%s/training_state.json", from));
+    const char *path = arena_printf(&arena, "%s/optimizer.safetensors", from);
+    CHECK(file_exists(path), "--resume_from_checkpoint %s: no checkpoint is there (a folder with optimizer.safetensors); `true` takes the newest in --output_dir", from);
     trainer_state_load(c->state, &arena, arena_printf(&arena, "%s/trainer_state.json", from));
+    struct SafeTensors st = safetensors_open(&arena, path);
+    c->state->metrics.n = 0;
+    for (struct Json *item = st.header->child; item && c->state->metrics.n < MAX_METRICS; item = item->next)
+        if (strncmp(item->key.data, "metric.", 7) == 0) log_at(&c->state->metrics, log_name("", text_of(item->key.data + 7)));
+    fclose(st.file);
+    struct Holding held = checkpoint_holding(c, &arena);
     for (size_t f = 0; f < COUNT(files); f++) {
-        const char *path = arena_printf(&arena, "%s/%s", from, files[f]);
+        path = arena_printf(&arena, "%s/%s", from, files[f]);
         if (!file_exists(path)) continue;
-        struct SafeTensors st = safetensors_open(&arena, path);
-        for (size_t i = 0; i < 3 * train; i++) loaded += tensor_load(&st, tensors[i]);
+        st = safetensors_open(&arena, path);
+        for (size_t i = 0; i < held.count; i++) tensor_load(&st, held.list[i]);
         fclose(st.file);
     }
-    CHECK(loaded == 3 * train, "%s: holds %zu of %zu tensors that train and their moments; are the model and flags those of the run that was saved?", from, loaded, 3 * train);
+    for (size_t i = 0; i < held.count; i++) CHECK(held.list[i]->loaded, "%s: holds no %s; are task, model and flags those of the run that was saved?", from, held.list[i]->name);
+    for (struct Saved *s = c->saved; s < c->saved + c->count; s++)
+        for (size_t i = 0; i < s->tensor.n / 2; i++) {
+            uint64_t x;
+            memcpy(&x, (char *)s->tensor.w + 8 * i, 8);
+            CHECK(x >= s->least && x <= s->most, "%s: %s is %llu, from %llu to %llu was expected; give the data and flags that the run began with",
+                  path, s->tensor.name, (unsigned long long)x, (unsigned long long)s->least, (unsigned long long)s->most);
+        }
     for (size_t i = 0; c->logs && i < COUNT(LOGS); i++) c->logs[i] = output_resume(dir, LOGS[i], arena_printf(&arena, "%s/..", from), c->log_bytes[i]);
     say("%s: going on after step %zu from %s\n", c->task, c->state->global_step, from);
     if (newest_one) checkpoint_way_on(from);

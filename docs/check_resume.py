@@ -132,8 +132,8 @@ def started_over(command, seconds, expected, files):
     subprocess.run(align(command, out, "--seed", "7"), check=True)
     time.sleep(1.1)                                                  # checkpoints are told apart by their second
     process = subprocess.Popen(align(command, out), stderr=subprocess.DEVNULL)
-    before = os.path.getmtime(f"{out}/{checkpoints(out)[0]}/training_state.json")
-    while process.poll() is None and os.path.getmtime(f"{out}/{checkpoints(out)[0]}/training_state.json") == before: time.sleep(0.002)
+    before = os.path.getmtime(f"{out}/{checkpoints(out)[0]}/optimizer.safetensors")
+    while process.poll() is None and os.path.getmtime(f"{out}/{checkpoints(out)[0]}/optimizer.safetensors") == before: time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
     return resumed(command, out, expected)
