@@ -1469,7 +1469,8 @@ struct Batch {
     size_t *start, *target_start;     /* (B+1) */
     int *row, *target;                /* (R) */
     size_t *shared, *fork;            /* (B) or NULL: from row fork[b] on, sequence b goes on from its first shared[b] rows (collate_pairs) */
-    size_t *slot;                     /* (N) in decoding: the sequence of the KV cache that a token belongs to (chapter 12) */
+    struct KVCache *cache;            /* in decoding: the past; else NULL */
+    size_t *slot;                     /* (N) the sequence of the cache that a token belongs to */
 };
 
 /* A batch of B sequences without a token yet, and room for `tokens` of them. */
@@ -2249,6 +2250,40 @@ static void attention_backward(float *dqkv, const float *dout, const float *out,
     }
 }
 
+/* Keys and values of past tokens, kept while a text is written: a new token costs one row of work (chapter 12). */
+struct KVCache {
+    size_t B, capacity;               /* sequences; positions of each */
+    float *k, *v;                     /* (L, B, capacity, C) */
+    size_t *length;                   /* (B) positions filled */
+};
+
+/* One new token's query, head h, against the n cached positions of its sequence. */
+WIDE static void attention_cached_head(float *out, const float *q, const float *k, const float *v, struct AttentionShape s, size_t n) {
+    float *p = thread_scratch(SCRATCH_SCORES, n);
+    for (size_t j = 0; j < n; j += 4) row_dot_4(p + j, q, k + j * s.C, s.C, s.HS, MIN((size_t)4, n - j));
+    for (size_t j = 0; j < n; j++) p[j] *= s.scale;
+    softmax(p, n);
+    for (size_t c = 0; c < s.HS; c++) out[c] = 0;
+    for (size_t j = 0; j < n; j++)
+        for (size_t c = 0; c < s.HS; c++) out[c] += p[j] * v[j * s.C + c];
+}
+
+/* Stores the keys and values of a decoding batch, then attends. */
+static void attention_cached(float *out, const float *qkv, const struct Batch *batch, size_t layer, struct AttentionShape s) {
+    struct KVCache *cache = batch->cache;
+    for (size_t n = 0; n < batch->N; n++) {
+        cache->length[batch->slot[n]] = (size_t)batch->position[n] + 1;
+        size_t at = ((layer * cache->B + batch->slot[n]) * cache->capacity + (size_t)batch->position[n]) * s.C;
+        memcpy(cache->k + at, qkv + n * 3 * s.C + s.C, s.C * sizeof(float));
+        memcpy(cache->v + at, qkv + n * 3 * s.C + 2 * s.C, s.C * sizeof(float));
+    }
+    #pragma omp parallel for if(batch->N * s.NH > 16)
+    for (size_t task = 0; task < batch->N * s.NH; task++) {
+        size_t n = task / s.NH, h = task % s.NH, at = (layer * cache->B + batch->slot[n]) * cache->capacity * s.C + h * s.HS;
+        attention_cached_head(out + n * s.C + h * s.HS, qkv + n * 3 * s.C + h * s.HS, cache->k + at, cache->v + at, s, (size_t)batch->position[n] + 1);
+    }
+}
+
 /* =============================================================================================
  * Chapter 8 - GPT-2                  [glossary: Modelo de linguagem] [glossary: AutoModelForCausalLM]
  *
@@ -2431,16 +2466,15 @@ static void module_backward(float *dx, const float *dy, const float *x, struct L
     if (linear->lora_A.n) lora_backward(dx, dy, x, linear, N);
 }
 
-/* The first half of a block, up to query, key and value. */
-static void block_forward_qkv(const struct GPT2 *model, const struct Block *h, struct BlockActivations *a, size_t N) {
-    size_t C = model->config.n_embd;
+/* A block: from a->x (N,C) to `out` (N,C), the next block's x. */
+static void block_forward(const struct GPT2 *model, size_t layer, struct BlockActivations *a, const struct Batch *batch, float *out) {
+    const struct Block *h = &model->h[layer];
+    size_t N = batch->N, C = model->config.n_embd;
+    struct AttentionShape shape = attention_shape(C, model->config.n_head);
     layernorm_forward(a->ln_1, a->ln_1_mean, a->ln_1_rstd, a->x, h->ln_1.weight.w, h->ln_1.bias.w, N, C, model->config.layer_norm_epsilon);
     module_forward(a->qkv, a->ln_1, &h->attn.c_attn, N);
-}
-
-/* The second half, from attention's output to `out` (N,C), the next block's x. */
-static void block_forward_rest(const struct GPT2 *model, const struct Block *h, struct BlockActivations *a, float *out, size_t N) {
-    size_t C = model->config.n_embd;
+    if (batch->cache) attention_cached(a->att, a->qkv, batch, layer, shape);
+    else attention_forward(a->att, a->lse, a->qkv, batch, shape);
     module_forward(a->mid, a->att, &h->attn.c_proj, N);
     residual_add(a->mid, a->x, N * C);
     layernorm_forward(a->ln_2, a->ln_2_mean, a->ln_2_rstd, a->mid, h->ln_2.weight.w, h->ln_2.bias.w, N, C, model->config.layer_norm_epsilon);
@@ -2464,7 +2498,7 @@ static void block_backward(struct GPT2 *model, struct Block *h, const struct Blo
     layernorm_backward(dx, h->ln_1.weight.d, h->ln_1.bias.d, dnarrow, a->x, a->ln_1_mean, a->ln_1_rstd, h->ln_1.weight.w, N, C);
 }
 
-/* gpt2_forward -- hidden states of a batch, activations.ln_f (N,C).                    [glossary: Inferência]
+/* gpt2_forward -- hidden states of a batch, activations.ln_f (N,C); in decoding of the new tokens alone. [glossary: Inferência]
  * keep: all activations stay for gpt2_backward; else one block's worth is reused.      test: gpt2_golden, fixtures */
 static struct Activations gpt2_forward(const struct GPT2 *model, struct Arena *arena, const struct Batch *batch, bool keep) {
     const struct GPT2Config *c = &model->config;
@@ -2475,12 +2509,7 @@ static struct Activations gpt2_forward(const struct GPT2 *model, struct Arena *a
         .ln_f = arena_floats(arena, N * C), .ln_f_mean = arena_floats(arena, N), .ln_f_rstd = arena_floats(arena, N)};
     for (size_t l = 0; l < L; l++) acts.h[l] = l == 0 || keep ? block_activations(arena, c, N) : acts.h[0];
     embedding_forward(acts.h[0].x, batch, model->wte.w, model->wpe.w, C);
-    for (size_t l = 0; l < L; l++) {
-        struct BlockActivations *a = &acts.h[l];
-        block_forward_qkv(model, &model->h[l], a, N);
-        attention_forward(a->att, a->lse, a->qkv, batch, attention_shape(C, c->n_head));
-        block_forward_rest(model, &model->h[l], a, l + 1 < L ? acts.h[l + 1].x : acts.x, N);
-    }
+    for (size_t l = 0; l < L; l++) block_forward(model, l, &acts.h[l], batch, l + 1 < L ? acts.h[l + 1].x : acts.x);
     layernorm_forward(acts.ln_f, acts.ln_f_mean, acts.ln_f_rstd, acts.x, model->ln_f.weight.w, model->ln_f.bias.w, N, C, c->layer_norm_epsilon);
     return acts;
 }
@@ -3694,12 +3723,6 @@ static struct GenerationConfig generation_config(void) {
     return (struct GenerationConfig){.max_new_tokens = 20, .top_k = 50, .num_return_sequences = 1, .num_beams = 1, .temperature = 1, .top_p = 1, .repetition_penalty = 1, .length_penalty = 1};
 }
 
-struct KVCache {
-    size_t B, capacity;               /* sequences; positions of each */
-    float *k, *v;                     /* (L, B, capacity, C) */
-    size_t *length;                   /* (B) positions filled */
-};
-
 static struct KVCache kv_cache_new(const struct GPT2 *model, struct Arena *arena, size_t B, size_t capacity) {
     size_t floats = model->config.n_layer * B * capacity * model->config.n_embd;
     return (struct KVCache){B, capacity, arena_floats(arena, floats), arena_floats(arena, floats), arena_zeros(arena, B, sizeof(size_t))};
@@ -3713,46 +3736,6 @@ static void kv_cache_copy(const struct GPT2 *model, struct KVCache *cache, size_
         memcpy(cache->v + (l * cache->B + slot) * row, from->v + (l * from->B + from_slot) * row, used * sizeof(float));
     }
     cache->length[slot] = from->length[from_slot];
-}
-
-/* One new token's query, head h, against the n cached positions of its sequence. */
-WIDE static void attention_cached_head(float *out, const float *q, const float *k, const float *v, struct AttentionShape s, size_t n) {
-    float *p = thread_scratch(SCRATCH_SCORES, n);
-    for (size_t j = 0; j < n; j += 4) row_dot_4(p + j, q, k + j * s.C, s.C, s.HS, MIN((size_t)4, n - j));
-    for (size_t j = 0; j < n; j++) p[j] *= s.scale;
-    softmax(p, n);
-    for (size_t c = 0; c < s.HS; c++) out[c] = 0;
-    for (size_t j = 0; j < n; j++)
-        for (size_t c = 0; c < s.HS; c++) out[c] += p[j] * v[j * s.C + c];
-}
-
-/* Stores the keys and values of a decoding batch, then attends. */
-static void attention_cached(float *out, const float *qkv, const struct Batch *batch, struct KVCache *cache, size_t layer, struct AttentionShape s) {
-    for (size_t n = 0; n < batch->N; n++) {
-        size_t at = ((layer * cache->B + batch->slot[n]) * cache->capacity + (size_t)batch->position[n]) * s.C;
-        memcpy(cache->k + at, qkv + n * 3 * s.C + s.C, s.C * sizeof(float));
-        memcpy(cache->v + at, qkv + n * 3 * s.C + 2 * s.C, s.C * sizeof(float));
-    }
-    #pragma omp parallel for if(batch->N * s.NH > 16)
-    for (size_t task = 0; task < batch->N * s.NH; task++) {
-        size_t n = task / s.NH, h = task % s.NH, at = (layer * cache->B + batch->slot[n]) * cache->capacity * s.C + h * s.HS;
-        attention_cached_head(out + n * s.C + h * s.HS, qkv + n * 3 * s.C + h * s.HS, cache->k + at, cache->v + at, s, (size_t)batch->position[n] + 1);
-    }
-}
-
-/* gpt2_decode -- pushes new tokens through the model, with the past in the cache. Returns hidden (N,C). */
-static float *gpt2_decode(const struct GPT2 *model, struct Arena *arena, const struct Batch *batch, struct KVCache *cache) {
-    size_t N = batch->N, C = model->config.n_embd;
-    struct BlockActivations a = block_activations(arena, &model->config, N);
-    embedding_forward(a.x, batch, model->wte.w, model->wpe.w, C);
-    for (size_t l = 0; l < model->config.n_layer; l++) {
-        block_forward_qkv(model, &model->h[l], &a, N);
-        attention_cached(a.att, a.qkv, batch, cache, l, attention_shape(C, model->config.n_head));
-        block_forward_rest(model, &model->h[l], &a, a.x, N);
-    }
-    for (size_t n = 0; n < N; n++) cache->length[batch->slot[n]] = (size_t)batch->position[n] + 1;
-    layernorm_forward(a.ln_1, a.ln_1_mean, a.ln_1_rstd, a.x, model->ln_f.weight.w, model->ln_f.bias.w, N, C, model->config.layer_norm_epsilon);
-    return a.ln_1;
 }
 
 /* A sequence being written: prompt, then what was generated. */
@@ -3871,10 +3854,11 @@ static void sequence_extend(struct Sequence *s, float *logits, size_t V, const s
 }
 
 /* The rows that the next pass of the model needs: a sequence's prompt at first, its newest token later. */
-static struct Batch decode_batch(struct Arena *arena, struct Sequence **active, size_t count, const struct KVCache *cache) {
+static struct Batch decode_batch(struct Arena *arena, struct Sequence **active, size_t count, struct KVCache *cache) {
     size_t N = 0;
     for (size_t i = 0; i < count; i++) N += active[i]->n - cache->length[active[i]->slot];
     struct Batch batch = batch_new(arena, count, N);
+    batch.cache = cache;
     batch.slot = arena_alloc(arena, N, sizeof *batch.slot);
     for (size_t i = 0; i < count; i++) {
         batch_append(&batch, active[i]->ids, cache->length[active[i]->slot], active[i]->n);
@@ -3888,7 +3872,7 @@ static struct Batch decode_batch(struct Arena *arena, struct Sequence **active, 
 static float *generate_step(const struct GPT2 *model, struct Arena *arena, struct Sequence **active, size_t count, struct KVCache *cache) {
     size_t C = model->config.n_embd, V = model->config.vocab_size;
     struct Batch batch = decode_batch(arena, active, count, cache);
-    float *hidden = gpt2_decode(model, arena, &batch, cache);
+    float *hidden = gpt2_forward(model, arena, &batch, false).ln_f;
     float *last = arena_floats(arena, count * C), *logits = arena_floats(arena, count * V);
     for (size_t i = 0; i < count; i++) memcpy(last + i * C, hidden + (batch.start[i + 1] - 1) * C, C * sizeof *last);
     output_logits(model, logits, last, count);

@@ -2454,7 +2454,7 @@ static void test_generate_decode(void) {
             active[count++] = &s[i];
         }
         struct Batch batch = decode_batch(&test_arena, active, count, &cache);
-        float *hidden = gpt2_decode(model, &test_arena, &batch, &cache);
+        float *hidden = gpt2_forward(model, &test_arena, &batch, false).ln_f;
         for (size_t i = 0, b; i < count; i++)
             for (b = active[i]->slot; fed[b] < active[i]->n; fed[b]++, row++)
                 expect_floats("hidden", hidden + row * 16, widen(acts.ln_f + (whole.start[b] + fed[b]) * 16, 16), 16, 2e-5);
