@@ -1813,7 +1813,6 @@ static void tile_4x8(size_t K, const float *a, const float *b, const float *star
 #endif
 
 #if defined(__GNUC__) && defined(__x86_64__)
-#define HAVE_X86_TILES 1
 /* 4 x 24: 12 of the 16 registers of AVX2 hold sums, 3 the columns of b, one the number of a. */
 __attribute__((target("avx2,fma"))) static void tile_4x24(size_t K, const float *a, const float *b, const float *start, size_t start_row, float *c, size_t c_row) {
     float8 sum[4][3];
@@ -1856,7 +1855,7 @@ static const struct Kernel KERNELS[] = {
 #if defined(__GNUC__)
     {"plain 4x8", 4, 8, tile_4x8},
 #endif
-#ifdef HAVE_X86_TILES
+#if defined(__GNUC__) && defined(__x86_64__)
     {"avx2 4x24", 4, 24, tile_4x24},
     {"avx512 8x32", 8, 32, tile_8x32},
 #endif
@@ -1867,7 +1866,7 @@ static const struct Kernel *kernel;      /* NULL: matmul_plain */
 /* The widest tile this processor has. ALIGN_KERNEL=0, 1 or 2 asks for a narrower one, "plain" for none. */
 static void kernel_choose(void) {
     int widest = 0;
-#ifdef HAVE_X86_TILES
+#if defined(__GNUC__) && defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) widest = 1;
     if (widest == 1 && __builtin_cpu_supports("avx512f")) widest = 2;
@@ -2771,8 +2770,19 @@ static size_t model_files(struct Arena *arena, const char *folder, char **files,
     return count;
 }
 
-static struct Linear *value_head_declare(struct GPT2 *model);
-static struct Tensor *reward_head_declare(struct GPT2 *model);
+/* score.weight (1,C), no bias: GPT2ForSequenceClassification with one label. */
+static struct Tensor *reward_head_declare(struct GPT2 *model) {
+    if (!model->score.n) tensor_declare(model, &model->score, "score.weight", 1, model->config.n_embd);
+    return &model->score;
+}
+
+/* v_head.summary (1,C) and bias, as in TRL.                        [glossary: AutoModelForCausalLMWithValueHead] */
+static struct Linear *value_head_declare(struct GPT2 *model) {
+    if (model->v_head.weight.n) return &model->v_head;
+    tensor_declare(model, &model->v_head.weight, "v_head.summary.weight", 1, model->config.n_embd);
+    tensor_declare(model, &model->v_head.bias, "v_head.summary.bias", 1, 0);
+    return &model->v_head;
+}
 
 /* Reads what a file has of a model's tensors; a head is declared where there is one. */
 static void model_read(struct GPT2 *model, const char *path) {
@@ -2831,20 +2841,6 @@ static void gpt2_save(struct GPT2 *model, const char *folder, const struct Token
  * Two readings of a hidden vector as one number. The reward head reads a whole text at its last
  * token: how good was it? The value head reads every position: how good will it become?
  * ============================================================================================= */
-
-/* score.weight (1,C), no bias: GPT2ForSequenceClassification with one label. */
-static struct Tensor *reward_head_declare(struct GPT2 *model) {
-    if (!model->score.n) tensor_declare(model, &model->score, "score.weight", 1, model->config.n_embd);
-    return &model->score;
-}
-
-/* v_head.summary (1,C) and bias, as in TRL.                        [glossary: AutoModelForCausalLMWithValueHead] */
-static struct Linear *value_head_declare(struct GPT2 *model) {
-    if (model->v_head.weight.n) return &model->v_head;
-    tensor_declare(model, &model->v_head.weight, "v_head.summary.weight", 1, model->config.n_embd);
-    tensor_declare(model, &model->v_head.bias, "v_head.summary.bias", 1, 0);
-    return &model->v_head;
-}
 
 /* A value head for a model without one: U(-1/sqrt(C), 1/sqrt(C)), torch's start of a Linear. */
 static void value_head_init(struct GPT2 *model, uint64_t seed) {
@@ -2959,12 +2955,7 @@ static void adapter_new(struct GPT2 *model, struct Adapter adapter, uint64_t see
     struct Rng rng = rng_seed(seed, STREAM_INIT + 200);
     if (strcmp(adapter.target_modules, "all-linear") == 0) adapter.target_modules = "c_attn c_fc c_proj";
     model->adapter = adapter;
-    for (const char *target = adapter.target_modules; next_name(&target) > 0; target += next_name(&target)) {
-        const char *alone = text_copy(&model->arena, (struct Text){target, next_name(&target)}).data;
-        bool any = false;
-        for (size_t i = 0; i < 4 * model->config.n_layer; i++) any = any || lora_is_target(module_name(&model->arena, adaptable(model, i)), alone);
-        CHECK(any, "--lora_target_modules \"%s\": no linear layer of the model has this name; there are c_attn, c_proj and c_fc (attn.c_proj, mlp.c_proj; all-linear: all)", alone);
-    }
+    size_t before = model->tensor_count;
     for (size_t i = 0; i < 4 * model->config.n_layer; i++) {
         struct Linear *linear = adaptable(model, i);
         if (!lora_is_target(module_name(&model->arena, linear), adapter.target_modules)) continue;
@@ -2972,15 +2963,18 @@ static void adapter_new(struct GPT2 *model, struct Adapter adapter, uint64_t see
         double bound = 1 / sqrt((double)linear->weight.shape[0]);
         for (size_t k = 0; k < linear->lora_A.n; k++) linear->lora_A.w[k] = (float)(bound * (2 * rng_uniform(&rng) - 1));
     }
+    CHECK(model->tensor_count > before, "--lora_target_modules \"%s\": no linear layer of the model has such a name; there are c_attn, c_proj and c_fc "
+          "(attn.c_proj, mlp.c_proj; all-linear: all)", adapter.target_modules);
 }
 
 /* adapter_config.json: r 8, lora_alpha 8 where it is silent, as PEFT. */
 static struct Adapter adapter_config_load(struct Arena *arena, const char *folder) {
-    static const struct Allowed allowed[] = {{"peft_type", {"LORA"}}, {"bias", {"none"}}, {"init_lora_weights", {"true", "false", "gaussian", "eva", "orthogonal"}},
-        {"modules_to_save", {"score", "classifier"}}, {"use_dora", {"false"}}, {"use_qalora", {"false"}}, {"use_bdlora", {"false"}}, {"lora_bias", {"false"}},
-        {"rank_pattern", {"null"}}, {"alpha_pattern", {"null"}}, {"layers_to_transform", {"null"}}, {"layer_replication", {"null"}}, {"exclude_modules", {"null"}},
-        {"target_parameters", {"null"}}, {"trainable_token_indices", {"null"}}, {"alora_invocation_tokens", {"null"}}, {"arrow_config", {"null"}},
-        {"kasa_config", {"null"}}, {"velora_config", {"null"}}, {"monteclora_config", {"null"}}};
+    static const struct Allowed allowed[] = {{"peft_type", {"LORA"}}, {"bias", {"none"}}, {"modules_to_save", {"score", "classifier"}},
+        {"init_lora_weights", {"true", "false", "gaussian", "eva", "orthogonal"}}, {"use_dora", {"false"}}, {"use_qalora", {"false"}},
+        {"use_bdlora", {"false"}}, {"lora_bias", {"false"}}, {"rank_pattern", {"null"}}, {"alpha_pattern", {"null"}}, {"layers_to_transform", {"null"}},
+        {"layer_replication", {"null"}}, {"exclude_modules", {"null"}}, {"target_parameters", {"null"}}, {"trainable_token_indices", {"null"}},
+        {"alora_invocation_tokens", {"null"}}, {"arrow_config", {"null"}}, {"kasa_config", {"null"}}, {"velora_config", {"null"}},
+        {"monteclora_config", {"null"}}};
     char *path = arena_printf(arena, "%s/adapter_config.json", folder);
     CHECK(file_exists(path), "%s: no adapter_config.json inside; an adapter is a folder with adapter_config.json and adapter_model.safetensors", folder);
     struct Json *json = json_read_file(arena, path), *alpha = json_get(json, "lora_alpha"), *dropout = json_get(json, "lora_dropout"), *rslora = json_get(json, "use_rslora");
@@ -3025,11 +3019,11 @@ static void adapter_load(struct GPT2 *model, const char *folder) {
     CHECK(numbers > 0, "%s: its target_modules take no layer of this model; c_attn, c_proj and c_fc can be adapted", folder);
     if (json_get(st.header, "base_model.model.score.weight")) tensor_load(&st, reward_head_declare(model));
     for (struct Json *item = st.header->child; item; item = item->next)
-        CHECK(item->number || strcmp(item->key.data, "__metadata__") == 0, "%s: no layer of this model takes tensor %s; is it an adapter of another model?", path, item->key.data);
+        CHECK(item->number || strcmp(item->key.data, "__metadata__") == 0, "%s: no layer of this model takes tensor %s; is it another model's?", path, item->key.data);
     fclose(st.file);
     char *head = arena_printf(&arena, "%s/model.safetensors", folder), *pickle = arena_printf(&arena, "%s/pytorch_model.bin", folder);
     if (file_exists(head)) model_read(model, head);                   /* TRL puts a value head in a model file of its own */
-    else if (file_exists(pickle)) warn("%s is not read: a value head in it is left out; make a model.safetensors of it, by torch.load and safetensors.torch.save_file", pickle);
+    else if (file_exists(pickle)) warn("%s is not read: a value head in it is left out; make a model.safetensors of it", pickle);
     if (model->v_head.weight.loaded) tensor_check_loaded(&model->v_head.bias, head);
     arena_free(&arena);
 }
@@ -3489,7 +3483,7 @@ static void checkpoint_resume(struct Checkpoint *c) {
     }
     if (newest_one) from = arena_printf(&arena, "%s/checkpoint-%zu", dir, newest);
     const char *path = arena_printf(&arena, "%s/optimizer.safetensors", from);
-    CHECK(file_exists(path), "--resume_from_checkpoint %s: no checkpoint is there (a folder with optimizer.safetensors); `true` takes the newest in --output_dir", from);
+    CHECK(file_exists(path), "--resume_from_checkpoint %s: no checkpoint is there (optimizer.safetensors); `true` takes the newest in --output_dir", from);
     trainer_state_load(c->state, &arena, arena_printf(&arena, "%s/trainer_state.json", from));
     struct SafeTensors st = safetensors_open(&arena, path);
     c->state->metrics.n = 0;
@@ -3504,7 +3498,8 @@ static void checkpoint_resume(struct Checkpoint *c) {
         for (size_t i = 0; i < held.count; i++) tensor_load(&st, held.list[i]);
         fclose(st.file);
     }
-    for (size_t i = 0; i < held.count; i++) CHECK(held.list[i]->loaded, "%s: holds no %s; are task, model and flags those of the run that was saved?", from, held.list[i]->name);
+    for (size_t i = 0; i < held.count; i++)
+        CHECK(held.list[i]->loaded, "%s: holds no %s; are task, model and flags those of the run that was saved?", from, held.list[i]->name);
     for (struct Saved *s = c->saved; s < c->saved + c->count; s++)
         for (size_t i = 0; i < s->tensor.n / 2; i++) {
             uint64_t x;
@@ -3686,14 +3681,12 @@ static void trainer_train(struct Trainer *trainer) {
         }
     }
     arena_free(&order_arena);
+    static const char *const names[] = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos",
+        "train_loss", "epoch", "step"};
+    double steps = (double)state->max_steps, s = state->seconds;
+    double values[] = {s, (double)state->samples / s, steps / s, 0, state->total_loss / MAX(1, steps), state->epoch, (double)state->global_step};
     struct LogEntry *entry = state_log(state);
-    log_value(entry, "train_runtime", state->seconds);
-    log_value(entry, "train_samples_per_second", (double)state->samples / state->seconds);
-    log_value(entry, "train_steps_per_second", (double)state->max_steps / state->seconds);
-    log_value(entry, "total_flos", 0);
-    log_value(entry, "train_loss", state->total_loss / (double)MAX((size_t)1, state->max_steps));
-    log_value(entry, "epoch", state->epoch);
-    log_value(entry, "step", (double)state->global_step);
+    for (size_t i = 0; i < COUNT(names); i++) log_value(entry, names[i], values[i]);
 }
 
 static void trainer_free(struct Trainer *trainer) {
@@ -3836,14 +3829,11 @@ static void process_logits(float *logits, size_t V, const struct GenerationConfi
 static int sample_token(float *logits, size_t V, struct Rng *rng) {
     softmax(logits, V);
     double u = rng_uniform(rng), sum = 0;
-    size_t last = 0;
     for (size_t v = 0; v < V; v++) {
-        if (logits[v] <= 0) continue;
         sum += logits[v];
-        last = v;
         if (u < sum) return (int)v;
     }
-    return (int)last;                  /* rounding left the sum a little under 1 */
+    return (int)argmax(logits, V);     /* rounding left the sum a little under 1 */
 }
 
 static void sequence_extend(struct Sequence *s, float *logits, size_t V, const struct GenerationConfig *config, int end_token) {

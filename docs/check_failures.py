@@ -167,7 +167,7 @@ case("LengthSampler without a length", ppo + "--output_min_length 5 --output_max
 case("max_length beyond the context", pretrain + "--max_length 100", 1, "--max_length 100 is longer than the model's context of 40")
 case("A new adapter and an old one", sft + "--use_peft --peft_adapter adapter", 2, "give one of them")
 case("Dropout in the adapter", sft + "--use_peft --lora_dropout 0.1", 2, "--lora_dropout 0.1: only 0 is implemented")
-case("A layer that the model has not", sft + "--use_peft --lora_target_modules q_proj", 1, '--lora_target_modules "q_proj": no linear layer of the model has this name')
+case("A layer that the model has not", sft + "--use_peft --lora_target_modules q_proj", 1, '--lora_target_modules "q_proj": no linear layer of the model has such a name')
 case("A batch that memory cannot hold", ppo + "--batch_size 1099511627776 --mini_batch_size 1099511627776", 1, "out of memory")
 
 # ---- odd, but with a meaning
