@@ -4086,9 +4086,8 @@ static double language_loss(struct Trainer *trainer, const size_t *index, size_t
     return eval ? nll / (double)batch.R : nll * weight;
 }
 
-/* What the Trainer divides a step's loss by: labels that are not ignored. The first token of a text without a
- * prompt counts although nothing predicts it: so transformers counts, and so the loss is a little smaller
- * than a mean. Packed rows are divided by what they predict. */
+/* What the Trainer divides a step's loss by: labels that are not ignored. The first token of a text without a prompt counts although
+ * nothing predicts it: so transformers counts, and the loss is a little smaller than a mean. Packed rows: what they predict. */
 static size_t language_targets(struct Trainer *trainer, size_t index) {
     const struct Example *e = ((struct LanguageTask *)trainer->task.data)->examples + index;
     return e->n - e->prompt_length;
@@ -4448,8 +4447,7 @@ struct RolloutSource {
 
 enum Baseline { BASELINE_NONE, BASELINE_MEAN, BASELINE_RLOO, BASELINES, BASELINE_VALUE_HEAD = BASELINES };
 
-/* PPOConfig of TRL 0.11 and its defaults; REINFORCE reads baseline, batch_size, num_generations and init_kl_coef.
- *                        [glossary: Classe de configuração PPO] */
+/* PPOConfig of TRL 0.11; REINFORCE reads baseline, batch_size, num_generations and init_kl_coef. [glossary: Classe de configuração PPO] */
 struct PPOConfig {
     enum Baseline baseline;      /* what is subtracted from a reward: PPO has its value head */
     size_t num_generations;      /* answers to a prompt, one after the other */
@@ -4601,20 +4599,6 @@ static float *reinforce_scores(struct PPOTrainer *ppo, struct LMHead *head, cons
     return s;
 }
 
-/* What REINFORCE maximizes, R(y_i) of each answer (n); *kl: the mean of log pi - log pi_ref. */
-static float *reinforce_rewards(struct PPOTrainer *ppo, const struct Rollout *rollouts, const struct Batch *batch, const double *logps, double *kl) {
-    struct LMHead head = batch_logprobs(ppo->ref_model, &ppo->arena, batch, ppo->temperature, false);
-    double *ref_logps = arena_alloc(&ppo->arena, batch->B, sizeof *ref_logps);
-    float *rewards = arena_floats(&ppo->arena, batch->B);
-    sum_target_logps(batch, batch->B, head.logprob, ref_logps);
-    *kl = 0;
-    for (size_t i = 0; i < batch->B; i++) {
-        rewards[i] = (float)(rollouts[i].score - ppo->kl_coef * (logps[i] - ref_logps[i]));
-        *kl += kl_k1(logps[i], ref_logps[i]) / (double)batch->B;
-    }
-    return rewards;
-}
-
 /* reinforce_step -- one step up the gradient from batch_size fresh rollouts.         test: reinforce_step */
 static void reinforce_step(struct PPOTrainer *ppo, const struct Rollout *rollouts) {
     static const char *const variance[] = {"gradient_variance/none", "gradient_variance/mean", "gradient_variance/rloo"};
@@ -4622,16 +4606,20 @@ static void reinforce_step(struct PPOTrainer *ppo, const struct Rollout *rollout
     size_t n = ppo->config.batch_size, each = ppo->config.num_generations;
     arena_reset(arena);
     struct Example *examples = arena_alloc(arena, n, sizeof *examples);
-    double *logps = arena_alloc(arena, n, sizeof *logps), *dlogps = arena_alloc(arena, n, sizeof *dlogps), kl, score = 0, length = 0;
+    double *logps = arena_alloc(arena, 3 * n, sizeof *logps), *ref_logps = logps + n, *dlogps = ref_logps + n, kl = 0, score = 0, length = 0;
+    for (size_t i = 0; i < n; i++) examples[i] = rollouts[i].example;
+    struct Batch batch = collate(arena, examples, n, SKIP_LAST);
+    struct LMHead head = batch_logprobs(ppo->model, arena, &batch, ppo->temperature, true);
+    struct LMHead ref_head = batch_logprobs(ppo->ref_model, arena, &batch, ppo->temperature, false);
+    float *rewards = arena_floats(arena, n), *s = reinforce_scores(ppo, &head, &batch), *advantages[BASELINES];
+    sum_target_logps(&batch, n, head.logprob, logps);
+    sum_target_logps(&batch, n, ref_head.logprob, ref_logps);
     for (size_t i = 0; i < n; i++) {
-        examples[i] = rollouts[i].example;
+        rewards[i] = (float)(rollouts[i].score - ppo->kl_coef * (logps[i] - ref_logps[i]));       /* R(y_i), what is maximized */
+        kl += kl_k1(logps[i], ref_logps[i]) / (double)n;
         score += rollouts[i].score / (double)n;
         length += (double)rollouts[i].response_length / (double)n;
     }
-    struct Batch batch = collate(arena, examples, n, SKIP_LAST);
-    struct LMHead head = batch_logprobs(ppo->model, arena, &batch, ppo->temperature, true);
-    sum_target_logps(&batch, n, head.logprob, logps);
-    float *rewards = reinforce_rewards(ppo, rollouts, &batch, logps, &kl), *s = reinforce_scores(ppo, &head, &batch), *advantages[BASELINES];
     ppo->stats.n = 0;
     for (int b = 0; b < (each > 1 ? BASELINES : BASELINE_RLOO); b++) {
         advantages[b] = arena_floats(arena, n);
@@ -4688,10 +4676,9 @@ struct PPOBatch {
 
 /* ppo_advantages -- generalized advantage estimation [7], backward over each response:
  *   delta_t = r_t + gamma V_{t+1} - V_t;   A_t = delta_t + gamma lam A_{t+1};   return_t = A_t + V_t
- * A_t says how much better the token was than the value head expected. lam = 0 trusts the value head
- * alone, lam = 1 the rewards alone. Then A is whitened over the batch.
- * With whiten_rewards TRL whitens the padding behind a response too: its zeros become c != 0, and the
- * recursion runs through them before it reaches the response. Reproduced: `padding` steps of c.
+ * A_t says how much better the token was than the value head expected. lam = 0 trusts the value head alone, lam = 1 the rewards
+ * alone. Then A is whitened over the batch. With whiten_rewards TRL whitens the padding behind a response too: its zeros become
+ * c != 0, and the recursion runs through them before it reaches the response. Reproduced: `padding` steps of c.
  * By hand: V .5 .4 .3, r -.1 0 1, gamma 1, lam .95 -> A .33675 .565 .7.   test: ppo_advantages_golden */
 static void ppo_advantages(const struct PPOConfig *config, struct PPOBatch *p) {
     double c = config->whiten_rewards ? whiten(p->rewards, p->R, false) : 0;
@@ -4718,8 +4705,7 @@ static const char *const PPO_STAT_NAMES[PPO_STATS] = {
     "ppo/loss/policy", "ppo/loss/value", "ppo/loss/total", "ppo/policy/entropy", "ppo/policy/approxkl", "ppo/policy/policykl", "ppo/policy/clipfrac",
     "ppo/policy/advantages_mean", "ppo/policy/ratio_mean", "ppo/returns/mean", "ppo/returns/var", "ppo/val/vpred", "ppo/val/error", "ppo/val/clipfrac", "ppo/val/mean", "ppo/val/var"};
 
-/* ppo_loss -- the clipped objective of PPO [6], over the R response tokens of a mini-batch.
- *                                        [glossary: Otimização de política proximal (PPO)]
+/* ppo_loss -- the clipped objective of PPO [6], over the R response tokens of a mini-batch. [glossary: Otimização de política proximal (PPO)]
  *   ratio = exp(new - old);  policy = mean max(-A ratio, -A clip(ratio, 1 - c, 1 + c))      [6] Eq. 7
  *   vclip = clip(v, V - cv, V + cv);  value = 1/2 mean max((v - return)^2, (vclip - return)^2)
  *   loss = policy + vf_coef value
@@ -4727,8 +4713,7 @@ static const char *const PPO_STAT_NAMES[PPO_STATS] = {
  * out  dlogprobs, dvalues (R); stats
  * Why clip: samples are reused for several updates; once a token's probability has moved by c in the
  * direction its advantage asks for, its gradient is zero and it stops being pushed.
- * By hand: ratio 1.5, c 0.2, A 1 -> loss -1.2, gradient 0; A -1 -> loss 1.5, gradient 1.5.
- *                                                                          test: ppo_loss_golden */
+ * By hand: ratio 1.5, c 0.2, A 1 -> loss -1.2, gradient 0; A -1 -> loss 1.5, gradient 1.5.    test: ppo_loss_golden */
 static void ppo_loss(const struct PPOConfig *config, const struct PPOBatch *p, const size_t *which, size_t R, const float *logprobs, const float *values, float *dlogprobs, float *dvalues, double stats[PPO_STATS]) {
     double n = (double)R, c = config->cliprange, cv = config->cliprange_value;
     for (size_t r = 0; r < R; r++) {
@@ -4797,13 +4782,10 @@ static struct PPOForward *ppo_forward(struct PPOTrainer *ppo, struct Arena *aren
 
 /* Step 2 of ppo_step: one pass of policy and reference over queries and responses. */
 static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo, const struct Rollout *rollouts) {
-    size_t B = ppo->config.batch_size, longest = 0;
+    size_t B = ppo->config.batch_size;
     struct Arena *arena = &ppo->arena;
     struct Example *examples = arena_alloc(arena, B, sizeof *examples);
-    for (size_t b = 0; b < B; b++) {
-        examples[b] = rollouts[b].example;
-        longest = MAX(longest, examples[b].n);
-    }
+    for (size_t b = 0; b < B; b++) examples[b] = rollouts[b].example;
     bool fresh = ppo->config.mini_batch_size == B;
     struct PPOForward *f = ppo_forward(ppo, arena, examples, B, fresh);
     struct LMHead ref_head = batch_logprobs(ppo->ref_model, arena, &f->batch, ppo->temperature, false);
@@ -4814,7 +4796,7 @@ static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo, const struc
     memcpy(p.logprobs, f->head.logprob, p.R * sizeof(float));
     p.ref_logprobs = ref_head.logprob;
     p.padding = arena_alloc(arena, B, sizeof *p.padding);
-    for (size_t b = 0; b < B; b++) p.padding[b] = longest - examples[b].n;
+    for (size_t b = 0; b < B; b++) p.padding[b] = f->batch.max_length + 1 - examples[b].n;
     return p;
 }
 
@@ -4902,31 +4884,32 @@ static void stats_of(struct PPOTrainer *ppo, const char *mean_name, const char *
 static void ppo_record_stats(struct PPOTrainer *ppo, const struct Rollout *rollouts, const struct PPOBatch *p, const float *scores, const double sums[PPO_STATS], size_t mini_batches) {
     struct LogEntry *s = &ppo->stats;
     size_t B = p->B;
-    float *query = arena_floats(&ppo->arena, B), *response = arena_floats(&ppo->arena, B), *kl_dist = arena_zeros(&ppo->arena, B, sizeof(float));
-    double kl = 0, kl_k3_sum = 0, entropy = 0, non_score = 0;
+    float *query = arena_floats(&ppo->arena, B), *response = arena_floats(&ppo->arena, B), *reward = arena_floats(&ppo->arena, B);
+    float *kl_dist = arena_zeros(&ppo->arena, B, sizeof *kl_dist);
+    double kl = 0, k3 = 0, entropy = 0, non_score = 0, lr = ppo->args.learning_rate * schedule_factor(&ppo->args, ppo->step, ppo->total_steps);
     for (size_t b = 0; b < B; b++) {
+        reward[b] = rollouts[b].score;
         query[b] = (float)rollouts[b].example.prompt_length;
         response[b] = (float)rollouts[b].response_length;
         for (size_t t = p->start[b]; t < p->start[b + 1]; t++) kl_dist[b] += p->kl[t];
     }
     for (size_t t = 0; t < p->R; t++) {
         kl += p->kl[t] / (double)B;
-        kl_k3_sum += kl_k3(p->logprobs[t], p->ref_logprobs[t]) / (double)B;
+        k3 += kl_k3(p->logprobs[t], p->ref_logprobs[t]) / (double)B;
         entropy -= p->logprobs[t] / (double)B;
         non_score += p->non_score_rewards[t] / (double)p->R;
     }
     s->n = ppo->vector_count = 0;
-    log_value(s, "objective/kl", kl);
-    log_value(s, "objective/kl_k3", kl_k3_sum);                /* not TRL's: the estimate that is never negative */
-    log_value(s, "objective/kl_coef", ppo->kl_coef);
-    log_value(s, "objective/entropy", entropy);
-    log_value(s, "ppo/mean_non_score_reward", non_score);
+    const struct { const char *name; double value; } values[] = {
+        {"objective/kl", kl}, {"objective/kl_k3", k3 /* not TRL's: the estimate that is never negative */}, {"objective/kl_coef", ppo->kl_coef},
+        {"objective/entropy", entropy}, {"ppo/mean_non_score_reward", non_score},
+        {"ppo/learning_rate", lr}, {"ppo/val/var_explained", 1 - sums[VAL_ERROR] / sums[RETURNS_VAR]}};
+    for (size_t i = 0; i < COUNT(values); i++) log_value(s, values[i].name, values[i].value);
+    stats_of(ppo, "env/reward_mean", "env/reward_std", "env/reward_dist", reward, B);
     stats_of(ppo, "ppo/mean_scores", "ppo/std_scores", NULL, scores, B);
     stats_of(ppo, "tokens/queries_len_mean", "tokens/queries_len_std", "tokens/queries_dist", query, B);
     stats_of(ppo, "tokens/responses_len_mean", "tokens/responses_len_std", "tokens/responses_dist", response, B);
     for (int i = 0; i < PPO_STATS; i++) if (i != POLICY_RATIO) log_value(s, PPO_STAT_NAMES[i], sums[i] / (double)mini_batches);
-    log_value(s, "ppo/val/var_explained", 1 - sums[VAL_ERROR] / sums[RETURNS_VAR]);
-    log_value(s, "ppo/learning_rate", ppo->args.learning_rate * schedule_factor(&ppo->args, ppo->step, ppo->total_steps));
     stats_vector(ppo, "objective/kl_dist", kl_dist, B, NULL);
     stats_vector(ppo, "objective/logprobs", p->logprobs, B, p->start);
     stats_vector(ppo, "objective/ref_logprobs", p->ref_logprobs, B, p->start);
@@ -4935,8 +4918,7 @@ static void ppo_record_stats(struct PPOTrainer *ppo, const struct Rollout *rollo
 }
 
 /* ppo_step -- PPOTrainer.step(queries, responses, scores).        [glossary: Treinador PPO]
- * rollouts: batch_size of them. Leaves ppo->stats.
- *                                                          test: ppo_step, check_fidelity ppo* */
+ * rollouts: batch_size of them. Leaves ppo->stats.         test: ppo_step, check_fidelity ppo* */
 static void ppo_step(struct PPOTrainer *ppo, const struct Rollout *rollouts) {
     size_t B = ppo->config.batch_size;
     double begin = seconds_now(), sums[PPO_STATS] = {0};
@@ -5021,9 +5003,6 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, size
         if (ppo->config.baseline == BASELINE_VALUE_HEAD) ppo_step(ppo, rollouts);
         else reinforce_step(ppo, rollouts);
         if (log_dir) {
-            float *raw = arena_floats(&arena, B);
-            for (size_t b = 0; b < B; b++) raw[b] = rollouts[b].score;
-            stats_of(ppo, "env/reward_mean", "env/reward_std", "env/reward_dist", raw, B);
             log_value(&ppo->stats, "time/ppo/rollout", rolled - begin);
             stats_write_line(logs[0].file, ppo);
             rollouts_write(logs[1].file, rollouts, B);
@@ -5036,12 +5015,9 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, size
         const char *score = arena_printf(&arena, "%+.2f  ", rollouts->score);
         if (progress_sampling(ppo->step, steps)) sample_show(ppo->tok, &rollouts->example, ppo->model->config.vocab_size, score);
         state_say(state, ppo->name, &ppo->stats, ppo->args.say_steps ? ppo->step % ppo->args.say_steps == 0 || last : log);
-        if (log) {
-            struct LogEntry *entry = state_log(state);
-            *entry = ppo->stats;
-            log_value(entry, "step", (double)ppo->step);
-            log_value(entry, "epoch", state->epoch);
-        }
+        log_value(&ppo->stats, "step", (double)ppo->step);
+        log_value(&ppo->stats, "epoch", state->epoch);
+        if (log) *state_log(state) = ppo->stats;
         checkpoint_step(&checkpoint);
     }
     for (int i = 0; log_dir && i < 2; i++) output_close(&logs[i]);
@@ -5213,12 +5189,10 @@ static struct DPOTask *dpo_task(struct Trainer *trainer, struct Arena *arena, st
     return task;
 }
 
-/* collect_preferences -- data collection: several answers a prompt, compared, kept as pairs.
- *                                                                  [glossary: Coleta de dados]
- * Each prompt is answered num_generations times by `policy`; the best answer by the scorer becomes
- * chosen, the worst rejected. Answers that ended before scorer->least_length tokens are left out, and, with
- * only_ended, those that did not end: cut-off text teaches a model to run on. pairs: room for 2n examples,
- * 2i chosen, 2i+1 rejected; returns how many pairs. */
+/* collect_preferences -- data collection: several answers a prompt, compared, kept as pairs.             [glossary: Coleta de dados]
+ * Each prompt is answered num_generations times by `policy`; the best answer by the scorer becomes chosen, the worst rejected.
+ * Answers that ended before scorer->least_length tokens are left out, and, with only_ended, those that did not end: cut-off text
+ * teaches a model to run on. pairs: room for 2n examples, 2i chosen, 2i+1 rejected; returns how many pairs. */
 static size_t collect_preferences(const struct GPT2 *policy, const struct Scorer *scorer, struct Arena *arena, const struct Example *prompts, size_t n, size_t num_generations, bool only_ended, const struct GenerationConfig *generation, uint64_t seed, struct Example *pairs) {
     struct Example *answers = sample_answers(policy, arena, prompts, n, num_generations, generation, seed);
     float *score = arena_floats(arena, n * num_generations);
@@ -5257,7 +5231,7 @@ static struct Text answer_text(const struct Tokenizer *tok, struct Arena *arena,
  * is then said of a policy is a sum over all responses: nothing is estimated.
  * ============================================================================================= */
 
-enum { EXACT_RESPONSES = 4096, EXACT_BATCH = 128, EXACT_SHOWN = 8 };
+enum { EXACT_RESPONSES = 4096, EXACT_BATCH = 128 };
 enum ExactPolicy { EXACT_REFERENCE, EXACT_OPTIMUM, EXACT_DPO, EXACT_PPO, EXACT_REINFORCE, EXACT_POLICIES };
 static const struct { const char *name; double learning_rate; size_t steps; } EXACT[EXACT_POLICIES] = {
     {"reference", 0, 0}, {"optimum", 0, 0}, {"dpo", 8e-3, 250}, {"ppo", 2e-3, 400}, {"reinforce", 2e-3, 500}};
@@ -5271,8 +5245,7 @@ struct ExactWorld {
     uint64_t seed;
 };
 
-/* exact_optimum -- the policy that no training can beat: the reference, weighted by reward.
- *                    [glossary: Distribuição ponderada por recompensa] [glossary: Função de partição]
+/* exact_optimum -- the reference, weighted by reward. [glossary: Distribuição ponderada por recompensa] [glossary: Função de partição]
  * in   ref_logps, r (n): log pi_ref(y), nats, and reward of every response     out  optimum (n): log pi*(y);  log Z
  *   Z = sum_y pi_ref(y) exp(r(y) / beta);   pi*(y) = pi_ref(y) exp(r(y) / beta) / Z                        [5] Eq. 4
  * Why no policy has a larger J(pi) = E_pi[r] - beta KL(pi || pi_ref), [5] appendix A.1: solved for r, that is
@@ -5309,8 +5282,7 @@ static struct ExactFigures exact_figures(const struct ExactWorld *w, const doubl
  *   d loss / d h_i = 2 beta / n^2 sum_j (sigmoid(s_ij) - p_ij)         twice: the pair (j,i) pulls as (i,j) does
  * Least where s_ij = r_i - r_j for all pairs, that is beta h = r + a constant: pi*. The constant is -beta log Z; in
  * every pair it cancels, and so DPO needs no Z.
- * By hand: pi = pi_ref: loss ln 2; with r = (0, ln 3) the slope of h_1 is 2 beta/4 (1/2 - 3/4) = -beta/8.
- *                                                                       test: exact_dpo_loss, exact_dpo_gradient */
+ * By hand: pi = pi_ref: loss ln 2; with r = (0, ln 3) the slope of h_1 is 2 beta/4 (1/2 - 3/4) = -beta/8.      test: exact_dpo_* */
 static double exact_dpo_loss(const double *logps, const double *ref_logps, const double *r, size_t n, double beta, double *dlogps) {
     double loss = 0, pairs = (double)n * (double)n;
     for (size_t i = 0; i < n; i++) {
@@ -5413,30 +5385,17 @@ static void exact_run(struct ExactWorld *w, double beta) {
     for (int k = EXACT_REINFORCE; k >= EXACT_DPO; k--) exact_train(w, (enum ExactPolicy)k);
 }
 
-/* As JSON, or as a table and the likeliest responses under pi*. */
+/* As JSON, or as a table. */
 static void exact_print(const struct ExactWorld *w, bool json) {
-    struct ExactFigures f[EXACT_POLICIES];
-    for (int k = 0; k < EXACT_POLICIES; k++) f[k] = exact_figures(w, w->logps[k]);
-    double ref = f[EXACT_REFERENCE].objective, max = w->beta * w->log_Z;
+    double ref = exact_figures(w, w->logps[EXACT_REFERENCE]).objective, max = w->beta * w->log_Z;
     if (json) printf("{\"beta\": %.9g, \"objective_ref\": %.9g, \"objective_max\": %.9g", w->beta, ref, max);
     else printf("%zu responses of %zu tokens; beta %g: Z %.5g, log Z %.4f; J of the reference %.4f, at most beta log Z = %.4f\n\n           KL(pi||pi*)     E[r]  KL(pi||ref)        J  of the way\n", w->n, w->L, w->beta, exp(w->log_Z), w->log_Z, ref, max);
     for (int k = json ? EXACT_DPO : 0; k < EXACT_POLICIES; k++) {
-        if (json) printf(", \"%s\": {\"kl_to_optimum\": %.9g, \"objective\": %.9g, \"reward\": %.9g, \"kl\": %.9g}", EXACT[k].name, f[k].kl_to_optimum, f[k].objective, f[k].reward, f[k].kl);
-        else printf("%-10s %11.5f %8.4f %12.4f %8.4f %9.2f %%\n", EXACT[k].name, f[k].kl_to_optimum, f[k].reward, f[k].kl, f[k].objective, 100 * (f[k].objective - ref) / (max - ref));
+        struct ExactFigures f = exact_figures(w, w->logps[k]);
+        if (json) printf(", \"%s\": {\"kl_to_optimum\": %.9g, \"objective\": %.9g, \"reward\": %.9g, \"kl\": %.9g}", EXACT[k].name, f.kl_to_optimum, f.objective, f.reward, f.kl);
+        else printf("%-10s %11.5f %8.4f %12.4f %8.4f %9.2f %%\n", EXACT[k].name, f.kl_to_optimum, f.reward, f.kl, f.objective, 100 * (f.objective - ref) / (max - ref));
     }
-    puts(json ? "}" : "");
-    if (json) return;
-    struct Candidate top[EXACT_RESPONSES];
-    for (size_t i = 0; i < w->n; i++) top[i] = (struct Candidate){(float)w->logps[EXACT_OPTIMUM][i], (int)i};
-    qsort(top, w->n, sizeof *top, compare_candidates_down);
-    puts("  reward  reference   optimum       dpo       ppo reinforce   the likeliest responses under pi*");
-    for (size_t i = 0; i < MIN(w->n, (size_t)EXACT_SHOWN); i++) {
-        size_t y = (size_t)top[i].id;
-        printf("%8.4f ", w->r[y]);
-        for (int k = 0; k < EXACT_POLICIES; k++) printf(" %9.5f", exp(w->logps[k][y]));
-        for (size_t t = 1; t <= w->L; t++) printf("%s%d", t == 1 ? "   " : " ", w->y[y].ids[t]);
-        putchar('\n');
-    }
+    if (json) puts("}");
 }
 
 /* =============================================================================================
