@@ -149,7 +149,8 @@ static size_t peak_rss_bytes(void) {
 
 static bool quiet;             /* --quiet: no progress on stderr; errors are still said */
 static char way_on[PATH_MAX + 80];                     /* said behind an error: what a training that fails can go on from */
-static void staged_remove(void);                       /* chapter 2: what is half written */
+static const char *staged_folder;                      /* half written (chapter 2): goes with the program */
+static void folder_remove(const char *folder, const char *to);
 
 /* Length of the UTF-8 character that starts at text[i], its code point in *code; 0 if it is not valid. */
 static size_t utf8_read(const unsigned char *text, size_t n, uint32_t *code) {
@@ -205,7 +206,7 @@ static _Noreturn void PRINTF_LIKE(2, 3) die_with(int status, const char *format,
     fflush(stdout);
     complain("align: ", format, arguments, status == 1 ? way_on : "");
     va_end(arguments);
-    staged_remove();
+    if (staged_folder) folder_remove(staged_folder, NULL);
     exit(status);
 }
 
@@ -445,13 +446,9 @@ static size_t terminal_columns(void) {
 
 /* Tells where a stage is: bar, steps, time left, the metrics that matter now, tokens a second. A terminal's line is
  * renewed ten times a second at most, and always if `due`; elsewhere a line is said if `due`. */
-static void PRINTF_LIKE(6, 7) progress_say(const char *name, size_t step, size_t total, size_t tokens, bool due, const char *format, ...) {
+static void progress_say(const char *name, size_t step, size_t total, size_t tokens, bool due, const char *metrics) {
     struct Progress *p = &progress_line;
-    char metrics[400], line[800];
-    va_list arguments;
-    va_start(arguments, format);
-    vsnprintf(metrics, sizeof metrics, format, arguments);
-    va_end(arguments);
+    char line[800];
     bool live = progress_live();
     double now = seconds_now();
     if (!live && due) say("%s: step %zu/%zu  %s\n", name, step, total, metrics);
@@ -568,13 +565,13 @@ static void make_folder(const char *path) {
     for (size_t i = 1; i <= strlen(path); i++) {
         if (path[i] != '/' && path[i] != 0) continue;
         snprintf(part, i + 1, "%s", path);
-        CHECK(mkdir(part, 0777) == 0 || errno == EEXIST || is_folder(part), "%s: %s", part, strerror(errno));
+        CHECK(mkdir(part, 0777) == 0 || is_folder(part), "%s: %s", part, errno == EEXIST ? "is a file, a folder was expected" : strerror(errno));
     }
-    CHECK(is_folder(path), "%s: is a file, a folder was expected", path);
     CHECK(access(path, W_OK) == 0, "%s: cannot be written to: %s", path, strerror(errno));
 }
 
-/* Removes a folder and the files in it, as far as that can be done; with `to`, moves them there. */
+/* Removes a folder and the files in it, as far as that can be done; with `to`, moves them there. Files that belong together are
+ * written in a folder of their own, staged_folder, and moved when all are on the disk: one that is full leaves all as it was. */
 static void folder_remove(const char *folder, const char *to) {
     char path[PATH_MAX], target[PATH_MAX];
     DIR *dir = opendir(folder);
@@ -586,11 +583,6 @@ static void folder_remove(const char *folder, const char *to) {
     if (dir) closedir(dir);
     rmdir(folder);
 }
-
-/* Files that belong together are written in a folder of their own and moved when all are on the disk: one that is full
- * leaves all as it was, and what is half written goes with the program. */
-static const char *staged_folder;
-static void staged_remove(void) { if (staged_folder) folder_remove(staged_folder, NULL); }
 
 /* Puts the names in a folder on the disk, as output_close puts a file's contents. */
 static void folder_sync(const char *folder) {
@@ -671,28 +663,21 @@ static bool json_string(struct JsonParser *p, struct Text *out) {
     return true;
 }
 
-/* Passes over `lead` characters and the digits behind them, of which there must be one. */
-static bool skip_digits(char **s, size_t lead) {
-    size_t n = strspn(*s + lead, "0123456789");
-    *s += lead + n;
-    return n > 0;
-}
-
 /* [-] digits [. digits] [e digits]: JSON's grammar is narrower than strtod's (no "+1", ".5", "0x1"). The digits
  * stay in `string`: a double holds 53 of a whole number's 64 bits. */
 static bool json_number(struct JsonParser *p, struct Json *node) {
-    char copy[65] = "";
+    char copy[65] = "", *end;
     memcpy(copy, p->at, MIN((size_t)(p->end - p->at), sizeof copy - 1));
-    char *s = copy + (*copy == '-');
-    if ((s[0] == '0' && isdigit((unsigned char)s[1])) || !skip_digits(&s, 0)) return json_fail(p, "a value was expected");
-    if (*s == '.' && !skip_digits(&s, 1)) return json_fail(p, "a number ends in its decimal point");
-    if ((*s == 'e' || *s == 'E') && !skip_digits(&s, s[1] == '+' || s[1] == '-' ? 2 : 1)) return json_fail(p, "a number without its exponent");
-    if (s == copy + sizeof copy - 1) return json_fail(p, "a number of more than 63 characters");
-    *s = 0;
-    node->number = strtod(copy, NULL);
+    copy[strspn(copy, "+-.0123456789eE")] = 0;
+    const char *first = copy + (*copy == '-'), *point = strchr(copy, '.');
+    if (!isdigit((unsigned char)first[0]) || (first[0] == '0' && isdigit((unsigned char)first[1]))) return json_fail(p, "a value was expected");
+    node->number = strtod(copy, &end);
+    if (point && point < end && !isdigit((unsigned char)point[1])) return json_fail(p, "a number ends in its decimal point");
+    if (*end == 'e' || *end == 'E') return json_fail(p, "a number without its exponent");
+    if (end == copy + sizeof copy - 1) return json_fail(p, "a number of more than 63 characters");
     if (!isfinite(node->number)) return json_fail(p, "a number beyond 1.8e308");
-    node->string = (struct Text){p->at, (size_t)(s - copy)};
-    p->at += s - copy;
+    node->string = (struct Text){p->at, (size_t)(end - copy)};
+    p->at += end - copy;
     return true;
 }
 
@@ -1065,10 +1050,10 @@ static struct Tokenizer *tokenizer_load(const char *path) {
     }
     memset(tok->byte_token, -1, sizeof tok->byte_token);
     for (int id = 0; id < BYTE_TOKENS; id++) {
-        CHECK(tok->token[id].length == 1, "%s: id %d is not a single byte", path, id);
-        tok->byte_token[(unsigned char)tok->token[id].data[0]] = id;
+        int *byte = &tok->byte_token[(unsigned char)tok->token[id].data[0]];
+        CHECK(tok->token[id].length == 1 && *byte < 0, "%s: id %d is not a single byte of its own", path, id);
+        *byte = id;
     }
-    for (int byte = 0; byte < 256; byte++) CHECK(tok->byte_token[byte] >= 0, "%s: no id for byte %d", path, byte);
     tokenizer_read_merges(tok, &r);
     tok->char_class = arena_zeros(&tok->arena, UNICODE_END, 1);
     for (int class = CLASS_LETTER; class <= CLASS_SPACE; class++) {
@@ -1666,26 +1651,15 @@ WIDE static void row_dot_4(float *out, const float *x, const float *y, size_t y_
         for (size_t r = 0; r < rows; r++) out[r] = row_dot(x, y + r * y_row, n);
         return;
     }
-    float lane0[LANES] = {0}, lane1[LANES] = {0}, lane2[LANES] = {0}, lane3[LANES] = {0};
-    const float *y1 = y + y_row, *y2 = y1 + y_row, *y3 = y2 + y_row;
+    float lane[4][LANES] = {{0}};
     size_t i = 0;
     for (; i + LANES <= n; i += LANES)
-        for (size_t j = 0; j < LANES; j++) {
-            lane0[j] += x[i + j] * y[i + j];
-            lane1[j] += x[i + j] * y1[i + j];
-            lane2[j] += x[i + j] * y2[i + j];
-            lane3[j] += x[i + j] * y3[i + j];
-        }
-    for (; i < n; i++) {
-        lane0[0] += x[i] * y[i];
-        lane1[0] += x[i] * y1[i];
-        lane2[0] += x[i] * y2[i];
-        lane3[0] += x[i] * y3[i];
-    }
-    out[0] = lane_sum(lane0);
-    out[1] = lane_sum(lane1);
-    out[2] = lane_sum(lane2);
-    out[3] = lane_sum(lane3);
+        for (size_t j = 0; j < LANES; j++)
+            for (size_t r = 0; r < 4; r++) lane[r][j] += x[i + j] * y[r * y_row + i + j];
+    for (; i < n; i++)
+        for (size_t r = 0; r < 4; r++) lane[r][0] += x[i] * y[r * y_row + i];
+    #pragma GCC unroll 4
+    for (size_t r = 0; r < 4; r++) out[r] = lane_sum(lane[r]);
 }
 
 /* y = e^(x - shift); returns the sum. */
@@ -3563,7 +3537,7 @@ static void state_say(const struct TrainerState *state, const char *name, const 
         double value;
         if (log_find(entry, shown[i], &value)) used += (size_t)snprintf(text + used, sizeof text - used, "%s%s %.4g", used ? "  " : "", shown[i], value);
     }
-    progress_say(name, state->global_step, state->max_steps, state->num_tokens, plain, "%s", text);
+    progress_say(name, state->global_step, state->max_steps, state->num_tokens, plain, text);
 }
 
 /* The metrics' means go to a log entry, in evaluation under "eval_" and their names, and where the training is. */

@@ -3674,7 +3674,7 @@ static void test_broken_tokenizer(void) {
     struct Text file = read_file(&test_arena, tokenizer->path);
     char *bytes = arena_alloc(&test_arena, file.length, 1);
     static const struct { size_t at; char byte; const char *message; } edits[] = {{0, 1, "not a tokenizer.bin of version 2"}, {4, 1, "not a tokenizer.bin of version 2"},
-        {8, 0, "end token"}, {10, 9, "end token"}, {1024, 7, "id 0 is not a single byte"}};
+        {8, 0, "end token"}, {10, 9, "end token"}, {1024, 7, "id 0 is not a single byte of its own"}};
     for (size_t i = 0; i < COUNT(edits); i++) {
         memcpy(bytes, file.data, file.length);
         bytes[edits[i].at] = edits[i].byte;
