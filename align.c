@@ -6195,12 +6195,12 @@ enum Group {
     G_MODEL = 1, G_DATA = 2, G_TRAIN = 4, G_NEW = 8, G_REF = 16, G_REWARD = 32, G_PPO = 64, G_DPO = 128, G_SAMPLE = 256, G_LENGTH = 512, G_PROMPT = 1024,
     G_NEXT = 2048, G_TOKENIZE = 4096, G_RLHF = 8192, G_OUT = 16384, G_SEED = 32768, G_RUN = 65536, G_BATCH = 131072, G_JSON = 262144, G_BENCH = 524288,
     G_PEFT = 1 << 20, G_LORA = 1 << 21, G_ROLL = 1 << 22, G_RLOO = 1 << 23, G_EXACT = 1 << 24, G_COLLECT = 1 << 25, G_EVAL = 1 << 26, G_WORDS = 1 << 27,
-    G_TRAINING = G_OUT | G_SEED | G_DATA | G_TRAIN, G_TUNING = G_MODEL | G_PEFT | G_LORA | G_TRAINING, G_ALL = -1
+    G_TRAINING = G_OUT | G_SEED | G_DATA | G_TRAIN, G_TOOL = G_MODEL | G_PEFT | G_DATA, G_TUNING = G_TOOL | G_LORA | G_TRAINING, G_ALL = -1
 };
 /* What a flag's value may be: one of the names that its help lists; of numbers, whole ones up to KIND_COUNT, the range is part of it. */
 enum Kind {
-    KIND_STRING, KIND_NAME, KIND_LIST, KIND_BOOL, KIND_STOPPING, KIND_SEED, KIND_SIZE, KIND_BATCH, KIND_COUNT,
-    KIND_DOUBLE, KIND_POSITIVE, KIND_TEMPERATURE, KIND_EPOCHS, KIND_WEIGHT, KIND_SHARE, KIND_DECAY
+    KIND_STRING, KIND_NAME, KIND_LIST, KIND_BOOL, KIND_STOPPING, KIND_SEED, KIND_SIZE, KIND_BATCH, KIND_COUNT, KIND_DOUBLE, KIND_POSITIVE, KIND_TEMPERATURE,
+    KIND_EPOCHS, KIND_WEIGHT, KIND_SHARE, KIND_DECAY
 };
 static const struct { double least, most; const char *expected; } RANGES[] = {
     [KIND_SEED] = {0, 0x1p64, "a whole number, 0 or more,"}, [KIND_SIZE] = {0, 0x1p40, "a whole number, 0 to 2^40,"}, [KIND_COUNT] = {1, 0x1p40, "a whole number, 1 to 2^40,"},
@@ -6314,14 +6314,9 @@ static const struct Flag FLAGS[] = {
 
 /* A file that ships with the program: beside it, or in the current folder. */
 static const char *shipped_file(struct Arena *arena, const char *name) {
-    char program[PATH_MAX];
-    if (program_path(program)) {
-        char *slash = strrchr(program, '/');
-        if (slash) *slash = 0;
-        char *path = arena_printf(arena, "%s/%s", program, name);
-        if (file_exists(path)) return path;
-    }
-    return name;
+    char program[PATH_MAX], *slash = program_path(program) ? strrchr(program, '/') : NULL;
+    const char *path = slash ? arena_printf(arena, "%.*s/%s", (int)(slash - program), program, name) : name;
+    return file_exists(path) ? path : name;
 }
 
 static struct Tokenizer *load_tokenizer(struct Options *o) {
@@ -6356,10 +6351,11 @@ static struct GPT2 *load_model(const char *folder, const struct Tokenizer *tok) 
     return model;
 }
 
-/* A command's model with --peft_adapter's adapter, for training, or folded in; or with a new one (--use_peft). */
-static struct GPT2 *load_adapted(const struct Options *o, const struct Tokenizer *tok, bool train) {
-    struct GPT2 *model = load_model(need(o->model_name_or_path, "model_name_or_path"), tok);
-    if (!o->use_peft && !o->peft_adapter) return model;
+/* A command's tokenizer and model, with --peft_adapter's adapter, for training or folded in; or with a new one (--use_peft). */
+static void open_model(struct Options *o, bool train) {
+    load_tokenizer(o);
+    struct GPT2 *model = o->model = load_model(need(o->model_name_or_path, "model_name_or_path"), o->tok);
+    if (!o->use_peft && !o->peft_adapter) return;
     CHECK(!is_adapter(o->model_name_or_path), "--model_name_or_path %s: is itself an adapter, a base is needed here; fold it into its base first: align merge", o->model_name_or_path);
     if (o->use_peft && o->peft_adapter) die_usage("--use_peft starts a new adapter, --peft_adapter goes on with one: give one of them");
     if (o->lora.lora_dropout != 0) die_usage("--lora_dropout %g: only 0 is implemented; leave it out", o->lora.lora_dropout);
@@ -6368,8 +6364,7 @@ static struct GPT2 *load_adapted(const struct Options *o, const struct Tokenizer
     else adapter_load(model, o->peft_adapter);
     model->adapter.base_model_name_or_path = o->model_name_or_path;
     if (!train) adapter_merge(model);
-    if (train && model->adapter.lora_dropout > 0) warn("%s: lora_dropout %g is not applied: training here has no dropout", o->peft_adapter, model->adapter.lora_dropout);
-    return model;
+    else if (model->adapter.lora_dropout > 0) warn("%s: lora_dropout %g is not applied: training here has no dropout", o->peft_adapter, model->adapter.lora_dropout);
 }
 
 /* --ref_model, or the start model: of an adapter without a second copy of the base. */
@@ -6385,12 +6380,6 @@ static size_t choice(const char *flag, const char *value, const char *names) {
     for (size_t length, i = 0; (length = next_name(&name)) > 0; name += length, i++)
         if (strlen(value) == length && strncmp(name, value, length) == 0) return i;
     die_usage("--%s \"%s\" is unknown; there are %s", flag, value, names);
-}
-
-/* Opens the model, its tokenizer, and the data with what is held out: what a command starts with. */
-static void open_model(struct Options *o, bool train) {
-    load_tokenizer(o);
-    o->model = load_adapted(o, o->tok, train);
 }
 
 static void open_data(struct Options *o, const unsigned *shapes, size_t count) {
@@ -6413,7 +6402,6 @@ static const unsigned SFT_SHAPES[] = {SHAPE_PROMPT_COMPLETION, SHAPE_TEXT};
 static const unsigned REWARD_SHAPES[] = {SHAPE_PREFERENCE, SHAPE_RATED, SHAPE_LABELLED}, LABELLED_SHAPES[] = {SHAPE_LABELLED};
 static const unsigned DPO_SHAPES[] = {SHAPE_PREFERENCE};
 static const unsigned PROMPT_SHAPES[] = {SHAPE_PROMPT, SHAPE_TEXT};
-static const unsigned ONLY_PROMPT_SHAPES[] = {SHAPE_PROMPT};
 static const unsigned ROLLOUT_SHAPES[] = {SHAPE_ROLLOUT};
 static const unsigned RATED_SHAPES[] = {SHAPE_RATED};
 
@@ -6461,12 +6449,12 @@ static struct Trainer open_training(struct Options *o, const unsigned *shapes, s
 
 /* The folder for the result. One that holds a model cannot take an adapter too, nor the other way round: who
  * loads it could not know which of them is meant. */
-static void open_output_dir(const struct Options *o) {
-    char path[PATH_MAX];
+static void open_output_dir(struct Options *o) {
+    const char *dir = need(o->train.output_dir, "output_dir"), *kind[] = {"a model", "an adapter"};
     bool adapter = o->model->adapter.r > 0;
-    make_folder(need(o->train.output_dir, "output_dir"));
-    snprintf(path, sizeof path, "%.4000s/config.json", o->train.output_dir);
-    CHECK(adapter ? !file_exists(path) : !is_adapter(o->train.output_dir), "--output_dir %s: holds %s already; choose another folder for %s", o->train.output_dir, adapter ? "a model" : "an adapter", adapter ? "the adapter" : "the model");
+    make_folder(dir);
+    CHECK(!file_exists(arena_printf(&o->arena, "%s/%s", dir, adapter ? "config.json" : "adapter_config.json")), "--output_dir %s: holds %s already; choose another folder for %s", dir,
+          kind[!adapter], adapter ? "the adapter" : "the model");
 }
 
 /* Saves the model, the log and a report of a training that is done. */
@@ -6494,10 +6482,17 @@ static void finish_training(struct Options *o, struct Trainer *trainer) {
     trainer_free(trainer);
 }
 
-static struct Example *encode_texts(struct Options *o, const struct Dataset *data) {
+/* Each row's text as ids: with its end token, or, without, the first `longest`. */
+static struct Example *encode_texts(struct Options *o, const struct Dataset *data, bool add_end, size_t longest) {
     if (!data) return NULL;
     struct Example *texts = arena_alloc(&o->arena, data->n, sizeof *texts);
-    for (size_t i = 0; i < data->n; i++) texts[i] = example_encode(&o->arena, o->tok, data->rows[i].text, o->model->config.vocab_size, true);
+    size_t cut = 0;
+    for (size_t i = 0; i < data->n; i++) {
+        texts[i] = example_encode(&o->arena, o->tok, data->rows[i].text, o->model->config.vocab_size, add_end);
+        cut += texts[i].n > longest;
+        texts[i].n = MIN(texts[i].n, longest);
+    }
+    if (cut) warn("%s: %zu of %zu texts are longer than %zu tokens; their first %zu are read", data->path, cut, data->n, longest, longest);
     return texts;
 }
 
@@ -6510,7 +6505,8 @@ static void command_pretrain(struct Options *o) {
     size_t n_positions = o->model->config.n_positions;
     CHECK(o->train.max_length <= n_positions || o->train.max_length == 1024, "--max_length %zu is longer than the model's context of %zu (--n_positions)", o->train.max_length, n_positions);
     struct Trainer trainer = open_training(o, TEXT_SHAPES, 1);
-    struct LanguageTask *task = pretrain_task(&trainer, &o->arena, encode_texts(o, o->data), o->data->n, encode_texts(o, o->eval), o->eval ? o->eval->n : 0);
+    struct Example *texts = encode_texts(o, o->data, true, SIZE_MAX), *eval_texts = encode_texts(o, o->eval, true, SIZE_MAX);
+    struct LanguageTask *task = pretrain_task(&trainer, &o->arena, texts, o->data->n, eval_texts, o->eval ? o->eval->n : 0);
     finish_training(o, &trainer);
     arena_free(&task->rows);
 }
@@ -6671,7 +6667,7 @@ static void command_generate(struct Options *o) {
     struct Row typed = {.prompt = text_of(o->prompt ? o->prompt : "")};
     struct Dataset one = {.rows = &typed, .n = 1};
     if (!o->prompt) need(o->dataset_name, "prompt, or --dataset_name,");
-    if (!o->prompt) open_data(o, ONLY_PROMPT_SHAPES, 1);
+    if (!o->prompt) open_data(o, PROMPT_SHAPES, 1);
     const struct Dataset *data = o->data ? o->data : &one;
     size_t n = data->n;
     struct Sequence *sequences = arena_alloc(&o->arena, n * each, sizeof *sequences);
@@ -6767,15 +6763,8 @@ static void command_score(struct Options *o) {
     CHECK(o->model->score.n, "%s: has no score.weight: it is no reward model; train one: align reward", folder);
     open_data(o, TEXT_SHAPES, 1);
     const struct Dataset *data = o->data;
-    struct Example *texts = encode_texts(o, data);
+    struct Example *texts = encode_texts(o, data, false, MIN(o->train.max_length, o->model->config.n_positions));
     float *reward = arena_floats(&o->arena, data->n);
-    size_t limit = MIN(o->train.max_length, o->model->config.n_positions), cut = 0;
-    for (size_t i = 0; i < data->n; i++) {
-        texts[i].n--;                                            /* no end token is read */
-        cut += texts[i].n > limit;
-        texts[i].n = MIN(texts[i].n, limit);
-    }
-    if (cut) warn("%s: %zu of %zu texts are longer than %zu tokens; their first %zu are read", data->path, cut, data->n, limit, limit);
     reward_score(o->model, texts, data->n, reward);
     for (size_t i = 0; i < data->n; i++) {
         json_write_string(stdout, "{\"text\": ", data->rows[i].text);
@@ -6990,12 +6979,11 @@ static void command_glossary(struct Options *o) {
 
 /* Sentences fit a context of 64 tokens; for whole reviews a longer one is worth its time.
  *                                                              [glossary: Conjunto de dados IMDB] */
-static size_t course_positions(const struct Dataset *data, const struct Tokenizer *tok) {
-    struct Arena arena = {0};
-    size_t sample = MIN(data->n, (size_t)200), longer = 0;
-    for (size_t i = 0; i < sample; i++) longer += example_encode(&arena, tok, data->rows[i * (data->n / sample)].text, COURSE_VOCAB, true).n > COURSE_POSITIONS;
-    arena_free(&arena);
-    return longer * 4 > sample ? COURSE_LONG_POSITIONS : COURSE_POSITIONS;
+static size_t course_positions(const struct Dataset *data) {
+    enum { BYTES_A_TOKEN = 4 };
+    size_t bytes = 0;
+    for (size_t i = 0; i < data->n; i++) bytes += data->rows[i].text.length;
+    return bytes / data->n > BYTES_A_TOKEN * COURSE_POSITIONS ? COURSE_LONG_POSITIONS : COURSE_POSITIONS;
 }
 
 static void command_rlhf(struct Options *o) {
@@ -7010,7 +6998,7 @@ static void command_rlhf(struct Options *o) {
         course.scale = MIN(1, (double)COURSE_WIDTH / (double)model->config.n_embd);         /* wider models take smaller steps */
         learning_rate = 5e-4;                                                              /* and trained ones are only tuned */
     } else {
-        model = gpt2_new((struct GPT2Config){.vocab_size = COURSE_VOCAB, .n_positions = course_positions(data, tok), .n_embd = COURSE_WIDTH, .n_layer = COURSE_LAYERS, .n_head = COURSE_HEADS,
+        model = gpt2_new((struct GPT2Config){.vocab_size = COURSE_VOCAB, .n_positions = course_positions(data), .n_embd = COURSE_WIDTH, .n_layer = COURSE_LAYERS, .n_head = COURSE_HEADS,
             .eos_token_id = COURSE_VOCAB - 1, .pad_token_id = COURSE_VOCAB - 1, .layer_norm_epsilon = 1e-5f});
         gpt2_init(model, o->train.seed);
         struct Rng rng = rng_seed(o->train.seed, STREAM_INIT + 100);
@@ -7105,32 +7093,31 @@ static void command_bench(struct Options *o) {
 }
 
 static const struct Command { const char *name, *what; void (*run)(struct Options *); int groups; const char *defaults[16]; } COMMANDS[] = {
-    {"rlhf", "the whole course in one go: language model, reward model, PPO, DPO, samples before and after", command_rlhf, G_RLHF | G_OUT | G_SEED | G_DATA | G_MODEL,
+    {"rlhf", "the whole course: language model, reward model, PPO, DPO", command_rlhf, G_RLHF | G_OUT | G_SEED | G_DATA | G_MODEL,
         {"temperature", "0.7"}},
     {"tokenize", "[FILE]: text (or standard input) to ids; --decode: ids to text", command_tokenize, G_TOKENIZE | G_WORDS, {0}},
     {"pretrain", "a new language model from texts", command_pretrain, G_MODEL | G_TRAINING | G_RUN | G_NEW, {0}},
     {"sft", "supervised fine-tuning on text or prompt + completion", command_sft, G_TUNING | G_RUN, {"learning_rate", "2e-5"}},
-    {"reward", "a reward model from chosen + rejected (+ margin), from text + score, or a classifier from text + label", command_reward, G_TUNING | G_RUN | G_REWARD,
-        {"learning_rate", "1e-4"}},
+    {"reward", "a reward model from pairs, or from rated or labelled texts", command_reward, G_TUNING | G_RUN | G_REWARD, {"learning_rate", "1e-4"}},
     {"ppo", "PPO with a value head (TRL 0.11's PPOTrainer)", command_ppo, G_TUNING | G_ROLL | G_PPO | G_REF,
         {"learning_rate", "1.41e-5", "max_grad_norm", "0", "lr_scheduler_type", "constant", "logging_steps", "1", "seed", "0", "top_k", "0"}},
     {"reinforce", "the plain policy gradient, with and without a baseline", command_reinforce, G_TUNING | G_ROLL | G_RLOO | G_REF,
         {"learning_rate", "1e-6", "logging_steps", "1", "top_k", "0", "beta", "0.05", "num_generations", "2"}},
     {"dpo", "direct preference optimization on prompt + chosen + rejected", command_dpo, G_TUNING | G_RUN | G_DPO | G_REF, {"learning_rate", "1e-6"}},
-    {"exact", "a toy small enough to enumerate: the optimum in closed form beside what DPO, PPO and REINFORCE reach", command_exact, G_EXACT | G_SEED | G_JSON,
+    {"exact", "a toy small enough to enumerate: the closed form, and what DPO, PPO, REINFORCE reach", command_exact, G_EXACT | G_SEED | G_JSON,
         {"vocab_size", "6", "n_embd", "32", "n_layer", "2", "n_head", "2", "max_new_tokens", "3", "beta", "1"}},
-    {"generate", "continue a --prompt, or each prompt of a data set", command_generate, G_MODEL | G_PEFT | G_DATA | G_SEED | G_SAMPLE | G_PROMPT | G_JSON, {0}},
+    {"generate", "continue a --prompt, or each prompt of a data set", command_generate, G_TOOL | G_SEED | G_SAMPLE | G_PROMPT | G_JSON, {0}},
     {"next", "the distribution of the next token after a --prompt", command_next, G_MODEL | G_PEFT | G_PROMPT | G_NEXT | G_JSON, {"top_k", "0"}},
-    {"logprob", "log-probability of each token and of the sequence; with --ref_model the KL at each position", command_logprob, G_MODEL | G_PEFT | G_DATA | G_REF | G_LENGTH, {0}},
-    {"score", "the sentiment pipeline: reward and pipe_outputs of each text", command_score, G_MODEL | G_PEFT | G_DATA | G_LENGTH, {0}},
-    {"collect", "several answers to each prompt, compared by a reward model or by you, into preferences.jsonl", command_collect, G_MODEL | G_PEFT | G_OUT | G_SEED | G_DATA | G_ROLL | G_COLLECT,
+    {"logprob", "log-probabilities of tokens and sequences, KL to --ref_model", command_logprob, G_TOOL | G_REF | G_LENGTH, {0}},
+    {"score", "the sentiment pipeline: reward and pipe_outputs of each text", command_score, G_TOOL | G_LENGTH, {0}},
+    {"collect", "answers, compared by a reward model or by you", command_collect, G_TOOL | G_OUT | G_SEED | G_ROLL | G_COLLECT,
         {"num_generations", "2", "top_k", "0"}},
-    {"eval", "loss and perplexity, accuracy of a reward model, or reward and KL of a policy, as model and data allow", command_eval, G_MODEL | G_PEFT | G_DATA | G_SEED | G_REF | G_ROLL | G_EVAL | G_LENGTH,
+    {"eval", "perplexity, accuracy, or a policy's reward and KL", command_eval, G_TOOL | G_SEED | G_REF | G_ROLL | G_EVAL | G_LENGTH,
         {"top_k", "0", "max_samples", "256"}},
     {"merge", "a LoRA adapter folded into its base, saved as a model", command_merge, G_MODEL | G_PEFT | G_OUT, {0}},
     {"report", "DIR: report.html again, from a run's logs", command_report, G_WORDS, {0}},
-    {"glossary", "[TERM]: the course's terms in Portuguese and English, with the function, test and command of each", command_glossary, G_WORDS, {0}},
-    {"bench", "this machine's limits, and what training, generation, DPO and PPO reach of them", command_bench, G_NEW | G_BATCH | G_JSON | G_BENCH, {"batch_size", "16"}},
+    {"glossary", "[TERM]: the course's terms in Portuguese and English", command_glossary, G_WORDS, {0}},
+    {"bench", "speed of training, generation, DPO and PPO here", command_bench, G_NEW | G_BATCH | G_JSON | G_BENCH, {"batch_size", "16"}},
 };
 
 static void print_help(const struct Command *command) {
