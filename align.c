@@ -6450,11 +6450,11 @@ static struct Trainer open_training(struct Options *o, const unsigned *shapes, s
 /* The folder for the result. One that holds a model cannot take an adapter too, nor the other way round: who
  * loads it could not know which of them is meant. */
 static void open_output_dir(struct Options *o) {
-    const char *dir = need(o->train.output_dir, "output_dir"), *kind[] = {"a model", "an adapter"};
+    const char *dir = need(o->train.output_dir, "output_dir");
     bool adapter = o->model->adapter.r > 0;
     make_folder(dir);
     CHECK(!file_exists(arena_printf(&o->arena, "%s/%s", dir, adapter ? "config.json" : "adapter_config.json")), "--output_dir %s: holds %s already; choose another folder for %s", dir,
-          kind[!adapter], adapter ? "the adapter" : "the model");
+          adapter ? "a model" : "an adapter", adapter ? "the adapter" : "the model");
 }
 
 /* Saves the model, the log and a report of a training that is done. */
@@ -6980,10 +6980,9 @@ static void command_glossary(struct Options *o) {
 /* Sentences fit a context of 64 tokens; for whole reviews a longer one is worth its time.
  *                                                              [glossary: Conjunto de dados IMDB] */
 static size_t course_positions(const struct Dataset *data) {
-    enum { BYTES_A_TOKEN = 4 };
     size_t bytes = 0;
     for (size_t i = 0; i < data->n; i++) bytes += data->rows[i].text.length;
-    return bytes / data->n > BYTES_A_TOKEN * COURSE_POSITIONS ? COURSE_LONG_POSITIONS : COURSE_POSITIONS;
+    return bytes / data->n > 4 * COURSE_POSITIONS ? COURSE_LONG_POSITIONS : COURSE_POSITIONS;           /* a token is about 4 bytes */
 }
 
 static void command_rlhf(struct Options *o) {
