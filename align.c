@@ -5433,7 +5433,8 @@ static double response_kl(const struct GPT2 *policy, const struct GPT2 *ref_mode
     for (size_t first = 0; first < n; first += TOGETHER) {
         arena_reset(&arena);
         struct Batch batch = collate(&arena, answers + first, MIN(n - first, (size_t)TOGETHER), SKIP_LAST);
-        struct LMHead head = batch_logprobs(policy, &arena, &batch, temperature, false), ref_head = batch_logprobs(ref_model, &arena, &batch, temperature, false);
+        struct LMHead head = batch_logprobs(policy, &arena, &batch, temperature, false);
+        struct LMHead ref_head = batch_logprobs(ref_model, &arena, &batch, temperature, false);
         float *kl = arena_floats(&arena, batch.R);
         kl_full_rows(policy, &head, ref_model, &ref_head, kl);
         for (size_t r = 0; r < batch.R; r++) total += kl[r];
@@ -5443,9 +5444,16 @@ static double response_kl(const struct GPT2 *policy, const struct GPT2 *ref_mode
 }
 
 /* A policy's answers to prompts: their reward, how far it went from the reference, how varied and long they are. */
-struct PolicyResult { const struct GPT2 *policy; struct Example *answers; struct Text *texts; float *reward; double mean_reward, kl, distinct_2, mean_length; };
+struct PolicyResult {
+    const struct GPT2 *policy;
+    struct Example *answers;
+    struct Text *texts;
+    float *reward;
+    double mean_reward, kl, distinct_2, mean_length;
+};
 
-static struct PolicyResult policy_measure(const struct GPT2 *policy, const struct GPT2 *ref_model, const struct Scorer *scorer, struct Arena *arena, const struct Example *prompts, size_t n, const struct GenerationConfig *generation, uint64_t seed) {
+static struct PolicyResult policy_measure(const struct GPT2 *policy, const struct GPT2 *ref_model, const struct Scorer *scorer, struct Arena *arena,
+                                          const struct Example *prompts, size_t n, const struct GenerationConfig *generation, uint64_t seed) {
     size_t V = policy->config.vocab_size;
     struct PolicyResult result = {.policy = policy, .texts = arena_alloc(arena, n, sizeof *result.texts), .reward = arena_floats(arena, n)};
     result.answers = sample_answers(policy, arena, prompts, n, 1, generation, seed);
@@ -5497,7 +5505,7 @@ static const struct Plot { enum Stage stage; const char *title, *unit, *metric[3
     {STAGE_PPO, "KL", "nats an answer", {"objective/kl"}, {"KL"}, "Divergência de Kullback-Leibler (KL) · Kullback-Leibler divergence (KL)",
      "How far the policy has left the reference. It starts at 0; the penalty β holds it near its target."},
     {STAGE_PPO, "Clip fraction", "share of tokens", {"ppo/policy/clipfrac"}, {"clipped"},
-     "Otimização de política proximal (PPO) · proximal policy optimization (PPO)", "Held back by the clip. Much above 0.3: a smaller learning rate."},
+     "Otimização de política proximal (PPO) · proximal policy optimization (PPO)", "Held back by the clip. Far above 0.3: lower the learning rate."},
     {STAGE_PPO, "Value loss", "score²", {"ppo/loss/value"}, {"value loss"}, "AutoModelForCausalLMWithValueHead",
      "Squared error of the value head. It falls as the head learns what an answer will bring."},
     {STAGE_DPO, "Rewards", "β nats", {"rewards/chosen", "rewards/rejected"}, {"chosen", "rejected"}, "Modelo de referência · reference model",
@@ -5655,7 +5663,7 @@ static void report_plots(struct Report *r, enum Stage stage, const struct Json *
 static void report_answer(FILE *f, const char *name, const struct Json *answer) {
     const struct Json *ratio = json_first(json_get(answer, "logratio"));
     double sum = 0;
-    fprintf(f, "<div><h4>%s: reward %+.2f</h4><p class=\"t\">", name, json_shown(json_get(answer, "reward")));
+    fprintf(f, "<div><h4>%s</h4><p class=\"t\">", name);
     for (const struct Json *token = json_first(json_get(answer, "tokens")); token; token = token->next, ratio = ratio ? ratio->next : NULL) {
         double shown = json_shown(ratio), x = isnan(shown) ? 0 : shown, size = fabs(x);
         int level = (size >= 0.1) + (size >= 1) + (size >= 3);
@@ -5663,7 +5671,8 @@ static void report_answer(FILE *f, const char *name, const struct Json *answer) 
         html_text(f, "", json_words(token), level ? "</span>" : "");
         sum += x;
     }
-    fprintf(f, "</p><p class=\"mut\">In all %+.1f nats</p></div>\n", sum);
+    if (answer) fprintf(f, "</p><p class=\"mut\">Reward %+.2f; in all %+.1f nats", json_shown(json_get(answer, "reward")), sum);
+    fputs("</p></div>\n", f);
 }
 
 /* rlhf's part: samples side by side. */
@@ -5725,19 +5734,16 @@ static void report_write(const char *dir) {
 }
 
 /* Begins report.json with what was done, in words. The caller adds what else it knows, and closes facts, object and file. */
-static struct Output report_begin(const char *dir, const char *command, const char *data, const char *training, const struct GPT2 *model,
-                                  uint64_t seed, double seconds) {
+static struct Output report_begin(const char *dir, const char *command, const char *data, const struct GPT2 *model, double seconds) {
     const struct GPT2Config *c = &model->config;
     size_t weights = 0;
     for (size_t i = 0; i < model->tensor_count; i++) weights += model->tensors[i]->n;
     struct Output out = output_open(dir, "report.json");
     json_write_string(out.file, "{\"facts\": {\n  \"Command\": ", text_of(command));
     json_write_string(out.file, ",\n  \"Data\": ", text_of(data));
-    fprintf(out.file, ",\n  \"Training\": \"%s\",\n  \"Seed\": \"%llu\",\n  \"Time\": \"%.0f seconds\",\n", training, (unsigned long long)seed, seconds);
-    fprintf(out.file, "  \"Model\": \"GPT-2: %.2f million weights, %zu layers, width %zu, %zu heads, context %zu, vocabulary %zu\",\n",
-            (double)weights / 1e6, c->n_layer, c->n_embd, c->n_head, c->n_positions, c->vocab_size);
-    fprintf(out.file, "  \"Machine\": \"threads: %d; kernel %s; at most %.0f MB of memory\"",
-            thread_count(), kernel ? kernel->name : "plain", (double)peak_rss_bytes() / 1e6);
+    fprintf(out.file, ",\n  \"Model\": \"GPT-2: %.2f million weights, %zu layers, width %zu, %zu heads, context %zu, vocabulary %zu\",\n  \"Time\": "
+            "\"%.0f seconds on %d threads, kernel %s, in %.0f MB of memory\"", (double)weights / 1e6, c->n_layer, c->n_embd, c->n_head,
+            c->n_positions, c->vocab_size, seconds, thread_count(), kernel ? kernel->name : "plain", (double)peak_rss_bytes() / 1e6);
     return out;
 }
 
@@ -5747,9 +5753,8 @@ struct Course {
     const struct Tokenizer *tok;
     const char *output_dir, *command, *data;
     uint64_t seed;
-    size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps;
+    size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps, vocab_size;
     double temperature, scale;                 /* of sampling; of learning rates: 1 for a new, narrow model */
-    size_t vocab_size;
     struct Example *train, *held_out;          /* token ids of the rated texts, end token last */
     double *train_rating, *held_out_rating;
     size_t train_n, held_out_n;
@@ -5759,7 +5764,7 @@ struct Course {
     struct Scorer scorer;
     float *held_out_reward;
     struct PolicyResult result[3];             /* before, ppo, dpo */
-    double eval_loss_before, eval_loss_after, eval_accuracy, label_accuracy;
+    double eval_loss_before, eval_loss_after, eval_accuracy;
 };
 
 enum { COURSE_VOCAB = 4097, COURSE_LAYERS = 2, COURSE_WIDTH = 128, COURSE_HEADS = 4, COURSE_POSITIONS = 64, COURSE_LONG_POSITIONS = 256,
@@ -5804,11 +5809,11 @@ static void course_split(struct Course *course, const struct Dataset *data) {
     CHECK(course->prompt_n > 0 && course->test_n > 0, "%s: its texts are too short to take prompts of 2 to 7 tokens from", data->path);
 }
 
-static struct Trainer course_trainer(struct Course *course, struct GPT2 *model, double learning_rate, size_t steps, size_t batch_size, size_t warmup) {
+static struct Trainer course_trainer(struct Course *course, struct GPT2 *model, double learning_rate, size_t steps, size_t batch, size_t warmup) {
     struct Trainer trainer = {.model = model, .tok = course->tok, .args = training_arguments()};
     trainer.args.learning_rate = learning_rate * course->scale;
     trainer.args.max_steps = steps;
-    trainer.args.per_device_train_batch_size = batch_size;
+    trainer.args.per_device_train_batch_size = batch;
     trainer.args.warmup_steps = MIN(warmup, steps / 4);
     trainer.args.seed = course->seed;
     trainer.args.logging_steps = MAX((size_t)1, steps / 50);
@@ -5935,13 +5940,6 @@ static void course_dpo(struct Course *course) {
     course_finish(course, "dpo", &trainer);
 }
 
-/* The same random numbers for each policy. */
-static struct PolicyResult course_measure(struct Course *course, const struct GPT2 *policy) {
-    struct GenerationConfig generation = course_generation(course, COURSE_MAX_NEW);
-    return policy_measure(policy, course->language_model, &course->scorer, &course->arena, course->test_prompts, course->test_n,
-                          &generation, course->seed + 1);
-}
-
 static struct Text course_prompt(struct Course *course, size_t i) {
     return tokenizer_decode_all(course->tok, &course->arena, course->test_prompts[i].ids, course->test_prompts[i].n, course->vocab_size);
 }
@@ -5971,55 +5969,46 @@ static void course_write_sample(struct Course *course, FILE *f, size_t i, bool t
     fputc('}', f);
 }
 
-/* report.json: figures, rewards of reviews and answers, and a few answers token by token. */
-static void course_write_report(struct Course *course, double seconds) {
+/* summary.json, samples.jsonl, and report.json: figures, rewards of reviews and answers, and a few answers token by token. */
+static void course_write(struct Course *course, double seconds) {
     struct Arena *arena = &course->arena;
+    const char *dir = course->output_dir;
     const char *data = arena_printf(arena, "%s: %zu rated texts to learn from, %zu held out", course->data, course->train_n, course->held_out_n);
-    const char *steps = arena_printf(arena, "steps: %zu of the language model, %zu of the reward model, %zu of PPO, %zu of DPO",
-                                     course->pretrain_steps, course->reward_steps, course->ppo_steps, course->dpo_steps);
-    struct Output out = report_begin(course->output_dir, course->command, data, steps, course->language_model, course->seed, seconds);
+    struct Output summary = output_open(dir, "summary.json"), samples = output_open(dir, "samples.jsonl");
+    struct Output report = report_begin(dir, course->command, data, course->language_model, seconds);
+    fprintf(summary.file, "{\n  \"seconds\": %s,\n  \"language_model\": {\"eval_loss_before\": %s, \"eval_loss_after\": %s},\n",
+            json_number_text(seconds), json_number_text(course->eval_loss_before), json_number_text(course->eval_loss_after));
+    fprintf(summary.file, "  \"reward_model\": {\"eval_accuracy\": %s},\n", json_number_text(course->eval_accuracy));
     for (size_t k = 0; k < COUNT(course->result); k++) {
         const struct PolicyResult *r = &course->result[k];
-        fprintf(out.file, ",\n  \"%s\": \"reward %+.2f standard deviations of real reviews, KL %.1f nats an answer, distinct-2 (different word "
+        fprintf(summary.file, "  \"%s\": {", COURSE_MODEL[k][0]);
+        if (k) fprintf(summary.file, "\"reward_before\": %s, \"reward_after\": %s, \"kl\": %s, ",
+                       json_number_text(course->result[0].mean_reward), json_number_text(r->mean_reward), json_number_text(r->kl));
+        fprintf(summary.file, "\"distinct_2\": %s, \"mean_length\": %s},\n", json_number_text(r->distinct_2), json_number_text(r->mean_length));
+        fprintf(report.file, ",\n  \"%s\": \"reward %+.2f standard deviations of real reviews, KL %.1f nats an answer, distinct-2 (different word "
                 "pairs / all) %.2f, %.1f tokens\"", COURSE_MODEL[k][1], r->mean_reward, r->kl, r->distinct_2, r->mean_length);
     }
-    for (size_t k = 0; k < COUNT(course->result); k++)
-        json_write_floats(out.file, arena_printf(arena, "%s,\n\"%s\": ", k ? "" : "}", COURSE_MODEL[k][0]), course->result[k].reward, course->test_n);
+    fprintf(summary.file, "  \"peak_rss_bytes\": %zu\n}\n", peak_rss_bytes());
+    for (size_t k = 0; k < COUNT(course->result); k++) {
+        const char *before = arena_printf(arena, "%s,\n\"%s\": ", k ? "" : "}", COURSE_MODEL[k][0]);
+        json_write_floats(report.file, before, course->result[k].reward, course->test_n);
+    }
     for (int liked = 0; liked < 2; liked++) {
         size_t count = 0;
         float *rewards = arena_floats(arena, course->held_out_n);
-        for (size_t i = 0; i < course->held_out_n; i++) {
-            double rating = course->held_out_rating[i];
-            if (liked ? rating > 0 : rating < 0) rewards[count++] = course->held_out_reward[i];
-        }
-        json_write_floats(out.file, liked ? ",\n\"liked\": " : ",\n\"disliked\": ", rewards, count);
+        for (size_t i = 0; i < course->held_out_n; i++)
+            if (liked ? course->held_out_rating[i] > 0 : course->held_out_rating[i] < 0) rewards[count++] = course->held_out_reward[i];
+        json_write_floats(report.file, liked ? ",\n\"liked\": " : ",\n\"disliked\": ", rewards, count);
     }
+    for (size_t i = 0; i < course->test_n; i++, fputc('\n', samples.file)) course_write_sample(course, samples.file, i, false);
     for (size_t i = 0; i < MIN(course->test_n, (size_t)8); i++) {
-        fputs(i ? ",\n" : ",\n\"samples\": [\n", out.file);
-        course_write_sample(course, out.file, i, true);
+        fputs(i ? ",\n" : ",\n\"samples\": [\n", report.file);
+        course_write_sample(course, report.file, i, true);
     }
-    fputs("]}\n", out.file);
-    output_close(&out);
-}
-
-static void course_write_files(struct Course *course, double seconds) {
-    const struct PolicyResult *before = course->result;
-    struct Output out = output_open(course->output_dir, "summary.json");
-    fprintf(out.file, "{\n  \"seconds\": %s,\n  \"language_model\": {\"eval_loss_before\": %s, \"eval_loss_after\": %s},\n",
-            json_number_text(seconds), json_number_text(course->eval_loss_before), json_number_text(course->eval_loss_after));
-    fprintf(out.file, "  \"reward_model\": {\"eval_accuracy\": %s},\n", json_number_text(course->eval_accuracy));
-    for (size_t k = 0; k < COUNT(course->result); k++) {
-        const struct PolicyResult *r = &course->result[k];
-        fprintf(out.file, "  \"%s\": {", COURSE_MODEL[k][0]);
-        if (k) fprintf(out.file, "\"reward_before\": %s, \"reward_after\": %s, \"kl\": %s, ",
-                       json_number_text(before->mean_reward), json_number_text(r->mean_reward), json_number_text(r->kl));
-        fprintf(out.file, "\"distinct_2\": %s, \"mean_length\": %s},\n", json_number_text(r->distinct_2), json_number_text(r->mean_length));
-    }
-    fprintf(out.file, "  \"peak_rss_bytes\": %zu\n}\n", peak_rss_bytes());
-    output_close(&out);
-    out = output_open(course->output_dir, "samples.jsonl");
-    for (size_t i = 0; i < course->test_n; i++, fputc('\n', out.file)) course_write_sample(course, out.file, i, false);
-    output_close(&out);
+    fputs("]}\n", report.file);
+    output_close(&summary);
+    output_close(&samples);
+    output_close(&report);
 }
 
 /* Text for a terminal: line breaks and control characters become spaces. */
@@ -6063,20 +6052,19 @@ static void course_run(struct Course *course, const struct Dataset *data, struct
         (double)(language_model->wte.n + language_model->wpe.n + c->n_layer * 12 * c->n_embd * c->n_embd) / 1e6, thread_count(),
         kernel ? kernel->name : "plain");
     course_language_model(course, learning_rate);
-    course_reward_model(course);
-    course->result[0] = course_measure(course, course->language_model);
-    course_ppo(course);
-    course->result[1] = course_measure(course, course->ppo);
-    course_dpo(course);
-    course->result[2] = course_measure(course, course->dpo);
-    course_write_files(course, seconds_now() - begin);
-    course_write_report(course, seconds_now() - begin);
+    void (*const stage[])(struct Course *) = {course_reward_model, course_ppo, course_dpo};
+    struct GPT2 **const model[] = {&course->language_model, &course->ppo, &course->dpo};
+    struct GenerationConfig generation = course_generation(course, COURSE_MAX_NEW);
+    for (size_t k = 0; k < COUNT(stage); k++) {               /* the same random numbers for each model */
+        stage[k](course);
+        course->result[k] = policy_measure(*model[k], course->language_model, &course->scorer, &course->arena, course->test_prompts,
+                                           course->test_n, &generation, course->seed + 1);
+    }
+    course_write(course, seconds_now() - begin);
     report_write(course->output_dir);
     course_print(course);
-    gpt2_free(course->language_model);
+    for (size_t k = 0; k < COUNT(model); k++) gpt2_free(*model[k]);
     gpt2_free(course->reward_model);
-    gpt2_free(course->ppo);
-    gpt2_free(course->dpo);
     arena_free(&course->arena);
 }
 
@@ -6464,9 +6452,7 @@ static void save_result(const struct Options *o, const struct TrainerState *stat
     say("saved to %s\n", o->train.output_dir);
     trainer_state_save(state, &o->train, o->train.output_dir);
     const char *data = arena_printf(&arena, "%s: %zu rows%s%s", o->data->path, o->data->n, o->eval ? "; held out: " : "", o->eval ? o->eval->path : "");
-    size_t rows = o->train.per_device_train_batch_size * o->train.gradient_accumulation_steps;
-    const char *training = arena_printf(&arena, "%zu steps of %zu rows, learning rate %g", state->global_step, rows, o->train.learning_rate);
-    struct Output out = report_begin(o->train.output_dir, o->command, data, training, o->model, o->train.seed, seconds_now() - o->begin);
+    struct Output out = report_begin(o->train.output_dir, o->command, data, o->model, seconds_now() - o->begin);
     fputs("}}\n", out.file);
     output_close(&out);
     report_write(o->train.output_dir);
