@@ -3509,7 +3509,7 @@ struct Task {
     size_t (*targets)(struct Trainer *trainer, size_t index);
     void (*new_epoch)(struct Trainer *trainer, size_t epoch);      /* may be NULL */
     void (*saved)(struct Trainer *trainer, struct Checkpoint *checkpoint);      /* adds to a checkpoint what the task alone knows; may be NULL */
-    void (*sample)(const struct Trainer *trainer);                 /* shows what the model writes; may be NULL */
+    void (*sample)(struct Trainer *trainer);                 /* shows what the model writes; may be NULL */
 };
 
 struct Trainer {
@@ -4098,13 +4098,12 @@ static void pretrain_new_epoch(struct Trainer *trainer, size_t epoch) {
 }
 
 /* How the model goes on after the first words of the first text. */
-static void language_sample(const struct Trainer *trainer) {
+static void language_sample(struct Trainer *trainer) {
     const struct Example *text = ((struct LanguageTask *)trainer->task.data)->texts;
-    struct Arena arena = {0};
     struct GenerationConfig sampling = {.max_new_tokens = 28, .do_sample = true, .num_beams = 1, .temperature = 0.7, .top_p = 1, .repetition_penalty = 1};
     struct Example prompt = {text->ids, text->n > 3 ? 3 : 1, 0};
-    sample_show(trainer->tok, sample_answers(trainer->model, &arena, &prompt, 1, 1, &sampling, trainer->args.seed), trainer->model->config.vocab_size, "");
-    arena_free(&arena);
+    struct Example *answer = sample_answers(trainer->model, &trainer->arena, &prompt, 1, 1, &sampling, trainer->args.seed);
+    sample_show(trainer->tok, answer, trainer->model->config.vocab_size, "");
 }
 
 /* Sets up the task of a language model on texts that end in an end token. */
@@ -4151,9 +4150,8 @@ static struct LanguageTask *sft_task(struct Trainer *trainer, struct Arena *aren
 /* =============================================================================================
  * Chapter 14 - Reward model                 [glossary: Função de recompensa] [glossary: Modelo Bradley-Terry]
  *
- * What enters: who preferred which of two texts. What leaves: a number r(text) such that
- * sigmoid(r_a - r_b) is the probability that people prefer a to b. Comparisons come first because
- * people agree about "better" long before they agree about "7 of 10".
+ * What enters: who preferred which of two texts. What leaves: a number r(text) such that sigmoid(r_a - r_b) is the probability that
+ * people prefer a to b. Comparisons come first because people agree about "better" long before they agree about "7 of 10".
  * ============================================================================================= */
 
 /* bradley_terry_loss -- mean over pairs of -log sigmoid(r_chosen - r_rejected - margin) [9][4],
@@ -4197,9 +4195,15 @@ struct RewardTask {
     struct Rng cut;
 };
 
+static double mean_of(const float *x, size_t n) {
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) sum += x[i];
+    return sum / (double)n;
+}
+
 /* pairs NULL: labels are compared with the reward's sign. */
 static void reward_metrics(struct Trainer *trainer, const float *reward, size_t texts, const struct Pair *pairs, size_t n, const double *label) {
-    double right = 0, margin = 0, least = INFINITY, most = -INFINITY, sum = 0;
+    double right = 0, margin = 0, least = INFINITY, most = -INFINITY;
     for (size_t i = 0; i < n; i++) {
         double difference = pairs ? (double)reward[pairs[i].chosen] - reward[pairs[i].rejected] : label[i] > 0 ? reward[i] : -reward[i];
         right += difference > 0;
@@ -4208,12 +4212,11 @@ static void reward_metrics(struct Trainer *trainer, const float *reward, size_t 
     for (size_t t = 0; t < texts; t++) {
         least = MIN(least, reward[t]);
         most = MAX(most, reward[t]);
-        sum += reward[t];
     }
     trainer_metric(trainer, "accuracy", right / (double)n);
     if (pairs) trainer_metric(trainer, "margin", margin / (double)n);
     trainer_metric(trainer, "min_reward", least);
-    trainer_metric(trainer, "mean_reward", sum / (double)texts);
+    trainer_metric(trainer, "mean_reward", mean_of(reward, texts));
     trainer_metric(trainer, "max_reward", most);
 }
 
@@ -4325,24 +4328,16 @@ static void write_pipe_outputs(FILE *file, double reward) {
 /* =============================================================================================
  * Chapter 15 - Policy gradient: REINFORCE, PPO          [glossary: Gradiente de política]
  *
- * What enters: a policy, a frozen reference and a score for each response. What leaves: a policy that
- * scores higher without leaving the reference far behind. The objective is
+ * What enters: a policy, a frozen reference, scored responses. What leaves: a policy that scores higher and stays near the reference. The objective:
  *     J(pi) = E_{y ~ pi} [ r(x,y) ] - beta KL(pi || pi_ref)          [10][4]  [glossary: Função objetivo]
- * and the KL term is what keeps the model writing language: without it the policy finds whatever text
- * fools the reward model. REINFORCE climbs J by its plain gradient; PPO, TRL 0.11's PPOTrainer step by
- * step, learns what to expect of each token and uses its samples several times.
+ * The KL term keeps the model writing language: without it the policy finds whatever text fools the reward model. REINFORCE climbs
+ * J by its plain gradient; PPO, TRL 0.11's step by step, learns what to expect of each token and uses its samples several times.
  * ============================================================================================= */
 
 /* A rollout: what was asked, what the policy answered, how it scored.        [glossary: Rollout] */
 struct Rollout { struct Example example; size_t response_length; float score; };
 
-/* Mean and variance of x over n values; the variance divides by n - 1 where unbiased. */
-static double mean_of(const float *x, size_t n) {
-    double sum = 0;
-    for (size_t i = 0; i < n; i++) sum += x[i];
-    return sum / (double)n;
-}
-
+/* Variance over n values, divided by n - 1. */
 static double unbiased_variance(const float *x, size_t n) {
     double mean = mean_of(x, n), sum = 0;
     for (size_t i = 0; i < n; i++) sum += (x[i] - mean) * (x[i] - mean);
@@ -4390,19 +4385,18 @@ struct Scorer {
 static void scorer_score(const struct Scorer *scorer, struct Arena *arena, const struct Example *sequences, size_t n, size_t vocab_size, float *score) {
     struct Example *texts = arena_alloc(arena, n, sizeof *texts);
     int end = end_token_of(vocab_size);
-    size_t limit = scorer->reward_model->config.n_positions;
     for (size_t i = 0; i < n; i++) {
         size_t length = sequences[i].n;
         while (length > 0 && sequences[i].ids[length - 1] == end) length--;
         struct Text text = tokenizer_decode_all(scorer->tok, arena, sequences[i].ids, length, vocab_size);
         texts[i] = example_encode(arena, scorer->tok, text, scorer->reward_model->config.vocab_size, false);
-        texts[i].n = MIN(texts[i].n, limit);
+        texts[i].n = MIN(texts[i].n, scorer->reward_model->config.n_positions);
     }
     reward_score(scorer->reward_model, texts, n, score);
     for (size_t i = 0; i < n; i++) {
-        size_t response = sequences[i].n - sequences[i].prompt_length;
+        const struct Example *e = &sequences[i];
+        bool ended_soon = e->n - e->prompt_length < scorer->least_length && e->n > 0 && e->ids[e->n - 1] == end;
         score[i] = (float)((score[i] - scorer->mean) / scorer->std);
-        bool ended_soon = response < scorer->least_length && sequences[i].n > 0 && sequences[i].ids[sequences[i].n - 1] == end;
         if (ended_soon) score[i] = (float)MIN(score[i], scorer->short_score);
     }
 }
@@ -4610,17 +4604,16 @@ static void reinforce_step(struct PPOTrainer *ppo, const struct Rollout *rollout
     for (size_t i = 0; i < COUNT(names); i++) log_value(&ppo->stats, names[i], values[i]);
 }
 
-/* whiten -- x = (x - mean) / sqrt(variance + 1e-8), variance unbiased; the mean is added back if
- * !shift_mean. A gradient whose advantages are of one scale needs one learning rate. Returns what a
- * value of zero would become (TRL whitens padding as well, see ppo_advantages). test: ppo_whiten_golden */
+/* whiten -- x = (x - mean) / sqrt(variance + 1e-8), variance unbiased; the mean is added back if !shift_mean. Advantages of one scale
+ * need one learning rate. Returns what zero would become (TRL whitens padding too, see ppo_advantages).  test: ppo_whiten_golden */
 static double whiten(float *x, size_t n, bool shift_mean) {
     double mean = mean_of(x, n), scale = 1 / sqrt(unbiased_variance(x, n) + 1e-8), back = shift_mean ? 0 : mean;
     for (size_t i = 0; i < n; i++) x[i] = (float)((x[i] - mean) * scale + back);
     return (0 - mean) * scale + back;
 }
 
-/* The KL controller: beta grows while KL is above its target, shrinks below, by at most 20 % of
- * batch/horizon a step [10].   By hand: beta 0.2, 128 samples: KL 0 -> 0.199488, KL 30 -> 0.200512. */
+/* The KL controller: beta grows while KL is above its target, shrinks below, by at most 20 % of batch/horizon a step [10].
+ * By hand: beta 0.2, 128 samples: KL 0 -> 0.199488, KL 30 -> 0.200512. */
 static double kl_controller_update(const struct PPOConfig *config, double kl_coef, double kl, size_t samples) {
     if (!config->adap_kl_ctrl) return kl_coef;
     double error = MAX(-0.2, MIN(0.2, kl / config->target - 1));
@@ -5002,11 +4995,9 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, size
 /* =============================================================================================
  * Chapter 16 - DPO                                 [glossary: Otimização de preferência direta (DPO)]
  *
- * What enters: pairs of answers, one preferred. What leaves: a policy that prefers likewise. The
- * maximum of chapter 15's objective is known in closed form, pi*(y) proportional to
- * pi_ref(y) exp(r(y)/beta); solved for r and put into Bradley-Terry, the unknown normaliser cancels in
- * the difference, and what is left is a loss on the policy's own log-probabilities [5]: no reward
- * model, no sampling.
+ * What enters: pairs of answers, one preferred. What leaves: a policy that prefers likewise. The maximum of chapter 15's objective
+ * is known in closed form, pi*(y) proportional to pi_ref(y) exp(r(y)/beta); solved for r and put into Bradley-Terry, the unknown
+ * normaliser cancels, and what is left is a loss on the policy's own log-probabilities [5]: no reward model, no sampling.
  * ============================================================================================= */
 
 enum DPOLossType { DPO_SIGMOID, DPO_IPO, DPO_HINGE, DPO_ROBUST, DPO_SFT, DPO_LOSS_TYPES };
@@ -5057,8 +5048,8 @@ static double dpo_loss(const struct DPOConfig *config, size_t B, const double *c
 struct DPOTask {
     struct DPOConfig config;
     struct GPT2 *ref_model;
-    struct Example *pairs, *eval_pairs;          /* 2i chosen, 2i+1 rejected */
-    double *ref_logps, *eval_ref_logps;          /* (2n) 0 until first needed: computed once, used in every epoch */
+    struct Example *pairs[2];                    /* to learn from, held out; 2i chosen, 2i+1 rejected */
+    double *ref_logps[2];                        /* (2n) 0 until first needed: computed once, used in every epoch */
     double temperature;
 };
 
@@ -5111,8 +5102,8 @@ static double dpo_task_loss(struct Trainer *trainer, const size_t *index, size_t
     struct DPOTask *task = trainer->task.data;
     struct GPT2 *model = trainer->model;
     struct Arena *arena = &trainer->arena;
-    const struct Example *pairs = eval ? task->eval_pairs : task->pairs;
-    double *cache = eval ? task->eval_ref_logps : task->ref_logps;
+    const struct Example *pairs = task->pairs[eval];
+    double *cache = task->ref_logps[eval];
     dpo_reference(task, arena, pairs, index, B, cache);
     size_t *slot = arena_alloc(arena, 2 * B, sizeof *slot), *length = arena_alloc(arena, 2 * B, sizeof *length);
     double *logps = arena_alloc(arena, 2 * B, sizeof *logps), *ref_logps = arena_alloc(arena, 2 * B, sizeof *ref_logps), *dlogps = arena_alloc(arena, 2 * B, sizeof *dlogps);
@@ -5129,22 +5120,20 @@ static double dpo_task_loss(struct Trainer *trainer, const size_t *index, size_t
     return loss * weight;
 }
 
-/* TRL's preparation: prompt of its own or the answers' common beginning, end tokens, one split for both
- * (the shorter of the two common prefixes with the prompt's ids); pairs without a completion inside
- * max_length are dropped; the rest keep their first max_length ids. */
+/* TRL's preparation: prompt of its own or the answers' common beginning, end tokens, one split for both (the shorter of the two common
+ * prefixes with the prompt's ids); pairs without a completion inside max_length are dropped; the rest keep their first max_length ids. */
 static size_t dpo_pairs(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data, struct Example *pairs) {
     size_t count = 0, V = trainer->model->config.vocab_size;
     for (size_t i = 0; i < data->n; i++) {
         struct Row row = data->rows[i];
+        struct Example *e = pairs + 2 * count;
         if (!(row.has & HAS_PROMPT)) split_implicit_prompt(&row);
-        struct Example chosen = example_prompt_completion(arena, trainer->tok, row.prompt, row.chosen, V);
-        struct Example rejected = example_prompt_completion(arena, trainer->tok, row.prompt, row.rejected, V);
-        chosen.prompt_length = rejected.prompt_length = MIN(chosen.prompt_length, rejected.prompt_length);
-        if (chosen.prompt_length >= trainer->args.max_length) continue;
-        chosen.n = MIN(chosen.n, trainer->args.max_length);
-        rejected.n = MIN(rejected.n, trainer->args.max_length);
-        pairs[2 * count] = chosen;
-        pairs[2 * count++ + 1] = rejected;
+        for (int k = 0; k < 2; k++) {
+            e[k] = example_prompt_completion(arena, trainer->tok, row.prompt, k ? row.rejected : row.chosen, V);
+            e[k].n = MIN(e[k].n, trainer->args.max_length);
+        }
+        e[0].prompt_length = e[1].prompt_length = MIN(e[0].prompt_length, e[1].prompt_length);
+        count += e[0].prompt_length < trainer->args.max_length;
     }
     if (count < data->n) warn("%s: %zu of %zu pairs dropped: the prompt alone has %zu tokens or more (--max_length)", data->path, data->n - count, data->n, trainer->args.max_length);
     CHECK(count > 0, "%s: no pair is left", data->path);
@@ -5153,12 +5142,13 @@ static size_t dpo_pairs(struct Trainer *trainer, struct Arena *arena, const stru
 
 /* The reference's log-probabilities too: computed again beside other pairs they could differ in the last bit. */
 static void dpo_saved(struct Trainer *trainer, struct Checkpoint *checkpoint) {
-    checkpoint_add(checkpoint, "ref_logps", ((struct DPOTask *)trainer->task.data)->ref_logps, 2 * trainer->task.n, UINT64_MAX);
+    checkpoint_add(checkpoint, "ref_logps", ((struct DPOTask *)trainer->task.data)->ref_logps[0], 2 * trainer->task.n, UINT64_MAX);
 }
 
 static struct DPOTask *dpo_task(struct Trainer *trainer, struct Arena *arena, struct GPT2 *ref_model, struct DPOConfig config, double temperature, struct Example *pairs, size_t n) {
     struct DPOTask *task = arena_zeros(arena, 1, sizeof *task);
-    *task = (struct DPOTask){.config = config, .ref_model = ref_model, .pairs = pairs, .temperature = temperature, .ref_logps = arena_zeros(arena, 2 * n, sizeof(double))};
+    *task = (struct DPOTask){.config = config, .ref_model = ref_model, .pairs = {pairs}, .temperature = temperature};
+    task->ref_logps[0] = arena_zeros(arena, 2 * n, sizeof **task->ref_logps);
     trainer->task = (struct Task){.name = "dpo", .n = n, .data = task, .loss = dpo_task_loss, .saved = dpo_saved};
     return task;
 }
@@ -6536,9 +6526,9 @@ static void command_dpo(struct Options *o) {
     size_t n = dpo_pairs(&trainer, &o->arena, o->data, pairs);
     struct DPOTask *task = dpo_task(&trainer, &o->arena, o->reference, o->dpo, o->generation.temperature, pairs, n);
     if (o->eval) {
-        task->eval_pairs = arena_alloc(&o->arena, 2 * o->eval->n, sizeof *pairs);
-        trainer.task.eval_n = dpo_pairs(&trainer, &o->arena, o->eval, task->eval_pairs);
-        task->eval_ref_logps = arena_zeros(&o->arena, 2 * trainer.task.eval_n, sizeof(double));
+        task->pairs[1] = arena_alloc(&o->arena, 2 * o->eval->n, sizeof *pairs);
+        trainer.task.eval_n = dpo_pairs(&trainer, &o->arena, o->eval, task->pairs[1]);
+        task->ref_logps[1] = arena_zeros(&o->arena, 2 * trainer.task.eval_n, sizeof(double));
     }
     finish_training(o, &trainer);
 }

@@ -3390,7 +3390,7 @@ static void test_dpo_overfit(void) {
     expect_close("margin at first", logged(&trainer, 0, "rewards/margins"), 0, 1e-6);
     expect_true("margin at last above 1", logged(&trainer, 19, "rewards/margins") > 1);
     expect_close("every pair ordered", logged(&trainer, 19, "rewards/accuracies"), 1, 0);
-    for (size_t i = 0; i < 16; i++) expect_close("the reference's log-probability: 7 tokens of 64", task->ref_logps[i], -7 * log(64), 1);
+    for (size_t i = 0; i < 16; i++) expect_close("the reference's log-probability: 7 tokens of 64", task->ref_logps[0][i], -7 * log(64), 1);
     trainer_free(&trainer);
     gpt2_free(model);
     gpt2_free(ref_model);
