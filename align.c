@@ -6232,13 +6232,12 @@ static const struct Flag FLAGS[] = {
     {"n_positions", KIND_COUNT, AT(config.n_positions), G_NEW, "longest context"},
     {"vocab_size", KIND_SIZE, AT(config.vocab_size), G_NEW | G_EXACT | G_TOKENIZE, "ids, the end token included (exact: 2 to 16, without one)"},
     {"center_rewards_coefficient", KIND_WEIGHT, AT(center_rewards_coefficient), G_REWARD, "weight of (r_chosen + r_rejected)^2"},
-    {"loss_type", KIND_STRING, AT(loss_type), G_REWARD, "sigmoid: Bradley-Terry; bce: binary cross-entropy on text + label (alone with such data)"},
     {"beta", KIND_POSITIVE, AT(dpo.beta), G_DPO, "how strongly DPO holds to the reference; at 0 the pairs would not count"},
     {"beta", KIND_WEIGHT, AT(ppo.init_kl_coef), G_RLOO | G_EXACT, "price of a nat of KL(policy || reference)"},
     {"baseline", KIND_STRING, AT(baseline), G_RLOO, "subtracted from the reward: none, mean (of earlier steps), rloo (leave one out)"},
     {"num_generations", KIND_COUNT, AT(ppo.num_generations), G_RLOO | G_COLLECT, "answers to each prompt"},
     {"max_samples", KIND_SIZE, AT(max_samples), G_COLLECT | G_EVAL, "prompts used, from the first; 0: all"},
-    {"loss_type", KIND_LIST, AT(loss_type), G_DPO, "sigmoid, ipo, hinge, robust, sft; several: sigmoid sft"},
+    {"loss_type", KIND_LIST, AT(loss_type), G_DPO | G_REWARD, "dpo: sigmoid, ipo, hinge, robust, sft, or several; reward: sigmoid (Bradley-Terry), bce (on text + label)"},
     {"loss_weights", KIND_LIST, AT(loss_weights), G_DPO, "a weight for each loss_type: 1 0.2"},
     {"label_smoothing", KIND_DECAY, AT(dpo.label_smoothing), G_DPO, "share of pairs thought to be labelled the wrong way round"},
     {"rollouts", KIND_STRING, AT(rollouts), G_PPO, "replay stored rollouts (query_ids, response_ids, score)"},
@@ -6571,6 +6570,7 @@ static struct RolloutSource open_rollouts(struct Options *o) {
 
 /* Trains by PPO or REINFORCE on rollouts, new or stored, and saves: max_steps, or one pass. */
 static void train_on_rollouts(struct Options *o, const char *log_dir) {
+    if (!o->rollouts) need(o->reward_model_path, "reward_model_path");
     open_model(o, true);
     load_reference(o);
     open_output_dir(o);
@@ -6590,8 +6590,6 @@ static void train_on_rollouts(struct Options *o, const char *log_dir) {
 
 static void command_ppo(struct Options *o) {
     struct PPOConfig *c = &o->ppo;
-    need(o->train.output_dir, "output_dir");
-    if (!o->rollouts) need(o->reward_model_path, "reward_model_path (or --rollouts)");
     c->mini_batch_size = MIN(c->mini_batch_size, c->batch_size);
     c->gradient_accumulation_steps = o->train.gradient_accumulation_steps;
     CHECK(c->batch_size % (c->mini_batch_size * c->gradient_accumulation_steps) == 0, "--batch_size %zu must be a multiple of --mini_batch_size %zu times --gradient_accumulation_steps %zu", c->batch_size, c->mini_batch_size, c->gradient_accumulation_steps);
@@ -6603,7 +6601,6 @@ static void command_reinforce(struct Options *o) {
     o->ppo.baseline = (enum Baseline)choice("baseline", o->baseline, "none, mean, rloo");
     CHECK(n % each == 0, "--batch_size %zu must be a multiple of --num_generations %zu", n, each);
     CHECK(each > 1 || o->ppo.baseline != BASELINE_RLOO, "--baseline rloo needs other answers to the same prompt: --num_generations 2 or more");
-    need(o->reward_model_path, "reward_model_path");
     train_on_rollouts(o, NULL);
 }
 

@@ -469,7 +469,7 @@ streams("Nobody reads the output any more: rlhf saves its models first", printin
 
 write("a_file", "x")
 case("output_dir is a file", [sft + "--output_dir a_file", collect + "--output_dir a_file", ppo + "--output_dir a_file"], 1, "a_file: is a file, a folder was expected")
-case("output_dir is inside a file", sft + "--output_dir a_file/out", 1, "a_file/out: Not a directory")
+case("output_dir is inside a file", sft + "--output_dir a_file/out", 1, "a_file: is a file, a folder was expected")
 if can_mount and wanted("output_dir read-only"):
     subprocess.run("mount -t tmpfs -o size=64k,ro none disk", shell=True, check=True)
     try: case("output_dir on a read-only disk: found before the training", [sft + "--output_dir disk", ppo + "--output_dir disk", rlhf + "--output_dir disk", collect + "--output_dir disk"], 1, "disk: cannot be written to: Read-only file system")
