@@ -2329,11 +2329,8 @@ static void tensor_declare(struct GPT2 *model, struct Tensor *tensor, const char
 
 /* name.weight and name.bias: a linear layer (in,out) of zeros, or, with out = 0, a layer norm of ones. */
 static void module_declare(struct GPT2 *model, struct Tensor *weight, struct Tensor *bias, const char *name, size_t in, size_t out) {
-    char full[64];
-    snprintf(full, sizeof full, "%.48s.weight", name);
-    tensor_declare(model, weight, full, in, out);
-    snprintf(full, sizeof full, "%.48s.bias", name);
-    tensor_declare(model, bias, full, out ? out : in, 0);
+    tensor_declare(model, weight, arena_printf(&model->arena, "%s.weight", name), in, out);
+    tensor_declare(model, bias, arena_printf(&model->arena, "%s.bias", name), out ? out : in, 0);
     for (size_t i = 0; out == 0 && i < in; i++) weight->w[i] = 1;
 }
 
@@ -2356,8 +2353,7 @@ static struct GPT2 *gpt2_new(struct GPT2Config config) {
     tensor_declare(model, &model->wpe, "wpe.weight", config.n_positions, C);
     for (size_t l = 0; l < config.n_layer; l++) {
         struct Block *h = &model->h[l];
-        char name[64];
-        #define IN_BLOCK(part) &h->part.weight, &h->part.bias, (snprintf(name, sizeof name, "h.%zu." #part, l), name)
+        #define IN_BLOCK(part) &h->part.weight, &h->part.bias, arena_printf(&model->arena, "h.%zu." #part, l)
         module_declare(model, IN_BLOCK(ln_1), C, 0);
         module_declare(model, IN_BLOCK(attn.c_attn), C, 3 * C);
         module_declare(model, IN_BLOCK(attn.c_proj), C, C);
@@ -3388,14 +3384,15 @@ static size_t checkpoint_find(const char *folder, size_t *oldest, size_t *newest
 }
 
 /* Removes checkpoint-N, if it is there, and every tmp-checkpoint-*: what a run left that was killed while it wrote or removed one. */
-static void checkpoint_remove(const char *folder, size_t n) {
+static bool checkpoint_remove(const char *folder, size_t n) {
     struct Arena arena = {0};
-    rename(arena_printf(&arena, "%s/checkpoint-%zu", folder, n), arena_printf(&arena, "%s/tmp-checkpoint-%zu-old", folder, n));
+    bool gone = rename(arena_printf(&arena, "%s/checkpoint-%zu", folder, n), arena_printf(&arena, "%s/tmp-checkpoint-%zu-old", folder, n)) == 0;
     DIR *dir = opendir(folder);
     for (struct dirent *entry; dir && (entry = readdir(dir));)
         if (strncmp(entry->d_name, "tmp-checkpoint-", 15) == 0) folder_remove(arena_printf(&arena, "%s/%s", folder, entry->d_name), NULL);
     if (dir) closedir(dir);
     arena_free(&arena);
+    return gone;
 }
 
 static void checkpoint_way_on(const char *folder) { snprintf(way_on, sizeof way_on, "; %.4000s is whole: --resume_from_checkpoint true goes on from it", folder); }
@@ -3422,10 +3419,7 @@ static void checkpoint_save(struct Checkpoint *c) {
     folder_remove(replaced, NULL);
     folder_sync(dir);
     checkpoint_way_on(whole);
-    for (size_t n = c->args->save_total_limit ? checkpoint_find(dir, &oldest, &newest) : 0; n > c->args->save_total_limit; n--) {
-        checkpoint_remove(dir, oldest);
-        checkpoint_find(dir, &oldest, &newest);
-    }
+    while (c->args->save_total_limit && checkpoint_find(dir, &oldest, &newest) > c->args->save_total_limit && checkpoint_remove(dir, oldest)) continue;
     arena_free(&arena);
 }
 
@@ -3968,24 +3962,22 @@ static void generate(const struct GPT2 *model, struct Sequence *sequences, size_
     for (size_t i = 0; config->num_beams > 1 && i < n; i += config->num_return_sequences) beam_search(model, sequences + i, config);
     for (size_t first = 0; config->num_beams == 1 && first < n; first += GENERATE_TOGETHER) {
         struct Sequence *active[GENERATE_TOGETHER];
-        size_t count = MIN(n - first, (size_t)GENERATE_TOGETHER), capacity = 0;
-        for (size_t i = 0; i < count; i++) {
-            active[i] = &sequences[first + i];
-            active[i]->slot = i;
-            capacity = MAX(capacity, active[i]->max_length);
+        size_t count = 0, capacity = 0;
+        for (size_t i = first; i < MIN(n, first + GENERATE_TOGETHER); i++) {
+            if (sequences[i].finished || sequences[i].n >= sequences[i].max_length) continue;
+            sequences[i].slot = count;
+            active[count++] = &sequences[i];
+            capacity = MAX(capacity, sequences[i].max_length);
         }
         arena_reset(&arena);
         struct KVCache cache = kv_cache_new(model, &arena, count, capacity);
-        for (;;) {
-            size_t left = 0;                                  /* finished sequences drop out */
-            for (size_t i = 0; i < count; i++)
-                if (!active[i]->finished && active[i]->n < active[i]->max_length) active[left++] = active[i];
-            count = left;
-            if (count == 0) break;
+        for (size_t left; count > 0; count = left) {
             arena_reset(&step_arena);
             float *logits = generate_step(model, &step_arena, active, count, &cache);
             #pragma omp parallel for schedule(dynamic) if(count > 1)
             for (size_t i = 0; i < count; i++) sequence_extend(active[i], logits + i * V, V, config, model->config.eos_token_id);
+            left = 0;
+            for (size_t i = 0; i < count; i++) if (!active[i]->finished) active[left++] = active[i];      /* those that ended drop out */
         }
     }
     arena_free(&arena);
