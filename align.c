@@ -3014,25 +3014,24 @@ static void adapter_config_save(const struct GPT2 *model, const char *folder) {
     output_close(&out);
 }
 
-/* adapter_save -- the folder that PeftModel.from_pretrained loads; a value head beside it. */
-static void adapter_save(struct GPT2 *model, const char *folder, const struct Tokenizer *tok) {
+/* model_save -- gpt2_save, or for an adapter the folder that PeftModel.from_pretrained loads, a value head beside it. */
+static void model_save(struct GPT2 *model, const char *folder, const struct Tokenizer *tok) {
     struct Arena arena = {0};
     struct Tensor **tensors = arena_alloc(&arena, model->tensor_count, sizeof *tensors), *head[] = {&model->v_head.weight, &model->v_head.bias};
     size_t count = 0;
-    for (size_t i = 0; i < model->tensor_count; i++)                  /* the adapter, and a reward head: PEFT's modules_to_save */
-        if (strstr(model->tensors[i]->name, ".lora_") || model->tensors[i] == &model->score) tensors[count++] = model->tensors[i];
-    make_folder(folder);
-    adapter_config_save(model, folder);
-    if (tok) tokenizer_save(tok, folder, model->config.vocab_size, model->config.n_positions);
-    if (model->v_head.weight.n) safetensors_write(folder, "model.safetensors", head, 2, "");
-    safetensors_write(folder, "adapter_model.safetensors", tensors, count, "base_model.model.transformer.");
+    for (size_t i = 0; i < model->tensor_count; i++) {
+        struct Tensor *t = model->tensors[i];
+        check_numbers(model, NULL, NULL, "a weight that was to be saved", t->w, t->n);
+        if (strstr(t->name, ".lora_") || t == &model->score) tensors[count++] = t;      /* the adapter, and PEFT's modules_to_save */
+    }
+    if (model->adapter.r) {
+        make_folder(folder);
+        adapter_config_save(model, folder);
+        if (tok) tokenizer_save(tok, folder, model->config.vocab_size, model->config.n_positions);
+        if (model->v_head.weight.n) safetensors_write(folder, "model.safetensors", head, 2, "");
+        safetensors_write(folder, "adapter_model.safetensors", tensors, count, "base_model.model.transformer.");
+    } else gpt2_save(model, folder, tok);
     arena_free(&arena);
-}
-
-static void model_save(struct GPT2 *model, const char *folder, const struct Tokenizer *tok) {
-    for (size_t i = 0; i < model->tensor_count; i++) check_numbers(model, NULL, NULL, "a weight that was to be saved", model->tensors[i]->w, model->tensors[i]->n);
-    if (model->adapter.r) adapter_save(model, folder, tok);
-    else gpt2_save(model, folder, tok);
 }
 
 /* A folder's model is replaced as a whole or not at all. */
@@ -3207,11 +3206,10 @@ struct LogEntry { size_t n; struct Metric item[MAX_METRICS]; };    /* sorted by 
 
 /* trainer.state: where a training is.                                    [glossary: trainer.state] */
 struct TrainerState {
-    double epoch;
     size_t global_step, max_steps, steps_per_epoch;
     double num_train_epochs;
-    size_t num_tokens, samples;              /* seen so far */
-    double total_loss, seconds;              /* of all steps */
+    size_t num_tokens, samples;              /* seen so far; a checkpoint takes these five as one piece */
+    double total_loss, seconds, epoch;       /* of all steps */
     struct LogEntry *log_history;
     size_t log_count, log_capacity;
     struct LogEntry metrics;                 /* sums since the last log entry */
@@ -3316,11 +3314,7 @@ static void checkpoint_add(struct Checkpoint *c, const char *name, void *at, siz
 static struct Checkpoint checkpoint_new(const char *task, struct GPT2 *model, const struct Tokenizer *tok, const struct TrainingArguments *args, struct TrainerState *state) {
     struct Checkpoint c = {.model = model, .tok = tok, .args = args, .state = state, .task = task};
     checkpoint_add(&c, "seed", (void *)&args->seed, 1, AS_IT_WAS);
-    checkpoint_add(&c, "num_tokens", &state->num_tokens, 1, UINT64_MAX);
-    checkpoint_add(&c, "samples", &state->samples, 1, UINT64_MAX);
-    checkpoint_add(&c, "total_loss", &state->total_loss, 1, UINT64_MAX);
-    checkpoint_add(&c, "seconds", &state->seconds, 1, UINT64_MAX);
-    checkpoint_add(&c, "epoch", &state->epoch, 1, UINT64_MAX);
+    checkpoint_add(&c, "progress", (char *)state + offsetof(struct TrainerState, num_tokens), 5, UINT64_MAX);
     return c;
 }
 
@@ -4398,7 +4392,7 @@ struct RolloutSource {
     const struct Example *prompts;
     size_t n;
     size_t *order, at;                 /* a shuffled pass over the prompts, renewed at its end */
-    struct Rng shuffle, lengths, sample;
+    struct Rng shuffle, lengths, sample;       /* in a checkpoint one piece */
     struct LengthSampler output_length;
     struct GenerationConfig generation;
     struct Scorer scorer;
@@ -4945,9 +4939,7 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, size
     checkpoint_add(&checkpoint, "prompts", &source->n, 1, AS_IT_WAS);
     checkpoint_add(&checkpoint, "order", source->order, source->n, source->n - 1);
     checkpoint_add(&checkpoint, "at", &source->at, 1, source->n);
-    checkpoint_add(&checkpoint, "shuffle", source->shuffle.s, 4, UINT64_MAX);
-    checkpoint_add(&checkpoint, "lengths", source->lengths.s, 4, UINT64_MAX);
-    checkpoint_add(&checkpoint, "sample", source->sample.s, 4, UINT64_MAX);
+    checkpoint_add(&checkpoint, "random", (char *)source + offsetof(struct RolloutSource, shuffle), 3 * 4, UINT64_MAX);
     checkpoint_resume(&checkpoint);
     ppo->step = state->global_step;
     while (ppo->step < steps) {

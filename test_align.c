@@ -1970,7 +1970,7 @@ static void test_lora_round_trip(void) {
         random_adapter(model, 3, "attn.c_proj c_fc");
         if (pattern) { model->adapter.pattern = true; model->adapter.target_modules = ".*(attn\\.c_proj|fc)"; }
         model->adapter.use_rslora = true;
-        adapter_save(model, path, pattern ? NULL : tokenizer);
+        model_save(model, path, pattern ? NULL : tokenizer);
         struct Json *config = json_read_file(&test_arena, arena_printf(&test_arena, "%s/adapter_config.json", path)), *targets = json_get(config, "target_modules");
         expect_true("adapter_config.json", json_is_string(json_get(config, "peft_type"), "LORA") && json_get(config, "r")->number == 3 && json_get(config, "lora_alpha")->number == 6 && json_get(config, "use_rslora")->type == JSON_TRUE
             && json_get(config, "fan_in_fan_out")->type == JSON_TRUE && json_is_string(json_get(config, "base_model_name_or_path"), "base") && json_is_string(json_get(config, "task_type"), pattern ? "CAUSAL_LM" : "SEQ_CLS"));
@@ -4014,7 +4014,7 @@ static void test_lora_broken(void) {
         {"\"target_modules\": [", "\"target_modules\": [1, ", "\"target_modules\" must be a list of names"}, {"\"r\": 3", "\"r\": 16777216", "too few for adapters of \"r\" 16777216"}};
     struct GPT2 *model = new_model(300, 12, 8, 2, 2);
     random_adapter(model, 3, "attn.c_proj c_fc");
-    adapter_save(model, temporary("odd_lora"), NULL);
+    model_save(model, temporary("odd_lora"), NULL);
     gpt2_free(model);
     struct Text config = read_file(&test_arena, temporary("odd_lora/adapter_config.json"));
     for (size_t i = 0; i < COUNT(edits); i++) {

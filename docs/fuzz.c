@@ -397,7 +397,7 @@ static bool seed_adapter(size_t k, struct Text *parts) {
     if (k == 2) value_head_init(model, 1);
     adapter_new(model, (struct Adapter){.r = 2, .lora_alpha = 4, .target_modules = k ? "all-linear" : "c_attn mlp.c_proj", .use_rslora = k == 1}, 1);
     unlink("fuzzed/model.safetensors");
-    adapter_save(model, "fuzzed", NULL);
+    model_save(model, "fuzzed", NULL);
     gpt2_free(model);
     parts[0] = get("fuzzed/adapter_config.json");
     parts[1] = get("fuzzed/adapter_model.safetensors");
