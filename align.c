@@ -92,8 +92,10 @@
 #include <unistd.h>
 #ifdef _OPENMP
 #include <omp.h>
-#elif defined(__GNUC__)
-#pragma GCC diagnostic ignored "-Wunknown-pragmas"       /* without OpenMP its pragmas are comments */
+#else                                                    /* one thread; OpenMP's pragmas are comments */
+#define omp_get_max_threads() 1
+#define omp_in_parallel() 1
+#pragma GCC diagnostic ignored "-Wunknown-pragmas"
 #endif
 
 /* =============================================================================================
@@ -251,14 +253,6 @@ static bool program_path(char path[PATH_MAX]) {
     ssize_t n = readlink("/proc/self/exe", path, PATH_MAX - 1);
     path[MAX(n, 0)] = 0;
     return n > 0;
-#endif
-}
-
-static int thread_count(void) {
-#ifdef _OPENMP
-    return omp_get_max_threads();
-#else
-    return 1;
 #endif
 }
 
@@ -1922,12 +1916,8 @@ static void matmul_panel(float *c, size_t c_row, const float *start, size_t star
 /* One block of rows and of K. A task is a panel of B and a stretch of rows: all of them, or fewer where the
  * panels alone would not occupy the threads. */
 static void matmul_block(float *c, size_t c_row, const float *start, size_t start_row, struct Matrix a, struct Matrix b, size_t M, size_t N, size_t K, float *pack_a) {
-    size_t MR = kernel->MR, NR = kernel->NR, panels = (N + NR - 1) / NR, stretch = M, tasks_wanted = 4 * (size_t)thread_count();
-#ifdef _OPENMP
+    size_t MR = kernel->MR, NR = kernel->NR, panels = (N + NR - 1) / NR, stretch = M, tasks_wanted = 4 * (size_t)omp_get_max_threads();
     bool parallel = (double)M * (double)N * (double)K > 2e5 && !omp_in_parallel();
-#else
-    bool parallel = false;
-#endif
     if (!parallel) {                                   /* the same, alone: even a team of one thread costs a microsecond, and attention calls often */
         float *panel = thread_scratch(SCRATCH_B, NR * KC);
         for (size_t m = 0; m < M; m += MR) pack_panel(pack_a + m * K, a.data + m * a.row, a.row, a.column, MIN(MR, M - m), K, MR);
@@ -2016,7 +2006,7 @@ static void linear_forward(float *y, const float *x, const float *weight, const 
         matmul(y, out, bias, 0, matrix(x, in), matrix(weight, out), N, out, in);
         return;
     }
-    size_t threads = (size_t)thread_count(), strip = N > 1 ? 384 : (out / threads + 15) / 16 * 16 + 16;      /* one row: the longest stretches */
+    size_t threads = (size_t)omp_get_max_threads(), strip = N > 1 ? 384 : (out / threads + 15) / 16 * 16 + 16;      /* one row: the longest stretches */
     #pragma omp parallel for schedule(static) if(N * in * out > 50000)
     for (size_t j = 0; j < out; j += strip) linear_few_rows(y + j, x, weight + j, bias + j, N, in, out, MIN(strip, out - j));
 }
@@ -5717,7 +5707,7 @@ static struct Output report_begin(const char *dir, const char *command, const ch
     json_write_string(out.file, ",\n  \"Data\": ", text_of(data));
     fprintf(out.file, ",\n  \"Model\": \"GPT-2: %.2f million weights, %zu layers, width %zu, %zu heads, context %zu, vocabulary %zu\",\n  \"Time\": "
             "\"%.0f seconds on %d threads, kernel %s, in %.0f MB of memory\"", (double)weights / 1e6, c->n_layer, c->n_embd, c->n_head,
-            c->n_positions, c->vocab_size, seconds, thread_count(), kernel ? kernel->name : "plain", (double)peak_rss_bytes() / 1e6);
+            c->n_positions, c->vocab_size, seconds, omp_get_max_threads(), kernel ? kernel->name : "plain", (double)peak_rss_bytes() / 1e6);
     return out;
 }
 
@@ -6023,7 +6013,7 @@ static void course_run(struct Course *course, const struct Dataset *data, struct
     course_split(course, data);
     const struct GPT2Config *c = &language_model->config;
     say("%zu rated texts to learn from, %zu held out; %.2fM parameters; %d threads, kernel %s\n", course->train_n, course->held_out_n,
-        (double)(language_model->wte.n + language_model->wpe.n + c->n_layer * 12 * c->n_embd * c->n_embd) / 1e6, thread_count(),
+        (double)(language_model->wte.n + language_model->wpe.n + c->n_layer * 12 * c->n_embd * c->n_embd) / 1e6, omp_get_max_threads(),
         kernel ? kernel->name : "plain");
     course_language_model(course, learning_rate);
     void (*const stage[])(struct Course *) = {course_reward_model, course_ppo, course_dpo};
@@ -6061,7 +6051,7 @@ static double bench_peak(void) {
         memset(panels, 0, (8 + 32) * K * sizeof *panels);
         for (int i = 0; i < REPEATS; i++) kernel->tile(K, panels + 32 * K, panels, NULL, 0, c, kernel->NR);
     }
-    return 2.0 * (double)(kernel->MR * kernel->NR) * K * REPEATS * thread_count() / (seconds_now() - begin);
+    return 2.0 * (double)(kernel->MR * kernel->NR) * K * REPEATS * omp_get_max_threads() / (seconds_now() - begin);
 }
 
 static struct Example *bench_texts(struct Bench *bench, size_t n, size_t length, size_t prompt_length) {
@@ -7029,7 +7019,7 @@ static void command_bench(struct Options *o) {
     }
     printf(o->json ? "{\"threads\": %d, \"kernel\": \"%s\", \"parameters\": %zu, \"peak_gflops\": %.9g, \"peak_rss_bytes\": %zu"
                    : "%d threads, kernel %s; %zu weights; %.0f GFLOP/s multiplied and added; peak memory %zu bytes\n\n",
-           thread_count(), kernel->name, weights, peak / 1e9, peak_rss_bytes());
+           omp_get_max_threads(), kernel->name, weights, peak / 1e9, peak_rss_bytes());
     if (!o->json) printf("%-28s%10s%12s%18s", "", "seconds", "tokens/s", "share of limit");
     for (size_t k = 0; k < count; k++) {
         double speed = (double)(work[k].n * work[k].tokens) / best[k];
