@@ -72,7 +72,7 @@ def written(work):
     keys["ppo"] |= keys_of([json.loads(line) for line in read_lines(work, "ppo", "stats_all.jsonl")])
     keys["rlhf"] = keys_of(json.loads("".join(read_lines(work, "rlhf", "summary.json"))))
     for model_and_data in ("pretrain --dataset_name text", "reward --dataset_name pairs", "labels --dataset_name label", "reward --dataset_name rated",
-                           "dpo --dataset_name pairs --ref_model pretrain", "ppo --dataset_name prompts --ref_model pretrain --reward_model_path reward"):
+                           "ppo --dataset_name prompts --ref_model pretrain --reward_model_path reward"):
         keys["eval"] |= keys_of(json.loads(run(work, "eval --model_name_or_path " + model_and_data)))
     keys["bench"] |= keys_of(json.loads(bench.communicate()[0]))
     return keys
