@@ -5485,7 +5485,7 @@ static const char REPORT_CSS[] =
     "h3,h4{margin:0;font-size:1rem}p{margin:.4rem 0;max-width:46rem}.mut,figcaption{color:var(--mut);font-size:.9rem}"
     "table{border-collapse:collapse;margin:.8rem 0}th,td{text-align:left;vertical-align:top;padding:.3rem .9rem .3rem 0;"
     "border-bottom:1px solid var(--line)}td{overflow-wrap:anywhere}.grid{--w:22rem;display:grid;"
-    "gap:1rem 2rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,var(--w)),1fr));margin:1rem 0}section .grid{--w:17rem}"
+    "gap:1rem 2.5rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,var(--w)),1fr));margin:1rem 0}section .grid{--w:17rem}"
     "figure{margin:0;max-width:30rem}figure,section{break-inside:avoid}text{font:11px system-ui,sans-serif;fill:var(--mut)}.a{stroke:var(--line)}"
     ".l{fill:none;stroke:currentColor;stroke-width:1.8;stroke-linecap:round}.h{fill:currentColor;fill-opacity:.14}"
     ".s0{color:light-dark(#0a5cc2,#74b6ff)}.s1{color:light-dark(#b3420a,#ff9e60);stroke-dasharray:6 4}"
