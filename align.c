@@ -752,10 +752,6 @@ static struct Json *json_get(const struct Json *object, const char *key) {
     return found;
 }
 
-static bool json_is_string(const struct Json *json, const char *string) {
-    return json && json->type == JSON_STRING && text_equal(json->string, text_of(string));
-}
-
 /* A whole number from 0 to max; anything else is an error that names the place. */
 static size_t json_size(const struct Json *json, size_t max, const char *path, const char *name) {
     CHECK(json && json->type == JSON_NUMBER && json->number >= 0 && json->number <= (double)max && json->number == floor(json->number),

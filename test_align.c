@@ -593,7 +593,10 @@ static struct Json *parse(const char *text, const char **error) {
     return json_parse(&test_arena, text_of(text), error, &where);
 }
 
-/* Values, escapes and nesting by hand. */
+static bool json_is_string(const struct Json *json, const char *string) {
+    return json && json->type == JSON_STRING && text_equal(json->string, text_of(string));
+}
+
 static void expect_cut(const char *what, const char *text, size_t columns, const char *want) {
     expect_text(what, text_of(cut_text(arena_printf(&test_arena, "%s", text), columns)), want);
 }
@@ -609,6 +612,7 @@ static void test_progress_cut(void) {
     expect_cut("no UTF-8", "\xff\xfe", 1, "?");
 }
 
+/* Values, escapes and nesting by hand. */
 static void test_json_values(void) {
     const char *error;
     struct Json *json = parse(" { \"a\" : [1, -2.5e3, true, null, \"x\\n\\\"\\u00e9\\ud83d\\ude00\\/\"], \"b\":{\"c\":false}, \"\":0.125 } ", &error);
