@@ -4091,8 +4091,7 @@ static struct LanguageTask *pretrain_task(struct Trainer *trainer, struct Arena 
     return task;
 }
 
-/* Rows of a data set as SFT examples: TRL appends the end token, keeps the first max_length ids and
- * drops what then has no target. */
+/* Rows of a data set as SFT examples: TRL appends the end token, keeps the first max_length ids, drops what then has no target. */
 static struct Example *sft_examples(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data, size_t *n) {
     struct Example *examples = arena_alloc(arena, data->n, sizeof *examples);
     size_t count = 0, cut = 0, V = trainer->model->config.vocab_size;
@@ -4229,8 +4228,7 @@ static double reward_loss(struct Trainer *trainer, const size_t *index, size_t c
     return loss * weight;
 }
 
-/* Rows as texts with their end tokens, two a preference, and numbers. A row with a text longer than max_length is dropped
- * whole: half a text is no fair comparison. */
+/* Rows as texts with end tokens, two a preference, and numbers. Half a text is no fair comparison: what exceeds max_length is dropped. */
 static size_t reward_texts(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data, int held_out) {
     struct RewardTask *task = trainer->task.data;
     size_t count = 0, each = data->shape == SHAPE_PREFERENCE ? 2 : 1;
@@ -4270,8 +4268,7 @@ static struct RewardTask *reward_task(struct Trainer *trainer, struct Arena *are
     return task;
 }
 
-/* reward_score -- r of n token sequences, in batches.     [glossary: Pipeline de análise de sentimentos]
- * An empty text is read as a lone end token. */
+/* reward_score -- r of n token sequences; an empty one is read as an end token. [glossary: Pipeline de análise de sentimentos] */
 static void reward_score(const struct GPT2 *model, const struct Example *texts, size_t n, float *reward) {
     enum { TOGETHER = 32 };
     struct Arena arena = {0};
@@ -4291,8 +4288,7 @@ static void reward_score(const struct GPT2 *model, const struct Example *texts, 
     arena_free(&arena);
 }
 
-/* pipe_outputs: what Hugging Face's sentiment pipeline returns for a text, a list of labels with
- * probabilities.   [glossary: Lista de saídas do pipe] [glossary: Pontuação de sentimento] */
+/* What Hugging Face's sentiment pipeline returns for a text. [glossary: Lista de saídas do pipe] [glossary: Pontuação de sentimento] */
 static void write_pipe_outputs(FILE *file, double reward) {
     fprintf(file, "[{\"label\": \"POSITIVE\", \"score\": %s}, {\"label\": \"NEGATIVE\", \"score\": %s}]", json_number_text(sigmoid(reward)), json_number_text(sigmoid(-reward)));
 }
@@ -4352,8 +4348,7 @@ struct Scorer {
     double short_score;
 };
 
-/* Scores n token sequences (query and response together): decoded to text and read by the reward model, as
- * the lab's sentiment pipeline does. */
+/* Scores n sequences (query and response together): decoded to text and read by the reward model, as the lab's pipeline does. */
 static void scorer_score(const struct Scorer *scorer, struct Arena *arena, const struct Example *sequences, size_t n, size_t vocab_size, float *score) {
     struct Example *texts = arena_alloc(arena, n, sizeof *texts);
     int end = end_token_of(vocab_size);
@@ -4393,8 +4388,7 @@ struct PPOConfig {
     size_t num_generations;      /* answers to a prompt, one after the other */
     size_t batch_size, mini_batch_size, gradient_accumulation_steps, ppo_epochs;
     double init_kl_coef;         /* beta at the start                [glossary: Parâmetro Beta (β)] */
-    double target, horizon;      /* of the adaptive KL controller */
-    double gamma, lam;           /* of GAE */
+    double target, horizon, gamma, lam;      /* of the adaptive KL controller; of GAE */
     double cliprange, cliprange_value, vf_coef, score_clip, ratio_threshold, target_kl;
     bool adap_kl_ctrl, use_score_scaling, use_score_norm, whiten_rewards, early_stopping;
     const char *kl_penalty;      /* kl, abs, mse, full */
@@ -4603,8 +4597,7 @@ static float kl_penalty_token(const char *kind, float logprob, float ref_logprob
 /* A forward pass of the policy over rollouts: the one that judges them serves the first update too, if that is of all of them. */
 struct PPOForward { struct Batch batch; struct LMHead head; float *values; };
 
-/* What PPO knows about the responses of a batch, one number a response token: R of them in all, those of
- * response b at start[b] .. start[b+1]-1. Prompts and padding simply are not there. */
+/* What PPO knows of a batch, one number a response token: R in all, those of response b at start[b] .. start[b+1]-1. */
 struct PPOBatch {
     size_t B, R, *start;
     size_t *padding;                      /* (B) columns by which a TRL row would be padded at its end */
@@ -4780,8 +4773,7 @@ static void ppo_mini_batch(struct PPOTrainer *ppo, const struct Rollout *rollout
     gpt2_backward(model, arena, &f->head.acts, dhidden);
 }
 
-/* Step 5 of ppo_step: ppo_epochs passes over the batch, in mini-batches of a new random order each
- * time. Returns how many mini-batches; their statistics are summed. */
+/* Step 5 of ppo_step: ppo_epochs passes over the batch, in mini-batches of a new order. Returns how many; their statistics are summed. */
 static size_t ppo_optimize(struct PPOTrainer *ppo, const struct Rollout *rollouts, struct PPOBatch *p, double sums[PPO_STATS]) {
     const struct PPOConfig *c = &ppo->config;
     size_t B = c->batch_size, *order = arena_alloc(&ppo->arena, B, sizeof *order), mini_batches = 0, per_step = c->mini_batch_size * c->gradient_accumulation_steps;
@@ -4818,8 +4810,7 @@ static void stats_of(struct PPOTrainer *ppo, const char *mean_name, const char *
     if (name) stats_vector(ppo, name, x, n, NULL);
 }
 
-/* Step 6: TRL's stats dictionary.                                            [glossary: Stats_all]
- * Of its vectors and matrices, which TRL pads, the response tokens are kept. */
+/* Step 6: TRL's stats dictionary; of its padded matrices the response tokens are kept.   [glossary: Stats_all] */
 static void ppo_record_stats(struct PPOTrainer *ppo, const struct Rollout *rollouts, const struct PPOBatch *p, const float *scores, const double sums[PPO_STATS], size_t mini_batches) {
     struct LogEntry *s = &ppo->stats;
     size_t B = p->B;
@@ -4903,8 +4894,7 @@ static void rollouts_write(FILE *file, const struct Rollout *rollouts, size_t n)
     }
 }
 
-/* ppo_train -- rollouts, step, log, again, by PPO or REINFORCE.   [glossary: Treinador PPO]
- * stats_all.jsonl and rollouts.jsonl go to log_dir, unless that is NULL. */
+/* ppo_train -- rollouts, step, log (to log_dir, or NULL), again, by PPO or REINFORCE.   [glossary: Treinador PPO] */
 static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, size_t steps, const char *log_dir, struct TrainerState *state) {
     struct Arena arena = {0};
     struct Output logs[2];
@@ -5033,8 +5023,7 @@ static struct Batch dpo_batch(struct Arena *arena, const struct Example *pairs, 
     return collate_pairs(arena, examples, B, C);
 }
 
-/* Puts the reference's log-probabilities of B pairs in the cache, if it lacks them. The arena comes and goes empty:
- * the policy's pass takes the place of the reference's. */
+/* Puts the reference's log-probabilities of B pairs in the cache, if it lacks them. The arena comes and goes empty. */
 static void dpo_reference(struct DPOTask *task, struct Arena *arena, const struct Example *pairs, const size_t *index, size_t B, double *cache) {
     bool known = true;
     for (size_t i = 0; i < B; i++) known = known && cache[2 * index[i]] != 0;
