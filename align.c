@@ -68,9 +68,7 @@
  *   [22] Kalajdzievski 2023, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA (rslora)
  *   [23] Ahmadian 2024, Back to Basics: Revisiting REINFORCE-Style Optimization (RLOO)
  */
-#ifndef _GNU_SOURCE
 #define _GNU_SOURCE            /* realpath, clock_gettime, fsync under -std=c11 */
-#endif
 #define _FILE_OFFSET_BITS 64   /* files beyond 2 GB where long has 32 bits */
 #include <ctype.h>
 #include <dirent.h>
@@ -586,8 +584,8 @@ static void folder_sync(const char *folder) {
     close(fd);
 }
 
-/* JSON (RFC 8259) as a tree. An object's members and an array's items hang on `child`, linked by `next`; a member
- * carries its key. Strings are decoded to UTF-8; half a surrogate pair, for which none exists, becomes U+FFFD. */
+/* JSON (RFC 8259) as a tree. An object's members and an array's items hang on `child`, linked by `next`, their
+ * count is `number`; a member carries its key. Strings are decoded to UTF-8; half a surrogate pair, for which none exists, becomes U+FFFD. */
 enum JsonType { JSON_NULL, JSON_FALSE, JSON_TRUE, JSON_NUMBER, JSON_STRING, JSON_ARRAY, JSON_OBJECT };
 struct Json { struct Json *child, *next; struct Text key, string; double number; enum JsonType type; };
 
@@ -697,6 +695,7 @@ static struct Json *json_container(struct JsonParser *p, struct Json *node, char
         item->key = key;
         *tail = item;
         tail = &item->next;
+        node->number++;
         json_space(p);
         if (p->at < p->end && *p->at == ',') { p->at++; continue; }
         if (p->at < p->end && *p->at == close) { p->at++; p->depth--; return node; }
@@ -736,14 +735,16 @@ static struct Json *json_parse(struct Arena *arena, struct Text text, const char
     return value;
 }
 
-static struct Json *json_read_file(struct Arena *arena, const char *path) {
+static struct Json *json_object(struct Arena *arena, struct Text text, const char *place, const char *hint) {
     const char *error;
     size_t where;
-    struct Json *json = json_parse(arena, read_file(arena, path), &error, &where);
-    CHECK(json, "%s: not JSON: %s (byte %zu)", path, error, where);
-    CHECK(json->type == JSON_OBJECT, "%s: a JSON object {...} was expected", path);
+    struct Json *json = json_parse(arena, text, &error, &where);
+    CHECK(json, "%s: not JSON: %s (byte %zu)%s", place, error, where + 1, hint);
+    CHECK(json->type == JSON_OBJECT, "%s: a JSON object {...} was expected", place);
     return json;
 }
+
+static struct Json *json_read_file(struct Arena *arena, const char *path) { return json_object(arena, read_file(arena, path), path, ""); }
 
 /* A member by its name; of several with one name the last, as in Python. */
 static struct Json *json_get(const struct Json *object, const char *key) {
@@ -855,9 +856,7 @@ static struct Span safetensors_span(const struct SafeTensors *st, const struct J
 
 /* No two tensors share bytes, those that nobody reads included: the file would not be what its writer meant. */
 static void safetensors_check(const struct SafeTensors *st, struct Arena *arena) {
-    size_t count = 0;
-    for (struct Json *entry = st->header->child; entry; entry = entry->next) count++;
-    struct Span *spans = arena_alloc(arena, count + 1, sizeof *spans), *to = spans;
+    struct Span *spans = arena_alloc(arena, (size_t)st->header->number + 1, sizeof *spans), *to = spans;
     for (struct Json *entry = st->header->child; entry; entry = entry->next) if (strcmp(entry->key.data, "__metadata__") != 0) *to++ = safetensors_span(st, entry);
     qsort(spans, (size_t)(to - spans), sizeof *spans, compare_spans);
     for (struct Span *span = spans + 1; span < to; span++) CHECK(span->begin >= span[-1].end, "%s: tensors %s and %s share bytes", st->path, span[-1].name, span->name);
@@ -877,10 +876,7 @@ static struct SafeTensors safetensors_open(struct Arena *arena, const char *path
     CHECK(length >= 2 && length <= size - 8, "%s: not a safetensors file, or cut short: its header claims %llu bytes, %llu follow", path, (unsigned long long)length, (unsigned long long)(size - 8));
     char *text = arena_alloc(arena, (size_t)length + 1, 1);
     CHECK(fread(text, 1, (size_t)length, st.file) == length, "%s: cannot be read: %s", path, strerror(errno));
-    const char *error;
-    size_t where;
-    st.header = json_parse(arena, (struct Text){text, (size_t)length}, &error, &where);
-    CHECK(st.header && st.header->type == JSON_OBJECT, "%s: its header is not a JSON object: %s (byte %zu)", path, error ? error : "another value", where);
+    st.header = json_object(arena, (struct Text){text, (size_t)length}, path, ", in its header");
     st.data_start = 8 + length;
     st.data_size = size - st.data_start;
     safetensors_check(&st, arena);
@@ -963,7 +959,6 @@ enum CharClass { CLASS_OTHER, CLASS_LETTER, CLASS_NUMBER, CLASS_SPACE };
 enum { UNICODE_END = 0x110000, MERGE_SLOTS = 1 << 17 };
 
 struct Tokenizer {
-    struct Arena arena;
     char *path;
     size_t vocab_size;              /* 50257 */
     int end_token;                  /* 50256, "<|endoftext|>" */
@@ -1001,11 +996,11 @@ static uint32_t reader_u32(struct Reader *r, const char *what) {
     return b[0] | (uint32_t)b[1] << 8 | (uint32_t)b[2] << 16 | (uint32_t)b[3] << 24;
 }
 
-static void tokenizer_read_merges(struct Tokenizer *tok, struct Reader *r) {
+static void tokenizer_read_merges(struct Arena *arena, struct Tokenizer *tok, struct Reader *r) {
     tok->merges = reader_u32(r, "merges");
     CHECK(tok->merges + BYTE_TOKENS + 1 == tok->vocab_size, "%s: %zu merges do not make a vocabulary of %zu", r->path, tok->merges, tok->vocab_size);
-    tok->merge_pair = arena_alloc(&tok->arena, tok->merges, sizeof *tok->merge_pair);
-    tok->merge_id = arena_alloc(&tok->arena, MERGE_SLOTS, sizeof *tok->merge_id);
+    tok->merge_pair = arena_alloc(arena, tok->merges, sizeof *tok->merge_pair);
+    tok->merge_id = arena_alloc(arena, MERGE_SLOTS, sizeof *tok->merge_id);
     for (size_t i = 0; i < MERGE_SLOTS; i++) tok->merge_id[i] = -1;
     for (size_t i = 0; i < tok->merges; i++) {
         uint32_t pair = tok->merge_pair[i] = reader_u32(r, "merges"), id = (uint32_t)(BYTE_TOKENS + i);
@@ -1021,11 +1016,10 @@ static void tokenizer_read_merges(struct Tokenizer *tok, struct Reader *r) {
 
 /* tokenizer.bin: llm.c's layout (header, then each token as a length byte and its bytes), followed
  * by what an encoder needs: the merges, and Unicode's letters, numbers and spaces as ranges. */
-static struct Tokenizer *tokenizer_load(const char *path) {
-    struct Tokenizer *tok = calloc(1, sizeof *tok);
-    CHECK(tok, "out of memory");
-    tok->path = arena_printf(&tok->arena, "%s", path);
-    struct Text file = read_file(&tok->arena, path);
+static struct Tokenizer *tokenizer_load(struct Arena *arena, const char *path) {
+    struct Tokenizer *tok = arena_zeros(arena, 1, sizeof *tok);
+    tok->path = arena_printf(arena, "%s", path);
+    struct Text file = read_file(arena, path);
     struct Reader r = {(const unsigned char *)file.data, (const unsigned char *)file.data + file.length, path};
     uint32_t header[256];
     for (size_t i = 0; i < 256; i++) header[i] = reader_u32(&r, "header");
@@ -1033,7 +1027,7 @@ static struct Tokenizer *tokenizer_load(const char *path) {
     tok->vocab_size = header[2];
     tok->end_token = (int)header[3];
     CHECK(tok->vocab_size > BYTE_TOKENS && tok->vocab_size <= 65536 && header[3] == tok->vocab_size - 1, "%s: a vocabulary of %zu with end token %u; 257 to 65536 ids, the end token last, are read", path, tok->vocab_size, header[3]);
-    tok->token = arena_alloc(&tok->arena, tok->vocab_size, sizeof *tok->token);
+    tok->token = arena_alloc(arena, tok->vocab_size, sizeof *tok->token);
     for (size_t id = 0; id < tok->vocab_size; id++) {
         size_t length = *reader_take(&r, 1, "tokens");
         tok->token[id] = (struct Text){(const char *)reader_take(&r, length, "tokens"), length};
@@ -1044,8 +1038,8 @@ static struct Tokenizer *tokenizer_load(const char *path) {
         CHECK(tok->token[id].length == 1 && *byte < 0, "%s: id %d is not a single byte of its own", path, id);
         *byte = id;
     }
-    tokenizer_read_merges(tok, &r);
-    tok->char_class = arena_zeros(&tok->arena, UNICODE_END, 1);
+    tokenizer_read_merges(arena, tok, &r);
+    tok->char_class = arena_zeros(arena, UNICODE_END, 1);
     for (int class = CLASS_LETTER; class <= CLASS_SPACE; class++) {
         for (uint32_t n = reader_u32(&r, "Unicode classes"), next = 0; n > 0; n--) {
             uint32_t first = reader_u32(&r, "Unicode classes"), last = reader_u32(&r, "Unicode classes");
@@ -1055,11 +1049,6 @@ static struct Tokenizer *tokenizer_load(const char *path) {
         }
     }
     return tok;
-}
-
-static void tokenizer_free(struct Tokenizer *tok) {
-    arena_free(&tok->arena);
-    free(tok);
 }
 
 /* The end token of a model with V ids: GPT-2's own if it has it, else the last. */
@@ -1191,16 +1180,14 @@ static struct Text tokenizer_decode_all(const struct Tokenizer *tok, struct Aren
     return (struct Text){text, length};
 }
 
-/* GPT-2's files show each byte as a printable character: itself if it is one, else 256, 257 ... */
-static uint32_t byte_to_unicode(uint32_t byte) {
-    if (byte <= ' ') return 256 + byte;                                        /* the first 33 */
-    if (byte >= 0x7f && byte <= 0xa0) return 256 + 33 + (byte - 0x7f);         /* 34 more */
-    return byte == 0xad ? 256 + 33 + 34 : byte;                                /* the soft hyphen */
-}
-
+/* GPT-2's files show each byte as a printable character: itself if it is one, else 256, 257 ... The first 33 are none, 34 behind
+ * '~' and the soft hyphen. */
 static struct Text token_as_unicode(struct Arena *arena, struct Text token) {
     char *text = arena_alloc(arena, token.length * 2 + 1, 1), *to = text;
-    for (size_t i = 0; i < token.length; i++) to += utf8_write(to, byte_to_unicode((unsigned char)token.data[i]));
+    for (size_t i = 0; i < token.length; i++) {
+        uint32_t byte = (unsigned char)token.data[i];
+        to += utf8_write(to, byte <= ' ' ? 256 + byte : byte >= 0x7f && byte <= 0xa0 ? 256 + 33 + (byte - 0x7f) : byte == 0xad ? 256 + 33 + 34 : byte);
+    }
     *to = 0;
     return (struct Text){text, (size_t)(to - text)};
 }
@@ -1289,26 +1276,19 @@ static const char *shape_names(struct Arena *arena, const unsigned *shapes, size
     return names;
 }
 
-static int *json_ids(struct Arena *arena, const struct Json *array, size_t *count, const char *path, size_t line) {
-    bool good = array->type == JSON_ARRAY;
-    *count = 0;
-    for (struct Json *item = array->child; item; item = item->next, ++*count)
-        good = good && item->type == JSON_NUMBER && item->number >= 0 && item->number < 1 << 24 && item->number == floor(item->number);
-    CHECK(good, "%s:%zu: \"%s\" must hold token ids", path, line, array->key.data);
+static int *json_ids(struct Arena *arena, const struct Json *array, size_t *count, const char *place) {
+    CHECK(array->type == JSON_ARRAY, "%s: \"%s\" must hold token ids", place, array->key.data);
+    *count = (size_t)array->number;
     int *ids = arena_alloc(arena, *count, sizeof *ids), *to = ids;
-    for (struct Json *item = array->child; item; item = item->next) *to++ = (int)item->number;
+    for (struct Json *item = array->child; item; item = item->next) *to++ = (int)json_size(item, (1 << 24) - 1, place, "a token id");
     return ids;
 }
 
 /* One line of JSON into a row; fields that we do not know are ignored. */
-static struct Row dataset_row(struct Arena *keep, struct Arena *scratch, struct Text line_text, const char *path, size_t line) {
-    const char *error;
-    size_t where;
-    struct Json *json = json_parse(scratch, line_text, &error, &where);
+static struct Row dataset_row(struct Arena *keep, struct Arena *scratch, struct Text line_text, const char *place) {
     bool wide = line_text.length > 1 && (memcmp(line_text.data, "\xff\xfe", 2) == 0 || memcmp(line_text.data, "\xfe\xff", 2) == 0);
     const char *hint = wide ? "; it is UTF-16, make it UTF-8: iconv -f UTF-16 -t UTF-8" : *line_text.data == '{' ? "" : "; one object a line was expected: {\"text\": \"...\"}";
-    CHECK(json, "%s:%zu: not JSON: %s (column %zu)%s", path, line, error, where + 1, hint);
-    CHECK(json->type == JSON_OBJECT, "%s:%zu: an object {...} was expected", path, line);
+    struct Json *json = json_object(scratch, line_text, place, hint);
     struct Row row = {0};
     struct Text *texts[] = {&row.text, &row.prompt, &row.completion, &row.chosen, &row.rejected};
     for (size_t i = 0; i < COUNT(FIELD_NAMES); i++) {
@@ -1317,15 +1297,15 @@ static struct Row dataset_row(struct Arena *keep, struct Arena *scratch, struct 
         if (!item || item->type == JSON_NULL) continue;
         row.has |= field;
         if (i < COUNT(texts)) {
-            CHECK(item->type == JSON_STRING, "%s:%zu: \"%s\" must be a string", path, line, FIELD_NAMES[i]);
+            CHECK(item->type == JSON_STRING, "%s: \"%s\" must be a string", place, FIELD_NAMES[i]);
             *texts[i] = text_copy(keep, item->string);
-        } else if (field == HAS_QUERY_IDS) row.query_ids = json_ids(keep, item, &row.query_length, path, line);
-        else if (field == HAS_RESPONSE_IDS) row.response_ids = json_ids(keep, item, &row.response_length, path, line);
+        } else if (field == HAS_QUERY_IDS) row.query_ids = json_ids(keep, item, &row.query_length, place);
+        else if (field == HAS_RESPONSE_IDS) row.response_ids = json_ids(keep, item, &row.response_length, place);
         else {
             bool truth = field == HAS_LABEL && (item->type == JSON_TRUE || item->type == JSON_FALSE);
             double number = truth ? item->type == JSON_TRUE : item->number;
-            CHECK(truth || (item->type == JSON_NUMBER && fabs(number) <= FLT_MAX), "%s:%zu: \"%s\" must be a number, at most 3.4e38", path, line, FIELD_NAMES[i]);
-            CHECK(field != HAS_LABEL || number == 0 || number == 1, "%s:%zu: \"label\" must be 0 or 1", path, line);
+            CHECK(truth || (item->type == JSON_NUMBER && fabs(number) <= FLT_MAX), "%s: \"%s\" must be a number, at most 3.4e38", place, FIELD_NAMES[i]);
+            CHECK(field != HAS_LABEL || number == 0 || number == 1, "%s: \"label\" must be 0 or 1", place);
             *(field == HAS_LABEL ? &row.label : field == HAS_SCORE ? &row.score : &row.margin) = number;
         }
     }
@@ -1346,12 +1326,13 @@ static void dataset_add_file(struct Dataset *data, const char *path, const unsig
         at = stop + 1;
         if (strspn(text.data, " \t\r\v\f") == text.length) continue;
         bool first_row = rows_before == data->n;
-        struct Row row = dataset_row(&data->arena, &line_arena, text, path, line);
+        const char *place = arena_printf(&line_arena, "%s:%zu", path, line);
+        struct Row row = dataset_row(&data->arena, &line_arena, text, place);
         for (size_t i = 0; i < shape_count && !data->shape; i++) if ((row.has & shapes[i]) == shapes[i]) data->shape = shapes[i];
         if (!data->shape || (row.has & data->shape) != data->shape) {
             if (optional && first_row) break;
             const char *wanted = data->shape ? shape_names(&scratch, &data->shape, 1) : shape_names(&scratch, shapes, shape_count), *found = shape_names(&scratch, &row.has, 1);
-            die("%s:%zu: expected %s, found %s", path, line, wanted, *found ? found : "no field that is known");
+            die("%s: expected %s, found %s", place, wanted, *found ? found : "no field that is known");
         }
         data->rows = grow(data->rows, data->n, &data->capacity, sizeof *data->rows);
         data->rows[data->n++] = row;
@@ -2698,7 +2679,7 @@ static bool tensor_load(struct SafeTensors *st, struct Tensor *tensor) {
         struct Json *entry = json_get(st->header, prefixed);
         if (!entry) continue;
         safetensors_read(st, entry, tensor);
-        entry->number = 1;                           /* taken */
+        entry->number = 0;                           /* taken */
         return tensor->loaded = true;
     }
     return false;
@@ -2975,7 +2956,7 @@ static void adapter_load(struct GPT2 *model, const char *folder) {
     CHECK(numbers > 0, "%s: its target_modules take no layer of this model; c_attn, c_proj and c_fc can be adapted", folder);
     if (json_get(st.header, "base_model.model.score.weight")) tensor_load(&st, reward_head_declare(model));
     for (struct Json *item = st.header->child; item; item = item->next)
-        CHECK(item->number || strcmp(item->key.data, "__metadata__") == 0, "%s: no layer of this model takes tensor %s; is it another model's?", path, item->key.data);
+        CHECK(item->number == 0 || strcmp(item->key.data, "__metadata__") == 0, "%s: no layer of this model takes tensor %s; is it another model's?", path, item->key.data);
     fclose(st.file);
     char *head = arena_printf(&arena, "%s/model.safetensors", folder), *pickle = arena_printf(&arena, "%s/pytorch_model.bin", folder);
     if (file_exists(head)) model_read(model, head);                   /* TRL puts a value head in a model file of its own */
@@ -6258,7 +6239,7 @@ static const char *shipped_file(struct Arena *arena, const char *name) {
 static struct Tokenizer *load_tokenizer(struct Options *o) {
     const char *path = o->tokenizer ? o->tokenizer : shipped_file(&o->arena, "tokenizer.bin");
     CHECK(o->tokenizer || file_exists(path), "tokenizer.bin is neither beside the program nor in the current folder; name it with --tokenizer, or make it: python3 prepare_imdb.py tokenizer --source DIR");
-    return o->tok = tokenizer_load(path);
+    return o->tok = tokenizer_load(&o->arena, path);
 }
 
 static bool is_adapter(const char *folder) {
@@ -6329,7 +6310,6 @@ static void options_close(struct Options *o) {
     gpt2_free(o->model);
     gpt2_free(o->reference);
     gpt2_free(o->reward_model);
-    if (o->tok) tokenizer_free(o->tok);
     arena_free(&o->arena);
 }
 

@@ -3432,7 +3432,7 @@ static void test_evaluation(void) {
  * ============================================================================================= */
 
 static void load_one_model(const void *path) { gpt2_load(path); }
-static void load_one_tokenizer(const void *path) { tokenizer_load(path); }
+static void load_one_tokenizer(const void *path) { tokenizer_load(&test_arena, path); }
 static void load_one_dataset(const void *path) { dataset_load(path, TEXT_SHAPES, 1); }
 
 /* A text with its first `from` replaced. */
@@ -3583,7 +3583,7 @@ static void test_broken_weights(void) {
         {"shared bytes of a tensor that is not read", "{\"__metadata__\"", "{\"x\":{\"dtype\":\"U8\",\"shape\":[9],\"data_offsets\":[3,12]},\"__metadata__\"", "share bytes"},
         {"bytes outside", "[0,14400]", "[99999999,100014399]", "cut short?"}, {"backwards", "[0,14400]", "[14400,0]", "cut short?"},
         {"negative", "[0,14400]", "[-4,14396]", "whole number"}, {"no offsets", "\"data_offsets\"", "\"data_offsetx\"", "lacks dtype, shape or data_offsets"},
-        {"no JSON", "{\"__metadata__\"", "(\"__metadata__\"", "its header is not a JSON object"}, {"no entry", "{\"__metadata__\"", "{\"x\":3,\"__metadata__\"", "tensor x lacks dtype"},
+        {"no JSON", "{\"__metadata__\"", "(\"__metadata__\"", "in its header"}, {"no entry", "{\"__metadata__\"", "{\"x\":3,\"__metadata__\"", "tensor x lacks dtype"},
         {"a name that steers the terminal", "{\"__metadata__\"", "{\"a\\u001b[31m\\n\\u009bb\":3,\"__metadata__\"", "tensor a?[31m???b lacks dtype"}};
     const char *path = saved_model("broken");
     struct Text file = read_file(&test_arena, temporary("broken/model.safetensors"));
@@ -3658,14 +3658,14 @@ static void test_broken_config(void) {
 /* Data: the line is named, with what was expected and found. */
 static void test_broken_data(void) {
     static const char *const cases[][2] = {{"{\"text\": \"a\"}\n\n{\"text\": \"b\"\n", "data.jsonl:3: not JSON: ',' or '}' was expected"},
-        {"{\"text\": 1}\n", "data.jsonl:1: \"text\" must be a string"}, {"[1]\n", "data.jsonl:1: an object"},
+        {"{\"text\": 1}\n", "data.jsonl:1: \"text\" must be a string"}, {"[1]\n", "data.jsonl:1: a JSON object"},
         {"{\"prompt\": \"a\"}\n", "data.jsonl:1: expected \"text\", found \"prompt\""},
         {"{\"text\": \"a\"}\n{\"other\": \"b\"}\n", "data.jsonl:2: expected \"text\", found no field that is known"}, {"", "no row with \"text\" was found"},
         {"\n \n", "no row with \"text\" was found"}, {"{\"text\": \"a\", \"label\": 2}", "\"label\" must be 0 or 1"},
         {"{\"text\": \"a\", \"score\": \"high\"}", "\"score\" must be a number"},
-        {"{\"query_ids\": [1, -2]}", "\"query_ids\" must hold token ids"}, {"{\"query_ids\": [1.5]}", "must hold token ids"},
+        {"{\"query_ids\": [1, -2]}", "\"a token id\" must be a whole number"}, {"{\"query_ids\": 1.5}", "\"query_ids\" must hold token ids"},
         {"{\"text\": \"a\"} x", "something stands behind its end"}, {"\x1f\x8b\x08", "not JSON"}, {"\xef\xbb\xbf{\"text\": \"a\"}\r\n{\"text\": 3}\r\n", "data.jsonl:2: \"text\" must be a string"},
-        {"{\"text\": \"a\"}\n{\"text\": \"caf\xe9\"}\n", "data.jsonl:2: not JSON: a string that is not UTF-8; save the file as UTF-8 (column 14)"}, {"{\"text\": \"a\", \"score\": 1e999}", "a number beyond"}};
+        {"{\"text\": \"a\"}\n{\"text\": \"caf\xe9\"}\n", "data.jsonl:2: not JSON: a string that is not UTF-8; save the file as UTF-8 (byte 14)"}, {"{\"text\": \"a\", \"score\": 1e999}", "a number beyond"}};
     for (size_t i = 0; i < COUNT(cases); i++) expect_end(cases[i][0], load_one_dataset, write_text("data.jsonl", cases[i][0]), 1, cases[i][1]);
     expect_end("no file", load_one_dataset, "/nowhere/data.jsonl", 1, "/nowhere/data.jsonl: No such file");
     make_folder(temporary("empty"));
@@ -4199,7 +4199,7 @@ static void test_fixtures_logprob(void) {
         for (struct Json *json; (json = next_line(&file)); lines++) {
             struct Example e = {0};
             size_t n;
-            e.ids = json_ids(&test_arena, json_get(json, "input_ids"), &e.n, "fixture", lines);
+            e.ids = json_ids(&test_arena, json_get(json, "input_ids"), &e.n, "fixture");
             int *ids = encode(json_get(json, "text")->string, V, &n);
             expect_ids("ids", ids, MIN(n, model->config.n_positions), e.ids, e.n);
             struct Batch batch = batch_of(&e, 1, SKIP_LAST);

@@ -218,9 +218,10 @@ static struct Text made_tokenizer(size_t merges) {
 }
 
 static void read_tokenizer(const struct Text *parts) {
-    struct Tokenizer *t = tokenizer_load(put("fuzzed/tokenizer.bin", parts[0]));
+    struct Arena arena = {0};
+    struct Tokenizer *t = tokenizer_load(&arena, put("fuzzed/tokenizer.bin", parts[0]));
     use_tokenizer(t, text_of("I'm 42!  \tab ABCDEFGHIJ\xff\xc3\xa9 \xe2\x82"));
-    tokenizer_free(t);
+    arena_free(&arena);
 }
 
 static bool seed_tokenizer(size_t k, struct Text *parts) {
@@ -804,7 +805,7 @@ static char *fuzz_open(const char *name) {
     kernel_choose();
     for (int slot = 0; slot < SCRATCH_SLOTS; slot++) thread_scratch(slot, 1 << 20);       /* it outlives a run */
     if (setjmp(refusal)) { fflush(fuzz_stderr); fprintf(stderr, "fuzz: the seeds cannot be made: %.*s\n", (int)said_length, said); exit(1); }
-    tok = tokenizer_load("tokenizer.bin");
+    tok = tokenizer_load(&seeds, "tokenizer.bin");
     char *folder = arena_printf(&seeds, "%s/fuzz-XXXXXX", getenv("TMPDIR") ? getenv("TMPDIR") : file_exists("/dev/shm") ? "/dev/shm" : "/tmp");
     static char bytes[2 * LARGEST_INPUT];
     CHECK(mkdtemp(folder) && chdir(folder) == 0, "%s: %s", folder, strerror(errno));
