@@ -7088,7 +7088,7 @@ static int parse_flag(struct Options *o, const struct Flag *flag, const char *va
 static void parse_arguments(struct Options *o, const struct Command *command, int argc, char **argv) {
     for (int i = 2; i < argc; i++) {
         if (strncmp(argv[i], "--", 2) != 0) {
-            if (!(command->groups & G_WORDS)) die_usage("%s: \"%s\" is no flag (flags start with --)", command->name, argv[i]);
+            if (!(command->groups & G_WORDS) || (o->file && command->run != command_glossary)) die_usage("%s: \"%s\" is no flag (flags start with --)", command->name, argv[i]);
             if (!o->file || strlen(o->file) < 1000) o->file = o->file ? arena_printf(&o->arena, "%s %s", o->file, argv[i]) : argv[i];
             continue;
         }
