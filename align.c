@@ -1894,8 +1894,7 @@ static void matmul_panel(float *c, size_t c_row, const float *start, size_t star
  * panels alone would not occupy the threads. */
 static void matmul_block(float *c, size_t c_row, const float *start, size_t start_row, struct Matrix a, struct Matrix b, size_t M, size_t N, size_t K, float *pack_a) {
     size_t MR = kernel->MR, NR = kernel->NR, panels = (N + NR - 1) / NR, stretch = M, tasks_wanted = 4 * (size_t)omp_get_max_threads();
-    bool parallel = (double)M * (double)N * (double)K > 2e5 && !omp_in_parallel();
-    if (!parallel) {                                   /* the same, alone: even a team of one thread costs a microsecond, and attention calls often */
+    if ((double)M * (double)N * (double)K <= 2e5 || omp_in_parallel()) {      /* the same, alone: even a team of one thread costs a microsecond, and attention calls often */
         float *panel = thread_scratch(SCRATCH_B, NR * KC);
         for (size_t m = 0; m < M; m += MR) pack_panel(pack_a + m * K, a.data + m * a.row, a.row, a.column, MIN(MR, M - m), K, MR);
         for (size_t n = 0; n < N; n += NR) {
@@ -1988,13 +1987,7 @@ static void linear_forward(float *y, const float *x, const float *weight, const 
     for (size_t j = 0; j < out; j += strip) linear_few_rows(y + j, x, weight + j, bias + j, N, in, out, MIN(strip, out - j));
 }
 
-/* Adds the sum of the rows of dy (N,out), columns j0..j1, to dbias: one thread a strip of columns. */
-static void bias_backward_strip(float *dbias, const float *dy, size_t N, size_t out, size_t j0, size_t j1) {
-    for (size_t n = 0; n < N; n++)
-        for (size_t j = j0; j < j1; j++) dbias[j] += dy[n * out + j];
-}
-
-enum { STRIP = 64 };     /* columns of a strip */
+enum { STRIP = 64 };     /* columns whose sum over the rows one thread makes */
 
 /* dx = dy W^T;  dW += x^T dy;  dbias += sum of dy's rows. dx may be NULL (nothing below learns), so may dW
  * and dbias (frozen). */
@@ -2003,7 +1996,9 @@ static void linear_backward(float *dx, float *dweight, float *dbias, const float
     if (dweight) matmul(dweight, out, dweight, out, transposed(x, in), matrix(dy, out), in, out, N);
     if (!dbias) return;
     #pragma omp parallel for if(N * out > 50000)
-    for (size_t j = 0; j < out; j += STRIP) bias_backward_strip(dbias, dy, N, out, j, MIN(out, j + STRIP));
+    for (size_t strip = 0; strip < out; strip += STRIP)
+        for (size_t n = 0; n < N; n++)
+            for (size_t j = strip; j < MIN(out, strip + STRIP); j++) dbias[j] += dy[n * out + j];
 }
 
 /* layernorm: y = (x - mean) * rstd * weight + bias, row by row, rstd = 1/sqrt(variance + eps) [3].
@@ -2035,21 +2030,18 @@ WIDE static void layernorm_backward_row(float *dx, const float *dy, const float 
     for (size_t c = 0; c < C; c++) dx[c] += rstd * (g[c] - mean_g - (x[c] - mean) * rstd * mean_gh);
 }
 
-static void layernorm_backward_strip(float *dweight, float *dbias, const float *dy, const float *x, const float *mean, const float *rstd, size_t N, size_t C, size_t c0, size_t c1) {
-    for (size_t n = 0; n < N; n++)
-        for (size_t c = c0; c < c1; c++) {
-            dweight[c] += dy[n * C + c] * (x[n * C + c] - mean[n]) * rstd[n];
-            dbias[c] += dy[n * C + c];
-        }
-}
-
 static void layernorm_backward(float *dx, float *dweight, float *dbias, const float *dy, const float *x, const float *mean, const float *rstd, const float *weight, size_t N, size_t C) {
     #pragma omp parallel for if(N * C > 20000)
     for (size_t n = 0; n < N; n++)
         layernorm_backward_row(dx + n * C, dy + n * C, x + n * C, mean[n], rstd[n], weight, C, thread_scratch(SCRATCH_ROW, 2 * C));
     if (!dweight) return;
     #pragma omp parallel for if(N * C > 20000)
-    for (size_t c = 0; c < C; c += STRIP) layernorm_backward_strip(dweight, dbias, dy, x, mean, rstd, N, C, c, MIN(C, c + STRIP));
+    for (size_t strip = 0; strip < C; strip += STRIP)
+        for (size_t n = 0; n < N; n++)
+            for (size_t c = strip; c < MIN(C, strip + STRIP); c++) {
+                dweight[c] += dy[n * C + c] * (x[n * C + c] - mean[n]) * rstd[n];
+                dbias[c] += dy[n * C + c];
+            }
 }
 
 /* gelu, the tanh form that GPT-2 was trained with ("gelu_new") [18]:
@@ -2092,18 +2084,15 @@ static void embedding_forward(float *x, const struct Batch *batch, const float *
     }
 }
 
-static void embedding_backward_strip(float *dwte, float *dwpe, const float *dx, const struct Batch *batch, size_t C, size_t c0, size_t c1) {
-    for (size_t n = 0; n < batch->N; n++)
-        for (size_t c = c0; c < c1; c++) {
-            dwte[(size_t)batch->ids[n] * C + c] += dx[n * C + c];
-            dwpe[(size_t)batch->position[n] * C + c] += dx[n * C + c];
-        }
-}
-
 /* A token that stands in several places gets the sum of its gradients: rows in order, one thread a strip. */
 static void embedding_backward(float *dwte, float *dwpe, const float *dx, const struct Batch *batch, size_t C) {
     #pragma omp parallel for if(batch->N * C > 50000)
-    for (size_t c = 0; c < C; c += STRIP) embedding_backward_strip(dwte, dwpe, dx, batch, C, c, MIN(C, c + STRIP));
+    for (size_t strip = 0; strip < C; strip += STRIP)
+        for (size_t n = 0; n < batch->N; n++)
+            for (size_t c = strip; c < MIN(C, strip + STRIP); c++) {
+                dwte[(size_t)batch->ids[n] * C + c] += dx[n * C + c];
+                dwpe[(size_t)batch->position[n] * C + c] += dx[n * C + c];
+            }
 }
 
 /* attention -- causal multi-head self-attention [2], each sequence by itself.
@@ -2143,17 +2132,12 @@ static void attention_forward_head(float *out, float *lse, const float *qkv, str
     }
 }
 
-/* The shape for sequence b, with its fork if it has one. */
-static struct AttentionShape attention_of(struct AttentionShape s, const struct Batch *batch, size_t b) {
-    if (batch->fork) s.shared = batch->shared[b], s.fork = batch->fork[b];
-    return s;
-}
-
 static void attention_forward(float *out, float *lse, const float *qkv, const struct Batch *batch, struct AttentionShape s) {
-    #pragma omp parallel for schedule(dynamic)
+    #pragma omp parallel for schedule(dynamic) firstprivate(s)
     for (size_t task = 0; task < batch->B * s.NH; task++) {
         size_t b = task / s.NH, h = task % s.NH, start = batch->start[b];
-        attention_forward_head(out + start * s.C + h * s.HS, lse + start * s.NH + h, qkv + start * 3 * s.C + h * s.HS, attention_of(s, batch, b), batch->start[b + 1] - start);
+        if (batch->fork) s.shared = batch->shared[b], s.fork = batch->fork[b];
+        attention_forward_head(out + start * s.C + h * s.HS, lse + start * s.NH + h, qkv + start * 3 * s.C + h * s.HS, s, batch->start[b + 1] - start);
     }
 }
 
@@ -2183,10 +2167,11 @@ static void attention_backward_head(float *dqkv, const float *dout, const float 
 }
 
 static void attention_backward(float *dqkv, const float *dout, const float *out, const float *lse, const float *qkv, const struct Batch *batch, struct AttentionShape s) {
-    #pragma omp parallel for schedule(dynamic)
+    #pragma omp parallel for schedule(dynamic) firstprivate(s)
     for (size_t task = 0; task < batch->B * s.NH; task++) {
         size_t b = task / s.NH, h = task % s.NH, start = batch->start[b], at = start * s.C + h * s.HS;
-        attention_backward_head(dqkv + start * 3 * s.C + h * s.HS, dout + at, out + at, lse + start * s.NH + h, qkv + start * 3 * s.C + h * s.HS, attention_of(s, batch, b), batch->start[b + 1] - start);
+        if (batch->fork) s.shared = batch->shared[b], s.fork = batch->fork[b];
+        attention_backward_head(dqkv + start * 3 * s.C + h * s.HS, dout + at, out + at, lse + start * s.NH + h, qkv + start * 3 * s.C + h * s.HS, s, batch->start[b + 1] - start);
     }
 }
 
@@ -2373,16 +2358,6 @@ static struct GPT2 *gpt2_copy(const struct GPT2 *model) {
     return copy;
 }
 
-static struct BlockActivations block_activations(struct Arena *arena, const struct GPT2Config *c, size_t N) {
-    size_t C = c->n_embd;
-    return (struct BlockActivations){
-        .x = arena_floats(arena, N * C), .mid = arena_floats(arena, N * C),
-        .ln_1 = arena_floats(arena, N * C), .ln_1_mean = arena_floats(arena, N), .ln_1_rstd = arena_floats(arena, N),
-        .qkv = arena_floats(arena, N * 3 * C), .att = arena_floats(arena, N * C), .lse = arena_floats(arena, N * c->n_head),
-        .ln_2 = arena_floats(arena, N * C), .ln_2_mean = arena_floats(arena, N), .ln_2_rstd = arena_floats(arena, N),
-        .fc = arena_floats(arena, N * 4 * C), .gelu = arena_floats(arena, N * 4 * C)};
-}
-
 static void residual_add(float *sum, const float *x, size_t n) {
     #pragma omp parallel for if(n > 100000)
     for (size_t i = 0; i < n; i++) sum[i] += x[i];
@@ -2443,7 +2418,13 @@ static struct Activations gpt2_forward(const struct GPT2 *model, struct Arena *a
     struct Activations acts = {
         .batch = batch, .N = N, .h = arena_alloc(arena, L, sizeof *acts.h), .x = arena_floats(arena, N * C),
         .ln_f = arena_floats(arena, N * C), .ln_f_mean = arena_floats(arena, N), .ln_f_rstd = arena_floats(arena, N)};
-    for (size_t l = 0; l < L; l++) acts.h[l] = l == 0 || keep ? block_activations(arena, c, N) : acts.h[0];
+    for (size_t l = 0; l < L; l++)
+        acts.h[l] = l > 0 && !keep ? acts.h[0] : (struct BlockActivations){
+            .x = arena_floats(arena, N * C), .mid = arena_floats(arena, N * C),
+            .ln_1 = arena_floats(arena, N * C), .ln_1_mean = arena_floats(arena, N), .ln_1_rstd = arena_floats(arena, N),
+            .qkv = arena_floats(arena, N * 3 * C), .att = arena_floats(arena, N * C), .lse = arena_floats(arena, N * c->n_head),
+            .ln_2 = arena_floats(arena, N * C), .ln_2_mean = arena_floats(arena, N), .ln_2_rstd = arena_floats(arena, N),
+            .fc = arena_floats(arena, N * 4 * C), .gelu = arena_floats(arena, N * 4 * C)};
     embedding_forward(acts.h[0].x, batch, model->wte.w, model->wpe.w, C);
     for (size_t l = 0; l < L; l++) block_forward(model, l, &acts.h[l], batch, l + 1 < L ? acts.h[l + 1].x : acts.x);
     layernorm_forward(acts.ln_f, acts.ln_f_mean, acts.ln_f_rstd, acts.x, model->ln_f.weight.w, model->ln_f.bias.w, N, C, c->layer_norm_epsilon);
@@ -2546,14 +2527,12 @@ static struct LMHead lm_head_new(const struct GPT2 *model, struct Arena *arena, 
 
 /* Logits of the chunk of rows that starts at `first`; returns how many rows it has. */
 static size_t lm_head_logits(const struct GPT2 *model, struct LMHead *head, size_t first) {
-    size_t n = MIN(head->chunk, head->R - first), C = model->config.n_embd, V = model->config.vocab_size;
+    size_t n = MIN(head->chunk, head->R - first);
     if (head->logits_first == first) return n;
-    output_logits(model, head->logits, head->hidden + first * C, n);
-    if (head->temperature != 1) {
-        float scale = 1 / head->temperature;
-        #pragma omp parallel for
-        for (size_t i = 0; i < n * V; i++) head->logits[i] *= scale;
-    }
+    output_logits(model, head->logits, head->hidden + first * model->config.n_embd, n);
+    float scale = 1 / head->temperature;
+    #pragma omp parallel for if(scale != 1)
+    for (size_t i = 0; i < (scale == 1 ? 0 : n * model->config.vocab_size); i++) head->logits[i] *= scale;
     head->logits_first = first;
     return n;
 }
@@ -2569,35 +2548,38 @@ static void lm_head_row(struct LMHead *head, size_t r, const float *logits, size
     head->hit[r] = logits[head->target[r]] == largest && argmax(logits, V) == (size_t)head->target[r];
 }
 
-static void lm_head_forward_chunk(const struct GPT2 *model, struct LMHead *head, size_t first) {
-    size_t V = model->config.vocab_size, n = lm_head_logits(model, head, first);
-    #pragma omp parallel for schedule(dynamic, 4)
-    for (size_t i = 0; i < n; i++) lm_head_row(head, first + i, head->logits + i * V, V);
-}
-
 /* Turns a row of logits into d loss / d logits, given g = d loss / d logprob. */
 WIDE static void lm_head_backward_row(float *logits, float lse, int target, float g, size_t V) {
     for (size_t v = 0; v < V; v++) logits[v] = -g * exp_fast(logits[v] - lse);
     logits[target] += g;
 }
 
-/* dlogprob (R): d loss / d logprob of each row. Adds to dhidden (N,C) and to wte's gradient. */
-static void lm_head_backward_chunk(struct GPT2 *model, struct LMHead *head, const float *dlogprob, float *dhidden, struct Arena *arena, size_t first) {
-    size_t V = model->config.vocab_size, C = model->config.n_embd, n = lm_head_logits(model, head, first);
-    head->logits_first = head->R;                            /* overwritten now */
-    #pragma omp parallel for schedule(dynamic, 4)
-    for (size_t i = 0; i < n; i++)
-        lm_head_backward_row(head->logits + i * V, head->lse[first + i], head->target[first + i], dlogprob[first + i] / head->temperature, V);
-    float *drows = arena_floats(arena, n * C);
-    matmul(drows, C, NULL, 0, matrix(head->logits, V), matrix(model->wte.w, C), n, C, V);
-    if (model->wte.d) matmul(model->wte.d, C, model->wte.d, C, transposed(head->logits, V), matrix(head->hidden + first * C, C), V, C, n);
-    for (size_t i = 0; i < n; i++)
-        for (size_t c = 0; c < C; c++) dhidden[(size_t)head->row[first + i] * C + c] += drows[i * C + c];
+/* One chunk after the other, forward and backward or one of them. dlogprob (R): d loss / d logprob of each row, NULL:
+ * no backward pass, which adds to dhidden (N,C) and to wte's gradient. */
+static void lm_head_passes(const struct GPT2 *model, struct LMHead *head, bool forward, const float *dlogprob, float *dhidden, struct Arena *arena) {
+    size_t V = model->config.vocab_size, C = model->config.n_embd, n;
+    for (size_t first = 0; first < head->R; first += n) {
+        n = lm_head_logits(model, head, first);
+        #pragma omp parallel for schedule(dynamic, 4) if(forward)
+        for (size_t i = 0; i < (forward ? n : 0); i++) lm_head_row(head, first + i, head->logits + i * V, V);
+        if (!dlogprob) continue;
+        head->logits_first = head->R;                        /* overwritten now */
+        #pragma omp parallel for schedule(dynamic, 4)
+        for (size_t i = 0; i < n; i++)
+            lm_head_backward_row(head->logits + i * V, head->lse[first + i], head->target[first + i], dlogprob[first + i] / head->temperature, V);
+        float *drows = arena_floats(arena, n * C);
+        matmul(drows, C, NULL, 0, matrix(head->logits, V), matrix(model->wte.w, C), n, C, V);
+        if (model->wte.d) matmul(model->wte.d, C, model->wte.d, C, transposed(head->logits, V), matrix(head->hidden + first * C, C), V, C, n);
+        for (size_t i = 0; i < n; i++)
+            for (size_t c = 0; c < C; c++) dhidden[(size_t)head->row[first + i] * C + c] += drows[i * C + c];
+    }
 }
 
-/* The two passes, for losses that need all log-probabilities before they know a gradient (DPO, PPO). */
-static void lm_head_forward(const struct GPT2 *model, struct LMHead *head) {
-    for (size_t r = 0; r < head->R; r += head->chunk) lm_head_forward_chunk(model, head, r);
+/* One pass alone, for losses that need all log-probabilities before they know a gradient (DPO, PPO). */
+static void lm_head_forward(const struct GPT2 *model, struct LMHead *head) { lm_head_passes(model, head, true, NULL, NULL, NULL); }
+
+static void lm_head_backward(struct GPT2 *model, struct LMHead *head, const float *dlogprob, float *dhidden, struct Arena *arena) {
+    lm_head_passes(model, head, false, dlogprob, dhidden, arena);
 }
 
 /* A batch judged by a model that is not trained on it: the log-probability of each target. */
@@ -2609,18 +2591,11 @@ static struct LMHead batch_logprobs(const struct GPT2 *model, struct Arena *aren
     return head;
 }
 
-static void lm_head_backward(struct GPT2 *model, struct LMHead *head, const float *dlogprob, float *dhidden, struct Arena *arena) {
-    for (size_t r = 0; r < head->R; r += head->chunk) lm_head_backward_chunk(model, head, dlogprob, dhidden, arena, r);
-}
-
 /* Both at once for the cross-entropy, -logprob of each target times `weight`.  [glossary: Função de perda] */
 static void lm_head_cross_entropy(struct GPT2 *model, struct LMHead *head, float weight, float *dhidden, struct Arena *arena) {
     float *dlogprob = arena_floats(arena, head->R);
     for (size_t r = 0; r < head->R; r++) dlogprob[r] = -weight;
-    for (size_t r = 0; r < head->R; r += head->chunk) {
-        lm_head_forward_chunk(model, head, r);
-        lm_head_backward_chunk(model, head, dlogprob, dhidden, arena, r);
-    }
+    lm_head_passes(model, head, true, dlogprob, dhidden, arena);
 }
 
 static size_t config_size(const struct Json *config, const char *path, const char *name, size_t fallback) {
@@ -2762,14 +2737,6 @@ static void config_save(const struct GPT2 *model, const char *folder) {
     fprintf(out.file, "  \"initializer_range\": 0.02,\n  \"layer_norm_epsilon\": %.7g,\n  \"model_type\": \"gpt2\",\n  \"n_ctx\": %zu,\n  \"n_embd\": %zu,\n  \"n_head\": %zu,\n  \"n_inner\": null,\n", c->layer_norm_epsilon, c->n_positions, c->n_embd, c->n_head);
     fprintf(out.file, "  \"n_layer\": %zu,\n  \"n_positions\": %zu,\n  \"pad_token_id\": %d,\n  \"resid_pdrop\": 0.0,\n  \"tie_word_embeddings\": true,\n  \"use_cache\": true,\n  \"vocab_size\": %zu\n}\n", c->n_layer, c->n_positions, c->pad_token_id, c->vocab_size);
     output_close(&out);
-}
-
-/* gpt2_save -- the folder that transformers loads, weights last: if they are new, all is.  [glossary: Hugging Face] */
-static void gpt2_save(struct GPT2 *model, const char *folder, const struct Tokenizer *tok) {
-    make_folder(folder);
-    config_save(model, folder);
-    if (tok) tokenizer_save(tok, folder, model->config.vocab_size, model->config.n_positions);
-    safetensors_write(folder, "model.safetensors", model->tensors, model->tensor_count, "transformer.");
 }
 
 /* =============================================================================================
@@ -2981,7 +2948,8 @@ static void adapter_config_save(const struct GPT2 *model, const char *folder) {
     output_close(&out);
 }
 
-/* model_save -- gpt2_save, or for an adapter the folder that PeftModel.from_pretrained loads, a value head beside it. */
+/* model_save -- the folder that transformers loads, or for an adapter PeftModel.from_pretrained, a value head beside it;
+ * weights last: if they are new, all is.                                                    [glossary: Hugging Face] */
 static void model_save(struct GPT2 *model, const char *folder, const struct Tokenizer *tok) {
     struct Arena arena = {0};
     struct Tensor **tensors = arena_alloc(&arena, model->tensor_count, sizeof *tensors), *head[] = {&model->v_head.weight, &model->v_head.bias};
@@ -2991,13 +2959,14 @@ static void model_save(struct GPT2 *model, const char *folder, const struct Toke
         check_numbers(model, NULL, NULL, "a weight that was to be saved", t->w, t->n);
         if (strstr(t->name, ".lora_") || t == &model->score) tensors[count++] = t;      /* the adapter, and PEFT's modules_to_save */
     }
+    make_folder(folder);
+    if (model->adapter.r) adapter_config_save(model, folder);
+    else config_save(model, folder);
+    if (tok) tokenizer_save(tok, folder, model->config.vocab_size, model->config.n_positions);
     if (model->adapter.r) {
-        make_folder(folder);
-        adapter_config_save(model, folder);
-        if (tok) tokenizer_save(tok, folder, model->config.vocab_size, model->config.n_positions);
         if (model->v_head.weight.n) safetensors_write(folder, "model.safetensors", head, 2, "");
         safetensors_write(folder, "adapter_model.safetensors", tensors, count, "base_model.model.transformer.");
-    } else gpt2_save(model, folder, tok);
+    } else safetensors_write(folder, "model.safetensors", model->tensors, model->tensor_count, "transformer.");
     arena_free(&arena);
 }
 
@@ -3074,26 +3043,22 @@ static struct TrainingArguments training_arguments(void) {
         .lr_scheduler_type = "linear", .train_sampling_strategy = "random", .optim = "adamw", .seed = 42, .save_steps = 500};
 }
 
-/* Sum of squares in pieces whose number does not depend on that of the threads, so neither does the sum. */
 enum { NORM_PIECES = 512, STEP_PIECE = 1 << 14 };
 
-static double sum_of_squares(const float *x, size_t n) {
-    double part[NORM_PIECES], total = 0;
-    size_t piece = (n + NORM_PIECES - 1) / NORM_PIECES;
-    #pragma omp parallel for if(n > 100000)
-    for (size_t p = 0; p < NORM_PIECES; p++) {
-        size_t first = MIN(n, p * piece);
-        part[p] = row_dot(x + first, x + first, MIN(n - first, piece));
-    }
-    for (size_t p = 0; p < NORM_PIECES; p++) total += part[p];
-    return total;
-}
-
-/* The length of the gradient of all weights taken as one vector; what is frozen has none. */
+/* The length of the gradient of all weights taken as one vector; what is frozen has none. Summed in pieces whose number
+ * does not depend on that of the threads, so neither does the sum. */
 static double gradient_norm(const struct GPT2 *model) {
     double total = 0;
-    for (size_t i = 0; i < model->tensor_count; i++)
-        if (model->tensors[i]->d) total += sum_of_squares(model->tensors[i]->d, model->tensors[i]->n);
+    for (size_t i = 0; i < model->tensor_count; i++) {
+        const float *d = model->tensors[i]->d;
+        if (!d) continue;
+        size_t n = model->tensors[i]->n, piece = (n + NORM_PIECES - 1) / NORM_PIECES;
+        double part[NORM_PIECES], sum = 0;
+        #pragma omp parallel for if(n > 100000)
+        for (size_t p = 0; p < NORM_PIECES; p++) part[p] = row_dot(d + MIN(n, p * piece), d + MIN(n, p * piece), MIN(n - MIN(n, p * piece), piece));
+        for (size_t p = 0; p < NORM_PIECES; p++) sum += part[p];
+        total += sum;
+    }
     return sqrt(total);
 }
 
@@ -3506,7 +3471,6 @@ static void trainer_means(const struct TrainerState *state, struct LogEntry *ent
 /* trainer_evaluate -- the mean loss and metrics over the held-out items; no weight moves. */
 static double trainer_evaluate(struct Trainer *trainer) {
     struct TrainerState *state = &trainer->state, before = *state;
-    struct LogEntry entry = {0};
     size_t n = trainer->task.eval_n, batch = trainer->args.per_device_train_batch_size;
     state->metrics.n = 0;
     double total = 0, judged = 0, begin = seconds_now();
@@ -3520,10 +3484,8 @@ static double trainer_evaluate(struct Trainer *trainer) {
         judged += (double)count;
     }
     double seconds = seconds_now() - begin;
-    log_value(&entry, "eval_loss", total / judged);
-    log_value(&entry, "eval_runtime", seconds);
-    log_value(&entry, "eval_samples_per_second", (double)n / seconds);
-    log_value(&entry, "eval_steps_per_second", ceil((double)n / (double)batch) / seconds);
+    struct LogEntry entry = {4, {{"eval_loss", total / judged, 0}, {"eval_runtime", seconds, 0}, {"eval_samples_per_second", (double)n / seconds, 0},
+        {"eval_steps_per_second", ceil((double)n / (double)batch) / seconds, 0}}};
     trainer_means(state, &entry, "eval_");
     *state = before;
     *state_log(state) = entry;
@@ -3548,10 +3510,8 @@ static double trainer_accumulate(struct Trainer *trainer, const size_t *order, s
 /* After a step: a log entry when one is due, for the person a line, and on a terminal now and then a sample. */
 static void trainer_log(struct Trainer *trainer, double norm, double lr) {
     struct TrainerState *state = &trainer->state;
-    struct LogEntry entry = {0};
+    struct LogEntry entry = {2, {{"grad_norm", norm, 0}, {"learning_rate", lr, 0}}};
     bool due = state->global_step % trainer->args.logging_steps == 0;
-    log_value(&entry, "grad_norm", norm);
-    log_value(&entry, "learning_rate", lr);
     if (state->num_tokens) log_value(&entry, "num_tokens", (double)state->num_tokens);
     trainer_means(state, &entry, "");
     if (trainer->task.sample && progress_sampling(state->global_step, state->max_steps)) trainer->task.sample(trainer);
@@ -3610,12 +3570,10 @@ static void trainer_train(struct Trainer *trainer) {
         }
     }
     arena_free(&order_arena);
-    static const char *const names[] = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos",
-        "train_loss", "epoch", "step"};
     double steps = (double)state->max_steps, s = state->seconds;
-    double values[] = {s, (double)state->samples / s, steps / s, 0, state->total_loss / MAX(1, steps), state->epoch, (double)state->global_step};
-    struct LogEntry *entry = state_log(state);
-    for (size_t i = 0; i < COUNT(names); i++) log_value(entry, names[i], values[i]);
+    *state_log(state) = (struct LogEntry){7, {{"epoch", state->epoch, 0}, {"step", (double)state->global_step, 0}, {"total_flos", 0, 0},
+        {"train_loss", state->total_loss / MAX(1, steps), 0}, {"train_runtime", s, 0},
+        {"train_samples_per_second", (double)state->samples / s, 0}, {"train_steps_per_second", steps / s, 0}}};
 }
 
 static void trainer_free(struct Trainer *trainer) {

@@ -1666,12 +1666,12 @@ static void test_gpt2_init(void) {
 }
 
 /* A model with all its heads, saved and loaded: the same bits and configuration. */
-static void test_gpt2_save(void) {
+static void test_model_save(void) {
     struct GPT2 *model = gpt2_new((struct GPT2Config){300, 24, 12, 2, 3, 299, 298, 1e-6f});
     reward_head_declare(model);
     value_head_declare(model);
     fill_random(model);
-    gpt2_save(model, temporary("saved"), tokenizer);
+    model_save(model, temporary("saved"), tokenizer);
     struct GPT2 *loaded = gpt2_load(temporary("saved"));
     expect_same_weights("weights", loaded, model);
     const struct GPT2Config *a = &loaded->config, *b = &model->config;
@@ -1689,7 +1689,7 @@ static void test_gpt2_load(void) {
     fill_random(model);
     for (size_t i = 0; i < model->tensor_count; i++)           /* numbers that bfloat16 can hold */
         for (size_t k = 0; k < model->tensors[i]->n; k++) model->tensors[i]->w[k] = float_of_bits(bits_of_float(model->tensors[i]->w[k]) & 0xffff0000u);
-    gpt2_save(model, temporary("plain"), NULL);
+    model_save(model, temporary("plain"), NULL);
     struct Tensor *extra[40], odd = {.name = "h.0.attn.bias", .shape = {2, 2}, .ndim = 2, .n = 4, .w = random_floats(4, 1)};
     memcpy(extra, model->tensors, model->tensor_count * sizeof *extra);
     extra[model->tensor_count] = &odd;
@@ -3448,7 +3448,7 @@ static struct Text replaced(struct Text text, const char *from, const char *to) 
 static const char *saved_model(const char *name) {
     struct GPT2 *model = new_model(300, 24, 12, 1, 3);
     reward_head_declare(model);
-    gpt2_save(model, temporary(name), tokenizer);
+    model_save(model, temporary(name), tokenizer);
     gpt2_free(model);
     return temporary(name);
 }
@@ -3495,7 +3495,9 @@ static void break_numbers(const void *argument) {
     gpt2_make_trainable(model);
     if (kind == BAD_FILE) {
         model->h[1].mlp.c_fc.weight.w[500] = NAN;
-        gpt2_save(model, temporary("bad_file"), tokenizer);
+        make_folder(temporary("bad_file"));
+        config_save(model, temporary("bad_file"));
+        safetensors_write(temporary("bad_file"), "model.safetensors", model->tensors, model->tensor_count, "transformer.");
         gpt2_load(temporary("bad_file"));
     } else if (kind == BAD_SAVE) {
         model->ln_f.bias.w[3] = -INFINITY;
@@ -4041,7 +4043,7 @@ static void test_cli_lora(void) {
     write_text("texts.jsonl", "{\"text\": \"A good film, and a fine one.\"}\n{\"text\": \"A bad film. It is dull and long.\"}\n");
     write_text("pairs.jsonl", "{\"prompt\": \"A film\", \"chosen\": \" that is good\", \"rejected\": \" that is bad\"}\n{\"prompt\": \"It\", \"chosen\": \" is fine\", \"rejected\": \" is dull\"}\n");
     struct GPT2 *base = new_model(400, 32, 8, 1, 2);
-    gpt2_save(base, temporary("base"), tokenizer);
+    model_save(base, temporary("base"), tokenizer);
     gpt2_free(base);
     #define LORA "--model_name_or_path", "@base", "--max_steps", "3", "--learning_rate", "0.05", "--output_dir"
     static const char *const commands[][24] = {
@@ -4317,7 +4319,7 @@ static const struct { const char *name; void (*run)(void); } TESTS[] = {
     {"linear_gradient", test_linear_gradient}, {"layernorm", test_layernorm}, {"layernorm_gradient", test_layernorm_gradient}, {"gelu", test_gelu},
     {"gelu_gradient", test_gelu_gradient}, {"attention", test_attention}, {"attention_gradient", test_attention_gradient}, {"gpt2_golden", test_gpt2_golden},
     {"gpt2_gradient_golden", test_gpt2_gradient_golden}, {"gpt2_gradient", test_gpt2_gradient}, {"gpt2_chunks", test_gpt2_chunks}, {"gpt2_packed", test_gpt2_packed},
-    {"gpt2_init", test_gpt2_init}, {"gpt2_save", test_gpt2_save}, {"gpt2_load", test_gpt2_load}, {"reward_golden", test_reward_golden}, {"reward_rows", test_reward_rows},
+    {"gpt2_init", test_gpt2_init}, {"model_save", test_model_save}, {"gpt2_load", test_gpt2_load}, {"reward_golden", test_reward_golden}, {"reward_rows", test_reward_rows},
     {"reward_head_gradient", test_reward_head_gradient}, {"lora_hand", test_lora_hand}, {"lora_targets", test_lora_targets}, {"lora_start", test_lora_start}, {"lora_gradient", test_lora_gradient}, {"lora_merge", test_lora_merge},
     {"lora_reference", test_lora_reference}, {"lora_frozen", test_lora_frozen}, {"lora_round_trip", test_lora_round_trip}, {"lora_broken", test_lora_broken}, {"adamw_golden", test_adamw_golden}, {"adamw_hand", test_adamw_hand}, {"schedule", test_schedule},
     {"trainer_steps", test_trainer_steps}, {"trainer_state", test_trainer_state}, {"trainer_threads", test_trainer_threads},

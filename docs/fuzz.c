@@ -324,7 +324,7 @@ static bool seed_safetensors(size_t k, struct Text *parts) {
     struct GPT2 *model = seed_model();
     if (k == 1) reward_head_declare(model);
     if (k == 2) value_head_init(model, 1);
-    gpt2_save(model, "fuzzed", NULL);
+    model_save(model, "fuzzed", NULL);
     gpt2_free(model);
     parts[0] = get("fuzzed/model.safetensors");
     if (k >= 3) parts[0] = as_half(parts[0], k == 3 ? "BF16" : "F16");
@@ -341,7 +341,7 @@ static void read_index(const struct Text *parts) {
 
 static bool seed_index(size_t k, struct Text *parts) {
     struct GPT2 *model = seed_model();
-    gpt2_save(model, "fuzzed", NULL);
+    model_save(model, "fuzzed", NULL);
     safetensors_write("fuzzed", "a.safetensors", model->tensors, 7, "transformer.");
     safetensors_write("fuzzed", "b.safetensors", model->tensors + 7, model->tensor_count - 7, "transformer.");
     gpt2_free(model);
@@ -361,7 +361,7 @@ static void read_config(const struct Text *parts) {
 static bool seed_config(size_t k, struct Text *parts) {
     struct GPT2 *model = seed_model();
     if (k == 1) reward_head_declare(model);
-    gpt2_save(model, "fuzzed", NULL);
+    model_save(model, "fuzzed", NULL);
     gpt2_free(model);
     parts[0] = get("fuzzed/config.json");
     return k < 2;
