@@ -22,20 +22,16 @@
  *
  * Numbers in brackets are chapters. Each chapter uses only earlier ones:
  *
- *    1 Errors, clock, random numbers, arena    11 Optimizer, schedule, Trainer
- *    2 Files: JSON, safetensors                12 Generation
- *    3 Tokenizer                               13 Language modelling: pretraining, SFT
- *    4 Data: datasets, pairs, collator         14 Reward model
- *    5 Probability: sigmoid, softmax, KL       15 Policy gradient: REINFORCE, PPO
- *    6 Matrix multiplication                   16 DPO
- *    7 Layers, forward and backward            17 Exact: the closed form
- *    8 GPT-2                                   18 Evaluation and the whole course (rlhf)
- *    9 Reward and value heads                  19 Command line, main
- *   10 LoRA
+ *    1 Errors, clock, random numbers, arena      8 GPT-2                                    15 Policy gradient: REINFORCE, PPO
+ *    2 Files: JSON, safetensors                  9 Reward and value heads                   16 DPO
+ *    3 Tokenizer                                10 LoRA                                     17 Exact: the closed form
+ *    4 Data: datasets, pairs, collator          11 Optimizer, schedule, Trainer             18 Evaluation and the whole course (rlhf)
+ *    5 Probability: sigmoid, softmax, KL        12 Generation                               19 Command line, main
+ *    6 Matrix multiplication                    13 Language modelling: pretraining, SFT
+ *    7 Layers, forward and backward             14 Reward model
  *
- * Reading paths. What is a policy, a rollout, an omega? 5, 8, 12. Why does PPO clip? 15. Where
- * does DPO's loss come from? 14, then 16. How does a transformer learn at all? 7, 8, 11, 13.
- * By term: docs/glossary.md; every term is tagged [glossary: TERM] where it is implemented.
+ * Reading paths. What is a policy, a rollout, an omega? 5, 8, 12. Why does PPO clip? 15. Where does DPO's loss come from? 14, then 16.
+ * How does a transformer learn at all? 7, 8, 11, 13. By term: docs/glossary.md; every term is tagged [glossary: TERM] where it is implemented.
  *
  * To step through:  make debug && gdb --args ./align_debug ppo ...   then  break ppo_loss , run,
  * p *config , up , p model->h[0].attn.c_attn.weight.w[0]@8
@@ -48,23 +44,17 @@
  * Log-probabilities are natural, so divergences and entropies are in nats.
  *
  * Papers
- *    [1] Radford 2019, Language Models are Unsupervised Multitask Learners (GPT-2)
- *    [2] Vaswani 2017, Attention Is All You Need         [3] Ba 2016, Layer Normalization
- *    [4] Ouyang 2022, Training language models to follow instructions with human feedback
+ *    [1] Radford 2019, Language Models are Unsupervised Multitask Learners (GPT-2)   [2] Vaswani 2017, Attention Is All You Need
+ *    [3] Ba 2016, Layer Normalization   [4] Ouyang 2022, Training language models to follow instructions with human feedback
  *    [5] Rafailov 2023, Direct Preference Optimization   [6] Schulman 2017, Proximal Policy Optimization
- *    [7] Schulman 2016, High-Dimensional Continuous Control Using GAE
- *    [8] Loshchilov 2019, Decoupled Weight Decay Regularization (AdamW)
- *    [9] Bradley & Terry 1952, Rank Analysis of Incomplete Block Designs
- *   [10] Ziegler 2019, Fine-Tuning Language Models from Human Preferences
+ *    [7] Schulman 2016, High-Dimensional Continuous Control Using GAE   [8] Loshchilov 2019, Decoupled Weight Decay Regularization (AdamW)
+ *    [9] Bradley & Terry 1952, Rank Analysis of Incomplete Block Designs   [10] Ziegler 2019, Fine-Tuning Language Models from Human Preferences
  *   [11] Sennrich 2016, Neural Machine Translation of Rare Words with Subword Units (BPE)
  *   [12] Holtzman 2020, The Curious Case of Neural Text Degeneration (top-p)
- *   [13] Azar 2023, A General Theoretical Paradigm to Understand Learning from Human Preferences (IPO)
- *   [14] Chowdhury 2024, Provably Robust DPO              [15] Keskar 2019, CTRL (repetition penalty)
- *   [16] Goto & van de Geijn 2008, Anatomy of High-Performance Matrix Multiplication
- *   [17] Dao 2022, FlashAttention                        [18] Hendrycks 2016, GELU
- *   [19] Williams 1992, Simple Statistical Gradient-Following Algorithms (REINFORCE)
- *   [20] Schulman 2020, Approximating KL Divergence (the k1 and k3 estimates)
- *   [21] Hu 2021, LoRA: Low-Rank Adaptation of Large Language Models
+ *   [13] Azar 2023, A General Theoretical Paradigm to Understand Learning from Human Preferences (IPO)   [14] Chowdhury 2024, Provably Robust DPO
+ *   [15] Keskar 2019, CTRL (repetition penalty)   [16] Goto & van de Geijn 2008, Anatomy of High-Performance Matrix Multiplication
+ *   [17] Dao 2022, FlashAttention   [18] Hendrycks 2016, GELU   [19] Williams 1992, Simple Statistical Gradient-Following Algorithms (REINFORCE)
+ *   [20] Schulman 2020, Approximating KL Divergence (the k1 and k3 estimates)   [21] Hu 2021, LoRA: Low-Rank Adaptation of Large Language Models
  *   [22] Kalajdzievski 2023, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA (rslora)
  *   [23] Ahmadian 2024, Back to Basics: Revisiting REINFORCE-Style Optimization (RLOO)
  */
@@ -6188,16 +6178,17 @@ static const struct Flag FLAGS[] = {
 };
 
 /* A file that ships with the program: beside it, or in the current folder. */
-static const char *shipped_file(struct Arena *arena, const char *name) {
+static const char *shipped_file(struct Arena *arena, const char *name, const char *remedy) {
     char program[PATH_MAX], *slash = program_path(program) ? strrchr(program, '/') : NULL;
     const char *path = slash ? arena_printf(arena, "%.*s/%s", (int)(slash - program), program, name) : name;
-    return file_exists(path) ? path : name;
+    if (!file_exists(path)) path = name;
+    CHECK(file_exists(path), "%s is neither beside the program nor in the current folder; %s", name, remedy);
+    return path;
 }
 
 static struct Tokenizer *load_tokenizer(struct Options *o) {
-    const char *path = o->tokenizer ? o->tokenizer : shipped_file(&o->arena, "tokenizer.bin");
-    CHECK(o->tokenizer || file_exists(path), "tokenizer.bin is neither beside the program nor in the current folder; name it with --tokenizer, or make it: python3 prepare_imdb.py tokenizer --source DIR");
-    return o->tok = tokenizer_load(&o->arena, path);
+    static const char remedy[] = "name it with --tokenizer, or make it: python3 prepare_imdb.py tokenizer --source DIR";
+    return o->tok = tokenizer_load(&o->arena, o->tokenizer ? o->tokenizer : shipped_file(&o->arena, "tokenizer.bin", remedy));
 }
 
 static bool is_adapter(const char *folder) {
@@ -6211,25 +6202,23 @@ static const char *need(const char *value, const char *flag) {
 }
 
 /* A model's folder; or an adapter's: its base, the adapter folded in. */
-static struct GPT2 *load_model(const char *folder, const struct Tokenizer *tok) {
-    struct Arena arena = {0};
-    const char *base = is_adapter(folder) ? adapter_config_load(&arena, folder).base_model_name_or_path : folder;
+static struct GPT2 *load_model(struct Options *o, const char *folder) {
+    const char *base = is_adapter(folder) ? adapter_config_load(&o->arena, folder).base_model_name_or_path : folder;
     CHECK(base == folder || (base && file_exists(base)), "%s: its base \"%s\" is not here (base_model_name_or_path in its adapter_config.json); give both: --model_name_or_path BASE --peft_adapter DIR", folder, base ? base : "");
     struct GPT2 *model = gpt2_load(base);
-    tokenizer_check_folder(tok, folder, model->config.vocab_size);
+    tokenizer_check_folder(o->tok, folder, model->config.vocab_size);
     if (base != folder) {
-        tokenizer_check_folder(tok, base, model->config.vocab_size);
+        tokenizer_check_folder(o->tok, base, model->config.vocab_size);
         adapter_load(model, folder);
         adapter_merge(model);
     }
-    arena_free(&arena);
     return model;
 }
 
 /* A command's tokenizer and model, with --peft_adapter's adapter, for training or folded in; or with a new one (--use_peft). */
 static void open_model(struct Options *o, bool train) {
     load_tokenizer(o);
-    struct GPT2 *model = o->model = load_model(need(o->model_name_or_path, "model_name_or_path"), o->tok);
+    struct GPT2 *model = o->model = load_model(o, need(o->model_name_or_path, "model_name_or_path"));
     if (!o->use_peft && !o->peft_adapter) return;
     CHECK(!is_adapter(o->model_name_or_path), "--model_name_or_path %s: is itself an adapter, a base is needed here; fold it into its base first: align merge", o->model_name_or_path);
     if (o->use_peft && o->peft_adapter) die_usage("--use_peft starts a new adapter, --peft_adapter goes on with one: give one of them");
@@ -6245,7 +6234,8 @@ static void open_model(struct Options *o, bool train) {
 /* --ref_model, or the start model: of an adapter without a second copy of the base. */
 static void load_reference(struct Options *o) {
     const struct GPT2 *model = o->model;
-    o->reference = o->ref_model ? load_model(o->ref_model, o->tok) : model->adapter.r ? adapter_reference(model, o->peft_adapter != NULL) : gpt2_copy(model);
+    if (o->ref_model) o->reference = load_model(o, o->ref_model);
+    else o->reference = model->adapter.r ? adapter_reference(model, o->peft_adapter != NULL) : gpt2_copy(model);
     CHECK(o->reference->config.vocab_size == model->config.vocab_size, "--ref_model %s has %zu ids, the model %zu", o->ref_model, o->reference->config.vocab_size, model->config.vocab_size);
 }
 
@@ -6271,13 +6261,9 @@ static void options_close(struct Options *o) {
     arena_free(&o->arena);
 }
 
-static const unsigned TEXT_SHAPES[] = {SHAPE_TEXT};
-static const unsigned SFT_SHAPES[] = {SHAPE_PROMPT_COMPLETION, SHAPE_TEXT};
-static const unsigned REWARD_SHAPES[] = {SHAPE_PREFERENCE, SHAPE_RATED, SHAPE_LABELLED}, LABELLED_SHAPES[] = {SHAPE_LABELLED};
-static const unsigned DPO_SHAPES[] = {SHAPE_PREFERENCE};
-static const unsigned PROMPT_SHAPES[] = {SHAPE_PROMPT, SHAPE_TEXT};
-static const unsigned ROLLOUT_SHAPES[] = {SHAPE_ROLLOUT};
-static const unsigned RATED_SHAPES[] = {SHAPE_RATED};
+static const unsigned TEXT_SHAPES[] = {SHAPE_TEXT}, SFT_SHAPES[] = {SHAPE_PROMPT_COMPLETION, SHAPE_TEXT}, DPO_SHAPES[] = {SHAPE_PREFERENCE},
+    REWARD_SHAPES[] = {SHAPE_PREFERENCE, SHAPE_RATED, SHAPE_LABELLED}, LABELLED_SHAPES[] = {SHAPE_LABELLED}, RATED_SHAPES[] = {SHAPE_RATED},
+    PROMPT_SHAPES[] = {SHAPE_PROMPT, SHAPE_TEXT}, ROLLOUT_SHAPES[] = {SHAPE_ROLLOUT};
 
 static void tokenize_decode(const struct Tokenizer *tok, struct Text in, size_t V, const char *path) {
     const char *at = in.data;
@@ -6301,11 +6287,8 @@ static void command_tokenize(struct Options *o) {
     struct Row plain = {0};
     if (o->jsonl) o->data = dataset_load(path, TEXT_SHAPES, 1);
     else plain.text = read_file(&o->arena, path);
-    if (o->decode) {
-        tokenize_decode(tok, plain.text, V, path);
-        return;
-    }
-    for (size_t i = 0; i < (o->jsonl ? o->data->n : 1); i++) {
+    if (o->decode) tokenize_decode(tok, plain.text, V, path);
+    for (size_t i = 0; !o->decode && i < (o->jsonl ? o->data->n : 1); i++) {
         struct Example e = example_encode(&o->arena, tok, o->jsonl ? o->data->rows[i].text : plain.text, V, false);
         if (o->jsonl) json_write_ids(stdout, "{\"input_ids\": ", e.ids, e.n);
         for (size_t k = 0; k < e.n && !o->jsonl; k++) printf("%s%d", k ? " " : "", e.ids[k]);
@@ -6321,8 +6304,7 @@ static struct Trainer open_training(struct Options *o, const unsigned *shapes, s
     return (struct Trainer){.model = o->model, .tok = o->tok, .args = o->train};
 }
 
-/* The folder for the result. One that holds a model cannot take an adapter too, nor the other way round: who
- * loads it could not know which of them is meant. */
+/* The folder for the result. One that holds a model cannot take an adapter too, nor the other way round: which of them is meant? */
 static void open_output_dir(struct Options *o) {
     const char *dir = need(o->train.output_dir, "output_dir");
     bool adapter = o->model->adapter.r > 0;
@@ -6332,17 +6314,15 @@ static void open_output_dir(struct Options *o) {
 }
 
 /* Saves the model, the log and a report of a training that is done. */
-static void save_result(const struct Options *o, const struct TrainerState *state) {
-    struct Arena arena = {0};
+static void save_result(struct Options *o, const struct TrainerState *state) {
     model_replace(o->model, o->train.output_dir, o->tok);
     say("saved to %s\n", o->train.output_dir);
     trainer_state_save(state, &o->train, o->train.output_dir);
-    const char *data = arena_printf(&arena, "%s: %zu rows%s%s", o->data->path, o->data->n, o->eval ? "; held out: " : "", o->eval ? o->eval->path : "");
+    const char *data = arena_printf(&o->arena, "%s: %zu rows%s%s", o->data->path, o->data->n, o->eval ? "; held out: " : "", o->eval ? o->eval->path : "");
     struct Output out = report_begin(o->train.output_dir, o->command, data, o->model, seconds_now() - o->begin);
     fputs("}}\n", out.file);
     output_close(&out);
     report_write(o->train.output_dir);
-    arena_free(&arena);
 }
 
 /* Trains, evaluates, saves: what every training command ends with. */
@@ -6372,7 +6352,7 @@ static void command_pretrain(struct Options *o) {
     o->config.eos_token_id = o->config.pad_token_id = end_token_of(o->config.vocab_size);
     config_check(&o->config, "command line");
     load_tokenizer(o);
-    o->model = o->model_name_or_path ? load_model(o->model_name_or_path, o->tok) : gpt2_new(o->config);
+    o->model = o->model_name_or_path ? load_model(o, o->model_name_or_path) : gpt2_new(o->config);
     if (!o->model_name_or_path) gpt2_init(o->model, o->train.seed);
     size_t n_positions = o->model->config.n_positions;
     CHECK(o->train.max_length <= n_positions || o->train.max_length == 1024, "--max_length %zu is longer than the model's context of %zu (--n_positions)", o->train.max_length, n_positions);
@@ -6453,7 +6433,7 @@ static struct RolloutSource open_rollouts(struct Options *o) {
     struct RolloutSource source = {.shuffle = rng_seed(o->train.seed, STREAM_ORDER + 100), .lengths = rng_seed(o->train.seed, STREAM_LENGTH + 100), .sample = rng_seed(o->train.seed, STREAM_SAMPLE),
         .output_length = o->output_length, .generation = o->generation};
     source.generation.do_sample = true;
-    if (o->reward_model_path) o->reward_model = load_model(o->reward_model_path, o->tok);
+    if (o->reward_model_path) o->reward_model = load_model(o, o->reward_model_path);
     CHECK(!o->reward_model || o->reward_model->score.n, "%s: has no score.weight: it is no reward model; train one: align reward", o->reward_model_path);
     source.scorer = (struct Scorer){.reward_model = o->reward_model, .tok = o->tok, .std = 1};
     open_data(o, PROMPT_SHAPES, COUNT(PROMPT_SHAPES));
@@ -6573,15 +6553,10 @@ static void command_next(struct Options *o) {
     if (o->json) printf(", \"kept\": %zu, \"top\": [", kept);
     else printf("   id  probability  token     (%zu of %zu tokens can follow; entropy %.3f nats)\n", kept, V, entropy);
     for (size_t i = 0; i < MIN(kept, o->top_n); i++) {
-        if (o->json) {
-            printf("%s[%d, %.9g]", i ? ", " : "", top[i].id, top[i].logit);
-            continue;
-        }
-        printf("%5d  %11.6f  ", top[i].id, top[i].logit);
-        json_write_string(stdout, "", tokenizer_decode(o->tok, top[i].id, V));
-        putchar('\n');
+        printf(o->json ? "%s[%d, %.9g]" : "%s%5d  %11.6f  ", i == 0 ? "" : o->json ? ", " : "\n", top[i].id, top[i].logit);
+        if (!o->json) json_write_string(stdout, "", tokenizer_decode(o->tok, top[i].id, V));
     }
-    if (o->json) puts("]}");
+    puts(o->json ? "]}" : "");
 }
 
 static void logprob_row(struct Arena *arena, const struct GPT2 *model, const struct GPT2 *ref_model, const struct Example *e) {
@@ -6821,8 +6796,8 @@ static size_t term_rank(struct Arena *arena, char *const *line, const char *quer
 
 /* align glossary [TERM] -- the term, or those that fit as well as the best of them; without TERM all. */
 static void command_glossary(struct Options *o) {
-    const char *path = shipped_file(&o->arena, "docs/glossary.md"), *query = fold(&o->arena, o->file ? o->file : "");
-    CHECK(file_exists(path), "docs/glossary.md is neither beside the program nor in the current folder; run align in the folder it came in");
+    const char *path = shipped_file(&o->arena, "docs/glossary.md", "run align in the folder it came in");
+    const char *query = fold(&o->arena, o->file ? o->file : "");
     struct Text file = read_file(&o->arena, path);
     char **line = arena_alloc(&o->arena, file.length + 2, sizeof *line);
     size_t *rank = arena_alloc(&o->arena, file.length + 2, sizeof *rank), lines = 0, best = SIZE_MAX, hits = 0;
@@ -6847,8 +6822,7 @@ static void command_glossary(struct Options *o) {
     }
 }
 
-/* Sentences fit a context of 64 tokens; for whole reviews a longer one is worth its time.
- *                                                              [glossary: Conjunto de dados IMDB] */
+/* Sentences fit a context of 64 tokens; for whole reviews a longer one is worth its time.         [glossary: Conjunto de dados IMDB] */
 static size_t course_positions(const struct Dataset *data) {
     size_t bytes = 0;
     for (size_t i = 0; i < data->n; i++) bytes += data->rows[i].text.length;
@@ -6857,13 +6831,14 @@ static size_t course_positions(const struct Dataset *data) {
 
 static void command_rlhf(struct Options *o) {
     struct Tokenizer *tok = load_tokenizer(o);
-    struct Dataset *data = o->data = dataset_load(o->dataset_name ? o->dataset_name : shipped_file(&o->arena, "docs/reviews.jsonl"), RATED_SHAPES, 1);
+    const char *path = o->dataset_name ? o->dataset_name : shipped_file(&o->arena, "docs/reviews.jsonl", "name data with --dataset_name");
+    struct Dataset *data = o->data = dataset_load(path, RATED_SHAPES, 1);
     struct Course course = {.tok = tok, .command = o->command, .output_dir = o->train.output_dir ? o->train.output_dir : "out", .seed = o->train.seed, .temperature = o->generation.temperature, .scale = 1,
         .pretrain_steps = o->pretrain_steps, .reward_steps = o->reward_steps, .ppo_steps = o->ppo_steps, .dpo_steps = o->dpo_steps};
     struct GPT2 *model;
     double learning_rate = 5e-3;
     if (o->model_name_or_path) {
-        model = load_model(o->model_name_or_path, tok);
+        model = load_model(o, o->model_name_or_path);
         course.scale = MIN(1, (double)COURSE_WIDTH / (double)model->config.n_embd);         /* wider models take smaller steps */
         learning_rate = 5e-4;                                                              /* and trained ones are only tuned */
     } else {
@@ -7021,12 +6996,13 @@ static int parse_flag(struct Options *o, const struct Flag *flag, const char *va
     void *to = (char *)o + flag->offset;
     char *end = NULL;
     if (flag->kind == KIND_BOOL || flag->kind == KIND_STOPPING) {
-        bool is_true = value && strcmp(value, "true") == 0, is_false = value && strcmp(value, "false") == 0;
-        bool never = flag->kind == KIND_STOPPING && value && strcmp(value, "never") == 0;
-        if (flag->kind == KIND_BOOL) *(bool *)to = !is_false;
-        else *(enum EarlyStopping *)to = never ? STOP_NEVER : is_false ? STOP_FALSE : STOP_TRUE;
-        if (!bare && !is_true && !is_false && !never) die_usage("--%s %s: true or false%s was expected", flag->name, value, flag->kind == KIND_BOOL ? "" : " or never");
-        return is_true || is_false || never;
+        static const char *const names[] = {[STOP_FALSE] = "false", [STOP_TRUE] = "true", [STOP_NEVER] = "never"};
+        size_t known = flag->kind == KIND_BOOL ? 2 : 3, k = 0;
+        while (k < known && !(value && strcmp(value, names[k]) == 0)) k++;
+        if (!bare && k == known) die_usage("--%s %s: true or false%s was expected", flag->name, value, known == 2 ? "" : " or never");
+        if (flag->kind == KIND_BOOL) *(bool *)to = k != STOP_FALSE;
+        else *(enum EarlyStopping *)to = k < known ? (enum EarlyStopping)k : STOP_TRUE;
+        return k < known;
     }
     if (!value) die_usage("--%s needs a value (%s)", flag->name, flag->help);
     if (flag->kind == KIND_NAME) choice(flag->name, value, flag->help);
@@ -7076,17 +7052,14 @@ static struct Options default_options(const char *name) {
     return o;
 }
 
-/* A thread that waits for the others spins for a while before it sleeps. GNU's OpenMP spins for
- * milliseconds, which is right on an idle machine; where anything else runs it burns the time of the very
- * thread it waits for, and a run takes ten times as long. The library reads its setting before main, so,
- * unless the user has chosen, choose and start again. */
+/* A thread that waits for others spins before it sleeps: milliseconds in GNU's OpenMP, right on an idle machine; else it burns the time of the very
+ * thread it waits for, and a run takes ten times as long. The setting is read before main: unless the user has chosen, choose and start again. */
 static void openmp_spin_briefly(char **argv) {
+    (void)argv;
 #if defined(_OPENMP) && defined(__linux__)
     if (getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
     setenv("GOMP_SPINCOUNT", "4000", 1);
     execv("/proc/self/exe", argv);          /* where that fails, it runs as it is */
-#else
-    (void)argv;
 #endif
 }
 
@@ -7103,33 +7076,26 @@ static void prepare_streams(void) {
 #endif
 }
 
-static int end_output(int status) {
-    errno = 0;
-    CHECK(fflush(stdout) == 0 && !ferror(stdout), "standard output: writing failed: %s", errno ? strerror(errno) : "what came out is not complete");
-    return status;
-}
-
 int main(int argc, char **argv) {
     prepare_streams();
     openmp_spin_briefly(argv);
-    if (argc < 2 || strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "help") == 0) {
-        print_commands(argc < 2 ? stderr : stdout);
-        return end_output(argc < 2 ? 2 : 0);
-    }
-    const struct Command *command = find_command(argv[1]);
-    struct Options o = default_options(command->name);
-    parse_arguments(&o, command, argc, argv);
-    if (o.help) {
-        print_help(command);
-        options_close(&o);
-        return end_output(0);
-    }
+    if (argc < 2 || strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "help") == 0) print_commands(argc < 2 ? stderr : stdout);
+    else {
+        const struct Command *command = find_command(argv[1]);
+        struct Options o = default_options(command->name);
+        parse_arguments(&o, command, argc, argv);
+        if (o.help) print_help(command);
+        else {
 #ifndef _WIN32
-    if (command->groups & G_OUT) signal(SIGPIPE, SIG_IGN);      /* a training goes on when nobody reads its progress; a filter ends */
+            if (command->groups & G_OUT) signal(SIGPIPE, SIG_IGN);      /* a training goes on when nobody reads its progress; a filter ends */
 #endif
-    kernel_choose();
-    command->run(&o);
-    options_close(&o);
-    return end_output(0);
+            kernel_choose();
+            command->run(&o);
+        }
+        options_close(&o);
+    }
+    errno = 0;
+    CHECK(fflush(stdout) == 0 && !ferror(stdout), "standard output: writing failed: %s", errno ? strerror(errno) : "what came out is not complete");
+    return argc < 2 ? 2 : 0;
 }
 #endif
