@@ -17,8 +17,7 @@
  *          |                                                               v      |
  *          |                                            (15) PPO: raise what scored well
  *          |                                                                      |
- *          +----------------- pairs: chosen, rejected ----------> (16) DPO: the same optimum
- *                                                                 without sampling or r
+ *          +----------------- pairs: chosen, rejected ----------> (16) DPO: the same optimum without sampling or r
  *
  * Numbers in brackets are chapters. Each chapter uses only earlier ones:
  *
@@ -37,9 +36,8 @@
  * p *config , up , p model->h[0].attn.c_attn.weight.w[0]@8
  *
  * Dimensions, everywhere:
- *    B sequences of a batch   T tokens of one sequence   N all tokens of a batch, packed
- *    C n_embd, width          L n_layer                  NH n_head, heads     HS = C/NH, head size
- *    V vocab_size             R rows that predict a token that counts in a loss
+ *    B sequences of a batch   T tokens of one sequence   N all tokens of a batch, packed   R rows that predict a token that counts in a loss
+ *    C n_embd, width          L n_layer                  NH n_head, heads                  HS = C/NH, head size   V vocab_size
  * A matrix (M,N) is row-major: element (i,j) stands at i*N + j. A gradient of x is called dx.
  * Log-probabilities are natural, so divergences and entropies are in nats.
  *
@@ -6058,10 +6056,11 @@ struct Options {
 
 /* Groups of flags; a command takes some of them. */
 enum Group {
-    G_MODEL = 1, G_DATA = 2, G_TRAIN = 4, G_NEW = 8, G_REF = 16, G_REWARD = 32, G_PPO = 64, G_DPO = 128, G_SAMPLE = 256, G_LENGTH = 512, G_PROMPT = 1024,
-    G_NEXT = 2048, G_TOKENIZE = 4096, G_RLHF = 8192, G_OUT = 16384, G_SEED = 32768, G_RUN = 65536, G_BATCH = 131072, G_JSON = 262144, G_BENCH = 524288,
-    G_PEFT = 1 << 20, G_LORA = 1 << 21, G_ROLL = 1 << 22, G_RLOO = 1 << 23, G_EXACT = 1 << 24, G_COLLECT = 1 << 25, G_EVAL = 1 << 26, G_WORDS = 1 << 27,
-    G_TRAINING = G_OUT | G_SEED | G_DATA | G_TRAIN, G_TOOL = G_MODEL | G_PEFT | G_DATA, G_TUNING = G_TOOL | G_LORA | G_TRAINING, G_ALL = -1
+    G_MODEL = 1, G_DATA = 2, G_TRAIN = 4, G_NEW = 8, G_REF = 16, G_REWARD = 32, G_PPO = 64, G_DPO = 128, G_SAMPLE = 256, G_LENGTH = 512,
+    G_PROMPT = 1024, G_NEXT = 2048, G_TOKENIZE = 4096, G_RLHF = 8192, G_OUT = 16384, G_SEED = 32768, G_RUN = 65536, G_BATCH = 131072, G_JSON = 262144,
+    G_BENCH = 524288, G_PEFT = 1 << 20, G_LORA = 1 << 21, G_ROLL = 1 << 22, G_RLOO = 1 << 23, G_EXACT = 1 << 24, G_COLLECT = 1 << 25,
+    G_EVAL = 1 << 26, G_WORDS = 1 << 27, G_FILES = G_OUT | G_SEED | G_DATA, G_TRAINING = G_FILES | G_TRAIN, G_TOOL = G_MODEL | G_PEFT | G_DATA,
+    G_TUNING = G_TOOL | G_LORA | G_TRAINING, G_ALL = -1
 };
 /* What a flag's value may be: one of the names that its help lists; of numbers, whole ones up to KIND_COUNT, the range is part of it. */
 enum Kind {
@@ -6383,12 +6382,9 @@ static void parse_loss_types(struct Options *o) {
     const char *type = o->loss_type, *weight = o->loss_weights;
     for (size_t length; (length = next_name(&type)) > 0; type += length) {
         size_t k = choice("loss_type", text_copy(&o->arena, (struct Text){type, length}).data, "sigmoid, ipo, hinge, robust, sft");      /* the order of enum DPOLossType */
-        o->dpo.weight[k] = 1;
-        if (!weight) continue;
-        char *end;
-        double number = strtod(weight + strspn(weight, " ,"), &end);
-        weight = end > weight && number >= 0 && number <= FLT_MAX ? end : "x";
-        o->dpo.weight[k] = number;
+        char *end = NULL;
+        o->dpo.weight[k] = weight ? strtod(weight + strspn(weight, " ,"), &end) : 1;
+        if (weight) weight = end > weight && o->dpo.weight[k] >= 0 && o->dpo.weight[k] <= FLT_MAX ? end : "x";
     }
     if (weight && weight[strspn(weight, " ,")]) die_usage("--loss_weights \"%s\": a number, 0 or more, for each of --loss_type's names was expected", o->loss_weights);
 }
@@ -6516,8 +6512,7 @@ static void command_generate(struct Options *o) {
     CHECK(2 * g->num_beams <= MIN((size_t)256, o->model->config.vocab_size), "--num_beams %zu: 1 to 128 can be used", g->num_beams);
     struct Row typed = {.prompt = text_of(o->prompt ? o->prompt : "")};
     struct Dataset one = {.rows = &typed, .n = 1};
-    if (!o->prompt) need(o->dataset_name, "prompt, or --dataset_name,");
-    if (!o->prompt) open_data(o, PROMPT_SHAPES, 1);
+    if (!o->prompt && need(o->dataset_name, "prompt, or --dataset_name,")) open_data(o, PROMPT_SHAPES, 1);
     const struct Dataset *data = o->data ? o->data : &one;
     size_t n = data->n;
     struct Sequence *sequences = arena_alloc(&o->arena, n * each, sizeof *sequences);
@@ -6559,27 +6554,6 @@ static void command_next(struct Options *o) {
     puts(o->json ? "]}" : "");
 }
 
-static void logprob_row(struct Arena *arena, const struct GPT2 *model, const struct GPT2 *ref_model, const struct Example *e) {
-    struct Batch batch = collate(arena, e, 1, READ_LAST);
-    batch.R = e->n;
-    for (size_t t = 0; t < e->n; t++) {                    /* all positions; the last one has no target, its logprob is not shown */
-        batch.row[t] = (int)t;
-        batch.target[t] = t + 1 < e->n ? e->ids[t + 1] : 0;
-    }
-    struct LMHead head = batch_logprobs(model, arena, &batch, 1, false);
-    size_t first = MAX((size_t)1, e->prompt_length) - 1, scored = e->n > first + 1 ? e->n - 1 - first : 0;
-    json_write_ids(stdout, "{\"input_ids\": ", e->ids, e->n);
-    json_write_floats(stdout, ", \"token_logprobs\": ", head.logprob, e->n - 1);
-    printf(", \"logprob\": %s", json_number_text(sequence_logprob(head.logprob + first, scored)));
-    if (ref_model) {
-        struct LMHead ref_head = batch_logprobs(ref_model, arena, &batch, 1, false);
-        float *kl = arena_floats(arena, e->n);
-        kl_full_rows(model, &head, ref_model, &ref_head, kl);
-        json_write_floats(stdout, ", \"kl_to_ref_per_position\": ", kl, e->n);
-    }
-    fputs("}\n", stdout);
-}
-
 static void command_logprob(struct Options *o) {
     struct Arena arena = {0};
     open_model(o, false);
@@ -6596,8 +6570,28 @@ static void command_logprob(struct Options *o) {
         if (e.n > limit && !cut++) warn("%s: row %zu and perhaps others are longer than %zu tokens; their first %zu are used", data->path, i + 1, limit, limit);
         e.n = MIN(e.n, limit);
         e.prompt_length = MIN(e.prompt_length, e.n);
-        if (e.n > 0) logprob_row(&arena, o->model, o->reference, &e);
-        else printf("{\"input_ids\": [], \"token_logprobs\": [], \"logprob\": 0%s}\n", o->reference ? ", \"kl_to_ref_per_position\": []" : "");
+        if (e.n == 0) {
+            printf("{\"input_ids\": [], \"token_logprobs\": [], \"logprob\": 0%s}\n", o->reference ? ", \"kl_to_ref_per_position\": []" : "");
+            continue;
+        }
+        struct Batch batch = collate(&arena, &e, 1, READ_LAST);
+        batch.R = e.n;
+        for (size_t t = 0; t < e.n; t++) {                    /* all positions; the last one has no target, its logprob is not shown */
+            batch.row[t] = (int)t;
+            batch.target[t] = t + 1 < e.n ? e.ids[t + 1] : 0;
+        }
+        struct LMHead head = batch_logprobs(o->model, &arena, &batch, 1, false);
+        size_t first = MAX((size_t)1, e.prompt_length) - 1, scored = e.n > first + 1 ? e.n - 1 - first : 0;
+        json_write_ids(stdout, "{\"input_ids\": ", e.ids, e.n);
+        json_write_floats(stdout, ", \"token_logprobs\": ", head.logprob, e.n - 1);
+        printf(", \"logprob\": %s", json_number_text(sequence_logprob(head.logprob + first, scored)));
+        if (o->reference) {
+            struct LMHead ref_head = batch_logprobs(o->reference, &arena, &batch, 1, false);
+            float *kl = arena_floats(&arena, e.n);
+            kl_full_rows(o->model, &head, o->reference, &ref_head, kl);
+            json_write_floats(stdout, ", \"kl_to_ref_per_position\": ", kl, e.n);
+        }
+        fputs("}\n", stdout);
     }
     arena_free(&arena);
 }
@@ -6738,7 +6732,6 @@ static void command_eval(struct Options *o) {
     trainer_free(&trainer);
 }
 
-/* align merge -- an adapter folded into its base, saved as a model like any other. */
 static void command_merge(struct Options *o) {
     if (!o->model_name_or_path || !(o->peft_adapter || is_adapter(o->model_name_or_path))) die_usage("merge needs an adapter: --model_name_or_path BASE --peft_adapter DIR, or its folder as --model_name_or_path");
     open_model(o, false);
@@ -6747,7 +6740,7 @@ static void command_merge(struct Options *o) {
 }
 
 /* A term of docs/glossary.md: a heading, then a line for each label. */
-enum { TERM_NAME, TERM_ALIASES, TERM_LINES = 8 };
+enum { TERM_LINES = 8 };
 static const char *const TERM_LABELS[TERM_LINES] = {"### ", "- Aliases: ", "- English: ", "- Portugu\xc3\xaas: ", "- In align.c: ", "- Test: ", "- Try: ", "- See also: "};
 
 /* Text as it is compared: small letters without accents, one space for all else and at both ends; the names of a term, which
@@ -6784,17 +6777,8 @@ static size_t edit_distance(const char *a, const char *b) {
     return row[n];
 }
 
-/* How a folded query fits a term: 0 it is a name; 1 words of one; 2 + the fewest edits that make it the words somewhere in one. */
-static size_t term_rank(struct Arena *arena, char *const *line, const char *query) {
-    const char *names = fold(arena, arena_printf(arena, ";%s;%s;", line[TERM_NAME] + 4, line[TERM_ALIASES] + strlen(TERM_LABELS[TERM_ALIASES])));
-    size_t edits = SIZE_MAX / 2;
-    if (strstr(names, arena_printf(arena, ";%s;", query))) return 0;
-    if (strstr(names, query)) return 1;
-    for (const char *word = names; (word = strchr(word, ' ')); word++) edits = MIN(edits, edit_distance(query, arena_printf(arena, "%.*s ", (int)strlen(query) - 1, word)));
-    return 2 + edits;
-}
-
-/* align glossary [TERM] -- the term, or those that fit as well as the best of them; without TERM all. */
+/* align glossary [TERM] -- the term, or those that fit as well as the best of them; without TERM all. Rank of a term: 0 TERM is a name of it;
+ * 1 words of one; 2 + the fewest edits that make it the words somewhere in one. */
 static void command_glossary(struct Options *o) {
     const char *path = shipped_file(&o->arena, "docs/glossary.md", "run align in the folder it came in");
     const char *query = fold(&o->arena, o->file ? o->file : "");
@@ -6809,7 +6793,10 @@ static void command_glossary(struct Options *o) {
             bool good = i + k < lines && strncmp(line[i + k], TERM_LABELS[k], strlen(TERM_LABELS[k])) == 0 && (k > 0 || strstr(line[i], " \xc2\xb7 "));
             CHECK(good, "%s: a line \"%s\" was expected under \"%s\"; the file's head says how a term is written", path, k ? TERM_LABELS[k] : "### Portuguese \xc2\xb7 English", line[i]);
         }
-        rank[i] = term_rank(&o->arena, line + i, query);
+        const char *names = fold(&o->arena, arena_printf(&o->arena, ";%s;%s;", line[i] + 4, line[i + 1] + strlen(TERM_LABELS[1])));
+        for (const char *word = names; (word = strchr(word, ' ')); word++)
+            rank[i] = MIN(rank[i], 2 + edit_distance(query, arena_printf(&o->arena, "%.*s ", (int)strlen(query) - 1, word)));
+        if (strstr(names, query)) rank[i] = strstr(names, arena_printf(&o->arena, ";%s;", query)) ? 0 : 1;
         hits = rank[i] < best ? 1 : hits + (rank[i] == best);
         best = MIN(best, rank[i]);
     }
@@ -6858,7 +6845,6 @@ static void command_report(struct Options *o) {
     say("%s/report.html is written; open it in a browser\n", o->file);
 }
 
-/* align exact -- chapter 17. */
 static void command_exact(struct Options *o) {
     const struct GPT2Config *c = &o->config;
     size_t L = o->generation.max_new_tokens;
@@ -6937,27 +6923,24 @@ static void command_bench(struct Options *o) {
 }
 
 static const struct Command { const char *name, *what; void (*run)(struct Options *); int groups; const char *defaults[16]; } COMMANDS[] = {
-    {"rlhf", "the whole course: language model, reward model, PPO, DPO", command_rlhf, G_RLHF | G_OUT | G_SEED | G_DATA | G_MODEL,
-        {"temperature", "0.7"}},
+    {"rlhf", "the whole course: language model, reward model, PPO, DPO", command_rlhf, G_RLHF | G_FILES | G_MODEL, {"temperature", "0.7"}},
     {"tokenize", "[FILE]: text (or standard input) to ids; --decode: ids to text", command_tokenize, G_TOKENIZE | G_WORDS, {0}},
     {"pretrain", "a new language model from texts", command_pretrain, G_MODEL | G_TRAINING | G_RUN | G_NEW, {0}},
     {"sft", "supervised fine-tuning on text or prompt + completion", command_sft, G_TUNING | G_RUN, {"learning_rate", "2e-5"}},
     {"reward", "a reward model from pairs, or from rated or labelled texts", command_reward, G_TUNING | G_RUN | G_REWARD, {"learning_rate", "1e-4"}},
     {"ppo", "PPO with a value head (TRL 0.11's PPOTrainer)", command_ppo, G_TUNING | G_ROLL | G_PPO | G_REF,
-        {"learning_rate", "1.41e-5", "max_grad_norm", "0", "lr_scheduler_type", "constant", "logging_steps", "1", "seed", "0", "top_k", "0"}},
+        {"learning_rate", "1.41e-5", "max_grad_norm", "0", "lr_scheduler_type", "constant", "logging_steps", "1", "seed", "0"}},
     {"reinforce", "the plain policy gradient, with and without a baseline", command_reinforce, G_TUNING | G_ROLL | G_RLOO | G_REF,
-        {"learning_rate", "1e-6", "logging_steps", "1", "top_k", "0", "beta", "0.05", "num_generations", "2"}},
+        {"learning_rate", "1e-6", "logging_steps", "1", "beta", "0.05", "num_generations", "2"}},
     {"dpo", "direct preference optimization on prompt + chosen + rejected", command_dpo, G_TUNING | G_RUN | G_DPO | G_REF, {"learning_rate", "1e-6"}},
     {"exact", "a toy small enough to enumerate: the closed form, and what DPO, PPO, REINFORCE reach", command_exact, G_EXACT | G_SEED | G_JSON,
         {"vocab_size", "6", "n_embd", "32", "n_layer", "2", "n_head", "2", "max_new_tokens", "3", "beta", "1"}},
-    {"generate", "continue a --prompt, or each prompt of a data set", command_generate, G_TOOL | G_SEED | G_SAMPLE | G_PROMPT | G_JSON, {0}},
-    {"next", "the distribution of the next token after a --prompt", command_next, G_MODEL | G_PEFT | G_PROMPT | G_NEXT | G_JSON, {"top_k", "0"}},
+    {"generate", "continue a --prompt, or each of a data set", command_generate, G_TOOL | G_SEED | G_SAMPLE | G_PROMPT | G_JSON, {"top_k", "50"}},
+    {"next", "the distribution of the next token after a --prompt", command_next, G_MODEL | G_PEFT | G_PROMPT | G_NEXT | G_JSON, {0}},
     {"logprob", "log-probabilities of tokens and sequences, KL to --ref_model", command_logprob, G_TOOL | G_REF | G_LENGTH, {0}},
     {"score", "the sentiment pipeline: reward and pipe_outputs of each text", command_score, G_TOOL | G_LENGTH, {0}},
-    {"collect", "answers, compared by a reward model or by you", command_collect, G_TOOL | G_OUT | G_SEED | G_ROLL | G_COLLECT,
-        {"num_generations", "2", "top_k", "0"}},
-    {"eval", "perplexity, accuracy, or a policy's reward and KL", command_eval, G_TOOL | G_SEED | G_REF | G_ROLL | G_EVAL | G_LENGTH,
-        {"top_k", "0", "max_samples", "256"}},
+    {"collect", "answers, compared by a reward model or by you", command_collect, G_TOOL | G_FILES | G_ROLL | G_COLLECT, {"num_generations", "2"}},
+    {"eval", "perplexity, accuracy, or reward and KL", command_eval, G_TOOL | G_SEED | G_REF | G_ROLL | G_EVAL | G_LENGTH, {"max_samples", "256"}},
     {"merge", "a LoRA adapter folded into its base, saved as a model", command_merge, G_MODEL | G_PEFT | G_OUT, {0}},
     {"report", "DIR: report.html again, from a run's logs", command_report, G_WORDS, {0}},
     {"glossary", "[TERM]: the course's terms in Portuguese and English", command_glossary, G_WORDS, {0}},
@@ -7047,6 +7030,7 @@ static struct Options default_options(const char *name) {
         .config = {.vocab_size = 50257, .n_positions = 1024, .n_embd = 768, .n_layer = 12, .n_head = 12, .layer_norm_epsilon = 1e-5f},
         .input_length = {2, 8}, .output_length = {4, 16}, .pretrain_steps = 2000, .reward_steps = 450, .ppo_steps = 85, .dpo_steps = 150};
     const struct Command *command = find_command(name);
+    o.generation.top_k = 0;
     for (const char *const *word = command->defaults; *word; word += 2) parse_flag(&o, find_flag(word[0], command), word[1], false);
     if (command->groups & G_BENCH) o.train.per_device_train_batch_size = o.train.max_length = 0;       /* given: that step alone */
     return o;
@@ -7064,8 +7048,7 @@ static void openmp_spin_briefly(char **argv) {
 }
 
 #ifndef ALIGN_NO_MAIN
-/* A standard stream that comes closed leaves its number to the next file that is opened, and messages would go into a
- * model. A file at its size limit is an error like a full disk, not the program's end. */
+/* A closed standard stream leaves its number to the next file opened: messages would go into a model. A file at its size limit is an error. */
 static void prepare_streams(void) {
 #ifndef _WIN32
     for (int fd = 0; fd <= 2; fd++) if (fcntl(fd, F_GETFD) == -1 && open("/dev/null", O_RDONLY) != fd) exit(1);      /* read-only: what is printed still fails */
