@@ -87,13 +87,11 @@
 /* =============================================================================================
  * Chapter 1 - Errors, clock, random numbers, arena, progress
  *
- * What every later chapter stands on. There is one way to fail: CHECK(condition, "what, where,
- * found and expected, what to do"), one line on stderr and exit status 1; a wrong command line
- * ends with 2. Memory comes from arenas: whoever opens one frees everything in it at once.
+ * What every later chapter stands on. There is one way to fail: CHECK(condition, "what, where, found and expected, what to do"), one line on stderr
+ * and exit status 1; a wrong command line ends with 2. Memory comes from arenas: whoever opens one frees everything in it at once.
  * ============================================================================================= */
 
-/* Windows (mingw-w64) spells some of POSIX otherwise: its rename() does not replace, its mkdir() knows no mode, memory on a
- * boundary has a free() of its own. What it lacks altogether is left out where it is used, by #ifdef. */
+/* Windows (mingw-w64) spells some of POSIX otherwise. What it lacks altogether is left out where it is used, by #ifdef. */
 #ifdef _WIN32
 #include <direct.h>
 #include <malloc.h>
@@ -157,8 +155,7 @@ static size_t utf8_read(const unsigned char *text, size_t n, uint32_t *code) {
     return valid ? length : 0;
 }
 
-/* Makes `text`, of a file or a model, fit for a terminal: so many bytes of it at most, whole characters, '?' for what is no UTF-8 and
- * for control bytes, which could steer the terminal.                                              test: progress_cut */
+/* Makes a file's or a model's text fit for a terminal: so many bytes at most, whole characters, '?' for control bytes.  test: progress_cut */
 static char *cut_text(char *text, size_t bytes) {
     size_t n = strlen(text), i = 0, length;
     for (uint32_t c; i < n; i += length) {
@@ -242,9 +239,8 @@ static bool program_path(char path[PATH_MAX]) {
 #endif
 }
 
-/* Random numbers: xoshiro256++ of Blackman and Vigna, its state of four words filled by splitmix64, as they advise.
- * `stream` gives independent sequences of one seed (initial weights, data order, sampling ...): drawing one number
- * more in one of them leaves the others as they were. */
+/* Random numbers: xoshiro256++ of Blackman and Vigna, its state of four words filled by splitmix64, as they advise. `stream` gives independent
+ * sequences of one seed (initial weights, data order, sampling ...): drawing one number more in one of them leaves the others as they were. */
 struct Rng { uint64_t s[4]; };
 
 static uint64_t splitmix64(uint64_t *state) {
@@ -297,9 +293,8 @@ static void rng_shuffle(struct Rng *rng, size_t *items, size_t n) {
     }
 }
 
-/* Arena: memory taken piece by piece and given back all at once. A reset merges the pieces into one block of their
- * total size, so a training loop that resets once a step asks the system for memory in its first steps only. Under
- * sanitizers every piece is an allocation of its own: an overrun must not land unseen in a neighbour. */
+/* Arena: memory taken piece by piece, given back all at once. A reset merges the pieces into one block: a training loop asks the system for memory
+ * in its first steps only. Under sanitizers every piece is an allocation of its own: an overrun must not land unseen in a neighbour. */
 #ifndef __has_feature
 #define __has_feature(x) 0
 #endif
@@ -424,8 +419,7 @@ static size_t terminal_columns(void) {
     return 79;
 }
 
-/* Tells where a stage is: bar, steps, time left, the metrics that matter now, tokens a second. A terminal's line is
- * renewed ten times a second at most, and always if `due`; elsewhere a line is said if `due`. */
+/* Where a stage is. A terminal's line is renewed ten times a second at most, and if `due`; elsewhere a line is said if `due`. */
 static void progress_say(const char *name, size_t step, size_t total, size_t tokens, bool due, const char *metrics) {
     struct Progress *p = &progress_line;
     char line[800];
@@ -463,9 +457,8 @@ static float *thread_scratch(enum ScratchSlot slot, size_t floats) {
 /* =============================================================================================
  * Chapter 2 - Files: JSON, safetensors
  *
- * What enters: files that somebody else wrote: every length is checked before memory is asked for, every offset
- * before it is used. What leaves: JSON as a tree of small nodes, tensors as floats. Files are written beside their
- * final place and renamed when complete and on the disk: whoever pulls the plug keeps the old file whole.
+ * What enters: files that somebody else wrote: every length is checked before memory is asked for, every offset before it is used. What leaves:
+ * a tree of JSON, tensors as floats. Files are written beside their final place and renamed when complete: pull the plug, the old one stays whole.
  * ============================================================================================= */
 
 static bool file_exists(const char *path) { struct stat s; return stat(path, &s) == 0; }
@@ -510,8 +503,7 @@ static void output_flush(struct Output *out) {
     CHECK(fflush(out->file) == 0 && !ferror(out->file), "%s: writing failed: %s", out->tmp, strerror(errno));
 }
 
-/* Goes on with a file that grew in `beside`, as NAME.tmp or finished, from its first `bytes` bytes on. Written over
- * itself it stays as it is, so that being killed here loses nothing. */
+/* Goes on with a file that grew in `beside`, NAME.tmp or finished, from `bytes` on. Written over itself it stays: being killed here loses nothing. */
 static struct Output output_resume(const char *folder, const char *name, const char *beside, size_t bytes) {
     char path[PATH_MAX + 8], chunk[1 << 14];
     struct stat s;
@@ -643,8 +635,7 @@ static bool json_string(struct JsonParser *p, struct Text *out) {
     return true;
 }
 
-/* [-] digits [. digits] [e digits]: JSON's grammar is narrower than strtod's (no "+1", ".5", "0x1"). The digits
- * stay in `string`: a double holds 53 of a whole number's 64 bits. */
+/* [-] digits [. digits] [e digits]: narrower than strtod (no "+1", ".5", "0x1"). The digits stay in `string`: a double holds 53 bits. */
 static bool json_number(struct JsonParser *p, struct Json *node) {
     char copy[65] = "", *end;
     memcpy(copy, p->at, MIN((size_t)(p->end - p->at), sizeof copy - 1));
@@ -764,8 +755,7 @@ static void json_write_string(FILE *file, const char *before, struct Text text) 
     fputc('"', file);
 }
 
-/* JSON has no NaN; Python's json.load reads null as None. 9 digits bring any float back bit for bit.
- * The text stays until the eighth call from here: enough for one printf. */
+/* JSON has no NaN: null, Python's None. 9 digits bring any float back bit for bit. The text stays until the eighth call: enough for one printf. */
 static const char *json_number_text(double x) {
     static char texts[8][32];
     static size_t next;
@@ -786,9 +776,8 @@ static void json_write_floats(FILE *file, const char *before, const float *x, si
     fputc(']', file);
 }
 
-/* A tensor: a named array of floats, up to two dimensions. One declaration gives it its shape and its name in a
- * checkpoint; weights w, gradients d and AdamW's moments m and v follow from that and can never disagree. d, m, v are
- * NULL while nothing trains, and in a tensor that is frozen while others do: a backward pass then skips it. */
+/* A tensor: a named array of floats, up to two dimensions. One declaration gives its shape and its name in a checkpoint; weights w, gradients d,
+ * AdamW's moments m, v follow. d, m, v are NULL while nothing trains, and in a tensor frozen while others do: a backward pass skips it. */
 struct Tensor {
     char name[64];
     size_t shape[2], ndim, n;  /* n = product of the shape */
@@ -822,8 +811,7 @@ static float float_of_f16(uint16_t half) {
     return half & 0x8000 ? -magnitude : magnitude;
 }
 
-/* safetensors: 8 bytes of header length, a JSON header {"name": {"dtype", "shape", "data_offsets"}},
- * then the numbers. Tensors are read one by one, straight to where they are needed. */
+/* safetensors: 8 bytes of header length, a JSON header {"name": {"dtype", "shape", "data_offsets"}}, then the numbers. */
 struct SafeTensors { FILE *file; char *path; struct Json *header; uint64_t data_start, data_size; };
 
 struct Span { uint64_t begin, end; const char *name; };      /* a tensor's bytes, counted from the header's end */
@@ -936,10 +924,9 @@ static void safetensors_write(const char *folder, const char *name, struct Tenso
 /* =============================================================================================
  * Chapter 3 - Tokenizer                            [glossary: Tokenização de conjunto de dados]
  *
- * What enters: bytes. What leaves: numbers (ids) that the model knows, and back, exactly. GPT-2 [1] first cuts a text
- * into words by a fixed rule, then builds each word up from its bytes by byte-pair encoding [11]: of all neighbours
- * that may merge, the pair whose merge was learnt first merges first, until none is left. The id of a merged token is
- * 256 + the merge's rank: "learnt first" is "lowest id", and the first V - 1 ids are a smaller vocabulary themselves.
+ * What enters: bytes. What leaves: numbers (ids) that the model knows, and back, exactly. GPT-2 [1] first cuts a text into words by a fixed rule,
+ * then builds each word up from its bytes by byte-pair encoding [11]: of all neighbours that may merge, the pair whose merge was learnt first merges
+ * first. The id of a merged token is 256 + the merge's rank: "learnt first" is "lowest id", and the first V - 1 ids are a vocabulary themselves.
  * ============================================================================================= */
 
 enum { TOKENIZER_MAGIC = 20240328, TOKENIZER_VERSION = 2, BYTE_TOKENS = 256 };
@@ -1002,8 +989,7 @@ static void tokenizer_read_merges(struct Arena *arena, struct Tokenizer *tok, st
     }
 }
 
-/* tokenizer.bin: llm.c's layout (header, then each token as a length byte and its bytes), followed
- * by what an encoder needs: the merges, and Unicode's letters, numbers and spaces as ranges. */
+/* tokenizer.bin: llm.c's (header; tokens, each a length byte and its bytes), then the merges, and Unicode's letters, numbers, spaces as ranges. */
 static struct Tokenizer *tokenizer_load(struct Arena *arena, const char *path) {
     struct Tokenizer *tok = arena_zeros(arena, 1, sizeof *tok);
     tok->path = arena_printf(arena, "%s", path);
@@ -1076,9 +1062,8 @@ static size_t tokenizer_word_end(const struct Tokenizer *tok, const unsigned cha
     return at;
 }
 
-/* Byte-pair encoding of one word. Its pieces form a linked list; every neighbour pair that can merge waits in a heap,
- * lowest merged id first, leftmost among equals. A merge makes two new pairs; entries about pieces gone meanwhile are
- * skipped. A word of n bytes so takes O(n log n), where rescanning it for each merge would take O(n^2). */
+/* Byte-pair encoding of one word. Its pieces form a linked list; neighbours that can merge wait in a heap, lowest merged id first, then leftmost.
+ * Entries about pieces gone meanwhile are skipped. n bytes take O(n log n), where rescanning for each merge would take O(n^2). */
 struct Piece { int id; int32_t prev, next; };             /* id -1: merged into its left neighbour; prev, next -1: none */
 struct WordPieces { struct Piece *piece; uint64_t *heap; size_t heap_size; };       /* heap: merged id << 32 | left piece */
 
@@ -1168,8 +1153,7 @@ static struct Text tokenizer_decode_all(const struct Tokenizer *tok, struct Aren
     return (struct Text){text, length};
 }
 
-/* GPT-2's files show each byte as a printable character: itself if it is one, else 256, 257 ... The first 33 are none, 34 behind
- * '~' and the soft hyphen. */
+/* GPT-2's files show each byte as a printable character: itself, or 256 on for the first 33, the 34 behind '~' and the soft hyphen. */
 static struct Text token_as_unicode(struct Arena *arena, struct Text token) {
     char *text = arena_alloc(arena, token.length * 2 + 1, 1), *to = text;
     for (size_t i = 0; i < token.length; i++) {
@@ -1228,9 +1212,8 @@ static void tokenizer_check_folder(const struct Tokenizer *tok, const char *fold
 /* =============================================================================================
  * Chapter 4 - Data: datasets, pairs, collator, LengthSampler      [glossary: Conjunto de dados]
  *
- * What enters: JSON Lines in TRL's shapes, one object a line. What leaves: batches of token ids with the positions
- * that count in a loss. Instead of padding its sequences to equal length, a batch is packed: all tokens in a row, with
- * the place where each sequence starts. What is not there need not be masked, and costs nothing.
+ * What enters: JSON Lines in TRL's shapes, one object a line. What leaves: batches of token ids with the positions that count in a loss. A batch
+ * is not padded but packed: all tokens in a row, with the place where each sequence starts. What is not there costs nothing.
  * ============================================================================================= */
 
 enum Field {
@@ -1378,8 +1361,7 @@ static struct Example example_encode(struct Arena *arena, const struct Tokenizer
     return e;
 }
 
-/* Prompt + completion as TRL prepares them: encoded as one, the end token behind it; the completion starts where the
- * ids stop to be the prompt's own. A merge across the seam so moves the split to the left. */
+/* Prompt + completion as TRL: encoded as one, the end token behind it; the completion starts where the ids stop to be the prompt's own. */
 static struct Example example_prompt_completion(struct Arena *arena, const struct Tokenizer *tok, struct Text prompt, struct Text completion, size_t vocab_size) {
     struct Arena scratch = {0};
     struct Example alone = example_encode(&scratch, tok, prompt, vocab_size, false);
@@ -1390,8 +1372,7 @@ static struct Example example_prompt_completion(struct Arena *arena, const struc
     return whole;
 }
 
-/* Texts without a prompt of their own: the longest common prefix of whole characters is the prompt, less a space at
- * its end, with which the completions then start.
+/* Texts without a prompt: the longest common prefix of whole characters, less a space at its end, with which the completions then start.
  * By hand: "It is good", "It is bad" -> prompt "It is", completions " good" and " bad". */
 static void split_implicit_prompt(struct Row *row) {
     size_t n = 0;
@@ -1404,8 +1385,7 @@ static void split_implicit_prompt(struct Row *row) {
     row->has |= HAS_PROMPT;
 }
 
-/* A batch, packed. Sequence b owns tokens start[b] .. start[b+1]-1, and r = target_start[b] .. target_start[b+1]-1 of the
- * predictions that count: row[r] is where one is made, target[r] the id it should give. */
+/* A batch, packed: sequence b has tokens start[b] .. start[b+1]-1; of its targets r = target_start[b] .. [b+1]-1, target[r] is due at row[r]. */
 struct Batch {
     size_t B, N, R, max_length;       /* max_length: tokens of the longest sequence in the batch */
     size_t tokens;                    /* of the examples, whether or not the model reads the last ones */
@@ -1434,11 +1414,10 @@ static void batch_append(struct Batch *batch, const int *ids, size_t t0, size_t 
 }
 
 /* collate -- sequences of different lengths into one batch.           [glossary: Função coladora]
- * TRL's collators pad to a rectangle (B, T_max), mask the padding out of attention and set the labels of prompts and
- * padding to -100, "ignore". Packing stores the same facts without the rectangle: attention looks at one sequence at
- * a time, and `row`/`target` name the positions whose label would not be -100. Position t predicts token t+1, so a
- * sequence's first token has no row. The last one predicts nothing: it is only a target, and left out of the model's
- * input, unless READ_LAST asks for it (a reward is read there).
+ * TRL's collators pad to a rectangle (B, T_max), mask the padding out of attention and set the labels of prompts and padding to -100, "ignore".
+ * Packing stores the same facts without the rectangle: attention looks at one sequence at a time, and `row`/`target` name the positions whose label
+ * would not be -100. Position t predicts token t+1, so a sequence's first token has no row. The last one predicts nothing: it is only a target, and
+ * left out of the model's input, unless READ_LAST asks for it (a reward is read there).
  * By hand: ids [5 6 7 8] with a prompt of 2: rows 1 and 2, targets 7 and 8.     test: collate */
 enum LastToken { SKIP_LAST, READ_LAST };
 
@@ -1460,10 +1439,9 @@ static struct Batch collate(struct Arena *arena, const struct Example *examples,
     return batch;
 }
 
-/* collate_pairs -- 2B examples (all chosen first) in one batch in which the prompt of a pair is computed once where that
- * pays: prompt, chosen, rejected in one sequence, whose fork attention knows; the rejected answer's rows see the prompt
- * and themselves. It pays where the rows saved, 24 C^2 multiplications a layer, outweigh the scores that are computed
- * and thrown away, 4 C each. Targets come in the order of the examples.
+/* collate_pairs -- 2B examples (all chosen first) in one batch in which the prompt of a pair is computed once where that pays: prompt, chosen,
+ * rejected in one sequence, whose fork attention knows; the rejected answer's rows see the prompt and themselves. It pays where the rows saved, 24
+ * C^2 multiplications a layer, outweigh the scores that are computed and thrown away, 4 C each. Targets come in the order of the examples.
  * By hand: prompt 2, answers of 3 and 4 tokens: rows 2+2 and 3 instead of 4 + 5.        test: collate_pairs */
 static struct Batch collate_pairs(struct Arena *arena, const struct Example *examples, size_t B, size_t C) {
     struct Batch batch = collate(arena, examples, 2 * B, SKIP_LAST);        /* the targets stay, the rows are laid out anew */
@@ -1493,8 +1471,7 @@ static struct Batch collate_pairs(struct Arena *arena, const struct Example *exa
     return batch;
 }
 
-/* LengthSampler(min, max): a whole number in [min, max), as in TRL; the lab's LengthSampler(2, 8) so gives 2 to 7.
- * Varying lengths keep the model from learning one.                       [glossary: LengthSampler] */
+/* LengthSampler(min, max): a whole number in [min, max), as in TRL: (2, 8) gives 2 to 7, lest the model learn one.  [glossary: LengthSampler] */
 struct LengthSampler { size_t min_value, max_value; };
 
 static size_t length_sampler(const struct LengthSampler *sampler, struct Rng *rng) {
@@ -1549,8 +1526,7 @@ static inline float exp_fast(float x) {
     return float_of_bits(bits_of_float(p * two_to_n) & (underflow - 1u));
 }
 
-/* The square root, likewise: a first guess of 1/sqrt(x) by halving the exponent, three Newton steps y (3 - x y^2)/2,
- * and one for x y itself. Relative error below 2e-7 for normal x; 0 -> 0.                       test: sqrt_fast */
+/* sqrt(x): a guess of 1/sqrt(x) by halving the exponent, three Newton steps y (3 - x y^2)/2, one for x y. Error < 2e-7; 0 -> 0.  test: sqrt_fast */
 static inline float sqrt_fast(float x) {
     float y = float_of_bits(0x5f375a86 - (bits_of_float(x) >> 1));
     y *= 1.5f - 0.5f * x * y * y;
@@ -1660,8 +1636,7 @@ static float log_sum_exp(const float *x, size_t n, float *scratch) {
     return largest + logf(row_exp(scratch, x, largest, n));
 }
 
-/* Entropy H(p) = -sum p log p of softmax(x): how undecided a distribution is, from 0 to log n nats.
- * With lse = log_sum_exp(x), log p_i = x_i - lse, so H = lse - sum p_i x_i.
+/* Entropy H(p) = -sum p log p of softmax(x), 0 (decided) to log n nats. With lse = log_sum_exp(x), log p_i = x_i - lse: H = lse - sum p_i x_i.
  * By hand: two equal logits -> ln 2 = 0.6931.                                 test: entropy */
 static double entropy_of_logits(const float *logits, float lse, size_t n) {
     double expected = 0;
@@ -1682,8 +1657,7 @@ static double kl_exact(const float *p_logits, float p_lse, const float *q_logits
     return kl;
 }
 
-/* Estimates of KL(p || q) from a token drawn from p [20]: k1 = log p - log q, right on average but of
- * either sign; k3 = e^d - 1 - d with d = log q - log p, also right on average and never negative. */
+/* KL(p || q) from a token drawn from p [20], both right on average: k1 = log p - log q; k3 = e^d - 1 - d, d = log q - log p, never negative. */
 static double kl_k1(double log_p, double log_q) { return log_p - log_q; }
 static double kl_k3(double log_p, double log_q) { double d = log_q - log_p; return expm1(d) - d; }
 
