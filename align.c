@@ -124,11 +124,10 @@ static size_t peak_rss_bytes(void) {
 }
 #endif
 
-#if defined(__GNUC__)
-#define PRINTF_LIKE(f, a) __attribute__((format(PRINTF_FORMAT, f, a)))
-#else
-#define PRINTF_LIKE(f, a)
+#ifndef __GNUC__
+#define __attribute__(x)
 #endif
+#define PRINTF_LIKE(f, a) __attribute__((format(PRINTF_FORMAT, f, a)))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 #define COUNT(array) (sizeof(array) / sizeof(array)[0])
@@ -830,14 +829,6 @@ static struct Span safetensors_span(const struct SafeTensors *st, const struct J
     return span;
 }
 
-/* No two tensors share bytes, those that nobody reads included: the file would not be what its writer meant. */
-static void safetensors_check(const struct SafeTensors *st, struct Arena *arena) {
-    struct Span *spans = arena_alloc(arena, (size_t)st->header->number + 1, sizeof *spans), *to = spans;
-    for (struct Json *entry = st->header->child; entry; entry = entry->next) if (strcmp(entry->key.data, "__metadata__") != 0) *to++ = safetensors_span(st, entry);
-    qsort(spans, (size_t)(to - spans), sizeof *spans, compare_spans);
-    for (struct Span *span = spans + 1; span < to; span++) CHECK(span->begin >= span[-1].end, "%s: tensors %s and %s share bytes", st->path, span[-1].name, span->name);
-}
-
 static struct SafeTensors safetensors_open(struct Arena *arena, const char *path) {
     struct SafeTensors st = {.path = arena_printf(arena, "%s", path)};
     struct stat status;
@@ -855,7 +846,11 @@ static struct SafeTensors safetensors_open(struct Arena *arena, const char *path
     st.header = json_object(arena, (struct Text){text, (size_t)length}, path, ", in its header");
     st.data_start = 8 + length;
     st.data_size = size - st.data_start;
-    safetensors_check(&st, arena);
+    /* No two tensors share bytes, those that nobody reads included: the file would not be what its writer meant. */
+    struct Span *spans = arena_alloc(arena, (size_t)st.header->number + 1, sizeof *spans), *to = spans;
+    for (struct Json *entry = st.header->child; entry; entry = entry->next) if (strcmp(entry->key.data, "__metadata__") != 0) *to++ = safetensors_span(&st, entry);
+    qsort(spans, (size_t)(to - spans), sizeof *spans, compare_spans);
+    for (struct Span *span = spans + 1; span < to; span++) CHECK(span->begin >= span[-1].end, "%s: tensors %s and %s share bytes", path, span[-1].name, span->name);
     return st;
 }
 
@@ -1233,7 +1228,7 @@ struct Row {
     size_t query_length, response_length;
 };
 
-struct Dataset { struct Arena arena; struct Row *rows; size_t n, capacity; unsigned shape; char *path; };
+struct Dataset { struct Row *rows; size_t n, capacity; unsigned shape; char *path; };
 
 /* "chosen" + "rejected", or "text": what shapes are made of. */
 static const char *shape_names(struct Arena *arena, const unsigned *shapes, size_t count) {
@@ -1284,7 +1279,7 @@ static struct Row dataset_row(struct Arena *keep, struct Arena *scratch, struct 
 }
 
 /* Appends a file's rows, all of the first one's shape. If that is none of `shapes`: an error, or, if `optional`, left out. */
-static void dataset_add_file(struct Dataset *data, const char *path, const unsigned *shapes, size_t shape_count, bool optional) {
+static void dataset_add_file(struct Arena *arena, struct Dataset *data, const char *path, const unsigned *shapes, size_t shape_count, bool optional) {
     struct Arena scratch = {0};
     struct Text file = read_file(&scratch, path);
     struct Arena line_arena = {0};
@@ -1298,14 +1293,17 @@ static void dataset_add_file(struct Dataset *data, const char *path, const unsig
         if (strspn(text.data, " \t\r\v\f") == text.length) continue;
         bool first_row = rows_before == data->n;
         const char *place = arena_printf(&line_arena, "%s:%zu", path, line);
-        struct Row row = dataset_row(&data->arena, &line_arena, text, place);
+        struct Row row = dataset_row(arena, &line_arena, text, place);
         for (size_t i = 0; i < shape_count && !data->shape; i++) if ((row.has & shapes[i]) == shapes[i]) data->shape = shapes[i];
         if (!data->shape || (row.has & data->shape) != data->shape) {
             if (optional && first_row) break;
             const char *wanted = data->shape ? shape_names(&scratch, &data->shape, 1) : shape_names(&scratch, shapes, shape_count), *found = shape_names(&scratch, &row.has, 1);
             die("%s: expected %s, found %s", place, wanted, *found ? found : "no field that is known");
         }
-        data->rows = grow(data->rows, data->n, &data->capacity, sizeof *data->rows);
+        if (data->n == data->capacity) {
+            struct Row *rows = arena_alloc(arena, data->capacity = MAX(2 * data->n, (size_t)256), sizeof *rows);
+            data->rows = data->n ? memcpy(rows, data->rows, data->n * sizeof *rows) : rows;
+        }
         data->rows[data->n++] = row;
         arena_reset(&line_arena);
     }
@@ -1317,11 +1315,10 @@ static int compare_strings(const void *a, const void *b) { return strcmp(*(char 
 
 /* dataset_load -- a JSON Lines file, or a folder of them.          [glossary: Conjunto de dados]
  * shapes: what the caller can use, best first. A folder stands for its *.jsonl (but test*) of the first that any has. */
-static struct Dataset *dataset_load(const char *path, const unsigned *shapes, size_t shape_count) {
-    struct Dataset *data = calloc(1, sizeof *data);
-    CHECK(data, "out of memory");
-    data->path = arena_printf(&data->arena, "%s", path);
-    if (!is_folder(path)) dataset_add_file(data, path, shapes, shape_count, false);
+static struct Dataset *dataset_load(struct Arena *arena, const char *path, const unsigned *shapes, size_t shape_count) {
+    struct Dataset *data = arena_zeros(arena, 1, sizeof *data);
+    data->path = arena_printf(arena, "%s", path);
+    if (!is_folder(path)) dataset_add_file(arena, data, path, shapes, shape_count, false);
     else {
         char *files[256];
         size_t count = 0;
@@ -1331,22 +1328,15 @@ static struct Dataset *dataset_load(const char *path, const unsigned *shapes, si
             size_t length = strlen(entry->d_name);
             bool wanted = length > 6 && strcmp(entry->d_name + length - 6, ".jsonl") == 0 && strncmp(entry->d_name, "test", 4) != 0 && entry->d_name[0] != '.';
             CHECK(!wanted || count < COUNT(files), "%s: more than %zu .jsonl files; join them: cat %s/*.jsonl > all.jsonl", path, COUNT(files), path);
-            if (wanted) files[count++] = arena_printf(&data->arena, "%s/%s", path, entry->d_name);
+            if (wanted) files[count++] = arena_printf(arena, "%s/%s", path, entry->d_name);
         }
         closedir(folder);
         qsort(files, count, sizeof *files, compare_strings);           /* a folder's own order is anybody's */
         for (size_t s = 0; s < shape_count && !data->shape; s++)
-            for (size_t i = 0; i < count; i++) dataset_add_file(data, files[i], data->shape ? &data->shape : &shapes[s], 1, true);
+            for (size_t i = 0; i < count; i++) dataset_add_file(arena, data, files[i], data->shape ? &data->shape : &shapes[s], 1, true);
     }
-    CHECK(data->n > 0, "%s: no row with %s was found", path, shape_names(&data->arena, shapes, shape_count));
+    CHECK(data->n > 0, "%s: no row with %s was found", path, shape_names(arena, shapes, shape_count));
     return data;
-}
-
-static void dataset_free(struct Dataset *data) {
-    if (!data) return;
-    arena_free(&data->arena);
-    free(data->rows);
-    free(data);
 }
 
 /* Token ids of one training sequence; the first prompt_length of them are given, not learnt. */
@@ -1382,7 +1372,6 @@ static void split_implicit_prompt(struct Row *row) {
     row->prompt = (struct Text){row->chosen.data, n};
     row->chosen = (struct Text){row->chosen.data + n, row->chosen.length - n};
     row->rejected = (struct Text){row->rejected.data + n, row->rejected.length - n};
-    row->has |= HAS_PROMPT;
 }
 
 /* A batch, packed: sequence b has tokens start[b] .. start[b+1]-1; of its targets r = target_start[b] .. [b+1]-1, target[r] is due at row[r]. */
@@ -1456,11 +1445,9 @@ static struct Batch collate_pairs(struct Arena *arena, const struct Example *exa
         if ((double)prompt * 6 * (double)C <= (double)(chosen - prompt) * (double)(rejected - prompt)) prompt = 0;
         batch_append(&batch, examples[b].ids, 0, chosen);
         batch_append(&batch, examples[B + b].ids, prompt, rejected);
+        batch.shared[batch.B] = prompt;
+        batch.fork[batch.B] = chosen;
         if (prompt == 0) batch.start[++batch.B] = fork;
-        else {
-            batch.shared[batch.B] = prompt;
-            batch.fork[batch.B] = chosen;
-        }
         batch.start[++batch.B] = batch.N;
         for (size_t r = target_start[b]; r < target_start[b + 1]; r++) batch.row[r] += (int)at - (int)from[b];
         for (size_t r = target_start[B + b]; r < target_start[B + b + 1]; r++) {
@@ -6221,13 +6208,11 @@ static size_t choice(const char *flag, const char *value, const char *names) {
 }
 
 static void open_data(struct Options *o, const unsigned *shapes, size_t count) {
-    o->data = dataset_load(need(o->dataset_name, "dataset_name"), shapes, count);
-    if (o->eval_dataset) o->eval = dataset_load(o->eval_dataset, &o->data->shape, 1);
+    o->data = dataset_load(&o->arena, need(o->dataset_name, "dataset_name"), shapes, count);
+    if (o->eval_dataset) o->eval = dataset_load(&o->arena, o->eval_dataset, &o->data->shape, 1);
 }
 
 static void options_close(struct Options *o) {
-    dataset_free(o->data);
-    dataset_free(o->eval);
     gpt2_free(o->model);
     gpt2_free(o->reference);
     gpt2_free(o->reward_model);
@@ -6258,7 +6243,7 @@ static void command_tokenize(struct Options *o) {
     CHECK(V > BYTE_TOKENS && V <= tok->vocab_size, "--vocab_size %zu: a vocabulary has 257 to %zu ids", V, tok->vocab_size);
     const char *path = o->file ? o->file : "-";
     struct Row plain = {0};
-    if (o->jsonl) o->data = dataset_load(path, TEXT_SHAPES, 1);
+    if (o->jsonl) o->data = dataset_load(&o->arena, path, TEXT_SHAPES, 1);
     else plain.text = read_file(&o->arena, path);
     if (o->decode) tokenize_decode(tok, plain.text, V, path);
     for (size_t i = 0; !o->decode && i < (o->jsonl ? o->data->n : 1); i++) {
@@ -6422,7 +6407,7 @@ static void train_on_rollouts(struct Options *o, const char *log_dir) {
     load_reference(o);
     open_output_dir(o);
     struct RolloutSource source = {0};
-    if (o->rollouts) source.replay = o->data = dataset_load(o->rollouts, ROLLOUT_SHAPES, 1);
+    if (o->rollouts) source.replay = o->data = dataset_load(&o->arena, o->rollouts, ROLLOUT_SHAPES, 1);
     else source = open_rollouts(o);
     struct PPOTrainer *ppo = ppo_trainer_new(o->model, o->reference, o->ppo, o->train, o->generation.temperature);
     size_t n = o->rollouts ? o->data->n : source.n, pass = MAX((size_t)1, n * o->ppo.num_generations / o->ppo.batch_size);
@@ -6630,7 +6615,7 @@ static void command_collect(struct Options *o) {
     struct RolloutSource source = open_rollouts(o);
     make_folder(need(o->train.output_dir, "output_dir"));
     const char *path = arena_printf(&o->arena, "%s/preferences.jsonl", o->train.output_dir);
-    if (file_exists(path)) o->eval = dataset_load(path, DPO_SHAPES, 1);
+    if (file_exists(path)) o->eval = dataset_load(&o->arena, path, DPO_SHAPES, 1);
     size_t n = o->max_samples ? MIN(o->max_samples, source.n) : source.n, there = o->eval ? o->eval->n : 0;
     struct Example *prompts = arena_alloc(&o->arena, n, sizeof *prompts), pairs[2 * TOGETHER];
     for (size_t i = 0, k; i < n; i++) {
@@ -6793,7 +6778,7 @@ static size_t course_positions(const struct Dataset *data) {
 static void command_rlhf(struct Options *o) {
     struct Tokenizer *tok = load_tokenizer(o);
     const char *path = o->dataset_name ? o->dataset_name : shipped_file(&o->arena, "docs/reviews.jsonl", "name data with --dataset_name");
-    struct Dataset *data = o->data = dataset_load(path, RATED_SHAPES, 1);
+    struct Dataset *data = o->data = dataset_load(&o->arena, path, RATED_SHAPES, 1);
     struct Course course = {.tok = tok, .command = o->command, .output_dir = o->train.output_dir ? o->train.output_dir : "out", .seed = o->train.seed, .temperature = o->generation.temperature, .scale = 1,
         .pretrain_steps = o->pretrain_steps, .reward_steps = o->reward_steps, .ppo_steps = o->ppo_steps, .dpo_steps = o->dpo_steps};
     struct GPT2 *model;

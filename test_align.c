@@ -958,7 +958,7 @@ static void test_tokenizer_save(void) {
  * ============================================================================================= */
 
 static struct Dataset *dataset_of(const char *text, const unsigned *shapes, size_t count) {
-    return dataset_load(write_text("data.jsonl", text), shapes, count);
+    return dataset_load(&test_arena, write_text("data.jsonl", text), shapes, count);
 }
 
 /* Every shape of TRL's, with byte order mark, blank lines, CRLF, nulls and fields that nobody knows. */
@@ -967,32 +967,25 @@ static void test_data_shapes(void) {
     expect_count("rows", data->n, 2);
     expect_text("text", data->rows[0].text, "a");
     expect_count("bytes of text 2", data->rows[1].text.length, 2);
-    dataset_free(data);
     data = dataset_of("{\"prompt\": \"p\", \"completion\": \" c\", \"text\": \"t\"}\n", SFT_SHAPES, COUNT(SFT_SHAPES));
     expect_count("prompt + completion before text", data->shape, SHAPE_PROMPT_COMPLETION);
     expect_text("completion", data->rows[0].completion, " c");
-    dataset_free(data);
     data = dataset_of("{\"text\": \"t\", \"prompt\": null}\n", SFT_SHAPES, COUNT(SFT_SHAPES));
     expect_count("null is not there", data->rows[0].has, HAS_TEXT);
     expect_count("text", data->shape, SHAPE_TEXT);
-    dataset_free(data);
     data = dataset_of("{\"prompt\": \"p\", \"chosen\": \"c\", \"rejected\": \"r\", \"margin\": 0.5}\n{\"chosen\": \"xc\", \"rejected\": \"xr\"}\n", DPO_SHAPES, 1);
     expect_true("prompt given, prompt implied", (data->rows[0].has & HAS_PROMPT) && !(data->rows[1].has & HAS_PROMPT));
     expect_close("margin", data->rows[0].margin, 0.5, 0);
     expect_close("no margin", data->rows[1].margin, 0, 0);
     expect_text("rejected", data->rows[1].rejected, "xr");
-    dataset_free(data);
     static const unsigned labelled[] = {SHAPE_LABELLED};
     data = dataset_of("{\"text\": \"a\", \"label\": true}\n{\"text\": \"b\", \"label\": 0}\n", labelled, 1);
     expect_true("labels", data->rows[0].label == 1 && data->rows[1].label == 0);
-    dataset_free(data);
     data = dataset_of("{\"text\": \"a\", \"score\": -1.5}\n", REWARD_SHAPES, COUNT(REWARD_SHAPES));
     expect_true("rated", data->shape == SHAPE_RATED && data->rows[0].score == -1.5);
-    dataset_free(data);
     data = dataset_of("{\"query_ids\": [1, 2, 3], \"response_ids\": [4, 50256], \"score\": 2}\n", ROLLOUT_SHAPES, 1);
     expect_ids("query", data->rows[0].query_ids, data->rows[0].query_length, (int[]){1, 2, 3}, 3);
     expect_ids("response", data->rows[0].response_ids, data->rows[0].response_length, (int[]){4, 50256}, 2);
-    dataset_free(data);
 }
 
 /* A folder: files in order of their names, of one shape, test*.jsonl left out. */
@@ -1003,13 +996,11 @@ static void test_data_folder(void) {
     write_text("set/c.jsonl", "{\"chosen\": \"c\", \"rejected\": \"r\"}\n");
     write_text("set/test.jsonl", "{\"text\": \"held out\"}\n");
     write_text("set/readme.txt", "no data");
-    struct Dataset *data = dataset_load(temporary("set"), TEXT_SHAPES, 1);
+    struct Dataset *data = dataset_load(&test_arena, temporary("set"), TEXT_SHAPES, 1);
     expect_count("texts", data->n, 3);
     for (size_t i = 0; i < data->n; i++) expect_text("in order", data->rows[i].text, (const char *[]){"1", "2", "3"}[i]);
-    dataset_free(data);
-    data = dataset_load(temporary("set"), DPO_SHAPES, 1);
+    data = dataset_load(&test_arena, temporary("set"), DPO_SHAPES, 1);
     expect_count("pairs", data->n, 1);
-    dataset_free(data);
 }
 
 /* The common beginning, in whole characters, less one space; the first is the comment's. */
@@ -1024,7 +1015,6 @@ static void test_data_implicit_prompt(void) {
         expect_text("prompt", row.prompt, cases[i][2]);
         expect_text("chosen", row.chosen, cases[i][3]);
         expect_text("rejected", row.rejected, cases[i][4]);
-        expect_true("has a prompt now", row.has & HAS_PROMPT);
     }
 }
 
@@ -1093,7 +1083,7 @@ static void test_collate_pairs(void) {
     expect_true("one forked sequence", batch.B == 1 && batch.shared[0] == 2 && batch.fork[0] == 4);
     pair[0].prompt_length = pair[1].prompt_length = 1;
     batch = collate_pairs(&test_arena, pair, 1, 1);
-    expect_true("does not pay", batch.B == 2 && batch.fork[0] == 0 && batch.N == 9);
+    expect_true("does not pay", batch.B == 2 && batch.shared[0] == 0 && batch.N == 9);
     expect_ids("rows apart", batch.row, batch.R, (int[]){0, 1, 2, 3, 4, 5, 6, 7, 8}, 9);
     struct GPT2 *model = random_model(40, 150, 32, 2, 2);
     static const size_t prompts[] = {5, 1, 60, 70, 9}, lengths[2][5] = {{9, 4, 90, 140, 10}, {7, 8, 70, 80, 10}};
@@ -2572,7 +2562,6 @@ static void test_language_sft_rows(void) {
     struct Example text = example_encode(&test_arena, tokenizer, text_of("a b"), 1024, true);
     task->examples[0] = text;
     expect_count("all tokens of a text", language_targets(&trainer, 0), 3);
-    dataset_free(data);
     gpt2_free(model);
 }
 
@@ -2700,7 +2689,6 @@ static void test_reward_overfit(void) {
         expect_close("loss at first: ln 2", logged(&trainer, 0, "loss"), k == 1 ? (2 * log(2) - log_sigmoid(-1)) / 3 : log(2), 1e-6);
         expect_close("loss at last", logged(&trainer, 59, "loss"), 0, 0.05);
         expect_close("accuracy", logged(&trainer, 59, "accuracy"), 1, 0);
-        dataset_free(set);
         trainer_free(&trainer);
         gpt2_free(model);
     }
@@ -3274,7 +3262,7 @@ static void test_ppo_replay(void) {
     rollouts_write(file, rollouts, 3);
     fclose(file);
     struct GPT2 *model = random_model(37, 14, 8, 1, 2);
-    struct Dataset *data = dataset_load(temporary("rollouts.jsonl"), ROLLOUT_SHAPES, 1);
+    struct Dataset *data = dataset_load(&test_arena, temporary("rollouts.jsonl"), ROLLOUT_SHAPES, 1);
     replay_rollouts(data, 1, model, &test_arena, back, 5);
     for (size_t i = 0; i < 5; i++) {
         const struct Rollout *want = &rollouts[(5 + i) % 3];
@@ -3282,7 +3270,6 @@ static void test_ppo_replay(void) {
         expect_count("response", back[i].response_length, want->response_length);
         expect_bits("score", &back[i].score, &want->score, 1);
     }
-    dataset_free(data);
     gpt2_free(model);
 }
 
@@ -3377,7 +3364,6 @@ static void test_dpo_pairs(void) {
     expect_true("prompt a b", pairs[0].prompt_length == 2 && pairs[0].n == 4 && pairs[0].ids[3] == 1023 && pairs[1].n == 6 && pairs[1].prompt_length == 2);
     expect_true("implied prompt a b", pairs[2].prompt_length == 2 && pairs[2].n == 4 && pairs[3].n == 4);
     expect_true("the shorter common prefix for both", pairs[4].prompt_length == 1 && pairs[5].prompt_length == 1);
-    dataset_free(data);
     gpt2_free(model);
 }
 
@@ -3433,7 +3419,7 @@ static void test_evaluation(void) {
 
 static void load_one_model(const void *path) { gpt2_load(path); }
 static void load_one_tokenizer(const void *path) { tokenizer_load(&test_arena, path); }
-static void load_one_dataset(const void *path) { dataset_load(path, TEXT_SHAPES, 1); }
+static void load_one_dataset(const void *path) { dataset_load(&test_arena, path, TEXT_SHAPES, 1); }
 
 /* A text with its first `from` replaced. */
 static struct Text replaced(struct Text text, const char *from, const char *to) {
@@ -3796,7 +3782,7 @@ static void test_cli_collect(void) {
     command_output((const char *const[]){"pretrain", "--dataset_name", "@texts.jsonl", "--output_dir", "@c_lm", "--vocab_size", "400", "--n_layer", "1", "--n_head", "2", "--n_embd", "8", "--n_positions", "32", "--max_length", "16", "--max_steps", "60", "--learning_rate", "0.03", NULL});
     command_output((const char *const[]){"reward", "--model_name_or_path", "@c_lm", "--dataset_name", "@rated.jsonl", "--output_dir", "@c_rm", "--max_steps", "3", "--learning_rate", "0.01", NULL});
     command_output((const char *const[]){"collect", "--model_name_or_path", "@c_lm", "--reward_model_path", "@c_rm", "--dataset_name", "@p.jsonl", "--num_generations", "3", "--max_samples", "3", "--output_dir", "@c_pairs", NULL});
-    struct Dataset *data = dataset_load(temporary("c_pairs/preferences.jsonl"), DPO_SHAPES, 1);
+    struct Dataset *data = dataset_load(&test_arena, temporary("c_pairs/preferences.jsonl"), DPO_SHAPES, 1);
     expect_count("a pair a prompt", data->n, 3);
     struct GPT2 *rm = gpt2_load(temporary("c_rm"));
     for (size_t i = 0; i < data->n; i++) {
@@ -3808,11 +3794,10 @@ static void test_cli_collect(void) {
         reward_score(rm, texts, 2, reward);
         expect_true("the chosen one has the higher reward", reward[0] > reward[1]);
     }
-    dataset_free(data);
     int keyboard = dup(STDIN_FILENO);
     CHECK(freopen(temporary("keys.txt"), "r", stdin), "keys.txt");
     command_output((const char *const[]){"collect", "--model_name_or_path", "@c_lm", "--dataset_name", "@p.jsonl", "--output_dir", "@c_mine", NULL});
-    data = dataset_load(temporary("c_mine/preferences.jsonl"), DPO_SHAPES, 1);
+    data = dataset_load(&test_arena, temporary("c_mine/preferences.jsonl"), DPO_SHAPES, 1);
     expect_count("two judgements", data->n, 2);
     struct GPT2 *lm = gpt2_load(temporary("c_lm"));
     struct GenerationConfig generation = default_options("collect").generation;
@@ -3823,19 +3808,16 @@ static void test_cli_collect(void) {
     expect_true("key 1 rejects the answer shown second", text_equal(data->rows[0].rejected, answer_text(tokenizer, &test_arena, &answers[1], 400)));
     gpt2_free(lm);
     struct Text first = text_copy(&test_arena, data->rows[0].chosen), second = text_copy(&test_arena, data->rows[1].chosen), lost = text_copy(&test_arena, data->rows[1].rejected);
-    dataset_free(data);
     rewind(stdin);
     command_output((const char *const[]){"collect", "--model_name_or_path", "@c_lm", "--dataset_name", "@p.jsonl", "--output_dir", "@c_mine", NULL});
-    data = dataset_load(temporary("c_mine/preferences.jsonl"), DPO_SHAPES, 1);
+    data = dataset_load(&test_arena, temporary("c_mine/preferences.jsonl"), DPO_SHAPES, 1);
     expect_true("what was there stays", data->n == 4 && text_equal(data->rows[0].chosen, first) && text_equal(data->rows[1].chosen, second));
     expect_text("the third prompt is next", data->rows[2].prompt, "So");
-    dataset_free(data);
     write_text("keys.txt", "2\n1\nq\n");
     CHECK(freopen(temporary("keys.txt"), "r", stdin), "keys.txt");
     command_output((const char *const[]){"collect", "--model_name_or_path", "@c_lm", "--dataset_name", "@p.jsonl", "--output_dir", "@c_other", NULL});
-    data = dataset_load(temporary("c_other/preferences.jsonl"), DPO_SHAPES, 1);
+    data = dataset_load(&test_arena, temporary("c_other/preferences.jsonl"), DPO_SHAPES, 1);
     expect_true("the other way round", text_equal(data->rows[0].rejected, first) && text_equal(data->rows[1].rejected, second) && text_equal(data->rows[1].chosen, lost));
-    dataset_free(data);
     dup2(keyboard, STDIN_FILENO);
     clearerr(stdin);
     command_output((const char *const[]){"reinforce", "--model_name_or_path", "@c_lm", "--reward_model_path", "@c_rm", "--dataset_name", "@p.jsonl", "--batch_size", "6", "--num_generations", "3", "--max_steps", "2", "--use_peft", "--output_dir", "@c_re", NULL});
@@ -3949,7 +3931,6 @@ static void test_encode_prompts(void) {
     o.data = dataset_of(lines, PROMPT_SHAPES, COUNT(PROMPT_SHAPES));
     expect_count("prompts", encode_prompts(&o, prompts), 64);
     for (int i = 0; i < 64; i++) expect_ids("H i", prompts[i].ids, prompts[i].n, (int[]){39, 72}, 2);
-    dataset_free(o.data);
     gpt2_free(o.model);
     arena_free(&o.arena);
 }

@@ -251,7 +251,8 @@ static bool seed_json(size_t k, struct Text *parts) {
 
 /* JSON Lines, one reader for each shape. */
 static void read_jsonl(const struct Text *parts, const unsigned *shapes, size_t count) {
-    struct Dataset *data = dataset_load(put("fuzzed/data.jsonl", parts[0]), shapes, count);
+    struct Arena arena = {0};
+    struct Dataset *data = dataset_load(&arena, put("fuzzed/data.jsonl", parts[0]), shapes, count);
     for (size_t i = 0; i < data->n; i++) {
         struct Row *row = &data->rows[i];
         if ((row->has & data->shape) != data->shape) finding("a row without its shape", row->has, data->shape);
@@ -260,8 +261,8 @@ static void read_jsonl(const struct Text *parts, const unsigned *shapes, size_t 
     }
     struct Rollout rollouts[2];
     struct GPT2 model = {.config = CONFIG};
-    if (data->shape == SHAPE_ROLLOUT) replay_rollouts(data, 0, &model, &data->arena, rollouts, COUNT(rollouts));
-    dataset_free(data);
+    if (data->shape == SHAPE_ROLLOUT) replay_rollouts(data, 0, &model, &arena, rollouts, COUNT(rollouts));
+    arena_free(&arena);
 }
 
 static void read_text_rows(const struct Text *parts) { read_jsonl(parts, TEXT_SHAPES, COUNT(TEXT_SHAPES)); }
@@ -286,11 +287,10 @@ static void read_prompts(const struct Text *parts) {
     struct Options o = default_options("ppo");
     o.model = &model;
     o.tok = tok;
-    o.data = dataset_load(put("fuzzed/prompts.jsonl", parts[0]), PROMPT_SHAPES, COUNT(PROMPT_SHAPES));
+    o.data = dataset_load(&o.arena, put("fuzzed/prompts.jsonl", parts[0]), PROMPT_SHAPES, COUNT(PROMPT_SHAPES));
     struct Example *prompts = arena_alloc(&o.arena, o.data->n, sizeof *prompts);
     size_t n = encode_prompts(&o, prompts);
     for (size_t i = 0; i < n; i++) if (prompts[i].n == 0 || prompts[i].n >= CONFIG.n_positions) finding("tokens of a prompt", prompts[i].n, CONFIG.n_positions);
-    dataset_free(o.data);
     arena_free(&o.arena);
 }
 
