@@ -150,8 +150,7 @@ static size_t utf8_read(const unsigned char *text, size_t n, uint32_t *code) {
         if ((text[k] & 0xc0) != 0x80) return 0;
         *code = *code << 6 | (text[k] & 63);
     }
-    bool valid = *code >= least[length] && *code < 0x110000 && (*code < 0xd800 || *code >= 0xe000);
-    return valid ? length : 0;
+    return *code >= least[length] && *code < 0x110000 && (*code < 0xd800 || *code >= 0xe000) ? length : 0;
 }
 
 /* Makes a file's or a model's text fit for a terminal: so many bytes at most, whole characters, '?' for control bytes.  test: progress_cut */
@@ -205,7 +204,6 @@ static void PRINTF_LIKE(1, 2) say(const char *format, ...) {
     progress_clear();
     vfprintf(stderr, format, arguments);
     va_end(arguments);
-    fflush(stderr);
 }
 
 static void PRINTF_LIKE(1, 2) warn(const char *format, ...) {
@@ -402,11 +400,9 @@ static char *PRINTF_LIKE(2, 3) arena_printf(struct Arena *arena, const char *for
     return string;
 }
 
-/* Progress. On a terminal one line a stage, renewed in place, above it now and then what the model writes; elsewhere plain
- * lines. No colours, so NO_COLOR has nothing to ask for. What is shown is only looked at: the run is the same bit for bit. */
+/* Progress. On a terminal one line a stage, renewed in place; elsewhere plain lines. It is only looked at: the run is the same bit for bit. */
 static bool progress_live(void) {
-    const char *terminal = getenv("TERM");
-    return !quiet && isatty(STDERR_FILENO) && terminal && strcmp(terminal, "dumb") != 0;
+    return !quiet && isatty(STDERR_FILENO) && getenv("TERM") && strcmp(getenv("TERM"), "dumb") != 0;
 }
 
 /* One less than the terminal has, for in its last column a line may wrap. A character takes no more columns than bytes. */
@@ -1049,12 +1045,8 @@ static size_t tokenizer_word_end(const struct Tokenizer *tok, const unsigned cha
         else { class = next; at = i + 1; }
     }
     size_t last = at;
-    for (at += length; at < n; at += length) {
-        if (char_class_at(tok, text, at, n, &length) != class) break;
-        last = at;
-    }
-    if (class == CLASS_SPACE && at < n && last > i) return last;
-    return at;
+    for (at += length; at < n && char_class_at(tok, text, at, n, &length) == class; at += length) last = at;
+    return class == CLASS_SPACE && at < n && last > i ? last : at;
 }
 
 /* Byte-pair encoding of one word. Its pieces form a linked list; neighbours that can merge wait in a heap, lowest merged id first, then leftmost.
@@ -1096,8 +1088,7 @@ static size_t tokenizer_encode_word(const struct Tokenizer *tok, struct WordPiec
         uint64_t top = heap_pop(w);
         int id = (int)(top >> 32);
         int32_t left = (int32_t)(top & 0xffffffff), right = piece[left].next;
-        bool stale = piece[left].id < 0 || right < 0 || tokenizer_merge(tok, piece[left].id, piece[right].id) != id;
-        if (stale) continue;
+        if (piece[left].id < 0 || right < 0 || tokenizer_merge(tok, piece[left].id, piece[right].id) != id) continue;
         piece[left] = (struct Piece){id, piece[left].prev, piece[right].next};
         piece[right].id = -1;
         if (piece[left].next >= 0) piece[piece[left].next].prev = left;
@@ -1461,13 +1452,10 @@ static struct Batch collate_pairs(struct Arena *arena, const struct Example *exa
 /* LengthSampler(min, max): a whole number in [min, max), as in TRL: (2, 8) gives 2 to 7, lest the model learn one.  [glossary: LengthSampler] */
 struct LengthSampler { size_t min_value, max_value; };
 
-static size_t length_sampler(const struct LengthSampler *sampler, struct Rng *rng) {
-    return sampler->min_value + rng_below(rng, sampler->max_value - sampler->min_value);
-}
+static size_t length_sampler(const struct LengthSampler *s, struct Rng *rng) { return s->min_value + rng_below(rng, s->max_value - s->min_value); }
 
-/* pairs_from_ratings -- who of n rated texts is preferred to whom.      [glossary: Coleta de dados]
- * Every pair whose ratings differ by min_difference or more; closer ones are noise between raters. pairs: room for
- * n(n-1)/2; returns how many. 32 sentences give some 300. By hand: 2, 0, 0.5 with difference 1 -> (0,1), (0,2). */
+/* pairs_from_ratings -- who of n rated texts is preferred to whom: every pair min_difference or more apart.      [glossary: Coleta de dados]
+ * pairs: room for n(n-1)/2; returns how many. By hand: 2, 0, 0.5 with difference 1 -> (0,1), (0,2). */
 struct Pair { size_t chosen, rejected; double margin; };
 
 static size_t pairs_from_ratings(const double *rating, size_t n, double min_difference, struct Pair *pairs) {
@@ -1569,10 +1557,8 @@ WIDE static float row_dot(const float *x, const float *y, size_t n) {
 
 /* out[r] = x . y_r, r < rows <= 4, the rows y_r y_row apart: four sums under way at once, where one would wait for itself. */
 WIDE static void row_dot_4(float *out, const float *x, const float *y, size_t y_row, size_t n, size_t rows) {
-    if (rows < 4) {
-        for (size_t r = 0; r < rows; r++) out[r] = row_dot(x, y + r * y_row, n);
-        return;
-    }
+    for (size_t r = 0; rows < 4 && r < rows; r++) out[r] = row_dot(x, y + r * y_row, n);
+    if (rows < 4) return;
     float lane[4][LANES] = {{0}};
     size_t i = 0;
     for (; i + LANES <= n; i += LANES)
@@ -1590,15 +1576,13 @@ WIDE static float row_exp(float *y, const float *x, float shift, size_t n) {
     return row_sum(y, n);
 }
 
-/* sigmoid(x) = 1 / (1 + e^-x), the probability that goes with log-odds x.  [glossary: Função sigmoide]
- * By hand: 0 -> 0.5; 2 -> 0.8808.                                             test: sigmoid */
+/* sigmoid(x) = 1 / (1 + e^-x): log-odds to probability. By hand: 0 -> 0.5; 2 -> 0.8808.  [glossary: Função sigmoide]  test: sigmoid */
 static double sigmoid(double x) {
     double e = exp(-fabs(x));                       /* never overflows */
     return x >= 0 ? 1 / (1 + e) : e / (1 + e);
 }
 
-/* log sigmoid(x) = -log(1 + e^-x), stable: at -100 the sigmoid is 4e-44 and its plain logarithm would
- * do, at -800 it would be log(0). For x < 0 it equals x - log(1 + e^x).    By hand: 0 -> -ln 2. */
+/* log sigmoid(x) = -log(1 + e^-x), stable: at -800 the plain logarithm would be log(0).    By hand: 0 -> -ln 2. */
 static double log_sigmoid(double x) { return MIN(x, 0) - log1p(exp(-fabs(x))); }
 
 /* argmax: not the largest value but where it stands; the first among equals. [glossary: Argmax/Argmin] */
@@ -1623,7 +1607,7 @@ static float log_sum_exp(const float *x, size_t n, float *scratch) {
     return largest + logf(row_exp(scratch, x, largest, n));
 }
 
-/* Entropy H(p) = -sum p log p of softmax(x), 0 (decided) to log n nats. With lse = log_sum_exp(x), log p_i = x_i - lse: H = lse - sum p_i x_i.
+/* Entropy of softmax(x), 0 (decided) to log n nats: H = -sum p_i log p_i = lse - sum p_i x_i, for log p_i = x_i - lse, lse = log_sum_exp(x).
  * By hand: two equal logits -> ln 2 = 0.6931.                                 test: entropy */
 static double entropy_of_logits(const float *logits, float lse, size_t n) {
     double expected = 0;
@@ -1648,8 +1632,7 @@ static double kl_exact(const float *p_logits, float p_lse, const float *q_logits
 static double kl_k1(double log_p, double log_q) { return log_p - log_q; }
 static double kl_k3(double log_p, double log_q) { double d = log_q - log_p; return expm1(d) - d; }
 
-/* Log-probability of a sequence, log pi(y|x) = sum_t log pi(y_t | x, y_<t): the course's omega, the policy token by
- * token. A product of hundreds of probabilities would be 0 in floating point.          [glossary: Função Omega (ω)] */
+/* log pi(y|x) = sum_t log pi(y_t | x, y_<t): the course's omega. As a product of probabilities it would be 0.  [glossary: Função Omega (ω)] */
 static double sequence_logprob(const float *token_logprobs, size_t n) {
     double sum = 0;
     for (size_t t = 0; t < n; t++) sum += token_logprobs[t];
