@@ -1663,7 +1663,6 @@ enum { TILE_MAX = 8 * 32, KC = 384, BLOCK_ROWS = 1024 };
  * rows c_row and start_row apart; start NULL counts as zeros, and may be c: that is +=. */
 struct Kernel { const char *name; size_t MR, NR; void (*tile)(size_t K, const float *a, const float *b, const float *start, size_t start_row, float *c, size_t c_row); };
 
-#if defined(__GNUC__)
 /* Vectors as gcc and clang spell them: + and * on them are single instructions, and a number times a vector
  * multiplies each lane. `_any` may stand at any address. The loops over sums are unrolled by order: only
  * then does gcc keep all of them in registers from the first k to the last. */
@@ -1687,9 +1686,8 @@ static void tile_4x8(size_t K, const float *a, const float *b, const float *star
     for (int i = 0; i < 4; i++)
         for (int j = 0; j < 2; j++) *(float4_any *)(c + i * c_row + 4 * j) = sum[i][j];
 }
-#endif
 
-#if defined(__GNUC__) && defined(__x86_64__)
+#if defined(__x86_64__)
 /* 4 x 24: 12 of the 16 registers of AVX2 hold sums, 3 the columns of b, one the number of a. */
 __attribute__((target("avx2,fma"))) static void tile_4x24(size_t K, const float *a, const float *b, const float *start, size_t start_row, float *c, size_t c_row) {
     float8 sum[4][3];
@@ -1729,28 +1727,24 @@ __attribute__((target("avx512f"))) static void tile_8x32(size_t K, const float *
 #endif
 
 static const struct Kernel KERNELS[] = {
-#if defined(__GNUC__)
     {"plain 4x8", 4, 8, tile_4x8},
-#endif
-#if defined(__GNUC__) && defined(__x86_64__)
+#if defined(__x86_64__)
     {"avx2 4x24", 4, 24, tile_4x24},
     {"avx512 8x32", 8, 32, tile_8x32},
 #endif
-    {NULL, 0, 0, NULL}
 };
 static const struct Kernel *kernel;      /* NULL: matmul_plain */
 
 /* The widest tile this processor has. ALIGN_KERNEL=0, 1 or 2 asks for a narrower one, "plain" for none. */
 static void kernel_choose(void) {
     int widest = 0;
-#if defined(__GNUC__) && defined(__x86_64__)
+#if defined(__x86_64__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) widest = 1;
-    if (widest == 1 && __builtin_cpu_supports("avx512f")) widest = 2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) widest = __builtin_cpu_supports("avx512f") ? 2 : 1;
 #endif
     const char *asked = getenv("ALIGN_KERNEL");
     kernel = &KERNELS[asked && isdigit((unsigned char)*asked) ? MIN(atoi(asked), widest) : widest];
-    if (!kernel->tile || (asked && strcmp(asked, "plain") == 0)) kernel = NULL;
+    if (asked && strcmp(asked, "plain") == 0) kernel = NULL;
 }
 
 /* Four lines of K consecutive numbers into four neighbouring columns of a panel: 4 x 4 at a time, transposed
@@ -1822,8 +1816,7 @@ static void matmul_panel(float *c, size_t c_row, const float *start, size_t star
     }
 }
 
-/* One block of rows and of K. A task is a panel of B and a stretch of rows: all of them, or fewer where the
- * panels alone would not occupy the threads. */
+/* One block of rows and of K. A task is a panel of B and a stretch of rows: fewer than all where panels alone are too few. */
 static void matmul_block(float *c, size_t c_row, const float *start, size_t start_row, struct Matrix a, struct Matrix b, size_t M, size_t N, size_t K, float *pack_a) {
     size_t MR = kernel->MR, NR = kernel->NR, panels = (N + NR - 1) / NR, stretch = M, tasks_wanted = 4 * (size_t)omp_get_max_threads();
     if ((double)M * (double)N * (double)K <= 2e5 || omp_in_parallel()) {      /* the same, alone: even a team of one thread costs a microsecond, and attention calls often */
@@ -1906,7 +1899,7 @@ WIDE static void linear_few_rows(float *y, const float *x, const float *weight, 
             for (size_t j = 0; j < columns; j++) y[n * out + j] += x[n * in + k] * weight[k * out + j];
 }
 
-enum { FEW_ROWS = 16 };
+enum { FEW_ROWS = 16, STRIP = 64 };     /* STRIP: columns whose sums over the rows one thread makes */
 
 /* linear: y (N,out) = x (N,in) W (in,out) + bias (out). GPT-2's Conv1D: W as [in,out], not torch's [out,in]. */
 static void linear_forward(float *y, const float *x, const float *weight, const float *bias, size_t N, size_t in, size_t out) {
@@ -1919,10 +1912,7 @@ static void linear_forward(float *y, const float *x, const float *weight, const 
     for (size_t j = 0; j < out; j += strip) linear_few_rows(y + j, x, weight + j, bias + j, N, in, out, MIN(strip, out - j));
 }
 
-enum { STRIP = 64 };     /* columns whose sum over the rows one thread makes */
-
-/* dx = dy W^T;  dW += x^T dy;  dbias += sum of dy's rows. dx may be NULL (nothing below learns), so may dW
- * and dbias (frozen). */
+/* dx = dy W^T;  dW += x^T dy;  dbias += sum of dy's rows. NULL: dx where nothing below learns, dW and dbias if frozen. */
 static void linear_backward(float *dx, float *dweight, float *dbias, const float *dy, const float *x, const float *weight, size_t N, size_t in, size_t out) {
     if (dx) matmul(dx, in, NULL, 0, matrix(dy, out), transposed(weight, out), N, in, out);
     if (dweight) matmul(dweight, out, dweight, out, transposed(x, in), matrix(dy, out), in, out, N);
@@ -2010,10 +2000,8 @@ static void gelu_backward(float *dx, const float *x, size_t N, size_t C) {
 /* embedding: x (N,C) = wte[id] + wpe[position]: what the token is, and where it stands. */
 static void embedding_forward(float *x, const struct Batch *batch, const float *wte, const float *wpe, size_t C) {
     #pragma omp parallel for if(batch->N * C > 50000)
-    for (size_t n = 0; n < batch->N; n++) {
-        const float *token = wte + (size_t)batch->ids[n] * C, *place = wpe + (size_t)batch->position[n] * C;
-        for (size_t c = 0; c < C; c++) x[n * C + c] = token[c] + place[c];
-    }
+    for (size_t n = 0; n < batch->N; n++)
+        for (size_t c = 0; c < C; c++) x[n * C + c] = wte[(size_t)batch->ids[n] * C + c] + wpe[(size_t)batch->position[n] * C + c];
 }
 
 /* A token that stands in several places gets the sum of its gradients: rows in order, one thread a strip. */
@@ -2037,9 +2025,7 @@ enum { ATTENTION_ROWS = 64 };
 
 struct AttentionShape { size_t C, NH, HS; float scale; size_t shared, fork; };      /* rows from fork on do not see shared .. fork-1 */
 
-static struct AttentionShape attention_shape(size_t C, size_t NH) {
-    return (struct AttentionShape){C, NH, C / NH, 1.0f / sqrtf((float)(C / NH)), 0, 0};
-}
+static struct AttentionShape attention_shape(size_t C, size_t NH) { return (struct AttentionShape){C, NH, C / NH, 1 / sqrtf((float)(C / NH)), 0, 0}; }
 
 /* Scores of rows t0..t1 against keys 0..t1, scaled: p (t1-t0, t1). qkv points at this sequence and head. */
 static void attention_scores(float *p, const float *qkv, struct AttentionShape s, size_t t0, size_t t1) {
@@ -2225,7 +2211,6 @@ static void config_check(const struct GPT2Config *c, const char *path) {
     CHECK(c->vocab_size > BYTE_TOKENS && c->vocab_size <= 65536, "%s: vocab_size %zu; 257 to 65536 can be used", path, c->vocab_size);
 }
 
-/* A model with all weights zero, layer norms one. */
 static struct GPT2 *gpt2_new(struct GPT2Config config) {
     struct GPT2 *model = calloc(1, sizeof *model);
     CHECK(model, "out of memory");
@@ -2266,8 +2251,7 @@ static void gpt2_init(struct GPT2 *model, uint64_t seed) {
     struct Rng rng = rng_seed(seed, STREAM_INIT);
     for (size_t i = 0; i < model->tensor_count; i++) {
         struct Tensor *t = model->tensors[i];
-        bool residual = strstr(t->name, "c_proj.weight") != NULL;
-        if (t->ndim == 2) tensor_normal(t, &rng, residual ? 0.02 / sqrt(2.0 * (double)model->config.n_layer) : 0.02);
+        if (t->ndim == 2) tensor_normal(t, &rng, strstr(t->name, "c_proj.weight") ? 0.02 / sqrt(2.0 * (double)model->config.n_layer) : 0.02);
     }
 }
 
@@ -2275,8 +2259,7 @@ static void gpt2_init(struct GPT2 *model, uint64_t seed) {
 static void gpt2_make_trainable(struct GPT2 *model) {
     for (size_t i = 0; i < model->tensor_count; i++) {
         struct Tensor *t = model->tensors[i];
-        bool frozen = model->adapter.r && !strstr(t->name, ".lora_") && !tensor_is_head(t);
-        if (t->d || frozen) continue;
+        if (t->d || (model->adapter.r && !strstr(t->name, ".lora_") && !tensor_is_head(t))) continue;
         t->d = arena_zeros(&model->arena, t->n, sizeof(float));
         t->m = arena_zeros(&model->arena, t->n, sizeof(float));
         t->v = arena_zeros(&model->arena, t->n, sizeof(float));
@@ -2367,8 +2350,7 @@ static struct Activations gpt2_forward(const struct GPT2 *model, struct Arena *a
 static void gpt2_backward(struct GPT2 *model, struct Arena *arena, const struct Activations *acts, const float *dhidden) {
     const struct Batch *batch = acts->batch;
     size_t N = batch->N, C = model->config.n_embd;
-    float *dx = arena_zeros(arena, N * C, sizeof *dx);
-    float *dwide = arena_floats(arena, N * 4 * C), *dnarrow = arena_floats(arena, N * C);
+    float *dx = arena_zeros(arena, N * C, sizeof *dx), *dwide = arena_floats(arena, N * 4 * C), *dnarrow = arena_floats(arena, N * C);
     layernorm_backward(dx, model->ln_f.weight.d, model->ln_f.bias.d, dhidden, acts->x, acts->ln_f_mean, acts->ln_f_rstd, model->ln_f.weight.w, N, C);
     for (size_t l = model->config.n_layer; l-- > 0;) block_backward(model, &model->h[l], &acts->h[l], batch, dx, dwide, dnarrow);
     if (model->wte.d) embedding_backward(model->wte.d, model->wpe.d, dx, batch, C);
@@ -2447,8 +2429,7 @@ struct LMHead {
 };
 
 static struct LMHead lm_head_new(const struct GPT2 *model, struct Arena *arena, const struct Activations *acts, const int *row, const int *target, size_t R, float temperature) {
-    size_t C = model->config.n_embd, V = model->config.vocab_size;
-    size_t chunk = MIN(R, MAX((size_t)1, (size_t)LM_HEAD_FLOATS / V));
+    size_t C = model->config.n_embd, V = model->config.vocab_size, chunk = MIN(R, MAX((size_t)1, (size_t)LM_HEAD_FLOATS / V));
     struct LMHead head = {
         .R = R, .chunk = chunk, .row = row, .target = target, .temperature = temperature, .logits_first = R, .acts = *acts,
         .hidden = arena_floats(arena, R * C), .logits = arena_floats(arena, chunk * V), .logprob = arena_floats(arena, R),
@@ -2470,8 +2451,7 @@ static size_t lm_head_logits(const struct GPT2 *model, struct LMHead *head, size
 }
 
 static void lm_head_row(struct LMHead *head, size_t r, const float *logits, size_t V) {
-    float *e = thread_scratch(SCRATCH_ROW, V);
-    float largest = row_max(logits, V), total = row_exp(e, logits, largest, V);
+    float *e = thread_scratch(SCRATCH_ROW, V), largest = row_max(logits, V), total = row_exp(e, logits, largest, V);
     float expected = row_dot(e, logits, V) / total;          /* sum_v p_v logit_v */
     head->lse[r] = largest + logf(total);
     head->logprob[r] = logits[head->target[r]] - head->lse[r];
@@ -2576,8 +2556,7 @@ static struct GPT2Config config_load(const char *folder) {
     return c;
 }
 
-/* Gives a tensor its numbers from an open file, under its own name or with a prefix before it ("pretrained_model.":
- * raw dumps of TRL's value-head model; "base_model.model.": adapters). */
+/* Reads a tensor under its name or with a prefix ("pretrained_model.": TRL's value-head model; "base_model.model.": adapters). */
 static bool tensor_load(struct SafeTensors *st, struct Tensor *tensor) {
     static const char *const prefixes[] = {"", "transformer.", "pretrained_model.transformer.", "pretrained_model.", "base_model.model.transformer.", "base_model.model."};
     char prefixed[96];
@@ -2599,7 +2578,7 @@ static size_t model_files(struct Arena *arena, const char *folder, char **files,
     CHECK(file_exists(files[0]) || file_exists(index), "%s: no model.safetensors inside; of a pytorch_model.bin make one with transformers: save_pretrained(FOLDER, safe_serialization=True)", folder);
     if (file_exists(files[0])) return 1;
     struct Json *map = json_get(json_read_file(arena, index), "weight_map");
-    CHECK(map && map->type == JSON_OBJECT, "%s: no \"weight_map\" inside", index);
+    CHECK(map && map->type == JSON_OBJECT && map->child, "%s: no \"weight_map\" inside, or one that names no file", index);
     size_t count = 0;
     for (struct Json *item = map->child; item; item = item->next) {
         CHECK(item->type == JSON_STRING && item->string.length && !strchr(item->string.data, '/') && !strchr(item->string.data, '\\'), "%s: \"%s\" must name a file of this folder", index, item->key.data);
@@ -2610,7 +2589,6 @@ static size_t model_files(struct Arena *arena, const char *folder, char **files,
         files[i] = path;
         count = MAX(count, i + 1);
     }
-    CHECK(count > 0, "%s: \"weight_map\" names no file", index);
     return count;
 }
 
@@ -2977,8 +2955,7 @@ static struct TrainingArguments training_arguments(void) {
 
 enum { NORM_PIECES = 512, STEP_PIECE = 1 << 14 };
 
-/* The length of the gradient of all weights taken as one vector; what is frozen has none. Summed in pieces whose number
- * does not depend on that of the threads, so neither does the sum. */
+/* The length of the gradient as one vector, summed in pieces whose number is not that of the threads: the same sum on any. */
 static double gradient_norm(const struct GPT2 *model) {
     double total = 0;
     for (size_t i = 0; i < model->tensor_count; i++) {
@@ -3174,7 +3151,6 @@ static void checkpoint_add(struct Checkpoint *c, const char *name, void *at, siz
     s->most = s->least;
 }
 
-/* What every run has; the caller adds what is its own. */
 static struct Checkpoint checkpoint_new(const char *task, struct GPT2 *model, const struct Tokenizer *tok, const struct TrainingArguments *args, struct TrainerState *state) {
     struct Checkpoint c = {.model = model, .tok = tok, .args = args, .state = state, .task = task};
     checkpoint_add(&c, "seed", (void *)&args->seed, 1, AS_IT_WAS);
@@ -3222,8 +3198,7 @@ static struct Holding checkpoint_holding(struct Checkpoint *c, struct Arena *are
     return held;
 }
 
-/* How many checkpoint-N a folder has; *oldest and *newest: the numbers of those written first and last. Not those with
- * the least and greatest: a run that started over writes small numbers again. */
+/* How many checkpoint-N a folder has; *oldest, *newest: those written first and last (a run started over counts from 1 again). */
 static size_t checkpoint_find(const char *folder, size_t *oldest, size_t *newest) {
     DIR *dir = opendir(folder);
     size_t count = 0;
@@ -3573,7 +3548,6 @@ static void process_repetition_penalty(float *logits, size_t V, const int *ids, 
 
 /* Bans every id that would complete an n-gram already in the sequence. */
 static void process_no_repeat_ngram(float *logits, const int *ids, size_t n, size_t ngram) {
-    if (n + 1 < ngram) return;
     for (size_t i = 0; i + ngram <= n; i++)
         if (memcmp(ids + i, ids + n - (ngram - 1), (ngram - 1) * sizeof *ids) == 0) logits[ids[i + ngram - 1]] = -INFINITY;
 }
@@ -3681,8 +3655,7 @@ static struct Batch decode_batch(struct Arena *arena, struct Sequence **active, 
 static float *generate_step(const struct GPT2 *model, struct Arena *arena, struct Sequence **active, size_t count, struct KVCache *cache) {
     size_t C = model->config.n_embd, V = model->config.vocab_size;
     struct Batch batch = decode_batch(arena, active, count, cache);
-    float *hidden = gpt2_forward(model, arena, &batch, false).ln_f;
-    float *last = arena_floats(arena, count * C), *logits = arena_floats(arena, count * V);
+    float *hidden = gpt2_forward(model, arena, &batch, false).ln_f, *last = arena_floats(arena, count * C), *logits = arena_floats(arena, count * V);
     for (size_t i = 0; i < count; i++) memcpy(last + i * C, hidden + (batch.start[i + 1] - 1) * C, C * sizeof *last);
     output_logits(model, logits, last, count);
     for (size_t i = 0; i < count && first_not_finite(logits, count * V) < count * V; i++) {       /* never, if all is well: look closer, sequence by sequence */
