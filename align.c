@@ -1663,9 +1663,8 @@ enum { TILE_MAX = 8 * 32, KC = 384, BLOCK_ROWS = 1024 };
  * rows c_row and start_row apart; start NULL counts as zeros, and may be c: that is +=. */
 struct Kernel { const char *name; size_t MR, NR; void (*tile)(size_t K, const float *a, const float *b, const float *start, size_t start_row, float *c, size_t c_row); };
 
-/* Vectors as gcc and clang spell them: + and * on them are single instructions, and a number times a vector
- * multiplies each lane. `_any` may stand at any address. The loops over sums are unrolled by order: only
- * then does gcc keep all of them in registers from the first k to the last. */
+/* Vectors: + and * on them are single instructions, a number times a vector multiplies each lane, `_any` may stand at any
+ * address. Loops over sums are unrolled by order: only then does gcc keep all of them in registers throughout. */
 typedef float float4 __attribute__((vector_size(16))), float4_any __attribute__((vector_size(16), aligned(4)));       /* SSE, NEON: in every x86-64 and arm64 */
 typedef float float8 __attribute__((vector_size(32))), float8_any __attribute__((vector_size(32), aligned(4)));       /* AVX */
 typedef float float16 __attribute__((vector_size(64))), float16_any __attribute__((vector_size(64), aligned(4)));     /* AVX-512 */
@@ -1768,9 +1767,8 @@ static inline __attribute__((always_inline)) void pack_4_lines(float *panel, con
         for (size_t i = 0; i < 4; i++) panel[k * width + i] = from[i * line_stride];
 }
 
-/* Copies `n` <= width lines of K numbers into a panel: panel[k*width + i] = line i, step k. Missing
- * lines count as zeros, so that the tile needs no special case at the edge. What comes next is asked for
- * in advance: the lines are far apart, and the processor's own foresight ends at a page of memory. */
+/* Copies `n` <= width lines of K numbers into a panel: panel[k*width + i] = line i, step k; missing lines are zeros. What
+ * comes next is asked for in advance: the lines are far apart, and the processor's own foresight ends at a page of memory. */
 WIDE static void pack_panel(float *panel, const float *from, size_t line_stride, size_t k_stride, size_t n, size_t K, size_t width) {
     size_t i = 0;
     if (n == width && line_stride == 1) {
@@ -2173,9 +2171,6 @@ struct Activations {
     float *x, *ln_f, *ln_f_mean, *ln_f_rstd;          /* (N,C) out of the last block; hidden = ln_f (N,C) */
 };
 
-/* What the last backward pass went through: where check_finite looks. acts.N = 0: nothing; task NULL: no training. */
-struct Trace { const char *task; size_t step; struct Activations acts; };
-
 struct GPT2 {
     struct GPT2Config config;
     struct Tensor wte, wpe;
@@ -2186,7 +2181,7 @@ struct GPT2 {
     struct Adapter adapter;
     struct Tensor **tensors;               /* all of the above, in a checkpoint's order */
     size_t tensor_count;
-    struct Trace trace;
+    struct { const char *task; size_t step; struct Activations acts; } trace;      /* the last backward pass, for check_finite; N = 0, NULL: none */
     struct Arena arena;
 };
 
@@ -3437,8 +3432,7 @@ static size_t *epoch_order(const struct TrainingArguments *args, struct Arena *a
 }
 
 /* trainer_train -- the whole training.                                  [glossary: Trainer.train()]
- * Steps of an epoch = ceil(micro-batches / accumulation); a last, smaller batch is kept, and what is
- * left of an accumulation at an epoch's end is a step of its own. max_steps, if given, decides alone. */
+ * Steps of an epoch = ceil(micro-batches / accumulation), the last on what is left. max_steps, if given, decides alone. */
 static void trainer_train(struct Trainer *trainer) {
     struct TrainingArguments *args = &trainer->args;
     struct TrainerState *state = &trainer->state;
