@@ -331,8 +331,7 @@ static struct ArenaBlock *arena_block(size_t capacity) {
 #ifdef MADV_HUGEPAGE
     if (unit == ARENA_HUGE) madvise(block, whole / ARENA_HUGE * ARENA_HUGE, MADV_HUGEPAGE);      /* pages of 2 MB: fewer addresses to look up */
 #endif
-    block->size = capacity;
-    block->used = 0;
+    *block = (struct ArenaBlock){.size = capacity};
     return block;
 }
 
@@ -962,24 +961,6 @@ static uint32_t reader_u32(struct Reader *r, const char *what) {
     return b[0] | (uint32_t)b[1] << 8 | (uint32_t)b[2] << 16 | (uint32_t)b[3] << 24;
 }
 
-static void tokenizer_read_merges(struct Arena *arena, struct Tokenizer *tok, struct Reader *r) {
-    tok->merges = reader_u32(r, "merges");
-    CHECK(tok->merges + BYTE_TOKENS + 1 == tok->vocab_size, "%s: %zu merges do not make a vocabulary of %zu", r->path, tok->merges, tok->vocab_size);
-    tok->merge_pair = arena_alloc(arena, tok->merges, sizeof *tok->merge_pair);
-    tok->merge_id = arena_alloc(arena, MERGE_SLOTS, sizeof *tok->merge_id);
-    for (size_t i = 0; i < MERGE_SLOTS; i++) tok->merge_id[i] = -1;
-    for (size_t i = 0; i < tok->merges; i++) {
-        uint32_t pair = tok->merge_pair[i] = reader_u32(r, "merges"), id = (uint32_t)(BYTE_TOKENS + i);
-        CHECK((pair & 0xffff) < id && pair >> 16 < id, "%s: merge %zu uses an id that comes after it", r->path, i);
-        struct Text left = tok->token[pair & 0xffff], right = tok->token[pair >> 16], both = tok->token[id];
-        bool joined = both.length == left.length + right.length && !memcmp(both.data, left.data, left.length) && !memcmp(both.data + left.length, right.data, right.length);
-        CHECK(joined, "%s: token %u is not what merge %zu makes", r->path, id, i);
-        int *slot = &tok->merge_id[merge_slot(tok, pair)];
-        CHECK(*slot < 0, "%s: merge %zu stands there twice", r->path, i);
-        *slot = (int)id;
-    }
-}
-
 /* tokenizer.bin: llm.c's (header; tokens, each a length byte and its bytes), then the merges, and Unicode's letters, numbers, spaces as ranges. */
 static struct Tokenizer *tokenizer_load(struct Arena *arena, const char *path) {
     struct Tokenizer *tok = arena_zeros(arena, 1, sizeof *tok);
@@ -1003,7 +984,21 @@ static struct Tokenizer *tokenizer_load(struct Arena *arena, const char *path) {
         CHECK(tok->token[id].length == 1 && *byte < 0, "%s: id %d is not a single byte of its own", path, id);
         *byte = id;
     }
-    tokenizer_read_merges(arena, tok, &r);
+    tok->merges = reader_u32(&r, "merges");
+    CHECK(tok->merges + BYTE_TOKENS + 1 == tok->vocab_size, "%s: %zu merges do not make a vocabulary of %zu", path, tok->merges, tok->vocab_size);
+    tok->merge_pair = arena_alloc(arena, tok->merges, sizeof *tok->merge_pair);
+    tok->merge_id = arena_alloc(arena, MERGE_SLOTS, sizeof *tok->merge_id);
+    for (size_t i = 0; i < MERGE_SLOTS; i++) tok->merge_id[i] = -1;
+    for (size_t i = 0; i < tok->merges; i++) {
+        uint32_t pair = tok->merge_pair[i] = reader_u32(&r, "merges"), id = (uint32_t)(BYTE_TOKENS + i);
+        CHECK((pair & 0xffff) < id && pair >> 16 < id, "%s: merge %zu uses an id that comes after it", path, i);
+        struct Text left = tok->token[pair & 0xffff], right = tok->token[pair >> 16], both = tok->token[id];
+        bool joined = both.length == left.length + right.length && !memcmp(both.data, left.data, left.length) && !memcmp(both.data + left.length, right.data, right.length);
+        CHECK(joined, "%s: token %u is not what merge %zu makes", path, id, i);
+        int *slot = &tok->merge_id[merge_slot(tok, pair)];
+        CHECK(*slot < 0, "%s: merge %zu stands there twice", path, i);
+        *slot = (int)id;
+    }
     tok->char_class = arena_zeros(arena, UNICODE_END, 1);
     for (int class = CLASS_LETTER; class <= CLASS_SPACE; class++) {
         for (uint32_t n = reader_u32(&r, "Unicode classes"), next = 0; n > 0; n--) {
@@ -1394,10 +1389,9 @@ static void batch_append(struct Batch *batch, const int *ids, size_t t0, size_t 
 }
 
 /* collate -- sequences of different lengths into one batch.           [glossary: Função coladora]
- * TRL's collators pad to a rectangle (B, T_max), mask the padding out of attention and set the labels of prompts and padding to -100, "ignore".
- * Packing stores the same facts without the rectangle: attention looks at one sequence at a time, and `row`/`target` name the positions whose label
- * would not be -100. Position t predicts token t+1, so a sequence's first token has no row. The last one predicts nothing: it is only a target, and
- * left out of the model's input, unless READ_LAST asks for it (a reward is read there).
+ * TRL's collators pad to a rectangle (B, T_max), mask the padding and set the labels of prompts and padding to -100, "ignore". Packing stores the
+ * same facts: `row`/`target` name the positions whose label would not be -100. Position t predicts token t+1: a sequence's first token has no row,
+ * and the last one predicts nothing, so it is left out of the model's input unless READ_LAST asks for it (a reward is read there).
  * By hand: ids [5 6 7 8] with a prompt of 2: rows 1 and 2, targets 7 and 8.     test: collate */
 enum LastToken { SKIP_LAST, READ_LAST };
 
@@ -1476,8 +1470,7 @@ static size_t pairs_from_ratings(const double *rating, size_t n, double min_diff
  * distribution over the vocabulary, and the few functions of it that RLHF is made of, in nats, safe from overflow.
  * ============================================================================================= */
 
-/* WIDE before a function of plain loops: gcc and clang compile it three times, for AVX-512, AVX2 and any x86-64, and
- * the loader picks what fits the processor (not under sanitizers, whose runtime starts later). Elsewhere one serves. */
+/* WIDE: gcc and clang compile a function for AVX-512, AVX2 and any x86-64; the loader picks one (not under sanitizers, which start later). */
 #if defined(__x86_64__) && defined(__GLIBC__) && !SANITIZED
 #define WIDE __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
@@ -1486,8 +1479,7 @@ static size_t pairs_from_ratings(const double *rating, size_t n, double min_diff
 
 /* e^x in float, without a branch, so that loops over it become vector instructions (libm's expf is a call a number).
  *   e^x = 2^n * e^r,  n = round(x / ln 2),  r = x - n ln 2 in [-0.35, 0.35], e^r by its Taylor series to r^7/7!
- * Relative error below 2e-7 for |x| <= 87 (test: exp_fast); below -87 it is 0, above 87 it stays e^87. The bits of |x|
- * are compared as whole numbers, whose order is the same: comparisons of floats stay branches, lest a NaN raise a trap. */
+ * Relative error < 2e-7 for |x| <= 87, 0 below, e^87 above. Bits are compared: comparisons of floats stay branches.    test: exp_fast */
 static inline float exp_fast(float x) {
     uint32_t sign = bits_of_float(x) & 0x80000000u;
     int32_t size = (int32_t)(bits_of_float(x) & 0x7fffffffu), limit = 0x42ae0000;       /* 87.0 */
@@ -1593,8 +1585,7 @@ static size_t argmax(const float *x, size_t n) {
 }
 
 /* softmax -- logits to probabilities: p_i = e^(x_i - max) / sum_j e^(x_j - max).   [glossary: Função softmax]
- * in, out: x (n); returns log_sum_exp of what came in. Subtracting the maximum keeps e^x from overflowing.
- * By hand: [0, ln 3] -> [0.25, 0.75].                                         test: softmax */
+ * in, out: x (n); returns log_sum_exp of what came in. x_i - max: e^x never overflows. By hand: [0, ln 3] -> [0.25, 0.75].    test: softmax */
 static float softmax(float *x, size_t n) {
     float largest = row_max(x, n), total = row_exp(x, x, largest, n), scale = 1.0f / total;
     for (size_t i = 0; i < n; i++) x[i] *= scale;
