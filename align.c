@@ -56,7 +56,9 @@
  *   [22] Kalajdzievski 2023, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA (rslora)
  *   [23] Ahmadian 2024, Back to Basics: Revisiting REINFORCE-Style Optimization (RLOO)
  */
+#ifndef _GNU_SOURCE
 #define _GNU_SOURCE            /* realpath, clock_gettime, fsync under -std=c11 */
+#endif
 #define _FILE_OFFSET_BITS 64   /* files beyond 2 GB where long has 32 bits */
 #include <ctype.h>
 #include <dirent.h>
