@@ -5938,18 +5938,16 @@ static const struct BenchWork { const char *name, *key; void (*run)(struct Bench
 
 struct Options {
     const char *model_name_or_path, *ref_model, *reward_model_path, *dataset_name, *eval_dataset, *tokenizer, *prompt, *rollouts, *loss_type, *loss_weights, *file;
-    const char *peft_adapter, *baseline;
+    const char *peft_adapter, *baseline, *command;                         /* command: the command line */
     struct Adapter lora;                     /* of a new adapter */
     struct TrainingArguments train;
     struct PPOConfig ppo;
     struct GenerationConfig generation;
     struct GPT2Config config;
     struct DPOConfig dpo;
-    double center_rewards_coefficient;
+    double center_rewards_coefficient, begin;                              /* begin: when the command line was given */
     struct LengthSampler input_length, output_length;
     size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps, top_n, max_samples;
-    const char *command;                     /* the command line */
-    double begin;                            /* when it was given */
     bool json, jsonl, decode, help, quiet, use_peft;
     /* What a command opens and main closes. */
     struct Arena arena;
@@ -6168,9 +6166,7 @@ static const unsigned TEXT_SHAPES[] = {SHAPE_TEXT}, SFT_SHAPES[] = {SHAPE_PROMPT
 
 static void tokenize_decode(const struct Tokenizer *tok, struct Text in, size_t V, const char *path) {
     const char *at = in.data;
-    for (size_t place = 1;; place++) {
-        at += strspn(at, " \t\r\n\v\f,[]");
-        if (at == in.data + in.length) break;
+    for (size_t place = 1; (at += strspn(at, " \t\r\n\v\f,[]")) < in.data + in.length; place++) {
         char *end;
         long id = strtol(at, &end, 10);
         CHECK(end != at && id >= 0 && (size_t)id < V, "%s: number %zu (\"%.12s\") is no id from 0 to %zu", path, place, at, V - 1);
@@ -6214,7 +6210,6 @@ static void open_output_dir(struct Options *o) {
           adapter ? "a model" : "an adapter", adapter ? "the adapter" : "the model");
 }
 
-/* Saves the model, the log and a report of a training that is done. */
 static void save_result(struct Options *o, const struct TrainerState *state) {
     model_replace(o->model, o->train.output_dir, o->tok);
     say("saved to %s\n", o->train.output_dir);
@@ -6312,7 +6307,7 @@ static size_t encode_prompts(struct Options *o, struct Example *prompts) {
     const struct Dataset *data = o->data;
     struct Rng rng = rng_seed(o->train.seed, STREAM_LENGTH);
     size_t count = 0, longest = o->model->config.n_positions - 1;
-    for (size_t i = 0; i < data->n; i++) {
+    for (size_t i = 0; i < data->n && (!o->max_samples || count < o->max_samples); i++) {
         bool whole = data->shape == SHAPE_PROMPT;
         struct Example e = example_encode(&o->arena, o->tok, whole ? data->rows[i].prompt : data->rows[i].text, o->model->config.vocab_size, false);
         size_t drawn = whole ? e.n : length_sampler(&o->input_length, &rng), length = MIN(e.n, drawn);
@@ -6389,20 +6384,17 @@ static struct Example prompt_encode(struct Options *o, struct Text prompt, size_
 /* A prompt's continuations: a line of JSON, or each behind its prompt as a person reads it, without end tokens. */
 static void print_generation(struct Options *o, struct Text prompt, const struct Sequence *s, size_t n) {
     size_t V = o->model->config.vocab_size;
-    for (size_t i = 0; i < n && !o->json; i++) {
-        size_t first = s[i].ids[0] == end_token_of(V), last = s[i].n - (s[i].n > s[i].prompt_length && s[i].ids[s[i].n - 1] == end_token_of(V));
-        struct Text text = tokenizer_decode_all(o->tok, &o->arena, s[i].ids + first, last - first, V);
-        fwrite(text.data, 1, text.length, stdout);
-        putchar('\n');
-    }
-    if (!o->json) return;
-    json_write_string(stdout, "{\"prompt\": ", prompt);
-    for (size_t i = 0; i < n; i++) json_write_ids(stdout, i ? ", " : ", \"sequences\": [", s[i].ids + s[i].prompt_length, s[i].n - s[i].prompt_length);
+    if (o->json) json_write_string(stdout, "{\"prompt\": ", prompt);
+    for (size_t i = 0; i < n && o->json; i++)
+        json_write_ids(stdout, i ? ", " : ", \"sequences\": [", s[i].ids + s[i].prompt_length, s[i].n - s[i].prompt_length);
     for (size_t i = 0; i < n; i++) {
-        struct Text text = tokenizer_decode_all(o->tok, &o->arena, s[i].ids + s[i].prompt_length, s[i].n - s[i].prompt_length, V);
-        json_write_string(stdout, i ? ", " : "], \"texts\": [", text);
+        bool ended = s[i].n > s[i].prompt_length && s[i].ids[s[i].n - 1] == end_token_of(V);
+        size_t first = o->json ? s[i].prompt_length : s[i].ids[0] == end_token_of(V), last = s[i].n - (!o->json && ended);
+        struct Text text = tokenizer_decode_all(o->tok, &o->arena, s[i].ids + first, last - first, V);
+        if (o->json) json_write_string(stdout, i ? ", " : "], \"texts\": [", text);
+        else fwrite(text.data, 1, text.length, stdout);
+        if (!o->json || i + 1 == n) puts(o->json ? "]}" : "");
     }
-    fputs("]}\n", stdout);
 }
 
 static void command_generate(struct Options *o) {
@@ -6416,15 +6408,14 @@ static void command_generate(struct Options *o) {
     struct Dataset one = {.rows = &typed, .n = 1};
     if (!o->prompt && need(o->dataset_name, "prompt, or --dataset_name,")) open_data(o, PROMPT_SHAPES, 1);
     const struct Dataset *data = o->data ? o->data : &one;
-    size_t n = data->n;
-    struct Sequence *sequences = arena_alloc(&o->arena, n * each, sizeof *sequences);
+    struct Sequence *sequences = arena_alloc(&o->arena, data->n * each, sizeof *sequences);
     struct Rng rng = rng_seed(o->train.seed, STREAM_SAMPLE);
-    for (size_t i = 0; i < n; i++) {
+    for (size_t i = 0; i < data->n; i++) {
         struct Example e = prompt_encode(o, data->rows[i].prompt, i + 1, o->model->config.n_positions - 1);
         for (size_t k = 0; k < each; k++) sequences[i * each + k] = sequence_start(&o->arena, e.ids, e.n, g->max_new_tokens, o->model, rng_seed(rng_next(&rng), STREAM_SAMPLE));
     }
-    generate(o->model, sequences, n * each, g);
-    for (size_t i = 0; i < n; i++) print_generation(o, data->rows[i].prompt, &sequences[i * each], each);
+    generate(o->model, sequences, data->n * each, g);
+    for (size_t i = 0; i < data->n; i++) print_generation(o, data->rows[i].prompt, &sequences[i * each], each);
 }
 
 /* The distribution of the next token after a prompt. [glossary: Distribuição (em ML)] */
@@ -6503,12 +6494,11 @@ static void command_score(struct Options *o) {
     const char *folder = o->peft_adapter ? o->peft_adapter : o->model_name_or_path;
     CHECK(o->model->score.n, "%s: has no score.weight: it is no reward model; train one: align reward", folder);
     open_data(o, TEXT_SHAPES, 1);
-    const struct Dataset *data = o->data;
-    struct Example *texts = encode_texts(o, data, false, MIN(o->train.max_length, o->model->config.n_positions));
-    float *reward = arena_floats(&o->arena, data->n);
-    reward_score(o->model, texts, data->n, reward);
-    for (size_t i = 0; i < data->n; i++) {
-        json_write_string(stdout, "{\"text\": ", data->rows[i].text);
+    struct Example *texts = encode_texts(o, o->data, false, MIN(o->train.max_length, o->model->config.n_positions));
+    float *reward = arena_floats(&o->arena, o->data->n);
+    reward_score(o->model, texts, o->data->n, reward);
+    for (size_t i = 0; i < o->data->n; i++) {
+        json_write_string(stdout, "{\"text\": ", o->data->rows[i].text);
         printf(", \"reward\": %s, \"pipe_outputs\": ", json_number_text(reward[i]));
         write_pipe_outputs(stdout, reward[i]);
         fputs("}\n", stdout);
@@ -6559,7 +6549,7 @@ static void command_collect(struct Options *o) {
     make_folder(need(o->train.output_dir, "output_dir"));
     const char *path = arena_printf(&o->arena, "%s/preferences.jsonl", o->train.output_dir);
     if (file_exists(path)) o->eval = dataset_load(&o->arena, path, DPO_SHAPES, 1);
-    size_t n = o->max_samples ? MIN(o->max_samples, source.n) : source.n, there = o->eval ? o->eval->n : 0;
+    size_t n = source.n, there = o->eval ? o->eval->n : 0;
     struct Example *prompts = arena_alloc(&o->arena, n, sizeof *prompts), pairs[2 * TOGETHER];
     for (size_t i = 0, k; i < n; i++) {
         struct Text text = tokenizer_decode_all(o->tok, &o->arena, source.prompts[i].ids, source.prompts[i].n, o->model->config.vocab_size);
@@ -6593,13 +6583,13 @@ static void command_eval(struct Options *o) {
     if (o->ref_model) load_reference(o);
     if (o->reward_model_path) {
         struct RolloutSource source = open_rollouts(o);
-        size_t n = o->max_samples ? MIN(o->max_samples, source.n) : source.n;
-        struct PolicyResult result = policy_measure(o->model, o->reference, &source.scorer, &o->arena, source.prompts, n, &source.generation, o->train.seed);
+        struct PolicyResult result = policy_measure(o->model, o->reference, &source.scorer, &o->arena, source.prompts, source.n,
+                                                    &source.generation, o->train.seed);
         log_value(&entry, "reward", result.mean_reward);
-        log_value(&entry, "reward_std", sqrt(unbiased_variance(result.reward, n)));
+        log_value(&entry, "reward_std", sqrt(unbiased_variance(result.reward, source.n)));
         log_value(&entry, "distinct_2", result.distinct_2);
         log_value(&entry, "mean_length", result.mean_length);
-        log_value(&entry, "samples", (double)n);
+        log_value(&entry, "samples", (double)source.n);
         if (o->reference) log_value(&entry, "kl", result.kl);
     } else if (o->model->score.n) {
         o->train.per_device_train_batch_size = 1;                /* the mean over rows, not over batches */
@@ -6642,8 +6632,7 @@ static void command_merge(struct Options *o) {
 }
 
 /* A term of docs/glossary.md: a heading, then a line for each label. */
-enum { TERM_LINES = 8 };
-static const char *const TERM_LABELS[TERM_LINES] = {"### ", "- Aliases: ", "- English: ", "- Portugu\xc3\xaas: ", "- In align.c: ", "- Test: ", "- Try: ", "- See also: "};
+static const char *const TERM_LABELS[] = {"### ", "- Aliases: ", "- English: ", "- Portugu\xc3\xaas: ", "- In align.c: ", "- Test: ", "- Try: ", "- See also: "};
 
 /* Text as it is compared: small letters without accents, one space for all else and at both ends; the names of a term, which
  * semicolons or a dot divide, keep a semicolon.  By hand: "Otimização; Top-p" -> " otimizacao ; top p ".     test: glossary_fold */
@@ -6691,7 +6680,7 @@ static void command_glossary(struct Options *o) {
     for (size_t i = 0; i < lines; i++) {
         rank[i] = SIZE_MAX;
         if (strncmp(line[i], "### ", 4) != 0) continue;
-        for (size_t k = 0; k < TERM_LINES; k++) {
+        for (size_t k = 0; k < COUNT(TERM_LABELS); k++) {
             bool good = i + k < lines && strncmp(line[i + k], TERM_LABELS[k], strlen(TERM_LABELS[k])) == 0 && (k > 0 || strstr(line[i], " \xc2\xb7 "));
             CHECK(good, "%s: a line \"%s\" was expected under \"%s\"; the file's head says how a term is written", path, k ? TERM_LABELS[k] : "### Portuguese \xc2\xb7 English", line[i]);
         }
@@ -6707,7 +6696,7 @@ static void command_glossary(struct Options *o) {
     for (size_t i = 0; i < lines; i++) {
         if (!query[1] && strncmp(line[i], "## ", 3) == 0) puts(line[i] + 3);
         if (rank[i] == best) printf("%s%s\n", hits > 1 ? "  " : "", line[i] + 4);
-        for (size_t k = 1; k < TERM_LINES && rank[i] == best && hits == 1; k++) puts(line[i + k]);
+        for (size_t k = 1; k < COUNT(TERM_LABELS) && rank[i] == best && hits == 1; k++) puts(line[i + k]);
     }
 }
 
@@ -6914,8 +6903,7 @@ static void parse_arguments(struct Options *o, const struct Command *command, in
         size_t length = strcspn(argv[i] + 2, "=");
         bool equals = argv[i][2 + length] == '=';
         const struct Flag *flag = find_flag(arena_printf(&o->arena, "%.*s", (int)MIN(length, (size_t)60), argv[i] + 2), command);
-        int taken = parse_flag(o, flag, equals ? argv[i] + 3 + length : i + 1 < argc ? argv[i + 1] : NULL, !equals);
-        if (!equals) i += taken;
+        i += parse_flag(o, flag, equals ? argv[i] + 3 + length : i + 1 < argc ? argv[i + 1] : NULL, !equals) && !equals;
         const char **list = (const char **)((char *)o + flag->offset);       /* a list goes on to the next flag: --loss_type sigmoid sft */
         while (flag->kind == KIND_LIST && !equals && i + 1 < argc && strlen(*list) < 1000 && strncmp(argv[i + 1], "--", 2) != 0) *list = arena_printf(&o->arena, "%s %s", *list, argv[++i]);
     }
@@ -6950,8 +6938,8 @@ static void openmp_spin_briefly(char **argv) {
 }
 
 #ifndef ALIGN_NO_MAIN
-/* A closed standard stream leaves its number to the next file opened: messages would go into a model. A file at its size limit is an error. */
-static void prepare_streams(void) {
+int main(int argc, char **argv) {
+    /* A closed standard stream leaves its number to the next file opened: messages would go into a model. A file at its size limit is an error. */
 #ifndef _WIN32
     for (int fd = 0; fd <= 2; fd++) if (fcntl(fd, F_GETFD) == -1 && open("/dev/null", O_RDONLY) != fd) exit(1);      /* read-only: what is printed still fails */
     signal(SIGXFSZ, SIG_IGN);
@@ -6959,10 +6947,6 @@ static void prepare_streams(void) {
     _fmode = _O_BINARY;                              /* else line ends change on the way */
     for (int fd = 0; fd <= 2; fd++) _setmode(fd, _O_BINARY);
 #endif
-}
-
-int main(int argc, char **argv) {
-    prepare_streams();
     openmp_spin_briefly(argv);
     if (argc < 2 || strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "help") == 0) print_commands(argc < 2 ? stderr : stdout);
     else {

@@ -4363,7 +4363,7 @@ static void finish(void) {
 int main(int argc, char **argv) {
     openmp_spin_briefly(argv);
 #ifdef _WIN32
-    _fmode = _O_BINARY;                                                /* as prepare_streams does */
+    _fmode = _O_BINARY;                                                /* as main does */
 #endif
     const char *base = getenv("TMPDIR");
     snprintf(folder, sizeof folder, "%.3900s/test_align.XXXXXX", base && *base ? base : "/tmp");
