@@ -1903,15 +1903,19 @@ static void linear_forward(float *y, const float *x, const float *weight, const 
     for (size_t j = 0; j < out; j += strip) linear_few_rows(y + j, x, weight + j, bias + j, N, in, out, MIN(strip, out - j));
 }
 
+/* Adds the sum of the rows of dy (N,out), columns j0..j1, to dbias. */
+static void bias_backward_strip(float *dbias, const float *dy, size_t N, size_t out, size_t j0, size_t j1) {
+    for (size_t n = 0; n < N; n++)
+        for (size_t j = j0; j < j1; j++) dbias[j] += dy[n * out + j];
+}
+
 /* dx = dy W^T;  dW += x^T dy;  dbias += sum of dy's rows. NULL: dx where nothing below learns, dW and dbias if frozen. */
 static void linear_backward(float *dx, float *dweight, float *dbias, const float *dy, const float *x, const float *weight, size_t N, size_t in, size_t out) {
     if (dx) matmul(dx, in, NULL, 0, matrix(dy, out), transposed(weight, out), N, in, out);
     if (dweight) matmul(dweight, out, dweight, out, transposed(x, in), matrix(dy, out), in, out, N);
     if (!dbias) return;
     #pragma omp parallel for if(N * out > 50000)
-    for (size_t strip = 0; strip < out; strip += STRIP)
-        for (size_t n = 0; n < N; n++)
-            for (size_t j = strip; j < MIN(out, strip + STRIP); j++) dbias[j] += dy[n * out + j];
+    for (size_t j = 0; j < out; j += STRIP) bias_backward_strip(dbias, dy, N, out, j, MIN(out, j + STRIP));
 }
 
 /* layernorm: y = (x - mean) * rstd * weight + bias, row by row, rstd = 1/sqrt(variance + eps) [3].
@@ -1943,18 +1947,21 @@ WIDE static void layernorm_backward_row(float *dx, const float *dy, const float 
     for (size_t c = 0; c < C; c++) dx[c] += rstd * (g[c] - mean_g - (x[c] - mean) * rstd * mean_gh);
 }
 
+static void layernorm_backward_strip(float *dweight, float *dbias, const float *dy, const float *x, const float *mean, const float *rstd, size_t N, size_t C, size_t c0, size_t c1) {
+    for (size_t n = 0; n < N; n++)
+        for (size_t c = c0; c < c1; c++) {
+            dweight[c] += dy[n * C + c] * (x[n * C + c] - mean[n]) * rstd[n];
+            dbias[c] += dy[n * C + c];
+        }
+}
+
 static void layernorm_backward(float *dx, float *dweight, float *dbias, const float *dy, const float *x, const float *mean, const float *rstd, const float *weight, size_t N, size_t C) {
     #pragma omp parallel for if(N * C > 20000)
     for (size_t n = 0; n < N; n++)
         layernorm_backward_row(dx + n * C, dy + n * C, x + n * C, mean[n], rstd[n], weight, C, thread_scratch(SCRATCH_ROW, 2 * C));
     if (!dweight) return;
     #pragma omp parallel for if(N * C > 20000)
-    for (size_t strip = 0; strip < C; strip += STRIP)
-        for (size_t n = 0; n < N; n++)
-            for (size_t c = strip; c < MIN(C, strip + STRIP); c++) {
-                dweight[c] += dy[n * C + c] * (x[n * C + c] - mean[n]) * rstd[n];
-                dbias[c] += dy[n * C + c];
-            }
+    for (size_t c = 0; c < C; c += STRIP) layernorm_backward_strip(dweight, dbias, dy, x, mean, rstd, N, C, c, MIN(C, c + STRIP));
 }
 
 /* gelu, the tanh form that GPT-2 was trained with ("gelu_new") [18]:
@@ -1995,15 +2002,18 @@ static void embedding_forward(float *x, const struct Batch *batch, const float *
         for (size_t c = 0; c < C; c++) x[n * C + c] = wte[(size_t)batch->ids[n] * C + c] + wpe[(size_t)batch->position[n] * C + c];
 }
 
+static void embedding_backward_strip(float *dwte, float *dwpe, const float *dx, const struct Batch *batch, size_t C, size_t c0, size_t c1) {
+    for (size_t n = 0; n < batch->N; n++)
+        for (size_t c = c0; c < c1; c++) {
+            dwte[(size_t)batch->ids[n] * C + c] += dx[n * C + c];
+            dwpe[(size_t)batch->position[n] * C + c] += dx[n * C + c];
+        }
+}
+
 /* A token that stands in several places gets the sum of its gradients: rows in order, one thread a strip. */
 static void embedding_backward(float *dwte, float *dwpe, const float *dx, const struct Batch *batch, size_t C) {
     #pragma omp parallel for if(batch->N * C > 50000)
-    for (size_t strip = 0; strip < C; strip += STRIP)
-        for (size_t n = 0; n < batch->N; n++)
-            for (size_t c = strip; c < MIN(C, strip + STRIP); c++) {
-                dwte[(size_t)batch->ids[n] * C + c] += dx[n * C + c];
-                dwpe[(size_t)batch->position[n] * C + c] += dx[n * C + c];
-            }
+    for (size_t c = 0; c < C; c += STRIP) embedding_backward_strip(dwte, dwpe, dx, batch, C, c, MIN(C, c + STRIP));
 }
 
 /* attention -- causal multi-head self-attention [2], each sequence by itself.
