@@ -5608,7 +5608,7 @@ static struct Trainer course_trainer(struct Course *course, struct GPT2 *model, 
     trainer.args.seed = course->seed;
     trainer.args.logging_steps = MAX((size_t)1, steps / 50);
     trainer.args.say_steps = MAX((size_t)1, steps / 8);
-    trainer.args.eval_steps = steps / 5 + 1;
+    trainer.args.eval_steps = steps / 3 + 1;
     trainer.args.max_length = model->config.n_positions;
     return trainer;
 }
