@@ -531,7 +531,7 @@ static void make_folder(const char *path) {
     char part[PATH_MAX];
     CHECK(strlen(path) < sizeof part, "%.60s...: the path is too long", path);
     for (size_t i = 1; i <= strlen(path); i++) {
-        if (path[i] != '/' && path[i] != 0) continue;
+        if ((path[i] != '/' && path[i] != 0) || path[i - 1] == '/') continue;
         snprintf(part, i + 1, "%s", path);
         CHECK(mkdir(part, 0777) == 0 || is_folder(part), "%s: %s", part, errno == EEXIST ? "is a file, a folder was expected" : strerror(errno));
     }
