@@ -1492,7 +1492,8 @@ static inline float exp_fast(float x) {
     float p = 1.0f + r * (1.0f + r * (0.5f + r * (1.6666667e-1f + r * (4.1666668e-2f + r * (8.3333338e-3f + r * (1.3888889e-3f + r * 1.984127e-4f))))));
     float two_to_n = float_of_bits((bits_of_float(shifted) + 127) << 23);
     uint32_t underflow = size > limit ? sign >> 31 : 0;
-    return float_of_bits(bits_of_float(p * two_to_n) & (underflow - 1u));
+    uint32_t nan = (uint32_t)-(size > 0x7f800000) & 0x7fc00000u;             /* NaN stays NaN, whichever its sign: arm64 and x86 make different ones */
+    return float_of_bits((bits_of_float(p * two_to_n) & (underflow - 1u)) | nan);
 }
 
 /* sqrt(x): a guess of 1/sqrt(x) by halving the exponent, three Newton steps y (3 - x y^2)/2, one for x y. Error < 2e-7; 0 -> 0.  test: sqrt_fast */
