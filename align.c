@@ -471,6 +471,7 @@ static struct Text read_file(struct Arena *arena, const char *path) {
     for (size_t got = 1; got > 0; used += got) {
         buffer = grow(buffer, used, &capacity, 1);
         got = fread(buffer + used, 1, capacity - used, file);
+        CHECK(used + got < (size_t)1 << 30, "%s: has no end within 1 GB, the most that is read of a file; give a folder of smaller ones", path);
     }
     CHECK(!ferror(file), "%s: %s", path, strerror(errno));
     if (!is_stdin) fclose(file);

@@ -3,6 +3,7 @@
 #     docs/check_all.sh                    all of it (make check-all); long: docs/fuzz.sh alone runs 200,000 inputs a reader
 #     docs/check_all.sh valgrind tsan      those whose names start so;  docs/check_all.sh --list  names them
 #     LONG_RUN_MINUTES=60 docs/check_all.sh long_run
+#     LOGS=DIR docs/check_all.sh           keeps all that each of them says, DIR/NAME.log
 # A row each: what, seconds, the last line it said. A tool that is not installed makes a skipped row that says how to get
 # it; nothing is installed from here. Ends with 'N passed, N failed, N skipped'.
 set -u
@@ -11,6 +12,7 @@ work=$(mktemp -d "${TMPDIR:-/tmp}/check_all.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-0}        # threads that wait sleep: under these tools, or on a busy machine, spinning starves the one they wait for
 shared=$(cd .. && pwd)/shared
+logs=${LOGS:-$work}
 passed=0 failed=0 skipped=0 missing=""
 names=("$@")
 
@@ -29,8 +31,8 @@ check() {                      # check NAME "TOOL ..." COMMAND...: a row
         skipped=$((skipped + 1)); missing="$missing $(package "$tool")"
         printf 'skip  %-16s        no %s: apt-get install %s\n' "$name" "$tool" "$(package "$tool")"; return
     done
-    if "$@" > "$work/log" 2>&1; then passed=$((passed + 1)); printf 'ok    %-16s %5d s  %s\n' "$name" $((SECONDS - begin)) "$(tail -n 1 "$work/log")"
-    else failed=$((failed + 1)); printf 'FAIL  %-16s %5d s\n' "$name" $((SECONDS - begin)); tail -n "${LINES_SHOWN:-30}" "$work/log" | sed 's/^/      /'; fi
+    if "$@" > "$logs/$name.log" 2>&1; then passed=$((passed + 1)); printf 'ok    %-16s %5d s  %s\n' "$name" $((SECONDS - begin)) "$(tail -n 1 "$logs/$name.log")"
+    else failed=$((failed + 1)); printf 'FAIL  %-16s %5d s\n' "$name" $((SECONDS - begin)); tail -n "${LINES_SHOWN:-30}" "$logs/$name.log" | sed 's/^/      /'; fi
 }
 
 package() {                    # the Debian package that a tool comes in

@@ -34,7 +34,7 @@ def result(what, problem, message=""):
         print("FAILED %s: %s" % (what, problem))
     else:
         passed += 1
-        if arguments.table: print("| %s | %s |" % (what.replace("|", "\\|"), message.replace("|", "\\|").replace("<", "&lt;")))
+        if arguments.table: print("| %s | %s |" % (what.replace("|", "\\|"), message.replace(os.path.dirname(program) + "/", "").replace("|", "\\|").replace("<", "&lt;")))
 
 
 def last_line(process): return (process.stderr.decode("utf-8", "replace").strip().split("\n") or [""])[-1]
@@ -212,6 +212,7 @@ case("No line end at the end", sft + "--dataset_name no_end.jsonl", 0)
 # ---- data
 case("A file that is not there", sft + "--dataset_name nowhere.jsonl", 1, "nowhere.jsonl: No such file")
 write("data.csv", "text,label\nA fine film.,1\n")
+case("A file without end", [sft + "--dataset_name /dev/zero", "logprob --model_name_or_path m --dataset_name /dev/zero", "generate --model_name_or_path m --prompt a --tokenizer /dev/zero"], 1, "/dev/zero: has no end within 1 GB")
 case("A CSV as data", sft + "--dataset_name data.csv", 1, "data.csv:1: not JSON", "(byte 1)", "one object a line")
 write("data.txt", "A fine film.\n")
 case("A text file as data", sft + "--dataset_name data.txt", 1, "data.txt:1: not JSON", "one object a line")
