@@ -1,6 +1,6 @@
 # make           builds ./align           make run    the whole course, about a minute
 # make test      builds and runs tests    make debug  ./align_debug for gdb: no optimisation, one thread
-# make book      docs/book.html: align.c for reading
+# make book      docs/book.html: align.c for reading        make check-all  every instrument, about an hour
 CC ?= cc
 
 # Apple's clang refuses -fopenmp; Homebrew's libomp, if it is there, teaches it. Tried only where nobody chose CFLAGS.
@@ -42,4 +42,4 @@ book:
 clean:
 	rm -f align align_debug test_align
 
-.PHONY: run test debug book clean
+.PHONY: run test check-all debug book clean

@@ -112,8 +112,9 @@ def interrupted_run(command, seconds, expected, files):
     out = f"{work}/interrupted"
     shutil.rmtree(out, ignore_errors=True)
     for times in (1, 2):
+        before = set(checkpoints(out))
         process = subprocess.Popen(align(command, out, "--resume_from_checkpoint", "true"), stderr=subprocess.PIPE, text=True)
-        while not checkpoints(out): time.sleep(0.002)                # until it trains
+        while set(checkpoints(out)) <= before and process.poll() is None: time.sleep(0.002)     # until it trains
         for _ in range(times):
             process.send_signal(signal.SIGINT)
             time.sleep(0.001)

@@ -86,7 +86,7 @@ early, late = statistics.mean(speeds[1:5]), statistics.mean(speeds[6:])
 checks = {
     f"memory: {own[9] - own[1]:+.1f} MB from the second tenth to the last, of which the log {log[9] - log[1]:.1f} MB": own[9] - own[1] < 2 * (log[9] - log[1]) + SPARE_MB,
     f"speed: {early:.1f} steps/CPU s in tenths 2 to 5, {late:.1f} in 7 to 10 ({100 * (late / early - 1):+.1f} %); tenths from {min(speeds[1:]):.1f} to {max(speeds[1:]):.1f}": late / early > 1 - SPEED,
-    "Ctrl-C: saved, and said how to go on": "saved as" in said["last"] and process.returncode == 1}
+    "Ctrl-C: saved, and said how to go on": "--resume_from_checkpoint true goes on" in said["last"] and process.returncode == 1}
 for word, good in checks.items(): print("ok   " if good else "FAIL ", word)
 print(f"{sum(checks.values())} passed, {len(checks) - sum(checks.values())} failed")
 sys.exit(not all(checks.values()))
