@@ -364,6 +364,13 @@ static void *arena_zeros(struct Arena *arena, size_t count, size_t size) {
 
 static float *arena_floats(struct Arena *arena, size_t count) { return arena_alloc(arena, count, sizeof(float)); }
 
+/* 0 to n - 1: an order before it is shuffled. */
+static size_t *arena_order(struct Arena *arena, size_t n) {
+    size_t *order = arena_alloc(arena, n, sizeof *order);
+    for (size_t i = 0; i < n; i++) order[i] = i;
+    return order;
+}
+
 /* Room for at least one item more behind n of them, in an array that doubles as it fills and is freed by its owner. */
 static void *grow(void *items, size_t n, size_t *capacity, size_t size) {
     if (n < *capacity) return items;
@@ -468,10 +475,12 @@ static struct Text read_file(struct Arena *arena, const char *path) {
     CHECK(file, "%s: %s", path, strerror(errno));
     size_t used = 0, capacity = 0;
     char *buffer = NULL;
+    struct stat s;
+    bool endless = fstat(fileno(file), &s) != 0 || !S_ISREG(s.st_mode);              /* what is no file on a disk may be: /dev/zero */
     for (size_t got = 1; got > 0; used += got) {
         buffer = grow(buffer, used, &capacity, 1);
         got = fread(buffer + used, 1, capacity - used, file);
-        CHECK(used + got < (size_t)1 << 30, "%s: has no end within 1 GB, the most that is read of a file; give a folder of smaller ones", path);
+        CHECK(!endless || used + got < (size_t)1 << 30, "%s: has no end within 1 GB; more is read of a file only, not of a pipe or a device", path);
     }
     CHECK(!ferror(file), "%s: %s", path, strerror(errno));
     if (!is_stdin) fclose(file);
@@ -2245,6 +2254,19 @@ static void tensor_normal(struct Tensor *tensor, struct Rng *rng, double std) {
     for (size_t i = 0; i < tensor->n; i++) tensor->w[i] = (float)(std * rng_normal(rng));
 }
 
+/* U(-1/sqrt(in), 1/sqrt(in)), in = inputs: how torch starts a Linear (Kaiming). */
+static void tensor_uniform(struct Tensor *tensor, struct Rng *rng, size_t in) {
+    double bound = 1 / sqrt((double)in);
+    for (size_t i = 0; i < tensor->n; i++) tensor->w[i] = (float)(bound * (2 * rng_uniform(rng) - 1));
+}
+
+/* All the numbers of a model. */
+static size_t gpt2_parameters(const struct GPT2 *model) {
+    size_t n = 0;
+    for (size_t i = 0; i < model->tensor_count; i++) n += model->tensors[i]->n;
+    return n;
+}
+
 /* GPT-2's start: N(0, 0.02) for matrices; the two projections that write to the residual stream
  * scaled by 1/sqrt(2 n_layer), so that its variance does not grow with depth; biases 0 [1]. */
 static void gpt2_init(struct GPT2 *model, uint64_t seed) {
@@ -2656,14 +2678,13 @@ static void config_save(const struct GPT2 *model, const char *folder) {
  * token: how good was it? The value head reads every position: how good will it become?
  * ============================================================================================= */
 
-/* A value head for a model without one: U(-1/sqrt(C), 1/sqrt(C)), torch's start of a Linear. */
+/* A value head for a model without one, as torch starts a Linear. */
 static void value_head_init(struct GPT2 *model, uint64_t seed) {
     if (model->v_head.weight.n) return;
     struct Rng rng = rng_seed(seed, STREAM_INIT);
     struct Linear *head = value_head_declare(model);
-    double bound = 1 / sqrt((double)model->config.n_embd);
-    for (size_t c = 0; c < model->config.n_embd; c++) head->weight.w[c] = (float)(bound * (2 * rng_uniform(&rng) - 1));
-    head->bias.w[0] = (float)(bound * (2 * rng_uniform(&rng) - 1));
+    tensor_uniform(&head->weight, &rng, model->config.n_embd);
+    tensor_uniform(&head->bias, &rng, model->config.n_embd);
 }
 
 /* scalar_head: out_r = hidden[row_r] . weight (+ bias), R rows of hidden (N,C). */
@@ -2682,6 +2703,10 @@ static void scalar_head_backward(float *dhidden, const float *dout, const float 
         }
         if (bias && bias->d) bias->d[0] += dout[r];
     }
+}
+
+static void check_reward_model(const struct GPT2 *model, const char *folder) {
+    CHECK(model->score.n, "%s: has no score.weight: it is no reward model; train one: align reward", folder);
 }
 
 /* Where a text's reward is read: its last token that is not padding, which for GPT-2 is the end token. */
@@ -2764,7 +2789,7 @@ static void lora_declare(struct GPT2 *model, struct Linear *linear) {
     linear->lora_scale = (float)(adapter->lora_alpha / (adapter->use_rslora ? sqrt((double)adapter->r) : (double)adapter->r));
 }
 
-/* adapter_new -- as PEFT: A from U(-1/sqrt(in), 1/sqrt(in)), torch's start of a Linear (Kaiming), B zero. test: lora_start */
+/* adapter_new -- as PEFT: A as torch starts a Linear, B zero.                                                 test: lora_start */
 static void adapter_new(struct GPT2 *model, struct Adapter adapter, uint64_t seed) {
     struct Rng rng = rng_seed(seed, STREAM_INIT + 200);
     if (strcmp(adapter.target_modules, "all-linear") == 0) adapter.target_modules = "c_attn c_fc c_proj";
@@ -2774,8 +2799,7 @@ static void adapter_new(struct GPT2 *model, struct Adapter adapter, uint64_t see
         struct Linear *linear = adaptable(model, i);
         if (!lora_is_target(module_name(&model->arena, linear), adapter.target_modules)) continue;
         lora_declare(model, linear);
-        double bound = 1 / sqrt((double)linear->weight.shape[0]);
-        for (size_t k = 0; k < linear->lora_A.n; k++) linear->lora_A.w[k] = (float)(bound * (2 * rng_uniform(&rng) - 1));
+        tensor_uniform(&linear->lora_A, &rng, linear->weight.shape[0]);
     }
     CHECK(model->tensor_count > before, "--lora_target_modules \"%s\": no linear layer of the model has such a name; there are c_attn, c_proj and c_fc "
           "(attn.c_proj, mlp.c_proj; all-linear: all)", adapter.target_modules);
@@ -3429,9 +3453,8 @@ static void trainer_log(struct Trainer *trainer, double norm, double lr) {
 }
 
 static size_t *epoch_order(const struct TrainingArguments *args, struct Arena *arena, size_t n, size_t epoch, enum RngStream stream) {
-    size_t *order = arena_alloc(arena, n, sizeof *order);
+    size_t *order = arena_order(arena, n);
     struct Rng rng = rng_seed(args->seed + epoch, stream);
-    for (size_t i = 0; i < n; i++) order[i] = i;
     if (strcmp(args->train_sampling_strategy, "sequential") != 0) rng_shuffle(&rng, order, n);
     return order;
 }
@@ -3924,13 +3947,12 @@ static void language_sample(struct Trainer *trainer) {
 /* Sets up the task of a language model on texts that end in an end token. */
 static struct LanguageTask *pretrain_task(struct Trainer *trainer, struct Arena *arena, struct Example *texts, size_t text_count, struct Example *eval_texts, size_t eval_count) {
     struct LanguageTask *task = arena_zeros(arena, 1, sizeof *task);
-    size_t length = trainer->args.max_length, *order = arena_alloc(arena, eval_count, sizeof *order);
+    size_t length = trainer->args.max_length;
     *task = (struct LanguageTask){.texts = texts, .text_count = text_count, .row_length = length};
     trainer->task = (struct Task){.name = "pretrain", .data = task, .loss = language_loss, .targets = language_targets, .new_epoch = pretrain_new_epoch, .sample = language_sample};
     pretrain_new_epoch(trainer, 0);
     CHECK(trainer->task.n > 0, "pretrain: the texts have too few tokens, a row needs %zu; use more text or a smaller --max_length", length + 1);
-    for (size_t i = 0; i < eval_count; i++) order[i] = i;
-    task->eval_examples = pretrain_pack(arena, eval_texts, order, eval_count, length, false, &trainer->task.eval_n);
+    task->eval_examples = pretrain_pack(arena, eval_texts, arena_order(arena, eval_count), eval_count, length, false, &trainer->task.eval_n);
     return task;
 }
 
@@ -4274,6 +4296,8 @@ static struct PPOTrainer *ppo_trainer_new(struct GPT2 *model, struct GPT2 *ref_m
     return ppo;
 }
 
+static double ppo_learning_rate(const struct PPOTrainer *ppo) { return ppo->args.learning_rate * schedule_factor(&ppo->args, ppo->step, ppo->total_steps); }
+
 static void ppo_trainer_free(struct PPOTrainer *ppo) {
     arena_free(&ppo->arena);
     arena_free(&ppo->epoch_arena);
@@ -4406,7 +4430,7 @@ static void reinforce_step(struct PPOTrainer *ppo, const struct Rollout *rollout
     double loss = reinforce_loss(advantages[ppo->config.baseline], logps, n, dlogps);
     target_logps_backward(ppo->model, arena, &batch, &head, n, dlogps, 1);
     check_finite(ppo->model, "the loss", loss);
-    double lr = ppo->args.learning_rate * schedule_factor(&ppo->args, ppo->step, ppo->total_steps), norm = optimizer_step(ppo->model, &ppo->args, lr, ++ppo->step);
+    double lr = ppo_learning_rate(ppo), norm = optimizer_step(ppo->model, &ppo->args, lr, ++ppo->step);
     running_moments_update(&ppo->moments, rewards, n);
     const char *const names[] = {"loss", "grad_norm", "learning_rate", "reward", "kl", "objective", "entropy", "completions/mean_length"};
     double values[] = {loss, norm, lr, score, kl, mean_of(rewards, n), (double)row_sum(head.entropy, batch.R) / (double)batch.R, length};
@@ -4633,8 +4657,7 @@ static size_t ppo_optimize(struct PPOTrainer *ppo, const struct Rollout *rollout
                 check_finite(ppo->model, "the loss", stats[LOSS_TOTAL]);
                 for (int i = 0; i < PPO_STATS; i++) sums[i] += stats[i];
             }
-            double lr = ppo->args.learning_rate * schedule_factor(&ppo->args, ppo->step, ppo->total_steps);
-            optimizer_step(ppo->model, &ppo->args, lr, ++ppo->optimizer_steps);
+            optimizer_step(ppo->model, &ppo->args, ppo_learning_rate(ppo), ++ppo->optimizer_steps);
             p->fresh = false;
         }
         if (c->early_stopping && stats[POLICY_POLICYKL] > 1.5 * c->target_kl) break;      /* the last mini-batch decides */
@@ -4659,7 +4682,7 @@ static void ppo_record_stats(struct PPOTrainer *ppo, const struct Rollout *rollo
     size_t B = p->B;
     float *query = arena_floats(&ppo->arena, B), *response = arena_floats(&ppo->arena, B), *reward = arena_floats(&ppo->arena, B);
     float *kl_dist = arena_zeros(&ppo->arena, B, sizeof *kl_dist);
-    double kl = 0, k3 = 0, entropy = 0, non_score = 0, lr = ppo->args.learning_rate * schedule_factor(&ppo->args, ppo->step, ppo->total_steps);
+    double kl = 0, k3 = 0, entropy = 0, non_score = 0;
     for (size_t b = 0; b < B; b++) {
         reward[b] = rollouts[b].score;
         query[b] = (float)rollouts[b].example.prompt_length;
@@ -4676,7 +4699,7 @@ static void ppo_record_stats(struct PPOTrainer *ppo, const struct Rollout *rollo
     const struct { const char *name; double value; } values[] = {
         {"objective/kl", kl}, {"objective/kl_k3", k3 /* not TRL's: the estimate that is never negative */}, {"objective/kl_coef", ppo->kl_coef},
         {"objective/entropy", entropy}, {"ppo/mean_non_score_reward", non_score},
-        {"ppo/learning_rate", lr}, {"ppo/val/var_explained", 1 - sums[VAL_ERROR] / sums[RETURNS_VAR]}};
+        {"ppo/learning_rate", ppo_learning_rate(ppo)}, {"ppo/val/var_explained", 1 - sums[VAL_ERROR] / sums[RETURNS_VAR]}};
     for (size_t i = 0; i < COUNT(values); i++) log_value(s, values[i].name, values[i].value);
     stats_of(ppo, "env/reward_mean", "env/reward_std", "env/reward_dist", reward, B);
     stats_of(ppo, "ppo/mean_scores", "ppo/std_scores", NULL, scores, B);
@@ -5174,13 +5197,13 @@ static void exact_print(const struct ExactWorld *w, bool json) {
  * there.
  * ============================================================================================= */
 
-/* Distinct word pairs / all word pairs of many texts: 1 if nothing repeats, near 0 for a model that has
- * one phrase left. Words are runs of letters and apostrophes, and each of . ! ? counts as one. */
 static int compare_u64(const void *a, const void *b) {
     uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
     return (x > y) - (x < y);
 }
 
+/* Distinct word pairs / all word pairs of many texts: 1 if nothing repeats, near 0 for a model that has
+ * one phrase left. Words are runs of letters and apostrophes, and each of . ! ? counts as one. */
 static double distinct_2(const struct Text *texts, size_t n) {
     size_t bytes = 0, count = 0, distinct = 0;
     for (size_t i = 0; i < n; i++) bytes += texts[i].length;
@@ -5528,13 +5551,11 @@ static void report_write(const char *dir) {
 /* Begins report.json with what was done, in words. The caller adds what else it knows, and closes facts, object and file. */
 static struct Output report_begin(const char *dir, const char *command, const char *data, const struct GPT2 *model, double seconds) {
     const struct GPT2Config *c = &model->config;
-    size_t weights = 0;
-    for (size_t i = 0; i < model->tensor_count; i++) weights += model->tensors[i]->n;
     struct Output out = output_open(dir, "report.json");
     json_write_string(out.file, "{\"facts\": {\n  \"Command\": ", text_of(command));
     json_write_string(out.file, ",\n  \"Data\": ", text_of(data));
     fprintf(out.file, ",\n  \"Model\": \"GPT-2: %.2f million weights, %zu layers, width %zu, %zu heads, context %zu, vocabulary %zu\",\n  \"Time\": "
-            "\"%.0f seconds on %d threads, kernel %s, in %.0f MB of memory\"", (double)weights / 1e6, c->n_layer, c->n_embd, c->n_head,
+            "\"%.0f seconds on %d threads, kernel %s, in %.0f MB of memory\"", (double)gpt2_parameters(model) / 1e6, c->n_layer, c->n_embd, c->n_head,
             c->n_positions, c->vocab_size, seconds, omp_get_max_threads(), kernel ? kernel->name : "plain", (double)peak_rss_bytes() / 1e6);
     return out;
 }
@@ -5577,9 +5598,8 @@ static size_t course_prompts(const struct Example *texts, size_t n, size_t most,
 /* Splits the texts, by seed: nine tenths to learn from, one tenth to measure on. */
 static void course_split(struct Course *course, const struct Dataset *data) {
     struct Rng rng = rng_seed(course->seed, STREAM_SPLIT);
-    size_t n = data->n, *order = arena_alloc(&course->arena, n, sizeof *order);
+    size_t n = data->n, *order = arena_order(&course->arena, n);
     course->data = data->path;
-    for (size_t i = 0; i < n; i++) order[i] = i;
     rng_shuffle(&rng, order, n);
     course->held_out_n = n / 10;
     course->train_n = n - course->held_out_n;
@@ -5698,11 +5718,10 @@ static void course_ppo(struct Course *course) {
     ppo->name = "3/4 ppo";
     ppo->tok = course->tok;
     size_t n = course->prompt_n;
-    struct RolloutSource source = {.prompts = course->prompts, .n = n, .at = n, .order = arena_alloc(&course->arena, n, sizeof(size_t)),
+    struct RolloutSource source = {.prompts = course->prompts, .n = n, .at = n, .order = arena_order(&course->arena, n),
         .shuffle = rng_seed(course->seed, STREAM_ORDER), .lengths = rng_seed(course->seed, STREAM_LENGTH),
         .sample = rng_seed(course->seed, STREAM_SAMPLE), .output_length = {16, 29}, .generation = course_generation(course, 20),
         .scorer = course->scorer};
-    for (size_t i = 0; i < n; i++) source.order[i] = i;
     ppo_train(ppo, &source, course->ppo_steps, arena_printf(&course->arena, "%s/ppo", course->output_dir), &trainer.state);
     course_finish(course, "ppo", &trainer);
     ppo_trainer_free(ppo);
@@ -5839,10 +5858,8 @@ static void course_run(struct Course *course, const struct Dataset *data, struct
     course->vocab_size = language_model->config.vocab_size;
     make_folder(course->output_dir);
     course_split(course, data);
-    const struct GPT2Config *c = &language_model->config;
     say("%zu rated texts to learn from, %zu held out; %.2fM parameters; %d threads, kernel %s\n", course->train_n, course->held_out_n,
-        (double)(language_model->wte.n + language_model->wpe.n + c->n_layer * 12 * c->n_embd * c->n_embd) / 1e6, omp_get_max_threads(),
-        kernel ? kernel->name : "plain");
+        (double)gpt2_parameters(language_model) / 1e6, omp_get_max_threads(), kernel ? kernel->name : "plain");
     course_language_model(course, learning_rate);
     void (*const stage[])(struct Course *) = {course_reward_model, course_ppo, course_dpo};
     struct GPT2 **const model[] = {&course->language_model, &course->ppo, &course->dpo};
@@ -5893,10 +5910,8 @@ static struct Example *bench_texts(struct Bench *bench, size_t n, size_t length,
 
 /* One step on n items of the trainer's task: forward, loss, backward, AdamW. */
 static void bench_step(struct Bench *bench, size_t n) {
-    size_t *order = arena_alloc(&bench->arena, n, sizeof *order);
-    for (size_t i = 0; i < n; i++) order[i] = i;
     bench->trainer.args.per_device_train_batch_size = n;
-    trainer_accumulate(&bench->trainer, order, n);
+    trainer_accumulate(&bench->trainer, arena_order(&bench->arena, n), n);
     optimizer_step(bench->model, &bench->trainer.args, 1e-6, ++bench->steps);
 }
 
@@ -6339,14 +6354,13 @@ static struct RolloutSource open_rollouts(struct Options *o) {
         .output_length = o->output_length, .generation = o->generation};
     source.generation.do_sample = true;
     if (o->reward_model_path) o->reward_model = load_model(o, o->reward_model_path);
-    CHECK(!o->reward_model || o->reward_model->score.n, "%s: has no score.weight: it is no reward model; train one: align reward", o->reward_model_path);
+    if (o->reward_model) check_reward_model(o->reward_model, o->reward_model_path);
     source.scorer = (struct Scorer){.reward_model = o->reward_model, .tok = o->tok, .std = 1};
     open_data(o, PROMPT_SHAPES, COUNT(PROMPT_SHAPES));
     struct Example *prompts = arena_alloc(&o->arena, o->data->n, sizeof *prompts);
     source.n = source.at = encode_prompts(o, prompts);
     source.prompts = prompts;
-    source.order = arena_alloc(&o->arena, source.n, sizeof *source.order);
-    for (size_t i = 0; i < source.n; i++) source.order[i] = i;
+    source.order = arena_order(&o->arena, source.n);
     return source;
 }
 
@@ -6503,8 +6517,7 @@ static void command_logprob(struct Options *o) {
 
 static void command_score(struct Options *o) {
     open_model(o, false);
-    const char *folder = o->peft_adapter ? o->peft_adapter : o->model_name_or_path;
-    CHECK(o->model->score.n, "%s: has no score.weight: it is no reward model; train one: align reward", folder);
+    check_reward_model(o->model, o->peft_adapter ? o->peft_adapter : o->model_name_or_path);
     open_data(o, TEXT_SHAPES, 1);
     struct Example *texts = encode_texts(o, o->data, false, MIN(o->train.max_length, o->model->config.n_positions));
     float *reward = arena_floats(&o->arena, o->data->n);
@@ -6774,7 +6787,7 @@ static void command_bench(struct Options *o) {
     CHECK(length <= o->config.n_positions && length != 1 && o->config.n_positions >= 80,
           "--max_length %zu: 2 to --n_positions, %zu, which is 80 or more", length, o->config.n_positions);
     struct BenchWork work[COUNT(BENCH_WORK)];
-    size_t count = batch || length ? 1 : COUNT(work), weights = 0;
+    size_t count = batch || length ? 1 : COUNT(work);
     memcpy(work, BENCH_WORK, sizeof work);
     work[count - 1].n = o->ppo.batch_size;
     if (count == 1) work[0] = (struct BenchWork){"train", "train", bench_train, batch ? batch : 4, length ? length : 64, length ? length : 64};
@@ -6782,7 +6795,7 @@ static void command_bench(struct Options *o) {
     bench.trainer.model = bench.model;
     gpt2_init(bench.model, 42);
     gpt2_make_trainable(bench.model);
-    for (size_t i = 0; i < bench.model->tensor_count; i++) weights += bench.model->tensors[i]->n;
+    size_t weights = gpt2_parameters(bench.model);
     if (count > 1) {
         o->ppo.mini_batch_size = o->ppo.batch_size;
         o->ppo.ratio_threshold = INFINITY;
