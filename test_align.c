@@ -3072,33 +3072,39 @@ static void test_ppo_threads(void) {
     for (int threads = 1; threads <= 3; threads++) ppo_end(ppo[threads]);
 }
 
+/* SHARE_B answers of six tokens to prompts of which `each` are alike, their score 4 times the share of SHARE_TOKEN in them. Returns the mean share. */
+enum { SHARE_B = 32, SHARE_TOKEN = 7 };
+static double share_rollouts(const struct GPT2 *model, size_t step, size_t each, struct Rollout rollouts[SHARE_B]) {
+    struct GenerationConfig generation = sampling(1, 0, 1);
+    struct Sequence s[SHARE_B];
+    double mean = 0;
+    for (size_t i = 0; i < SHARE_B; i++) s[i] = sequence_start(&test_arena, (int[]){(int)(i / each), 3}, 2, 6, model, rng_seed(step * SHARE_B + i, STREAM_SAMPLE));
+    generate(model, s, SHARE_B, &generation);
+    for (size_t i = 0; i < SHARE_B; i++) {
+        double share = 0;
+        for (size_t t = 2; t < s[i].n; t++) share += (s[i].ids[t] == SHARE_TOKEN) / (double)(s[i].n - 2);
+        mean += share / SHARE_B;
+        rollouts[i] = (struct Rollout){{s[i].ids, s[i].n, 2}, s[i].n - 2, (float)(4 * share)};
+    }
+    return mean;
+}
+
 /* A reward that the test makes up, the share of one token in the answer: PPO raises it. */
 static void test_ppo_raises_reward(void) {
-    enum { B = 32, STEPS = 20, TOKEN = 7 };
+    enum { STEPS = 20 };
     struct GPT2 *model = new_model(40, 16, 32, 1, 2), *ref_model = gpt2_copy(model);
     struct TrainingArguments args = training_arguments();
     struct PPOConfig config = ppo_config();
-    struct GenerationConfig generation = sampling(1, 0, 1);
     args.learning_rate = 4e-3;
     args.lr_scheduler_type = "constant";
-    config.batch_size = config.mini_batch_size = B;
+    config.batch_size = config.mini_batch_size = SHARE_B;
     config.init_kl_coef = 0.02;
     struct PPOTrainer *ppo = ppo_trainer_new(model, ref_model, config, args, 1);
     double first = 0, last = 0, kl;
     for (size_t step = 0; step < STEPS; step++) {
-        struct Sequence s[B];
-        struct Rollout rollouts[B];
-        double mean = 0;
-        for (size_t i = 0; i < B; i++) s[i] = sequence_start(&test_arena, (int[]){(int)i, 3}, 2, 6, model, rng_seed(step * B + i, STREAM_SAMPLE));
-        generate(model, s, B, &generation);
-        for (size_t i = 0; i < B; i++) {
-            double share = 0;
-            for (size_t t = 2; t < s[i].n; t++) share += (s[i].ids[t] == TOKEN) / (double)(s[i].n - 2);
-            mean += share / B;
-            rollouts[i] = (struct Rollout){{s[i].ids, s[i].n, 2}, s[i].n - 2, (float)(4 * share)};
-        }
+        struct Rollout rollouts[SHARE_B];
+        *(step == 0 ? &first : &last) = share_rollouts(model, step, 1, rollouts);
         ppo_step(ppo, rollouts);
-        *(step == 0 ? &first : &last) = mean;
     }
     log_find(&ppo->stats, "objective/kl", &kl);
     expect_close("share of the token at first", first, 1.0 / 40, 0.05);
@@ -3221,11 +3227,10 @@ static void test_reinforce_step(void) {
 }
 
 static void test_reinforce_raises_reward(void) {
-    enum { B = 32, STEPS = 30, TOKEN = 7 };
-    struct GenerationConfig generation = sampling(1, 0, 1);
+    enum { STEPS = 30 };
     for (int baseline = 0; baseline < BASELINES; baseline++) {
         struct GPT2 *model = new_model(40, 16, 32, 1, 2), *ref_model = gpt2_copy(model);
-        struct PPOConfig config = {.baseline = (enum Baseline)baseline, .init_kl_coef = 0.01, .batch_size = B, .num_generations = 4};
+        struct PPOConfig config = {.baseline = (enum Baseline)baseline, .init_kl_coef = 0.01, .batch_size = SHARE_B, .num_generations = 4};
         struct TrainingArguments args = training_arguments();
         args.learning_rate = 1e-2;
         args.lr_scheduler_type = "constant";
@@ -3233,19 +3238,9 @@ static void test_reinforce_raises_reward(void) {
         ppo->total_steps = STEPS;
         double first = 0, last = 0;
         for (size_t step = 0; step < STEPS; step++) {
-            struct Sequence s[B];
-            struct Rollout rollouts[B];
-            double mean = 0;
-            for (size_t i = 0; i < B; i++) s[i] = sequence_start(&test_arena, (int[]){(int)i / 4, 3}, 2, 6, model, rng_seed(step * B + i, STREAM_SAMPLE));
-            generate(model, s, B, &generation);
-            for (size_t i = 0; i < B; i++) {
-                double share = 0;
-                for (size_t t = 2; t < s[i].n; t++) share += (s[i].ids[t] == TOKEN) / (double)(s[i].n - 2);
-                mean += share / B;
-                rollouts[i] = (struct Rollout){{s[i].ids, s[i].n, 2}, s[i].n - 2, (float)(4 * share)};
-            }
+            struct Rollout rollouts[SHARE_B];
+            *(step == 0 ? &first : &last) = share_rollouts(model, step, 4, rollouts);
             reinforce_step(ppo, rollouts);
-            *(step == 0 ? &first : &last) = mean;
         }
         expect_true((const char *[]){"none", "mean", "rloo"}[baseline], first < 0.1 && last > 0.5);
         ppo_trainer_free(ppo);
