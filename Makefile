@@ -1,4 +1,4 @@
-# make           builds ./align           make run    the whole course, about a minute
+# make           builds ./align           make run    the whole course, a minute or two
 # make test      builds and runs tests    make debug  ./align_debug for gdb: no optimisation, one thread
 # make book      docs/book.html: align.c for reading        make check-all  every instrument, about an hour
 CC ?= cc
