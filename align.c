@@ -2652,6 +2652,7 @@ static struct GPT2 *gpt2_load(const char *folder) {
     struct stat status;
     for (size_t f = 0; f < file_count; f++) if (stat(files[f], &status) == 0) bytes += (size_t)status.st_size;
     CHECK(numbers <= bytes / 2 + (1 << 20), "%s: config.json describes %zu numbers, at least %zu MB; the weights have %zu MB; is it theirs, or are they cut short?", folder, numbers, numbers >> 19, bytes >> 20);
+    CHECK(c.n_layer <= bytes / 512 + 64, "%s: config.json describes %zu layers, whose 12 tensors' names alone do not fit into the weights' %zu bytes; is it theirs?", folder, c.n_layer, bytes);
     struct GPT2 *model = gpt2_new(c);
     for (size_t f = 0; f < file_count; f++) model_read(model, files[f]);
     for (size_t i = 0; i < model->tensor_count; i++) tensor_check_loaded(model->tensors[i], folder);

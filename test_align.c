@@ -3610,6 +3610,7 @@ static void test_broken_config(void) {
         {"\"use_cache\": true", "\"add_cross_attention\": true", "\"add_cross_attention\": false is implemented, true is not"},
         {"\"model_type\": \"gpt2\"", "\"model_type\": \"llama\"", "\"model_type\": gpt2 is implemented, llama is not"}, {"\"n_ctx\"", "n_ctx", "not JSON"},
         {"\"n_positions\": 24", "\"n_positions\": 1000000", "config.json describes 12005328 numbers, at least 22 MB; the weights have 0 MB"}, {"\"n_layer\": 1,", "\"n_layer\": 1000000000,", "\"n_layer\" must be a whole number"},
+        {"\"n_layer\": 1,", "\"n_layer\": 500,", "config.json describes 500 layers"},
         {"\"n_embd\": 12", "\"n_embd\": 65535", "describes 51559268040 numbers"}, {"\"eos_token_id\": 299", "\"eos_token_id\": 300", "eos_token_id 300 is outside the vocabulary of 300"},
         {"\"layer_norm_epsilon\": 1e-05", "\"layer_norm_epsilon\": -1", "\"layer_norm_epsilon\" must be"}, {"\"n_layer\": 1,", "\"n_layer\": 1, \"n_layer\": 2,", "tensor h.1.ln_1.weight is missing"}};
     const char *path = saved_model("odd");
