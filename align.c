@@ -1464,14 +1464,19 @@ static size_t length_sampler(const struct LengthSampler *s, struct Rng *rng) { r
  * pairs: room for n(n-1)/2; returns how many. By hand: 2, 0, 0.5 with difference 1 -> (0,1), (0,2). */
 struct Pair { size_t chosen, rejected; double margin; };
 
+static size_t pairs_of_rating(const double *rating, size_t i, size_t n, double min_difference, struct Pair *pairs) {      /* of text i with later ones */
+    size_t count = 0;
+    for (size_t j = i + 1; j < n; j++) {
+        if (rating[i] == rating[j] || fabs(rating[i] - rating[j]) < min_difference) continue;
+        bool first = rating[i] > rating[j];
+        pairs[count++] = (struct Pair){first ? i : j, first ? j : i, 0};
+    }
+    return count;
+}
+
 static size_t pairs_from_ratings(const double *rating, size_t n, double min_difference, struct Pair *pairs) {
     size_t count = 0;
-    for (size_t i = 0; i < n; i++)
-        for (size_t j = i + 1; j < n; j++) {
-            if (rating[i] == rating[j] || fabs(rating[i] - rating[j]) < min_difference) continue;
-            bool first = rating[i] > rating[j];
-            pairs[count++] = (struct Pair){first ? i : j, first ? j : i, 0};
-        }
+    for (size_t i = 0; i < n; i++) count += pairs_of_rating(rating, i, n, min_difference, pairs + count);
     return count;
 }
 
@@ -2963,6 +2968,7 @@ static struct GPT2 *adapter_reference(const struct GPT2 *model, bool frozen) {
 struct TrainingArguments {
     double learning_rate, adam_beta1, adam_beta2, adam_epsilon, weight_decay, max_grad_norm, num_train_epochs;
     size_t per_device_train_batch_size, gradient_accumulation_steps, max_steps, warmup_steps, logging_steps, eval_steps, max_length;
+    size_t per_device_eval_batch_size;
     const char *lr_scheduler_type, *train_sampling_strategy, *optim;
     uint64_t seed;
     double lr_end;                       /* linear decay ends at this share of the learning rate */
@@ -2974,7 +2980,7 @@ struct TrainingArguments {
 static struct TrainingArguments training_arguments(void) {
     return (struct TrainingArguments){
         .learning_rate = 5e-5, .adam_beta1 = 0.9, .adam_beta2 = 0.999, .adam_epsilon = 1e-8, .weight_decay = 0, .max_grad_norm = 1, .num_train_epochs = 3,
-        .per_device_train_batch_size = 8, .gradient_accumulation_steps = 1, .logging_steps = 10, .max_length = 1024,
+        .per_device_train_batch_size = 8, .per_device_eval_batch_size = 8, .gradient_accumulation_steps = 1, .logging_steps = 10, .max_length = 1024,
         .lr_scheduler_type = "linear", .train_sampling_strategy = "random", .optim = "adamw", .seed = 42, .save_steps = 500};
 }
 
@@ -3067,7 +3073,7 @@ static double schedule_factor(const struct TrainingArguments *args, size_t step,
 
 /* What the log holds: entries of named numbers, written as transformers' trainer_state.json. */
 enum { MAX_METRICS = 48 };
-struct Metric { const char *name; double value; size_t n; };       /* n: of a mean, how many numbers `value` is the sum of */
+struct Metric { const char *name; double value; size_t n; };       /* n: of a mean, over how many units `value` is the sum */
 struct LogEntry { size_t n; struct Metric item[MAX_METRICS]; };    /* sorted by name */
 
 /* trainer.state: where a training is.                                    [glossary: trainer.state] */
@@ -3355,8 +3361,9 @@ struct Task {
     size_t n, eval_n;
     void *data;
     /* The loss of the items index[0..count), times `weight`, added to the gradient if `train` is set. Reports
-     * metrics by trainer_metric. `eval`: the items are those held out. */
-    double (*loss)(struct Trainer *trainer, const size_t *index, size_t count, double weight, bool train, bool eval);     /* NaN in evaluation: nothing to judge there */
+     * metrics by trainer_metric. `eval`: the items are those held out; their loss is one of the metrics. */
+    double (*loss)(struct Trainer *trainer, const size_t *index, size_t count, double weight, bool train, bool eval);
+    void (*evaluated)(struct Trainer *trainer);              /* reports what takes all held-out items to tell; may be NULL */
     /* How many target tokens an item has, where a step's loss is a mean over tokens (SFT); else NULL: over micro-batches. */
     size_t (*targets)(struct Trainer *trainer, size_t index);
     void (*new_epoch)(struct Trainer *trainer, size_t epoch);      /* may be NULL */
@@ -3373,11 +3380,27 @@ struct Trainer {
     struct Arena arena;                      /* emptied before every micro-batch */
 };
 
-/* Averages a metric over the micro-batches between two log entries. */
-static void trainer_metric(struct Trainer *trainer, const char *name, double value) {
+/* trainer_metric -- a metric is a mean over its units (tokens, pairs, texts or steps) between two log entries, or over all that is
+ * held out. A batch reports the sum over its units and how many they are: a mean of the batches' means would depend on how
+ * the units are dealt out to batches, and a small last batch would count as much as a full one.
+ * By hand: losses 1, 2, 6 in batches of two and one: 9 / 3 = 3; the mean of 1.5 and 6 would be 3.75.    test: metric_units */
+static void trainer_metric(struct Trainer *trainer, const char *name, double sum, size_t units) {
     struct Metric *metric = log_at(&trainer->state.metrics, name);
-    metric->value += value;
-    metric->n++;
+    metric->value += sum;
+    metric->n += units;
+}
+
+/* The least, or the largest, of all values that are reported under a name. */
+static void trainer_least(struct Trainer *trainer, const char *name, double value) {
+    struct Metric *metric = log_at(&trainer->state.metrics, name);
+    metric->value = metric->n ? MIN(metric->value, value) : value;
+    metric->n = 1;
+}
+
+static void trainer_largest(struct Trainer *trainer, const char *name, double value) {
+    struct Metric *metric = log_at(&trainer->state.metrics, name);
+    metric->value = metric->n ? MAX(metric->value, value) : value;
+    metric->n = 1;
 }
 
 /* The entry's numbers that a person follows, as progress. */
@@ -3400,29 +3423,35 @@ static void trainer_means(const struct TrainerState *state, struct LogEntry *ent
     log_value(entry, "step", (double)state->global_step);
 }
 
-/* trainer_evaluate -- the mean loss and metrics over the held-out items; no weight moves. */
-static double trainer_evaluate(struct Trainer *trainer) {
+/* trainer_measure -- the loss and the other metrics over the held-out items, each a mean over its units; no weight moves. */
+static struct LogEntry trainer_measure(struct Trainer *trainer) {
     struct TrainerState *state = &trainer->state, before = *state;
-    size_t n = trainer->task.eval_n, batch = trainer->args.per_device_train_batch_size;
+    size_t n = trainer->task.eval_n, batch = trainer->args.per_device_eval_batch_size;
     state->metrics.n = 0;
-    double total = 0, judged = 0, begin = seconds_now();
+    double begin = seconds_now();
     for (size_t first = 0; first < n; first += batch) {
         size_t index[4096], count = MIN(MIN(batch, n - first), COUNT(index));
         for (size_t i = 0; i < count; i++) index[i] = first + i;
         arena_reset(&trainer->arena);
-        double loss = trainer->task.loss(trainer, index, count, 1, false, true);
-        if (isnan(loss)) continue;
-        total += loss * (double)count;
-        judged += (double)count;
+        trainer->task.loss(trainer, index, count, 1, false, true);
     }
+    if (trainer->task.evaluated) trainer->task.evaluated(trainer);
     double seconds = seconds_now() - begin;
-    struct LogEntry entry = {4, {{"eval_loss", total / judged, 0}, {"eval_runtime", seconds, 0}, {"eval_samples_per_second", (double)n / seconds, 0},
+    struct LogEntry entry = {3, {{"eval_runtime", seconds, 0}, {"eval_samples_per_second", (double)n / seconds, 0},
         {"eval_steps_per_second", ceil((double)n / (double)batch) / seconds, 0}}};
     trainer_means(state, &entry, "eval_");
     *state = before;
-    *state_log(state) = entry;
-    state_say(state, trainer->task.name, &entry, true);
-    return total / judged;
+    return entry;
+}
+
+/* An evaluation in the course of a training, for its log. Returns the loss. */
+static double trainer_evaluate(struct Trainer *trainer) {
+    struct LogEntry entry = trainer_measure(trainer);
+    double loss;
+    *state_log(&trainer->state) = entry;
+    state_say(&trainer->state, trainer->task.name, &entry, true);
+    log_find(&entry, "eval_loss", &loss);
+    return loss;
 }
 
 /* One optimizer step: gradients of the step's micro-batches, added up. Returns the step's loss. */
@@ -3490,7 +3519,7 @@ static void trainer_train(struct Trainer *trainer) {
             double lr = args->learning_rate * schedule_factor(args, state->global_step, state->max_steps);
             double norm = optimizer_step(trainer->model, args, lr, ++state->global_step);
             state->epoch = (double)epoch + (double)(step + 1) / (double)state->steps_per_epoch;
-            trainer_metric(trainer, "loss", loss);
+            trainer_metric(trainer, "loss", loss, 1);
             state->total_loss += loss;
             state->samples += count;
             trainer_log(trainer, norm, lr);
@@ -3893,10 +3922,11 @@ static double language_loss(struct Trainer *trainer, const size_t *index, size_t
         gpt2_backward(model, arena, &acts, dhidden);
     } else lm_head_forward(model, &head);
     trainer->state.num_tokens += batch.tokens;
-    trainer_metric(trainer, "entropy", (double)row_sum(head.entropy, batch.R) / (double)batch.R);
-    trainer_metric(trainer, "mean_token_accuracy", (double)row_sum(head.hit, batch.R) / (double)batch.R);
+    trainer_metric(trainer, "entropy", row_sum(head.entropy, batch.R), batch.R);
+    trainer_metric(trainer, "mean_token_accuracy", row_sum(head.hit, batch.R), batch.R);
     double nll = -sequence_logprob(head.logprob, batch.R);
-    return eval ? nll / (double)batch.R : nll * weight;
+    if (eval) trainer_metric(trainer, "loss", nll, batch.R);
+    return nll * weight;
 }
 
 /* What the Trainer divides a step's loss by: labels that are not ignored. The first token of a text without a prompt counts although
@@ -4028,6 +4058,7 @@ struct RewardTask {
     double *number[2];                       /* a row's margin, rating or label */
     bool rated, labelled;
     double center, min_difference;
+    float *eval_reward;                      /* rated: r of each held-out text, to be compared with all others */
     double prefix_share;                     /* of texts cut to a random beginning, so that the model learns to judge unfinished ones */
     struct Rng cut;
 };
@@ -4038,23 +4069,40 @@ static double mean_of(const float *x, size_t n) {
     return sum / (double)n;
 }
 
-/* pairs NULL: labels are compared with the reward's sign. */
-static void reward_metrics(struct Trainer *trainer, const float *reward, size_t texts, const struct Pair *pairs, size_t n, const double *label) {
-    double right = 0, margin = 0, least = INFINITY, most = -INFINITY;
+/* How n pairs are ordered; pairs NULL: n texts, whose labels are compared with the reward's sign. */
+static void reward_metrics(struct Trainer *trainer, const float *reward, const struct Pair *pairs, size_t n, const double *label) {
+    double right = 0, margin = 0;
     for (size_t i = 0; i < n; i++) {
         double difference = pairs ? (double)reward[pairs[i].chosen] - reward[pairs[i].rejected] : label[i] > 0 ? reward[i] : -reward[i];
         right += difference > 0;
         margin += difference;
     }
+    trainer_metric(trainer, "accuracy", right, n);
+    if (pairs) trainer_metric(trainer, "margin", margin, n);
+}
+
+static void reward_text_metrics(struct Trainer *trainer, const float *reward, size_t texts) {
     for (size_t t = 0; t < texts; t++) {
-        least = MIN(least, reward[t]);
-        most = MAX(most, reward[t]);
+        trainer_metric(trainer, "mean_reward", reward[t], 1);
+        trainer_least(trainer, "min_reward", reward[t]);
+        trainer_largest(trainer, "max_reward", reward[t]);
     }
-    trainer_metric(trainer, "accuracy", right / (double)n);
-    if (pairs) trainer_metric(trainer, "margin", margin / (double)n);
-    trainer_metric(trainer, "min_reward", least);
-    trainer_metric(trainer, "mean_reward", mean_of(reward, texts));
-    trainer_metric(trainer, "max_reward", most);
+}
+
+/* reward_rated_evaluated -- loss and order of every pair of held-out rated texts, whatever batches they were read in.
+ * A batch of eight could compare its texts with one another alone.                   test: eval_batch_size */
+static void reward_rated_evaluated(struct Trainer *trainer) {
+    const struct RewardTask *task = trainer->task.data;
+    size_t n = trainer->task.eval_n;
+    struct Pair *pairs = arena_alloc(&trainer->arena, n, sizeof *pairs);
+    float *dreward = arena_floats(&trainer->arena, n);           /* not used: nothing trains here */
+    for (size_t i = 0; i < n; i++) {                             /* text by text: all pairs at once could be too many to hold */
+        size_t count = pairs_of_rating(task->number[1], i, n, task->min_difference, pairs);
+        if (count == 0) continue;
+        double loss = bradley_terry_loss(task->eval_reward, n, pairs, count, task->center, dreward);
+        trainer_metric(trainer, "loss", loss * (double)count, count);
+        reward_metrics(trainer, task->eval_reward, pairs, count, NULL);
+    }
 }
 
 static double reward_loss(struct Trainer *trainer, const size_t *index, size_t count, double weight, bool train, bool eval) {
@@ -4063,7 +4111,8 @@ static double reward_loss(struct Trainer *trainer, const size_t *index, size_t c
     struct Arena *arena = &trainer->arena;
     size_t each = task->rated || task->labelled ? 1 : 2, texts = each * count, pair_count = count;
     struct Example *examples = arena_alloc(arena, texts, sizeof *examples);
-    struct Pair *pairs = arena_alloc(arena, task->rated ? count * count : count, sizeof *pairs);
+    bool in_batch = task->rated && !eval;                           /* texts are compared within their batch */
+    struct Pair *pairs = arena_alloc(arena, in_batch ? count * count : count, sizeof *pairs);
     double *rating = arena_alloc(arena, count, sizeof *rating);
     for (size_t i = 0; i < count; i++) {
         rating[i] = task->number[eval][index[i]];
@@ -4075,18 +4124,22 @@ static double reward_loss(struct Trainer *trainer, const size_t *index, size_t c
         bool cut = train && task->prefix_share > 0 && e->n > 10 && rng_uniform(&task->cut) < task->prefix_share;
         if (cut) e->n = 8 + rng_below(&task->cut, e->n - 8);
     }
-    if (task->rated) pair_count = pairs_from_ratings(rating, count, task->min_difference, pairs);
-    if (pair_count == 0) return train ? 0 : NAN;                    /* a last batch of like ratings teaches nothing */
+    if (in_batch) pair_count = pairs_from_ratings(rating, count, task->min_difference, pairs);
+    if (pair_count == 0) return 0;                                  /* a last batch of like ratings teaches nothing */
     struct Batch batch = collate(arena, examples, texts, READ_LAST);
     struct Activations acts = gpt2_forward(model, arena, &batch, train);
     int *row = arena_alloc(arena, texts, sizeof *row);
     float *reward = arena_floats(arena, texts), *dreward = arena_floats(arena, texts);
     reward_rows(&batch, model->config.pad_token_id, row);
     scalar_head_forward(reward, acts.ln_f, row, texts, &model->score, NULL);
-    double loss = task->labelled ? sentiment_loss(reward, rating, count, dreward) : bradley_terry_loss(reward, texts, pairs, pair_count, task->center, dreward);
     trainer->state.num_tokens += batch.tokens;
-    reward_metrics(trainer, reward, texts, task->labelled ? NULL : pairs, pair_count, rating);
-    if (!train) return loss;
+    reward_text_metrics(trainer, reward, texts);
+    for (size_t i = 0; task->rated && eval && i < count; i++) task->eval_reward[index[i]] = reward[i];
+    if (task->rated && eval) return 0;                              /* reward_rated_evaluated compares them */
+    double loss = task->labelled ? sentiment_loss(reward, rating, count, dreward) : bradley_terry_loss(reward, texts, pairs, pair_count, task->center, dreward);
+    reward_metrics(trainer, reward, task->labelled ? NULL : pairs, pair_count, rating);
+    if (eval) trainer_metric(trainer, "loss", loss * (double)pair_count, pair_count);
+    if (!train) return loss * weight;
     for (size_t t = 0; t < texts; t++) dreward[t] *= (float)weight;
     float *dhidden = arena_zeros(arena, batch.N * model->config.n_embd, sizeof *dhidden);
     scalar_head_backward(dhidden, dreward, acts.ln_f, row, texts, &model->score, NULL);
@@ -4131,6 +4184,8 @@ static struct RewardTask *reward_task(struct Trainer *trainer, struct Arena *are
     trainer->task = (struct Task){.name = "reward", .data = task, .loss = reward_loss, .saved = reward_saved};
     trainer->task.n = reward_texts(trainer, arena, data, 0);
     trainer->task.eval_n = eval ? reward_texts(trainer, arena, eval, 1) : 0;
+    if (task->rated) trainer->task.evaluated = reward_rated_evaluated;
+    if (task->rated) task->eval_reward = arena_floats(arena, trainer->task.eval_n);
     return task;
 }
 
@@ -4878,6 +4933,8 @@ struct DPOTask {
     struct Example *pairs[2];                    /* to learn from, held out; 2i chosen, 2i+1 rejected */
     double *ref_logps[2];                        /* (2n) 0 until first needed: computed once, used in every epoch */
     double temperature;
+    double eval_nll;                             /* of the held-out chosen answers, for the loss type sft: a mean over their tokens */
+    size_t eval_tokens;
 };
 
 /* Pairs as a batch: all chosen, then all rejected. slot (2B): where each stands among the pairs. */
@@ -4905,23 +4962,42 @@ static void dpo_reference(struct DPOTask *task, struct Arena *arena, const struc
 }
 
 static void dpo_metrics(struct Trainer *trainer, const struct DPOTask *task, const struct Batch *batch, const struct LMHead *head, size_t B, const double *logps, const double *ref_logps) {
-    double chosen = 0, rejected = 0, right = 0, logps_chosen = 0, logps_rejected = 0, n = (double)B;
+    double chosen = 0, rejected = 0, right = 0, logps_chosen = 0, logps_rejected = 0;
     for (size_t b = 0; b < B; b++) {
         double reward_chosen = task->config.beta * (logps[b] - ref_logps[b]), reward_rejected = task->config.beta * (logps[B + b] - ref_logps[B + b]);
-        chosen += reward_chosen / n;
-        rejected += reward_rejected / n;
-        right += (reward_chosen > reward_rejected) / n;
-        logps_chosen += logps[b] / n;
-        logps_rejected += logps[B + b] / n;
+        chosen += reward_chosen;
+        rejected += reward_rejected;
+        right += reward_chosen > reward_rejected;
+        logps_chosen += logps[b];
+        logps_rejected += logps[B + b];
     }
-    size_t split = batch->target_start[B], rest = batch->R - split;
-    double c = (double)MAX((size_t)1, split), r = (double)MAX((size_t)1, rest), all = (double)MAX((size_t)1, batch->R);      /* tokens */
-    const struct { const char *name; double value; } metrics[] = {
-        {"rewards/chosen", chosen}, {"rewards/rejected", rejected}, {"rewards/accuracies", right}, {"rewards/margins", chosen - rejected},
-        {"logps/chosen", logps_chosen}, {"logps/rejected", logps_rejected}, {"logits/chosen", (double)row_sum(head->mean_logit, split) / c},
-        {"logits/rejected", (double)row_sum(head->mean_logit + split, rest) / r}, {"entropy", (double)row_sum(head->entropy, batch->R) / all},
-        {"mean_token_accuracy", (double)row_sum(head->hit, split) / c}};
-    for (size_t i = 0; i < COUNT(metrics); i++) trainer_metric(trainer, metrics[i].name, metrics[i].value);
+    size_t split = batch->target_start[B], rest = batch->R - split;          /* tokens chosen, tokens rejected */
+    const struct { const char *name; double sum; size_t units; } metrics[] = {
+        {"rewards/chosen", chosen, B}, {"rewards/rejected", rejected, B}, {"rewards/accuracies", right, B}, {"rewards/margins", chosen - rejected, B},
+        {"logps/chosen", logps_chosen, B}, {"logps/rejected", logps_rejected, B}, {"logits/chosen", row_sum(head->mean_logit, split), split},
+        {"logits/rejected", row_sum(head->mean_logit + split, rest), rest}, {"entropy", row_sum(head->entropy, batch->R), batch->R},
+        {"mean_token_accuracy", row_sum(head->hit, split), split}};
+    for (size_t i = 0; i < COUNT(metrics); i++) trainer_metric(trainer, metrics[i].name, metrics[i].sum, metrics[i].units);
+}
+
+/* The loss of held-out pairs: a mean over pairs, but for the part of the loss type sft, a mean over tokens. */
+static void dpo_eval_loss(struct Trainer *trainer, struct DPOTask *task, size_t B, const double *logps, const double *ref_logps, const size_t *length, double *dlogps) {
+    struct DPOConfig config = task->config;
+    config.weight[DPO_SFT] = 0;
+    double loss = dpo_loss(&config, B, logps, logps + B, ref_logps, ref_logps + B, length, length + B, dlogps, dlogps + B);
+    trainer_metric(trainer, "loss", loss * (double)B, B);
+    for (size_t b = 0; b < B; b++) {
+        task->eval_nll -= logps[b];
+        task->eval_tokens += length[b];
+    }
+}
+
+static void dpo_evaluated(struct Trainer *trainer) {
+    struct DPOTask *task = trainer->task.data;
+    double nll = task->eval_nll / (double)MAX((size_t)1, task->eval_tokens);
+    trainer_metric(trainer, "loss", task->config.weight[DPO_SFT] * nll * (double)trainer->task.eval_n, 0);
+    task->eval_nll = 0;
+    task->eval_tokens = 0;
 }
 
 static double dpo_task_loss(struct Trainer *trainer, const size_t *index, size_t B, double weight, bool train, bool eval) {
@@ -4938,10 +5014,11 @@ static double dpo_task_loss(struct Trainer *trainer, const size_t *index, size_t
     struct LMHead head = batch_logprobs(model, arena, &batch, task->temperature, train);
     sum_target_logps(&batch, 2 * B, head.logprob, logps);
     for (size_t i = 0; i < 2 * B; i++) length[i] = batch.target_start[i + 1] - batch.target_start[i];
+    if (eval) dpo_eval_loss(trainer, task, B, logps, ref_logps, length, dlogps);
     double loss = dpo_loss(&task->config, B, logps, logps + B, ref_logps, ref_logps + B, length, length + B, dlogps, dlogps + B);
     trainer->state.num_tokens += batch.tokens;
     dpo_metrics(trainer, task, &batch, &head, B, logps, ref_logps);
-    if (!train) return loss;
+    if (!train) return loss * weight;
     target_logps_backward(model, arena, &batch, &head, 2 * B, dlogps, weight);
     return loss * weight;
 }
@@ -4975,7 +5052,7 @@ static struct DPOTask *dpo_task(struct Trainer *trainer, struct Arena *arena, st
     struct DPOTask *task = arena_zeros(arena, 1, sizeof *task);
     *task = (struct DPOTask){.config = config, .ref_model = ref_model, .pairs = {pairs}, .temperature = temperature};
     task->ref_logps[0] = arena_zeros(arena, 2 * n, sizeof **task->ref_logps);
-    trainer->task = (struct Task){.name = "dpo", .n = n, .data = task, .loss = dpo_task_loss, .saved = dpo_saved};
+    trainer->task = (struct Task){.name = "dpo", .n = n, .data = task, .loss = dpo_task_loss, .evaluated = dpo_evaluated, .saved = dpo_saved};
     return task;
 }
 
@@ -5626,7 +5703,7 @@ static struct Trainer course_trainer(struct Course *course, struct GPT2 *model, 
     struct Trainer trainer = {.model = model, .tok = course->tok, .args = training_arguments()};
     trainer.args.learning_rate = learning_rate * course->scale;
     trainer.args.max_steps = steps;
-    trainer.args.per_device_train_batch_size = batch;
+    trainer.args.per_device_train_batch_size = trainer.args.per_device_eval_batch_size = batch;
     trainer.args.warmup_steps = MIN(warmup, steps / 4);
     trainer.args.seed = course->seed;
     trainer.args.logging_steps = MAX((size_t)1, steps / 50);
@@ -5687,8 +5764,10 @@ static void course_reward_model(struct Course *course) {
     size_t limit = model->config.n_positions, n = course->held_out_n;
     struct RewardTask task = {.rated = true, .min_difference = 1, .prefix_share = 0.5, .cut = rng_seed(course->seed, STREAM_CUT),
         .number = {course->train_rating, course->held_out_rating},
-        .texts = {course_cut(course, course->train, course->train_n, limit), course_cut(course, course->held_out, n, limit)}};
+        .texts = {course_cut(course, course->train, course->train_n, limit), course_cut(course, course->held_out, n, limit)},
+        .eval_reward = arena_floats(&course->arena, n)};
     trainer.task = (struct Task){.name = "2/4 reward model", .n = course->train_n, .eval_n = n, .data = &task, .loss = reward_loss};
+    trainer.task.evaluated = reward_rated_evaluated;
     if (course->reward_steps) trainer_train(&trainer);
     trainer_evaluate(&trainer);
     float *reward = course->held_out_reward = arena_floats(&course->arena, n), *prefix_reward = arena_floats(&course->arena, n);
@@ -6039,6 +6118,7 @@ static const struct Flag FLAGS[] = {
     {"resume_from_checkpoint", KIND_STRING, AT(train.resume_from_checkpoint), G_TRAIN, "go on from a folder checkpoint-N; true: from the newest in --output_dir"},
     {"num_train_epochs", KIND_EPOCHS, AT(train.num_train_epochs), G_RUN, "passes over the data"},
     {"per_device_train_batch_size", KIND_BATCH, AT(train.per_device_train_batch_size), G_RUN | G_BATCH, "rows (dpo, reward: pairs or rated texts) of a micro-batch"},
+    {"per_device_eval_batch_size", KIND_BATCH, AT(train.per_device_eval_batch_size), G_RUN | G_EVAL, "the same in evaluation; no figure depends on it"},
     {"gradient_accumulation_steps", KIND_COUNT, AT(train.gradient_accumulation_steps), G_TRAIN, "micro-batches of an optimizer step"},
     {"eval_steps", KIND_SIZE, AT(train.eval_steps), G_RUN, "steps between evaluations; default: at the end"},
     {"max_length", KIND_COUNT, AT(train.max_length), G_RUN | G_BATCH | G_LENGTH, "longest sequence in tokens"},
@@ -6618,30 +6698,20 @@ static void command_eval(struct Options *o) {
         log_value(&entry, "samples", (double)source.n);
         if (o->reference) log_value(&entry, "kl", result.kl);
     } else if (o->model->score.n) {
-        o->train.per_device_train_batch_size = 1;                /* the mean over rows, not over batches */
         trainer = open_training(o, REWARD_SHAPES, COUNT(REWARD_SHAPES));
-        struct RewardTask *task = reward_task(&trainer, &o->arena, o->data, o->data);
-        if (task->rated) {
-            float *reward = arena_floats(&o->arena, trainer.task.n);
-            reward_score(o->model, task->texts[0], trainer.task.n, reward);
-            log_value(&entry, "eval_accuracy", pair_accuracy(reward, task->number[0], trainer.task.n, 1));
-            log_value(&entry, "eval_mean_reward", mean_of(reward, trainer.task.n));
-        } else {
-            trainer_evaluate(&trainer);
-            entry = trainer.state.log_history[0];
-        }
+        reward_task(&trainer, &o->arena, o->data, o->data);
+        entry = trainer_measure(&trainer);
     } else {
         trainer = open_training(o, SFT_SHAPES, COUNT(SFT_SHAPES));
-        sft_task(&trainer, &o->arena, o->data, NULL);
-        double nll = 0, tokens = 0;
-        for (size_t i = 0; i < trainer.task.n; i++) {
-            const struct Example *e = ((struct LanguageTask *)trainer.task.data)->examples + i;
-            arena_reset(&trainer.arena);
-            nll += language_loss(&trainer, &i, 1, 1, false, false);
-            tokens += (double)(e->n - MAX((size_t)1, e->prompt_length));
-        }
-        log_value(&entry, "eval_loss", nll / tokens);
-        log_value(&entry, "perplexity", exp(nll / tokens));
+        struct LanguageTask *task = sft_task(&trainer, &o->arena, o->data, NULL);
+        double loss, tokens = 0;
+        task->eval_examples = task->examples;
+        trainer.task.eval_n = trainer.task.n;
+        struct LogEntry measured = trainer_measure(&trainer);
+        log_find(&measured, "eval_loss", &loss);
+        for (const struct Example *e = task->examples; e < task->examples + trainer.task.n; e++) tokens += (double)(e->n - MAX((size_t)1, e->prompt_length));
+        log_value(&entry, "eval_loss", loss);
+        log_value(&entry, "perplexity", exp(loss));
         log_value(&entry, "tokens", tokens);
     }
     putchar('{');

@@ -2132,6 +2132,127 @@ static void test_trainer_threads(void) {
     for (int threads = 1; threads <= 3; threads++) gpt2_free(model[threads]);
 }
 
+/* A metric is a mean over its units, however they are dealt out to batches; an extreme is that of all. */
+static void test_metric_units(void) {
+    struct Trainer trainer = {0};
+    struct LogEntry entry = {0};
+    double mean;
+    trainer_metric(&trainer, "mean", 1 + 2, 2);
+    trainer_metric(&trainer, "mean", 6, 1);
+    for (int i = 0; i < 3; i++) {
+        trainer_least(&trainer, "least", (double[]){5, 7, 6}[i]);
+        trainer_largest(&trainer, "largest", (double[]){-6, -5, -7}[i]);
+    }
+    trainer_means(&trainer.state, &entry, "");
+    log_find(&entry, "mean", &mean);
+    expect_close("losses 1, 2, 6 in batches of two and one", mean, 3, 0);
+    log_find(&entry, "least", &mean);
+    expect_close("least", mean, 5, 0);
+    log_find(&entry, "largest", &mean);
+    expect_close("largest", mean, -5, 0);
+}
+
+/* Seven held-out items in batches of 1 to 8: each figure is the same, but for rounding. */
+static void expect_batch_size_alike(const char *what, struct Trainer *trainer) {
+    struct LogEntry first = {0};
+    for (size_t batch = 1; batch <= 8; batch++) {
+        trainer->args.per_device_eval_batch_size = batch;
+        struct LogEntry entry = trainer_measure(trainer);
+        if (batch == 1) first = entry;
+        expect_count(what, entry.n, first.n);
+        for (size_t i = 0; i < first.n; i++) {
+            const char *name = first.item[i].name;
+            const char *told = arena_printf(&test_arena, "%s, batch %zu: %s", what, batch, name);
+            bool clock = strstr(name, "second") || strstr(name, "runtime");
+            if (!clock) expect_close(told, entry.item[i].value, first.item[i].value, 1e-5);
+        }
+    }
+}
+
+/* The log entry of an epoch of steps of 6 and 1 rows, in micro-batches of 3, 3 and 1, has the same means as an evaluation. */
+static void expect_log_alike(const char *what, struct Trainer *trainer) {
+    struct LogEntry measured = trainer_measure(trainer);
+    trainer->args.per_device_train_batch_size = 3;
+    trainer->args.gradient_accumulation_steps = trainer->args.logging_steps = trainer->args.max_steps = 2;
+    trainer->state.global_step = 0;
+    trainer_train(trainer);
+    const struct LogEntry *entry = &trainer->state.log_history[trainer->state.log_count - 2];
+    size_t compared = 0;
+    for (size_t i = 0; i < entry->n; i++) {
+        const char *name = entry->item[i].name;
+        const char *told = arena_printf(&test_arena, "%s, logged: %s", what, name);
+        bool step = strcmp(name, "loss") == 0 || strcmp(name, "step") == 0 || strcmp(name, "epoch") == 0;
+        double value;
+        if (step || !log_find(&measured, log_name("eval_", text_of(name)), &value)) continue;
+        expect_close(told, entry->item[i].value, value, 1e-5);
+        compared++;
+    }
+    expect_true(what, compared >= 2);
+}
+
+static double measured(struct Trainer *trainer, const char *name) {
+    struct LogEntry entry = trainer_measure(trainer);
+    double value;
+    log_find(&entry, name, &value);
+    return value;
+}
+
+/* transformers weights a batch's mean by its rows: what a long row is worth depends on its neighbours. Here no figure does. */
+static void test_eval_batch_size(void) {
+    struct GPT2 *model = random_model(37, 20, 8, 2, 2), *ref_model = gpt2_copy(model);
+    struct Example texts[14];
+    double rating[7], label[7], nll = 0, tokens = 0;
+    reward_head_declare(model);
+    for (size_t i = 0; i < model->score.n; i++) model->score.w[i] = 0.3f * (float)i - 1;
+    for (size_t i = 0; i < ref_model->wte.n; i++) ref_model->wte.w[i] *= 0.9f;
+    for (size_t i = 0; i < 14; i++) texts[i] = random_example(4 + (5 * i) % 13, 2, 37);
+    for (size_t i = 0; i < 7; i++) {
+        rating[i] = (double[]){0, 3, 1, 1.5, 3, 0.5, 2}[i];
+        label[i] = i % 3 == 0;
+    }
+    struct Trainer trainer = trainer_of(model, 0, 1, 4);
+    language_task(&trainer, texts, 7);
+    trainer.task.eval_n = 7;
+    expect_batch_size_alike("sft", &trainer);
+    expect_log_alike("sft", &trainer);
+    for (size_t i = 0; i < 7; i++) {
+        struct Batch batch = batch_of(texts + i, 1, SKIP_LAST);
+        struct LMHead head = batch_logprobs(model, &test_arena, &batch, 1, false);
+        nll -= sequence_logprob(head.logprob, batch.R);
+        tokens += (double)batch.R;
+    }
+    expect_close("nats a token", trainer_evaluate(&trainer), nll / tokens, 1e-6);
+    struct RewardTask task = {.texts = {texts, texts}, .number = {rating, rating}, .center = 0.02, .min_difference = 1};
+    float reward[7];
+    trainer.task = (struct Task){.name = "reward", .n = 7, .eval_n = 7, .data = &task, .loss = reward_loss};
+    expect_batch_size_alike("reward, pairs", &trainer);
+    expect_log_alike("reward, pairs", &trainer);
+    task.rated = true;
+    task.eval_reward = arena_floats(&test_arena, 7);
+    trainer.task.evaluated = reward_rated_evaluated;
+    expect_batch_size_alike("reward, rated", &trainer);
+    reward_score(model, texts, 7, reward);
+    expect_close("every pair 1 or more apart", measured(&trainer, "eval_accuracy"), pair_accuracy(reward, rating, 7, 1), 1e-12);
+    double least = reward[0];
+    for (size_t i = 1; i < 7; i++) least = MIN(least, reward[i]);
+    expect_close("the least of all", measured(&trainer, "eval_min_reward"), least, 1e-6);
+    task.rated = false;
+    task.labelled = true;
+    task.number[1] = label;
+    trainer.task.evaluated = NULL;
+    expect_batch_size_alike("reward, labelled", &trainer);
+    struct DPOConfig config = {.beta = 0.2, .label_smoothing = 0.1, .weight = {1, 0.05, 0.5, 0.7, 0.3}};
+    struct DPOTask *dpo = dpo_task(&trainer, &test_arena, ref_model, config, 0.8, texts, 7);
+    dpo->pairs[1] = texts;
+    dpo->ref_logps[1] = arena_zeros(&test_arena, 14, sizeof(double));
+    trainer.task.eval_n = 7;
+    expect_batch_size_alike("dpo", &trainer);
+    expect_log_alike("dpo", &trainer);
+    trainer_free(&trainer);
+    gpt2_free(model);
+    gpt2_free(ref_model);
+}
+
 static size_t run_rows = 5;
 static uint64_t run_seed = 42;
 
@@ -4300,7 +4421,8 @@ static const struct { const char *name; void (*run)(void); } TESTS[] = {
     {"gpt2_init", test_gpt2_init}, {"model_save", test_model_save}, {"gpt2_load", test_gpt2_load}, {"reward_golden", test_reward_golden}, {"reward_rows", test_reward_rows},
     {"reward_head_gradient", test_reward_head_gradient}, {"lora_hand", test_lora_hand}, {"lora_targets", test_lora_targets}, {"lora_start", test_lora_start}, {"lora_gradient", test_lora_gradient}, {"lora_merge", test_lora_merge},
     {"lora_reference", test_lora_reference}, {"lora_frozen", test_lora_frozen}, {"lora_round_trip", test_lora_round_trip}, {"lora_broken", test_lora_broken}, {"adamw_golden", test_adamw_golden}, {"adamw_hand", test_adamw_hand}, {"schedule", test_schedule},
-    {"trainer_steps", test_trainer_steps}, {"trainer_state", test_trainer_state}, {"trainer_threads", test_trainer_threads},
+    {"trainer_steps", test_trainer_steps}, {"trainer_state", test_trainer_state}, {"trainer_threads", test_trainer_threads}, {"metric_units", test_metric_units},
+    {"eval_batch_size", test_eval_batch_size},
     {"checkpoint_resume", test_checkpoint_resume}, {"checkpoint_limit", test_checkpoint_limit}, {"checkpoint_errors", test_checkpoint_errors}, {"output_resume", test_output_resume},
     {"generate_golden", test_generate_golden}, {"beam_search_golden", test_beam_search_golden}, {"beam_search_exhaustive", test_beam_search_exhaustive},
     {"beam_candidates", test_beam_candidates},
