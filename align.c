@@ -3340,7 +3340,12 @@ static void checkpoint_resume(struct Checkpoint *c) {
                   path, s->tensor.name, (unsigned long long)x, (unsigned long long)s->least, (unsigned long long)s->most);
         }
     for (size_t i = 0; c->logs && i < COUNT(LOGS); i++) c->logs[i] = output_resume(dir, LOGS[i], arena_printf(&arena, "%s/..", from), c->log_bytes[i]);
-    say("%s: going on after step %zu from %s\n", c->task, c->state->global_step, from);
+    if (c->state->global_step < c->state->max_steps) say("%s: going on after step %zu from %s\n", c->task, c->state->global_step, from);
+    else {
+        warn("%s: %s is at step %zu, the run has %zu: no step is left to train; a longer run needs a larger --max_steps or --num_train_epochs",
+             c->task, from, c->state->global_step, c->state->max_steps);
+        c->state->max_steps = c->state->global_step;
+    }
     if (newest_one) checkpoint_way_on(from);
     arena_free(&arena);
 }
@@ -3490,21 +3495,23 @@ static size_t *epoch_order(const struct TrainingArguments *args, struct Arena *a
 }
 
 /* trainer_train -- the whole training.                                  [glossary: Trainer.train()]
- * Steps of an epoch = ceil(micro-batches / accumulation), the last on what is left. max_steps, if given, decides alone. */
+ * Steps of an epoch = ceil(micro-batches / accumulation), the last on what is left. max_steps, if given, decides alone.
+ * By hand: 5 rows, one a micro-batch, accumulation 4: a step on 4 rows, then one on the last: epoch 0.8, 1.   test: trainer_epoch */
 static void trainer_train(struct Trainer *trainer) {
     struct TrainingArguments *args = &trainer->args;
     struct TrainerState *state = &trainer->state;
     size_t per_step = args->per_device_train_batch_size * args->gradient_accumulation_steps, n = trainer->task.n;
     CHECK(n > 0, "%s: nothing to train on", trainer->task.name);
     state->steps_per_epoch = (n + per_step - 1) / per_step;
+    size_t micro_batches = (n + args->per_device_train_batch_size - 1) / args->per_device_train_batch_size;        /* of an epoch */
     state->max_steps = args->max_steps ? args->max_steps : (size_t)ceil(args->num_train_epochs * (double)state->steps_per_epoch);
-    state->num_train_epochs = args->max_steps ? ceil((double)args->max_steps / (double)state->steps_per_epoch) : args->num_train_epochs;
     gpt2_make_trainable(trainer->model);
     struct Checkpoint checkpoint = checkpoint_new(trainer->task.name, trainer->model, trainer->tok, args, state);
     checkpoint_add(&checkpoint, "rows", &trainer->task.n, 1, AS_IT_WAS);
     checkpoint_add(&checkpoint, "rows_per_step", &per_step, 1, AS_IT_WAS);
     if (trainer->task.saved) trainer->task.saved(trainer, &checkpoint);
     checkpoint_resume(&checkpoint);
+    state->num_train_epochs = ceil((double)state->max_steps / (double)state->steps_per_epoch);
     struct Arena order_arena = {0};
     double begin = seconds_now() - state->seconds;
     for (size_t epoch = state->global_step / state->steps_per_epoch; state->global_step < state->max_steps; epoch++) {
@@ -3518,7 +3525,8 @@ static void trainer_train(struct Trainer *trainer) {
             double loss = trainer_accumulate(trainer, order + step * per_step, count);
             double lr = args->learning_rate * schedule_factor(args, state->global_step, state->max_steps);
             double norm = optimizer_step(trainer->model, args, lr, ++state->global_step);
-            state->epoch = (double)epoch + (double)(step + 1) / (double)state->steps_per_epoch;
+            size_t micro_batches_done = MIN((step + 1) * args->gradient_accumulation_steps, micro_batches);
+            state->epoch = (double)epoch + (double)micro_batches_done / (double)micro_batches;
             trainer_metric(trainer, "loss", loss, 1);
             state->total_loss += loss;
             state->samples += count;

@@ -2096,6 +2096,26 @@ static void test_trainer_steps(void) {
     gpt2_free(model);
 }
 
+/* The share of an epoch's micro-batches that is done, as transformers counts it: docs/check_trainer.py compares more of them. */
+static void test_trainer_epoch(void) {
+    static const struct { size_t rows, batch, accumulation, max_steps; double epoch[5]; } cases[] = {
+        {5, 1, 4, 0, {0.8, 1}}, {5, 2, 2, 0, {2.0 / 3, 1}}, {8, 2, 2, 3, {0.5, 1, 1.5}}, {7, 2, 3, 4, {0.75, 1, 1.75, 2}}, {3, 8, 4, 2, {1, 2}}};
+    struct GPT2 *model = random_model(40, 16, 8, 1, 2);
+    struct Example examples[8];
+    for (size_t i = 0; i < 8; i++) examples[i] = random_example(4, 1, 40);
+    for (size_t k = 0; k < COUNT(cases); k++) {
+        struct Trainer trainer = trainer_of(model, 0, cases[k].max_steps, cases[k].batch);
+        trainer.args.gradient_accumulation_steps = cases[k].accumulation;
+        trainer.args.num_train_epochs = 1;
+        language_task(&trainer, examples, cases[k].rows);
+        trainer_train(&trainer);
+        for (size_t i = 0; i + 1 < trainer.state.log_count; i++) expect_close("epoch", logged(&trainer, i, "epoch"), cases[k].epoch[i], 1e-12);
+        expect_true("its last step", trainer.state.log_count > 1 && cases[k].epoch[trainer.state.log_count - 1] == 0);
+        trainer_free(&trainer);
+    }
+    gpt2_free(model);
+}
+
 /* What trainer_state.json says is what the log holds, keys sorted; NaN is null. */
 static void test_trainer_state(void) {
     struct TrainerState state = {.epoch = 0.5, .global_step = 3, .max_steps = 6, .num_train_epochs = 1.5};
@@ -2289,6 +2309,36 @@ static void test_checkpoint_resume(void) {
         expect_close("train_loss", logged(&rest, rest.state.log_count - 1, "train_loss"), logged(&whole, whole.state.log_count - 1, "train_loss"), 0);
         gpt2_free(rest.model);
         trainer_free(&rest);
+    }
+    gpt2_free(whole.model);
+    trainer_free(&whole);
+}
+
+/* Resumed where no step is left, at its end or before it: one note, and the figures are those of the run. */
+static void test_checkpoint_complete(void) {
+    struct Example examples[5];
+    for (size_t i = 0; i < 5; i++) examples[i] = random_example(6 + i, 1, 40);
+    const char *dir = temporary("complete");
+    struct Trainer whole = checkpointed_run(examples, dir, 0, 0);
+    for (size_t steps = 3; steps <= 6; steps += 3) {
+        struct Trainer trainer = trainer_of(new_model(40, 16, 8, 1, 2), 0.01, steps, 2);
+        trainer.args.output_dir = dir;
+        trainer.args.resume_from_checkpoint = arena_printf(&test_arena, "%s/checkpoint-6", dir);
+        language_task(&trainer, examples, run_rows);
+        capture_begin();
+        trainer_train(&trainer);
+        struct Text said = capture_end();
+        double loss = 0;
+        for (size_t i = 0; i < 2; i++) loss += 3 * logged(&whole, i, "loss");       /* entries of three steps */
+        expect_true("a note", strstr(said.data, arena_printf(&test_arena, "is at step 6, the run has %zu: no step is left to train", steps)));
+        expect_true("no other word", !strstr(said.data, "going on"));
+        expect_count("max_steps", trainer.state.max_steps, 6);
+        expect_count("global_step", trainer.state.global_step, 6);
+        expect_close("epochs", trainer.state.num_train_epochs, 2, 0);
+        expect_close("train_loss", logged(&trainer, 2, "train_loss"), loss / 6, 1e-8);
+        expect_close("steps a second", logged(&trainer, 2, "train_steps_per_second"), 6 / logged(&trainer, 2, "train_runtime"), 1e-6);
+        gpt2_free(trainer.model);
+        trainer_free(&trainer);
     }
     gpt2_free(whole.model);
     trainer_free(&whole);
@@ -4421,9 +4471,9 @@ static const struct { const char *name; void (*run)(void); } TESTS[] = {
     {"gpt2_init", test_gpt2_init}, {"model_save", test_model_save}, {"gpt2_load", test_gpt2_load}, {"reward_golden", test_reward_golden}, {"reward_rows", test_reward_rows},
     {"reward_head_gradient", test_reward_head_gradient}, {"lora_hand", test_lora_hand}, {"lora_targets", test_lora_targets}, {"lora_start", test_lora_start}, {"lora_gradient", test_lora_gradient}, {"lora_merge", test_lora_merge},
     {"lora_reference", test_lora_reference}, {"lora_frozen", test_lora_frozen}, {"lora_round_trip", test_lora_round_trip}, {"lora_broken", test_lora_broken}, {"adamw_golden", test_adamw_golden}, {"adamw_hand", test_adamw_hand}, {"schedule", test_schedule},
-    {"trainer_steps", test_trainer_steps}, {"trainer_state", test_trainer_state}, {"trainer_threads", test_trainer_threads}, {"metric_units", test_metric_units},
+    {"trainer_steps", test_trainer_steps}, {"trainer_epoch", test_trainer_epoch}, {"trainer_state", test_trainer_state}, {"trainer_threads", test_trainer_threads}, {"metric_units", test_metric_units},
     {"eval_batch_size", test_eval_batch_size},
-    {"checkpoint_resume", test_checkpoint_resume}, {"checkpoint_limit", test_checkpoint_limit}, {"checkpoint_errors", test_checkpoint_errors}, {"output_resume", test_output_resume},
+    {"checkpoint_resume", test_checkpoint_resume}, {"checkpoint_complete", test_checkpoint_complete}, {"checkpoint_limit", test_checkpoint_limit}, {"checkpoint_errors", test_checkpoint_errors}, {"output_resume", test_output_resume},
     {"generate_golden", test_generate_golden}, {"beam_search_golden", test_beam_search_golden}, {"beam_search_exhaustive", test_beam_search_exhaustive},
     {"beam_candidates", test_beam_candidates},
     {"generate_filters_golden", test_generate_filters_golden}, {"generate_processors", test_generate_processors}, {"generate_distribution", test_generate_distribution},
