@@ -894,8 +894,11 @@ static void safetensors_read(struct SafeTensors *st, const struct Json *entry, s
         size_t n = MIN(tensor->n - done, (size_t)8192);
         CHECK(fread(chunk, width, n, st->file) == n, "%s: tensor %s cannot be read: %s", st->path, tensor->name, ferror(st->file) ? strerror(errno) : "the file ends");
         safetensors_convert(tensor->w + done, chunk, n, type);
-        size_t bad = first_not_finite(tensor->w + done, n);                       /* a moment may be infinite: its step is 0 then */
-        CHECK(bad == n || tensor->bits || strncmp(tensor->name, "exp_avg", 7) == 0, "%s: tensor %s: number %zu is %g, a finite one was expected; take an earlier checkpoint or a fresh copy of the file",
+        const float *w = tensor->w + done;
+        size_t bad = first_not_finite(w, n);
+        bool moment = strncmp(tensor->name, "exp_avg", 7) == 0;                    /* may be infinite: its step is 0 then */
+        while (moment && bad < n && isinf(w[bad])) bad += 1 + first_not_finite(w + bad + 1, n - bad - 1);
+        CHECK(bad == n || tensor->bits, "%s: tensor %s: number %zu is %g, a finite one was expected; take an earlier checkpoint or a fresh copy of the file",
               st->path, tensor->name, done + bad, tensor->w[done + bad]);
         done += n;
     }
@@ -904,11 +907,11 @@ static void safetensors_read(struct SafeTensors *st, const struct Json *entry, s
 /* Heads stand beside the transformer: "transformer.", where a prefix ends in it, is no part of their names. */
 static bool tensor_is_head(const struct Tensor *t) { return strncmp(t->name, "score.", 6) == 0 || strncmp(t->name, "v_head.", 7) == 0; }
 
-/* Writes tensors as F32, names prefixed, header padded to 8 bytes as the format asks. */
-static void safetensors_write(const char *folder, const char *name, struct Tensor **tensors, size_t count, const char *prefix) {
+/* Writes tensors as F32, names prefixed, header padded to 8 bytes as the format asks. metadata: more of it, or "". */
+static void safetensors_write_with(const char *folder, const char *name, struct Tensor **tensors, size_t count, const char *prefix, const char *metadata) {
     struct Output out = output_open(folder, name);
     fwrite("\0\0\0\0\0\0\0", 1, 8, out.file);         /* the header's length, when it is known */
-    size_t length = (size_t)fprintf(out.file, "{\"__metadata__\":{\"format\":\"pt\"}"), offset = 0;
+    size_t length = (size_t)fprintf(out.file, "{\"__metadata__\":{\"format\":\"pt\"%s}", metadata), offset = 0;
     for (size_t i = 0; i < count; i++) {
         struct Tensor *t = tensors[i];
         size_t shorter = tensor_is_head(t) && *prefix ? strlen("transformer.") : 0;
@@ -921,6 +924,10 @@ static void safetensors_write(const char *folder, const char *name, struct Tenso
     fseeko(out.file, 0, SEEK_SET);                             /* unlike rewind() it keeps the mark of an error */
     for (int i = 0; i < 8; i++) fputc((int)((uint64_t)length >> 8 * i & 255), out.file);
     output_close(&out);
+}
+
+static void safetensors_write(const char *folder, const char *name, struct Tensor **tensors, size_t count, const char *prefix) {
+    safetensors_write_with(folder, name, tensors, count, prefix, "");
 }
 
 /* =============================================================================================
@@ -3149,8 +3156,12 @@ static void trainer_state_save(const struct TrainerState *s, const struct Traini
  *   trainer_state.json      which step this is, and the log so far
  * It is written as tmp-checkpoint-N, put on the disk and renamed, and renamed again before it is removed: a folder
  * called checkpoint-N is whole, whenever the plug was pulled.              test: checkpoint_* */
-struct Saved { struct Tensor tensor; uint64_t least, most; };      /* whole numbers from least to most, or doubles */
-enum { AS_IT_WAS };      /* in place of `most`: a number that must not have changed, or the run would not be the same */
+struct Saved {
+    struct Tensor tensor;
+    const char *fixed;                       /* in words, what must be as it was, or the run would be another; NULL: it may change */
+    uint64_t fixed_value, most;              /* whole numbers are at most `most` */
+    size_t first_double;                     /* from this number on they are doubles */
+};
 
 struct Checkpoint {
     struct GPT2 *model;
@@ -3162,6 +3173,7 @@ struct Checkpoint {
     uint64_t log_bytes[2];                   /* their lengths at the checkpoint */
     struct Saved saved[20];
     size_t count;
+    size_t run;                              /* how many runs have begun in output_dir, this one included */
 };
 
 static const char *const LOGS[] = {"stats_all.jsonl", "rollouts.jsonl"};
@@ -3173,20 +3185,70 @@ static struct Tensor tensor_of_bits(const char *group, const char *name, void *a
     return t;
 }
 
-static void checkpoint_add(struct Checkpoint *c, const char *name, void *at, size_t n, uint64_t most) {
+/* n whole numbers, or any bits: then `most` is UINT64_MAX. */
+static struct Saved *checkpoint_add(struct Checkpoint *c, const char *name, void *at, size_t n, uint64_t most) {
     if (c->count == COUNT(c->saved)) die("internal: more than %zu things in a checkpoint", COUNT(c->saved));
     struct Saved *s = &c->saved[c->count++];
-    *s = (struct Saved){tensor_of_bits(c->task, name, at, n), 0, most};
-    if (most != AS_IT_WAS) return;
-    memcpy(&s->least, at, sizeof s->least);
-    s->most = s->least;
+    *s = (struct Saved){.tensor = tensor_of_bits(c->task, name, at, n), .most = most, .first_double = n};
+    return s;
+}
+
+static void checkpoint_add_doubles(struct Checkpoint *c, const char *name, void *at, size_t n) {
+    checkpoint_add(c, name, at, n, UINT64_MAX)->first_double = 0;
+}
+
+/* One number that must not have changed. words: what it is. */
+static void checkpoint_add_fixed(struct Checkpoint *c, const char *name, void *at, const char *words) {
+    struct Saved *s = checkpoint_add(c, name, at, 1, UINT64_MAX);
+    s->fixed = words;
+    memcpy(&s->fixed_value, at, sizeof s->fixed_value);
 }
 
 static struct Checkpoint checkpoint_new(const char *task, struct GPT2 *model, const struct Tokenizer *tok, const struct TrainingArguments *args, struct TrainerState *state) {
     struct Checkpoint c = {.model = model, .tok = tok, .args = args, .state = state, .task = task};
-    checkpoint_add(&c, "seed", (void *)&args->seed, 1, AS_IT_WAS);
-    checkpoint_add(&c, "progress", (char *)state + offsetof(struct TrainerState, num_tokens), 5, UINT64_MAX);
+    checkpoint_add_fixed(&c, "seed", (void *)&args->seed, "--seed");
+    checkpoint_add(&c, "progress", (char *)state + offsetof(struct TrainerState, num_tokens), 5, UINT64_MAX)->first_double = 2;
     return c;
+}
+
+/* Is this a checkpoint of the same run? Asked before the rest is read: of other data even the tensors' sizes could differ. */
+static void checkpoint_check_fixed(struct Checkpoint *c, struct SafeTensors *st, const char *from) {
+    const char *own = c->saved[0].tensor.name;                   /* "sft.seed" */
+    for (struct Json *item = st->header->child; item; item = item->next) {
+        const char *dot = strchr(item->key.data, '.');
+        bool other = dot && strcmp(dot, ".seed") == 0 && strcmp(item->key.data, own) != 0;
+        CHECK(!other, "%s: is a checkpoint of %.*s; %s cannot go on from it",
+              from, (int)MIN(dot - item->key.data, 16), item->key.data, c->task);
+    }
+    for (struct Saved *s = c->saved; s < c->saved + c->count; s++) {
+        uint64_t was;
+        if (!s->fixed || !tensor_load(st, &s->tensor)) continue;
+        memcpy(&was, s->tensor.w, sizeof was);
+        CHECK(was == s->fixed_value,
+              "%s: %s is %llu, in the checkpoint's run it was %llu; give the data and flags that the run "
+              "began with, or start over without --resume_from_checkpoint",
+              from, s->fixed, (unsigned long long)s->fixed_value, (unsigned long long)was);
+    }
+}
+
+/* Numbers out of range or not finite are a broken file's. */
+static void checkpoint_check_numbers(const struct Checkpoint *c, const char *path) {
+    static const char remedy[] = "was expected; the file is damaged, take an earlier checkpoint";
+    for (const struct Saved *s = c->saved; s < c->saved + c->count; s++)
+        for (size_t i = 0; i < s->tensor.n / 2; i++) {
+            uint64_t whole;
+            double real;
+            memcpy(&whole, (char *)s->tensor.w + 8 * i, sizeof whole);
+            memcpy(&real, &whole, sizeof real);
+            bool is_double = i >= s->first_double;
+            CHECK(!is_double || isfinite(real), "%s: %s: number %zu is %g, a finite one %s",
+                  path, s->tensor.name, i, real, remedy);
+            CHECK(is_double || whole <= s->most, "%s: %s: number %zu is %llu, at most %llu %s",
+                  path, s->tensor.name, i, (unsigned long long)whole, (unsigned long long)s->most, remedy);
+        }
+    const struct LogEntry *metrics = &c->state->metrics;
+    for (const struct Metric *m = metrics->item; m < metrics->item + metrics->n; m++)
+        CHECK(isfinite(m->value), "%s: metric.%s is %g, a finite number %s", path, m->name, m->value, remedy);
 }
 
 static void trainer_state_load(struct TrainerState *state, struct Arena *arena, const char *path) {
@@ -3229,18 +3291,35 @@ static struct Holding checkpoint_holding(struct Checkpoint *c, struct Arena *are
     return held;
 }
 
-/* How many checkpoint-N a folder has; *oldest, *newest: those written first and last (a run started over counts from 1 again). */
-static size_t checkpoint_find(const char *folder, size_t *oldest, size_t *newest) {
+/* How old a checkpoint is, by what it says itself (a copy's or a restored file's time says nothing): the number of its run in
+ * the folder, which a run that starts over or goes on counts up, then its step. Without a number, as of old, the run is 0. */
+struct CheckpointAge { size_t run, step; };
+
+static bool checkpoint_older(struct CheckpointAge a, struct CheckpointAge b) { return a.run < b.run || (a.run == b.run && a.step < b.step); }
+
+static bool checkpoint_age(const char *folder, const char *name, struct CheckpointAge *age) {
+    char *end, path[PATH_MAX];
+    static const char header[] = "{\"__metadata__\":{\"format\":\"pt\",\"run\":\"%15zu\"";
+    if (strncmp(name, "checkpoint-", 11) != 0) return false;
+    *age = (struct CheckpointAge){0, strtoull(name + 11, &end, 10)};
+    int length = snprintf(path, sizeof path, "%s/checkpoint-%zu/optimizer.safetensors", folder, age->step);
+    FILE *file = *end || length >= (int)sizeof path ? NULL : fopen(path, "rb");
+    if (!file) return false;
+    bool numbered = fseeko(file, 8, SEEK_SET) == 0 && fscanf(file, header, &age->run) == 1;
+    if (!numbered) age->run = 0;
+    fclose(file);
+    return true;
+}
+
+/* How many checkpoint-N a folder has; *oldest, *newest: which of them. */
+static size_t checkpoint_find(const char *folder, struct CheckpointAge *oldest, struct CheckpointAge *newest) {
     DIR *dir = opendir(folder);
     size_t count = 0;
-    time_t first = 0, last = 0;
     for (struct dirent *entry; dir && (entry = readdir(dir));) {
-        char *end, path[PATH_MAX];
-        struct stat s;
-        size_t n = strncmp(entry->d_name, "checkpoint-", 11) ? SIZE_MAX : strtoull(entry->d_name + 11, &end, 10);
-        if (n == SIZE_MAX || *end || snprintf(path, sizeof path, "%s/checkpoint-%zu/optimizer.safetensors", folder, n) >= (int)sizeof path || stat(path, &s)) continue;
-        if (count == 0 || s.st_mtime < first || (s.st_mtime == first && n < *oldest)) *oldest = n, first = s.st_mtime;
-        if (count == 0 || s.st_mtime > last || (s.st_mtime == last && n > *newest)) *newest = n, last = s.st_mtime;
+        struct CheckpointAge age;
+        if (!checkpoint_age(folder, entry->d_name, &age)) continue;
+        if (count == 0 || checkpoint_older(age, *oldest)) *oldest = age;
+        if (count == 0 || checkpoint_older(*newest, age)) *newest = age;
         count++;
     }
     if (dir) closedir(dir);
@@ -3263,7 +3342,8 @@ static void checkpoint_way_on(const char *folder) { snprintf(way_on, sizeof way_
 
 static void checkpoint_save(struct Checkpoint *c) {
     struct Arena arena = {0};
-    size_t step = c->state->global_step, oldest, newest;
+    size_t step = c->state->global_step;
+    struct CheckpointAge oldest, newest;
     const char *dir = c->args->output_dir, *staged = arena_printf(&arena, "%s/tmp-checkpoint-%zu", dir, step);
     const char *replaced = arena_printf(&arena, "%s-old", staged), *whole = arena_printf(&arena, "%s/checkpoint-%zu", dir, step);
     for (size_t i = 0; c->logs && i < COUNT(LOGS); i++) {
@@ -3274,7 +3354,7 @@ static void checkpoint_save(struct Checkpoint *c) {
     staged_folder = staged;
     model_save(c->model, staged, c->tok);
     struct Holding held = checkpoint_holding(c, &arena);
-    safetensors_write(staged, "optimizer.safetensors", held.list + held.train, held.count - held.train, "");
+    safetensors_write_with(staged, "optimizer.safetensors", held.list + held.train, held.count - held.train, "", arena_printf(&arena, ",\"run\":\"%zu\"", c->run));
     trainer_state_save(c->state, c->args, staged);
     folder_sync(staged);
     rename(whole, replaced);                                     /* an earlier run's, if there is one */
@@ -3283,7 +3363,7 @@ static void checkpoint_save(struct Checkpoint *c) {
     folder_remove(replaced, NULL);
     folder_sync(dir);
     checkpoint_way_on(whole);
-    while (c->args->save_total_limit && checkpoint_find(dir, &oldest, &newest) > c->args->save_total_limit && checkpoint_remove(dir, oldest)) continue;
+    while (c->args->save_total_limit && checkpoint_find(dir, &oldest, &newest) > c->args->save_total_limit && checkpoint_remove(dir, oldest.step)) continue;
     arena_free(&arena);
 }
 
@@ -3297,7 +3377,7 @@ static void interrupt(int signal_number) {
 /* Puts back what a checkpoint holds, if the run is to go on from one. From here on Ctrl-C waits for a step's end. */
 static void checkpoint_resume(struct Checkpoint *c) {
     struct Arena arena = {0};
-    size_t oldest, newest = 0;
+    struct CheckpointAge oldest, newest = {0};
     const char *dir = c->args->output_dir, *from = c->args->resume_from_checkpoint;
     static const char *const files[] = {"model.safetensors", "adapter_model.safetensors", "optimizer.safetensors"};
     if (c->args->warmup_steps > c->state->max_steps) warn("--warmup_steps %zu: the run has %zu steps; its learning rate never reaches --learning_rate", c->args->warmup_steps, c->state->max_steps);
@@ -3307,17 +3387,19 @@ static void checkpoint_resume(struct Checkpoint *c) {
         signal(SIGTERM, interrupt);
     }
     bool newest_one = dir && from && strcmp(from, "true") == 0, any = dir && checkpoint_find(dir, &oldest, &newest) > 0;
-    if (any && !from) warn("%s holds checkpoint-%zu of an earlier run; this one starts over (--resume_from_checkpoint true would go on)", dir, newest);
+    c->run = newest.run + 1;
+    if (any && !from) warn("%s holds checkpoint-%zu of an earlier run; this one starts over (--resume_from_checkpoint true would go on)", dir, newest.step);
     if (newest_one && !any) warn("%s: no whole checkpoint to resume from; starting over", dir);
     if (!from || strcmp(from, "false") == 0 || (newest_one && !any)) {
         for (size_t i = 0; c->logs && i < COUNT(LOGS); i++) c->logs[i] = output_open(c->log_dir, LOGS[i]);
         return;
     }
-    if (newest_one) from = arena_printf(&arena, "%s/checkpoint-%zu", dir, newest);
+    if (newest_one) from = arena_printf(&arena, "%s/checkpoint-%zu", dir, newest.step);
     const char *path = arena_printf(&arena, "%s/optimizer.safetensors", from);
     CHECK(file_exists(path), "--resume_from_checkpoint %s: no checkpoint is there (optimizer.safetensors); `true` takes the newest in --output_dir", from);
     trainer_state_load(c->state, &arena, arena_printf(&arena, "%s/trainer_state.json", from));
     struct SafeTensors st = safetensors_open(&arena, path);
+    checkpoint_check_fixed(c, &st, from);
     c->state->metrics.n = 0;
     for (struct Json *item = st.header->child; item && c->state->metrics.n < MAX_METRICS; item = item->next)
         if (strncmp(item->key.data, "metric.", 7) == 0) log_at(&c->state->metrics, log_name("", text_of(item->key.data + 7)));
@@ -3332,13 +3414,7 @@ static void checkpoint_resume(struct Checkpoint *c) {
     }
     for (size_t i = 0; i < held.count; i++)
         CHECK(held.list[i]->loaded, "%s: holds no %s; are task, model and flags those of the run that was saved?", from, held.list[i]->name);
-    for (struct Saved *s = c->saved; s < c->saved + c->count; s++)
-        for (size_t i = 0; i < s->tensor.n / 2; i++) {
-            uint64_t x;
-            memcpy(&x, (char *)s->tensor.w + 8 * i, 8);
-            CHECK(x >= s->least && x <= s->most, "%s: %s is %llu, from %llu to %llu was expected; give the data and flags that the run began with",
-                  path, s->tensor.name, (unsigned long long)x, (unsigned long long)s->least, (unsigned long long)s->most);
-        }
+    checkpoint_check_numbers(c, path);
     for (size_t i = 0; c->logs && i < COUNT(LOGS); i++) c->logs[i] = output_resume(dir, LOGS[i], arena_printf(&arena, "%s/..", from), c->log_bytes[i]);
     if (c->state->global_step < c->state->max_steps) say("%s: going on after step %zu from %s\n", c->task, c->state->global_step, from);
     else {
@@ -3415,7 +3491,9 @@ static void state_say(const struct TrainerState *state, const char *name, const 
     char text[400] = "";
     for (size_t i = 0, used = 0; i < COUNT(shown); i++) {
         double value;
-        if (log_find(entry, shown[i], &value)) used += (size_t)snprintf(text + used, sizeof text - used, "%s%s %.4g", used ? "  " : "", shown[i], value);
+        if (!log_find(entry, shown[i], &value)) continue;
+        int length = snprintf(text + used, sizeof text - used, "%s%s %.4g", used ? "  " : "", shown[i], value);
+        used = MIN(used + (size_t)length, sizeof text - 1);                 /* what has no room is left out */
     }
     progress_say(name, state->global_step, state->max_steps, state->num_tokens, plain, text);
 }
@@ -3428,13 +3506,17 @@ static void trainer_means(const struct TrainerState *state, struct LogEntry *ent
     log_value(entry, "step", (double)state->global_step);
 }
 
+/* Ctrl-C ends the evaluation after the last step at once: the weights have yet to be saved. One between steps is finished, as a
+ * step is, for the checkpoint that is saved then has its figures. */
+static bool evaluation_interrupted(const struct TrainerState *state) { return interrupted && state->global_step == state->max_steps; }
+
 /* trainer_measure -- the loss and the other metrics over the held-out items, each a mean over its units; no weight moves. */
 static struct LogEntry trainer_measure(struct Trainer *trainer) {
     struct TrainerState *state = &trainer->state, before = *state;
     size_t n = trainer->task.eval_n, batch = trainer->args.per_device_eval_batch_size;
     state->metrics.n = 0;
     double begin = seconds_now();
-    for (size_t first = 0; first < n; first += batch) {
+    for (size_t first = 0; first < n && !evaluation_interrupted(state); first += batch) {
         size_t index[4096], count = MIN(MIN(batch, n - first), COUNT(index));
         for (size_t i = 0; i < count; i++) index[i] = first + i;
         arena_reset(&trainer->arena);
@@ -3453,6 +3535,7 @@ static struct LogEntry trainer_measure(struct Trainer *trainer) {
 static double trainer_evaluate(struct Trainer *trainer) {
     struct LogEntry entry = trainer_measure(trainer);
     double loss;
+    if (evaluation_interrupted(&trainer->state)) return NAN;     /* the part that was read is no figure */
     *state_log(&trainer->state) = entry;
     state_say(&trainer->state, trainer->task.name, &entry, true);
     log_find(&entry, "eval_loss", &loss);
@@ -3507,8 +3590,8 @@ static void trainer_train(struct Trainer *trainer) {
     state->max_steps = args->max_steps ? args->max_steps : (size_t)ceil(args->num_train_epochs * (double)state->steps_per_epoch);
     gpt2_make_trainable(trainer->model);
     struct Checkpoint checkpoint = checkpoint_new(trainer->task.name, trainer->model, trainer->tok, args, state);
-    checkpoint_add(&checkpoint, "rows", &trainer->task.n, 1, AS_IT_WAS);
-    checkpoint_add(&checkpoint, "rows_per_step", &per_step, 1, AS_IT_WAS);
+    checkpoint_add_fixed(&checkpoint, "rows", &trainer->task.n, "the number of rows to train on");
+    checkpoint_add_fixed(&checkpoint, "rows_per_step", &per_step, "the number of rows in a step (--per_device_train_batch_size times --gradient_accumulation_steps)");
     if (trainer->task.saved) trainer->task.saved(trainer, &checkpoint);
     checkpoint_resume(&checkpoint);
     state->num_train_epochs = ceil((double)state->max_steps / (double)state->steps_per_epoch);
@@ -4837,12 +4920,12 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, size
         checkpoint.log_dir = log_dir;
         checkpoint_add(&checkpoint, "log_bytes", checkpoint.log_bytes, COUNT(LOGS), UINT64_MAX);
     }
-    checkpoint_add(&checkpoint, "batch_size", &B, 1, AS_IT_WAS);
-    checkpoint_add(&checkpoint, "kl_coef", &ppo->kl_coef, 1, UINT64_MAX);
-    checkpoint_add(&checkpoint, "moments", &ppo->moments, sizeof ppo->moments / sizeof(double), UINT64_MAX);
+    checkpoint_add_fixed(&checkpoint, "batch_size", &B, "--batch_size");
+    checkpoint_add_doubles(&checkpoint, "kl_coef", &ppo->kl_coef, 1);
+    checkpoint_add_doubles(&checkpoint, "moments", &ppo->moments, sizeof ppo->moments / sizeof(double));
     checkpoint_add(&checkpoint, "optimizer_steps", &ppo->optimizer_steps, 1, UINT64_MAX);
     checkpoint_add(&checkpoint, "mini_batches", ppo->order.s, 4, UINT64_MAX);
-    checkpoint_add(&checkpoint, "prompts", &source->n, 1, AS_IT_WAS);
+    checkpoint_add_fixed(&checkpoint, "prompts", &source->n, "the number of prompts");
     checkpoint_add(&checkpoint, "order", source->order, source->n, source->n - 1);
     checkpoint_add(&checkpoint, "at", &source->at, 1, source->n);
     checkpoint_add(&checkpoint, "random", (char *)source + offsetof(struct RolloutSource, shuffle), 3 * 4, UINT64_MAX);
@@ -5053,7 +5136,7 @@ static size_t dpo_pairs(struct Trainer *trainer, struct Arena *arena, const stru
 
 /* The reference's log-probabilities too: computed again beside other pairs they could differ in the last bit. */
 static void dpo_saved(struct Trainer *trainer, struct Checkpoint *checkpoint) {
-    checkpoint_add(checkpoint, "ref_logps", ((struct DPOTask *)trainer->task.data)->ref_logps[0], 2 * trainer->task.n, UINT64_MAX);
+    checkpoint_add_doubles(checkpoint, "ref_logps", ((struct DPOTask *)trainer->task.data)->ref_logps[0], 2 * trainer->task.n);
 }
 
 static struct DPOTask *dpo_task(struct Trainer *trainer, struct Arena *arena, struct GPT2 *ref_model, struct DPOConfig config, double temperature, struct Example *pairs, size_t n) {
@@ -6335,6 +6418,9 @@ static void save_result(struct Options *o, const struct TrainerState *state) {
     fputs("}}\n", out.file);
     output_close(&out);
     report_write(o->train.output_dir);
+    way_on[0] = 0;                                               /* nothing is left to go on with */
+    CHECK(!interrupted, "interrupted after the last step; the model is saved in %s%s", o->train.output_dir,
+          o->eval ? ", its last evaluation may be missing (align eval)" : "");
 }
 
 /* Trains, evaluates, saves: what every training command ends with. */

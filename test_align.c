@@ -2273,12 +2273,13 @@ static void test_eval_batch_size(void) {
     gpt2_free(ref_model);
 }
 
-static size_t run_rows = 5;
+static size_t run_rows = 5, run_batch = 2;
 static uint64_t run_seed = 42;
+static const char *run_task = "test";
 
 /* A run of 7 steps with checkpoints each 2, or what is left of it after checkpoint-`from`. */
 static struct Trainer checkpointed_run(struct Example *examples, const char *dir, size_t from, size_t limit) {
-    struct Trainer trainer = trainer_of(new_model(40, 16, 8, 1, 2), 0.01, 7, 2);
+    struct Trainer trainer = trainer_of(new_model(40, 16, 8, 1, 2), 0.01, 7, run_batch);
     trainer.args.logging_steps = 3;
     trainer.args.save_steps = 2;
     trainer.args.save_total_limit = limit;
@@ -2286,6 +2287,7 @@ static struct Trainer checkpointed_run(struct Example *examples, const char *dir
     trainer.args.seed = run_seed;
     if (from) trainer.args.resume_from_checkpoint = arena_printf(&test_arena, "%s/checkpoint-%zu", dir, from);
     language_task(&trainer, examples, run_rows);
+    trainer.task.name = run_task;
     make_folder(dir);
     trainer_train(&trainer);
     return trainer;
@@ -2347,7 +2349,7 @@ static void test_checkpoint_complete(void) {
 /* save_total_limit keeps those written last; what a killed run left half written or half removed is taken away, and is no checkpoint. */
 static void test_checkpoint_limit(void) {
     struct Example examples[5];
-    size_t oldest = 0, newest = 0;
+    struct CheckpointAge oldest = {0}, newest = {0};
     for (size_t i = 0; i < 5; i++) examples[i] = random_example(6, 1, 40);
     const char *dir = temporary("limited");
     make_folder(temporary("limited/tmp-checkpoint-8"));
@@ -2355,13 +2357,89 @@ static void test_checkpoint_limit(void) {
     make_folder(temporary("limited/checkpoint-9"));                              /* without a state: none of ours */
     struct Trainer trainer = checkpointed_run(examples, dir, 0, 2);
     expect_count("how many", checkpoint_find(dir, &oldest, &newest), 2);
-    expect_true("which", oldest == 4 && newest == 6 && !file_exists(temporary("limited/checkpoint-2")));
+    expect_true("which", oldest.step == 4 && newest.step == 6 && !file_exists(temporary("limited/checkpoint-2")));
     expect_true("left over", !file_exists(temporary("limited/tmp-checkpoint-8")) && file_exists(temporary("limited/checkpoint-9")));
-    utime(temporary("limited/checkpoint-6/optimizer.safetensors"), &(struct utimbuf){1000, 1000});
-    checkpoint_find(dir, &oldest, &newest);
-    expect_true("by time", oldest == 6 && newest == 4);
     gpt2_free(trainer.model);
     trainer_free(&trainer);
+}
+
+/* Which checkpoint is older is told by what they hold: times, which a copy or a restored folder loses, say nothing. Each run
+ * that begins in a folder, anew or from a checkpoint, is later than all before it; those of old come first. */
+static void test_checkpoint_age(void) {
+    struct Example examples[5];
+    struct CheckpointAge oldest = {0}, newest = {0};
+    for (size_t i = 0; i < 5; i++) examples[i] = random_example(6, 1, 40);
+    const char *dir = temporary("aged");
+    struct Trainer first = checkpointed_run(examples, dir, 0, 0);
+    for (size_t step = 2; step <= 6; step += 2)
+        utime(arena_printf(&test_arena, "%s/checkpoint-%zu/optimizer.safetensors", dir, step), &(struct utimbuf){9000 - (time_t)step, 9000 - (time_t)step});
+    expect_count("how many", checkpoint_find(dir, &oldest, &newest), 3);
+    expect_true("times say nothing", oldest.step == 2 && newest.step == 6 && newest.run == 1);
+    struct Trainer second = checkpointed_run(examples, dir, 2, 0);               /* goes on from the oldest: 4 and 6 are written anew */
+    checkpoint_find(dir, &oldest, &newest);
+    expect_true("gone on", oldest.run == 1 && oldest.step == 2 && newest.run == 2 && newest.step == 6);
+    remove(temporary("aged/checkpoint-4/optimizer.safetensors"));
+    struct Trainer third = trainer_of(new_model(40, 16, 8, 1, 2), 0.01, 3, 2);   /* starts over: its 1, 2 and 3 are later than 6 */
+    third.args.save_steps = 1;
+    third.args.save_total_limit = 2;
+    third.args.output_dir = dir;
+    language_task(&third, examples, 5);
+    capture_begin();
+    trainer_train(&third);
+    struct Text said = capture_end();
+    expect_true("the note", strstr(said.data, "aged holds checkpoint-6 of an earlier run; this one starts over"));
+    expect_count("two are left", checkpoint_find(dir, &oldest, &newest), 2);
+    expect_true("its own last two", oldest.run == 3 && oldest.step == 2 && newest.run == 3 && newest.step == 3);
+    struct Text text = read_file(&test_arena, temporary("aged/checkpoint-3/optimizer.safetensors"));
+    char *run = memmem(text.data, text.length, "\"run\"", 5);
+    CHECK(run, "test_align: no number of the run");
+    run[1] = 'x';                                                                /* as a checkpoint of old, without a number */
+    write_bytes("aged/checkpoint-3/optimizer.safetensors", text.data, text.length);
+    checkpoint_find(dir, &oldest, &newest);
+    expect_true("of old", oldest.run == 0 && oldest.step == 3 && newest.step == 2);
+    struct Trainer last = checkpointed_run(examples, dir, 3, 0);
+    expect_count("and it can be gone on from", last.state.global_step, 7);
+    struct Trainer *trainers[] = {&first, &second, &third, &last};
+    for (size_t i = 0; i < COUNT(trainers); i++) {
+        gpt2_free(trainers[i]->model);
+        trainer_free(trainers[i]);
+    }
+}
+
+/* Ctrl-C in the evaluation after the last step: it ends, without a figure, and what was trained can be saved. */
+static void test_evaluation_interrupted(void) {
+    struct GPT2 *model = random_model(40, 16, 8, 1, 2);
+    struct Example examples[5];
+    for (size_t i = 0; i < 5; i++) examples[i] = random_example(6, 1, 40);
+    struct Trainer trainer = trainer_of(model, 0, 2, 2);
+    language_task(&trainer, examples, 5);
+    trainer.task.eval_n = 5;
+    trainer.args.eval_steps = 1;
+    interrupted = 1;
+    trainer_train(&trainer);
+    expect_true("one between steps is finished", isfinite(logged(&trainer, 1, "eval_loss")));
+    expect_true("one after the last step is not", isnan(trainer_evaluate(&trainer)));
+    expect_true("nor logged", isnan(logged(&trainer, 3, "eval_loss")) && trainer.state.log_count == 4);
+    interrupted = 0;
+    expect_true("without Ctrl-C it is", isfinite(trainer_evaluate(&trainer)) && trainer.state.log_count == 5);
+    trainer_free(&trainer);
+    gpt2_free(model);
+}
+
+/* Every number that is shown at once, as long as numbers get: the line is cut, nothing is written behind its buffer. */
+static void test_state_say(void) {
+    static const char *const names[] = {"env/reward_mean", "objective/kl", "ppo/loss/total", "reward", "kl", "gradient_variance/none", "gradient_variance/mean",
+        "gradient_variance/rloo", "loss", "eval_loss", "accuracy", "eval_accuracy", "margin", "rewards/margins", "rewards/accuracies", "grad_norm", "learning_rate"};
+    struct TrainerState state = {.global_step = 1, .max_steps = 2};
+    struct LogEntry entry = {0};
+    for (size_t i = 0; i < COUNT(names); i++) log_value(&entry, names[i], -1.234e-300);
+    capture_begin();
+    quiet = false;
+    state_say(&state, "test", &entry, true);
+    quiet = true;
+    struct Text said = capture_end();
+    expect_true("its beginning", strstr(said.data, "test: step 1/2  env/reward_mean -1.234e-300  objective/kl -1.234e-300"));
+    expect_true("no longer than its buffer", said.length > 350 && said.length < 420);
 }
 
 /* What is no checkpoint of this run is refused, with its place. argument: a file and a text in it, and what to write there instead. */
@@ -2390,11 +2468,39 @@ static void resume_changed(const void *argument) {
 static void resume_other(const void *argument) {
     struct Example examples[6];
     for (size_t i = 0; i < 6; i++) examples[i] = random_example(6, 1, 40);
-    const char *dir = temporary(strstr(argument, "rows") ? "other_rows" : "other_seed");
+    const char *dir = arena_printf(&test_arena, "%s/other%zu", folder, (size_t)argument);
     checkpointed_run(examples, dir, 0, 0);
-    if (strstr(argument, "rows")) run_rows = 6;
+    if (strstr(argument, "to train on")) run_rows = 6;
+    else if (strstr(argument, "in a step")) run_batch = 3;
+    else if (strstr(argument, "is a checkpoint of")) run_task = "dpo";
     else run_seed = 43;
     checkpointed_run(examples, dir, 4, 0);
+}
+
+/* A number of 64 bits of a checkpoint is not finite. argument: the name of its tensor and its place. */
+static void resume_not_finite(const void *argument) {
+    struct Example examples[5];
+    char name[40];
+    size_t place, header = 0;
+    CHECK(sscanf(argument, "%39s %zu", name, &place) == 2, "test_align: %s", (const char *)argument);
+    for (size_t i = 0; i < 5; i++) examples[i] = random_example(6, 1, 40);
+    const char *dir = arena_printf(&test_arena, "%s/not_finite_%s%zu", folder, name, place);
+    const char *file = arena_printf(&test_arena, "%s/checkpoint-4/optimizer.safetensors", dir + strlen(folder) + 1);
+    checkpointed_run(examples, dir, 0, 0);
+    struct Text text = read_file(&test_arena, temporary(file));
+    for (int i = 7; i >= 0; i--) header = header << 8 | (unsigned char)text.data[i];
+    const char *at = memmem(text.data, text.length, arena_printf(&test_arena, "\"%s\"", name), strlen(name) + 2);
+    CHECK(at && (at = strstr(at, "\"data_offsets\":[")), "test_align: no %s", name);
+    memcpy((char *)text.data + 8 + header + strtoull(at + 16, NULL, 10) + 8 * place, &(double){NAN}, 8);
+    write_bytes(file, text.data, text.length);
+    checkpointed_run(examples, dir, 4, 0);
+}
+
+static void numbers_checked(const void *checkpoint) {
+    struct TrainerState state = {0};
+    struct Checkpoint c = *(const struct Checkpoint *)checkpoint;
+    c.state = &state;
+    checkpoint_check_numbers(&c, "ck");
 }
 
 static void test_checkpoint_errors(void) {
@@ -2408,8 +2514,24 @@ static void test_checkpoint_errors(void) {
         {"optimizer.safetensors", "exp_avg_sq.wte", "exp_avg_sq.wtx", "holds no exp_avg_sq.wte.weight"},
         {"model.safetensors", NULL, "", "cut short?"}};
     for (size_t i = 0; i < COUNT(changes); i++) expect_end(changes[i][3], resume_changed, changes[i], 1, changes[i][3]);
-    static const char *const others[] = {"optimizer.safetensors: test.rows is 5, from 6 to 6 was expected", "optimizer.safetensors: test.seed is 42, from 43 to 43 was expected"};
+    static const char *const others[] = {
+        "checkpoint-4: the number of rows to train on is 6, in the checkpoint's run it was 5; give the data and flags that the run began with, or start over",
+        "checkpoint-4: the number of rows in a step (--per_device_train_batch_size times --gradient_accumulation_steps) is 3, in the checkpoint's run it was 2; give",
+        "checkpoint-4: is a checkpoint of test; dpo cannot go on from it",
+        "checkpoint-4: --seed is 43, in the checkpoint's run it was 42; give"};
     for (size_t i = 0; i < COUNT(others); i++) expect_end(others[i], resume_other, others[i], 1, others[i]);
+    static const char *const numbers[][2] = {
+        {"test.progress 2", "test.progress: number 2 is nan, a finite one was expected; the file is damaged, take an earlier checkpoint"},
+        {"test.progress 4", "test.progress: number 4 is nan, a finite one was expected"},
+        {"metric.loss 0", "metric.loss is nan, a finite number was expected"},
+        {"exp_avg.wte.weight 0", "tensor exp_avg.wte.weight: number 1 is nan, a finite one was expected; take an earlier"}};
+    for (size_t i = 0; i < COUNT(numbers); i++) expect_end(numbers[i][1], resume_not_finite, numbers[i][0], 1, numbers[i][1]);
+    struct Checkpoint c = {.task = "ppo"};
+    checkpoint_add(&c, "at", &(size_t){7}, 1, 5);
+    expect_end("a place that is not there", numbers_checked, &c, 1, "ck: ppo.at: number 0 is 7, at most 5 was expected; the file is damaged");
+    c.count = 0;
+    checkpoint_add_doubles(&c, "kl_coef", &(double){NAN}, 1);
+    expect_end("no KL coefficient", numbers_checked, &c, 1, "ck: ppo.kl_coef: number 0 is nan, a finite one was expected");
 }
 
 /* A log that grew on after the checkpoint loses what came later; finished or not, beside the checkpoint or copied from elsewhere. */
@@ -4473,7 +4595,8 @@ static const struct { const char *name; void (*run)(void); } TESTS[] = {
     {"lora_reference", test_lora_reference}, {"lora_frozen", test_lora_frozen}, {"lora_round_trip", test_lora_round_trip}, {"lora_broken", test_lora_broken}, {"adamw_golden", test_adamw_golden}, {"adamw_hand", test_adamw_hand}, {"schedule", test_schedule},
     {"trainer_steps", test_trainer_steps}, {"trainer_epoch", test_trainer_epoch}, {"trainer_state", test_trainer_state}, {"trainer_threads", test_trainer_threads}, {"metric_units", test_metric_units},
     {"eval_batch_size", test_eval_batch_size},
-    {"checkpoint_resume", test_checkpoint_resume}, {"checkpoint_complete", test_checkpoint_complete}, {"checkpoint_limit", test_checkpoint_limit}, {"checkpoint_errors", test_checkpoint_errors}, {"output_resume", test_output_resume},
+    {"checkpoint_resume", test_checkpoint_resume}, {"checkpoint_complete", test_checkpoint_complete}, {"checkpoint_limit", test_checkpoint_limit}, {"checkpoint_age", test_checkpoint_age},
+    {"evaluation_interrupted", test_evaluation_interrupted}, {"state_say", test_state_say}, {"checkpoint_errors", test_checkpoint_errors}, {"output_resume", test_output_resume},
     {"generate_golden", test_generate_golden}, {"beam_search_golden", test_beam_search_golden}, {"beam_search_exhaustive", test_beam_search_exhaustive},
     {"beam_candidates", test_beam_candidates},
     {"generate_filters_golden", test_generate_filters_golden}, {"generate_processors", test_generate_processors}, {"generate_distribution", test_generate_distribution},

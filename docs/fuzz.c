@@ -418,8 +418,8 @@ static void resumed_open(struct Resumed *r) {
     r->checkpoint = checkpoint_new("sft", r->model, NULL, &r->args, &r->state);
     checkpoint_add(&r->checkpoint, "rng", r->rng.s, 4, UINT64_MAX);
     checkpoint_add(&r->checkpoint, "place", &r->place, 1, 8);
-    checkpoint_add(&r->checkpoint, "rows", &r->rows, 1, AS_IT_WAS);
-    checkpoint_add(&r->checkpoint, "running", r->running, COUNT(r->running), UINT64_MAX);
+    checkpoint_add_fixed(&r->checkpoint, "rows", &r->rows, "the number of rows");
+    checkpoint_add_doubles(&r->checkpoint, "running", r->running, COUNT(r->running));
 }
 
 static const char *const checkpoint_files[] = {"trainer_state.json", "model.safetensors", "optimizer.safetensors"};
