@@ -896,9 +896,12 @@ static void safetensors_read(struct SafeTensors *st, const struct Json *entry, s
         safetensors_convert(tensor->w + done, chunk, n, type);
         const float *w = tensor->w + done;
         size_t bad = first_not_finite(w, n);
-        bool moment = strncmp(tensor->name, "exp_avg", 7) == 0;                    /* may be infinite: its step is 0 then */
-        while (moment && bad < n && isinf(w[bad])) bad += 1 + first_not_finite(w + bad + 1, n - bad - 1);
-        CHECK(bad == n || tensor->bits, "%s: tensor %s: number %zu is %g, a finite one was expected; take an earlier checkpoint or a fresh copy of the file",
+        bool moment = strncmp(tensor->name, "exp_avg", 7) == 0;
+        while (moment && bad < n && isinf(w[bad]))        /* an infinite one makes a step of 0 */
+            bad += 1 + first_not_finite(w + bad + 1, n - bad - 1);
+        CHECK(bad == n || tensor->bits,
+              "%s: tensor %s: number %zu is %g, a finite one was expected; "
+              "take an earlier checkpoint or a fresh copy of the file",
               st->path, tensor->name, done + bad, tensor->w[done + bad]);
         done += n;
     }
@@ -907,11 +910,15 @@ static void safetensors_read(struct SafeTensors *st, const struct Json *entry, s
 /* Heads stand beside the transformer: "transformer.", where a prefix ends in it, is no part of their names. */
 static bool tensor_is_head(const struct Tensor *t) { return strncmp(t->name, "score.", 6) == 0 || strncmp(t->name, "v_head.", 7) == 0; }
 
-/* Writes tensors as F32, names prefixed, header padded to 8 bytes as the format asks. metadata: more of it, or "". */
-static void safetensors_write_with(const char *folder, const char *name, struct Tensor **tensors, size_t count, const char *prefix, const char *metadata) {
+/* Writes tensors as F32, names prefixed, header padded to 8 bytes as the format asks.
+ * metadata: what is added to the header's, as in JSON: ,"name":"value", or "". */
+static void safetensors_write_with(const char *folder, const char *name, struct Tensor **tensors,
+                                   size_t count, const char *prefix, const char *metadata) {
     struct Output out = output_open(folder, name);
     fwrite("\0\0\0\0\0\0\0", 1, 8, out.file);         /* the header's length, when it is known */
-    size_t length = (size_t)fprintf(out.file, "{\"__metadata__\":{\"format\":\"pt\"%s}", metadata), offset = 0;
+    int begun = fprintf(out.file, "{\"__metadata__\":{\"format\":\"pt\"%s}", metadata);
+    size_t length = (size_t)begun;
+    size_t offset = 0;
     for (size_t i = 0; i < count; i++) {
         struct Tensor *t = tensors[i];
         size_t shorter = tensor_is_head(t) && *prefix ? strlen("transformer.") : 0;
@@ -926,7 +933,8 @@ static void safetensors_write_with(const char *folder, const char *name, struct 
     output_close(&out);
 }
 
-static void safetensors_write(const char *folder, const char *name, struct Tensor **tensors, size_t count, const char *prefix) {
+static void safetensors_write(const char *folder, const char *name, struct Tensor **tensors,
+                              size_t count, const char *prefix) {
     safetensors_write_with(folder, name, tensors, count, prefix, "");
 }
 
@@ -1471,7 +1479,9 @@ static size_t length_sampler(const struct LengthSampler *s, struct Rng *rng) { r
  * pairs: room for n(n-1)/2; returns how many. By hand: 2, 0, 0.5 with difference 1 -> (0,1), (0,2). */
 struct Pair { size_t chosen, rejected; double margin; };
 
-static size_t pairs_of_rating(const double *rating, size_t i, size_t n, double min_difference, struct Pair *pairs) {      /* of text i with later ones */
+/* Those of text i with later ones: n - 1 - i at most. */
+static size_t pairs_of_rating(const double *rating, size_t i, size_t n, double min_difference,
+                              struct Pair *pairs) {
     size_t count = 0;
     for (size_t j = i + 1; j < n; j++) {
         if (rating[i] == rating[j] || fabs(rating[i] - rating[j]) < min_difference) continue;
@@ -1483,7 +1493,8 @@ static size_t pairs_of_rating(const double *rating, size_t i, size_t n, double m
 
 static size_t pairs_from_ratings(const double *rating, size_t n, double min_difference, struct Pair *pairs) {
     size_t count = 0;
-    for (size_t i = 0; i < n; i++) count += pairs_of_rating(rating, i, n, min_difference, pairs + count);
+    for (size_t i = 0; i < n; i++)
+        count += pairs_of_rating(rating, i, n, min_difference, pairs + count);
     return count;
 }
 
@@ -2987,7 +2998,8 @@ struct TrainingArguments {
 static struct TrainingArguments training_arguments(void) {
     return (struct TrainingArguments){
         .learning_rate = 5e-5, .adam_beta1 = 0.9, .adam_beta2 = 0.999, .adam_epsilon = 1e-8, .weight_decay = 0, .max_grad_norm = 1, .num_train_epochs = 3,
-        .per_device_train_batch_size = 8, .per_device_eval_batch_size = 8, .gradient_accumulation_steps = 1, .logging_steps = 10, .max_length = 1024,
+        .per_device_train_batch_size = 8, .gradient_accumulation_steps = 1, .logging_steps = 10, .max_length = 1024,
+        .per_device_eval_batch_size = 8,
         .lr_scheduler_type = "linear", .train_sampling_strategy = "random", .optim = "adamw", .seed = 42, .save_steps = 500};
 }
 
@@ -3080,7 +3092,7 @@ static double schedule_factor(const struct TrainingArguments *args, size_t step,
 
 /* What the log holds: entries of named numbers, written as transformers' trainer_state.json. */
 enum { MAX_METRICS = 48 };
-struct Metric { const char *name; double value; size_t n; };       /* n: of a mean, over how many units `value` is the sum */
+struct Metric { const char *name; double value; size_t n; };    /* n: of a mean, its units */
 struct LogEntry { size_t n; struct Metric item[MAX_METRICS]; };    /* sorted by name */
 
 /* trainer.state: where a training is.                                    [glossary: trainer.state] */
@@ -3158,9 +3170,9 @@ static void trainer_state_save(const struct TrainerState *s, const struct Traini
  * called checkpoint-N is whole, whenever the plug was pulled.              test: checkpoint_* */
 struct Saved {
     struct Tensor tensor;
-    const char *fixed;                       /* in words, what must be as it was, or the run would be another; NULL: it may change */
-    uint64_t fixed_value, most;              /* whole numbers are at most `most` */
-    size_t first_double;                     /* from this number on they are doubles */
+    const char *fixed;           /* what must be as it was, in words; NULL: it may change */
+    uint64_t fixed_value, most;  /* whole numbers are at most `most` */
+    size_t first_double;         /* from this number on they are doubles */
 };
 
 struct Checkpoint {
@@ -3173,7 +3185,7 @@ struct Checkpoint {
     uint64_t log_bytes[2];                   /* their lengths at the checkpoint */
     struct Saved saved[20];
     size_t count;
-    size_t run;                              /* how many runs have begun in output_dir, this one included */
+    size_t run;                              /* how many have begun in output_dir, with this one */
 };
 
 static const char *const LOGS[] = {"stats_all.jsonl", "rollouts.jsonl"};
@@ -3186,10 +3198,15 @@ static struct Tensor tensor_of_bits(const char *group, const char *name, void *a
 }
 
 /* n whole numbers, or any bits: then `most` is UINT64_MAX. */
-static struct Saved *checkpoint_add(struct Checkpoint *c, const char *name, void *at, size_t n, uint64_t most) {
+static struct Saved *checkpoint_add(struct Checkpoint *c, const char *name, void *at, size_t n,
+                                    uint64_t most) {
     if (c->count == COUNT(c->saved)) die("internal: more than %zu things in a checkpoint", COUNT(c->saved));
     struct Saved *s = &c->saved[c->count++];
-    *s = (struct Saved){.tensor = tensor_of_bits(c->task, name, at, n), .most = most, .first_double = n};
+    *s = (struct Saved){
+        .tensor = tensor_of_bits(c->task, name, at, n),
+        .most = most,
+        .first_double = n,
+    };
     return s;
 }
 
@@ -3198,7 +3215,8 @@ static void checkpoint_add_doubles(struct Checkpoint *c, const char *name, void 
 }
 
 /* One number that must not have changed. words: what it is. */
-static void checkpoint_add_fixed(struct Checkpoint *c, const char *name, void *at, const char *words) {
+static void checkpoint_add_fixed(struct Checkpoint *c, const char *name, void *at,
+                                 const char *words) {
     struct Saved *s = checkpoint_add(c, name, at, 1, UINT64_MAX);
     s->fixed = words;
     memcpy(&s->fixed_value, at, sizeof s->fixed_value);
@@ -3207,11 +3225,13 @@ static void checkpoint_add_fixed(struct Checkpoint *c, const char *name, void *a
 static struct Checkpoint checkpoint_new(const char *task, struct GPT2 *model, const struct Tokenizer *tok, const struct TrainingArguments *args, struct TrainerState *state) {
     struct Checkpoint c = {.model = model, .tok = tok, .args = args, .state = state, .task = task};
     checkpoint_add_fixed(&c, "seed", (void *)&args->seed, "--seed");
-    checkpoint_add(&c, "progress", (char *)state + offsetof(struct TrainerState, num_tokens), 5, UINT64_MAX)->first_double = 2;
+    void *progress = (char *)state + offsetof(struct TrainerState, num_tokens);
+    checkpoint_add(&c, "progress", progress, 5, UINT64_MAX)->first_double = 2;
     return c;
 }
 
-/* Is this a checkpoint of the same run? Asked before the rest is read: of other data even the tensors' sizes could differ. */
+/* Is this a checkpoint of the same run? Asked before the rest is read: with other data even the
+ * tensors' sizes could differ. */
 static void checkpoint_check_fixed(struct Checkpoint *c, struct SafeTensors *st, const char *from) {
     const char *own = c->saved[0].tensor.name;                   /* "sft.seed" */
     for (struct Json *item = st->header->child; item; item = item->next) {
@@ -3225,8 +3245,8 @@ static void checkpoint_check_fixed(struct Checkpoint *c, struct SafeTensors *st,
         if (!s->fixed || !tensor_load(st, &s->tensor)) continue;
         memcpy(&was, s->tensor.w, sizeof was);
         CHECK(was == s->fixed_value,
-              "%s: %s is %llu, in the checkpoint's run it was %llu; give the data and flags that the run "
-              "began with, or start over without --resume_from_checkpoint",
+              "%s: %s is %llu, in the checkpoint's run it was %llu; give the data and flags that "
+              "the run began with, or start over without --resume_from_checkpoint",
               from, s->fixed, (unsigned long long)s->fixed_value, (unsigned long long)was);
     }
 }
@@ -3236,19 +3256,22 @@ static void checkpoint_check_numbers(const struct Checkpoint *c, const char *pat
     static const char remedy[] = "was expected; the file is damaged, take an earlier checkpoint";
     for (const struct Saved *s = c->saved; s < c->saved + c->count; s++)
         for (size_t i = 0; i < s->tensor.n / 2; i++) {
-            uint64_t whole;
             double real;
-            memcpy(&whole, (char *)s->tensor.w + 8 * i, sizeof whole);
-            memcpy(&real, &whole, sizeof real);
+            uint64_t bits;
+            memcpy(&bits, (char *)s->tensor.w + 8 * i, sizeof bits);
+            memcpy(&real, &bits, sizeof real);
+            unsigned long long whole = bits;
+            unsigned long long most = s->most;
             bool is_double = i >= s->first_double;
             CHECK(!is_double || isfinite(real), "%s: %s: number %zu is %g, a finite one %s",
                   path, s->tensor.name, i, real, remedy);
-            CHECK(is_double || whole <= s->most, "%s: %s: number %zu is %llu, at most %llu %s",
-                  path, s->tensor.name, i, (unsigned long long)whole, (unsigned long long)s->most, remedy);
+            CHECK(is_double || whole <= most, "%s: %s: number %zu is %llu, at most %llu %s",
+                  path, s->tensor.name, i, whole, most, remedy);
         }
     const struct LogEntry *metrics = &c->state->metrics;
     for (const struct Metric *m = metrics->item; m < metrics->item + metrics->n; m++)
-        CHECK(isfinite(m->value), "%s: metric.%s is %g, a finite number %s", path, m->name, m->value, remedy);
+        CHECK(isfinite(m->value), "%s: metric.%s is %g, a finite number %s",
+              path, m->name, m->value, remedy);
 }
 
 static void trainer_state_load(struct TrainerState *state, struct Arena *arena, const char *path) {
@@ -3291,18 +3314,22 @@ static struct Holding checkpoint_holding(struct Checkpoint *c, struct Arena *are
     return held;
 }
 
-/* How old a checkpoint is, by what it says itself (a copy's or a restored file's time says nothing): the number of its run in
- * the folder, which a run that starts over or goes on counts up, then its step. Without a number, as of old, the run is 0. */
+/* How old a checkpoint is, by what it says itself, for the time of a copied or restored file says
+ * nothing: the number of its run in the folder, which every run that begins there counts up, anew
+ * or from a checkpoint, and its step. Checkpoints of old have none: 0.    test: checkpoint_age */
 struct CheckpointAge { size_t run, step; };
 
-static bool checkpoint_older(struct CheckpointAge a, struct CheckpointAge b) { return a.run < b.run || (a.run == b.run && a.step < b.step); }
+static bool checkpoint_older(struct CheckpointAge a, struct CheckpointAge b) {
+    return a.run < b.run || (a.run == b.run && a.step < b.step);
+}
 
 static bool checkpoint_age(const char *folder, const char *name, struct CheckpointAge *age) {
     char *end, path[PATH_MAX];
     static const char header[] = "{\"__metadata__\":{\"format\":\"pt\",\"run\":\"%15zu\"";
     if (strncmp(name, "checkpoint-", 11) != 0) return false;
     *age = (struct CheckpointAge){0, strtoull(name + 11, &end, 10)};
-    int length = snprintf(path, sizeof path, "%s/checkpoint-%zu/optimizer.safetensors", folder, age->step);
+    int length = snprintf(path, sizeof path, "%s/checkpoint-%zu/optimizer.safetensors",
+                          folder, age->step);
     FILE *file = *end || length >= (int)sizeof path ? NULL : fopen(path, "rb");
     if (!file) return false;
     bool numbered = fseeko(file, 8, SEEK_SET) == 0 && fscanf(file, header, &age->run) == 1;
@@ -3312,7 +3339,8 @@ static bool checkpoint_age(const char *folder, const char *name, struct Checkpoi
 }
 
 /* How many checkpoint-N a folder has; *oldest, *newest: which of them. */
-static size_t checkpoint_find(const char *folder, struct CheckpointAge *oldest, struct CheckpointAge *newest) {
+static size_t checkpoint_find(const char *folder, struct CheckpointAge *oldest,
+                              struct CheckpointAge *newest) {
     DIR *dir = opendir(folder);
     size_t count = 0;
     for (struct dirent *entry; dir && (entry = readdir(dir));) {
@@ -3354,7 +3382,9 @@ static void checkpoint_save(struct Checkpoint *c) {
     staged_folder = staged;
     model_save(c->model, staged, c->tok);
     struct Holding held = checkpoint_holding(c, &arena);
-    safetensors_write_with(staged, "optimizer.safetensors", held.list + held.train, held.count - held.train, "", arena_printf(&arena, ",\"run\":\"%zu\"", c->run));
+    const char *run = arena_printf(&arena, ",\"run\":\"%zu\"", c->run);
+    safetensors_write_with(staged, "optimizer.safetensors", held.list + held.train,
+                           held.count - held.train, "", run);
     trainer_state_save(c->state, c->args, staged);
     folder_sync(staged);
     rename(whole, replaced);                                     /* an earlier run's, if there is one */
@@ -3363,7 +3393,9 @@ static void checkpoint_save(struct Checkpoint *c) {
     folder_remove(replaced, NULL);
     folder_sync(dir);
     checkpoint_way_on(whole);
-    while (c->args->save_total_limit && checkpoint_find(dir, &oldest, &newest) > c->args->save_total_limit && checkpoint_remove(dir, oldest.step)) continue;
+    size_t limit = c->args->save_total_limit;
+    while (limit && checkpoint_find(dir, &oldest, &newest) > limit)
+        if (!checkpoint_remove(dir, oldest.step)) break;
     arena_free(&arena);
 }
 
@@ -3388,7 +3420,9 @@ static void checkpoint_resume(struct Checkpoint *c) {
     }
     bool newest_one = dir && from && strcmp(from, "true") == 0, any = dir && checkpoint_find(dir, &oldest, &newest) > 0;
     c->run = newest.run + 1;
-    if (any && !from) warn("%s holds checkpoint-%zu of an earlier run; this one starts over (--resume_from_checkpoint true would go on)", dir, newest.step);
+    if (any && !from)
+        warn("%s holds checkpoint-%zu of an earlier run; this one starts over "
+             "(--resume_from_checkpoint true would go on)", dir, newest.step);
     if (newest_one && !any) warn("%s: no whole checkpoint to resume from; starting over", dir);
     if (!from || strcmp(from, "false") == 0 || (newest_one && !any)) {
         for (size_t i = 0; c->logs && i < COUNT(LOGS); i++) c->logs[i] = output_open(c->log_dir, LOGS[i]);
@@ -3416,11 +3450,14 @@ static void checkpoint_resume(struct Checkpoint *c) {
         CHECK(held.list[i]->loaded, "%s: holds no %s; are task, model and flags those of the run that was saved?", from, held.list[i]->name);
     checkpoint_check_numbers(c, path);
     for (size_t i = 0; c->logs && i < COUNT(LOGS); i++) c->logs[i] = output_resume(dir, LOGS[i], arena_printf(&arena, "%s/..", from), c->log_bytes[i]);
-    if (c->state->global_step < c->state->max_steps) say("%s: going on after step %zu from %s\n", c->task, c->state->global_step, from);
-    else {
-        warn("%s: %s is at step %zu, the run has %zu: no step is left to train; a longer run needs a larger --max_steps or --num_train_epochs",
-             c->task, from, c->state->global_step, c->state->max_steps);
-        c->state->max_steps = c->state->global_step;
+    struct TrainerState *state = c->state;
+    if (state->global_step < state->max_steps) {
+        say("%s: going on after step %zu from %s\n", c->task, state->global_step, from);
+    } else {
+        warn("%s: %s is at step %zu, the run has %zu: no step is left to train; a longer run needs "
+             "a larger --max_steps or --num_train_epochs",
+             c->task, from, state->global_step, state->max_steps);
+        state->max_steps = state->global_step;
     }
     if (newest_one) checkpoint_way_on(from);
     arena_free(&arena);
@@ -3442,9 +3479,12 @@ struct Task {
     size_t n, eval_n;
     void *data;
     /* The loss of the items index[0..count), times `weight`, added to the gradient if `train` is set. Reports
-     * metrics by trainer_metric. `eval`: the items are those held out; their loss is one of the metrics. */
-    double (*loss)(struct Trainer *trainer, const size_t *index, size_t count, double weight, bool train, bool eval);
-    void (*evaluated)(struct Trainer *trainer);              /* reports what takes all held-out items to tell; may be NULL */
+     * metrics by trainer_metric. `eval`: the items are those held out; their loss is one of the
+     * metrics. */
+    double (*loss)(struct Trainer *trainer, const size_t *index, size_t count, double weight,
+                   bool train, bool eval);
+    /* Reports the metrics that take all held-out items to tell; may be NULL. */
+    void (*evaluated)(struct Trainer *trainer);
     /* How many target tokens an item has, where a step's loss is a mean over tokens (SFT); else NULL: over micro-batches. */
     size_t (*targets)(struct Trainer *trainer, size_t index);
     void (*new_epoch)(struct Trainer *trainer, size_t epoch);      /* may be NULL */
@@ -3461,10 +3501,12 @@ struct Trainer {
     struct Arena arena;                      /* emptied before every micro-batch */
 };
 
-/* trainer_metric -- a metric is a mean over its units (tokens, pairs, texts or steps) between two log entries, or over all that is
- * held out. A batch reports the sum over its units and how many they are: a mean of the batches' means would depend on how
- * the units are dealt out to batches, and a small last batch would count as much as a full one.
- * By hand: losses 1, 2, 6 in batches of two and one: 9 / 3 = 3; the mean of 1.5 and 6 would be 3.75.    test: metric_units */
+/* trainer_metric -- a metric is a mean over its units (tokens, pairs, texts or steps) between two
+ * log entries, or over all that is held out. A batch reports the sum over its units and how many
+ * they are: a mean of the batches' means would depend on how the units are dealt out to batches,
+ * and a small last batch would count as much as a full one.
+ * By hand: losses 1, 2, 6 in batches of two and one: 9 / 3 = 3; the mean of the batches' means,
+ * 1.5 and 6, would be 3.75.                                              test: metric_units */
 static void trainer_metric(struct Trainer *trainer, const char *name, double sum, size_t units) {
     struct Metric *metric = log_at(&trainer->state.metrics, name);
     metric->value += sum;
@@ -3492,8 +3534,9 @@ static void state_say(const struct TrainerState *state, const char *name, const 
     for (size_t i = 0, used = 0; i < COUNT(shown); i++) {
         double value;
         if (!log_find(entry, shown[i], &value)) continue;
-        int length = snprintf(text + used, sizeof text - used, "%s%s %.4g", used ? "  " : "", shown[i], value);
-        used = MIN(used + (size_t)length, sizeof text - 1);                 /* what has no room is left out */
+        const char *gap = used ? "  " : "";
+        int length = snprintf(text + used, sizeof text - used, "%s%s %.4g", gap, shown[i], value);
+        used = MIN(used + (size_t)length, sizeof text - 1);      /* what has no room is left out */
     }
     progress_say(name, state->global_step, state->max_steps, state->num_tokens, plain, text);
 }
@@ -3506,11 +3549,14 @@ static void trainer_means(const struct TrainerState *state, struct LogEntry *ent
     log_value(entry, "step", (double)state->global_step);
 }
 
-/* Ctrl-C ends the evaluation after the last step at once: the weights have yet to be saved. One between steps is finished, as a
- * step is, for the checkpoint that is saved then has its figures. */
-static bool evaluation_interrupted(const struct TrainerState *state) { return interrupted && state->global_step == state->max_steps; }
+/* Ctrl-C ends the evaluation after the last step early: the weights have yet to be saved. One
+ * between steps is finished, as a step is: the checkpoint that is then saved holds its figures. */
+static bool evaluation_interrupted(const struct TrainerState *state) {
+    return interrupted && state->global_step == state->max_steps;
+}
 
-/* trainer_measure -- the loss and the other metrics over the held-out items, each a mean over its units; no weight moves. */
+/* trainer_measure -- the loss and the other metrics over the held-out items, each a mean over its
+ * units, whatever the batch size; no weight moves.                    test: eval_batch_size */
 static struct LogEntry trainer_measure(struct Trainer *trainer) {
     struct TrainerState *state = &trainer->state, before = *state;
     size_t n = trainer->task.eval_n, batch = trainer->args.per_device_eval_batch_size;
@@ -3524,8 +3570,10 @@ static struct LogEntry trainer_measure(struct Trainer *trainer) {
     }
     if (trainer->task.evaluated) trainer->task.evaluated(trainer);
     double seconds = seconds_now() - begin;
-    struct LogEntry entry = {3, {{"eval_runtime", seconds, 0}, {"eval_samples_per_second", (double)n / seconds, 0},
-        {"eval_steps_per_second", ceil((double)n / (double)batch) / seconds, 0}}};
+    struct LogEntry entry = {0};
+    log_value(&entry, "eval_runtime", seconds);
+    log_value(&entry, "eval_samples_per_second", (double)n / seconds);
+    log_value(&entry, "eval_steps_per_second", ceil((double)n / (double)batch) / seconds);
     trainer_means(state, &entry, "eval_");
     *state = before;
     return entry;
@@ -3535,7 +3583,7 @@ static struct LogEntry trainer_measure(struct Trainer *trainer) {
 static double trainer_evaluate(struct Trainer *trainer) {
     struct LogEntry entry = trainer_measure(trainer);
     double loss;
-    if (evaluation_interrupted(&trainer->state)) return NAN;     /* the part that was read is no figure */
+    if (evaluation_interrupted(&trainer->state)) return NAN;
     *state_log(&trainer->state) = entry;
     state_say(&trainer->state, trainer->task.name, &entry, true);
     log_find(&entry, "eval_loss", &loss);
@@ -3579,19 +3627,22 @@ static size_t *epoch_order(const struct TrainingArguments *args, struct Arena *a
 
 /* trainer_train -- the whole training.                                  [glossary: Trainer.train()]
  * Steps of an epoch = ceil(micro-batches / accumulation), the last on what is left. max_steps, if given, decides alone.
- * By hand: 5 rows, one a micro-batch, accumulation 4: a step on 4 rows, then one on the last: epoch 0.8, 1.   test: trainer_epoch */
+ * By hand: 5 rows, one a micro-batch, accumulation 4: a step on 4 rows, then one on the last row;
+ * `epoch` is 0.8, then 1.                                               test: trainer_epoch */
 static void trainer_train(struct Trainer *trainer) {
     struct TrainingArguments *args = &trainer->args;
     struct TrainerState *state = &trainer->state;
     size_t per_step = args->per_device_train_batch_size * args->gradient_accumulation_steps, n = trainer->task.n;
     CHECK(n > 0, "%s: nothing to train on", trainer->task.name);
     state->steps_per_epoch = (n + per_step - 1) / per_step;
-    size_t micro_batches = (n + args->per_device_train_batch_size - 1) / args->per_device_train_batch_size;        /* of an epoch */
+    size_t batch_size = args->per_device_train_batch_size;
+    size_t micro_batches = (n + batch_size - 1) / batch_size;            /* of an epoch */
     state->max_steps = args->max_steps ? args->max_steps : (size_t)ceil(args->num_train_epochs * (double)state->steps_per_epoch);
     gpt2_make_trainable(trainer->model);
     struct Checkpoint checkpoint = checkpoint_new(trainer->task.name, trainer->model, trainer->tok, args, state);
     checkpoint_add_fixed(&checkpoint, "rows", &trainer->task.n, "the number of rows to train on");
-    checkpoint_add_fixed(&checkpoint, "rows_per_step", &per_step, "the number of rows in a step (--per_device_train_batch_size times --gradient_accumulation_steps)");
+    checkpoint_add_fixed(&checkpoint, "rows_per_step", &per_step, "the number of rows in a step "
+                         "(--per_device_train_batch_size times --gradient_accumulation_steps)");
     if (trainer->task.saved) trainer->task.saved(trainer, &checkpoint);
     checkpoint_resume(&checkpoint);
     state->num_train_epochs = ceil((double)state->max_steps / (double)state->steps_per_epoch);
@@ -3608,8 +3659,8 @@ static void trainer_train(struct Trainer *trainer) {
             double loss = trainer_accumulate(trainer, order + step * per_step, count);
             double lr = args->learning_rate * schedule_factor(args, state->global_step, state->max_steps);
             double norm = optimizer_step(trainer->model, args, lr, ++state->global_step);
-            size_t micro_batches_done = MIN((step + 1) * args->gradient_accumulation_steps, micro_batches);
-            state->epoch = (double)epoch + (double)micro_batches_done / (double)micro_batches;
+            size_t done = MIN((step + 1) * args->gradient_accumulation_steps, micro_batches);
+            state->epoch = (double)epoch + (double)done / (double)micro_batches;
             trainer_metric(trainer, "loss", loss, 1);
             state->total_loss += loss;
             state->samples += count;
@@ -4149,7 +4200,7 @@ struct RewardTask {
     double *number[2];                       /* a row's margin, rating or label */
     bool rated, labelled;
     double center, min_difference;
-    float *eval_reward;                      /* rated: r of each held-out text, to be compared with all others */
+    float *eval_reward;                      /* rated: r of each held-out text */
     double prefix_share;                     /* of texts cut to a random beginning, so that the model learns to judge unfinished ones */
     struct Rng cut;
 };
@@ -4160,8 +4211,9 @@ static double mean_of(const float *x, size_t n) {
     return sum / (double)n;
 }
 
-/* How n pairs are ordered; pairs NULL: n texts, whose labels are compared with the reward's sign. */
-static void reward_metrics(struct Trainer *trainer, const float *reward, const struct Pair *pairs, size_t n, const double *label) {
+/* How n pairs are ordered; pairs NULL: n texts, labels are compared with the reward's sign. */
+static void reward_metrics(struct Trainer *trainer, const float *reward, const struct Pair *pairs,
+                           size_t n, const double *label) {
     double right = 0, margin = 0;
     for (size_t i = 0; i < n; i++) {
         double difference = pairs ? (double)reward[pairs[i].chosen] - reward[pairs[i].rejected] : label[i] > 0 ? reward[i] : -reward[i];
@@ -4180,14 +4232,15 @@ static void reward_text_metrics(struct Trainer *trainer, const float *reward, si
     }
 }
 
-/* reward_rated_evaluated -- loss and order of every pair of held-out rated texts, whatever batches they were read in.
- * A batch of eight could compare its texts with one another alone.                   test: eval_batch_size */
+/* reward_rated_evaluated -- loss and order of every pair of held-out rated texts, whatever batches
+ * they were read in: compared within batches, another batch size would be other pairs.
+ *                                                                     test: eval_batch_size */
 static void reward_rated_evaluated(struct Trainer *trainer) {
     const struct RewardTask *task = trainer->task.data;
     size_t n = trainer->task.eval_n;
     struct Pair *pairs = arena_alloc(&trainer->arena, n, sizeof *pairs);
     float *dreward = arena_floats(&trainer->arena, n);           /* not used: nothing trains here */
-    for (size_t i = 0; i < n; i++) {                             /* text by text: all pairs at once could be too many to hold */
+    for (size_t i = 0; i < n; i++) {             /* all pairs at once need n^2 memory */
         size_t count = pairs_of_rating(task->number[1], i, n, task->min_difference, pairs);
         if (count == 0) continue;
         double loss = bradley_terry_loss(task->eval_reward, n, pairs, count, task->center, dreward);
@@ -4202,7 +4255,7 @@ static double reward_loss(struct Trainer *trainer, const size_t *index, size_t c
     struct Arena *arena = &trainer->arena;
     size_t each = task->rated || task->labelled ? 1 : 2, texts = each * count, pair_count = count;
     struct Example *examples = arena_alloc(arena, texts, sizeof *examples);
-    bool in_batch = task->rated && !eval;                           /* texts are compared within their batch */
+    bool in_batch = task->rated && !eval;        /* texts are compared within their batch */
     struct Pair *pairs = arena_alloc(arena, in_batch ? count * count : count, sizeof *pairs);
     double *rating = arena_alloc(arena, count, sizeof *rating);
     for (size_t i = 0; i < count; i++) {
@@ -4216,7 +4269,7 @@ static double reward_loss(struct Trainer *trainer, const size_t *index, size_t c
         if (cut) e->n = 8 + rng_below(&task->cut, e->n - 8);
     }
     if (in_batch) pair_count = pairs_from_ratings(rating, count, task->min_difference, pairs);
-    if (pair_count == 0) return 0;                                  /* a last batch of like ratings teaches nothing */
+    if (pair_count == 0) return 0;               /* a last batch of like ratings teaches nothing */
     struct Batch batch = collate(arena, examples, texts, READ_LAST);
     struct Activations acts = gpt2_forward(model, arena, &batch, train);
     int *row = arena_alloc(arena, texts, sizeof *row);
@@ -4225,9 +4278,13 @@ static double reward_loss(struct Trainer *trainer, const size_t *index, size_t c
     scalar_head_forward(reward, acts.ln_f, row, texts, &model->score, NULL);
     trainer->state.num_tokens += batch.tokens;
     reward_text_metrics(trainer, reward, texts);
-    for (size_t i = 0; task->rated && eval && i < count; i++) task->eval_reward[index[i]] = reward[i];
-    if (task->rated && eval) return 0;                              /* reward_rated_evaluated compares them */
-    double loss = task->labelled ? sentiment_loss(reward, rating, count, dreward) : bradley_terry_loss(reward, texts, pairs, pair_count, task->center, dreward);
+    if (task->rated && eval) {                   /* reward_rated_evaluated compares them */
+        for (size_t i = 0; i < count; i++) task->eval_reward[index[i]] = reward[i];
+        return 0;
+    }
+    double loss = task->labelled
+        ? sentiment_loss(reward, rating, count, dreward)
+        : bradley_terry_loss(reward, texts, pairs, pair_count, task->center, dreward);
     reward_metrics(trainer, reward, task->labelled ? NULL : pairs, pair_count, rating);
     if (eval) trainer_metric(trainer, "loss", loss * (double)pair_count, pair_count);
     if (!train) return loss * weight;
@@ -4922,7 +4979,8 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, size
     }
     checkpoint_add_fixed(&checkpoint, "batch_size", &B, "--batch_size");
     checkpoint_add_doubles(&checkpoint, "kl_coef", &ppo->kl_coef, 1);
-    checkpoint_add_doubles(&checkpoint, "moments", &ppo->moments, sizeof ppo->moments / sizeof(double));
+    size_t moments = sizeof ppo->moments / sizeof(double);
+    checkpoint_add_doubles(&checkpoint, "moments", &ppo->moments, moments);
     checkpoint_add(&checkpoint, "optimizer_steps", &ppo->optimizer_steps, 1, UINT64_MAX);
     checkpoint_add(&checkpoint, "mini_batches", ppo->order.s, 4, UINT64_MAX);
     checkpoint_add_fixed(&checkpoint, "prompts", &source->n, "the number of prompts");
@@ -5024,8 +5082,8 @@ struct DPOTask {
     struct Example *pairs[2];                    /* to learn from, held out; 2i chosen, 2i+1 rejected */
     double *ref_logps[2];                        /* (2n) 0 until first needed: computed once, used in every epoch */
     double temperature;
-    double eval_nll;                             /* of the held-out chosen answers, for the loss type sft: a mean over their tokens */
-    size_t eval_tokens;
+    double eval_nll;              /* of the held-out chosen answers, */
+    size_t eval_tokens;           /* and their tokens: the loss type sft is a mean over tokens */
 };
 
 /* Pairs as a batch: all chosen, then all rejected. slot (2B): where each stands among the pairs. */
@@ -5052,30 +5110,46 @@ static void dpo_reference(struct DPOTask *task, struct Arena *arena, const struc
     arena_reset(arena);
 }
 
-static void dpo_metrics(struct Trainer *trainer, const struct DPOTask *task, const struct Batch *batch, const struct LMHead *head, size_t B, const double *logps, const double *ref_logps) {
+static void dpo_metrics(struct Trainer *trainer, const struct DPOTask *task,
+                        const struct Batch *batch, const struct LMHead *head, size_t B,
+                        const double *logps, const double *ref_logps) {
     double chosen = 0, rejected = 0, right = 0, logps_chosen = 0, logps_rejected = 0;
     for (size_t b = 0; b < B; b++) {
-        double reward_chosen = task->config.beta * (logps[b] - ref_logps[b]), reward_rejected = task->config.beta * (logps[B + b] - ref_logps[B + b]);
+        double reward_chosen = task->config.beta * (logps[b] - ref_logps[b]);
+        double reward_rejected = task->config.beta * (logps[B + b] - ref_logps[B + b]);
         chosen += reward_chosen;
         rejected += reward_rejected;
         right += reward_chosen > reward_rejected;
         logps_chosen += logps[b];
         logps_rejected += logps[B + b];
     }
-    size_t split = batch->target_start[B], rest = batch->R - split;          /* tokens chosen, tokens rejected */
+    size_t split = batch->target_start[B];   /* tokens of chosen answers, then of rejected ones */
+    size_t rest = batch->R - split;
     const struct { const char *name; double sum; size_t units; } metrics[] = {
-        {"rewards/chosen", chosen, B}, {"rewards/rejected", rejected, B}, {"rewards/accuracies", right, B}, {"rewards/margins", chosen - rejected, B},
-        {"logps/chosen", logps_chosen, B}, {"logps/rejected", logps_rejected, B}, {"logits/chosen", row_sum(head->mean_logit, split), split},
-        {"logits/rejected", row_sum(head->mean_logit + split, rest), rest}, {"entropy", row_sum(head->entropy, batch->R), batch->R},
-        {"mean_token_accuracy", row_sum(head->hit, split), split}};
-    for (size_t i = 0; i < COUNT(metrics); i++) trainer_metric(trainer, metrics[i].name, metrics[i].sum, metrics[i].units);
+        {"rewards/chosen", chosen, B},
+        {"rewards/rejected", rejected, B},
+        {"rewards/accuracies", right, B},
+        {"rewards/margins", chosen - rejected, B},
+        {"logps/chosen", logps_chosen, B},
+        {"logps/rejected", logps_rejected, B},
+        {"logits/chosen", row_sum(head->mean_logit, split), split},
+        {"logits/rejected", row_sum(head->mean_logit + split, rest), rest},
+        {"entropy", row_sum(head->entropy, batch->R), batch->R},
+        {"mean_token_accuracy", row_sum(head->hit, split), split},
+    };
+    for (size_t i = 0; i < COUNT(metrics); i++)
+        trainer_metric(trainer, metrics[i].name, metrics[i].sum, metrics[i].units);
 }
 
-/* The loss of held-out pairs: a mean over pairs, but for the part of the loss type sft, a mean over tokens. */
-static void dpo_eval_loss(struct Trainer *trainer, struct DPOTask *task, size_t B, const double *logps, const double *ref_logps, const size_t *length, double *dlogps) {
+/* The loss of held-out pairs is a mean over pairs, but its part of the loss type sft one over the
+ * chosen answers' tokens: that is added by dpo_evaluated, when all of them are known. */
+static void dpo_eval_loss(struct Trainer *trainer, struct DPOTask *task, size_t B,
+                          const double *logps, const double *ref_logps, const size_t *length,
+                          double *dlogps) {
     struct DPOConfig config = task->config;
     config.weight[DPO_SFT] = 0;
-    double loss = dpo_loss(&config, B, logps, logps + B, ref_logps, ref_logps + B, length, length + B, dlogps, dlogps + B);
+    double loss = dpo_loss(&config, B, logps, logps + B, ref_logps, ref_logps + B, length,
+                           length + B, dlogps, dlogps + B);
     trainer_metric(trainer, "loss", loss * (double)B, B);
     for (size_t b = 0; b < B; b++) {
         task->eval_nll -= logps[b];
@@ -5086,7 +5160,8 @@ static void dpo_eval_loss(struct Trainer *trainer, struct DPOTask *task, size_t 
 static void dpo_evaluated(struct Trainer *trainer) {
     struct DPOTask *task = trainer->task.data;
     double nll = task->eval_nll / (double)MAX((size_t)1, task->eval_tokens);
-    trainer_metric(trainer, "loss", task->config.weight[DPO_SFT] * nll * (double)trainer->task.eval_n, 0);
+    double pairs = (double)trainer->task.eval_n;     /* the sum will be divided by them */
+    trainer_metric(trainer, "loss", task->config.weight[DPO_SFT] * nll * pairs, 0);
     task->eval_nll = 0;
     task->eval_tokens = 0;
 }
@@ -5136,14 +5211,22 @@ static size_t dpo_pairs(struct Trainer *trainer, struct Arena *arena, const stru
 
 /* The reference's log-probabilities too: computed again beside other pairs they could differ in the last bit. */
 static void dpo_saved(struct Trainer *trainer, struct Checkpoint *checkpoint) {
-    checkpoint_add_doubles(checkpoint, "ref_logps", ((struct DPOTask *)trainer->task.data)->ref_logps[0], 2 * trainer->task.n);
+    struct DPOTask *task = trainer->task.data;
+    checkpoint_add_doubles(checkpoint, "ref_logps", task->ref_logps[0], 2 * trainer->task.n);
 }
 
 static struct DPOTask *dpo_task(struct Trainer *trainer, struct Arena *arena, struct GPT2 *ref_model, struct DPOConfig config, double temperature, struct Example *pairs, size_t n) {
     struct DPOTask *task = arena_zeros(arena, 1, sizeof *task);
     *task = (struct DPOTask){.config = config, .ref_model = ref_model, .pairs = {pairs}, .temperature = temperature};
     task->ref_logps[0] = arena_zeros(arena, 2 * n, sizeof **task->ref_logps);
-    trainer->task = (struct Task){.name = "dpo", .n = n, .data = task, .loss = dpo_task_loss, .evaluated = dpo_evaluated, .saved = dpo_saved};
+    trainer->task = (struct Task){
+        .name = "dpo",
+        .n = n,
+        .data = task,
+        .loss = dpo_task_loss,
+        .evaluated = dpo_evaluated,
+        .saved = dpo_saved,
+    };
     return task;
 }
 
@@ -5855,7 +5938,8 @@ static void course_reward_model(struct Course *course) {
     size_t limit = model->config.n_positions, n = course->held_out_n;
     struct RewardTask task = {.rated = true, .min_difference = 1, .prefix_share = 0.5, .cut = rng_seed(course->seed, STREAM_CUT),
         .number = {course->train_rating, course->held_out_rating},
-        .texts = {course_cut(course, course->train, course->train_n, limit), course_cut(course, course->held_out, n, limit)},
+        .texts = {course_cut(course, course->train, course->train_n, limit),
+                  course_cut(course, course->held_out, n, limit)},
         .eval_reward = arena_floats(&course->arena, n)};
     trainer.task = (struct Task){.name = "2/4 reward model", .n = course->train_n, .eval_n = n, .data = &task, .loss = reward_loss};
     trainer.task.evaluated = reward_rated_evaluated;
@@ -6209,7 +6293,8 @@ static const struct Flag FLAGS[] = {
     {"resume_from_checkpoint", KIND_STRING, AT(train.resume_from_checkpoint), G_TRAIN, "go on from a folder checkpoint-N; true: from the newest in --output_dir"},
     {"num_train_epochs", KIND_EPOCHS, AT(train.num_train_epochs), G_RUN, "passes over the data"},
     {"per_device_train_batch_size", KIND_BATCH, AT(train.per_device_train_batch_size), G_RUN | G_BATCH, "rows (dpo, reward: pairs or rated texts) of a micro-batch"},
-    {"per_device_eval_batch_size", KIND_BATCH, AT(train.per_device_eval_batch_size), G_RUN | G_EVAL, "the same in evaluation; no figure depends on it"},
+    {"per_device_eval_batch_size", KIND_BATCH, AT(train.per_device_eval_batch_size), G_RUN | G_EVAL,
+     "rows of a batch in evaluation; no figure depends on it"},
     {"gradient_accumulation_steps", KIND_COUNT, AT(train.gradient_accumulation_steps), G_TRAIN, "micro-batches of an optimizer step"},
     {"eval_steps", KIND_SIZE, AT(train.eval_steps), G_RUN, "steps between evaluations; default: at the end"},
     {"max_length", KIND_COUNT, AT(train.max_length), G_RUN | G_BATCH | G_LENGTH, "longest sequence in tokens"},
@@ -6419,8 +6504,8 @@ static void save_result(struct Options *o, const struct TrainerState *state) {
     output_close(&out);
     report_write(o->train.output_dir);
     way_on[0] = 0;                                               /* nothing is left to go on with */
-    CHECK(!interrupted, "interrupted after the last step; the model is saved in %s%s", o->train.output_dir,
-          o->eval ? ", its last evaluation may be missing (align eval)" : "");
+    CHECK(!interrupted, "interrupted after the last step; the model is saved in %s%s",
+          o->train.output_dir, o->eval ? ", its last evaluation may be missing (align eval)" : "");
 }
 
 /* Trains, evaluates, saves: what every training command ends with. */
@@ -6803,7 +6888,10 @@ static void command_eval(struct Options *o) {
         trainer.task.eval_n = trainer.task.n;
         struct LogEntry measured = trainer_measure(&trainer);
         log_find(&measured, "eval_loss", &loss);
-        for (const struct Example *e = task->examples; e < task->examples + trainer.task.n; e++) tokens += (double)(e->n - MAX((size_t)1, e->prompt_length));
+        for (size_t i = 0; i < trainer.task.n; i++) {
+            const struct Example *e = &task->examples[i];
+            tokens += (double)(e->n - MAX((size_t)1, e->prompt_length));
+        }
         log_value(&entry, "eval_loss", loss);
         log_value(&entry, "perplexity", exp(loss));
         log_value(&entry, "tokens", tokens);

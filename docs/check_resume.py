@@ -131,7 +131,6 @@ def started_over(command, seconds, expected, files):
     out = f"{work}/over"
     shutil.rmtree(out, ignore_errors=True)
     subprocess.run(align(command, out, "--seed", "7"), check=True)
-    time.sleep(1.1)                                                  # checkpoints are told apart by their second
     process = subprocess.Popen(align(command, out), stderr=subprocess.DEVNULL)
     before = os.path.getmtime(f"{out}/{checkpoints(out)[0]}/optimizer.safetensors")
     while process.poll() is None and os.path.getmtime(f"{out}/{checkpoints(out)[0]}/optimizer.safetensors") == before: time.sleep(0.002)
@@ -140,12 +139,72 @@ def started_over(command, seconds, expected, files):
     return resumed(command, out, expected)
 
 
+def complete(command, out):
+    """A run goes on where no step is left, at the step of its last checkpoint or before: a note, its weights, and figures that fit."""
+    last = checkpoints(out)[-1]
+    steps, weights = int(last.split("-")[1]), [f for f in os.listdir(f"{out}/{last}") if "model.safetensors" in f]
+    log = json.load(open(f"{out}/{last}/trainer_state.json"))["log_history"]
+    for most in (steps, 3):
+        done = subprocess.run(align(command, out, "--resume_from_checkpoint", "true", "--max_steps", str(most)), capture_output=True, text=True)
+        notes = [line for line in done.stderr.split("\n") if "no step is left to train" in line]
+        if done.returncode or len(notes) != 1 or f"{last} is at step {steps}, the run has {most}: " not in notes[0]: return f"max_steps {most}: {done.stderr}"
+        state = json.load(open(f"{out}/trainer_state.json"))
+        if (state["global_step"], state["max_steps"]) != (steps, steps): return f"max_steps {most}: global_step {state['global_step']}, max_steps {state['max_steps']}"
+        if without_clock(state["log_history"][:len(log)]) != without_clock(log): return "the log differs"
+        losses = [e["loss"] for e in log if "loss" in e]
+        for end in state["log_history"][len(log):]:
+            if "train_loss" in end and not min(losses) < end["train_loss"] < max(losses): return f"train_loss {end['train_loss']}, steps' losses from {min(losses)} to {max(losses)}"
+            if "train_loss" in end and abs(end["train_steps_per_second"] * end["train_runtime"] / steps - 1) > 1e-6: return "steps a second"
+        for name in weights:
+            if open(f"{out}/{name}", "rb").read() != open(f"{out}/{last}/{name}", "rb").read(): return f"{name} is not the checkpoint's"
+    return "resumed where it is complete"
+
+
+def copied(command, out):
+    """A folder whose files are copied one by one, the newest first, with the times of the copying; a run over it with a limit."""
+    shutil.rmtree(f"{work}/copy", ignore_errors=True)
+    os.mkdir(f"{work}/copy")
+    names = checkpoints(out)[-3:]
+    for k, name in enumerate(reversed(names)):
+        shutil.copytree(f"{out}/{name}", f"{work}/copy/{name}")
+        for folder, _, files in os.walk(f"{work}/copy/{name}"):
+            for f in files: os.utime(os.path.join(folder, f), (1000 + k, 1000 + k))
+    last = int(names[-1].split("-")[1])
+    process = align(command, f"{work}/copy", "--resume_from_checkpoint", "true", "--max_steps", str(last + 1), "--save_steps", "1", "--save_total_limit", "2")
+    process.remove("--quiet")
+    done = subprocess.run(process, capture_output=True, text=True)
+    if f"going on after step {last} from" not in done.stderr: return f"copied: {done.stderr}"
+    left = checkpoints(f"{work}/copy")
+    return "resumed from the newest of copies" if left == [names[-1], f"checkpoint-{last + 1}"] else f"left: {left}"
+
+
+def interrupted_evaluation():
+    """Ctrl-C in the evaluation after the last step: it is cut short, the weights are saved, exit 1. Twice: it stops at once."""
+    with open(f"{work}/held_out.jsonl", "w") as f:
+        for row in [json.loads(line)["text"] for line in open(os.path.join(root, "docs/reviews.jsonl"))]: f.write(json.dumps({"text": row}) + "\n")
+    command = f"sft --model_name_or_path {work}/lm --dataset_name {work}/texts.jsonl --max_steps 2 --save_steps 2 --per_device_eval_batch_size 1 --max_length 64 --eval_dataset {work}/held_out.jsonl"
+    for times in (1, 2):
+        out = f"{work}/evaluation{times}"
+        process = subprocess.Popen(align(command, out), stderr=subprocess.PIPE, text=True)
+        while not os.path.exists(f"{out}/checkpoint-2") and process.poll() is None: time.sleep(0.002)
+        for _ in range(times):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.02)
+        message = process.communicate()[1].strip().split("\n")[-1]
+        saved = os.path.exists(f"{out}/model.safetensors") and os.path.exists(f"{out}/trainer_state.json")
+        if times == 2 and not saved and process.returncode == -signal.SIGINT: continue
+        if process.returncode != 1 or not saved or f"interrupted after the last step; the model is saved in {out}" not in message: return f"exit {process.returncode}: {message}"
+        if any("eval_loss" in e for e in json.load(open(f"{out}/trainer_state.json"))["log_history"]): return "a part of the evaluation is logged"
+    if times == 2 and saved: return "the second Ctrl-C did not end it"
+    return "ended early and saved; twice: ended at once"
+
+
 passed = failed = total = 0
 
 
 def judge(name, word, kills=0):
     global passed, failed, total
-    good = word.startswith("resumed")
+    good = word.startswith(("resumed", "ended"))
     total, passed, failed = total + kills, passed + good, failed + (not good)
     print(f"{'ok  ' if good else 'FAIL'}  {name}: {word}", flush=True)
 
@@ -157,7 +216,10 @@ for name, command in prepare().items():
     subprocess.run(align(command, f"{work}/alone"), check=True)
     files = sorted(os.listdir(f"{work}/alone/{checkpoints(f'{work}/alone')[0]}"))
     runs[name] = (command, time.time() - begin, contents(f"{work}/alone"), files)
+    judge(f"{name}, complete", complete(command, f"{work}/alone"))
+    judge(f"{name}, copied", copied(command, f"{work}/alone"))
     shutil.rmtree(f"{work}/alone")
+judge("sft, Ctrl-C in the last evaluation", interrupted_evaluation())
 for name in ("sft", "ppo, LoRA"): judge(f"{name}, Ctrl-C", interrupted_run(*runs[name]))
 judge("ppo, started over", started_over(*runs["ppo"]))
 while total < arguments.kills:
