@@ -1,11 +1,14 @@
 # make           builds ./align           make run    the whole course, a minute or two
 # make test      builds and runs tests    make debug  ./align_debug for gdb: no optimisation, one thread
 # make book      docs/book.html: align.c for reading        make check-all  every instrument, about an hour
+# make install   PREFIX=/usr/local DESTDIR=: the program, and beside it what it reads      make uninstall
+# CFLAGS, CPPFLAGS, LDFLAGS and LDLIBS are yours, from the environment too; they come after the flags that align needs.
 CC ?= cc
+PREFIX ?= /usr/local
 
-# Apple's clang refuses -fopenmp; Homebrew's libomp, if it is there, teaches it. Tried only where nobody chose CFLAGS.
-ifeq ($(origin CFLAGS), undefined)
-try = $(shell echo 'int main(void) { return omp_get_max_threads() < 1; }' | $(CC) $(1) -include omp.h -x c - -o .try_openmp 2> /dev/null && rm -f .try_openmp && echo found)
+# Apple's clang refuses -fopenmp; Homebrew's libomp, if it is there, teaches it. `make OPENMP=` builds without.
+ifeq ($(origin OPENMP), undefined)
+try = $(shell echo 'int main(void) { return omp_get_max_threads() < 1; }' | $(CC) $(CPPFLAGS) $(CFLAGS) $(1) -include omp.h -x c - -x none -o .try_openmp $(LDFLAGS) $(LDLIBS) 2> /dev/null && echo found; rm -rf .try_openmp*)
 OPENMP := -fopenmp
 ifneq ($(call try,$(OPENMP)), found)
 BREW := $(shell brew --prefix libomp 2> /dev/null)
@@ -15,14 +18,14 @@ OPENMP :=
 $(info $(CC) has no OpenMP: align will run on one thread. For all of them: on macOS `brew install libomp`, elsewhere gcc or the package libomp-dev, and make again)
 endif
 endif
-CFLAGS := -O3 $(OPENMP)
 endif
+build = $(strip $(CC) -O3 $(OPENMP) $(CPPFLAGS) $(CFLAGS) $(1) $(LDFLAGS) $(LDLIBS) -lm)
 
 align: align.c
-	$(CC) $(CFLAGS) align.c -o align -lm
+	$(call build,align.c -o align)
 
 test_align: test_align.c align.c
-	$(CC) $(CFLAGS) test_align.c -o test_align -lm
+	$(call build,test_align.c -o test_align)
 
 run: align
 	./align rlhf
@@ -39,7 +42,21 @@ debug: align.c
 book:
 	python3 docs/make_book.py
 
+# Where the program looks for them: ../share/align from its own folder.
+share = $(DESTDIR)$(PREFIX)/share/align
+
+install: align
+	install -d "$(DESTDIR)$(PREFIX)/bin" "$(share)/docs"
+	install -m 755 align "$(DESTDIR)$(PREFIX)/bin/align"
+	install -m 644 tokenizer.bin LICENSE "$(share)"
+	install -m 644 docs/glossary.md docs/reviews.jsonl docs/reviews.LICENSE.txt "$(share)/docs"
+
+uninstall:
+	rm -f "$(DESTDIR)$(PREFIX)/bin/align" "$(share)/tokenizer.bin" "$(share)/LICENSE"
+	rm -f "$(share)/docs/glossary.md" "$(share)/docs/reviews.jsonl" "$(share)/docs/reviews.LICENSE.txt"
+	-rmdir "$(share)/docs" "$(share)"
+
 clean:
 	rm -f align align_debug test_align
 
-.PHONY: run test check-all debug book clean
+.PHONY: run test check-all debug book install uninstall clean

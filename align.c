@@ -60,6 +60,23 @@
 #define _GNU_SOURCE            /* realpath, clock_gettime, fsync under -std=c11 */
 #endif
 #define _FILE_OFFSET_BITS 64   /* files beyond 2 GB where long has 32 bits */
+
+/* What this file assumes of a compiler and a machine beyond C11. Without it the program would be
+ * built, run, and give wrong numbers. arithmetic_check tries at the start what no macro tells. */
+#ifndef __GNUC__
+#error "align.c needs gcc or clang: it uses their vectors, attributes and builtins"
+#endif
+#if defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) || __FINITE_MATH_ONLY__
+#error "align.c needs NaN, infinity and sums in the order written: leave out -Ofast, -ffast-math, \
+-funsafe-math-optimizations, -fassociative-math and -ffinite-math-only; -O3 is as fast"
+#endif
+#if __FLT_EVAL_METHOD__ < 0 || __FLT_EVAL_METHOD__ == 1 || __FLT_EVAL_METHOD__ == 2
+#error "align.c needs floats that are computed as floats, not in x87 registers: add -msse2 \
+-mfpmath=sse"
+#endif
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "align.c needs a machine that stores the lowest byte first: its files are written so"
+#endif
 #include <ctype.h>
 #include <dirent.h>
 #include <errno.h>
@@ -78,6 +95,9 @@
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
+#ifdef __linux__
+#include <sys/auxv.h>
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #else                                                    /* one thread; OpenMP's pragmas are comments */
@@ -126,9 +146,9 @@ static size_t peak_rss_bytes(void) {
 }
 #endif
 
-#ifndef __GNUC__
-#define __attribute__(x)
-#endif
+_Static_assert(sizeof(int) == 4 && FLT_MANT_DIG == 24 && DBL_MANT_DIG == 53,
+               "align.c needs int of 32 bits, and float and double as IEEE 754 has them");
+
 #define PRINTF_LIKE(f, a) __attribute__((format(PRINTF_FORMAT, f, a)))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
@@ -172,7 +192,8 @@ static char *cut_text(char *text, size_t bytes) {
 static struct Progress { const char *name; double begin, drawn; size_t step, total, first_step, first_tokens; bool open; } progress_line;
 
 static void progress_clear(void) {
-    if (progress_line.open) fputs(progress_line.total && progress_line.step == progress_line.total ? "\n" : "\r\033[K", stderr);       /* one that is complete stays */
+    if (!progress_line.open) return;
+    fputs(progress_line.total && progress_line.step == progress_line.total ? "\n" : "\r\033[K", stderr);       /* one that is complete stays */
     progress_line.open = false;
 }
 
@@ -185,14 +206,19 @@ static void PRINTF_LIKE(2, 0) complain(const char *start, const char *format, va
     fprintf(stderr, "%s%.*s%s%s%s\n", start, (int)head, line, tail > head ? " ... " : "", line + tail, end);
 }
 
+/* Threads of a parallel loop may fail at the same moment, out of memory for example. The first one
+ * to come here ends the program; the others wait until it has. */
 static _Noreturn void PRINTF_LIKE(2, 3) die_with(int status, const char *format, ...) {
-    va_list arguments;
-    va_start(arguments, format);
-    fflush(stdout);
-    complain("align: ", format, arguments, status == 1 ? way_on : "");
-    va_end(arguments);
-    if (staged_folder) folder_remove(staged_folder, NULL);
-    exit(status);
+    #pragma omp critical (die)
+    {
+        va_list arguments;
+        va_start(arguments, format);
+        fflush(stdout);
+        complain("align: ", format, arguments, status == 1 ? way_on : "");
+        va_end(arguments);
+        if (staged_folder) folder_remove(staged_folder, NULL);
+        exit(status);
+    }
 }
 
 #define die(...) die_with(1, __VA_ARGS__)
@@ -231,6 +257,10 @@ static bool program_path(char path[PATH_MAX]) {
     char raw[PATH_MAX];
     uint32_t size = sizeof raw;
     return _NSGetExecutablePath(raw, &size) == 0 && realpath(raw, path);
+#elif defined(__linux__)
+    /* As it was started. /proc/self/exe is the loader where that was asked to run the program. */
+    const char *name = (const char *)getauxval(AT_EXECFN);
+    return name && realpath(name, path);
 #else
     ssize_t n = readlink("/proc/self/exe", path, PATH_MAX - 1);
     path[MAX(n, 0)] = 0;
@@ -1761,16 +1791,39 @@ static const struct Kernel KERNELS[] = {
 };
 static const struct Kernel *kernel;      /* NULL: matmul_plain */
 
-/* The widest tile this processor has. ALIGN_KERNEL=0, 1 or 2 asks for a narrower one, "plain" for none. */
+/* Is kernel k the one that ALIGN_KERNEL asks for: by its place, its name or the name's first word?
+ * "plain" alone stands for matmul_plain. */
+static bool kernel_is_asked(size_t k, const char *asked) {
+    const char *name = KERNELS[k].name;
+    size_t word = strcspn(name, " ");
+    bool by_place = strlen(asked) == 1 && (size_t)(*asked - '0') == k;
+    return by_place || strcmp(asked, name) == 0 || (strlen(asked) == word && strncmp(asked, name, word) == 0);
+}
+
+/* The widest tile this processor has, or a narrower one that the environment variable ALIGN_KERNEL
+ * asks for: 0, 1, 2, avx2, avx512; "plain": none, matmul_plain.               test: kernel_choose */
 static void kernel_choose(void) {
-    int widest = 0;
+    size_t widest = 0;
+    size_t chosen = 0;
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) widest = __builtin_cpu_supports("avx512f") ? 2 : 1;
 #endif
+    kernel = &KERNELS[widest];
     const char *asked = getenv("ALIGN_KERNEL");
-    kernel = &KERNELS[asked && isdigit((unsigned char)*asked) ? MIN(atoi(asked), widest) : widest];
-    if (asked && strcmp(asked, "plain") == 0) kernel = NULL;
+    if (!asked || !*asked) return;
+    kernel = NULL;
+    if (strcmp(asked, "plain") == 0) return;
+    char names[100] = "plain";
+    for (size_t k = 0; k < COUNT(KERNELS); k++) {
+        size_t used = strlen(names);
+        snprintf(names + used, sizeof names - used, ", %s", KERNELS[k].name);
+    }
+    while (chosen < COUNT(KERNELS) && !kernel_is_asked(chosen, asked)) chosen++;
+    CHECK(chosen < COUNT(KERNELS), "ALIGN_KERNEL=%s: there is no such kernel; there are %s",
+          asked, names);
+    kernel = &KERNELS[MIN(chosen, widest)];
+    if (chosen > widest) warn("ALIGN_KERNEL=%s: this processor cannot run it; %s is used", asked, kernel->name);
 }
 
 /* Four lines of K consecutive numbers into four neighbouring columns of a panel: 4 x 4 at a time, transposed
@@ -6362,10 +6415,14 @@ static const struct Flag FLAGS[] = {
     {"help", KIND_BOOL, AT(help), G_ALL, "this page"},
 };
 
-/* A file that ships with the program: beside it, or in the current folder. */
+/* A file that ships with the program: beside it, where `make install` puts it, or in the current folder. */
 static const char *shipped_file(struct Arena *arena, const char *name, const char *remedy) {
     char program[PATH_MAX], *slash = program_path(program) ? strrchr(program, '/') : NULL;
     const char *path = slash ? arena_printf(arena, "%.*s/%s", (int)(slash - program), program, name) : name;
+    if (slash && !file_exists(path)) {
+        int folder = (int)(slash - program);
+        path = arena_printf(arena, "%.*s/../share/align/%s", folder, program, name);
+    }
     if (!file_exists(path)) path = name;
     CHECK(file_exists(path), "%s is neither beside the program nor in the current folder; %s", name, remedy);
     return path;
@@ -7204,15 +7261,73 @@ static struct Options default_options(const char *name) {
     return o;
 }
 
-/* A thread that waits for others spins before it sleeps: milliseconds in GNU's OpenMP, right on an idle machine; else it burns the time of the very
- * thread it waits for, and a run takes ten times as long. The setting is read before main: unless the user has chosen, choose and start again. */
-static void openmp_spin_briefly(char **argv) {
-    (void)argv;
-#if defined(_OPENMP) && defined(__linux__)
-    if (getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
-    setenv("GOMP_SPINCOUNT", "4000", 1);
-    execv("/proc/self/exe", argv);          /* where that fails, it runs as it is */
+/* A thread that waits for others spins before it sleeps, GNU's OpenMP for milliseconds and LLVM's
+ * for 200 of them. That is right on an idle machine. On a busy one it takes the time of the very
+ * thread it waits for, and a run takes several times as long. So, unless the user has chosen, it
+ * spins briefly. LLVM's OpenMP can be told by a call, GNU's only by the environment it starts with. */
+#if defined(KMP_VERSION_MAJOR) && defined(__linux__)
+static void openmp_spin_briefly(void) {
+    if (!getenv("KMP_BLOCKTIME") && !getenv("OMP_WAIT_POLICY")) kmp_set_blocktime(0);
+}
+#else
+static void openmp_spin_briefly(void) {}
 #endif
+
+#if defined(_OPENMP) && !defined(KMP_VERSION_MAJOR) && defined(__GLIBC__) && !SANITIZED
+/* The C library calls this before the constructors of the shared libraries, libgomp's among them:
+ * the program starts again with one variable more before anything has happened. It does so only
+ * if the name it was started by leads to the file that runs: under valgrind it does not. */
+static void gomp_spin_briefly(int argc, char **argv, char **variables) {
+    (void)argc;
+    size_t n = 0;
+    for (; variables[n]; n++) {
+        bool is_count = strncmp(variables[n], "GOMP_SPINCOUNT=", 15) == 0;
+        if (is_count || strncmp(variables[n], "OMP_WAIT_POLICY=", 16) == 0) return;
+    }
+    static char brief[] = "GOMP_SPINCOUNT=4000";
+
+    /* 1. The kernel has loaded no loader. In a static program the environment can still be added
+     *    to. A program that a loader was asked to run cannot be started again; this does nothing. */
+    if (getauxval(AT_BASE) == 0) {
+        putenv(brief);
+        return;
+    }
+
+    /* 2. With the same name and arguments. Where that fails, it runs as it is. */
+    const char *name = (const char *)getauxval(AT_EXECFN);
+    struct stat named;
+    struct stat running;
+    if (stat(name, &named) != 0 || stat("/proc/self/exe", &running) != 0) return;
+    if (named.st_dev != running.st_dev || named.st_ino != running.st_ino) return;
+    char *with_brief[n + 2];
+    memcpy(with_brief, variables, n * sizeof *variables);
+    with_brief[n] = brief;
+    with_brief[n + 1] = NULL;
+    execve(name, argv, with_brief);
+}
+
+__attribute__((section(".preinit_array"), used))
+static void (*const before_openmp)(int, char **, char **) = gomp_spin_briefly;
+#endif
+
+/* Is arithmetic what the file's head asks for? A compiler may define no macro for a flag, as clang
+ * for -funsafe-math-optimizations and -fno-honor-nans, and -Ofast may be given when linking only:
+ * the program then sets the smallest numbers to 0. `volatile`: not to be computed beforehand. */
+static void arithmetic_check(void) {
+    volatile float not_a_number = NAN;
+    volatile float infinity = INFINITY;
+    volatile float one = 1;
+    volatile float least = FLT_MIN;
+    float nan = not_a_number;
+    float large = 0x1p24f * one;
+    float small = 0.25f * one;
+    float sum = large + small;
+    const char *wrong = NULL;
+    if (!isnan(nan) || nan == nan || !isinf(infinity)) wrong = "NaN or infinity pass for numbers";
+    else if (sum - large != 0) wrong = "the order of additions is changed";
+    else if (least * 0.5f == 0) wrong = "numbers below 1.2e-38 become 0";
+    CHECK(!wrong, "this build is not right: %s; build it without -Ofast, -ffast-math, "
+          "-funsafe-math-optimizations and their like, in linking too; -O3 is as fast", wrong);
 }
 
 #ifndef ALIGN_NO_MAIN
@@ -7225,7 +7340,8 @@ int main(int argc, char **argv) {
     _fmode = _O_BINARY;                              /* else line ends change on the way */
     for (int fd = 0; fd <= 2; fd++) _setmode(fd, _O_BINARY);
 #endif
-    openmp_spin_briefly(argv);
+    openmp_spin_briefly();
+    arithmetic_check();
     if (argc < 2 || strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "help") == 0) print_commands(argc < 2 ? stderr : stdout);
     else {
         const struct Command *command = find_command(argv[1]);

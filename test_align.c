@@ -1705,7 +1705,7 @@ static void test_gpt2_load(void) {
         used += (size_t)sprintf((char *)file + used, "],\"data_offsets\":[%zu,%zu]}", offset, offset + 2 * t->n);
     }
     used += (size_t)sprintf((char *)file + used, "}");
-    for (int i = 0; i < 8; i++) file[i] = (unsigned char)((used - 8) >> 8 * i);
+    for (int i = 0; i < 8; i++) file[i] = (unsigned char)((uint64_t)(used - 8) >> 8 * i);
     for (size_t i = 0; i < n; i++) { file[used++] = (unsigned char)(bits_of_float(all[i]) >> 16); file[used++] = (unsigned char)(bits_of_float(all[i]) >> 24); }
     write_bytes("plain/model.safetensors", file, used);
     loaded = gpt2_load(temporary("plain"));
@@ -4715,7 +4715,7 @@ static void finish(void) {
 }
 
 int main(int argc, char **argv) {
-    openmp_spin_briefly(argv);
+    openmp_spin_briefly();
 #ifdef _WIN32
     _fmode = _O_BINARY;                                                /* as main does */
 #endif
