@@ -1068,8 +1068,10 @@ static struct Tokenizer *tokenizer_load(struct Arena *arena, const char *path) {
     return tok;
 }
 
-/* The end token of a model with V ids: GPT-2's own if it has it, else the last. */
-static int end_token_of(size_t vocab_size) { return (int)MIN(vocab_size, (size_t)50257) - 1; }
+/* The layout of a vocabulary of V ids: those below this id are ordinary tokens, and this one is
+ * spelt "<|endoftext|>": GPT-2's own if the vocabulary has it, else the last. Which token ends a
+ * text is the model's configuration to say (eos_token_id); this id is only the default. */
+static int endoftext_id(size_t vocab_size) { return (int)MIN(vocab_size, (size_t)50257) - 1; }
 
 /* Class and length of the character at text[i]. A byte that is no valid UTF-8 is a character of class "other", and kept. */
 static enum CharClass char_class_at(const struct Tokenizer *tok, const unsigned char *text, size_t i, size_t n, size_t *length) {
@@ -1158,7 +1160,7 @@ static size_t tokenizer_encode_word(const struct Tokenizer *tok, struct WordPiec
  * "<|endoftext|>" inside a text is ordinary text: data cannot forge an end.   test: tokenizer_* */
 static size_t tokenizer_encode(const struct Tokenizer *tok, struct Text text, size_t vocab_size, int *ids) {
     const unsigned char *bytes = (const unsigned char *)text.data;
-    int merge_limit = end_token_of(vocab_size);
+    int merge_limit = endoftext_id(vocab_size);
     struct WordPieces w = {0};
     size_t count = 0;
     CHECK(text.length < INT32_MAX, "a text of %zu bytes is longer than the 2 GB that can be encoded at once", text.length);
@@ -1173,7 +1175,7 @@ static size_t tokenizer_encode(const struct Tokenizer *tok, struct Text text, si
 }
 
 static struct Text tokenizer_decode(const struct Tokenizer *tok, int id, size_t vocab_size) {
-    if (id == end_token_of(vocab_size)) id = tok->end_token;
+    if (id == endoftext_id(vocab_size)) id = tok->end_token;
     if (id < 0 || (size_t)id >= tok->vocab_size) return text_of("");        /* the unused ids of a padded vocabulary */
     return tok->token[id];
 }
@@ -1202,10 +1204,11 @@ static struct Text token_as_unicode(struct Arena *arena, struct Text token) {
     return (struct Text){text, (size_t)(to - text)};
 }
 
-/* vocab.json, merges.txt and tokenizer_config.json: what AutoTokenizer looks for beside a model. */
-static void tokenizer_save(const struct Tokenizer *tok, const char *folder, size_t vocab_size, size_t n_positions) {
+/* vocab.json and merges.txt: what AutoTokenizer looks for beside a model, with the
+ * tokenizer_config.json of tokenizer_config_save. */
+static void tokenizer_save(const struct Tokenizer *tok, const char *folder, size_t vocab_size) {
     struct Arena arena = {0};
-    size_t end = (size_t)end_token_of(vocab_size);
+    size_t end = (size_t)endoftext_id(vocab_size);
     struct Output out = output_open(folder, "vocab.json");
     fputc('{', out.file);
     for (size_t id = 0; id < end; id++) {
@@ -1222,10 +1225,6 @@ static void tokenizer_save(const struct Tokenizer *tok, const char *folder, size
         fprintf(out.file, "%s %s\n", left.data, right.data);
     }
     output_close(&out);
-    out = output_open(folder, "tokenizer_config.json");
-    fprintf(out.file, "{\n  \"add_prefix_space\": false,\n  \"bos_token\": \"<|endoftext|>\",\n  \"eos_token\": \"<|endoftext|>\",\n  \"model_max_length\": %zu,\n"
-          "  \"pad_token\": \"<|endoftext|>\",\n  \"tokenizer_class\": \"GPT2Tokenizer\",\n  \"unk_token\": \"<|endoftext|>\"\n}\n", n_positions);
-    output_close(&out);
     arena_free(&arena);
 }
 
@@ -1236,15 +1235,44 @@ static void tokenizer_check_folder(const struct Tokenizer *tok, const char *fold
     struct Json *vocab = NULL;
     if (file_exists(path)) vocab = json_read_file(&arena, path);
     else if (file_exists(path = other)) vocab = json_get(json_get(json_read_file(&arena, path), "model"), "vocab");
-    CHECK((size_t)end_token_of(vocab_size) < tok->vocab_size, "%s: has %zu ids, %s only %zu; another --tokenizer is needed", folder, vocab_size, tok->path, tok->vocab_size);
+    CHECK((size_t)endoftext_id(vocab_size) < tok->vocab_size, "%s: has %zu ids, %s only %zu; another --tokenizer is needed", folder, vocab_size, tok->path, tok->vocab_size);
     CHECK(!vocab || vocab->type == JSON_OBJECT, "%s: its vocabulary is not an object {\"token\": id, ...}", path);
     for (struct Json *item = vocab ? vocab->child : NULL; item; item = item->next) {
         size_t id = json_size(item, 1 << 24, path, "an id of the vocabulary");
-        if (id >= (size_t)end_token_of(vocab_size)) continue;
+        if (id >= (size_t)endoftext_id(vocab_size)) continue;
         struct Text ours = token_as_unicode(&arena, tok->token[id]);
         CHECK(text_equal(ours, item->key), "%s: id %zu is \"%s\" here, \"%s\" in %s: another vocabulary than GPT-2's; this model cannot be used", path, id, item->key.data, ours.data, tok->path);
     }
     arena_free(&arena);
+}
+
+/* Of a list of tokens, the names of those with ids from `first` to below `end`. transformers writes
+ * {"name": id}, [{"id": id, "content": "name"}] or {"id": {"content": "name"}}. */
+static void added_tokens_read(const struct Json *list, size_t first, size_t end,
+                              struct Text *names) {
+    for (const struct Json *item = list ? list->child : NULL; item; item = item->next) {
+        const struct Json *id = item->type == JSON_NUMBER ? item : json_get(item, "id");
+        const struct Json *content = json_get(item, "content");
+        double number = id ? id->number : item->key.data ? strtod(item->key.data, NULL) : 0;
+        if (number >= (double)first && number < (double)end)
+            names[(size_t)number - first] = content ? content->string : item->key;
+    }
+}
+
+/* The tokens that a model's folder adds behind GPT-2's own, ids `first` to `end` - 1: their names,
+ * empty where an id only rounds up the vocabulary (50304 is a multiple of 64, 50257 is not). */
+static struct Text *added_tokens(struct Arena *arena, const char *folder, size_t first,
+                                 size_t end) {
+    static const char *const lists[][2] = {{"vocab.json", NULL}, {"added_tokens.json", NULL},
+        {"tokenizer.json", "added_tokens"}, {"tokenizer_config.json", "added_tokens_decoder"}};
+    struct Text *names = arena_zeros(arena, end - first, sizeof *names);
+    for (size_t i = 0; i < COUNT(lists) && first < end; i++) {
+        const char *path = arena_printf(arena, "%s/%s", folder, lists[i][0]);
+        if (!file_exists(path)) continue;
+        const struct Json *json = json_read_file(arena, path);
+        added_tokens_read(lists[i][1] ? json_get(json, lists[i][1]) : json, first, end, names);
+    }
+    return names;
 }
 
 /* =============================================================================================
@@ -1382,27 +1410,69 @@ static struct Dataset *dataset_load(struct Arena *arena, const char *path, const
     return data;
 }
 
+static bool text_contains(struct Text text, struct Text word) {
+    for (size_t i = 0; i + word.length <= text.length; i++) {
+        const char *at = text.data + i;
+        if (*at == *word.data && memcmp(at, word.data, word.length) == 0)
+            return true;
+    }
+    return false;
+}
+
+/* Tutorials tell one to write "<|endoftext|>" behind each text. Here these are thirteen ordinary
+ * characters, which the model would learn to write, and the end token is added behind them all the
+ * same. One note a data set says so. */
+static void warn_of_written_ends(const struct Dataset *data, const struct Tokenizer *tok) {
+    struct Text name = tok->token[tok->end_token];
+    unsigned used = data->shape;
+    if (used == SHAPE_PREFERENCE)
+        used |= HAS_PROMPT;
+    size_t count = 0;
+    for (size_t r = 0; r < data->n; r++) {
+        const struct Row *row = &data->rows[r];
+        struct Text texts[] = {row->text, row->prompt, row->completion, row->chosen, row->rejected};
+        bool found = false;
+        for (size_t i = 0; i < COUNT(texts); i++)              /* in the order of enum Field */
+            found = found || (used >> i & 1 && text_contains(texts[i], name));
+        count += found;
+    }
+    if (count > 0)
+        warn("%s: %zu of %zu rows contain \"%.*s\", which is ordinary text here; leave it out: the "
+             "end token is added behind each text without it",
+             data->path, count, data->n, (int)name.length, name.data);
+}
+
 /* Token ids of one training sequence; the first prompt_length of them are given, not learnt. */
 struct Example { int *ids; size_t n, prompt_length; };
 
-static struct Example example_encode(struct Arena *arena, const struct Tokenizer *tok, struct Text text, size_t vocab_size, bool add_end) {
+/* A text as ids, the model's end token behind it; with end_token NULL without one. */
+static struct Example example_encode(struct Arena *arena, const struct Tokenizer *tok,
+                                     struct Text text, size_t vocab_size, const int *end_token) {
     struct Example e = {0};
     int *ids = (int *)thread_scratch(SCRATCH_ROW, text.length + 1);
     e.n = tokenizer_encode(tok, text, vocab_size, ids);
-    if (add_end) ids[e.n++] = end_token_of(vocab_size);
+    if (end_token) ids[e.n++] = *end_token;
     e.ids = memcpy(arena_alloc(arena, e.n + 1, sizeof *e.ids), ids, e.n * sizeof *ids);
     return e;
 }
 
 /* Prompt + completion as TRL: encoded as one, the end token behind it; the completion starts where the ids stop to be the prompt's own. */
-static struct Example example_prompt_completion(struct Arena *arena, const struct Tokenizer *tok, struct Text prompt, struct Text completion, size_t vocab_size) {
+static struct Example example_prompt_completion(struct Arena *arena, const struct Tokenizer *tok,
+                                                struct Text prompt, struct Text completion,
+                                                size_t vocab_size, const int *end_token) {
     struct Arena scratch = {0};
-    struct Example alone = example_encode(&scratch, tok, prompt, vocab_size, false);
-    struct Example whole = example_encode(arena, tok, text_join(&scratch, prompt, completion), vocab_size, true);
+    struct Example alone = example_encode(&scratch, tok, prompt, vocab_size, NULL);
+    struct Text both = text_join(&scratch, prompt, completion);
+    struct Example whole = example_encode(arena, tok, both, vocab_size, end_token);
     size_t *n = &whole.prompt_length;
     while (*n < alone.n && *n < whole.n && alone.ids[*n] == whole.ids[*n]) ++*n;
     arena_free(&scratch);
     return whole;
+}
+
+/* Did the answer behind the prompt end by itself, in the policy's end token? */
+static bool example_ended(const struct Example *e, int end_token) {
+    return e->n > e->prompt_length && e->ids[e->n - 1] == end_token;
 }
 
 /* Texts without a prompt: the longest common prefix of whole characters, less a space at its end, with which the completions then start.
@@ -2225,7 +2295,14 @@ static void attention_cached(float *out, const float *qkv, const struct Batch *b
  * "transformer.h.3.mlp.c_fc.weight" of a checkpoint.
  * ============================================================================================= */
 
-struct GPT2Config { size_t vocab_size, n_positions, n_embd, n_layer, n_head; int eos_token_id, pad_token_id; float layer_norm_epsilon; };
+struct GPT2Config {
+    size_t vocab_size, n_positions, n_embd, n_layer, n_head;
+    int eos_token_id;              /* the end token: behind each text, and where writing stops */
+    int pad_token_id;
+    float layer_norm_epsilon;
+    int bos_token_id;              /* what an empty prompt starts from */
+    struct Text pad_token;         /* the padding token's name, if it is none of GPT-2's tokens */
+};
 
 struct Linear { struct Tensor weight, bias, lora_A, lora_B; float lora_scale; };      /* lora: chapter 10; n = 0: no adapter here */
 struct LayerNorm { struct Tensor weight, bias; };
@@ -2613,15 +2690,39 @@ static size_t config_size(const struct Json *config, const char *path, const cha
     return item && item->type != JSON_NULL ? json_size(item, 1 << 24, path, name) : fallback;
 }
 
+/* What an enum JsonType is called in a message. */
+static const char *const JSON_TYPE_NAMES[] = {"null", "false", "true", "a number", "a string",
+                                              "a list", "an object"};
+
+/* One of the special tokens of a config.json: its id, or `fallback` where it is absent or null. */
+static int config_token_id(const struct Json *config, const char *path, const char *name,
+                           size_t vocab_size, int fallback) {
+    const struct Json *id = json_get(config, name);
+    if (!id || id->type == JSON_NULL)
+        return fallback;
+    if (id->type == JSON_ARRAY) {
+        CHECK(id->number == 1,
+              "%s: \"%s\" lists %.0f ids, and one can be used; write it in place of the list",
+              path, name, id->number);
+        id = id->child;
+    }
+    bool is_number = id->type == JSON_NUMBER;
+    double number = id->number;
+    bool is_id = is_number && number >= 0 && number < (double)vocab_size && number == floor(number);
+    const char *found = is_number ? json_number_text(number) : JSON_TYPE_NAMES[id->type];
+    CHECK(is_id, "%s: \"%s\" must be the id of one token, 0 to %zu (vocab_size - 1), found %s",
+          path, name, vocab_size - 1, found);
+    return (int)number;
+}
+
 /* Settings that change the mathematics are refused: what each may be, if it is not absent, null or empty. */
 struct Allowed { const char *name, *values[5]; };
 
 static void config_refuse(const struct Json *config, const char *path, const struct Allowed *allowed, size_t n) {
-    static const char *const words[] = {"null", "false", "true", "a number", "", "a list", "an object"};
     for (const struct Allowed *a = allowed; a < allowed + n; a++) {
         const struct Json *setting = json_get(config, a->name), *item = setting && setting->type >= JSON_ARRAY ? setting->child : setting;
         for (; item; item = item == setting ? NULL : item->next) {
-            const char *word = item->type == JSON_STRING ? item->string.data : words[item->type];
+            const char *word = item->type == JSON_STRING ? item->string.data : JSON_TYPE_NAMES[item->type];
             bool good = item->type == JSON_NULL;
             for (size_t k = 0; k < COUNT(a->values) && a->values[k]; k++) good = good || strcmp(word, a->values[k]) == 0;
             CHECK(good, "%s: \"%s\": %s is implemented, %s is not: it changes the mathematics", path, a->name, a->values[0], word);
@@ -2647,9 +2748,10 @@ static struct GPT2Config config_load(const char *folder) {
     struct Json *eps = json_get(json, "layer_norm_epsilon");
     CHECK(!eps || (eps->type == JSON_NUMBER && eps->number > 0 && eps->number <= 1), "%s: \"layer_norm_epsilon\" must be above 0, at most 1", path);
     c.layer_norm_epsilon = eps ? (float)eps->number : 1e-5f;
-    c.eos_token_id = (int)config_size(json, path, "eos_token_id", (size_t)end_token_of(c.vocab_size));
-    CHECK((size_t)c.eos_token_id < c.vocab_size, "%s: eos_token_id %d is outside the vocabulary of %zu", path, c.eos_token_id, c.vocab_size);
-    c.pad_token_id = (int)config_size(json, path, "pad_token_id", (size_t)c.eos_token_id);
+    int endoftext = endoftext_id(c.vocab_size);
+    c.eos_token_id = config_token_id(json, path, "eos_token_id", c.vocab_size, endoftext);
+    c.pad_token_id = config_token_id(json, path, "pad_token_id", c.vocab_size, c.eos_token_id);
+    c.bos_token_id = config_token_id(json, path, "bos_token_id", c.vocab_size, endoftext);
     arena_free(&arena);
     return c;
 }
@@ -2740,11 +2842,52 @@ static void config_save(const struct GPT2 *model, const char *folder) {
     const struct GPT2Config *c = &model->config;
     bool classifier = model->score.n > 0;
     struct Output out = output_open(folder, "config.json");
-    fprintf(out.file, "{\n  \"activation_function\": \"gelu_new\",\n  \"architectures\": [\"%s\"],\n  \"attn_pdrop\": 0.0,\n  \"bos_token_id\": %d,\n", classifier ? "GPT2ForSequenceClassification" : "GPT2LMHeadModel", c->eos_token_id);
+    fprintf(out.file, "{\n  \"activation_function\": \"gelu_new\",\n  \"architectures\": [\"%s\"],\n  \"attn_pdrop\": 0.0,\n  \"bos_token_id\": %d,\n", classifier ? "GPT2ForSequenceClassification" : "GPT2LMHeadModel", c->bos_token_id);
     fprintf(out.file, "  \"dtype\": \"float32\",\n  \"embd_pdrop\": 0.0,\n  \"eos_token_id\": %d,\n", c->eos_token_id);
     if (classifier) fputs("  \"id2label\": {\"0\": \"LABEL_0\"},\n  \"label2id\": {\"LABEL_0\": 0},\n", out.file);
     fprintf(out.file, "  \"initializer_range\": 0.02,\n  \"layer_norm_epsilon\": %.7g,\n  \"model_type\": \"gpt2\",\n  \"n_ctx\": %zu,\n  \"n_embd\": %zu,\n  \"n_head\": %zu,\n  \"n_inner\": null,\n", c->layer_norm_epsilon, c->n_positions, c->n_embd, c->n_head);
     fprintf(out.file, "  \"n_layer\": %zu,\n  \"n_positions\": %zu,\n  \"pad_token_id\": %d,\n  \"resid_pdrop\": 0.0,\n  \"tie_word_embeddings\": true,\n  \"use_cache\": true,\n  \"vocab_size\": %zu\n}\n", c->n_layer, c->n_positions, c->pad_token_id, c->vocab_size);
+    output_close(&out);
+}
+
+/* A special token as tokenizer_config.json names it, null where its id has no name. */
+static void write_special_token(FILE *file, const char *before, const struct Tokenizer *tok,
+                                const struct GPT2Config *c, int id) {
+    struct Arena arena = {0};
+    int endoftext = endoftext_id(c->vocab_size);
+    struct Text name = id == c->pad_token_id ? c->pad_token : (struct Text){0};
+    if (id == endoftext)
+        name = text_of("<|endoftext|>");
+    if (id < endoftext)
+        name = token_as_unicode(&arena, tok->token[id]);
+    if (name.length > 0)
+        json_write_string(file, before, name);
+    else
+        fprintf(file, "%snull", before);
+    arena_free(&arena);
+}
+
+/* tokenizer_config.json. transformers cuts a text at every special token before it encodes the
+ * rest; where one of them is an ordinary token, split_special_tokens makes it encode texts as
+ * GPT-2's tokenizer does. */
+static void tokenizer_config_save(const struct Tokenizer *tok, const char *folder,
+                                  const struct GPT2Config *c) {
+    struct Output out = output_open(folder, "tokenizer_config.json");
+    int lowest = MIN(c->bos_token_id, MIN(c->eos_token_id, c->pad_token_id));
+    fputs("{\n  \"add_prefix_space\": false", out.file);
+    if (c->pad_token.length > 0) {
+        fprintf(out.file, ",\n  \"added_tokens_decoder\": {\"%d\": ", c->pad_token_id);
+        json_write_string(out.file, "{\"content\": ", c->pad_token);
+        fputs(", \"special\": true}}", out.file);
+    }
+    write_special_token(out.file, ",\n  \"bos_token\": ", tok, c, c->bos_token_id);
+    write_special_token(out.file, ",\n  \"eos_token\": ", tok, c, c->eos_token_id);
+    fprintf(out.file, ",\n  \"model_max_length\": %zu", c->n_positions);
+    write_special_token(out.file, ",\n  \"pad_token\": ", tok, c, c->pad_token_id);
+    if (lowest < endoftext_id(c->vocab_size))
+        fputs(",\n  \"split_special_tokens\": true", out.file);
+    fputs(",\n  \"tokenizer_class\": \"GPT2Tokenizer\"", out.file);
+    fputs(",\n  \"unk_token\": \"<|endoftext|>\"\n}\n", out.file);
     output_close(&out);
 }
 
@@ -2973,7 +3116,10 @@ static void model_save(struct GPT2 *model, const char *folder, const struct Toke
     make_folder(folder);
     if (model->adapter.r) adapter_config_save(model, folder);
     else config_save(model, folder);
-    if (tok) tokenizer_save(tok, folder, model->config.vocab_size, model->config.n_positions);
+    if (tok) {
+        tokenizer_save(tok, folder, model->config.vocab_size);
+        tokenizer_config_save(tok, folder, &model->config);
+    }
     if (model->adapter.r) {
         if (model->v_head.weight.n) safetensors_write(folder, "model.safetensors", head, 2, "");
         safetensors_write(folder, "adapter_model.safetensors", tensors, count, "base_model.model.transformer.");
@@ -4186,10 +4332,13 @@ static struct LanguageTask *pretrain_task(struct Trainer *trainer, struct Arena 
 static struct Example *sft_examples(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data, size_t *n) {
     struct Example *examples = arena_alloc(arena, data->n, sizeof *examples);
     size_t count = 0, cut = 0, V = trainer->model->config.vocab_size;
+    const int *end_token = &trainer->model->config.eos_token_id;
+    const struct Tokenizer *tok = trainer->tok;
     for (size_t i = 0; i < data->n; i++) {
         const struct Row *row = &data->rows[i];
-        struct Example e = data->shape == SHAPE_TEXT ? example_encode(arena, trainer->tok, row->text, V, true)
-                                                     : example_prompt_completion(arena, trainer->tok, row->prompt, row->completion, V);
+        struct Example e = data->shape == SHAPE_TEXT
+            ? example_encode(arena, tok, row->text, V, end_token)
+            : example_prompt_completion(arena, tok, row->prompt, row->completion, V, end_token);
         cut += e.n > trainer->args.max_length;
         e.n = MIN(e.n, trainer->args.max_length);
         if (e.n > MAX((size_t)1, e.prompt_length)) examples[count++] = e;
@@ -4351,6 +4500,7 @@ static double reward_loss(struct Trainer *trainer, const size_t *index, size_t c
 /* Rows as texts with end tokens, two a preference, and numbers. Half a text is no fair comparison: what exceeds max_length is dropped. */
 static size_t reward_texts(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data, int held_out) {
     struct RewardTask *task = trainer->task.data;
+    const struct GPT2Config *config = &trainer->model->config;
     size_t count = 0, each = data->shape == SHAPE_PREFERENCE ? 2 : 1;
     struct Example *texts = task->texts[held_out] = arena_alloc(arena, each * data->n, sizeof *texts);
     double *number = task->number[held_out] = arena_alloc(arena, data->n, sizeof *number);
@@ -4359,7 +4509,8 @@ static size_t reward_texts(struct Trainer *trainer, struct Arena *arena, const s
         struct Example *e = texts + each * count;
         for (size_t k = 0; k < each; k++) {
             struct Text text = each == 1 ? row->text : text_join(arena, row->prompt, k ? row->rejected : row->chosen);
-            e[k] = example_encode(arena, trainer->tok, text, trainer->model->config.vocab_size, true);
+            const int *end_token = &config->eos_token_id;
+            e[k] = example_encode(arena, trainer->tok, text, config->vocab_size, end_token);
         }
         if (MAX(e[0].n, e[each - 1].n) > trainer->args.max_length) continue;
         number[count++] = each == 2 ? row->margin : data->shape == SHAPE_LABELLED ? row->label : row->score;
@@ -4470,21 +4621,27 @@ struct Scorer {
     double short_score;
 };
 
-/* Scores n sequences (query and response together): decoded to text and read by the reward model, as the lab's pipeline does. */
-static void scorer_score(const struct Scorer *scorer, struct Arena *arena, const struct Example *sequences, size_t n, size_t vocab_size, float *score) {
+/* Scores n sequences of a policy (query and response together): decoded to text, without the
+ * policy's end token, and read by the reward model, as the lab's pipeline does. The two models may
+ * have different vocabularies and end tokens. */
+static void scorer_score(const struct Scorer *scorer, struct Arena *arena,
+                         const struct Example *sequences, size_t n,
+                         const struct GPT2Config *policy, float *score) {
     struct Example *texts = arena_alloc(arena, n, sizeof *texts);
-    int end = end_token_of(vocab_size);
+    const struct GPT2Config *reader = &scorer->reward_model->config;
     for (size_t i = 0; i < n; i++) {
-        size_t length = sequences[i].n;
-        while (length > 0 && sequences[i].ids[length - 1] == end) length--;
-        struct Text text = tokenizer_decode_all(scorer->tok, arena, sequences[i].ids, length, vocab_size);
-        texts[i] = example_encode(arena, scorer->tok, text, scorer->reward_model->config.vocab_size, false);
-        texts[i].n = MIN(texts[i].n, scorer->reward_model->config.n_positions);
+        const struct Example *e = &sequences[i];
+        size_t length = e->n - example_ended(e, policy->eos_token_id);
+        size_t V = policy->vocab_size;
+        struct Text text = tokenizer_decode_all(scorer->tok, arena, e->ids, length, V);
+        texts[i] = example_encode(arena, scorer->tok, text, reader->vocab_size, NULL);
+        texts[i].n = MIN(texts[i].n, reader->n_positions);
     }
     reward_score(scorer->reward_model, texts, n, score);
     for (size_t i = 0; i < n; i++) {
         const struct Example *e = &sequences[i];
-        bool ended_soon = e->n - e->prompt_length < scorer->least_length && e->n > 0 && e->ids[e->n - 1] == end;
+        bool is_short = e->n - e->prompt_length < scorer->least_length;
+        bool ended_soon = is_short && example_ended(e, policy->eos_token_id);
         score[i] = (float)((score[i] - scorer->mean) / scorer->std);
         if (ended_soon) score[i] = (float)MIN(score[i], scorer->short_score);
     }
@@ -4563,7 +4720,7 @@ static void ppo_trainer_free(struct PPOTrainer *ppo) {
 
 /* The policy answers batch_size prompts and is scored. */
 static void collect_rollouts(const struct PPOTrainer *ppo, struct RolloutSource *source, struct Arena *arena, struct Rollout *rollouts) {
-    size_t n = ppo->config.batch_size, V = ppo->model->config.vocab_size;
+    size_t n = ppo->config.batch_size;
     struct Sequence *sequences = arena_alloc(arena, n, sizeof *sequences);
     const struct Example *prompt = NULL;
     for (size_t i = 0; i < n; i++) {
@@ -4579,7 +4736,7 @@ static void collect_rollouts(const struct PPOTrainer *ppo, struct RolloutSource 
     struct Example *examples = arena_alloc(arena, n, sizeof *examples);
     float *score = arena_floats(arena, n);
     for (size_t i = 0; i < n; i++) examples[i] = (struct Example){sequences[i].ids, sequences[i].n, sequences[i].prompt_length};
-    scorer_score(&source->scorer, arena, examples, n, V, score);
+    scorer_score(&source->scorer, arena, examples, n, &ppo->model->config, score);
     for (size_t i = 0; i < n; i++) rollouts[i] = (struct Rollout){examples[i], examples[i].n - examples[i].prompt_length, score[i]};
 }
 
@@ -5246,12 +5403,14 @@ static double dpo_task_loss(struct Trainer *trainer, const size_t *index, size_t
  * prefixes with the prompt's ids); pairs without a completion inside max_length are dropped; the rest keep their first max_length ids. */
 static size_t dpo_pairs(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data, struct Example *pairs) {
     size_t count = 0, V = trainer->model->config.vocab_size;
+    const int *end_token = &trainer->model->config.eos_token_id;
     for (size_t i = 0; i < data->n; i++) {
         struct Row row = data->rows[i];
         struct Example *e = pairs + 2 * count;
         if (!(row.has & HAS_PROMPT)) split_implicit_prompt(&row);
         for (int k = 0; k < 2; k++) {
-            e[k] = example_prompt_completion(arena, trainer->tok, row.prompt, k ? row.rejected : row.chosen, V);
+            struct Text answer = k ? row.rejected : row.chosen;
+            e[k] = example_prompt_completion(arena, trainer->tok, row.prompt, answer, V, end_token);
             e[k].n = MIN(e[k].n, trainer->args.max_length);
         }
         e[0].prompt_length = e[1].prompt_length = MIN(e[0].prompt_length, e[1].prompt_length);
@@ -5291,12 +5450,12 @@ static size_t collect_preferences(const struct GPT2 *policy, const struct Scorer
     struct Example *answers = sample_answers(policy, arena, prompts, n, num_generations, generation, seed);
     float *score = arena_floats(arena, n * num_generations);
     size_t count = 0;
-    scorer_score(scorer, arena, answers, n * num_generations, policy->config.vocab_size, score);
+    scorer_score(scorer, arena, answers, n * num_generations, &policy->config, score);
     for (size_t i = 0; i < n; i++) {
         size_t best = SIZE_MAX, worst = SIZE_MAX;
         for (size_t k = i * num_generations; k < (i + 1) * num_generations; k++) {
             size_t length = answers[k].n - answers[k].prompt_length;
-            bool ended = answers[k].ids[answers[k].n - 1] == policy->config.eos_token_id;
+            bool ended = example_ended(&answers[k], policy->config.eos_token_id);
             if ((only_ended && !ended) || length < scorer->least_length) continue;
             if (best == SIZE_MAX || score[k] > score[best]) best = k;
             if (worst == SIZE_MAX || score[k] < score[worst]) worst = k;
@@ -5308,13 +5467,15 @@ static size_t collect_preferences(const struct GPT2 *policy, const struct Scorer
     return count;
 }
 
-/* What was generated, without the end token: how many tokens, and as text. */
-static size_t answer_length(const struct Example *answer, size_t V) {
-    return answer->n - answer->prompt_length - (answer->n > answer->prompt_length && answer->ids[answer->n - 1] == end_token_of(V));
+/* What a policy wrote, without its end token: how many tokens, and as text. */
+static size_t answer_length(const struct Example *answer, const struct GPT2Config *policy) {
+    return answer->n - answer->prompt_length - example_ended(answer, policy->eos_token_id);
 }
 
-static struct Text answer_text(const struct Tokenizer *tok, struct Arena *arena, const struct Example *answer, size_t V) {
-    return tokenizer_decode_all(tok, arena, answer->ids + answer->prompt_length, answer_length(answer, V), V);
+static struct Text answer_text(const struct Tokenizer *tok, struct Arena *arena,
+                               const struct Example *answer, const struct GPT2Config *policy) {
+    const int *ids = answer->ids + answer->prompt_length;
+    return tokenizer_decode_all(tok, arena, ids, answer_length(answer, policy), policy->vocab_size);
 }
 
 /* =============================================================================================
@@ -5408,7 +5569,9 @@ static void exact_pass(const struct ExactWorld *w, struct GPT2 *model, struct Ar
 static struct ExactWorld *exact_world(struct Arena *arena, struct GPT2Config config, size_t L, uint64_t seed) {
     struct ExactWorld *w = arena_zeros(arena, 1, sizeof *w);
     *w = (struct ExactWorld){.V = config.vocab_size, .L = L, .n = (size_t)lround(pow((double)config.vocab_size, (double)L)), .seed = seed};
-    w->ref_model = gpt2_new((struct GPT2Config){w->V, L + 1, config.n_embd, config.n_layer, config.n_head, (int)w->V, (int)w->V, config.layer_norm_epsilon});
+    config.n_positions = L + 1;
+    config.eos_token_id = (int)w->V;               /* no token of the world has this id */
+    w->ref_model = gpt2_new(config);
     struct Rng weights = rng_seed(seed, STREAM_INIT), rewards = rng_seed(seed, STREAM_REWARD);
     for (size_t i = 0; i < w->ref_model->tensor_count; i++)
         if (w->ref_model->tensors[i]->ndim == 2) tensor_normal(w->ref_model->tensors[i], &weights, 0.1);
@@ -5574,16 +5737,16 @@ struct PolicyResult {
 
 static struct PolicyResult policy_measure(const struct GPT2 *policy, const struct GPT2 *ref_model, const struct Scorer *scorer, struct Arena *arena,
                                           const struct Example *prompts, size_t n, const struct GenerationConfig *generation, uint64_t seed) {
-    size_t V = policy->config.vocab_size;
     struct PolicyResult result = {.policy = policy, .texts = arena_alloc(arena, n, sizeof *result.texts), .reward = arena_floats(arena, n)};
     result.answers = sample_answers(policy, arena, prompts, n, 1, generation, seed);
     for (size_t i = 0; i < n; i++) {
-        result.texts[i] = answer_text(scorer->tok, arena, &result.answers[i], V);
-        result.mean_length += (double)answer_length(&result.answers[i], V) / (double)n;
+        result.texts[i] = answer_text(scorer->tok, arena, &result.answers[i], &policy->config);
+        size_t length = answer_length(&result.answers[i], &policy->config);
+        result.mean_length += (double)length / (double)n;
     }
     struct Scorer plain = *scorer;
     plain.least_length = 0;                                     /* the bare reward, no penalty for short answers */
-    scorer_score(&plain, arena, result.answers, n, V, result.reward);
+    scorer_score(&plain, arena, result.answers, n, &policy->config, result.reward);
     result.mean_reward = mean_of(result.reward, n);
     result.distinct_2 = distinct_2(result.texts, n);
     if (ref_model) result.kl = response_kl(policy, ref_model, result.answers, n, generation->temperature);
@@ -5908,11 +6071,14 @@ static void course_split(struct Course *course, const struct Dataset *data) {
     rng_shuffle(&rng, order, n);
     course->held_out_n = n / 10;
     course->train_n = n - course->held_out_n;
+    warn_of_written_ends(data, course->tok);
     CHECK(course->held_out_n >= 20, "%s: %zu rated texts; rlhf needs 200 or more, a tenth of them to measure on", data->path, n);
     struct Example *all = arena_alloc(&course->arena, n, sizeof *all);
     double *rating = arena_alloc(&course->arena, n, sizeof *rating);
+    const int *end_token = &course->language_model->config.eos_token_id;
     for (size_t i = 0; i < n; i++) {
-        all[i] = example_encode(&course->arena, course->tok, data->rows[order[i]].text, course->vocab_size, true);
+        struct Text text = data->rows[order[i]].text;
+        all[i] = example_encode(&course->arena, course->tok, text, course->vocab_size, end_token);
         rating[i] = data->rows[order[i]].score;
     }
     course->held_out = all;
@@ -6443,12 +6609,47 @@ static const char *need(const char *value, const char *flag) {
     return value;
 }
 
+/* config.json's special tokens against the tokens that tokenizer.bin has. A model may have more:
+ * those that its folder names were trained for texts that cannot be encoded here, so they are
+ * refused. A padding token, which no text holds, is kept under its name. Ids without a name only
+ * round up the vocabulary. */
+static void check_special_tokens(struct Options *o, const char *folder, struct GPT2Config *c) {
+    struct Arena arena = {0};
+    const struct Tokenizer *tok = o->tok;
+    size_t end = (size_t)c->eos_token_id;
+    size_t known = (size_t)endoftext_id(c->vocab_size) + 1;
+    const struct Text *names = added_tokens(&arena, folder, known, c->vocab_size);
+    CHECK(end < known || names[end - known].length == 0,
+          "%s: its end token, id %zu, is \"%s\", an added token that %s lacks; this model cannot be "
+          "used", folder, end, names[end - known].data, tok->path);
+    CHECK(end < known,
+          "%s: its end token, id %zu, is no token of %s; if its texts end with GPT-2's own, write "
+          "\"eos_token_id\": %zu in config.json", folder, end, tok->path, known - 1);
+    for (size_t id = known; id < c->vocab_size; id++) {
+        struct Text name = names[id - known];
+        bool kept = id == known && id == (size_t)c->pad_token_id;
+        const char *remedy = id > known ? "" : arena_printf(&arena,
+            "if it only pads, write \"pad_token_id\": %zu in config.json, else ", id);
+        CHECK(kept || name.length == 0,
+              "%s: id %zu is \"%s\", an added token that %s lacks; %sthis model cannot be used",
+              folder, id, name.data, tok->path, remedy);
+        if (kept)
+            c->pad_token = text_copy(&o->arena, name);
+    }
+    if (end + 1 < known)
+        warn("%s: its end token, eos_token_id %zu, is the ordinary token \"%s\"; to this model a "
+             "text ends wherever that token stands in it",
+             folder, end, token_as_unicode(&arena, tok->token[end]).data);
+    arena_free(&arena);
+}
+
 /* A model's folder; or an adapter's: its base, the adapter folded in. */
 static struct GPT2 *load_model(struct Options *o, const char *folder) {
     const char *base = is_adapter(folder) ? adapter_config_load(&o->arena, folder).base_model_name_or_path : folder;
     CHECK(base == folder || (base && file_exists(base)), "%s: its base \"%s\" is not here (base_model_name_or_path in its adapter_config.json); give both: --model_name_or_path BASE --peft_adapter DIR", folder, base ? base : "");
     struct GPT2 *model = gpt2_load(base);
     tokenizer_check_folder(o->tok, folder, model->config.vocab_size);
+    check_special_tokens(o, base, &model->config);
     if (base != folder) {
         tokenizer_check_folder(o->tok, base, model->config.vocab_size);
         adapter_load(model, folder);
@@ -6527,7 +6728,7 @@ static void command_tokenize(struct Options *o) {
     else plain.text = read_file(&o->arena, path);
     if (o->decode) tokenize_decode(tok, plain.text, V, path);
     for (size_t i = 0; !o->decode && i < (o->jsonl ? o->data->n : 1); i++) {
-        struct Example e = example_encode(&o->arena, tok, o->jsonl ? o->data->rows[i].text : plain.text, V, false);
+        struct Example e = example_encode(&o->arena, tok, o->jsonl ? o->data->rows[i].text : plain.text, V, NULL);
         if (o->jsonl) json_write_ids(stdout, "{\"input_ids\": ", e.ids, e.n);
         for (size_t k = 0; k < e.n && !o->jsonl; k++) printf("%s%d", k ? " " : "", e.ids[k]);
         puts(o->jsonl ? "}" : "");
@@ -6538,6 +6739,8 @@ static void command_tokenize(struct Options *o) {
 static struct Trainer open_training(struct Options *o, const unsigned *shapes, size_t count) {
     if (!o->model) open_model(o, true);
     open_data(o, shapes, count);
+    warn_of_written_ends(o->data, o->tok);
+    if (o->eval) warn_of_written_ends(o->eval, o->tok);
     o->train.max_length = MIN(o->train.max_length, o->model->config.n_positions);
     return (struct Trainer){.model = o->model, .tok = o->tok, .args = o->train};
 }
@@ -6574,13 +6777,14 @@ static void finish_training(struct Options *o, struct Trainer *trainer) {
     trainer_free(trainer);
 }
 
-/* Each row's text as ids: with its end token, or, without, the first `longest`. */
-static struct Example *encode_texts(struct Options *o, const struct Dataset *data, bool add_end, size_t longest) {
+/* Each row's text as ids: with the end token, or, where that is NULL, the first `longest`. */
+static struct Example *encode_texts(struct Options *o, const struct Dataset *data,
+                                    const int *end_token, size_t longest) {
     if (!data) return NULL;
     struct Example *texts = arena_alloc(&o->arena, data->n, sizeof *texts);
     size_t cut = 0;
     for (size_t i = 0; i < data->n; i++) {
-        texts[i] = example_encode(&o->arena, o->tok, data->rows[i].text, o->model->config.vocab_size, add_end);
+        texts[i] = example_encode(&o->arena, o->tok, data->rows[i].text, o->model->config.vocab_size, end_token);
         cut += texts[i].n > longest;
         texts[i].n = MIN(texts[i].n, longest);
     }
@@ -6589,7 +6793,8 @@ static struct Example *encode_texts(struct Options *o, const struct Dataset *dat
 }
 
 static void command_pretrain(struct Options *o) {
-    o->config.eos_token_id = o->config.pad_token_id = end_token_of(o->config.vocab_size);
+    o->config.bos_token_id = endoftext_id(o->config.vocab_size);
+    o->config.eos_token_id = o->config.pad_token_id = o->config.bos_token_id;
     config_check(&o->config, "command line");
     load_tokenizer(o);
     o->model = o->model_name_or_path ? load_model(o, o->model_name_or_path) : gpt2_new(o->config);
@@ -6597,7 +6802,9 @@ static void command_pretrain(struct Options *o) {
     size_t n_positions = o->model->config.n_positions;
     CHECK(o->train.max_length <= n_positions || o->train.max_length == 1024, "--max_length %zu is longer than the model's context of %zu (--n_positions)", o->train.max_length, n_positions);
     struct Trainer trainer = open_training(o, TEXT_SHAPES, 1);
-    struct Example *texts = encode_texts(o, o->data, true, SIZE_MAX), *eval_texts = encode_texts(o, o->eval, true, SIZE_MAX);
+    const int *end_token = &o->model->config.eos_token_id;
+    struct Example *texts = encode_texts(o, o->data, end_token, SIZE_MAX);
+    struct Example *eval_texts = encode_texts(o, o->eval, end_token, SIZE_MAX);
     struct LanguageTask *task = pretrain_task(&trainer, &o->arena, texts, o->data->n, eval_texts, o->eval ? o->eval->n : 0);
     finish_training(o, &trainer);
     arena_free(&task->rows);
@@ -6653,7 +6860,7 @@ static size_t encode_prompts(struct Options *o, struct Example *prompts) {
     size_t count = 0, longest = o->model->config.n_positions - 1;
     for (size_t i = 0; i < data->n && (!o->max_samples || count < o->max_samples); i++) {
         bool whole = data->shape == SHAPE_PROMPT;
-        struct Example e = example_encode(&o->arena, o->tok, whole ? data->rows[i].prompt : data->rows[i].text, o->model->config.vocab_size, false);
+        struct Example e = example_encode(&o->arena, o->tok, whole ? data->rows[i].prompt : data->rows[i].text, o->model->config.vocab_size, NULL);
         size_t drawn = whole ? e.n : length_sampler(&o->input_length, &rng), length = MIN(e.n, drawn);
         CHECK(length <= longest, "%s: prompt %zu has %zu tokens; with a context of %zu at most %zu leave room for an answer", data->path, i + 1, length, o->model->config.n_positions, longest);
         if (length > 0) prompts[count++] = (struct Example){e.ids, length, length};
@@ -6717,22 +6924,25 @@ static void command_reinforce(struct Options *o) {
     train_on_rollouts(o, NULL);
 }
 
-/* A prompt's ids, at most `longest`; of an empty one the end token: nothing said yet, start a text. */
+/* A prompt's ids, at most `longest`; of an empty one bos_token_id, as in transformers: nothing said
+ * yet, start a text. GPT-2's bos token is its end token. */
 static struct Example prompt_encode(struct Options *o, struct Text prompt, size_t number, size_t longest) {
-    struct Example e = example_encode(&o->arena, o->tok, prompt, o->model->config.vocab_size, false);
+    struct Example e = example_encode(&o->arena, o->tok, prompt, o->model->config.vocab_size, NULL);
     CHECK(e.n <= longest, "prompt %zu has %zu tokens, the model's context is %zu (n_positions); shorten it", number, e.n, o->model->config.n_positions);
-    return e.n ? e : (struct Example){&o->model->config.eos_token_id, 1, 1};
+    return e.n ? e : (struct Example){&o->model->config.bos_token_id, 1, 1};
 }
 
 /* A prompt's continuations: a line of JSON, or each behind its prompt as a person reads it, without end tokens. */
 static void print_generation(struct Options *o, struct Text prompt, const struct Sequence *s, size_t n) {
     size_t V = o->model->config.vocab_size;
+    int end_token = o->model->config.eos_token_id;
     if (o->json) json_write_string(stdout, "{\"prompt\": ", prompt);
     for (size_t i = 0; i < n && o->json; i++)
         json_write_ids(stdout, i ? ", " : ", \"sequences\": [", s[i].ids + s[i].prompt_length, s[i].n - s[i].prompt_length);
     for (size_t i = 0; i < n; i++) {
-        bool ended = s[i].n > s[i].prompt_length && s[i].ids[s[i].n - 1] == end_token_of(V);
-        size_t first = o->json ? s[i].prompt_length : s[i].ids[0] == end_token_of(V), last = s[i].n - (!o->json && ended);
+        bool ended = s[i].n > s[i].prompt_length && s[i].ids[s[i].n - 1] == end_token;
+        size_t first = o->json ? s[i].prompt_length : prompt.length == 0;       /* without bos */
+        size_t last = s[i].n - (!o->json && ended);
         struct Text text = tokenizer_decode_all(o->tok, &o->arena, s[i].ids + first, last - first, V);
         if (o->json) json_write_string(stdout, i ? ", " : "], \"texts\": [", text);
         else fwrite(text.data, 1, text.length, stdout);
@@ -6801,8 +7011,9 @@ static void command_logprob(struct Options *o) {
     for (size_t i = 0; i < data->n; i++) {
         const struct Row *row = &data->rows[i];
         arena_reset(&arena);
-        struct Example e = data->shape == SHAPE_TEXT ? example_encode(&arena, o->tok, row->text, V, false) : example_prompt_completion(&arena, o->tok, row->prompt, row->completion, V);
-        if (data->shape != SHAPE_TEXT) e.n--;                    /* no end token is added */
+        struct Example e = data->shape == SHAPE_TEXT
+            ? example_encode(&arena, o->tok, row->text, V, NULL)
+            : example_prompt_completion(&arena, o->tok, row->prompt, row->completion, V, NULL);
         if (e.n > limit && !cut++) warn("%s: row %zu and perhaps others are longer than %zu tokens; their first %zu are used", data->path, i + 1, limit, limit);
         e.n = MIN(e.n, limit);
         e.prompt_length = MIN(e.prompt_length, e.n);
@@ -6836,7 +7047,7 @@ static void command_score(struct Options *o) {
     open_model(o, false);
     check_reward_model(o->model, o->peft_adapter ? o->peft_adapter : o->model_name_or_path);
     open_data(o, TEXT_SHAPES, 1);
-    struct Example *texts = encode_texts(o, o->data, false, MIN(o->train.max_length, o->model->config.n_positions));
+    struct Example *texts = encode_texts(o, o->data, NULL, MIN(o->train.max_length, o->model->config.n_positions));
     float *reward = arena_floats(&o->arena, o->data->n);
     reward_score(o->model, texts, o->data->n, reward);
     for (size_t i = 0; i < o->data->n; i++) {
@@ -6856,8 +7067,8 @@ static void preferences_add(struct Options *o, const char *path, const struct Ex
     fwrite(before.data, 1, before.length, out.file);
     for (const struct Example *chosen = pairs; chosen < pairs + 2 * n; chosen += 2) {
         json_write_string(out.file, "{\"prompt\": ", tokenizer_decode_all(o->tok, &arena, chosen->ids, chosen->prompt_length, V));
-        json_write_string(out.file, ", \"chosen\": ", answer_text(o->tok, &arena, chosen, V));
-        json_write_string(out.file, ", \"rejected\": ", answer_text(o->tok, &arena, chosen + 1, V));
+        json_write_string(out.file, ", \"chosen\": ", answer_text(o->tok, &arena, chosen, &o->model->config));
+        json_write_string(out.file, ", \"rejected\": ", answer_text(o->tok, &arena, chosen + 1, &o->model->config));
         fputs("}\n", out.file);
     }
     output_close(&out);
@@ -6867,9 +7078,11 @@ static void preferences_add(struct Options *o, const char *path, const struct Ex
 /* Shows two answers and waits for a word: '1', '2', 's' (skip; equal ones are) or 'q' (stop; so does the end of the input). */
 static int ask_person(struct Options *o, const struct Example *answers, size_t number, size_t of) {
     char line[256];
-    size_t V = o->model->config.vocab_size;
-    struct Text prompt = tokenizer_decode_all(o->tok, &o->arena, answers->ids, answers->prompt_length, V);
-    struct Text a = answer_text(o->tok, &o->arena, answers, V), b = answer_text(o->tok, &o->arena, answers + 1, V);
+    const struct GPT2Config *config = &o->model->config;
+    size_t V = config->vocab_size, n = answers->prompt_length;
+    struct Text prompt = tokenizer_decode_all(o->tok, &o->arena, answers->ids, n, V);
+    struct Text a = answer_text(o->tok, &o->arena, answers, config);
+    struct Text b = answer_text(o->tok, &o->arena, answers + 1, config);
     if (text_equal(a, b)) return 's';
     fprintf(stderr, "\n%zu/%zu  %.*s ...\n  1: %.*s\n  2: %.*s\n", number, of, (int)prompt.length, prompt.data, (int)a.length, a.data, (int)b.length, b.data);
     for (;;) {
@@ -7056,7 +7269,7 @@ static void command_rlhf(struct Options *o) {
         learning_rate = 5e-4;                                                              /* and trained ones are only tuned */
     } else {
         model = gpt2_new((struct GPT2Config){.vocab_size = COURSE_VOCAB, .n_positions = course_positions(data), .n_embd = COURSE_WIDTH, .n_layer = COURSE_LAYERS, .n_head = COURSE_HEADS,
-            .eos_token_id = COURSE_VOCAB - 1, .pad_token_id = COURSE_VOCAB - 1, .layer_norm_epsilon = 1e-5f});
+            .bos_token_id = COURSE_VOCAB - 1, .eos_token_id = COURSE_VOCAB - 1, .pad_token_id = COURSE_VOCAB - 1, .layer_norm_epsilon = 1e-5f});
         gpt2_init(model, o->train.seed);
         struct Rng rng = rng_seed(o->train.seed, STREAM_INIT + 100);
         tensor_normal(&model->wte, &rng, 0.06);       /* GPT-2's 0.02 suits its width of 768; at 128 the blocks would drown so faint a token */

@@ -264,14 +264,14 @@ static void fill_random(struct GPT2 *model) {
 }
 
 static struct GPT2 *random_model(size_t V, size_t T, size_t C, size_t L, size_t NH) {
-    struct GPT2 *model = gpt2_new((struct GPT2Config){V, T, C, L, NH, (int)V - 1, (int)V - 1, 1e-5f});
+    struct GPT2 *model = gpt2_new((struct GPT2Config){V, T, C, L, NH, (int)V - 1, (int)V - 1, 1e-5f, (int)V - 1, {0}});
     fill_random(model);
     return model;
 }
 
 /* A model as a training starts from: small weights. */
 static struct GPT2 *new_model(size_t V, size_t T, size_t C, size_t L, size_t NH) {
-    struct GPT2 *model = gpt2_new((struct GPT2Config){V, T, C, L, NH, (int)V - 1, (int)V - 1, 1e-5f});
+    struct GPT2 *model = gpt2_new((struct GPT2Config){V, T, C, L, NH, (int)V - 1, (int)V - 1, 1e-5f, (int)V - 1, {0}});
     gpt2_init(model, 1);
     return model;
 }
@@ -770,7 +770,7 @@ static void expect_round_trip(const char *what, struct Text text, size_t V) {
     int *ids = encode(text, V, &n);
     struct Text back = tokenizer_decode_all(tokenizer, &test_arena, ids, n, V);
     expect_true(what, back.length == text.length && memcmp(back.data, text.data, text.length) == 0);
-    for (size_t i = 0; i < n; i++) if (ids[i] < 0 || ids[i] >= end_token_of(V)) { expect_true("every id below the end token", false); break; }
+    for (size_t i = 0; i < n; i++) if (ids[i] < 0 || ids[i] >= endoftext_id(V)) { expect_true("every id below the end token", false); break; }
 }
 
 /* Where words end, by hand (the first is the comment's own). '|' stands between words. */
@@ -903,7 +903,7 @@ static void test_tokenizer_plain(void) {
         size_t n = 1 + rng_below(&test_rng, 79), got_n, V = round % 4 ? 50257 : 257 + rng_below(&test_rng, 3000);
         for (size_t i = 0; i < n; i++) word[i] = "eatinosrhl"[rng_below(&test_rng, round % 2 ? 10 : 2)];
         int *got = encode((struct Text){word, n}, V, &got_n);
-        expect_ids("ids", got, got_n, want, encode_plainly(word, n, end_token_of(V), want));
+        expect_ids("ids", got, got_n, want, encode_plainly(word, n, endoftext_id(V), want));
     }
 }
 
@@ -925,17 +925,17 @@ static void test_tokenizer_small(void) {
     static const size_t sizes[] = {257, 258, 300, 1024, 4097, 50257};
     for (size_t i = 0; i < COUNT(sizes); i++) {
         for (size_t k = 0; k < COUNT(TEXT_CASES); k++) expect_round_trip("decoded", (struct Text){TEXT_CASES[k].text, TEXT_CASES[k].length}, sizes[i]);
-        expect_count("end token", (size_t)end_token_of(sizes[i]), sizes[i] - 1);
+        expect_count("end token", (size_t)endoftext_id(sizes[i]), sizes[i] - 1);
         expect_text("its text", tokenizer_decode(tokenizer, (int)sizes[i] - 1, sizes[i]), "<|endoftext|>");
     }
-    expect_count("a padded vocabulary keeps GPT-2's end token", (size_t)end_token_of(50304), 50256);
+    expect_count("a padded vocabulary keeps GPT-2's end token", (size_t)endoftext_id(50304), 50256);
     expect_count("and its unused ids are empty", tokenizer_decode(tokenizer, 50300, 50304).length, 0);
 }
 
 /* vocab.json and merges.txt hold what GPT-2's hold: line 1 of the merges, a few entries; our own files pass the check. */
 static void test_tokenizer_save(void) {
     make_folder(temporary("vocabulary"));
-    tokenizer_save(tokenizer, temporary("vocabulary"), 1024, 64);
+    tokenizer_save(tokenizer, temporary("vocabulary"), 1024);
     struct Json *vocab = json_read_file(&test_arena, temporary("vocabulary/vocab.json"));
     size_t count = 0;
     for (struct Json *item = vocab->child; item; item = item->next) count++;
@@ -950,7 +950,6 @@ static void test_tokenizer_save(void) {
     for (size_t i = 0; i < merges.length; i++) lines += merges.data[i] == '\n';
     expect_count("merges", lines, 1 + 1023 - 256);
     tokenizer_check_folder(tokenizer, temporary("vocabulary"), 1024);
-    expect_true("tokenizer_config.json", json_is_string(json_get(json_read_file(&test_arena, temporary("vocabulary/tokenizer_config.json")), "tokenizer_class"), "GPT2Tokenizer"));
 }
 
 /* =============================================================================================
@@ -1020,16 +1019,75 @@ static void test_data_implicit_prompt(void) {
 
 /* Prompt and completion are encoded as one text; a merge across the seam belongs to the completion. */
 static void test_data_prompt_completion(void) {
-    struct Example e = example_prompt_completion(&test_arena, tokenizer, text_of("Hello"), text_of(" world"), 50257);
+    int end_token = 50256;
+    struct Arena *arena = &test_arena;
+    struct Text hello = text_of("Hello");
+    struct Text world = text_of(" world");
+    struct Example e = example_prompt_completion(arena, tokenizer, hello, world, 50257, &end_token);
     expect_ids("ids", e.ids, e.n, (int[]){15496, 995, 50256}, 3);
     expect_count("prompt", e.prompt_length, 1);
-    e = example_prompt_completion(&test_arena, tokenizer, text_of("Hello wor"), text_of("ld"), 50257);
+    struct Text hello_wor = text_of("Hello wor");
+    e = example_prompt_completion(arena, tokenizer, hello_wor, text_of("ld"), 50257, &end_token);
     expect_ids("merged over the seam", e.ids, e.n, (int[]){15496, 995, 50256}, 3);
     expect_count("split moved left", e.prompt_length, 1);
-    e = example_prompt_completion(&test_arena, tokenizer, text_of(""), text_of("Hello"), 50257);
+    e = example_prompt_completion(arena, tokenizer, text_of(""), hello, 50257, &end_token);
     expect_count("no prompt", e.prompt_length, 0);
-    e = example_prompt_completion(&test_arena, tokenizer, text_of("Hello"), text_of(""), 1024);
+    end_token = 1023;
+    e = example_prompt_completion(arena, tokenizer, hello, text_of(""), 1024, &end_token);
     expect_true("nothing to say: the end token alone", e.n == e.prompt_length + 1 && e.ids[e.n - 1] == 1023);
+    e = example_prompt_completion(arena, tokenizer, hello, world, 50257, NULL);
+    expect_ids("without an end token", e.ids, e.n, (int[]){15496, 995}, 2);
+}
+
+/* Wherever a text gets an end token it is the one of the model's configuration, here "." (13). */
+static void test_data_end_token(void) {
+    struct GPT2 *model = new_model(1024, 32, 8, 1, 2);
+    struct Trainer trainer = trainer_of(model, 0, 1, 4);
+    model->config.eos_token_id = 13;
+    trainer.args.max_length = 32;
+    const char *row = "{\"prompt\": \"a\", \"completion\": \" b.\"}\n";
+    struct Dataset *data = dataset_of(row, SFT_SHAPES, COUNT(SFT_SHAPES));
+    struct Example *e = sft_task(&trainer, &test_arena, data, NULL)->examples;
+    expect_ids("sft, prompt and completion", e->ids, e->n, (int[]){64, 275, 13, 13}, 4);
+    data = dataset_of("{\"text\": \"a b\"}\n", SFT_SHAPES, COUNT(SFT_SHAPES));
+    e = sft_task(&trainer, &test_arena, data, NULL)->examples;
+    expect_ids("sft, text", e->ids, e->n, (int[]){64, 275, 13}, 3);
+    const char *pair = "{\"prompt\": \"a\", \"chosen\": \" b\", \"rejected\": \" c\"}\n";
+    data = dataset_of(pair, DPO_SHAPES, 1);
+    struct Example pairs[2];
+    dpo_pairs(&trainer, &test_arena, data, pairs);
+    expect_ids("dpo, chosen", pairs[0].ids, pairs[0].n, (int[]){64, 275, 13}, 3);
+    expect_ids("dpo, rejected", pairs[1].ids, pairs[1].n, (int[]){64, 269, 13}, 3);
+    struct RewardTask *task = reward_task(&trainer, &test_arena, data, NULL);
+    expect_ids("reward", task->texts[0][1].ids, task->texts[0][1].n, (int[]){64, 269, 13}, 3);
+    gpt2_free(model);
+}
+
+/* A data set that writes the end token's name is told so once, with the number of rows that do.
+ * Fields that the shape does not use, and parts of the name, do not count. */
+static void test_data_written_ends(void) {
+    #define END "<|endoftext|>"
+    static const struct { const char *rows; const unsigned *shapes; const char *note; } cases[] = {
+        {"{\"text\": \"a" END "\"}\n{\"text\": \"b\"}\n{\"text\": \"" END "c\"}\n", TEXT_SHAPES,
+         "2 of 3 rows contain \"" END "\""},
+        {"{\"text\": \"a\\u0000" END "\"}\n", TEXT_SHAPES, "1 of 1 rows contain"},
+        {"{\"prompt\": \"a\", \"completion\": \"b" END "\"}\n", SFT_SHAPES, "1 of 1 rows contain"},
+        {"{\"prompt\": \"" END "a\", \"completion\": \"b\"}\n", SFT_SHAPES, "1 of 1 rows contain"},
+        {"{\"chosen\": \"b\", \"rejected\": \"c" END "\"}\n", DPO_SHAPES, "1 of 1 rows contain"},
+        {"{\"prompt\": \"" END "a\", \"chosen\": \"b\", \"rejected\": \"c\"}\n", DPO_SHAPES,
+         "1 of 1 rows contain"},
+        {"{\"text\": \"<|endoftext| >\"}\n{\"text\": \"<|endoftext|\"}\n{\"text\": \"\"}\n",
+         TEXT_SHAPES, NULL},
+        {"{\"text\": \"a\", \"completion\": \"" END "\"}\n", TEXT_SHAPES, NULL}};
+    #undef END
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        struct Dataset *data = dataset_of(cases[i].rows, cases[i].shapes, 1);
+        capture_begin();
+        warn_of_written_ends(data, tokenizer);
+        struct Text said = capture_end();
+        bool good = cases[i].note ? strstr(said.data, cases[i].note) != NULL : said.length == 0;
+        expect_true(cases[i].rows, good);
+    }
 }
 
 /* Who is preferred to whom, by hand. */
@@ -1488,7 +1546,7 @@ static void golden_fill(struct Tensor *t, double k) {
 }
 
 static struct GPT2 *golden_model(void) {
-    struct GPT2 *model = gpt2_new((struct GPT2Config){61, 16, 16, 2, 2, 60, 60, 1e-5f});
+    struct GPT2 *model = gpt2_new((struct GPT2Config){61, 16, 16, 2, 2, 60, 60, 1e-5f, 60, {0}});
     for (size_t k = 0; k < model->tensor_count; k++) golden_fill(model->tensors[k], (double)k);
     return model;
 }
@@ -1657,7 +1715,7 @@ static void test_gpt2_init(void) {
 
 /* A model with all its heads, saved and loaded: the same bits and configuration. */
 static void test_model_save(void) {
-    struct GPT2 *model = gpt2_new((struct GPT2Config){300, 24, 12, 2, 3, 299, 298, 1e-6f});
+    struct GPT2 *model = gpt2_new((struct GPT2Config){300, 24, 12, 2, 3, 299, 298, 1e-6f, 297, {0}});
     reward_head_declare(model);
     value_head_declare(model);
     fill_random(model);
@@ -1666,16 +1724,60 @@ static void test_model_save(void) {
     expect_same_weights("weights", loaded, model);
     const struct GPT2Config *a = &loaded->config, *b = &model->config;
     expect_true("sizes", a->vocab_size == b->vocab_size && a->n_positions == b->n_positions && a->n_embd == b->n_embd && a->n_layer == b->n_layer && a->n_head == b->n_head);
-    expect_true("ids and epsilon", a->eos_token_id == 299 && a->pad_token_id == 298 && a->layer_norm_epsilon == 1e-6f);
+    expect_true("ids and epsilon", a->eos_token_id == 299 && a->pad_token_id == 298 && a->bos_token_id == 297 && a->layer_norm_epsilon == 1e-6f);
     expect_true("both heads", loaded->score.n == 12 && loaded->v_head.weight.n == 12 && loaded->v_head.bias.n == 1);
     tokenizer_check_folder(tokenizer, temporary("saved"), 300);
     gpt2_free(loaded);
     gpt2_free(model);
 }
 
+/* config.json's special tokens, absent, null, in a list of one; tokenizer_config.json gives each the
+ * name that its id has. */
+static void test_model_special_tokens(void) {
+    #define END "<|endoftext|>"
+    static const struct {
+        const char *json;
+        int eos, pad, bos;
+        const char *names[3];
+        bool split;
+    } cases[] = {
+        {"\"vocab_size\": 300", 299, 299, 299, {END, END, END}, false},
+        {"\"eos_token_id\": null, \"pad_token_id\": null, \"bos_token_id\": null", 50256, 50256, 50256,
+         {END, END, END}, false},
+        {"\"vocab_size\": 300, \"eos_token_id\": [13]", 13, 13, 299, {".", ".", END}, true},
+        {"\"eos_token_id\": 198, \"pad_token_id\": 262, \"bos_token_id\": 0", 198, 262, 0,
+         {"\xc4\x8a", "\xc4\xa0the", "!"}, true},
+        {"\"vocab_size\": 50300, \"bos_token_id\": 50299", 50256, 50256, 50299, {END, END, NULL},
+         false}};
+    #undef END
+    make_folder(temporary("special"));
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        const char *format = "{%s, \"n_embd\": 4, \"n_head\": 1}";
+        struct Text text = text_of(arena_printf(&test_arena, format, cases[i].json));
+        write_bytes("special/config.json", text.data, text.length);
+        struct GPT2Config c = config_load(temporary("special"));
+        expect_count("end token", (size_t)c.eos_token_id, (size_t)cases[i].eos);
+        expect_count("padding token", (size_t)c.pad_token_id, (size_t)cases[i].pad);
+        expect_count("beginning token", (size_t)c.bos_token_id, (size_t)cases[i].bos);
+        tokenizer_config_save(tokenizer, temporary("special"), &c);
+        const char *path = temporary("special/tokenizer_config.json");
+        struct Json *saved = json_read_file(&test_arena, path);
+        static const char *const keys[] = {"eos_token", "pad_token", "bos_token"};
+        for (size_t k = 0; k < COUNT(keys); k++) {
+            struct Json *name = json_get(saved, keys[k]);
+            const char *want = cases[i].names[k];
+            expect_true(keys[k], want ? json_is_string(name, want) : name && name->type == JSON_NULL);
+        }
+        bool split = json_get(saved, "split_special_tokens") != NULL;
+        expect_true("split_special_tokens", split == cases[i].split);
+        struct Json *class = json_get(saved, "tokenizer_class");
+        expect_true("tokenizer_class", json_is_string(class, "GPT2Tokenizer"));
+    }
+}
+
 /* The same model as transformers may write it: without prefix, in shards, in half precision, with other tensors beside. */
 static void test_gpt2_load(void) {
-    struct GPT2 *model = gpt2_new((struct GPT2Config){300, 24, 12, 2, 3, 299, 299, 1e-5f});
+    struct GPT2 *model = gpt2_new((struct GPT2Config){300, 24, 12, 2, 3, 299, 299, 1e-5f, 299, {0}});
     fill_random(model);
     for (size_t i = 0; i < model->tensor_count; i++)           /* numbers that bfloat16 can hold */
         for (size_t k = 0; k < model->tensors[i]->n; k++) model->tensors[i]->w[k] = float_of_bits(bits_of_float(model->tensors[i]->w[k]) & 0xffff0000u);
@@ -2909,7 +3011,7 @@ static void test_language_sft_rows(void) {
     expect_true("the end token last", task->examples[0].n == 5 && task->examples[0].ids[4] == 1023 && task->examples[0].prompt_length == 3);
     expect_true("cut", task->examples[1].n == 6 && task->examples[1].prompt_length == 1);
     expect_count("completion tokens count", language_targets(&trainer, 0), 2);
-    struct Example text = example_encode(&test_arena, tokenizer, text_of("a b"), 1024, true);
+    struct Example text = example_encode(&test_arena, tokenizer, text_of("a b"), 1024, &model->config.eos_token_id);
     task->examples[0] = text;
     expect_count("all tokens of a text", language_targets(&trainer, 0), 3);
     gpt2_free(model);
@@ -2999,7 +3101,7 @@ static void test_sentiment_loss(void) {
 
 /* Central differences of the whole reward model, for pairs with margins, rated and labelled texts. */
 static void test_reward_gradient(void) {
-    struct GPT2 *model = gpt2_new((struct GPT2Config){37, 12, 8, 2, 2, 36, 36, 1e-5f});
+    struct GPT2 *model = gpt2_new((struct GPT2Config){37, 12, 8, 2, 2, 36, 36, 1e-5f, 36, {0}});
     reward_head_declare(model);
     fill_random(model);
     struct Example texts[8];
@@ -3961,7 +4063,11 @@ static void test_broken_config(void) {
         {"\"model_type\": \"gpt2\"", "\"model_type\": \"llama\"", "\"model_type\": gpt2 is implemented, llama is not"}, {"\"n_ctx\"", "n_ctx", "not JSON"},
         {"\"n_positions\": 24", "\"n_positions\": 1000000", "config.json describes 12005328 numbers, at least 22 MB; the weights have 0 MB"}, {"\"n_layer\": 1,", "\"n_layer\": 1000000000,", "\"n_layer\" must be a whole number"},
         {"\"n_layer\": 1,", "\"n_layer\": 500,", "config.json describes 500 layers"},
-        {"\"n_embd\": 12", "\"n_embd\": 65535", "describes 51559268040 numbers"}, {"\"eos_token_id\": 299", "\"eos_token_id\": 300", "eos_token_id 300 is outside the vocabulary of 300"},
+        {"\"n_embd\": 12", "\"n_embd\": 65535", "describes 51559268040 numbers"}, {"\"eos_token_id\": 299", "\"eos_token_id\": 300", "\"eos_token_id\" must be the id of one token, 0 to 299 (vocab_size - 1), found 300"},
+        {"\"eos_token_id\": 299", "\"eos_token_id\": -1", "found -1"}, {"\"eos_token_id\": 299", "\"eos_token_id\": 1.5", "found 1.5"}, {"\"eos_token_id\": 299", "\"eos_token_id\": \"13\"", "found a string"},
+        {"\"eos_token_id\": 299", "\"eos_token_id\": [299, 13]", "\"eos_token_id\" lists 2 ids, and one can be used"}, {"\"eos_token_id\": 299", "\"eos_token_id\": []", "lists 0 ids"}, {"\"eos_token_id\": 299", "\"eos_token_id\": [[13]]", "found a list"},
+        {"\"pad_token_id\": 299", "\"pad_token_id\": -1", "\"pad_token_id\" must be the id of one token, 0 to 299 (vocab_size - 1), found -1"}, {"\"pad_token_id\": 299", "\"pad_token_id\": 300", "found 300"}, {"\"pad_token_id\": 299", "\"pad_token_id\": [1, 2]", "\"pad_token_id\" lists 2 ids"},
+        {"\"bos_token_id\": 299", "\"bos_token_id\": true", "\"bos_token_id\" must be the id of one token, 0 to 299 (vocab_size - 1), found true"},
         {"\"layer_norm_epsilon\": 1e-05", "\"layer_norm_epsilon\": -1", "\"layer_norm_epsilon\" must be"}, {"\"n_layer\": 1,", "\"n_layer\": 1, \"n_layer\": 2,", "tensor h.1.ln_1.weight is missing"}};
     const char *path = saved_model("odd");
     struct Text config = read_file(&test_arena, temporary("odd/config.json"));
@@ -4118,6 +4224,36 @@ static struct Text command_output(const char *const *words) {
     return capture_end();
 }
 
+/* An answer ends in its policy's end token, here "." (13). What is scored, counted and shown is the
+ * text before it, a "." of the prompt included. The reward model's own end token does not matter. */
+static void test_answer_end(void) {
+    static const struct { int ids[3]; size_t n, length; const char *answer, *text; } cases[] = {
+        {{64, 275, 13}, 3, 1, " b", "a b"}, {{64, 275, 399}, 3, 2, " b N", "a b N"},
+        {{13, 13, 0}, 2, 0, "", "."}};
+    struct GPT2 *reward_model = random_model(400, 16, 8, 1, 2);
+    tensor_normal(reward_head_declare(reward_model), &test_rng, 1);
+    struct Scorer scorer = {.reward_model = reward_model, .tok = tokenizer, .std = 1};
+    scorer.short_score = -1e6;
+    struct GPT2Config policy = {.vocab_size = 1024, .eos_token_id = 13};
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        int ids[3];
+        struct Example e = {memcpy(ids, cases[i].ids, sizeof ids), cases[i].n, 1};
+        struct Text text = text_of(cases[i].text);
+        struct Example read = example_encode(&test_arena, tokenizer, text, 400, NULL);
+        float score, want;
+        reward_score(reward_model, &read, 1, &want);
+        scorer.least_length = 0;
+        scorer_score(&scorer, &test_arena, &e, 1, &policy, &score);
+        expect_close(cases[i].text, score, want, 0);
+        scorer.least_length = 3;
+        scorer_score(&scorer, &test_arena, &e, 1, &policy, &score);
+        expect_close("ended too soon", score, ids[e.n - 1] == 13 ? -1e6 : want, 0);
+        expect_count("tokens", answer_length(&e, &policy), cases[i].length);
+        expect_text("answer", answer_text(tokenizer, &test_arena, &e, &policy), cases[i].answer);
+    }
+    gpt2_free(reward_model);
+}
+
 /* collect, judged by a reward model and from a keyboard that says 1, an unknown word, 2, skip, stop; a second run goes
  * on behind what is there. Then reinforce, and eval of each kind. */
 static void test_cli_collect(void) {
@@ -4134,7 +4270,7 @@ static void test_cli_collect(void) {
     for (size_t i = 0; i < data->n; i++) {
         float reward[2];
         struct Example texts[2];
-        for (int side = 0; side < 2; side++) texts[side] = example_encode(&test_arena, tokenizer, text_join(&test_arena, data->rows[i].prompt, side ? data->rows[i].rejected : data->rows[i].chosen), 400, false);
+        for (int side = 0; side < 2; side++) texts[side] = example_encode(&test_arena, tokenizer, text_join(&test_arena, data->rows[i].prompt, side ? data->rows[i].rejected : data->rows[i].chosen), 400, NULL);
         texts[0].n = MIN(texts[0].n, (size_t)32);
         texts[1].n = MIN(texts[1].n, (size_t)32);
         reward_score(rm, texts, 2, reward);
@@ -4148,10 +4284,10 @@ static void test_cli_collect(void) {
     struct GPT2 *lm = gpt2_load(temporary("c_lm"));
     struct GenerationConfig generation = default_options("collect").generation;
     generation.do_sample = true;
-    struct Example prompt = example_encode(&test_arena, tokenizer, text_of("A film"), 400, false);
+    struct Example prompt = example_encode(&test_arena, tokenizer, text_of("A film"), 400, NULL);
     prompt.prompt_length = prompt.n;
     struct Example *answers = sample_answers(lm, &test_arena, &prompt, 1, 2, &generation, 42);
-    expect_true("key 1 rejects the answer shown second", text_equal(data->rows[0].rejected, answer_text(tokenizer, &test_arena, &answers[1], 400)));
+    expect_true("key 1 rejects the answer shown second", text_equal(data->rows[0].rejected, answer_text(tokenizer, &test_arena, &answers[1], &lm->config)));
     gpt2_free(lm);
     struct Text first = text_copy(&test_arena, data->rows[0].chosen), second = text_copy(&test_arena, data->rows[1].chosen), lost = text_copy(&test_arena, data->rows[1].rejected);
     rewind(stdin);
@@ -4551,7 +4687,7 @@ static void test_fixtures_reward(void) {
     struct Text file = read_file(&test_arena, fixture("expected/reward_scores.jsonl"));
     size_t lines = 0;
     for (struct Json *json; (json = next_line(&file)); lines++) {
-        struct Example e = example_encode(&test_arena, tokenizer, json_get(json, "text")->string, model->config.vocab_size, false);
+        struct Example e = example_encode(&test_arena, tokenizer, json_get(json, "text")->string, model->config.vocab_size, NULL);
         float reward;
         e.n = MIN(e.n, model->config.n_positions);
         reward_score(model, &e, 1, &reward);
@@ -4641,13 +4777,14 @@ static const struct { const char *name; void (*run)(void); } TESTS[] = {
     {"tokenizer_cases", test_tokenizer_cases}, {"tokenizer_bytes", test_tokenizer_bytes}, {"tokenizer_plain", test_tokenizer_plain},
     {"tokenizer_long_word", test_tokenizer_long_word}, {"tokenizer_small", test_tokenizer_small}, {"tokenizer_save", test_tokenizer_save},
     {"data_shapes", test_data_shapes}, {"data_folder", test_data_folder}, {"data_implicit_prompt", test_data_implicit_prompt},
-    {"data_prompt_completion", test_data_prompt_completion}, {"data_pairs", test_data_pairs}, {"data_length_sampler", test_data_length_sampler},
+    {"data_prompt_completion", test_data_prompt_completion}, {"data_end_token", test_data_end_token}, {"data_written_ends", test_data_written_ends},
+    {"data_pairs", test_data_pairs}, {"data_length_sampler", test_data_length_sampler},
     {"collate", test_collate}, {"collate_pairs", test_collate_pairs}, {"sigmoid", test_sigmoid}, {"softmax", test_softmax}, {"entropy", test_entropy}, {"kl", test_kl}, {"exp_fast", test_exp_fast}, {"sqrt_fast", test_sqrt_fast},
     {"rows", test_rows}, {"matmul", test_matmul}, {"matmul_plain", test_matmul_plain}, {"matmul_threads", test_matmul_threads}, {"linear_golden", test_linear_golden}, {"few_rows", test_few_rows},
     {"linear_gradient", test_linear_gradient}, {"layernorm", test_layernorm}, {"layernorm_gradient", test_layernorm_gradient}, {"gelu", test_gelu},
     {"gelu_gradient", test_gelu_gradient}, {"attention", test_attention}, {"attention_gradient", test_attention_gradient}, {"gpt2_golden", test_gpt2_golden},
     {"gpt2_gradient_golden", test_gpt2_gradient_golden}, {"gpt2_gradient", test_gpt2_gradient}, {"gpt2_chunks", test_gpt2_chunks}, {"gpt2_packed", test_gpt2_packed},
-    {"gpt2_init", test_gpt2_init}, {"model_save", test_model_save}, {"gpt2_load", test_gpt2_load}, {"reward_golden", test_reward_golden}, {"reward_rows", test_reward_rows},
+    {"gpt2_init", test_gpt2_init}, {"model_save", test_model_save}, {"model_special_tokens", test_model_special_tokens}, {"gpt2_load", test_gpt2_load}, {"reward_golden", test_reward_golden}, {"reward_rows", test_reward_rows},
     {"reward_head_gradient", test_reward_head_gradient}, {"lora_hand", test_lora_hand}, {"lora_targets", test_lora_targets}, {"lora_start", test_lora_start}, {"lora_gradient", test_lora_gradient}, {"lora_merge", test_lora_merge},
     {"lora_reference", test_lora_reference}, {"lora_frozen", test_lora_frozen}, {"lora_round_trip", test_lora_round_trip}, {"lora_broken", test_lora_broken}, {"adamw_golden", test_adamw_golden}, {"adamw_hand", test_adamw_hand}, {"schedule", test_schedule},
     {"trainer_steps", test_trainer_steps}, {"trainer_epoch", test_trainer_epoch},
@@ -4673,6 +4810,7 @@ static const struct { const char *name; void (*run)(void); } TESTS[] = {
     {"reinforce_raises_reward", test_reinforce_raises_reward}, {"dpo_golden", test_dpo_golden},
     {"dpo_gradient", test_dpo_gradient}, {"dpo_model_gradient", test_dpo_model_gradient}, {"dpo_pairs", test_dpo_pairs}, {"dpo_overfit", test_dpo_overfit},
     {"evaluation", test_evaluation}, {"report_axis", test_report_axis}, {"report_stair", test_report_stair}, {"report_text", test_report_text}, {"report_page", test_report_page}, {"full_disk", test_full_disk}, {"bad_numbers", test_bad_numbers}, {"broken_weights", test_broken_weights}, {"broken_config", test_broken_config}, {"broken_data", test_broken_data},
+    {"answer_end", test_answer_end},
     {"broken_tokenizer", test_broken_tokenizer}, {"broken_messages", test_broken_messages}, {"cli_errors", test_cli_errors}, {"cli_course", test_cli_course}, {"cli_collect", test_cli_collect}, {"encode_prompts", test_encode_prompts}, {"exact_optimum", test_exact_optimum},
     {"exact_dpo_loss", test_exact_dpo_loss}, {"exact_dpo_gradient", test_exact_dpo_gradient}, {"exact_run", test_exact_run}, {"cli_lora", test_cli_lora},
     {"glossary_fold", test_glossary_fold}, {"glossary_find", test_glossary_find}, {"glossary_terms", test_glossary_terms}, {"fixtures_gradient", test_fixtures_gradient},

@@ -209,6 +209,70 @@ case("A byte order mark of UTF-8", sft + "--dataset_name bom.jsonl", 0)
 write("no_end.jsonl", '{"text": "good"}\n{"text": "bad"}')
 case("No line end at the end", sft + "--dataset_name no_end.jsonl", 0)
 
+# ---- the end token, and other special tokens
+look = "next --prompt x --model_name_or_path "
+model("eos13", config={"eos_token_id": 13})
+case("The end token is an ordinary token: a note", look + "eos13", 0, 'note: eos13: its end token, eos_token_id 13, is '
+     'the ordinary token "."; to this model a text ends wherever that token stands in it')
+lines("learn.jsonl", {"prompt": "The film is", "completion": " good", "chosen": " good", "rejected": " bad"})
+for name, command in (("sft", "sft"), ("dpo", "dpo --loss_type sft")):
+    if not wanted("end token"): continue
+    shutil.rmtree("out", ignore_errors=True)
+    align(command + " --learning_rate 3e-2 --model_name_or_path eos13 --dataset_name learn.jsonl --max_steps 60 --quiet --output_dir out")
+    said = align("generate --model_name_or_path out --prompt 'The film is'").stdout
+    said_json = align("generate --model_name_or_path out --prompt 'The film is' --json").stdout
+    problem = None if said == b"The film is good\n" and said_json.endswith(b', 13]], "texts": [" good."]}\n') else "%r, %r" % (said, said_json)
+    result("The end token is an ordinary token: %s, then generate, which stops at it" % name, problem)
+for i, (value, words) in enumerate({
+        "-1": "found -1", "2.5": "found 2.5", '"13"': "found a string", "300": "found 300", "true": "found true", "{}": "found an object",
+        "[299, 13]": "lists 2 ids, and one can be used; write it in place of the list", "[]": "lists 0 ids"}.items()):
+    for key in ("eos_token_id", "pad_token_id", "bos_token_id"):
+        folder = "%s%d" % (key, i)
+        model(folder, config={key: json.loads(value)})
+        case("%s is %s" % (key, value), look + folder, 1, folder + '/config.json: "%s" ' % key, words)
+for i, value in enumerate((None, [299])):
+    model("fine%d" % i, config={key: value for key in ("eos_token_id", "pad_token_id", "bos_token_id")})
+    case("eos_token_id, pad_token_id and bos_token_id are %s" % json.dumps(value), look + "fine%d" % i, 0)
+align(new + " --vocab_size 50304 --n_layer 1" + short + "padded")
+case("A vocabulary rounded up to 50304", look + "padded", 0)
+model("unnamed", config={"eos_token_id": 50300}, base="padded")
+case("An end token that is no token", look + "unnamed", 1, "unnamed: its end token, id 50300, is no token of ", 'write "eos_token_id": 50256 in config.json')
+added = {"added_tokens.json": {"<|im_end|>": 50257},
+         "tokenizer.json": {"added_tokens": [{"id": 50256, "content": "<|endoftext|>"}, {"id": 50257, "content": "<|im_end|>"}]},
+         "tokenizer_config.json": {"model_max_length": 50258, "added_tokens_decoder": {"50257": {"content": "<|im_end|>"}}}}
+for file, content in added.items():
+    for eos, words in ((50257, "its end token, id 50257, is"), (50256, "id 50257 is")):
+        folder = "%s%d" % (file, eos)
+        model(folder, config={"eos_token_id": eos}, base="padded")
+        write("%s/%s" % (folder, file), json.dumps(content))
+        case("An added token, named by %s%s" % (file, ", is the end token" * (eos == 50257)), look + folder, 1,
+             '%s: %s "<|im_end|>", an added token that ' % (folder, words), "this model cannot be used")
+model("pad", config={"pad_token_id": 50257}, base="padded")
+write("pad/added_tokens.json", '{"[PAD]": 50257}')
+for folder, after in (("pad", "pad2"), ("pad2", "pad3")):
+    if not wanted("added token that only pads"): continue
+    align("sft --model_name_or_path %s --dataset_name texts.jsonl" % folder + short + after)
+    problem = None if json.loads(read(after + "/tokenizer_config.json"))["pad_token"] == "[PAD]" else "its name is lost in " + after
+    result("An added token that only pads is kept under its name: %s" % after, problem)
+model("bos", config={"bos_token_id": 13})
+if wanted("empty prompt"):
+    said, said_dot, said_end = (align("generate --model_name_or_path %s --max_new_tokens 3 --prompt '%s'" % pair).stdout for pair in (("bos", ""), ("bos", "."), ("m", "")))
+    result("An empty prompt starts from bos_token_id", None if b"." + said == said_dot != b"." + said_end else "%r, %r, %r" % (said, said_dot, said_end))
+lines("written.jsonl", {"text": "a fine film<|endoftext|>", "prompt": "a", "completion": "b<|endoftext|>", "chosen": "c", "rejected": "d<|endoftext|>", "score": 1},
+      {"text": "a bad film", "prompt": "a", "completion": "b", "chosen": "c", "rejected": "d", "score": 3})
+lines("written_texts.jsonl", {"text": "a fine film<|endoftext|>", "score": 1}, {"text": "a bad film", "score": 3})
+note = 'jsonl: 1 of 2 rows contain "<|endoftext|>", which is ordinary text here; leave it out'
+for command in (sft + "--dataset_name written.jsonl", sft + "--dataset_name written_texts.jsonl", dpo + "--dataset_name written.jsonl", reward + "--dataset_name written.jsonl",
+                reward + "--dataset_name written_texts.jsonl", pretrain + "--max_length 4 --dataset_name written_texts.jsonl", sft + "--eval_dataset written_texts.jsonl",
+                "eval --model_name_or_path m --dataset_name written.jsonl", "eval --model_name_or_path rm --dataset_name written_texts.jsonl"):
+    what = "Texts with <|endoftext|> in them: one note a data set: `%s`" % command
+    if not wanted(what): continue
+    shutil.rmtree("out", ignore_errors=True)
+    process = align(command)
+    said = process.stderr.decode()
+    result(what, problem_of(process, 0, ()) or (None if said.count("endoftext") == said.count(note) == 1 else "not one note: " + said))
+case("Texts with <|endoftext|> in them where no end token is added", ["logprob --model_name_or_path m --dataset_name written.jsonl", "score --model_name_or_path rm --dataset_name written_texts.jsonl"], 0)
+
 # ---- data
 case("A file that is not there", sft + "--dataset_name nowhere.jsonl", 1, "nowhere.jsonl: No such file")
 write("data.csv", "text,label\nA fine film.,1\n")

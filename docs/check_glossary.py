@@ -44,7 +44,7 @@ def definitions(source):
     chapter, found = 0, {}
     for line in source.split("\n"):
         if m := re.match(r" \* Chapter (\d+) - ", line): chapter = int(m[1])
-        m = re.match(r"(struct \w+) \{", line) or (re.match(r"[A-Za-z][^(]*[ *](\w+)\(", line) if line.endswith(")") or ") {" in line else None)
+        m = re.match(r"(struct \w+) \{", line) or (re.match(r"[A-Za-z][^(]*[ *](\w+)\(", line) if line.endswith((")", ",")) or ") {" in line else None)
         if m: found.setdefault(m[1], set()).add(chapter)
     return found
 

@@ -154,7 +154,7 @@ struct FuzzReader {
 
 static struct Arena seeds;
 static struct Tokenizer *tok;
-static const struct GPT2Config CONFIG = {V, 8, 4, 1, 2, V - 1, V - 1, 1e-5f};
+static const struct GPT2Config CONFIG = {V, 8, 4, 1, 2, V - 1, V - 1, 1e-5f, V - 1, {0}};
 
 /* An empty part is a file that is not there. */
 static const char *put(const char *path, struct Text text) {
@@ -187,7 +187,7 @@ static void use_tokenizer(const struct Tokenizer *t, struct Text text) {
     for (size_t i = 0; i < COUNT(sizes); i++) {
         size_t n = tokenizer_encode(t, text, sizes[i], ids);
         if (n > text.length || !text_equal(text, tokenizer_decode_all(t, &arena, ids, n, sizes[i]))) finding("a text comes back changed; ids", n, text.length);
-        for (size_t k = 0; k < n; k++) if (ids[k] < 0 || ids[k] >= end_token_of(sizes[i])) finding("an id outside the vocabulary", (size_t)ids[k], sizes[i]);
+        for (size_t k = 0; k < n; k++) if (ids[k] < 0 || ids[k] >= endoftext_id(sizes[i])) finding("an id outside the vocabulary", (size_t)ids[k], sizes[i]);
     }
     arena_free(&arena);
 }
@@ -374,7 +374,7 @@ static void read_vocabulary(const struct Text *parts) {
 }
 
 static bool seed_vocabulary(size_t k, struct Text *parts) {
-    tokenizer_save(tok, "fuzzed", V, 8);
+    tokenizer_save(tok, "fuzzed", V);
     struct Text vocabulary = get("fuzzed/vocab.json");
     if (k == 0) parts[0] = vocabulary;
     if (k == 1) parts[1] = text_join(&seeds, text_join(&seeds, text_of("{\"model\": {\"type\": \"BPE\", \"vocab\": "), vocabulary), text_of("}}"));
@@ -411,7 +411,7 @@ struct Resumed { struct GPT2 *model; struct TrainingArguments args; struct Train
 
 static void resumed_open(struct Resumed *r) {
     *r = (struct Resumed){.args = training_arguments(), .rng = rng_seed(1, 1), .place = 2, .rows = 9};
-    r->model = gpt2_new((struct GPT2Config){257, 2, 2, 1, 1, 256, 256, 1e-5f});
+    r->model = gpt2_new((struct GPT2Config){257, 2, 2, 1, 1, 256, 256, 1e-5f, 256, {0}});
     gpt2_make_trainable(r->model);
     r->args.output_dir = "fuzzed";
     r->args.resume_from_checkpoint = "fuzzed/checkpoint-4";

@@ -51,7 +51,8 @@ SHAPE = dict(vocab_size=513, n_layer=2, n_embd=32, n_head=2, n_positions=32)
 TEXTS = ["The film is good.", " a film  with   spaces ", "It's what they'll say; I'd've gone, we're HERE'S", "x", "aaaaaaaaaaaaaaaa",
          "Não é mau: coração, naïve, Æsir", "你好 नमस्ते 😀‍❤️ e\u0301", "line\nline\r\n\n\ttab\u00a0nbsp\u2003em  ",
          "3.14159 in 2024, 1/2 ½ ٣ 100% $5 <br /><br />", "!?...--''\"\"''s", "\x00\x7f\ufffd"]
-SPOILS = {"merges.txt": (r"(?s)^(#.*?\n)(.*?\n){3}", r"\1"), "tokenizer_config.json": ("endoftext", "end"),
+SPOILS = {"merges.txt": (r"(?s)^(#.*?\n)(.*?\n){3}", r"\1"), "config.json": ('("eos_token_id": )13', r"\g<1>262"),
+          "tokenizer_config.json": (r'endoftext|(?<="eos_token": ")\.', "end"),
           "trainer_state.json": (r'("(global_step|step|ppo/loss/total)": -?)', r"\g<1>1")}
 passed = failed = 0
 
@@ -169,6 +170,38 @@ def tokenizer():
         # In align <|endoftext|> is ordinary text; transformers takes it so only when it is told to.
         same = [tok(t, split_special_tokens=True)["input_ids"] == i != tok(t)["input_ids"] for t, i in zip(forged, ids[len(TEXTS):])]
         check(name + "texts with <|endoftext|> that differ from split_special_tokens", same.count(False), 0)
+
+
+def end_token():
+    """A model that ends its texts in an ordinary token, "." (13), and one with an added padding token."""
+    shutil.copytree("base", "dotted")
+    config = json.loads(Path("base/config.json").read_text())
+    Path("dotted/config.json").write_text(json.dumps({**config, "eos_token_id": 13, "pad_token_id": 13}))
+    one = jsonl("one.jsonl", [{"prompt": "The film is", "completion": " good"}])
+    train("sft", "ended", "--model_name_or_path", "dotted", "--dataset_name", one, steps=40)
+    tok, model = AutoTokenizer.from_pretrained(handed("ended")), AutoModelForCausalLM.from_pretrained(handed("ended")).eval()
+    name = "end token 13, align sft > "
+    ids = [model.config.eos_token_id, tok.eos_token_id, tok.pad_token_id, len(tok)]
+    check(name + "AutoTokenizer, config: ids of the end and of padding, size", worst([(ids, [13, 13, 13, 513])]), 0)
+    texts = TEXTS + ["a... b.c. ", "."]
+    jsonl("dots.jsonl", [{"text": t} for t in texts])
+    want = [r["input_ids"] for r in rows(align("tokenize", "--jsonl", "--vocab_size", 513, "dots.jsonl"))]
+    check(name + "AutoTokenizer: texts that differ, of %d" % len(texts), sum(tok(t)["input_ids"] != i for t, i in zip(texts, want)), 0)
+    prompt = torch.tensor([tok("The film is")["input_ids"]])
+    theirs = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False)[0, prompt.shape[1]:].tolist()
+    ours = rows(align("generate", "--model_name_or_path", "ended", "--prompt", "The film is", "--json", "--max_new_tokens", 12))[0]["sequences"][0]
+    check(name + "generate: %d tokens, the last of them 13" % len(ours), worst([(ours, theirs), ([ours[-1], len(ours) < 12], [13, 1])]), 0)
+    tok, model = AutoTokenizer.from_pretrained("wide"), AutoModelForCausalLM.from_pretrained("wide")
+    tok.add_special_tokens({"pad_token": "[PAD]"})
+    model.resize_token_embeddings(len(tok))
+    model.config.pad_token_id = tok.pad_token_id
+    model.save_pretrained("padding")
+    tok.save_pretrained("padding")
+    for folder, after in (("padding", "padding_1"), ("padding_1", "padding_2")):
+        train("sft", after, "--model_name_or_path", folder, "--dataset_name", one, steps=1)
+        tok, config = AutoTokenizer.from_pretrained(handed(after)), transformers.AutoConfig.from_pretrained(after)
+        ids = [tok.convert_tokens_to_ids("[PAD]"), tok.pad_token_id, config.pad_token_id, tok.eos_token_id, len(tok)]
+        check("[PAD] added by transformers, %s > AutoTokenizer: ids, size" % after, worst([(ids, [50257, 50257, 50257, 50256, 50258])]), 0)
 
 
 def reward_model():
@@ -327,7 +360,7 @@ def main():
     torch.set_num_threads(1)
     prepare()
     here_only = [value_head] if opt.with_trl else [trainer_state, checkpoints, second_python]
-    for part in [language_model, tokenizer, reward_model, lora, lora_reward_model] + here_only:
+    for part in [language_model, tokenizer, end_token, reward_model, lora, lora_reward_model] + here_only:
         try:
             part()
         except Exception:                      # the other parts are checked all the same
