@@ -387,6 +387,8 @@ static const double golden_rm_score_grad_norm = 1.24609327;
 static const double golden_rm_score_grad[4] = {-0.104179293, -0.382685363, 0.298906446, -0.4691962};
 static const double golden_rm_wte_grad_norm = 0.986561418;
 static const double golden_rm_wpe_grad_norm = 1.01357591;
+static const double golden_rm_two_logits[2][2] = {{1.9135102, -0.475132018}, {1.32131326, -0.02512566}};
+static const double golden_rm_two_positive[2] = {0.0840428844, 0.206453174};
 static const int golden_greedy[8] = {52, 52, 52, 52, 52, 4, 4, 4};
 static const int golden_greedy_rep[8] = {52, 52, 4, 48, 7, 44, 48, 48};
 static const int golden_sample_id[6] = {52, 38, 20, 31, 15, 4};
@@ -1487,6 +1489,17 @@ static void golden_fill(struct Tensor *t, double k) {
     }
 }
 
+static void load_one_model(const void *path) { gpt2_load(path); }
+
+/* A text with its first `from` replaced. */
+static struct Text replaced(struct Text text, const char *from, const char *to) {
+    char *at = memmem(text.data, text.length, from, strlen(from));
+    CHECK(at, "test_align: no %s to replace", from);
+    size_t before = (size_t)(at - text.data);
+    struct Text start = text_join(&test_arena, (struct Text){text.data, before}, text_of(to));
+    return text_join(&test_arena, start, (struct Text){at + strlen(from), text.length - before - strlen(from)});
+}
+
 static struct GPT2 *golden_model(void) {
     struct GPT2 *model = gpt2_new((struct GPT2Config){61, 16, 16, 2, 2, 60, 60, 1e-5f});
     for (size_t k = 0; k < model->tensor_count; k++) golden_fill(model->tensors[k], (double)k);
@@ -1714,9 +1727,184 @@ static void test_gpt2_load(void) {
     gpt2_free(model);
 }
 
+/* What stands before a tensor's name, in any order, is no part of it; what only looks like it is. */
+static void test_bare_name(void) {
+    static const char *const cases[][2] = {{"wte.weight", "wte.weight"}, {"transformer.wte.weight", "wte.weight"},
+        {"module._orig_mod.transformer.h.0.ln_1.bias", "h.0.ln_1.bias"}, {"_orig_mod.module.h.0.ln_1.bias", "h.0.ln_1.bias"},
+        {"pretrained_model.transformer.h.1.mlp.c_fc.weight", "h.1.mlp.c_fc.weight"}, {"module.v_head.summary.bias", "v_head.summary.bias"},
+        {"base_model.model._orig_mod.transformer.h.0.attn.c_attn.lora_A.weight", "h.0.attn.c_attn.lora_A.weight"},
+        {"foo.wte.weight", "foo.wte.weight"}, {"modules.wte.weight", "modules.wte.weight"}, {"transformer.", ""}, {"", ""}};
+    for (size_t i = 0; i < COUNT(cases); i++) expect_text(cases[i][0], text_of(bare_name(cases[i][0])), cases[i][1]);
+}
+
+/* A folder's config.json with `from` replaced, its weights from a list of tensors. */
+static const char *odd_model(const char *name, struct Text config, const char *from, const char *to, struct Tensor **tensors, size_t count, const char *prefix) {
+    make_folder(temporary(name));
+    struct Text text = replaced(config, from, to);
+    write_bytes(arena_printf(&test_arena, "%s/config.json", name), text.data, text.length);
+    safetensors_write(temporary(name), "model.safetensors", tensors, count, prefix);
+    return temporary(name);
+}
+
+/* gpt2_load, and what it says. */
+static struct GPT2 *load_and_listen(const char *path, struct Text *said) {
+    capture_begin();
+    struct GPT2 *model = gpt2_load(path);
+    *said = capture_end();
+    return model;
+}
+
+/* The output layer, as files hold it: once, under either of its names, or twice and equal. Of its own it is refused, and so
+ * is one that transformers would draw at random. */
+static void test_output_layer(void) {
+    enum Holds { NOT, EQUAL, OTHER };
+    static const struct { bool wte; enum Holds lm_head; const char *tie, *prefix, *message; } cases[] = {
+        {true, NOT, "true", "transformer.", ""}, {true, NOT, "null", "", ""}, {true, EQUAL, "true", "transformer.", ""}, {true, EQUAL, "null", "module.", ""},
+        {false, EQUAL, "true", "transformer.", ""}, {false, EQUAL, "null", "pretrained_model.transformer.", ""},
+        {true, EQUAL, "false", "transformer.", "equals wte.weight: they are one tensor here"}, {true, OTHER, "true", "transformer.", "lm_head.weight is not wte.weight (number 7 is "},
+        {true, OTHER, "null", "_orig_mod.", "lm_head.weight is not wte.weight (number 7 is "}, {true, OTHER, "false", "transformer.", "an output layer of its own is not implemented"},
+        {true, NOT, "false", "transformer.", "\"tie_word_embeddings\" is false in config.json, but there is no lm_head.weight"},
+        {false, EQUAL, "false", "transformer.", "\"tie_word_embeddings\" is false in config.json, but there is no wte.weight"},
+        {false, NOT, "true", "transformer.", "tensor wte.weight is missing; expected shape [300, 12]"}};
+    struct GPT2 *model = new_model(300, 24, 12, 1, 3), *loaded;
+    struct Tensor lm_head = model->wte, *tensors[32];
+    struct Text said;
+    model_save(model, temporary("head"), NULL);
+    struct Text config = read_file(&test_arena, temporary("head/config.json"));
+    snprintf(lm_head.name, sizeof lm_head.name, "lm_head.weight");
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        size_t count = 0;
+        lm_head.w = memcpy(arena_floats(&test_arena, lm_head.n), model->wte.w, lm_head.n * sizeof(float));
+        if (cases[i].lm_head == OTHER) lm_head.w[7] += 1;
+        if (cases[i].lm_head != NOT) tensors[count++] = &lm_head;
+        for (size_t k = cases[i].wte ? 0 : 1; k < model->tensor_count; k++) tensors[count++] = model->tensors[k];
+        const char *tie = arena_printf(&test_arena, "\"tie_word_embeddings\": %s", cases[i].tie);
+        const char *path = odd_model("head", config, "\"tie_word_embeddings\": true", tie, tensors, count, cases[i].prefix);
+        bool good = !*cases[i].message || strstr(cases[i].message, "equals");
+        if (!good) expect_end(tie, load_one_model, path, 1, cases[i].message);
+        if (!good) continue;
+        loaded = load_and_listen(path, &said);
+        expect_same_weights(tie, loaded, model);
+        expect_true(tie, *cases[i].message ? strstr(said.data, cases[i].message) != NULL : said.length == 0);
+        gpt2_free(loaded);
+    }
+    unlink(temporary("head/model.safetensors"));
+    safetensors_write(temporary("head"), "a.safetensors", tensors, 4, "");
+    safetensors_write(temporary("head"), "b.safetensors", (struct Tensor *[]){&lm_head}, 1, "");
+    write_text("head/model.safetensors.index.json", "{\"weight_map\": {\"x\": \"b.safetensors\", \"y\": \"a.safetensors\"}}");
+    write_bytes("head/config.json", config.data, config.length);
+    expect_end("lm_head in one file, most of the rest missing", load_one_model, temporary("head"), 1, "is missing");
+    safetensors_write(temporary("head"), "a.safetensors", model->tensors, model->tensor_count, "");
+    loaded = load_and_listen(temporary("head"), &said);
+    expect_same_weights("wte and lm_head in two files", loaded, model);
+    lm_head.w[3] = -lm_head.w[3];
+    safetensors_write(temporary("head"), "b.safetensors", (struct Tensor *[]){&lm_head}, 1, "");
+    expect_end("unlike, in two files", load_one_model, temporary("head"), 1, "lm_head.weight is not wte.weight (number 3 is ");
+    gpt2_free(loaded);
+    gpt2_free(model);
+}
+
+/* Settings by GPT2Config's other names; activations that are gelu_new by another; tensors that have no place are named. */
+static void test_config_names(void) {
+    static const char *const edits[][3] = {{"\"n_head\": 3", "\"num_attention_heads\": 3", ""}, {"\"n_head\": 3", "\"n_head\": null, \"num_attention_heads\": 3", ""},
+        {"\"n_head\": 3", "\"n_head\": 3, \"num_attention_heads\": 3", ""}, {"\"n_embd\": 12", "\"hidden_size\": 12", ""}, {"\"n_layer\": 2", "\"num_hidden_layers\": 2", ""},
+        {"\"n_positions\": 24", "\"max_position_embeddings\": 24", ""}, {"  \"n_positions\": 24,", "", ""}, {"\"n_ctx\": 24", "\"n_ctx\": 99", ""},
+        {"\"gelu_new\"", "\"gelu_pytorch_tanh\"", ""}, {"\"gelu_new\"", "\"gelu_fast\"", ""}, {"\"use_cache\": true", "\"reorder_and_upcast_attn\": true, \"pruned_heads\": {}", ""},
+        {"\"gelu_new\"", "\"gelu\"", "\"activation_function\": gelu_new is implemented, gelu is not"}, {"\"gelu_new\"", "\"quick_gelu\"", "quick_gelu is not"},
+        {"\"n_head\": 3", "\"n_head\": 3, \"num_attention_heads\": 4", "\"n_head\" is 3, but \"num_attention_heads\", another name for it, is 4"},
+        {"\"n_embd\": 12", "\"hidden_size\": 24, \"n_embd\": 12", "\"n_embd\" is 12, but \"hidden_size\""},
+        {"\"use_cache\": true", "\"scale_attn_by_inverse_layer_idx\": true", "\"scale_attn_by_inverse_layer_idx\": false is implemented, true is not"},
+        {"\"use_cache\": true", "\"quantization_config\": {\"quant_method\": \"gptq\"}", "\"quantization_config\": null is implemented, gptq is not"},
+        {"\"use_cache\": true", "\"pruned_heads\": {\"0\": [1]}", "\"pruned_heads\": null is implemented, a list is not"}};
+    struct GPT2 *model = new_model(300, 24, 12, 2, 3);
+    struct Text said;
+    model_save(model, temporary("names"), NULL);
+    struct Text config = read_file(&test_arena, temporary("names/config.json"));
+    for (size_t i = 0; i < COUNT(edits); i++) {
+        const char *path = odd_model("names", config, edits[i][0], edits[i][1], model->tensors, model->tensor_count, "transformer.");
+        if (*edits[i][2]) expect_end(edits[i][1], load_one_model, path, 1, edits[i][2]);
+        if (*edits[i][2]) continue;
+        struct GPT2 *loaded = load_and_listen(path, &said);
+        expect_same_weights(edits[i][1], loaded, model);
+        expect_count("heads, positions", 100 * loaded->config.n_head + loaded->config.n_positions, 324);
+        expect_text("nothing to say", said, "");
+        gpt2_free(loaded);
+    }
+    gpt2_free(load_and_listen(odd_model("names", config, "\"n_layer\": 2", "\"n_layer\": 1", model->tensors, model->tensor_count, "transformer."), &said));
+    expect_true("a block that config.json does not count", strstr(said.data, "not read: 12, the first is transformer.h.1.ln_1.weight") != NULL);
+    expect_end("another prefix", load_one_model, odd_model("names", config, "12", "12", model->tensors, model->tensor_count, "model.decoder."), 1, "tensor wte.weight is missing; expected shape [300, 12]; there is model.decoder.wte.weight");
+    struct Tensor *twice[40], again = model->wte;
+    memcpy(twice + 1, model->tensors, model->tensor_count * sizeof *twice);
+    snprintf(again.name, sizeof again.name, "module.wte.weight");
+    twice[0] = &again;
+    expect_end("one tensor under two names", load_one_model, odd_model("names", config, "12", "12", twice, model->tensor_count + 1, "transformer."), 1, "tensors transformer.module.wte.weight and transformer.wte.weight are both wte.weight");
+    gpt2_free(model);
+}
+
 /* =============================================================================================
  * Chapter 9 - Reward and value heads
  * ============================================================================================= */
+
+/* Two labels' rows, in a file of their own, read into a model that `names` says the labels of. */
+static struct Text read_two_labels(struct GPT2 *model, struct Tensor *rows, const char *settings) {
+    make_folder(temporary("two"));
+    write_text("two/config.json", settings);
+    safetensors_write(temporary("two"), "score.safetensors", &rows, 1, "");
+    struct SafeTensors st = safetensors_open(&test_arena, temporary("two/score.safetensors"));
+    model->score.n = 0;
+    capture_begin();
+    reward_head_load(model, &st, temporary("two"));
+    fclose(st.file);
+    return capture_end();
+}
+
+/* The reward of a two-label classifier is the log-odds of the sentiment pipeline's softmax: transformers' numbers. */
+static void test_two_labels_golden(void) {
+    struct GPT2 *model = golden_model();
+    struct Tensor rows = {.name = "score.weight", .shape = {2, 16}, .ndim = 2, .n = 32, .w = arena_floats(&test_arena, 32)};
+    golden_fill(&rows, 100);
+    struct Text said = read_two_labels(model, &rows, "{\"id2label\": {\"0\": \"LABEL_0\", \"1\": \"LABEL_1\"}}");
+    expect_true("said", strstr(said.data, "the reward is the logit of \"LABEL_1\" minus that of \"LABEL_0\"; saved again, it has one label") != NULL);
+    float reward[2];
+    reward_score(model, golden_examples(), 2, reward);
+    for (size_t i = 0; i < 2; i++) {
+        expect_close("difference of the logits", reward[i], golden_rm_two_logits[i][1] - golden_rm_two_logits[i][0], 6e-6);
+        expect_close("the score of label 1", sigmoid(reward[i]), golden_rm_two_positive[i], 1e-6);
+    }
+    gpt2_free(model);
+}
+
+static void load_odd_labels(const void *settings) {
+    struct GPT2 *model = new_model(300, 24, 2, 1, 1);
+    struct Tensor rows = {.name = "score.weight", .shape = {2, 2}, .ndim = 2, .n = 4, .w = (float[]){1, 2, 4, 1}};
+    read_two_labels(model, &rows, settings);
+}
+
+/* By hand: rows (1, 2) and (4, 1) are the head (3, -1), or (-3, 1) where the first label's name is the positive one. */
+static void test_two_labels(void) {
+    static const struct { const char *settings; float first; } cases[] = {{"{}", 3}, {"{\"id2label\": {\"0\": \"NEGATIVE\", \"1\": \"POSITIVE\"}}", 3},
+        {"{\"id2label\": {\"0\": \"POSITIVE\", \"1\": \"NEGATIVE\"}}", -3}, {"{\"id2label\": {\"0\": \"pos\", \"1\": \"neg\"}}", -3}, {"{\"id2label\": {\"0\": \"Positivo\", \"1\": \"other\"}}", -3},
+        {"{\"id2label\": {\"0\": \"other\", \"1\": \"negative\"}}", -3}, {"{\"id2label\": {\"0\": \"LABEL_1\", \"1\": \"LABEL_0\"}}", -3}, {"{\"id2label\": {\"0\": \"ham\", \"1\": \"spam\"}}", 3},
+        {"{\"id2label\": 7, \"problem_type\": null}", 3}, {"{\"problem_type\": \"single_label_classification\"}", 3}};
+    struct GPT2 *model = new_model(300, 24, 2, 1, 1);
+    struct Tensor rows = {.name = "score.weight", .shape = {2, 2}, .ndim = 2, .n = 4, .w = (float[]){1, 2, 4, 1}};
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        struct Text said = read_two_labels(model, &rows, cases[i].settings);
+        expect_close(cases[i].settings, model->score.w[0], cases[i].first, 0);
+        expect_close(cases[i].settings, model->score.w[1], -cases[i].first / 3, 0);
+        expect_true("one note", strstr(said.data, "align: note: ") == said.data && strstr(said.data, "\n") == said.data + said.length - 1);
+        expect_true("names that say nothing are said", i != 7 || strstr(said.data, "the logit of \"spam\" minus that of \"ham\"") != NULL);
+    }
+    expect_end("regression", load_odd_labels, "{\"problem_type\": \"regression\"}", 1, "\"problem_type\": single_label_classification is implemented, regression is not");
+    expect_end("several labels at once", load_odd_labels, "{\"problem_type\": \"multi_label_classification\"}", 1, "multi_label_classification is not");
+    model_save(model, temporary("labels"), NULL);
+    struct Tensor three = {.name = "score.weight", .shape = {3, 2}, .ndim = 2, .n = 6, .w = random_floats(6, 1)}, bias = {.name = "score.bias", .shape = {2}, .ndim = 1, .n = 2, .w = random_floats(2, 1)};
+    safetensors_write(temporary("labels"), "model.safetensors", (struct Tensor *[]){&three}, 1, "");
+    expect_end("three labels", load_one_model, temporary("labels"), 1, "score.weight has 3 labels; one is a reward, two are a classifier's");
+    safetensors_write(temporary("labels"), "model.safetensors", (struct Tensor *[]){&rows, &bias}, 2, "");
+    expect_end("a bias", load_one_model, temporary("labels"), 1, "has a score.bias; a GPT-2 classifier has none");
+    gpt2_free(model);
+}
 
 /* Rewards, Bradley-Terry loss and gradients against transformers' GPT2ForSequenceClassification. */
 static void test_reward_golden(void) {
@@ -3412,18 +3600,8 @@ static void test_evaluation(void) {
  * Chapter 19 - Command line; broken files and their messages
  * ============================================================================================= */
 
-static void load_one_model(const void *path) { gpt2_load(path); }
 static void load_one_tokenizer(const void *path) { tokenizer_load(&test_arena, path); }
 static void load_one_dataset(const void *path) { dataset_load(&test_arena, path, TEXT_SHAPES, 1); }
-
-/* A text with its first `from` replaced. */
-static struct Text replaced(struct Text text, const char *from, const char *to) {
-    char *at = memmem(text.data, text.length, from, strlen(from));
-    CHECK(at, "test_align: no %s to replace", from);
-    size_t before = (size_t)(at - text.data);
-    struct Text start = text_join(&test_arena, (struct Text){text.data, before}, text_of(to));
-    return text_join(&test_arena, start, (struct Text){at + strlen(from), text.length - before - strlen(from)});
-}
 
 /* A small model in a folder of its own. */
 static const char *saved_model(const char *name) {
@@ -3605,7 +3783,7 @@ static void test_broken_config(void) {
         {"\"n_inner\": null", "\"n_inner\": 100", "n_inner 100 is not implemented"}, {"\"n_head\": 3", "\"n_head\": 5", "n_embd 12 must be a multiple of n_head 5"},
         {"\"n_layer\": 1", "\"n_layer\": 0", "n_layer 0"}, {"\"vocab_size\": 300", "\"vocab_size\": 200", "vocab_size 200"},
         {"\"n_embd\": 12", "\"n_embd\": 12.5", "\"n_embd\" must be a whole number"},
-        {"\"tie_word_embeddings\": true", "\"tie_word_embeddings\": false", "\"tie_word_embeddings\": true is implemented, false is not"},
+        {"\"tie_word_embeddings\": true", "\"tie_word_embeddings\": 1", "\"tie_word_embeddings\": true is implemented, a number is not"},
         {"\"use_cache\": true", "\"scale_attn_weights\": false", "\"scale_attn_weights\": true is implemented, false is not"},
         {"\"use_cache\": true", "\"add_cross_attention\": true", "\"add_cross_attention\": false is implemented, true is not"},
         {"\"model_type\": \"gpt2\"", "\"model_type\": \"llama\"", "\"model_type\": gpt2 is implemented, llama is not"}, {"\"n_ctx\"", "n_ctx", "not JSON"},
@@ -3713,7 +3891,10 @@ static void test_broken_messages(void) {
 
 /* What a user may type wrongly: exit 2 for the command line, 1 for what cannot be done, and the nearest flag's name. */
 static void test_cli_errors(void) {
-    const char *model = saved_model("cli"), *rest = tokenizer->path;
+    const char *model = temporary("cli"), *rest = tokenizer->path;
+    struct GPT2 *policy = new_model(300, 24, 12, 1, 3);
+    model_save(policy, model, tokenizer);
+    gpt2_free(policy);
     write_text("long.jsonl", "{\"prompt\": \"a b c d e f g h i j k l m n o p q r s t u v w x y z\"}\n");
     static const char *const cases[][9] = {
         {"2", "generate has no flag --promt; the nearest is --prompt", "generate", "--promt", "x"}, {"2", "dpo has no flag --betta; the nearest is --beta", "dpo", "--betta=1"},
@@ -3991,9 +4172,9 @@ static void load_one_adapter(const void *path) {
 /* Adapters: settings that would compute something else, tensors that are missing, misshapen, or of another model. */
 static void test_lora_broken(void) {
     static const char *const edits[][3] = {{"\"LORA\"", "\"IA3\"", "\"peft_type\": LORA is implemented, IA3 is not"}, {"\"use_dora\": false", "\"use_dora\": true", "\"use_dora\": false is implemented, true is not"},
-        {"\"r\": 3", "\"rank_pattern\": {\"c_fc\": 2}, \"r\": 3", "\"rank_pattern\": null is implemented, a number is not"}, {"\"r\": 3", "\"layers_to_transform\": [0], \"r\": 3", "\"layers_to_transform\": null is implemented, a number is not"},
+        {"\"r\": 3", "\"rank_pattern\": {\"c_fc\": 2}, \"r\": 3", "\"rank_pattern\": null is implemented, a number is not"}, {"\"r\": 3", "\"alpha_pattern\": {\"c_fc\": 2}, \"r\": 3", "\"alpha_pattern\": null is implemented, a number is not"},
         {"\"bias\": \"none\"", "\"bias\": \"all\"", "\"bias\": none is implemented, all is not"}, {"\"init_lora_weights\": true", "\"init_lora_weights\": \"pissa\"", "\"init_lora_weights\": true is implemented, pissa is not"},
-        {"\"modules_to_save\": null", "\"modules_to_save\": [\"wte\"]", "\"modules_to_save\": score is implemented, wte is not"}, {"\"r\": 3", "\"r\": 0", "\"r\" must be 1 or more"}, {"\"r\": 3", "\"r\": 2.5", "\"r\" must be a whole number"},
+        {"\"modules_to_save\": null", "\"modules_to_save\": [\"ln_f\"]", "\"modules_to_save\": score is implemented, ln_f is not"}, {"\"r\": 3", "\"r\": 0", "\"r\" must be 1 or more"}, {"\"r\": 3", "\"r\": 2.5", "\"r\" must be a whole number"},
         {"\"r\": 3", "\"r\": 4", "lora_A.weight: expected shape [4, 8], found [3, 8]"}, {"\"c_fc\"]", "\"c_fc\", \"c_attn\"]", "attn.c_attn.lora_A.weight is missing; expected shape [3, 8]"},
         {", \"c_fc\"]", "]", "no layer of this model takes tensor base_model.model.transformer.h.0.mlp.c_fc.lora_A.weight"}, {"[\"attn.c_proj\", \"c_fc\"]", "[\"q_proj\"]", "take no layer of this model"},
         {"\"target_modules\": [", "\"target_modules\": [1, ", "\"target_modules\" must be a list of names"}, {"\"r\": 3", "\"r\": 16777216", "too few for adapters of \"r\" 16777216"}};
@@ -4297,7 +4478,8 @@ static const struct { const char *name; void (*run)(void); } TESTS[] = {
     {"linear_gradient", test_linear_gradient}, {"layernorm", test_layernorm}, {"layernorm_gradient", test_layernorm_gradient}, {"gelu", test_gelu},
     {"gelu_gradient", test_gelu_gradient}, {"attention", test_attention}, {"attention_gradient", test_attention_gradient}, {"gpt2_golden", test_gpt2_golden},
     {"gpt2_gradient_golden", test_gpt2_gradient_golden}, {"gpt2_gradient", test_gpt2_gradient}, {"gpt2_chunks", test_gpt2_chunks}, {"gpt2_packed", test_gpt2_packed},
-    {"gpt2_init", test_gpt2_init}, {"model_save", test_model_save}, {"gpt2_load", test_gpt2_load}, {"reward_golden", test_reward_golden}, {"reward_rows", test_reward_rows},
+    {"gpt2_init", test_gpt2_init}, {"model_save", test_model_save}, {"gpt2_load", test_gpt2_load}, {"bare_name", test_bare_name}, {"output_layer", test_output_layer},
+    {"config_names", test_config_names}, {"two_labels_golden", test_two_labels_golden}, {"two_labels", test_two_labels}, {"reward_golden", test_reward_golden}, {"reward_rows", test_reward_rows},
     {"reward_head_gradient", test_reward_head_gradient}, {"lora_hand", test_lora_hand}, {"lora_targets", test_lora_targets}, {"lora_start", test_lora_start}, {"lora_gradient", test_lora_gradient}, {"lora_merge", test_lora_merge},
     {"lora_reference", test_lora_reference}, {"lora_frozen", test_lora_frozen}, {"lora_round_trip", test_lora_round_trip}, {"lora_broken", test_lora_broken}, {"adamw_golden", test_adamw_golden}, {"adamw_hand", test_adamw_hand}, {"schedule", test_schedule},
     {"trainer_steps", test_trainer_steps}, {"trainer_state", test_trainer_state}, {"trainer_threads", test_trainer_threads},
