@@ -2182,6 +2182,63 @@ static void test_lora_round_trip(void) {
     }
 }
 
+static void load_one_adapter(const void *path) {
+    struct GPT2 *model = new_model(300, 12, 8, 2, 2);
+    adapter_load(model, path);
+}
+
+struct AdapterCase { struct GPT2 *base; const char *path; };
+
+static void put_adapter(const void *argument) {
+    const struct AdapterCase *c = argument;
+    adapter_load(c->base, c->path);
+}
+
+/* An adapter of the second block alone: exclude_modules or layers_to_transform leave it to the file's tensors which layers it
+ * takes; saved again it names them one by one. With a copy of the base's embedding it is read, with another one refused. */
+static void test_lora_partial(void) {
+    static const char *const settings[] = {"\"layers_to_transform\": [1], \"layers_pattern\": \"h\"", "\"layers_to_transform\": 1", "\"exclude_modules\": [\"h.0.attn.c_attn\"]",
+        "\"exclude_modules\": \".*h.0.*\", \"rank_pattern\": {}, \"alpha_pattern\": {}"};
+    struct GPT2 *model = random_model(300, 12, 8, 2, 2), *base = gpt2_copy(model);
+    random_adapter(model, 3, "c_attn");
+    struct Linear *first = &model->h[0].attn.c_attn, *second = &model->h[1].attn.c_attn;
+    tensor_remove(model, &first->lora_A);
+    tensor_remove(model, &first->lora_B);
+    model_save(model, temporary("partial"), NULL);
+    struct Text config = read_file(&test_arena, temporary("partial/adapter_config.json"));
+    expect_end("without a setting", load_one_adapter, temporary("partial"), 1, "tensor h.0.attn.c_attn.lora_A.weight is missing");
+    for (size_t i = 0; i < COUNT(settings); i++) {
+        struct Text text = replaced(config, "\"r\": 3", arena_printf(&test_arena, "%s, \"r\": 3", settings[i]));
+        struct GPT2 *loaded = gpt2_copy(base), *again = gpt2_copy(base);
+        write_bytes("partial/adapter_config.json", text.data, text.length);
+        adapter_load(loaded, temporary("partial"));
+        expect_count(settings[i], loaded->h[0].attn.c_attn.lora_A.n, 0);
+        expect_bits(settings[i], loaded->h[1].attn.c_attn.lora_A.w, second->lora_A.w, second->lora_A.n);
+        model_save(loaded, temporary("partial_again"), NULL);
+        struct Json *targets = json_get(json_read_file(&test_arena, temporary("partial_again/adapter_config.json")), "target_modules");
+        expect_true("its layer by name", targets->number == 1 && json_is_string(targets->child, "h.1.attn.c_attn"));
+        adapter_load(again, temporary("partial_again"));
+        expect_bits("saved and read again", again->h[1].attn.c_attn.lora_B.w, second->lora_B.w, second->lora_B.n);
+        expect_count("and no other", again->tensor_count, base->tensor_count + 2);
+        gpt2_free(loaded);
+        gpt2_free(again);
+    }
+    struct Tensor lm_head = base->wte, *tensors[] = {&second->lora_A, &second->lora_B, &lm_head, &base->wte};
+    snprintf(lm_head.name, sizeof lm_head.name, "lm_head.weight");
+    lm_head.w = memcpy(arena_floats(&test_arena, lm_head.n), lm_head.w, lm_head.n * sizeof(float));
+    safetensors_write(temporary("partial"), "adapter_model.safetensors", tensors, 4, "base_model.model.transformer.");
+    struct GPT2 *loaded = gpt2_copy(base);
+    adapter_load(loaded, temporary("partial"));
+    expect_count("with the base's embedding", loaded->tensor_count, base->tensor_count + 2);
+    gpt2_free(loaded);
+    lm_head.w[2] += 1;
+    safetensors_write(temporary("partial"), "adapter_model.safetensors", tensors, 3, "base_model.model.transformer.");
+    struct AdapterCase one = {base, temporary("partial")};
+    expect_end("an output layer of its own", put_adapter, &one, 1, "tensor lm_head.weight is not the base's wte.weight (number 2 is ");
+    gpt2_free(base);
+    gpt2_free(model);
+}
+
 /* =============================================================================================
  * Chapter 11 - Optimizer, schedule, Trainer
  * ============================================================================================= */
@@ -3731,6 +3788,27 @@ static void test_full_disk(void) {
     expect_end("log", log_without_room, path, 1, "log.tmp: writing failed: File too large");
 }
 
+/* A Git LFS pointer in place of any file that is read. */
+static void test_broken_lfs(void) {
+    static const char pointer[] = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 548105171\n";
+    const char *path = saved_model("lfs");
+    struct Text config = read_file(&test_arena, temporary("lfs/config.json"));
+    write_text("lfs/config.json", pointer);
+    expect_end("config.json", load_one_model, path, 1, "lfs/config.json: is a Git LFS pointer, not the file itself; fetch it: git lfs pull");
+    write_bytes("lfs/config.json", config.data, config.length);
+    write_text("lfs/model.safetensors", pointer);
+    expect_end("weights", load_one_model, path, 1, "lfs/model.safetensors: is a Git LFS pointer");
+    struct Text large = replaced(config, "\"n_embd\": 12", "\"n_embd\": 1200");
+    write_bytes("lfs/config.json", large.data, large.length);
+    expect_end("of a large model", load_one_model, path, 1, "lfs/model.safetensors: is a Git LFS pointer");
+    unlink(temporary("lfs/model.safetensors"));
+    write_text("lfs/model.safetensors.index.json", "{\"weight_map\": {\"x\": \"a.safetensors\"}}");
+    write_text("lfs/a.safetensors", pointer);
+    expect_end("one file of several", load_one_model, path, 1, "lfs/a.safetensors: is a Git LFS pointer");
+    expect_end("tokenizer.bin", load_one_tokenizer, write_text("lfs/tokenizer.bin", pointer), 1, "tokenizer.bin: is a Git LFS pointer");
+    expect_end("data", load_one_dataset, write_text("lfs/data.jsonl", pointer), 1, "data.jsonl: is a Git LFS pointer");
+}
+
 /* Weights: cut short, of another shape, missing, of an unknown type, with a header that lies or is none; shards elsewhere. */
 static void test_broken_weights(void) {
     static const struct { const char *what, *from, *to, *message; } edits[] = {
@@ -4164,11 +4242,6 @@ static void test_cli_course(void) {
     for (size_t i = 0; i < COUNT(COMMANDS); i++) expect_true(COMMANDS[i].name, strstr(out.data, COMMANDS[i].name) && COMMANDS[i].groups);
 }
 
-static void load_one_adapter(const void *path) {
-    struct GPT2 *model = new_model(300, 12, 8, 2, 2);
-    adapter_load(model, path);
-}
-
 /* Adapters: settings that would compute something else, tensors that are missing, misshapen, or of another model. */
 static void test_lora_broken(void) {
     static const char *const edits[][3] = {{"\"LORA\"", "\"IA3\"", "\"peft_type\": LORA is implemented, IA3 is not"}, {"\"use_dora\": false", "\"use_dora\": true", "\"use_dora\": false is implemented, true is not"},
@@ -4238,6 +4311,99 @@ static void test_cli_lora(void) {
         expect_end(cases[i].message, run_command, arguments, cases[i].status, cases[i].message);
     }
     #undef LORA
+}
+
+/* A folder under other spellings; merge over the adapter's base by any of them is refused, other commands say what they replace. */
+static void test_same_folder(void) {
+    struct GPT2 *model = new_model(300, 24, 12, 1, 3);
+    model_save(model, temporary("same_base"), tokenizer);
+    random_adapter(model, 2, "c_attn");
+    model->adapter.base_model_name_or_path = temporary("same_base");
+    model_save(model, temporary("same_lora"), tokenizer);
+    gpt2_free(model);
+    write_text("t.jsonl", "{\"text\": \"A film that is good, and a fine one.\"}\n");
+    expect_true("a link is made", !FORKS || symlink(temporary("same_base"), temporary("same_link")) == 0);
+    const char *names[] = {temporary("same_base"), temporary("same_base/"), temporary("./same_base"), temporary("same_lora/../same_base//."), temporary("same_link")};
+    for (size_t i = 0; i < COUNT(names) && FORKS; i++) {
+        expect_true(names[i], same_folder(names[i], names[0]) && !same_folder(names[i], temporary("same_lora")) && !same_folder(temporary("nowhere"), temporary("nowhere")));
+        const char *folded[] = {"align", "merge", "--model_name_or_path", temporary("same_lora"), "--output_dir", names[i], "--tokenizer", tokenizer->path, NULL};
+        const char *beside[] = {"align", "merge", "--model_name_or_path", names[i], "--peft_adapter", temporary("same_lora"), "--output_dir", names[0], "--tokenizer", tokenizer->path, NULL};
+        expect_end(names[i], run_command, folded, 1, "is the adapter's base; merged over it, the adapter would count twice");
+        expect_end(names[i], run_command, beside, 1, "is the adapter's base; merged over it, the adapter would count twice");
+    }
+    #define SFT "sft", "--max_steps", "1", "--dataset_name", "@t.jsonl", "--model_name_or_path"
+    struct Text said = command_output((const char *const[]){SFT, "@same_base", "--peft_adapter", "@same_lora", "--output_dir", "@same_lora/", NULL});
+    expect_true("an adapter trained on in its place", strstr(said.data, "is --peft_adapter: the model there will be replaced") != NULL && is_adapter(temporary("same_lora")));
+    said = command_output((const char *const[]){SFT, "@same_lora", "--output_dir", "@./same_base", NULL});
+    expect_true("the base of an adapter", strstr(said.data, "is the base of the adapter --model_name_or_path") != NULL);
+    said = command_output((const char *const[]){SFT, "@same_base", "--output_dir", "@same_base", NULL});
+    expect_true("a model in its place", strstr(said.data, "is --model_name_or_path: the model there will be replaced") != NULL);
+    said = command_output((const char *const[]){SFT, "@same_base", "--output_dir", "@same_new", NULL});
+    expect_true("nothing is replaced", !strstr(said.data, "replaced"));
+    #undef SFT
+}
+
+/* The weights of a folder's model, and which heads it has. */
+static float *saved_weights(const char *name, size_t *n, bool *reward_head, bool *value_head) {
+    struct GPT2 *model = gpt2_load(temporary(name));
+    float *all = all_weights(model, n);
+    *reward_head = model->score.n > 0;
+    *value_head = model->v_head.weight.n > 0;
+    gpt2_free(model);
+    return all;
+}
+
+/* From a model with both heads each command makes what it makes from the language model below them, bit for bit; the heads
+ * that it has no use for are neither trained nor saved, and it says so. reward goes on with the reward head, ppo with the
+ * value head, and a reference may be anything. */
+static void test_heads_left_out(void) {
+    static const struct { bool reward_head, value_head; size_t notes; const char *words[20]; } cases[] = {
+        {false, false, 2, {"sft", "--dataset_name", "@h.jsonl"}}, {false, false, 2, {"pretrain", "--max_length", "8", "--dataset_name", "@h.jsonl"}},
+        {false, false, 2, {"dpo", "--dataset_name", "@h.jsonl", "--ref_model", "@h_both"}}, {true, false, 1, {"reward", "--dataset_name", "@h.jsonl"}},
+        {false, true, 1, {"ppo", "--dataset_name", "@h.jsonl", "--reward_model_path", "@h_both", "--batch_size", "2", "--mini_batch_size", "2"}},
+        {false, false, 2, {"reinforce", "--dataset_name", "@h.jsonl", "--reward_model_path", "@h_both", "--batch_size", "2"}}};
+    static const struct { size_t notes; const char *words[10]; } tools[] = {{1, {"generate", "--prompt", "x"}}, {1, {"next", "--prompt", "x"}},
+        {1, {"logprob", "--dataset_name", "@t.jsonl"}}, {1, {"eval", "--dataset_name", "@h.jsonl", "--reward_model_path", "@h_both"}},
+        {0, {"score", "--dataset_name", "@t.jsonl"}}, {0, {"eval", "--dataset_name", "@h.jsonl"}}};
+    write_text("t.jsonl", "{\"text\": \"A film that is good, and a fine one.\"}\n");
+    write_text("h.jsonl", "{\"text\": \"A film that is good, and a fine one.\", \"prompt\": \"A film\", \"chosen\": \" that is good\", \"rejected\": \" that is bad\"}\n");
+    struct GPT2 *model = new_model(300, 24, 12, 1, 3);
+    fill_random(model);
+    tensor_normal(reward_head_declare(model), &test_rng, 1);
+    value_head_init(model, 1);
+    model_save(model, temporary("h_both"), tokenizer);
+    model->tensor_count -= 3;
+    model->score.n = 0;
+    model_save(model, temporary("h_plain"), tokenizer);
+    gpt2_free(model);
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        const char *words[40];
+        size_t count = 0, n[2];
+        float *all[2];
+        bool heads[2][2];
+        while (cases[i].words[count]) words[count] = cases[i].words[count], count++;
+        for (int both = 0; both < 2; both++) {
+            const char *out = both ? "h_out_both" : "h_out_plain";
+            memcpy(words + count, (const char *[]){"--model_name_or_path", both ? "@h_both" : "@h_plain", "--max_steps", "2", "--learning_rate", "1e-3", "--output_dir", arena_printf(&test_arena, "@%s", out), NULL}, 9 * sizeof *words);
+            struct Text said = command_output(words);
+            size_t notes = 0;
+            for (const char *at = said.data; (at = strstr(at, "is left out")); at++) notes++;
+            expect_count(words[0], notes, both ? cases[i].notes : 0);
+            all[both] = saved_weights(out, &n[both], &heads[both][0], &heads[both][1]);
+        }
+        expect_true(words[0], heads[1][0] == cases[i].reward_head && heads[1][1] == cases[i].value_head);
+        if (!cases[i].reward_head && !cases[i].value_head) expect_count(words[0], n[1], n[0]);
+        if (!cases[i].reward_head && !cases[i].value_head) expect_bits(words[0], all[1], all[0], MIN(n[0], n[1]));
+    }
+    for (size_t i = 0; i < COUNT(tools); i++) {
+        const char *words[40];
+        size_t count = 0, notes = 0;
+        while (tools[i].words[count]) words[count] = tools[i].words[count], count++;
+        memcpy(words + count, (const char *[]){"--model_name_or_path", "@h_both", NULL}, 3 * sizeof *words);
+        struct Text said = command_output(words);
+        for (const char *at = said.data; (at = strstr(at, "is left out")); at++) notes++;
+        expect_count(words[0], notes, tools[i].notes);
+    }
 }
 
 /* Names as they are compared: accents, case, punctuation, what is no UTF-8. */
@@ -4481,7 +4647,7 @@ static const struct { const char *name; void (*run)(void); } TESTS[] = {
     {"gpt2_init", test_gpt2_init}, {"model_save", test_model_save}, {"gpt2_load", test_gpt2_load}, {"bare_name", test_bare_name}, {"output_layer", test_output_layer},
     {"config_names", test_config_names}, {"two_labels_golden", test_two_labels_golden}, {"two_labels", test_two_labels}, {"reward_golden", test_reward_golden}, {"reward_rows", test_reward_rows},
     {"reward_head_gradient", test_reward_head_gradient}, {"lora_hand", test_lora_hand}, {"lora_targets", test_lora_targets}, {"lora_start", test_lora_start}, {"lora_gradient", test_lora_gradient}, {"lora_merge", test_lora_merge},
-    {"lora_reference", test_lora_reference}, {"lora_frozen", test_lora_frozen}, {"lora_round_trip", test_lora_round_trip}, {"lora_broken", test_lora_broken}, {"adamw_golden", test_adamw_golden}, {"adamw_hand", test_adamw_hand}, {"schedule", test_schedule},
+    {"lora_reference", test_lora_reference}, {"lora_frozen", test_lora_frozen}, {"lora_round_trip", test_lora_round_trip}, {"lora_partial", test_lora_partial}, {"lora_broken", test_lora_broken}, {"adamw_golden", test_adamw_golden}, {"adamw_hand", test_adamw_hand}, {"schedule", test_schedule},
     {"trainer_steps", test_trainer_steps}, {"trainer_state", test_trainer_state}, {"trainer_threads", test_trainer_threads},
     {"checkpoint_resume", test_checkpoint_resume}, {"checkpoint_limit", test_checkpoint_limit}, {"checkpoint_errors", test_checkpoint_errors}, {"output_resume", test_output_resume},
     {"generate_golden", test_generate_golden}, {"beam_search_golden", test_beam_search_golden}, {"beam_search_exhaustive", test_beam_search_exhaustive},
@@ -4497,8 +4663,8 @@ static const struct { const char *name; void (*run)(void); } TESTS[] = {
     {"reinforce_advantages", test_reinforce_advantages}, {"reinforce_gradient", test_reinforce_gradient}, {"reinforce_step", test_reinforce_step},
     {"reinforce_raises_reward", test_reinforce_raises_reward}, {"dpo_golden", test_dpo_golden},
     {"dpo_gradient", test_dpo_gradient}, {"dpo_model_gradient", test_dpo_model_gradient}, {"dpo_pairs", test_dpo_pairs}, {"dpo_overfit", test_dpo_overfit},
-    {"evaluation", test_evaluation}, {"report_axis", test_report_axis}, {"report_stair", test_report_stair}, {"report_text", test_report_text}, {"report_page", test_report_page}, {"full_disk", test_full_disk}, {"bad_numbers", test_bad_numbers}, {"broken_weights", test_broken_weights}, {"broken_config", test_broken_config}, {"broken_data", test_broken_data},
-    {"broken_tokenizer", test_broken_tokenizer}, {"broken_messages", test_broken_messages}, {"cli_errors", test_cli_errors}, {"cli_course", test_cli_course}, {"cli_collect", test_cli_collect}, {"encode_prompts", test_encode_prompts}, {"exact_optimum", test_exact_optimum},
+    {"evaluation", test_evaluation}, {"report_axis", test_report_axis}, {"report_stair", test_report_stair}, {"report_text", test_report_text}, {"report_page", test_report_page}, {"full_disk", test_full_disk}, {"bad_numbers", test_bad_numbers}, {"same_folder", test_same_folder}, {"broken_lfs", test_broken_lfs}, {"broken_weights", test_broken_weights}, {"broken_config", test_broken_config}, {"broken_data", test_broken_data},
+    {"broken_tokenizer", test_broken_tokenizer}, {"heads_left_out", test_heads_left_out}, {"broken_messages", test_broken_messages}, {"cli_errors", test_cli_errors}, {"cli_course", test_cli_course}, {"cli_collect", test_cli_collect}, {"encode_prompts", test_encode_prompts}, {"exact_optimum", test_exact_optimum},
     {"exact_dpo_loss", test_exact_dpo_loss}, {"exact_dpo_gradient", test_exact_dpo_gradient}, {"exact_run", test_exact_run}, {"cli_lora", test_cli_lora},
     {"glossary_fold", test_glossary_fold}, {"glossary_find", test_glossary_find}, {"glossary_terms", test_glossary_terms}, {"fixtures_gradient", test_fixtures_gradient},
     {"fixtures_logprob", test_fixtures_logprob}, {"fixtures_reward", test_fixtures_reward},
