@@ -467,10 +467,12 @@ static float *thread_scratch(enum ScratchSlot slot, size_t floats) {
 static bool file_exists(const char *path) { struct stat s; return stat(path, &s) == 0; }
 static bool is_folder(const char *path) { struct stat s; return stat(path, &s) == 0 && S_ISDIR(s.st_mode); }
 
-/* Two names of one folder, however they are spelt, links followed. Windows numbers no folders: there the spelling decides.  test: same_folder */
+/* Two names of one folder, however they are spelt, links followed. Windows numbers no folders:
+ * there the spelling decides.                                                 test: same_folder */
 static bool same_folder(const char *a, const char *b) {
     struct stat x, y;
-    if (stat(a, &x) != 0 || stat(b, &y) != 0) return false;
+    if (stat(a, &x) != 0 || stat(b, &y) != 0)
+        return false;
     return x.st_dev == y.st_dev && x.st_ino == y.st_ino && (x.st_ino != 0 || strcmp(a, b) == 0);
 }
 
@@ -478,7 +480,8 @@ static bool same_folder(const char *a, const char *b) {
 static void check_fetched(const char *path, const char *start, size_t n) {
     static const char pointer[] = "version https://git-lfs.github.com/";
     bool is_pointer = n >= strlen(pointer) && memcmp(start, pointer, strlen(pointer)) == 0;
-    CHECK(!is_pointer, "%s: is a Git LFS pointer, not the file itself; fetch it: git lfs pull", path);
+    CHECK(!is_pointer, "%s: is a Git LFS pointer, not the file itself; fetch it: git lfs pull",
+          path);
 }
 
 /* The whole of a file (or "-", standard input) with a NUL behind it. */
@@ -498,7 +501,8 @@ static struct Text read_file(struct Arena *arena, const char *path) {
     }
     CHECK(!ferror(file), "%s: %s", path, strerror(errno));
     if (!is_stdin) fclose(file);
-    if (!is_stdin) check_fetched(path, buffer, used);
+    if (!is_stdin)
+        check_fetched(path, buffer, used);
     struct Text text = text_copy(arena, (struct Text){buffer, used});
     free(buffer);
     return text;
@@ -856,7 +860,8 @@ static uint64_t weights_size(const char *path) {
     char start[64];
     struct stat status;
     FILE *file = stat(path, &status) == 0 && S_ISREG(status.st_mode) ? fopen(path, "rb") : NULL;
-    if (!file) return 0;
+    if (!file)
+        return 0;
     check_fetched(path, start, fread(start, 1, sizeof start, file));
     fclose(file);
     return (uint64_t)status.st_size;
@@ -2192,7 +2197,7 @@ struct Adapter {
     double lora_alpha, lora_dropout;
     const char *target_modules, *base_model_name_or_path;
     bool use_rslora, pattern;              /* pattern: target_modules is a regular expression, not a list of names */
-    bool partial;                          /* exclude_modules or layers_to_transform take some of them out again */
+    bool partial;                          /* exclude_modules, layers_to_transform: not all these */
 };
 
 /* What the forward pass keeps of one block for the backward pass. */
@@ -2220,7 +2225,7 @@ struct GPT2 {
     struct Tensor score;                   /* reward head, chapter 9; n = 0: the model has none */
     struct Linear v_head;                  /* value head, chapter 9; likewise */
     struct Adapter adapter;
-    const char *folder;                    /* from which it, or its adapter, was read; NULL: from none */
+    const char *folder;                    /* it, or its adapter, was read from; NULL: from none */
     struct Tensor **tensors;               /* all of the above, in a checkpoint's order */
     size_t tensor_count;
     struct { const char *task; size_t step; struct Activations acts; } trace;      /* the last backward pass, for check_finite; N = 0, NULL: none */
@@ -2565,13 +2570,16 @@ static size_t config_size(const struct Json *config, const char *path, const cha
     return item && item->type != JSON_NULL ? json_size(item, 1 << 24, path, name) : fallback;
 }
 
-/* A setting that GPT2Config.attribute_map gives a second name.                         test: config_names */
-static size_t config_either(const struct Json *config, const char *path, const char *name, const char *alias, size_t fallback) {
+/* A setting that GPT2Config.attribute_map gives a second name.              test: config_names */
+static size_t config_either(const struct Json *config, const char *path, const char *name,
+                            const char *alias, size_t fallback) {
     const struct Json *item = json_get(config, name);
     bool named = item && item->type != JSON_NULL;
     size_t value = config_size(config, path, name, fallback);
     size_t other = config_size(config, path, alias, value);
-    CHECK(!named || other == value, "%s: \"%s\" is %zu, but \"%s\", another name for it, is %zu; take one of them out", path, name, value, alias, other);
+    CHECK(!named || other == value,
+          "%s: \"%s\" is %zu, but \"%s\", another name for it, is %zu; take one of them out",
+          path, name, value, alias, other);
     return other;
 }
 
@@ -2591,13 +2599,17 @@ static void config_refuse(const struct Json *config, const char *path, const str
     }
 }
 
-/* A folder's config.json. Several activations are gelu_new under other names, equal but for rounding. `tied` says what
- * "tie_word_embeddings" does: whether wte is to be the output layer too.                        test: broken_config, config_names */
+/* A folder's config.json. Several activations are gelu_new by another name, equal but for rounding.
+ * `tied` says what "tie_word_embeddings" does: whether wte is to be the output layer too.
+ *                                                              test: broken_config, config_names */
 static struct GPT2Config config_load(const char *folder, bool *tied) {
-    static const struct Allowed allowed[] = {{"model_type", {"gpt2"}}, {"tie_word_embeddings", {"true", "false"}},
-        {"activation_function", {"gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python_tanh", "gelu_accurate"}},
-        {"scale_attn_weights", {"true"}}, {"scale_attn_by_inverse_layer_idx", {"false"}}, {"add_cross_attention", {"false"}},
-        {"pruned_heads", {"null"}}, {"quantization_config", {"null"}}};
+    static const struct Allowed allowed[] = {
+        {"model_type", {"gpt2"}}, {"tie_word_embeddings", {"true", "false"}},
+        {"activation_function",
+         {"gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python_tanh", "gelu_accurate"}},
+        {"scale_attn_weights", {"true"}}, {"scale_attn_by_inverse_layer_idx", {"false"}},
+        {"add_cross_attention", {"false"}}, {"pruned_heads", {"null"}},
+        {"quantization_config", {"null"}}};
     struct Arena arena = {0};
     char *path = arena_printf(&arena, "%s/config.json", folder);
     CHECK(file_exists(folder), "%s: no such folder; a model is a folder with config.json and model.safetensors", folder);
@@ -2606,7 +2618,8 @@ static struct GPT2Config config_load(const char *folder, bool *tied) {
     config_refuse(json, path, allowed, COUNT(allowed));
     struct GPT2Config c = {
         .vocab_size = config_size(json, path, "vocab_size", 50257),
-        .n_positions = config_either(json, path, "n_positions", "max_position_embeddings", config_size(json, path, "n_ctx", 1024)),
+        .n_positions = config_either(json, path, "n_positions", "max_position_embeddings",
+                                     config_size(json, path, "n_ctx", 1024)),
         .n_embd = config_either(json, path, "n_embd", "hidden_size", 768),
         .n_layer = config_either(json, path, "n_layer", "num_hidden_layers", 12),
         .n_head = config_either(json, path, "n_head", "num_attention_heads", 12)};
@@ -2625,15 +2638,18 @@ static struct GPT2Config config_load(const char *folder, bool *tied) {
     return c;
 }
 
-/* A tensor's name without what stands before it: "transformer." of a model with heads, "pretrained_model." of TRL's
- * value-head model, "base_model.model." of PEFT, "module." of DataParallel, "_orig_mod." of torch.compile, in any order. By
- * hand: "module._orig_mod.transformer.h.0.ln_1.bias" -> "h.0.ln_1.bias".                                  test: bare_name */
+/* A tensor's name without what stands before it: "transformer." of a model with heads,
+ * "pretrained_model." of TRL's value-head model, "base_model.model." of PEFT, "module." of
+ * DataParallel, "_orig_mod." of torch.compile, in any order.
+ * By hand: "module._orig_mod.transformer.h.0.ln_1.bias" -> "h.0.ln_1.bias".     test: bare_name */
 static const char *bare_name(const char *name) {
-    static const char *const prefixes[] = {"transformer.", "pretrained_model.", "base_model.model.", "module.", "_orig_mod."};
+    static const char *const prefixes[] = {"transformer.", "pretrained_model.", "base_model.model.",
+                                           "module.", "_orig_mod."};
     for (size_t i = 0; i < COUNT(prefixes);) {
         size_t length = strlen(prefixes[i]);
         bool found = strncmp(name, prefixes[i], length) == 0;
-        if (found) name += length;
+        if (found)
+            name += length;
         i = found ? 0 : i + 1;
     }
     return name;
@@ -2643,8 +2659,10 @@ static const char *bare_name(const char *name) {
 static struct Json *tensor_entry(const struct SafeTensors *st, const char *name) {
     struct Json *found = NULL;
     for (struct Json *entry = st->header->child; entry; entry = entry->next) {
-        if (strcmp(bare_name(entry->key.data), name) != 0) continue;
-        CHECK(!found, "%s: tensors %s and %s are both %s; one of them is expected", st->path, found->key.data, entry->key.data, name);
+        if (strcmp(bare_name(entry->key.data), name) != 0)
+            continue;
+        CHECK(!found, "%s: tensors %s and %s are both %s; one of them was expected", st->path,
+              found->key.data, entry->key.data, name);
         found = entry;
     }
     return found;
@@ -2653,7 +2671,8 @@ static struct Json *tensor_entry(const struct SafeTensors *st, const char *name)
 /* Reads a tensor, whatever stands before its name in the file. */
 static bool tensor_load(struct SafeTensors *st, struct Tensor *tensor) {
     struct Json *entry = tensor_entry(st, tensor->name);
-    if (!entry) return false;
+    if (!entry)
+        return false;
     safetensors_read(st, entry, tensor);
     entry->number = 0;                               /* taken */
     return tensor->loaded = true;
@@ -2697,14 +2716,17 @@ static struct Linear *value_head_declare(struct GPT2 *model) {
 /* What a label's name says: 1 positive, -1 negative, 0 neither. */
 static int label_sign(const char *name) {
     char start[4] = "";
-    for (size_t i = 0; i < 3 && name[i]; i++) start[i] = (char)tolower((unsigned char)name[i]);
-    if (strcmp(start, "pos") == 0 || strcmp(name, "LABEL_1") == 0) return 1;
-    if (strcmp(start, "neg") == 0 || strcmp(name, "LABEL_0") == 0) return -1;
+    for (size_t i = 0; i < 3 && name[i]; i++)
+        start[i] = (char)tolower((unsigned char)name[i]);
+    if (strcmp(start, "pos") == 0 || strcmp(name, "LABEL_1") == 0)
+        return 1;
+    if (strcmp(start, "neg") == 0 || strcmp(name, "LABEL_0") == 0)
+        return -1;
     return 0;
 }
 
-/* Which of the two labels that `file` has rows for is the positive one: what id2label of the model's config.json says, and
- * where that says nothing, label 1. */
+/* Which of the two labels that `file` has rows for is the positive one: what id2label of the
+ * model's config.json says, and where that says nothing, label 1. */
 static size_t positive_label(const char *folder, const char *file) {
     static const struct Allowed allowed[] = {{"problem_type", {"single_label_classification"}}};
     struct Arena arena = {0};
@@ -2714,50 +2736,84 @@ static size_t positive_label(const char *folder, const char *file) {
     config_refuse(json, path, allowed, COUNT(allowed));
     for (size_t i = 0; i < 2; i++) {
         const struct Json *label = json_get(json_get(json, "id2label"), i ? "1" : "0");
-        if (label && label->type == JSON_STRING) name[i] = label->string.data;
+        if (label && label->type == JSON_STRING)
+            name[i] = label->string.data;
     }
     size_t positive = label_sign(name[0]) > label_sign(name[1]) ? 0 : 1;
-    warn("%s: a classifier of two labels is read as a reward model: the reward is the logit of \"%s\" minus that of \"%s\"; saved again, it has one label", file, name[positive], name[1 - positive]);
+    warn("%s: a classifier of two labels is read as a reward model: the reward is the logit of "
+         "\"%s\" minus that of \"%s\"; saved again, it has one label",
+         file, name[positive], name[1 - positive]);
     arena_free(&arena);
     return positive;
 }
 
-/* Reads a file's reward head, if it has one. Of two labels, transformers' default, the probability depends on the difference
- * of their logits alone, which is the reward that one row, w_1 - w_0, gives:
- *     P(label 1) = e^l_1 / (e^l_0 + e^l_1) = sigmoid(l_1 - l_0),     l_1 - l_0 = hidden . (w_1 - w_0)
- * By hand: w_0 = (1, 2), w_1 = (4, 1): the head is (3, -1).                         test: two_labels, two_labels_golden */
-static void reward_head_load(struct GPT2 *model, struct SafeTensors *st, const char *folder) {
-    struct Json *entry = tensor_entry(st, "score.weight"), *shape = json_get(entry, "shape");
-    if (!entry) return;
-    size_t C = model->config.n_embd;
-    size_t labels = shape->child ? json_size(shape->child, 1 << 24, st->path, "shape") : 0;
-    CHECK(labels <= 2, "%s: score.weight has %zu labels; one is a reward, two are a classifier's negative and positive; more are not read", st->path, labels);
-    CHECK(!tensor_entry(st, "score.bias"), "%s: has a score.bias; a GPT-2 classifier has none in transformers, which leaves it out; take it out of the file if that is meant", st->path);
-    struct Tensor *score = reward_head_declare(model);
-    if (labels != 2) {
-        tensor_load(st, score);
-        return;
-    }
+/* Two labels are transformers' default. The probability of one depends on the difference of their
+ * logits alone, and that is the reward that a single row, w_1 - w_0, gives:
+ *     P(label 1) = e^l_1 / (e^l_0 + e^l_1) = sigmoid(l_1 - l_0),  l_1 - l_0 = hidden . (w_1 - w_0)
+ * By hand: w_0 = (1, 2), w_1 = (4, 1): the head is (3, -1).  test: two_labels, two_labels_golden */
+static void reward_head_of_two(struct Tensor *score, struct SafeTensors *st, const char *folder) {
     struct Arena arena = {0};
-    struct Tensor both = {.name = "score.weight", .shape = {2, C}, .ndim = 2, .n = 2 * C, .w = arena_floats(&arena, 2 * C)};
+    size_t C = score->n;
+    struct Tensor both = {.name = "score.weight", .shape = {2, C}, .ndim = 2, .n = 2 * C};
+    both.w = arena_floats(&arena, both.n);
     tensor_load(st, &both);
-    const float *positive = both.w + positive_label(folder, st->path) * C, *negative = positive == both.w ? both.w + C : both.w;
-    for (size_t c = 0; c < C; c++) score->w[c] = positive[c] - negative[c];
+    size_t positive = positive_label(folder, st->path);
+    for (size_t c = 0; c < C; c++)
+        score->w[c] = both.w[positive * C + c] - both.w[(1 - positive) * C + c];
     score->loaded = true;
     arena_free(&arena);
 }
 
-/* What a model's files hold beside its tensors: an output layer, and what nothing takes, counted and the first by name. */
-struct Beside { struct Arena arena; struct Tensor lm_head; size_t count; const char *first; };
+/* Reads a file's reward head, if it has one. */
+static void reward_head_load(struct GPT2 *model, struct SafeTensors *st, const char *folder) {
+    const struct Json *entry = tensor_entry(st, "score.weight");
+    const struct Json *shape = json_get(entry, "shape");
+    if (!entry)
+        return;
+    size_t labels = shape->child ? json_size(shape->child, 1 << 24, st->path, "shape") : 0;
+    CHECK(labels <= 2, "%s: score.weight has %zu labels; one is a reward, two are a classifier's "
+          "negative and positive; more are not read", st->path, labels);
+    CHECK(!tensor_entry(st, "score.bias"), "%s: has a score.bias; a GPT-2 classifier has none in "
+          "transformers, which leaves it out; take it out of the file if that is meant", st->path);
+    struct Tensor *score = reward_head_declare(model);
+    if (labels == 2)
+        reward_head_of_two(score, st, folder);
+    else
+        tensor_load(st, score);
+}
 
-/* Adds what is left of a file. GPT-2's causal masks, which old files hold, are no weights. */
+/* What a model's files hold beside its tensors: an output layer, and what nothing takes. */
+struct Beside {
+    struct Arena arena;
+    struct Tensor lm_head;
+    size_t count;                          /* tensors that nothing takes */
+    const char *first;                     /* the first of them; NULL: there is none */
+};
+
+/* Counts what is left of a file. GPT-2's causal masks, which old files hold, are no weights. */
 static void beside_note(struct Beside *beside, const struct SafeTensors *st) {
     for (const struct Json *entry = st->header->child; entry; entry = entry->next) {
-        const char *name = entry->key.data, *mask = strstr(name, ".attn.");
-        if (entry->number == 0 || strcmp(name, "__metadata__") == 0) continue;
-        if (mask && (strcmp(mask, ".attn.bias") == 0 || strcmp(mask, ".attn.masked_bias") == 0)) continue;
-        if (beside->count++ == 0) beside->first = arena_printf(&beside->arena, "%s", name);
+        const char *name = entry->key.data;
+        const char *part = strstr(name, ".attn.");
+        if (entry->number == 0 || strcmp(name, "__metadata__") == 0)
+            continue;
+        if (part && strcmp(part, ".attn.bias") == 0)
+            continue;
+        if (part && strcmp(part, ".attn.masked_bias") == 0)
+            continue;
+        if (beside->count++ == 0)
+            beside->first = arena_printf(&beside->arena, "%s", name);
     }
+}
+
+/* A tensor of wte's shape under another name, to be compared with it. */
+static struct Tensor tensor_like_wte(const struct GPT2 *model, struct Arena *arena,
+                                     const char *name) {
+    struct Tensor like = {.shape = {model->wte.shape[0], model->wte.shape[1]}, .ndim = 2};
+    snprintf(like.name, sizeof like.name, "%s", name);
+    like.n = model->wte.n;
+    like.w = arena_floats(arena, like.n);
+    return like;
 }
 
 /* Reads what a file has of a model's tensors; a head is declared where there is one. */
@@ -2765,11 +2821,14 @@ static void model_read(struct GPT2 *model, const char *path, struct Beside *besi
     struct Arena arena = {0};
     struct SafeTensors st = safetensors_open(&arena, path);
     reward_head_load(model, &st, model->folder);
-    if (tensor_entry(&st, "v_head.summary.weight")) value_head_declare(model);
-    for (size_t i = 0; i < model->tensor_count; i++) if (model->tensors[i] != &model->score) tensor_load(&st, model->tensors[i]);
+    if (tensor_entry(&st, "v_head.summary.weight"))
+        value_head_declare(model);
+    for (size_t i = 0; i < model->tensor_count; i++) {
+        if (model->tensors[i] != &model->score)
+            tensor_load(&st, model->tensors[i]);
+    }
     if (tensor_entry(&st, "lm_head.weight")) {
-        size_t n = model->wte.n;
-        beside->lm_head = (struct Tensor){.name = "lm_head.weight", .shape = {model->wte.shape[0], model->wte.shape[1]}, .ndim = 2, .n = n, .w = arena_floats(&beside->arena, n)};
+        beside->lm_head = tensor_like_wte(model, &beside->arena, "lm_head.weight");
         tensor_load(&st, &beside->lm_head);
     }
     beside_note(beside, &st);
@@ -2777,26 +2836,44 @@ static void model_read(struct GPT2 *model, const char *path, struct Beside *besi
     arena_free(&arena);
 }
 
-/* The output layer of GPT-2 is wte. A file may hold it once, under either name, or twice; a second one with numbers of its
- * own ("untied") is not implemented. A reward model has no use for it.                                  test: output_layer */
-static void output_layer_check(struct GPT2 *model, const struct Tensor *lm_head, bool tied, const char *where) {
-    struct Tensor *wte = &model->wte;
+/* The place of the first number in which a tensor of wte's shape is not wte; n: it is equal. */
+static size_t first_unlike_wte(const struct GPT2 *model, const struct Tensor *like) {
     size_t i = 0;
-    bool both = lm_head->loaded && wte->loaded;
-    CHECK(tied || both || (wte->loaded && model->score.n), "%s: \"tie_word_embeddings\" is false in config.json, but there is no %s: transformers would draw it at random; set it to true if wte is the output layer too",
-          where, wte->loaded ? "lm_head.weight" : "wte.weight");
-    if (!lm_head->loaded) return;
-    if (!both) memcpy(wte->w, lm_head->w, wte->n * sizeof(float));
-    wte->loaded = true;
-    while (i < wte->n && lm_head->w[i] == wte->w[i]) i++;
-    CHECK(i == wte->n, "%s: lm_head.weight is not wte.weight (number %zu is %g, not %g): an output layer of its own is not implemented; take lm_head.weight out if wte is meant to be it, as in GPT-2",
-          where, i, lm_head->w[i], wte->w[i]);
-    if (!tied) warn("%s: \"tie_word_embeddings\" is false, but lm_head.weight equals wte.weight: they are one tensor here, in training and when saved", where);
+    while (i < like->n && like->w[i] == model->wte.w[i])
+        i++;
+    return i;
 }
 
-/* `found`: a tensor that is there and that nothing takes, to show how names look there; NULL: none. */
+/* The output layer of GPT-2 is wte. A file may hold it once, under either name, or twice; a second
+ * one with numbers of its own ("untied") is not implemented. A reward model has no use for one.
+ *                                                                            test: output_layer */
+static void output_layer_check(struct GPT2 *model, const struct Tensor *lm_head, bool tied,
+                               const char *where) {
+    struct Tensor *wte = &model->wte;
+    bool both = lm_head->loaded && wte->loaded;
+    CHECK(tied || both || (wte->loaded && model->score.n),
+          "%s: \"tie_word_embeddings\" is false in config.json, but there is no %s: transformers "
+          "would draw it at random; set it to true if wte is the output layer too",
+          where, wte->loaded ? "lm_head.weight" : "wte.weight");
+    if (!lm_head->loaded)
+        return;
+    if (!both)
+        memcpy(wte->w, lm_head->w, wte->n * sizeof(float));
+    wte->loaded = true;
+    size_t i = first_unlike_wte(model, lm_head);
+    CHECK(i == wte->n, "%s: lm_head.weight is not wte.weight (number %zu is %g, not %g): an output "
+          "layer of its own is not implemented; take lm_head.weight out if wte is meant to be it, "
+          "as in GPT-2", where, i, lm_head->w[i], wte->w[i]);
+    if (!tied)
+        warn("%s: \"tie_word_embeddings\" is false, but lm_head.weight equals wte.weight: they are "
+             "one tensor here, in training and when saved", where);
+}
+
+/* `found`: a tensor that is there and that nothing takes, to show how names look; NULL: none. */
 static void tensor_check_loaded(const struct Tensor *t, const char *where, const char *found) {
-    CHECK(t->loaded, "%s: tensor %s is missing; expected shape [%zu%s%.0zu]%s%s", where, t->name, t->shape[0], t->ndim == 2 ? ", " : "", t->shape[1], found ? "; there is " : "", found ? found : "");
+    CHECK(t->loaded, "%s: tensor %s is missing; expected shape [%zu%s%.0zu]%s%s", where, t->name,
+          t->shape[0], t->ndim == 2 ? ", " : "", t->shape[1], found ? "; there is " : "",
+          found ? found : "");
 }
 
 /* gpt2_load -- a model folder; heads are loaded where they are there.  [glossary: AutoModelForCausalLM] */
@@ -2806,16 +2883,24 @@ static struct GPT2 *gpt2_load(const char *folder) {
     bool tied;
     struct GPT2Config c = config_load(folder, &tied);
     size_t file_count = model_files(&arena, folder, files, COUNT(files)), numbers = (c.vocab_size + c.n_positions) * c.n_embd + c.n_layer * 12 * c.n_embd * c.n_embd, bytes = 0;
-    for (size_t f = 0; f < file_count; f++) bytes += (size_t)weights_size(files[f]);
+    for (size_t f = 0; f < file_count; f++)
+        bytes += (size_t)weights_size(files[f]);
     CHECK(numbers <= bytes / 2 + (1 << 20), "%s: config.json describes %zu numbers, at least %zu MB; the weights have %zu MB; is it theirs, or are they cut short?", folder, numbers, numbers >> 19, bytes >> 20);
     CHECK(c.n_layer <= bytes / 512 + 64, "%s: config.json describes %zu layers, whose 12 tensors' names alone do not fit into the weights' %zu bytes; is it theirs?", folder, c.n_layer, bytes);
     struct GPT2 *model = gpt2_new(c);
     struct Beside beside = {0};
     model->folder = arena_printf(&model->arena, "%s", folder);
-    for (size_t f = 0; f < file_count; f++) model_read(model, files[f], &beside);
-    if (model->wte.loaded || beside.lm_head.loaded) output_layer_check(model, &beside.lm_head, tied, folder);
-    for (size_t i = 0; i < model->tensor_count; i++) tensor_check_loaded(model->tensors[i], folder, beside.first);
-    if (beside.count) warn("%s: tensors in its weights that config.json has no place for are not read: %zu, the first is %s", folder, beside.count, beside.first);
+    for (size_t f = 0; f < file_count; f++)
+        model_read(model, files[f], &beside);
+    bool any = model->wte.loaded || beside.lm_head.loaded;
+    if (any)
+        output_layer_check(model, &beside.lm_head, tied, folder);
+    for (size_t i = 0; i < model->tensor_count; i++) {
+        tensor_check_loaded(model->tensors[i], folder, beside.first);
+    }
+    if (beside.count)
+        warn("%s: tensors in its weights that config.json has no place for are not read: %zu, the "
+             "first is %s", folder, beside.count, beside.first);
     arena_free(&beside.arena);
     arena_free(&arena);
     return model;
@@ -2871,23 +2956,31 @@ static void check_reward_model(const struct GPT2 *model, const char *folder) {
     CHECK(model->score.n, "%s: has no score.weight: it is no reward model; train one: align reward", folder);
 }
 
-/* A reward or value head has no place in what is to be made of the model: it is neither trained nor saved.  test: heads_left_out */
+/* A reward or value head has no place in what is to be made of the model: it is neither trained nor
+ * saved.                                                                    test: heads_left_out */
 static void tensor_remove(struct GPT2 *model, struct Tensor *tensor) {
     size_t kept = 0;
-    for (size_t i = 0; i < model->tensor_count; i++) if (model->tensors[i] != tensor) model->tensors[kept++] = model->tensors[i];
+    for (size_t i = 0; i < model->tensor_count; i++) {
+        if (model->tensors[i] != tensor)
+            model->tensors[kept++] = model->tensors[i];
+    }
     model->tensor_count = kept;
     tensor->n = 0;
 }
 
 static void leave_out_reward_head(struct GPT2 *model) {
-    if (!model->score.n) return;
-    warn("%s: is a reward model; its head, score.weight, is left out, the language model below it is used", model->folder);
+    if (!model->score.n)
+        return;
+    warn("%s: is a reward model; its head, score.weight, is left out, the language model below it "
+         "is used", model->folder);
     tensor_remove(model, &model->score);
 }
 
 static void leave_out_value_head(struct GPT2 *model) {
-    if (!model->v_head.weight.n) return;
-    warn("%s: has a value head; it is left out, the language model below it is used", model->folder);
+    if (!model->v_head.weight.n)
+        return;
+    warn("%s: has a value head; it is left out, the language model below it is used",
+         model->folder);
     tensor_remove(model, &model->v_head.weight);
     tensor_remove(model, &model->v_head.bias);
 }
@@ -2990,10 +3083,12 @@ static void adapter_new(struct GPT2 *model, struct Adapter adapter, uint64_t see
 
 /* adapter_config.json: r 8, lora_alpha 8 where it is silent, as PEFT. */
 static struct Adapter adapter_config_load(struct Arena *arena, const char *folder) {
-    static const struct Allowed allowed[] = {{"peft_type", {"LORA"}}, {"bias", {"none"}}, {"modules_to_save", {"score", "classifier", "lm_head", "wte"}},
+    static const struct Allowed allowed[] = {{"peft_type", {"LORA"}}, {"bias", {"none"}},
+        {"modules_to_save", {"score", "classifier", "lm_head", "wte"}},
         {"init_lora_weights", {"true", "false", "gaussian", "eva", "orthogonal"}}, {"use_dora", {"false"}}, {"use_qalora", {"false"}},
-        {"use_bdlora", {"false"}}, {"lora_bias", {"false"}}, {"rank_pattern", {"null"}}, {"alpha_pattern", {"null"}},
-        {"layer_replication", {"null"}}, {"target_parameters", {"null"}}, {"trainable_token_indices", {"null"}},
+        {"use_bdlora", {"false"}}, {"lora_bias", {"false"}}, {"rank_pattern", {"null"}},
+        {"alpha_pattern", {"null"}}, {"layer_replication", {"null"}},
+        {"target_parameters", {"null"}}, {"trainable_token_indices", {"null"}},
         {"alora_invocation_tokens", {"null"}}, {"arrow_config", {"null"}}, {"kasa_config", {"null"}}, {"velora_config", {"null"}},
         {"monteclora_config", {"null"}}};
     char *path = arena_printf(arena, "%s/adapter_config.json", folder);
@@ -3006,8 +3101,10 @@ static struct Adapter adapter_config_load(struct Arena *arena, const char *folde
     adapter.lora_dropout = dropout && dropout->type == JSON_NUMBER ? dropout->number : 0;
     adapter.base_model_name_or_path = base && base->type == JSON_STRING ? base->string.data : NULL;
     adapter.pattern = targets && targets->type == JSON_STRING;
-    const struct Json *without = json_get(json, "exclude_modules"), *layers = json_get(json, "layers_to_transform");
-    adapter.partial = (without && without->type != JSON_NULL) || (layers && layers->type != JSON_NULL);
+    const struct Json *without = json_get(json, "exclude_modules");
+    const struct Json *layers = json_get(json, "layers_to_transform");
+    adapter.partial = without && without->type != JSON_NULL;
+    adapter.partial = adapter.partial || (layers && layers->type != JSON_NULL);
     adapter.target_modules = !targets || targets->type == JSON_NULL ? "c_attn" : adapter.pattern ? targets->string.data : "";
     for (struct Json *item = targets && !adapter.pattern ? targets->child : NULL; item; item = item->next) {
         CHECK(item->type == JSON_STRING && strlen(adapter.target_modules) < 4096, "%s: \"target_modules\" must be a list of names, 4096 letters at most", path);
@@ -3016,42 +3113,61 @@ static struct Adapter adapter_config_load(struct Arena *arena, const char *folde
     return adapter;
 }
 
-/* An adapter may hold a copy of the embedding, or of the output layer that is tied to it; an equal one changes nothing. */
-static void adapter_check_embedding(const struct GPT2 *model, struct SafeTensors *st, const char *name) {
+/* An adapter may hold a copy of the embedding, or of the output layer that is tied to it: an equal
+ * one changes nothing, another one is not implemented. */
+static void adapter_check_embedding(const struct GPT2 *model, struct SafeTensors *st,
+                                    const char *name) {
     struct Arena arena = {0};
-    struct Tensor copy = {.shape = {model->wte.shape[0], model->wte.shape[1]}, .ndim = 2, .n = model->wte.n};
-    snprintf(copy.name, sizeof copy.name, "%s", name);
-    if (tensor_entry(st, name)) {
-        copy.w = arena_floats(&arena, copy.n);
-        tensor_load(st, &copy);
-    }
-    for (size_t i = 0; copy.loaded && i < copy.n; i++)
-        CHECK(copy.w[i] == model->wte.w[i], "%s: tensor %s is not the base's wte.weight (number %zu is %g, not %g): an adapter with an embedding or output layer of its own is not implemented",
-              st->path, name, i, copy.w[i], model->wte.w[i]);
+    if (!tensor_entry(st, name))
+        return;
+    struct Tensor copy = tensor_like_wte(model, &arena, name);
+    tensor_load(st, &copy);
+    size_t i = first_unlike_wte(model, &copy);
+    CHECK(i == copy.n, "%s: tensor %s is not the base's wte.weight (number %zu is %g, not %g): an "
+          "adapter with an embedding or output layer of its own is not implemented",
+          st->path, name, i, copy.w[i], model->wte.w[i]);
     arena_free(&arena);
 }
 
-/* Whether an adapter takes a layer: if it names its layers, they must be in the file; if it describes them, the file says. */
-static bool adapter_takes(struct Arena *arena, const struct Adapter *adapter, const struct SafeTensors *st, const char *name) {
-    if (!adapter->pattern && !adapter->partial) return lora_is_target(name, adapter->target_modules);
+/* Whether an adapter takes a layer: one that names its layers must have them all; of one that
+ * describes them, the file says which they are. */
+static bool adapter_takes(struct Arena *arena, const struct Adapter *adapter,
+                          const struct SafeTensors *st, const char *name) {
+    bool names = !adapter->pattern && !adapter->partial;
+    if (names)
+        return lora_is_target(name, adapter->target_modules);
     return tensor_entry(st, arena_printf(arena, "%s.lora_A.weight", bare_name(name))) != NULL;
 }
 
-/* The value head that TRL puts beside an adapter, in a model file of its own. */
-static void adapter_read_head(struct GPT2 *model, struct Arena *arena, const char *folder) {
-    char *head = arena_printf(arena, "%s/model.safetensors", folder), *pickle = arena_printf(arena, "%s/pytorch_model.bin", folder);
+/* The value head that TRL puts beside an adapter, in a model file of its own. If that file is a
+ * whole model, the adapter folded in, say, the rest of it must not replace the base. */
+static void adapter_read_head(struct GPT2 *model, const char *folder) {
     struct Beside beside = {0};
-    if (file_exists(head)) model_read(model, head, &beside);
-    else if (file_exists(pickle)) warn("%s is not read: a value head in it is left out; make a model.safetensors of it", pickle);
-    if (beside.lm_head.loaded) output_layer_check(model, &beside.lm_head, true, head);
-    if (beside.count) warn("%s: tensors that are no value head are not read: %zu, the first is %s", head, beside.count, beside.first);
-    if (model->v_head.weight.loaded) tensor_check_loaded(&model->v_head.bias, head, beside.first);
+    char *path = arena_printf(&beside.arena, "%s/model.safetensors", folder);
+    char *pickle = arena_printf(&beside.arena, "%s/pytorch_model.bin", folder);
+    if (file_exists(path)) {
+        struct SafeTensors st = safetensors_open(&beside.arena, path);
+        bool has_head = tensor_entry(&st, "v_head.summary.weight") != NULL;
+        struct Linear *head = has_head ? value_head_declare(model) : NULL;
+        if (has_head)
+            tensor_load(&st, &head->weight);
+        if (has_head && !tensor_load(&st, &head->bias))
+            tensor_check_loaded(&head->bias, path, NULL);
+        beside_note(&beside, &st);
+        fclose(st.file);
+        if (beside.count)
+            warn("%s: beside an adapter only a value head is read of it; not read are %zu tensors, "
+                 "the first is %s", path, beside.count, beside.first);
+    } else if (file_exists(pickle)) {
+        warn("%s is not read: a value head in it is left out; make a model.safetensors of it",
+             pickle);
+    }
     arena_free(&beside.arena);
 }
 
-/* adapter_load -- puts the adapter of a folder to the layers that target_modules takes, or, if that is a regular
- * expression or has exceptions, that the file has tensors for. A tensor that no layer takes is an error.
- *                                                                      test: lora_round_trip, lora_partial, lora_broken */
+/* adapter_load -- puts the adapter of a folder to the layers that target_modules takes, or, if that
+ * is a regular expression or has exceptions, that the file has tensors for. A tensor that no layer
+ * takes is an error.                           test: lora_round_trip, lora_partial, lora_broken */
 static void adapter_load(struct GPT2 *model, const char *folder) {
     struct Arena arena = {0};
     size_t numbers = 0;
@@ -3066,18 +3182,22 @@ static void adapter_load(struct GPT2 *model, const char *folder) {
         struct Linear *linear = adaptable(model, i);
         struct Tensor *pair[] = {&linear->lora_A, &linear->lora_B};
         const char *name = module_name(&arena, linear);
-        if (!adapter_takes(&arena, adapter, &st, name)) continue;
+        if (!adapter_takes(&arena, adapter, &st, name))
+            continue;
         numbers += adapter->r * (linear->weight.shape[0] + linear->weight.shape[1]);
-        CHECK(numbers <= st.data_size / 2 + (1 << 16), "%s: its %llu bytes are too few for adapters of \"r\" %zu; is the folder's adapter_config.json this file's?", path, (unsigned long long)st.data_size, adapter->r);
+        CHECK(numbers <= st.data_size / 2 + (1 << 16), "%s: its %llu bytes are too few for "
+              "adapters of \"r\" %zu; is the folder's adapter_config.json this file's?",
+              path, (unsigned long long)st.data_size, adapter->r);
         lora_declare(model, linear);
-        if (adapter->partial) taken = arena_printf(&arena, "%s %s", taken, bare_name(name));
+        if (adapter->partial)
+            taken = arena_printf(&arena, "%s %s", taken, bare_name(name));
         for (int k = 0; k < 2; k++) {
             tensor_load(&st, pair[k]);
             tensor_check_loaded(pair[k], path, NULL);
         }
     }
     CHECK(numbers > 0, "%s: its target_modules take no layer of this model; c_attn, c_proj and c_fc can be adapted", folder);
-    if (adapter->partial) {                        /* saved again, it names its layers one by one */
+    if (adapter->partial) {                /* saved again, it names its layers one by one */
         adapter->target_modules = arena_printf(&model->arena, "%s", taken);
         adapter->pattern = adapter->partial = false;
     }
@@ -3087,7 +3207,7 @@ static void adapter_load(struct GPT2 *model, const char *folder) {
     for (struct Json *item = st.header->child; item; item = item->next)
         CHECK(item->number == 0 || strcmp(item->key.data, "__metadata__") == 0, "%s: no layer of this model takes tensor %s; is it another model's?", path, item->key.data);
     fclose(st.file);
-    adapter_read_head(model, &arena, folder);
+    adapter_read_head(model, folder);
     model->folder = arena_printf(&model->arena, "%s", folder);
     arena_free(&arena);
 }
@@ -6355,9 +6475,11 @@ static const char *need(const char *value, const char *flag) {
     return value;
 }
 
-/* The folder of a model's own weights: of an adapter's folder that of its base, NULL if it names none. */
+/* The folder of a model's own weights: of an adapter that of its base; NULL if it names none. */
 static const char *base_folder(struct Options *o, const char *folder) {
-    return is_adapter(folder) ? adapter_config_load(&o->arena, folder).base_model_name_or_path : folder;
+    if (!is_adapter(folder))
+        return folder;
+    return adapter_config_load(&o->arena, folder).base_model_name_or_path;
 }
 
 /* A model's folder; or an adapter's: its base, the adapter folded in. */
@@ -6459,14 +6581,21 @@ static struct Trainer open_training(struct Options *o, const unsigned *shapes, s
     return (struct Trainer){.model = o->model, .tok = o->tok, .args = o->train};
 }
 
-/* What is read and written over is allowed, as in transformers: the run has it in memory. But it is said. */
+/* A run may write over a folder that it reads, as in transformers: it is in memory by then. */
 static void note_replaced(struct Options *o, const char *dir) {
-    const struct { const char *flag, *folder; } read[] = {{"model_name_or_path", o->model_name_or_path}, {"peft_adapter", o->peft_adapter},
+    const struct { const char *flag, *folder; } inputs[] = {
+        {"model_name_or_path", o->model_name_or_path}, {"peft_adapter", o->peft_adapter},
         {"ref_model", o->ref_model}, {"reward_model_path", o->reward_model_path}};
-    for (size_t i = 0; i < COUNT(read); i++) {
-        const char *base = read[i].folder ? base_folder(o, read[i].folder) : NULL;
-        if (read[i].folder && same_folder(dir, read[i].folder)) warn("--output_dir %s is --%s: the model there will be replaced", dir, read[i].flag);
-        else if (base && same_folder(dir, base)) warn("--output_dir %s is the base of the adapter --%s %s: the adapter will then stand on other weights", dir, read[i].flag, read[i].folder);
+    for (size_t i = 0; i < COUNT(inputs); i++) {
+        const char *flag = inputs[i].flag;
+        const char *folder = inputs[i].folder;
+        const char *base = folder ? base_folder(o, folder) : NULL;
+        if (folder && same_folder(dir, folder)) {
+            warn("--output_dir %s is --%s: the model there will be replaced", dir, flag);
+        } else if (base && same_folder(dir, base)) {
+            warn("--output_dir %s is the base of the adapter --%s %s: the adapter will then stand "
+                 "on other weights", dir, flag, folder);
+        }
     }
 }
 
@@ -6619,7 +6748,8 @@ static void train_on_rollouts(struct Options *o, const char *log_dir) {
     if (!o->rollouts) need(o->reward_model_path, "reward_model_path");
     open_model(o, true);
     leave_out_reward_head(o->model);
-    if (o->ppo.baseline != BASELINE_VALUE_HEAD) leave_out_value_head(o->model);
+    if (o->ppo.baseline != BASELINE_VALUE_HEAD)
+        leave_out_value_head(o->model);
     load_reference(o);
     open_output_dir(o);
     struct RolloutSource source = {0};
@@ -6908,8 +7038,10 @@ static void command_eval(struct Options *o) {
 
 static void command_merge(struct Options *o) {
     if (!o->model_name_or_path || !(o->peft_adapter || is_adapter(o->model_name_or_path))) die_usage("merge needs an adapter: --model_name_or_path BASE --peft_adapter DIR, or its folder as --model_name_or_path");
-    const char *base = base_folder(o, o->model_name_or_path), *dir = need(o->train.output_dir, "output_dir");
-    CHECK(!base || !same_folder(base, dir), "--output_dir %s: is the adapter's base; merged over it, the adapter would count twice from then on; choose another folder", dir);
+    const char *base = base_folder(o, o->model_name_or_path);
+    const char *dir = need(o->train.output_dir, "output_dir");
+    CHECK(!base || !same_folder(base, dir), "--output_dir %s: is the adapter's base; merged over "
+          "it, the adapter would count twice from then on; choose another folder", dir);
     open_model(o, false);
     open_output_dir(o);
     model_replace(o->model, o->train.output_dir, o->tok);
@@ -7011,6 +7143,10 @@ static void command_rlhf(struct Options *o) {
         gpt2_init(model, o->train.seed);
         struct Rng rng = rng_seed(o->train.seed, STREAM_INIT + 100);
         tensor_normal(&model->wte, &rng, 0.06);       /* GPT-2's 0.02 suits its width of 768; at 128 the blocks would drown so faint a token */
+    }
+    static const char *const results[] = {"language_model", "reward_model", "ppo", "dpo"};
+    for (size_t i = 0; i < COUNT(results); i++) {
+        note_replaced(o, arena_printf(&o->arena, "%s/%s", course.output_dir, results[i]));
     }
     CHECK(model->config.n_positions >= 48, "%s: a context of %zu tokens; rlhf needs 48 or more", o->model_name_or_path, model->config.n_positions);
     course_run(&course, data, model, learning_rate);
