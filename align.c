@@ -497,6 +497,23 @@ static float *thread_scratch(enum ScratchSlot slot, size_t floats) {
 static bool file_exists(const char *path) { struct stat s; return stat(path, &s) == 0; }
 static bool is_folder(const char *path) { struct stat s; return stat(path, &s) == 0 && S_ISDIR(s.st_mode); }
 
+/* Two names of one folder, however they are spelt, links followed. Windows numbers no folders:
+ * there the spelling decides.                                                 test: same_folder */
+static bool same_folder(const char *a, const char *b) {
+    struct stat x, y;
+    if (stat(a, &x) != 0 || stat(b, &y) != 0)
+        return false;
+    return x.st_dev == y.st_dev && x.st_ino == y.st_ino && (x.st_ino != 0 || strcmp(a, b) == 0);
+}
+
+/* Git LFS leaves three lines of text in the place of a large file that was not fetched. */
+static void check_fetched(const char *path, const char *start, size_t n) {
+    static const char pointer[] = "version https://git-lfs.github.com/";
+    bool is_pointer = n >= strlen(pointer) && memcmp(start, pointer, strlen(pointer)) == 0;
+    CHECK(!is_pointer, "%s: is a Git LFS pointer, not the file itself; fetch it: git lfs pull",
+          path);
+}
+
 /* The whole of a file (or "-", standard input) with a NUL behind it. */
 static struct Text read_file(struct Arena *arena, const char *path) {
     bool is_stdin = strcmp(path, "-") == 0;
@@ -514,6 +531,8 @@ static struct Text read_file(struct Arena *arena, const char *path) {
     }
     CHECK(!ferror(file), "%s: %s", path, strerror(errno));
     if (!is_stdin) fclose(file);
+    if (!is_stdin)
+        check_fetched(path, buffer, used);
     struct Text text = text_copy(arena, (struct Text){buffer, used});
     free(buffer);
     return text;
@@ -866,13 +885,25 @@ static struct Span safetensors_span(const struct SafeTensors *st, const struct J
     return span;
 }
 
+/* The size of a file of weights; 0 if it is none: safetensors_open says why. */
+static uint64_t weights_size(const char *path) {
+    char start[64];
+    struct stat status;
+    FILE *file = stat(path, &status) == 0 && S_ISREG(status.st_mode) ? fopen(path, "rb") : NULL;
+    if (!file)
+        return 0;
+    check_fetched(path, start, fread(start, 1, sizeof start, file));
+    fclose(file);
+    return (uint64_t)status.st_size;
+}
+
 static struct SafeTensors safetensors_open(struct Arena *arena, const char *path) {
     struct SafeTensors st = {.path = arena_printf(arena, "%s", path)};
     struct stat status;
     CHECK(stat(path, &status) != 0 || S_ISREG(status.st_mode), "%s: is a folder, a pipe or a device; a file was expected", path);
     st.file = fopen(path, "rb");
     CHECK(st.file, "%s: %s", path, strerror(errno));
-    uint64_t size = (uint64_t)status.st_size;
+    uint64_t size = weights_size(path);
     unsigned char prefix[8];
     CHECK(fread(prefix, 1, 8, st.file) == 8, "%s: not a safetensors file: it has %llu bytes, fewer than its 8-byte prefix", path, (unsigned long long)size);
     uint64_t length = 0;
@@ -2319,6 +2350,7 @@ struct Adapter {
     double lora_alpha, lora_dropout;
     const char *target_modules, *base_model_name_or_path;
     bool use_rslora, pattern;              /* pattern: target_modules is a regular expression, not a list of names */
+    bool partial;                          /* exclude_modules, layers_to_transform: not all these */
 };
 
 /* What the forward pass keeps of one block for the backward pass. */
@@ -2346,6 +2378,7 @@ struct GPT2 {
     struct Tensor score;                   /* reward head, chapter 9; n = 0: the model has none */
     struct Linear v_head;                  /* value head, chapter 9; likewise */
     struct Adapter adapter;
+    const char *folder;                    /* it, or its adapter, was read from; NULL: from none */
     struct Tensor **tensors;               /* all of the above, in a checkpoint's order */
     size_t tensor_count;
     struct { const char *task; size_t step; struct Activations acts; } trace;      /* the last backward pass, for check_finite; N = 0, NULL: none */
@@ -2715,6 +2748,19 @@ static int config_token_id(const struct Json *config, const char *path, const ch
     return (int)number;
 }
 
+/* A setting that GPT2Config.attribute_map gives a second name.              test: config_names */
+static size_t config_either(const struct Json *config, const char *path, const char *name,
+                            const char *alias, size_t fallback) {
+    const struct Json *item = json_get(config, name);
+    bool named = item && item->type != JSON_NULL;
+    size_t value = config_size(config, path, name, fallback);
+    size_t other = config_size(config, path, alias, value);
+    CHECK(!named || other == value,
+          "%s: \"%s\" is %zu, but \"%s\", another name for it, is %zu; take one of them out",
+          path, name, value, alias, other);
+    return other;
+}
+
 /* Settings that change the mathematics are refused: what each may be, if it is not absent, null or empty. */
 struct Allowed { const char *name, *values[5]; };
 
@@ -2730,9 +2776,17 @@ static void config_refuse(const struct Json *config, const char *path, const str
     }
 }
 
-static struct GPT2Config config_load(const char *folder) {
-    static const struct Allowed allowed[] = {{"model_type", {"gpt2"}}, {"activation_function", {"gelu_new"}}, {"tie_word_embeddings", {"true"}},
-        {"scale_attn_weights", {"true"}}, {"scale_attn_by_inverse_layer_idx", {"false"}}, {"add_cross_attention", {"false"}}};
+/* A folder's config.json. Several activations are gelu_new by another name, equal but for rounding.
+ * `tied` says what "tie_word_embeddings" does: whether wte is to be the output layer too.
+ *                                                              test: broken_config, config_names */
+static struct GPT2Config config_load(const char *folder, bool *tied) {
+    static const struct Allowed allowed[] = {
+        {"model_type", {"gpt2"}}, {"tie_word_embeddings", {"true", "false"}},
+        {"activation_function",
+         {"gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python_tanh", "gelu_accurate"}},
+        {"scale_attn_weights", {"true"}}, {"scale_attn_by_inverse_layer_idx", {"false"}},
+        {"add_cross_attention", {"false"}}, {"pruned_heads", {"null"}},
+        {"quantization_config", {"null"}}};
     struct Arena arena = {0};
     char *path = arena_printf(&arena, "%s/config.json", folder);
     CHECK(file_exists(folder), "%s: no such folder; a model is a folder with config.json and model.safetensors", folder);
@@ -2740,8 +2794,12 @@ static struct GPT2Config config_load(const char *folder) {
     struct Json *json = json_read_file(&arena, path);
     config_refuse(json, path, allowed, COUNT(allowed));
     struct GPT2Config c = {
-        .vocab_size = config_size(json, path, "vocab_size", 50257), .n_positions = config_size(json, path, "n_positions", 1024),
-        .n_embd = config_size(json, path, "n_embd", 768), .n_layer = config_size(json, path, "n_layer", 12), .n_head = config_size(json, path, "n_head", 12)};
+        .vocab_size = config_size(json, path, "vocab_size", 50257),
+        .n_positions = config_either(json, path, "n_positions", "max_position_embeddings",
+                                     config_size(json, path, "n_ctx", 1024)),
+        .n_embd = config_either(json, path, "n_embd", "hidden_size", 768),
+        .n_layer = config_either(json, path, "n_layer", "num_hidden_layers", 12),
+        .n_head = config_either(json, path, "n_head", "num_attention_heads", 12)};
     config_check(&c, path);
     size_t inner = config_size(json, path, "n_inner", 4 * c.n_embd);
     CHECK(inner == 4 * c.n_embd, "%s: n_inner %zu is not implemented; 4 * n_embd is", path, inner);
@@ -2752,23 +2810,50 @@ static struct GPT2Config config_load(const char *folder) {
     c.eos_token_id = config_token_id(json, path, "eos_token_id", c.vocab_size, endoftext);
     c.pad_token_id = config_token_id(json, path, "pad_token_id", c.vocab_size, c.eos_token_id);
     c.bos_token_id = config_token_id(json, path, "bos_token_id", c.vocab_size, endoftext);
+    const struct Json *tie = json_get(json, "tie_word_embeddings");
+    *tied = !tie || tie->type != JSON_FALSE;
     arena_free(&arena);
     return c;
 }
 
-/* Reads a tensor under its name or with a prefix ("pretrained_model.": TRL's value-head model; "base_model.model.": adapters). */
-static bool tensor_load(struct SafeTensors *st, struct Tensor *tensor) {
-    static const char *const prefixes[] = {"", "transformer.", "pretrained_model.transformer.", "pretrained_model.", "base_model.model.transformer.", "base_model.model."};
-    char prefixed[96];
-    for (size_t i = 0; i < COUNT(prefixes); i++) {
-        snprintf(prefixed, sizeof prefixed, "%s%s", prefixes[i], tensor->name);
-        struct Json *entry = json_get(st->header, prefixed);
-        if (!entry) continue;
-        safetensors_read(st, entry, tensor);
-        entry->number = 0;                           /* taken */
-        return tensor->loaded = true;
+/* A tensor's name without what stands before it: "transformer." of a model with heads,
+ * "pretrained_model." of TRL's value-head model, "base_model.model." of PEFT, "module." of
+ * DataParallel, "_orig_mod." of torch.compile, in any order.
+ * By hand: "module._orig_mod.transformer.h.0.ln_1.bias" -> "h.0.ln_1.bias".     test: bare_name */
+static const char *bare_name(const char *name) {
+    static const char *const prefixes[] = {"transformer.", "pretrained_model.", "base_model.model.",
+                                           "module.", "_orig_mod."};
+    for (size_t i = 0; i < COUNT(prefixes);) {
+        size_t length = strlen(prefixes[i]);
+        bool found = strncmp(name, prefixes[i], length) == 0;
+        if (found)
+            name += length;
+        i = found ? 0 : i + 1;
     }
-    return false;
+    return name;
+}
+
+/* The entry of a file's header for a tensor of this bare name; NULL: there is none. */
+static struct Json *tensor_entry(const struct SafeTensors *st, const char *name) {
+    struct Json *found = NULL;
+    for (struct Json *entry = st->header->child; entry; entry = entry->next) {
+        if (strcmp(bare_name(entry->key.data), name) != 0)
+            continue;
+        CHECK(!found, "%s: tensors %s and %s are both %s; one of them was expected", st->path,
+              found->key.data, entry->key.data, name);
+        found = entry;
+    }
+    return found;
+}
+
+/* Reads a tensor, whatever stands before its name in the file. */
+static bool tensor_load(struct SafeTensors *st, struct Tensor *tensor) {
+    struct Json *entry = tensor_entry(st, tensor->name);
+    if (!entry)
+        return false;
+    safetensors_read(st, entry, tensor);
+    entry->number = 0;                               /* taken */
+    return tensor->loaded = true;
 }
 
 /* The files that hold a model: one, or several named by an index, all inside the folder. */
@@ -2806,34 +2891,195 @@ static struct Linear *value_head_declare(struct GPT2 *model) {
     return &model->v_head;
 }
 
+/* What a label's name says: 1 positive, -1 negative, 0 neither. */
+static int label_sign(const char *name) {
+    char start[4] = "";
+    for (size_t i = 0; i < 3 && name[i]; i++)
+        start[i] = (char)tolower((unsigned char)name[i]);
+    if (strcmp(start, "pos") == 0 || strcmp(name, "LABEL_1") == 0)
+        return 1;
+    if (strcmp(start, "neg") == 0 || strcmp(name, "LABEL_0") == 0)
+        return -1;
+    return 0;
+}
+
+/* Which of the two labels that `file` has rows for is the positive one: what id2label of the
+ * model's config.json says, and where that says nothing, label 1. */
+static size_t positive_label(const char *folder, const char *file) {
+    static const struct Allowed allowed[] = {{"problem_type", {"single_label_classification"}}};
+    struct Arena arena = {0};
+    char *path = arena_printf(&arena, "%s/config.json", folder ? folder : "");
+    struct Json *json = folder && file_exists(path) ? json_read_file(&arena, path) : NULL;
+    const char *name[2] = {"LABEL_0", "LABEL_1"};
+    config_refuse(json, path, allowed, COUNT(allowed));
+    for (size_t i = 0; i < 2; i++) {
+        const struct Json *label = json_get(json_get(json, "id2label"), i ? "1" : "0");
+        if (label && label->type == JSON_STRING)
+            name[i] = label->string.data;
+    }
+    size_t positive = label_sign(name[0]) > label_sign(name[1]) ? 0 : 1;
+    warn("%s: a classifier of two labels is read as a reward model: the reward is the logit of "
+         "\"%s\" minus that of \"%s\"; saved again, it has one label",
+         file, name[positive], name[1 - positive]);
+    arena_free(&arena);
+    return positive;
+}
+
+/* Two labels are transformers' default. The probability of one depends on the difference of their
+ * logits alone, and that is the reward that a single row, w_1 - w_0, gives:
+ *     P(label 1) = e^l_1 / (e^l_0 + e^l_1) = sigmoid(l_1 - l_0),  l_1 - l_0 = hidden . (w_1 - w_0)
+ * By hand: w_0 = (1, 2), w_1 = (4, 1): the head is (3, -1).  test: two_labels, two_labels_golden */
+static void reward_head_of_two(struct Tensor *score, struct SafeTensors *st, const char *folder) {
+    struct Arena arena = {0};
+    size_t C = score->n;
+    struct Tensor both = {.name = "score.weight", .shape = {2, C}, .ndim = 2, .n = 2 * C};
+    both.w = arena_floats(&arena, both.n);
+    tensor_load(st, &both);
+    size_t positive = positive_label(folder, st->path);
+    for (size_t c = 0; c < C; c++)
+        score->w[c] = both.w[positive * C + c] - both.w[(1 - positive) * C + c];
+    score->loaded = true;
+    arena_free(&arena);
+}
+
+/* Reads a file's reward head, if it has one. */
+static void reward_head_load(struct GPT2 *model, struct SafeTensors *st, const char *folder) {
+    const struct Json *entry = tensor_entry(st, "score.weight");
+    const struct Json *shape = json_get(entry, "shape");
+    if (!entry)
+        return;
+    size_t labels = shape->child ? json_size(shape->child, 1 << 24, st->path, "shape") : 0;
+    CHECK(labels <= 2, "%s: score.weight has %zu labels; one is a reward, two are a classifier's "
+          "negative and positive; more are not read", st->path, labels);
+    CHECK(!tensor_entry(st, "score.bias"), "%s: has a score.bias; a GPT-2 classifier has none in "
+          "transformers, which leaves it out; take it out of the file if that is meant", st->path);
+    struct Tensor *score = reward_head_declare(model);
+    if (labels == 2)
+        reward_head_of_two(score, st, folder);
+    else
+        tensor_load(st, score);
+}
+
+/* What a model's files hold beside its tensors: an output layer, and what nothing takes. */
+struct Beside {
+    struct Arena arena;
+    struct Tensor lm_head;
+    size_t count;                          /* tensors that nothing takes */
+    const char *first;                     /* the first of them; NULL: there is none */
+};
+
+/* Counts what is left of a file. GPT-2's causal masks, which old files hold, are no weights. */
+static void beside_note(struct Beside *beside, const struct SafeTensors *st) {
+    for (const struct Json *entry = st->header->child; entry; entry = entry->next) {
+        const char *name = entry->key.data;
+        const char *part = strstr(name, ".attn.");
+        if (entry->number == 0 || strcmp(name, "__metadata__") == 0)
+            continue;
+        if (part && strcmp(part, ".attn.bias") == 0)
+            continue;
+        if (part && strcmp(part, ".attn.masked_bias") == 0)
+            continue;
+        if (beside->count++ == 0)
+            beside->first = arena_printf(&beside->arena, "%s", name);
+    }
+}
+
+/* A tensor of wte's shape under another name, to be compared with it. */
+static struct Tensor tensor_like_wte(const struct GPT2 *model, struct Arena *arena,
+                                     const char *name) {
+    struct Tensor like = {.shape = {model->wte.shape[0], model->wte.shape[1]}, .ndim = 2};
+    snprintf(like.name, sizeof like.name, "%s", name);
+    like.n = model->wte.n;
+    like.w = arena_floats(arena, like.n);
+    return like;
+}
+
 /* Reads what a file has of a model's tensors; a head is declared where there is one. */
-static void model_read(struct GPT2 *model, const char *path) {
+static void model_read(struct GPT2 *model, const char *path, struct Beside *beside) {
     struct Arena arena = {0};
     struct SafeTensors st = safetensors_open(&arena, path);
-    if (json_get(st.header, "score.weight")) reward_head_declare(model);
-    if (json_get(st.header, "v_head.summary.weight")) value_head_declare(model);
-    for (size_t i = 0; i < model->tensor_count; i++) tensor_load(&st, model->tensors[i]);
+    reward_head_load(model, &st, model->folder);
+    if (tensor_entry(&st, "v_head.summary.weight"))
+        value_head_declare(model);
+    for (size_t i = 0; i < model->tensor_count; i++) {
+        if (model->tensors[i] != &model->score)
+            tensor_load(&st, model->tensors[i]);
+    }
+    if (tensor_entry(&st, "lm_head.weight")) {
+        beside->lm_head = tensor_like_wte(model, &beside->arena, "lm_head.weight");
+        tensor_load(&st, &beside->lm_head);
+    }
+    beside_note(beside, &st);
     fclose(st.file);
     arena_free(&arena);
 }
 
-static void tensor_check_loaded(const struct Tensor *t, const char *where) {
-    CHECK(t->loaded, "%s: tensor %s is missing; expected shape [%zu%s%.0zu]", where, t->name, t->shape[0], t->ndim == 2 ? ", " : "", t->shape[1]);
+/* The place of the first number in which a tensor of wte's shape is not wte; n: it is equal. */
+static size_t first_unlike_wte(const struct GPT2 *model, const struct Tensor *like) {
+    size_t i = 0;
+    while (i < like->n && like->w[i] == model->wte.w[i])
+        i++;
+    return i;
+}
+
+/* The output layer of GPT-2 is wte. A file may hold it once, under either name, or twice; a second
+ * one with numbers of its own ("untied") is not implemented. A reward model has no use for one.
+ *                                                                            test: output_layer */
+static void output_layer_check(struct GPT2 *model, const struct Tensor *lm_head, bool tied,
+                               const char *where) {
+    struct Tensor *wte = &model->wte;
+    bool both = lm_head->loaded && wte->loaded;
+    CHECK(tied || both || (wte->loaded && model->score.n),
+          "%s: \"tie_word_embeddings\" is false in config.json, but there is no %s: transformers "
+          "would draw it at random; set it to true if wte is the output layer too",
+          where, wte->loaded ? "lm_head.weight" : "wte.weight");
+    if (!lm_head->loaded)
+        return;
+    if (!both)
+        memcpy(wte->w, lm_head->w, wte->n * sizeof(float));
+    wte->loaded = true;
+    size_t i = first_unlike_wte(model, lm_head);
+    CHECK(i == wte->n, "%s: lm_head.weight is not wte.weight (number %zu is %g, not %g): an output "
+          "layer of its own is not implemented; take lm_head.weight out if wte is meant to be it, "
+          "as in GPT-2", where, i, lm_head->w[i], wte->w[i]);
+    if (!tied)
+        warn("%s: \"tie_word_embeddings\" is false, but lm_head.weight equals wte.weight: they are "
+             "one tensor here, in training and when saved", where);
+}
+
+/* `found`: a tensor that is there and that nothing takes, to show how names look; NULL: none. */
+static void tensor_check_loaded(const struct Tensor *t, const char *where, const char *found) {
+    CHECK(t->loaded, "%s: tensor %s is missing; expected shape [%zu%s%.0zu]%s%s", where, t->name,
+          t->shape[0], t->ndim == 2 ? ", " : "", t->shape[1], found ? "; there is " : "",
+          found ? found : "");
 }
 
 /* gpt2_load -- a model folder; heads are loaded where they are there.  [glossary: AutoModelForCausalLM] */
 static struct GPT2 *gpt2_load(const char *folder) {
     struct Arena arena = {0};
     char *files[1024];
-    struct GPT2Config c = config_load(folder);
+    bool tied;
+    struct GPT2Config c = config_load(folder, &tied);
     size_t file_count = model_files(&arena, folder, files, COUNT(files)), numbers = (c.vocab_size + c.n_positions) * c.n_embd + c.n_layer * 12 * c.n_embd * c.n_embd, bytes = 0;
-    struct stat status;
-    for (size_t f = 0; f < file_count; f++) if (stat(files[f], &status) == 0) bytes += (size_t)status.st_size;
+    for (size_t f = 0; f < file_count; f++)
+        bytes += (size_t)weights_size(files[f]);
     CHECK(numbers <= bytes / 2 + (1 << 20), "%s: config.json describes %zu numbers, at least %zu MB; the weights have %zu MB; is it theirs, or are they cut short?", folder, numbers, numbers >> 19, bytes >> 20);
     CHECK(c.n_layer <= bytes / 512 + 64, "%s: config.json describes %zu layers, whose 12 tensors' names alone do not fit into the weights' %zu bytes; is it theirs?", folder, c.n_layer, bytes);
     struct GPT2 *model = gpt2_new(c);
-    for (size_t f = 0; f < file_count; f++) model_read(model, files[f]);
-    for (size_t i = 0; i < model->tensor_count; i++) tensor_check_loaded(model->tensors[i], folder);
+    struct Beside beside = {0};
+    model->folder = arena_printf(&model->arena, "%s", folder);
+    for (size_t f = 0; f < file_count; f++)
+        model_read(model, files[f], &beside);
+    bool any = model->wte.loaded || beside.lm_head.loaded;
+    if (any)
+        output_layer_check(model, &beside.lm_head, tied, folder);
+    for (size_t i = 0; i < model->tensor_count; i++) {
+        tensor_check_loaded(model->tensors[i], folder, beside.first);
+    }
+    if (beside.count)
+        warn("%s: tensors in its weights that config.json has no place for are not read: %zu, the "
+             "first is %s", folder, beside.count, beside.first);
+    arena_free(&beside.arena);
     arena_free(&arena);
     return model;
 }
@@ -2927,6 +3173,35 @@ static void scalar_head_backward(float *dhidden, const float *dout, const float 
 
 static void check_reward_model(const struct GPT2 *model, const char *folder) {
     CHECK(model->score.n, "%s: has no score.weight: it is no reward model; train one: align reward", folder);
+}
+
+/* A reward or value head has no place in what is to be made of the model: it is neither trained nor
+ * saved.                                                                    test: heads_left_out */
+static void tensor_remove(struct GPT2 *model, struct Tensor *tensor) {
+    size_t kept = 0;
+    for (size_t i = 0; i < model->tensor_count; i++) {
+        if (model->tensors[i] != tensor)
+            model->tensors[kept++] = model->tensors[i];
+    }
+    model->tensor_count = kept;
+    tensor->n = 0;
+}
+
+static void leave_out_reward_head(struct GPT2 *model) {
+    if (!model->score.n)
+        return;
+    warn("%s: is a reward model; its head, score.weight, is left out, the language model below it "
+         "is used", model->folder);
+    tensor_remove(model, &model->score);
+}
+
+static void leave_out_value_head(struct GPT2 *model) {
+    if (!model->v_head.weight.n)
+        return;
+    warn("%s: has a value head; it is left out, the language model below it is used",
+         model->folder);
+    tensor_remove(model, &model->v_head.weight);
+    tensor_remove(model, &model->v_head.bias);
 }
 
 /* Where a text's reward is read: its last token that is not padding, which for GPT-2 is the end token. */
@@ -3027,10 +3302,12 @@ static void adapter_new(struct GPT2 *model, struct Adapter adapter, uint64_t see
 
 /* adapter_config.json: r 8, lora_alpha 8 where it is silent, as PEFT. */
 static struct Adapter adapter_config_load(struct Arena *arena, const char *folder) {
-    static const struct Allowed allowed[] = {{"peft_type", {"LORA"}}, {"bias", {"none"}}, {"modules_to_save", {"score", "classifier"}},
+    static const struct Allowed allowed[] = {{"peft_type", {"LORA"}}, {"bias", {"none"}},
+        {"modules_to_save", {"score", "classifier", "lm_head", "wte"}},
         {"init_lora_weights", {"true", "false", "gaussian", "eva", "orthogonal"}}, {"use_dora", {"false"}}, {"use_qalora", {"false"}},
-        {"use_bdlora", {"false"}}, {"lora_bias", {"false"}}, {"rank_pattern", {"null"}}, {"alpha_pattern", {"null"}}, {"layers_to_transform", {"null"}},
-        {"layer_replication", {"null"}}, {"exclude_modules", {"null"}}, {"target_parameters", {"null"}}, {"trainable_token_indices", {"null"}},
+        {"use_bdlora", {"false"}}, {"lora_bias", {"false"}}, {"rank_pattern", {"null"}},
+        {"alpha_pattern", {"null"}}, {"layer_replication", {"null"}},
+        {"target_parameters", {"null"}}, {"trainable_token_indices", {"null"}},
         {"alora_invocation_tokens", {"null"}}, {"arrow_config", {"null"}}, {"kasa_config", {"null"}}, {"velora_config", {"null"}},
         {"monteclora_config", {"null"}}};
     char *path = arena_printf(arena, "%s/adapter_config.json", folder);
@@ -3043,6 +3320,10 @@ static struct Adapter adapter_config_load(struct Arena *arena, const char *folde
     adapter.lora_dropout = dropout && dropout->type == JSON_NUMBER ? dropout->number : 0;
     adapter.base_model_name_or_path = base && base->type == JSON_STRING ? base->string.data : NULL;
     adapter.pattern = targets && targets->type == JSON_STRING;
+    const struct Json *without = json_get(json, "exclude_modules");
+    const struct Json *layers = json_get(json, "layers_to_transform");
+    adapter.partial = without && without->type != JSON_NULL;
+    adapter.partial = adapter.partial || (layers && layers->type != JSON_NULL);
     adapter.target_modules = !targets || targets->type == JSON_NULL ? "c_attn" : adapter.pattern ? targets->string.data : "";
     for (struct Json *item = targets && !adapter.pattern ? targets->child : NULL; item; item = item->next) {
         CHECK(item->type == JSON_STRING && strlen(adapter.target_modules) < 4096, "%s: \"target_modules\" must be a list of names, 4096 letters at most", path);
@@ -3051,38 +3332,102 @@ static struct Adapter adapter_config_load(struct Arena *arena, const char *folde
     return adapter;
 }
 
-/* adapter_load -- puts the adapter of a folder to the layers that target_modules takes, or, if that is a regular
- * expression, that the file has tensors for. A tensor that no layer takes is an error.  test: lora_round_trip, lora_broken */
+/* An adapter may hold a copy of the embedding, or of the output layer that is tied to it: an equal
+ * one changes nothing, another one is not implemented. */
+static void adapter_check_embedding(const struct GPT2 *model, struct SafeTensors *st,
+                                    const char *name) {
+    struct Arena arena = {0};
+    if (!tensor_entry(st, name))
+        return;
+    struct Tensor copy = tensor_like_wte(model, &arena, name);
+    tensor_load(st, &copy);
+    size_t i = first_unlike_wte(model, &copy);
+    CHECK(i == copy.n, "%s: tensor %s is not the base's wte.weight (number %zu is %g, not %g): an "
+          "adapter with an embedding or output layer of its own is not implemented",
+          st->path, name, i, copy.w[i], model->wte.w[i]);
+    arena_free(&arena);
+}
+
+/* Whether an adapter takes a layer: one that names its layers must have them all; of one that
+ * describes them, the file says which they are. */
+static bool adapter_takes(struct Arena *arena, const struct Adapter *adapter,
+                          const struct SafeTensors *st, const char *name) {
+    bool names = !adapter->pattern && !adapter->partial;
+    if (names)
+        return lora_is_target(name, adapter->target_modules);
+    return tensor_entry(st, arena_printf(arena, "%s.lora_A.weight", bare_name(name))) != NULL;
+}
+
+/* The value head that TRL puts beside an adapter, in a model file of its own. If that file is a
+ * whole model, the adapter folded in, say, the rest of it must not replace the base. */
+static void adapter_read_head(struct GPT2 *model, const char *folder) {
+    struct Beside beside = {0};
+    char *path = arena_printf(&beside.arena, "%s/model.safetensors", folder);
+    char *pickle = arena_printf(&beside.arena, "%s/pytorch_model.bin", folder);
+    if (file_exists(path)) {
+        struct SafeTensors st = safetensors_open(&beside.arena, path);
+        bool has_head = tensor_entry(&st, "v_head.summary.weight") != NULL;
+        struct Linear *head = has_head ? value_head_declare(model) : NULL;
+        if (has_head)
+            tensor_load(&st, &head->weight);
+        if (has_head && !tensor_load(&st, &head->bias))
+            tensor_check_loaded(&head->bias, path, NULL);
+        beside_note(&beside, &st);
+        fclose(st.file);
+        if (beside.count)
+            warn("%s: beside an adapter only a value head is read of it; not read are %zu tensors, "
+                 "the first is %s", path, beside.count, beside.first);
+    } else if (file_exists(pickle)) {
+        warn("%s is not read: a value head in it is left out; make a model.safetensors of it",
+             pickle);
+    }
+    arena_free(&beside.arena);
+}
+
+/* adapter_load -- puts the adapter of a folder to the layers that target_modules takes, or, if that
+ * is a regular expression or has exceptions, that the file has tensors for. A tensor that no layer
+ * takes is an error.                           test: lora_round_trip, lora_partial, lora_broken */
 static void adapter_load(struct GPT2 *model, const char *folder) {
     struct Arena arena = {0};
     size_t numbers = 0;
+    const char *taken = "";
     CHECK(!model->adapter.r, "%s: the model has an adapter already", folder);
-    model->adapter = adapter_config_load(&model->arena, folder);
+    struct Adapter *adapter = &model->adapter;
+    *adapter = adapter_config_load(&model->arena, folder);
     char *path = arena_printf(&arena, "%s/adapter_model.safetensors", folder);
     CHECK(file_exists(path), "%s: no adapter_model.safetensors inside (adapter_model.bin is not read)", folder);
     struct SafeTensors st = safetensors_open(&arena, path);
     for (size_t i = 0; i < 4 * model->config.n_layer; i++) {
         struct Linear *linear = adaptable(model, i);
         struct Tensor *pair[] = {&linear->lora_A, &linear->lora_B};
-        const char *name = module_name(&arena, linear), *entry = arena_printf(&arena, "base_model.model.%s.lora_A.weight", name);
-        if (model->adapter.pattern ? !json_get(st.header, entry) : !lora_is_target(name, model->adapter.target_modules)) continue;
-        numbers += model->adapter.r * (linear->weight.shape[0] + linear->weight.shape[1]);
-        CHECK(numbers <= st.data_size / 2 + (1 << 16), "%s: its %llu bytes are too few for adapters of \"r\" %zu; is the folder's adapter_config.json this file's?", path, (unsigned long long)st.data_size, model->adapter.r);
+        const char *name = module_name(&arena, linear);
+        if (!adapter_takes(&arena, adapter, &st, name))
+            continue;
+        numbers += adapter->r * (linear->weight.shape[0] + linear->weight.shape[1]);
+        CHECK(numbers <= st.data_size / 2 + (1 << 16), "%s: its %llu bytes are too few for "
+              "adapters of \"r\" %zu; is the folder's adapter_config.json this file's?",
+              path, (unsigned long long)st.data_size, adapter->r);
         lora_declare(model, linear);
+        if (adapter->partial)
+            taken = arena_printf(&arena, "%s %s", taken, bare_name(name));
         for (int k = 0; k < 2; k++) {
             tensor_load(&st, pair[k]);
-            tensor_check_loaded(pair[k], path);
+            tensor_check_loaded(pair[k], path, NULL);
         }
     }
     CHECK(numbers > 0, "%s: its target_modules take no layer of this model; c_attn, c_proj and c_fc can be adapted", folder);
-    if (json_get(st.header, "base_model.model.score.weight")) tensor_load(&st, reward_head_declare(model));
+    if (adapter->partial) {                /* saved again, it names its layers one by one */
+        adapter->target_modules = arena_printf(&model->arena, "%s", taken);
+        adapter->pattern = adapter->partial = false;
+    }
+    reward_head_load(model, &st, model->folder);
+    adapter_check_embedding(model, &st, "lm_head.weight");
+    adapter_check_embedding(model, &st, "wte.weight");
     for (struct Json *item = st.header->child; item; item = item->next)
         CHECK(item->number == 0 || strcmp(item->key.data, "__metadata__") == 0, "%s: no layer of this model takes tensor %s; is it another model's?", path, item->key.data);
     fclose(st.file);
-    char *head = arena_printf(&arena, "%s/model.safetensors", folder), *pickle = arena_printf(&arena, "%s/pytorch_model.bin", folder);
-    if (file_exists(head)) model_read(model, head);                   /* TRL puts a value head in a model file of its own */
-    else if (file_exists(pickle)) warn("%s is not read: a value head in it is left out; make a model.safetensors of it", pickle);
-    if (model->v_head.weight.loaded) tensor_check_loaded(&model->v_head.bias, head);
+    adapter_read_head(model, folder);
+    model->folder = arena_printf(&model->arena, "%s", folder);
     arena_free(&arena);
 }
 
@@ -6643,9 +6988,16 @@ static void check_special_tokens(struct Options *o, const char *folder, struct G
     arena_free(&arena);
 }
 
+/* The folder of a model's own weights: of an adapter that of its base; NULL if it names none. */
+static const char *base_folder(struct Options *o, const char *folder) {
+    if (!is_adapter(folder))
+        return folder;
+    return adapter_config_load(&o->arena, folder).base_model_name_or_path;
+}
+
 /* A model's folder; or an adapter's: its base, the adapter folded in. */
 static struct GPT2 *load_model(struct Options *o, const char *folder) {
-    const char *base = is_adapter(folder) ? adapter_config_load(&o->arena, folder).base_model_name_or_path : folder;
+    const char *base = base_folder(o, folder);
     CHECK(base == folder || (base && file_exists(base)), "%s: its base \"%s\" is not here (base_model_name_or_path in its adapter_config.json); give both: --model_name_or_path BASE --peft_adapter DIR", folder, base ? base : "");
     struct GPT2 *model = gpt2_load(base);
     tokenizer_check_folder(o->tok, folder, model->config.vocab_size);
@@ -6745,6 +7097,24 @@ static struct Trainer open_training(struct Options *o, const unsigned *shapes, s
     return (struct Trainer){.model = o->model, .tok = o->tok, .args = o->train};
 }
 
+/* A run may write over a folder that it reads, as in transformers: it is in memory by then. */
+static void note_replaced(struct Options *o, const char *dir) {
+    const struct { const char *flag, *folder; } inputs[] = {
+        {"model_name_or_path", o->model_name_or_path}, {"peft_adapter", o->peft_adapter},
+        {"ref_model", o->ref_model}, {"reward_model_path", o->reward_model_path}};
+    for (size_t i = 0; i < COUNT(inputs); i++) {
+        const char *flag = inputs[i].flag;
+        const char *folder = inputs[i].folder;
+        const char *base = folder ? base_folder(o, folder) : NULL;
+        if (folder && same_folder(dir, folder)) {
+            warn("--output_dir %s is --%s: the model there will be replaced", dir, flag);
+        } else if (base && same_folder(dir, base)) {
+            warn("--output_dir %s is the base of the adapter --%s %s: the adapter will then stand "
+                 "on other weights", dir, flag, folder);
+        }
+    }
+}
+
 /* The folder for the result. One that holds a model cannot take an adapter too, nor the other way round: which of them is meant? */
 static void open_output_dir(struct Options *o) {
     const char *dir = need(o->train.output_dir, "output_dir");
@@ -6752,6 +7122,7 @@ static void open_output_dir(struct Options *o) {
     make_folder(dir);
     CHECK(!file_exists(arena_printf(&o->arena, "%s/%s", dir, adapter ? "config.json" : "adapter_config.json")), "--output_dir %s: holds %s already; choose another folder for %s", dir,
           adapter ? "a model" : "an adapter", adapter ? "the adapter" : "the model");
+    note_replaced(o, dir);
 }
 
 static void save_result(struct Options *o, const struct TrainerState *state) {
@@ -6799,6 +7170,8 @@ static void command_pretrain(struct Options *o) {
     load_tokenizer(o);
     o->model = o->model_name_or_path ? load_model(o, o->model_name_or_path) : gpt2_new(o->config);
     if (!o->model_name_or_path) gpt2_init(o->model, o->train.seed);
+    leave_out_reward_head(o->model);
+    leave_out_value_head(o->model);
     size_t n_positions = o->model->config.n_positions;
     CHECK(o->train.max_length <= n_positions || o->train.max_length == 1024, "--max_length %zu is longer than the model's context of %zu (--n_positions)", o->train.max_length, n_positions);
     struct Trainer trainer = open_training(o, TEXT_SHAPES, 1);
@@ -6812,6 +7185,8 @@ static void command_pretrain(struct Options *o) {
 
 static void command_sft(struct Options *o) {
     struct Trainer trainer = open_training(o, SFT_SHAPES, COUNT(SFT_SHAPES));
+    leave_out_reward_head(o->model);
+    leave_out_value_head(o->model);
     sft_task(&trainer, &o->arena, o->data, o->eval);
     finish_training(o, &trainer);
 }
@@ -6820,6 +7195,7 @@ static void command_reward(struct Options *o) {
     bool classifier = choice("loss_type", o->loss_type, "sigmoid, bce") == 1;
     struct Trainer trainer = open_training(o, classifier ? LABELLED_SHAPES : REWARD_SHAPES, classifier ? 1 : COUNT(REWARD_SHAPES));
     struct Rng rng = rng_seed(o->train.seed, STREAM_INIT);
+    leave_out_value_head(o->model);
     if (!o->model->score.n) tensor_normal(reward_head_declare(o->model), &rng, 0.02);
     reward_task(&trainer, &o->arena, o->data, o->eval)->center = o->center_rewards_coefficient;
     finish_training(o, &trainer);
@@ -6841,6 +7217,8 @@ static void command_dpo(struct Options *o) {
     parse_loss_types(o);
     CHECK(o->dpo.label_smoothing < 0.5, "--label_smoothing %g: a share of mislabelled pairs, from 0 to below 0.5", o->dpo.label_smoothing);
     struct Trainer trainer = open_training(o, DPO_SHAPES, 1);
+    leave_out_reward_head(o->model);
+    leave_out_value_head(o->model);
     load_reference(o);
     struct Example *pairs = arena_alloc(&o->arena, 2 * o->data->n, sizeof *pairs);
     size_t n = dpo_pairs(&trainer, &o->arena, o->data, pairs);
@@ -6892,6 +7270,9 @@ static struct RolloutSource open_rollouts(struct Options *o) {
 static void train_on_rollouts(struct Options *o, const char *log_dir) {
     if (!o->rollouts) need(o->reward_model_path, "reward_model_path");
     open_model(o, true);
+    leave_out_reward_head(o->model);
+    if (o->ppo.baseline != BASELINE_VALUE_HEAD)
+        leave_out_value_head(o->model);
     load_reference(o);
     open_output_dir(o);
     struct RolloutSource source = {0};
@@ -6956,6 +7337,7 @@ static void command_generate(struct Options *o) {
     CHECK(each == 1 || g->do_sample || g->num_beams > 1, "--num_return_sequences %zu: without --do_sample or --num_beams all of them would be the same", each);
     CHECK(g->num_beams == 1 || each <= g->num_beams, "--num_return_sequences %zu: %zu beams give at most as many", each, g->num_beams);
     open_model(o, false);
+    leave_out_reward_head(o->model);
     CHECK(2 * g->num_beams <= MIN((size_t)256, o->model->config.vocab_size), "--num_beams %zu: 1 to 128 can be used", g->num_beams);
     struct Row typed = {.prompt = text_of(o->prompt ? o->prompt : "")};
     struct Dataset one = {.rows = &typed, .n = 1};
@@ -6974,6 +7356,7 @@ static void command_generate(struct Options *o) {
 /* The distribution of the next token after a prompt. [glossary: Distribuição (em ML)] */
 static void command_next(struct Options *o) {
     open_model(o, false);
+    leave_out_reward_head(o->model);
     struct Arena *arena = &o->arena;
     struct GPT2 *model = o->model;
     size_t V = model->config.vocab_size, kept = 0;
@@ -7003,6 +7386,7 @@ static void command_next(struct Options *o) {
 static void command_logprob(struct Options *o) {
     struct Arena arena = {0};
     open_model(o, false);
+    leave_out_reward_head(o->model);
     if (o->ref_model) load_reference(o);
     open_data(o, SFT_SHAPES, COUNT(SFT_SHAPES));
     const struct Dataset *data = o->data;
@@ -7100,6 +7484,7 @@ static void command_collect(struct Options *o) {
     size_t each = o->ppo.num_generations, left = 0, judged = 0;
     CHECK(each >= 2, "--num_generations %zu: 2 or more answers are needed to compare", each);
     open_model(o, false);
+    leave_out_reward_head(o->model);
     struct RolloutSource source = open_rollouts(o);
     make_folder(need(o->train.output_dir, "output_dir"));
     const char *path = arena_printf(&o->arena, "%s/preferences.jsonl", o->train.output_dir);
@@ -7137,6 +7522,7 @@ static void command_eval(struct Options *o) {
     open_model(o, false);
     if (o->ref_model) load_reference(o);
     if (o->reward_model_path) {
+        leave_out_reward_head(o->model);
         struct RolloutSource source = open_rollouts(o);
         struct PolicyResult result = policy_measure(o->model, o->reference, &source.scorer, &o->arena, source.prompts, source.n,
                                                     &source.generation, o->train.seed);
@@ -7174,6 +7560,10 @@ static void command_eval(struct Options *o) {
 
 static void command_merge(struct Options *o) {
     if (!o->model_name_or_path || !(o->peft_adapter || is_adapter(o->model_name_or_path))) die_usage("merge needs an adapter: --model_name_or_path BASE --peft_adapter DIR, or its folder as --model_name_or_path");
+    const char *base = base_folder(o, o->model_name_or_path);
+    const char *dir = need(o->train.output_dir, "output_dir");
+    CHECK(!base || !same_folder(base, dir), "--output_dir %s: is the adapter's base; merged over "
+          "it, the adapter would count twice from then on; choose another folder", dir);
     open_model(o, false);
     open_output_dir(o);
     model_replace(o->model, o->train.output_dir, o->tok);
@@ -7265,6 +7655,8 @@ static void command_rlhf(struct Options *o) {
     double learning_rate = 5e-3;
     if (o->model_name_or_path) {
         model = load_model(o, o->model_name_or_path);
+        leave_out_reward_head(model);
+        leave_out_value_head(model);
         course.scale = MIN(1, (double)COURSE_WIDTH / (double)model->config.n_embd);         /* wider models take smaller steps */
         learning_rate = 5e-4;                                                              /* and trained ones are only tuned */
     } else {
@@ -7273,6 +7665,10 @@ static void command_rlhf(struct Options *o) {
         gpt2_init(model, o->train.seed);
         struct Rng rng = rng_seed(o->train.seed, STREAM_INIT + 100);
         tensor_normal(&model->wte, &rng, 0.06);       /* GPT-2's 0.02 suits its width of 768; at 128 the blocks would drown so faint a token */
+    }
+    static const char *const results[] = {"language_model", "reward_model", "ppo", "dpo"};
+    for (size_t i = 0; i < COUNT(results); i++) {
+        note_replaced(o, arena_printf(&o->arena, "%s/%s", course.output_dir, results[i]));
     }
     CHECK(model->config.n_positions >= 48, "%s: a context of %zu tokens; rlhf needs 48 or more", o->model_name_or_path, model->config.n_positions);
     course_run(&course, data, model, learning_rate);

@@ -193,6 +193,7 @@ static void expect_end(const char *what, void (*body)(const void *), const void 
 static int run_apart(void (*body)(const void *), const void *argument, struct Text *said) { return *said = text_of(""), (void)body, (void)argument, 0; }
 static void limit_files(void) { }
 #define mkfifo(path, mode) 0
+#define symlink(from, to) 0
 enum { FORKS = false };
 #else
 /* A process of its own for what ends the program. It runs on one thread: OpenMP's do not survive a fork. */
@@ -387,6 +388,9 @@ static const double golden_rm_score_grad_norm = 1.24609327;
 static const double golden_rm_score_grad[4] = {-0.104179293, -0.382685363, 0.298906446, -0.4691962};
 static const double golden_rm_wte_grad_norm = 0.986561418;
 static const double golden_rm_wpe_grad_norm = 1.01357591;
+static const double golden_rm_two_logits[2][2] = {{1.9135102, -0.475132018},
+    {1.32131326, -0.02512566}};
+static const double golden_rm_two_positive[2] = {0.0840428844, 0.206453174};
 static const int golden_greedy[8] = {52, 52, 52, 52, 52, 4, 4, 4};
 static const int golden_greedy_rep[8] = {52, 52, 4, 48, 7, 44, 48, 48};
 static const int golden_sample_id[6] = {52, 38, 20, 31, 15, 4};
@@ -1816,9 +1820,269 @@ static void test_gpt2_load(void) {
     gpt2_free(model);
 }
 
+static struct Text replaced(struct Text text, const char *from, const char *to);
+static void load_one_model(const void *path);
+static void load_one_adapter(const void *path);
+
+/* Known prefixes, in any order, are no part of a tensor's name; others are. */
+static void test_bare_name(void) {
+    static const char *const cases[][2] = {
+        {"wte.weight", "wte.weight"},
+        {"transformer.wte.weight", "wte.weight"},
+        {"module._orig_mod.transformer.h.0.ln_1.bias", "h.0.ln_1.bias"},
+        {"_orig_mod.module.h.0.ln_1.bias", "h.0.ln_1.bias"},
+        {"pretrained_model.transformer.h.1.mlp.c_fc.weight", "h.1.mlp.c_fc.weight"},
+        {"module.v_head.summary.bias", "v_head.summary.bias"},
+        {"base_model.model._orig_mod.transformer.h.0.ln_1.bias", "h.0.ln_1.bias"},
+        {"foo.wte.weight", "foo.wte.weight"},
+        {"modules.wte.weight", "modules.wte.weight"},
+        {"transformer.", ""},
+        {"", ""}};
+    for (size_t i = 0; i < COUNT(cases); i++)
+        expect_text(cases[i][0], text_of(bare_name(cases[i][0])), cases[i][1]);
+}
+
+/* A folder's config.json with `from` replaced, its weights from a list of tensors. */
+static const char *odd_model(const char *name, struct Text config, const char *from, const char *to,
+                             struct Tensor **tensors, size_t count, const char *prefix) {
+    make_folder(temporary(name));
+    struct Text text = replaced(config, from, to);
+    write_bytes(arena_printf(&test_arena, "%s/config.json", name), text.data, text.length);
+    safetensors_write(temporary(name), "model.safetensors", tensors, count, prefix);
+    return temporary(name);
+}
+
+/* gpt2_load, and what it says. */
+static struct GPT2 *load_and_listen(const char *path, struct Text *said) {
+    capture_begin();
+    struct GPT2 *model = gpt2_load(path);
+    *said = capture_end();
+    return model;
+}
+
+/* The output layer, as files hold it: once, under either of its names, or twice and equal. Of its
+ * own it is refused, and so is one that transformers would draw at random. */
+static void test_output_layer(void) {
+    enum Holds { NOT, EQUAL, OTHER };
+    static const struct { bool wte; enum Holds lm_head; const char *tie, *prefix, *message; }
+    cases[] = {
+        {true, NOT, "true", "transformer.", ""},
+        {true, NOT, "null", "", ""},
+        {true, EQUAL, "true", "transformer.", ""},
+        {true, EQUAL, "null", "module.", ""},
+        {false, EQUAL, "true", "transformer.", ""},
+        {false, EQUAL, "null", "pretrained_model.transformer.", ""},
+        {true, EQUAL, "false", "transformer.", "equals wte.weight: they are one tensor here"},
+        {true, OTHER, "true", "transformer.", "lm_head.weight is not wte.weight (number 7 is "},
+        {true, OTHER, "null", "_orig_mod.", "lm_head.weight is not wte.weight (number 7 is "},
+        {true, OTHER, "false", "transformer.", "an output layer of its own is not implemented"},
+        {true, NOT, "false", "transformer.", "is false in config.json, but there is no lm_head"},
+        {false, EQUAL, "false", "transformer.", "is false in config.json, but there is no wte"},
+        {false, NOT, "true", "transformer.", "wte.weight is missing; expected shape [300, 12]"}};
+    struct GPT2 *model = new_model(300, 24, 12, 1, 3), *loaded;
+    struct Tensor lm_head = model->wte, *tensors[32];
+    struct Text said;
+    model_save(model, temporary("head"), NULL);
+    struct Text config = read_file(&test_arena, temporary("head/config.json"));
+    snprintf(lm_head.name, sizeof lm_head.name, "lm_head.weight");
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        size_t count = 0;
+        lm_head.w = memcpy(arena_floats(&test_arena, lm_head.n), model->wte.w,
+                           lm_head.n * sizeof(float));
+        if (cases[i].lm_head == OTHER)
+            lm_head.w[7] += 1;
+        if (cases[i].lm_head != NOT)
+            tensors[count++] = &lm_head;
+        for (size_t k = cases[i].wte ? 0 : 1; k < model->tensor_count; k++)
+            tensors[count++] = model->tensors[k];
+        const char *tie = arena_printf(&test_arena, "\"tie_word_embeddings\": %s", cases[i].tie);
+        const char *path = odd_model("head", config, "\"tie_word_embeddings\": true", tie, tensors,
+                                     count, cases[i].prefix);
+        bool good = !*cases[i].message || strstr(cases[i].message, "equals");
+        if (!good)
+            expect_end(tie, load_one_model, path, 1, cases[i].message);
+        if (!good)
+            continue;
+        loaded = load_and_listen(path, &said);
+        expect_same_weights(tie, loaded, model);
+        expect_true(tie, *cases[i].message ? strstr(said.data, cases[i].message) != NULL
+                    : said.length == 0);
+        gpt2_free(loaded);
+    }
+    unlink(temporary("head/model.safetensors"));
+    safetensors_write(temporary("head"), "a.safetensors", tensors, 4, "");
+    safetensors_write(temporary("head"), "b.safetensors", (struct Tensor *[]){&lm_head}, 1, "");
+    write_text("head/model.safetensors.index.json", "{\"weight_map\": {\"x\": \"b.safetensors\", "
+                                                    "\"y\": \"a.safetensors\"}}");
+    write_bytes("head/config.json", config.data, config.length);
+    expect_end("lm_head in one file, most of the rest missing", load_one_model, temporary("head"),
+               1, "is missing");
+    safetensors_write(temporary("head"), "a.safetensors", model->tensors, model->tensor_count, "");
+    loaded = load_and_listen(temporary("head"), &said);
+    expect_same_weights("wte and lm_head in two files", loaded, model);
+    lm_head.w[3] = -lm_head.w[3];
+    safetensors_write(temporary("head"), "b.safetensors", (struct Tensor *[]){&lm_head}, 1, "");
+    expect_end("unlike, in two files", load_one_model, temporary("head"), 1,
+               "lm_head.weight is not wte.weight (number 3 is ");
+    gpt2_free(loaded);
+    gpt2_free(model);
+}
+
+/* Settings by GPT2Config's other names; activations that are gelu_new by another; tensors that have
+ * no place are named. */
+static void test_config_names(void) {
+    static const char *const edits[][3] = {
+        {"\"n_head\": 3", "\"num_attention_heads\": 3", ""},
+        {"\"n_head\": 3", "\"n_head\": null, \"num_attention_heads\": 3", ""},
+        {"\"n_head\": 3", "\"n_head\": 3, \"num_attention_heads\": 3", ""},
+        {"\"n_embd\": 12", "\"hidden_size\": 12", ""},
+        {"\"n_layer\": 2", "\"num_hidden_layers\": 2", ""},
+        {"\"n_positions\": 24", "\"max_position_embeddings\": 24", ""},
+        {"  \"n_positions\": 24,", "", ""},
+        {"\"n_ctx\": 24", "\"n_ctx\": 99", ""},
+        {"\"gelu_new\"", "\"gelu_pytorch_tanh\"", ""},
+        {"\"gelu_new\"", "\"gelu_fast\"", ""},
+        {"\"use_cache\": true", "\"reorder_and_upcast_attn\": true, \"pruned_heads\": {}", ""},
+        {"\"gelu_new\"", "\"gelu\"", "gelu_new is implemented, gelu is not"},
+        {"\"gelu_new\"", "\"quick_gelu\"", "quick_gelu is not"},
+        {"\"n_head\": 3", "\"n_head\": 3, \"num_attention_heads\": 4",
+         "\"n_head\" is 3, but \"num_attention_heads\", another name for it, is 4"},
+        {"\"n_embd\": 12", "\"hidden_size\": 24, \"n_embd\": 12",
+         "\"n_embd\" is 12, but \"hidden_size\""},
+        {"\"use_cache\": true", "\"scale_attn_by_inverse_layer_idx\": true",
+         "\"scale_attn_by_inverse_layer_idx\": false is implemented, true is not"},
+        {"\"use_cache\": true", "\"quantization_config\": {\"quant_method\": \"gptq\"}",
+         "\"quantization_config\": null is implemented, gptq is not"},
+        {"\"use_cache\": true", "\"pruned_heads\": {\"0\": [1]}",
+         "\"pruned_heads\": null is implemented, a list is not"}};
+    struct GPT2 *model = new_model(300, 24, 12, 2, 3);
+    struct Text said;
+    model_save(model, temporary("names"), NULL);
+    struct Text config = read_file(&test_arena, temporary("names/config.json"));
+    for (size_t i = 0; i < COUNT(edits); i++) {
+        const char *path = odd_model("names", config, edits[i][0], edits[i][1], model->tensors,
+                                     model->tensor_count, "transformer.");
+        if (*edits[i][2])
+            expect_end(edits[i][1], load_one_model, path, 1, edits[i][2]);
+        if (*edits[i][2])
+            continue;
+        struct GPT2 *loaded = load_and_listen(path, &said);
+        expect_same_weights(edits[i][1], loaded, model);
+        expect_count("heads, positions", 100 * loaded->config.n_head + loaded->config.n_positions,
+                     324);
+        expect_text("nothing to say", said, "");
+        gpt2_free(loaded);
+    }
+    gpt2_free(load_and_listen(odd_model("names", config, "\"n_layer\": 2", "\"n_layer\": 1",
+                                        model->tensors, model->tensor_count, "transformer."),
+    &said));
+    expect_true("a block that config.json does not count", strstr(said.data,
+        "not read: 12, the first is transformer.h.1.ln_1.weight") != NULL);
+    expect_end("another prefix", load_one_model, odd_model("names", config, "12", "12",
+        model->tensors, model->tensor_count, "model.decoder."), 1,
+        "tensor wte.weight is missing; expected shape [300, 12]; there is "
+        "model.decoder.wte.weight");
+    struct Tensor *twice[40], again = model->wte;
+    memcpy(twice + 1, model->tensors, model->tensor_count * sizeof *twice);
+    snprintf(again.name, sizeof again.name, "module.wte.weight");
+    twice[0] = &again;
+    expect_end("one tensor under two names", load_one_model, odd_model("names", config, "12", "12",
+        twice, model->tensor_count + 1, "transformer."), 1,
+        "tensors transformer.module.wte.weight and transformer.wte.weight are both wte.weight");
+    gpt2_free(model);
+}
+
 /* =============================================================================================
  * Chapter 9 - Reward and value heads
  * ============================================================================================= */
+
+/* Two labels' rows, in a file of their own, read into a model that `names` says the labels of. */
+static struct Text read_two_labels(struct GPT2 *model, struct Tensor *rows, const char *settings) {
+    make_folder(temporary("two"));
+    write_text("two/config.json", settings);
+    safetensors_write(temporary("two"), "score.safetensors", &rows, 1, "");
+    struct SafeTensors st = safetensors_open(&test_arena, temporary("two/score.safetensors"));
+    model->score.n = 0;
+    capture_begin();
+    reward_head_load(model, &st, temporary("two"));
+    fclose(st.file);
+    return capture_end();
+}
+
+/* The reward of a two-label classifier is the log-odds of the sentiment pipeline's softmax:
+ * transformers' numbers. */
+static void test_two_labels_golden(void) {
+    struct GPT2 *model = golden_model();
+    struct Tensor rows = {.name = "score.weight", .shape = {2, 16}, .ndim = 2, .n = 32, .w =
+                          arena_floats(&test_arena, 32)};
+    golden_fill(&rows, 100);
+    struct Text said = read_two_labels(model, &rows, "{\"id2label\": {\"0\": \"LABEL_0\", \"1\": "
+                                                     "\"LABEL_1\"}}");
+    expect_true("said", strstr(said.data, "the reward is the logit of \"LABEL_1\" minus that of "
+                                          "\"LABEL_0\"; saved again, it has one label") != NULL);
+    float reward[2];
+    reward_score(model, golden_examples(), 2, reward);
+    for (size_t i = 0; i < 2; i++) {
+        expect_close("difference of the logits", reward[i],
+                     golden_rm_two_logits[i][1] - golden_rm_two_logits[i][0], 6e-6);
+        expect_close("the score of label 1", sigmoid(reward[i]), golden_rm_two_positive[i], 1e-6);
+    }
+    gpt2_free(model);
+}
+
+static void load_odd_labels(const void *settings) {
+    struct GPT2 *model = new_model(300, 24, 2, 1, 1);
+    struct Tensor rows = {.name = "score.weight", .shape = {2, 2}, .ndim = 2, .n = 4, .w =
+                          (float[]){1, 2, 4, 1}};
+    read_two_labels(model, &rows, settings);
+}
+
+/* By hand: rows (1, 2) and (4, 1) are the head (3, -1), or (-3, 1) where the first label's name is
+ * the positive one. */
+static void test_two_labels(void) {
+    #define NAMES(zero, one) "{\"id2label\": {\"0\": \"" zero "\", \"1\": \"" one "\"}}"
+    static const struct { const char *settings; float first; } cases[] = {
+        {"{}", 3},
+        {NAMES("NEGATIVE", "POSITIVE"), 3},
+        {NAMES("POSITIVE", "NEGATIVE"), -3},
+        {NAMES("pos", "neg"), -3},
+        {NAMES("Positivo", "other"), -3},
+        {NAMES("other", "negative"), -3},
+        {NAMES("LABEL_1", "LABEL_0"), -3},
+        {NAMES("ham", "spam"), 3},
+        {"{\"id2label\": 7, \"problem_type\": null}", 3},
+        {"{\"problem_type\": \"single_label_classification\"}", 3}};
+    #undef NAMES
+    struct GPT2 *model = new_model(300, 24, 2, 1, 1);
+    struct Tensor rows = {.name = "score.weight", .shape = {2, 2}, .ndim = 2, .n = 4, .w =
+                          (float[]){1, 2, 4, 1}};
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        struct Text said = read_two_labels(model, &rows, cases[i].settings);
+        expect_close(cases[i].settings, model->score.w[0], cases[i].first, 0);
+        expect_close(cases[i].settings, model->score.w[1], -cases[i].first / 3, 0);
+        expect_true("one note", strstr(said.data, "align: note: ") == said.data
+                    && strstr(said.data, "\n") == said.data + said.length - 1);
+        expect_true("names that say nothing are said", i != 7 || strstr(said.data,
+            "the logit of \"spam\" minus that of \"ham\"") != NULL);
+    }
+    expect_end("regression", load_odd_labels, "{\"problem_type\": \"regression\"}", 1,
+               "\"problem_type\": single_label_classification is implemented, regression is not");
+    expect_end("several labels at once", load_odd_labels,
+               "{\"problem_type\": \"multi_label_classification\"}", 1,
+    "multi_label_classification is not");
+    model_save(model, temporary("labels"), NULL);
+    struct Tensor three = {.name = "score.weight", .shape = {3, 2}, .ndim = 2, .n = 6, .w =
+                           random_floats(6, 1)}, bias = {.name = "score.bias", .shape = {2}, .ndim =
+    1, .n = 2, .w = random_floats(2, 1)};
+    safetensors_write(temporary("labels"), "model.safetensors", (struct Tensor *[]){&three}, 1, "");
+    expect_end("three labels", load_one_model, temporary("labels"), 1,
+               "score.weight has 3 labels; one is a reward, two are a classifier's");
+    safetensors_write(temporary("labels"), "model.safetensors", (struct Tensor *[]){&rows, &bias},
+                      2, "");
+    expect_end("a bias", load_one_model, temporary("labels"), 1,
+               "has a score.bias; a GPT-2 classifier has none");
+    gpt2_free(model);
+}
 
 /* Rewards, Bradley-Terry loss and gradients against transformers' GPT2ForSequenceClassification. */
 static void test_reward_golden(void) {
@@ -2094,6 +2358,86 @@ static void test_lora_round_trip(void) {
         gpt2_free(loaded);
         gpt2_free(model);
     }
+}
+
+struct AdapterCase { struct GPT2 *base; const char *path; };
+
+static void put_adapter(const void *argument) {
+    const struct AdapterCase *c = argument;
+    adapter_load(c->base, c->path);
+}
+
+/* An adapter of the second block alone: exclude_modules or layers_to_transform leave it to the
+ * file's tensors which layers it takes; saved again it names them one by one. With a copy of the
+ * base's embedding it is read, with another one refused; of a whole model beside it only the value
+ * head is read. */
+static void test_lora_partial(void) {
+    static const char *const settings[] = {"\"layers_to_transform\": [1], \"layers_pattern\": "
+                                           "\"h\"", "\"layers_to_transform\": 1",
+    "\"exclude_modules\": [\"h.0.attn.c_attn\"]",
+        "\"exclude_modules\": \".*h.0.*\", \"rank_pattern\": {}, \"alpha_pattern\": {}"};
+    struct GPT2 *model = random_model(300, 12, 8, 2, 2), *base = gpt2_copy(model);
+    random_adapter(model, 3, "c_attn");
+    struct Linear *first = &model->h[0].attn.c_attn, *second = &model->h[1].attn.c_attn;
+    tensor_remove(model, &first->lora_A);
+    tensor_remove(model, &first->lora_B);
+    model_save(model, temporary("partial"), NULL);
+    struct Text config = read_file(&test_arena, temporary("partial/adapter_config.json"));
+    expect_end("without a setting", load_one_adapter, temporary("partial"), 1,
+               "tensor h.0.attn.c_attn.lora_A.weight is missing");
+    for (size_t i = 0; i < COUNT(settings); i++) {
+        struct Text text = replaced(config, "\"r\": 3", arena_printf(&test_arena, "%s, \"r\": 3",
+            settings[i]));
+        struct GPT2 *loaded = gpt2_copy(base), *again = gpt2_copy(base);
+        write_bytes("partial/adapter_config.json", text.data, text.length);
+        adapter_load(loaded, temporary("partial"));
+        expect_count(settings[i], loaded->h[0].attn.c_attn.lora_A.n, 0);
+        expect_bits(settings[i], loaded->h[1].attn.c_attn.lora_A.w, second->lora_A.w,
+                    second->lora_A.n);
+        model_save(loaded, temporary("partial_again"), NULL);
+        struct Json *targets = json_get(json_read_file(&test_arena,
+            temporary("partial_again/adapter_config.json")), "target_modules");
+        expect_true("its layer by name", targets->number == 1 && json_is_string(targets->child,
+            "h.1.attn.c_attn"));
+        adapter_load(again, temporary("partial_again"));
+        expect_bits("saved and read again", again->h[1].attn.c_attn.lora_B.w, second->lora_B.w,
+                    second->lora_B.n);
+        expect_count("and no other", again->tensor_count, base->tensor_count + 2);
+        gpt2_free(loaded);
+        gpt2_free(again);
+    }
+    struct Tensor lm_head = base->wte, *tensors[] = {&second->lora_A, &second->lora_B, &lm_head,
+        &base->wte};
+    snprintf(lm_head.name, sizeof lm_head.name, "lm_head.weight");
+    lm_head.w = memcpy(arena_floats(&test_arena, lm_head.n), lm_head.w, lm_head.n * sizeof(float));
+    safetensors_write(temporary("partial"), "adapter_model.safetensors", tensors, 4,
+                      "base_model.model.transformer.");
+    struct GPT2 *loaded = gpt2_copy(base);
+    adapter_load(loaded, temporary("partial"));
+    expect_count("with the base's embedding", loaded->tensor_count, base->tensor_count + 2);
+    gpt2_free(loaded);
+    loaded = gpt2_copy(base);
+    struct GPT2 *other = random_model(300, 12, 8, 2, 2);
+    value_head_init(other, 3);
+    safetensors_write(temporary("partial"), "model.safetensors", other->tensors,
+                      other->tensor_count, "transformer.");
+    capture_begin();
+    adapter_load(loaded, temporary("partial"));
+    struct Text said = capture_end();
+    for (size_t i = 0; i < base->tensor_count; i++)
+        expect_bits("the base", loaded->tensors[i]->w, base->tensors[i]->w, base->tensors[i]->n);
+    expect_bits("value head", loaded->v_head.weight.w, other->v_head.weight.w, 8);
+    expect_true("said", strstr(said.data, "beside an adapter only a value head is read") != NULL);
+    gpt2_free(loaded);
+    gpt2_free(other);
+    lm_head.w[2] += 1;
+    safetensors_write(temporary("partial"), "adapter_model.safetensors", tensors, 3,
+                      "base_model.model.transformer.");
+    struct AdapterCase one = {base, temporary("partial")};
+    expect_end("an output layer of its own", put_adapter, &one, 1,
+               "tensor lm_head.weight is not the base's wte.weight (number 2 is ");
+    gpt2_free(base);
+    gpt2_free(model);
 }
 
 /* =============================================================================================
@@ -4005,6 +4349,34 @@ static void test_full_disk(void) {
     expect_end("log", log_without_room, path, 1, "log.tmp: writing failed: File too large");
 }
 
+/* A Git LFS pointer in place of any file that is read. */
+static void test_broken_lfs(void) {
+    static const char pointer[] = "version https://git-lfs.github.com/spec/v1\noid "
+                                  "sha256:4d7a\nsize 548105171\n";
+    const char *path = saved_model("lfs");
+    struct Text config = read_file(&test_arena, temporary("lfs/config.json"));
+    write_text("lfs/config.json", pointer);
+    expect_end("config.json", load_one_model, path, 1, "lfs/config.json: is a Git LFS pointer, "
+                                                       "not the file itself; fetch it: git lfs "
+                                                       "pull");
+    write_bytes("lfs/config.json", config.data, config.length);
+    write_text("lfs/model.safetensors", pointer);
+    expect_end("weights", load_one_model, path, 1, "lfs/model.safetensors: is a Git LFS pointer");
+    struct Text large = replaced(config, "\"n_embd\": 12", "\"n_embd\": 1200");
+    write_bytes("lfs/config.json", large.data, large.length);
+    expect_end("of a large model", load_one_model, path, 1,
+               "lfs/model.safetensors: is a Git LFS pointer");
+    unlink(temporary("lfs/model.safetensors"));
+    write_text("lfs/model.safetensors.index.json", "{\"weight_map\": {\"x\": \"a.safetensors\"}}");
+    write_text("lfs/a.safetensors", pointer);
+    expect_end("one file of several", load_one_model, path, 1,
+               "lfs/a.safetensors: is a Git LFS pointer");
+    expect_end("tokenizer.bin", load_one_tokenizer, write_text("lfs/tokenizer.bin", pointer), 1,
+               "tokenizer.bin: is a Git LFS pointer");
+    expect_end("data", load_one_dataset, write_text("lfs/data.jsonl", pointer), 1,
+               "data.jsonl: is a Git LFS pointer");
+}
+
 /* Weights: cut short, of another shape, missing, of an unknown type, with a header that lies or is none; shards elsewhere. */
 static void test_broken_weights(void) {
     static const struct { const char *what, *from, *to, *message; } edits[] = {
@@ -4057,7 +4429,8 @@ static void test_broken_config(void) {
         {"\"n_inner\": null", "\"n_inner\": 100", "n_inner 100 is not implemented"}, {"\"n_head\": 3", "\"n_head\": 5", "n_embd 12 must be a multiple of n_head 5"},
         {"\"n_layer\": 1", "\"n_layer\": 0", "n_layer 0"}, {"\"vocab_size\": 300", "\"vocab_size\": 200", "vocab_size 200"},
         {"\"n_embd\": 12", "\"n_embd\": 12.5", "\"n_embd\" must be a whole number"},
-        {"\"tie_word_embeddings\": true", "\"tie_word_embeddings\": false", "\"tie_word_embeddings\": true is implemented, false is not"},
+        {"\"tie_word_embeddings\": true", "\"tie_word_embeddings\": 1",
+         "\"tie_word_embeddings\": true is implemented, a number is not"},
         {"\"use_cache\": true", "\"scale_attn_weights\": false", "\"scale_attn_weights\": true is implemented, false is not"},
         {"\"use_cache\": true", "\"add_cross_attention\": true", "\"add_cross_attention\": false is implemented, true is not"},
         {"\"model_type\": \"gpt2\"", "\"model_type\": \"llama\"", "\"model_type\": gpt2 is implemented, llama is not"}, {"\"n_ctx\"", "n_ctx", "not JSON"},
@@ -4169,7 +4542,10 @@ static void test_broken_messages(void) {
 
 /* What a user may type wrongly: exit 2 for the command line, 1 for what cannot be done, and the nearest flag's name. */
 static void test_cli_errors(void) {
-    const char *model = saved_model("cli"), *rest = tokenizer->path;
+    const char *model = temporary("cli"), *rest = tokenizer->path;
+    struct GPT2 *policy = new_model(300, 24, 12, 1, 3);
+    model_save(policy, model, tokenizer);
+    gpt2_free(policy);
     write_text("long.jsonl", "{\"prompt\": \"a b c d e f g h i j k l m n o p q r s t u v w x y z\"}\n");
     static const char *const cases[][9] = {
         {"2", "generate has no flag --promt; the nearest is --prompt", "generate", "--promt", "x"}, {"2", "dpo has no flag --betta; the nearest is --beta", "dpo", "--betta=1"},
@@ -4477,9 +4853,14 @@ static void load_one_adapter(const void *path) {
 /* Adapters: settings that would compute something else, tensors that are missing, misshapen, or of another model. */
 static void test_lora_broken(void) {
     static const char *const edits[][3] = {{"\"LORA\"", "\"IA3\"", "\"peft_type\": LORA is implemented, IA3 is not"}, {"\"use_dora\": false", "\"use_dora\": true", "\"use_dora\": false is implemented, true is not"},
-        {"\"r\": 3", "\"rank_pattern\": {\"c_fc\": 2}, \"r\": 3", "\"rank_pattern\": null is implemented, a number is not"}, {"\"r\": 3", "\"layers_to_transform\": [0], \"r\": 3", "\"layers_to_transform\": null is implemented, a number is not"},
+        {"\"r\": 3", "\"rank_pattern\": {\"c_fc\": 2}, \"r\": 3",
+         "\"rank_pattern\": null is implemented, a number is not"}, {"\"r\": 3",
+        "\"alpha_pattern\": {\"c_fc\": 2}, \"r\": 3", "\"alpha_pattern\": null is implemented, a "
+                                                      "number is not"},
         {"\"bias\": \"none\"", "\"bias\": \"all\"", "\"bias\": none is implemented, all is not"}, {"\"init_lora_weights\": true", "\"init_lora_weights\": \"pissa\"", "\"init_lora_weights\": true is implemented, pissa is not"},
-        {"\"modules_to_save\": null", "\"modules_to_save\": [\"wte\"]", "\"modules_to_save\": score is implemented, wte is not"}, {"\"r\": 3", "\"r\": 0", "\"r\" must be 1 or more"}, {"\"r\": 3", "\"r\": 2.5", "\"r\" must be a whole number"},
+        {"\"modules_to_save\": null", "\"modules_to_save\": [\"ln_f\"]",
+         "\"modules_to_save\": score is implemented, ln_f is not"}, {"\"r\": 3", "\"r\": 0",
+        "\"r\" must be 1 or more"}, {"\"r\": 3", "\"r\": 2.5", "\"r\" must be a whole number"},
         {"\"r\": 3", "\"r\": 4", "lora_A.weight: expected shape [4, 8], found [3, 8]"}, {"\"c_fc\"]", "\"c_fc\", \"c_attn\"]", "attn.c_attn.lora_A.weight is missing; expected shape [3, 8]"},
         {", \"c_fc\"]", "]", "no layer of this model takes tensor base_model.model.transformer.h.0.mlp.c_fc.lora_A.weight"}, {"[\"attn.c_proj\", \"c_fc\"]", "[\"q_proj\"]", "take no layer of this model"},
         {"\"target_modules\": [", "\"target_modules\": [1, ", "\"target_modules\" must be a list of names"}, {"\"r\": 3", "\"r\": 16777216", "too few for adapters of \"r\" 16777216"}};
@@ -4543,6 +4924,138 @@ static void test_cli_lora(void) {
         expect_end(cases[i].message, run_command, arguments, cases[i].status, cases[i].message);
     }
     #undef LORA
+}
+
+/* A folder under other spellings; merge over the adapter's base by any of them is refused, other
+ * commands say what they replace. */
+static void test_same_folder(void) {
+    struct GPT2 *model = new_model(300, 24, 12, 1, 3);
+    model_save(model, temporary("same_base"), tokenizer);
+    random_adapter(model, 2, "c_attn");
+    model->adapter.base_model_name_or_path = temporary("same_base");
+    model_save(model, temporary("same_lora"), tokenizer);
+    gpt2_free(model);
+    write_text("t.jsonl", "{\"text\": \"A film that is good, and a fine one.\"}\n");
+    expect_true("a link is made", !FORKS || symlink(temporary("same_base"),
+        temporary("same_link")) == 0);
+    const char *names[] = {temporary("same_base"), temporary("same_base/"),
+                           temporary("./same_base"), temporary("same_lora/../same_base//."),
+    temporary("same_link")};
+    for (size_t i = 0; i < COUNT(names) && FORKS; i++) {
+        expect_true(names[i], same_folder(names[i], names[0]) && !same_folder(names[i],
+            temporary("same_lora")) && !same_folder(temporary("nowhere"), temporary("nowhere")));
+        const char *folded[] = {"align", "merge", "--model_name_or_path", temporary("same_lora"),
+                                "--output_dir", names[i], "--tokenizer", tokenizer->path, NULL};
+        const char *beside[] = {"align", "merge", "--model_name_or_path", names[i],
+                                "--peft_adapter", temporary("same_lora"), "--output_dir", names[0],
+        "--tokenizer", tokenizer->path, NULL};
+        expect_end(names[i], run_command, folded, 1, "is the adapter's base; merged over it, the "
+                                                     "adapter would count twice");
+        expect_end(names[i], run_command, beside, 1, "is the adapter's base; merged over it, the "
+                                                     "adapter would count twice");
+    }
+    #define SFT "sft", "--max_steps", "1", "--dataset_name", "@t.jsonl", "--model_name_or_path"
+    struct Text said = command_output((const char *const[]){SFT, "@same_base", "--peft_adapter",
+        "@same_lora", "--output_dir", "@same_lora/", NULL});
+    expect_true("an adapter trained on in its place", strstr(said.data,
+        "is --peft_adapter: the model there will be replaced") != NULL
+        && is_adapter(temporary("same_lora")));
+    said = command_output((const char *const[]){SFT, "@same_lora", "--output_dir", "@./same_base",
+        NULL});
+    expect_true("the base of an adapter", strstr(said.data,
+        "is the base of the adapter --model_name_or_path") != NULL);
+    said = command_output((const char *const[]){SFT, "@same_base", "--output_dir", "@same_base",
+        NULL});
+    expect_true("a model in its place", strstr(said.data,
+        "is --model_name_or_path: the model there will be replaced") != NULL);
+    said = command_output((const char *const[]){SFT, "@same_base", "--output_dir", "@same_new",
+        NULL});
+    expect_true("nothing is replaced", !strstr(said.data, "replaced"));
+    #undef SFT
+}
+
+/* The weights of a folder's model, and which heads it has. */
+static float *saved_weights(const char *name, size_t *n, bool *reward_head, bool *value_head) {
+    struct GPT2 *model = gpt2_load(temporary(name));
+    float *all = all_weights(model, n);
+    *reward_head = model->score.n > 0;
+    *value_head = model->v_head.weight.n > 0;
+    gpt2_free(model);
+    return all;
+}
+
+/* From a model with both heads each command makes what it makes from the language model below them,
+ * bit for bit; the heads that it has no use for are neither trained nor saved, and it says so.
+ * reward goes on with the reward head, ppo with the value head, and a reference may be anything. */
+static void test_heads_left_out(void) {
+    #define RL "--reward_model_path", "@h_both", "--batch_size", "2"
+    static const struct { bool reward_head, value_head; size_t notes; const char *words[20]; }
+    cases[] = {
+        {false, false, 2, {"sft", "--dataset_name", "@h.jsonl"}},
+        {false, false, 2, {"pretrain", "--max_length", "8", "--dataset_name", "@h.jsonl"}},
+        {false, false, 2, {"dpo", "--dataset_name", "@h.jsonl", "--ref_model", "@h_both"}},
+        {true, false, 1, {"reward", "--dataset_name", "@h.jsonl"}},
+        {false, true, 1, {"ppo", "--dataset_name", "@h.jsonl", RL, "--mini_batch_size", "2"}},
+        {false, false, 2, {"reinforce", "--dataset_name", "@h.jsonl", RL}}};
+    #undef RL
+    static const struct { size_t notes; const char *words[10]; } tools[] = {
+        {1, {"generate", "--prompt", "x"}},
+        {1, {"next", "--prompt", "x"}},
+        {1, {"logprob", "--dataset_name", "@t.jsonl"}},
+        {1, {"eval", "--dataset_name", "@h.jsonl", "--reward_model_path", "@h_both"}},
+        {0, {"score", "--dataset_name", "@t.jsonl"}},
+        {0, {"eval", "--dataset_name", "@h.jsonl"}}};
+    write_text("t.jsonl", "{\"text\": \"A film that is good, and a fine one.\"}\n");
+    write_text("h.jsonl", "{\"text\": \"A film that is good, and a fine one.\", \"prompt\": \"A "
+                          "film\", \"chosen\": \" that is good\", \"rejected\": \" that is "
+                          "bad\"}\n");
+    struct GPT2 *model = new_model(300, 24, 12, 1, 3);
+    fill_random(model);
+    tensor_normal(reward_head_declare(model), &test_rng, 1);
+    value_head_init(model, 1);
+    model_save(model, temporary("h_both"), tokenizer);
+    model->tensor_count -= 3;
+    model->score.n = 0;
+    model_save(model, temporary("h_plain"), tokenizer);
+    gpt2_free(model);
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        const char *words[40];
+        size_t count = 0, n[2];
+        float *all[2];
+        bool heads[2][2];
+        while (cases[i].words[count])
+            words[count] = cases[i].words[count], count++;
+        for (int both = 0; both < 2; both++) {
+            const char *out = both ? "h_out_both" : "h_out_plain";
+            memcpy(words + count, (const char *[]){"--model_name_or_path", both ? "@h_both"
+                : "@h_plain", "--max_steps", "2", "--learning_rate", "1e-3", "--output_dir",
+                arena_printf(&test_arena, "@%s", out), NULL}, 9 * sizeof *words);
+            struct Text said = command_output(words);
+            size_t notes = 0;
+            for (const char *at = said.data; (at = strstr(at, "is left out")); at++)
+                notes++;
+            expect_count(words[0], notes, both ? cases[i].notes : 0);
+            all[both] = saved_weights(out, &n[both], &heads[both][0], &heads[both][1]);
+        }
+        expect_true(words[0], heads[1][0] == cases[i].reward_head && heads[1][1] ==
+                    cases[i].value_head);
+        if (!cases[i].reward_head && !cases[i].value_head)
+            expect_count(words[0], n[1], n[0]);
+        if (!cases[i].reward_head && !cases[i].value_head)
+            expect_bits(words[0], all[1], all[0], MIN(n[0], n[1]));
+    }
+    for (size_t i = 0; i < COUNT(tools); i++) {
+        const char *words[40];
+        size_t count = 0, notes = 0;
+        while (tools[i].words[count])
+            words[count] = tools[i].words[count], count++;
+        memcpy(words + count, (const char *[]){"--model_name_or_path", "@h_both", NULL},
+               3 * sizeof *words);
+        struct Text said = command_output(words);
+        for (const char *at = said.data; (at = strstr(at, "is left out")); at++)
+            notes++;
+        expect_count(words[0], notes, tools[i].notes);
+    }
 }
 
 /* Names as they are compared: accents, case, punctuation, what is no UTF-8. */
@@ -4784,18 +5297,26 @@ static const struct { const char *name; void (*run)(void); } TESTS[] = {
     {"linear_gradient", test_linear_gradient}, {"layernorm", test_layernorm}, {"layernorm_gradient", test_layernorm_gradient}, {"gelu", test_gelu},
     {"gelu_gradient", test_gelu_gradient}, {"attention", test_attention}, {"attention_gradient", test_attention_gradient}, {"gpt2_golden", test_gpt2_golden},
     {"gpt2_gradient_golden", test_gpt2_gradient_golden}, {"gpt2_gradient", test_gpt2_gradient}, {"gpt2_chunks", test_gpt2_chunks}, {"gpt2_packed", test_gpt2_packed},
-    {"gpt2_init", test_gpt2_init}, {"model_save", test_model_save}, {"model_special_tokens", test_model_special_tokens}, {"gpt2_load", test_gpt2_load}, {"reward_golden", test_reward_golden}, {"reward_rows", test_reward_rows},
-    {"reward_head_gradient", test_reward_head_gradient}, {"lora_hand", test_lora_hand}, {"lora_targets", test_lora_targets}, {"lora_start", test_lora_start}, {"lora_gradient", test_lora_gradient}, {"lora_merge", test_lora_merge},
-    {"lora_reference", test_lora_reference}, {"lora_frozen", test_lora_frozen}, {"lora_round_trip", test_lora_round_trip}, {"lora_broken", test_lora_broken}, {"adamw_golden", test_adamw_golden}, {"adamw_hand", test_adamw_hand}, {"schedule", test_schedule},
-    {"trainer_steps", test_trainer_steps}, {"trainer_epoch", test_trainer_epoch},
-    {"trainer_state", test_trainer_state}, {"trainer_threads", test_trainer_threads},
-    {"metric_units", test_metric_units}, {"eval_batch_size", test_eval_batch_size},
-    {"checkpoint_resume", test_checkpoint_resume},
+    {"gpt2_init", test_gpt2_init}, {"model_save", test_model_save},
+    {"model_special_tokens", test_model_special_tokens}, {"gpt2_load", test_gpt2_load},
+    {"bare_name", test_bare_name}, {"output_layer", test_output_layer},
+    {"config_names", test_config_names}, {"two_labels_golden", test_two_labels_golden},
+    {"two_labels", test_two_labels}, {"reward_golden", test_reward_golden},
+    {"reward_rows", test_reward_rows}, {"reward_head_gradient", test_reward_head_gradient},
+    {"lora_hand", test_lora_hand}, {"lora_targets", test_lora_targets},
+    {"lora_start", test_lora_start}, {"lora_gradient", test_lora_gradient},
+    {"lora_merge", test_lora_merge}, {"lora_reference", test_lora_reference},
+    {"lora_frozen", test_lora_frozen}, {"lora_round_trip", test_lora_round_trip},
+    {"lora_partial", test_lora_partial}, {"lora_broken", test_lora_broken},
+    {"adamw_golden", test_adamw_golden}, {"adamw_hand", test_adamw_hand},
+    {"schedule", test_schedule}, {"trainer_steps", test_trainer_steps},
+    {"trainer_epoch", test_trainer_epoch}, {"trainer_state", test_trainer_state},
+    {"trainer_threads", test_trainer_threads}, {"metric_units", test_metric_units},
+    {"eval_batch_size", test_eval_batch_size}, {"checkpoint_resume", test_checkpoint_resume},
     {"checkpoint_complete", test_checkpoint_complete}, {"checkpoint_limit", test_checkpoint_limit},
     {"checkpoint_age", test_checkpoint_age},
     {"evaluation_interrupted", test_evaluation_interrupted}, {"state_say", test_state_say},
-    {"checkpoint_errors", test_checkpoint_errors},
-    {"output_resume", test_output_resume},
+    {"checkpoint_errors", test_checkpoint_errors}, {"output_resume", test_output_resume},
     {"generate_golden", test_generate_golden}, {"beam_search_golden", test_beam_search_golden}, {"beam_search_exhaustive", test_beam_search_exhaustive},
     {"beam_candidates", test_beam_candidates},
     {"generate_filters_golden", test_generate_filters_golden}, {"generate_processors", test_generate_processors}, {"generate_distribution", test_generate_distribution},
@@ -4809,9 +5330,17 @@ static const struct { const char *name; void (*run)(void); } TESTS[] = {
     {"reinforce_advantages", test_reinforce_advantages}, {"reinforce_gradient", test_reinforce_gradient}, {"reinforce_step", test_reinforce_step},
     {"reinforce_raises_reward", test_reinforce_raises_reward}, {"dpo_golden", test_dpo_golden},
     {"dpo_gradient", test_dpo_gradient}, {"dpo_model_gradient", test_dpo_model_gradient}, {"dpo_pairs", test_dpo_pairs}, {"dpo_overfit", test_dpo_overfit},
-    {"evaluation", test_evaluation}, {"report_axis", test_report_axis}, {"report_stair", test_report_stair}, {"report_text", test_report_text}, {"report_page", test_report_page}, {"full_disk", test_full_disk}, {"bad_numbers", test_bad_numbers}, {"broken_weights", test_broken_weights}, {"broken_config", test_broken_config}, {"broken_data", test_broken_data},
-    {"answer_end", test_answer_end},
-    {"broken_tokenizer", test_broken_tokenizer}, {"broken_messages", test_broken_messages}, {"cli_errors", test_cli_errors}, {"cli_course", test_cli_course}, {"cli_collect", test_cli_collect}, {"encode_prompts", test_encode_prompts}, {"exact_optimum", test_exact_optimum},
+    {"evaluation", test_evaluation}, {"report_axis", test_report_axis},
+    {"report_stair", test_report_stair}, {"report_text", test_report_text},
+    {"report_page", test_report_page}, {"full_disk", test_full_disk},
+    {"bad_numbers", test_bad_numbers}, {"same_folder", test_same_folder},
+    {"broken_lfs", test_broken_lfs}, {"broken_weights", test_broken_weights},
+    {"broken_config", test_broken_config}, {"broken_data", test_broken_data},
+    {"answer_end", test_answer_end}, {"broken_tokenizer", test_broken_tokenizer},
+    {"heads_left_out", test_heads_left_out}, {"broken_messages", test_broken_messages},
+    {"cli_errors", test_cli_errors}, {"cli_course", test_cli_course},
+    {"cli_collect", test_cli_collect}, {"encode_prompts", test_encode_prompts},
+    {"exact_optimum", test_exact_optimum},
     {"exact_dpo_loss", test_exact_dpo_loss}, {"exact_dpo_gradient", test_exact_dpo_gradient}, {"exact_run", test_exact_run}, {"cli_lora", test_cli_lora},
     {"glossary_fold", test_glossary_fold}, {"glossary_find", test_glossary_find}, {"glossary_terms", test_glossary_terms}, {"fixtures_gradient", test_fixtures_gradient},
     {"fixtures_logprob", test_fixtures_logprob}, {"fixtures_reward", test_fixtures_reward},

@@ -184,7 +184,7 @@ case("learning_rate 0: nothing moves", sft + "--learning_rate 0", 0)
 case("max_grad_norm 0: no limit", sft + "--max_grad_norm 0", 0)
 case("score_clip 0: no limit", ppo + "--score_clip 0", 0)
 shutil.copytree("m", "own")
-case("The model's own folder as output: replaced when all is written", "sft --model_name_or_path own --dataset_name texts.jsonl --max_steps 1 --quiet --output_dir own", 0)
+case("The model's own folder as output: replaced when all is written", "sft --model_name_or_path own --dataset_name texts.jsonl --max_steps 1 --quiet --output_dir own", 0, "note: --output_dir own is --model_name_or_path: the model there will be replaced")
 case("Warm-up longer than the run", sft + "--warmup_steps 10", 0, "note: --warmup_steps 10: the run has 1 steps; its learning rate never reaches --learning_rate")
 lines("empty_completion.jsonl", {"prompt": "a", "completion": ""})
 case("An empty completion: the end token is learnt, as in TRL", sft + "--dataset_name empty_completion.jsonl", 0)
@@ -343,6 +343,15 @@ os.rename("bin/model.safetensors", "bin/pytorch_model.bin")
 case("A pytorch_model.bin", "generate --model_name_or_path bin --prompt x", 1, "bin: no model.safetensors inside", "safe_serialization=True")
 model("llama", config={"model_type": "llama"})
 case("A Llama", "generate --model_name_or_path llama --prompt x", 1, 'llama/config.json: "model_type": gpt2 is implemented, llama is not: it changes the mathematics')
+for activation in ("gelu_pytorch_tanh", "gelu_fast"):
+    model(activation, config={"activation_function": activation})
+    case("gelu_new by another name", generate + "--model_name_or_path " + activation, 0)
+model("gelu", config={"activation_function": "gelu"})
+case("gelu without the approximation", generate + "--model_name_or_path gelu", 1, '"activation_function": gelu_new is implemented, gelu is not')
+model("heads", config={"num_attention_heads": 2})
+case("n_head and its other name agree", generate + "--model_name_or_path heads", 0)
+model("heads4", config={"num_attention_heads": 4})
+case("n_head and its other name differ", generate + "--model_name_or_path heads4", 1, 'heads4/config.json: "n_head" is 2, but "num_attention_heads", another name for it, is 4')
 model("relu", config={"activation_function": "relu"})
 case("Another activation", "generate --model_name_or_path relu --prompt x", 1, '"activation_function": gelu_new is implemented, relu is not')
 model("comma")
@@ -356,9 +365,45 @@ case("A safetensors file that is cut short", "generate --model_name_or_path trun
 write("truncated/model.safetensors", b"<html>404</html>")
 case("A web page in place of the weights", "generate --model_name_or_path truncated --prompt x", 1, "not a safetensors file")
 write("truncated/model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 548105171\n")
-case("A Git LFS pointer in place of the weights", "generate --model_name_or_path truncated --prompt x", 1, "not a safetensors file")
+case("A Git LFS pointer in place of the weights", "generate --model_name_or_path truncated --prompt x", 1, "truncated/model.safetensors: is a Git LFS pointer, not the file itself; fetch it: git lfs pull")
+model("lfs")
+write("lfs/vocab.json", read("truncated/model.safetensors"))
+write("lfs.bin", read("truncated/model.safetensors"))
+case("A Git LFS pointer in place of another file", [generate + "--model_name_or_path lfs", generate + "--tokenizer lfs.bin", sft + "--dataset_name lfs.bin", replay + "--rollouts lfs.bin"], 1, ": is a Git LFS pointer, not the file itself; fetch it: git lfs pull")
 write("truncated/model.safetensors", "")
 case("An empty weights file", "generate --model_name_or_path truncated --prompt x", 1, "not a safetensors file")
+def add(name, shape, value):
+    """A further tensor, all of whose numbers are `value`; of a name that is there, its own numbers."""
+    def change(header, numbers):
+        begin, n = len(numbers), shape[0] * (shape[1] if len(shape) > 1 else 1)
+        source = header[value]["data_offsets"] if isinstance(value, str) else None
+        numbers.extend(numbers[source[0]:source[1]] if source else struct.pack("<f", value) * n)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, len(numbers)]}
+    return change
+
+
+def prefixed(prefix):
+    def change(header, numbers):
+        for name in list(header): header[name if name == "__metadata__" else prefix + name] = header.pop(name)
+    return change
+
+
+model("shallow", config={"n_layer": 1})
+case("config.json of a shallower model", generate + "--model_name_or_path shallow", 0, "note: shallow: tensors in its weights that config.json has no place for are not read: 12, the first is transformer.h.1.")
+model("spare", add("multiple_choice_head.summary.weight", [1, 16], 0.5))
+case("A head that is none of ours", generate + "--model_name_or_path spare", 0, "are not read: 1, the first is multiple_choice_head.summary.weight")
+for prefix in ("_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."):
+    model("prefix_" + prefix, prefixed(prefix))
+    case("Names as torch.compile and DataParallel write them: " + prefix, generate + "--model_name_or_path prefix_" + prefix, 0)
+model("prefix_foo", prefixed("foo."))
+case("Names with an unknown prefix", generate + "--model_name_or_path prefix_foo", 1, "prefix_foo: tensor wte.weight is missing; expected shape [300, 16]; there is foo.transformer.wte.weight")
+model("copy", add("lm_head.weight", [300, 16], "transformer.wte.weight"))
+case("lm_head.weight beside wte.weight, equal", generate + "--model_name_or_path copy", 0)
+model("untied", add("lm_head.weight", [300, 16], 0.5))
+case("An output layer of its own", ["%s--model_name_or_path untied" % c for c in (generate, sft, dpo, ppo)] + [dpo + "--ref_model untied"], 1, "untied: lm_head.weight is not wte.weight (number 0 is 0.5, not ",
+     "an output layer of its own is not implemented; take lm_head.weight out if wte is meant to be it, as in GPT-2")
+model("drawn", config={"tie_word_embeddings": False})
+case("No output layer, and it is not tied", generate + "--model_name_or_path drawn", 1, '"tie_word_embeddings" is false in config.json, but there is no lm_head.weight: transformers would draw it at random')
 model("missing", lambda header, numbers: header.pop("transformer.h.1.mlp.c_fc.weight"))
 case("A tensor is missing", "generate --model_name_or_path missing --prompt x", 1, "tensor h.1.mlp.c_fc.weight is missing; expected shape [16, 64]")
 model("shape", lambda header, numbers: header["transformer.h.1.mlp.c_fc.weight"].update(shape=[64, 16]))
@@ -371,6 +416,23 @@ case("NaN in a model's weights", ["%s --model_name_or_path m_nan" % c for c in (
 case("An infinite weight", generate + "--model_name_or_path m_inf", 1, "m_inf/model.safetensors: tensor wte.weight: number 9 is inf")
 case("A reference of another vocabulary", dpo + "--ref_model m400", 1, "--ref_model m400 has 400 ids, the model 300")
 case("A language model as reward model", [ppo + "--reward_model_path m", "score --model_name_or_path m --dataset_name texts.jsonl"], 1, "m: has no score.weight: it is no reward model; train one: align reward")
+for name, command in (("sft", sft), ("pretrain", "pretrain --dataset_name texts.jsonl" + short + "out "), ("dpo", dpo), ("ppo", ppo), ("reinforce", reinforce), ("generate", generate), ("next", following), ("collect", collect),
+                      ("logprob", "logprob --dataset_name texts.jsonl "), ("eval", "eval --dataset_name prompts.jsonl --reward_model_path rm "), ("rlhf", "rlhf --dataset_name many.jsonl --pretrain_steps 1 --reward_steps 1 --ppo_steps 1 --dpo_steps 1 --quiet --output_dir out ")):
+    of = "rm48" if name == "rlhf" else "rm"
+    if name == "rlhf": align("reward --model_name_or_path m48 --dataset_name rated.jsonl" + short + "rm48")
+    case("A reward model as language model: " + name, command + "--model_name_or_path " + of, 0, "note: %s: is a reward model; its head, score.weight, is left out, the language model below it is used" % of)
+case("A reward model trained further, or as reference", [reward + "--model_name_or_path rm", dpo + "--ref_model rm", "score --model_name_or_path rm --dataset_name texts.jsonl"], 0)
+align("ppo --model_name_or_path m --reward_model_path rm --dataset_name prompts.jsonl --batch_size 4 --mini_batch_size 2 --max_steps 1 --quiet --output_dir valued")
+case("A model with a value head trained without one", [sft + "--model_name_or_path valued", dpo + "--model_name_or_path valued", reward + "--model_name_or_path valued", reinforce + "--model_name_or_path valued"], 0,
+     "note: valued: has a value head; it is left out, the language model below it is used")
+case("A model with a value head as reward model", [ppo + "--reward_model_path valued", "score --model_name_or_path valued --dataset_name texts.jsonl"], 1, "valued: has no score.weight: it is no reward model")
+model("two", add("score.weight", [2, 16], 0.5), config={"id2label": {"0": "NEGATIVE", "1": "POSITIVE"}})
+case("A classifier of two labels", ["score --model_name_or_path two --dataset_name texts.jsonl", ppo + "--reward_model_path two", reward + "--model_name_or_path two"], 0,
+     'note: two/model.safetensors: a classifier of two labels is read as a reward model: the reward is the logit of "POSITIVE" minus that of "NEGATIVE"; saved again, it has one label')
+model("regression", add("score.weight", [2, 16], 0.5), config={"problem_type": "regression"})
+case("Two numbers that are no labels", "score --model_name_or_path regression --dataset_name texts.jsonl", 1, '"problem_type": single_label_classification is implemented, regression is not')
+model("five", add("score.weight", [5, 16], 0.5))
+case("A classifier of five labels", "score --model_name_or_path five --dataset_name texts.jsonl", 1, "five/model.safetensors: score.weight has 5 labels; one is a reward, two are a classifier's negative and positive; more are not read")
 shutil.copytree("adapter", "orphan")
 write("orphan/adapter_config.json", read("adapter/adapter_config.json").replace(b'_path": "m"', b'_path": "gone"'))
 case("An adapter whose base is not here", "generate --model_name_or_path orphan --prompt x", 1, 'orphan: its base "gone" is not here', "--peft_adapter DIR")
@@ -378,6 +440,10 @@ case("A model as adapter", generate + "--peft_adapter m", 1, "m: no adapter_conf
 case("An adapter on another model", "generate --model_name_or_path m400 --prompt x --peft_adapter adapter", 0)          # its layers are alike
 align(new + " --n_embd 32 --n_head 2" + short + "wide")
 case("An adapter of another width", "generate --model_name_or_path wide --prompt x --peft_adapter adapter", 1, "expected shape [2, 32], found [2, 16]")
+case("merge over the adapter's base", ["merge --model_name_or_path adapter --output_dir m", "merge --model_name_or_path adapter --output_dir ./m/", "merge --model_name_or_path m --peft_adapter adapter --output_dir m"], 1,
+     "is the adapter's base; merged over it, the adapter would count twice from then on; choose another folder")
+shutil.copytree("adapter", "onward")
+case("An adapter trained on in its own folder", "sft --model_name_or_path m --dataset_name texts.jsonl --peft_adapter onward --max_steps 1 --quiet --output_dir onward", 0, "note: --output_dir onward is --peft_adapter: the model there will be replaced")
 case("merge without an adapter", "merge --model_name_or_path m --output_dir out", 2, "merge needs an adapter")
 case("An adapter where a model is", "sft --model_name_or_path m --dataset_name texts.jsonl --use_peft --max_steps 1 --output_dir m400", 1, "--output_dir m400: holds a model already; choose another folder for the adapter")
 case("Nothing to resume from: starts over", sft + "--resume_from_checkpoint true", 0, "no whole checkpoint to resume from; starting over")

@@ -284,6 +284,20 @@ def reward(dtype):
                 wte=m.transformer.wte.weight.grad.norm().item(), wpe=m.transformer.wpe.weight.grad.norm().item())
 
 
+def two_labels(dtype):
+    """The sentiment pipeline's numbers: logits of two labels and, by softmax, the score of label 1."""
+    from transformers import GPT2ForSequenceClassification
+    ids, mask, _labels = inputs()
+    c = config()
+    c.num_labels = 2
+    m = GPT2ForSequenceClassification(c)
+    fill(m.transformer)
+    with torch.no_grad():
+        m.score.weight.copy_(weight(100, m.score.weight.shape))
+        logits = m.to(dtype).eval()(input_ids=ids, attention_mask=mask).logits
+    return logits, logits.softmax(-1)[:, 1]
+
+
 def part_reward():
     a, d = reward(torch.float32), reward(torch.float64)
     title("A4. GPT2ForSequenceClassification, 1 label: score.weight [1,16] = formula with k = 100")
@@ -293,6 +307,9 @@ def part_reward():
     emit("rm_score_grad", a["ends"], "first four entries", d["ends"])
     emit("rm_wte_grad_norm", a["wte"], "", d["wte"])
     emit("rm_wpe_grad_norm", a["wpe"], "", d["wpe"])
+    a, d = two_labels(torch.float32), two_labels(torch.float64)
+    emit("rm_two_logits", a[0], "two labels, score.weight [2,16] = formula with k = 100: their logits", d[0])
+    emit("rm_two_positive", a[1], "softmax: the score of label 1", d[1])
 
 
 def part_generate():

@@ -6,7 +6,7 @@
 align writes small models, adapters, heads and logs; transformers, PEFT and TRL load them and must compute the same
 numbers ("align >").  Then the libraries save models of random weights; align reads them and must compute the same
 numbers ("> align").  A line for each check with the greatest difference found; at the end 'N passed, N failed'; exit
-status 1 if any failed.  Nothing is downloaded.  It takes about 25 seconds.
+status 1 if any failed.  Nothing is downloaded.  It takes about a minute.
 
 --spoil changes every folder a little on its way from one program to the other (weights 3 % larger, three merges
 fewer, another end token, other steps): then every check must fail, and the last line begins with '0 passed'.
@@ -40,7 +40,7 @@ try:
     import transformers
     import peft
     from peft import LoraConfig, PeftModel, get_peft_model
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, save_file, save_model
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, TrainerState
 except ImportError as error:
     sys.exit("roundtrip.py: %s (in %s). The top of this file says what to install." % (error, sys.executable))
@@ -156,6 +156,69 @@ def language_model():
         same_logprobs("language model, GPT2LMHeadModel, %s > align" % kind, ask("logprob", handed(kind)), model.float())
 
 
+def beside_the_base(kind):
+    """Configuration and vocabulary of the base in a folder whose weights are written by hand."""
+    os.makedirs(kind, exist_ok=True)
+    AutoModelForCausalLM.from_pretrained("base").config.save_pretrained(kind)
+    AutoTokenizer.from_pretrained("base").save_pretrained(kind)
+    return kind
+
+
+def output_layer():
+    """The output layer as files hold it: only lm_head (safetensors' save_model keeps the first of two names), both and
+    equal, untied but equal; and the names that torch.compile and DataParallel write."""
+    model = randomized(AutoModelForCausalLM.from_pretrained("base"))
+    kinds = {}
+    save_model(model, beside_the_base("head_only") + "/model.safetensors", {"format": "pt"})
+    kinds["only lm_head, safetensors' save_model"] = "head_only"
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    save_file(state, beside_the_base("head_both") + "/model.safetensors", {"format": "pt"})
+    kinds["wte and lm_head, equal"] = "head_both"
+    model.config.save_pretrained(beside_the_base("head_twice"))
+    save_file(state, "head_twice/model.safetensors", {"format": "pt"})
+    settings = json.loads(Path("head_twice/config.json").read_text())
+    Path("head_twice/config.json").write_text(json.dumps({**settings, "tie_word_embeddings": False}))
+    kinds["tie_word_embeddings false, equal"] = "head_twice"
+    for wrap, folder in ((torch.compile, "compiled"), (torch.nn.DataParallel, "parallel"), (lambda m: torch.nn.DataParallel(torch.compile(m)), "parallel_compiled")):
+        save_file({k: v.clone() for k, v in wrap(model).state_dict().items()}, beside_the_base(folder) + "/model.safetensors", {"format": "pt"})
+        kinds[folder] = folder
+    for name, folder in kinds.items():
+        same_logprobs("output layer and names, %s > align" % name, ask("logprob", handed(folder)), model)
+    for name in ("head_only", "head_both", "head_twice"):
+        same_logprobs("output layer, %s, the library's own reading" % name, ask("logprob", handed(name)), AutoModelForCausalLM.from_pretrained(name).eval())
+
+
+@torch.no_grad()
+def same_sentiment(name, lines, model, labels):
+    """Lines of `align score` against the text-classification pipeline; `labels`: negative, positive."""
+    tok = AutoTokenizer.from_pretrained("base")
+    pipe = transformers.pipeline("text-classification", model=model, tokenizer=tok, function_to_apply="softmax", top_k=None)
+    told = [{x["label"]: x["score"] for x in pipe([r["text"]], truncation=True, max_length=SHAPE["n_positions"])[0]} for r in lines]
+    ours = [{x["label"]: x["score"] for x in r["pipe_outputs"]} for r in lines]
+    check(name + ": the pipeline's scores", worst(([o["NEGATIVE"], o["POSITIVE"]], [t[labels[0]], t[labels[1]]]) for o, t in zip(ours, told)))
+    logits = [model(torch.tensor([tok(r["text"])["input_ids"][:SHAPE["n_positions"]]])).logits[0] for r in lines]
+    positive = model.config.label2id[labels[1]]
+    check(name + ": rewards", worst((r["reward"], x[positive] - x[1 - positive]) for r, x in zip(lines, logits)))
+
+
+def two_labels():
+    """transformers' default of two labels, in either order, under names that say which is positive and names that do not."""
+    for labels in (["NEGATIVE", "POSITIVE"], ["POSITIVE", "NEGATIVE"], ["LABEL_0", "LABEL_1"]):
+        names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+        model = randomized(transformers.GPT2ForSequenceClassification(GPT2Config(**SHAPE, **names, bos_token_id=512, eos_token_id=512, pad_token_id=512)))
+        folder = "labels_" + labels[0]
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained("base").save_pretrained(folder)
+        order = labels if labels[0] != "POSITIVE" else labels[::-1]
+        same_sentiment("two labels, %s first > align" % labels[0], ask("score", handed(folder)), model, order)
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=["c_attn"], fan_in_fan_out=True)
+    model = randomized(get_peft_model(AutoModelForSequenceClassification.from_pretrained("base", num_labels=2), config))
+    model.save_pretrained("saved_lora_labels")
+    same_sentiment("two labels, LoRA, get_peft_model > align", ask("score", "base", "--peft_adapter", handed("saved_lora_labels")), model.merge_and_unload(), ["LABEL_0", "LABEL_1"])
+    train("reward", "labels_on", "--model_name_or_path", "labels_NEGATIVE", "--dataset_name", REVIEWS)
+    same_rewards("two labels trained further, align > AutoModelForSequenceClassification", ask("score", "labels_on"), AutoModelForSequenceClassification.from_pretrained(handed("labels_on")).eval())
+
+
 def tokenizer():
     train("pretrain", "wide", "--dataset_name", REVIEWS, "--n_layer", 1, "--n_embd", 8, "--n_head", 1, "--n_positions", 32, steps=1)
     forged = ["<|endoftext|>", "a<|endoftext|>b <|endoftext|>\n"]
@@ -233,6 +296,18 @@ def lora():
         name = "LoRA, get_peft_model %s%s > align" % (targets, " use_rslora" * rslora)
         same_logprobs(name, ask("logprob", "base", "--peft_adapter", handed("saved_lora")), model)
     same_logprobs("LoRA, get_peft_model > align, the adapter's folder alone", ask("logprob", handed("saved_lora")), model)
+    for settings in (dict(layers_to_transform=[1]), dict(layers_to_transform=[0], layers_pattern="h"), dict(exclude_modules=["mlp.c_proj", "h.0.attn.c_attn"]),
+                     dict(modules_to_save=["lm_head"])):
+        config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, **settings)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained("base"), config)
+        for name, p in model.named_parameters():
+            p.requires_grad_("lora_" in name)  # what modules_to_save copies stays as it is
+        randomized(model).save_pretrained("saved_partial")
+        same_logprobs("LoRA, get_peft_model %s > align" % settings, ask("logprob", "base", "--peft_adapter", handed("saved_partial")), model)
+        align("sft", *FROM_BASE, REVIEWS, "--peft_adapter", "saved_partial", "--max_steps", 1, "--learning_rate", 1e-30, "--output_dir", "partial_on")
+        again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), handed("partial_on")).eval()
+        same_logprobs("LoRA, %s, trained on, align > PeftModel" % settings, ask("logprob", "base", "--peft_adapter", "partial_on"), again)
+        shutil.rmtree("partial_on")
 
 
 def lora_reward_model():
@@ -360,7 +435,8 @@ def main():
     torch.set_num_threads(1)
     prepare()
     here_only = [value_head] if opt.with_trl else [trainer_state, checkpoints, second_python]
-    for part in [language_model, tokenizer, end_token, reward_model, lora, lora_reward_model] + here_only:
+    for part in [language_model, output_layer, tokenizer, end_token, reward_model, two_labels, lora,
+                 lora_reward_model] + here_only:
         try:
             part()
         except Exception:                      # the other parts are checked all the same
