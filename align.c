@@ -677,7 +677,8 @@ static bool json_number(struct JsonParser *p, struct Json *node) {
     copy[strspn(copy, "+-.0123456789eE")] = 0;
     const char *first = copy + (*copy == '-'), *point = strchr(copy, '.');
     bool is_octal = first[0] == '0' && isdigit((unsigned char)first[1]);
-    if (!isdigit((unsigned char)first[0]) || is_octal) return json_expected(p, "a value was expected");
+    bool is_number = isdigit((unsigned char)first[0]) && !is_octal;
+    if (!is_number) return json_expected(p, "a value was expected");
     node->number = strtod(copy, &end);
     if (point && point < end && !isdigit((unsigned char)point[1])) return json_fail(p, "a number ends in its decimal point");
     if (*end == 'e' || *end == 'E') return json_fail(p, "a number without its exponent");
@@ -1313,14 +1314,19 @@ static int *json_ids(struct Arena *arena, const struct Json *array, size_t *coun
     return ids;
 }
 
+/* A place is "FILE:LINE"; the bytes of FILE, as printf's %.* takes them. */
+static int path_bytes(const char *place) { return (int)(strrchr(place, ':') - place); }
+
 /* What to do about a line that is not JSON: the end of the message. */
-static const char *line_hint(struct Text line, size_t where, bool is_last) {
+static const char *line_hint(struct Arena *arena, struct Text line, size_t where, bool is_last,
+                             const char *place) {
     bool low_first = line.length > 1 && memcmp(line.data, "\xff\xfe", 2) == 0;
     bool high_first = line.length > 1 && memcmp(line.data, "\xfe\xff", 2) == 0;
     if (low_first || high_first) return "; it is UTF-16, make it UTF-8: iconv -f UTF-16 -t UTF-8";
     if (*line.data != '{') return "; one object a line was expected: {\"text\": \"...\"}";
     if (is_last || where < line.length) return "";
-    return "; the object goes on in the next line, it must be on one; run: jq -c . FILE > rows.jsonl";
+    return arena_printf(arena, "; the object goes on in the next line, it must be on one; "
+                        "run: jq -c . '%.*s' > rows.jsonl", path_bytes(place), place);
 }
 
 /* Text that is an array of messages with a role: the form that chat templates take. */
@@ -1337,10 +1343,11 @@ static void refuse_chat(const struct Json *item, const char *place) {
         "f=lambda v:''.join('%s: %s\\n'%(m['role'],m['content'])for m in v)"
         "if type(v)==list and v and type(v[0])==dict else v; "
         "[print(json.dumps({k.replace('messages','text'):f(v)for k,v in json.loads(l).items()"
-        "if(k,type(v))!=('prompt',str)}))for l in sys.stdin]\" < FILE > rows.jsonl";
+        "if(k,type(v))!=('prompt',str)}))for l in sys.stdin]\"";
     if (!is_chat(item)) return;
     die("%s: \"%s\" is a chat, a list of messages, a string was expected (GPT-2 has no chat "
-        "template); flatten it: %s", place, item->key.data, flatten);
+        "template); flatten it: %s < '%.*s' > rows.jsonl",
+        place, item->key.data, flatten, path_bytes(place), place);
 }
 
 /* Which of FIELD_NAMES a row has; null counts as absent. */
@@ -1476,7 +1483,7 @@ static struct Json *dataset_line(struct Arena *scratch, struct Text line, bool i
     size_t where;
     struct Json *json = json_parse(scratch, line, &error, &where);
     if (!json) {
-        const char *hint = line_hint(line, where, is_last);
+        const char *hint = line_hint(scratch, line, where, is_last, place);
         die("%s: not JSON: %s (byte %zu)%s", place, error, where + 1, hint);
     }
     CHECK(json->type == JSON_OBJECT, "%s: a JSON object {...} was expected", place);
@@ -4557,7 +4564,10 @@ static size_t reward_texts(struct Trainer *trainer, struct Arena *arena, const s
     }
     const char *what = each == 2 ? "pairs" : "texts";
     size_t too_long = data->n - count - equal;
-    if (too_long) warn("%s: %zu of %zu %s dropped: longer than %zu tokens (--max_length)", data->path, too_long, data->n, what, trainer->args.max_length);
+    if (too_long) {
+        warn("%s: %zu of %zu %s dropped: longer than %zu tokens (--max_length)",
+             data->path, too_long, data->n, what, trainer->args.max_length);
+    }
     if (equal) {
         warn("%s: %zu of %zu pairs are left out: chosen and rejected are the same",
              data->path, equal, data->n);
@@ -6103,9 +6113,14 @@ static void course_split(struct Course *course, const struct Dataset *data) {
     CHECK(course->held_out_n >= 20, "%s: %zu rated texts; rlhf needs 200 or more, a tenth of them to measure on", data->path, n);
     struct Example *all = arena_alloc(&course->arena, n, sizeof *all);
     double *rating = arena_alloc(&course->arena, n, sizeof *rating);
+    size_t empty = 0;
     for (size_t i = 0; i < n; i++) {
         all[i] = example_encode(&course->arena, course->tok, data->rows[order[i]].text, course->vocab_size, true);
         rating[i] = data->rows[order[i]].score;
+        empty += data->rows[order[i]].text.length == 0;
+    }
+    if (empty) {
+        warn("%s: %zu of %zu texts are empty: no prompt is taken from them", data->path, empty, n);
     }
     course->held_out = all;
     course->held_out_rating = rating;

@@ -3889,7 +3889,7 @@ static void test_data_formats(void) {
         {"label\ttext\n1\tgood\n", "is a table (TSV)"},
         {"A good, and fine, film.\n", "data.jsonl:1: not JSON: a value was expected (byte 1); one object a line"},
         {"{\n  \"text\": \"a\"\n}\n", "data.jsonl:1: not JSON: a member's name in quotes was expected (byte 2); the object goes on in the next line"},
-        {"{\"text\": \"a\",\r\n \"label\": 1}\n", "the object goes on in the next line, it must be on one; run: jq -c . FILE > rows.jsonl"},
+        {"{\"text\": \"a\",\r\n \"label\": 1}\n", "the object goes on in the next line, it must be on one; run: jq -c . '"},
         {"{\"text\":\n \"a\"}\n", "the object goes on in the next line"},
         {"{\"messages\": [{\"role\": \"user\", \"content\": \"Hi\"}]}\n", "data.jsonl:1: \"messages\" is a chat"},
         {"{\"text\": [{\"role\": \"user\", \"content\": \"Hi\"}]}\n", "data.jsonl:1: \"text\" is a chat"},
