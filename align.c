@@ -632,6 +632,32 @@ static struct Json *json_fail(struct JsonParser *p, const char *error) {
     return NULL;
 }
 
+/* As json_fail, but if what stands there belongs to a notation that is often taken for JSON, it
+ * is named instead. */
+static struct Json *json_expected(struct JsonParser *p, const char *error) {
+    static const struct { const char *start, *error; } foreign[] = {
+        {"NaN", "NaN is not JSON; write null, or leave the field out"},
+        {"nan", "nan is not JSON; write null, or leave the field out"},
+        {"Infinity", "Infinity is not JSON; write a number, or null"},
+        {"-Infinity", "-Infinity is not JSON; write a number, or null"},
+        {"inf", "inf is not JSON; write a number, or null"},
+        {"-inf", "-inf is not JSON; write a number, or null"},
+        {"None", "None is Python, JSON has null; in Python, write a row with json.dumps"},
+        {"True", "True is Python, JSON has true; in Python, write a row with json.dumps"},
+        {"False", "False is Python, JSON has false; in Python, write a row with json.dumps"},
+        {"'", "a single quote, JSON has \" alone; in Python, write a row with json.dumps"},
+        {"//", "a comment, JSON has none; take it out"},
+        {"/*", "a comment, JSON has none; take it out"},
+        {"#", "a comment, JSON has none; take it out"},
+    };
+    for (size_t i = 0; i < COUNT(foreign); i++) {
+        size_t length = strlen(foreign[i].start);
+        if ((size_t)(p->end - p->at) < length) continue;
+        if (memcmp(p->at, foreign[i].start, length) == 0) return json_fail(p, foreign[i].error);
+    }
+    return json_fail(p, error);
+}
+
 static void json_space(struct JsonParser *p) {
     while (p->at < p->end && (*p->at == ' ' || *p->at == '\t' || *p->at == '\n' || *p->at == '\r')) p->at++;
 }
@@ -667,7 +693,10 @@ static bool json_string(struct JsonParser *p, struct Text *out) {
     static const char escapes[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
     const char *close = p->at + 1;
     while (close < p->end && *close != '"') close += *close == '\\' ? 2 : 1;
-    if (close >= p->end) return json_fail(p, "a string without its closing quote");
+    if (close >= p->end) {
+        static const char error[] = "a string without its closing quote; a line break in it is \\n";
+        return json_fail(p, error);
+    }
     char *to = arena_alloc(p->arena, (size_t)(close - p->at), 1), *start = to;
     for (p->at++; p->at < close;) {
         uint32_t c;
@@ -696,7 +725,9 @@ static bool json_number(struct JsonParser *p, struct Json *node) {
     memcpy(copy, p->at, MIN((size_t)(p->end - p->at), sizeof copy - 1));
     copy[strspn(copy, "+-.0123456789eE")] = 0;
     const char *first = copy + (*copy == '-'), *point = strchr(copy, '.');
-    if (!isdigit((unsigned char)first[0]) || (first[0] == '0' && isdigit((unsigned char)first[1]))) return json_fail(p, "a value was expected");
+    bool is_octal = first[0] == '0' && isdigit((unsigned char)first[1]);
+    bool is_number = isdigit((unsigned char)first[0]) && !is_octal;
+    if (!is_number) return json_expected(p, "a value was expected");
     node->number = strtod(copy, &end);
     if (point && point < end && !isdigit((unsigned char)point[1])) return json_fail(p, "a number ends in its decimal point");
     if (*end == 'e' || *end == 'E') return json_fail(p, "a number without its exponent");
@@ -719,7 +750,8 @@ static struct Json *json_container(struct JsonParser *p, struct Json *node, char
         struct Text key = {0};
         json_space(p);
         if (close == '}') {
-            if (p->at >= p->end || *p->at != '"') return json_fail(p, "a member's name in quotes was expected");
+            bool is_name = p->at < p->end && *p->at == '"';
+            if (!is_name) return json_expected(p, "a member's name in quotes was expected");
             if (!json_string(p, &key)) return NULL;
             json_space(p);
             if (p->at >= p->end || *p->at++ != ':') return json_fail(p, "':' was expected after a member's name");
@@ -731,9 +763,15 @@ static struct Json *json_container(struct JsonParser *p, struct Json *node, char
         tail = &item->next;
         node->number++;
         json_space(p);
-        if (p->at < p->end && *p->at == ',') { p->at++; continue; }
+        if (p->at < p->end && *p->at == ',') {
+            p->at++;
+            json_space(p);
+            if (p->at >= p->end || *p->at != close) continue;
+            return json_fail(p, "a comma before the closing bracket; take it out");
+        }
         if (p->at < p->end && *p->at == close) { p->at++; p->depth--; return node; }
-        return json_fail(p, close == '}' ? "',' or '}' was expected" : "',' or ']' was expected");
+        bool is_object = close == '}';
+        return json_expected(p, is_object ? "',' or '}' was expected" : "',' or ']' was expected");
     }
 }
 
@@ -763,7 +801,11 @@ static struct Json *json_parse(struct Arena *arena, struct Text text, const char
     struct JsonParser p = {arena, text.data + 3 * has_mark, text.data + text.length, NULL, 0};
     struct Json *value = json_value(&p);
     json_space(&p);
-    if (value && p.at != p.end) value = json_fail(&p, "something stands behind its end");
+    if (value && p.at != p.end) {
+        bool is_comma = *p.at == ',';
+        value = json_expected(&p, is_comma ? "a comma behind its end; take it out"
+                                           : "something stands behind its end");
+    }
     *error = p.error;
     *where = (size_t)(p.at - text.data);
     return value;
@@ -1313,24 +1355,48 @@ static struct Text *added_tokens(struct Arena *arena, const char *folder, size_t
  * is not padded but packed: all tokens in a row, with the place where each sequence starts. What is not there costs nothing.
  * ============================================================================================= */
 
+/* A shape: the fields that a row must have, and, 16 bits further on, those that are used if they
+ * are there. What a row has besides is not looked at. */
+#define MAY_HAVE(fields) ((fields) << 16)
 enum Field {
     HAS_TEXT = 1, HAS_PROMPT = 2, HAS_COMPLETION = 4, HAS_CHOSEN = 8, HAS_REJECTED = 16, HAS_LABEL = 32, HAS_SCORE = 64,
     HAS_QUERY_IDS = 128, HAS_RESPONSE_IDS = 256, HAS_MARGIN = 512,
     SHAPE_TEXT = HAS_TEXT, SHAPE_PROMPT = HAS_PROMPT, SHAPE_PROMPT_COMPLETION = HAS_PROMPT | HAS_COMPLETION,
-    SHAPE_PREFERENCE = HAS_CHOSEN | HAS_REJECTED, SHAPE_LABELLED = HAS_TEXT | HAS_LABEL, SHAPE_RATED = HAS_TEXT | HAS_SCORE,
+    SHAPE_PREFERENCE = HAS_CHOSEN | HAS_REJECTED | MAY_HAVE(HAS_PROMPT),
+    SHAPE_MARGIN = SHAPE_PREFERENCE | MAY_HAVE(HAS_MARGIN),  /* the same, where margins count */
+    SHAPE_LABELLED = HAS_TEXT | HAS_LABEL, SHAPE_RATED = HAS_TEXT | HAS_SCORE,
     SHAPE_ROLLOUT = HAS_QUERY_IDS | HAS_RESPONSE_IDS | HAS_SCORE
 };
 static const char *const FIELD_NAMES[] = {"text", "prompt", "completion", "chosen", "rejected", "label", "score", "query_ids", "response_ids", "margin"};
 
 struct Row {
-    unsigned has;                                     /* which of enum Field */
+    unsigned has;                                     /* which of enum Field, used or not */
     struct Text text, prompt, completion, chosen, rejected;
     double score, margin, label;
     int *query_ids, *response_ids;
     size_t query_length, response_length;
 };
 
-struct Dataset { struct Row *rows; size_t n, capacity; unsigned shape; char *path; };
+/* What the name of a file in a folder says about it: which split it belongs to, and how much that
+ * counts beside the names of the other files. */
+enum Split { SPLIT_NONE, SPLIT_TRAIN, SPLIT_VALIDATION, SPLIT_TEST };
+enum SplitRank { RANK_FILE, RANK_FOLDER, RANK_SHARD, RANKS };
+
+struct DataFile {
+    const char *path, *name;                          /* name: the path inside the folder */
+    enum Split split;
+    enum SplitRank rank;
+    bool is_read;
+};
+
+struct Dataset {
+    struct Row *rows;
+    size_t n, capacity;
+    unsigned shape;
+    char *path;
+    struct DataFile *files;                           /* of a folder; else the one file */
+    size_t file_count;
+};
 
 /* "chosen" + "rejected", or "text": what shapes are made of. */
 static const char *shape_names(struct Arena *arena, const unsigned *shapes, size_t count) {
@@ -1352,92 +1418,430 @@ static int *json_ids(struct Arena *arena, const struct Json *array, size_t *coun
     return ids;
 }
 
-/* One line of JSON into a row; fields that we do not know are ignored. */
-static struct Row dataset_row(struct Arena *keep, struct Arena *scratch, struct Text line_text, const char *place) {
-    bool wide = line_text.length > 1 && (memcmp(line_text.data, "\xff\xfe", 2) == 0 || memcmp(line_text.data, "\xfe\xff", 2) == 0);
-    const char *hint = wide ? "; it is UTF-16, make it UTF-8: iconv -f UTF-16 -t UTF-8" : *line_text.data == '{' ? "" : "; one object a line was expected: {\"text\": \"...\"}";
-    struct Json *json = json_object(scratch, line_text, place, hint);
-    struct Row row = {0};
-    struct Text *texts[] = {&row.text, &row.prompt, &row.completion, &row.chosen, &row.rejected};
+/* A place is "FILE:LINE"; the bytes of FILE, as printf's %.* takes them. */
+static int path_bytes(const char *place) { return (int)(strrchr(place, ':') - place); }
+
+/* What to do about a line that is not JSON: the end of the message. */
+static const char *line_hint(struct Arena *arena, struct Text line, size_t where, bool is_last,
+                             const char *place) {
+    bool low_first = line.length > 1 && memcmp(line.data, "\xff\xfe", 2) == 0;
+    bool high_first = line.length > 1 && memcmp(line.data, "\xfe\xff", 2) == 0;
+    if (low_first || high_first) return "; it is UTF-16, make it UTF-8: iconv -f UTF-16 -t UTF-8";
+    if (*line.data != '{') return "; one object a line was expected: {\"text\": \"...\"}";
+    if (is_last || where < line.length) return "";
+    return arena_printf(arena, "; the object goes on in the next line, it must be on one; "
+                        "run: jq -c . '%.*s' > rows.jsonl", path_bytes(place), place);
+}
+
+/* Text that is an array of messages with a role: the form that chat templates take. */
+static bool is_chat(const struct Json *item) {
+    return item && item->type == JSON_ARRAY && item->child && json_get(item->child, "role");
+}
+
+/* GPT-2 was trained without a chat template, so which text such messages are is the user's choice;
+ * the command writes "role: content" lines. A prompt that is a string beside them repeats their
+ * beginning and is left out, as TRL does. */
+static void refuse_chat(const struct Json *item, const char *place) {
+    static const char flatten[] =
+        "python3 -c \"import json,sys; "
+        "f=lambda v:''.join('%s: %s\\n'%(m['role'],m['content'])for m in v)"
+        "if type(v)==list and v and type(v[0])==dict else v; "
+        "[print(json.dumps({k.replace('messages','text'):f(v)for k,v in json.loads(l).items()"
+        "if(k,type(v))!=('prompt',str)}))for l in sys.stdin]\"";
+    if (!is_chat(item)) return;
+    die("%s: \"%s\" is a chat, a list of messages, a string was expected (GPT-2 has no chat "
+        "template); flatten it: %s < '%.*s' > rows.jsonl",
+        place, item->key.data, flatten, path_bytes(place), place);
+}
+
+/* Which of FIELD_NAMES a row has; null counts as absent. */
+static unsigned json_fields(const struct Json *json) {
+    unsigned has = 0;
     for (size_t i = 0; i < COUNT(FIELD_NAMES); i++) {
-        struct Json *item = json_get(json, FIELD_NAMES[i]);
+        const struct Json *item = json_get(json, FIELD_NAMES[i]);
+        if (item && item->type != JSON_NULL) has |= 1u << i;
+    }
+    return has;
+}
+
+/* A row's score, margin or label; a label may be a truth value too. */
+static double json_field_number(const struct Json *item, bool is_label, const char *place) {
+    bool is_truth = is_label && (item->type == JSON_TRUE || item->type == JSON_FALSE);
+    double number = is_truth ? item->type == JSON_TRUE : item->number;
+    bool is_number = item->type == JSON_NUMBER && fabs(number) <= FLT_MAX;
+    CHECK(is_truth || is_number, "%s: \"%s\" must be a number, at most 3.4e38", place,
+          item->key.data);
+    CHECK(!is_label || number == 0 || number == 1, "%s: \"label\" must be 0 or 1", place);
+    return number;
+}
+
+/* One line's object into a row of this shape. Fields that the shape does not use are not judged:
+ * `label` may say "pos" where texts alone are read. */
+static struct Row dataset_row(struct Arena *keep, const struct Json *json, unsigned shape,
+                              const char *place) {
+    struct Row row = {.has = json_fields(json)};
+    struct Text *texts[] = {&row.text, &row.prompt, &row.completion, &row.chosen, &row.rejected};
+    unsigned used = row.has & (shape | shape >> 16);
+    for (size_t i = 0; i < COUNT(FIELD_NAMES); i++) {
+        const struct Json *item = json_get(json, FIELD_NAMES[i]);
         unsigned field = 1u << i;
-        if (!item || item->type == JSON_NULL) continue;
-        row.has |= field;
+        if (!(used & field)) continue;
         if (i < COUNT(texts)) {
+            refuse_chat(item, place);
             CHECK(item->type == JSON_STRING, "%s: \"%s\" must be a string", place, FIELD_NAMES[i]);
             *texts[i] = text_copy(keep, item->string);
-        } else if (field == HAS_QUERY_IDS) row.query_ids = json_ids(keep, item, &row.query_length, place);
-        else if (field == HAS_RESPONSE_IDS) row.response_ids = json_ids(keep, item, &row.response_length, place);
-        else {
-            bool truth = field == HAS_LABEL && (item->type == JSON_TRUE || item->type == JSON_FALSE);
-            double number = truth ? item->type == JSON_TRUE : item->number;
-            CHECK(truth || (item->type == JSON_NUMBER && fabs(number) <= FLT_MAX), "%s: \"%s\" must be a number, at most 3.4e38", place, FIELD_NAMES[i]);
-            CHECK(field != HAS_LABEL || number == 0 || number == 1, "%s: \"label\" must be 0 or 1", place);
-            *(field == HAS_LABEL ? &row.label : field == HAS_SCORE ? &row.score : &row.margin) = number;
         }
+        if (field == HAS_QUERY_IDS) {
+            row.query_ids = json_ids(keep, item, &row.query_length, place);
+        }
+        if (field == HAS_RESPONSE_IDS) {
+            row.response_ids = json_ids(keep, item, &row.response_length, place);
+        }
+        if (field == HAS_LABEL) row.label = json_field_number(item, true, place);
+        if (field == HAS_SCORE) row.score = json_field_number(item, false, place);
+        if (field == HAS_MARGIN) row.margin = json_field_number(item, false, place);
     }
     return row;
 }
 
-/* Appends a file's rows, all of the first one's shape. If that is none of `shapes`: an error, or, if `optional`, left out. */
-static void dataset_add_file(struct Arena *arena, struct Dataset *data, const char *path, const unsigned *shapes, size_t shape_count, bool optional) {
+/* The first of the shapes that a row fits; 0: none. */
+static unsigned shape_of(unsigned has, const unsigned *shapes, size_t shape_count) {
+    for (size_t i = 0; i < shape_count; i++) {
+        unsigned required = shapes[i] & (MAY_HAVE(1u) - 1);
+        if ((has & required) == required) return shapes[i];
+    }
+    return 0;
+}
+
+/* Is it a table, CSV or TSV? Its name says so, or a cell of its first line is a field's name. */
+static bool is_table(struct Text file, const char *path) {
+    const char *dot = strrchr(path, '.');
+    if (dot && (strcmp(dot, ".csv") == 0 || strcmp(dot, ".tsv") == 0)) return true;
+    const char *cell = file.data;
+    while (*cell && *cell != '\n') {
+        if (*cell == '"') cell++;
+        struct Text name = {cell, strcspn(cell, ",\t\"\r\n")};
+        for (size_t i = 0; i < COUNT(FIELD_NAMES); i++) {
+            if (text_equal(name, text_of(FIELD_NAMES[i]))) return true;
+        }
+        cell += strcspn(cell, ",\t\n");
+        if (*cell == ',' || *cell == '\t') cell++;
+    }
+    return false;
+}
+
+/* Other formats that data comes in, by their first bytes, and the command that makes JSON Lines of
+ * a file: `before`, its path, `after`. Tables have no such bytes and stand last. */
+#define PANDAS(reader) "python3 -c \"import pandas; pandas." reader "('"
+#define PANDAS_END "').to_json('rows.jsonl', orient='records', lines=True)\""
+static const struct Format {
+    const char *start;
+    size_t length;
+    const char *name, *before, *after;
+} FORMATS[] = {
+    {"[", 1, "a JSON array",
+     "python3 -c \"import json; [print(json.dumps(row)) for row in json.load(open('",
+     "'))]\" > rows.jsonl"},
+    {"PAR1", 4, "Parquet", PANDAS("read_parquet"), PANDAS_END},
+    {"ARROW1", 6, "an Arrow file", PANDAS("read_feather"), PANDAS_END},
+    {"\xff\xff\xff\xff", 4, "an Arrow stream (save_to_disk of datasets)",
+     "python3 -c \"from datasets import Dataset; Dataset.from_file('",
+     "').to_json('rows.jsonl')\""},
+    {"\x1f\x8b", 2, "compressed by gzip", "gzip -dc '", "' > rows.jsonl"},
+    {"\x28\xb5\x2f\xfd", 4, "compressed by zstd", "zstd -dc '", "' > rows.jsonl"},
+    {"BZh", 3, "compressed by bzip2", "bzip2 -dc '", "' > rows.jsonl"},
+    {"\xfd" "7zXZ", 5, "compressed by xz", "xz -dc '", "' > rows.jsonl"},
+    {"PK\x03\x04", 4, "a zip archive", "unzip -p '", "' > rows.jsonl"},
+    {"version https://git-lfs", 23, "a Git LFS pointer, not the data itself",
+     "git -C \"$(dirname '", "')\" lfs pull"},
+    {"", 0, "a table (TSV)", PANDAS("read_table"), PANDAS_END},
+    {"", 0, "a table (CSV)", PANDAS("read_csv"), PANDAS_END},
+};
+enum { FORMAT_CSV = COUNT(FORMATS) - 1, FORMAT_TSV = FORMAT_CSV - 1 };
+
+/* Data that is whole but in another format is refused by the format's name. */
+static void refuse_other_formats(struct Text file, const char *path) {
+    size_t format = 0;
+    bool has_mark = file.length >= 3 && memcmp(file.data, "\xef\xbb\xbf", 3) == 0;
+    file = (struct Text){file.data + 3 * has_mark, file.length - 3 * has_mark};
+    size_t blank = strspn(file.data, " \t\r\n");
+    file = (struct Text){file.data + blank, file.length - blank};
+    while (format < FORMAT_TSV) {
+        size_t length = FORMATS[format].length;
+        if (file.length >= length && memcmp(file.data, FORMATS[format].start, length) == 0) break;
+        format++;
+    }
+    if (format == FORMAT_TSV) {
+        if (*file.data == '{' || !is_table(file, path)) return;
+        bool has_tab = file.data[strcspn(file.data, "\t\n")] == '\t';
+        if (!has_tab) format = FORMAT_CSV;
+    }
+    die("%s: is %s, JSON Lines were expected; run: %s%s%s", path, FORMATS[format].name,
+        FORMATS[format].before, path, FORMATS[format].after);
+}
+
+/* One line of a file as a JSON object, or the reason why it is none. */
+static struct Json *dataset_line(struct Arena *scratch, struct Text line, bool is_last,
+                                 const char *place) {
+    const char *error;
+    size_t where;
+    struct Json *json = json_parse(scratch, line, &error, &where);
+    if (!json) {
+        const char *hint = line_hint(scratch, line, where, is_last, place);
+        die("%s: not JSON: %s (byte %zu)%s", place, error, where + 1, hint);
+    }
+    CHECK(json->type == JSON_OBJECT, "%s: a JSON object {...} was expected", place);
+    return json;
+}
+
+/* Why a row fits none of the shapes. */
+static _Noreturn void refuse_shape(const struct Json *json, const unsigned *shapes,
+                                   size_t shape_count, const char *place) {
+    struct Arena arena = {0};
+    unsigned has = json_fields(json);
+    refuse_chat(json_get(json, "messages"), place);
+    const char *wanted = shape_names(&arena, shapes, shape_count);
+    const char *found = shape_names(&arena, &has, 1);
+    die("%s: expected %s, found %s", place, wanted, *found ? found : "no field that is known");
+}
+
+static void dataset_append(struct Arena *arena, struct Dataset *data, struct Row row) {
+    if (data->n == data->capacity) {
+        data->capacity = MAX(2 * data->n, (size_t)256);
+        struct Row *rows = arena_alloc(arena, data->capacity, sizeof *rows);
+        data->rows = data->n ? memcpy(rows, data->rows, data->n * sizeof *rows) : rows;
+    }
+    data->rows[data->n++] = row;
+}
+
+/* Appends a file's rows, all of the first one's shape. If that is none of `shapes`: an error, or,
+ * if `optional`, left out. */
+static void dataset_add_file(struct Arena *arena, struct Dataset *data, struct DataFile *source,
+                             const unsigned *shapes, size_t shape_count, bool optional) {
     struct Arena scratch = {0};
-    struct Text file = read_file(&scratch, path);
+    struct Text file = read_file(&scratch, source->path);
     struct Arena line_arena = {0};
     const char *at = file.data, *end = file.data + file.length;
-    size_t rows_before = data->n;
+    refuse_other_formats(file, source->path);
     for (size_t line = 1; at < end; line++) {
         const char *stop = memchr(at, '\n', (size_t)(end - at));
         if (!stop) stop = end;
         struct Text text = {at, (size_t)(stop - at)};
         at = stop + 1;
         if (strspn(text.data, " \t\r\v\f") == text.length) continue;
-        bool first_row = rows_before == data->n;
-        const char *place = arena_printf(&line_arena, "%s:%zu", path, line);
-        struct Row row = dataset_row(arena, &line_arena, text, place);
-        for (size_t i = 0; i < shape_count && !data->shape; i++) if ((row.has & shapes[i]) == shapes[i]) data->shape = shapes[i];
-        if (!data->shape || (row.has & data->shape) != data->shape) {
-            if (optional && first_row) break;
-            const char *wanted = data->shape ? shape_names(&scratch, &data->shape, 1) : shape_names(&scratch, shapes, shape_count), *found = shape_names(&scratch, &row.has, 1);
-            die("%s: expected %s, found %s", place, wanted, *found ? found : "no field that is known");
+        const char *place = arena_printf(&line_arena, "%s:%zu", source->path, line);
+        struct Json *json = dataset_line(&line_arena, text, at >= end, place);
+        if (data->shape) {                                 /* the first row has decided for all */
+            shapes = &data->shape;
+            shape_count = 1;
         }
-        if (data->n == data->capacity) {
-            struct Row *rows = arena_alloc(arena, data->capacity = MAX(2 * data->n, (size_t)256), sizeof *rows);
-            data->rows = data->n ? memcpy(rows, data->rows, data->n * sizeof *rows) : rows;
-        }
-        data->rows[data->n++] = row;
+        unsigned shape = shape_of(json_fields(json), shapes, shape_count);
+        if (!shape && optional && !source->is_read) break;
+        if (!shape) refuse_shape(json, shapes, shape_count, place);
+        data->shape = shape;
+        source->is_read = true;
+        dataset_append(arena, data, dataset_row(arena, json, shape, place));
         arena_reset(&line_arena);
     }
     arena_free(&line_arena);
     arena_free(&scratch);
 }
 
-static int compare_strings(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
+/* Do the first bytes of a name spell a word, in small or capital letters? */
+static bool spells(const char *name, const char *word, size_t length) {
+    if (strlen(word) != length) return false;
+    for (size_t i = 0; i < length; i++) {
+        if (tolower((unsigned char)name[i]) != word[i]) return false;
+    }
+    return true;
+}
 
-/* dataset_load -- a JSON Lines file, or a folder of them.          [glossary: Conjunto de dados]
- * shapes: what the caller can use, best first. A folder stands for its *.jsonl (but test*) of the first that any has. */
-static struct Dataset *dataset_load(struct Arena *arena, const char *path, const unsigned *shapes, size_t shape_count) {
+/* The split that a word of a path, from `at` to `end`, names; of several the first of enum Split.
+ * Words end where datasets' NON_WORDS_CHARS stand. */
+static enum Split split_of_words(const char *at, const char *end) {
+    static const char not_words[] = "-._ 0123456789/";
+    static const struct { const char *word; enum Split split; } words[] = {
+        {"train", SPLIT_TRAIN}, {"training", SPLIT_TRAIN},
+        {"validation", SPLIT_VALIDATION}, {"valid", SPLIT_VALIDATION},
+        {"dev", SPLIT_VALIDATION}, {"val", SPLIT_VALIDATION},
+        {"test", SPLIT_TEST}, {"testing", SPLIT_TEST},
+        {"eval", SPLIT_TEST}, {"evaluation", SPLIT_TEST},
+    };
+    enum Split split = SPLIT_NONE;
+    for (; at < end; at++) {
+        size_t length = strcspn(at, not_words);
+        for (size_t i = 0; i < COUNT(words); i++) {
+            bool comes_first = !split || words[i].split < split;
+            if (comes_first && spells(at, words[i].word, length)) split = words[i].split;
+        }
+        at += length;
+    }
+    return split;
+}
+
+/* Is a file's name one of "train-00000-of-00002.jsonl"'s kind, as datasets writes large data? */
+static bool is_shard_name(const char *name) {
+    for (const char *of = strstr(name, "-of-"); of; of = strstr(of + 1, "-of-")) {
+        if (of - name < 6 || of[-6] != '-') continue;
+        if (strspn(of - 5, "0123456789") == 5 && strspn(of + 4, "0123456789") >= 5) return true;
+    }
+    return false;
+}
+
+/* data_file_split -- which file of a folder is which split, by its name, as datasets.load_dataset
+ * decides it (data_files.py): shards in data/ count before folders that are called after a split,
+ * these before files that are. Two things are ours, lest held-out rows be trained on: capital
+ * letters make no difference, and a name with words of several splits counts once.
+ * By hand: "train.jsonl" train; "dev/a.jsonl" validation; "tests.jsonl" none.
+ *                                                                       test: data_splits */
+static void data_file_split(struct DataFile *file) {
+    const char *slash = strrchr(file->name, '/');
+    const char *base = slash ? slash + 1 : file->name;
+    bool is_in_data = base == file->name + 5 && strncmp(file->name, "data/", 5) == 0;
+    enum Split of_folders = split_of_words(file->name, base);
+    enum Split of_file = split_of_words(base, base + strlen(base));
+    *file = (struct DataFile){file->path, file->name, .split = of_file, .rank = RANK_FILE};
+    if (is_in_data && is_shard_name(base)) {
+        file->rank = RANK_SHARD;
+    } else if (of_folders) {
+        file->split = of_folders;
+        file->rank = RANK_FOLDER;
+    }
+}
+
+static int compare_data_files(const void *a, const void *b) {
+    return strcmp(((const struct DataFile *)a)->path, ((const struct DataFile *)b)->path);
+}
+
+enum { DATA_FILES_MOST = 256, DATA_FOLDERS_DEEP = 16 };
+
+/* Adds the *.jsonl of a folder and of the folders in it to data->files. Hidden ones, and folders
+ * like __pycache__, are passed over, as datasets does. `deep` ends links that lead back. */
+static void dataset_list_files(struct Arena *arena, struct Dataset *data, const char *folder,
+                               size_t deep) {
+    DIR *dir = opendir(folder);
+    CHECK(dir, "%s: %s", folder, strerror(errno));
+    for (struct dirent *entry; (entry = readdir(dir));) {
+        const char *name = entry->d_name;
+        size_t length = strlen(name);
+        if (name[0] == '.') continue;
+        const char *path = arena_printf(arena, "%s/%s", folder, name);
+        if (is_folder(path)) {
+            bool is_special = strncmp(name, "__", 2) == 0;
+            if (!is_special && deep > 1) dataset_list_files(arena, data, path, deep - 1);
+            continue;
+        }
+        if (length <= 6 || strcmp(name + length - 6, ".jsonl") != 0) continue;
+        CHECK(data->file_count < DATA_FILES_MOST,
+              "%s: more than %d .jsonl files; join them: cat %s/*.jsonl > all.jsonl",
+              data->path, DATA_FILES_MOST, folder);
+        struct DataFile file = {.path = path, .name = path + strlen(data->path) + 1};
+        data_file_split(&file);
+        data->files[data->file_count++] = file;
+    }
+    closedir(dir);
+}
+
+/* "a.jsonl, b.jsonl and 3 more": the files of a folder that are read, or those that are not. */
+static const char *data_file_names(struct Arena *arena, const struct Dataset *data, bool is_read) {
+    enum { MOST = 8 };
+    const char *names = "";
+    size_t count = 0;
+    for (size_t i = 0; i < data->file_count; i++) {
+        if (data->files[i].is_read != is_read || count++ >= MOST) continue;
+        names = arena_printf(arena, "%s%s%s", names, *names ? ", " : "", data->files[i].name);
+    }
+    return count > MOST ? arena_printf(arena, "%s and %zu more", names, count - MOST) : names;
+}
+
+static bool is_same_file(const char *a, const char *b) {
+    struct stat one, other;
+    if (stat(a, &one) != 0 || stat(b, &other) != 0) return false;
+    if (one.st_ino == 0) return strcmp(a, b) == 0;                  /* Windows has no such number */
+    return one.st_dev == other.st_dev && one.st_ino == other.st_ino;
+}
+
+/* Has a data set, if there is one, read this file? */
+static bool is_read_by(const struct Dataset *data, const char *path) {
+    for (size_t i = 0; data && i < data->file_count; i++) {
+        if (data->files[i].is_read && is_same_file(data->files[i].path, path)) return true;
+    }
+    return false;
+}
+
+/* Adds the files of a folder that belong to a split and have a shape: of those whose names say so
+ * by one rank, the highest there is. What `training` has read is not added. */
+static void dataset_add_split(struct Arena *arena, struct Dataset *data, enum Split split,
+                              unsigned shape, const struct Dataset *training) {
+    for (size_t rank = RANKS; rank-- > 0 && data->n == 0;) {
+        for (size_t i = 0; i < data->file_count; i++) {
+            struct DataFile *file = &data->files[i];
+            bool is_wanted = file->split == split && file->rank == rank;
+            if (!is_wanted || is_read_by(training, file->path)) continue;
+            dataset_add_file(arena, data, file, &shape, 1, true);
+        }
+    }
+}
+
+/* No file of a folder has what is wanted: why the first that might have had it has not, or what
+ * there is instead. */
+static _Noreturn void refuse_folder(struct Arena *arena, struct Dataset *data,
+                                    const unsigned *shapes, size_t shape_count,
+                                    const struct Dataset *training) {
+    const char *files = data_file_names(arena, data, false);
+    const char *wanted = shape_names(arena, shapes, shape_count);
+    for (size_t i = 0; i < data->file_count; i++) {
+        struct DataFile *file = &data->files[i];
+        bool is_held_out = file->split == SPLIT_VALIDATION || file->split == SPLIT_TEST;
+        if ((is_held_out && !training) || is_read_by(training, file->path)) continue;
+        dataset_add_file(arena, data, file, shapes, shape_count, false);
+    }
+    if (!*files) die("%s: no row with %s was found: no .jsonl file is there", data->path, wanted);
+    if (training) {
+        die("%s: no held-out row with %s was found: the training reads what is there (%s)",
+            data->path, wanted, files);
+    }
+    die("%s: no row with %s was found but in held-out data (%s); name the file that is meant: %s",
+        data->path, wanted, files, data->files[0].path);
+}
+
+/* Reads a folder: the rows of the best shape that any of its files has, of the first of the splits
+ * that has such rows. Says which files these are if there are others. */
+static void dataset_load_folder(struct Arena *arena, struct Dataset *data, const unsigned *shapes,
+                                size_t shape_count, const struct Dataset *training) {
+    static const enum Split to_train[] = {SPLIT_TRAIN, SPLIT_NONE};
+    static const enum Split held_out[] = {SPLIT_VALIDATION, SPLIT_TEST, SPLIT_NONE, SPLIT_TRAIN};
+    const enum Split *splits = training ? held_out : to_train;
+    size_t split_count = training ? COUNT(held_out) : COUNT(to_train);
+    data->files = arena_alloc(arena, DATA_FILES_MOST, sizeof *data->files);
+    dataset_list_files(arena, data, data->path, DATA_FOLDERS_DEEP);
+    /* A folder's own order is anybody's. */
+    qsort(data->files, data->file_count, sizeof *data->files, compare_data_files);
+    for (size_t s = 0; s < shape_count; s++) {
+        for (size_t k = 0; k < split_count && data->n == 0; k++) {
+            dataset_add_split(arena, data, splits[k], shapes[s], training);
+        }
+    }
+    if (data->n == 0) refuse_folder(arena, data, shapes, shape_count, training);
+    const char *read = data_file_names(arena, data, true);
+    const char *left_out = data_file_names(arena, data, false);
+    const char *purpose = training ? " as held-out data" : "";
+    if (*left_out) warn("%s: read %s%s; left out %s", data->path, read, purpose, left_out);
+}
+
+static struct Dataset *dataset_open(struct Arena *arena, const char *path, const unsigned *shapes,
+                                    size_t shape_count, const struct Dataset *training) {
     struct Dataset *data = arena_zeros(arena, 1, sizeof *data);
     data->path = arena_printf(arena, "%s", path);
-    if (!is_folder(path)) dataset_add_file(arena, data, path, shapes, shape_count, false);
-    else {
-        char *files[256];
-        size_t count = 0;
-        DIR *folder = opendir(path);
-        CHECK(folder, "%s: %s", path, strerror(errno));
-        for (struct dirent *entry; (entry = readdir(folder));) {
-            size_t length = strlen(entry->d_name);
-            bool wanted = length > 6 && strcmp(entry->d_name + length - 6, ".jsonl") == 0 && strncmp(entry->d_name, "test", 4) != 0 && entry->d_name[0] != '.';
-            CHECK(!wanted || count < COUNT(files), "%s: more than %zu .jsonl files; join them: cat %s/*.jsonl > all.jsonl", path, COUNT(files), path);
-            if (wanted) files[count++] = arena_printf(arena, "%s/%s", path, entry->d_name);
-        }
-        closedir(folder);
-        qsort(files, count, sizeof *files, compare_strings);           /* a folder's own order is anybody's */
-        for (size_t s = 0; s < shape_count && !data->shape; s++)
-            for (size_t i = 0; i < count; i++) dataset_add_file(arena, data, files[i], data->shape ? &data->shape : &shapes[s], 1, true);
+    if (is_folder(path)) {
+        dataset_load_folder(arena, data, shapes, shape_count, training);
+        return data;
     }
-    CHECK(data->n > 0, "%s: no row with %s was found", path, shape_names(arena, shapes, shape_count));
+    data->files = arena_zeros(arena, 1, sizeof *data->files);
+    data->files[data->file_count++].path = data->path;
+    dataset_add_file(arena, data, data->files, shapes, shape_count, false);
+    const char *wanted = shape_names(arena, shapes, shape_count);
+    CHECK(data->n > 0, "%s: no row with %s was found", path, wanted);
     return data;
 }
 
@@ -1456,7 +1860,7 @@ static bool text_contains(struct Text text, struct Text word) {
 static void warn_of_written_ends(const struct Dataset *data, const struct Tokenizer *tok) {
     struct Text name = tok->token[tok->end_token];
     unsigned used = data->shape;
-    if (used == SHAPE_PREFERENCE)
+    if ((used & SHAPE_PREFERENCE) == SHAPE_PREFERENCE)
         used |= HAS_PROMPT;
     size_t count = 0;
     for (size_t r = 0; r < data->n; r++) {
@@ -1471,6 +1875,22 @@ static void warn_of_written_ends(const struct Dataset *data, const struct Tokeni
         warn("%s: %zu of %zu rows contain \"%.*s\", which is ordinary text here; leave it out: the "
              "end token is added behind each text without it",
              data->path, count, data->n, (int)name.length, name.data);
+}
+
+/* dataset_load -- a JSON Lines file, or a folder of them.          [glossary: Conjunto de dados]
+ * shapes: what the caller can use, best first. A folder stands for the files of its train split,
+ * or, if no name says "train", for those whose names say nothing of a split.  test: data_splits */
+static struct Dataset *dataset_load(struct Arena *arena, const char *path, const unsigned *shapes,
+                                    size_t shape_count) {
+    return dataset_open(arena, path, shapes, shape_count, NULL);
+}
+
+/* dataset_load_held_out -- rows to measure a training on, of the shape of the rows it learns from.
+ * A folder stands for its validation split, else for its test split, else for all of it, but never
+ * for a file that the training reads: a model that has seen the answers does well on them. */
+static struct Dataset *dataset_load_held_out(struct Arena *arena, const char *path,
+                                             const struct Dataset *training) {
+    return dataset_open(arena, path, &training->shape, 1, training);
 }
 
 /* Token ids of one training sequence; the first prompt_length of them are given, not learnt. */
@@ -4842,11 +5262,39 @@ static double reward_loss(struct Trainer *trainer, const size_t *index, size_t c
     return loss * weight;
 }
 
-/* Rows as texts with end tokens, two a preference, and numbers. Half a text is no fair comparison: what exceeds max_length is dropped. */
+/* Are the two sides of a pair the same tokens? Then nobody preferred anything. */
+static bool is_equal_pair(const struct Example pair[2]) {
+    if (pair[0].n != pair[1].n) return false;
+    return memcmp(pair[0].ids, pair[1].ids, pair[0].n * sizeof *pair[0].ids) == 0;
+}
+
+/* What is left to learn from must hold something to compare. */
+static void reward_check(const struct Dataset *data, const double *number, size_t count) {
+    bool is_pairs = data->shape == SHAPE_MARGIN;
+    CHECK(count >= (is_pairs ? 1u : 2u),
+          "%s: %zu %s are left; a pair or two texts are needed to compare",
+          data->path, count, is_pairs ? "pairs" : "texts");
+    double least = number[0];
+    double most = number[0];
+    for (size_t i = 0; i < count; i++) {
+        least = MIN(least, number[i]);
+        most = MAX(most, number[i]);
+    }
+    CHECK(data->shape != SHAPE_RATED || most - least >= 1,
+          "%s: no two ratings differ by 1 or more, so there is nothing to compare; they go from %g "
+          "to %g", data->path, least, most);
+    if (data->shape == SHAPE_LABELLED && least == most) {
+        warn("%s: every label is %g: a model that always says so is right", data->path, least);
+    }
+}
+
+/* Rows as texts with end tokens, two a preference, and numbers. Half a text is no fair comparison:
+ * what exceeds max_length is dropped. So are pairs of equal sides, which TRL keeps: their loss has
+ * no gradient, and no model can be right about them, so they would only lower the accuracy. */
 static size_t reward_texts(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data, int held_out) {
     struct RewardTask *task = trainer->task.data;
     const struct GPT2Config *config = &trainer->model->config;
-    size_t count = 0, each = data->shape == SHAPE_PREFERENCE ? 2 : 1;
+    size_t count = 0, equal = 0, each = data->shape == SHAPE_MARGIN ? 2 : 1;
     struct Example *texts = task->texts[held_out] = arena_alloc(arena, each * data->n, sizeof *texts);
     double *number = task->number[held_out] = arena_alloc(arena, data->n, sizeof *number);
     for (size_t i = 0; i < data->n; i++) {
@@ -4857,16 +5305,24 @@ static size_t reward_texts(struct Trainer *trainer, struct Arena *arena, const s
             const int *end_token = &config->eos_token_id;
             e[k] = example_encode(arena, trainer->tok, text, config->vocab_size, end_token);
         }
+        if (each == 2 && is_equal_pair(e)) {
+            equal++;
+            continue;
+        }
         if (MAX(e[0].n, e[each - 1].n) > trainer->args.max_length) continue;
         number[count++] = each == 2 ? row->margin : data->shape == SHAPE_LABELLED ? row->label : row->score;
     }
     const char *what = each == 2 ? "pairs" : "texts";
-    if (count < data->n) warn("%s: %zu of %zu %s dropped: longer than %zu tokens (--max_length)", data->path, data->n - count, data->n, what, trainer->args.max_length);
-    CHECK(count + each > 2, "%s: %zu %s are left; a pair or two texts are needed to compare", data->path, count, what);
-    double least = number[0], most = number[0];
-    for (size_t i = 0; i < count; i++) least = MIN(least, number[i]), most = MAX(most, number[i]);
-    CHECK(data->shape != SHAPE_RATED || most - least >= 1, "%s: no two ratings differ by 1 or more, so there is nothing to compare; they go from %g to %g", data->path, least, most);
-    if (data->shape == SHAPE_LABELLED && least == most) warn("%s: every label is %g: a model that always says so is right", data->path, least);
+    size_t too_long = data->n - count - equal;
+    if (too_long) {
+        warn("%s: %zu of %zu %s dropped: longer than %zu tokens (--max_length)",
+             data->path, too_long, data->n, what, trainer->args.max_length);
+    }
+    if (equal) {
+        warn("%s: %zu of %zu pairs are left out: chosen and rejected are the same",
+             data->path, equal, data->n);
+    }
+    reward_check(data, number, count);
     return count;
 }
 
@@ -5744,24 +6200,74 @@ static double dpo_task_loss(struct Trainer *trainer, const size_t *index, size_t
     return loss * weight;
 }
 
-/* TRL's preparation: prompt of its own or the answers' common beginning, end tokens, one split for both (the shorter of the two common
- * prefixes with the prompt's ids); pairs without a completion inside max_length are dropped; the rest keep their first max_length ids. */
-static size_t dpo_pairs(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data, struct Example *pairs) {
-    size_t count = 0, V = trainer->model->config.vocab_size;
+/* The two sides of a pair, whole: prompt of its own or the answers' common beginning, end tokens,
+ * one split for both, the shorter of the two common prefixes with the prompt's ids. */
+static void dpo_pair_encode(const struct Trainer *trainer, struct Arena *arena, struct Row row,
+                            struct Example pair[2]) {
+    size_t V = trainer->model->config.vocab_size;
     const int *end_token = &trainer->model->config.eos_token_id;
-    for (size_t i = 0; i < data->n; i++) {
-        struct Row row = data->rows[i];
-        struct Example *e = pairs + 2 * count;
-        if (!(row.has & HAS_PROMPT)) split_implicit_prompt(&row);
-        for (int k = 0; k < 2; k++) {
-            struct Text answer = k ? row.rejected : row.chosen;
-            e[k] = example_prompt_completion(arena, trainer->tok, row.prompt, answer, V, end_token);
-            e[k].n = MIN(e[k].n, trainer->args.max_length);
-        }
-        e[0].prompt_length = e[1].prompt_length = MIN(e[0].prompt_length, e[1].prompt_length);
-        count += e[0].prompt_length < trainer->args.max_length;
+    if (!(row.has & HAS_PROMPT)) split_implicit_prompt(&row);
+    pair[0] = example_prompt_completion(arena, trainer->tok, row.prompt, row.chosen, V, end_token);
+    pair[1] =
+        example_prompt_completion(arena, trainer->tok, row.prompt, row.rejected, V, end_token);
+    size_t prompt_length = MIN(pair[0].prompt_length, pair[1].prompt_length);
+    pair[0].prompt_length = pair[1].prompt_length = prompt_length;
+}
+
+/* How many of a data set's pairs could not be used as they are. */
+struct PairCounts { size_t dropped, cut, equal, equal_by_cut; };
+
+static void dpo_pairs_say(const struct Dataset *data, size_t max_length, struct PairCounts n) {
+    const char *path = data->path;
+    if (n.dropped) {
+        warn("%s: %zu of %zu pairs dropped: the prompt alone has %zu tokens or more (--max_length)",
+             path, n.dropped, data->n, max_length);
     }
-    if (count < data->n) warn("%s: %zu of %zu pairs dropped: the prompt alone has %zu tokens or more (--max_length)", data->path, data->n - count, data->n, trainer->args.max_length);
+    if (n.cut) {
+        warn("%s: %zu of %zu pairs were cut to their first %zu tokens (--max_length)",
+             path, n.cut, data->n, max_length);
+    }
+    if (n.equal) {
+        warn("%s: %zu of %zu pairs are left out: chosen and rejected are the same",
+             path, n.equal, data->n);
+    }
+    if (n.equal_by_cut) {
+        warn("%s: %zu of %zu pairs are left out: chosen and rejected are the same up to the cut at "
+             "%zu tokens (--max_length)", path, n.equal_by_cut, data->n, max_length);
+    }
+}
+
+/* TRL's preparation: pairs without a completion inside max_length are dropped; the rest keep their
+ * first max_length ids. Ours alone: pairs whose sides are the same, in the data or since the cut,
+ * are left out. Their loss is a constant (sigmoid: ln 2) and has no gradient; only the sft loss
+ * learns from them, and with it they stay. */
+static size_t dpo_pairs(const struct Trainer *trainer, struct Arena *arena,
+                        const struct Dataset *data, const struct DPOConfig *config,
+                        struct Example *pairs) {
+    struct PairCounts counts = {0};
+    size_t count = 0;
+    size_t max_length = trainer->args.max_length;
+    bool keeps_equal = config->weight[DPO_SFT] > 0;
+    for (size_t i = 0; i < data->n; i++) {
+        struct Example *pair = pairs + 2 * count;
+        dpo_pair_encode(trainer, arena, data->rows[i], pair);
+        if (pair[0].prompt_length >= max_length) {
+            counts.dropped++;
+            continue;
+        }
+        bool was_equal = is_equal_pair(pair);
+        counts.cut += MAX(pair[0].n, pair[1].n) > max_length;
+        pair[0].n = MIN(pair[0].n, max_length);
+        pair[1].n = MIN(pair[1].n, max_length);
+        if (keeps_equal || !is_equal_pair(pair)) {
+            count++;
+        } else if (was_equal) {
+            counts.equal++;
+        } else {
+            counts.equal_by_cut++;
+        }
+    }
+    dpo_pairs_say(data, max_length, counts);
     CHECK(count > 0, "%s: no pair is left", data->path);
     return count;
 }
@@ -6421,10 +6927,15 @@ static void course_split(struct Course *course, const struct Dataset *data) {
     struct Example *all = arena_alloc(&course->arena, n, sizeof *all);
     double *rating = arena_alloc(&course->arena, n, sizeof *rating);
     const int *end_token = &course->language_model->config.eos_token_id;
+    size_t empty = 0;
     for (size_t i = 0; i < n; i++) {
         struct Text text = data->rows[order[i]].text;
         all[i] = example_encode(&course->arena, course->tok, text, course->vocab_size, end_token);
         rating[i] = data->rows[order[i]].score;
+        empty += data->rows[order[i]].text.length == 0;
+    }
+    if (empty) {
+        warn("%s: %zu of %zu texts are empty: no prompt is taken from them", data->path, empty, n);
     }
     course->held_out = all;
     course->held_out_rating = rating;
@@ -7044,7 +7555,7 @@ static size_t choice(const char *flag, const char *value, const char *names) {
 
 static void open_data(struct Options *o, const unsigned *shapes, size_t count) {
     o->data = dataset_load(&o->arena, need(o->dataset_name, "dataset_name"), shapes, count);
-    if (o->eval_dataset) o->eval = dataset_load(&o->arena, o->eval_dataset, &o->data->shape, 1);
+    if (o->eval_dataset) o->eval = dataset_load_held_out(&o->arena, o->eval_dataset, o->data);
 }
 
 static void options_close(struct Options *o) {
@@ -7055,7 +7566,7 @@ static void options_close(struct Options *o) {
 }
 
 static const unsigned TEXT_SHAPES[] = {SHAPE_TEXT}, SFT_SHAPES[] = {SHAPE_PROMPT_COMPLETION, SHAPE_TEXT}, DPO_SHAPES[] = {SHAPE_PREFERENCE},
-    REWARD_SHAPES[] = {SHAPE_PREFERENCE, SHAPE_RATED, SHAPE_LABELLED}, LABELLED_SHAPES[] = {SHAPE_LABELLED}, RATED_SHAPES[] = {SHAPE_RATED},
+    REWARD_SHAPES[] = {SHAPE_MARGIN, SHAPE_RATED, SHAPE_LABELLED}, LABELLED_SHAPES[] = {SHAPE_LABELLED}, RATED_SHAPES[] = {SHAPE_RATED},
     PROMPT_SHAPES[] = {SHAPE_PROMPT, SHAPE_TEXT}, ROLLOUT_SHAPES[] = {SHAPE_ROLLOUT};
 
 static void tokenize_decode(const struct Tokenizer *tok, struct Text in, size_t V, const char *path) {
@@ -7221,11 +7732,11 @@ static void command_dpo(struct Options *o) {
     leave_out_value_head(o->model);
     load_reference(o);
     struct Example *pairs = arena_alloc(&o->arena, 2 * o->data->n, sizeof *pairs);
-    size_t n = dpo_pairs(&trainer, &o->arena, o->data, pairs);
+    size_t n = dpo_pairs(&trainer, &o->arena, o->data, &o->dpo, pairs);
     struct DPOTask *task = dpo_task(&trainer, &o->arena, o->reference, o->dpo, o->generation.temperature, pairs, n);
     if (o->eval) {
         task->pairs[1] = arena_alloc(&o->arena, 2 * o->eval->n, sizeof *pairs);
-        trainer.task.eval_n = dpo_pairs(&trainer, &o->arena, o->eval, task->pairs[1]);
+        trainer.task.eval_n = dpo_pairs(&trainer, &o->arena, o->eval, &o->dpo, task->pairs[1]);
         task->ref_logps[1] = arena_zeros(&o->arena, 2 * trainer.task.eval_n, sizeof(double));
     }
     finish_training(o, &trainer);
@@ -7235,15 +7746,20 @@ static void command_dpo(struct Options *o) {
 static size_t encode_prompts(struct Options *o, struct Example *prompts) {
     const struct Dataset *data = o->data;
     struct Rng rng = rng_seed(o->train.seed, STREAM_LENGTH);
-    size_t count = 0, longest = o->model->config.n_positions - 1;
+    size_t count = 0, empty = 0, longest = o->model->config.n_positions - 1;
     for (size_t i = 0; i < data->n && (!o->max_samples || count < o->max_samples); i++) {
         bool whole = data->shape == SHAPE_PROMPT;
         struct Example e = example_encode(&o->arena, o->tok, whole ? data->rows[i].prompt : data->rows[i].text, o->model->config.vocab_size, NULL);
         size_t drawn = whole ? e.n : length_sampler(&o->input_length, &rng), length = MIN(e.n, drawn);
         CHECK(length <= longest, "%s: prompt %zu has %zu tokens; with a context of %zu at most %zu leave room for an answer", data->path, i + 1, length, o->model->config.n_positions, longest);
         if (length > 0) prompts[count++] = (struct Example){e.ids, length, length};
+        else empty++;
     }
     CHECK(count > 0, "%s: every prompt is empty", data->path);
+    if (empty) {
+        warn("%s: %zu of %zu rows have no text to take a prompt from and are left out",
+             data->path, empty, count + empty);
+    }
     return count;
 }
 

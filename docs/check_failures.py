@@ -191,11 +191,42 @@ case("An empty completion: the end token is learnt, as in TRL", sft + "--dataset
 lines("empty_prompt.jsonl", {"prompt": "", "completion": " x", "chosen": " x", "rejected": " y"})
 case("An empty prompt in training", [sft + "--dataset_name empty_prompt.jsonl", dpo + "--dataset_name empty_prompt.jsonl", reward + "--dataset_name empty_prompt.jsonl"], 0)
 lines("empty_some.jsonl", {"text": ""}, {"text": "good"})
+lines("some_empty.jsonl", {"prompt": ""}, {"prompt": "A film"})
+case("Some empty prompts", [c + "--dataset_name some_empty.jsonl " for c in (ppo, reinforce, collect, "eval --model_name_or_path m --reward_model_path rm --quiet ")], 0,
+     "note: some_empty.jsonl: 1 of 2 rows have no text to take a prompt from and are left out")
+lines("some_empty_rated.jsonl", *({"text": "%s %d" % (good[i % 4], i) if i % 60 else "", "score": i % 4} for i in range(240)))
+case("Some empty texts in the course", rlhf + "--dataset_name some_empty_rated.jsonl", 0, "note: some_empty_rated.jsonl: 4 of 240 texts are empty: no prompt is taken from them")
+unused = {"text": "A good film.", "label": "pos", "score": "5 stars", "margin": [], "chosen": 3}
+lines("unused.jsonl", unused, {**unused, "label": -1, "query_ids": "x"})
+case("Fields that the command does not use may hold anything", [sft + "--dataset_name unused.jsonl", pretrain + "--dataset_name unused.jsonl --max_length 4", "logprob --model_name_or_path m --dataset_name unused.jsonl",
+     "score --model_name_or_path rm --dataset_name unused.jsonl", "eval --model_name_or_path m --dataset_name unused.jsonl", "tokenize --jsonl unused.jsonl", ppo + "--dataset_name unused.jsonl"], 0)
+lines("unused_label.jsonl", *({"text": text, "score": i % 4, "label": "pos"} for i, text in enumerate(good)))
+case("A label in words beside ratings", reward + "--dataset_name unused_label.jsonl", 0)
+lines("unused_margin.jsonl", {"prompt": "a", "chosen": " b", "rejected": " c", "margin": "wide", "score": "high"})
+case("A margin in words: dpo has no margins", dpo + "--dataset_name unused_margin.jsonl", 0)
+case("A margin in words: reward has", reward + "--dataset_name unused_margin.jsonl", 1, 'unused_margin.jsonl:1: "margin" must be a number')
+lines("splits/train.jsonl", *({"text": text} for text in good))
+lines("splits/validation.jsonl", *({"text": text} for text in good[:3]))
+lines("splits/test.jsonl", {"text": good[0]})
+reads = "note: splits: read train.jsonl; left out test.jsonl, validation.jsonl"
+case("A folder with splits: trains on its train split", [c + "--dataset_name splits" for c in (sft, pretrain + "--max_length 8 ", ppo)], 0, reads)
+case("A folder with splits: other commands read the same", ["eval --model_name_or_path m --dataset_name splits", "logprob --model_name_or_path m --dataset_name splits", "score --model_name_or_path rm --dataset_name splits"], 0, reads)
+case("A folder with splits: held out is its validation split", sft + "--dataset_name splits --eval_dataset splits", 0, reads, "note: splits: read validation.jsonl as held-out data; left out test.jsonl, train.jsonl")
+lines("one_split/train.jsonl", {"text": "good"})
+case("A folder of one split has no held-out rows", sft + "--dataset_name one_split --eval_dataset one_split", 1, 'one_split: no held-out row with "text" was found: the training reads what is there (train.jsonl)')
+lines("held_out/test.jsonl", {"text": "good"})
+case("A folder of held-out files alone", [sft + "--dataset_name held_out", "eval --model_name_or_path m --dataset_name held_out"], 1, 'held_out: no row with "prompt" + "completion", or "text" was found but in held-out data (test.jsonl); name the file that is meant: held_out/test.jsonl')
+case("The same held out", sft + "--eval_dataset held_out", 0)
 case("Some empty texts", sft + "--dataset_name empty_some.jsonl", 0, "note: empty_some.jsonl: 1 of 2 rows have no token to learn from and are left out")
 lines("same.jsonl", {"prompt": "a", "chosen": " b", "rejected": " b"})
-case("chosen and rejected are the same: nothing is learnt, the loss is ln 2", [dpo + "--dataset_name same.jsonl", reward + "--dataset_name same.jsonl"], 0)
-lines("same_whole.jsonl", {"chosen": "a b", "rejected": "a b"})
-case("The same without a prompt of their own", [dpo + "--dataset_name same_whole.jsonl", reward + "--dataset_name same_whole.jsonl"], 0)
+case("chosen and rejected are the same: nothing could be learnt", [dpo + "--dataset_name same.jsonl", reward + "--dataset_name same.jsonl"], 1, "same.jsonl: ", "left")
+case("The same: the sft loss learns from chosen", dpo + "--loss_type 'sigmoid sft' --dataset_name same.jsonl", 0)
+lines("same_whole.jsonl", {"chosen": "a b", "rejected": "a b"}, {"chosen": "a b", "rejected": "a c"})
+case("The same without a prompt of their own, beside another pair", [dpo + "--dataset_name same_whole.jsonl", reward + "--dataset_name same_whole.jsonl", dpo + "--eval_dataset same_whole.jsonl", reward + "--eval_dataset same_whole.jsonl"], 0,
+     "note: same_whole.jsonl: 1 of 2 pairs are left out: chosen and rejected are the same")
+lines("same_start.jsonl", {"prompt": "a", "chosen": " b" * 40 + " c", "rejected": " b" * 40 + " d"}, {"prompt": "a", "chosen": " b" * 40, "rejected": " c"})
+case("The same up to the cut", dpo + "--dataset_name same_start.jsonl", 0, "note: same_start.jsonl: 2 of 2 pairs were cut to their first 32 tokens (--max_length)",
+     "note: same_start.jsonl: 1 of 2 pairs are left out: chosen and rejected are the same up to the cut at 32 tokens (--max_length)")
 lines("prefix.jsonl", {"chosen": "It is", "rejected": "It is bad"})
 case("chosen is the beginning of rejected", [dpo + "--dataset_name prefix.jsonl", reward + "--dataset_name prefix.jsonl"], 0)
 lines("one_class.jsonl", {"text": "a", "label": 1}, {"text": "b", "label": 1})
@@ -277,13 +308,49 @@ case("Texts with <|endoftext|> in them where no end token is added", ["logprob -
 case("A file that is not there", sft + "--dataset_name nowhere.jsonl", 1, "nowhere.jsonl: No such file")
 write("data.csv", "text,label\nA fine film.,1\n")
 case("A file without end", [sft + "--dataset_name /dev/zero", "logprob --model_name_or_path m --dataset_name /dev/zero", "generate --model_name_or_path m --prompt a --tokenizer /dev/zero"], 1, "/dev/zero: has no end within 1 GB")
-case("A CSV as data", sft + "--dataset_name data.csv", 1, "data.csv:1: not JSON", "(byte 1)", "one object a line")
+case("A CSV as data", sft + "--dataset_name data.csv", 1, "data.csv: is a table (CSV), JSON Lines were expected; run: python3 -c ", "pandas.read_csv('data.csv').to_json('rows.jsonl'")
+write("data.tsv", "text\tlabel\nA fine film.\t1\n")
+case("A table with tabs as data", [c + "--dataset_name data.tsv" for c in (sft, dpo, reward, ppo)], 1, "data.tsv: is a table (TSV)", "pandas.read_table('data.tsv')")
+for name, start, kind, remedy in (("data.parquet", b"PAR1\x15\x04", "Parquet", "pandas.read_parquet('data.parquet')"),
+                                  ("data.feather", b"ARROW1\0\0", "an Arrow file", "pandas.read_feather('data.feather')"),
+                                  ("data.arrow", b"\xff\xff\xff\xff\x10\x01", "an Arrow stream", "Dataset.from_file('data.arrow')"),
+                                  ("data.jsonl.gz", b"\x1f\x8b\x08\0", "compressed by gzip", "gzip -dc 'data.jsonl.gz' > rows.jsonl"),
+                                  ("data.jsonl.zst", b"\x28\xb5\x2f\xfd\x04", "compressed by zstd", "zstd -dc 'data.jsonl.zst' > rows.jsonl"),
+                                  ("data.jsonl.bz2", b"BZh91AY&SY", "compressed by bzip2", "bzip2 -dc 'data.jsonl.bz2' > rows.jsonl"),
+                                  ("data.jsonl.xz", b"\xfd7zXZ\0", "compressed by xz", "xz -dc 'data.jsonl.xz' > rows.jsonl"),
+                                  ("data.zip", b"PK\x03\x04\x14", "a zip archive", "unzip -p 'data.zip' > rows.jsonl"),
+                                  ("pointer.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 5\n", "a Git LFS pointer", "git -C \"$(dirname 'pointer.jsonl')\" lfs pull")):
+    write(name, start)
+    case("Data in another format: %s" % kind, sft + "--dataset_name " + name, 1, "%s: is %s" % (name, kind), "JSON Lines were expected; run: ", remedy)
 write("data.txt", "A fine film.\n")
 case("A text file as data", sft + "--dataset_name data.txt", 1, "data.txt:1: not JSON", "one object a line")
 write("array.json", '[\n  {"text": "a"}\n]\n')
-case("A JSON array as data", sft + "--dataset_name array.json", 1, "array.json:1: not JSON", "one object a line")
+case("A JSON array as data", [sft + "--dataset_name array.json", dpo + "--eval_dataset array.json", "tokenize --jsonl array.json"], 1, "array.json: is a JSON array, JSON Lines were expected; run: python3 -c ", "json.load(open('array.json'))")
+write("pretty.jsonl", '{\n  "text": "a"\n}\n')
+case("JSON over several lines", sft + "--dataset_name pretty.jsonl", 1, "pretty.jsonl:1: not JSON", "the object goes on in the next line, it must be on one; run: jq -c . 'pretty.jsonl' > rows.jsonl")
+write("broken_text.jsonl", '{"text": "a\nb"}\n')
+case("A line break inside a text", sft + "--dataset_name broken_text.jsonl", 1, "broken_text.jsonl:1: not JSON: a string without its closing quote; a line break in it is \\n")
+for what, row, words in (("NaN", '{"text": "a", "score": NaN}', "NaN is not JSON; write null, or leave the field out (byte 24)"), ("Infinity", '{"text": "a", "score": -Infinity}', "-Infinity is not JSON"),
+                         ("None", '{"text": None}', "None is Python, JSON has null"), ("True", '{"text": "a", "x": True}', "True is Python, JSON has true"),
+                         ("single quotes", "{'text': 'a'}", "a single quote, JSON has \" alone"), ("a comment", '{"text": "a"} // good', "a comment, JSON has none; take it out (byte 15)"),
+                         ("a comment of its own line", '# texts\n{"text": "a"}', "a comment, JSON has none"), ("a comma behind the object", '{"text": "a"},\n{"text": "b"}', "a comma behind its end; take it out (byte 14)")):
+    write("foreign.jsonl", row + "\n")
+    case("What is not JSON: %s" % what, sft + "--dataset_name foreign.jsonl", 1, "foreign.jsonl:1: not JSON: " + words)
+user, yes, no = [{"role": "user", "content": "Hi"}], [{"role": "assistant", "content": "Yes"}], [{"role": "assistant", "content": "No"}]
+chats = {"messages": (sft, {"messages": user + yes}), "chosen": (dpo, {"prompt": "Hi", "chosen": user + yes, "rejected": user + no}), "prompt": (ppo, {"prompt": user}),
+         "completion": (sft, {"prompt": "Hi", "completion": yes})}
+for field, (command, row) in chats.items():
+    lines("chat.jsonl", row, row)
+    what, ask = "A chat: %s" % field, command + "--dataset_name chat.jsonl"
+    case(what, ask, 1, 'chat.jsonl:1: "%s" is a chat, a list of messages, a string was expected (GPT-2 has no chat template); flatten it: python3 -c ' % field)
+    if not wanted(what): continue
+    flatten = last_line(align(ask)).split("flatten it: ")[1]
+    flat = [json.loads(line) for line in (subprocess.run(flatten, shell=True, capture_output=True), read("rows.jsonl"))[1].splitlines()]
+    texts = [value for each in flat for value in each.values()]
+    result("%s: what the command in the message writes" % what, None if len(flat) == 2 and all(isinstance(text, str) and re.match("(user|assistant): ", text) for text in texts) else str(flat))
+    if field in ("messages", "chosen", "prompt"): case("%s: that can be read" % what, command + "--dataset_name rows.jsonl", 0)
 write("comma.jsonl", '{"text": "a"}\n{"text": "b",}\n')
-case("A trailing comma", sft + "--dataset_name comma.jsonl", 1, "comma.jsonl:2: not JSON", "(byte 14)")
+case("A trailing comma", sft + "--dataset_name comma.jsonl", 1, "comma.jsonl:2: not JSON: a comma before the closing bracket; take it out (byte 14)")
 write("cut.jsonl", '{"text": "a"}\n{"text": "b')
 case("A last line that is cut short", sft + "--dataset_name cut.jsonl", 1, "cut.jsonl:2: not JSON")
 write("twice.jsonl", '{"text": "a"} {"text": "b"}\n')
@@ -321,9 +388,10 @@ case("One rated text", reward + "--dataset_name one.jsonl", 1, "one.jsonl: 1 tex
 lines("little.jsonl", {"text": "good"})
 case("Too little text for one row", pretrain + "--dataset_name little.jsonl", 1, "the texts have", "a row needs 33; use more text or a smaller --max_length")
 lines("little_prompt.jsonl", {"prompt": "good"})
-case("One row", [sft + "--dataset_name little.jsonl", dpo + "--dataset_name same.jsonl", ppo + "--dataset_name little_prompt.jsonl"], 0)
+lines("one_pair.jsonl", {"prompt": "a", "chosen": " b", "rejected": " c"})
+case("One row", [sft + "--dataset_name little.jsonl", dpo + "--dataset_name one_pair.jsonl", ppo + "--dataset_name little_prompt.jsonl"], 0)
 write("nan.jsonl", '{"query_ids": [1], "response_ids": [2], "score": NaN}\n')
-case("NaN as a score", replay + "--rollouts nan.jsonl", 1, "nan.jsonl:1: not JSON")
+case("NaN as a score", replay + "--rollouts nan.jsonl", 1, "nan.jsonl:1: not JSON: NaN is not JSON; write null, or leave the field out")
 write("null.jsonl", '{"query_ids": [1], "response_ids": [2], "score": null}\n')
 case("null as a score", replay + "--rollouts null.jsonl", 1, 'null.jsonl:1: expected "score" + "query_ids" + "response_ids", found "query_ids" + "response_ids"')
 write("huge.jsonl", '{"query_ids": [1], "response_ids": [2], "score": 1e39}\n')
