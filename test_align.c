@@ -1220,9 +1220,10 @@ static void test_data_end_token(void) {
     e = sft_task(&trainer, &test_arena, data, NULL)->examples;
     expect_ids("sft, text", e->ids, e->n, (int[]){64, 275, 13}, 3);
     const char *pair = "{\"prompt\": \"a\", \"chosen\": \" b\", \"rejected\": \" c\"}\n";
-    data = dataset_of(pair, DPO_SHAPES, 1);
+    data = dataset_of(pair, REWARD_SHAPES, COUNT(REWARD_SHAPES));
+    struct DPOConfig config = {.beta = 0.1, .weight = {[DPO_SIGMOID] = 1}};
     struct Example pairs[2];
-    dpo_pairs(&trainer, &test_arena, data, pairs);
+    dpo_pairs(&trainer, &test_arena, data, &config, pairs);
     expect_ids("dpo, chosen", pairs[0].ids, pairs[0].n, (int[]){64, 275, 13}, 3);
     expect_ids("dpo, rejected", pairs[1].ids, pairs[1].n, (int[]){64, 269, 13}, 3);
     struct RewardTask *task = reward_task(&trainer, &test_arena, data, NULL);
