@@ -4462,30 +4462,42 @@ struct Trainer {
     struct TrainingArguments args;
     struct TrainerState state;
     struct Task task;
+    struct LogEntry metrics;                 /* of this micro-batch, or of this evaluation: sums */
     struct Arena arena;                      /* emptied before every micro-batch */
 };
 
-/* trainer_metric -- a metric is a mean over its units (tokens, pairs, texts or steps) between two
- * log entries, or over all that is held out. A batch reports the sum over its units and how many
- * they are: a mean of the batches' means would depend on how the units are dealt out to batches,
- * and a small last batch would count as much as a full one.
+/* trainer_metric -- a metric of a batch, or of all that is held out, is a mean over its units: tokens,
+ * pairs or texts. A batch reports the sum over its units and how many they are: a mean of batches'
+ * means would depend on how the units are dealt out to batches, and a small last batch would count
+ * as much as a full one.
  * By hand: losses 1, 2, 6 in batches of two and one: 9 / 3 = 3; the mean of the batches' means,
  * 1.5 and 6, would be 3.75.                                              test: metric_units */
 static void trainer_metric(struct Trainer *trainer, const char *name, double sum, size_t units) {
-    struct Metric *metric = log_at(&trainer->state.metrics, name);
+    struct Metric *metric = log_at(&trainer->metrics, name);
     metric->value += sum;
     metric->n += units;
 }
 
+/* In training TRL logs the plain mean of the micro-batches' means since the last entry: so here. */
+static void trainer_add_means(struct Trainer *trainer) {
+    const struct LogEntry *batch = &trainer->metrics;
+    for (const struct Metric *m = batch->item; m < batch->item + batch->n; m++) {
+        struct Metric *metric = log_at(&trainer->state.metrics, m->name);
+        metric->value += m->value / (double)MAX((size_t)1, m->n);
+        metric->n++;
+    }
+    trainer->metrics.n = 0;
+}
+
 /* The least, or the largest, of all values that are reported under a name. */
 static void trainer_least(struct Trainer *trainer, const char *name, double value) {
-    struct Metric *metric = log_at(&trainer->state.metrics, name);
+    struct Metric *metric = log_at(&trainer->metrics, name);
     metric->value = metric->n ? MIN(metric->value, value) : value;
     metric->n = 1;
 }
 
 static void trainer_largest(struct Trainer *trainer, const char *name, double value) {
-    struct Metric *metric = log_at(&trainer->state.metrics, name);
+    struct Metric *metric = log_at(&trainer->metrics, name);
     metric->value = metric->n ? MAX(metric->value, value) : value;
     metric->n = 1;
 }
@@ -4506,8 +4518,9 @@ static void state_say(const struct TrainerState *state, const char *name, const 
 }
 
 /* The metrics' means go to a log entry, in evaluation under "eval_" and their names, and where the training is. */
-static void trainer_means(const struct TrainerState *state, struct LogEntry *entry, const char *prefix) {
-    for (const struct Metric *m = state->metrics.item; m < state->metrics.item + state->metrics.n; m++)
+static void trainer_means(const struct TrainerState *state, const struct LogEntry *metrics,
+                          struct LogEntry *entry, const char *prefix) {
+    for (const struct Metric *m = metrics->item; m < metrics->item + metrics->n; m++)
         log_value(entry, *prefix ? log_name(prefix, text_of(m->name)) : m->name, m->value / (double)m->n);
     log_value(entry, "epoch", state->epoch);
     log_value(entry, "step", (double)state->global_step);
@@ -4522,9 +4535,10 @@ static bool evaluation_interrupted(const struct TrainerState *state) {
 /* trainer_measure -- the loss and the other metrics over the held-out items, each a mean over its
  * units, whatever the batch size; no weight moves.                    test: eval_batch_size */
 static struct LogEntry trainer_measure(struct Trainer *trainer) {
-    struct TrainerState *state = &trainer->state, before = *state;
+    struct TrainerState *state = &trainer->state;
     size_t n = trainer->task.eval_n, batch = trainer->args.per_device_eval_batch_size;
-    state->metrics.n = 0;
+    size_t num_tokens = state->num_tokens;               /* those of the training */
+    trainer->metrics.n = 0;
     double begin = seconds_now();
     for (size_t first = 0; first < n && !evaluation_interrupted(state); first += batch) {
         size_t index[4096], count = MIN(MIN(batch, n - first), COUNT(index));
@@ -4538,8 +4552,9 @@ static struct LogEntry trainer_measure(struct Trainer *trainer) {
     log_value(&entry, "eval_runtime", seconds);
     log_value(&entry, "eval_samples_per_second", (double)n / seconds);
     log_value(&entry, "eval_steps_per_second", ceil((double)n / (double)batch) / seconds);
-    trainer_means(state, &entry, "eval_");
-    *state = before;
+    trainer_means(state, &trainer->metrics, &entry, "eval_");
+    trainer->metrics.n = 0;
+    state->num_tokens = num_tokens;
     return entry;
 }
 
@@ -4564,6 +4579,7 @@ static double trainer_accumulate(struct Trainer *trainer, const size_t *order, s
         arena_reset(&trainer->arena);
         loss += task->loss(trainer, order + first, MIN(micro, n - first), weight, true, false);
         check_finite(trainer->model, "the loss", loss);
+        trainer_add_means(trainer);
     }
     return loss;
 }
@@ -4574,7 +4590,7 @@ static void trainer_log(struct Trainer *trainer, double norm, double lr) {
     struct LogEntry entry = {2, {{"grad_norm", norm, 0}, {"learning_rate", lr, 0}}};
     bool due = state->global_step % trainer->args.logging_steps == 0;
     if (state->num_tokens) log_value(&entry, "num_tokens", (double)state->num_tokens);
-    trainer_means(state, &entry, "");
+    trainer_means(state, &state->metrics, &entry, "");
     if (trainer->task.sample && progress_sampling(state->global_step, state->max_steps)) trainer->task.sample(trainer);
     state_say(state, trainer->task.name, &entry, due && (!trainer->args.say_steps || state->global_step % trainer->args.say_steps == 0));
     if (!due) return;
@@ -4626,6 +4642,7 @@ static void trainer_train(struct Trainer *trainer) {
             size_t done = MIN((step + 1) * args->gradient_accumulation_steps, micro_batches);
             state->epoch = (double)epoch + (double)done / (double)micro_batches;
             trainer_metric(trainer, "loss", loss, 1);
+            trainer_add_means(trainer);
             state->total_loss += loss;
             state->samples += count;
             trainer_log(trainer, norm, lr);

@@ -142,7 +142,8 @@ case("Must be from 0 to below 1", [sft + "--adam_beta1 1", sft + "--adam_beta2 -
 case("Must be a whole number, 1 or more", [c + " 0" for c in (sft + "--gradient_accumulation_steps", sft + "--logging_steps", sft + "--max_length", sft + "--use_peft --lora_r", ppo + "--batch_size",
      ppo + "--mini_batch_size", ppo + "--ppo_epochs", ppo + "--output_min_length", reinforce + "--num_generations", generate + "--max_new_tokens", generate + "--num_beams", generate + "--num_return_sequences", pretrain + "--n_layer")],
      2, ": a whole number, 1 to 2^40, was expected (")
-case("Must be a whole number, 1 to 4096", [sft + "--per_device_train_batch_size 0", sft + "--per_device_train_batch_size 5000"], 2, ": a whole number, 1 to 4096, was expected (")
+case("Must be a whole number, 1 to 4096", [sft + "--per_device_train_batch_size 0", sft + "--per_device_train_batch_size 5000", sft + "--per_device_eval_batch_size 0",
+     "eval --model_name_or_path m --dataset_name texts.jsonl --per_device_eval_batch_size 4097"], 2, ": a whole number, 1 to 4096, was expected (")
 case("Must be a whole number", [sft + "--max_steps -1", sft + "--max_steps 1.5", sft + "--warmup_steps many", sft + "--max_steps 99999999999999"], 2, ": a whole number, 0 to 2^40, was expected (")
 case("No number", [sft + "--learning_rate nan", sft + "--learning_rate inf", sft + "--learning_rate 1e-4x", sft + "--seed -1"], 2, "was expected")
 case("Epochs without end, or none", [sft + "--num_train_epochs 1e30", sft + "--num_train_epochs 0"], 2, ": a number above 0, at most 1e9, was expected (")
@@ -516,6 +517,20 @@ case("merge without an adapter", "merge --model_name_or_path m --output_dir out"
 case("An adapter where a model is", "sft --model_name_or_path m --dataset_name texts.jsonl --use_peft --max_steps 1 --output_dir m400", 1, "--output_dir m400: holds a model already; choose another folder for the adapter")
 case("Nothing to resume from: starts over", sft + "--resume_from_checkpoint true", 0, "no whole checkpoint to resume from; starting over")
 case("A checkpoint that is not there", sft + "--resume_from_checkpoint nowhere", 1, "--resume_from_checkpoint nowhere: no checkpoint is there")
+for command, name in ((sft, "first_sft"), (dpo, "first_dpo"), (ppo, "first_ppo"), (reinforce, "first_reinforce")):
+    if wanted("Resumed with other data, flags, or command"): align(command + "--save_steps 1 --output_dir " + name)
+for command, change, words in ((sft, "first_sft/checkpoint-1 --seed 3", "--seed is 3, in the checkpoint's run it was 42"),
+                               (sft, "first_sft/checkpoint-1 --dataset_name many.jsonl", "the number of rows to train on is 240, in the checkpoint's run it was 16"),
+                               (sft, "first_sft/checkpoint-1 --gradient_accumulation_steps 2", "the number of rows in a step (--per_device_train_batch_size times --gradient_accumulation_steps) is 16, in the checkpoint's run it was 8"),
+                               (dpo, "first_dpo/checkpoint-1 --per_device_train_batch_size 2", "the number of rows in a step (--per_device_train_batch_size times --gradient_accumulation_steps) is 2, in the checkpoint's run it was 8"),
+                               (dpo, "first_sft/checkpoint-1", "is a checkpoint of sft; dpo cannot go on from it"),
+                               (ppo, "first_ppo/checkpoint-1 --batch_size 8", "--batch_size is 8, in the checkpoint's run it was 4"),
+                               (ppo, "first_ppo/checkpoint-1 --dataset_name texts.jsonl", "the number of prompts is 16, in the checkpoint's run it was 3"),
+                               (replay, "first_ppo/checkpoint-1", "the number of prompts is 0, in the checkpoint's run it was 3"),
+                               (reinforce, "first_reinforce/checkpoint-1 --dataset_name texts.jsonl", "the number of prompts is 16, in the checkpoint's run it was 3"),
+                               (reinforce, "first_ppo/checkpoint-1", "is a checkpoint of ppo; reinforce cannot go on from it")):
+    case("Resumed with other data, flags, or command", [command + "--max_steps 2 --resume_from_checkpoint " + change], 1, words + ("" if "cannot" in words else "; give the data and flags that the run began with"))
+case("Resumed where no step is left", [command + "--max_steps 1 --resume_from_checkpoint " + name + "/checkpoint-1" for command, name in ((sft, "first_sft"), (dpo, "first_dpo"), (ppo, "first_ppo"), (reinforce, "first_reinforce"))], 0, "is at step 1, the run has 1: no step is left to train")
 
 # ---- the tokenizer
 whole = read(os.path.join(os.path.dirname(program), "tokenizer.bin"))

@@ -106,12 +106,15 @@ def steps_and_epochs():
         check(name + ": step, global_step, max_steps, num_train_epochs", apart(figures(a, "step") + [a[k] for k in ("global_step", "max_steps", "num_train_epochs")],
                                                                             figures(b, "step") + [b[k] for k in ("global_step", "max_steps", "num_train_epochs")]), 0)
         check(name + ": loss", apart(figures(a, "loss"), figures(b, "loss")))
+        shared = sorted(k for k in a["log_history"][0] if k in b["log_history"][0] and k not in ("epoch", "step", "loss", "learning_rate"))
+        check(name + ": " + ", ".join(shared), max(apart(figures(a, k), figures(b, k)) for k in shared))
         check(name + ": train_loss", apart(figures(a, "train_loss"), figures(b, "train_loss")))
         if not (task == "sft" and accumulation == 3):
             continue
         flags["logging_steps"] = 2             # two steps' mean
         (a, _), b = ours(task, "some.jsonl", flags, "align_run"), theirs(task, "some.jsonl", flags, "trl_run")
-        check(name + ": loss of two steps", apart(figures(a, "loss"), figures(b, "loss")))
+        for key in ("loss", "entropy", "mean_token_accuracy"):
+            check(name + ": %s of two steps" % key, apart(figures(a, key), figures(b, key)))
 
 
 def evaluations():
