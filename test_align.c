@@ -1456,6 +1456,40 @@ static void compare_matmul(size_t M, size_t N, size_t K) {
     kernel = widest_kernel;
 }
 
+static void choose_kernel(const void *asked) {
+    static char variable[100];
+    snprintf(variable, sizeof variable, "ALIGN_KERNEL=%s", (const char *)asked);
+    putenv(variable);
+    kernel_choose();
+}
+
+/* ALIGN_KERNEL: by place, by name, by the name's first word, "plain" for none; what is none of them
+ * is refused. 4294967295 once read outside the table. */
+static void test_kernel_choose(void) {
+    static const char *const others[] = {
+        "3", "-1", "00", "4294967295", "4294967296", " 0", "avx", "avx2 ", "AVX2", "plain ", "simd",
+    };
+    char *before = getenv("ALIGN_KERNEL");
+    char *held = arena_printf(&test_arena, "%s", before ? before : "");
+    const struct Kernel *held_kernel = kernel;
+    choose_kernel("");
+    const struct Kernel *widest = kernel;
+    for (const struct Kernel *k = KERNELS; k <= widest; k++) {
+        char *word = arena_printf(&test_arena, "%s", k->name);
+        choose_kernel(arena_printf(&test_arena, "%d", (int)(k - KERNELS)));
+        expect_true("by place", kernel == k);
+        choose_kernel(word);
+        expect_true("by name", kernel == k);
+        word[strcspn(word, " ")] = 0;
+        choose_kernel(word);
+        expect_true("by the first word", kernel == (k == KERNELS ? NULL : k));
+    }
+    for (size_t i = 0; i < COUNT(others); i++)
+        expect_end(others[i], choose_kernel, others[i], 1, "there is no such kernel; there are plain, ");
+    choose_kernel(held);
+    kernel = held_kernel;
+}
+
 /* By hand. */
 static void test_matmul(void) {
     float a[] = {1, 2, 3, 4}, b[] = {5, 6}, c[2] = {100, 200};
@@ -5536,7 +5570,7 @@ static const struct { const char *name; void (*run)(void); } TESTS[] = {
     {"data_end_token", test_data_end_token}, {"data_written_ends", test_data_written_ends},
     {"data_pairs", test_data_pairs}, {"data_length_sampler", test_data_length_sampler},
     {"collate", test_collate}, {"collate_pairs", test_collate_pairs}, {"sigmoid", test_sigmoid}, {"softmax", test_softmax}, {"entropy", test_entropy}, {"kl", test_kl}, {"exp_fast", test_exp_fast}, {"sqrt_fast", test_sqrt_fast},
-    {"rows", test_rows}, {"matmul", test_matmul}, {"matmul_plain", test_matmul_plain}, {"matmul_threads", test_matmul_threads}, {"linear_golden", test_linear_golden}, {"few_rows", test_few_rows},
+    {"rows", test_rows}, {"kernel_choose", test_kernel_choose}, {"matmul", test_matmul}, {"matmul_plain", test_matmul_plain}, {"matmul_threads", test_matmul_threads}, {"linear_golden", test_linear_golden}, {"few_rows", test_few_rows},
     {"linear_gradient", test_linear_gradient}, {"layernorm", test_layernorm}, {"layernorm_gradient", test_layernorm_gradient}, {"gelu", test_gelu},
     {"gelu_gradient", test_gelu_gradient}, {"attention", test_attention}, {"attention_gradient", test_attention_gradient}, {"gpt2_golden", test_gpt2_golden},
     {"gpt2_gradient_golden", test_gpt2_gradient_golden}, {"gpt2_gradient", test_gpt2_gradient}, {"gpt2_chunks", test_gpt2_chunks}, {"gpt2_packed", test_gpt2_packed},
@@ -5627,6 +5661,7 @@ static void finish(void) {
 
 int main(int argc, char **argv) {
     openmp_spin_briefly();
+    arithmetic_check();
 #ifdef _WIN32
     _fmode = _O_BINARY;                                                /* as main does */
 #endif

@@ -64,6 +64,8 @@ for level in 0 1 2 3; do
 done
 check serial gcc tests gcc -O2
 check musl musl-gcc tests musl-gcc -O2 -static
+check compilers "gcc clang gdb valgrind" docs/check_compilers.sh       # what must not be built, and how what is built starts
+check makefile make docs/check_make.sh
 
 # Sanitizers. Frame pointers: by them the suppressed leak (thread_scratch, see test_align.c) is known. halt_on_error is what -fno-sanitize-recover does; leaks are looked for at the end of each process.
 for compiler in gcc clang; do
@@ -95,7 +97,8 @@ int main(void) {
 C
     clang $flags -DRACE "$work/race.c" -o "$work/race" && ! "$work/race" > /dev/null 2>&1 || { echo "a race that is there was not found"; return 1; }
     clang $flags "$work/race.c" -o "$work/race" && "$work/race" || { echo "a race was found where a barrier is"; return 1; }
-    tests clang $flags
+    tests clang $flags && clang $flags align.c -o "$work/align" -lm &&                # `exact` trains three models, a thread for each
+        OMP_NUM_THREADS=3 "$work/align" exact --vocab_size 2 --max_new_tokens 2 --json
 }
 check tsan "clang ${archer:-/usr/lib/llvm-14/lib/libarcher.so}" tsan
 
