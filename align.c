@@ -1896,14 +1896,27 @@ static struct Dataset *dataset_load_held_out(struct Arena *arena, const char *pa
 /* Token ids of one training sequence; the first prompt_length of them are given, not learnt. */
 struct Example { int *ids; size_t n, prompt_length; };
 
+/* Did the answer behind the prompt end by itself, in the policy's end token? */
+static bool example_ended(const struct Example *e, int end_token) {
+    return e->n > e->prompt_length && e->ids[e->n - 1] == end_token;
+}
+
+/* Puts the end token behind what is learnt, unless that ends in it already, as it can where the end
+ * token is an ordinary one: so does TRL. The ids have room for it. */
+static void example_end(struct Example *e, int end_token) {
+    if (!example_ended(e, end_token))
+        e->ids[e->n++] = end_token;
+}
+
 /* A text as ids, the model's end token behind it; with end_token NULL without one. */
 static struct Example example_encode(struct Arena *arena, const struct Tokenizer *tok,
                                      struct Text text, size_t vocab_size, const int *end_token) {
     struct Example e = {0};
     int *ids = (int *)thread_scratch(SCRATCH_ROW, text.length + 1);
     e.n = tokenizer_encode(tok, text, vocab_size, ids);
-    if (end_token) ids[e.n++] = *end_token;
     e.ids = memcpy(arena_alloc(arena, e.n + 1, sizeof *e.ids), ids, e.n * sizeof *ids);
+    if (end_token)
+        example_end(&e, *end_token);
     return e;
 }
 
@@ -1914,16 +1927,13 @@ static struct Example example_prompt_completion(struct Arena *arena, const struc
     struct Arena scratch = {0};
     struct Example alone = example_encode(&scratch, tok, prompt, vocab_size, NULL);
     struct Text both = text_join(&scratch, prompt, completion);
-    struct Example whole = example_encode(arena, tok, both, vocab_size, end_token);
+    struct Example whole = example_encode(arena, tok, both, vocab_size, NULL);
     size_t *n = &whole.prompt_length;
     while (*n < alone.n && *n < whole.n && alone.ids[*n] == whole.ids[*n]) ++*n;
+    if (end_token)
+        example_end(&whole, *end_token);
     arena_free(&scratch);
     return whole;
-}
-
-/* Did the answer behind the prompt end by itself, in the policy's end token? */
-static bool example_ended(const struct Example *e, int end_token) {
-    return e->n > e->prompt_length && e->ids[e->n - 1] == end_token;
 }
 
 /* Texts without a prompt: the longest common prefix of whole characters, less a space at its end, with which the completions then start.
@@ -3229,7 +3239,11 @@ static struct GPT2Config config_load(const char *folder, bool *tied) {
     int endoftext = endoftext_id(c.vocab_size);
     c.eos_token_id = config_token_id(json, path, "eos_token_id", c.vocab_size, endoftext);
     c.pad_token_id = config_token_id(json, path, "pad_token_id", c.vocab_size, c.eos_token_id);
-    c.bos_token_id = config_token_id(json, path, "bos_token_id", c.vocab_size, endoftext);
+    struct Json *bos = json_get(json, "bos_token_id");       /* 50256 unless transformers is told */
+    bool beyond = bos && bos->type == JSON_NUMBER && bos->number >= (double)c.vocab_size;
+    c.bos_token_id = endoftext;
+    if (!beyond)
+        c.bos_token_id = config_token_id(json, path, "bos_token_id", c.vocab_size, endoftext);
     const struct Json *tie = json_get(json, "tie_word_embeddings");
     *tied = !tie || tie->type != JSON_FALSE;
     arena_free(&arena);

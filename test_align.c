@@ -1212,10 +1212,13 @@ static void test_data_end_token(void) {
     struct Trainer trainer = trainer_of(model, 0, 1, 4);
     model->config.eos_token_id = 13;
     trainer.args.max_length = 32;
-    const char *row = "{\"prompt\": \"a\", \"completion\": \" b.\"}\n";
-    struct Dataset *data = dataset_of(row, SFT_SHAPES, COUNT(SFT_SHAPES));
+    const char *more = "{\"prompt\": \"a\", \"completion\": \" b\"}\n{\"prompt\": \"a.\", \"completion\": \"\"}\n"
+                       "{\"prompt\": \"a\", \"completion\": \" b.\"}\n";
+    struct Dataset *data = dataset_of(more, SFT_SHAPES, COUNT(SFT_SHAPES));
     struct Example *e = sft_task(&trainer, &test_arena, data, NULL)->examples;
-    expect_ids("sft, prompt and completion", e->ids, e->n, (int[]){64, 275, 13, 13}, 4);
+    expect_ids("sft, prompt and completion", e->ids, e->n, (int[]){64, 275, 13}, 3);
+    expect_ids("a prompt that ends in it", e[1].ids, e[1].n, (int[]){64, 13, 13}, 3);
+    expect_ids("a completion that ends in it", e[2].ids, e[2].n, (int[]){64, 275, 13}, 3);
     data = dataset_of("{\"text\": \"a b\"}\n", SFT_SHAPES, COUNT(SFT_SHAPES));
     e = sft_task(&trainer, &test_arena, data, NULL)->examples;
     expect_ids("sft, text", e->ids, e->n, (int[]){64, 275, 13}, 3);
@@ -1949,6 +1952,7 @@ static void test_model_special_tokens(void) {
         {"\"vocab_size\": 300, \"eos_token_id\": [13]", 13, 13, 299, {".", ".", END}, true},
         {"\"eos_token_id\": 198, \"pad_token_id\": 262, \"bos_token_id\": 0", 198, 262, 0,
          {"\xc4\x8a", "\xc4\xa0the", "!"}, true},
+        {"\"vocab_size\": 300, \"bos_token_id\": 50256", 299, 299, 299, {END, END, END}, false},
         {"\"vocab_size\": 50300, \"bos_token_id\": 50299", 50256, 50256, 50299, {END, END, NULL},
          false}};
     #undef END
