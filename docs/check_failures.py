@@ -347,6 +347,8 @@ for field, (command, row) in chats.items():
     case(what, ask, 1, 'chat.jsonl:1: "%s" is a chat, a list of messages, a string was expected (GPT-2 has no chat template); flatten it: python3 -c ' % field)
     if not wanted(what): continue
     flatten = last_line(align(ask)).split("flatten it: ")[1]
+    formats = read(os.path.join(os.path.dirname(os.path.abspath(__file__)), "formats.md")).decode()
+    result("%s: the command in docs/formats.md" % what, None if flatten in formats else "it is another: " + flatten)
     flat = [json.loads(line) for line in (subprocess.run(flatten, shell=True, capture_output=True), read("rows.jsonl"))[1].splitlines()]
     texts = [value for each in flat for value in each.values()]
     result("%s: what the command in the message writes" % what, None if len(flat) == 2 and all(isinstance(text, str) and re.match("(user|assistant): ", text) for text in texts) else str(flat))

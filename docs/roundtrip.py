@@ -14,7 +14,7 @@ fewer, another end token, other steps): then every check must fail, and the last
 VERSIONS
     python3 -m venv /tmp/venv_roundtrip
     /tmp/venv_roundtrip/bin/pip install torch==2.13.0           # first and alone
-    /tmp/venv_roundtrip/bin/pip install transformers==5.23.0 peft==0.21.2 safetensors
+    /tmp/venv_roundtrip/bin/pip install transformers==5.23.0 peft==0.21.2 safetensors datasets==5.2.0
 TRL 0.11.4, the last with the course's PPOTrainer, does not work with transformers 5: the value head is checked in a
 second Python, --trl-python, and all but trainer_state.json once more, with transformers 4.45.2.  The top of
 docs/golden.py says how to make it; torch and PEFT come from the first Python:
@@ -39,6 +39,7 @@ try:
     import torch
     import transformers
     import peft
+    import datasets
     from peft import LoraConfig, PeftModel, get_peft_model
     from safetensors.torch import load_file, save_file, save_model
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, TrainerState
@@ -107,9 +108,11 @@ def handed(folder):
     if not opt.spoil:
         return folder
     copy = Path(shutil.copytree(folder, tempfile.mkdtemp(dir="."), dirs_exist_ok=True))
-    for file in copy.iterdir():
+    for file in copy.rglob("*.*"):
         if file.suffix == ".safetensors":
             save_file({k: (1.03 * v.float()).to(v.dtype) for k, v in load_file(file).items()}, file, {"format": "pt"})
+        elif file.suffix == ".jsonl":
+            file.write_text('{"text": "spoilt"}\n' + file.read_text(encoding="utf-8"), encoding="utf-8")
         elif file.name in SPOILS:
             file.write_text(re.sub(*SPOILS[file.name], file.read_text(encoding="utf-8")), encoding="utf-8")
     return str(copy)
@@ -322,6 +325,35 @@ def lora_reward_model():
     same_rewards("LoRA reward model, get_peft_model > align", ask("score", "base", "--peft_adapter", handed("saved_lora_reward")), model)
 
 
+SPLIT_FOLDERS = [["train.jsonl", "validation.jsonl"], ["training.jsonl", "data_test.jsonl"], ["my train.jsonl", "my eval.jsonl"],
+                 ["train.jsonl", "train_2.jsonl", "val.jsonl", "test.jsonl"], ["train/a.jsonl", "train/b.jsonl", "dev/a.jsonl", "old_train.jsonl"],
+                 ["sub/train.jsonl", "sub/dev.jsonl"], ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "test-00000-of-00001.jsonl"],
+                 ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl", "data/test-00000-of-00001.jsonl", "train_old.jsonl"],
+                 ["a.jsonl", "b.jsonl"], ["trainer.jsonl", "tests.jsonl"]]
+
+
+def data_splits():
+    """A folder of data: align trains on the rows of load_dataset's train split, and holds out those of its validation or
+    test split. Of the latter align says no more than the loss: it must be that of a file with load_dataset's rows."""
+    for number, names in enumerate(SPLIT_FOLDERS):
+        folder, name = Path("splits_%d" % number), "data, %s > align: " % ", ".join(names)
+        for i, file in enumerate(names):
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            jsonl(folder / file, [{"text": "Row %d of a file, the number %d." % (k, i)} for k in range(3)])
+        splits = datasets.load_dataset(str(handed(folder)), cache_dir="cache")
+        ours = rows(align("score", "--model_name_or_path", "reward", "--dataset_name", folder))
+        check(name + "rows of the train split", [r["text"] for r in ours] != list(splits["train"]["text"]), 0)
+        held_out = splits.get("validation", splits.get("test"))
+        if held_out is None:
+            continue
+        jsonl("held_out.jsonl", [{"text": text} for text in held_out["text"]])
+        loss = []
+        for eval_dataset in (folder, "held_out.jsonl"):
+            state = Path(train("sft", "splits_out", *FROM_BASE, folder, "--eval_dataset", eval_dataset, steps=1), "trainer_state.json")
+            loss += [h["eval_loss"] for h in json.loads(state.read_text())["log_history"] if "eval_loss" in h]
+        check(name + "eval_loss on the %s split" % held_out.split, abs(loss[0] - loss[1]), 0)
+
+
 def trainer_state():
     """transformers 5 alone reads it: 4.45 knows no "best_global_step".  The lab plots loss against step or epoch; PPO's
     curves are in stats_all."""
@@ -430,13 +462,14 @@ def prepare():
 
 
 def main():
-    print("torch %s, transformers %s, peft %s" % (torch.__version__, transformers.__version__, peft.__version__), flush=True)
+    print("torch %s, transformers %s, peft %s, datasets %s" % (torch.__version__, transformers.__version__, peft.__version__, datasets.__version__), flush=True)
     transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     torch.set_num_threads(1)
     prepare()
     here_only = [value_head] if opt.with_trl else [trainer_state, checkpoints, second_python]
     for part in [language_model, output_layer, tokenizer, end_token, reward_model, two_labels, lora,
-                 lora_reward_model] + here_only:
+                 lora_reward_model, data_splits] + here_only:
         try:
             part()
         except Exception:                      # the other parts are checked all the same
