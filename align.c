@@ -1665,7 +1665,12 @@ enum { TILE_MAX = 8 * 32, KC = 384, BLOCK_ROWS = 1024 };
 
 /* A tile: c (MR,NR) = start + sum over k of a[k][0..MR) * b[k][0..NR), packed panels. c and start have
  * rows c_row and start_row apart; start NULL counts as zeros, and may be c: that is +=. */
-struct Kernel { const char *name; size_t MR, NR; void (*tile)(size_t K, const float *a, const float *b, const float *start, size_t start_row, float *c, size_t c_row); };
+struct Kernel {
+    const char *name;
+    size_t MR, NR;
+    void (*tile)(size_t K, const float *a, const float *b, const float *start, size_t start_row, float *c, size_t c_row);
+    void (*few_rows)(float *y, const float *x, const float *weight, const float *bias, size_t N, size_t in, size_t out, size_t columns);
+};
 
 /* Vectors: + and * on them are single instructions, a number times a vector multiplies each lane, `_any` may stand at any
  * address. Loops over sums are unrolled by order: only then does gcc keep all of them in registers throughout. */
@@ -1688,6 +1693,31 @@ static void tile_4x8(size_t K, const float *a, const float *b, const float *star
     #pragma GCC unroll 4
     for (int i = 0; i < 4; i++)
         for (int j = 0; j < 2; j++) *(float4_any *)(c + i * c_row + 4 * j) = sum[i][j];
+}
+
+/* A strip of columns of y = x W + bias for few rows, as in generation: packing W would cost more than it saves. Eight
+ * rows of W at a time pass through the first cache and serve all rows of x; the next eight are asked for meanwhile.
+ * Compiled beside each tile, for the same instructions: it adds in the tile's order and, where there is a fused
+ * multiply-add, rounds where the tile does, so both make the same bits.           test: few_rows, rows_company */
+static inline __attribute__((always_inline)) void linear_few_rows(float *y, const float *x, const float *weight, const float *bias, size_t N, size_t in, size_t out, size_t columns) {
+    for (size_t n = 0; n < N; n++) memcpy(y + n * out, bias, columns * sizeof *y);
+    size_t k = 0;
+    for (; k + 8 <= in; k += 8)
+        for (size_t n = 0; n < N; n++) {
+            for (size_t next = k + 8 + n; next < MIN(in, k + 16); next += N)
+                for (size_t j = 0; j < MIN(columns, (size_t)384); j += 16) __builtin_prefetch(weight + next * out + j);
+            const float *a = x + n * in + k, *w = weight + k * out, *w1 = w + out, *w2 = w1 + out, *w3 = w2 + out, *w4 = w3 + out, *w5 = w4 + out, *w6 = w5 + out, *w7 = w6 + out;
+            float *sum = y + n * out;
+            for (size_t j = 0; j < columns; j++)
+                sum[j] = sum[j] + a[0] * w[j] + a[1] * w1[j] + a[2] * w2[j] + a[3] * w3[j] + a[4] * w4[j] + a[5] * w5[j] + a[6] * w6[j] + a[7] * w7[j];
+        }
+    for (; k < in; k++)
+        for (size_t n = 0; n < N; n++)
+            for (size_t j = 0; j < columns; j++) y[n * out + j] += x[n * in + k] * weight[k * out + j];
+}
+
+static void few_rows_plain(float *y, const float *x, const float *weight, const float *bias, size_t N, size_t in, size_t out, size_t columns) {
+    linear_few_rows(y, x, weight, bias, N, in, out, columns);
 }
 
 #if defined(__x86_64__)
@@ -1727,13 +1757,21 @@ __attribute__((target("avx512f"))) static void tile_8x32(size_t K, const float *
     for (int i = 0; i < 8; i++)
         for (int j = 0; j < 2; j++) *(float16_any *)(c + i * c_row + 16 * j) = sum[i][j];
 }
+
+__attribute__((target("avx2,fma"))) static void few_rows_avx2(float *y, const float *x, const float *weight, const float *bias, size_t N, size_t in, size_t out, size_t columns) {
+    linear_few_rows(y, x, weight, bias, N, in, out, columns);
+}
+
+__attribute__((target("avx512f,fma"))) static void few_rows_avx512(float *y, const float *x, const float *weight, const float *bias, size_t N, size_t in, size_t out, size_t columns) {
+    linear_few_rows(y, x, weight, bias, N, in, out, columns);
+}
 #endif
 
 static const struct Kernel KERNELS[] = {
-    {"plain 4x8", 4, 8, tile_4x8},
+    {"plain 4x8", 4, 8, tile_4x8, few_rows_plain},
 #if defined(__x86_64__)
-    {"avx2 4x24", 4, 24, tile_4x24},
-    {"avx512 8x32", 8, 32, tile_8x32},
+    {"avx2 4x24", 4, 24, tile_4x24, few_rows_avx2},
+    {"avx512 8x32", 8, 32, tile_8x32, few_rows_avx512},
 #endif
 };
 static const struct Kernel *kernel;      /* NULL: matmul_plain */
@@ -1800,7 +1838,9 @@ static struct Matrix matrix(const float *data, size_t columns) { return (struct 
 static struct Matrix transposed(const float *data, size_t columns) { return (struct Matrix){data, 1, columns}; }
 
 /* One panel of B, packed, times the panels of A for rows m0..m1: `columns` columns of C from column n on. A tile that
- * sticks out of C is made aside and copied. C's next rows are asked for early where they are to be added to. */
+ * sticks out of C is made aside, from a copy of what it starts from, and copied back: its sums are made by the very
+ * operations of a whole tile, so that a row of C has the same bits wherever it stands and whatever rows are beside it.
+ * C's next rows are asked for early where they are to be added to. */
 static void matmul_panel(float *c, size_t c_row, const float *start, size_t start_row, const float *pack_a, const float *panel, size_t m0, size_t m1, size_t columns, size_t K) {
     size_t MR = kernel->MR, NR = kernel->NR;
     _Alignas(64) float aside[TILE_MAX];
@@ -1812,9 +1852,11 @@ static void matmul_panel(float *c, size_t c_row, const float *start, size_t star
             kernel->tile(K, pack_a + m * K, panel, from, start_row, c + m * c_row, c_row);
             continue;
         }
-        kernel->tile(K, pack_a + m * K, panel, NULL, 0, aside, NR);
-        for (size_t i = 0; i < MIN(MR, m1 - m); i++)
-            for (size_t j = 0; j < columns; j++) c[(m + i) * c_row + j] = (from ? from[i * start_row + j] : 0) + aside[i * NR + j];
+        size_t rows = MIN(MR, m1 - m);
+        memset(aside, 0, sizeof aside);                   /* also where there is nothing of C */
+        for (size_t i = 0; from && i < rows; i++) memcpy(aside + i * NR, from + i * start_row, columns * sizeof *c);
+        kernel->tile(K, pack_a + m * K, panel, aside, NR, aside, NR);
+        for (size_t i = 0; i < rows; i++) memcpy(c + (m + i) * c_row, aside + i * NR, columns * sizeof *c);
     }
 }
 
@@ -1882,28 +1924,11 @@ static void matmul(float *c, size_t c_row, const float *start, size_t start_row,
  * beside its backward. dx is written; the gradient of weights is added to, so that micro-batches accumulate.
  * ============================================================================================= */
 
-/* A strip of columns of y = x W + bias for few rows, as in generation: packing W would cost more than it saves. Eight
- * rows of W at a time pass through the first cache and serve all rows of x; the next eight are asked for meanwhile. */
-WIDE static void linear_few_rows(float *y, const float *x, const float *weight, const float *bias, size_t N, size_t in, size_t out, size_t columns) {
-    for (size_t n = 0; n < N; n++) memcpy(y + n * out, bias, columns * sizeof *y);
-    size_t k = 0;
-    for (; k + 8 <= in; k += 8)
-        for (size_t n = 0; n < N; n++) {
-            for (size_t next = k + 8 + n; next < MIN(in, k + 16); next += N)
-                for (size_t j = 0; j < MIN(columns, (size_t)384); j += 16) __builtin_prefetch(weight + next * out + j);
-            const float *a = x + n * in + k, *w = weight + k * out, *w1 = w + out, *w2 = w1 + out, *w3 = w2 + out, *w4 = w3 + out, *w5 = w4 + out, *w6 = w5 + out, *w7 = w6 + out;
-            float *sum = y + n * out;
-            for (size_t j = 0; j < columns; j++)
-                sum[j] = sum[j] + a[0] * w[j] + a[1] * w1[j] + a[2] * w2[j] + a[3] * w3[j] + a[4] * w4[j] + a[5] * w5[j] + a[6] * w6[j] + a[7] * w7[j];
-        }
-    for (; k < in; k++)
-        for (size_t n = 0; n < N; n++)
-            for (size_t j = 0; j < columns; j++) y[n * out + j] += x[n * in + k] * weight[k * out + j];
-}
-
 enum { FEW_ROWS = 16, STRIP = 64 };     /* STRIP: columns whose sums over the rows one thread makes */
 
-/* linear: y (N,out) = x (N,in) W (in,out) + bias (out). GPT-2's Conv1D: W as [in,out], not torch's [out,in]. */
+/* linear: y (N,out) = x (N,in) W (in,out) + bias (out). GPT-2's Conv1D: W as [in,out], not torch's [out,in].
+ * A row of y has the same bits however many rows are beside it, so a text's score does not depend on its batch.
+ *                                                                         test: rows_company, reward_company */
 static void linear_forward(float *y, const float *x, const float *weight, const float *bias, size_t N, size_t in, size_t out) {
     if (N > FEW_ROWS || !kernel) {
         matmul(y, out, bias, 0, matrix(x, in), matrix(weight, out), N, out, in);
@@ -1911,7 +1936,7 @@ static void linear_forward(float *y, const float *x, const float *weight, const 
     }
     size_t threads = (size_t)omp_get_max_threads(), strip = N > 1 ? 384 : (out / threads + 15) / 16 * 16 + 16;      /* one row: the longest stretches */
     #pragma omp parallel for schedule(static) if(N * in * out > 50000)
-    for (size_t j = 0; j < out; j += strip) linear_few_rows(y + j, x, weight + j, bias + j, N, in, out, MIN(strip, out - j));
+    for (size_t j = 0; j < out; j += strip) kernel->few_rows(y + j, x, weight + j, bias + j, N, in, out, MIN(strip, out - j));
 }
 
 /* Adds the sum of the rows of dy (N,out), columns j0..j1, to dbias. */
@@ -2416,11 +2441,18 @@ static void check_numbers(const struct GPT2 *model, struct Arena *arena, const s
     check_finite(&traced, what, x[i]);
 }
 
-/* Logits (n,V) = hidden (n,C) wte^T: the output layer. Few rows: dot products, each row of wte read once. */
+/* Logits (n,V) = hidden (n,C) wte^T: the output layer. As in linear_forward, a row has the same bits in any company. */
 static void output_logits(const struct GPT2 *model, float *logits, const float *hidden, size_t n) {
     size_t C = model->config.n_embd, V = model->config.vocab_size;
+    matmul(logits, V, NULL, 0, matrix(hidden, C), transposed(model->wte.w, C), n, V, C);
+}
+
+/* The same while texts are written. Few rows: dot products in 16 lanes, each row of wte read once, where matmul would
+ * first have to transpose it (for one row of GPT-2, 2.5 times the time). The lanes add in another order than matmul. */
+static void decode_logits(const struct GPT2 *model, float *logits, const float *hidden, size_t n) {
+    size_t C = model->config.n_embd, V = model->config.vocab_size;
     if (n > FEW_ROWS || !kernel) {
-        matmul(logits, V, NULL, 0, matrix(hidden, C), transposed(model->wte.w, C), n, V, C);
+        output_logits(model, logits, hidden, n);
         return;
     }
     #pragma omp parallel for schedule(static) if(n * V * C > 50000)
@@ -3680,7 +3712,7 @@ static float *generate_step(const struct GPT2 *model, struct Arena *arena, struc
     struct Batch batch = decode_batch(arena, active, count, cache);
     float *hidden = gpt2_forward(model, arena, &batch, false).ln_f, *last = arena_floats(arena, count * C), *logits = arena_floats(arena, count * V);
     for (size_t i = 0; i < count; i++) memcpy(last + i * C, hidden + (batch.start[i + 1] - 1) * C, C * sizeof *last);
-    output_logits(model, logits, last, count);
+    decode_logits(model, logits, last, count);
     for (size_t i = 0; i < count && first_not_finite(logits, count * V) < count * V; i++) {       /* never, if all is well: look closer, sequence by sequence */
         struct Batch again = collate(arena, &(struct Example){active[i]->ids, active[i]->n, 0}, 1, READ_LAST);
         check_numbers(model, arena, &again, "a logit of the next token", logits + i * V, V);
@@ -3802,7 +3834,9 @@ enum { GENERATE_TOGETHER = 64 };       /* sequences decoded in one batch: bounds
 
 /* generate -- writes every sequence to its end token or its max_length.        [glossary: Rollout]
  * sequences: ids with room for max_length, the prompt in place. Each has its own random numbers, so what
- * it becomes does not depend on who else is in the batch.        test: generate_golden, generate_cache */
+ * it becomes does not depend on who else is in the batch, rounding aside: with more than FEW_ROWS rows in a pass the
+ * logits' last bits differ, and a draw that falls between the two may differ. The same call gives the same answers.
+ *                                                                 test: generate_golden, generate_cache, generate_company */
 static void generate(const struct GPT2 *model, struct Sequence *sequences, size_t n, const struct GenerationConfig *config) {
     struct Arena arena = {0}, step_arena = {0};
     size_t V = model->config.vocab_size;

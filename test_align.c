@@ -1370,6 +1370,41 @@ static void test_gelu(void) {
     expect_true("within 2e-6 of the tanh form in doubles", worst < 2e-6);
 }
 
+/* Every tile this machine has, then the definition: each in its turn is the kernel; false behind the last. */
+static bool next_kernel(void) {
+    static size_t run;
+    if (run == 0) widest_kernel = kernel;
+    size_t tiles = widest_kernel ? (size_t)(widest_kernel - KERNELS) + 1 : 0;
+    kernel = run < tiles ? &KERNELS[run] : run == tiles ? NULL : widest_kernel;
+    run = run <= tiles ? run + 1 : 0;
+    return run > 0;
+}
+
+/* Row by row, the first and the last of many rows have the bits they have in the company of all. */
+static void expect_company(size_t in, size_t out) {
+    enum { ROWS = 40 };
+    float *x = random_floats(ROWS * in, 1), *weight = random_floats(in * out, 1), *bias = random_floats(out, 1);
+    float *all = arena_floats(&test_arena, ROWS * out), *some = arena_floats(&test_arena, ROWS * out);
+    matmul(all, out, bias, 0, matrix(x, in), matrix(weight, out), ROWS, out, in);
+    for (size_t n = 1; n < ROWS; n += n < FEW_ROWS + 2 ? 1 : 5) {
+        linear_forward(some, x, weight, bias, n, in, out);
+        expect_bits("the first rows", some, all, n * out);
+        linear_forward(some, x + (ROWS - n) * in, weight, bias, n, in, out);
+        expect_bits("the last rows", some, all + (ROWS - n) * out, n * out);
+    }
+}
+
+/* A row of a linear layer has the same bits however many rows are beside it, on every kernel. */
+static void test_rows_company(void) {
+    static const size_t ins[] = {1, 7, 64, 390}, outs[] = {1, 13, 31, 96, 780};
+    while (next_kernel())
+        for (int threads = 1; threads <= 3; threads += 2) {
+            use_threads(threads);
+            for (size_t i = 0; i < COUNT(ins) * COUNT(outs); i++) expect_company(ins[i % COUNT(ins)], outs[i / COUNT(ins)]);
+        }
+    use_threads(1);
+}
+
 /* Few rows and many give what the definition gives; so do the logits of few and many hidden vectors. */
 static void test_few_rows(void) {
     static const size_t rows[] = {1, 2, 3, 8, FEW_ROWS, FEW_ROWS + 1}, ins[] = {1, 7, 8, 61}, outs[] = {1, 31, 800};
@@ -1388,6 +1423,8 @@ static void test_few_rows(void) {
         output_logits(model, logits, hidden, rows[i]);
         matmul_plain(plain, 263, NULL, 0, matrix(hidden, 36), transposed(model->wte.w, 36), rows[i], 263, 36);
         expect_floats("logits", logits, widen(plain, rows[i] * 263), rows[i] * 263, 2e-5);
+        decode_logits(model, logits, hidden, rows[i]);
+        expect_floats("logits while a text is written", logits, widen(plain, rows[i] * 263), rows[i] * 263, 2e-5);
     }
     gpt2_free(model);
 }
@@ -1759,6 +1796,34 @@ static void test_reward_rows(void) {
     for (size_t i = 0; i < 39; i++) expect_close("more texts than go together", reward[i], golden_rm_reward[i % 2], 3e-6);
     reward_score(model, &end, 1, &lone);
     expect_close("empty text", reward[39], lone, 2e-6);
+    gpt2_free(model);
+}
+
+/* One text's reward: alone, first, last and amid other texts, of its length and of others: the same bits on every kernel. */
+static void test_reward_company(void) {
+    static const size_t lengths[] = {1, 3, 16, 17, 40, 90};
+    struct GPT2 *model = random_model(61, 96, 36, 2, 2);
+    struct Example others[70], texts[70], text;
+    reward_head_declare(model);
+    for (size_t c = 0; c < 36; c++) model->score.w[c] = (float)rng_normal(&test_rng);
+    for (size_t i = 0; i < 70; i++) others[i] = random_example(1 + i * 7 % 60, 0, 61);
+    while (next_kernel())
+        for (int threads = 1; threads <= 3; threads += 2)
+            for (size_t l = 0; l < COUNT(lengths); l++) {
+                float alone, reward[70];
+                use_threads(threads);
+                text = random_example(lengths[l], 0, 61);
+                reward_score(model, &text, 1, &alone);
+                for (size_t n = 2; n <= 70; n += n < 6 ? 1 : 32)
+                    for (size_t at = 0; at < n; at += n - 1 > 2 ? (n - 1) / 2 : 1) {
+                        memcpy(texts, others, sizeof texts);
+                        texts[at] = texts[n - 1 - at] = text;
+                        reward_score(model, texts, n, reward);
+                        expect_bits("in company", reward + at, &alone, 1);
+                        expect_bits("from the other end", reward + n - 1 - at, &alone, 1);
+                    }
+            }
+    use_threads(1);
     gpt2_free(model);
 }
 
@@ -2499,6 +2564,42 @@ static void test_generate_cache(void) {
         bool ended = plain.ids[plain.n - 1] == 49 && plain.n > plain.prompt_length;
         expect_true("ends at the end token, its limit or the context", ended || plain.n == MIN(prompt[i].n + 5 + i, (size_t)24));
     }
+    gpt2_free(model);
+}
+
+/* The next token's logits of one sequence, its prompt read and `again` tokens written, `others` decoded beside it. */
+static float *logits_in_company(const struct GPT2 *model, const struct Example *prompt, size_t others, size_t again) {
+    size_t count = others + 1, V = model->config.vocab_size;
+    struct KVCache cache = kv_cache_new(model, &test_arena, count, 40);
+    struct Sequence *s = arena_alloc(&test_arena, count, sizeof *s), **active = arena_alloc(&test_arena, count, sizeof *active);
+    for (size_t i = 0; i < count; i++) {
+        s[i] = sequence_start(&test_arena, prompt[i].ids, prompt[i].n, 20, model, test_rng);
+        s[i].slot = i;
+        active[i] = &s[i];
+    }
+    float *logits = generate_step(model, &test_arena, active, count, &cache);
+    for (size_t step = 0; step < again; step++) {
+        for (size_t i = 0; i < count; i++) s[i].ids[s[i].n++] = (int)((i + step) % V);
+        logits = generate_step(model, &test_arena, active, count, &cache);
+    }
+    return logits;
+}
+
+/* Up to FEW_ROWS sequences: the same bits in any company. More: the same but for the rounding of the output layer. */
+static void test_generate_company(void) {
+    struct GPT2 *model = random_model(263, 48, 36, 2, 2);
+    struct Example prompt[64];
+    for (size_t i = 0; i < 64; i++) prompt[i] = random_example(1 + i * 5 % 23, 0, 263);
+    prompt[0] = random_example(9, 0, 263);
+    while (next_kernel())
+        for (size_t again = 0; again < 4; again += 3) {
+            float *alone = logits_in_company(model, prompt, 0, again);
+            expect_bits("of two", logits_in_company(model, prompt, 1, again), alone, 263);
+            expect_bits("of 16", logits_in_company(model, prompt, FEW_ROWS - 1, again), alone, 263);
+            float *of_17 = logits_in_company(model, prompt, FEW_ROWS, again);
+            expect_floats("of 17", of_17, widen(alone, 263), 263, 2e-5);
+            expect_bits("of 64", logits_in_company(model, prompt, 63, again), of_17, 263);
+        }
     gpt2_free(model);
 }
 
@@ -4293,11 +4394,11 @@ static const struct { const char *name; void (*run)(void); } TESTS[] = {
     {"data_shapes", test_data_shapes}, {"data_folder", test_data_folder}, {"data_implicit_prompt", test_data_implicit_prompt},
     {"data_prompt_completion", test_data_prompt_completion}, {"data_pairs", test_data_pairs}, {"data_length_sampler", test_data_length_sampler},
     {"collate", test_collate}, {"collate_pairs", test_collate_pairs}, {"sigmoid", test_sigmoid}, {"softmax", test_softmax}, {"entropy", test_entropy}, {"kl", test_kl}, {"exp_fast", test_exp_fast}, {"sqrt_fast", test_sqrt_fast},
-    {"rows", test_rows}, {"matmul", test_matmul}, {"matmul_plain", test_matmul_plain}, {"matmul_threads", test_matmul_threads}, {"linear_golden", test_linear_golden}, {"few_rows", test_few_rows},
+    {"rows", test_rows}, {"matmul", test_matmul}, {"matmul_plain", test_matmul_plain}, {"matmul_threads", test_matmul_threads}, {"linear_golden", test_linear_golden}, {"few_rows", test_few_rows}, {"rows_company", test_rows_company},
     {"linear_gradient", test_linear_gradient}, {"layernorm", test_layernorm}, {"layernorm_gradient", test_layernorm_gradient}, {"gelu", test_gelu},
     {"gelu_gradient", test_gelu_gradient}, {"attention", test_attention}, {"attention_gradient", test_attention_gradient}, {"gpt2_golden", test_gpt2_golden},
     {"gpt2_gradient_golden", test_gpt2_gradient_golden}, {"gpt2_gradient", test_gpt2_gradient}, {"gpt2_chunks", test_gpt2_chunks}, {"gpt2_packed", test_gpt2_packed},
-    {"gpt2_init", test_gpt2_init}, {"model_save", test_model_save}, {"gpt2_load", test_gpt2_load}, {"reward_golden", test_reward_golden}, {"reward_rows", test_reward_rows},
+    {"gpt2_init", test_gpt2_init}, {"model_save", test_model_save}, {"gpt2_load", test_gpt2_load}, {"reward_golden", test_reward_golden}, {"reward_rows", test_reward_rows}, {"reward_company", test_reward_company},
     {"reward_head_gradient", test_reward_head_gradient}, {"lora_hand", test_lora_hand}, {"lora_targets", test_lora_targets}, {"lora_start", test_lora_start}, {"lora_gradient", test_lora_gradient}, {"lora_merge", test_lora_merge},
     {"lora_reference", test_lora_reference}, {"lora_frozen", test_lora_frozen}, {"lora_round_trip", test_lora_round_trip}, {"lora_broken", test_lora_broken}, {"adamw_golden", test_adamw_golden}, {"adamw_hand", test_adamw_hand}, {"schedule", test_schedule},
     {"trainer_steps", test_trainer_steps}, {"trainer_state", test_trainer_state}, {"trainer_threads", test_trainer_threads},
@@ -4305,7 +4406,7 @@ static const struct { const char *name; void (*run)(void); } TESTS[] = {
     {"generate_golden", test_generate_golden}, {"beam_search_golden", test_beam_search_golden}, {"beam_search_exhaustive", test_beam_search_exhaustive},
     {"beam_candidates", test_beam_candidates},
     {"generate_filters_golden", test_generate_filters_golden}, {"generate_processors", test_generate_processors}, {"generate_distribution", test_generate_distribution},
-    {"generate_decode", test_generate_decode}, {"kth_largest", test_kth_largest}, {"generate_cache", test_generate_cache}, {"language_pack", test_language_pack},
+    {"generate_decode", test_generate_decode}, {"kth_largest", test_kth_largest}, {"generate_cache", test_generate_cache}, {"generate_company", test_generate_company}, {"language_pack", test_language_pack},
     {"language_sft_rows", test_language_sft_rows}, {"language_overfit", test_language_overfit}, {"bradley_terry", test_bradley_terry},
     {"sentiment_loss", test_sentiment_loss}, {"bradley_terry_gradient", test_bradley_terry_gradient}, {"reward_gradient", test_reward_gradient}, {"reward_overfit", test_reward_overfit},
     {"ppo_whiten_golden", test_ppo_whiten_golden}, {"ppo_scores_golden", test_ppo_scores_golden}, {"ppo_kl_controller", test_ppo_kl_controller},
