@@ -6443,7 +6443,7 @@ static struct RolloutSource open_rollouts(struct Options *o) {
 
 /* Says, once a command, that the context ends before the answer may. `room`: new tokens that the longest prompt leaves. */
 static void note_full_context(const struct Options *o, size_t room, size_t max_new, const char *flag) {
-    if (room < max_new) warn("%s %zu: after the longest prompt the model's context of %zu tokens (n_positions) has room for %zu", flag, max_new, o->model->config.n_positions, room);
+    if (room < max_new) warn("%s asks for up to %zu new tokens; after the longest prompt the model's context of %zu (n_positions) has room for %zu", flag, max_new, o->model->config.n_positions, room);
 }
 
 /* Trains by PPO or REINFORCE on rollouts, new or stored, and saves: max_steps, or one pass. */
@@ -6455,7 +6455,7 @@ static void train_on_rollouts(struct Options *o, const char *log_dir) {
     struct RolloutSource source = {0};
     if (o->rollouts) source.replay = o->data = dataset_load(&o->arena, o->rollouts, ROLLOUT_SHAPES, 1);
     else source = open_rollouts(o);
-    if (!o->rollouts) note_full_context(o, source.room, o->output_length.max_value - 1, "--output_max_length: up to");
+    if (!o->rollouts) note_full_context(o, source.room, o->output_length.max_value - 1, "--output_max_length");
     struct PPOTrainer *ppo = ppo_trainer_new(o->model, o->reference, o->ppo, o->train, o->generation.temperature);
     size_t n = o->rollouts ? o->data->n : source.n, pass = MAX((size_t)1, n * o->ppo.num_generations / o->ppo.batch_size);
     struct TrainerState state = {0};
