@@ -202,6 +202,8 @@ static void PRINTF_LIKE(2, 0) complain(const char *start, const char *format, va
     char line[2 * PATH_MAX];
     vsnprintf(line, sizeof line, format, arguments);
     size_t n = strlen(cut_text(line, sizeof line)), head = MIN(n, (size_t)600), tail = MAX(head, n - head);
+    while (tail > head && (line[head] & 0xc0) == 0x80) head--;                /* whole characters */
+    while (tail > head && (line[tail] & 0xc0) == 0x80) tail++;
     progress_clear();
     fprintf(stderr, "%s%.*s%s%s%s\n", start, (int)head, line, tail > head ? " ... " : "", line + tail, end);
 }
@@ -846,10 +848,30 @@ static void json_write_string(FILE *file, const char *before, struct Text text) 
         length = utf8_read((const unsigned char *)text.data + i, text.length - i, &c);
         if (length == 0) { fputs("\xef\xbf\xbd", file); length = 1; }
         else if (c < 128 && c && (escape = strchr(plain, (int)c))) fprintf(file, "\\%c", letters[escape - plain]);
-        else if (c < 0x20 || c == 0x7f) fprintf(file, "\\u%04x", (unsigned)c);
+        else if (c < 0x20 || (c >= 0x7f && c < 0xa0)) fprintf(file, "\\u%04x", (unsigned)c);
         else fwrite(text.data + i, 1, length, file);
     }
     fputc('"', file);
+}
+
+/* A model's text for a terminal or a pipe, as UTF-8: bytes that are no character become U+FFFD, control characters
+ * spaces, but those in `kept`. What two texts look like is the same when this is.                test: text_shown */
+static struct Text text_shown(struct Arena *arena, struct Text text, const char *kept) {
+    char *to = arena_alloc(arena, 3 * text.length + 1, 1);
+    size_t n = 0;
+    for (size_t i = 0, length; i < text.length; i += MAX(length, (size_t)1)) {
+        uint32_t c;
+        length = utf8_read((const unsigned char *)text.data + i, text.length - i, &c);
+        bool control = length && (c < 32 || (c >= 127 && c < 160)) && !(c && c < 32 && strchr(kept, (int)c));
+        if (length == 0) n += utf8_write(to + n, 0xfffd);
+        else if (control) to[n++] = ' ';
+        else {
+            memcpy(to + n, text.data + i, length);
+            n += length;
+        }
+    }
+    to[n] = 0;
+    return (struct Text){to, n};
 }
 
 /* JSON has no NaN: null, Python's None. 9 digits bring any float back bit for bit. The text stays until the eighth call: enough for one printf. */
@@ -2249,7 +2271,12 @@ enum { TILE_MAX = 8 * 32, KC = 384, BLOCK_ROWS = 1024 };
 
 /* A tile: c (MR,NR) = start + sum over k of a[k][0..MR) * b[k][0..NR), packed panels. c and start have
  * rows c_row and start_row apart; start NULL counts as zeros, and may be c: that is +=. */
-struct Kernel { const char *name; size_t MR, NR; void (*tile)(size_t K, const float *a, const float *b, const float *start, size_t start_row, float *c, size_t c_row); };
+struct Kernel {
+    const char *name;
+    size_t MR, NR;
+    void (*tile)(size_t K, const float *a, const float *b, const float *start, size_t start_row, float *c, size_t c_row);
+    void (*few_rows)(float *y, const float *x, const float *weight, const float *bias, size_t N, size_t in, size_t out, size_t columns);
+};
 
 /* Vectors: + and * on them are single instructions, a number times a vector multiplies each lane, `_any` may stand at any
  * address. Loops over sums are unrolled by order: only then does gcc keep all of them in registers throughout. */
@@ -2272,6 +2299,31 @@ static void tile_4x8(size_t K, const float *a, const float *b, const float *star
     #pragma GCC unroll 4
     for (int i = 0; i < 4; i++)
         for (int j = 0; j < 2; j++) *(float4_any *)(c + i * c_row + 4 * j) = sum[i][j];
+}
+
+/* A strip of columns of y = x W + bias for few rows, as in generation: packing W would cost more than it saves. Eight
+ * rows of W at a time pass through the first cache and serve all rows of x; the next eight are asked for meanwhile.
+ * Compiled beside each tile, for the same instructions: it adds in the tile's order and, where there is a fused
+ * multiply-add, rounds where the tile does, so both make the same bits.           test: few_rows, rows_company */
+static inline __attribute__((always_inline)) void linear_few_rows(float *y, const float *x, const float *weight, const float *bias, size_t N, size_t in, size_t out, size_t columns) {
+    for (size_t n = 0; n < N; n++) memcpy(y + n * out, bias, columns * sizeof *y);
+    size_t k = 0;
+    for (; k + 8 <= in; k += 8)
+        for (size_t n = 0; n < N; n++) {
+            for (size_t next = k + 8 + n; next < MIN(in, k + 16); next += N)
+                for (size_t j = 0; j < MIN(columns, (size_t)384); j += 16) __builtin_prefetch(weight + next * out + j);
+            const float *a = x + n * in + k, *w = weight + k * out, *w1 = w + out, *w2 = w1 + out, *w3 = w2 + out, *w4 = w3 + out, *w5 = w4 + out, *w6 = w5 + out, *w7 = w6 + out;
+            float *sum = y + n * out;
+            for (size_t j = 0; j < columns; j++)
+                sum[j] = sum[j] + a[0] * w[j] + a[1] * w1[j] + a[2] * w2[j] + a[3] * w3[j] + a[4] * w4[j] + a[5] * w5[j] + a[6] * w6[j] + a[7] * w7[j];
+        }
+    for (; k < in; k++)
+        for (size_t n = 0; n < N; n++)
+            for (size_t j = 0; j < columns; j++) y[n * out + j] += x[n * in + k] * weight[k * out + j];
+}
+
+static void few_rows_plain(float *y, const float *x, const float *weight, const float *bias, size_t N, size_t in, size_t out, size_t columns) {
+    linear_few_rows(y, x, weight, bias, N, in, out, columns);
 }
 
 #if defined(__x86_64__)
@@ -2311,13 +2363,21 @@ __attribute__((target("avx512f"))) static void tile_8x32(size_t K, const float *
     for (int i = 0; i < 8; i++)
         for (int j = 0; j < 2; j++) *(float16_any *)(c + i * c_row + 16 * j) = sum[i][j];
 }
+
+__attribute__((target("avx2,fma"))) static void few_rows_avx2(float *y, const float *x, const float *weight, const float *bias, size_t N, size_t in, size_t out, size_t columns) {
+    linear_few_rows(y, x, weight, bias, N, in, out, columns);
+}
+
+__attribute__((target("avx512f,fma"))) static void few_rows_avx512(float *y, const float *x, const float *weight, const float *bias, size_t N, size_t in, size_t out, size_t columns) {
+    linear_few_rows(y, x, weight, bias, N, in, out, columns);
+}
 #endif
 
 static const struct Kernel KERNELS[] = {
-    {"plain 4x8", 4, 8, tile_4x8},
+    {"plain 4x8", 4, 8, tile_4x8, few_rows_plain},
 #if defined(__x86_64__)
-    {"avx2 4x24", 4, 24, tile_4x24},
-    {"avx512 8x32", 8, 32, tile_8x32},
+    {"avx2 4x24", 4, 24, tile_4x24, few_rows_avx2},
+    {"avx512 8x32", 8, 32, tile_8x32, few_rows_avx512},
 #endif
 };
 static const struct Kernel *kernel;      /* NULL: matmul_plain */
@@ -2407,7 +2467,9 @@ static struct Matrix matrix(const float *data, size_t columns) { return (struct 
 static struct Matrix transposed(const float *data, size_t columns) { return (struct Matrix){data, 1, columns}; }
 
 /* One panel of B, packed, times the panels of A for rows m0..m1: `columns` columns of C from column n on. A tile that
- * sticks out of C is made aside and copied. C's next rows are asked for early where they are to be added to. */
+ * sticks out of C is made aside, from a copy of what it starts from, and copied back: its sums are made by the very
+ * operations of a whole tile, so that a row of C has the same bits wherever it stands and whatever rows are beside it.
+ * C's next rows are asked for early where they are to be added to. */
 static void matmul_panel(float *c, size_t c_row, const float *start, size_t start_row, const float *pack_a, const float *panel, size_t m0, size_t m1, size_t columns, size_t K) {
     size_t MR = kernel->MR, NR = kernel->NR;
     _Alignas(64) float aside[TILE_MAX];
@@ -2419,9 +2481,11 @@ static void matmul_panel(float *c, size_t c_row, const float *start, size_t star
             kernel->tile(K, pack_a + m * K, panel, from, start_row, c + m * c_row, c_row);
             continue;
         }
-        kernel->tile(K, pack_a + m * K, panel, NULL, 0, aside, NR);
-        for (size_t i = 0; i < MIN(MR, m1 - m); i++)
-            for (size_t j = 0; j < columns; j++) c[(m + i) * c_row + j] = (from ? from[i * start_row + j] : 0) + aside[i * NR + j];
+        size_t rows = MIN(MR, m1 - m);
+        memset(aside, 0, sizeof aside);                   /* also where there is nothing of C */
+        for (size_t i = 0; from && i < rows; i++) memcpy(aside + i * NR, from + i * start_row, columns * sizeof *c);
+        kernel->tile(K, pack_a + m * K, panel, aside, NR, aside, NR);
+        for (size_t i = 0; i < rows; i++) memcpy(c + (m + i) * c_row, aside + i * NR, columns * sizeof *c);
     }
 }
 
@@ -2489,28 +2553,11 @@ static void matmul(float *c, size_t c_row, const float *start, size_t start_row,
  * beside its backward. dx is written; the gradient of weights is added to, so that micro-batches accumulate.
  * ============================================================================================= */
 
-/* A strip of columns of y = x W + bias for few rows, as in generation: packing W would cost more than it saves. Eight
- * rows of W at a time pass through the first cache and serve all rows of x; the next eight are asked for meanwhile. */
-WIDE static void linear_few_rows(float *y, const float *x, const float *weight, const float *bias, size_t N, size_t in, size_t out, size_t columns) {
-    for (size_t n = 0; n < N; n++) memcpy(y + n * out, bias, columns * sizeof *y);
-    size_t k = 0;
-    for (; k + 8 <= in; k += 8)
-        for (size_t n = 0; n < N; n++) {
-            for (size_t next = k + 8 + n; next < MIN(in, k + 16); next += N)
-                for (size_t j = 0; j < MIN(columns, (size_t)384); j += 16) __builtin_prefetch(weight + next * out + j);
-            const float *a = x + n * in + k, *w = weight + k * out, *w1 = w + out, *w2 = w1 + out, *w3 = w2 + out, *w4 = w3 + out, *w5 = w4 + out, *w6 = w5 + out, *w7 = w6 + out;
-            float *sum = y + n * out;
-            for (size_t j = 0; j < columns; j++)
-                sum[j] = sum[j] + a[0] * w[j] + a[1] * w1[j] + a[2] * w2[j] + a[3] * w3[j] + a[4] * w4[j] + a[5] * w5[j] + a[6] * w6[j] + a[7] * w7[j];
-        }
-    for (; k < in; k++)
-        for (size_t n = 0; n < N; n++)
-            for (size_t j = 0; j < columns; j++) y[n * out + j] += x[n * in + k] * weight[k * out + j];
-}
-
 enum { FEW_ROWS = 16, STRIP = 64 };     /* STRIP: columns whose sums over the rows one thread makes */
 
-/* linear: y (N,out) = x (N,in) W (in,out) + bias (out). GPT-2's Conv1D: W as [in,out], not torch's [out,in]. */
+/* linear: y (N,out) = x (N,in) W (in,out) + bias (out). GPT-2's Conv1D: W as [in,out], not torch's [out,in].
+ * A row of y has the same bits however many rows are beside it, so a text's score does not depend on its batch.
+ *                                                                         test: rows_company, reward_company */
 static void linear_forward(float *y, const float *x, const float *weight, const float *bias, size_t N, size_t in, size_t out) {
     if (N > FEW_ROWS || !kernel) {
         matmul(y, out, bias, 0, matrix(x, in), matrix(weight, out), N, out, in);
@@ -2518,7 +2565,7 @@ static void linear_forward(float *y, const float *x, const float *weight, const 
     }
     size_t threads = (size_t)omp_get_max_threads(), strip = N > 1 ? 384 : (out / threads + 15) / 16 * 16 + 16;      /* one row: the longest stretches */
     #pragma omp parallel for schedule(static) if(N * in * out > 50000)
-    for (size_t j = 0; j < out; j += strip) linear_few_rows(y + j, x, weight + j, bias + j, N, in, out, MIN(strip, out - j));
+    for (size_t j = 0; j < out; j += strip) kernel->few_rows(y + j, x, weight + j, bias + j, N, in, out, MIN(strip, out - j));
 }
 
 /* Adds the sum of the rows of dy (N,out), columns j0..j1, to dbias. */
@@ -3032,11 +3079,18 @@ static void check_numbers(const struct GPT2 *model, struct Arena *arena, const s
     check_finite(&traced, what, x[i]);
 }
 
-/* Logits (n,V) = hidden (n,C) wte^T: the output layer. Few rows: dot products, each row of wte read once. */
+/* Logits (n,V) = hidden (n,C) wte^T: the output layer. As in linear_forward, a row has the same bits in any company. */
 static void output_logits(const struct GPT2 *model, float *logits, const float *hidden, size_t n) {
     size_t C = model->config.n_embd, V = model->config.vocab_size;
+    matmul(logits, V, NULL, 0, matrix(hidden, C), transposed(model->wte.w, C), n, V, C);
+}
+
+/* The same while texts are written. Few rows: dot products in 16 lanes, each row of wte read once, where matmul would
+ * first have to transpose it (for one row of GPT-2, 2.5 times the time). The lanes add in another order than matmul. */
+static void decode_logits(const struct GPT2 *model, float *logits, const float *hidden, size_t n) {
+    size_t C = model->config.n_embd, V = model->config.vocab_size;
     if (n > FEW_ROWS || !kernel) {
-        matmul(logits, V, NULL, 0, matrix(hidden, C), transposed(model->wte.w, C), n, V, C);
+        output_logits(model, logits, hidden, n);
         return;
     }
     #pragma omp parallel for schedule(static) if(n * V * C > 50000)
@@ -4846,7 +4900,7 @@ static float *generate_step(const struct GPT2 *model, struct Arena *arena, struc
     struct Batch batch = decode_batch(arena, active, count, cache);
     float *hidden = gpt2_forward(model, arena, &batch, false).ln_f, *last = arena_floats(arena, count * C), *logits = arena_floats(arena, count * V);
     for (size_t i = 0; i < count; i++) memcpy(last + i * C, hidden + (batch.start[i + 1] - 1) * C, C * sizeof *last);
-    output_logits(model, logits, last, count);
+    decode_logits(model, logits, last, count);
     for (size_t i = 0; i < count && first_not_finite(logits, count * V) < count * V; i++) {       /* never, if all is well: look closer, sequence by sequence */
         struct Batch again = collate(arena, &(struct Example){active[i]->ids, active[i]->n, 0}, 1, READ_LAST);
         check_numbers(model, arena, &again, "a logit of the next token", logits + i * V, V);
@@ -4854,11 +4908,9 @@ static float *generate_step(const struct GPT2 *model, struct Arena *arena, struc
     return logits;
 }
 
-enum { UNFILLED = -1000000000 };                       /* transformers' score of a finished sequence that is not there yet */
-
 static struct Sequence *beams_new(struct Arena *arena, size_t count, size_t max_length) {
     struct Sequence *beams = arena_zeros(arena, count, sizeof *beams);
-    for (size_t i = 0; i < count; i++) beams[i] = (struct Sequence){.ids = arena_alloc(arena, max_length, sizeof(int)), .slot = i, .score = UNFILLED};
+    for (size_t i = 0; i < count; i++) beams[i] = (struct Sequence){.ids = arena_alloc(arena, max_length, sizeof(int)), .slot = i};
     return beams;
 }
 
@@ -4897,11 +4949,15 @@ static void beam_scores(float *logits, const struct Sequence *running, size_t be
     }
 }
 
+/* A place of the pool that nothing has taken yet (n = 0) is beaten by any score: there is none so low that it could
+ * stand for it, as transformers' -1e9 does, with a length_penalty below 0.          test: beam_search_negative */
+static bool beam_beats(float score, const struct Sequence *finished) { return finished->n == 0 || score > finished->score; }
+
 /* A sequence that ended enters the pool, sorted best first, if its score beats the worst there. */
 static void beam_finish(struct Sequence *pool, size_t K, const struct Sequence *from, int id, float score) {
-    if (score <= pool[K - 1].score) return;
+    if (!beam_beats(score, &pool[K - 1])) return;
     beam_set(&pool[K - 1], from, id, score);
-    for (size_t i = K - 1; i > 0 && pool[i].score > pool[i - 1].score; i--) {
+    for (size_t i = K - 1; i > 0 && beam_beats(pool[i].score, &pool[i - 1]); i--) {
         struct Sequence better = pool[i];
         pool[i] = pool[i - 1];
         pool[i - 1] = better;
@@ -4927,7 +4983,6 @@ static void beam_search(const struct GPT2 *model, struct Sequence *sequences, co
     struct Candidate *best = arena_alloc(&arena, 2 * K, sizeof *best), *going = arena_alloc(&arena, 2 * K, sizeof *going);
     memcpy(running->ids, sequences->ids, start * sizeof(int));
     running->n = start;
-    running->score = 0;
     bool hope = true, full = false;
     for (int now = 0; hope && !(full && config->early_stopping == STOP_TRUE) && running->n < max_length; now = !now) {
         arena_reset(&step_arena);
@@ -4942,7 +4997,7 @@ static void beam_search(const struct GPT2 *model, struct Sequence *sequences, co
             if (id != end_token && from->n + 1 < max_length) going[left++] = best[i];
             else if (i < K) beam_finish(pool, K, from, id, (float)(best[i].logit / pow((double)length, config->length_penalty)));
         }
-        full = pool[K - 1].score > UNFILLED;
+        full = pool[K - 1].n > 0;
         if (left == 0) break;
         qsort(going, left, sizeof *going, compare_candidates_down);
         beams = MIN(left, K);
@@ -4953,7 +5008,7 @@ static void beam_search(const struct GPT2 *model, struct Sequence *sequences, co
         }
         running = side[!now];
         size_t hoped = config->early_stopping == STOP_NEVER && config->length_penalty > 0 ? max_length - start : length;
-        hope = running->score / pow((double)hoped, config->length_penalty) > pool[K - 1].score;
+        hope = !full || running->score / pow((double)hoped, config->length_penalty) > pool[K - 1].score;
     }
     for (size_t i = 0; i < config->num_return_sequences && pool[i].n; i++) {
         memcpy(sequences[i].ids, pool[i].ids, pool[i].n * sizeof(int));
@@ -4968,7 +5023,9 @@ enum { GENERATE_TOGETHER = 64 };       /* sequences decoded in one batch: bounds
 
 /* generate -- writes every sequence to its end token or its max_length.        [glossary: Rollout]
  * sequences: ids with room for max_length, the prompt in place. Each has its own random numbers, so what
- * it becomes does not depend on who else is in the batch.        test: generate_golden, generate_cache */
+ * it becomes does not depend on who else is in the batch, rounding aside: with more than FEW_ROWS rows in a pass the
+ * logits' last bits differ, and a draw that falls between the two may differ. The same call gives the same answers.
+ *                                                                 test: generate_golden, generate_cache, generate_company */
 static void generate(const struct GPT2 *model, struct Sequence *sequences, size_t n, const struct GenerationConfig *config) {
     struct Arena arena = {0}, step_arena = {0};
     size_t V = model->config.vocab_size;
@@ -4997,22 +5054,23 @@ static void generate(const struct GPT2 *model, struct Sequence *sequences, size_
     arena_free(&step_arena);
 }
 
-/* A sequence that starts with `n` ids and may grow by max_new tokens, as far as the context allows. */
+/* A sequence that starts with `n` ids and may grow by max_new tokens, as far as the context allows: to one token more
+ * than it has, as in transformers, for nothing is asked about the last one.                     test: generate_context */
 static struct Sequence sequence_start(struct Arena *arena, const int *ids, size_t n, size_t max_new, const struct GPT2 *model, struct Rng rng) {
-    struct Sequence s = {.n = n, .prompt_length = n, .max_length = MIN(n + max_new, model->config.n_positions), .rng = rng};
+    struct Sequence s = {.n = n, .prompt_length = n, .max_length = MIN(n + max_new, model->config.n_positions + 1), .rng = rng};
     s.ids = memcpy(arena_alloc(arena, MAX(n, s.max_length), sizeof *s.ids), ids, n * sizeof *ids);
     return s;
 }
 
-/* Answers of a policy to n prompts, num_generations of each side by side. */
-static struct Example *sample_answers(const struct GPT2 *policy, struct Arena *arena, const struct Example *prompts, size_t n, size_t num_generations, const struct GenerationConfig *generation, uint64_t seed) {
-    struct Rng rng = rng_seed(seed, STREAM_SAMPLE);
+/* Answers of a policy to n prompts, num_generations of each side by side; each takes one number of rng, the seed of its
+ * own. Like a rollout an answer ends where the context does: it will be trained on, last token and all. */
+static struct Example *sample_answers(const struct GPT2 *policy, struct Arena *arena, const struct Example *prompts, size_t n, size_t num_generations, const struct GenerationConfig *generation, struct Rng *rng) {
     size_t total = n * num_generations;
     struct Sequence *sequences = arena_alloc(arena, total, sizeof *sequences);
     struct Example *answers = arena_alloc(arena, total, sizeof *answers);
     for (size_t i = 0; i < total; i++) {
         const struct Example *prompt = &prompts[i / num_generations];
-        sequences[i] = sequence_start(arena, prompt->ids, prompt->n, generation->max_new_tokens, policy, rng_seed(rng_next(&rng), STREAM_SAMPLE));
+        sequences[i] = sequence_start(arena, prompt->ids, prompt->n, MIN(generation->max_new_tokens, policy->config.n_positions - prompt->n), policy, rng_seed(rng_next(rng), STREAM_SAMPLE));
     }
     generate(policy, sequences, total, generation);
     for (size_t i = 0; i < total; i++) answers[i] = (struct Example){sequences[i].ids, sequences[i].n, sequences[i].prompt_length};
@@ -5108,7 +5166,8 @@ static void language_sample(struct Trainer *trainer) {
     const struct Example *text = ((struct LanguageTask *)trainer->task.data)->texts;
     struct GenerationConfig sampling = {.max_new_tokens = 28, .do_sample = true, .num_beams = 1, .temperature = 0.7, .top_p = 1, .repetition_penalty = 1};
     struct Example prompt = {text->ids, text->n > 3 ? 3 : 1, 0};
-    struct Example *answer = sample_answers(trainer->model, &trainer->arena, &prompt, 1, 1, &sampling, trainer->args.seed);
+    struct Rng rng = rng_seed(trainer->args.seed, STREAM_SAMPLE);
+    struct Example *answer = sample_answers(trainer->model, &trainer->arena, &prompt, 1, 1, &sampling, &rng);
     sample_show(trainer->tok, answer, trainer->model->config.vocab_size, "");
 }
 
@@ -5484,6 +5543,7 @@ struct RolloutSource {
     const struct Example *prompts;
     size_t n;
     size_t *order, at;                 /* a shuffled pass over the prompts, renewed at its end */
+    size_t room;                       /* new tokens that the longest prompt leaves in the context */
     struct Rng shuffle, lengths, sample;       /* in a checkpoint one piece */
     struct LengthSampler output_length;
     struct GenerationConfig generation;
@@ -5562,7 +5622,8 @@ static void collect_rollouts(const struct PPOTrainer *ppo, struct RolloutSource 
             prompt = &source->prompts[source->order[source->at++]];
         }
         struct Rng own = rng_seed(rng_next(&source->sample), STREAM_SAMPLE);
-        sequences[i] = sequence_start(arena, prompt->ids, prompt->n, length_sampler(&source->output_length, &source->lengths), ppo->model, own);
+        size_t drawn = length_sampler(&source->output_length, &source->lengths), room = ppo->model->config.n_positions - prompt->n;
+        sequences[i] = sequence_start(arena, prompt->ids, prompt->n, MIN(drawn, room), ppo->model, own);
     }
     generate(ppo->model, sequences, n, &source->generation);
     struct Example *examples = arena_alloc(arena, n, sizeof *examples);
@@ -6324,12 +6385,14 @@ static struct DPOTask *dpo_task(struct Trainer *trainer, struct Arena *arena, st
     return task;
 }
 
+static bool same_answer(const struct Tokenizer *tok, struct Arena *arena, const struct Example *a, const struct Example *b, const struct GPT2Config *policy);
+
 /* collect_preferences -- data collection: several answers a prompt, compared, kept as pairs.             [glossary: Coleta de dados]
  * Each prompt is answered num_generations times by `policy`; the best answer by the scorer becomes chosen, the worst rejected.
- * Answers that ended before scorer->least_length tokens are left out, and, with only_ended, those that did not end: cut-off text
+ * Two that read the same are no pair, whatever their scores. Answers that ended before scorer->least_length tokens are left out, and, with only_ended, those that did not end: cut-off text
  * teaches a model to run on. pairs: room for 2n examples, 2i chosen, 2i+1 rejected; returns how many pairs. */
-static size_t collect_preferences(const struct GPT2 *policy, const struct Scorer *scorer, struct Arena *arena, const struct Example *prompts, size_t n, size_t num_generations, bool only_ended, const struct GenerationConfig *generation, uint64_t seed, struct Example *pairs) {
-    struct Example *answers = sample_answers(policy, arena, prompts, n, num_generations, generation, seed);
+static size_t collect_preferences(const struct GPT2 *policy, const struct Scorer *scorer, struct Arena *arena, const struct Example *prompts, size_t n, size_t num_generations, bool only_ended, const struct GenerationConfig *generation, struct Rng *rng, struct Example *pairs) {
+    struct Example *answers = sample_answers(policy, arena, prompts, n, num_generations, generation, rng);
     float *score = arena_floats(arena, n * num_generations);
     size_t count = 0;
     scorer_score(scorer, arena, answers, n * num_generations, &policy->config, score);
@@ -6342,7 +6405,7 @@ static size_t collect_preferences(const struct GPT2 *policy, const struct Scorer
             if (best == SIZE_MAX || score[k] > score[best]) best = k;
             if (worst == SIZE_MAX || score[k] < score[worst]) worst = k;
         }
-        if (best == worst || score[best] <= score[worst]) continue;
+        if (best == worst || score[best] <= score[worst] || same_answer(scorer->tok, arena, &answers[best], &answers[worst], &policy->config)) continue;
         pairs[2 * count] = answers[best];
         pairs[2 * count++ + 1] = answers[worst];
     }
@@ -6358,6 +6421,11 @@ static struct Text answer_text(const struct Tokenizer *tok, struct Arena *arena,
                                const struct Example *answer, const struct GPT2Config *policy) {
     const int *ids = answer->ids + answer->prompt_length;
     return tokenizer_decode_all(tok, arena, ids, answer_length(answer, policy), policy->vocab_size);
+}
+
+/* Nothing can be learnt from a choice between two answers that look the same. */
+static bool same_answer(const struct Tokenizer *tok, struct Arena *arena, const struct Example *a, const struct Example *b, const struct GPT2Config *policy) {
+    return text_equal(text_shown(arena, answer_text(tok, arena, a, policy), ""), text_shown(arena, answer_text(tok, arena, b, policy), ""));
 }
 
 /* =============================================================================================
@@ -6620,7 +6688,8 @@ struct PolicyResult {
 static struct PolicyResult policy_measure(const struct GPT2 *policy, const struct GPT2 *ref_model, const struct Scorer *scorer, struct Arena *arena,
                                           const struct Example *prompts, size_t n, const struct GenerationConfig *generation, uint64_t seed) {
     struct PolicyResult result = {.policy = policy, .texts = arena_alloc(arena, n, sizeof *result.texts), .reward = arena_floats(arena, n)};
-    result.answers = sample_answers(policy, arena, prompts, n, 1, generation, seed);
+    struct Rng rng = rng_seed(seed, STREAM_SAMPLE);
+    result.answers = sample_answers(policy, arena, prompts, n, 1, generation, &rng);
     for (size_t i = 0; i < n; i++) {
         result.texts[i] = answer_text(scorer->tok, arena, &result.answers[i], &policy->config);
         size_t length = answer_length(&result.answers[i], &policy->config);
@@ -7097,9 +7166,10 @@ static void course_dpo(struct Course *course) {
     struct Example *pairs = arena_alloc(&course->arena, 2 * n, sizeof *pairs);
     struct GenerationConfig generation = course_generation(course, 40);
     for (size_t i = 0; i < course->train_n; i++) tokens += course->train[i].n;
+    struct Rng rng = rng_seed(course->seed, STREAM_SAMPLE);
     bool sentences = tokens / course->train_n < COURSE_POSITIONS;        /* an answer of 40 tokens can end one; it never ends a whole review */
     size_t count = collect_preferences(course->language_model, &course->scorer, &course->arena, course->prompts, n, ANSWERS, sentences,
-                                       &generation, course->seed, pairs);
+                                       &generation, &rng, pairs);
     say("4/4 dpo: %zu pairs collected from %zu answers\n", count, n * ANSWERS);
     CHECK(count > 0 || course->dpo_steps == 0,
           "no answer of the language model ended by itself, so no pair could be formed; train it longer (--pretrain_steps)");
@@ -7183,9 +7253,12 @@ static void course_write(struct Course *course, double seconds) {
     output_close(&report);
 }
 
-/* Text for a terminal: line breaks and control characters become spaces. */
+/* Text on one line of a terminal. */
 static void print_plain(struct Text text) {
-    for (size_t i = 0; i < text.length; i++) putchar((unsigned char)text.data[i] < 32 ? ' ' : text.data[i]);
+    struct Arena arena = {0};
+    text = text_shown(&arena, text, "");
+    fwrite(text.data, 1, text.length, stdout);
+    arena_free(&arena);
 }
 
 static void course_print(struct Course *course) {
@@ -7294,7 +7367,8 @@ static struct Example *bench_answers(struct Bench *bench, struct Example *prompt
     generation.max_new_tokens = generation.min_new_tokens = new_tokens;
     generation.do_sample = do_sample;
     generation.top_k = 0;
-    return sample_answers(bench->model, &bench->arena, prompts, n, 1, &generation, rng_next(&bench->rng));
+    struct Rng rng = rng_seed(rng_next(&bench->rng), STREAM_SAMPLE);
+    return sample_answers(bench->model, &bench->arena, prompts, n, 1, &generation, &rng);
 }
 
 static void bench_generate(struct Bench *bench, size_t n, size_t length) {
@@ -7811,8 +7885,15 @@ static struct RolloutSource open_rollouts(struct Options *o) {
     struct Example *prompts = arena_alloc(&o->arena, o->data->n, sizeof *prompts);
     source.n = source.at = encode_prompts(o, prompts);
     source.prompts = prompts;
+    source.room = o->model->config.n_positions;
     source.order = arena_order(&o->arena, source.n);
+    for (size_t i = 0; i < source.n; i++) source.room = MIN(source.room, o->model->config.n_positions - prompts[i].n);
     return source;
+}
+
+/* Says, once a command, that the context ends before the answer may. `room`: new tokens that the longest prompt leaves. */
+static void note_full_context(const struct Options *o, size_t room, size_t max_new, const char *flag) {
+    if (room < max_new) warn("%s asks for up to %zu new tokens; after the longest prompt the model's context of %zu (n_positions) has room for %zu", flag, max_new, o->model->config.n_positions, room);
 }
 
 /* Trains by PPO or REINFORCE on rollouts, new or stored, and saves: max_steps, or one pass. */
@@ -7827,6 +7908,7 @@ static void train_on_rollouts(struct Options *o, const char *log_dir) {
     struct RolloutSource source = {0};
     if (o->rollouts) source.replay = o->data = dataset_load(&o->arena, o->rollouts, ROLLOUT_SHAPES, 1);
     else source = open_rollouts(o);
+    if (!o->rollouts) note_full_context(o, source.room, o->output_length.max_value - 1, "--output_max_length");
     struct PPOTrainer *ppo = ppo_trainer_new(o->model, o->reference, o->ppo, o->train, o->generation.temperature);
     size_t n = o->rollouts ? o->data->n : source.n, pass = MAX((size_t)1, n * o->ppo.num_generations / o->ppo.batch_size);
     struct TrainerState state = {0};
@@ -7862,6 +7944,27 @@ static struct Example prompt_encode(struct Options *o, struct Text prompt, size_
     return e.n ? e : (struct Example){&o->model->config.bos_token_id, 1, 1};
 }
 
+/* transformers takes its defaults from generation_config.json; here what counts is said by flags. One that says more than
+ * transformers writes for every model is named, so that nobody waits for what it says.          test: docs/check_failures.py */
+static void note_generation_config(struct Options *o) {
+    static const struct { const char *name; double usual; } settings[] = {
+        {"do_sample", 0}, {"temperature", 1}, {"top_k", 50}, {"top_p", 1}, {"repetition_penalty", 1}, {"num_beams", 1}, {"length_penalty", 1},
+        {"early_stopping", 0}, {"no_repeat_ngram_size", 0}, {"min_length", 0}, {"min_new_tokens", 0}, {"max_length", 20}, {"max_new_tokens", 20},
+        {"num_return_sequences", 1}, {"eos_token_id", 0}, {"suppress_tokens", NAN}, {"begin_suppress_tokens", NAN},
+        {"bad_words_ids", NAN}, {"forced_bos_token_id", NAN}, {"forced_eos_token_id", NAN}, {"min_p", NAN}, {"typical_p", 1}, {"stop_strings", NAN}};
+    const char *path = arena_printf(&o->arena, "%s/generation_config.json", o->model_name_or_path), *said = "";
+    if (!file_exists(path)) return;
+    const struct Json *config = json_object(&o->arena, read_file(&o->arena, path), path, "");
+    for (size_t i = 0; i < COUNT(settings); i++) {
+        const struct Json *value = json_get(config, settings[i].name);
+        if (!value || value->type == JSON_NULL) continue;
+        double number = value->type == JSON_NUMBER ? value->number : value->type == JSON_FALSE ? 0 : NAN;
+        double usual = strcmp(settings[i].name, "eos_token_id") ? settings[i].usual : o->model->config.eos_token_id;
+        if (number != usual) said = arena_printf(&o->arena, "%s%s%s", said, *said ? ", " : "", settings[i].name);
+    }
+    if (*said) warn("%s: %s: not read; say by flags what generate is to do", path, said);
+}
+
 /* A prompt's continuations: a line of JSON, or each behind its prompt as a person reads it, without end tokens. */
 static void print_generation(struct Options *o, struct Text prompt, const struct Sequence *s, size_t n) {
     size_t V = o->model->config.vocab_size;
@@ -7875,7 +7978,10 @@ static void print_generation(struct Options *o, struct Text prompt, const struct
         size_t last = s[i].n - (!o->json && ended);
         struct Text text = tokenizer_decode_all(o->tok, &o->arena, s[i].ids + first, last - first, V);
         if (o->json) json_write_string(stdout, i ? ", " : "], \"texts\": [", text);
-        else fwrite(text.data, 1, text.length, stdout);
+        else {
+            text = text_shown(&o->arena, text, "\n\t");
+            fwrite(text.data, 1, text.length, stdout);
+        }
         if (!o->json || i + 1 == n) puts(o->json ? "]}" : "");
     }
 }
@@ -7894,10 +8000,14 @@ static void command_generate(struct Options *o) {
     const struct Dataset *data = o->data ? o->data : &one;
     struct Sequence *sequences = arena_alloc(&o->arena, data->n * each, sizeof *sequences);
     struct Rng rng = rng_seed(o->train.seed, STREAM_SAMPLE);
+    size_t room = o->model->config.n_positions;
+    note_generation_config(o);
     for (size_t i = 0; i < data->n; i++) {
-        struct Example e = prompt_encode(o, data->rows[i].prompt, i + 1, o->model->config.n_positions - 1);
+        struct Example e = prompt_encode(o, data->rows[i].prompt, i + 1, o->model->config.n_positions);
+        room = MIN(room, o->model->config.n_positions + 1 - e.n);
         for (size_t k = 0; k < each; k++) sequences[i * each + k] = sequence_start(&o->arena, e.ids, e.n, g->max_new_tokens, o->model, rng_seed(rng_next(&rng), STREAM_SAMPLE));
     }
+    note_full_context(o, room, g->max_new_tokens, "--max_new_tokens");
     generate(o->model, sequences, data->n * each, g);
     for (size_t i = 0; i < data->n; i++) print_generation(o, data->rows[i].prompt, &sequences[i * each], each);
 }
@@ -8012,11 +8122,15 @@ static void preferences_add(struct Options *o, const char *path, const struct Ex
 static int ask_person(struct Options *o, const struct Example *answers, size_t number, size_t of) {
     char line[256];
     const struct GPT2Config *config = &o->model->config;
-    size_t V = config->vocab_size, n = answers->prompt_length;
+    size_t V = config->vocab_size;
+    size_t n = answers->prompt_length;
     struct Text prompt = tokenizer_decode_all(o->tok, &o->arena, answers->ids, n, V);
     struct Text a = answer_text(o->tok, &o->arena, answers, config);
     struct Text b = answer_text(o->tok, &o->arena, answers + 1, config);
-    if (text_equal(a, b)) return 's';
+    if (same_answer(o->tok, &o->arena, answers, answers + 1, config)) return 's';
+    prompt = text_shown(&o->arena, prompt, "\n\t");
+    a = text_shown(&o->arena, a, "\n\t");
+    b = text_shown(&o->arena, b, "\n\t");
     fprintf(stderr, "\n%zu/%zu  %.*s ...\n  1: %.*s\n  2: %.*s\n", number, of, (int)prompt.length, prompt.data, (int)a.length, a.data, (int)b.length, b.data);
     for (;;) {
         fputs("Which is better? 1, 2, s to skip, q to stop: ", stderr);
@@ -8026,40 +8140,126 @@ static int ask_person(struct Options *o, const struct Example *answers, size_t n
     }
 }
 
+/* `collect` at work. In its folder judged.json holds the prompts that were judged, whether or not they gave a pair, and
+ * how many of the pairs in preferences.jsonl came of them. Pairs are written first: what a run that was killed wrote
+ * behind those is looked up before it is judged again. */
+struct Collection {
+    struct RolloutSource source;
+    const char *path;                  /* of preferences.jsonl */
+    struct Text *judged;               /* prompts as they are shown; one that stands in the data set twice is judged twice */
+    bool *passed_over;                 /* already taken for one of the data set's prompts */
+    size_t judged_n, earlier;          /* earlier: those of the runs before */
+    size_t pairs, added;               /* that they gave; that this run added */
+    struct Rng rng;
+    bool stop;                         /* enough for today */
+};
+
+/* Without preferences.jsonl a run begins anew; without judged.json, which older versions did not write, every pair's
+ * prompt has been judged. */
+static void judged_read(struct Options *o, struct Collection *c) {
+    const struct Dataset *pairs = o->eval;
+    const char *path = arena_printf(&o->arena, "%s/judged.json", o->train.output_dir);
+    struct Json *json = pairs && file_exists(path) ? json_read_file(&o->arena, path) : NULL, *list = json_get(json, "prompts");
+    CHECK(!json || (list && list->type == JSON_ARRAY), "%s: a list \"prompts\" was expected; without this file every prompt in %s counts as judged", path, c->path);
+    c->earlier = c->judged_n = json ? (size_t)list->number : pairs ? pairs->n : 0;
+    c->judged = arena_alloc(&o->arena, c->earlier + c->source.n, sizeof *c->judged);
+    c->passed_over = arena_zeros(&o->arena, c->earlier + 1, 1);
+    c->pairs = json ? json_size(json_get(json, "pairs"), SIZE_MAX >> 12, path, "pairs") : c->earlier;
+    struct Json *item = json ? list->child : NULL;
+    for (size_t i = 0; i < c->earlier; i++, item = item ? item->next : NULL)
+        c->judged[i] = text_shown(&o->arena, item ? item->string : pairs->rows[i].prompt, "");
+}
+
+static bool judged_before(struct Collection *c, struct Text prompt) {
+    for (size_t k = 0; k < c->earlier; k++)
+        if (!c->passed_over[k] && text_equal(c->judged[k], prompt)) return c->passed_over[k] = true;
+    return false;
+}
+
+static void judged_write(const struct Options *o, const struct Collection *c) {
+    struct Output out = output_open(o->train.output_dir, "judged.json");
+    fprintf(out.file, "{\"pairs\": %zu, \"prompts\": [", c->pairs);
+    for (size_t i = 0; i < c->judged_n; i++) json_write_string(out.file, i ? ",\n" : "\n", c->judged[i]);
+    fputs("]}\n", out.file);
+    output_close(&out);
+}
+
+/* Whether a run that was killed before it could say so has written this pair already, whichever side was chosen. */
+static bool pair_written(struct Options *o, const struct Collection *c, const struct Example *pair) {
+    size_t n = o->eval ? o->eval->n : 0;
+    struct Text a = text_shown(&o->arena, answer_text(o->tok, &o->arena, pair, &o->model->config), "");
+    struct Text b = text_shown(&o->arena, answer_text(o->tok, &o->arena, pair + 1, &o->model->config), "");
+    for (size_t i = c->pairs; i < n; i++) {
+        struct Text chosen = text_shown(&o->arena, o->eval->rows[i].chosen, "");
+        struct Text rejected = text_shown(&o->arena, o->eval->rows[i].rejected, "");
+        if ((text_equal(a, chosen) && text_equal(b, rejected)) || (text_equal(a, rejected) && text_equal(b, chosen))) return true;
+    }
+    return false;
+}
+
+/* The reward model judges `n` prompts. */
+static void collect_scored(struct Options *o, struct Collection *c, const struct Example *prompts, size_t n) {
+    struct Example *pairs = arena_alloc(&o->arena, 2 * n, sizeof *pairs);
+    size_t added = 0, count = collect_preferences(o->model, &c->source.scorer, &o->arena, prompts, n, o->ppo.num_generations, false, &c->source.generation, &c->rng, pairs);
+    for (size_t i = 0; i < count; i++)
+        if (!pair_written(o, c, pairs + 2 * i)) memmove(pairs + 2 * added++, pairs + 2 * i, 2 * sizeof *pairs);
+    preferences_add(o, c->path, pairs, added);
+    c->pairs += count;
+    c->added += added;
+}
+
+/* A person judges the answers to one prompt, two at a time. */
+static void collect_asked(struct Options *o, struct Collection *c, const struct Example *prompt, size_t number, size_t of) {
+    size_t each = o->ppo.num_generations, pairs = 0;
+    const struct Example *answers = sample_answers(o->model, &o->arena, prompt, 1, each, &c->source.generation, &c->rng);
+    for (size_t k = 0; k + 1 < each && !c->stop; k += 2) {
+        bool written = pair_written(o, c, answers + k);
+        int word = written ? 's' : ask_person(o, answers + k, number, of);
+        c->stop = word == 'q';
+        pairs += written || word == '1' || word == '2';
+        if (word != '1' && word != '2') continue;
+        preferences_add(o, c->path, (struct Example[]){answers[k + (word == '2')], answers[k + (word == '1')]}, 1);
+        c->added++;
+    }
+    if (!c->stop) c->pairs += pairs;
+}
+
 /* align collect -- data collection, the H in RLHF: a reward model or the person at the keyboard compares answers.
- * Judgements are added to preferences.jsonl; a prompt that is there already is passed over.  [glossary: Coleta de dados] */
+ * Judgements are added to preferences.jsonl. A run that was stopped goes on: what was judged is passed over, and every
+ * prompt's random numbers follow from its place in the data set, so that the pairs are those of one run.
+ *                                                  [glossary: Coleta de dados]  test: cli_collect, collect_resume */
 static void command_collect(struct Options *o) {
-    enum { TOGETHER = 64 };
-    size_t each = o->ppo.num_generations, left = 0, judged = 0;
+    enum { TOGETHER = 64 };            /* prompts; the groups do not depend on where an earlier run was stopped */
+    size_t each = o->ppo.num_generations, left = 0, asked = 0, drawn = 0;
     CHECK(each >= 2, "--num_generations %zu: 2 or more answers are needed to compare", each);
     open_model(o, false);
     leave_out_reward_head(o->model);
-    struct RolloutSource source = open_rollouts(o);
-    make_folder(need(o->train.output_dir, "output_dir"));
-    const char *path = arena_printf(&o->arena, "%s/preferences.jsonl", o->train.output_dir);
-    if (file_exists(path)) o->eval = dataset_load(&o->arena, path, DPO_SHAPES, 1);
-    size_t n = source.n, there = o->eval ? o->eval->n : 0;
-    struct Example *prompts = arena_alloc(&o->arena, n, sizeof *prompts), pairs[2 * TOGETHER];
-    for (size_t i = 0, k; i < n; i++) {
-        struct Text text = tokenizer_decode_all(o->tok, &o->arena, source.prompts[i].ids, source.prompts[i].n, o->model->config.vocab_size);
-        for (k = 0; k < there && !text_equal(o->eval->rows[k].prompt, text);) k++;
-        if (k == there) prompts[left++] = source.prompts[i];
+    struct Collection c = {.source = open_rollouts(o), .path = arena_printf(&o->arena, "%s/preferences.jsonl", need(o->train.output_dir, "output_dir"))};
+    note_full_context(o, c.source.room, c.source.generation.max_new_tokens, "--max_new_tokens");
+    make_folder(o->train.output_dir);
+    if (!file_exists(c.path)) preferences_add(o, c.path, NULL, 0);
+    else if (read_file(&o->arena, c.path).length > 0) o->eval = dataset_load(&o->arena, c.path, DPO_SHAPES, 1);
+    judged_read(o, &c);
+    size_t n = c.source.n;
+    struct Text *shown = arena_alloc(&o->arena, n, sizeof *shown);
+    bool *wanted = arena_zeros(&o->arena, n, 1);
+    for (size_t i = 0; i < n; i++) {
+        shown[i] = text_shown(&o->arena, tokenizer_decode_all(o->tok, &o->arena, c.source.prompts[i].ids, c.source.prompts[i].n, o->model->config.vocab_size), "");
+        wanted[i] = !judged_before(&c, shown[i]);
+        left += wanted[i];
     }
-    for (size_t i = 0; i < left && o->reward_model; i += TOGETHER) {
-        size_t added = collect_preferences(o->model, &source.scorer, &o->arena, prompts + i, MIN((size_t)TOGETHER, left - i), each, false, &source.generation, o->train.seed + judged, pairs);
-        preferences_add(o, path, pairs, added);
-        judged += added;
+    c.rng = c.source.sample;
+    for (size_t i = 0, end; i < n && !c.stop; i = end) {
+        for (end = i + 1; wanted[i] && o->reward_model && end < n && end % TOGETHER && wanted[end];) end++;
+        if (!wanted[i]) continue;
+        for (; drawn < i * each; drawn++) rng_next(&c.rng);            /* each answer takes one number */
+        drawn = end * each;
+        if (o->reward_model) collect_scored(o, &c, c.source.prompts + i, end - i);
+        else collect_asked(o, &c, c.source.prompts + i, ++asked, left);
+        for (size_t k = i; k < end && !c.stop; k++) c.judged[c.judged_n++] = shown[k];
+        if (!c.stop) judged_write(o, &c);
     }
-    for (size_t i = 0, word = 0; i < left && !o->reward_model && word != 'q'; i++) {
-        const struct Example *answers = sample_answers(o->model, &o->arena, prompts + i, 1, each, &source.generation, o->train.seed + judged + i);
-        for (size_t k = 0; k + 1 < each && word != 'q'; k += 2) {
-            word = (size_t)ask_person(o, answers + k, i + 1, left);
-            if (word != '1' && word != '2') continue;
-            preferences_add(o, path, (struct Example[]){answers[k + (word == '2')], answers[k + (word == '1')]}, 1);
-            judged++;
-        }
-    }
-    say("%zu pairs added to %s (%zu were there)\n", judged, path, there);
+    say("%zu pairs added to %s (%zu were there)\n", c.added, c.path, o->eval ? o->eval->n : 0);
 }
 
 /* align eval -- one JSON object. With --reward_model_path: what a policy's answers are worth, its distance from --ref_model, how

@@ -675,6 +675,15 @@ static void test_json_errors(void) {
 }
 
 /* What is written is read back: every control character, and any float bit for bit. */
+/* UTF-8 whatever the bytes; control characters are spaces, but those that are wanted. */
+static void test_text_shown(void) {
+    static const struct { const char *text, *kept, *want; } cases[] = {
+        {"caf\xc3\xa9 \xf0\x9f\x98\x80", "", "caf\xc3\xa9 \xf0\x9f\x98\x80"}, {"a\xff" "b\xc3", "", "a\xef\xbf\xbd" "b\xef\xbf\xbd"}, {"a\n\tb\r\x1b[0m\x7f", "\n\t", "a\n\tb  [0m "},
+        {"a\nb", "", "a b"}, {"\xc2\x9b" "1", "\n", " 1"}, {"\xed\xa0\x80", "", "\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd"}, {"", "", ""}};
+    for (size_t i = 0; i < COUNT(cases); i++) expect_text(cases[i].want, text_shown(&test_arena, text_of(cases[i].text), cases[i].kept), cases[i].want);
+    expect_text("NUL", text_shown(&test_arena, (struct Text){"a\0b", 3}, "\n"), "a b");
+}
+
 static void test_json_write(void) {
     char all[129];
     for (int i = 0; i < 128; i++) all[i] = (char)i;
@@ -1666,6 +1675,41 @@ static void test_gelu(void) {
     expect_true("within 2e-6 of the tanh form in doubles", worst < 2e-6);
 }
 
+/* Every tile this machine has, then the definition: each in its turn is the kernel; false behind the last. */
+static bool next_kernel(void) {
+    static size_t run;
+    if (run == 0) widest_kernel = kernel;
+    size_t tiles = widest_kernel ? (size_t)(widest_kernel - KERNELS) + 1 : 0;
+    kernel = run < tiles ? &KERNELS[run] : run == tiles ? NULL : widest_kernel;
+    run = run <= tiles ? run + 1 : 0;
+    return run > 0;
+}
+
+/* Row by row, the first and the last of many rows have the bits they have in the company of all. */
+static void expect_company(size_t in, size_t out) {
+    enum { ROWS = 40 };
+    float *x = random_floats(ROWS * in, 1), *weight = random_floats(in * out, 1), *bias = random_floats(out, 1);
+    float *all = arena_floats(&test_arena, ROWS * out), *some = arena_floats(&test_arena, ROWS * out);
+    matmul(all, out, bias, 0, matrix(x, in), matrix(weight, out), ROWS, out, in);
+    for (size_t n = 1; n < ROWS; n += n < FEW_ROWS + 2 ? 1 : 5) {
+        linear_forward(some, x, weight, bias, n, in, out);
+        expect_bits("the first rows", some, all, n * out);
+        linear_forward(some, x + (ROWS - n) * in, weight, bias, n, in, out);
+        expect_bits("the last rows", some, all + (ROWS - n) * out, n * out);
+    }
+}
+
+/* A row of a linear layer has the same bits however many rows are beside it, on every kernel. */
+static void test_rows_company(void) {
+    static const size_t ins[] = {1, 7, 64, 390}, outs[] = {1, 13, 31, 96, 780};
+    while (next_kernel())
+        for (int threads = 1; threads <= 3; threads += 2) {
+            use_threads(threads);
+            for (size_t i = 0; i < COUNT(ins) * COUNT(outs); i++) expect_company(ins[i % COUNT(ins)], outs[i / COUNT(ins)]);
+        }
+    use_threads(1);
+}
+
 /* Few rows and many give what the definition gives; so do the logits of few and many hidden vectors. */
 static void test_few_rows(void) {
     static const size_t rows[] = {1, 2, 3, 8, FEW_ROWS, FEW_ROWS + 1}, ins[] = {1, 7, 8, 61}, outs[] = {1, 31, 800};
@@ -1684,6 +1728,8 @@ static void test_few_rows(void) {
         output_logits(model, logits, hidden, rows[i]);
         matmul_plain(plain, 263, NULL, 0, matrix(hidden, 36), transposed(model->wte.w, 36), rows[i], 263, 36);
         expect_floats("logits", logits, widen(plain, rows[i] * 263), rows[i] * 263, 2e-5);
+        decode_logits(model, logits, hidden, rows[i]);
+        expect_floats("logits while a text is written", logits, widen(plain, rows[i] * 263), rows[i] * 263, 2e-5);
     }
     gpt2_free(model);
 }
@@ -2360,6 +2406,34 @@ static void test_reward_rows(void) {
     for (size_t i = 0; i < 39; i++) expect_close("more texts than go together", reward[i], golden_rm_reward[i % 2], 3e-6);
     reward_score(model, &end, 1, &lone);
     expect_close("empty text", reward[39], lone, 2e-6);
+    gpt2_free(model);
+}
+
+/* One text's reward: alone, first, last and amid other texts, of its length and of others: the same bits on every kernel. */
+static void test_reward_company(void) {
+    static const size_t lengths[] = {1, 3, 16, 17, 40, 90};
+    struct GPT2 *model = random_model(61, 96, 36, 2, 2);
+    struct Example others[70], texts[70], text;
+    reward_head_declare(model);
+    for (size_t c = 0; c < 36; c++) model->score.w[c] = (float)rng_normal(&test_rng);
+    for (size_t i = 0; i < 70; i++) others[i] = random_example(1 + i * 7 % 60, 0, 61);
+    while (next_kernel())
+        for (int threads = 1; threads <= 3; threads += 2)
+            for (size_t l = 0; l < COUNT(lengths); l++) {
+                float alone, reward[70];
+                use_threads(threads);
+                text = random_example(lengths[l], 0, 61);
+                reward_score(model, &text, 1, &alone);
+                for (size_t n = 2; n <= 70; n += n < 6 ? 1 : 32)
+                    for (size_t at = 0; at < n; at += n - 1 > 2 ? (n - 1) / 2 : 1) {
+                        memcpy(texts, others, sizeof texts);
+                        texts[at] = texts[n - 1 - at] = text;
+                        reward_score(model, texts, n, reward);
+                        expect_bits("in company", reward + at, &alone, 1);
+                        expect_bits("from the other end", reward + n - 1 - at, &alone, 1);
+                    }
+            }
+    use_threads(1);
     gpt2_free(model);
 }
 
@@ -3327,6 +3401,45 @@ static void test_beam_search_golden(void) {
     gpt2_free(model);
 }
 
+/* Scores below any that a place could be marked with: a long answer and a length_penalty below 0. */
+static void test_beam_search_negative(void) {
+    struct GPT2 *model = random_model(50, 128, 16, 2, 2);
+    for (int stopping = STOP_FALSE; stopping <= STOP_NEVER; stopping++) {
+        struct GenerationConfig config = generation_config();
+        struct Sequence s[3];
+        config.num_beams = config.num_return_sequences = 3;
+        config.length_penalty = -5;
+        config.early_stopping = (enum EarlyStopping)stopping;
+        for (int k = 0; k < 3; k++) s[k] = sequence_start(&test_arena, golden_examples()[0].ids, 4, 100, model, rng_seed(1, 1));
+        model->config.eos_token_id = 50;                                  /* none: all have 100 tokens */
+        generate(model, s, 3, &config);
+        for (int k = 0; k < 3; k++) expect_count("tokens", s[k].n, 104);
+        expect_true("different ones", memcmp(s[0].ids, s[1].ids, 104 * sizeof(int)) && memcmp(s[1].ids, s[2].ids, 104 * sizeof(int)));
+    }
+    gpt2_free(model);
+}
+
+/* A prompt that fills the context is answered with one token, as in transformers; a shorter one up to one past its end. */
+static void test_generate_context(void) {
+    struct GPT2 *model = random_model(50, 24, 16, 2, 2);
+    model->config.eos_token_id = 50;                                      /* none */
+    struct Example prompt = random_example(24, 0, 50);
+    for (size_t beams = 1; beams <= 3; beams += 2)
+        for (int sample = 0; sample < 2; sample++)
+            for (size_t n = 22; n <= 24; n++) {
+                struct GenerationConfig config = generation_config();
+                config.num_beams = beams;
+                config.do_sample = sample;
+                struct Sequence s = sequence_start(&test_arena, prompt.ids, n, 9, model, rng_seed(1, 1));
+                generate(model, &s, 1, &config);
+                expect_count("tokens", s.n, 25);
+                struct Example so_far = {s.ids, 24, 0};
+                struct Batch batch = batch_of(&so_far, 1, READ_LAST);
+                if (!sample && beams == 1) expect_count("the likeliest", (size_t)s.ids[24], argmax(batch_logits(model, &batch) + (size_t)23 * 50, 50));
+            }
+    gpt2_free(model);
+}
+
 /* With as many beams as there are sequences nothing is ever dropped: the best of all 125 responses of three tokens
  * comes first, found here by scoring each alone. With one beam it is greedy decoding. */
 static void test_beam_search_exhaustive(void) {
@@ -3512,8 +3625,44 @@ static void test_generate_cache(void) {
         expect_ids("alone", together[1][i].ids, together[1][i].n, alone.ids, alone.n);
         expect_ids("without a cache", together[1][i].ids, together[1][i].n, plain.ids, plain.n);
         bool ended = plain.ids[plain.n - 1] == 49 && plain.n > plain.prompt_length;
-        expect_true("ends at the end token, its limit or the context", ended || plain.n == MIN(prompt[i].n + 5 + i, (size_t)24));
+        expect_true("ends at the end token, its limit or one past the context", ended || plain.n == MIN(prompt[i].n + 5 + i, (size_t)25));
     }
+    gpt2_free(model);
+}
+
+/* The next token's logits of one sequence, its prompt read and `again` tokens written, `others` decoded beside it. */
+static float *logits_in_company(const struct GPT2 *model, const struct Example *prompt, size_t others, size_t again) {
+    size_t count = others + 1, V = model->config.vocab_size;
+    struct KVCache cache = kv_cache_new(model, &test_arena, count, 40);
+    struct Sequence *s = arena_alloc(&test_arena, count, sizeof *s), **active = arena_alloc(&test_arena, count, sizeof *active);
+    for (size_t i = 0; i < count; i++) {
+        s[i] = sequence_start(&test_arena, prompt[i].ids, prompt[i].n, 20, model, test_rng);
+        s[i].slot = i;
+        active[i] = &s[i];
+    }
+    float *logits = generate_step(model, &test_arena, active, count, &cache);
+    for (size_t step = 0; step < again; step++) {
+        for (size_t i = 0; i < count; i++) s[i].ids[s[i].n++] = (int)((i + step) % V);
+        logits = generate_step(model, &test_arena, active, count, &cache);
+    }
+    return logits;
+}
+
+/* Up to FEW_ROWS sequences: the same bits in any company. More: the same but for the rounding of the output layer. */
+static void test_generate_company(void) {
+    struct GPT2 *model = random_model(263, 48, 36, 2, 2);
+    struct Example prompt[64];
+    for (size_t i = 0; i < 64; i++) prompt[i] = random_example(1 + i * 5 % 23, 0, 263);
+    prompt[0] = random_example(9, 0, 263);
+    while (next_kernel())
+        for (size_t again = 0; again < 4; again += 3) {
+            float *alone = logits_in_company(model, prompt, 0, again);
+            expect_bits("of two", logits_in_company(model, prompt, 1, again), alone, 263);
+            expect_bits("of 16", logits_in_company(model, prompt, FEW_ROWS - 1, again), alone, 263);
+            float *of_17 = logits_in_company(model, prompt, FEW_ROWS, again);
+            expect_floats("of 17", of_17, widen(alone, 263), 263, 2e-5);
+            expect_bits("of 64", logits_in_company(model, prompt, 63, again), of_17, 263);
+        }
     gpt2_free(model);
 }
 
@@ -4997,15 +5146,16 @@ static void test_cli_collect(void) {
     generation.do_sample = true;
     struct Example prompt = example_encode(&test_arena, tokenizer, text_of("A film"), 400, NULL);
     prompt.prompt_length = prompt.n;
-    struct Example *answers = sample_answers(lm, &test_arena, &prompt, 1, 2, &generation, 42);
+    struct Rng rng = rng_seed(42, STREAM_SAMPLE);
+    struct Example *answers = sample_answers(lm, &test_arena, &prompt, 1, 2, &generation, &rng);
     expect_true("key 1 rejects the answer shown second", text_equal(data->rows[0].rejected, answer_text(tokenizer, &test_arena, &answers[1], &lm->config)));
     gpt2_free(lm);
     struct Text first = text_copy(&test_arena, data->rows[0].chosen), second = text_copy(&test_arena, data->rows[1].chosen), lost = text_copy(&test_arena, data->rows[1].rejected);
     rewind(stdin);
     command_output((const char *const[]){"collect", "--model_name_or_path", "@c_lm", "--dataset_name", "@p.jsonl", "--output_dir", "@c_mine", NULL});
     data = dataset_load(&test_arena, temporary("c_mine/preferences.jsonl"), DPO_SHAPES, 1);
-    expect_true("what was there stays", data->n == 4 && text_equal(data->rows[0].chosen, first) && text_equal(data->rows[1].chosen, second));
-    expect_text("the third prompt is next", data->rows[2].prompt, "So");
+    expect_true("what was there stays", data->n == 3 && text_equal(data->rows[0].chosen, first) && text_equal(data->rows[1].chosen, second));
+    expect_text("the third was skipped, the fourth is next", data->rows[2].prompt, "We");
     write_text("keys.txt", "2\n1\nq\n");
     CHECK(freopen(temporary("keys.txt"), "r", stdin), "keys.txt");
     command_output((const char *const[]){"collect", "--model_name_or_path", "@c_lm", "--dataset_name", "@p.jsonl", "--output_dir", "@c_other", NULL});
@@ -5030,6 +5180,70 @@ static void test_cli_collect(void) {
     expect_close("KL of a policy to itself", json_get(eval, "kl")->number, 0, 1e-9);
     expect_close("samples", json_get(eval, "samples")->number, 4, 0);
     gpt2_free(rm);
+}
+
+/* `collect` on the first `most` of p.jsonl's prompts, on keys or judged by c_rm, into a folder; the pairs there afterwards. */
+static struct Text collected(const char *to, const char *most, const char *keys) {
+    const char *judge = keys ? "--quiet" : "--reward_model_path";
+    if (keys) {
+        write_text("keys.txt", keys);
+        CHECK(freopen(temporary("keys.txt"), "r", stdin), "keys.txt");
+    }
+    command_output((const char *const[]){"collect", "--model_name_or_path", "@c_lm", "--dataset_name", "@p.jsonl", "--max_new_tokens", "4", "--num_generations", "4", "--max_samples", most,
+        "--output_dir", to, judge, keys ? NULL : "@c_rm", NULL});
+    return read_file(&test_arena, arena_printf(&test_arena, "%s/preferences.jsonl", temporary(to + 1)));
+}
+
+/* A run that was stopped and begun again, wherever, gives the pairs of one run: prompts that stand in the data set more
+ * than once, prompts without a pair, a kill between the two files. */
+static void test_collect_resume(void) {
+    enum { PROMPTS = 150 };
+    FILE *file = fopen(temporary("p.jsonl"), "wb");
+    for (int i = 0; i < PROMPTS; i++) fprintf(file, "{\"prompt\": \"%s film\"}\n", i % 7 ? i % 3 ? "A" : "The" : i % 2 ? "My" : "Our old");
+    fclose(file);
+    write_text("rated.jsonl", "{\"text\": \"good\", \"score\": 2}\n{\"text\": \"bad\", \"score\": 0}\n");
+    write_text("texts.jsonl", "{\"text\": \"A good film, and a fine one. The bad one is dull and long.\"}\n");
+    command_output((const char *const[]){"pretrain", "--dataset_name", "@texts.jsonl", "--output_dir", "@c_lm", "--vocab_size", "270", "--n_layer", "1", "--n_head", "2", "--n_embd", "8", "--n_positions", "32", "--max_steps", "2", NULL});
+    command_output((const char *const[]){"reward", "--model_name_or_path", "@c_lm", "--dataset_name", "@rated.jsonl", "--output_dir", "@c_rm", "--max_steps", "3", "--learning_rate", "0.01", NULL});
+    struct Text whole = collected("@c_whole", "150", NULL);
+    expect_true("there are pairs", whole.length > 5000);
+    collected("@c_parts", "64", NULL);
+    struct Text judged = read_file(&test_arena, temporary("c_parts/judged.json"));
+    collected("@c_parts", "128", NULL);
+    write_text("c_parts/judged.json", judged.data);                      /* killed before it could write this file */
+    expect_true("what a killed run wrote is not written again", text_equal(collected("@c_parts", "150", NULL), whole));
+    expect_true("all is judged", text_equal(collected("@c_parts", "150", NULL), whole));
+    remove(temporary("c_parts/judged.json"));
+    struct Text old = collected("@c_parts", "150", NULL);
+    expect_true("as an older version left it: what is there stays", old.length >= whole.length && memcmp(old.data, whole.data, whole.length) == 0);
+    int keyboard = dup(STDIN_FILENO);
+    whole = collected("@c_keys", "4", "1\n2\ns\ns\n2\n1\n1\n1\n");
+    collected("@c_mine", "4", "1\n2\nq\n");
+    collected("@c_mine", "4", "s\ns\n2\nq\n");                           /* in the midst of a prompt */
+    expect_true("at the keyboard too", text_equal(collected("@c_mine", "4", "1\n1\n1\n"), whole));
+    dup2(keyboard, STDIN_FILENO);
+    clearerr(stdin);
+}
+
+/* Two answers that read the same are no pair, though one has an end token and another score. */
+static void test_collect_identical(void) {
+    int prompt[] = {5}, same[] = {5, 40, 41}, ended[] = {5, 40, 41, 269}, broken[] = {5, 40, 188}, broken_too[] = {5, 40, 189}, other[] = {5, 40, 42};
+    struct Example a = {same, 3, 1}, b = {ended, 4, 1}, c = {broken, 3, 1}, d = {broken_too, 3, 1}, e = {other, 3, 1};
+    const struct GPT2Config config = {.vocab_size = 270, .eos_token_id = 269};
+    expect_true("but for the end token", same_answer(tokenizer, &test_arena, &a, &b, &config));
+    expect_true("as they are written: U+FFFD each", same_answer(tokenizer, &test_arena, &c, &d, &config));
+    expect_true("another token", !same_answer(tokenizer, &test_arena, &a, &e, &config));
+    struct GPT2 *policy = random_model(270, 32, 8, 1, 2), *judge = random_model(270, 32, 8, 1, 2);
+    reward_head_declare(judge);
+    for (size_t i = 0; i < 8; i++) judge->score.w[i] = (float)i;
+    struct Scorer scorer = {.reward_model = judge, .tok = tokenizer, .std = 1, .short_score = -9};
+    struct GenerationConfig greedy = generation_config();
+    struct Example prompts[20], pairs[40];
+    for (size_t i = 0; i < 20; i++) prompts[i] = (struct Example){prompt, 1, 1};
+    struct Rng rng = rng_seed(1, 1);
+    expect_count("pairs of equal answers", collect_preferences(policy, &scorer, &test_arena, prompts, 20, 3, false, &greedy, &rng, pairs), 0);
+    gpt2_free(policy);
+    gpt2_free(judge);
 }
 
 /* By hand; and for any policy J + beta KL(pi || pi*) is beta log Z. */
@@ -5627,7 +5841,7 @@ static void test_report_page(void) {
 
 static const struct { const char *name; void (*run)(void); } TESTS[] = {
     {"arena_pieces", test_arena_pieces}, {"arena_text", test_arena_text}, {"rng_known", test_rng_known}, {"rng_distributions", test_rng_distributions}, {"progress_cut", test_progress_cut},
-    {"json_values", test_json_values}, {"json_errors", test_json_errors}, {"json_write", test_json_write}, {"files", test_files},
+    {"json_values", test_json_values}, {"json_errors", test_json_errors}, {"json_write", test_json_write}, {"text_shown", test_text_shown}, {"files", test_files},
     {"safetensors_half", test_safetensors_half}, {"safetensors_round_trip", test_safetensors_round_trip}, {"tokenizer_words", test_tokenizer_words},
     {"tokenizer_cases", test_tokenizer_cases}, {"tokenizer_bytes", test_tokenizer_bytes}, {"tokenizer_plain", test_tokenizer_plain},
     {"tokenizer_long_word", test_tokenizer_long_word}, {"tokenizer_small", test_tokenizer_small}, {"tokenizer_save", test_tokenizer_save},
@@ -5639,34 +5853,42 @@ static const struct { const char *name; void (*run)(void); } TESTS[] = {
     {"data_end_token", test_data_end_token}, {"data_written_ends", test_data_written_ends},
     {"data_pairs", test_data_pairs}, {"data_length_sampler", test_data_length_sampler},
     {"collate", test_collate}, {"collate_pairs", test_collate_pairs}, {"sigmoid", test_sigmoid}, {"softmax", test_softmax}, {"entropy", test_entropy}, {"kl", test_kl}, {"exp_fast", test_exp_fast}, {"sqrt_fast", test_sqrt_fast},
-    {"rows", test_rows}, {"kernel_choose", test_kernel_choose}, {"matmul", test_matmul}, {"matmul_plain", test_matmul_plain}, {"matmul_threads", test_matmul_threads}, {"linear_golden", test_linear_golden}, {"few_rows", test_few_rows},
-    {"linear_gradient", test_linear_gradient}, {"layernorm", test_layernorm}, {"layernorm_gradient", test_layernorm_gradient}, {"gelu", test_gelu},
-    {"gelu_gradient", test_gelu_gradient}, {"attention", test_attention}, {"attention_gradient", test_attention_gradient}, {"gpt2_golden", test_gpt2_golden},
-    {"gpt2_gradient_golden", test_gpt2_gradient_golden}, {"gpt2_gradient", test_gpt2_gradient}, {"gpt2_chunks", test_gpt2_chunks}, {"gpt2_packed", test_gpt2_packed},
+    {"rows", test_rows}, {"kernel_choose", test_kernel_choose}, {"matmul", test_matmul},
+    {"matmul_plain", test_matmul_plain}, {"matmul_threads", test_matmul_threads},
+    {"linear_golden", test_linear_golden}, {"few_rows", test_few_rows},
+    {"rows_company", test_rows_company}, {"linear_gradient", test_linear_gradient},
+    {"layernorm", test_layernorm}, {"layernorm_gradient", test_layernorm_gradient},
+    {"gelu", test_gelu}, {"gelu_gradient", test_gelu_gradient}, {"attention", test_attention},
+    {"attention_gradient", test_attention_gradient}, {"gpt2_golden", test_gpt2_golden},
+    {"gpt2_gradient_golden", test_gpt2_gradient_golden}, {"gpt2_gradient", test_gpt2_gradient},
+    {"gpt2_chunks", test_gpt2_chunks}, {"gpt2_packed", test_gpt2_packed},
     {"gpt2_init", test_gpt2_init}, {"model_save", test_model_save},
     {"model_special_tokens", test_model_special_tokens}, {"gpt2_load", test_gpt2_load},
     {"bare_name", test_bare_name}, {"output_layer", test_output_layer},
     {"config_names", test_config_names}, {"two_labels_golden", test_two_labels_golden},
     {"two_labels", test_two_labels}, {"reward_golden", test_reward_golden},
-    {"reward_rows", test_reward_rows}, {"reward_head_gradient", test_reward_head_gradient},
-    {"lora_hand", test_lora_hand}, {"lora_targets", test_lora_targets},
-    {"lora_start", test_lora_start}, {"lora_gradient", test_lora_gradient},
-    {"lora_merge", test_lora_merge}, {"lora_reference", test_lora_reference},
-    {"lora_frozen", test_lora_frozen}, {"lora_round_trip", test_lora_round_trip},
-    {"lora_partial", test_lora_partial}, {"lora_broken", test_lora_broken},
-    {"adamw_golden", test_adamw_golden}, {"adamw_hand", test_adamw_hand},
-    {"schedule", test_schedule}, {"trainer_steps", test_trainer_steps},
-    {"trainer_epoch", test_trainer_epoch}, {"trainer_state", test_trainer_state},
-    {"trainer_threads", test_trainer_threads}, {"metric_units", test_metric_units},
-    {"eval_batch_size", test_eval_batch_size}, {"checkpoint_resume", test_checkpoint_resume},
+    {"reward_rows", test_reward_rows}, {"reward_company", test_reward_company},
+    {"reward_head_gradient", test_reward_head_gradient}, {"lora_hand", test_lora_hand},
+    {"lora_targets", test_lora_targets}, {"lora_start", test_lora_start},
+    {"lora_gradient", test_lora_gradient}, {"lora_merge", test_lora_merge},
+    {"lora_reference", test_lora_reference}, {"lora_frozen", test_lora_frozen},
+    {"lora_round_trip", test_lora_round_trip}, {"lora_partial", test_lora_partial},
+    {"lora_broken", test_lora_broken}, {"adamw_golden", test_adamw_golden},
+    {"adamw_hand", test_adamw_hand}, {"schedule", test_schedule},
+    {"trainer_steps", test_trainer_steps}, {"trainer_epoch", test_trainer_epoch},
+    {"trainer_state", test_trainer_state}, {"trainer_threads", test_trainer_threads},
+    {"metric_units", test_metric_units}, {"eval_batch_size", test_eval_batch_size},
+    {"checkpoint_resume", test_checkpoint_resume},
     {"checkpoint_complete", test_checkpoint_complete}, {"checkpoint_limit", test_checkpoint_limit},
     {"checkpoint_age", test_checkpoint_age},
     {"evaluation_interrupted", test_evaluation_interrupted}, {"state_say", test_state_say},
     {"checkpoint_errors", test_checkpoint_errors}, {"output_resume", test_output_resume},
-    {"generate_golden", test_generate_golden}, {"beam_search_golden", test_beam_search_golden}, {"beam_search_exhaustive", test_beam_search_exhaustive},
+    {"generate_golden", test_generate_golden}, {"beam_search_golden", test_beam_search_golden},
+    {"beam_search_exhaustive", test_beam_search_exhaustive},
+    {"beam_search_negative", test_beam_search_negative},
     {"beam_candidates", test_beam_candidates},
     {"generate_filters_golden", test_generate_filters_golden}, {"generate_processors", test_generate_processors}, {"generate_distribution", test_generate_distribution},
-    {"generate_decode", test_generate_decode}, {"kth_largest", test_kth_largest}, {"generate_cache", test_generate_cache}, {"language_pack", test_language_pack},
+    {"generate_decode", test_generate_decode}, {"kth_largest", test_kth_largest}, {"generate_cache", test_generate_cache}, {"generate_company", test_generate_company}, {"generate_context", test_generate_context}, {"language_pack", test_language_pack},
     {"language_sft_rows", test_language_sft_rows}, {"language_overfit", test_language_overfit}, {"bradley_terry", test_bradley_terry},
     {"sentiment_loss", test_sentiment_loss}, {"bradley_terry_gradient", test_bradley_terry_gradient}, {"reward_gradient", test_reward_gradient}, {"reward_equal_pairs", test_reward_equal_pairs}, {"reward_overfit", test_reward_overfit},
     {"ppo_whiten_golden", test_ppo_whiten_golden}, {"ppo_scores_golden", test_ppo_scores_golden}, {"ppo_kl_controller", test_ppo_kl_controller},
@@ -5687,6 +5909,7 @@ static const struct { const char *name; void (*run)(void); } TESTS[] = {
     {"broken_tokenizer", test_broken_tokenizer}, {"heads_left_out", test_heads_left_out},
     {"broken_messages", test_broken_messages}, {"cli_errors", test_cli_errors},
     {"cli_course", test_cli_course}, {"cli_collect", test_cli_collect},
+    {"collect_resume", test_collect_resume}, {"collect_identical", test_collect_identical},
     {"encode_prompts", test_encode_prompts}, {"exact_optimum", test_exact_optimum},
     {"exact_dpo_loss", test_exact_dpo_loss}, {"exact_dpo_gradient", test_exact_dpo_gradient}, {"exact_run", test_exact_run}, {"cli_lora", test_cli_lora},
     {"glossary_fold", test_glossary_fold}, {"glossary_find", test_glossary_find}, {"glossary_terms", test_glossary_terms}, {"fixtures_gradient", test_fixtures_gradient},

@@ -383,6 +383,11 @@ case("Only empty prompts", ppo + "--dataset_name empty_prompts.jsonl", 1, "every
 lines("long_prompt.jsonl", {"prompt": "a b " * 100})
 case("A prompt longer than the context", [ppo + "--dataset_name long_prompt.jsonl", "generate --model_name_or_path m --dataset_name long_prompt.jsonl", "next --model_name_or_path m --prompt '%s'" % ("a b " * 30)], 1,
      "tokens", "context")
+case("A prompt that fills the context is answered with one token, as transformers does", ["generate --model_name_or_path m --prompt '%s' --max_new_tokens 2" % ("qz" * 20), "generate --model_name_or_path m --prompt '%s' --num_beams 2 --json" % ("qz" * 20)], 0,
+     "--max_new_tokens asks for up to 2", "after the longest prompt the model's context of 40 (n_positions) has room for 1")
+case("More new tokens than the context holds", [generate + "--max_new_tokens 100", generate + "--max_new_tokens 100 --do_sample", collect + "--max_new_tokens 100"], 0,
+     "--max_new_tokens asks for up to 100 new tokens; after the longest prompt the model's context of 40 (n_positions) has room for ")
+case("More new tokens than the context holds, drawn", [ppo + "--output_max_length 101", reinforce + "--output_max_length 101"], 0, "--output_max_length asks for up to 100 new tokens", "has room for 3")
 lines("long_pair.jsonl", {"prompt": "a b " * 100, "chosen": " a", "rejected": " b"})
 case("Every pair too long", [dpo + "--dataset_name long_pair.jsonl", reward + "--dataset_name long_pair.jsonl"], 1, "long_pair.jsonl: ", "left")
 lines("equal.jsonl", *({"text": text, "score": 2} for text in good))
@@ -429,6 +434,13 @@ case("Another activation", "generate --model_name_or_path relu --prompt x", 1, '
 model("comma")
 write("comma/config.json", read("m/config.json").replace(b"\n}", b",\n}"))
 case("config.json with a trailing comma", "generate --model_name_or_path comma --prompt x", 1, "comma/config.json: not JSON")
+model("asks")
+write("asks/generation_config.json", json.dumps({"do_sample": True, "temperature": 0.7, "top_k": 50, "eos_token_id": [299, 1], "max_length": 20, "transformers_version": "5"}))
+case("A generation_config.json that asks for something", "generate --model_name_or_path asks --prompt x", 0, "asks/generation_config.json: do_sample, temperature, eos_token_id: not read; say by flags what generate is to do")
+write("asks/generation_config.json", json.dumps({"_from_model_config": True, "bos_token_id": 299, "eos_token_id": 299, "pad_token_id": 299, "transformers_version": "5"}))
+if wanted("generation_config.json as transformers writes it"):
+    process = align("generate --model_name_or_path asks --prompt x")
+    result("A generation_config.json as transformers writes it for every model: no note", problem_of(process, 0, ()) or process.stderr.decode())
 model("layers", config={"n_layer": 3})
 case("config.json of a deeper model", "generate --model_name_or_path layers --prompt x", 1, "tensor h.2.ln_1.weight is missing; expected shape [16]")
 model("truncated")
@@ -683,6 +695,19 @@ streams("Nobody reads the output any more: a filter ends without a word, as filt
         capture_output=False, stdout=broken_pipe, stderr=subprocess.PIPE)
 streams("Nobody reads the output any more: rlhf saves its models first", printing[-1:], lambda process: problem_of(process, 1, ("standard output: writing failed: Broken pipe",)) or loads("out"),
         capture_output=False, stdout=broken_pipe, stderr=subprocess.PIPE)
+
+def shown(process):
+    """What a person or a pipe gets: UTF-8 without control characters, whatever tokens were drawn."""
+    if process.returncode: return "exit status %d: %s" % (process.returncode, last_line(process))
+    try: text = (process.stdout + process.stderr).decode()
+    except UnicodeDecodeError as error: return str(error)
+    control = [c for c in text if ord(c) < 32 and c not in "\n\t" or 127 <= ord(c) < 160]
+    return "control characters: %r" % control if control else None
+
+
+wild = "--do_sample --temperature 8 --top_k 0 "
+streams("Tokens that are no text, written", [generate + wild + "--num_return_sequences 8 --max_new_tokens 30 --seed %d" % seed for seed in range(3)] + [following + "--top_n 300"], shown)
+streams("Tokens that are no text, shown to be judged", ["collect --model_name_or_path m --dataset_name prompts.jsonl --output_dir out --temperature 8 --max_new_tokens 30 --quiet"], shown, stdin=None, input=b"1\n2\n1\n")
 
 write("a_file", "x")
 case("output_dir is a file", [sft + "--output_dir a_file", collect + "--output_dir a_file", ppo + "--output_dir a_file"], 1, "a_file: is a file, a folder was expected")
