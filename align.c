@@ -6028,7 +6028,7 @@ enum Kind {
 };
 static const struct { double least, most; const char *expected; } RANGES[] = {
     [KIND_SEED] = {0, 0x1p64, "a whole number, 0 or more,"}, [KIND_SIZE] = {0, 0x1p40, "a whole number, 0 to 2^40,"},
-    [KIND_STEPS] = {0, 0x1p40, "a whole number, 0 to 2^40, or -1"}, [KIND_WARMUP] = {0, 0x1p40, "a number from 0 to 2^40"},
+    [KIND_STEPS] = {0, 0x1p40, "a whole number, 0 to 2^40,"}, [KIND_WARMUP] = {0, 0x1p40, "a number from 0 to 2^40"},
     [KIND_COUNT] = {1, 0x1p40, "a whole number, 1 to 2^40,"},
     [KIND_DOUBLE] = {-FLT_MAX, FLT_MAX, "a number"}, [KIND_POSITIVE] = {FLT_MIN, FLT_MAX, "a number above 0"}, [KIND_WEIGHT] = {0, FLT_MAX, "a number, 0 or more,"},
     [KIND_BATCH] = {1, 4096, "a whole number, 1 to 4096,"}, [KIND_EPOCHS] = {FLT_MIN, 1e9, "a number above 0, at most 1e9,"},
@@ -7043,7 +7043,8 @@ static bool parse_bool(const char *word, bool *value) {
 static _Noreturn void die_number(const struct Flag *flag, const char *value, double number) {
     double least = RANGES[flag->kind].least;
     double most = RANGES[flag->kind].most;
-    bool beyond = most == (double)FLT_MAX && (number > most || (number < least && (number > 0 || least < 0)));
+    bool too_small = number < least && (least < 0 || (least == (double)FLT_MIN && number > 0));
+    bool beyond = most == (double)FLT_MAX && (number > most || too_small);
     char bounds[64] = "";
     if (beyond) snprintf(bounds, sizeof bounds, "; %.2g to %.2g can be used", least, most);
     die_usage("--%s %s: %s was expected%s (%s)", flag->name, value, RANGES[flag->kind].expected, bounds, flag->help);
