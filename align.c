@@ -936,7 +936,8 @@ static void safetensors_write(const char *folder, const char *name, struct Tenso
         offset += 4 * t->n;
     }
     length += (size_t)fprintf(out.file, "}%*s", (int)(7 - length % 8), "");
-    for (size_t i = 0; i < count; i++) fwrite(tensors[i]->w, 4, tensors[i]->n, out.file);
+    for (size_t i = 0; i < count; i++)
+        if (tensors[i]->n) fwrite(tensors[i]->w, 4, tensors[i]->n, out.file);              /* of none w may be NULL, which fwrite forbids */
     fseeko(out.file, 0, SEEK_SET);                             /* unlike rewind() it keeps the mark of an error */
     for (int i = 0; i < 8; i++) fputc((int)((uint64_t)length >> 8 * i & 255), out.file);
     output_close(&out);
