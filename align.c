@@ -6089,7 +6089,7 @@ static const struct Flag FLAGS[] = {
     {"n_embd", KIND_COUNT, AT(config.n_embd), G_NEW | G_EXACT, "width"},
     {"n_positions", KIND_COUNT, AT(config.n_positions), G_NEW, "longest context"},
     {"vocab_size", KIND_SIZE, AT(config.vocab_size), G_NEW | G_EXACT | G_TOKENIZE, "ids, the end token included (exact: 2 to 16, without one)"},
-    HEADING("What is learnt from")
+    HEADING("Objective")
     {"center_rewards_coefficient", KIND_WEIGHT, AT(center_rewards_coefficient), G_REWARD, "weight of (r_chosen + r_rejected)^2"},
     {"beta", KIND_POSITIVE, AT(dpo.beta), G_DPO, "how strongly DPO holds to the reference; at 0 the pairs would not count"},
     {"beta", KIND_WEIGHT, AT(ppo.init_kl_coef), G_RLOO | G_EXACT, "price of a nat of KL(policy || reference)"},
@@ -6173,7 +6173,8 @@ static const struct { const char *name, *harmless, *why; } PASSED_OVER[] = {
     {"packing", "false", "sft trains on a text a row; pretrain packs"}, {"padding_free", NULL, NULL},
     {"group_by_length", "false", "--train_sampling_strategy is random or sequential"},
     {"dataloader_drop_last", "false", "the last batch of an epoch counts too"}, {"dataloader_num_workers", NULL, NULL},
-    {"dataloader_pin_memory", NULL, NULL}, {"dataset_num_proc", NULL, NULL}};
+    {"dataloader_pin_memory", NULL, NULL}, {"dataset_num_proc", NULL, NULL}, {"optimize_cuda_cache", NULL, NULL},
+    {"optimize_device_cache", NULL, NULL}};
 
 /* What flags are called in other programs and versions, and here; the first that the command has is meant. */
 static const char *const ALSO_CALLED[][2] = {
@@ -6220,6 +6221,18 @@ static bool given(const struct Options *o, const char *name) {
     for (size_t i = 0; i < COUNT(FLAGS); i++)
         if (o->given[i] && strcmp(FLAGS[i].name, name) == 0) return true;
     return false;
+}
+
+/* Says which flags of these (names in a list) are given: they change nothing, and why. */
+static void note_idle(const struct Options *o, const char *flags, const char *why) {
+    char line[400] = "";
+    for (size_t length; (length = next_name(&flags)) > 0; flags += length) {
+        char name[64];
+        snprintf(name, sizeof name, "%.*s", (int)length, flags);
+        size_t used = strlen(line);
+        if (given(o, name)) snprintf(line + used, sizeof line - used, "%s--%s", used ? ", " : "", name);
+    }
+    if (*line) warn("%s: no effect: %s", line, why);
 }
 
 /* A model's folder; or an adapter's: its base, the adapter folded in. */
@@ -6456,6 +6469,7 @@ static struct RolloutSource open_rollouts(struct Options *o) {
     if (o->reward_model) check_reward_model(o->reward_model, o->reward_model_path);
     source.scorer = (struct Scorer){.reward_model = o->reward_model, .tok = o->tok, .std = 1};
     open_data(o, PROMPT_SHAPES, COUNT(PROMPT_SHAPES));
+    if (o->data->shape == SHAPE_PROMPT) note_idle(o, "input_min_text_length, input_max_text_length", "the data set's prompts are taken whole");
     struct Example *prompts = arena_alloc(&o->arena, o->data->n, sizeof *prompts);
     source.n = source.at = encode_prompts(o, prompts);
     source.prompts = prompts;
@@ -6713,8 +6727,8 @@ static void command_eval(struct Options *o) {
     struct Trainer trainer = {0};
     need(o, "model_name_or_path, dataset_name");
     open_model(o, false);
-    if (o->ref_model) load_reference(o);
     if (o->reward_model_path) {
+        if (o->ref_model) load_reference(o);
         struct RolloutSource source = open_rollouts(o);
         struct PolicyResult result = policy_measure(o->model, o->reference, &source.scorer, &o->arena, source.prompts, source.n,
                                                     &source.generation, o->train.seed);
@@ -6993,13 +7007,19 @@ static const struct Flag *exact_flag(const char *name, const struct Command *com
     return NULL;
 }
 
+/* The command's flag for what other programs call so, or NULL. */
+static const struct Flag *also_called(const char *name, const struct Command *command) {
+    const struct Flag *flag = NULL;
+    for (size_t i = 0; i < COUNT(ALSO_CALLED) && !flag; i++)
+        if (strcmp(name, ALSO_CALLED[i][0]) == 0) flag = exact_flag(ALSO_CALLED[i][1], command);
+    return flag;
+}
+
 /* Ends the program with the flag that was perhaps meant: what other programs call so, else what is spelt most like it. */
 static _Noreturn void die_unknown(const char *name, const struct Command *command) {
-    const struct Flag *nearest = NULL;
-    for (size_t i = 0; i < COUNT(ALSO_CALLED) && !nearest; i++)
-        if (strcmp(name, ALSO_CALLED[i][0]) == 0) nearest = exact_flag(ALSO_CALLED[i][1], command);
-    for (size_t i = 0, least = SIZE_MAX; i < COUNT(FLAGS) && least > 0; i++) {
-        if (i == 0 && nearest) break;
+    const struct Flag *nearest = also_called(name, command);
+    size_t least = nearest ? 0 : SIZE_MAX;
+    for (size_t i = 0; i < COUNT(FLAGS); i++) {
         size_t distance = edit_distance(name, FLAGS[i].name);
         if (!(FLAGS[i].groups & command->groups) || distance >= least) continue;
         least = distance;
@@ -7015,9 +7035,7 @@ static const struct Flag *find_flag(const char *name, const struct Command *comm
     size_t count = 0;
     if (found) return found;
     if (!*name) die_usage("%s: \"--\" is no flag; all: %s %s --help", command->name, program_name, command->name);
-    for (size_t i = 0; i < COUNT(ALSO_CALLED); i++)
-        if (strcmp(name, ALSO_CALLED[i][0]) == 0 && exact_flag(ALSO_CALLED[i][1], command)) die_unknown(name, command);
-    for (size_t i = 0; i < COUNT(FLAGS); i++) {
+    for (size_t i = 0; i < COUNT(FLAGS) && !also_called(name, command); i++) {
         if (!(FLAGS[i].groups & command->groups) || strncmp(name, FLAGS[i].name, strlen(name)) != 0) continue;
         size_t used = strlen(candidates);
         snprintf(candidates + used, sizeof candidates - used, "%s--%s", count++ ? ", " : "", FLAGS[i].name);
@@ -7141,8 +7159,10 @@ static int take_flag(struct Options *o, const struct Command *command, char **ar
         parse_flag(o, negated, "false");
         return 0;
     }
-    for (size_t k = 0; k < COUNT(PASSED_OVER) && !flag && (command->groups & G_TRAIN); k++)
+    for (size_t k = 0; k < COUNT(PASSED_OVER) && !flag && (command->groups & G_TRAIN); k++) {
         if (strcmp(name, PASSED_OVER[k].name) == 0) return pass_over(o, k, value, argv + 1);
+        if (strncmp(name, "no_", 3) == 0 && strcmp(name + 3, PASSED_OVER[k].name) == 0) return pass_over(o, k, "false", (char *[]){NULL});
+    }
     if (!flag) flag = find_flag(name, command);
     if (!equals) value = value_behind(flag, command, argv[1]);
     int taken = value && !equals;
@@ -7152,18 +7172,6 @@ static int take_flag(struct Options *o, const struct Command *command, char **ar
     while (flag->kind == KIND_LIST && !equals && argv[1 + taken] && !is_flag(argv[1 + taken]) && strlen(*list) < 1000)
         *list = arena_printf(&o->arena, "%s %s", *list, argv[1 + taken++]);
     return taken;
-}
-
-/* Says which flags of these (names in a list) are given: they change nothing, and why. */
-static void note_idle(const struct Options *o, const char *flags, const char *why) {
-    char line[400] = "";
-    for (size_t length; (length = next_name(&flags)) > 0; flags += length) {
-        char name[64];
-        snprintf(name, sizeof name, "%.*s", (int)length, flags);
-        size_t used = strlen(line);
-        if (given(o, name)) snprintf(line + used, sizeof line - used, "%s--%s", used ? ", " : "", name);
-    }
-    if (*line) warn("%s: no effect: %s", line, why);
 }
 
 /* Flags that change nothing beside the others that are given, of a training's. */

@@ -3836,6 +3836,7 @@ static void expect_note(const char *note, const char *const *words) {
 static void test_cli_idle(void) {
     expect_note("align: note: --bf16, --report_to, --do_eval, --eval_strategy, --logging_dir, --overwrite_output_dir, --tf32: no effect in align\n",
         WORDS("sft", "--bf16", "False", "--report_to", "none", "--do_eval", "--eval-strategy", "no", "--logging_dir=x", "--overwrite_output_dir", "--tf32", "1"));
+    expect_note("align: note: --packing, --load_best_model_at_end: no effect in align\n", WORDS("sft", "--no_packing", "--no-load_best-model-at-end"));
     expect_note("--lora_r, --lora_alpha, --use_rslora: no effect: all weights are trained", WORDS("dpo", "--lora_r", "4", "--lora-alpha", "8", "--use_rs"));
     expect_note("--lora_r: no effect: --peft_adapter has its own", WORDS("sft", "--lora_r", "4", "--peft_adapter", "x"));
     expect_note("", WORDS("sft", "--lora_r", "4", "--use_peft"));
