@@ -135,7 +135,8 @@ static size_t peak_rss_bytes(void) {
 #define COUNT(array) (sizeof(array) / sizeof(array)[0])
 
 static bool quiet;             /* --quiet: no progress on stderr; errors are still said */
-static const char *program_name = "align";     /* as it was called, a shell word: command lines that are printed can be pasted */
+/* As the program was called, a shell word: command lines that are printed can be pasted. */
+static const char *program_name = "align";
 static char way_on[PATH_MAX + 80];                     /* said behind an error: what a training that fails can go on from */
 static const char *staged_folder;                      /* half written (chapter 2): goes with the program */
 static void folder_remove(const char *folder, const char *to);
@@ -937,7 +938,7 @@ static void safetensors_write(const char *folder, const char *name, struct Tenso
     }
     length += (size_t)fprintf(out.file, "}%*s", (int)(7 - length % 8), "");
     for (size_t i = 0; i < count; i++)
-        if (tensors[i]->n) fwrite(tensors[i]->w, 4, tensors[i]->n, out.file);              /* of none w may be NULL, which fwrite forbids */
+        if (tensors[i]->n) fwrite(tensors[i]->w, 4, tensors[i]->n, out.file); /* not of NULL */
     fseeko(out.file, 0, SEEK_SET);                             /* unlike rewind() it keeps the mark of an error */
     for (int i = 0; i < 8; i++) fputc((int)((uint64_t)length >> 8 * i & 255), out.file);
     output_close(&out);
@@ -2578,6 +2579,7 @@ static struct GPT2Config config_load(const char *folder) {
         {"scale_attn_weights", {"true"}}, {"scale_attn_by_inverse_layer_idx", {"false"}}, {"add_cross_attention", {"false"}}};
     struct Arena arena = {0};
     char *path = arena_printf(&arena, "%s/config.json", folder);
+    CHECK(file_exists(folder) || errno != EACCES, "%s: %s", folder, strerror(errno));
     CHECK(file_exists(folder), "%s: no such folder; a model is a folder with config.json and model.safetensors", folder);
     CHECK(file_exists(path), "%s: no config.json inside; a model is a folder with config.json and model.safetensors", folder);
     struct Json *json = json_read_file(&arena, path);
@@ -5987,7 +5989,9 @@ static const struct BenchWork { const char *name, *key; void (*run)(struct Bench
 /* =============================================================================================
  * Chapter 19 - Command line, main
  *
- * One table of flags, one table of commands. A flag's name is transformers', TRL's or PEFT's.
+ * One table of flags, one table of commands. A flag's name is transformers', TRL's or PEFT's, and may be spelt as their
+ * parser, HfArgumentParser, takes it. Smaller tables say which of their flags mean nothing here, what other programs call
+ * ours, and which have no effect beside others.
  * ============================================================================================= */
 
 enum { MOST_FLAGS = 160 };
@@ -6213,7 +6217,8 @@ static void need(const struct Options *o, const char *flags) {
     for (size_t length; (length = next_name(&flags)) > 0; flags += length)
         for (size_t i = 0; i < COUNT(FLAGS); i++) {
             if (strlen(FLAGS[i].name) != length || strncmp(FLAGS[i].name, flags, length) != 0) continue;
-            if (!*(const char *const *)((const char *)o + FLAGS[i].offset)) die_usage("--%s is needed; see --help", FLAGS[i].name);
+            const char *value = *(const char *const *)((const char *)o + FLAGS[i].offset);
+            if (!value) die_usage("--%s is needed; see --help", FLAGS[i].name);
         }
 }
 
@@ -6479,7 +6484,8 @@ static struct RolloutSource open_rollouts(struct Options *o) {
 
 /* Trains by PPO or REINFORCE on rollouts, new or stored, and saves: max_steps, or one pass. */
 static void train_on_rollouts(struct Options *o, const char *log_dir) {
-    need(o, o->rollouts ? "model_name_or_path, output_dir" : "model_name_or_path, reward_model_path, dataset_name, output_dir");
+    need(o, "model_name_or_path, output_dir");
+    if (!o->rollouts) need(o, "reward_model_path, dataset_name");
     open_model(o, true);
     load_reference(o);
     open_output_dir(o);
@@ -6501,8 +6507,8 @@ static void command_ppo(struct Options *o) {
     struct PPOConfig *c = &o->ppo;
     c->mini_batch_size = MIN(c->mini_batch_size, c->batch_size);
     c->gradient_accumulation_steps = o->train.gradient_accumulation_steps;
-    bool divides = c->batch_size % c->gradient_accumulation_steps == 0              /* their product could overflow */
-        && c->batch_size / c->gradient_accumulation_steps % c->mini_batch_size == 0;
+    size_t part = c->batch_size / c->gradient_accumulation_steps;      /* a product could overflow */
+    bool divides = c->batch_size % c->gradient_accumulation_steps == 0 && part % c->mini_batch_size == 0;
     CHECK(divides, "--batch_size %zu must be a multiple of --mini_batch_size %zu times --gradient_accumulation_steps %zu", c->batch_size, c->mini_batch_size, c->gradient_accumulation_steps);
     train_on_rollouts(o, o->train.output_dir);
 }
@@ -6859,7 +6865,7 @@ static void command_rlhf(struct Options *o) {
     struct Tokenizer *tok = load_tokenizer(o);
     const char *path = o->dataset_name ? o->dataset_name : shipped_file(&o->arena, "docs/reviews.jsonl", "name data with --dataset_name");
     struct Dataset *data = o->data = dataset_load(&o->arena, path, RATED_SHAPES, 1);
-    struct Course course = {.tok = tok, .command = o->command, .output_dir = o->train.output_dir ? o->train.output_dir : "out", .seed = o->train.seed, .temperature = o->generation.temperature, .scale = 1, .tokenizer = o->tokenizer,
+    struct Course course = {.tok = tok, .command = o->command, .output_dir = o->train.output_dir, .seed = o->train.seed, .temperature = o->generation.temperature, .scale = 1, .tokenizer = o->tokenizer,
         .pretrain_steps = o->pretrain_steps, .reward_steps = o->reward_steps, .ppo_steps = o->ppo_steps, .dpo_steps = o->dpo_steps};
     struct GPT2 *model;
     double learning_rate = 5e-3;
@@ -6963,7 +6969,7 @@ static void command_bench(struct Options *o) {
 }
 
 static const struct Command { const char *name, *what; void (*run)(struct Options *); int groups; const char *defaults[16]; } COMMANDS[] = {
-    {"rlhf", "the whole course: language model, reward model, PPO, DPO", command_rlhf, G_RLHF | G_FILES | G_MODEL, {"temperature", "0.7"}},
+    {"rlhf", "the whole course: language model, reward model, PPO, DPO", command_rlhf, G_RLHF | G_FILES | G_MODEL, {"temperature", "0.7", "output_dir", "out"}},
     {"tokenize", "[FILE]: text (or standard input) to ids; --decode: ids to text", command_tokenize, G_TOKENIZE | G_WORDS, {0}},
     {"pretrain", "a new language model from texts", command_pretrain, G_MODEL | G_TRAINING | G_RUN | G_NEW, {0}},
     {"sft", "supervised fine-tuning on text or prompt + completion", command_sft, G_TUNING | G_RUN, {"learning_rate", "2e-5"}},
@@ -7074,7 +7080,7 @@ static void parse_number(struct Options *o, const struct Flag *flag, const char 
     void *to = (char *)o + flag->offset;
     char *end = NULL;
     bool whole = flag->kind <= KIND_COUNT;
-    if (flag->kind == KIND_STEPS && strcmp(value, "-1") == 0) value = "0";              /* transformers' "not set" */
+    if (flag->kind == KIND_STEPS && strcmp(value, "-1") == 0) value = "0"; /* HF's "not set" */
     errno = 0;
     unsigned long long size = strtoull(value, &end, 10);
     double number = whole ? (double)size : strtod(value, &end);
@@ -7126,11 +7132,13 @@ static int pass_over(struct Options *o, size_t which, const char *value, char **
         bool boolean = !value || parse_bool(value, &truth);
         for (size_t length; !harmless && (length = next_name(&names)) > 0; names += length) {
             const char *harmless_value = text_copy(&o->arena, (struct Text){names, length}).data;
-            harmless = (value && strcmp(value, harmless_value) == 0) || (boolean && strcmp(truth ? "true" : "false", harmless_value) == 0);
+            const char *meant = !boolean ? value : truth ? "true" : "false";
+            harmless = strcmp(meant, harmless_value) == 0 || (value && strcmp(value, harmless_value) == 0);
         }
         if (!harmless) die_usage("--%s %s cannot be had: %s; leave it out, or give %s", name, value ? value : "true", PASSED_OVER[which].why, PASSED_OVER[which].harmless);
     } while (rest[taken] && !is_flag(rest[taken]) && (value = rest[taken++]));
-    o->passed_over = o->passed_over ? arena_printf(&o->arena, "%s, --%s", o->passed_over, name) : arena_printf(&o->arena, "--%s", name);
+    const char *before = o->passed_over ? arena_printf(&o->arena, "%s, ", o->passed_over) : "";
+    o->passed_over = arena_printf(&o->arena, "%s--%s", before, name);
     return taken;
 }
 
@@ -7168,9 +7176,11 @@ static int take_flag(struct Options *o, const struct Command *command, char **ar
     int taken = value && !equals;
     parse_flag(o, flag, value);
     o->given[flag - FLAGS] = true;
-    const char **list = (const char **)((char *)o + flag->offset);           /* a list goes on to the next flag: --loss_type sigmoid sft */
-    while (flag->kind == KIND_LIST && !equals && argv[1 + taken] && !is_flag(argv[1 + taken]) && strlen(*list) < 1000)
-        *list = arena_printf(&o->arena, "%s %s", *list, argv[1 + taken++]);
+    if (flag->kind != KIND_LIST || equals) return taken;
+    /* A list goes on to the next flag: --loss_type sigmoid sft. */
+    const char **list = (const char **)((char *)o + flag->offset);
+    for (; argv[1 + taken] && !is_flag(argv[1 + taken]) && strlen(*list) < 1000; taken++)
+        *list = arena_printf(&o->arena, "%s %s", *list, argv[1 + taken]);
     return taken;
 }
 
@@ -7278,7 +7288,10 @@ static void print_wrapped(const char *text, size_t indent) {
     size_t column = indent;
     for (size_t length; *text; text += length + (text[length] == ' ')) {
         length = strcspn(text, " ");
-        if (column > indent && column + 1 + length > 100) column = indent, printf("\n%*s", (int)indent, "");
+        if (column > indent && column + 1 + length > 100) {
+            printf("\n%*s", (int)indent, "");
+            column = indent;
+        }
         column += (size_t)printf("%s%.*s", column > indent ? " " : "", (int)length, text);
     }
     putchar('\n');
@@ -7300,7 +7313,8 @@ static void print_help(const struct Command *command) {
         if (heading) printf("\n%s\n", heading);
         heading = NULL;
         const char *value = flag_value(&defaults, flag);
-        const char *expected = flag->kind > KIND_STOPPING ? RANGES[flag->kind].expected : flag->kind == KIND_BOOL ? "true or false" : "";
+        const char *expected = flag->kind == KIND_BOOL ? "true or false" : RANGES[flag->kind].expected;
+        if (!expected) expected = "";
         size_t length = strlen(expected);
         if (length && expected[length - 1] == ',') length--;
         const char *brackets = *value ? arena_printf(&defaults.arena, "[%s] ", value) : "";
