@@ -413,13 +413,16 @@ static char *PRINTF_LIKE(2, 3) arena_printf(struct Arena *arena, const char *for
 /* A word as a POSIX shell reads it back: plain, or in single quotes, where a quote itself is '\''.
  * By hand: Ana's run -> 'Ana'\''s run'.                                       test: shell_word */
 static const char *shell_word(struct Arena *arena, const char *word) {
-    static const char plain[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_@%+=:,./-";
-    if (*word && !word[strspn(word, plain)]) return word;
+    static const char plain[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_@%+"
+                                "=:,./-";
+    if (*word && !word[strspn(word, plain)])
+        return word;
     char *quoted = arena_alloc(arena, 4 * strlen(word) + 3, 1);
     char *to = quoted;
     *to++ = '\'';
     for (; *word; word++) {
-        if (*word == '\'') to += sprintf(to, "'\\'");
+        if (*word == '\'')
+            to += sprintf(to, "'\\'");
         *to++ = *word;
     }
     sprintf(to, "'");
@@ -561,7 +564,7 @@ static void make_folder(const char *path) {
     for (size_t i = 1; i <= strlen(path); i++) {
         if ((path[i] != '/' && path[i] != 0) || path[i - 1] == '/') continue;
         snprintf(part, i + 1, "%s", path);
-        int error = mkdir(part, 0777) == 0 ? 0 : errno;              /* is_folder sets errno anew */
+        int error = mkdir(part, 0777) == 0 ? 0 : errno; /* is_folder sets errno anew */
         const char *reason = error == EEXIST ? "is a file, a folder was expected" : strerror(error);
         CHECK(error == 0 || is_folder(part), "%s: %s", part, reason);
     }
@@ -938,7 +941,8 @@ static void safetensors_write(const char *folder, const char *name, struct Tenso
     }
     length += (size_t)fprintf(out.file, "}%*s", (int)(7 - length % 8), "");
     for (size_t i = 0; i < count; i++)
-        if (tensors[i]->n) fwrite(tensors[i]->w, 4, tensors[i]->n, out.file); /* not of NULL */
+        if (tensors[i]->n)
+            fwrite(tensors[i]->w, 4, tensors[i]->n, out.file); /* not of NULL */
     fseeko(out.file, 0, SEEK_SET);                             /* unlike rewind() it keeps the mark of an error */
     for (int i = 0; i < 8; i++) fputc((int)((uint64_t)length >> 8 * i & 255), out.file);
     output_close(&out);
@@ -2984,7 +2988,7 @@ static struct GPT2 *adapter_reference(const struct GPT2 *model, bool frozen) {
 
 struct TrainingArguments {
     double learning_rate, adam_beta1, adam_beta2, adam_epsilon, weight_decay, max_grad_norm, num_train_epochs;
-    double warmup_ratio;                 /* of the steps, where warmup_steps is 0 */
+    double warmup_ratio; /* of the steps, where warmup_steps is 0 */
     size_t per_device_train_batch_size, gradient_accumulation_steps, max_steps, warmup_steps, logging_steps, eval_steps, max_length;
     const char *lr_scheduler_type, *train_sampling_strategy, *optim;
     uint64_t seed;
@@ -3079,7 +3083,8 @@ static double optimizer_step(struct GPT2 *model, const struct TrainingArguments 
  * lr_end), a half cosine to 0, or constant.          By hand: linear, 10 steps, warm-up 2: 0, .5, 1, .875 */
 static double schedule_factor(const struct TrainingArguments *args, size_t step, size_t total) {
     const char *type = args->lr_scheduler_type;
-    double warmup = args->warmup_steps ? (double)args->warmup_steps : ceil(args->warmup_ratio * (double)total);
+    double warmup =
+        args->warmup_steps ? (double)args->warmup_steps : ceil(args->warmup_ratio * (double)total);
     double at = (double)step, rest = MAX(1.0, (double)total - warmup);
     if (strcmp(type, "constant") == 0) return 1;
     if (at < warmup) return at / MAX(1.0, warmup);
@@ -5590,7 +5595,7 @@ struct Course {
     struct Arena arena;
     const struct Tokenizer *tok;
     const char *output_dir, *command, *data;
-    const char *tokenizer;                     /* --tokenizer, or NULL: found without being named */
+    const char *tokenizer; /* --tokenizer, or NULL: found without being named */
     uint64_t seed;
     size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps, vocab_size;
     double temperature, scale;                 /* of sampling; of learning rates: 1 for a new, narrow model */
@@ -5723,7 +5728,10 @@ static void course_reward_model(struct Course *course) {
     n = MIN(n, (size_t)1000);                                 /* comparisons leave the reward's zero and unit open; real beginnings set them, */
     reward_score(model, course_cut(course, course->held_out, n, COURSE_PREFIX), n, prefix_reward);     /* unseen: of learnt ones it is surer */
     double mean = mean_of(prefix_reward, n), deviation = sqrt(unbiased_variance(prefix_reward, n));
-    CHECK(deviation > 0, "the reward model gives every text the reward %g, from which no policy can learn; train it longer (--reward_steps)", mean);
+    CHECK(deviation > 0,
+          "the reward model gives every text the reward %g, from which no policy can learn; train "
+          "it longer (--reward_steps)",
+          mean);
     course->scorer = (struct Scorer){model, course->tok, mean, deviation, COURSE_LEAST_LENGTH, -2};
     course_finish(course, "reward_model", &trainer);
 }
@@ -5872,9 +5880,13 @@ static void course_print(struct Course *course) {
     for (size_t k = 0; k < COUNT(course->result); k++)
         printf("  %-20s  %+8.2f%8.1f%12.2f%8.1f\n", COURSE_MODEL[k][0], r[k].mean_reward, r[k].kl, r[k].distinct_2, r[k].mean_length);
     printf("\nThe models are in %s/{language_model,reward_model,ppo,dpo}. Try them:\n", course->output_dir);
-    const char *policy = shell_word(&course->arena, arena_printf(&course->arena, "%s/ppo", course->output_dir));
-    printf("  %s generate --model_name_or_path %s --prompt \"The film is\" --do_sample --top_k 0 --temperature %g", program_name, policy, course->temperature);
-    if (course->tokenizer) printf(" --tokenizer %s", shell_word(&course->arena, course->tokenizer));
+    const char *policy =
+        shell_word(&course->arena, arena_printf(&course->arena, "%s/ppo", course->output_dir));
+    printf("  %s generate --model_name_or_path %s --prompt \"The film is\" --do_sample --top_k 0 "
+           "--temperature %g",
+           program_name, policy, course->temperature);
+    if (course->tokenizer)
+        printf(" --tokenizer %s", shell_word(&course->arena, course->tokenizer));
     putchar('\n');
     printf("\nThe language model's answers scored %+.2f; after PPO they score %+.2f, after DPO %+.2f (standard deviations of the reward of "
            "real reviews).\n", r[0].mean_reward, r[1].mean_reward, r[2].mean_reward);
@@ -5989,9 +6001,9 @@ static const struct BenchWork { const char *name, *key; void (*run)(struct Bench
 /* =============================================================================================
  * Chapter 19 - Command line, main
  *
- * One table of flags, one table of commands. A flag's name is transformers', TRL's or PEFT's, and may be spelt as their
- * parser, HfArgumentParser, takes it. Smaller tables say which of their flags mean nothing here, what other programs call
- * ours, and which have no effect beside others.
+ * One table of flags, one table of commands. A flag's name is transformers', TRL's or PEFT's, and
+ * may be spelt as their parser, HfArgumentParser, takes it. Smaller tables say which of their
+ * flags mean nothing here, what other programs call ours, and which have no effect beside others.
  * ============================================================================================= */
 
 enum { MOST_FLAGS = 160 };
@@ -6009,8 +6021,8 @@ struct Options {
     struct LengthSampler input_length, output_length;
     size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps, top_n, max_samples;
     bool json, jsonl, decode, help, quiet, use_peft;
-    bool given[MOST_FLAGS];                  /* which of FLAGS the command line has */
-    const char *passed_over;                 /* flags of other programs that are given, in a row */
+    bool given[MOST_FLAGS]; /* which of FLAGS the command line has */
+    const char *passed_over; /* flags of other programs that are given, in a row */
     /* What a command opens and main closes. */
     struct Arena arena;
     struct Tokenizer *tok;
@@ -6042,7 +6054,8 @@ static const struct { double least, most; const char *expected; } RANGES[] = {
 struct Flag { const char *name; enum Kind kind; size_t offset; int groups; const char *help; };
 #define AT(member) offsetof(struct Options, member)
 
-#define HEADING(title) {"", KIND_TEXT, 0, 0, title},                /* in --help; no command has it */
+/* A row that only --help reads: no command has it. */
+#define HEADING(title) {"", KIND_TEXT, 0, 0, title},
 
 static const struct Flag FLAGS[] = {
     HEADING("Models")
@@ -6157,41 +6170,87 @@ static const struct Flag FLAGS[] = {
 
 _Static_assert(COUNT(FLAGS) <= MOST_FLAGS, "Options must note which flags are given");
 
-/* Flags of transformers, PEFT and TRL about what does not exist here, for the commands that train: the values with which
- * they change nothing (NULL: all), and why another is refused. */
-static const struct { const char *name, *harmless, *why; } PASSED_OVER[] = {
-    {"bf16", "false", "align computes in float32"}, {"fp16", "false", "align computes in float32"}, {"tf32", NULL, NULL},
-    {"torch_dtype", "float32, auto", "align computes in float32"}, {"dtype", "float32, auto", "align computes in float32"},
-    {"load_in_8bit", "false", "align computes in float32"}, {"load_in_4bit", "false", "align computes in float32"},
-    {"attn_implementation", NULL, NULL}, {"gradient_checkpointing", NULL, NULL}, {"use_cpu", NULL, NULL}, {"use_cache", NULL, NULL},
-    {"trust_remote_code", NULL, NULL}, {"do_train", "true", "a training command trains"}, {"do_eval", NULL, NULL},
-    {"do_predict", "false", "align generate writes answers"}, {"overwrite_output_dir", NULL, NULL}, {"logging_dir", NULL, NULL},
-    {"run_name", NULL, NULL}, {"log_level", NULL, NULL}, {"disable_tqdm", NULL, NULL}, {"remove_unused_columns", NULL, NULL},
-    {"report_to", "none, []", "the log is trainer_state.json, and report.html shows it"},
-    {"push_to_hub", "false", "nothing is sent anywhere"},
-    {"logging_strategy", "steps", "a log entry comes each --logging_steps"},
-    {"save_strategy", "steps", "a checkpoint comes each --save_steps; 0: none"},
-    {"eval_strategy", "steps, no", "an evaluation comes each --eval_steps and at the end"},
-    {"load_best_model_at_end", "false", "the last model is saved, not the best"},
-    {"save_safetensors", "true", "weights are written as safetensors"},
-    {"packing", "false", "sft trains on a text a row; pretrain packs"}, {"padding_free", NULL, NULL},
-    {"group_by_length", "false", "--train_sampling_strategy is random or sequential"},
-    {"dataloader_drop_last", "false", "the last batch of an epoch counts too"}, {"dataloader_num_workers", NULL, NULL},
-    {"dataloader_pin_memory", NULL, NULL}, {"dataset_num_proc", NULL, NULL}, {"optimize_cuda_cache", NULL, NULL},
-    {"optimize_device_cache", NULL, NULL}};
+/* Flags of transformers, PEFT and TRL about what does not exist here, for the commands that train:
+ * the values with which they change nothing (NULL: all), and why another is refused. */
+static const struct {
+    const char *name, *harmless, *why;
+} PASSED_OVER[] =
+    {{"bf16", "false", "align computes in float32"},
+     {"fp16", "false", "align computes in float32"},
+     {"tf32", NULL, NULL},
+     {"torch_dtype", "float32, auto", "align computes in float32"},
+     {"dtype", "float32, auto", "align computes in float32"},
+     {"load_in_8bit", "false", "align computes in float32"},
+     {"load_in_4bit", "false", "align computes in float32"},
+     {"attn_implementation", NULL, NULL},
+     {"gradient_checkpointing", NULL, NULL},
+     {"use_cpu", NULL, NULL},
+     {"use_cache", NULL, NULL},
+     {"trust_remote_code", NULL, NULL},
+     {"do_train", "true", "a training command trains"},
+     {"do_eval", NULL, NULL},
+     {"do_predict", "false", "align generate writes answers"},
+     {"overwrite_output_dir", NULL, NULL},
+     {"logging_dir", NULL, NULL},
+     {"run_name", NULL, NULL},
+     {"log_level", NULL, NULL},
+     {"disable_tqdm", NULL, NULL},
+     {"remove_unused_columns", NULL, NULL},
+     {"report_to", "none, []", "the log is trainer_state.json, and report.html shows it"},
+     {"push_to_hub", "false", "nothing is sent anywhere"},
+     {"logging_strategy", "steps", "a log entry comes each --logging_steps"},
+     {"save_strategy", "steps", "a checkpoint comes each --save_steps; 0: none"},
+     {"eval_strategy", "steps, no", "an evaluation comes each --eval_steps and at the end"},
+     {"load_best_model_at_end", "false", "the last model is saved, not the best"},
+     {"save_safetensors", "true", "weights are written as safetensors"},
+     {"packing", "false", "sft trains on a text a row; pretrain packs"},
+     {"padding_free", NULL, NULL},
+     {"group_by_length", "false", "--train_sampling_strategy is random or sequential"},
+     {"dataloader_drop_last", "false", "the last batch of an epoch counts too"},
+     {"dataloader_num_workers", NULL, NULL},
+     {"dataloader_pin_memory", NULL, NULL},
+     {"dataset_num_proc", NULL, NULL},
+     {"optimize_cuda_cache", NULL, NULL},
+     {"optimize_device_cache", NULL, NULL}};
 
-/* What flags are called in other programs and versions, and here; the first that the command has is meant. */
-static const char *const ALSO_CALLED[][2] = {
-    {"lr", "learning_rate"}, {"epochs", "num_train_epochs"}, {"n_epochs", "num_train_epochs"}, {"epochs", "ppo_epochs"}, {"steps", "max_steps"},
-    {"max_iters", "max_steps"}, {"batch_size", "per_device_train_batch_size"}, {"train_batch_size", "per_device_train_batch_size"},
-    {"train_batch_size", "batch_size"}, {"per_device_train_batch_size", "batch_size"}, {"per_device_eval_batch_size", "per_device_train_batch_size"},
-    {"backward_batch_size", "mini_batch_size"}, {"kl_coef", "init_kl_coef"}, {"kl_coef", "beta"}, {"beta", "init_kl_coef"},
-    {"sft_model_path", "model_name_or_path"}, {"ref_model_name_or_path", "ref_model"}, {"train_file", "dataset_name"}, {"validation_file", "eval_dataset"},
-    {"max_tokens", "max_new_tokens"}, {"n_predict", "max_new_tokens"}, {"max_tokens", "output_max_length"}, {"max_new_tokens", "output_max_length"},
-    {"response_length", "output_max_length"}, {"max_completion_length", "output_max_length"}, {"max_length", "max_new_tokens"},
-    {"max_length", "output_max_length"}, {"max_prompt_length", "input_max_text_length"}, {"max_prompt_length", "max_length"},
-    {"max_seq_length", "max_length"}, {"block_size", "max_length"}, {"n_ctx", "n_positions"}, {"n_ctx", "max_length"},
-    {"temp", "temperature"}, {"repeat_penalty", "repetition_penalty"}};
+/* What flags are called in other programs and versions, and here. The first one that the command
+ * has is meant. */
+static const char *const ALSO_CALLED[][2] = {{"lr", "learning_rate"},
+                                             {"epochs", "num_train_epochs"},
+                                             {"n_epochs", "num_train_epochs"},
+                                             {"epochs", "ppo_epochs"},
+                                             {"steps", "max_steps"},
+                                             {"max_iters", "max_steps"},
+                                             {"batch_size", "per_device_train_batch_size"},
+                                             {"train_batch_size", "per_device_train_batch_size"},
+                                             {"train_batch_size", "batch_size"},
+                                             {"per_device_train_batch_size", "batch_size"},
+                                             {"per_device_eval_batch_size", "per_device_train_"
+                                                                            "batch_size"},
+                                             {"backward_batch_size", "mini_batch_size"},
+                                             {"kl_coef", "init_kl_coef"},
+                                             {"kl_coef", "beta"},
+                                             {"beta", "init_kl_coef"},
+                                             {"sft_model_path", "model_name_or_path"},
+                                             {"ref_model_name_or_path", "ref_model"},
+                                             {"train_file", "dataset_name"},
+                                             {"validation_file", "eval_dataset"},
+                                             {"max_tokens", "max_new_tokens"},
+                                             {"n_predict", "max_new_tokens"},
+                                             {"max_tokens", "output_max_length"},
+                                             {"max_new_tokens", "output_max_length"},
+                                             {"response_length", "output_max_length"},
+                                             {"max_completion_length", "output_max_length"},
+                                             {"max_length", "max_new_tokens"},
+                                             {"max_length", "output_max_length"},
+                                             {"max_prompt_length", "input_max_text_length"},
+                                             {"max_prompt_length", "max_length"},
+                                             {"max_seq_length", "max_length"},
+                                             {"block_size", "max_length"},
+                                             {"n_ctx", "n_positions"},
+                                             {"n_ctx", "max_length"},
+                                             {"temp", "temperature"},
+                                             {"repeat_penalty", "repetition_penalty"}};
 
 /* A file that ships with the program: beside it, or in the current folder. */
 static const char *shipped_file(struct Arena *arena, const char *name, const char *remedy) {
@@ -6212,19 +6271,23 @@ static bool is_adapter(const char *folder) {
     return snprintf(path, sizeof path, "%s/adapter_config.json", folder) < (int)sizeof path && file_exists(path);
 }
 
-/* Ends the program if a flag that the command cannot do without is not given. flags: names of strings. */
+/* Ends the program if a flag that the command cannot do without is not given.
+ * flags: names of strings. */
 static void need(const struct Options *o, const char *flags) {
     for (size_t length; (length = next_name(&flags)) > 0; flags += length)
         for (size_t i = 0; i < COUNT(FLAGS); i++) {
-            if (strlen(FLAGS[i].name) != length || strncmp(FLAGS[i].name, flags, length) != 0) continue;
+            if (strlen(FLAGS[i].name) != length || strncmp(FLAGS[i].name, flags, length) != 0)
+                continue;
             const char *value = *(const char *const *)((const char *)o + FLAGS[i].offset);
-            if (!value) die_usage("--%s is needed; see --help", FLAGS[i].name);
+            if (!value)
+                die_usage("--%s is needed; see --help", FLAGS[i].name);
         }
 }
 
 static bool given(const struct Options *o, const char *name) {
     for (size_t i = 0; i < COUNT(FLAGS); i++)
-        if (o->given[i] && strcmp(FLAGS[i].name, name) == 0) return true;
+        if (o->given[i] && strcmp(FLAGS[i].name, name) == 0)
+            return true;
     return false;
 }
 
@@ -6235,9 +6298,11 @@ static void note_idle(const struct Options *o, const char *flags, const char *wh
         char name[64];
         snprintf(name, sizeof name, "%.*s", (int)length, flags);
         size_t used = strlen(line);
-        if (given(o, name)) snprintf(line + used, sizeof line - used, "%s--%s", used ? ", " : "", name);
+        if (given(o, name))
+            snprintf(line + used, sizeof line - used, "%s--%s", used ? ", " : "", name);
     }
-    if (*line) warn("%s: no effect: %s", line, why);
+    if (*line)
+        warn("%s: no effect: %s", line, why);
 }
 
 /* A model's folder; or an adapter's: its base, the adapter folded in. */
@@ -6260,7 +6325,10 @@ static void open_model(struct Options *o, bool train) {
     load_tokenizer(o);
     struct GPT2 *model = o->model = load_model(o, o->model_name_or_path);
     if (!o->use_peft && !o->peft_adapter) return;
-    CHECK(!is_adapter(o->model_name_or_path), "--model_name_or_path %s: is itself an adapter, a base is needed here; fold it into its base first: align merge", o->model_name_or_path);
+    CHECK(!is_adapter(o->model_name_or_path),
+          "--model_name_or_path %s: is itself an adapter, a base is needed here; fold it into its "
+          "base first: align merge",
+          o->model_name_or_path);
     if (o->use_peft) adapter_new(model, o->lora, o->train.seed);
     else adapter_load(model, o->peft_adapter);
     model->adapter.base_model_name_or_path = o->model_name_or_path;
@@ -6313,7 +6381,8 @@ static void tokenize_decode(const struct Tokenizer *tok, struct Text in, size_t 
 }
 
 static void command_tokenize(struct Options *o) {
-    if (o->jsonl && o->decode) die_usage("--decode reads ids, --jsonl texts: give one of them");
+    if (o->jsonl && o->decode)
+        die_usage("--decode reads ids, --jsonl texts: give one of them");
     struct Tokenizer *tok = load_tokenizer(o);
     size_t V = o->config.vocab_size;
     CHECK(V > BYTE_TOKENS && V <= tok->vocab_size, "--vocab_size %zu: a vocabulary has 257 to %zu ids", V, tok->vocab_size);
@@ -6426,7 +6495,10 @@ static void parse_loss_types(struct Options *o) {
         total += o->dpo.weight[k];
     }
     if (weight && weight[strspn(weight, " ,")]) die_usage("--loss_weights \"%s\": a number, 0 or more, for each of --loss_type's names was expected", o->loss_weights);
-    if (total == 0) die_usage("--loss_type \"%s\" --loss_weights \"%s\": no loss counts; nothing would be learnt", o->loss_type, o->loss_weights ? o->loss_weights : "");
+    if (total == 0)
+        die_usage("--loss_type \"%s\" --loss_weights \"%s\": no loss counts; nothing would be "
+                  "learnt",
+                  o->loss_type, o->loss_weights ? o->loss_weights : "");
 }
 
 static void command_dpo(struct Options *o) {
@@ -6474,7 +6546,9 @@ static struct RolloutSource open_rollouts(struct Options *o) {
     if (o->reward_model) check_reward_model(o->reward_model, o->reward_model_path);
     source.scorer = (struct Scorer){.reward_model = o->reward_model, .tok = o->tok, .std = 1};
     open_data(o, PROMPT_SHAPES, COUNT(PROMPT_SHAPES));
-    if (o->data->shape == SHAPE_PROMPT) note_idle(o, "input_min_text_length, input_max_text_length", "the data set's prompts are taken whole");
+    if (o->data->shape == SHAPE_PROMPT)
+        note_idle(o, "input_min_text_length, input_max_text_length",
+                  "the data set's prompts are taken whole");
     struct Example *prompts = arena_alloc(&o->arena, o->data->n, sizeof *prompts);
     source.n = source.at = encode_prompts(o, prompts);
     source.prompts = prompts;
@@ -6484,8 +6558,10 @@ static struct RolloutSource open_rollouts(struct Options *o) {
 
 /* Trains by PPO or REINFORCE on rollouts, new or stored, and saves: max_steps, or one pass. */
 static void train_on_rollouts(struct Options *o, const char *log_dir) {
-    need(o, "model_name_or_path, output_dir");
-    if (!o->rollouts) need(o, "reward_model_path, dataset_name");
+    need(o, "model_name_or_path");
+    if (!o->rollouts)
+        need(o, "reward_model_path, dataset_name");
+    need(o, "output_dir");
     open_model(o, true);
     load_reference(o);
     open_output_dir(o);
@@ -6507,9 +6583,13 @@ static void command_ppo(struct Options *o) {
     struct PPOConfig *c = &o->ppo;
     c->mini_batch_size = MIN(c->mini_batch_size, c->batch_size);
     c->gradient_accumulation_steps = o->train.gradient_accumulation_steps;
-    size_t part = c->batch_size / c->gradient_accumulation_steps;      /* a product could overflow */
-    bool divides = c->batch_size % c->gradient_accumulation_steps == 0 && part % c->mini_batch_size == 0;
-    CHECK(divides, "--batch_size %zu must be a multiple of --mini_batch_size %zu times --gradient_accumulation_steps %zu", c->batch_size, c->mini_batch_size, c->gradient_accumulation_steps);
+    size_t part = c->batch_size / c->gradient_accumulation_steps; /* a product could overflow */
+    bool divides =
+        c->batch_size % c->gradient_accumulation_steps == 0 && part % c->mini_batch_size == 0;
+    CHECK(divides,
+          "--batch_size %zu must be a multiple of --mini_batch_size %zu times "
+          "--gradient_accumulation_steps %zu",
+          c->batch_size, c->mini_batch_size, c->gradient_accumulation_steps);
     train_on_rollouts(o, o->train.output_dir);
 }
 
@@ -6550,12 +6630,14 @@ static void command_generate(struct Options *o) {
     CHECK(each == 1 || g->do_sample || g->num_beams > 1, "--num_return_sequences %zu: without --do_sample or --num_beams all of them would be the same", each);
     CHECK(g->num_beams == 1 || each <= g->num_beams, "--num_return_sequences %zu: %zu beams give at most as many", each, g->num_beams);
     need(o, "model_name_or_path");
-    if (!o->prompt && !o->dataset_name) die_usage("--prompt, or --dataset_name, is needed; see --help");
+    if (!o->prompt && !o->dataset_name)
+        die_usage("--prompt, or --dataset_name, is needed; see --help");
     open_model(o, false);
     CHECK(2 * g->num_beams <= MIN((size_t)256, o->model->config.vocab_size), "--num_beams %zu: 1 to 128 can be used", g->num_beams);
     struct Row typed = {.prompt = text_of(o->prompt ? o->prompt : "")};
     struct Dataset one = {.rows = &typed, .n = 1};
-    if (!o->prompt) open_data(o, PROMPT_SHAPES, 1);
+    if (!o->prompt)
+        open_data(o, PROMPT_SHAPES, 1);
     const struct Dataset *data = o->data ? o->data : &one;
     struct Sequence *sequences = arena_alloc(&o->arena, data->n * each, sizeof *sequences);
     struct Rng rng = rng_seed(o->train.seed, STREAM_SAMPLE);
@@ -6734,7 +6816,8 @@ static void command_eval(struct Options *o) {
     need(o, "model_name_or_path, dataset_name");
     open_model(o, false);
     if (o->reward_model_path) {
-        if (o->ref_model) load_reference(o);
+        if (o->ref_model)
+            load_reference(o);
         struct RolloutSource source = open_rollouts(o);
         struct PolicyResult result = policy_measure(o->model, o->reference, &source.scorer, &o->arena, source.prompts, source.n,
                                                     &source.generation, o->train.seed);
@@ -6880,7 +6963,9 @@ static void command_rlhf(struct Options *o) {
         struct Rng rng = rng_seed(o->train.seed, STREAM_INIT + 100);
         tensor_normal(&model->wte, &rng, 0.06);       /* GPT-2's 0.02 suits its width of 768; at 128 the blocks would drown so faint a token */
     }
-    CHECK(o->reward_steps > 0 || model->score.n, "--reward_steps 0: an untrained reward model gives every text the same reward; 1 or more steps are needed");
+    CHECK(o->reward_steps > 0 || model->score.n, "--reward_steps 0: an untrained reward model "
+                                                 "gives every text the same reward; 1 or more "
+                                                 "steps are needed");
     CHECK(model->config.n_positions >= 48, "%s: a context of %zu tokens; rlhf needs 48 or more", o->model_name_or_path, model->config.n_positions);
     course_run(&course, data, model, learning_rate);
 }
@@ -6996,7 +7081,8 @@ static const struct Command { const char *name, *what; void (*run)(struct Option
 static void print_commands(FILE *file) {
     fputs("align: train and align GPT-2 from scratch. Commands (--help on each):\n\n", file);
     for (size_t i = 0; i < COUNT(COMMANDS); i++) fprintf(file, "  %-10s %s\n", COMMANDS[i].name, COMMANDS[i].what);
-    fprintf(file, "\n%s --version says what was built and how. Start with:  %s rlhf\n", program_name, program_name);
+    fprintf(file, "\n%s --version says what was built and how. Start with:  %s rlhf\n",
+            program_name, program_name);
 }
 
 static const struct Command *find_command(const char *name) {
@@ -7009,7 +7095,8 @@ static const struct Command *find_command(const char *name) {
 /* The command's flag of just this name, or NULL. */
 static const struct Flag *exact_flag(const char *name, const struct Command *command) {
     for (size_t i = 0; i < COUNT(FLAGS); i++)
-        if ((FLAGS[i].groups & command->groups) && strcmp(name, FLAGS[i].name) == 0) return &FLAGS[i];
+        if ((FLAGS[i].groups & command->groups) && strcmp(name, FLAGS[i].name) == 0)
+            return &FLAGS[i];
     return NULL;
 }
 
@@ -7017,21 +7104,25 @@ static const struct Flag *exact_flag(const char *name, const struct Command *com
 static const struct Flag *also_called(const char *name, const struct Command *command) {
     const struct Flag *flag = NULL;
     for (size_t i = 0; i < COUNT(ALSO_CALLED) && !flag; i++)
-        if (strcmp(name, ALSO_CALLED[i][0]) == 0) flag = exact_flag(ALSO_CALLED[i][1], command);
+        if (strcmp(name, ALSO_CALLED[i][0]) == 0)
+            flag = exact_flag(ALSO_CALLED[i][1], command);
     return flag;
 }
 
-/* Ends the program with the flag that was perhaps meant: what other programs call so, else what is spelt most like it. */
+/* Ends the program and names the flag that was perhaps meant: the one that other programs call so,
+ * or else the one that is spelt most like it. */
 static _Noreturn void die_unknown(const char *name, const struct Command *command) {
     const struct Flag *nearest = also_called(name, command);
     size_t least = nearest ? 0 : SIZE_MAX;
     for (size_t i = 0; i < COUNT(FLAGS); i++) {
         size_t distance = edit_distance(name, FLAGS[i].name);
-        if (!(FLAGS[i].groups & command->groups) || distance >= least) continue;
+        if (!(FLAGS[i].groups & command->groups) || distance >= least)
+            continue;
         least = distance;
         nearest = &FLAGS[i];
     }
-    die_usage("%s has no flag --%s; the nearest is --%s (all: %s %s --help)", command->name, name, nearest->name, program_name, command->name);
+    die_usage("%s has no flag --%s; the nearest is --%s (all: %s %s --help)", command->name, name,
+              nearest->name, program_name, command->name);
 }
 
 /* A flag by its name or the beginning of one that no other has, as Python's argparse takes it. */
@@ -7039,26 +7130,36 @@ static const struct Flag *find_flag(const char *name, const struct Command *comm
     const struct Flag *found = exact_flag(name, command);
     char candidates[400] = "";
     size_t count = 0;
-    if (found) return found;
-    if (!*name) die_usage("%s: \"--\" is no flag; all: %s %s --help", command->name, program_name, command->name);
+    if (found)
+        return found;
+    if (!*name)
+        die_usage("%s: \"--\" is no flag; all: %s %s --help", command->name, program_name,
+                  command->name);
     for (size_t i = 0; i < COUNT(FLAGS) && !also_called(name, command); i++) {
-        if (!(FLAGS[i].groups & command->groups) || strncmp(name, FLAGS[i].name, strlen(name)) != 0) continue;
+        if (!(FLAGS[i].groups & command->groups) || strncmp(name, FLAGS[i].name, strlen(name)) != 0)
+            continue;
         size_t used = strlen(candidates);
-        snprintf(candidates + used, sizeof candidates - used, "%s--%s", count++ ? ", " : "", FLAGS[i].name);
+        snprintf(candidates + used, sizeof candidates - used, "%s--%s", count++ ? ", " : "",
+                 FLAGS[i].name);
         found = &FLAGS[i];
     }
-    if (count == 0) die_unknown(name, command);
-    if (count > 1) die_usage("--%s: which of these is meant? %s", name, candidates);
+    if (count == 0)
+        die_unknown(name, command);
+    if (count > 1)
+        die_usage("--%s: which of these is meant? %s", name, candidates);
     return found;
 }
 
-/* A boolean as transformers' HfArgumentParser reads it, in large letters or small; false if the word is none. */
+/* Reads a boolean as transformers' HfArgumentParser does, in large letters or small. Returns false
+ * if the word is none. */
 static bool parse_bool(const char *word, bool *value) {
     static const char *const words[] = {"false", "no", "n", "f", "0", "true", "yes", "y", "t", "1"};
     for (size_t k = 0; k < COUNT(words); k++) {
         size_t i = 0;
-        while (word[i] && tolower((unsigned char)word[i]) == words[k][i]) i++;
-        if (word[i] || words[k][i]) continue;
+        while (word[i] && tolower((unsigned char)word[i]) == words[k][i])
+            i++;
+        if (word[i] || words[k][i])
+            continue;
         *value = k >= COUNT(words) / 2;
         return true;
     }
@@ -7071,8 +7172,10 @@ static _Noreturn void die_number(const struct Flag *flag, const char *value, dou
     bool too_small = number < least && (least < 0 || (least == (double)FLT_MIN && number > 0));
     bool beyond = most == (double)FLT_MAX && (number > most || too_small);
     char bounds[64] = "";
-    if (beyond) snprintf(bounds, sizeof bounds, "; %.2g to %.2g can be used", least, most);
-    die_usage("--%s %s: %s was expected%s (%s)", flag->name, value, RANGES[flag->kind].expected, bounds, flag->help);
+    if (beyond)
+        snprintf(bounds, sizeof bounds, "; %.2g to %.2g can be used", least, most);
+    die_usage("--%s %s: %s was expected%s (%s)", flag->name, value, RANGES[flag->kind].expected,
+              bounds, flag->help);
 }
 
 /* Stores a number at `to`. */
@@ -7080,19 +7183,26 @@ static void parse_number(struct Options *o, const struct Flag *flag, const char 
     void *to = (char *)o + flag->offset;
     char *end = NULL;
     bool whole = flag->kind <= KIND_COUNT;
-    if (flag->kind == KIND_STEPS && strcmp(value, "-1") == 0) value = "0"; /* HF's "not set" */
+    if (flag->kind == KIND_STEPS && strcmp(value, "-1") == 0)
+        value = "0"; /* HF's "not set" */
     errno = 0;
     unsigned long long size = strtoull(value, &end, 10);
     double number = whole ? (double)size : strtod(value, &end);
     bool read = !*end && (whole ? isdigit((unsigned char)*value) && !errno : end != value);
-    if (!read) number = NAN;
-    if (!(number >= RANGES[flag->kind].least && number <= RANGES[flag->kind].most)) die_number(flag, value, number);
-    if (flag->kind == KIND_SEED) *(uint64_t *)to = size;
-    else if (whole) *(size_t *)to = (size_t)size;
-    else if (flag->kind != KIND_WARMUP) *(double *)to = number;
-    else {                                      /* transformers 5: below 1 it is a ratio */
+    if (!read)
+        number = NAN;
+    if (!(number >= RANGES[flag->kind].least && number <= RANGES[flag->kind].most))
+        die_number(flag, value, number);
+    if (flag->kind == KIND_SEED)
+        *(uint64_t *)to = size;
+    else if (whole)
+        *(size_t *)to = (size_t)size;
+    else if (flag->kind != KIND_WARMUP)
+        *(double *)to = number;
+    else { /* transformers 5: below 1 it is a ratio */
         *(size_t *)to = (size_t)number;
-        if (number > 0 && number < 1) o->train.warmup_ratio = number;
+        if (number > 0 && number < 1)
+            o->train.warmup_ratio = number;
     }
 }
 
@@ -7103,9 +7213,12 @@ static void parse_flag(struct Options *o, const struct Flag *flag, const char *v
     if (flag->kind == KIND_BOOL || flag->kind == KIND_STOPPING) {
         bool never = flag->kind == KIND_STOPPING && value && strcmp(value, "never") == 0;
         const char *more = flag->kind == KIND_STOPPING ? " or never" : "";
-        if (value && !never && !parse_bool(value, &truth)) die_usage("--%s %s: true or false%s was expected", flag->name, value, more);
-        if (flag->kind == KIND_BOOL) *(bool *)to = truth;
-        else *(enum EarlyStopping *)to = never ? STOP_NEVER : truth ? STOP_TRUE : STOP_FALSE;
+        if (value && !never && !parse_bool(value, &truth))
+            die_usage("--%s %s: true or false%s was expected", flag->name, value, more);
+        if (flag->kind == KIND_BOOL)
+            *(bool *)to = truth;
+        else
+            *(enum EarlyStopping *)to = never ? STOP_NEVER : truth ? STOP_TRUE : STOP_FALSE;
         return;
     }
     if (!value) die_usage("--%s needs a value (%s)", flag->name, flag->help);
@@ -7113,18 +7226,23 @@ static void parse_flag(struct Options *o, const struct Flag *flag, const char *v
         parse_number(o, flag, value);
         return;
     }
-    if (!value[strspn(value, " ,")] && flag->kind != KIND_TEXT) die_usage("--%s \"%s\" is empty; a value was expected (%s)", flag->name, value, flag->help);
+    if (!value[strspn(value, " ,")] && flag->kind != KIND_TEXT)
+        die_usage("--%s \"%s\" is empty; a value was expected (%s)", flag->name, value, flag->help);
     if (flag->kind == KIND_NAME) choice(flag->name, value, flag->help);
     *(const char **)to = value;
 }
 
-static bool is_flag(const char *word) { return strncmp(word, "--", 2) == 0 || strcmp(word, "-h") == 0; }
+static bool is_flag(const char *word) {
+    return strncmp(word, "--", 2) == 0 || strcmp(word, "-h") == 0;
+}
 
-/* A flag of another program that changes nothing here, with its values. Returns how many arguments those are. */
+/* Passes over a flag of another program that changes nothing here, with its values. Returns how
+ * many arguments those are. */
 static int pass_over(struct Options *o, size_t which, const char *value, char **rest) {
     const char *name = PASSED_OVER[which].name;
     int taken = 0;
-    if (!value && *rest && !is_flag(*rest)) value = rest[taken++];
+    if (!value && *rest && !is_flag(*rest))
+        value = rest[taken++];
     do {
         const char *names = PASSED_OVER[which].harmless;
         bool truth = true;
@@ -7133,50 +7251,65 @@ static int pass_over(struct Options *o, size_t which, const char *value, char **
         for (size_t length; !harmless && (length = next_name(&names)) > 0; names += length) {
             const char *harmless_value = text_copy(&o->arena, (struct Text){names, length}).data;
             const char *meant = !boolean ? value : truth ? "true" : "false";
-            harmless = strcmp(meant, harmless_value) == 0 || (value && strcmp(value, harmless_value) == 0);
+            harmless =
+                strcmp(meant, harmless_value) == 0 || (value && strcmp(value, harmless_value) == 0);
         }
-        if (!harmless) die_usage("--%s %s cannot be had: %s; leave it out, or give %s", name, value ? value : "true", PASSED_OVER[which].why, PASSED_OVER[which].harmless);
+        if (!harmless)
+            die_usage("--%s %s cannot be had: %s; leave it out, or give %s", name,
+                      value ? value : "true", PASSED_OVER[which].why, PASSED_OVER[which].harmless);
     } while (rest[taken] && !is_flag(rest[taken]) && (value = rest[taken++]));
     const char *before = o->passed_over ? arena_printf(&o->arena, "%s, ", o->passed_over) : "";
     o->passed_over = arena_printf(&o->arena, "%s--%s", before, name);
     return taken;
 }
 
-/* The next argument, if it is the value of a flag: not another flag; after a boolean of a command that also takes words,
- * only what must be a boolean. */
-static const char *value_behind(const struct Flag *flag, const struct Command *command, const char *next) {
+/* The next argument if it is the value of a flag, or NULL. Another flag is none; and behind a boolean
+ * of a command that also takes words, only a word that must be a boolean is one. */
+static const char *value_behind(const struct Flag *flag, const struct Command *command,
+                                const char *next) {
     bool truth;
-    if (!next || (is_flag(next) && !strchr(next, ' '))) return NULL;
-    if (flag->kind != KIND_BOOL || !(command->groups & G_WORDS)) return next;
+    if (!next || (is_flag(next) && !strchr(next, ' ')))
+        return NULL;
+    if (flag->kind != KIND_BOOL || !(command->groups & G_WORDS))
+        return next;
     return strlen(next) >= strlen("true") && parse_bool(next, &truth) ? next : NULL;
 }
 
-/* Takes what argv begins with, a flag: --name value, --name=value, a bare boolean or its --no_name. Dashes in the name count
- * as underscores. Returns how many further arguments it took. */
+/* Takes the flag that argv begins with: --name value, --name=value, a bare boolean or its --no_name.
+ * Dashes in the name count as underscores. Returns how many further arguments it took. */
 static int take_flag(struct Options *o, const struct Command *command, char **argv) {
     size_t length = strcspn(argv[0] + 2, "=");
     char *name = arena_printf(&o->arena, "%.*s", (int)MIN(length, (size_t)60), argv[0] + 2);
     const char *value = argv[0][2 + length] ? argv[0] + 3 + length : NULL;
     bool equals = value != NULL;
-    for (char *c = name; *c; c++) if (*c == '-') *c = '_';
+    for (char *c = name; *c; c++)
+        if (*c == '-')
+            *c = '_';
     const struct Flag *flag = exact_flag(name, command);
-    const struct Flag *negated = !flag && strncmp(name, "no_", 3) == 0 ? exact_flag(name + 3, command) : NULL;
+    const struct Flag *negated =
+        !flag && strncmp(name, "no_", 3) == 0 ? exact_flag(name + 3, command) : NULL;
     if (negated && negated->kind == KIND_BOOL) {
-        if (equals) die_usage("--%s takes no value; give --%s true or false", name, negated->name);
+        if (equals)
+            die_usage("--%s takes no value; give --%s true or false", name, negated->name);
         o->given[negated - FLAGS] = true;
         parse_flag(o, negated, "false");
         return 0;
     }
     for (size_t k = 0; k < COUNT(PASSED_OVER) && !flag && (command->groups & G_TRAIN); k++) {
-        if (strcmp(name, PASSED_OVER[k].name) == 0) return pass_over(o, k, value, argv + 1);
-        if (strncmp(name, "no_", 3) == 0 && strcmp(name + 3, PASSED_OVER[k].name) == 0) return pass_over(o, k, "false", (char *[]){NULL});
+        if (strcmp(name, PASSED_OVER[k].name) == 0)
+            return pass_over(o, k, value, argv + 1);
+        if (strncmp(name, "no_", 3) == 0 && strcmp(name + 3, PASSED_OVER[k].name) == 0)
+            return pass_over(o, k, "false", (char *[]){NULL});
     }
-    if (!flag) flag = find_flag(name, command);
-    if (!equals) value = value_behind(flag, command, argv[1]);
+    if (!flag)
+        flag = find_flag(name, command);
+    if (!equals)
+        value = value_behind(flag, command, argv[1]);
     int taken = value && !equals;
     parse_flag(o, flag, value);
     o->given[flag - FLAGS] = true;
-    if (flag->kind != KIND_LIST || equals) return taken;
+    if (flag->kind != KIND_LIST || equals)
+        return taken;
     /* A list goes on to the next flag: --loss_type sigmoid sft. */
     const char **list = (const char **)((char *)o + flag->offset);
     for (; argv[1 + taken] && !is_flag(argv[1 + taken]) && strlen(*list) < 1000; taken++)
@@ -7188,27 +7321,44 @@ static int take_flag(struct Options *o, const struct Command *command, char **ar
 static void note_idle_training(const struct Options *o, const struct Command *command) {
     const struct TrainingArguments *train = &o->train;
     const struct PPOConfig *ppo = &o->ppo;
-    const char *adapter = o->peft_adapter ? "--peft_adapter has its own" : "all weights are trained; for an adapter give --use_peft";
+    const char *adapter = o->peft_adapter ? "--peft_adapter has its own"
+                                          : "all weights are trained; for an adapter give "
+                                            "--use_peft";
     bool smoothing = strstr(o->loss_type, "sigmoid") || strstr(o->loss_type, "robust");
-    const struct { bool idle; const char *flags, *why; } rules[] = {
-        {!o->use_peft, "lora_r, lora_alpha, lora_dropout, lora_target_modules, use_rslora", adapter},
+    const struct {
+        bool idle;
+        const char *flags, *why;
+    } rules[] = {
+        {!o->use_peft, "lora_r, lora_alpha, lora_dropout, lora_target_modules, use_rslora",
+         adapter},
         {train->max_steps > 0, "num_train_epochs", "--max_steps decides"},
         {!o->eval_dataset, "eval_steps", "there is no --eval_dataset"},
-        {strcmp(train->optim, "sgd") == 0, "adam_beta1, adam_beta2, adam_epsilon", "--optim sgd keeps no running means"},
-        {strcmp(train->lr_scheduler_type, "constant") == 0, "warmup_steps, warmup_ratio", "--lr_scheduler_type constant has no warm-up, constant_with_warmup has"},
+        {strcmp(train->optim, "sgd") == 0, "adam_beta1, adam_beta2, adam_epsilon",
+         "--optim sgd keeps no running means"},
+        {strcmp(train->lr_scheduler_type, "constant") == 0, "warmup_steps, warmup_ratio",
+         "--lr_scheduler_type constant has no warm-up, constant_with_warmup has"},
         {train->warmup_steps > 0, "warmup_ratio", "--warmup_steps decides"},
         {train->save_steps == 0, "save_total_limit", "--save_steps 0 leaves no checkpoints"},
-        {o->model_name_or_path != NULL, "n_layer, n_head, n_embd, n_positions, vocab_size", "--model_name_or_path has its own"},
-        {strcmp(o->loss_type, "bce") == 0, "center_rewards_coefficient", "--loss_type bce compares no pairs"},
+        {o->model_name_or_path != NULL, "n_layer, n_head, n_embd, n_positions, vocab_size",
+         "--model_name_or_path has its own"},
+        {strcmp(o->loss_type, "bce") == 0, "center_rewards_coefficient",
+         "--loss_type bce compares no pairs"},
         {!smoothing, "label_smoothing", "only the losses sigmoid and robust smooth labels"},
-        {(command->groups & G_RLOO) != 0, "gradient_accumulation_steps", "reinforce takes a step on its whole batch"},
-        {!ppo->adap_kl_ctrl, "horizon, target", "--adap_kl_ctrl false keeps the coefficient as it is"},
-        {(command->groups & G_PPO) && !ppo->early_stopping, "target_kl", "--early_stopping is not given"},
+        {(command->groups & G_RLOO) != 0, "gradient_accumulation_steps",
+         "reinforce takes a step on its whole batch"},
+        {!ppo->adap_kl_ctrl, "horizon, target",
+         "--adap_kl_ctrl false keeps the coefficient as it is"},
+        {(command->groups & G_PPO) && !ppo->early_stopping, "target_kl",
+         "--early_stopping is not given"},
         {!ppo->use_score_scaling, "use_score_norm", "--use_score_scaling is not given"},
-        {o->rollouts != NULL, "reward_model_path, dataset_name, top_k, top_p, input_min_text_length, input_max_text_length, output_min_length, output_max_length",
-            "--rollouts are replayed, none are sampled"},
+        {o->rollouts != NULL,
+         "reward_model_path, dataset_name, top_k, top_p, input_min_text_length, "
+         "input_max_text_length, output_min_length, output_max_length",
+         "--rollouts are replayed, none are sampled"},
     };
-    for (size_t i = 0; i < COUNT(rules); i++) if (rules[i].idle) note_idle(o, rules[i].flags, rules[i].why);
+    for (size_t i = 0; i < COUNT(rules); i++)
+        if (rules[i].idle)
+            note_idle(o, rules[i].flags, rules[i].why);
 }
 
 /* The same for commands that write or measure. */
@@ -7216,44 +7366,68 @@ static void note_idle_tools(const struct Options *o, const struct Command *comma
     const struct GenerationConfig *g = &o->generation;
     bool generates = (command->groups & G_SAMPLE) != 0;
     bool measures = (command->groups & G_EVAL) != 0;
-    bool one_work = (command->groups & G_BENCH) && (o->train.per_device_train_batch_size || o->train.max_length);
-    const struct { bool idle; const char *flags, *why; } rules[] = {
-        {generates && !g->do_sample, "temperature, top_k, top_p, seed", "without --do_sample nothing is drawn"},
-        {generates && g->num_beams == 1, "length_penalty, early_stopping", "there are no beams (--num_beams)"},
-        {generates && g->min_new_tokens > g->max_new_tokens, "min_new_tokens", "it is above --max_new_tokens, which ends the text"},
+    bool one_work = (command->groups & G_BENCH)
+                    && (o->train.per_device_train_batch_size || o->train.max_length);
+    const struct {
+        bool idle;
+        const char *flags, *why;
+    } rules[] = {
+        {generates && !g->do_sample, "temperature, top_k, top_p, seed",
+         "without --do_sample nothing is drawn"},
+        {generates && g->num_beams == 1, "length_penalty, early_stopping",
+         "there are no beams (--num_beams)"},
+        {generates && g->min_new_tokens > g->max_new_tokens, "min_new_tokens",
+         "it is above --max_new_tokens, which ends the text"},
         {generates && o->prompt, "dataset_name", "--prompt is continued"},
         {measures && o->reward_model_path, "max_length", "answers end at --max_new_tokens"},
-        {measures && !o->reward_model_path, "ref_model, seed, max_samples, max_new_tokens, temperature, top_k, top_p, input_min_text_length, input_max_text_length",
-            "answers are written only for a --reward_model_path"},
+        {measures && !o->reward_model_path,
+         "ref_model, seed, max_samples, max_new_tokens, temperature, top_k, top_p, "
+         "input_min_text_length, input_max_text_length",
+         "answers are written only for a --reward_model_path"},
         {one_work, "batch_size", "a training step alone is timed"},
     };
-    for (size_t i = 0; i < COUNT(rules); i++) if (rules[i].idle) note_idle(o, rules[i].flags, rules[i].why);
+    for (size_t i = 0; i < COUNT(rules); i++)
+        if (rules[i].idle)
+            note_idle(o, rules[i].flags, rules[i].why);
 }
 
 static void take_word(struct Options *o, const struct Command *command, char *word) {
     bool room = command->run == command_glossary || !o->file;
-    if (!(command->groups & G_WORDS) || !room) die_usage("%s: \"%s\" is no flag (flags start with --)", command->name, word);
-    if (!o->file || strlen(o->file) < 1000) o->file = o->file ? arena_printf(&o->arena, "%s %s", o->file, word) : word;
+    if (!(command->groups & G_WORDS) || !room)
+        die_usage("%s: \"%s\" is no flag (flags start with --)", command->name, word);
+    if (!o->file || strlen(o->file) < 1000)
+        o->file = o->file ? arena_printf(&o->arena, "%s %s", o->file, word) : word;
 }
 
 static void parse_arguments(struct Options *o, const struct Command *command, int argc, char **argv) {
     o->begin = seconds_now();
     o->command = program_name;
-    for (int i = 1; i < argc; i++) o->command = arena_printf(&o->arena, "%s %s", o->command, shell_word(&o->arena, argv[i]));
+    for (int i = 1; i < argc; i++)
+        o->command = arena_printf(&o->arena, "%s %s", o->command, shell_word(&o->arena, argv[i]));
     for (int i = 2; i < argc; i++) {
-        if (strcmp(argv[i], "-h") == 0) o->help = true;
-        else if (is_flag(argv[i])) i += take_flag(o, command, argv + i);
-        else take_word(o, command, argv[i]);
+        if (strcmp(argv[i], "-h") == 0)
+            o->help = true;
+        else if (is_flag(argv[i]))
+            i += take_flag(o, command, argv + i);
+        else
+            take_word(o, command, argv[i]);
     }
     quiet = o->quiet;
     bool resume;
     const char **from = &o->train.resume_from_checkpoint;
-    if (*from && parse_bool(*from, &resume)) *from = resume ? "true" : NULL;
-    if (o->help) return;
-    if (o->use_peft && o->peft_adapter) die_usage("--use_peft starts a new adapter, --peft_adapter goes on with one: give one of them");
-    if (o->use_peft && o->lora.lora_dropout != 0) die_usage("--lora_dropout %g: only 0 is implemented; leave it out", o->lora.lora_dropout);
-    if (o->use_peft && o->lora.r > 1 << 16) die_usage("--lora_r %zu: 1 to 65536 can be used", o->lora.r);
-    if (o->passed_over) warn("%s: no effect in align", o->passed_over);
+    if (*from && parse_bool(*from, &resume))
+        *from = resume ? "true" : NULL;
+    if (o->help)
+        return;
+    if (o->use_peft && o->peft_adapter)
+        die_usage("--use_peft starts a new adapter, --peft_adapter goes on with one: give one of "
+                  "them");
+    if (o->use_peft && o->lora.lora_dropout != 0)
+        die_usage("--lora_dropout %g: only 0 is implemented; leave it out", o->lora.lora_dropout);
+    if (o->use_peft && o->lora.r > 1 << 16)
+        die_usage("--lora_r %zu: 1 to 65536 can be used", o->lora.r);
+    if (o->passed_over)
+        warn("%s: no effect in align", o->passed_over);
     note_idle_training(o, command);
     note_idle_tools(o, command);
 }
@@ -7266,20 +7440,27 @@ static struct Options default_options(const char *name) {
         .input_length = {2, 8}, .output_length = {4, 16}, .pretrain_steps = 2000, .reward_steps = 450, .ppo_steps = 85, .dpo_steps = 150};
     const struct Command *command = find_command(name);
     o.generation.top_k = 0;
-    for (const char *const *word = command->defaults; *word; word += 2) parse_flag(&o, find_flag(word[0], command), word[1]);
+    for (const char *const *word = command->defaults; *word; word += 2)
+        parse_flag(&o, find_flag(word[0], command), word[1]);
     if (command->groups & G_BENCH) o.train.per_device_train_batch_size = o.train.max_length = 0;       /* given: that step alone */
     return o;
 }
 
 /* A flag's value as it stands in Options, in words; "" for a string that is not set. */
 static const char *flag_value(struct Options *o, const struct Flag *flag) {
-    static const char *const stopping[] = {[STOP_FALSE] = "false", [STOP_TRUE] = "true", [STOP_NEVER] = "never"};
+    static const char *const stopping[] =
+        {[STOP_FALSE] = "false", [STOP_TRUE] = "true", [STOP_NEVER] = "never"};
     const void *at = (const char *)o + flag->offset;
-    if (flag->kind <= KIND_LIST) return *(const char *const *)at ? *(const char *const *)at : "";
-    if (flag->kind == KIND_BOOL) return *(const bool *)at ? "true" : "false";
-    if (flag->kind == KIND_STOPPING) return stopping[*(const enum EarlyStopping *)at];
-    if (flag->kind == KIND_SEED) return arena_printf(&o->arena, "%llu", (unsigned long long)*(const uint64_t *)at);
-    if (flag->kind <= KIND_COUNT || flag->kind == KIND_WARMUP) return arena_printf(&o->arena, "%zu", *(const size_t *)at);
+    if (flag->kind <= KIND_LIST)
+        return *(const char *const *)at ? *(const char *const *)at : "";
+    if (flag->kind == KIND_BOOL)
+        return *(const bool *)at ? "true" : "false";
+    if (flag->kind == KIND_STOPPING)
+        return stopping[*(const enum EarlyStopping *)at];
+    if (flag->kind == KIND_SEED)
+        return arena_printf(&o->arena, "%llu", (unsigned long long)*(const uint64_t *)at);
+    if (flag->kind <= KIND_COUNT || flag->kind == KIND_WARMUP)
+        return arena_printf(&o->arena, "%zu", *(const size_t *)at);
     return arena_printf(&o->arena, "%g", *(const double *)at);
 }
 
@@ -7297,29 +7478,39 @@ static void print_wrapped(const char *text, size_t indent) {
     putchar('\n');
 }
 
-/* --help: each flag under its heading with its default, as the command has it, what it may be, and what it is for. */
+/* Prints each flag under its heading: its default, as the command has it, what it may be, and what
+ * it is for. */
 static void print_help(const struct Command *command) {
     enum { INDENT = 33 };
     struct Options defaults = default_options(command->name);
     const char *heading = NULL;
     printf("align %s -- ", command->name);
     print_wrapped(command->what, sizeof "align -- " - 1 + strlen(command->name));
-    puts("\nIn [brackets]: the default. A boolean may stand bare, be --no_so or have a value. A name may be cut\n"
+    puts("\nIn [brackets]: the default. A boolean may stand bare, be --no_so or have a value. A "
+         "name may be cut\n"
          "short as far as it fits one flag alone, and have dashes for underscores.");
     for (size_t i = 0; i < COUNT(FLAGS); i++) {
         const struct Flag *flag = &FLAGS[i];
-        if (!*flag->name) heading = flag->help;
-        if (!(flag->groups & command->groups)) continue;
-        if (heading) printf("\n%s\n", heading);
+        if (!*flag->name)
+            heading = flag->help;
+        if (!(flag->groups & command->groups))
+            continue;
+        if (heading)
+            printf("\n%s\n", heading);
         heading = NULL;
         const char *value = flag_value(&defaults, flag);
-        const char *expected = flag->kind == KIND_BOOL ? "true or false" : RANGES[flag->kind].expected;
-        if (!expected) expected = "";
+        const char *expected =
+            flag->kind == KIND_BOOL ? "true or false" : RANGES[flag->kind].expected;
+        if (!expected)
+            expected = "";
         size_t length = strlen(expected);
-        if (length && expected[length - 1] == ',') length--;
+        if (length && expected[length - 1] == ',')
+            length--;
         const char *brackets = *value ? arena_printf(&defaults.arena, "[%s] ", value) : "";
         printf("  --%-*s", INDENT - 4, flag->name);
-        print_wrapped(arena_printf(&defaults.arena, "%s%.*s%s%s", brackets, (int)length, expected, length ? ": " : "", flag->help), INDENT);
+        print_wrapped(arena_printf(&defaults.arena, "%s%.*s%s%s", brackets, (int)length, expected,
+                                   length ? ": " : "", flag->help),
+                      INDENT);
     }
     options_close(&defaults);
 }
@@ -7340,14 +7531,19 @@ static void print_version(void) {
     printf("kernel: %s\n", kernel ? kernel->name : "plain");
 }
 
-/* Answers what is asked about the program itself: --help, -h, help [COMMAND], --version. False if it was something else. */
+/* Answers what is asked about the program itself: --help, -h, help [COMMAND], --version. Returns
+ * false if the command line is something else. */
 static bool answer_about(int argc, char **argv) {
     const char *word = argc > 1 ? argv[1] : "help";
     bool help = strcmp(word, "--help") == 0 || strcmp(word, "-h") == 0 || strcmp(word, "help") == 0;
-    if (strcmp(word, "--version") == 0) print_version();
-    else if (help && argc > 2) print_help(find_command(argv[2]));
-    else if (help) print_commands(argc < 2 ? stderr : stdout);
-    else return false;
+    if (strcmp(word, "--version") == 0)
+        print_version();
+    else if (help && argc > 2)
+        print_help(find_command(argv[2]));
+    else if (help)
+        print_commands(argc < 2 ? stderr : stdout);
+    else
+        return false;
     return true;
 }
 
@@ -7374,7 +7570,8 @@ int main(int argc, char **argv) {
 #endif
     openmp_spin_briefly(argv);
     struct Arena words = {0};
-    if (argc > 0 && *argv[0]) program_name = shell_word(&words, argv[0]);
+    if (argc > 0 && *argv[0])
+        program_name = shell_word(&words, argv[0]);
     if (!answer_about(argc, argv)) {
         const struct Command *command = find_command(argv[1]);
         struct Options o = default_options(command->name);

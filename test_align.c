@@ -2063,7 +2063,9 @@ static void test_schedule(void) {
     for (size_t step = 0; step < 4; step++) expect_close("linear, 10 steps, warm-up 2", schedule_factor(&args, step, 10), (double[]){0, 0.5, 1, 0.875}[step], 1e-12);
     args.warmup_steps = 0;
     args.warmup_ratio = 0.15;
-    for (size_t step = 0; step < 4; step++) expect_close("a share of the steps, rounded up", schedule_factor(&args, step, 10), (double[]){0, 0.5, 1, 0.875}[step], 1e-12);
+    for (size_t step = 0; step < 4; step++)
+        expect_close("a share of the steps, rounded up", schedule_factor(&args, step, 10),
+                     (double[]){0, 0.5, 1, 0.875}[step], 1e-12);
     args.lr_end = 0.2;
     expect_close("lr_end", schedule_factor(&args, 10, 10), 0.2, 1e-12);
     expect_close("half way to lr_end", schedule_factor(&args, 6, 10), 0.6, 1e-12);
@@ -3716,11 +3718,16 @@ static void test_broken_messages(void) {
 
 /* By hand: what `sh` makes of the word is the word. */
 static void test_shell_word(void) {
-    expect_text("plain", text_of(shell_word(&test_arena, "out/run-1.5,a=b:c@d%e+f_G")), "out/run-1.5,a=b:c@d%e+f_G");
-    expect_text("an apostrophe and a space", text_of(shell_word(&test_arena, "Ana's run")), "'Ana'\\''s run'");
+    expect_text("plain", text_of(shell_word(&test_arena, "out/run-1.5,a=b:c@d%e+f_G")),
+                "out/run-1.5,a=b:c@d%e+f_G");
+    expect_text("an apostrophe and a space", text_of(shell_word(&test_arena, "Ana's run")),
+                "'Ana'\\''s run'");
     expect_text("nothing", text_of(shell_word(&test_arena, "")), "''");
-    expect_text("only apostrophes", text_of(shell_word(&test_arena, "\'\'")), "\'\'\\\'\'" "\'\\\'\'\'");
-    expect_text("what a shell would expand", text_of(shell_word(&test_arena, "~/$x*\n\xc3\xa9")), "'~/$x*\n\xc3\xa9'");
+    expect_text("only apostrophes", text_of(shell_word(&test_arena, "\'\'")),
+                "\'\'\\\'\'"
+                "\'\\\'\'\'");
+    expect_text("what a shell would expand", text_of(shell_word(&test_arena, "~/$x*\n\xc3\xa9")),
+                "'~/$x*\n\xc3\xa9'");
 }
 
 /* What a user may type wrongly: exit 2 for the command line, 1 for what cannot be done, and the nearest flag's name. */
@@ -3777,12 +3784,15 @@ static void test_cli_errors(void) {
 static struct Options parse_words(const char *const *words, struct Text *said) {
     const char *arguments[32] = {"align"};
     int n = 1;
-    for (; words[n - 1]; n++) arguments[n] = words[n - 1];
+    for (; words[n - 1]; n++)
+        arguments[n] = words[n - 1];
     const struct Command *command = find_command(words[0]);
     struct Options o = default_options(command->name);
-    if (said) capture_begin();
+    if (said)
+        capture_begin();
     parse_arguments(&o, command, n, (char **)arguments);
-    if (said) *said = capture_end();
+    if (said)
+        *said = capture_end();
     quiet = true;
     return o;
 }
@@ -3791,24 +3801,40 @@ static struct Options parse_words(const char *const *words, struct Text *said) {
 
 /* The spellings that transformers' HfArgumentParser takes. */
 static void test_cli_spelling(void) {
-    static const char *const yes[][3] = {{"sft", "--use_peft"}, {"sft", "--use_peft", "True"}, {"sft", "--use_peft=TRUE"}, {"sft", "--use_peft", "yes"}, {"sft", "--use_peft", "y"},
-        {"sft", "--use_peft", "t"}, {"sft", "--use_peft=1"}, {"sft", "--use-peft"}, {"sft", "--use_p", "true"}};
-    static const char *const no[][3] = {{"sft", "--no_use_peft"}, {"sft", "--no-use-peft"}, {"sft", "--use_peft", "False"}, {"sft", "--use_peft=no"}, {"sft", "--use_peft", "n"}, {"sft", "--use_peft", "f"}, {"sft", "--use_peft", "0"}};
+    static const char *const yes[][3] = {{"sft", "--use_peft"},      {"sft", "--use_peft", "True"},
+                                         {"sft", "--use_peft=TRUE"}, {"sft", "--use_peft", "yes"},
+                                         {"sft", "--use_peft", "y"}, {"sft", "--use_peft", "t"},
+                                         {"sft", "--use_peft=1"},    {"sft", "--use-peft"},
+                                         {"sft", "--use_p", "true"}};
+    static const char *const no[][3] = {{"sft", "--no_use_peft"},       {"sft", "--no-use-peft"},
+                                        {"sft", "--use_peft", "False"}, {"sft", "--use_peft=no"},
+                                        {"sft", "--use_peft", "n"},     {"sft", "--use_peft", "f"},
+                                        {"sft", "--use_peft", "0"}};
     for (size_t i = 0; i < COUNT(yes); i++) {
-        struct Options o = parse_words((const char *const[]){yes[i][0], yes[i][1], yes[i][2], NULL}, NULL);
+        struct Options o =
+            parse_words((const char *const[]){yes[i][0], yes[i][1], yes[i][2], NULL}, NULL);
         expect_true(yes[i][1], o.use_peft && given(&o, "use_peft"));
         options_close(&o);
     }
     for (size_t i = 0; i < COUNT(no); i++) {
-        struct Options o = parse_words((const char *const[]){no[i][0], no[i][1], no[i][2], NULL}, NULL);
+        struct Options o =
+            parse_words((const char *const[]){no[i][0], no[i][1], no[i][2], NULL}, NULL);
         expect_true(no[i][1], !o.use_peft && given(&o, "use_peft"));
         options_close(&o);
     }
-    struct Options o = parse_words(WORDS("ppo", "--no_adap_kl_ctrl", "--learning-rate", "1e-3", "--max_steps", "-1", "--optim", "adamw_torch", "--resume_from_checkpoint", "True", "--mini=4", "--adam-eps=1e-3"), NULL);
-    expect_true("ppo", !o.ppo.adap_kl_ctrl && o.train.learning_rate == 1e-3 && o.train.max_steps == 0 && strcmp(o.train.resume_from_checkpoint, "true") == 0 && o.ppo.mini_batch_size == 4 && o.train.adam_epsilon == 1e-3);
+    struct Options o =
+        parse_words(WORDS("ppo", "--no_adap_kl_ctrl", "--learning-rate", "1e-3", "--max_steps",
+                          "-1", "--optim", "adamw_torch", "--resume_from_checkpoint", "True",
+                          "--mini=4", "--adam-eps=1e-3"),
+                    NULL);
+    expect_true("ppo", !o.ppo.adap_kl_ctrl && o.train.learning_rate == 1e-3
+                           && o.train.max_steps == 0
+                           && strcmp(o.train.resume_from_checkpoint, "true") == 0
+                           && o.ppo.mini_batch_size == 4 && o.train.adam_epsilon == 1e-3);
     options_close(&o);
     o = parse_words(WORDS("sft", "--warmup_steps", "0.4", "--resume_from_checkpoint=False"), NULL);
-    expect_true("a share of the steps", o.train.warmup_steps == 0 && o.train.warmup_ratio == 0.4 && !o.train.resume_from_checkpoint);
+    expect_true("a share of the steps", o.train.warmup_steps == 0 && o.train.warmup_ratio == 0.4
+                                            && !o.train.resume_from_checkpoint);
     options_close(&o);
     o = parse_words(WORDS("sft", "--warmup_ratio", "0.1", "--warmup_steps", "0"), NULL);
     expect_true("transformers 4", o.train.warmup_steps == 0 && o.train.warmup_ratio == 0.1);
@@ -3817,56 +3843,87 @@ static void test_cli_spelling(void) {
     expect_true("a file whose name could be a boolean", o.decode && strcmp(o.file, "1") == 0);
     options_close(&o);
     o = parse_words(WORDS("generate", "--prompt", "", "--early_stopping", "never", "-h"), NULL);
-    expect_true("an empty prompt, never, -h", *o.prompt == 0 && o.generation.early_stopping == STOP_NEVER && o.help);
+    expect_true("an empty prompt, never, -h",
+                *o.prompt == 0 && o.generation.early_stopping == STOP_NEVER && o.help);
     options_close(&o);
     o = parse_words(WORDS("generate", "--prompt", "-- said he", "--do_sample"), NULL);
-    expect_true("a prompt that begins with dashes", strcmp(o.prompt, "-- said he") == 0 && o.generation.do_sample);
+    expect_true("a prompt that begins with dashes",
+                strcmp(o.prompt, "-- said he") == 0 && o.generation.do_sample);
     options_close(&o);
 }
 
 static void expect_note(const char *note, const char *const *words) {
     struct Text said;
     struct Options o = parse_words(words, &said);
-    if (*note ? !strstr(said.data, note) || strchr(said.data, '\n') != said.data + said.length - 1 : said.length > 0)
-        if (failed()) printf("%s: %s ...: \"%s\" was expected, \"%s\" was said\n", test_name, words[1], note, said.data);
+    if (*note ? !strstr(said.data, note) || strchr(said.data, '\n') != said.data + said.length - 1
+              : said.length > 0)
+        if (failed())
+            printf("%s: %s ...: \"%s\" was expected, \"%s\" was said\n", test_name, words[1], note,
+                   said.data);
     options_close(&o);
 }
 
 /* Flags that change nothing are named, in one line a reason; those that do are not. */
 static void test_cli_idle(void) {
-    expect_note("align: note: --bf16, --report_to, --do_eval, --eval_strategy, --logging_dir, --overwrite_output_dir, --tf32: no effect in align\n",
-        WORDS("sft", "--bf16", "False", "--report_to", "none", "--do_eval", "--eval-strategy", "no", "--logging_dir=x", "--overwrite_output_dir", "--tf32", "1"));
-    expect_note("align: note: --packing, --load_best_model_at_end: no effect in align\n", WORDS("sft", "--no_packing", "--no-load_best-model-at-end"));
-    expect_note("--lora_r, --lora_alpha, --use_rslora: no effect: all weights are trained", WORDS("dpo", "--lora_r", "4", "--lora-alpha", "8", "--use_rs"));
-    expect_note("--lora_r: no effect: --peft_adapter has its own", WORDS("sft", "--lora_r", "4", "--peft_adapter", "x"));
+    expect_note("align: note: --bf16, --report_to, --do_eval, --eval_strategy, --logging_dir, "
+                "--overwrite_output_dir, --tf32: no effect in align\n",
+                WORDS("sft", "--bf16", "False", "--report_to", "none", "--do_eval",
+                      "--eval-strategy", "no", "--logging_dir=x", "--overwrite_output_dir",
+                      "--tf32", "1"));
+    expect_note("align: note: --packing, --load_best_model_at_end: no effect in align\n",
+                WORDS("sft", "--no_packing", "--no-load_best-model-at-end"));
+    expect_note("--lora_r, --lora_alpha, --use_rslora: no effect: all weights are trained",
+                WORDS("dpo", "--lora_r", "4", "--lora-alpha", "8", "--use_rs"));
+    expect_note("--lora_r: no effect: --peft_adapter has its own",
+                WORDS("sft", "--lora_r", "4", "--peft_adapter", "x"));
     expect_note("", WORDS("sft", "--lora_r", "4", "--use_peft"));
-    expect_note("--num_train_epochs: no effect: --max_steps", WORDS("sft", "--num_train_epochs", "2", "--max_steps", "3"));
+    expect_note("--num_train_epochs: no effect: --max_steps",
+                WORDS("sft", "--num_train_epochs", "2", "--max_steps", "3"));
     expect_note("", WORDS("sft", "--num_train_epochs", "2", "--max_steps", "-1"));
     expect_note("--eval_steps: no effect", WORDS("sft", "--eval_steps", "2"));
-    expect_note("--adam_beta1, --adam_epsilon: no effect", WORDS("sft", "--adam_beta1", "0.8", "--optim", "sgd", "--adam_epsilon", "1"));
-    expect_note("--warmup_steps: no effect", WORDS("sft", "--warmup_steps", "5", "--lr_scheduler_type", "constant"));
-    expect_note("--warmup_ratio: no effect: --lr_scheduler_type", WORDS("ppo", "--warmup_ratio", "0.1"));
-    expect_note("--warmup_ratio: no effect: --warmup_steps", WORDS("sft", "--warmup_ratio", "0.1", "--warmup_steps", "5"));
-    expect_note("--save_total_limit: no effect", WORDS("sft", "--save_steps", "0", "--save_total_limit", "2"));
-    expect_note("--n_layer, --vocab_size: no effect", WORDS("pretrain", "--n_layer", "2", "--vocab_size", "300", "--model_name_or_path", "x"));
-    expect_note("--center_rewards_coefficient: no effect", WORDS("reward", "--center_rewards_coefficient", "1", "--loss_type", "bce"));
-    expect_note("--label_smoothing: no effect", WORDS("dpo", "--label_smoothing", "0.1", "--loss_type", "hinge", "sft"));
+    expect_note("--adam_beta1, --adam_epsilon: no effect",
+                WORDS("sft", "--adam_beta1", "0.8", "--optim", "sgd", "--adam_epsilon", "1"));
+    expect_note("--warmup_steps: no effect",
+                WORDS("sft", "--warmup_steps", "5", "--lr_scheduler_type", "constant"));
+    expect_note("--warmup_ratio: no effect: --lr_scheduler_type",
+                WORDS("ppo", "--warmup_ratio", "0.1"));
+    expect_note("--warmup_ratio: no effect: --warmup_steps",
+                WORDS("sft", "--warmup_ratio", "0.1", "--warmup_steps", "5"));
+    expect_note("--save_total_limit: no effect",
+                WORDS("sft", "--save_steps", "0", "--save_total_limit", "2"));
+    expect_note("--n_layer, --vocab_size: no effect",
+                WORDS("pretrain", "--n_layer", "2", "--vocab_size", "300", "--model_name_or_path",
+                      "x"));
+    expect_note("--center_rewards_coefficient: no effect",
+                WORDS("reward", "--center_rewards_coefficient", "1", "--loss_type", "bce"));
+    expect_note("--label_smoothing: no effect",
+                WORDS("dpo", "--label_smoothing", "0.1", "--loss_type", "hinge", "sft"));
     expect_note("", WORDS("dpo", "--label_smoothing", "0.1", "--loss_type", "hinge", "robust"));
-    expect_note("--gradient_accumulation_steps: no effect", WORDS("reinforce", "--gradient_accumulation_steps", "2"));
-    expect_note("--horizon, --target: no effect", WORDS("ppo", "--adap_kl_ctrl", "false", "--target", "2", "--horizon", "3"));
+    expect_note("--gradient_accumulation_steps: no effect",
+                WORDS("reinforce", "--gradient_accumulation_steps", "2"));
+    expect_note("--horizon, --target: no effect",
+                WORDS("ppo", "--adap_kl_ctrl", "false", "--target", "2", "--horizon", "3"));
     expect_note("--target_kl: no effect", WORDS("ppo", "--target_kl", "2"));
     expect_note("", WORDS("ppo", "--target_kl", "2", "--early_stopping", "--target", "3"));
     expect_note("--use_score_norm: no effect", WORDS("ppo", "--use_score_norm"));
-    expect_note("--reward_model_path, --dataset_name, --top_k, --output_max_length: no effect", WORDS("ppo", "--rollouts", "x", "--reward_model_path", "y", "--dataset_name", "z", "--top_k", "4", "--output_max", "9", "--temperature", "2"));
-    expect_note("--temperature, --top_k, --seed: no effect", WORDS("generate", "--temperature", "2", "--top_k", "4", "--seed", "1"));
+    expect_note("--reward_model_path, --dataset_name, --top_k, --output_max_length: no effect",
+                WORDS("ppo", "--rollouts", "x", "--reward_model_path", "y", "--dataset_name", "z",
+                      "--top_k", "4", "--output_max", "9", "--temperature", "2"));
+    expect_note("--temperature, --top_k, --seed: no effect",
+                WORDS("generate", "--temperature", "2", "--top_k", "4", "--seed", "1"));
     expect_note("", WORDS("generate", "--temperature", "2", "--top_k", "4", "--do_sample"));
-    expect_note("--length_penalty, --early_stopping: no effect", WORDS("generate", "--length_penalty", "2", "--early_stopping", "true"));
+    expect_note("--length_penalty, --early_stopping: no effect",
+                WORDS("generate", "--length_penalty", "2", "--early_stopping", "true"));
     expect_note("", WORDS("generate", "--length_penalty", "2", "--num_beams", "2"));
     expect_note("--min_new_tokens: no effect", WORDS("generate", "--min_new_tokens", "21"));
-    expect_note("--dataset_name: no effect: --prompt", WORDS("generate", "--prompt", "a", "--dataset_name", "x"));
-    expect_note("--max_length: no effect", WORDS("eval", "--max_length", "9", "--reward_model_path", "x"));
-    expect_note("--ref_model, --max_samples, --top_p: no effect", WORDS("eval", "--ref_model", "x", "--top_p", "0.5", "--max_samples", "3"));
-    expect_note("--batch_size: no effect", WORDS("bench", "--batch_size", "4", "--max_length", "16"));
+    expect_note("--dataset_name: no effect: --prompt",
+                WORDS("generate", "--prompt", "a", "--dataset_name", "x"));
+    expect_note("--max_length: no effect",
+                WORDS("eval", "--max_length", "9", "--reward_model_path", "x"));
+    expect_note("--ref_model, --max_samples, --top_p: no effect",
+                WORDS("eval", "--ref_model", "x", "--top_p", "0.5", "--max_samples", "3"));
+    expect_note("--batch_size: no effect",
+                WORDS("bench", "--batch_size", "4", "--max_length", "16"));
 }
 
 static struct Text answered(int argc, const char *a, const char *b) {
@@ -3879,7 +3936,9 @@ static struct Text answered(int argc, const char *a, const char *b) {
 /* What main answers itself. */
 static void test_cli_about(void) {
     struct Text version = answered(2, "--version", NULL);
-    expect_true("--version", strstr(version.data, "align ") == version.data && strstr(version.data, "\nkernel: ") && strstr(version.data, "\nthreads: "));
+    expect_true("--version", strstr(version.data, "align ") == version.data
+                                 && strstr(version.data, "\nkernel: ")
+                                 && strstr(version.data, "\nthreads: "));
     expect_text("-h", answered(2, "-h", NULL), answered(2, "--help", NULL).data);
     expect_text("help", answered(2, "help", NULL), answered(1, NULL, NULL).data);
     expect_true("help dpo", strstr(answered(3, "help", "dpo").data, "align dpo -- ") != NULL);
@@ -3892,11 +3951,24 @@ static void test_cli_help(void) {
         capture_begin();
         print_help(&COMMANDS[i]);
         struct Text help = capture_end();
-        for (const char *line = help.data; *line; line += strcspn(line, "\n") + 1) expect_true("100 columns", strcspn(line, "\n") <= 100);
-        expect_true("--quiet", strstr(help.data, "\n  --quiet                        [false] true or false: ") != NULL);
-        if (COMMANDS[i].run == command_dpo) expect_true("dpo's learning rate, and its range", strstr(help.data, "--learning_rate                [1e-06] a number, 0 or more: ") != NULL);
-        if (COMMANDS[i].run == command_sft) expect_true("sft's learning rate", strstr(help.data, "--learning_rate                [2e-05] ") != NULL);
-        if (COMMANDS[i].run == command_generate) expect_true("generate's top_k", strstr(help.data, "--top_k                        [50] a whole number, 0 to 2^40: ") != NULL);
+        for (const char *line = help.data; *line; line += strcspn(line, "\n") + 1)
+            expect_true("100 columns", strcspn(line, "\n") <= 100);
+        expect_true("--quiet", strstr(help.data, "\n  --quiet                        [false] true "
+                                                 "or false: ")
+                                   != NULL);
+        if (COMMANDS[i].run == command_dpo)
+            expect_true("dpo's learning rate, and its range", strstr(help.data, "--learning_rate   "
+                                                                                "             "
+                                                                                "[1e-06] a number, "
+                                                                                "0 or more: ")
+                                                                  != NULL);
+        if (COMMANDS[i].run == command_sft)
+            expect_true("sft's learning rate",
+                        strstr(help.data, "--learning_rate                [2e-05] ") != NULL);
+        if (COMMANDS[i].run == command_generate)
+            expect_true("generate's top_k", strstr(help.data, "--top_k                        [50] "
+                                                              "a whole number, 0 to 2^40: ")
+                                                != NULL);
     }
 }
 
