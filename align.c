@@ -155,6 +155,8 @@ _Static_assert(sizeof(int) == 4 && FLT_MANT_DIG == 24 && DBL_MANT_DIG == 53,
 #define COUNT(array) (sizeof(array) / sizeof(array)[0])
 
 static bool quiet;             /* --quiet: no progress on stderr; errors are still said */
+/* As the program was called, a shell word: command lines that are printed can be pasted. */
+static const char *program_name = "align";
 static char way_on[PATH_MAX + 80];                     /* said behind an error: what a training that fails can go on from */
 static const char *staged_folder;                      /* half written (chapter 2): goes with the program */
 static void folder_remove(const char *folder, const char *to);
@@ -440,6 +442,25 @@ static char *PRINTF_LIKE(2, 3) arena_printf(struct Arena *arena, const char *for
     return string;
 }
 
+/* A word as a POSIX shell reads it back: plain, or in single quotes, where a quote itself is '\''.
+ * By hand: Ana's run -> 'Ana'\''s run'.                                       test: shell_word */
+static const char *shell_word(struct Arena *arena, const char *word) {
+    static const char plain[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_@%+"
+                                "=:,./-";
+    if (*word && !word[strspn(word, plain)])
+        return word;
+    char *quoted = arena_alloc(arena, 4 * strlen(word) + 3, 1);
+    char *to = quoted;
+    *to++ = '\'';
+    for (; *word; word++) {
+        if (*word == '\'')
+            to += sprintf(to, "'\\'");
+        *to++ = *word;
+    }
+    sprintf(to, "'");
+    return quoted;
+}
+
 /* Progress. On a terminal one line a stage, renewed in place; elsewhere plain lines. It is only looked at: the run is the same bit for bit. */
 static bool progress_live(void) {
     return !quiet && isatty(STDERR_FILENO) && getenv("TERM") && strcmp(getenv("TERM"), "dumb") != 0;
@@ -594,7 +615,9 @@ static void make_folder(const char *path) {
     for (size_t i = 1; i <= strlen(path); i++) {
         if ((path[i] != '/' && path[i] != 0) || path[i - 1] == '/') continue;
         snprintf(part, i + 1, "%s", path);
-        CHECK(mkdir(part, 0777) == 0 || is_folder(part), "%s: %s", part, errno == EEXIST ? "is a file, a folder was expected" : strerror(errno));
+        int error = mkdir(part, 0777) == 0 ? 0 : errno; /* is_folder sets errno anew */
+        const char *reason = error == EEXIST ? "is a file, a folder was expected" : strerror(error);
+        CHECK(error == 0 || is_folder(part), "%s: %s", part, reason);
     }
     CHECK(access(path, W_OK) == 0, "%s: cannot be written to: %s", path, strerror(errno));
 }
@@ -1052,7 +1075,9 @@ static void safetensors_write_with(const char *folder, const char *name, struct 
         offset += 4 * t->n;
     }
     length += (size_t)fprintf(out.file, "}%*s", (int)(7 - length % 8), "");
-    for (size_t i = 0; i < count; i++) fwrite(tensors[i]->w, 4, tensors[i]->n, out.file);
+    for (size_t i = 0; i < count; i++)
+        if (tensors[i]->n)
+            fwrite(tensors[i]->w, 4, tensors[i]->n, out.file); /* not of NULL */
     fseeko(out.file, 0, SEEK_SET);                             /* unlike rewind() it keeps the mark of an error */
     for (int i = 0; i < 8; i++) fputc((int)((uint64_t)length >> 8 * i & 255), out.file);
     output_close(&out);
@@ -3273,6 +3298,7 @@ static struct GPT2Config config_load(const char *folder, bool *tied) {
         {"quantization_config", {"null"}}};
     struct Arena arena = {0};
     char *path = arena_printf(&arena, "%s/config.json", folder);
+    CHECK(file_exists(folder) || errno != EACCES, "%s: %s", folder, strerror(errno));
     CHECK(file_exists(folder), "%s: no such folder; a model is a folder with config.json and model.safetensors", folder);
     CHECK(file_exists(path), "%s: no config.json inside; a model is a folder with config.json and model.safetensors", folder);
     struct Json *json = json_read_file(&arena, path);
@@ -4017,6 +4043,7 @@ static struct GPT2 *adapter_reference(const struct GPT2 *model, bool frozen) {
 
 struct TrainingArguments {
     double learning_rate, adam_beta1, adam_beta2, adam_epsilon, weight_decay, max_grad_norm, num_train_epochs;
+    double warmup_ratio; /* of the steps, where warmup_steps is 0 */
     size_t per_device_train_batch_size, gradient_accumulation_steps, max_steps, warmup_steps, logging_steps, eval_steps, max_length;
     size_t per_device_eval_batch_size;
     const char *lr_scheduler_type, *train_sampling_strategy, *optim;
@@ -4113,7 +4140,9 @@ static double optimizer_step(struct GPT2 *model, const struct TrainingArguments 
  * lr_end), a half cosine to 0, or constant.          By hand: linear, 10 steps, warm-up 2: 0, .5, 1, .875 */
 static double schedule_factor(const struct TrainingArguments *args, size_t step, size_t total) {
     const char *type = args->lr_scheduler_type;
-    double warmup = (double)args->warmup_steps, at = (double)step, rest = MAX(1.0, (double)total - warmup);
+    double warmup =
+        args->warmup_steps ? (double)args->warmup_steps : ceil(args->warmup_ratio * (double)total);
+    double at = (double)step, rest = MAX(1.0, (double)total - warmup);
     if (strcmp(type, "constant") == 0) return 1;
     if (at < warmup) return at / MAX(1.0, warmup);
     if (strcmp(type, "constant_with_warmup") == 0) return 1;
@@ -6984,6 +7013,7 @@ struct Course {
     struct Arena arena;
     const struct Tokenizer *tok;
     const char *output_dir, *command, *data;
+    const char *tokenizer; /* --tokenizer, or NULL: found without being named */
     uint64_t seed;
     size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps, vocab_size;
     double temperature, scale;                 /* of sampling; of learning rates: 1 for a new, narrow model */
@@ -7127,6 +7157,10 @@ static void course_reward_model(struct Course *course) {
     n = MIN(n, (size_t)1000);                                 /* comparisons leave the reward's zero and unit open; real beginnings set them, */
     reward_score(model, course_cut(course, course->held_out, n, COURSE_PREFIX), n, prefix_reward);     /* unseen: of learnt ones it is surer */
     double mean = mean_of(prefix_reward, n), deviation = sqrt(unbiased_variance(prefix_reward, n));
+    CHECK(deviation > 0,
+          "the reward model gives every text the reward %g, from which no policy can learn; train "
+          "it longer (--reward_steps)",
+          mean);
     course->scorer = (struct Scorer){model, course->tok, mean, deviation, COURSE_LEAST_LENGTH, -2};
     course_finish(course, "reward_model", &trainer);
 }
@@ -7279,8 +7313,14 @@ static void course_print(struct Course *course) {
     for (size_t k = 0; k < COUNT(course->result); k++)
         printf("  %-20s  %+8.2f%8.1f%12.2f%8.1f\n", COURSE_MODEL[k][0], r[k].mean_reward, r[k].kl, r[k].distinct_2, r[k].mean_length);
     printf("\nThe models are in %s/{language_model,reward_model,ppo,dpo}. Try them:\n", course->output_dir);
-    printf("  ./align generate --model_name_or_path %s/ppo --prompt \"The film is\" --do_sample --top_k 0 --temperature %g\n",
-           course->output_dir, course->temperature);
+    const char *policy =
+        shell_word(&course->arena, arena_printf(&course->arena, "%s/ppo", course->output_dir));
+    printf("  %s generate --model_name_or_path %s --prompt \"The film is\" --do_sample --top_k 0 "
+           "--temperature %g",
+           program_name, policy, course->temperature);
+    if (course->tokenizer)
+        printf(" --tokenizer %s", shell_word(&course->arena, course->tokenizer));
+    putchar('\n');
     printf("\nThe language model's answers scored %+.2f; after PPO they score %+.2f, after DPO %+.2f (standard deviations of the reward of "
            "real reviews).\n", r[0].mean_reward, r[1].mean_reward, r[2].mean_reward);
 }
@@ -7395,8 +7435,12 @@ static const struct BenchWork { const char *name, *key; void (*run)(struct Bench
 /* =============================================================================================
  * Chapter 19 - Command line, main
  *
- * One table of flags, one table of commands. A flag's name is transformers', TRL's or PEFT's.
+ * One table of flags, one table of commands. A flag's name is transformers', TRL's or PEFT's, and
+ * may be spelt as their parser, HfArgumentParser, takes it. Smaller tables say which of their
+ * flags mean nothing here, what other programs call ours, and which have no effect beside others.
  * ============================================================================================= */
+
+enum { MOST_FLAGS = 160 };
 
 struct Options {
     const char *model_name_or_path, *ref_model, *reward_model_path, *dataset_name, *eval_dataset, *tokenizer, *prompt, *rollouts, *loss_type, *loss_weights, *file;
@@ -7411,6 +7455,8 @@ struct Options {
     struct LengthSampler input_length, output_length;
     size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps, top_n, max_samples;
     bool json, jsonl, decode, help, quiet, use_peft;
+    bool given[MOST_FLAGS]; /* which of FLAGS the command line has */
+    const char *passed_over; /* flags of other programs that are given, in a row */
     /* What a command opens and main closes. */
     struct Arena arena;
     struct Tokenizer *tok;
@@ -7428,11 +7474,13 @@ enum Group {
 };
 /* What a flag's value may be: one of the names that its help lists; of numbers, whole ones up to KIND_COUNT, the range is part of it. */
 enum Kind {
-    KIND_STRING, KIND_NAME, KIND_LIST, KIND_BOOL, KIND_STOPPING, KIND_SEED, KIND_SIZE, KIND_BATCH, KIND_COUNT, KIND_DOUBLE, KIND_POSITIVE, KIND_TEMPERATURE,
-    KIND_EPOCHS, KIND_WEIGHT, KIND_SHARE, KIND_DECAY
+    KIND_TEXT, KIND_STRING, KIND_NAME, KIND_LIST, KIND_BOOL, KIND_STOPPING, KIND_SEED, KIND_SIZE, KIND_STEPS, KIND_BATCH, KIND_COUNT, KIND_DOUBLE, KIND_POSITIVE, KIND_TEMPERATURE,
+    KIND_EPOCHS, KIND_WEIGHT, KIND_WARMUP, KIND_SHARE, KIND_DECAY
 };
 static const struct { double least, most; const char *expected; } RANGES[] = {
-    [KIND_SEED] = {0, 0x1p64, "a whole number, 0 or more,"}, [KIND_SIZE] = {0, 0x1p40, "a whole number, 0 to 2^40,"}, [KIND_COUNT] = {1, 0x1p40, "a whole number, 1 to 2^40,"},
+    [KIND_SEED] = {0, 0x1p64, "a whole number, 0 or more,"}, [KIND_SIZE] = {0, 0x1p40, "a whole number, 0 to 2^40,"},
+    [KIND_STEPS] = {0, 0x1p40, "a whole number, 0 to 2^40,"}, [KIND_WARMUP] = {0, 0x1p40, "a number from 0 to 2^40"},
+    [KIND_COUNT] = {1, 0x1p40, "a whole number, 1 to 2^40,"},
     [KIND_DOUBLE] = {-FLT_MAX, FLT_MAX, "a number"}, [KIND_POSITIVE] = {FLT_MIN, FLT_MAX, "a number above 0"}, [KIND_WEIGHT] = {0, FLT_MAX, "a number, 0 or more,"},
     [KIND_BATCH] = {1, 4096, "a whole number, 1 to 4096,"}, [KIND_EPOCHS] = {FLT_MIN, 1e9, "a number above 0, at most 1e9,"},
     [KIND_TEMPERATURE] = {1e-6, FLT_MAX, "a number, 1e-6 or more,"},                 /* less takes the likeliest token as well, but overflows */
@@ -7440,17 +7488,23 @@ static const struct { double least, most; const char *expected; } RANGES[] = {
 struct Flag { const char *name; enum Kind kind; size_t offset; int groups; const char *help; };
 #define AT(member) offsetof(struct Options, member)
 
+/* A row that only --help reads: no command has it. */
+#define HEADING(title) {"", KIND_TEXT, 0, 0, title},
+
 static const struct Flag FLAGS[] = {
+    HEADING("Models")
     {"model_name_or_path", KIND_STRING, AT(model_name_or_path), G_MODEL, "folder of a model (config.json, model.safetensors)"},
     {"peft_adapter", KIND_STRING, AT(peft_adapter), G_PEFT, "folder of a LoRA adapter (adapter_config.json, adapter_model.safetensors): added to the model; training goes on with it"},
+    {"ref_model", KIND_STRING, AT(ref_model), G_REF, "folder of the reference model; default: the start model"},
+    {"reward_model_path", KIND_STRING, AT(reward_model_path), G_ROLL, "folder of a reward model"},
+    HEADING("A new LoRA adapter")
     {"use_peft", KIND_BOOL, AT(use_peft), G_LORA, "train a new LoRA adapter instead of the model's weights"},
     {"lora_r", KIND_COUNT, AT(lora.r), G_LORA, "its rank"},
     {"lora_alpha", KIND_POSITIVE, AT(lora.lora_alpha), G_LORA, "its scale is lora_alpha / lora_r"},
     {"use_rslora", KIND_BOOL, AT(lora.use_rslora), G_LORA, "its scale is lora_alpha / sqrt(lora_r)"},
     {"lora_dropout", KIND_WEIGHT, AT(lora.lora_dropout), G_LORA, "only 0 is implemented"},
     {"lora_target_modules", KIND_LIST, AT(lora.target_modules), G_LORA, "layers that get it: c_attn (default), c_proj, c_fc; attn.c_proj, mlp.c_proj; all-linear"},
-    {"ref_model", KIND_STRING, AT(ref_model), G_REF, "folder of the reference model; default: the start model"},
-    {"reward_model_path", KIND_STRING, AT(reward_model_path), G_ROLL, "folder of a reward model"},
+    HEADING("Data and output")
     {"dataset_name", KIND_STRING, AT(dataset_name), G_DATA,
      "a .jsonl file, or a folder: its train split"},
     {"eval_dataset", KIND_STRING, AT(eval_dataset), G_RUN,
@@ -7459,16 +7513,19 @@ static const struct Flag FLAGS[] = {
     {"tokenizer", KIND_STRING, AT(tokenizer), G_ALL, "tokenizer.bin; default: beside the program, then the current folder"},
     {"seed", KIND_SEED, AT(train.seed), G_SEED, "of all random numbers"},
     {"quiet", KIND_BOOL, AT(quiet), G_ALL, "no progress on stderr"},
+    {"help", KIND_BOOL, AT(help), G_ALL, "this page; also -h"},
+    HEADING("Training")
     {"learning_rate", KIND_WEIGHT, AT(train.learning_rate), G_TRAIN, "at its highest"},
     {"lr_scheduler_type", KIND_NAME, AT(train.lr_scheduler_type), G_TRAIN, "linear, cosine, constant, constant_with_warmup"},
-    {"warmup_steps", KIND_SIZE, AT(train.warmup_steps), G_TRAIN, "steps over which the learning rate rises from 0"},
-    {"optim", KIND_NAME, AT(train.optim), G_TRAIN, "adamw, sgd"},
+    {"warmup_steps", KIND_WARMUP, AT(train.warmup_steps), G_TRAIN, "steps over which the learning rate rises from 0; below 1: a share of all steps"},
+    {"warmup_ratio", KIND_SHARE, AT(train.warmup_ratio), G_TRAIN, "the same as a share of all steps"},
+    {"optim", KIND_NAME, AT(train.optim), G_TRAIN, "adamw, adamw_torch, adamw_torch_fused, sgd"},
     {"adam_beta1", KIND_DECAY, AT(train.adam_beta1), G_TRAIN, "decay of the gradient's running mean"},
     {"adam_beta2", KIND_DECAY, AT(train.adam_beta2), G_TRAIN, "decay of the squared gradient's running mean"},
     {"adam_epsilon", KIND_POSITIVE, AT(train.adam_epsilon), G_TRAIN, "added to its square root"},
     {"weight_decay", KIND_WEIGHT, AT(train.weight_decay), G_TRAIN, "on matrices; never on biases and layer norms"},
     {"max_grad_norm", KIND_WEIGHT, AT(train.max_grad_norm), G_TRAIN, "longer gradients are shortened to this; 0: no limit"},
-    {"max_steps", KIND_SIZE, AT(train.max_steps), G_TRAIN, "optimizer (ppo: PPO) steps; overrides the epochs"},
+    {"max_steps", KIND_STEPS, AT(train.max_steps), G_TRAIN, "optimizer (ppo: PPO) steps; overrides the epochs; 0 or -1: not set"},
     {"logging_steps", KIND_COUNT, AT(train.logging_steps), G_TRAIN, "steps between log entries"},
     {"save_steps", KIND_SIZE, AT(train.save_steps), G_TRAIN, "steps between checkpoints, folders checkpoint-N in --output_dir; 0: none"},
     {"save_total_limit", KIND_SIZE, AT(train.save_total_limit), G_TRAIN, "how many to keep; 0: all"},
@@ -7481,11 +7538,13 @@ static const struct Flag FLAGS[] = {
     {"eval_steps", KIND_SIZE, AT(train.eval_steps), G_RUN, "steps between evaluations; default: at the end"},
     {"max_length", KIND_COUNT, AT(train.max_length), G_RUN | G_BATCH | G_LENGTH, "longest sequence in tokens"},
     {"train_sampling_strategy", KIND_NAME, AT(train.train_sampling_strategy), G_RUN, "random, sequential"},
+    HEADING("A new model")
     {"n_layer", KIND_COUNT, AT(config.n_layer), G_NEW | G_EXACT, "blocks of a new model"},
     {"n_head", KIND_COUNT, AT(config.n_head), G_NEW | G_EXACT, "attention heads"},
     {"n_embd", KIND_COUNT, AT(config.n_embd), G_NEW | G_EXACT, "width"},
     {"n_positions", KIND_COUNT, AT(config.n_positions), G_NEW, "longest context"},
     {"vocab_size", KIND_SIZE, AT(config.vocab_size), G_NEW | G_EXACT | G_TOKENIZE, "ids, the end token included (exact: 2 to 16, without one)"},
+    HEADING("Objective")
     {"center_rewards_coefficient", KIND_WEIGHT, AT(center_rewards_coefficient), G_REWARD, "weight of (r_chosen + r_rejected)^2"},
     {"beta", KIND_POSITIVE, AT(dpo.beta), G_DPO, "how strongly DPO holds to the reference; at 0 the pairs would not count"},
     {"beta", KIND_WEIGHT, AT(ppo.init_kl_coef), G_RLOO | G_EXACT, "price of a nat of KL(policy || reference)"},
@@ -7495,6 +7554,7 @@ static const struct Flag FLAGS[] = {
     {"loss_type", KIND_LIST, AT(loss_type), G_DPO | G_REWARD, "dpo: sigmoid, ipo, hinge, robust, sft, or several; reward: sigmoid (Bradley-Terry), bce (on text + label)"},
     {"loss_weights", KIND_LIST, AT(loss_weights), G_DPO, "a weight for each loss_type: 1 0.2"},
     {"label_smoothing", KIND_DECAY, AT(dpo.label_smoothing), G_DPO, "share of pairs thought to be labelled the wrong way round"},
+    HEADING("PPO")
     {"rollouts", KIND_STRING, AT(rollouts), G_PPO, "replay stored rollouts (query_ids, response_ids, score)"},
     {"batch_size", KIND_COUNT, AT(ppo.batch_size), G_PPO | G_RLOO | G_BENCH, "rollouts of a step"},
     {"mini_batch_size", KIND_COUNT, AT(ppo.mini_batch_size), G_PPO, "rollouts of one forward and backward pass"},
@@ -7516,11 +7576,12 @@ static const struct Flag FLAGS[] = {
     {"ratio_threshold", KIND_POSITIVE, AT(ppo.ratio_threshold), G_PPO, "skip mini-batches whose mean ratio exceeds it"},
     {"early_stopping", KIND_BOOL, AT(ppo.early_stopping), G_PPO, "stop a step's epochs at 1.5 * target_kl"},
     {"target_kl", KIND_POSITIVE, AT(ppo.target_kl), G_PPO, "for early_stopping"},
+    HEADING("Generation")
     {"input_min_text_length", KIND_COUNT, AT(input_length.min_value), G_ROLL, "prompts cut from texts: shortest"},
     {"input_max_text_length", KIND_COUNT, AT(input_length.max_value), G_ROLL, "and longest plus one (LengthSampler)"},
     {"output_min_length", KIND_COUNT, AT(output_length.min_value), G_PPO | G_RLOO, "responses: shortest limit"},
     {"output_max_length", KIND_COUNT, AT(output_length.max_value), G_PPO | G_RLOO, "and longest plus one (LengthSampler)"},
-    {"prompt", KIND_STRING, AT(prompt), G_PROMPT, "text to continue"},
+    {"prompt", KIND_TEXT, AT(prompt), G_PROMPT, "text to continue"},
     {"temperature", KIND_TEMPERATURE, AT(generation.temperature), G_SAMPLE | G_NEXT | G_ROLL | G_RLHF | G_DPO, "divides the logits; towards 0 only the likeliest token is left"},
     {"top_k", KIND_SIZE, AT(generation.top_k), G_SAMPLE | G_NEXT | G_ROLL, "sample from the k likeliest; 0: all"},
     {"top_p", KIND_SHARE, AT(generation.top_p), G_SAMPLE | G_NEXT | G_ROLL, "sample from the likeliest that hold this mass"},
@@ -7533,16 +7594,101 @@ static const struct Flag FLAGS[] = {
     {"early_stopping", KIND_STOPPING, AT(generation.early_stopping), G_SAMPLE, "beam search: false, true or never"},
     {"do_sample", KIND_BOOL, AT(generation.do_sample), G_SAMPLE, "draw tokens instead of taking the likeliest"},
     {"num_return_sequences", KIND_COUNT, AT(generation.num_return_sequences), G_SAMPLE, "samples of each prompt"},
+    HEADING("What is printed")
     {"top_n", KIND_COUNT, AT(top_n), G_NEXT, "rows of the table"},
     {"json", KIND_BOOL, AT(json), G_JSON, "one JSON object a line"},
     {"jsonl", KIND_BOOL, AT(jsonl), G_TOKENIZE, "{\"text\"} a line in, {\"input_ids\"} a line out"},
     {"decode", KIND_BOOL, AT(decode), G_TOKENIZE, "ids in, the exact bytes out"},
+    HEADING("Steps of the stages")
     {"pretrain_steps", KIND_SIZE, AT(pretrain_steps), G_RLHF, "of the language model"},
     {"reward_steps", KIND_SIZE, AT(reward_steps), G_RLHF, "of the reward model"},
     {"ppo_steps", KIND_SIZE, AT(ppo_steps), G_RLHF, "of PPO"},
     {"dpo_steps", KIND_SIZE, AT(dpo_steps), G_RLHF, "of DPO"},
-    {"help", KIND_BOOL, AT(help), G_ALL, "this page"},
 };
+
+_Static_assert(COUNT(FLAGS) <= MOST_FLAGS, "Options must note which flags are given");
+
+/* Flags of transformers, PEFT and TRL about what does not exist here, for the commands that train:
+ * the values with which they change nothing (NULL: all), and why another is refused. */
+static const struct {
+    const char *name, *harmless, *why;
+} PASSED_OVER[] =
+    {{"bf16", "false", "align computes in float32"},
+     {"fp16", "false", "align computes in float32"},
+     {"tf32", NULL, NULL},
+     {"torch_dtype", "float32, auto", "align computes in float32"},
+     {"dtype", "float32, auto", "align computes in float32"},
+     {"load_in_8bit", "false", "align computes in float32"},
+     {"load_in_4bit", "false", "align computes in float32"},
+     {"attn_implementation", NULL, NULL},
+     {"gradient_checkpointing", NULL, NULL},
+     {"use_cpu", NULL, NULL},
+     {"use_cache", NULL, NULL},
+     {"trust_remote_code", NULL, NULL},
+     {"do_train", "true", "a training command trains"},
+     {"do_eval", NULL, NULL},
+     {"do_predict", "false", "align generate writes answers"},
+     {"overwrite_output_dir", NULL, NULL},
+     {"logging_dir", NULL, NULL},
+     {"run_name", NULL, NULL},
+     {"log_level", NULL, NULL},
+     {"disable_tqdm", NULL, NULL},
+     {"remove_unused_columns", NULL, NULL},
+     {"report_to", "none, []", "the log is trainer_state.json, and report.html shows it"},
+     {"push_to_hub", "false", "nothing is sent anywhere"},
+     {"logging_strategy", "steps", "a log entry comes each --logging_steps"},
+     {"save_strategy", "steps", "a checkpoint comes each --save_steps; 0: none"},
+     {"eval_strategy", "steps, no", "an evaluation comes each --eval_steps and at the end"},
+     {"load_best_model_at_end", "false", "the last model is saved, not the best"},
+     {"save_safetensors", "true", "weights are written as safetensors"},
+     {"packing", "false", "sft trains on a text a row; pretrain packs"},
+     {"padding_free", NULL, NULL},
+     {"group_by_length", "false", "--train_sampling_strategy is random or sequential"},
+     {"dataloader_drop_last", "false", "the last batch of an epoch counts too"},
+     {"dataloader_num_workers", NULL, NULL},
+     {"dataloader_pin_memory", NULL, NULL},
+     {"dataset_num_proc", NULL, NULL},
+     {"optimize_cuda_cache", NULL, NULL},
+     {"optimize_device_cache", NULL, NULL}};
+
+/* What flags are called in other programs and versions, and here. The first one that the command
+ * has is meant. */
+static const char *const ALSO_CALLED[][2] = {{"lr", "learning_rate"},
+                                             {"epochs", "num_train_epochs"},
+                                             {"n_epochs", "num_train_epochs"},
+                                             {"epochs", "ppo_epochs"},
+                                             {"steps", "max_steps"},
+                                             {"max_iters", "max_steps"},
+                                             {"batch_size", "per_device_train_batch_size"},
+                                             {"train_batch_size", "per_device_train_batch_size"},
+                                             {"train_batch_size", "batch_size"},
+                                             {"per_device_train_batch_size", "batch_size"},
+                                             {"per_device_eval_batch_size", "per_device_train_"
+                                                                            "batch_size"},
+                                             {"backward_batch_size", "mini_batch_size"},
+                                             {"kl_coef", "init_kl_coef"},
+                                             {"kl_coef", "beta"},
+                                             {"beta", "init_kl_coef"},
+                                             {"sft_model_path", "model_name_or_path"},
+                                             {"ref_model_name_or_path", "ref_model"},
+                                             {"train_file", "dataset_name"},
+                                             {"validation_file", "eval_dataset"},
+                                             {"max_tokens", "max_new_tokens"},
+                                             {"n_predict", "max_new_tokens"},
+                                             {"max_tokens", "output_max_length"},
+                                             {"max_new_tokens", "output_max_length"},
+                                             {"response_length", "output_max_length"},
+                                             {"max_completion_length", "output_max_length"},
+                                             {"max_length", "max_new_tokens"},
+                                             {"max_length", "output_max_length"},
+                                             {"max_prompt_length", "input_max_text_length"},
+                                             {"max_prompt_length", "max_length"},
+                                             {"max_seq_length", "max_length"},
+                                             {"block_size", "max_length"},
+                                             {"n_ctx", "n_positions"},
+                                             {"n_ctx", "max_length"},
+                                             {"temp", "temperature"},
+                                             {"repeat_penalty", "repetition_penalty"}};
 
 /* A file that ships with the program: beside it, where `make install` puts it, or in the current folder. */
 static const char *shipped_file(struct Arena *arena, const char *name, const char *remedy) {
@@ -7567,9 +7713,38 @@ static bool is_adapter(const char *folder) {
     return snprintf(path, sizeof path, "%s/adapter_config.json", folder) < (int)sizeof path && file_exists(path);
 }
 
-static const char *need(const char *value, const char *flag) {
-    if (!value) die_usage("--%s is needed; see --help", flag);
-    return value;
+/* Ends the program if a flag that the command cannot do without is not given.
+ * flags: names of strings. */
+static void need(const struct Options *o, const char *flags) {
+    for (size_t length; (length = next_name(&flags)) > 0; flags += length)
+        for (size_t i = 0; i < COUNT(FLAGS); i++) {
+            if (strlen(FLAGS[i].name) != length || strncmp(FLAGS[i].name, flags, length) != 0)
+                continue;
+            const char *value = *(const char *const *)((const char *)o + FLAGS[i].offset);
+            if (!value)
+                die_usage("--%s is needed; see --help", FLAGS[i].name);
+        }
+}
+
+static bool given(const struct Options *o, const char *name) {
+    for (size_t i = 0; i < COUNT(FLAGS); i++)
+        if (o->given[i] && strcmp(FLAGS[i].name, name) == 0)
+            return true;
+    return false;
+}
+
+/* Says which flags of these (names in a list) are given: they change nothing, and why. */
+static void note_idle(const struct Options *o, const char *flags, const char *why) {
+    char line[400] = "";
+    for (size_t length; (length = next_name(&flags)) > 0; flags += length) {
+        char name[64];
+        snprintf(name, sizeof name, "%.*s", (int)length, flags);
+        size_t used = strlen(line);
+        if (given(o, name))
+            snprintf(line + used, sizeof line - used, "%s--%s", used ? ", " : "", name);
+    }
+    if (*line)
+        warn("%s: no effect: %s", line, why);
 }
 
 /* config.json's special tokens against the tokens that tokenizer.bin has. A model may have more:
@@ -7630,13 +7805,14 @@ static struct GPT2 *load_model(struct Options *o, const char *folder) {
 
 /* A command's tokenizer and model, with --peft_adapter's adapter, for training or folded in; or with a new one (--use_peft). */
 static void open_model(struct Options *o, bool train) {
+    need(o, "model_name_or_path");
     load_tokenizer(o);
-    struct GPT2 *model = o->model = load_model(o, need(o->model_name_or_path, "model_name_or_path"));
+    struct GPT2 *model = o->model = load_model(o, o->model_name_or_path);
     if (!o->use_peft && !o->peft_adapter) return;
-    CHECK(!is_adapter(o->model_name_or_path), "--model_name_or_path %s: is itself an adapter, a base is needed here; fold it into its base first: align merge", o->model_name_or_path);
-    if (o->use_peft && o->peft_adapter) die_usage("--use_peft starts a new adapter, --peft_adapter goes on with one: give one of them");
-    if (o->lora.lora_dropout != 0) die_usage("--lora_dropout %g: only 0 is implemented; leave it out", o->lora.lora_dropout);
-    if (o->lora.r > 1 << 16) die_usage("--lora_r %zu: 1 to 65536 can be used", o->lora.r);
+    CHECK(!is_adapter(o->model_name_or_path),
+          "--model_name_or_path %s: is itself an adapter, a base is needed here; fold it into its "
+          "base first: align merge",
+          o->model_name_or_path);
     if (o->use_peft) adapter_new(model, o->lora, o->train.seed);
     else adapter_load(model, o->peft_adapter);
     model->adapter.base_model_name_or_path = o->model_name_or_path;
@@ -7661,7 +7837,7 @@ static size_t choice(const char *flag, const char *value, const char *names) {
 }
 
 static void open_data(struct Options *o, const unsigned *shapes, size_t count) {
-    o->data = dataset_load(&o->arena, need(o->dataset_name, "dataset_name"), shapes, count);
+    o->data = dataset_load(&o->arena, o->dataset_name, shapes, count);
     if (o->eval_dataset) o->eval = dataset_load_held_out(&o->arena, o->eval_dataset, o->data);
 }
 
@@ -7689,6 +7865,8 @@ static void tokenize_decode(const struct Tokenizer *tok, struct Text in, size_t 
 }
 
 static void command_tokenize(struct Options *o) {
+    if (o->jsonl && o->decode)
+        die_usage("--decode reads ids, --jsonl texts: give one of them");
     struct Tokenizer *tok = load_tokenizer(o);
     size_t V = o->config.vocab_size;
     CHECK(V > BYTE_TOKENS && V <= tok->vocab_size, "--vocab_size %zu: a vocabulary has 257 to %zu ids", V, tok->vocab_size);
@@ -7735,7 +7913,7 @@ static void note_replaced(struct Options *o, const char *dir) {
 
 /* The folder for the result. One that holds a model cannot take an adapter too, nor the other way round: which of them is meant? */
 static void open_output_dir(struct Options *o) {
-    const char *dir = need(o->train.output_dir, "output_dir");
+    const char *dir = o->train.output_dir;
     bool adapter = o->model->adapter.r > 0;
     make_folder(dir);
     CHECK(!file_exists(arena_printf(&o->arena, "%s/%s", dir, adapter ? "config.json" : "adapter_config.json")), "--output_dir %s: holds %s already; choose another folder for %s", dir,
@@ -7782,6 +7960,7 @@ static struct Example *encode_texts(struct Options *o, const struct Dataset *dat
 }
 
 static void command_pretrain(struct Options *o) {
+    need(o, "dataset_name, output_dir");
     o->config.bos_token_id = endoftext_id(o->config.vocab_size);
     o->config.eos_token_id = o->config.pad_token_id = o->config.bos_token_id;
     config_check(&o->config, "command line");
@@ -7802,6 +7981,7 @@ static void command_pretrain(struct Options *o) {
 }
 
 static void command_sft(struct Options *o) {
+    need(o, "model_name_or_path, dataset_name, output_dir");
     struct Trainer trainer = open_training(o, SFT_SHAPES, COUNT(SFT_SHAPES));
     leave_out_reward_head(o->model);
     leave_out_value_head(o->model);
@@ -7811,6 +7991,7 @@ static void command_sft(struct Options *o) {
 
 static void command_reward(struct Options *o) {
     bool classifier = choice("loss_type", o->loss_type, "sigmoid, bce") == 1;
+    need(o, "model_name_or_path, dataset_name, output_dir");
     struct Trainer trainer = open_training(o, classifier ? LABELLED_SHAPES : REWARD_SHAPES, classifier ? 1 : COUNT(REWARD_SHAPES));
     struct Rng rng = rng_seed(o->train.seed, STREAM_INIT);
     leave_out_value_head(o->model);
@@ -7822,18 +8003,25 @@ static void command_reward(struct Options *o) {
 /* --loss_type "sigmoid sft" --loss_weights "1 0.2" into weights. */
 static void parse_loss_types(struct Options *o) {
     const char *type = o->loss_type, *weight = o->loss_weights;
+    double total = 0;
     for (size_t length; (length = next_name(&type)) > 0; type += length) {
         size_t k = choice("loss_type", text_copy(&o->arena, (struct Text){type, length}).data, "sigmoid, ipo, hinge, robust, sft");      /* the order of enum DPOLossType */
         char *end = NULL;
         o->dpo.weight[k] = weight ? strtod(weight + strspn(weight, " ,"), &end) : 1;
         if (weight) weight = end > weight && o->dpo.weight[k] >= 0 && o->dpo.weight[k] <= FLT_MAX ? end : "x";
+        total += o->dpo.weight[k];
     }
     if (weight && weight[strspn(weight, " ,")]) die_usage("--loss_weights \"%s\": a number, 0 or more, for each of --loss_type's names was expected", o->loss_weights);
+    if (total == 0)
+        die_usage("--loss_type \"%s\" --loss_weights \"%s\": no loss counts; nothing would be "
+                  "learnt",
+                  o->loss_type, o->loss_weights ? o->loss_weights : "");
 }
 
 static void command_dpo(struct Options *o) {
     parse_loss_types(o);
     CHECK(o->dpo.label_smoothing < 0.5, "--label_smoothing %g: a share of mislabelled pairs, from 0 to below 0.5", o->dpo.label_smoothing);
+    need(o, "model_name_or_path, dataset_name, output_dir");
     struct Trainer trainer = open_training(o, DPO_SHAPES, 1);
     leave_out_reward_head(o->model);
     leave_out_value_head(o->model);
@@ -7882,6 +8070,9 @@ static struct RolloutSource open_rollouts(struct Options *o) {
     if (o->reward_model) check_reward_model(o->reward_model, o->reward_model_path);
     source.scorer = (struct Scorer){.reward_model = o->reward_model, .tok = o->tok, .std = 1};
     open_data(o, PROMPT_SHAPES, COUNT(PROMPT_SHAPES));
+    if (o->data->shape == SHAPE_PROMPT)
+        note_idle(o, "input_min_text_length, input_max_text_length",
+                  "the data set's prompts are taken whole");
     struct Example *prompts = arena_alloc(&o->arena, o->data->n, sizeof *prompts);
     source.n = source.at = encode_prompts(o, prompts);
     source.prompts = prompts;
@@ -7898,7 +8089,10 @@ static void note_full_context(const struct Options *o, size_t room, size_t max_n
 
 /* Trains by PPO or REINFORCE on rollouts, new or stored, and saves: max_steps, or one pass. */
 static void train_on_rollouts(struct Options *o, const char *log_dir) {
-    if (!o->rollouts) need(o->reward_model_path, "reward_model_path");
+    need(o, "model_name_or_path");
+    if (!o->rollouts)
+        need(o, "reward_model_path, dataset_name");
+    need(o, "output_dir");
     open_model(o, true);
     leave_out_reward_head(o->model);
     if (o->ppo.baseline != BASELINE_VALUE_HEAD)
@@ -7924,7 +8118,13 @@ static void command_ppo(struct Options *o) {
     struct PPOConfig *c = &o->ppo;
     c->mini_batch_size = MIN(c->mini_batch_size, c->batch_size);
     c->gradient_accumulation_steps = o->train.gradient_accumulation_steps;
-    CHECK(c->batch_size % (c->mini_batch_size * c->gradient_accumulation_steps) == 0, "--batch_size %zu must be a multiple of --mini_batch_size %zu times --gradient_accumulation_steps %zu", c->batch_size, c->mini_batch_size, c->gradient_accumulation_steps);
+    size_t part = c->batch_size / c->gradient_accumulation_steps; /* a product could overflow */
+    bool divides =
+        c->batch_size % c->gradient_accumulation_steps == 0 && part % c->mini_batch_size == 0;
+    CHECK(divides,
+          "--batch_size %zu must be a multiple of --mini_batch_size %zu times "
+          "--gradient_accumulation_steps %zu",
+          c->batch_size, c->mini_batch_size, c->gradient_accumulation_steps);
     train_on_rollouts(o, o->train.output_dir);
 }
 
@@ -7991,12 +8191,16 @@ static void command_generate(struct Options *o) {
     size_t each = g->num_return_sequences;
     CHECK(each == 1 || g->do_sample || g->num_beams > 1, "--num_return_sequences %zu: without --do_sample or --num_beams all of them would be the same", each);
     CHECK(g->num_beams == 1 || each <= g->num_beams, "--num_return_sequences %zu: %zu beams give at most as many", each, g->num_beams);
+    need(o, "model_name_or_path");
+    if (!o->prompt && !o->dataset_name)
+        die_usage("--prompt, or --dataset_name, is needed; see --help");
     open_model(o, false);
     leave_out_reward_head(o->model);
     CHECK(2 * g->num_beams <= MIN((size_t)256, o->model->config.vocab_size), "--num_beams %zu: 1 to 128 can be used", g->num_beams);
     struct Row typed = {.prompt = text_of(o->prompt ? o->prompt : "")};
     struct Dataset one = {.rows = &typed, .n = 1};
-    if (!o->prompt && need(o->dataset_name, "prompt, or --dataset_name,")) open_data(o, PROMPT_SHAPES, 1);
+    if (!o->prompt)
+        open_data(o, PROMPT_SHAPES, 1);
     const struct Dataset *data = o->data ? o->data : &one;
     struct Sequence *sequences = arena_alloc(&o->arena, data->n * each, sizeof *sequences);
     struct Rng rng = rng_seed(o->train.seed, STREAM_SAMPLE);
@@ -8014,12 +8218,13 @@ static void command_generate(struct Options *o) {
 
 /* The distribution of the next token after a prompt. [glossary: Distribuição (em ML)] */
 static void command_next(struct Options *o) {
+    need(o, "model_name_or_path, prompt");
     open_model(o, false);
     leave_out_reward_head(o->model);
     struct Arena *arena = &o->arena;
     struct GPT2 *model = o->model;
     size_t V = model->config.vocab_size, kept = 0;
-    struct Example e = prompt_encode(o, text_of(need(o->prompt, "prompt")), 1, model->config.n_positions);
+    struct Example e = prompt_encode(o, text_of(o->prompt), 1, model->config.n_positions);
     struct Batch batch = collate(arena, &e, 1, READ_LAST);
     struct Activations acts = gpt2_forward(model, arena, &batch, false);
     float *p = arena_floats(arena, V);
@@ -8044,6 +8249,7 @@ static void command_next(struct Options *o) {
 
 static void command_logprob(struct Options *o) {
     struct Arena arena = {0};
+    need(o, "model_name_or_path, dataset_name");
     open_model(o, false);
     leave_out_reward_head(o->model);
     if (o->ref_model) load_reference(o);
@@ -8087,6 +8293,7 @@ static void command_logprob(struct Options *o) {
 }
 
 static void command_score(struct Options *o) {
+    need(o, "model_name_or_path, dataset_name");
     open_model(o, false);
     check_reward_model(o->model, o->peft_adapter ? o->peft_adapter : o->model_name_or_path);
     open_data(o, TEXT_SHAPES, 1);
@@ -8232,9 +8439,10 @@ static void command_collect(struct Options *o) {
     enum { TOGETHER = 64 };            /* prompts; the groups do not depend on where an earlier run was stopped */
     size_t each = o->ppo.num_generations, left = 0, asked = 0, drawn = 0;
     CHECK(each >= 2, "--num_generations %zu: 2 or more answers are needed to compare", each);
+    need(o, "model_name_or_path, dataset_name, output_dir");
     open_model(o, false);
     leave_out_reward_head(o->model);
-    struct Collection c = {.source = open_rollouts(o), .path = arena_printf(&o->arena, "%s/preferences.jsonl", need(o->train.output_dir, "output_dir"))};
+    struct Collection c = {.source = open_rollouts(o), .path = arena_printf(&o->arena, "%s/preferences.jsonl", o->train.output_dir)};
     note_full_context(o, c.source.room, c.source.generation.max_new_tokens, "--max_new_tokens");
     make_folder(o->train.output_dir);
     if (!file_exists(c.path)) preferences_add(o, c.path, NULL, 0);
@@ -8268,10 +8476,12 @@ static void command_collect(struct Options *o) {
 static void command_eval(struct Options *o) {
     struct LogEntry entry = {0};
     struct Trainer trainer = {0};
+    need(o, "model_name_or_path, dataset_name");
     open_model(o, false);
-    if (o->ref_model) load_reference(o);
     if (o->reward_model_path) {
         leave_out_reward_head(o->model);
+        if (o->ref_model)
+            load_reference(o);
         struct RolloutSource source = open_rollouts(o);
         struct PolicyResult result = policy_measure(o->model, o->reference, &source.scorer, &o->arena, source.prompts, source.n,
                                                     &source.generation, o->train.seed);
@@ -8309,8 +8519,9 @@ static void command_eval(struct Options *o) {
 
 static void command_merge(struct Options *o) {
     if (!o->model_name_or_path || !(o->peft_adapter || is_adapter(o->model_name_or_path))) die_usage("merge needs an adapter: --model_name_or_path BASE --peft_adapter DIR, or its folder as --model_name_or_path");
+    need(o, "output_dir");
     const char *base = base_folder(o, o->model_name_or_path);
-    const char *dir = need(o->train.output_dir, "output_dir");
+    const char *dir = o->train.output_dir;
     CHECK(!base || !same_folder(base, dir), "--output_dir %s: is the adapter's base; merged over "
           "it, the adapter would count twice from then on; choose another folder", dir);
     open_model(o, false);
@@ -8398,7 +8609,7 @@ static void command_rlhf(struct Options *o) {
     struct Tokenizer *tok = load_tokenizer(o);
     const char *path = o->dataset_name ? o->dataset_name : shipped_file(&o->arena, "docs/reviews.jsonl", "name data with --dataset_name");
     struct Dataset *data = o->data = dataset_load(&o->arena, path, RATED_SHAPES, 1);
-    struct Course course = {.tok = tok, .command = o->command, .output_dir = o->train.output_dir ? o->train.output_dir : "out", .seed = o->train.seed, .temperature = o->generation.temperature, .scale = 1,
+    struct Course course = {.tok = tok, .command = o->command, .output_dir = o->train.output_dir, .seed = o->train.seed, .temperature = o->generation.temperature, .scale = 1, .tokenizer = o->tokenizer,
         .pretrain_steps = o->pretrain_steps, .reward_steps = o->reward_steps, .ppo_steps = o->ppo_steps, .dpo_steps = o->dpo_steps};
     struct GPT2 *model;
     double learning_rate = 5e-3;
@@ -8415,6 +8626,9 @@ static void command_rlhf(struct Options *o) {
         struct Rng rng = rng_seed(o->train.seed, STREAM_INIT + 100);
         tensor_normal(&model->wte, &rng, 0.06);       /* GPT-2's 0.02 suits its width of 768; at 128 the blocks would drown so faint a token */
     }
+    CHECK(o->reward_steps > 0 || model->score.n, "--reward_steps 0: an untrained reward model "
+                                                 "gives every text the same reward; 1 or more "
+                                                 "steps are needed");
     static const char *const results[] = {"language_model", "reward_model", "ppo", "dpo"};
     for (size_t i = 0; i < COUNT(results); i++) {
         note_replaced(o, arena_printf(&o->arena, "%s/%s", course.output_dir, results[i]));
@@ -8507,7 +8721,7 @@ static void command_bench(struct Options *o) {
 }
 
 static const struct Command { const char *name, *what; void (*run)(struct Options *); int groups; const char *defaults[16]; } COMMANDS[] = {
-    {"rlhf", "the whole course: language model, reward model, PPO, DPO", command_rlhf, G_RLHF | G_FILES | G_MODEL, {"temperature", "0.7"}},
+    {"rlhf", "the whole course: language model, reward model, PPO, DPO", command_rlhf, G_RLHF | G_FILES | G_MODEL, {"temperature", "0.7", "output_dir", "out"}},
     {"tokenize", "[FILE]: text (or standard input) to ids; --decode: ids to text", command_tokenize, G_TOKENIZE | G_WORDS, {0}},
     {"pretrain", "a new language model from texts", command_pretrain, G_MODEL | G_TRAINING | G_RUN | G_NEW, {0}},
     {"sft", "supervised fine-tuning on text or prompt + completion", command_sft, G_TUNING | G_RUN, {"learning_rate", "2e-5"}},
@@ -8531,16 +8745,11 @@ static const struct Command { const char *name, *what; void (*run)(struct Option
     {"bench", "speed of training, generation, DPO and PPO here", command_bench, G_NEW | G_BATCH | G_JSON | G_BENCH, {"batch_size", "16"}},
 };
 
-static void print_help(const struct Command *command) {
-    printf("align %s -- %s\n\n", command->name, command->what);
-    for (size_t i = 0; i < COUNT(FLAGS); i++)
-        if (FLAGS[i].groups & command->groups) printf("  --%-28s %s\n", FLAGS[i].name, FLAGS[i].help);
-}
-
 static void print_commands(FILE *file) {
     fputs("align: train and align GPT-2 from scratch. Commands (--help on each):\n\n", file);
     for (size_t i = 0; i < COUNT(COMMANDS); i++) fprintf(file, "  %-10s %s\n", COMMANDS[i].name, COMMANDS[i].what);
-    fputs("\nStart with:  ./align rlhf\n", file);
+    fprintf(file, "\n%s --version says what was built and how. Start with:  %s rlhf\n",
+            program_name, program_name);
 }
 
 static const struct Command *find_command(const char *name) {
@@ -8550,60 +8759,344 @@ static const struct Command *find_command(const char *name) {
     return nearest;
 }
 
-static const struct Flag *find_flag(const char *name, const struct Command *command) {
-    const struct Flag *nearest = NULL;
+/* The command's flag of just this name, or NULL. */
+static const struct Flag *exact_flag(const char *name, const struct Command *command) {
     for (size_t i = 0; i < COUNT(FLAGS); i++)
-        if ((FLAGS[i].groups & command->groups) && (!nearest || edit_distance(name, FLAGS[i].name) < edit_distance(name, nearest->name))) nearest = &FLAGS[i];
-    if (strcmp(name, nearest->name) == 0) return nearest;
-    die_usage("%s has no flag --%s; the nearest is --%s (all: align %s --help)", command->name, name, nearest->name, command->name);
+        if ((FLAGS[i].groups & command->groups) && strcmp(name, FLAGS[i].name) == 0)
+            return &FLAGS[i];
+    return NULL;
 }
 
-/* Stores one flag's value; a boolean may stand bare. Returns how many arguments it took. */
-static int parse_flag(struct Options *o, const struct Flag *flag, const char *value, bool bare) {
+/* The command's flag for what other programs call so, or NULL. */
+static const struct Flag *also_called(const char *name, const struct Command *command) {
+    const struct Flag *flag = NULL;
+    for (size_t i = 0; i < COUNT(ALSO_CALLED) && !flag; i++)
+        if (strcmp(name, ALSO_CALLED[i][0]) == 0)
+            flag = exact_flag(ALSO_CALLED[i][1], command);
+    return flag;
+}
+
+/* Ends the program and names the flag that was perhaps meant: the one that other programs call so,
+ * or else the one that is spelt most like it. */
+static _Noreturn void die_unknown(const char *name, const struct Command *command) {
+    const struct Flag *nearest = also_called(name, command);
+    size_t least = nearest ? 0 : SIZE_MAX;
+    for (size_t i = 0; i < COUNT(FLAGS); i++) {
+        size_t distance = edit_distance(name, FLAGS[i].name);
+        if (!(FLAGS[i].groups & command->groups) || distance >= least)
+            continue;
+        least = distance;
+        nearest = &FLAGS[i];
+    }
+    die_usage("%s has no flag --%s; the nearest is --%s (all: %s %s --help)", command->name, name,
+              nearest->name, program_name, command->name);
+}
+
+/* A flag by its name or the beginning of one that no other has, as Python's argparse takes it. */
+static const struct Flag *find_flag(const char *name, const struct Command *command) {
+    const struct Flag *found = exact_flag(name, command);
+    char candidates[400] = "";
+    size_t count = 0;
+    if (found)
+        return found;
+    if (!*name)
+        die_usage("%s: \"--\" is no flag; all: %s %s --help", command->name, program_name,
+                  command->name);
+    for (size_t i = 0; i < COUNT(FLAGS) && !also_called(name, command); i++) {
+        if (!(FLAGS[i].groups & command->groups) || strncmp(name, FLAGS[i].name, strlen(name)) != 0)
+            continue;
+        size_t used = strlen(candidates);
+        snprintf(candidates + used, sizeof candidates - used, "%s--%s", count++ ? ", " : "",
+                 FLAGS[i].name);
+        found = &FLAGS[i];
+    }
+    if (count == 0)
+        die_unknown(name, command);
+    if (count > 1)
+        die_usage("--%s: which of these is meant? %s", name, candidates);
+    return found;
+}
+
+/* Reads a boolean as transformers' HfArgumentParser does, in large letters or small. Returns false
+ * if the word is none. */
+static bool parse_bool(const char *word, bool *value) {
+    static const char *const words[] = {"false", "no", "n", "f", "0", "true", "yes", "y", "t", "1"};
+    for (size_t k = 0; k < COUNT(words); k++) {
+        size_t i = 0;
+        while (word[i] && tolower((unsigned char)word[i]) == words[k][i])
+            i++;
+        if (word[i] || words[k][i])
+            continue;
+        *value = k >= COUNT(words) / 2;
+        return true;
+    }
+    return false;
+}
+
+static _Noreturn void die_number(const struct Flag *flag, const char *value, double number) {
+    double least = RANGES[flag->kind].least;
+    double most = RANGES[flag->kind].most;
+    bool too_small = number < least && (least < 0 || (least == (double)FLT_MIN && number > 0));
+    bool beyond = most == (double)FLT_MAX && (number > most || too_small);
+    char bounds[64] = "";
+    if (beyond)
+        snprintf(bounds, sizeof bounds, "; %.2g to %.2g can be used", least, most);
+    die_usage("--%s %s: %s was expected%s (%s)", flag->name, value, RANGES[flag->kind].expected,
+              bounds, flag->help);
+}
+
+/* Stores a number at `to`. */
+static void parse_number(struct Options *o, const struct Flag *flag, const char *value) {
     void *to = (char *)o + flag->offset;
     char *end = NULL;
-    if (flag->kind == KIND_BOOL || flag->kind == KIND_STOPPING) {
-        static const char *const names[] = {[STOP_FALSE] = "false", [STOP_TRUE] = "true", [STOP_NEVER] = "never"};
-        size_t known = flag->kind == KIND_BOOL ? 2 : 3, k = 0;
-        while (k < known && !(value && strcmp(value, names[k]) == 0)) k++;
-        if (!bare && k == known) die_usage("--%s %s: true or false%s was expected", flag->name, value, known == 2 ? "" : " or never");
-        if (flag->kind == KIND_BOOL) *(bool *)to = k != STOP_FALSE;
-        else *(enum EarlyStopping *)to = k < known ? (enum EarlyStopping)k : STOP_TRUE;
-        return k < known;
-    }
-    if (!value) die_usage("--%s needs a value (%s)", flag->name, flag->help);
-    if (flag->kind == KIND_NAME) choice(flag->name, value, flag->help);
-    if (flag->kind <= KIND_LIST) return *(const char **)to = value, 1;
-    errno = 0;
     bool whole = flag->kind <= KIND_COUNT;
+    if (flag->kind == KIND_STEPS && strcmp(value, "-1") == 0)
+        value = "0"; /* HF's "not set" */
+    errno = 0;
     unsigned long long size = strtoull(value, &end, 10);
     double number = whole ? (double)size : strtod(value, &end);
-    bool read = whole ? isdigit((unsigned char)*value) && !errno : end != value;
-    if (!read || *end || !(number >= RANGES[flag->kind].least && number <= RANGES[flag->kind].most)) die_usage("--%s %s: %s was expected (%s)", flag->name, value, RANGES[flag->kind].expected, flag->help);
-    if (!whole) *(double *)to = number;
-    else if (flag->kind == KIND_SEED) *(uint64_t *)to = size;
-    else *(size_t *)to = (size_t)size;
-    return 1;
+    bool read = !*end && (whole ? isdigit((unsigned char)*value) && !errno : end != value);
+    if (!read)
+        number = NAN;
+    if (!(number >= RANGES[flag->kind].least && number <= RANGES[flag->kind].most))
+        die_number(flag, value, number);
+    if (flag->kind == KIND_SEED)
+        *(uint64_t *)to = size;
+    else if (whole)
+        *(size_t *)to = (size_t)size;
+    else if (flag->kind != KIND_WARMUP)
+        *(double *)to = number;
+    else { /* transformers 5: below 1 it is a ratio */
+        *(size_t *)to = (size_t)number;
+        if (number > 0 && number < 1)
+            o->train.warmup_ratio = number;
+    }
+}
+
+/* Stores a flag's value; NULL: it stands bare. */
+static void parse_flag(struct Options *o, const struct Flag *flag, const char *value) {
+    void *to = (char *)o + flag->offset;
+    bool truth = true;
+    if (flag->kind == KIND_BOOL || flag->kind == KIND_STOPPING) {
+        bool never = flag->kind == KIND_STOPPING && value && strcmp(value, "never") == 0;
+        const char *more = flag->kind == KIND_STOPPING ? " or never" : "";
+        if (value && !never && !parse_bool(value, &truth))
+            die_usage("--%s %s: true or false%s was expected", flag->name, value, more);
+        if (flag->kind == KIND_BOOL)
+            *(bool *)to = truth;
+        else
+            *(enum EarlyStopping *)to = never ? STOP_NEVER : truth ? STOP_TRUE : STOP_FALSE;
+        return;
+    }
+    if (!value) die_usage("--%s needs a value (%s)", flag->name, flag->help);
+    if (flag->kind > KIND_LIST) {
+        parse_number(o, flag, value);
+        return;
+    }
+    if (!value[strspn(value, " ,")] && flag->kind != KIND_TEXT)
+        die_usage("--%s \"%s\" is empty; a value was expected (%s)", flag->name, value, flag->help);
+    if (flag->kind == KIND_NAME) choice(flag->name, value, flag->help);
+    *(const char **)to = value;
+}
+
+static bool is_flag(const char *word) {
+    return strncmp(word, "--", 2) == 0 || strcmp(word, "-h") == 0;
+}
+
+/* Passes over a flag of another program that changes nothing here, with its values. Returns how
+ * many arguments those are. */
+static int pass_over(struct Options *o, size_t which, const char *value, char **rest) {
+    const char *name = PASSED_OVER[which].name;
+    int taken = 0;
+    if (!value && *rest && !is_flag(*rest))
+        value = rest[taken++];
+    do {
+        const char *names = PASSED_OVER[which].harmless;
+        bool truth = true;
+        bool harmless = !names;
+        bool boolean = !value || parse_bool(value, &truth);
+        for (size_t length; !harmless && (length = next_name(&names)) > 0; names += length) {
+            const char *harmless_value = text_copy(&o->arena, (struct Text){names, length}).data;
+            const char *meant = !boolean ? value : truth ? "true" : "false";
+            harmless =
+                strcmp(meant, harmless_value) == 0 || (value && strcmp(value, harmless_value) == 0);
+        }
+        if (!harmless)
+            die_usage("--%s %s cannot be had: %s; leave it out, or give %s", name,
+                      value ? value : "true", PASSED_OVER[which].why, PASSED_OVER[which].harmless);
+    } while (rest[taken] && !is_flag(rest[taken]) && (value = rest[taken++]));
+    const char *before = o->passed_over ? arena_printf(&o->arena, "%s, ", o->passed_over) : "";
+    o->passed_over = arena_printf(&o->arena, "%s--%s", before, name);
+    return taken;
+}
+
+/* The next argument if it is the value of a flag, or NULL. Another flag is none; and behind a boolean
+ * of a command that also takes words, only a word that must be a boolean is one. */
+static const char *value_behind(const struct Flag *flag, const struct Command *command,
+                                const char *next) {
+    bool truth;
+    if (!next || (is_flag(next) && !strchr(next, ' ')))
+        return NULL;
+    if (flag->kind != KIND_BOOL || !(command->groups & G_WORDS))
+        return next;
+    return strlen(next) >= strlen("true") && parse_bool(next, &truth) ? next : NULL;
+}
+
+/* Takes the flag that argv begins with: --name value, --name=value, a bare boolean or its --no_name.
+ * Dashes in the name count as underscores. Returns how many further arguments it took. */
+static int take_flag(struct Options *o, const struct Command *command, char **argv) {
+    size_t length = strcspn(argv[0] + 2, "=");
+    char *name = arena_printf(&o->arena, "%.*s", (int)MIN(length, (size_t)60), argv[0] + 2);
+    const char *value = argv[0][2 + length] ? argv[0] + 3 + length : NULL;
+    bool equals = value != NULL;
+    for (char *c = name; *c; c++)
+        if (*c == '-')
+            *c = '_';
+    const struct Flag *flag = exact_flag(name, command);
+    const struct Flag *negated =
+        !flag && strncmp(name, "no_", 3) == 0 ? exact_flag(name + 3, command) : NULL;
+    if (negated && negated->kind == KIND_BOOL) {
+        if (equals)
+            die_usage("--%s takes no value; give --%s true or false", name, negated->name);
+        o->given[negated - FLAGS] = true;
+        parse_flag(o, negated, "false");
+        return 0;
+    }
+    for (size_t k = 0; k < COUNT(PASSED_OVER) && !flag && (command->groups & G_TRAIN); k++) {
+        if (strcmp(name, PASSED_OVER[k].name) == 0)
+            return pass_over(o, k, value, argv + 1);
+        if (strncmp(name, "no_", 3) == 0 && strcmp(name + 3, PASSED_OVER[k].name) == 0)
+            return pass_over(o, k, "false", (char *[]){NULL});
+    }
+    if (!flag)
+        flag = find_flag(name, command);
+    if (!equals)
+        value = value_behind(flag, command, argv[1]);
+    int taken = value && !equals;
+    parse_flag(o, flag, value);
+    o->given[flag - FLAGS] = true;
+    if (flag->kind != KIND_LIST || equals)
+        return taken;
+    /* A list goes on to the next flag: --loss_type sigmoid sft. */
+    const char **list = (const char **)((char *)o + flag->offset);
+    for (; argv[1 + taken] && !is_flag(argv[1 + taken]) && strlen(*list) < 1000; taken++)
+        *list = arena_printf(&o->arena, "%s %s", *list, argv[1 + taken]);
+    return taken;
+}
+
+/* Flags that change nothing beside the others that are given, of a training's. */
+static void note_idle_training(const struct Options *o, const struct Command *command) {
+    const struct TrainingArguments *train = &o->train;
+    const struct PPOConfig *ppo = &o->ppo;
+    const char *adapter = o->peft_adapter ? "--peft_adapter has its own"
+                                          : "all weights are trained; for an adapter give "
+                                            "--use_peft";
+    bool smoothing = strstr(o->loss_type, "sigmoid") || strstr(o->loss_type, "robust");
+    const struct {
+        bool idle;
+        const char *flags, *why;
+    } rules[] = {
+        {!o->use_peft, "lora_r, lora_alpha, lora_dropout, lora_target_modules, use_rslora",
+         adapter},
+        {train->max_steps > 0, "num_train_epochs", "--max_steps decides"},
+        {!o->eval_dataset, "eval_steps", "there is no --eval_dataset"},
+        {strcmp(train->optim, "sgd") == 0, "adam_beta1, adam_beta2, adam_epsilon",
+         "--optim sgd keeps no running means"},
+        {strcmp(train->lr_scheduler_type, "constant") == 0, "warmup_steps, warmup_ratio",
+         "--lr_scheduler_type constant has no warm-up, constant_with_warmup has"},
+        {train->warmup_steps > 0, "warmup_ratio", "--warmup_steps decides"},
+        {train->save_steps == 0, "save_total_limit", "--save_steps 0 leaves no checkpoints"},
+        {o->model_name_or_path != NULL, "n_layer, n_head, n_embd, n_positions, vocab_size",
+         "--model_name_or_path has its own"},
+        {strcmp(o->loss_type, "bce") == 0, "center_rewards_coefficient",
+         "--loss_type bce compares no pairs"},
+        {!smoothing, "label_smoothing", "only the losses sigmoid and robust smooth labels"},
+        {(command->groups & G_RLOO) != 0, "gradient_accumulation_steps",
+         "reinforce takes a step on its whole batch"},
+        {!ppo->adap_kl_ctrl, "horizon, target",
+         "--adap_kl_ctrl false keeps the coefficient as it is"},
+        {(command->groups & G_PPO) && !ppo->early_stopping, "target_kl",
+         "--early_stopping is not given"},
+        {!ppo->use_score_scaling, "use_score_norm", "--use_score_scaling is not given"},
+        {o->rollouts != NULL,
+         "reward_model_path, dataset_name, top_k, top_p, input_min_text_length, "
+         "input_max_text_length, output_min_length, output_max_length",
+         "--rollouts are replayed, none are sampled"},
+    };
+    for (size_t i = 0; i < COUNT(rules); i++)
+        if (rules[i].idle)
+            note_idle(o, rules[i].flags, rules[i].why);
+}
+
+/* The same for commands that write or measure. */
+static void note_idle_tools(const struct Options *o, const struct Command *command) {
+    const struct GenerationConfig *g = &o->generation;
+    bool generates = (command->groups & G_SAMPLE) != 0;
+    bool measures = (command->groups & G_EVAL) != 0;
+    bool one_work = (command->groups & G_BENCH)
+                    && (o->train.per_device_train_batch_size || o->train.max_length);
+    const struct {
+        bool idle;
+        const char *flags, *why;
+    } rules[] = {
+        {generates && !g->do_sample, "temperature, top_k, top_p, seed",
+         "without --do_sample nothing is drawn"},
+        {generates && g->num_beams == 1, "length_penalty, early_stopping",
+         "there are no beams (--num_beams)"},
+        {generates && g->min_new_tokens > g->max_new_tokens, "min_new_tokens",
+         "it is above --max_new_tokens, which ends the text"},
+        {generates && o->prompt, "dataset_name", "--prompt is continued"},
+        {measures && o->reward_model_path, "max_length", "answers end at --max_new_tokens"},
+        {measures && !o->reward_model_path,
+         "ref_model, seed, max_samples, max_new_tokens, temperature, top_k, top_p, "
+         "input_min_text_length, input_max_text_length",
+         "answers are written only for a --reward_model_path"},
+        {one_work, "batch_size", "a training step alone is timed"},
+    };
+    for (size_t i = 0; i < COUNT(rules); i++)
+        if (rules[i].idle)
+            note_idle(o, rules[i].flags, rules[i].why);
+}
+
+static void take_word(struct Options *o, const struct Command *command, char *word) {
+    bool room = command->run == command_glossary || !o->file;
+    if (!(command->groups & G_WORDS) || !room)
+        die_usage("%s: \"%s\" is no flag (flags start with --)", command->name, word);
+    if (!o->file || strlen(o->file) < 1000)
+        o->file = o->file ? arena_printf(&o->arena, "%s %s", o->file, word) : word;
 }
 
 static void parse_arguments(struct Options *o, const struct Command *command, int argc, char **argv) {
+    o->begin = seconds_now();
+    o->command = program_name;
+    for (int i = 1; i < argc; i++)
+        o->command = arena_printf(&o->arena, "%s %s", o->command, shell_word(&o->arena, argv[i]));
     for (int i = 2; i < argc; i++) {
-        if (strncmp(argv[i], "--", 2) != 0) {
-            if (!(command->groups & G_WORDS) || (o->file && command->run != command_glossary)) die_usage("%s: \"%s\" is no flag (flags start with --)", command->name, argv[i]);
-            if (!o->file || strlen(o->file) < 1000) o->file = o->file ? arena_printf(&o->arena, "%s %s", o->file, argv[i]) : argv[i];
-            continue;
-        }
-        size_t length = strcspn(argv[i] + 2, "=");
-        bool equals = argv[i][2 + length] == '=';
-        const struct Flag *flag = find_flag(arena_printf(&o->arena, "%.*s", (int)MIN(length, (size_t)60), argv[i] + 2), command);
-        i += parse_flag(o, flag, equals ? argv[i] + 3 + length : i + 1 < argc ? argv[i + 1] : NULL, !equals) && !equals;
-        const char **list = (const char **)((char *)o + flag->offset);       /* a list goes on to the next flag: --loss_type sigmoid sft */
-        while (flag->kind == KIND_LIST && !equals && i + 1 < argc && strlen(*list) < 1000 && strncmp(argv[i + 1], "--", 2) != 0) *list = arena_printf(&o->arena, "%s %s", *list, argv[++i]);
+        if (strcmp(argv[i], "-h") == 0)
+            o->help = true;
+        else if (is_flag(argv[i]))
+            i += take_flag(o, command, argv + i);
+        else
+            take_word(o, command, argv[i]);
     }
     quiet = o->quiet;
-    o->begin = seconds_now();
-    o->command = "align";
-    for (int i = 1; i < argc; i++) o->command = arena_printf(&o->arena, argv[i][strcspn(argv[i], " \t\n\"$&|;<>()*?#")] ? "%s '%s'" : "%s %s", o->command, argv[i]);
+    bool resume;
+    const char **from = &o->train.resume_from_checkpoint;
+    if (*from && parse_bool(*from, &resume))
+        *from = resume ? "true" : NULL;
+    if (o->help)
+        return;
+    if (o->use_peft && o->peft_adapter)
+        die_usage("--use_peft starts a new adapter, --peft_adapter goes on with one: give one of "
+                  "them");
+    if (o->use_peft && o->lora.lora_dropout != 0)
+        die_usage("--lora_dropout %g: only 0 is implemented; leave it out", o->lora.lora_dropout);
+    if (o->use_peft && o->lora.r > 1 << 16)
+        die_usage("--lora_r %zu: 1 to 65536 can be used", o->lora.r);
+    if (o->passed_over)
+        warn("%s: no effect in align", o->passed_over);
+    note_idle_training(o, command);
+    note_idle_tools(o, command);
 }
 
 /* What a command starts from: transformers' defaults, and its own in the table of commands, TRL's. */
@@ -8614,9 +9107,111 @@ static struct Options default_options(const char *name) {
         .input_length = {2, 8}, .output_length = {4, 16}, .pretrain_steps = 2000, .reward_steps = 450, .ppo_steps = 85, .dpo_steps = 150};
     const struct Command *command = find_command(name);
     o.generation.top_k = 0;
-    for (const char *const *word = command->defaults; *word; word += 2) parse_flag(&o, find_flag(word[0], command), word[1], false);
+    for (const char *const *word = command->defaults; *word; word += 2)
+        parse_flag(&o, find_flag(word[0], command), word[1]);
     if (command->groups & G_BENCH) o.train.per_device_train_batch_size = o.train.max_length = 0;       /* given: that step alone */
     return o;
+}
+
+/* A flag's value as it stands in Options, in words; "" for a string that is not set. */
+static const char *flag_value(struct Options *o, const struct Flag *flag) {
+    static const char *const stopping[] =
+        {[STOP_FALSE] = "false", [STOP_TRUE] = "true", [STOP_NEVER] = "never"};
+    const void *at = (const char *)o + flag->offset;
+    if (flag->kind <= KIND_LIST)
+        return *(const char *const *)at ? *(const char *const *)at : "";
+    if (flag->kind == KIND_BOOL)
+        return *(const bool *)at ? "true" : "false";
+    if (flag->kind == KIND_STOPPING)
+        return stopping[*(const enum EarlyStopping *)at];
+    if (flag->kind == KIND_SEED)
+        return arena_printf(&o->arena, "%llu", (unsigned long long)*(const uint64_t *)at);
+    if (flag->kind <= KIND_COUNT || flag->kind == KIND_WARMUP)
+        return arena_printf(&o->arena, "%zu", *(const size_t *)at);
+    return arena_printf(&o->arena, "%g", *(const double *)at);
+}
+
+/* Prints words in lines of at most 100 columns; all but the first are indented by `indent`. */
+static void print_wrapped(const char *text, size_t indent) {
+    size_t column = indent;
+    for (size_t length; *text; text += length + (text[length] == ' ')) {
+        length = strcspn(text, " ");
+        if (column > indent && column + 1 + length > 100) {
+            printf("\n%*s", (int)indent, "");
+            column = indent;
+        }
+        column += (size_t)printf("%s%.*s", column > indent ? " " : "", (int)length, text);
+    }
+    putchar('\n');
+}
+
+/* Prints each flag under its heading: its default, as the command has it, what it may be, and what
+ * it is for. */
+static void print_help(const struct Command *command) {
+    enum { INDENT = 33 };
+    struct Options defaults = default_options(command->name);
+    const char *heading = NULL;
+    printf("align %s -- ", command->name);
+    print_wrapped(command->what, sizeof "align -- " - 1 + strlen(command->name));
+    puts("\nIn [brackets]: the default. A boolean may stand bare, be --no_so or have a value. A "
+         "name may be cut\n"
+         "short as far as it fits one flag alone, and have dashes for underscores.");
+    for (size_t i = 0; i < COUNT(FLAGS); i++) {
+        const struct Flag *flag = &FLAGS[i];
+        if (!*flag->name)
+            heading = flag->help;
+        if (!(flag->groups & command->groups))
+            continue;
+        if (heading)
+            printf("\n%s\n", heading);
+        heading = NULL;
+        const char *value = flag_value(&defaults, flag);
+        const char *expected =
+            flag->kind == KIND_BOOL ? "true or false" : RANGES[flag->kind].expected;
+        if (!expected)
+            expected = "";
+        size_t length = strlen(expected);
+        if (length && expected[length - 1] == ',')
+            length--;
+        const char *brackets = *value ? arena_printf(&defaults.arena, "[%s] ", value) : "";
+        printf("  --%-*s", INDENT - 4, flag->name);
+        print_wrapped(arena_printf(&defaults.arena, "%s%.*s%s%s", brackets, (int)length, expected,
+                                   length ? ": " : "", flag->help),
+                      INDENT);
+    }
+    options_close(&defaults);
+}
+
+static void print_version(void) {
+    kernel_choose();
+    puts("align 1.0");
+#if defined(__clang__)
+    printf("compiler: clang %d.%d.%d\n", __clang_major__, __clang_minor__, __clang_patchlevel__);
+#elif defined(__GNUC__)
+    printf("compiler: gcc %d.%d.%d\n", __GNUC__, __GNUC_MINOR__, __GNUC_PATCHLEVEL__);
+#endif
+#ifdef _OPENMP
+    printf("threads: %d (OpenMP)\n", omp_get_max_threads());
+#else
+    puts("threads: built without OpenMP: one thread");
+#endif
+    printf("kernel: %s\n", kernel ? kernel->name : "plain");
+}
+
+/* Answers what is asked about the program itself: --help, -h, help [COMMAND], --version. Returns
+ * false if the command line is something else. */
+static bool answer_about(int argc, char **argv) {
+    const char *word = argc > 1 ? argv[1] : "help";
+    bool help = strcmp(word, "--help") == 0 || strcmp(word, "-h") == 0 || strcmp(word, "help") == 0;
+    if (strcmp(word, "--version") == 0)
+        print_version();
+    else if (help && argc > 2)
+        print_help(find_command(argv[2]));
+    else if (help)
+        print_commands(argc < 2 ? stderr : stdout);
+    else
+        return false;
+    return true;
 }
 
 /* A thread that waits for others spins before it sleeps, GNU's OpenMP for milliseconds and LLVM's
@@ -8700,8 +9295,10 @@ int main(int argc, char **argv) {
 #endif
     openmp_spin_briefly();
     arithmetic_check();
-    if (argc < 2 || strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "help") == 0) print_commands(argc < 2 ? stderr : stdout);
-    else {
+    struct Arena words = {0};
+    if (argc > 0 && *argv[0])
+        program_name = shell_word(&words, argv[0]);
+    if (!answer_about(argc, argv)) {
         const struct Command *command = find_command(argv[1]);
         struct Options o = default_options(command->name);
         parse_arguments(&o, command, argc, argv);
@@ -8715,6 +9312,8 @@ int main(int argc, char **argv) {
         }
         options_close(&o);
     }
+    arena_free(&words);
+    program_name = "align";
     errno = 0;
     CHECK(fflush(stdout) == 0 && !ferror(stdout), "standard output: writing failed: %s", errno ? strerror(errno) : "what came out is not complete");
     return argc < 2 ? 2 : 0;

@@ -2816,6 +2816,11 @@ static void test_schedule(void) {
     args = training_arguments();
     args.warmup_steps = 2;
     for (size_t step = 0; step < 4; step++) expect_close("linear, 10 steps, warm-up 2", schedule_factor(&args, step, 10), (double[]){0, 0.5, 1, 0.875}[step], 1e-12);
+    args.warmup_steps = 0;
+    args.warmup_ratio = 0.15;
+    for (size_t step = 0; step < 4; step++)
+        expect_close("a share of the steps, rounded up", schedule_factor(&args, step, 10),
+                     (double[]){0, 0.5, 1, 0.875}[step], 1e-12);
     args.lr_end = 0.2;
     expect_close("lr_end", schedule_factor(&args, 10, 10), 0.2, 1e-12);
     expect_close("half way to lr_end", schedule_factor(&args, 6, 10), 0.6, 1e-12);
@@ -5024,6 +5029,20 @@ static void test_broken_messages(void) {
     expect_text("names in a log", text_of(log_name("eval_", text_of("a\"b\\c\n"))), "eval_a_b_c_");
 }
 
+/* By hand: what `sh` makes of the word is the word. */
+static void test_shell_word(void) {
+    expect_text("plain", text_of(shell_word(&test_arena, "out/run-1.5,a=b:c@d%e+f_G")),
+                "out/run-1.5,a=b:c@d%e+f_G");
+    expect_text("an apostrophe and a space", text_of(shell_word(&test_arena, "Ana's run")),
+                "'Ana'\\''s run'");
+    expect_text("nothing", text_of(shell_word(&test_arena, "")), "''");
+    expect_text("only apostrophes", text_of(shell_word(&test_arena, "\'\'")),
+                "\'\'\\\'\'"
+                "\'\\\'\'\'");
+    expect_text("what a shell would expand", text_of(shell_word(&test_arena, "~/$x*\n\xc3\xa9")),
+                "'~/$x*\n\xc3\xa9'");
+}
+
 /* What a user may type wrongly: exit 2 for the command line, 1 for what cannot be done, and the nearest flag's name. */
 static void test_cli_errors(void) {
     const char *model = temporary("cli"), *rest = tokenizer->path;
@@ -5050,7 +5069,21 @@ static void test_cli_errors(void) {
         {"1", "--max_new_tokens 5: 6 tokens make 7776 responses", "exact", "--max_new_tokens", "5"}, {"1", "--beta 0: must be above 0", "exact", "--beta", "0"}, {"1", "--vocab_size 17: 2 to 16", "exact", "--vocab_size", "17"},
         {"2", "--prompt, or --dataset_name, is needed", "generate", "--model_name_or_path", "@M", "--tokenizer", "@T"},
         {"1", "40 tokens, the model's context is 24", "generate", "--model_name_or_path", "@M", "--dataset_name", "@long.jsonl", "--tokenizer", "@T"},
-        {"1", "no tokenizer here", "generate", "--tokenizer", "no tokenizer here"}};
+        {"1", "no tokenizer here", "generate", "--tokenizer", "no tokenizer here", "--model_name_or_path", "@M", "--prompt", "x"},
+        {"2", "--decode reads ids, --jsonl texts", "tokenize", "--jsonl", "--decode"}, {"2", "--loss_type \"\" is empty", "dpo", "--loss_type", ""}, {"2", "no loss counts", "dpo", "--loss_type", "sigmoid", "--loss_weights", "0"},
+        {"2", "--loss_type \" ,\" is empty", "dpo", "--loss_type= ,"}, {"2", "--loss_type \"\" is empty", "reward", "--loss_type", ""}, {"2", "--output_dir \"\" is empty", "sft", "--output_dir="},
+        {"2", "--output_dir is needed", "sft", "--model_name_or_path", "nowhere", "--dataset_name", "nowhere"}, {"2", "--dataset_name is needed", "dpo", "--model_name_or_path", "nowhere"},
+        {"2", "--reward_model_path is needed", "ppo", "--model_name_or_path", "nowhere", "--dataset_name", "nowhere"}, {"2", "--output_dir is needed", "ppo", "--model_name_or_path", "nowhere", "--rollouts", "nowhere"},
+        {"2", "--output_dir is needed", "collect", "--model_name_or_path", "nowhere", "--dataset_name", "nowhere"}, {"2", "--dataset_name is needed", "pretrain", "--n_layer", "1"},
+        {"2", "--prompt is needed", "next", "--model_name_or_path", "nowhere"}, {"2", "--dataset_name is needed", "eval", "--model_name_or_path", "nowhere"},
+        {"1", "must be a multiple of --mini_batch_size 4294967296 times", "ppo", "--batch_size=4294967296", "--mini_batch_size=4294967296", "--gradient_accumulation_steps=4294967296"},
+        {"2", "was expected; 1.2e-38 to 3.4e+38 can be used", "next", "--repetition_penalty", "1e39"}, {"2", "-3.4e+38 to 3.4e+38 can be used", "generate", "--length_penalty", "-1e308"},
+        {"2", "--output_dir needs a value", "sft", "--output_dir", "--quiet"}, {"2", "--use_peft perhaps: true or false", "sft", "--use_peft", "perhaps"}, {"2", "--no_use_peft takes no value", "sft", "--no_use_peft=true"},
+        {"2", "--l: which of these is meant? --lora_r, --lora_alpha", "dpo", "--l", "1"}, {"2", "\"--\" is no flag", "dpo", "--"},
+        {"2", "--bf16 true cannot be had: align computes in float32; leave it out, or give false", "sft", "--bf16"}, {"2", "--packing True cannot be had", "sft", "--packing", "True"},
+        {"2", "--eval_strategy epoch cannot be had: an evaluation comes each --eval_steps", "dpo", "--eval_strategy", "epoch"}, {"2", "--report_to wandb cannot be had", "sft", "--report_to", "none", "wandb"},
+        {"2", "the nearest is --output_max_length", "ppo", "--max_new_tokens", "5"}, {"2", "the nearest is --max_new_tokens", "generate", "--max_length", "5"}, {"2", "the nearest is --learning_rate", "sft", "--lr", "1"},
+        {"2", "the nearest is --per_device_train_batch_size", "sft", "--batch-size", "1"}, {"2", "the nearest is --init_kl_coef", "ppo", "--kl_coef", "1"}, {"2", "the nearest is --max_steps", "ppo", "--steps", "1"}};
     for (size_t i = 0; i < COUNT(cases); i++) {
         const char *arguments[12] = {"align"};
         for (size_t k = 2, n = 1; k < 9 && cases[i][k]; k++, n++) {
@@ -5061,6 +5094,198 @@ static void test_cli_errors(void) {
     }
     expect_count("kitten, sitting", edit_distance("kitten", "sitting"), 3);
     expect_count("the same, and from nothing", edit_distance("beta", "beta") + edit_distance("", "beta"), 4);
+}
+
+/* A command line, taken apart; what was said meanwhile, if `said` is asked for. */
+static struct Options parse_words(const char *const *words, struct Text *said) {
+    const char *arguments[32] = {"align"};
+    int n = 1;
+    for (; words[n - 1]; n++)
+        arguments[n] = words[n - 1];
+    const struct Command *command = find_command(words[0]);
+    struct Options o = default_options(command->name);
+    if (said)
+        capture_begin();
+    parse_arguments(&o, command, n, (char **)arguments);
+    if (said)
+        *said = capture_end();
+    quiet = true;
+    return o;
+}
+
+#define WORDS(...) ((const char *const[]){__VA_ARGS__, NULL})
+
+/* The spellings that transformers' HfArgumentParser takes. */
+static void test_cli_spelling(void) {
+    static const char *const yes[][3] = {{"sft", "--use_peft"},      {"sft", "--use_peft", "True"},
+                                         {"sft", "--use_peft=TRUE"}, {"sft", "--use_peft", "yes"},
+                                         {"sft", "--use_peft", "y"}, {"sft", "--use_peft", "t"},
+                                         {"sft", "--use_peft=1"},    {"sft", "--use-peft"},
+                                         {"sft", "--use_p", "true"}};
+    static const char *const no[][3] = {{"sft", "--no_use_peft"},       {"sft", "--no-use-peft"},
+                                        {"sft", "--use_peft", "False"}, {"sft", "--use_peft=no"},
+                                        {"sft", "--use_peft", "n"},     {"sft", "--use_peft", "f"},
+                                        {"sft", "--use_peft", "0"}};
+    for (size_t i = 0; i < COUNT(yes); i++) {
+        struct Options o =
+            parse_words((const char *const[]){yes[i][0], yes[i][1], yes[i][2], NULL}, NULL);
+        expect_true(yes[i][1], o.use_peft && given(&o, "use_peft"));
+        options_close(&o);
+    }
+    for (size_t i = 0; i < COUNT(no); i++) {
+        struct Options o =
+            parse_words((const char *const[]){no[i][0], no[i][1], no[i][2], NULL}, NULL);
+        expect_true(no[i][1], !o.use_peft && given(&o, "use_peft"));
+        options_close(&o);
+    }
+    struct Options o =
+        parse_words(WORDS("ppo", "--no_adap_kl_ctrl", "--learning-rate", "1e-3", "--max_steps",
+                          "-1", "--optim", "adamw_torch", "--resume_from_checkpoint", "True",
+                          "--mini=4", "--adam-eps=1e-3"),
+                    NULL);
+    expect_true("ppo", !o.ppo.adap_kl_ctrl && o.train.learning_rate == 1e-3
+                           && o.train.max_steps == 0
+                           && strcmp(o.train.resume_from_checkpoint, "true") == 0
+                           && o.ppo.mini_batch_size == 4 && o.train.adam_epsilon == 1e-3);
+    options_close(&o);
+    o = parse_words(WORDS("sft", "--warmup_steps", "0.4", "--resume_from_checkpoint=False"), NULL);
+    expect_true("a share of the steps", o.train.warmup_steps == 0 && o.train.warmup_ratio == 0.4
+                                            && !o.train.resume_from_checkpoint);
+    options_close(&o);
+    o = parse_words(WORDS("sft", "--warmup_ratio", "0.1", "--warmup_steps", "0"), NULL);
+    expect_true("transformers 4", o.train.warmup_steps == 0 && o.train.warmup_ratio == 0.1);
+    options_close(&o);
+    o = parse_words(WORDS("tokenize", "--decode", "1"), NULL);
+    expect_true("a file whose name could be a boolean", o.decode && strcmp(o.file, "1") == 0);
+    options_close(&o);
+    o = parse_words(WORDS("generate", "--prompt", "", "--early_stopping", "never", "-h"), NULL);
+    expect_true("an empty prompt, never, -h",
+                *o.prompt == 0 && o.generation.early_stopping == STOP_NEVER && o.help);
+    options_close(&o);
+    o = parse_words(WORDS("generate", "--prompt", "-- said he", "--do_sample"), NULL);
+    expect_true("a prompt that begins with dashes",
+                strcmp(o.prompt, "-- said he") == 0 && o.generation.do_sample);
+    options_close(&o);
+}
+
+static void expect_note(const char *note, const char *const *words) {
+    struct Text said;
+    struct Options o = parse_words(words, &said);
+    if (*note ? !strstr(said.data, note) || strchr(said.data, '\n') != said.data + said.length - 1
+              : said.length > 0)
+        if (failed())
+            printf("%s: %s ...: \"%s\" was expected, \"%s\" was said\n", test_name, words[1], note,
+                   said.data);
+    options_close(&o);
+}
+
+/* Flags that change nothing are named, in one line a reason; those that do are not. */
+static void test_cli_idle(void) {
+    expect_note("align: note: --bf16, --report_to, --do_eval, --eval_strategy, --logging_dir, "
+                "--overwrite_output_dir, --tf32: no effect in align\n",
+                WORDS("sft", "--bf16", "False", "--report_to", "none", "--do_eval",
+                      "--eval-strategy", "no", "--logging_dir=x", "--overwrite_output_dir",
+                      "--tf32", "1"));
+    expect_note("align: note: --packing, --load_best_model_at_end: no effect in align\n",
+                WORDS("sft", "--no_packing", "--no-load_best-model-at-end"));
+    expect_note("--lora_r, --lora_alpha, --use_rslora: no effect: all weights are trained",
+                WORDS("dpo", "--lora_r", "4", "--lora-alpha", "8", "--use_rs"));
+    expect_note("--lora_r: no effect: --peft_adapter has its own",
+                WORDS("sft", "--lora_r", "4", "--peft_adapter", "x"));
+    expect_note("", WORDS("sft", "--lora_r", "4", "--use_peft"));
+    expect_note("--num_train_epochs: no effect: --max_steps",
+                WORDS("sft", "--num_train_epochs", "2", "--max_steps", "3"));
+    expect_note("", WORDS("sft", "--num_train_epochs", "2", "--max_steps", "-1"));
+    expect_note("--eval_steps: no effect", WORDS("sft", "--eval_steps", "2"));
+    expect_note("--adam_beta1, --adam_epsilon: no effect",
+                WORDS("sft", "--adam_beta1", "0.8", "--optim", "sgd", "--adam_epsilon", "1"));
+    expect_note("--warmup_steps: no effect",
+                WORDS("sft", "--warmup_steps", "5", "--lr_scheduler_type", "constant"));
+    expect_note("--warmup_ratio: no effect: --lr_scheduler_type",
+                WORDS("ppo", "--warmup_ratio", "0.1"));
+    expect_note("--warmup_ratio: no effect: --warmup_steps",
+                WORDS("sft", "--warmup_ratio", "0.1", "--warmup_steps", "5"));
+    expect_note("--save_total_limit: no effect",
+                WORDS("sft", "--save_steps", "0", "--save_total_limit", "2"));
+    expect_note("--n_layer, --vocab_size: no effect",
+                WORDS("pretrain", "--n_layer", "2", "--vocab_size", "300", "--model_name_or_path",
+                      "x"));
+    expect_note("--center_rewards_coefficient: no effect",
+                WORDS("reward", "--center_rewards_coefficient", "1", "--loss_type", "bce"));
+    expect_note("--label_smoothing: no effect",
+                WORDS("dpo", "--label_smoothing", "0.1", "--loss_type", "hinge", "sft"));
+    expect_note("", WORDS("dpo", "--label_smoothing", "0.1", "--loss_type", "hinge", "robust"));
+    expect_note("--gradient_accumulation_steps: no effect",
+                WORDS("reinforce", "--gradient_accumulation_steps", "2"));
+    expect_note("--horizon, --target: no effect",
+                WORDS("ppo", "--adap_kl_ctrl", "false", "--target", "2", "--horizon", "3"));
+    expect_note("--target_kl: no effect", WORDS("ppo", "--target_kl", "2"));
+    expect_note("", WORDS("ppo", "--target_kl", "2", "--early_stopping", "--target", "3"));
+    expect_note("--use_score_norm: no effect", WORDS("ppo", "--use_score_norm"));
+    expect_note("--reward_model_path, --dataset_name, --top_k, --output_max_length: no effect",
+                WORDS("ppo", "--rollouts", "x", "--reward_model_path", "y", "--dataset_name", "z",
+                      "--top_k", "4", "--output_max", "9", "--temperature", "2"));
+    expect_note("--temperature, --top_k, --seed: no effect",
+                WORDS("generate", "--temperature", "2", "--top_k", "4", "--seed", "1"));
+    expect_note("", WORDS("generate", "--temperature", "2", "--top_k", "4", "--do_sample"));
+    expect_note("--length_penalty, --early_stopping: no effect",
+                WORDS("generate", "--length_penalty", "2", "--early_stopping", "true"));
+    expect_note("", WORDS("generate", "--length_penalty", "2", "--num_beams", "2"));
+    expect_note("--min_new_tokens: no effect", WORDS("generate", "--min_new_tokens", "21"));
+    expect_note("--dataset_name: no effect: --prompt",
+                WORDS("generate", "--prompt", "a", "--dataset_name", "x"));
+    expect_note("--max_length: no effect",
+                WORDS("eval", "--max_length", "9", "--reward_model_path", "x"));
+    expect_note("--ref_model, --max_samples, --top_p: no effect",
+                WORDS("eval", "--ref_model", "x", "--top_p", "0.5", "--max_samples", "3"));
+    expect_note("--batch_size: no effect",
+                WORDS("bench", "--batch_size", "4", "--max_length", "16"));
+}
+
+static struct Text answered(int argc, const char *a, const char *b) {
+    capture_begin();
+    bool answer = answer_about(argc, (char *[]){"align", (char *)a, (char *)b, NULL});
+    struct Text said = capture_end();
+    return answer ? said : text_of("");
+}
+
+/* What main answers itself. */
+static void test_cli_about(void) {
+    struct Text version = answered(2, "--version", NULL);
+    expect_true("--version", strstr(version.data, "align ") == version.data
+                                 && strstr(version.data, "\nkernel: ")
+                                 && strstr(version.data, "\nthreads: "));
+    expect_text("-h", answered(2, "-h", NULL), answered(2, "--help", NULL).data);
+    expect_text("help", answered(2, "help", NULL), answered(1, NULL, NULL).data);
+    expect_true("help dpo", strstr(answered(3, "help", "dpo").data, "align dpo -- ") != NULL);
+    expect_text("a command is something else", answered(2, "dpo", NULL), "");
+}
+
+/* Each --help names the command's own defaults, and fits 100 columns. */
+static void test_cli_help(void) {
+    for (size_t i = 0; i < COUNT(COMMANDS); i++) {
+        capture_begin();
+        print_help(&COMMANDS[i]);
+        struct Text help = capture_end();
+        for (const char *line = help.data; *line; line += strcspn(line, "\n") + 1)
+            expect_true("100 columns", strcspn(line, "\n") <= 100);
+        expect_true("--quiet", strstr(help.data, "\n  --quiet                        [false] true "
+                                                 "or false: ")
+                                   != NULL);
+        if (COMMANDS[i].run == command_dpo)
+            expect_true("dpo's learning rate, and its range", strstr(help.data, "--learning_rate   "
+                                                                                "             "
+                                                                                "[1e-06] a number, "
+                                                                                "0 or more: ")
+                                                                  != NULL);
+        if (COMMANDS[i].run == command_sft)
+            expect_true("sft's learning rate",
+                        strstr(help.data, "--learning_rate                [2e-05] ") != NULL);
+        if (COMMANDS[i].run == command_generate)
+            expect_true("generate's top_k", strstr(help.data, "--top_k                        [50] "
+                                                              "a whole number, 0 to 2^40: ")
+                                                != NULL);
+    }
 }
 
 /* The next line of a text, as JSON; NULL at its end. */
@@ -5471,9 +5696,9 @@ static void test_cli_lora(void) {
     expect_close("dpo starts at ln 2: the reference is sft's adapter", first ? first->number : NAN, log(2), 1e-6);
     static const struct { int status; const char *message, *words[14]; } cases[] = {
         {2, "--lora_dropout 0.1: only 0 is implemented", {"sft", "--use_peft", "--lora_dropout", "0.1"}}, {2, "--lora_r 0", {"sft", "--use_peft", "--lora_r", "0"}},
-        {2, "give one of them", {"sft", "--use_peft", "--peft_adapter", "@la_sft"}}, {1, "--lora_target_modules \"wte\": no linear layer", {"sft", "--use_peft", "--lora_target_modules", "wte"}},
+        {2, "give one of them", {"sft", "--use_peft", "--peft_adapter", "@la_sft"}}, {1, "--lora_target_modules \"wte\": no linear layer", {"sft", "--use_peft", "--lora_target_modules", "wte", "--dataset_name", "@texts.jsonl", "--output_dir", "@x"}},
         {1, "holds a model already", {"sft", "--use_peft", "--dataset_name", "@texts.jsonl", "--output_dir", "@base"}}, {1, "holds an adapter already", {"sft", "--dataset_name", "@texts.jsonl", "--output_dir", "@la_sft"}},
-        {2, "merge needs an adapter", {"merge", "--output_dir", "@x"}}, {1, "is itself an adapter", {"sft", "--peft_adapter", "@la_sft", "--model_name_or_path", "@la_dpo"}}};
+        {2, "merge needs an adapter", {"merge", "--output_dir", "@x"}}, {1, "is itself an adapter", {"sft", "--peft_adapter", "@la_sft", "--model_name_or_path", "@la_dpo", "--dataset_name", "@texts.jsonl", "--output_dir", "@x"}}};
     for (size_t i = 0; i < COUNT(cases); i++) {
         const char *arguments[20] = {"align", cases[i].words[0], "--tokenizer", tokenizer->path, "--model_name_or_path", temporary("base")};
         for (size_t k = 1; k < 14 && cases[i].words[k]; k++) arguments[k + 5] = cases[i].words[k][0] == '@' ? temporary(cases[i].words[k] + 1) : cases[i].words[k];
@@ -5907,7 +6132,9 @@ static const struct { const char *name; void (*run)(void); } TESTS[] = {
     {"broken_weights", test_broken_weights}, {"broken_config", test_broken_config},
     {"broken_data", test_broken_data}, {"answer_end", test_answer_end},
     {"broken_tokenizer", test_broken_tokenizer}, {"heads_left_out", test_heads_left_out},
-    {"broken_messages", test_broken_messages}, {"cli_errors", test_cli_errors},
+    {"broken_messages", test_broken_messages}, {"shell_word", test_shell_word},
+    {"cli_errors", test_cli_errors}, {"cli_spelling", test_cli_spelling},
+    {"cli_idle", test_cli_idle}, {"cli_about", test_cli_about}, {"cli_help", test_cli_help},
     {"cli_course", test_cli_course}, {"cli_collect", test_cli_collect},
     {"collect_resume", test_collect_resume}, {"collect_identical", test_collect_identical},
     {"encode_prompts", test_encode_prompts}, {"exact_optimum", test_exact_optimum},

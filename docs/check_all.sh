@@ -192,6 +192,7 @@ check threads python3 python3 docs/check_threads.py
 [ -f docs/check_resume.py ] && check resume python3 python3 docs/check_resume.py
 [ -f docs/check_failures.py ] && check failures python3 python3 docs/check_failures.py
 [ -f docs/fuzz.sh ] && check fuzz clang bash docs/fuzz.sh 200000
+[ -f docs/fuzz_flags.py ] && check fuzz_flags python3 python3 docs/fuzz_flags.py --count 100000
 [ -f "$shared/check_fidelity.py" ] && check fidelity python3 python3 "$shared/check_fidelity.py"
 check long_run python3 python3 docs/long_run.py "${LONG_RUN_MINUTES:-2}"
 

@@ -124,19 +124,33 @@ rlhf = "rlhf --model_name_or_path m48 --dataset_name many.jsonl --pretrain_steps
 
 # ---- the command line
 if arguments.table: print("| What is wrong | What align says |\n|---|---|")
-case("A misspelt flag", sft + "--learning_rat 1", 2, "sft has no flag --learning_rat; the nearest is --learning_rate")
+case("A misspelt flag", sft + "--learningrate 1", 2, "sft has no flag --learningrate; the nearest is --learning_rate")
 case("A misspelt command", "pretrian --dataset_name texts.jsonl", 2, 'there is no command "pretrian"; the nearest is "pretrain"')
 case("A flag that another command has", generate + "--beta 1", 2, "generate has no flag --beta")
 case("A needed flag is missing", ["sft --dataset_name texts.jsonl --output_dir out", "sft --model_name_or_path m --output_dir out", "sft --model_name_or_path m --dataset_name texts.jsonl",
      "generate --model_name_or_path m", "next --model_name_or_path m", "ppo --model_name_or_path m --dataset_name prompts.jsonl --output_dir out", "collect --model_name_or_path m --dataset_name prompts.jsonl --reward_model_path rm",
      "merge --model_name_or_path m --output_dir out", "dpo --model_name_or_path m --output_dir out"], 2, "need")
-case("A flag without its value", "sft --model_name_or_path", 2, "--model_name_or_path needs a value")
+case("A needed flag is missing: said before a model is read", ["sft --model_name_or_path nowhere --dataset_name nowhere", "ppo --model_name_or_path nowhere --reward_model_path nowhere --dataset_name nowhere",
+     "pretrain --dataset_name nowhere", "merge --model_name_or_path nowhere --peft_adapter nowhere"], 2, "--output_dir is needed")
+case("A flag without its value", ["sft --model_name_or_path", "sft --model_name_or_path --quiet"], 2, "--model_name_or_path needs a value")
+case("An empty value", [sft + "--output_dir ''", sft + "--model_name_or_path=", dpo + "--loss_type ' '", reward + "--loss_type ''", sft + "--use_peft --lora_target_modules ','"], 2, "is empty; a value was expected (")
+case("Losses of which none counts", [dpo + "--loss_weights 0", dpo + "--loss_type sigmoid sft --loss_weights 0 0"], 2, "no loss counts; nothing would be learnt")
+case("Ids and texts at once", "tokenize --jsonl --decode", 2, "--decode reads ids, --jsonl texts: give one of them")
+case("What transformers and TRL take", [sft + f for f in ("--use_peft True", "--use_peft=yes", "--no_use_peft", "--learning-rate 1e-5", "--learning_r 1e-5", "--max_steps -1 --num_train_epochs 1", "--optim adamw_torch", "--optim adamw_torch_fused",
+     "--warmup_steps 0.4", "--warmup_ratio 0.1")], 0)
+case("Flags of theirs that change nothing here", sft + "--bf16 false --fp16=False --report_to none --do_train --do_eval --logging_dir logs --load_best_model_at_end no --eval_strategy steps --packing false --dataloader_num_workers 4", 0,
+     "note: --bf16, --fp16, --report_to, --do_train, --do_eval, --logging_dir, --load_best_model_at_end, --eval_strategy, --packing, --dataloader_num_workers: no effect in align")
+case("With a value that would change something", [sft + f for f in ("--bf16", "--bf16 true", "--packing true", "--load_best_model_at_end", "--eval_strategy epoch", "--report_to wandb", "--torch_dtype bfloat16")], 2, "cannot be had: ", "leave it out, or give ")
+case("A flag that changes nothing beside the others", [sft + "--lora_r 4", generate + "--temperature 2", generate + "--length_penalty 2", generate + "--dataset_name prompts.jsonl", replay + "--top_k 3", sft + "--eval_steps 1", sft + "--num_train_epochs 9"], 0, "align: note: ", ": no effect: ")
+case("The beginning of several flags", dpo + "--l 1", 2, "--l: which of these is meant? --lora_r, --lora_alpha, ")
+case("A flag of another program", [ppo + "--max_new_tokens 5", ppo + "--max_length 5"], 2, "the nearest is --output_max_length")
 case("A word that is no flag", sft + "more", 2, '"more" is no flag')
 case("The same flag twice: the last one counts", sft + "--learning_rate 1e-4 --learning_rate 0", 0)
 case("Must be above 0", [dpo + "--beta 0", dpo + "--beta -1"] + [sft + "--use_peft --lora_alpha -1", sft + "--use_peft --lora_alpha 0", sft + "--adam_epsilon -1", sft + "--adam_epsilon 0", ppo + "--horizon 0", ppo + "--target 0", ppo + "--ratio_threshold -1",
       ppo + "--target_kl -1", generate + "--repetition_penalty -1"], 2, ": a number above 0 was expected (")
 case("Must be 0 or more", [sft + "--learning_rate -1e-4", sft + "--weight_decay -1", sft + "--max_grad_norm -1", reinforce + "--beta -1", reward + "--center_rewards_coefficient -1", ppo + "--init_kl_coef -1", ppo + "--cliprange -1",
-     ppo + "--cliprange_value -1", ppo + "--vf_coef -1", ppo + "--score_clip -1", sft + "--learning_rate 1e39"], 2, ": a number, 0 or more, was expected (")
+     ppo + "--cliprange_value -1", ppo + "--vf_coef -1", ppo + "--score_clip -1"], 2, ": a number, 0 or more, was expected (")
+case("Larger or smaller than a float can be", [sft + "--learning_rate 1e39", sft + "--adam_epsilon 1e-39", generate + "--repetition_penalty 1e39", generate + "--num_beams 2 --length_penalty -1e308", ppo + "--horizon inf"], 2, "to 3.4e+38 can be used (")
 case("Must be from 0 to 1", [generate + "--do_sample --top_p 2", generate + "--top_p -1", ppo + "--gamma 2", ppo + "--lam -1"], 2, ": a number from 0 to 1 was expected (")
 case("Must be from 0 to below 1", [sft + "--adam_beta1 1", sft + "--adam_beta2 -0.1", dpo + "--label_smoothing 1"], 2, ": a number from 0 to below 1 was expected (")
 case("Must be a whole number, 1 or more", [c + " 0" for c in (sft + "--gradient_accumulation_steps", sft + "--logging_steps", sft + "--max_length", sft + "--use_peft --lora_r", ppo + "--batch_size",
@@ -144,7 +158,7 @@ case("Must be a whole number, 1 or more", [c + " 0" for c in (sft + "--gradient_
      2, ": a whole number, 1 to 2^40, was expected (")
 case("Must be a whole number, 1 to 4096", [sft + "--per_device_train_batch_size 0", sft + "--per_device_train_batch_size 5000", sft + "--per_device_eval_batch_size 0",
      "eval --model_name_or_path m --dataset_name texts.jsonl --per_device_eval_batch_size 4097"], 2, ": a whole number, 1 to 4096, was expected (")
-case("Must be a whole number", [sft + "--max_steps -1", sft + "--max_steps 1.5", sft + "--warmup_steps many", sft + "--max_steps 99999999999999"], 2, ": a whole number, 0 to 2^40, was expected (")
+case("Must be a whole number", [sft + "--max_steps -2", sft + "--max_steps 1.5", sft + "--save_steps many", sft + "--max_steps 99999999999999"], 2, ": a whole number, 0 to 2^40, was expected (")
 case("No number", [sft + "--learning_rate nan", sft + "--learning_rate inf", sft + "--learning_rate 1e-4x", sft + "--seed -1"], 2, "was expected")
 case("Epochs without end, or none", [sft + "--num_train_epochs 1e30", sft + "--num_train_epochs 0"], 2, ": a number above 0, at most 1e9, was expected (")
 case("A temperature of 0, or one that overflows", [c + "--temperature 0" for c in (generate, following, ppo, dpo, reinforce, collect, rlhf, "eval --model_name_or_path m --dataset_name prompts.jsonl --reward_model_path rm ")] +
@@ -155,6 +169,8 @@ case("Loss weights that do not fit", [dpo + "--loss_type 'sigmoid sft' --loss_we
 case("An unknown name", [dpo + "--loss_type orpo", sft + "--optim adam", sft + "--lr_scheduler_type step", ppo + "--kl_penalty js", sft + "--train_sampling_strategy sorted"], 2, "is unknown; there are")
 case("Not true or false", sft + "--quiet=perhaps", 2, "--quiet perhaps: true or false was expected")
 case("vocab_size that has no room for the 256 bytes", pretrain + "--vocab_size 200", 1, "vocab_size 200; 257 to 65536 can be used")
+case("Numbers whose product overflows", ppo + "--batch_size 4294967296 --mini_batch_size 4294967296 --gradient_accumulation_steps 4294967296", 1, "--batch_size 4294967296 must be a multiple of")
+case("A reward model without training", rlhf + "--reward_steps 0", 1, "--reward_steps 0: an untrained reward model gives every text the same reward")
 case("Heads that do not divide the width", pretrain + "--n_head 3", 1, "n_embd 16 must be a multiple of n_head 3")
 case("mini_batch_size that does not divide batch_size", ppo + "--batch_size 4 --mini_batch_size 3", 1, "--batch_size 4 must be a multiple of --mini_batch_size 3")
 case("Accumulation that does not divide batch_size", ppo + "--gradient_accumulation_steps 3", 1, "times --gradient_accumulation_steps 3")
@@ -721,8 +737,26 @@ os.chmod("locked", 0o555)
 if wanted("output_dir of somebody else"):
     drop = {"preexec_fn": lambda: os.setuid(65534)} if os.geteuid() == 0 else {}
     process = align(sft + "--output_dir locked", **drop)
+    result("output_dir in a folder without permission", problem_of(align(sft + "--output_dir locked/out", **drop), 1, ("locked/out: Permission denied",)))
     result("output_dir without permission: found before the training", problem_of(process, 1, ("locked: cannot be written to: Permission denied",)), last_line(process).replace("align: ", "", 1))
 
+def pasted(folder):
+    """Runs rlhf and pastes the lines it prints, from a folder and into one with an awkward name, into a shell."""
+    os.makedirs(folder)
+    os.symlink(program, folder + "/align it")
+    environment = {**globals()["environment"], "A": folder + "/align it"}
+    run = lambda line: subprocess.run(["sh", "-c", line], capture_output=True, env=environment, stdin=subprocess.DEVNULL)
+    first = run('"$A" ' + rlhf.replace("--output_dir out", "") + "--output_dir \"Ana's \\$run\"")
+    line = next((line for line in first.stdout.decode("utf-8", "replace").split("\n") if " generate " in line), None)
+    if not line: return "no line to paste: " + last_line(first)
+    tried = run(line)
+    if tried.returncode or not tried.stdout.startswith(b"The film is"): return "`%s`: %s" % (line, last_line(tried))
+    command = json.loads(read("Ana's $run/report.json"))["facts"]["Command"]
+    again = run(command)
+    return None if again.returncode == 0 and json.loads(read("Ana's $run/report.json"))["facts"]["Command"] == command else "`%s`: %s" % (command, last_line(again))
+
+
+if wanted("pasted"): result("Lines that are printed can be pasted into a shell", pasted("Ana's tools"))
 shutil.rmtree(work, ignore_errors=True)
 if runs and not arguments.table: print("%d runs without room, %d of them ended with one line; every model and checkpoint they left loads" % (runs, ended))
 print("%d passed, %d failed" % (passed, failed))
