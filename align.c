@@ -3350,8 +3350,11 @@ static const char *bare_name(const char *name) {
 /* The entry of a file's header for a tensor of this bare name; NULL: there is none. */
 static struct Json *tensor_entry(const struct SafeTensors *st, const char *name) {
     struct Json *found = NULL;
+    size_t length = strlen(name);
     for (struct Json *entry = st->header->child; entry; entry = entry->next) {
-        if (strcmp(bare_name(entry->key.data), name) != 0)
+        const char *full = entry->key.data;
+        size_t before = entry->key.length - MIN(entry->key.length, length);
+        if (strcmp(full + before, name) != 0 || bare_name(full) != full + before)
             continue;
         CHECK(!found, "%s: tensors %s and %s are both %s; one of them was expected", st->path,
               found->key.data, entry->key.data, name);
