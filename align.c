@@ -123,6 +123,7 @@ static int rename_over(const char *from, const char *to) { return MoveFileExA(fr
 static size_t peak_rss_bytes(void) { return 0; }       /* not known */
 #define rename rename_over
 #define mkdir(path, mode) _mkdir(path)
+#define lstat stat
 #define fsync _commit
 #define aligned_alloc(boundary, size) _aligned_malloc(size, boundary)
 #define aligned_free _aligned_free
@@ -1760,12 +1761,11 @@ static int compare_data_files(const void *a, const void *b) {
     return strcmp(((const struct DataFile *)a)->path, ((const struct DataFile *)b)->path);
 }
 
-enum { DATA_FILES_MOST = 256, DATA_FOLDERS_DEEP = 16 };
+enum { DATA_FILES_MOST = 256 };
 
-/* Adds the *.jsonl of a folder and of the folders in it to data->files. Hidden ones, and folders
- * like __pycache__, are passed over, as datasets does. `deep` ends links that lead back. */
-static void dataset_list_files(struct Arena *arena, struct Dataset *data, const char *folder,
-                               size_t deep) {
+/* Adds the *.jsonl of a folder and of the folders in it to data->files. As datasets does, it passes
+ * over what is hidden, folders like __pycache__, and links to folders, which may lead back. */
+static void dataset_list_files(struct Arena *arena, struct Dataset *data, const char *folder) {
     DIR *dir = opendir(folder);
     CHECK(dir, "%s: %s", folder, strerror(errno));
     for (struct dirent *entry; (entry = readdir(dir));) {
@@ -1774,8 +1774,10 @@ static void dataset_list_files(struct Arena *arena, struct Dataset *data, const 
         if (name[0] == '.') continue;
         const char *path = arena_printf(arena, "%s/%s", folder, name);
         if (is_folder(path)) {
+            struct stat s;
+            bool is_link = lstat(path, &s) != 0 || !S_ISDIR(s.st_mode);
             bool is_special = strncmp(name, "__", 2) == 0;
-            if (!is_special && deep > 1) dataset_list_files(arena, data, path, deep - 1);
+            if (!is_link && !is_special) dataset_list_files(arena, data, path);
             continue;
         }
         if (length <= 6 || strcmp(name + length - 6, ".jsonl") != 0) continue;
@@ -1861,7 +1863,7 @@ static void dataset_load_folder(struct Arena *arena, struct Dataset *data, const
     const enum Split *splits = training ? held_out : to_train;
     size_t split_count = training ? COUNT(held_out) : COUNT(to_train);
     data->files = arena_alloc(arena, DATA_FILES_MOST, sizeof *data->files);
-    dataset_list_files(arena, data, data->path, DATA_FOLDERS_DEEP);
+    dataset_list_files(arena, data, data->path);
     /* A folder's own order is anybody's. */
     qsort(data->files, data->file_count, sizeof *data->files, compare_data_files);
     for (size_t s = 0; s < shape_count; s++) {

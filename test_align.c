@@ -1143,6 +1143,17 @@ static void load_folder_held_out(const void *path) {
     dataset_load_held_out(&test_arena, temporary("splits100"), train);
 }
 
+/* A link to a folder may lead back: its files are not read a second time. */
+static void test_data_splits_links(void) {
+#ifndef _WIN32
+    const char *root = folder_of_splits("train.jsonl;sub/train.jsonl", 110);
+    bool is_linked = symlink(".", temporary("splits110/again")) == 0;
+    expect_true("a link", is_linked && symlink("sub", temporary("splits110/other")) == 0);
+    struct Dataset *data = dataset_load(&test_arena, root, TEXT_SHAPES, 1);
+    expect_text("each file once", text_of(texts_of(data)), "sub/train.jsonl;train.jsonl");
+#endif
+}
+
 /* What is said of a folder's files: which are read and which are not; nothing if all are; what is
  * missing. A training's own rows are never held out. */
 static void test_data_splits_said(void) {
@@ -6072,6 +6083,7 @@ static const struct { const char *name; void (*run)(void); } TESTS[] = {
     {"tokenizer_long_word", test_tokenizer_long_word}, {"tokenizer_small", test_tokenizer_small}, {"tokenizer_save", test_tokenizer_save},
     {"data_shapes", test_data_shapes}, {"data_folder", test_data_folder},
     {"data_splits", test_data_splits}, {"data_splits_said", test_data_splits_said},
+    {"data_splits_links", test_data_splits_links},
     {"data_unused_fields", test_data_unused_fields}, {"data_formats", test_data_formats},
     {"data_implicit_prompt", test_data_implicit_prompt},
     {"data_prompt_completion", test_data_prompt_completion},
