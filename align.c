@@ -4568,8 +4568,8 @@ struct Trainer {
     struct Arena arena;                      /* emptied before every micro-batch */
 };
 
-/* trainer_metric -- a metric of a batch, or of all that is held out, is a mean over its units: tokens,
- * pairs or texts. A batch reports the sum over its units and how many they are: a mean of batches'
+/* trainer_metric -- a metric of a batch, or of all that is held out, is a mean over its units:
+ * tokens, pairs or texts. A batch reports the sum over its units and how many they are: a mean of batches'
  * means would depend on how the units are dealt out to batches, and a small last batch would count
  * as much as a full one.
  * By hand: losses 1, 2, 6 in batches of two and one: 9 / 3 = 3; the mean of the batches' means,
