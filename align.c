@@ -878,17 +878,17 @@ static void json_write_string(FILE *file, const char *before, struct Text text) 
     fputc('"', file);
 }
 
-/* A model's text for a terminal or a pipe, as UTF-8: bytes that are no character become U+FFFD, control characters
- * spaces, but those in `kept`. What two texts look like is the same when this is.                test: text_shown */
+/* A model's text for a terminal or a pipe, as UTF-8: bytes that are no character become U+FFFD,
+ * control characters other than those in `kept` spaces.                       test: text_shown */
 static struct Text text_shown(struct Arena *arena, struct Text text, const char *kept) {
     char *to = arena_alloc(arena, 3 * text.length + 1, 1);
     size_t n = 0;
     for (size_t i = 0, length; i < text.length; i += MAX(length, (size_t)1)) {
         uint32_t c;
         length = utf8_read((const unsigned char *)text.data + i, text.length - i, &c);
-        bool control = length && (c < 32 || (c >= 127 && c < 160)) && !(c && c < 32 && strchr(kept, (int)c));
+        bool control = c < 32 || (c >= 127 && c < 160);
         if (length == 0) n += utf8_write(to + n, 0xfffd);
-        else if (control) to[n++] = ' ';
+        else if (control && !(c && c < 32 && strchr(kept, (int)c))) to[n++] = ' ';
         else {
             memcpy(to + n, text.data + i, length);
             n += length;
@@ -2301,8 +2301,10 @@ enum { TILE_MAX = 8 * 32, KC = 384, BLOCK_ROWS = 1024 };
 struct Kernel {
     const char *name;
     size_t MR, NR;
-    void (*tile)(size_t K, const float *a, const float *b, const float *start, size_t start_row, float *c, size_t c_row);
-    void (*few_rows)(float *y, const float *x, const float *weight, const float *bias, size_t N, size_t in, size_t out, size_t columns);
+    void (*tile)(size_t K, const float *a, const float *b, const float *start, size_t start_row,
+                 float *c, size_t c_row);
+    void (*few_rows)(float *y, const float *x, const float *weight, const float *bias, size_t N,
+                     size_t in, size_t out, size_t columns);
 };
 
 /* Vectors: + and * on them are single instructions, a number times a vector multiplies each lane, `_any` may stand at any
@@ -2328,11 +2330,14 @@ static void tile_4x8(size_t K, const float *a, const float *b, const float *star
         for (int j = 0; j < 2; j++) *(float4_any *)(c + i * c_row + 4 * j) = sum[i][j];
 }
 
-/* A strip of columns of y = x W + bias for few rows, as in generation: packing W would cost more than it saves. Eight
- * rows of W at a time pass through the first cache and serve all rows of x; the next eight are asked for meanwhile.
- * Compiled beside each tile, for the same instructions: it adds in the tile's order and, where there is a fused
- * multiply-add, rounds where the tile does, so both make the same bits.           test: few_rows, rows_company */
-static inline __attribute__((always_inline)) void linear_few_rows(float *y, const float *x, const float *weight, const float *bias, size_t N, size_t in, size_t out, size_t columns) {
+/* A strip of columns of y = x W + bias for few rows, as in generation: packing W would cost more
+ * than it saves. Eight rows of W at a time pass through the first cache and serve all rows of x;
+ * the next eight are asked for meanwhile. Compiled beside each tile, for the same instructions: it
+ * adds in the tile's order and, where there is a fused multiply-add, rounds where the tile does, so
+ * both make the same bits.                                          test: few_rows, rows_company */
+static inline __attribute__((always_inline)) void
+linear_few_rows(float *y, const float *x, const float *weight, const float *bias, size_t N, size_t in,
+                size_t out, size_t columns) {
     for (size_t n = 0; n < N; n++) memcpy(y + n * out, bias, columns * sizeof *y);
     size_t k = 0;
     for (; k + 8 <= in; k += 8)
@@ -2349,7 +2354,8 @@ static inline __attribute__((always_inline)) void linear_few_rows(float *y, cons
             for (size_t j = 0; j < columns; j++) y[n * out + j] += x[n * in + k] * weight[k * out + j];
 }
 
-static void few_rows_plain(float *y, const float *x, const float *weight, const float *bias, size_t N, size_t in, size_t out, size_t columns) {
+static void few_rows_plain(float *y, const float *x, const float *weight, const float *bias, size_t N,
+                           size_t in, size_t out, size_t columns) {
     linear_few_rows(y, x, weight, bias, N, in, out, columns);
 }
 
@@ -2391,11 +2397,15 @@ __attribute__((target("avx512f"))) static void tile_8x32(size_t K, const float *
         for (int j = 0; j < 2; j++) *(float16_any *)(c + i * c_row + 16 * j) = sum[i][j];
 }
 
-__attribute__((target("avx2,fma"))) static void few_rows_avx2(float *y, const float *x, const float *weight, const float *bias, size_t N, size_t in, size_t out, size_t columns) {
+__attribute__((target("avx2,fma")))
+static void few_rows_avx2(float *y, const float *x, const float *weight, const float *bias, size_t N,
+                           size_t in, size_t out, size_t columns) {
     linear_few_rows(y, x, weight, bias, N, in, out, columns);
 }
 
-__attribute__((target("avx512f,fma"))) static void few_rows_avx512(float *y, const float *x, const float *weight, const float *bias, size_t N, size_t in, size_t out, size_t columns) {
+__attribute__((target("avx512f,fma")))
+static void few_rows_avx512(float *y, const float *x, const float *weight, const float *bias, size_t N,
+                           size_t in, size_t out, size_t columns) {
     linear_few_rows(y, x, weight, bias, N, in, out, columns);
 }
 #endif
@@ -2494,9 +2504,10 @@ static struct Matrix matrix(const float *data, size_t columns) { return (struct 
 static struct Matrix transposed(const float *data, size_t columns) { return (struct Matrix){data, 1, columns}; }
 
 /* One panel of B, packed, times the panels of A for rows m0..m1: `columns` columns of C from column n on. A tile that
- * sticks out of C is made aside, from a copy of what it starts from, and copied back: its sums are made by the very
- * operations of a whole tile, so that a row of C has the same bits wherever it stands and whatever rows are beside it.
- * C's next rows are asked for early where they are to be added to. */
+ * sticks out of C is made aside, from a copy of what it starts from, and copied back: its sums are
+ * made by the very operations of a whole tile, so that a row of C has the same bits wherever it
+ * stands and whatever rows are beside it. C's next rows are asked for early where they are to be
+ * added to.                                                                test: rows_company */
 static void matmul_panel(float *c, size_t c_row, const float *start, size_t start_row, const float *pack_a, const float *panel, size_t m0, size_t m1, size_t columns, size_t K) {
     size_t MR = kernel->MR, NR = kernel->NR;
     _Alignas(64) float aside[TILE_MAX];
@@ -2510,9 +2521,11 @@ static void matmul_panel(float *c, size_t c_row, const float *start, size_t star
         }
         size_t rows = MIN(MR, m1 - m);
         memset(aside, 0, sizeof aside);                   /* also where there is nothing of C */
-        for (size_t i = 0; from && i < rows; i++) memcpy(aside + i * NR, from + i * start_row, columns * sizeof *c);
+        for (size_t i = 0; from && i < rows; i++)
+            memcpy(aside + i * NR, from + i * start_row, columns * sizeof *c);
         kernel->tile(K, pack_a + m * K, panel, aside, NR, aside, NR);
-        for (size_t i = 0; i < rows; i++) memcpy(c + (m + i) * c_row, aside + i * NR, columns * sizeof *c);
+        for (size_t i = 0; i < rows; i++)
+            memcpy(c + (m + i) * c_row, aside + i * NR, columns * sizeof *c);
     }
 }
 
@@ -2583,8 +2596,8 @@ static void matmul(float *c, size_t c_row, const float *start, size_t start_row,
 enum { FEW_ROWS = 16, STRIP = 64 };     /* STRIP: columns whose sums over the rows one thread makes */
 
 /* linear: y (N,out) = x (N,in) W (in,out) + bias (out). GPT-2's Conv1D: W as [in,out], not torch's [out,in].
- * A row of y has the same bits however many rows are beside it, so a text's score does not depend on its batch.
- *                                                                         test: rows_company, reward_company */
+ * A row of y has the same bits however many rows are beside it, so a text's score does not depend
+ * on its batch.                                                test: rows_company, reward_company */
 static void linear_forward(float *y, const float *x, const float *weight, const float *bias, size_t N, size_t in, size_t out) {
     if (N > FEW_ROWS || !kernel) {
         matmul(y, out, bias, 0, matrix(x, in), matrix(weight, out), N, out, in);
@@ -3106,14 +3119,16 @@ static void check_numbers(const struct GPT2 *model, struct Arena *arena, const s
     check_finite(&traced, what, x[i]);
 }
 
-/* Logits (n,V) = hidden (n,C) wte^T: the output layer. As in linear_forward, a row has the same bits in any company. */
+/* Logits (n,V) = hidden (n,C) wte^T: the output layer. As in linear_forward, a row has the same bits
+ * in any company. */
 static void output_logits(const struct GPT2 *model, float *logits, const float *hidden, size_t n) {
     size_t C = model->config.n_embd, V = model->config.vocab_size;
     matmul(logits, V, NULL, 0, matrix(hidden, C), transposed(model->wte.w, C), n, V, C);
 }
 
-/* The same while texts are written. Few rows: dot products in 16 lanes, each row of wte read once, where matmul would
- * first have to transpose it (for one row of GPT-2, 2.5 times the time). The lanes add in another order than matmul. */
+/* The same while texts are written. Few rows: dot products in 16 lanes, each row of wte read once,
+ * where matmul would first have to transpose it (for one row of GPT-2, 2.5 times the time). The
+ * lanes add in another order than matmul.                        test: few_rows, generate_company */
 static void decode_logits(const struct GPT2 *model, float *logits, const float *hidden, size_t n) {
     size_t C = model->config.n_embd, V = model->config.vocab_size;
     if (n > FEW_ROWS || !kernel) {
@@ -4944,7 +4959,8 @@ static float *generate_step(const struct GPT2 *model, struct Arena *arena, struc
 
 static struct Sequence *beams_new(struct Arena *arena, size_t count, size_t max_length) {
     struct Sequence *beams = arena_zeros(arena, count, sizeof *beams);
-    for (size_t i = 0; i < count; i++) beams[i] = (struct Sequence){.ids = arena_alloc(arena, max_length, sizeof(int)), .slot = i};
+    for (size_t i = 0; i < count; i++)
+        beams[i] = (struct Sequence){.ids = arena_alloc(arena, max_length, sizeof(int)), .slot = i};
     return beams;
 }
 
@@ -4983,9 +4999,11 @@ static void beam_scores(float *logits, const struct Sequence *running, size_t be
     }
 }
 
-/* A place of the pool that nothing has taken yet (n = 0) is beaten by any score: there is none so low that it could
- * stand for it, as transformers' -1e9 does, with a length_penalty below 0.          test: beam_search_negative */
-static bool beam_beats(float score, const struct Sequence *finished) { return finished->n == 0 || score > finished->score; }
+/* A place of the pool that nothing has taken yet (n = 0) is beaten by any score. transformers marks
+ * it with -1e9; with a length_penalty below 0 real scores are lower.  test: beam_search_negative */
+static bool beam_beats(float score, const struct Sequence *finished) {
+    return finished->n == 0 || score > finished->score;
+}
 
 /* A sequence that ended enters the pool, sorted best first, if its score beats the worst there. */
 static void beam_finish(struct Sequence *pool, size_t K, const struct Sequence *from, int id, float score) {
@@ -5042,7 +5060,8 @@ static void beam_search(const struct GPT2 *model, struct Sequence *sequences, co
         }
         running = side[!now];
         size_t hoped = config->early_stopping == STOP_NEVER && config->length_penalty > 0 ? max_length - start : length;
-        hope = !full || running->score / pow((double)hoped, config->length_penalty) > pool[K - 1].score;
+        double best_score = running->score / pow((double)hoped, config->length_penalty);
+        hope = !full || best_score > pool[K - 1].score;
     }
     for (size_t i = 0; i < config->num_return_sequences && pool[i].n; i++) {
         memcpy(sequences[i].ids, pool[i].ids, pool[i].n * sizeof(int));
@@ -5057,9 +5076,10 @@ enum { GENERATE_TOGETHER = 64 };       /* sequences decoded in one batch: bounds
 
 /* generate -- writes every sequence to its end token or its max_length.        [glossary: Rollout]
  * sequences: ids with room for max_length, the prompt in place. Each has its own random numbers, so what
- * it becomes does not depend on who else is in the batch, rounding aside: with more than FEW_ROWS rows in a pass the
- * logits' last bits differ, and a draw that falls between the two may differ. The same call gives the same answers.
- *                                                                 test: generate_golden, generate_cache, generate_company */
+ * it becomes does not depend on who else is in the batch. One rounding is excepted: while more than
+ * FEW_ROWS sequences are under way, the output layer adds in another order, and a draw that falls
+ * between two roundings comes out otherwise. The same call always gives the same answers.
+ *                             test: generate_golden, generate_cache, generate_company */
 static void generate(const struct GPT2 *model, struct Sequence *sequences, size_t n, const struct GenerationConfig *config) {
     struct Arena arena = {0}, step_arena = {0};
     size_t V = model->config.vocab_size;
@@ -5088,23 +5108,29 @@ static void generate(const struct GPT2 *model, struct Sequence *sequences, size_
     arena_free(&step_arena);
 }
 
-/* A sequence that starts with `n` ids and may grow by max_new tokens, as far as the context allows: to one token more
- * than it has, as in transformers, for nothing is asked about the last one.                     test: generate_context */
+/* A sequence that starts with `n` ids and may grow by max_new tokens, as far as the context allows:
+ * to one token more than it has, as in transformers, for the last one is never read.
+ *                                                                         test: generate_context */
 static struct Sequence sequence_start(struct Arena *arena, const int *ids, size_t n, size_t max_new, const struct GPT2 *model, struct Rng rng) {
-    struct Sequence s = {.n = n, .prompt_length = n, .max_length = MIN(n + max_new, model->config.n_positions + 1), .rng = rng};
+    size_t max_length = MIN(n + max_new, model->config.n_positions + 1);
+    struct Sequence s = {.n = n, .prompt_length = n, .max_length = max_length, .rng = rng};
     s.ids = memcpy(arena_alloc(arena, MAX(n, s.max_length), sizeof *s.ids), ids, n * sizeof *ids);
     return s;
 }
 
-/* Answers of a policy to n prompts, num_generations of each side by side; each takes one number of rng, the seed of its
- * own. Like a rollout an answer ends where the context does: it will be trained on, last token and all. */
-static struct Example *sample_answers(const struct GPT2 *policy, struct Arena *arena, const struct Example *prompts, size_t n, size_t num_generations, const struct GenerationConfig *generation, struct Rng *rng) {
+/* Answers of a policy to n prompts, num_generations of each side by side; each takes one number of
+ * rng, the seed of its own. Like a rollout an answer ends where the context does: it will be trained
+ * on, last token and all. */
+static struct Example *sample_answers(const struct GPT2 *policy, struct Arena *arena, const struct Example *prompts, size_t n, size_t num_generations,
+                                      const struct GenerationConfig *generation, struct Rng *rng) {
     size_t total = n * num_generations;
     struct Sequence *sequences = arena_alloc(arena, total, sizeof *sequences);
     struct Example *answers = arena_alloc(arena, total, sizeof *answers);
     for (size_t i = 0; i < total; i++) {
         const struct Example *prompt = &prompts[i / num_generations];
-        sequences[i] = sequence_start(arena, prompt->ids, prompt->n, MIN(generation->max_new_tokens, policy->config.n_positions - prompt->n), policy, rng_seed(rng_next(rng), STREAM_SAMPLE));
+        size_t room = policy->config.n_positions - prompt->n;
+        struct Rng own = rng_seed(rng_next(rng), STREAM_SAMPLE);
+        sequences[i] = sequence_start(arena, prompt->ids, prompt->n, MIN(generation->max_new_tokens, room), policy, own);
     }
     generate(policy, sequences, total, generation);
     for (size_t i = 0; i < total; i++) answers[i] = (struct Example){sequences[i].ids, sequences[i].n, sequences[i].prompt_length};
@@ -5656,7 +5682,8 @@ static void collect_rollouts(const struct PPOTrainer *ppo, struct RolloutSource 
             prompt = &source->prompts[source->order[source->at++]];
         }
         struct Rng own = rng_seed(rng_next(&source->sample), STREAM_SAMPLE);
-        size_t drawn = length_sampler(&source->output_length, &source->lengths), room = ppo->model->config.n_positions - prompt->n;
+        size_t drawn = length_sampler(&source->output_length, &source->lengths);
+        size_t room = ppo->model->config.n_positions - prompt->n;
         sequences[i] = sequence_start(arena, prompt->ids, prompt->n, MIN(drawn, room), ppo->model, own);
     }
     generate(ppo->model, sequences, n, &source->generation);
@@ -6419,11 +6446,13 @@ static struct DPOTask *dpo_task(struct Trainer *trainer, struct Arena *arena, st
     return task;
 }
 
-static bool same_answer(const struct Tokenizer *tok, struct Arena *arena, const struct Example *a, const struct Example *b, const struct GPT2Config *policy);
+static bool same_answer(const struct Tokenizer *tok, struct Arena *arena, const struct Example *a,
+                        const struct Example *b, const struct GPT2Config *policy);
 
 /* collect_preferences -- data collection: several answers a prompt, compared, kept as pairs.             [glossary: Coleta de dados]
  * Each prompt is answered num_generations times by `policy`; the best answer by the scorer becomes chosen, the worst rejected.
- * Two that read the same are no pair, whatever their scores. Answers that ended before scorer->least_length tokens are left out, and, with only_ended, those that did not end: cut-off text
+ * Two that read the same are no pair, whatever their scores.
+ * Answers that ended before scorer->least_length tokens are left out, and, with only_ended, those that did not end: cut-off text
  * teaches a model to run on. pairs: room for 2n examples, 2i chosen, 2i+1 rejected; returns how many pairs. */
 static size_t collect_preferences(const struct GPT2 *policy, const struct Scorer *scorer, struct Arena *arena, const struct Example *prompts, size_t n, size_t num_generations, bool only_ended, const struct GenerationConfig *generation, struct Rng *rng, struct Example *pairs) {
     struct Example *answers = sample_answers(policy, arena, prompts, n, num_generations, generation, rng);
@@ -6439,7 +6468,8 @@ static size_t collect_preferences(const struct GPT2 *policy, const struct Scorer
             if (best == SIZE_MAX || score[k] > score[best]) best = k;
             if (worst == SIZE_MAX || score[k] < score[worst]) worst = k;
         }
-        if (best == worst || score[best] <= score[worst] || same_answer(scorer->tok, arena, &answers[best], &answers[worst], &policy->config)) continue;
+        if (best == worst || score[best] <= score[worst]) continue;
+        if (same_answer(scorer->tok, arena, &answers[best], &answers[worst], &policy->config)) continue;
         pairs[2 * count] = answers[best];
         pairs[2 * count++ + 1] = answers[worst];
     }
@@ -6458,8 +6488,11 @@ static struct Text answer_text(const struct Tokenizer *tok, struct Arena *arena,
 }
 
 /* Nothing can be learnt from a choice between two answers that look the same. */
-static bool same_answer(const struct Tokenizer *tok, struct Arena *arena, const struct Example *a, const struct Example *b, const struct GPT2Config *policy) {
-    return text_equal(text_shown(arena, answer_text(tok, arena, a, policy), ""), text_shown(arena, answer_text(tok, arena, b, policy), ""));
+static bool same_answer(const struct Tokenizer *tok, struct Arena *arena, const struct Example *a,
+                        const struct Example *b, const struct GPT2Config *policy) {
+    struct Text text_a = text_shown(arena, answer_text(tok, arena, a, policy), "");
+    struct Text text_b = text_shown(arena, answer_text(tok, arena, b, policy), "");
+    return text_equal(text_a, text_b);
 }
 
 /* =============================================================================================
@@ -8083,13 +8116,17 @@ static struct RolloutSource open_rollouts(struct Options *o) {
     source.prompts = prompts;
     source.room = o->model->config.n_positions;
     source.order = arena_order(&o->arena, source.n);
-    for (size_t i = 0; i < source.n; i++) source.room = MIN(source.room, o->model->config.n_positions - prompts[i].n);
+    for (size_t i = 0; i < source.n; i++)
+        source.room = MIN(source.room, o->model->config.n_positions - prompts[i].n);
     return source;
 }
 
-/* Says, once a command, that the context ends before the answer may. `room`: new tokens that the longest prompt leaves. */
+/* Says, once a command, that the context may end an answer sooner than the flag does. `room`: new
+ * tokens that the longest prompt leaves. */
 static void note_full_context(const struct Options *o, size_t room, size_t max_new, const char *flag) {
-    if (room < max_new) warn("%s asks for up to %zu new tokens; after the longest prompt the model's context of %zu (n_positions) has room for %zu", flag, max_new, o->model->config.n_positions, room);
+    if (room >= max_new) return;
+    warn("%s asks for up to %zu new tokens; after the longest prompt the model's context of %zu (n_positions) "
+         "has room for %zu", flag, max_new, o->model->config.n_positions, room);
 }
 
 /* Trains by PPO or REINFORCE on rollouts, new or stored, and saves: max_steps, or one pass. */
@@ -8149,22 +8186,27 @@ static struct Example prompt_encode(struct Options *o, struct Text prompt, size_
     return e.n ? e : (struct Example){&o->model->config.bos_token_id, 1, 1};
 }
 
-/* transformers takes its defaults from generation_config.json; here what counts is said by flags. One that says more than
- * transformers writes for every model is named, so that nobody waits for what it says.          test: docs/check_failures.py */
+/* transformers takes its defaults from generation_config.json; here flags say all. A file that says
+ * more than transformers writes for every model is named, so that nobody waits for what it says.
+ *                                                                   test: docs/check_failures.py */
 static void note_generation_config(struct Options *o) {
     static const struct { const char *name; double usual; } settings[] = {
-        {"do_sample", 0}, {"temperature", 1}, {"top_k", 50}, {"top_p", 1}, {"repetition_penalty", 1}, {"num_beams", 1}, {"length_penalty", 1},
-        {"early_stopping", 0}, {"no_repeat_ngram_size", 0}, {"min_length", 0}, {"min_new_tokens", 0}, {"max_length", 20}, {"max_new_tokens", 20},
-        {"num_return_sequences", 1}, {"eos_token_id", 0}, {"suppress_tokens", NAN}, {"begin_suppress_tokens", NAN},
-        {"bad_words_ids", NAN}, {"forced_bos_token_id", NAN}, {"forced_eos_token_id", NAN}, {"min_p", NAN}, {"typical_p", 1}, {"stop_strings", NAN}};
-    const char *path = arena_printf(&o->arena, "%s/generation_config.json", o->model_name_or_path), *said = "";
+        {"do_sample", 0}, {"temperature", 1}, {"top_k", 50}, {"top_p", 1}, {"repetition_penalty", 1},
+        {"num_beams", 1}, {"length_penalty", 1}, {"early_stopping", 0}, {"no_repeat_ngram_size", 0},
+        {"min_length", 0}, {"min_new_tokens", 0}, {"max_length", 20}, {"max_new_tokens", 20},
+        {"num_return_sequences", 1}, {"eos_token_id", 0}, {"suppress_tokens", NAN}, {"min_p", NAN},
+        {"begin_suppress_tokens", NAN}, {"bad_words_ids", NAN}, {"forced_bos_token_id", NAN},
+        {"forced_eos_token_id", NAN}, {"typical_p", 1}, {"stop_strings", NAN}};
+    const char *path = arena_printf(&o->arena, "%s/generation_config.json", o->model_name_or_path);
+    const char *said = "";
     if (!file_exists(path)) return;
     const struct Json *config = json_object(&o->arena, read_file(&o->arena, path), path, "");
     for (size_t i = 0; i < COUNT(settings); i++) {
         const struct Json *value = json_get(config, settings[i].name);
         if (!value || value->type == JSON_NULL) continue;
+        bool is_end = strcmp(settings[i].name, "eos_token_id") == 0;
+        double usual = is_end ? o->model->config.eos_token_id : settings[i].usual;
         double number = value->type == JSON_NUMBER ? value->number : value->type == JSON_FALSE ? 0 : NAN;
-        double usual = strcmp(settings[i].name, "eos_token_id") ? settings[i].usual : o->model->config.eos_token_id;
         if (number != usual) said = arena_printf(&o->arena, "%s%s%s", said, *said ? ", " : "", settings[i].name);
     }
     if (*said) warn("%s: %s: not read; say by flags what generate is to do", path, said);
@@ -8352,13 +8394,13 @@ static int ask_person(struct Options *o, const struct Example *answers, size_t n
     }
 }
 
-/* `collect` at work. In its folder judged.json holds the prompts that were judged, whether or not they gave a pair, and
- * how many of the pairs in preferences.jsonl came of them. Pairs are written first: what a run that was killed wrote
- * behind those is looked up before it is judged again. */
+/* `collect` at work. In its folder judged.json holds the prompts that were judged, whether or not
+ * they gave a pair, and how many of the pairs in preferences.jsonl came of them. Pairs are written
+ * first: what a run that was killed wrote behind those is looked up before it is judged again. */
 struct Collection {
     struct RolloutSource source;
     const char *path;                  /* of preferences.jsonl */
-    struct Text *judged;               /* prompts as they are shown; one that stands in the data set twice is judged twice */
+    struct Text *judged;               /* prompts as they are shown; one that stands there twice, twice */
     bool *passed_over;                 /* already taken for one of the data set's prompts */
     size_t judged_n, earlier;          /* earlier: those of the runs before */
     size_t pairs, added;               /* that they gave; that this run added */
@@ -8366,13 +8408,15 @@ struct Collection {
     bool stop;                         /* enough for today */
 };
 
-/* Without preferences.jsonl a run begins anew; without judged.json, which older versions did not write, every pair's
- * prompt has been judged. */
+/* Without preferences.jsonl a run begins anew; without judged.json, which older versions did not
+ * write, every pair's prompt has been judged. */
 static void judged_read(struct Options *o, struct Collection *c) {
     const struct Dataset *pairs = o->eval;
     const char *path = arena_printf(&o->arena, "%s/judged.json", o->train.output_dir);
-    struct Json *json = pairs && file_exists(path) ? json_read_file(&o->arena, path) : NULL, *list = json_get(json, "prompts");
-    CHECK(!json || (list && list->type == JSON_ARRAY), "%s: a list \"prompts\" was expected; without this file every prompt in %s counts as judged", path, c->path);
+    struct Json *json = pairs && file_exists(path) ? json_read_file(&o->arena, path) : NULL;
+    struct Json *list = json_get(json, "prompts");
+    CHECK(!json || (list && list->type == JSON_ARRAY), "%s: a list \"prompts\" was expected; without this "
+          "file every prompt in %s counts as judged", path, c->path);
     c->earlier = c->judged_n = json ? (size_t)list->number : pairs ? pairs->n : 0;
     c->judged = arena_alloc(&o->arena, c->earlier + c->source.n, sizeof *c->judged);
     c->passed_over = arena_zeros(&o->arena, c->earlier + 1, 1);
@@ -8391,12 +8435,14 @@ static bool judged_before(struct Collection *c, struct Text prompt) {
 static void judged_write(const struct Options *o, const struct Collection *c) {
     struct Output out = output_open(o->train.output_dir, "judged.json");
     fprintf(out.file, "{\"pairs\": %zu, \"prompts\": [", c->pairs);
-    for (size_t i = 0; i < c->judged_n; i++) json_write_string(out.file, i ? ",\n" : "\n", c->judged[i]);
+    for (size_t i = 0; i < c->judged_n; i++)
+        json_write_string(out.file, i ? ",\n" : "\n", c->judged[i]);
     fputs("]}\n", out.file);
     output_close(&out);
 }
 
-/* Whether a run that was killed before it could say so has written this pair already, whichever side was chosen. */
+/* Whether a run that was killed before it could say so has written this pair already, whichever side
+ * was chosen. */
 static bool pair_written(struct Options *o, const struct Collection *c, const struct Example *pair) {
     size_t n = o->eval ? o->eval->n : 0;
     struct Text a = text_shown(&o->arena, answer_text(o->tok, &o->arena, pair, &o->model->config), "");
@@ -8404,7 +8450,9 @@ static bool pair_written(struct Options *o, const struct Collection *c, const st
     for (size_t i = c->pairs; i < n; i++) {
         struct Text chosen = text_shown(&o->arena, o->eval->rows[i].chosen, "");
         struct Text rejected = text_shown(&o->arena, o->eval->rows[i].rejected, "");
-        if ((text_equal(a, chosen) && text_equal(b, rejected)) || (text_equal(a, rejected) && text_equal(b, chosen))) return true;
+        bool same = text_equal(a, chosen) && text_equal(b, rejected);
+        bool turned = text_equal(a, rejected) && text_equal(b, chosen);
+        if (same || turned) return true;
     }
     return false;
 }
@@ -8412,42 +8460,50 @@ static bool pair_written(struct Options *o, const struct Collection *c, const st
 /* The reward model judges `n` prompts. */
 static void collect_scored(struct Options *o, struct Collection *c, const struct Example *prompts, size_t n) {
     struct Example *pairs = arena_alloc(&o->arena, 2 * n, sizeof *pairs);
-    size_t added = 0, count = collect_preferences(o->model, &c->source.scorer, &o->arena, prompts, n, o->ppo.num_generations, false, &c->source.generation, &c->rng, pairs);
-    for (size_t i = 0; i < count; i++)
-        if (!pair_written(o, c, pairs + 2 * i)) memmove(pairs + 2 * added++, pairs + 2 * i, 2 * sizeof *pairs);
+    size_t added = 0, each = o->ppo.num_generations;
+    size_t count = collect_preferences(o->model, &c->source.scorer, &o->arena, prompts, n, each, false,
+                                       &c->source.generation, &c->rng, pairs);
+    for (size_t i = 0; i < count; i++) {
+        if (pair_written(o, c, pairs + 2 * i)) continue;
+        memmove(pairs + 2 * added++, pairs + 2 * i, 2 * sizeof *pairs);
+    }
     preferences_add(o, c->path, pairs, added);
     c->pairs += count;
     c->added += added;
 }
 
 /* A person judges the answers to one prompt, two at a time. */
-static void collect_asked(struct Options *o, struct Collection *c, const struct Example *prompt, size_t number, size_t of) {
+static void collect_asked(struct Options *o, struct Collection *c, const struct Example *prompt,
+                          size_t number, size_t of) {
     size_t each = o->ppo.num_generations, pairs = 0;
-    const struct Example *answers = sample_answers(o->model, &o->arena, prompt, 1, each, &c->source.generation, &c->rng);
+    const struct Example *answers =
+        sample_answers(o->model, &o->arena, prompt, 1, each, &c->source.generation, &c->rng);
     for (size_t k = 0; k + 1 < each && !c->stop; k += 2) {
         bool written = pair_written(o, c, answers + k);
         int word = written ? 's' : ask_person(o, answers + k, number, of);
         c->stop = word == 'q';
         pairs += written || word == '1' || word == '2';
         if (word != '1' && word != '2') continue;
-        preferences_add(o, c->path, (struct Example[]){answers[k + (word == '2')], answers[k + (word == '1')]}, 1);
+        struct Example pair[] = {answers[k + (word == '2')], answers[k + (word == '1')]};
+        preferences_add(o, c->path, pair, 1);
         c->added++;
     }
     if (!c->stop) c->pairs += pairs;
 }
 
 /* align collect -- data collection, the H in RLHF: a reward model or the person at the keyboard compares answers.
- * Judgements are added to preferences.jsonl. A run that was stopped goes on: what was judged is passed over, and every
- * prompt's random numbers follow from its place in the data set, so that the pairs are those of one run.
- *                                                  [glossary: Coleta de dados]  test: cli_collect, collect_resume */
+ * Judgements are added to preferences.jsonl. A run that was stopped goes on: what was judged is passed
+ * over, and every prompt's random numbers follow from its place in the data set, so that the pairs
+ * are those of one run.        [glossary: Coleta de dados]        test: cli_collect, collect_resume */
 static void command_collect(struct Options *o) {
-    enum { TOGETHER = 64 };            /* prompts; the groups do not depend on where an earlier run was stopped */
+    enum { TOGETHER = 64 };            /* prompts: the same groups wherever an earlier run was stopped */
     size_t each = o->ppo.num_generations, left = 0, asked = 0, drawn = 0;
     CHECK(each >= 2, "--num_generations %zu: 2 or more answers are needed to compare", each);
     need(o, "model_name_or_path, dataset_name, output_dir");
     open_model(o, false);
     leave_out_reward_head(o->model);
-    struct Collection c = {.source = open_rollouts(o), .path = arena_printf(&o->arena, "%s/preferences.jsonl", o->train.output_dir)};
+    struct Collection c = {.source = open_rollouts(o)};
+    c.path = arena_printf(&o->arena, "%s/preferences.jsonl", o->train.output_dir);
     note_full_context(o, c.source.room, c.source.generation.max_new_tokens, "--max_new_tokens");
     make_folder(o->train.output_dir);
     if (!file_exists(c.path)) preferences_add(o, c.path, NULL, 0);
@@ -8457,15 +8513,18 @@ static void command_collect(struct Options *o) {
     struct Text *shown = arena_alloc(&o->arena, n, sizeof *shown);
     bool *wanted = arena_zeros(&o->arena, n, 1);
     for (size_t i = 0; i < n; i++) {
-        shown[i] = text_shown(&o->arena, tokenizer_decode_all(o->tok, &o->arena, c.source.prompts[i].ids, c.source.prompts[i].n, o->model->config.vocab_size), "");
+        const struct Example *e = &c.source.prompts[i];
+        struct Text text = tokenizer_decode_all(o->tok, &o->arena, e->ids, e->n, o->model->config.vocab_size);
+        shown[i] = text_shown(&o->arena, text, "");
         wanted[i] = !judged_before(&c, shown[i]);
         left += wanted[i];
     }
     c.rng = c.source.sample;
     for (size_t i = 0, end; i < n && !c.stop; i = end) {
-        for (end = i + 1; wanted[i] && o->reward_model && end < n && end % TOGETHER && wanted[end];) end++;
+        end = i + 1;
         if (!wanted[i]) continue;
-        for (; drawn < i * each; drawn++) rng_next(&c.rng);            /* each answer takes one number */
+        while (o->reward_model && end < n && end % TOGETHER && wanted[end]) end++;
+        for (; drawn < i * each; drawn++) rng_next(&c.rng);     /* each answer takes one number */
         drawn = end * each;
         if (o->reward_model) collect_scored(o, &c, c.source.prompts + i, end - i);
         else collect_asked(o, &c, c.source.prompts + i, ++asked, left);

@@ -5454,9 +5454,9 @@ static void test_collect_resume(void) {
     expect_true("as an older version left it: what is there stays", old.length >= whole.length && memcmp(old.data, whole.data, whole.length) == 0);
     int keyboard = dup(STDIN_FILENO);
     whole = collected("@c_keys", "4", "1\n2\ns\ns\n2\n1\n1\n1\n");
-    collected("@c_mine", "4", "1\n2\nq\n");
-    collected("@c_mine", "4", "s\ns\n2\nq\n");                           /* in the midst of a prompt */
-    expect_true("at the keyboard too", text_equal(collected("@c_mine", "4", "1\n1\n1\n"), whole));
+    collected("@c_half", "4", "1\n2\nq\n");
+    collected("@c_half", "4", "s\ns\n2\nq\n");                           /* in the midst of a prompt */
+    expect_true("at the keyboard too", text_equal(collected("@c_half", "4", "1\n1\n1\n"), whole));
     dup2(keyboard, STDIN_FILENO);
     clearerr(stdin);
 }
