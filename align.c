@@ -8819,7 +8819,9 @@ static void print_commands(FILE *file) {
 static const struct Command *find_command(const char *name) {
     const struct Command *nearest = COMMANDS;
     for (size_t i = 0; i < COUNT(COMMANDS); i++) if (edit_distance(name, COMMANDS[i].name) < edit_distance(name, nearest->name)) nearest = &COMMANDS[i];
-    if (strcmp(name, nearest->name) != 0) die_usage("there is no command \"%s\"; the nearest is \"%s\" (all: align --help)", name, nearest->name);
+    if (strcmp(name, nearest->name) != 0)
+        die_usage("there is no command \"%s\"; the nearest is \"%s\" (all: %s --help)", name,
+                  nearest->name, program_name);
     return nearest;
 }
 
