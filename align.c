@@ -1600,8 +1600,6 @@ static const struct Format {
     {"BZh", 3, "compressed by bzip2", "bzip2 -dc '", "' > rows.jsonl"},
     {"\xfd" "7zXZ", 5, "compressed by xz", "xz -dc '", "' > rows.jsonl"},
     {"PK\x03\x04", 4, "a zip archive", "unzip -p '", "' > rows.jsonl"},
-    {"version https://git-lfs", 23, "a Git LFS pointer, not the data itself",
-     "git -C \"$(dirname '", "')\" lfs pull"},
     {"", 0, "a table (TSV)", PANDAS("read_table"), PANDAS_END},
     {"", 0, "a table (CSV)", PANDAS("read_csv"), PANDAS_END},
 };
@@ -2336,8 +2334,8 @@ static void tile_4x8(size_t K, const float *a, const float *b, const float *star
  * adds in the tile's order and, where there is a fused multiply-add, rounds where the tile does, so
  * both make the same bits.                                          test: few_rows, rows_company */
 static inline __attribute__((always_inline)) void
-linear_few_rows(float *y, const float *x, const float *weight, const float *bias, size_t N, size_t in,
-                size_t out, size_t columns) {
+linear_few_rows(float *y, const float *x, const float *weight, const float *bias, size_t N,
+                size_t in, size_t out, size_t columns) {
     for (size_t n = 0; n < N; n++) memcpy(y + n * out, bias, columns * sizeof *y);
     size_t k = 0;
     for (; k + 8 <= in; k += 8)
@@ -2354,8 +2352,8 @@ linear_few_rows(float *y, const float *x, const float *weight, const float *bias
             for (size_t j = 0; j < columns; j++) y[n * out + j] += x[n * in + k] * weight[k * out + j];
 }
 
-static void few_rows_plain(float *y, const float *x, const float *weight, const float *bias, size_t N,
-                           size_t in, size_t out, size_t columns) {
+static void few_rows_plain(float *y, const float *x, const float *weight, const float *bias,
+                           size_t N, size_t in, size_t out, size_t columns) {
     linear_few_rows(y, x, weight, bias, N, in, out, columns);
 }
 
@@ -2398,14 +2396,14 @@ __attribute__((target("avx512f"))) static void tile_8x32(size_t K, const float *
 }
 
 __attribute__((target("avx2,fma")))
-static void few_rows_avx2(float *y, const float *x, const float *weight, const float *bias, size_t N,
-                           size_t in, size_t out, size_t columns) {
+static void few_rows_avx2(float *y, const float *x, const float *weight, const float *bias,
+                           size_t N, size_t in, size_t out, size_t columns) {
     linear_few_rows(y, x, weight, bias, N, in, out, columns);
 }
 
 __attribute__((target("avx512f,fma")))
-static void few_rows_avx512(float *y, const float *x, const float *weight, const float *bias, size_t N,
-                           size_t in, size_t out, size_t columns) {
+static void few_rows_avx512(float *y, const float *x, const float *weight, const float *bias,
+                           size_t N, size_t in, size_t out, size_t columns) {
     linear_few_rows(y, x, weight, bias, N, in, out, columns);
 }
 #endif
@@ -2597,7 +2595,7 @@ enum { FEW_ROWS = 16, STRIP = 64 };     /* STRIP: columns whose sums over the ro
 
 /* linear: y (N,out) = x (N,in) W (in,out) + bias (out). GPT-2's Conv1D: W as [in,out], not torch's [out,in].
  * A row of y has the same bits however many rows are beside it, so a text's score does not depend
- * on its batch.                                                test: rows_company, reward_company */
+ * on its batch.                                               test: rows_company, reward_company */
 static void linear_forward(float *y, const float *x, const float *weight, const float *bias, size_t N, size_t in, size_t out) {
     if (N > FEW_ROWS || !kernel) {
         matmul(y, out, bias, 0, matrix(x, in), matrix(weight, out), N, out, in);
@@ -5130,7 +5128,8 @@ static struct Example *sample_answers(const struct GPT2 *policy, struct Arena *a
         const struct Example *prompt = &prompts[i / num_generations];
         size_t room = policy->config.n_positions - prompt->n;
         struct Rng own = rng_seed(rng_next(rng), STREAM_SAMPLE);
-        sequences[i] = sequence_start(arena, prompt->ids, prompt->n, MIN(generation->max_new_tokens, room), policy, own);
+        size_t max_new = MIN(generation->max_new_tokens, room);
+        sequences[i] = sequence_start(arena, prompt->ids, prompt->n, max_new, policy, own);
     }
     generate(policy, sequences, total, generation);
     for (size_t i = 0; i < total; i++) answers[i] = (struct Example){sequences[i].ids, sequences[i].n, sequences[i].prompt_length};
@@ -5683,8 +5682,8 @@ static void collect_rollouts(const struct PPOTrainer *ppo, struct RolloutSource 
         }
         struct Rng own = rng_seed(rng_next(&source->sample), STREAM_SAMPLE);
         size_t drawn = length_sampler(&source->output_length, &source->lengths);
-        size_t room = ppo->model->config.n_positions - prompt->n;
-        sequences[i] = sequence_start(arena, prompt->ids, prompt->n, MIN(drawn, room), ppo->model, own);
+        size_t max_new = MIN(drawn, ppo->model->config.n_positions - prompt->n);
+        sequences[i] = sequence_start(arena, prompt->ids, prompt->n, max_new, ppo->model, own);
     }
     generate(ppo->model, sequences, n, &source->generation);
     struct Example *examples = arena_alloc(arena, n, sizeof *examples);
@@ -8123,10 +8122,11 @@ static struct RolloutSource open_rollouts(struct Options *o) {
 
 /* Says, once a command, that the context may end an answer sooner than the flag does. `room`: new
  * tokens that the longest prompt leaves. */
-static void note_full_context(const struct Options *o, size_t room, size_t max_new, const char *flag) {
+static void note_full_context(const struct Options *o, size_t room, size_t max_new,
+                              const char *flag) {
     if (room >= max_new) return;
-    warn("%s asks for up to %zu new tokens; after the longest prompt the model's context of %zu (n_positions) "
-         "has room for %zu", flag, max_new, o->model->config.n_positions, room);
+    warn("%s asks for up to %zu new tokens; after the longest prompt the model's context of %zu "
+         "(n_positions) has room for %zu", flag, max_new, o->model->config.n_positions, room);
 }
 
 /* Trains by PPO or REINFORCE on rollouts, new or stored, and saves: max_steps, or one pass. */
@@ -8144,7 +8144,8 @@ static void train_on_rollouts(struct Options *o, const char *log_dir) {
     struct RolloutSource source = {0};
     if (o->rollouts) source.replay = o->data = dataset_load(&o->arena, o->rollouts, ROLLOUT_SHAPES, 1);
     else source = open_rollouts(o);
-    if (!o->rollouts) note_full_context(o, source.room, o->output_length.max_value - 1, "--output_max_length");
+    size_t max_new = o->output_length.max_value - 1;
+    if (!o->rollouts) note_full_context(o, source.room, max_new, "--output_max_length");
     struct PPOTrainer *ppo = ppo_trainer_new(o->model, o->reference, o->ppo, o->train, o->generation.temperature);
     size_t n = o->rollouts ? o->data->n : source.n, pass = MAX((size_t)1, n * o->ppo.num_generations / o->ppo.batch_size);
     struct TrainerState state = {0};
@@ -8206,8 +8207,9 @@ static void note_generation_config(struct Options *o) {
         if (!value || value->type == JSON_NULL) continue;
         bool is_end = strcmp(settings[i].name, "eos_token_id") == 0;
         double usual = is_end ? o->model->config.eos_token_id : settings[i].usual;
-        double number = value->type == JSON_NUMBER ? value->number : value->type == JSON_FALSE ? 0 : NAN;
-        if (number != usual) said = arena_printf(&o->arena, "%s%s%s", said, *said ? ", " : "", settings[i].name);
+        double number = value->type == JSON_FALSE ? 0 : value->type == JSON_NUMBER ? value->number : NAN;
+        if (number == usual) continue;
+        said = arena_printf(&o->arena, "%s%s%s", said, *said ? ", " : "", settings[i].name);
     }
     if (*said) warn("%s: %s: not read; say by flags what generate is to do", path, said);
 }
@@ -8400,7 +8402,7 @@ static int ask_person(struct Options *o, const struct Example *answers, size_t n
 struct Collection {
     struct RolloutSource source;
     const char *path;                  /* of preferences.jsonl */
-    struct Text *judged;               /* prompts as they are shown; one that stands there twice, twice */
+    struct Text *judged;               /* prompts as they are shown, as often as they were judged */
     bool *passed_over;                 /* already taken for one of the data set's prompts */
     size_t judged_n, earlier;          /* earlier: those of the runs before */
     size_t pairs, added;               /* that they gave; that this run added */
@@ -8413,10 +8415,12 @@ struct Collection {
 static void judged_read(struct Options *o, struct Collection *c) {
     const struct Dataset *pairs = o->eval;
     const char *path = arena_printf(&o->arena, "%s/judged.json", o->train.output_dir);
-    struct Json *json = pairs && file_exists(path) ? json_read_file(&o->arena, path) : NULL;
+    bool goes_on = file_exists(c->path) && file_exists(path);
+    struct Json *json = goes_on ? json_read_file(&o->arena, path) : NULL;
     struct Json *list = json_get(json, "prompts");
-    CHECK(!json || (list && list->type == JSON_ARRAY), "%s: a list \"prompts\" was expected; without this "
-          "file every prompt in %s counts as judged", path, c->path);
+    CHECK(!json || (list && list->type == JSON_ARRAY),
+          "%s: a list \"prompts\" was expected; without this file every prompt in %s counts as judged",
+          path, c->path);
     c->earlier = c->judged_n = json ? (size_t)list->number : pairs ? pairs->n : 0;
     c->judged = arena_alloc(&o->arena, c->earlier + c->source.n, sizeof *c->judged);
     c->passed_over = arena_zeros(&o->arena, c->earlier + 1, 1);
@@ -8443,10 +8447,12 @@ static void judged_write(const struct Options *o, const struct Collection *c) {
 
 /* Whether a run that was killed before it could say so has written this pair already, whichever side
  * was chosen. */
-static bool pair_written(struct Options *o, const struct Collection *c, const struct Example *pair) {
+static bool pair_written(struct Options *o, const struct Collection *c,
+                         const struct Example *pair) {
+    const struct GPT2Config *config = &o->model->config;
     size_t n = o->eval ? o->eval->n : 0;
-    struct Text a = text_shown(&o->arena, answer_text(o->tok, &o->arena, pair, &o->model->config), "");
-    struct Text b = text_shown(&o->arena, answer_text(o->tok, &o->arena, pair + 1, &o->model->config), "");
+    struct Text a = text_shown(&o->arena, answer_text(o->tok, &o->arena, pair, config), "");
+    struct Text b = text_shown(&o->arena, answer_text(o->tok, &o->arena, pair + 1, config), "");
     for (size_t i = c->pairs; i < n; i++) {
         struct Text chosen = text_shown(&o->arena, o->eval->rows[i].chosen, "");
         struct Text rejected = text_shown(&o->arena, o->eval->rows[i].rejected, "");
@@ -8458,7 +8464,8 @@ static bool pair_written(struct Options *o, const struct Collection *c, const st
 }
 
 /* The reward model judges `n` prompts. */
-static void collect_scored(struct Options *o, struct Collection *c, const struct Example *prompts, size_t n) {
+static void collect_scored(struct Options *o, struct Collection *c, const struct Example *prompts,
+                           size_t n) {
     struct Example *pairs = arena_alloc(&o->arena, 2 * n, sizeof *pairs);
     size_t added = 0, each = o->ppo.num_generations;
     size_t count = collect_preferences(o->model, &c->source.scorer, &o->arena, prompts, n, each, false,
@@ -8506,9 +8513,10 @@ static void command_collect(struct Options *o) {
     c.path = arena_printf(&o->arena, "%s/preferences.jsonl", o->train.output_dir);
     note_full_context(o, c.source.room, c.source.generation.max_new_tokens, "--max_new_tokens");
     make_folder(o->train.output_dir);
-    if (!file_exists(c.path)) preferences_add(o, c.path, NULL, 0);
-    else if (read_file(&o->arena, c.path).length > 0) o->eval = dataset_load(&o->arena, c.path, DPO_SHAPES, 1);
+    bool any = file_exists(c.path) && read_file(&o->arena, c.path).length > 0;
+    if (any) o->eval = dataset_load(&o->arena, c.path, DPO_SHAPES, 1);
     judged_read(o, &c);
+    if (!any) preferences_add(o, c.path, NULL, 0);
     size_t n = c.source.n;
     struct Text *shown = arena_alloc(&o->arena, n, sizeof *shown);
     bool *wanted = arena_zeros(&o->arena, n, 1);

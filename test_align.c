@@ -5457,6 +5457,9 @@ static void test_collect_resume(void) {
     collected("@c_half", "4", "1\n2\nq\n");
     collected("@c_half", "4", "s\ns\n2\nq\n");                           /* in the midst of a prompt */
     expect_true("at the keyboard too", text_equal(collected("@c_half", "4", "1\n1\n1\n"), whole));
+    collected("@c_skip", "2", "s\ns\nq\n");
+    struct Text second = collected("@c_skip", "2", "1\n2\n");
+    expect_true("skipped is judged", second.length > 0 && !strstr(second.data, "Our old film"));
     dup2(keyboard, STDIN_FILENO);
     clearerr(stdin);
 }

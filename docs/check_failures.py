@@ -336,8 +336,7 @@ for name, start, kind, remedy in (("data.parquet", b"PAR1\x15\x04", "Parquet", "
                                   ("data.jsonl.zst", b"\x28\xb5\x2f\xfd\x04", "compressed by zstd", "zstd -dc 'data.jsonl.zst' > rows.jsonl"),
                                   ("data.jsonl.bz2", b"BZh91AY&SY", "compressed by bzip2", "bzip2 -dc 'data.jsonl.bz2' > rows.jsonl"),
                                   ("data.jsonl.xz", b"\xfd7zXZ\0", "compressed by xz", "xz -dc 'data.jsonl.xz' > rows.jsonl"),
-                                  ("data.zip", b"PK\x03\x04\x14", "a zip archive", "unzip -p 'data.zip' > rows.jsonl"),
-                                  ("pointer.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 5\n", "a Git LFS pointer", "git -C \"$(dirname 'pointer.jsonl')\" lfs pull")):
+                                  ("data.zip", b"PK\x03\x04\x14", "a zip archive", "unzip -p 'data.zip' > rows.jsonl")):
     write(name, start)
     case("Data in another format: %s" % kind, sft + "--dataset_name " + name, 1, "%s: is %s" % (name, kind), "JSON Lines were expected; run: ", remedy)
 write("data.txt", "A fine film.\n")
