@@ -196,6 +196,15 @@ _Static_assert(sizeof(int) == 4 && FLT_MANT_DIG == 24 && DBL_MANT_DIG == 53,
 #define COUNT(array) (sizeof(array) / sizeof(array)[0])
 
 /* =============================================================================================
+ * Part I - The ideas
+ *
+ * The mathematics of the whole course, as functions of plain numbers and arrays: no model, no file
+ * and no memory of their own. Whoever has read this part knows what softmax, KL, Bradley-Terry,
+ * REINFORCE, GAE, PPO and DPO compute, why, and what each derivative is. The later parts only
+ * call these functions: on a model's numbers (Part II) and again and again (Part III).
+ * ============================================================================================= */
+
+/* =============================================================================================
  * Chapter 1 - Ground: errors, random numbers, arena, scratch
  *
  * What every later chapter stands on; a first reader may begin with chapter 2.
@@ -444,16 +453,7 @@ static float *thread_scratch(enum ScratchSlot slot, size_t floats) {
 }
 
 /* =============================================================================================
- * Part I - The ideas
- *
- * The mathematics of the whole course, as functions of plain numbers and arrays: no model, no file
- * and no memory of their own. Whoever has read this part knows what softmax, KL, Bradley-Terry,
- * REINFORCE, GAE, PPO and DPO compute, why, and what each derivative is. The later parts only
- * call these functions: on a model's numbers (Part II) and again and again (Part III).
- * ============================================================================================= */
-
-/* =============================================================================================
- * Chapter 2 - Probability: sigmoid, softmax, entropy, KL
+ * Chapter 2 - Probability: sigmoid, softmax, entropy, KL                     [glossary: Logit]
  *
  * How does a network's output become a probability, and how are two sets of probabilities
  * compared? A language model ends in V numbers, one for each token that could come next. They are
@@ -731,7 +731,7 @@ static double kl_k3(double log_p, double log_q) {
 }
 
 /* sequence_logprob -- the log-probability of a whole answer: the course's omega.
- *                                                            [glossary: Função Omega (ω)]
+ *                            [glossary: Função Omega (ω)] [glossary: Log-probabilidade]
  *   log pi(y|x) = sum_t log pi(y_t | x, y_1 .. y_t-1)
  * in   token_logprobs (n), nats: each token's log-probability, given all tokens before it
  * An answer is a chain of choices; the probability of the chain is the product of those of its
@@ -1009,7 +1009,7 @@ enum Baseline {
  *   mean   b = the mean R of all earlier steps
  *   rloo   b = the mean R of the other answers to the same prompt (leave one out)      [23] */
 
-/* reinforce_advantages -- R(y_i) - b for n answers.         [glossary: Gradiente de política]
+/* reinforce_advantages -- R(y_i) - b for n answers.              [glossary: Linha de base]
  * in   rewards (n): the R of each; answers to one prompt stand side by side, num_generations each;
  *      running_mean: for BASELINE_MEAN                                      out  advantages (n)
  * By hand: R = 1, 2, 6 of one prompt, rloo: 1 - (2 + 6) / 2 = -3, 2 - 3.5 = -1.5, 6 - 1.5 = 4.5.
@@ -1139,6 +1139,7 @@ static double kl_controller_update(const struct PPOConfig *config, double kl_coe
 /* ---- Generalized advantage estimation ------------------------------------------------------- */
 
 /* gae_step -- the advantage of one token, given that of the token behind it [7].
+ *           [glossary: Vantagem] [glossary: Estimativa generalizada de vantagem (GAE)]
  *   delta_t = reward_t + gamma value_{t+1} - value_t
  *   A_t     = delta_t + gamma lambda A_{t+1}                    [7] Eq. 16, as a recursion
  * value_t is what the value head expects, before token t is written, of all rewards from t on.
@@ -1203,6 +1204,7 @@ struct TokenLoss {
 
 /* ppo_token_loss -- PPO's clipped objective for one token of an answer.
  *                                     [glossary: Otimização de política proximal (PPO)]
+ *                                            [glossary: Razão de probabilidades e corte]
  * The token was sampled when its log-probability was old_logprob. Since then the policy has
  * moved, for the same answers serve several updates. How far may this one go on pushing the
  * token in the direction that its advantage A asks for?
@@ -1248,7 +1250,7 @@ struct ValueLoss {
 };
 
 /* ppo_value_loss -- half the squared error of the value head at one token.
- *                                     [glossary: AutoModelForCausalLMWithValueHead]
+ *             [glossary: AutoModelForCausalLMWithValueHead] [glossary: Função de valor]
  *   clipped = clip(value, old_value - e, old_value + e),   e = clip_range
  *   loss    = 1/2 max((value - return)^2, (clipped - return)^2)
  * in   old_value: what the head said when the answer was written; value: what it says now;

@@ -24,11 +24,12 @@ def read(path):
 
 def glossary():
     """The terms in order: {Portuguese name: {"english name": ..., label: text}}."""
-    terms, lines = {}, read("docs/glossary.md").split("\n")
+    terms, lines, beyond = {}, read("docs/glossary.md").split("\n"), False
     for i, line in enumerate(lines):
+        if line.startswith("## "): beyond = line.startswith("## Beyond the course's list")
         if not line.startswith("### "): continue
         name, dot, english = line[4:].partition(" · ")
-        term = {"english name": english}
+        term = {"english name": english, "beyond": beyond}
         faults = [] if dot else ["no ' · ' between two names"]
         for k, label in enumerate(LABELS):
             text = lines[i + 1 + k] if i + 1 + k < len(lines) else ""
@@ -81,8 +82,8 @@ def check_terms(terms):
     source, test_source = read("align.c"), read("test_align.c")
     found, tags = definitions(source), set(re.findall(r"\[glossary: ([^\]]+)\]", source)) - {"TERM"}
     tests = re.findall(r'\{"(\w+)", test_\w+\}', test_source.partition("TESTS[] = {")[2])
-    commands = set(re.findall(r'\n    \{"(\w+)", ".*", command_\w+, ', source))
-    flags = set(re.findall(r'\n    \{"(\w+)", KIND_', source))
+    commands = set(re.findall(r'\{"(\w+)",\s*(?:"(?:[^"\\]|\\.)*"\s*)+,\s*command_\w+', source))
+    flags = set(re.findall(r'\{"(\w+)",\s*KIND_', source))
     for name, term in terms.items():
         faults = [] if tags & names_of(term, name) else [f"align.c has no tag [glossary: {name}]"]
         faults += check_code(term["In align.c"], found) + check_tests(term["Test"], tests) + check_command(term["Try"], commands, flags)
@@ -93,7 +94,10 @@ def check_terms(terms):
     check("tags", [f"[glossary: {tag}] in align.c is no term" for tag in sorted(tags - every)])
     if os.path.exists(COURSE):
         course = course_names()
-        check("the course's terms", [f"'{n}' is missing" for n in course if n not in terms] + [f"'{n}' is not the course's" for n in terms if n not in course] + ([] if len(course) == 53 else [f"{COURSE} has {len(course)} terms"]))
+        own = [name for name, term in terms.items() if not term["beyond"]]
+        faults = [f"'{n}' is missing" for n in course if n not in own] + [f"'{n}' is not the course's" for n in own if n not in course]
+        faults += [f"'{n}' is one of the course's" for n, term in terms.items() if term["beyond"] and n in course]
+        check("the course's terms", faults + ([] if len(course) == 53 else [f"{COURSE} has {len(course)} terms"]))
 
 def here(what): return os.path.exists(what) or importlib.util.find_spec(what.split(".")[0]) is not None
 
