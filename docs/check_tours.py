@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Runs the six tours of docs/debugging.md in gdb and compares what they print with what is written there.
+"""Runs the eight tours of docs/debugging.md in gdb and compares what they print with what is written there.
 
     python3 docs/check_tours.py              from anywhere; needs gdb, a C compiler and make
     python3 docs/check_tours.py --doc FILE   another copy of the document
