@@ -1,7 +1,7 @@
 /* align.c -- train and align GPT-2 from scratch, in one file of C.
  *
  * =============================================================================================
- * Preface
+ * Chapter 0 - Preface
  * =============================================================================================
  *
  * A language model writes what is likely. RLHF, reinforcement learning from human feedback, makes
@@ -627,7 +627,7 @@ WIDE static float row_exp(float *y, const float *x, float shift, size_t n) {
     return row_sum(y, n);
 }
 
-/* --------------------------------------------------------------------------------------------- */
+/* ---- Softmax, entropy, KL -------------------------------------------------------------------- */
 
 /* argmax -- where the largest number stands: not the value but its index, the token's id.
  *                                                                [glossary: Argmax/Argmin]

@@ -92,7 +92,7 @@ def layout(source):
         if group == "comment" and text.count("\n"):
             inside.update(range(line + 1, line + text.count("\n") + 1))
         if group == "comment" and at_margin and depth == 0: comments[line] = line + text.count("\n")
-        if group == "line" or (group == "comment" and "\n" in text):
+        if "\n" in text:                        # a string too may go on behind a backslash
             line += text.count("\n")
             depths += [depth] * text.count("\n")
             if group == "line" and last != "\\": directive = ""
@@ -157,6 +157,11 @@ def read_source(source):
                 chapter.title = re.sub(r"\s*\[glossary: [^\]]+\]", "", chapter.title).strip()
                 chapter.lines = [line for i, line in enumerate(lines) if i > head and i not in banner]
                 chapters.append(chapter)
+                row = None
+                continue
+            if heading := re.fullmatch(r"-{4} (.+?) -{4,}", " ".join(lines).strip()):
+                chapters.append(Chapter(chapters[-1].number, heading[1], None))
+                chapters[-1].part, chapters[-1].tags, chapters[-1].lines = True, [], []
                 row = None
                 continue
             row = Row(lines, chapters[-1])
