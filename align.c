@@ -1513,7 +1513,8 @@ static struct PairLoss dpo_variant(const struct DPOConfig *config, enum DPOLossT
                                    const struct DPOSide *chosen, const struct DPOSide *rejected) {
     double e = config->label_smoothing;
     double chosen_logratio = chosen->logp - chosen->ref_logp;
-    double logits = chosen_logratio - (rejected->logp - rejected->ref_logp);
+    double rejected_logratio = rejected->logp - rejected->ref_logp;
+    double logits = chosen_logratio - rejected_logratio;
     if (type == DPO_IPO)
         return dpo_ipo_pair(config->beta, chosen, rejected);
     if (type == DPO_HINGE)
@@ -1539,9 +1540,9 @@ static double dpo_loss(const struct DPOConfig *config, size_t B, struct DPOSide 
         /* 1. the losses of the pair, each with its weight and its share in the mean */
         chosen[b].dlogp = 0;
         rejected[b].dlogp = 0;
-        for (int type = 0; type < DPO_SFT; type++) {
+        for (int type = 0; type < DPO_LOSS_TYPES; type++) {
             double weight = config->weight[type];
-            if (weight == 0)
+            if (weight == 0 || type == DPO_SFT)
                 continue;
             struct PairLoss pair =
                 dpo_variant(config, (enum DPOLossType)type, &chosen[b], &rejected[b]);
