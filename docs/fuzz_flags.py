@@ -253,7 +253,7 @@ class Lines:
             self.at = 0
         command, flag = self.turn[self.at]
         self.at += 1
-        complete = r.random() < 0.35 or command in ("exact", "bench")
+        complete = r.random() < 0.35 or command in ("exact", "bench", "rlhf")
         words = shlex.split(r.choice(COMPLETE[command])) if complete else [command]
         behind = words[1:]
         words = words[:1]
