@@ -1808,18 +1808,24 @@ static int sample_token(float *logits, size_t V, struct Rng *rng) {
  * Chapter 7 - Byte-pair encoding         [glossary: Tokenização de conjunto de dados]
  *
  * How does text become numbers? GPT-2 [1] first cuts a text into words by a fixed rule, and then
- * builds each word up from its bytes by byte-pair encoding [11]. Its vocabulary was learnt by
- * starting from the 256 bytes and joining, again and again, the two neighbours that stood side by
- * side most often in a large text. To encode, the same joins ("merges") are made again, the one
- * that was learnt first always first:
+ * builds each word up from its bytes by byte-pair encoding [11]. Its vocabulary was learnt once,
+ * from a large text: begin with the 256 bytes; find the two neighbours that stand side by side
+ * most often, and let them be a new token; repeat 50,000 times. Each of these joins is called a
+ * merge, and its rank says when it was learnt. To encode a word, the merges are made again. Where
+ * several are possible, the one that was learnt first is made first:
  *
- *     "low"    l o w   ->   lo w   ->   low         merges "l"+"o", then "lo"+"w"
+ *     "low"    l o w   ->   l ow   ->   low         "o"+"w" has rank 66, "l"+"ow" rank 9063;
+ *      ids   75 78 86     75 322        9319        "l"+"o" (rank 5183) never gets its turn
  *
- * The id of a merged token is 256 + the merge's rank. So "learnt first" is "lowest id", and the
- * first V - 1 ids are a vocabulary themselves, a smaller one: that is how a small model gets one.
+ * The id of a merged token is 256 + its merge's rank. So "learnt first" is "lowest id"; and since
+ * a merge only uses ids below its own, the first V - 1 ids are a complete vocabulary of their own.
+ * That is how a small model gets a small vocabulary without learning one. The last id of each is
+ * its end token.
  *
  * What enters: bytes, any bytes. What leaves: ids from 0 to V - 1, and back, exactly.
  * ============================================================================================= */
+
+/* ---- Texts and arrays that grow ------------------------------------------------------------- */
 
 /* A piece of text with its length: data may hold any byte, NUL included. */
 struct Text {
@@ -1834,8 +1840,11 @@ static bool text_equal(struct Text a, struct Text b) {
     return a.length == b.length && memcmp(a.data, b.data, a.length) == 0;
 }
 
+/* a, then b, in new memory of the arena. A NUL stands behind it that its length does not count,
+ * so that C's own functions can read it. */
 static struct Text text_join(struct Arena *arena, struct Text a, struct Text b) {
     char *both = arena_alloc(arena, a.length + b.length + 1, 1);
+    /* an empty text may have no data at all, and memcpy must not be given NULL */
     if (a.length)
         memcpy(both, a.data, a.length);
     if (b.length)
@@ -1848,7 +1857,10 @@ static struct Text text_copy(struct Arena *arena, struct Text text) {
     return text_join(arena, text, (struct Text){0});
 }
 
+/* sprintf into new memory of the arena, exactly as long as the result. */
 static char *PRINTF_LIKE(2, 3) arena_printf(struct Arena *arena, const char *format, ...) {
+    /* formatted twice: once into nothing, to learn the length, and once for good. A va_list is used
+     * up by reading it, so the second time needs a copy. */
     va_list arguments, again;
     va_start(arguments, format);
     va_copy(again, arguments);
@@ -1860,8 +1872,10 @@ static char *PRINTF_LIKE(2, 3) arena_printf(struct Arena *arena, const char *for
     return string;
 }
 
-/* Room for at least one item more behind n of them, in an array that doubles as it fills and is
- * freed by its owner. */
+/* Makes sure that an array of n items has room for one more. Where it has not, its capacity
+ * doubles: so n items are copied about n times in all, however long it becomes. The array is
+ * malloc's, not an arena's; its owner frees it.
+ * in, out  capacity: items that there is room for; size: bytes of an item */
 static void *grow(void *items, size_t n, size_t *capacity, size_t size) {
     if (n < *capacity)
         return items;
@@ -1871,8 +1885,15 @@ static void *grow(void *items, size_t n, size_t *capacity, size_t size) {
     return items;
 }
 
+/* ---- The vocabulary ------------------------------------------------------------------------- */
+
+/* TOKENIZER_MAGIC and _VERSION open tokenizer.bin (chapter 23). Of a vocabulary's ids the first 256
+ * are the bytes, but in GPT-2's own order: byte_token of struct Tokenizer. */
 enum { TOKENIZER_MAGIC = 20240328, TOKENIZER_VERSION = 2, BYTE_TOKENS = 256 };
+/* What GPT-2's rule for words distinguishes. */
 enum CharClass { CLASS_OTHER, CLASS_LETTER, CLASS_NUMBER, CLASS_SPACE };
+/* Code points end below the first. The second: 2^17 places for 50,000 merges, so that a search
+ * in the hash table ends after one or two. */
 enum { UNICODE_END = 0x110000, MERGE_SLOTS = 1 << 17 };
 
 struct Tokenizer {
@@ -1887,49 +1908,72 @@ struct Tokenizer {
     int *merge_id; /* (MERGE_SLOTS) hash table: a pair -> the id it makes; -1: an empty slot */
 };
 
+/* Where a pair stands in the hash table merge_id, or, if it is no merge, the empty slot at which
+ * the search for it ended. */
 static size_t merge_slot(const struct Tokenizer *tok, uint32_t pair) {
-    size_t slot = (pair * 2654435761u) >> 15; /* Knuth's multiplicative hash, upper 17 bits */
+    /* Knuth's multiplicative hash: the product with 2^32 / golden ratio, modulo 2^32, spreads
+     * pairs that are alike; its upper 17 bits number a slot */
+    size_t slot = (pair * 2654435761u) >> 15;
+    /* a slot that another pair has taken: try the next one */
     while (tok->merge_id[slot] >= 0 && tok->merge_pair[tok->merge_id[slot] - BYTE_TOKENS] != pair)
         slot = (slot + 1) % MERGE_SLOTS;
     return slot;
 }
 
-/* The id that two neighbours make together, or -1. */
+/* The id that two neighbours make together, or -1 if they make none. */
 static int tokenizer_merge(const struct Tokenizer *tok, int left, int right) {
     return tok->merge_id[merge_slot(tok, (uint32_t)left | (uint32_t)right << 16)];
 }
 
-/* Length of the UTF-8 character that starts at text[i], its code point in *code; 0 if it is not
- * valid. */
+/* The end token's id in a vocabulary of V ids: the ids below it are ordinary tokens, and it is
+ * spelt "<|endoftext|>". It is GPT-2's own (50256) if the vocabulary reaches so far, else the last
+ * id. This is only the default: which token ends a text is for the model's configuration to say
+ * (eos_token_id).
+ * By hand: V = 1025: 1024. V = 50304, padded to a multiple of 64: 50256.  test: tokenizer_small */
+static int endoftext_id(size_t vocab_size) {
+    return (int)MIN(vocab_size, (size_t)50257) - 1;
+}
+
+/* ---- From text to words --------------------------------------------------------------------- */
+
+/* utf8_read -- one character of UTF-8: its length in bytes, 1 to 4, and its code point in *code.
+ * Returns 0 if the bytes are not valid UTF-8.
+ * in   text: the character starts at its first byte; n >= 1: bytes that are left
+ * The leading ones of the first byte say how many bytes there are (0 one, 110 two, 1110 three,
+ * 11110 four), the rest of it are the upper bits; each further byte is 10 and six more bits.
+ * By hand: c3 a9 is 110'00011 10'101001: 00011'101001 = e9, "e" with an acute accent.
+ *                                                                        test: tokenizer_bytes */
 static size_t utf8_read(const unsigned char *text, size_t n, uint32_t *code) {
-    static const uint32_t least[5] = {0, 0, 0x80, 0x800, 0x10000}; /* below: an overlong form */
-    unsigned char c = text[0];
-    *code = c;
-    if (c < 0x80)
+    /* the smallest code point that needs 2, 3, 4 bytes */
+    static const uint32_t smallest[5] = {0, 0, 0x80, 0x800, 0x10000};
+    unsigned char first = text[0];
+    *code = first;
+    if (first < 0x80)
         return 1;
-    size_t length = c >= 0xf0 ? 4 : c >= 0xe0 ? 3 : 2;
-    if (c < 0xc2 || c > 0xf4 || n < length)
+
+    /* 1. The length. 80 to bf continue a character and cannot start one; c0 and c1 could only
+     *    spell ASCII in two bytes; f5 and above would be beyond the last code point. */
+    size_t length = first >= 0xf0 ? 4 : first >= 0xe0 ? 3 : 2;
+    if (first < 0xc2 || first > 0xf4 || n < length)
         return 0;
-    *code = c & (0xffu >> (length + 1));
+
+    /* 2. the first byte without its leading ones, then six bits of each byte behind it */
+    *code = first & (0xffu >> (length + 1));
     for (size_t k = 1; k < length; k++) {
         if ((text[k] & 0xc0) != 0x80)
             return 0;
         *code = *code << 6 | (text[k] & 63);
     }
-    return *code >= least[length] && *code < 0x110000 && (*code < 0xd800 || *code >= 0xe000)
-               ? length
-               : 0;
+
+    /* 3. Each character has one spelling, its shortest; and d800 to dfff are no characters but
+     *    halves of UTF-16's pairs. */
+    bool is_shortest = *code >= smallest[length];
+    bool is_surrogate = *code >= 0xd800 && *code < 0xe000;
+    return is_shortest && !is_surrogate && *code < UNICODE_END ? length : 0;
 }
 
-/* The layout of a vocabulary of V ids: those below this id are ordinary tokens, and this one is
- * spelt "<|endoftext|>": GPT-2's own if the vocabulary has it, else the last. Which token ends a
- * text is the model's configuration to say (eos_token_id); this id is only the default. */
-static int endoftext_id(size_t vocab_size) {
-    return (int)MIN(vocab_size, (size_t)50257) - 1;
-}
-
-/* Class and length of the character at text[i]. A byte that is no valid UTF-8 is a character of
- * class "other", and kept. */
+/* Class and length of the character at text[i]. A byte that is not valid UTF-8 counts as a
+ * character of class "other": nothing is refused, nothing is lost. */
 static enum CharClass char_class_at(const struct Tokenizer *tok, const unsigned char *text,
                                     size_t i, size_t n, size_t *length) {
     uint32_t code;
@@ -1940,139 +1984,209 @@ static enum CharClass char_class_at(const struct Tokenizer *tok, const unsigned 
     return CLASS_OTHER;
 }
 
-/* Where the word that starts at i ends. GPT-2's rule, as a regular expression tried left to right:
+/* How many bytes of 's 't 're 've 'm 'll 'd the text starts with; 0 if it starts with none. */
+static size_t contraction_length(const unsigned char *text, size_t n) {
+    static const char *const contractions[] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
+    for (size_t k = 0; k < COUNT(contractions); k++) {
+        size_t length = strlen(contractions[k]);
+        if (n >= length && memcmp(text, contractions[k], length) == 0)
+            return length;
+    }
+    return 0;
+}
+
+/* tokenizer_word_end -- where the word that starts at i ends. Merges never cross this border: else
+ * "dog.", "dog!" and "dog?" would each become a token. GPT-2's rule, as a regular expression whose
+ * alternatives are tried from left to right (\p{L} letters, \p{N} numbers, \s spaces):
  *     's|'t|'re|'ve|'m|'ll|'d | ?\p{L}+ | ?\p{N}+ | ?[^\s\p{L}\p{N}]+ | \s+(?!\S) | \s+
- * By hand: "I'm  42!" -> "I", "'m", " ", " 42", "!": \s+(?!\S) leaves the last space to the next
- * word. test: tokenizer_words */
+ * In words: a run of one class, with a space in front of it if there is one. So the usual space
+ * belongs to the word behind it, and " film" is one token, wherever it stands in a sentence.
+ * By hand: "I'm  42!" -> "I", "'m", " ", " 42", "!": of two spaces the last one goes with 42.
+ *                                                                        test: tokenizer_words */
 static size_t tokenizer_word_end(const struct Tokenizer *tok, const unsigned char *text, size_t i,
                                  size_t n) {
-    static const char *const contractions[] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
-    for (size_t k = 0; k < COUNT(contractions) && text[i] == '\''; k++) {
-        size_t length = strlen(contractions[k]);
-        if (n - i >= length && memcmp(text + i, contractions[k], length) == 0)
-            return i + length;
-    }
+    /* 1. 's, 't and so on */
+    size_t contraction = contraction_length(text + i, n - i);
+    if (contraction > 0)
+        return i + contraction;
+
+    /* 2. The class of the run is that of its first character; " ?": one space in front of
+     *    another class is passed over. */
     size_t length;
     size_t at = i;
     enum CharClass class = char_class_at(tok, text, at, n, &length);
-    if (text[i] == ' ' && i + 1 < n) { /* " ?": a space joins the run behind it */
-        enum CharClass next = char_class_at(tok, text, i + 1, n, &length);
-        if (next == CLASS_SPACE)
-            length = 1;
-        else {
+    if (text[i] == ' ' && i + 1 < n) {
+        size_t next_length;
+        enum CharClass next = char_class_at(tok, text, i + 1, n, &next_length);
+        if (next != CLASS_SPACE) {
             class = next;
             at = i + 1;
+            length = next_length;
         }
     }
+
+    /* 3. to the end of the run; `last` is where its last character starts */
     size_t last = at;
     for (at += length; at < n && char_class_at(tok, text, at, n, &length) == class; at += length)
         last = at;
+
+    /* 4. \s+(?!\S): a run of spaces in front of a word leaves its last space to that word, but
+     *    not if it is the only one */
     return class == CLASS_SPACE && at < n && last > i ? last : at;
 }
 
-/* Byte-pair encoding of one word. Its pieces form a linked list; neighbours that can merge wait
- * in a heap, lowest merged id first, then leftmost. Entries about pieces gone meanwhile are
- * skipped. n bytes take O(n log n), where rescanning for each merge would take O(n^2). */
-/* id -1: merged into its left neighbour; prev, next -1: none */
+/* ---- From a word to tokens ------------------------------------------------------------------ */
+
+/* A word while it is encoded: a linked list of pieces, at first its bytes, and a heap of the merges
+ * that are possible. Each entry of the heap is merged id << 32 | left piece: the smallest entry is
+ * the merge that was learnt first, and among equals the leftmost.
+ *
+ * A merge makes others impossible, whose entries stay behind in the heap. To look for them would
+ * be slow; instead each entry is checked when its turn comes, and a stale one is skipped. So a
+ * word of n bytes takes O(n log n) steps. To search the whole word before each merge would take
+ * O(n^2), which is too long for a million letters without a space.   test: tokenizer_long_word */
 struct Piece {
-    int id;
-    int32_t prev, next;
+    int id; /* -1: merged into its left neighbour */
+    int32_t prev, next; /* -1: none */
 };
-/* heap: merged id << 32 | left piece */
 struct WordPieces {
+    const struct Tokenizer *tok;
+    int merge_limit; /* merges that make this id or a later one are outside the vocabulary */
     struct Piece *piece;
     uint64_t *heap;
     size_t heap_size;
 };
 
-static void heap_push(struct WordPieces *w, uint64_t entry) {
-    size_t i = w->heap_size++;
-    for (; i > 0 && entry < w->heap[(i - 1) / 2]; i = (i - 1) / 2)
-        w->heap[i] = w->heap[(i - 1) / 2];
-    w->heap[i] = entry;
+/* A binary heap: entry i is not larger than its children, 2i + 1 and 2i + 2; so the smallest is
+ * entry 0. By hand: push 7, 4, 9: (4, 7, 9).                                test: tokenizer_heap */
+static void heap_push(struct WordPieces *word, uint64_t entry) {
+    /* from the new place at the end upwards: each parent that is larger moves down one level */
+    size_t i = word->heap_size++;
+    for (; i > 0 && entry < word->heap[(i - 1) / 2]; i = (i - 1) / 2)
+        word->heap[i] = word->heap[(i - 1) / 2];
+    word->heap[i] = entry;
 }
 
-static uint64_t heap_pop(struct WordPieces *w) {
-    uint64_t top = w->heap[0];
-    uint64_t last = w->heap[--w->heap_size];
+/* Takes the smallest entry out.
+ * By hand: (4, 7, 9) gives 4 and leaves (7, 9).                             test: tokenizer_heap */
+static uint64_t heap_pop(struct WordPieces *word) {
+    uint64_t smallest = word->heap[0];
+    /* The last entry needs a new place, for the heap is shorter by one. The way leads from the gap
+     * at the top downwards: the smaller child moves up, until the entry fits in. */
+    uint64_t last = word->heap[--word->heap_size];
+    size_t n = word->heap_size;
     size_t i = 0;
-    size_t n = w->heap_size;
     for (size_t child; (child = 2 * i + 1) < n; i = child) {
-        if (child + 1 < n && w->heap[child + 1] < w->heap[child])
+        if (child + 1 < n && word->heap[child + 1] < word->heap[child])
             child++;
-        if (w->heap[child] >= last)
+        if (word->heap[child] >= last)
             break;
-        w->heap[i] = w->heap[child];
+        word->heap[i] = word->heap[child];
     }
-    w->heap[i] = last;
-    return top;
+    word->heap[i] = last;
+    return smallest;
 }
 
-/* Offers the pair (at, next of at), unless its merge is outside the vocabulary. */
-static void pieces_offer(const struct Tokenizer *tok, struct WordPieces *w, int32_t at,
-                         int merge_limit) {
-    if (at < 0 || w->piece[at].next < 0)
+/* Puts the merge of piece `left` and the one behind it into the heap, if there is such a merge and
+ * the vocabulary has it. left -1: there is no piece. */
+static void pieces_offer(struct WordPieces *word, int32_t left) {
+    if (left < 0 || word->piece[left].next < 0)
         return;
-    int id = tokenizer_merge(tok, w->piece[at].id, w->piece[w->piece[at].next].id);
-    if (id >= 0 && id < merge_limit)
-        heap_push(w, (uint64_t)id << 32 | (uint32_t)at);
+    int right_id = word->piece[word->piece[left].next].id;
+    int id = tokenizer_merge(word->tok, word->piece[left].id, right_id);
+    if (id >= 0 && id < word->merge_limit)
+        heap_push(word, (uint64_t)id << 32 | (uint32_t)left);
 }
 
-static size_t tokenizer_encode_word(const struct Tokenizer *tok, struct WordPieces *w,
-                                    const unsigned char *word, size_t n, int merge_limit,
-                                    int *out) {
-    struct Piece *piece = w->piece;
+/* Joins piece `left` and the one behind it into the token `id`, unless the entry is stale: one of
+ * the two has merged with another piece since the pair was offered. */
+static void pieces_merge(struct WordPieces *word, int32_t left, int id) {
+    /* 1. Stale? Then they no longer make this id, or are no longer there. */
+    struct Piece *piece = word->piece;
+    int32_t right = piece[left].next;
+    if (piece[left].id < 0 || right < 0
+        || tokenizer_merge(word->tok, piece[left].id, piece[right].id) != id)
+        return;
+
+    /* 2. the left one becomes both, and the right one leaves the list */
+    piece[left].id = id;
+    piece[left].next = piece[right].next;
+    piece[right].id = -1;
+    if (piece[left].next >= 0)
+        piece[piece[left].next].prev = left;
+
+    /* 3. the new piece may merge with its neighbours on either side */
+    pieces_offer(word, piece[left].prev);
+    pieces_offer(word, left);
+}
+
+/* tokenizer_encode_word -- byte-pair encoding of one word [11].
+ * in   bytes (n); word: with room for n pieces and 3n heap entries
+ * out  ids: room for n; returns how many there are
+ * By hand: " lovely": " l" (300), "ve" (303), "ly" (306), "ove" (659), " love" (1842), at last
+ * " lovely" (14081). With V = 1025 it ends at 300 659 306, since 1842 is outside. docs/debugging.md
+ * has a tour through it.
+ *            test: tokenizer_cases, tokenizer_small, tokenizer_plain; gdb: break pieces_merge */
+static size_t tokenizer_encode_word(struct WordPieces *word, const unsigned char *bytes, size_t n,
+                                    int *ids) {
+    /* 1. one piece for each byte, and all neighbours that can merge */
+    struct Piece *piece = word->piece;
     for (size_t i = 0; i < n; i++)
-        piece[i] = (struct Piece){tok->byte_token[word[i]], (int32_t)i - 1,
-                                  i + 1 < n ? (int32_t)i + 1 : -1};
-    w->heap_size = 0;
+        piece[i] = (struct Piece){
+            .id = word->tok->byte_token[bytes[i]],
+            .prev = (int32_t)i - 1,
+            .next = i + 1 < n ? (int32_t)i + 1 : -1,
+        };
+    word->heap_size = 0;
     for (size_t i = 0; i + 1 < n; i++)
-        pieces_offer(tok, w, (int32_t)i, merge_limit);
-    while (w->heap_size > 0) {
-        uint64_t top = heap_pop(w);
-        int id = (int)(top >> 32);
-        int32_t left = (int32_t)(top & 0xffffffff);
-        int32_t right = piece[left].next;
-        if (piece[left].id < 0 || right < 0
-            || tokenizer_merge(tok, piece[left].id, piece[right].id) != id)
-            continue;
-        piece[left] = (struct Piece){id, piece[left].prev, piece[right].next};
-        piece[right].id = -1;
-        if (piece[left].next >= 0)
-            piece[piece[left].next].prev = left;
-        pieces_offer(tok, w, piece[left].prev, merge_limit);
-        pieces_offer(tok, w, left, merge_limit);
+        pieces_offer(word, (int32_t)i);
+
+    /* 2. the merge that was learnt first, again and again, until none is left */
+    while (word->heap_size > 0) {
+        uint64_t entry = heap_pop(word);
+        pieces_merge(word, (int32_t)(entry & 0xffffffff), (int)(entry >> 32));
     }
+
+    /* 3. what is left in the list are the tokens; its first piece is always piece 0, for a piece
+     *    only ever merges into its left neighbour */
     size_t count = 0;
     for (int32_t i = 0; i >= 0; i = piece[i].next)
-        out[count++] = piece[i].id;
+        ids[count++] = piece[i].id;
     return count;
 }
 
 /* tokenizer_encode -- text to ids.                [glossary: Tokenização de conjunto de dados]
- * in   text: n bytes, valid UTF-8 or not; vocab_size: V of the model, ids 0 .. V-2 are used
- * out  ids: room for n of them (a token is at least a byte); returns how many
- * "<|endoftext|>" inside a text is ordinary text: data cannot forge an end.   test: tokenizer_* */
+ * in   text: n bytes, valid UTF-8 or not; vocab_size: V of the model
+ * out  ids: room for n of them, for a token has at least one byte; returns how many there are.
+ *      They are below the end token's id.
+ * "<|endoftext|>" inside a text is ordinary text, seven tokens: data cannot forge an end.
+ * By hand: "Hello world" -> "Hello" (15496), " world" (995).                 test: tokenizer_* */
 static size_t tokenizer_encode(const struct Tokenizer *tok, struct Text text, size_t vocab_size,
                                int *ids) {
     const unsigned char *bytes = (const unsigned char *)text.data;
-    int merge_limit = endoftext_id(vocab_size);
-    struct WordPieces w = {0};
+    struct WordPieces word = {.tok = tok, .merge_limit = endoftext_id(vocab_size)};
     size_t count = 0;
+    /* pieces are numbered by an int32_t */
     CHECK(text.length < INT32_MAX,
           "a text of %zu bytes is longer than the 2 GB that can be encoded at once", text.length);
     for (size_t i = 0, end; i < text.length; i = end) {
         end = tokenizer_word_end(tok, bytes, i, text.length);
         size_t n = end - i;
-        /* n - 1 entries at first, 2 more for each of n - 1 merges */
-        w.heap = (uint64_t *)thread_scratch(SCRATCH_A, 6 * n);
-        w.piece = (struct Piece *)thread_scratch(SCRATCH_B, 3 * n);
-        count += tokenizer_encode_word(tok, &w, bytes + i, n, merge_limit, ids + count);
+        /* The heap: n - 1 pairs at first, and two more with each of at most n - 1 merges, so 3n
+         * entries of 8 bytes. A piece has 12 bytes. Scratch is counted in floats, of 4. */
+        word.heap = (uint64_t *)thread_scratch(SCRATCH_A, 6 * n);
+        word.piece = (struct Piece *)thread_scratch(SCRATCH_B, 3 * n);
+        count += tokenizer_encode_word(&word, bytes + i, n, ids + count);
     }
     return count;
 }
 
+/* ---- And back ------------------------------------------------------------------------------- */
+
+/* The bytes of a token of a vocabulary of vocab_size ids. They may be part of a character only:
+ * UTF-8 is whole again when the tokens are joined. */
 static struct Text tokenizer_decode(const struct Tokenizer *tok, int id, size_t vocab_size) {
+    /* a small vocabulary's end token has the id of an ordinary one of the large vocabulary */
     if (id == endoftext_id(vocab_size))
         id = tok->end_token;
     /* the unused ids of a padded vocabulary */
@@ -2081,11 +2195,16 @@ static struct Text tokenizer_decode(const struct Tokenizer *tok, int id, size_t 
     return tok->token[id];
 }
 
+/* The text of n ids: the bytes of all tokens, one behind the other.
+ *                                                          test: tokenizer_cases, tokenizer_bytes */
 static struct Text tokenizer_decode_all(const struct Tokenizer *tok, struct Arena *arena,
                                         const int *ids, size_t n, size_t vocab_size) {
+    /* 1. how long it will be */
     size_t length = 0;
     for (size_t i = 0; i < n; i++)
         length += tokenizer_decode(tok, ids[i], vocab_size).length;
+
+    /* 2. the bytes, and a NUL for C's own functions */
     char *text = arena_alloc(arena, length + 1, 1);
     char *to = text;
     for (size_t i = 0; i < n; i++) {

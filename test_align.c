@@ -1292,6 +1292,8 @@ static const struct TextCase TEXT_CASES[] = {
     TEXT_CASE("\342\200\213=\330\261\355\225\234\001h\355\225\234\361\231\241\267\303\237",
               "9525 28 26897 47991 250 189 71 47991 250 173 247 94 115 39683"),
     TEXT_CASE("Hello world", "15496 995"),
+    TEXT_CASE("low", "9319"),
+    TEXT_CASE("A lovely film", "32 14081 2646"),
     TEXT_CASE("I'm  42!", "40 1101 220 5433 0"),
     TEXT_CASE("it's we've they'll I'd don't you're 'tis", "270 338 356 1053 484 1183 314 1549 836 "
                                                           "470 345 821 705 48010"),
@@ -1362,7 +1364,10 @@ static void test_tokenizer_bytes(void) {
             bytes[i] = (char)(round % 2 ? rng_next(&test_rng) : 0x60 + rng_below(&test_rng, 0xa0));
         expect_round_trip("random bytes", (struct Text){bytes, n}, round % 3 ? 50257 : 700);
     }
-    size_t length;
+    uint32_t code;
+    size_t length = utf8_read((const unsigned char *)"\xc3\xa9", 2, &code);
+    expect_count("two bytes", length, 2);
+    expect_count("e with an acute accent", code, 0xe9);
     static const struct {
         const char *text;
         size_t length;
@@ -1412,6 +1417,18 @@ static size_t encode_plainly(const char *word, size_t n, int limit, int *ids) {
     }
 }
 
+/* The heap as its comments show it. */
+static void test_tokenizer_heap(void) {
+    uint64_t heap[3];
+    struct WordPieces word = {.heap = heap};
+    heap_push(&word, 7);
+    heap_push(&word, 4);
+    heap_push(&word, 9);
+    expect_true("4, 7, 9", heap[0] == 4 && heap[1] == 7 && heap[2] == 9);
+    expect_count("smallest", heap_pop(&word), 4);
+    expect_true("7, 9 are left", word.heap_size == 2 && heap[0] == 7 && heap[1] == 9);
+}
+
 /* The heap of merges against the definition, on words that merge much. */
 static void test_tokenizer_plain(void) {
     for (size_t round = 0; round < 400; round++) {
@@ -1454,6 +1471,9 @@ static void test_tokenizer_small(void) {
         expect_text("its text", tokenizer_decode(tokenizer, (int)sizes[i] - 1, sizes[i]),
                     "<|endoftext|>");
     }
+    size_t n;
+    int *ids = encode(text_of(" lovely"), 1025, &n);
+    expect_ids("no token beyond 1023", ids, n, (int[]){300, 659, 306}, 3);
     expect_count("a padded vocabulary keeps GPT-2's end token", (size_t)endoftext_id(50304), 50256);
     expect_count("and its unused ids are empty", tokenizer_decode(tokenizer, 50300, 50304).length,
                  0);
@@ -8387,6 +8407,7 @@ static const struct {
     {"tokenizer_words", test_tokenizer_words},
     {"tokenizer_cases", test_tokenizer_cases},
     {"tokenizer_bytes", test_tokenizer_bytes},
+    {"tokenizer_heap", test_tokenizer_heap},
     {"tokenizer_plain", test_tokenizer_plain},
     {"tokenizer_long_word", test_tokenizer_long_word},
     {"tokenizer_small", test_tokenizer_small},
