@@ -2196,7 +2196,7 @@ static struct Text tokenizer_decode(const struct Tokenizer *tok, int id, size_t 
 }
 
 /* The text of n ids: the bytes of all tokens, one behind the other.
- *                                                          test: tokenizer_cases, tokenizer_bytes */
+ *                                                         test: tokenizer_cases, tokenizer_bytes */
 static struct Text tokenizer_decode_all(const struct Tokenizer *tok, struct Arena *arena,
                                         const int *ids, size_t n, size_t vocab_size) {
     /* 1. how long it will be */
@@ -2234,8 +2234,11 @@ static struct Text tokenizer_decode_all(const struct Tokenizer *tok, struct Aren
  * What enters: ids of texts. What leaves: a batch: N tokens in a row, R rows with a target.
  * ============================================================================================= */
 
-/* A shape: the fields that a row must have, and, 16 bits further on, those that are used if they
- * are there. What a row has besides is not looked at. */
+/* ---- Rows of a data set --------------------------------------------------------------------- */
+
+/* The fields that a row of a data set may have, one bit each. A shape says what a method needs:
+ * the fields that each row must have, and, 16 bits further up, those that are used if they are
+ * there. What else a row has is not looked at. */
 #define MAY_HAVE(fields) ((fields) << 16)
 enum Field {
     HAS_TEXT = 1,
@@ -2257,12 +2260,13 @@ enum Field {
     SHAPE_RATED = HAS_TEXT | HAS_SCORE,
     SHAPE_ROLLOUT = HAS_QUERY_IDS | HAS_RESPONSE_IDS | HAS_SCORE
 };
+/* In the order of the bits: their names in a file. */
 static const char *const FIELD_NAMES[] = {"text",         "prompt", "completion", "chosen",
                                           "rejected",     "label",  "score",      "query_ids",
                                           "response_ids", "margin"};
 
 struct Row {
-    unsigned has; /* which of enum Field, used or not */
+    unsigned has; /* the bits of the fields that it has, used or not */
     struct Text text, prompt, completion, chosen, rejected;
     double score, margin, label;
     int *query_ids, *response_ids;
@@ -2278,6 +2282,8 @@ struct Dataset {
     size_t file_count;
 };
 
+/* ---- Examples: rows as ids ------------------------------------------------------------------ */
+
 /* Token ids of one training sequence; the first prompt_length of them are given, not learnt. */
 struct Example {
     int *ids;
@@ -2289,16 +2295,19 @@ static bool example_ended(const struct Example *e, int end_token) {
     return e->n > e->prompt_length && e->ids[e->n - 1] == end_token;
 }
 
-/* Puts the end token behind what is learnt, unless that ends in it already, as it can where the end
- * token is an ordinary one: so does TRL. The ids have room for it. */
+/* Puts the end token behind what is learnt: that is how a model learns to stop. As in TRL, no
+ * second one follows where the answer ends in it already, which can happen when the end token is
+ * an ordinary one, "." for instance. The ids must have room for it.        test: data_end_token */
 static void example_end(struct Example *e, int end_token) {
     if (!example_ended(e, end_token))
         e->ids[e->n++] = end_token;
 }
 
-/* A text as ids, the model's end token behind it; with end_token NULL without one. */
+/* A text as ids, all of them learnt; the model's end token behind it, or none if end_token is
+ * NULL. There is room for one id more in either case. */
 static struct Example example_encode(struct Arena *arena, const struct Tokenizer *tok,
                                      struct Text text, size_t vocab_size, const int *end_token) {
+    /* encoded into scratch, since only afterwards is it known how many ids there are */
     struct Example e = {0};
     int *ids = (int *)thread_scratch(SCRATCH_ROW, text.length + 1);
     e.n = tokenizer_encode(tok, text, vocab_size, ids);
@@ -2308,36 +2317,55 @@ static struct Example example_encode(struct Arena *arena, const struct Tokenizer
     return e;
 }
 
-/* Prompt + completion as TRL: encoded as one, the end token behind it; the completion starts
- * where the ids stop to be the prompt's own. */
+/* example_prompt_completion -- prompt and completion as one example, as TRL makes it.
+ * They are encoded as one text, for that is what the model reads when it is used: encoded apart,
+ * a token might be cut in two at the seam. The completion starts where the ids are no longer those
+ * of the prompt alone. So a token that spans the seam belongs to the completion, and is learnt.
+ * By hand: "Hello wor" + "ld": together "Hello" " world", the prompt alone "Hello" " wor": the ids
+ * agree in one, so the prompt is "Hello".                           test: data_prompt_completion */
 static struct Example example_prompt_completion(struct Arena *arena, const struct Tokenizer *tok,
                                                 struct Text prompt, struct Text completion,
                                                 size_t vocab_size, const int *end_token) {
+    /* 1. the prompt by itself, and the whole */
     struct Arena scratch = {0};
     struct Example alone = example_encode(&scratch, tok, prompt, vocab_size, NULL);
     struct Text both = text_join(&scratch, prompt, completion);
     struct Example whole = example_encode(arena, tok, both, vocab_size, NULL);
-    size_t *n = &whole.prompt_length;
-    while (*n < alone.n && *n < whole.n && alone.ids[*n] == whole.ids[*n])
-        ++*n;
+
+    /* 2. as far as the two agree, it is the prompt */
+    size_t shared = 0;
+    while (shared < alone.n && shared < whole.n && alone.ids[shared] == whole.ids[shared])
+        shared++;
+    whole.prompt_length = shared;
+
+    /* 3. only now the end token: whether one is needed depends on where the completion starts */
     if (end_token)
         example_end(&whole, *end_token);
     arena_free(&scratch);
     return whole;
 }
 
-/* Texts without a prompt: the longest common prefix of whole characters, less a space at its
- * end, with which the completions then start. By hand: "It is good", "It is bad" -> prompt "It
- * is", completions " good" and " bad". */
+/* split_implicit_prompt -- finds the prompt of a preference that has none: its two texts are whole
+ * conversations, and what both begin with is the prompt. As in TRL, a space at its end goes to the
+ * answers, for GPT-2's words begin with their space.
+ * in, out  row: chosen, rejected; prompt is set. They stay parts of the texts that they were.
+ * By hand: "It is good" and "It is bad": prompt "It is", answers " good" and " bad".
+ *                                                                     test: data_implicit_prompt */
 static void split_implicit_prompt(struct Row *row) {
+    /* 1. the longest common beginning, in bytes */
     size_t n = 0;
     while (n < row->chosen.length && n < row->rejected.length
            && row->chosen.data[n] == row->rejected.data[n])
         n++;
-    /* behind a text stands a NUL */
+
+    /* 2. It must end between two characters. Two accented letters may share their first byte; so
+     *    while the byte behind the cut continues a character (10......), the cut moves left. At
+     *    the end of a text, that byte is the NUL that stands behind each. */
     while (n > 0
            && ((row->chosen.data[n] & 0xc0) == 0x80 || (row->rejected.data[n] & 0xc0) == 0x80))
         n--;
+
+    /* 3. the space goes to the answers */
     if (n > 0 && row->chosen.data[n - 1] == ' ')
         n--;
     row->prompt = (struct Text){row->chosen.data, n};
@@ -2345,22 +2373,26 @@ static void split_implicit_prompt(struct Row *row) {
     row->rejected = (struct Text){row->rejected.data + n, row->rejected.length - n};
 }
 
-/* A batch, packed: sequence b has tokens start[b] .. start[b+1]-1; of its targets r =
- * target_start[b] .. [b+1]-1, target[r] is due at row[r]. */
+/* ---- Batches: examples side by side --------------------------------------------------------- */
+
+/* B sequences, packed into N rows of tokens; R of these rows must predict something. */
 struct Batch {
     size_t B, N, R, max_length; /* max_length: tokens of the longest sequence in the batch */
     size_t tokens; /* of the examples, whether or not the model reads the last ones */
     int *ids, *position; /* (N) */
-    size_t *start, *target_start; /* (B+1) */
-    int *row, *target; /* (R) */
-    /* (B) or NULL: from row fork[b] on, sequence b goes on from its first shared[b] rows
-     * (collate_pairs) */
+    size_t *start; /* (B+1) sequence b has the rows start[b] .. start[b+1]-1 */
+    size_t *target_start; /* (B+1) its targets are target_start[b] .. target_start[b+1]-1 */
+    int *row, *target; /* (R) row[r] must predict the id target[r] */
+    /* (B) or NULL. From its row fork[b] on, sequence b is another answer to its first shared[b]
+     * tokens: see collate_pairs. */
     size_t *shared, *fork;
-    struct KVCache *cache; /* in decoding: the past; else NULL */
-    size_t *slot; /* (N) the sequence of the cache that a token belongs to */
+    /* While a text is written (chapter 13) the rows are the newest tokens only, and attention finds
+     * the earlier ones in the cache; else NULL. */
+    struct KVCache *cache;
+    size_t *slot; /* (N) the sequence of the cache that a row belongs to */
 };
 
-/* A batch of B sequences without a token yet, and room for `tokens` of them. */
+/* A batch that will have B sequences and at most `tokens` rows; it has none yet. */
 static struct Batch batch_new(struct Arena *arena, size_t B, size_t tokens) {
     return (struct Batch){
         .B = B,
@@ -2374,86 +2406,151 @@ static struct Batch batch_new(struct Arena *arena, size_t B, size_t tokens) {
     };
 }
 
-/* Tokens t0..t1-1 of a sequence become a batch's next rows. */
-static void batch_append(struct Batch *batch, const int *ids, size_t t0, size_t t1) {
-    for (size_t t = t0; t < t1; t++, batch->N++) {
+/* Tokens first to end - 1 of a sequence become the batch's next rows. */
+static void batch_append(struct Batch *batch, const int *ids, size_t first, size_t end) {
+    for (size_t t = first; t < end; t++, batch->N++) {
         batch->ids[batch->N] = ids[t];
         batch->position[batch->N] = (int)t;
     }
 }
 
-/* collate -- sequences of different lengths into one batch.  [glossary: Função coladora] TRL's
- * collators pad to a rectangle (B, T_max), mask the padding and set the labels of prompts and
- * padding to -100, "ignore". Packing stores the same facts: `row`/`target` name the positions
- * whose label would not be -100. Position t predicts token t+1: a sequence's first token has no
- * row, and the last one predicts nothing, so it is left out of the model's input unless
- * READ_LAST asks for it (a reward is read there). By hand: ids [5 6 7 8] with a prompt of 2:
- * rows 1 and 2, targets 7 and 8.  test: collate */
+/* Is a sequence's last token read? It predicts nothing, so a language model need not; a reward is
+ * read there. */
 enum LastToken { SKIP_LAST, READ_LAST };
 
+/* Example e becomes sequence b of the batch, behind those that are there. */
+static void collate_example(struct Batch *batch, size_t b, const struct Example *e,
+                            enum LastToken last) {
+    /* 1. The targets: each token behind the prompt, and the row before it, which must predict it.
+     *    Nothing stands before the first token of a text, so nothing predicts it. */
+    for (size_t t = MAX(e->prompt_length, (size_t)1); t < e->n; t++) {
+        batch->row[batch->R] = (int)(batch->N + t - 1);
+        batch->target[batch->R] = e->ids[t];
+        batch->R++;
+    }
+
+    /* 2. the rows */
+    bool skips_one = last == SKIP_LAST && e->n > 0;
+    batch_append(batch, e->ids, 0, e->n - skips_one);
+
+    /* 3. where the next sequence starts */
+    batch->start[b + 1] = batch->N;
+    batch->target_start[b + 1] = batch->R;
+    batch->max_length = MAX(batch->max_length, batch->N - batch->start[b]);
+}
+
+/* collate -- examples of different lengths into one batch.       [glossary: Função coladora]
+ * in   examples (B)
+ * TRL's collators pad to a rectangle (B, longest), mask the padding, and give prompts and padding
+ * the label -100, "ignore". Packing stores the same facts: a row whose label would not be -100 is
+ * named in `row`, and its label in `target`.
+ * By hand: ids [5 6 7 8] with a prompt of 2: the rows are 5 6 7 (8 predicts nothing); row 1, the 6,
+ * must predict 7, and row 2 must predict 8.                                        test: collate */
 static struct Batch collate(struct Arena *arena, const struct Example *examples, size_t B,
                             enum LastToken last) {
     size_t tokens = 0;
     for (size_t b = 0; b < B; b++)
         tokens += examples[b].n;
     struct Batch batch = batch_new(arena, B, tokens);
-    for (size_t b = 0; b < B; b++) {
-        const struct Example *e = &examples[b];
-        for (size_t t = MAX(e->prompt_length, (size_t)1); t < e->n; t++) {
-            batch.row[batch.R] = (int)(batch.N + t - 1);
-            batch.target[batch.R++] = e->ids[t];
-        }
-        batch_append(&batch, e->ids, 0, e->n - (last == SKIP_LAST && e->n > 0));
-        batch.start[b + 1] = batch.N;
-        batch.target_start[b + 1] = batch.R;
-        batch.max_length = MAX(batch.max_length, batch.N - batch.start[b]);
-    }
+    for (size_t b = 0; b < B; b++)
+        collate_example(&batch, b, &examples[b], last);
     return batch;
 }
 
-/* collate_pairs -- 2B examples (all chosen first) in one batch in which the prompt of a pair is
- * computed once where that pays: prompt, chosen, rejected in one sequence, whose fork attention
- * knows; the rejected answer's rows see the prompt and themselves. It pays where the rows saved,
- * 24 C^2 multiplications a layer, outweigh the scores that are computed and thrown away, 4 C
- * each. Targets come in the order of the examples. By hand: prompt 2, answers of 3 and 4 tokens:
- * rows 2+2 and 3 instead of 4 + 5.  test: collate_pairs */
+/* ---- Pairs: one prompt, two answers --------------------------------------------------------- */
+
+/* How many tokens at the start of a pair are to be computed only once: its prompt, or none where
+ * that does not pay.
+ * in   rows of each answer with its prompt; C: the model's width
+ * Sharing saves `prompt` rows, 24 C^2 multiplications each in every layer. But the two answers then
+ * stand in one sequence, and attention, which works in blocks, computes scores of the one against
+ * the other that are thrown away: 4 C multiplications for each pair of rows. So it pays if
+ *   24 C^2 prompt > 4 C (chosen - prompt) (rejected - prompt)
+ * By hand: prompt 2, rows 4 and 5, C 16: 2 * 6 * 16 = 192 > 2 * 3 = 6: it pays. Prompt 1, C 1: 6
+ * is less than 3 * 4 = 12: it does not.                                      test: collate_pairs */
+static size_t shared_prompt(size_t prompt, size_t chosen_rows, size_t rejected_rows, size_t C) {
+    prompt = MIN(MIN(prompt, chosen_rows), rejected_rows);
+    double saved = (double)prompt * 6 * (double)C;
+    double wasted = (double)(chosen_rows - prompt) * (double)(rejected_rows - prompt);
+    return saved <= wasted ? 0 : prompt;
+}
+
+/* Where the tokens of an example stand in a batch: the first `prompt` of them from row prompt_start
+ * on, those behind the prompt from row answer_start on. */
+struct Placement {
+    size_t prompt, prompt_start, answer_start;
+};
+
+/* The targets of example i of a plain batch, for the rows at which its tokens stand now. */
+static void move_targets(struct Batch *batch, const struct Batch *plain, size_t i,
+                         struct Placement place) {
+    for (size_t r = plain->target_start[i]; r < plain->target_start[i + 1]; r++) {
+        size_t t = (size_t)plain->row[r] - plain->start[i];
+        batch->row[r] = (int)(t < place.prompt ? place.prompt_start + t
+                                               : place.answer_start + t - place.prompt);
+    }
+}
+
+/* Pair b: example b of the plain batch is the chosen one, example B + b the rejected one. */
+static void collate_pair(struct Batch *batch, const struct Batch *plain,
+                         const struct Example *examples, size_t B, size_t b, size_t C) {
+    const struct Example *chosen = &examples[b];
+    const struct Example *rejected = &examples[B + b];
+    size_t chosen_rows = plain->start[b + 1] - plain->start[b];
+    size_t rejected_rows = plain->start[B + b + 1] - plain->start[B + b];
+    size_t prompt = shared_prompt(chosen->prompt_length, chosen_rows, rejected_rows, C);
+
+    /* 1. the rows: prompt, chosen answer, and behind them what the rejected one has besides */
+    size_t start = batch->N;
+    size_t fork = start + chosen_rows;
+    batch_append(batch, chosen->ids, 0, chosen_rows);
+    batch_append(batch, rejected->ids, prompt, rejected_rows);
+
+    /* 2. one sequence that forks; or two of the usual kind, if nothing is shared */
+    batch->shared[batch->B] = prompt;
+    batch->fork[batch->B] = chosen_rows;
+    if (prompt == 0)
+        batch->start[++batch->B] = fork;
+    batch->start[++batch->B] = batch->N;
+
+    /* 3. Where a prompt is shared, its last row predicts the first token of both answers. */
+    move_targets(batch, plain, b, (struct Placement){prompt, start, start + prompt});
+    move_targets(batch, plain, B + b, (struct Placement){prompt, start, fork});
+}
+
+/* collate_pairs -- 2B examples, the B chosen ones first, in one batch in which the prompt of a pair
+ * is computed only once, where that pays. It is laid out as
+ *     prompt | chosen answer | rejected answer             one sequence, `fork` at the second bar
+ * The rejected answer has the positions that follow the prompt's, and attention lets it see the
+ * prompt and itself but not the chosen answer: what is computed is what two sequences would give.
+ * in   examples (2B); C: the model's width
+ * out  targets in the order of the examples, whatever the order of their rows
+ * By hand: prompt 2, answers of 3 and 4 tokens: 2 + 2 + 3 rows (no last tokens) instead of 4 + 5.
+ *                                                                            test: collate_pairs */
 static struct Batch collate_pairs(struct Arena *arena, const struct Example *examples, size_t B,
                                   size_t C) {
-    /* the targets stay, the rows are laid out anew */
-    struct Batch batch = collate(arena, examples, 2 * B, SKIP_LAST);
-    const size_t *from = batch.start;
-    const size_t *target_start = batch.target_start;
+    /* 1. A plain batch first: its targets stay as they are, its rows are laid out anew. The arrays
+     *    are shared, for each entry of `row` is read before it is written; but `start` of the one
+     *    is needed while that of the other is made. */
+    const struct Batch plain = collate(arena, examples, 2 * B, SKIP_LAST);
+    struct Batch batch = plain;
     batch.start = arena_zeros(arena, 2 * B + 1, sizeof *batch.start);
     batch.shared = arena_zeros(arena, 2 * B, sizeof *batch.shared);
     batch.fork = arena_zeros(arena, 2 * B, sizeof *batch.fork);
-    batch.N = batch.B = 0;
-    for (size_t b = 0, at = 0; b < B; b++, at = batch.N) {
-        size_t chosen = from[b + 1] - from[b];
-        size_t rejected = from[B + b + 1] - from[B + b];
-        size_t fork = at + chosen;
-        size_t prompt = MIN(MIN(examples[b].prompt_length, chosen), rejected);
-        if ((double)prompt * 6 * (double)C
-            <= (double)(chosen - prompt) * (double)(rejected - prompt))
-            prompt = 0;
-        batch_append(&batch, examples[b].ids, 0, chosen);
-        batch_append(&batch, examples[B + b].ids, prompt, rejected);
-        batch.shared[batch.B] = prompt;
-        batch.fork[batch.B] = chosen;
-        if (prompt == 0)
-            batch.start[++batch.B] = fork;
-        batch.start[++batch.B] = batch.N;
-        for (size_t r = target_start[b]; r < target_start[b + 1]; r++)
-            batch.row[r] += (int)at - (int)from[b];
-        for (size_t r = target_start[B + b]; r < target_start[B + b + 1]; r++) {
-            size_t t = (size_t)batch.row[r] - from[B + b];
-            batch.row[r] = (int)(t < prompt ? at + t : fork + t - prompt);
-        }
-    }
+    batch.N = 0;
+    batch.B = 0;
+
+    /* 2. pair by pair: one sequence each, or two */
+    for (size_t b = 0; b < B; b++)
+        collate_pair(&batch, &plain, examples, B, b, C);
     return batch;
 }
 
-/* LengthSampler(min, max): a whole number in [min, max), as in TRL: (2, 8) gives 2 to 7, lest
- * the model learn one.  [glossary: LengthSampler] */
+/* ---- Lengths -------------------------------------------------------------------------------- */
+
+/* LengthSampler(min, max): a whole number in [min, max), as in TRL: (2, 8) gives 2 to 7. Prompts
+ * and answers get lengths that vary, for a policy that always saw the same length would learn that
+ * length.                         [glossary: LengthSampler]            test: data_length_sampler */
 struct LengthSampler {
     size_t min_value, max_value;
 };
