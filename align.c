@@ -4159,16 +4159,29 @@ static struct GPT2 *adapter_reference(const struct GPT2 *model, bool frozen) {
  *
  * How does a model that only ever predicts one token write a text? One token at a time: predict,
  * choose (chapter 6), append, predict again. To predict, attention needs the keys and values of
- * all earlier tokens; they are kept (the KV cache), so a new token costs one row of work instead
- * of a whole pass. Prompts of different lengths advance together; a sequence that has ended drops
- * out.
+ * all earlier tokens. They never change, so they are kept: in the KV cache. Then a new token costs
+ * one row of work instead of a whole pass. Two prompts, side by side:
  *
- * Beam search looks for a whole sequence that is probable, instead of choosing greedily at each
- * step.
+ *     pass 1   rows A B C, D    the prompts, whole; their ends predict E and F
+ *     pass 2   rows E, F        the cache has what stands before them; they predict G and the end
+ *     pass 3   row  G           F was followed by an end token: its sequence has left the batch
+ *
+ * Greedy decoding takes the most probable token at each step, and can miss the most probable
+ * sequence, for what it gives away at one token it may need at the next:
+ *
+ *              .-- B 0.6 --.-- x 0.5      A B x   0.6 * 0.5  = 0.30   greedy: B, then x
+ *          A --|           '-- y 0.5      A B y   0.6 * 0.5  = 0.30
+ *              '-- C 0.4 --.-- x 0.95     A C x   0.4 * 0.95 = 0.38   two beams keep C alive
+ *                          '-- y 0.05     A C y   0.4 * 0.05 = 0.02
+ *
+ * Beam search keeps the K best beginnings instead of one, here K = 2, and continues them side by
+ * side. It finds A C x. With as many beams as there are sequences it would find the best of all.
+ * RLHF does not use it: to learn, a policy must try what it finds improbable, too.
  *
  * What enters: prompts. What leaves: sequences, each up to and including its end token.
  * ============================================================================================= */
 
+/* transformers' defaults: greedy, at most 20 tokens. top_k counts only once do_sample is set. */
 static struct GenerationConfig generation_config(void) {
     return (struct GenerationConfig){
         .max_new_tokens = 20,
@@ -4182,84 +4195,148 @@ static struct GenerationConfig generation_config(void) {
     };
 }
 
+/* ---- The KV cache --------------------------------------------------------------------------- */
+
+/* An empty cache for B sequences of at most `capacity` tokens: keys and values (L,B,capacity,C). */
 static struct KVCache kv_cache_new(const struct GPT2 *model, struct Arena *arena, size_t B,
                                    size_t capacity) {
     size_t floats = model->config.n_layer * B * capacity * model->config.n_embd;
-    return (struct KVCache){B, capacity, arena_floats(arena, floats), arena_floats(arena, floats),
-                            arena_zeros(arena, B, sizeof(size_t))};
+    return (struct KVCache){
+        .B = B,
+        .capacity = capacity,
+        .k = arena_floats(arena, floats),
+        .v = arena_floats(arena, floats),
+        .length = arena_zeros(arena, B, sizeof(size_t)),
+    };
 }
 
-/* Sequence `slot` of a cache becomes a copy of sequence `from_slot` of another. */
+/* Sequence `slot` of a cache becomes a copy of sequence `from_slot` of another of the same
+ * capacity. A beam that is continued in two ways needs its past twice. */
 static void kv_cache_copy(const struct GPT2 *model, struct KVCache *cache, size_t slot,
                           const struct KVCache *from, size_t from_slot) {
-    size_t row = cache->capacity * model->config.n_embd;
+    size_t sequence = cache->capacity * model->config.n_embd;
     size_t used = from->length[from_slot] * model->config.n_embd;
     for (size_t l = 0; l < model->config.n_layer; l++) {
-        memcpy(cache->k + (l * cache->B + slot) * row, from->k + (l * from->B + from_slot) * row,
-               used * sizeof(float));
-        memcpy(cache->v + (l * cache->B + slot) * row, from->v + (l * from->B + from_slot) * row,
-               used * sizeof(float));
+        /* of each layer, only the positions that are filled */
+        size_t to = (l * cache->B + slot) * sequence;
+        size_t source = (l * from->B + from_slot) * sequence;
+        memcpy(cache->k + to, from->k + source, used * sizeof(float));
+        memcpy(cache->v + to, from->v + source, used * sizeof(float));
     }
     cache->length[slot] = from->length[from_slot];
 }
 
-/* A sequence being written: prompt, then what was generated. */
+/* ---- One token for each sequence ------------------------------------------------------------ */
+
+/* A sequence that is being written: the prompt, then what was generated. */
 struct Sequence {
-    int *ids;
-    size_t n, prompt_length, max_length, slot; /* slot: its place in the KV cache */
-    float score; /* of a beam: the log-probability of what was generated */
+    int *ids; /* with room for max_length */
+    size_t n, prompt_length, max_length;
+    size_t slot; /* its place in the KV cache */
+    float score; /* of a beam: the log-probability of what was generated, nats */
     bool finished;
-    struct Rng rng;
+    struct Rng rng; /* its own, so that it does not depend on its neighbours' draws */
 };
 
+/* sequence_extend -- chooses the next token and appends it.    [glossary: Argmax/Argmin]
+ * in   logits (V) of the next token; they are changed
+ * The end token is appended like any other: what is learnt from includes it.
+ *                                          test: generate_golden; gdb: break sequence_extend */
 static void sequence_extend(struct Sequence *s, float *logits, size_t V,
                             const struct GenerationConfig *config, int end_token) {
+    /* 1. penalties, temperature and cuts */
     process_logits(logits, V, config, s->ids, s->n, s->n - s->prompt_length, end_token);
+
+    /* 2. drawn, or the most probable one */
     int id = config->do_sample ? sample_token(logits, V, &s->rng) : (int)argmax(logits, V);
-    s->ids[s->n++] = id;
+    s->ids[s->n] = id;
+    s->n++;
     s->finished = id == end_token || s->n >= s->max_length;
 }
 
-/* The rows that the next pass of the model needs: a sequence's prompt at first, its newest token
- * later. */
+/* The rows that the next pass of the model needs: of each sequence the tokens that are not in the
+ * cache yet. At first that is the whole prompt, later the newest token alone.
+ *                                                                         test: generate_decode */
 static struct Batch decode_batch(struct Arena *arena, struct Sequence **active, size_t count,
                                  struct KVCache *cache) {
+    /* 1. how many rows */
     size_t N = 0;
     for (size_t i = 0; i < count; i++)
         N += active[i]->n - cache->length[active[i]->slot];
+
+    /* 2. the rows, their positions counted from the start of the text, not of the batch; and
+     *    for each row, in which sequence of the cache attention finds its past */
     struct Batch batch = batch_new(arena, count, N);
     batch.cache = cache;
     batch.slot = arena_alloc(arena, N, sizeof *batch.slot);
     for (size_t i = 0; i < count; i++) {
-        batch_append(&batch, active[i]->ids, cache->length[active[i]->slot], active[i]->n);
+        const struct Sequence *s = active[i];
+        batch_append(&batch, s->ids, cache->length[s->slot], s->n);
         batch.start[i + 1] = batch.N;
         for (size_t n = batch.start[i]; n < batch.N; n++)
-            batch.slot[n] = active[i]->slot;
+            batch.slot[n] = s->slot;
     }
     return batch;
 }
 
-/* The logits (count,V) that the next token of each active sequence comes from. */
+/* Ends the program if a logit is infinite or NaN, and says in which layer that began. The pass with
+ * the cache has not kept what is needed to find out, so each sequence is computed again, whole. */
+static void check_next_logits(const struct GPT2 *model, struct Arena *arena,
+                              struct Sequence **active, size_t count, const float *logits) {
+    size_t V = model->config.vocab_size;
+    if (first_not_finite(logits, count * V) == count * V)
+        return;
+    for (size_t i = 0; i < count; i++) {
+        struct Example whole = {active[i]->ids, active[i]->n, 0};
+        struct Batch batch = collate(arena, &whole, 1, READ_LAST);
+        check_numbers(model, arena, &batch, "a logit of the next token", logits + i * V, V);
+    }
+}
+
+/* generate_step -- one pass of the model: logits (count,V) of each active sequence's next token.
+ * in, out  cache: it has the tokens that were read so far, and afterwards all of them
+ *                                                                        test: generate_company */
 static float *generate_step(const struct GPT2 *model, struct Arena *arena, struct Sequence **active,
                             size_t count, struct KVCache *cache) {
     size_t C = model->config.n_embd;
     size_t V = model->config.vocab_size;
+
+    /* 1. what is new goes through all layers, and leaves its keys and values in the cache */
     struct Batch batch = decode_batch(arena, active, count, cache);
     float *hidden = gpt2_forward(model, arena, &batch, false).ln_f;
+
+    /* 2. Of each sequence only the last row predicts something that is not known yet. The output
+     *    layer is the dearest one, so it sees those rows alone. */
     float *last = arena_floats(arena, count * C);
     float *logits = arena_floats(arena, count * V);
     for (size_t i = 0; i < count; i++)
         memcpy(last + i * C, hidden + (batch.start[i + 1] - 1) * C, C * sizeof *last);
     decode_logits(model, logits, last, count);
-    /* never, if all is well: look closer, sequence by sequence */
-    for (size_t i = 0; i < count && first_not_finite(logits, count * V) < count * V; i++) {
-        struct Batch again =
-            collate(arena, &(struct Example){active[i]->ids, active[i]->n, 0}, 1, READ_LAST);
-        check_numbers(model, arena, &again, "a logit of the next token", logits + i * V, V);
-    }
+
+    check_next_logits(model, arena, active, count, logits);
     return logits;
 }
 
+/* ---- Beam search ---------------------------------------------------------------------------- */
+
+/* A search under way, with K = config->num_beams. Running beams have equal lengths, and their score
+ * is the log-probability of what was generated; a finished one's is that / length^length_penalty.
+ * A step reads `running` and writes `next`; then the two, and their caches, change places. */
+struct BeamSearch {
+    const struct GPT2 *model;
+    const struct GenerationConfig *config;
+    struct Rng *rng; /* for do_sample */
+    size_t prompt_length, max_length;
+    struct Sequence *running, *next; /* (K) each */
+    size_t running_count; /* 1 at first, K as a rule, 0 when none is left */
+    struct KVCache cache, next_cache;
+    struct Sequence *finished; /* (K) the pool, best first */
+    size_t finished_count;
+    struct Candidate *going_on; /* (2K) of this step: continuations that do not end */
+    size_t going_on_count;
+};
+
+/* count sequences without a token, each with a place of its own in the cache. */
 static struct Sequence *beams_new(struct Arena *arena, size_t count, size_t max_length) {
     struct Sequence *beams = arena_zeros(arena, count, sizeof *beams);
     for (size_t i = 0; i < count; i++)
@@ -4267,6 +4344,31 @@ static struct Sequence *beams_new(struct Arena *arena, size_t count, size_t max_
     return beams;
 }
 
+/* A search that has one running beam: the prompt. */
+static struct BeamSearch beam_search_new(struct Arena *arena, const struct GPT2 *model,
+                                         struct Sequence *prompt,
+                                         const struct GenerationConfig *config) {
+    size_t K = config->num_beams;
+    struct BeamSearch search = {
+        .model = model,
+        .config = config,
+        .rng = &prompt->rng,
+        .prompt_length = prompt->n,
+        .max_length = prompt->max_length,
+        .running = beams_new(arena, K, prompt->max_length),
+        .next = beams_new(arena, K, prompt->max_length),
+        .running_count = 1,
+        .cache = kv_cache_new(model, arena, K, prompt->max_length),
+        .next_cache = kv_cache_new(model, arena, K, prompt->max_length),
+        .finished = beams_new(arena, K, prompt->max_length),
+        .going_on = arena_alloc(arena, 2 * K, sizeof(struct Candidate)),
+    };
+    memcpy(search.running->ids, prompt->ids, prompt->n * sizeof(int));
+    search.running->n = prompt->n;
+    return search;
+}
+
+/* A beam becomes `from` and one token more. Its place in the cache stays its own. */
 static void beam_set(struct Sequence *beam, const struct Sequence *from, int id, float score) {
     memcpy(beam->ids, from->ids, from->n * sizeof *beam->ids);
     beam->ids[from->n] = id;
@@ -4274,197 +4376,309 @@ static void beam_set(struct Sequence *beam, const struct Sequence *from, int id,
     beam->score = score;
 }
 
-/* The `most` best of n scores, best first: (score, place). When sampling, `most` draws without
- * replacement from softmax(score), in the order drawn: the largest scores after Gumbel noise
- * -log(-log u) was added to each. */
-static size_t beam_candidates(float *score, size_t n, size_t most, struct Rng *sample,
-                              struct Arena *arena, struct Candidate *best) {
+/* beam_score -- from the logits (V) of a beam's next token to the scores of its V continuations:
+ *   score(beam + v) = score(beam) + log softmax(logits)_v
+ * The processors act on the log-probabilities, in transformers' order: so what top-k cuts has the
+ * score minus infinity, and what is left is not made to add up to 1 again.
+ * By hand: A C has log 0.4 = -0.9163, x follows with 0.95: -0.9163 - 0.0513 = -0.9676 = log 0.38.
+ *                                                                        test: beam_search_hand */
+static void beam_score(const struct BeamSearch *search, const struct Sequence *beam,
+                       float *logits) {
+    /* 1. log softmax */
+    size_t V = search->model->config.vocab_size;
+    float lse = log_sum_exp(logits, V, thread_scratch(SCRATCH_ROW, V));
+    for (size_t v = 0; v < V; v++)
+        logits[v] -= lse;
+
+    /* 2. the processors, and the score so far */
+    process_logits(logits, V, search->config, beam->ids, beam->n, beam->n - search->prompt_length,
+                   search->model->config.eos_token_id);
+    for (size_t v = 0; v < V; v++)
+        logits[v] += beam->score;
+}
+
+/* gumbel_keys -- random keys for n scores, whose order is a draw without replacement: the largest
+ * key is a draw from softmax(score), the second largest a draw from what is left, and so on.
+ *   key = score + Gumbel noise,   noise = -log(-log u), u uniform in (0, 1]
+ * So sampled beams are different from each other, which draws with replacement would not be.
+ * By hand: u = 0.5: noise -log(0.6931) = 0.3665.                          test: beam_candidates */
+static float *gumbel_keys(struct Arena *arena, const float *score, size_t n, struct Rng *rng) {
     float *key = arena_floats(arena, n);
-    float *copy = arena_floats(arena, n);
-    most = MIN(most, n);
     for (size_t i = 0; i < n; i++)
-        key[i] = sample ? (float)(score[i] - log(-log(1 - rng_uniform(sample)))) : score[i];
+        key[i] = (float)(score[i] - log(-log(1 - rng_uniform(rng))));
+    return key;
+}
+
+/* beam_candidates -- the places of the `most` largest keys, largest first.
+ * in   key (n); for sampling the keys are noisy, else they are the scores
+ * out  best: room for `most`; returns how many there are: a key of minus infinity is none
+ * By hand: keys log (0.5, 0, 0.2, 0.3), most 2: places 0 and 3.           test: beam_candidates */
+static size_t beam_candidates(const float *key, size_t n, size_t most, struct Arena *arena,
+                              struct Candidate *best) {
+    /* 1. The smallest key that gets in. K V keys are too many to sort: selection is enough. */
+    float *copy = arena_floats(arena, n);
     memcpy(copy, key, n * sizeof *copy);
-    float least = kth_largest(copy, n, most);
+    most = MIN(most, n);
+    float threshold = kth_largest(copy, n, most);
+
+    /* 2. what is larger gets in for certain; what equals it, while there is room */
     size_t count = 0;
-    /* what ties with the last one comes in as far as there is room */
-    for (int pass = 0; pass < 2; pass++)
-        for (size_t i = 0; i < n && count < most; i++)
-            if (key[i] > -INFINITY && (pass == 0 ? key[i] > least : key[i] == least))
-                best[count++] = (struct Candidate){key[i], (int)i};
+    for (size_t i = 0; i < n && count < most; i++)
+        if (key[i] > threshold)
+            best[count++] = (struct Candidate){key[i], (int)i};
+    for (size_t i = 0; i < n && count < most && threshold > -INFINITY; i++)
+        if (key[i] == threshold)
+            best[count++] = (struct Candidate){key[i], (int)i};
+
+    /* 3. those few in order */
     qsort(best, count, sizeof *best, compare_candidates_down);
-    for (size_t i = 0; i < count; i++)
-        best[i].logit = score[best[i].id];
     return count;
 }
 
-/* Logits of running beams -> their score with each next token: log-probability so far plus log
- * softmax, processed. */
-static void beam_scores(float *logits, const struct Sequence *running, size_t beams, size_t V,
-                        size_t start, const struct GenerationConfig *config, int end_token) {
-#pragma omp parallel for
-    for (size_t b = 0; b < beams; b++) {
-        float *row = logits + b * V;
-        float lse = log_sum_exp(row, V, thread_scratch(SCRATCH_ROW, V));
-        for (size_t v = 0; v < V; v++)
-            row[v] -= lse;
-        process_logits(row, V, config, running[b].ids, running[b].n, running[b].n - start,
-                       end_token);
-        for (size_t v = 0; v < V; v++)
-            row[v] += running[b].score;
-    }
-}
-
-/* A place of the pool that nothing has taken yet (n = 0) is beaten by any score. transformers marks
- * it with -1e9; with a length_penalty below 0 real scores are lower.  test: beam_search_negative */
-static bool beam_beats(float score, const struct Sequence *finished) {
-    return finished->n == 0 || score > finished->score;
-}
-
-/* A sequence that ended enters the pool, sorted best first, if its score beats the worst there. */
-static void beam_finish(struct Sequence *pool, size_t K, const struct Sequence *from, int id,
+/* beam_finish -- a sequence that has ended enters the pool of the K best, if it is good enough.
+ * in   beam, and the token that ended it; score: log-probability / length^length_penalty */
+static void beam_finish(struct BeamSearch *search, const struct Sequence *beam, int id,
                         float score) {
-    if (!beam_beats(score, &pool[K - 1]))
+    /* 1. The last place is free, or it is taken from a worse one. */
+    struct Sequence *pool = search->finished;
+    if (search->finished_count < search->config->num_beams)
+        search->finished_count++;
+    else if (!(score > pool[search->finished_count - 1].score))
         return;
-    beam_set(&pool[K - 1], from, id, score);
-    for (size_t i = K - 1; i > 0 && beam_beats(pool[i].score, &pool[i - 1]); i--) {
-        struct Sequence better = pool[i];
-        pool[i] = pool[i - 1];
-        pool[i - 1] = better;
+    size_t place = search->finished_count - 1;
+    beam_set(&pool[place], beam, id, score);
+
+    /* 2. up past all that are worse */
+    for (; place > 0 && pool[place].score > pool[place - 1].score; place--) {
+        struct Sequence better = pool[place];
+        pool[place] = pool[place - 1];
+        pool[place - 1] = better;
     }
 }
 
-/* beam_search -- the num_beams likeliest beginnings are continued side by side.  [glossary: Beam
- * search] Greedy decoding takes the likeliest token and can walk past the likeliest sequence.
- * Here each of K beams is continued with every token; of the K V continuations the best 2K are
- * looked at: those that end go, if among the first K, to a pool of K finished ones (score:
- * log-probability / length^length_penalty), and the best K of the rest run on. It stops when no
- * running beam can beat the worst of the pool at its present length, with early_stopping "never"
- * at the longest possible, with true as soon as the pool is full. Step by step as transformers 5
- * does it. sequences: num_return_sequences of them that hold the same prompt; they become the
- * best of the pool. By hand: after A, 0.6 B and 0.4 C; after AB at most 0.5, after AC 0.95:
- * greedy ends with ABx at 0.30, two beams with ACx at 0.38.  test: beam_search_golden,
- * beam_search_exhaustive */
+/* beam_sort_out -- one of the step's 2K best continuations: does it end, or does it go on?
+ * in   rank: 0 for the best. One that ends only counts among the first K: others have been
+ *      overtaken by K better ones, and looking at 2K is only meant to leave K that go on, even if
+ *      every beam can end here
+ * The score of one that ends is divided by length^length_penalty: each token lowers the sum, so
+ * without it the shortest answer would win.
+ * By hand: A C x: -0.9676 / 2^1 = -0.4838; A B x: -1.2040 / 2 = -0.6020.  test: beam_search_hand */
+static void beam_sort_out(struct BeamSearch *search, const struct Candidate *candidate,
+                          size_t rank) {
+    /* 1. which beam, and which token: place = beam * V + token */
+    const struct GPT2Config *model = &search->model->config;
+    const struct Sequence *beam = &search->running[(size_t)candidate->id / model->vocab_size];
+    int id = (int)((size_t)candidate->id % model->vocab_size);
+
+    /* 2. neither the end token nor the last one there is room for */
+    if (id != model->eos_token_id && beam->n + 1 < search->max_length) {
+        search->going_on[search->going_on_count++] = *candidate;
+        return;
+    }
+
+    /* 3. the end */
+    if (rank >= search->config->num_beams)
+        return;
+    double length = (double)(beam->n + 1 - search->prompt_length);
+    double divisor = pow(length, search->config->length_penalty);
+    beam_finish(search, beam, id, (float)(candidate->logit / divisor));
+}
+
+/* beam_continue -- the K best continuations that go on become the running beams. Several may stem
+ * from one beam, and of another none may be left: the past of each is copied along. */
+static void beam_continue(struct BeamSearch *search) {
+    /* 1. by score: the order in which they were drawn is another one */
+    qsort(search->going_on, search->going_on_count, sizeof *search->going_on,
+          compare_candidates_down);
+
+    /* 2. written beside the beams that they continue, since those are still read */
+    size_t V = search->model->config.vocab_size;
+    search->running_count = MIN(search->going_on_count, search->config->num_beams);
+    for (size_t i = 0; i < search->running_count; i++) {
+        struct Candidate best = search->going_on[i];
+        size_t from = (size_t)best.id / V;
+        beam_set(&search->next[i], &search->running[from], (int)((size_t)best.id % V), best.logit);
+        kv_cache_copy(search->model, &search->next_cache, i, &search->cache, from);
+    }
+
+    /* 3. next becomes running, and the other way round */
+    struct Sequence *beams = search->running;
+    struct KVCache cache = search->cache;
+    search->running = search->next;
+    search->cache = search->next_cache;
+    search->next = beams;
+    search->next_cache = cache;
+}
+
+/* beam_advance -- one step of the search, once the model has spoken.
+ * in   logits (running,V) of each running beam's next token; they become scores
+ *                                        test: beam_search_hand; gdb: break beam_advance */
+static void beam_advance(struct BeamSearch *search, struct Arena *arena, float *logits) {
+    size_t K = search->config->num_beams;
+    size_t V = search->model->config.vocab_size;
+    size_t n = search->running_count * V;
+
+    /* 1. all continuations of all beams, scored */
+    float *score = logits;
+#pragma omp parallel for
+    for (size_t b = 0; b < search->running_count; b++)
+        beam_score(search, &search->running[b], score + b * V);
+
+    /* 2. The best 2K. Noise, if there is any, decides only who they are: from here on each counts
+     *    with its true score. */
+    float *key = search->config->do_sample ? gumbel_keys(arena, score, n, search->rng) : score;
+    struct Candidate *best = arena_alloc(arena, 2 * K, sizeof *best);
+    size_t count = beam_candidates(key, n, 2 * K, arena, best);
+    for (size_t i = 0; i < count; i++)
+        best[i].logit = score[best[i].id];
+
+    /* 3. those that end go to the pool, the best K of the others run on */
+    search->going_on_count = 0;
+    for (size_t i = 0; i < count; i++)
+        beam_sort_out(search, &best[i], i);
+    beam_continue(search);
+}
+
+/* beam_search_goes_on -- may a beam that is running still beat the worst of the pool?
+ * Only an estimate can say that, for how long it will become is not known. As in transformers, the
+ * best running beam is judged as if it ended now; with early_stopping "never" and a positive
+ * length_penalty, which favours long answers, as if it became as long as is allowed without its
+ * sum falling any further. With early_stopping true a full pool is enough.
+ * By hand: the worst of the pool has -0.6, a running beam of 3 tokens -1.5: -1.5 / 3 = -0.5 is
+ * better, so the search goes on. With -2.1 it would not: -0.7. But if it may have 9 tokens,
+ * "never" judges -2.1 / 9 = -0.23, and goes on.                         test: beam_search_stops */
+static bool beam_search_goes_on(const struct BeamSearch *search) {
+    const struct GenerationConfig *config = search->config;
+    const struct Sequence *best = search->running;
+    if (search->running_count == 0 || best->n >= search->max_length)
+        return false;
+    /* a place in the pool is free: anything that ends is welcome */
+    if (search->finished_count < config->num_beams)
+        return true;
+    if (config->early_stopping == STOP_TRUE)
+        return false;
+    bool as_long_as_allowed = config->early_stopping == STOP_NEVER && config->length_penalty > 0;
+    size_t end = as_long_as_allowed ? search->max_length : best->n;
+    double length = (double)(end - search->prompt_length);
+    double attainable = best->score / pow(length, config->length_penalty);
+    return attainable > search->finished[search->finished_count - 1].score;
+}
+
+/* beam_search -- looks for the sequence that is most probable as a whole.
+ *                                                              [glossary: Beam search]
+ * in, out  sequences: num_return_sequences of them, which hold the same prompt; they become the
+ *          best of the pool, best first
+ * Each of the K running beams is continued with each of the V tokens; the best of these K V
+ * continuations run on, or are finished. The chapter's essay has a case by hand. Step by step as in
+ * transformers 5.
+ *     test: beam_search_hand, beam_search_golden, beam_search_exhaustive, beam_search_negative */
 static void beam_search(const struct GPT2 *model, struct Sequence *sequences,
                         const struct GenerationConfig *config) {
     struct Arena arena = {0};
     struct Arena step_arena = {0};
-    size_t K = config->num_beams;
-    size_t V = model->config.vocab_size;
-    size_t start = sequences->n;
-    size_t max_length = sequences->max_length;
-    size_t beams = 1;
-    int end_token = model->config.eos_token_id;
-    struct Sequence *side[] = {beams_new(&arena, K, max_length), beams_new(&arena, K, max_length)};
-    struct Sequence *running = side[0];
-    struct Sequence *pool = beams_new(&arena, K, max_length);
-    struct Sequence **active = arena_alloc(&arena, K, sizeof *active);
-    struct KVCache cache[] = {kv_cache_new(model, &arena, K, max_length),
-                              kv_cache_new(model, &arena, K, max_length)};
-    struct Candidate *best = arena_alloc(&arena, 2 * K, sizeof *best);
-    struct Candidate *going = arena_alloc(&arena, 2 * K, sizeof *going);
-    memcpy(running->ids, sequences->ids, start * sizeof(int));
-    running->n = start;
-    bool hope = true;
-    bool full = false;
-    for (int now = 0;
-         hope && !(full && config->early_stopping == STOP_TRUE) && running->n < max_length;
-         now = !now) {
+    struct BeamSearch search = beam_search_new(&arena, model, &sequences[0], config);
+    struct Sequence **active = arena_alloc(&arena, config->num_beams, sizeof *active);
+
+    /* 1. until nothing better is to be expected: the model's logits, and one step */
+    while (beam_search_goes_on(&search)) {
         arena_reset(&step_arena);
-        for (size_t b = 0; b < beams; b++)
-            active[b] = &running[b];
-        float *score = generate_step(model, &step_arena, active, beams, &cache[now]);
-        beam_scores(score, running, beams, V, start, config, end_token);
-        size_t count =
-            beam_candidates(score, beams * V, 2 * K, config->do_sample ? &sequences->rng : NULL,
-                            &step_arena, best);
-        size_t left = 0;
-        size_t length = running[0].n + 1 - start;
-        for (size_t i = 0; i < count; i++) {
-            const struct Sequence *from = &running[(size_t)best[i].id / V];
-            int id = (int)((size_t)best[i].id % V);
-            if (id != end_token && from->n + 1 < max_length)
-                going[left++] = best[i];
-            else if (i < K)
-                beam_finish(pool, K, from, id,
-                            (float)(best[i].logit / pow((double)length, config->length_penalty)));
-        }
-        full = pool[K - 1].n > 0;
-        if (left == 0)
-            break;
-        qsort(going, left, sizeof *going, compare_candidates_down);
-        beams = MIN(left, K);
-        for (size_t i = 0; i < beams; i++) {
-            size_t from = (size_t)going[i].id / V;
-            beam_set(&side[!now][i], &running[from], (int)((size_t)going[i].id % V),
-                     going[i].logit);
-            kv_cache_copy(model, &cache[!now], i, &cache[now], from);
-        }
-        running = side[!now];
-        size_t hoped = config->early_stopping == STOP_NEVER && config->length_penalty > 0
-                           ? max_length - start
-                           : length;
-        double best_score = running->score / pow((double)hoped, config->length_penalty);
-        hope = !full || best_score > pool[K - 1].score;
+        for (size_t b = 0; b < search.running_count; b++)
+            active[b] = &search.running[b];
+        float *logits =
+            generate_step(model, &step_arena, active, search.running_count, &search.cache);
+        beam_advance(&search, &step_arena, logits);
     }
-    for (size_t i = 0; i < config->num_return_sequences && pool[i].n; i++) {
-        memcpy(sequences[i].ids, pool[i].ids, pool[i].n * sizeof(int));
-        sequences[i].n = pool[i].n;
+
+    /* 2. the best of the pool */
+    size_t wanted = MIN(config->num_return_sequences, search.finished_count);
+    for (size_t i = 0; i < wanted; i++) {
+        const struct Sequence *found = &search.finished[i];
+        memcpy(sequences[i].ids, found->ids, found->n * sizeof(int));
+        sequences[i].n = found->n;
         sequences[i].finished = true;
     }
     arena_free(&arena);
     arena_free(&step_arena);
 }
 
+/* ---- Many sequences ------------------------------------------------------------------------- */
+
 enum { GENERATE_TOGETHER = 64 }; /* sequences decoded in one batch: bounds the cache's memory */
 
-/* generate -- writes every sequence to its end token or its max_length.  [glossary: Rollout]
- * sequences: ids with room for max_length, the prompt in place. Each has its own random numbers,
- * so what it becomes does not depend on who else is in the batch. One rounding is excepted:
- * while more than FEW_ROWS sequences are under way, the output layer adds in another order, and
- * a draw that falls between two roundings comes out otherwise. The same call always gives the
- * same answers.
- *                             test: generate_golden, generate_cache, generate_company */
-static void generate(const struct GPT2 *model, struct Sequence *sequences, size_t n,
-                     const struct GenerationConfig *config) {
+/* Those of n sequences that are still to be written; each gets a place in the cache. */
+static size_t active_sequences(struct Sequence *sequences, size_t n, struct Sequence **active) {
+    size_t count = 0;
+    for (size_t i = 0; i < n; i++) {
+        if (sequences[i].finished || sequences[i].n >= sequences[i].max_length)
+            continue;
+        sequences[i].slot = count;
+        active[count++] = &sequences[i];
+    }
+    return count;
+}
+
+/* Those that are not finished move together, in their order; returns how many there are. Their
+ * places in the cache stay. */
+static size_t drop_finished(struct Sequence **active, size_t count) {
+    size_t left = 0;
+    for (size_t i = 0; i < count; i++)
+        if (!active[i]->finished)
+            active[left++] = active[i];
+    return left;
+}
+
+/* Up to GENERATE_TOGETHER sequences, side by side to their ends. */
+static void generate_together(const struct GPT2 *model, struct Sequence *sequences, size_t n,
+                              const struct GenerationConfig *config) {
+    /* 1. a cache for the longest that any of them may become */
     struct Arena arena = {0};
     struct Arena step_arena = {0};
+    struct Sequence *active[GENERATE_TOGETHER];
+    size_t count = active_sequences(sequences, n, active);
+    size_t capacity = 0;
+    for (size_t i = 0; i < count; i++)
+        capacity = MAX(capacity, active[i]->max_length);
+    struct KVCache cache = kv_cache_new(model, &arena, count, capacity);
+
+    /* 2. one token for each at a time; those that have ended drop out, and cost nothing more */
     size_t V = model->config.vocab_size;
-    for (size_t i = 0; config->num_beams > 1 && i < n; i += config->num_return_sequences)
-        beam_search(model, sequences + i, config);
-    for (size_t first = 0; config->num_beams == 1 && first < n; first += GENERATE_TOGETHER) {
-        struct Sequence *active[GENERATE_TOGETHER];
-        size_t count = 0;
-        size_t capacity = 0;
-        for (size_t i = first; i < MIN(n, first + GENERATE_TOGETHER); i++) {
-            if (sequences[i].finished || sequences[i].n >= sequences[i].max_length)
-                continue;
-            sequences[i].slot = count;
-            active[count++] = &sequences[i];
-            capacity = MAX(capacity, sequences[i].max_length);
-        }
-        arena_reset(&arena);
-        struct KVCache cache = kv_cache_new(model, &arena, count, capacity);
-        for (size_t left; count > 0; count = left) {
-            arena_reset(&step_arena);
-            float *logits = generate_step(model, &step_arena, active, count, &cache);
+    while (count > 0) {
+        arena_reset(&step_arena);
+        float *logits = generate_step(model, &step_arena, active, count, &cache);
 #pragma omp parallel for schedule(dynamic) if (count > 1)
-            for (size_t i = 0; i < count; i++)
-                sequence_extend(active[i], logits + i * V, V, config, model->config.eos_token_id);
-            left = 0;
-            /* those that ended drop out */
-            for (size_t i = 0; i < count; i++)
-                if (!active[i]->finished)
-                    active[left++] = active[i];
-        }
+        for (size_t i = 0; i < count; i++)
+            sequence_extend(active[i], logits + i * V, V, config, model->config.eos_token_id);
+        count = drop_finished(active, count);
     }
     arena_free(&arena);
     arena_free(&step_arena);
 }
 
-/* A sequence that starts with `n` ids and may grow by max_new tokens, as far as the context allows:
- * to one token more than it has, as in transformers, for the last one is never read.
- *                                                                         test: generate_context */
+/* generate -- writes every sequence to its end token or its max_length.   [glossary: Rollout]
+ * in, out  sequences (n): the prompt in place, and room for max_length ids. For beam search,
+ *          num_return_sequences with the same prompt stand side by side.
+ * The same call always gives the same answers, on any number of threads. Each sequence has its own
+ * random numbers, so it does not matter either who else is in the batch, with one exception: while
+ * more than FEW_ROWS sequences are under way, the output layer adds in another order. A draw that
+ * falls between the two roundings then comes out differently.
+ *                                     test: generate_golden, generate_cache, generate_company */
+static void generate(const struct GPT2 *model, struct Sequence *sequences, size_t n,
+                     const struct GenerationConfig *config) {
+    if (config->num_beams > 1) {
+        for (size_t i = 0; i < n; i += config->num_return_sequences)
+            beam_search(model, sequences + i, config);
+        return;
+    }
+    for (size_t first = 0; first < n; first += GENERATE_TOGETHER) {
+        size_t together = MIN(n - first, (size_t)GENERATE_TOGETHER);
+        generate_together(model, sequences + first, together, config);
+    }
+}
+
+/* A sequence that starts with a prompt of n ids and may grow by max_new tokens, as far as the
+ * context allows. It may become one token longer than the context, as in transformers: the last
+ * token is written but never read.         [glossary: Tokens máximos e mínimos]
+ * By hand: a context of 24 and a prompt of 22: 3 new tokens at most.      test: generate_context */
 static struct Sequence sequence_start(struct Arena *arena, const int *ids, size_t n, size_t max_new,
                                       const struct GPT2 *model, struct Rng rng) {
     size_t max_length = MIN(n + max_new, model->config.n_positions + 1);
@@ -4473,16 +4687,19 @@ static struct Sequence sequence_start(struct Arena *arena, const int *ids, size_
     return s;
 }
 
-/* Answers of a policy to n prompts, num_generations of each side by side; each takes one number
- * of rng, the seed of its own. Like a rollout an answer ends where the context does: it will be
- * trained on, last token and all. */
+/* sample_answers -- a policy's answers to n prompts, num_generations to each, side by side.
+ * in, out  rng: one number of it is the seed of each answer's own random numbers, so the k-th
+ *          answer stays what it is if the others become longer
+ * out      (n num_generations) examples whose prompt_length is that of the prompt
+ * Here an answer ends where the context does, not one token later: it will be trained on, and then
+ * its last token is read, too. */
 static struct Example *sample_answers(const struct GPT2 *policy, struct Arena *arena,
                                       const struct Example *prompts, size_t n,
                                       size_t num_generations,
                                       const struct GenerationConfig *generation, struct Rng *rng) {
+    /* 1. each answer starts as its prompt */
     size_t total = n * num_generations;
     struct Sequence *sequences = arena_alloc(arena, total, sizeof *sequences);
-    struct Example *answers = arena_alloc(arena, total, sizeof *answers);
     for (size_t i = 0; i < total; i++) {
         const struct Example *prompt = &prompts[i / num_generations];
         size_t room = policy->config.n_positions - prompt->n;
@@ -4490,7 +4707,10 @@ static struct Example *sample_answers(const struct GPT2 *policy, struct Arena *a
         size_t max_new = MIN(generation->max_new_tokens, room);
         sequences[i] = sequence_start(arena, prompt->ids, prompt->n, max_new, policy, own);
     }
+
+    /* 2. written, and seen as examples to learn from */
     generate(policy, sequences, total, generation);
+    struct Example *answers = arena_alloc(arena, total, sizeof *answers);
     for (size_t i = 0; i < total; i++)
         answers[i] = (struct Example){sequences[i].ids, sequences[i].n, sequences[i].prompt_length};
     return answers;

@@ -4655,17 +4655,82 @@ static void test_beam_search_exhaustive(void) {
     gpt2_free(model);
 }
 
+/* The essay's two beams, from probabilities by hand: after A, B 0.6 and C 0.4; after B, x and y
+ * alike; after C, x 0.95. */
+static void test_beam_search_hand(void) {
+    enum { A, B, C, X, Y, END, V };
+    struct GPT2 *model = random_model(V, 16, 8, 1, 1);
+    model->config.eos_token_id = END;
+    struct GenerationConfig config = generation_config();
+    config.num_beams = 2;
+    struct Sequence prompt =
+        sequence_start(&test_arena, (int[]){A}, 1, 2, model, rng_seed(1, STREAM_SAMPLE));
+    struct BeamSearch search = beam_search_new(&test_arena, model, &prompt, &config);
+    float first[V], second[2 * V];
+    for (size_t v = 0; v < V; v++)
+        first[v] = second[v] = second[V + v] = -INFINITY;
+    first[B] = logf(0.6f);
+    first[C] = logf(0.4f);
+    second[X] = second[Y] = 0;
+    second[V + X] = logf(0.95f);
+    second[V + Y] = logf(0.05f);
+    expect_true("goes on", beam_search_goes_on(&search));
+    beam_advance(&search, &test_arena, first);
+    expect_count("beams", search.running_count, 2);
+    expect_ids("greedy's beam", search.running[0].ids, search.running[0].n, (int[]){A, B}, 2);
+    expect_ids("the other one", search.running[1].ids, search.running[1].n, (int[]){A, C}, 2);
+    expect_close("log 0.4", search.running[1].score, -0.9163, 1e-4);
+    expect_true("goes on", beam_search_goes_on(&search));
+    beam_advance(&search, &test_arena, second);
+    expect_count("finished", search.finished_count, 2);
+    expect_ids("best", search.finished[0].ids, search.finished[0].n, (int[]){A, C, X}, 3);
+    expect_ids("second", search.finished[1].ids, search.finished[1].n, (int[]){A, B, X}, 3);
+    expect_close("log 0.38 / 2", search.finished[0].score, -0.4838, 1e-4);
+    expect_close("log 0.30 / 2", search.finished[1].score, -0.6020, 1e-4);
+    expect_true("nothing is left", search.running_count == 0 && !beam_search_goes_on(&search));
+    gpt2_free(model);
+}
+
+/* When the search ends: the cases of beam_search_goes_on's comment, and a pool with room. */
+static void test_beam_search_stops(void) {
+    static const struct {
+        float score;
+        enum EarlyStopping early_stopping;
+        size_t finished;
+        bool goes_on;
+    } cases[] = {{-1.5f, STOP_FALSE, 1, true}, {-2.1f, STOP_FALSE, 1, false},
+                 {-2.1f, STOP_NEVER, 1, true}, {-9.0f, STOP_NEVER, 1, false},
+                 {-1.5f, STOP_TRUE, 1, false}, {-99.0f, STOP_FALSE, 0, true},
+                 {-99.0f, STOP_TRUE, 0, true}};
+    struct GPT2 *model = random_model(6, 16, 8, 1, 1);
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        struct GenerationConfig config = generation_config();
+        config.early_stopping = cases[i].early_stopping;
+        struct Sequence prompt =
+            sequence_start(&test_arena, (int[]){1}, 1, 9, model, rng_seed(1, STREAM_SAMPLE));
+        struct BeamSearch search = beam_search_new(&test_arena, model, &prompt, &config);
+        search.running->n = 4;
+        search.running->score = cases[i].score;
+        search.finished->score = -0.6f;
+        search.finished_count = cases[i].finished;
+        expect_true(arena_printf(&test_arena, "case %zu", i),
+                    beam_search_goes_on(&search) == cases[i].goes_on);
+    }
+    gpt2_free(model);
+}
+
 /* Sampled beams: the first draw has softmax's probabilities, and nothing is drawn twice. */
 static void test_beam_candidates(void) {
     float score[] = {logf(0.5f), -INFINITY, logf(0.2f), logf(0.3f)};
     struct Candidate best[4];
     struct Rng rng = rng_seed(3, 3);
     double first[4] = {0};
-    expect_count("without sampling", beam_candidates(score, 4, 2, NULL, &test_arena, best), 2);
+    expect_count("without sampling", beam_candidates(score, 4, 2, &test_arena, best), 2);
     expect_true("the two best, best first",
                 best[0].id == 0 && best[1].id == 3 && best[0].logit == score[0]);
     for (int i = 0; i < 20000; i++) {
-        size_t n = beam_candidates(score, 4, 4, &rng, &test_arena, best);
+        float *key = gumbel_keys(&test_arena, score, 4, &rng);
+        size_t n = beam_candidates(key, 4, 4, &test_arena, best);
         expect_count("all that are possible", n, 3);
         first[best[0].id] += 1 / 20000.0;
         expect_true("each once", best[0].id != best[1].id && best[1].id != best[2].id
@@ -8497,6 +8562,8 @@ static const struct {
     {"beam_search_golden", test_beam_search_golden},
     {"beam_search_exhaustive", test_beam_search_exhaustive},
     {"beam_search_negative", test_beam_search_negative},
+    {"beam_search_hand", test_beam_search_hand},
+    {"beam_search_stops", test_beam_search_stops},
     {"beam_candidates", test_beam_candidates},
     {"generate_filters_golden", test_generate_filters_golden},
     {"generate_processors", test_generate_processors},
