@@ -1879,6 +1879,7 @@ static char *PRINTF_LIKE(2, 3) arena_printf(struct Arena *arena, const char *for
 static void *grow(void *items, size_t n, size_t *capacity, size_t size) {
     if (n < *capacity)
         return items;
+    /* doubled, not one more: else the n-th item would cost n copies */
     *capacity = MAX(2 * *capacity, (size_t)256);
     items = realloc(items, *capacity * size);
     CHECK(items, "out of memory: %zu MB asked for", *capacity * size >> 20);
@@ -1980,6 +1981,7 @@ static enum CharClass char_class_at(const struct Tokenizer *tok, const unsigned 
     *length = utf8_read(text + i, n - i, &code);
     if (*length > 0)
         return (enum CharClass)tok->char_class[code];
+    /* not UTF-8: pass over this byte alone, for the next one may start a character */
     *length = 1;
     return CLASS_OTHER;
 }
@@ -1988,6 +1990,7 @@ static enum CharClass char_class_at(const struct Tokenizer *tok, const unsigned 
 static size_t contraction_length(const unsigned char *text, size_t n) {
     static const char *const contractions[] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
     for (size_t k = 0; k < COUNT(contractions); k++) {
+        /* as the rule has it, lower case only and whatever follows: "'Sx" is none, "'sx" is one */
         size_t length = strlen(contractions[k]);
         if (n >= length && memcmp(text, contractions[k], length) == 0)
             return length;
@@ -2077,6 +2080,7 @@ static uint64_t heap_pop(struct WordPieces *word) {
     size_t n = word->heap_size;
     size_t i = 0;
     for (size_t child; (child = 2 * i + 1) < n; i = child) {
+        /* the smaller one, for it becomes the other one's parent */
         if (child + 1 < n && word->heap[child + 1] < word->heap[child])
             child++;
         if (word->heap[child] >= last)
@@ -2090,8 +2094,12 @@ static uint64_t heap_pop(struct WordPieces *word) {
 /* Puts the merge of piece `left` and the one behind it into the heap, if there is such a merge and
  * the vocabulary has it. left -1: there is no piece. */
 static void pieces_offer(struct WordPieces *word, int32_t left) {
+    /* 1. at either end of the word there is no pair */
     if (left < 0 || word->piece[left].next < 0)
         return;
+
+    /* 2. The entry names the place and the merged id. When its turn comes, the id shows whether the
+     *    same two pieces are still there. */
     int right_id = word->piece[word->piece[left].next].id;
     int id = tokenizer_merge(word->tok, word->piece[left].id, right_id);
     if (id >= 0 && id < word->merge_limit)
@@ -2170,12 +2178,17 @@ static size_t tokenizer_encode(const struct Tokenizer *tok, struct Text text, si
     CHECK(text.length < INT32_MAX,
           "a text of %zu bytes is longer than the 2 GB that can be encoded at once", text.length);
     for (size_t i = 0, end; i < text.length; i = end) {
+        /* 1. the next word */
         end = tokenizer_word_end(tok, bytes, i, text.length);
         size_t n = end - i;
-        /* The heap: n - 1 pairs at first, and two more with each of at most n - 1 merges, so 3n
-         * entries of 8 bytes. A piece has 12 bytes. Scratch is counted in floats, of 4. */
+
+        /* 2. Memory. The heap: n - 1 pairs at first, and two more with each of at most n - 1
+         *    merges, so 3n entries of 8 bytes. A piece has 12 bytes. Scratch is counted in floats,
+         *    of 4 bytes. */
         word.heap = (uint64_t *)thread_scratch(SCRATCH_A, 6 * n);
         word.piece = (struct Piece *)thread_scratch(SCRATCH_B, 3 * n);
+
+        /* 3. its tokens, behind those of the words before it */
         count += tokenizer_encode_word(&word, bytes + i, n, ids + count);
     }
     return count;
@@ -2311,6 +2324,7 @@ static struct Example example_encode(struct Arena *arena, const struct Tokenizer
     struct Example e = {0};
     int *ids = (int *)thread_scratch(SCRATCH_ROW, text.length + 1);
     e.n = tokenizer_encode(tok, text, vocab_size, ids);
+    /* one more than there are, for an end token that a caller may add later */
     e.ids = memcpy(arena_alloc(arena, e.n + 1, sizeof *e.ids), ids, e.n * sizeof *ids);
     if (end_token)
         example_end(&e, *end_token);
@@ -2397,10 +2411,13 @@ static struct Batch batch_new(struct Arena *arena, size_t B, size_t tokens) {
     return (struct Batch){
         .B = B,
         .tokens = tokens,
+        /* what each row is */
         .ids = arena_alloc(arena, tokens, sizeof(int)),
         .position = arena_alloc(arena, tokens, sizeof(int)),
+        /* which rows must predict what */
         .row = arena_alloc(arena, tokens, sizeof(int)),
         .target = arena_alloc(arena, tokens, sizeof(int)),
+        /* cleared: the first sequence starts at row 0, with target 0 */
         .start = arena_zeros(arena, B + 1, sizeof(size_t)),
         .target_start = arena_zeros(arena, B + 1, sizeof(size_t)),
     };
@@ -2409,6 +2426,7 @@ static struct Batch batch_new(struct Arena *arena, size_t B, size_t tokens) {
 /* Tokens first to end - 1 of a sequence become the batch's next rows. */
 static void batch_append(struct Batch *batch, const int *ids, size_t first, size_t end) {
     for (size_t t = first; t < end; t++, batch->N++) {
+        /* the position counts from the start of the text, wherever in the batch the row stands */
         batch->ids[batch->N] = ids[t];
         batch->position[batch->N] = (int)t;
     }
@@ -2448,10 +2466,13 @@ static void collate_example(struct Batch *batch, size_t b, const struct Example 
  * must predict 7, and row 2 must predict 8.                                        test: collate */
 static struct Batch collate(struct Arena *arena, const struct Example *examples, size_t B,
                             enum LastToken last) {
+    /* 1. room for all tokens; there are never more rows, nor more targets */
     size_t tokens = 0;
     for (size_t b = 0; b < B; b++)
         tokens += examples[b].n;
     struct Batch batch = batch_new(arena, B, tokens);
+
+    /* 2. one behind the other: nothing separates them but `start`, which attention obeys */
     for (size_t b = 0; b < B; b++)
         collate_example(&batch, b, &examples[b], last);
     return batch;
@@ -2469,7 +2490,9 @@ static struct Batch collate(struct Arena *arena, const struct Example *examples,
  * By hand: prompt 2, rows 4 and 5, C 16: 2 * 6 * 16 = 192 > 2 * 3 = 6: it pays. Prompt 1, C 1: 6
  * is less than 3 * 4 = 12: it does not.                                      test: collate_pairs */
 static size_t shared_prompt(size_t prompt, size_t chosen_rows, size_t rejected_rows, size_t C) {
+    /* an empty answer leaves fewer rows than the prompt has tokens: the last one is not read */
     prompt = MIN(MIN(prompt, chosen_rows), rejected_rows);
+    /* both sides divided by 4 C */
     double saved = (double)prompt * 6 * (double)C;
     double wasted = (double)(chosen_rows - prompt) * (double)(rejected_rows - prompt);
     return saved <= wasted ? 0 : prompt;
@@ -2485,6 +2508,7 @@ struct Placement {
 static void move_targets(struct Batch *batch, const struct Batch *plain, size_t i,
                          struct Placement place) {
     for (size_t r = plain->target_start[i]; r < plain->target_start[i + 1]; r++) {
+        /* token t of the example predicts this target; only where t stands has changed */
         size_t t = (size_t)plain->row[r] - plain->start[i];
         batch->row[r] = (int)(t < place.prompt ? place.prompt_start + t
                                                : place.answer_start + t - place.prompt);
@@ -4188,9 +4212,11 @@ static struct GenerationConfig generation_config(void) {
         .top_k = 50,
         .num_return_sequences = 1,
         .num_beams = 1,
+        /* 1 leaves the logits and the distribution as they are */
         .temperature = 1,
         .top_p = 1,
         .repetition_penalty = 1,
+        /* beams are compared by their mean log-probability a token */
         .length_penalty = 1,
     };
 }
@@ -4200,12 +4226,16 @@ static struct GenerationConfig generation_config(void) {
 /* An empty cache for B sequences of at most `capacity` tokens: keys and values (L,B,capacity,C). */
 static struct KVCache kv_cache_new(const struct GPT2 *model, struct Arena *arena, size_t B,
                                    size_t capacity) {
+    /* Room for the longest text is taken at once; a cache that grew would have to be copied. GPT-2
+     * small, 64 sequences of 64 tokens: 12 * 64 * 64 * 768 floats are 151 MB, for the keys and
+     * once more for the values. */
     size_t floats = model->config.n_layer * B * capacity * model->config.n_embd;
     return (struct KVCache){
         .B = B,
         .capacity = capacity,
         .k = arena_floats(arena, floats),
         .v = arena_floats(arena, floats),
+        /* nothing is filled yet: so decode_batch asks for the whole prompt */
         .length = arena_zeros(arena, B, sizeof(size_t)),
     };
 }
@@ -4251,6 +4281,8 @@ static void sequence_extend(struct Sequence *s, float *logits, size_t V,
     int id = config->do_sample ? sample_token(logits, V, &s->rng) : (int)argmax(logits, V);
     s->ids[s->n] = id;
     s->n++;
+
+    /* 3. ended by itself, or for want of room */
     s->finished = id == end_token || s->n >= s->max_length;
 }
 
@@ -4283,9 +4315,12 @@ static struct Batch decode_batch(struct Arena *arena, struct Sequence **active, 
  * the cache has not kept what is needed to find out, so each sequence is computed again, whole. */
 static void check_next_logits(const struct GPT2 *model, struct Arena *arena,
                               struct Sequence **active, size_t count, const float *logits) {
+    /* 1. almost always all are finite */
     size_t V = model->config.vocab_size;
     if (first_not_finite(logits, count * V) == count * V)
         return;
+
+    /* 2. else with all activations kept, as in training: check_numbers searches them */
     for (size_t i = 0; i < count; i++) {
         struct Example whole = {active[i]->ids, active[i]->n, 0};
         struct Batch batch = collate(arena, &whole, 1, READ_LAST);
@@ -4313,6 +4348,7 @@ static float *generate_step(const struct GPT2 *model, struct Arena *arena, struc
         memcpy(last + i * C, hidden + (batch.start[i + 1] - 1) * C, C * sizeof *last);
     decode_logits(model, logits, last, count);
 
+    /* 3. A NaN would stop nothing by itself: argmax and the draw would still return some token. */
     check_next_logits(model, arena, active, count, logits);
     return logits;
 }
@@ -4338,6 +4374,7 @@ struct BeamSearch {
 
 /* count sequences without a token, each with a place of its own in the cache. */
 static struct Sequence *beams_new(struct Arena *arena, size_t count, size_t max_length) {
+    /* beam i keeps slot i for good: what changes is the text that stands in it */
     struct Sequence *beams = arena_zeros(arena, count, sizeof *beams);
     for (size_t i = 0; i < count; i++)
         beams[i] = (struct Sequence){.ids = arena_alloc(arena, max_length, sizeof(int)), .slot = i};
@@ -4358,11 +4395,14 @@ static struct BeamSearch beam_search_new(struct Arena *arena, const struct GPT2 
         .running = beams_new(arena, K, prompt->max_length),
         .next = beams_new(arena, K, prompt->max_length),
         .running_count = 1,
+        /* two: while the next step's beams are made, those of this one are still read */
         .cache = kv_cache_new(model, arena, K, prompt->max_length),
         .next_cache = kv_cache_new(model, arena, K, prompt->max_length),
         .finished = beams_new(arena, K, prompt->max_length),
         .going_on = arena_alloc(arena, 2 * K, sizeof(struct Candidate)),
     };
+    /* Its score is 0: the prompt is given, so how probable it is does not count. There is one such
+     * beam, not K of them: K equal ones would all be continued in the same way. */
     memcpy(search.running->ids, prompt->ids, prompt->n * sizeof(int));
     search.running->n = prompt->n;
     return search;
@@ -4372,6 +4412,7 @@ static struct BeamSearch beam_search_new(struct Arena *arena, const struct GPT2 
 static void beam_set(struct Sequence *beam, const struct Sequence *from, int id, float score) {
     memcpy(beam->ids, from->ids, from->n * sizeof *beam->ids);
     beam->ids[from->n] = id;
+    /* not the whole struct: its ids and its slot are memory of its own */
     beam->n = from->n + 1;
     beam->score = score;
 }
@@ -4404,6 +4445,7 @@ static void beam_score(const struct BeamSearch *search, const struct Sequence *b
  * By hand: u = 0.5: noise -log(0.6931) = 0.3665.                          test: beam_candidates */
 static float *gumbel_keys(struct Arena *arena, const float *score, size_t n, struct Rng *rng) {
     float *key = arena_floats(arena, n);
+    /* 1 - u: rng_uniform may return 0, whose logarithm there is not, but never 1 */
     for (size_t i = 0; i < n; i++)
         key[i] = (float)(score[i] - log(-log(1 - rng_uniform(rng))));
     return key;
@@ -4448,7 +4490,8 @@ static void beam_finish(struct BeamSearch *search, const struct Sequence *beam, 
     size_t place = search->finished_count - 1;
     beam_set(&pool[place], beam, id, score);
 
-    /* 2. up past all that are worse */
+    /* 2. Up past all that are worse. The exchange swaps whole structs: the ids' memory moves along
+     *    with its owner. */
     for (; place > 0 && pool[place].score > pool[place - 1].score; place--) {
         struct Sequence better = pool[place];
         pool[place] = pool[place - 1];
@@ -4470,7 +4513,8 @@ static void beam_sort_out(struct BeamSearch *search, const struct Candidate *can
     const struct Sequence *beam = &search->running[(size_t)candidate->id / model->vocab_size];
     int id = (int)((size_t)candidate->id % model->vocab_size);
 
-    /* 2. neither the end token nor the last one there is room for */
+    /* 2. Neither the end token nor the last one that there is room for: it goes on, with the plain
+     *    sum as its score. Running beams have equal lengths, so no penalty is needed among them. */
     if (id != model->eos_token_id && beam->n + 1 < search->max_length) {
         search->going_on[search->going_on_count++] = *candidate;
         return;
@@ -4497,6 +4541,7 @@ static void beam_continue(struct BeamSearch *search) {
     for (size_t i = 0; i < search->running_count; i++) {
         struct Candidate best = search->going_on[i];
         size_t from = (size_t)best.id / V;
+        /* text and past together, or attention would see another text's keys */
         beam_set(&search->next[i], &search->running[from], (int)((size_t)best.id % V), best.logit);
         kv_cache_copy(search->model, &search->next_cache, i, &search->cache, from);
     }
@@ -4520,6 +4565,7 @@ static void beam_advance(struct BeamSearch *search, struct Arena *arena, float *
 
     /* 1. all continuations of all beams, scored */
     float *score = logits;
+    /* each beam is a row of V numbers, and no thread touches another's */
 #pragma omp parallel for
     for (size_t b = 0; b < search->running_count; b++)
         beam_score(search, &search->running[b], score + b * V);
@@ -4550,13 +4596,17 @@ static void beam_advance(struct BeamSearch *search, struct Arena *arena, float *
 static bool beam_search_goes_on(const struct BeamSearch *search) {
     const struct GenerationConfig *config = search->config;
     const struct Sequence *best = search->running;
+    /* 1. nothing runs, or nothing more fits in */
     if (search->running_count == 0 || best->n >= search->max_length)
         return false;
-    /* a place in the pool is free: anything that ends is welcome */
+    /* 2. a place in the pool is free: anything that ends is welcome */
     if (search->finished_count < config->num_beams)
         return true;
     if (config->early_stopping == STOP_TRUE)
         return false;
+
+    /* 3. The pool is full: what might the best running beam reach, and is that enough for the last
+     *    place? Beams are sorted, so no other one can reach more. */
     bool as_long_as_allowed = config->early_stopping == STOP_NEVER && config->length_penalty > 0;
     size_t end = as_long_as_allowed ? search->max_length : best->n;
     double length = (double)(end - search->prompt_length);
@@ -4579,7 +4629,8 @@ static void beam_search(const struct GPT2 *model, struct Sequence *sequences,
     struct BeamSearch search = beam_search_new(&arena, model, &sequences[0], config);
     struct Sequence **active = arena_alloc(&arena, config->num_beams, sizeof *active);
 
-    /* 1. until nothing better is to be expected: the model's logits, and one step */
+    /* 1. Until nothing better is to be expected: the model's logits, and one step. In the first
+     *    step the one beam is the prompt, in all others each beam adds one row to its cache. */
     while (beam_search_goes_on(&search)) {
         arena_reset(&step_arena);
         for (size_t b = 0; b < search.running_count; b++)
@@ -4592,6 +4643,7 @@ static void beam_search(const struct GPT2 *model, struct Sequence *sequences,
     /* 2. the best of the pool */
     size_t wanted = MIN(config->num_return_sequences, search.finished_count);
     for (size_t i = 0; i < wanted; i++) {
+        /* the ids are copied, for the pool's memory ends with the search */
         const struct Sequence *found = &search.finished[i];
         memcpy(sequences[i].ids, found->ids, found->n * sizeof(int));
         sequences[i].n = found->n;
@@ -4609,6 +4661,7 @@ enum { GENERATE_TOGETHER = 64 }; /* sequences decoded in one batch: bounds the c
 static size_t active_sequences(struct Sequence *sequences, size_t n, struct Sequence **active) {
     size_t count = 0;
     for (size_t i = 0; i < n; i++) {
+        /* a prompt that fills all its room is its own answer */
         if (sequences[i].finished || sequences[i].n >= sequences[i].max_length)
             continue;
         sequences[i].slot = count;
@@ -4620,6 +4673,7 @@ static size_t active_sequences(struct Sequence *sequences, size_t n, struct Sequ
 /* Those that are not finished move together, in their order; returns how many there are. Their
  * places in the cache stay. */
 static size_t drop_finished(struct Sequence **active, size_t count) {
+    /* left <= i, so what is overwritten has been looked at */
     size_t left = 0;
     for (size_t i = 0; i < count; i++)
         if (!active[i]->finished)
@@ -4643,8 +4697,10 @@ static void generate_together(const struct GPT2 *model, struct Sequence *sequenc
     /* 2. one token for each at a time; those that have ended drop out, and cost nothing more */
     size_t V = model->config.vocab_size;
     while (count > 0) {
+        /* a step's activations go with the step; what it has to pass on is in the cache */
         arena_reset(&step_arena);
         float *logits = generate_step(model, &step_arena, active, count, &cache);
+        /* in any order: each draws from its own random numbers */
 #pragma omp parallel for schedule(dynamic) if (count > 1)
         for (size_t i = 0; i < count; i++)
             sequence_extend(active[i], logits + i * V, V, config, model->config.eos_token_id);
@@ -4664,11 +4720,15 @@ static void generate_together(const struct GPT2 *model, struct Sequence *sequenc
  *                                     test: generate_golden, generate_cache, generate_company */
 static void generate(const struct GPT2 *model, struct Sequence *sequences, size_t n,
                      const struct GenerationConfig *config) {
+    /* 1. beams: one search for each prompt, by itself; its K beams are its batch */
     if (config->num_beams > 1) {
         for (size_t i = 0; i < n; i += config->num_return_sequences)
             beam_search(model, sequences + i, config);
         return;
     }
+
+    /* 2. Else in groups of 64: large enough that the weights, read from memory once a step, serve
+     *    many rows; small enough that their caches fit in memory. */
     for (size_t first = 0; first < n; first += GENERATE_TOGETHER) {
         size_t together = MIN(n - first, (size_t)GENERATE_TOGETHER);
         generate_together(model, sequences + first, together, config);
@@ -4683,6 +4743,7 @@ static struct Sequence sequence_start(struct Arena *arena, const int *ids, size_
                                       const struct GPT2 *model, struct Rng rng) {
     size_t max_length = MIN(n + max_new, model->config.n_positions + 1);
     struct Sequence s = {.n = n, .prompt_length = n, .max_length = max_length, .rng = rng};
+    /* a copy with room to grow: several answers may start from one prompt */
     s.ids = memcpy(arena_alloc(arena, MAX(n, s.max_length), sizeof *s.ids), ids, n * sizeof *ids);
     return s;
 }
@@ -4703,6 +4764,7 @@ static struct Example *sample_answers(const struct GPT2 *policy, struct Arena *a
     for (size_t i = 0; i < total; i++) {
         const struct Example *prompt = &prompts[i / num_generations];
         size_t room = policy->config.n_positions - prompt->n;
+        /* drawn here, in order: what is drawn while writing changes nothing for the others */
         struct Rng own = rng_seed(rng_next(rng), STREAM_SAMPLE);
         size_t max_new = MIN(generation->max_new_tokens, room);
         sequences[i] = sequence_start(arena, prompt->ids, prompt->n, max_new, policy, own);
