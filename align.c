@@ -1811,18 +1811,24 @@ static int sample_token(float *logits, size_t V, struct Rng *rng) {
  * Chapter 7 - Byte-pair encoding         [glossary: Tokenização de conjunto de dados]
  *
  * How does text become numbers? GPT-2 [1] first cuts a text into words by a fixed rule, and then
- * builds each word up from its bytes by byte-pair encoding [11]. Its vocabulary was learnt by
- * starting from the 256 bytes and joining, again and again, the two neighbours that stood side by
- * side most often in a large text. To encode, the same joins ("merges") are made again, the one
- * that was learnt first always first:
+ * builds each word up from its bytes by byte-pair encoding [11]. Its vocabulary was learnt once,
+ * from a large text: begin with the 256 bytes; find the two neighbours that stand side by side
+ * most often, and let them be a new token; repeat 50,000 times. Each of these joins is called a
+ * merge, and its rank says when it was learnt. To encode a word, the merges are made again. Where
+ * several are possible, the one that was learnt first is made first:
  *
- *     "low"    l o w   ->   lo w   ->   low         merges "l"+"o", then "lo"+"w"
+ *     "low"    l o w   ->   l ow   ->   low         "o"+"w" has rank 66, "l"+"ow" rank 9063;
+ *      ids   75 78 86     75 322        9319        "l"+"o" (rank 5183) never gets its turn
  *
- * The id of a merged token is 256 + the merge's rank. So "learnt first" is "lowest id", and the
- * first V - 1 ids are a vocabulary themselves, a smaller one: that is how a small model gets one.
+ * The id of a merged token is 256 + its merge's rank. So "learnt first" is "lowest id"; and since
+ * a merge only uses ids below its own, the first V - 1 ids are a complete vocabulary of their own.
+ * That is how a small model gets a small vocabulary without learning one. The last id of each is
+ * its end token.
  *
  * What enters: bytes, any bytes. What leaves: ids from 0 to V - 1, and back, exactly.
  * ============================================================================================= */
+
+/* ---- Texts and arrays that grow ------------------------------------------------------------- */
 
 /* A piece of text with its length: data may hold any byte, NUL included. */
 struct Text {
@@ -1837,8 +1843,11 @@ static bool text_equal(struct Text a, struct Text b) {
     return a.length == b.length && memcmp(a.data, b.data, a.length) == 0;
 }
 
+/* a, then b, in new memory of the arena. A NUL stands behind it that its length does not count,
+ * so that C's own functions can read it. */
 static struct Text text_join(struct Arena *arena, struct Text a, struct Text b) {
     char *both = arena_alloc(arena, a.length + b.length + 1, 1);
+    /* an empty text may have no data at all, and memcpy must not be given NULL */
     if (a.length)
         memcpy(both, a.data, a.length);
     if (b.length)
@@ -1851,7 +1860,10 @@ static struct Text text_copy(struct Arena *arena, struct Text text) {
     return text_join(arena, text, (struct Text){0});
 }
 
+/* sprintf into new memory of the arena, exactly as long as the result. */
 static char *PRINTF_LIKE(2, 3) arena_printf(struct Arena *arena, const char *format, ...) {
+    /* formatted twice: once into nothing, to learn the length, and once for good. A va_list is used
+     * up by reading it, so the second time needs a copy. */
     va_list arguments, again;
     va_start(arguments, format);
     va_copy(again, arguments);
@@ -1863,19 +1875,29 @@ static char *PRINTF_LIKE(2, 3) arena_printf(struct Arena *arena, const char *for
     return string;
 }
 
-/* Room for at least one item more behind n of them, in an array that doubles as it fills and is
- * freed by its owner. */
+/* Makes sure that an array of n items has room for one more. Where it has not, its capacity
+ * doubles: so n items are copied about n times in all, however long it becomes. The array is
+ * malloc's, not an arena's; its owner frees it.
+ * in, out  capacity: items that there is room for; size: bytes of an item */
 static void *grow(void *items, size_t n, size_t *capacity, size_t size) {
     if (n < *capacity)
         return items;
+    /* doubled, not one more: else the n-th item would cost n copies */
     *capacity = MAX(2 * *capacity, (size_t)256);
     items = realloc(items, *capacity * size);
     CHECK(items, "out of memory: %zu MB asked for", *capacity * size >> 20);
     return items;
 }
 
+/* ---- The vocabulary ------------------------------------------------------------------------- */
+
+/* TOKENIZER_MAGIC and _VERSION open tokenizer.bin (chapter 23). Of a vocabulary's ids the first 256
+ * are the bytes, but in GPT-2's own order: byte_token of struct Tokenizer. */
 enum { TOKENIZER_MAGIC = 20240328, TOKENIZER_VERSION = 2, BYTE_TOKENS = 256 };
+/* What GPT-2's rule for words distinguishes. */
 enum CharClass { CLASS_OTHER, CLASS_LETTER, CLASS_NUMBER, CLASS_SPACE };
+/* Code points end below the first. The second: 2^17 places for 50,000 merges, so that a search
+ * in the hash table ends after one or two. */
 enum { UNICODE_END = 0x110000, MERGE_SLOTS = 1 << 17 };
 
 struct Tokenizer {
@@ -1890,192 +1912,297 @@ struct Tokenizer {
     int *merge_id; /* (MERGE_SLOTS) hash table: a pair -> the id it makes; -1: an empty slot */
 };
 
+/* Where a pair stands in the hash table merge_id, or, if it is no merge, the empty slot at which
+ * the search for it ended. */
 static size_t merge_slot(const struct Tokenizer *tok, uint32_t pair) {
-    size_t slot = (pair * 2654435761u) >> 15; /* Knuth's multiplicative hash, upper 17 bits */
+    /* Knuth's multiplicative hash: the product with 2^32 / golden ratio, modulo 2^32, spreads
+     * pairs that are alike; its upper 17 bits number a slot */
+    size_t slot = (pair * 2654435761u) >> 15;
+    /* a slot that another pair has taken: try the next one */
     while (tok->merge_id[slot] >= 0 && tok->merge_pair[tok->merge_id[slot] - BYTE_TOKENS] != pair)
         slot = (slot + 1) % MERGE_SLOTS;
     return slot;
 }
 
-/* The id that two neighbours make together, or -1. */
+/* The id that two neighbours make together, or -1 if they make none. */
 static int tokenizer_merge(const struct Tokenizer *tok, int left, int right) {
     return tok->merge_id[merge_slot(tok, (uint32_t)left | (uint32_t)right << 16)];
 }
 
-/* Length of the UTF-8 character that starts at text[i], its code point in *code; 0 if it is not
- * valid. */
+/* The end token's id in a vocabulary of V ids: the ids below it are ordinary tokens, and it is
+ * spelt "<|endoftext|>". It is GPT-2's own (50256) if the vocabulary reaches so far, else the last
+ * id. This is only the default: which token ends a text is for the model's configuration to say
+ * (eos_token_id).
+ * By hand: V = 1025: 1024. V = 50304, padded to a multiple of 64: 50256.  test: tokenizer_small */
+static int endoftext_id(size_t vocab_size) {
+    return (int)MIN(vocab_size, (size_t)50257) - 1;
+}
+
+/* ---- From text to words --------------------------------------------------------------------- */
+
+/* utf8_read -- one character of UTF-8: its length in bytes, 1 to 4, and its code point in *code.
+ * Returns 0 if the bytes are not valid UTF-8.
+ * in   text: the character starts at its first byte; n >= 1: bytes that are left
+ * The leading ones of the first byte say how many bytes there are (0 one, 110 two, 1110 three,
+ * 11110 four), the rest of it are the upper bits; each further byte is 10 and six more bits.
+ * By hand: c3 a9 is 110'00011 10'101001: 00011'101001 = e9, "e" with an acute accent.
+ *                                                                        test: tokenizer_bytes */
 static size_t utf8_read(const unsigned char *text, size_t n, uint32_t *code) {
-    static const uint32_t least[5] = {0, 0, 0x80, 0x800, 0x10000}; /* below: an overlong form */
-    unsigned char c = text[0];
-    *code = c;
-    if (c < 0x80)
+    /* the smallest code point that needs 2, 3, 4 bytes */
+    static const uint32_t smallest[5] = {0, 0, 0x80, 0x800, 0x10000};
+    unsigned char first = text[0];
+    *code = first;
+    if (first < 0x80)
         return 1;
-    size_t length = c >= 0xf0 ? 4 : c >= 0xe0 ? 3 : 2;
-    if (c < 0xc2 || c > 0xf4 || n < length)
+
+    /* 1. The length. 80 to bf continue a character and cannot start one; c0 and c1 could only
+     *    spell ASCII in two bytes; f5 and above would be beyond the last code point. */
+    size_t length = first >= 0xf0 ? 4 : first >= 0xe0 ? 3 : 2;
+    if (first < 0xc2 || first > 0xf4 || n < length)
         return 0;
-    *code = c & (0xffu >> (length + 1));
+
+    /* 2. the first byte without its leading ones, then six bits of each byte behind it */
+    *code = first & (0xffu >> (length + 1));
     for (size_t k = 1; k < length; k++) {
         if ((text[k] & 0xc0) != 0x80)
             return 0;
         *code = *code << 6 | (text[k] & 63);
     }
-    return *code >= least[length] && *code < 0x110000 && (*code < 0xd800 || *code >= 0xe000)
-               ? length
-               : 0;
+
+    /* 3. Each character has one spelling, its shortest; and d800 to dfff are no characters but
+     *    halves of UTF-16's pairs. */
+    bool is_shortest = *code >= smallest[length];
+    bool is_surrogate = *code >= 0xd800 && *code < 0xe000;
+    return is_shortest && !is_surrogate && *code < UNICODE_END ? length : 0;
 }
 
-/* The layout of a vocabulary of V ids: those below this id are ordinary tokens, and this one is
- * spelt "<|endoftext|>": GPT-2's own if the vocabulary has it, else the last. Which token ends a
- * text is the model's configuration to say (eos_token_id); this id is only the default. */
-static int endoftext_id(size_t vocab_size) {
-    return (int)MIN(vocab_size, (size_t)50257) - 1;
-}
-
-/* Class and length of the character at text[i]. A byte that is no valid UTF-8 is a character of
- * class "other", and kept. */
+/* Class and length of the character at text[i]. A byte that is not valid UTF-8 counts as a
+ * character of class "other": nothing is refused, nothing is lost. */
 static enum CharClass char_class_at(const struct Tokenizer *tok, const unsigned char *text,
                                     size_t i, size_t n, size_t *length) {
     uint32_t code;
     *length = utf8_read(text + i, n - i, &code);
     if (*length > 0)
         return (enum CharClass)tok->char_class[code];
+    /* not UTF-8: pass over this byte alone, for the next one may start a character */
     *length = 1;
     return CLASS_OTHER;
 }
 
-/* Where the word that starts at i ends. GPT-2's rule, as a regular expression tried left to right:
+/* How many bytes of 's 't 're 've 'm 'll 'd the text starts with; 0 if it starts with none. */
+static size_t contraction_length(const unsigned char *text, size_t n) {
+    static const char *const contractions[] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
+    for (size_t k = 0; k < COUNT(contractions); k++) {
+        /* as the rule has it, lower case only and whatever follows: "'Sx" is none, "'sx" is one */
+        size_t length = strlen(contractions[k]);
+        if (n >= length && memcmp(text, contractions[k], length) == 0)
+            return length;
+    }
+    return 0;
+}
+
+/* tokenizer_word_end -- where the word that starts at i ends. Merges never cross this border: else
+ * "dog.", "dog!" and "dog?" would each become a token. GPT-2's rule, as a regular expression whose
+ * alternatives are tried from left to right (\p{L} letters, \p{N} numbers, \s spaces):
  *     's|'t|'re|'ve|'m|'ll|'d | ?\p{L}+ | ?\p{N}+ | ?[^\s\p{L}\p{N}]+ | \s+(?!\S) | \s+
- * By hand: "I'm  42!" -> "I", "'m", " ", " 42", "!": \s+(?!\S) leaves the last space to the next
- * word. test: tokenizer_words */
+ * In words: a run of one class, with a space in front of it if there is one. So the usual space
+ * belongs to the word behind it, and " film" is one token, wherever it stands in a sentence.
+ * By hand: "I'm  42!" -> "I", "'m", " ", " 42", "!": of two spaces the last one goes with 42.
+ *                                                                        test: tokenizer_words */
 static size_t tokenizer_word_end(const struct Tokenizer *tok, const unsigned char *text, size_t i,
                                  size_t n) {
-    static const char *const contractions[] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
-    for (size_t k = 0; k < COUNT(contractions) && text[i] == '\''; k++) {
-        size_t length = strlen(contractions[k]);
-        if (n - i >= length && memcmp(text + i, contractions[k], length) == 0)
-            return i + length;
-    }
+    /* 1. 's, 't and so on */
+    size_t contraction = contraction_length(text + i, n - i);
+    if (contraction > 0)
+        return i + contraction;
+
+    /* 2. The class of the run is that of its first character; " ?": one space in front of
+     *    another class is passed over. */
     size_t length;
     size_t at = i;
     enum CharClass class = char_class_at(tok, text, at, n, &length);
-    if (text[i] == ' ' && i + 1 < n) { /* " ?": a space joins the run behind it */
-        enum CharClass next = char_class_at(tok, text, i + 1, n, &length);
-        if (next == CLASS_SPACE)
-            length = 1;
-        else {
+    if (text[i] == ' ' && i + 1 < n) {
+        size_t next_length;
+        enum CharClass next = char_class_at(tok, text, i + 1, n, &next_length);
+        if (next != CLASS_SPACE) {
             class = next;
             at = i + 1;
+            length = next_length;
         }
     }
+
+    /* 3. to the end of the run; `last` is where its last character starts */
     size_t last = at;
     for (at += length; at < n && char_class_at(tok, text, at, n, &length) == class; at += length)
         last = at;
+
+    /* 4. \s+(?!\S): a run of spaces in front of a word leaves its last space to that word, but
+     *    not if it is the only one */
     return class == CLASS_SPACE && at < n && last > i ? last : at;
 }
 
-/* Byte-pair encoding of one word. Its pieces form a linked list; neighbours that can merge wait
- * in a heap, lowest merged id first, then leftmost. Entries about pieces gone meanwhile are
- * skipped. n bytes take O(n log n), where rescanning for each merge would take O(n^2). */
-/* id -1: merged into its left neighbour; prev, next -1: none */
+/* ---- From a word to tokens ------------------------------------------------------------------ */
+
+/* A word while it is encoded: a linked list of pieces, at first its bytes, and a heap of the merges
+ * that are possible. Each entry of the heap is merged id << 32 | left piece: the smallest entry is
+ * the merge that was learnt first, and among equals the leftmost.
+ *
+ * A merge makes others impossible, whose entries stay behind in the heap. To look for them would
+ * be slow; instead each entry is checked when its turn comes, and a stale one is skipped. So a
+ * word of n bytes takes O(n log n) steps. To search the whole word before each merge would take
+ * O(n^2), which is too long for a million letters without a space.   test: tokenizer_long_word */
 struct Piece {
-    int id;
-    int32_t prev, next;
+    int id; /* -1: merged into its left neighbour */
+    int32_t prev, next; /* -1: none */
 };
-/* heap: merged id << 32 | left piece */
 struct WordPieces {
+    const struct Tokenizer *tok;
+    int merge_limit; /* merges that make this id or a later one are outside the vocabulary */
     struct Piece *piece;
     uint64_t *heap;
     size_t heap_size;
 };
 
-static void heap_push(struct WordPieces *w, uint64_t entry) {
-    size_t i = w->heap_size++;
-    for (; i > 0 && entry < w->heap[(i - 1) / 2]; i = (i - 1) / 2)
-        w->heap[i] = w->heap[(i - 1) / 2];
-    w->heap[i] = entry;
+/* A binary heap: entry i is not larger than its children, 2i + 1 and 2i + 2; so the smallest is
+ * entry 0. By hand: push 7, 4, 9: (4, 7, 9).                                test: tokenizer_heap */
+static void heap_push(struct WordPieces *word, uint64_t entry) {
+    /* from the new place at the end upwards: each parent that is larger moves down one level */
+    size_t i = word->heap_size++;
+    for (; i > 0 && entry < word->heap[(i - 1) / 2]; i = (i - 1) / 2)
+        word->heap[i] = word->heap[(i - 1) / 2];
+    word->heap[i] = entry;
 }
 
-static uint64_t heap_pop(struct WordPieces *w) {
-    uint64_t top = w->heap[0];
-    uint64_t last = w->heap[--w->heap_size];
+/* Takes the smallest entry out.
+ * By hand: (4, 7, 9) gives 4 and leaves (7, 9).                             test: tokenizer_heap */
+static uint64_t heap_pop(struct WordPieces *word) {
+    uint64_t smallest = word->heap[0];
+    /* The last entry needs a new place, for the heap is shorter by one. The way leads from the gap
+     * at the top downwards: the smaller child moves up, until the entry fits in. */
+    uint64_t last = word->heap[--word->heap_size];
+    size_t n = word->heap_size;
     size_t i = 0;
-    size_t n = w->heap_size;
     for (size_t child; (child = 2 * i + 1) < n; i = child) {
-        if (child + 1 < n && w->heap[child + 1] < w->heap[child])
+        /* the smaller one, for it becomes the other one's parent */
+        if (child + 1 < n && word->heap[child + 1] < word->heap[child])
             child++;
-        if (w->heap[child] >= last)
+        if (word->heap[child] >= last)
             break;
-        w->heap[i] = w->heap[child];
+        word->heap[i] = word->heap[child];
     }
-    w->heap[i] = last;
-    return top;
+    word->heap[i] = last;
+    return smallest;
 }
 
-/* Offers the pair (at, next of at), unless its merge is outside the vocabulary. */
-static void pieces_offer(const struct Tokenizer *tok, struct WordPieces *w, int32_t at,
-                         int merge_limit) {
-    if (at < 0 || w->piece[at].next < 0)
+/* Puts the merge of piece `left` and the one behind it into the heap, if there is such a merge and
+ * the vocabulary has it. left -1: there is no piece. */
+static void pieces_offer(struct WordPieces *word, int32_t left) {
+    /* 1. at either end of the word there is no pair */
+    if (left < 0 || word->piece[left].next < 0)
         return;
-    int id = tokenizer_merge(tok, w->piece[at].id, w->piece[w->piece[at].next].id);
-    if (id >= 0 && id < merge_limit)
-        heap_push(w, (uint64_t)id << 32 | (uint32_t)at);
+
+    /* 2. The entry names the place and the merged id. When its turn comes, the id shows whether the
+     *    same two pieces are still there. */
+    int right_id = word->piece[word->piece[left].next].id;
+    int id = tokenizer_merge(word->tok, word->piece[left].id, right_id);
+    if (id >= 0 && id < word->merge_limit)
+        heap_push(word, (uint64_t)id << 32 | (uint32_t)left);
 }
 
-static size_t tokenizer_encode_word(const struct Tokenizer *tok, struct WordPieces *w,
-                                    const unsigned char *word, size_t n, int merge_limit,
-                                    int *out) {
-    struct Piece *piece = w->piece;
+/* Joins piece `left` and the one behind it into the token `id`, unless the entry is stale: one of
+ * the two has merged with another piece since the pair was offered. */
+static void pieces_merge(struct WordPieces *word, int32_t left, int id) {
+    /* 1. Stale? Then they no longer make this id, or are no longer there. */
+    struct Piece *piece = word->piece;
+    int32_t right = piece[left].next;
+    if (piece[left].id < 0 || right < 0
+        || tokenizer_merge(word->tok, piece[left].id, piece[right].id) != id)
+        return;
+
+    /* 2. the left one becomes both, and the right one leaves the list */
+    piece[left].id = id;
+    piece[left].next = piece[right].next;
+    piece[right].id = -1;
+    if (piece[left].next >= 0)
+        piece[piece[left].next].prev = left;
+
+    /* 3. the new piece may merge with its neighbours on either side */
+    pieces_offer(word, piece[left].prev);
+    pieces_offer(word, left);
+}
+
+/* tokenizer_encode_word -- byte-pair encoding of one word [11].
+ * in   bytes (n); word: with room for n pieces and 3n heap entries
+ * out  ids: room for n; returns how many there are
+ * By hand: " lovely": " l" (300), "ve" (303), "ly" (306), "ove" (659), " love" (1842), at last
+ * " lovely" (14081). With V = 1025 it ends at 300 659 306, since 1842 is outside. docs/debugging.md
+ * has a tour through it.
+ *            test: tokenizer_cases, tokenizer_small, tokenizer_plain; gdb: break pieces_merge */
+static size_t tokenizer_encode_word(struct WordPieces *word, const unsigned char *bytes, size_t n,
+                                    int *ids) {
+    /* 1. one piece for each byte, and all neighbours that can merge */
+    struct Piece *piece = word->piece;
     for (size_t i = 0; i < n; i++)
-        piece[i] = (struct Piece){tok->byte_token[word[i]], (int32_t)i - 1,
-                                  i + 1 < n ? (int32_t)i + 1 : -1};
-    w->heap_size = 0;
+        piece[i] = (struct Piece){
+            .id = word->tok->byte_token[bytes[i]],
+            .prev = (int32_t)i - 1,
+            .next = i + 1 < n ? (int32_t)i + 1 : -1,
+        };
+    word->heap_size = 0;
     for (size_t i = 0; i + 1 < n; i++)
-        pieces_offer(tok, w, (int32_t)i, merge_limit);
-    while (w->heap_size > 0) {
-        uint64_t top = heap_pop(w);
-        int id = (int)(top >> 32);
-        int32_t left = (int32_t)(top & 0xffffffff);
-        int32_t right = piece[left].next;
-        if (piece[left].id < 0 || right < 0
-            || tokenizer_merge(tok, piece[left].id, piece[right].id) != id)
-            continue;
-        piece[left] = (struct Piece){id, piece[left].prev, piece[right].next};
-        piece[right].id = -1;
-        if (piece[left].next >= 0)
-            piece[piece[left].next].prev = left;
-        pieces_offer(tok, w, piece[left].prev, merge_limit);
-        pieces_offer(tok, w, left, merge_limit);
+        pieces_offer(word, (int32_t)i);
+
+    /* 2. the merge that was learnt first, again and again, until none is left */
+    while (word->heap_size > 0) {
+        uint64_t entry = heap_pop(word);
+        pieces_merge(word, (int32_t)(entry & 0xffffffff), (int)(entry >> 32));
     }
+
+    /* 3. what is left in the list are the tokens; its first piece is always piece 0, for a piece
+     *    only ever merges into its left neighbour */
     size_t count = 0;
     for (int32_t i = 0; i >= 0; i = piece[i].next)
-        out[count++] = piece[i].id;
+        ids[count++] = piece[i].id;
     return count;
 }
 
 /* tokenizer_encode -- text to ids.                [glossary: Tokenização de conjunto de dados]
- * in   text: n bytes, valid UTF-8 or not; vocab_size: V of the model, ids 0 .. V-2 are used
- * out  ids: room for n of them (a token is at least a byte); returns how many
- * "<|endoftext|>" inside a text is ordinary text: data cannot forge an end.   test: tokenizer_* */
+ * in   text: n bytes, valid UTF-8 or not; vocab_size: V of the model
+ * out  ids: room for n of them, for a token has at least one byte; returns how many there are.
+ *      They are below the end token's id.
+ * "<|endoftext|>" inside a text is ordinary text, seven tokens: data cannot forge an end.
+ * By hand: "Hello world" -> "Hello" (15496), " world" (995).                 test: tokenizer_* */
 static size_t tokenizer_encode(const struct Tokenizer *tok, struct Text text, size_t vocab_size,
                                int *ids) {
     const unsigned char *bytes = (const unsigned char *)text.data;
-    int merge_limit = endoftext_id(vocab_size);
-    struct WordPieces w = {0};
+    struct WordPieces word = {.tok = tok, .merge_limit = endoftext_id(vocab_size)};
     size_t count = 0;
+    /* pieces are numbered by an int32_t */
     CHECK(text.length < INT32_MAX,
           "a text of %zu bytes is longer than the 2 GB that can be encoded at once", text.length);
     for (size_t i = 0, end; i < text.length; i = end) {
+        /* 1. the next word */
         end = tokenizer_word_end(tok, bytes, i, text.length);
         size_t n = end - i;
-        /* n - 1 entries at first, 2 more for each of n - 1 merges */
-        w.heap = (uint64_t *)thread_scratch(SCRATCH_A, 6 * n);
-        w.piece = (struct Piece *)thread_scratch(SCRATCH_B, 3 * n);
-        count += tokenizer_encode_word(tok, &w, bytes + i, n, merge_limit, ids + count);
+
+        /* 2. Memory. The heap: n - 1 pairs at first, and two more with each of at most n - 1
+         *    merges, so 3n entries of 8 bytes. A piece has 12 bytes. Scratch is counted in floats,
+         *    of 4 bytes. */
+        word.heap = (uint64_t *)thread_scratch(SCRATCH_A, 6 * n);
+        word.piece = (struct Piece *)thread_scratch(SCRATCH_B, 3 * n);
+
+        /* 3. its tokens, behind those of the words before it */
+        count += tokenizer_encode_word(&word, bytes + i, n, ids + count);
     }
     return count;
 }
 
+/* ---- And back ------------------------------------------------------------------------------- */
+
+/* The bytes of a token of a vocabulary of vocab_size ids. They may be part of a character only:
+ * UTF-8 is whole again when the tokens are joined. */
 static struct Text tokenizer_decode(const struct Tokenizer *tok, int id, size_t vocab_size) {
+    /* a small vocabulary's end token has the id of an ordinary one of the large vocabulary */
     if (id == endoftext_id(vocab_size))
         id = tok->end_token;
     /* the unused ids of a padded vocabulary */
@@ -2084,11 +2211,16 @@ static struct Text tokenizer_decode(const struct Tokenizer *tok, int id, size_t 
     return tok->token[id];
 }
 
+/* The text of n ids: the bytes of all tokens, one behind the other.
+ *                                                         test: tokenizer_cases, tokenizer_bytes */
 static struct Text tokenizer_decode_all(const struct Tokenizer *tok, struct Arena *arena,
                                         const int *ids, size_t n, size_t vocab_size) {
+    /* 1. how long it will be */
     size_t length = 0;
     for (size_t i = 0; i < n; i++)
         length += tokenizer_decode(tok, ids[i], vocab_size).length;
+
+    /* 2. the bytes, and a NUL for C's own functions */
     char *text = arena_alloc(arena, length + 1, 1);
     char *to = text;
     for (size_t i = 0; i < n; i++) {
@@ -2118,8 +2250,11 @@ static struct Text tokenizer_decode_all(const struct Tokenizer *tok, struct Aren
  * What enters: ids of texts. What leaves: a batch: N tokens in a row, R rows with a target.
  * ============================================================================================= */
 
-/* A shape: the fields that a row must have, and, 16 bits further on, those that are used if they
- * are there. What a row has besides is not looked at. */
+/* ---- Rows of a data set --------------------------------------------------------------------- */
+
+/* The fields that a row of a data set may have, one bit each. A shape says what a method needs:
+ * the fields that each row must have, and, 16 bits further up, those that are used if they are
+ * there. What else a row has is not looked at. */
 #define MAY_HAVE(fields) ((fields) << 16)
 enum Field {
     HAS_TEXT = 1,
@@ -2141,12 +2276,13 @@ enum Field {
     SHAPE_RATED = HAS_TEXT | HAS_SCORE,
     SHAPE_ROLLOUT = HAS_QUERY_IDS | HAS_RESPONSE_IDS | HAS_SCORE
 };
+/* In the order of the bits: their names in a file. */
 static const char *const FIELD_NAMES[] = {"text",         "prompt", "completion", "chosen",
                                           "rejected",     "label",  "score",      "query_ids",
                                           "response_ids", "margin"};
 
 struct Row {
-    unsigned has; /* which of enum Field, used or not */
+    unsigned has; /* the bits of the fields that it has, used or not */
     struct Text text, prompt, completion, chosen, rejected;
     double score, margin, label;
     int *query_ids, *response_ids;
@@ -2162,6 +2298,8 @@ struct Dataset {
     size_t file_count;
 };
 
+/* ---- Examples: rows as ids ------------------------------------------------------------------ */
+
 /* Token ids of one training sequence; the first prompt_length of them are given, not learnt. */
 struct Example {
     int *ids;
@@ -2173,55 +2311,78 @@ static bool example_ended(const struct Example *e, int end_token) {
     return e->n > e->prompt_length && e->ids[e->n - 1] == end_token;
 }
 
-/* Puts the end token behind what is learnt, unless that ends in it already, as it can where the end
- * token is an ordinary one: so does TRL. The ids have room for it. */
+/* Puts the end token behind what is learnt: that is how a model learns to stop. As in TRL, no
+ * second one follows where the answer ends in it already, which can happen when the end token is
+ * an ordinary one, "." for instance. The ids must have room for it.        test: data_end_token */
 static void example_end(struct Example *e, int end_token) {
     if (!example_ended(e, end_token))
         e->ids[e->n++] = end_token;
 }
 
-/* A text as ids, the model's end token behind it; with end_token NULL without one. */
+/* A text as ids, all of them learnt; the model's end token behind it, or none if end_token is
+ * NULL. There is room for one id more in either case. */
 static struct Example example_encode(struct Arena *arena, const struct Tokenizer *tok,
                                      struct Text text, size_t vocab_size, const int *end_token) {
+    /* encoded into scratch, since only afterwards is it known how many ids there are */
     struct Example e = {0};
     int *ids = (int *)thread_scratch(SCRATCH_ROW, text.length + 1);
     e.n = tokenizer_encode(tok, text, vocab_size, ids);
+    /* one more than there are, for an end token that a caller may add later */
     e.ids = memcpy(arena_alloc(arena, e.n + 1, sizeof *e.ids), ids, e.n * sizeof *ids);
     if (end_token)
         example_end(&e, *end_token);
     return e;
 }
 
-/* Prompt + completion as TRL: encoded as one, the end token behind it; the completion starts
- * where the ids stop to be the prompt's own. */
+/* example_prompt_completion -- prompt and completion as one example, as TRL makes it.
+ * They are encoded as one text, for that is what the model reads when it is used: encoded apart,
+ * a token might be cut in two at the seam. The completion starts where the ids are no longer those
+ * of the prompt alone. So a token that spans the seam belongs to the completion, and is learnt.
+ * By hand: "Hello wor" + "ld": together "Hello" " world", the prompt alone "Hello" " wor": the ids
+ * agree in one, so the prompt is "Hello".                           test: data_prompt_completion */
 static struct Example example_prompt_completion(struct Arena *arena, const struct Tokenizer *tok,
                                                 struct Text prompt, struct Text completion,
                                                 size_t vocab_size, const int *end_token) {
+    /* 1. the prompt by itself, and the whole */
     struct Arena scratch = {0};
     struct Example alone = example_encode(&scratch, tok, prompt, vocab_size, NULL);
     struct Text both = text_join(&scratch, prompt, completion);
     struct Example whole = example_encode(arena, tok, both, vocab_size, NULL);
-    size_t *n = &whole.prompt_length;
-    while (*n < alone.n && *n < whole.n && alone.ids[*n] == whole.ids[*n])
-        ++*n;
+
+    /* 2. as far as the two agree, it is the prompt */
+    size_t shared = 0;
+    while (shared < alone.n && shared < whole.n && alone.ids[shared] == whole.ids[shared])
+        shared++;
+    whole.prompt_length = shared;
+
+    /* 3. only now the end token: whether one is needed depends on where the completion starts */
     if (end_token)
         example_end(&whole, *end_token);
     arena_free(&scratch);
     return whole;
 }
 
-/* Texts without a prompt: the longest common prefix of whole characters, less a space at its
- * end, with which the completions then start. By hand: "It is good", "It is bad" -> prompt "It
- * is", completions " good" and " bad". */
+/* split_implicit_prompt -- finds the prompt of a preference that has none: its two texts are whole
+ * conversations, and what both begin with is the prompt. As in TRL, a space at its end goes to the
+ * answers, for GPT-2's words begin with their space.
+ * in, out  row: chosen, rejected; prompt is set. They stay parts of the texts that they were.
+ * By hand: "It is good" and "It is bad": prompt "It is", answers " good" and " bad".
+ *                                                                     test: data_implicit_prompt */
 static void split_implicit_prompt(struct Row *row) {
+    /* 1. the longest common beginning, in bytes */
     size_t n = 0;
     while (n < row->chosen.length && n < row->rejected.length
            && row->chosen.data[n] == row->rejected.data[n])
         n++;
-    /* behind a text stands a NUL */
+
+    /* 2. It must end between two characters. Two accented letters may share their first byte; so
+     *    while the byte behind the cut continues a character (10......), the cut moves left. At
+     *    the end of a text, that byte is the NUL that stands behind each. */
     while (n > 0
            && ((row->chosen.data[n] & 0xc0) == 0x80 || (row->rejected.data[n] & 0xc0) == 0x80))
         n--;
+
+    /* 3. the space goes to the answers */
     if (n > 0 && row->chosen.data[n - 1] == ' ')
         n--;
     row->prompt = (struct Text){row->chosen.data, n};
@@ -2229,115 +2390,194 @@ static void split_implicit_prompt(struct Row *row) {
     row->rejected = (struct Text){row->rejected.data + n, row->rejected.length - n};
 }
 
-/* A batch, packed: sequence b has tokens start[b] .. start[b+1]-1; of its targets r =
- * target_start[b] .. [b+1]-1, target[r] is due at row[r]. */
+/* ---- Batches: examples side by side --------------------------------------------------------- */
+
+/* B sequences, packed into N rows of tokens; R of these rows must predict something. */
 struct Batch {
     size_t B, N, R, max_length; /* max_length: tokens of the longest sequence in the batch */
     size_t tokens; /* of the examples, whether or not the model reads the last ones */
     int *ids, *position; /* (N) */
-    size_t *start, *target_start; /* (B+1) */
-    int *row, *target; /* (R) */
-    /* (B) or NULL: from row fork[b] on, sequence b goes on from its first shared[b] rows
-     * (collate_pairs) */
+    size_t *start; /* (B+1) sequence b has the rows start[b] .. start[b+1]-1 */
+    size_t *target_start; /* (B+1) its targets are target_start[b] .. target_start[b+1]-1 */
+    int *row, *target; /* (R) row[r] must predict the id target[r] */
+    /* (B) or NULL. From its row fork[b] on, sequence b is another answer to its first shared[b]
+     * tokens: see collate_pairs. */
     size_t *shared, *fork;
-    struct KVCache *cache; /* in decoding: the past; else NULL */
-    size_t *slot; /* (N) the sequence of the cache that a token belongs to */
+    /* While a text is written (chapter 13) the rows are the newest tokens only, and attention finds
+     * the earlier ones in the cache; else NULL. */
+    struct KVCache *cache;
+    size_t *slot; /* (N) the sequence of the cache that a row belongs to */
 };
 
-/* A batch of B sequences without a token yet, and room for `tokens` of them. */
+/* A batch that will have B sequences and at most `tokens` rows; it has none yet. */
 static struct Batch batch_new(struct Arena *arena, size_t B, size_t tokens) {
     return (struct Batch){
         .B = B,
         .tokens = tokens,
+        /* what each row is */
         .ids = arena_alloc(arena, tokens, sizeof(int)),
         .position = arena_alloc(arena, tokens, sizeof(int)),
+        /* which rows must predict what */
         .row = arena_alloc(arena, tokens, sizeof(int)),
         .target = arena_alloc(arena, tokens, sizeof(int)),
+        /* cleared: the first sequence starts at row 0, with target 0 */
         .start = arena_zeros(arena, B + 1, sizeof(size_t)),
         .target_start = arena_zeros(arena, B + 1, sizeof(size_t)),
     };
 }
 
-/* Tokens t0..t1-1 of a sequence become a batch's next rows. */
-static void batch_append(struct Batch *batch, const int *ids, size_t t0, size_t t1) {
-    for (size_t t = t0; t < t1; t++, batch->N++) {
+/* Tokens first to end - 1 of a sequence become the batch's next rows. */
+static void batch_append(struct Batch *batch, const int *ids, size_t first, size_t end) {
+    for (size_t t = first; t < end; t++, batch->N++) {
+        /* the position counts from the start of the text, wherever in the batch the row stands */
         batch->ids[batch->N] = ids[t];
         batch->position[batch->N] = (int)t;
     }
 }
 
-/* collate -- sequences of different lengths into one batch.  [glossary: Função coladora] TRL's
- * collators pad to a rectangle (B, T_max), mask the padding and set the labels of prompts and
- * padding to -100, "ignore". Packing stores the same facts: `row`/`target` name the positions
- * whose label would not be -100. Position t predicts token t+1: a sequence's first token has no
- * row, and the last one predicts nothing, so it is left out of the model's input unless
- * READ_LAST asks for it (a reward is read there). By hand: ids [5 6 7 8] with a prompt of 2:
- * rows 1 and 2, targets 7 and 8.  test: collate */
+/* Is a sequence's last token read? It predicts nothing, so a language model need not; a reward is
+ * read there. */
 enum LastToken { SKIP_LAST, READ_LAST };
 
+/* Example e becomes sequence b of the batch, behind those that are there. */
+static void collate_example(struct Batch *batch, size_t b, const struct Example *e,
+                            enum LastToken last) {
+    /* 1. The targets: each token behind the prompt, and the row before it, which must predict it.
+     *    Nothing stands before the first token of a text, so nothing predicts it. */
+    for (size_t t = MAX(e->prompt_length, (size_t)1); t < e->n; t++) {
+        batch->row[batch->R] = (int)(batch->N + t - 1);
+        batch->target[batch->R] = e->ids[t];
+        batch->R++;
+    }
+
+    /* 2. the rows */
+    bool skips_one = last == SKIP_LAST && e->n > 0;
+    batch_append(batch, e->ids, 0, e->n - skips_one);
+
+    /* 3. where the next sequence starts */
+    batch->start[b + 1] = batch->N;
+    batch->target_start[b + 1] = batch->R;
+    batch->max_length = MAX(batch->max_length, batch->N - batch->start[b]);
+}
+
+/* collate -- examples of different lengths into one batch.       [glossary: Função coladora]
+ * in   examples (B)
+ * TRL's collators pad to a rectangle (B, longest), mask the padding, and give prompts and padding
+ * the label -100, "ignore". Packing stores the same facts: a row whose label would not be -100 is
+ * named in `row`, and its label in `target`.
+ * By hand: ids [5 6 7 8] with a prompt of 2: the rows are 5 6 7 (8 predicts nothing); row 1, the 6,
+ * must predict 7, and row 2 must predict 8.                                        test: collate */
 static struct Batch collate(struct Arena *arena, const struct Example *examples, size_t B,
                             enum LastToken last) {
+    /* 1. room for all tokens; there are never more rows, nor more targets */
     size_t tokens = 0;
     for (size_t b = 0; b < B; b++)
         tokens += examples[b].n;
     struct Batch batch = batch_new(arena, B, tokens);
-    for (size_t b = 0; b < B; b++) {
-        const struct Example *e = &examples[b];
-        for (size_t t = MAX(e->prompt_length, (size_t)1); t < e->n; t++) {
-            batch.row[batch.R] = (int)(batch.N + t - 1);
-            batch.target[batch.R++] = e->ids[t];
-        }
-        batch_append(&batch, e->ids, 0, e->n - (last == SKIP_LAST && e->n > 0));
-        batch.start[b + 1] = batch.N;
-        batch.target_start[b + 1] = batch.R;
-        batch.max_length = MAX(batch.max_length, batch.N - batch.start[b]);
-    }
+
+    /* 2. one behind the other: nothing separates them but `start`, which attention obeys */
+    for (size_t b = 0; b < B; b++)
+        collate_example(&batch, b, &examples[b], last);
     return batch;
 }
 
-/* collate_pairs -- 2B examples (all chosen first) in one batch in which the prompt of a pair is
- * computed once where that pays: prompt, chosen, rejected in one sequence, whose fork attention
- * knows; the rejected answer's rows see the prompt and themselves. It pays where the rows saved,
- * 24 C^2 multiplications a layer, outweigh the scores that are computed and thrown away, 4 C
- * each. Targets come in the order of the examples. By hand: prompt 2, answers of 3 and 4 tokens:
- * rows 2+2 and 3 instead of 4 + 5.  test: collate_pairs */
+/* ---- Pairs: one prompt, two answers --------------------------------------------------------- */
+
+/* How many tokens at the start of a pair are to be computed only once: its prompt, or none where
+ * that does not pay.
+ * in   rows of each answer with its prompt; C: the model's width
+ * Sharing saves `prompt` rows, 24 C^2 multiplications each in every layer. But the two answers then
+ * stand in one sequence, and attention, which works in blocks, computes scores of the one against
+ * the other that are thrown away: 4 C multiplications for each pair of rows. So it pays if
+ *   24 C^2 prompt > 4 C (chosen - prompt) (rejected - prompt)
+ * By hand: prompt 2, rows 4 and 5, C 16: 2 * 6 * 16 = 192 > 2 * 3 = 6: it pays. Prompt 1, C 1: 6
+ * is less than 3 * 4 = 12: it does not.                                      test: collate_pairs */
+static size_t shared_prompt(size_t prompt, size_t chosen_rows, size_t rejected_rows, size_t C) {
+    /* an empty answer leaves fewer rows than the prompt has tokens: the last one is not read */
+    prompt = MIN(MIN(prompt, chosen_rows), rejected_rows);
+    /* both sides divided by 4 C */
+    double saved = (double)prompt * 6 * (double)C;
+    double wasted = (double)(chosen_rows - prompt) * (double)(rejected_rows - prompt);
+    return saved <= wasted ? 0 : prompt;
+}
+
+/* Where the tokens of an example stand in a batch: the first `prompt` of them from row prompt_start
+ * on, those behind the prompt from row answer_start on. */
+struct Placement {
+    size_t prompt, prompt_start, answer_start;
+};
+
+/* The targets of example i of a plain batch, for the rows at which its tokens stand now. */
+static void move_targets(struct Batch *batch, const struct Batch *plain, size_t i,
+                         struct Placement place) {
+    for (size_t r = plain->target_start[i]; r < plain->target_start[i + 1]; r++) {
+        /* token t of the example predicts this target; only where t stands has changed */
+        size_t t = (size_t)plain->row[r] - plain->start[i];
+        batch->row[r] = (int)(t < place.prompt ? place.prompt_start + t
+                                               : place.answer_start + t - place.prompt);
+    }
+}
+
+/* Pair b: example b of the plain batch is the chosen one, example B + b the rejected one. */
+static void collate_pair(struct Batch *batch, const struct Batch *plain,
+                         const struct Example *examples, size_t B, size_t b, size_t C) {
+    const struct Example *chosen = &examples[b];
+    const struct Example *rejected = &examples[B + b];
+    size_t chosen_rows = plain->start[b + 1] - plain->start[b];
+    size_t rejected_rows = plain->start[B + b + 1] - plain->start[B + b];
+    size_t prompt = shared_prompt(chosen->prompt_length, chosen_rows, rejected_rows, C);
+
+    /* 1. the rows: prompt, chosen answer, and behind them what the rejected one has besides */
+    size_t start = batch->N;
+    size_t fork = start + chosen_rows;
+    batch_append(batch, chosen->ids, 0, chosen_rows);
+    batch_append(batch, rejected->ids, prompt, rejected_rows);
+
+    /* 2. one sequence that forks; or two of the usual kind, if nothing is shared */
+    batch->shared[batch->B] = prompt;
+    batch->fork[batch->B] = chosen_rows;
+    if (prompt == 0)
+        batch->start[++batch->B] = fork;
+    batch->start[++batch->B] = batch->N;
+
+    /* 3. Where a prompt is shared, its last row predicts the first token of both answers. */
+    move_targets(batch, plain, b, (struct Placement){prompt, start, start + prompt});
+    move_targets(batch, plain, B + b, (struct Placement){prompt, start, fork});
+}
+
+/* collate_pairs -- 2B examples, the B chosen ones first, in one batch in which the prompt of a pair
+ * is computed only once, where that pays. It is laid out as
+ *     prompt | chosen answer | rejected answer             one sequence, `fork` at the second bar
+ * The rejected answer has the positions that follow the prompt's, and attention lets it see the
+ * prompt and itself but not the chosen answer: what is computed is what two sequences would give.
+ * in   examples (2B); C: the model's width
+ * out  targets in the order of the examples, whatever the order of their rows
+ * By hand: prompt 2, answers of 3 and 4 tokens: 2 + 2 + 3 rows (no last tokens) instead of 4 + 5.
+ *                                                                            test: collate_pairs */
 static struct Batch collate_pairs(struct Arena *arena, const struct Example *examples, size_t B,
                                   size_t C) {
-    /* the targets stay, the rows are laid out anew */
-    struct Batch batch = collate(arena, examples, 2 * B, SKIP_LAST);
-    const size_t *from = batch.start;
-    const size_t *target_start = batch.target_start;
+    /* 1. A plain batch first: its targets stay as they are, its rows are laid out anew. The arrays
+     *    are shared, for each entry of `row` is read before it is written; but `start` of the one
+     *    is needed while that of the other is made. */
+    const struct Batch plain = collate(arena, examples, 2 * B, SKIP_LAST);
+    struct Batch batch = plain;
     batch.start = arena_zeros(arena, 2 * B + 1, sizeof *batch.start);
     batch.shared = arena_zeros(arena, 2 * B, sizeof *batch.shared);
     batch.fork = arena_zeros(arena, 2 * B, sizeof *batch.fork);
-    batch.N = batch.B = 0;
-    for (size_t b = 0, at = 0; b < B; b++, at = batch.N) {
-        size_t chosen = from[b + 1] - from[b];
-        size_t rejected = from[B + b + 1] - from[B + b];
-        size_t fork = at + chosen;
-        size_t prompt = MIN(MIN(examples[b].prompt_length, chosen), rejected);
-        if ((double)prompt * 6 * (double)C
-            <= (double)(chosen - prompt) * (double)(rejected - prompt))
-            prompt = 0;
-        batch_append(&batch, examples[b].ids, 0, chosen);
-        batch_append(&batch, examples[B + b].ids, prompt, rejected);
-        batch.shared[batch.B] = prompt;
-        batch.fork[batch.B] = chosen;
-        if (prompt == 0)
-            batch.start[++batch.B] = fork;
-        batch.start[++batch.B] = batch.N;
-        for (size_t r = target_start[b]; r < target_start[b + 1]; r++)
-            batch.row[r] += (int)at - (int)from[b];
-        for (size_t r = target_start[B + b]; r < target_start[B + b + 1]; r++) {
-            size_t t = (size_t)batch.row[r] - from[B + b];
-            batch.row[r] = (int)(t < prompt ? at + t : fork + t - prompt);
-        }
-    }
+    batch.N = 0;
+    batch.B = 0;
+
+    /* 2. pair by pair: one sequence each, or two */
+    for (size_t b = 0; b < B; b++)
+        collate_pair(&batch, &plain, examples, B, b, C);
     return batch;
 }
 
-/* LengthSampler(min, max): a whole number in [min, max), as in TRL: (2, 8) gives 2 to 7, lest
- * the model learn one.  [glossary: LengthSampler] */
+/* ---- Lengths -------------------------------------------------------------------------------- */
+
+/* LengthSampler(min, max): a whole number in [min, max), as in TRL: (2, 8) gives 2 to 7. Prompts
+ * and answers get lengths that vary, for a policy that always saw the same length would learn that
+ * length.                         [glossary: LengthSampler]            test: data_length_sampler */
 struct LengthSampler {
     size_t min_value, max_value;
 };
@@ -3946,338 +4186,596 @@ static struct GPT2 *adapter_reference(const struct GPT2 *model, bool frozen) {
  *
  * How does a model that only ever predicts one token write a text? One token at a time: predict,
  * choose (chapter 6), append, predict again. To predict, attention needs the keys and values of
- * all earlier tokens; they are kept (the KV cache), so a new token costs one row of work instead
- * of a whole pass. Prompts of different lengths advance together; a sequence that has ended drops
- * out.
+ * all earlier tokens. They never change, so they are kept: in the KV cache. Then a new token costs
+ * one row of work instead of a whole pass. Two prompts, side by side:
  *
- * Beam search looks for a whole sequence that is probable, instead of choosing greedily at each
- * step.
+ *     pass 1   rows A B C, D    the prompts, whole; their ends predict E and F
+ *     pass 2   rows E, F        the cache has what stands before them; they predict G and the end
+ *     pass 3   row  G           F was followed by an end token: its sequence has left the batch
+ *
+ * Greedy decoding takes the most probable token at each step, and can miss the most probable
+ * sequence, for what it gives away at one token it may need at the next:
+ *
+ *              .-- B 0.6 --.-- x 0.5      A B x   0.6 * 0.5  = 0.30   greedy: B, then x
+ *          A --|           '-- y 0.5      A B y   0.6 * 0.5  = 0.30
+ *              '-- C 0.4 --.-- x 0.95     A C x   0.4 * 0.95 = 0.38   two beams keep C alive
+ *                          '-- y 0.05     A C y   0.4 * 0.05 = 0.02
+ *
+ * Beam search keeps the K best beginnings instead of one, here K = 2, and continues them side by
+ * side. It finds A C x. With as many beams as there are sequences it would find the best of all.
+ * RLHF does not use it: to learn, a policy must try what it finds improbable, too.
  *
  * What enters: prompts. What leaves: sequences, each up to and including its end token.
  * ============================================================================================= */
 
+/* transformers' defaults: greedy, at most 20 tokens. top_k counts only once do_sample is set. */
 static struct GenerationConfig generation_config(void) {
     return (struct GenerationConfig){
         .max_new_tokens = 20,
         .top_k = 50,
         .num_return_sequences = 1,
         .num_beams = 1,
+        /* 1 leaves the logits and the distribution as they are */
         .temperature = 1,
         .top_p = 1,
         .repetition_penalty = 1,
+        /* beams are compared by their mean log-probability a token */
         .length_penalty = 1,
     };
 }
 
+/* ---- The KV cache --------------------------------------------------------------------------- */
+
+/* An empty cache for B sequences of at most `capacity` tokens: keys and values (L,B,capacity,C). */
 static struct KVCache kv_cache_new(const struct GPT2 *model, struct Arena *arena, size_t B,
                                    size_t capacity) {
+    /* Room for the longest text is taken at once; a cache that grew would have to be copied. GPT-2
+     * small, 64 sequences of 64 tokens: 12 * 64 * 64 * 768 floats are 151 MB, for the keys and
+     * once more for the values. */
     size_t floats = model->config.n_layer * B * capacity * model->config.n_embd;
-    return (struct KVCache){B, capacity, arena_floats(arena, floats), arena_floats(arena, floats),
-                            arena_zeros(arena, B, sizeof(size_t))};
+    return (struct KVCache){
+        .B = B,
+        .capacity = capacity,
+        .k = arena_floats(arena, floats),
+        .v = arena_floats(arena, floats),
+        /* nothing is filled yet: so decode_batch asks for the whole prompt */
+        .length = arena_zeros(arena, B, sizeof(size_t)),
+    };
 }
 
-/* Sequence `slot` of a cache becomes a copy of sequence `from_slot` of another. */
+/* Sequence `slot` of a cache becomes a copy of sequence `from_slot` of another of the same
+ * capacity. A beam that is continued in two ways needs its past twice. */
 static void kv_cache_copy(const struct GPT2 *model, struct KVCache *cache, size_t slot,
                           const struct KVCache *from, size_t from_slot) {
-    size_t row = cache->capacity * model->config.n_embd;
+    size_t sequence = cache->capacity * model->config.n_embd;
     size_t used = from->length[from_slot] * model->config.n_embd;
     for (size_t l = 0; l < model->config.n_layer; l++) {
-        memcpy(cache->k + (l * cache->B + slot) * row, from->k + (l * from->B + from_slot) * row,
-               used * sizeof(float));
-        memcpy(cache->v + (l * cache->B + slot) * row, from->v + (l * from->B + from_slot) * row,
-               used * sizeof(float));
+        /* of each layer, only the positions that are filled */
+        size_t to = (l * cache->B + slot) * sequence;
+        size_t source = (l * from->B + from_slot) * sequence;
+        memcpy(cache->k + to, from->k + source, used * sizeof(float));
+        memcpy(cache->v + to, from->v + source, used * sizeof(float));
     }
     cache->length[slot] = from->length[from_slot];
 }
 
-/* A sequence being written: prompt, then what was generated. */
+/* ---- One token for each sequence ------------------------------------------------------------ */
+
+/* A sequence that is being written: the prompt, then what was generated. */
 struct Sequence {
-    int *ids;
-    size_t n, prompt_length, max_length, slot; /* slot: its place in the KV cache */
-    float score; /* of a beam: the log-probability of what was generated */
+    int *ids; /* with room for max_length */
+    size_t n, prompt_length, max_length;
+    size_t slot; /* its place in the KV cache */
+    float score; /* of a beam: the log-probability of what was generated, nats */
     bool finished;
-    struct Rng rng;
+    struct Rng rng; /* its own, so that it does not depend on its neighbours' draws */
 };
 
+/* sequence_extend -- chooses the next token and appends it.    [glossary: Argmax/Argmin]
+ * in   logits (V) of the next token; they are changed
+ * The end token is appended like any other: what is learnt from includes it.
+ *                                          test: generate_golden; gdb: break sequence_extend */
 static void sequence_extend(struct Sequence *s, float *logits, size_t V,
                             const struct GenerationConfig *config, int end_token) {
+    /* 1. penalties, temperature and cuts */
     process_logits(logits, V, config, s->ids, s->n, s->n - s->prompt_length, end_token);
+
+    /* 2. drawn, or the most probable one */
     int id = config->do_sample ? sample_token(logits, V, &s->rng) : (int)argmax(logits, V);
-    s->ids[s->n++] = id;
+    s->ids[s->n] = id;
+    s->n++;
+
+    /* 3. ended by itself, or for want of room */
     s->finished = id == end_token || s->n >= s->max_length;
 }
 
-/* The rows that the next pass of the model needs: a sequence's prompt at first, its newest token
- * later. */
+/* The rows that the next pass of the model needs: of each sequence the tokens that are not in the
+ * cache yet. At first that is the whole prompt, later the newest token alone.
+ *                                                                         test: generate_decode */
 static struct Batch decode_batch(struct Arena *arena, struct Sequence **active, size_t count,
                                  struct KVCache *cache) {
+    /* 1. how many rows */
     size_t N = 0;
     for (size_t i = 0; i < count; i++)
         N += active[i]->n - cache->length[active[i]->slot];
+
+    /* 2. the rows, their positions counted from the start of the text, not of the batch; and
+     *    for each row, in which sequence of the cache attention finds its past */
     struct Batch batch = batch_new(arena, count, N);
     batch.cache = cache;
     batch.slot = arena_alloc(arena, N, sizeof *batch.slot);
     for (size_t i = 0; i < count; i++) {
-        batch_append(&batch, active[i]->ids, cache->length[active[i]->slot], active[i]->n);
+        const struct Sequence *s = active[i];
+        batch_append(&batch, s->ids, cache->length[s->slot], s->n);
         batch.start[i + 1] = batch.N;
         for (size_t n = batch.start[i]; n < batch.N; n++)
-            batch.slot[n] = active[i]->slot;
+            batch.slot[n] = s->slot;
     }
     return batch;
 }
 
-/* The logits (count,V) that the next token of each active sequence comes from. */
+/* Ends the program if a logit is infinite or NaN, and says in which layer that began. The pass with
+ * the cache has not kept what is needed to find out, so each sequence is computed again, whole. */
+static void check_next_logits(const struct GPT2 *model, struct Arena *arena,
+                              struct Sequence **active, size_t count, const float *logits) {
+    /* 1. almost always all are finite */
+    size_t V = model->config.vocab_size;
+    if (first_not_finite(logits, count * V) == count * V)
+        return;
+
+    /* 2. else with all activations kept, as in training: check_numbers searches them */
+    for (size_t i = 0; i < count; i++) {
+        struct Example whole = {active[i]->ids, active[i]->n, 0};
+        struct Batch batch = collate(arena, &whole, 1, READ_LAST);
+        check_numbers(model, arena, &batch, "a logit of the next token", logits + i * V, V);
+    }
+}
+
+/* generate_step -- one pass of the model: logits (count,V) of each active sequence's next token.
+ * in, out  cache: it has the tokens that were read so far, and afterwards all of them
+ *                                                                        test: generate_company */
 static float *generate_step(const struct GPT2 *model, struct Arena *arena, struct Sequence **active,
                             size_t count, struct KVCache *cache) {
     size_t C = model->config.n_embd;
     size_t V = model->config.vocab_size;
+
+    /* 1. what is new goes through all layers, and leaves its keys and values in the cache */
     struct Batch batch = decode_batch(arena, active, count, cache);
     float *hidden = gpt2_forward(model, arena, &batch, false).ln_f;
+
+    /* 2. Of each sequence only the last row predicts something that is not known yet. The output
+     *    layer is the dearest one, so it sees those rows alone. */
     float *last = arena_floats(arena, count * C);
     float *logits = arena_floats(arena, count * V);
     for (size_t i = 0; i < count; i++)
         memcpy(last + i * C, hidden + (batch.start[i + 1] - 1) * C, C * sizeof *last);
     decode_logits(model, logits, last, count);
-    /* never, if all is well: look closer, sequence by sequence */
-    for (size_t i = 0; i < count && first_not_finite(logits, count * V) < count * V; i++) {
-        struct Batch again =
-            collate(arena, &(struct Example){active[i]->ids, active[i]->n, 0}, 1, READ_LAST);
-        check_numbers(model, arena, &again, "a logit of the next token", logits + i * V, V);
-    }
+
+    /* 3. A NaN would stop nothing by itself: argmax and the draw would still return some token. */
+    check_next_logits(model, arena, active, count, logits);
     return logits;
 }
 
+/* ---- Beam search ---------------------------------------------------------------------------- */
+
+/* A search under way, with K = config->num_beams. Running beams have equal lengths, and their score
+ * is the log-probability of what was generated; a finished one's is that / length^length_penalty.
+ * A step reads `running` and writes `next`; then the two, and their caches, change places. */
+struct BeamSearch {
+    const struct GPT2 *model;
+    const struct GenerationConfig *config;
+    struct Rng *rng; /* for do_sample */
+    size_t prompt_length, max_length;
+    struct Sequence *running, *next; /* (K) each */
+    size_t running_count; /* 1 at first, K as a rule, 0 when none is left */
+    struct KVCache cache, next_cache;
+    struct Sequence *finished; /* (K) the pool, best first */
+    size_t finished_count;
+    struct Candidate *going_on; /* (2K) of this step: continuations that do not end */
+    size_t going_on_count;
+};
+
+/* count sequences without a token, each with a place of its own in the cache. */
 static struct Sequence *beams_new(struct Arena *arena, size_t count, size_t max_length) {
+    /* beam i keeps slot i for good: what changes is the text that stands in it */
     struct Sequence *beams = arena_zeros(arena, count, sizeof *beams);
     for (size_t i = 0; i < count; i++)
         beams[i] = (struct Sequence){.ids = arena_alloc(arena, max_length, sizeof(int)), .slot = i};
     return beams;
 }
 
+/* A search that has one running beam: the prompt. */
+static struct BeamSearch beam_search_new(struct Arena *arena, const struct GPT2 *model,
+                                         struct Sequence *prompt,
+                                         const struct GenerationConfig *config) {
+    size_t K = config->num_beams;
+    struct BeamSearch search = {
+        .model = model,
+        .config = config,
+        .rng = &prompt->rng,
+        .prompt_length = prompt->n,
+        .max_length = prompt->max_length,
+        .running = beams_new(arena, K, prompt->max_length),
+        .next = beams_new(arena, K, prompt->max_length),
+        .running_count = 1,
+        /* two: while the next step's beams are made, those of this one are still read */
+        .cache = kv_cache_new(model, arena, K, prompt->max_length),
+        .next_cache = kv_cache_new(model, arena, K, prompt->max_length),
+        .finished = beams_new(arena, K, prompt->max_length),
+        .going_on = arena_alloc(arena, 2 * K, sizeof(struct Candidate)),
+    };
+    /* Its score is 0: the prompt is given, so how probable it is does not count. There is one such
+     * beam, not K of them: K equal ones would all be continued in the same way. */
+    memcpy(search.running->ids, prompt->ids, prompt->n * sizeof(int));
+    search.running->n = prompt->n;
+    return search;
+}
+
+/* A beam becomes `from` and one token more. Its place in the cache stays its own. */
 static void beam_set(struct Sequence *beam, const struct Sequence *from, int id, float score) {
     memcpy(beam->ids, from->ids, from->n * sizeof *beam->ids);
     beam->ids[from->n] = id;
+    /* not the whole struct: its ids and its slot are memory of its own */
     beam->n = from->n + 1;
     beam->score = score;
 }
 
-/* The `most` best of n scores, best first: (score, place). When sampling, `most` draws without
- * replacement from softmax(score), in the order drawn: the largest scores after Gumbel noise
- * -log(-log u) was added to each. */
-static size_t beam_candidates(float *score, size_t n, size_t most, struct Rng *sample,
-                              struct Arena *arena, struct Candidate *best) {
+/* beam_score -- from the logits (V) of a beam's next token to the scores of its V continuations:
+ *   score(beam + v) = score(beam) + log softmax(logits)_v
+ * The processors act on the log-probabilities, in transformers' order: so what top-k cuts has the
+ * score minus infinity, and what is left is not made to add up to 1 again.
+ * By hand: A C has log 0.4 = -0.9163, x follows with 0.95: -0.9163 - 0.0513 = -0.9676 = log 0.38.
+ *                                                                        test: beam_search_hand */
+static void beam_score(const struct BeamSearch *search, const struct Sequence *beam,
+                       float *logits) {
+    /* 1. log softmax */
+    size_t V = search->model->config.vocab_size;
+    float lse = log_sum_exp(logits, V, thread_scratch(SCRATCH_ROW, V));
+    for (size_t v = 0; v < V; v++)
+        logits[v] -= lse;
+
+    /* 2. the processors, and the score so far */
+    process_logits(logits, V, search->config, beam->ids, beam->n, beam->n - search->prompt_length,
+                   search->model->config.eos_token_id);
+    for (size_t v = 0; v < V; v++)
+        logits[v] += beam->score;
+}
+
+/* gumbel_keys -- random keys for n scores, whose order is a draw without replacement: the largest
+ * key is a draw from softmax(score), the second largest a draw from what is left, and so on.
+ *   key = score + Gumbel noise,   noise = -log(-log u), u uniform in (0, 1]
+ * So sampled beams are different from each other, which draws with replacement would not be.
+ * By hand: u = 0.5: noise -log(0.6931) = 0.3665.                          test: beam_candidates */
+static float *gumbel_keys(struct Arena *arena, const float *score, size_t n, struct Rng *rng) {
     float *key = arena_floats(arena, n);
-    float *copy = arena_floats(arena, n);
-    most = MIN(most, n);
+    /* 1 - u: rng_uniform may return 0, whose logarithm there is not, but never 1 */
     for (size_t i = 0; i < n; i++)
-        key[i] = sample ? (float)(score[i] - log(-log(1 - rng_uniform(sample)))) : score[i];
+        key[i] = (float)(score[i] - log(-log(1 - rng_uniform(rng))));
+    return key;
+}
+
+/* beam_candidates -- the places of the `most` largest keys, largest first.
+ * in   key (n); for sampling the keys are noisy, else they are the scores
+ * out  best: room for `most`; returns how many there are: a key of minus infinity is none
+ * By hand: keys log (0.5, 0, 0.2, 0.3), most 2: places 0 and 3.           test: beam_candidates */
+static size_t beam_candidates(const float *key, size_t n, size_t most, struct Arena *arena,
+                              struct Candidate *best) {
+    /* 1. The smallest key that gets in. K V keys are too many to sort: selection is enough. */
+    float *copy = arena_floats(arena, n);
     memcpy(copy, key, n * sizeof *copy);
-    float least = kth_largest(copy, n, most);
+    most = MIN(most, n);
+    float threshold = kth_largest(copy, n, most);
+
+    /* 2. what is larger gets in for certain; what equals it, while there is room */
     size_t count = 0;
-    /* what ties with the last one comes in as far as there is room */
-    for (int pass = 0; pass < 2; pass++)
-        for (size_t i = 0; i < n && count < most; i++)
-            if (key[i] > -INFINITY && (pass == 0 ? key[i] > least : key[i] == least))
-                best[count++] = (struct Candidate){key[i], (int)i};
+    for (size_t i = 0; i < n && count < most; i++)
+        if (key[i] > threshold)
+            best[count++] = (struct Candidate){key[i], (int)i};
+    for (size_t i = 0; i < n && count < most && threshold > -INFINITY; i++)
+        if (key[i] == threshold)
+            best[count++] = (struct Candidate){key[i], (int)i};
+
+    /* 3. those few in order */
     qsort(best, count, sizeof *best, compare_candidates_down);
-    for (size_t i = 0; i < count; i++)
-        best[i].logit = score[best[i].id];
     return count;
 }
 
-/* Logits of running beams -> their score with each next token: log-probability so far plus log
- * softmax, processed. */
-static void beam_scores(float *logits, const struct Sequence *running, size_t beams, size_t V,
-                        size_t start, const struct GenerationConfig *config, int end_token) {
-#pragma omp parallel for
-    for (size_t b = 0; b < beams; b++) {
-        float *row = logits + b * V;
-        float lse = log_sum_exp(row, V, thread_scratch(SCRATCH_ROW, V));
-        for (size_t v = 0; v < V; v++)
-            row[v] -= lse;
-        process_logits(row, V, config, running[b].ids, running[b].n, running[b].n - start,
-                       end_token);
-        for (size_t v = 0; v < V; v++)
-            row[v] += running[b].score;
-    }
-}
-
-/* A place of the pool that nothing has taken yet (n = 0) is beaten by any score. transformers marks
- * it with -1e9; with a length_penalty below 0 real scores are lower.  test: beam_search_negative */
-static bool beam_beats(float score, const struct Sequence *finished) {
-    return finished->n == 0 || score > finished->score;
-}
-
-/* A sequence that ended enters the pool, sorted best first, if its score beats the worst there. */
-static void beam_finish(struct Sequence *pool, size_t K, const struct Sequence *from, int id,
+/* beam_finish -- a sequence that has ended enters the pool of the K best, if it is good enough.
+ * in   beam, and the token that ended it; score: log-probability / length^length_penalty */
+static void beam_finish(struct BeamSearch *search, const struct Sequence *beam, int id,
                         float score) {
-    if (!beam_beats(score, &pool[K - 1]))
+    /* 1. The last place is free, or it is taken from a worse one. */
+    struct Sequence *pool = search->finished;
+    if (search->finished_count < search->config->num_beams)
+        search->finished_count++;
+    else if (!(score > pool[search->finished_count - 1].score))
         return;
-    beam_set(&pool[K - 1], from, id, score);
-    for (size_t i = K - 1; i > 0 && beam_beats(pool[i].score, &pool[i - 1]); i--) {
-        struct Sequence better = pool[i];
-        pool[i] = pool[i - 1];
-        pool[i - 1] = better;
+    size_t place = search->finished_count - 1;
+    beam_set(&pool[place], beam, id, score);
+
+    /* 2. Up past all that are worse. The exchange swaps whole structs: the ids' memory moves along
+     *    with its owner. */
+    for (; place > 0 && pool[place].score > pool[place - 1].score; place--) {
+        struct Sequence better = pool[place];
+        pool[place] = pool[place - 1];
+        pool[place - 1] = better;
     }
 }
 
-/* beam_search -- the num_beams likeliest beginnings are continued side by side.  [glossary: Beam
- * search] Greedy decoding takes the likeliest token and can walk past the likeliest sequence.
- * Here each of K beams is continued with every token; of the K V continuations the best 2K are
- * looked at: those that end go, if among the first K, to a pool of K finished ones (score:
- * log-probability / length^length_penalty), and the best K of the rest run on. It stops when no
- * running beam can beat the worst of the pool at its present length, with early_stopping "never"
- * at the longest possible, with true as soon as the pool is full. Step by step as transformers 5
- * does it. sequences: num_return_sequences of them that hold the same prompt; they become the
- * best of the pool. By hand: after A, 0.6 B and 0.4 C; after AB at most 0.5, after AC 0.95:
- * greedy ends with ABx at 0.30, two beams with ACx at 0.38.  test: beam_search_golden,
- * beam_search_exhaustive */
+/* beam_sort_out -- one of the step's 2K best continuations: does it end, or does it go on?
+ * in   rank: 0 for the best. One that ends only counts among the first K: others have been
+ *      overtaken by K better ones, and looking at 2K is only meant to leave K that go on, even if
+ *      every beam can end here
+ * The score of one that ends is divided by length^length_penalty: each token lowers the sum, so
+ * without it the shortest answer would win.
+ * By hand: A C x: -0.9676 / 2^1 = -0.4838; A B x: -1.2040 / 2 = -0.6020.  test: beam_search_hand */
+static void beam_sort_out(struct BeamSearch *search, const struct Candidate *candidate,
+                          size_t rank) {
+    /* 1. which beam, and which token: place = beam * V + token */
+    const struct GPT2Config *model = &search->model->config;
+    const struct Sequence *beam = &search->running[(size_t)candidate->id / model->vocab_size];
+    int id = (int)((size_t)candidate->id % model->vocab_size);
+
+    /* 2. Neither the end token nor the last one that there is room for: it goes on, with the plain
+     *    sum as its score. Running beams have equal lengths, so no penalty is needed among them. */
+    if (id != model->eos_token_id && beam->n + 1 < search->max_length) {
+        search->going_on[search->going_on_count++] = *candidate;
+        return;
+    }
+
+    /* 3. the end */
+    if (rank >= search->config->num_beams)
+        return;
+    double length = (double)(beam->n + 1 - search->prompt_length);
+    double divisor = pow(length, search->config->length_penalty);
+    beam_finish(search, beam, id, (float)(candidate->logit / divisor));
+}
+
+/* beam_continue -- the K best continuations that go on become the running beams. Several may stem
+ * from one beam, and of another none may be left: the past of each is copied along. */
+static void beam_continue(struct BeamSearch *search) {
+    /* 1. by score: the order in which they were drawn is another one */
+    qsort(search->going_on, search->going_on_count, sizeof *search->going_on,
+          compare_candidates_down);
+
+    /* 2. written beside the beams that they continue, since those are still read */
+    size_t V = search->model->config.vocab_size;
+    search->running_count = MIN(search->going_on_count, search->config->num_beams);
+    for (size_t i = 0; i < search->running_count; i++) {
+        struct Candidate best = search->going_on[i];
+        size_t from = (size_t)best.id / V;
+        /* text and past together, or attention would see another text's keys */
+        beam_set(&search->next[i], &search->running[from], (int)((size_t)best.id % V), best.logit);
+        kv_cache_copy(search->model, &search->next_cache, i, &search->cache, from);
+    }
+
+    /* 3. next becomes running, and the other way round */
+    struct Sequence *beams = search->running;
+    struct KVCache cache = search->cache;
+    search->running = search->next;
+    search->cache = search->next_cache;
+    search->next = beams;
+    search->next_cache = cache;
+}
+
+/* beam_advance -- one step of the search, once the model has spoken.
+ * in   logits (running,V) of each running beam's next token; they become scores
+ *                                        test: beam_search_hand; gdb: break beam_advance */
+static void beam_advance(struct BeamSearch *search, struct Arena *arena, float *logits) {
+    size_t K = search->config->num_beams;
+    size_t V = search->model->config.vocab_size;
+    size_t n = search->running_count * V;
+
+    /* 1. all continuations of all beams, scored */
+    float *score = logits;
+    /* each beam is a row of V numbers, and no thread touches another's */
+#pragma omp parallel for
+    for (size_t b = 0; b < search->running_count; b++)
+        beam_score(search, &search->running[b], score + b * V);
+
+    /* 2. The best 2K. Noise, if there is any, decides only who they are: from here on each counts
+     *    with its true score. */
+    float *key = search->config->do_sample ? gumbel_keys(arena, score, n, search->rng) : score;
+    struct Candidate *best = arena_alloc(arena, 2 * K, sizeof *best);
+    size_t count = beam_candidates(key, n, 2 * K, arena, best);
+    for (size_t i = 0; i < count; i++)
+        best[i].logit = score[best[i].id];
+
+    /* 3. those that end go to the pool, the best K of the others run on */
+    search->going_on_count = 0;
+    for (size_t i = 0; i < count; i++)
+        beam_sort_out(search, &best[i], i);
+    beam_continue(search);
+}
+
+/* beam_search_goes_on -- may a beam that is running still beat the worst of the pool?
+ * Only an estimate can say that, for how long it will become is not known. As in transformers, the
+ * best running beam is judged as if it ended now; with early_stopping "never" and a positive
+ * length_penalty, which favours long answers, as if it became as long as is allowed without its
+ * sum falling any further. With early_stopping true a full pool is enough.
+ * By hand: the worst of the pool has -0.6, a running beam of 3 tokens -1.5: -1.5 / 3 = -0.5 is
+ * better, so the search goes on. With -2.1 it would not: -0.7. But if it may have 9 tokens,
+ * "never" judges -2.1 / 9 = -0.23, and goes on.                         test: beam_search_stops */
+static bool beam_search_goes_on(const struct BeamSearch *search) {
+    const struct GenerationConfig *config = search->config;
+    const struct Sequence *best = search->running;
+    /* 1. nothing runs, or nothing more fits in */
+    if (search->running_count == 0 || best->n >= search->max_length)
+        return false;
+    /* 2. a place in the pool is free: anything that ends is welcome */
+    if (search->finished_count < config->num_beams)
+        return true;
+    if (config->early_stopping == STOP_TRUE)
+        return false;
+
+    /* 3. The pool is full: what might the best running beam reach, and is that enough for the last
+     *    place? Beams are sorted, so no other one can reach more. */
+    bool as_long_as_allowed = config->early_stopping == STOP_NEVER && config->length_penalty > 0;
+    size_t end = as_long_as_allowed ? search->max_length : best->n;
+    double length = (double)(end - search->prompt_length);
+    double attainable = best->score / pow(length, config->length_penalty);
+    return attainable > search->finished[search->finished_count - 1].score;
+}
+
+/* beam_search -- looks for the sequence that is most probable as a whole.
+ *                                                              [glossary: Beam search]
+ * in, out  sequences: num_return_sequences of them, which hold the same prompt; they become the
+ *          best of the pool, best first
+ * Each of the K running beams is continued with each of the V tokens; the best of these K V
+ * continuations run on, or are finished. The chapter's essay has a case by hand. Step by step as in
+ * transformers 5.
+ *     test: beam_search_hand, beam_search_golden, beam_search_exhaustive, beam_search_negative */
 static void beam_search(const struct GPT2 *model, struct Sequence *sequences,
                         const struct GenerationConfig *config) {
     struct Arena arena = {0};
     struct Arena step_arena = {0};
-    size_t K = config->num_beams;
-    size_t V = model->config.vocab_size;
-    size_t start = sequences->n;
-    size_t max_length = sequences->max_length;
-    size_t beams = 1;
-    int end_token = model->config.eos_token_id;
-    struct Sequence *side[] = {beams_new(&arena, K, max_length), beams_new(&arena, K, max_length)};
-    struct Sequence *running = side[0];
-    struct Sequence *pool = beams_new(&arena, K, max_length);
-    struct Sequence **active = arena_alloc(&arena, K, sizeof *active);
-    struct KVCache cache[] = {kv_cache_new(model, &arena, K, max_length),
-                              kv_cache_new(model, &arena, K, max_length)};
-    struct Candidate *best = arena_alloc(&arena, 2 * K, sizeof *best);
-    struct Candidate *going = arena_alloc(&arena, 2 * K, sizeof *going);
-    memcpy(running->ids, sequences->ids, start * sizeof(int));
-    running->n = start;
-    bool hope = true;
-    bool full = false;
-    for (int now = 0;
-         hope && !(full && config->early_stopping == STOP_TRUE) && running->n < max_length;
-         now = !now) {
+    struct BeamSearch search = beam_search_new(&arena, model, &sequences[0], config);
+    struct Sequence **active = arena_alloc(&arena, config->num_beams, sizeof *active);
+
+    /* 1. Until nothing better is to be expected: the model's logits, and one step. In the first
+     *    step the one beam is the prompt, in all others each beam adds one row to its cache. */
+    while (beam_search_goes_on(&search)) {
         arena_reset(&step_arena);
-        for (size_t b = 0; b < beams; b++)
-            active[b] = &running[b];
-        float *score = generate_step(model, &step_arena, active, beams, &cache[now]);
-        beam_scores(score, running, beams, V, start, config, end_token);
-        size_t count =
-            beam_candidates(score, beams * V, 2 * K, config->do_sample ? &sequences->rng : NULL,
-                            &step_arena, best);
-        size_t left = 0;
-        size_t length = running[0].n + 1 - start;
-        for (size_t i = 0; i < count; i++) {
-            const struct Sequence *from = &running[(size_t)best[i].id / V];
-            int id = (int)((size_t)best[i].id % V);
-            if (id != end_token && from->n + 1 < max_length)
-                going[left++] = best[i];
-            else if (i < K)
-                beam_finish(pool, K, from, id,
-                            (float)(best[i].logit / pow((double)length, config->length_penalty)));
-        }
-        full = pool[K - 1].n > 0;
-        if (left == 0)
-            break;
-        qsort(going, left, sizeof *going, compare_candidates_down);
-        beams = MIN(left, K);
-        for (size_t i = 0; i < beams; i++) {
-            size_t from = (size_t)going[i].id / V;
-            beam_set(&side[!now][i], &running[from], (int)((size_t)going[i].id % V),
-                     going[i].logit);
-            kv_cache_copy(model, &cache[!now], i, &cache[now], from);
-        }
-        running = side[!now];
-        size_t hoped = config->early_stopping == STOP_NEVER && config->length_penalty > 0
-                           ? max_length - start
-                           : length;
-        double best_score = running->score / pow((double)hoped, config->length_penalty);
-        hope = !full || best_score > pool[K - 1].score;
+        for (size_t b = 0; b < search.running_count; b++)
+            active[b] = &search.running[b];
+        float *logits =
+            generate_step(model, &step_arena, active, search.running_count, &search.cache);
+        beam_advance(&search, &step_arena, logits);
     }
-    for (size_t i = 0; i < config->num_return_sequences && pool[i].n; i++) {
-        memcpy(sequences[i].ids, pool[i].ids, pool[i].n * sizeof(int));
-        sequences[i].n = pool[i].n;
+
+    /* 2. the best of the pool */
+    size_t wanted = MIN(config->num_return_sequences, search.finished_count);
+    for (size_t i = 0; i < wanted; i++) {
+        /* the ids are copied, for the pool's memory ends with the search */
+        const struct Sequence *found = &search.finished[i];
+        memcpy(sequences[i].ids, found->ids, found->n * sizeof(int));
+        sequences[i].n = found->n;
         sequences[i].finished = true;
     }
     arena_free(&arena);
     arena_free(&step_arena);
 }
 
+/* ---- Many sequences ------------------------------------------------------------------------- */
+
 enum { GENERATE_TOGETHER = 64 }; /* sequences decoded in one batch: bounds the cache's memory */
 
-/* generate -- writes every sequence to its end token or its max_length.  [glossary: Rollout]
- * sequences: ids with room for max_length, the prompt in place. Each has its own random numbers,
- * so what it becomes does not depend on who else is in the batch. One rounding is excepted:
- * while more than FEW_ROWS sequences are under way, the output layer adds in another order, and
- * a draw that falls between two roundings comes out otherwise. The same call always gives the
- * same answers.
- *                             test: generate_golden, generate_cache, generate_company */
-static void generate(const struct GPT2 *model, struct Sequence *sequences, size_t n,
-                     const struct GenerationConfig *config) {
+/* Those of n sequences that are still to be written; each gets a place in the cache. */
+static size_t active_sequences(struct Sequence *sequences, size_t n, struct Sequence **active) {
+    size_t count = 0;
+    for (size_t i = 0; i < n; i++) {
+        /* a prompt that fills all its room is its own answer */
+        if (sequences[i].finished || sequences[i].n >= sequences[i].max_length)
+            continue;
+        sequences[i].slot = count;
+        active[count++] = &sequences[i];
+    }
+    return count;
+}
+
+/* Those that are not finished move together, in their order; returns how many there are. Their
+ * places in the cache stay. */
+static size_t drop_finished(struct Sequence **active, size_t count) {
+    /* left <= i, so what is overwritten has been looked at */
+    size_t left = 0;
+    for (size_t i = 0; i < count; i++)
+        if (!active[i]->finished)
+            active[left++] = active[i];
+    return left;
+}
+
+/* Up to GENERATE_TOGETHER sequences, side by side to their ends. */
+static void generate_together(const struct GPT2 *model, struct Sequence *sequences, size_t n,
+                              const struct GenerationConfig *config) {
+    /* 1. a cache for the longest that any of them may become */
     struct Arena arena = {0};
     struct Arena step_arena = {0};
+    struct Sequence *active[GENERATE_TOGETHER];
+    size_t count = active_sequences(sequences, n, active);
+    size_t capacity = 0;
+    for (size_t i = 0; i < count; i++)
+        capacity = MAX(capacity, active[i]->max_length);
+    struct KVCache cache = kv_cache_new(model, &arena, count, capacity);
+
+    /* 2. one token for each at a time; those that have ended drop out, and cost nothing more */
     size_t V = model->config.vocab_size;
-    for (size_t i = 0; config->num_beams > 1 && i < n; i += config->num_return_sequences)
-        beam_search(model, sequences + i, config);
-    for (size_t first = 0; config->num_beams == 1 && first < n; first += GENERATE_TOGETHER) {
-        struct Sequence *active[GENERATE_TOGETHER];
-        size_t count = 0;
-        size_t capacity = 0;
-        for (size_t i = first; i < MIN(n, first + GENERATE_TOGETHER); i++) {
-            if (sequences[i].finished || sequences[i].n >= sequences[i].max_length)
-                continue;
-            sequences[i].slot = count;
-            active[count++] = &sequences[i];
-            capacity = MAX(capacity, sequences[i].max_length);
-        }
-        arena_reset(&arena);
-        struct KVCache cache = kv_cache_new(model, &arena, count, capacity);
-        for (size_t left; count > 0; count = left) {
-            arena_reset(&step_arena);
-            float *logits = generate_step(model, &step_arena, active, count, &cache);
+    while (count > 0) {
+        /* a step's activations go with the step; what it has to pass on is in the cache */
+        arena_reset(&step_arena);
+        float *logits = generate_step(model, &step_arena, active, count, &cache);
+        /* in any order: each draws from its own random numbers */
 #pragma omp parallel for schedule(dynamic) if (count > 1)
-            for (size_t i = 0; i < count; i++)
-                sequence_extend(active[i], logits + i * V, V, config, model->config.eos_token_id);
-            left = 0;
-            /* those that ended drop out */
-            for (size_t i = 0; i < count; i++)
-                if (!active[i]->finished)
-                    active[left++] = active[i];
-        }
+        for (size_t i = 0; i < count; i++)
+            sequence_extend(active[i], logits + i * V, V, config, model->config.eos_token_id);
+        count = drop_finished(active, count);
     }
     arena_free(&arena);
     arena_free(&step_arena);
 }
 
-/* A sequence that starts with `n` ids and may grow by max_new tokens, as far as the context allows:
- * to one token more than it has, as in transformers, for the last one is never read.
- *                                                                         test: generate_context */
+/* generate -- writes every sequence to its end token or its max_length.   [glossary: Rollout]
+ * in, out  sequences (n): the prompt in place, and room for max_length ids. For beam search,
+ *          num_return_sequences with the same prompt stand side by side.
+ * The same call always gives the same answers, on any number of threads. Each sequence has its own
+ * random numbers, so it does not matter either who else is in the batch, with one exception: while
+ * more than FEW_ROWS sequences are under way, the output layer adds in another order. A draw that
+ * falls between the two roundings then comes out differently.
+ *                                     test: generate_golden, generate_cache, generate_company */
+static void generate(const struct GPT2 *model, struct Sequence *sequences, size_t n,
+                     const struct GenerationConfig *config) {
+    /* 1. beams: one search for each prompt, by itself; its K beams are its batch */
+    if (config->num_beams > 1) {
+        for (size_t i = 0; i < n; i += config->num_return_sequences)
+            beam_search(model, sequences + i, config);
+        return;
+    }
+
+    /* 2. Else in groups of 64: large enough that the weights, read from memory once a step, serve
+     *    many rows; small enough that their caches fit in memory. */
+    for (size_t first = 0; first < n; first += GENERATE_TOGETHER) {
+        size_t together = MIN(n - first, (size_t)GENERATE_TOGETHER);
+        generate_together(model, sequences + first, together, config);
+    }
+}
+
+/* A sequence that starts with a prompt of n ids and may grow by max_new tokens, as far as the
+ * context allows. It may become one token longer than the context, as in transformers: the last
+ * token is written but never read.         [glossary: Tokens máximos e mínimos]
+ * By hand: a context of 24 and a prompt of 22: 3 new tokens at most.      test: generate_context */
 static struct Sequence sequence_start(struct Arena *arena, const int *ids, size_t n, size_t max_new,
                                       const struct GPT2 *model, struct Rng rng) {
     size_t max_length = MIN(n + max_new, model->config.n_positions + 1);
     struct Sequence s = {.n = n, .prompt_length = n, .max_length = max_length, .rng = rng};
+    /* a copy with room to grow: several answers may start from one prompt */
     s.ids = memcpy(arena_alloc(arena, MAX(n, s.max_length), sizeof *s.ids), ids, n * sizeof *ids);
     return s;
 }
 
-/* Answers of a policy to n prompts, num_generations of each side by side; each takes one number
- * of rng, the seed of its own. Like a rollout an answer ends where the context does: it will be
- * trained on, last token and all. */
+/* sample_answers -- a policy's answers to n prompts, num_generations to each, side by side.
+ * in, out  rng: one number of it is the seed of each answer's own random numbers, so the k-th
+ *          answer stays what it is if the others become longer
+ * out      (n num_generations) examples whose prompt_length is that of the prompt
+ * Here an answer ends where the context does, not one token later: it will be trained on, and then
+ * its last token is read, too. */
 static struct Example *sample_answers(const struct GPT2 *policy, struct Arena *arena,
                                       const struct Example *prompts, size_t n,
                                       size_t num_generations,
                                       const struct GenerationConfig *generation, struct Rng *rng) {
+    /* 1. each answer starts as its prompt */
     size_t total = n * num_generations;
     struct Sequence *sequences = arena_alloc(arena, total, sizeof *sequences);
-    struct Example *answers = arena_alloc(arena, total, sizeof *answers);
     for (size_t i = 0; i < total; i++) {
         const struct Example *prompt = &prompts[i / num_generations];
         size_t room = policy->config.n_positions - prompt->n;
+        /* drawn here, in order: what is drawn while writing changes nothing for the others */
         struct Rng own = rng_seed(rng_next(rng), STREAM_SAMPLE);
         size_t max_new = MIN(generation->max_new_tokens, room);
         sequences[i] = sequence_start(arena, prompt->ids, prompt->n, max_new, policy, own);
     }
+
+    /* 2. written, and seen as examples to learn from */
     generate(policy, sequences, total, generation);
+    struct Example *answers = arena_alloc(arena, total, sizeof *answers);
     for (size_t i = 0; i < total; i++)
         answers[i] = (struct Example){sequences[i].ids, sequences[i].n, sequences[i].prompt_length};
     return answers;

@@ -1292,6 +1292,8 @@ static const struct TextCase TEXT_CASES[] = {
     TEXT_CASE("\342\200\213=\330\261\355\225\234\001h\355\225\234\361\231\241\267\303\237",
               "9525 28 26897 47991 250 189 71 47991 250 173 247 94 115 39683"),
     TEXT_CASE("Hello world", "15496 995"),
+    TEXT_CASE("low", "9319"),
+    TEXT_CASE("A lovely film", "32 14081 2646"),
     TEXT_CASE("I'm  42!", "40 1101 220 5433 0"),
     TEXT_CASE("it's we've they'll I'd don't you're 'tis", "270 338 356 1053 484 1183 314 1549 836 "
                                                           "470 345 821 705 48010"),
@@ -1362,7 +1364,10 @@ static void test_tokenizer_bytes(void) {
             bytes[i] = (char)(round % 2 ? rng_next(&test_rng) : 0x60 + rng_below(&test_rng, 0xa0));
         expect_round_trip("random bytes", (struct Text){bytes, n}, round % 3 ? 50257 : 700);
     }
-    size_t length;
+    uint32_t code;
+    size_t length = utf8_read((const unsigned char *)"\xc3\xa9", 2, &code);
+    expect_count("two bytes", length, 2);
+    expect_count("e with an acute accent", code, 0xe9);
     static const struct {
         const char *text;
         size_t length;
@@ -1412,6 +1417,18 @@ static size_t encode_plainly(const char *word, size_t n, int limit, int *ids) {
     }
 }
 
+/* The heap as its comments show it. */
+static void test_tokenizer_heap(void) {
+    uint64_t heap[3];
+    struct WordPieces word = {.heap = heap};
+    heap_push(&word, 7);
+    heap_push(&word, 4);
+    heap_push(&word, 9);
+    expect_true("4, 7, 9", heap[0] == 4 && heap[1] == 7 && heap[2] == 9);
+    expect_count("smallest", heap_pop(&word), 4);
+    expect_true("7, 9 are left", word.heap_size == 2 && heap[0] == 7 && heap[1] == 9);
+}
+
 /* The heap of merges against the definition, on words that merge much. */
 static void test_tokenizer_plain(void) {
     for (size_t round = 0; round < 400; round++) {
@@ -1454,6 +1471,9 @@ static void test_tokenizer_small(void) {
         expect_text("its text", tokenizer_decode(tokenizer, (int)sizes[i] - 1, sizes[i]),
                     "<|endoftext|>");
     }
+    size_t n;
+    int *ids = encode(text_of(" lovely"), 1025, &n);
+    expect_ids("no token beyond 1023", ids, n, (int[]){300, 659, 306}, 3);
     expect_count("a padded vocabulary keeps GPT-2's end token", (size_t)endoftext_id(50304), 50256);
     expect_count("and its unused ids are empty", tokenizer_decode(tokenizer, 50300, 50304).length,
                  0);
@@ -4635,17 +4655,82 @@ static void test_beam_search_exhaustive(void) {
     gpt2_free(model);
 }
 
+/* The essay's two beams, from probabilities by hand: after A, B 0.6 and C 0.4; after B, x and y
+ * alike; after C, x 0.95. */
+static void test_beam_search_hand(void) {
+    enum { A, B, C, X, Y, END, V };
+    struct GPT2 *model = random_model(V, 16, 8, 1, 1);
+    model->config.eos_token_id = END;
+    struct GenerationConfig config = generation_config();
+    config.num_beams = 2;
+    struct Sequence prompt =
+        sequence_start(&test_arena, (int[]){A}, 1, 2, model, rng_seed(1, STREAM_SAMPLE));
+    struct BeamSearch search = beam_search_new(&test_arena, model, &prompt, &config);
+    float first[V], second[2 * V];
+    for (size_t v = 0; v < V; v++)
+        first[v] = second[v] = second[V + v] = -INFINITY;
+    first[B] = logf(0.6f);
+    first[C] = logf(0.4f);
+    second[X] = second[Y] = 0;
+    second[V + X] = logf(0.95f);
+    second[V + Y] = logf(0.05f);
+    expect_true("goes on", beam_search_goes_on(&search));
+    beam_advance(&search, &test_arena, first);
+    expect_count("beams", search.running_count, 2);
+    expect_ids("greedy's beam", search.running[0].ids, search.running[0].n, (int[]){A, B}, 2);
+    expect_ids("the other one", search.running[1].ids, search.running[1].n, (int[]){A, C}, 2);
+    expect_close("log 0.4", search.running[1].score, -0.9163, 1e-4);
+    expect_true("goes on", beam_search_goes_on(&search));
+    beam_advance(&search, &test_arena, second);
+    expect_count("finished", search.finished_count, 2);
+    expect_ids("best", search.finished[0].ids, search.finished[0].n, (int[]){A, C, X}, 3);
+    expect_ids("second", search.finished[1].ids, search.finished[1].n, (int[]){A, B, X}, 3);
+    expect_close("log 0.38 / 2", search.finished[0].score, -0.4838, 1e-4);
+    expect_close("log 0.30 / 2", search.finished[1].score, -0.6020, 1e-4);
+    expect_true("nothing is left", search.running_count == 0 && !beam_search_goes_on(&search));
+    gpt2_free(model);
+}
+
+/* When the search ends: the cases of beam_search_goes_on's comment, and a pool with room. */
+static void test_beam_search_stops(void) {
+    static const struct {
+        float score;
+        enum EarlyStopping early_stopping;
+        size_t finished;
+        bool goes_on;
+    } cases[] = {{-1.5f, STOP_FALSE, 1, true}, {-2.1f, STOP_FALSE, 1, false},
+                 {-2.1f, STOP_NEVER, 1, true}, {-9.0f, STOP_NEVER, 1, false},
+                 {-1.5f, STOP_TRUE, 1, false}, {-99.0f, STOP_FALSE, 0, true},
+                 {-99.0f, STOP_TRUE, 0, true}};
+    struct GPT2 *model = random_model(6, 16, 8, 1, 1);
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        struct GenerationConfig config = generation_config();
+        config.early_stopping = cases[i].early_stopping;
+        struct Sequence prompt =
+            sequence_start(&test_arena, (int[]){1}, 1, 9, model, rng_seed(1, STREAM_SAMPLE));
+        struct BeamSearch search = beam_search_new(&test_arena, model, &prompt, &config);
+        search.running->n = 4;
+        search.running->score = cases[i].score;
+        search.finished->score = -0.6f;
+        search.finished_count = cases[i].finished;
+        expect_true(arena_printf(&test_arena, "case %zu", i),
+                    beam_search_goes_on(&search) == cases[i].goes_on);
+    }
+    gpt2_free(model);
+}
+
 /* Sampled beams: the first draw has softmax's probabilities, and nothing is drawn twice. */
 static void test_beam_candidates(void) {
     float score[] = {logf(0.5f), -INFINITY, logf(0.2f), logf(0.3f)};
     struct Candidate best[4];
     struct Rng rng = rng_seed(3, 3);
     double first[4] = {0};
-    expect_count("without sampling", beam_candidates(score, 4, 2, NULL, &test_arena, best), 2);
+    expect_count("without sampling", beam_candidates(score, 4, 2, &test_arena, best), 2);
     expect_true("the two best, best first",
                 best[0].id == 0 && best[1].id == 3 && best[0].logit == score[0]);
     for (int i = 0; i < 20000; i++) {
-        size_t n = beam_candidates(score, 4, 4, &rng, &test_arena, best);
+        float *key = gumbel_keys(&test_arena, score, 4, &rng);
+        size_t n = beam_candidates(key, 4, 4, &test_arena, best);
         expect_count("all that are possible", n, 3);
         first[best[0].id] += 1 / 20000.0;
         expect_true("each once", best[0].id != best[1].id && best[1].id != best[2].id
@@ -8387,6 +8472,7 @@ static const struct {
     {"tokenizer_words", test_tokenizer_words},
     {"tokenizer_cases", test_tokenizer_cases},
     {"tokenizer_bytes", test_tokenizer_bytes},
+    {"tokenizer_heap", test_tokenizer_heap},
     {"tokenizer_plain", test_tokenizer_plain},
     {"tokenizer_long_word", test_tokenizer_long_word},
     {"tokenizer_small", test_tokenizer_small},
@@ -8476,6 +8562,8 @@ static const struct {
     {"beam_search_golden", test_beam_search_golden},
     {"beam_search_exhaustive", test_beam_search_exhaustive},
     {"beam_search_negative", test_beam_search_negative},
+    {"beam_search_hand", test_beam_search_hand},
+    {"beam_search_stops", test_beam_search_stops},
     {"beam_candidates", test_beam_candidates},
     {"generate_filters_golden", test_generate_filters_golden},
     {"generate_processors", test_generate_processors},
