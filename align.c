@@ -3284,11 +3284,11 @@ struct GPT2 {
 
 /* ---- Making a model ------------------------------------------------------------------------- */
 
-/* A tensor (rows,columns) of zeros, or a vector (rows) where columns is 0; it joins the model's
- * list. Weight decay is for matrices alone: biases, and above all the weights of layer norms,
- * which are near 1, have no reason to be pulled to zero. */
+/* A tensor (rows,columns) of zeros, or a vector (rows) where columns is 0. */
 static void tensor_declare(struct GPT2 *model, struct Tensor *tensor, const char *name, size_t rows,
                            size_t columns) {
+    /* 1. Weight decay is for matrices alone: biases, and above all the weights of layer norms,
+     *    which are near 1, have no reason to be pulled to zero. */
     *tensor = (struct Tensor){
         .shape = {rows, columns},
         .ndim = columns ? 2 : 1,
@@ -3296,6 +3296,9 @@ static void tensor_declare(struct GPT2 *model, struct Tensor *tensor, const char
         .decay = columns != 0,
     };
     snprintf(tensor->name, sizeof tensor->name, "%s", name);
+
+    /* 2. The numbers themselves, and a place in the list that the optimizer and checkpoints go
+     *    through. Gradients come only if it is trained: gpt2_make_trainable. */
     tensor->w = arena_zeros(&model->arena, tensor->n, sizeof(float));
     model->tensors[model->tensor_count++] = tensor;
 }
@@ -3308,12 +3311,13 @@ static void linear_declare(struct GPT2 *model, struct Linear *linear, const char
     tensor_declare(model, &linear->bias, arena_printf(arena, "%s.bias", name), out, 0);
 }
 
-/* name.weight (C), ones, and name.bias (C), zeros: at first it only normalizes. */
+/* name.weight (C), ones, and name.bias (C), zeros. */
 static void layernorm_declare(struct GPT2 *model, struct LayerNorm *norm, const char *name,
                               size_t C) {
     struct Arena *arena = &model->arena;
     tensor_declare(model, &norm->weight, arena_printf(arena, "%s.weight", name), C, 0);
     tensor_declare(model, &norm->bias, arena_printf(arena, "%s.bias", name), C, 0);
+    /* times one, plus zero: at first it only normalizes */
     for (size_t c = 0; c < C; c++)
         norm->weight.w[c] = 1;
 }
@@ -3352,7 +3356,8 @@ static struct GPT2 *gpt2_new(struct GPT2Config config) {
      * blocks there are wte, wpe, two of ln_f and three of the heads. */
     model->tensors = arena_alloc(&model->arena, 20 * config.n_layer + 8, sizeof *model->tensors);
 
-    /* in the order in which transformers writes them to a checkpoint */
+    /* In the order of transformers' state_dict. gpt2_init draws random numbers in this order too:
+     * another one would give another model for the same seed. */
     tensor_declare(model, &model->wte, "wte.weight", config.vocab_size, C);
     tensor_declare(model, &model->wpe, "wpe.weight", config.n_positions, C);
     for (size_t l = 0; l < config.n_layer; l++)
@@ -3394,12 +3399,13 @@ static size_t gpt2_parameters(const struct GPT2 *model) {
 /* gpt2_init -- GPT-2's start [1, Section 2.3].
  *   matrices from N(0, 0.02^2), those that write to the residual stream from
  *   N(0, (0.02 / sqrt(2 n_layer))^2); biases 0, layer norms 1, as gpt2_new left them
- * Two layers of each block, both called c_proj, add to the residual stream: 2 n_layer summands.
- * Were all of the same size, the stream's variance would grow with the depth; each divided by
- * sqrt(2 n_layer), the sum's variance is that of one.
  * By hand: 8 layers: 0.02 / sqrt(16) = 0.005.                                   test: gpt2_init */
 static void gpt2_init(struct GPT2 *model, uint64_t seed) {
     struct Rng rng = rng_seed(seed, STREAM_INIT);
+
+    /* Two layers of each block, both called c_proj, add to the residual stream: 2 n_layer
+     * summands. Were they as large as the others, the stream's variance would grow with the depth.
+     * Each divided by sqrt(2 n_layer), the variance of their sum is that of one. */
     double residual_std = 0.02 / sqrt(2.0 * (double)model->config.n_layer);
     for (size_t i = 0; i < model->tensor_count; i++) {
         struct Tensor *t = model->tensors[i];
@@ -3416,12 +3422,12 @@ static bool tensor_learns(const struct GPT2 *model, const struct Tensor *t) {
     return !model->adapter.r || strstr(t->name, ".lora_") || tensor_is_head(t);
 }
 
-/* Memory for the gradients and for AdamW's moments, all zero. This is where weights are frozen: a
- * tensor whose d stays NULL is skipped by every backward pass and by the optimizer. */
+/* Memory for the gradients and for AdamW's moments, all zero: three numbers beside each weight. */
 static void gpt2_make_trainable(struct GPT2 *model) {
     for (size_t i = 0; i < model->tensor_count; i++) {
         struct Tensor *t = model->tensors[i];
-        /* a model that went through an earlier training has them already */
+        /* This is where weights are frozen: a tensor whose d stays NULL is skipped by every
+         * backward pass and by the optimizer. One that was trained before has its d already. */
         if (t->d || !tensor_learns(model, t))
             continue;
         t->d = arena_zeros(&model->arena, t->n, sizeof(float));
@@ -3434,6 +3440,7 @@ static void gpt2_make_trainable(struct GPT2 *model) {
  * it is while the first one is trained.                    [glossary: Modelo de referência] */
 static struct GPT2 *gpt2_copy(const struct GPT2 *model) {
     struct GPT2 *copy = gpt2_new(model->config);
+    /* what gpt2_new declares comes first in both lists; heads and adapters stand behind it */
     for (size_t i = 0; i < copy->tensor_count; i++)
         memcpy(copy->tensors[i]->w, model->tensors[i]->w, copy->tensors[i]->n * sizeof(float));
     return copy;
@@ -3463,14 +3470,16 @@ static void lora_backward(float *dx, const float *dy, const float *x, struct Lin
 static void module_forward(float *y, const float *x, const struct Linear *linear, size_t N) {
     linear_forward(y, x, linear->weight.w, linear->bias.w, N, linear->weight.shape[0],
                    linear->weight.shape[1]);
+    /* the adapter's share is added to what is there: its base comes first */
     if (linear->lora_A.n)
         lora_forward(y, x, linear, N);
 }
 
-/* dy (N,out) to dx (N,in), which is written; the gradients of the weights are added to. A frozen
- * layer still passes dx on: the adapters below it need it. */
+/* dy (N,out) to dx (N,in), which is written; the gradients of the weights are added to. */
 static void module_backward(float *dx, const float *dy, const float *x, struct Linear *linear,
                             size_t N) {
+    /* A frozen layer, whose d is NULL, learns nothing but passes dx on: the adapters of the layers
+     * before it need that. */
     linear_backward(dx, linear->weight.d, linear->bias.d, dy, x, linear->weight.w, N,
                     linear->weight.shape[0], linear->weight.shape[1]);
     if (linear->lora_A.n)
@@ -3481,8 +3490,7 @@ static void module_backward(float *dx, const float *dy, const float *x, struct L
  *   mid = x + attention(ln_1(x))          out = mid + mlp(ln_2(mid))          [1, Section 2.3]
  * Each layer adds to the stream instead of replacing it. So a block that has learnt nothing yet
  * does no harm, and on the way back the derivative reaches the first block without having been
- * multiplied by the weights of all the others. The norm stands before each layer, not behind the
- * sum as in [2]: nothing on the stream itself is ever rescaled.
+ * multiplied by the weights of all the others.
  * in   model, layer: which block; batch     out  a: all that block_backward needs
  *                                                test: gpt2_golden; gdb: break block_forward */
 static void block_forward(const struct GPT2 *model, size_t layer, struct BlockActivations *a,
@@ -3492,7 +3500,9 @@ static void block_forward(const struct GPT2 *model, size_t layer, struct BlockAc
     size_t C = model->config.n_embd;
     struct AttentionShape shape = attention_shape(C, model->config.n_head);
 
-    /* 1. Query, key and value of each token, made from its normalized vector. */
+    /* 1. Query, key and value of each token, made from its normalized vector. The norm stands
+     *    before the layer, not behind the sum as in [2]: what is on the stream is never rescaled.
+     */
     layernorm_forward(a->ln_1, a->ln_1_mean, a->ln_1_rstd, a->x, h->ln_1.weight.w, h->ln_1.bias.w,
                       N, C, model->config.layer_norm_epsilon);
     module_forward(a->qkv, a->ln_1, &h->attn.c_attn, N);
@@ -3504,11 +3514,14 @@ static void block_forward(const struct GPT2 *model, size_t layer, struct BlockAc
     else
         attention_forward(a->att, a->lse, a->qkv, batch, shape);
 
-    /* 3. What was gathered is added to the stream. */
+    /* 3. What was gathered is added to the stream. x itself must stay as it is: the backward pass
+     *    needs it, so the sum is a tensor of its own. */
     module_forward(a->mid, a->att, &h->attn.c_proj, N);
     residual_add(a->mid, a->x, N, C);
 
-    /* 4. The mlp works on each token by itself, and is added likewise. */
+    /* 4. The mlp works on each token by itself, and is added likewise: four times as many numbers
+     *    as the stream has, gelu lets each of them pass or not, and back to C. Two thirds of a
+     *    block's weights are here. */
     layernorm_forward(a->ln_2, a->ln_2_mean, a->ln_2_rstd, a->mid, h->ln_2.weight.w, h->ln_2.bias.w,
                       N, C, model->config.layer_norm_epsilon);
     module_forward(a->fc, a->ln_2, &h->mlp.c_fc, N);
@@ -3534,7 +3547,8 @@ static void block_backward(struct GPT2 *model, struct Block *h, const struct Blo
     gelu_backward(dwide, a->fc, N, 4 * C);
     module_backward(dnarrow, dwide, a->ln_2, &h->mlp.c_fc, N);
 
-    /* 2. dx is d out and becomes d mid: its own share stays, the mlp's is added. */
+    /* 2. dx is d out and becomes d mid: its own share stays, the mlp's is added. That is all that
+     *    the sum `out = mid + ...` asks for. */
     layernorm_backward(dx, h->ln_2.weight.d, h->ln_2.bias.d, dnarrow, a->mid, a->ln_2_mean,
                        a->ln_2_rstd, h->ln_2.weight.w, N, C);
 
@@ -3553,6 +3567,8 @@ static void block_backward(struct GPT2 *model, struct Block *h, const struct Blo
 static struct BlockActivations block_activations_new(struct Arena *arena, size_t N, size_t C,
                                                      size_t NH) {
     return (struct BlockActivations){
+        /* attention: the normalized x, its mean and deviation, and what attention makes of it;
+         * of the softmax only one number for each row and head */
         .x = arena_floats(arena, N * C),
         .ln_1 = arena_floats(arena, N * C),
         .ln_1_mean = arena_floats(arena, N),
@@ -3560,6 +3576,7 @@ static struct BlockActivations block_activations_new(struct Arena *arena, size_t
         .qkv = arena_floats(arena, N * 3 * C),
         .att = arena_floats(arena, N * C),
         .lse = arena_floats(arena, N * NH),
+        /* the mlp: gelu's slope depends on what came in, so that stays beside what went out */
         .mid = arena_floats(arena, N * C),
         .ln_2 = arena_floats(arena, N * C),
         .ln_2_mean = arena_floats(arena, N),
@@ -3569,9 +3586,7 @@ static struct BlockActivations block_activations_new(struct Arena *arena, size_t
     };
 }
 
-/* Memory for a forward pass: about 16 N C numbers a block. A backward pass needs those of every
- * block (keep). Without one, all blocks write over the same ones: a block reads its x before it
- * writes `out`, which may therefore be that same x. */
+/* Memory for a forward pass: about 16 N C numbers a block. keep: a backward pass will follow. */
 static struct Activations activations_new(const struct GPT2 *model, struct Arena *arena,
                                           const struct Batch *batch, bool keep) {
     size_t N = batch->N;
@@ -3586,6 +3601,9 @@ static struct Activations activations_new(const struct GPT2 *model, struct Arena
         .ln_f_mean = arena_floats(arena, N),
         .ln_f_rstd = arena_floats(arena, N),
     };
+    /* A backward pass needs what every block computed. Without one, all blocks write over the
+     * memory of the first. Its x is then also where it writes `out`, which does no harm: a block
+     * has read its x for the last time before it writes. */
     for (size_t l = 0; l < L; l++) {
         bool own = keep || l == 0;
         acts.h[l] = own ? block_activations_new(arena, N, C, model->config.n_head) : acts.h[0];
@@ -3606,6 +3624,7 @@ static struct Activations gpt2_forward(const struct GPT2 *model, struct Arena *a
     size_t N = batch->N;
     size_t C = c->n_embd;
     size_t L = c->n_layer;
+    /* wpe has no row for a later position */
     CHECK(batch->max_length <= c->n_positions,
           "a sequence of %zu tokens does not fit the model's %zu positions (n_positions)",
           batch->max_length, c->n_positions);
@@ -3614,11 +3633,13 @@ static struct Activations gpt2_forward(const struct GPT2 *model, struct Arena *a
     /* 1. tokens and positions become vectors: the stream begins */
     embedding_forward(acts.h[0].x, batch, model->wte.w, model->wpe.w, C);
 
-    /* 2. each block adds to it, and writes it to where the next one reads */
+    /* 2. each block adds to it, and writes it to where the next one reads; the last one to where
+     *    the final norm does */
     for (size_t l = 0; l < L; l++)
         block_forward(model, l, &acts.h[l], batch, l + 1 < L ? acts.h[l + 1].x : acts.x);
 
-    /* 3. the sum of so many layers is normalized once more before heads read it */
+    /* 3. The stream is now a sum of 2 L + 1 vectors, and large; it is normalized once more before
+     *    heads read it. */
     layernorm_forward(acts.ln_f, acts.ln_f_mean, acts.ln_f_rstd, acts.x, model->ln_f.weight.w,
                       model->ln_f.bias.w, N, C, c->layer_norm_epsilon);
     return acts;
@@ -3657,26 +3678,26 @@ static void gpt2_backward(struct GPT2 *model, struct Arena *arena, const struct 
 
 /* ---- The output layer ----------------------------------------------------------------------- */
 
-/* output_logits -- logits (n,V) = hidden (n,C) wte^T.
- * A token's logit is the dot product of the hidden vector with the token's own vector: the more
- * they point the same way, the better the token fits. As in linear_forward, a row of logits has
- * the same bits however many rows are beside it.                                 test: few_rows */
+/* output_logits -- logits (n,V) = hidden (n,C) wte^T. As in linear_forward, a row of logits has the
+ * same bits however many rows are beside it.                                     test: few_rows */
 static void output_logits(const struct GPT2 *model, float *logits, const float *hidden, size_t n) {
     size_t C = model->config.n_embd;
     size_t V = model->config.vocab_size;
+    /* A token's logit is the dot product of the hidden vector with the token's own vector: the
+     * more they point the same way, the better the token fits. */
     matmul(logits, V, NULL, 0, matrix(hidden, C), transposed(model->wte.w, C), n, V, C);
 }
 
-/* The logits of tokens v .. v+3, for n <= FEW_ROWS hidden vectors. Four rows of wte come from
- * memory once and serve all n. Meanwhile the four behind them are asked for, a part of them with
- * each hidden vector; a single vector reads straight on, which the processor foresees by itself.
- */
+/* The logits of tokens v .. v+3, for n <= FEW_ROWS hidden vectors: four rows of wte come from
+ * memory once and serve all n. */
 static void decode_logits_4(const struct GPT2 *model, float *logits, const float *hidden, size_t n,
                             size_t v) {
     size_t C = model->config.n_embd;
     size_t V = model->config.vocab_size;
     const float *w = model->wte.w + v * C;
     for (size_t i = 0; i < n; i++) {
+        /* Meanwhile the four rows behind them are asked for, a part with each hidden vector. For
+         * a single vector wte is read straight through, which the processor foresees by itself. */
         for (size_t next = i * 4 * C / n; n > 1 && next < (i + 1) * 4 * C / n; next += 16)
             __builtin_prefetch(w + 4 * C + next);
         row_dot_4(logits + i * V + v, hidden + i * C, w, C, C, MIN((size_t)4, V - v));
@@ -3691,6 +3712,7 @@ static void decode_logits_4(const struct GPT2 *model, float *logits, const float
 static void decode_logits(const struct GPT2 *model, float *logits, const float *hidden, size_t n) {
     size_t C = model->config.n_embd;
     size_t V = model->config.vocab_size;
+    /* many rows, or ALIGN_KERNEL=plain, where everything runs on matmul's definition */
     if (n > FEW_ROWS || !kernel) {
         output_logits(model, logits, hidden, n);
         return;
@@ -3771,7 +3793,8 @@ static size_t lm_head_logits(const struct GPT2 *model, struct LMHead *head, size
     output_logits(model, head->logits, head->hidden + first * model->config.n_embd, n);
     head->logits_first = first;
 
-    /* divided by the temperature, where there is one */
+    /* Divided by the temperature, where there is one. A policy that writes at temperature 0.7 draws
+     * its tokens from softmax(logits / 0.7), so that is where their log-probabilities come from. */
     float scale = 1 / head->temperature;
     if (scale == 1)
         return n;
@@ -3816,8 +3839,10 @@ static void lm_head_row(struct LMHead *head, size_t r, const float *logits, size
  *                                                                            test: lm_head_hand */
 WIDE static void lm_head_backward_row(float *logits, float lse, int target, float dlogprob,
                                       size_t V) {
+    /* p_v = e^(logit_v - lse): no division, and softmax need not be made again */
     for (size_t v = 0; v < V; v++)
         logits[v] = -dlogprob * exp_fast(logits[v] - lse);
+    /* the one token for which [v = target] is 1 */
     logits[target] += dlogprob;
 }
 
@@ -3825,6 +3850,7 @@ WIDE static void lm_head_backward_row(float *logits, float lse, int target, floa
 static void lm_head_forward_chunk(const struct GPT2 *model, struct LMHead *head, size_t first) {
     size_t V = model->config.vocab_size;
     size_t n = lm_head_logits(model, head, first);
+    /* rows do not need each other, so any thread may take the next four */
 #pragma omp parallel for schedule(dynamic, 4)
     for (size_t i = 0; i < n; i++)
         lm_head_row(head, first + i, head->logits + i * V, V);
@@ -3884,14 +3910,17 @@ static void lm_head_backward(struct GPT2 *model, struct LMHead *head, const floa
 /* lm_head_cross_entropy -- forward and backward at once, for the loss of a language model.
  *                                                              [glossary: Função de perda]
  *   loss = -weight sum_r logprob_r          d loss / d logprob_r = -weight
- * Its gradient is known before any log-probability is, so each chunk goes forward and back while
- * its logits are there: they are made once, not twice. weight: 1 / (how many targets) for a mean.
+ * weight: 1 / (how many targets) for a mean.
  *                                                       test: gpt2_chunks, gpt2_gradient_golden */
 static void lm_head_cross_entropy(struct GPT2 *model, struct LMHead *head, float weight,
                                   float *dhidden, struct Arena *arena) {
+    /* 1. The slope is the same for every row: it is known before any log-probability is. */
     float *dlogprob = arena_floats(arena, head->R);
     for (size_t r = 0; r < head->R; r++)
         dlogprob[r] = -weight;
+
+    /* 2. So a chunk goes forward and back at once, while its logits are there. Two passes over all
+     *    rows would make all logits twice, and no other product of the model is as large. */
     for (size_t first = 0; first < head->R; first += head->chunk) {
         lm_head_forward_chunk(model, head, first);
         lm_head_backward_chunk(model, head, first, dlogprob, dhidden, arena);
@@ -3902,16 +3931,18 @@ static void lm_head_cross_entropy(struct GPT2 *model, struct LMHead *head, float
  * PPO, REINFORCE and DPO all begin here, once with the model that is trained and once with the
  * frozen reference.
  * in   keep: the model is being trained on this batch, so its activations stay for the backward
- *      pass; false: it only judges
- * A model that only judges gets no loss in which NaN would be noticed, so its numbers are looked
- * at here; where it is trained, check_finite looks at the loss that is made of them. */
+ *      pass; false: it only judges */
 static struct LMHead batch_logprobs(const struct GPT2 *model, struct Arena *arena,
                                     const struct Batch *batch, double temperature, bool keep) {
+    /* 1. all tokens through the blocks, then those that predict through the output layer */
     struct Activations acts = gpt2_forward(model, arena, batch, keep);
     struct LMHead head =
         lm_head_new(model, arena, &acts, batch->row, batch->target, batch->R, (float)temperature);
     lm_head_forward(model, &head);
-    /* a model that is being trained has a task; the reference has none */
+
+    /* 2. A model that only judges gets no loss in which NaN would be noticed, so its numbers are
+     *    looked at here; where it is trained, check_finite looks at the loss that is made of
+     *    them. Only a model that is being trained has a task. */
     if (!keep)
         check_numbers(model, arena, batch,
                       model->trace.task ? "a log-probability"
@@ -3953,33 +3984,35 @@ static void target_logps_backward(struct GPT2 *model, struct Arena *arena,
 
 /* ---- Heads that give one number ------------------------------------------------------------- */
 
-/* The reward head, where the model has none yet: score.weight (1,C) without a bias, as
- * GPT2ForSequenceClassification with one label has it. A bias would add the same to all rewards,
- * and only their differences count. */
+/* The reward head, where the model has none yet: score.weight (1,C), as
+ * GPT2ForSequenceClassification with one label has it. */
 static struct Tensor *reward_head_declare(struct GPT2 *model) {
+    /* no bias: it would add the same to all rewards, and only their differences count */
     if (!model->score.n)
         tensor_declare(model, &model->score, "score.weight", 1, model->config.n_embd);
     return &model->score;
 }
 
 /* The value head, where the model has none yet: v_head.summary.weight (1,C) and a bias, TRL's
- * names. Values do need a bias: they predict returns, whose zero is given.
+ * names.
  *                                     [glossary: AutoModelForCausalLMWithValueHead] */
 static struct Linear *value_head_declare(struct GPT2 *model) {
     if (model->v_head.weight.n)
         return &model->v_head;
+    /* with a bias: a value is an estimate of the return itself, not of a difference */
     tensor_declare(model, &model->v_head.weight, "v_head.summary.weight", 1, model->config.n_embd);
     tensor_declare(model, &model->v_head.bias, "v_head.summary.bias", 1, 0);
     return &model->v_head;
 }
 
-/* A new value head, as torch starts a Linear, for a model that brought none along; one that was
- * trained already stays. */
+/* A new value head, as torch starts a Linear, for a model that brought none along. */
 static void value_head_init(struct GPT2 *model, uint64_t seed) {
+    /* one that was trained already stays */
     if (model->v_head.weight.n)
         return;
     struct Rng rng = rng_seed(seed, STREAM_INIT);
     struct Linear *head = value_head_declare(model);
+    /* the same bound for both: torch's is the number of the layer's inputs for the bias too */
     tensor_uniform(&head->weight, &rng, model->config.n_embd);
     tensor_uniform(&head->bias, &rng, model->config.n_embd);
 }
@@ -3996,12 +4029,14 @@ static void scalar_head_forward(float *out, const float *hidden, const int *row,
         out[r] = row_dot(hidden + (size_t)row[r] * C, weight->w, C) + (bias ? bias->w[0] : 0);
 }
 
-/* One row: dhidden (C) and the weight's gradient are added to. A head that is frozen gets none,
- * but passes the derivative on. */
+/* One row of it: dhidden (C) and the weight's gradient are added to. */
 static void scalar_head_backward_row(float *dhidden, float dout, const float *hidden,
                                      struct Tensor *weight) {
+    /* out = sum_c hidden_c weight_c: each factor's slope is the other factor. dhidden is added to,
+     * for the output layer and another head may ask something of the same hidden state. */
     for (size_t c = 0; c < weight->n; c++)
         dhidden[c] += dout * weight->w[c];
+    /* a frozen head learns nothing, but has passed the derivative on */
     if (!weight->d)
         return;
     for (size_t c = 0; c < weight->n; c++)
@@ -4018,6 +4053,7 @@ static void scalar_head_backward(float *dhidden, const float *dout, const float 
                                  struct Tensor *bias) {
     size_t C = weight->n;
     for (size_t r = 0; r < R; r++) {
+        /* a row that is read twice gets both derivatives: they are added one after the other */
         size_t at = (size_t)row[r] * C;
         scalar_head_backward_row(dhidden + at, dout[r], hidden + at, weight);
         if (bias && bias->d)
@@ -4025,10 +4061,11 @@ static void scalar_head_backward(float *dhidden, const float *dout, const float 
     }
 }
 
-/* The last token of text b that is not padding. GPT-2 pads with its end token, so an end token
- * behind the text is passed over too. A text of nothing but padding is read at its first token. */
+/* The last token of text b that is not padding, as a row of the batch. */
 static size_t reward_row(const struct Batch *batch, size_t b, int pad_token_id) {
     size_t last = batch->start[b + 1] - 1;
+    /* GPT-2 pads with its end token, so an end token behind the text is passed over as well. A
+     * text of nothing but padding is read at its first token. */
     while (last > batch->start[b] && batch->ids[last] == pad_token_id)
         last--;
     return last;
@@ -4065,8 +4102,6 @@ static void reward_rows(const struct Batch *batch, int pad_token_id, int *row) {
  *                                              [glossary: Adaptação de baixo rank (LoRA)]
  *   u = scale x A^T          y += u B^T
  * in   x (N,in); linear: A (r,in), B (out,r)          in, out  y (N,out)
- * The order of the products is the point: u has r numbers a row, so x passes through a strait of
- * width r; multiplied out first, A^T B^T would be as large as W.
  * By hand: x = (1, 2), A = (3, 4), B = (5), scale 2: u = 2 (3 + 8) = 22, y grows by 22 * 5 = 110.
  *                                                       test: lora_hand; gdb: break lora_forward */
 static void lora_forward(float *y, const float *x, const struct Linear *linear, size_t N) {
@@ -4074,7 +4109,9 @@ static void lora_forward(float *y, const float *x, const struct Linear *linear, 
     size_t in = linear->lora_A.shape[1];
     size_t out = linear->lora_B.shape[0];
 
-    /* 1. down to r numbers a row, scaled here, where they are fewest */
+    /* 1. Down to r numbers a row. The order of the products is the point: multiplied with each
+     *    other first, A^T B^T would be as large as W, and so would the work. The scale is applied
+     *    here, where the numbers are fewest. */
     float *u = thread_scratch(SCRATCH_ROW, N * r);
     matmul(u, r, NULL, 0, matrix(x, in), transposed(linear->lora_A.w, in), N, r, in);
     for (size_t i = 0; i < N * r; i++)
@@ -4089,8 +4126,6 @@ static void lora_forward(float *y, const float *x, const struct Linear *linear, 
  *   dB += dy^T u          dA += g^T x          dx += g A
  * in   dy (N,out), x (N,in)     added to: dx (N,in), in which the frozen layer's share stands
  *      already, and the gradients of A and B
- * At the start B is zero: g is zero, and only B learns. From the second step on both do. Were both
- * zero, u and g would stay zero, and nothing would ever learn.
  * By hand: as above with dy = 1: g = 2 * 5 = 10, dB = 22, dA = (10, 20), dx grows by (30, 40).
  *                                                               test: lora_hand, lora_gradient */
 static void lora_backward(float *dx, const float *dy, const float *x, struct Linear *linear,
@@ -4110,11 +4145,13 @@ static void lora_backward(float *dx, const float *dy, const float *x, struct Lin
     for (size_t i = 0; i < 2 * N * r; i++)
         u[i] *= linear->lora_scale;
 
-    /* 2. the adapter's own gradients */
+    /* 2. The adapter's own gradients. At the start B is zero, hence g too, and only B learns; from
+     *    the second step on both do. Had A started at zero as well, u and g would be zero for
+     *    ever, and nothing would be learnt. */
     matmul(B->d, r, B->d, r, transposed(dy, out), matrix(u, r), out, r, N);
     matmul(A->d, in, A->d, in, transposed(g, r), matrix(x, in), r, in, N);
 
-    /* 3. and what goes on to the layer below */
+    /* 3. and what goes on to the layer before; added, since x entered W and A both */
     matmul(dx, in, dx, in, matrix(g, r), matrix(A->w, in), N, in, r);
 }
 
@@ -4130,17 +4167,20 @@ static size_t next_name(const char **list) {
 /* Does the dotted name `module` end in the first n characters of `target`, and do they begin
  * where a part of the name begins? */
 static bool target_takes(const char *target, size_t n, const char *module) {
+    /* the end of the name is compared, so that a target can be as short as "c_proj" */
     size_t length = strlen(module);
     if (n > length || strncmp(module + length - n, target, n) != 0)
         return false;
+    /* and begins a part of it: "proj" does not take h.0.mlp.c_proj, for a "c_" stands before it */
     return n == length || module[length - n - 1] == '.';
 }
 
 /* lora_is_target -- does one of the targets take this module? PEFT's rule: a target takes each
  * module whose dotted name is the target or ends in "." and the target.
  * By hand: "c_proj" takes h.0.attn.c_proj and h.0.mlp.c_proj; "mlp.c_proj" the second alone;
- * "proj" none, since it is only a part of "c_proj".                         test: lora_targets */
+ * "proj" none.                                                              test: lora_targets */
 static bool lora_is_target(const char *module, const char *targets) {
+    /* one target is enough */
     for (size_t n; (n = next_name(&targets)) > 0; targets += n)
         if (target_takes(targets, n, module))
             return true;
@@ -4150,6 +4190,7 @@ static bool lora_is_target(const char *module, const char *targets) {
 /* The i-th linear layer that can have an adapter, i < 4 n_layer: all of them but the output
  * layer, which is the embedding too. */
 static struct Linear *adaptable(const struct GPT2 *model, size_t i) {
+    /* four in each block, in the order of a checkpoint */
     struct Block *h = &model->h[i / 4];
     struct Linear *const four[] = {&h->attn.c_attn, &h->attn.c_proj, &h->mlp.c_fc, &h->mlp.c_proj};
     return four[i % 4];
@@ -4167,11 +4208,11 @@ static const char *module_name(struct Arena *arena, const struct Linear *linear)
 
 /* adapter_scale -- by how much the adapter's share is multiplied.
  *   lora_alpha / r [21, Section 4.1]          with rslora: lora_alpha / sqrt(r) [22]
- * It is there so that one learning rate does for every rank. But A^T B^T is a sum of r products
- * whose signs differ, so it grows with sqrt(r), not with r: divided by r, a large rank learns ever
- * more slowly. rslora divides by sqrt(r) instead.
  * By hand: alpha 16, r 64: 16 / 64 = 0.25; with rslora 16 / 8 = 2.            test: lora_start */
 static float adapter_scale(const struct Adapter *adapter) {
+    /* It is there so that one learning rate does for every rank. But A^T B^T is a sum of r products
+     * whose signs differ, so it grows with sqrt(r), not with r: divided by r, an adapter of a large
+     * rank learns more slowly. rslora divides by sqrt(r) instead. */
     double r = (double)adapter->r;
     return (float)(adapter->lora_alpha / (adapter->use_rslora ? sqrt(r) : r));
 }
@@ -4190,8 +4231,7 @@ static void lora_declare(struct GPT2 *model, struct Linear *linear) {
 }
 
 /* adapter_new -- a fresh adapter on every layer that target_modules takes.
- * As in PEFT, A starts as torch starts a Linear, and B is zero: the product is zero, and the model
- * is its base to the bit.                                                      test: lora_start */
+ * As in PEFT, A starts as torch starts a Linear, and B at zero.                test: lora_start */
 static void adapter_new(struct GPT2 *model, struct Adapter adapter, uint64_t seed) {
     /* heads draw from STREAM_INIT itself: with the same numbers A would repeat their weights */
     struct Rng rng = rng_seed(seed, STREAM_INIT + 200);
@@ -4199,11 +4239,15 @@ static void adapter_new(struct GPT2 *model, struct Adapter adapter, uint64_t see
         adapter.target_modules = "c_attn c_fc c_proj";
     model->adapter = adapter;
     size_t before = model->tensor_count;
+
+    /* The frozen layers stay as they are; each that a target takes gets its A and B beside it. */
     for (size_t i = 0; i < 4 * model->config.n_layer; i++) {
         struct Linear *linear = adaptable(model, i);
         if (!lora_is_target(module_name(&model->arena, linear), adapter.target_modules))
             continue;
         lora_declare(model, linear);
+        /* A random, B zero: their product is zero, so the model is its base to the bit; yet B has
+         * a gradient at once, since x A^T is not zero */
         tensor_uniform(&linear->lora_A, &rng, linear->weight.shape[0]);
     }
     /* a name that takes nothing is a typing error: the training would change nothing */
@@ -4214,8 +4258,9 @@ static void adapter_new(struct GPT2 *model, struct Adapter adapter, uint64_t see
           adapter.target_modules);
 }
 
-/* The layer is what it was before it had an adapter. */
+/* From now on the layer computes what it did before it had an adapter. */
 static void lora_remove(struct Linear *linear) {
+    /* module_forward asks for this n; the memory itself belongs to the model's arena */
     linear->lora_A.n = 0;
     linear->lora_B.n = 0;
 }
@@ -4233,8 +4278,12 @@ static void lora_merge(struct Linear *linear) {
     size_t in = W->shape[0];
     size_t out = W->shape[1];
     size_t r = A->shape[0];
+
+    /* 1. the scale goes into B, which is not needed any more */
     for (size_t k = 0; k < B->n; k++)
         B->w[k] *= linear->lora_scale;
+
+    /* 2. A^T (in,r) times B^T (r,out) has W's shape, and is added to it */
     matmul(W->w, out, W->w, out, transposed(A->w, in), transposed(B->w, r), in, out, r);
     lora_remove(linear);
 }
@@ -4287,6 +4336,7 @@ static struct GPT2 *adapter_reference(const struct GPT2 *model, bool frozen) {
     ref->h = memcpy(blocks, model->h, L * sizeof *blocks);
     for (size_t i = 0; i < 4 * L; i++) {
         struct Linear *linear = adaptable(ref, i);
+        /* an adapter that is trained further was part of the start; a new one was not */
         if (frozen)
             lora_own_copy(&ref->arena, linear);
         else
