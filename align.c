@@ -3501,8 +3501,7 @@ static void block_forward(const struct GPT2 *model, size_t layer, struct BlockAc
     struct AttentionShape shape = attention_shape(C, model->config.n_head);
 
     /* 1. Query, key and value of each token, made from its normalized vector. The norm stands
-     *    before the layer, not behind the sum as in [2]: what is on the stream is never rescaled.
-     */
+     *    before the layer, not behind the sum as in [2]: the stream itself is never rescaled. */
     layernorm_forward(a->ln_1, a->ln_1_mean, a->ln_1_rstd, a->x, h->ln_1.weight.w, h->ln_1.bias.w,
                       N, C, model->config.layer_norm_epsilon);
     module_forward(a->qkv, a->ln_1, &h->attn.c_attn, N);
@@ -3616,8 +3615,8 @@ static struct Activations activations_new(const struct GPT2 *model, struct Arena
  * in   batch: N tokens of B sequences; while a text is written (batch->cache) the new ones alone
  *      keep: a backward pass will follow, so the activations of all blocks stay
  * The hidden state of token t depends on the tokens up to t and on none behind it. So one pass
- * over a text gives the prediction at each of its places at once: that is why training is so much
- * cheaper than writing.                                           test: gpt2_golden, fixtures */
+ * over a text gives the prediction at each of its places at once: reading a text takes far less
+ * time than writing one, where each token needs a pass of its own.  test: gpt2_golden, fixtures */
 static struct Activations gpt2_forward(const struct GPT2 *model, struct Arena *arena,
                                        const struct Batch *batch, bool keep) {
     const struct GPT2Config *c = &model->config;
@@ -3708,7 +3707,7 @@ static void decode_logits_4(const struct GPT2 *model, float *logits, const float
  * Then it is reading wte that takes the time. matmul would first transpose it into its panels,
  * which pays for many rows only: for one row of GPT-2 that takes 2.5 times as long as dot products
  * that read wte once, as it lies. Their 16 lanes add up in another order than matmul does, so the
- * last bits of the two differ.                          test: few_rows, generate_company */
+ * last bits of the two differ.                                test: few_rows, generate_company */
 static void decode_logits(const struct GPT2 *model, float *logits, const float *hidden, size_t n) {
     size_t C = model->config.n_embd;
     size_t V = model->config.vocab_size;
@@ -3747,7 +3746,8 @@ struct LMHead {
     struct Activations acts; /* the forward pass that it stands on */
 };
 
-/* in   acts: of gpt2_forward; row, target (R): as in struct LMHead; computes nothing yet */
+/* The output layer over a finished forward pass; it has computed nothing yet.
+ * in   acts: of gpt2_forward; row, target (R): which tokens of the batch predict, and what */
 static struct LMHead lm_head_new(const struct GPT2 *model, struct Arena *arena,
                                  const struct Activations *acts, const int *row, const int *target,
                                  size_t R, float temperature) {
@@ -3890,9 +3890,9 @@ static void lm_head_backward_chunk(struct GPT2 *model, struct LMHead *head, size
 }
 
 /* lm_head_forward -- the log-probability of each row's target, and the other numbers of struct
- * LMHead.                                                                  test: gpt2_golden
- * It stands apart from the backward pass for losses that must know all log-probabilities before
- * they know a gradient: DPO compares two answers, PPO the mean ratio of a mini-batch. */
+ * LMHead. It stands apart from the backward pass for losses that must know all log-probabilities
+ * before they know a gradient: DPO compares two whole answers, and PPO skips a mini-batch whose
+ * mean ratio is too large.                                                   test: gpt2_golden */
 static void lm_head_forward(const struct GPT2 *model, struct LMHead *head) {
     for (size_t first = 0; first < head->R; first += head->chunk)
         lm_head_forward_chunk(model, head, first);
@@ -3900,7 +3900,7 @@ static void lm_head_forward(const struct GPT2 *model, struct LMHead *head) {
 
 /* lm_head_backward -- after lm_head_forward: from d loss / d logprob, dlogprob (R), to the hidden
  * states, dhidden (N,C), and to wte's gradient; both are added to.
- *                         test: gpt2_gradient, gpt2_chunks; gdb: break lm_head_backward */
+ *                           test: gpt2_gradient, gpt2_chunks; gdb: break lm_head_backward */
 static void lm_head_backward(struct GPT2 *model, struct LMHead *head, const float *dlogprob,
                              float *dhidden, struct Arena *arena) {
     for (size_t first = 0; first < head->R; first += head->chunk)
@@ -3910,7 +3910,8 @@ static void lm_head_backward(struct GPT2 *model, struct LMHead *head, const floa
 /* lm_head_cross_entropy -- forward and backward at once, for the loss of a language model.
  *                                                              [glossary: Função de perda]
  *   loss = -weight sum_r logprob_r          d loss / d logprob_r = -weight
- * weight: 1 / (how many targets) for a mean.
+ * in   weight: 1 / (how many targets there are) for their mean
+ * out  head: as after lm_head_forward; dhidden (N,C) and wte's gradient, added to
  *                                                       test: gpt2_chunks, gpt2_gradient_golden */
 static void lm_head_cross_entropy(struct GPT2 *model, struct LMHead *head, float weight,
                                   float *dhidden, struct Arena *arena) {
@@ -3993,9 +3994,8 @@ static struct Tensor *reward_head_declare(struct GPT2 *model) {
     return &model->score;
 }
 
-/* The value head, where the model has none yet: v_head.summary.weight (1,C) and a bias, TRL's
- * names.
- *                                     [glossary: AutoModelForCausalLMWithValueHead] */
+/* The value head, where the model has none yet: v_head.summary.weight (1,C) and a bias, in TRL's
+ * names.                                  [glossary: AutoModelForCausalLMWithValueHead] */
 static struct Linear *value_head_declare(struct GPT2 *model) {
     if (model->v_head.weight.n)
         return &model->v_head;
@@ -4012,7 +4012,7 @@ static void value_head_init(struct GPT2 *model, uint64_t seed) {
         return;
     struct Rng rng = rng_seed(seed, STREAM_INIT);
     struct Linear *head = value_head_declare(model);
-    /* the same bound for both: torch's is the number of the layer's inputs for the bias too */
+    /* the same bound for both, by the number of inputs: torch has it so */
     tensor_uniform(&head->weight, &rng, model->config.n_embd);
     tensor_uniform(&head->bias, &rng, model->config.n_embd);
 }
@@ -4029,7 +4029,7 @@ static void scalar_head_forward(float *out, const float *hidden, const int *row,
         out[r] = row_dot(hidden + (size_t)row[r] * C, weight->w, C) + (bias ? bias->w[0] : 0);
 }
 
-/* One row of it: dhidden (C) and the weight's gradient are added to. */
+/* One row of scalar_head_backward: dhidden (C) and the weight's gradient are added to. */
 static void scalar_head_backward_row(float *dhidden, float dout, const float *hidden,
                                      struct Tensor *weight) {
     /* out = sum_c hidden_c weight_c: each factor's slope is the other factor. dhidden is added to,
@@ -4167,7 +4167,7 @@ static size_t next_name(const char **list) {
 /* Does the dotted name `module` end in the first n characters of `target`, and do they begin
  * where a part of the name begins? */
 static bool target_takes(const char *target, size_t n, const char *module) {
-    /* the end of the name is compared, so that a target can be as short as "c_proj" */
+    /* its end is compared, so that a target can be as short as "c_proj" */
     size_t length = strlen(module);
     if (n > length || strncmp(module + length - n, target, n) != 0)
         return false;
