@@ -3709,14 +3709,13 @@ static void decode_logits_4(const struct GPT2 *model, float *logits, const float
  * that read wte once, as it lies. Their 16 lanes add up in another order than matmul does, so the
  * last bits of the two differ.                                test: few_rows, generate_company */
 static void decode_logits(const struct GPT2 *model, float *logits, const float *hidden, size_t n) {
-    size_t C = model->config.n_embd;
     size_t V = model->config.vocab_size;
     /* many rows, or ALIGN_KERNEL=plain, where everything runs on matmul's definition */
     if (n > FEW_ROWS || !kernel) {
         output_logits(model, logits, hidden, n);
         return;
     }
-#pragma omp parallel for schedule(static) if (n * V * C > 50000)
+#pragma omp parallel for schedule(static) if (n * V * model->config.n_embd > 50000)
     for (size_t v = 0; v < V; v += 4)
         decode_logits_4(model, logits, hidden, n, v);
 }
@@ -4316,8 +4315,8 @@ static void lora_own_copy(struct Arena *arena, struct Linear *linear) {
 
 /* adapter_reference -- the model as it was before training, to measure the trained one against.
  *                                                          [glossary: Modelo de referência]
- * Only the adapter is trained, so all other tensors are shared with the model: GPT-2's reference
- * costs no 500 MB.
+ * Only the adapter and a head are trained, so all other tensors are shared with the model: GPT-2's
+ * reference does not cost another 500 MB.
  * in   frozen: false: the adapter is new, so the start was the model without it; true: an adapter
  *      is trained further, so the start is a copy of it as it is now (TRL 1.16)
  *                                                                          test: lora_reference */
