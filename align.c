@@ -3403,16 +3403,22 @@ static void attention_cached(float *out, const float *qkv, const struct Batch *b
  *     hidden = ln_f(x)                                                       (N,C)
  *     logits = hidden wte^T          how well each token fits                (rows that ask, V)
  *
- * The output layer is the embedding again ("tied"). So wte gets its gradient in two ways, and they
- * are added up in one tensor: from the output layer (lm_head_backward: how should the vector of a
- * token that was predicted, or ought to have been, change?) and from the input
- * (embedding_backward: how should the vector of a token that was read change?).
+ * The smallest GPT-2 has V = 50257, C = 768, 12 blocks, 12 heads and 1024 positions. That makes
+ * 124,439,808 numbers: 85.1 million in the blocks, 38.6 million in wte, 0.8 million in wpe.
+ *
+ * The output layer is the embedding again ("tied") [2, Section 3.4]. So wte gets its gradient in
+ * two ways, and they are added up in one tensor: from the output layer (lm_head_backward: how
+ * should the vector of a token that was predicted, or ought to have been, change?) and from the
+ * input (embedding_backward: how should the vector of a token that was read change?).
  *
  * Two more heads read the hidden vector as one number. The reward head reads a whole text at its
  * last token: how good was it? The value head reads every position: how good will it become?
  *
  * The structs repeat transformers' module names: model->h[3].mlp.c_fc.weight is the tensor
  * "transformer.h.3.mlp.c_fc.weight" of a checkpoint.
+ *
+ * What enters: a batch of token ids (N). What leaves: hidden vectors (N,C); and from the rows that
+ * are asked for log-probabilities (R), in nats, rewards or values, without a unit.
  * ============================================================================================= */
 
 /* From Part IV. check_finite ends the program where `value`, which is named by `what`, is NaN or
@@ -3424,14 +3430,21 @@ static void check_numbers(const struct GPT2 *model, struct Arena *arena, const s
                           const char *what, const float *x, size_t n);
 static size_t first_not_finite(const float *x, size_t n);
 
-/* Heads stand beside the transformer: "transformer.", where a prefix ends in it, is no part of
- * their names. */
+/* ---- What a model consists of --------------------------------------------------------------- */
+
+/* The two heads stand beside the transformer, not in it: in a checkpoint where other names begin
+ * with "transformer.", theirs do not. */
 static bool tensor_is_head(const struct Tensor *t) {
     return strncmp(t->name, "score.", 6) == 0 || strncmp(t->name, "v_head.", 7) == 0;
 }
 
+/* config.json, in transformers' names. */
 struct GPT2Config {
-    size_t vocab_size, n_positions, n_embd, n_layer, n_head;
+    size_t vocab_size; /* V */
+    size_t n_positions; /* tokens of the longest sequence: wpe has a row for each position */
+    size_t n_embd; /* C */
+    size_t n_layer; /* L */
+    size_t n_head; /* NH */
     int eos_token_id; /* the end token: behind each text, and where writing stops */
     int pad_token_id;
     float layer_norm_epsilon;
@@ -3439,33 +3452,36 @@ struct GPT2Config {
     struct Text pad_token; /* the padding token's name, if it is none of GPT-2's tokens */
 };
 
-/* lora: chapter 12; n = 0: no adapter here */
+/* weight (in,out), bias (out). lora_A.n = 0 says that the layer has no adapter (chapter 12). */
 struct Linear {
     struct Tensor weight, bias, lora_A, lora_B;
     float lora_scale;
 };
+/* weight (C), bias (C) */
 struct LayerNorm {
     struct Tensor weight, bias;
 };
 struct Block {
     struct LayerNorm ln_1;
     struct {
-        struct Linear c_attn, c_proj;
+        struct Linear c_attn, c_proj; /* (C,3C): query, key, value; (C,C) */
     } attn;
     struct LayerNorm ln_2;
     struct {
-        struct Linear c_fc, c_proj;
+        struct Linear c_fc, c_proj; /* (C,4C); (4C,C) */
     } mlp;
 };
 
-/* What adapter_config.json says (chapter 12), in PEFT's names; r = 0: the model has no adapter. */
+/* What adapter_config.json says (chapter 12), in PEFT's names. */
 struct Adapter {
-    size_t r;
-    double lora_alpha, lora_dropout;
-    const char *target_modules, *base_model_name_or_path;
-    /* pattern: target_modules is a regular expression, not a list of names */
-    bool use_rslora, pattern;
-    bool partial; /* exclude_modules, layers_to_transform: not all these */
+    size_t r; /* the rank; 0: the model has no adapter */
+    double lora_alpha;
+    double lora_dropout;
+    const char *target_modules; /* the layers that it adapts */
+    const char *base_model_name_or_path;
+    bool use_rslora; /* see adapter_scale */
+    bool pattern; /* target_modules is a regular expression, not a list of names */
+    bool partial; /* exclude_modules or layers_to_transform leave some of these layers out */
 };
 
 /* What the forward pass keeps of one block for the backward pass. */
@@ -3474,29 +3490,33 @@ struct BlockActivations {
     float *ln_1, *ln_1_mean, *ln_1_rstd; /* (N,C) (N) (N) */
     float *qkv, *att, *lse; /* (N,3C) (N,C) (N,NH) */
     float *mid; /* (N,C) x + attention */
-    float *ln_2, *ln_2_mean, *ln_2_rstd;
+    float *ln_2, *ln_2_mean, *ln_2_rstd; /* (N,C) (N) (N) */
     float *fc, *gelu; /* (N,4C) before and after the activation */
 };
 
+/* What it keeps of a whole pass. */
 struct Activations {
     const struct Batch *batch;
     size_t N;
-    struct BlockActivations *h; /* (L), or one that all share when nothing is kept */
-    float *x, *ln_f, *ln_f_mean, *ln_f_rstd; /* (N,C) out of the last block; hidden = ln_f (N,C) */
+    struct BlockActivations *h; /* (L); all share the memory of one where nothing is kept */
+    float *x; /* (N,C) what left the last block */
+    float *ln_f, *ln_f_mean, *ln_f_rstd; /* (N,C) (N) (N); ln_f is the hidden state */
 };
 
 struct GPT2 {
     struct GPT2Config config;
-    struct Tensor wte, wpe;
-    struct Block *h; /* (n_layer) */
+    struct Tensor wte; /* (V,C) a vector for each token: the embedding, and the output layer */
+    struct Tensor wpe; /* (n_positions,C) a vector for each position */
+    struct Block *h; /* (L) */
     struct LayerNorm ln_f;
-    struct Tensor score; /* reward head; n = 0: the model has none */
-    struct Linear v_head; /* value head; likewise */
+    struct Tensor score; /* (1,C) the reward head; n = 0: the model has none */
+    struct Linear v_head; /* (1,C) the value head; likewise */
     struct Adapter adapter;
     const char *folder; /* it, or its adapter, was read from; NULL: from none */
     struct Tensor **tensors; /* all of the above, in a checkpoint's order */
     size_t tensor_count;
-    /* the last backward pass, for check_finite; N = 0, NULL: none */
+    /* where training is, for check_finite: task NULL: the model is not being trained; N = 0:
+     * there is no backward pass to look at */
     struct {
         const char *task;
         size_t step;
@@ -3505,50 +3525,87 @@ struct GPT2 {
     struct Arena arena;
 };
 
+/* ---- Making a model ------------------------------------------------------------------------- */
+
+/* A tensor (rows,columns) of zeros, or a vector (rows) where columns is 0. */
 static void tensor_declare(struct GPT2 *model, struct Tensor *tensor, const char *name, size_t rows,
                            size_t columns) {
-    *tensor = (struct Tensor){{0},
-                              {rows, columns},
-                              columns ? 2 : 1,
-                              rows * MAX(columns, (size_t)1),
-                              .decay = columns != 0};
+    /* 1. Weight decay is for matrices alone: biases, and above all the weights of layer norms,
+     *    which are near 1, have no reason to be pulled to zero. */
+    *tensor = (struct Tensor){
+        .shape = {rows, columns},
+        .ndim = columns ? 2 : 1,
+        .n = rows * MAX(columns, (size_t)1),
+        .decay = columns != 0,
+    };
     snprintf(tensor->name, sizeof tensor->name, "%s", name);
+
+    /* 2. The numbers themselves, and a place in the list that the optimizer and checkpoints go
+     *    through. Gradients come only if it is trained: gpt2_make_trainable. */
     tensor->w = arena_zeros(&model->arena, tensor->n, sizeof(float));
     model->tensors[model->tensor_count++] = tensor;
 }
 
-/* name.weight and name.bias: a linear layer (in,out) of zeros, or, with out = 0, a layer norm of
- * ones. */
-static void module_declare(struct GPT2 *model, struct Tensor *weight, struct Tensor *bias,
-                           const char *name, size_t in, size_t out) {
-    tensor_declare(model, weight, arena_printf(&model->arena, "%s.weight", name), in, out);
-    tensor_declare(model, bias, arena_printf(&model->arena, "%s.bias", name), out ? out : in, 0);
-    for (size_t i = 0; out == 0 && i < in; i++)
-        weight->w[i] = 1;
+/* name.weight (in,out) and name.bias (out), zeros. */
+static void linear_declare(struct GPT2 *model, struct Linear *linear, const char *name, size_t in,
+                           size_t out) {
+    struct Arena *arena = &model->arena;
+    tensor_declare(model, &linear->weight, arena_printf(arena, "%s.weight", name), in, out);
+    tensor_declare(model, &linear->bias, arena_printf(arena, "%s.bias", name), out, 0);
 }
 
+/* name.weight (C), ones, and name.bias (C), zeros. */
+static void layernorm_declare(struct GPT2 *model, struct LayerNorm *norm, const char *name,
+                              size_t C) {
+    struct Arena *arena = &model->arena;
+    tensor_declare(model, &norm->weight, arena_printf(arena, "%s.weight", name), C, 0);
+    tensor_declare(model, &norm->bias, arena_printf(arena, "%s.bias", name), C, 0);
+    /* times one, plus zero: at first it only normalizes */
+    for (size_t c = 0; c < C; c++)
+        norm->weight.w[c] = 1;
+}
+
+static void block_declare(struct GPT2 *model, size_t layer) {
+    struct Block *h = &model->h[layer];
+    struct Arena *arena = &model->arena;
+    size_t C = model->config.n_embd;
+
+    /* 1. attention: c_attn makes query, key and value of a token, c_proj mixes what the heads
+     *    found into one vector */
+    layernorm_declare(model, &h->ln_1, arena_printf(arena, "h.%zu.ln_1", layer), C);
+    const char *c_attn = arena_printf(arena, "h.%zu.attn.c_attn", layer);
+    linear_declare(model, &h->attn.c_attn, c_attn, C, 3 * C);
+    const char *attn_c_proj = arena_printf(arena, "h.%zu.attn.c_proj", layer);
+    linear_declare(model, &h->attn.c_proj, attn_c_proj, C, C);
+
+    /* 2. the mlp: four times as wide inside, where the activation decides what passes */
+    layernorm_declare(model, &h->ln_2, arena_printf(arena, "h.%zu.ln_2", layer), C);
+    const char *c_fc = arena_printf(arena, "h.%zu.mlp.c_fc", layer);
+    linear_declare(model, &h->mlp.c_fc, c_fc, C, 4 * C);
+    const char *mlp_c_proj = arena_printf(arena, "h.%zu.mlp.c_proj", layer);
+    linear_declare(model, &h->mlp.c_proj, mlp_c_proj, 4 * C, C);
+}
+
+/* A model without heads, adapter or gradients, its matrices zero: gpt2_init or a file fills them.
+ */
 static struct GPT2 *gpt2_new(struct GPT2Config config) {
     struct GPT2 *model = calloc(1, sizeof *model);
     CHECK(model, "out of memory");
     model->config = config;
     size_t C = config.n_embd;
     model->h = arena_zeros(&model->arena, config.n_layer, sizeof *model->h);
+
+    /* A block has 12 tensors, and 8 more where its four linear layers are adapted; beside the
+     * blocks there are wte, wpe, two of ln_f and three of the heads. */
     model->tensors = arena_alloc(&model->arena, 20 * config.n_layer + 8, sizeof *model->tensors);
+
+    /* In the order of transformers' state_dict. gpt2_init draws random numbers in this order too:
+     * another one would give another model for the same seed. */
     tensor_declare(model, &model->wte, "wte.weight", config.vocab_size, C);
     tensor_declare(model, &model->wpe, "wpe.weight", config.n_positions, C);
-    for (size_t l = 0; l < config.n_layer; l++) {
-        struct Block *h = &model->h[l];
-#define IN_BLOCK(part) \
-    &h->part.weight, &h->part.bias, arena_printf(&model->arena, "h.%zu." #part, l)
-        module_declare(model, IN_BLOCK(ln_1), C, 0);
-        module_declare(model, IN_BLOCK(attn.c_attn), C, 3 * C);
-        module_declare(model, IN_BLOCK(attn.c_proj), C, C);
-        module_declare(model, IN_BLOCK(ln_2), C, 0);
-        module_declare(model, IN_BLOCK(mlp.c_fc), C, 4 * C);
-        module_declare(model, IN_BLOCK(mlp.c_proj), 4 * C, C);
-#undef IN_BLOCK
-    }
-    module_declare(model, &model->ln_f.weight, &model->ln_f.bias, "ln_f", C, 0);
+    for (size_t l = 0; l < config.n_layer; l++)
+        block_declare(model, l);
+    layernorm_declare(model, &model->ln_f, "ln_f", C);
     return model;
 }
 
@@ -3564,14 +3621,17 @@ static void tensor_normal(struct Tensor *tensor, struct Rng *rng, double std) {
         tensor->w[i] = (float)(std * rng_normal(rng));
 }
 
-/* U(-1/sqrt(in), 1/sqrt(in)), in = inputs: how torch starts a Linear (Kaiming). */
+/* Uniform in (-1/sqrt(in), 1/sqrt(in)), in = how many inputs the layer has: torch's start of a
+ * Linear (Kaiming). The output is a sum of `in` products, so the more there are, the smaller each
+ * must be if the sum is to keep its size.
+ * By hand: 400 inputs: within 0.05, variance 0.05^2 / 3.              test: reward_head_gradient */
 static void tensor_uniform(struct Tensor *tensor, struct Rng *rng, size_t in) {
     double bound = 1 / sqrt((double)in);
     for (size_t i = 0; i < tensor->n; i++)
         tensor->w[i] = (float)(bound * (2 * rng_uniform(rng) - 1));
 }
 
-/* All the numbers of a model. */
+/* How many numbers a model consists of. */
 static size_t gpt2_parameters(const struct GPT2 *model) {
     size_t n = 0;
     for (size_t i = 0; i < model->tensor_count; i++)
@@ -3579,26 +3639,39 @@ static size_t gpt2_parameters(const struct GPT2 *model) {
     return n;
 }
 
-/* GPT-2's start: N(0, 0.02) for matrices; the two projections that write to the residual stream
- * scaled by 1/sqrt(2 n_layer), so that its variance does not grow with depth; biases 0 [1]. */
+/* gpt2_init -- GPT-2's start [1, Section 2.3].
+ *   matrices from N(0, 0.02^2), those that write to the residual stream from
+ *   N(0, (0.02 / sqrt(2 n_layer))^2); biases 0, layer norms 1, as gpt2_new left them
+ * By hand: 8 layers: 0.02 / sqrt(16) = 0.005.                                   test: gpt2_init */
 static void gpt2_init(struct GPT2 *model, uint64_t seed) {
     struct Rng rng = rng_seed(seed, STREAM_INIT);
+
+    /* Two layers of each block, both called c_proj, add to the residual stream: 2 n_layer
+     * summands. Were they as large as the others, the stream's variance would grow with the depth.
+     * Each divided by sqrt(2 n_layer), the variance of their sum is that of one. */
+    double residual_std = 0.02 / sqrt(2.0 * (double)model->config.n_layer);
     for (size_t i = 0; i < model->tensor_count; i++) {
         struct Tensor *t = model->tensors[i];
-        if (t->ndim == 2)
-            tensor_normal(t, &rng,
-                          strstr(t->name, "c_proj.weight")
-                              ? 0.02 / sqrt(2.0 * (double)model->config.n_layer)
-                              : 0.02);
+        /* biases and layer norms stay as they are */
+        if (t->ndim != 2)
+            continue;
+        bool writes_to_stream = strstr(t->name, "c_proj.weight") != NULL;
+        tensor_normal(t, &rng, writes_to_stream ? residual_std : 0.02);
     }
 }
 
-/* Gradients and AdamW's moments, all zero. With an adapter only it and the heads have them: the
- * rest is frozen. */
+/* With an adapter only it and the heads learn: the base is frozen. */
+static bool tensor_learns(const struct GPT2 *model, const struct Tensor *t) {
+    return !model->adapter.r || strstr(t->name, ".lora_") || tensor_is_head(t);
+}
+
+/* Memory for the gradients and for AdamW's moments, all zero: three numbers beside each weight. */
 static void gpt2_make_trainable(struct GPT2 *model) {
     for (size_t i = 0; i < model->tensor_count; i++) {
         struct Tensor *t = model->tensors[i];
-        if (t->d || (model->adapter.r && !strstr(t->name, ".lora_") && !tensor_is_head(t)))
+        /* This is where weights are frozen: a tensor whose d stays NULL is skipped by every
+         * backward pass and by the optimizer. One that was trained before has its d already. */
+        if (t->d || !tensor_learns(model, t))
             continue;
         t->d = arena_zeros(&model->arena, t->n, sizeof(float));
         t->m = arena_zeros(&model->arena, t->n, sizeof(float));
@@ -3606,96 +3679,161 @@ static void gpt2_make_trainable(struct GPT2 *model) {
     }
 }
 
-/* A second model with the same weights: the reference model.  [glossary: Modelo de referência] */
+/* A second model with the same weights, but without heads and adapter: a reference that stays as
+ * it is while the first one is trained.                    [glossary: Modelo de referência] */
 static struct GPT2 *gpt2_copy(const struct GPT2 *model) {
     struct GPT2 *copy = gpt2_new(model->config);
+    /* what gpt2_new declares comes first in both lists; heads and adapters stand behind it */
     for (size_t i = 0; i < copy->tensor_count; i++)
         memcpy(copy->tensors[i]->w, model->tensors[i]->w, copy->tensors[i]->n * sizeof(float));
     return copy;
 }
 
-static void residual_add(float *sum, const float *x, size_t n) {
-#pragma omp parallel for if (n > 100000)
-    for (size_t i = 0; i < n; i++)
-        sum[i] += x[i];
+/* ---- Forward and backward through the blocks ------------------------------------------------ */
+
+static void residual_add_row(float *sum, const float *x, size_t C) {
+    for (size_t c = 0; c < C; c++)
+        sum[c] += x[c];
+}
+
+/* sum += x, both (N,C). It has no backward function: a sum hands its derivative to each of its
+ * summands unchanged. */
+static void residual_add(float *sum, const float *x, size_t N, size_t C) {
+#pragma omp parallel for if (N * C > 100000)
+    for (size_t n = 0; n < N; n++)
+        residual_add_row(sum + n * C, x + n * C, C);
 }
 
 static void lora_forward(float *y, const float *x, const struct Linear *linear, size_t N);
 static void lora_backward(float *dx, const float *dy, const float *x, struct Linear *linear,
                           size_t N);
 
-/* A linear layer of the model and, where it has one, its adapter (chapter 12). */
+/* A linear layer of the model, x (N,in) to y (N,out), and what its adapter adds to y where it has
+ * one (chapter 12). */
 static void module_forward(float *y, const float *x, const struct Linear *linear, size_t N) {
     linear_forward(y, x, linear->weight.w, linear->bias.w, N, linear->weight.shape[0],
                    linear->weight.shape[1]);
+    /* the adapter's share is added to what is there: its base comes first */
     if (linear->lora_A.n)
         lora_forward(y, x, linear, N);
 }
 
+/* dy (N,out) to dx (N,in), which is written; the gradients of the weights are added to. */
 static void module_backward(float *dx, const float *dy, const float *x, struct Linear *linear,
                             size_t N) {
+    /* A frozen layer, whose d is NULL, learns nothing but passes dx on: the adapters of the layers
+     * before it need that. */
     linear_backward(dx, linear->weight.d, linear->bias.d, dy, x, linear->weight.w, N,
                     linear->weight.shape[0], linear->weight.shape[1]);
     if (linear->lora_A.n)
         lora_backward(dx, dy, x, linear, N);
 }
 
-/* A block: from a->x (N,C) to `out` (N,C), the next block's x. */
+/* block_forward -- one block: from a->x (N,C) to `out` (N,C), which is the next block's x.
+ *   mid = x + attention(ln_1(x))          out = mid + mlp(ln_2(mid))          [1, Section 2.3]
+ * Each layer adds to the stream instead of replacing it. So a block that has learnt nothing yet
+ * does no harm, and on the way back the derivative reaches the first block without having been
+ * multiplied by the weights of all the others.
+ * in   model, layer: which block; batch     out  a: all that block_backward needs
+ *                                                test: gpt2_golden; gdb: break block_forward */
 static void block_forward(const struct GPT2 *model, size_t layer, struct BlockActivations *a,
                           const struct Batch *batch, float *out) {
     const struct Block *h = &model->h[layer];
     size_t N = batch->N;
     size_t C = model->config.n_embd;
     struct AttentionShape shape = attention_shape(C, model->config.n_head);
+
+    /* 1. Query, key and value of each token, made from its normalized vector. The norm stands
+     *    before the layer, not behind the sum as in [2]: the stream itself is never rescaled. */
     layernorm_forward(a->ln_1, a->ln_1_mean, a->ln_1_rstd, a->x, h->ln_1.weight.w, h->ln_1.bias.w,
                       N, C, model->config.layer_norm_epsilon);
     module_forward(a->qkv, a->ln_1, &h->attn.c_attn, N);
+
+    /* 2. Attention: each token gathers from those before it. While a text is written they are not
+     *    in the batch: their keys and values were kept in the cache. */
     if (batch->cache)
         attention_cached(a->att, a->qkv, batch, layer, shape);
     else
         attention_forward(a->att, a->lse, a->qkv, batch, shape);
+
+    /* 3. What was gathered is added to the stream. x itself must stay as it is: the backward pass
+     *    needs it, so the sum is a tensor of its own. */
     module_forward(a->mid, a->att, &h->attn.c_proj, N);
-    residual_add(a->mid, a->x, N * C);
+    residual_add(a->mid, a->x, N, C);
+
+    /* 4. The mlp works on each token by itself, and is added likewise: four times as many numbers
+     *    as the stream has, gelu lets each of them pass or not, and back to C. Two thirds of a
+     *    block's weights are here. */
     layernorm_forward(a->ln_2, a->ln_2_mean, a->ln_2_rstd, a->mid, h->ln_2.weight.w, h->ln_2.bias.w,
                       N, C, model->config.layer_norm_epsilon);
     module_forward(a->fc, a->ln_2, &h->mlp.c_fc, N);
     gelu_forward(a->gelu, a->fc, N, 4 * C);
     module_forward(out, a->gelu, &h->mlp.c_proj, N);
-    residual_add(out, a->mid, N * C);
+    residual_add(out, a->mid, N, C);
 }
 
-/* dx (N,C) holds the derivative of the loss by the block's output and becomes that by its input.
- * What was mid + mlp(ln_2(mid)) sends dx to both summands: dx itself, plus what comes back
- * through the mlp. */
+/* block_backward -- the same block from its end to its start.
+ * in, out  dx (N,C): the derivative of the loss by the block's output becomes that by its input
+ * scratch  dwide (N,4C), dnarrow (N,C)
+ * out = mid + mlp(ln_2(mid)) hands its derivative to both summands. The one through `mid` is dx
+ * itself, which simply stays; what comes back through the mlp is added to it, for
+ * layernorm_backward adds to dx. The same then happens with x and the attention.
+ *                                                                           test: gpt2_gradient */
 static void block_backward(struct GPT2 *model, struct Block *h, const struct BlockActivations *a,
                            const struct Batch *batch, float *dx, float *dwide, float *dnarrow) {
     size_t N = batch->N;
     size_t C = model->config.n_embd;
+
+    /* 1. Back through the mlp: dwide is d gelu, then d fc, and dnarrow is d ln_2. */
     module_backward(dwide, dx, a->gelu, &h->mlp.c_proj, N);
     gelu_backward(dwide, a->fc, N, 4 * C);
     module_backward(dnarrow, dwide, a->ln_2, &h->mlp.c_fc, N);
+
+    /* 2. dx is d out and becomes d mid: its own share stays, the mlp's is added. That is all that
+     *    the sum `out = mid + ...` asks for. */
     layernorm_backward(dx, h->ln_2.weight.d, h->ln_2.bias.d, dnarrow, a->mid, a->ln_2_mean,
                        a->ln_2_rstd, h->ln_2.weight.w, N, C);
+
+    /* 3. Back through the attention: dnarrow is d att, dwide (of which 3C a row are used) is
+     *    d qkv, and dnarrow is d ln_1. */
     module_backward(dnarrow, dx, a->att, &h->attn.c_proj, N);
     attention_backward(dwide, dnarrow, a->att, a->lse, a->qkv, batch,
                        attention_shape(C, model->config.n_head));
     module_backward(dnarrow, dwide, a->ln_1, &h->attn.c_attn, N);
+
+    /* 4. dx is d mid and becomes d x. */
     layernorm_backward(dx, h->ln_1.weight.d, h->ln_1.bias.d, dnarrow, a->x, a->ln_1_mean,
                        a->ln_1_rstd, h->ln_1.weight.w, N, C);
 }
 
-/* gpt2_forward -- hidden states of a batch, activations.ln_f (N,C); in decoding of the new
- * tokens alone. [glossary: Inferência] keep: all activations stay for gpt2_backward; else one
- * block's worth is reused.  test: gpt2_golden, fixtures */
-static struct Activations gpt2_forward(const struct GPT2 *model, struct Arena *arena,
-                                       const struct Batch *batch, bool keep) {
-    const struct GPT2Config *c = &model->config;
+static struct BlockActivations block_activations_new(struct Arena *arena, size_t N, size_t C,
+                                                     size_t NH) {
+    return (struct BlockActivations){
+        /* attention: the normalized x, its mean and deviation, and what attention makes of it;
+         * of the softmax only one number for each row and head */
+        .x = arena_floats(arena, N * C),
+        .ln_1 = arena_floats(arena, N * C),
+        .ln_1_mean = arena_floats(arena, N),
+        .ln_1_rstd = arena_floats(arena, N),
+        .qkv = arena_floats(arena, N * 3 * C),
+        .att = arena_floats(arena, N * C),
+        .lse = arena_floats(arena, N * NH),
+        /* the mlp: gelu's slope depends on what came in, so that stays beside what went out */
+        .mid = arena_floats(arena, N * C),
+        .ln_2 = arena_floats(arena, N * C),
+        .ln_2_mean = arena_floats(arena, N),
+        .ln_2_rstd = arena_floats(arena, N),
+        .fc = arena_floats(arena, N * 4 * C),
+        .gelu = arena_floats(arena, N * 4 * C),
+    };
+}
+
+/* Memory for a forward pass: about 16 N C numbers a block. keep: a backward pass will follow. */
+static struct Activations activations_new(const struct GPT2 *model, struct Arena *arena,
+                                          const struct Batch *batch, bool keep) {
     size_t N = batch->N;
-    size_t C = c->n_embd;
-    size_t L = c->n_layer;
-    CHECK(batch->max_length <= c->n_positions,
-          "a sequence of %zu tokens does not fit the model's %zu positions (n_positions)",
-          batch->max_length, c->n_positions);
+    size_t C = model->config.n_embd;
+    size_t L = model->config.n_layer;
     struct Activations acts = {
         .batch = batch,
         .N = N,
@@ -3705,104 +3843,159 @@ static struct Activations gpt2_forward(const struct GPT2 *model, struct Arena *a
         .ln_f_mean = arena_floats(arena, N),
         .ln_f_rstd = arena_floats(arena, N),
     };
-    for (size_t l = 0; l < L; l++)
-        acts.h[l] = l > 0 && !keep ? acts.h[0]
-                                   : (struct BlockActivations){
-                                         .x = arena_floats(arena, N * C),
-                                         .mid = arena_floats(arena, N * C),
-                                         .ln_1 = arena_floats(arena, N * C),
-                                         .ln_1_mean = arena_floats(arena, N),
-                                         .ln_1_rstd = arena_floats(arena, N),
-                                         .qkv = arena_floats(arena, N * 3 * C),
-                                         .att = arena_floats(arena, N * C),
-                                         .lse = arena_floats(arena, N * c->n_head),
-                                         .ln_2 = arena_floats(arena, N * C),
-                                         .ln_2_mean = arena_floats(arena, N),
-                                         .ln_2_rstd = arena_floats(arena, N),
-                                         .fc = arena_floats(arena, N * 4 * C),
-                                         .gelu = arena_floats(arena, N * 4 * C),
-                                     };
+    /* A backward pass needs what every block computed. Without one, all blocks write over the
+     * memory of the first. Its x is then also where it writes `out`, which does no harm: a block
+     * has read its x for the last time before it writes. */
+    for (size_t l = 0; l < L; l++) {
+        bool own = keep || l == 0;
+        acts.h[l] = own ? block_activations_new(arena, N, C, model->config.n_head) : acts.h[0];
+    }
+    return acts;
+}
+
+/* gpt2_forward -- what the model makes of each token of a batch: its hidden state, (N,C), in
+ * activations.ln_f.                                                [glossary: Inferência]
+ * in   batch: N tokens of B sequences; while a text is written (batch->cache) the new ones alone
+ *      keep: a backward pass will follow, so the activations of all blocks stay
+ * The hidden state of token t depends on the tokens up to t and on none behind it. So one pass
+ * over a text gives the prediction at each of its places at once: reading a text takes far less
+ * time than writing one, where each token needs a pass of its own.  test: gpt2_golden, fixtures */
+static struct Activations gpt2_forward(const struct GPT2 *model, struct Arena *arena,
+                                       const struct Batch *batch, bool keep) {
+    const struct GPT2Config *c = &model->config;
+    size_t N = batch->N;
+    size_t C = c->n_embd;
+    size_t L = c->n_layer;
+    /* wpe has no row for a later position */
+    CHECK(batch->max_length <= c->n_positions,
+          "a sequence of %zu tokens does not fit the model's %zu positions (n_positions)",
+          batch->max_length, c->n_positions);
+    struct Activations acts = activations_new(model, arena, batch, keep);
+
+    /* 1. tokens and positions become vectors: the stream begins */
     embedding_forward(acts.h[0].x, batch, model->wte.w, model->wpe.w, C);
+
+    /* 2. each block adds to it, and writes it to where the next one reads; the last one to where
+     *    the final norm does */
     for (size_t l = 0; l < L; l++)
         block_forward(model, l, &acts.h[l], batch, l + 1 < L ? acts.h[l + 1].x : acts.x);
+
+    /* 3. The stream is now a sum of 2 L + 1 vectors, and large; it is normalized once more before
+     *    heads read it. */
     layernorm_forward(acts.ln_f, acts.ln_f_mean, acts.ln_f_rstd, acts.x, model->ln_f.weight.w,
                       model->ln_f.bias.w, N, C, c->layer_norm_epsilon);
     return acts;
 }
 
-/* gpt2_backward -- adds to the gradient of every weight that is not frozen; dhidden (N,C) = d
- * loss / d acts->ln_f. */
+/* gpt2_backward -- from the hidden states back to the embedding.
+ * in   acts: what gpt2_forward kept; dhidden (N,C): d loss / d acts->ln_f, in which all heads have
+ *      added up what they ask for
+ * out  added to the gradient d of every weight that is not frozen
+ *                                                     test: gpt2_gradient, gpt2_gradient_golden */
 static void gpt2_backward(struct GPT2 *model, struct Arena *arena, const struct Activations *acts,
                           const float *dhidden) {
     const struct Batch *batch = acts->batch;
     size_t N = batch->N;
     size_t C = model->config.n_embd;
+    /* zeros, because layernorm_backward adds to dx */
     float *dx = arena_zeros(arena, N * C, sizeof *dx);
     float *dwide = arena_floats(arena, N * 4 * C);
     float *dnarrow = arena_floats(arena, N * C);
+
+    /* 1. the steps of the forward pass in reverse; dx is the stream's derivative all the way */
     layernorm_backward(dx, model->ln_f.weight.d, model->ln_f.bias.d, dhidden, acts->x,
                        acts->ln_f_mean, acts->ln_f_rstd, model->ln_f.weight.w, N, C);
     for (size_t l = model->config.n_layer; l-- > 0;)
         block_backward(model, &model->h[l], &acts->h[l], batch, dx, dwide, dnarrow);
+
+    /* 2. wte's gradient, the second of two ways: as the embedding. Each token that was read gets
+     *    what arrived at its places. The first way, as the output layer, is
+     *    lm_head_backward_chunk; both add to wte.d. */
     if (model->wte.d)
         embedding_backward(model->wte.d, model->wpe.d, dx, batch, C);
+
+    /* 3. if a number breaks, check_finite looks for the first one here */
     model->trace.acts = *acts;
 }
 
-/* Logits (n,V) = hidden (n,C) wte^T: the output layer. As in linear_forward, a row has the same
- * bits in any company. */
+/* ---- The output layer ----------------------------------------------------------------------- */
+
+/* output_logits -- logits (n,V) = hidden (n,C) wte^T. As in linear_forward, a row of logits has the
+ * same bits however many rows are beside it.                                     test: few_rows */
 static void output_logits(const struct GPT2 *model, float *logits, const float *hidden, size_t n) {
     size_t C = model->config.n_embd;
     size_t V = model->config.vocab_size;
+    /* A token's logit is the dot product of the hidden vector with the token's own vector: the
+     * more they point the same way, the better the token fits. */
     matmul(logits, V, NULL, 0, matrix(hidden, C), transposed(model->wte.w, C), n, V, C);
 }
 
-/* The same while texts are written. Few rows: dot products in 16 lanes, each row of wte read once,
- * where matmul would first have to transpose it (for one row of GPT-2, 2.5 times the time). The
- * lanes add in another order than matmul.                        test: few_rows, generate_company
- */
-static void decode_logits(const struct GPT2 *model, float *logits, const float *hidden, size_t n) {
+/* The logits of tokens v .. v+3, for n <= FEW_ROWS hidden vectors: four rows of wte come from
+ * memory once and serve all n. */
+static void decode_logits_4(const struct GPT2 *model, float *logits, const float *hidden, size_t n,
+                            size_t v) {
     size_t C = model->config.n_embd;
     size_t V = model->config.vocab_size;
+    const float *w = model->wte.w + v * C;
+    for (size_t i = 0; i < n; i++) {
+        /* Meanwhile the four rows behind them are asked for, a part with each hidden vector. For
+         * a single vector wte is read straight through, which the processor foresees by itself. */
+        for (size_t next = i * 4 * C / n; n > 1 && next < (i + 1) * 4 * C / n; next += 16)
+            __builtin_prefetch(w + 4 * C + next);
+        row_dot_4(logits + i * V + v, hidden + i * C, w, C, C, MIN((size_t)4, V - v));
+    }
+}
+
+/* decode_logits -- output_logits while texts are written, when the rows are few.
+ * Then it is reading wte that takes the time. matmul would first transpose it into its panels,
+ * which pays for many rows only: for one row of GPT-2 that takes 2.5 times as long as dot products
+ * that read wte once, as it lies. Their 16 lanes add up in another order than matmul does, so the
+ * last bits of the two differ.                                test: few_rows, generate_company */
+static void decode_logits(const struct GPT2 *model, float *logits, const float *hidden, size_t n) {
+    size_t V = model->config.vocab_size;
+    /* many rows, or ALIGN_KERNEL=plain, where everything runs on matmul's definition */
     if (n > FEW_ROWS || !kernel) {
         output_logits(model, logits, hidden, n);
         return;
     }
-#pragma omp parallel for schedule(static) if (n * V * C > 50000)
+#pragma omp parallel for schedule(static) if (n * V * model->config.n_embd > 50000)
     for (size_t v = 0; v < V; v += 4)
-        for (size_t i = 0; i < n; i++) {
-            const float *w = model->wte.w + v * C;
-            for (size_t next = i * 4 * C / n; n > 1 && next < (i + 1) * 4 * C / n; next += 16)
-                __builtin_prefetch(w + 4 * C + next);
-            row_dot_4(logits + i * V + v, hidden + i * C, w, C, C, MIN((size_t)4, V - v));
-        }
+        decode_logits_4(model, logits, hidden, n, v);
 }
 
-/* The output layer, for chosen rows. logits (R,V) can be the largest array of all (1024 rows of
- * GPT-2 are 206 MB), so rows pass in chunks of LM_HEAD_FLOATS logits; a few numbers a row stay,
- * and of a single chunk the logits too.
- *   logit_v = hidden . wte_v / temperature;  logprob = logit_target - lse
- *   d logprob / d logit_v = [v = target] - p_v */
+/* The output layer for the rows of a batch that predict a target.
+ *
+ * Its logits (R,V) can be the largest array of all: for 1024 rows GPT-2's take 206 MB. So the rows
+ * pass in chunks of at most LM_HEAD_FLOATS logits. Of each row a few numbers stay (struct LMHead);
+ * its logits are overwritten by the next chunk's, and the backward pass makes them again. Where
+ * all rows are one chunk, they are still there. */
 enum { LM_HEAD_FLOATS = 1 << 25 };
 
 struct LMHead {
-    size_t R, chunk; /* rows; rows a chunk */
-    const int *row, *target; /* (R) */
-    float temperature;
-    float *hidden; /* (R,C) gathered */
+    size_t R; /* rows */
+    size_t chunk; /* rows of a chunk */
+    const int *row; /* (R) which token of the batch predicts, */
+    const int *target; /* (R) and which id it should have predicted */
+    float temperature; /* logits are divided by it: the policy is judged as it was sampled */
+    float *hidden; /* (R,C) hidden states of these rows, gathered */
     float *logits; /* (chunk,V) */
-    size_t logits_first; /* first row of the chunk that logits holds; R: none */
-    /* (R) of the target; of the distribution, in nats; log sum e^logit */
-    float *logprob, *entropy, *lse;
-    float *mean_logit, *hit; /* (R) over the vocabulary; 1 if the target is the argmax */
-    struct Activations acts; /* what it stands on */
+    size_t logits_first; /* the first row of the chunk that logits holds; R: none */
+    float *logprob; /* (R) of the target, nats */
+    float *entropy; /* (R) of the distribution over the vocabulary, nats */
+    float *lse; /* (R) log_sum_exp of the logits */
+    float *mean_logit; /* (R) over the vocabulary */
+    float *hit; /* (R) 1 where the target is the argmax, else 0 */
+    struct Activations acts; /* the forward pass that it stands on */
 };
 
+/* The output layer over a finished forward pass; it has computed nothing yet.
+ * in   acts: of gpt2_forward; row, target (R): which tokens of the batch predict, and what */
 static struct LMHead lm_head_new(const struct GPT2 *model, struct Arena *arena,
                                  const struct Activations *acts, const int *row, const int *target,
                                  size_t R, float temperature) {
     size_t C = model->config.n_embd;
     size_t V = model->config.vocab_size;
+    /* at least one row, however large the vocabulary */
     size_t chunk = MIN(R, MAX((size_t)1, (size_t)LM_HEAD_FLOATS / V));
     struct LMHead head = {
         .R = R,
@@ -3820,95 +4013,179 @@ static struct LMHead lm_head_new(const struct GPT2 *model, struct Arena *arena,
         .mean_logit = arena_floats(arena, R),
         .hit = arena_floats(arena, R),
     };
+    /* The rows that predict are scattered over the batch (prompts predict nothing that counts);
+     * side by side they are one matrix. */
     for (size_t r = 0; r < R; r++)
         memcpy(head.hidden + r * C, acts->ln_f + (size_t)row[r] * C, C * sizeof(float));
     return head;
 }
 
-/* Logits of the chunk of rows that starts at `first`; returns how many rows it has. */
+static void scale_row(float *x, float scale, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        x[i] *= scale;
+}
+
+/* Makes the logits of the chunk of rows that starts at `first`, unless head->logits holds them
+ * still; returns how many rows it has. */
 static size_t lm_head_logits(const struct GPT2 *model, struct LMHead *head, size_t first) {
+    size_t V = model->config.vocab_size;
     size_t n = MIN(head->chunk, head->R - first);
     if (head->logits_first == first)
         return n;
     output_logits(model, head->logits, head->hidden + first * model->config.n_embd, n);
-    float scale = 1 / head->temperature;
-#pragma omp parallel for if (scale != 1)
-    for (size_t i = 0; i < (scale == 1 ? 0 : n * model->config.vocab_size); i++)
-        head->logits[i] *= scale;
     head->logits_first = first;
+
+    /* Divided by the temperature, where there is one. A policy that writes at temperature 0.7 draws
+     * its tokens from softmax(logits / 0.7), so that is where their log-probabilities come from. */
+    float scale = 1 / head->temperature;
+    if (scale == 1)
+        return n;
+#pragma omp parallel for
+    for (size_t i = 0; i < n; i++)
+        scale_row(head->logits + i * V, scale, V);
     return n;
 }
 
+/* lm_head_row -- what is kept of one row of logits (V).
+ *   logprob = logit_target - lse          entropy = lse - sum_v p_v logit_v
+ * They are log_sum_exp and entropy_of_logits of chapter 2, from one pass over e^logit: the row is
+ * as long as the vocabulary, and there are many.
+ * By hand: logits (0, ln 3), target 1: p = (0.25, 0.75), lse = ln 4 = 1.3863, logprob ln 0.75 =
+ * -0.2877, entropy ln 4 - 0.75 ln 3 = 0.5623, mean logit 0.5493, a hit.      test: lm_head_hand */
 static void lm_head_row(struct LMHead *head, size_t r, const float *logits, size_t V) {
+    /* 1. e^(logit - largest), and their sum: the denominator of softmax */
     float *e = thread_scratch(SCRATCH_ROW, V);
     float largest = row_max(logits, V);
     float total = row_exp(e, logits, largest, V);
-    float expected = row_dot(e, logits, V) / total; /* sum_v p_v logit_v */
-    head->lse[r] = largest + logf(total);
-    head->logprob[r] = logits[head->target[r]] - head->lse[r];
-    head->entropy[r] = head->lse[r] - expected;
+    float lse = largest + logf(total);
+
+    /* 2. the target's log-probability, and the entropy of the whole distribution */
+    int target = head->target[r];
+    float expected_logit = row_dot(e, logits, V) / total;
+    head->lse[r] = lse;
+    head->logprob[r] = logits[target] - lse;
+    head->entropy[r] = lse - expected_logit;
+
+    /* 3. what is only logged: DPO's mean logit, and whether greedy decoding would have written
+     *    the target. Only if it is as large as the largest must argmax look who comes first. */
     head->mean_logit[r] = row_sum(logits, V) / (float)V;
-    head->hit[r] =
-        logits[head->target[r]] == largest && argmax(logits, V) == (size_t)head->target[r];
+    head->hit[r] = logits[target] == largest && argmax(logits, V) == (size_t)target;
 }
 
-/* Turns a row of logits into d loss / d logits, given g = d loss / d logprob. */
-WIDE static void lm_head_backward_row(float *logits, float lse, int target, float g, size_t V) {
+/* lm_head_backward_row -- a row of logits (V) becomes the derivative of the loss by them.
+ *   logprob = logit_target - log sum_v e^(logit_v)
+ *   d logprob / d logit_v = [v = target] - p_v,     times dlogprob = d loss / d logprob
+ * Raising a token's log-probability raises its logit and lowers all others, each by as much
+ * probability as it has: the changes of a row add up to zero.
+ * By hand: p = (0.25, 0.75), target 1, dlogprob -2 (its log-probability is to rise): 0.5, -0.5.
+ *                                                                            test: lm_head_hand */
+WIDE static void lm_head_backward_row(float *logits, float lse, int target, float dlogprob,
+                                      size_t V) {
+    /* p_v = e^(logit_v - lse): no division, and softmax need not be made again */
     for (size_t v = 0; v < V; v++)
-        logits[v] = -g * exp_fast(logits[v] - lse);
-    logits[target] += g;
+        logits[v] = -dlogprob * exp_fast(logits[v] - lse);
+    /* the one token for which [v = target] is 1 */
+    logits[target] += dlogprob;
 }
 
-/* One chunk after the other, forward and backward or one of them. dlogprob (R): d loss / d
- * logprob of each row, NULL: no backward pass, which adds to dhidden (N,C) and to wte's
- * gradient. */
-static void lm_head_passes(const struct GPT2 *model, struct LMHead *head, bool forward,
-                           const float *dlogprob, float *dhidden, struct Arena *arena) {
+/* One chunk of rows, forward. */
+static void lm_head_forward_chunk(const struct GPT2 *model, struct LMHead *head, size_t first) {
+    size_t V = model->config.vocab_size;
+    size_t n = lm_head_logits(model, head, first);
+    /* rows do not need each other, so any thread may take the next four */
+#pragma omp parallel for schedule(dynamic, 4)
+    for (size_t i = 0; i < n; i++)
+        lm_head_row(head, first + i, head->logits + i * V, V);
+}
+
+/* One chunk of rows, backward. dlogprob (R): d loss / d logprob of each row. Added to: dhidden
+ * (N,C) and wte's gradient. */
+static void lm_head_backward_chunk(struct GPT2 *model, struct LMHead *head, size_t first,
+                                   const float *dlogprob, float *dhidden, struct Arena *arena) {
     size_t V = model->config.vocab_size;
     size_t C = model->config.n_embd;
-    size_t n;
-    for (size_t first = 0; first < head->R; first += n) {
-        n = lm_head_logits(model, head, first);
-#pragma omp parallel for schedule(dynamic, 4) if (forward)
-        for (size_t i = 0; i < (forward ? n : 0); i++)
-            lm_head_row(head, first + i, head->logits + i * V, V);
-        if (!dlogprob)
-            continue;
-        head->logits_first = head->R; /* overwritten now */
+    size_t n = lm_head_logits(model, head, first);
+
+    /* 1. Logits become their derivatives in place; from now on head holds no logits. The model's
+     *    own logit was divided by the temperature, hence its derivative is too. */
+    head->logits_first = head->R;
 #pragma omp parallel for schedule(dynamic, 4)
-        for (size_t i = 0; i < n; i++)
-            lm_head_backward_row(head->logits + i * V, head->lse[first + i],
-                                 head->target[first + i], dlogprob[first + i] / head->temperature,
-                                 V);
-        float *drows = arena_floats(arena, n * C);
-        matmul(drows, C, NULL, 0, matrix(head->logits, V), matrix(model->wte.w, C), n, C, V);
-        if (model->wte.d)
-            matmul(model->wte.d, C, model->wte.d, C, transposed(head->logits, V),
-                   matrix(head->hidden + first * C, C), V, C, n);
-        for (size_t i = 0; i < n; i++)
-            for (size_t c = 0; c < C; c++)
-                dhidden[(size_t)head->row[first + i] * C + c] += drows[i * C + c];
+    for (size_t i = 0; i < n; i++)
+        lm_head_backward_row(head->logits + i * V, head->lse[first + i], head->target[first + i],
+                             dlogprob[first + i] / head->temperature, V);
+
+    /* 2. d hidden = d logits wte: this is what goes on through the model. */
+    float *drows = arena_floats(arena, n * C);
+    matmul(drows, C, NULL, 0, matrix(head->logits, V), matrix(model->wte.w, C), n, C, V);
+
+    /* 3. wte's gradient, the first of two ways: as the output layer, d wte += d logits^T hidden.
+     *    Every token of the vocabulary gets some, for each had a logit. The second way, as the
+     *    embedding of the tokens that were read, comes at the end of gpt2_backward. */
+    if (model->wte.d)
+        matmul(model->wte.d, C, model->wte.d, C, transposed(head->logits, V),
+               matrix(head->hidden + first * C, C), V, C, n);
+
+    /* 4. back to where the rows stand in the batch; added, since another head may have written
+     *    there */
+    for (size_t i = 0; i < n; i++)
+        residual_add_row(dhidden + (size_t)head->row[first + i] * C, drows + i * C, C);
+}
+
+/* lm_head_forward -- the log-probability of each row's target, and the other numbers of struct
+ * LMHead. It stands apart from the backward pass for losses that must know all log-probabilities
+ * before they know a gradient: DPO compares two whole answers, and PPO skips a mini-batch whose
+ * mean ratio is too large.                                                   test: gpt2_golden */
+static void lm_head_forward(const struct GPT2 *model, struct LMHead *head) {
+    for (size_t first = 0; first < head->R; first += head->chunk)
+        lm_head_forward_chunk(model, head, first);
+}
+
+/* lm_head_backward -- after lm_head_forward: from d loss / d logprob, dlogprob (R), to the hidden
+ * states, dhidden (N,C), and to wte's gradient; both are added to.
+ *                           test: gpt2_gradient, gpt2_chunks; gdb: break lm_head_backward */
+static void lm_head_backward(struct GPT2 *model, struct LMHead *head, const float *dlogprob,
+                             float *dhidden, struct Arena *arena) {
+    for (size_t first = 0; first < head->R; first += head->chunk)
+        lm_head_backward_chunk(model, head, first, dlogprob, dhidden, arena);
+}
+
+/* lm_head_cross_entropy -- forward and backward at once, for the loss of a language model.
+ *                                                              [glossary: Função de perda]
+ *   loss = -weight sum_r logprob_r          d loss / d logprob_r = -weight
+ * in   weight: 1 / (how many targets there are) for their mean
+ * out  head: as after lm_head_forward; dhidden (N,C) and wte's gradient, added to
+ *                                                       test: gpt2_chunks, gpt2_gradient_golden */
+static void lm_head_cross_entropy(struct GPT2 *model, struct LMHead *head, float weight,
+                                  float *dhidden, struct Arena *arena) {
+    /* 1. The slope is the same for every row: it is known before any log-probability is. */
+    float *dlogprob = arena_floats(arena, head->R);
+    for (size_t r = 0; r < head->R; r++)
+        dlogprob[r] = -weight;
+
+    /* 2. So a chunk goes forward and back at once, while its logits are there. Two passes over all
+     *    rows would make all logits twice, and no other product of the model is as large. */
+    for (size_t first = 0; first < head->R; first += head->chunk) {
+        lm_head_forward_chunk(model, head, first);
+        lm_head_backward_chunk(model, head, first, dlogprob, dhidden, arena);
     }
 }
 
-/* One pass alone, for losses that need all log-probabilities before they know a gradient (DPO,
- * PPO). */
-static void lm_head_forward(const struct GPT2 *model, struct LMHead *head) {
-    lm_head_passes(model, head, true, NULL, NULL, NULL);
-}
-
-static void lm_head_backward(struct GPT2 *model, struct LMHead *head, const float *dlogprob,
-                             float *dhidden, struct Arena *arena) {
-    lm_head_passes(model, head, false, dlogprob, dhidden, arena);
-}
-
-/* A batch judged by a model that is not trained on it: the log-probability of each target. */
+/* batch_logprobs -- one forward pass: what does this model say to each target of the batch?
+ * PPO, REINFORCE and DPO all begin here, once with the model that is trained and once with the
+ * frozen reference.
+ * in   keep: the model is being trained on this batch, so its activations stay for the backward
+ *      pass; false: it only judges */
 static struct LMHead batch_logprobs(const struct GPT2 *model, struct Arena *arena,
                                     const struct Batch *batch, double temperature, bool keep) {
+    /* 1. all tokens through the blocks, then those that predict through the output layer */
     struct Activations acts = gpt2_forward(model, arena, batch, keep);
     struct LMHead head =
         lm_head_new(model, arena, &acts, batch->row, batch->target, batch->R, (float)temperature);
     lm_head_forward(model, &head);
+
+    /* 2. A model that only judges gets no loss in which NaN would be noticed, so its numbers are
+     *    looked at here; where it is trained, check_finite looks at the loss that is made of
+     *    them. Only a model that is being trained has a task. */
     if (!keep)
         check_numbers(model, arena, batch,
                       model->trace.task ? "a log-probability"
@@ -3917,17 +4194,10 @@ static struct LMHead batch_logprobs(const struct GPT2 *model, struct Arena *aren
     return head;
 }
 
-/* Both at once for the cross-entropy, -logprob of each target times `weight`.  [glossary: Função
- * de perda] */
-static void lm_head_cross_entropy(struct GPT2 *model, struct LMHead *head, float weight,
-                                  float *dhidden, struct Arena *arena) {
-    float *dlogprob = arena_floats(arena, head->R);
-    for (size_t r = 0; r < head->R; r++)
-        dlogprob[r] = -weight;
-    lm_head_passes(model, head, true, dlogprob, dhidden, arena);
-}
-
-/* Log-probabilities of n completions under a model: summed over the target rows of each. */
+/* sum_target_logps -- log pi(y_i) of each whole answer, from those of its tokens.
+ * in   token_logprobs (R), those of answer b from batch->target_start[b] on     out  logps (n)
+ * By hand: tokens -1, -2, -3; the first answer has one, the second two: -1, -5.
+ *                                                                            test: lm_head_hand */
 static void sum_target_logps(const struct Batch *batch, size_t n, const float *token_logprobs,
                              double *logps) {
     for (size_t b = 0; b < n; b++)
@@ -3935,47 +4205,65 @@ static void sum_target_logps(const struct Batch *batch, size_t n, const float *t
                                     batch->target_start[b + 1] - batch->target_start[b]);
 }
 
-/* The way back: dlogps (n), d loss / d log pi(y_i), times weight, to each token of y_i and on
- * into the gradients. */
+/* target_logps_backward -- sum_target_logps backward, and on through the whole model.
+ * in   dlogps (n): d loss / d log pi(y_i); weight: the batch's share in the step's loss
+ * log pi(y_i) is the sum over the tokens of y_i, so each of them gets the same derivative. */
 static void target_logps_backward(struct GPT2 *model, struct Arena *arena,
                                   const struct Batch *batch, struct LMHead *head, size_t n,
                                   const double *dlogps, double weight) {
+    /* 1. to the tokens of each answer */
     float *dlogprob = arena_floats(arena, batch->R);
-    float *dhidden = arena_zeros(arena, batch->N * model->config.n_embd, sizeof *dhidden);
     for (size_t i = 0; i < n; i++)
         for (size_t r = batch->target_start[i]; r < batch->target_start[i + 1]; r++)
             dlogprob[r] = (float)(dlogps[i] * weight);
+
+    /* 2. to the hidden states: zero at all rows that predict no target */
+    float *dhidden = arena_zeros(arena, batch->N * model->config.n_embd, sizeof *dhidden);
     lm_head_backward(model, head, dlogprob, dhidden, arena);
+
+    /* 3. through the blocks, into every gradient */
     gpt2_backward(model, arena, &head->acts, dhidden);
 }
 
-/* score.weight (1,C), no bias: GPT2ForSequenceClassification with one label. */
+/* ---- Heads that give one number ------------------------------------------------------------- */
+
+/* The reward head, where the model has none yet: score.weight (1,C), as
+ * GPT2ForSequenceClassification with one label has it. */
 static struct Tensor *reward_head_declare(struct GPT2 *model) {
+    /* no bias: it would add the same to all rewards, and only their differences count */
     if (!model->score.n)
         tensor_declare(model, &model->score, "score.weight", 1, model->config.n_embd);
     return &model->score;
 }
 
-/* v_head.summary (1,C) and bias, as in TRL.  [glossary: AutoModelForCausalLMWithValueHead] */
+/* The value head, where the model has none yet: v_head.summary.weight (1,C) and a bias, in TRL's
+ * names.                                  [glossary: AutoModelForCausalLMWithValueHead] */
 static struct Linear *value_head_declare(struct GPT2 *model) {
     if (model->v_head.weight.n)
         return &model->v_head;
+    /* with a bias: a value is an estimate of the return itself, not of a difference */
     tensor_declare(model, &model->v_head.weight, "v_head.summary.weight", 1, model->config.n_embd);
     tensor_declare(model, &model->v_head.bias, "v_head.summary.bias", 1, 0);
     return &model->v_head;
 }
 
-/* A value head for a model without one, as torch starts a Linear. */
+/* A new value head, as torch starts a Linear, for a model that brought none along. */
 static void value_head_init(struct GPT2 *model, uint64_t seed) {
+    /* one that was trained already stays */
     if (model->v_head.weight.n)
         return;
     struct Rng rng = rng_seed(seed, STREAM_INIT);
     struct Linear *head = value_head_declare(model);
+    /* the same bound for both, by the number of inputs: torch has it so */
     tensor_uniform(&head->weight, &rng, model->config.n_embd);
     tensor_uniform(&head->bias, &rng, model->config.n_embd);
 }
 
-/* scalar_head: out_r = hidden[row_r] . weight (+ bias), R rows of hidden (N,C). */
+/* scalar_head_forward -- one number for each of R rows: the reward head and the value head.
+ *   out_r = hidden[row_r] . weight + bias
+ * in   hidden (N,C); row (R): which of its rows are read; weight (1,C); bias (1), NULL: none
+ * out  out (R)
+ * By hand: hidden (2, 3), weight (0.5, -1), bias 4: 1 - 3 + 4 = 2.   test: reward_head_gradient */
 static void scalar_head_forward(float *out, const float *hidden, const int *row, size_t R,
                                 const struct Tensor *weight, const struct Tensor *bias) {
     size_t C = weight->n;
@@ -3983,32 +4271,56 @@ static void scalar_head_forward(float *out, const float *hidden, const int *row,
         out[r] = row_dot(hidden + (size_t)row[r] * C, weight->w, C) + (bias ? bias->w[0] : 0);
 }
 
-/* dhidden[row_r] += dout_r weight;  dweight += sum_r dout_r hidden[row_r];  dbias += sum_r dout_r.
- */
+/* One row of scalar_head_backward: dhidden (C) and the weight's gradient are added to. */
+static void scalar_head_backward_row(float *dhidden, float dout, const float *hidden,
+                                     struct Tensor *weight) {
+    /* out = sum_c hidden_c weight_c: each factor's slope is the other factor. dhidden is added to,
+     * for the output layer and another head may ask something of the same hidden state. */
+    for (size_t c = 0; c < weight->n; c++)
+        dhidden[c] += dout * weight->w[c];
+    /* a frozen head learns nothing, but has passed the derivative on */
+    if (!weight->d)
+        return;
+    for (size_t c = 0; c < weight->n; c++)
+        weight->d[c] += dout * hidden[c];
+}
+
+/* scalar_head_backward -- dout (R), the derivative of the loss by each number, back to the hidden
+ * states and the head's weights; all are added to.
+ *   dhidden[row_r] += dout_r weight;  dweight += sum_r dout_r hidden[row_r];  dbias += sum_r dout_r
+ * By hand: as above with dout 2: dhidden (1, -2), dweight (4, 6), dbias 2.
+ *                                                                    test: reward_head_gradient */
 static void scalar_head_backward(float *dhidden, const float *dout, const float *hidden,
                                  const int *row, size_t R, struct Tensor *weight,
                                  struct Tensor *bias) {
     size_t C = weight->n;
     for (size_t r = 0; r < R; r++) {
-        for (size_t c = 0; c < C; c++) {
-            dhidden[(size_t)row[r] * C + c] += dout[r] * weight->w[c];
-            if (weight->d)
-                weight->d[c] += dout[r] * hidden[(size_t)row[r] * C + c];
-        }
+        /* a row that is read twice gets both derivatives: they are added one after the other */
+        size_t at = (size_t)row[r] * C;
+        scalar_head_backward_row(dhidden + at, dout[r], hidden + at, weight);
         if (bias && bias->d)
             bias->d[0] += dout[r];
     }
 }
 
-/* Where a text's reward is read: its last token that is not padding, which for GPT-2 is the end
- * token. */
+/* The last token of text b that is not padding, as a row of the batch. */
+static size_t reward_row(const struct Batch *batch, size_t b, int pad_token_id) {
+    size_t last = batch->start[b + 1] - 1;
+    /* GPT-2 pads with its end token, so an end token behind the text is passed over as well. A
+     * text of nothing but padding is read at its first token. */
+    while (last > batch->start[b] && batch->ids[last] == pad_token_id)
+        last--;
+    return last;
+}
+
+/* reward_rows -- where the reward of each of B texts is read, row (B).
+ * Attention looks back only: the last token is the one place whose hidden state has seen all of
+ * the text. Padding behind it is not part of the text, and must not change its reward.
+ * By hand: 60 pads: of the texts (1, 2, 60, 60) and (60, 3) the rows 1 and 5 are read.
+ *                                                                             test: reward_rows */
 static void reward_rows(const struct Batch *batch, int pad_token_id, int *row) {
-    for (size_t b = 0; b < batch->B; b++) {
-        size_t last = batch->start[b + 1] - 1;
-        while (last > batch->start[b] && batch->ids[last] == pad_token_id)
-            last--;
-        row[b] = (int)last;
-    }
+    for (size_t b = 0; b < batch->B; b++)
+        row[b] = (int)reward_row(batch, b, pad_token_id);
 }
 
 /* =============================================================================================
@@ -4020,31 +4332,44 @@ static void reward_rows(const struct Batch *batch, int pad_token_id, int *row) {
  *     y = x W + bias + scale (x A^T) B^T        A (r,in), B (out,r), scale = lora_alpha / r
  *
  * Gradients and AdamW's moments then exist for r (in + out) numbers instead of in * out: GPT-2
- * with r = 16 on c_attn trains 589,824 numbers beside 124 million. B starts at zero, so training
- * starts from the unchanged model; and the model without its adapter is the reference of PPO and
- * DPO, so no second copy is needed. At the end W + scale A^T B^T is a matrix again (`align
- * merge`).
+ * with r = 16 on c_attn trains 12 * 16 * (768 + 2304) = 589,824 numbers beside 124 million. B
+ * starts at zero, so training starts from the unchanged model; and the model without its adapter is
+ * the reference of PPO and DPO, so no second copy is needed. At the end W + scale A^T B^T is a
+ * matrix again (`align merge`).
  *
  * What enters: a frozen model. What leaves: an adapter, in PEFT's names.
  * ============================================================================================= */
 
-/* lora_forward -- adds the adapter's share to y (N,out), x (N,in):  u = scale x A^T (N,r);  y +=
- * u B^T. By hand: x = (1, 2), A = (3, 4), B = (5), alpha 2, r 1: u = 22, y grows by 110.  test:
- * lora_hand */
+/* lora_forward -- adds the adapter's share to what the frozen layer computed [21, Eq. 3].
+ *                                              [glossary: Adaptação de baixo rank (LoRA)]
+ *   u = scale x A^T          y += u B^T
+ * in   x (N,in); linear: A (r,in), B (out,r)          in, out  y (N,out)
+ * By hand: x = (1, 2), A = (3, 4), B = (5), scale 2: u = 2 (3 + 8) = 22, y grows by 22 * 5 = 110.
+ *                                                       test: lora_hand; gdb: break lora_forward */
 static void lora_forward(float *y, const float *x, const struct Linear *linear, size_t N) {
     size_t r = linear->lora_A.shape[0];
     size_t in = linear->lora_A.shape[1];
     size_t out = linear->lora_B.shape[0];
+
+    /* 1. Down to r numbers a row. The order of the products is the point: multiplied with each
+     *    other first, A^T B^T would be as large as W, and so would the work. The scale is applied
+     *    here, where the numbers are fewest. */
     float *u = thread_scratch(SCRATCH_ROW, N * r);
     matmul(u, r, NULL, 0, matrix(x, in), transposed(linear->lora_A.w, in), N, r, in);
     for (size_t i = 0; i < N * r; i++)
         u[i] *= linear->lora_scale;
+
+    /* 2. and up again, on top of what W gave */
     matmul(y, out, y, out, matrix(u, r), transposed(linear->lora_B.w, r), N, out, r);
 }
 
-/* u is made again: it is r numbers a row. With g = scale dy B (N,r), what comes back through B:
- *   dB += dy^T u;   dA += g^T x;   dx += g A                                   test: lora_gradient
- */
+/* lora_backward -- the same backward. y = ... + u B^T, u = scale x A^T; with g = scale dy B (N,r),
+ * what comes back through B:
+ *   dB += dy^T u          dA += g^T x          dx += g A
+ * in   dy (N,out), x (N,in)     added to: dx (N,in), in which the frozen layer's share stands
+ *      already, and the gradients of A and B
+ * By hand: as above with dy = 1: g = 2 * 5 = 10, dB = 22, dA = (10, 20), dx grows by (30, 40).
+ *                                                               test: lora_hand, lora_gradient */
 static void lora_backward(float *dx, const float *dy, const float *x, struct Linear *linear,
                           size_t N) {
     struct Tensor *A = &linear->lora_A;
@@ -4052,77 +4377,122 @@ static void lora_backward(float *dx, const float *dy, const float *x, struct Lin
     size_t r = A->shape[0];
     size_t in = A->shape[1];
     size_t out = B->shape[0];
+
+    /* 1. u is made again instead of being kept, for it is only r numbers a row; g stands behind
+     *    it, so one loop scales both */
     float *u = thread_scratch(SCRATCH_ROW, 2 * N * r);
     float *g = u + N * r;
     matmul(u, r, NULL, 0, matrix(x, in), transposed(A->w, in), N, r, in);
     matmul(g, r, NULL, 0, matrix(dy, out), matrix(B->w, r), N, r, out);
     for (size_t i = 0; i < 2 * N * r; i++)
         u[i] *= linear->lora_scale;
+
+    /* 2. The adapter's own gradients. At the start B is zero, hence g too, and only B learns; from
+     *    the second step on both do. Had A started at zero as well, u and g would be zero for
+     *    ever, and nothing would be learnt. */
     matmul(B->d, r, B->d, r, transposed(dy, out), matrix(u, r), out, r, N);
     matmul(A->d, in, A->d, in, transposed(g, r), matrix(x, in), r, in, N);
+
+    /* 3. and what goes on to the layer before; added, since x entered W and A both */
     matmul(dx, in, dx, in, matrix(g, r), matrix(A->w, in), N, in, r);
 }
 
-/* One of a list of names, separated by spaces or commas; returns its length, 0 at the end. */
+/* ---- Which layers have an adapter ----------------------------------------------------------- */
+
+/* Walks through a list of names, separated by spaces or commas: moves *list to the next name and
+ * returns its length, 0 at the end. The caller moves past the name. */
 static size_t next_name(const char **list) {
     *list += strspn(*list, " ,");
     return strcspn(*list, " ,");
 }
 
-/* PEFT's rule: a target takes each module whose dotted name is the target or ends in "." and the
- * target. By hand: "c_proj" takes h.0.attn.c_proj and h.0.mlp.c_proj, "mlp.c_proj" the second,
- * "proj" none.  test: lora_targets */
-static bool lora_is_target(const char *module, const char *targets) {
+/* Does the dotted name `module` end in the first n characters of `target`, and do they begin
+ * where a part of the name begins? */
+static bool target_takes(const char *target, size_t n, const char *module) {
+    /* its end is compared, so that a target can be as short as "c_proj" */
     size_t length = strlen(module);
+    if (n > length || strncmp(module + length - n, target, n) != 0)
+        return false;
+    /* and begins a part of it: "proj" does not take h.0.mlp.c_proj, for a "c_" stands before it */
+    return n == length || module[length - n - 1] == '.';
+}
+
+/* lora_is_target -- does one of the targets take this module? PEFT's rule: a target takes each
+ * module whose dotted name is the target or ends in "." and the target.
+ * By hand: "c_proj" takes h.0.attn.c_proj and h.0.mlp.c_proj; "mlp.c_proj" the second alone;
+ * "proj" none.                                                              test: lora_targets */
+static bool lora_is_target(const char *module, const char *targets) {
+    /* one target is enough */
     for (size_t n; (n = next_name(&targets)) > 0; targets += n)
-        if (n <= length && strncmp(module + length - n, targets, n) == 0
-            && (n == length || module[length - n - 1] == '.'))
+        if (target_takes(targets, n, module))
             return true;
     return false;
 }
 
-/* The linear layers that an adapter can be put to, 4 n_layer of them. */
+/* The i-th linear layer that can have an adapter, i < 4 n_layer: all of them but the output
+ * layer, which is the embedding too. */
 static struct Linear *adaptable(const struct GPT2 *model, size_t i) {
+    /* four in each block, in the order of a checkpoint */
     struct Block *h = &model->h[i / 4];
     struct Linear *const four[] = {&h->attn.c_attn, &h->attn.c_proj, &h->mlp.c_fc, &h->mlp.c_proj};
     return four[i % 4];
 }
 
-/* "h.0.attn.c_attn.weight" -> "transformer.h.0.attn.c_attn": the module's name in transformers. */
+/* The layer's name as transformers has it: of a weight "h.0.attn.c_attn.weight" it is
+ * "transformer.h.0.attn.c_attn". */
 static const char *module_name(struct Arena *arena, const struct Linear *linear) {
     return arena_printf(arena, "transformer.%.*s",
                         (int)(strlen(linear->weight.name) - strlen(".weight")),
                         linear->weight.name);
 }
 
-/* Puts an adapter of zeros to a layer. rslora divides by sqrt(r): so the gradient keeps its size
- * at any r [22]. */
-static void lora_declare(struct GPT2 *model, struct Linear *linear) {
-    const struct Adapter *adapter = &model->adapter;
-    const char *name = module_name(&model->arena, linear) + strlen("transformer.");
-    tensor_declare(model, &linear->lora_A, arena_printf(&model->arena, "%s.lora_A.weight", name),
-                   adapter->r, linear->weight.shape[0]);
-    tensor_declare(model, &linear->lora_B, arena_printf(&model->arena, "%s.lora_B.weight", name),
-                   linear->weight.shape[1], adapter->r);
-    linear->lora_scale =
-        (float)(adapter->lora_alpha
-                / (adapter->use_rslora ? sqrt((double)adapter->r) : (double)adapter->r));
+/* ---- Adding, merging and taking away an adapter --------------------------------------------- */
+
+/* adapter_scale -- by how much the adapter's share is multiplied.
+ *   lora_alpha / r [21, Section 4.1]          with rslora: lora_alpha / sqrt(r) [22]
+ * By hand: alpha 16, r 64: 16 / 64 = 0.25; with rslora 16 / 8 = 2.            test: lora_start */
+static float adapter_scale(const struct Adapter *adapter) {
+    /* It is there so that one learning rate does for every rank. But A^T B^T is a sum of r products
+     * whose signs differ, so it grows with sqrt(r), not with r: divided by r, an adapter of a large
+     * rank learns more slowly. rslora divides by sqrt(r) instead. */
+    double r = (double)adapter->r;
+    return (float)(adapter->lora_alpha / (adapter->use_rslora ? sqrt(r) : r));
 }
 
-/* adapter_new -- as PEFT: A as torch starts a Linear, B zero.  test: lora_start */
+/* Gives a layer an adapter, A and B zero, of the rank and scale that model->adapter says. */
+static void lora_declare(struct GPT2 *model, struct Linear *linear) {
+    struct Arena *arena = &model->arena;
+    size_t r = model->adapter.r;
+    size_t in = linear->weight.shape[0];
+    size_t out = linear->weight.shape[1];
+    /* tensors of a model are named without "transformer.", which a checkpoint may lack */
+    const char *name = module_name(arena, linear) + strlen("transformer.");
+    tensor_declare(model, &linear->lora_A, arena_printf(arena, "%s.lora_A.weight", name), r, in);
+    tensor_declare(model, &linear->lora_B, arena_printf(arena, "%s.lora_B.weight", name), out, r);
+    linear->lora_scale = adapter_scale(&model->adapter);
+}
+
+/* adapter_new -- a fresh adapter on every layer that target_modules takes.
+ * As in PEFT, A starts as torch starts a Linear, and B at zero.                test: lora_start */
 static void adapter_new(struct GPT2 *model, struct Adapter adapter, uint64_t seed) {
+    /* heads draw from STREAM_INIT itself: with the same numbers A would repeat their weights */
     struct Rng rng = rng_seed(seed, STREAM_INIT + 200);
     if (strcmp(adapter.target_modules, "all-linear") == 0)
         adapter.target_modules = "c_attn c_fc c_proj";
     model->adapter = adapter;
     size_t before = model->tensor_count;
+
+    /* The frozen layers stay as they are; each that a target takes gets its A and B beside it. */
     for (size_t i = 0; i < 4 * model->config.n_layer; i++) {
         struct Linear *linear = adaptable(model, i);
         if (!lora_is_target(module_name(&model->arena, linear), adapter.target_modules))
             continue;
         lora_declare(model, linear);
+        /* A random, B zero: their product is zero, so the model is its base to the bit; yet B has
+         * a gradient at once, since x A^T is not zero */
         tensor_uniform(&linear->lora_A, &rng, linear->weight.shape[0]);
     }
+    /* a name that takes nothing is a typing error: the training would change nothing */
     CHECK(model->tensor_count > before,
           "--lora_target_modules \"%s\": no linear layer of the model has such a name; there are "
           "c_attn, c_proj and c_fc "
@@ -4130,24 +4500,44 @@ static void adapter_new(struct GPT2 *model, struct Adapter adapter, uint64_t see
           adapter.target_modules);
 }
 
-/* adapter_merge -- W += scale A^T B^T: the adapter folded into its base, the same model up to
- * rounding. test: lora_merge */
+/* From now on the layer computes what it did before it had an adapter. */
+static void lora_remove(struct Linear *linear) {
+    /* module_forward asks for this n; the memory itself belongs to the model's arena */
+    linear->lora_A.n = 0;
+    linear->lora_B.n = 0;
+}
+
+/* lora_merge -- the adapter of one layer folded into its weight, and gone.
+ *   W += A^T (scale B)^T,     for x W + (x A^T) (scale B)^T = x (W + A^T (scale B)^T)
+ * By hand: W = (1, 1), A = (3, 4), B = (5), scale 2: W = (1 + 30, 1 + 40); x = (1, 2) gives
+ * 31 + 82 = 113, as before: 3 + 110.                                 test: lora_hand, lora_merge */
+static void lora_merge(struct Linear *linear) {
+    struct Tensor *W = &linear->weight;
+    struct Tensor *A = &linear->lora_A;
+    struct Tensor *B = &linear->lora_B;
+    if (!A->n)
+        return;
+    size_t in = W->shape[0];
+    size_t out = W->shape[1];
+    size_t r = A->shape[0];
+
+    /* 1. the scale goes into B, which is not needed any more */
+    for (size_t k = 0; k < B->n; k++)
+        B->w[k] *= linear->lora_scale;
+
+    /* 2. A^T (in,r) times B^T (r,out) has W's shape, and is added to it */
+    matmul(W->w, out, W->w, out, transposed(A->w, in), transposed(B->w, r), in, out, r);
+    lora_remove(linear);
+}
+
+/* adapter_merge -- the whole adapter folded into its base: the same model up to rounding, as fast
+ * as one without an adapter, and a checkpoint that any program reads.          test: lora_merge */
 static void adapter_merge(struct GPT2 *model) {
+    for (size_t i = 0; i < 4 * model->config.n_layer; i++)
+        lora_merge(adaptable(model, i));
+
+    /* A and B, now empty, leave the list of tensors: they must not be saved */
     size_t kept = 0;
-    for (size_t i = 0; i < 4 * model->config.n_layer; i++) {
-        struct Linear *linear = adaptable(model, i);
-        struct Tensor *W = &linear->weight;
-        struct Tensor *A = &linear->lora_A;
-        struct Tensor *B = &linear->lora_B;
-        size_t in = W->shape[0];
-        size_t out = W->shape[1];
-        size_t r = model->adapter.r;
-        for (size_t k = 0; k < B->n; k++)
-            B->w[k] *= linear->lora_scale;
-        if (A->n)
-            matmul(W->w, out, W->w, out, transposed(A->w, in), transposed(B->w, r), in, out, r);
-        A->n = B->n = 0;
-    }
     for (size_t i = 0; i < model->tensor_count; i++)
         if (model->tensors[i]->n)
             model->tensors[kept++] = model->tensors[i];
@@ -4155,27 +4545,44 @@ static void adapter_merge(struct GPT2 *model) {
     model->adapter.r = 0;
 }
 
-/* adapter_reference -- the start model, to measure the trained one against: the same tensors,
- * without adapters, or, to go on with an adapter (`frozen`), with a copy of it (TRL 1.16).
- * [glossary: Modelo de referência]  test: lora_reference */
+/* From here on the layer has numbers of its own in A and B, which training the other model does
+ * not reach. */
+static void lora_own_copy(struct Arena *arena, struct Linear *linear) {
+    struct Tensor *A = &linear->lora_A;
+    struct Tensor *B = &linear->lora_B;
+    if (!A->n)
+        return;
+    A->w = memcpy(arena_floats(arena, A->n), A->w, A->n * sizeof(float));
+    B->w = memcpy(arena_floats(arena, B->n), B->w, B->n * sizeof(float));
+}
+
+/* adapter_reference -- the model as it was before training, to measure the trained one against.
+ *                                                          [glossary: Modelo de referência]
+ * Only the adapter and a head are trained, so all other tensors are shared with the model: GPT-2's
+ * reference does not cost another 500 MB.
+ * in   frozen: false: the adapter is new, so the start was the model without it; true: an adapter
+ *      is trained further, so the start is a copy of it as it is now (TRL 1.16)
+ *                                                                          test: lora_reference */
 static struct GPT2 *adapter_reference(const struct GPT2 *model, bool frozen) {
+    size_t L = model->config.n_layer;
     struct GPT2 *ref = malloc(sizeof *ref);
     CHECK(ref, "out of memory");
+
+    /* 1. the same tensors, in a struct that owns none of them: it is never trained or saved */
     *ref = *model;
     ref->arena = (struct Arena){0};
-    ref->tensor_count = 0; /* it owns nothing that could be trained or saved */
-    ref->h = memcpy(arena_alloc(&ref->arena, model->config.n_layer, sizeof *ref->h), model->h,
-                    model->config.n_layer * sizeof *ref->h);
-    for (size_t i = 0; i < 4 * model->config.n_layer; i++) {
+    ref->tensor_count = 0;
+
+    /* 2. the blocks' structs are copied too, since what they say of A and B is about to change */
+    struct Block *blocks = arena_alloc(&ref->arena, L, sizeof *blocks);
+    ref->h = memcpy(blocks, model->h, L * sizeof *blocks);
+    for (size_t i = 0; i < 4 * L; i++) {
         struct Linear *linear = adaptable(ref, i);
-        struct Tensor *pair[] = {&linear->lora_A, &linear->lora_B};
-        for (int k = 0; k < 2; k++) {
-            if (!frozen)
-                pair[k]->n = 0;
-            if (pair[k]->n)
-                pair[k]->w = memcpy(arena_floats(&ref->arena, pair[k]->n), pair[k]->w,
-                                    pair[k]->n * sizeof(float));
-        }
+        /* an adapter that is trained further was part of the start; a new one was not */
+        if (frozen)
+            lora_own_copy(&ref->arena, linear);
+        else
+            lora_remove(linear);
     }
     return ref;
 }

@@ -2617,6 +2617,30 @@ static void test_gpt2_golden(void) {
     gpt2_free(model);
 }
 
+/* One row by hand: logits (0, ln 3), so p = (1/4, 3/4), target 1; and the sums of whole answers. */
+static void test_lm_head_hand(void) {
+    float numbers[5];
+    struct LMHead head = {
+        .target = (int[]){1},
+        .lse = numbers,
+        .logprob = numbers + 1,
+        .entropy = numbers + 2,
+        .mean_logit = numbers + 3,
+        .hit = numbers + 4,
+    };
+    float logits[] = {0, logf(3)};
+    lm_head_row(&head, 0, logits, 2);
+    expect_floats("log-sum-exp, log-probability, entropy, mean logit, hit", numbers,
+                  (double[]){1.3863, -0.2877, 0.5623, 0.5493, 1}, 5, 5e-5);
+    lm_head_backward_row(logits, head.lse[0], 1, -2, 2);
+    expect_floats("derivatives by the logits", logits, (double[]){0.5, -0.5}, 2, 1e-6);
+    struct Batch batch = {.target_start = (size_t[]){0, 1, 3}};
+    double logps[2];
+    sum_target_logps(&batch, 2, (float[]){-1, -2, -3}, logps);
+    expect_close("an answer of one token", logps[0], -1, 0);
+    expect_close("an answer of two", logps[1], -5, 0);
+}
+
 /* Norm and ends of every tensor's gradient against torch's. */
 static void test_gpt2_gradient_golden(void) {
     struct GPT2 *model = golden_model();
@@ -3330,9 +3354,30 @@ static double head_loss(void *context) {
     return dot_product(c->out, c->dout, 4);
 }
 
-/* Central differences; a row that is read twice gets both gradients. A new value head is
- * U(-1/sqrt(C), 1/sqrt(C)). */
+/* By hand: hidden (2, 3), weight (0.5, -1), bias 4, dout 2. */
+static void expect_head_by_hand(void) {
+    float hidden[] = {2, 3};
+    float weight[] = {0.5f, -1};
+    float bias = 4;
+    float out = 0;
+    float dhidden[2] = {0};
+    float dweight[2] = {0};
+    float dbias = 0;
+    struct Tensor w = {.n = 2, .w = weight, .d = dweight};
+    struct Tensor b = {.n = 1, .w = &bias, .d = &dbias};
+    int row = 0;
+    scalar_head_forward(&out, hidden, &row, 1, &w, &b);
+    expect_close("1 - 3 + 4", out, 2, 0);
+    scalar_head_backward(dhidden, (float[]){2}, hidden, &row, 1, &w, &b);
+    expect_floats("dhidden", dhidden, (double[]){1, -2}, 2, 0);
+    expect_floats("dweight", dweight, (double[]){4, 6}, 2, 0);
+    expect_close("dbias", dbias, 2, 0);
+}
+
+/* By hand, and by central differences; a row that is read twice gets both gradients. A new value
+ * head is U(-1/sqrt(C), 1/sqrt(C)). */
 static void test_reward_head_gradient(void) {
+    expect_head_by_hand();
     struct HeadCase c = {random_floats(60, 1),
                          random_floats(4, 1),
                          random_floats(4, 1),
@@ -3390,8 +3435,8 @@ static size_t trainable_count(const struct GPT2 *model) {
     return n;
 }
 
-/* One row by hand: x = (1, 2), A = (3, 4), B = (5), alpha 2, r 1; then every gradient for dy = 1.
- */
+/* One row by hand: x = (1, 2), A = (3, 4), B = (5), scale 2; then every gradient for dy = 1; then
+ * the adapter merged into W = (1, 1). */
 static void test_lora_hand(void) {
     float A[] = {3, 4};
     float B[] = {5};
@@ -3414,6 +3459,11 @@ static void test_lora_hand(void) {
         expect_close("dB, added to", dB[0], 22 * pass, 0);
         expect_floats("dx, added to", dx, (double[]){1 + 30 * pass, 1 + 40 * pass}, 2, 0);
     }
+    float W[] = {1, 1};
+    linear.weight = (struct Tensor){.w = W, .shape = {2, 1}, .n = 2};
+    lora_merge(&linear);
+    expect_floats("merged", W, (double[]){31, 41}, 2, 0);
+    expect_true("no adapter is left", !linear.lora_A.n && !linear.lora_B.n);
 }
 
 /* Which layers a target takes; the numbers of the course's labs at GPT-2's width, one layer of
@@ -3486,6 +3536,8 @@ static void test_lora_start(void) {
                               && wide->lora_B.shape[0] == 64 && wide->lora_B.shape[1] == 64
                               && !model->h[0].mlp.c_fc.lora_A.n);
     expect_close("rslora", wide->lora_scale, 16.0 / 8, 0);
+    struct Adapter plain = {.r = 64, .lora_alpha = 16};
+    expect_close("alpha / r", adapter_scale(&plain), 0.25, 0);
     struct Example e = random_example(12, 1, 37);
     struct Batch batch = batch_of(&e, 1, READ_LAST);
     expect_bits("the base's logits", batch_logits(model, &batch), batch_logits(base, &batch),
@@ -8514,6 +8566,7 @@ static const struct {
     {"attention", test_attention},
     {"attention_gradient", test_attention_gradient},
     {"gpt2_golden", test_gpt2_golden},
+    {"lm_head_hand", test_lm_head_hand},
     {"gpt2_gradient_golden", test_gpt2_gradient_golden},
     {"gpt2_gradient", test_gpt2_gradient},
     {"gpt2_chunks", test_gpt2_chunks},
