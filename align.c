@@ -4291,20 +4291,34 @@ static struct Example *sample_answers(const struct GPT2 *policy, struct Arena *a
 /* =============================================================================================
  * Chapter 14 - Optimizer, schedule, Trainer                  [glossary: Otimização]
  *
- * How do gradients become better weights? The Trainer is transformers': epochs of shuffled
- * micro-batches, gradients accumulated over several of them and clipped, an AdamW step at a
- * scheduled learning rate, a log entry every few steps. What is trained, and on which loss, is the
- * business of a Task (chapters 15, 16, 18).
+ * How do gradients become better weights? The backward pass has told for every weight by how much
+ * the loss would change with it: the gradient. A step moves all weights a little against it, and
+ * training is thousands of such steps. The Trainer is transformers':
  *
- *     4 micro-batches of 8 rows      gradients add up       one step on 32 rows
- *     gradient norm 3.0, limit 1     divided by 3.0         one odd batch cannot throw weights far
+ *     for each epoch (once through the data, in a new order):
+ *         for each step:
+ *             accumulate    forward and backward over some micro-batches; their gradients add up
+ *             clip          a gradient that is too long is shortened
+ *             step          AdamW moves the weights, at a scheduled learning rate
+ *             log, evaluate, save        whichever is due
+ *
+ * A step in numbers:
+ *     4 micro-batches of 8 rows      gradients add up       one step on 32 rows, memory for 8
+ *     gradient norm 3.0, limit 1     times 1/3              one odd batch cannot throw weights far
  *     learning rate 5e-5, step 500 of 1000, linear          2.5e-5
  *
- * What enters: gradients. What leaves: weights, and a log of how it went.
+ * What is trained, and on which loss, is told by a Task: chapters 15 (language model), 16 (reward
+ * model) and 18 (DPO) each make one. PPO (chapter 17) has a loop of its own around optimizer_step.
+ *
+ * What enters: a model, a Task, TrainingArguments. What leaves: other weights in the model, and a
+ * log of how it went.
  * ============================================================================================= */
 
-/* What Part IV gives to this one. The log: an entry is a list of named numbers; state_log adds one
- * to the history, log_at finds (or makes) a number by its name, state_say shows an entry. */
+/* ---- What Part IV gives to this one --------------------------------------------------------- */
+
+/* The log. An entry is a list of named numbers. state_log adds an empty entry to the history,
+ * log_at finds a number of an entry by its name (or adds it), state_say shows an entry to the
+ * person who waits. */
 struct LogEntry;
 struct TrainerState;
 static struct LogEntry *state_log(struct TrainerState *state);
@@ -4315,9 +4329,10 @@ static const char *log_name(const char *prefix, struct Text name);
 static void state_say(const struct TrainerState *state, const char *name,
                       const struct LogEntry *entry, bool plain);
 
-/* Checkpoints: checkpoint_new and checkpoint_add say what a run's state is made of (_doubles:
- * must be finite; _fixed: must be the same when the run goes on); checkpoint_resume puts it
- * back, if the run is to go on; checkpoint_step saves when it is time. */
+/* Checkpoints. checkpoint_new and checkpoint_add say what a run's state consists of (_doubles:
+ * numbers that must be finite; _fixed: a number that must be the same when the run goes on).
+ * checkpoint_resume puts the saved state back, if the run is to go on from one; checkpoint_step
+ * saves when a checkpoint is due. */
 struct Checkpoint;
 struct Saved;
 struct TrainingArguments;
@@ -4333,7 +4348,7 @@ static void checkpoint_add_fixed(struct Checkpoint *c, const char *name, void *a
 static void checkpoint_resume(struct Checkpoint *c);
 static void checkpoint_step(struct Checkpoint *c);
 
-/* Files and folders: written beside their final place, moved onto it when complete. */
+/* Files and folders. Each is written beside its final place and moved onto it when complete. */
 struct Output;
 struct Rollout;
 struct PPOTrainer;
@@ -4346,17 +4361,17 @@ static void trainer_state_save(const struct TrainerState *s, const struct Traini
 static void stats_write_line(FILE *file, const struct PPOTrainer *ppo);
 static void rollouts_write(FILE *file, const struct Rollout *rollouts, size_t n);
 
-/* Samples on a terminal: whether it is time for one, how wide it is, a text made fit for it. */
+/* Samples on a terminal: whether it is time for one, how wide the terminal is, a text made fit for
+ * it. */
 static bool progress_sampling(size_t step, size_t total);
 static size_t terminal_columns(void);
 static char *cut_text(char *text, size_t bytes);
 static struct Text text_shown(struct Arena *arena, struct Text text, const char *kept);
 
-/* A note, if training texts hold "<|endoftext|>", which is ordinary text here. */
+/* Prints a note if training texts spell out "<|endoftext|>", which is ordinary text here. */
 static void warn_of_written_ends(const struct Dataset *data, const struct Tokenizer *tok);
 
-/* An output file: written as PATH.tmp, moved onto PATH by output_close. With `keep`, what
- * PATH.tmp holds is there to be written over. */
+/* An output file: written as PATH.tmp, and moved onto PATH by output_close. */
 struct Output {
     FILE *file;
     char path[PATH_MAX], tmp[PATH_MAX + 8];
@@ -4364,16 +4379,27 @@ struct Output {
 
 static const char *const LOGS[] = {"stats_all.jsonl", "rollouts.jsonl"};
 
+/* Set by Ctrl-C. The training stops where it can be resumed, not in the middle of a step. */
 static volatile sig_atomic_t interrupted;
 
+/* ---- Settings ------------------------------------------------------------------------------- */
+
+/* TrainingArguments of transformers, in its names. */
 struct TrainingArguments {
-    double learning_rate, adam_beta1, adam_beta2, adam_epsilon, weight_decay, max_grad_norm,
-        num_train_epochs;
+    double learning_rate; /* at its height; see schedule_factor */
+    double adam_beta1, adam_beta2, adam_epsilon, weight_decay; /* see adamw_piece */
+    double max_grad_norm; /* see clip_factor; 0: no limit */
+    double num_train_epochs; /* may be a fraction; max_steps, if given, decides instead */
     double warmup_ratio; /* of the steps, where warmup_steps is 0 */
-    size_t per_device_train_batch_size, gradient_accumulation_steps, max_steps, warmup_steps,
-        logging_steps, eval_steps, max_length;
+    size_t per_device_train_batch_size; /* rows of a micro-batch: one forward, one backward */
+    size_t gradient_accumulation_steps; /* micro-batches of a step */
+    size_t max_steps, warmup_steps;
+    size_t logging_steps, eval_steps; /* a log entry, an evaluation each so many steps */
+    size_t max_length; /* tokens of a row at most */
     size_t per_device_eval_batch_size;
-    const char *lr_scheduler_type, *train_sampling_strategy, *optim;
+    const char *lr_scheduler_type; /* linear, cosine, constant, constant_with_warmup */
+    const char *train_sampling_strategy; /* random, sequential */
+    const char *optim; /* adamw, sgd */
     uint64_t seed;
     double lr_end; /* linear decay ends at this share of the learning rate */
     const char *output_dir, *resume_from_checkpoint; /* output_dir NULL: no checkpoints */
@@ -4403,157 +4429,280 @@ static struct TrainingArguments training_arguments(void) {
     };
 }
 
-/* sqrt(x): a guess of 1/sqrt(x) by halving the exponent, three Newton steps y (3 - x y^2)/2, one
- * for x y. Error < 2e-7; 0 -> 0.  test: sqrt_fast */
+/* ---- Optimizer ------------------------------------------------------------------------------ */
+
+/* sqrt_fast -- the square root of x >= 0 without a division, so that a loop over it becomes vector
+ * instructions of plain multiplications.
+ *   y -> y (3 - x y^2) / 2            Newton's method for 1 / sqrt(x); each step doubles the digits
+ * Relative error below 2e-7; 0 gives 0.
+ * By hand: x = 4: guess 0.4831, then 0.49915, 0.499998, 0.5; times x: 2.         test: sqrt_fast */
 static inline float sqrt_fast(float x) {
+    /* 1. A guess of 1 / sqrt(x), 4 % off at most. A float's bits are, nearly, its logarithm; half
+     *    of them subtracted from a constant is the logarithm of x^(-1/2). */
     float y = float_of_bits(0x5f375a86 - (bits_of_float(x) >> 1));
+
+    /* 2. three steps of Newton's method */
     y *= 1.5f - 0.5f * x * y * y;
     y *= 1.5f - 0.5f * x * y * y;
     y *= 1.5f - 0.5f * x * y * y;
+
+    /* 3. sqrt(x) = x / sqrt(x), and one more step for what that product lost by rounding */
     float root = x * y;
     return root + 0.5f * y * (x - root * root);
 }
 
+/* Work is divided into pieces whose size does not depend on the number of threads: then sums are
+ * added in one order, and have the same bits, on any machine. */
 enum { NORM_PIECES = 512, STEP_PIECE = 1 << 14 };
 
-/* The length of the gradient as one vector, summed in pieces whose number is not that of the
- * threads: the same sum on any. */
+/* The sum of squares over piece number `piece` of a gradient of n numbers. */
+static double square_sum_piece(const float *d, size_t n, size_t piece) {
+    size_t length = (n + NORM_PIECES - 1) / NORM_PIECES;
+    size_t first = MIN(n, piece * length);
+    return row_dot(d + first, d + first, MIN(n - first, length));
+}
+
+/* The sum of squares over a tensor's gradient: the pieces in parallel, their sums one by one. */
+static double square_sum(const float *d, size_t n) {
+    double part[NORM_PIECES];
+    double sum = 0;
+#pragma omp parallel for if (n > 100000)
+    for (size_t piece = 0; piece < NORM_PIECES; piece++)
+        part[piece] = square_sum_piece(d, n, piece);
+    for (size_t piece = 0; piece < NORM_PIECES; piece++)
+        sum += part[piece];
+    return sum;
+}
+
+/* gradient_norm -- the length of the gradient, all weights' derivatives seen as one vector.
+ *   norm = sqrt(sum of squares over all tensors that train)
+ * The log shows it as grad_norm: it says how steep the loss is here, and a sudden peak in it that
+ * the batch was an odd one.
+ * By hand: derivatives 300 and -400: 500.                       test: adamw_hand, gpt2_golden */
 static double gradient_norm(const struct GPT2 *model) {
     double total = 0;
     for (size_t i = 0; i < model->tensor_count; i++) {
-        const float *d = model->tensors[i]->d;
-        if (!d)
-            continue;
-        size_t n = model->tensors[i]->n;
-        size_t piece = (n + NORM_PIECES - 1) / NORM_PIECES;
-        double part[NORM_PIECES];
-        double sum = 0;
-#pragma omp parallel for if (n > 100000)
-        for (size_t p = 0; p < NORM_PIECES; p++)
-            part[p] = row_dot(d + MIN(n, p * piece), d + MIN(n, p * piece),
-                              MIN(n - MIN(n, p * piece), piece));
-        for (size_t p = 0; p < NORM_PIECES; p++)
-            sum += part[p];
-        total += sum;
+        /* a frozen tensor (LoRA's base) has no gradient */
+        const struct Tensor *tensor = model->tensors[i];
+        if (tensor->d)
+            total += square_sum(tensor->d, tensor->n);
     }
     return sqrt(total);
 }
 
-/* adamw -- one step for n weights [8].
- *   m = beta1 m + (1 - beta1) d;      v = beta2 v + (1 - beta2) d^2
- *   w = w (1 - lr weight_decay) - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
- * m is the gradient's running mean, v that of its square: the step is about lr in size whatever
- * the gradient's scale. The divisors undo the start at zero. With weight_decay 0 this is Adam. d
- * counts times `clip`, and is left zero. By hand: first step, no decay -> w moves by lr against
- * the sign of d.  test: adamw_golden */
-/* rest = 1 - beta */
-struct AdamStep {
-    float lr, beta1, beta2, rest1, rest2, correction1, correction2, eps, decay, clip;
+/* clip_factor -- what the gradient is multiplied by, so that it is no longer than max_grad_norm.
+ *   factor = min(1, max_grad_norm / (norm + 1e-6))          the 1e-6 is torch's clip_grad_norm_
+ * All derivatives are multiplied by the same number: the gradient keeps its direction. Without a
+ * limit one odd batch, whose gradient is a hundred times as long as usual, would rule AdamW's
+ * running means for many steps. max_grad_norm 0: no limit.
+ * By hand: norm 3, limit 1: 0.3333; norm 0.5, limit 1: 1.                     test: adamw_hand */
+static double clip_factor(double norm, double max_grad_norm) {
+    if (max_grad_norm <= 0 || norm <= 0)
+        return 1;
+    return MIN(1, max_grad_norm / (norm + 1e-6));
+}
+
+/* What is the same for all weights of a tensor in one optimizer step. */
+struct OptimizerStep {
+    bool is_sgd; /* plain gradient descent instead of AdamW */
+    float lr; /* of this step */
+    float clip; /* clip_factor */
+    float weight_decay; /* 0 for biases and layer norms */
+    float decay_factor; /* 1 - lr weight_decay: what decay leaves of a weight */
+    float beta1, beta2; /* the shares of the old running means, */
+    float one_minus_beta1, one_minus_beta2; /* of the new gradient, of its square in the new */
+    float correction1, correction2; /* 1 / (1 - beta^t): undo the start at zero */
+    float eps; /* keeps the divisor above 0 */
 };
 
-WIDE static void adamw_piece(float *w, float *d, float *m, float *v, size_t n, struct AdamStep s) {
+/* optimizer_step_of -- the constants of step number t, from 1, for a tensor with this weight decay.
+ * They are computed in double and then rounded: 1 - 0.999 in float is wrong in its fifth digit. */
+static struct OptimizerStep optimizer_step_of(const struct TrainingArguments *args, double lr,
+                                              size_t t, double clip, double weight_decay) {
+    return (struct OptimizerStep){
+        .is_sgd = strcmp(args->optim, "sgd") == 0,
+        .lr = (float)lr,
+        .clip = (float)clip,
+        .weight_decay = (float)weight_decay,
+        .decay_factor = (float)(1 - lr * weight_decay),
+        .beta1 = (float)args->adam_beta1,
+        .beta2 = (float)args->adam_beta2,
+        .one_minus_beta1 = (float)(1 - args->adam_beta1),
+        .one_minus_beta2 = (float)(1 - args->adam_beta2),
+        .correction1 = (float)(1 / (1 - pow(args->adam_beta1, (double)t))),
+        .correction2 = (float)(1 / (1 - pow(args->adam_beta2, (double)t))),
+        .eps = (float)args->adam_epsilon,
+    };
+}
+
+/* adamw_piece -- one step of AdamW for n weights.                       [8] Algorithm 2
+ *   m = beta1 m + (1 - beta1) g             g: the clipped gradient
+ *   v = beta2 v + (1 - beta2) g^2
+ *   m_hat = m / (1 - beta1^t),   v_hat = v / (1 - beta2^t)              t: the step, from 1
+ *   w = w (1 - lr weight_decay) - lr m_hat / (sqrt(v_hat) + eps)
+ * Plain gradient descent, w -= lr g, has two weaknesses, and each mean ("moment") is for one.
+ *   m, the running mean of gradients (over about 10 steps with beta1 0.9). The gradient of one
+ * batch is noisy. What its batches disagree about cancels in m, what they agree about stays.
+ *   v, the running mean of squares (over about 1000 steps with beta2 0.999). One lr cannot suit
+ * all weights: the gradient of a layer norm's gain may be a thousand times that of a rare
+ * token's embedding. Divided by sqrt(v), each weight is measured against its own usual gradient.
+ * The step is then about lr in size where the batches agree (m_hat = sqrt(v_hat)), and less where
+ * they do not, whatever the scale of the loss.
+ *   The correction. Both means start at 0, and the first step finds m = 0.1 g, v = 0.001 g^2: too
+ * small both, and m / sqrt(v) = 3.2 instead of 1. Dividing by 1 - beta^t, the sum of the weights
+ * in the mean so far, makes them true means from the first step on.
+ *   The decay is decoupled: it stands outside the fraction, the W of AdamW. It pulls each weight
+ * towards 0 by the same share in each step. Added to the gradient instead, as Adam with an L2
+ * penalty does, it would be divided by sqrt(v) too, and the weights with the largest gradients
+ * would decay least. With weight_decay 0 this is Adam.
+ * in, out  w, m, v (n)       in  d (n), the gradient; it is left 0 for the next step
+ * By hand: w = 2, lr 0.1, decay 0.1, gradients 0.3, then -0.1:
+ *   t = 1: m 0.03, v 0.00009; m_hat 0.3, sqrt(v_hat) 0.3; w = 2 * 0.99 - 0.1 = 1.88
+ *   t = 2: m 0.017, v 0.00009991; m_hat 0.0895, sqrt(v_hat) 0.2236; w = 1.8612 - 0.0400 = 1.8212
+ * The second gradient points the other way, and the weight goes on falling, but more slowly.
+ *                           test: adamw_hand, adamw_golden; gdb: break adamw_piece if n == 1 */
+WIDE static void adamw_piece(float *w, float *d, float *m, float *v, size_t n,
+                             struct OptimizerStep s) {
     for (size_t i = 0; i < n; i++) {
+        /* 1. the two moments take in the new gradient */
         float g = d[i] * s.clip;
-        m[i] = s.beta1 * m[i] + s.rest1 * g;
-        v[i] = s.beta2 * v[i] + s.rest2 * g * g;
-        float step = s.lr * (m[i] * s.correction1) / (sqrt_fast(v[i] * s.correction2) + s.eps);
-        w[i] = w[i] * s.decay - step;
+        m[i] = s.beta1 * m[i] + s.one_minus_beta1 * g;
+        v[i] = s.beta2 * v[i] + s.one_minus_beta2 * g * g;
+
+        /* 2. without their start at zero */
+        float m_hat = m[i] * s.correction1;
+        float v_hat = v[i] * s.correction2;
+
+        /* 3. the weight decays, and moves by the mean over the usual size */
+        float step = s.lr * m_hat / (sqrt_fast(v_hat) + s.eps);
+        w[i] = w[i] * s.decay_factor - step;
+
+        /* 4. the next step's micro-batches add to zero */
         d[i] = 0;
     }
 }
 
-/* Stochastic gradient descent, w = w - lr (d + weight_decay w), as torch.optim.SGD: the plain
- * rule that AdamW refines. Ascent: the loss is the objective with a minus sign.  [glossary:
- * Ascensão de gradiente estocástico (SGA)] */
-WIDE static void sgd_piece(float *w, float *d, size_t n, float lr, float weight_decay, float clip) {
+/* sgd_piece -- one step of stochastic gradient descent for n weights, as torch.optim.SGD: the plain
+ * rule that AdamW refines.       [glossary: Ascensão de gradiente estocástico (SGA)]
+ *   w = w - lr (g + weight_decay w)
+ * Ascent on an objective is descent on the loss that is the objective with a minus sign.
+ * By hand: w = 0.755, g = 300, lr 0.001, no decay: 0.455.                      test: adamw_hand */
+WIDE static void sgd_piece(float *w, float *d, size_t n, struct OptimizerStep s) {
     for (size_t i = 0; i < n; i++) {
-        w[i] -= lr * (d[i] * clip + weight_decay * w[i]);
+        w[i] -= s.lr * (d[i] * s.clip + s.weight_decay * w[i]);
         d[i] = 0;
     }
 }
 
-/* One optimizer step, number t from 1, at learning rate lr. A gradient longer than max_grad_norm
- * (0: no limit) is shortened to that length, so that one odd batch cannot throw the weights far.
- * Returns the norm before. */
+/* The piece of a tensor that begins at number `first`. */
+static void tensor_step_piece(struct Tensor *tensor, size_t first,
+                              const struct OptimizerStep *step) {
+    size_t n = MIN(tensor->n - first, (size_t)STEP_PIECE);
+    float *w = tensor->w + first;
+    float *d = tensor->d + first;
+    if (step->is_sgd)
+        sgd_piece(w, d, n, *step);
+    else
+        adamw_piece(w, d, tensor->m + first, tensor->v + first, n, *step);
+}
+
+/* Every weight of a tensor, the pieces in parallel. */
+static void tensor_step(struct Tensor *tensor, const struct OptimizerStep *step) {
+#pragma omp parallel for if (tensor->n > 50000)
+    for (size_t first = 0; first < tensor->n; first += STEP_PIECE)
+        tensor_step_piece(tensor, first, step);
+}
+
+/* optimizer_step -- the gradients become other weights; all gradients are 0 afterwards.
+ * in   lr: the learning rate of this step; t: its number, from 1 (for AdamW's correction)
+ * Returns the gradient's norm before it was clipped.           test: adamw_hand, adamw_golden */
 static double optimizer_step(struct GPT2 *model, const struct TrainingArguments *args, double lr,
                              size_t t) {
+    /* 1. how long the gradient is; NaN or infinity would spoil every weight, so it ends the run */
     double norm = gradient_norm(model);
     check_finite(model, "the gradient's norm", norm);
-    double clip =
-        args->max_grad_norm > 0 && norm > 0 ? MIN(1, args->max_grad_norm / (norm + 1e-6)) : 1;
-    bool sgd = strcmp(args->optim, "sgd") == 0;
+
+    /* 2. clip */
+    double clip = clip_factor(norm, args->max_grad_norm);
+
+    /* 3. Step. Matrices decay. Biases and the gains of layer norms do not, as in transformers:
+     *    they have a natural size (a gain's is 1), from which a pull to 0 would drive them. */
     for (size_t i = 0; i < model->tensor_count; i++) {
         struct Tensor *tensor = model->tensors[i];
         if (!tensor->d)
             continue;
         double weight_decay = tensor->decay ? args->weight_decay : 0;
-        struct AdamStep s = {
-            .lr = (float)lr,
-            .beta1 = (float)args->adam_beta1,
-            .beta2 = (float)args->adam_beta2,
-            .eps = (float)args->adam_epsilon,
-            .clip = (float)clip,
-            .rest1 = (float)(1 - args->adam_beta1),
-            .rest2 = (float)(1 - args->adam_beta2),
-            .correction1 = (float)(1 / (1 - pow(args->adam_beta1, (double)t))),
-            .correction2 = (float)(1 / (1 - pow(args->adam_beta2, (double)t))),
-            .decay = (float)(1 - lr * weight_decay),
-        };
-#pragma omp parallel for if (tensor->n > 50000)
-        for (size_t p = 0; p < tensor->n; p += STEP_PIECE) {
-            size_t n = MIN(tensor->n - p, (size_t)STEP_PIECE);
-            if (sgd)
-                sgd_piece(tensor->w + p, tensor->d + p, n, (float)lr, (float)weight_decay,
-                          (float)clip);
-            else
-                adamw_piece(tensor->w + p, tensor->d + p, tensor->m + p, tensor->v + p, n, s);
-        }
+        struct OptimizerStep step = optimizer_step_of(args, lr, t, clip, weight_decay);
+        tensor_step(tensor, &step);
     }
-    model->trace.acts.N = 0; /* the activations are those of other weights now */
+
+    /* 4. the activations that are kept for messages are those of other weights now */
+    model->trace.acts.N = 0;
     return norm;
 }
 
-/* The share of the learning rate used in step number `step` (from 0) of `total`. Warm-up: from 0
- * up in warmup_steps, so that AdamW's averages fill before large steps are taken. Then linear to
- * 0 (or to lr_end), a half cosine to 0, or constant.  By hand: linear, 10 steps, warm-up 2: 0,
- * .5, 1, .875 */
+/* ---- Schedule ------------------------------------------------------------------------------- */
+
+/* schedule_factor -- the share of the learning rate that step number `step`, from 0, of `total`
+ * uses.
+ *   warm-up     step / warmup_steps: from 0 up. AdamW's means know little as yet, and large steps
+ *               on that little would lead anywhere.
+ *   linear      then down in a straight line to 0 (or to the share lr_end)
+ *   cosine      then down along half a cosine: long near the height, long near the end
+ *   constant    1 from the first step on; constant_with_warmup: 1 after the warm-up
+ * It falls because large steps come near a minimum fast, but jump about it; small ones settle.
+ * By hand: 10 steps, warm-up 2: linear 0, 0.5, 1, 0.875; cosine at step 4: a quarter of the way,
+ * 0.5 (1 + cos 45 degrees) = 0.8536.                                             test: schedule */
 static double schedule_factor(const struct TrainingArguments *args, size_t step, size_t total) {
     const char *type = args->lr_scheduler_type;
+    if (strcmp(type, "constant") == 0)
+        return 1;
+
+    /* 1. the warm-up, given in steps or as a share of all steps */
     double warmup =
         args->warmup_steps ? (double)args->warmup_steps : ceil(args->warmup_ratio * (double)total);
     double at = (double)step;
-    double rest = MAX(1.0, (double)total - warmup);
-    if (strcmp(type, "constant") == 0)
-        return 1;
     if (at < warmup)
         return at / MAX(1.0, warmup);
     if (strcmp(type, "constant_with_warmup") == 0)
         return 1;
-    double progress = MIN(1.0, (at - warmup) / rest);
+
+    /* 2. how much of what follows the warm-up is done, from 0 to 1 */
+    double decay_steps = MAX(1.0, (double)total - warmup);
+    double progress = MIN(1.0, (at - warmup) / decay_steps);
+
+    /* 3. the way down */
     if (strcmp(type, "cosine") == 0)
         return 0.5 * (1 + cos(3.14159265358979323846 * progress));
     return args->lr_end + (1 - args->lr_end) * (1 - progress);
 }
 
-/* What the log holds: entries of named numbers, written as transformers' trainer_state.json. */
+/* ---- Log and checkpoint --------------------------------------------------------------------- */
+
 enum { MAX_METRICS = 48 };
+
+/* A named number of the log. While a mean is being formed, value is a sum, and n says over how
+ * many units. */
 struct Metric {
     const char *name;
     double value;
     size_t n;
-}; /* n: of a mean, its units */
+};
+
+/* One entry of the log, as it stands in transformers' trainer_state.json. */
 struct LogEntry {
     size_t n;
-    struct Metric item[MAX_METRICS];
-}; /* sorted by name */
+    struct Metric item[MAX_METRICS]; /* sorted by name */
+};
 
-/* trainer.state: where a training is.                                    [glossary: trainer.state]
- */
+/* trainer.state: where a training is.                            [glossary: trainer.state] */
 struct TrainerState {
-    size_t global_step, max_steps, steps_per_epoch;
+    size_t global_step; /* steps done */
+    size_t max_steps, steps_per_epoch;
     double num_train_epochs;
-    size_t num_tokens, samples; /* seen so far; a checkpoint takes these five as one piece */
-    double total_loss, seconds, epoch; /* of all steps */
+    /* Of all steps so far. A checkpoint saves these five as one piece: they stay neighbours. */
+    size_t num_tokens, samples;
+    double total_loss, seconds, epoch;
     struct LogEntry *log_history;
     size_t log_count, log_capacity;
     struct LogEntry metrics; /* sums since the last log entry */
@@ -4561,14 +4710,13 @@ struct TrainerState {
 
 /* Checkpoints: all that a run needs to go on as if it had never stopped, in a folder checkpoint-N.
  *   model.safetensors ...   the weights, as those of any model; of an adapter its two files
- *   optimizer.safetensors   exp_avg.* and exp_avg_sq.*: m and v of each tensor that trains;
- *     beside them, as tensors too,
- *                           random states, places in the data, running means, lengths of growing
- *                             logs: `saved` below
+ *   optimizer.safetensors   exp_avg.* and exp_avg_sq.*: m and v of each tensor that trains; and,
+ *                           as tensors too, what `saved` lists: random states, places in the data,
+ *                           running means, lengths of growing logs
  *   trainer_state.json      which step this is, and the log so far
- * It is written as tmp-checkpoint-N, put on the disk and renamed, and renamed again before it is
- * removed: a folder called checkpoint-N is whole, whenever the plug was pulled.  test:
- * checkpoint_* */
+ * It is written as tmp-checkpoint-N, flushed to the disk and renamed; before it is removed it is
+ * renamed back. So a folder that is called checkpoint-N is complete, even after a power cut.
+ *                                                                        test: checkpoint_* */
 struct Saved {
     struct Tensor tensor;
     const char *fixed; /* what must be as it was, in words; NULL: it may change */
@@ -4589,26 +4737,32 @@ struct Checkpoint {
     size_t run; /* how many have begun in output_dir, with this one */
 };
 
-/* A Task is what is trained: a data set of `n` items and a loss over some of them. */
+/* ---- Task and Trainer ----------------------------------------------------------------------- */
+
+/* A Task is what is trained: a data set of `n` items, and a loss over some of them. An item is a
+ * row of tokens, a pair, or a rated text; only the Task knows. */
 struct Trainer;
 struct Task {
     const char *name;
     size_t n, eval_n;
     void *data;
-    /* The loss of the items index[0..count), times `weight`, added to the gradient if `train` is
-     * set. Reports metrics by trainer_metric. `eval`: the items are those held out; their loss
-     * is one of the metrics. */
+    /* The loss of the items index[0..count), times `weight`. `train`: its gradient is added to the
+     * model's. `eval`: the items are those held out, and their loss is one of the metrics. It
+     * reports metrics by trainer_metric. */
     double (*loss)(struct Trainer *trainer, const size_t *index, size_t count, double weight,
                    bool train, bool eval);
-    /* Reports the metrics that take all held-out items to tell; may be NULL. */
+    /* The others may be NULL. */
+    /* Reports the metrics that take all held-out items to tell. */
     void (*evaluated)(struct Trainer *trainer);
-    /* How many target tokens an item has, where a step's loss is a mean over tokens (SFT); else
-     * NULL: over micro-batches. */
+    /* How many target tokens an item has, where a step's loss is a mean over tokens (SFT). NULL: it
+     * is a mean over micro-batches. */
     size_t (*targets)(struct Trainer *trainer, size_t index);
-    void (*new_epoch)(struct Trainer *trainer, size_t epoch); /* may be NULL */
-    /* adds to a checkpoint what the task alone knows; may be NULL */
+    /* Prepares the data of an epoch. */
+    void (*new_epoch)(struct Trainer *trainer, size_t epoch);
+    /* Adds to a checkpoint what the Task alone knows. */
     void (*saved)(struct Trainer *trainer, struct Checkpoint *checkpoint);
-    void (*sample)(struct Trainer *trainer); /* shows what the model writes; may be NULL */
+    /* Shows on the terminal what the model writes by now. */
+    void (*sample)(struct Trainer *trainer);
 };
 
 struct Trainer {
@@ -4617,22 +4771,28 @@ struct Trainer {
     struct TrainingArguments args;
     struct TrainerState state;
     struct Task task;
+    size_t rows_per_step; /* of a full step: micro-batch size times accumulation */
     struct LogEntry metrics; /* of this micro-batch, or of this evaluation: sums */
     struct Arena arena; /* emptied before every micro-batch */
 };
 
-/* trainer_metric -- a metric of a batch, or of all that is held out, is a mean over its units:
- * tokens, pairs or texts. A batch reports the sum over its units and how many they are: a mean
- * of batches' means would depend on how the units are dealt out to batches, and a small last
- * batch would count as much as a full one. By hand: losses 1, 2, 6 in batches of two and one: 9
- * / 3 = 3; the mean of the batches' means, 1.5 and 6, would be 3.75.  test: metric_units */
+/* ---- Metrics -------------------------------------------------------------------------------- */
+
+/* trainer_metric -- adds the sum of a metric over `units` units: tokens, pairs or texts.
+ * The metric of a batch, or of all held-out data, is the sum divided by the units. A mean of the
+ * batches' means would be another number: it would depend on how the units are dealt out to
+ * batches, and a small last batch would count as much as a full one.
+ * By hand: losses 1, 2 | 6 in two batches: (3 + 6) / (2 + 1) = 3; the mean of the batches' means,
+ * 1.5 and 6, would be 3.75.                                              test: metric_units */
 static void trainer_metric(struct Trainer *trainer, const char *name, double sum, size_t units) {
     struct Metric *metric = log_at(&trainer->metrics, name);
     metric->value += sum;
     metric->n += units;
 }
 
-/* In training TRL logs the plain mean of the micro-batches' means since the last entry: so here. */
+/* trainer_add_means -- a micro-batch is complete: its means join those since the last log entry.
+ * Here it is the plain mean of the micro-batches' means that counts (3.75 above): so TRL logs in
+ * training, and the two logs are to agree.                               test: metric_units */
 static void trainer_add_means(struct Trainer *trainer) {
     const struct LogEntry *batch = &trainer->metrics;
     for (const struct Metric *m = batch->item; m < batch->item + batch->n; m++) {
@@ -4643,7 +4803,7 @@ static void trainer_add_means(struct Trainer *trainer) {
     trainer->metrics.n = 0;
 }
 
-/* The least, or the largest, of all values that are reported under a name. */
+/* The smallest, or the largest, of all values that are reported under a name. */
 static void trainer_least(struct Trainer *trainer, const char *name, double value) {
     struct Metric *metric = log_at(&trainer->metrics, name);
     metric->value = metric->n ? MIN(metric->value, value) : value;
@@ -4656,8 +4816,8 @@ static void trainer_largest(struct Trainer *trainer, const char *name, double va
     metric->n = 1;
 }
 
-/* The metrics' means go to a log entry, in evaluation under "eval_" and their names, and where
- * the training is. */
+/* Sums become means, in a log entry that also says where the training is. Of an evaluation the
+ * names begin with the prefix "eval_". */
 static void trainer_means(const struct TrainerState *state, const struct LogEntry *metrics,
                           struct LogEntry *entry, const char *prefix) {
     for (const struct Metric *m = metrics->item; m < metrics->item + metrics->n; m++)
@@ -4667,43 +4827,54 @@ static void trainer_means(const struct TrainerState *state, const struct LogEntr
     log_value(entry, "step", (double)state->global_step);
 }
 
-/* Ctrl-C ends the evaluation after the last step early: the weights have yet to be saved. One
- * between steps is finished, as a step is: the checkpoint that is then saved holds its figures. */
+/* ---- Evaluation ----------------------------------------------------------------------------- */
+
+/* Is the evaluation to end early? After Ctrl-C the one behind the last step does, for the weights
+ * have yet to be saved. One between two steps is finished, as a step would be: the checkpoint that
+ * is then saved holds its figures. */
 static bool evaluation_interrupted(const struct TrainerState *state) {
     return interrupted && state->global_step == state->max_steps;
 }
 
 /* trainer_measure -- the loss and the other metrics over the held-out items, each a mean over its
- * units, whatever the batch size; no weight moves.                    test: eval_batch_size */
+ * units, whatever the batch size; no weight moves.
+ * Held-out items were never trained on: what the model does well there, it has understood and not
+ * learnt by heart.                                                    test: eval_batch_size */
 static struct LogEntry trainer_measure(struct Trainer *trainer) {
     struct TrainerState *state = &trainer->state;
     size_t n = trainer->task.eval_n;
     size_t batch = trainer->args.per_device_eval_batch_size;
-    size_t num_tokens = state->num_tokens; /* those of the training */
-    trainer->metrics.n = 0;
+
+    /* 1. the sums of all batches, in the order of the data, and what only the whole can tell */
+    struct Arena order_arena = {0};
+    size_t *order = arena_order(&order_arena, n);
+    size_t num_tokens = state->num_tokens;
     double begin = seconds_now();
+    trainer->metrics.n = 0;
     for (size_t first = 0; first < n && !evaluation_interrupted(state); first += batch) {
-        size_t index[4096];
-        size_t count = MIN(MIN(batch, n - first), COUNT(index));
-        for (size_t i = 0; i < count; i++)
-            index[i] = first + i;
         arena_reset(&trainer->arena);
-        trainer->task.loss(trainer, index, count, 1, false, true);
+        trainer->task.loss(trainer, order + first, MIN(batch, n - first), 1, false, true);
     }
     if (trainer->task.evaluated)
         trainer->task.evaluated(trainer);
+
+    /* 2. how fast it went, and the means */
     double seconds = seconds_now() - begin;
     struct LogEntry entry = {0};
     log_value(&entry, "eval_runtime", seconds);
     log_value(&entry, "eval_samples_per_second", (double)n / seconds);
     log_value(&entry, "eval_steps_per_second", ceil((double)n / (double)batch) / seconds);
     trainer_means(state, &trainer->metrics, &entry, "eval_");
+
+    /* 3. The training goes on as if nothing had been: it counts only tokens that it learnt from. */
     trainer->metrics.n = 0;
     state->num_tokens = num_tokens;
+    arena_free(&order_arena);
     return entry;
 }
 
-/* An evaluation in the course of a training, for its log. Returns the loss. */
+/* An evaluation in the course of a training: it is logged and shown. Returns the loss; NaN if
+ * Ctrl-C ended it, for a part of the held-out items is not to be compared with all of them. */
 static double trainer_evaluate(struct Trainer *trainer) {
     struct LogEntry entry = trainer_measure(trainer);
     double loss;
@@ -4715,46 +4886,81 @@ static double trainer_evaluate(struct Trainer *trainer) {
     return loss;
 }
 
-/* One optimizer step: gradients of the step's micro-batches, added up. Returns the step's loss. */
-static double trainer_accumulate(struct Trainer *trainer, const size_t *order, size_t n) {
+/* ---- Training ------------------------------------------------------------------------------- */
+
+/* How many micro-batches hold n rows; the last may be smaller. */
+static size_t micro_batches_of(const struct TrainingArguments *args, size_t n) {
+    size_t size = args->per_device_train_batch_size;
+    return (n + size - 1) / size;
+}
+
+/* micro_batch_weight -- what each micro-batch's loss is multiplied by in the sum of the step.
+ * If a Task counts targets, its loss is a sum over tokens, and the step's loss is their mean: one
+ * over the number of targets in the whole step. Dividing each micro-batch by its own tokens would
+ * make a token in a short text count more than one in a long text. Otherwise the loss of a
+ * micro-batch is a mean already, and the step's is the mean of these.
+ * By hand: micro-batches of 3 and 5 targets: 1/8 each; of a Task without targets: 1/2 each.
+ *                                                                       test: trainer_steps */
+static double micro_batch_weight(struct Trainer *trainer, const size_t *order, size_t n) {
     const struct Task *task = &trainer->task;
-    size_t micro = trainer->args.per_device_train_batch_size;
-    size_t micro_batches = (n + micro - 1) / micro;
+    if (!task->targets)
+        return 1 / (double)MAX((size_t)1, micro_batches_of(&trainer->args, n));
     size_t targets = 0;
-    for (size_t i = 0; task->targets && i < n; i++)
+    for (size_t i = 0; i < n; i++)
         targets += task->targets(trainer, order[i]);
-    double weight = 1 / (double)MAX((size_t)1, task->targets ? targets : micro_batches);
+    return 1 / (double)MAX((size_t)1, targets);
+}
+
+/* trainer_accumulate -- the gradient of one step over n rows, micro-batch by micro-batch.
+ * The activations of a micro-batch fill the memory; its gradient is added to those of the ones
+ * before it, and the memory serves the next. The sum is what one large batch would have given.
+ * in   order (n): which rows of the Task                      out  the gradients; returns the loss
+ *                                                                       test: trainer_steps */
+static double trainer_accumulate(struct Trainer *trainer, const size_t *order, size_t n) {
+    size_t size = trainer->args.per_device_train_batch_size;
+    double weight = micro_batch_weight(trainer, order, n);
     double loss = 0;
-    for (size_t first = 0; first < n; first += micro) {
+    for (size_t first = 0; first < n; first += size) {
+        /* 1. forward, loss, backward */
         arena_reset(&trainer->arena);
-        loss += task->loss(trainer, order + first, MIN(micro, n - first), weight, true, false);
+        size_t count = MIN(size, n - first);
+        loss += trainer->task.loss(trainer, order + first, count, weight, true, false);
+
+        /* 2. a loss that is NaN or infinite ends the run before it reaches a weight */
         check_finite(trainer->model, "the loss", loss);
         trainer_add_means(trainer);
     }
     return loss;
 }
 
-/* After a step: a log entry when one is due, for the person a line, and on a terminal now and
- * then a sample. */
+/* After a step: a log entry when one is due, a line for the person who waits, and on a terminal
+ * now and then a sample. */
 static void trainer_log(struct Trainer *trainer, double norm, double lr) {
     struct TrainerState *state = &trainer->state;
+    const struct TrainingArguments *args = &trainer->args;
+
+    /* 1. the entry: means over the steps since the last one */
     struct LogEntry entry = {2, {{"grad_norm", norm, 0}, {"learning_rate", lr, 0}}};
-    bool due = state->global_step % trainer->args.logging_steps == 0;
     if (state->num_tokens)
         log_value(&entry, "num_tokens", (double)state->num_tokens);
     trainer_means(state, &state->metrics, &entry, "");
+
+    /* 2. what a person sees: a terminal's line is renewed at each step, plain lines are rarer */
     if (trainer->task.sample && progress_sampling(state->global_step, state->max_steps))
         trainer->task.sample(trainer);
-    state_say(state, trainer->task.name, &entry,
-              due
-                  && (!trainer->args.say_steps
-                      || state->global_step % trainer->args.say_steps == 0));
-    if (!due)
+    bool is_due = state->global_step % args->logging_steps == 0;
+    bool says_line = !args->say_steps || state->global_step % args->say_steps == 0;
+    state_say(state, trainer->task.name, &entry, is_due && says_line);
+
+    /* 3. what the log keeps; the means start anew */
+    if (!is_due)
         return;
     *state_log(state) = entry;
     state->metrics.n = 0;
 }
 
+/* The order of an epoch's n rows. It follows from the seed and the epoch alone: a run that goes on
+ * from a checkpoint shuffles as the run that was interrupted. */
 static size_t *epoch_order(const struct TrainingArguments *args, struct Arena *arena, size_t n,
                            size_t epoch, enum RngStream stream) {
     size_t *order = arena_order(arena, n);
@@ -4764,76 +4970,122 @@ static size_t *epoch_order(const struct TrainingArguments *args, struct Arena *a
     return order;
 }
 
-/* trainer_train -- the whole training.  [glossary: Trainer.train()] Steps of an epoch =
- * ceil(micro-batches / accumulation), the last on what is left. max_steps, if given, decides
- * alone. By hand: 5 rows, one a micro-batch, accumulation 4: a step on 4 rows, then one on the
- * last row; `epoch` is 0.8, then 1.  test: trainer_epoch */
-static void trainer_train(struct Trainer *trainer) {
-    struct TrainingArguments *args = &trainer->args;
+/* trainer_plan -- how many steps, of how many rows.
+ *   steps of an epoch = ceil(rows / rows of a step): the last step takes what is left
+ *   max_steps         = num_train_epochs times that, unless it is given
+ * By hand: 11 rows, micro-batches of 2, accumulation 2, 2 epochs: ceil(11 / 4) = 3 steps an epoch,
+ * 6 steps.                                                              test: trainer_steps */
+static void trainer_plan(struct Trainer *trainer) {
+    const struct TrainingArguments *args = &trainer->args;
     struct TrainerState *state = &trainer->state;
-    size_t per_step = args->per_device_train_batch_size * args->gradient_accumulation_steps;
     size_t n = trainer->task.n;
     CHECK(n > 0, "%s: nothing to train on", trainer->task.name);
-    state->steps_per_epoch = (n + per_step - 1) / per_step;
-    size_t batch_size = args->per_device_train_batch_size;
-    size_t micro_batches = (n + batch_size - 1) / batch_size; /* of an epoch */
-    state->max_steps = args->max_steps
-                           ? args->max_steps
-                           : (size_t)ceil(args->num_train_epochs * (double)state->steps_per_epoch);
-    gpt2_make_trainable(trainer->model);
-    struct Checkpoint checkpoint =
-        checkpoint_new(trainer->task.name, trainer->model, trainer->tok, args, state);
+    trainer->rows_per_step = args->per_device_train_batch_size * args->gradient_accumulation_steps;
+    state->steps_per_epoch = (n + trainer->rows_per_step - 1) / trainer->rows_per_step;
+    state->max_steps = args->max_steps;
+    if (!args->max_steps)
+        state->max_steps = (size_t)ceil(args->num_train_epochs * (double)state->steps_per_epoch);
+}
+
+/* What a checkpoint of this training consists of. The number of rows must be the same when the run
+ * goes on: with another one, "step 300" would be another place in the data. */
+static struct Checkpoint trainer_checkpoint(struct Trainer *trainer) {
+    struct Checkpoint checkpoint = checkpoint_new(trainer->task.name, trainer->model, trainer->tok,
+                                                  &trainer->args, &trainer->state);
     checkpoint_add_fixed(&checkpoint, "rows", &trainer->task.n, "the number of rows to train on");
-    checkpoint_add_fixed(&checkpoint, "rows_per_step", &per_step,
+    checkpoint_add_fixed(&checkpoint, "rows_per_step", &trainer->rows_per_step,
                          "the number of rows in a step "
                          "(--per_device_train_batch_size times --gradient_accumulation_steps)");
     if (trainer->task.saved)
         trainer->task.saved(trainer, &checkpoint);
-    checkpoint_resume(&checkpoint);
-    state->num_train_epochs = ceil((double)state->max_steps / (double)state->steps_per_epoch);
+    return checkpoint;
+}
+
+/* trainer_advance -- a step on `rows` rows is done: what the state and the log know of it.
+ * `epoch` counts micro-batches, as transformers does.
+ * By hand: 5 rows, one a micro-batch, accumulation 4: a step on 4 rows, then one on the last row:
+ * epoch is 0.8, then 1.                                                 test: trainer_epoch */
+static void trainer_advance(struct Trainer *trainer, size_t epoch, size_t step, size_t rows,
+                            double loss) {
+    struct TrainerState *state = &trainer->state;
+    size_t all = micro_batches_of(&trainer->args, trainer->task.n);
+    size_t done = MIN((step + 1) * trainer->args.gradient_accumulation_steps, all);
+    state->epoch = (double)epoch + (double)done / (double)all;
+    state->total_loss += loss;
+    state->samples += rows;
+    trainer_metric(trainer, "loss", loss, 1);
+    trainer_add_means(trainer);
+}
+
+/* The last entry of the log: the training as a whole, in transformers' names. */
+static void trainer_log_end(struct TrainerState *state) {
+    double steps = (double)state->max_steps;
+    double seconds = state->seconds;
+    struct LogEntry *entry = state_log(state);
+    log_value(entry, "epoch", state->epoch);
+    log_value(entry, "step", (double)state->global_step);
+    log_value(entry, "total_flos", 0);
+    log_value(entry, "train_loss", state->total_loss / MAX(1, steps));
+    log_value(entry, "train_runtime", seconds);
+    log_value(entry, "train_samples_per_second", (double)state->samples / seconds);
+    log_value(entry, "train_steps_per_second", steps / seconds);
+}
+
+/* trainer_train -- the whole training.                          [glossary: Trainer.train()]
+ * in   trainer: model, arguments, Task             out  the model's weights; trainer->state's log
+ *                                test: trainer_steps, adamw_golden; gdb: break trainer_advance */
+static void trainer_train(struct Trainer *trainer) {
+    const struct TrainingArguments *args = &trainer->args;
+    struct TrainerState *state = &trainer->state;
     struct Arena order_arena = {0};
+
+    /* 1. Prepare: the number of steps; memory for gradients, m and v; and, if this run goes on from
+     *    a checkpoint, all of them as they were then, with the step that had been reached. */
+    trainer_plan(trainer);
+    gpt2_make_trainable(trainer->model);
+    struct Checkpoint checkpoint = trainer_checkpoint(trainer);
+    checkpoint_resume(&checkpoint); /* one from beyond max_steps raises it: nothing is left to do */
+    state->num_train_epochs = ceil((double)state->max_steps / (double)state->steps_per_epoch);
     double begin = seconds_now() - state->seconds;
-    for (size_t epoch = state->global_step / state->steps_per_epoch;
-         state->global_step < state->max_steps; epoch++) {
+
+    /* 2. Epochs: each takes every row once, in an order of its own. */
+    size_t epoch = state->global_step / state->steps_per_epoch;
+    for (; state->global_step < state->max_steps; epoch++) {
         arena_reset(&order_arena);
-        size_t *order = epoch_order(args, &order_arena, n, epoch, STREAM_ORDER);
+        size_t *order = epoch_order(args, &order_arena, trainer->task.n, epoch, STREAM_ORDER);
         if (trainer->task.new_epoch)
             trainer->task.new_epoch(trainer, epoch);
-        for (size_t step = state->global_step % state->steps_per_epoch;
-             step < state->steps_per_epoch && state->global_step < state->max_steps; step++) {
-            size_t count = MIN(per_step, n - step * per_step);
+
+        size_t step = state->global_step % state->steps_per_epoch;
+        for (; step < state->steps_per_epoch && state->global_step < state->max_steps; step++) {
+            /* 3. accumulate: the step's rows, forward and backward; `trace` is for messages */
+            size_t first = step * trainer->rows_per_step;
+            size_t rows = MIN(trainer->rows_per_step, trainer->task.n - first);
             trainer->model->trace.task = trainer->task.name;
             trainer->model->trace.step = state->global_step + 1;
-            double loss = trainer_accumulate(trainer, order + step * per_step, count);
-            double lr =
-                args->learning_rate * schedule_factor(args, state->global_step, state->max_steps);
+            double loss = trainer_accumulate(trainer, order + first, rows);
+
+            /* 4. clip, and step at the scheduled learning rate */
+            double share = schedule_factor(args, state->global_step, state->max_steps);
+            double lr = args->learning_rate * share;
             double norm = optimizer_step(trainer->model, args, lr, ++state->global_step);
-            size_t done = MIN((step + 1) * args->gradient_accumulation_steps, micro_batches);
-            state->epoch = (double)epoch + (double)done / (double)micro_batches;
-            trainer_metric(trainer, "loss", loss, 1);
-            trainer_add_means(trainer);
-            state->total_loss += loss;
-            state->samples += count;
+
+            /* 5. log */
+            trainer_advance(trainer, epoch, step, rows, loss);
             trainer_log(trainer, norm, lr);
+
+            /* 6. evaluate */
             if (trainer->task.eval_n && args->eval_steps
                 && state->global_step % args->eval_steps == 0)
                 trainer_evaluate(trainer);
+
+            /* 7. save; after Ctrl-C this does not return */
             state->seconds = seconds_now() - begin;
             checkpoint_step(&checkpoint);
         }
     }
     arena_free(&order_arena);
-    double steps = (double)state->max_steps;
-    double s = state->seconds;
-    *state_log(state) =
-        (struct LogEntry){7,
-                          {{"epoch", state->epoch, 0},
-                           {"step", (double)state->global_step, 0},
-                           {"total_flos", 0, 0},
-                           {"train_loss", state->total_loss / MAX(1, steps), 0},
-                           {"train_runtime", s, 0},
-                           {"train_samples_per_second", (double)state->samples / s, 0},
-                           {"train_steps_per_second", steps / s, 0}}};
+    trainer_log_end(state);
 }
 
 static void trainer_free(struct Trainer *trainer) {

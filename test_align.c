@@ -3787,8 +3787,39 @@ static void test_adamw_golden(void) {
     gpt2_free(model);
 }
 
+/* Two steps of one weight, the comment's numbers; and the factor of clipping. */
+static void expect_adamw_comment(void) {
+    struct Tensor t = {
+        .name = "t",
+        .n = 1,
+        .ndim = 2,
+        .decay = true,
+        .w = (float[]){2},
+        .d = (float[]){0.3f},
+        .m = (float[]){0},
+        .v = (float[]){0},
+    };
+    struct Tensor *tensors[] = {&t};
+    struct GPT2 model = {.tensors = tensors, .tensor_count = 1};
+    struct TrainingArguments args = training_arguments();
+    args.weight_decay = 0.1;
+    optimizer_step(&model, &args, 0.1, 1);
+    expect_close("m after step 1", t.m[0], 0.03, 1e-8);
+    expect_close("v after step 1", t.v[0], 0.00009, 1e-10);
+    expect_close("w after step 1", t.w[0], 1.88, 1e-6);
+    t.d[0] = -0.1f;
+    optimizer_step(&model, &args, 0.1, 2);
+    expect_close("m after step 2", t.m[0], 0.017, 1e-8);
+    expect_close("v after step 2", t.v[0], 0.00009991, 1e-10);
+    expect_close("w after step 2", t.w[0], 1.8212, 5e-5);
+    expect_close("norm 3, limit 1", clip_factor(3, 1), 0.3333, 5e-5);
+    expect_close("norm 0.5, limit 1", clip_factor(0.5, 1), 1, 0);
+    expect_close("no limit", clip_factor(3, 0), 1, 0);
+}
+
 /* The first step by hand, decay and clipping by hand, and plain gradient descent. */
 static void test_adamw_hand(void) {
+    expect_adamw_comment();
     struct Tensor t = {
         .name = "t",
         .n = 2,
@@ -3850,6 +3881,9 @@ static void test_schedule(void) {
     for (size_t step = 0; step < 4; step++)
         expect_close("linear, 10 steps, warm-up 2", schedule_factor(&args, step, 10),
                      (double[]){0, 0.5, 1, 0.875}[step], 1e-12);
+    args.lr_scheduler_type = "cosine";
+    expect_close("cosine, a quarter of the way", schedule_factor(&args, 4, 10), 0.8536, 5e-5);
+    args.lr_scheduler_type = "linear";
     args.warmup_steps = 0;
     args.warmup_ratio = 0.15;
     for (size_t step = 0; step < 4; step++)
@@ -3888,6 +3922,12 @@ static void test_trainer_steps(void) {
         loss[run] = trainer_accumulate(&trainer, order, 11);
         gradient[run] = all_gradients(model, &n);
     }
+    struct Example two[] = {random_example(4, 1, 40), random_example(5, 0, 40)};
+    trainer.args.per_device_train_batch_size = 1;
+    language_task(&trainer, two, 2);
+    expect_close("3 and 5 targets", micro_batch_weight(&trainer, (size_t[]){0, 1}, 2), 0.125, 0);
+    trainer.task.targets = NULL;
+    expect_close("two means", micro_batch_weight(&trainer, (size_t[]){0, 1}, 2), 0.5, 0);
     expect_close("loss in pieces", loss[1], loss[0], 1e-6);
     expect_floats("gradient in pieces", gradient[1], widen(gradient[0], n), n, 2e-6);
     trainer_free(&trainer);
