@@ -5096,115 +5096,216 @@ static void trainer_free(struct Trainer *trainer) {
 /* =============================================================================================
  * Chapter 15 - Language model: pretraining, SFT
  *
- * How does a model learn to write? From what people wrote. One loss serves both stages: the
- * cross-entropy of the next token, -log pi(x_t+1 | x_1..t), averaged over the tokens that count.
- * [glossary: Função de custo] Pretraining reads running text, and every token counts; supervised
- * fine-tuning reads examples, and of prompt + completion only the completion counts.
- * [glossary: Ajuste fino]
+ * How does a model learn to write? From what people wrote. One loss serves both stages, the
+ * cross-entropy of the next token, a mean over the tokens that count [1]:
+ *
+ *     loss = mean of -log pi(x_t+1 | x_1 ... x_t)                [glossary: Função de custo]
+ *
+ * Pretraining reads running text, and every token counts: the model learns the language. Supervised
+ * fine-tuning (SFT) reads examples of a prompt and its completion, and only the completion counts:
+ * the model learns to answer, not to ask.                        [glossary: Ajuste fino]
+ *
+ *     prompt + completion   "The film is"   " a"  " joy"  end
+ *     counts in SFT              no          yes   yes    yes
  *
  *     a new model     8.66 nats a token    (an even guess among 4097 tokens: ln 4097 = 8.32)
  *     trained         4.51 nats a token    perplexity e^4.51 = 91: as unsure as among 91 tokens
+ *
+ * What enters: texts, or prompts with completions. What leaves: a language model: the reference,
+ * and the starting point, of all that follows.
  * ============================================================================================= */
 
 /* A sample, for a terminal: prompt, a bar, what the model wrote. */
 static void sample_show(const struct Tokenizer *tok, const struct Example *e, size_t V,
                         const char *score) {
     struct Arena arena = {0};
+    const int *answer_ids = e->ids + e->prompt_length;
     struct Text prompt = tokenizer_decode_all(tok, &arena, e->ids, e->prompt_length, V);
-    struct Text answer =
-        tokenizer_decode_all(tok, &arena, e->ids + e->prompt_length, e->n - e->prompt_length, V);
+    struct Text answer = tokenizer_decode_all(tok, &arena, answer_ids, e->n - e->prompt_length, V);
     char *line = arena_printf(&arena, "    %s%.*s |%.*s", score, (int)prompt.length, prompt.data,
                               (int)answer.length, answer.data);
+    /* what a model writes may hold anything; cut_text leaves no control byte to the terminal */
     say("%s\n", cut_text(line, terminal_columns()));
     arena_free(&arena);
 }
 
+/* The data of a language model's Task. */
 struct LanguageTask {
-    struct Example *examples, *eval_examples;
-    struct Example *texts; /* pretraining: whole texts, packed anew each epoch */
+    struct Example *examples, *eval_examples; /* what is learnt; what is held out */
+    /* pretraining: the whole texts, of which each epoch makes other examples */
+    struct Example *texts;
     size_t text_count, row_length;
     bool whole_texts; /* see pretrain_pack */
     struct Arena rows; /* this epoch's packed rows */
 };
 
+/* The batch of some of the task's items. */
+static struct Batch language_batch(struct Trainer *trainer, const size_t *index, size_t count,
+                                   bool eval) {
+    const struct LanguageTask *task = trainer->task.data;
+    const struct Example *from = eval ? task->eval_examples : task->examples;
+    struct Example *examples = arena_alloc(&trainer->arena, count, sizeof *examples);
+    for (size_t i = 0; i < count; i++)
+        examples[i] = from[index[i]];
+    /* the last token of a row predicts nothing: the model need not read it */
+    return collate(&trainer->arena, examples, count, SKIP_LAST);
+}
+
+/* What is logged beside the loss, a mean over the R predicted tokens: how undecided the model is
+ * (entropy, nats), and how often its first choice was the token that came. */
+static void language_metrics(struct Trainer *trainer, const struct Batch *batch,
+                             const struct LMHead *head) {
+    trainer->state.num_tokens += batch->tokens;
+    trainer_metric(trainer, "entropy", row_sum(head->entropy, batch->R), batch->R);
+    trainer_metric(trainer, "mean_token_accuracy", row_sum(head->hit, batch->R), batch->R);
+}
+
+/* language_loss -- the cross-entropy of a micro-batch: the Task's loss of pretraining and SFT.
+ *                                                          [glossary: Função de custo]
+ *   loss = weight * sum_r -log pi(target_r | all before it)              [1] Section 2
+ * in   index (count): which items; weight: 1 / the step's targets, so that the micro-batches add up
+ *      to a mean over the tokens of the step
+ * Each summand is the negative log-likelihood of a token that a person wrote: 0 if the model was
+ * certain of it, without limit if it thought it impossible. To lower the sum is to raise the
+ * probability of the text as a whole, which is the product of its tokens' probabilities.
+ * The derivative by the logits is softmax - 1 at the target and softmax elsewhere, times the
+ * weight: lm_head_cross_entropy (chapter 11).
+ * By hand: a model whose weights are all 0 finds 37 tokens equally probable: each target costs
+ * ln 37 = 3.6109; two of them with weight 1/2: 3.6109.
+ *                                test: language_hand, language_overfit, eval_batch_size */
 static double language_loss(struct Trainer *trainer, const size_t *index, size_t count,
                             double weight, bool train, bool eval) {
-    struct LanguageTask *task = trainer->task.data;
     struct GPT2 *model = trainer->model;
     struct Arena *arena = &trainer->arena;
-    struct Example *examples = arena_alloc(arena, count, sizeof *examples);
-    for (size_t i = 0; i < count; i++)
-        examples[i] = (eval ? task->eval_examples : task->examples)[index[i]];
-    struct Batch batch = collate(arena, examples, count, SKIP_LAST);
+
+    /* 1. forward, up to the hidden states from which the targets are predicted */
+    struct Batch batch = language_batch(trainer, index, count, eval);
     struct Activations acts = gpt2_forward(model, arena, &batch, train);
     struct LMHead head = lm_head_new(model, arena, &acts, batch.row, batch.target, batch.R, 1);
+
+    /* 2. The output layer. In training its backward comes with it: its logits (R,V) are the largest
+     *    tensor of all, so they are used while they are there and never kept. */
     if (train) {
         float *dhidden = arena_zeros(arena, batch.N * model->config.n_embd, sizeof *dhidden);
         lm_head_cross_entropy(model, &head, (float)weight, dhidden, arena);
         gpt2_backward(model, arena, &acts, dhidden);
-    } else
+    } else {
         lm_head_forward(model, &head);
-    trainer->state.num_tokens += batch.tokens;
-    trainer_metric(trainer, "entropy", row_sum(head.entropy, batch.R), batch.R);
-    trainer_metric(trainer, "mean_token_accuracy", row_sum(head.hit, batch.R), batch.R);
-    double nll = -sequence_logprob(head.logprob, batch.R);
+    }
+
+    /* 3. what is reported; the loss of held-out items is a metric like the others */
+    language_metrics(trainer, &batch, &head);
+    double negative_log_likelihood = -sequence_logprob(head.logprob, batch.R);
     if (eval)
-        trainer_metric(trainer, "loss", nll, batch.R);
-    return nll * weight;
+        trainer_metric(trainer, "loss", negative_log_likelihood, batch.R);
+    return negative_log_likelihood * weight;
 }
 
-/* What the Trainer divides a step's loss by: labels that are not ignored. The first token of a
- * text without a prompt counts although nothing predicts it: so transformers counts, and the
- * loss is a little smaller than a mean. Packed rows: what they predict. */
+/* language_targets -- how many labels of an item are not ignored: what the Trainer divides a
+ * step's loss by.
+ * The first token of a text without a prompt is counted although nothing predicts it. transformers
+ * counts so, and the loss comes out a little smaller than a mean. Packed rows have a prompt of one
+ * token, so theirs is a true mean.
+ * By hand: a text of 3 tokens: 3; prompt of 3, completion of 2: 2.     test: language_sft_rows */
 static size_t language_targets(struct Trainer *trainer, size_t index) {
-    const struct Example *e = ((struct LanguageTask *)trainer->task.data)->examples + index;
+    const struct LanguageTask *task = trainer->task.data;
+    const struct Example *e = &task->examples[index];
     return e->n - e->prompt_length;
 }
 
-/* pretrain_pack -- texts joined by end tokens, cut into `count` rows that predict row_length
- * tokens each. A row has row_length + 1 tokens and the next row starts with its last one, so
- * every token is predicted once; what is left over is dropped. With whole_texts a row that would
- * start inside a text starts where that text starts (if a row can hold it): so the model learns,
- * at position 0, how texts begin, as a prompt does. Some tokens then count twice and the last
- * texts have to wait for an epoch. */
-static struct Example *pretrain_pack(struct Arena *arena, const struct Example *texts,
-                                     const size_t *order, size_t text_count, size_t row_length,
-                                     bool whole_texts, size_t *count) {
-    size_t total = 0;
+/* ---- Pretraining: running text in rows of equal length -------------------------------------- */
+
+/* Some texts, in the order in which they are joined. */
+struct TextOrder {
+    const struct Example *texts;
+    const size_t *order;
+    size_t count;
+};
+
+/* All ids of the texts, one text behind the other; `total` is their number. */
+static int *texts_join(struct Arena *arena, const struct TextOrder *texts, size_t *total) {
+    *total = 0;
+    for (size_t i = 0; i < texts->count; i++)
+        *total += texts->texts[i].n;
+    int *stream = arena_alloc(arena, *total, sizeof *stream);
     size_t at = 0;
-    size_t text = 0;
-    size_t text_start = 0;
-    for (size_t i = 0; i < text_count; i++)
-        total += texts[i].n;
-    int *stream = arena_alloc(arena, total, sizeof *stream);
-    for (size_t i = 0; i < text_count; at += texts[order[i++]].n)
-        memcpy(stream + at, texts[order[i]].ids, texts[order[i]].n * sizeof *stream);
+    for (size_t i = 0; i < texts->count; i++) {
+        const struct Example *text = &texts->texts[texts->order[i]];
+        memcpy(stream + at, text->ids, text->n * sizeof *stream);
+        at += text->n;
+    }
+    return stream;
+}
+
+/* A text in the stream: which it is in the order, and where it starts. */
+struct TextPlace {
+    size_t text, start;
+};
+
+/* whole_text_start -- where a row starts that should start at `next`, if texts are to be whole.
+ * in, out  place: a text that is not behind `next`; afterwards the one that `next` lies in
+ * That text's start, if a row of `room` tokens can hold the text and the row before (it starts at
+ * `last`) does not start there too. Otherwise `next`, in the middle of the text.
+ *                                                            test: language_pack */
+static size_t whole_text_start(const struct TextOrder *texts, struct TextPlace *place, size_t last,
+                               size_t next, size_t room) {
+    /* 1. on to the text that `next` lies in; place only moves forward, for so do the rows */
+    size_t n = texts->texts[texts->order[place->text]].n;
+    while (place->start + n <= next && place->text + 1 < texts->count) {
+        place->start += n;
+        n = texts->texts[texts->order[++place->text]].n;
+    }
+
+    /* 2. back to its start. Without the second condition the rows would stay there for ever. */
+    bool fits = n <= room;
+    bool moves_on = place->start > last;
+    return fits && moves_on ? place->start : next;
+}
+
+/* pretrain_pack -- texts joined by end tokens, cut into `count` rows that predict row_length
+ * tokens each. Every forward pass then has the same size and no padding.
+ * A row has row_length + 1 tokens, and the next row starts with its last one: so every token but
+ * the first is predicted once. What does not fill a row at the end is dropped.
+ * With whole_texts a row that would start inside a text starts where that text does, if a row can
+ * hold the text: so the model learns, at position 0, how texts begin, as a prompt does. Some tokens
+ * then count twice, and the last texts have to wait for another epoch.
+ * By hand: texts of 3, 4 and 3 tokens, row_length 4: (10 - 1) / 4 = 2 rows, which start at 0 and 4;
+ * with whole_texts at 0 and 3, where the second text starts.             test: language_pack */
+static struct Example *pretrain_pack(struct Arena *arena, const struct TextOrder *texts,
+                                     size_t row_length, bool whole_texts, size_t *count) {
+    /* 1. one stream of ids, and how many rows it fills */
+    size_t total;
+    int *stream = texts_join(arena, texts, &total);
     *count = total ? (total - 1) / row_length : 0;
+
+    /* 2. The rows point into the stream. The first token of each counts as its prompt: it was the
+     *    last target of the row before. */
     struct Example *rows = arena_alloc(arena, *count, sizeof *rows);
-    at = 0;
+    struct TextPlace place = {0};
+    size_t at = 0;
     for (size_t i = 0; i < *count; i++) {
-        rows[i] = (struct Example){stream + at, row_length + 1, 1};
+        rows[i] = (struct Example){.ids = stream + at, .n = row_length + 1, .prompt_length = 1};
         size_t next = at + row_length;
-        while (text_start + texts[order[text]].n <= next && text + 1 < text_count)
-            text_start += texts[order[text++]].n;
-        bool fits = texts[order[text]].n <= row_length + 1;
-        at = whole_texts && fits && text_start > at ? text_start : next;
+        at = whole_texts ? whole_text_start(texts, &place, at, next, row_length + 1) : next;
     }
     return rows;
 }
 
-/* Each epoch joins the texts in a new order, so that rows never repeat. */
+/* Each epoch joins the texts in a new order. The rows are cut elsewhere then, and none is ever the
+ * same twice: less to learn by heart. */
 static void pretrain_new_epoch(struct Trainer *trainer, size_t epoch) {
     struct LanguageTask *task = trainer->task.data;
     arena_reset(&task->rows);
     size_t *order = epoch_order(&trainer->args, &task->rows, task->text_count, epoch, STREAM_SPLIT);
-    task->examples = pretrain_pack(&task->rows, task->texts, order, task->text_count,
-                                   task->row_length, task->whole_texts, &trainer->task.n);
+    struct TextOrder texts = {task->texts, order, task->text_count};
+    task->examples =
+        pretrain_pack(&task->rows, &texts, task->row_length, task->whole_texts, &trainer->task.n);
 }
 
-/* How the model goes on after the first words of the first text. */
+/* Shows how the model goes on after the first words of the first text, as the training proceeds. */
 static void language_sample(struct Trainer *trainer) {
-    const struct Example *text = ((struct LanguageTask *)trainer->task.data)->texts;
+    const struct LanguageTask *task = trainer->task.data;
+    const struct Example *text = task->texts;
     struct GenerationConfig sampling = {
         .max_new_tokens = 28,
         .do_sample = true,
@@ -5213,14 +5314,15 @@ static void language_sample(struct Trainer *trainer) {
         .top_p = 1,
         .repetition_penalty = 1,
     };
-    struct Example prompt = {text->ids, text->n > 3 ? 3 : 1, 0};
+    struct Example prompt = {.ids = text->ids, .n = text->n > 3 ? 3 : 1};
+    /* the same random numbers each time: what changes is the model; the training draws its own */
     struct Rng rng = rng_seed(trainer->args.seed, STREAM_SAMPLE);
     struct Example *answer =
         sample_answers(trainer->model, &trainer->arena, &prompt, 1, 1, &sampling, &rng);
     sample_show(trainer->tok, answer, trainer->model->config.vocab_size, "");
 }
 
-/* Sets up the task of a language model on texts that end in an end token. */
+/* pretrain_task -- makes pretraining the trainer's Task, on texts that each end in an end token. */
 static struct LanguageTask *pretrain_task(struct Trainer *trainer, struct Arena *arena,
                                           struct Example *texts, size_t text_count,
                                           struct Example *eval_texts, size_t eval_count) {
@@ -5235,48 +5337,69 @@ static struct LanguageTask *pretrain_task(struct Trainer *trainer, struct Arena 
         .new_epoch = pretrain_new_epoch,
         .sample = language_sample,
     };
+
+    /* 1. the first epoch's rows already: the Trainer must know how many rows there are */
     pretrain_new_epoch(trainer, 0);
     CHECK(trainer->task.n > 0,
           "pretrain: the texts have too few tokens, a row needs %zu; use more text or a smaller "
           "--max_length",
           length + 1);
-    task->eval_examples = pretrain_pack(arena, eval_texts, arena_order(arena, eval_count),
-                                        eval_count, length, false, &trainer->task.eval_n);
+
+    /* 2. the held-out rows: always the same, each token once, so that losses can be compared */
+    struct TextOrder held_out = {eval_texts, arena_order(arena, eval_count), eval_count};
+    task->eval_examples = pretrain_pack(arena, &held_out, length, false, &trainer->task.eval_n);
     return task;
 }
 
-/* Rows of a data set as SFT examples: TRL appends the end token, keeps the first max_length ids,
- * drops what then has no target. */
-static struct Example *sft_examples(struct Trainer *trainer, struct Arena *arena,
-                                    const struct Dataset *data, size_t *n) {
-    struct Example *examples = arena_alloc(arena, data->n, sizeof *examples);
-    size_t count = 0;
-    size_t cut = 0;
+/* ---- SFT: examples of what to write --------------------------------------------------------- */
+
+/* A row of the data set as TRL prepares it, with the end token behind it: the model has to learn
+ * where an answer ends, or it will never stop. */
+static struct Example sft_example(const struct Trainer *trainer, struct Arena *arena,
+                                  const struct Dataset *data, const struct Row *row) {
     size_t V = trainer->model->config.vocab_size;
     const int *end_token = &trainer->model->config.eos_token_id;
-    const struct Tokenizer *tok = trainer->tok;
-    for (size_t i = 0; i < data->n; i++) {
-        const struct Row *row = &data->rows[i];
-        struct Example e =
-            data->shape == SHAPE_TEXT
-                ? example_encode(arena, tok, row->text, V, end_token)
-                : example_prompt_completion(arena, tok, row->prompt, row->completion, V, end_token);
-        cut += e.n > trainer->args.max_length;
-        e.n = MIN(e.n, trainer->args.max_length);
-        if (e.n > MAX((size_t)1, e.prompt_length))
-            examples[count++] = e;
-    }
+    if (data->shape == SHAPE_TEXT)
+        return example_encode(arena, trainer->tok, row->text, V, end_token);
+    return example_prompt_completion(arena, trainer->tok, row->prompt, row->completion, V,
+                                     end_token);
+}
+
+/* What happened to rows that could not be used as they are. */
+static void sft_examples_say(const struct Dataset *data, size_t max_length, size_t cut,
+                             size_t count) {
     if (cut)
         warn("%s: %zu of %zu rows were cut to their first %zu tokens (--max_length)", data->path,
-             cut, data->n, trainer->args.max_length);
+             cut, data->n, max_length);
     CHECK(count > 0, "%s: no row has a token to learn from", data->path);
     if (count < data->n)
         warn("%s: %zu of %zu rows have no token to learn from and are left out", data->path,
              data->n - count, data->n);
+}
+
+/* sft_examples -- the rows of a data set as examples; n: how many are left.
+ * As TRL does, a row keeps its first max_length ids; one that then has no target is left out: its
+ * prompt alone fills the row, and there is nothing to learn from it.   test: language_sft_rows */
+static struct Example *sft_examples(struct Trainer *trainer, struct Arena *arena,
+                                    const struct Dataset *data, size_t *n) {
+    struct Example *examples = arena_alloc(arena, data->n, sizeof *examples);
+    size_t max_length = trainer->args.max_length;
+    size_t count = 0;
+    size_t cut = 0;
+    for (size_t i = 0; i < data->n; i++) {
+        struct Example e = sft_example(trainer, arena, data, &data->rows[i]);
+        cut += e.n > max_length;
+        e.n = MIN(e.n, max_length);
+        /* the first token of all is never predicted, prompt or not */
+        if (e.n > MAX((size_t)1, e.prompt_length))
+            examples[count++] = e;
+    }
+    sft_examples_say(data, max_length, cut, count);
     *n = count;
     return examples;
 }
 
+/* sft_task -- makes SFT the trainer's Task, on texts or on prompts with completions. */
 static struct LanguageTask *sft_task(struct Trainer *trainer, struct Arena *arena,
                                      const struct Dataset *data, const struct Dataset *eval) {
     struct LanguageTask *task = arena_zeros(arena, 1, sizeof *task);
@@ -5286,6 +5409,7 @@ static struct LanguageTask *sft_task(struct Trainer *trainer, struct Arena *aren
         .loss = language_loss,
         .targets = language_targets,
     };
+    /* nothing is packed: each row keeps its own beginning, and no answer is cut in two */
     task->examples = sft_examples(trainer, arena, data, &trainer->task.n);
     if (eval)
         task->eval_examples = sft_examples(trainer, arena, eval, &trainer->task.eval_n);

@@ -4984,6 +4984,31 @@ static void test_language_sft_rows(void) {
     gpt2_free(model);
 }
 
+/* The comments' numbers: a loss of zeros, and where rows of whole texts start. */
+static void test_language_hand(void) {
+    struct GPT2 *model = gpt2_new((struct GPT2Config){37, 12, 8, 2, 2, 36, 36, 1e-5f, 36, {0}});
+    struct Example one = random_example(4, 2, 37);
+    struct Trainer trainer = trainer_of(model, 0, 1, 1);
+    for (size_t i = 0; i < model->tensor_count; i++)
+        memset(model->tensors[i]->w, 0, model->tensors[i]->n * sizeof(float));
+    language_task(&trainer, &one, 1);
+    double loss = language_loss(&trainer, (size_t[]){0}, 1, 0.5, false, false);
+    expect_close("ln 37", loss, log(37), 1e-6);
+    struct Example texts[3];
+    size_t lengths[] = {3, 4, 3};
+    for (size_t i = 0; i < 3; i++)
+        texts[i] = random_example(lengths[i], 0, 37);
+    struct TextOrder order = {texts, (size_t[]){0, 1, 2}, 3};
+    for (int whole = 0; whole < 2; whole++) {
+        size_t count;
+        struct Example *rows = pretrain_pack(&test_arena, &order, 4, whole, &count);
+        expect_count("rows", count, 2);
+        expect_count("second row", (size_t)(rows[1].ids - rows[0].ids), whole ? 3 : 4);
+    }
+    trainer_free(&trainer);
+    gpt2_free(model);
+}
+
 /* A model learns four sentences by heart. */
 static void test_language_overfit(void) {
     struct GPT2 *model = new_model(64, 16, 32, 2, 4);
@@ -5109,6 +5134,17 @@ static void test_reward_gradient(void) {
         trainer_free(&trainer);
     }
     gpt2_free(model);
+}
+
+/* The comments' numbers; a tie is no win. */
+static void test_reward_metrics(void) {
+    struct Trainer pairs = {0};
+    struct Trainer labels = {0};
+    reward_pair_metrics(&pairs, (float[]){2, 0.5f, 0.5f}, (struct Pair[]){{0, 1, 0}, {1, 2, 0}}, 2);
+    expect_close("accuracy", mean_in(&pairs.metrics, "accuracy"), 0.5, 0);
+    expect_close("margin", mean_in(&pairs.metrics, "margin"), 0.75, 0);
+    reward_label_metrics(&labels, (float[]){2, -1, -3}, (double[]){1, 1, 0}, 3);
+    expect_close("labels", mean_in(&labels.metrics, "accuracy"), 2.0 / 3, 1e-12);
 }
 
 /* Pairs of equal sides are left out and counted: no model can be right about them. */
@@ -8527,10 +8563,12 @@ static const struct {
     {"generate_context", test_generate_context},
     {"language_pack", test_language_pack},
     {"language_sft_rows", test_language_sft_rows},
+    {"language_hand", test_language_hand},
     {"language_overfit", test_language_overfit},
     {"bradley_terry", test_bradley_terry},
     {"sentiment_loss", test_sentiment_loss},
     {"bradley_terry_gradient", test_bradley_terry_gradient},
+    {"reward_metrics", test_reward_metrics},
     {"reward_gradient", test_reward_gradient},
     {"reward_equal_pairs", test_reward_equal_pairs},
     {"reward_overfit", test_reward_overfit},
