@@ -4408,13 +4408,17 @@ struct TrainingArguments {
 };
 
 static struct TrainingArguments training_arguments(void) {
+    /* The defaults of transformers and TRL: flags that are copied from a script of theirs train the
+     * same way here. */
     return (struct TrainingArguments){
         .learning_rate = 5e-5,
+        /* AdamW: means over about 10 and 1000 steps */
         .adam_beta1 = 0.9,
         .adam_beta2 = 0.999,
         .adam_epsilon = 1e-8,
         .weight_decay = 0,
         .max_grad_norm = 1,
+        /* how much is trained, on how many rows at once */
         .num_train_epochs = 3,
         .per_device_train_batch_size = 8,
         .gradient_accumulation_steps = 1,
@@ -4458,6 +4462,7 @@ enum { NORM_PIECES = 512, STEP_PIECE = 1 << 14 };
 /* The sum of squares over piece number `piece` of a gradient of n numbers. */
 static double square_sum_piece(const float *d, size_t n, size_t piece) {
     size_t length = (n + NORM_PIECES - 1) / NORM_PIECES;
+    /* of a small tensor the last pieces are empty: both MINs then leave nothing */
     size_t first = MIN(n, piece * length);
     return row_dot(d + first, d + first, MIN(n - first, length));
 }
@@ -4466,9 +4471,12 @@ static double square_sum_piece(const float *d, size_t n, size_t piece) {
 static double square_sum(const float *d, size_t n) {
     double part[NORM_PIECES];
     double sum = 0;
+    /* 1. Whichever thread comes to a piece, the piece is the same. */
 #pragma omp parallel for if (n > 100000)
     for (size_t piece = 0; piece < NORM_PIECES; piece++)
         part[piece] = square_sum_piece(d, n, piece);
+    /* 2. Added in order. Floating-point sums depend on it: as an OpenMP reduction this would give
+     *    other last bits on another number of threads. */
     for (size_t piece = 0; piece < NORM_PIECES; piece++)
         sum += part[piece];
     return sum;
@@ -4520,10 +4528,12 @@ struct OptimizerStep {
 static struct OptimizerStep optimizer_step_of(const struct TrainingArguments *args, double lr,
                                               size_t t, double clip, double weight_decay) {
     return (struct OptimizerStep){
+        /* of both rules */
         .is_sgd = strcmp(args->optim, "sgd") == 0,
         .lr = (float)lr,
         .clip = (float)clip,
         .weight_decay = (float)weight_decay,
+        /* AdamW: the decay of a step, the two means, and what they lack of true means as yet */
         .decay_factor = (float)(1 - lr * weight_decay),
         .beta1 = (float)args->adam_beta1,
         .beta2 = (float)args->adam_beta2,
@@ -4589,6 +4599,7 @@ WIDE static void adamw_piece(float *w, float *d, float *m, float *v, size_t n,
  * By hand: w = 0.755, g = 300, lr 0.001, no decay: 0.455.                      test: adamw_hand */
 WIDE static void sgd_piece(float *w, float *d, size_t n, struct OptimizerStep s) {
     for (size_t i = 0; i < n; i++) {
+        /* Here the decay is coupled: it is a part of the gradient, that of weight_decay w^2 / 2. */
         w[i] -= s.lr * (d[i] * s.clip + s.weight_decay * w[i]);
         d[i] = 0;
     }
@@ -4600,6 +4611,8 @@ static void tensor_step_piece(struct Tensor *tensor, size_t first,
     size_t n = MIN(tensor->n - first, (size_t)STEP_PIECE);
     float *w = tensor->w + first;
     float *d = tensor->d + first;
+    /* By value: where the compiler knows that writing w cannot change the constants, it makes
+     * vector instructions of the loop. */
     if (step->is_sgd)
         sgd_piece(w, d, n, *step);
     else
@@ -4785,6 +4798,7 @@ struct Trainer {
  * By hand: losses 1, 2 | 6 in two batches: (3 + 6) / (2 + 1) = 3; the mean of the batches' means,
  * 1.5 and 6, would be 3.75.                                              test: metric_units */
 static void trainer_metric(struct Trainer *trainer, const char *name, double sum, size_t units) {
+    /* log_at adds a new name with 0 and 0 */
     struct Metric *metric = log_at(&trainer->metrics, name);
     metric->value += sum;
     metric->n += units;
@@ -4796,6 +4810,7 @@ static void trainer_metric(struct Trainer *trainer, const char *name, double sum
 static void trainer_add_means(struct Trainer *trainer) {
     const struct LogEntry *batch = &trainer->metrics;
     for (const struct Metric *m = batch->item; m < batch->item + batch->n; m++) {
+        /* a mean of this micro-batch, as one unit of the mean that will be logged */
         struct Metric *metric = log_at(&trainer->state.metrics, m->name);
         metric->value += m->value / (double)MAX((size_t)1, m->n);
         metric->n++;
@@ -4820,9 +4835,11 @@ static void trainer_largest(struct Trainer *trainer, const char *name, double va
  * names begin with the prefix "eval_". */
 static void trainer_means(const struct TrainerState *state, const struct LogEntry *metrics,
                           struct LogEntry *entry, const char *prefix) {
+    /* 1. the metrics; 0 units would make NaN, which the log writes as null */
     for (const struct Metric *m = metrics->item; m < metrics->item + metrics->n; m++)
         log_value(entry, *prefix ? log_name(prefix, text_of(m->name)) : m->name,
                   m->value / (double)m->n);
+    /* 2. the place: with it an entry can be drawn as a point of a curve */
     log_value(entry, "epoch", state->epoch);
     log_value(entry, "step", (double)state->global_step);
 }
@@ -4878,8 +4895,12 @@ static struct LogEntry trainer_measure(struct Trainer *trainer) {
 static double trainer_evaluate(struct Trainer *trainer) {
     struct LogEntry entry = trainer_measure(trainer);
     double loss;
+    /* 1. not one that is incomplete */
     if (evaluation_interrupted(&trainer->state))
         return NAN;
+
+    /* 2. An entry of its own, beside that of the training's loss. The two curves side by side show
+     *    overfitting: from where the held-out loss rises while the other falls. */
     *state_log(&trainer->state) = entry;
     state_say(&trainer->state, trainer->task.name, &entry, true);
     log_find(&entry, "eval_loss", &loss);
@@ -4903,8 +4924,10 @@ static size_t micro_batches_of(const struct TrainingArguments *args, size_t n) {
  *                                                                       test: trainer_steps */
 static double micro_batch_weight(struct Trainer *trainer, const size_t *order, size_t n) {
     const struct Task *task = &trainer->task;
+    /* 1. of means: one over the number of micro-batches */
     if (!task->targets)
         return 1 / (double)MAX((size_t)1, micro_batches_of(&trainer->args, n));
+    /* 2. of sums: one over the targets of the whole step, before the first of its micro-batches */
     size_t targets = 0;
     for (size_t i = 0; i < n; i++)
         targets += task->targets(trainer, order[i]);
@@ -4920,6 +4943,7 @@ static double trainer_accumulate(struct Trainer *trainer, const size_t *order, s
     size_t size = trainer->args.per_device_train_batch_size;
     double weight = micro_batch_weight(trainer, order, n);
     double loss = 0;
+    /* the gradients are 0 here: the last optimizer step left them so */
     for (size_t first = 0; first < n; first += size) {
         /* 1. forward, loss, backward */
         arena_reset(&trainer->arena);
@@ -4964,6 +4988,8 @@ static void trainer_log(struct Trainer *trainer, double norm, double lr) {
 static size_t *epoch_order(const struct TrainingArguments *args, struct Arena *arena, size_t n,
                            size_t epoch, enum RngStream stream) {
     size_t *order = arena_order(arena, n);
+    /* Without shuffling, a file that is sorted (all good reviews, then all bad ones) would teach
+     * each step only one half of the matter, and the last half would be remembered best. */
     struct Rng rng = rng_seed(args->seed + epoch, stream);
     if (strcmp(args->train_sampling_strategy, "sequential") != 0)
         rng_shuffle(&rng, order, n);
@@ -4980,24 +5006,40 @@ static void trainer_plan(struct Trainer *trainer) {
     struct TrainerState *state = &trainer->state;
     size_t n = trainer->task.n;
     CHECK(n > 0, "%s: nothing to train on", trainer->task.name);
+
+    /* 1. rows of a step, steps of an epoch (rounded up) */
     trainer->rows_per_step = args->per_device_train_batch_size * args->gradient_accumulation_steps;
     state->steps_per_epoch = (n + trainer->rows_per_step - 1) / trainer->rows_per_step;
+
+    /* 2. the length of the training, which the schedule must know from its first step on */
     state->max_steps = args->max_steps;
     if (!args->max_steps)
         state->max_steps = (size_t)ceil(args->num_train_epochs * (double)state->steps_per_epoch);
 }
 
-/* What a checkpoint of this training consists of. The number of rows must be the same when the run
- * goes on: with another one, "step 300" would be another place in the data. */
-static struct Checkpoint trainer_checkpoint(struct Trainer *trainer) {
-    struct Checkpoint checkpoint = checkpoint_new(trainer->task.name, trainer->model, trainer->tok,
-                                                  &trainer->args, &trainer->state);
+/* trainer_begin -- all that comes before the first step. Returns what checkpoints are made of. */
+static struct Checkpoint trainer_begin(struct Trainer *trainer) {
+    struct TrainerState *state = &trainer->state;
+
+    /* 1. how many steps; memory for gradients, m and v */
+    trainer_plan(trainer);
+    gpt2_make_trainable(trainer->model);
+
+    /* 2. What a checkpoint of this training consists of. The number of rows must be the same when
+     *    the run goes on: with another one, "step 300" would be another place in the data. */
+    struct Checkpoint checkpoint =
+        checkpoint_new(trainer->task.name, trainer->model, trainer->tok, &trainer->args, state);
     checkpoint_add_fixed(&checkpoint, "rows", &trainer->task.n, "the number of rows to train on");
     checkpoint_add_fixed(&checkpoint, "rows_per_step", &trainer->rows_per_step,
                          "the number of rows in a step "
                          "(--per_device_train_batch_size times --gradient_accumulation_steps)");
     if (trainer->task.saved)
         trainer->task.saved(trainer, &checkpoint);
+
+    /* 3. If the run goes on from a checkpoint: weights, m, v and log as they were then. One from
+     *    beyond max_steps raises it, and nothing is left to do. */
+    checkpoint_resume(&checkpoint);
+    state->num_train_epochs = ceil((double)state->max_steps / (double)state->steps_per_epoch);
     return checkpoint;
 }
 
@@ -5008,11 +5050,16 @@ static struct Checkpoint trainer_checkpoint(struct Trainer *trainer) {
 static void trainer_advance(struct Trainer *trainer, size_t epoch, size_t step, size_t rows,
                             double loss) {
     struct TrainerState *state = &trainer->state;
+    /* 1. where in the data: the share of the epoch's micro-batches that are done */
     size_t all = micro_batches_of(&trainer->args, trainer->task.n);
     size_t done = MIN((step + 1) * trainer->args.gradient_accumulation_steps, all);
     state->epoch = (double)epoch + (double)done / (double)all;
+
+    /* 2. sums over the whole training, for its last log entry */
     state->total_loss += loss;
     state->samples += rows;
+
+    /* 3. the step's loss, one unit of the mean since the last entry */
     trainer_metric(trainer, "loss", loss, 1);
     trainer_add_means(trainer);
 }
@@ -5020,10 +5067,12 @@ static void trainer_advance(struct Trainer *trainer, size_t epoch, size_t step, 
 /* The last entry of the log: the training as a whole, in transformers' names. */
 static void trainer_log_end(struct TrainerState *state) {
     double steps = (double)state->max_steps;
+    /* of all runs that led here, if there were checkpoints between them */
     double seconds = state->seconds;
     struct LogEntry *entry = state_log(state);
     log_value(entry, "epoch", state->epoch);
     log_value(entry, "step", (double)state->global_step);
+    /* transformers' estimate of operations: its place is kept, the number is not computed */
     log_value(entry, "total_flos", 0);
     log_value(entry, "train_loss", state->total_loss / MAX(1, steps));
     log_value(entry, "train_runtime", seconds);
@@ -5039,13 +5088,8 @@ static void trainer_train(struct Trainer *trainer) {
     struct TrainerState *state = &trainer->state;
     struct Arena order_arena = {0};
 
-    /* 1. Prepare: the number of steps; memory for gradients, m and v; and, if this run goes on from
-     *    a checkpoint, all of them as they were then, with the step that had been reached. */
-    trainer_plan(trainer);
-    gpt2_make_trainable(trainer->model);
-    struct Checkpoint checkpoint = trainer_checkpoint(trainer);
-    checkpoint_resume(&checkpoint); /* one from beyond max_steps raises it: nothing is left to do */
-    state->num_train_epochs = ceil((double)state->max_steps / (double)state->steps_per_epoch);
+    /* 1. how many steps, and from where */
+    struct Checkpoint checkpoint = trainer_begin(trainer);
     double begin = seconds_now() - state->seconds;
 
     /* 2. Epochs: each takes every row once, in an order of its own. */
@@ -5119,12 +5163,14 @@ static void trainer_free(struct Trainer *trainer) {
 static void sample_show(const struct Tokenizer *tok, const struct Example *e, size_t V,
                         const char *score) {
     struct Arena arena = {0};
+    /* 1. ids become text again, in two parts: a token of the answer is no token of the prompt */
     const int *answer_ids = e->ids + e->prompt_length;
     struct Text prompt = tokenizer_decode_all(tok, &arena, e->ids, e->prompt_length, V);
     struct Text answer = tokenizer_decode_all(tok, &arena, answer_ids, e->n - e->prompt_length, V);
     char *line = arena_printf(&arena, "    %s%.*s |%.*s", score, (int)prompt.length, prompt.data,
                               (int)answer.length, answer.data);
-    /* what a model writes may hold anything; cut_text leaves no control byte to the terminal */
+    /* 2. One line. What a model writes may hold anything: cut_text leaves no control byte, which
+     *    could clear the terminal or move its cursor. */
     say("%s\n", cut_text(line, terminal_columns()));
     arena_free(&arena);
 }
@@ -5145,9 +5191,10 @@ static struct Batch language_batch(struct Trainer *trainer, const size_t *index,
     const struct LanguageTask *task = trainer->task.data;
     const struct Example *from = eval ? task->eval_examples : task->examples;
     struct Example *examples = arena_alloc(&trainer->arena, count, sizeof *examples);
+    /* 1. the items side by side; only their descriptions are copied, the ids stay where they are */
     for (size_t i = 0; i < count; i++)
         examples[i] = from[index[i]];
-    /* the last token of a row predicts nothing: the model need not read it */
+    /* 2. packed; the last token of a row predicts nothing: the model need not read it */
     return collate(&trainer->arena, examples, count, SKIP_LAST);
 }
 
@@ -5156,6 +5203,7 @@ static struct Batch language_batch(struct Trainer *trainer, const size_t *index,
 static void language_metrics(struct Trainer *trainer, const struct Batch *batch,
                              const struct LMHead *head) {
     trainer->state.num_tokens += batch->tokens;
+    /* Sums, not means: another micro-batch has another number of tokens. */
     trainer_metric(trainer, "entropy", row_sum(head->entropy, batch->R), batch->R);
     trainer_metric(trainer, "mean_token_accuracy", row_sum(head->hit, batch->R), batch->R);
 }
@@ -5210,6 +5258,7 @@ static double language_loss(struct Trainer *trainer, const size_t *index, size_t
 static size_t language_targets(struct Trainer *trainer, size_t index) {
     const struct LanguageTask *task = trainer->task.data;
     const struct Example *e = &task->examples[index];
+    /* of the row with its prompt, all but the prompt */
     return e->n - e->prompt_length;
 }
 
@@ -5224,10 +5273,14 @@ struct TextOrder {
 
 /* All ids of the texts, one text behind the other; `total` is their number. */
 static int *texts_join(struct Arena *arena, const struct TextOrder *texts, size_t *total) {
+    /* 1. room for all */
     *total = 0;
     for (size_t i = 0; i < texts->count; i++)
         *total += texts->texts[i].n;
     int *stream = arena_alloc(arena, *total, sizeof *stream);
+
+    /* 2. One behind the other. Each ends in an end token, from which the model learns that what
+     *    follows has nothing to do with what came before. */
     size_t at = 0;
     for (size_t i = 0; i < texts->count; i++) {
         const struct Example *text = &texts->texts[texts->order[i]];
@@ -5295,9 +5348,13 @@ static struct Example *pretrain_pack(struct Arena *arena, const struct TextOrder
  * same twice: less to learn by heart. */
 static void pretrain_new_epoch(struct Trainer *trainer, size_t epoch) {
     struct LanguageTask *task = trainer->task.data;
+    /* 1. The last epoch's rows go. The order is that of the texts; the Trainer shuffles the rows
+     *    that are made of them once more, with random numbers of another stream. */
     arena_reset(&task->rows);
     size_t *order = epoch_order(&trainer->args, &task->rows, task->text_count, epoch, STREAM_SPLIT);
     struct TextOrder texts = {task->texts, order, task->text_count};
+
+    /* 2. The number of rows is the same in each epoch: it follows from the number of tokens. */
     task->examples =
         pretrain_pack(&task->rows, &texts, task->row_length, task->whole_texts, &trainer->task.n);
 }
@@ -5306,6 +5363,7 @@ static void pretrain_new_epoch(struct Trainer *trainer, size_t epoch) {
 static void language_sample(struct Trainer *trainer) {
     const struct LanguageTask *task = trainer->task.data;
     const struct Example *text = task->texts;
+    /* 1. as much as a line holds, drawn a little on the safe side (temperature 0.7) */
     struct GenerationConfig sampling = {
         .max_new_tokens = 28,
         .do_sample = true,
@@ -5315,7 +5373,9 @@ static void language_sample(struct Trainer *trainer) {
         .repetition_penalty = 1,
     };
     struct Example prompt = {.ids = text->ids, .n = text->n > 3 ? 3 : 1};
-    /* the same random numbers each time: what changes is the model; the training draws its own */
+
+    /* 2. The same prompt and the same random numbers each time: what changes is the model. They are
+     *    numbers of its own, so a run that is watched trains as one that is not. */
     struct Rng rng = rng_seed(trainer->args.seed, STREAM_SAMPLE);
     struct Example *answer =
         sample_answers(trainer->model, &trainer->arena, &prompt, 1, 1, &sampling, &rng);
@@ -5328,6 +5388,8 @@ static struct LanguageTask *pretrain_task(struct Trainer *trainer, struct Arena 
                                           struct Example *eval_texts, size_t eval_count) {
     struct LanguageTask *task = arena_zeros(arena, 1, sizeof *task);
     size_t length = trainer->args.max_length;
+
+    /* 1. what is trained, and how */
     *task = (struct LanguageTask){.texts = texts, .text_count = text_count, .row_length = length};
     trainer->task = (struct Task){
         .name = "pretrain",
@@ -5338,14 +5400,14 @@ static struct LanguageTask *pretrain_task(struct Trainer *trainer, struct Arena 
         .sample = language_sample,
     };
 
-    /* 1. the first epoch's rows already: the Trainer must know how many rows there are */
+    /* 2. the first epoch's rows already: the Trainer must know how many rows there are */
     pretrain_new_epoch(trainer, 0);
     CHECK(trainer->task.n > 0,
           "pretrain: the texts have too few tokens, a row needs %zu; use more text or a smaller "
           "--max_length",
           length + 1);
 
-    /* 2. the held-out rows: always the same, each token once, so that losses can be compared */
+    /* 3. the held-out rows: always the same, each token once, so that losses can be compared */
     struct TextOrder held_out = {eval_texts, arena_order(arena, eval_count), eval_count};
     task->eval_examples = pretrain_pack(arena, &held_out, length, false, &trainer->task.eval_n);
     return task;
@@ -5359,8 +5421,10 @@ static struct Example sft_example(const struct Trainer *trainer, struct Arena *a
                                   const struct Dataset *data, const struct Row *row) {
     size_t V = trainer->model->config.vocab_size;
     const int *end_token = &trainer->model->config.eos_token_id;
+    /* a text without a prompt: all of it counts */
     if (data->shape == SHAPE_TEXT)
         return example_encode(arena, trainer->tok, row->text, V, end_token);
+    /* encoded as one text, as the model will see it; the completion's ids are those that count */
     return example_prompt_completion(arena, trainer->tok, row->prompt, row->completion, V,
                                      end_token);
 }
@@ -5368,9 +5432,11 @@ static struct Example sft_example(const struct Trainer *trainer, struct Arena *a
 /* What happened to rows that could not be used as they are. */
 static void sft_examples_say(const struct Dataset *data, size_t max_length, size_t cut,
                              size_t count) {
+    /* 1. an answer that is cut has no end token: the model is not taught to end there */
     if (cut)
         warn("%s: %zu of %zu rows were cut to their first %zu tokens (--max_length)", data->path,
              cut, data->n, max_length);
+    /* 2. rows without a target, if not all of them */
     CHECK(count > 0, "%s: no row has a token to learn from", data->path);
     if (count < data->n)
         warn("%s: %zu of %zu rows have no token to learn from and are left out", data->path,
@@ -5387,10 +5453,13 @@ static struct Example *sft_examples(struct Trainer *trainer, struct Arena *arena
     size_t count = 0;
     size_t cut = 0;
     for (size_t i = 0; i < data->n; i++) {
+        /* 1. the row as ids, the first max_length of them: what is cut off is the answer's end,
+         *    since an answer without its question would teach nothing */
         struct Example e = sft_example(trainer, arena, data, &data->rows[i]);
         cut += e.n > max_length;
         e.n = MIN(e.n, max_length);
-        /* the first token of all is never predicted, prompt or not */
+
+        /* 2. Is a token left that counts? The very first is never predicted, prompt or not. */
         if (e.n > MAX((size_t)1, e.prompt_length))
             examples[count++] = e;
     }
@@ -5419,129 +5488,272 @@ static struct LanguageTask *sft_task(struct Trainer *trainer, struct Arena *aren
 /* =============================================================================================
  * Chapter 16 - Reward model                        [glossary: Função de recompensa]
  *
- * How does a network learn what people prefer? Chapter 3's loss on its output: a language model
- * with one number in place of its logits, read at each text's last token. Pairs, ratings (from
- * which pairs are made within a batch) or labels (liked, disliked) can teach it.
+ * How does a network learn what people prefer? It is a language model with one number in place of
+ * its V logits, read at each text's last token, which has seen the whole text. Chapter 3's losses
+ * judge that number. Three kinds of data can teach it:
+ *
+ *     pairs      "a joy" was preferred to "a mess"      bradley_terry_loss on the two rewards
+ *     ratings    8 and 3 of 10                          compared within a batch: a pair
+ *     labels     liked, disliked                        sentiment_loss on each reward
  *
  *     loss at the start    ln 2 = 0.693: a guess            accuracy 0.5
  *     trained              0.81 of held-out pairs ordered as people did
+ *
+ * A language model is the place to start from: it knows what the words mean already, and has only
+ * to learn which of that people like.
  *
  * What enters: texts that people compared, rated or labelled. What leaves: a reward model, and
  * rewards of new texts in the form of the course's sentiment pipeline.
  * ============================================================================================= */
 
+/* The data of a reward model's Task. Of each array of two, the first is to learn from, the second
+ * is held out. */
 struct RewardTask {
-    /* to learn from, held out; of pairs 2i chosen, 2i+1 rejected; rated or labelled: one a row */
-    struct Example *texts[2];
-    double *number[2]; /* a row's margin, rating or label */
-    bool rated, labelled;
-    double center, min_difference;
-    float *eval_reward; /* rated: r of each held-out text */
-    /* of texts cut to a random beginning, so that the model learns to judge unfinished ones */
-    double prefix_share;
+    struct Example *texts[2]; /* of pairs 2i is chosen, 2i + 1 rejected; else one an item */
+    double *number[2]; /* an item's margin, rating or label */
+    bool rated, labelled; /* neither: pairs */
+    double center; /* TRL's center_rewards_coefficient, see bradley_terry_pair */
+    double min_difference; /* ratings closer than this make no pair */
+    float *eval_reward; /* rated: the reward of each held-out text */
+    double prefix_share; /* how many of the texts are cut to a random beginning */
     struct Rng cut;
 };
 
-/* How n pairs are ordered; pairs NULL: n texts, labels are compared with the reward's sign. */
-static void reward_metrics(struct Trainer *trainer, const float *reward, const struct Pair *pairs,
-                           size_t n, const double *label) {
+/* ---- Metrics -------------------------------------------------------------------------------- */
+
+/* reward_pair_metrics -- how well rewards order n pairs: the share that the chosen text wins
+ * (accuracy; a tie is no win), and by how much on average (margin).
+ * By hand: rewards 2, 0.5, 0.5; 0 preferred to 1, 1 to 2: accuracy 1 / 2, margin (1.5 + 0) / 2 =
+ * 0.75.                                                                 test: reward_metrics */
+static void reward_pair_metrics(struct Trainer *trainer, const float *reward,
+                                const struct Pair *pairs, size_t n) {
     double right = 0;
     double margin = 0;
     for (size_t i = 0; i < n; i++) {
-        double difference = pairs ? (double)reward[pairs[i].chosen] - reward[pairs[i].rejected]
-                            : label[i] > 0 ? reward[i]
-                                           : -reward[i];
+        /* without the pair's margin: that is a demand of the loss, not a part of the order */
+        double difference = (double)reward[pairs[i].chosen] - reward[pairs[i].rejected];
         right += difference > 0;
         margin += difference;
     }
     trainer_metric(trainer, "accuracy", right, n);
-    if (pairs)
-        trainer_metric(trainer, "margin", margin, n);
+    trainer_metric(trainer, "margin", margin, n);
 }
 
+/* Of labelled texts: how many have a reward whose sign is that of the label.
+ * By hand: rewards 2 (liked), -1 (liked), -3 (disliked): 2 of 3.         test: reward_metrics */
+static void reward_label_metrics(struct Trainer *trainer, const float *reward, const double *label,
+                                 size_t n) {
+    double right = 0;
+    /* a reward above 0 is a probability above 1/2: sigmoid(0) = 0.5 */
+    for (size_t i = 0; i < n; i++)
+        right += label[i] > 0 ? reward[i] > 0 : reward[i] < 0;
+    trainer_metric(trainer, "accuracy", right, n);
+}
+
+/* The rewards as they are, for all kinds of data: with plain pairs nothing but `center` keeps them
+ * from drifting. */
 static void reward_text_metrics(struct Trainer *trainer, const float *reward, size_t texts) {
     for (size_t t = 0; t < texts; t++) {
+        /* one unit each: the mean is over texts, whatever the batches */
         trainer_metric(trainer, "mean_reward", reward[t], 1);
         trainer_least(trainer, "min_reward", reward[t]);
         trainer_largest(trainer, "max_reward", reward[t]);
     }
 }
 
-/* reward_rated_evaluated -- loss and order of every pair of held-out rated texts, whatever batches
- * they were read in: compared within batches, another batch size would be other pairs.
- *                                                                     test: eval_batch_size */
+/* reward_rated_evaluated -- loss and order of every pair of held-out rated texts.
+ * In training, ratings are compared within a micro-batch. Here all are compared with all, whatever
+ * batches they were read in: otherwise another batch size would mean other pairs, and a loss that
+ * cannot be compared.                                                 test: eval_batch_size */
 static void reward_rated_evaluated(struct Trainer *trainer) {
     const struct RewardTask *task = trainer->task.data;
+    const float *reward = task->eval_reward;
     size_t n = trainer->task.eval_n;
     struct Pair *pairs = arena_alloc(&trainer->arena, n, sizeof *pairs);
     float *dreward = arena_floats(&trainer->arena, n); /* not used: nothing trains here */
-    for (size_t i = 0; i < n; i++) { /* all pairs at once need n^2 memory */
+    for (size_t i = 0; i < n; i++) {
+        /* 1. One text against those behind it. All pairs at once would take n^2 memory. */
         size_t count = pairs_of_rating(task->number[1], i, n, task->min_difference, pairs);
         if (count == 0)
             continue;
-        double loss = bradley_terry_loss(task->eval_reward, n, pairs, count, task->center, dreward);
+
+        /* 2. bradley_terry_loss is a mean over the text's pairs; what is reported is their sum */
+        double loss = bradley_terry_loss(reward, n, pairs, count, task->center, dreward);
         trainer_metric(trainer, "loss", loss * (double)count, count);
-        reward_metrics(trainer, task->eval_reward, pairs, count, NULL);
+        reward_pair_metrics(trainer, reward, pairs, count);
     }
 }
 
+/* ---- Rewards of texts, and the way back ----------------------------------------------------- */
+
+/* A forward pass of the reward model over some texts. */
+struct RewardPass {
+    struct Batch batch;
+    struct Activations acts;
+    size_t texts;
+    int *row; /* (texts) where the reward of each is read */
+    float *reward; /* (texts) */
+};
+
+/* reward_forward -- the rewards of some texts.
+ *   reward = w . h                 h (C): the hidden state at the text's last token, w: the head
+ * A token sees only what stands before it, so the last one is the only one that has seen all.
+ * Unlike a language model this one has to read it: READ_LAST. `keep`: a backward pass will follow.
+ *                                                   test: reward_golden, reward_rows */
+static struct RewardPass *reward_forward(const struct GPT2 *model, struct Arena *arena,
+                                         const struct Example *texts, size_t n, bool keep) {
+    /* 1. The texts, packed, through the model. The pass lies in the arena, for the activations
+     *    point to their batch: as a value that is returned it would move away from under them. */
+    struct RewardPass *pass = arena_alloc(arena, 1, sizeof *pass);
+    pass->texts = n;
+    pass->batch = collate(arena, texts, n, READ_LAST);
+    pass->acts = gpt2_forward(model, arena, &pass->batch, keep);
+
+    /* 2. Where each text's last token stands, padding not counted, and the reward there. The head
+     *    has no bias: it would add the same number to all rewards. */
+    pass->row = arena_alloc(arena, n, sizeof *pass->row);
+    pass->reward = arena_floats(arena, n);
+    reward_rows(&pass->batch, model->config.pad_token_id, pass->row);
+    scalar_head_forward(pass->reward, pass->acts.ln_f, pass->row, n, &model->score, NULL);
+    return pass;
+}
+
+/* reward_backward -- from d loss / d reward to the gradient of every weight.
+ * in   dreward (texts), which is multiplied by `weight`      out  the model's gradients
+ * Of the N hidden states only those at which a reward was read have a slope: the rest start at 0,
+ * and attention carries the slope back to the earlier tokens.           test: reward_gradient */
+static void reward_backward(struct GPT2 *model, struct Arena *arena, const struct RewardPass *pass,
+                            float *dreward, double weight) {
+    /* 1. the micro-batch's share in the step */
+    for (size_t t = 0; t < pass->texts; t++)
+        dreward[t] *= (float)weight;
+
+    /* 2. through the head: its own gradient, and that of the hidden states it read */
+    float *dhidden = arena_zeros(arena, pass->batch.N * model->config.n_embd, sizeof *dhidden);
+    scalar_head_backward(dhidden, dreward, pass->acts.ln_f, pass->row, pass->texts, &model->score,
+                         NULL);
+
+    /* 3. through the transformer, as from any other head */
+    gpt2_backward(model, arena, &pass->acts, dhidden);
+}
+
+/* ---- The loss of a micro-batch -------------------------------------------------------------- */
+
+/* The texts of a micro-batch, and how they are to be compared. */
+struct RewardBatch {
+    struct Example *examples; /* (texts) of pairs all that were chosen, then all rejected */
+    size_t texts;
+    double *number; /* (count) of each item: margin, rating or label */
+    struct Pair *pairs; /* (pair_count) as indices into examples; of labelled texts not used */
+    size_t pair_count; /* of labelled texts: how many there are */
+};
+
+/* Cuts some texts to a random beginning of 8 tokens or more. PPO will ask for rewards of answers
+ * that its token limit has cut off, and a model that only ever saw whole texts would judge them by
+ * their missing end. */
+static void reward_cut(struct RewardTask *task, struct Example *text) {
+    /* 1. not if the task does not ask for it, and not a text that is short already */
+    if (task->prefix_share <= 0 || text->n <= 10)
+        return;
+    /* 2. this one? then any length from 8 to n - 1 is equally likely */
+    if (rng_uniform(&task->cut) < task->prefix_share)
+        text->n = 8 + rng_below(&task->cut, text->n - 8);
+}
+
+/* The items index[0..count) as texts and comparisons. */
+static struct RewardBatch reward_batch(struct Trainer *trainer, const size_t *index, size_t count,
+                                       bool train, bool eval) {
+    struct RewardTask *task = trainer->task.data;
+    struct Arena *arena = &trainer->arena;
+    size_t each = task->rated || task->labelled ? 1 : 2; /* texts of an item */
+    bool in_batch = task->rated && !eval; /* compared here, not in reward_rated_evaluated */
+    struct RewardBatch items = {.texts = each * count, .pair_count = count};
+    items.examples = arena_alloc(arena, items.texts, sizeof *items.examples);
+    items.number = arena_alloc(arena, count, sizeof *items.number);
+    items.pairs = arena_alloc(arena, in_batch ? count * count : count, sizeof *items.pairs);
+
+    /* 1. the pairs as they stand in the data: item i compares text i with text count + i */
+    for (size_t i = 0; i < count; i++) {
+        items.number[i] = task->number[eval][index[i]];
+        items.pairs[i] = (struct Pair){i, count + i, items.number[i]};
+    }
+
+    /* 2. the texts: t / count is 0 for the chosen ones, which come first, and 1 for the rejected */
+    for (size_t t = 0; t < items.texts; t++) {
+        items.examples[t] = task->texts[eval][each * index[t % count] + t / count];
+        if (train)
+            reward_cut(task, &items.examples[t]);
+    }
+
+    /* 3. of rated texts the pairs are made here */
+    if (in_batch)
+        items.pair_count =
+            pairs_from_ratings(items.number, count, task->min_difference, items.pairs);
+    return items;
+}
+
+/* The loss of a micro-batch by its rewards, with its metrics.     out  dreward (texts) */
+static double reward_compare(struct Trainer *trainer, const struct RewardBatch *items,
+                             const float *reward, float *dreward) {
+    const struct RewardTask *task = trainer->task.data;
+    /* 1. each text by itself, if people said "liked" or "disliked" */
+    if (task->labelled) {
+        reward_label_metrics(trainer, reward, items->number, items->texts);
+        return sentiment_loss(reward, items->number, items->texts, dreward);
+    }
+
+    /* 2. text against text, whether people compared them or their ratings do */
+    reward_pair_metrics(trainer, reward, items->pairs, items->pair_count);
+    return bradley_terry_loss(reward, items->texts, items->pairs, items->pair_count, task->center,
+                              dreward);
+}
+
+/* reward_loss -- the reward model's loss on a micro-batch: its Task's loss.
+ *                              [glossary: Função de recompensa] [glossary: Modelo Bradley-Terry]
+ *   loss = weight * mean over pairs of -log sigmoid(r_chosen - r_rejected - margin)      [4] Eq. 1
+ * in   index (count): which items; weight: the micro-batch's share in the step
+ * Both sides of a pair go through the model in one batch. Their slopes are opposite, so what the
+ * two texts have in common (the prompt) hardly moves, and what tells them apart does.
+ * By hand: a new model gives every text the reward 0. Of three pairs one has the margin 1:
+ * (ln 2 + ln 2 - log sigmoid(-1)) / 3 = (0.6931 + 0.6931 + 1.3133) / 3 = 0.8999.
+ *                                             test: reward_overfit, reward_gradient
+ * gdb: break bradley_terry_pair */
 static double reward_loss(struct Trainer *trainer, const size_t *index, size_t count, double weight,
                           bool train, bool eval) {
     struct RewardTask *task = trainer->task.data;
-    struct GPT2 *model = trainer->model;
     struct Arena *arena = &trainer->arena;
-    size_t each = task->rated || task->labelled ? 1 : 2;
-    size_t texts = each * count;
-    size_t pair_count = count;
-    struct Example *examples = arena_alloc(arena, texts, sizeof *examples);
-    bool in_batch = task->rated && !eval; /* texts are compared within their batch */
-    struct Pair *pairs = arena_alloc(arena, in_batch ? count * count : count, sizeof *pairs);
-    double *rating = arena_alloc(arena, count, sizeof *rating);
-    for (size_t i = 0; i < count; i++) {
-        rating[i] = task->number[eval][index[i]];
-        pairs[i] = (struct Pair){i, count + i, rating[i]};
-    }
-    for (size_t t = 0; t < texts; t++) {
-        struct Example *e = &examples[t];
-        *e = task->texts[eval][each * index[t % count] + t / count];
-        bool cut = train && task->prefix_share > 0 && e->n > 10
-                   && rng_uniform(&task->cut) < task->prefix_share;
-        if (cut)
-            e->n = 8 + rng_below(&task->cut, e->n - 8);
-    }
-    if (in_batch)
-        pair_count = pairs_from_ratings(rating, count, task->min_difference, pairs);
-    if (pair_count == 0)
-        return 0; /* a last batch of like ratings teaches nothing */
-    struct Batch batch = collate(arena, examples, texts, READ_LAST);
-    struct Activations acts = gpt2_forward(model, arena, &batch, train);
-    int *row = arena_alloc(arena, texts, sizeof *row);
-    float *reward = arena_floats(arena, texts);
-    float *dreward = arena_floats(arena, texts);
-    reward_rows(&batch, model->config.pad_token_id, row);
-    scalar_head_forward(reward, acts.ln_f, row, texts, &model->score, NULL);
-    trainer->state.num_tokens += batch.tokens;
-    reward_text_metrics(trainer, reward, texts);
-    if (task->rated && eval) { /* reward_rated_evaluated compares them */
+
+    /* 1. Texts and comparisons. A last batch of like ratings has none, and teaches nothing. */
+    struct RewardBatch items = reward_batch(trainer, index, count, train, eval);
+    if (items.pair_count == 0)
+        return 0;
+
+    /* 2. their rewards */
+    struct RewardPass *pass =
+        reward_forward(trainer->model, arena, items.examples, items.texts, train);
+    trainer->state.num_tokens += pass->batch.tokens;
+    reward_text_metrics(trainer, pass->reward, items.texts);
+
+    /* 3. held-out ratings are kept until all are there, for reward_rated_evaluated */
+    if (task->rated && eval) {
         for (size_t i = 0; i < count; i++)
-            task->eval_reward[index[i]] = reward[i];
+            task->eval_reward[index[i]] = pass->reward[i];
         return 0;
     }
-    double loss = task->labelled
-                      ? sentiment_loss(reward, rating, count, dreward)
-                      : bradley_terry_loss(reward, texts, pairs, pair_count, task->center, dreward);
-    reward_metrics(trainer, reward, task->labelled ? NULL : pairs, pair_count, rating);
+
+    /* 4. the loss, and its slope by each reward */
+    float *dreward = arena_floats(arena, items.texts);
+    double loss = reward_compare(trainer, &items, pass->reward, dreward);
     if (eval)
-        trainer_metric(trainer, "loss", loss * (double)pair_count, pair_count);
-    if (!train)
-        return loss * weight;
-    for (size_t t = 0; t < texts; t++)
-        dreward[t] *= (float)weight;
-    float *dhidden = arena_zeros(arena, batch.N * model->config.n_embd, sizeof *dhidden);
-    scalar_head_backward(dhidden, dreward, acts.ln_f, row, texts, &model->score, NULL);
-    gpt2_backward(model, arena, &acts, dhidden);
+        trainer_metric(trainer, "loss", loss * (double)items.pair_count, items.pair_count);
+
+    /* 5. the way back to the weights */
+    if (train)
+        reward_backward(trainer->model, arena, pass, dreward, weight);
     return loss * weight;
 }
+
+/* ---- Data ----------------------------------------------------------------------------------- */
 
 /* Are the two sides of a pair the same tokens? Then nobody preferred anything. */
 static bool is_equal_pair(const struct Example pair[2]) {
@@ -5550,12 +5762,16 @@ static bool is_equal_pair(const struct Example pair[2]) {
     return memcmp(pair[0].ids, pair[1].ids, pair[0].n * sizeof *pair[0].ids) == 0;
 }
 
-/* What is left to learn from must hold something to compare. */
+/* Ends the program if what is left of a data set holds nothing to compare: it would train for hours
+ * and learn nothing. */
 static void reward_check(const struct Dataset *data, const double *number, size_t count) {
+    /* 1. enough items */
     bool is_pairs = data->shape == SHAPE_MARGIN;
     CHECK(count >= (is_pairs ? 1u : 2u),
           "%s: %zu %s are left; a pair or two texts are needed to compare", data->path, count,
           is_pairs ? "pairs" : "texts");
+
+    /* 2. ratings that differ enough for one pair at least; labels of both kinds */
     double least = number[0];
     double most = number[0];
     for (size_t i = 0; i < count; i++) {
@@ -5566,103 +5782,163 @@ static void reward_check(const struct Dataset *data, const double *number, size_
           "%s: no two ratings differ by 1 or more, so there is nothing to compare; they go from %g "
           "to %g",
           data->path, least, most);
-    if (data->shape == SHAPE_LABELLED && least == most) {
+    if (data->shape == SHAPE_LABELLED && least == most)
         warn("%s: every label is %g: a model that always says so is right", data->path, least);
-    }
 }
 
-/* Rows as texts with end tokens, two a preference, and numbers. Half a text is no fair comparison:
- * what exceeds max_length is dropped. So are pairs of equal sides, which TRL keeps: their loss has
- * no gradient, and no model can be right about them, so they would only lower the accuracy. */
+/* A row of the data set as one text, or as the two of a pair (prompt + answer), each with the end
+ * token behind it: where a text ends is a part of what is judged, and there the reward is read.
+ * Returns how many texts there are. */
+static size_t reward_row_encode(const struct Trainer *trainer, struct Arena *arena,
+                                const struct Dataset *data, const struct Row *row,
+                                struct Example *texts) {
+    size_t V = trainer->model->config.vocab_size;
+    const int *end_token = &trainer->model->config.eos_token_id;
+
+    /* 1. a text that was rated or labelled */
+    if (data->shape != SHAPE_MARGIN) {
+        texts[0] = example_encode(arena, trainer->tok, row->text, V, end_token);
+        return 1;
+    }
+
+    /* 2. A pair: each answer behind the prompt, for the same answer may be good to one question and
+     *    bad to another. Without a prompt the two stand alone. */
+    struct Text chosen = text_join(arena, row->prompt, row->chosen);
+    struct Text rejected = text_join(arena, row->prompt, row->rejected);
+    texts[0] = example_encode(arena, trainer->tok, chosen, V, end_token);
+    texts[1] = example_encode(arena, trainer->tok, rejected, V, end_token);
+    return 2;
+}
+
+/* The number that a row comes with: what people said about the text, or how clear the preference
+ * was. */
+static double reward_row_number(const struct Dataset *data, const struct Row *row) {
+    if (data->shape == SHAPE_MARGIN)
+        return row->margin;
+    return data->shape == SHAPE_LABELLED ? row->label : row->score;
+}
+
+/* Notes about rows that are not used. */
+static void reward_texts_say(const struct Dataset *data, size_t max_length, size_t too_long,
+                             size_t equal) {
+    const char *what = data->shape == SHAPE_MARGIN ? "pairs" : "texts";
+    if (too_long)
+        warn("%s: %zu of %zu %s dropped: longer than %zu tokens (--max_length)", data->path,
+             too_long, data->n, what, max_length);
+    if (equal)
+        warn("%s: %zu of %zu pairs are left out: chosen and rejected are the same", data->path,
+             equal, data->n);
+}
+
+/* reward_texts -- the rows of a data set as texts and numbers of the task; returns how many items.
+ * held_out: 0 to learn from, 1 held out, as in RewardTask
+ * What exceeds max_length is dropped: half a text is no fair comparison. So are pairs of equal
+ * sides, which TRL keeps: their loss has no gradient, and no model can be right about them, so they
+ * would only lower the accuracy.                    test: reward_equal_pairs, reward_overfit */
 static size_t reward_texts(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data,
                            int held_out) {
     struct RewardTask *task = trainer->task.data;
-    const struct GPT2Config *config = &trainer->model->config;
+    size_t max_length = trainer->args.max_length;
     size_t count = 0;
+    size_t too_long = 0;
     size_t equal = 0;
-    size_t each = data->shape == SHAPE_MARGIN ? 2 : 1;
-    struct Example *texts = task->texts[held_out] =
-        arena_alloc(arena, each * data->n, sizeof *texts);
-    double *number = task->number[held_out] = arena_alloc(arena, data->n, sizeof *number);
+    struct Example *next = arena_alloc(arena, 2 * data->n, sizeof *next);
+    double *number = arena_alloc(arena, data->n, sizeof *number);
+    task->texts[held_out] = next;
+    task->number[held_out] = number;
     for (size_t i = 0; i < data->n; i++) {
+        /* 1. written where the next item has its place */
         const struct Row *row = &data->rows[i];
-        struct Example *e = texts + each * count;
-        for (size_t k = 0; k < each; k++) {
-            struct Text text = each == 1
-                                   ? row->text
-                                   : text_join(arena, row->prompt, k ? row->rejected : row->chosen);
-            const int *end_token = &config->eos_token_id;
-            e[k] = example_encode(arena, trainer->tok, text, config->vocab_size, end_token);
-        }
-        if (each == 2 && is_equal_pair(e)) {
+        size_t each = reward_row_encode(trainer, arena, data, row, next);
+
+        /* 2. is it of use? of a pair both sides must have room */
+        if (each == 2 && is_equal_pair(next)) {
             equal++;
-            continue;
+        } else if (MAX(next[0].n, next[each - 1].n) > max_length) {
+            too_long++;
+        } else {
+            /* 3. then it stays, and the next row goes behind it */
+            number[count++] = reward_row_number(data, row);
+            next += each;
         }
-        if (MAX(e[0].n, e[each - 1].n) > trainer->args.max_length)
-            continue;
-        number[count++] = each == 2                       ? row->margin
-                          : data->shape == SHAPE_LABELLED ? row->label
-                                                          : row->score;
     }
-    const char *what = each == 2 ? "pairs" : "texts";
-    size_t too_long = data->n - count - equal;
-    if (too_long) {
-        warn("%s: %zu of %zu %s dropped: longer than %zu tokens (--max_length)", data->path,
-             too_long, data->n, what, trainer->args.max_length);
-    }
-    if (equal) {
-        warn("%s: %zu of %zu pairs are left out: chosen and rejected are the same", data->path,
-             equal, data->n);
-    }
+    reward_texts_say(data, max_length, too_long, equal);
     reward_check(data, number, count);
     return count;
 }
 
+/* A checkpoint also needs the state of the random cuts. */
 static void reward_saved(struct Trainer *trainer, struct Checkpoint *checkpoint) {
-    checkpoint_add(checkpoint, "cut", ((struct RewardTask *)trainer->task.data)->cut.s, 4,
-                   UINT64_MAX);
+    struct RewardTask *task = trainer->task.data;
+    checkpoint_add(checkpoint, "cut", task->cut.s, 4, UINT64_MAX);
 }
 
+/* reward_task -- makes a reward model the trainer's Task, on pairs, rated or labelled texts. */
 static struct RewardTask *reward_task(struct Trainer *trainer, struct Arena *arena,
                                       const struct Dataset *data, const struct Dataset *eval) {
     struct RewardTask *task = arena_zeros(arena, 1, sizeof *task);
+    /* 1. what kind of data it is, told by the fields of its rows */
     *task = (struct RewardTask){
         .rated = data->shape == SHAPE_RATED,
         .labelled = data->shape == SHAPE_LABELLED,
         .min_difference = 1,
+        .cut = rng_seed(trainer->args.seed, STREAM_CUT),
     };
-    task->cut = rng_seed(trainer->args.seed, STREAM_CUT);
-    trainer->task =
-        (struct Task){.name = "reward", .data = task, .loss = reward_loss, .saved = reward_saved};
+    trainer->task = (struct Task){
+        .name = "reward",
+        .data = task,
+        .loss = reward_loss,
+        .saved = reward_saved,
+    };
+
+    /* 2. the texts, those to learn from and those held out */
     trainer->task.n = reward_texts(trainer, arena, data, 0);
     trainer->task.eval_n = eval ? reward_texts(trainer, arena, eval, 1) : 0;
-    if (task->rated)
+
+    /* 3. held-out ratings are compared when all rewards are known */
+    if (task->rated) {
         trainer->task.evaluated = reward_rated_evaluated;
-    if (task->rated)
         task->eval_reward = arena_floats(arena, trainer->task.eval_n);
+    }
     return task;
 }
 
-/* reward_score -- r of n token sequences; an empty one is read as an end token. [glossary:
- * Pipeline de análise de sentimentos] */
+/* ---- Use ------------------------------------------------------------------------------------ */
+
+/* Texts that go through the reward model at once. */
+enum { SCORED_TOGETHER = 32 };
+
+/* The rewards of at most SCORED_TOGETHER texts. An empty one is read as an end token, since a
+ * reward must be read at some token. */
+static void reward_score_batch(const struct GPT2 *model, struct Arena *arena,
+                               const struct Example *texts, size_t n, float *reward) {
+    int end_token = model->config.eos_token_id;
+    struct Example empty = {.ids = &end_token, .n = 1};
+    struct Example batch_texts[SCORED_TOGETHER];
+    /* 1. the texts; `keep` false: no backward pass will follow, so activations are not kept */
+    for (size_t i = 0; i < n; i++)
+        batch_texts[i] = texts[i].n ? texts[i] : empty;
+    struct RewardPass *pass = reward_forward(model, arena, batch_texts, n, false);
+    memcpy(reward, pass->reward, n * sizeof *reward);
+
+    /* 2. a reward that is NaN would make every advantage of PPO's batch NaN: better end here */
+    check_numbers(model, arena, &pass->batch, "the reward of a text", reward, n);
+}
+
+/* reward_score -- the rewards of n token sequences.
+ *                                       [glossary: Pipeline de análise de sentimentos]
+ * out  reward (n): without unit or bounds; only comparisons of them mean something (of a model
+ *      trained on labels, sigmoid(reward) is the probability that the text is liked)
+ * A text's reward does not depend on which others are scored with it.
+ *                                                           test: reward_golden, reward_company */
 static void reward_score(const struct GPT2 *model, const struct Example *texts, size_t n,
                          float *reward) {
-    enum { TOGETHER = 32 };
     struct Arena arena = {0};
-    int end = model->config.eos_token_id;
-    int row[TOGETHER];
-    struct Example empty = {&end, 1, 0};
-    for (size_t first = 0; first < n; first += TOGETHER) {
-        struct Example batch_texts[TOGETHER];
-        size_t count = MIN(n - first, (size_t)TOGETHER);
-        for (size_t i = 0; i < count; i++)
-            batch_texts[i] = texts[first + i].n ? texts[first + i] : empty;
+    for (size_t first = 0; first < n; first += SCORED_TOGETHER) {
+        /* some at a time: the activations of a batch are what takes memory here */
         arena_reset(&arena);
-        struct Batch batch = collate(&arena, batch_texts, count, READ_LAST);
-        struct Activations acts = gpt2_forward(model, &arena, &batch, false);
-        reward_rows(&batch, model->config.pad_token_id, row);
-        scalar_head_forward(reward + first, acts.ln_f, row, count, &model->score, NULL);
-        check_numbers(model, &arena, &batch, "the reward of a text", reward + first, count);
+        size_t count = MIN(n - first, (size_t)SCORED_TOGETHER);
+        reward_score_batch(model, &arena, texts + first, count, reward + first);
     }
     arena_free(&arena);
 }
