@@ -4621,6 +4621,7 @@ static void tensor_step_piece(struct Tensor *tensor, size_t first,
 
 /* Every weight of a tensor, the pieces in parallel. */
 static void tensor_step(struct Tensor *tensor, const struct OptimizerStep *step) {
+    /* no weight's step depends on another's, so the order of the pieces does not matter */
 #pragma omp parallel for if (tensor->n > 50000)
     for (size_t first = 0; first < tensor->n; first += STEP_PIECE)
         tensor_step_piece(tensor, first, step);
@@ -4936,7 +4937,8 @@ static double micro_batch_weight(struct Trainer *trainer, const size_t *order, s
 
 /* trainer_accumulate -- the gradient of one step over n rows, micro-batch by micro-batch.
  * The activations of a micro-batch fill the memory; its gradient is added to those of the ones
- * before it, and the memory serves the next. The sum is what one large batch would have given.
+ * before it, and the memory serves the next. Of a mean over tokens the sum is, but for rounding,
+ * what one large batch would have given.
  * in   order (n): which rows of the Task                      out  the gradients; returns the loss
  *                                                                       test: trainer_steps */
 static double trainer_accumulate(struct Trainer *trainer, const size_t *order, size_t n) {
@@ -5092,7 +5094,8 @@ static void trainer_train(struct Trainer *trainer) {
     struct Checkpoint checkpoint = trainer_begin(trainer);
     double begin = seconds_now() - state->seconds;
 
-    /* 2. Epochs: each takes every row once, in an order of its own. */
+    /* 2. Epochs: each takes every row once, in an order of its own. A run that goes on may begin
+     *    in the middle of one. */
     size_t epoch = state->global_step / state->steps_per_epoch;
     for (; state->global_step < state->max_steps; epoch++) {
         arena_reset(&order_arena);
@@ -5118,12 +5121,12 @@ static void trainer_train(struct Trainer *trainer) {
             trainer_advance(trainer, epoch, step, rows, loss);
             trainer_log(trainer, norm, lr);
 
-            /* 6. evaluate */
+            /* 6. evaluate on what is held out */
             if (trainer->task.eval_n && args->eval_steps
                 && state->global_step % args->eval_steps == 0)
                 trainer_evaluate(trainer);
 
-            /* 7. save; after Ctrl-C this does not return */
+            /* 7. save; after Ctrl-C the program ends here */
             state->seconds = seconds_now() - begin;
             checkpoint_step(&checkpoint);
         }
@@ -5226,7 +5229,8 @@ static double language_loss(struct Trainer *trainer, const size_t *index, size_t
     struct GPT2 *model = trainer->model;
     struct Arena *arena = &trainer->arena;
 
-    /* 1. forward, up to the hidden states from which the targets are predicted */
+    /* 1. Forward, up to the hidden states from which the targets are predicted: row r of the head
+     *    is that of the token before target r. */
     struct Batch batch = language_batch(trainer, index, count, eval);
     struct Activations acts = gpt2_forward(model, arena, &batch, train);
     struct LMHead head = lm_head_new(model, arena, &acts, batch.row, batch.target, batch.R, 1);
@@ -5478,7 +5482,8 @@ static struct LanguageTask *sft_task(struct Trainer *trainer, struct Arena *aren
         .loss = language_loss,
         .targets = language_targets,
     };
-    /* nothing is packed: each row keeps its own beginning, and no answer is cut in two */
+    /* Nothing is joined or cut into rows of one length, as in pretraining: each example keeps its
+     * own beginning, and no answer is torn in two. */
     task->examples = sft_examples(trainer, arena, data, &trainer->task.n);
     if (eval)
         task->eval_examples = sft_examples(trainer, arena, eval, &trainer->task.eval_n);
@@ -5529,6 +5534,7 @@ static void reward_pair_metrics(struct Trainer *trainer, const float *reward,
                                 const struct Pair *pairs, size_t n) {
     double right = 0;
     double margin = 0;
+    /* the order is all that training on pairs can get right: the rewards themselves mean nothing */
     for (size_t i = 0; i < n; i++) {
         /* without the pair's margin: that is a demand of the loss, not a part of the order */
         double difference = (double)reward[pairs[i].chosen] - reward[pairs[i].rejected];
@@ -5672,7 +5678,8 @@ static struct RewardBatch reward_batch(struct Trainer *trainer, const size_t *in
     items.number = arena_alloc(arena, count, sizeof *items.number);
     items.pairs = arena_alloc(arena, in_batch ? count * count : count, sizeof *items.pairs);
 
-    /* 1. the pairs as they stand in the data: item i compares text i with text count + i */
+    /* 1. The pairs as they stand in the data: item i compares text i with text count + i, and its
+     *    number is the margin. Of single texts these pairs are not used. */
     for (size_t i = 0; i < count; i++) {
         items.number[i] = task->number[eval][index[i]];
         items.pairs[i] = (struct Pair){i, count + i, items.number[i]};
@@ -5685,7 +5692,8 @@ static struct RewardBatch reward_batch(struct Trainer *trainer, const size_t *in
             reward_cut(task, &items.examples[t]);
     }
 
-    /* 3. of rated texts the pairs are made here */
+    /* 3. Of rated texts the pairs are made here, each with each: of 8 texts up to 28 comparisons,
+     *    for the price of 8 forward passes. */
     if (in_batch)
         items.pair_count =
             pairs_from_ratings(items.number, count, task->min_difference, items.pairs);
@@ -5728,20 +5736,22 @@ static double reward_loss(struct Trainer *trainer, const size_t *index, size_t c
     if (items.pair_count == 0)
         return 0;
 
-    /* 2. their rewards */
+    /* 2. Their rewards. In training the activations are kept: the backward pass needs them. */
     struct RewardPass *pass =
         reward_forward(trainer->model, arena, items.examples, items.texts, train);
     trainer->state.num_tokens += pass->batch.tokens;
     reward_text_metrics(trainer, pass->reward, items.texts);
 
-    /* 3. held-out ratings are kept until all are there, for reward_rated_evaluated */
+    /* 3. Held-out ratings have no loss yet. Their rewards are kept until all are there, and
+     *    reward_rated_evaluated compares them. */
     if (task->rated && eval) {
         for (size_t i = 0; i < count; i++)
             task->eval_reward[index[i]] = pass->reward[i];
         return 0;
     }
 
-    /* 4. the loss, and its slope by each reward */
+    /* 4. The loss, and its slope by each reward. The metric of held-out items takes the sum over
+     *    pairs, and the Trainer divides by all of them. */
     float *dreward = arena_floats(arena, items.texts);
     double loss = reward_compare(trainer, &items, pass->reward, dreward);
     if (eval)
@@ -5757,6 +5767,7 @@ static double reward_loss(struct Trainer *trainer, const size_t *index, size_t c
 
 /* Are the two sides of a pair the same tokens? Then nobody preferred anything. */
 static bool is_equal_pair(const struct Example pair[2]) {
+    /* ids, not letters: what the model reads */
     if (pair[0].n != pair[1].n)
         return false;
     return memcmp(pair[0].ids, pair[1].ids, pair[0].n * sizeof *pair[0].ids) == 0;
@@ -5765,13 +5776,14 @@ static bool is_equal_pair(const struct Example pair[2]) {
 /* Ends the program if what is left of a data set holds nothing to compare: it would train for hours
  * and learn nothing. */
 static void reward_check(const struct Dataset *data, const double *number, size_t count) {
-    /* 1. enough items */
+    /* 1. Enough items: a pair is a comparison by itself, of single texts it takes two. */
     bool is_pairs = data->shape == SHAPE_MARGIN;
     CHECK(count >= (is_pairs ? 1u : 2u),
           "%s: %zu %s are left; a pair or two texts are needed to compare", data->path, count,
           is_pairs ? "pairs" : "texts");
 
-    /* 2. ratings that differ enough for one pair at least; labels of both kinds */
+    /* 2. Ratings that differ by enough for one pair at least. The extremes tell: if not even these
+     *    two texts make a pair, no two do. */
     double least = number[0];
     double most = number[0];
     for (size_t i = 0; i < count; i++) {
@@ -5782,6 +5794,9 @@ static void reward_check(const struct Dataset *data, const double *number, size_
           "%s: no two ratings differ by 1 or more, so there is nothing to compare; they go from %g "
           "to %g",
           data->path, least, most);
+
+    /* 3. Labels of both kinds: with one kind the loss falls to 0, and nothing has been learnt. That
+     *    may be meant, in a test for example, so it is a note and no error. */
     if (data->shape == SHAPE_LABELLED && least == most)
         warn("%s: every label is %g: a model that always says so is right", data->path, least);
 }
@@ -5813,6 +5828,7 @@ static size_t reward_row_encode(const struct Trainer *trainer, struct Arena *are
 /* The number that a row comes with: what people said about the text, or how clear the preference
  * was. */
 static double reward_row_number(const struct Dataset *data, const struct Row *row) {
+    /* of a pair without one it is 0: "better", by however little */
     if (data->shape == SHAPE_MARGIN)
         return row->margin;
     return data->shape == SHAPE_LABELLED ? row->label : row->score;
@@ -5822,6 +5838,7 @@ static double reward_row_number(const struct Dataset *data, const struct Row *ro
 static void reward_texts_say(const struct Dataset *data, size_t max_length, size_t too_long,
                              size_t equal) {
     const char *what = data->shape == SHAPE_MARGIN ? "pairs" : "texts";
+    /* counted and said: rows that vanish without a word would make another data set of this one */
     if (too_long)
         warn("%s: %zu of %zu %s dropped: longer than %zu tokens (--max_length)", data->path,
              too_long, data->n, what, max_length);
@@ -5870,6 +5887,7 @@ static size_t reward_texts(struct Trainer *trainer, struct Arena *arena, const s
 /* A checkpoint also needs the state of the random cuts. */
 static void reward_saved(struct Trainer *trainer, struct Checkpoint *checkpoint) {
     struct RewardTask *task = trainer->task.data;
+    /* four words of any value: see struct Rng */
     checkpoint_add(checkpoint, "cut", task->cut.s, 4, UINT64_MAX);
 }
 
@@ -5912,6 +5930,7 @@ enum { SCORED_TOGETHER = 32 };
  * reward must be read at some token. */
 static void reward_score_batch(const struct GPT2 *model, struct Arena *arena,
                                const struct Example *texts, size_t n, float *reward) {
+    /* one token, no prompt */
     int end_token = model->config.eos_token_id;
     struct Example empty = {.ids = &end_token, .n = 1};
     struct Example batch_texts[SCORED_TOGETHER];
