@@ -5199,20 +5199,34 @@ static struct Example *sample_answers(const struct GPT2 *policy, struct Arena *a
 /* =============================================================================================
  * Chapter 14 - Optimizer, schedule, Trainer                  [glossary: Otimização]
  *
- * How do gradients become better weights? The Trainer is transformers': epochs of shuffled
- * micro-batches, gradients accumulated over several of them and clipped, an AdamW step at a
- * scheduled learning rate, a log entry every few steps. What is trained, and on which loss, is the
- * business of a Task (chapters 15, 16, 18).
+ * How do gradients become better weights? The backward pass has told for every weight by how much
+ * the loss would change with it: the gradient. A step moves all weights a little against it, and
+ * training is thousands of such steps. The Trainer is transformers':
  *
- *     4 micro-batches of 8 rows      gradients add up       one step on 32 rows
- *     gradient norm 3.0, limit 1     divided by 3.0         one odd batch cannot throw weights far
+ *     for each epoch (once through the data, in a new order):
+ *         for each step:
+ *             accumulate    forward and backward over some micro-batches; their gradients add up
+ *             clip          a gradient that is too long is shortened
+ *             step          AdamW moves the weights, at a scheduled learning rate
+ *             log, evaluate, save        whichever is due
+ *
+ * A step in numbers:
+ *     4 micro-batches of 8 rows      gradients add up       one step on 32 rows, memory for 8
+ *     gradient norm 3.0, limit 1     times 1/3              one odd batch cannot throw weights far
  *     learning rate 5e-5, step 500 of 1000, linear          2.5e-5
  *
- * What enters: gradients. What leaves: weights, and a log of how it went.
+ * What is trained, and on which loss, is told by a Task: chapters 15 (language model), 16 (reward
+ * model) and 18 (DPO) each make one. PPO (chapter 17) has a loop of its own around optimizer_step.
+ *
+ * What enters: a model, a Task, TrainingArguments. What leaves: other weights in the model, and a
+ * log of how it went.
  * ============================================================================================= */
 
-/* What Part IV gives to this one. The log: an entry is a list of named numbers; state_log adds one
- * to the history, log_at finds (or makes) a number by its name, state_say shows an entry. */
+/* ---- What Part IV gives to this one --------------------------------------------------------- */
+
+/* The log. An entry is a list of named numbers. state_log adds an empty entry to the history,
+ * log_at finds a number of an entry by its name (or adds it), state_say shows an entry to the
+ * person who waits. */
 struct LogEntry;
 struct TrainerState;
 static struct LogEntry *state_log(struct TrainerState *state);
@@ -5223,9 +5237,10 @@ static const char *log_name(const char *prefix, struct Text name);
 static void state_say(const struct TrainerState *state, const char *name,
                       const struct LogEntry *entry, bool plain);
 
-/* Checkpoints: checkpoint_new and checkpoint_add say what a run's state is made of (_doubles:
- * must be finite; _fixed: must be the same when the run goes on); checkpoint_resume puts it
- * back, if the run is to go on; checkpoint_step saves when it is time. */
+/* Checkpoints. checkpoint_new and checkpoint_add say what a run's state consists of (_doubles:
+ * numbers that must be finite; _fixed: a number that must be the same when the run goes on).
+ * checkpoint_resume puts the saved state back, if the run is to go on from one; checkpoint_step
+ * saves when a checkpoint is due. */
 struct Checkpoint;
 struct Saved;
 struct TrainingArguments;
@@ -5241,7 +5256,7 @@ static void checkpoint_add_fixed(struct Checkpoint *c, const char *name, void *a
 static void checkpoint_resume(struct Checkpoint *c);
 static void checkpoint_step(struct Checkpoint *c);
 
-/* Files and folders: written beside their final place, moved onto it when complete. */
+/* Files and folders. Each is written beside its final place and moved onto it when complete. */
 struct Output;
 struct Rollout;
 struct PPOTrainer;
@@ -5254,17 +5269,17 @@ static void trainer_state_save(const struct TrainerState *s, const struct Traini
 static void stats_write_line(FILE *file, const struct PPOTrainer *ppo);
 static void rollouts_write(FILE *file, const struct Rollout *rollouts, size_t n);
 
-/* Samples on a terminal: whether it is time for one, how wide it is, a text made fit for it. */
+/* Samples on a terminal: whether it is time for one, how wide the terminal is, a text made fit for
+ * it. */
 static bool progress_sampling(size_t step, size_t total);
 static size_t terminal_columns(void);
 static char *cut_text(char *text, size_t bytes);
 static struct Text text_shown(struct Arena *arena, struct Text text, const char *kept);
 
-/* A note, if training texts hold "<|endoftext|>", which is ordinary text here. */
+/* Prints a note if training texts spell out "<|endoftext|>", which is ordinary text here. */
 static void warn_of_written_ends(const struct Dataset *data, const struct Tokenizer *tok);
 
-/* An output file: written as PATH.tmp, moved onto PATH by output_close. With `keep`, what
- * PATH.tmp holds is there to be written over. */
+/* An output file: written as PATH.tmp, and moved onto PATH by output_close. */
 struct Output {
     FILE *file;
     char path[PATH_MAX], tmp[PATH_MAX + 8];
@@ -5272,16 +5287,27 @@ struct Output {
 
 static const char *const LOGS[] = {"stats_all.jsonl", "rollouts.jsonl"};
 
+/* Set by Ctrl-C. The training stops where it can be resumed, not in the middle of a step. */
 static volatile sig_atomic_t interrupted;
 
+/* ---- Settings ------------------------------------------------------------------------------- */
+
+/* TrainingArguments of transformers, in its names. */
 struct TrainingArguments {
-    double learning_rate, adam_beta1, adam_beta2, adam_epsilon, weight_decay, max_grad_norm,
-        num_train_epochs;
+    double learning_rate; /* at its height; see schedule_factor */
+    double adam_beta1, adam_beta2, adam_epsilon, weight_decay; /* see adamw_piece */
+    double max_grad_norm; /* see clip_factor; 0: no limit */
+    double num_train_epochs; /* may be a fraction; max_steps, if given, decides instead */
     double warmup_ratio; /* of the steps, where warmup_steps is 0 */
-    size_t per_device_train_batch_size, gradient_accumulation_steps, max_steps, warmup_steps,
-        logging_steps, eval_steps, max_length;
+    size_t per_device_train_batch_size; /* rows of a micro-batch: one forward, one backward */
+    size_t gradient_accumulation_steps; /* micro-batches of a step */
+    size_t max_steps, warmup_steps;
+    size_t logging_steps, eval_steps; /* a log entry, an evaluation each so many steps */
+    size_t max_length; /* tokens of a row at most */
     size_t per_device_eval_batch_size;
-    const char *lr_scheduler_type, *train_sampling_strategy, *optim;
+    const char *lr_scheduler_type; /* linear, cosine, constant, constant_with_warmup */
+    const char *train_sampling_strategy; /* random, sequential */
+    const char *optim; /* adamw, sgd */
     uint64_t seed;
     double lr_end; /* linear decay ends at this share of the learning rate */
     const char *output_dir, *resume_from_checkpoint; /* output_dir NULL: no checkpoints */
@@ -5290,13 +5316,17 @@ struct TrainingArguments {
 };
 
 static struct TrainingArguments training_arguments(void) {
+    /* The defaults of transformers and TRL: flags that are copied from a script of theirs train the
+     * same way here. */
     return (struct TrainingArguments){
         .learning_rate = 5e-5,
+        /* AdamW: means over about 10 and 1000 steps */
         .adam_beta1 = 0.9,
         .adam_beta2 = 0.999,
         .adam_epsilon = 1e-8,
         .weight_decay = 0,
         .max_grad_norm = 1,
+        /* how much is trained, on how many rows at once */
         .num_train_epochs = 3,
         .per_device_train_batch_size = 8,
         .gradient_accumulation_steps = 1,
@@ -5311,157 +5341,290 @@ static struct TrainingArguments training_arguments(void) {
     };
 }
 
-/* sqrt(x): a guess of 1/sqrt(x) by halving the exponent, three Newton steps y (3 - x y^2)/2, one
- * for x y. Error < 2e-7; 0 -> 0.  test: sqrt_fast */
+/* ---- Optimizer ------------------------------------------------------------------------------ */
+
+/* sqrt_fast -- the square root of x >= 0 without a division, so that a loop over it becomes vector
+ * instructions of plain multiplications.
+ *   y -> y (3 - x y^2) / 2            Newton's method for 1 / sqrt(x); each step doubles the digits
+ * Relative error below 2e-7; 0 gives 0.
+ * By hand: x = 4: guess 0.4831, then 0.49915, 0.499998, 0.5; times x: 2.         test: sqrt_fast */
 static inline float sqrt_fast(float x) {
+    /* 1. A guess of 1 / sqrt(x), 4 % off at most. A float's bits are, nearly, its logarithm; half
+     *    of them subtracted from a constant is the logarithm of x^(-1/2). */
     float y = float_of_bits(0x5f375a86 - (bits_of_float(x) >> 1));
+
+    /* 2. three steps of Newton's method */
     y *= 1.5f - 0.5f * x * y * y;
     y *= 1.5f - 0.5f * x * y * y;
     y *= 1.5f - 0.5f * x * y * y;
+
+    /* 3. sqrt(x) = x / sqrt(x), and one more step for what that product lost by rounding */
     float root = x * y;
     return root + 0.5f * y * (x - root * root);
 }
 
+/* Work is divided into pieces whose size does not depend on the number of threads: then sums are
+ * added in one order, and have the same bits, on any machine. */
 enum { NORM_PIECES = 512, STEP_PIECE = 1 << 14 };
 
-/* The length of the gradient as one vector, summed in pieces whose number is not that of the
- * threads: the same sum on any. */
+/* The sum of squares over piece number `piece` of a gradient of n numbers. */
+static double square_sum_piece(const float *d, size_t n, size_t piece) {
+    size_t length = (n + NORM_PIECES - 1) / NORM_PIECES;
+    /* of a small tensor the last pieces are empty: both MINs then leave nothing */
+    size_t first = MIN(n, piece * length);
+    return row_dot(d + first, d + first, MIN(n - first, length));
+}
+
+/* The sum of squares over a tensor's gradient: the pieces in parallel, their sums one by one. */
+static double square_sum(const float *d, size_t n) {
+    double part[NORM_PIECES];
+    double sum = 0;
+    /* 1. Whichever thread comes to a piece, the piece is the same. */
+#pragma omp parallel for if (n > 100000)
+    for (size_t piece = 0; piece < NORM_PIECES; piece++)
+        part[piece] = square_sum_piece(d, n, piece);
+    /* 2. Added in order. Floating-point sums depend on it: as an OpenMP reduction this would give
+     *    other last bits on another number of threads. */
+    for (size_t piece = 0; piece < NORM_PIECES; piece++)
+        sum += part[piece];
+    return sum;
+}
+
+/* gradient_norm -- the length of the gradient, all weights' derivatives seen as one vector.
+ *   norm = sqrt(sum of squares over all tensors that train)
+ * The log shows it as grad_norm: it says how steep the loss is here, and a sudden peak in it that
+ * the batch was an odd one.
+ * By hand: derivatives 300 and -400: 500.                       test: adamw_hand, gpt2_golden */
 static double gradient_norm(const struct GPT2 *model) {
     double total = 0;
     for (size_t i = 0; i < model->tensor_count; i++) {
-        const float *d = model->tensors[i]->d;
-        if (!d)
-            continue;
-        size_t n = model->tensors[i]->n;
-        size_t piece = (n + NORM_PIECES - 1) / NORM_PIECES;
-        double part[NORM_PIECES];
-        double sum = 0;
-#pragma omp parallel for if (n > 100000)
-        for (size_t p = 0; p < NORM_PIECES; p++)
-            part[p] = row_dot(d + MIN(n, p * piece), d + MIN(n, p * piece),
-                              MIN(n - MIN(n, p * piece), piece));
-        for (size_t p = 0; p < NORM_PIECES; p++)
-            sum += part[p];
-        total += sum;
+        /* a frozen tensor (LoRA's base) has no gradient */
+        const struct Tensor *tensor = model->tensors[i];
+        if (tensor->d)
+            total += square_sum(tensor->d, tensor->n);
     }
     return sqrt(total);
 }
 
-/* adamw -- one step for n weights [8].
- *   m = beta1 m + (1 - beta1) d;      v = beta2 v + (1 - beta2) d^2
- *   w = w (1 - lr weight_decay) - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
- * m is the gradient's running mean, v that of its square: the step is about lr in size whatever
- * the gradient's scale. The divisors undo the start at zero. With weight_decay 0 this is Adam. d
- * counts times `clip`, and is left zero. By hand: first step, no decay -> w moves by lr against
- * the sign of d.  test: adamw_golden */
-/* rest = 1 - beta */
-struct AdamStep {
-    float lr, beta1, beta2, rest1, rest2, correction1, correction2, eps, decay, clip;
+/* clip_factor -- what the gradient is multiplied by, so that it is no longer than max_grad_norm.
+ *   factor = min(1, max_grad_norm / (norm + 1e-6))          the 1e-6 is torch's clip_grad_norm_
+ * All derivatives are multiplied by the same number: the gradient keeps its direction. Without a
+ * limit one odd batch, whose gradient is a hundred times as long as usual, would rule AdamW's
+ * running means for many steps. max_grad_norm 0: no limit.
+ * By hand: norm 3, limit 1: 0.3333; norm 0.5, limit 1: 1.                     test: adamw_hand */
+static double clip_factor(double norm, double max_grad_norm) {
+    if (max_grad_norm <= 0 || norm <= 0)
+        return 1;
+    return MIN(1, max_grad_norm / (norm + 1e-6));
+}
+
+/* What is the same for all weights of a tensor in one optimizer step. */
+struct OptimizerStep {
+    bool is_sgd; /* plain gradient descent instead of AdamW */
+    float lr; /* of this step */
+    float clip; /* clip_factor */
+    float weight_decay; /* 0 for biases and layer norms */
+    float decay_factor; /* 1 - lr weight_decay: what decay leaves of a weight */
+    float beta1, beta2; /* the shares of the old running means, */
+    float one_minus_beta1, one_minus_beta2; /* of the new gradient, of its square in the new */
+    float correction1, correction2; /* 1 / (1 - beta^t): undo the start at zero */
+    float eps; /* keeps the divisor above 0 */
 };
 
-WIDE static void adamw_piece(float *w, float *d, float *m, float *v, size_t n, struct AdamStep s) {
+/* optimizer_step_of -- the constants of step number t, from 1, for a tensor with this weight decay.
+ * They are computed in double and then rounded: 1 - 0.999 in float is wrong in its fifth digit. */
+static struct OptimizerStep optimizer_step_of(const struct TrainingArguments *args, double lr,
+                                              size_t t, double clip, double weight_decay) {
+    return (struct OptimizerStep){
+        /* of both rules */
+        .is_sgd = strcmp(args->optim, "sgd") == 0,
+        .lr = (float)lr,
+        .clip = (float)clip,
+        .weight_decay = (float)weight_decay,
+        /* AdamW: the decay of a step, the two means, and what they lack of true means as yet */
+        .decay_factor = (float)(1 - lr * weight_decay),
+        .beta1 = (float)args->adam_beta1,
+        .beta2 = (float)args->adam_beta2,
+        .one_minus_beta1 = (float)(1 - args->adam_beta1),
+        .one_minus_beta2 = (float)(1 - args->adam_beta2),
+        .correction1 = (float)(1 / (1 - pow(args->adam_beta1, (double)t))),
+        .correction2 = (float)(1 / (1 - pow(args->adam_beta2, (double)t))),
+        .eps = (float)args->adam_epsilon,
+    };
+}
+
+/* adamw_piece -- one step of AdamW for n weights.                       [8] Algorithm 2
+ *   m = beta1 m + (1 - beta1) g             g: the clipped gradient
+ *   v = beta2 v + (1 - beta2) g^2
+ *   m_hat = m / (1 - beta1^t),   v_hat = v / (1 - beta2^t)              t: the step, from 1
+ *   w = w (1 - lr weight_decay) - lr m_hat / (sqrt(v_hat) + eps)
+ * Plain gradient descent, w -= lr g, has two weaknesses, and each mean ("moment") is for one.
+ *   m, the running mean of gradients (over about 10 steps with beta1 0.9). The gradient of one
+ * batch is noisy. What its batches disagree about cancels in m, what they agree about stays.
+ *   v, the running mean of squares (over about 1000 steps with beta2 0.999). One lr cannot suit
+ * all weights: the gradient of a layer norm's gain may be a thousand times that of a rare
+ * token's embedding. Divided by sqrt(v), each weight is measured against its own usual gradient.
+ * The step is then about lr in size where the batches agree (m_hat = sqrt(v_hat)), and less where
+ * they do not, whatever the scale of the loss.
+ *   The correction. Both means start at 0, and the first step finds m = 0.1 g, v = 0.001 g^2: too
+ * small both, and m / sqrt(v) = 3.2 instead of 1. Dividing by 1 - beta^t, the sum of the weights
+ * in the mean so far, makes them true means from the first step on.
+ *   The decay is decoupled: it stands outside the fraction, the W of AdamW. It pulls each weight
+ * towards 0 by the same share in each step. Added to the gradient instead, as Adam with an L2
+ * penalty does, it would be divided by sqrt(v) too, and the weights with the largest gradients
+ * would decay least. With weight_decay 0 this is Adam.
+ * in, out  w, m, v (n)       in  d (n), the gradient; it is left 0 for the next step
+ * By hand: w = 2, lr 0.1, decay 0.1, gradients 0.3, then -0.1:
+ *   t = 1: m 0.03, v 0.00009; m_hat 0.3, sqrt(v_hat) 0.3; w = 2 * 0.99 - 0.1 = 1.88
+ *   t = 2: m 0.017, v 0.00009991; m_hat 0.0895, sqrt(v_hat) 0.2236; w = 1.8612 - 0.0400 = 1.8212
+ * The second gradient points the other way, and the weight goes on falling, but more slowly.
+ *                           test: adamw_hand, adamw_golden; gdb: break adamw_piece if n == 1 */
+WIDE static void adamw_piece(float *w, float *d, float *m, float *v, size_t n,
+                             struct OptimizerStep s) {
     for (size_t i = 0; i < n; i++) {
+        /* 1. the two moments take in the new gradient */
         float g = d[i] * s.clip;
-        m[i] = s.beta1 * m[i] + s.rest1 * g;
-        v[i] = s.beta2 * v[i] + s.rest2 * g * g;
-        float step = s.lr * (m[i] * s.correction1) / (sqrt_fast(v[i] * s.correction2) + s.eps);
-        w[i] = w[i] * s.decay - step;
+        m[i] = s.beta1 * m[i] + s.one_minus_beta1 * g;
+        v[i] = s.beta2 * v[i] + s.one_minus_beta2 * g * g;
+
+        /* 2. without their start at zero */
+        float m_hat = m[i] * s.correction1;
+        float v_hat = v[i] * s.correction2;
+
+        /* 3. the weight decays, and moves by the mean over the usual size */
+        float step = s.lr * m_hat / (sqrt_fast(v_hat) + s.eps);
+        w[i] = w[i] * s.decay_factor - step;
+
+        /* 4. the next step's micro-batches add to zero */
         d[i] = 0;
     }
 }
 
-/* Stochastic gradient descent, w = w - lr (d + weight_decay w), as torch.optim.SGD: the plain
- * rule that AdamW refines. Ascent: the loss is the objective with a minus sign.  [glossary:
- * Ascensão de gradiente estocástico (SGA)] */
-WIDE static void sgd_piece(float *w, float *d, size_t n, float lr, float weight_decay, float clip) {
+/* sgd_piece -- one step of stochastic gradient descent for n weights, as torch.optim.SGD: the plain
+ * rule that AdamW refines.       [glossary: Ascensão de gradiente estocástico (SGA)]
+ *   w = w - lr (g + weight_decay w)
+ * Ascent on an objective is descent on the loss that is the objective with a minus sign.
+ * By hand: w = 0.755, g = 300, lr 0.001, no decay: 0.455.                      test: adamw_hand */
+WIDE static void sgd_piece(float *w, float *d, size_t n, struct OptimizerStep s) {
     for (size_t i = 0; i < n; i++) {
-        w[i] -= lr * (d[i] * clip + weight_decay * w[i]);
+        /* Here the decay is coupled: it is a part of the gradient, that of weight_decay w^2 / 2. */
+        w[i] -= s.lr * (d[i] * s.clip + s.weight_decay * w[i]);
         d[i] = 0;
     }
 }
 
-/* One optimizer step, number t from 1, at learning rate lr. A gradient longer than max_grad_norm
- * (0: no limit) is shortened to that length, so that one odd batch cannot throw the weights far.
- * Returns the norm before. */
+/* The piece of a tensor that begins at number `first`. */
+static void tensor_step_piece(struct Tensor *tensor, size_t first,
+                              const struct OptimizerStep *step) {
+    size_t n = MIN(tensor->n - first, (size_t)STEP_PIECE);
+    float *w = tensor->w + first;
+    float *d = tensor->d + first;
+    /* By value: where the compiler knows that writing w cannot change the constants, it makes
+     * vector instructions of the loop. */
+    if (step->is_sgd)
+        sgd_piece(w, d, n, *step);
+    else
+        adamw_piece(w, d, tensor->m + first, tensor->v + first, n, *step);
+}
+
+/* Every weight of a tensor, the pieces in parallel. */
+static void tensor_step(struct Tensor *tensor, const struct OptimizerStep *step) {
+    /* no weight's step depends on another's, so the order of the pieces does not matter */
+#pragma omp parallel for if (tensor->n > 50000)
+    for (size_t first = 0; first < tensor->n; first += STEP_PIECE)
+        tensor_step_piece(tensor, first, step);
+}
+
+/* optimizer_step -- the gradients become other weights; all gradients are 0 afterwards.
+ * in   lr: the learning rate of this step; t: its number, from 1 (for AdamW's correction)
+ * Returns the gradient's norm before it was clipped.           test: adamw_hand, adamw_golden */
 static double optimizer_step(struct GPT2 *model, const struct TrainingArguments *args, double lr,
                              size_t t) {
+    /* 1. how long the gradient is; NaN or infinity would spoil every weight, so it ends the run */
     double norm = gradient_norm(model);
     check_finite(model, "the gradient's norm", norm);
-    double clip =
-        args->max_grad_norm > 0 && norm > 0 ? MIN(1, args->max_grad_norm / (norm + 1e-6)) : 1;
-    bool sgd = strcmp(args->optim, "sgd") == 0;
+
+    /* 2. clip */
+    double clip = clip_factor(norm, args->max_grad_norm);
+
+    /* 3. Step. Matrices decay. Biases and the gains of layer norms do not, as in transformers:
+     *    they have a natural size (a gain's is 1), from which a pull to 0 would drive them. */
     for (size_t i = 0; i < model->tensor_count; i++) {
         struct Tensor *tensor = model->tensors[i];
         if (!tensor->d)
             continue;
         double weight_decay = tensor->decay ? args->weight_decay : 0;
-        struct AdamStep s = {
-            .lr = (float)lr,
-            .beta1 = (float)args->adam_beta1,
-            .beta2 = (float)args->adam_beta2,
-            .eps = (float)args->adam_epsilon,
-            .clip = (float)clip,
-            .rest1 = (float)(1 - args->adam_beta1),
-            .rest2 = (float)(1 - args->adam_beta2),
-            .correction1 = (float)(1 / (1 - pow(args->adam_beta1, (double)t))),
-            .correction2 = (float)(1 / (1 - pow(args->adam_beta2, (double)t))),
-            .decay = (float)(1 - lr * weight_decay),
-        };
-#pragma omp parallel for if (tensor->n > 50000)
-        for (size_t p = 0; p < tensor->n; p += STEP_PIECE) {
-            size_t n = MIN(tensor->n - p, (size_t)STEP_PIECE);
-            if (sgd)
-                sgd_piece(tensor->w + p, tensor->d + p, n, (float)lr, (float)weight_decay,
-                          (float)clip);
-            else
-                adamw_piece(tensor->w + p, tensor->d + p, tensor->m + p, tensor->v + p, n, s);
-        }
+        struct OptimizerStep step = optimizer_step_of(args, lr, t, clip, weight_decay);
+        tensor_step(tensor, &step);
     }
-    model->trace.acts.N = 0; /* the activations are those of other weights now */
+
+    /* 4. the activations that are kept for messages are those of other weights now */
+    model->trace.acts.N = 0;
     return norm;
 }
 
-/* The share of the learning rate used in step number `step` (from 0) of `total`. Warm-up: from 0
- * up in warmup_steps, so that AdamW's averages fill before large steps are taken. Then linear to
- * 0 (or to lr_end), a half cosine to 0, or constant.  By hand: linear, 10 steps, warm-up 2: 0,
- * .5, 1, .875 */
+/* ---- Schedule ------------------------------------------------------------------------------- */
+
+/* schedule_factor -- the share of the learning rate that step number `step`, from 0, of `total`
+ * uses.
+ *   warm-up     step / warmup_steps: from 0 up. AdamW's means know little as yet, and large steps
+ *               on that little would lead anywhere.
+ *   linear      then down in a straight line to 0 (or to the share lr_end)
+ *   cosine      then down along half a cosine: long near the height, long near the end
+ *   constant    1 from the first step on; constant_with_warmup: 1 after the warm-up
+ * It falls because large steps come near a minimum fast, but jump about it; small ones settle.
+ * By hand: 10 steps, warm-up 2: linear 0, 0.5, 1, 0.875; cosine at step 4: a quarter of the way,
+ * 0.5 (1 + cos 45 degrees) = 0.8536.                                             test: schedule */
 static double schedule_factor(const struct TrainingArguments *args, size_t step, size_t total) {
     const char *type = args->lr_scheduler_type;
+    if (strcmp(type, "constant") == 0)
+        return 1;
+
+    /* 1. the warm-up, given in steps or as a share of all steps */
     double warmup =
         args->warmup_steps ? (double)args->warmup_steps : ceil(args->warmup_ratio * (double)total);
     double at = (double)step;
-    double rest = MAX(1.0, (double)total - warmup);
-    if (strcmp(type, "constant") == 0)
-        return 1;
     if (at < warmup)
         return at / MAX(1.0, warmup);
     if (strcmp(type, "constant_with_warmup") == 0)
         return 1;
-    double progress = MIN(1.0, (at - warmup) / rest);
+
+    /* 2. how much of what follows the warm-up is done, from 0 to 1 */
+    double decay_steps = MAX(1.0, (double)total - warmup);
+    double progress = MIN(1.0, (at - warmup) / decay_steps);
+
+    /* 3. the way down */
     if (strcmp(type, "cosine") == 0)
         return 0.5 * (1 + cos(3.14159265358979323846 * progress));
     return args->lr_end + (1 - args->lr_end) * (1 - progress);
 }
 
-/* What the log holds: entries of named numbers, written as transformers' trainer_state.json. */
+/* ---- Log and checkpoint --------------------------------------------------------------------- */
+
 enum { MAX_METRICS = 48 };
+
+/* A named number of the log. While a mean is being formed, value is a sum, and n says over how
+ * many units. */
 struct Metric {
     const char *name;
     double value;
     size_t n;
-}; /* n: of a mean, its units */
+};
+
+/* One entry of the log, as it stands in transformers' trainer_state.json. */
 struct LogEntry {
     size_t n;
-    struct Metric item[MAX_METRICS];
-}; /* sorted by name */
+    struct Metric item[MAX_METRICS]; /* sorted by name */
+};
 
-/* trainer.state: where a training is.                                    [glossary: trainer.state]
- */
+/* trainer.state: where a training is.                            [glossary: trainer.state] */
 struct TrainerState {
-    size_t global_step, max_steps, steps_per_epoch;
+    size_t global_step; /* steps done */
+    size_t max_steps, steps_per_epoch;
     double num_train_epochs;
-    size_t num_tokens, samples; /* seen so far; a checkpoint takes these five as one piece */
-    double total_loss, seconds, epoch; /* of all steps */
+    /* Of all steps so far. A checkpoint saves these five as one piece: they stay neighbours. */
+    size_t num_tokens, samples;
+    double total_loss, seconds, epoch;
     struct LogEntry *log_history;
     size_t log_count, log_capacity;
     struct LogEntry metrics; /* sums since the last log entry */
@@ -5469,14 +5632,13 @@ struct TrainerState {
 
 /* Checkpoints: all that a run needs to go on as if it had never stopped, in a folder checkpoint-N.
  *   model.safetensors ...   the weights, as those of any model; of an adapter its two files
- *   optimizer.safetensors   exp_avg.* and exp_avg_sq.*: m and v of each tensor that trains;
- *     beside them, as tensors too,
- *                           random states, places in the data, running means, lengths of growing
- *                             logs: `saved` below
+ *   optimizer.safetensors   exp_avg.* and exp_avg_sq.*: m and v of each tensor that trains; and,
+ *                           as tensors too, what `saved` lists: random states, places in the data,
+ *                           running means, lengths of growing logs
  *   trainer_state.json      which step this is, and the log so far
- * It is written as tmp-checkpoint-N, put on the disk and renamed, and renamed again before it is
- * removed: a folder called checkpoint-N is whole, whenever the plug was pulled.  test:
- * checkpoint_* */
+ * It is written as tmp-checkpoint-N, flushed to the disk and renamed; before it is removed it is
+ * renamed back. So a folder that is called checkpoint-N is complete, even after a power cut.
+ *                                                                        test: checkpoint_* */
 struct Saved {
     struct Tensor tensor;
     const char *fixed; /* what must be as it was, in words; NULL: it may change */
@@ -5497,26 +5659,32 @@ struct Checkpoint {
     size_t run; /* how many have begun in output_dir, with this one */
 };
 
-/* A Task is what is trained: a data set of `n` items and a loss over some of them. */
+/* ---- Task and Trainer ----------------------------------------------------------------------- */
+
+/* A Task is what is trained: a data set of `n` items, and a loss over some of them. An item is a
+ * row of tokens, a pair, or a rated text; only the Task knows. */
 struct Trainer;
 struct Task {
     const char *name;
     size_t n, eval_n;
     void *data;
-    /* The loss of the items index[0..count), times `weight`, added to the gradient if `train` is
-     * set. Reports metrics by trainer_metric. `eval`: the items are those held out; their loss
-     * is one of the metrics. */
+    /* The loss of the items index[0..count), times `weight`. `train`: its gradient is added to the
+     * model's. `eval`: the items are those held out, and their loss is one of the metrics. It
+     * reports metrics by trainer_metric. */
     double (*loss)(struct Trainer *trainer, const size_t *index, size_t count, double weight,
                    bool train, bool eval);
-    /* Reports the metrics that take all held-out items to tell; may be NULL. */
+    /* The others may be NULL. */
+    /* Reports the metrics that take all held-out items to tell. */
     void (*evaluated)(struct Trainer *trainer);
-    /* How many target tokens an item has, where a step's loss is a mean over tokens (SFT); else
-     * NULL: over micro-batches. */
+    /* How many target tokens an item has, where a step's loss is a mean over tokens (SFT). NULL: it
+     * is a mean over micro-batches. */
     size_t (*targets)(struct Trainer *trainer, size_t index);
-    void (*new_epoch)(struct Trainer *trainer, size_t epoch); /* may be NULL */
-    /* adds to a checkpoint what the task alone knows; may be NULL */
+    /* Prepares the data of an epoch. */
+    void (*new_epoch)(struct Trainer *trainer, size_t epoch);
+    /* Adds to a checkpoint what the Task alone knows. */
     void (*saved)(struct Trainer *trainer, struct Checkpoint *checkpoint);
-    void (*sample)(struct Trainer *trainer); /* shows what the model writes; may be NULL */
+    /* Shows on the terminal what the model writes by now. */
+    void (*sample)(struct Trainer *trainer);
 };
 
 struct Trainer {
@@ -5525,25 +5693,33 @@ struct Trainer {
     struct TrainingArguments args;
     struct TrainerState state;
     struct Task task;
+    size_t rows_per_step; /* of a full step: micro-batch size times accumulation */
     struct LogEntry metrics; /* of this micro-batch, or of this evaluation: sums */
     struct Arena arena; /* emptied before every micro-batch */
 };
 
-/* trainer_metric -- a metric of a batch, or of all that is held out, is a mean over its units:
- * tokens, pairs or texts. A batch reports the sum over its units and how many they are: a mean
- * of batches' means would depend on how the units are dealt out to batches, and a small last
- * batch would count as much as a full one. By hand: losses 1, 2, 6 in batches of two and one: 9
- * / 3 = 3; the mean of the batches' means, 1.5 and 6, would be 3.75.  test: metric_units */
+/* ---- Metrics -------------------------------------------------------------------------------- */
+
+/* trainer_metric -- adds the sum of a metric over `units` units: tokens, pairs or texts.
+ * The metric of a batch, or of all held-out data, is the sum divided by the units. A mean of the
+ * batches' means would be another number: it would depend on how the units are dealt out to
+ * batches, and a small last batch would count as much as a full one.
+ * By hand: losses 1, 2 | 6 in two batches: (3 + 6) / (2 + 1) = 3; the mean of the batches' means,
+ * 1.5 and 6, would be 3.75.                                              test: metric_units */
 static void trainer_metric(struct Trainer *trainer, const char *name, double sum, size_t units) {
+    /* log_at adds a new name with 0 and 0 */
     struct Metric *metric = log_at(&trainer->metrics, name);
     metric->value += sum;
     metric->n += units;
 }
 
-/* In training TRL logs the plain mean of the micro-batches' means since the last entry: so here. */
+/* trainer_add_means -- a micro-batch is complete: its means join those since the last log entry.
+ * Here it is the plain mean of the micro-batches' means that counts (3.75 above): so TRL logs in
+ * training, and the two logs are to agree.                               test: metric_units */
 static void trainer_add_means(struct Trainer *trainer) {
     const struct LogEntry *batch = &trainer->metrics;
     for (const struct Metric *m = batch->item; m < batch->item + batch->n; m++) {
+        /* a mean of this micro-batch, as one unit of the mean that will be logged */
         struct Metric *metric = log_at(&trainer->state.metrics, m->name);
         metric->value += m->value / (double)MAX((size_t)1, m->n);
         metric->n++;
@@ -5551,7 +5727,7 @@ static void trainer_add_means(struct Trainer *trainer) {
     trainer->metrics.n = 0;
 }
 
-/* The least, or the largest, of all values that are reported under a name. */
+/* The smallest, or the largest, of all values that are reported under a name. */
 static void trainer_least(struct Trainer *trainer, const char *name, double value) {
     struct Metric *metric = log_at(&trainer->metrics, name);
     metric->value = metric->n ? MIN(metric->value, value) : value;
@@ -5564,184 +5740,307 @@ static void trainer_largest(struct Trainer *trainer, const char *name, double va
     metric->n = 1;
 }
 
-/* The metrics' means go to a log entry, in evaluation under "eval_" and their names, and where
- * the training is. */
+/* Sums become means, in a log entry that also says where the training is. Of an evaluation the
+ * names begin with the prefix "eval_". */
 static void trainer_means(const struct TrainerState *state, const struct LogEntry *metrics,
                           struct LogEntry *entry, const char *prefix) {
+    /* 1. the metrics; 0 units would make NaN, which the log writes as null */
     for (const struct Metric *m = metrics->item; m < metrics->item + metrics->n; m++)
         log_value(entry, *prefix ? log_name(prefix, text_of(m->name)) : m->name,
                   m->value / (double)m->n);
+    /* 2. the place: with it an entry can be drawn as a point of a curve */
     log_value(entry, "epoch", state->epoch);
     log_value(entry, "step", (double)state->global_step);
 }
 
-/* Ctrl-C ends the evaluation after the last step early: the weights have yet to be saved. One
- * between steps is finished, as a step is: the checkpoint that is then saved holds its figures. */
+/* ---- Evaluation ----------------------------------------------------------------------------- */
+
+/* Is the evaluation to end early? After Ctrl-C the one behind the last step does, for the weights
+ * have yet to be saved. One between two steps is finished, as a step would be: the checkpoint that
+ * is then saved holds its figures. */
 static bool evaluation_interrupted(const struct TrainerState *state) {
     return interrupted && state->global_step == state->max_steps;
 }
 
 /* trainer_measure -- the loss and the other metrics over the held-out items, each a mean over its
- * units, whatever the batch size; no weight moves.                    test: eval_batch_size */
+ * units, whatever the batch size; no weight moves.
+ * Held-out items were never trained on: what the model does well there, it has understood and not
+ * learnt by heart.                                                    test: eval_batch_size */
 static struct LogEntry trainer_measure(struct Trainer *trainer) {
     struct TrainerState *state = &trainer->state;
     size_t n = trainer->task.eval_n;
     size_t batch = trainer->args.per_device_eval_batch_size;
-    size_t num_tokens = state->num_tokens; /* those of the training */
-    trainer->metrics.n = 0;
+
+    /* 1. the sums of all batches, in the order of the data, and what only the whole can tell */
+    struct Arena order_arena = {0};
+    size_t *order = arena_order(&order_arena, n);
+    size_t num_tokens = state->num_tokens;
     double begin = seconds_now();
+    trainer->metrics.n = 0;
     for (size_t first = 0; first < n && !evaluation_interrupted(state); first += batch) {
-        size_t index[4096];
-        size_t count = MIN(MIN(batch, n - first), COUNT(index));
-        for (size_t i = 0; i < count; i++)
-            index[i] = first + i;
         arena_reset(&trainer->arena);
-        trainer->task.loss(trainer, index, count, 1, false, true);
+        trainer->task.loss(trainer, order + first, MIN(batch, n - first), 1, false, true);
     }
     if (trainer->task.evaluated)
         trainer->task.evaluated(trainer);
+
+    /* 2. how fast it went, and the means */
     double seconds = seconds_now() - begin;
     struct LogEntry entry = {0};
     log_value(&entry, "eval_runtime", seconds);
     log_value(&entry, "eval_samples_per_second", (double)n / seconds);
     log_value(&entry, "eval_steps_per_second", ceil((double)n / (double)batch) / seconds);
     trainer_means(state, &trainer->metrics, &entry, "eval_");
+
+    /* 3. The training goes on as if nothing had been: it counts only tokens that it learnt from. */
     trainer->metrics.n = 0;
     state->num_tokens = num_tokens;
+    arena_free(&order_arena);
     return entry;
 }
 
-/* An evaluation in the course of a training, for its log. Returns the loss. */
+/* An evaluation in the course of a training: it is logged and shown. Returns the loss; NaN if
+ * Ctrl-C ended it, for a part of the held-out items is not to be compared with all of them. */
 static double trainer_evaluate(struct Trainer *trainer) {
     struct LogEntry entry = trainer_measure(trainer);
     double loss;
+    /* 1. not one that is incomplete */
     if (evaluation_interrupted(&trainer->state))
         return NAN;
+
+    /* 2. An entry of its own, beside that of the training's loss. The two curves side by side show
+     *    overfitting: from where the held-out loss rises while the other falls. */
     *state_log(&trainer->state) = entry;
     state_say(&trainer->state, trainer->task.name, &entry, true);
     log_find(&entry, "eval_loss", &loss);
     return loss;
 }
 
-/* One optimizer step: gradients of the step's micro-batches, added up. Returns the step's loss. */
-static double trainer_accumulate(struct Trainer *trainer, const size_t *order, size_t n) {
+/* ---- Training ------------------------------------------------------------------------------- */
+
+/* How many micro-batches hold n rows; the last may be smaller. */
+static size_t micro_batches_of(const struct TrainingArguments *args, size_t n) {
+    size_t size = args->per_device_train_batch_size;
+    return (n + size - 1) / size;
+}
+
+/* micro_batch_weight -- what each micro-batch's loss is multiplied by in the sum of the step.
+ * If a Task counts targets, its loss is a sum over tokens, and the step's loss is their mean: one
+ * over the number of targets in the whole step. Dividing each micro-batch by its own tokens would
+ * make a token in a short text count more than one in a long text. Otherwise the loss of a
+ * micro-batch is a mean already, and the step's is the mean of these.
+ * By hand: micro-batches of 3 and 5 targets: 1/8 each; of a Task without targets: 1/2 each.
+ *                                                                       test: trainer_steps */
+static double micro_batch_weight(struct Trainer *trainer, const size_t *order, size_t n) {
     const struct Task *task = &trainer->task;
-    size_t micro = trainer->args.per_device_train_batch_size;
-    size_t micro_batches = (n + micro - 1) / micro;
+    /* 1. of means: one over the number of micro-batches */
+    if (!task->targets)
+        return 1 / (double)MAX((size_t)1, micro_batches_of(&trainer->args, n));
+    /* 2. of sums: one over the targets of the whole step, before the first of its micro-batches */
     size_t targets = 0;
-    for (size_t i = 0; task->targets && i < n; i++)
+    for (size_t i = 0; i < n; i++)
         targets += task->targets(trainer, order[i]);
-    double weight = 1 / (double)MAX((size_t)1, task->targets ? targets : micro_batches);
+    return 1 / (double)MAX((size_t)1, targets);
+}
+
+/* trainer_accumulate -- the gradient of one step over n rows, micro-batch by micro-batch.
+ * The activations of a micro-batch fill the memory; its gradient is added to those of the ones
+ * before it, and the memory serves the next. Of a mean over tokens the sum is, but for rounding,
+ * what one large batch would have given.
+ * in   order (n): which rows of the Task                      out  the gradients; returns the loss
+ *                                                                       test: trainer_steps */
+static double trainer_accumulate(struct Trainer *trainer, const size_t *order, size_t n) {
+    size_t size = trainer->args.per_device_train_batch_size;
+    double weight = micro_batch_weight(trainer, order, n);
     double loss = 0;
-    for (size_t first = 0; first < n; first += micro) {
+    /* the gradients are 0 here: the last optimizer step left them so */
+    for (size_t first = 0; first < n; first += size) {
+        /* 1. forward, loss, backward */
         arena_reset(&trainer->arena);
-        loss += task->loss(trainer, order + first, MIN(micro, n - first), weight, true, false);
+        size_t count = MIN(size, n - first);
+        loss += trainer->task.loss(trainer, order + first, count, weight, true, false);
+
+        /* 2. a loss that is NaN or infinite ends the run before it reaches a weight */
         check_finite(trainer->model, "the loss", loss);
         trainer_add_means(trainer);
     }
     return loss;
 }
 
-/* After a step: a log entry when one is due, for the person a line, and on a terminal now and
- * then a sample. */
+/* After a step: a log entry when one is due, a line for the person who waits, and on a terminal
+ * now and then a sample. */
 static void trainer_log(struct Trainer *trainer, double norm, double lr) {
     struct TrainerState *state = &trainer->state;
+    const struct TrainingArguments *args = &trainer->args;
+
+    /* 1. the entry: means over the steps since the last one */
     struct LogEntry entry = {2, {{"grad_norm", norm, 0}, {"learning_rate", lr, 0}}};
-    bool due = state->global_step % trainer->args.logging_steps == 0;
     if (state->num_tokens)
         log_value(&entry, "num_tokens", (double)state->num_tokens);
     trainer_means(state, &state->metrics, &entry, "");
+
+    /* 2. what a person sees: a terminal's line is renewed at each step, plain lines are rarer */
     if (trainer->task.sample && progress_sampling(state->global_step, state->max_steps))
         trainer->task.sample(trainer);
-    state_say(state, trainer->task.name, &entry,
-              due
-                  && (!trainer->args.say_steps
-                      || state->global_step % trainer->args.say_steps == 0));
-    if (!due)
+    bool is_due = state->global_step % args->logging_steps == 0;
+    bool says_line = !args->say_steps || state->global_step % args->say_steps == 0;
+    state_say(state, trainer->task.name, &entry, is_due && says_line);
+
+    /* 3. what the log keeps; the means start anew */
+    if (!is_due)
         return;
     *state_log(state) = entry;
     state->metrics.n = 0;
 }
 
+/* The order of an epoch's n rows. It follows from the seed and the epoch alone: a run that goes on
+ * from a checkpoint shuffles as the run that was interrupted. */
 static size_t *epoch_order(const struct TrainingArguments *args, struct Arena *arena, size_t n,
                            size_t epoch, enum RngStream stream) {
     size_t *order = arena_order(arena, n);
+    /* Without shuffling, a file that is sorted (all good reviews, then all bad ones) would teach
+     * each step only one half of the matter, and the last half would be remembered best. */
     struct Rng rng = rng_seed(args->seed + epoch, stream);
     if (strcmp(args->train_sampling_strategy, "sequential") != 0)
         rng_shuffle(&rng, order, n);
     return order;
 }
 
-/* trainer_train -- the whole training.  [glossary: Trainer.train()] Steps of an epoch =
- * ceil(micro-batches / accumulation), the last on what is left. max_steps, if given, decides
- * alone. By hand: 5 rows, one a micro-batch, accumulation 4: a step on 4 rows, then one on the
- * last row; `epoch` is 0.8, then 1.  test: trainer_epoch */
-static void trainer_train(struct Trainer *trainer) {
-    struct TrainingArguments *args = &trainer->args;
+/* trainer_plan -- how many steps, of how many rows.
+ *   steps of an epoch = ceil(rows / rows of a step): the last step takes what is left
+ *   max_steps         = num_train_epochs times that, unless it is given
+ * By hand: 11 rows, micro-batches of 2, accumulation 2, 2 epochs: ceil(11 / 4) = 3 steps an epoch,
+ * 6 steps.                                                              test: trainer_steps */
+static void trainer_plan(struct Trainer *trainer) {
+    const struct TrainingArguments *args = &trainer->args;
     struct TrainerState *state = &trainer->state;
-    size_t per_step = args->per_device_train_batch_size * args->gradient_accumulation_steps;
     size_t n = trainer->task.n;
     CHECK(n > 0, "%s: nothing to train on", trainer->task.name);
-    state->steps_per_epoch = (n + per_step - 1) / per_step;
-    size_t batch_size = args->per_device_train_batch_size;
-    size_t micro_batches = (n + batch_size - 1) / batch_size; /* of an epoch */
-    state->max_steps = args->max_steps
-                           ? args->max_steps
-                           : (size_t)ceil(args->num_train_epochs * (double)state->steps_per_epoch);
+
+    /* 1. rows of a step, steps of an epoch (rounded up) */
+    trainer->rows_per_step = args->per_device_train_batch_size * args->gradient_accumulation_steps;
+    state->steps_per_epoch = (n + trainer->rows_per_step - 1) / trainer->rows_per_step;
+
+    /* 2. the length of the training, which the schedule must know from its first step on */
+    state->max_steps = args->max_steps;
+    if (!args->max_steps)
+        state->max_steps = (size_t)ceil(args->num_train_epochs * (double)state->steps_per_epoch);
+}
+
+/* trainer_begin -- all that comes before the first step. Returns what checkpoints are made of. */
+static struct Checkpoint trainer_begin(struct Trainer *trainer) {
+    struct TrainerState *state = &trainer->state;
+
+    /* 1. how many steps; memory for gradients, m and v */
+    trainer_plan(trainer);
     gpt2_make_trainable(trainer->model);
+
+    /* 2. What a checkpoint of this training consists of. The number of rows must be the same when
+     *    the run goes on: with another one, "step 300" would be another place in the data. */
     struct Checkpoint checkpoint =
-        checkpoint_new(trainer->task.name, trainer->model, trainer->tok, args, state);
+        checkpoint_new(trainer->task.name, trainer->model, trainer->tok, &trainer->args, state);
     checkpoint_add_fixed(&checkpoint, "rows", &trainer->task.n, "the number of rows to train on");
-    checkpoint_add_fixed(&checkpoint, "rows_per_step", &per_step,
+    checkpoint_add_fixed(&checkpoint, "rows_per_step", &trainer->rows_per_step,
                          "the number of rows in a step "
                          "(--per_device_train_batch_size times --gradient_accumulation_steps)");
     if (trainer->task.saved)
         trainer->task.saved(trainer, &checkpoint);
+
+    /* 3. If the run goes on from a checkpoint: weights, m, v and log as they were then. One from
+     *    beyond max_steps raises it, and nothing is left to do. */
     checkpoint_resume(&checkpoint);
     state->num_train_epochs = ceil((double)state->max_steps / (double)state->steps_per_epoch);
+    return checkpoint;
+}
+
+/* trainer_advance -- a step on `rows` rows is done: what the state and the log know of it.
+ * `epoch` counts micro-batches, as transformers does.
+ * By hand: 5 rows, one a micro-batch, accumulation 4: a step on 4 rows, then one on the last row:
+ * epoch is 0.8, then 1.                                                 test: trainer_epoch */
+static void trainer_advance(struct Trainer *trainer, size_t epoch, size_t step, size_t rows,
+                            double loss) {
+    struct TrainerState *state = &trainer->state;
+    /* 1. where in the data: the share of the epoch's micro-batches that are done */
+    size_t all = micro_batches_of(&trainer->args, trainer->task.n);
+    size_t done = MIN((step + 1) * trainer->args.gradient_accumulation_steps, all);
+    state->epoch = (double)epoch + (double)done / (double)all;
+
+    /* 2. sums over the whole training, for its last log entry */
+    state->total_loss += loss;
+    state->samples += rows;
+
+    /* 3. the step's loss, one unit of the mean since the last entry */
+    trainer_metric(trainer, "loss", loss, 1);
+    trainer_add_means(trainer);
+}
+
+/* The last entry of the log: the training as a whole, in transformers' names. */
+static void trainer_log_end(struct TrainerState *state) {
+    double steps = (double)state->max_steps;
+    /* of all runs that led here, if there were checkpoints between them */
+    double seconds = state->seconds;
+    struct LogEntry *entry = state_log(state);
+    log_value(entry, "epoch", state->epoch);
+    log_value(entry, "step", (double)state->global_step);
+    /* transformers' estimate of operations: its place is kept, the number is not computed */
+    log_value(entry, "total_flos", 0);
+    log_value(entry, "train_loss", state->total_loss / MAX(1, steps));
+    log_value(entry, "train_runtime", seconds);
+    log_value(entry, "train_samples_per_second", (double)state->samples / seconds);
+    log_value(entry, "train_steps_per_second", steps / seconds);
+}
+
+/* trainer_train -- the whole training.                          [glossary: Trainer.train()]
+ * in   trainer: model, arguments, Task             out  the model's weights; trainer->state's log
+ *                                test: trainer_steps, adamw_golden; gdb: break trainer_advance */
+static void trainer_train(struct Trainer *trainer) {
+    const struct TrainingArguments *args = &trainer->args;
+    struct TrainerState *state = &trainer->state;
     struct Arena order_arena = {0};
+
+    /* 1. how many steps, and from where */
+    struct Checkpoint checkpoint = trainer_begin(trainer);
     double begin = seconds_now() - state->seconds;
-    for (size_t epoch = state->global_step / state->steps_per_epoch;
-         state->global_step < state->max_steps; epoch++) {
+
+    /* 2. Epochs: each takes every row once, in an order of its own. A run that goes on may begin
+     *    in the middle of one. */
+    size_t epoch = state->global_step / state->steps_per_epoch;
+    for (; state->global_step < state->max_steps; epoch++) {
         arena_reset(&order_arena);
-        size_t *order = epoch_order(args, &order_arena, n, epoch, STREAM_ORDER);
+        size_t *order = epoch_order(args, &order_arena, trainer->task.n, epoch, STREAM_ORDER);
         if (trainer->task.new_epoch)
             trainer->task.new_epoch(trainer, epoch);
-        for (size_t step = state->global_step % state->steps_per_epoch;
-             step < state->steps_per_epoch && state->global_step < state->max_steps; step++) {
-            size_t count = MIN(per_step, n - step * per_step);
+
+        size_t step = state->global_step % state->steps_per_epoch;
+        for (; step < state->steps_per_epoch && state->global_step < state->max_steps; step++) {
+            /* 3. accumulate: the step's rows, forward and backward; `trace` is for messages */
+            size_t first = step * trainer->rows_per_step;
+            size_t rows = MIN(trainer->rows_per_step, trainer->task.n - first);
             trainer->model->trace.task = trainer->task.name;
             trainer->model->trace.step = state->global_step + 1;
-            double loss = trainer_accumulate(trainer, order + step * per_step, count);
-            double lr =
-                args->learning_rate * schedule_factor(args, state->global_step, state->max_steps);
+            double loss = trainer_accumulate(trainer, order + first, rows);
+
+            /* 4. clip, and step at the scheduled learning rate */
+            double share = schedule_factor(args, state->global_step, state->max_steps);
+            double lr = args->learning_rate * share;
             double norm = optimizer_step(trainer->model, args, lr, ++state->global_step);
-            size_t done = MIN((step + 1) * args->gradient_accumulation_steps, micro_batches);
-            state->epoch = (double)epoch + (double)done / (double)micro_batches;
-            trainer_metric(trainer, "loss", loss, 1);
-            trainer_add_means(trainer);
-            state->total_loss += loss;
-            state->samples += count;
+
+            /* 5. log */
+            trainer_advance(trainer, epoch, step, rows, loss);
             trainer_log(trainer, norm, lr);
+
+            /* 6. evaluate on what is held out */
             if (trainer->task.eval_n && args->eval_steps
                 && state->global_step % args->eval_steps == 0)
                 trainer_evaluate(trainer);
+
+            /* 7. save; after Ctrl-C the program ends here */
             state->seconds = seconds_now() - begin;
             checkpoint_step(&checkpoint);
         }
     }
     arena_free(&order_arena);
-    double steps = (double)state->max_steps;
-    double s = state->seconds;
-    *state_log(state) =
-        (struct LogEntry){7,
-                          {{"epoch", state->epoch, 0},
-                           {"step", (double)state->global_step, 0},
-                           {"total_flos", 0, 0},
-                           {"train_loss", state->total_loss / MAX(1, steps), 0},
-                           {"train_runtime", s, 0},
-                           {"train_samples_per_second", (double)state->samples / s, 0},
-                           {"train_steps_per_second", steps / s, 0}}};
+    trainer_log_end(state);
 }
 
 static void trainer_free(struct Trainer *trainer) {
@@ -5752,115 +6051,231 @@ static void trainer_free(struct Trainer *trainer) {
 /* =============================================================================================
  * Chapter 15 - Language model: pretraining, SFT
  *
- * How does a model learn to write? From what people wrote. One loss serves both stages: the
- * cross-entropy of the next token, -log pi(x_t+1 | x_1..t), averaged over the tokens that count.
- * [glossary: Função de custo] Pretraining reads running text, and every token counts; supervised
- * fine-tuning reads examples, and of prompt + completion only the completion counts.
- * [glossary: Ajuste fino]
+ * How does a model learn to write? From what people wrote. One loss serves both stages, the
+ * cross-entropy of the next token, a mean over the tokens that count [1]:
+ *
+ *     loss = mean of -log pi(x_t+1 | x_1 ... x_t)                [glossary: Função de custo]
+ *
+ * Pretraining reads running text, and every token counts: the model learns the language. Supervised
+ * fine-tuning (SFT) reads examples of a prompt and its completion, and only the completion counts:
+ * the model learns to answer, not to ask.                        [glossary: Ajuste fino]
+ *
+ *     prompt + completion   "The film is"   " a"  " joy"  end
+ *     counts in SFT              no          yes   yes    yes
  *
  *     a new model     8.66 nats a token    (an even guess among 4097 tokens: ln 4097 = 8.32)
  *     trained         4.51 nats a token    perplexity e^4.51 = 91: as unsure as among 91 tokens
+ *
+ * What enters: texts, or prompts with completions. What leaves: a language model: the reference,
+ * and the starting point, of all that follows.
  * ============================================================================================= */
 
 /* A sample, for a terminal: prompt, a bar, what the model wrote. */
 static void sample_show(const struct Tokenizer *tok, const struct Example *e, size_t V,
                         const char *score) {
     struct Arena arena = {0};
+    /* 1. ids become text again, in two parts: a token of the answer is no token of the prompt */
+    const int *answer_ids = e->ids + e->prompt_length;
     struct Text prompt = tokenizer_decode_all(tok, &arena, e->ids, e->prompt_length, V);
-    struct Text answer =
-        tokenizer_decode_all(tok, &arena, e->ids + e->prompt_length, e->n - e->prompt_length, V);
+    struct Text answer = tokenizer_decode_all(tok, &arena, answer_ids, e->n - e->prompt_length, V);
     char *line = arena_printf(&arena, "    %s%.*s |%.*s", score, (int)prompt.length, prompt.data,
                               (int)answer.length, answer.data);
+    /* 2. One line. What a model writes may hold anything: cut_text leaves no control byte, which
+     *    could clear the terminal or move its cursor. */
     say("%s\n", cut_text(line, terminal_columns()));
     arena_free(&arena);
 }
 
+/* The data of a language model's Task. */
 struct LanguageTask {
-    struct Example *examples, *eval_examples;
-    struct Example *texts; /* pretraining: whole texts, packed anew each epoch */
+    struct Example *examples, *eval_examples; /* what is learnt; what is held out */
+    /* pretraining: the whole texts, of which each epoch makes other examples */
+    struct Example *texts;
     size_t text_count, row_length;
     bool whole_texts; /* see pretrain_pack */
     struct Arena rows; /* this epoch's packed rows */
 };
 
+/* The batch of some of the task's items. */
+static struct Batch language_batch(struct Trainer *trainer, const size_t *index, size_t count,
+                                   bool eval) {
+    const struct LanguageTask *task = trainer->task.data;
+    const struct Example *from = eval ? task->eval_examples : task->examples;
+    struct Example *examples = arena_alloc(&trainer->arena, count, sizeof *examples);
+    /* 1. the items side by side; only their descriptions are copied, the ids stay where they are */
+    for (size_t i = 0; i < count; i++)
+        examples[i] = from[index[i]];
+    /* 2. packed; the last token of a row predicts nothing: the model need not read it */
+    return collate(&trainer->arena, examples, count, SKIP_LAST);
+}
+
+/* What is logged beside the loss, a mean over the R predicted tokens: how undecided the model is
+ * (entropy, nats), and how often its first choice was the token that came. */
+static void language_metrics(struct Trainer *trainer, const struct Batch *batch,
+                             const struct LMHead *head) {
+    trainer->state.num_tokens += batch->tokens;
+    /* Sums, not means: another micro-batch has another number of tokens. */
+    trainer_metric(trainer, "entropy", row_sum(head->entropy, batch->R), batch->R);
+    trainer_metric(trainer, "mean_token_accuracy", row_sum(head->hit, batch->R), batch->R);
+}
+
+/* language_loss -- the cross-entropy of a micro-batch: the Task's loss of pretraining and SFT.
+ *                                                          [glossary: Função de custo]
+ *   loss = weight * sum_r -log pi(target_r | all before it)              [1] Section 2
+ * in   index (count): which items; weight: 1 / the step's targets, so that the micro-batches add up
+ *      to a mean over the tokens of the step
+ * Each summand is the negative log-likelihood of a token that a person wrote: 0 if the model was
+ * certain of it, without limit if it thought it impossible. To lower the sum is to raise the
+ * probability of the text as a whole, which is the product of its tokens' probabilities.
+ * The derivative by the logits is softmax - 1 at the target and softmax elsewhere, times the
+ * weight: lm_head_cross_entropy (chapter 11).
+ * By hand: a model whose weights are all 0 finds 37 tokens equally probable: each target costs
+ * ln 37 = 3.6109; two of them with weight 1/2: 3.6109.
+ *                                test: language_hand, language_overfit, eval_batch_size */
 static double language_loss(struct Trainer *trainer, const size_t *index, size_t count,
                             double weight, bool train, bool eval) {
-    struct LanguageTask *task = trainer->task.data;
     struct GPT2 *model = trainer->model;
     struct Arena *arena = &trainer->arena;
-    struct Example *examples = arena_alloc(arena, count, sizeof *examples);
-    for (size_t i = 0; i < count; i++)
-        examples[i] = (eval ? task->eval_examples : task->examples)[index[i]];
-    struct Batch batch = collate(arena, examples, count, SKIP_LAST);
+
+    /* 1. Forward, up to the hidden states from which the targets are predicted: row r of the head
+     *    is that of the token before target r. */
+    struct Batch batch = language_batch(trainer, index, count, eval);
     struct Activations acts = gpt2_forward(model, arena, &batch, train);
     struct LMHead head = lm_head_new(model, arena, &acts, batch.row, batch.target, batch.R, 1);
+
+    /* 2. The output layer. In training its backward comes with it: its logits (R,V) are the largest
+     *    tensor of all, so they are used while they are there and never kept. */
     if (train) {
         float *dhidden = arena_zeros(arena, batch.N * model->config.n_embd, sizeof *dhidden);
         lm_head_cross_entropy(model, &head, (float)weight, dhidden, arena);
         gpt2_backward(model, arena, &acts, dhidden);
-    } else
+    } else {
         lm_head_forward(model, &head);
-    trainer->state.num_tokens += batch.tokens;
-    trainer_metric(trainer, "entropy", row_sum(head.entropy, batch.R), batch.R);
-    trainer_metric(trainer, "mean_token_accuracy", row_sum(head.hit, batch.R), batch.R);
-    double nll = -sequence_logprob(head.logprob, batch.R);
+    }
+
+    /* 3. what is reported; the loss of held-out items is a metric like the others */
+    language_metrics(trainer, &batch, &head);
+    double negative_log_likelihood = -sequence_logprob(head.logprob, batch.R);
     if (eval)
-        trainer_metric(trainer, "loss", nll, batch.R);
-    return nll * weight;
+        trainer_metric(trainer, "loss", negative_log_likelihood, batch.R);
+    return negative_log_likelihood * weight;
 }
 
-/* What the Trainer divides a step's loss by: labels that are not ignored. The first token of a
- * text without a prompt counts although nothing predicts it: so transformers counts, and the
- * loss is a little smaller than a mean. Packed rows: what they predict. */
+/* language_targets -- how many labels of an item are not ignored: what the Trainer divides a
+ * step's loss by.
+ * The first token of a text without a prompt is counted although nothing predicts it. transformers
+ * counts so, and the loss comes out a little smaller than a mean. Packed rows have a prompt of one
+ * token, so theirs is a true mean.
+ * By hand: a text of 3 tokens: 3; prompt of 3, completion of 2: 2.     test: language_sft_rows */
 static size_t language_targets(struct Trainer *trainer, size_t index) {
-    const struct Example *e = ((struct LanguageTask *)trainer->task.data)->examples + index;
+    const struct LanguageTask *task = trainer->task.data;
+    const struct Example *e = &task->examples[index];
+    /* of the row with its prompt, all but the prompt */
     return e->n - e->prompt_length;
 }
 
-/* pretrain_pack -- texts joined by end tokens, cut into `count` rows that predict row_length
- * tokens each. A row has row_length + 1 tokens and the next row starts with its last one, so
- * every token is predicted once; what is left over is dropped. With whole_texts a row that would
- * start inside a text starts where that text starts (if a row can hold it): so the model learns,
- * at position 0, how texts begin, as a prompt does. Some tokens then count twice and the last
- * texts have to wait for an epoch. */
-static struct Example *pretrain_pack(struct Arena *arena, const struct Example *texts,
-                                     const size_t *order, size_t text_count, size_t row_length,
-                                     bool whole_texts, size_t *count) {
-    size_t total = 0;
+/* ---- Pretraining: running text in rows of equal length -------------------------------------- */
+
+/* Some texts, in the order in which they are joined. */
+struct TextOrder {
+    const struct Example *texts;
+    const size_t *order;
+    size_t count;
+};
+
+/* All ids of the texts, one text behind the other; `total` is their number. */
+static int *texts_join(struct Arena *arena, const struct TextOrder *texts, size_t *total) {
+    /* 1. room for all */
+    *total = 0;
+    for (size_t i = 0; i < texts->count; i++)
+        *total += texts->texts[i].n;
+    int *stream = arena_alloc(arena, *total, sizeof *stream);
+
+    /* 2. One behind the other. Each ends in an end token, from which the model learns that what
+     *    follows has nothing to do with what came before. */
     size_t at = 0;
-    size_t text = 0;
-    size_t text_start = 0;
-    for (size_t i = 0; i < text_count; i++)
-        total += texts[i].n;
-    int *stream = arena_alloc(arena, total, sizeof *stream);
-    for (size_t i = 0; i < text_count; at += texts[order[i++]].n)
-        memcpy(stream + at, texts[order[i]].ids, texts[order[i]].n * sizeof *stream);
+    for (size_t i = 0; i < texts->count; i++) {
+        const struct Example *text = &texts->texts[texts->order[i]];
+        memcpy(stream + at, text->ids, text->n * sizeof *stream);
+        at += text->n;
+    }
+    return stream;
+}
+
+/* A text in the stream: which it is in the order, and where it starts. */
+struct TextPlace {
+    size_t text, start;
+};
+
+/* whole_text_start -- where a row starts that should start at `next`, if texts are to be whole.
+ * in, out  place: a text that is not behind `next`; afterwards the one that `next` lies in
+ * That text's start, if a row of `room` tokens can hold the text and the row before (it starts at
+ * `last`) does not start there too. Otherwise `next`, in the middle of the text.
+ *                                                            test: language_pack */
+static size_t whole_text_start(const struct TextOrder *texts, struct TextPlace *place, size_t last,
+                               size_t next, size_t room) {
+    /* 1. on to the text that `next` lies in; place only moves forward, for so do the rows */
+    size_t n = texts->texts[texts->order[place->text]].n;
+    while (place->start + n <= next && place->text + 1 < texts->count) {
+        place->start += n;
+        n = texts->texts[texts->order[++place->text]].n;
+    }
+
+    /* 2. back to its start. Without the second condition the rows would stay there for ever. */
+    bool fits = n <= room;
+    bool moves_on = place->start > last;
+    return fits && moves_on ? place->start : next;
+}
+
+/* pretrain_pack -- texts joined by end tokens, cut into `count` rows that predict row_length
+ * tokens each. Every forward pass then has the same size and no padding.
+ * A row has row_length + 1 tokens, and the next row starts with its last one: so every token but
+ * the first is predicted once. What does not fill a row at the end is dropped.
+ * With whole_texts a row that would start inside a text starts where that text does, if a row can
+ * hold the text: so the model learns, at position 0, how texts begin, as a prompt does. Some tokens
+ * then count twice, and the last texts have to wait for another epoch.
+ * By hand: texts of 3, 4 and 3 tokens, row_length 4: (10 - 1) / 4 = 2 rows, which start at 0 and 4;
+ * with whole_texts at 0 and 3, where the second text starts.             test: language_pack */
+static struct Example *pretrain_pack(struct Arena *arena, const struct TextOrder *texts,
+                                     size_t row_length, bool whole_texts, size_t *count) {
+    /* 1. one stream of ids, and how many rows it fills */
+    size_t total;
+    int *stream = texts_join(arena, texts, &total);
     *count = total ? (total - 1) / row_length : 0;
+
+    /* 2. The rows point into the stream. The first token of each counts as its prompt: it was the
+     *    last target of the row before. */
     struct Example *rows = arena_alloc(arena, *count, sizeof *rows);
-    at = 0;
+    struct TextPlace place = {0};
+    size_t at = 0;
     for (size_t i = 0; i < *count; i++) {
-        rows[i] = (struct Example){stream + at, row_length + 1, 1};
+        rows[i] = (struct Example){.ids = stream + at, .n = row_length + 1, .prompt_length = 1};
         size_t next = at + row_length;
-        while (text_start + texts[order[text]].n <= next && text + 1 < text_count)
-            text_start += texts[order[text++]].n;
-        bool fits = texts[order[text]].n <= row_length + 1;
-        at = whole_texts && fits && text_start > at ? text_start : next;
+        at = whole_texts ? whole_text_start(texts, &place, at, next, row_length + 1) : next;
     }
     return rows;
 }
 
-/* Each epoch joins the texts in a new order, so that rows never repeat. */
+/* Each epoch joins the texts in a new order. The rows are cut elsewhere then, and none is ever the
+ * same twice: less to learn by heart. */
 static void pretrain_new_epoch(struct Trainer *trainer, size_t epoch) {
     struct LanguageTask *task = trainer->task.data;
+    /* 1. The last epoch's rows go. The order is that of the texts; the Trainer shuffles the rows
+     *    that are made of them once more, with random numbers of another stream. */
     arena_reset(&task->rows);
     size_t *order = epoch_order(&trainer->args, &task->rows, task->text_count, epoch, STREAM_SPLIT);
-    task->examples = pretrain_pack(&task->rows, task->texts, order, task->text_count,
-                                   task->row_length, task->whole_texts, &trainer->task.n);
+    struct TextOrder texts = {task->texts, order, task->text_count};
+
+    /* 2. The number of rows is the same in each epoch: it follows from the number of tokens. */
+    task->examples =
+        pretrain_pack(&task->rows, &texts, task->row_length, task->whole_texts, &trainer->task.n);
 }
 
-/* How the model goes on after the first words of the first text. */
+/* Shows how the model goes on after the first words of the first text, as the training proceeds. */
 static void language_sample(struct Trainer *trainer) {
-    const struct Example *text = ((struct LanguageTask *)trainer->task.data)->texts;
+    const struct LanguageTask *task = trainer->task.data;
+    const struct Example *text = task->texts;
+    /* 1. as much as a line holds, drawn a little on the safe side (temperature 0.7) */
     struct GenerationConfig sampling = {
         .max_new_tokens = 28,
         .do_sample = true,
@@ -5869,19 +6284,24 @@ static void language_sample(struct Trainer *trainer) {
         .top_p = 1,
         .repetition_penalty = 1,
     };
-    struct Example prompt = {text->ids, text->n > 3 ? 3 : 1, 0};
+    struct Example prompt = {.ids = text->ids, .n = text->n > 3 ? 3 : 1};
+
+    /* 2. The same prompt and the same random numbers each time: what changes is the model. They are
+     *    numbers of its own, so a run that is watched trains as one that is not. */
     struct Rng rng = rng_seed(trainer->args.seed, STREAM_SAMPLE);
     struct Example *answer =
         sample_answers(trainer->model, &trainer->arena, &prompt, 1, 1, &sampling, &rng);
     sample_show(trainer->tok, answer, trainer->model->config.vocab_size, "");
 }
 
-/* Sets up the task of a language model on texts that end in an end token. */
+/* pretrain_task -- makes pretraining the trainer's Task, on texts that each end in an end token. */
 static struct LanguageTask *pretrain_task(struct Trainer *trainer, struct Arena *arena,
                                           struct Example *texts, size_t text_count,
                                           struct Example *eval_texts, size_t eval_count) {
     struct LanguageTask *task = arena_zeros(arena, 1, sizeof *task);
     size_t length = trainer->args.max_length;
+
+    /* 1. what is trained, and how */
     *task = (struct LanguageTask){.texts = texts, .text_count = text_count, .row_length = length};
     trainer->task = (struct Task){
         .name = "pretrain",
@@ -5891,48 +6311,76 @@ static struct LanguageTask *pretrain_task(struct Trainer *trainer, struct Arena 
         .new_epoch = pretrain_new_epoch,
         .sample = language_sample,
     };
+
+    /* 2. the first epoch's rows already: the Trainer must know how many rows there are */
     pretrain_new_epoch(trainer, 0);
     CHECK(trainer->task.n > 0,
           "pretrain: the texts have too few tokens, a row needs %zu; use more text or a smaller "
           "--max_length",
           length + 1);
-    task->eval_examples = pretrain_pack(arena, eval_texts, arena_order(arena, eval_count),
-                                        eval_count, length, false, &trainer->task.eval_n);
+
+    /* 3. the held-out rows: always the same, each token once, so that losses can be compared */
+    struct TextOrder held_out = {eval_texts, arena_order(arena, eval_count), eval_count};
+    task->eval_examples = pretrain_pack(arena, &held_out, length, false, &trainer->task.eval_n);
     return task;
 }
 
-/* Rows of a data set as SFT examples: TRL appends the end token, keeps the first max_length ids,
- * drops what then has no target. */
-static struct Example *sft_examples(struct Trainer *trainer, struct Arena *arena,
-                                    const struct Dataset *data, size_t *n) {
-    struct Example *examples = arena_alloc(arena, data->n, sizeof *examples);
-    size_t count = 0;
-    size_t cut = 0;
+/* ---- SFT: examples of what to write --------------------------------------------------------- */
+
+/* A row of the data set as TRL prepares it, with the end token behind it: the model has to learn
+ * where an answer ends, or it will never stop. */
+static struct Example sft_example(const struct Trainer *trainer, struct Arena *arena,
+                                  const struct Dataset *data, const struct Row *row) {
     size_t V = trainer->model->config.vocab_size;
     const int *end_token = &trainer->model->config.eos_token_id;
-    const struct Tokenizer *tok = trainer->tok;
-    for (size_t i = 0; i < data->n; i++) {
-        const struct Row *row = &data->rows[i];
-        struct Example e =
-            data->shape == SHAPE_TEXT
-                ? example_encode(arena, tok, row->text, V, end_token)
-                : example_prompt_completion(arena, tok, row->prompt, row->completion, V, end_token);
-        cut += e.n > trainer->args.max_length;
-        e.n = MIN(e.n, trainer->args.max_length);
-        if (e.n > MAX((size_t)1, e.prompt_length))
-            examples[count++] = e;
-    }
+    /* a text without a prompt: all of it counts */
+    if (data->shape == SHAPE_TEXT)
+        return example_encode(arena, trainer->tok, row->text, V, end_token);
+    /* encoded as one text, as the model will see it; the completion's ids are those that count */
+    return example_prompt_completion(arena, trainer->tok, row->prompt, row->completion, V,
+                                     end_token);
+}
+
+/* What happened to rows that could not be used as they are. */
+static void sft_examples_say(const struct Dataset *data, size_t max_length, size_t cut,
+                             size_t count) {
+    /* 1. an answer that is cut has no end token: the model is not taught to end there */
     if (cut)
         warn("%s: %zu of %zu rows were cut to their first %zu tokens (--max_length)", data->path,
-             cut, data->n, trainer->args.max_length);
+             cut, data->n, max_length);
+    /* 2. rows without a target, if not all of them */
     CHECK(count > 0, "%s: no row has a token to learn from", data->path);
     if (count < data->n)
         warn("%s: %zu of %zu rows have no token to learn from and are left out", data->path,
              data->n - count, data->n);
+}
+
+/* sft_examples -- the rows of a data set as examples; n: how many are left.
+ * As TRL does, a row keeps its first max_length ids; one that then has no target is left out: its
+ * prompt alone fills the row, and there is nothing to learn from it.   test: language_sft_rows */
+static struct Example *sft_examples(struct Trainer *trainer, struct Arena *arena,
+                                    const struct Dataset *data, size_t *n) {
+    struct Example *examples = arena_alloc(arena, data->n, sizeof *examples);
+    size_t max_length = trainer->args.max_length;
+    size_t count = 0;
+    size_t cut = 0;
+    for (size_t i = 0; i < data->n; i++) {
+        /* 1. the row as ids, the first max_length of them: what is cut off is the answer's end,
+         *    since an answer without its question would teach nothing */
+        struct Example e = sft_example(trainer, arena, data, &data->rows[i]);
+        cut += e.n > max_length;
+        e.n = MIN(e.n, max_length);
+
+        /* 2. Is a token left that counts? The very first is never predicted, prompt or not. */
+        if (e.n > MAX((size_t)1, e.prompt_length))
+            examples[count++] = e;
+    }
+    sft_examples_say(data, max_length, cut, count);
     *n = count;
     return examples;
 }
 
+/* sft_task -- makes SFT the trainer's Task, on texts or on prompts with completions. */
 static struct LanguageTask *sft_task(struct Trainer *trainer, struct Arena *arena,
                                      const struct Dataset *data, const struct Dataset *eval) {
     struct LanguageTask *task = arena_zeros(arena, 1, sizeof *task);
@@ -5942,6 +6390,8 @@ static struct LanguageTask *sft_task(struct Trainer *trainer, struct Arena *aren
         .loss = language_loss,
         .targets = language_targets,
     };
+    /* Nothing is joined or cut into rows of one length, as in pretraining: each example keeps its
+     * own beginning, and no answer is torn in two. */
     task->examples = sft_examples(trainer, arena, data, &trainer->task.n);
     if (eval)
         task->eval_examples = sft_examples(trainer, arena, eval, &trainer->task.eval_n);
@@ -5951,143 +6401,297 @@ static struct LanguageTask *sft_task(struct Trainer *trainer, struct Arena *aren
 /* =============================================================================================
  * Chapter 16 - Reward model                        [glossary: Função de recompensa]
  *
- * How does a network learn what people prefer? Chapter 3's loss on its output: a language model
- * with one number in place of its logits, read at each text's last token. Pairs, ratings (from
- * which pairs are made within a batch) or labels (liked, disliked) can teach it.
+ * How does a network learn what people prefer? It is a language model with one number in place of
+ * its V logits, read at each text's last token, which has seen the whole text. Chapter 3's losses
+ * judge that number. Three kinds of data can teach it:
+ *
+ *     pairs      "a joy" was preferred to "a mess"      bradley_terry_loss on the two rewards
+ *     ratings    8 and 3 of 10                          compared within a batch: a pair
+ *     labels     liked, disliked                        sentiment_loss on each reward
  *
  *     loss at the start    ln 2 = 0.693: a guess            accuracy 0.5
  *     trained              0.81 of held-out pairs ordered as people did
+ *
+ * A language model is the place to start from: it knows what the words mean already, and has only
+ * to learn which of that people like.
  *
  * What enters: texts that people compared, rated or labelled. What leaves: a reward model, and
  * rewards of new texts in the form of the course's sentiment pipeline.
  * ============================================================================================= */
 
+/* The data of a reward model's Task. Of each array of two, the first is to learn from, the second
+ * is held out. */
 struct RewardTask {
-    /* to learn from, held out; of pairs 2i chosen, 2i+1 rejected; rated or labelled: one a row */
-    struct Example *texts[2];
-    double *number[2]; /* a row's margin, rating or label */
-    bool rated, labelled;
-    double center, min_difference;
-    float *eval_reward; /* rated: r of each held-out text */
-    /* of texts cut to a random beginning, so that the model learns to judge unfinished ones */
-    double prefix_share;
+    struct Example *texts[2]; /* of pairs 2i is chosen, 2i + 1 rejected; else one an item */
+    double *number[2]; /* an item's margin, rating or label */
+    bool rated, labelled; /* neither: pairs */
+    double center; /* TRL's center_rewards_coefficient, see bradley_terry_pair */
+    double min_difference; /* ratings closer than this make no pair */
+    float *eval_reward; /* rated: the reward of each held-out text */
+    double prefix_share; /* how many of the texts are cut to a random beginning */
     struct Rng cut;
 };
 
-/* How n pairs are ordered; pairs NULL: n texts, labels are compared with the reward's sign. */
-static void reward_metrics(struct Trainer *trainer, const float *reward, const struct Pair *pairs,
-                           size_t n, const double *label) {
+/* ---- Metrics -------------------------------------------------------------------------------- */
+
+/* reward_pair_metrics -- how well rewards order n pairs: the share that the chosen text wins
+ * (accuracy; a tie is no win), and by how much on average (margin).
+ * By hand: rewards 2, 0.5, 0.5; 0 preferred to 1, 1 to 2: accuracy 1 / 2, margin (1.5 + 0) / 2 =
+ * 0.75.                                                                 test: reward_metrics */
+static void reward_pair_metrics(struct Trainer *trainer, const float *reward,
+                                const struct Pair *pairs, size_t n) {
     double right = 0;
     double margin = 0;
+    /* the order is all that training on pairs can get right: the rewards themselves mean nothing */
     for (size_t i = 0; i < n; i++) {
-        double difference = pairs ? (double)reward[pairs[i].chosen] - reward[pairs[i].rejected]
-                            : label[i] > 0 ? reward[i]
-                                           : -reward[i];
+        /* without the pair's margin: that is a demand of the loss, not a part of the order */
+        double difference = (double)reward[pairs[i].chosen] - reward[pairs[i].rejected];
         right += difference > 0;
         margin += difference;
     }
     trainer_metric(trainer, "accuracy", right, n);
-    if (pairs)
-        trainer_metric(trainer, "margin", margin, n);
+    trainer_metric(trainer, "margin", margin, n);
 }
 
+/* Of labelled texts: how many have a reward whose sign is that of the label.
+ * By hand: rewards 2 (liked), -1 (liked), -3 (disliked): 2 of 3.         test: reward_metrics */
+static void reward_label_metrics(struct Trainer *trainer, const float *reward, const double *label,
+                                 size_t n) {
+    double right = 0;
+    /* a reward above 0 is a probability above 1/2: sigmoid(0) = 0.5 */
+    for (size_t i = 0; i < n; i++)
+        right += label[i] > 0 ? reward[i] > 0 : reward[i] < 0;
+    trainer_metric(trainer, "accuracy", right, n);
+}
+
+/* The rewards as they are, for all kinds of data: with plain pairs nothing but `center` keeps them
+ * from drifting. */
 static void reward_text_metrics(struct Trainer *trainer, const float *reward, size_t texts) {
     for (size_t t = 0; t < texts; t++) {
+        /* one unit each: the mean is over texts, whatever the batches */
         trainer_metric(trainer, "mean_reward", reward[t], 1);
         trainer_least(trainer, "min_reward", reward[t]);
         trainer_largest(trainer, "max_reward", reward[t]);
     }
 }
 
-/* reward_rated_evaluated -- loss and order of every pair of held-out rated texts, whatever batches
- * they were read in: compared within batches, another batch size would be other pairs.
- *                                                                     test: eval_batch_size */
+/* reward_rated_evaluated -- loss and order of every pair of held-out rated texts.
+ * In training, ratings are compared within a micro-batch. Here all are compared with all, whatever
+ * batches they were read in: otherwise another batch size would mean other pairs, and a loss that
+ * cannot be compared.                                                 test: eval_batch_size */
 static void reward_rated_evaluated(struct Trainer *trainer) {
     const struct RewardTask *task = trainer->task.data;
+    const float *reward = task->eval_reward;
     size_t n = trainer->task.eval_n;
     struct Pair *pairs = arena_alloc(&trainer->arena, n, sizeof *pairs);
     float *dreward = arena_floats(&trainer->arena, n); /* not used: nothing trains here */
-    for (size_t i = 0; i < n; i++) { /* all pairs at once need n^2 memory */
+    for (size_t i = 0; i < n; i++) {
+        /* 1. One text against those behind it. All pairs at once would take n^2 memory. */
         size_t count = pairs_of_rating(task->number[1], i, n, task->min_difference, pairs);
         if (count == 0)
             continue;
-        double loss = bradley_terry_loss(task->eval_reward, n, pairs, count, task->center, dreward);
+
+        /* 2. bradley_terry_loss is a mean over the text's pairs; what is reported is their sum */
+        double loss = bradley_terry_loss(reward, n, pairs, count, task->center, dreward);
         trainer_metric(trainer, "loss", loss * (double)count, count);
-        reward_metrics(trainer, task->eval_reward, pairs, count, NULL);
+        reward_pair_metrics(trainer, reward, pairs, count);
     }
 }
 
+/* ---- Rewards of texts, and the way back ----------------------------------------------------- */
+
+/* A forward pass of the reward model over some texts. */
+struct RewardPass {
+    struct Batch batch;
+    struct Activations acts;
+    size_t texts;
+    int *row; /* (texts) where the reward of each is read */
+    float *reward; /* (texts) */
+};
+
+/* reward_forward -- the rewards of some texts.
+ *   reward = w . h                 h (C): the hidden state at the text's last token, w: the head
+ * A token sees only what stands before it, so the last one is the only one that has seen all.
+ * Unlike a language model this one has to read it: READ_LAST. `keep`: a backward pass will follow.
+ *                                                   test: reward_golden, reward_rows */
+static struct RewardPass *reward_forward(const struct GPT2 *model, struct Arena *arena,
+                                         const struct Example *texts, size_t n, bool keep) {
+    /* 1. The texts, packed, through the model. The pass lies in the arena, for the activations
+     *    point to their batch: as a value that is returned it would move away from under them. */
+    struct RewardPass *pass = arena_alloc(arena, 1, sizeof *pass);
+    pass->texts = n;
+    pass->batch = collate(arena, texts, n, READ_LAST);
+    pass->acts = gpt2_forward(model, arena, &pass->batch, keep);
+
+    /* 2. Where each text's last token stands, padding not counted, and the reward there. The head
+     *    has no bias: it would add the same number to all rewards. */
+    pass->row = arena_alloc(arena, n, sizeof *pass->row);
+    pass->reward = arena_floats(arena, n);
+    reward_rows(&pass->batch, model->config.pad_token_id, pass->row);
+    scalar_head_forward(pass->reward, pass->acts.ln_f, pass->row, n, &model->score, NULL);
+    return pass;
+}
+
+/* reward_backward -- from d loss / d reward to the gradient of every weight.
+ * in   dreward (texts), which is multiplied by `weight`      out  the model's gradients
+ * Of the N hidden states only those at which a reward was read have a slope: the rest start at 0,
+ * and attention carries the slope back to the earlier tokens.           test: reward_gradient */
+static void reward_backward(struct GPT2 *model, struct Arena *arena, const struct RewardPass *pass,
+                            float *dreward, double weight) {
+    /* 1. the micro-batch's share in the step */
+    for (size_t t = 0; t < pass->texts; t++)
+        dreward[t] *= (float)weight;
+
+    /* 2. through the head: its own gradient, and that of the hidden states it read */
+    float *dhidden = arena_zeros(arena, pass->batch.N * model->config.n_embd, sizeof *dhidden);
+    scalar_head_backward(dhidden, dreward, pass->acts.ln_f, pass->row, pass->texts, &model->score,
+                         NULL);
+
+    /* 3. through the transformer, as from any other head */
+    gpt2_backward(model, arena, &pass->acts, dhidden);
+}
+
+/* ---- The loss of a micro-batch -------------------------------------------------------------- */
+
+/* The texts of a micro-batch, and how they are to be compared. */
+struct RewardBatch {
+    struct Example *examples; /* (texts) of pairs all that were chosen, then all rejected */
+    size_t texts;
+    double *number; /* (count) of each item: margin, rating or label */
+    struct Pair *pairs; /* (pair_count) as indices into examples; of labelled texts not used */
+    size_t pair_count; /* of labelled texts: how many there are */
+};
+
+/* Cuts some texts to a random beginning of 8 tokens or more. PPO will ask for rewards of answers
+ * that its token limit has cut off, and a model that only ever saw whole texts would judge them by
+ * their missing end. */
+static void reward_cut(struct RewardTask *task, struct Example *text) {
+    /* 1. not if the task does not ask for it, and not a text that is short already */
+    if (task->prefix_share <= 0 || text->n <= 10)
+        return;
+    /* 2. this one? then any length from 8 to n - 1 is equally likely */
+    if (rng_uniform(&task->cut) < task->prefix_share)
+        text->n = 8 + rng_below(&task->cut, text->n - 8);
+}
+
+/* The items index[0..count) as texts and comparisons. */
+static struct RewardBatch reward_batch(struct Trainer *trainer, const size_t *index, size_t count,
+                                       bool train, bool eval) {
+    struct RewardTask *task = trainer->task.data;
+    struct Arena *arena = &trainer->arena;
+    size_t each = task->rated || task->labelled ? 1 : 2; /* texts of an item */
+    bool in_batch = task->rated && !eval; /* compared here, not in reward_rated_evaluated */
+    struct RewardBatch items = {.texts = each * count, .pair_count = count};
+    items.examples = arena_alloc(arena, items.texts, sizeof *items.examples);
+    items.number = arena_alloc(arena, count, sizeof *items.number);
+    items.pairs = arena_alloc(arena, in_batch ? count * count : count, sizeof *items.pairs);
+
+    /* 1. The pairs as they stand in the data: item i compares text i with text count + i, and its
+     *    number is the margin. Of single texts these pairs are not used. */
+    for (size_t i = 0; i < count; i++) {
+        items.number[i] = task->number[eval][index[i]];
+        items.pairs[i] = (struct Pair){i, count + i, items.number[i]};
+    }
+
+    /* 2. the texts: t / count is 0 for the chosen ones, which come first, and 1 for the rejected */
+    for (size_t t = 0; t < items.texts; t++) {
+        items.examples[t] = task->texts[eval][each * index[t % count] + t / count];
+        if (train)
+            reward_cut(task, &items.examples[t]);
+    }
+
+    /* 3. Of rated texts the pairs are made here, each with each: of 8 texts up to 28 comparisons,
+     *    for the price of 8 forward passes. */
+    if (in_batch)
+        items.pair_count =
+            pairs_from_ratings(items.number, count, task->min_difference, items.pairs);
+    return items;
+}
+
+/* The loss of a micro-batch by its rewards, with its metrics.     out  dreward (texts) */
+static double reward_compare(struct Trainer *trainer, const struct RewardBatch *items,
+                             const float *reward, float *dreward) {
+    const struct RewardTask *task = trainer->task.data;
+    /* 1. each text by itself, if people said "liked" or "disliked" */
+    if (task->labelled) {
+        reward_label_metrics(trainer, reward, items->number, items->texts);
+        return sentiment_loss(reward, items->number, items->texts, dreward);
+    }
+
+    /* 2. text against text, whether people compared them or their ratings do */
+    reward_pair_metrics(trainer, reward, items->pairs, items->pair_count);
+    return bradley_terry_loss(reward, items->texts, items->pairs, items->pair_count, task->center,
+                              dreward);
+}
+
+/* reward_loss -- the reward model's loss on a micro-batch: its Task's loss.
+ *                              [glossary: Função de recompensa] [glossary: Modelo Bradley-Terry]
+ *   loss = weight * mean over pairs of -log sigmoid(r_chosen - r_rejected - margin)      [4] Eq. 1
+ * in   index (count): which items; weight: the micro-batch's share in the step
+ * Both sides of a pair go through the model in one batch. Their slopes are opposite, so what the
+ * two texts have in common (the prompt) hardly moves, and what tells them apart does.
+ * By hand: a new model gives every text the reward 0. Of three pairs one has the margin 1:
+ * (ln 2 + ln 2 - log sigmoid(-1)) / 3 = (0.6931 + 0.6931 + 1.3133) / 3 = 0.8999.
+ *                                             test: reward_overfit, reward_gradient
+ * gdb: break bradley_terry_pair */
 static double reward_loss(struct Trainer *trainer, const size_t *index, size_t count, double weight,
                           bool train, bool eval) {
     struct RewardTask *task = trainer->task.data;
-    struct GPT2 *model = trainer->model;
     struct Arena *arena = &trainer->arena;
-    size_t each = task->rated || task->labelled ? 1 : 2;
-    size_t texts = each * count;
-    size_t pair_count = count;
-    struct Example *examples = arena_alloc(arena, texts, sizeof *examples);
-    bool in_batch = task->rated && !eval; /* texts are compared within their batch */
-    struct Pair *pairs = arena_alloc(arena, in_batch ? count * count : count, sizeof *pairs);
-    double *rating = arena_alloc(arena, count, sizeof *rating);
-    for (size_t i = 0; i < count; i++) {
-        rating[i] = task->number[eval][index[i]];
-        pairs[i] = (struct Pair){i, count + i, rating[i]};
-    }
-    for (size_t t = 0; t < texts; t++) {
-        struct Example *e = &examples[t];
-        *e = task->texts[eval][each * index[t % count] + t / count];
-        bool cut = train && task->prefix_share > 0 && e->n > 10
-                   && rng_uniform(&task->cut) < task->prefix_share;
-        if (cut)
-            e->n = 8 + rng_below(&task->cut, e->n - 8);
-    }
-    if (in_batch)
-        pair_count = pairs_from_ratings(rating, count, task->min_difference, pairs);
-    if (pair_count == 0)
-        return 0; /* a last batch of like ratings teaches nothing */
-    struct Batch batch = collate(arena, examples, texts, READ_LAST);
-    struct Activations acts = gpt2_forward(model, arena, &batch, train);
-    int *row = arena_alloc(arena, texts, sizeof *row);
-    float *reward = arena_floats(arena, texts);
-    float *dreward = arena_floats(arena, texts);
-    reward_rows(&batch, model->config.pad_token_id, row);
-    scalar_head_forward(reward, acts.ln_f, row, texts, &model->score, NULL);
-    trainer->state.num_tokens += batch.tokens;
-    reward_text_metrics(trainer, reward, texts);
-    if (task->rated && eval) { /* reward_rated_evaluated compares them */
+
+    /* 1. Texts and comparisons. A last batch of like ratings has none, and teaches nothing. */
+    struct RewardBatch items = reward_batch(trainer, index, count, train, eval);
+    if (items.pair_count == 0)
+        return 0;
+
+    /* 2. Their rewards. In training the activations are kept: the backward pass needs them. */
+    struct RewardPass *pass =
+        reward_forward(trainer->model, arena, items.examples, items.texts, train);
+    trainer->state.num_tokens += pass->batch.tokens;
+    reward_text_metrics(trainer, pass->reward, items.texts);
+
+    /* 3. Held-out ratings have no loss yet. Their rewards are kept until all are there, and
+     *    reward_rated_evaluated compares them. */
+    if (task->rated && eval) {
         for (size_t i = 0; i < count; i++)
-            task->eval_reward[index[i]] = reward[i];
+            task->eval_reward[index[i]] = pass->reward[i];
         return 0;
     }
-    double loss = task->labelled
-                      ? sentiment_loss(reward, rating, count, dreward)
-                      : bradley_terry_loss(reward, texts, pairs, pair_count, task->center, dreward);
-    reward_metrics(trainer, reward, task->labelled ? NULL : pairs, pair_count, rating);
+
+    /* 4. The loss, and its slope by each reward. The metric of held-out items takes the sum over
+     *    pairs, and the Trainer divides by all of them. */
+    float *dreward = arena_floats(arena, items.texts);
+    double loss = reward_compare(trainer, &items, pass->reward, dreward);
     if (eval)
-        trainer_metric(trainer, "loss", loss * (double)pair_count, pair_count);
-    if (!train)
-        return loss * weight;
-    for (size_t t = 0; t < texts; t++)
-        dreward[t] *= (float)weight;
-    float *dhidden = arena_zeros(arena, batch.N * model->config.n_embd, sizeof *dhidden);
-    scalar_head_backward(dhidden, dreward, acts.ln_f, row, texts, &model->score, NULL);
-    gpt2_backward(model, arena, &acts, dhidden);
+        trainer_metric(trainer, "loss", loss * (double)items.pair_count, items.pair_count);
+
+    /* 5. the way back to the weights */
+    if (train)
+        reward_backward(trainer->model, arena, pass, dreward, weight);
     return loss * weight;
 }
 
+/* ---- Data ----------------------------------------------------------------------------------- */
+
 /* Are the two sides of a pair the same tokens? Then nobody preferred anything. */
 static bool is_equal_pair(const struct Example pair[2]) {
+    /* ids, not letters: what the model reads */
     if (pair[0].n != pair[1].n)
         return false;
     return memcmp(pair[0].ids, pair[1].ids, pair[0].n * sizeof *pair[0].ids) == 0;
 }
 
-/* What is left to learn from must hold something to compare. */
+/* Ends the program if what is left of a data set holds nothing to compare: it would train for hours
+ * and learn nothing. */
 static void reward_check(const struct Dataset *data, const double *number, size_t count) {
+    /* 1. Enough items: a pair is a comparison by itself, of single texts it takes two. */
     bool is_pairs = data->shape == SHAPE_MARGIN;
     CHECK(count >= (is_pairs ? 1u : 2u),
           "%s: %zu %s are left; a pair or two texts are needed to compare", data->path, count,
           is_pairs ? "pairs" : "texts");
+
+    /* 2. Ratings that differ by enough for one pair at least. The extremes tell: if not even these
+     *    two texts make a pair, no two do. */
     double least = number[0];
     double most = number[0];
     for (size_t i = 0; i < count; i++) {
@@ -6098,103 +6702,170 @@ static void reward_check(const struct Dataset *data, const double *number, size_
           "%s: no two ratings differ by 1 or more, so there is nothing to compare; they go from %g "
           "to %g",
           data->path, least, most);
-    if (data->shape == SHAPE_LABELLED && least == most) {
+
+    /* 3. Labels of both kinds: with one kind the loss falls to 0, and nothing has been learnt. That
+     *    may be meant, in a test for example, so it is a note and no error. */
+    if (data->shape == SHAPE_LABELLED && least == most)
         warn("%s: every label is %g: a model that always says so is right", data->path, least);
-    }
 }
 
-/* Rows as texts with end tokens, two a preference, and numbers. Half a text is no fair comparison:
- * what exceeds max_length is dropped. So are pairs of equal sides, which TRL keeps: their loss has
- * no gradient, and no model can be right about them, so they would only lower the accuracy. */
+/* A row of the data set as one text, or as the two of a pair (prompt + answer), each with the end
+ * token behind it: where a text ends is a part of what is judged, and there the reward is read.
+ * Returns how many texts there are. */
+static size_t reward_row_encode(const struct Trainer *trainer, struct Arena *arena,
+                                const struct Dataset *data, const struct Row *row,
+                                struct Example *texts) {
+    size_t V = trainer->model->config.vocab_size;
+    const int *end_token = &trainer->model->config.eos_token_id;
+
+    /* 1. a text that was rated or labelled */
+    if (data->shape != SHAPE_MARGIN) {
+        texts[0] = example_encode(arena, trainer->tok, row->text, V, end_token);
+        return 1;
+    }
+
+    /* 2. A pair: each answer behind the prompt, for the same answer may be good to one question and
+     *    bad to another. Without a prompt the two stand alone. */
+    struct Text chosen = text_join(arena, row->prompt, row->chosen);
+    struct Text rejected = text_join(arena, row->prompt, row->rejected);
+    texts[0] = example_encode(arena, trainer->tok, chosen, V, end_token);
+    texts[1] = example_encode(arena, trainer->tok, rejected, V, end_token);
+    return 2;
+}
+
+/* The number that a row comes with: what people said about the text, or how clear the preference
+ * was. */
+static double reward_row_number(const struct Dataset *data, const struct Row *row) {
+    /* of a pair without one it is 0: "better", by however little */
+    if (data->shape == SHAPE_MARGIN)
+        return row->margin;
+    return data->shape == SHAPE_LABELLED ? row->label : row->score;
+}
+
+/* Notes about rows that are not used. */
+static void reward_texts_say(const struct Dataset *data, size_t max_length, size_t too_long,
+                             size_t equal) {
+    const char *what = data->shape == SHAPE_MARGIN ? "pairs" : "texts";
+    /* counted and said: rows that vanish without a word would make another data set of this one */
+    if (too_long)
+        warn("%s: %zu of %zu %s dropped: longer than %zu tokens (--max_length)", data->path,
+             too_long, data->n, what, max_length);
+    if (equal)
+        warn("%s: %zu of %zu pairs are left out: chosen and rejected are the same", data->path,
+             equal, data->n);
+}
+
+/* reward_texts -- the rows of a data set as texts and numbers of the task; returns how many items.
+ * held_out: 0 to learn from, 1 held out, as in RewardTask
+ * What exceeds max_length is dropped: half a text is no fair comparison. So are pairs of equal
+ * sides, which TRL keeps: their loss has no gradient, and no model can be right about them, so they
+ * would only lower the accuracy.                    test: reward_equal_pairs, reward_overfit */
 static size_t reward_texts(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data,
                            int held_out) {
     struct RewardTask *task = trainer->task.data;
-    const struct GPT2Config *config = &trainer->model->config;
+    size_t max_length = trainer->args.max_length;
     size_t count = 0;
+    size_t too_long = 0;
     size_t equal = 0;
-    size_t each = data->shape == SHAPE_MARGIN ? 2 : 1;
-    struct Example *texts = task->texts[held_out] =
-        arena_alloc(arena, each * data->n, sizeof *texts);
-    double *number = task->number[held_out] = arena_alloc(arena, data->n, sizeof *number);
+    struct Example *next = arena_alloc(arena, 2 * data->n, sizeof *next);
+    double *number = arena_alloc(arena, data->n, sizeof *number);
+    task->texts[held_out] = next;
+    task->number[held_out] = number;
     for (size_t i = 0; i < data->n; i++) {
+        /* 1. written where the next item has its place */
         const struct Row *row = &data->rows[i];
-        struct Example *e = texts + each * count;
-        for (size_t k = 0; k < each; k++) {
-            struct Text text = each == 1
-                                   ? row->text
-                                   : text_join(arena, row->prompt, k ? row->rejected : row->chosen);
-            const int *end_token = &config->eos_token_id;
-            e[k] = example_encode(arena, trainer->tok, text, config->vocab_size, end_token);
-        }
-        if (each == 2 && is_equal_pair(e)) {
+        size_t each = reward_row_encode(trainer, arena, data, row, next);
+
+        /* 2. is it of use? of a pair both sides must have room */
+        if (each == 2 && is_equal_pair(next)) {
             equal++;
-            continue;
+        } else if (MAX(next[0].n, next[each - 1].n) > max_length) {
+            too_long++;
+        } else {
+            /* 3. then it stays, and the next row goes behind it */
+            number[count++] = reward_row_number(data, row);
+            next += each;
         }
-        if (MAX(e[0].n, e[each - 1].n) > trainer->args.max_length)
-            continue;
-        number[count++] = each == 2                       ? row->margin
-                          : data->shape == SHAPE_LABELLED ? row->label
-                                                          : row->score;
     }
-    const char *what = each == 2 ? "pairs" : "texts";
-    size_t too_long = data->n - count - equal;
-    if (too_long) {
-        warn("%s: %zu of %zu %s dropped: longer than %zu tokens (--max_length)", data->path,
-             too_long, data->n, what, trainer->args.max_length);
-    }
-    if (equal) {
-        warn("%s: %zu of %zu pairs are left out: chosen and rejected are the same", data->path,
-             equal, data->n);
-    }
+    reward_texts_say(data, max_length, too_long, equal);
     reward_check(data, number, count);
     return count;
 }
 
+/* A checkpoint also needs the state of the random cuts. */
 static void reward_saved(struct Trainer *trainer, struct Checkpoint *checkpoint) {
-    checkpoint_add(checkpoint, "cut", ((struct RewardTask *)trainer->task.data)->cut.s, 4,
-                   UINT64_MAX);
+    struct RewardTask *task = trainer->task.data;
+    /* four words of any value: see struct Rng */
+    checkpoint_add(checkpoint, "cut", task->cut.s, 4, UINT64_MAX);
 }
 
+/* reward_task -- makes a reward model the trainer's Task, on pairs, rated or labelled texts. */
 static struct RewardTask *reward_task(struct Trainer *trainer, struct Arena *arena,
                                       const struct Dataset *data, const struct Dataset *eval) {
     struct RewardTask *task = arena_zeros(arena, 1, sizeof *task);
+    /* 1. what kind of data it is, told by the fields of its rows */
     *task = (struct RewardTask){
         .rated = data->shape == SHAPE_RATED,
         .labelled = data->shape == SHAPE_LABELLED,
         .min_difference = 1,
+        .cut = rng_seed(trainer->args.seed, STREAM_CUT),
     };
-    task->cut = rng_seed(trainer->args.seed, STREAM_CUT);
-    trainer->task =
-        (struct Task){.name = "reward", .data = task, .loss = reward_loss, .saved = reward_saved};
+    trainer->task = (struct Task){
+        .name = "reward",
+        .data = task,
+        .loss = reward_loss,
+        .saved = reward_saved,
+    };
+
+    /* 2. the texts, those to learn from and those held out */
     trainer->task.n = reward_texts(trainer, arena, data, 0);
     trainer->task.eval_n = eval ? reward_texts(trainer, arena, eval, 1) : 0;
-    if (task->rated)
+
+    /* 3. held-out ratings are compared when all rewards are known */
+    if (task->rated) {
         trainer->task.evaluated = reward_rated_evaluated;
-    if (task->rated)
         task->eval_reward = arena_floats(arena, trainer->task.eval_n);
+    }
     return task;
 }
 
-/* reward_score -- r of n token sequences; an empty one is read as an end token. [glossary:
- * Pipeline de análise de sentimentos] */
+/* ---- Use ------------------------------------------------------------------------------------ */
+
+/* Texts that go through the reward model at once. */
+enum { SCORED_TOGETHER = 32 };
+
+/* The rewards of at most SCORED_TOGETHER texts. An empty one is read as an end token, since a
+ * reward must be read at some token. */
+static void reward_score_batch(const struct GPT2 *model, struct Arena *arena,
+                               const struct Example *texts, size_t n, float *reward) {
+    /* one token, no prompt */
+    int end_token = model->config.eos_token_id;
+    struct Example empty = {.ids = &end_token, .n = 1};
+    struct Example batch_texts[SCORED_TOGETHER];
+    /* 1. the texts; `keep` false: no backward pass will follow, so activations are not kept */
+    for (size_t i = 0; i < n; i++)
+        batch_texts[i] = texts[i].n ? texts[i] : empty;
+    struct RewardPass *pass = reward_forward(model, arena, batch_texts, n, false);
+    memcpy(reward, pass->reward, n * sizeof *reward);
+
+    /* 2. a reward that is NaN would make every advantage of PPO's batch NaN: better end here */
+    check_numbers(model, arena, &pass->batch, "the reward of a text", reward, n);
+}
+
+/* reward_score -- the rewards of n token sequences.
+ *                                       [glossary: Pipeline de análise de sentimentos]
+ * out  reward (n): without unit or bounds; only comparisons of them mean something (of a model
+ *      trained on labels, sigmoid(reward) is the probability that the text is liked)
+ * A text's reward does not depend on which others are scored with it.
+ *                                                           test: reward_golden, reward_company */
 static void reward_score(const struct GPT2 *model, const struct Example *texts, size_t n,
                          float *reward) {
-    enum { TOGETHER = 32 };
     struct Arena arena = {0};
-    int end = model->config.eos_token_id;
-    int row[TOGETHER];
-    struct Example empty = {&end, 1, 0};
-    for (size_t first = 0; first < n; first += TOGETHER) {
-        struct Example batch_texts[TOGETHER];
-        size_t count = MIN(n - first, (size_t)TOGETHER);
-        for (size_t i = 0; i < count; i++)
-            batch_texts[i] = texts[first + i].n ? texts[first + i] : empty;
+    for (size_t first = 0; first < n; first += SCORED_TOGETHER) {
+        /* some at a time: the activations of a batch are what takes memory here */
         arena_reset(&arena);
-        struct Batch batch = collate(&arena, batch_texts, count, READ_LAST);
-        struct Activations acts = gpt2_forward(model, &arena, &batch, false);
-        reward_rows(&batch, model->config.pad_token_id, row);
-        scalar_head_forward(reward + first, acts.ln_f, row, count, &model->score, NULL);
-        check_numbers(model, &arena, &batch, "the reward of a text", reward + first, count);
+        size_t count = MIN(n - first, (size_t)SCORED_TOGETHER);
+        reward_score_batch(model, &arena, texts + first, count, reward + first);
     }
     arena_free(&arena);
 }

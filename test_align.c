@@ -3859,8 +3859,39 @@ static void test_adamw_golden(void) {
     gpt2_free(model);
 }
 
+/* Two steps of one weight, the comment's numbers; and the factor of clipping. */
+static void expect_adamw_comment(void) {
+    struct Tensor t = {
+        .name = "t",
+        .n = 1,
+        .ndim = 2,
+        .decay = true,
+        .w = (float[]){2},
+        .d = (float[]){0.3f},
+        .m = (float[]){0},
+        .v = (float[]){0},
+    };
+    struct Tensor *tensors[] = {&t};
+    struct GPT2 model = {.tensors = tensors, .tensor_count = 1};
+    struct TrainingArguments args = training_arguments();
+    args.weight_decay = 0.1;
+    optimizer_step(&model, &args, 0.1, 1);
+    expect_close("m after step 1", t.m[0], 0.03, 1e-8);
+    expect_close("v after step 1", t.v[0], 0.00009, 1e-10);
+    expect_close("w after step 1", t.w[0], 1.88, 1e-6);
+    t.d[0] = -0.1f;
+    optimizer_step(&model, &args, 0.1, 2);
+    expect_close("m after step 2", t.m[0], 0.017, 1e-8);
+    expect_close("v after step 2", t.v[0], 0.00009991, 1e-10);
+    expect_close("w after step 2", t.w[0], 1.8212, 5e-5);
+    expect_close("norm 3, limit 1", clip_factor(3, 1), 0.3333, 5e-5);
+    expect_close("norm 0.5, limit 1", clip_factor(0.5, 1), 1, 0);
+    expect_close("no limit", clip_factor(3, 0), 1, 0);
+}
+
 /* The first step by hand, decay and clipping by hand, and plain gradient descent. */
 static void test_adamw_hand(void) {
+    expect_adamw_comment();
     struct Tensor t = {
         .name = "t",
         .n = 2,
@@ -3922,6 +3953,9 @@ static void test_schedule(void) {
     for (size_t step = 0; step < 4; step++)
         expect_close("linear, 10 steps, warm-up 2", schedule_factor(&args, step, 10),
                      (double[]){0, 0.5, 1, 0.875}[step], 1e-12);
+    args.lr_scheduler_type = "cosine";
+    expect_close("cosine, a quarter of the way", schedule_factor(&args, 4, 10), 0.8536, 5e-5);
+    args.lr_scheduler_type = "linear";
     args.warmup_steps = 0;
     args.warmup_ratio = 0.15;
     for (size_t step = 0; step < 4; step++)
@@ -3960,6 +3994,12 @@ static void test_trainer_steps(void) {
         loss[run] = trainer_accumulate(&trainer, order, 11);
         gradient[run] = all_gradients(model, &n);
     }
+    struct Example two[] = {random_example(4, 1, 40), random_example(5, 0, 40)};
+    trainer.args.per_device_train_batch_size = 1;
+    language_task(&trainer, two, 2);
+    expect_close("3 and 5 targets", micro_batch_weight(&trainer, (size_t[]){0, 1}, 2), 0.125, 0);
+    trainer.task.targets = NULL;
+    expect_close("two means", micro_batch_weight(&trainer, (size_t[]){0, 1}, 2), 0.5, 0);
     expect_close("loss in pieces", loss[1], loss[0], 1e-6);
     expect_floats("gradient in pieces", gradient[1], widen(gradient[0], n), n, 2e-6);
     trainer_free(&trainer);
@@ -5081,6 +5121,31 @@ static void test_language_sft_rows(void) {
     gpt2_free(model);
 }
 
+/* The comments' numbers: a loss of zeros, and where rows of whole texts start. */
+static void test_language_hand(void) {
+    struct GPT2 *model = gpt2_new((struct GPT2Config){37, 12, 8, 2, 2, 36, 36, 1e-5f, 36, {0}});
+    struct Example one = random_example(4, 2, 37);
+    struct Trainer trainer = trainer_of(model, 0, 1, 1);
+    for (size_t i = 0; i < model->tensor_count; i++)
+        memset(model->tensors[i]->w, 0, model->tensors[i]->n * sizeof(float));
+    language_task(&trainer, &one, 1);
+    double loss = language_loss(&trainer, (size_t[]){0}, 1, 0.5, false, false);
+    expect_close("ln 37", loss, log(37), 1e-6);
+    struct Example texts[3];
+    size_t lengths[] = {3, 4, 3};
+    for (size_t i = 0; i < 3; i++)
+        texts[i] = random_example(lengths[i], 0, 37);
+    struct TextOrder order = {texts, (size_t[]){0, 1, 2}, 3};
+    for (int whole = 0; whole < 2; whole++) {
+        size_t count;
+        struct Example *rows = pretrain_pack(&test_arena, &order, 4, whole, &count);
+        expect_count("rows", count, 2);
+        expect_count("second row", (size_t)(rows[1].ids - rows[0].ids), whole ? 3 : 4);
+    }
+    trainer_free(&trainer);
+    gpt2_free(model);
+}
+
 /* A model learns four sentences by heart. */
 static void test_language_overfit(void) {
     struct GPT2 *model = new_model(64, 16, 32, 2, 4);
@@ -5206,6 +5271,17 @@ static void test_reward_gradient(void) {
         trainer_free(&trainer);
     }
     gpt2_free(model);
+}
+
+/* The comments' numbers; a tie is no win. */
+static void test_reward_metrics(void) {
+    struct Trainer pairs = {0};
+    struct Trainer labels = {0};
+    reward_pair_metrics(&pairs, (float[]){2, 0.5f, 0.5f}, (struct Pair[]){{0, 1, 0}, {1, 2, 0}}, 2);
+    expect_close("accuracy", mean_in(&pairs.metrics, "accuracy"), 0.5, 0);
+    expect_close("margin", mean_in(&pairs.metrics, "margin"), 0.75, 0);
+    reward_label_metrics(&labels, (float[]){2, -1, -3}, (double[]){1, 1, 0}, 3);
+    expect_close("labels", mean_in(&labels.metrics, "accuracy"), 2.0 / 3, 1e-12);
 }
 
 /* Pairs of equal sides are left out and counted: no model can be right about them. */
@@ -8628,10 +8704,12 @@ static const struct {
     {"generate_context", test_generate_context},
     {"language_pack", test_language_pack},
     {"language_sft_rows", test_language_sft_rows},
+    {"language_hand", test_language_hand},
     {"language_overfit", test_language_overfit},
     {"bradley_terry", test_bradley_terry},
     {"sentiment_loss", test_sentiment_loss},
     {"bradley_terry_gradient", test_bradley_terry_gradient},
+    {"reward_metrics", test_reward_metrics},
     {"reward_gradient", test_reward_gradient},
     {"reward_equal_pairs", test_reward_equal_pairs},
     {"reward_overfit", test_reward_overfit},
