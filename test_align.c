@@ -5291,6 +5291,27 @@ static void test_ppo_penalties_golden(void) {
     }
 }
 
+/* By hand: chapter 4's answer, the score on its last token. */
+static void test_ppo_rewards(void) {
+    struct PPOTrainer ppo = {.config = ppo_config(), .kl_coef = 0.2};
+    float kl[3], non_score_rewards[3], rewards[3];
+    struct PPOBatch p = {
+        .B = 1,
+        .R = 3,
+        .start = (size_t[]){0, 3},
+        .logprobs = (float[]){-1.2f, -0.5f, -0.1f},
+        .ref_logprobs = (float[]){-1.7f, -0.5f, -0.2f},
+        .kl = kl,
+        .non_score_rewards = non_score_rewards,
+        .rewards = rewards,
+    };
+    ppo_rewards(&ppo, &p, (float[]){1});
+    expect_floats("divergence", kl, (double[]){0.5, 0, 0.1}, 3, 1e-6);
+    expect_floats("penalty alone", non_score_rewards, (double[]){-0.1, 0, -0.02}, 3, 1e-6);
+    expect_floats("with the score", rewards, (double[]){-0.1, 0, 0.98}, 3, 1e-6);
+    expect_close("nats an answer", ppo_kl(&p), 0.6, 1e-6);
+}
+
 /* Advantages and returns against TRL, with whitened rewards and their padding too; the comment's
  * example. */
 static void test_ppo_advantages_golden(void) {
@@ -5786,6 +5807,7 @@ static void test_reinforce_advantages(void) {
     expect_floats("running mean 1.5", a, (double[]){-0.5, 0.5, 4.5, -1.5, 2.5, 3.5}, 6, 0);
     reinforce_advantages(BASELINE_RLOO, rewards, 6, 3, 9, a);
     expect_floats("leave one out", a, (double[]){-3, -1.5, 4.5, -4.5, 1.5, 3}, 6, 1e-6);
+    expect_close("R: score less beta KL", reinforce_reward(1, 0.1, -8, -10), 0.8, 1e-12);
     float s[] = {1, 1, 2, 0};
     float wide[] = {1, 3};
     expect_close("variance by hand", gradient_variance(wide, s, 2, 1), 1, 1e-9);
@@ -5902,7 +5924,7 @@ static void test_reinforce_step(void) {
     log_find(&ppo->stats, "objective", &value);
     expect_close("reward less beta KL", value, (R[0] + R[1] + R[2] + R[3]) / 4, 1e-5);
     expect_close("the running mean", ppo->moments.mean, value, 1e-6);
-    float *s = reinforce_scores(ppo, &head, &batch);
+    float *s = answer_gradients(ppo, &head, &batch);
     float bias = ppo->model->ln_f.bias.w[3];
     double stirred = 0;
     for (size_t i = 0; i < ppo->model->wte.n; i++)
@@ -7183,6 +7205,19 @@ static struct Text command_output(const char *const *words) {
     capture_begin();
     run_command(arguments);
     return capture_end();
+}
+
+/* By hand: a scaled reward, and one of a response that ended too soon. */
+static void test_scorer_scale(void) {
+    struct Scorer scorer = {.mean = 2, .std = 0.5, .least_length = 4, .short_score = -2};
+    struct GPT2Config policy = {.vocab_size = 9, .eos_token_id = 7};
+    struct Example ended = {(int[]){1, 5, 5, 7}, 4, 1};
+    struct Example cut = {(int[]){1, 5, 5, 5}, 4, 1};
+    expect_close("ended after three tokens", scorer_scale(&scorer, &ended, &policy, 3.5f), -2, 0);
+    expect_close("worse than that", scorer_scale(&scorer, &ended, &policy, 0.5f), -3, 0);
+    expect_close("cut there by max_new_tokens", scorer_scale(&scorer, &cut, &policy, 3.5f), 3, 0);
+    scorer.least_length = 3;
+    expect_close("long enough", scorer_scale(&scorer, &ended, &policy, 3.5f), 3, 0);
 }
 
 /* An answer ends in its policy's end token, here "." (13). What is scored, counted and shown is the
@@ -8498,6 +8533,7 @@ static const struct {
     {"ppo_scores_golden", test_ppo_scores_golden},
     {"ppo_kl_controller", test_ppo_kl_controller},
     {"ppo_penalties_golden", test_ppo_penalties_golden},
+    {"ppo_rewards", test_ppo_rewards},
     {"ppo_advantages_golden", test_ppo_advantages_golden},
     {"gae_hand", test_gae_hand},
     {"ppo_token_loss", test_ppo_token_loss},
@@ -8533,6 +8569,7 @@ static const struct {
     {"broken_weights", test_broken_weights},
     {"broken_config", test_broken_config},
     {"broken_data", test_broken_data},
+    {"scorer_scale", test_scorer_scale},
     {"answer_end", test_answer_end},
     {"broken_tokenizer", test_broken_tokenizer},
     {"heads_left_out", test_heads_left_out},
