@@ -6488,25 +6488,39 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, size
  * Chapter 18 - DPO, collected preferences
  *                              [glossary: Otimização de preferência direta (DPO)]
  *
- * Chapter 5 on a real model. The reference's log-probabilities never change, so they are computed
- * once for each pair; the policy's are computed at every step, and only they have a gradient. A
- * pair shares its prompt, which is computed once where that saves time.
+ * Chapter 5 on a real model: how does a policy learn from pairs alone? Each pair takes four
+ * log-probabilities of whole answers: chosen and rejected, under the policy and the reference.
  *
- * What enters: pairs of answers, one preferred; or a policy and a scorer, from whose answers pairs
- * are collected. What leaves: a policy that prefers as the pairs do.
+ *                 chosen " very good."    rejected " very good good"
+ *     reference        -10.0                   -12.0           computed once, then remembered
+ *     policy            -8.0                   -13.0           at every step, with a gradient
+ *     loss          -log sigmoid(0.1 * (2 - (-1))) = 0.5544    dpo_pair_loss
+ *
+ * The reference never changes, so its log-probabilities are computed when a pair is seen for the
+ * first time. The two answers of a pair have the prompt in common; the model reads it once for
+ * both, where that saves time.
+ *
+ * What enters: pairs of answers, one of them preferred; or a policy and a scorer, from whose
+ * answers pairs are collected. What leaves: a policy that prefers as the pairs do.
  * ============================================================================================= */
 
+/* What the Trainer of chapter 14 knows of DPO. Where there are two of a thing, the first is to
+ * learn from, the second is held out. */
 struct DPOTask {
     struct DPOConfig config;
     struct GPT2 *ref_model;
-    struct Example *pairs[2]; /* to learn from, held out; 2i chosen, 2i+1 rejected */
-    double *ref_logps[2]; /* (2n) 0 until first needed: computed once, used in every epoch */
-    double temperature;
-    double eval_nll; /* of the held-out chosen answers, */
+    struct Example *pairs[2]; /* pair i: 2i chosen, 2i+1 rejected */
+    double *ref_logps[2]; /* (2n) of the reference; 0 until first needed */
+    double temperature; /* divides the logits of both models */
+    double eval_nll; /* -log pi of the held-out chosen answers, summed */
     size_t eval_tokens; /* and their tokens: the loss type sft is a mean over tokens */
 };
 
-/* Pairs as a batch: all chosen, then all rejected. slot (2B): where each stands among the pairs. */
+/* ---- One batch of pairs --------------------------------------------------------------------- */
+
+/* B pairs as a batch of 2B sequences: all chosen ones, then all rejected ones. C: the model's
+ * width, by which collate_pairs decides whether sharing the prompts pays.
+ * in   index (B): which pairs     out  slot (2B): where each sequence stands in `pairs` */
 static struct Batch dpo_batch(struct Arena *arena, const struct Example *pairs, const size_t *index,
                               size_t B, size_t C, size_t *slot) {
     struct Example *examples = arena_alloc(arena, 2 * B, sizeof *examples);
@@ -6517,92 +6531,40 @@ static struct Batch dpo_batch(struct Arena *arena, const struct Example *pairs, 
     return collate_pairs(arena, examples, B, C);
 }
 
-/* Puts the reference's log-probabilities of B pairs in the cache, if it lacks them. The arena
- * comes and goes empty. */
-static void dpo_reference(struct DPOTask *task, struct Arena *arena, const struct Example *pairs,
-                          const size_t *index, size_t B, double *cache) {
-    bool known = true;
+/* Whether the reference has judged all of B pairs. A log-probability of an answer is below 0, so a
+ * 0 says that it was not computed yet. */
+static bool dpo_reference_known(const double *ref_logps, const size_t *index, size_t B) {
     for (size_t i = 0; i < B; i++)
-        known = known && cache[2 * index[i]] != 0;
-    if (known)
+        if (ref_logps[2 * index[i]] == 0)
+            return false;
+    return true;
+}
+
+/* dpo_reference -- the reference's log-probabilities of B pairs.  [glossary: Modelo de referência]
+ * in, out  ref_logps (2n): of all pairs; those of the B are computed, if one of them is missing
+ * Computed once and used in every epoch: without that, half of each step would go into numbers
+ * that are known. The arena is empty before and after: the reference's activations would
+ * otherwise lie in memory beside the policy's.                     test: dpo_model_gradient */
+static void dpo_reference(struct DPOTask *task, struct Arena *arena, const struct Example *pairs,
+                          const size_t *index, size_t B, double *ref_logps) {
+    if (dpo_reference_known(ref_logps, index, B))
         return;
     size_t *slot = arena_alloc(arena, 2 * B, sizeof *slot);
     double *logps = arena_alloc(arena, 2 * B, sizeof *logps);
     struct Batch batch = dpo_batch(arena, pairs, index, B, task->ref_model->config.n_embd, slot);
     struct LMHead head = batch_logprobs(task->ref_model, arena, &batch, task->temperature, false);
     sum_target_logps(&batch, 2 * B, head.logprob, logps);
+
+    /* from the batch's order back to that of the pairs */
     for (size_t i = 0; i < 2 * B; i++)
-        cache[slot[i]] = logps[i];
+        ref_logps[slot[i]] = logps[i];
     arena_reset(arena);
 }
 
-/* TRL's metrics of B pairs: sums, and how many pairs or tokens they are sums over. */
-static void dpo_metrics(struct Trainer *trainer, const struct DPOTask *task,
-                        const struct Batch *batch, const struct LMHead *head, size_t B,
-                        const struct DPOSide *chosen, const struct DPOSide *rejected) {
-    double rewards_chosen = 0;
-    double rewards_rejected = 0;
-    double right = 0;
-    double logps_chosen = 0;
-    double logps_rejected = 0;
-    for (size_t b = 0; b < B; b++) {
-        double beta = task->config.beta;
-        double reward_chosen = implied_reward(beta, chosen[b].logp, chosen[b].ref_logp);
-        double reward_rejected = implied_reward(beta, rejected[b].logp, rejected[b].ref_logp);
-        rewards_chosen += reward_chosen;
-        rewards_rejected += reward_rejected;
-        right += reward_chosen > reward_rejected;
-        logps_chosen += chosen[b].logp;
-        logps_rejected += rejected[b].logp;
-    }
-    /* tokens of chosen answers, then of rejected ones */
-    size_t split = batch->target_start[B];
-    size_t rest = batch->R - split;
-    const struct {
-        const char *name;
-        double sum;
-        size_t units;
-    } metrics[] = {
-        {"rewards/chosen", rewards_chosen, B},
-        {"rewards/rejected", rewards_rejected, B},
-        {"rewards/accuracies", right, B},
-        {"rewards/margins", rewards_chosen - rewards_rejected, B},
-        {"logps/chosen", logps_chosen, B},
-        {"logps/rejected", logps_rejected, B},
-        {"logits/chosen", row_sum(head->mean_logit, split), split},
-        {"logits/rejected", row_sum(head->mean_logit + split, rest), rest},
-        {"entropy", row_sum(head->entropy, batch->R), batch->R},
-        {"mean_token_accuracy", row_sum(head->hit, split), split},
-    };
-    for (size_t i = 0; i < COUNT(metrics); i++)
-        trainer_metric(trainer, metrics[i].name, metrics[i].sum, metrics[i].units);
-}
-
-/* The loss of held-out pairs is a mean over pairs, but its part of the loss type sft one over the
- * chosen answers' tokens: that is added by dpo_evaluated, when all of them are known. */
-static void dpo_eval_loss(struct Trainer *trainer, struct DPOTask *task, size_t B,
-                          struct DPOSide *chosen, struct DPOSide *rejected) {
-    struct DPOConfig config = task->config;
-    config.weight[DPO_SFT] = 0;
-    double loss = dpo_loss(&config, B, chosen, rejected);
-    trainer_metric(trainer, "loss", loss * (double)B, B);
-    for (size_t b = 0; b < B; b++) {
-        task->eval_nll -= chosen[b].logp;
-        task->eval_tokens += chosen[b].length;
-    }
-}
-
-static void dpo_evaluated(struct Trainer *trainer) {
-    struct DPOTask *task = trainer->task.data;
-    double nll = task->eval_nll / (double)MAX((size_t)1, task->eval_tokens);
-    double pairs = (double)trainer->task.eval_n; /* the sum will be divided by them */
-    trainer_metric(trainer, "loss", task->config.weight[DPO_SFT] * nll * pairs, 0);
-    task->eval_nll = 0;
-    task->eval_tokens = 0;
-}
-
-/* What DPO needs of 2B answers, the chosen ones first: their log-probabilities now, and the
- * reference's, from the cache. */
+/* What dpo_loss needs of 2B answers, the chosen ones first.
+ * in   token_logprobs: the policy's, of each token; ref_logps (2B): the reference's, in the batch's
+ *      order      returns 2B sides: the policy's log-probability of an answer is the sum of its
+ *      tokens' */
 static struct DPOSide *dpo_sides(struct Arena *arena, const struct Batch *batch,
                                  const float *token_logprobs, const double *ref_logps, size_t B) {
     double *logps = arena_alloc(arena, 2 * B, sizeof *logps);
@@ -6617,8 +6579,98 @@ static struct DPOSide *dpo_sides(struct Arena *arena, const struct Batch *batch,
     return sides;
 }
 
-/* dpo_task_loss -- DPO's loss of some pairs, for the Trainer; in training with its gradient.
- *                                              test: dpo_model_gradient, check_fidelity dpo* */
+/* ---- Metrics -------------------------------------------------------------------------------- */
+
+/* Sums over B pairs, for the metrics of dpo_metrics. */
+struct DPOSums {
+    double rewards_chosen, rewards_rejected; /* implied_reward */
+    double right; /* pairs whose chosen answer has the larger implied reward */
+    double logps_chosen, logps_rejected; /* nats */
+};
+
+/* By hand: chapter 5's pair, beta 0.1, chosen -8 (reference -10), rejected -13 (-12): implied
+ * rewards 0.2 and -0.1, so the policy orders it rightly; log pi -8 and -13.      test: dpo_hand */
+static struct DPOSums dpo_sums(double beta, size_t B, const struct DPOSide *chosen,
+                               const struct DPOSide *rejected) {
+    struct DPOSums sums = {0};
+    for (size_t b = 0; b < B; b++) {
+        double reward_chosen = implied_reward(beta, chosen[b].logp, chosen[b].ref_logp);
+        double reward_rejected = implied_reward(beta, rejected[b].logp, rejected[b].ref_logp);
+        sums.rewards_chosen += reward_chosen;
+        sums.rewards_rejected += reward_rejected;
+        sums.right += reward_chosen > reward_rejected;
+        sums.logps_chosen += chosen[b].logp;
+        sums.logps_rejected += rejected[b].logp;
+    }
+    return sums;
+}
+
+/* dpo_metrics -- what TRL logs of DPO: sums over B pairs or their tokens, and how many those are.
+ *   rewards/chosen     implied reward: beta times the rise of log pi; rewards/rejected likewise
+ *   rewards/accuracies share of pairs that the policy already orders as the pair does
+ *   rewards/margins    chosen less rejected: what the loss enlarges
+ *   logps/chosen       log pi of whole answers; logps/rejected likewise. If logps/chosen falls too,
+ *                      the policy unlearns good answers with the bad ones: see the loss type sft
+ *                                                                     test: dpo_model_gradient */
+static void dpo_metrics(struct Trainer *trainer, double beta, const struct Batch *batch,
+                        const struct LMHead *head, size_t B, const struct DPOSide *sides) {
+    struct DPOSums sums = dpo_sums(beta, B, sides, sides + B);
+
+    /* the rows of chosen answers come first in the batch, then those of rejected ones */
+    size_t chosen_rows = batch->target_start[B];
+    size_t rejected_rows = batch->R - chosen_rows;
+    const struct {
+        const char *name;
+        double sum;
+        size_t units;
+    } metrics[] = {
+        {"rewards/chosen", sums.rewards_chosen, B},
+        {"rewards/rejected", sums.rewards_rejected, B},
+        {"rewards/accuracies", sums.right, B},
+        {"rewards/margins", sums.rewards_chosen - sums.rewards_rejected, B},
+        {"logps/chosen", sums.logps_chosen, B},
+        {"logps/rejected", sums.logps_rejected, B},
+        {"logits/chosen", row_sum(head->mean_logit, chosen_rows), chosen_rows},
+        {"logits/rejected", row_sum(head->mean_logit + chosen_rows, rejected_rows), rejected_rows},
+        {"entropy", row_sum(head->entropy, batch->R), batch->R},
+        {"mean_token_accuracy", row_sum(head->hit, chosen_rows), chosen_rows},
+    };
+    for (size_t i = 0; i < COUNT(metrics); i++)
+        trainer_metric(trainer, metrics[i].name, metrics[i].sum, metrics[i].units);
+}
+
+/* The loss of held-out pairs, as a metric. It is a mean over pairs, but its part of the loss type
+ * sft is one over the tokens of all chosen answers. The mean over tokens of several batches is not
+ * the mean of their means: so that part is collected here, and added by dpo_evaluated. */
+static void dpo_eval_loss(struct Trainer *trainer, struct DPOTask *task, size_t B,
+                          struct DPOSide *sides) {
+    struct DPOConfig config = task->config;
+    config.weight[DPO_SFT] = 0;
+    double loss = dpo_loss(&config, B, sides, sides + B);
+    trainer_metric(trainer, "loss", loss * (double)B, B);
+    for (size_t b = 0; b < B; b++) {
+        task->eval_nll -= sides[b].logp;
+        task->eval_tokens += sides[b].length;
+    }
+}
+
+/* All held-out pairs were seen: the part of the loss type sft joins their loss. The Trainer will
+ * divide the sum by the number of pairs, so it is multiplied by that here. */
+static void dpo_evaluated(struct Trainer *trainer) {
+    struct DPOTask *task = trainer->task.data;
+    double nll = task->eval_nll / (double)MAX((size_t)1, task->eval_tokens);
+    double pairs = (double)trainer->task.eval_n;
+    trainer_metric(trainer, "loss", task->config.weight[DPO_SFT] * nll * pairs, 0);
+    task->eval_nll = 0;
+    task->eval_tokens = 0;
+}
+
+/* ---- The task ------------------------------------------------------------------------------- */
+
+/* dpo_task_loss -- DPO's loss of B pairs, for the Trainer; in training with its gradient.
+ *                                                        [glossary: DPO]
+ * in   index (B): which pairs; weight: of their loss in the step; eval: they are held-out ones
+ *                                 test: dpo_model_gradient, check_fidelity dpo* */
 static double dpo_task_loss(struct Trainer *trainer, const size_t *index, size_t B, double weight,
                             bool train, bool eval) {
     struct DPOTask *task = trainer->task.data;
@@ -6626,7 +6678,8 @@ static double dpo_task_loss(struct Trainer *trainer, const size_t *index, size_t
     struct Arena *arena = &trainer->arena;
     const struct Example *pairs = task->pairs[eval];
 
-    /* 1. the reference's log-probabilities: computed when a pair is seen for the first time */
+    /* 1. The reference's log-probabilities: computed when a pair is seen for the first time, then
+     *    put into the batch's order. */
     dpo_reference(task, arena, pairs, index, B, task->ref_logps[eval]);
     size_t *slot = arena_alloc(arena, 2 * B, sizeof *slot);
     struct Batch batch = dpo_batch(arena, pairs, index, B, model->config.n_embd, slot);
@@ -6634,28 +6687,30 @@ static double dpo_task_loss(struct Trainer *trainer, const size_t *index, size_t
     for (size_t i = 0; i < 2 * B; i++)
         ref_logps[i] = task->ref_logps[eval][slot[i]];
 
-    /* 2. the policy's, and the loss */
+    /* 2. The policy's, and the loss. Chosen answers are sides 0 to B-1, rejected ones follow. */
     struct LMHead head = batch_logprobs(model, arena, &batch, task->temperature, train);
-    struct DPOSide *chosen = dpo_sides(arena, &batch, head.logprob, ref_logps, B);
-    struct DPOSide *rejected = chosen + B;
+    struct DPOSide *sides = dpo_sides(arena, &batch, head.logprob, ref_logps, B);
     if (eval)
-        dpo_eval_loss(trainer, task, B, chosen, rejected);
-    double loss = dpo_loss(&task->config, B, chosen, rejected);
+        dpo_eval_loss(trainer, task, B, sides);
+    double loss = dpo_loss(&task->config, B, sides, sides + B);
     trainer->state.num_tokens += batch.tokens;
-    dpo_metrics(trainer, task, &batch, &head, B, chosen, rejected);
+    dpo_metrics(trainer, task->config.beta, &batch, &head, B, sides);
     if (!train)
         return loss * weight;
 
-    /* 3. the way back: each token of an answer gets the slope of the answer's log-probability */
+    /* 3. The way back. The log-probability of an answer is a sum over its tokens, so each token
+     *    gets the answer's slope. */
     double *dlogps = arena_alloc(arena, 2 * B, sizeof *dlogps);
     for (size_t i = 0; i < 2 * B; i++)
-        dlogps[i] = chosen[i].dlogp;
+        dlogps[i] = sides[i].dlogp;
     target_logps_backward(model, arena, &batch, &head, 2 * B, dlogps, weight);
     return loss * weight;
 }
 
-/* The two sides of a pair, whole: prompt of its own or the answers' common beginning, end tokens,
- * one split for both, the shorter of the two common prefixes with the prompt's ids. */
+/* The two sides of a pair as tokens: prompt, answer, end token. A row without a prompt of its own
+ * has one all the same: what its two texts have in common at the beginning. Both sides must be
+ * split at the same token, or the loss would compare answers to different prompts. Where a token
+ * spans the end of the prompt, the two may disagree; then the shorter common prefix counts. */
 static void dpo_pair_encode(const struct Trainer *trainer, struct Arena *arena, struct Row row,
                             struct Example pair[2]) {
     size_t V = trainer->model->config.vocab_size;
@@ -6666,7 +6721,8 @@ static void dpo_pair_encode(const struct Trainer *trainer, struct Arena *arena, 
     pair[1] =
         example_prompt_completion(arena, trainer->tok, row.prompt, row.rejected, V, end_token);
     size_t prompt_length = MIN(pair[0].prompt_length, pair[1].prompt_length);
-    pair[0].prompt_length = pair[1].prompt_length = prompt_length;
+    pair[0].prompt_length = prompt_length;
+    pair[1].prompt_length = prompt_length;
 }
 
 /* How many of a data set's pairs could not be used as they are. */
@@ -6684,6 +6740,7 @@ static void dpo_pairs_say(const struct Dataset *data, size_t max_length, struct 
         warn("%s: %zu of %zu pairs were cut to their first %zu tokens (--max_length)", path, n.cut,
              data->n, max_length);
     }
+    /* a choice between equal answers says nothing: see dpo_pair_fit */
     if (n.equal) {
         warn("%s: %zu of %zu pairs are left out: chosen and rejected are the same", path, n.equal,
              data->n);
@@ -6695,48 +6752,60 @@ static void dpo_pairs_say(const struct Dataset *data, size_t max_length, struct 
     }
 }
 
-/* TRL's preparation: pairs without a completion inside max_length are dropped; the rest keep their
- * first max_length ids. Ours alone: pairs whose sides are the same, in the data or since the cut,
- * are left out. Their loss is a constant (sigmoid: ln 2) and has no gradient; only the sft loss
- * learns from them, and with it they stay. */
+/* Cuts a pair to max_length tokens, and tells whether it can be learnt from; if not, or if it was
+ * cut, `counts` says why. */
+static bool dpo_pair_fit(struct Example pair[2], size_t max_length, bool keeps_equal,
+                         struct PairCounts *counts) {
+    /* 1. As in TRL, the end is cut off: a pair with no room for an answer is of no use. */
+    if (pair[0].prompt_length >= max_length) {
+        counts->dropped++;
+        return false;
+    }
+    bool was_equal = is_equal_pair(pair);
+    counts->cut += MAX(pair[0].n, pair[1].n) > max_length;
+    pair[0].n = MIN(pair[0].n, max_length);
+    pair[1].n = MIN(pair[1].n, max_length);
+
+    /* 2. Ours alone: a pair whose sides are the same, in the data or since the cut, has a constant
+     *    loss (sigmoid: ln 2) and no gradient. Only the loss type sft learns from it. */
+    if (keeps_equal || !is_equal_pair(pair))
+        return true;
+    if (was_equal)
+        counts->equal++;
+    else
+        counts->equal_by_cut++;
+    return false;
+}
+
+/* dpo_pairs -- a data set's pairs, made ready; those that cannot be used are left out and counted.
+ * out  pairs (2 data->n): room for all; returns how many pairs there are         test: dpo_pairs */
 static size_t dpo_pairs(const struct Trainer *trainer, struct Arena *arena,
                         const struct Dataset *data, const struct DPOConfig *config,
                         struct Example *pairs) {
     struct PairCounts counts = {0};
-    size_t count = 0;
     size_t max_length = trainer->args.max_length;
     bool keeps_equal = config->weight[DPO_SFT] > 0;
+    size_t count = 0;
     for (size_t i = 0; i < data->n; i++) {
+        /* a pair that does not fit is written over by the next one */
         struct Example *pair = pairs + 2 * count;
         dpo_pair_encode(trainer, arena, data->rows[i], pair);
-        if (pair[0].prompt_length >= max_length) {
-            counts.dropped++;
-            continue;
-        }
-        bool was_equal = is_equal_pair(pair);
-        counts.cut += MAX(pair[0].n, pair[1].n) > max_length;
-        pair[0].n = MIN(pair[0].n, max_length);
-        pair[1].n = MIN(pair[1].n, max_length);
-        if (keeps_equal || !is_equal_pair(pair)) {
+        if (dpo_pair_fit(pair, max_length, keeps_equal, &counts))
             count++;
-        } else if (was_equal) {
-            counts.equal++;
-        } else {
-            counts.equal_by_cut++;
-        }
     }
     dpo_pairs_say(data, max_length, counts);
     CHECK(count > 0, "%s: no pair is left", data->path);
     return count;
 }
 
-/* The reference's log-probabilities too: computed again beside other pairs they could differ in
- * the last bit. */
+/* A checkpoint holds the reference's log-probabilities too. Computed again after a resume, beside
+ * other pairs in the batch, they could differ in the last bit, and so could the whole run. */
 static void dpo_saved(struct Trainer *trainer, struct Checkpoint *checkpoint) {
     struct DPOTask *task = trainer->task.data;
     checkpoint_add_doubles(checkpoint, "ref_logps", task->ref_logps[0], 2 * trainer->task.n);
 }
 
+/* DPO as the Trainer's task, on n pairs (2n examples). */
 static struct DPOTask *dpo_task(struct Trainer *trainer, struct Arena *arena,
                                 struct GPT2 *ref_model, struct DPOConfig config, double temperature,
                                 struct Example *pairs, size_t n) {
@@ -6744,7 +6813,7 @@ static struct DPOTask *dpo_task(struct Trainer *trainer, struct Arena *arena,
     *task = (struct DPOTask){
         .config = config,
         .ref_model = ref_model,
-        .pairs = {pairs},
+        .pairs = {pairs}, /* held-out ones: by the caller, if there are any */
         .temperature = temperature,
     };
     task->ref_logps[0] = arena_zeros(arena, 2 * n, sizeof **task->ref_logps);
@@ -6759,47 +6828,7 @@ static struct DPOTask *dpo_task(struct Trainer *trainer, struct Arena *arena,
     return task;
 }
 
-static bool same_answer(const struct Tokenizer *tok, struct Arena *arena, const struct Example *a,
-                        const struct Example *b, const struct GPT2Config *policy);
-
-/* collect_preferences -- data collection: several answers a prompt, compared, kept as pairs.
- * [glossary: Coleta de dados] Each prompt is answered num_generations times by `policy`; the
- * best answer by the scorer becomes chosen, the worst rejected. Two that read the same are no
- * pair, whatever their scores. Answers that ended before scorer->least_length tokens are left
- * out, and, with only_ended, those that did not end: cut-off text teaches a model to run on.
- * pairs: room for 2n examples, 2i chosen, 2i+1 rejected; returns how many pairs. */
-static size_t collect_preferences(const struct GPT2 *policy, const struct Scorer *scorer,
-                                  struct Arena *arena, const struct Example *prompts, size_t n,
-                                  size_t num_generations, bool only_ended,
-                                  const struct GenerationConfig *generation, struct Rng *rng,
-                                  struct Example *pairs) {
-    struct Example *answers =
-        sample_answers(policy, arena, prompts, n, num_generations, generation, rng);
-    float *score = arena_floats(arena, n * num_generations);
-    size_t count = 0;
-    scorer_score(scorer, arena, answers, n * num_generations, &policy->config, score);
-    for (size_t i = 0; i < n; i++) {
-        size_t best = SIZE_MAX;
-        size_t worst = SIZE_MAX;
-        for (size_t k = i * num_generations; k < (i + 1) * num_generations; k++) {
-            size_t length = answers[k].n - answers[k].prompt_length;
-            bool ended = example_ended(&answers[k], policy->config.eos_token_id);
-            if ((only_ended && !ended) || length < scorer->least_length)
-                continue;
-            if (best == SIZE_MAX || score[k] > score[best])
-                best = k;
-            if (worst == SIZE_MAX || score[k] < score[worst])
-                worst = k;
-        }
-        if (best == worst || score[best] <= score[worst])
-            continue;
-        if (same_answer(scorer->tok, arena, &answers[best], &answers[worst], &policy->config))
-            continue;
-        pairs[2 * count] = answers[best];
-        pairs[2 * count++ + 1] = answers[worst];
-    }
-    return count;
-}
+/* ---- Collected preferences ------------------------------------------------------------------ */
 
 /* What a policy wrote, without its end token: how many tokens, and as text. */
 static size_t answer_length(const struct Example *answer, const struct GPT2Config *policy) {
@@ -6812,12 +6841,87 @@ static struct Text answer_text(const struct Tokenizer *tok, struct Arena *arena,
     return tokenizer_decode_all(tok, arena, ids, answer_length(answer, policy), policy->vocab_size);
 }
 
-/* Nothing can be learnt from a choice between two answers that look the same. */
+/* Whether two answers look the same: from a choice between them nothing can be learnt. */
 static bool same_answer(const struct Tokenizer *tok, struct Arena *arena, const struct Example *a,
                         const struct Example *b, const struct GPT2Config *policy) {
     struct Text text_a = text_shown(arena, answer_text(tok, arena, a, policy), "");
     struct Text text_b = text_shown(arena, answer_text(tok, arena, b, policy), "");
     return text_equal(text_a, text_b);
+}
+
+/* Who answers, and who judges, when preferences are collected.    [glossary: Coleta de dados] */
+struct PreferenceSource {
+    const struct GPT2 *policy;
+    const struct GenerationConfig *generation;
+    size_t num_generations; /* answers to each prompt */
+    const struct Scorer *scorer;
+    bool only_ended; /* answers that did not end are left out: they teach to run on */
+};
+
+/* The places of the best and the worst answer in a list. */
+struct BestWorst {
+    bool found;
+    size_t best, worst;
+};
+
+/* Of answers number first to first + num_generations - 1, those to one prompt, the ones with the
+ * highest and the lowest score. An answer that ended before scorer->least_length tokens does not
+ * count: its score is the scorer's penalty, not a judgement. */
+static struct BestWorst best_and_worst(const struct PreferenceSource *source,
+                                       const struct Example *answers, const float *score,
+                                       size_t first) {
+    struct BestWorst place = {0};
+    for (size_t k = first; k < first + source->num_generations; k++) {
+        size_t length = answers[k].n - answers[k].prompt_length;
+        bool ended = example_ended(&answers[k], source->policy->config.eos_token_id);
+        if ((source->only_ended && !ended) || length < source->scorer->least_length)
+            continue;
+
+        /* among equals the first one */
+        if (!place.found || score[k] > score[place.best])
+            place.best = k;
+        if (!place.found || score[k] < score[place.worst])
+            place.worst = k;
+        place.found = true;
+    }
+    return place;
+}
+
+/* collect_preferences -- data collection: several answers to each prompt, compared, kept as pairs.
+ *                                                                [glossary: Coleta de dados]
+ * in   prompts (n); rng: for sampling
+ * out  pairs: room for 2n examples, 2i chosen, 2i+1 rejected; returns how many pairs
+ * The best answer becomes chosen, the worst rejected: of all pairs that a prompt's answers could
+ * make, the one on which judges would agree most. A prompt whose answers all score or read the
+ * same gives no pair.                          test: collect_identical, collect_resume */
+static size_t collect_preferences(const struct PreferenceSource *source, struct Arena *arena,
+                                  const struct Example *prompts, size_t n, struct Rng *rng,
+                                  struct Example *pairs) {
+    const struct GPT2 *policy = source->policy;
+    const struct Tokenizer *tok = source->scorer->tok;
+    size_t num_generations = source->num_generations;
+
+    /* 1. all answers at once, those to one prompt side by side, and their scores */
+    struct Example *answers =
+        sample_answers(policy, arena, prompts, n, num_generations, source->generation, rng);
+    float *score = arena_floats(arena, n * num_generations);
+    scorer_score(source->scorer, arena, answers, n * num_generations, &policy->config, score);
+
+    /* 2. a pair of each prompt, if its answers differ */
+    size_t count = 0;
+    for (size_t i = 0; i < n; i++) {
+        struct BestWorst place = best_and_worst(source, answers, score, i * num_generations);
+        const struct Example *best = &answers[place.best];
+        const struct Example *worst = &answers[place.worst];
+        if (!place.found || score[place.best] <= score[place.worst])
+            continue;
+        if (same_answer(tok, arena, best, worst, &policy->config))
+            continue;
+        pairs[2 * count] = *best;
+        pairs[2 * count + 1] = *worst;
+        count++;
+    }
+    return count;
 }
 
 /* =============================================================================================
@@ -7418,9 +7522,14 @@ static void course_dpo(struct Course *course) {
     struct Rng rng = rng_seed(course->seed, STREAM_SAMPLE);
     /* an answer of 40 tokens can end one; it never ends a whole review */
     bool sentences = tokens / course->train_n < COURSE_POSITIONS;
-    size_t count =
-        collect_preferences(course->language_model, &course->scorer, &course->arena,
-                            course->prompts, n, ANSWERS, sentences, &generation, &rng, pairs);
+    struct PreferenceSource source = {
+        .policy = course->language_model,
+        .generation = &generation,
+        .num_generations = ANSWERS,
+        .scorer = &course->scorer,
+        .only_ended = sentences,
+    };
+    size_t count = collect_preferences(&source, &course->arena, course->prompts, n, &rng, pairs);
     say("4/4 dpo: %zu pairs collected from %zu answers\n", count, n * ANSWERS);
     CHECK(count > 0 || course->dpo_steps == 0, "no answer of the language model ended by itself, "
                                                "so no pair could be formed; train it longer "
@@ -12570,9 +12679,13 @@ static void collect_scored(struct Options *o, struct Collection *c, const struct
                            size_t n) {
     struct Example *pairs = arena_alloc(&o->arena, 2 * n, sizeof *pairs);
     size_t added = 0;
-    size_t each = o->ppo.num_generations;
-    size_t count = collect_preferences(o->model, &c->source.scorer, &o->arena, prompts, n, each,
-                                       false, &c->source.generation, &c->rng, pairs);
+    struct PreferenceSource source = {
+        .policy = o->model,
+        .generation = &c->source.generation,
+        .num_generations = o->ppo.num_generations,
+        .scorer = &c->source.scorer,
+    };
+    size_t count = collect_preferences(&source, &o->arena, prompts, n, &c->rng, pairs);
     for (size_t i = 0; i < count; i++) {
         if (pair_written(o, c, pairs + 2 * i))
             continue;

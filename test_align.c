@@ -6092,6 +6092,14 @@ static void test_dpo_hand(void) {
     expect_close("ipo, drejected", ipo.drejected, 4, 1e-12);
     struct DPOSide same = {.logp = -10, .ref_logp = -10};
     expect_close("at first ln 2", dpo_pair_loss(7, &same, &same).loss, log(2), 1e-12);
+
+    struct DPOSide chosen_side = {.logp = -8, .ref_logp = -10, .length = 4};
+    struct DPOSide rejected_side = {.logp = -13, .ref_logp = -12, .length = 2};
+    struct DPOSums sums = dpo_sums(0.1, 1, &chosen_side, &rejected_side);
+    expect_doubles("dpo_sums",
+                   (double[]){sums.rewards_chosen, sums.rewards_rejected, sums.right,
+                              sums.logps_chosen, sums.logps_rejected},
+                   (double[]){0.2, -0.1, 1, -8, -13}, 5, 1e-12);
 }
 
 /* Loss and gradients of every type against TRL; extremes. */
@@ -7487,10 +7495,14 @@ static void test_collect_identical(void) {
     for (size_t i = 0; i < 20; i++)
         prompts[i] = (struct Example){prompt, 1, 1};
     struct Rng rng = rng_seed(1, 1);
+    struct PreferenceSource source = {
+        .policy = policy,
+        .generation = &greedy,
+        .num_generations = 3,
+        .scorer = &scorer,
+    };
     expect_count("pairs of equal answers",
-                 collect_preferences(policy, &scorer, &test_arena, prompts, 20, 3, false, &greedy,
-                                     &rng, pairs),
-                 0);
+                 collect_preferences(&source, &test_arena, prompts, 20, &rng, pairs), 0);
     gpt2_free(policy);
     gpt2_free(judge);
 }
