@@ -6929,9 +6929,10 @@ static size_t collect_preferences(const struct PreferenceSource *source, struct 
  *                                            [glossary: Solução em forma fechada]
  *
  * Do PPO, DPO and REINFORCE find what chapter 5 says is best? With text nobody can tell. So here
- * is a world so small that every answer can be written down: a few tokens, a few places. The best
- * policy is known by its formula, and how near to it each method comes is a sum over all answers:
- * nothing is estimated. The methods themselves see only samples, as with real text.
+ * is a world so small that every answer can be written down: a few tokens, a few places. With 3
+ * tokens and 2 places there are 9 answers. The best policy is known by its formula, and how near
+ * to it each method comes is a sum over all answers: nothing is estimated. PPO and REINFORCE
+ * themselves see only samples, as with real text; DPO, which samples nothing, sees all pairs.
  *
  * What enters: a random reference and a random reward for every answer. What leaves: the optimum,
  * and KL and objective of what each method reached.
@@ -6946,29 +6947,47 @@ enum ExactPolicy {
     EXACT_REINFORCE,
     EXACT_POLICIES
 };
+
+/* The policies that are compared; the last three are trained. */
 static const struct {
     const char *name;
     double learning_rate;
     size_t steps;
-} EXACT[EXACT_POLICIES] = {{"reference", 0, 0},
-                           {"optimum", 0, 0},
-                           {"dpo", 8e-3, 250},
-                           {"ppo", 2e-3, 400},
-                           {"reinforce", 2e-3, 500}};
+} EXACT[EXACT_POLICIES] = {
+    [EXACT_REFERENCE] = {"reference", 0, 0},
+    [EXACT_OPTIMUM] = {"optimum", 0, 0},
+    [EXACT_DPO] = {"dpo", 8e-3, 250},
+    [EXACT_PPO] = {"ppo", 2e-3, 400},
+    [EXACT_REINFORCE] = {"reinforce", 2e-3, 500},
+};
 
+/* The world: all its responses, with the reward of each and its probability under each policy. */
 struct ExactWorld {
-    size_t V, L, n; /* n = V^L responses, all of L tokens: there is no end token */
+    size_t V, T, n; /* n = V^T responses, each of T tokens: there is no end token */
     struct Example *y; /* (n) the prompt, id 0, and i written in base V */
-    double *r, *logps[EXACT_POLICIES]; /* (n) reward; log pi(y), nats */
+    double *r; /* (n) reward */
+    double *logps[EXACT_POLICIES]; /* (n) log pi(y), nats */
     double beta, log_Z;
     struct GPT2 *ref_model;
     uint64_t seed;
 };
 
-/* KL(pi || pi*), E[r], KL(pi || pi_ref), J  [glossary: Função objetivo] */
+/* A policy in numbers. */
 struct ExactFigures {
-    double kl_to_optimum, reward, kl, objective;
+    double kl_to_optimum; /* KL(pi || pi*), nats: 0 for the optimum alone */
+    double reward; /* E[r] */
+    double kl; /* KL(pi || pi_ref), nats */
+    double objective; /* J */
 };
+
+/* exact_figures -- what a policy is worth, by sums over all n responses, not by samples.
+ *                                                      [glossary: Função objetivo]
+ *   E[r] = sum_y pi(y) r(y);   KL(pi || q) = sum_y pi(y) (log pi(y) - log q(y))
+ *   J    = E[r] - beta KL(pi || pi_ref)
+ * in   logps (n): log pi(y) of the policy
+ * By hand: pi_ref = (1/2, 1/2), r = (0, 2), beta 0.5, pi = (1/4, 3/4): E[r] = 1.5,
+ * KL = ln 2 - 0.5623 = 0.1308, J = 1.5 - 0.0654 = 1.4346.          test: exact_figures,
+ * exact_optimum, where J + beta KL(pi || pi*) = beta log Z for any policy */
 static struct ExactFigures exact_figures(const struct ExactWorld *w, const double *logps) {
     struct ExactFigures f = {0};
     for (size_t i = 0; i < w->n; i++) {
@@ -6981,18 +7000,20 @@ static struct ExactFigures exact_figures(const struct ExactWorld *w, const doubl
     return f;
 }
 
-/* exact_dpo_loss -- chapter 5's loss, expected over all n^2 ordered pairs when each is judged by
- * someone who prefers as Bradley and Terry say (chapter 3): i to j with probability p_ij =
- * sigmoid(r_i - r_j). in  logps, ref_logps, r (n)  out  the loss;  dlogps (n): d loss / d log
- * pi(y_i) = d loss / d h_i
- *   h_i = log pi(y_i) - log pi_ref(y_i);   s_ij = beta (h_i - h_j)
- *   loss = 1/n^2 sum_ij -[p_ij log sigmoid(s_ij) + (1 - p_ij) log sigmoid(-s_ij)]   [5] Eq. 7,
- *     expected
- *   d loss / d h_i = 2 beta / n^2 sum_j (sigmoid(s_ij) - p_ij)   twice: the pair (j,i) pulls as
- *     (i,j) does
- * Least where s_ij = r_i - r_j for all pairs, that is beta h = r + a constant: pi*. The constant
- * is -beta log Z; in every pair it cancels, and so DPO needs no Z. By hand: pi = pi_ref: loss ln
- * 2; with r = (0, ln 3) the slope of h_1 is 2 beta/4 (1/2 - 3/4) = -beta/8.  test: exact_dpo_* */
+/* exact_dpo_loss -- DPO's loss, expected over all pairs of answers.
+ *                                                      [glossary: Solução em forma fechada]
+ * Each of the n^2 ordered pairs is judged by someone who prefers as Bradley and Terry say (chapter
+ * 3): answer i to answer j with probability p_ij = sigmoid(r_i - r_j).
+ *   h_i  = log pi(y_i) - log pi_ref(y_i);   s_ij = beta (h_i - h_j)
+ *   loss = 1/n^2 sum_ij -[p_ij log sigmoid(s_ij) + (1 - p_ij) log sigmoid(-s_ij)]
+ *                                                                      [5] Eq. 7, expected
+ *   d loss / d h_i = 2 beta / n^2 sum_j (sigmoid(s_ij) - p_ij)
+ * (2, since h_i is in the pair (i,j) and in the pair (j,i), and both have the same slope).
+ * in   logps, ref_logps, r (n)      out  dlogps (n): d loss / d log pi(y_i) = d loss / d h_i
+ * The slope is 0 where s_ij = r_i - r_j for all pairs, that is beta h = r + a constant: at pi*. The
+ * constant is -beta log Z. It cancels in every pair, and so DPO needs no Z.
+ * By hand: pi = pi_ref: loss ln 2; with r = (0, ln 3), beta 0.8: the slope of the second answer is
+ * 2 * 0.8 / 4 * (1/2 - 3/4) = -0.1.             test: exact_dpo_loss, exact_dpo_gradient */
 static double exact_dpo_loss(const double *logps, const double *ref_logps, const double *r,
                              size_t n, double beta, double *dlogps) {
     double loss = 0;
@@ -7000,8 +7021,11 @@ static double exact_dpo_loss(const double *logps, const double *ref_logps, const
     for (size_t i = 0; i < n; i++) {
         dlogps[i] = 0;
         for (size_t j = 0; j < n; j++) {
+            /* 1. what the judge prefers, and what the policy does */
             double p = sigmoid(r[i] - r[j]);
             double s = beta * (logps[i] - ref_logps[i] - logps[j] + ref_logps[j]);
+
+            /* 2. the cross-entropy of the two, and its slope: their difference */
             loss -= (p * log_sigmoid(s) + (1 - p) * log_sigmoid(-s)) / pairs;
             dlogps[i] += 2 * beta * (sigmoid(s) - p) / pairs;
         }
@@ -7009,61 +7033,105 @@ static double exact_dpo_loss(const double *logps, const double *ref_logps, const
     return loss;
 }
 
-/* All responses through a model: log pi(y) of each into logps (n), and in training DPO's
- * gradient into the weights. In float the probabilities add up to 1 within 1e-6; the optimum at
- * an infinite beta is the same policy, its sum 1. */
-static void exact_pass(const struct ExactWorld *w, struct GPT2 *model, struct Arena *arena,
-                       bool train, double *logps) {
-    struct Batch batch = collate(arena, w->y, w->n, SKIP_LAST);
-    struct LMHead head = batch_logprobs(model, arena, &batch, 1, train);
-    sum_target_logps(&batch, w->n, head.logprob, logps);
+/* log pi(y) of all responses under a model, into logps (n). keep: with the activations that a
+ * backward pass needs. `batch` must outlive the head that is returned. */
+static struct LMHead exact_logps(const struct ExactWorld *w, const struct GPT2 *model,
+                                 struct Arena *arena, struct Batch *batch, bool keep,
+                                 double *logps) {
+    *batch = collate(arena, w->y, w->n, SKIP_LAST);
+    struct LMHead head = batch_logprobs(model, arena, batch, 1, keep);
+    sum_target_logps(batch, w->n, head.logprob, logps);
+
+    /* The model's floats make probabilities that add up to 1 within 1e-6, where a KL of 1e-7 is to
+     * be seen. An infinite beta makes rewards weightless: the optimum is the same policy, divided
+     * by its sum. */
     exact_optimum(logps, w->r, w->n, INFINITY, logps);
-    if (!train)
-        return;
+    return head;
+}
+
+/* A step's gradient of exact_dpo_loss, added to the model's.   out  logps (n), before the step */
+static void exact_dpo_backward(const struct ExactWorld *w, struct GPT2 *model, struct Arena *arena,
+                               double *logps) {
+    struct Batch batch;
+    struct LMHead head = exact_logps(w, model, arena, &batch, true, logps);
     double *dlogps = arena_alloc(arena, w->n, sizeof *dlogps);
     exact_dpo_loss(logps, w->logps[EXACT_REFERENCE], w->r, w->n, w->beta, dlogps);
     target_logps_backward(model, arena, &batch, &head, w->n, dlogps, 1);
 }
 
-/* A reference, all responses, rewards from N(0, 1). GPT-2's own start, N(0, 0.02), makes all
- * responses about as likely; from N(0, 0.1) some are a hundred times likelier than others. The
- * end token's id, V, is none of the model's: nothing ends early. */
-static struct ExactWorld *exact_world(struct Arena *arena, struct GPT2Config config, size_t L,
+/* Response number i: after the prompt, token 0, the T digits of i in base V, the first one being
+ * worth most.            By hand: V 3, T 3: 14 = 1 * 9 + 1 * 3 + 2 is 1 1 2.
+ *                                                                  test: exact_dpo_gradient */
+static struct Example exact_response(struct Arena *arena, size_t V, size_t T, size_t i) {
+    struct Example y = {arena_zeros(arena, T + 1, sizeof(int)), T + 1, 1};
+    for (size_t t = T; t > 0; t--) {
+        y.ids[t] = (int)(i % V);
+        i /= V;
+    }
+    return y;
+}
+
+/* And back: which response these tokens, prompt included, are. */
+static size_t exact_number(const struct ExactWorld *w, const int *ids) {
+    size_t i = 0;
+    for (size_t t = 1; t <= w->T; t++)
+        i = i * w->V + (size_t)ids[t];
+    return i;
+}
+
+/* The reference: a GPT-2 with random weights. Its own start, N(0, 0.02), makes all responses about
+ * as likely; from N(0, 0.1) some are a hundred times likelier than others, and the optimum must
+ * weigh that against their rewards. */
+static struct GPT2 *exact_reference(struct GPT2Config config, size_t T, uint64_t seed) {
+    config.n_positions = T + 1;
+    config.eos_token_id = (int)config.vocab_size; /* no token has this id: nothing ends early */
+    struct GPT2 *model = gpt2_new(config);
+    struct Rng rng = rng_seed(seed, STREAM_INIT);
+    for (size_t i = 0; i < model->tensor_count; i++)
+        if (model->tensors[i]->ndim == 2)
+            tensor_normal(model->tensors[i], &rng, 0.1);
+    return model;
+}
+
+/* exact_world -- a reference, all responses, and a reward from N(0, 1) for each.
+ * in   config: vocab_size and the model's sizes; T: tokens of a response */
+static struct ExactWorld *exact_world(struct Arena *arena, struct GPT2Config config, size_t T,
                                       uint64_t seed) {
     struct ExactWorld *w = arena_zeros(arena, 1, sizeof *w);
+    size_t n = (size_t)lround(pow((double)config.vocab_size, (double)T));
     *w = (struct ExactWorld){
         .V = config.vocab_size,
-        .L = L,
-        .n = (size_t)lround(pow((double)config.vocab_size, (double)L)),
+        .T = T,
+        .n = n,
+        .y = arena_alloc(arena, n, sizeof *w->y),
+        .r = arena_alloc(arena, n, sizeof *w->r),
+        .ref_model = exact_reference(config, T, seed),
         .seed = seed,
     };
-    config.n_positions = L + 1;
-    config.eos_token_id = (int)w->V; /* no token of the world has this id */
-    w->ref_model = gpt2_new(config);
-    struct Rng weights = rng_seed(seed, STREAM_INIT);
-    struct Rng rewards = rng_seed(seed, STREAM_REWARD);
-    for (size_t i = 0; i < w->ref_model->tensor_count; i++)
-        if (w->ref_model->tensors[i]->ndim == 2)
-            tensor_normal(w->ref_model->tensors[i], &weights, 0.1);
-    for (int k = 0; k < EXACT_POLICIES; k++)
-        w->logps[k] = arena_zeros(arena, w->n, sizeof(double));
-    w->y = arena_alloc(arena, w->n, sizeof *w->y);
-    w->r = arena_alloc(arena, w->n, sizeof *w->r);
-    for (size_t i = 0; i < w->n; i++) {
-        w->y[i] = (struct Example){arena_zeros(arena, L + 1, sizeof(int)), L + 1, 1};
-        for (size_t t = L, rest = i; t > 0; t--, rest /= w->V)
-            w->y[i].ids[t] = (int)(rest % w->V);
-        w->r[i] = rng_normal(&rewards);
+
+    /* 1. responses and rewards */
+    struct Rng rng = rng_seed(seed, STREAM_REWARD);
+    for (size_t i = 0; i < n; i++) {
+        w->y[i] = exact_response(arena, w->V, T, i);
+        w->r[i] = rng_normal(&rng);
     }
-    exact_pass(w, w->ref_model, arena, false, w->logps[EXACT_REFERENCE]);
+
+    /* 2. how probable each is under the reference; the other policies are not there yet */
+    for (int k = 0; k < EXACT_POLICIES; k++)
+        w->logps[k] = arena_zeros(arena, n, sizeof(double));
+    struct Batch batch;
+    exact_logps(w, w->ref_model, arena, &batch, false, w->logps[EXACT_REFERENCE]);
     return w;
 }
 
-/* The policy answers EXACT_BATCH times; the score is the reward of what it said. */
+/* The policy answers EXACT_BATCH times; the score is the reward of what it said, looked up. */
 static struct Rollout *exact_rollouts(const struct ExactWorld *w, const struct GPT2 *policy,
                                       struct Rng *rng, struct Arena *arena) {
     struct Rollout *rollouts = arena_alloc(arena, EXACT_BATCH, sizeof *rollouts);
-    struct Sequence s[EXACT_BATCH];
+    struct Sequence sequences[EXACT_BATCH];
+
+    /* Sampled from the policy's own distribution, nothing cut off: only such answers estimate its
+     * gradient without bias. */
     struct GenerationConfig sampling = {
         .do_sample = true,
         .num_beams = 1,
@@ -7071,64 +7139,96 @@ static struct Rollout *exact_rollouts(const struct ExactWorld *w, const struct G
         .top_p = 1,
         .repetition_penalty = 1,
     };
-    for (size_t i = 0; i < EXACT_BATCH; i++)
-        s[i] = sequence_start(arena, w->y[0].ids, 1, w->L, policy,
-                              rng_seed(rng_next(rng), STREAM_SAMPLE));
-    generate(policy, s, EXACT_BATCH, &sampling);
     for (size_t i = 0; i < EXACT_BATCH; i++) {
-        size_t y = 0;
-        for (size_t t = 1; t <= w->L; t++)
-            y = y * w->V + (size_t)s[i].ids[t];
-        rollouts[i] = (struct Rollout){w->y[y], w->L, (float)w->r[y]};
+        struct Rng own = rng_seed(rng_next(rng), STREAM_SAMPLE);
+        sequences[i] = sequence_start(arena, w->y[0].ids, 1, w->T, policy, own);
+    }
+    generate(policy, sequences, EXACT_BATCH, &sampling);
+    for (size_t i = 0; i < EXACT_BATCH; i++) {
+        size_t k = exact_number(w, sequences[i].ids);
+        rollouts[i] = (struct Rollout){w->y[k], w->T, (float)w->r[k]};
     }
     return rollouts;
 }
 
-/* exact_train -- a copy of the reference, trained by one method. DPO takes all pairs in each
- * step: no noise. PPO and REINFORCE take chapter 17's own steps, a nat of KL at the fixed price
- * beta, all answers to the one prompt. */
-static void exact_train(struct ExactWorld *w, enum ExactPolicy method) {
+/* DPO on all pairs in each step, which is a mean without noise. */
+static void exact_train_dpo(const struct ExactWorld *w, struct GPT2 *model,
+                            const struct TrainingArguments *args) {
     struct Arena arena = {0};
-    struct GPT2 *model = gpt2_copy(w->ref_model);
-    struct Rng rng = rng_seed(w->seed, STREAM_SAMPLE);
-    size_t steps = EXACT[method].steps;
-    struct TrainingArguments args = training_arguments();
-    args.learning_rate = EXACT[method].learning_rate;
-    args.warmup_steps = 20; /* then down to 0, and with it the samples' noise */
+    size_t steps = EXACT[EXACT_DPO].steps;
+    double *logps = w->logps[EXACT_DPO];
+    gpt2_make_trainable(model);
+    for (size_t step = 0; step < steps; step++) {
+        arena_reset(&arena);
+        exact_dpo_backward(w, model, &arena, logps);
+        double learning_rate = args->learning_rate * schedule_factor(args, step, steps);
+        optimizer_step(model, args, learning_rate, step + 1);
+    }
+    arena_free(&arena);
+}
+
+/* PPO or REINFORCE by chapter 17's own steps. A nat of KL has the fixed price beta, for the optimum
+ * that they are compared with is that of this beta. All answers are to the one prompt. */
+static void exact_train_rollouts(const struct ExactWorld *w, struct GPT2 *model,
+                                 const struct TrainingArguments *args, enum ExactPolicy method) {
+    struct Arena arena = {0};
     struct PPOConfig config = ppo_config();
-    config.batch_size = config.mini_batch_size = config.num_generations = EXACT_BATCH;
-    if (method == EXACT_REINFORCE)
-        config.baseline = BASELINE_RLOO;
+    config.batch_size = EXACT_BATCH;
+    config.mini_batch_size = EXACT_BATCH;
+    config.num_generations = EXACT_BATCH;
     config.ppo_epochs = 2;
     config.vf_coef = 0.5;
     config.init_kl_coef = w->beta;
     config.adap_kl_ctrl = false;
-    struct PPOTrainer *ppo = ppo_trainer_new(model, w->ref_model, config, args, 1);
-    ppo->total_steps = steps;
-    for (size_t step = 0; step < steps; step++, arena_reset(&arena)) {
+    if (method == EXACT_REINFORCE)
+        config.baseline = BASELINE_RLOO;
+    struct PPOTrainer *ppo = ppo_trainer_new(model, w->ref_model, config, *args, 1);
+    ppo->total_steps = EXACT[method].steps;
+
+    /* each step from new answers of the policy as it is then */
+    struct Rng rng = rng_seed(w->seed, STREAM_SAMPLE);
+    for (size_t step = 0; step < ppo->total_steps; step++) {
+        arena_reset(&arena);
+        struct Rollout *rollouts = exact_rollouts(w, model, &rng, &arena);
         if (method == EXACT_PPO)
-            ppo_step(ppo, exact_rollouts(w, model, &rng, &arena));
-        if (method == EXACT_REINFORCE)
-            reinforce_step(ppo, exact_rollouts(w, model, &rng, &arena));
-        if (method == EXACT_DPO)
-            exact_pass(w, model, &arena, true, w->logps[method]);
-        if (method == EXACT_DPO)
-            optimizer_step(model, &args, args.learning_rate * schedule_factor(&args, step, steps),
-                           step + 1);
+            ppo_step(ppo, rollouts);
+        else
+            reinforce_step(ppo, rollouts);
     }
-    exact_pass(w, model, &arena, false, w->logps[method]);
-    say("exact: beta %g: %s: %zu steps, KL to the optimum %.5f nats\n", w->beta, EXACT[method].name,
-        steps, exact_figures(w, w->logps[method]).kl_to_optimum);
     ppo_trainer_free(ppo);
-    gpt2_free(model);
     arena_free(&arena);
 }
 
-/* The optimum at beta and the three trainings, which know nothing of one another: a thread for
- * each.  test: exact_run */
+/* exact_train -- a copy of the reference, trained by one method.
+ * out  w->logps[method]: what it says of all responses afterwards */
+static void exact_train(struct ExactWorld *w, enum ExactPolicy method) {
+    struct GPT2 *model = gpt2_copy(w->ref_model);
+    struct TrainingArguments args = training_arguments();
+    args.learning_rate = EXACT[method].learning_rate;
+
+    /* then linearly down to 0, and with the steps the noise of the samples */
+    args.warmup_steps = 20;
+    if (method == EXACT_DPO)
+        exact_train_dpo(w, model, &args);
+    else
+        exact_train_rollouts(w, model, &args, method);
+
+    /* the judgement: over all responses, whatever the method saw of them */
+    struct Arena arena = {0};
+    struct Batch batch;
+    exact_logps(w, model, &arena, &batch, false, w->logps[method]);
+    arena_free(&arena);
+    gpt2_free(model);
+    say("exact: beta %g: %s: %zu steps, KL to the optimum %.5f nats\n", w->beta, EXACT[method].name,
+        EXACT[method].steps, exact_figures(w, w->logps[method]).kl_to_optimum);
+}
+
+/* exact_run -- the optimum at beta, and the three trainings.                  test: exact_run */
 static void exact_run(struct ExactWorld *w, double beta) {
     w->beta = beta;
     w->log_Z = exact_optimum(w->logps[EXACT_REFERENCE], w->r, w->n, beta, w->logps[EXACT_OPTIMUM]);
+
+    /* They know nothing of one another: a thread for each. */
 #pragma omp parallel for schedule(dynamic, 1)
     for (int k = EXACT_REINFORCE; k >= EXACT_DPO; k--)
         exact_train(w, (enum ExactPolicy)k);
@@ -10639,7 +10739,7 @@ static void exact_print(const struct ExactWorld *w, bool json) {
         printf("%zu responses of %zu tokens; beta %g: Z %.5g, log Z %.4f; J of the reference %.4f, "
                "at most beta log Z = %.4f\n\n           KL(pi||pi*)     E[r]  KL(pi||ref)        J "
                " of the way\n",
-               w->n, w->L, w->beta, exp(w->log_Z), w->log_Z, ref, max);
+               w->n, w->T, w->beta, exp(w->log_Z), w->log_Z, ref, max);
     for (int k = json ? EXACT_DPO : 0; k < EXACT_POLICIES; k++) {
         struct ExactFigures f = exact_figures(w, w->logps[k]);
         if (json)

@@ -7541,6 +7541,24 @@ static void test_exact_optimum(void) {
     expect_close("a distribution", sum, 1, 1e-12);
 }
 
+/* By hand: two answers, and a policy that prefers the better one. */
+static void test_exact_figures(void) {
+    double half[] = {log(0.5), log(0.5)};
+    double policy[] = {log(0.25), log(0.75)};
+    double optimum[2];
+    struct ExactWorld w = {
+        .n = 2,
+        .r = (double[]){0, 2},
+        .beta = 0.5,
+        .logps = {half, optimum},
+    };
+    exact_optimum(half, w.r, 2, 0.5, optimum);
+    struct ExactFigures f = exact_figures(&w, policy);
+    expect_close("E[r]", f.reward, 1.5, 1e-12);
+    expect_close("KL", f.kl, 0.1308, 1e-4);
+    expect_close("J", f.objective, 1.4346, 1e-4);
+}
+
 /* By hand, no slope at pi*, and elsewhere the slopes of central differences. */
 static void test_exact_dpo_loss(void) {
     double ref[] = {log(0.5), log(0.5)};
@@ -7576,7 +7594,8 @@ static void test_exact_dpo_loss(void) {
 static double exact_model_loss(void *context) {
     struct ExactWorld *w = context;
     double logps[32], dlogps[32];
-    exact_pass(w, w->ref_model, &test_arena, false, logps);
+    struct Batch batch;
+    exact_logps(w, w->ref_model, &test_arena, &batch, false, logps);
     return exact_dpo_loss(logps, w->logps[EXACT_REFERENCE], w->r, w->n, w->beta, dlogps);
 }
 
@@ -7600,7 +7619,7 @@ static void test_exact_dpo_gradient(void) {
     fill_random(w->ref_model); /* another policy; logps[EXACT_REFERENCE] stays */
     w->beta = 0.7;
     gpt2_make_trainable(w->ref_model);
-    exact_pass(w, w->ref_model, &test_arena, true, logps);
+    exact_dpo_backward(w, w->ref_model, &test_arena, logps);
     for (size_t i = 0; i < w->ref_model->tensor_count; i++) {
         struct Tensor *t = w->ref_model->tensors[i];
         expect_gradient(t->name, (struct Slope){exact_model_loss, w, 0.003}, t->w, t->d, t->n, 6,
@@ -8598,6 +8617,7 @@ static const struct {
     {"collect_identical", test_collect_identical},
     {"encode_prompts", test_encode_prompts},
     {"exact_optimum", test_exact_optimum},
+    {"exact_figures", test_exact_figures},
     {"exact_dpo_loss", test_exact_dpo_loss},
     {"exact_dpo_gradient", test_exact_dpo_gradient},
     {"exact_run", test_exact_run},
