@@ -6873,7 +6873,8 @@ static void reward_score(const struct GPT2 *model, const struct Example *texts, 
 /* =============================================================================================
  * Chapter 17 - Rollouts, REINFORCE, PPO              [glossary: Gradiente de política]
  *
- * Chapter 4 on a real model. A step of PPO, as TRL 0.11 takes it:
+ * Chapter 4 on a real model: how does a language model learn from the scores of its own answers?
+ * A step of PPO, as TRL 0.11 takes it:
  *
  *     rollouts     the policy answers batch_size prompts; the reward model scores the answers
  *     ppo_step     1. scores are scaled and cut
@@ -6890,14 +6891,20 @@ static void reward_score(const struct GPT2 *model, const struct Example *texts, 
  *     layernorm_backward -> block_backward -> linear_backward, attention_backward ->
  *     embedding_backward (wte, as embedding)
  *
+ * The numbers of a step, for 128 answers of 20 tokens each: B = 128 scores, one an answer, become
+ * R = 2560 rewards, advantages and returns, one a token. With four epochs of one mini-batch each,
+ * the weights move four times before the policy has to write again.
+ *
  * What enters: a policy, a frozen reference, prompts and a scorer, or stored rollouts. What
  * leaves: a policy that scores higher and stays near the reference.
  * ============================================================================================= */
 
+/* ---- Rollouts ------------------------------------------------------------------------------- */
+
 /* A rollout: what was asked, what the policy answered, how it scored.        [glossary: Rollout] */
 struct Rollout {
-    struct Example example;
-    size_t response_length;
+    struct Example example; /* query and response together */
+    size_t response_length; /* tokens */
     float score;
 };
 
@@ -6910,31 +6917,50 @@ struct Scorer {
     double short_score;
 };
 
-/* Scores n sequences of a policy (query and response together): decoded to text, without the
- * policy's end token, and read by the reward model, as the lab's pipeline does. The two models may
- * have different vocabularies and end tokens. */
+/* A sequence of the policy's tokens becomes the reward model's: through text, since the two models
+ * may have different vocabularies and end tokens. The lab's pipeline does the same. The policy's
+ * end token is left out: it is no part of the text that is judged. */
+static struct Example scorer_text(const struct Scorer *scorer, struct Arena *arena,
+                                  const struct Example *sequence, const struct GPT2Config *policy) {
+    const struct GPT2Config *judge = &scorer->reward_model->config;
+    size_t length = sequence->n - example_ended(sequence, policy->eos_token_id);
+    struct Text text =
+        tokenizer_decode_all(scorer->tok, arena, sequence->ids, length, policy->vocab_size);
+    struct Example judged = example_encode(arena, scorer->tok, text, judge->vocab_size, NULL);
+
+    /* what does not fit into the judge's context is not judged */
+    judged.n = MIN(judged.n, judge->n_positions);
+    return judged;
+}
+
+/* scorer_scale -- a reward in the unit of the scores.
+ *   score = (reward - mean) / std;   at most short_score, if the response ended too soon
+ * With mean and std of the reward model on real texts, a score of 1 says: one standard deviation
+ * better than they are. The limit for short answers is there because a reward model mostly loves
+ * "the best." A policy that may stop there never learns to write on.
+ * By hand: reward 3.5, mean 2, std 0.5: score 3; after fewer than least_length tokens, with
+ * short_score -2: -2.                                                    test: scorer_scale */
+static float scorer_scale(const struct Scorer *scorer, const struct Example *sequence,
+                          const struct GPT2Config *policy, float reward) {
+    float score = (float)((reward - scorer->mean) / scorer->std);
+    bool is_short = sequence->n - sequence->prompt_length < scorer->least_length;
+    if (is_short && example_ended(sequence, policy->eos_token_id))
+        return (float)MIN(score, scorer->short_score);
+    return score;
+}
+
+/* scorer_score -- the score of each of n sequences of a policy.
+ *                                                  [glossary: Função de recompensa]
+ * in   sequences (n): query and response; policy: the model that wrote them    out  score (n) */
 static void scorer_score(const struct Scorer *scorer, struct Arena *arena,
                          const struct Example *sequences, size_t n, const struct GPT2Config *policy,
                          float *score) {
     struct Example *texts = arena_alloc(arena, n, sizeof *texts);
-    const struct GPT2Config *reader = &scorer->reward_model->config;
-    for (size_t i = 0; i < n; i++) {
-        const struct Example *e = &sequences[i];
-        size_t length = e->n - example_ended(e, policy->eos_token_id);
-        size_t V = policy->vocab_size;
-        struct Text text = tokenizer_decode_all(scorer->tok, arena, e->ids, length, V);
-        texts[i] = example_encode(arena, scorer->tok, text, reader->vocab_size, NULL);
-        texts[i].n = MIN(texts[i].n, reader->n_positions);
-    }
+    for (size_t i = 0; i < n; i++)
+        texts[i] = scorer_text(scorer, arena, &sequences[i], policy);
     reward_score(scorer->reward_model, texts, n, score);
-    for (size_t i = 0; i < n; i++) {
-        const struct Example *e = &sequences[i];
-        bool is_short = e->n - e->prompt_length < scorer->least_length;
-        bool ended_soon = is_short && example_ended(e, policy->eos_token_id);
-        score[i] = (float)((score[i] - scorer->mean) / scorer->std);
-        if (ended_soon)
-            score[i] = (float)MIN(score[i], scorer->short_score);
-    }
+    for (size_t i = 0; i < n; i++)
+        score[i] = scorer_scale(scorer, &sequences[i], policy, score[i]);
 }
 
 /* Where rollouts come from: prompts that the policy answers and the scorer judges, or stored
@@ -6951,30 +6977,38 @@ struct RolloutSource {
     const struct Dataset *replay; /* stored rollouts, or NULL */
 };
 
+/* PPOConfig's defaults: TRL 0.11's.                [glossary: Classe de configuração PPO] */
 static struct PPOConfig ppo_config(void) {
     return (struct PPOConfig){
+        /* how much is learnt from at once, and how often */
         .baseline = BASELINE_VALUE_HEAD,
         .num_generations = 1,
         .batch_size = 128,
         .mini_batch_size = 128,
         .gradient_accumulation_steps = 1,
         .ppo_epochs = 4,
+
+        /* the price of a nat of KL, and its controller */
         .init_kl_coef = 0.2,
+        .adap_kl_ctrl = true,
         .target = 6,
         .horizon = 10000,
+        .kl_penalty = "kl",
+
+        /* advantages, and the losses */
         .gamma = 1,
         .lam = 0.95,
         .cliprange = 0.2,
         .cliprange_value = 0.2,
         .vf_coef = 0.1,
+
+        /* when to give up on a mini-batch, or on a step's epochs (if early_stopping is set) */
         .ratio_threshold = 10,
         .target_kl = 1,
-        .adap_kl_ctrl = true,
-        .kl_penalty = "kl",
     };
 }
 
-/* A vector of stats_all; with `start`, n of them, response by response. */
+/* A vector of stats_all: n numbers; with `start`, n lists of numbers, response by response. */
 struct StatsVector {
     const char *name;
     const float *x;
@@ -6989,24 +7023,34 @@ struct PPOTrainer {
     struct PPOConfig config;
     struct TrainingArguments args;
     const struct Tokenizer *tok; /* goes with the model into checkpoints */
-    double temperature; /* divides the logits of both */
-    double kl_coef;
-    struct RunningMoments moments; /* of scores; REINFORCE: of the R of earlier steps */
-    struct Rng order;
-    size_t optimizer_steps, step, total_steps;
     const char *name; /* in progress lines */
-    struct Arena arena, epoch_arena;
-    struct LogEntry stats; /* of the last step: a line of stats_all, */
-    struct StatsVector vectors[10]; /* and its vectors */
-    size_t vector_count, updated;
-    float *advantages, *ratio; /* (ppo_epochs R), `updated` so far: of each token in each update */
+    double temperature; /* divides the logits of both */
+    double kl_coef; /* beta, now */
+    struct RunningMoments moments; /* PPO: of scores; REINFORCE: of R, for BASELINE_MEAN */
+    size_t step, total_steps;
+    struct Arena arena; /* of one step */
+    struct LogEntry stats; /* of the last step: a line of stats_all */
+
+    /* PPO alone: a step of it is many of the optimizer */
+    size_t optimizer_steps;
+    struct Rng order; /* shuffles the answers into mini-batches */
+    struct Arena epoch_arena; /* of one mini-batch */
+    struct StatsVector vectors[10]; /* the rest of the line of stats_all */
+    size_t vector_count;
+    float *advantages, *ratio; /* (ppo_epochs R) of each token in each update; NULL: not kept */
+    size_t updated; /* how many of them are known */
 };
 
+/* A trainer of `model`. `ref_model` is the policy before training, and is never changed.
+ * temperature: that of sampling. Log-probabilities are taken at it, for they have to be those of
+ * the distribution that the answers were drawn from. */
 static struct PPOTrainer *ppo_trainer_new(struct GPT2 *model, struct GPT2 *ref_model,
                                           struct PPOConfig config, struct TrainingArguments args,
                                           double temperature) {
     struct PPOTrainer *ppo = calloc(1, sizeof *ppo);
     CHECK(ppo, "out of memory");
+
+    /* REINFORCE expects the same of every token, and needs no head to say what */
     if (config.baseline == BASELINE_VALUE_HEAD)
         value_head_init(model, args.seed);
     gpt2_make_trainable(model);
@@ -7017,7 +7061,7 @@ static struct PPOTrainer *ppo_trainer_new(struct GPT2 *model, struct GPT2 *ref_m
         .args = args,
         .temperature = temperature,
         .kl_coef = config.init_kl_coef,
-        .moments = {0, 1, 1, 1e-24},
+        .moments = {0, 1, 1, 1e-24}, /* nothing seen yet; TRL's count begins so, above 0 */
         .name = config.baseline == BASELINE_VALUE_HEAD ? "ppo" : "reinforce",
         .order = rng_seed(args.seed, STREAM_ORDER),
     };
@@ -7034,25 +7078,45 @@ static void ppo_trainer_free(struct PPOTrainer *ppo) {
     free(ppo);
 }
 
-/* The policy answers batch_size prompts and is scored. */
+/* The next prompt of a shuffled pass over all of them; behind the last one a new pass begins, in
+ * another order. */
+static const struct Example *rollout_prompt(struct RolloutSource *source) {
+    if (source->at == source->n)
+        rng_shuffle(&source->shuffle, source->order, source->n);
+    source->at %= source->n;
+    return &source->prompts[source->order[source->at++]];
+}
+
+/* A response that is yet to be written: with random numbers of its own, so that it does not depend
+ * on when the others end, and with a length drawn for it, as in the lab. With one length for all,
+ * the policy would learn to please at that length only. */
+static struct Sequence rollout_start(const struct PPOTrainer *ppo, struct RolloutSource *source,
+                                     struct Arena *arena, const struct Example *prompt) {
+    struct Rng own = rng_seed(rng_next(&source->sample), STREAM_SAMPLE);
+    size_t drawn = length_sampler(&source->output_length, &source->lengths);
+    size_t max_new = MIN(drawn, ppo->model->config.n_positions - prompt->n);
+    return sequence_start(arena, prompt->ids, prompt->n, max_new, ppo->model, own);
+}
+
+/* collect_rollouts -- the policy answers batch_size prompts (num_generations times each, side by
+ * side), and is scored.                                                [glossary: Rollout]
+ * out  rollouts (batch_size), in `arena` */
 static void collect_rollouts(const struct PPOTrainer *ppo, struct RolloutSource *source,
                              struct Arena *arena, struct Rollout *rollouts) {
     size_t n = ppo->config.batch_size;
+
+    /* 1. Prompts are drawn, and answered all together: for each token the weights are read from
+     *    memory once, however many answers are being written. */
     struct Sequence *sequences = arena_alloc(arena, n, sizeof *sequences);
     const struct Example *prompt = NULL;
     for (size_t i = 0; i < n; i++) {
-        if (i % ppo->config.num_generations == 0) {
-            if (source->at == source->n)
-                rng_shuffle(&source->shuffle, source->order, source->n);
-            source->at %= source->n;
-            prompt = &source->prompts[source->order[source->at++]];
-        }
-        struct Rng own = rng_seed(rng_next(&source->sample), STREAM_SAMPLE);
-        size_t drawn = length_sampler(&source->output_length, &source->lengths);
-        size_t max_new = MIN(drawn, ppo->model->config.n_positions - prompt->n);
-        sequences[i] = sequence_start(arena, prompt->ids, prompt->n, max_new, ppo->model, own);
+        if (i % ppo->config.num_generations == 0)
+            prompt = rollout_prompt(source);
+        sequences[i] = rollout_start(ppo, source, arena, prompt);
     }
     generate(ppo->model, sequences, n, &source->generation);
+
+    /* 2. The reward model reads what was written. */
     struct Example *examples = arena_alloc(arena, n, sizeof *examples);
     float *score = arena_floats(arena, n);
     for (size_t i = 0; i < n; i++)
@@ -7064,45 +7128,127 @@ static void collect_rollouts(const struct PPOTrainer *ppo, struct RolloutSource 
             (struct Rollout){examples[i], examples[i].n - examples[i].prompt_length, score[i]};
 }
 
-/* Stored rollouts, batch_size of them a step, in file order, round and round. */
-static void replay_rollouts(const struct Dataset *data, size_t step, const struct GPT2 *model,
-                            struct Arena *arena, struct Rollout *rollouts, size_t n) {
-    for (size_t i = 0; i < n; i++) {
-        const struct Row *row = &data->rows[(step * n + i) % data->n];
-        size_t length = row->query_length + row->response_length;
-        CHECK(row->query_length > 0 && row->response_length > 0,
-              "%s: rollout %zu has an empty query or response", data->path,
-              (step * n + i) % data->n + 1);
-        CHECK(length <= model->config.n_positions,
-              "%s: rollout %zu has %zu tokens, the model's context is %zu", data->path,
-              (step * n + i) % data->n + 1, length, model->config.n_positions);
-        int *ids = arena_alloc(arena, length, sizeof *ids);
-        memcpy(ids, row->query_ids, row->query_length * sizeof *ids);
-        memcpy(ids + row->query_length, row->response_ids, row->response_length * sizeof *ids);
-        for (size_t t = 0; t < length; t++)
-            CHECK((size_t)ids[t] < model->config.vocab_size,
-                  "%s: token id %d is outside the model's vocabulary of %zu", data->path, ids[t],
-                  model->config.vocab_size);
-        rollouts[i] = (struct Rollout){{ids, length, row->query_length},
-                                       row->response_length,
-                                       (float)row->score};
-    }
+/* One stored rollout, number `index` from 0. A file may come from another model, or from a person:
+ * all that the training relies on is tested. */
+static struct Rollout replay_rollout(const struct Dataset *data, size_t index,
+                                     const struct GPT2 *model, struct Arena *arena) {
+    const struct Row *row = &data->rows[index];
+
+    /* 1. Without a query there is no token to predict the first one of the response from; without
+     *    a response there is nothing to learn. */
+    size_t length = row->query_length + row->response_length;
+    CHECK(row->query_length > 0 && row->response_length > 0,
+          "%s: rollout %zu has an empty query or response", data->path, index + 1);
+    CHECK(length <= model->config.n_positions,
+          "%s: rollout %zu has %zu tokens, the model's context is %zu", data->path, index + 1,
+          length, model->config.n_positions);
+
+    /* 2. query and response, one behind the other */
+    int *ids = arena_alloc(arena, length, sizeof *ids);
+    memcpy(ids, row->query_ids, row->query_length * sizeof *ids);
+    memcpy(ids + row->query_length, row->response_ids, row->response_length * sizeof *ids);
+    for (size_t t = 0; t < length; t++)
+        CHECK((size_t)ids[t] < model->config.vocab_size,
+              "%s: token id %d is outside the model's vocabulary of %zu", data->path, ids[t],
+              model->config.vocab_size);
+    return (struct Rollout){
+        .example = {ids, length, row->query_length},
+        .response_length = row->response_length,
+        .score = (float)row->score,
+    };
 }
 
-/* d log pi(y_i) / d ln_f.bias, (n,C): of all weights the ones whose gradient every answer's own
- * can be had for nothing, the sum of d log pi / d hidden over its tokens. On them the variance
- * is measured. */
-static float *reinforce_scores(struct PPOTrainer *ppo, struct LMHead *head,
+/* Stored rollouts, n of them in step number `step` (from 0), in file order; behind the last one
+ * the first one follows. With them a step can be repeated by another program, TRL for example.
+ *                                                                         test: ppo_replay */
+static void replay_rollouts(const struct Dataset *data, size_t step, const struct GPT2 *model,
+                            struct Arena *arena, struct Rollout *rollouts, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        rollouts[i] = replay_rollout(data, (step * n + i) % data->n, model, arena);
+}
+
+/* The texts of n rollouts, for collate. */
+static struct Example *rollout_examples(struct Arena *arena, const struct Rollout *rollouts,
+                                        size_t n) {
+    struct Example *examples = arena_alloc(arena, n, sizeof *examples);
+    for (size_t i = 0; i < n; i++)
+        examples[i] = rollouts[i].example;
+    return examples;
+}
+
+/* ---- REINFORCE ------------------------------------------------------------------------------ */
+
+/* What is known of a step's n answers. */
+struct ReinforceBatch {
+    struct Batch batch;
+    struct LMHead head; /* of the policy, kept for the way back */
+    double *logps, *ref_logps; /* (n) log pi(y_i), log pi_ref(y_i): of whole answers, nats */
+    float *rewards; /* (n) R(y_i) */
+};
+
+/* reinforce_reward -- R(y): what is to be as large as possible on average (chapter 4).
+ *   R(y) = score(y) - beta (log pi(y) - log pi_ref(y))
+ * PPO spreads the penalty over the tokens (kl_reward); REINFORCE takes the answer as a whole.
+ * By hand: score 1, beta 0.1, log pi -8, log pi_ref -10: 1 - 0.1 * 2 = 0.8.
+ *                                                                 test: reinforce_advantages */
+static double reinforce_reward(double score, double kl_coef, double logp, double ref_logp) {
+    return score - kl_coef * (logp - ref_logp);
+}
+
+/* Policy and reference read the answers; with the scores this gives R of each. The result stays
+ * where it is made, in the arena: the activations point to its batch. */
+static struct ReinforceBatch *reinforce_evaluate(struct PPOTrainer *ppo,
+                                                 const struct Rollout *rollouts) {
+    struct Arena *arena = &ppo->arena;
+    size_t n = ppo->config.batch_size;
+    struct ReinforceBatch *r = arena_alloc(arena, 1, sizeof *r);
+    r->batch = collate(arena, rollout_examples(arena, rollouts, n), n, SKIP_LAST);
+    r->logps = arena_alloc(arena, n, sizeof *r->logps);
+    r->ref_logps = arena_alloc(arena, n, sizeof *r->ref_logps);
+    r->rewards = arena_floats(arena, n);
+
+    /* The policy's activations are kept: its gradient will need them. The reference has none. */
+    r->head = batch_logprobs(ppo->model, arena, &r->batch, ppo->temperature, true);
+    struct LMHead ref_head =
+        batch_logprobs(ppo->ref_model, arena, &r->batch, ppo->temperature, false);
+    sum_target_logps(&r->batch, n, r->head.logprob, r->logps);
+    sum_target_logps(&r->batch, n, ref_head.logprob, r->ref_logps);
+    for (size_t i = 0; i < n; i++)
+        r->rewards[i] =
+            (float)reinforce_reward(rollouts[i].score, ppo->kl_coef, r->logps[i], r->ref_logps[i]);
+    return r;
+}
+
+/* answer_gradients -- the gradient of log pi(y_i) for each answer by itself, by the C weights of
+ * ln_f.bias.                                                  [glossary: Gradiente de política]
+ *   s_i = d log pi(y_i) / d ln_f.bias = sum over the positions t of answer i of
+ *         d log pi(y_i) / d hidden_t
+ * out  s (B,C)
+ * gradient_variance asks how much the answers' gradients differ. A backward pass cannot say: it
+ * leaves only their sum, and a pass for each answer would be slow. But for one tensor the separate
+ * gradients are nearly free. The bias of the last layer norm is added to the
+ * hidden vector of every position, so its gradient is the sum of theirs; and these come out of
+ * the output layer's backward pass, before any block is gone through. So the variance is that of
+ * C weights only: enough to compare baselines, since each is judged by the same weights.
+ *                                                                       test: reinforce_step */
+static float *answer_gradients(struct PPOTrainer *ppo, struct LMHead *head,
                                const struct Batch *batch) {
-    struct GPT2 view = *ppo->model;
-    size_t C = view.config.n_embd;
-    float *ones = arena_floats(&ppo->arena, head->R);
+    size_t C = ppo->model->config.n_embd;
     float *dhidden = arena_zeros(&ppo->arena, batch->N * C, sizeof(float));
     float *s = arena_zeros(&ppo->arena, batch->B * C, sizeof(float));
-    view.wte.d = NULL; /* a look, no gradient */
+
+    /* 1. log pi(y_i) is the sum of its tokens' log-probabilities: the slope by each of them is 1 */
+    float *ones = arena_floats(&ppo->arena, head->R);
     for (size_t i = 0; i < head->R; i++)
         ones[i] = 1;
+
+    /* 2. The output layer's backward pass, on a copy of the model that has no place for wte's
+     *    gradient: what is measured here must not be learnt from. */
+    struct GPT2 view = *ppo->model;
+    view.wte.d = NULL;
     lm_head_backward(&view, head, ones, dhidden, &ppo->arena);
+
+    /* 3. the sum over each answer's own positions; those that predict nothing hold zeros */
     for (size_t b = 0; b < batch->B; b++)
         for (size_t i = batch->start[b]; i < batch->start[b + 1]; i++)
             for (size_t c = 0; c < C; c++)
@@ -7110,91 +7256,264 @@ static float *reinforce_scores(struct PPOTrainer *ppo, struct LMHead *head,
     return s;
 }
 
-/* reinforce_step -- one step up the gradient from batch_size fresh rollouts.  test:
- * reinforce_step */
-static void reinforce_step(struct PPOTrainer *ppo, const struct Rollout *rollouts) {
-    static const char *const variance[] = {"gradient_variance/none", "gradient_variance/mean",
-                                           "gradient_variance/rloo"};
-    struct Arena *arena = &ppo->arena;
+/* How noisy the step's gradient would be with each baseline, into the log: the answers are the
+ * same, so that the numbers can be compared. rloo needs several answers to a prompt. */
+static void reinforce_log_variances(struct PPOTrainer *ppo, struct ReinforceBatch *r) {
+    static const char *const names[] = {"gradient_variance/none", "gradient_variance/mean",
+                                        "gradient_variance/rloo"};
     size_t n = ppo->config.batch_size;
-    size_t each = ppo->config.num_generations;
-    arena_reset(arena);
-    struct Example *examples = arena_alloc(arena, n, sizeof *examples);
-    double *logps = arena_alloc(arena, 3 * n, sizeof *logps);
-    double *ref_logps = logps + n;
-    double *dlogps = ref_logps + n;
+    size_t num_generations = ppo->config.num_generations;
+    const float *s = answer_gradients(ppo, &r->head, &r->batch);
+    float *advantages = arena_floats(&ppo->arena, n);
+    int count = num_generations > 1 ? BASELINES : BASELINE_RLOO;
+    for (int b = 0; b < count; b++) {
+        reinforce_advantages((enum Baseline)b, r->rewards, n, num_generations, ppo->moments.mean,
+                             advantages);
+        log_value(&ppo->stats, names[b],
+                  gradient_variance(advantages, s, n, ppo->model->config.n_embd));
+    }
+}
+
+/* Means over the step's answers, into the log; `objective` is the estimate of J. */
+static void reinforce_log(struct PPOTrainer *ppo, const struct Rollout *rollouts,
+                          const struct ReinforceBatch *r) {
+    size_t n = ppo->config.batch_size;
     double kl = 0;
     double score = 0;
     double length = 0;
-    for (size_t i = 0; i < n; i++)
-        examples[i] = rollouts[i].example;
-    struct Batch batch = collate(arena, examples, n, SKIP_LAST);
-    struct LMHead head = batch_logprobs(ppo->model, arena, &batch, ppo->temperature, true);
-    struct LMHead ref_head = batch_logprobs(ppo->ref_model, arena, &batch, ppo->temperature, false);
-    float *rewards = arena_floats(arena, n);
-    float *s = reinforce_scores(ppo, &head, &batch);
-    float *advantages[BASELINES];
-    sum_target_logps(&batch, n, head.logprob, logps);
-    sum_target_logps(&batch, n, ref_head.logprob, ref_logps);
     for (size_t i = 0; i < n; i++) {
-        /* R(y_i), what is maximized */
-        rewards[i] = (float)(rollouts[i].score - ppo->kl_coef * (logps[i] - ref_logps[i]));
-        kl += kl_k1(logps[i], ref_logps[i]) / (double)n;
+        kl += kl_k1(r->logps[i], r->ref_logps[i]) / (double)n;
         score += rollouts[i].score / (double)n;
         length += (double)rollouts[i].response_length / (double)n;
     }
-    ppo->stats.n = 0;
-    for (int b = 0; b < (each > 1 ? BASELINES : BASELINE_RLOO); b++) {
-        advantages[b] = arena_floats(arena, n);
-        reinforce_advantages(b, rewards, n, each, ppo->moments.mean, advantages[b]);
-        log_value(&ppo->stats, variance[b],
-                  gradient_variance(advantages[b], s, n, ppo->model->config.n_embd));
-    }
-    double loss = reinforce_loss(advantages[ppo->config.baseline], logps, n, dlogps);
-    target_logps_backward(ppo->model, arena, &batch, &head, n, dlogps, 1);
-    check_finite(ppo->model, "the loss", loss);
-    double lr = ppo_learning_rate(ppo);
-    double norm = optimizer_step(ppo->model, &ppo->args, lr, ++ppo->step);
-    running_moments_update(&ppo->moments, rewards, n);
-    const char *const names[] = {"loss", "grad_norm", "learning_rate", "reward",
-                                 "kl",   "objective", "entropy",       "completions/mean_length"};
-    double values[] = {loss,
-                       norm,
-                       lr,
-                       score,
-                       kl,
-                       mean_of(rewards, n),
-                       (double)row_sum(head.entropy, batch.R) / (double)batch.R,
-                       length};
-    for (size_t i = 0; i < COUNT(names); i++)
-        log_value(&ppo->stats, names[i], values[i]);
+    double entropy = (double)row_sum(r->head.entropy, r->batch.R) / (double)r->batch.R;
+    log_value(&ppo->stats, "kl", kl);
+    log_value(&ppo->stats, "reward", score);
+    log_value(&ppo->stats, "objective", mean_of(r->rewards, n));
+    log_value(&ppo->stats, "entropy", entropy);
+    log_value(&ppo->stats, "completions/mean_length", length);
 }
 
-/* A forward pass of the policy over rollouts: the one that judges them serves the first update
- * too, if that is of all of them. */
+/* reinforce_step -- one step up the gradient of J, from batch_size new rollouts.
+ *              [glossary: Gradiente de política] [glossary: Truque da log-derivada]
+ * The rollouts serve once. After the step the policy is another one, whose answers they are not:
+ * to use them again is what PPO's ratio and clip are for.               test: reinforce_step */
+static void reinforce_step(struct PPOTrainer *ppo, const struct Rollout *rollouts) {
+    struct Arena *arena = &ppo->arena;
+    size_t n = ppo->config.batch_size;
+    arena_reset(arena);
+    ppo->stats.n = 0;
+
+    /* 1. log-probabilities of the answers, and R of each */
+    struct ReinforceBatch *r = reinforce_evaluate(ppo, rollouts);
+    reinforce_log_variances(ppo, r);
+
+    /* 2. R less the baseline. The running mean is that of earlier steps: one that held these
+     *    answers would depend on them, and the gradient would be biased. */
+    float *advantages = arena_floats(arena, n);
+    reinforce_advantages(ppo->config.baseline, r->rewards, n, ppo->config.num_generations,
+                         ppo->moments.mean, advantages);
+    running_moments_update(&ppo->moments, r->rewards, n);
+
+    /* 3. the loss, and its slope by each log pi(y_i) on the way back through the model */
+    double *dlogps = arena_alloc(arena, n, sizeof *dlogps);
+    double loss = reinforce_loss(advantages, r->logps, n, dlogps);
+    target_logps_backward(ppo->model, arena, &r->batch, &r->head, n, dlogps, 1);
+    check_finite(ppo->model, "the loss", loss);
+
+    /* 4. one step of the optimizer */
+    double learning_rate = ppo_learning_rate(ppo);
+    double grad_norm = optimizer_step(ppo->model, &ppo->args, learning_rate, ++ppo->step);
+
+    /* 5. the log */
+    log_value(&ppo->stats, "loss", loss);
+    log_value(&ppo->stats, "grad_norm", grad_norm);
+    log_value(&ppo->stats, "learning_rate", learning_rate);
+    reinforce_log(ppo, rollouts, r);
+}
+
+/* ---- PPO: what a step knows ----------------------------------------------------------------- */
+
+/* A forward pass of the policy over some answers. It stays where it is made, in an arena: the
+ * activations point to its batch. */
 struct PPOForward {
     struct Batch batch;
-    struct LMHead head;
-    float *values;
+    struct LMHead head; /* the log-probability of each response token */
+    float *values; /* (R) what the value head says before each of them */
 };
 
-/* What PPO knows of a batch, one number a response token: R in all, those of response b at
- * start[b] .. start[b+1]-1. */
+/* When each part of a step ended, by seconds_now: what the log's time/ppo/... are made of. */
+struct PPOTimes {
+    double begin, forward_pass, rewards, advantages, optimize;
+};
+
+/* What PPO knows of a step's answers: B of them, and one number for each response token, R in all.
+ * Those of answer b stand at start[b] .. start[b+1]-1, without padding between them. */
 struct PPOBatch {
     size_t B, R, *start;
-    size_t *padding; /* (B) columns by which a TRL row would be padded at its end */
-    bool fresh; /* forward is of the policy as it is: no step was taken since */
-    struct PPOForward *forward;
-    float *logprobs, *ref_logprobs, *values, *kl, *non_score_rewards, *rewards, *advantages,
-        *returns;
+    size_t *padding; /* (B) columns by which a row of TRL's would be padded at its end */
+    float *logprobs, *ref_logprobs; /* (R) of policy and reference, when the answers were written */
+    float *values; /* (R) of the value head, likewise */
+    float *kl; /* (R) kl_penalty_token of each token */
+    float *non_score_rewards, *rewards; /* (R) the penalty alone; with the score at the end */
+    float *advantages, *returns; /* (R) of gae */
+    struct PPOForward *forward; /* of the policy that wrote the answers */
+    bool fresh; /* forward can serve the next update: all answers, and no step since */
+    struct PPOTimes ended;
 };
 
-/* Step 4 of ppo_step: advantages and returns of every answer; then the advantages of the whole
- * batch are whitened, so that their scale does not depend on the reward model's.
- * By hand: values .5 .4 .3, rewards -.1 0 .98, gamma 1, lambda .95: before whitening the advantages
- * are .3187 .546 .68.                                              test: ppo_advantages_golden */
+/* ---- PPO, step 1: scores -------------------------------------------------------------------- */
+
+/* ppo_process_scores -- the scores of a step, before rewards are made of them. Both options are
+ * off by default; they are for a reward model whose scale is unknown or drifts.
+ *   use_score_scaling  score / std, and with use_score_norm (score - mean) / std, where mean and
+ *                      std are those of all scores so far, this step's included
+ *   score_clip         then at most that far from 0: no single answer may rule the step
+ * in, out  scores (n)
+ * By hand: score_clip 1: -2 becomes -1, 0.5 stays 0.5.                   test: ppo_scores_golden */
+static void ppo_process_scores(struct PPOTrainer *ppo, float *scores, size_t n) {
+    const struct PPOConfig *config = &ppo->config;
+    if (config->use_score_scaling) {
+        running_moments_update(&ppo->moments, scores, n);
+        /* torch's float epsilon: equal scores must not be divided by 0 */
+        double divisor = ppo->moments.std + 1.1920929e-07;
+        double shift = config->use_score_norm ? ppo->moments.mean : 0;
+        for (size_t i = 0; i < n; i++)
+            scores[i] = (float)((scores[i] - shift) / divisor);
+    }
+    if (config->score_clip > 0)
+        for (size_t i = 0; i < n; i++)
+            scores[i] = (float)MAX(-config->score_clip, MIN(config->score_clip, scores[i]));
+}
+
+/* ---- PPO, step 2: policy and reference read the answers ------------------------------------- */
+
+/* The exact KL(policy || reference) of one row: `row` of head's chunk that begins at `first`. */
+static double kl_full_row(const struct LMHead *head, const struct LMHead *ref_head, size_t first,
+                          size_t row, size_t V) {
+    return kl_exact(head->logits + row * V, head->lse[first + row], ref_head->logits + row * V,
+                    ref_head->lse[first + row], V);
+}
+
+/* The exact KL(policy || reference) at each of head->R rows, for kl_penalty "full". It takes both
+ * models' logits, V a row, which the heads never hold all at once: they are made again, chunk by
+ * chunk.                     out  kl (R), nats                     test: ppo_penalties_golden */
+static void kl_full_rows(const struct GPT2 *model, struct LMHead *head,
+                         const struct GPT2 *ref_model, struct LMHead *ref_head, float *kl) {
+    size_t V = model->config.vocab_size;
+    for (size_t first = 0; first < head->R; first += head->chunk) {
+        size_t n = lm_head_logits(model, head, first);
+        lm_head_logits(ref_model, ref_head, first);
+#pragma omp parallel for
+        for (size_t i = 0; i < n; i++)
+            kl[first + i] = (float)kl_full_row(head, ref_head, first, i, V);
+    }
+}
+
+/* One pass of the policy: log-probabilities, entropies and values of n answers. keep: with the
+ * activations that a backward pass needs. Output layer and value head read the same hidden
+ * vectors: a value costs no second pass.   [glossary: AutoModelForCausalLMWithValueHead] */
+static struct PPOForward *ppo_forward(struct PPOTrainer *ppo, struct Arena *arena,
+                                      const struct Example *examples, size_t n, bool keep) {
+    struct PPOForward *forward = arena_alloc(arena, 1, sizeof *forward);
+    forward->batch = collate(arena, examples, n, SKIP_LAST);
+    forward->head = batch_logprobs(ppo->model, arena, &forward->batch, ppo->temperature, keep);
+    forward->values = arena_floats(arena, forward->batch.R);
+    scalar_head_forward(forward->values, forward->head.acts.ln_f, forward->batch.row,
+                        forward->batch.R, &ppo->model->v_head.weight, &ppo->model->v_head.bias);
+    return forward;
+}
+
+/* Room for what later steps compute, a number for each response token. */
+static void ppo_batch_columns(struct PPOBatch *p, struct Arena *arena) {
+    p->kl = arena_floats(arena, p->R);
+    p->non_score_rewards = arena_floats(arena, p->R);
+    p->rewards = arena_floats(arena, p->R);
+    p->advantages = arena_floats(arena, p->R);
+    p->returns = arena_floats(arena, p->R);
+}
+
+/* Step 2 of ppo_step: one pass of policy and one of reference over queries and responses. It gives
+ * the old log-probabilities and values, which stay as they are while the policy moves on.
+ *                                                      [glossary: Modelo de referência] */
+static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo,
+                                             const struct Rollout *rollouts) {
+    struct PPOTimes ended = {.begin = seconds_now()};
+    size_t B = ppo->config.batch_size;
+    struct Arena *arena = &ppo->arena;
+    struct Example *examples = rollout_examples(arena, rollouts, B);
+
+    /* 1. Where one mini-batch is all of the batch, this pass is also the first update's: its
+     *    activations are kept. */
+    bool fresh = ppo->config.mini_batch_size == B;
+    struct PPOForward *forward = ppo_forward(ppo, arena, examples, B, fresh);
+    struct LMHead ref_head =
+        batch_logprobs(ppo->ref_model, arena, &forward->batch, ppo->temperature, false);
+    struct PPOBatch p = {
+        .B = B,
+        .R = forward->batch.R,
+        .start = forward->batch.target_start,
+        .padding = arena_alloc(arena, B, sizeof *p.padding),
+        .logprobs = forward->head.logprob,
+        .ref_logprobs = ref_head.logprob,
+        .values = forward->values,
+        .forward = forward,
+        .fresh = fresh,
+    };
+
+    /* 2. The exact KL takes both models' logits, which are at hand only here. */
+    ppo_batch_columns(&p, arena);
+    if (strcmp(ppo->config.kl_penalty, "full") == 0)
+        kl_full_rows(ppo->model, &forward->head, ppo->ref_model, &ref_head, p.kl);
+
+    /* 3. TRL's rows are as long as the longest answer of the batch (ppo_padding_advantage) */
+    for (size_t b = 0; b < B; b++)
+        p.padding[b] = forward->batch.max_length + 1 - examples[b].n;
+    ended.forward_pass = seconds_now();
+    p.ended = ended;
+    return p;
+}
+
+/* ---- PPO, steps 3 and 4: rewards and advantages --------------------------------------------- */
+
+/* ppo_rewards -- step 3 of ppo_step: the reward of every token.   [glossary: Parâmetro Beta (β)]
+ *   reward_t = -beta kl_t,   and at an answer's last token   reward_last += score
+ * in   scores (B), one an answer; p->logprobs, ref_logprobs (R); for kl_penalty "full" p->kl (R)
+ * out  p->kl, non_score_rewards, rewards (R)
+ * By hand: chapter 4's answer, log pi -1.2, -0.5, -0.1 against -1.7, -0.5, -0.2, beta 0.2 and
+ * score 1: -0.2 * (0.5, 0, 0.1) + (0, 0, 1) = -0.10, 0, 0.98.
+ *                                          test: ppo_rewards, ppo_penalties_golden, ppo_step */
+static void ppo_rewards(const struct PPOTrainer *ppo, struct PPOBatch *p, const float *scores) {
+    /* 1. each token pays for its own divergence from the reference */
+    for (size_t t = 0; t < p->R; t++) {
+        p->kl[t] =
+            kl_penalty_token(ppo->config.kl_penalty, p->logprobs[t], p->ref_logprobs[t], p->kl[t]);
+        p->non_score_rewards[t] = kl_reward(ppo->kl_coef, p->kl[t]);
+        p->rewards[t] = p->non_score_rewards[t];
+    }
+
+    /* 2. The last token of an answer gets the answer's score as well: until then nobody could
+     *    know it. */
+    for (size_t b = 0; b < p->B; b++) {
+        size_t last = p->start[b + 1] - 1;
+        p->rewards[last] += scores[b];
+    }
+    p->ended.rewards = seconds_now();
+}
+
+/* ppo_advantages -- step 4 of ppo_step: how much better each token was than expected.
+ *                                                  [glossary: Gradiente de política]
+ * in   p->rewards, values (R)          out  p->advantages, returns (R)
+ * gae goes through each answer from its end. Then the advantages of the whole batch are whitened
+ * together: about half of the tokens are raised and half lowered, and the learning rate need not
+ * fit the reward model's scale. Returns are not: the value head has to learn real rewards.
+ * By hand: rewards -0.1, 0, 1, values 0.5, 0.4, 0.3, gamma 1, lambda 0.95: gae gives 0.33675,
+ * 0.565, 0.7, whitened -1.0738, 0.1693, 0.9045; returns 0.83675, 0.965, 1.
+ *                                                                test: ppo_advantages_golden */
 static void ppo_advantages(const struct PPOConfig *config, struct PPOBatch *p) {
-    double padding_reward = config->whiten_rewards ? whiten(p->rewards, p->R, false) : 0;
+    double padding_reward = 0;
+    if (config->whiten_rewards)
+        padding_reward = whiten(p->rewards, p->R, false);
     for (size_t b = 0; b < p->B; b++) {
         size_t start = p->start[b];
         size_t T = p->start[b + 1] - start;
@@ -7203,7 +7522,10 @@ static void ppo_advantages(const struct PPOConfig *config, struct PPOBatch *p) {
             p->returns + start);
     }
     whiten(p->advantages, p->R, true);
+    p->ended.advantages = seconds_now();
 }
+
+/* ---- PPO, statistics of an update ----------------------------------------------------------- */
 
 /* The scalars of one mini-batch, averaged over all mini-batches of all epochs into stats_all. */
 enum PPOStat {
@@ -7225,108 +7547,82 @@ enum PPOStat {
     VAL_VAR,
     PPO_STATS
 };
-static const char *const PPO_STAT_NAMES[PPO_STATS] =
-    {"ppo/loss/policy",       "ppo/loss/value",
-     "ppo/loss/total",        "ppo/policy/entropy",
-     "ppo/policy/approxkl",   "ppo/policy/policykl",
-     "ppo/policy/clipfrac",   "ppo/policy/advantages_mean",
-     "ppo/policy/ratio_mean", "ppo/returns/mean",
-     "ppo/returns/var",       "ppo/val/vpred",
-     "ppo/val/error",         "ppo/val/clipfrac",
-     "ppo/val/mean",          "ppo/val/var"};
+static const char *const PPO_STAT_NAMES[PPO_STATS] = {
+    [LOSS_POLICY] = "ppo/loss/policy",
+    [LOSS_VALUE] = "ppo/loss/value",
+    [LOSS_TOTAL] = "ppo/loss/total",
+    [POLICY_ENTROPY] = "ppo/policy/entropy",
+    [POLICY_APPROXKL] = "ppo/policy/approxkl",
+    [POLICY_POLICYKL] = "ppo/policy/policykl",
+    [POLICY_CLIPFRAC] = "ppo/policy/clipfrac",
+    [POLICY_ADVANTAGES_MEAN] = "ppo/policy/advantages_mean",
+    [POLICY_RATIO] = "ppo/policy/ratio_mean",
+    [RETURNS_MEAN] = "ppo/returns/mean",
+    [RETURNS_VAR] = "ppo/returns/var",
+    [VAL_VPRED] = "ppo/val/vpred",
+    [VAL_ERROR] = "ppo/val/error",
+    [VAL_CLIPFRAC] = "ppo/val/clipfrac",
+    [VAL_MEAN] = "ppo/val/mean",
+    [VAL_VAR] = "ppo/val/var",
+};
 
-/* Scores of a batch -> what the rewards are made of: running scale, then clip. */
-static void ppo_process_scores(struct PPOTrainer *ppo, float *scores, size_t n) {
-    const struct PPOConfig *c = &ppo->config;
-    if (c->use_score_scaling) {
-        running_moments_update(&ppo->moments, scores, n);
-        double divisor = ppo->moments.std + 1.1920929e-07;
-        double shift = c->use_score_norm ? ppo->moments.mean : 0;
-        for (size_t i = 0; i < n; i++)
-            scores[i] = (float)((scores[i] - shift) / divisor);
+/* ppo_statistics -- what a mini-batch's update looks like, in TRL's names: means over its tokens.
+ *   policykl  mean of old_logprob - logprob: how far the policy has moved since it wrote the
+ *             answers, in nats a token; not to be confused with the KL to the reference
+ *   approxkl  mean of half its square: the same, and never negative
+ *   clipfrac  share of tokens that were clipped: far above 0.2, steps are too large
+ *   vpred, val/mean   mean value now, and when the answers were written
+ * out  stats, but for POLICY_ENTROPY, which takes the logits          test: ppo_loss_golden */
+static void ppo_statistics(const struct PPOTokens *tokens, struct PPOLoss loss,
+                           double stats[PPO_STATS]) {
+    double n = (double)tokens->R;
+    for (int i = 0; i < PPO_STATS; i++)
+        stats[i] = 0;
+    stats[LOSS_POLICY] = loss.policy;
+    stats[LOSS_VALUE] = loss.value;
+    stats[LOSS_TOTAL] = loss.total;
+
+    /* 1. means over the tokens */
+    for (size_t t = 0; t < tokens->R; t++) {
+        double log_ratio = (double)tokens->logprobs[t] - tokens->old_logprobs[t];
+        stats[POLICY_APPROXKL] += 0.5 * log_ratio * log_ratio / n;
+        stats[POLICY_POLICYKL] += -log_ratio / n;
+        stats[POLICY_CLIPFRAC] += tokens->policy[t].is_clipped / n;
+        stats[POLICY_ADVANTAGES_MEAN] += tokens->advantages[t] / n;
+        stats[POLICY_RATIO] += tokens->policy[t].ratio / n;
+        stats[RETURNS_MEAN] += tokens->returns[t] / n;
+        stats[VAL_VPRED] += tokens->values[t] / n;
+        stats[VAL_ERROR] += tokens->value[t].squared_error / n;
+        stats[VAL_CLIPFRAC] += tokens->value[t].is_clipped / n;
+        stats[VAL_MEAN] += tokens->old_values[t] / n;
     }
-    if (c->score_clip > 0)
-        for (size_t i = 0; i < n; i++)
-            scores[i] = (float)MAX(-c->score_clip, MIN(c->score_clip, scores[i]));
-}
 
-/* Exact KL(policy || reference) at each row, for kl_penalty "full": both logits, chunk by chunk. */
-static void kl_full_rows(const struct GPT2 *model, struct LMHead *head,
-                         const struct GPT2 *ref_model, struct LMHead *ref_head, float *kl) {
-    size_t V = model->config.vocab_size;
-    for (size_t first = 0; first < head->R; first += head->chunk) {
-        size_t n = lm_head_logits(model, head, first);
-        lm_head_logits(ref_model, ref_head, first);
-#pragma omp parallel for
-        for (size_t i = 0; i < n; i++)
-            kl[first + i] = (float)kl_exact(head->logits + i * V, head->lse[first + i],
-                                            ref_head->logits + i * V, ref_head->lse[first + i], V);
-    }
-}
-
-static struct PPOForward *ppo_forward(struct PPOTrainer *ppo, struct Arena *arena,
-                                      const struct Example *examples, size_t n, bool keep) {
-    struct PPOForward *f = arena_alloc(arena, 1, sizeof *f);
-    f->batch = collate(arena, examples, n, SKIP_LAST);
-    f->head = batch_logprobs(ppo->model, arena, &f->batch, ppo->temperature, keep);
-    f->values = arena_floats(arena, f->batch.R);
-    scalar_head_forward(f->values, f->head.acts.ln_f, f->batch.row, f->batch.R,
-                        &ppo->model->v_head.weight, &ppo->model->v_head.bias);
-    return f;
-}
-
-/* Step 2 of ppo_step: one pass of policy and reference over queries and responses. */
-static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo,
-                                             const struct Rollout *rollouts) {
-    size_t B = ppo->config.batch_size;
-    struct Arena *arena = &ppo->arena;
-    struct Example *examples = arena_alloc(arena, B, sizeof *examples);
-    for (size_t b = 0; b < B; b++)
-        examples[b] = rollouts[b].example;
-    bool fresh = ppo->config.mini_batch_size == B;
-    struct PPOForward *f = ppo_forward(ppo, arena, examples, B, fresh);
-    struct LMHead ref_head =
-        batch_logprobs(ppo->ref_model, arena, &f->batch, ppo->temperature, false);
-    struct PPOBatch p = {
-        .B = B,
-        .R = f->batch.R,
-        .start = f->batch.target_start,
-        .fresh = fresh,
-        .forward = f,
-        .values = f->values,
-    };
-    float **columns[] = {&p.logprobs, &p.kl,         &p.non_score_rewards,
-                         &p.rewards,  &p.advantages, &p.returns};
-    for (size_t i = 0; i < COUNT(columns); i++)
-        *columns[i] = arena_floats(arena, p.R);
-    if (strcmp(ppo->config.kl_penalty, "full") == 0)
-        kl_full_rows(ppo->model, &f->head, ppo->ref_model, &ref_head, p.kl);
-    memcpy(p.logprobs, f->head.logprob, p.R * sizeof(float));
-    p.ref_logprobs = ref_head.logprob;
-    p.padding = arena_alloc(arena, B, sizeof *p.padding);
-    for (size_t b = 0; b < B; b++)
-        p.padding[b] = f->batch.max_length + 1 - examples[b].n;
-    return p;
-}
-
-/* Step 3 of ppo_step: the reward of every token. Each pays for its own divergence from the
- * reference; the last token of an answer gets the answer's score as well.
- *   reward_t = -beta kl_t,   reward_last += score                 test: ppo_penalties_golden */
-static void ppo_rewards(const struct PPOTrainer *ppo, struct PPOBatch *p, const float *scores) {
-    for (size_t t = 0; t < p->R; t++) {
-        p->kl[t] =
-            kl_penalty_token(ppo->config.kl_penalty, p->logprobs[t], p->ref_logprobs[t], p->kl[t]);
-        p->non_score_rewards[t] = kl_reward(ppo->kl_coef, p->kl[t]);
-        p->rewards[t] = p->non_score_rewards[t];
-    }
-    for (size_t b = 0; b < p->B; b++) {
-        size_t last = p->start[b + 1] - 1;
-        p->rewards[last] += scores[b];
+    /* 2. variances, which need the means first; one token has none */
+    for (size_t t = 0; t < tokens->R && tokens->R > 1; t++) {
+        double dreturn = tokens->returns[t] - stats[RETURNS_MEAN];
+        double dvalue = tokens->old_values[t] - stats[VAL_MEAN];
+        stats[RETURNS_VAR] += dreturn * dreturn / (n - 1);
+        stats[VAL_VAR] += dvalue * dvalue / (n - 1);
     }
 }
 
-/* What is known of some answers of the batch, their tokens side by side.
- * member (count): which answers; logprobs, values: of the policy now */
+/* For stats_all: the advantage and the ratio of each token in each update. Where nobody made room
+ * for them (ppo_optimize does), they are not kept. */
+static void ppo_keep_ratios(struct PPOTrainer *ppo, const struct PPOTokens *tokens) {
+    if (!ppo->ratio)
+        return;
+    for (size_t t = 0; t < tokens->R; t++) {
+        ppo->advantages[ppo->updated] = tokens->advantages[t];
+        ppo->ratio[ppo->updated] = expf(tokens->logprobs[t] - tokens->old_logprobs[t]);
+        ppo->updated++;
+    }
+}
+
+/* ---- PPO, step 5: updates ------------------------------------------------------------------- */
+
+/* The tokens of some answers, side by side: what was known of them when they were written, beside
+ * what the policy says now.      in   member (count): which answers of the batch, in this order
+ * `forward` is a pass over the same answers in the same order: token t is the same in both. */
 static struct PPOTokens ppo_gather(struct Arena *arena, const struct PPOBatch *p,
                                    const size_t *member, size_t count,
                                    const struct PPOForward *forward) {
@@ -7343,6 +7639,8 @@ static struct PPOTokens ppo_gather(struct Arena *arena, const struct PPOBatch *p
         .dlogprobs = arena_floats(arena, R),
         .dvalues = arena_floats(arena, R),
     };
+
+    /* tokens.R counts up to R while answer after answer is copied */
     for (size_t i = 0; i < count; i++)
         for (size_t t = p->start[member[i]]; t < p->start[member[i] + 1]; t++) {
             tokens.old_logprobs[tokens.R] = p->logprobs[t];
@@ -7354,68 +7652,47 @@ static struct PPOTokens ppo_gather(struct Arena *arena, const struct PPOBatch *p
     return tokens;
 }
 
-/* The statistics of a mini-batch in TRL's names: means over its tokens. */
-static void ppo_statistics(const struct PPOTokens *tokens, struct PPOLoss loss,
-                           double stats[PPO_STATS]) {
-    double n = (double)tokens->R;
-    for (int i = 0; i < PPO_STATS; i++)
-        stats[i] = 0;
-    stats[LOSS_POLICY] = loss.policy;
-    stats[LOSS_VALUE] = loss.value;
-    stats[LOSS_TOTAL] = loss.total;
-    for (size_t t = 0; t < tokens->R; t++) {
-        double log_ratio = (double)tokens->logprobs[t] - tokens->old_logprobs[t];
-        stats[POLICY_APPROXKL] += 0.5 * log_ratio * log_ratio / n;
-        stats[POLICY_POLICYKL] += -log_ratio / n;
-        stats[POLICY_CLIPFRAC] += tokens->policy[t].is_clipped / n;
-        stats[POLICY_ADVANTAGES_MEAN] += tokens->advantages[t] / n;
-        stats[POLICY_RATIO] += tokens->policy[t].ratio / n;
-        stats[RETURNS_MEAN] += tokens->returns[t] / n;
-        stats[VAL_VPRED] += tokens->values[t] / n;
-        stats[VAL_ERROR] += tokens->value[t].squared_error / n;
-        stats[VAL_CLIPFRAC] += tokens->value[t].is_clipped / n;
-        stats[VAL_MEAN] += tokens->old_values[t] / n;
-    }
-    /* variances need the means first */
-    for (size_t t = 0; t < tokens->R && tokens->R > 1; t++) {
-        double dreturn = tokens->returns[t] - stats[RETURNS_MEAN];
-        double dvalue = tokens->old_values[t] - stats[VAL_MEAN];
-        stats[RETURNS_VAR] += dreturn * dreturn / (n - 1);
-        stats[VAL_VAR] += dvalue * dvalue / (n - 1);
-    }
-}
-
-/* For stats_all: the advantage and the ratio of each token in each update. */
-static void ppo_keep_ratios(struct PPOTrainer *ppo, const struct PPOTokens *tokens) {
-    for (size_t t = 0; ppo->ratio && t < tokens->R; t++, ppo->updated++) {
-        ppo->advantages[ppo->updated] = tokens->advantages[t];
-        ppo->ratio[ppo->updated] = expf(tokens->logprobs[t] - tokens->old_logprobs[t]);
-    }
-}
-
-/* Scales a mini-batch's slopes by its weight in the step; if the policy ran away, whose ratios are
- * then absurd on average, to nothing: the mini-batch is skipped, as in TRL. */
+/* ppo_weigh -- the slopes of a mini-batch, times its weight in the optimizer's step; to nothing, if
+ * the policy ran away. A mean ratio above ratio_threshold says that the answers are no longer ones
+ * that this policy would write, and so say nothing about it: the mini-batch is skipped, as in TRL.
+ * in, out  tokens->dlogprobs, dvalues (R); stats                          test: ppo_guards */
 static void ppo_weigh(const struct PPOTrainer *ppo, struct PPOTokens *tokens, double weight,
                       double stats[PPO_STATS]) {
-    bool absurd = stats[POLICY_RATIO] > ppo->config.ratio_threshold;
-    if (absurd) {
+    bool is_skipped = stats[POLICY_RATIO] > ppo->config.ratio_threshold;
+    if (is_skipped) {
         warn("ppo: step %zu: the mean probability ratio %.1f exceeds --ratio_threshold %.1f; this "
              "mini-batch is skipped",
              ppo->step, stats[POLICY_RATIO], ppo->config.ratio_threshold);
-        stats[LOSS_POLICY] = stats[LOSS_VALUE] = stats[LOSS_TOTAL] = 0;
+        stats[LOSS_POLICY] = 0;
+        stats[LOSS_VALUE] = 0;
+        stats[LOSS_TOTAL] = 0;
     }
+
+    /* not times 0: a slope that has become infinite would turn into NaN */
     for (size_t t = 0; t < tokens->R; t++) {
-        tokens->dlogprobs[t] = absurd ? 0 : (float)(tokens->dlogprobs[t] * weight);
-        tokens->dvalues[t] = absurd ? 0 : (float)(tokens->dvalues[t] * weight);
+        tokens->dlogprobs[t] = is_skipped ? 0 : (float)(tokens->dlogprobs[t] * weight);
+        tokens->dvalues[t] = is_skipped ? 0 : (float)(tokens->dvalues[t] * weight);
     }
 }
 
-/* ppo_mini_batch -- forward and backward over some answers of the batch; gradients are added with
- * `weight`.       member (count): which answers         out  stats      test: ppo_gradient */
+/* Back through the model. Output layer and value head stand on the same hidden vectors: their
+ * gradients are added up in dhidden (N,C), and the blocks are gone through once for both. */
+static void ppo_backward(struct GPT2 *model, struct Arena *arena, struct PPOForward *forward,
+                         const struct PPOTokens *tokens) {
+    float *dhidden = arena_zeros(arena, forward->batch.N * model->config.n_embd, sizeof *dhidden);
+    lm_head_backward(model, &forward->head, tokens->dlogprobs, dhidden, arena);
+    scalar_head_backward(dhidden, tokens->dvalues, forward->head.acts.ln_f, forward->batch.row,
+                         tokens->R, &model->v_head.weight, &model->v_head.bias);
+    gpt2_backward(model, arena, &forward->head.acts, dhidden);
+}
+
+/* ppo_mini_batch -- forward and backward over some answers of the batch.
+ *                                     [glossary: Otimização de política proximal (PPO)]
+ * in   member (count): which answers; weight: of their gradient in the optimizer's step
+ * out  stats; gradients are added to the model's                        test: ppo_gradient */
 static void ppo_mini_batch(struct PPOTrainer *ppo, const struct Rollout *rollouts,
                            const struct PPOBatch *p, const size_t *member, size_t count,
                            double weight, double stats[PPO_STATS]) {
-    struct GPT2 *model = ppo->model;
     struct Arena *arena = &ppo->epoch_arena;
     arena_reset(arena);
 
@@ -7428,59 +7705,90 @@ static void ppo_mini_batch(struct PPOTrainer *ppo, const struct Rollout *rollout
     if (!p->fresh)
         forward = ppo_forward(ppo, arena, examples, count, true);
 
-    /* 2. the loss of each token, and its slopes */
+    /* 2. The loss of each token, and its slopes by log-probability and value. */
     struct PPOTokens tokens = ppo_gather(arena, p, member, count, forward);
     struct PPOLoss loss = ppo_loss(&ppo->config, &tokens);
+
+    /* 3. What the log says of it. */
     ppo_statistics(&tokens, loss, stats);
     stats[POLICY_ENTROPY] = (double)row_sum(forward->head.entropy, tokens.R) / (double)tokens.R;
     ppo_keep_ratios(ppo, &tokens);
-    ppo_weigh(ppo, &tokens, weight, stats);
 
-    /* 3. Back through the model: both heads stand on the same hidden vectors, so their slopes are
-     *    added up in dhidden before the blocks are passed through once. */
-    float *dhidden = arena_zeros(arena, forward->batch.N * model->config.n_embd, sizeof *dhidden);
-    lm_head_backward(model, &forward->head, tokens.dlogprobs, dhidden, arena);
-    scalar_head_backward(dhidden, tokens.dvalues, forward->head.acts.ln_f, forward->batch.row,
-                         tokens.R, &model->v_head.weight, &model->v_head.bias);
-    gpt2_backward(model, arena, &forward->head.acts, dhidden);
+    /* 4. The slopes, weighted, go back through the model. */
+    ppo_weigh(ppo, &tokens, weight, stats);
+    ppo_backward(ppo->model, arena, forward, &tokens);
 }
 
-/* Step 5 of ppo_step: ppo_epochs passes over the batch, in mini-batches of a new order. Returns
- * how many; their statistics are summed. */
+/* ppo_update -- one step of the optimizer, on gradient_accumulation_steps mini-batches of answers.
+ * The weights move once, by the mean of their gradients: as if they had been one larger mini-batch,
+ * which would not have found room in memory.
+ * in   member: which answers, mini-batch after mini-batch
+ * out  stats: of the last mini-batch; sums: those of all are added */
+static void ppo_update(struct PPOTrainer *ppo, const struct Rollout *rollouts, struct PPOBatch *p,
+                       const size_t *member, double stats[PPO_STATS], double sums[PPO_STATS]) {
+    size_t accumulation = ppo->config.gradient_accumulation_steps;
+    size_t count = ppo->config.mini_batch_size;
+    for (size_t i = 0; i < accumulation; i++) {
+        ppo_mini_batch(ppo, rollouts, p, member + i * count, count, 1 / (double)accumulation,
+                       stats);
+        check_finite(ppo->model, "the loss", stats[LOSS_TOTAL]);
+        for (int k = 0; k < PPO_STATS; k++)
+            sums[k] += stats[k];
+    }
+    optimizer_step(ppo->model, &ppo->args, ppo_learning_rate(ppo), ++ppo->optimizer_steps);
+
+    /* from now on the policy is not the one that wrote the answers */
+    p->fresh = false;
+}
+
+/* ppo_optimize -- step 5 of ppo_step: ppo_epochs passes over the batch, in mini-batches of a new
+ * order each time.                                                      [6] Algorithm 1
+ * Writing answers is the dear part of a step, so each batch of them is used several times; how far
+ * that may go is the business of ppo_token_loss's clip.
+ * out  sums: the statistics of all mini-batches, added up; returns how many those were
+ *                                                             test: ppo_step, ppo_threads */
 static size_t ppo_optimize(struct PPOTrainer *ppo, const struct Rollout *rollouts,
                            struct PPOBatch *p, double sums[PPO_STATS]) {
-    const struct PPOConfig *c = &ppo->config;
-    size_t B = c->batch_size;
-    size_t *order = arena_alloc(&ppo->arena, B, sizeof *order);
+    const struct PPOConfig *config = &ppo->config;
+    size_t B = config->batch_size;
+    size_t per_update = config->mini_batch_size * config->gradient_accumulation_steps;
     size_t mini_batches = 0;
-    size_t per_step = c->mini_batch_size * c->gradient_accumulation_steps;
     double stats[PPO_STATS] = {0};
-    ppo->advantages = arena_floats(&ppo->arena, c->ppo_epochs * p->R);
-    ppo->ratio = arena_floats(&ppo->arena, c->ppo_epochs * p->R);
+    size_t *order = arena_alloc(&ppo->arena, B, sizeof *order);
+    ppo->advantages = arena_floats(&ppo->arena, config->ppo_epochs * p->R);
+    ppo->ratio = arena_floats(&ppo->arena, config->ppo_epochs * p->R);
     ppo->updated = 0;
-    for (size_t epoch = 0; epoch < c->ppo_epochs; epoch++) {
+    for (size_t epoch = 0; epoch < config->ppo_epochs; epoch++) {
+        /* 1. A new order. One update on all answers has the same gradient in any order. */
         for (size_t b = 0; b < B; b++)
             order[b] = b;
-        /* one mini-batch of all: its order is only rounding */
-        if (per_step < B)
+        if (per_update < B)
             rng_shuffle(&ppo->order, order, B);
-        for (size_t first = 0; first < B; first += per_step) {
-            for (size_t mini = first; mini < first + per_step;
-                 mini += c->mini_batch_size, mini_batches++) {
-                ppo_mini_batch(ppo, rollouts, p, order + mini, c->mini_batch_size,
-                               1 / (double)c->gradient_accumulation_steps, stats);
-                check_finite(ppo->model, "the loss", stats[LOSS_TOTAL]);
-                for (int i = 0; i < PPO_STATS; i++)
-                    sums[i] += stats[i];
-            }
-            optimizer_step(ppo->model, &ppo->args, ppo_learning_rate(ppo), ++ppo->optimizer_steps);
-            p->fresh = false;
+
+        /* 2. an update of the weights for each part of it */
+        for (size_t first = 0; first < B; first += per_update) {
+            ppo_update(ppo, rollouts, p, order + first, stats, sums);
+            mini_batches += config->gradient_accumulation_steps;
         }
-        /* the last mini-batch decides */
-        if (c->early_stopping && stats[POLICY_POLICYKL] > 1.5 * c->target_kl)
+
+        /* 3. Has the policy moved too far to learn more from these answers? As in TRL, the last
+         *    mini-batch decides. */
+        if (config->early_stopping && stats[POLICY_POLICYKL] > 1.5 * config->target_kl)
             break;
     }
+    p->ended.optimize = seconds_now();
     return mini_batches;
+}
+
+/* ---- PPO, step 6: statistics of a step ------------------------------------------------------ */
+
+/* ppo_kl -- the divergence from the reference, in nats an answer: the sum of p->kl over an answer's
+ * tokens, averaged over the B answers. TRL's objective/kl, by which the controller moves beta. */
+static double ppo_kl(const struct PPOBatch *p) {
+    double kl = 0;
+    for (size_t t = 0; t < p->R; t++)
+        kl += p->kl[t] / (double)p->B;
+    return kl;
 }
 
 static void stats_vector(struct PPOTrainer *ppo, const char *name, const float *x, size_t n,
@@ -7488,115 +7796,243 @@ static void stats_vector(struct PPOTrainer *ppo, const char *name, const float *
     ppo->vectors[ppo->vector_count++] = (struct StatsVector){name, x, n, start};
 }
 
-/* One number a rollout: mean, deviation, and all of them. */
-static void stats_of(struct PPOTrainer *ppo, const char *mean_name, const char *std_name,
-                     const char *name, const float *x, size_t n) {
+/* Mean and standard deviation of n numbers, one a rollout, into the log. */
+static void stats_mean_std(struct PPOTrainer *ppo, const char *mean_name, const char *std_name,
+                           const float *x, size_t n) {
     log_value(&ppo->stats, mean_name, mean_of(x, n));
     log_value(&ppo->stats, std_name, n > 1 ? sqrt(unbiased_variance(x, n)) : NAN);
-    if (name)
-        stats_vector(ppo, name, x, n, NULL);
 }
 
-/* Step 6: TRL's stats dictionary; of its padded matrices the response tokens are kept.
- * [glossary: Stats_all] */
-static void ppo_record_stats(struct PPOTrainer *ppo, const struct Rollout *rollouts,
-                             const struct PPOBatch *p, const float *scores,
-                             const double sums[PPO_STATS], size_t mini_batches) {
-    struct LogEntry *s = &ppo->stats;
-    size_t B = p->B;
+/* What the rollouts were: scores as they came and as they were used, lengths of queries and
+ * responses. */
+static void ppo_record_rollouts(struct PPOTrainer *ppo, const struct Rollout *rollouts,
+                                const float *scores, size_t B) {
     float *query = arena_floats(&ppo->arena, B);
     float *response = arena_floats(&ppo->arena, B);
     float *reward = arena_floats(&ppo->arena, B);
-    float *kl_dist = arena_zeros(&ppo->arena, B, sizeof *kl_dist);
-    double kl = 0;
-    double k3 = 0;
-    double entropy = 0;
-    double non_score = 0;
     for (size_t b = 0; b < B; b++) {
         reward[b] = rollouts[b].score;
         query[b] = (float)rollouts[b].example.prompt_length;
         response[b] = (float)rollouts[b].response_length;
+    }
+    stats_mean_std(ppo, "env/reward_mean", "env/reward_std", reward, B);
+    stats_mean_std(ppo, "ppo/mean_scores", "ppo/std_scores", scores, B);
+    stats_mean_std(ppo, "tokens/queries_len_mean", "tokens/queries_len_std", query, B);
+    stats_mean_std(ppo, "tokens/responses_len_mean", "tokens/responses_len_std", response, B);
+    stats_vector(ppo, "env/reward_dist", reward, B, NULL);
+    stats_vector(ppo, "tokens/queries_dist", query, B, NULL);
+    stats_vector(ppo, "tokens/responses_dist", response, B, NULL);
+}
+
+/* How far the policy was from the reference when it wrote the answers. Entropy is here an estimate
+ * from the tokens drawn, -log pi summed over an answer; kl_k3 is not TRL's: it is the estimate
+ * that is never negative. */
+static void ppo_record_objective(struct PPOTrainer *ppo, const struct PPOBatch *p) {
+    double k3 = 0;
+    double entropy = 0;
+    double non_score_reward = 0;
+    for (size_t t = 0; t < p->R; t++) {
+        k3 += kl_k3(p->logprobs[t], p->ref_logprobs[t]) / (double)p->B;
+        entropy -= p->logprobs[t] / (double)p->B;
+        non_score_reward += p->non_score_rewards[t] / (double)p->R;
+    }
+    float *kl_dist = arena_zeros(&ppo->arena, p->B, sizeof *kl_dist);
+    for (size_t b = 0; b < p->B; b++)
         for (size_t t = p->start[b]; t < p->start[b + 1]; t++)
             kl_dist[b] += p->kl[t];
-    }
-    for (size_t t = 0; t < p->R; t++) {
-        kl += p->kl[t] / (double)B;
-        k3 += kl_k3(p->logprobs[t], p->ref_logprobs[t]) / (double)B;
-        entropy -= p->logprobs[t] / (double)B;
-        non_score += p->non_score_rewards[t] / (double)p->R;
-    }
-    s->n = ppo->vector_count = 0;
-    const struct {
-        const char *name;
-        double value;
-    } values[] = {{"objective/kl", kl},
-                  {"objective/kl_k3", k3 /* not TRL's: the estimate that is never negative */},
-                  {"objective/kl_coef", ppo->kl_coef},
-                  {"objective/entropy", entropy},
-                  {"ppo/mean_non_score_reward", non_score},
-                  {"ppo/learning_rate", ppo_learning_rate(ppo)},
-                  {"ppo/val/var_explained", 1 - sums[VAL_ERROR] / sums[RETURNS_VAR]}};
-    for (size_t i = 0; i < COUNT(values); i++)
-        log_value(s, values[i].name, values[i].value);
-    stats_of(ppo, "env/reward_mean", "env/reward_std", "env/reward_dist", reward, B);
-    stats_of(ppo, "ppo/mean_scores", "ppo/std_scores", NULL, scores, B);
-    stats_of(ppo, "tokens/queries_len_mean", "tokens/queries_len_std", "tokens/queries_dist", query,
-             B);
-    stats_of(ppo, "tokens/responses_len_mean", "tokens/responses_len_std", "tokens/responses_dist",
-             response, B);
+    log_value(&ppo->stats, "objective/kl", ppo_kl(p));
+    log_value(&ppo->stats, "objective/kl_k3", k3);
+    log_value(&ppo->stats, "objective/kl_coef", ppo->kl_coef);
+    log_value(&ppo->stats, "objective/entropy", entropy);
+    log_value(&ppo->stats, "ppo/mean_non_score_reward", non_score_reward);
+    stats_vector(ppo, "objective/kl_dist", kl_dist, p->B, NULL);
+    stats_vector(ppo, "objective/logprobs", p->logprobs, p->B, p->start);
+    stats_vector(ppo, "objective/ref_logprobs", p->ref_logprobs, p->B, p->start);
+}
+
+/* ppo_record_stats -- step 6 of ppo_step: TRL's stats dictionary. Of its matrices, padded there,
+ * the response tokens are kept.                                   [glossary: Stats_all]
+ * in   sums: ppo_statistics of all mini-batches, added up
+ * out  ppo->stats, vectors                                           test: ppo_loss_golden */
+static void ppo_record_stats(struct PPOTrainer *ppo, const struct Rollout *rollouts,
+                             const struct PPOBatch *p, const float *scores,
+                             const double sums[PPO_STATS], size_t mini_batches) {
+    ppo->stats.n = 0;
+    ppo->vector_count = 0;
+
+    /* 1. what was written, and how far from the reference */
+    ppo_record_rollouts(ppo, rollouts, scores, p->B);
+    ppo_record_objective(ppo, p);
+
+    /* 2. What was learnt: means over all mini-batches. var_explained is the share of the returns'
+     *    variance that the value head foresaw: 1 if all of it, 0 or less if a constant would have
+     *    done as well. */
     for (int i = 0; i < PPO_STATS; i++)
         if (i != POLICY_RATIO)
-            log_value(s, PPO_STAT_NAMES[i], sums[i] / (double)mini_batches);
-    stats_vector(ppo, "objective/kl_dist", kl_dist, B, NULL);
-    stats_vector(ppo, "objective/logprobs", p->logprobs, B, p->start);
-    stats_vector(ppo, "objective/ref_logprobs", p->ref_logprobs, B, p->start);
+            log_value(&ppo->stats, PPO_STAT_NAMES[i], sums[i] / (double)mini_batches);
+    log_value(&ppo->stats, "ppo/val/var_explained", 1 - sums[VAL_ERROR] / sums[RETURNS_VAR]);
+    log_value(&ppo->stats, "ppo/learning_rate", ppo_learning_rate(ppo));
     stats_vector(ppo, "ppo/policy/advantages", ppo->advantages, ppo->updated, NULL);
     stats_vector(ppo, "ppo/policy/ratio", ppo->ratio, ppo->updated, NULL);
 }
 
-/* ppo_step -- PPOTrainer.step(queries, responses, scores).        [glossary: Treinador PPO]
- * rollouts: batch_size of them. Leaves ppo->stats.         test: ppo_step, check_fidelity ppo* */
+/* How long each part of the step took, in seconds, in TRL's names. */
+static void ppo_record_times(struct PPOTrainer *ppo, const struct PPOTimes *ended) {
+    double end = seconds_now();
+    struct LogEntry *stats = &ppo->stats;
+    log_value(stats, "time/ppo/forward_pass", ended->forward_pass - ended->begin);
+    log_value(stats, "time/ppo/compute_rewards", ended->rewards - ended->forward_pass);
+    log_value(stats, "time/ppo/compute_advantages", ended->advantages - ended->rewards);
+    log_value(stats, "time/ppo/optimize_step", ended->optimize - ended->advantages);
+    log_value(stats, "time/ppo/calc_stats", end - ended->optimize);
+    log_value(stats, "time/ppo/total", end - ended->begin);
+}
+
+/* ---- PPO: the step -------------------------------------------------------------------------- */
+
+/* ppo_step -- the whole of PPO: from batch_size rollouts to a better policy.
+ *                 [glossary: Treinador PPO] [glossary: Otimização de política proximal (PPO)]
+ * in   rollouts (batch_size): answers of the policy as it is now, with their scores
+ * out  the policy's weights, ppo->kl_coef; ppo->stats and vectors, for the log
+ * TRL's PPOTrainer.step(queries, responses, scores). Where each step stands in chapter 4: 3
+ * kl_reward, 4 gae_step, 5 ppo_token_loss and ppo_value_loss, 7 kl_controller_update.
+ *             test: ppo_step, ppo_raises_reward, check_fidelity ppo*; gdb: break ppo_step */
 static void ppo_step(struct PPOTrainer *ppo, const struct Rollout *rollouts) {
     size_t B = ppo->config.batch_size;
-    double begin = seconds_now();
-    double sums[PPO_STATS] = {0};
     arena_reset(&ppo->arena);
+
+    /* 1. How good was each answer? One number for each, scaled and cut if that was asked for. */
     float *scores = arena_floats(&ppo->arena, B);
     for (size_t b = 0; b < B; b++)
         scores[b] = rollouts[b].score;
-    ppo_process_scores(ppo, scores, B); /* 1. scale and clip */
-    struct PPOBatch p = ppo_evaluate_rollouts(ppo, rollouts); /* 2. log-probabilities, values */
-    double evaluated = seconds_now();
-    ppo_rewards(ppo, &p, scores); /* 3. penalty and score a token */
-    double rewarded = seconds_now();
-    ppo_advantages(&ppo->config, &p); /* 4. advantages and returns */
-    double advantages = seconds_now();
-    size_t mini_batches = ppo_optimize(ppo, rollouts, &p, sums); /* 5. epochs of clipped updates */
-    double optimized = seconds_now();
-    double kl;
-    ppo_record_stats(ppo, rollouts, &p, scores, sums, mini_batches); /* 6. statistics */
-    log_find(&ppo->stats, "objective/kl", &kl);
-    ppo->kl_coef = kl_controller_update(&ppo->config, ppo->kl_coef, kl, B); /* 7. KL controller */
+    ppo_process_scores(ppo, scores, B);
+
+    /* 2. Policy and reference read the answers. From here on, one number for each token: its
+     *    log-probability under both, and what the value head expected before it. */
+    struct PPOBatch p = ppo_evaluate_rollouts(ppo, rollouts);
+
+    /* 3. Each token pays for its divergence from the reference; the last one gets the score. */
+    ppo_rewards(ppo, &p, scores);
+
+    /* 4. Which token earned it? Advantages for the policy, returns for the value head. */
+    ppo_advantages(&ppo->config, &p);
+
+    /* 5. Several epochs of updates on the same answers. Only here do weights move. */
+    double sums[PPO_STATS] = {0};
+    size_t mini_batches = ppo_optimize(ppo, rollouts, &p, sums);
+
+    /* 6. What happened, for the log: with the beta that was in force. */
+    ppo_record_stats(ppo, rollouts, &p, scores, sums, mini_batches);
+
+    /* 7. Was the policy farther from the reference than it is meant to be? Then a nat of KL
+     *    costs more in the next step. */
+    ppo->kl_coef = kl_controller_update(&ppo->config, ppo->kl_coef, ppo_kl(&p), B);
     ppo->step++;
-    double end = seconds_now();
-    double times[] = {evaluated - begin,      rewarded - evaluated, advantages - rewarded,
-                      optimized - advantages, end - optimized,      end - begin};
-    static const char *const names[] = {"time/ppo/forward_pass",       "time/ppo/compute_rewards",
-                                        "time/ppo/compute_advantages", "time/ppo/optimize_step",
-                                        "time/ppo/calc_stats",         "time/ppo/total"};
-    for (size_t i = 0; i < COUNT(times); i++)
-        log_value(&ppo->stats, names[i], times[i]);
+    ppo_record_times(ppo, &p.ended);
 }
 
-/* ppo_train -- rollouts, step, log (to log_dir, or NULL), again, by PPO or REINFORCE.
- * [glossary: Treinador PPO] */
+/* ---- The training --------------------------------------------------------------------------- */
+
+/* What a run on rollouts needs to go on as if it had never stopped, beside weights and optimizer:
+ * beta, moments, counters, and where in the prompts and in each sequence of random numbers it is.
+ * The checkpoint's numbers are pointers into ppo and source: it is filled where it stays.
+ *                                                                       test: checkpoint_* */
+static void ppo_checkpoint(struct Checkpoint *checkpoint, struct PPOTrainer *ppo,
+                           struct RolloutSource *source) {
+    /* 1. The trainer. _fixed: what must be the same in the run that goes on. */
+    size_t moments = sizeof ppo->moments / sizeof(double);
+    checkpoint_add_fixed(checkpoint, "batch_size", &ppo->config.batch_size, "--batch_size");
+    checkpoint_add_doubles(checkpoint, "kl_coef", &ppo->kl_coef, 1);
+    checkpoint_add_doubles(checkpoint, "moments", &ppo->moments, moments);
+    checkpoint_add(checkpoint, "optimizer_steps", &ppo->optimizer_steps, 1, UINT64_MAX);
+    checkpoint_add(checkpoint, "mini_batches", ppo->order.s, 4, UINT64_MAX);
+
+    /* 2. The prompts. Three generators of four words each stand side by side in the source. */
+    checkpoint_add_fixed(checkpoint, "prompts", &source->n, "the number of prompts");
+    checkpoint_add(checkpoint, "order", source->order, source->n, source->n - 1);
+    checkpoint_add(checkpoint, "at", &source->at, 1, source->n);
+    checkpoint_add(checkpoint, "random", (char *)source + offsetof(struct RolloutSource, shuffle),
+                   3 * 4, UINT64_MAX);
+}
+
+/* stats_all.jsonl and rollouts.jsonl: a line of the one and batch_size lines of the other a step.
+ * They are flushed, so that a run can be watched, and a checkpoint knows how long they are. */
+static void ppo_write_logs(struct PPOTrainer *ppo, struct Output logs[2],
+                           const struct Rollout *rollouts, double rollout_seconds) {
+    log_value(&ppo->stats, "time/ppo/rollout", rollout_seconds);
+    stats_write_line(logs[0].file, ppo);
+    rollouts_write(logs[1].file, rollouts, ppo->config.batch_size);
+    for (int i = 0; i < 2; i++)
+        output_flush(&logs[i]);
+}
+
+/* After a step: on a terminal now and then the first answer with its score, a progress line, and
+ * every logging_steps an entry of the log history; behind the last step in any case. */
+static void ppo_report(struct PPOTrainer *ppo, struct TrainerState *state, struct Arena *arena,
+                       const struct Rollout *rollouts) {
+    bool is_last = ppo->step == state->max_steps;
+    bool is_due = ppo->step % ppo->args.logging_steps == 0 || is_last;
+    bool is_said = is_due;
+    if (ppo->args.say_steps)
+        is_said = ppo->step % ppo->args.say_steps == 0 || is_last;
+    const char *score = arena_printf(arena, "%+.2f  ", rollouts->score);
+    if (progress_sampling(ppo->step, state->max_steps))
+        sample_show(ppo->tok, &rollouts->example, ppo->model->config.vocab_size, score);
+    state_say(state, ppo->name, &ppo->stats, is_said);
+    log_value(&ppo->stats, "step", (double)ppo->step);
+    log_value(&ppo->stats, "epoch", state->epoch);
+    if (is_due)
+        *state_log(state) = ppo->stats;
+}
+
+/* Where the training is: an epoch is a pass over the n prompts, or over the n stored rollouts. */
+static void ppo_count(const struct PPOTrainer *ppo, struct TrainerState *state,
+                      const struct Rollout *rollouts, size_t n) {
+    size_t B = ppo->config.batch_size;
+    state->global_step = ppo->step;
+    state->epoch = (double)(ppo->step * B / ppo->config.num_generations) / (double)n;
+    for (size_t b = 0; b < B; b++)
+        state->num_tokens += rollouts[b].example.n;
+}
+
+/* One step of the training: rollouts, and what is learnt from them.
+ * in   logs: two files, or NULL       out  rollouts (batch_size), in `arena` */
+static void ppo_train_step(struct PPOTrainer *ppo, struct RolloutSource *source,
+                           struct Arena *arena, struct Output *logs, struct Rollout *rollouts) {
+    double begin = seconds_now();
+    ppo->model->trace.task = ppo->name;
+    ppo->model->trace.step = ppo->step + 1;
+
+    /* 1. The policy, as it is now, answers; or answers are read from a file. */
+    if (source->replay)
+        replay_rollouts(source->replay, ppo->step, ppo->model, arena, rollouts,
+                        ppo->config.batch_size);
+    else
+        collect_rollouts(ppo, source, arena, rollouts);
+    double rollout_seconds = seconds_now() - begin;
+
+    /* 2. It learns from them. */
+    if (ppo->config.baseline == BASELINE_VALUE_HEAD)
+        ppo_step(ppo, rollouts);
+    else
+        reinforce_step(ppo, rollouts);
+    if (logs)
+        ppo_write_logs(ppo, logs, rollouts, rollout_seconds);
+}
+
+/* ppo_train -- the whole training, by PPO or REINFORCE.         [glossary: Treinador PPO]
+ * in   source: where rollouts come from; steps: how many; log_dir: for stats_all.jsonl and
+ *      rollouts.jsonl, or NULL                     out  the policy's weights; state, its history
+ *                                                            test: ppo_replay, checkpoint_* */
 static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, size_t steps,
                       const char *log_dir, struct TrainerState *state) {
     struct Arena arena = {0};
     struct Output logs[2];
-    size_t B = ppo->config.batch_size;
     size_t n = source->replay ? source->replay->n : source->n;
-    state->max_steps = ppo->total_steps = steps;
+    state->max_steps = steps;
+    ppo->total_steps = steps;
+
+    /* 1. from the start, or from where an earlier run stopped */
     struct Checkpoint checkpoint =
         checkpoint_new(ppo->name, ppo->model, ppo->tok, &ppo->args, state);
     if (log_dir) {
@@ -7605,56 +8041,20 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, size
         checkpoint.log_dir = log_dir;
         checkpoint_add(&checkpoint, "log_bytes", checkpoint.log_bytes, COUNT(LOGS), UINT64_MAX);
     }
-    checkpoint_add_fixed(&checkpoint, "batch_size", &B, "--batch_size");
-    checkpoint_add_doubles(&checkpoint, "kl_coef", &ppo->kl_coef, 1);
-    size_t moments = sizeof ppo->moments / sizeof(double);
-    checkpoint_add_doubles(&checkpoint, "moments", &ppo->moments, moments);
-    checkpoint_add(&checkpoint, "optimizer_steps", &ppo->optimizer_steps, 1, UINT64_MAX);
-    checkpoint_add(&checkpoint, "mini_batches", ppo->order.s, 4, UINT64_MAX);
-    checkpoint_add_fixed(&checkpoint, "prompts", &source->n, "the number of prompts");
-    checkpoint_add(&checkpoint, "order", source->order, source->n, source->n - 1);
-    checkpoint_add(&checkpoint, "at", &source->at, 1, source->n);
-    checkpoint_add(&checkpoint, "random", (char *)source + offsetof(struct RolloutSource, shuffle),
-                   3 * 4, UINT64_MAX);
+    ppo_checkpoint(&checkpoint, ppo, source);
     checkpoint_resume(&checkpoint);
     ppo->step = state->global_step;
     while (ppo->step < steps) {
+        /* 2. generation, and a step of PPO or REINFORCE */
         arena_reset(&arena);
-        double begin = seconds_now();
-        struct Rollout *rollouts = arena_alloc(&arena, B, sizeof *rollouts);
-        ppo->model->trace.task = ppo->name;
-        ppo->model->trace.step = ppo->step + 1;
-        if (source->replay)
-            replay_rollouts(source->replay, ppo->step, ppo->model, &arena, rollouts, B);
-        else
-            collect_rollouts(ppo, source, &arena, rollouts);
-        double rolled = seconds_now();
-        if (ppo->config.baseline == BASELINE_VALUE_HEAD)
-            ppo_step(ppo, rollouts);
-        else
-            reinforce_step(ppo, rollouts);
-        if (log_dir) {
-            log_value(&ppo->stats, "time/ppo/rollout", rolled - begin);
-            stats_write_line(logs[0].file, ppo);
-            rollouts_write(logs[1].file, rollouts, B);
-            for (int i = 0; i < 2; i++)
-                output_flush(&logs[i]);
-        }
-        state->global_step = ppo->step;
-        state->epoch = (double)(ppo->step * B / ppo->config.num_generations) / (double)n;
-        for (size_t b = 0; b < B; b++)
-            state->num_tokens += rollouts[b].example.n;
-        bool last = ppo->step == steps;
-        bool log = ppo->step % ppo->args.logging_steps == 0 || last;
-        const char *score = arena_printf(&arena, "%+.2f  ", rollouts->score);
-        if (progress_sampling(ppo->step, steps))
-            sample_show(ppo->tok, &rollouts->example, ppo->model->config.vocab_size, score);
-        state_say(state, ppo->name, &ppo->stats,
-                  ppo->args.say_steps ? ppo->step % ppo->args.say_steps == 0 || last : log);
-        log_value(&ppo->stats, "step", (double)ppo->step);
-        log_value(&ppo->stats, "epoch", state->epoch);
-        if (log)
-            *state_log(state) = ppo->stats;
+        struct Rollout *rollouts = arena_alloc(&arena, ppo->config.batch_size, sizeof *rollouts);
+        ppo_train_step(ppo, source, &arena, log_dir ? logs : NULL, rollouts);
+
+        /* 3. what there is to say about it */
+        ppo_count(ppo, state, rollouts, n);
+        ppo_report(ppo, state, &arena, rollouts);
+
+        /* 4. a checkpoint, when it is time for one */
         checkpoint_step(&checkpoint);
     }
     for (int i = 0; log_dir && i < 2; i++)
@@ -7667,25 +8067,39 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, size
  * Chapter 18 - DPO, collected preferences
  *                              [glossary: Otimização de preferência direta (DPO)]
  *
- * Chapter 5 on a real model. The reference's log-probabilities never change, so they are computed
- * once for each pair; the policy's are computed at every step, and only they have a gradient. A
- * pair shares its prompt, which is computed once where that saves time.
+ * Chapter 5 on a real model: how does a policy learn from pairs alone? Each pair takes four
+ * log-probabilities of whole answers: chosen and rejected, under the policy and the reference.
  *
- * What enters: pairs of answers, one preferred; or a policy and a scorer, from whose answers pairs
- * are collected. What leaves: a policy that prefers as the pairs do.
+ *                 chosen " very good."    rejected " very good good"
+ *     reference        -10.0                   -12.0           computed once, then remembered
+ *     policy            -8.0                   -13.0           at every step, with a gradient
+ *     loss          -log sigmoid(0.1 * (2 - (-1))) = 0.5544    dpo_pair_loss
+ *
+ * The reference never changes, so its log-probabilities are computed when a pair is seen for the
+ * first time. The two answers of a pair have the prompt in common; the model reads it once for
+ * both, where that saves time.
+ *
+ * What enters: pairs of answers, one of them preferred; or a policy and a scorer, from whose
+ * answers pairs are collected. What leaves: a policy that prefers as the pairs do.
  * ============================================================================================= */
 
+/* What the Trainer of chapter 14 knows of DPO. Where there are two of a thing, the first is to
+ * learn from, the second is held out. */
 struct DPOTask {
     struct DPOConfig config;
     struct GPT2 *ref_model;
-    struct Example *pairs[2]; /* to learn from, held out; 2i chosen, 2i+1 rejected */
-    double *ref_logps[2]; /* (2n) 0 until first needed: computed once, used in every epoch */
-    double temperature;
-    double eval_nll; /* of the held-out chosen answers, */
+    struct Example *pairs[2]; /* pair i: 2i chosen, 2i+1 rejected */
+    double *ref_logps[2]; /* (2n) of the reference; 0 until first needed */
+    double temperature; /* divides the logits of both models */
+    double eval_nll; /* -log pi of the held-out chosen answers, summed */
     size_t eval_tokens; /* and their tokens: the loss type sft is a mean over tokens */
 };
 
-/* Pairs as a batch: all chosen, then all rejected. slot (2B): where each stands among the pairs. */
+/* ---- One batch of pairs --------------------------------------------------------------------- */
+
+/* B pairs as a batch of 2B sequences: all chosen ones, then all rejected ones. C: the model's
+ * width, by which collate_pairs decides whether sharing the prompts pays.
+ * in   index (B): which pairs     out  slot (2B): where each sequence stands in `pairs` */
 static struct Batch dpo_batch(struct Arena *arena, const struct Example *pairs, const size_t *index,
                               size_t B, size_t C, size_t *slot) {
     struct Example *examples = arena_alloc(arena, 2 * B, sizeof *examples);
@@ -7696,92 +8110,40 @@ static struct Batch dpo_batch(struct Arena *arena, const struct Example *pairs, 
     return collate_pairs(arena, examples, B, C);
 }
 
-/* Puts the reference's log-probabilities of B pairs in the cache, if it lacks them. The arena
- * comes and goes empty. */
-static void dpo_reference(struct DPOTask *task, struct Arena *arena, const struct Example *pairs,
-                          const size_t *index, size_t B, double *cache) {
-    bool known = true;
+/* Whether the reference has judged all of B pairs. A log-probability of an answer is below 0, so a
+ * 0 says that it was not computed yet. */
+static bool dpo_reference_known(const double *ref_logps, const size_t *index, size_t B) {
     for (size_t i = 0; i < B; i++)
-        known = known && cache[2 * index[i]] != 0;
-    if (known)
+        if (ref_logps[2 * index[i]] == 0)
+            return false;
+    return true;
+}
+
+/* dpo_reference -- the reference's log-probabilities of B pairs.  [glossary: Modelo de referência]
+ * in, out  ref_logps (2n): of all pairs; those of the B are computed, if one of them is missing
+ * Computed once and used in every epoch: without that, half of each step would go into numbers
+ * that are known. The arena is empty before and after: the reference's activations would
+ * otherwise lie in memory beside the policy's.                     test: dpo_model_gradient */
+static void dpo_reference(struct DPOTask *task, struct Arena *arena, const struct Example *pairs,
+                          const size_t *index, size_t B, double *ref_logps) {
+    if (dpo_reference_known(ref_logps, index, B))
         return;
     size_t *slot = arena_alloc(arena, 2 * B, sizeof *slot);
     double *logps = arena_alloc(arena, 2 * B, sizeof *logps);
     struct Batch batch = dpo_batch(arena, pairs, index, B, task->ref_model->config.n_embd, slot);
     struct LMHead head = batch_logprobs(task->ref_model, arena, &batch, task->temperature, false);
     sum_target_logps(&batch, 2 * B, head.logprob, logps);
+
+    /* from the batch's order back to that of the pairs */
     for (size_t i = 0; i < 2 * B; i++)
-        cache[slot[i]] = logps[i];
+        ref_logps[slot[i]] = logps[i];
     arena_reset(arena);
 }
 
-/* TRL's metrics of B pairs: sums, and how many pairs or tokens they are sums over. */
-static void dpo_metrics(struct Trainer *trainer, const struct DPOTask *task,
-                        const struct Batch *batch, const struct LMHead *head, size_t B,
-                        const struct DPOSide *chosen, const struct DPOSide *rejected) {
-    double rewards_chosen = 0;
-    double rewards_rejected = 0;
-    double right = 0;
-    double logps_chosen = 0;
-    double logps_rejected = 0;
-    for (size_t b = 0; b < B; b++) {
-        double beta = task->config.beta;
-        double reward_chosen = implied_reward(beta, chosen[b].logp, chosen[b].ref_logp);
-        double reward_rejected = implied_reward(beta, rejected[b].logp, rejected[b].ref_logp);
-        rewards_chosen += reward_chosen;
-        rewards_rejected += reward_rejected;
-        right += reward_chosen > reward_rejected;
-        logps_chosen += chosen[b].logp;
-        logps_rejected += rejected[b].logp;
-    }
-    /* tokens of chosen answers, then of rejected ones */
-    size_t split = batch->target_start[B];
-    size_t rest = batch->R - split;
-    const struct {
-        const char *name;
-        double sum;
-        size_t units;
-    } metrics[] = {
-        {"rewards/chosen", rewards_chosen, B},
-        {"rewards/rejected", rewards_rejected, B},
-        {"rewards/accuracies", right, B},
-        {"rewards/margins", rewards_chosen - rewards_rejected, B},
-        {"logps/chosen", logps_chosen, B},
-        {"logps/rejected", logps_rejected, B},
-        {"logits/chosen", row_sum(head->mean_logit, split), split},
-        {"logits/rejected", row_sum(head->mean_logit + split, rest), rest},
-        {"entropy", row_sum(head->entropy, batch->R), batch->R},
-        {"mean_token_accuracy", row_sum(head->hit, split), split},
-    };
-    for (size_t i = 0; i < COUNT(metrics); i++)
-        trainer_metric(trainer, metrics[i].name, metrics[i].sum, metrics[i].units);
-}
-
-/* The loss of held-out pairs is a mean over pairs, but its part of the loss type sft one over the
- * chosen answers' tokens: that is added by dpo_evaluated, when all of them are known. */
-static void dpo_eval_loss(struct Trainer *trainer, struct DPOTask *task, size_t B,
-                          struct DPOSide *chosen, struct DPOSide *rejected) {
-    struct DPOConfig config = task->config;
-    config.weight[DPO_SFT] = 0;
-    double loss = dpo_loss(&config, B, chosen, rejected);
-    trainer_metric(trainer, "loss", loss * (double)B, B);
-    for (size_t b = 0; b < B; b++) {
-        task->eval_nll -= chosen[b].logp;
-        task->eval_tokens += chosen[b].length;
-    }
-}
-
-static void dpo_evaluated(struct Trainer *trainer) {
-    struct DPOTask *task = trainer->task.data;
-    double nll = task->eval_nll / (double)MAX((size_t)1, task->eval_tokens);
-    double pairs = (double)trainer->task.eval_n; /* the sum will be divided by them */
-    trainer_metric(trainer, "loss", task->config.weight[DPO_SFT] * nll * pairs, 0);
-    task->eval_nll = 0;
-    task->eval_tokens = 0;
-}
-
-/* What DPO needs of 2B answers, the chosen ones first: their log-probabilities now, and the
- * reference's, from the cache. */
+/* What dpo_loss needs of 2B answers, the chosen ones first.
+ * in   token_logprobs: the policy's, of each token; ref_logps (2B): the reference's, in the batch's
+ *      order      returns 2B sides: the policy's log-probability of an answer is the sum of its
+ *      tokens' */
 static struct DPOSide *dpo_sides(struct Arena *arena, const struct Batch *batch,
                                  const float *token_logprobs, const double *ref_logps, size_t B) {
     double *logps = arena_alloc(arena, 2 * B, sizeof *logps);
@@ -7796,8 +8158,98 @@ static struct DPOSide *dpo_sides(struct Arena *arena, const struct Batch *batch,
     return sides;
 }
 
-/* dpo_task_loss -- DPO's loss of some pairs, for the Trainer; in training with its gradient.
- *                                              test: dpo_model_gradient, check_fidelity dpo* */
+/* ---- Metrics -------------------------------------------------------------------------------- */
+
+/* Sums over B pairs, for the metrics of dpo_metrics. */
+struct DPOSums {
+    double rewards_chosen, rewards_rejected; /* implied_reward */
+    double right; /* pairs whose chosen answer has the larger implied reward */
+    double logps_chosen, logps_rejected; /* nats */
+};
+
+/* By hand: chapter 5's pair, beta 0.1, chosen -8 (reference -10), rejected -13 (-12): implied
+ * rewards 0.2 and -0.1, so the policy orders it rightly; log pi -8 and -13.      test: dpo_hand */
+static struct DPOSums dpo_sums(double beta, size_t B, const struct DPOSide *chosen,
+                               const struct DPOSide *rejected) {
+    struct DPOSums sums = {0};
+    for (size_t b = 0; b < B; b++) {
+        double reward_chosen = implied_reward(beta, chosen[b].logp, chosen[b].ref_logp);
+        double reward_rejected = implied_reward(beta, rejected[b].logp, rejected[b].ref_logp);
+        sums.rewards_chosen += reward_chosen;
+        sums.rewards_rejected += reward_rejected;
+        sums.right += reward_chosen > reward_rejected;
+        sums.logps_chosen += chosen[b].logp;
+        sums.logps_rejected += rejected[b].logp;
+    }
+    return sums;
+}
+
+/* dpo_metrics -- what TRL logs of DPO: sums over B pairs or their tokens, and how many those are.
+ *   rewards/chosen     implied reward: beta times the rise of log pi; rewards/rejected likewise
+ *   rewards/accuracies share of pairs that the policy already orders as the pair does
+ *   rewards/margins    chosen less rejected: what the loss enlarges
+ *   logps/chosen       log pi of whole answers; logps/rejected likewise. If logps/chosen falls too,
+ *                      the policy unlearns good answers with the bad ones: see the loss type sft
+ *                                                                     test: dpo_model_gradient */
+static void dpo_metrics(struct Trainer *trainer, double beta, const struct Batch *batch,
+                        const struct LMHead *head, size_t B, const struct DPOSide *sides) {
+    struct DPOSums sums = dpo_sums(beta, B, sides, sides + B);
+
+    /* the rows of chosen answers come first in the batch, then those of rejected ones */
+    size_t chosen_rows = batch->target_start[B];
+    size_t rejected_rows = batch->R - chosen_rows;
+    const struct {
+        const char *name;
+        double sum;
+        size_t units;
+    } metrics[] = {
+        {"rewards/chosen", sums.rewards_chosen, B},
+        {"rewards/rejected", sums.rewards_rejected, B},
+        {"rewards/accuracies", sums.right, B},
+        {"rewards/margins", sums.rewards_chosen - sums.rewards_rejected, B},
+        {"logps/chosen", sums.logps_chosen, B},
+        {"logps/rejected", sums.logps_rejected, B},
+        {"logits/chosen", row_sum(head->mean_logit, chosen_rows), chosen_rows},
+        {"logits/rejected", row_sum(head->mean_logit + chosen_rows, rejected_rows), rejected_rows},
+        {"entropy", row_sum(head->entropy, batch->R), batch->R},
+        {"mean_token_accuracy", row_sum(head->hit, chosen_rows), chosen_rows},
+    };
+    for (size_t i = 0; i < COUNT(metrics); i++)
+        trainer_metric(trainer, metrics[i].name, metrics[i].sum, metrics[i].units);
+}
+
+/* The loss of held-out pairs, as a metric. It is a mean over pairs, but its part of the loss type
+ * sft is one over the tokens of all chosen answers. The mean over tokens of several batches is not
+ * the mean of their means: so that part is collected here, and added by dpo_evaluated. */
+static void dpo_eval_loss(struct Trainer *trainer, struct DPOTask *task, size_t B,
+                          struct DPOSide *sides) {
+    struct DPOConfig config = task->config;
+    config.weight[DPO_SFT] = 0;
+    double loss = dpo_loss(&config, B, sides, sides + B);
+    trainer_metric(trainer, "loss", loss * (double)B, B);
+    for (size_t b = 0; b < B; b++) {
+        task->eval_nll -= sides[b].logp;
+        task->eval_tokens += sides[b].length;
+    }
+}
+
+/* All held-out pairs were seen: the part of the loss type sft joins their loss. The Trainer will
+ * divide the sum by the number of pairs, so it is multiplied by that here. */
+static void dpo_evaluated(struct Trainer *trainer) {
+    struct DPOTask *task = trainer->task.data;
+    double nll = task->eval_nll / (double)MAX((size_t)1, task->eval_tokens);
+    double pairs = (double)trainer->task.eval_n;
+    trainer_metric(trainer, "loss", task->config.weight[DPO_SFT] * nll * pairs, 0);
+    task->eval_nll = 0;
+    task->eval_tokens = 0;
+}
+
+/* ---- The task ------------------------------------------------------------------------------- */
+
+/* dpo_task_loss -- DPO's loss of B pairs, for the Trainer; in training with its gradient.
+ *                                                        [glossary: DPO]
+ * in   index (B): which pairs; weight: of their loss in the step; eval: they are held-out ones
+ *                                 test: dpo_model_gradient, check_fidelity dpo* */
 static double dpo_task_loss(struct Trainer *trainer, const size_t *index, size_t B, double weight,
                             bool train, bool eval) {
     struct DPOTask *task = trainer->task.data;
@@ -7805,7 +8257,8 @@ static double dpo_task_loss(struct Trainer *trainer, const size_t *index, size_t
     struct Arena *arena = &trainer->arena;
     const struct Example *pairs = task->pairs[eval];
 
-    /* 1. the reference's log-probabilities: computed when a pair is seen for the first time */
+    /* 1. The reference's log-probabilities: computed when a pair is seen for the first time, then
+     *    put into the batch's order. */
     dpo_reference(task, arena, pairs, index, B, task->ref_logps[eval]);
     size_t *slot = arena_alloc(arena, 2 * B, sizeof *slot);
     struct Batch batch = dpo_batch(arena, pairs, index, B, model->config.n_embd, slot);
@@ -7813,28 +8266,30 @@ static double dpo_task_loss(struct Trainer *trainer, const size_t *index, size_t
     for (size_t i = 0; i < 2 * B; i++)
         ref_logps[i] = task->ref_logps[eval][slot[i]];
 
-    /* 2. the policy's, and the loss */
+    /* 2. The policy's, and the loss. Chosen answers are sides 0 to B-1, rejected ones follow. */
     struct LMHead head = batch_logprobs(model, arena, &batch, task->temperature, train);
-    struct DPOSide *chosen = dpo_sides(arena, &batch, head.logprob, ref_logps, B);
-    struct DPOSide *rejected = chosen + B;
+    struct DPOSide *sides = dpo_sides(arena, &batch, head.logprob, ref_logps, B);
     if (eval)
-        dpo_eval_loss(trainer, task, B, chosen, rejected);
-    double loss = dpo_loss(&task->config, B, chosen, rejected);
+        dpo_eval_loss(trainer, task, B, sides);
+    double loss = dpo_loss(&task->config, B, sides, sides + B);
     trainer->state.num_tokens += batch.tokens;
-    dpo_metrics(trainer, task, &batch, &head, B, chosen, rejected);
+    dpo_metrics(trainer, task->config.beta, &batch, &head, B, sides);
     if (!train)
         return loss * weight;
 
-    /* 3. the way back: each token of an answer gets the slope of the answer's log-probability */
+    /* 3. The way back. The log-probability of an answer is a sum over its tokens, so each token
+     *    gets the answer's slope. */
     double *dlogps = arena_alloc(arena, 2 * B, sizeof *dlogps);
     for (size_t i = 0; i < 2 * B; i++)
-        dlogps[i] = chosen[i].dlogp;
+        dlogps[i] = sides[i].dlogp;
     target_logps_backward(model, arena, &batch, &head, 2 * B, dlogps, weight);
     return loss * weight;
 }
 
-/* The two sides of a pair, whole: prompt of its own or the answers' common beginning, end tokens,
- * one split for both, the shorter of the two common prefixes with the prompt's ids. */
+/* The two sides of a pair as tokens: prompt, answer, end token. A row without a prompt of its own
+ * has one all the same: what its two texts have in common at the beginning. Both sides must be
+ * split at the same token, or the loss would compare answers to different prompts. Where a token
+ * spans the end of the prompt, the two may disagree; then the shorter common prefix counts. */
 static void dpo_pair_encode(const struct Trainer *trainer, struct Arena *arena, struct Row row,
                             struct Example pair[2]) {
     size_t V = trainer->model->config.vocab_size;
@@ -7845,7 +8300,8 @@ static void dpo_pair_encode(const struct Trainer *trainer, struct Arena *arena, 
     pair[1] =
         example_prompt_completion(arena, trainer->tok, row.prompt, row.rejected, V, end_token);
     size_t prompt_length = MIN(pair[0].prompt_length, pair[1].prompt_length);
-    pair[0].prompt_length = pair[1].prompt_length = prompt_length;
+    pair[0].prompt_length = prompt_length;
+    pair[1].prompt_length = prompt_length;
 }
 
 /* How many of a data set's pairs could not be used as they are. */
@@ -7863,6 +8319,7 @@ static void dpo_pairs_say(const struct Dataset *data, size_t max_length, struct 
         warn("%s: %zu of %zu pairs were cut to their first %zu tokens (--max_length)", path, n.cut,
              data->n, max_length);
     }
+    /* a choice between equal answers says nothing: see dpo_pair_fit */
     if (n.equal) {
         warn("%s: %zu of %zu pairs are left out: chosen and rejected are the same", path, n.equal,
              data->n);
@@ -7874,48 +8331,60 @@ static void dpo_pairs_say(const struct Dataset *data, size_t max_length, struct 
     }
 }
 
-/* TRL's preparation: pairs without a completion inside max_length are dropped; the rest keep their
- * first max_length ids. Ours alone: pairs whose sides are the same, in the data or since the cut,
- * are left out. Their loss is a constant (sigmoid: ln 2) and has no gradient; only the sft loss
- * learns from them, and with it they stay. */
+/* Cuts a pair to max_length tokens, and tells whether it can be learnt from; if not, or if it was
+ * cut, `counts` says why. */
+static bool dpo_pair_fit(struct Example pair[2], size_t max_length, bool keeps_equal,
+                         struct PairCounts *counts) {
+    /* 1. As in TRL, the end is cut off: a pair with no room for an answer is of no use. */
+    if (pair[0].prompt_length >= max_length) {
+        counts->dropped++;
+        return false;
+    }
+    bool was_equal = is_equal_pair(pair);
+    counts->cut += MAX(pair[0].n, pair[1].n) > max_length;
+    pair[0].n = MIN(pair[0].n, max_length);
+    pair[1].n = MIN(pair[1].n, max_length);
+
+    /* 2. Ours alone: a pair whose sides are the same, in the data or since the cut, has a constant
+     *    loss (sigmoid: ln 2) and no gradient. Only the loss type sft learns from it. */
+    if (keeps_equal || !is_equal_pair(pair))
+        return true;
+    if (was_equal)
+        counts->equal++;
+    else
+        counts->equal_by_cut++;
+    return false;
+}
+
+/* dpo_pairs -- a data set's pairs, made ready; those that cannot be used are left out and counted.
+ * out  pairs (2 data->n): room for all; returns how many pairs there are         test: dpo_pairs */
 static size_t dpo_pairs(const struct Trainer *trainer, struct Arena *arena,
                         const struct Dataset *data, const struct DPOConfig *config,
                         struct Example *pairs) {
     struct PairCounts counts = {0};
-    size_t count = 0;
     size_t max_length = trainer->args.max_length;
     bool keeps_equal = config->weight[DPO_SFT] > 0;
+    size_t count = 0;
     for (size_t i = 0; i < data->n; i++) {
+        /* a pair that does not fit is written over by the next one */
         struct Example *pair = pairs + 2 * count;
         dpo_pair_encode(trainer, arena, data->rows[i], pair);
-        if (pair[0].prompt_length >= max_length) {
-            counts.dropped++;
-            continue;
-        }
-        bool was_equal = is_equal_pair(pair);
-        counts.cut += MAX(pair[0].n, pair[1].n) > max_length;
-        pair[0].n = MIN(pair[0].n, max_length);
-        pair[1].n = MIN(pair[1].n, max_length);
-        if (keeps_equal || !is_equal_pair(pair)) {
+        if (dpo_pair_fit(pair, max_length, keeps_equal, &counts))
             count++;
-        } else if (was_equal) {
-            counts.equal++;
-        } else {
-            counts.equal_by_cut++;
-        }
     }
     dpo_pairs_say(data, max_length, counts);
     CHECK(count > 0, "%s: no pair is left", data->path);
     return count;
 }
 
-/* The reference's log-probabilities too: computed again beside other pairs they could differ in
- * the last bit. */
+/* A checkpoint holds the reference's log-probabilities too. Computed again after a resume, beside
+ * other pairs in the batch, they could differ in the last bit, and so could the whole run. */
 static void dpo_saved(struct Trainer *trainer, struct Checkpoint *checkpoint) {
     struct DPOTask *task = trainer->task.data;
     checkpoint_add_doubles(checkpoint, "ref_logps", task->ref_logps[0], 2 * trainer->task.n);
 }
 
+/* DPO as the Trainer's task, on n pairs (2n examples). */
 static struct DPOTask *dpo_task(struct Trainer *trainer, struct Arena *arena,
                                 struct GPT2 *ref_model, struct DPOConfig config, double temperature,
                                 struct Example *pairs, size_t n) {
@@ -7923,7 +8392,7 @@ static struct DPOTask *dpo_task(struct Trainer *trainer, struct Arena *arena,
     *task = (struct DPOTask){
         .config = config,
         .ref_model = ref_model,
-        .pairs = {pairs},
+        .pairs = {pairs}, /* held-out ones: by the caller, if there are any */
         .temperature = temperature,
     };
     task->ref_logps[0] = arena_zeros(arena, 2 * n, sizeof **task->ref_logps);
@@ -7938,47 +8407,7 @@ static struct DPOTask *dpo_task(struct Trainer *trainer, struct Arena *arena,
     return task;
 }
 
-static bool same_answer(const struct Tokenizer *tok, struct Arena *arena, const struct Example *a,
-                        const struct Example *b, const struct GPT2Config *policy);
-
-/* collect_preferences -- data collection: several answers a prompt, compared, kept as pairs.
- * [glossary: Coleta de dados] Each prompt is answered num_generations times by `policy`; the
- * best answer by the scorer becomes chosen, the worst rejected. Two that read the same are no
- * pair, whatever their scores. Answers that ended before scorer->least_length tokens are left
- * out, and, with only_ended, those that did not end: cut-off text teaches a model to run on.
- * pairs: room for 2n examples, 2i chosen, 2i+1 rejected; returns how many pairs. */
-static size_t collect_preferences(const struct GPT2 *policy, const struct Scorer *scorer,
-                                  struct Arena *arena, const struct Example *prompts, size_t n,
-                                  size_t num_generations, bool only_ended,
-                                  const struct GenerationConfig *generation, struct Rng *rng,
-                                  struct Example *pairs) {
-    struct Example *answers =
-        sample_answers(policy, arena, prompts, n, num_generations, generation, rng);
-    float *score = arena_floats(arena, n * num_generations);
-    size_t count = 0;
-    scorer_score(scorer, arena, answers, n * num_generations, &policy->config, score);
-    for (size_t i = 0; i < n; i++) {
-        size_t best = SIZE_MAX;
-        size_t worst = SIZE_MAX;
-        for (size_t k = i * num_generations; k < (i + 1) * num_generations; k++) {
-            size_t length = answers[k].n - answers[k].prompt_length;
-            bool ended = example_ended(&answers[k], policy->config.eos_token_id);
-            if ((only_ended && !ended) || length < scorer->least_length)
-                continue;
-            if (best == SIZE_MAX || score[k] > score[best])
-                best = k;
-            if (worst == SIZE_MAX || score[k] < score[worst])
-                worst = k;
-        }
-        if (best == worst || score[best] <= score[worst])
-            continue;
-        if (same_answer(scorer->tok, arena, &answers[best], &answers[worst], &policy->config))
-            continue;
-        pairs[2 * count] = answers[best];
-        pairs[2 * count++ + 1] = answers[worst];
-    }
-    return count;
-}
+/* ---- Collected preferences ------------------------------------------------------------------ */
 
 /* What a policy wrote, without its end token: how many tokens, and as text. */
 static size_t answer_length(const struct Example *answer, const struct GPT2Config *policy) {
@@ -7991,7 +8420,7 @@ static struct Text answer_text(const struct Tokenizer *tok, struct Arena *arena,
     return tokenizer_decode_all(tok, arena, ids, answer_length(answer, policy), policy->vocab_size);
 }
 
-/* Nothing can be learnt from a choice between two answers that look the same. */
+/* Whether two answers look the same: from a choice between them nothing can be learnt. */
 static bool same_answer(const struct Tokenizer *tok, struct Arena *arena, const struct Example *a,
                         const struct Example *b, const struct GPT2Config *policy) {
     struct Text text_a = text_shown(arena, answer_text(tok, arena, a, policy), "");
@@ -7999,14 +8428,90 @@ static bool same_answer(const struct Tokenizer *tok, struct Arena *arena, const 
     return text_equal(text_a, text_b);
 }
 
+/* Who answers, and who judges, when preferences are collected.    [glossary: Coleta de dados] */
+struct PreferenceSource {
+    const struct GPT2 *policy;
+    const struct GenerationConfig *generation;
+    size_t num_generations; /* answers to each prompt */
+    const struct Scorer *scorer;
+    bool only_ended; /* answers that did not end are left out: they teach to run on */
+};
+
+/* The places of the best and the worst answer in a list. */
+struct BestWorst {
+    bool found;
+    size_t best, worst;
+};
+
+/* Of answers number first to first + num_generations - 1, those to one prompt, the ones with the
+ * highest and the lowest score. An answer that ended before scorer->least_length tokens does not
+ * count: its score is the scorer's penalty, not a judgement. */
+static struct BestWorst best_and_worst(const struct PreferenceSource *source,
+                                       const struct Example *answers, const float *score,
+                                       size_t first) {
+    struct BestWorst place = {0};
+    for (size_t k = first; k < first + source->num_generations; k++) {
+        size_t length = answers[k].n - answers[k].prompt_length;
+        bool ended = example_ended(&answers[k], source->policy->config.eos_token_id);
+        if ((source->only_ended && !ended) || length < source->scorer->least_length)
+            continue;
+
+        /* among equals the first one */
+        if (!place.found || score[k] > score[place.best])
+            place.best = k;
+        if (!place.found || score[k] < score[place.worst])
+            place.worst = k;
+        place.found = true;
+    }
+    return place;
+}
+
+/* collect_preferences -- data collection: several answers to each prompt, compared, kept as pairs.
+ *                                                                [glossary: Coleta de dados]
+ * in   prompts (n); rng: for sampling
+ * out  pairs: room for 2n examples, 2i chosen, 2i+1 rejected; returns how many pairs
+ * The best answer becomes chosen, the worst rejected: of all pairs that a prompt's answers could
+ * make, the one on which judges would agree most. A prompt whose answers all score or read the
+ * same gives no pair.                          test: collect_identical, collect_resume */
+static size_t collect_preferences(const struct PreferenceSource *source, struct Arena *arena,
+                                  const struct Example *prompts, size_t n, struct Rng *rng,
+                                  struct Example *pairs) {
+    const struct GPT2 *policy = source->policy;
+    const struct Tokenizer *tok = source->scorer->tok;
+    size_t num_generations = source->num_generations;
+
+    /* 1. all answers at once, those to one prompt side by side, and their scores */
+    struct Example *answers =
+        sample_answers(policy, arena, prompts, n, num_generations, source->generation, rng);
+    float *score = arena_floats(arena, n * num_generations);
+    scorer_score(source->scorer, arena, answers, n * num_generations, &policy->config, score);
+
+    /* 2. a pair of each prompt, if its answers differ */
+    size_t count = 0;
+    for (size_t i = 0; i < n; i++) {
+        struct BestWorst place = best_and_worst(source, answers, score, i * num_generations);
+        const struct Example *best = &answers[place.best];
+        const struct Example *worst = &answers[place.worst];
+        if (!place.found || score[place.best] <= score[place.worst])
+            continue;
+        if (same_answer(tok, arena, best, worst, &policy->config))
+            continue;
+        pairs[2 * count] = *best;
+        pairs[2 * count + 1] = *worst;
+        count++;
+    }
+    return count;
+}
+
 /* =============================================================================================
  * Chapter 19 - Exact: a world small enough to enumerate
  *                                            [glossary: Solução em forma fechada]
  *
  * Do PPO, DPO and REINFORCE find what chapter 5 says is best? With text nobody can tell. So here
- * is a world so small that every answer can be written down: a few tokens, a few places. The best
- * policy is known by its formula, and how near to it each method comes is a sum over all answers:
- * nothing is estimated. The methods themselves see only samples, as with real text.
+ * is a world so small that every answer can be written down: a few tokens, a few places. With 3
+ * tokens and 2 places there are 9 answers. The best policy is known by its formula, and how near
+ * to it each method comes is a sum over all answers: nothing is estimated. PPO and REINFORCE
+ * themselves see only samples, as with real text; DPO, which samples nothing, sees all pairs.
  *
  * What enters: a random reference and a random reward for every answer. What leaves: the optimum,
  * and KL and objective of what each method reached.
@@ -8021,29 +8526,47 @@ enum ExactPolicy {
     EXACT_REINFORCE,
     EXACT_POLICIES
 };
+
+/* The policies that are compared; the last three are trained. */
 static const struct {
     const char *name;
     double learning_rate;
     size_t steps;
-} EXACT[EXACT_POLICIES] = {{"reference", 0, 0},
-                           {"optimum", 0, 0},
-                           {"dpo", 8e-3, 250},
-                           {"ppo", 2e-3, 400},
-                           {"reinforce", 2e-3, 500}};
+} EXACT[EXACT_POLICIES] = {
+    [EXACT_REFERENCE] = {"reference", 0, 0},
+    [EXACT_OPTIMUM] = {"optimum", 0, 0},
+    [EXACT_DPO] = {"dpo", 8e-3, 250},
+    [EXACT_PPO] = {"ppo", 2e-3, 400},
+    [EXACT_REINFORCE] = {"reinforce", 2e-3, 500},
+};
 
+/* The world: all its responses, with the reward of each and its probability under each policy. */
 struct ExactWorld {
-    size_t V, L, n; /* n = V^L responses, all of L tokens: there is no end token */
+    size_t V, T, n; /* n = V^T responses, each of T tokens: there is no end token */
     struct Example *y; /* (n) the prompt, id 0, and i written in base V */
-    double *r, *logps[EXACT_POLICIES]; /* (n) reward; log pi(y), nats */
+    double *r; /* (n) reward */
+    double *logps[EXACT_POLICIES]; /* (n) log pi(y), nats */
     double beta, log_Z;
     struct GPT2 *ref_model;
     uint64_t seed;
 };
 
-/* KL(pi || pi*), E[r], KL(pi || pi_ref), J  [glossary: Função objetivo] */
+/* A policy in numbers. */
 struct ExactFigures {
-    double kl_to_optimum, reward, kl, objective;
+    double kl_to_optimum; /* KL(pi || pi*), nats: 0 for the optimum alone */
+    double reward; /* E[r] */
+    double kl; /* KL(pi || pi_ref), nats */
+    double objective; /* J */
 };
+
+/* exact_figures -- what a policy is worth, by sums over all n responses, not by samples.
+ *                                                      [glossary: Função objetivo]
+ *   E[r] = sum_y pi(y) r(y);   KL(pi || q) = sum_y pi(y) (log pi(y) - log q(y))
+ *   J    = E[r] - beta KL(pi || pi_ref)
+ * in   logps (n): log pi(y) of the policy
+ * By hand: pi_ref = (1/2, 1/2), r = (0, 2), beta 0.5, pi = (1/4, 3/4): E[r] = 1.5,
+ * KL = ln 2 - 0.5623 = 0.1308, J = 1.5 - 0.0654 = 1.4346.          test: exact_figures,
+ * exact_optimum, where J + beta KL(pi || pi*) = beta log Z for any policy */
 static struct ExactFigures exact_figures(const struct ExactWorld *w, const double *logps) {
     struct ExactFigures f = {0};
     for (size_t i = 0; i < w->n; i++) {
@@ -8056,18 +8579,20 @@ static struct ExactFigures exact_figures(const struct ExactWorld *w, const doubl
     return f;
 }
 
-/* exact_dpo_loss -- chapter 5's loss, expected over all n^2 ordered pairs when each is judged by
- * someone who prefers as Bradley and Terry say (chapter 3): i to j with probability p_ij =
- * sigmoid(r_i - r_j). in  logps, ref_logps, r (n)  out  the loss;  dlogps (n): d loss / d log
- * pi(y_i) = d loss / d h_i
- *   h_i = log pi(y_i) - log pi_ref(y_i);   s_ij = beta (h_i - h_j)
- *   loss = 1/n^2 sum_ij -[p_ij log sigmoid(s_ij) + (1 - p_ij) log sigmoid(-s_ij)]   [5] Eq. 7,
- *     expected
- *   d loss / d h_i = 2 beta / n^2 sum_j (sigmoid(s_ij) - p_ij)   twice: the pair (j,i) pulls as
- *     (i,j) does
- * Least where s_ij = r_i - r_j for all pairs, that is beta h = r + a constant: pi*. The constant
- * is -beta log Z; in every pair it cancels, and so DPO needs no Z. By hand: pi = pi_ref: loss ln
- * 2; with r = (0, ln 3) the slope of h_1 is 2 beta/4 (1/2 - 3/4) = -beta/8.  test: exact_dpo_* */
+/* exact_dpo_loss -- DPO's loss, expected over all pairs of answers.
+ *                                                      [glossary: Solução em forma fechada]
+ * Each of the n^2 ordered pairs is judged by someone who prefers as Bradley and Terry say (chapter
+ * 3): answer i to answer j with probability p_ij = sigmoid(r_i - r_j).
+ *   h_i  = log pi(y_i) - log pi_ref(y_i);   s_ij = beta (h_i - h_j)
+ *   loss = 1/n^2 sum_ij -[p_ij log sigmoid(s_ij) + (1 - p_ij) log sigmoid(-s_ij)]
+ *                                                                      [5] Eq. 7, expected
+ *   d loss / d h_i = 2 beta / n^2 sum_j (sigmoid(s_ij) - p_ij)
+ * (2, since h_i is in the pair (i,j) and in the pair (j,i), and both have the same slope).
+ * in   logps, ref_logps, r (n)      out  dlogps (n): d loss / d log pi(y_i) = d loss / d h_i
+ * The slope is 0 where s_ij = r_i - r_j for all pairs, that is beta h = r + a constant: at pi*. The
+ * constant is -beta log Z. It cancels in every pair, and so DPO needs no Z.
+ * By hand: pi = pi_ref: loss ln 2; with r = (0, ln 3), beta 0.8: the slope of the second answer is
+ * 2 * 0.8 / 4 * (1/2 - 3/4) = -0.1.             test: exact_dpo_loss, exact_dpo_gradient */
 static double exact_dpo_loss(const double *logps, const double *ref_logps, const double *r,
                              size_t n, double beta, double *dlogps) {
     double loss = 0;
@@ -8075,8 +8600,11 @@ static double exact_dpo_loss(const double *logps, const double *ref_logps, const
     for (size_t i = 0; i < n; i++) {
         dlogps[i] = 0;
         for (size_t j = 0; j < n; j++) {
+            /* 1. what the judge prefers, and what the policy does */
             double p = sigmoid(r[i] - r[j]);
             double s = beta * (logps[i] - ref_logps[i] - logps[j] + ref_logps[j]);
+
+            /* 2. the cross-entropy of the two, and its slope: their difference */
             loss -= (p * log_sigmoid(s) + (1 - p) * log_sigmoid(-s)) / pairs;
             dlogps[i] += 2 * beta * (sigmoid(s) - p) / pairs;
         }
@@ -8084,61 +8612,105 @@ static double exact_dpo_loss(const double *logps, const double *ref_logps, const
     return loss;
 }
 
-/* All responses through a model: log pi(y) of each into logps (n), and in training DPO's
- * gradient into the weights. In float the probabilities add up to 1 within 1e-6; the optimum at
- * an infinite beta is the same policy, its sum 1. */
-static void exact_pass(const struct ExactWorld *w, struct GPT2 *model, struct Arena *arena,
-                       bool train, double *logps) {
-    struct Batch batch = collate(arena, w->y, w->n, SKIP_LAST);
-    struct LMHead head = batch_logprobs(model, arena, &batch, 1, train);
-    sum_target_logps(&batch, w->n, head.logprob, logps);
+/* log pi(y) of all responses under a model, into logps (n). keep: with the activations that a
+ * backward pass needs. `batch` must outlive the head that is returned. */
+static struct LMHead exact_logps(const struct ExactWorld *w, const struct GPT2 *model,
+                                 struct Arena *arena, struct Batch *batch, bool keep,
+                                 double *logps) {
+    *batch = collate(arena, w->y, w->n, SKIP_LAST);
+    struct LMHead head = batch_logprobs(model, arena, batch, 1, keep);
+    sum_target_logps(batch, w->n, head.logprob, logps);
+
+    /* The model's floats make probabilities that add up to 1 within 1e-6, where a KL of 1e-7 is to
+     * be seen. An infinite beta makes rewards weightless: the optimum is the same policy, divided
+     * by its sum. */
     exact_optimum(logps, w->r, w->n, INFINITY, logps);
-    if (!train)
-        return;
+    return head;
+}
+
+/* A step's gradient of exact_dpo_loss, added to the model's.   out  logps (n), before the step */
+static void exact_dpo_backward(const struct ExactWorld *w, struct GPT2 *model, struct Arena *arena,
+                               double *logps) {
+    struct Batch batch;
+    struct LMHead head = exact_logps(w, model, arena, &batch, true, logps);
     double *dlogps = arena_alloc(arena, w->n, sizeof *dlogps);
     exact_dpo_loss(logps, w->logps[EXACT_REFERENCE], w->r, w->n, w->beta, dlogps);
     target_logps_backward(model, arena, &batch, &head, w->n, dlogps, 1);
 }
 
-/* A reference, all responses, rewards from N(0, 1). GPT-2's own start, N(0, 0.02), makes all
- * responses about as likely; from N(0, 0.1) some are a hundred times likelier than others. The
- * end token's id, V, is none of the model's: nothing ends early. */
-static struct ExactWorld *exact_world(struct Arena *arena, struct GPT2Config config, size_t L,
+/* Response number i: after the prompt, token 0, the T digits of i in base V, the first one being
+ * worth most.            By hand: V 3, T 3: 14 = 1 * 9 + 1 * 3 + 2 is 1 1 2.
+ *                                                                  test: exact_dpo_gradient */
+static struct Example exact_response(struct Arena *arena, size_t V, size_t T, size_t i) {
+    struct Example y = {arena_zeros(arena, T + 1, sizeof(int)), T + 1, 1};
+    for (size_t t = T; t > 0; t--) {
+        y.ids[t] = (int)(i % V);
+        i /= V;
+    }
+    return y;
+}
+
+/* And back: which response these tokens, prompt included, are. */
+static size_t exact_number(const struct ExactWorld *w, const int *ids) {
+    size_t i = 0;
+    for (size_t t = 1; t <= w->T; t++)
+        i = i * w->V + (size_t)ids[t];
+    return i;
+}
+
+/* The reference: a GPT-2 with random weights. Its own start, N(0, 0.02), makes all responses about
+ * as likely; from N(0, 0.1) some are a hundred times likelier than others, and the optimum must
+ * weigh that against their rewards. */
+static struct GPT2 *exact_reference(struct GPT2Config config, size_t T, uint64_t seed) {
+    config.n_positions = T + 1;
+    config.eos_token_id = (int)config.vocab_size; /* no token has this id: nothing ends early */
+    struct GPT2 *model = gpt2_new(config);
+    struct Rng rng = rng_seed(seed, STREAM_INIT);
+    for (size_t i = 0; i < model->tensor_count; i++)
+        if (model->tensors[i]->ndim == 2)
+            tensor_normal(model->tensors[i], &rng, 0.1);
+    return model;
+}
+
+/* exact_world -- a reference, all responses, and a reward from N(0, 1) for each.
+ * in   config: vocab_size and the model's sizes; T: tokens of a response */
+static struct ExactWorld *exact_world(struct Arena *arena, struct GPT2Config config, size_t T,
                                       uint64_t seed) {
     struct ExactWorld *w = arena_zeros(arena, 1, sizeof *w);
+    size_t n = (size_t)lround(pow((double)config.vocab_size, (double)T));
     *w = (struct ExactWorld){
         .V = config.vocab_size,
-        .L = L,
-        .n = (size_t)lround(pow((double)config.vocab_size, (double)L)),
+        .T = T,
+        .n = n,
+        .y = arena_alloc(arena, n, sizeof *w->y),
+        .r = arena_alloc(arena, n, sizeof *w->r),
+        .ref_model = exact_reference(config, T, seed),
         .seed = seed,
     };
-    config.n_positions = L + 1;
-    config.eos_token_id = (int)w->V; /* no token of the world has this id */
-    w->ref_model = gpt2_new(config);
-    struct Rng weights = rng_seed(seed, STREAM_INIT);
-    struct Rng rewards = rng_seed(seed, STREAM_REWARD);
-    for (size_t i = 0; i < w->ref_model->tensor_count; i++)
-        if (w->ref_model->tensors[i]->ndim == 2)
-            tensor_normal(w->ref_model->tensors[i], &weights, 0.1);
-    for (int k = 0; k < EXACT_POLICIES; k++)
-        w->logps[k] = arena_zeros(arena, w->n, sizeof(double));
-    w->y = arena_alloc(arena, w->n, sizeof *w->y);
-    w->r = arena_alloc(arena, w->n, sizeof *w->r);
-    for (size_t i = 0; i < w->n; i++) {
-        w->y[i] = (struct Example){arena_zeros(arena, L + 1, sizeof(int)), L + 1, 1};
-        for (size_t t = L, rest = i; t > 0; t--, rest /= w->V)
-            w->y[i].ids[t] = (int)(rest % w->V);
-        w->r[i] = rng_normal(&rewards);
+
+    /* 1. responses and rewards */
+    struct Rng rng = rng_seed(seed, STREAM_REWARD);
+    for (size_t i = 0; i < n; i++) {
+        w->y[i] = exact_response(arena, w->V, T, i);
+        w->r[i] = rng_normal(&rng);
     }
-    exact_pass(w, w->ref_model, arena, false, w->logps[EXACT_REFERENCE]);
+
+    /* 2. how probable each is under the reference; the other policies are not there yet */
+    for (int k = 0; k < EXACT_POLICIES; k++)
+        w->logps[k] = arena_zeros(arena, n, sizeof(double));
+    struct Batch batch;
+    exact_logps(w, w->ref_model, arena, &batch, false, w->logps[EXACT_REFERENCE]);
     return w;
 }
 
-/* The policy answers EXACT_BATCH times; the score is the reward of what it said. */
+/* The policy answers EXACT_BATCH times; the score is the reward of what it said, looked up. */
 static struct Rollout *exact_rollouts(const struct ExactWorld *w, const struct GPT2 *policy,
                                       struct Rng *rng, struct Arena *arena) {
     struct Rollout *rollouts = arena_alloc(arena, EXACT_BATCH, sizeof *rollouts);
-    struct Sequence s[EXACT_BATCH];
+    struct Sequence sequences[EXACT_BATCH];
+
+    /* Sampled from the policy's own distribution, nothing cut off: only such answers estimate its
+     * gradient without bias. */
     struct GenerationConfig sampling = {
         .do_sample = true,
         .num_beams = 1,
@@ -8146,64 +8718,96 @@ static struct Rollout *exact_rollouts(const struct ExactWorld *w, const struct G
         .top_p = 1,
         .repetition_penalty = 1,
     };
-    for (size_t i = 0; i < EXACT_BATCH; i++)
-        s[i] = sequence_start(arena, w->y[0].ids, 1, w->L, policy,
-                              rng_seed(rng_next(rng), STREAM_SAMPLE));
-    generate(policy, s, EXACT_BATCH, &sampling);
     for (size_t i = 0; i < EXACT_BATCH; i++) {
-        size_t y = 0;
-        for (size_t t = 1; t <= w->L; t++)
-            y = y * w->V + (size_t)s[i].ids[t];
-        rollouts[i] = (struct Rollout){w->y[y], w->L, (float)w->r[y]};
+        struct Rng own = rng_seed(rng_next(rng), STREAM_SAMPLE);
+        sequences[i] = sequence_start(arena, w->y[0].ids, 1, w->T, policy, own);
+    }
+    generate(policy, sequences, EXACT_BATCH, &sampling);
+    for (size_t i = 0; i < EXACT_BATCH; i++) {
+        size_t k = exact_number(w, sequences[i].ids);
+        rollouts[i] = (struct Rollout){w->y[k], w->T, (float)w->r[k]};
     }
     return rollouts;
 }
 
-/* exact_train -- a copy of the reference, trained by one method. DPO takes all pairs in each
- * step: no noise. PPO and REINFORCE take chapter 17's own steps, a nat of KL at the fixed price
- * beta, all answers to the one prompt. */
-static void exact_train(struct ExactWorld *w, enum ExactPolicy method) {
+/* DPO on all pairs in each step, which is a mean without noise. */
+static void exact_train_dpo(const struct ExactWorld *w, struct GPT2 *model,
+                            const struct TrainingArguments *args) {
     struct Arena arena = {0};
-    struct GPT2 *model = gpt2_copy(w->ref_model);
-    struct Rng rng = rng_seed(w->seed, STREAM_SAMPLE);
-    size_t steps = EXACT[method].steps;
-    struct TrainingArguments args = training_arguments();
-    args.learning_rate = EXACT[method].learning_rate;
-    args.warmup_steps = 20; /* then down to 0, and with it the samples' noise */
+    size_t steps = EXACT[EXACT_DPO].steps;
+    double *logps = w->logps[EXACT_DPO];
+    gpt2_make_trainable(model);
+    for (size_t step = 0; step < steps; step++) {
+        arena_reset(&arena);
+        exact_dpo_backward(w, model, &arena, logps);
+        double learning_rate = args->learning_rate * schedule_factor(args, step, steps);
+        optimizer_step(model, args, learning_rate, step + 1);
+    }
+    arena_free(&arena);
+}
+
+/* PPO or REINFORCE by chapter 17's own steps. A nat of KL has the fixed price beta, for the optimum
+ * that they are compared with is that of this beta. All answers are to the one prompt. */
+static void exact_train_rollouts(const struct ExactWorld *w, struct GPT2 *model,
+                                 const struct TrainingArguments *args, enum ExactPolicy method) {
+    struct Arena arena = {0};
     struct PPOConfig config = ppo_config();
-    config.batch_size = config.mini_batch_size = config.num_generations = EXACT_BATCH;
-    if (method == EXACT_REINFORCE)
-        config.baseline = BASELINE_RLOO;
+    config.batch_size = EXACT_BATCH;
+    config.mini_batch_size = EXACT_BATCH;
+    config.num_generations = EXACT_BATCH;
     config.ppo_epochs = 2;
     config.vf_coef = 0.5;
     config.init_kl_coef = w->beta;
     config.adap_kl_ctrl = false;
-    struct PPOTrainer *ppo = ppo_trainer_new(model, w->ref_model, config, args, 1);
-    ppo->total_steps = steps;
-    for (size_t step = 0; step < steps; step++, arena_reset(&arena)) {
+    if (method == EXACT_REINFORCE)
+        config.baseline = BASELINE_RLOO;
+    struct PPOTrainer *ppo = ppo_trainer_new(model, w->ref_model, config, *args, 1);
+    ppo->total_steps = EXACT[method].steps;
+
+    /* each step from new answers of the policy as it is then */
+    struct Rng rng = rng_seed(w->seed, STREAM_SAMPLE);
+    for (size_t step = 0; step < ppo->total_steps; step++) {
+        arena_reset(&arena);
+        struct Rollout *rollouts = exact_rollouts(w, model, &rng, &arena);
         if (method == EXACT_PPO)
-            ppo_step(ppo, exact_rollouts(w, model, &rng, &arena));
-        if (method == EXACT_REINFORCE)
-            reinforce_step(ppo, exact_rollouts(w, model, &rng, &arena));
-        if (method == EXACT_DPO)
-            exact_pass(w, model, &arena, true, w->logps[method]);
-        if (method == EXACT_DPO)
-            optimizer_step(model, &args, args.learning_rate * schedule_factor(&args, step, steps),
-                           step + 1);
+            ppo_step(ppo, rollouts);
+        else
+            reinforce_step(ppo, rollouts);
     }
-    exact_pass(w, model, &arena, false, w->logps[method]);
-    say("exact: beta %g: %s: %zu steps, KL to the optimum %.5f nats\n", w->beta, EXACT[method].name,
-        steps, exact_figures(w, w->logps[method]).kl_to_optimum);
     ppo_trainer_free(ppo);
-    gpt2_free(model);
     arena_free(&arena);
 }
 
-/* The optimum at beta and the three trainings, which know nothing of one another: a thread for
- * each.  test: exact_run */
+/* exact_train -- a copy of the reference, trained by one method.
+ * out  w->logps[method]: what it says of all responses afterwards */
+static void exact_train(struct ExactWorld *w, enum ExactPolicy method) {
+    struct GPT2 *model = gpt2_copy(w->ref_model);
+    struct TrainingArguments args = training_arguments();
+    args.learning_rate = EXACT[method].learning_rate;
+
+    /* then linearly down to 0, and with the steps the noise of the samples */
+    args.warmup_steps = 20;
+    if (method == EXACT_DPO)
+        exact_train_dpo(w, model, &args);
+    else
+        exact_train_rollouts(w, model, &args, method);
+
+    /* the judgement: over all responses, whatever the method saw of them */
+    struct Arena arena = {0};
+    struct Batch batch;
+    exact_logps(w, model, &arena, &batch, false, w->logps[method]);
+    arena_free(&arena);
+    gpt2_free(model);
+    say("exact: beta %g: %s: %zu steps, KL to the optimum %.5f nats\n", w->beta, EXACT[method].name,
+        EXACT[method].steps, exact_figures(w, w->logps[method]).kl_to_optimum);
+}
+
+/* exact_run -- the optimum at beta, and the three trainings.                  test: exact_run */
 static void exact_run(struct ExactWorld *w, double beta) {
     w->beta = beta;
     w->log_Z = exact_optimum(w->logps[EXACT_REFERENCE], w->r, w->n, beta, w->logps[EXACT_OPTIMUM]);
+
+    /* They know nothing of one another: a thread for each. */
 #pragma omp parallel for schedule(dynamic, 1)
     for (int k = EXACT_REINFORCE; k >= EXACT_DPO; k--)
         exact_train(w, (enum ExactPolicy)k);
@@ -8597,9 +9201,14 @@ static void course_dpo(struct Course *course) {
     struct Rng rng = rng_seed(course->seed, STREAM_SAMPLE);
     /* an answer of 40 tokens can end one; it never ends a whole review */
     bool sentences = tokens / course->train_n < COURSE_POSITIONS;
-    size_t count =
-        collect_preferences(course->language_model, &course->scorer, &course->arena,
-                            course->prompts, n, ANSWERS, sentences, &generation, &rng, pairs);
+    struct PreferenceSource source = {
+        .policy = course->language_model,
+        .generation = &generation,
+        .num_generations = ANSWERS,
+        .scorer = &course->scorer,
+        .only_ended = sentences,
+    };
+    size_t count = collect_preferences(&source, &course->arena, course->prompts, n, &rng, pairs);
     say("4/4 dpo: %zu pairs collected from %zu answers\n", count, n * ANSWERS);
     CHECK(count > 0 || course->dpo_steps == 0, "no answer of the language model ended by itself, "
                                                "so no pair could be formed; train it longer "
@@ -11709,7 +12318,7 @@ static void exact_print(const struct ExactWorld *w, bool json) {
         printf("%zu responses of %zu tokens; beta %g: Z %.5g, log Z %.4f; J of the reference %.4f, "
                "at most beta log Z = %.4f\n\n           KL(pi||pi*)     E[r]  KL(pi||ref)        J "
                " of the way\n",
-               w->n, w->L, w->beta, exp(w->log_Z), w->log_Z, ref, max);
+               w->n, w->T, w->beta, exp(w->log_Z), w->log_Z, ref, max);
     for (int k = json ? EXACT_DPO : 0; k < EXACT_POLICIES; k++) {
         struct ExactFigures f = exact_figures(w, w->logps[k]);
         if (json)
@@ -13749,9 +14358,13 @@ static void collect_scored(struct Options *o, struct Collection *c, const struct
                            size_t n) {
     struct Example *pairs = arena_alloc(&o->arena, 2 * n, sizeof *pairs);
     size_t added = 0;
-    size_t each = o->ppo.num_generations;
-    size_t count = collect_preferences(o->model, &c->source.scorer, &o->arena, prompts, n, each,
-                                       false, &c->source.generation, &c->rng, pairs);
+    struct PreferenceSource source = {
+        .policy = o->model,
+        .generation = &c->source.generation,
+        .num_generations = o->ppo.num_generations,
+        .scorer = &c->source.scorer,
+    };
+    size_t count = collect_preferences(&source, &o->arena, prompts, n, &c->rng, pairs);
     for (size_t i = 0; i < count; i++) {
         if (pair_written(o, c, pairs + 2 * i))
             continue;

@@ -5504,6 +5504,27 @@ static void test_ppo_penalties_golden(void) {
     }
 }
 
+/* By hand: chapter 4's answer, the score on its last token. */
+static void test_ppo_rewards(void) {
+    struct PPOTrainer ppo = {.config = ppo_config(), .kl_coef = 0.2};
+    float kl[3], non_score_rewards[3], rewards[3];
+    struct PPOBatch p = {
+        .B = 1,
+        .R = 3,
+        .start = (size_t[]){0, 3},
+        .logprobs = (float[]){-1.2f, -0.5f, -0.1f},
+        .ref_logprobs = (float[]){-1.7f, -0.5f, -0.2f},
+        .kl = kl,
+        .non_score_rewards = non_score_rewards,
+        .rewards = rewards,
+    };
+    ppo_rewards(&ppo, &p, (float[]){1});
+    expect_floats("divergence", kl, (double[]){0.5, 0, 0.1}, 3, 1e-6);
+    expect_floats("penalty alone", non_score_rewards, (double[]){-0.1, 0, -0.02}, 3, 1e-6);
+    expect_floats("with the score", rewards, (double[]){-0.1, 0, 0.98}, 3, 1e-6);
+    expect_close("nats an answer", ppo_kl(&p), 0.6, 1e-6);
+}
+
 /* Advantages and returns against TRL, with whitened rewards and their padding too; the comment's
  * example. */
 static void test_ppo_advantages_golden(void) {
@@ -5999,6 +6020,7 @@ static void test_reinforce_advantages(void) {
     expect_floats("running mean 1.5", a, (double[]){-0.5, 0.5, 4.5, -1.5, 2.5, 3.5}, 6, 0);
     reinforce_advantages(BASELINE_RLOO, rewards, 6, 3, 9, a);
     expect_floats("leave one out", a, (double[]){-3, -1.5, 4.5, -4.5, 1.5, 3}, 6, 1e-6);
+    expect_close("R: score less beta KL", reinforce_reward(1, 0.1, -8, -10), 0.8, 1e-12);
     float s[] = {1, 1, 2, 0};
     float wide[] = {1, 3};
     expect_close("variance by hand", gradient_variance(wide, s, 2, 1), 1, 1e-9);
@@ -6115,7 +6137,7 @@ static void test_reinforce_step(void) {
     log_find(&ppo->stats, "objective", &value);
     expect_close("reward less beta KL", value, (R[0] + R[1] + R[2] + R[3]) / 4, 1e-5);
     expect_close("the running mean", ppo->moments.mean, value, 1e-6);
-    float *s = reinforce_scores(ppo, &head, &batch);
+    float *s = answer_gradients(ppo, &head, &batch);
     float bias = ppo->model->ln_f.bias.w[3];
     double stirred = 0;
     for (size_t i = 0; i < ppo->model->wte.n; i++)
@@ -6283,6 +6305,14 @@ static void test_dpo_hand(void) {
     expect_close("ipo, drejected", ipo.drejected, 4, 1e-12);
     struct DPOSide same = {.logp = -10, .ref_logp = -10};
     expect_close("at first ln 2", dpo_pair_loss(7, &same, &same).loss, log(2), 1e-12);
+
+    struct DPOSide chosen_side = {.logp = -8, .ref_logp = -10, .length = 4};
+    struct DPOSide rejected_side = {.logp = -13, .ref_logp = -12, .length = 2};
+    struct DPOSums sums = dpo_sums(0.1, 1, &chosen_side, &rejected_side);
+    expect_doubles("dpo_sums",
+                   (double[]){sums.rewards_chosen, sums.rewards_rejected, sums.right,
+                              sums.logps_chosen, sums.logps_rejected},
+                   (double[]){0.2, -0.1, 1, -8, -13}, 5, 1e-12);
 }
 
 /* Loss and gradients of every type against TRL; extremes. */
@@ -7398,6 +7428,19 @@ static struct Text command_output(const char *const *words) {
     return capture_end();
 }
 
+/* By hand: a scaled reward, and one of a response that ended too soon. */
+static void test_scorer_scale(void) {
+    struct Scorer scorer = {.mean = 2, .std = 0.5, .least_length = 4, .short_score = -2};
+    struct GPT2Config policy = {.vocab_size = 9, .eos_token_id = 7};
+    struct Example ended = {(int[]){1, 5, 5, 7}, 4, 1};
+    struct Example cut = {(int[]){1, 5, 5, 5}, 4, 1};
+    expect_close("ended after three tokens", scorer_scale(&scorer, &ended, &policy, 3.5f), -2, 0);
+    expect_close("worse than that", scorer_scale(&scorer, &ended, &policy, 0.5f), -3, 0);
+    expect_close("cut there by max_new_tokens", scorer_scale(&scorer, &cut, &policy, 3.5f), 3, 0);
+    scorer.least_length = 3;
+    expect_close("long enough", scorer_scale(&scorer, &ended, &policy, 3.5f), 3, 0);
+}
+
 /* An answer ends in its policy's end token, here "." (13). What is scored, counted and shown is the
  * text before it, a "." of the prompt included. The reward model's own end token does not matter.
  */
@@ -7665,10 +7708,14 @@ static void test_collect_identical(void) {
     for (size_t i = 0; i < 20; i++)
         prompts[i] = (struct Example){prompt, 1, 1};
     struct Rng rng = rng_seed(1, 1);
+    struct PreferenceSource source = {
+        .policy = policy,
+        .generation = &greedy,
+        .num_generations = 3,
+        .scorer = &scorer,
+    };
     expect_count("pairs of equal answers",
-                 collect_preferences(policy, &scorer, &test_arena, prompts, 20, 3, false, &greedy,
-                                     &rng, pairs),
-                 0);
+                 collect_preferences(&source, &test_arena, prompts, 20, &rng, pairs), 0);
     gpt2_free(policy);
     gpt2_free(judge);
 }
@@ -7707,6 +7754,24 @@ static void test_exact_optimum(void) {
     expect_close("a distribution", sum, 1, 1e-12);
 }
 
+/* By hand: two answers, and a policy that prefers the better one. */
+static void test_exact_figures(void) {
+    double half[] = {log(0.5), log(0.5)};
+    double policy[] = {log(0.25), log(0.75)};
+    double optimum[2];
+    struct ExactWorld w = {
+        .n = 2,
+        .r = (double[]){0, 2},
+        .beta = 0.5,
+        .logps = {half, optimum},
+    };
+    exact_optimum(half, w.r, 2, 0.5, optimum);
+    struct ExactFigures f = exact_figures(&w, policy);
+    expect_close("E[r]", f.reward, 1.5, 1e-12);
+    expect_close("KL", f.kl, 0.1308, 1e-4);
+    expect_close("J", f.objective, 1.4346, 1e-4);
+}
+
 /* By hand, no slope at pi*, and elsewhere the slopes of central differences. */
 static void test_exact_dpo_loss(void) {
     double ref[] = {log(0.5), log(0.5)};
@@ -7742,7 +7807,8 @@ static void test_exact_dpo_loss(void) {
 static double exact_model_loss(void *context) {
     struct ExactWorld *w = context;
     double logps[32], dlogps[32];
-    exact_pass(w, w->ref_model, &test_arena, false, logps);
+    struct Batch batch;
+    exact_logps(w, w->ref_model, &test_arena, &batch, false, logps);
     return exact_dpo_loss(logps, w->logps[EXACT_REFERENCE], w->r, w->n, w->beta, dlogps);
 }
 
@@ -7766,7 +7832,7 @@ static void test_exact_dpo_gradient(void) {
     fill_random(w->ref_model); /* another policy; logps[EXACT_REFERENCE] stays */
     w->beta = 0.7;
     gpt2_make_trainable(w->ref_model);
-    exact_pass(w, w->ref_model, &test_arena, true, logps);
+    exact_dpo_backward(w, w->ref_model, &test_arena, logps);
     for (size_t i = 0; i < w->ref_model->tensor_count; i++) {
         struct Tensor *t = w->ref_model->tensors[i];
         expect_gradient(t->name, (struct Slope){exact_model_loss, w, 0.003}, t->w, t->d, t->n, 6,
@@ -8717,6 +8783,7 @@ static const struct {
     {"ppo_scores_golden", test_ppo_scores_golden},
     {"ppo_kl_controller", test_ppo_kl_controller},
     {"ppo_penalties_golden", test_ppo_penalties_golden},
+    {"ppo_rewards", test_ppo_rewards},
     {"ppo_advantages_golden", test_ppo_advantages_golden},
     {"gae_hand", test_gae_hand},
     {"ppo_token_loss", test_ppo_token_loss},
@@ -8752,6 +8819,7 @@ static const struct {
     {"broken_weights", test_broken_weights},
     {"broken_config", test_broken_config},
     {"broken_data", test_broken_data},
+    {"scorer_scale", test_scorer_scale},
     {"answer_end", test_answer_end},
     {"broken_tokenizer", test_broken_tokenizer},
     {"heads_left_out", test_heads_left_out},
@@ -8768,6 +8836,7 @@ static const struct {
     {"collect_identical", test_collect_identical},
     {"encode_prompts", test_encode_prompts},
     {"exact_optimum", test_exact_optimum},
+    {"exact_figures", test_exact_figures},
     {"exact_dpo_loss", test_exact_dpo_loss},
     {"exact_dpo_gradient", test_exact_dpo_gradient},
     {"exact_run", test_exact_run},
