@@ -6634,10 +6634,17 @@ static void exact_run(struct ExactWorld *w, double beta) {
  * Chapter 20 - The whole course (rlhf)
  *             [glossary: Aprendizado por reforço a partir de feedback humano (RLHF)]
  *
- * Everything in one go. What enters: rated texts. What leaves: a language model trained from
- * nothing, a reward model of the raters' taste, two policies that please it, one by PPO and one by
- * DPO, and the measurements that say what each gained and what it cost. A tenth of the texts is
- * never trained on: all figures are taken there.
+ * Does it all work together? This chapter runs the drawing of the preface from left to right, in
+ * minutes, and measures what came of it:
+ *
+ *     rated texts -> 1 language model, from nothing -> 2 reward model -> 3 PPO -> 4 DPO
+ *                         |  "before"                       |              |         |
+ *                         +------ the same held-out prompts, one scorer, four numbers each ------+
+ *
+ * What enters: rated texts. What leaves: a language model, a reward model of the raters' taste,
+ * two policies that please it, one by PPO and one by DPO, and what each gained (reward) and what it
+ * cost (KL to the reference, variety, length). A tenth of the texts is never trained on: all
+ * figures are taken there.
  * ============================================================================================= */
 
 /* From chapter 26: what was measured, as files, as a page, and on the terminal. */
@@ -6646,55 +6653,102 @@ static void course_write(struct Course *course, double seconds);
 static void report_write(const char *dir);
 static void course_print(struct Course *course);
 
+/* ---- What is measured ------------------------------------------------------------------------ */
+
 static int compare_u64(const void *a, const void *b) {
     uint64_t x = *(const uint64_t *)a;
     uint64_t y = *(const uint64_t *)b;
     return (x > y) - (x < y);
 }
 
-/* Distinct word pairs / all word pairs of many texts: 1 if nothing repeats, near 0 for a model
- * that has one phrase left. Words are runs of letters and apostrophes, and each of . ! ? counts
- * as one. */
+static bool is_word_byte(unsigned char byte) {
+    return isalpha(byte) || byte == '\'';
+}
+
+/* Finds the next word of a text from byte *at on, and moves *at behind it. A word is a run of
+ * letters and apostrophes; each of . ! ? is a word of its own, for a model that has learnt to write
+ * nothing else must not pass as varied. The word comes out as a number, which is all that counting
+ * needs: its FNV-1a hash, capital letters taken as small ones. */
+static bool next_word(struct Text text, size_t *at, uint64_t *word) {
+    const unsigned char *bytes = (const unsigned char *)text.data;
+    /* 1. skip what is no word */
+    size_t first = *at;
+    while (first < text.length && !is_word_byte(bytes[first]) && !memchr(".!?", bytes[first], 3))
+        first++;
+    if (first == text.length)
+        return false;
+
+    /* 2. find its end: a mark is one byte long, a run of letters as long as it lasts */
+    size_t end = first;
+    while (end < text.length && is_word_byte(bytes[end]))
+        end++;
+    end = MAX(end, first + 1);
+
+    /* 3. its number */
+    *word = 14695981039346656037u;
+    for (size_t i = first; i < end; i++)
+        *word = (*word ^ (uint64_t)tolower(bytes[i])) * 1099511628211u;
+    *at = end;
+    return true;
+}
+
+/* The pairs of neighbouring words of a text, as numbers; returns how many there are. */
+static size_t word_pairs(struct Text text, uint64_t *pairs) {
+    size_t count = 0;
+    size_t at = 0;
+    uint64_t word;
+    uint64_t previous;
+    if (!next_word(text, &at, &previous))
+        return 0;
+    while (next_word(text, &at, &word)) {
+        pairs[count++] = previous * 31 + word; /* not symmetric: "a b" is not "b a" */
+        previous = word;
+    }
+    return count;
+}
+
+/* distinct_2 -- how varied the answers of a policy are, all of them together.
+ *   distinct word pairs / all word pairs,   1 where nothing repeats, near 0 for one phrase
+ * A policy that has found one answer the reward model likes may give it to every prompt: its mean
+ * reward is high, and only a measure such as this one tells that nothing else is left.
+ * in   texts (n)        returns a share, 0 where there is no pair at all
+ * By hand: "the film. The FILM." has the pairs the-film, film-., .-the, the-film, film-.: three
+ * distinct ones of five, 0.6.                                             test: evaluation */
 static double distinct_2(const struct Text *texts, size_t n) {
+    struct Arena arena = {0};
     size_t bytes = 0;
     size_t count = 0;
     size_t distinct = 0;
+    /* 1. all pairs of all texts: no text has more pairs than bytes */
     for (size_t i = 0; i < n; i++)
         bytes += texts[i].length;
-    uint64_t *pairs = malloc((bytes + 1) * sizeof *pairs);
-    CHECK(pairs, "out of memory");
-    for (size_t i = 0; i < n; i++) {
-        uint64_t previous = 0;
-        const unsigned char *text = (const unsigned char *)texts[i].data;
-        for (size_t k = 0; k < texts[i].length;) {
-            size_t first = k;
-            uint64_t hash = 14695981039346656037u; /* FNV-1a of the word */
-            while (k < texts[i].length && (isalpha(text[k]) || text[k] == '\''))
-                k++;
-            if (k == first && !memchr(".!?", text[k++], 3))
-                continue;
-            for (size_t c = first; c < k; c++)
-                hash = (hash ^ (uint64_t)tolower(text[c])) * 1099511628211u;
-            if (previous)
-                pairs[count++] = previous * 31 + hash;
-            previous = hash;
-        }
-    }
+    uint64_t *pairs = arena_alloc(&arena, bytes + 1, sizeof *pairs);
+    for (size_t i = 0; i < n; i++)
+        count += word_pairs(texts[i], pairs + count);
+
+    /* 2. once sorted, equal ones stand side by side, and the first of each kind counts */
     qsort(pairs, count, sizeof *pairs, compare_u64);
     for (size_t i = 0; i < count; i++)
         distinct += i == 0 || pairs[i] != pairs[i - 1];
-    free(pairs);
+    arena_free(&arena);
     return count ? (double)distinct / (double)count : 0;
 }
 
-/* Share of pairs of held-out texts, ratings min_difference or more apart, that the rewards order
- * rightly. */
+/* pair_accuracy -- does the reward model know the raters' taste?
+ *   share of the pairs i, j with rating_i - rating_j >= min_difference whose reward_i > reward_j
+ * Rewards have no scale of their own that could be compared with ratings, but an order they have.
+ * Pairs that the raters themselves found nearly equal would measure their noise: min_difference
+ * leaves them out.
+ * in   reward, rating (n) of texts that were held out         returns a share; NAN: no such pair
+ * By hand: rewards 1, 3, 2 for ratings 3, 2, 1: of the pairs (1,2), (1,3), (2,3) only the last
+ * one is in order: 1/3.                                                      test: evaluation */
 static double pair_accuracy(const float *reward, const double *rating, size_t n,
                             double min_difference) {
     double right = 0;
     double total = 0;
     for (size_t i = 0; i < n; i++)
         for (size_t j = 0; j < n; j++) {
+            /* the raters preferred i to j; where they preferred j, the pair comes up as (j, i) */
             if (rating[i] - rating[j] < min_difference)
                 continue;
             total++;
@@ -6703,19 +6757,28 @@ static double pair_accuracy(const float *reward, const double *rating, size_t n,
     return total ? right / total : NAN;
 }
 
-/* KL(policy || reference) of whole responses, in nats, averaged: exact at each token, summed
- * over tokens. */
+/* response_kl -- how far the policy has gone from the reference: KL(policy || reference) of whole
+ * responses, in nats, averaged over n of them.
+ *                                         [glossary: Divergência de Kullback-Leibler (KL)]
+ *   1/n sum_i sum_t KL(pi(. | x_i, y_i,<t) || pi_ref(. | x_i, y_i,<t))
+ * The answers y_i were sampled from the policy. At each token the divergence of the two
+ * distributions is computed exactly (kl_exact), where PPO estimates it from the one token that was
+ * drawn: the same mean, with less noise.
+ * in   answers (n), prompts included; temperature: at which they were sampled   test: evaluation */
 static double response_kl(const struct GPT2 *policy, const struct GPT2 *ref_model,
                           const struct Example *answers, size_t n, double temperature) {
-    enum { TOGETHER = 32 };
+    enum { TOGETHER = 32 }; /* bounds the memory, whatever n is */
     struct Arena arena = {0};
     double total = 0;
     for (size_t first = 0; first < n; first += TOGETHER) {
         arena_reset(&arena);
+        /* 1. both models read the same answers; the prompt's tokens are no targets */
         struct Batch batch =
             collate(&arena, answers + first, MIN(n - first, (size_t)TOGETHER), SKIP_LAST);
         struct LMHead head = batch_logprobs(policy, &arena, &batch, temperature, false);
         struct LMHead ref_head = batch_logprobs(ref_model, &arena, &batch, temperature, false);
+
+        /* 2. a divergence at each of the answers' tokens, all of them summed */
         float *kl = arena_floats(&arena, batch.R);
         kl_full_rows(policy, &head, ref_model, &ref_head, kl);
         for (size_t r = 0; r < batch.R; r++)
@@ -6725,7 +6788,18 @@ static double response_kl(const struct GPT2 *policy, const struct GPT2 *ref_mode
     return total / (double)n;
 }
 
-/* A policy's answers to prompts: their reward, how far it went from the reference, how varied
+/* The examination that policies sit: all are asked the same, sampled alike, judged by one scorer.
+ * ref_model is what their KL is measured to; NULL: it is not measured. */
+struct Examination {
+    const struct GPT2 *ref_model;
+    const struct Scorer *scorer;
+    const struct Example *prompts;
+    size_t n;
+    struct GenerationConfig generation;
+    uint64_t seed;
+};
+
+/* A policy's answers to the prompts: their reward, how far it went from the reference, how varied
  * and long they are. */
 struct PolicyResult {
     const struct GPT2 *policy;
@@ -6735,32 +6809,44 @@ struct PolicyResult {
     double mean_reward, kl, distinct_2, mean_length;
 };
 
-static struct PolicyResult policy_measure(const struct GPT2 *policy, const struct GPT2 *ref_model,
-                                          const struct Scorer *scorer, struct Arena *arena,
-                                          const struct Example *prompts, size_t n,
-                                          const struct GenerationConfig *generation,
-                                          uint64_t seed) {
+/* policy_measure -- one policy's examination. Four numbers belong together: a reward that rose
+ * means little if the KL is large, the answers are all alike, or they have become very short. */
+static struct PolicyResult policy_measure(const struct GPT2 *policy, const struct Examination *exam,
+                                          struct Arena *arena) {
+    size_t n = exam->n;
     struct PolicyResult result = {
         .policy = policy,
         .texts = arena_alloc(arena, n, sizeof *result.texts),
         .reward = arena_floats(arena, n),
     };
-    struct Rng rng = rng_seed(seed, STREAM_SAMPLE);
-    result.answers = sample_answers(policy, arena, prompts, n, 1, generation, &rng);
+    /* 1. one answer to each prompt; with the seed of the examination every policy gets the same
+     *    random numbers, so what differs is the policies' doing */
+    struct Rng rng = rng_seed(exam->seed, STREAM_SAMPLE);
+    result.answers = sample_answers(policy, arena, exam->prompts, n, 1, &exam->generation, &rng);
+
+    /* 2. as text, and how long, in tokens */
     for (size_t i = 0; i < n; i++) {
-        result.texts[i] = answer_text(scorer->tok, arena, &result.answers[i], &policy->config);
+        result.texts[i] =
+            answer_text(exam->scorer->tok, arena, &result.answers[i], &policy->config);
         size_t length = answer_length(&result.answers[i], &policy->config);
         result.mean_length += (double)length / (double)n;
     }
-    struct Scorer plain = *scorer;
-    plain.least_length = 0; /* the bare reward, no penalty for short answers */
+
+    /* 3. the bare reward: the penalty for short answers belongs to training */
+    struct Scorer plain = *exam->scorer;
+    plain.least_length = 0;
     scorer_score(&plain, arena, result.answers, n, &policy->config, result.reward);
     result.mean_reward = mean_of(result.reward, n);
+
+    /* 4. what the reward has cost */
     result.distinct_2 = distinct_2(result.texts, n);
-    if (ref_model)
-        result.kl = response_kl(policy, ref_model, result.answers, n, generation->temperature);
+    if (exam->ref_model)
+        result.kl =
+            response_kl(policy, exam->ref_model, result.answers, n, exam->generation.temperature);
     return result;
 }
+
+/* ---- The four stages ------------------------------------------------------------------------- */
 
 /* The course's settings, and all that its stages share. */
 struct Course {
@@ -6770,7 +6856,8 @@ struct Course {
     const char *tokenizer; /* --tokenizer, or NULL: found without being named */
     uint64_t seed;
     size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps, vocab_size;
-    double temperature, scale; /* of sampling; of learning rates: 1 for a new, narrow model */
+    double temperature; /* of all sampling */
+    double scale; /* of learning rates: 1 for a new, narrow model */
     struct Example *train, *held_out; /* token ids of the rated texts, end token last */
     double *train_rating, *held_out_rating;
     size_t train_n, held_out_n;
@@ -6783,27 +6870,31 @@ struct Course {
     double eval_loss_before, eval_loss_after, eval_accuracy;
 };
 
+/* Chosen so that the whole course takes minutes on a laptop and every stage visibly learns. */
 enum {
-    COURSE_VOCAB = 4097,
+    COURSE_VOCAB = 4097, /* 256 bytes, 3840 merges, the end token */
     COURSE_LAYERS = 2,
     COURSE_WIDTH = 128,
     COURSE_HEADS = 4,
-    COURSE_POSITIONS = 64,
-    COURSE_LONG_POSITIONS = 256,
+    COURSE_POSITIONS = 64, /* the context where the texts are sentences, */
+    COURSE_LONG_POSITIONS = 256, /* and where they are whole reviews */
     COURSE_TEST_PROMPTS = 256,
-    COURSE_MAX_NEW = 28,
-    COURSE_LEAST_LENGTH = 10,
-    COURSE_PREFIX = 20,
-    COURSE_TOKENS_A_STEP = 512
+    COURSE_MAX_NEW = 28, /* tokens of an answer in an examination */
+    COURSE_LEAST_LENGTH = 10, /* an answer that ends before it is penalized */
+    COURSE_PREFIX = 20, /* tokens of the beginnings that set the reward's zero and unit */
+    COURSE_TOKENS_A_STEP = 512 /* of the language model's training */
 };
 
 static const struct LengthSampler COURSE_PROMPT_LENGTH = {2, 8};
 
-/* Beginnings of texts, 2 to 7 tokens long, never a whole text. */
+/* Beginnings of texts, 2 to 7 tokens long, never a whole text: one prompt a text, `most` at most.
+ * Returns how many. */
 static size_t course_prompts(const struct Example *texts, size_t n, size_t most, struct Rng *rng,
                              struct Example *prompts) {
     size_t count = 0;
     for (size_t i = 0; i < n && count < most; i++) {
+        /* drawn for each text, short ones included: whether one is long enough must not shift the
+         * lengths of all that follow */
         size_t length = length_sampler(&COURSE_PROMPT_LENGTH, rng);
         if (texts[i].n > length + 1)
             prompts[count++] = (struct Example){texts[i].ids, length, length};
@@ -6811,47 +6902,62 @@ static size_t course_prompts(const struct Example *texts, size_t n, size_t most,
     return count;
 }
 
-/* Splits the texts, by seed: nine tenths to learn from, one tenth to measure on. */
-static void course_split(struct Course *course, const struct Dataset *data) {
-    struct Rng rng = rng_seed(course->seed, STREAM_SPLIT);
+/* The rated texts as ids, in the order given: first those that are held out, a tenth of them, then
+ * those to learn from. */
+static void course_encode(struct Course *course, const struct Dataset *data, const size_t *order) {
     size_t n = data->n;
-    size_t *order = arena_order(&course->arena, n);
-    course->data = data->path;
-    rng_shuffle(&rng, order, n);
-    course->held_out_n = n / 10;
-    course->train_n = n - course->held_out_n;
-    warn_of_written_ends(data, course->tok);
-    CHECK(course->held_out_n >= 20,
-          "%s: %zu rated texts; rlhf needs 200 or more, a tenth of them to measure on", data->path,
-          n);
+    size_t empty = 0;
     struct Example *all = arena_alloc(&course->arena, n, sizeof *all);
     double *rating = arena_alloc(&course->arena, n, sizeof *rating);
     const int *end_token = &course->language_model->config.eos_token_id;
-    size_t empty = 0;
     for (size_t i = 0; i < n; i++) {
-        struct Text text = data->rows[order[i]].text;
-        all[i] = example_encode(&course->arena, course->tok, text, course->vocab_size, end_token);
-        rating[i] = data->rows[order[i]].score;
-        empty += data->rows[order[i]].text.length == 0;
+        const struct Row *row = &data->rows[order[i]];
+        /* with the end token: the model is to learn where a text ends */
+        all[i] =
+            example_encode(&course->arena, course->tok, row->text, course->vocab_size, end_token);
+        rating[i] = row->score;
+        empty += row->text.length == 0;
     }
-    if (empty) {
+    if (empty)
         warn("%s: %zu of %zu texts are empty: no prompt is taken from them", data->path, empty, n);
-    }
     course->held_out = all;
     course->held_out_rating = rating;
     course->train = all + course->held_out_n;
     course->train_rating = rating + course->held_out_n;
-    course->prompts = arena_alloc(&course->arena, course->train_n, sizeof *course->prompts);
-    course->test_prompts =
-        arena_alloc(&course->arena, course->held_out_n, sizeof *course->test_prompts);
+}
+
+/* course_split -- nine tenths of the texts to learn from, one tenth to measure on, by the seed.
+ * [glossary: Conjunto de dados] All four stages keep to the one split: were it drawn anew, the
+ * reward model would be measured on texts that the language model knows by heart. */
+static void course_split(struct Course *course, const struct Dataset *data) {
+    struct Arena *arena = &course->arena;
+    /* 1. An order by chance: files are often sorted, all positive texts first. */
+    struct Rng rng = rng_seed(course->seed, STREAM_SPLIT);
+    size_t *order = arena_order(arena, data->n);
+    rng_shuffle(&rng, order, data->n);
+
+    /* 2. The first tenth of it is held out. */
+    course->data = data->path;
+    course->held_out_n = data->n / 10;
+    course->train_n = data->n - course->held_out_n;
+    warn_of_written_ends(data, course->tok);
+    CHECK(course->held_out_n >= 20,
+          "%s: %zu rated texts; rlhf needs 200 or more, a tenth of them to measure on", data->path,
+          data->n);
+    course_encode(course, data, order);
+
+    /* 3. Prompts of both parts: those that policies practise on, and those of the examination. */
+    course->prompts = arena_alloc(arena, course->train_n, sizeof *course->prompts);
     course->prompt_n =
         course_prompts(course->train, course->train_n, course->train_n, &rng, course->prompts);
+    course->test_prompts = arena_alloc(arena, course->held_out_n, sizeof *course->test_prompts);
     course->test_n = course_prompts(course->held_out, course->held_out_n, COURSE_TEST_PROMPTS, &rng,
                                     course->test_prompts);
     CHECK(course->prompt_n > 0 && course->test_n > 0,
           "%s: its texts are too short to take prompts of 2 to 7 tokens from", data->path);
 }
 
+/* What the trainers of the four stages have in common. `batch`: rows of a step. */
 static struct Trainer course_trainer(struct Course *course, struct GPT2 *model,
                                      double learning_rate, size_t steps, size_t batch,
                                      size_t warmup) {
@@ -6859,8 +6965,11 @@ static struct Trainer course_trainer(struct Course *course, struct GPT2 *model,
     trainer.args.learning_rate = learning_rate * course->scale;
     trainer.args.max_steps = steps;
     trainer.args.per_device_train_batch_size = trainer.args.per_device_eval_batch_size = batch;
+    /* someone who tries a few steps only wants to see them learn: warm up for a quarter at most */
     trainer.args.warmup_steps = MIN(warmup, steps / 4);
     trainer.args.seed = course->seed;
+    /* however many steps there are: 50 points for the curves of the report, 8 lines to read, and
+     * measured three times on the way */
     trainer.args.logging_steps = MAX((size_t)1, steps / 50);
     trainer.args.say_steps = MAX((size_t)1, steps / 8);
     trainer.args.eval_steps = steps / 3 + 1;
@@ -6876,6 +6985,7 @@ static void course_finish(struct Course *course, const char *name, struct Traine
     trainer_free(trainer);
 }
 
+/* The texts, those that are longer cut to `length` tokens; the ids are shared. */
 static struct Example *course_cut(struct Course *course, const struct Example *texts, size_t n,
                                   size_t length) {
     struct Example *cut = arena_alloc(&course->arena, n, sizeof *cut);
@@ -6886,6 +6996,7 @@ static struct Example *course_cut(struct Course *course, const struct Example *t
     return cut;
 }
 
+/* Plain sampling: without top-k, so that what is written is what the policy's probabilities say. */
 static struct GenerationConfig course_generation(const struct Course *course,
                                                  size_t max_new_tokens) {
     struct GenerationConfig generation = generation_config();
@@ -6896,11 +7007,17 @@ static struct GenerationConfig course_generation(const struct Course *course,
     return generation;
 }
 
-/* Stage 1: a language model, from random weights or from a given folder's. */
+/* Stage 1: a language model, from random weights or from a given folder's. It is the start of both
+ * policies, and the reference that holds them. */
 static void course_language_model(struct Course *course, double learning_rate) {
+    /* 1. Rows fill the context; as many a step as keep the number of tokens the same. */
     size_t rows = MAX((size_t)1, COURSE_TOKENS_A_STEP / course->language_model->config.n_positions);
     struct Trainer trainer = course_trainer(course, course->language_model, learning_rate,
                                             course->pretrain_steps, rows, 50);
+
+    /* 2. For a run this short AdamW averages the squares of gradients over 100 steps, not 1000,
+     *    or the large ones of the beginning would hold it back to the end; and weights decay, so
+     *    that fewer texts are learnt by heart. */
     trainer.args.adam_beta2 = 0.99;
     trainer.args.weight_decay = 0.1;
     trainer.args.lr_end = 0.05;
@@ -6909,6 +7026,8 @@ static void course_language_model(struct Course *course, double learning_rate) {
                       course->held_out_n);
     task->whole_texts = true;
     trainer.task.name = "1/4 language model";
+
+    /* 3. Measured on the held-out texts before and after: what has it learnt? */
     course->eval_loss_before = trainer_evaluate(&trainer);
     if (course->pretrain_steps)
         trainer_train(&trainer);
@@ -6917,14 +7036,40 @@ static void course_language_model(struct Course *course, double learning_rate) {
     arena_free(&task->rows);
 }
 
-/* Stage 2: the raters' taste. Whole texts and beginnings of texts alike, for it will have to
- * judge both. */
+/* course_scorer -- makes scores of rewards: score = (reward - mean) / std.
+ * Bradley and Terry's loss sees differences of rewards only (chapter 3): where the zero of a reward
+ * model lies is left to chance, and its unit depends on how long it was trained. Policies are
+ * trained with the mean and the deviation of real texts' rewards instead: a score of 0 means "as
+ * good as what people write", and one price of a nat of KL suits every reward model. The texts are
+ * held-out ones, because the reward model is surer of those that it has learnt, and cut to about
+ * the length of a policy's answer. */
+static void course_scorer(struct Course *course) {
+    const struct GPT2 *model = course->reward_model;
+    size_t n = MIN(course->held_out_n, (size_t)1000); /* plenty for a mean */
+    float *reward = arena_floats(&course->arena, n);
+    reward_score(model, course_cut(course, course->held_out, n, COURSE_PREFIX), n, reward);
+    double mean = mean_of(reward, n);
+    double deviation = sqrt(unbiased_variance(reward, n));
+    CHECK(deviation > 0,
+          "the reward model gives every text the reward %g, from which no policy can learn; train "
+          "it longer (--reward_steps)",
+          mean);
+    course->scorer = (struct Scorer){model, course->tok, mean, deviation, COURSE_LEAST_LENGTH, -2};
+}
+
+/* Stage 2: the raters' taste.                            [glossary: Função de recompensa] */
 static void course_reward_model(struct Course *course) {
+    /* 1. The language model with a new head: it knows what words mean, and has yet to learn which
+     *    ones please. */
     struct GPT2 *model = course->reward_model = gpt2_copy(course->language_model);
     reward_head_declare(model);
     struct Trainer trainer = course_trainer(course, model, 2e-3, course->reward_steps, 32, 20);
     size_t limit = model->config.n_positions;
     size_t n = course->held_out_n;
+
+    /* 2. It learns from pairs of texts whose ratings are a point or more apart. Half of them are
+     *    cut to a random beginning, for a policy's answers are such: a model that had seen whole
+     *    texts only would judge them by their missing end. */
     struct RewardTask task = {
         .rated = true,
         .min_difference = 1,
@@ -6946,46 +7091,24 @@ static void course_reward_model(struct Course *course) {
     if (course->reward_steps)
         trainer_train(&trainer);
     trainer_evaluate(&trainer);
-    float *reward = course->held_out_reward = arena_floats(&course->arena, n);
-    float *prefix_reward = arena_floats(&course->arena, n);
-    reward_score(model, task.texts[1], n, reward);
-    course->eval_accuracy = pair_accuracy(reward, course->held_out_rating, n, 1);
+
+    /* 3. How many held-out pairs does it order as the raters did? */
+    course->held_out_reward = arena_floats(&course->arena, n);
+    reward_score(model, task.texts[1], n, course->held_out_reward);
+    course->eval_accuracy = pair_accuracy(course->held_out_reward, course->held_out_rating, n, 1);
     say("%s: %.3f of held-out pairs ordered as people did\n", trainer.task.name,
         course->eval_accuracy);
-    /* comparisons leave the reward's zero and unit open; real beginnings set them, */
-    n = MIN(n, (size_t)1000);
-    /* unseen: of learnt ones it is surer */
-    reward_score(model, course_cut(course, course->held_out, n, COURSE_PREFIX), n, prefix_reward);
-    double mean = mean_of(prefix_reward, n);
-    double deviation = sqrt(unbiased_variance(prefix_reward, n));
-    CHECK(deviation > 0,
-          "the reward model gives every text the reward %g, from which no policy can learn; train "
-          "it longer (--reward_steps)",
-          mean);
-    course->scorer = (struct Scorer){model, course->tok, mean, deviation, COURSE_LEAST_LENGTH, -2};
+
+    /* 4. Its rewards become scores. */
+    course_scorer(course);
     course_finish(course, "reward_model", &trainer);
 }
 
-/* Stage 3: PPO. A score is the reward in standard deviations of real beginnings; answers that
- * end before 10 tokens score at most -2, or the policy learns that "the best." is safe. */
-static void course_ppo(struct Course *course) {
-    course->ppo = gpt2_copy(course->language_model);
-    struct PPOConfig config = ppo_config();
-    config.batch_size = config.mini_batch_size = 64;
-    /* the controller steers beta so that every seed ends near 12 nats */
-    config.init_kl_coef = 0.15;
-    config.target = 12.5;
-    config.horizon = 1280;
-    struct Trainer trainer = course_trainer(course, course->ppo, 7e-4, course->ppo_steps, 8, 5);
-    trainer.args.lr_end = 0.2;
-    trainer.args.logging_steps = 1;
-    trainer.args.max_grad_norm = 0;
-    struct PPOTrainer *ppo = ppo_trainer_new(course->ppo, course->language_model, config,
-                                             trainer.args, course->temperature);
-    ppo->name = "3/4 ppo";
-    ppo->tok = course->tok;
+/* Where PPO's answers come from: all prompts in an order by chance, each length, order and token
+ * drawn from a stream of its own. at = n: the order is shuffled before the first step. */
+static struct RolloutSource course_rollouts(struct Course *course) {
     size_t n = course->prompt_n;
-    struct RolloutSource source = {
+    return (struct RolloutSource){
         .prompts = course->prompts,
         .n = n,
         .at = n,
@@ -6997,38 +7120,79 @@ static void course_ppo(struct Course *course) {
         .generation = course_generation(course, 20),
         .scorer = course->scorer,
     };
+}
+
+/* Stage 3: PPO.                       [glossary: Otimização de política proximal (PPO)]
+ * A score is the reward in standard deviations of real beginnings (course_scorer). Answers that
+ * end before 10 tokens score -2 at most: the policy would soon learn that "the best." is safe. */
+static void course_ppo(struct Course *course) {
+    course->ppo = gpt2_copy(course->language_model);
+    struct PPOConfig config = ppo_config();
+    config.batch_size = config.mini_batch_size = 64;
+    /* 1. One beta does not suit every seed's reward model. The controller steers it so that each
+     *    ends near 12 nats: enough to please, and still the language of the texts. */
+    config.init_kl_coef = 0.15;
+    config.target = 12.5;
+    config.horizon = 1280;
+
+    /* 2. Each step is logged, for there are few of them. Gradients are not clipped, as in TRL:
+     *    the clip of the ratio bounds what a step can do. */
+    struct Trainer trainer = course_trainer(course, course->ppo, 7e-4, course->ppo_steps, 8, 5);
+    trainer.args.lr_end = 0.2;
+    trainer.args.logging_steps = 1;
+    trainer.args.max_grad_norm = 0;
+    struct PPOTrainer *ppo = ppo_trainer_new(course->ppo, course->language_model, config,
+                                             trainer.args, course->temperature);
+    ppo->name = "3/4 ppo";
+    ppo->tok = course->tok;
+
+    /* 3. Answer, score, learn: chapter 17. */
+    struct RolloutSource source = course_rollouts(course);
     ppo_train(ppo, &source, course->ppo_steps,
               arena_printf(&course->arena, "%s/ppo", course->output_dir), &trainer.state);
     course_finish(course, "ppo", &trainer);
     ppo_trainer_free(ppo);
 }
 
-/* Stage 4: DPO, on pairs collected from the model's own answers. The likelihood of the chosen
- * answers, at weight 0.2, keeps the policy from lowering both sides and drifting into endless
- * text. */
-static void course_dpo(struct Course *course) {
-    enum { ANSWERS = 4, PAIRS_A_STEP = 16 };
-    course->dpo = gpt2_copy(course->language_model);
-    size_t n = MIN(course->prompt_n, course->dpo_steps * PAIRS_A_STEP / 2 + PAIRS_A_STEP);
+/* Collects pairs from the language model's own answers, the scorer in the place of a person.
+ * [glossary: Coleta de dados] pairs: room for 2n examples; returns how many pairs. */
+static size_t course_collect(struct Course *course, size_t n, struct Example *pairs) {
+    enum { ANSWERS = 4 };
     size_t tokens = 0;
-    struct Example *pairs = arena_alloc(&course->arena, 2 * n, sizeof *pairs);
-    struct GenerationConfig generation = course_generation(course, 40);
     for (size_t i = 0; i < course->train_n; i++)
         tokens += course->train[i].n;
+    /* Where texts are sentences, answers that did not end are left out (collect_preferences says
+     * why). Whole reviews never end within 40 tokens: no pair would be left. */
+    bool only_ended = tokens / course->train_n < COURSE_POSITIONS;
+    struct GenerationConfig generation = course_generation(course, 40);
     struct Rng rng = rng_seed(course->seed, STREAM_SAMPLE);
-    /* an answer of 40 tokens can end one; it never ends a whole review */
-    bool sentences = tokens / course->train_n < COURSE_POSITIONS;
     size_t count =
         collect_preferences(course->language_model, &course->scorer, &course->arena,
-                            course->prompts, n, ANSWERS, sentences, &generation, &rng, pairs);
+                            course->prompts, n, ANSWERS, only_ended, &generation, &rng, pairs);
     say("4/4 dpo: %zu pairs collected from %zu answers\n", count, n * ANSWERS);
     CHECK(count > 0 || course->dpo_steps == 0, "no answer of the language model ended by itself, "
                                                "so no pair could be formed; train it longer "
                                                "(--pretrain_steps)");
+    return count;
+}
+
+/* Stage 4: DPO.                     [glossary: Otimização de preferência direta (DPO)] */
+static void course_dpo(struct Course *course) {
+    enum { PAIRS_A_STEP = 16 };
+    course->dpo = gpt2_copy(course->language_model);
+    /* 1. Prompts for half as many pairs as the steps will use, and some to spare for those that
+     *    give none: each pair serves about twice. */
+    size_t n = MIN(course->prompt_n, course->dpo_steps * PAIRS_A_STEP / 2 + PAIRS_A_STEP);
+    struct Example *pairs = arena_alloc(&course->arena, 2 * n, sizeof *pairs);
+    size_t count = course_collect(course, n, pairs);
+
+    /* 2. DPO's loss only asks that chosen and rejected be apart: it can lower both, and the policy
+     *    drifts into endless text. The likelihood of the chosen answers, at weight 0.2, holds
+     *    them up. */
+    struct DPOConfig config = {.beta = 0.1, .weight = {[DPO_SIGMOID] = 1, [DPO_SFT] = 0.2}};
     struct Trainer trainer =
         course_trainer(course, course->dpo, 6e-4, course->dpo_steps, PAIRS_A_STEP, 10);
     trainer.args.lr_end = 0.1;
-    struct DPOConfig config = {.beta = 0.1, .weight = {[DPO_SIGMOID] = 1, [DPO_SFT] = 0.2}};
     dpo_task(&trainer, &course->arena, course->language_model, config, course->temperature, pairs,
              count);
     trainer.task.name = "4/4 dpo";
@@ -7037,13 +7201,16 @@ static void course_dpo(struct Course *course) {
     course_finish(course, "dpo", &trainer);
 }
 
+/* A prompt of the examination, as text. */
 static struct Text course_prompt(struct Course *course, size_t i) {
     return tokenizer_decode_all(course->tok, &course->arena, course->test_prompts[i].ids,
                                 course->test_prompts[i].n, course->vocab_size);
 }
 
-/* rlhf -- the four stages, measured. `language_model` comes new or loaded, not yet trained on
- * these texts. */
+/* course_run -- the four stages, measured: what `align rlhf` does.
+ *             [glossary: Aprendizado por reforço a partir de feedback humano (RLHF)]
+ * in   language_model: new or loaded, not yet trained on these texts; learning_rate: of stage 1
+ * out  folders of the four models, summary, samples and report in output_dir     test: cli_course */
 static void course_run(struct Course *course, const struct Dataset *data,
                        struct GPT2 *language_model, double learning_rate) {
     double begin = seconds_now();
@@ -7054,21 +7221,33 @@ static void course_run(struct Course *course, const struct Dataset *data,
     say("%zu rated texts to learn from, %zu held out; %.2fM parameters; %d threads, kernel %s\n",
         course->train_n, course->held_out_n, (double)gpt2_parameters(language_model) / 1e6,
         omp_get_max_threads(), kernel ? kernel->name : "plain");
+
+    /* 1. The language model first: all others start as copies of it. */
     course_language_model(course, learning_rate);
+
+    /* 2. The three other stages. Behind each a policy sits its examination: behind the reward
+     *    model's, which makes scores possible, the language model itself. That is "before". */
     void (*const stage[])(struct Course *) = {course_reward_model, course_ppo, course_dpo};
-    struct GPT2 **const model[] = {&course->language_model, &course->ppo, &course->dpo};
-    struct GenerationConfig generation = course_generation(course, COURSE_MAX_NEW);
-    for (size_t k = 0; k < COUNT(stage); k++) { /* the same random numbers for each model */
+    struct GPT2 **const policy[] = {&course->language_model, &course->ppo, &course->dpo};
+    for (size_t k = 0; k < COUNT(stage); k++) {
         stage[k](course);
-        course->result[k] =
-            policy_measure(*model[k], course->language_model, &course->scorer, &course->arena,
-                           course->test_prompts, course->test_n, &generation, course->seed + 1);
+        struct Examination exam = {
+            .ref_model = course->language_model,
+            .scorer = &course->scorer,
+            .prompts = course->test_prompts,
+            .n = course->test_n,
+            .generation = course_generation(course, COURSE_MAX_NEW),
+            .seed = course->seed + 1, /* not the numbers that training was sampled with */
+        };
+        course->result[k] = policy_measure(*policy[k], &exam, &course->arena);
     }
+
+    /* 3. What came of it: chapter 26. */
     course_write(course, seconds_now() - begin);
     report_write(course->output_dir);
     course_print(course);
-    for (size_t k = 0; k < COUNT(model); k++)
-        gpt2_free(*model[k]);
+    for (size_t k = 0; k < COUNT(policy); k++)
+        gpt2_free(*policy[k]);
     gpt2_free(course->reward_model);
     arena_free(&course->arena);
 }
@@ -12277,9 +12456,15 @@ static void command_eval(struct Options *o) {
         if (o->ref_model)
             load_reference(o);
         struct RolloutSource source = open_rollouts(o);
-        struct PolicyResult result =
-            policy_measure(o->model, o->reference, &source.scorer, &o->arena, source.prompts,
-                           source.n, &source.generation, o->train.seed);
+        struct Examination exam = {
+            .ref_model = o->reference,
+            .scorer = &source.scorer,
+            .prompts = source.prompts,
+            .n = source.n,
+            .generation = source.generation,
+            .seed = o->train.seed,
+        };
+        struct PolicyResult result = policy_measure(o->model, &exam, &o->arena);
         log_value(&entry, "reward", result.mean_reward);
         log_value(&entry, "reward_std", sqrt(unbiased_variance(result.reward, source.n)));
         log_value(&entry, "distinct_2", result.distinct_2);
