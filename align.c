@@ -7270,18 +7270,21 @@ static void course_run(struct Course *course, const struct Dataset *data,
  * is intact.
  * ============================================================================================= */
 
+/* ---- Files ----------------------------------------------------------------------------------- */
+
 static bool file_exists(const char *path) {
     struct stat s;
     return stat(path, &s) == 0;
 }
+
 static bool is_folder(const char *path) {
     struct stat s;
     return stat(path, &s) == 0 && S_ISDIR(s.st_mode);
 }
 
-/* Two names of one folder, however they are spelt, links followed. Windows numbers no folders:
- * there the spelling decides.                                                 test: same_folder */
-static bool same_folder(const char *a, const char *b) {
+/* Do two paths name one file or folder, however they are spelt, links followed? Windows numbers
+ * none of its files: there the spelling decides.                              test: same_folder */
+static bool same_file(const char *a, const char *b) {
     struct stat x, y;
     if (stat(a, &x) != 0 || stat(b, &y) != 0)
         return false;
@@ -7298,16 +7301,19 @@ static void check_fetched(const char *path, const char *start, size_t n) {
 
 /* The whole of a file (or "-", standard input) with a NUL behind it. */
 static struct Text read_file(struct Arena *arena, const char *path) {
+    /* 1. A folder can be opened too, and would fail with a message that says nothing. */
     bool is_stdin = strcmp(path, "-") == 0;
     CHECK(is_stdin || !is_folder(path), "%s: is a folder, a file was expected", path);
     FILE *file = is_stdin ? stdin : fopen(path, "rb");
     CHECK(file, "%s: %s", path, strerror(errno));
+
+    /* 2. Read until it ends, for a pipe cannot tell its size. What is no file on a disk may never
+     *    end, as /dev/zero: it is given up before the memory is full. */
+    struct stat s;
+    bool endless = fstat(fileno(file), &s) != 0 || !S_ISREG(s.st_mode);
     size_t used = 0;
     size_t capacity = 0;
     char *buffer = NULL;
-    struct stat s;
-    /* what is no file on a disk may be: /dev/zero */
-    bool endless = fstat(fileno(file), &s) != 0 || !S_ISREG(s.st_mode);
     for (size_t got = 1; got > 0; used += got) {
         buffer = grow(buffer, used, &capacity, 1);
         got = fread(buffer + used, 1, capacity - used, file);
@@ -7316,15 +7322,17 @@ static struct Text read_file(struct Arena *arena, const char *path) {
               path);
     }
     CHECK(!ferror(file), "%s: %s", path, strerror(errno));
-    if (!is_stdin)
+    if (!is_stdin) {
         fclose(file);
-    if (!is_stdin)
         check_fetched(path, buffer, used);
+    }
     struct Text text = text_copy(arena, (struct Text){buffer, used});
     free(buffer);
     return text;
 }
 
+/* A file to be written: into NAME.tmp, which output_close renames to NAME. keep: what an earlier
+ * run left in NAME.tmp is not cut off. */
 static struct Output output_begin(const char *folder, const char *name, bool keep) {
     struct Output out;
     int n = snprintf(out.path, sizeof out.path, "%s/%s", folder, name);
@@ -7339,19 +7347,21 @@ static struct Output output_open(const char *folder, const char *name) {
     return output_begin(folder, name, false);
 }
 
-/* For a file that grows with the run: its end is too late to learn that the disk is full. */
+/* For a file that grows with the run: its end would be too late to learn that the disk is full. */
 static void output_flush(struct Output *out) {
     CHECK(fflush(out->file) == 0 && !ferror(out->file), "%s: writing failed: %s", out->tmp,
           strerror(errno));
 }
 
-/* Goes on with a file that grew in `beside`, NAME.tmp or finished, from `bytes` on. Written over
- * itself it stays: being killed here loses nothing. */
+/* Goes on with a log that grew in the folder `beside`, as NAME.tmp or finished: keeps its first
+ * `bytes`, and drops what was logged after the checkpoint that the run goes on from.
+ *                                                                          test: output_resume */
 static struct Output output_resume(const char *folder, const char *name, const char *beside,
                                    size_t bytes) {
     char path[PATH_MAX + 8], chunk[1 << 14];
     struct stat s;
     FILE *earlier = NULL;
+    /* 1. Find the log. A run that was killed left it unfinished: NAME.tmp, the newer one. */
     for (int finished = 0; finished < 2 && !earlier; finished++) {
         int n = snprintf(path, sizeof path, "%s/%s%s", beside, name, finished ? "" : ".tmp");
         if (n < (int)sizeof path && stat(path, &s) == 0 && (uint64_t)s.st_size >= bytes)
@@ -7359,12 +7369,18 @@ static struct Output output_resume(const char *folder, const char *name, const c
     }
     if (!earlier)
         warn("%s/%s: lacks the %zu bytes of the steps before; it begins anew", beside, name, bytes);
+
+    /* 2. Copy what is kept. It may be the very file that is written: then each byte is replaced by
+     *    itself, and a run that is killed here loses nothing. */
     struct Output out = output_begin(folder, name, true);
-    for (size_t n;
-         earlier && bytes > 0 && (n = fread(chunk, 1, MIN(bytes, sizeof chunk), earlier)) > 0;
-         bytes -= n)
+    size_t n = 1;
+    for (; earlier && bytes > 0 && n > 0; bytes -= n) {
+        n = fread(chunk, 1, MIN(bytes, sizeof chunk), earlier);
         fwrite(chunk, 1, n, out.file);
+    }
     output_flush(&out);
+
+    /* 3. Cut off the rest. */
     CHECK(ftruncate(fileno(out.file), ftello(out.file)) == 0, "%s: writing failed: %s", out.tmp,
           strerror(errno));
     if (earlier)
@@ -7372,6 +7388,8 @@ static struct Output output_resume(const char *folder, const char *name, const c
     return out;
 }
 
+/* Puts a file on the disk and gives it its name. Only in this order: a name that reached the disk
+ * before the contents would, after a power cut, name an empty file. */
 static void output_close(struct Output *out) {
     bool good = fflush(out->file) == 0 && !ferror(out->file) && fsync(fileno(out->file)) == 0;
     int error = errno;
@@ -7383,11 +7401,12 @@ static void output_close(struct Output *out) {
     CHECK(rename(out->tmp, out->path) == 0, "%s: %s", out->path, strerror(errno));
 }
 
-/* mkdir -p */
+/* mkdir -p: makes a folder, and those above it that are missing. */
 static void make_folder(const char *path) {
     char part[PATH_MAX];
     CHECK(strlen(path) < sizeof part, "%.60s...: the path is too long", path);
     for (size_t i = 1; i <= strlen(path); i++) {
+        /* a part ends at a slash or at the end; of several slashes in a row the first counts */
         if ((path[i] != '/' && path[i] != 0) || path[i - 1] == '/')
             continue;
         snprintf(part, i + 1, "%s", path);
@@ -7398,22 +7417,25 @@ static void make_folder(const char *path) {
     CHECK(access(path, W_OK) == 0, "%s: cannot be written to: %s", path, strerror(errno));
 }
 
-/* Removes a folder and the files in it, as far as that can be done; with `to`, moves them there.
- * Files that belong together are written in a folder of their own, staged_folder, and moved when
- * all are on the disk: one that is full leaves all as it was. */
+/* Removes a folder and the files in it, as far as that can be done. With `to`, it first moves the
+ * files there: those that belong together are written in a folder of their own, staged_folder, and
+ * moved when all of them are complete, so a disk that is full leaves everything as it was.
+ * die_with calls it: it takes no memory, and without `to` nothing in it fails. */
 static void folder_remove(const char *folder, const char *to) {
     char path[PATH_MAX], target[PATH_MAX];
     DIR *dir = opendir(folder);
     for (struct dirent *entry; dir && (entry = readdir(dir));) {
+        /* "." and ".." are folders as well */
         if (snprintf(path, sizeof path, "%s/%s", folder, entry->d_name) >= (int)sizeof path
             || is_folder(path))
             continue;
-        if (to)
-            CHECK(snprintf(target, sizeof target, "%s/%s", to, entry->d_name) < (int)sizeof target
-                      && rename(path, target) == 0,
-                  "%s: %s", target, strerror(errno));
-        else
+        if (!to) {
             remove(path);
+            continue;
+        }
+        CHECK(snprintf(target, sizeof target, "%s/%s", to, entry->d_name) < (int)sizeof target
+                  && rename(path, target) == 0,
+              "%s: %s", target, strerror(errno));
     }
     if (dir)
         closedir(dir);
@@ -7428,6 +7450,8 @@ static void folder_sync(const char *folder) {
     fsync(fd);
     close(fd);
 }
+
+/* ---- JSON ------------------------------------------------------------------------------------ */
 
 /* JSON (RFC 8259) as a tree. An object's members and an array's items hang on `child`, linked by
  * `next`, their count is `number`; a member carries its key. Strings are decoded to UTF-8; half
@@ -7456,10 +7480,17 @@ struct JsonParser {
 };
 enum { JSON_MAX_DEPTH = 64 };
 
+/* Keeps the first mistake: those behind it are its consequences. */
 static struct Json *json_fail(struct JsonParser *p, const char *error) {
     if (!p->error)
         p->error = error;
     return NULL;
+}
+
+/* Does this word stand at p->at? */
+static bool json_at(const struct JsonParser *p, const char *word) {
+    size_t length = strlen(word);
+    return (size_t)(p->end - p->at) >= length && memcmp(p->at, word, length) == 0;
 }
 
 /* As json_fail, but if what stands there belongs to a notation that is often taken for JSON, it
@@ -7482,13 +7513,10 @@ static struct Json *json_expected(struct JsonParser *p, const char *error) {
         {"/*", "a comment, JSON has none; take it out"},
         {"#", "a comment, JSON has none; take it out"},
     };
-    for (size_t i = 0; i < COUNT(foreign); i++) {
-        size_t length = strlen(foreign[i].start);
-        if ((size_t)(p->end - p->at) < length)
-            continue;
-        if (memcmp(p->at, foreign[i].start, length) == 0)
+    /* the first that stands there: none is the beginning of a later one */
+    for (size_t i = 0; i < COUNT(foreign); i++)
+        if (json_at(p, foreign[i].start))
             return json_fail(p, foreign[i].error);
-    }
     return json_fail(p, error);
 }
 
@@ -7497,6 +7525,17 @@ static void json_space(struct JsonParser *p) {
         p->at++;
 }
 
+/* Takes this character if it comes next, behind spaces. */
+static bool json_take(struct JsonParser *p, char c) {
+    json_space(p);
+    if (p->at >= p->end || *p->at != c)
+        return false;
+    p->at++;
+    return true;
+}
+
+/* A code point as 1 to 4 bytes of UTF-8: 6 bits in each byte but the first, which has the rest
+ * behind a mark of the length. Returns the length. */
 static size_t utf8_write(char *to, uint32_t c) {
     static const unsigned char lead[] = {0, 0, 0xc0, 0xe0, 0xf0};
     size_t length = c < 0x80 ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
@@ -7513,15 +7552,19 @@ static int32_t json_hex4(const char *at, const char *end) {
     return strspn(digits, "0123456789abcdefABCDEF") == 4 ? (int32_t)strtol(digits, NULL, 16) : -1;
 }
 
-/* After "\u": one code point, or -1; a high surrogate takes the low one that must follow it. */
+/* After "\u": one code point, or -1. Those above U+FFFF are written as two halves, a high
+ * surrogate (D800 to DBFF) and a low one (DC00 to DFFF).
+ * By hand: \ud83d\ude00 is 10000 + (3d << 10) + 200 = U+1F600, a face. */
 static int32_t json_code_point(struct JsonParser *p) {
     int32_t c = json_hex4(p->at, p->end);
     int32_t low = -1;
     if (c >= 0)
         p->at += 4;
+    /* most characters are no half of one, and a mistake (-1) is passed on */
     if (c < 0xd800 || c > 0xdfff)
         return c;
-    if (c < 0xdc00 && p->end - p->at >= 2 && memcmp(p->at, "\\u", 2) == 0)
+    /* a high half takes the low one that must follow it; any other half stands for nothing */
+    if (c < 0xdc00 && json_at(p, "\\u"))
         low = json_hex4(p->at + 2, p->end);
     if (low < 0xdc00 || low > 0xdfff)
         return 0xfffd;
@@ -7529,10 +7572,21 @@ static int32_t json_code_point(struct JsonParser *p) {
     return 0x10000 + ((c - 0xd800) << 10) + (low - 0xdc00);
 }
 
-/* A string, its opening quote already seen at p->at. Decoding never lengthens it. */
-static bool json_string(struct JsonParser *p, struct Text *out) {
+/* After "\": the character that the escape stands for. */
+static bool json_escape(struct JsonParser *p, uint32_t *c) {
     static const char escapes[] = "\"\\/bfnrt";
     static const char meanings[] = "\"\\/\b\f\n\r\t";
+    const char *escape = memchr(escapes, *p->at, sizeof escapes - 1);
+    if (!escape && *p->at != 'u')
+        return json_fail(p, "an unknown escape after \\");
+    p->at++;
+    *c = escape ? (uint32_t)meanings[escape - escapes] : (uint32_t)json_code_point(p);
+    return *c != UINT32_MAX || json_fail(p, "\\u without four hexadecimal digits");
+}
+
+/* A string, its opening quote already seen at p->at. */
+static bool json_string(struct JsonParser *p, struct Text *out) {
+    /* 1. Where does it end? An escaped quote does not end it. */
     const char *close = p->at + 1;
     while (close < p->end && *close != '"')
         close += *close == '\\' ? 2 : 1;
@@ -7540,8 +7594,12 @@ static bool json_string(struct JsonParser *p, struct Text *out) {
         static const char error[] = "a string without its closing quote; a line break in it is \\n";
         return json_fail(p, error);
     }
-    char *to = arena_alloc(p->arena, (size_t)(close - p->at), 1);
-    char *start = to;
+
+    /* 2. Room for it: decoding never makes a string longer. */
+    char *start = arena_alloc(p->arena, (size_t)(close - p->at), 1);
+    char *to = start;
+
+    /* 3. Character by character, for everything behind this point relies on valid UTF-8. */
     for (p->at++; p->at < close;) {
         uint32_t c;
         size_t length = utf8_read((const unsigned char *)p->at, (size_t)(close - p->at), &c);
@@ -7550,15 +7608,8 @@ static bool json_string(struct JsonParser *p, struct Text *out) {
         if (c < 0x20)
             return json_fail(p, "a control character inside a string");
         p->at += length;
-        if (c == '\\') {
-            const char *escape = memchr(escapes, *p->at, sizeof escapes - 1);
-            if (!escape && *p->at != 'u')
-                return json_fail(p, "an unknown escape after \\");
-            p->at++;
-            c = escape ? (uint32_t)meanings[escape - escapes] : (uint32_t)json_code_point(p);
-            if (c == UINT32_MAX)
-                return json_fail(p, "\\u without four hexadecimal digits");
-        }
+        if (c == '\\' && !json_escape(p, &c))
+            return false;
         to += utf8_write(to, c);
     }
     *to = 0;
@@ -7567,20 +7618,25 @@ static bool json_string(struct JsonParser *p, struct Text *out) {
     return true;
 }
 
-/* [-] digits [. digits] [e digits]: narrower than strtod (no "+1", ".5", "0x1"). The digits stay
- * in `string`: a double holds 53 bits. */
+/* [-] digits [. digits] [e digits]: narrower than strtod, which takes "+1", ".5" and "0x1" too.
+ * The digits stay in `string`: a double holds 53 bits, an id may have 64. */
 static bool json_number(struct JsonParser *p, struct Json *node) {
+    /* 1. A copy with an end: strtod would read on behind the text's. */
     char copy[65] = "";
-    char *end;
     memcpy(copy, p->at, MIN((size_t)(p->end - p->at), sizeof copy - 1));
     copy[strspn(copy, "+-.0123456789eE")] = 0;
+
+    /* 2. Is it a number at all? 012 is none: C would read it as octal. */
     const char *first = copy + (*copy == '-');
-    const char *point = strchr(copy, '.');
     bool is_octal = first[0] == '0' && isdigit((unsigned char)first[1]);
     bool is_number = isdigit((unsigned char)first[0]) && !is_octal;
     if (!is_number)
         return json_expected(p, "a value was expected");
+
+    /* 3. Convert it, and refuse what strtod forgives or cannot hold. */
+    char *end;
     node->number = strtod(copy, &end);
+    const char *point = strchr(copy, '.');
     if (point && point < end && !isdigit((unsigned char)point[1]))
         return json_fail(p, "a number ends in its decimal point");
     if (*end == 'e' || *end == 'E')
@@ -7596,95 +7652,98 @@ static bool json_number(struct JsonParser *p, struct Json *node) {
 
 static struct Json *json_value(struct JsonParser *p);
 
+/* One item of an array; in an object, a member: its name, a colon, its value. */
+static struct Json *json_item(struct JsonParser *p, bool is_member) {
+    struct Text key = {0};
+    json_space(p);
+    if (is_member) {
+        if (!json_at(p, "\""))
+            return json_expected(p, "a member's name in quotes was expected");
+        if (!json_string(p, &key))
+            return NULL;
+        json_space(p);
+        if (p->at >= p->end || *p->at++ != ':')
+            return json_fail(p, "':' was expected after a member's name");
+    }
+    struct Json *item = json_value(p);
+    if (item)
+        item->key = key;
+    return item;
+}
+
 /* The inside of [...] or {...}; p->at stands behind the opening bracket. */
 static struct Json *json_container(struct JsonParser *p, struct Json *node, char close) {
+    bool is_object = close == '}';
     struct Json **tail = &node->child;
-    json_space(p);
-    if (p->at < p->end && *p->at == close) {
-        p->at++;
+    if (json_take(p, close))
         return node;
-    }
+    /* this function calls itself: a file of nothing but brackets must not use up the stack */
     if (++p->depth > JSON_MAX_DEPTH)
         return json_fail(p, "brackets nested more than 64 deep");
     for (;;) {
-        struct Text key = {0};
-        json_space(p);
-        if (close == '}') {
-            bool is_name = p->at < p->end && *p->at == '"';
-            if (!is_name)
-                return json_expected(p, "a member's name in quotes was expected");
-            if (!json_string(p, &key))
-                return NULL;
-            json_space(p);
-            if (p->at >= p->end || *p->at++ != ':')
-                return json_fail(p, "':' was expected after a member's name");
-        }
-        struct Json *item = json_value(p);
+        struct Json *item = json_item(p, is_object);
         if (!item)
             return NULL;
-        item->key = key;
         *tail = item;
         tail = &item->next;
         node->number++;
-        json_space(p);
-        if (p->at < p->end && *p->at == ',') {
-            p->at++;
+        /* behind an item: a comma and another one, or the end */
+        if (json_take(p, ',')) {
             json_space(p);
-            if (p->at >= p->end || *p->at != close)
-                continue;
-            return json_fail(p, "a comma before the closing bracket; take it out");
-        }
-        if (p->at < p->end && *p->at == close) {
-            p->at++;
+            if (p->at < p->end && *p->at == close)
+                return json_fail(p, "a comma before the closing bracket; take it out");
+        } else if (json_take(p, close)) {
             p->depth--;
             return node;
-        }
-        bool is_object = close == '}';
-        return json_expected(p, is_object ? "',' or '}' was expected" : "',' or ']' was expected");
+        } else
+            return json_expected(p,
+                                 is_object ? "',' or '}' was expected" : "',' or ']' was expected");
     }
 }
 
+/* Any value: its first character says of which type. */
 static struct Json *json_value(struct JsonParser *p) {
+    static const char *const words[] =
+        {[JSON_NULL] = "null", [JSON_FALSE] = "false", [JSON_TRUE] = "true"};
     json_space(p);
     if (p->at >= p->end)
         return json_fail(p, "it ends where a value was expected");
     struct Json *node = arena_zeros(p->arena, 1, sizeof *node);
-    static const struct {
-        const char *word;
-        enum JsonType type;
-    } words[] = {{"null", JSON_NULL}, {"false", JSON_FALSE}, {"true", JSON_TRUE}};
-    for (size_t i = 0; i < COUNT(words); i++) {
-        size_t length = strlen(words[i].word);
-        if ((size_t)(p->end - p->at) < length || memcmp(p->at, words[i].word, length))
+    for (size_t type = 0; type < COUNT(words); type++) {
+        if (!json_at(p, words[type]))
             continue;
-        p->at += length;
-        node->type = words[i].type;
+        p->at += strlen(words[type]);
+        node->type = (enum JsonType)type;
         return node;
     }
-    switch (*p->at) {
-    case '"':
+    if (*p->at == '"') {
         node->type = JSON_STRING;
         return json_string(p, &node->string) ? node : NULL;
-    case '[':
-        node->type = JSON_ARRAY;
-        p->at++;
-        return json_container(p, node, ']');
-    case '{':
-        node->type = JSON_OBJECT;
-        p->at++;
-        return json_container(p, node, '}');
-    default:
-        node->type = JSON_NUMBER;
-        return json_number(p, node) ? node : NULL;
     }
+    if (*p->at == '[' || *p->at == '{') {
+        bool is_object = *p->at++ == '{';
+        node->type = is_object ? JSON_OBJECT : JSON_ARRAY;
+        return json_container(p, node, is_object ? '}' : ']');
+    }
+    /* whatever else it is, json_number says why it is none */
+    node->type = JSON_NUMBER;
+    return json_number(p, node) ? node : NULL;
+}
+
+/* A text without the mark (U+FEFF) that Windows' editors begin a file with. */
+static struct Text text_without_mark(struct Text text) {
+    bool has_mark = text.length >= 3 && memcmp(text.data, "\xef\xbb\xbf", 3) == 0;
+    return (struct Text){text.data + 3 * has_mark, text.length - 3 * has_mark};
 }
 
 /* One JSON value and nothing behind it. On a mistake NULL, *error says what, *where the byte. */
 static struct Json *json_parse(struct Arena *arena, struct Text text, const char **error,
                                size_t *where) {
-    /* Windows' editors begin a file with it */
-    bool has_mark = text.length >= 3 && memcmp(text.data, "\xef\xbb\xbf", 3) == 0;
-    struct JsonParser p = {arena, text.data + 3 * has_mark, text.data + text.length, NULL, 0};
+    struct JsonParser p = {
+        .arena = arena,
+        .at = text_without_mark(text).data,
+        .end = text.data + text.length,
+    };
     struct Json *value = json_value(&p);
     json_space(&p);
     if (value && p.at != p.end) {
@@ -7697,6 +7756,8 @@ static struct Json *json_parse(struct Arena *arena, struct Text text, const char
     return value;
 }
 
+/* A text that must be one JSON object, or the program ends: place says where it stands, hint, at
+ * the message's end, what may help. */
 static struct Json *json_object(struct Arena *arena, struct Text text, const char *place,
                                 const char *hint) {
     const char *error;
@@ -7729,8 +7790,8 @@ static size_t json_size(const struct Json *json, size_t max, const char *path, c
     return (size_t)json->number;
 }
 
-/* A model can write half a character; JSON is UTF-8, so such bytes become U+FFFD. `before` it,
- * its key say, goes first. */
+/* A string in quotes, with `before`, its key say, in front of it. A model can write half a
+ * character; JSON is UTF-8, so such bytes become U+FFFD. */
 static void json_write_string(FILE *file, const char *before, struct Text text) {
     static const char plain[] = "\"\\\n\r\t";
     static const char letters[] = "\"\\nrt";
@@ -7745,6 +7806,7 @@ static void json_write_string(FILE *file, const char *before, struct Text text) 
         } else if (c < 128 && c && (escape = strchr(plain, (int)c)))
             fprintf(file, "\\%c", letters[escape - plain]);
         else if (c < 0x20 || (c >= 0x7f && c < 0xa0))
+            /* JSON forbids the first of these; the others would steer a terminal */
             fprintf(file, "\\u%04x", (unsigned)c);
         else
             fwrite(text.data + i, 1, length, file);
@@ -7755,7 +7817,7 @@ static void json_write_string(FILE *file, const char *before, struct Text text) 
 /* A model's text for a terminal or a pipe, as UTF-8: bytes that are no character become U+FFFD,
  * control characters other than those in `kept` spaces.                       test: text_shown */
 static struct Text text_shown(struct Arena *arena, struct Text text, const char *kept) {
-    char *to = arena_alloc(arena, 3 * text.length + 1, 1);
+    char *to = arena_alloc(arena, 3 * text.length + 1, 1); /* U+FFFD has three bytes */
     size_t n = 0;
     for (size_t i = 0, length; i < text.length; i += MAX(length, (size_t)1)) {
         uint32_t c;
@@ -7765,10 +7827,9 @@ static struct Text text_shown(struct Arena *arena, struct Text text, const char 
             n += utf8_write(to + n, 0xfffd);
         else if (control && !(c && c < 32 && strchr(kept, (int)c)))
             to[n++] = ' ';
-        else {
-            memcpy(to + n, text.data + i, length);
-            n += length;
-        }
+        else
+            /* a character that is fit to be seen: as it is */
+            n += utf8_write(to + n, c);
     }
     to[n] = 0;
     return (struct Text){to, n};
@@ -8199,8 +8260,7 @@ enum { FORMAT_CSV = COUNT(FORMATS) - 1, FORMAT_TSV = FORMAT_CSV - 1 };
 /* Data that is whole but in another format is refused by the format's name. */
 static void refuse_other_formats(struct Text file, const char *path) {
     size_t format = 0;
-    bool has_mark = file.length >= 3 && memcmp(file.data, "\xef\xbb\xbf", 3) == 0;
-    file = (struct Text){file.data + 3 * has_mark, file.length - 3 * has_mark};
+    file = text_without_mark(file);
     size_t blank = strspn(file.data, " \t\r\n");
     file = (struct Text){file.data + blank, file.length - blank};
     while (format < FORMAT_TSV) {
@@ -8411,19 +8471,10 @@ static const char *data_file_names(struct Arena *arena, const struct Dataset *da
     return count > MOST ? arena_printf(arena, "%s and %zu more", names, count - MOST) : names;
 }
 
-static bool is_same_file(const char *a, const char *b) {
-    struct stat one, other;
-    if (stat(a, &one) != 0 || stat(b, &other) != 0)
-        return false;
-    if (one.st_ino == 0)
-        return strcmp(a, b) == 0; /* Windows has no such number */
-    return one.st_dev == other.st_dev && one.st_ino == other.st_ino;
-}
-
 /* Has a data set, if there is one, read this file? */
 static bool is_read_by(const struct Dataset *data, const char *path) {
     for (size_t i = 0; data && i < data->file_count; i++) {
-        if (data->files[i].is_read && is_same_file(data->files[i].path, path))
+        if (data->files[i].is_read && same_file(data->files[i].path, path))
             return true;
     }
     return false;
@@ -11673,9 +11724,9 @@ static void note_replaced(struct Options *o, const char *dir) {
         const char *flag = inputs[i].flag;
         const char *folder = inputs[i].folder;
         const char *base = folder ? base_folder(o, folder) : NULL;
-        if (folder && same_folder(dir, folder)) {
+        if (folder && same_file(dir, folder)) {
             warn("--output_dir %s is --%s: the model there will be replaced", dir, flag);
-        } else if (base && same_folder(dir, base)) {
+        } else if (base && same_file(dir, base)) {
             warn("--output_dir %s is the base of the adapter --%s %s: the adapter will then stand "
                  "on other weights",
                  dir, flag, folder);
@@ -12506,7 +12557,7 @@ static void command_merge(struct Options *o) {
     need(o, "output_dir");
     const char *base = base_folder(o, o->model_name_or_path);
     const char *dir = o->train.output_dir;
-    CHECK(!base || !same_folder(base, dir),
+    CHECK(!base || !same_file(base, dir),
           "--output_dir %s: is the adapter's base; merged over "
           "it, the adapter would count twice from then on; choose another folder",
           dir);
