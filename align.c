@@ -7872,6 +7872,7 @@ struct Reader {
     const char *path;
 };
 
+/* The next n bytes. `what` they are: for the message, should the file end before. */
 static const unsigned char *reader_take(struct Reader *r, size_t n, const char *what) {
     CHECK((size_t)(r->end - r->at) >= n,
           "%s: ends inside its %s; make it again: python3 prepare_imdb.py tokenizer --source DIR "
@@ -7887,76 +7888,103 @@ static uint32_t reader_u32(struct Reader *r, const char *what) {
     return b[0] | (uint32_t)b[1] << 8 | (uint32_t)b[2] << 16 | (uint32_t)b[3] << 24;
 }
 
-/* tokenizer.bin: llm.c's (header; tokens, each a length byte and its bytes), then the merges,
- * and Unicode's letters, numbers, spaces as ranges. */
-static struct Tokenizer *tokenizer_load(struct Arena *arena, const char *path) {
-    struct Tokenizer *tok = arena_zeros(arena, 1, sizeof *tok);
-    tok->path = arena_printf(arena, "%s", path);
-    struct Text file = read_file(arena, path);
-    struct Reader r = {(const unsigned char *)file.data,
-                       (const unsigned char *)file.data + file.length, path};
+/* llm.c's header: 256 words, of which four say something. */
+static void tokenizer_read_header(struct Tokenizer *tok, struct Reader *r) {
     uint32_t header[256];
-    for (size_t i = 0; i < 256; i++)
-        header[i] = reader_u32(&r, "header");
+    for (size_t i = 0; i < COUNT(header); i++)
+        header[i] = reader_u32(r, "header");
     CHECK(header[0] == TOKENIZER_MAGIC && header[1] == TOKENIZER_VERSION,
           "%s: not a tokenizer.bin of version 2 (it starts with %u, %u); make one: python3 "
           "prepare_imdb.py tokenizer --source DIR",
-          path, header[0], header[1]);
+          r->path, header[0], header[1]);
     tok->vocab_size = header[2];
     tok->end_token = (int)header[3];
     CHECK(tok->vocab_size > BYTE_TOKENS && tok->vocab_size <= 65536
               && header[3] == tok->vocab_size - 1,
           "%s: a vocabulary of %zu with end token %u; 257 to 65536 ids, the end token last, are "
           "read",
-          path, tok->vocab_size, header[3]);
+          r->path, tok->vocab_size, header[3]);
+}
+
+/* The tokens: a byte that says how long, and their bytes. The first 256 are the single bytes, in
+ * an order of GPT-2's own. */
+static void tokenizer_read_tokens(struct Tokenizer *tok, struct Reader *r, struct Arena *arena) {
     tok->token = arena_alloc(arena, tok->vocab_size, sizeof *tok->token);
     for (size_t id = 0; id < tok->vocab_size; id++) {
-        size_t length = *reader_take(&r, 1, "tokens");
-        tok->token[id] = (struct Text){(const char *)reader_take(&r, length, "tokens"), length};
+        size_t length = *reader_take(r, 1, "tokens");
+        tok->token[id] = (struct Text){(const char *)reader_take(r, length, "tokens"), length};
     }
+    /* Every byte must have its id: encoding starts from them, whatever the text. 256 ids without a
+     * repetition are all there are. */
     memset(tok->byte_token, -1, sizeof tok->byte_token);
     for (int id = 0; id < BYTE_TOKENS; id++) {
         int *byte = &tok->byte_token[(unsigned char)tok->token[id].data[0]];
         CHECK(tok->token[id].length == 1 && *byte < 0, "%s: id %d is not a single byte of its own",
-              path, id);
+              r->path, id);
         *byte = id;
     }
-    tok->merges = reader_u32(&r, "merges");
+}
+
+/* Merge i makes the token BYTE_TOKENS + i of two that came before it. */
+static void tokenizer_read_merge(struct Tokenizer *tok, struct Reader *r, size_t i) {
+    uint32_t pair = tok->merge_pair[i] = reader_u32(r, "merges");
+    uint32_t id = (uint32_t)(BYTE_TOKENS + i);
+    CHECK((pair & 0xffff) < id && pair >> 16 < id, "%s: merge %zu uses an id that comes after it",
+          r->path, i);
+    /* the file says twice what the token is; both must agree, or texts would decode to others */
+    struct Text left = tok->token[pair & 0xffff];
+    struct Text right = tok->token[pair >> 16];
+    struct Text both = tok->token[id];
+    bool joined = both.length == left.length + right.length
+                  && !memcmp(both.data, left.data, left.length)
+                  && !memcmp(both.data + left.length, right.data, right.length);
+    CHECK(joined, "%s: token %u is not what merge %zu makes", r->path, id, i);
+    int *slot = &tok->merge_id[merge_slot(tok, pair)];
+    CHECK(*slot < 0, "%s: merge %zu stands there twice", r->path, i);
+    *slot = (int)id;
+}
+
+/* All merges, and the hash table in which encoding looks a pair up. */
+static void tokenizer_read_merges(struct Tokenizer *tok, struct Reader *r, struct Arena *arena) {
+    tok->merges = reader_u32(r, "merges");
     CHECK(tok->merges + BYTE_TOKENS + 1 == tok->vocab_size,
-          "%s: %zu merges do not make a vocabulary of %zu", path, tok->merges, tok->vocab_size);
+          "%s: %zu merges do not make a vocabulary of %zu", r->path, tok->merges, tok->vocab_size);
     tok->merge_pair = arena_alloc(arena, tok->merges, sizeof *tok->merge_pair);
     tok->merge_id = arena_alloc(arena, MERGE_SLOTS, sizeof *tok->merge_id);
     for (size_t i = 0; i < MERGE_SLOTS; i++)
         tok->merge_id[i] = -1;
-    for (size_t i = 0; i < tok->merges; i++) {
-        uint32_t pair = tok->merge_pair[i] = reader_u32(&r, "merges");
-        uint32_t id = (uint32_t)(BYTE_TOKENS + i);
-        CHECK((pair & 0xffff) < id && pair >> 16 < id,
-              "%s: merge %zu uses an id that comes after it", path, i);
-        struct Text left = tok->token[pair & 0xffff];
-        struct Text right = tok->token[pair >> 16];
-        struct Text both = tok->token[id];
-        bool joined = both.length == left.length + right.length
-                      && !memcmp(both.data, left.data, left.length)
-                      && !memcmp(both.data + left.length, right.data, right.length);
-        CHECK(joined, "%s: token %u is not what merge %zu makes", path, id, i);
-        int *slot = &tok->merge_id[merge_slot(tok, pair)];
-        CHECK(*slot < 0, "%s: merge %zu stands there twice", path, i);
-        *slot = (int)id;
-    }
+    for (size_t i = 0; i < tok->merges; i++)
+        tokenizer_read_merge(tok, r, i);
+}
+
+/* Unicode's letters, numbers and spaces: of each how many ranges, and these in order. */
+static void tokenizer_read_classes(struct Tokenizer *tok, struct Reader *r, struct Arena *arena) {
     tok->char_class = arena_zeros(arena, UNICODE_END, 1);
     for (int class = CLASS_LETTER; class <= CLASS_SPACE; class ++) {
-        for (uint32_t n = reader_u32(&r, "Unicode classes"), next = 0; n > 0; n--) {
-            uint32_t first = reader_u32(&r, "Unicode classes");
-            uint32_t last = reader_u32(&r, "Unicode "
-                                           "classes");
+        for (uint32_t n = reader_u32(r, "Unicode classes"), next = 0; n > 0; n--) {
+            uint32_t first = reader_u32(r, "Unicode classes");
+            uint32_t last = reader_u32(r, "Unicode classes");
             CHECK(first >= next && first <= last && last < UNICODE_END,
-                  "%s: a Unicode range from %u to %u, after one that ends before %u", path, first,
-                  last, next);
+                  "%s: a Unicode range from %u to %u, after one that ends before %u", r->path,
+                  first, last, next);
             memset(tok->char_class + first, class, last - first + 1);
             next = last + 1;
         }
     }
+}
+
+/* tokenizer.bin: what llm.c's has (header, tokens), and behind it what encoding needs besides:
+ * the merges, and which characters are letters, numbers and spaces.      test: broken_tokenizer */
+static struct Tokenizer *tokenizer_load(struct Arena *arena, const char *path) {
+    struct Tokenizer *tok = arena_zeros(arena, 1, sizeof *tok);
+    tok->path = arena_printf(arena, "%s", path);
+    struct Text file = read_file(arena, path);
+    const unsigned char *start = (const unsigned char *)file.data;
+    struct Reader r = {start, start + file.length, path};
+    tokenizer_read_header(tok, &r);
+    tokenizer_read_tokens(tok, &r, arena);
+    tokenizer_read_merges(tok, &r, arena);
+    tokenizer_read_classes(tok, &r, arena);
     return tok;
 }
 
@@ -7977,10 +8005,12 @@ static struct Text token_as_unicode(struct Arena *arena, struct Text token) {
 }
 
 /* vocab.json and merges.txt: what AutoTokenizer looks for beside a model, with the
- * tokenizer_config.json of tokenizer_config_save. */
+ * tokenizer_config.json of tokenizer_config_save. A model may have the first of our ids only; it
+ * gets those, and the merges that make them.                              test: tokenizer_save */
 static void tokenizer_save(const struct Tokenizer *tok, const char *folder, size_t vocab_size) {
     struct Arena arena = {0};
     size_t end = (size_t)endoftext_id(vocab_size);
+    /* 1. {"token": id, ...}, the end token last */
     struct Output out = output_open(folder, "vocab.json");
     fputc('{', out.file);
     for (size_t id = 0; id < end; id++) {
@@ -7989,6 +8019,8 @@ static void tokenizer_save(const struct Tokenizer *tok, const char *folder, size
     }
     fprintf(out.file, "\"<|endoftext|>\": %zu}\n", end);
     output_close(&out);
+
+    /* 2. a line for each merge, the most frequent pair first: its place is its rank */
     out = output_open(folder, "merges.txt");
     fputs("#version: 0.2\n", out.file);
     for (size_t i = 0; i + BYTE_TOKENS < end; i++) {
@@ -8000,22 +8032,26 @@ static void tokenizer_save(const struct Tokenizer *tok, const char *folder, size
     arena_free(&arena);
 }
 
-/* A model folder may bring its own vocabulary: refuse one whose ids mean other tokens than ours. */
+/* A model folder may bring its own vocabulary: one whose ids mean other tokens than ours is
+ * refused. With it the model would read and write texts that nobody meant. */
 static void tokenizer_check_folder(const struct Tokenizer *tok, const char *folder,
                                    size_t vocab_size) {
     struct Arena arena = {0};
-    char *path = arena_printf(&arena, "%s/vocab.json", folder);
-    char *other = arena_printf(&arena, "%s/tokenizer.json", folder);
+    /* 1. the vocabulary, in the older of two files or in the newer one; many folders have neither */
+    const char *path = arena_printf(&arena, "%s/vocab.json", folder);
+    const char *newer = arena_printf(&arena, "%s/tokenizer.json", folder);
     struct Json *vocab = NULL;
     if (file_exists(path))
         vocab = json_read_file(&arena, path);
-    else if (file_exists(path = other))
+    else if (file_exists(path = newer))
         vocab = json_get(json_get(json_read_file(&arena, path), "model"), "vocab");
     CHECK((size_t)endoftext_id(vocab_size) < tok->vocab_size,
           "%s: has %zu ids, %s only %zu; another --tokenizer is needed", folder, vocab_size,
           tok->path, tok->vocab_size);
     CHECK(!vocab || vocab->type == JSON_OBJECT,
           "%s: its vocabulary is not an object {\"token\": id, ...}", path);
+
+    /* 2. token by token; those behind GPT-2's own are read by added_tokens */
     for (struct Json *item = vocab ? vocab->child : NULL; item; item = item->next) {
         size_t id = json_size(item, 1 << 24, path, "an id of the vocabulary");
         if (id >= (size_t)endoftext_id(vocab_size))
@@ -8106,12 +8142,14 @@ static int path_bytes(const char *place) {
 /* What to do about a line that is not JSON: the end of the message. */
 static const char *line_hint(struct Arena *arena, struct Text line, size_t where, bool is_last,
                              const char *place) {
+    /* 1. UTF-16 marks its beginning by U+FEFF, in the byte order that the file has */
     bool low_first = line.length > 1 && memcmp(line.data, "\xff\xfe", 2) == 0;
     bool high_first = line.length > 1 && memcmp(line.data, "\xfe\xff", 2) == 0;
     if (low_first || high_first)
         return "; it is UTF-16, make it UTF-8: iconv -f UTF-16 -t UTF-8";
     if (*line.data != '{')
         return "; one object a line was expected: {\"text\": \"...\"}";
+    /* 2. An object that is still open at its line's end was laid out over several lines. */
     if (is_last || where < line.length)
         return "";
     return arena_printf(arena,
@@ -8170,23 +8208,22 @@ static struct Row dataset_row(struct Arena *keep, const struct Json *json, unsig
                               const char *place) {
     struct Row row = {.has = json_fields(json)};
     struct Text *texts[] = {&row.text, &row.prompt, &row.completion, &row.chosen, &row.rejected};
-    unsigned used = row.has & (shape | shape >> 16);
+    unsigned used = row.has & (shape | shape >> 16); /* what it must have, and may have */
     for (size_t i = 0; i < COUNT(FIELD_NAMES); i++) {
         const struct Json *item = json_get(json, FIELD_NAMES[i]);
         unsigned field = 1u << i;
         if (!(used & field))
             continue;
+        /* the five texts come first in enum Field */
         if (i < COUNT(texts)) {
             refuse_chat(item, place);
             CHECK(item->type == JSON_STRING, "%s: \"%s\" must be a string", place, FIELD_NAMES[i]);
             *texts[i] = text_copy(keep, item->string);
         }
-        if (field == HAS_QUERY_IDS) {
+        if (field == HAS_QUERY_IDS)
             row.query_ids = json_ids(keep, item, &row.query_length, place);
-        }
-        if (field == HAS_RESPONSE_IDS) {
+        if (field == HAS_RESPONSE_IDS)
             row.response_ids = json_ids(keep, item, &row.response_length, place);
-        }
         if (field == HAS_LABEL)
             row.label = json_field_number(item, true, place);
         if (field == HAS_SCORE)
@@ -8214,6 +8251,7 @@ static bool is_table(struct Text file, const char *path) {
         return true;
     const char *cell = file.data;
     while (*cell && *cell != '\n') {
+        /* a name, perhaps in quotes; then on to the next cell */
         if (*cell == '"')
             cell++;
         struct Text name = {cell, strcspn(cell, ",\t\"\r\n")};
@@ -8233,42 +8271,44 @@ static bool is_table(struct Text file, const char *path) {
 #define PANDAS(reader) "python3 -c \"import pandas; pandas." reader "('"
 #define PANDAS_END "').to_json('rows.jsonl', orient='records', lines=True)\""
 static const struct Format {
-    const char *start;
-    size_t length;
-    const char *name, *before, *after;
+    const char *start, *name, *before, *after;
 } FORMATS[] = {
-    {"[", 1, "a JSON array",
+    {"[", "a JSON array",
      "python3 -c \"import json; [print(json.dumps(row)) for row in json.load(open('",
      "'))]\" > rows.jsonl"},
-    {"PAR1", 4, "Parquet", PANDAS("read_parquet"), PANDAS_END},
-    {"ARROW1", 6, "an Arrow file", PANDAS("read_feather"), PANDAS_END},
-    {"\xff\xff\xff\xff", 4, "an Arrow stream (save_to_disk of datasets)",
+    {"PAR1", "Parquet", PANDAS("read_parquet"), PANDAS_END},
+    {"ARROW1", "an Arrow file", PANDAS("read_feather"), PANDAS_END},
+    {"\xff\xff\xff\xff", "an Arrow stream (save_to_disk of datasets)",
      "python3 -c \"from datasets import Dataset; Dataset.from_file('",
      "').to_json('rows.jsonl')\""},
-    {"\x1f\x8b", 2, "compressed by gzip", "gzip -dc '", "' > rows.jsonl"},
-    {"\x28\xb5\x2f\xfd", 4, "compressed by zstd", "zstd -dc '", "' > rows.jsonl"},
-    {"BZh", 3, "compressed by bzip2", "bzip2 -dc '", "' > rows.jsonl"},
+    {"\x1f\x8b", "compressed by gzip", "gzip -dc '", "' > rows.jsonl"},
+    {"\x28\xb5\x2f\xfd", "compressed by zstd", "zstd -dc '", "' > rows.jsonl"},
+    {"BZh", "compressed by bzip2", "bzip2 -dc '", "' > rows.jsonl"},
     {"\xfd"
      "7zXZ",
-     5, "compressed by xz", "xz -dc '", "' > rows.jsonl"},
-    {"PK\x03\x04", 4, "a zip archive", "unzip -p '", "' > rows.jsonl"},
-    {"", 0, "a table (TSV)", PANDAS("read_table"), PANDAS_END},
-    {"", 0, "a table (CSV)", PANDAS("read_csv"), PANDAS_END},
+     "compressed by xz", "xz -dc '", "' > rows.jsonl"},
+    {"PK\x03\x04", "a zip archive", "unzip -p '", "' > rows.jsonl"},
+    {"", "a table (TSV)", PANDAS("read_table"), PANDAS_END},
+    {"", "a table (CSV)", PANDAS("read_csv"), PANDAS_END},
 };
 enum { FORMAT_CSV = COUNT(FORMATS) - 1, FORMAT_TSV = FORMAT_CSV - 1 };
 
 /* Data that is whole but in another format is refused by the format's name. */
 static void refuse_other_formats(struct Text file, const char *path) {
+    /* 1. By its first bytes, blanks apart. */
     size_t format = 0;
     file = text_without_mark(file);
     size_t blank = strspn(file.data, " \t\r\n");
     file = (struct Text){file.data + blank, file.length - blank};
     while (format < FORMAT_TSV) {
-        size_t length = FORMATS[format].length;
+        size_t length = strlen(FORMATS[format].start);
         if (file.length >= length && memcmp(file.data, FORMATS[format].start, length) == 0)
             break;
         format++;
     }
+
+    /* 2. None of them: JSON Lines begin with a brace, a table with the names of its columns. What
+     *    is neither is left to the parser, which says what is wrong with the first line. */
     if (format == FORMAT_TSV) {
         if (*file.data == '{' || !is_table(file, path))
             return;
@@ -8280,18 +8320,16 @@ static void refuse_other_formats(struct Text file, const char *path) {
         FORMATS[format].before, path, FORMATS[format].after);
 }
 
-/* One line of a file as a JSON object, or the reason why it is none. */
+/* One line of a file as a JSON object; json_object says why it is none, and line_hint what to do. */
 static struct Json *dataset_line(struct Arena *scratch, struct Text line, bool is_last,
                                  const char *place) {
     const char *error;
     size_t where;
     struct Json *json = json_parse(scratch, line, &error, &where);
-    if (!json) {
-        const char *hint = line_hint(scratch, line, where, is_last, place);
-        die("%s: not JSON: %s (byte %zu)%s", place, error, where + 1, hint);
-    }
-    CHECK(json->type == JSON_OBJECT, "%s: a JSON object {...} was expected", place);
-    return json;
+    if (json && json->type == JSON_OBJECT)
+        return json;
+    const char *hint = json ? "" : line_hint(scratch, line, where, is_last, place);
+    return json_object(scratch, line, place, hint);
 }
 
 /* Why a row fits none of the shapes. */
@@ -8319,12 +8357,13 @@ static void dataset_append(struct Arena *arena, struct Dataset *data, struct Row
 static void dataset_add_file(struct Arena *arena, struct Dataset *data, struct DataFile *source,
                              const unsigned *shapes, size_t shape_count, bool optional) {
     struct Arena scratch = {0};
-    struct Text file = read_file(&scratch, source->path);
     struct Arena line_arena = {0};
+    struct Text file = read_file(&scratch, source->path);
     const char *at = file.data;
     const char *end = file.data + file.length;
     refuse_other_formats(file, source->path);
     for (size_t line = 1; at < end; line++) {
+        /* 1. A line; empty ones count, so that the numbers in messages are an editor's. */
         const char *stop = memchr(at, '\n', (size_t)(end - at));
         if (!stop)
             stop = end;
@@ -8334,7 +8373,10 @@ static void dataset_add_file(struct Arena *arena, struct Dataset *data, struct D
             continue;
         const char *place = arena_printf(&line_arena, "%s:%zu", source->path, line);
         struct Json *json = dataset_line(&line_arena, text, at >= end, place);
-        if (data->shape) { /* the first row has decided for all */
+
+        /* 2. Its shape: the best that it fits, if it is the first row of all, and else the first
+         *    row's. Which rows have a prompt must not change in the middle of a data set. */
+        if (data->shape) {
             shapes = &data->shape;
             shape_count = 1;
         }
@@ -8343,6 +8385,8 @@ static void dataset_add_file(struct Arena *arena, struct Dataset *data, struct D
             break;
         if (!shape)
             refuse_shape(json, shapes, shape_count, place);
+
+        /* 3. It becomes a row. */
         data->shape = shape;
         source->is_read = true;
         dataset_append(arena, data, dataset_row(arena, json, shape, place));
@@ -8352,19 +8396,8 @@ static void dataset_add_file(struct Arena *arena, struct Dataset *data, struct D
     arena_free(&scratch);
 }
 
-/* Do the first bytes of a name spell a word, in small or capital letters? */
-static bool spells(const char *name, const char *word, size_t length) {
-    if (strlen(word) != length)
-        return false;
-    for (size_t i = 0; i < length; i++) {
-        if (tolower((unsigned char)name[i]) != word[i])
-            return false;
-    }
-    return true;
-}
-
-/* The split that a word of a path, from `at` to `end`, names; of several the first of enum Split.
- * Words end where datasets' NON_WORDS_CHARS stand. */
+/* The split that a word of a path, from `at` to `end`, names, in small or capital letters; of
+ * several the first of enum Split. Words end where datasets' NON_WORDS_CHARS stand. */
 static enum Split split_of_words(const char *at, const char *end) {
     static const char not_words[] = "-._ 0123456789/";
     static const struct {
@@ -8380,8 +8413,10 @@ static enum Split split_of_words(const char *at, const char *end) {
     for (; at < end; at++) {
         size_t length = strcspn(at, not_words);
         for (size_t i = 0; i < COUNT(words); i++) {
-            bool comes_first = !split || words[i].split < split;
-            if (comes_first && spells(at, words[i].word, length))
+            /* the whole word: "tests" names no split */
+            bool spells =
+                strlen(words[i].word) == length && strncasecmp(at, words[i].word, length) == 0;
+            if (spells && (!split || words[i].split < split))
                 split = words[i].split;
         }
         at += length;
@@ -8411,8 +8446,9 @@ static void data_file_split(struct DataFile *file) {
     const char *base = slash ? slash + 1 : file->name;
     bool is_in_data = base == file->name + 5 && strncmp(file->name, "data/", 5) == 0;
     enum Split of_folders = split_of_words(file->name, base);
-    enum Split of_file = split_of_words(base, base + strlen(base));
-    *file = (struct DataFile){file->path, file->name, .split = of_file, .rank = RANK_FILE};
+    /* what the file's own name says, unless one of the two stronger rules applies */
+    file->split = split_of_words(base, base + strlen(base));
+    file->rank = RANK_FILE;
     if (is_in_data && is_shard_name(base)) {
         file->rank = RANK_SHARD;
     } else if (of_folders) {
@@ -8438,6 +8474,7 @@ static void dataset_list_files(struct Arena *arena, struct Dataset *data, const 
         if (name[0] == '.')
             continue;
         const char *path = arena_printf(arena, "%s/%s", folder, name);
+        /* 1. a folder: what is in it */
         if (is_folder(path)) {
             struct stat s;
             bool is_link = lstat(path, &s) != 0 || !S_ISDIR(s.st_mode);
@@ -8446,6 +8483,8 @@ static void dataset_list_files(struct Arena *arena, struct Dataset *data, const 
                 dataset_list_files(arena, data, path);
             continue;
         }
+
+        /* 2. a file of rows: its name inside the folder says of which split */
         if (length <= 6 || strcmp(name + length - 6, ".jsonl") != 0)
             continue;
         CHECK(data->file_count < DATA_FILES_MOST,
@@ -8484,15 +8523,13 @@ static bool is_read_by(const struct Dataset *data, const char *path) {
  * by one rank, the highest there is. What `training` has read is not added. */
 static void dataset_add_split(struct Arena *arena, struct Dataset *data, enum Split split,
                               unsigned shape, const struct Dataset *training) {
-    for (size_t rank = RANKS; rank-- > 0 && data->n == 0;) {
+    for (size_t rank = RANKS; rank-- > 0 && data->n == 0;)
         for (size_t i = 0; i < data->file_count; i++) {
             struct DataFile *file = &data->files[i];
             bool is_wanted = file->split == split && file->rank == rank;
-            if (!is_wanted || is_read_by(training, file->path))
-                continue;
-            dataset_add_file(arena, data, file, &shape, 1, true);
+            if (is_wanted && !is_read_by(training, file->path))
+                dataset_add_file(arena, data, file, &shape, 1, true);
         }
-    }
 }
 
 /* No file of a folder has what is wanted: why the first that might have had it has not, or what
@@ -8502,6 +8539,8 @@ static _Noreturn void refuse_folder(struct Arena *arena, struct Dataset *data,
                                     const struct Dataset *training) {
     const char *files = data_file_names(arena, data, false);
     const char *wanted = shape_names(arena, shapes, shape_count);
+    /* 1. A file that might have been read: now that its shape is no longer optional, its first row
+     *    ends the program with the reason, unless it is empty. */
     for (size_t i = 0; i < data->file_count; i++) {
         struct DataFile *file = &data->files[i];
         bool is_held_out = file->split == SPLIT_VALIDATION || file->split == SPLIT_TEST;
@@ -8509,12 +8548,11 @@ static _Noreturn void refuse_folder(struct Arena *arena, struct Dataset *data,
             continue;
         dataset_add_file(arena, data, file, shapes, shape_count, false);
     }
-    if (!*files)
-        die("%s: no row with %s was found: no .jsonl file is there", data->path, wanted);
-    if (training) {
-        die("%s: no held-out row with %s was found: the training reads what is there (%s)",
-            data->path, wanted, files);
-    }
+
+    /* 2. There is no such file. */
+    CHECK(*files, "%s: no row with %s was found: no .jsonl file is there", data->path, wanted);
+    CHECK(!training, "%s: no held-out row with %s was found: the training reads what is there (%s)",
+          data->path, wanted, files);
     die("%s: no row with %s was found but in held-out data (%s); name the file that is meant: %s",
         data->path, wanted, files, data->files[0].path);
 }
@@ -8527,22 +8565,25 @@ static void dataset_load_folder(struct Arena *arena, struct Dataset *data, const
     static const enum Split held_out[] = {SPLIT_VALIDATION, SPLIT_TEST, SPLIT_NONE, SPLIT_TRAIN};
     const enum Split *splits = training ? held_out : to_train;
     size_t split_count = training ? COUNT(held_out) : COUNT(to_train);
+    /* 1. Its files, sorted: a folder's own order differs from machine to machine. */
     data->files = arena_alloc(arena, DATA_FILES_MOST, sizeof *data->files);
     dataset_list_files(arena, data, data->path);
-    /* A folder's own order is anybody's. */
     qsort(data->files, data->file_count, sizeof *data->files, compare_data_files);
-    for (size_t s = 0; s < shape_count; s++) {
-        for (size_t k = 0; k < split_count && data->n == 0; k++) {
+
+    /* 2. The shape matters more than the split: pairs in "data.jsonl" are what DPO wants, whatever
+     *    texts are in "train.jsonl". */
+    for (size_t s = 0; s < shape_count; s++)
+        for (size_t k = 0; k < split_count && data->n == 0; k++)
             dataset_add_split(arena, data, splits[k], shapes[s], training);
-        }
-    }
     if (data->n == 0)
         refuse_folder(arena, data, shapes, shape_count, training);
+
+    /* 3. A choice was made for the user, who should know it. */
     const char *read = data_file_names(arena, data, true);
     const char *left_out = data_file_names(arena, data, false);
-    const char *purpose = training ? " as held-out data" : "";
     if (*left_out)
-        warn("%s: read %s%s; left out %s", data->path, read, purpose, left_out);
+        warn("%s: read %s%s; left out %s", data->path, read, training ? " as held-out data" : "",
+             left_out);
 }
 
 static struct Dataset *dataset_open(struct Arena *arena, const char *path, const unsigned *shapes,
@@ -8553,11 +8594,12 @@ static struct Dataset *dataset_open(struct Arena *arena, const char *path, const
         dataset_load_folder(arena, data, shapes, shape_count, training);
         return data;
     }
+    /* one file, whatever its name says: whoever names it means it */
     data->files = arena_zeros(arena, 1, sizeof *data->files);
     data->files[data->file_count++].path = data->path;
     dataset_add_file(arena, data, data->files, shapes, shape_count, false);
-    const char *wanted = shape_names(arena, shapes, shape_count);
-    CHECK(data->n > 0, "%s: no row with %s was found", path, wanted);
+    CHECK(data->n > 0, "%s: no row with %s was found", path,
+          shape_names(arena, shapes, shape_count));
     return data;
 }
 
@@ -8572,9 +8614,10 @@ static bool text_contains(struct Text text, struct Text word) {
 
 /* Tutorials tell one to write "<|endoftext|>" behind each text. Here these are thirteen ordinary
  * characters, which the model would learn to write, and the end token is added behind them all the
- * same. One note a data set says so. */
+ * same. One note a data set says so.                                   test: data_written_ends */
 static void warn_of_written_ends(const struct Dataset *data, const struct Tokenizer *tok) {
     struct Text name = tok->token[tok->end_token];
+    /* Only fields that are used are looked at. The prompt of pairs may be their common beginning. */
     unsigned used = data->shape;
     if ((used & SHAPE_PREFERENCE) == SHAPE_PREFERENCE)
         used |= HAS_PROMPT;
