@@ -7782,6 +7782,21 @@ static struct Json *json_get(const struct Json *object, const char *key) {
     return found;
 }
 
+/* A member's type; one that is absent counts as null, as the libraries take it. */
+static enum JsonType json_type(const struct Json *object, const char *key) {
+    const struct Json *item = json_get(object, key);
+    return item ? item->type : JSON_NULL;
+}
+
+/* A member's number or text; what is absent or of another type is `fallback`. */
+static double json_number_or(const struct Json *object, const char *key, double fallback) {
+    return json_type(object, key) == JSON_NUMBER ? json_get(object, key)->number : fallback;
+}
+
+static const char *json_text_or(const struct Json *object, const char *key, const char *fallback) {
+    return json_type(object, key) == JSON_STRING ? json_get(object, key)->string.data : fallback;
+}
+
 /* A whole number from 0 to max; anything else is an error that names the place. */
 static size_t json_size(const struct Json *json, size_t max, const char *path, const char *name) {
     CHECK(json && json->type == JSON_NUMBER && json->number >= 0 && json->number <= (double)max
@@ -8183,11 +8198,9 @@ static void refuse_chat(const struct Json *item, const char *place) {
 /* Which of FIELD_NAMES a row has; null counts as absent. */
 static unsigned json_fields(const struct Json *json) {
     unsigned has = 0;
-    for (size_t i = 0; i < COUNT(FIELD_NAMES); i++) {
-        const struct Json *item = json_get(json, FIELD_NAMES[i]);
-        if (item && item->type != JSON_NULL)
+    for (size_t i = 0; i < COUNT(FIELD_NAMES); i++)
+        if (json_type(json, FIELD_NAMES[i]) != JSON_NULL)
             has |= 1u << i;
-    }
     return has;
 }
 
@@ -8666,6 +8679,7 @@ static size_t first_not_finite(const float *x, size_t n) {
     for (size_t first = 0; first < n; first += 4096) {
         size_t end = MIN(n, first + 4096);
         int bad = 0;
+        /* a loop without a way out, which compilers turn into vectors; NaN fails any comparison */
         for (size_t i = first; i < end; i++)
             bad |= !(fabsf(x[i]) <= FLT_MAX);
         for (size_t i = first; bad && i < end; i++)
@@ -8712,16 +8726,16 @@ static int compare_spans(const void *a, const void *b) {
     return (x->begin + x->end > y->begin + y->end) - (x->begin + x->end < y->begin + y->end);
 }
 
+/* Where an entry of the header says its numbers stand. */
 static struct Span safetensors_span(const struct SafeTensors *st, const struct Json *entry) {
-    const struct Json *dtype = json_get(entry, "dtype");
-    const struct Json *shape = json_get(entry, "shape");
     const struct Json *offsets = json_get(entry, "data_offsets");
-    CHECK(dtype && dtype->type == JSON_STRING && shape && shape->type == JSON_ARRAY && offsets
-              && offsets->type == JSON_ARRAY && offsets->child && offsets->child->next,
+    CHECK(json_type(entry, "dtype") == JSON_STRING && json_type(entry, "shape") == JSON_ARRAY
+              && offsets && offsets->type == JSON_ARRAY && offsets->child && offsets->child->next,
           "%s: tensor %s lacks dtype, shape or data_offsets", st->path, entry->key.data);
     struct Span span = {json_size(offsets->child, SIZE_MAX / 4, st->path, "data_offsets"),
                         json_size(offsets->child->next, SIZE_MAX / 4, st->path, "data_offsets"),
                         entry->key.data};
+    /* before anything is read at them, or memory asked for */
     CHECK(span.begin <= span.end && span.end <= st->data_size,
           "%s: tensor %s: its bytes %llu to %llu leave the file's %llu; cut short?", st->path,
           span.name, (unsigned long long)span.begin, (unsigned long long)span.end,
@@ -8741,6 +8755,22 @@ static uint64_t weights_size(const char *path) {
     return (uint64_t)status.st_size;
 }
 
+/* No two tensors share bytes, those that nobody reads included: the file would not be what its
+ * writer meant. */
+static void safetensors_check_overlap(const struct SafeTensors *st, struct Arena *arena) {
+    struct Span *spans = arena_alloc(arena, (size_t)st->header->number + 1, sizeof *spans);
+    struct Span *end = spans;
+    for (struct Json *entry = st->header->child; entry; entry = entry->next)
+        if (strcmp(entry->key.data, "__metadata__") != 0)
+            *end++ = safetensors_span(st, entry);
+    /* once sorted, one that overlaps another overlaps its neighbour */
+    qsort(spans, (size_t)(end - spans), sizeof *spans, compare_spans);
+    for (struct Span *span = spans + 1; span < end; span++)
+        CHECK(span->begin >= span[-1].end, "%s: tensors %s and %s share bytes", st->path,
+              span[-1].name, span->name);
+}
+
+/* Opens a file and reads its header; the numbers stay on the disk until they are asked for. */
 static struct SafeTensors safetensors_open(struct Arena *arena, const char *path) {
     struct SafeTensors st = {.path = arena_printf(arena, "%s", path)};
     struct stat status;
@@ -8748,6 +8778,8 @@ static struct SafeTensors safetensors_open(struct Arena *arena, const char *path
           "%s: is a folder, a pipe or a device; a file was expected", path);
     st.file = fopen(path, "rb");
     CHECK(st.file, "%s: %s", path, strerror(errno));
+
+    /* 1. How long is the header? Its length is checked against the file's before it is used. */
     uint64_t size = weights_size(path);
     unsigned char prefix[8];
     CHECK(fread(prefix, 1, 8, st.file) == 8,
@@ -8759,24 +8791,23 @@ static struct SafeTensors safetensors_open(struct Arena *arena, const char *path
     CHECK(length >= 2 && length <= size - 8,
           "%s: not a safetensors file, or cut short: its header claims %llu bytes, %llu follow",
           path, (unsigned long long)length, (unsigned long long)(size - 8));
+
+    /* 2. The header. */
     char *text = arena_alloc(arena, (size_t)length + 1, 1);
     CHECK(fread(text, 1, (size_t)length, st.file) == length, "%s: cannot be read: %s", path,
           strerror(errno));
     st.header = json_object(arena, (struct Text){text, (size_t)length}, path, ", in its header");
     st.data_start = 8 + length;
     st.data_size = size - st.data_start;
-    /* No two tensors share bytes, those that nobody reads included: the file would not be what
-     * its writer meant. */
-    struct Span *spans = arena_alloc(arena, (size_t)st.header->number + 1, sizeof *spans);
-    struct Span *to = spans;
-    for (struct Json *entry = st.header->child; entry; entry = entry->next)
-        if (strcmp(entry->key.data, "__metadata__") != 0)
-            *to++ = safetensors_span(&st, entry);
-    qsort(spans, (size_t)(to - spans), sizeof *spans, compare_spans);
-    for (struct Span *span = spans + 1; span < to; span++)
-        CHECK(span->begin >= span[-1].end, "%s: tensors %s and %s share bytes", path, span[-1].name,
-              span->name);
+    safetensors_check_overlap(&st, arena);
     return st;
+}
+
+/* Bytes a number of a type has; 0: the type is not read. */
+static size_t dtype_width(const char *dtype) {
+    if (strcmp(dtype, "F32") == 0)
+        return 4;
+    return strcmp(dtype, "F16") == 0 || strcmp(dtype, "BF16") == 0 ? 2 : 0;
 }
 
 static void safetensors_convert(float *to, const unsigned char *from, size_t n, const char *dtype) {
@@ -8786,29 +8817,23 @@ static void safetensors_convert(float *to, const unsigned char *from, size_t n, 
     }
     bool bf16 = strcmp(dtype, "BF16") == 0;
     for (size_t i = 0; i < n; i++) {
+        /* byte by byte: in the file a number may stand at an odd place */
         uint16_t half = (uint16_t)(from[2 * i] | from[2 * i + 1] << 8);
         to[i] = bf16 ? float_of_bf16(half) : float_of_f16(half);
     }
 }
 
-/* Reads one entry of the header into a tensor of ours, whose shape decides. */
-static void safetensors_read(struct SafeTensors *st, const struct Json *entry,
-                             struct Tensor *tensor) {
-    struct Span span = safetensors_span(st, entry);
-    const struct Json *shape = json_get(entry, "shape");
-    const char *type = json_get(entry, "dtype")->string.data;
-    size_t width = strcmp(type, "F32") == 0                                ? 4
-                   : strcmp(type, "F16") == 0 || strcmp(type, "BF16") == 0 ? 2
-                                                                           : 0;
-    CHECK(width, "%s: tensor %s has type %.12s; F32, F16 and BF16 are read", st->path, tensor->name,
-          type);
+/* The shape that an entry has must be the tensor's, which follows from the configuration. */
+static void safetensors_check_shape(const struct SafeTensors *st, const struct Json *entry,
+                                    const struct Tensor *tensor) {
     char found[96] = "";
     size_t dims = 0;
     size_t used = 0;
     bool same = true;
-    for (struct Json *item = shape->child; item; item = item->next, dims++) {
+    for (struct Json *item = json_get(entry, "shape")->child; item; item = item->next, dims++) {
         double size = item->type == JSON_NUMBER ? item->number : -1;
         same = same && dims < tensor->ndim && size == (double)tensor->shape[dims];
+        /* as text, for the message; a long one is not shown to its end */
         if (used < 60)
             used += (size_t)snprintf(found + used, sizeof found - used, "%s%.0f", dims ? ", " : "",
                                      size);
@@ -8818,26 +8843,50 @@ static void safetensors_read(struct SafeTensors *st, const struct Json *entry,
           "file's?",
           st->path, tensor->name, tensor->shape[0], tensor->ndim == 2 ? ", " : "", tensor->shape[1],
           found);
+}
+
+/* Numbers `first` to first + n - 1 of a tensor have been read: each must be finite. A single NaN
+ * would spread through every activation, and after one step through every weight. */
+static void safetensors_check_finite(const struct SafeTensors *st, const struct Tensor *tensor,
+                                     size_t first, size_t n) {
+    const float *w = tensor->w + first;
+    size_t bad = first_not_finite(w, n);
+    /* AdamW's moments may be infinite: that makes a step of 0 */
+    bool is_moment = strncmp(tensor->name, "exp_avg", 7) == 0;
+    while (is_moment && bad < n && isinf(w[bad]))
+        bad += 1 + first_not_finite(w + bad + 1, n - bad - 1);
+    /* a tensor of bits holds what is no float: counters, random states */
+    CHECK(bad == n || tensor->bits,
+          "%s: tensor %s: number %zu is %g, a finite one was expected; "
+          "take an earlier checkpoint or a fresh copy of the file",
+          st->path, tensor->name, first + bad, w[bad]);
+}
+
+/* Reads one entry of the header into a tensor of ours, whose shape decides.
+ *                                             test: safetensors_round_trip, safetensors_half */
+static void safetensors_read(struct SafeTensors *st, const struct Json *entry,
+                             struct Tensor *tensor) {
+    /* 1. Are these the numbers that are wanted, of a type that is read, and all of them? */
+    struct Span span = safetensors_span(st, entry);
+    const char *type = json_get(entry, "dtype")->string.data;
+    size_t width = dtype_width(type);
+    CHECK(width, "%s: tensor %s has type %.12s; F32, F16 and BF16 are read", st->path, tensor->name,
+          type);
+    safetensors_check_shape(st, entry, tensor);
     CHECK(span.end - span.begin == tensor->n * width,
           "%s: tensor %s: %llu bytes for %zu numbers of type %s", st->path, tensor->name,
           (unsigned long long)(span.end - span.begin), tensor->n, type);
     CHECK(fseeko(st->file, (off_t)(st->data_start + span.begin), SEEK_SET) == 0, "%s: %s", st->path,
           strerror(errno));
+
+    /* 2. In chunks, each converted to floats: a file of 16-bit numbers needs no room of its own. */
     unsigned char chunk[4 * 8192];
     for (size_t done = 0; done < tensor->n;) {
         size_t n = MIN(tensor->n - done, (size_t)8192);
         CHECK(fread(chunk, width, n, st->file) == n, "%s: tensor %s cannot be read: %s", st->path,
               tensor->name, ferror(st->file) ? strerror(errno) : "the file ends");
         safetensors_convert(tensor->w + done, chunk, n, type);
-        const float *w = tensor->w + done;
-        size_t bad = first_not_finite(w, n);
-        bool moment = strncmp(tensor->name, "exp_avg", 7) == 0;
-        while (moment && bad < n && isinf(w[bad])) /* an infinite one makes a step of 0 */
-            bad += 1 + first_not_finite(w + bad + 1, n - bad - 1);
-        CHECK(bad == n || tensor->bits,
-              "%s: tensor %s: number %zu is %g, a finite one was expected; "
-              "take an earlier checkpoint or a fresh copy of the file",
-              st->path, tensor->name, done + bad, tensor->w[done + bad]);
+        safetensors_check_finite(st, tensor, done, n);
         done += n;
     }
 }
@@ -8847,9 +8896,12 @@ static void safetensors_read(struct SafeTensors *st, const struct Json *entry,
 static void safetensors_write_with(const char *folder, const char *name, struct Tensor **tensors,
                                    size_t count, const char *prefix, const char *metadata) {
     struct Output out = output_open(folder, name);
-    fwrite("\0\0\0\0\0\0\0", 1, 8, out.file); /* the header's length, when it is known */
-    int begun = fprintf(out.file, "{\"__metadata__\":{\"format\":\"pt\"%s}", metadata);
-    size_t length = (size_t)begun;
+    /* 1. Room for the header's length, which is not known yet. */
+    fwrite("\0\0\0\0\0\0\0", 1, 8, out.file);
+
+    /* 2. The header: what each tensor is called, and where its numbers will stand. A head belongs
+     *    to no transformer: its prefix is without that word. */
+    size_t length = (size_t)fprintf(out.file, "{\"__metadata__\":{\"format\":\"pt\"%s}", metadata);
     size_t offset = 0;
     for (size_t i = 0; i < count; i++) {
         struct Tensor *t = tensors[i];
@@ -8862,10 +8914,14 @@ static void safetensors_write_with(const char *folder, const char *name, struct 
         offset += 4 * t->n;
     }
     length += (size_t)fprintf(out.file, "}%*s", (int)(7 - length % 8), "");
+
+    /* 3. The numbers; one that is empty may have no memory at all. */
     for (size_t i = 0; i < count; i++)
         if (tensors[i]->n)
-            fwrite(tensors[i]->w, 4, tensors[i]->n, out.file); /* not of NULL */
-    fseeko(out.file, 0, SEEK_SET); /* unlike rewind() it keeps the mark of an error */
+            fwrite(tensors[i]->w, 4, tensors[i]->n, out.file);
+
+    /* 4. The length. fseeko, unlike rewind, keeps the mark of an error that output_close reads. */
+    fseeko(out.file, 0, SEEK_SET);
     for (int i = 0; i < 8; i++)
         fputc((int)((uint64_t)length >> 8 * i & 255), out.file);
     output_close(&out);
@@ -8888,10 +8944,11 @@ static void config_check(const struct GPT2Config *c, const char *path) {
           "%s: vocab_size %zu; 257 to 65536 can be used", path, c->vocab_size);
 }
 
+/* A setting that is a whole number; one that is absent or null is the fallback, transformers'. */
 static size_t config_size(const struct Json *config, const char *path, const char *name,
                           size_t fallback) {
-    struct Json *item = json_get(config, name);
-    return item && item->type != JSON_NULL ? json_size(item, 1 << 24, path, name) : fallback;
+    bool is_set = json_type(config, name) != JSON_NULL;
+    return is_set ? json_size(json_get(config, name), 1 << 24, path, name) : fallback;
 }
 
 /* What an enum JsonType is called in a message. */
@@ -8904,6 +8961,7 @@ static int config_token_id(const struct Json *config, const char *path, const ch
     const struct Json *id = json_get(config, name);
     if (!id || id->type == JSON_NULL)
         return fallback;
+    /* newer models may list several ends of a text */
     if (id->type == JSON_ARRAY) {
         CHECK(id->number == 1,
               "%s: \"%s\" lists %.0f ids, and one can be used; write it in place of the list", path,
@@ -8922,8 +8980,7 @@ static int config_token_id(const struct Json *config, const char *path, const ch
 /* A setting that GPT2Config.attribute_map gives a second name.              test: config_names */
 static size_t config_either(const struct Json *config, const char *path, const char *name,
                             const char *alias, size_t fallback) {
-    const struct Json *item = json_get(config, name);
-    bool named = item && item->type != JSON_NULL;
+    bool named = json_type(config, name) != JSON_NULL;
     size_t value = config_size(config, path, name, fallback);
     size_t other = config_size(config, path, alias, value);
     CHECK(!named || other == value,
@@ -8942,6 +8999,7 @@ static void config_refuse(const struct Json *config, const char *path,
                           const struct Allowed *allowed, size_t n) {
     for (const struct Allowed *a = allowed; a < allowed + n; a++) {
         const struct Json *setting = json_get(config, a->name);
+        /* of a list or an object every item must be allowed, else the setting itself */
         const struct Json *item = setting && setting->type >= JSON_ARRAY ? setting->child : setting;
         for (; item; item = item == setting ? NULL : item->next) {
             const char *word =
@@ -8955,20 +9013,34 @@ static void config_refuse(const struct Json *config, const char *path,
     }
 }
 
+/* The three special tokens: the end of a text, padding, and the beginning, which GPT-2 lacks. */
+static void config_special_tokens(const struct Json *json, const char *path, struct GPT2Config *c) {
+    int endoftext = endoftext_id(c->vocab_size);
+    c->eos_token_id = config_token_id(json, path, "eos_token_id", c->vocab_size, endoftext);
+    c->pad_token_id = config_token_id(json, path, "pad_token_id", c->vocab_size, c->eos_token_id);
+    /* transformers writes 50256 unless it is told better, in small vocabularies too */
+    bool beyond = json_number_or(json, "bos_token_id", 0) >= (double)c->vocab_size;
+    c->bos_token_id = endoftext;
+    if (!beyond)
+        c->bos_token_id = config_token_id(json, path, "bos_token_id", c->vocab_size, endoftext);
+}
+
 /* A folder's config.json. Several activations are gelu_new by another name, equal but for rounding.
  * `tied` says what "tie_word_embeddings" does: whether wte is to be the output layer too.
  *                                                              test: broken_config, config_names */
 static struct GPT2Config config_load(const char *folder, bool *tied) {
-    static const struct Allowed allowed[] = {{"model_type", {"gpt2"}},
-                                             {"tie_word_embeddings", {"true", "false"}},
-                                             {"activation_function",
-                                              {"gelu_new", "gelu_pytorch_tanh", "gelu_fast",
-                                               "gelu_python_tanh", "gelu_accurate"}},
-                                             {"scale_attn_weights", {"true"}},
-                                             {"scale_attn_by_inverse_layer_idx", {"false"}},
-                                             {"add_cross_attention", {"false"}},
-                                             {"pruned_heads", {"null"}},
-                                             {"quantization_config", {"null"}}};
+    static const struct Allowed allowed[] = {
+        {"model_type", {"gpt2"}},
+        {"tie_word_embeddings", {"true", "false"}},
+        {"activation_function",
+         {"gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python_tanh", "gelu_accurate"}},
+        {"scale_attn_weights", {"true"}},
+        {"scale_attn_by_inverse_layer_idx", {"false"}},
+        {"add_cross_attention", {"false"}},
+        {"pruned_heads", {"null"}},
+        {"quantization_config", {"null"}},
+    };
+    /* 1. Is it a model's folder at all? */
     struct Arena arena = {0};
     char *path = arena_printf(&arena, "%s/config.json", folder);
     CHECK(file_exists(folder) || errno != EACCES, "%s: %s", folder, strerror(errno));
@@ -8977,8 +9049,12 @@ static struct GPT2Config config_load(const char *folder, bool *tied) {
     CHECK(file_exists(path),
           "%s: no config.json inside; a model is a folder with config.json and model.safetensors",
           folder);
+
+    /* 2. Is it GPT-2 as it is implemented here? */
     struct Json *json = json_read_file(&arena, path);
     config_refuse(json, path, allowed, COUNT(allowed));
+
+    /* 3. The sizes; without them it is GPT-2's smallest. */
     struct GPT2Config c = {
         .vocab_size = config_size(json, path, "vocab_size", 50257),
         .n_positions = config_either(json, path, "n_positions", "max_position_embeddings",
@@ -8990,20 +9066,14 @@ static struct GPT2Config config_load(const char *folder, bool *tied) {
     config_check(&c, path);
     size_t inner = config_size(json, path, "n_inner", 4 * c.n_embd);
     CHECK(inner == 4 * c.n_embd, "%s: n_inner %zu is not implemented; 4 * n_embd is", path, inner);
+
+    /* 4. The rest. */
     struct Json *eps = json_get(json, "layer_norm_epsilon");
     CHECK(!eps || (eps->type == JSON_NUMBER && eps->number > 0 && eps->number <= 1),
           "%s: \"layer_norm_epsilon\" must be above 0, at most 1", path);
     c.layer_norm_epsilon = eps ? (float)eps->number : 1e-5f;
-    int endoftext = endoftext_id(c.vocab_size);
-    c.eos_token_id = config_token_id(json, path, "eos_token_id", c.vocab_size, endoftext);
-    c.pad_token_id = config_token_id(json, path, "pad_token_id", c.vocab_size, c.eos_token_id);
-    struct Json *bos = json_get(json, "bos_token_id"); /* 50256 unless transformers is told */
-    bool beyond = bos && bos->type == JSON_NUMBER && bos->number >= (double)c.vocab_size;
-    c.bos_token_id = endoftext;
-    if (!beyond)
-        c.bos_token_id = config_token_id(json, path, "bos_token_id", c.vocab_size, endoftext);
-    const struct Json *tie = json_get(json, "tie_word_embeddings");
-    *tied = !tie || tie->type != JSON_FALSE;
+    config_special_tokens(json, path, &c);
+    *tied = json_type(json, "tie_word_embeddings") != JSON_FALSE;
     arena_free(&arena);
     return c;
 }
@@ -9020,7 +9090,7 @@ static const char *bare_name(const char *name) {
         bool found = strncmp(name, prefixes[i], length) == 0;
         if (found)
             name += length;
-        i = found ? 0 : i + 1;
+        i = found ? 0 : i + 1; /* one is gone: any other may stand first now */
     }
     return name;
 }
@@ -9030,6 +9100,7 @@ static struct Json *tensor_entry(const struct SafeTensors *st, const char *name)
     struct Json *found = NULL;
     size_t length = strlen(name);
     for (struct Json *entry = st->header->child; entry; entry = entry->next) {
+        /* the name's end first, which is quick: this loop runs for each tensor */
         const char *full = entry->key.data;
         size_t before = entry->key.length - MIN(entry->key.length, length);
         if (strcmp(full + before, name) != 0 || bare_name(full) != full + before)
@@ -9066,10 +9137,14 @@ static size_t model_files(struct Arena *arena, const char *folder, char **files,
           "%s: no \"weight_map\" inside, or one that names no file", index);
     size_t count = 0;
     for (struct Json *item = map->child; item; item = item->next) {
+        /* 1. The index names each tensor's file. A path that leads out of the folder is refused:
+         *    whoever wrote a model does not choose what is read of this machine. */
         CHECK(item->type == JSON_STRING && item->string.length && !strchr(item->string.data, '/')
                   && !strchr(item->string.data, '\\'),
               "%s: \"%s\" must name a file of this folder", index, item->key.data);
         char *path = arena_printf(arena, "%s/%s", folder, item->string.data);
+
+        /* 2. The same file comes up once for each of its tensors. */
         size_t i = 0;
         while (i < count && strcmp(files[i], path) != 0)
             i++;
@@ -9082,14 +9157,9 @@ static size_t model_files(struct Arena *arena, const char *folder, char **files,
 
 /* What a label's name says: 1 positive, -1 negative, 0 neither. */
 static int label_sign(const char *name) {
-    char start[4] = "";
-    for (size_t i = 0; i < 3 && name[i]; i++)
-        start[i] = (char)tolower((unsigned char)name[i]);
-    if (strcmp(start, "pos") == 0 || strcmp(name, "LABEL_1") == 0)
+    if (strncasecmp(name, "pos", 3) == 0 || strcmp(name, "LABEL_1") == 0)
         return 1;
-    if (strcmp(start, "neg") == 0 || strcmp(name, "LABEL_0") == 0)
-        return -1;
-    return 0;
+    return strncasecmp(name, "neg", 3) == 0 || strcmp(name, "LABEL_0") == 0 ? -1 : 0;
 }
 
 /* Which of the two labels that `file` has rows for is the positive one: what id2label of the
@@ -9099,14 +9169,11 @@ static size_t positive_label(const char *folder, const char *file) {
     struct Arena arena = {0};
     char *path = arena_printf(&arena, "%s/config.json", folder ? folder : "");
     struct Json *json = folder && file_exists(path) ? json_read_file(&arena, path) : NULL;
-    const char *name[2] = {"LABEL_0", "LABEL_1"};
     config_refuse(json, path, allowed, COUNT(allowed));
-    for (size_t i = 0; i < 2; i++) {
-        const struct Json *label = json_get(json_get(json, "id2label"), i ? "1" : "0");
-        if (label && label->type == JSON_STRING)
-            name[i] = label->string.data;
-    }
+    const struct Json *names = json_get(json, "id2label");
+    const char *name[] = {json_text_or(names, "0", "LABEL_0"), json_text_or(names, "1", "LABEL_1")};
     size_t positive = label_sign(name[0]) > label_sign(name[1]) ? 0 : 1;
+    /* said each time: with the labels the wrong way round, training would raise what is disliked */
     warn("%s: a classifier of two labels is read as a reward model: the reward is the logit of "
          "\"%s\" minus that of \"%s\"; saved again, it has one label",
          file, name[positive], name[1 - positive]);
@@ -9121,6 +9188,7 @@ static size_t positive_label(const char *folder, const char *file) {
 static void reward_head_of_two(struct Tensor *score, struct SafeTensors *st, const char *folder) {
     struct Arena arena = {0};
     size_t C = score->n;
+    /* both rows as they are in the file; the head keeps their difference */
     struct Tensor both = {.name = "score.weight", .shape = {2, C}, .ndim = 2, .n = 2 * C};
     both.w = arena_floats(&arena, both.n);
     tensor_load(st, &both);
@@ -9131,7 +9199,7 @@ static void reward_head_of_two(struct Tensor *score, struct SafeTensors *st, con
     arena_free(&arena);
 }
 
-/* Reads a file's reward head, if it has one. */
+/* Reads a file's reward head, if it has one: of one label, or of two. */
 static void reward_head_load(struct GPT2 *model, struct SafeTensors *st, const char *folder) {
     const struct Json *entry = tensor_entry(st, "score.weight");
     const struct Json *shape = json_get(entry, "shape");
@@ -9150,7 +9218,7 @@ static void reward_head_load(struct GPT2 *model, struct SafeTensors *st, const c
     if (labels == 2)
         reward_head_of_two(score, st, folder);
     else
-        tensor_load(st, score);
+        tensor_load(st, score); /* a shape that is no head's is refused here */
 }
 
 /* What a model's files hold beside its tensors: an output layer, and what nothing takes. */
@@ -9191,6 +9259,7 @@ static struct Tensor tensor_like_wte(const struct GPT2 *model, struct Arena *are
 static void model_read(struct GPT2 *model, const char *path, struct Beside *beside) {
     struct Arena arena = {0};
     struct SafeTensors st = safetensors_open(&arena, path);
+    /* 1. Heads first: what is declared is among the model's tensors, and read with them. */
     reward_head_load(model, &st, model->folder);
     if (tensor_entry(&st, "v_head.summary.weight"))
         value_head_declare(model);
@@ -9198,6 +9267,8 @@ static void model_read(struct GPT2 *model, const char *path, struct Beside *besi
         if (model->tensors[i] != &model->score)
             tensor_load(&st, model->tensors[i]);
     }
+
+    /* 2. An output layer; what is left over is counted. */
     if (tensor_entry(&st, "lm_head.weight")) {
         beside->lm_head = tensor_like_wte(model, &beside->arena, "lm_head.weight");
         tensor_load(&st, &beside->lm_head);
@@ -9220,6 +9291,7 @@ static size_t first_unlike_wte(const struct GPT2 *model, const struct Tensor *li
  *                                                                            test: output_layer */
 static void output_layer_check(struct GPT2 *model, const struct Tensor *lm_head, bool tied,
                                const char *where) {
+    /* 1. Untied, but one of the two is missing? */
     struct Tensor *wte = &model->wte;
     bool both = lm_head->loaded && wte->loaded;
     CHECK(tied || both || (wte->loaded && model->score.n),
@@ -9228,9 +9300,13 @@ static void output_layer_check(struct GPT2 *model, const struct Tensor *lm_head,
           where, wte->loaded ? "lm_head.weight" : "wte.weight");
     if (!lm_head->loaded)
         return;
+
+    /* 2. Where the file holds the one tensor by the output layer's name, wte is that. */
     if (!both)
         memcpy(wte->w, lm_head->w, wte->n * sizeof(float));
     wte->loaded = true;
+
+    /* 3. Where it holds both, they must be equal. */
     size_t i = first_unlike_wte(model, lm_head);
     CHECK(i == wte->n,
           "%s: lm_head.weight is not wte.weight (number %zu is %g, not %g): an output "
@@ -9250,16 +9326,13 @@ static void tensor_check_loaded(const struct Tensor *t, const char *where, const
           found ? found : "");
 }
 
-/* gpt2_load -- a model folder; heads are loaded where they are there.  [glossary:
- * AutoModelForCausalLM] */
-static struct GPT2 *gpt2_load(const char *folder) {
-    struct Arena arena = {0};
-    char *files[1024];
-    bool tied;
-    struct GPT2Config c = config_load(folder, &tied);
-    size_t file_count = model_files(&arena, folder, files, COUNT(files));
+/* Can a model of these sizes be in these files? Asked before memory is: a config.json that asks for
+ * a thousand times too much would otherwise stop the machine. */
+static void config_check_files(const struct GPT2Config *c, const char *folder, char **files,
+                               size_t file_count) {
+    /* at least two bytes a number; the rest is allowance */
     size_t numbers =
-        (c.vocab_size + c.n_positions) * c.n_embd + c.n_layer * 12 * c.n_embd * c.n_embd;
+        (c->vocab_size + c->n_positions) * c->n_embd + c->n_layer * 12 * c->n_embd * c->n_embd;
     size_t bytes = 0;
     for (size_t f = 0; f < file_count; f++)
         bytes += (size_t)weights_size(files[f]);
@@ -9267,21 +9340,35 @@ static struct GPT2 *gpt2_load(const char *folder) {
           "%s: config.json describes %zu numbers, at least %zu MB; the weights have %zu MB; is it "
           "theirs, or are they cut short?",
           folder, numbers, numbers >> 19, bytes >> 20);
-    CHECK(c.n_layer <= bytes / 512 + 64,
+    CHECK(c->n_layer <= bytes / 512 + 64,
           "%s: config.json describes %zu layers, whose 12 tensors' names alone do not fit into the "
           "weights' %zu bytes; is it theirs?",
-          folder, c.n_layer, bytes);
-    struct GPT2 *model = gpt2_new(c);
+          folder, c->n_layer, bytes);
+}
+
+/* gpt2_load -- a model folder; heads are loaded where they are there.
+ *                                               [glossary: AutoModelForCausalLM]  test: gpt2_load */
+static struct GPT2 *gpt2_load(const char *folder) {
+    struct Arena arena = {0};
     struct Beside beside = {0};
+    char *files[1024];
+    bool tied;
+    /* 1. What does the folder say it holds? */
+    struct GPT2Config c = config_load(folder, &tied);
+    size_t file_count = model_files(&arena, folder, files, COUNT(files));
+    config_check_files(&c, folder, files, file_count);
+
+    /* 2. A model of these sizes, and what the files have for it. */
+    struct GPT2 *model = gpt2_new(c);
     model->folder = arena_printf(&model->arena, "%s", folder);
     for (size_t f = 0; f < file_count; f++)
         model_read(model, files[f], &beside);
-    bool any = model->wte.loaded || beside.lm_head.loaded;
-    if (any)
+
+    /* 3. Is everything there? A tensor that kept its zeros would be a model that nobody trained. */
+    if (model->wte.loaded || beside.lm_head.loaded)
         output_layer_check(model, &beside.lm_head, tied, folder);
-    for (size_t i = 0; i < model->tensor_count; i++) {
+    for (size_t i = 0; i < model->tensor_count; i++)
         tensor_check_loaded(model->tensors[i], folder, beside.first);
-    }
     if (beside.count)
         warn("%s: tensors in its weights that config.json has no place for are not read: %zu, the "
              "first is %s",
@@ -9291,30 +9378,31 @@ static struct GPT2 *gpt2_load(const char *folder) {
     return model;
 }
 
+/* config.json, as transformers writes it: keys in the order of the alphabet. */
 static void config_save(const struct GPT2 *model, const char *folder) {
     const struct GPT2Config *c = &model->config;
     bool classifier = model->score.n > 0;
     struct Output out = output_open(folder, "config.json");
+    /* the class that AutoModelForSequenceClassification or AutoModelForCausalLM will make of it */
     fprintf(out.file,
-            "{\n  \"activation_function\": \"gelu_new\",\n  \"architectures\": [\"%s\"],\n  "
-            "\"attn_pdrop\": 0.0,\n  \"bos_token_id\": %d,\n",
-            classifier ? "GPT2ForSequenceClassification" : "GPT2LMHeadModel", c->bos_token_id);
-    fprintf(out.file,
-            "  \"dtype\": \"float32\",\n  \"embd_pdrop\": 0.0,\n  \"eos_token_id\": %d,\n",
-            c->eos_token_id);
+            "{\n  \"activation_function\": \"gelu_new\",\n  \"architectures\": [\"%s\"],\n",
+            classifier ? "GPT2ForSequenceClassification" : "GPT2LMHeadModel");
+    fprintf(out.file, "  \"attn_pdrop\": 0.0,\n  \"bos_token_id\": %d,\n", c->bos_token_id);
+    fprintf(out.file, "  \"dtype\": \"float32\",\n  \"embd_pdrop\": 0.0,\n");
+    fprintf(out.file, "  \"eos_token_id\": %d,\n", c->eos_token_id);
+    /* one label: transformers' default would be two, and the head would not fit */
     if (classifier)
         fputs("  \"id2label\": {\"0\": \"LABEL_0\"},\n  \"label2id\": {\"LABEL_0\": 0},\n",
               out.file);
-    fprintf(out.file,
-            "  \"initializer_range\": 0.02,\n  \"layer_norm_epsilon\": %.7g,\n  \"model_type\": "
-            "\"gpt2\",\n  \"n_ctx\": %zu,\n  \"n_embd\": %zu,\n  \"n_head\": %zu,\n  \"n_inner\": "
-            "null,\n",
-            c->layer_norm_epsilon, c->n_positions, c->n_embd, c->n_head);
-    fprintf(out.file,
-            "  \"n_layer\": %zu,\n  \"n_positions\": %zu,\n  \"pad_token_id\": %d,\n  "
-            "\"resid_pdrop\": 0.0,\n  \"tie_word_embeddings\": true,\n  \"use_cache\": true,\n  "
-            "\"vocab_size\": %zu\n}\n",
-            c->n_layer, c->n_positions, c->pad_token_id, c->vocab_size);
+    fprintf(out.file, "  \"initializer_range\": 0.02,\n  \"layer_norm_epsilon\": %.7g,\n",
+            c->layer_norm_epsilon);
+    fprintf(out.file, "  \"model_type\": \"gpt2\",\n  \"n_ctx\": %zu,\n", c->n_positions);
+    fprintf(out.file, "  \"n_embd\": %zu,\n  \"n_head\": %zu,\n", c->n_embd, c->n_head);
+    fprintf(out.file, "  \"n_inner\": null,\n  \"n_layer\": %zu,\n", c->n_layer);
+    fprintf(out.file, "  \"n_positions\": %zu,\n", c->n_positions);
+    fprintf(out.file, "  \"pad_token_id\": %d,\n  \"resid_pdrop\": 0.0,\n", c->pad_token_id);
+    fprintf(out.file, "  \"tie_word_embeddings\": true,\n  \"use_cache\": true,\n");
+    fprintf(out.file, "  \"vocab_size\": %zu\n}\n", c->vocab_size);
     output_close(&out);
 }
 
@@ -9337,12 +9425,13 @@ static void write_special_token(FILE *file, const char *before, const struct Tok
 
 /* tokenizer_config.json. transformers cuts a text at every special token before it encodes the
  * rest; where one of them is an ordinary token, split_special_tokens makes it encode texts as
- * GPT-2's tokenizer does. */
+ * GPT-2's tokenizer does.                                       test: model_special_tokens */
 static void tokenizer_config_save(const struct Tokenizer *tok, const char *folder,
                                   const struct GPT2Config *c) {
     struct Output out = output_open(folder, "tokenizer_config.json");
     int lowest = MIN(c->bos_token_id, MIN(c->eos_token_id, c->pad_token_id));
     fputs("{\n  \"add_prefix_space\": false", out.file);
+    /* a padding token behind GPT-2's own has its name from here, not from vocab.json */
     if (c->pad_token.length > 0) {
         fprintf(out.file, ",\n  \"added_tokens_decoder\": {\"%d\": ", c->pad_token_id);
         json_write_string(out.file, "{\"content\": ", c->pad_token);
@@ -9359,65 +9448,72 @@ static void tokenizer_config_save(const struct Tokenizer *tok, const char *folde
     output_close(&out);
 }
 
-/* adapter_config.json: r 8, lora_alpha 8 where it is silent, as PEFT. */
+/* ---- Adapters -------------------------------------------------------------------------------- */
+
+/* Which layers an adapter takes: "target_modules" is a list of names, here with a space between
+ * two of them, or a string, which PEFT takes as a regular expression. */
+static void adapter_config_targets(struct Arena *arena, const struct Json *json, const char *path,
+                                   struct Adapter *adapter) {
+    const struct Json *targets = json_get(json, "target_modules");
+    adapter->pattern = json_type(json, "target_modules") == JSON_STRING;
+    /* with exceptions the names alone do not say which layers: adapter_takes asks the file */
+    adapter->partial = json_type(json, "exclude_modules") != JSON_NULL
+                       || json_type(json, "layers_to_transform") != JSON_NULL;
+    bool is_absent = json_type(json, "target_modules") == JSON_NULL;
+    adapter->target_modules = is_absent ? "c_attn" : json_text_or(json, "target_modules", "");
+    if (is_absent || adapter->pattern)
+        return;
+    for (const struct Json *item = targets->child; item; item = item->next) {
+        CHECK(item->type == JSON_STRING && strlen(adapter->target_modules) < 4096,
+              "%s: \"target_modules\" must be a list of names, 4096 letters at most", path);
+        adapter->target_modules =
+            arena_printf(arena, "%s%s%s", adapter->target_modules,
+                         *adapter->target_modules ? " " : "", item->string.data);
+    }
+}
+
+/* adapter_config.json: r 8, lora_alpha 8 where it is silent, as PEFT.
+ *                                            [glossary: Adaptação de baixo rank (LoRA)] */
 static struct Adapter adapter_config_load(struct Arena *arena, const char *folder) {
-    static const struct Allowed allowed[] = {{"peft_type", {"LORA"}},
-                                             {"bias", {"none"}},
-                                             {"modules_to_save",
-                                              {"score", "classifier", "lm_head", "wte"}},
-                                             {"init_lora_weights",
-                                              {"true", "false", "gaussian", "eva", "orthogonal"}},
-                                             {"use_dora", {"false"}},
-                                             {"use_qalora", {"false"}},
-                                             {"use_bdlora", {"false"}},
-                                             {"lora_bias", {"false"}},
-                                             {"rank_pattern", {"null"}},
-                                             {"alpha_pattern", {"null"}},
-                                             {"layer_replication", {"null"}},
-                                             {"target_parameters", {"null"}},
-                                             {"trainable_token_indices", {"null"}},
-                                             {"alora_invocation_tokens", {"null"}},
-                                             {"arrow_config", {"null"}},
-                                             {"kasa_config", {"null"}},
-                                             {"velora_config", {"null"}},
-                                             {"monteclora_config", {"null"}}};
+    static const struct Allowed allowed[] = {
+        {"peft_type", {"LORA"}},
+        {"bias", {"none"}},
+        {"modules_to_save", {"score", "classifier", "lm_head", "wte"}},
+        {"init_lora_weights", {"true", "false", "gaussian", "eva", "orthogonal"}},
+        {"use_dora", {"false"}},
+        {"use_qalora", {"false"}},
+        {"use_bdlora", {"false"}},
+        {"lora_bias", {"false"}},
+        {"rank_pattern", {"null"}},
+        {"alpha_pattern", {"null"}},
+        {"layer_replication", {"null"}},
+        {"target_parameters", {"null"}},
+        {"trainable_token_indices", {"null"}},
+        {"alora_invocation_tokens", {"null"}},
+        {"arrow_config", {"null"}},
+        {"kasa_config", {"null"}},
+        {"velora_config", {"null"}},
+        {"monteclora_config", {"null"}},
+    };
     char *path = arena_printf(arena, "%s/adapter_config.json", folder);
     CHECK(file_exists(path),
           "%s: no adapter_config.json inside; an adapter is a folder with adapter_config.json and "
           "adapter_model.safetensors",
           folder);
+    /* 1. PEFT has many kinds of adapters, and of LoRA many variants: one is implemented. */
     struct Json *json = json_read_file(arena, path);
-    struct Json *alpha = json_get(json, "lora_alpha");
-    struct Json *dropout = json_get(json, "lora_dropout");
-    struct Json *rslora = json_get(json, "use_rslora");
-    struct Json *targets = json_get(json, "target_modules");
-    struct Json *base = json_get(json, "base_model_"
-                                       "name_or_path");
     config_refuse(json, path, allowed, COUNT(allowed));
+
+    /* 2. What this one is, and where it belongs. */
     struct Adapter adapter = {
         .r = config_size(json, path, "r", 8),
-        .lora_alpha = alpha && alpha->type == JSON_NUMBER ? alpha->number : 8,
-        .use_rslora = rslora && rslora->type == JSON_TRUE,
+        .lora_alpha = json_number_or(json, "lora_alpha", 8),
+        .lora_dropout = json_number_or(json, "lora_dropout", 0),
+        .use_rslora = json_type(json, "use_rslora") == JSON_TRUE,
+        .base_model_name_or_path = json_text_or(json, "base_model_name_or_path", NULL),
     };
     CHECK(adapter.r > 0, "%s: \"r\" must be 1 or more", path);
-    adapter.lora_dropout = dropout && dropout->type == JSON_NUMBER ? dropout->number : 0;
-    adapter.base_model_name_or_path = base && base->type == JSON_STRING ? base->string.data : NULL;
-    adapter.pattern = targets && targets->type == JSON_STRING;
-    const struct Json *without = json_get(json, "exclude_modules");
-    const struct Json *layers = json_get(json, "layers_to_transform");
-    adapter.partial = without && without->type != JSON_NULL;
-    adapter.partial = adapter.partial || (layers && layers->type != JSON_NULL);
-    adapter.target_modules = !targets || targets->type == JSON_NULL ? "c_attn"
-                             : adapter.pattern                      ? targets->string.data
-                                                                    : "";
-    for (struct Json *item = targets && !adapter.pattern ? targets->child : NULL; item;
-         item = item->next) {
-        CHECK(item->type == JSON_STRING && strlen(adapter.target_modules) < 4096,
-              "%s: \"target_modules\" must be a list of names, 4096 letters at most", path);
-        adapter.target_modules =
-            arena_printf(arena, "%s%s%s", adapter.target_modules,
-                         *adapter.target_modules ? " " : "", item->string.data);
-    }
+    adapter_config_targets(arena, json, path, &adapter);
     return adapter;
 }
 
@@ -9456,12 +9552,13 @@ static void adapter_read_head(struct GPT2 *model, const char *folder) {
     char *pickle = arena_printf(&beside.arena, "%s/pytorch_model.bin", folder);
     if (file_exists(path)) {
         struct SafeTensors st = safetensors_open(&beside.arena, path);
-        bool has_head = tensor_entry(&st, "v_head.summary.weight") != NULL;
-        struct Linear *head = has_head ? value_head_declare(model) : NULL;
-        if (has_head)
+        /* the head, weight and bias; then what else there is, for a note */
+        if (tensor_entry(&st, "v_head.summary.weight")) {
+            struct Linear *head = value_head_declare(model);
             tensor_load(&st, &head->weight);
-        if (has_head && !tensor_load(&st, &head->bias))
+            tensor_load(&st, &head->bias);
             tensor_check_loaded(&head->bias, path, NULL);
+        }
         beside_note(&beside, &st);
         fclose(st.file);
         if (beside.count)
@@ -9475,48 +9572,65 @@ static void adapter_read_head(struct GPT2 *model, const char *folder) {
     arena_free(&beside.arena);
 }
 
-/* adapter_load -- puts the adapter of a folder to the layers that target_modules takes, or, if that
- * is a regular expression or has exceptions, that the file has tensors for. A tensor that no layer
- * takes is an error.                           test: lora_round_trip, lora_partial, lora_broken */
-static void adapter_load(struct GPT2 *model, const char *folder) {
+/* Gives a layer its adapter: two matrices, both in the file. */
+static void adapter_load_layer(struct GPT2 *model, struct Linear *linear, struct SafeTensors *st) {
+    lora_declare(model, linear);
+    struct Tensor *pair[] = {&linear->lora_A, &linear->lora_B};
+    for (size_t k = 0; k < COUNT(pair); k++) {
+        tensor_load(st, pair[k]);
+        tensor_check_loaded(pair[k], st->path, NULL);
+    }
+}
+
+/* The adapters of all layers that are to have one. An adapter whose config describes its layers
+ * says from here on which they are: saved again, it names them one by one. */
+static void adapter_load_layers(struct GPT2 *model, const char *folder, struct SafeTensors *st) {
     struct Arena arena = {0};
+    struct Adapter *adapter = &model->adapter;
     size_t numbers = 0;
     const char *taken = "";
-    CHECK(!model->adapter.r, "%s: the model has an adapter already", folder);
-    struct Adapter *adapter = &model->adapter;
-    *adapter = adapter_config_load(&model->arena, folder);
-    char *path = arena_printf(&arena, "%s/adapter_model.safetensors", folder);
-    CHECK(file_exists(path),
-          "%s: no adapter_model.safetensors inside (adapter_model.bin is not read)", folder);
-    struct SafeTensors st = safetensors_open(&arena, path);
     for (size_t i = 0; i < 4 * model->config.n_layer; i++) {
         struct Linear *linear = adaptable(model, i);
-        struct Tensor *pair[] = {&linear->lora_A, &linear->lora_B};
         const char *name = module_name(&arena, linear);
-        if (!adapter_takes(&arena, adapter, &st, name))
+        if (!adapter_takes(&arena, adapter, st, name))
             continue;
+        /* before memory is asked for: can the file hold so many? */
         numbers += adapter->r * (linear->weight.shape[0] + linear->weight.shape[1]);
-        CHECK(numbers <= st.data_size / 2 + (1 << 16),
+        CHECK(numbers <= st->data_size / 2 + (1 << 16),
               "%s: its %llu bytes are too few for "
               "adapters of \"r\" %zu; is the folder's adapter_config.json this file's?",
-              path, (unsigned long long)st.data_size, adapter->r);
-        lora_declare(model, linear);
-        if (adapter->partial)
-            taken = arena_printf(&arena, "%s %s", taken, bare_name(name));
-        for (int k = 0; k < 2; k++) {
-            tensor_load(&st, pair[k]);
-            tensor_check_loaded(pair[k], path, NULL);
-        }
+              st->path, (unsigned long long)st->data_size, adapter->r);
+        adapter_load_layer(model, linear, st);
+        taken = arena_printf(&arena, "%s %s", taken, bare_name(name));
     }
     CHECK(numbers > 0,
           "%s: its target_modules take no layer of this model; c_attn, c_proj and c_fc can be "
           "adapted",
           folder);
-    if (adapter->partial) { /* saved again, it names its layers one by one */
+    if (adapter->partial) {
         adapter->target_modules = arena_printf(&model->arena, "%s", taken);
         adapter->pattern = adapter->partial = false;
     }
+    arena_free(&arena);
+}
+
+/* adapter_load -- puts the adapter of a folder to the layers that target_modules takes, or, if that
+ * is a regular expression or has exceptions, that the file has tensors for. A tensor that no layer
+ * takes is an error.                           test: lora_round_trip, lora_partial, lora_broken */
+static void adapter_load(struct GPT2 *model, const char *folder) {
+    struct Arena arena = {0};
+    CHECK(!model->adapter.r, "%s: the model has an adapter already", folder);
+    model->adapter = adapter_config_load(&model->arena, folder);
+    char *path = arena_printf(&arena, "%s/adapter_model.safetensors", folder);
+    CHECK(file_exists(path),
+          "%s: no adapter_model.safetensors inside (adapter_model.bin is not read)", folder);
+
+    /* 1. The layers' adapters, and a reward model's head. */
+    struct SafeTensors st = safetensors_open(&arena, path);
+    adapter_load_layers(model, folder, &st);
     reward_head_load(model, &st, model->folder);
+
+    /* 2. Nothing may be left over: an adapter that is put in by halves is another model. */
     adapter_check_embedding(model, &st, "lm_head.weight");
     adapter_check_embedding(model, &st, "wte.weight");
     for (struct Json *item = st.header->child; item; item = item->next)
@@ -9524,6 +9638,8 @@ static void adapter_load(struct GPT2 *model, const char *folder) {
               "%s: no layer of this model takes tensor %s; is it another model's?", path,
               item->key.data);
     fclose(st.file);
+
+    /* 3. A value head, from a file of its own. */
     adapter_read_head(model, folder);
     model->folder = arena_printf(&model->arena, "%s", folder);
     arena_free(&arena);
@@ -9561,19 +9677,22 @@ static void adapter_config_save(const struct GPT2 *model, const char *folder) {
 }
 
 /* model_save -- the folder that transformers loads, or for an adapter PeftModel.from_pretrained,
- * a value head beside it; weights last: if they are new, all is.  [glossary: Hugging Face] */
+ * a value head beside it.                  [glossary: Hugging Face]  test: model_save */
 static void model_save(struct GPT2 *model, const char *folder, const struct Tokenizer *tok) {
     struct Arena arena = {0};
     struct Tensor **tensors = arena_alloc(&arena, model->tensor_count, sizeof *tensors);
     struct Tensor *head[] = {&model->v_head.weight, &model->v_head.bias};
     size_t count = 0;
+    /* 1. No NaN is saved over a good model. Of an adapter's tensors those are picked that are not
+     *    the base's: LoRA's, and PEFT's modules_to_save. */
     for (size_t i = 0; i < model->tensor_count; i++) {
         struct Tensor *t = model->tensors[i];
         check_numbers(model, NULL, NULL, "a weight that was to be saved", t->w, t->n);
-        /* the adapter, and PEFT's modules_to_save */
         if (strstr(t->name, ".lora_") || t == &model->score)
             tensors[count++] = t;
     }
+
+    /* 2. What describes it. */
     make_folder(folder);
     if (model->adapter.r)
         adapter_config_save(model, folder);
@@ -9583,6 +9702,8 @@ static void model_save(struct GPT2 *model, const char *folder, const struct Toke
         tokenizer_save(tok, folder, model->config.vocab_size);
         tokenizer_config_save(tok, folder, &model->config);
     }
+
+    /* 3. The weights last: where they are new, all the rest is. */
     if (model->adapter.r) {
         if (model->v_head.weight.n)
             safetensors_write(folder, "model.safetensors", head, 2, "");
