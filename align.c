@@ -6662,6 +6662,7 @@ static int compare_u64(const void *a, const void *b) {
 }
 
 static bool is_word_byte(unsigned char byte) {
+    /* bytes, not characters: an accented letter separates words, but in all texts alike */
     return isalpha(byte) || byte == '\'';
 }
 
@@ -6698,6 +6699,8 @@ static size_t word_pairs(struct Text text, uint64_t *pairs) {
     size_t at = 0;
     uint64_t word;
     uint64_t previous;
+    /* the first word has none before it to make a pair with; a pair never reaches over from one
+     * text into the next */
     if (!next_word(text, &at, &previous))
         return 0;
     while (next_word(text, &at, &word)) {
@@ -6891,11 +6894,14 @@ static const struct LengthSampler COURSE_PROMPT_LENGTH = {2, 8};
  * Returns how many. */
 static size_t course_prompts(const struct Example *texts, size_t n, size_t most, struct Rng *rng,
                              struct Example *prompts) {
+    /* in the order of the texts, which the split has shuffled already */
     size_t count = 0;
     for (size_t i = 0; i < n && count < most; i++) {
         /* drawn for each text, short ones included: whether one is long enough must not shift the
          * lengths of all that follow */
         size_t length = length_sampler(&COURSE_PROMPT_LENGTH, rng);
+        /* the ids are shared with the text: a prompt is its beginning, and nothing is to be
+         * learnt of it (prompt_length is all its length) */
         if (texts[i].n > length + 1)
             prompts[count++] = (struct Example){texts[i].ids, length, length};
     }
@@ -6909,6 +6915,7 @@ static void course_encode(struct Course *course, const struct Dataset *data, con
     size_t empty = 0;
     struct Example *all = arena_alloc(&course->arena, n, sizeof *all);
     double *rating = arena_alloc(&course->arena, n, sizeof *rating);
+    /* what ends a text is the model's end token, which need not be GPT-2's */
     const int *end_token = &course->language_model->config.eos_token_id;
     for (size_t i = 0; i < n; i++) {
         const struct Row *row = &data->rows[order[i]];
@@ -6961,6 +6968,7 @@ static void course_split(struct Course *course, const struct Dataset *data) {
 static struct Trainer course_trainer(struct Course *course, struct GPT2 *model,
                                      double learning_rate, size_t steps, size_t batch,
                                      size_t warmup) {
+    /* the settings of transformers where nothing else is said */
     struct Trainer trainer = {.model = model, .tok = course->tok, .args = training_arguments()};
     trainer.args.learning_rate = learning_rate * course->scale;
     trainer.args.max_steps = steps;
@@ -6979,6 +6987,8 @@ static struct Trainer course_trainer(struct Course *course, struct GPT2 *model,
 
 /* Saves what was trained, and its log. */
 static void course_finish(struct Course *course, const char *name, struct Trainer *trainer) {
+    /* each model in a folder of its own that every other command takes: it can be sampled,
+     * compared and trained further */
     char *folder = arena_printf(&course->arena, "%s/%s", course->output_dir, name);
     model_replace(trainer->model, folder, course->tok);
     trainer_state_save(&trainer->state, &trainer->args, folder);
@@ -6990,6 +7000,7 @@ static struct Example *course_cut(struct Course *course, const struct Example *t
                                   size_t length) {
     struct Example *cut = arena_alloc(&course->arena, n, sizeof *cut);
     for (size_t i = 0; i < n; i++) {
+        /* the model's context is all it can read, and what is behind it would not fit */
         cut[i] = texts[i];
         cut[i].n = MIN(cut[i].n, length);
     }
@@ -6999,6 +7010,8 @@ static struct Example *course_cut(struct Course *course, const struct Example *t
 /* Plain sampling: without top-k, so that what is written is what the policy's probabilities say. */
 static struct GenerationConfig course_generation(const struct Course *course,
                                                  size_t max_new_tokens) {
+    /* the same temperature in training and in examinations, for a policy is only the one that
+     * was trained when it is sampled as it was then */
     struct GenerationConfig generation = generation_config();
     generation.do_sample = true;
     generation.temperature = course->temperature;
@@ -7045,15 +7058,22 @@ static void course_language_model(struct Course *course, double learning_rate) {
  * the length of a policy's answer. */
 static void course_scorer(struct Course *course) {
     const struct GPT2 *model = course->reward_model;
+    /* 1. What does the reward model say of beginnings of real texts, which it has not learnt? */
     size_t n = MIN(course->held_out_n, (size_t)1000); /* plenty for a mean */
     float *reward = arena_floats(&course->arena, n);
     reward_score(model, course_cut(course, course->held_out, n, COURSE_PREFIX), n, reward);
+
+    /* 2. Their mean is the new zero, their standard deviation the new unit. A reward model that
+     *    gives all the same has no unit: nothing can be learnt from it. */
     double mean = mean_of(reward, n);
     double deviation = sqrt(unbiased_variance(reward, n));
     CHECK(deviation > 0,
           "the reward model gives every text the reward %g, from which no policy can learn; train "
           "it longer (--reward_steps)",
           mean);
+
+    /* 3. An answer shorter than COURSE_LEAST_LENGTH scores -2 at most: two deviations below what
+     *    people write, less than almost any text gets. */
     course->scorer = (struct Scorer){model, course->tok, mean, deviation, COURSE_LEAST_LENGTH, -2};
 }
 
@@ -7108,6 +7128,8 @@ static void course_reward_model(struct Course *course) {
  * drawn from a stream of its own. at = n: the order is shuffled before the first step. */
 static struct RolloutSource course_rollouts(struct Course *course) {
     size_t n = course->prompt_n;
+    /* Every answer is allowed its own length, 16 to 28 tokens: were it always the same, the
+     * policy would learn to please at just that length. */
     return (struct RolloutSource){
         .prompts = course->prompts,
         .n = n,
@@ -7164,6 +7186,8 @@ static size_t course_collect(struct Course *course, size_t n, struct Example *pa
     /* Where texts are sentences, answers that did not end are left out (collect_preferences says
      * why). Whole reviews never end within 40 tokens: no pair would be left. */
     bool only_ended = tokens / course->train_n < COURSE_POSITIONS;
+    /* The policy's own answers, sampled: pairs of texts that it would never write teach it less
+     * about what to prefer among those that it does write. */
     struct GenerationConfig generation = course_generation(course, 40);
     struct Rng rng = rng_seed(course->seed, STREAM_SAMPLE);
     size_t count =
@@ -7179,6 +7203,8 @@ static size_t course_collect(struct Course *course, size_t n, struct Example *pa
 /* Stage 4: DPO.                     [glossary: Otimização de preferência direta (DPO)] */
 static void course_dpo(struct Course *course) {
     enum { PAIRS_A_STEP = 16 };
+    /* PPO's start as well, so the two can be compared: the same model, the same scorer, another
+     * way */
     course->dpo = gpt2_copy(course->language_model);
     /* 1. Prompts for half as many pairs as the steps will use, and some to spare for those that
      *    give none: each pair serves about twice. */
@@ -7293,6 +7319,8 @@ static bool same_file(const char *a, const char *b) {
 
 /* Git LFS leaves three lines of text in the place of a large file that was not fetched. */
 static void check_fetched(const char *path, const char *start, size_t n) {
+    /* models and data are often cloned without git-lfs installed; the pointer would be refused
+     * as a broken file, and nobody would know why */
     static const char pointer[] = "version https://git-lfs.github.com/";
     bool is_pointer = n >= strlen(pointer) && memcmp(start, pointer, strlen(pointer)) == 0;
     CHECK(!is_pointer, "%s: is a Git LFS pointer, not the file itself; fetch it: git lfs pull",
@@ -7334,10 +7362,13 @@ static struct Text read_file(struct Arena *arena, const char *path) {
 /* A file to be written: into NAME.tmp, which output_close renames to NAME. keep: what an earlier
  * run left in NAME.tmp is not cut off. */
 static struct Output output_begin(const char *folder, const char *name, bool keep) {
+    /* the path may be one that the user typed, of any length: it is never cut, for it would then
+     * name another file */
     struct Output out;
     int n = snprintf(out.path, sizeof out.path, "%s/%s", folder, name);
     CHECK(n > 0 && (size_t)n < sizeof out.path, "%s/%s: the path is too long", folder, name);
     snprintf(out.tmp, sizeof out.tmp, "%s.tmp", out.path);
+    /* r+b writes over what is there and leaves the rest, wb empties the file */
     out.file = fopen(out.tmp, keep && file_exists(out.tmp) ? "r+b" : "wb");
     CHECK(out.file, "%s: cannot be written: %s", out.tmp, strerror(errno));
     return out;
@@ -7391,13 +7422,19 @@ static struct Output output_resume(const char *folder, const char *name, const c
 /* Puts a file on the disk and gives it its name. Only in this order: a name that reached the disk
  * before the contents would, after a power cut, name an empty file. */
 static void output_close(struct Output *out) {
+    /* 1. On the disk, all of it. Every step may be the one that tells that the disk is full:
+     *    each is asked, and the file is closed whether or not one failed. */
     bool good = fflush(out->file) == 0 && !ferror(out->file) && fsync(fileno(out->file)) == 0;
     int error = errno;
     good = fclose(out->file) == 0 && good;
+
+    /* 2. What is incomplete goes; what the name stood for before stays. */
     if (!good)
         remove(out->tmp);
     CHECK(good, "%s: writing failed: %s; what was there before is untouched", out->path,
           strerror(error));
+
+    /* 3. In one step, which no reader can see half done. */
     CHECK(rename(out->tmp, out->path) == 0, "%s: %s", out->path, strerror(errno));
 }
 
@@ -7405,6 +7442,7 @@ static void output_close(struct Output *out) {
 static void make_folder(const char *path) {
     char part[PATH_MAX];
     CHECK(strlen(path) < sizeof part, "%.60s...: the path is too long", path);
+    /* from the left: a folder can be made only where the one above it exists */
     for (size_t i = 1; i <= strlen(path); i++) {
         /* a part ends at a slash or at the end; of several slashes in a row the first counts */
         if ((path[i] != '/' && path[i] != 0) || path[i - 1] == '/')
@@ -7444,6 +7482,7 @@ static void folder_remove(const char *folder, const char *to) {
 
 /* Puts the names in a folder on the disk, as output_close puts a file's contents. */
 static void folder_sync(const char *folder) {
+    /* Windows cannot open a folder, and has no need of this: nothing is done there */
     int fd = open(folder, O_RDONLY);
     if (fd < 0)
         return;
@@ -7568,6 +7607,7 @@ static int32_t json_code_point(struct JsonParser *p) {
         low = json_hex4(p->at + 2, p->end);
     if (low < 0xdc00 || low > 0xdfff)
         return 0xfffd;
+    /* both halves: ten bits of the one, ten of the other */
     p->at += 6;
     return 0x10000 + ((c - 0xd800) << 10) + (low - 0xdc00);
 }
@@ -7656,6 +7696,7 @@ static struct Json *json_value(struct JsonParser *p);
 static struct Json *json_item(struct JsonParser *p, bool is_member) {
     struct Text key = {0};
     json_space(p);
+    /* 1. A member has a name. */
     if (is_member) {
         if (!json_at(p, "\""))
             return json_expected(p, "a member's name in quotes was expected");
@@ -7665,6 +7706,8 @@ static struct Json *json_item(struct JsonParser *p, bool is_member) {
         if (p->at >= p->end || *p->at++ != ':')
             return json_fail(p, "':' was expected after a member's name");
     }
+
+    /* 2. The value, which may be a container again. A mistake in it has been noted already. */
     struct Json *item = json_value(p);
     if (item)
         item->key = key;
@@ -7744,13 +7787,18 @@ static struct Json *json_parse(struct Arena *arena, struct Text text, const char
         .at = text_without_mark(text).data,
         .end = text.data + text.length,
     };
+    /* 1. The value. */
     struct Json *value = json_value(&p);
     json_space(&p);
+
+    /* 2. Nothing may follow: two objects on a line are a lost line break, not one object. */
     if (value && p.at != p.end) {
         bool is_comma = *p.at == ',';
         value = json_expected(&p, is_comma ? "a comma behind its end; take it out"
                                            : "something stands behind its end");
     }
+
+    /* 3. The place is counted from the text's first byte, its mark included. */
     *error = p.error;
     *where = (size_t)(p.at - text.data);
     return value;
@@ -7774,6 +7822,8 @@ static struct Json *json_read_file(struct Arena *arena, const char *path) {
 
 /* A member by its name; of several with one name the last, as in Python. */
 static struct Json *json_get(const struct Json *object, const char *key) {
+    /* what is absent, or no object at all, has no members: a chain of calls needs no checks in
+     * between */
     struct Json *found = NULL;
     for (struct Json *item = object && object->type == JSON_OBJECT ? object->child : NULL; item;
          item = item->next)
@@ -7799,6 +7849,7 @@ static const char *json_text_or(const struct Json *object, const char *key, cons
 
 /* A whole number from 0 to max; anything else is an error that names the place. */
 static size_t json_size(const struct Json *json, size_t max, const char *path, const char *name) {
+    /* a double holds whole numbers up to 2^53 exactly, and no size that is asked for comes near */
     CHECK(json && json->type == JSON_NUMBER && json->number >= 0 && json->number <= (double)max
               && json->number == floor(json->number),
           "%s: \"%s\" must be a whole number from 0 to %zu", path, name, max);
@@ -7810,6 +7861,7 @@ static size_t json_size(const struct Json *json, size_t max, const char *path, c
 static void json_write_string(FILE *file, const char *before, struct Text text) {
     static const char plain[] = "\"\\\n\r\t";
     static const char letters[] = "\"\\nrt";
+    /* character by character, for escapes depend on whole ones, not on bytes */
     fprintf(file, "%s\"", before);
     for (size_t i = 0, length; i < text.length; i += length) {
         uint32_t c;
@@ -7835,6 +7887,7 @@ static struct Text text_shown(struct Arena *arena, struct Text text, const char 
     char *to = arena_alloc(arena, 3 * text.length + 1, 1); /* U+FFFD has three bytes */
     size_t n = 0;
     for (size_t i = 0, length; i < text.length; i += MAX(length, (size_t)1)) {
+        /* one character, or a byte that is part of none */
         uint32_t c;
         length = utf8_read((const unsigned char *)text.data + i, text.length - i, &c);
         bool control = c < 32 || (c >= 127 && c < 160);
@@ -7856,6 +7909,7 @@ static const char *json_number_text(double x) {
     static char texts[8][32];
     static size_t next;
     char *text = texts[next++ % COUNT(texts)];
+    /* by hand: 0.1f comes out as 0.100000001, and is read back as 0.1f */
     snprintf(text, sizeof texts[0], "%.9g", x);
     return isfinite(x) ? text : "null";
 }
@@ -7905,6 +7959,7 @@ static uint32_t reader_u32(struct Reader *r, const char *what) {
 
 /* llm.c's header: 256 words, of which four say something. */
 static void tokenizer_read_header(struct Tokenizer *tok, struct Reader *r) {
+    /* The length is llm.c's choice, room for things to come. */
     uint32_t header[256];
     for (size_t i = 0; i < COUNT(header); i++)
         header[i] = reader_u32(r, "header");
@@ -7912,6 +7967,7 @@ static void tokenizer_read_header(struct Tokenizer *tok, struct Reader *r) {
           "%s: not a tokenizer.bin of version 2 (it starts with %u, %u); make one: python3 "
           "prepare_imdb.py tokenizer --source DIR",
           r->path, header[0], header[1]);
+    /* Ids are stored in 16 bits in the merges: 65536 are all there can be. */
     tok->vocab_size = header[2];
     tok->end_token = (int)header[3];
     CHECK(tok->vocab_size > BYTE_TOKENS && tok->vocab_size <= 65536
@@ -7961,10 +8017,14 @@ static void tokenizer_read_merge(struct Tokenizer *tok, struct Reader *r, size_t
 
 /* All merges, and the hash table in which encoding looks a pair up. */
 static void tokenizer_read_merges(struct Tokenizer *tok, struct Reader *r, struct Arena *arena) {
+    /* 1. A merge makes one token: with the bytes and the end token they are the whole
+     *    vocabulary, so the file states its size twice. */
     tok->merges = reader_u32(r, "merges");
     CHECK(tok->merges + BYTE_TOKENS + 1 == tok->vocab_size,
           "%s: %zu merges do not make a vocabulary of %zu", r->path, tok->merges, tok->vocab_size);
     tok->merge_pair = arena_alloc(arena, tok->merges, sizeof *tok->merge_pair);
+
+    /* 2. An empty table, into which the merges go in their order. */
     tok->merge_id = arena_alloc(arena, MERGE_SLOTS, sizeof *tok->merge_id);
     for (size_t i = 0; i < MERGE_SLOTS; i++)
         tok->merge_id[i] = -1;
@@ -7975,10 +8035,12 @@ static void tokenizer_read_merges(struct Tokenizer *tok, struct Reader *r, struc
 /* Unicode's letters, numbers and spaces: of each how many ranges, and these in order. */
 static void tokenizer_read_classes(struct Tokenizer *tok, struct Reader *r, struct Arena *arena) {
     tok->char_class = arena_zeros(arena, UNICODE_END, 1);
+    /* letters, then numbers, then spaces; all other characters are CLASS_OTHER */
     for (int class = CLASS_LETTER; class <= CLASS_SPACE; class ++) {
         for (uint32_t n = reader_u32(r, "Unicode classes"), next = 0; n > 0; n--) {
             uint32_t first = reader_u32(r, "Unicode classes");
             uint32_t last = reader_u32(r, "Unicode classes");
+            /* in order and without overlaps, or a character would have two classes */
             CHECK(first >= next && first <= last && last < UNICODE_END,
                   "%s: a Unicode range from %u to %u, after one that ends before %u", r->path,
                   first, last, next);
@@ -7996,6 +8058,8 @@ static struct Tokenizer *tokenizer_load(struct Arena *arena, const char *path) {
     struct Text file = read_file(arena, path);
     const unsigned char *start = (const unsigned char *)file.data;
     struct Reader r = {start, start + file.length, path};
+    /* each part needs those before it: merges are checked against tokens, tokens counted by the
+     * header */
     tokenizer_read_header(tok, &r);
     tokenizer_read_tokens(tok, &r, arena);
     tokenizer_read_merges(tok, &r, arena);
@@ -8006,9 +8070,11 @@ static struct Tokenizer *tokenizer_load(struct Arena *arena, const char *path) {
 /* GPT-2's files show each byte as a printable character: itself, or 256 on for the first 33, the
  * 34 behind '~' and the soft hyphen. */
 static struct Text token_as_unicode(struct Arena *arena, struct Text token) {
+    /* no character below U+0800 takes more than two bytes of UTF-8 */
     char *text = arena_alloc(arena, token.length * 2 + 1, 1);
     char *to = text;
     for (size_t i = 0; i < token.length; i++) {
+        /* so a space becomes U+0120, which vocab.json is full of: " is" stands there as "Ġis" */
         uint32_t byte = (unsigned char)token.data[i];
         to += utf8_write(to, byte <= ' '                    ? 256 + byte
                              : byte >= 0x7f && byte <= 0xa0 ? 256 + 33 + (byte - 0x7f)
@@ -8085,6 +8151,7 @@ static void tokenizer_check_folder(const struct Tokenizer *tok, const char *fold
 static void added_tokens_read(const struct Json *list, size_t first, size_t end,
                               struct Text *names) {
     for (const struct Json *item = list ? list->child : NULL; item; item = item->next) {
+        /* the three forms, told apart by the type of an item; the third has the id as its key */
         const struct Json *id = item->type == JSON_NUMBER ? item : json_get(item, "id");
         const struct Json *content = json_get(item, "content");
         double number = id ? id->number : item->key.data ? strtod(item->key.data, NULL) : 0;
@@ -8101,6 +8168,8 @@ static struct Text *added_tokens(struct Arena *arena, const char *folder, size_t
                                            {"added_tokens.json", NULL},
                                            {"tokenizer.json", "added_tokens"},
                                            {"tokenizer_config.json", "added_tokens_decoder"}};
+    /* Each of these files may name some of them, and none need be there. Where two name one id,
+     * the later one counts: the newer form. */
     struct Text *names = arena_zeros(arena, end - first, sizeof *names);
     for (size_t i = 0; i < COUNT(lists) && first < end; i++) {
         const char *path = arena_printf(arena, "%s/%s", folder, lists[i][0]);
@@ -8126,6 +8195,8 @@ struct DataFile {
 
 /* "chosen" + "rejected", or "text": what shapes are made of. */
 static const char *shape_names(struct Arena *arena, const unsigned *shapes, size_t count) {
+    /* "a" + "b", or "c": the joint that comes next is " + " within a shape and ", or " between
+     * two */
     const char *names = "";
     const char *joint = "";
     for (size_t s = 0; s < count; s++, joint = ", or ")
@@ -8140,11 +8211,14 @@ static const char *shape_names(struct Arena *arena, const unsigned *shapes, size
 
 static int *json_ids(struct Arena *arena, const struct Json *array, size_t *count,
                      const char *place) {
+    /* an object has a count as well, and children: only an array's are ids */
     CHECK(array->type == JSON_ARRAY, "%s: \"%s\" must hold token ids", place, array->key.data);
     *count = (size_t)array->number;
     int *ids = arena_alloc(arena, *count, sizeof *ids);
     int *to = ids;
     for (struct Json *item = array->child; item; item = item->next)
+        /* no vocabulary has 2^24 ids; whether the model has this one is checked by whoever uses
+         * it */
         *to++ = (int)json_size(item, (1 << 24) - 1, place, "a token id");
     return ids;
 }
@@ -8209,6 +8283,7 @@ static double json_field_number(const struct Json *item, bool is_label, const ch
     bool is_truth = is_label && (item->type == JSON_TRUE || item->type == JSON_FALSE);
     double number = is_truth ? item->type == JSON_TRUE : item->number;
     bool is_number = item->type == JSON_NUMBER && fabs(number) <= FLT_MAX;
+    /* rewards are floats: a number beyond them would become infinite */
     CHECK(is_truth || is_number, "%s: \"%s\" must be a number, at most 3.4e38", place,
           item->key.data);
     CHECK(!is_label || number == 0 || number == 1, "%s: \"label\" must be 0 or 1", place);
@@ -8250,6 +8325,7 @@ static struct Row dataset_row(struct Arena *keep, const struct Json *json, unsig
 /* The first of the shapes that a row fits; 0: none. */
 static unsigned shape_of(unsigned has, const unsigned *shapes, size_t shape_count) {
     for (size_t i = 0; i < shape_count; i++) {
+        /* the lower 16 bits: what a row must have */
         unsigned required = shapes[i] & (MAY_HAVE(1u) - 1);
         if ((has & required) == required)
             return shapes[i];
@@ -8358,6 +8434,7 @@ static _Noreturn void refuse_shape(const struct Json *json, const unsigned *shap
 
 static void dataset_append(struct Arena *arena, struct Dataset *data, struct Row row) {
     if (data->n == data->capacity) {
+        /* an arena cannot make a piece longer, so the rows move to one twice as large */
         data->capacity = MAX(2 * data->n, (size_t)256);
         struct Row *rows = arena_alloc(arena, data->capacity, sizeof *rows);
         data->rows = data->n ? memcpy(rows, data->rows, data->n * sizeof *rows) : rows;
@@ -8424,6 +8501,7 @@ static enum Split split_of_words(const char *at, const char *end) {
     };
     enum Split split = SPLIT_NONE;
     for (; at < end; at++) {
+        /* the next word, which may be empty between two marks */
         size_t length = strcspn(at, not_words);
         for (size_t i = 0; i < COUNT(words); i++) {
             /* the whole word: "tests" names no split */
@@ -8440,6 +8518,7 @@ static enum Split split_of_words(const char *at, const char *end) {
 /* Is a file's name one of "train-00000-of-00002.jsonl"'s kind, as datasets writes large data? */
 static bool is_shard_name(const char *name) {
     for (const char *of = strstr(name, "-of-"); of; of = strstr(of + 1, "-of-")) {
+        /* five digits on the left, with a hyphen before them, and five or more on the right */
         if (of - name < 6 || of[-6] != '-')
             continue;
         if (strspn(of - 5, "0123456789") == 5 && strspn(of + 4, "0123456789") >= 5)
@@ -8516,6 +8595,7 @@ static const char *data_file_names(struct Arena *arena, const struct Dataset *da
     const char *names = "";
     size_t count = 0;
     for (size_t i = 0; i < data->file_count; i++) {
+        /* a long list would hide what the message is about: eight names, and how many more */
         if (data->files[i].is_read != is_read || count++ >= MOST)
             continue;
         names = arena_printf(arena, "%s%s%s", names, *names ? ", " : "", data->files[i].name);
@@ -8550,6 +8630,7 @@ static void dataset_add_split(struct Arena *arena, struct Dataset *data, enum Sp
 static _Noreturn void refuse_folder(struct Arena *arena, struct Dataset *data,
                                     const unsigned *shapes, size_t shape_count,
                                     const struct Dataset *training) {
+    /* taken before any file is tried, for a file that is tried counts as read */
     const char *files = data_file_names(arena, data, false);
     const char *wanted = shape_names(arena, shapes, shape_count);
     /* 1. A file that might have been read: now that its shape is no longer optional, its first row
@@ -8619,6 +8700,7 @@ static struct Dataset *dataset_open(struct Arena *arena, const char *path, const
 static bool text_contains(struct Text text, struct Text word) {
     for (size_t i = 0; i + word.length <= text.length; i++) {
         const char *at = text.data + i;
+        /* the first byte alone rules out nearly every place */
         if (*at == *word.data && memcmp(at, word.data, word.length) == 0)
             return true;
     }
@@ -8698,6 +8780,8 @@ static float float_of_bf16(uint16_t half) {
 static float float_of_f16(uint16_t half) {
     int exponent = half >> 10 & 31;
     int fraction = half & 1023;
+    /* exponent 0: fraction / 2^10 times 2^-14. All bits of the exponent set: infinity, or NaN if
+     * there is a fraction. Else the 1 before the point, which is not stored, is added. */
     float magnitude = exponent == 0    ? ldexpf((float)fraction, -24)
                       : exponent == 31 ? (fraction ? NAN : INFINITY)
                                        : ldexpf((float)(1024 + fraction), exponent - 25);
@@ -8747,9 +8831,11 @@ static struct Span safetensors_span(const struct SafeTensors *st, const struct J
 static uint64_t weights_size(const char *path) {
     char start[64];
     struct stat status;
+    /* a pipe would wait for a writer, so only a file on a disk is opened */
     FILE *file = stat(path, &status) == 0 && S_ISREG(status.st_mode) ? fopen(path, "rb") : NULL;
     if (!file)
         return 0;
+    /* a model that was cloned without git-lfs is the most frequent broken one */
     check_fetched(path, start, fread(start, 1, sizeof start, file));
     fclose(file);
     return (uint64_t)status.st_size;
@@ -8933,6 +9019,8 @@ static void safetensors_write(const char *folder, const char *name, struct Tenso
 }
 
 static void config_check(const struct GPT2Config *c, const char *path) {
+    /* Limits far above any GPT-2, so that no product of sizes can overflow. Attention's heads
+     * share the width equally. */
     CHECK(c->n_embd > 0 && c->n_embd <= 1 << 16 && c->n_head > 0 && c->n_embd % c->n_head == 0,
           "%s: n_embd %zu must be a multiple of n_head %zu, at most 65536", path, c->n_embd,
           c->n_head);
@@ -8940,6 +9028,7 @@ static void config_check(const struct GPT2Config *c, const char *path) {
           c->n_layer);
     CHECK(c->n_positions > 0 && c->n_positions <= 1 << 20,
           "%s: n_positions %zu; 1 to 1048576 can be used", path, c->n_positions);
+    /* fewer ids than bytes and an end token cannot write every text */
     CHECK(c->vocab_size > BYTE_TOKENS && c->vocab_size <= 65536,
           "%s: vocab_size %zu; 257 to 65536 can be used", path, c->vocab_size);
 }
@@ -8981,6 +9070,7 @@ static int config_token_id(const struct Json *config, const char *path, const ch
 static size_t config_either(const struct Json *config, const char *path, const char *name,
                             const char *alias, size_t fallback) {
     bool named = json_type(config, name) != JSON_NULL;
+    /* where both are set they must agree: which of them was meant cannot be guessed */
     size_t value = config_size(config, path, name, fallback);
     size_t other = config_size(config, path, alias, value);
     CHECK(!named || other == value,
@@ -9170,6 +9260,7 @@ static size_t positive_label(const char *folder, const char *file) {
     char *path = arena_printf(&arena, "%s/config.json", folder ? folder : "");
     struct Json *json = folder && file_exists(path) ? json_read_file(&arena, path) : NULL;
     config_refuse(json, path, allowed, COUNT(allowed));
+    /* no names at all are transformers' own: LABEL_1 is the positive one */
     const struct Json *names = json_get(json, "id2label");
     const char *name[] = {json_text_or(names, "0", "LABEL_0"), json_text_or(names, "1", "LABEL_1")};
     size_t positive = label_sign(name[0]) > label_sign(name[1]) ? 0 : 1;
@@ -9205,6 +9296,7 @@ static void reward_head_load(struct GPT2 *model, struct SafeTensors *st, const c
     const struct Json *shape = json_get(entry, "shape");
     if (!entry)
         return;
+    /* one row of weights a label */
     size_t labels = shape->child ? json_size(shape->child, 1 << 24, st->path, "shape") : 0;
     CHECK(labels <= 2,
           "%s: score.weight has %zu labels; one is a reward, two are a classifier's "
@@ -9234,8 +9326,11 @@ static void beside_note(struct Beside *beside, const struct SafeTensors *st) {
     for (const struct Json *entry = st->header->child; entry; entry = entry->next) {
         const char *name = entry->key.data;
         const char *part = strstr(name, ".attn.");
+        /* tensor_load has marked what was taken */
         if (entry->number == 0 || strcmp(name, "__metadata__") == 0)
             continue;
+        /* the masks: ones below the diagonal, and the number -10000; both follow from the
+         * mathematics */
         if (part && strcmp(part, ".attn.bias") == 0)
             continue;
         if (part && strcmp(part, ".attn.masked_bias") == 0)
@@ -9248,6 +9343,7 @@ static void beside_note(struct Beside *beside, const struct SafeTensors *st) {
 /* A tensor of wte's shape under another name, to be compared with it. */
 static struct Tensor tensor_like_wte(const struct GPT2 *model, struct Arena *arena,
                                      const char *name) {
+    /* it belongs to no model: it is neither trained nor saved, and goes with the arena */
     struct Tensor like = {.shape = {model->wte.shape[0], model->wte.shape[1]}, .ndim = 2};
     snprintf(like.name, sizeof like.name, "%s", name);
     like.n = model->wte.n;
@@ -9280,6 +9376,7 @@ static void model_read(struct GPT2 *model, const char *path, struct Beside *besi
 
 /* The place of the first number in which a tensor of wte's shape is not wte; n: it is equal. */
 static size_t first_unlike_wte(const struct GPT2 *model, const struct Tensor *like) {
+    /* equal bit for bit, or it is another layer: a copy has no reason to differ */
     size_t i = 0;
     while (i < like->n && like->w[i] == model->wte.w[i])
         i++;
@@ -9411,11 +9508,14 @@ static void write_special_token(FILE *file, const char *before, const struct Tok
                                 const struct GPT2Config *c, int id) {
     struct Arena arena = {0};
     int endoftext = endoftext_id(c->vocab_size);
+    /* 1. Its name: the padding token's own, <|endoftext|>, or that of an ordinary token. */
     struct Text name = id == c->pad_token_id ? c->pad_token : (struct Text){0};
     if (id == endoftext)
         name = text_of("<|endoftext|>");
     if (id < endoftext)
         name = token_as_unicode(&arena, tok->token[id]);
+
+    /* 2. An id that only rounds up the vocabulary has no name, and null says so. */
     if (name.length > 0)
         json_write_string(file, before, name);
     else
@@ -9524,6 +9624,7 @@ static void adapter_check_embedding(const struct GPT2 *model, struct SafeTensors
     struct Arena arena = {0};
     if (!tensor_entry(st, name))
         return;
+    /* read like any tensor, so that it counts as taken, and then compared number by number */
     struct Tensor copy = tensor_like_wte(model, &arena, name);
     tensor_load(st, &copy);
     size_t i = first_unlike_wte(model, &copy);
@@ -9538,6 +9639,7 @@ static void adapter_check_embedding(const struct GPT2 *model, struct SafeTensors
  * describes them, the file says which they are. */
 static bool adapter_takes(struct Arena *arena, const struct Adapter *adapter,
                           const struct SafeTensors *st, const char *name) {
+    /* its config says the names, or else the file's tensors do */
     bool names = !adapter->pattern && !adapter->partial;
     if (names)
         return lora_is_target(name, adapter->target_modules);
@@ -9582,8 +9684,8 @@ static void adapter_load_layer(struct GPT2 *model, struct Linear *linear, struct
     }
 }
 
-/* The adapters of all layers that are to have one. An adapter whose config describes its layers
- * says from here on which they are: saved again, it names them one by one. */
+/* The adapters of all layers that are to have one. An adapter with exceptions says from
+ * here on which they are: saved again, it names them one by one. */
 static void adapter_load_layers(struct GPT2 *model, const char *folder, struct SafeTensors *st) {
     struct Arena arena = {0};
     struct Adapter *adapter = &model->adapter;
@@ -9650,11 +9752,16 @@ static void adapter_load(struct GPT2 *model, const char *folder) {
 static void adapter_config_save(const struct GPT2 *model, const char *folder) {
     const struct Adapter *a = &model->adapter;
     struct Output out = output_open(folder, "adapter_config.json");
+    /* 1. Which model it belongs to: PEFT loads that first. */
     fputs("{\n  \"base_model_name_or_path\": ", out.file);
     if (a->base_model_name_or_path)
         json_write_string(out.file, "", text_of(a->base_model_name_or_path));
     else
         fputs("null", out.file);
+
+    /* 2. What it is. GPT-2's layers are stored as transformers' Conv1D, transposed:
+     *    fan_in_fan_out tells PEFT. A reward model's head is saved whole, as PEFT does under
+     *    modules_to_save. */
     fprintf(out.file,
             ",\n  \"bias\": \"none\",\n  \"fan_in_fan_out\": true,\n  \"inference_mode\": true,\n  "
             "\"init_lora_weights\": true,\n  \"lora_alpha\": %.9g,\n  \"lora_dropout\": %.9g,\n",
@@ -9663,6 +9770,8 @@ static void adapter_config_save(const struct GPT2 *model, const char *folder) {
             "  \"modules_to_save\": %s,\n  \"peft_type\": \"LORA\",\n  \"r\": %zu,\n  "
             "\"target_modules\": %s",
             model->score.n ? "[\"classifier\", \"score\"]" : "null", a->r, a->pattern ? "" : "[");
+
+    /* 3. Where it belongs: a pattern as a string, names as a list. */
     const char *target = a->target_modules;
     if (a->pattern)
         json_write_string(out.file, "", text_of(target));
@@ -9718,8 +9827,12 @@ static void model_save(struct GPT2 *model, const char *folder, const struct Toke
 /* A folder's model is replaced as a whole or not at all. */
 static void model_replace(struct GPT2 *model, const char *folder, const struct Tokenizer *tok) {
     struct Arena arena = {0};
+    /* 1. All files into a folder inside, on the same disk: there they can be renamed. Should the
+     *    program die meanwhile, die_with removes it, and the old model is untouched. */
     staged_folder = arena_printf(&arena, "%s/tmp-model", folder);
     model_save(model, staged_folder, tok);
+
+    /* 2. All are complete: each takes its place. */
     folder_remove(staged_folder, folder);
     staged_folder = NULL;
     folder_sync(folder);
@@ -9734,6 +9847,7 @@ static void check_reward_model(const struct GPT2 *model, const char *folder) {
 /* A reward or value head has no place in what is to be made of the model: it is neither trained nor
  * saved.                                                                    test: heads_left_out */
 static void tensor_remove(struct GPT2 *model, struct Tensor *tensor) {
+    /* the others move up, in their order */
     size_t kept = 0;
     for (size_t i = 0; i < model->tensor_count; i++) {
         if (model->tensors[i] != tensor)
@@ -9746,6 +9860,7 @@ static void tensor_remove(struct GPT2 *model, struct Tensor *tensor) {
 static void leave_out_reward_head(struct GPT2 *model) {
     if (!model->score.n)
         return;
+    /* said, for whoever named this folder may have meant another one */
     warn("%s: is a reward model; its head, score.weight, is left out, the language model below it "
          "is used",
          model->folder);
