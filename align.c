@@ -6667,9 +6667,9 @@ static bool is_word_byte(unsigned char byte) {
 }
 
 /* Finds the next word of a text from byte *at on, and moves *at behind it. A word is a run of
- * letters and apostrophes; each of . ! ? is a word of its own, for a model that has learnt to write
- * nothing else must not pass as varied. The word comes out as a number, which is all that counting
- * needs: its FNV-1a hash, capital letters taken as small ones. */
+ * letters and apostrophes; each of . ! ? is a word of its own, so that how sentences end counts too.
+ * The word comes out as a number, which is all that counting needs: a hash, capital letters taken
+ * as small ones. */
 static bool next_word(struct Text text, size_t *at, uint64_t *word) {
     const unsigned char *bytes = (const unsigned char *)text.data;
     /* 1. skip what is no word */
@@ -6686,6 +6686,7 @@ static bool next_word(struct Text text, size_t *at, uint64_t *word) {
     end = MAX(end, first + 1);
 
     /* 3. its number */
+    /* FNV-1a: each byte is mixed in, then the whole is spread by a prime */
     *word = 14695981039346656037u;
     for (size_t i = first; i < end; i++)
         *word = (*word ^ (uint64_t)tolower(bytes[i])) * 1099511628211u;
@@ -7033,6 +7034,7 @@ static void course_language_model(struct Course *course, double learning_rate) {
      *    that fewer texts are learnt by heart. */
     trainer.args.adam_beta2 = 0.99;
     trainer.args.weight_decay = 0.1;
+    /* the learning rate ends at a twentieth, not at 0, where the last steps would teach nothing */
     trainer.args.lr_end = 0.05;
     struct LanguageTask *task =
         pretrain_task(&trainer, &course->arena, course->train, course->train_n, course->held_out,
@@ -8256,6 +8258,7 @@ static bool is_chat(const struct Json *item) {
  * the command writes "role: content" lines. A prompt that is a string beside them repeats their
  * beginning and is left out, as TRL does. */
 static void refuse_chat(const struct Json *item, const char *place) {
+    /* 1. One command for all shapes: what is a chat becomes text, what is none stays. */
     static const char flatten[] =
         "python3 -c \"import json,sys; "
         "f=lambda v:''.join('%s: %s\\n'%(m['role'],m['content'])for m in v)"
@@ -8264,6 +8267,8 @@ static void refuse_chat(const struct Json *item, const char *place) {
         "if(k,type(v))!=('prompt',str)}))for l in sys.stdin]\"";
     if (!is_chat(item))
         return;
+
+    /* 2. The name of the field, and the command for this very file. */
     die("%s: \"%s\" is a chat, a list of messages, a string was expected (GPT-2 has no chat "
         "template); flatten it: %s < '%.*s' > rows.jsonl",
         place, item->key.data, flatten, path_bytes(place), place);
@@ -8295,6 +8300,7 @@ static double json_field_number(const struct Json *item, bool is_label, const ch
 static struct Row dataset_row(struct Arena *keep, const struct Json *json, unsigned shape,
                               const char *place) {
     struct Row row = {.has = json_fields(json)};
+    /* where the first five of enum Field go */
     struct Text *texts[] = {&row.text, &row.prompt, &row.completion, &row.chosen, &row.rejected};
     unsigned used = row.has & (shape | shape >> 16); /* what it must have, and may have */
     for (size_t i = 0; i < COUNT(FIELD_NAMES); i++) {
@@ -9134,11 +9140,8 @@ static struct GPT2Config config_load(const char *folder, bool *tied) {
     struct Arena arena = {0};
     char *path = arena_printf(&arena, "%s/config.json", folder);
     CHECK(file_exists(folder) || errno != EACCES, "%s: %s", folder, strerror(errno));
-    CHECK(file_exists(folder),
-          "%s: no such folder; a model is a folder with config.json and model.safetensors", folder);
-    CHECK(file_exists(path),
-          "%s: no config.json inside; a model is a folder with config.json and model.safetensors",
-          folder);
+    CHECK(file_exists(path), "%s: %s; a model is a folder with config.json and model.safetensors",
+          folder, file_exists(folder) ? "no config.json inside" : "no such folder");
 
     /* 2. Is it GPT-2 as it is implemented here? */
     struct Json *json = json_read_file(&arena, path);
@@ -9177,10 +9180,11 @@ static const char *bare_name(const char *name) {
                                            "module.", "_orig_mod."};
     for (size_t i = 0; i < COUNT(prefixes);) {
         size_t length = strlen(prefixes[i]);
+        /* one prefix off, and from the first on again: they come in any order and number */
         bool found = strncmp(name, prefixes[i], length) == 0;
         if (found)
             name += length;
-        i = found ? 0 : i + 1; /* one is gone: any other may stand first now */
+        i = found ? 0 : i + 1;
     }
     return name;
 }
@@ -9302,6 +9306,7 @@ static void reward_head_load(struct GPT2 *model, struct SafeTensors *st, const c
           "%s: score.weight has %zu labels; one is a reward, two are a classifier's "
           "negative and positive; more are not read",
           st->path, labels);
+    /* left out silently, it would make rewards another number than the one that was trained */
     CHECK(!tensor_entry(st, "score.bias"),
           "%s: has a score.bias; a GPT-2 classifier has none in "
           "transformers, which leaves it out; take it out of the file if that is meant",
@@ -9370,6 +9375,7 @@ static void model_read(struct GPT2 *model, const char *path, struct Beside *besi
         tensor_load(&st, &beside->lm_head);
     }
     beside_note(beside, &st);
+    /* the names that are kept have been copied */
     fclose(st.file);
     arena_free(&arena);
 }
@@ -9437,6 +9443,7 @@ static void config_check_files(const struct GPT2Config *c, const char *folder, c
           "%s: config.json describes %zu numbers, at least %zu MB; the weights have %zu MB; is it "
           "theirs, or are they cut short?",
           folder, numbers, numbers >> 19, bytes >> 20);
+    /* layers cost memory even if they are narrow: a struct each, and names */
     CHECK(c->n_layer <= bytes / 512 + 64,
           "%s: config.json describes %zu layers, whose 12 tensors' names alone do not fit into the "
           "weights' %zu bytes; is it theirs?",
@@ -9677,6 +9684,7 @@ static void adapter_read_head(struct GPT2 *model, const char *folder) {
 /* Gives a layer its adapter: two matrices, both in the file. */
 static void adapter_load_layer(struct GPT2 *model, struct Linear *linear, struct SafeTensors *st) {
     lora_declare(model, linear);
+    /* half an adapter would be B A with one of them 0: no adapter at all, and no message */
     struct Tensor *pair[] = {&linear->lora_A, &linear->lora_B};
     for (size_t k = 0; k < COUNT(pair); k++) {
         tensor_load(st, pair[k]);
