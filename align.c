@@ -6667,7 +6667,7 @@ static bool is_word_byte(unsigned char byte) {
 }
 
 /* Finds the next word of a text from byte *at on, and moves *at behind it. A word is a run of
- * letters and apostrophes; each of . ! ? is a word of its own, so that how sentences end counts too.
+ * letters and apostrophes; each of . ! ? is a word too, so that how sentences end counts.
  * The word comes out as a number, which is all that counting needs: a hash, capital letters taken
  * as small ones. */
 static bool next_word(struct Text text, size_t *at, uint64_t *word) {
@@ -7238,7 +7238,7 @@ static struct Text course_prompt(struct Course *course, size_t i) {
 /* course_run -- the four stages, measured: what `align rlhf` does.
  *             [glossary: Aprendizado por reforço a partir de feedback humano (RLHF)]
  * in   language_model: new or loaded, not yet trained on these texts; learning_rate: of stage 1
- * out  folders of the four models, summary, samples and report in output_dir     test: cli_course */
+ * out  folders of the four models, summary, samples and report in output_dir    test: cli_course */
 static void course_run(struct Course *course, const struct Dataset *data,
                        struct GPT2 *language_model, double learning_rate) {
     double begin = seconds_now();
@@ -7292,10 +7292,15 @@ static void course_run(struct Course *course, const struct Dataset *data,
 /* =============================================================================================
  * Chapter 22 - Files, JSON
  *
- * What enters: files that somebody else wrote. Every length is checked before memory is asked for,
- * every offset before it is used. What leaves: a tree of JSON values. What is written goes to a
- * file beside its final place and is renamed when it is complete: after a power cut the old file
- * is intact.
+ * How are files read that may be wrong, and written so that nothing is lost? What enters was
+ * written by somebody else: every length is checked before memory is asked for, every offset
+ * before it is used, and what is wrong is named: file, place, what was expected, what to do. What
+ * is written goes to a file beside its final place and is renamed when it is complete: after a
+ * power cut the old file is intact.
+ *
+ * A line of JSON such as {"text": "good", "score": 4} becomes a tree, an object with two members:
+ *
+ *     object, number 2 --child--> string "good", key "text" --next--> number 4, key "score"
  * ============================================================================================= */
 
 /* ---- Files ----------------------------------------------------------------------------------- */
@@ -7494,9 +7499,9 @@ static void folder_sync(const char *folder) {
 
 /* ---- JSON ------------------------------------------------------------------------------------ */
 
-/* JSON (RFC 8259) as a tree. An object's members and an array's items hang on `child`, linked by
- * `next`, their count is `number`; a member carries its key. Strings are decoded to UTF-8; half
- * a surrogate pair, for which none exists, becomes U+FFFD. */
+/* JSON (RFC 8259) as a tree. `child` is the first of an object's members or an array's items,
+ * `next` the one behind it, and `number` says how many there are; a member carries its key. Strings are
+ * decoded to UTF-8; half a character (json_code_point) becomes U+FFFD, the replacement mark. */
 enum JsonType {
     JSON_NULL,
     JSON_FALSE,
@@ -7661,7 +7666,7 @@ static bool json_string(struct JsonParser *p, struct Text *out) {
 }
 
 /* [-] digits [. digits] [e digits]: narrower than strtod, which takes "+1", ".5" and "0x1" too.
- * The digits stay in `string`: a double holds 53 bits, an id may have 64. */
+ * The digits stay in `string`: a double holds 53 bits, a whole number may have more. */
 static bool json_number(struct JsonParser *p, struct Json *node) {
     /* 1. A copy with an end: strtod would read on behind the text's. */
     char copy[65] = "";
@@ -7858,8 +7863,8 @@ static size_t json_size(const struct Json *json, size_t max, const char *path, c
     return (size_t)json->number;
 }
 
-/* A string in quotes, with `before`, its key say, in front of it. A model can write half a
- * character; JSON is UTF-8, so such bytes become U+FFFD. */
+/* A string in quotes; `before`, its key for example, goes in front of it. A model can write half a
+ * character; JSON is UTF-8, so such bytes become U+FFFD.                        test: json_write */
 static void json_write_string(FILE *file, const char *before, struct Text text) {
     static const char plain[] = "\"\\\n\r\t";
     static const char letters[] = "\"\\nrt";
@@ -7905,8 +7910,9 @@ static struct Text text_shown(struct Arena *arena, struct Text text, const char 
     return (struct Text){to, n};
 }
 
-/* JSON has no NaN: null, Python's None. 9 digits bring any float back bit for bit. The text
- * stays until the eighth call: enough for one printf. */
+/* A number as JSON. NaN and infinity, which JSON lacks, become null, Python's None. 9 digits bring
+ * any float back bit for bit. The text stays until the eighth call after this one, so one printf
+ * can show several.                                                          test: json_write */
 static const char *json_number_text(double x) {
     static char texts[8][32];
     static size_t next;
@@ -7933,11 +7939,18 @@ static void json_write_floats(FILE *file, const char *before, const float *x, si
 /* =============================================================================================
  * Chapter 23 - Data sets, tokenizer.bin            [glossary: Conjunto de dados]
  *
- * What enters: JSON Lines in TRL's shapes, one object a line, and llm.c's tokenizer.bin with the
- * merges behind it. What leaves: rows, and a tokenizer. A bad line is named by file and number.
+ * Which rows does a training see, if it is given a file, or a folder of files that somebody named
+ * by habit? What enters: JSON Lines in TRL's shapes, one object a line,
+ *
+ *     {"prompt": "The film", "chosen": " moved me.", "rejected": " is a film."}      preferences
+ *     {"text": "The film moved me.", "score": 4}                                     rated texts
+ *
+ * and llm.c's tokenizer.bin with the merges behind it. What leaves: rows, all of one shape, and a
+ * tokenizer. A bad line is named by file and number. Data in another format, a chat, or a folder
+ * without the rows that are wanted are refused with the command that makes them fit.
  * ============================================================================================= */
 
-/* A cursor over a binary file that refuses to leave it. */
+/* A place in a binary file; whoever would read behind its end is stopped. */
 struct Reader {
     const unsigned char *at, *end;
     const char *path;
@@ -8069,14 +8082,14 @@ static struct Tokenizer *tokenizer_load(struct Arena *arena, const char *path) {
     return tok;
 }
 
-/* GPT-2's files show each byte as a printable character: itself, or 256 on for the first 33, the
- * 34 behind '~' and the soft hyphen. */
+/* GPT-2's files show each byte as a printable character. Most bytes are one in Latin-1; the others
+ * are counted from U+0100 on: the first 33, then the 34 behind '~', and last the soft hyphen.
+ * By hand: a space, 32, becomes U+0120, so " the" is written "Ġthe".      test: tokenizer_save */
 static struct Text token_as_unicode(struct Arena *arena, struct Text token) {
     /* no character below U+0800 takes more than two bytes of UTF-8 */
     char *text = arena_alloc(arena, token.length * 2 + 1, 1);
     char *to = text;
     for (size_t i = 0; i < token.length; i++) {
-        /* so a space becomes U+0120, which vocab.json is full of: " is" stands there as "Ġis" */
         uint32_t byte = (unsigned char)token.data[i];
         to += utf8_write(to, byte <= ' '                    ? 256 + byte
                              : byte >= 0x7f && byte <= 0xa0 ? 256 + 33 + (byte - 0x7f)
@@ -8120,7 +8133,7 @@ static void tokenizer_save(const struct Tokenizer *tok, const char *folder, size
 static void tokenizer_check_folder(const struct Tokenizer *tok, const char *folder,
                                    size_t vocab_size) {
     struct Arena arena = {0};
-    /* 1. the vocabulary, in the older of two files or in the newer one; many folders have neither */
+    /* 1. the vocabulary, in the older of two files or in the newer one; there may be neither */
     const char *path = arena_printf(&arena, "%s/vocab.json", folder);
     const char *newer = arena_printf(&arena, "%s/tokenizer.json", folder);
     struct Json *vocab = NULL;
@@ -8195,7 +8208,7 @@ struct DataFile {
     bool is_read;
 };
 
-/* "chosen" + "rejected", or "text": what shapes are made of. */
+/* The fields of shapes, for a message:  "chosen" + "rejected", or "text" */
 static const char *shape_names(struct Arena *arena, const unsigned *shapes, size_t count) {
     /* "a" + "b", or "c": the joint that comes next is " + " within a shape and ", or " between
      * two */
@@ -8225,7 +8238,7 @@ static int *json_ids(struct Arena *arena, const struct Json *array, size_t *coun
     return ids;
 }
 
-/* A place is "FILE:LINE"; the bytes of FILE, as printf's %.* takes them. */
+/* A place is "FILE:LINE". Returns how many bytes FILE has, for printf's "%.*s". */
 static int path_bytes(const char *place) {
     return (int)(strrchr(place, ':') - place);
 }
@@ -8249,7 +8262,7 @@ static const char *line_hint(struct Arena *arena, struct Text line, size_t where
                         path_bytes(place), place);
 }
 
-/* Text that is an array of messages with a role: the form that chat templates take. */
+/* Is it a chat, an array of messages that have a role, where a string was expected? */
 static bool is_chat(const struct Json *item) {
     return item && item->type == JSON_ARRAY && item->child && json_get(item->child, "role");
 }
@@ -8415,7 +8428,7 @@ static void refuse_other_formats(struct Text file, const char *path) {
         FORMATS[format].before, path, FORMATS[format].after);
 }
 
-/* One line of a file as a JSON object; json_object says why it is none, and line_hint what to do. */
+/* One line of a file as a JSON object. If it is none, json_object says why, line_hint what to do. */
 static struct Json *dataset_line(struct Arena *scratch, struct Text line, bool is_last,
                                  const char *place) {
     const char *error;
@@ -8448,8 +8461,8 @@ static void dataset_append(struct Arena *arena, struct Dataset *data, struct Row
     data->rows[data->n++] = row;
 }
 
-/* Appends a file's rows, all of the first one's shape. If that is none of `shapes`: an error, or,
- * if `optional`, left out. */
+/* Appends a file's rows, which all have the shape of the first one. If that is none of `shapes`,
+ * the program ends, or, where the file is optional, it is left out. */
 static void dataset_add_file(struct Arena *arena, struct Dataset *data, struct DataFile *source,
                              const unsigned *shapes, size_t shape_count, bool optional) {
     struct Arena scratch = {0};
@@ -8631,8 +8644,8 @@ static void dataset_add_split(struct Arena *arena, struct Dataset *data, enum Sp
         }
 }
 
-/* No file of a folder has what is wanted: why the first that might have had it has not, or what
- * there is instead. */
+/* No file of a folder has the rows that are wanted. Says why the first file that might have had
+ * them has not, or what is there instead. */
 static _Noreturn void refuse_folder(struct Arena *arena, struct Dataset *data,
                                     const unsigned *shapes, size_t shape_count,
                                     const struct Dataset *training) {
@@ -8718,7 +8731,7 @@ static bool text_contains(struct Text text, struct Text word) {
  * same. One note a data set says so.                                   test: data_written_ends */
 static void warn_of_written_ends(const struct Dataset *data, const struct Tokenizer *tok) {
     struct Text name = tok->token[tok->end_token];
-    /* Only fields that are used are looked at. The prompt of pairs may be their common beginning. */
+    /* Only fields that are used are looked at. Pairs may have a prompt of their own. */
     unsigned used = data->shape;
     if ((used & SHAPE_PREFERENCE) == SHAPE_PREFERENCE)
         used |= HAS_PROMPT;
@@ -8777,8 +8790,10 @@ static size_t first_not_finite(const float *x, size_t n) {
     return n;
 }
 
-/* bfloat16 is the upper half of a float; float16 has 5 bits of exponent (bias 15) and 10 of
- * fraction, without a leading 1 below 2^-14. */
+/* Numbers of 16 bits. bfloat16 is the upper half of a float: its range, and 8 bits of precision.
+ * float16 has 5 bits of exponent (bias 15) and 10 of fraction; below 2^-14 it has no leading 1.
+ * By hand: 0x3e00 is exponent 15, fraction 512: (1024 + 512) 2^(15 - 25) = 1.5.
+ *                                                                       test: safetensors_half */
 static float float_of_bf16(uint16_t half) {
     return float_of_bits((uint32_t)half << 16);
 }
@@ -8803,13 +8818,13 @@ struct SafeTensors {
     uint64_t data_start, data_size;
 };
 
-/* a tensor's bytes, counted from the header's end */
+/* Where a tensor's bytes stand, counted from the header's end. */
 struct Span {
     uint64_t begin, end;
     const char *name;
 };
 
-/* by their middles, which empty ones have too */
+/* The order of their middles: an empty tensor, which begins where it ends, has one too. */
 static int compare_spans(const void *a, const void *b) {
     const struct Span *x = a;
     const struct Span *y = b;
@@ -9249,7 +9264,7 @@ static size_t model_files(struct Arena *arena, const char *folder, char **files,
     return count;
 }
 
-/* What a label's name says: 1 positive, -1 negative, 0 neither. */
+/* Which side a label's name is on: 1 positive, -1 negative, 0 neither. */
 static int label_sign(const char *name) {
     if (strncasecmp(name, "pos", 3) == 0 || strcmp(name, "LABEL_1") == 0)
         return 1;
@@ -9451,7 +9466,7 @@ static void config_check_files(const struct GPT2Config *c, const char *folder, c
 }
 
 /* gpt2_load -- a model folder; heads are loaded where they are there.
- *                                               [glossary: AutoModelForCausalLM]  test: gpt2_load */
+ *                                             [glossary: AutoModelForCausalLM]  test: gpt2_load */
 static struct GPT2 *gpt2_load(const char *folder) {
     struct Arena arena = {0};
     struct Beside beside = {0};
@@ -9642,8 +9657,8 @@ static void adapter_check_embedding(const struct GPT2 *model, struct SafeTensors
     arena_free(&arena);
 }
 
-/* Whether an adapter takes a layer: one that names its layers must have them all; of one that
- * describes them, the file says which they are. */
+/* Does an adapter take this layer? One that names its layers must have them all. One that
+ * describes them, by a pattern or with exceptions, has tensors for those that it means. */
 static bool adapter_takes(struct Arena *arena, const struct Adapter *adapter,
                           const struct SafeTensors *st, const char *name) {
     /* its config says the names, or else the file's tensors do */
@@ -9653,8 +9668,9 @@ static bool adapter_takes(struct Arena *arena, const struct Adapter *adapter,
     return tensor_entry(st, arena_printf(arena, "%s.lora_A.weight", bare_name(name))) != NULL;
 }
 
-/* The value head that TRL puts beside an adapter, in a model file of its own. If that file is a
- * whole model, the adapter folded in, say, the rest of it must not replace the base. */
+/* Reads the value head that TRL puts beside an adapter, in a model file of its own. That file may
+ * be a whole model, for example one that the adapter was merged into: the rest of it is not read,
+ * for the adapter would be added to it a second time. */
 static void adapter_read_head(struct GPT2 *model, const char *folder) {
     struct Beside beside = {0};
     char *path = arena_printf(&beside.arena, "%s/model.safetensors", folder);
@@ -9755,8 +9771,7 @@ static void adapter_load(struct GPT2 *model, const char *folder) {
     arena_free(&arena);
 }
 
-/* adapter_config.json, the fields that say something; PEFT fills in the others with the same
- * defaults. */
+/* adapter_config.json: the fields that say something. PEFT fills in the others. */
 static void adapter_config_save(const struct GPT2 *model, const char *folder) {
     const struct Adapter *a = &model->adapter;
     struct Output out = output_open(folder, "adapter_config.json");
@@ -9832,7 +9847,7 @@ static void model_save(struct GPT2 *model, const char *folder, const struct Toke
     arena_free(&arena);
 }
 
-/* A folder's model is replaced as a whole or not at all. */
+/* Saves a model where another one may be: that is replaced as a whole or not at all. */
 static void model_replace(struct GPT2 *model, const char *folder, const struct Tokenizer *tok) {
     struct Arena arena = {0};
     /* 1. All files into a folder inside, on the same disk: there they can be renamed. Should the
@@ -9852,8 +9867,8 @@ static void check_reward_model(const struct GPT2 *model, const char *folder) {
           folder);
 }
 
-/* A reward or value head has no place in what is to be made of the model: it is neither trained nor
- * saved.                                                                    test: heads_left_out */
+/* Takes a tensor out of a model: it is neither trained nor saved any more. A reward or value head
+ * is taken out where it has no place in what is to be made of the model.    test: heads_left_out */
 static void tensor_remove(struct GPT2 *model, struct Tensor *tensor) {
     /* the others move up, in their order */
     size_t kept = 0;
