@@ -7500,8 +7500,8 @@ static void folder_sync(const char *folder) {
 /* ---- JSON ------------------------------------------------------------------------------------ */
 
 /* JSON (RFC 8259) as a tree. `child` is the first of an object's members or an array's items,
- * `next` the one behind it, and `number` says how many there are; a member carries its key. Strings are
- * decoded to UTF-8; half a character (json_code_point) becomes U+FFFD, the replacement mark. */
+ * `next` the one behind it, and `number` says how many there are; a member carries its key.
+ * Strings are decoded to UTF-8; half a character (json_code_point) becomes U+FFFD. */
 enum JsonType {
     JSON_NULL,
     JSON_FALSE,
@@ -8428,7 +8428,7 @@ static void refuse_other_formats(struct Text file, const char *path) {
         FORMATS[format].before, path, FORMATS[format].after);
 }
 
-/* One line of a file as a JSON object. If it is none, json_object says why, line_hint what to do. */
+/* One line of a file as a JSON object. If it is none, json_object says why; line_hint helps. */
 static struct Json *dataset_line(struct Arena *scratch, struct Text line, bool is_last,
                                  const char *place) {
     const char *error;
