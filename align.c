@@ -8817,10 +8817,17 @@ static void exact_run(struct ExactWorld *w, double beta) {
  * Chapter 20 - The whole course (rlhf)
  *             [glossary: Aprendizado por reforço a partir de feedback humano (RLHF)]
  *
- * Everything in one go. What enters: rated texts. What leaves: a language model trained from
- * nothing, a reward model of the raters' taste, two policies that please it, one by PPO and one by
- * DPO, and the measurements that say what each gained and what it cost. A tenth of the texts is
- * never trained on: all figures are taken there.
+ * Does it all work together? This chapter runs the drawing of the preface from left to right, in
+ * minutes, and measures what came of it:
+ *
+ *     rated texts -> 1 language model, from nothing -> 2 reward model -> 3 PPO -> 4 DPO
+ *                         |  "before"                       |              |         |
+ *                         +------ the same held-out prompts, one scorer, four numbers each ------+
+ *
+ * What enters: rated texts. What leaves: a language model, a reward model of the raters' taste,
+ * two policies that please it, one by PPO and one by DPO, and what each gained (reward) and what it
+ * cost (KL to the reference, variety, length). A tenth of the texts is never trained on: all
+ * figures are taken there.
  * ============================================================================================= */
 
 /* From chapter 26: what was measured, as files, as a page, and on the terminal. */
@@ -8829,55 +8836,106 @@ static void course_write(struct Course *course, double seconds);
 static void report_write(const char *dir);
 static void course_print(struct Course *course);
 
+/* ---- What is measured ------------------------------------------------------------------------ */
+
 static int compare_u64(const void *a, const void *b) {
     uint64_t x = *(const uint64_t *)a;
     uint64_t y = *(const uint64_t *)b;
     return (x > y) - (x < y);
 }
 
-/* Distinct word pairs / all word pairs of many texts: 1 if nothing repeats, near 0 for a model
- * that has one phrase left. Words are runs of letters and apostrophes, and each of . ! ? counts
- * as one. */
+static bool is_word_byte(unsigned char byte) {
+    /* bytes, not characters: an accented letter separates words, but in all texts alike */
+    return isalpha(byte) || byte == '\'';
+}
+
+/* Finds the next word of a text from byte *at on, and moves *at behind it. A word is a run of
+ * letters and apostrophes; each of . ! ? is a word too, so that how sentences end counts.
+ * The word comes out as a number, which is all that counting needs: a hash, capital letters taken
+ * as small ones. */
+static bool next_word(struct Text text, size_t *at, uint64_t *word) {
+    const unsigned char *bytes = (const unsigned char *)text.data;
+    /* 1. skip what is no word */
+    size_t first = *at;
+    while (first < text.length && !is_word_byte(bytes[first]) && !memchr(".!?", bytes[first], 3))
+        first++;
+    if (first == text.length)
+        return false;
+
+    /* 2. find its end: a mark is one byte long, a run of letters as long as it lasts */
+    size_t end = first;
+    while (end < text.length && is_word_byte(bytes[end]))
+        end++;
+    end = MAX(end, first + 1);
+
+    /* 3. its number */
+    /* FNV-1a: each byte is mixed in, then the whole is spread by a prime */
+    *word = 14695981039346656037u;
+    for (size_t i = first; i < end; i++)
+        *word = (*word ^ (uint64_t)tolower(bytes[i])) * 1099511628211u;
+    *at = end;
+    return true;
+}
+
+/* The pairs of neighbouring words of a text, as numbers; returns how many there are. */
+static size_t word_pairs(struct Text text, uint64_t *pairs) {
+    size_t count = 0;
+    size_t at = 0;
+    uint64_t word;
+    uint64_t previous;
+    /* the first word has none before it to make a pair with; a pair never reaches over from one
+     * text into the next */
+    if (!next_word(text, &at, &previous))
+        return 0;
+    while (next_word(text, &at, &word)) {
+        pairs[count++] = previous * 31 + word; /* not symmetric: "a b" is not "b a" */
+        previous = word;
+    }
+    return count;
+}
+
+/* distinct_2 -- how varied the answers of a policy are, all of them together.
+ *   distinct word pairs / all word pairs,   1 where nothing repeats, near 0 for one phrase
+ * A policy that has found one answer the reward model likes may give it to every prompt: its mean
+ * reward is high, and only a measure such as this one tells that nothing else is left.
+ * in   texts (n)        returns a share, 0 where there is no pair at all
+ * By hand: "the film. The FILM." has the pairs the-film, film-., .-the, the-film, film-.: three
+ * distinct ones of five, 0.6.                                             test: evaluation */
 static double distinct_2(const struct Text *texts, size_t n) {
+    struct Arena arena = {0};
     size_t bytes = 0;
     size_t count = 0;
     size_t distinct = 0;
+    /* 1. all pairs of all texts: no text has more pairs than bytes */
     for (size_t i = 0; i < n; i++)
         bytes += texts[i].length;
-    uint64_t *pairs = malloc((bytes + 1) * sizeof *pairs);
-    CHECK(pairs, "out of memory");
-    for (size_t i = 0; i < n; i++) {
-        uint64_t previous = 0;
-        const unsigned char *text = (const unsigned char *)texts[i].data;
-        for (size_t k = 0; k < texts[i].length;) {
-            size_t first = k;
-            uint64_t hash = 14695981039346656037u; /* FNV-1a of the word */
-            while (k < texts[i].length && (isalpha(text[k]) || text[k] == '\''))
-                k++;
-            if (k == first && !memchr(".!?", text[k++], 3))
-                continue;
-            for (size_t c = first; c < k; c++)
-                hash = (hash ^ (uint64_t)tolower(text[c])) * 1099511628211u;
-            if (previous)
-                pairs[count++] = previous * 31 + hash;
-            previous = hash;
-        }
-    }
+    uint64_t *pairs = arena_alloc(&arena, bytes + 1, sizeof *pairs);
+    for (size_t i = 0; i < n; i++)
+        count += word_pairs(texts[i], pairs + count);
+
+    /* 2. once sorted, equal ones stand side by side, and the first of each kind counts */
     qsort(pairs, count, sizeof *pairs, compare_u64);
     for (size_t i = 0; i < count; i++)
         distinct += i == 0 || pairs[i] != pairs[i - 1];
-    free(pairs);
+    arena_free(&arena);
     return count ? (double)distinct / (double)count : 0;
 }
 
-/* Share of pairs of held-out texts, ratings min_difference or more apart, that the rewards order
- * rightly. */
+/* pair_accuracy -- does the reward model know the raters' taste?
+ *   share of the pairs i, j with rating_i - rating_j >= min_difference whose reward_i > reward_j
+ * Rewards have no scale of their own that could be compared with ratings, but an order they have.
+ * Pairs that the raters themselves found nearly equal would measure their noise: min_difference
+ * leaves them out.
+ * in   reward, rating (n) of texts that were held out         returns a share; NAN: no such pair
+ * By hand: rewards 1, 3, 2 for ratings 3, 2, 1: of the pairs (1,2), (1,3), (2,3) only the last
+ * one is in order: 1/3.                                                      test: evaluation */
 static double pair_accuracy(const float *reward, const double *rating, size_t n,
                             double min_difference) {
     double right = 0;
     double total = 0;
     for (size_t i = 0; i < n; i++)
         for (size_t j = 0; j < n; j++) {
+            /* the raters preferred i to j; where they preferred j, the pair comes up as (j, i) */
             if (rating[i] - rating[j] < min_difference)
                 continue;
             total++;
@@ -8886,19 +8944,28 @@ static double pair_accuracy(const float *reward, const double *rating, size_t n,
     return total ? right / total : NAN;
 }
 
-/* KL(policy || reference) of whole responses, in nats, averaged: exact at each token, summed
- * over tokens. */
+/* response_kl -- how far the policy has gone from the reference: KL(policy || reference) of whole
+ * responses, in nats, averaged over n of them.
+ *                                         [glossary: Divergência de Kullback-Leibler (KL)]
+ *   1/n sum_i sum_t KL(pi(. | x_i, y_i,<t) || pi_ref(. | x_i, y_i,<t))
+ * The answers y_i were sampled from the policy. At each token the divergence of the two
+ * distributions is computed exactly (kl_exact), where PPO estimates it from the one token that was
+ * drawn: the same mean, with less noise.
+ * in   answers (n), prompts included; temperature: at which they were sampled   test: evaluation */
 static double response_kl(const struct GPT2 *policy, const struct GPT2 *ref_model,
                           const struct Example *answers, size_t n, double temperature) {
-    enum { TOGETHER = 32 };
+    enum { TOGETHER = 32 }; /* bounds the memory, whatever n is */
     struct Arena arena = {0};
     double total = 0;
     for (size_t first = 0; first < n; first += TOGETHER) {
         arena_reset(&arena);
+        /* 1. both models read the same answers; the prompt's tokens are no targets */
         struct Batch batch =
             collate(&arena, answers + first, MIN(n - first, (size_t)TOGETHER), SKIP_LAST);
         struct LMHead head = batch_logprobs(policy, &arena, &batch, temperature, false);
         struct LMHead ref_head = batch_logprobs(ref_model, &arena, &batch, temperature, false);
+
+        /* 2. a divergence at each of the answers' tokens, all of them summed */
         float *kl = arena_floats(&arena, batch.R);
         kl_full_rows(policy, &head, ref_model, &ref_head, kl);
         for (size_t r = 0; r < batch.R; r++)
@@ -8908,7 +8975,18 @@ static double response_kl(const struct GPT2 *policy, const struct GPT2 *ref_mode
     return total / (double)n;
 }
 
-/* A policy's answers to prompts: their reward, how far it went from the reference, how varied
+/* The examination that policies sit: all are asked the same, sampled alike, judged by one scorer.
+ * ref_model is what their KL is measured to; NULL: it is not measured. */
+struct Examination {
+    const struct GPT2 *ref_model;
+    const struct Scorer *scorer;
+    const struct Example *prompts;
+    size_t n;
+    struct GenerationConfig generation;
+    uint64_t seed;
+};
+
+/* A policy's answers to the prompts: their reward, how far it went from the reference, how varied
  * and long they are. */
 struct PolicyResult {
     const struct GPT2 *policy;
@@ -8918,32 +8996,44 @@ struct PolicyResult {
     double mean_reward, kl, distinct_2, mean_length;
 };
 
-static struct PolicyResult policy_measure(const struct GPT2 *policy, const struct GPT2 *ref_model,
-                                          const struct Scorer *scorer, struct Arena *arena,
-                                          const struct Example *prompts, size_t n,
-                                          const struct GenerationConfig *generation,
-                                          uint64_t seed) {
+/* policy_measure -- one policy's examination. Four numbers belong together: a reward that rose
+ * means little if the KL is large, the answers are all alike, or they have become very short. */
+static struct PolicyResult policy_measure(const struct GPT2 *policy, const struct Examination *exam,
+                                          struct Arena *arena) {
+    size_t n = exam->n;
     struct PolicyResult result = {
         .policy = policy,
         .texts = arena_alloc(arena, n, sizeof *result.texts),
         .reward = arena_floats(arena, n),
     };
-    struct Rng rng = rng_seed(seed, STREAM_SAMPLE);
-    result.answers = sample_answers(policy, arena, prompts, n, 1, generation, &rng);
+    /* 1. one answer to each prompt; with the seed of the examination every policy gets the same
+     *    random numbers, so what differs is the policies' doing */
+    struct Rng rng = rng_seed(exam->seed, STREAM_SAMPLE);
+    result.answers = sample_answers(policy, arena, exam->prompts, n, 1, &exam->generation, &rng);
+
+    /* 2. as text, and how long, in tokens */
     for (size_t i = 0; i < n; i++) {
-        result.texts[i] = answer_text(scorer->tok, arena, &result.answers[i], &policy->config);
+        result.texts[i] =
+            answer_text(exam->scorer->tok, arena, &result.answers[i], &policy->config);
         size_t length = answer_length(&result.answers[i], &policy->config);
         result.mean_length += (double)length / (double)n;
     }
-    struct Scorer plain = *scorer;
-    plain.least_length = 0; /* the bare reward, no penalty for short answers */
+
+    /* 3. the bare reward: the penalty for short answers belongs to training */
+    struct Scorer plain = *exam->scorer;
+    plain.least_length = 0;
     scorer_score(&plain, arena, result.answers, n, &policy->config, result.reward);
     result.mean_reward = mean_of(result.reward, n);
+
+    /* 4. what the reward has cost */
     result.distinct_2 = distinct_2(result.texts, n);
-    if (ref_model)
-        result.kl = response_kl(policy, ref_model, result.answers, n, generation->temperature);
+    if (exam->ref_model)
+        result.kl =
+            response_kl(policy, exam->ref_model, result.answers, n, exam->generation.temperature);
     return result;
 }
+
+/* ---- The four stages ------------------------------------------------------------------------- */
 
 /* The course's settings, and all that its stages share. */
 struct Course {
@@ -8953,7 +9043,8 @@ struct Course {
     const char *tokenizer; /* --tokenizer, or NULL: found without being named */
     uint64_t seed;
     size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps, vocab_size;
-    double temperature, scale; /* of sampling; of learning rates: 1 for a new, narrow model */
+    double temperature; /* of all sampling */
+    double scale; /* of learning rates: 1 for a new, narrow model */
     struct Example *train, *held_out; /* token ids of the rated texts, end token last */
     double *train_rating, *held_out_rating;
     size_t train_n, held_out_n;
@@ -8966,84 +9057,111 @@ struct Course {
     double eval_loss_before, eval_loss_after, eval_accuracy;
 };
 
+/* Chosen so that the whole course takes minutes on a laptop and every stage visibly learns. */
 enum {
-    COURSE_VOCAB = 4097,
+    COURSE_VOCAB = 4097, /* 256 bytes, 3840 merges, the end token */
     COURSE_LAYERS = 2,
     COURSE_WIDTH = 128,
     COURSE_HEADS = 4,
-    COURSE_POSITIONS = 64,
-    COURSE_LONG_POSITIONS = 256,
+    COURSE_POSITIONS = 64, /* the context where the texts are sentences, */
+    COURSE_LONG_POSITIONS = 256, /* and where they are whole reviews */
     COURSE_TEST_PROMPTS = 256,
-    COURSE_MAX_NEW = 28,
-    COURSE_LEAST_LENGTH = 10,
-    COURSE_PREFIX = 20,
-    COURSE_TOKENS_A_STEP = 512
+    COURSE_MAX_NEW = 28, /* tokens of an answer in an examination */
+    COURSE_LEAST_LENGTH = 10, /* an answer that ends before it is penalized */
+    COURSE_PREFIX = 20, /* tokens of the beginnings that set the reward's zero and unit */
+    COURSE_TOKENS_A_STEP = 512 /* of the language model's training */
 };
 
 static const struct LengthSampler COURSE_PROMPT_LENGTH = {2, 8};
 
-/* Beginnings of texts, 2 to 7 tokens long, never a whole text. */
+/* Beginnings of texts, 2 to 7 tokens long, never a whole text: one prompt a text, `most` at most.
+ * Returns how many. */
 static size_t course_prompts(const struct Example *texts, size_t n, size_t most, struct Rng *rng,
                              struct Example *prompts) {
+    /* in the order of the texts, which the split has shuffled already */
     size_t count = 0;
     for (size_t i = 0; i < n && count < most; i++) {
+        /* drawn for each text, short ones included: whether one is long enough must not shift the
+         * lengths of all that follow */
         size_t length = length_sampler(&COURSE_PROMPT_LENGTH, rng);
+        /* the ids are shared with the text: a prompt is its beginning, and nothing is to be
+         * learnt of it (prompt_length is all its length) */
         if (texts[i].n > length + 1)
             prompts[count++] = (struct Example){texts[i].ids, length, length};
     }
     return count;
 }
 
-/* Splits the texts, by seed: nine tenths to learn from, one tenth to measure on. */
-static void course_split(struct Course *course, const struct Dataset *data) {
-    struct Rng rng = rng_seed(course->seed, STREAM_SPLIT);
+/* The rated texts as ids, in the order given: first those that are held out, a tenth of them, then
+ * those to learn from. */
+static void course_encode(struct Course *course, const struct Dataset *data, const size_t *order) {
     size_t n = data->n;
-    size_t *order = arena_order(&course->arena, n);
-    course->data = data->path;
-    rng_shuffle(&rng, order, n);
-    course->held_out_n = n / 10;
-    course->train_n = n - course->held_out_n;
-    warn_of_written_ends(data, course->tok);
-    CHECK(course->held_out_n >= 20,
-          "%s: %zu rated texts; rlhf needs 200 or more, a tenth of them to measure on", data->path,
-          n);
+    size_t empty = 0;
     struct Example *all = arena_alloc(&course->arena, n, sizeof *all);
     double *rating = arena_alloc(&course->arena, n, sizeof *rating);
+    /* what ends a text is the model's end token, which need not be GPT-2's */
     const int *end_token = &course->language_model->config.eos_token_id;
-    size_t empty = 0;
     for (size_t i = 0; i < n; i++) {
-        struct Text text = data->rows[order[i]].text;
-        all[i] = example_encode(&course->arena, course->tok, text, course->vocab_size, end_token);
-        rating[i] = data->rows[order[i]].score;
-        empty += data->rows[order[i]].text.length == 0;
+        const struct Row *row = &data->rows[order[i]];
+        /* with the end token: the model is to learn where a text ends */
+        all[i] =
+            example_encode(&course->arena, course->tok, row->text, course->vocab_size, end_token);
+        rating[i] = row->score;
+        empty += row->text.length == 0;
     }
-    if (empty) {
+    if (empty)
         warn("%s: %zu of %zu texts are empty: no prompt is taken from them", data->path, empty, n);
-    }
     course->held_out = all;
     course->held_out_rating = rating;
     course->train = all + course->held_out_n;
     course->train_rating = rating + course->held_out_n;
-    course->prompts = arena_alloc(&course->arena, course->train_n, sizeof *course->prompts);
-    course->test_prompts =
-        arena_alloc(&course->arena, course->held_out_n, sizeof *course->test_prompts);
+}
+
+/* course_split -- nine tenths of the texts to learn from, one tenth to measure on, by the seed.
+ * [glossary: Conjunto de dados] All four stages keep to the one split: were it drawn anew, the
+ * reward model would be measured on texts that the language model knows by heart. */
+static void course_split(struct Course *course, const struct Dataset *data) {
+    struct Arena *arena = &course->arena;
+    /* 1. An order by chance: files are often sorted, all positive texts first. */
+    struct Rng rng = rng_seed(course->seed, STREAM_SPLIT);
+    size_t *order = arena_order(arena, data->n);
+    rng_shuffle(&rng, order, data->n);
+
+    /* 2. The first tenth of it is held out. */
+    course->data = data->path;
+    course->held_out_n = data->n / 10;
+    course->train_n = data->n - course->held_out_n;
+    warn_of_written_ends(data, course->tok);
+    CHECK(course->held_out_n >= 20,
+          "%s: %zu rated texts; rlhf needs 200 or more, a tenth of them to measure on", data->path,
+          data->n);
+    course_encode(course, data, order);
+
+    /* 3. Prompts of both parts: those that policies practise on, and those of the examination. */
+    course->prompts = arena_alloc(arena, course->train_n, sizeof *course->prompts);
     course->prompt_n =
         course_prompts(course->train, course->train_n, course->train_n, &rng, course->prompts);
+    course->test_prompts = arena_alloc(arena, course->held_out_n, sizeof *course->test_prompts);
     course->test_n = course_prompts(course->held_out, course->held_out_n, COURSE_TEST_PROMPTS, &rng,
                                     course->test_prompts);
     CHECK(course->prompt_n > 0 && course->test_n > 0,
           "%s: its texts are too short to take prompts of 2 to 7 tokens from", data->path);
 }
 
+/* What the trainers of the four stages have in common. `batch`: rows of a step. */
 static struct Trainer course_trainer(struct Course *course, struct GPT2 *model,
                                      double learning_rate, size_t steps, size_t batch,
                                      size_t warmup) {
+    /* the settings of transformers where nothing else is said */
     struct Trainer trainer = {.model = model, .tok = course->tok, .args = training_arguments()};
     trainer.args.learning_rate = learning_rate * course->scale;
     trainer.args.max_steps = steps;
     trainer.args.per_device_train_batch_size = trainer.args.per_device_eval_batch_size = batch;
+    /* someone who tries a few steps only wants to see them learn: warm up for a quarter at most */
     trainer.args.warmup_steps = MIN(warmup, steps / 4);
     trainer.args.seed = course->seed;
+    /* however many steps there are: 50 points for the curves of the report, 8 lines to read, and
+     * measured three times on the way */
     trainer.args.logging_steps = MAX((size_t)1, steps / 50);
     trainer.args.say_steps = MAX((size_t)1, steps / 8);
     trainer.args.eval_steps = steps / 3 + 1;
@@ -9053,24 +9171,31 @@ static struct Trainer course_trainer(struct Course *course, struct GPT2 *model,
 
 /* Saves what was trained, and its log. */
 static void course_finish(struct Course *course, const char *name, struct Trainer *trainer) {
+    /* each model in a folder of its own that every other command takes: it can be sampled,
+     * compared and trained further */
     char *folder = arena_printf(&course->arena, "%s/%s", course->output_dir, name);
     model_replace(trainer->model, folder, course->tok);
     trainer_state_save(&trainer->state, &trainer->args, folder);
     trainer_free(trainer);
 }
 
+/* The texts, those that are longer cut to `length` tokens; the ids are shared. */
 static struct Example *course_cut(struct Course *course, const struct Example *texts, size_t n,
                                   size_t length) {
     struct Example *cut = arena_alloc(&course->arena, n, sizeof *cut);
     for (size_t i = 0; i < n; i++) {
+        /* the model's context is all it can read, and what is behind it would not fit */
         cut[i] = texts[i];
         cut[i].n = MIN(cut[i].n, length);
     }
     return cut;
 }
 
+/* Plain sampling: without top-k, so that what is written is what the policy's probabilities say. */
 static struct GenerationConfig course_generation(const struct Course *course,
                                                  size_t max_new_tokens) {
+    /* the same temperature in training and in examinations, for a policy is only the one that
+     * was trained when it is sampled as it was then */
     struct GenerationConfig generation = generation_config();
     generation.do_sample = true;
     generation.temperature = course->temperature;
@@ -9079,19 +9204,28 @@ static struct GenerationConfig course_generation(const struct Course *course,
     return generation;
 }
 
-/* Stage 1: a language model, from random weights or from a given folder's. */
+/* Stage 1: a language model, from random weights or from a given folder's. It is the start of both
+ * policies, and the reference that holds them. */
 static void course_language_model(struct Course *course, double learning_rate) {
+    /* 1. Rows fill the context; as many a step as keep the number of tokens the same. */
     size_t rows = MAX((size_t)1, COURSE_TOKENS_A_STEP / course->language_model->config.n_positions);
     struct Trainer trainer = course_trainer(course, course->language_model, learning_rate,
                                             course->pretrain_steps, rows, 50);
+
+    /* 2. For a run this short AdamW averages the squares of gradients over 100 steps, not 1000,
+     *    or the large ones of the beginning would hold it back to the end; and weights decay, so
+     *    that fewer texts are learnt by heart. */
     trainer.args.adam_beta2 = 0.99;
     trainer.args.weight_decay = 0.1;
+    /* the learning rate ends at a twentieth, not at 0, where the last steps would teach nothing */
     trainer.args.lr_end = 0.05;
     struct LanguageTask *task =
         pretrain_task(&trainer, &course->arena, course->train, course->train_n, course->held_out,
                       course->held_out_n);
     task->whole_texts = true;
     trainer.task.name = "1/4 language model";
+
+    /* 3. Measured on the held-out texts before and after: what has it learnt? */
     course->eval_loss_before = trainer_evaluate(&trainer);
     if (course->pretrain_steps)
         trainer_train(&trainer);
@@ -9100,14 +9234,47 @@ static void course_language_model(struct Course *course, double learning_rate) {
     arena_free(&task->rows);
 }
 
-/* Stage 2: the raters' taste. Whole texts and beginnings of texts alike, for it will have to
- * judge both. */
+/* course_scorer -- makes scores of rewards: score = (reward - mean) / std.
+ * Bradley and Terry's loss sees differences of rewards only (chapter 3): where the zero of a reward
+ * model lies is left to chance, and its unit depends on how long it was trained. Policies are
+ * trained with the mean and the deviation of real texts' rewards instead: a score of 0 means "as
+ * good as what people write", and one price of a nat of KL suits every reward model. The texts are
+ * held-out ones, because the reward model is surer of those that it has learnt, and cut to about
+ * the length of a policy's answer. */
+static void course_scorer(struct Course *course) {
+    const struct GPT2 *model = course->reward_model;
+    /* 1. What does the reward model say of beginnings of real texts, which it has not learnt? */
+    size_t n = MIN(course->held_out_n, (size_t)1000); /* plenty for a mean */
+    float *reward = arena_floats(&course->arena, n);
+    reward_score(model, course_cut(course, course->held_out, n, COURSE_PREFIX), n, reward);
+
+    /* 2. Their mean is the new zero, their standard deviation the new unit. A reward model that
+     *    gives all the same has no unit: nothing can be learnt from it. */
+    double mean = mean_of(reward, n);
+    double deviation = sqrt(unbiased_variance(reward, n));
+    CHECK(deviation > 0,
+          "the reward model gives every text the reward %g, from which no policy can learn; train "
+          "it longer (--reward_steps)",
+          mean);
+
+    /* 3. An answer shorter than COURSE_LEAST_LENGTH scores -2 at most: two deviations below what
+     *    people write, less than almost any text gets. */
+    course->scorer = (struct Scorer){model, course->tok, mean, deviation, COURSE_LEAST_LENGTH, -2};
+}
+
+/* Stage 2: the raters' taste.                            [glossary: Função de recompensa] */
 static void course_reward_model(struct Course *course) {
+    /* 1. The language model with a new head: it knows what words mean, and has yet to learn which
+     *    ones please. */
     struct GPT2 *model = course->reward_model = gpt2_copy(course->language_model);
     reward_head_declare(model);
     struct Trainer trainer = course_trainer(course, model, 2e-3, course->reward_steps, 32, 20);
     size_t limit = model->config.n_positions;
     size_t n = course->held_out_n;
+
+    /* 2. It learns from pairs of texts whose ratings are a point or more apart. Half of them are
+     *    cut to a random beginning, for a policy's answers are such: a model that had seen whole
+     *    texts only would judge them by their missing end. */
     struct RewardTask task = {
         .rated = true,
         .min_difference = 1,
@@ -9129,46 +9296,26 @@ static void course_reward_model(struct Course *course) {
     if (course->reward_steps)
         trainer_train(&trainer);
     trainer_evaluate(&trainer);
-    float *reward = course->held_out_reward = arena_floats(&course->arena, n);
-    float *prefix_reward = arena_floats(&course->arena, n);
-    reward_score(model, task.texts[1], n, reward);
-    course->eval_accuracy = pair_accuracy(reward, course->held_out_rating, n, 1);
+
+    /* 3. How many held-out pairs does it order as the raters did? */
+    course->held_out_reward = arena_floats(&course->arena, n);
+    reward_score(model, task.texts[1], n, course->held_out_reward);
+    course->eval_accuracy = pair_accuracy(course->held_out_reward, course->held_out_rating, n, 1);
     say("%s: %.3f of held-out pairs ordered as people did\n", trainer.task.name,
         course->eval_accuracy);
-    /* comparisons leave the reward's zero and unit open; real beginnings set them, */
-    n = MIN(n, (size_t)1000);
-    /* unseen: of learnt ones it is surer */
-    reward_score(model, course_cut(course, course->held_out, n, COURSE_PREFIX), n, prefix_reward);
-    double mean = mean_of(prefix_reward, n);
-    double deviation = sqrt(unbiased_variance(prefix_reward, n));
-    CHECK(deviation > 0,
-          "the reward model gives every text the reward %g, from which no policy can learn; train "
-          "it longer (--reward_steps)",
-          mean);
-    course->scorer = (struct Scorer){model, course->tok, mean, deviation, COURSE_LEAST_LENGTH, -2};
+
+    /* 4. Its rewards become scores. */
+    course_scorer(course);
     course_finish(course, "reward_model", &trainer);
 }
 
-/* Stage 3: PPO. A score is the reward in standard deviations of real beginnings; answers that
- * end before 10 tokens score at most -2, or the policy learns that "the best." is safe. */
-static void course_ppo(struct Course *course) {
-    course->ppo = gpt2_copy(course->language_model);
-    struct PPOConfig config = ppo_config();
-    config.batch_size = config.mini_batch_size = 64;
-    /* the controller steers beta so that every seed ends near 12 nats */
-    config.init_kl_coef = 0.15;
-    config.target = 12.5;
-    config.horizon = 1280;
-    struct Trainer trainer = course_trainer(course, course->ppo, 7e-4, course->ppo_steps, 8, 5);
-    trainer.args.lr_end = 0.2;
-    trainer.args.logging_steps = 1;
-    trainer.args.max_grad_norm = 0;
-    struct PPOTrainer *ppo = ppo_trainer_new(course->ppo, course->language_model, config,
-                                             trainer.args, course->temperature);
-    ppo->name = "3/4 ppo";
-    ppo->tok = course->tok;
+/* Where PPO's answers come from: all prompts in an order by chance, each length, order and token
+ * drawn from a stream of its own. at = n: the order is shuffled before the first step. */
+static struct RolloutSource course_rollouts(struct Course *course) {
     size_t n = course->prompt_n;
-    struct RolloutSource source = {
+    /* Every answer is allowed its own length, 16 to 28 tokens: were it always the same, the
+     * policy would learn to please at just that length. */
+    return (struct RolloutSource){
         .prompts = course->prompts,
         .n = n,
         .at = n,
@@ -9180,43 +9327,88 @@ static void course_ppo(struct Course *course) {
         .generation = course_generation(course, 20),
         .scorer = course->scorer,
     };
+}
+
+/* Stage 3: PPO.                       [glossary: Otimização de política proximal (PPO)]
+ * A score is the reward in standard deviations of real beginnings (course_scorer). Answers that
+ * end before 10 tokens score -2 at most: the policy would soon learn that "the best." is safe. */
+static void course_ppo(struct Course *course) {
+    course->ppo = gpt2_copy(course->language_model);
+    struct PPOConfig config = ppo_config();
+    config.batch_size = config.mini_batch_size = 64;
+    /* 1. One beta does not suit every seed's reward model. The controller steers it so that each
+     *    ends near 12 nats: enough to please, and still the language of the texts. */
+    config.init_kl_coef = 0.15;
+    config.target = 12.5;
+    config.horizon = 1280;
+
+    /* 2. Each step is logged, for there are few of them. Gradients are not clipped, as in TRL:
+     *    the clip of the ratio bounds what a step can do. */
+    struct Trainer trainer = course_trainer(course, course->ppo, 7e-4, course->ppo_steps, 8, 5);
+    trainer.args.lr_end = 0.2;
+    trainer.args.logging_steps = 1;
+    trainer.args.max_grad_norm = 0;
+    struct PPOTrainer *ppo = ppo_trainer_new(course->ppo, course->language_model, config,
+                                             trainer.args, course->temperature);
+    ppo->name = "3/4 ppo";
+    ppo->tok = course->tok;
+
+    /* 3. Answer, score, learn: chapter 17. */
+    struct RolloutSource source = course_rollouts(course);
     ppo_train(ppo, &source, course->ppo_steps,
               arena_printf(&course->arena, "%s/ppo", course->output_dir), &trainer.state);
     course_finish(course, "ppo", &trainer);
     ppo_trainer_free(ppo);
 }
 
-/* Stage 4: DPO, on pairs collected from the model's own answers. The likelihood of the chosen
- * answers, at weight 0.2, keeps the policy from lowering both sides and drifting into endless
- * text. */
-static void course_dpo(struct Course *course) {
-    enum { ANSWERS = 4, PAIRS_A_STEP = 16 };
-    course->dpo = gpt2_copy(course->language_model);
-    size_t n = MIN(course->prompt_n, course->dpo_steps * PAIRS_A_STEP / 2 + PAIRS_A_STEP);
+/* Collects pairs from the language model's own answers, the scorer in the place of a person.
+ * [glossary: Coleta de dados] pairs: room for 2n examples; returns how many pairs. */
+static size_t course_collect(struct Course *course, size_t n, struct Example *pairs) {
+    enum { ANSWERS = 4 };
     size_t tokens = 0;
-    struct Example *pairs = arena_alloc(&course->arena, 2 * n, sizeof *pairs);
-    struct GenerationConfig generation = course_generation(course, 40);
     for (size_t i = 0; i < course->train_n; i++)
         tokens += course->train[i].n;
+    /* Where texts are sentences, answers that did not end are left out (collect_preferences says
+     * why). Whole reviews never end within 40 tokens: no pair would be left. */
+    bool only_ended = tokens / course->train_n < COURSE_POSITIONS;
+    /* The policy's own answers, sampled: pairs of texts that it would never write teach it less
+     * about what to prefer among those that it does write. */
+    struct GenerationConfig generation = course_generation(course, 40);
     struct Rng rng = rng_seed(course->seed, STREAM_SAMPLE);
-    /* an answer of 40 tokens can end one; it never ends a whole review */
-    bool sentences = tokens / course->train_n < COURSE_POSITIONS;
     struct PreferenceSource source = {
         .policy = course->language_model,
         .generation = &generation,
         .num_generations = ANSWERS,
         .scorer = &course->scorer,
-        .only_ended = sentences,
+        .only_ended = only_ended,
     };
     size_t count = collect_preferences(&source, &course->arena, course->prompts, n, &rng, pairs);
     say("4/4 dpo: %zu pairs collected from %zu answers\n", count, n * ANSWERS);
     CHECK(count > 0 || course->dpo_steps == 0, "no answer of the language model ended by itself, "
                                                "so no pair could be formed; train it longer "
                                                "(--pretrain_steps)");
+    return count;
+}
+
+/* Stage 4: DPO.                     [glossary: Otimização de preferência direta (DPO)] */
+static void course_dpo(struct Course *course) {
+    enum { PAIRS_A_STEP = 16 };
+    /* PPO's start as well, so the two can be compared: the same model, the same scorer, another
+     * way */
+    course->dpo = gpt2_copy(course->language_model);
+    /* 1. Prompts for half as many pairs as the steps will use, and some to spare for those that
+     *    give none: each pair serves about twice. */
+    size_t n = MIN(course->prompt_n, course->dpo_steps * PAIRS_A_STEP / 2 + PAIRS_A_STEP);
+    struct Example *pairs = arena_alloc(&course->arena, 2 * n, sizeof *pairs);
+    size_t count = course_collect(course, n, pairs);
+
+    /* 2. DPO's loss only asks that chosen and rejected be apart: it can lower both, and the policy
+     *    drifts into endless text. The likelihood of the chosen answers, at weight 0.2, holds
+     *    them up. */
+    struct DPOConfig config = {.beta = 0.1, .weight = {[DPO_SIGMOID] = 1, [DPO_SFT] = 0.2}};
     struct Trainer trainer =
         course_trainer(course, course->dpo, 6e-4, course->dpo_steps, PAIRS_A_STEP, 10);
     trainer.args.lr_end = 0.1;
-    struct DPOConfig config = {.beta = 0.1, .weight = {[DPO_SIGMOID] = 1, [DPO_SFT] = 0.2}};
     dpo_task(&trainer, &course->arena, course->language_model, config, course->temperature, pairs,
              count);
     trainer.task.name = "4/4 dpo";
@@ -9225,13 +9417,16 @@ static void course_dpo(struct Course *course) {
     course_finish(course, "dpo", &trainer);
 }
 
+/* A prompt of the examination, as text. */
 static struct Text course_prompt(struct Course *course, size_t i) {
     return tokenizer_decode_all(course->tok, &course->arena, course->test_prompts[i].ids,
                                 course->test_prompts[i].n, course->vocab_size);
 }
 
-/* rlhf -- the four stages, measured. `language_model` comes new or loaded, not yet trained on
- * these texts. */
+/* course_run -- the four stages, measured: what `align rlhf` does.
+ *             [glossary: Aprendizado por reforço a partir de feedback humano (RLHF)]
+ * in   language_model: new or loaded, not yet trained on these texts; learning_rate: of stage 1
+ * out  folders of the four models, summary, samples and report in output_dir    test: cli_course */
 static void course_run(struct Course *course, const struct Dataset *data,
                        struct GPT2 *language_model, double learning_rate) {
     double begin = seconds_now();
@@ -9242,21 +9437,33 @@ static void course_run(struct Course *course, const struct Dataset *data,
     say("%zu rated texts to learn from, %zu held out; %.2fM parameters; %d threads, kernel %s\n",
         course->train_n, course->held_out_n, (double)gpt2_parameters(language_model) / 1e6,
         omp_get_max_threads(), kernel ? kernel->name : "plain");
+
+    /* 1. The language model first: all others start as copies of it. */
     course_language_model(course, learning_rate);
+
+    /* 2. The three other stages. Behind each a policy sits its examination: behind the reward
+     *    model's, which makes scores possible, the language model itself. That is "before". */
     void (*const stage[])(struct Course *) = {course_reward_model, course_ppo, course_dpo};
-    struct GPT2 **const model[] = {&course->language_model, &course->ppo, &course->dpo};
-    struct GenerationConfig generation = course_generation(course, COURSE_MAX_NEW);
-    for (size_t k = 0; k < COUNT(stage); k++) { /* the same random numbers for each model */
+    struct GPT2 **const policy[] = {&course->language_model, &course->ppo, &course->dpo};
+    for (size_t k = 0; k < COUNT(stage); k++) {
         stage[k](course);
-        course->result[k] =
-            policy_measure(*model[k], course->language_model, &course->scorer, &course->arena,
-                           course->test_prompts, course->test_n, &generation, course->seed + 1);
+        struct Examination exam = {
+            .ref_model = course->language_model,
+            .scorer = &course->scorer,
+            .prompts = course->test_prompts,
+            .n = course->test_n,
+            .generation = course_generation(course, COURSE_MAX_NEW),
+            .seed = course->seed + 1, /* not the numbers that training was sampled with */
+        };
+        course->result[k] = policy_measure(*policy[k], &exam, &course->arena);
     }
+
+    /* 3. What came of it: chapter 26. */
     course_write(course, seconds_now() - begin);
     report_write(course->output_dir);
     course_print(course);
-    for (size_t k = 0; k < COUNT(model); k++)
-        gpt2_free(*model[k]);
+    for (size_t k = 0; k < COUNT(policy); k++)
+        gpt2_free(*policy[k]);
     gpt2_free(course->reward_model);
     arena_free(&course->arena);
 }
@@ -9273,24 +9480,32 @@ static void course_run(struct Course *course, const struct Dataset *data,
 /* =============================================================================================
  * Chapter 22 - Files, JSON
  *
- * What enters: files that somebody else wrote. Every length is checked before memory is asked for,
- * every offset before it is used. What leaves: a tree of JSON values. What is written goes to a
- * file beside its final place and is renamed when it is complete: after a power cut the old file
- * is intact.
+ * How are files read that may be wrong, and written so that nothing is lost? What enters was
+ * written by somebody else: every length is checked before memory is asked for, every offset
+ * before it is used, and what is wrong is named: file, place, what was expected, what to do. What
+ * is written goes to a file beside its final place and is renamed when it is complete: after a
+ * power cut the old file is intact.
+ *
+ * A line of JSON such as {"text": "good", "score": 4} becomes a tree, an object with two members:
+ *
+ *     object, number 2 --child--> string "good", key "text" --next--> number 4, key "score"
  * ============================================================================================= */
+
+/* ---- Files ----------------------------------------------------------------------------------- */
 
 static bool file_exists(const char *path) {
     struct stat s;
     return stat(path, &s) == 0;
 }
+
 static bool is_folder(const char *path) {
     struct stat s;
     return stat(path, &s) == 0 && S_ISDIR(s.st_mode);
 }
 
-/* Two names of one folder, however they are spelt, links followed. Windows numbers no folders:
- * there the spelling decides.                                                 test: same_folder */
-static bool same_folder(const char *a, const char *b) {
+/* Do two paths name one file or folder, however they are spelt, links followed? Windows numbers
+ * none of its files: there the spelling decides.                              test: same_folder */
+static bool same_file(const char *a, const char *b) {
     struct stat x, y;
     if (stat(a, &x) != 0 || stat(b, &y) != 0)
         return false;
@@ -9299,6 +9514,8 @@ static bool same_folder(const char *a, const char *b) {
 
 /* Git LFS leaves three lines of text in the place of a large file that was not fetched. */
 static void check_fetched(const char *path, const char *start, size_t n) {
+    /* models and data are often cloned without git-lfs installed; the pointer would be refused
+     * as a broken file, and nobody would know why */
     static const char pointer[] = "version https://git-lfs.github.com/";
     bool is_pointer = n >= strlen(pointer) && memcmp(start, pointer, strlen(pointer)) == 0;
     CHECK(!is_pointer, "%s: is a Git LFS pointer, not the file itself; fetch it: git lfs pull",
@@ -9307,16 +9524,19 @@ static void check_fetched(const char *path, const char *start, size_t n) {
 
 /* The whole of a file (or "-", standard input) with a NUL behind it. */
 static struct Text read_file(struct Arena *arena, const char *path) {
+    /* 1. A folder can be opened too, and would fail with a message that says nothing. */
     bool is_stdin = strcmp(path, "-") == 0;
     CHECK(is_stdin || !is_folder(path), "%s: is a folder, a file was expected", path);
     FILE *file = is_stdin ? stdin : fopen(path, "rb");
     CHECK(file, "%s: %s", path, strerror(errno));
+
+    /* 2. Read until it ends, for a pipe cannot tell its size. What is no file on a disk may never
+     *    end, as /dev/zero: it is given up before the memory is full. */
+    struct stat s;
+    bool endless = fstat(fileno(file), &s) != 0 || !S_ISREG(s.st_mode);
     size_t used = 0;
     size_t capacity = 0;
     char *buffer = NULL;
-    struct stat s;
-    /* what is no file on a disk may be: /dev/zero */
-    bool endless = fstat(fileno(file), &s) != 0 || !S_ISREG(s.st_mode);
     for (size_t got = 1; got > 0; used += got) {
         buffer = grow(buffer, used, &capacity, 1);
         got = fread(buffer + used, 1, capacity - used, file);
@@ -9325,20 +9545,25 @@ static struct Text read_file(struct Arena *arena, const char *path) {
               path);
     }
     CHECK(!ferror(file), "%s: %s", path, strerror(errno));
-    if (!is_stdin)
+    if (!is_stdin) {
         fclose(file);
-    if (!is_stdin)
         check_fetched(path, buffer, used);
+    }
     struct Text text = text_copy(arena, (struct Text){buffer, used});
     free(buffer);
     return text;
 }
 
+/* A file to be written: into NAME.tmp, which output_close renames to NAME. keep: what an earlier
+ * run left in NAME.tmp is not cut off. */
 static struct Output output_begin(const char *folder, const char *name, bool keep) {
+    /* the path may be one that the user typed, of any length: it is never cut, for it would then
+     * name another file */
     struct Output out;
     int n = snprintf(out.path, sizeof out.path, "%s/%s", folder, name);
     CHECK(n > 0 && (size_t)n < sizeof out.path, "%s/%s: the path is too long", folder, name);
     snprintf(out.tmp, sizeof out.tmp, "%s.tmp", out.path);
+    /* r+b writes over what is there and leaves the rest, wb empties the file */
     out.file = fopen(out.tmp, keep && file_exists(out.tmp) ? "r+b" : "wb");
     CHECK(out.file, "%s: cannot be written: %s", out.tmp, strerror(errno));
     return out;
@@ -9348,19 +9573,21 @@ static struct Output output_open(const char *folder, const char *name) {
     return output_begin(folder, name, false);
 }
 
-/* For a file that grows with the run: its end is too late to learn that the disk is full. */
+/* For a file that grows with the run: its end would be too late to learn that the disk is full. */
 static void output_flush(struct Output *out) {
     CHECK(fflush(out->file) == 0 && !ferror(out->file), "%s: writing failed: %s", out->tmp,
           strerror(errno));
 }
 
-/* Goes on with a file that grew in `beside`, NAME.tmp or finished, from `bytes` on. Written over
- * itself it stays: being killed here loses nothing. */
+/* Goes on with a log that grew in the folder `beside`, as NAME.tmp or finished: keeps its first
+ * `bytes`, and drops what was logged after the checkpoint that the run goes on from.
+ *                                                                          test: output_resume */
 static struct Output output_resume(const char *folder, const char *name, const char *beside,
                                    size_t bytes) {
     char path[PATH_MAX + 8], chunk[1 << 14];
     struct stat s;
     FILE *earlier = NULL;
+    /* 1. Find the log. A run that was killed left it unfinished: NAME.tmp, the newer one. */
     for (int finished = 0; finished < 2 && !earlier; finished++) {
         int n = snprintf(path, sizeof path, "%s/%s%s", beside, name, finished ? "" : ".tmp");
         if (n < (int)sizeof path && stat(path, &s) == 0 && (uint64_t)s.st_size >= bytes)
@@ -9368,12 +9595,18 @@ static struct Output output_resume(const char *folder, const char *name, const c
     }
     if (!earlier)
         warn("%s/%s: lacks the %zu bytes of the steps before; it begins anew", beside, name, bytes);
+
+    /* 2. Copy what is kept. It may be the very file that is written: then each byte is replaced by
+     *    itself, and a run that is killed here loses nothing. */
     struct Output out = output_begin(folder, name, true);
-    for (size_t n;
-         earlier && bytes > 0 && (n = fread(chunk, 1, MIN(bytes, sizeof chunk), earlier)) > 0;
-         bytes -= n)
+    size_t n = 1;
+    for (; earlier && bytes > 0 && n > 0; bytes -= n) {
+        n = fread(chunk, 1, MIN(bytes, sizeof chunk), earlier);
         fwrite(chunk, 1, n, out.file);
+    }
     output_flush(&out);
+
+    /* 3. Cut off the rest. */
     CHECK(ftruncate(fileno(out.file), ftello(out.file)) == 0, "%s: writing failed: %s", out.tmp,
           strerror(errno));
     if (earlier)
@@ -9381,22 +9614,32 @@ static struct Output output_resume(const char *folder, const char *name, const c
     return out;
 }
 
+/* Puts a file on the disk and gives it its name. Only in this order: a name that reached the disk
+ * before the contents would, after a power cut, name an empty file. */
 static void output_close(struct Output *out) {
+    /* 1. On the disk, all of it. Every step may be the one that tells that the disk is full:
+     *    each is asked, and the file is closed whether or not one failed. */
     bool good = fflush(out->file) == 0 && !ferror(out->file) && fsync(fileno(out->file)) == 0;
     int error = errno;
     good = fclose(out->file) == 0 && good;
+
+    /* 2. What is incomplete goes; what the name stood for before stays. */
     if (!good)
         remove(out->tmp);
     CHECK(good, "%s: writing failed: %s; what was there before is untouched", out->path,
           strerror(error));
+
+    /* 3. In one step, which no reader can see half done. */
     CHECK(rename(out->tmp, out->path) == 0, "%s: %s", out->path, strerror(errno));
 }
 
-/* mkdir -p */
+/* mkdir -p: makes a folder, and those above it that are missing. */
 static void make_folder(const char *path) {
     char part[PATH_MAX];
     CHECK(strlen(path) < sizeof part, "%.60s...: the path is too long", path);
+    /* from the left: a folder can be made only where the one above it exists */
     for (size_t i = 1; i <= strlen(path); i++) {
+        /* a part ends at a slash or at the end; of several slashes in a row the first counts */
         if ((path[i] != '/' && path[i] != 0) || path[i - 1] == '/')
             continue;
         snprintf(part, i + 1, "%s", path);
@@ -9407,22 +9650,25 @@ static void make_folder(const char *path) {
     CHECK(access(path, W_OK) == 0, "%s: cannot be written to: %s", path, strerror(errno));
 }
 
-/* Removes a folder and the files in it, as far as that can be done; with `to`, moves them there.
- * Files that belong together are written in a folder of their own, staged_folder, and moved when
- * all are on the disk: one that is full leaves all as it was. */
+/* Removes a folder and the files in it, as far as that can be done. With `to`, it first moves the
+ * files there: those that belong together are written in a folder of their own, staged_folder, and
+ * moved when all of them are complete, so a disk that is full leaves everything as it was.
+ * die_with calls it: it takes no memory, and without `to` nothing in it fails. */
 static void folder_remove(const char *folder, const char *to) {
     char path[PATH_MAX], target[PATH_MAX];
     DIR *dir = opendir(folder);
     for (struct dirent *entry; dir && (entry = readdir(dir));) {
+        /* "." and ".." are folders as well */
         if (snprintf(path, sizeof path, "%s/%s", folder, entry->d_name) >= (int)sizeof path
             || is_folder(path))
             continue;
-        if (to)
-            CHECK(snprintf(target, sizeof target, "%s/%s", to, entry->d_name) < (int)sizeof target
-                      && rename(path, target) == 0,
-                  "%s: %s", target, strerror(errno));
-        else
+        if (!to) {
             remove(path);
+            continue;
+        }
+        CHECK(snprintf(target, sizeof target, "%s/%s", to, entry->d_name) < (int)sizeof target
+                  && rename(path, target) == 0,
+              "%s: %s", target, strerror(errno));
     }
     if (dir)
         closedir(dir);
@@ -9431,6 +9677,7 @@ static void folder_remove(const char *folder, const char *to) {
 
 /* Puts the names in a folder on the disk, as output_close puts a file's contents. */
 static void folder_sync(const char *folder) {
+    /* Windows cannot open a folder, and has no need of this: nothing is done there */
     int fd = open(folder, O_RDONLY);
     if (fd < 0)
         return;
@@ -9438,9 +9685,11 @@ static void folder_sync(const char *folder) {
     close(fd);
 }
 
-/* JSON (RFC 8259) as a tree. An object's members and an array's items hang on `child`, linked by
- * `next`, their count is `number`; a member carries its key. Strings are decoded to UTF-8; half
- * a surrogate pair, for which none exists, becomes U+FFFD. */
+/* ---- JSON ------------------------------------------------------------------------------------ */
+
+/* JSON (RFC 8259) as a tree. `child` is the first of an object's members or an array's items,
+ * `next` the one behind it, and `number` says how many there are; a member carries its key.
+ * Strings are decoded to UTF-8; half a character (json_code_point) becomes U+FFFD. */
 enum JsonType {
     JSON_NULL,
     JSON_FALSE,
@@ -9465,10 +9714,17 @@ struct JsonParser {
 };
 enum { JSON_MAX_DEPTH = 64 };
 
+/* Keeps the first mistake: those behind it are its consequences. */
 static struct Json *json_fail(struct JsonParser *p, const char *error) {
     if (!p->error)
         p->error = error;
     return NULL;
+}
+
+/* Does this word stand at p->at? */
+static bool json_at(const struct JsonParser *p, const char *word) {
+    size_t length = strlen(word);
+    return (size_t)(p->end - p->at) >= length && memcmp(p->at, word, length) == 0;
 }
 
 /* As json_fail, but if what stands there belongs to a notation that is often taken for JSON, it
@@ -9491,13 +9747,10 @@ static struct Json *json_expected(struct JsonParser *p, const char *error) {
         {"/*", "a comment, JSON has none; take it out"},
         {"#", "a comment, JSON has none; take it out"},
     };
-    for (size_t i = 0; i < COUNT(foreign); i++) {
-        size_t length = strlen(foreign[i].start);
-        if ((size_t)(p->end - p->at) < length)
-            continue;
-        if (memcmp(p->at, foreign[i].start, length) == 0)
+    /* the first that stands there: none is the beginning of a later one */
+    for (size_t i = 0; i < COUNT(foreign); i++)
+        if (json_at(p, foreign[i].start))
             return json_fail(p, foreign[i].error);
-    }
     return json_fail(p, error);
 }
 
@@ -9506,6 +9759,17 @@ static void json_space(struct JsonParser *p) {
         p->at++;
 }
 
+/* Takes this character if it comes next, behind spaces. */
+static bool json_take(struct JsonParser *p, char c) {
+    json_space(p);
+    if (p->at >= p->end || *p->at != c)
+        return false;
+    p->at++;
+    return true;
+}
+
+/* A code point as 1 to 4 bytes of UTF-8: 6 bits in each byte but the first, which has the rest
+ * behind a mark of the length. Returns the length. */
 static size_t utf8_write(char *to, uint32_t c) {
     static const unsigned char lead[] = {0, 0, 0xc0, 0xe0, 0xf0};
     size_t length = c < 0x80 ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
@@ -9522,26 +9786,42 @@ static int32_t json_hex4(const char *at, const char *end) {
     return strspn(digits, "0123456789abcdefABCDEF") == 4 ? (int32_t)strtol(digits, NULL, 16) : -1;
 }
 
-/* After "\u": one code point, or -1; a high surrogate takes the low one that must follow it. */
+/* After "\u": one code point, or -1. Those above U+FFFF are written as two halves, a high
+ * surrogate (D800 to DBFF) and a low one (DC00 to DFFF).
+ * By hand: \ud83d\ude00 is 10000 + (3d << 10) + 200 = U+1F600, a face. */
 static int32_t json_code_point(struct JsonParser *p) {
     int32_t c = json_hex4(p->at, p->end);
     int32_t low = -1;
     if (c >= 0)
         p->at += 4;
+    /* most characters are no half of one, and a mistake (-1) is passed on */
     if (c < 0xd800 || c > 0xdfff)
         return c;
-    if (c < 0xdc00 && p->end - p->at >= 2 && memcmp(p->at, "\\u", 2) == 0)
+    /* a high half takes the low one that must follow it; any other half stands for nothing */
+    if (c < 0xdc00 && json_at(p, "\\u"))
         low = json_hex4(p->at + 2, p->end);
     if (low < 0xdc00 || low > 0xdfff)
         return 0xfffd;
+    /* both halves: ten bits of the one, ten of the other */
     p->at += 6;
     return 0x10000 + ((c - 0xd800) << 10) + (low - 0xdc00);
 }
 
-/* A string, its opening quote already seen at p->at. Decoding never lengthens it. */
-static bool json_string(struct JsonParser *p, struct Text *out) {
+/* After "\": the character that the escape stands for. */
+static bool json_escape(struct JsonParser *p, uint32_t *c) {
     static const char escapes[] = "\"\\/bfnrt";
     static const char meanings[] = "\"\\/\b\f\n\r\t";
+    const char *escape = memchr(escapes, *p->at, sizeof escapes - 1);
+    if (!escape && *p->at != 'u')
+        return json_fail(p, "an unknown escape after \\");
+    p->at++;
+    *c = escape ? (uint32_t)meanings[escape - escapes] : (uint32_t)json_code_point(p);
+    return *c != UINT32_MAX || json_fail(p, "\\u without four hexadecimal digits");
+}
+
+/* A string, its opening quote already seen at p->at. */
+static bool json_string(struct JsonParser *p, struct Text *out) {
+    /* 1. Where does it end? An escaped quote does not end it. */
     const char *close = p->at + 1;
     while (close < p->end && *close != '"')
         close += *close == '\\' ? 2 : 1;
@@ -9549,8 +9829,12 @@ static bool json_string(struct JsonParser *p, struct Text *out) {
         static const char error[] = "a string without its closing quote; a line break in it is \\n";
         return json_fail(p, error);
     }
-    char *to = arena_alloc(p->arena, (size_t)(close - p->at), 1);
-    char *start = to;
+
+    /* 2. Room for it: decoding never makes a string longer. */
+    char *start = arena_alloc(p->arena, (size_t)(close - p->at), 1);
+    char *to = start;
+
+    /* 3. Character by character, for everything behind this point relies on valid UTF-8. */
     for (p->at++; p->at < close;) {
         uint32_t c;
         size_t length = utf8_read((const unsigned char *)p->at, (size_t)(close - p->at), &c);
@@ -9559,15 +9843,8 @@ static bool json_string(struct JsonParser *p, struct Text *out) {
         if (c < 0x20)
             return json_fail(p, "a control character inside a string");
         p->at += length;
-        if (c == '\\') {
-            const char *escape = memchr(escapes, *p->at, sizeof escapes - 1);
-            if (!escape && *p->at != 'u')
-                return json_fail(p, "an unknown escape after \\");
-            p->at++;
-            c = escape ? (uint32_t)meanings[escape - escapes] : (uint32_t)json_code_point(p);
-            if (c == UINT32_MAX)
-                return json_fail(p, "\\u without four hexadecimal digits");
-        }
+        if (c == '\\' && !json_escape(p, &c))
+            return false;
         to += utf8_write(to, c);
     }
     *to = 0;
@@ -9576,20 +9853,25 @@ static bool json_string(struct JsonParser *p, struct Text *out) {
     return true;
 }
 
-/* [-] digits [. digits] [e digits]: narrower than strtod (no "+1", ".5", "0x1"). The digits stay
- * in `string`: a double holds 53 bits. */
+/* [-] digits [. digits] [e digits]: narrower than strtod, which takes "+1", ".5" and "0x1" too.
+ * The digits stay in `string`: a double holds 53 bits, a whole number may have more. */
 static bool json_number(struct JsonParser *p, struct Json *node) {
+    /* 1. A copy with an end: strtod would read on behind the text's. */
     char copy[65] = "";
-    char *end;
     memcpy(copy, p->at, MIN((size_t)(p->end - p->at), sizeof copy - 1));
     copy[strspn(copy, "+-.0123456789eE")] = 0;
+
+    /* 2. Is it a number at all? 012 is none: C would read it as octal. */
     const char *first = copy + (*copy == '-');
-    const char *point = strchr(copy, '.');
     bool is_octal = first[0] == '0' && isdigit((unsigned char)first[1]);
     bool is_number = isdigit((unsigned char)first[0]) && !is_octal;
     if (!is_number)
         return json_expected(p, "a value was expected");
+
+    /* 3. Convert it, and refuse what strtod forgives or cannot hold. */
+    char *end;
     node->number = strtod(copy, &end);
+    const char *point = strchr(copy, '.');
     if (point && point < end && !isdigit((unsigned char)point[1]))
         return json_fail(p, "a number ends in its decimal point");
     if (*end == 'e' || *end == 'E')
@@ -9605,107 +9887,120 @@ static bool json_number(struct JsonParser *p, struct Json *node) {
 
 static struct Json *json_value(struct JsonParser *p);
 
+/* One item of an array; in an object, a member: its name, a colon, its value. */
+static struct Json *json_item(struct JsonParser *p, bool is_member) {
+    struct Text key = {0};
+    json_space(p);
+    /* 1. A member has a name. */
+    if (is_member) {
+        if (!json_at(p, "\""))
+            return json_expected(p, "a member's name in quotes was expected");
+        if (!json_string(p, &key))
+            return NULL;
+        json_space(p);
+        if (p->at >= p->end || *p->at++ != ':')
+            return json_fail(p, "':' was expected after a member's name");
+    }
+
+    /* 2. The value, which may be a container again. A mistake in it has been noted already. */
+    struct Json *item = json_value(p);
+    if (item)
+        item->key = key;
+    return item;
+}
+
 /* The inside of [...] or {...}; p->at stands behind the opening bracket. */
 static struct Json *json_container(struct JsonParser *p, struct Json *node, char close) {
+    bool is_object = close == '}';
     struct Json **tail = &node->child;
-    json_space(p);
-    if (p->at < p->end && *p->at == close) {
-        p->at++;
+    if (json_take(p, close))
         return node;
-    }
+    /* this function calls itself: a file of nothing but brackets must not use up the stack */
     if (++p->depth > JSON_MAX_DEPTH)
         return json_fail(p, "brackets nested more than 64 deep");
     for (;;) {
-        struct Text key = {0};
-        json_space(p);
-        if (close == '}') {
-            bool is_name = p->at < p->end && *p->at == '"';
-            if (!is_name)
-                return json_expected(p, "a member's name in quotes was expected");
-            if (!json_string(p, &key))
-                return NULL;
-            json_space(p);
-            if (p->at >= p->end || *p->at++ != ':')
-                return json_fail(p, "':' was expected after a member's name");
-        }
-        struct Json *item = json_value(p);
+        struct Json *item = json_item(p, is_object);
         if (!item)
             return NULL;
-        item->key = key;
         *tail = item;
         tail = &item->next;
         node->number++;
-        json_space(p);
-        if (p->at < p->end && *p->at == ',') {
-            p->at++;
+        /* behind an item: a comma and another one, or the end */
+        if (json_take(p, ',')) {
             json_space(p);
-            if (p->at >= p->end || *p->at != close)
-                continue;
-            return json_fail(p, "a comma before the closing bracket; take it out");
-        }
-        if (p->at < p->end && *p->at == close) {
-            p->at++;
+            if (p->at < p->end && *p->at == close)
+                return json_fail(p, "a comma before the closing bracket; take it out");
+        } else if (json_take(p, close)) {
             p->depth--;
             return node;
-        }
-        bool is_object = close == '}';
-        return json_expected(p, is_object ? "',' or '}' was expected" : "',' or ']' was expected");
+        } else
+            return json_expected(p,
+                                 is_object ? "',' or '}' was expected" : "',' or ']' was expected");
     }
 }
 
+/* Any value: its first character says of which type. */
 static struct Json *json_value(struct JsonParser *p) {
+    static const char *const words[] =
+        {[JSON_NULL] = "null", [JSON_FALSE] = "false", [JSON_TRUE] = "true"};
     json_space(p);
     if (p->at >= p->end)
         return json_fail(p, "it ends where a value was expected");
     struct Json *node = arena_zeros(p->arena, 1, sizeof *node);
-    static const struct {
-        const char *word;
-        enum JsonType type;
-    } words[] = {{"null", JSON_NULL}, {"false", JSON_FALSE}, {"true", JSON_TRUE}};
-    for (size_t i = 0; i < COUNT(words); i++) {
-        size_t length = strlen(words[i].word);
-        if ((size_t)(p->end - p->at) < length || memcmp(p->at, words[i].word, length))
+    for (size_t type = 0; type < COUNT(words); type++) {
+        if (!json_at(p, words[type]))
             continue;
-        p->at += length;
-        node->type = words[i].type;
+        p->at += strlen(words[type]);
+        node->type = (enum JsonType)type;
         return node;
     }
-    switch (*p->at) {
-    case '"':
+    if (*p->at == '"') {
         node->type = JSON_STRING;
         return json_string(p, &node->string) ? node : NULL;
-    case '[':
-        node->type = JSON_ARRAY;
-        p->at++;
-        return json_container(p, node, ']');
-    case '{':
-        node->type = JSON_OBJECT;
-        p->at++;
-        return json_container(p, node, '}');
-    default:
-        node->type = JSON_NUMBER;
-        return json_number(p, node) ? node : NULL;
     }
+    if (*p->at == '[' || *p->at == '{') {
+        bool is_object = *p->at++ == '{';
+        node->type = is_object ? JSON_OBJECT : JSON_ARRAY;
+        return json_container(p, node, is_object ? '}' : ']');
+    }
+    /* whatever else it is, json_number says why it is none */
+    node->type = JSON_NUMBER;
+    return json_number(p, node) ? node : NULL;
+}
+
+/* A text without the mark (U+FEFF) that Windows' editors begin a file with. */
+static struct Text text_without_mark(struct Text text) {
+    bool has_mark = text.length >= 3 && memcmp(text.data, "\xef\xbb\xbf", 3) == 0;
+    return (struct Text){text.data + 3 * has_mark, text.length - 3 * has_mark};
 }
 
 /* One JSON value and nothing behind it. On a mistake NULL, *error says what, *where the byte. */
 static struct Json *json_parse(struct Arena *arena, struct Text text, const char **error,
                                size_t *where) {
-    /* Windows' editors begin a file with it */
-    bool has_mark = text.length >= 3 && memcmp(text.data, "\xef\xbb\xbf", 3) == 0;
-    struct JsonParser p = {arena, text.data + 3 * has_mark, text.data + text.length, NULL, 0};
+    struct JsonParser p = {
+        .arena = arena,
+        .at = text_without_mark(text).data,
+        .end = text.data + text.length,
+    };
+    /* 1. The value. */
     struct Json *value = json_value(&p);
     json_space(&p);
+
+    /* 2. Nothing may follow: two objects on a line are a lost line break, not one object. */
     if (value && p.at != p.end) {
         bool is_comma = *p.at == ',';
         value = json_expected(&p, is_comma ? "a comma behind its end; take it out"
                                            : "something stands behind its end");
     }
+
+    /* 3. The place is counted from the text's first byte, its mark included. */
     *error = p.error;
     *where = (size_t)(p.at - text.data);
     return value;
 }
 
+/* A text that must be one JSON object, or the program ends: place says where it stands, hint, at
+ * the message's end, what may help. */
 static struct Json *json_object(struct Arena *arena, struct Text text, const char *place,
                                 const char *hint) {
     const char *error;
@@ -9722,6 +10017,8 @@ static struct Json *json_read_file(struct Arena *arena, const char *path) {
 
 /* A member by its name; of several with one name the last, as in Python. */
 static struct Json *json_get(const struct Json *object, const char *key) {
+    /* what is absent, or no object at all, has no members: a chain of calls needs no checks in
+     * between */
     struct Json *found = NULL;
     for (struct Json *item = object && object->type == JSON_OBJECT ? object->child : NULL; item;
          item = item->next)
@@ -9730,19 +10027,36 @@ static struct Json *json_get(const struct Json *object, const char *key) {
     return found;
 }
 
+/* A member's type; one that is absent counts as null, as the libraries take it. */
+static enum JsonType json_type(const struct Json *object, const char *key) {
+    const struct Json *item = json_get(object, key);
+    return item ? item->type : JSON_NULL;
+}
+
+/* A member's number or text; what is absent or of another type is `fallback`. */
+static double json_number_or(const struct Json *object, const char *key, double fallback) {
+    return json_type(object, key) == JSON_NUMBER ? json_get(object, key)->number : fallback;
+}
+
+static const char *json_text_or(const struct Json *object, const char *key, const char *fallback) {
+    return json_type(object, key) == JSON_STRING ? json_get(object, key)->string.data : fallback;
+}
+
 /* A whole number from 0 to max; anything else is an error that names the place. */
 static size_t json_size(const struct Json *json, size_t max, const char *path, const char *name) {
+    /* a double holds whole numbers up to 2^53 exactly, and no size that is asked for comes near */
     CHECK(json && json->type == JSON_NUMBER && json->number >= 0 && json->number <= (double)max
               && json->number == floor(json->number),
           "%s: \"%s\" must be a whole number from 0 to %zu", path, name, max);
     return (size_t)json->number;
 }
 
-/* A model can write half a character; JSON is UTF-8, so such bytes become U+FFFD. `before` it,
- * its key say, goes first. */
+/* A string in quotes; `before`, its key for example, goes in front of it. A model can write half a
+ * character; JSON is UTF-8, so such bytes become U+FFFD.                        test: json_write */
 static void json_write_string(FILE *file, const char *before, struct Text text) {
     static const char plain[] = "\"\\\n\r\t";
     static const char letters[] = "\"\\nrt";
+    /* character by character, for escapes depend on whole ones, not on bytes */
     fprintf(file, "%s\"", before);
     for (size_t i = 0, length; i < text.length; i += length) {
         uint32_t c;
@@ -9754,6 +10068,7 @@ static void json_write_string(FILE *file, const char *before, struct Text text) 
         } else if (c < 128 && c && (escape = strchr(plain, (int)c)))
             fprintf(file, "\\%c", letters[escape - plain]);
         else if (c < 0x20 || (c >= 0x7f && c < 0xa0))
+            /* JSON forbids the first of these; the others would steer a terminal */
             fprintf(file, "\\u%04x", (unsigned)c);
         else
             fwrite(text.data + i, 1, length, file);
@@ -9764,9 +10079,10 @@ static void json_write_string(FILE *file, const char *before, struct Text text) 
 /* A model's text for a terminal or a pipe, as UTF-8: bytes that are no character become U+FFFD,
  * control characters other than those in `kept` spaces.                       test: text_shown */
 static struct Text text_shown(struct Arena *arena, struct Text text, const char *kept) {
-    char *to = arena_alloc(arena, 3 * text.length + 1, 1);
+    char *to = arena_alloc(arena, 3 * text.length + 1, 1); /* U+FFFD has three bytes */
     size_t n = 0;
     for (size_t i = 0, length; i < text.length; i += MAX(length, (size_t)1)) {
+        /* one character, or a byte that is part of none */
         uint32_t c;
         length = utf8_read((const unsigned char *)text.data + i, text.length - i, &c);
         bool control = c < 32 || (c >= 127 && c < 160);
@@ -9774,21 +10090,22 @@ static struct Text text_shown(struct Arena *arena, struct Text text, const char 
             n += utf8_write(to + n, 0xfffd);
         else if (control && !(c && c < 32 && strchr(kept, (int)c)))
             to[n++] = ' ';
-        else {
-            memcpy(to + n, text.data + i, length);
-            n += length;
-        }
+        else
+            /* a character that is fit to be seen: as it is */
+            n += utf8_write(to + n, c);
     }
     to[n] = 0;
     return (struct Text){to, n};
 }
 
-/* JSON has no NaN: null, Python's None. 9 digits bring any float back bit for bit. The text
- * stays until the eighth call: enough for one printf. */
+/* A number as JSON. NaN and infinity, which JSON lacks, become null, Python's None. 9 digits bring
+ * any float back bit for bit. The text stays until the eighth call after this one, so one printf
+ * can show several.                                                          test: json_write */
 static const char *json_number_text(double x) {
     static char texts[8][32];
     static size_t next;
     char *text = texts[next++ % COUNT(texts)];
+    /* by hand: 0.1f comes out as 0.100000001, and is read back as 0.1f */
     snprintf(text, sizeof texts[0], "%.9g", x);
     return isfinite(x) ? text : "null";
 }
@@ -9810,16 +10127,24 @@ static void json_write_floats(FILE *file, const char *before, const float *x, si
 /* =============================================================================================
  * Chapter 23 - Data sets, tokenizer.bin            [glossary: Conjunto de dados]
  *
- * What enters: JSON Lines in TRL's shapes, one object a line, and llm.c's tokenizer.bin with the
- * merges behind it. What leaves: rows, and a tokenizer. A bad line is named by file and number.
+ * Which rows does a training see, if it is given a file, or a folder of files that somebody named
+ * by habit? What enters: JSON Lines in TRL's shapes, one object a line,
+ *
+ *     {"prompt": "The film", "chosen": " moved me.", "rejected": " is a film."}      preferences
+ *     {"text": "The film moved me.", "score": 4}                                     rated texts
+ *
+ * and llm.c's tokenizer.bin with the merges behind it. What leaves: rows, all of one shape, and a
+ * tokenizer. A bad line is named by file and number. Data in another format, a chat, or a folder
+ * without the rows that are wanted are refused with the command that makes them fit.
  * ============================================================================================= */
 
-/* A cursor over a binary file that refuses to leave it. */
+/* A place in a binary file; whoever would read behind its end is stopped. */
 struct Reader {
     const unsigned char *at, *end;
     const char *path;
 };
 
+/* The next n bytes. `what` they are: for the message, should the file end before. */
 static const unsigned char *reader_take(struct Reader *r, size_t n, const char *what) {
     CHECK((size_t)(r->end - r->at) >= n,
           "%s: ends inside its %s; make it again: python3 prepare_imdb.py tokenizer --source DIR "
@@ -9835,82 +10160,121 @@ static uint32_t reader_u32(struct Reader *r, const char *what) {
     return b[0] | (uint32_t)b[1] << 8 | (uint32_t)b[2] << 16 | (uint32_t)b[3] << 24;
 }
 
-/* tokenizer.bin: llm.c's (header; tokens, each a length byte and its bytes), then the merges,
- * and Unicode's letters, numbers, spaces as ranges. */
-static struct Tokenizer *tokenizer_load(struct Arena *arena, const char *path) {
-    struct Tokenizer *tok = arena_zeros(arena, 1, sizeof *tok);
-    tok->path = arena_printf(arena, "%s", path);
-    struct Text file = read_file(arena, path);
-    struct Reader r = {(const unsigned char *)file.data,
-                       (const unsigned char *)file.data + file.length, path};
+/* llm.c's header: 256 words, of which four say something. */
+static void tokenizer_read_header(struct Tokenizer *tok, struct Reader *r) {
+    /* The length is llm.c's choice, room for things to come. */
     uint32_t header[256];
-    for (size_t i = 0; i < 256; i++)
-        header[i] = reader_u32(&r, "header");
+    for (size_t i = 0; i < COUNT(header); i++)
+        header[i] = reader_u32(r, "header");
     CHECK(header[0] == TOKENIZER_MAGIC && header[1] == TOKENIZER_VERSION,
           "%s: not a tokenizer.bin of version 2 (it starts with %u, %u); make one: python3 "
           "prepare_imdb.py tokenizer --source DIR",
-          path, header[0], header[1]);
+          r->path, header[0], header[1]);
+    /* Ids are stored in 16 bits in the merges: 65536 are all there can be. */
     tok->vocab_size = header[2];
     tok->end_token = (int)header[3];
     CHECK(tok->vocab_size > BYTE_TOKENS && tok->vocab_size <= 65536
               && header[3] == tok->vocab_size - 1,
           "%s: a vocabulary of %zu with end token %u; 257 to 65536 ids, the end token last, are "
           "read",
-          path, tok->vocab_size, header[3]);
+          r->path, tok->vocab_size, header[3]);
+}
+
+/* The tokens: a byte that says how long, and their bytes. The first 256 are the single bytes, in
+ * an order of GPT-2's own. */
+static void tokenizer_read_tokens(struct Tokenizer *tok, struct Reader *r, struct Arena *arena) {
     tok->token = arena_alloc(arena, tok->vocab_size, sizeof *tok->token);
     for (size_t id = 0; id < tok->vocab_size; id++) {
-        size_t length = *reader_take(&r, 1, "tokens");
-        tok->token[id] = (struct Text){(const char *)reader_take(&r, length, "tokens"), length};
+        size_t length = *reader_take(r, 1, "tokens");
+        tok->token[id] = (struct Text){(const char *)reader_take(r, length, "tokens"), length};
     }
+    /* Every byte must have its id: encoding starts from them, whatever the text. 256 ids without a
+     * repetition are all there are. */
     memset(tok->byte_token, -1, sizeof tok->byte_token);
     for (int id = 0; id < BYTE_TOKENS; id++) {
         int *byte = &tok->byte_token[(unsigned char)tok->token[id].data[0]];
         CHECK(tok->token[id].length == 1 && *byte < 0, "%s: id %d is not a single byte of its own",
-              path, id);
+              r->path, id);
         *byte = id;
     }
-    tok->merges = reader_u32(&r, "merges");
+}
+
+/* Merge i makes the token BYTE_TOKENS + i of two that came before it. */
+static void tokenizer_read_merge(struct Tokenizer *tok, struct Reader *r, size_t i) {
+    uint32_t pair = tok->merge_pair[i] = reader_u32(r, "merges");
+    uint32_t id = (uint32_t)(BYTE_TOKENS + i);
+    CHECK((pair & 0xffff) < id && pair >> 16 < id, "%s: merge %zu uses an id that comes after it",
+          r->path, i);
+    /* the file says twice what the token is; both must agree, or texts would decode to others */
+    struct Text left = tok->token[pair & 0xffff];
+    struct Text right = tok->token[pair >> 16];
+    struct Text both = tok->token[id];
+    bool joined = both.length == left.length + right.length
+                  && !memcmp(both.data, left.data, left.length)
+                  && !memcmp(both.data + left.length, right.data, right.length);
+    CHECK(joined, "%s: token %u is not what merge %zu makes", r->path, id, i);
+    int *slot = &tok->merge_id[merge_slot(tok, pair)];
+    CHECK(*slot < 0, "%s: merge %zu stands there twice", r->path, i);
+    *slot = (int)id;
+}
+
+/* All merges, and the hash table in which encoding looks a pair up. */
+static void tokenizer_read_merges(struct Tokenizer *tok, struct Reader *r, struct Arena *arena) {
+    /* 1. A merge makes one token: with the bytes and the end token they are the whole
+     *    vocabulary, so the file states its size twice. */
+    tok->merges = reader_u32(r, "merges");
     CHECK(tok->merges + BYTE_TOKENS + 1 == tok->vocab_size,
-          "%s: %zu merges do not make a vocabulary of %zu", path, tok->merges, tok->vocab_size);
+          "%s: %zu merges do not make a vocabulary of %zu", r->path, tok->merges, tok->vocab_size);
     tok->merge_pair = arena_alloc(arena, tok->merges, sizeof *tok->merge_pair);
+
+    /* 2. An empty table, into which the merges go in their order. */
     tok->merge_id = arena_alloc(arena, MERGE_SLOTS, sizeof *tok->merge_id);
     for (size_t i = 0; i < MERGE_SLOTS; i++)
         tok->merge_id[i] = -1;
-    for (size_t i = 0; i < tok->merges; i++) {
-        uint32_t pair = tok->merge_pair[i] = reader_u32(&r, "merges");
-        uint32_t id = (uint32_t)(BYTE_TOKENS + i);
-        CHECK((pair & 0xffff) < id && pair >> 16 < id,
-              "%s: merge %zu uses an id that comes after it", path, i);
-        struct Text left = tok->token[pair & 0xffff];
-        struct Text right = tok->token[pair >> 16];
-        struct Text both = tok->token[id];
-        bool joined = both.length == left.length + right.length
-                      && !memcmp(both.data, left.data, left.length)
-                      && !memcmp(both.data + left.length, right.data, right.length);
-        CHECK(joined, "%s: token %u is not what merge %zu makes", path, id, i);
-        int *slot = &tok->merge_id[merge_slot(tok, pair)];
-        CHECK(*slot < 0, "%s: merge %zu stands there twice", path, i);
-        *slot = (int)id;
-    }
+    for (size_t i = 0; i < tok->merges; i++)
+        tokenizer_read_merge(tok, r, i);
+}
+
+/* Unicode's letters, numbers and spaces: of each how many ranges, and these in order. */
+static void tokenizer_read_classes(struct Tokenizer *tok, struct Reader *r, struct Arena *arena) {
     tok->char_class = arena_zeros(arena, UNICODE_END, 1);
+    /* letters, then numbers, then spaces; all other characters are CLASS_OTHER */
     for (int class = CLASS_LETTER; class <= CLASS_SPACE; class ++) {
-        for (uint32_t n = reader_u32(&r, "Unicode classes"), next = 0; n > 0; n--) {
-            uint32_t first = reader_u32(&r, "Unicode classes");
-            uint32_t last = reader_u32(&r, "Unicode "
-                                           "classes");
+        for (uint32_t n = reader_u32(r, "Unicode classes"), next = 0; n > 0; n--) {
+            uint32_t first = reader_u32(r, "Unicode classes");
+            uint32_t last = reader_u32(r, "Unicode classes");
+            /* in order and without overlaps, or a character would have two classes */
             CHECK(first >= next && first <= last && last < UNICODE_END,
-                  "%s: a Unicode range from %u to %u, after one that ends before %u", path, first,
-                  last, next);
+                  "%s: a Unicode range from %u to %u, after one that ends before %u", r->path,
+                  first, last, next);
             memset(tok->char_class + first, class, last - first + 1);
             next = last + 1;
         }
     }
+}
+
+/* tokenizer.bin: what llm.c's has (header, tokens), and behind it what encoding needs besides:
+ * the merges, and which characters are letters, numbers and spaces.      test: broken_tokenizer */
+static struct Tokenizer *tokenizer_load(struct Arena *arena, const char *path) {
+    struct Tokenizer *tok = arena_zeros(arena, 1, sizeof *tok);
+    tok->path = arena_printf(arena, "%s", path);
+    struct Text file = read_file(arena, path);
+    const unsigned char *start = (const unsigned char *)file.data;
+    struct Reader r = {start, start + file.length, path};
+    /* each part needs those before it: merges are checked against tokens, tokens counted by the
+     * header */
+    tokenizer_read_header(tok, &r);
+    tokenizer_read_tokens(tok, &r, arena);
+    tokenizer_read_merges(tok, &r, arena);
+    tokenizer_read_classes(tok, &r, arena);
     return tok;
 }
 
-/* GPT-2's files show each byte as a printable character: itself, or 256 on for the first 33, the
- * 34 behind '~' and the soft hyphen. */
+/* GPT-2's files show each byte as a printable character. Most bytes are one in Latin-1; the others
+ * are counted from U+0100 on: the first 33, then the 34 behind '~', and last the soft hyphen.
+ * By hand: a space, 32, becomes U+0120, so " the" is written "Ġthe".      test: tokenizer_save */
 static struct Text token_as_unicode(struct Arena *arena, struct Text token) {
+    /* no character below U+0800 takes more than two bytes of UTF-8 */
     char *text = arena_alloc(arena, token.length * 2 + 1, 1);
     char *to = text;
     for (size_t i = 0; i < token.length; i++) {
@@ -9925,10 +10289,12 @@ static struct Text token_as_unicode(struct Arena *arena, struct Text token) {
 }
 
 /* vocab.json and merges.txt: what AutoTokenizer looks for beside a model, with the
- * tokenizer_config.json of tokenizer_config_save. */
+ * tokenizer_config.json of tokenizer_config_save. A model may have the first of our ids only; it
+ * gets those, and the merges that make them.                              test: tokenizer_save */
 static void tokenizer_save(const struct Tokenizer *tok, const char *folder, size_t vocab_size) {
     struct Arena arena = {0};
     size_t end = (size_t)endoftext_id(vocab_size);
+    /* 1. {"token": id, ...}, the end token last */
     struct Output out = output_open(folder, "vocab.json");
     fputc('{', out.file);
     for (size_t id = 0; id < end; id++) {
@@ -9937,6 +10303,8 @@ static void tokenizer_save(const struct Tokenizer *tok, const char *folder, size
     }
     fprintf(out.file, "\"<|endoftext|>\": %zu}\n", end);
     output_close(&out);
+
+    /* 2. a line for each merge, the most frequent pair first: its place is its rank */
     out = output_open(folder, "merges.txt");
     fputs("#version: 0.2\n", out.file);
     for (size_t i = 0; i + BYTE_TOKENS < end; i++) {
@@ -9948,22 +10316,26 @@ static void tokenizer_save(const struct Tokenizer *tok, const char *folder, size
     arena_free(&arena);
 }
 
-/* A model folder may bring its own vocabulary: refuse one whose ids mean other tokens than ours. */
+/* A model folder may bring its own vocabulary: one whose ids mean other tokens than ours is
+ * refused. With it the model would read and write texts that nobody meant. */
 static void tokenizer_check_folder(const struct Tokenizer *tok, const char *folder,
                                    size_t vocab_size) {
     struct Arena arena = {0};
-    char *path = arena_printf(&arena, "%s/vocab.json", folder);
-    char *other = arena_printf(&arena, "%s/tokenizer.json", folder);
+    /* 1. the vocabulary, in the older of two files or in the newer one; there may be neither */
+    const char *path = arena_printf(&arena, "%s/vocab.json", folder);
+    const char *newer = arena_printf(&arena, "%s/tokenizer.json", folder);
     struct Json *vocab = NULL;
     if (file_exists(path))
         vocab = json_read_file(&arena, path);
-    else if (file_exists(path = other))
+    else if (file_exists(path = newer))
         vocab = json_get(json_get(json_read_file(&arena, path), "model"), "vocab");
     CHECK((size_t)endoftext_id(vocab_size) < tok->vocab_size,
           "%s: has %zu ids, %s only %zu; another --tokenizer is needed", folder, vocab_size,
           tok->path, tok->vocab_size);
     CHECK(!vocab || vocab->type == JSON_OBJECT,
           "%s: its vocabulary is not an object {\"token\": id, ...}", path);
+
+    /* 2. token by token; those behind GPT-2's own are read by added_tokens */
     for (struct Json *item = vocab ? vocab->child : NULL; item; item = item->next) {
         size_t id = json_size(item, 1 << 24, path, "an id of the vocabulary");
         if (id >= (size_t)endoftext_id(vocab_size))
@@ -9982,6 +10354,7 @@ static void tokenizer_check_folder(const struct Tokenizer *tok, const char *fold
 static void added_tokens_read(const struct Json *list, size_t first, size_t end,
                               struct Text *names) {
     for (const struct Json *item = list ? list->child : NULL; item; item = item->next) {
+        /* the three forms, told apart by the type of an item; the third has the id as its key */
         const struct Json *id = item->type == JSON_NUMBER ? item : json_get(item, "id");
         const struct Json *content = json_get(item, "content");
         double number = id ? id->number : item->key.data ? strtod(item->key.data, NULL) : 0;
@@ -9998,6 +10371,8 @@ static struct Text *added_tokens(struct Arena *arena, const char *folder, size_t
                                            {"added_tokens.json", NULL},
                                            {"tokenizer.json", "added_tokens"},
                                            {"tokenizer_config.json", "added_tokens_decoder"}};
+    /* Each of these files may name some of them, and none need be there. Where two name one id,
+     * the later one counts: the newer form. */
     struct Text *names = arena_zeros(arena, end - first, sizeof *names);
     for (size_t i = 0; i < COUNT(lists) && first < end; i++) {
         const char *path = arena_printf(arena, "%s/%s", folder, lists[i][0]);
@@ -10021,8 +10396,10 @@ struct DataFile {
     bool is_read;
 };
 
-/* "chosen" + "rejected", or "text": what shapes are made of. */
+/* The fields of shapes, for a message:  "chosen" + "rejected", or "text" */
 static const char *shape_names(struct Arena *arena, const unsigned *shapes, size_t count) {
+    /* "a" + "b", or "c": the joint that comes next is " + " within a shape and ", or " between
+     * two */
     const char *names = "";
     const char *joint = "";
     for (size_t s = 0; s < count; s++, joint = ", or ")
@@ -10037,16 +10414,19 @@ static const char *shape_names(struct Arena *arena, const unsigned *shapes, size
 
 static int *json_ids(struct Arena *arena, const struct Json *array, size_t *count,
                      const char *place) {
+    /* an object has a count as well, and children: only an array's are ids */
     CHECK(array->type == JSON_ARRAY, "%s: \"%s\" must hold token ids", place, array->key.data);
     *count = (size_t)array->number;
     int *ids = arena_alloc(arena, *count, sizeof *ids);
     int *to = ids;
     for (struct Json *item = array->child; item; item = item->next)
+        /* no vocabulary has 2^24 ids; whether the model has this one is checked by whoever uses
+         * it */
         *to++ = (int)json_size(item, (1 << 24) - 1, place, "a token id");
     return ids;
 }
 
-/* A place is "FILE:LINE"; the bytes of FILE, as printf's %.* takes them. */
+/* A place is "FILE:LINE". Returns how many bytes FILE has, for printf's "%.*s". */
 static int path_bytes(const char *place) {
     return (int)(strrchr(place, ':') - place);
 }
@@ -10054,12 +10434,14 @@ static int path_bytes(const char *place) {
 /* What to do about a line that is not JSON: the end of the message. */
 static const char *line_hint(struct Arena *arena, struct Text line, size_t where, bool is_last,
                              const char *place) {
+    /* 1. UTF-16 marks its beginning by U+FEFF, in the byte order that the file has */
     bool low_first = line.length > 1 && memcmp(line.data, "\xff\xfe", 2) == 0;
     bool high_first = line.length > 1 && memcmp(line.data, "\xfe\xff", 2) == 0;
     if (low_first || high_first)
         return "; it is UTF-16, make it UTF-8: iconv -f UTF-16 -t UTF-8";
     if (*line.data != '{')
         return "; one object a line was expected: {\"text\": \"...\"}";
+    /* 2. An object that is still open at its line's end was laid out over several lines. */
     if (is_last || where < line.length)
         return "";
     return arena_printf(arena,
@@ -10068,7 +10450,7 @@ static const char *line_hint(struct Arena *arena, struct Text line, size_t where
                         path_bytes(place), place);
 }
 
-/* Text that is an array of messages with a role: the form that chat templates take. */
+/* Is it a chat, an array of messages that have a role, where a string was expected? */
 static bool is_chat(const struct Json *item) {
     return item && item->type == JSON_ARRAY && item->child && json_get(item->child, "role");
 }
@@ -10077,6 +10459,7 @@ static bool is_chat(const struct Json *item) {
  * the command writes "role: content" lines. A prompt that is a string beside them repeats their
  * beginning and is left out, as TRL does. */
 static void refuse_chat(const struct Json *item, const char *place) {
+    /* 1. One command for all shapes: what is a chat becomes text, what is none stays. */
     static const char flatten[] =
         "python3 -c \"import json,sys; "
         "f=lambda v:''.join('%s: %s\\n'%(m['role'],m['content'])for m in v)"
@@ -10085,6 +10468,8 @@ static void refuse_chat(const struct Json *item, const char *place) {
         "if(k,type(v))!=('prompt',str)}))for l in sys.stdin]\"";
     if (!is_chat(item))
         return;
+
+    /* 2. The name of the field, and the command for this very file. */
     die("%s: \"%s\" is a chat, a list of messages, a string was expected (GPT-2 has no chat "
         "template); flatten it: %s < '%.*s' > rows.jsonl",
         place, item->key.data, flatten, path_bytes(place), place);
@@ -10093,11 +10478,9 @@ static void refuse_chat(const struct Json *item, const char *place) {
 /* Which of FIELD_NAMES a row has; null counts as absent. */
 static unsigned json_fields(const struct Json *json) {
     unsigned has = 0;
-    for (size_t i = 0; i < COUNT(FIELD_NAMES); i++) {
-        const struct Json *item = json_get(json, FIELD_NAMES[i]);
-        if (item && item->type != JSON_NULL)
+    for (size_t i = 0; i < COUNT(FIELD_NAMES); i++)
+        if (json_type(json, FIELD_NAMES[i]) != JSON_NULL)
             has |= 1u << i;
-    }
     return has;
 }
 
@@ -10106,6 +10489,7 @@ static double json_field_number(const struct Json *item, bool is_label, const ch
     bool is_truth = is_label && (item->type == JSON_TRUE || item->type == JSON_FALSE);
     double number = is_truth ? item->type == JSON_TRUE : item->number;
     bool is_number = item->type == JSON_NUMBER && fabs(number) <= FLT_MAX;
+    /* rewards are floats: a number beyond them would become infinite */
     CHECK(is_truth || is_number, "%s: \"%s\" must be a number, at most 3.4e38", place,
           item->key.data);
     CHECK(!is_label || number == 0 || number == 1, "%s: \"label\" must be 0 or 1", place);
@@ -10117,24 +10501,24 @@ static double json_field_number(const struct Json *item, bool is_label, const ch
 static struct Row dataset_row(struct Arena *keep, const struct Json *json, unsigned shape,
                               const char *place) {
     struct Row row = {.has = json_fields(json)};
+    /* where the first five of enum Field go */
     struct Text *texts[] = {&row.text, &row.prompt, &row.completion, &row.chosen, &row.rejected};
-    unsigned used = row.has & (shape | shape >> 16);
+    unsigned used = row.has & (shape | shape >> 16); /* what it must have, and may have */
     for (size_t i = 0; i < COUNT(FIELD_NAMES); i++) {
         const struct Json *item = json_get(json, FIELD_NAMES[i]);
         unsigned field = 1u << i;
         if (!(used & field))
             continue;
+        /* the five texts come first in enum Field */
         if (i < COUNT(texts)) {
             refuse_chat(item, place);
             CHECK(item->type == JSON_STRING, "%s: \"%s\" must be a string", place, FIELD_NAMES[i]);
             *texts[i] = text_copy(keep, item->string);
         }
-        if (field == HAS_QUERY_IDS) {
+        if (field == HAS_QUERY_IDS)
             row.query_ids = json_ids(keep, item, &row.query_length, place);
-        }
-        if (field == HAS_RESPONSE_IDS) {
+        if (field == HAS_RESPONSE_IDS)
             row.response_ids = json_ids(keep, item, &row.response_length, place);
-        }
         if (field == HAS_LABEL)
             row.label = json_field_number(item, true, place);
         if (field == HAS_SCORE)
@@ -10148,6 +10532,7 @@ static struct Row dataset_row(struct Arena *keep, const struct Json *json, unsig
 /* The first of the shapes that a row fits; 0: none. */
 static unsigned shape_of(unsigned has, const unsigned *shapes, size_t shape_count) {
     for (size_t i = 0; i < shape_count; i++) {
+        /* the lower 16 bits: what a row must have */
         unsigned required = shapes[i] & (MAY_HAVE(1u) - 1);
         if ((has & required) == required)
             return shapes[i];
@@ -10162,6 +10547,7 @@ static bool is_table(struct Text file, const char *path) {
         return true;
     const char *cell = file.data;
     while (*cell && *cell != '\n') {
+        /* a name, perhaps in quotes; then on to the next cell */
         if (*cell == '"')
             cell++;
         struct Text name = {cell, strcspn(cell, ",\t\"\r\n")};
@@ -10181,43 +10567,44 @@ static bool is_table(struct Text file, const char *path) {
 #define PANDAS(reader) "python3 -c \"import pandas; pandas." reader "('"
 #define PANDAS_END "').to_json('rows.jsonl', orient='records', lines=True)\""
 static const struct Format {
-    const char *start;
-    size_t length;
-    const char *name, *before, *after;
+    const char *start, *name, *before, *after;
 } FORMATS[] = {
-    {"[", 1, "a JSON array",
+    {"[", "a JSON array",
      "python3 -c \"import json; [print(json.dumps(row)) for row in json.load(open('",
      "'))]\" > rows.jsonl"},
-    {"PAR1", 4, "Parquet", PANDAS("read_parquet"), PANDAS_END},
-    {"ARROW1", 6, "an Arrow file", PANDAS("read_feather"), PANDAS_END},
-    {"\xff\xff\xff\xff", 4, "an Arrow stream (save_to_disk of datasets)",
+    {"PAR1", "Parquet", PANDAS("read_parquet"), PANDAS_END},
+    {"ARROW1", "an Arrow file", PANDAS("read_feather"), PANDAS_END},
+    {"\xff\xff\xff\xff", "an Arrow stream (save_to_disk of datasets)",
      "python3 -c \"from datasets import Dataset; Dataset.from_file('",
      "').to_json('rows.jsonl')\""},
-    {"\x1f\x8b", 2, "compressed by gzip", "gzip -dc '", "' > rows.jsonl"},
-    {"\x28\xb5\x2f\xfd", 4, "compressed by zstd", "zstd -dc '", "' > rows.jsonl"},
-    {"BZh", 3, "compressed by bzip2", "bzip2 -dc '", "' > rows.jsonl"},
+    {"\x1f\x8b", "compressed by gzip", "gzip -dc '", "' > rows.jsonl"},
+    {"\x28\xb5\x2f\xfd", "compressed by zstd", "zstd -dc '", "' > rows.jsonl"},
+    {"BZh", "compressed by bzip2", "bzip2 -dc '", "' > rows.jsonl"},
     {"\xfd"
      "7zXZ",
-     5, "compressed by xz", "xz -dc '", "' > rows.jsonl"},
-    {"PK\x03\x04", 4, "a zip archive", "unzip -p '", "' > rows.jsonl"},
-    {"", 0, "a table (TSV)", PANDAS("read_table"), PANDAS_END},
-    {"", 0, "a table (CSV)", PANDAS("read_csv"), PANDAS_END},
+     "compressed by xz", "xz -dc '", "' > rows.jsonl"},
+    {"PK\x03\x04", "a zip archive", "unzip -p '", "' > rows.jsonl"},
+    {"", "a table (TSV)", PANDAS("read_table"), PANDAS_END},
+    {"", "a table (CSV)", PANDAS("read_csv"), PANDAS_END},
 };
 enum { FORMAT_CSV = COUNT(FORMATS) - 1, FORMAT_TSV = FORMAT_CSV - 1 };
 
 /* Data that is whole but in another format is refused by the format's name. */
 static void refuse_other_formats(struct Text file, const char *path) {
+    /* 1. By its first bytes, blanks apart. */
     size_t format = 0;
-    bool has_mark = file.length >= 3 && memcmp(file.data, "\xef\xbb\xbf", 3) == 0;
-    file = (struct Text){file.data + 3 * has_mark, file.length - 3 * has_mark};
+    file = text_without_mark(file);
     size_t blank = strspn(file.data, " \t\r\n");
     file = (struct Text){file.data + blank, file.length - blank};
     while (format < FORMAT_TSV) {
-        size_t length = FORMATS[format].length;
+        size_t length = strlen(FORMATS[format].start);
         if (file.length >= length && memcmp(file.data, FORMATS[format].start, length) == 0)
             break;
         format++;
     }
+
+    /* 2. None of them: JSON Lines begin with a brace, a table with the names of its columns. What
+     *    is neither is left to the parser, which says what is wrong with the first line. */
     if (format == FORMAT_TSV) {
         if (*file.data == '{' || !is_table(file, path))
             return;
@@ -10229,18 +10616,16 @@ static void refuse_other_formats(struct Text file, const char *path) {
         FORMATS[format].before, path, FORMATS[format].after);
 }
 
-/* One line of a file as a JSON object, or the reason why it is none. */
+/* One line of a file as a JSON object. If it is none, json_object says why; line_hint helps. */
 static struct Json *dataset_line(struct Arena *scratch, struct Text line, bool is_last,
                                  const char *place) {
     const char *error;
     size_t where;
     struct Json *json = json_parse(scratch, line, &error, &where);
-    if (!json) {
-        const char *hint = line_hint(scratch, line, where, is_last, place);
-        die("%s: not JSON: %s (byte %zu)%s", place, error, where + 1, hint);
-    }
-    CHECK(json->type == JSON_OBJECT, "%s: a JSON object {...} was expected", place);
-    return json;
+    if (json && json->type == JSON_OBJECT)
+        return json;
+    const char *hint = json ? "" : line_hint(scratch, line, where, is_last, place);
+    return json_object(scratch, line, place, hint);
 }
 
 /* Why a row fits none of the shapes. */
@@ -10256,6 +10641,7 @@ static _Noreturn void refuse_shape(const struct Json *json, const unsigned *shap
 
 static void dataset_append(struct Arena *arena, struct Dataset *data, struct Row row) {
     if (data->n == data->capacity) {
+        /* an arena cannot make a piece longer, so the rows move to one twice as large */
         data->capacity = MAX(2 * data->n, (size_t)256);
         struct Row *rows = arena_alloc(arena, data->capacity, sizeof *rows);
         data->rows = data->n ? memcpy(rows, data->rows, data->n * sizeof *rows) : rows;
@@ -10263,17 +10649,18 @@ static void dataset_append(struct Arena *arena, struct Dataset *data, struct Row
     data->rows[data->n++] = row;
 }
 
-/* Appends a file's rows, all of the first one's shape. If that is none of `shapes`: an error, or,
- * if `optional`, left out. */
+/* Appends a file's rows, which all have the shape of the first one. If that is none of `shapes`,
+ * the program ends, or, where the file is optional, it is left out. */
 static void dataset_add_file(struct Arena *arena, struct Dataset *data, struct DataFile *source,
                              const unsigned *shapes, size_t shape_count, bool optional) {
     struct Arena scratch = {0};
-    struct Text file = read_file(&scratch, source->path);
     struct Arena line_arena = {0};
+    struct Text file = read_file(&scratch, source->path);
     const char *at = file.data;
     const char *end = file.data + file.length;
     refuse_other_formats(file, source->path);
     for (size_t line = 1; at < end; line++) {
+        /* 1. A line; empty ones count, so that the numbers in messages are an editor's. */
         const char *stop = memchr(at, '\n', (size_t)(end - at));
         if (!stop)
             stop = end;
@@ -10283,7 +10670,10 @@ static void dataset_add_file(struct Arena *arena, struct Dataset *data, struct D
             continue;
         const char *place = arena_printf(&line_arena, "%s:%zu", source->path, line);
         struct Json *json = dataset_line(&line_arena, text, at >= end, place);
-        if (data->shape) { /* the first row has decided for all */
+
+        /* 2. Its shape: the best that it fits, if it is the first row of all, and else the first
+         *    row's. Which rows have a prompt must not change in the middle of a data set. */
+        if (data->shape) {
             shapes = &data->shape;
             shape_count = 1;
         }
@@ -10292,6 +10682,8 @@ static void dataset_add_file(struct Arena *arena, struct Dataset *data, struct D
             break;
         if (!shape)
             refuse_shape(json, shapes, shape_count, place);
+
+        /* 3. It becomes a row. */
         data->shape = shape;
         source->is_read = true;
         dataset_append(arena, data, dataset_row(arena, json, shape, place));
@@ -10301,19 +10693,8 @@ static void dataset_add_file(struct Arena *arena, struct Dataset *data, struct D
     arena_free(&scratch);
 }
 
-/* Do the first bytes of a name spell a word, in small or capital letters? */
-static bool spells(const char *name, const char *word, size_t length) {
-    if (strlen(word) != length)
-        return false;
-    for (size_t i = 0; i < length; i++) {
-        if (tolower((unsigned char)name[i]) != word[i])
-            return false;
-    }
-    return true;
-}
-
-/* The split that a word of a path, from `at` to `end`, names; of several the first of enum Split.
- * Words end where datasets' NON_WORDS_CHARS stand. */
+/* The split that a word of a path, from `at` to `end`, names, in small or capital letters; of
+ * several the first of enum Split. Words end where datasets' NON_WORDS_CHARS stand. */
 static enum Split split_of_words(const char *at, const char *end) {
     static const char not_words[] = "-._ 0123456789/";
     static const struct {
@@ -10327,10 +10708,13 @@ static enum Split split_of_words(const char *at, const char *end) {
     };
     enum Split split = SPLIT_NONE;
     for (; at < end; at++) {
+        /* the next word, which may be empty between two marks */
         size_t length = strcspn(at, not_words);
         for (size_t i = 0; i < COUNT(words); i++) {
-            bool comes_first = !split || words[i].split < split;
-            if (comes_first && spells(at, words[i].word, length))
+            /* the whole word: "tests" names no split */
+            bool spells =
+                strlen(words[i].word) == length && strncasecmp(at, words[i].word, length) == 0;
+            if (spells && (!split || words[i].split < split))
                 split = words[i].split;
         }
         at += length;
@@ -10341,6 +10725,7 @@ static enum Split split_of_words(const char *at, const char *end) {
 /* Is a file's name one of "train-00000-of-00002.jsonl"'s kind, as datasets writes large data? */
 static bool is_shard_name(const char *name) {
     for (const char *of = strstr(name, "-of-"); of; of = strstr(of + 1, "-of-")) {
+        /* five digits on the left, with a hyphen before them, and five or more on the right */
         if (of - name < 6 || of[-6] != '-')
             continue;
         if (strspn(of - 5, "0123456789") == 5 && strspn(of + 4, "0123456789") >= 5)
@@ -10360,8 +10745,9 @@ static void data_file_split(struct DataFile *file) {
     const char *base = slash ? slash + 1 : file->name;
     bool is_in_data = base == file->name + 5 && strncmp(file->name, "data/", 5) == 0;
     enum Split of_folders = split_of_words(file->name, base);
-    enum Split of_file = split_of_words(base, base + strlen(base));
-    *file = (struct DataFile){file->path, file->name, .split = of_file, .rank = RANK_FILE};
+    /* what the file's own name says, unless one of the two stronger rules applies */
+    file->split = split_of_words(base, base + strlen(base));
+    file->rank = RANK_FILE;
     if (is_in_data && is_shard_name(base)) {
         file->rank = RANK_SHARD;
     } else if (of_folders) {
@@ -10387,6 +10773,7 @@ static void dataset_list_files(struct Arena *arena, struct Dataset *data, const 
         if (name[0] == '.')
             continue;
         const char *path = arena_printf(arena, "%s/%s", folder, name);
+        /* 1. a folder: what is in it */
         if (is_folder(path)) {
             struct stat s;
             bool is_link = lstat(path, &s) != 0 || !S_ISDIR(s.st_mode);
@@ -10395,6 +10782,8 @@ static void dataset_list_files(struct Arena *arena, struct Dataset *data, const 
                 dataset_list_files(arena, data, path);
             continue;
         }
+
+        /* 2. a file of rows: its name inside the folder says of which split */
         if (length <= 6 || strcmp(name + length - 6, ".jsonl") != 0)
             continue;
         CHECK(data->file_count < DATA_FILES_MOST,
@@ -10413,6 +10802,7 @@ static const char *data_file_names(struct Arena *arena, const struct Dataset *da
     const char *names = "";
     size_t count = 0;
     for (size_t i = 0; i < data->file_count; i++) {
+        /* a long list would hide what the message is about: eight names, and how many more */
         if (data->files[i].is_read != is_read || count++ >= MOST)
             continue;
         names = arena_printf(arena, "%s%s%s", names, *names ? ", " : "", data->files[i].name);
@@ -10420,19 +10810,10 @@ static const char *data_file_names(struct Arena *arena, const struct Dataset *da
     return count > MOST ? arena_printf(arena, "%s and %zu more", names, count - MOST) : names;
 }
 
-static bool is_same_file(const char *a, const char *b) {
-    struct stat one, other;
-    if (stat(a, &one) != 0 || stat(b, &other) != 0)
-        return false;
-    if (one.st_ino == 0)
-        return strcmp(a, b) == 0; /* Windows has no such number */
-    return one.st_dev == other.st_dev && one.st_ino == other.st_ino;
-}
-
 /* Has a data set, if there is one, read this file? */
 static bool is_read_by(const struct Dataset *data, const char *path) {
     for (size_t i = 0; data && i < data->file_count; i++) {
-        if (data->files[i].is_read && is_same_file(data->files[i].path, path))
+        if (data->files[i].is_read && same_file(data->files[i].path, path))
             return true;
     }
     return false;
@@ -10442,24 +10823,25 @@ static bool is_read_by(const struct Dataset *data, const char *path) {
  * by one rank, the highest there is. What `training` has read is not added. */
 static void dataset_add_split(struct Arena *arena, struct Dataset *data, enum Split split,
                               unsigned shape, const struct Dataset *training) {
-    for (size_t rank = RANKS; rank-- > 0 && data->n == 0;) {
+    for (size_t rank = RANKS; rank-- > 0 && data->n == 0;)
         for (size_t i = 0; i < data->file_count; i++) {
             struct DataFile *file = &data->files[i];
             bool is_wanted = file->split == split && file->rank == rank;
-            if (!is_wanted || is_read_by(training, file->path))
-                continue;
-            dataset_add_file(arena, data, file, &shape, 1, true);
+            if (is_wanted && !is_read_by(training, file->path))
+                dataset_add_file(arena, data, file, &shape, 1, true);
         }
-    }
 }
 
-/* No file of a folder has what is wanted: why the first that might have had it has not, or what
- * there is instead. */
+/* No file of a folder has the rows that are wanted. Says why the first file that might have had
+ * them has not, or what is there instead. */
 static _Noreturn void refuse_folder(struct Arena *arena, struct Dataset *data,
                                     const unsigned *shapes, size_t shape_count,
                                     const struct Dataset *training) {
+    /* taken before any file is tried, for a file that is tried counts as read */
     const char *files = data_file_names(arena, data, false);
     const char *wanted = shape_names(arena, shapes, shape_count);
+    /* 1. A file that might have been read: now that its shape is no longer optional, its first row
+     *    ends the program with the reason, unless it is empty. */
     for (size_t i = 0; i < data->file_count; i++) {
         struct DataFile *file = &data->files[i];
         bool is_held_out = file->split == SPLIT_VALIDATION || file->split == SPLIT_TEST;
@@ -10467,12 +10849,11 @@ static _Noreturn void refuse_folder(struct Arena *arena, struct Dataset *data,
             continue;
         dataset_add_file(arena, data, file, shapes, shape_count, false);
     }
-    if (!*files)
-        die("%s: no row with %s was found: no .jsonl file is there", data->path, wanted);
-    if (training) {
-        die("%s: no held-out row with %s was found: the training reads what is there (%s)",
-            data->path, wanted, files);
-    }
+
+    /* 2. There is no such file. */
+    CHECK(*files, "%s: no row with %s was found: no .jsonl file is there", data->path, wanted);
+    CHECK(!training, "%s: no held-out row with %s was found: the training reads what is there (%s)",
+          data->path, wanted, files);
     die("%s: no row with %s was found but in held-out data (%s); name the file that is meant: %s",
         data->path, wanted, files, data->files[0].path);
 }
@@ -10485,22 +10866,25 @@ static void dataset_load_folder(struct Arena *arena, struct Dataset *data, const
     static const enum Split held_out[] = {SPLIT_VALIDATION, SPLIT_TEST, SPLIT_NONE, SPLIT_TRAIN};
     const enum Split *splits = training ? held_out : to_train;
     size_t split_count = training ? COUNT(held_out) : COUNT(to_train);
+    /* 1. Its files, sorted: a folder's own order differs from machine to machine. */
     data->files = arena_alloc(arena, DATA_FILES_MOST, sizeof *data->files);
     dataset_list_files(arena, data, data->path);
-    /* A folder's own order is anybody's. */
     qsort(data->files, data->file_count, sizeof *data->files, compare_data_files);
-    for (size_t s = 0; s < shape_count; s++) {
-        for (size_t k = 0; k < split_count && data->n == 0; k++) {
+
+    /* 2. The shape matters more than the split: pairs in "data.jsonl" are what DPO wants, whatever
+     *    texts are in "train.jsonl". */
+    for (size_t s = 0; s < shape_count; s++)
+        for (size_t k = 0; k < split_count && data->n == 0; k++)
             dataset_add_split(arena, data, splits[k], shapes[s], training);
-        }
-    }
     if (data->n == 0)
         refuse_folder(arena, data, shapes, shape_count, training);
+
+    /* 3. A choice was made for the user, who should know it. */
     const char *read = data_file_names(arena, data, true);
     const char *left_out = data_file_names(arena, data, false);
-    const char *purpose = training ? " as held-out data" : "";
     if (*left_out)
-        warn("%s: read %s%s; left out %s", data->path, read, purpose, left_out);
+        warn("%s: read %s%s; left out %s", data->path, read, training ? " as held-out data" : "",
+             left_out);
 }
 
 static struct Dataset *dataset_open(struct Arena *arena, const char *path, const unsigned *shapes,
@@ -10511,17 +10895,19 @@ static struct Dataset *dataset_open(struct Arena *arena, const char *path, const
         dataset_load_folder(arena, data, shapes, shape_count, training);
         return data;
     }
+    /* one file, whatever its name says: whoever names it means it */
     data->files = arena_zeros(arena, 1, sizeof *data->files);
     data->files[data->file_count++].path = data->path;
     dataset_add_file(arena, data, data->files, shapes, shape_count, false);
-    const char *wanted = shape_names(arena, shapes, shape_count);
-    CHECK(data->n > 0, "%s: no row with %s was found", path, wanted);
+    CHECK(data->n > 0, "%s: no row with %s was found", path,
+          shape_names(arena, shapes, shape_count));
     return data;
 }
 
 static bool text_contains(struct Text text, struct Text word) {
     for (size_t i = 0; i + word.length <= text.length; i++) {
         const char *at = text.data + i;
+        /* the first byte alone rules out nearly every place */
         if (*at == *word.data && memcmp(at, word.data, word.length) == 0)
             return true;
     }
@@ -10530,9 +10916,10 @@ static bool text_contains(struct Text text, struct Text word) {
 
 /* Tutorials tell one to write "<|endoftext|>" behind each text. Here these are thirteen ordinary
  * characters, which the model would learn to write, and the end token is added behind them all the
- * same. One note a data set says so. */
+ * same. One note a data set says so.                                   test: data_written_ends */
 static void warn_of_written_ends(const struct Dataset *data, const struct Tokenizer *tok) {
     struct Text name = tok->token[tok->end_token];
+    /* Only fields that are used are looked at. Pairs may have a prompt of their own. */
     unsigned used = data->shape;
     if ((used & SHAPE_PREFERENCE) == SHAPE_PREFERENCE)
         used |= HAS_PROMPT;
@@ -10581,6 +10968,7 @@ static size_t first_not_finite(const float *x, size_t n) {
     for (size_t first = 0; first < n; first += 4096) {
         size_t end = MIN(n, first + 4096);
         int bad = 0;
+        /* a loop without a way out, which compilers turn into vectors; NaN fails any comparison */
         for (size_t i = first; i < end; i++)
             bad |= !(fabsf(x[i]) <= FLT_MAX);
         for (size_t i = first; bad && i < end; i++)
@@ -10590,8 +10978,10 @@ static size_t first_not_finite(const float *x, size_t n) {
     return n;
 }
 
-/* bfloat16 is the upper half of a float; float16 has 5 bits of exponent (bias 15) and 10 of
- * fraction, without a leading 1 below 2^-14. */
+/* Numbers of 16 bits. bfloat16 is the upper half of a float: its range, and 8 bits of precision.
+ * float16 has 5 bits of exponent (bias 15) and 10 of fraction; below 2^-14 it has no leading 1.
+ * By hand: 0x3e00 is exponent 15, fraction 512: (1024 + 512) 2^(15 - 25) = 1.5.
+ *                                                                       test: safetensors_half */
 static float float_of_bf16(uint16_t half) {
     return float_of_bits((uint32_t)half << 16);
 }
@@ -10599,6 +10989,8 @@ static float float_of_bf16(uint16_t half) {
 static float float_of_f16(uint16_t half) {
     int exponent = half >> 10 & 31;
     int fraction = half & 1023;
+    /* exponent 0: fraction / 2^10 times 2^-14. All bits of the exponent set: infinity, or NaN if
+     * there is a fraction. Else the 1 before the point, which is not stored, is added. */
     float magnitude = exponent == 0    ? ldexpf((float)fraction, -24)
                       : exponent == 31 ? (fraction ? NAN : INFINITY)
                                        : ldexpf((float)(1024 + fraction), exponent - 25);
@@ -10614,29 +11006,29 @@ struct SafeTensors {
     uint64_t data_start, data_size;
 };
 
-/* a tensor's bytes, counted from the header's end */
+/* Where a tensor's bytes stand, counted from the header's end. */
 struct Span {
     uint64_t begin, end;
     const char *name;
 };
 
-/* by their middles, which empty ones have too */
+/* The order of their middles: an empty tensor, which begins where it ends, has one too. */
 static int compare_spans(const void *a, const void *b) {
     const struct Span *x = a;
     const struct Span *y = b;
     return (x->begin + x->end > y->begin + y->end) - (x->begin + x->end < y->begin + y->end);
 }
 
+/* Where an entry of the header says its numbers stand. */
 static struct Span safetensors_span(const struct SafeTensors *st, const struct Json *entry) {
-    const struct Json *dtype = json_get(entry, "dtype");
-    const struct Json *shape = json_get(entry, "shape");
     const struct Json *offsets = json_get(entry, "data_offsets");
-    CHECK(dtype && dtype->type == JSON_STRING && shape && shape->type == JSON_ARRAY && offsets
-              && offsets->type == JSON_ARRAY && offsets->child && offsets->child->next,
+    CHECK(json_type(entry, "dtype") == JSON_STRING && json_type(entry, "shape") == JSON_ARRAY
+              && offsets && offsets->type == JSON_ARRAY && offsets->child && offsets->child->next,
           "%s: tensor %s lacks dtype, shape or data_offsets", st->path, entry->key.data);
     struct Span span = {json_size(offsets->child, SIZE_MAX / 4, st->path, "data_offsets"),
                         json_size(offsets->child->next, SIZE_MAX / 4, st->path, "data_offsets"),
                         entry->key.data};
+    /* before anything is read at them, or memory asked for */
     CHECK(span.begin <= span.end && span.end <= st->data_size,
           "%s: tensor %s: its bytes %llu to %llu leave the file's %llu; cut short?", st->path,
           span.name, (unsigned long long)span.begin, (unsigned long long)span.end,
@@ -10648,14 +11040,32 @@ static struct Span safetensors_span(const struct SafeTensors *st, const struct J
 static uint64_t weights_size(const char *path) {
     char start[64];
     struct stat status;
+    /* a pipe would wait for a writer, so only a file on a disk is opened */
     FILE *file = stat(path, &status) == 0 && S_ISREG(status.st_mode) ? fopen(path, "rb") : NULL;
     if (!file)
         return 0;
+    /* a model that was cloned without git-lfs is the most frequent broken one */
     check_fetched(path, start, fread(start, 1, sizeof start, file));
     fclose(file);
     return (uint64_t)status.st_size;
 }
 
+/* No two tensors share bytes, those that nobody reads included: the file would not be what its
+ * writer meant. */
+static void safetensors_check_overlap(const struct SafeTensors *st, struct Arena *arena) {
+    struct Span *spans = arena_alloc(arena, (size_t)st->header->number + 1, sizeof *spans);
+    struct Span *end = spans;
+    for (struct Json *entry = st->header->child; entry; entry = entry->next)
+        if (strcmp(entry->key.data, "__metadata__") != 0)
+            *end++ = safetensors_span(st, entry);
+    /* once sorted, one that overlaps another overlaps its neighbour */
+    qsort(spans, (size_t)(end - spans), sizeof *spans, compare_spans);
+    for (struct Span *span = spans + 1; span < end; span++)
+        CHECK(span->begin >= span[-1].end, "%s: tensors %s and %s share bytes", st->path,
+              span[-1].name, span->name);
+}
+
+/* Opens a file and reads its header; the numbers stay on the disk until they are asked for. */
 static struct SafeTensors safetensors_open(struct Arena *arena, const char *path) {
     struct SafeTensors st = {.path = arena_printf(arena, "%s", path)};
     struct stat status;
@@ -10663,6 +11073,8 @@ static struct SafeTensors safetensors_open(struct Arena *arena, const char *path
           "%s: is a folder, a pipe or a device; a file was expected", path);
     st.file = fopen(path, "rb");
     CHECK(st.file, "%s: %s", path, strerror(errno));
+
+    /* 1. How long is the header? Its length is checked against the file's before it is used. */
     uint64_t size = weights_size(path);
     unsigned char prefix[8];
     CHECK(fread(prefix, 1, 8, st.file) == 8,
@@ -10674,24 +11086,23 @@ static struct SafeTensors safetensors_open(struct Arena *arena, const char *path
     CHECK(length >= 2 && length <= size - 8,
           "%s: not a safetensors file, or cut short: its header claims %llu bytes, %llu follow",
           path, (unsigned long long)length, (unsigned long long)(size - 8));
+
+    /* 2. The header. */
     char *text = arena_alloc(arena, (size_t)length + 1, 1);
     CHECK(fread(text, 1, (size_t)length, st.file) == length, "%s: cannot be read: %s", path,
           strerror(errno));
     st.header = json_object(arena, (struct Text){text, (size_t)length}, path, ", in its header");
     st.data_start = 8 + length;
     st.data_size = size - st.data_start;
-    /* No two tensors share bytes, those that nobody reads included: the file would not be what
-     * its writer meant. */
-    struct Span *spans = arena_alloc(arena, (size_t)st.header->number + 1, sizeof *spans);
-    struct Span *to = spans;
-    for (struct Json *entry = st.header->child; entry; entry = entry->next)
-        if (strcmp(entry->key.data, "__metadata__") != 0)
-            *to++ = safetensors_span(&st, entry);
-    qsort(spans, (size_t)(to - spans), sizeof *spans, compare_spans);
-    for (struct Span *span = spans + 1; span < to; span++)
-        CHECK(span->begin >= span[-1].end, "%s: tensors %s and %s share bytes", path, span[-1].name,
-              span->name);
+    safetensors_check_overlap(&st, arena);
     return st;
+}
+
+/* Bytes a number of a type has; 0: the type is not read. */
+static size_t dtype_width(const char *dtype) {
+    if (strcmp(dtype, "F32") == 0)
+        return 4;
+    return strcmp(dtype, "F16") == 0 || strcmp(dtype, "BF16") == 0 ? 2 : 0;
 }
 
 static void safetensors_convert(float *to, const unsigned char *from, size_t n, const char *dtype) {
@@ -10701,29 +11112,23 @@ static void safetensors_convert(float *to, const unsigned char *from, size_t n, 
     }
     bool bf16 = strcmp(dtype, "BF16") == 0;
     for (size_t i = 0; i < n; i++) {
+        /* byte by byte: in the file a number may stand at an odd place */
         uint16_t half = (uint16_t)(from[2 * i] | from[2 * i + 1] << 8);
         to[i] = bf16 ? float_of_bf16(half) : float_of_f16(half);
     }
 }
 
-/* Reads one entry of the header into a tensor of ours, whose shape decides. */
-static void safetensors_read(struct SafeTensors *st, const struct Json *entry,
-                             struct Tensor *tensor) {
-    struct Span span = safetensors_span(st, entry);
-    const struct Json *shape = json_get(entry, "shape");
-    const char *type = json_get(entry, "dtype")->string.data;
-    size_t width = strcmp(type, "F32") == 0                                ? 4
-                   : strcmp(type, "F16") == 0 || strcmp(type, "BF16") == 0 ? 2
-                                                                           : 0;
-    CHECK(width, "%s: tensor %s has type %.12s; F32, F16 and BF16 are read", st->path, tensor->name,
-          type);
+/* The shape that an entry has must be the tensor's, which follows from the configuration. */
+static void safetensors_check_shape(const struct SafeTensors *st, const struct Json *entry,
+                                    const struct Tensor *tensor) {
     char found[96] = "";
     size_t dims = 0;
     size_t used = 0;
     bool same = true;
-    for (struct Json *item = shape->child; item; item = item->next, dims++) {
+    for (struct Json *item = json_get(entry, "shape")->child; item; item = item->next, dims++) {
         double size = item->type == JSON_NUMBER ? item->number : -1;
         same = same && dims < tensor->ndim && size == (double)tensor->shape[dims];
+        /* as text, for the message; a long one is not shown to its end */
         if (used < 60)
             used += (size_t)snprintf(found + used, sizeof found - used, "%s%.0f", dims ? ", " : "",
                                      size);
@@ -10733,26 +11138,50 @@ static void safetensors_read(struct SafeTensors *st, const struct Json *entry,
           "file's?",
           st->path, tensor->name, tensor->shape[0], tensor->ndim == 2 ? ", " : "", tensor->shape[1],
           found);
+}
+
+/* Numbers `first` to first + n - 1 of a tensor have been read: each must be finite. A single NaN
+ * would spread through every activation, and after one step through every weight. */
+static void safetensors_check_finite(const struct SafeTensors *st, const struct Tensor *tensor,
+                                     size_t first, size_t n) {
+    const float *w = tensor->w + first;
+    size_t bad = first_not_finite(w, n);
+    /* AdamW's moments may be infinite: that makes a step of 0 */
+    bool is_moment = strncmp(tensor->name, "exp_avg", 7) == 0;
+    while (is_moment && bad < n && isinf(w[bad]))
+        bad += 1 + first_not_finite(w + bad + 1, n - bad - 1);
+    /* a tensor of bits holds what is no float: counters, random states */
+    CHECK(bad == n || tensor->bits,
+          "%s: tensor %s: number %zu is %g, a finite one was expected; "
+          "take an earlier checkpoint or a fresh copy of the file",
+          st->path, tensor->name, first + bad, w[bad]);
+}
+
+/* Reads one entry of the header into a tensor of ours, whose shape decides.
+ *                                             test: safetensors_round_trip, safetensors_half */
+static void safetensors_read(struct SafeTensors *st, const struct Json *entry,
+                             struct Tensor *tensor) {
+    /* 1. Are these the numbers that are wanted, of a type that is read, and all of them? */
+    struct Span span = safetensors_span(st, entry);
+    const char *type = json_get(entry, "dtype")->string.data;
+    size_t width = dtype_width(type);
+    CHECK(width, "%s: tensor %s has type %.12s; F32, F16 and BF16 are read", st->path, tensor->name,
+          type);
+    safetensors_check_shape(st, entry, tensor);
     CHECK(span.end - span.begin == tensor->n * width,
           "%s: tensor %s: %llu bytes for %zu numbers of type %s", st->path, tensor->name,
           (unsigned long long)(span.end - span.begin), tensor->n, type);
     CHECK(fseeko(st->file, (off_t)(st->data_start + span.begin), SEEK_SET) == 0, "%s: %s", st->path,
           strerror(errno));
+
+    /* 2. In chunks, each converted to floats: a file of 16-bit numbers needs no room of its own. */
     unsigned char chunk[4 * 8192];
     for (size_t done = 0; done < tensor->n;) {
         size_t n = MIN(tensor->n - done, (size_t)8192);
         CHECK(fread(chunk, width, n, st->file) == n, "%s: tensor %s cannot be read: %s", st->path,
               tensor->name, ferror(st->file) ? strerror(errno) : "the file ends");
         safetensors_convert(tensor->w + done, chunk, n, type);
-        const float *w = tensor->w + done;
-        size_t bad = first_not_finite(w, n);
-        bool moment = strncmp(tensor->name, "exp_avg", 7) == 0;
-        while (moment && bad < n && isinf(w[bad])) /* an infinite one makes a step of 0 */
-            bad += 1 + first_not_finite(w + bad + 1, n - bad - 1);
-        CHECK(bad == n || tensor->bits,
-              "%s: tensor %s: number %zu is %g, a finite one was expected; "
-              "take an earlier checkpoint or a fresh copy of the file",
-              st->path, tensor->name, done + bad, tensor->w[done + bad]);
+        safetensors_check_finite(st, tensor, done, n);
         done += n;
     }
 }
@@ -10762,9 +11191,12 @@ static void safetensors_read(struct SafeTensors *st, const struct Json *entry,
 static void safetensors_write_with(const char *folder, const char *name, struct Tensor **tensors,
                                    size_t count, const char *prefix, const char *metadata) {
     struct Output out = output_open(folder, name);
-    fwrite("\0\0\0\0\0\0\0", 1, 8, out.file); /* the header's length, when it is known */
-    int begun = fprintf(out.file, "{\"__metadata__\":{\"format\":\"pt\"%s}", metadata);
-    size_t length = (size_t)begun;
+    /* 1. Room for the header's length, which is not known yet. */
+    fwrite("\0\0\0\0\0\0\0", 1, 8, out.file);
+
+    /* 2. The header: what each tensor is called, and where its numbers will stand. A head belongs
+     *    to no transformer: its prefix is without that word. */
+    size_t length = (size_t)fprintf(out.file, "{\"__metadata__\":{\"format\":\"pt\"%s}", metadata);
     size_t offset = 0;
     for (size_t i = 0; i < count; i++) {
         struct Tensor *t = tensors[i];
@@ -10777,10 +11209,14 @@ static void safetensors_write_with(const char *folder, const char *name, struct 
         offset += 4 * t->n;
     }
     length += (size_t)fprintf(out.file, "}%*s", (int)(7 - length % 8), "");
+
+    /* 3. The numbers; one that is empty may have no memory at all. */
     for (size_t i = 0; i < count; i++)
         if (tensors[i]->n)
-            fwrite(tensors[i]->w, 4, tensors[i]->n, out.file); /* not of NULL */
-    fseeko(out.file, 0, SEEK_SET); /* unlike rewind() it keeps the mark of an error */
+            fwrite(tensors[i]->w, 4, tensors[i]->n, out.file);
+
+    /* 4. The length. fseeko, unlike rewind, keeps the mark of an error that output_close reads. */
+    fseeko(out.file, 0, SEEK_SET);
     for (int i = 0; i < 8; i++)
         fputc((int)((uint64_t)length >> 8 * i & 255), out.file);
     output_close(&out);
@@ -10792,6 +11228,8 @@ static void safetensors_write(const char *folder, const char *name, struct Tenso
 }
 
 static void config_check(const struct GPT2Config *c, const char *path) {
+    /* Limits far above any GPT-2, so that no product of sizes can overflow. Attention's heads
+     * share the width equally. */
     CHECK(c->n_embd > 0 && c->n_embd <= 1 << 16 && c->n_head > 0 && c->n_embd % c->n_head == 0,
           "%s: n_embd %zu must be a multiple of n_head %zu, at most 65536", path, c->n_embd,
           c->n_head);
@@ -10799,14 +11237,16 @@ static void config_check(const struct GPT2Config *c, const char *path) {
           c->n_layer);
     CHECK(c->n_positions > 0 && c->n_positions <= 1 << 20,
           "%s: n_positions %zu; 1 to 1048576 can be used", path, c->n_positions);
+    /* fewer ids than bytes and an end token cannot write every text */
     CHECK(c->vocab_size > BYTE_TOKENS && c->vocab_size <= 65536,
           "%s: vocab_size %zu; 257 to 65536 can be used", path, c->vocab_size);
 }
 
+/* A setting that is a whole number; one that is absent or null is the fallback, transformers'. */
 static size_t config_size(const struct Json *config, const char *path, const char *name,
                           size_t fallback) {
-    struct Json *item = json_get(config, name);
-    return item && item->type != JSON_NULL ? json_size(item, 1 << 24, path, name) : fallback;
+    bool is_set = json_type(config, name) != JSON_NULL;
+    return is_set ? json_size(json_get(config, name), 1 << 24, path, name) : fallback;
 }
 
 /* What an enum JsonType is called in a message. */
@@ -10819,6 +11259,7 @@ static int config_token_id(const struct Json *config, const char *path, const ch
     const struct Json *id = json_get(config, name);
     if (!id || id->type == JSON_NULL)
         return fallback;
+    /* newer models may list several ends of a text */
     if (id->type == JSON_ARRAY) {
         CHECK(id->number == 1,
               "%s: \"%s\" lists %.0f ids, and one can be used; write it in place of the list", path,
@@ -10837,8 +11278,8 @@ static int config_token_id(const struct Json *config, const char *path, const ch
 /* A setting that GPT2Config.attribute_map gives a second name.              test: config_names */
 static size_t config_either(const struct Json *config, const char *path, const char *name,
                             const char *alias, size_t fallback) {
-    const struct Json *item = json_get(config, name);
-    bool named = item && item->type != JSON_NULL;
+    bool named = json_type(config, name) != JSON_NULL;
+    /* where both are set they must agree: which of them was meant cannot be guessed */
     size_t value = config_size(config, path, name, fallback);
     size_t other = config_size(config, path, alias, value);
     CHECK(!named || other == value,
@@ -10857,6 +11298,7 @@ static void config_refuse(const struct Json *config, const char *path,
                           const struct Allowed *allowed, size_t n) {
     for (const struct Allowed *a = allowed; a < allowed + n; a++) {
         const struct Json *setting = json_get(config, a->name);
+        /* of a list or an object every item must be allowed, else the setting itself */
         const struct Json *item = setting && setting->type >= JSON_ARRAY ? setting->child : setting;
         for (; item; item = item == setting ? NULL : item->next) {
             const char *word =
@@ -10870,30 +11312,45 @@ static void config_refuse(const struct Json *config, const char *path,
     }
 }
 
+/* The three special tokens: the end of a text, padding, and the beginning, which GPT-2 lacks. */
+static void config_special_tokens(const struct Json *json, const char *path, struct GPT2Config *c) {
+    int endoftext = endoftext_id(c->vocab_size);
+    c->eos_token_id = config_token_id(json, path, "eos_token_id", c->vocab_size, endoftext);
+    c->pad_token_id = config_token_id(json, path, "pad_token_id", c->vocab_size, c->eos_token_id);
+    /* transformers writes 50256 unless it is told better, in small vocabularies too */
+    bool beyond = json_number_or(json, "bos_token_id", 0) >= (double)c->vocab_size;
+    c->bos_token_id = endoftext;
+    if (!beyond)
+        c->bos_token_id = config_token_id(json, path, "bos_token_id", c->vocab_size, endoftext);
+}
+
 /* A folder's config.json. Several activations are gelu_new by another name, equal but for rounding.
  * `tied` says what "tie_word_embeddings" does: whether wte is to be the output layer too.
  *                                                              test: broken_config, config_names */
 static struct GPT2Config config_load(const char *folder, bool *tied) {
-    static const struct Allowed allowed[] = {{"model_type", {"gpt2"}},
-                                             {"tie_word_embeddings", {"true", "false"}},
-                                             {"activation_function",
-                                              {"gelu_new", "gelu_pytorch_tanh", "gelu_fast",
-                                               "gelu_python_tanh", "gelu_accurate"}},
-                                             {"scale_attn_weights", {"true"}},
-                                             {"scale_attn_by_inverse_layer_idx", {"false"}},
-                                             {"add_cross_attention", {"false"}},
-                                             {"pruned_heads", {"null"}},
-                                             {"quantization_config", {"null"}}};
+    static const struct Allowed allowed[] = {
+        {"model_type", {"gpt2"}},
+        {"tie_word_embeddings", {"true", "false"}},
+        {"activation_function",
+         {"gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python_tanh", "gelu_accurate"}},
+        {"scale_attn_weights", {"true"}},
+        {"scale_attn_by_inverse_layer_idx", {"false"}},
+        {"add_cross_attention", {"false"}},
+        {"pruned_heads", {"null"}},
+        {"quantization_config", {"null"}},
+    };
+    /* 1. Is it a model's folder at all? */
     struct Arena arena = {0};
     char *path = arena_printf(&arena, "%s/config.json", folder);
     CHECK(file_exists(folder) || errno != EACCES, "%s: %s", folder, strerror(errno));
-    CHECK(file_exists(folder),
-          "%s: no such folder; a model is a folder with config.json and model.safetensors", folder);
-    CHECK(file_exists(path),
-          "%s: no config.json inside; a model is a folder with config.json and model.safetensors",
-          folder);
+    CHECK(file_exists(path), "%s: %s; a model is a folder with config.json and model.safetensors",
+          folder, file_exists(folder) ? "no config.json inside" : "no such folder");
+
+    /* 2. Is it GPT-2 as it is implemented here? */
     struct Json *json = json_read_file(&arena, path);
     config_refuse(json, path, allowed, COUNT(allowed));
+
+    /* 3. The sizes; without them it is GPT-2's smallest. */
     struct GPT2Config c = {
         .vocab_size = config_size(json, path, "vocab_size", 50257),
         .n_positions = config_either(json, path, "n_positions", "max_position_embeddings",
@@ -10905,20 +11362,14 @@ static struct GPT2Config config_load(const char *folder, bool *tied) {
     config_check(&c, path);
     size_t inner = config_size(json, path, "n_inner", 4 * c.n_embd);
     CHECK(inner == 4 * c.n_embd, "%s: n_inner %zu is not implemented; 4 * n_embd is", path, inner);
+
+    /* 4. The rest. */
     struct Json *eps = json_get(json, "layer_norm_epsilon");
     CHECK(!eps || (eps->type == JSON_NUMBER && eps->number > 0 && eps->number <= 1),
           "%s: \"layer_norm_epsilon\" must be above 0, at most 1", path);
     c.layer_norm_epsilon = eps ? (float)eps->number : 1e-5f;
-    int endoftext = endoftext_id(c.vocab_size);
-    c.eos_token_id = config_token_id(json, path, "eos_token_id", c.vocab_size, endoftext);
-    c.pad_token_id = config_token_id(json, path, "pad_token_id", c.vocab_size, c.eos_token_id);
-    struct Json *bos = json_get(json, "bos_token_id"); /* 50256 unless transformers is told */
-    bool beyond = bos && bos->type == JSON_NUMBER && bos->number >= (double)c.vocab_size;
-    c.bos_token_id = endoftext;
-    if (!beyond)
-        c.bos_token_id = config_token_id(json, path, "bos_token_id", c.vocab_size, endoftext);
-    const struct Json *tie = json_get(json, "tie_word_embeddings");
-    *tied = !tie || tie->type != JSON_FALSE;
+    config_special_tokens(json, path, &c);
+    *tied = json_type(json, "tie_word_embeddings") != JSON_FALSE;
     arena_free(&arena);
     return c;
 }
@@ -10932,6 +11383,7 @@ static const char *bare_name(const char *name) {
                                            "module.", "_orig_mod."};
     for (size_t i = 0; i < COUNT(prefixes);) {
         size_t length = strlen(prefixes[i]);
+        /* one prefix off, and from the first on again: they come in any order and number */
         bool found = strncmp(name, prefixes[i], length) == 0;
         if (found)
             name += length;
@@ -10945,6 +11397,7 @@ static struct Json *tensor_entry(const struct SafeTensors *st, const char *name)
     struct Json *found = NULL;
     size_t length = strlen(name);
     for (struct Json *entry = st->header->child; entry; entry = entry->next) {
+        /* the name's end first, which is quick: this loop runs for each tensor */
         const char *full = entry->key.data;
         size_t before = entry->key.length - MIN(entry->key.length, length);
         if (strcmp(full + before, name) != 0 || bare_name(full) != full + before)
@@ -10981,10 +11434,14 @@ static size_t model_files(struct Arena *arena, const char *folder, char **files,
           "%s: no \"weight_map\" inside, or one that names no file", index);
     size_t count = 0;
     for (struct Json *item = map->child; item; item = item->next) {
+        /* 1. The index names each tensor's file. A path that leads out of the folder is refused:
+         *    whoever wrote a model does not choose what is read of this machine. */
         CHECK(item->type == JSON_STRING && item->string.length && !strchr(item->string.data, '/')
                   && !strchr(item->string.data, '\\'),
               "%s: \"%s\" must name a file of this folder", index, item->key.data);
         char *path = arena_printf(arena, "%s/%s", folder, item->string.data);
+
+        /* 2. The same file comes up once for each of its tensors. */
         size_t i = 0;
         while (i < count && strcmp(files[i], path) != 0)
             i++;
@@ -10995,16 +11452,11 @@ static size_t model_files(struct Arena *arena, const char *folder, char **files,
     return count;
 }
 
-/* What a label's name says: 1 positive, -1 negative, 0 neither. */
+/* Which side a label's name is on: 1 positive, -1 negative, 0 neither. */
 static int label_sign(const char *name) {
-    char start[4] = "";
-    for (size_t i = 0; i < 3 && name[i]; i++)
-        start[i] = (char)tolower((unsigned char)name[i]);
-    if (strcmp(start, "pos") == 0 || strcmp(name, "LABEL_1") == 0)
+    if (strncasecmp(name, "pos", 3) == 0 || strcmp(name, "LABEL_1") == 0)
         return 1;
-    if (strcmp(start, "neg") == 0 || strcmp(name, "LABEL_0") == 0)
-        return -1;
-    return 0;
+    return strncasecmp(name, "neg", 3) == 0 || strcmp(name, "LABEL_0") == 0 ? -1 : 0;
 }
 
 /* Which of the two labels that `file` has rows for is the positive one: what id2label of the
@@ -11014,14 +11466,12 @@ static size_t positive_label(const char *folder, const char *file) {
     struct Arena arena = {0};
     char *path = arena_printf(&arena, "%s/config.json", folder ? folder : "");
     struct Json *json = folder && file_exists(path) ? json_read_file(&arena, path) : NULL;
-    const char *name[2] = {"LABEL_0", "LABEL_1"};
     config_refuse(json, path, allowed, COUNT(allowed));
-    for (size_t i = 0; i < 2; i++) {
-        const struct Json *label = json_get(json_get(json, "id2label"), i ? "1" : "0");
-        if (label && label->type == JSON_STRING)
-            name[i] = label->string.data;
-    }
+    /* no names at all are transformers' own: LABEL_1 is the positive one */
+    const struct Json *names = json_get(json, "id2label");
+    const char *name[] = {json_text_or(names, "0", "LABEL_0"), json_text_or(names, "1", "LABEL_1")};
     size_t positive = label_sign(name[0]) > label_sign(name[1]) ? 0 : 1;
+    /* said each time: with the labels the wrong way round, training would raise what is disliked */
     warn("%s: a classifier of two labels is read as a reward model: the reward is the logit of "
          "\"%s\" minus that of \"%s\"; saved again, it has one label",
          file, name[positive], name[1 - positive]);
@@ -11036,6 +11486,7 @@ static size_t positive_label(const char *folder, const char *file) {
 static void reward_head_of_two(struct Tensor *score, struct SafeTensors *st, const char *folder) {
     struct Arena arena = {0};
     size_t C = score->n;
+    /* both rows as they are in the file; the head keeps their difference */
     struct Tensor both = {.name = "score.weight", .shape = {2, C}, .ndim = 2, .n = 2 * C};
     both.w = arena_floats(&arena, both.n);
     tensor_load(st, &both);
@@ -11046,17 +11497,19 @@ static void reward_head_of_two(struct Tensor *score, struct SafeTensors *st, con
     arena_free(&arena);
 }
 
-/* Reads a file's reward head, if it has one. */
+/* Reads a file's reward head, if it has one: of one label, or of two. */
 static void reward_head_load(struct GPT2 *model, struct SafeTensors *st, const char *folder) {
     const struct Json *entry = tensor_entry(st, "score.weight");
     const struct Json *shape = json_get(entry, "shape");
     if (!entry)
         return;
+    /* one row of weights a label */
     size_t labels = shape->child ? json_size(shape->child, 1 << 24, st->path, "shape") : 0;
     CHECK(labels <= 2,
           "%s: score.weight has %zu labels; one is a reward, two are a classifier's "
           "negative and positive; more are not read",
           st->path, labels);
+    /* left out silently, it would make rewards another number than the one that was trained */
     CHECK(!tensor_entry(st, "score.bias"),
           "%s: has a score.bias; a GPT-2 classifier has none in "
           "transformers, which leaves it out; take it out of the file if that is meant",
@@ -11065,7 +11518,7 @@ static void reward_head_load(struct GPT2 *model, struct SafeTensors *st, const c
     if (labels == 2)
         reward_head_of_two(score, st, folder);
     else
-        tensor_load(st, score);
+        tensor_load(st, score); /* a shape that is no head's is refused here */
 }
 
 /* What a model's files hold beside its tensors: an output layer, and what nothing takes. */
@@ -11081,8 +11534,11 @@ static void beside_note(struct Beside *beside, const struct SafeTensors *st) {
     for (const struct Json *entry = st->header->child; entry; entry = entry->next) {
         const char *name = entry->key.data;
         const char *part = strstr(name, ".attn.");
+        /* tensor_load has marked what was taken */
         if (entry->number == 0 || strcmp(name, "__metadata__") == 0)
             continue;
+        /* the masks: ones below the diagonal, and the number -10000; both follow from the
+         * mathematics */
         if (part && strcmp(part, ".attn.bias") == 0)
             continue;
         if (part && strcmp(part, ".attn.masked_bias") == 0)
@@ -11095,6 +11551,7 @@ static void beside_note(struct Beside *beside, const struct SafeTensors *st) {
 /* A tensor of wte's shape under another name, to be compared with it. */
 static struct Tensor tensor_like_wte(const struct GPT2 *model, struct Arena *arena,
                                      const char *name) {
+    /* it belongs to no model: it is neither trained nor saved, and goes with the arena */
     struct Tensor like = {.shape = {model->wte.shape[0], model->wte.shape[1]}, .ndim = 2};
     snprintf(like.name, sizeof like.name, "%s", name);
     like.n = model->wte.n;
@@ -11106,6 +11563,7 @@ static struct Tensor tensor_like_wte(const struct GPT2 *model, struct Arena *are
 static void model_read(struct GPT2 *model, const char *path, struct Beside *beside) {
     struct Arena arena = {0};
     struct SafeTensors st = safetensors_open(&arena, path);
+    /* 1. Heads first: what is declared is among the model's tensors, and read with them. */
     reward_head_load(model, &st, model->folder);
     if (tensor_entry(&st, "v_head.summary.weight"))
         value_head_declare(model);
@@ -11113,17 +11571,21 @@ static void model_read(struct GPT2 *model, const char *path, struct Beside *besi
         if (model->tensors[i] != &model->score)
             tensor_load(&st, model->tensors[i]);
     }
+
+    /* 2. An output layer; what is left over is counted. */
     if (tensor_entry(&st, "lm_head.weight")) {
         beside->lm_head = tensor_like_wte(model, &beside->arena, "lm_head.weight");
         tensor_load(&st, &beside->lm_head);
     }
     beside_note(beside, &st);
+    /* the names that are kept have been copied */
     fclose(st.file);
     arena_free(&arena);
 }
 
 /* The place of the first number in which a tensor of wte's shape is not wte; n: it is equal. */
 static size_t first_unlike_wte(const struct GPT2 *model, const struct Tensor *like) {
+    /* equal bit for bit, or it is another layer: a copy has no reason to differ */
     size_t i = 0;
     while (i < like->n && like->w[i] == model->wte.w[i])
         i++;
@@ -11135,6 +11597,7 @@ static size_t first_unlike_wte(const struct GPT2 *model, const struct Tensor *li
  *                                                                            test: output_layer */
 static void output_layer_check(struct GPT2 *model, const struct Tensor *lm_head, bool tied,
                                const char *where) {
+    /* 1. Untied, but one of the two is missing? */
     struct Tensor *wte = &model->wte;
     bool both = lm_head->loaded && wte->loaded;
     CHECK(tied || both || (wte->loaded && model->score.n),
@@ -11143,9 +11606,13 @@ static void output_layer_check(struct GPT2 *model, const struct Tensor *lm_head,
           where, wte->loaded ? "lm_head.weight" : "wte.weight");
     if (!lm_head->loaded)
         return;
+
+    /* 2. Where the file holds the one tensor by the output layer's name, wte is that. */
     if (!both)
         memcpy(wte->w, lm_head->w, wte->n * sizeof(float));
     wte->loaded = true;
+
+    /* 3. Where it holds both, they must be equal. */
     size_t i = first_unlike_wte(model, lm_head);
     CHECK(i == wte->n,
           "%s: lm_head.weight is not wte.weight (number %zu is %g, not %g): an output "
@@ -11165,16 +11632,13 @@ static void tensor_check_loaded(const struct Tensor *t, const char *where, const
           found ? found : "");
 }
 
-/* gpt2_load -- a model folder; heads are loaded where they are there.  [glossary:
- * AutoModelForCausalLM] */
-static struct GPT2 *gpt2_load(const char *folder) {
-    struct Arena arena = {0};
-    char *files[1024];
-    bool tied;
-    struct GPT2Config c = config_load(folder, &tied);
-    size_t file_count = model_files(&arena, folder, files, COUNT(files));
+/* Can a model of these sizes be in these files? Asked before memory is: a config.json that asks for
+ * a thousand times too much would otherwise stop the machine. */
+static void config_check_files(const struct GPT2Config *c, const char *folder, char **files,
+                               size_t file_count) {
+    /* at least two bytes a number; the rest is allowance */
     size_t numbers =
-        (c.vocab_size + c.n_positions) * c.n_embd + c.n_layer * 12 * c.n_embd * c.n_embd;
+        (c->vocab_size + c->n_positions) * c->n_embd + c->n_layer * 12 * c->n_embd * c->n_embd;
     size_t bytes = 0;
     for (size_t f = 0; f < file_count; f++)
         bytes += (size_t)weights_size(files[f]);
@@ -11182,21 +11646,36 @@ static struct GPT2 *gpt2_load(const char *folder) {
           "%s: config.json describes %zu numbers, at least %zu MB; the weights have %zu MB; is it "
           "theirs, or are they cut short?",
           folder, numbers, numbers >> 19, bytes >> 20);
-    CHECK(c.n_layer <= bytes / 512 + 64,
+    /* layers cost memory even if they are narrow: a struct each, and names */
+    CHECK(c->n_layer <= bytes / 512 + 64,
           "%s: config.json describes %zu layers, whose 12 tensors' names alone do not fit into the "
           "weights' %zu bytes; is it theirs?",
-          folder, c.n_layer, bytes);
-    struct GPT2 *model = gpt2_new(c);
+          folder, c->n_layer, bytes);
+}
+
+/* gpt2_load -- a model folder; heads are loaded where they are there.
+ *                                             [glossary: AutoModelForCausalLM]  test: gpt2_load */
+static struct GPT2 *gpt2_load(const char *folder) {
+    struct Arena arena = {0};
     struct Beside beside = {0};
+    char *files[1024];
+    bool tied;
+    /* 1. What does the folder say it holds? */
+    struct GPT2Config c = config_load(folder, &tied);
+    size_t file_count = model_files(&arena, folder, files, COUNT(files));
+    config_check_files(&c, folder, files, file_count);
+
+    /* 2. A model of these sizes, and what the files have for it. */
+    struct GPT2 *model = gpt2_new(c);
     model->folder = arena_printf(&model->arena, "%s", folder);
     for (size_t f = 0; f < file_count; f++)
         model_read(model, files[f], &beside);
-    bool any = model->wte.loaded || beside.lm_head.loaded;
-    if (any)
+
+    /* 3. Is everything there? A tensor that kept its zeros would be a model that nobody trained. */
+    if (model->wte.loaded || beside.lm_head.loaded)
         output_layer_check(model, &beside.lm_head, tied, folder);
-    for (size_t i = 0; i < model->tensor_count; i++) {
+    for (size_t i = 0; i < model->tensor_count; i++)
         tensor_check_loaded(model->tensors[i], folder, beside.first);
-    }
     if (beside.count)
         warn("%s: tensors in its weights that config.json has no place for are not read: %zu, the "
              "first is %s",
@@ -11206,30 +11685,31 @@ static struct GPT2 *gpt2_load(const char *folder) {
     return model;
 }
 
+/* config.json, as transformers writes it: keys in the order of the alphabet. */
 static void config_save(const struct GPT2 *model, const char *folder) {
     const struct GPT2Config *c = &model->config;
     bool classifier = model->score.n > 0;
     struct Output out = output_open(folder, "config.json");
+    /* the class that AutoModelForSequenceClassification or AutoModelForCausalLM will make of it */
     fprintf(out.file,
-            "{\n  \"activation_function\": \"gelu_new\",\n  \"architectures\": [\"%s\"],\n  "
-            "\"attn_pdrop\": 0.0,\n  \"bos_token_id\": %d,\n",
-            classifier ? "GPT2ForSequenceClassification" : "GPT2LMHeadModel", c->bos_token_id);
-    fprintf(out.file,
-            "  \"dtype\": \"float32\",\n  \"embd_pdrop\": 0.0,\n  \"eos_token_id\": %d,\n",
-            c->eos_token_id);
+            "{\n  \"activation_function\": \"gelu_new\",\n  \"architectures\": [\"%s\"],\n",
+            classifier ? "GPT2ForSequenceClassification" : "GPT2LMHeadModel");
+    fprintf(out.file, "  \"attn_pdrop\": 0.0,\n  \"bos_token_id\": %d,\n", c->bos_token_id);
+    fprintf(out.file, "  \"dtype\": \"float32\",\n  \"embd_pdrop\": 0.0,\n");
+    fprintf(out.file, "  \"eos_token_id\": %d,\n", c->eos_token_id);
+    /* one label: transformers' default would be two, and the head would not fit */
     if (classifier)
         fputs("  \"id2label\": {\"0\": \"LABEL_0\"},\n  \"label2id\": {\"LABEL_0\": 0},\n",
               out.file);
-    fprintf(out.file,
-            "  \"initializer_range\": 0.02,\n  \"layer_norm_epsilon\": %.7g,\n  \"model_type\": "
-            "\"gpt2\",\n  \"n_ctx\": %zu,\n  \"n_embd\": %zu,\n  \"n_head\": %zu,\n  \"n_inner\": "
-            "null,\n",
-            c->layer_norm_epsilon, c->n_positions, c->n_embd, c->n_head);
-    fprintf(out.file,
-            "  \"n_layer\": %zu,\n  \"n_positions\": %zu,\n  \"pad_token_id\": %d,\n  "
-            "\"resid_pdrop\": 0.0,\n  \"tie_word_embeddings\": true,\n  \"use_cache\": true,\n  "
-            "\"vocab_size\": %zu\n}\n",
-            c->n_layer, c->n_positions, c->pad_token_id, c->vocab_size);
+    fprintf(out.file, "  \"initializer_range\": 0.02,\n  \"layer_norm_epsilon\": %.7g,\n",
+            c->layer_norm_epsilon);
+    fprintf(out.file, "  \"model_type\": \"gpt2\",\n  \"n_ctx\": %zu,\n", c->n_positions);
+    fprintf(out.file, "  \"n_embd\": %zu,\n  \"n_head\": %zu,\n", c->n_embd, c->n_head);
+    fprintf(out.file, "  \"n_inner\": null,\n  \"n_layer\": %zu,\n", c->n_layer);
+    fprintf(out.file, "  \"n_positions\": %zu,\n", c->n_positions);
+    fprintf(out.file, "  \"pad_token_id\": %d,\n  \"resid_pdrop\": 0.0,\n", c->pad_token_id);
+    fprintf(out.file, "  \"tie_word_embeddings\": true,\n  \"use_cache\": true,\n");
+    fprintf(out.file, "  \"vocab_size\": %zu\n}\n", c->vocab_size);
     output_close(&out);
 }
 
@@ -11238,11 +11718,14 @@ static void write_special_token(FILE *file, const char *before, const struct Tok
                                 const struct GPT2Config *c, int id) {
     struct Arena arena = {0};
     int endoftext = endoftext_id(c->vocab_size);
+    /* 1. Its name: the padding token's own, <|endoftext|>, or that of an ordinary token. */
     struct Text name = id == c->pad_token_id ? c->pad_token : (struct Text){0};
     if (id == endoftext)
         name = text_of("<|endoftext|>");
     if (id < endoftext)
         name = token_as_unicode(&arena, tok->token[id]);
+
+    /* 2. An id that only rounds up the vocabulary has no name, and null says so. */
     if (name.length > 0)
         json_write_string(file, before, name);
     else
@@ -11252,12 +11735,13 @@ static void write_special_token(FILE *file, const char *before, const struct Tok
 
 /* tokenizer_config.json. transformers cuts a text at every special token before it encodes the
  * rest; where one of them is an ordinary token, split_special_tokens makes it encode texts as
- * GPT-2's tokenizer does. */
+ * GPT-2's tokenizer does.                                       test: model_special_tokens */
 static void tokenizer_config_save(const struct Tokenizer *tok, const char *folder,
                                   const struct GPT2Config *c) {
     struct Output out = output_open(folder, "tokenizer_config.json");
     int lowest = MIN(c->bos_token_id, MIN(c->eos_token_id, c->pad_token_id));
     fputs("{\n  \"add_prefix_space\": false", out.file);
+    /* a padding token behind GPT-2's own has its name from here, not from vocab.json */
     if (c->pad_token.length > 0) {
         fprintf(out.file, ",\n  \"added_tokens_decoder\": {\"%d\": ", c->pad_token_id);
         json_write_string(out.file, "{\"content\": ", c->pad_token);
@@ -11274,65 +11758,72 @@ static void tokenizer_config_save(const struct Tokenizer *tok, const char *folde
     output_close(&out);
 }
 
-/* adapter_config.json: r 8, lora_alpha 8 where it is silent, as PEFT. */
+/* ---- Adapters -------------------------------------------------------------------------------- */
+
+/* Which layers an adapter takes: "target_modules" is a list of names, here with a space between
+ * two of them, or a string, which PEFT takes as a regular expression. */
+static void adapter_config_targets(struct Arena *arena, const struct Json *json, const char *path,
+                                   struct Adapter *adapter) {
+    const struct Json *targets = json_get(json, "target_modules");
+    adapter->pattern = json_type(json, "target_modules") == JSON_STRING;
+    /* with exceptions the names alone do not say which layers: adapter_takes asks the file */
+    adapter->partial = json_type(json, "exclude_modules") != JSON_NULL
+                       || json_type(json, "layers_to_transform") != JSON_NULL;
+    bool is_absent = json_type(json, "target_modules") == JSON_NULL;
+    adapter->target_modules = is_absent ? "c_attn" : json_text_or(json, "target_modules", "");
+    if (is_absent || adapter->pattern)
+        return;
+    for (const struct Json *item = targets->child; item; item = item->next) {
+        CHECK(item->type == JSON_STRING && strlen(adapter->target_modules) < 4096,
+              "%s: \"target_modules\" must be a list of names, 4096 letters at most", path);
+        adapter->target_modules =
+            arena_printf(arena, "%s%s%s", adapter->target_modules,
+                         *adapter->target_modules ? " " : "", item->string.data);
+    }
+}
+
+/* adapter_config.json: r 8, lora_alpha 8 where it is silent, as PEFT.
+ *                                            [glossary: Adaptação de baixo rank (LoRA)] */
 static struct Adapter adapter_config_load(struct Arena *arena, const char *folder) {
-    static const struct Allowed allowed[] = {{"peft_type", {"LORA"}},
-                                             {"bias", {"none"}},
-                                             {"modules_to_save",
-                                              {"score", "classifier", "lm_head", "wte"}},
-                                             {"init_lora_weights",
-                                              {"true", "false", "gaussian", "eva", "orthogonal"}},
-                                             {"use_dora", {"false"}},
-                                             {"use_qalora", {"false"}},
-                                             {"use_bdlora", {"false"}},
-                                             {"lora_bias", {"false"}},
-                                             {"rank_pattern", {"null"}},
-                                             {"alpha_pattern", {"null"}},
-                                             {"layer_replication", {"null"}},
-                                             {"target_parameters", {"null"}},
-                                             {"trainable_token_indices", {"null"}},
-                                             {"alora_invocation_tokens", {"null"}},
-                                             {"arrow_config", {"null"}},
-                                             {"kasa_config", {"null"}},
-                                             {"velora_config", {"null"}},
-                                             {"monteclora_config", {"null"}}};
+    static const struct Allowed allowed[] = {
+        {"peft_type", {"LORA"}},
+        {"bias", {"none"}},
+        {"modules_to_save", {"score", "classifier", "lm_head", "wte"}},
+        {"init_lora_weights", {"true", "false", "gaussian", "eva", "orthogonal"}},
+        {"use_dora", {"false"}},
+        {"use_qalora", {"false"}},
+        {"use_bdlora", {"false"}},
+        {"lora_bias", {"false"}},
+        {"rank_pattern", {"null"}},
+        {"alpha_pattern", {"null"}},
+        {"layer_replication", {"null"}},
+        {"target_parameters", {"null"}},
+        {"trainable_token_indices", {"null"}},
+        {"alora_invocation_tokens", {"null"}},
+        {"arrow_config", {"null"}},
+        {"kasa_config", {"null"}},
+        {"velora_config", {"null"}},
+        {"monteclora_config", {"null"}},
+    };
     char *path = arena_printf(arena, "%s/adapter_config.json", folder);
     CHECK(file_exists(path),
           "%s: no adapter_config.json inside; an adapter is a folder with adapter_config.json and "
           "adapter_model.safetensors",
           folder);
+    /* 1. PEFT has many kinds of adapters, and of LoRA many variants: one is implemented. */
     struct Json *json = json_read_file(arena, path);
-    struct Json *alpha = json_get(json, "lora_alpha");
-    struct Json *dropout = json_get(json, "lora_dropout");
-    struct Json *rslora = json_get(json, "use_rslora");
-    struct Json *targets = json_get(json, "target_modules");
-    struct Json *base = json_get(json, "base_model_"
-                                       "name_or_path");
     config_refuse(json, path, allowed, COUNT(allowed));
+
+    /* 2. What this one is, and where it belongs. */
     struct Adapter adapter = {
         .r = config_size(json, path, "r", 8),
-        .lora_alpha = alpha && alpha->type == JSON_NUMBER ? alpha->number : 8,
-        .use_rslora = rslora && rslora->type == JSON_TRUE,
+        .lora_alpha = json_number_or(json, "lora_alpha", 8),
+        .lora_dropout = json_number_or(json, "lora_dropout", 0),
+        .use_rslora = json_type(json, "use_rslora") == JSON_TRUE,
+        .base_model_name_or_path = json_text_or(json, "base_model_name_or_path", NULL),
     };
     CHECK(adapter.r > 0, "%s: \"r\" must be 1 or more", path);
-    adapter.lora_dropout = dropout && dropout->type == JSON_NUMBER ? dropout->number : 0;
-    adapter.base_model_name_or_path = base && base->type == JSON_STRING ? base->string.data : NULL;
-    adapter.pattern = targets && targets->type == JSON_STRING;
-    const struct Json *without = json_get(json, "exclude_modules");
-    const struct Json *layers = json_get(json, "layers_to_transform");
-    adapter.partial = without && without->type != JSON_NULL;
-    adapter.partial = adapter.partial || (layers && layers->type != JSON_NULL);
-    adapter.target_modules = !targets || targets->type == JSON_NULL ? "c_attn"
-                             : adapter.pattern                      ? targets->string.data
-                                                                    : "";
-    for (struct Json *item = targets && !adapter.pattern ? targets->child : NULL; item;
-         item = item->next) {
-        CHECK(item->type == JSON_STRING && strlen(adapter.target_modules) < 4096,
-              "%s: \"target_modules\" must be a list of names, 4096 letters at most", path);
-        adapter.target_modules =
-            arena_printf(arena, "%s%s%s", adapter.target_modules,
-                         *adapter.target_modules ? " " : "", item->string.data);
-    }
+    adapter_config_targets(arena, json, path, &adapter);
     return adapter;
 }
 
@@ -11343,6 +11834,7 @@ static void adapter_check_embedding(const struct GPT2 *model, struct SafeTensors
     struct Arena arena = {0};
     if (!tensor_entry(st, name))
         return;
+    /* read like any tensor, so that it counts as taken, and then compared number by number */
     struct Tensor copy = tensor_like_wte(model, &arena, name);
     tensor_load(st, &copy);
     size_t i = first_unlike_wte(model, &copy);
@@ -11353,30 +11845,33 @@ static void adapter_check_embedding(const struct GPT2 *model, struct SafeTensors
     arena_free(&arena);
 }
 
-/* Whether an adapter takes a layer: one that names its layers must have them all; of one that
- * describes them, the file says which they are. */
+/* Does an adapter take this layer? One that names its layers must have them all. One that
+ * describes them, by a pattern or with exceptions, has tensors for those that it means. */
 static bool adapter_takes(struct Arena *arena, const struct Adapter *adapter,
                           const struct SafeTensors *st, const char *name) {
+    /* its config says the names, or else the file's tensors do */
     bool names = !adapter->pattern && !adapter->partial;
     if (names)
         return lora_is_target(name, adapter->target_modules);
     return tensor_entry(st, arena_printf(arena, "%s.lora_A.weight", bare_name(name))) != NULL;
 }
 
-/* The value head that TRL puts beside an adapter, in a model file of its own. If that file is a
- * whole model, the adapter folded in, say, the rest of it must not replace the base. */
+/* Reads the value head that TRL puts beside an adapter, in a model file of its own. That file may
+ * be a whole model, for example one that the adapter was merged into: the rest of it is not read,
+ * for the adapter would be added to it a second time. */
 static void adapter_read_head(struct GPT2 *model, const char *folder) {
     struct Beside beside = {0};
     char *path = arena_printf(&beside.arena, "%s/model.safetensors", folder);
     char *pickle = arena_printf(&beside.arena, "%s/pytorch_model.bin", folder);
     if (file_exists(path)) {
         struct SafeTensors st = safetensors_open(&beside.arena, path);
-        bool has_head = tensor_entry(&st, "v_head.summary.weight") != NULL;
-        struct Linear *head = has_head ? value_head_declare(model) : NULL;
-        if (has_head)
+        /* the head, weight and bias; then what else there is, for a note */
+        if (tensor_entry(&st, "v_head.summary.weight")) {
+            struct Linear *head = value_head_declare(model);
             tensor_load(&st, &head->weight);
-        if (has_head && !tensor_load(&st, &head->bias))
+            tensor_load(&st, &head->bias);
             tensor_check_loaded(&head->bias, path, NULL);
+        }
         beside_note(&beside, &st);
         fclose(st.file);
         if (beside.count)
@@ -11390,48 +11885,66 @@ static void adapter_read_head(struct GPT2 *model, const char *folder) {
     arena_free(&beside.arena);
 }
 
-/* adapter_load -- puts the adapter of a folder to the layers that target_modules takes, or, if that
- * is a regular expression or has exceptions, that the file has tensors for. A tensor that no layer
- * takes is an error.                           test: lora_round_trip, lora_partial, lora_broken */
-static void adapter_load(struct GPT2 *model, const char *folder) {
+/* Gives a layer its adapter: two matrices, both in the file. */
+static void adapter_load_layer(struct GPT2 *model, struct Linear *linear, struct SafeTensors *st) {
+    lora_declare(model, linear);
+    /* half an adapter would be B A with one of them 0: no adapter at all, and no message */
+    struct Tensor *pair[] = {&linear->lora_A, &linear->lora_B};
+    for (size_t k = 0; k < COUNT(pair); k++) {
+        tensor_load(st, pair[k]);
+        tensor_check_loaded(pair[k], st->path, NULL);
+    }
+}
+
+/* The adapters of all layers that are to have one. An adapter with exceptions says from
+ * here on which they are: saved again, it names them one by one. */
+static void adapter_load_layers(struct GPT2 *model, const char *folder, struct SafeTensors *st) {
     struct Arena arena = {0};
+    struct Adapter *adapter = &model->adapter;
     size_t numbers = 0;
     const char *taken = "";
-    CHECK(!model->adapter.r, "%s: the model has an adapter already", folder);
-    struct Adapter *adapter = &model->adapter;
-    *adapter = adapter_config_load(&model->arena, folder);
-    char *path = arena_printf(&arena, "%s/adapter_model.safetensors", folder);
-    CHECK(file_exists(path),
-          "%s: no adapter_model.safetensors inside (adapter_model.bin is not read)", folder);
-    struct SafeTensors st = safetensors_open(&arena, path);
     for (size_t i = 0; i < 4 * model->config.n_layer; i++) {
         struct Linear *linear = adaptable(model, i);
-        struct Tensor *pair[] = {&linear->lora_A, &linear->lora_B};
         const char *name = module_name(&arena, linear);
-        if (!adapter_takes(&arena, adapter, &st, name))
+        if (!adapter_takes(&arena, adapter, st, name))
             continue;
+        /* before memory is asked for: can the file hold so many? */
         numbers += adapter->r * (linear->weight.shape[0] + linear->weight.shape[1]);
-        CHECK(numbers <= st.data_size / 2 + (1 << 16),
+        CHECK(numbers <= st->data_size / 2 + (1 << 16),
               "%s: its %llu bytes are too few for "
               "adapters of \"r\" %zu; is the folder's adapter_config.json this file's?",
-              path, (unsigned long long)st.data_size, adapter->r);
-        lora_declare(model, linear);
-        if (adapter->partial)
-            taken = arena_printf(&arena, "%s %s", taken, bare_name(name));
-        for (int k = 0; k < 2; k++) {
-            tensor_load(&st, pair[k]);
-            tensor_check_loaded(pair[k], path, NULL);
-        }
+              st->path, (unsigned long long)st->data_size, adapter->r);
+        adapter_load_layer(model, linear, st);
+        taken = arena_printf(&arena, "%s %s", taken, bare_name(name));
     }
     CHECK(numbers > 0,
           "%s: its target_modules take no layer of this model; c_attn, c_proj and c_fc can be "
           "adapted",
           folder);
-    if (adapter->partial) { /* saved again, it names its layers one by one */
+    if (adapter->partial) {
         adapter->target_modules = arena_printf(&model->arena, "%s", taken);
         adapter->pattern = adapter->partial = false;
     }
+    arena_free(&arena);
+}
+
+/* adapter_load -- puts the adapter of a folder to the layers that target_modules takes, or, if that
+ * is a regular expression or has exceptions, that the file has tensors for. A tensor that no layer
+ * takes is an error.                           test: lora_round_trip, lora_partial, lora_broken */
+static void adapter_load(struct GPT2 *model, const char *folder) {
+    struct Arena arena = {0};
+    CHECK(!model->adapter.r, "%s: the model has an adapter already", folder);
+    model->adapter = adapter_config_load(&model->arena, folder);
+    char *path = arena_printf(&arena, "%s/adapter_model.safetensors", folder);
+    CHECK(file_exists(path),
+          "%s: no adapter_model.safetensors inside (adapter_model.bin is not read)", folder);
+
+    /* 1. The layers' adapters, and a reward model's head. */
+    struct SafeTensors st = safetensors_open(&arena, path);
+    adapter_load_layers(model, folder, &st);
     reward_head_load(model, &st, model->folder);
+
+    /* 2. Nothing may be left over: an adapter that is put in by halves is another model. */
     adapter_check_embedding(model, &st, "lm_head.weight");
     adapter_check_embedding(model, &st, "wte.weight");
     for (struct Json *item = st.header->child; item; item = item->next)
@@ -11439,21 +11952,27 @@ static void adapter_load(struct GPT2 *model, const char *folder) {
               "%s: no layer of this model takes tensor %s; is it another model's?", path,
               item->key.data);
     fclose(st.file);
+
+    /* 3. A value head, from a file of its own. */
     adapter_read_head(model, folder);
     model->folder = arena_printf(&model->arena, "%s", folder);
     arena_free(&arena);
 }
 
-/* adapter_config.json, the fields that say something; PEFT fills in the others with the same
- * defaults. */
+/* adapter_config.json: the fields that say something. PEFT fills in the others. */
 static void adapter_config_save(const struct GPT2 *model, const char *folder) {
     const struct Adapter *a = &model->adapter;
     struct Output out = output_open(folder, "adapter_config.json");
+    /* 1. Which model it belongs to: PEFT loads that first. */
     fputs("{\n  \"base_model_name_or_path\": ", out.file);
     if (a->base_model_name_or_path)
         json_write_string(out.file, "", text_of(a->base_model_name_or_path));
     else
         fputs("null", out.file);
+
+    /* 2. What it is. GPT-2's layers are stored as transformers' Conv1D, transposed:
+     *    fan_in_fan_out tells PEFT. A reward model's head is saved whole, as PEFT does under
+     *    modules_to_save. */
     fprintf(out.file,
             ",\n  \"bias\": \"none\",\n  \"fan_in_fan_out\": true,\n  \"inference_mode\": true,\n  "
             "\"init_lora_weights\": true,\n  \"lora_alpha\": %.9g,\n  \"lora_dropout\": %.9g,\n",
@@ -11462,6 +11981,8 @@ static void adapter_config_save(const struct GPT2 *model, const char *folder) {
             "  \"modules_to_save\": %s,\n  \"peft_type\": \"LORA\",\n  \"r\": %zu,\n  "
             "\"target_modules\": %s",
             model->score.n ? "[\"classifier\", \"score\"]" : "null", a->r, a->pattern ? "" : "[");
+
+    /* 3. Where it belongs: a pattern as a string, names as a list. */
     const char *target = a->target_modules;
     if (a->pattern)
         json_write_string(out.file, "", text_of(target));
@@ -11476,19 +11997,22 @@ static void adapter_config_save(const struct GPT2 *model, const char *folder) {
 }
 
 /* model_save -- the folder that transformers loads, or for an adapter PeftModel.from_pretrained,
- * a value head beside it; weights last: if they are new, all is.  [glossary: Hugging Face] */
+ * a value head beside it.                  [glossary: Hugging Face]  test: model_save */
 static void model_save(struct GPT2 *model, const char *folder, const struct Tokenizer *tok) {
     struct Arena arena = {0};
     struct Tensor **tensors = arena_alloc(&arena, model->tensor_count, sizeof *tensors);
     struct Tensor *head[] = {&model->v_head.weight, &model->v_head.bias};
     size_t count = 0;
+    /* 1. No NaN is saved over a good model. Of an adapter's tensors those are picked that are not
+     *    the base's: LoRA's, and PEFT's modules_to_save. */
     for (size_t i = 0; i < model->tensor_count; i++) {
         struct Tensor *t = model->tensors[i];
         check_numbers(model, NULL, NULL, "a weight that was to be saved", t->w, t->n);
-        /* the adapter, and PEFT's modules_to_save */
         if (strstr(t->name, ".lora_") || t == &model->score)
             tensors[count++] = t;
     }
+
+    /* 2. What describes it. */
     make_folder(folder);
     if (model->adapter.r)
         adapter_config_save(model, folder);
@@ -11498,6 +12022,8 @@ static void model_save(struct GPT2 *model, const char *folder, const struct Toke
         tokenizer_save(tok, folder, model->config.vocab_size);
         tokenizer_config_save(tok, folder, &model->config);
     }
+
+    /* 3. The weights last: where they are new, all the rest is. */
     if (model->adapter.r) {
         if (model->v_head.weight.n)
             safetensors_write(folder, "model.safetensors", head, 2, "");
@@ -11509,11 +12035,15 @@ static void model_save(struct GPT2 *model, const char *folder, const struct Toke
     arena_free(&arena);
 }
 
-/* A folder's model is replaced as a whole or not at all. */
+/* Saves a model where another one may be: that is replaced as a whole or not at all. */
 static void model_replace(struct GPT2 *model, const char *folder, const struct Tokenizer *tok) {
     struct Arena arena = {0};
+    /* 1. All files into a folder inside, on the same disk: there they can be renamed. Should the
+     *    program die meanwhile, die_with removes it, and the old model is untouched. */
     staged_folder = arena_printf(&arena, "%s/tmp-model", folder);
     model_save(model, staged_folder, tok);
+
+    /* 2. All are complete: each takes its place. */
     folder_remove(staged_folder, folder);
     staged_folder = NULL;
     folder_sync(folder);
@@ -11525,9 +12055,10 @@ static void check_reward_model(const struct GPT2 *model, const char *folder) {
           folder);
 }
 
-/* A reward or value head has no place in what is to be made of the model: it is neither trained nor
- * saved.                                                                    test: heads_left_out */
+/* Takes a tensor out of a model: it is neither trained nor saved any more. A reward or value head
+ * is taken out where it has no place in what is to be made of the model.    test: heads_left_out */
 static void tensor_remove(struct GPT2 *model, struct Tensor *tensor) {
+    /* the others move up, in their order */
     size_t kept = 0;
     for (size_t i = 0; i < model->tensor_count; i++) {
         if (model->tensors[i] != tensor)
@@ -11540,6 +12071,7 @@ static void tensor_remove(struct GPT2 *model, struct Tensor *tensor) {
 static void leave_out_reward_head(struct GPT2 *model) {
     if (!model->score.n)
         return;
+    /* said, for whoever named this folder may have meant another one */
     warn("%s: is a reward model; its head, score.weight, is left out, the language model below it "
          "is used",
          model->folder);
@@ -13682,9 +14214,9 @@ static void note_replaced(struct Options *o, const char *dir) {
         const char *flag = inputs[i].flag;
         const char *folder = inputs[i].folder;
         const char *base = folder ? base_folder(o, folder) : NULL;
-        if (folder && same_folder(dir, folder)) {
+        if (folder && same_file(dir, folder)) {
             warn("--output_dir %s is --%s: the model there will be replaced", dir, flag);
-        } else if (base && same_folder(dir, base)) {
+        } else if (base && same_file(dir, base)) {
             warn("--output_dir %s is the base of the adapter --%s %s: the adapter will then stand "
                  "on other weights",
                  dir, flag, folder);
@@ -14469,9 +15001,15 @@ static void command_eval(struct Options *o) {
         if (o->ref_model)
             load_reference(o);
         struct RolloutSource source = open_rollouts(o);
-        struct PolicyResult result =
-            policy_measure(o->model, o->reference, &source.scorer, &o->arena, source.prompts,
-                           source.n, &source.generation, o->train.seed);
+        struct Examination exam = {
+            .ref_model = o->reference,
+            .scorer = &source.scorer,
+            .prompts = source.prompts,
+            .n = source.n,
+            .generation = source.generation,
+            .seed = o->train.seed,
+        };
+        struct PolicyResult result = policy_measure(o->model, &exam, &o->arena);
         log_value(&entry, "reward", result.mean_reward);
         log_value(&entry, "reward_std", sqrt(unbiased_variance(result.reward, source.n)));
         log_value(&entry, "distinct_2", result.distinct_2);
@@ -14513,7 +15051,7 @@ static void command_merge(struct Options *o) {
     need(o, "output_dir");
     const char *base = base_folder(o, o->model_name_or_path);
     const char *dir = o->train.output_dir;
-    CHECK(!base || !same_folder(base, dir),
+    CHECK(!base || !same_file(base, dir),
           "--output_dir %s: is the adapter's base; merged over "
           "it, the adapter would count twice from then on; choose another folder",
           dir);
