@@ -10103,12 +10103,11 @@ static void rollouts_write(FILE *file, const struct Rollout *rollouts, size_t n)
 }
 
 /* =============================================================================================
- * Chapter 26 - Results: what the course prints and writes; the report; bench
+ * Chapter 26 - Results: what the course prints and writes; the report
  *
  * What enters: what was measured, and a run's logs. What leaves: tables, summary.json,
  * samples.jsonl, report.json, and report.html, one file that opens from disk, on a phone, on
- * paper, by a screen reader, and holds no program. Last, what this machine could do and what it
- * does (bench).
+ * paper, by a screen reader, and holds no program.
  * ============================================================================================= */
 
 /* What Hugging Face's sentiment pipeline returns for a text. [glossary: Lista de saídas do pipe]
@@ -10764,108 +10763,6 @@ static void course_print(struct Course *course) {
            r[0].mean_reward, r[1].mean_reward, r[2].mean_reward);
 }
 
-struct Bench {
-    struct GPT2 *model, *ref_model;
-    struct Arena arena;
-    struct Rng rng;
-    struct Trainer trainer;
-    struct PPOTrainer *ppo;
-    size_t steps;
-};
-
-/* Multiply-adds of the register tile alone, on all threads, panels in the first cache:
- * operations a second, two each. */
-static double bench_peak(void) {
-    enum { K = 128, REPEATS = 20000 };
-    double begin = seconds_now();
-#pragma omp parallel
-    {
-        float *panels = thread_scratch(SCRATCH_A, (8 + 32) * K + TILE_MAX);
-        float *c = panels + (8 + 32) * K;
-        memset(panels, 0, (8 + 32) * K * sizeof *panels);
-        for (int i = 0; i < REPEATS; i++)
-            kernel->tile(K, panels + 32 * K, panels, NULL, 0, c, kernel->NR);
-    }
-    return 2.0 * (double)(kernel->MR * kernel->NR) * K * REPEATS * omp_get_max_threads()
-           / (seconds_now() - begin);
-}
-
-static struct Example *bench_texts(struct Bench *bench, size_t n, size_t length,
-                                   size_t prompt_length) {
-    struct Example *texts = arena_alloc(&bench->arena, n, sizeof *texts);
-    for (size_t i = 0; i < n; i++) {
-        texts[i] = (struct Example){arena_alloc(&bench->arena, length, sizeof(int)), length,
-                                    prompt_length};
-        for (size_t t = 0; t < length; t++)
-            texts[i].ids[t] = (int)rng_below(&bench->rng, bench->model->config.vocab_size - 1);
-    }
-    return texts;
-}
-
-/* One step on n items of the trainer's task: forward, loss, backward, AdamW. */
-static void bench_step(struct Bench *bench, size_t n) {
-    bench->trainer.args.per_device_train_batch_size = n;
-    trainer_accumulate(&bench->trainer, arena_order(&bench->arena, n), n);
-    optimizer_step(bench->model, &bench->trainer.args, 1e-6, ++bench->steps);
-}
-
-static void bench_train(struct Bench *bench, size_t n, size_t length) {
-    struct LanguageTask task = {.examples = bench_texts(bench, n, length, 0)};
-    bench->trainer.task =
-        (struct Task){.data = &task, .loss = language_loss, .targets = language_targets};
-    bench_step(bench, n);
-}
-
-static void bench_dpo(struct Bench *bench, size_t n, size_t length) {
-    struct Example *pairs = bench_texts(bench, 2 * n, length, 16);
-    for (size_t i = 0; i < 2 * n; i += 2)
-        memcpy(pairs[i + 1].ids, pairs[i].ids, 16 * sizeof(int));
-    dpo_task(&bench->trainer, &bench->arena, bench->ref_model,
-             (struct DPOConfig){.beta = 0.1, .weight = {1}}, 1, pairs, n);
-    bench_step(bench, n);
-}
-
-static struct Example *bench_answers(struct Bench *bench, struct Example *prompts, size_t n,
-                                     size_t new_tokens, bool do_sample) {
-    struct GenerationConfig generation = generation_config();
-    generation.max_new_tokens = generation.min_new_tokens = new_tokens;
-    generation.do_sample = do_sample;
-    generation.top_k = 0;
-    struct Rng rng = rng_seed(rng_next(&bench->rng), STREAM_SAMPLE);
-    return sample_answers(bench->model, &bench->arena, prompts, n, 1, &generation, &rng);
-}
-
-static void bench_generate(struct Bench *bench, size_t n, size_t length) {
-    bench_answers(bench, bench_texts(bench, n, 32, 0), n, length - 32, false);
-}
-
-/* A PPO step: queries of 2 to 7 tokens, 10 new tokens each, scores, 4 epochs of one mini-batch. */
-static void bench_ppo(struct Bench *bench, size_t n, size_t length) {
-    struct Rollout *rollouts = arena_alloc(&bench->arena, n, sizeof *rollouts);
-    struct Example *queries = bench_texts(bench, n, 7, 0);
-    for (size_t i = 0; i < n; i++)
-        queries[i].n = 2 + i % 6;
-    struct Example *answers = bench_answers(bench, queries, n, length - 7, true);
-    for (size_t i = 0; i < n; i++)
-        rollouts[i] = (struct Rollout){answers[i], length - 7, (float)rng_normal(&bench->rng)};
-    ppo_step(bench->ppo, rollouts);
-}
-
-/* n texts, pairs or queries (--batch_size), at most `length` tokens long; `tokens` of each are
- * trained on or generated. */
-static const struct BenchWork {
-    const char *name, *key;
-    void (*run)(struct Bench *, size_t, size_t);
-    size_t n, length, tokens;
-} BENCH_WORK[] = {{"train 4 x 64", "train", bench_train, 4, 64, 64},
-                  {"train 16 x 64", "train_16x64", bench_train, 16, 64, 64},
-                  {"train 4 x 256", "train_4x256", bench_train, 4, 256, 256},
-                  {"train 1 x 1024", "train_1x1024", bench_train, 1, 1024, 1024},
-                  {"generate 48 after 32", "generate", bench_generate, 1, 80, 48},
-                  {"generate 16 x 48 after 32", "generate_batch", bench_generate, 16, 80, 48},
-                  {"dpo step, 4 pairs of 64", "dpo_step", bench_dpo, 4, 64, 128},
-                  {"ppo step, 4 epochs", "ppo_step", bench_ppo, 0, 17, 10}};
-
 /* =============================================================================================
  * Chapter 27 - Command line, main
  *
@@ -10916,9 +10813,7 @@ enum Group {
     G_OUT = 16384,
     G_SEED = 32768,
     G_RUN = 65536,
-    G_BATCH = 131072,
     G_JSON = 262144,
-    G_BENCH = 524288,
     G_PEFT = 1 << 20,
     G_LORA = 1 << 21,
     G_ROLL = 1 << 22,
@@ -11041,15 +10936,15 @@ static const struct Flag FLAGS[] = {
     {"resume_from_checkpoint", KIND_STRING, AT(train.resume_from_checkpoint), G_TRAIN,
      "go on from a folder checkpoint-N; true: from the newest in --output_dir"},
     {"num_train_epochs", KIND_EPOCHS, AT(train.num_train_epochs), G_RUN, "passes over the data"},
-    {"per_device_train_batch_size", KIND_BATCH, AT(train.per_device_train_batch_size),
-     G_RUN | G_BATCH, "rows (dpo, reward: pairs or rated texts) of a micro-batch"},
+    {"per_device_train_batch_size", KIND_BATCH, AT(train.per_device_train_batch_size), G_RUN,
+     "rows (dpo, reward: pairs or rated texts) of a micro-batch"},
     {"per_device_eval_batch_size", KIND_BATCH, AT(train.per_device_eval_batch_size), G_RUN | G_EVAL,
      "rows of a batch in evaluation; no figure depends on it"},
     {"gradient_accumulation_steps", KIND_COUNT, AT(train.gradient_accumulation_steps), G_TRAIN,
      "micro-batches of an optimizer step"},
     {"eval_steps", KIND_SIZE, AT(train.eval_steps), G_RUN,
      "steps between evaluations; default: at the end"},
-    {"max_length", KIND_COUNT, AT(train.max_length), G_RUN | G_BATCH | G_LENGTH,
+    {"max_length", KIND_COUNT, AT(train.max_length), G_RUN | G_LENGTH,
      "longest sequence in tokens"},
     {"train_sampling_strategy", KIND_NAME, AT(train.train_sampling_strategy), G_RUN,
      "random, sequential"},
@@ -11080,7 +10975,7 @@ static const struct Flag FLAGS[] = {
      "share of pairs thought to be labelled the wrong way round"},
     HEADING("PPO"){"rollouts", KIND_STRING, AT(rollouts), G_PPO,
                    "replay stored rollouts (query_ids, response_ids, score)"},
-    {"batch_size", KIND_COUNT, AT(ppo.batch_size), G_PPO | G_RLOO | G_BENCH, "rollouts of a step"},
+    {"batch_size", KIND_COUNT, AT(ppo.batch_size), G_PPO | G_RLOO, "rollouts of a step"},
     {"mini_batch_size", KIND_COUNT, AT(ppo.mini_batch_size), G_PPO,
      "rollouts of one forward and backward pass"},
     {"ppo_epochs", KIND_COUNT, AT(ppo.ppo_epochs), G_PPO, "passes over a batch of rollouts"},
@@ -12529,100 +12424,6 @@ static void command_exact(struct Options *o) {
     exact_print(w, o->json);
 }
 
-/* align bench -- each work, or only a training step of the user's size, once a round, at least
- * five rounds and some seconds; the first warms up. Of training: the share of the multiply-adds
- * that 2 passes forward and 4 backward through all weights but wpe take. */
-static void command_bench(struct Options *o) {
-    CHECK(kernel, "bench measures a kernel; ALIGN_KERNEL=plain has none");
-    CHECK(o->ppo.batch_size > 0 && o->ppo.batch_size <= 4096, "--batch_size %zu: 1 to 4096 queries",
-          o->ppo.batch_size);
-    if (o->config.n_embd % o->config.n_head)
-        o->config.n_head = MAX((size_t)1, o->config.n_embd / 64);
-    o->config.eos_token_id = o->config.pad_token_id = (int)o->config.vocab_size - 1;
-    config_check(&o->config, "--n_layer, --n_head, --n_embd, --n_positions, --vocab_size");
-    size_t batch = o->train.per_device_train_batch_size;
-    size_t length = o->train.max_length;
-    CHECK(length <= o->config.n_positions && length != 1 && o->config.n_positions >= 80,
-          "--max_length %zu: 2 to --n_positions, %zu, which is 80 or more", length,
-          o->config.n_positions);
-    struct BenchWork work[COUNT(BENCH_WORK)];
-    size_t count = batch || length ? 1 : COUNT(work);
-    memcpy(work, BENCH_WORK, sizeof work);
-    work[count - 1].n = o->ppo.batch_size;
-    if (count == 1)
-        work[0] = (struct BenchWork){"train",
-                                     "train",
-                                     bench_train,
-                                     batch ? batch : 4,
-                                     length ? length : 64,
-                                     length ? length : 64};
-    struct Bench bench = {
-        .model = o->model = gpt2_new(o->config),
-        .rng = rng_seed(42, STREAM_SAMPLE),
-        .trainer.args = training_arguments(),
-    };
-    bench.trainer.model = bench.model;
-    gpt2_init(bench.model, 42);
-    gpt2_make_trainable(bench.model);
-    size_t weights = gpt2_parameters(bench.model);
-    if (count > 1) {
-        o->ppo.mini_batch_size = o->ppo.batch_size;
-        o->ppo.ratio_threshold = INFINITY;
-        bench.ref_model = o->reference = gpt2_copy(bench.model);
-        bench.ppo = ppo_trainer_new(bench.model, bench.ref_model, o->ppo, bench.trainer.args, 1);
-        bench.ppo->args.learning_rate = 1e-6;
-        bench.ppo->total_steps = 1000;
-    }
-    double best[COUNT(work)];
-    double peak = 0;
-    double begin = seconds_now();
-    for (size_t k = 0; k < count; k++)
-        best[k] = INFINITY;
-    for (int round = 0; round < 5 || (seconds_now() - begin < 15 && round < 100); round++) {
-        if (round < 5)
-            say("bench: round %d\n", round + 1);
-        for (size_t k = 0; k < count; k++) {
-            if (work[k].length > o->config.n_positions)
-                continue;
-            peak = MAX(peak, bench_peak());
-            arena_reset(&bench.arena);
-            double start = seconds_now();
-            work[k].run(&bench, work[k].n, work[k].length);
-            if (round > 0)
-                best[k] = MIN(best[k], seconds_now() - start);
-        }
-    }
-    printf(o->json ? "{\"threads\": %d, \"kernel\": \"%s\", \"parameters\": %zu, \"peak_gflops\": "
-                     "%.9g, \"peak_rss_bytes\": %zu"
-                   : "%d threads, kernel %s; %zu weights; %.0f GFLOP/s multiplied and added; peak "
-                     "memory %zu bytes\n\n",
-           omp_get_max_threads(), kernel->name, weights, peak / 1e9, peak_rss_bytes());
-    if (!o->json)
-        printf("%-28s%10s%12s%18s", "", "seconds", "tokens/s", "share of limit");
-    for (size_t k = 0; k < count; k++) {
-        double speed = (double)(work[k].n * work[k].tokens) / best[k];
-        double share = 6 * speed * (double)(weights - bench.model->wpe.n) / peak;
-        bool train = work[k].run == bench_train;
-        const char *key = work[k].key;
-        if (!isfinite(best[k]))
-            continue;
-        if (o->json)
-            printf(", \"%s_seconds\": %.9g, \"%s_tokens_per_second\": %.9g", key, best[k], key,
-                   speed);
-        else
-            printf("\n%-28s%10.4f%12.1f", work[k].name, best[k], speed);
-        if (train && o->json)
-            printf(", \"%s_share_of_limit\": %.4g", key, share);
-        else if (train)
-            printf("%16.0f %%", 100 * share);
-    }
-    puts(o->json ? "}" : "");
-    if (bench.ppo)
-        ppo_trainer_free(bench.ppo);
-    trainer_free(&bench.trainer);
-    arena_free(&bench.arena);
-}
-
 static const struct Command {
     const char *name, *what;
     void (*run)(struct Options *);
@@ -12717,11 +12518,6 @@ static const struct Command {
      command_glossary,
      G_WORDS,
      {0}},
-    {"bench",
-     "speed of training, generation, DPO and PPO here",
-     command_bench,
-     G_NEW | G_BATCH | G_JSON | G_BENCH,
-     {"batch_size", "16"}},
 };
 
 static void print_commands(FILE *file) {
@@ -12734,6 +12530,9 @@ static void print_commands(FILE *file) {
 
 static const struct Command *find_command(const char *name) {
     const struct Command *nearest = COMMANDS;
+    if (strcmp(name, "bench") == 0)
+        die_usage("there is no command \"bench\"; `make bench` measures the speed "
+                  "(docs/tools/bench.c)");
     for (size_t i = 0; i < COUNT(COMMANDS); i++)
         if (edit_distance(name, COMMANDS[i].name) < edit_distance(name, nearest->name))
             nearest = &COMMANDS[i];
@@ -13020,8 +12819,6 @@ static void note_idle_tools(const struct Options *o, const struct Command *comma
     const struct GenerationConfig *g = &o->generation;
     bool generates = (command->groups & G_SAMPLE) != 0;
     bool measures = (command->groups & G_EVAL) != 0;
-    bool one_work = (command->groups & G_BENCH)
-                    && (o->train.per_device_train_batch_size || o->train.max_length);
     const struct {
         bool idle;
         const char *flags, *why;
@@ -13038,7 +12835,6 @@ static void note_idle_tools(const struct Options *o, const struct Command *comma
          "ref_model, seed, max_samples, max_new_tokens, temperature, top_k, top_p, "
          "input_min_text_length, input_max_text_length",
          "answers are written only for a --reward_model_path"},
-        {one_work, "batch_size", "a training step alone is timed"},
     };
     for (size_t i = 0; i < COUNT(rules); i++)
         if (rules[i].idle)
@@ -13119,9 +12915,6 @@ static struct Options default_options(const char *name) {
     o.generation.top_k = 0;
     for (const char *const *word = command->defaults; *word; word += 2)
         parse_flag(&o, find_flag(word[0], command), word[1]);
-    /* given: that step alone */
-    if (command->groups & G_BENCH)
-        o.train.per_device_train_batch_size = o.train.max_length = 0;
     return o;
 }
 
