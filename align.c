@@ -9375,17 +9375,22 @@ static void leave_out_value_head(struct GPT2 *model) {
  * if it had never stopped, bit for bit).
  * ============================================================================================= */
 
-/* Makes a file's or a model's text fit for a terminal: so many bytes at most, whole characters,
- * '?' for control bytes.  test: progress_cut */
+/* cut_text -- makes the text of a file or a model fit for a terminal, in place: at most `bytes`
+ * bytes, whole characters, and '?' in place of control bytes, which could move the cursor or
+ * change the colours.                                                       test: progress_cut */
 static char *cut_text(char *text, size_t bytes) {
     size_t n = strlen(text);
     size_t i = 0;
     size_t length;
     for (uint32_t c; i < n; i += length) {
         length = utf8_read((unsigned char *)text + i, n - i, &c);
+        /* 0 to 31, 127, and 128 to 159, which terminals obey as well; no UTF-8 has length 0 */
         bool plain = length > 0 && c >= 32 && (c < 127 || c >= 160);
-        if (!plain)
-            memset(text + i, '?', length = MAX(length, (size_t)1));
+        if (!plain) {
+            length = MAX(length, (size_t)1);
+            memset(text + i, '?', length);
+        }
+        /* half a character would show as a question mark of the terminal's own */
         if (i + length > bytes)
             break;
     }
@@ -9393,11 +9398,11 @@ static char *cut_text(char *text, size_t bytes) {
     return text;
 }
 
-/* The line of progress on a terminal, where it is `open`: what else is said takes its place, and
- * it comes again below. */
+/* The line of progress on a terminal. While it is `open`, the cursor stands at its end: whatever
+ * else is said must first clear it, and the line is drawn again below. */
 static struct Progress {
     const char *name;
-    double begin, drawn;
+    double begin, drawn; /* seconds: the stage's first line, the last one */
     size_t step, total, first_step, first_tokens;
     bool open;
 } progress_line;
@@ -9405,22 +9410,25 @@ static struct Progress {
 static void progress_clear(void) {
     if (!progress_line.open)
         return;
-    /* one that is complete stays */
-    fputs(progress_line.total && progress_line.step == progress_line.total ? "\n" : "\r\033[K",
-          stderr);
+    /* A stage that is complete keeps its line, to be read later. */
+    bool complete = progress_line.total && progress_line.step == progress_line.total;
+    fputs(complete ? "\n" : "\r\033[K", stderr);
     progress_line.open = false;
 }
 
-/* One line on stderr; of a long one the middle is left out. */
+/* One line on stderr. A file can make a message long, a path or a key of a megabyte: then its
+ * middle is left out. */
 static void PRINTF_LIKE(2, 0)
     complain(const char *start, const char *format, va_list arguments, const char *end) {
+    enum { SHOWN = 600 }; /* bytes kept at either end */
     char line[2 * PATH_MAX];
     vsnprintf(line, sizeof line, format, arguments);
     size_t n = strlen(cut_text(line, sizeof line));
-    size_t head = MIN(n, (size_t)600);
+    size_t head = MIN(n, (size_t)SHOWN);
     size_t tail = MAX(head, n - head);
+    /* Neither cut may fall into a character: bytes 10xxxxxx continue one. */
     while (tail > head && (line[head] & 0xc0) == 0x80)
-        head--; /* whole characters */
+        head--;
     while (tail > head && (line[tail] & 0xc0) == 0x80)
         tail++;
     progress_clear();
@@ -9451,7 +9459,8 @@ static double seconds_now(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-/* Where the running program lies, links followed. */
+/* Where the running program lies, links followed. Files that ship with it are looked for there.
+ * Every system has its own way to ask. */
 static bool program_path(char path[PATH_MAX]) {
 #if defined(_WIN32)
     size_t n = GetModuleFileNameA(NULL, path, PATH_MAX);
@@ -9474,13 +9483,16 @@ static bool program_path(char path[PATH_MAX]) {
 #endif
 }
 
-/* A word as a POSIX shell reads it back: plain, or in single quotes, where a quote itself is '\''.
+/* shell_word -- a word as a POSIX shell reads it back, so that a command line which is printed can
+ * be pasted: plain, or in single quotes. A quote inside cannot be escaped there: the quotes are
+ * closed, \' is written, and they are opened again.
  * By hand: Ana's run -> 'Ana'\''s run'.                                       test: shell_word */
 static const char *shell_word(struct Arena *arena, const char *word) {
     static const char plain[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_@%+"
                                 "=:,./-";
     if (*word && !word[strspn(word, plain)])
         return word;
+    /* the worst case: quotes only, four bytes each */
     char *quoted = arena_alloc(arena, 4 * strlen(word) + 3, 1);
     char *to = quoted;
     *to++ = '\'';
@@ -9493,14 +9505,14 @@ static const char *shell_word(struct Arena *arena, const char *word) {
     return quoted;
 }
 
-/* Progress. On a terminal one line a stage, renewed in place; elsewhere plain lines. It is only
- * looked at: the run is the same bit for bit. */
+/* Is stderr a terminal that can renew a line in place? Elsewhere, in a file or a pipe, progress is
+ * plain lines. Either way nobody but a person depends on it: the run is the same bit for bit. */
 static bool progress_live(void) {
     return !quiet && isatty(STDERR_FILENO) && getenv("TERM") && strcmp(getenv("TERM"), "dumb") != 0;
 }
 
-/* One less than the terminal has, for in its last column a line may wrap. A character takes no
- * more columns than bytes. */
+/* Columns to use: one less than the terminal has, since some wrap a line that fills the last one.
+ * Bytes are counted for columns: a character takes no more columns than it has bytes. */
 static size_t terminal_columns(void) {
 #ifdef TIOCGWINSZ
     struct winsize size;
@@ -9510,18 +9522,20 @@ static size_t terminal_columns(void) {
     return 79;
 }
 
-/* Where a stage is. A terminal's line is renewed ten times a second at most, and if `due`;
- * elsewhere a line is said if `due`. */
+/* Says where a stage is. `due`: it is time for a log entry. Then a plain line is said; a
+ * terminal's line is renewed then, at the stage's last step, and else ten times a second at most:
+ * drawing must cost nothing beside a step. */
 static void progress_say(const char *name, size_t step, size_t total, size_t tokens, bool due,
                          const char *metrics) {
     struct Progress *p = &progress_line;
-    char line[800];
     bool live = progress_live();
     double now = seconds_now();
     if (!live && due)
         say("%s: step %zu/%zu  %s\n", name, step, total, metrics);
     if (!live || (!due && step < total && now - p->drawn < 0.1))
         return;
+
+    /* 1. A new stage begins a line, and its clock. A resumed one does not start at step 0. */
     if (p->name != name || step < p->step) {
         progress_clear();
         *p = (struct Progress){
@@ -9531,13 +9545,22 @@ static void progress_say(const char *name, size_t step, size_t total, size_t tok
             .first_tokens = tokens,
         };
     }
-    *p = (struct Progress){name, p->begin, now, step, total, p->first_step, p->first_tokens, true};
+    p->drawn = now;
+    p->step = step;
+    p->total = total;
+    p->open = true;
+
+    /* 2. What is left, if the steps to come take as long as those of this run did. */
     double gone = now - p->begin;
-    size_t left =
-        (size_t)(gone * (double)(total - step) / (double)MAX(step - p->first_step, (size_t)1));
+    double steps_done = (double)MAX(step - p->first_step, (size_t)1);
+    size_t left = (size_t)(gone * (double)(total - step) / steps_done);
+    double speed = gone > 0 ? (double)(tokens - p->first_tokens) / gone : 0;
+
+    /* 3. Over the old line, and whatever stands behind its new end is erased (ESC [ K). */
+    char line[800];
+    int tenths = total ? (int)(10 * step / total) : 0;
     snprintf(line, sizeof line, "%s [%-10.*s] %zu/%zu  %zu:%02zu left  %s  %.0f tokens/s", name,
-             total ? (int)(10 * step / total) : 0, "==========", step, total, left / 60, left % 60,
-             metrics, gone > 0 ? (double)(tokens - p->first_tokens) / gone : 0);
+             tenths, "==========", step, total, left / 60, left % 60, metrics, speed);
     fprintf(stderr, "\r%s\033[K", cut_text(line, terminal_columns()));
 }
 
@@ -9546,6 +9569,8 @@ static bool progress_sampling(size_t step, size_t total) {
     return progress_live() && (step == 1 || step % MAX((size_t)1, total / 8) == 0);
 }
 
+/* If nothing was found before (`place` is empty) and x holds a number that is not finite: writes
+ * to `place` what it is. x may be NULL: not computed. */
 static void note_bad(char place[160], const char *what, const char *name, const float *x,
                      size_t n) {
     size_t i = *place || !x ? n : first_not_finite(x, n);
@@ -9554,39 +9579,59 @@ static void note_bad(char place[160], const char *what, const char *name, const 
                  isnan(x[i]) ? "NaN" : "infinite");
 }
 
-/* check_finite -- a step's loss, its gradient's norm, a logit: when one is NaN or infinite, the
- * run ends and names where it began, in the order in which numbers are made: weights (the step
- * before took them there), activations forward, of a gradient's norm then the gradients
- * backward.  test: bad_numbers */
+/* The same for what block l computed forward, in the order in which it did. */
+static void note_bad_block(char place[160], const struct GPT2 *model, size_t l) {
+    const struct Activations *acts = &model->trace.acts;
+    const struct BlockActivations *a = &acts->h[l];
+    size_t width = acts->N * model->config.n_embd;
+    bool last = l + 1 == model->config.n_layer;
+    const struct {
+        const char *name;
+        const float *x;
+        size_t n;
+    } outputs[] = {
+        {"ln_1", a->ln_1, width},
+        {"attn.c_attn", a->qkv, 3 * width},
+        {"attn", a->att, width},
+        {"attn.c_proj", a->mid, width},
+        {"ln_2", a->ln_2, width},
+        {"mlp.c_fc", a->fc, 4 * width},
+        {"mlp.act", a->gelu, 4 * width},
+        /* what a block gives is what the next one gets */
+        {"mlp.c_proj", last ? acts->x : a[1].x, width},
+    };
+    for (size_t k = 0; k < COUNT(outputs); k++) {
+        char name[64];
+        snprintf(name, sizeof name, "h.%zu.%s", l, outputs[k].name);
+        note_bad(place, "the output of", name, outputs[k].x, outputs[k].n);
+    }
+}
+
+/* check_finite -- ends the run when a step's loss, its gradient's norm or a logit is NaN or
+ * infinite, and names where that began. One NaN spreads to everything computed from it; so the
+ * numbers are looked through in the order in which they are made, and the first that is found is
+ * the culprit.                                                               test: bad_numbers */
 static void check_finite(const struct GPT2 *model, const char *what, double value) {
     if (isfinite(value))
         return;
     const struct Activations *acts = &model->trace.acts;
+    struct Tensor *const *tensors = model->tensors;
     char place[160] = "";
     char step[64] = "";
-    char name[64];
-    size_t width = acts->N * model->config.n_embd;
-    size_t L = model->config.n_layer;
+
+    /* 1. the weights: the step before took them there */
     for (size_t i = 0; i < model->tensor_count; i++)
-        note_bad(place, "weight", model->tensors[i]->name, model->tensors[i]->w,
-                 model->tensors[i]->n);
-    for (size_t k = 0; acts->N && k < 8 * L; k++) {
-        static const char *const names[] = {"ln_1", "attn.c_attn", "attn",    "attn.c_proj",
-                                            "ln_2", "mlp.c_fc",    "mlp.act", "mlp.c_proj"};
-        const struct BlockActivations *a = &acts->h[k / 8];
-        const float *outputs[] = {a->ln_1, a->qkv, a->att,  a->mid,
-                                  a->ln_2, a->fc,  a->gelu, k / 8 + 1 < L ? a[1].x : acts->x};
-        snprintf(name, sizeof name, "h.%zu.%s", k / 8, names[k % 8]);
-        note_bad(place, "the output of", name, outputs[k % 8],
-                 width
-                     * (k % 8 == 1                 ? 3
-                        : k % 8 == 5 || k % 8 == 6 ? 4
-                                                   : 1));
-    }
-    note_bad(place, "the output of", "ln_f", acts->ln_f, width);
+        note_bad(place, "weight", tensors[i]->name, tensors[i]->w, tensors[i]->n);
+
+    /* 2. the activations forward, if a forward pass has kept them */
+    for (size_t l = 0; acts->N && l < model->config.n_layer; l++)
+        note_bad_block(place, model, l);
+    note_bad(place, "the output of", "ln_f", acts->ln_f, acts->N * model->config.n_embd);
+
+    /* 3. the gradients backward, which is from the last tensor to the first */
     for (size_t i = model->tensor_count; strstr(what, "gradient") && i-- > 0;)
-        note_bad(place, "the gradient of", model->tensors[i]->name, model->tensors[i]->d,
-                 model->tensors[i]->n);
+        note_bad(place, "the gradient of", tensors[i]->name, tensors[i]->d, tensors[i]->n);
+
     if (model->trace.task)
         snprintf(step, sizeof step, "%s: step %zu: ", model->trace.task, model->trace.step);
     die("%s%s is %s: %s; try a smaller --learning_rate, more --warmup_steps or --max_grad_norm 1%s",
@@ -9595,8 +9640,9 @@ static void check_finite(const struct GPT2 *model, const char *what, double valu
         model->trace.task ? ", and look at this step's data" : " where the model is trained");
 }
 
-/* Numbers that a model without a backward pass gave: to find where they broke, its forward pass
- * is made again and kept. */
+/* The same for n numbers of a model that only writes or scores. Its forward pass keeps nothing: to
+ * find where a number broke, the pass is made again and kept. batch NULL: only the weights are
+ * looked through. */
 static void check_numbers(const struct GPT2 *model, struct Arena *arena, const struct Batch *batch,
                           const char *what, const float *x, size_t n) {
     size_t i = first_not_finite(x, n);
@@ -9616,20 +9662,21 @@ static struct LogEntry *state_log(struct TrainerState *state) {
     return entry;
 }
 
-/* A name that is put together or read from a file, kept as long as logs may be. */
+/* Names of metrics that are put together or read from a file. Logs point to them, so they are
+ * kept as long as any log may be: to the program's end. */
 static struct Arena log_names;
 
 static const char *log_name(const char *prefix, struct Text name) {
     char *text =
         arena_printf(&log_names, "%s%.*s", prefix, (int)MIN(name.length, (size_t)100), name.data);
-    /* it will stand in JSON */
+    /* It will stand in JSON between quotes. */
     for (char *c = text; *c; c++)
         if (*c == '"' || *c == '\\' || (unsigned char)*c < ' ')
             *c = '_';
     return text;
 }
 
-/* The number of this name in an entry; a new one is 0. */
+/* The number of this name in an entry, which is sorted by name; a new one is 0. */
 static struct Metric *log_at(struct LogEntry *entry, const char *name) {
     size_t at = 0;
     while (at < entry->n && strcmp(entry->item[at].name, name) < 0)
@@ -9637,8 +9684,9 @@ static struct Metric *log_at(struct LogEntry *entry, const char *name) {
     if (at < entry->n && strcmp(entry->item[at].name, name) == 0)
         return &entry->item[at];
     CHECK(entry->n < MAX_METRICS, "internal: more than %d metrics in a log entry", MAX_METRICS);
-    memmove(&entry->item[at + 1], &entry->item[at], (entry->n++ - at) * sizeof *entry->item);
-    entry->item[at] = (struct Metric){name, 0, 0};
+    memmove(&entry->item[at + 1], &entry->item[at], (entry->n - at) * sizeof *entry->item);
+    entry->n++;
+    entry->item[at] = (struct Metric){.name = name};
     return &entry->item[at];
 }
 
@@ -9646,60 +9694,70 @@ static void log_value(struct LogEntry *entry, const char *name, double value) {
     log_at(entry, name)->value = value;
 }
 
+/* Returns whether an entry has a number of this name; *value: that number, else NaN. */
 static bool log_find(const struct LogEntry *entry, const char *name, double *value) {
     *value = NAN;
     for (size_t i = 0; i < entry->n; i++)
-        if (strcmp(entry->item[i].name, name) == 0)
-            return *value = entry->item[i].value, true;
+        if (strcmp(entry->item[i].name, name) == 0) {
+            *value = entry->item[i].value;
+            return true;
+        }
     return false;
 }
 
+/* The members of a JSON object, without its braces. */
 static void log_write(FILE *file, const struct LogEntry *entry, const char *separator) {
     for (size_t i = 0; i < entry->n; i++)
         fprintf(file, "%s\"%s\": %s", i ? separator : "", entry->item[i].name,
                 json_number_text(entry->item[i].value));
 }
 
+/* trainer_state.json as transformers' TrainerState writes it, its keys sorted: transformers and
+ * whatever draws curves from this file finds all that it expects. */
 static void trainer_state_save(const struct TrainerState *s, const struct TrainingArguments *args,
                                const char *folder) {
     struct Output out = output_open(folder, "trainer_state.json");
     FILE *f = out.file;
-    fprintf(f,
-            "{\n  \"best_global_step\": null,\n  \"best_metric\": null,\n  "
-            "\"best_model_checkpoint\": null,\n  \"epoch\": %s",
-            json_number_text(s->epoch));
-    fprintf(f,
-            ",\n  \"eval_steps\": %zu,\n  \"global_step\": %zu,\n  \"is_hyper_param_search\": "
-            "false,\n  \"is_local_process_zero\": true,\n  \"is_world_process_zero\": true,\n  "
-            "\"log_history\": [",
-            args->eval_steps, s->global_step);
+    /* 1. no best model: it is not looked for */
+    fputs("{\n  \"best_global_step\": null,\n  \"best_metric\": null", f);
+    fputs(",\n  \"best_model_checkpoint\": null", f);
+    fprintf(f, ",\n  \"epoch\": %s", json_number_text(s->epoch));
+    fprintf(f, ",\n  \"eval_steps\": %zu", args->eval_steps);
+    fprintf(f, ",\n  \"global_step\": %zu", s->global_step);
+    /* 2. one process does all; no hyper-parameters are searched for */
+    fputs(",\n  \"is_hyper_param_search\": false,\n  \"is_local_process_zero\": true", f);
+    fputs(",\n  \"is_world_process_zero\": true", f);
+    /* 3. the log itself */
+    fputs(",\n  \"log_history\": [", f);
     for (size_t i = 0; i < s->log_count; i++) {
         fputs(i ? ",\n    {\n      " : "\n    {\n      ", f);
         log_write(f, &s->log_history[i], ",\n      ");
         fputs("\n    }", f);
     }
-    fprintf(f,
-            "\n  ],\n  \"logging_steps\": %zu,\n  \"max_steps\": %zu,\n  "
-            "\"num_input_tokens_seen\": %zu,\n  \"num_train_epochs\": %.0f,\n  \"save_steps\": "
-            "%zu,\n  \"stateful_callbacks\": {\"TrainerControl\": {\"args\": {}, \"attributes\": "
-            "{}}},\n",
-            args->logging_steps, s->max_steps, s->num_tokens, ceil(s->num_train_epochs),
-            args->save_steps);
-    fprintf(f,
-            "  \"total_flos\": 0,\n  \"train_batch_size\": %zu,\n  \"trial_name\": null,\n  "
-            "\"trial_params\": null\n}\n",
-            args->per_device_train_batch_size);
+    fprintf(f, "\n  ],\n  \"logging_steps\": %zu", args->logging_steps);
+    fprintf(f, ",\n  \"max_steps\": %zu", s->max_steps);
+    fprintf(f, ",\n  \"num_input_tokens_seen\": %zu", s->num_tokens);
+    /* 4. whole epochs there: the one that is not complete counts */
+    fprintf(f, ",\n  \"num_train_epochs\": %.0f", ceil(s->num_train_epochs));
+    fprintf(f, ",\n  \"save_steps\": %zu", args->save_steps);
+    fputs(",\n  \"stateful_callbacks\": {\"TrainerControl\": {\"args\": {}, \"attributes\": {}}}",
+          f);
+    fputs(",\n  \"total_flos\": 0", f);
+    fprintf(f, ",\n  \"train_batch_size\": %zu", args->per_device_train_batch_size);
+    fputs(",\n  \"trial_name\": null,\n  \"trial_params\": null\n}\n", f);
     output_close(&out);
 }
 
-/* n numbers of 64 bits as a tensor of twice as many floats: kept bit for bit, never looked at. */
+/* Checkpoints. Beside the weights a run's state is numbers of 64 bits: counters, random
+ * generators, running means. They are written to optimizer.safetensors as tensors of float32,
+ * two for each: bit patterns, kept bit for bit and never looked at as floats. */
 static struct Tensor tensor_of_bits(const char *group, const char *name, void *at, size_t n) {
     struct Tensor t = {.shape = {2 * n}, .ndim = 1, .n = 2 * n, .w = at, .bits = true};
     snprintf(t.name, sizeof t.name, "%.16s.%.44s", group, name);
     return t;
 }
 
-/* n whole numbers, or any bits: then `most` is UINT64_MAX. */
+/* n whole numbers of at most `most`; UINT64_MAX: any 64 bits. */
 static struct Saved *checkpoint_add(struct Checkpoint *c, const char *name, void *at, size_t n,
                                     uint64_t most) {
     if (c->count == COUNT(c->saved))
@@ -9708,7 +9766,7 @@ static struct Saved *checkpoint_add(struct Checkpoint *c, const char *name, void
     *s = (struct Saved){
         .tensor = tensor_of_bits(c->task, name, at, n),
         .most = most,
-        .first_double = n,
+        .first_double = n, /* none is a double */
     };
     return s;
 }
@@ -9717,7 +9775,7 @@ static void checkpoint_add_doubles(struct Checkpoint *c, const char *name, void 
     checkpoint_add(c, name, at, n, UINT64_MAX)->first_double = 0;
 }
 
-/* One number that must not have changed. words: what it is. */
+/* One number that must be the same when the run goes on. words: what it is, for the message. */
 static void checkpoint_add_fixed(struct Checkpoint *c, const char *name, void *at,
                                  const char *words) {
     struct Saved *s = checkpoint_add(c, name, at, 1, UINT64_MAX);
@@ -9725,6 +9783,8 @@ static void checkpoint_add_fixed(struct Checkpoint *c, const char *name, void *a
     memcpy(&s->fixed_value, at, sizeof s->fixed_value);
 }
 
+/* What every training saves: its seed, which must stay, and five numbers of the state's that
+ * follow each other in it, the last three of them doubles. */
 static struct Checkpoint checkpoint_new(const char *task, struct GPT2 *model,
                                         const struct Tokenizer *tok,
                                         const struct TrainingArguments *args,
@@ -9739,13 +9799,15 @@ static struct Checkpoint checkpoint_new(const char *task, struct GPT2 *model,
 /* Is this a checkpoint of the same run? Asked before the rest is read: with other data even the
  * tensors' sizes could differ. */
 static void checkpoint_check_fixed(struct Checkpoint *c, struct SafeTensors *st, const char *from) {
-    const char *own = c->saved[0].tensor.name; /* "sft.seed" */
+    /* 1. Of the same task? Every task saves its seed under its own name: "sft.seed". */
+    const char *own = c->saved[0].tensor.name;
     for (struct Json *item = st->header->child; item; item = item->next) {
         const char *dot = strchr(item->key.data, '.');
         bool other = dot && strcmp(dot, ".seed") == 0 && strcmp(item->key.data, own) != 0;
         CHECK(!other, "%s: is a checkpoint of %.*s; %s cannot go on from it", from,
               (int)MIN(dot - item->key.data, 16), item->key.data, c->task);
     }
+    /* 2. With the same seed, data and sizes? What is loaded over each of them is the same. */
     for (struct Saved *s = c->saved; s < c->saved + c->count; s++) {
         uint64_t was;
         if (!s->fixed || !tensor_load(st, &s->tensor))
@@ -9758,29 +9820,35 @@ static void checkpoint_check_fixed(struct Checkpoint *c, struct SafeTensors *st,
     }
 }
 
-/* Numbers out of range or not finite are a broken file's. */
-static void checkpoint_check_numbers(const struct Checkpoint *c, const char *path) {
-    static const char remedy[] = "was expected; the file is damaged, take an earlier checkpoint";
-    for (const struct Saved *s = c->saved; s < c->saved + c->count; s++)
-        for (size_t i = 0; i < s->tensor.n / 2; i++) {
-            double real;
-            uint64_t bits;
-            memcpy(&bits, (char *)s->tensor.w + 8 * i, sizeof bits);
-            memcpy(&real, &bits, sizeof real);
-            unsigned long long whole = bits;
-            unsigned long long most = s->most;
-            bool is_double = i >= s->first_double;
-            CHECK(!is_double || isfinite(real), "%s: %s: number %zu is %g, a finite one %s", path,
-                  s->tensor.name, i, real, remedy);
-            CHECK(is_double || whole <= most, "%s: %s: number %zu is %llu, at most %llu %s", path,
-                  s->tensor.name, i, whole, most, remedy);
-        }
-    const struct LogEntry *metrics = &c->state->metrics;
-    for (const struct Metric *m = metrics->item; m < metrics->item + metrics->n; m++)
-        CHECK(isfinite(m->value), "%s: metric.%s is %g, a finite number %s", path, m->name,
-              m->value, remedy);
+/* What the message about a number says is to be done. */
+#define DAMAGED "was expected; the file is damaged, take an earlier checkpoint"
+
+/* Are a saved thing's numbers in range? Those of a broken file would go on as array indices. */
+static void saved_check(const struct Saved *s, const char *path) {
+    for (size_t i = 0; i < s->tensor.n / 2; i++) {
+        double real;
+        uint64_t bits;
+        memcpy(&bits, (char *)s->tensor.w + 8 * i, sizeof bits);
+        memcpy(&real, &bits, sizeof real);
+        if (i >= s->first_double)
+            CHECK(isfinite(real), "%s: %s: number %zu is %g, a finite one " DAMAGED, path,
+                  s->tensor.name, i, real);
+        else
+            CHECK(bits <= s->most, "%s: %s: number %zu is %llu, at most %llu " DAMAGED, path,
+                  s->tensor.name, i, (unsigned long long)bits, (unsigned long long)s->most);
+    }
 }
 
+static void checkpoint_check_numbers(const struct Checkpoint *c, const char *path) {
+    for (const struct Saved *s = c->saved; s < c->saved + c->count; s++)
+        saved_check(s, path);
+    const struct LogEntry *metrics = &c->state->metrics;
+    for (const struct Metric *m = metrics->item; m < metrics->item + metrics->n; m++)
+        CHECK(isfinite(m->value), "%s: metric.%s is %g, a finite number " DAMAGED, path, m->name,
+              m->value);
+}
+
+/* The step and the log so far. The rest of the file only repeats flags. */
 static void trainer_state_load(struct TrainerState *state, struct Arena *arena, const char *path) {
     struct Json *json = json_read_file(arena, path);
     struct Json *epoch = json_get(json, "epoch");
@@ -9797,14 +9865,15 @@ static void trainer_state_load(struct TrainerState *state, struct Arena *arena, 
         for (struct Json *value = item->child; value; value = value->next) {
             CHECK(entry->n < MAX_METRICS, "%s: \"log_history\": an entry has more than %d numbers",
                   path, MAX_METRICS);
+            /* null stands for what JSON cannot write: NaN */
             log_value(entry, log_name("", value->key),
                       value->type == JSON_NUMBER ? value->number : NAN);
         }
     }
 }
 
-/* All that a checkpoint holds: the `train` weights that train, then what is in
- * optimizer.safetensors. */
+/* All that a checkpoint holds, as tensors: first the `train` weights that train, which are the
+ * model's file, then what is in optimizer.safetensors. */
 struct Holding {
     struct Tensor **list;
     size_t train, count;
@@ -9813,9 +9882,12 @@ struct Holding {
 static struct Holding checkpoint_holding(struct Checkpoint *c, struct Arena *arena) {
     static const char *const prefixes[] = {"", "exp_avg.", "exp_avg_sq."};
     size_t n = c->model->tensor_count;
-    size_t most = 3 * n + c->count + c->state->metrics.n;
+    struct LogEntry *metrics = &c->state->metrics;
+    size_t most = 3 * n + c->count + metrics->n;
     struct Tensor *copy = arena_alloc(arena, most, sizeof *copy);
     struct Holding held = {arena_alloc(arena, most, sizeof *held.list), 0, 0};
+
+    /* 1. The weights that train (those with a gradient), then AdamW's two moments of each. */
     for (size_t i = 0; i < 3 * n; i++) {
         const struct Tensor *t = c->model->tensors[i % n];
         if (!t->d)
@@ -9827,21 +9899,24 @@ static struct Holding checkpoint_holding(struct Checkpoint *c, struct Arena *are
         snprintf(to->name, sizeof to->name, "%s%.50s", prefixes[i / n], t->name);
         held.train += i < n;
     }
+
+    /* 2. What the task has added, and the running means of metrics: value and n, side by side. */
     for (size_t i = 0; i < c->count; i++)
         copy[held.count++] = c->saved[i].tensor;
-    for (struct Metric *m = c->state->metrics.item;
-         m < c->state->metrics.item + c->state->metrics.n; m++)
-        /* value and n */
-        copy[held.count++] =
-            tensor_of_bits("metric", m->name, (char *)m + offsetof(struct Metric, value), 2);
+    for (struct Metric *m = metrics->item; m < metrics->item + metrics->n; m++) {
+        void *numbers = (char *)m + offsetof(struct Metric, value);
+        copy[held.count++] = tensor_of_bits("metric", m->name, numbers, 2);
+    }
     for (size_t i = 0; i < held.count; i++)
         held.list[i] = &copy[i];
     return held;
 }
 
-/* How old a checkpoint is, by what it says itself, for the time of a copied or restored file says
- * nothing: the number of its run in the folder, which every run that begins there counts up, anew
- * or from a checkpoint, and its step. Checkpoints of old have none: 0.    test: checkpoint_age */
+/* How old a checkpoint is, by what it says itself: the number of its run in the folder, and its
+ * step. Every run that begins there, anew or from a checkpoint, counts the number up; so a run
+ * that starts over is newer than one that came further. The time of the files says nothing: they
+ * may have been copied or restored. Checkpoints of older versions have no number: 0.
+ *                                                                          test: checkpoint_age */
 struct CheckpointAge {
     size_t run, step;
 };
@@ -9850,8 +9925,11 @@ static bool checkpoint_older(struct CheckpointAge a, struct CheckpointAge b) {
     return a.run < b.run || (a.run == b.run && a.step < b.step);
 }
 
+/* Reads the age of the checkpoint that is the entry `name` of a folder. Returns false where the
+ * entry is none. */
 static bool checkpoint_age(const char *folder, const char *name, struct CheckpointAge *age) {
-    char *end, path[PATH_MAX];
+    char *end;
+    char path[PATH_MAX];
     static const char header[] = "{\"__metadata__\":{\"format\":\"pt\",\"run\":\"%15zu\"";
     if (strncmp(name, "checkpoint-", 11) != 0)
         return false;
@@ -9861,6 +9939,7 @@ static bool checkpoint_age(const char *folder, const char *name, struct Checkpoi
     FILE *file = *end || length >= (int)sizeof path ? NULL : fopen(path, "rb");
     if (!file)
         return false;
+    /* The number stands at a fixed place: behind the header's length, first in the header. */
     bool numbered = fseeko(file, 8, SEEK_SET) == 0 && fscanf(file, header, &age->run) == 1;
     if (!numbered)
         age->run = 0;
@@ -9868,7 +9947,7 @@ static bool checkpoint_age(const char *folder, const char *name, struct Checkpoi
     return true;
 }
 
-/* How many checkpoint-N a folder has; *oldest, *newest: which of them. */
+/* Returns how many checkpoint-N a folder has; *oldest, *newest: those two, if there is one. */
 static size_t checkpoint_find(const char *folder, struct CheckpointAge *oldest,
                               struct CheckpointAge *newest) {
     DIR *dir = opendir(folder);
@@ -9877,6 +9956,7 @@ static size_t checkpoint_find(const char *folder, struct CheckpointAge *oldest,
         struct CheckpointAge age;
         if (!checkpoint_age(folder, entry->d_name, &age))
             continue;
+        /* the first one found is both */
         if (count == 0 || checkpoint_older(age, *oldest))
             *oldest = age;
         if (count == 0 || checkpoint_older(*newest, age))
@@ -9889,12 +9969,13 @@ static size_t checkpoint_find(const char *folder, struct CheckpointAge *oldest,
 }
 
 /* Removes checkpoint-N, if it is there, and every tmp-checkpoint-*: what a run left that was
- * killed while it wrote or removed one. */
+ * killed while it wrote or removed one. Renamed first: a removal that is interrupted leaves no
+ * checkpoint that looks whole and lacks files. */
 static bool checkpoint_remove(const char *folder, size_t n) {
     struct Arena arena = {0};
-    bool gone = rename(arena_printf(&arena, "%s/checkpoint-%zu", folder, n),
-                       arena_printf(&arena, "%s/tmp-checkpoint-%zu-old", folder, n))
-                == 0;
+    const char *name = arena_printf(&arena, "%s/checkpoint-%zu", folder, n);
+    const char *removed = arena_printf(&arena, "%s/tmp-checkpoint-%zu-old", folder, n);
+    bool gone = rename(name, removed) == 0;
     DIR *dir = opendir(folder);
     for (struct dirent *entry; dir && (entry = readdir(dir));)
         if (strncmp(entry->d_name, "tmp-checkpoint-", 15) == 0)
@@ -9905,25 +9986,36 @@ static bool checkpoint_remove(const char *folder, size_t n) {
     return gone;
 }
 
+/* From here on every error says how to go on from this checkpoint. */
 static void checkpoint_way_on(const char *folder) {
     snprintf(way_on, sizeof way_on,
              "; %.4000s is whole: --resume_from_checkpoint true goes on from it", folder);
 }
 
-static void checkpoint_save(struct Checkpoint *c) {
-    struct Arena arena = {0};
-    size_t step = c->state->global_step;
-    struct CheckpointAge oldest, newest;
-    const char *dir = c->args->output_dir;
-    const char *staged = arena_printf(&arena, "%s/tmp-checkpoint-%zu", dir, step);
-    const char *replaced = arena_printf(&arena, "%s-old", staged);
-    const char *whole = arena_printf(&arena, "%s/checkpoint-%zu", dir, step);
+/* Brings the logs that grow beside a run onto the disk and notes their lengths: a run that goes on
+ * cuts off what was written after the checkpoint. */
+static void checkpoint_flush_logs(struct Checkpoint *c) {
     for (size_t i = 0; c->logs && i < COUNT(LOGS); i++) {
         output_flush(&c->logs[i]);
         CHECK(fsync(fileno(c->logs[i].file)) == 0, "%s: writing failed: %s", c->logs[i].tmp,
               strerror(errno));
         c->log_bytes[i] = (uint64_t)ftello(c->logs[i].file);
     }
+}
+
+/* checkpoint_save -- writes checkpoint-N. At every moment a power cut leaves a whole checkpoint:
+ * the new one is written beside its place, brought onto the disk, and only then renamed. */
+static void checkpoint_save(struct Checkpoint *c) {
+    struct Arena arena = {0};
+    size_t step = c->state->global_step;
+    const char *dir = c->args->output_dir;
+    const char *staged = arena_printf(&arena, "%s/tmp-checkpoint-%zu", dir, step);
+    const char *replaced = arena_printf(&arena, "%s-old", staged);
+    const char *whole = arena_printf(&arena, "%s/checkpoint-%zu", dir, step);
+
+    /* 1. The model, the optimizer's and the task's numbers, the log, under a temporary name. An
+     *    error on the way removes that folder: the disk may be full. */
+    checkpoint_flush_logs(c);
     staged_folder = staged;
     model_save(c->model, staged, c->tok);
     struct Holding held = checkpoint_holding(c, &arena);
@@ -9932,12 +10024,19 @@ static void checkpoint_save(struct Checkpoint *c) {
                            held.count - held.train, "", run);
     trainer_state_save(c->state, c->args, staged);
     folder_sync(staged);
-    rename(whole, replaced); /* an earlier run's, if there is one */
+
+    /* 2. Into its place. An earlier run may have left one of the same step; a folder that is not
+     *    empty cannot be renamed over. */
+    rename(whole, replaced);
     CHECK(rename(staged, whole) == 0, "%s: %s", whole, strerror(errno));
     staged_folder = NULL;
     folder_remove(replaced, NULL);
     folder_sync(dir);
     checkpoint_way_on(whole);
+
+    /* 3. The oldest go, down to --save_total_limit. */
+    struct CheckpointAge oldest;
+    struct CheckpointAge newest;
     size_t limit = c->args->save_total_limit;
     while (limit && checkpoint_find(dir, &oldest, &newest) > limit)
         if (!checkpoint_remove(dir, oldest.step))
@@ -9945,66 +10044,65 @@ static void checkpoint_save(struct Checkpoint *c) {
     arena_free(&arena);
 }
 
+/* The first Ctrl-C waits for the end of the step (checkpoint_step); a second one ends the program
+ * at once. */
 static void interrupt(int signal_number) {
     interrupted = 1;
-    signal(signal_number, SIG_DFL); /* the next one ends the program */
+    signal(signal_number, SIG_DFL);
 }
 
-/* Puts back what a checkpoint holds, if the run is to go on from one. From here on Ctrl-C waits
- * for a step's end. */
-static void checkpoint_resume(struct Checkpoint *c) {
-    struct Arena arena = {0};
+/* Decides where a run starts: returns the folder to go on from, or NULL to start over. *newest:
+ * the last checkpoint in output_dir. */
+static const char *checkpoint_choose(const struct Checkpoint *c, struct Arena *arena,
+                                     struct CheckpointAge *newest) {
     struct CheckpointAge oldest;
-    struct CheckpointAge newest = {0};
     const char *dir = c->args->output_dir;
     const char *from = c->args->resume_from_checkpoint;
-    static const char *const files[] = {"model.safetensors", "adapter_model.safetensors",
-                                        "optimizer.safetensors"};
-    if (c->args->warmup_steps > c->state->max_steps)
-        warn("--warmup_steps %zu: the run has %zu steps; its learning rate never reaches "
-             "--learning_rate",
-             c->args->warmup_steps, c->state->max_steps);
-    if (dir) {
-        checkpoint_remove(dir, SIZE_MAX);
-        signal(SIGINT, interrupt);
-        signal(SIGTERM, interrupt);
-    }
-    bool newest_one = dir && from && strcmp(from, "true") == 0;
-    bool any = dir && checkpoint_find(dir, &oldest, &newest) > 0;
-    c->run = newest.run + 1;
+    bool any = dir && checkpoint_find(dir, &oldest, newest) > 0;
     if (any && !from)
         warn("%s holds checkpoint-%zu of an earlier run; this one starts over "
              "(--resume_from_checkpoint true would go on)",
-             dir, newest.step);
-    if (newest_one && !any)
-        warn("%s: no whole checkpoint to resume from; starting over", dir);
-    if (!from || strcmp(from, "false") == 0 || (newest_one && !any)) {
-        for (size_t i = 0; c->logs && i < COUNT(LOGS); i++)
-            c->logs[i] = output_open(c->log_dir, LOGS[i]);
-        return;
-    }
-    if (newest_one)
-        from = arena_printf(&arena, "%s/checkpoint-%zu", dir, newest.step);
-    const char *path = arena_printf(&arena, "%s/optimizer.safetensors", from);
+             dir, newest->step);
+    if (!from || strcmp(from, "false") == 0)
+        return NULL;
+    if (!dir || strcmp(from, "true") != 0)
+        return from;
+    if (any)
+        return arena_printf(arena, "%s/checkpoint-%zu", dir, newest->step);
+    warn("%s: no whole checkpoint to resume from; starting over", dir);
+    return NULL;
+}
+
+/* Reads a checkpoint's files over the run's state. */
+static void checkpoint_load(struct Checkpoint *c, struct Arena *arena, const char *from) {
+    static const char *const files[] = {"model.safetensors", "adapter_model.safetensors",
+                                        "optimizer.safetensors"};
+    struct LogEntry *metrics = &c->state->metrics;
+    const char *path = arena_printf(arena, "%s/optimizer.safetensors", from);
     CHECK(file_exists(path),
           "--resume_from_checkpoint %s: no checkpoint is there (optimizer.safetensors); `true` "
           "takes the newest in --output_dir",
           from);
-    trainer_state_load(c->state, &arena, arena_printf(&arena, "%s/trainer_state.json", from));
-    struct SafeTensors st = safetensors_open(&arena, path);
+
+    /* 1. The log, and whether it is this run's at all. */
+    trainer_state_load(c->state, arena, arena_printf(arena, "%s/trainer_state.json", from));
+    struct SafeTensors st = safetensors_open(arena, path);
     checkpoint_check_fixed(c, &st, from);
-    c->state->metrics.n = 0;
-    for (struct Json *item = st.header->child; item && c->state->metrics.n < MAX_METRICS;
-         item = item->next)
+
+    /* 2. Which running means it holds: so much room must be there for their numbers. */
+    metrics->n = 0;
+    for (struct Json *item = st.header->child; item && metrics->n < MAX_METRICS; item = item->next)
         if (strncmp(item->key.data, "metric.", 7) == 0)
-            log_at(&c->state->metrics, log_name("", text_of(item->key.data + 7)));
+            log_at(metrics, log_name("", text_of(item->key.data + 7)));
     fclose(st.file);
-    struct Holding held = checkpoint_holding(c, &arena);
+
+    /* 3. Each thing from whichever file has it; in the end none may be missing. */
+    struct Holding held = checkpoint_holding(c, arena);
     for (size_t f = 0; f < COUNT(files); f++) {
-        path = arena_printf(&arena, "%s/%s", from, files[f]);
+        path = arena_printf(arena, "%s/%s", from, files[f]);
         if (!file_exists(path))
             continue;
-        st = safetensors_open(&arena, path);
+        st = safetensors_open(arena, path);
         for (size_t i = 0; i < held.count; i++)
             tensor_load(&st, held.list[i]);
         fclose(st.file);
@@ -10014,20 +10112,59 @@ static void checkpoint_resume(struct Checkpoint *c) {
               "%s: holds no %s; are task, model and flags those of the run that was saved?", from,
               held.list[i]->name);
     checkpoint_check_numbers(c, path);
-    for (size_t i = 0; c->logs && i < COUNT(LOGS); i++)
-        c->logs[i] =
-            output_resume(dir, LOGS[i], arena_printf(&arena, "%s/..", from), c->log_bytes[i]);
+}
+
+/* Says where the run goes on. Where no step is left, the run's length becomes the checkpoint's. */
+static void checkpoint_say(struct Checkpoint *c, const char *from) {
     struct TrainerState *state = c->state;
     if (state->global_step < state->max_steps) {
         say("%s: going on after step %zu from %s\n", c->task, state->global_step, from);
-    } else {
-        warn("%s: %s is at step %zu, the run has %zu: no step is left to train; a longer run needs "
-             "a larger --max_steps or --num_train_epochs",
-             c->task, from, state->global_step, state->max_steps);
-        state->max_steps = state->global_step;
+        return;
     }
-    if (newest_one)
-        checkpoint_way_on(from);
+    warn("%s: %s is at step %zu, the run has %zu: no step is left to train; a longer run needs "
+         "a larger --max_steps or --num_train_epochs",
+         c->task, from, state->global_step, state->max_steps);
+    state->max_steps = state->global_step;
+}
+
+/* checkpoint_resume -- puts back what a checkpoint holds, if the run is to go on from one, and
+ * opens the logs. Everything a step depends on is in it, so the run ends with the same bits as one
+ * that was never stopped. */
+static void checkpoint_resume(struct Checkpoint *c) {
+    struct Arena arena = {0};
+    const char *dir = c->args->output_dir;
+    if (c->args->warmup_steps > c->state->max_steps)
+        warn("--warmup_steps %zu: the run has %zu steps; its learning rate never reaches "
+             "--learning_rate",
+             c->args->warmup_steps, c->state->max_steps);
+
+    /* 1. Leftovers of a killed run go. From here on Ctrl-C waits for a step's end. */
+    if (dir) {
+        checkpoint_remove(dir, SIZE_MAX);
+        signal(SIGINT, interrupt);
+        signal(SIGTERM, interrupt);
+    }
+
+    /* 2. Start over, with new logs, or go on. */
+    struct CheckpointAge newest = {0};
+    const char *from = checkpoint_choose(c, &arena, &newest);
+    c->run = newest.run + 1;
+    if (from)
+        checkpoint_load(c, &arena, from);
+    for (size_t i = 0; c->logs && i < COUNT(LOGS); i++) {
+        if (from)
+            c->logs[i] =
+                output_resume(dir, LOGS[i], arena_printf(&arena, "%s/..", from), c->log_bytes[i]);
+        else
+            c->logs[i] = output_open(c->log_dir, LOGS[i]);
+    }
+
+    /* 3. The newest in output_dir is what `true` would find again after an error. */
+    if (from) {
+        checkpoint_say(c, from);
+        if (dir && strcmp(c->args->resume_from_checkpoint, "true") == 0)
+            checkpoint_way_on(from);
+    }
     arena_free(&arena);
 }
 
@@ -10044,26 +10181,29 @@ static void checkpoint_step(struct Checkpoint *c) {
             c->state->max_steps);
 }
 
-/* The entry's numbers that a person follows, as progress. */
+/* Those of an entry's numbers that a person follows, as progress. `plain`: a log entry is due. */
 static void state_say(const struct TrainerState *state, const char *name,
                       const struct LogEntry *entry, bool plain) {
-    static const char *const shown[] = {"env/reward_mean",
-                                        "objective/kl",
-                                        "ppo/loss/total",
-                                        "reward",
-                                        "kl",
-                                        "gradient_variance/none",
-                                        "gradient_variance/mean",
-                                        "gradient_variance/rloo",
-                                        "loss",
-                                        "eval_loss",
-                                        "accuracy",
-                                        "eval_accuracy",
-                                        "margin",
-                                        "rewards/margins",
-                                        "rewards/accuracies",
-                                        "grad_norm",
-                                        "learning_rate"};
+    /* The most important first: what has no room on the line is left out. */
+    static const char *const shown[] = {
+        "env/reward_mean",
+        "objective/kl",
+        "ppo/loss/total",
+        "reward",
+        "kl",
+        "gradient_variance/none",
+        "gradient_variance/mean",
+        "gradient_variance/rloo",
+        "loss",
+        "eval_loss",
+        "accuracy",
+        "eval_accuracy",
+        "margin",
+        "rewards/margins",
+        "rewards/accuracies",
+        "grad_norm",
+        "learning_rate",
+    };
     char text[400] = "";
     for (size_t i = 0, used = 0; i < COUNT(shown); i++) {
         double value;
@@ -10071,11 +10211,13 @@ static void state_say(const struct TrainerState *state, const char *name,
             continue;
         const char *gap = used ? "  " : "";
         int length = snprintf(text + used, sizeof text - used, "%s%s %.4g", gap, shown[i], value);
-        used = MIN(used + (size_t)length, sizeof text - 1); /* what has no room is left out */
+        used = MIN(used + (size_t)length, sizeof text - 1);
     }
     progress_say(name, state->global_step, state->max_steps, state->num_tokens, plain, text);
 }
 
+/* A step's line in stats_all.jsonl: numbers, then vectors. One with `start` is a list of lists, a
+ * row for each answer; row b is x[start[b] .. start[b + 1]). */
 static void stats_write_line(FILE *file, const struct PPOTrainer *ppo) {
     fputc('{', file);
     log_write(file, &ppo->stats, ", ");
@@ -10092,6 +10234,7 @@ static void stats_write_line(FILE *file, const struct PPOTrainer *ppo) {
     fputs("}\n", file);
 }
 
+/* rollouts.jsonl: what --rollouts replays. */
 static void rollouts_write(FILE *file, const struct Rollout *rollouts, size_t n) {
     for (size_t i = 0; i < n; i++) {
         const struct Example *e = &rollouts[i].example;
