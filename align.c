@@ -10059,6 +10059,7 @@ static const char *checkpoint_choose(const struct Checkpoint *c, struct Arena *a
     const char *dir = c->args->output_dir;
     const char *from = c->args->resume_from_checkpoint;
     bool any = dir && checkpoint_find(dir, &oldest, newest) > 0;
+    /* Starting over beside a checkpoint may be a slip: it is said, but done. */
     if (any && !from)
         warn("%s holds checkpoint-%zu of an earlier run; this one starts over "
              "(--resume_from_checkpoint true would go on)",
@@ -10261,10 +10262,17 @@ static void write_pipe_outputs(FILE *file, double reward) {
             json_number_text(sigmoid(reward)), json_number_text(sigmoid(-reward)));
 }
 
-/* As JSON, or as a table. */
+/* A policy's row of exact's table. "of the way": how much of the way from the reference's
+ * objective to the highest that there is. */
+static void exact_print_row(const char *name, struct ExactFigures f, double ref, double max) {
+    printf("%-10s %11.5f %8.4f %12.4f %8.4f %9.2f %%\n", name, f.kl_to_optimum, f.reward, f.kl,
+           f.objective, 100 * (f.objective - ref) / (max - ref));
+}
+
+/* What the exact world knows, and what each training reached: as JSON, or as a table. */
 static void exact_print(const struct ExactWorld *w, bool json) {
     double ref = exact_figures(w, w->logps[EXACT_REFERENCE]).objective;
-    double max = w->beta * w->log_Z;
+    double max = w->beta * w->log_Z; /* chapter 5: no policy's objective is higher */
     if (json)
         printf("{\"beta\": %.9g, \"objective_ref\": %.9g, \"objective_max\": %.9g", w->beta, ref,
                max);
@@ -10273,6 +10281,7 @@ static void exact_print(const struct ExactWorld *w, bool json) {
                "at most beta log Z = %.4f\n\n           KL(pi||pi*)     E[r]  KL(pi||ref)        J "
                " of the way\n",
                w->n, w->L, w->beta, exp(w->log_Z), w->log_Z, ref, max);
+    /* The table also shows the reference and the optimum; they come before the trained ones. */
     for (int k = json ? EXACT_DPO : 0; k < EXACT_POLICIES; k++) {
         struct ExactFigures f = exact_figures(w, w->logps[k]);
         if (json)
@@ -10280,15 +10289,14 @@ static void exact_print(const struct ExactWorld *w, bool json) {
                    "\"kl\": %.9g}",
                    EXACT[k].name, f.kl_to_optimum, f.objective, f.reward, f.kl);
         else
-            printf("%-10s %11.5f %8.4f %12.4f %8.4f %9.2f %%\n", EXACT[k].name, f.kl_to_optimum,
-                   f.reward, f.kl, f.objective, 100 * (f.objective - ref) / (max - ref));
+            exact_print_row(EXACT[k].name, f, ref, max);
     }
     if (json)
         puts("}");
 }
 
-/* Stages: their folders in rlhf's, and the metric by which a log is known for one's; the last
- * that fits counts. */
+/* The stages of a report: the folder in rlhf's output_dir, and the metric by which a log is known
+ * to be one's, of whatever command it is. The last stage that fits counts. */
 enum Stage {
     STAGE_RUN,
     STAGE_LANGUAGE,
@@ -10317,7 +10325,8 @@ static const struct {
                     "The policy answers and goes up the gradient of the reward as it stands, "
                     "without PPO's clip."}};
 
-/* Metrics over steps; if the unit is a share in %, the histogram of numbers in report.json. */
+/* A figure: up to three metrics over steps. If its unit is a share in %, it is a histogram
+ * instead, of lists of numbers in report.json. */
 #define TRAINED {"training", "held out"}
 static const struct Plot {
     enum Stage stage;
@@ -10446,17 +10455,20 @@ static const char REPORT_CSS[] =
     ".u3,.t .d3{border-width:3px;"
     "background:rgba(var(--c),.42)}@media print{:root{color-scheme:light}}";
 
-/* Text of any bytes between two pieces of HTML: in it markup stays text, and what is no UTF-8 or
- * steers how text is shown becomes U+FFFD.  test: report_text */
+/* Text of any bytes between two pieces of HTML. Markup in it stays text: a review that holds
+ * <script> must not run. What is no UTF-8 becomes U+FFFD, the replacement character, and so do
+ * control characters and those that turn the direction of writing (U+202A to 202E, 2066 to
+ * 2069), with which a text could rearrange the page around it.               test: report_text */
 static void html_text(FILE *file, const char *before, struct Text text, const char *after) {
     fputs(before, file);
     for (size_t i = 0, length; i < text.length; i += MAX(length, (size_t)1)) {
         uint32_t c;
         length = utf8_read((const unsigned char *)text.data + i, text.length - i, &c);
-        bool control =
-            length && ((c < 32 && !memchr("\t\n\r", (int)c, 3)) || (c >= 127 && c < 160));
-        bool bad =
-            length == 0 || control || (c >= 0x202a && c <= 0x202e) || (c >= 0x2066 && c <= 0x2069);
+        /* tab and line ends are control characters that text needs */
+        bool low = c < 32 && !memchr("\t\n\r", (int)c, 3);
+        bool control = length && (low || (c >= 127 && c < 160));
+        bool turns = (c >= 0x202a && c <= 0x202e) || (c >= 0x2066 && c <= 0x2069);
+        bool bad = length == 0 || control || turns;
         const char *entity = bad        ? "\xef\xbf\xbd"
                              : c == '&' ? "&amp;"
                              : c == '<' ? "&lt;"
@@ -10470,8 +10482,8 @@ static void html_text(FILE *file, const char *before, struct Text text, const ch
     fputs(after, file);
 }
 
-/* What a page can show of a JSON value: NaN for no number, null and the absurd; no text for none.
- */
+/* What a page can show of a JSON value: NaN where there is no number, or one too large for an
+ * axis; an empty text where there is no string. */
 static double json_shown(const struct Json *json) {
     return json && json->type == JSON_NUMBER && fabs(json->number) < 1e30 ? json->number : NAN;
 }
@@ -10482,9 +10494,10 @@ static const struct Json *json_first(const struct Json *list) {
     return list ? list->child : NULL;
 }
 
-/* axis_fit -- from one round number to another, low and high between them, in about `most` steps
- * of 1, 2 or 5 times a power of ten.  By hand: 0.13 to 0.87, most 5: 0 to 1 by 0.2; 8 to 8, most
- * 4: 4 to 12 by 2.  test: report_axis */
+/* axis_fit -- an axis for numbers from low to high: from one round number to another, in about
+ * `most` steps of 1, 2 or 5 times a power of ten.
+ * By hand: 0.13 to 0.87 in at most 5: 0 to 1 by 0.2. 8 to 8 in at most 4: 4 to 12 by 2.
+ *                                                                           test: report_axis */
 struct Axis {
     double low, step;
     int count;
@@ -10493,12 +10506,18 @@ struct Axis {
 static struct Axis axis_fit(double low, double high, int most) {
     if (low == 0 && high == 0)
         high = 1;
+    /* 1. Numbers that are all the same get room on both sides, for a step of 0 is none. */
     double size = MAX(fabs(low), fabs(high));
     double pad = high - low > 1e-3 * size ? 0 : size / 2;
+
+    /* 2. The step, rounded up to 1, 2, 5 or 10 times a power of ten. The 1e-9 here and below
+     *    keep a number that is round but for its last bit from the next step. */
     double rough = (high - low + 2 * pad) / most;
     double power = pow(10, floor(log10(rough)));
     double times = rough / power * (1 - 1e-9);
     double step = power * (times <= 1 ? 1 : times <= 2 ? 2 : times <= 5 ? 5 : 10);
+
+    /* 3. Whole steps that take in low and high. */
     double first = floor((low - pad) / step + 1e-9);
     double last = ceil((high + pad) / step - 1e-9);
     return (struct Axis){first * step, step, (int)MAX(1, last - first)};
@@ -10513,6 +10532,7 @@ struct Curve {
     size_t n;
 };
 
+/* The axis that all curves share. low: what it must reach down to; INFINITY: only to the curves. */
 static struct Axis curves_axis(const struct Curve *curves, size_t count, bool of_x, double low,
                                int most) {
     double high = -INFINITY;
@@ -10524,7 +10544,8 @@ static struct Axis curves_axis(const struct Curve *curves, size_t count, bool of
     return axis_fit(low, high, most);
 }
 
-/* The numbers of a list; with `metric` those of its objects, over their "step". */
+/* A curve from JSON: of a log, `metric` over "step" where an entry has it; with metric NULL, of a
+ * plain list, its numbers without a place. */
 static struct Curve curve_read(struct Arena *arena, const struct Json *list, const char *metric,
                                const char *label) {
     size_t n = 0;
@@ -10532,16 +10553,17 @@ static struct Curve curve_read(struct Arena *arena, const struct Json *list, con
         n++;
     struct Curve curve = {label, arena_alloc(arena, n, sizeof *curve.p), 0};
     for (const struct Json *item = json_first(list); item; item = item->next) {
-        struct Point p = {metric ? json_shown(json_get(item, "step")) : 0,
-                          json_shown(metric ? json_get(item, metric) : item)};
-        if (!isnan(p.x) && !isnan(p.y))
-            curve.p[curve.n++] = p;
+        double x = metric ? json_shown(json_get(item, "step")) : 0;
+        double y = json_shown(metric ? json_get(item, metric) : item);
+        if (!isnan(x) && !isnan(y))
+            curve.p[curve.n++] = (struct Point){x, y};
     }
     return curve;
 }
 
-/* Values as the outline of their histogram: a stair of shares in %, four of its steps to one of
- * the axis.  test: report_stair */
+/* curve_stair -- values become the outline of their histogram: a stair whose heights are shares in
+ * %, four of its steps to one of the axis. Two points a bin, its left and right upper corner, and
+ * one at height 0 at either end.                                            test: report_stair */
 static struct Curve curve_stair(struct Arena *arena, const struct Curve *values,
                                 const struct Axis *axis) {
     size_t bins = 4 * (size_t)axis->count;
@@ -10550,8 +10572,10 @@ static struct Curve curve_stair(struct Arena *arena, const struct Curve *values,
     for (size_t i = 0; i < n; i++)
         stair.p[i].x = axis->low + (double)(i / 2) * axis->step / 4;
     for (size_t i = 0; i < values->n; i++) {
+        /* the last bin also takes what lies on its right edge */
         size_t bin = MIN(bins - 1, (size_t)(4 * (values->p[i].y - axis->low) / axis->step));
-        stair.p[2 * bin + 1].y = stair.p[2 * bin + 2].y += 100 / (double)values->n;
+        stair.p[2 * bin + 1].y += 100 / (double)values->n;
+        stair.p[2 * bin + 2].y = stair.p[2 * bin + 1].y;
     }
     return stair;
 }
@@ -10577,6 +10601,7 @@ static double plot_y(const struct Axis *y, double value) {
     return PLOT_BOTTOM - (value - y->low) / (y->step * y->count) * (PLOT_BOTTOM - PLOT_TOP);
 }
 
+/* An axis's steps: a short mark below and a number, or a line across the figure and a number. */
 static void plot_axis(FILE *f, const struct Axis *axis, bool is_x) {
     for (int i = 0; i <= axis->count; i++) {
         double value = axis->low + i * axis->step;
@@ -10590,36 +10615,68 @@ static void plot_axis(FILE *f, const struct Axis *axis, bool is_x) {
     }
 }
 
-/* One figure, if there is a number to show: curves over axes, and the same in words for those
- * who listen. */
+/* The curves of a figure that have a point: of report.json's lists, or of a log. Returns how many
+ * there are. */
+static size_t plot_curves(struct Report *r, const struct Plot *plot, const struct Json *log,
+                          struct Curve c[3]) {
+    bool histogram = *plot->unit == '%';
+    size_t count = 0;
+    for (size_t k = 0; k < 3 && plot->metric[k]; k++) {
+        const char *name = plot->metric[k];
+        const struct Json *numbers = histogram ? json_get(r->run, name) : log;
+        c[count] = curve_read(&r->arena, numbers, histogram ? NULL : name, plot->label[k]);
+        count += c[count].n > 0;
+    }
+    return count;
+}
+
+/* Gives a curve's label its number: of a histogram the mean, else the last value; and says the
+ * curve in words, for those who listen. */
+static void curve_describe(struct Report *r, struct Curve *c, bool histogram) {
+    double sum = 0;
+    for (size_t i = 0; i < c->n; i++)
+        sum += c->p[i].y;
+    if (histogram)
+        c->label = arena_printf(&r->arena, "%s %+.2f", c->label, sum / (double)c->n);
+    else
+        c->label = arena_printf(&r->arena, "%s %.3g", c->label, c->p[c->n - 1].y);
+    fprintf(r->file, "%s (%zu points from %.3g). ", c->label, c->n, c->p[0].y);
+}
+
+/* Draws curve k of a figure: its sample in the legend at `at`, and the line over axes x and y. The
+ * last piece has no length, h0: round ends make a dot of it where the curve has one point only. */
+static void plot_curve(FILE *f, const struct Curve *c, size_t k, double at, const char *class,
+                       const struct Axis *x, const struct Axis *y) {
+    fprintf(f, "\n<path class=\"l s%zu\" d=\"M%.0f 8h18\"/><text x=\"%.0f\" y=\"12\">%s</text>", k,
+            at, at + 22, c->label);
+    fprintf(f, "<path class=\"%s s%zu\" d=\"M", class, k);
+    for (size_t i = 0; i < c->n; i++)
+        fprintf(f, "%.1f %.1f ", plot_x(x, c->p[i].x), plot_y(y, c->p[i].y));
+    fputs("h0\"/>", f);
+}
+
+/* One figure, if there is a number to show: curves over axes, as SVG. */
 static void report_plot(struct Report *r, const struct Plot *plot, const struct Json *log) {
     FILE *f = r->file;
     bool histogram = *plot->unit == '%';
     struct Curve c[3];
-    size_t count = 0;
-    for (size_t k = 0; k < COUNT(c) && plot->metric[k]; k++) {
-        const char *name = plot->metric[k];
-        c[count] = curve_read(&r->arena, histogram ? json_get(r->run, name) : log,
-                              histogram ? NULL : name, plot->label[k]);
-        count += c[count].n > 0;
-    }
+    size_t count = plot_curves(r, plot, log, c);
     if (count == 0)
         return;
+
+    /* 1. Title, and the figure in words. The x axis of a histogram are the values themselves;
+     *    from here on its curve is the stair. */
     struct Axis x = curves_axis(c, count, !histogram, INFINITY, 5);
     fprintf(f, "<figure><h3>%s</h3>\n<svg viewBox=\"0 0 %d %d\" role=\"img\" ", plot->title, PLOT_W,
             PLOT_H);
     fprintf(f, "aria-label=\"%s, %s: ", plot->title, plot->unit);
     for (size_t k = 0; k < count; k++) {
-        double sum = 0;
-        double last = c[k].p[c[k].n - 1].y;
-        for (size_t i = 0; i < c[k].n; i++)
-            sum += c[k].p[i].y;
-        c[k].label = arena_printf(&r->arena, histogram ? "%s %+.2f" : "%s %.3g", c[k].label,
-                                  histogram ? sum / (double)c[k].n : last);
-        fprintf(f, "%s (%zu points from %.3g). ", c[k].label, c[k].n, c[k].p[0].y);
+        curve_describe(r, &c[k], histogram);
         if (histogram)
             c[k] = curve_stair(&r->arena, &c[k], &x);
     }
+
+    /* 2. Axes and their units. Shares start at 0. */
     struct Axis y = curves_axis(c, count, false, histogram ? 0 : INFINITY, 4);
     fprintf(f,
             "\"><text x=\"2\" y=\"%d\">%s</text><text x=\"%d\" y=\"%d\" "
@@ -10627,14 +10684,12 @@ static void report_plot(struct Report *r, const struct Plot *plot, const struct 
             PLOT_TOP - 11, plot->unit, PLOT_RIGHT, PLOT_H - 3, histogram ? "reward" : "step");
     plot_axis(f, &x, true);
     plot_axis(f, &y, false);
+
+    /* 3. The curves; their labels stand in a row above, about 6 units a letter. */
     double at = 2;
-    for (size_t k = 0; k < count; at += 36 + 6 * (double)strlen(c[k++].label)) {
-        fprintf(f, "\n<path class=\"l s%zu\" d=\"M%.0f 8h18\"/><text x=\"%.0f\" y=\"12\">%s</text>",
-                k, at, at + 22, c[k].label);
-        fprintf(f, "<path class=\"l%s s%zu\" d=\"M", histogram ? " h" : "", k);
-        for (size_t i = 0; i < c[k].n; i++)
-            fprintf(f, "%.1f %.1f ", plot_x(&x, c[k].p[i].x), plot_y(&y, c[k].p[i].y));
-        fputs("h0\"/>", f); /* a dot, where there is one point */
+    for (size_t k = 0; k < count; k++) {
+        plot_curve(f, &c[k], k, at, histogram ? "l h" : "l", &x, &y);
+        at += 36 + 6 * (double)strlen(c[k].label);
     }
     fprintf(f, "</svg>\n<figcaption>%s<br>Glossary: %s</figcaption></figure>\n", plot->about,
             plot->term);
@@ -10649,8 +10704,8 @@ static void report_plots(struct Report *r, enum Stage stage, const struct Json *
     fputs("</div>\n", r->file);
 }
 
-/* A model's answer: tokens, and how the training moved the log-probability of each, told by
- * underline, colour and number. */
+/* A model's answer, token by token, and how the training moved the log-probability of each: told
+ * by underline, by colour and by a number, for not everybody sees all of them. */
 static void report_answer(FILE *f, const char *name, const struct Json *answer) {
     const struct Json *ratio = json_first(json_get(answer, "logratio"));
     double sum = 0;
@@ -10660,6 +10715,7 @@ static void report_answer(FILE *f, const char *name, const struct Json *answer) 
         double shown = json_shown(ratio);
         double x = isnan(shown) ? 0 : shown;
         double size = fabs(x);
+        /* the levels of the legend in report_samples: 0.1, 1 and 3 nats */
         int level = (size >= 0.1) + (size >= 1) + (size >= 3);
         if (level)
             fprintf(f, "<span class=\"%c%d\" title=\"%+.2f nats\">", x > 0 ? 'u' : 'd', level, x);
@@ -10676,6 +10732,7 @@ static void report_answer(FILE *f, const char *name, const struct Json *answer) 
 static const char *const COURSE_MODEL[][2] = {{"before", "Before"}, {"ppo", "PPO"}, {"dpo", "DPO"}};
 
 static void report_samples(FILE *f, const struct Json *samples) {
+    /* 1. how to read them */
     fputs("<h2>Samples</h2>\n<p>Held-out beginnings, and how each model goes on. Underlined is "
           "what the training moved: <span class=\"t\">"
           "<span class=\"u1\">solid: likelier</span>, <span class=\"d1\">dashed: less "
@@ -10685,6 +10742,7 @@ static void report_samples(FILE *f, const struct Json *samples) {
           "policy has found what pleases the reward model.</p>\n<p class=\"mut\">Glossary: Função "
           "Omega (ω) · omega function (ω)</p>\n",
           f);
+    /* 2. a prompt, and the three models' answers side by side */
     for (const struct Json *sample = json_first(samples); sample; sample = sample->next) {
         html_text(f, "<section><h3 class=\"t\">", json_words(json_get(sample, "prompt")),
                   " …</h3><div class=\"grid\">\n");
@@ -10694,29 +10752,16 @@ static void report_samples(FILE *f, const struct Json *samples) {
     }
 }
 
+/* A file of a run, or NULL where there is none. */
 static struct Json *report_json(struct Arena *arena, const char *dir, const char *folder,
                                 const char *name) {
     const char *path = arena_printf(arena, "%s/%s/%s", dir, folder, name);
     return file_exists(path) ? json_read_file(arena, path) : NULL;
 }
 
-/* report_write -- makes DIR/report.html of the logs in DIR and in the folders of rlhf's stages.
- * test: report_page */
-static void report_write(const char *dir) {
-    struct Report r = {0};
-    const struct Json *log[STAGES] = {0};
-    const struct Json *samples;
-    bool any = false;
-    for (int k = 0; k < STAGE_REINFORCE; k++) {
-        log[k] = json_get(report_json(&r.arena, dir, STAGE[k].folder, "trainer_state.json"), "log_"
-                                                                                             "histo"
-                                                                                             "ry");
-        any = any || log[k];
-    }
-    CHECK(any, "%s: no log of a run there (trainer_state.json); give the --output_dir of one", dir);
-    r.run = report_json(&r.arena, dir, ".", "report.json");
-    struct Output out = output_open(dir, "report.html");
-    FILE *f = r.file = out.file;
+static void report_head(struct Report *r) {
+    FILE *f = r->file;
+    /* 1. The page may load and run nothing, whatever a text in it says. */
     fprintf(f,
             "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>A run of "
             "align</title>\n"
@@ -10725,7 +10770,9 @@ static void report_write(const char *dir) {
             "'unsafe-inline'\">\n"
             "<style>%s</style></head>\n<body><main><h1>A run of align</h1>\n<table>\n",
             REPORT_CSS);
-    for (const struct Json *fact = json_first(json_get(r.run, "facts")); fact; fact = fact->next) {
+    /* 2. What was run, on what, how long: report.json's facts. */
+    const struct Json *fact = json_first(json_get(r->run, "facts"));
+    for (; fact; fact = fact->next) {
         html_text(f, "<tr><th scope=\"row\">", fact->key, "<td>");
         html_text(f, "", json_words(fact), "</tr>\n");
     }
@@ -10733,20 +10780,48 @@ static void report_write(const char *dir) {
           "beside a histogram’s its mean. "
           "Terms: docs/glossary.md, or <code>align glossary TERM</code>.</p>\n",
           f);
-    report_plots(&r, STAGE_RUN, NULL);
-    if ((samples = json_get(r.run, "samples")))
-        report_samples(f, samples);
-    for (int k = 0; k < STAGES; k++) {
-        enum Stage stage = STAGE_RUN;
-        for (int s = 1; log[k] && s < STAGES; s++)
-            if (curve_read(&r.arena, log[k], STAGE[s].marker, "").n)
-                stage = (enum Stage)s;
-        if (stage == STAGE_RUN)
-            continue;
-        fprintf(f, "<h2>%s</h2>\n<p>%s</p>\n", STAGE[stage].title, STAGE[stage].about);
-        report_plots(&r, stage, log[k]);
+}
+
+/* The section of one log: which stage it is of, the metrics in it tell. */
+static void report_stage(struct Report *r, const struct Json *log) {
+    enum Stage stage = STAGE_RUN;
+    for (int s = 1; log && s < STAGES; s++)
+        if (curve_read(&r->arena, log, STAGE[s].marker, "").n)
+            stage = (enum Stage)s;
+    if (stage == STAGE_RUN)
+        return;
+    fprintf(r->file, "<h2>%s</h2>\n<p>%s</p>\n", STAGE[stage].title, STAGE[stage].about);
+    report_plots(r, stage, log);
+}
+
+/* report_write -- makes DIR/report.html of the logs in DIR and in the folders of rlhf's stages:
+ * one file without a program in it, which reads the same from a disk, years later.
+ *                                                                           test: report_page */
+static void report_write(const char *dir) {
+    struct Report r = {0};
+    const struct Json *log[STAGE_REINFORCE];
+    bool any = false;
+
+    /* 1. The logs that are there: DIR's own, and those of the stages' folders. */
+    for (int k = 0; k < STAGE_REINFORCE; k++) {
+        struct Json *state = report_json(&r.arena, dir, STAGE[k].folder, "trainer_state.json");
+        log[k] = json_get(state, "log_history");
+        any = any || log[k];
     }
-    fprintf(f,
+    CHECK(any, "%s: no log of a run there (trainer_state.json); give the --output_dir of one", dir);
+    r.run = report_json(&r.arena, dir, ".", "report.json");
+
+    /* 2. What was done; the results of the whole run; each stage. */
+    struct Output out = output_open(dir, "report.html");
+    r.file = out.file;
+    report_head(&r);
+    report_plots(&r, STAGE_RUN, NULL);
+    const struct Json *samples = json_get(r.run, "samples");
+    if (samples)
+        report_samples(r.file, samples);
+    for (int k = 0; k < STAGE_REINFORCE; k++)
+        report_stage(&r, log[k]);
+    fprintf(r.file,
             "<p class=\"mut\">%s<code>align report DIR</code> makes this page "
             "again.</p>\n</main></body></html>\n",
             r.plots ? "" : "The logs hold no numbers to plot. ");
@@ -10754,8 +10829,8 @@ static void report_write(const char *dir) {
     arena_free(&r.arena);
 }
 
-/* Begins report.json with what was done, in words. The caller adds what else it knows, and
- * closes facts, object and file. */
+/* Begins report.json with what was done, in words. The caller adds what else it knows, and closes
+ * the facts, the object and the file. */
 static struct Output report_begin(const char *dir, const char *command, const char *data,
                                   const struct GPT2 *model, double seconds) {
     const struct GPT2Config *c = &model->config;
@@ -10772,19 +10847,23 @@ static struct Output report_begin(const char *dir, const char *command, const ch
     return out;
 }
 
-/* An answer, its tokens, and what the training did to their log-probabilities. */
+/* An answer, its tokens, and what the training did to the log-probability of each: the policy's
+ * less the language model's, at the temperature at which they write. */
 static void course_write_answer(struct Course *course, FILE *f, const struct PolicyResult *r,
                                 size_t i) {
     const struct Example *answer = &r->answers[i];
-    struct Batch batch = collate(&course->arena, answer, 1, SKIP_LAST);
-    struct LMHead head =
-        batch_logprobs(r->policy, &course->arena, &batch, course->temperature, false);
-    struct LMHead ref =
-        batch_logprobs(course->language_model, &course->arena, &batch, course->temperature, false);
+    struct Arena *arena = &course->arena;
+    double temperature = course->temperature;
+    /* 1. both models read the answer */
+    struct Batch batch = collate(arena, answer, 1, SKIP_LAST);
+    struct LMHead head = batch_logprobs(r->policy, arena, &batch, temperature, false);
+    struct LMHead ref = batch_logprobs(course->language_model, arena, &batch, temperature, false);
+    /* 2. its reward and tokens */
     fprintf(f, "{\"reward\": %s, \"tokens\": [", json_number_text(r->reward[i]));
     for (size_t t = answer->prompt_length; t < answer->n; t++)
         json_write_string(f, t > answer->prompt_length ? ", " : "",
                           tokenizer_decode(course->tok, answer->ids[t], course->vocab_size));
+    /* 3. log pi - log pi_ref of each */
     for (size_t t = 0; t < batch.R; t++)
         head.logprob[t] -= ref.logprob[t];
     json_write_floats(f, "], \"logratio\": ", head.logprob, batch.R);
@@ -10804,64 +10883,88 @@ static void course_write_sample(struct Course *course, FILE *f, size_t i, bool t
     fputc('}', f);
 }
 
-/* summary.json, samples.jsonl, and report.json: figures, rewards of reviews and answers, and a
- * few answers token by token. */
-static void course_write(struct Course *course, double seconds) {
-    struct Arena *arena = &course->arena;
-    const char *dir = course->output_dir;
-    const char *data = arena_printf(arena, "%s: %zu rated texts to learn from, %zu held out",
-                                    course->data, course->train_n, course->held_out_n);
-    struct Output summary = output_open(dir, "summary.json");
-    struct Output samples = output_open(dir, "samples."
-                                             "jsonl");
-    struct Output report =
-        report_begin(dir, course->command, data, course->language_model, seconds);
-    fprintf(summary.file,
+/* summary.json: the figures of a run, for programs. */
+static void course_write_summary(const struct Course *course, double seconds) {
+    struct Output out = output_open(course->output_dir, "summary.json");
+    fprintf(out.file,
             "{\n  \"seconds\": %s,\n  \"language_model\": {\"eval_loss_before\": %s, "
             "\"eval_loss_after\": %s},\n",
             json_number_text(seconds), json_number_text(course->eval_loss_before),
             json_number_text(course->eval_loss_after));
-    fprintf(summary.file, "  \"reward_model\": {\"eval_accuracy\": %s},\n",
+    fprintf(out.file, "  \"reward_model\": {\"eval_accuracy\": %s},\n",
             json_number_text(course->eval_accuracy));
     for (size_t k = 0; k < COUNT(course->result); k++) {
         const struct PolicyResult *r = &course->result[k];
-        fprintf(summary.file, "  \"%s\": {", COURSE_MODEL[k][0]);
+        fprintf(out.file, "  \"%s\": {", COURSE_MODEL[k][0]);
+        /* result 0 is what the others are compared with */
         if (k)
-            fprintf(summary.file, "\"reward_before\": %s, \"reward_after\": %s, \"kl\": %s, ",
+            fprintf(out.file, "\"reward_before\": %s, \"reward_after\": %s, \"kl\": %s, ",
                     json_number_text(course->result[0].mean_reward),
                     json_number_text(r->mean_reward), json_number_text(r->kl));
-        fprintf(summary.file, "\"distinct_2\": %s, \"mean_length\": %s},\n",
+        fprintf(out.file, "\"distinct_2\": %s, \"mean_length\": %s},\n",
                 json_number_text(r->distinct_2), json_number_text(r->mean_length));
-        fprintf(report.file,
+    }
+    fprintf(out.file, "  \"peak_rss_bytes\": %zu\n}\n", peak_rss_bytes());
+    output_close(&out);
+}
+
+/* The rewards of held-out reviews that people liked, or did not: a list in report.json. */
+static void course_write_reviews(struct Course *course, FILE *f, const char *before, bool liked) {
+    size_t count = 0;
+    float *rewards = arena_floats(&course->arena, course->held_out_n);
+    for (size_t i = 0; i < course->held_out_n; i++) {
+        double rating = course->held_out_rating[i];
+        if (liked ? rating > 0 : rating < 0)
+            rewards[count++] = course->held_out_reward[i];
+    }
+    json_write_floats(f, before, rewards, count);
+}
+
+/* report.json: what report.html shows beside the logs. */
+static void course_write_report(struct Course *course, double seconds) {
+    struct Arena *arena = &course->arena;
+    const char *data = arena_printf(arena, "%s: %zu rated texts to learn from, %zu held out",
+                                    course->data, course->train_n, course->held_out_n);
+    struct Output out =
+        report_begin(course->output_dir, course->command, data, course->language_model, seconds);
+
+    /* 1. Facts, in words; the last one closes their object. */
+    for (size_t k = 0; k < COUNT(course->result); k++) {
+        const struct PolicyResult *r = &course->result[k];
+        fprintf(out.file,
                 ",\n  \"%s\": \"reward %+.2f standard deviations of real reviews, KL %.1f nats an "
-                "answer, distinct-2 (different word "
-                "pairs / all) %.2f, %.1f tokens\"",
+                "answer, distinct-2 (different word pairs / all) %.2f, %.1f tokens\"",
                 COURSE_MODEL[k][1], r->mean_reward, r->kl, r->distinct_2, r->mean_length);
     }
-    fprintf(summary.file, "  \"peak_rss_bytes\": %zu\n}\n", peak_rss_bytes());
+    fputc('}', out.file);
+
+    /* 2. Rewards, for the histograms. */
     for (size_t k = 0; k < COUNT(course->result); k++) {
-        const char *before = arena_printf(arena, "%s,\n\"%s\": ", k ? "" : "}", COURSE_MODEL[k][0]);
-        json_write_floats(report.file, before, course->result[k].reward, course->test_n);
+        const char *before = arena_printf(arena, ",\n\"%s\": ", COURSE_MODEL[k][0]);
+        json_write_floats(out.file, before, course->result[k].reward, course->test_n);
     }
-    for (int liked = 0; liked < 2; liked++) {
-        size_t count = 0;
-        float *rewards = arena_floats(arena, course->held_out_n);
-        for (size_t i = 0; i < course->held_out_n; i++)
-            if (liked ? course->held_out_rating[i] > 0 : course->held_out_rating[i] < 0)
-                rewards[count++] = course->held_out_reward[i];
-        json_write_floats(report.file, liked ? ",\n\"liked\": " : ",\n\"disliked\": ", rewards,
-                          count);
-    }
-    for (size_t i = 0; i < course->test_n; i++, fputc('\n', samples.file))
-        course_write_sample(course, samples.file, i, false);
+    course_write_reviews(course, out.file, ",\n\"disliked\": ", false);
+    course_write_reviews(course, out.file, ",\n\"liked\": ", true);
+
+    /* 3. A few answers, token by token. */
     for (size_t i = 0; i < MIN(course->test_n, (size_t)8); i++) {
-        fputs(i ? ",\n" : ",\n\"samples\": [\n", report.file);
-        course_write_sample(course, report.file, i, true);
+        fputs(i ? ",\n" : ",\n\"samples\": [\n", out.file);
+        course_write_sample(course, out.file, i, true);
     }
-    fputs("]}\n", report.file);
-    output_close(&summary);
+    fputs("]}\n", out.file);
+    output_close(&out);
+}
+
+/* What a run of the course leaves beside its models. */
+static void course_write(struct Course *course, double seconds) {
+    struct Output samples = output_open(course->output_dir, "samples.jsonl");
+    for (size_t i = 0; i < course->test_n; i++) {
+        course_write_sample(course, samples.file, i, false);
+        fputc('\n', samples.file);
+    }
     output_close(&samples);
-    output_close(&report);
+    course_write_summary(course, seconds);
+    course_write_report(course, seconds);
 }
 
 /* Text on one line of a terminal. */
@@ -10872,9 +10975,13 @@ static void print_plain(struct Text text) {
     arena_free(&arena);
 }
 
+/* What a run of the course says in the end. */
 static void course_print(struct Course *course) {
     enum { SHOWN = 8 };
     const struct PolicyResult *r = course->result;
+    struct Arena *arena = &course->arena;
+
+    /* 1. Answers: the same beginnings for each model. */
     printf("\nEight held-out beginnings, continued by each model, with the reward of each:\n");
     for (size_t i = 0; i < MIN(course->test_n, (size_t)SHOWN); i++) {
         printf("\n  ");
@@ -10886,19 +10993,22 @@ static void course_print(struct Course *course) {
             putchar('\n');
         }
     }
+
+    /* 2. Figures: the reward beside what it may have cost. */
     printf("\n%zu held-out beginnings   reward      KL  distinct-2  length\n", course->test_n);
     for (size_t k = 0; k < COUNT(course->result); k++)
         printf("  %-20s  %+8.2f%8.1f%12.2f%8.1f\n", COURSE_MODEL[k][0], r[k].mean_reward, r[k].kl,
                r[k].distinct_2, r[k].mean_length);
+
+    /* 3. A command line to go on with, which a shell takes as it stands. */
     printf("\nThe models are in %s/{language_model,reward_model,ppo,dpo}. Try them:\n",
            course->output_dir);
-    const char *policy =
-        shell_word(&course->arena, arena_printf(&course->arena, "%s/ppo", course->output_dir));
+    const char *policy = shell_word(arena, arena_printf(arena, "%s/ppo", course->output_dir));
     printf("  %s generate --model_name_or_path %s --prompt \"The film is\" --do_sample --top_k 0 "
            "--temperature %g",
            program_name, policy, course->temperature);
     if (course->tokenizer)
-        printf(" --tokenizer %s", shell_word(&course->arena, course->tokenizer));
+        printf(" --tokenizer %s", shell_word(arena, course->tokenizer));
     putchar('\n');
     printf("\nThe language model's answers scored %+.2f; after PPO they score %+.2f, after DPO "
            "%+.2f (standard deviations of the reward of "
