@@ -11412,8 +11412,8 @@ static bool is_adapter(const char *folder) {
            && file_exists(path);
 }
 
-/* Ends the program if a flag that the command cannot do without is not given.
- * flags: names of strings. */
+/* Ends the program if a flag is not given that the command cannot do without.
+ * flags: their names in a list; all of them are strings. */
 static void need(const struct Options *o, const char *flags) {
     for (size_t length; (length = next_name(&flags)) > 0; flags += length)
         for (size_t i = 0; i < COUNT(FLAGS); i++) {
@@ -11456,6 +11456,7 @@ static void check_special_tokens(struct Options *o, const char *folder, struct G
     size_t end = (size_t)c->eos_token_id;
     size_t known = (size_t)endoftext_id(c->vocab_size) + 1;
     const struct Text *names = added_tokens(&arena, folder, known, c->vocab_size);
+    /* 1. Texts end with the end token: it must be one that is known here. */
     CHECK(end < known || names[end - known].length == 0,
           "%s: its end token, id %zu, is \"%s\", an added token that %s lacks; this model cannot "
           "be "
@@ -11465,6 +11466,7 @@ static void check_special_tokens(struct Options *o, const char *folder, struct G
           "%s: its end token, id %zu, is no token of %s; if its texts end with GPT-2's own, write "
           "\"eos_token_id\": %zu in config.json",
           folder, end, tok->path, known - 1);
+    /* 2. Of the ids beyond tokenizer.bin's none may have a name, but for one that only pads. */
     for (size_t id = known; id < c->vocab_size; id++) {
         struct Text name = names[id - known];
         bool kept = id == known && id == (size_t)c->pad_token_id;
@@ -11479,6 +11481,7 @@ static void check_special_tokens(struct Options *o, const char *folder, struct G
         if (kept)
             c->pad_token = text_copy(&o->arena, name);
     }
+    /* 3. An ordinary word as the end token works, but is most likely a slip. */
     if (end + 1 < known)
         warn("%s: its end token, eos_token_id %zu, is the ordinary token \"%s\"; to this model a "
              "text ends wherever that token stands in it",
@@ -11500,6 +11503,8 @@ static struct GPT2 *load_model(struct Options *o, const char *folder) {
           "%s: its base \"%s\" is not here (base_model_name_or_path in its adapter_config.json); "
           "give both: --model_name_or_path BASE --peft_adapter DIR",
           folder, base ? base : "");
+    /* A tokenizer of its own that splits texts otherwise would feed the model ids that mean
+     * something else: each folder that has one is checked. */
     struct GPT2 *model = gpt2_load(base);
     tokenizer_check_folder(o->tok, folder, model->config.vocab_size);
     check_special_tokens(o, base, &model->config);
@@ -11519,6 +11524,7 @@ static void open_model(struct Options *o, bool train) {
     struct GPT2 *model = o->model = load_model(o, o->model_name_or_path);
     if (!o->use_peft && !o->peft_adapter)
         return;
+    /* 1. An adapter on an adapter has no format of its own: which base would it be loaded on? */
     CHECK(!is_adapter(o->model_name_or_path),
           "--model_name_or_path %s: is itself an adapter, a base is needed here; fold it into its "
           "base first: align merge",
@@ -11528,6 +11534,8 @@ static void open_model(struct Options *o, bool train) {
     else
         adapter_load(model, o->peft_adapter);
     model->adapter.base_model_name_or_path = o->model_name_or_path;
+
+    /* 2. To write or to score, W + BA is computed once, not at each product. */
     if (!train)
         adapter_merge(model);
     else if (model->adapter.lora_dropout > 0)
@@ -11605,11 +11613,14 @@ static void command_tokenize(struct Options *o) {
         o->data = dataset_load(&o->arena, path, TEXT_SHAPES, 1);
     else
         plain.text = read_file(&o->arena, path);
-    if (o->decode)
+    if (o->decode) {
         tokenize_decode(tok, plain.text, V, path);
-    for (size_t i = 0; !o->decode && i < (o->jsonl ? o->data->n : 1); i++) {
-        struct Example e =
-            example_encode(&o->arena, tok, o->jsonl ? o->data->rows[i].text : plain.text, V, NULL);
+        return;
+    }
+    /* Without --jsonl all the input is one text, line ends included. */
+    for (size_t i = 0; i < (o->jsonl ? o->data->n : 1); i++) {
+        struct Text text = o->jsonl ? o->data->rows[i].text : plain.text;
+        struct Example e = example_encode(&o->arena, tok, text, V, NULL);
         if (o->jsonl)
             json_write_ids(stdout, "{\"input_ids\": ", e.ids, e.n);
         for (size_t k = 0; k < e.n && !o->jsonl; k++)
@@ -11630,7 +11641,8 @@ static struct Trainer open_training(struct Options *o, const unsigned *shapes, s
     return (struct Trainer){.model = o->model, .tok = o->tok, .args = o->train};
 }
 
-/* A run may write over a folder that it reads, as in transformers: it is in memory by then. */
+/* A run may write over a folder that it reads, as in transformers, since that is in memory by then;
+ * but whoever gave both by mistake loses a model, so it is said. */
 static void note_replaced(struct Options *o, const char *dir) {
     const struct {
         const char *flag, *folder;
@@ -11641,6 +11653,7 @@ static void note_replaced(struct Options *o, const char *dir) {
     for (size_t i = 0; i < COUNT(inputs); i++) {
         const char *flag = inputs[i].flag;
         const char *folder = inputs[i].folder;
+        /* the same folder under another name, by a link for one, counts too */
         const char *base = folder ? base_folder(o, folder) : NULL;
         if (folder && same_folder(dir, folder)) {
             warn("--output_dir %s is --%s: the model there will be replaced", dir, flag);
@@ -11692,7 +11705,8 @@ static void finish_training(struct Options *o, struct Trainer *trainer) {
     trainer_free(trainer);
 }
 
-/* Each row's text as ids: with the end token, or, where that is NULL, the first `longest`. */
+/* Each row's text as ids, with the end token behind it unless that is NULL; of a longer text the
+ * first `longest`. */
 static struct Example *encode_texts(struct Options *o, const struct Dataset *data,
                                     const int *end_token, size_t longest) {
     if (!data)
@@ -11705,6 +11719,7 @@ static struct Example *encode_texts(struct Options *o, const struct Dataset *dat
         cut += texts[i].n > longest;
         texts[i].n = MIN(texts[i].n, longest);
     }
+    /* once for all of them, not a line for each */
     if (cut)
         warn("%s: %zu of %zu texts are longer than %zu tokens; their first %zu are read",
              data->path, cut, data->n, longest, longest);
@@ -11713,6 +11728,7 @@ static struct Example *encode_texts(struct Options *o, const struct Dataset *dat
 
 static void command_pretrain(struct Options *o) {
     need(o, "dataset_name, output_dir");
+    /* 1. A new model of the sizes that the flags say, or one that is trained further. */
     o->config.bos_token_id = endoftext_id(o->config.vocab_size);
     o->config.eos_token_id = o->config.pad_token_id = o->config.bos_token_id;
     config_check(&o->config, "command line");
@@ -11722,10 +11738,14 @@ static void command_pretrain(struct Options *o) {
         gpt2_init(o->model, o->train.seed);
     leave_out_reward_head(o->model);
     leave_out_value_head(o->model);
+
+    /* 2. Rows must fit its context. 1024 is the flag's default: not what the user asked for. */
     size_t n_positions = o->model->config.n_positions;
     CHECK(o->train.max_length <= n_positions || o->train.max_length == 1024,
           "--max_length %zu is longer than the model's context of %zu (--n_positions)",
           o->train.max_length, n_positions);
+
+    /* 3. Texts, joined by end tokens and cut into rows. */
     struct Trainer trainer = open_training(o, TEXT_SHAPES, 1);
     const int *end_token = &o->model->config.eos_token_id;
     struct Example *texts = encode_texts(o, o->data, end_token, SIZE_MAX);
@@ -11769,6 +11789,7 @@ static void parse_loss_types(struct Options *o) {
                           "sigmoid, ipo, hinge, robust, sft");
         char *end = NULL;
         o->dpo.weight[k] = weight ? strtod(weight + strspn(weight, " ,"), &end) : 1;
+        /* a weight that is none or out of range leaves a rest, as one too many does: see below */
         if (weight)
             weight =
                 end > weight && o->dpo.weight[k] >= 0 && o->dpo.weight[k] <= FLT_MAX ? end : "x";
@@ -11793,7 +11814,12 @@ static void command_dpo(struct Options *o) {
     struct Trainer trainer = open_training(o, DPO_SHAPES, 1);
     leave_out_reward_head(o->model);
     leave_out_value_head(o->model);
+
+    /* 1. pi_ref is where the policy starts from, unless --ref_model says otherwise. */
     load_reference(o);
+
+    /* 2. Pairs as ids, chosen and rejected in turn; those held out likewise, with room for the
+     *    reference's log-probabilities. */
     struct Example *pairs = arena_alloc(&o->arena, 2 * o->data->n, sizeof *pairs);
     size_t n = dpo_pairs(&trainer, &o->arena, o->data, &o->dpo, pairs);
     struct DPOTask *task =
@@ -11815,10 +11841,11 @@ static size_t encode_prompts(struct Options *o, struct Example *prompts) {
     size_t empty = 0;
     size_t longest = o->model->config.n_positions - 1;
     for (size_t i = 0; i < data->n && (!o->max_samples || count < o->max_samples); i++) {
-        bool whole = data->shape == SHAPE_PROMPT;
+        bool whole = data->shape == SHAPE_PROMPT; /* else a text, of which the beginning is taken */
         struct Example e =
             example_encode(&o->arena, o->tok, whole ? data->rows[i].prompt : data->rows[i].text,
                            o->model->config.vocab_size, NULL);
+        /* A number is drawn for every text, an empty one too: the lengths stay those of the rows. */
         size_t drawn = whole ? e.n : length_sampler(&o->input_length, &rng);
         size_t length = MIN(e.n, drawn);
         CHECK(length <= longest,
@@ -11849,6 +11876,8 @@ static struct RolloutSource open_rollouts(struct Options *o) {
     CHECK(in->max_value > in->min_value,
           "--input_max_text_length %zu: more than --input_min_text_length, %zu, was expected",
           in->max_value, in->min_value);
+
+    /* 1. Random numbers for each purpose; rollouts are sampled, whatever --do_sample would say. */
     struct RolloutSource source = {
         .shuffle = rng_seed(o->train.seed, STREAM_ORDER + 100),
         .lengths = rng_seed(o->train.seed, STREAM_LENGTH + 100),
@@ -11857,11 +11886,15 @@ static struct RolloutSource open_rollouts(struct Options *o) {
         .generation = o->generation,
     };
     source.generation.do_sample = true;
+
+    /* 2. The judge. collect asks a person where there is none. */
     if (o->reward_model_path)
         o->reward_model = load_model(o, o->reward_model_path);
     if (o->reward_model)
         check_reward_model(o->reward_model, o->reward_model_path);
     source.scorer = (struct Scorer){.reward_model = o->reward_model, .tok = o->tok, .std = 1};
+
+    /* 3. Prompts, and how many tokens the longest of them leaves of the context. */
     open_data(o, PROMPT_SHAPES, COUNT(PROMPT_SHAPES));
     if (o->data->shape == SHAPE_PROMPT)
         note_idle(o, "input_min_text_length, input_max_text_length",
@@ -11893,12 +11926,16 @@ static void train_on_rollouts(struct Options *o, const char *log_dir) {
     if (!o->rollouts)
         need(o, "reward_model_path, dataset_name");
     need(o, "output_dir");
+
+    /* 1. Policy, reference, and where the result goes: asked before hours of work, not after. */
     open_model(o, true);
     leave_out_reward_head(o->model);
     if (o->ppo.baseline != BASELINE_VALUE_HEAD)
         leave_out_value_head(o->model);
     load_reference(o);
     open_output_dir(o);
+
+    /* 2. Rollouts: stored ones, or prompts and a judge. */
     struct RolloutSource source = {0};
     if (o->rollouts)
         source.replay = o->data = dataset_load(&o->arena, o->rollouts, ROLLOUT_SHAPES, 1);
@@ -11907,6 +11944,8 @@ static void train_on_rollouts(struct Options *o, const char *log_dir) {
     size_t max_new = o->output_length.max_value - 1;
     if (!o->rollouts)
         note_full_context(o, source.room, max_new, "--output_max_length");
+
+    /* 3. As many steps as --max_steps says, else each prompt (or stored rollout) once. */
     struct PPOTrainer *ppo =
         ppo_trainer_new(o->model, o->reference, o->ppo, o->train, o->generation.temperature);
     size_t n = o->rollouts ? o->data->n : source.n;
@@ -11956,83 +11995,95 @@ static struct Example prompt_encode(struct Options *o, struct Text prompt, size_
     return e.n ? e : (struct Example){&o->model->config.bos_token_id, 1, 1};
 }
 
+/* What transformers writes into every generation_config.json, or takes where a setting is missing.
+ * NAN: it is not written unless somebody chose it. */
+static const struct {
+    const char *name;
+    double usual;
+} GENERATION_SETTINGS[] = {
+    {"do_sample", 0},
+    {"temperature", 1},
+    {"top_k", 50},
+    {"top_p", 1},
+    {"repetition_penalty", 1},
+    {"num_beams", 1},
+    {"length_penalty", 1},
+    {"early_stopping", 0},
+    {"no_repeat_ngram_size", 0},
+    {"min_length", 0},
+    {"min_new_tokens", 0},
+    {"max_length", 20},
+    {"max_new_tokens", 20},
+    {"num_return_sequences", 1},
+    {"eos_token_id", 0},
+    {"suppress_tokens", NAN},
+    {"min_p", NAN},
+    {"begin_suppress_tokens", NAN},
+    {"bad_words_ids", NAN},
+    {"forced_bos_token_id", NAN},
+    {"forced_eos_token_id", NAN},
+    {"typical_p", 1},
+    {"stop_strings", NAN},
+};
+
 /* transformers takes its defaults from generation_config.json; here flags say all. A file that says
  * more than transformers writes for every model is named, so that nobody waits for what it says.
  *                                                                   test: docs/check_failures.py */
 static void note_generation_config(struct Options *o) {
-    static const struct {
-        const char *name;
-        double usual;
-    } settings[] = {{"do_sample", 0},
-                    {"temperature", 1},
-                    {"top_k", 50},
-                    {"top_p", 1},
-                    {"repetition_penalty", 1},
-                    {"num_beams", 1},
-                    {"length_penalty", 1},
-                    {"early_stopping", 0},
-                    {"no_repeat_ngram_size", 0},
-                    {"min_length", 0},
-                    {"min_new_tokens", 0},
-                    {"max_length", 20},
-                    {"max_new_tokens", 20},
-                    {"num_return_sequences", 1},
-                    {"eos_token_id", 0},
-                    {"suppress_tokens", NAN},
-                    {"min_p", NAN},
-                    {"begin_suppress_tokens", NAN},
-                    {"bad_words_ids", NAN},
-                    {"forced_bos_token_id", NAN},
-                    {"forced_eos_token_id", NAN},
-                    {"typical_p", 1},
-                    {"stop_strings", NAN}};
     const char *path = arena_printf(&o->arena, "%s/generation_config.json", o->model_name_or_path);
     const char *said = "";
     if (!file_exists(path))
         return;
     const struct Json *config = json_object(&o->arena, read_file(&o->arena, path), path, "");
-    for (size_t i = 0; i < COUNT(settings); i++) {
-        const struct Json *value = json_get(config, settings[i].name);
+    for (size_t i = 0; i < COUNT(GENERATION_SETTINGS); i++) {
+        const char *name = GENERATION_SETTINGS[i].name;
+        const struct Json *value = json_get(config, name);
         if (!value || value->type == JSON_NULL)
             continue;
-        bool is_end = strcmp(settings[i].name, "eos_token_id") == 0;
-        double usual = is_end ? o->model->config.eos_token_id : settings[i].usual;
+        /* the end token is config.json's, and every model has its own */
+        bool is_end = strcmp(name, "eos_token_id") == 0;
+        double usual = is_end ? o->model->config.eos_token_id : GENERATION_SETTINGS[i].usual;
         double number = value->type == JSON_FALSE    ? 0
                         : value->type == JSON_NUMBER ? value->number
                                                      : NAN;
+        /* NaN equals nothing: a list, a string or `true` is always named */
         if (number == usual)
             continue;
-        said = arena_printf(&o->arena, "%s%s%s", said, *said ? ", " : "", settings[i].name);
+        said = arena_printf(&o->arena, "%s%s%s", said, *said ? ", " : "", name);
     }
     if (*said)
         warn("%s: %s: not read; say by flags what generate is to do", path, said);
 }
 
-/* A prompt's continuations: a line of JSON, or each behind its prompt as a person reads it,
- * without end tokens. */
-static void print_generation(struct Options *o, struct Text prompt, const struct Sequence *s,
-                             size_t n) {
-    size_t V = o->model->config.vocab_size;
-    int end_token = o->model->config.eos_token_id;
-    if (o->json)
-        json_write_string(stdout, "{\"prompt\": ", prompt);
-    for (size_t i = 0; i < n && o->json; i++)
+/* A prompt's continuations as a line of JSON: the new ids and the new text of each. */
+static void print_generation_json(struct Options *o, struct Text prompt, const struct Sequence *s,
+                                  size_t n) {
+    json_write_string(stdout, "{\"prompt\": ", prompt);
+    for (size_t i = 0; i < n; i++)
         json_write_ids(stdout, i ? ", " : ", \"sequences\": [", s[i].ids + s[i].prompt_length,
                        s[i].n - s[i].prompt_length);
     for (size_t i = 0; i < n; i++) {
-        bool ended = s[i].n > s[i].prompt_length && s[i].ids[s[i].n - 1] == end_token;
-        size_t first = o->json ? s[i].prompt_length : prompt.length == 0; /* without bos */
-        size_t last = s[i].n - (!o->json && ended);
         struct Text text =
-            tokenizer_decode_all(o->tok, &o->arena, s[i].ids + first, last - first, V);
-        if (o->json)
-            json_write_string(stdout, i ? ", " : "], \"texts\": [", text);
-        else {
-            text = text_shown(&o->arena, text, "\n\t");
-            fwrite(text.data, 1, text.length, stdout);
-        }
-        if (!o->json || i + 1 == n)
-            puts(o->json ? "]}" : "");
+            tokenizer_decode_all(o->tok, &o->arena, s[i].ids + s[i].prompt_length,
+                                 s[i].n - s[i].prompt_length, o->model->config.vocab_size);
+        json_write_string(stdout, i ? ", " : "], \"texts\": [", text);
+    }
+    puts("]}");
+}
+
+/* Each continuation behind its prompt, as a person reads it: without the end token, and without
+ * the bos token that stands for an empty prompt. */
+static void print_generation(struct Options *o, struct Text prompt, const struct Sequence *s,
+                             size_t n) {
+    const struct GPT2Config *config = &o->model->config;
+    for (size_t i = 0; i < n; i++) {
+        bool ended = s[i].n > s[i].prompt_length && s[i].ids[s[i].n - 1] == config->eos_token_id;
+        size_t first = prompt.length == 0;
+        struct Text text = tokenizer_decode_all(o->tok, &o->arena, s[i].ids + first,
+                                                s[i].n - ended - first, config->vocab_size);
+        text = text_shown(&o->arena, text, "\n\t");
+        fwrite(text.data, 1, text.length, stdout);
+        puts("");
     }
 }
 
@@ -12048,6 +12099,8 @@ static void command_generate(struct Options *o) {
     need(o, "model_name_or_path");
     if (!o->prompt && !o->dataset_name)
         die_usage("--prompt, or --dataset_name, is needed; see --help");
+
+    /* 1. The model, and one prompt or many. */
     open_model(o, false);
     leave_out_reward_head(o->model);
     CHECK(2 * g->num_beams <= MIN((size_t)256, o->model->config.vocab_size),
@@ -12057,6 +12110,9 @@ static void command_generate(struct Options *o) {
     if (!o->prompt)
         open_data(o, PROMPT_SHAPES, 1);
     const struct Dataset *data = o->data ? o->data : &one;
+
+    /* 2. A sequence for each answer, with a random generator of its own: what is drawn for one
+     *    does not depend on how the others go. */
     struct Sequence *sequences = arena_alloc(&o->arena, data->n * each, sizeof *sequences);
     struct Rng rng = rng_seed(o->train.seed, STREAM_SAMPLE);
     size_t room = o->model->config.n_positions;
@@ -12071,9 +12127,12 @@ static void command_generate(struct Options *o) {
                                rng_seed(rng_next(&rng), STREAM_SAMPLE));
     }
     note_full_context(o, room, g->max_new_tokens, "--max_new_tokens");
+
+    /* 3. All of them together: the weights are read once a token for all. */
     generate(o->model, sequences, data->n * each, g);
     for (size_t i = 0; i < data->n; i++)
-        print_generation(o, data->rows[i].prompt, &sequences[i * each], each);
+        (o->json ? print_generation_json : print_generation)(o, data->rows[i].prompt,
+                                                             &sequences[i * each], each);
 }
 
 /* The distribution of the next token after a prompt. [glossary: Distribuição (em ML)] */
