@@ -12130,9 +12130,13 @@ static void command_generate(struct Options *o) {
 
     /* 3. All of them together: the weights are read once a token for all. */
     generate(o->model, sequences, data->n * each, g);
-    for (size_t i = 0; i < data->n; i++)
-        (o->json ? print_generation_json : print_generation)(o, data->rows[i].prompt,
-                                                             &sequences[i * each], each);
+    for (size_t i = 0; i < data->n; i++) {
+        struct Text prompt = data->rows[i].prompt;
+        if (o->json)
+            print_generation_json(o, prompt, &sequences[i * each], each);
+        else
+            print_generation(o, prompt, &sequences[i * each], each);
+    }
 }
 
 /* The distribution of the next token after a prompt. [glossary: Distribuição (em ML)] */
@@ -12144,16 +12148,22 @@ static void command_next(struct Options *o) {
     struct GPT2 *model = o->model;
     size_t V = model->config.vocab_size;
     size_t kept = 0;
+
+    /* 1. The logits after the prompt's last token. */
     struct Example e = prompt_encode(o, text_of(o->prompt), 1, model->config.n_positions);
     struct Batch batch = collate(arena, &e, 1, READ_LAST);
     struct Activations acts = gpt2_forward(model, arena, &batch, false);
     float *p = arena_floats(arena, V);
     output_logits(model, p, acts.ln_f + (e.n - 1) * model->config.n_embd, 1);
     check_numbers(model, arena, &batch, "a logit of the next token", p, V);
+
+    /* 2. What sampling would do to them, and the probabilities that are left. */
     o->generation.do_sample = true;
     process_logits(p, V, &o->generation, e.ids, e.n, 0, model->config.eos_token_id);
     double entropy = entropy_of_logits(p, log_sum_exp(p, V, arena_floats(arena, V)), V);
     softmax(p, V);
+
+    /* 3. The kept ones, the likeliest first. */
     struct Candidate *top = arena_alloc(arena, V, sizeof *top);
     for (size_t v = 0; v < V; v++)
         if (p[v] > 0)
@@ -12178,6 +12188,42 @@ static void command_next(struct Options *o) {
     puts(o->json ? "]}" : "");
 }
 
+/* A line of logprob: a text's ids, each one's log-probability but the first's, which nothing comes
+ * before, and their sum over the completion; with --ref_model KL(model || reference) of the next
+ * token at each position. */
+static void print_logprob(struct Options *o, struct Arena *arena, const struct Example *e) {
+    /* 1. A text without tokens has nothing to say. */
+    if (e->n == 0) {
+        printf("{\"input_ids\": [], \"token_logprobs\": [], \"logprob\": 0%s}\n",
+               o->reference ? ", \"kl_to_ref_per_position\": []" : "");
+        return;
+    }
+
+    /* 2. All positions predict. The last one has no target; its log-probability is not shown,
+     *    but its distribution counts for the KL. */
+    struct Batch batch = collate(arena, e, 1, READ_LAST);
+    batch.R = e->n;
+    for (size_t t = 0; t < e->n; t++) {
+        batch.row[t] = (int)t;
+        batch.target[t] = t + 1 < e->n ? e->ids[t + 1] : 0;
+    }
+    struct LMHead head = batch_logprobs(o->model, arena, &batch, 1, false);
+
+    /* 3. Position t predicts token t + 1: the completion begins one before its first token. */
+    size_t first = MAX((size_t)1, e->prompt_length) - 1;
+    size_t scored = e->n > first + 1 ? e->n - 1 - first : 0;
+    json_write_ids(stdout, "{\"input_ids\": ", e->ids, e->n);
+    json_write_floats(stdout, ", \"token_logprobs\": ", head.logprob, e->n - 1);
+    printf(", \"logprob\": %s", json_number_text(sequence_logprob(head.logprob + first, scored)));
+    if (o->reference) {
+        struct LMHead ref_head = batch_logprobs(o->reference, arena, &batch, 1, false);
+        float *kl = arena_floats(arena, e->n);
+        kl_full_rows(o->model, &head, o->reference, &ref_head, kl);
+        json_write_floats(stdout, ", \"kl_to_ref_per_position\": ", kl, e->n);
+    }
+    fputs("}\n", stdout);
+}
+
 static void command_logprob(struct Options *o) {
     struct Arena arena = {0};
     need(o, "model_name_or_path, dataset_name");
@@ -12188,8 +12234,9 @@ static void command_logprob(struct Options *o) {
     open_data(o, SFT_SHAPES, COUNT(SFT_SHAPES));
     const struct Dataset *data = o->data;
     size_t V = o->model->config.vocab_size;
-    size_t limit = MIN(o->train.max_length, o->model->config.n_positions);
     size_t cut = 0;
+    /* what both models can read */
+    size_t limit = MIN(o->train.max_length, o->model->config.n_positions);
     if (o->reference)
         limit = MIN(limit, o->reference->config.n_positions);
     for (size_t i = 0; i < data->n; i++) {
@@ -12205,41 +12252,18 @@ static void command_logprob(struct Options *o) {
                  data->path, i + 1, limit, limit);
         e.n = MIN(e.n, limit);
         e.prompt_length = MIN(e.prompt_length, e.n);
-        if (e.n == 0) {
-            printf("{\"input_ids\": [], \"token_logprobs\": [], \"logprob\": 0%s}\n",
-                   o->reference ? ", \"kl_to_ref_per_position\": []" : "");
-            continue;
-        }
-        struct Batch batch = collate(&arena, &e, 1, READ_LAST);
-        batch.R = e.n;
-        /* all positions; the last one has no target, its logprob is not shown */
-        for (size_t t = 0; t < e.n; t++) {
-            batch.row[t] = (int)t;
-            batch.target[t] = t + 1 < e.n ? e.ids[t + 1] : 0;
-        }
-        struct LMHead head = batch_logprobs(o->model, &arena, &batch, 1, false);
-        size_t first = MAX((size_t)1, e.prompt_length) - 1;
-        size_t scored = e.n > first + 1 ? e.n - 1 - first : 0;
-        json_write_ids(stdout, "{\"input_ids\": ", e.ids, e.n);
-        json_write_floats(stdout, ", \"token_logprobs\": ", head.logprob, e.n - 1);
-        printf(", \"logprob\": %s",
-               json_number_text(sequence_logprob(head.logprob + first, scored)));
-        if (o->reference) {
-            struct LMHead ref_head = batch_logprobs(o->reference, &arena, &batch, 1, false);
-            float *kl = arena_floats(&arena, e.n);
-            kl_full_rows(o->model, &head, o->reference, &ref_head, kl);
-            json_write_floats(stdout, ", \"kl_to_ref_per_position\": ", kl, e.n);
-        }
-        fputs("}\n", stdout);
+        print_logprob(o, &arena, &e);
     }
     arena_free(&arena);
 }
 
+/* What the course's sentiment pipeline says of each text. */
 static void command_score(struct Options *o) {
     need(o, "model_name_or_path, dataset_name");
     open_model(o, false);
     check_reward_model(o->model, o->peft_adapter ? o->peft_adapter : o->model_name_or_path);
     open_data(o, TEXT_SHAPES, 1);
+    /* the reward is read at the last token: no end token stands behind it */
     struct Example *texts =
         encode_texts(o, o->data, NULL, MIN(o->train.max_length, o->model->config.n_positions));
     float *reward = arena_floats(&o->arena, o->data->n);
@@ -12252,14 +12276,17 @@ static void command_score(struct Options *o) {
     }
 }
 
-/* Pairs behind those that preferences.jsonl has, on the disk before the next are asked for. */
+/* Adds pairs to preferences.jsonl. They are on the disk before the next are asked for: the work of a
+ * person must not be lost. The file is written anew as a whole, so that it is never half a line. */
 static void preferences_add(struct Options *o, const char *path, const struct Example *pairs,
                             size_t n) {
     struct Arena arena = {0};
     size_t V = o->model->config.vocab_size;
+    /* 1. what was there */
     struct Text before = file_exists(path) ? read_file(&arena, path) : text_of("");
     struct Output out = output_open(o->train.output_dir, "preferences.jsonl");
     fwrite(before.data, 1, before.length, out.file);
+    /* 2. the new ones: chosen and rejected in turn */
     for (const struct Example *chosen = pairs; chosen < pairs + 2 * n; chosen += 2) {
         json_write_string(out.file, "{\"prompt\": ",
                           tokenizer_decode_all(o->tok, &arena, chosen->ids, chosen->prompt_length,
@@ -12284,6 +12311,7 @@ static int ask_person(struct Options *o, const struct Example *answers, size_t n
     struct Text prompt = tokenizer_decode_all(o->tok, &o->arena, answers->ids, n, V);
     struct Text a = answer_text(o->tok, &o->arena, answers, config);
     struct Text b = answer_text(o->tok, &o->arena, answers + 1, config);
+    /* between equal answers nobody can choose */
     if (same_answer(o->tok, &o->arena, answers, answers + 1, config))
         return 's';
     prompt = text_shown(&o->arena, prompt, "\n\t");
@@ -12320,6 +12348,7 @@ struct Collection {
 static void judged_read(struct Options *o, struct Collection *c) {
     const struct Dataset *pairs = o->eval;
     const char *path = arena_printf(&o->arena, "%s/judged.json", o->train.output_dir);
+    /* 1. From judged.json, or from the pairs themselves. */
     bool goes_on = file_exists(c->path) && file_exists(path);
     struct Json *json = goes_on ? json_read_file(&o->arena, path) : NULL;
     struct Json *list = json_get(json, "prompts");
@@ -12332,6 +12361,8 @@ static void judged_read(struct Options *o, struct Collection *c) {
     c->passed_over = arena_zeros(&o->arena, c->earlier + 1, 1);
     c->pairs =
         json ? json_size(json_get(json, "pairs"), SIZE_MAX >> 12, path, "pairs") : c->earlier;
+
+    /* 2. As they are shown: characters that a terminal cannot show make no difference. */
     struct Json *item = json ? list->child : NULL;
     for (size_t i = 0; i < c->earlier; i++, item = item ? item->next : NULL)
         c->judged[i] = text_shown(&o->arena, item ? item->string : pairs->rows[i].prompt, "");
@@ -12361,6 +12392,7 @@ static bool pair_written(struct Options *o, const struct Collection *c,
     size_t n = o->eval ? o->eval->n : 0;
     struct Text a = text_shown(&o->arena, answer_text(o->tok, &o->arena, pair, config), "");
     struct Text b = text_shown(&o->arena, answer_text(o->tok, &o->arena, pair + 1, config), "");
+    /* The first c->pairs of the file are of prompts that judged.json names. */
     for (size_t i = c->pairs; i < n; i++) {
         struct Text chosen = text_shown(&o->arena, o->eval->rows[i].chosen, "");
         struct Text rejected = text_shown(&o->arena, o->eval->rows[i].rejected, "");
@@ -12380,6 +12412,7 @@ static void collect_scored(struct Options *o, struct Collection *c, const struct
     size_t each = o->ppo.num_generations;
     size_t count = collect_preferences(o->model, &c->source.scorer, &o->arena, prompts, n, each,
                                        false, &c->source.generation, &c->rng, pairs);
+    /* those that are in the file already count, but are not written again */
     for (size_t i = 0; i < count; i++) {
         if (pair_written(o, c, pairs + 2 * i))
             continue;
@@ -12397,6 +12430,7 @@ static void collect_asked(struct Options *o, struct Collection *c, const struct 
     size_t pairs = 0;
     const struct Example *answers =
         sample_answers(o->model, &o->arena, prompt, 1, each, &c->source.generation, &c->rng);
+    /* one with two, three with four: an answer that has none beside it is left out */
     for (size_t k = 0; k + 1 < each && !c->stop; k += 2) {
         bool written = pair_written(o, c, answers + k);
         int word = written ? 's' : ask_person(o, answers + k, number, of);
@@ -12408,21 +12442,70 @@ static void collect_asked(struct Options *o, struct Collection *c, const struct 
         preferences_add(o, c->path, pair, 1);
         c->added++;
     }
+    /* A prompt that was broken off is asked again; what it gave is then found by pair_written. */
     if (!c->stop)
         c->pairs += pairs;
 }
 
-/* align collect -- data collection, the H in RLHF: a reward model or the person at the keyboard
- * compares answers. Judgements are added to preferences.jsonl. A run that was stopped goes on:
- * what was judged is passed over, and every prompt's random numbers follow from its place in the
- * data set, so that the pairs are those of one run.  [glossary: Coleta de dados]  test:
- * cli_collect, collect_resume */
-static void command_collect(struct Options *o) {
+/* Which of the prompts are still to be judged. shown (n), out: each prompt as a person sees it. */
+static bool *collect_wanted(struct Options *o, struct Collection *c, struct Text *shown) {
+    bool *wanted = arena_zeros(&o->arena, c->source.n, 1);
+    for (size_t i = 0; i < c->source.n; i++) {
+        const struct Example *e = &c->source.prompts[i];
+        struct Text text =
+            tokenizer_decode_all(o->tok, &o->arena, e->ids, e->n, o->model->config.vocab_size);
+        shown[i] = text_shown(&o->arena, text, "");
+        wanted[i] = !judged_before(c, shown[i]);
+    }
+    return wanted;
+}
+
+/* Has all prompts judged that are `wanted`: by the reward model in groups, by a person one by one. */
+static void collect_all(struct Options *o, struct Collection *c, const struct Text *shown,
+                        const bool *wanted) {
     enum { TOGETHER = 64 }; /* prompts: the same groups wherever an earlier run was stopped */
+    size_t n = c->source.n;
     size_t each = o->ppo.num_generations;
     size_t left = 0;
     size_t asked = 0;
     size_t drawn = 0;
+    for (size_t i = 0; i < n; i++)
+        left += wanted[i];
+    c->rng = c->source.sample;
+    for (size_t i = 0, end; i < n && !c->stop; i = end) {
+        /* 1. the next prompts that are wanted */
+        end = i + 1;
+        if (!wanted[i])
+            continue;
+        while (o->reward_model && end < n && end % TOGETHER && wanted[end])
+            end++;
+
+        /* 2. Each answer takes one random number. Those of the prompts that are passed over are
+         *    drawn as well: this prompt's are what they would have been in one run. */
+        for (; drawn < i * each; drawn++)
+            rng_next(&c->rng);
+        drawn = end * each;
+        if (o->reward_model)
+            collect_scored(o, c, c->source.prompts + i, end - i);
+        else
+            collect_asked(o, c, c->source.prompts + i, ++asked, left);
+
+        /* 3. Pairs first, then the note that these prompts are done: see struct Collection. */
+        if (c->stop)
+            break;
+        for (size_t k = i; k < end; k++)
+            c->judged[c->judged_n++] = shown[k];
+        judged_write(o, c);
+    }
+}
+
+/* align collect -- data collection, the H in RLHF: a reward model or the person at the keyboard
+ * compares answers, and their judgements are added to preferences.jsonl. A run that was stopped
+ * goes on: what was judged is passed over, and every prompt's random numbers follow from its place
+ * in the data set, so that the pairs are those of one run.  [glossary: Coleta de dados]
+ *                                                             test: cli_collect, collect_resume */
+static void command_collect(struct Options *o) {
+    size_t each = o->ppo.num_generations;
     CHECK(each >= 2, "--num_generations %zu: 2 or more answers are needed to compare", each);
     need(o, "model_name_or_path, dataset_name, output_dir");
     open_model(o, false);
@@ -12431,42 +12514,19 @@ static void command_collect(struct Options *o) {
     c.path = arena_printf(&o->arena, "%s/preferences.jsonl", o->train.output_dir);
     note_full_context(o, c.source.room, c.source.generation.max_new_tokens, "--max_new_tokens");
     make_folder(o->train.output_dir);
+
+    /* 1. What earlier runs left. The file is there from the start, if only empty. */
     bool any = file_exists(c.path) && read_file(&o->arena, c.path).length > 0;
     if (any)
         o->eval = dataset_load(&o->arena, c.path, DPO_SHAPES, 1);
     judged_read(o, &c);
     if (!any)
         preferences_add(o, c.path, NULL, 0);
-    size_t n = c.source.n;
-    struct Text *shown = arena_alloc(&o->arena, n, sizeof *shown);
-    bool *wanted = arena_zeros(&o->arena, n, 1);
-    for (size_t i = 0; i < n; i++) {
-        const struct Example *e = &c.source.prompts[i];
-        struct Text text =
-            tokenizer_decode_all(o->tok, &o->arena, e->ids, e->n, o->model->config.vocab_size);
-        shown[i] = text_shown(&o->arena, text, "");
-        wanted[i] = !judged_before(&c, shown[i]);
-        left += wanted[i];
-    }
-    c.rng = c.source.sample;
-    for (size_t i = 0, end; i < n && !c.stop; i = end) {
-        end = i + 1;
-        if (!wanted[i])
-            continue;
-        while (o->reward_model && end < n && end % TOGETHER && wanted[end])
-            end++;
-        for (; drawn < i * each; drawn++)
-            rng_next(&c.rng); /* each answer takes one number */
-        drawn = end * each;
-        if (o->reward_model)
-            collect_scored(o, &c, c.source.prompts + i, end - i);
-        else
-            collect_asked(o, &c, c.source.prompts + i, ++asked, left);
-        for (size_t k = i; k < end && !c.stop; k++)
-            c.judged[c.judged_n++] = shown[k];
-        if (!c.stop)
-            judged_write(o, &c);
-    }
+
+    /* 2. What is still to be judged. */
+    struct Text *shown = arena_alloc(&o->arena, c.source.n, sizeof *shown);
+    const bool *wanted = collect_wanted(o, &c, shown);
+    collect_all(o, &c, shown, wanted);
     say("%zu pairs added to %s (%zu were there)\n", c.added, c.path, o->eval ? o->eval->n : 0);
 }
 
@@ -12480,6 +12540,7 @@ static void command_eval(struct Options *o) {
     need(o, "model_name_or_path, dataset_name");
     open_model(o, false);
     if (o->reward_model_path) {
+        /* 1. A policy: its answers are what is measured. */
         leave_out_reward_head(o->model);
         if (o->ref_model)
             load_reference(o);
@@ -12495,10 +12556,12 @@ static void command_eval(struct Options *o) {
         if (o->reference)
             log_value(&entry, "kl", result.kl);
     } else if (o->model->score.n) {
+        /* 2. A reward model: as in training, on the data set as if it were held out. */
         trainer = open_training(o, REWARD_SHAPES, COUNT(REWARD_SHAPES));
         reward_task(&trainer, &o->arena, o->data, o->data);
         entry = trainer_measure(&trainer);
     } else {
+        /* 3. A language model: the loss of the tokens that sft would train on. */
         trainer = open_training(o, SFT_SHAPES, COUNT(SFT_SHAPES));
         struct LanguageTask *task = sft_task(&trainer, &o->arena, o->data, NULL);
         double loss;
@@ -12569,16 +12632,21 @@ static const char *fold(struct Arena *arena, const char *text) {
     return folded;
 }
 
-/* Insertions, deletions and exchanges that turn a into b: to guess what a mistyped word meant. */
+/* edit_distance -- how few insertions, deletions and exchanges of a letter turn a into b (of which
+ * 63 bytes count): to guess what a mistyped word meant. Row i holds the distances of a's first i
+ * letters from each beginning of b; a row follows from the one above it.
+ * By hand: "pretrian", "pretrain": two exchanges, 2. */
 static size_t edit_distance(const char *a, const char *b) {
     size_t n = MIN(strlen(b), (size_t)63);
     size_t row[64];
+    /* from nothing to j letters: j insertions */
     for (size_t j = 0; j <= n; j++)
         row[j] = j;
     for (size_t i = 0; a[i]; i++) {
         size_t diagonal = row[0];
         row[0] = i + 1;
         for (size_t j = 0; j < n; j++) {
+            /* exchange (or keep) a letter, or the better of a deletion and an insertion */
             size_t change = diagonal + (a[i] != b[j]);
             diagonal = row[j + 1];
             row[j + 1] = MIN(change, MIN(row[j], row[j + 1]) + 1);
