@@ -12655,9 +12655,36 @@ static size_t edit_distance(const char *a, const char *b) {
     return row[n];
 }
 
-/* align glossary [TERM] -- the term, or those that fit as well as the best of them; without TERM
- * all. Rank of a term: 0 TERM is a name of it; 1 words of one; 2 + the fewest edits that make it
- * the words somewhere in one. */
+/* Ends the program unless a term with all its lines begins at line[i]. */
+static void term_check(char **line, size_t lines, size_t i, const char *path) {
+    for (size_t k = 0; k < COUNT(TERM_LABELS); k++) {
+        bool good = i + k < lines
+                    && strncmp(line[i + k], TERM_LABELS[k], strlen(TERM_LABELS[k])) == 0
+                    && (k > 0 || strstr(line[i], " \xc2\xb7 "));
+        CHECK(good,
+              "%s: a line \"%s\" was expected under \"%s\"; the file's head says how a term is "
+              "written",
+              path, k ? TERM_LABELS[k] : "### Portuguese \xc2\xb7 English", line[i]);
+    }
+}
+
+/* How far a folded query is from a term, of which line[0] is the heading: 0 it is a name of the
+ * term; 1 words of one; else 2 + the fewest edits that make it the words somewhere in one. */
+static size_t term_rank(struct Arena *arena, char **line, const char *query) {
+    const char *names =
+        fold(arena, arena_printf(arena, ";%s;%s;", line[0] + 4, line[1] + strlen(TERM_LABELS[1])));
+    if (strstr(names, query))
+        return strstr(names, arena_printf(arena, ";%s;", query)) ? 0 : 1;
+    size_t rank = SIZE_MAX;
+    for (const char *word = names; (word = strchr(word, ' ')); word++) {
+        const char *words = arena_printf(arena, "%.*s ", (int)strlen(query) - 1, word);
+        rank = MIN(rank, 2 + edit_distance(query, words));
+    }
+    return rank;
+}
+
+/* align glossary [TERM] -- the entry of the term; of several that fit equally well their names;
+ * without TERM all names. */
 static void command_glossary(struct Options *o) {
     const char *path =
         shipped_file(&o->arena, "docs/glossary.md", "run align in the folder it came in");
@@ -12670,32 +12697,21 @@ static void command_glossary(struct Options *o) {
     size_t hits = 0;
     for (char *at = strtok((char *)file.data, "\n"); at; at = strtok(NULL, "\n"))
         line[lines++] = at;
+
+    /* 1. How well each term fits, and how many fit best. Lines that are no heading never do. */
     for (size_t i = 0; i < lines; i++) {
         rank[i] = SIZE_MAX;
         if (strncmp(line[i], "### ", 4) != 0)
             continue;
-        for (size_t k = 0; k < COUNT(TERM_LABELS); k++) {
-            bool good = i + k < lines
-                        && strncmp(line[i + k], TERM_LABELS[k], strlen(TERM_LABELS[k])) == 0
-                        && (k > 0 || strstr(line[i], " \xc2\xb7 "));
-            CHECK(good,
-                  "%s: a line \"%s\" was expected under \"%s\"; the file's head says how a term is "
-                  "written",
-                  path, k ? TERM_LABELS[k] : "### Portuguese \xc2\xb7 English", line[i]);
-        }
-        const char *names = fold(&o->arena, arena_printf(&o->arena, ";%s;%s;", line[i] + 4,
-                                                         line[i + 1] + strlen(TERM_LABELS[1])));
-        for (const char *word = names; (word = strchr(word, ' ')); word++)
-            rank[i] = MIN(rank[i],
-                          2
-                              + edit_distance(query, arena_printf(&o->arena, "%.*s ",
-                                                                  (int)strlen(query) - 1, word)));
-        if (strstr(names, query))
-            rank[i] = strstr(names, arena_printf(&o->arena, ";%s;", query)) ? 0 : 1;
+        term_check(line, lines, i, path);
+        rank[i] = term_rank(&o->arena, line + i, query);
         hits = rank[i] < best ? 1 : hits + (rank[i] == best);
         best = MIN(best, rank[i]);
     }
     CHECK(hits > 0, "%s: the file has no term", path);
+
+    /* 2. One hit is printed whole; of several, and without TERM, the names under their headings.
+     *    A folded query that is empty is one space. */
     if (query[1] && (hits > 1 || best > 1))
         puts(best > 1 ? "no term has this name; the nearest:" : "several terms fit:");
     for (size_t i = 0; i < lines; i++) {
@@ -12718,6 +12734,26 @@ static size_t course_positions(const struct Dataset *data) {
     return bytes / data->n > 4 * COURSE_POSITIONS ? COURSE_LONG_POSITIONS : COURSE_POSITIONS;
 }
 
+/* The course's own model, new: small enough for minutes on a CPU. */
+static struct GPT2 *course_new_model(const struct Dataset *data, uint64_t seed) {
+    struct GPT2 *model = gpt2_new((struct GPT2Config){
+        .vocab_size = COURSE_VOCAB,
+        .n_positions = course_positions(data),
+        .n_embd = COURSE_WIDTH,
+        .n_layer = COURSE_LAYERS,
+        .n_head = COURSE_HEADS,
+        .bos_token_id = COURSE_VOCAB - 1,
+        .eos_token_id = COURSE_VOCAB - 1,
+        .pad_token_id = COURSE_VOCAB - 1,
+        .layer_norm_epsilon = 1e-5f,
+    });
+    gpt2_init(model, seed);
+    /* GPT-2's 0.02 suits its width of 768; at 128 the blocks would drown so faint a token. */
+    struct Rng rng = rng_seed(seed, STREAM_INIT + 100);
+    tensor_normal(&model->wte, &rng, 0.06);
+    return model;
+}
+
 static void command_rlhf(struct Options *o) {
     struct Tokenizer *tok = load_tokenizer(o);
     const char *path = o->dataset_name ? o->dataset_name
@@ -12737,39 +12773,28 @@ static void command_rlhf(struct Options *o) {
         .ppo_steps = o->ppo_steps,
         .dpo_steps = o->dpo_steps,
     };
+
+    /* 1. A new model; or one that was trained before, which is only tuned on these texts, in
+     *    smaller steps the wider it is. */
     struct GPT2 *model;
     double learning_rate = 5e-3;
     if (o->model_name_or_path) {
         model = load_model(o, o->model_name_or_path);
         leave_out_reward_head(model);
         leave_out_value_head(model);
-        /* wider models take smaller steps */
         course.scale = MIN(1, (double)COURSE_WIDTH / (double)model->config.n_embd);
-        learning_rate = 5e-4; /* and trained ones are only tuned */
+        learning_rate = 5e-4;
     } else {
-        model = gpt2_new((struct GPT2Config){
-            .vocab_size = COURSE_VOCAB,
-            .n_positions = course_positions(data),
-            .n_embd = COURSE_WIDTH,
-            .n_layer = COURSE_LAYERS,
-            .n_head = COURSE_HEADS,
-            .bos_token_id = COURSE_VOCAB - 1,
-            .eos_token_id = COURSE_VOCAB - 1,
-            .pad_token_id = COURSE_VOCAB - 1,
-            .layer_norm_epsilon = 1e-5f,
-        });
-        gpt2_init(model, o->train.seed);
-        struct Rng rng = rng_seed(o->train.seed, STREAM_INIT + 100);
-        /* GPT-2's 0.02 suits its width of 768; at 128 the blocks would drown so faint a token */
-        tensor_normal(&model->wte, &rng, 0.06);
+        model = course_new_model(data, o->train.seed);
     }
+
+    /* 2. What cannot work, before it takes a minute to find out. */
     CHECK(o->reward_steps > 0 || model->score.n, "--reward_steps 0: an untrained reward model "
                                                  "gives every text the same reward; 1 or more "
                                                  "steps are needed");
     static const char *const results[] = {"language_model", "reward_model", "ppo", "dpo"};
-    for (size_t i = 0; i < COUNT(results); i++) {
+    for (size_t i = 0; i < COUNT(results); i++)
         note_replaced(o, arena_printf(&o->arena, "%s/%s", course.output_dir, results[i]));
-    }
     CHECK(model->config.n_positions >= 48, "%s: a context of %zu tokens; rlhf needs 48 or more",
           o->model_name_or_path, model->config.n_positions);
     course_run(&course, data, model, learning_rate);
@@ -12786,6 +12811,7 @@ static void command_exact(struct Options *o) {
     const struct GPT2Config *c = &o->config;
     size_t L = o->generation.max_new_tokens;
     double count = pow((double)c->vocab_size, (double)L);
+    /* All responses are enumerated, and each is a row of a batch: the world must be small. */
     CHECK(o->ppo.init_kl_coef >= 1e-3 && o->ppo.init_kl_coef <= 1e3,
           "--beta %g: must be above 0, 0.001 to 1000", o->ppo.init_kl_coef);
     CHECK(c->vocab_size >= 2 && c->vocab_size <= 16, "--vocab_size %zu: 2 to 16 tokens",
@@ -12965,6 +12991,8 @@ static const struct Flag *find_flag(const char *name, const struct Command *comm
     if (!*name)
         die_usage("%s: \"--\" is no flag; all: %s %s --help", command->name, program_name,
                   command->name);
+    /* --lr would also be the beginning of --lr_scheduler_type: a name that other programs use is
+     * never taken for one, it is refused with the name it has here. */
     for (size_t i = 0; i < COUNT(FLAGS) && !also_called(name, command); i++) {
         if (!(FLAGS[i].groups & command->groups) || strncmp(name, FLAGS[i].name, strlen(name)) != 0)
             continue;
@@ -13013,6 +13041,9 @@ static void parse_number(struct Options *o, const struct Flag *flag, const char 
     void *to = (char *)o + flag->offset;
     char *end = NULL;
     bool whole = flag->kind <= KIND_COUNT;
+
+    /* 1. Read it, all of it. strtoull would take "-3" and " 3"; strtod takes "nan", which no
+     *    comparison below lets through. */
     if (flag->kind == KIND_STEPS && strcmp(value, "-1") == 0)
         value = "0"; /* HF's "not set" */
     errno = 0;
@@ -13023,6 +13054,8 @@ static void parse_number(struct Options *o, const struct Flag *flag, const char 
         number = NAN;
     if (!(number >= RANGES[flag->kind].least && number <= RANGES[flag->kind].most))
         die_number(flag, value, number);
+
+    /* 2. Store it as what the member of Options is. */
     if (flag->kind == KIND_SEED)
         *(uint64_t *)to = size;
     else if (whole)
@@ -13040,6 +13073,7 @@ static void parse_number(struct Options *o, const struct Flag *flag, const char 
 static void parse_flag(struct Options *o, const struct Flag *flag, const char *value) {
     void *to = (char *)o + flag->offset;
     bool truth = true;
+    /* 1. A bare boolean means true; one that stops a beam search has a third value. */
     if (flag->kind == KIND_BOOL || flag->kind == KIND_STOPPING) {
         bool never = flag->kind == KIND_STOPPING && value && strcmp(value, "never") == 0;
         const char *more = flag->kind == KIND_STOPPING ? " or never" : "";
@@ -13057,6 +13091,8 @@ static void parse_flag(struct Options *o, const struct Flag *flag, const char *v
         parse_number(o, flag, value);
         return;
     }
+
+    /* 2. A string. Only a prompt may be empty; a name must be one that the flag's help lists. */
     if (!value[strspn(value, " ,")] && flag->kind != KIND_TEXT)
         die_usage("--%s \"%s\" is empty; a value was expected (%s)", flag->name, value, flag->help);
     if (flag->kind == KIND_NAME)
@@ -13075,6 +13111,7 @@ static int pass_over(struct Options *o, size_t which, const char *value, char **
     int taken = 0;
     if (!value && *rest && !is_flag(*rest))
         value = rest[taken++];
+    /* Each of its values must be one that changes nothing; "True" and "yes" are `true`. */
     do {
         const char *names = PASSED_OVER[which].harmless;
         bool truth = true;
@@ -13150,7 +13187,19 @@ static int take_flag(struct Options *o, const struct Command *command, char **ar
     return taken;
 }
 
-/* Flags that change nothing beside the others that are given, of a training's. */
+/* A rule: if it holds, these flags (names in a list) change nothing, and why. */
+struct IdleRule {
+    bool holds;
+    const char *flags, *why;
+};
+
+static void note_idle_rules(const struct Options *o, const struct IdleRule *rules, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        if (rules[i].holds)
+            note_idle(o, rules[i].flags, rules[i].why);
+}
+
+/* Flags of a training that change nothing beside the others that are given. */
 static void note_idle_training(const struct Options *o, const struct Command *command) {
     const struct TrainingArguments *train = &o->train;
     const struct PPOConfig *ppo = &o->ppo;
@@ -13158,10 +13207,8 @@ static void note_idle_training(const struct Options *o, const struct Command *co
                                           : "all weights are trained; for an adapter give "
                                             "--use_peft";
     bool smoothing = strstr(o->loss_type, "sigmoid") || strstr(o->loss_type, "robust");
-    const struct {
-        bool idle;
-        const char *flags, *why;
-    } rules[] = {
+    /* A flag that the command does not have is not given: such rules do no harm. */
+    const struct IdleRule rules[] = {
         {!o->use_peft, "lora_r, lora_alpha, lora_dropout, lora_target_modules, use_rslora",
          adapter},
         {train->max_steps > 0, "num_train_epochs", "--max_steps decides"},
@@ -13189,9 +13236,7 @@ static void note_idle_training(const struct Options *o, const struct Command *co
          "input_max_text_length, output_min_length, output_max_length",
          "--rollouts are replayed, none are sampled"},
     };
-    for (size_t i = 0; i < COUNT(rules); i++)
-        if (rules[i].idle)
-            note_idle(o, rules[i].flags, rules[i].why);
+    note_idle_rules(o, rules, COUNT(rules));
 }
 
 /* The same for commands that write or measure. */
@@ -13199,10 +13244,8 @@ static void note_idle_tools(const struct Options *o, const struct Command *comma
     const struct GenerationConfig *g = &o->generation;
     bool generates = (command->groups & G_SAMPLE) != 0;
     bool measures = (command->groups & G_EVAL) != 0;
-    const struct {
-        bool idle;
-        const char *flags, *why;
-    } rules[] = {
+    /* A flag that the command does not have is not given: such rules do no harm. */
+    const struct IdleRule rules[] = {
         {generates && !g->do_sample, "temperature, top_k, top_p, seed",
          "without --do_sample nothing is drawn"},
         {generates && g->num_beams == 1, "length_penalty, early_stopping",
@@ -13216,9 +13259,7 @@ static void note_idle_tools(const struct Options *o, const struct Command *comma
          "input_min_text_length, input_max_text_length",
          "answers are written only for a --reward_model_path"},
     };
-    for (size_t i = 0; i < COUNT(rules); i++)
-        if (rules[i].idle)
-            note_idle(o, rules[i].flags, rules[i].why);
+    note_idle_rules(o, rules, COUNT(rules));
 }
 
 static void take_word(struct Options *o, const struct Command *command, char *word) {
@@ -13231,10 +13272,13 @@ static void take_word(struct Options *o, const struct Command *command, char *wo
 
 static void parse_arguments(struct Options *o, const struct Command *command, int argc,
                             char **argv) {
+    /* 1. The command line as a shell takes it, for report.json. */
     o->begin = seconds_now();
     o->command = program_name;
     for (int i = 1; i < argc; i++)
         o->command = arena_printf(&o->arena, "%s %s", o->command, shell_word(&o->arena, argv[i]));
+
+    /* 2. Flags with their values, and words. */
     for (int i = 2; i < argc; i++) {
         if (strcmp(argv[i], "-h") == 0)
             o->help = true;
@@ -13250,6 +13294,8 @@ static void parse_arguments(struct Options *o, const struct Command *command, in
         *from = resume ? "true" : NULL;
     if (o->help)
         return;
+
+    /* 3. What cannot be together, and what changes nothing: no flag is ignored in silence. */
     if (o->use_peft && o->peft_adapter)
         die_usage("--use_peft starts a new adapter, --peft_adapter goes on with one: give one of "
                   "them");
@@ -13291,6 +13337,7 @@ static struct Options default_options(const char *name) {
         .ppo_steps = 85,
         .dpo_steps = 150,
     };
+    /* transformers' top_k of 50 is generate's; what trains or measures samples from all tokens */
     const struct Command *command = find_command(name);
     o.generation.top_k = 0;
     for (const char *const *word = command->defaults; *word; word += 2)
@@ -13303,6 +13350,7 @@ static const char *flag_value(struct Options *o, const struct Flag *flag) {
     static const char *const stopping[] =
         {[STOP_FALSE] = "false", [STOP_TRUE] = "true", [STOP_NEVER] = "never"};
     const void *at = (const char *)o + flag->offset;
+    /* as parse_flag and parse_number store them */
     if (flag->kind <= KIND_LIST)
         return *(const char *const *)at ? *(const char *const *)at : "";
     if (flag->kind == KIND_BOOL)
@@ -13343,6 +13391,7 @@ static void print_help(const struct Command *command) {
          "short as far as it fits one flag alone, and have dashes for underscores.");
     for (size_t i = 0; i < COUNT(FLAGS); i++) {
         const struct Flag *flag = &FLAGS[i];
+        /* 1. A heading waits until a flag under it is one of the command's. */
         if (!*flag->name)
             heading = flag->help;
         if (!(flag->groups & command->groups))
@@ -13350,6 +13399,8 @@ static void print_help(const struct Command *command) {
         if (heading)
             printf("\n%s\n", heading);
         heading = NULL;
+
+        /* 2. [default] what is expected: what it is for. */
         const char *value = flag_value(&defaults, flag);
         const char *expected =
             flag->kind == KIND_BOOL ? "true or false" : RANGES[flag->kind].expected;
@@ -13467,6 +13518,7 @@ static void arithmetic_check(void) {
     float large = 0x1p24f * one;
     float small = 0.25f * one;
     float sum = large + small;
+    /* 2^24 + 1/4 is 2^24 in float32, so the difference is 0; regrouped it would be 1/4. */
     const char *wrong = NULL;
     if (!isnan(nan) || nan == nan || !isinf(infinity))
         wrong = "NaN or infinity pass for numbers";
