@@ -1,6 +1,7 @@
 # make           builds ./align           make run    the whole course, a minute or two
 # make test      builds and runs tests    make debug  ./align_debug for gdb: no optimisation, one thread
 # make book      docs/book.html: align.c for reading        make check-all  every instrument, about an hour
+# make bench     how fast this machine is; BENCH="--n_layer 2 --json": bench's flags (docs/tools/bench.c)
 # make install   PREFIX=/usr/local DESTDIR=: the program, and beside it what it reads      make uninstall
 # CFLAGS, CPPFLAGS, LDFLAGS and LDLIBS are yours, from the environment too; they come after the flags that align needs.
 CC ?= cc
@@ -27,8 +28,14 @@ align: align.c
 test_align: test_align.c align.c
 	$(call build,test_align.c -o test_align)
 
+align_bench: docs/tools/bench.c align.c
+	$(call build,docs/tools/bench.c -o align_bench)
+
 run: align
 	./align rlhf
+
+bench: align_bench
+	@./align_bench $(BENCH)
 
 test: test_align
 	./test_align
@@ -57,6 +64,6 @@ uninstall:
 	-rmdir "$(share)/docs" "$(share)"
 
 clean:
-	rm -f align align_debug test_align
+	rm -f align align_bench align_debug test_align
 
-.PHONY: run test check-all debug book install uninstall clean
+.PHONY: run bench test check-all debug book install uninstall clean

@@ -12095,17 +12095,22 @@ static void leave_out_value_head(struct GPT2 *model) {
  * if it had never stopped, bit for bit).
  * ============================================================================================= */
 
-/* Makes a file's or a model's text fit for a terminal: so many bytes at most, whole characters,
- * '?' for control bytes.  test: progress_cut */
+/* cut_text -- makes the text of a file or a model fit for a terminal, in place: at most `bytes`
+ * bytes, whole characters, and '?' in place of control bytes, which could move the cursor or
+ * change the colours.                                                       test: progress_cut */
 static char *cut_text(char *text, size_t bytes) {
     size_t n = strlen(text);
     size_t i = 0;
     size_t length;
     for (uint32_t c; i < n; i += length) {
         length = utf8_read((unsigned char *)text + i, n - i, &c);
+        /* 0 to 31, 127, and 128 to 159, which terminals obey as well; no UTF-8 has length 0 */
         bool plain = length > 0 && c >= 32 && (c < 127 || c >= 160);
-        if (!plain)
-            memset(text + i, '?', length = MAX(length, (size_t)1));
+        if (!plain) {
+            length = MAX(length, (size_t)1);
+            memset(text + i, '?', length);
+        }
+        /* half a character would show as a question mark of the terminal's own */
         if (i + length > bytes)
             break;
     }
@@ -12113,11 +12118,11 @@ static char *cut_text(char *text, size_t bytes) {
     return text;
 }
 
-/* The line of progress on a terminal, where it is `open`: what else is said takes its place, and
- * it comes again below. */
+/* The line of progress on a terminal. While it is `open`, the cursor stands at its end: whatever
+ * else is said must first clear it, and the line is drawn again below. */
 static struct Progress {
     const char *name;
-    double begin, drawn;
+    double begin, drawn; /* seconds: the stage's first line, the last one */
     size_t step, total, first_step, first_tokens;
     bool open;
 } progress_line;
@@ -12125,22 +12130,25 @@ static struct Progress {
 static void progress_clear(void) {
     if (!progress_line.open)
         return;
-    /* one that is complete stays */
-    fputs(progress_line.total && progress_line.step == progress_line.total ? "\n" : "\r\033[K",
-          stderr);
+    /* A stage that is complete keeps its line, to be read later. */
+    bool complete = progress_line.total && progress_line.step == progress_line.total;
+    fputs(complete ? "\n" : "\r\033[K", stderr);
     progress_line.open = false;
 }
 
-/* One line on stderr; of a long one the middle is left out. */
+/* One line on stderr. A file can make a message long, a path or a key of a megabyte: then its
+ * middle is left out. */
 static void PRINTF_LIKE(2, 0)
     complain(const char *start, const char *format, va_list arguments, const char *end) {
+    enum { SHOWN = 600 }; /* bytes kept at either end */
     char line[2 * PATH_MAX];
     vsnprintf(line, sizeof line, format, arguments);
     size_t n = strlen(cut_text(line, sizeof line));
-    size_t head = MIN(n, (size_t)600);
+    size_t head = MIN(n, (size_t)SHOWN);
     size_t tail = MAX(head, n - head);
+    /* Neither cut may fall into a character: bytes 10xxxxxx continue one. */
     while (tail > head && (line[head] & 0xc0) == 0x80)
-        head--; /* whole characters */
+        head--;
     while (tail > head && (line[tail] & 0xc0) == 0x80)
         tail++;
     progress_clear();
@@ -12171,7 +12179,8 @@ static double seconds_now(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-/* Where the running program lies, links followed. */
+/* Where the running program lies, links followed. Files that ship with it are looked for there.
+ * Every system has its own way to ask. */
 static bool program_path(char path[PATH_MAX]) {
 #if defined(_WIN32)
     size_t n = GetModuleFileNameA(NULL, path, PATH_MAX);
@@ -12194,13 +12203,16 @@ static bool program_path(char path[PATH_MAX]) {
 #endif
 }
 
-/* A word as a POSIX shell reads it back: plain, or in single quotes, where a quote itself is '\''.
+/* shell_word -- a word as a POSIX shell reads it back, so that a command line which is printed can
+ * be pasted: plain, or in single quotes. A quote inside cannot be escaped there: the quotes are
+ * closed, \' is written, and they are opened again.
  * By hand: Ana's run -> 'Ana'\''s run'.                                       test: shell_word */
 static const char *shell_word(struct Arena *arena, const char *word) {
     static const char plain[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_@%+"
                                 "=:,./-";
     if (*word && !word[strspn(word, plain)])
         return word;
+    /* the worst case: quotes only, four bytes each */
     char *quoted = arena_alloc(arena, 4 * strlen(word) + 3, 1);
     char *to = quoted;
     *to++ = '\'';
@@ -12213,14 +12225,14 @@ static const char *shell_word(struct Arena *arena, const char *word) {
     return quoted;
 }
 
-/* Progress. On a terminal one line a stage, renewed in place; elsewhere plain lines. It is only
- * looked at: the run is the same bit for bit. */
+/* Is stderr a terminal that can renew a line in place? Elsewhere, in a file or a pipe, progress is
+ * plain lines. Either way nobody but a person depends on it: the run is the same bit for bit. */
 static bool progress_live(void) {
     return !quiet && isatty(STDERR_FILENO) && getenv("TERM") && strcmp(getenv("TERM"), "dumb") != 0;
 }
 
-/* One less than the terminal has, for in its last column a line may wrap. A character takes no
- * more columns than bytes. */
+/* Columns to use: one less than the terminal has, since some wrap a line that fills the last one.
+ * Bytes are counted for columns: a character takes no more columns than it has bytes. */
 static size_t terminal_columns(void) {
 #ifdef TIOCGWINSZ
     struct winsize size;
@@ -12230,18 +12242,20 @@ static size_t terminal_columns(void) {
     return 79;
 }
 
-/* Where a stage is. A terminal's line is renewed ten times a second at most, and if `due`;
- * elsewhere a line is said if `due`. */
+/* Says where a stage is. `due`: it is time for a log entry. Then a plain line is said; a
+ * terminal's line is renewed then, at the stage's last step, and else ten times a second at most:
+ * drawing must cost nothing beside a step. */
 static void progress_say(const char *name, size_t step, size_t total, size_t tokens, bool due,
                          const char *metrics) {
     struct Progress *p = &progress_line;
-    char line[800];
     bool live = progress_live();
     double now = seconds_now();
     if (!live && due)
         say("%s: step %zu/%zu  %s\n", name, step, total, metrics);
     if (!live || (!due && step < total && now - p->drawn < 0.1))
         return;
+
+    /* 1. A new stage begins a line, and its clock. A resumed one does not start at step 0. */
     if (p->name != name || step < p->step) {
         progress_clear();
         *p = (struct Progress){
@@ -12251,13 +12265,22 @@ static void progress_say(const char *name, size_t step, size_t total, size_t tok
             .first_tokens = tokens,
         };
     }
-    *p = (struct Progress){name, p->begin, now, step, total, p->first_step, p->first_tokens, true};
+    p->drawn = now;
+    p->step = step;
+    p->total = total;
+    p->open = true;
+
+    /* 2. What is left, if the steps to come take as long as those of this run did. */
     double gone = now - p->begin;
-    size_t left =
-        (size_t)(gone * (double)(total - step) / (double)MAX(step - p->first_step, (size_t)1));
+    double steps_done = (double)MAX(step - p->first_step, (size_t)1);
+    size_t left = (size_t)(gone * (double)(total - step) / steps_done);
+    double speed = gone > 0 ? (double)(tokens - p->first_tokens) / gone : 0;
+
+    /* 3. Over the old line, and whatever stands behind its new end is erased (ESC [ K). */
+    char line[800];
+    int tenths = total ? (int)(10 * step / total) : 0;
     snprintf(line, sizeof line, "%s [%-10.*s] %zu/%zu  %zu:%02zu left  %s  %.0f tokens/s", name,
-             total ? (int)(10 * step / total) : 0, "==========", step, total, left / 60, left % 60,
-             metrics, gone > 0 ? (double)(tokens - p->first_tokens) / gone : 0);
+             tenths, "==========", step, total, left / 60, left % 60, metrics, speed);
     fprintf(stderr, "\r%s\033[K", cut_text(line, terminal_columns()));
 }
 
@@ -12266,6 +12289,8 @@ static bool progress_sampling(size_t step, size_t total) {
     return progress_live() && (step == 1 || step % MAX((size_t)1, total / 8) == 0);
 }
 
+/* If nothing was found before (`place` is empty) and x holds a number that is not finite: writes
+ * to `place` what it is. x may be NULL: not computed. */
 static void note_bad(char place[160], const char *what, const char *name, const float *x,
                      size_t n) {
     size_t i = *place || !x ? n : first_not_finite(x, n);
@@ -12274,39 +12299,59 @@ static void note_bad(char place[160], const char *what, const char *name, const 
                  isnan(x[i]) ? "NaN" : "infinite");
 }
 
-/* check_finite -- a step's loss, its gradient's norm, a logit: when one is NaN or infinite, the
- * run ends and names where it began, in the order in which numbers are made: weights (the step
- * before took them there), activations forward, of a gradient's norm then the gradients
- * backward.  test: bad_numbers */
+/* The same for what block l computed forward, in the order in which it did. */
+static void note_bad_block(char place[160], const struct GPT2 *model, size_t l) {
+    const struct Activations *acts = &model->trace.acts;
+    const struct BlockActivations *a = &acts->h[l];
+    size_t width = acts->N * model->config.n_embd;
+    bool last = l + 1 == model->config.n_layer;
+    const struct {
+        const char *name;
+        const float *x;
+        size_t n;
+    } outputs[] = {
+        {"ln_1", a->ln_1, width},
+        {"attn.c_attn", a->qkv, 3 * width},
+        {"attn", a->att, width},
+        {"attn.c_proj", a->mid, width},
+        {"ln_2", a->ln_2, width},
+        {"mlp.c_fc", a->fc, 4 * width},
+        {"mlp.act", a->gelu, 4 * width},
+        /* what a block gives is what the next one gets */
+        {"mlp.c_proj", last ? acts->x : a[1].x, width},
+    };
+    for (size_t k = 0; k < COUNT(outputs); k++) {
+        char name[64];
+        snprintf(name, sizeof name, "h.%zu.%s", l, outputs[k].name);
+        note_bad(place, "the output of", name, outputs[k].x, outputs[k].n);
+    }
+}
+
+/* check_finite -- ends the run when a step's loss, its gradient's norm or a logit is NaN or
+ * infinite, and names where that began. One NaN spreads to everything computed from it; so the
+ * numbers are looked through in the order in which they are made, and the first that is found is
+ * the culprit.                                                               test: bad_numbers */
 static void check_finite(const struct GPT2 *model, const char *what, double value) {
     if (isfinite(value))
         return;
     const struct Activations *acts = &model->trace.acts;
+    struct Tensor *const *tensors = model->tensors;
     char place[160] = "";
     char step[64] = "";
-    char name[64];
-    size_t width = acts->N * model->config.n_embd;
-    size_t L = model->config.n_layer;
+
+    /* 1. the weights: the step before took them there */
     for (size_t i = 0; i < model->tensor_count; i++)
-        note_bad(place, "weight", model->tensors[i]->name, model->tensors[i]->w,
-                 model->tensors[i]->n);
-    for (size_t k = 0; acts->N && k < 8 * L; k++) {
-        static const char *const names[] = {"ln_1", "attn.c_attn", "attn",    "attn.c_proj",
-                                            "ln_2", "mlp.c_fc",    "mlp.act", "mlp.c_proj"};
-        const struct BlockActivations *a = &acts->h[k / 8];
-        const float *outputs[] = {a->ln_1, a->qkv, a->att,  a->mid,
-                                  a->ln_2, a->fc,  a->gelu, k / 8 + 1 < L ? a[1].x : acts->x};
-        snprintf(name, sizeof name, "h.%zu.%s", k / 8, names[k % 8]);
-        note_bad(place, "the output of", name, outputs[k % 8],
-                 width
-                     * (k % 8 == 1                 ? 3
-                        : k % 8 == 5 || k % 8 == 6 ? 4
-                                                   : 1));
-    }
-    note_bad(place, "the output of", "ln_f", acts->ln_f, width);
+        note_bad(place, "weight", tensors[i]->name, tensors[i]->w, tensors[i]->n);
+
+    /* 2. the activations forward, if a forward pass has kept them */
+    for (size_t l = 0; acts->N && l < model->config.n_layer; l++)
+        note_bad_block(place, model, l);
+    note_bad(place, "the output of", "ln_f", acts->ln_f, acts->N * model->config.n_embd);
+
+    /* 3. the gradients backward, which is from the last tensor to the first */
     for (size_t i = model->tensor_count; strstr(what, "gradient") && i-- > 0;)
-        note_bad(place, "the gradient of", model->tensors[i]->name, model->tensors[i]->d,
-                 model->tensors[i]->n);
+        note_bad(place, "the gradient of", tensors[i]->name, tensors[i]->d, tensors[i]->n);
+
     if (model->trace.task)
         snprintf(step, sizeof step, "%s: step %zu: ", model->trace.task, model->trace.step);
     die("%s%s is %s: %s; try a smaller --learning_rate, more --warmup_steps or --max_grad_norm 1%s",
@@ -12315,8 +12360,9 @@ static void check_finite(const struct GPT2 *model, const char *what, double valu
         model->trace.task ? ", and look at this step's data" : " where the model is trained");
 }
 
-/* Numbers that a model without a backward pass gave: to find where they broke, its forward pass
- * is made again and kept. */
+/* The same for n numbers of a model that only writes or scores. Its forward pass keeps nothing: to
+ * find where a number broke, the pass is made again and kept. batch NULL: only the weights are
+ * looked through. */
 static void check_numbers(const struct GPT2 *model, struct Arena *arena, const struct Batch *batch,
                           const char *what, const float *x, size_t n) {
     size_t i = first_not_finite(x, n);
@@ -12336,20 +12382,21 @@ static struct LogEntry *state_log(struct TrainerState *state) {
     return entry;
 }
 
-/* A name that is put together or read from a file, kept as long as logs may be. */
+/* Names of metrics that are put together or read from a file. Logs point to them, so they are
+ * kept as long as any log may be: to the program's end. */
 static struct Arena log_names;
 
 static const char *log_name(const char *prefix, struct Text name) {
     char *text =
         arena_printf(&log_names, "%s%.*s", prefix, (int)MIN(name.length, (size_t)100), name.data);
-    /* it will stand in JSON */
+    /* It will stand in JSON between quotes. */
     for (char *c = text; *c; c++)
         if (*c == '"' || *c == '\\' || (unsigned char)*c < ' ')
             *c = '_';
     return text;
 }
 
-/* The number of this name in an entry; a new one is 0. */
+/* The number of this name in an entry, which is sorted by name; a new one is 0. */
 static struct Metric *log_at(struct LogEntry *entry, const char *name) {
     size_t at = 0;
     while (at < entry->n && strcmp(entry->item[at].name, name) < 0)
@@ -12357,8 +12404,9 @@ static struct Metric *log_at(struct LogEntry *entry, const char *name) {
     if (at < entry->n && strcmp(entry->item[at].name, name) == 0)
         return &entry->item[at];
     CHECK(entry->n < MAX_METRICS, "internal: more than %d metrics in a log entry", MAX_METRICS);
-    memmove(&entry->item[at + 1], &entry->item[at], (entry->n++ - at) * sizeof *entry->item);
-    entry->item[at] = (struct Metric){name, 0, 0};
+    memmove(&entry->item[at + 1], &entry->item[at], (entry->n - at) * sizeof *entry->item);
+    entry->n++;
+    entry->item[at] = (struct Metric){.name = name};
     return &entry->item[at];
 }
 
@@ -12366,60 +12414,70 @@ static void log_value(struct LogEntry *entry, const char *name, double value) {
     log_at(entry, name)->value = value;
 }
 
+/* Returns whether an entry has a number of this name; *value: that number, else NaN. */
 static bool log_find(const struct LogEntry *entry, const char *name, double *value) {
     *value = NAN;
     for (size_t i = 0; i < entry->n; i++)
-        if (strcmp(entry->item[i].name, name) == 0)
-            return *value = entry->item[i].value, true;
+        if (strcmp(entry->item[i].name, name) == 0) {
+            *value = entry->item[i].value;
+            return true;
+        }
     return false;
 }
 
+/* The members of a JSON object, without its braces. */
 static void log_write(FILE *file, const struct LogEntry *entry, const char *separator) {
     for (size_t i = 0; i < entry->n; i++)
         fprintf(file, "%s\"%s\": %s", i ? separator : "", entry->item[i].name,
                 json_number_text(entry->item[i].value));
 }
 
+/* trainer_state.json as transformers' TrainerState writes it, its keys sorted: transformers and
+ * whatever draws curves from this file finds all that it expects. */
 static void trainer_state_save(const struct TrainerState *s, const struct TrainingArguments *args,
                                const char *folder) {
     struct Output out = output_open(folder, "trainer_state.json");
     FILE *f = out.file;
-    fprintf(f,
-            "{\n  \"best_global_step\": null,\n  \"best_metric\": null,\n  "
-            "\"best_model_checkpoint\": null,\n  \"epoch\": %s",
-            json_number_text(s->epoch));
-    fprintf(f,
-            ",\n  \"eval_steps\": %zu,\n  \"global_step\": %zu,\n  \"is_hyper_param_search\": "
-            "false,\n  \"is_local_process_zero\": true,\n  \"is_world_process_zero\": true,\n  "
-            "\"log_history\": [",
-            args->eval_steps, s->global_step);
+    /* 1. no best model: it is not looked for */
+    fputs("{\n  \"best_global_step\": null,\n  \"best_metric\": null", f);
+    fputs(",\n  \"best_model_checkpoint\": null", f);
+    fprintf(f, ",\n  \"epoch\": %s", json_number_text(s->epoch));
+    fprintf(f, ",\n  \"eval_steps\": %zu", args->eval_steps);
+    fprintf(f, ",\n  \"global_step\": %zu", s->global_step);
+    /* 2. one process does all; no hyper-parameters are searched for */
+    fputs(",\n  \"is_hyper_param_search\": false,\n  \"is_local_process_zero\": true", f);
+    fputs(",\n  \"is_world_process_zero\": true", f);
+    /* 3. the log itself */
+    fputs(",\n  \"log_history\": [", f);
     for (size_t i = 0; i < s->log_count; i++) {
         fputs(i ? ",\n    {\n      " : "\n    {\n      ", f);
         log_write(f, &s->log_history[i], ",\n      ");
         fputs("\n    }", f);
     }
-    fprintf(f,
-            "\n  ],\n  \"logging_steps\": %zu,\n  \"max_steps\": %zu,\n  "
-            "\"num_input_tokens_seen\": %zu,\n  \"num_train_epochs\": %.0f,\n  \"save_steps\": "
-            "%zu,\n  \"stateful_callbacks\": {\"TrainerControl\": {\"args\": {}, \"attributes\": "
-            "{}}},\n",
-            args->logging_steps, s->max_steps, s->num_tokens, ceil(s->num_train_epochs),
-            args->save_steps);
-    fprintf(f,
-            "  \"total_flos\": 0,\n  \"train_batch_size\": %zu,\n  \"trial_name\": null,\n  "
-            "\"trial_params\": null\n}\n",
-            args->per_device_train_batch_size);
+    fprintf(f, "\n  ],\n  \"logging_steps\": %zu", args->logging_steps);
+    fprintf(f, ",\n  \"max_steps\": %zu", s->max_steps);
+    fprintf(f, ",\n  \"num_input_tokens_seen\": %zu", s->num_tokens);
+    /* 4. whole epochs there: the one that is not complete counts */
+    fprintf(f, ",\n  \"num_train_epochs\": %.0f", ceil(s->num_train_epochs));
+    fprintf(f, ",\n  \"save_steps\": %zu", args->save_steps);
+    fputs(",\n  \"stateful_callbacks\": {\"TrainerControl\": {\"args\": {}, \"attributes\": {}}}",
+          f);
+    fputs(",\n  \"total_flos\": 0", f);
+    fprintf(f, ",\n  \"train_batch_size\": %zu", args->per_device_train_batch_size);
+    fputs(",\n  \"trial_name\": null,\n  \"trial_params\": null\n}\n", f);
     output_close(&out);
 }
 
-/* n numbers of 64 bits as a tensor of twice as many floats: kept bit for bit, never looked at. */
+/* Checkpoints. Beside the weights a run's state is numbers of 64 bits: counters, random
+ * generators, running means. They are written to optimizer.safetensors as tensors of float32,
+ * two for each: bit patterns, kept bit for bit and never looked at as floats. */
 static struct Tensor tensor_of_bits(const char *group, const char *name, void *at, size_t n) {
     struct Tensor t = {.shape = {2 * n}, .ndim = 1, .n = 2 * n, .w = at, .bits = true};
     snprintf(t.name, sizeof t.name, "%.16s.%.44s", group, name);
     return t;
 }
 
-/* n whole numbers, or any bits: then `most` is UINT64_MAX. */
+/* n whole numbers of at most `most`; UINT64_MAX: any 64 bits. */
 static struct Saved *checkpoint_add(struct Checkpoint *c, const char *name, void *at, size_t n,
                                     uint64_t most) {
     if (c->count == COUNT(c->saved))
@@ -12428,7 +12486,7 @@ static struct Saved *checkpoint_add(struct Checkpoint *c, const char *name, void
     *s = (struct Saved){
         .tensor = tensor_of_bits(c->task, name, at, n),
         .most = most,
-        .first_double = n,
+        .first_double = n, /* none is a double */
     };
     return s;
 }
@@ -12437,7 +12495,7 @@ static void checkpoint_add_doubles(struct Checkpoint *c, const char *name, void 
     checkpoint_add(c, name, at, n, UINT64_MAX)->first_double = 0;
 }
 
-/* One number that must not have changed. words: what it is. */
+/* One number that must be the same when the run goes on. words: what it is, for the message. */
 static void checkpoint_add_fixed(struct Checkpoint *c, const char *name, void *at,
                                  const char *words) {
     struct Saved *s = checkpoint_add(c, name, at, 1, UINT64_MAX);
@@ -12445,6 +12503,8 @@ static void checkpoint_add_fixed(struct Checkpoint *c, const char *name, void *a
     memcpy(&s->fixed_value, at, sizeof s->fixed_value);
 }
 
+/* What every training saves: its seed, which must stay, and five numbers of the state's that
+ * follow each other in it, the last three of them doubles. */
 static struct Checkpoint checkpoint_new(const char *task, struct GPT2 *model,
                                         const struct Tokenizer *tok,
                                         const struct TrainingArguments *args,
@@ -12459,13 +12519,15 @@ static struct Checkpoint checkpoint_new(const char *task, struct GPT2 *model,
 /* Is this a checkpoint of the same run? Asked before the rest is read: with other data even the
  * tensors' sizes could differ. */
 static void checkpoint_check_fixed(struct Checkpoint *c, struct SafeTensors *st, const char *from) {
-    const char *own = c->saved[0].tensor.name; /* "sft.seed" */
+    /* 1. Of the same task? Every task saves its seed under its own name: "sft.seed". */
+    const char *own = c->saved[0].tensor.name;
     for (struct Json *item = st->header->child; item; item = item->next) {
         const char *dot = strchr(item->key.data, '.');
         bool other = dot && strcmp(dot, ".seed") == 0 && strcmp(item->key.data, own) != 0;
         CHECK(!other, "%s: is a checkpoint of %.*s; %s cannot go on from it", from,
               (int)MIN(dot - item->key.data, 16), item->key.data, c->task);
     }
+    /* 2. With the same seed, data and sizes? What is loaded over each of them is the same. */
     for (struct Saved *s = c->saved; s < c->saved + c->count; s++) {
         uint64_t was;
         if (!s->fixed || !tensor_load(st, &s->tensor))
@@ -12478,29 +12540,35 @@ static void checkpoint_check_fixed(struct Checkpoint *c, struct SafeTensors *st,
     }
 }
 
-/* Numbers out of range or not finite are a broken file's. */
-static void checkpoint_check_numbers(const struct Checkpoint *c, const char *path) {
-    static const char remedy[] = "was expected; the file is damaged, take an earlier checkpoint";
-    for (const struct Saved *s = c->saved; s < c->saved + c->count; s++)
-        for (size_t i = 0; i < s->tensor.n / 2; i++) {
-            double real;
-            uint64_t bits;
-            memcpy(&bits, (char *)s->tensor.w + 8 * i, sizeof bits);
-            memcpy(&real, &bits, sizeof real);
-            unsigned long long whole = bits;
-            unsigned long long most = s->most;
-            bool is_double = i >= s->first_double;
-            CHECK(!is_double || isfinite(real), "%s: %s: number %zu is %g, a finite one %s", path,
-                  s->tensor.name, i, real, remedy);
-            CHECK(is_double || whole <= most, "%s: %s: number %zu is %llu, at most %llu %s", path,
-                  s->tensor.name, i, whole, most, remedy);
-        }
-    const struct LogEntry *metrics = &c->state->metrics;
-    for (const struct Metric *m = metrics->item; m < metrics->item + metrics->n; m++)
-        CHECK(isfinite(m->value), "%s: metric.%s is %g, a finite number %s", path, m->name,
-              m->value, remedy);
+/* What the message about a number says is to be done. */
+#define DAMAGED "was expected; the file is damaged, take an earlier checkpoint"
+
+/* Are a saved thing's numbers in range? Those of a broken file would go on as array indices. */
+static void saved_check(const struct Saved *s, const char *path) {
+    for (size_t i = 0; i < s->tensor.n / 2; i++) {
+        double real;
+        uint64_t bits;
+        memcpy(&bits, (char *)s->tensor.w + 8 * i, sizeof bits);
+        memcpy(&real, &bits, sizeof real);
+        if (i >= s->first_double)
+            CHECK(isfinite(real), "%s: %s: number %zu is %g, a finite one " DAMAGED, path,
+                  s->tensor.name, i, real);
+        else
+            CHECK(bits <= s->most, "%s: %s: number %zu is %llu, at most %llu " DAMAGED, path,
+                  s->tensor.name, i, (unsigned long long)bits, (unsigned long long)s->most);
+    }
 }
 
+static void checkpoint_check_numbers(const struct Checkpoint *c, const char *path) {
+    for (const struct Saved *s = c->saved; s < c->saved + c->count; s++)
+        saved_check(s, path);
+    const struct LogEntry *metrics = &c->state->metrics;
+    for (const struct Metric *m = metrics->item; m < metrics->item + metrics->n; m++)
+        CHECK(isfinite(m->value), "%s: metric.%s is %g, a finite number " DAMAGED, path, m->name,
+              m->value);
+}
+
+/* The step and the log so far. The rest of the file only repeats flags. */
 static void trainer_state_load(struct TrainerState *state, struct Arena *arena, const char *path) {
     struct Json *json = json_read_file(arena, path);
     struct Json *epoch = json_get(json, "epoch");
@@ -12517,14 +12585,15 @@ static void trainer_state_load(struct TrainerState *state, struct Arena *arena, 
         for (struct Json *value = item->child; value; value = value->next) {
             CHECK(entry->n < MAX_METRICS, "%s: \"log_history\": an entry has more than %d numbers",
                   path, MAX_METRICS);
+            /* null stands for what JSON cannot write: NaN */
             log_value(entry, log_name("", value->key),
                       value->type == JSON_NUMBER ? value->number : NAN);
         }
     }
 }
 
-/* All that a checkpoint holds: the `train` weights that train, then what is in
- * optimizer.safetensors. */
+/* All that a checkpoint holds, as tensors: first the `train` weights that train, which are the
+ * model's file, then what is in optimizer.safetensors. */
 struct Holding {
     struct Tensor **list;
     size_t train, count;
@@ -12533,9 +12602,12 @@ struct Holding {
 static struct Holding checkpoint_holding(struct Checkpoint *c, struct Arena *arena) {
     static const char *const prefixes[] = {"", "exp_avg.", "exp_avg_sq."};
     size_t n = c->model->tensor_count;
-    size_t most = 3 * n + c->count + c->state->metrics.n;
+    struct LogEntry *metrics = &c->state->metrics;
+    size_t most = 3 * n + c->count + metrics->n;
     struct Tensor *copy = arena_alloc(arena, most, sizeof *copy);
     struct Holding held = {arena_alloc(arena, most, sizeof *held.list), 0, 0};
+
+    /* 1. The weights that train (those with a gradient), then AdamW's two moments of each. */
     for (size_t i = 0; i < 3 * n; i++) {
         const struct Tensor *t = c->model->tensors[i % n];
         if (!t->d)
@@ -12547,21 +12619,24 @@ static struct Holding checkpoint_holding(struct Checkpoint *c, struct Arena *are
         snprintf(to->name, sizeof to->name, "%s%.50s", prefixes[i / n], t->name);
         held.train += i < n;
     }
+
+    /* 2. What the task has added, and the running means of metrics: value and n, side by side. */
     for (size_t i = 0; i < c->count; i++)
         copy[held.count++] = c->saved[i].tensor;
-    for (struct Metric *m = c->state->metrics.item;
-         m < c->state->metrics.item + c->state->metrics.n; m++)
-        /* value and n */
-        copy[held.count++] =
-            tensor_of_bits("metric", m->name, (char *)m + offsetof(struct Metric, value), 2);
+    for (struct Metric *m = metrics->item; m < metrics->item + metrics->n; m++) {
+        void *numbers = (char *)m + offsetof(struct Metric, value);
+        copy[held.count++] = tensor_of_bits("metric", m->name, numbers, 2);
+    }
     for (size_t i = 0; i < held.count; i++)
         held.list[i] = &copy[i];
     return held;
 }
 
-/* How old a checkpoint is, by what it says itself, for the time of a copied or restored file says
- * nothing: the number of its run in the folder, which every run that begins there counts up, anew
- * or from a checkpoint, and its step. Checkpoints of old have none: 0.    test: checkpoint_age */
+/* How old a checkpoint is, by what it says itself: the number of its run in the folder, and its
+ * step. Every run that begins there, anew or from a checkpoint, counts the number up; so a run
+ * that starts over is newer than one that came further. The time of the files says nothing: they
+ * may have been copied or restored. Checkpoints of older versions have no number: 0.
+ *                                                                          test: checkpoint_age */
 struct CheckpointAge {
     size_t run, step;
 };
@@ -12570,8 +12645,11 @@ static bool checkpoint_older(struct CheckpointAge a, struct CheckpointAge b) {
     return a.run < b.run || (a.run == b.run && a.step < b.step);
 }
 
+/* Reads the age of the checkpoint that is the entry `name` of a folder. Returns false where the
+ * entry is none. */
 static bool checkpoint_age(const char *folder, const char *name, struct CheckpointAge *age) {
-    char *end, path[PATH_MAX];
+    char *end;
+    char path[PATH_MAX];
     static const char header[] = "{\"__metadata__\":{\"format\":\"pt\",\"run\":\"%15zu\"";
     if (strncmp(name, "checkpoint-", 11) != 0)
         return false;
@@ -12581,6 +12659,7 @@ static bool checkpoint_age(const char *folder, const char *name, struct Checkpoi
     FILE *file = *end || length >= (int)sizeof path ? NULL : fopen(path, "rb");
     if (!file)
         return false;
+    /* The number stands at a fixed place: behind the header's length, first in the header. */
     bool numbered = fseeko(file, 8, SEEK_SET) == 0 && fscanf(file, header, &age->run) == 1;
     if (!numbered)
         age->run = 0;
@@ -12588,7 +12667,7 @@ static bool checkpoint_age(const char *folder, const char *name, struct Checkpoi
     return true;
 }
 
-/* How many checkpoint-N a folder has; *oldest, *newest: which of them. */
+/* Returns how many checkpoint-N a folder has; *oldest, *newest: those two, if there is one. */
 static size_t checkpoint_find(const char *folder, struct CheckpointAge *oldest,
                               struct CheckpointAge *newest) {
     DIR *dir = opendir(folder);
@@ -12597,6 +12676,7 @@ static size_t checkpoint_find(const char *folder, struct CheckpointAge *oldest,
         struct CheckpointAge age;
         if (!checkpoint_age(folder, entry->d_name, &age))
             continue;
+        /* the first one found is both */
         if (count == 0 || checkpoint_older(age, *oldest))
             *oldest = age;
         if (count == 0 || checkpoint_older(*newest, age))
@@ -12609,12 +12689,13 @@ static size_t checkpoint_find(const char *folder, struct CheckpointAge *oldest,
 }
 
 /* Removes checkpoint-N, if it is there, and every tmp-checkpoint-*: what a run left that was
- * killed while it wrote or removed one. */
+ * killed while it wrote or removed one. Renamed first: a removal that is interrupted leaves no
+ * checkpoint that looks whole and lacks files. */
 static bool checkpoint_remove(const char *folder, size_t n) {
     struct Arena arena = {0};
-    bool gone = rename(arena_printf(&arena, "%s/checkpoint-%zu", folder, n),
-                       arena_printf(&arena, "%s/tmp-checkpoint-%zu-old", folder, n))
-                == 0;
+    const char *name = arena_printf(&arena, "%s/checkpoint-%zu", folder, n);
+    const char *removed = arena_printf(&arena, "%s/tmp-checkpoint-%zu-old", folder, n);
+    bool gone = rename(name, removed) == 0;
     DIR *dir = opendir(folder);
     for (struct dirent *entry; dir && (entry = readdir(dir));)
         if (strncmp(entry->d_name, "tmp-checkpoint-", 15) == 0)
@@ -12625,25 +12706,36 @@ static bool checkpoint_remove(const char *folder, size_t n) {
     return gone;
 }
 
+/* From here on every error says how to go on from this checkpoint. */
 static void checkpoint_way_on(const char *folder) {
     snprintf(way_on, sizeof way_on,
              "; %.4000s is whole: --resume_from_checkpoint true goes on from it", folder);
 }
 
-static void checkpoint_save(struct Checkpoint *c) {
-    struct Arena arena = {0};
-    size_t step = c->state->global_step;
-    struct CheckpointAge oldest, newest;
-    const char *dir = c->args->output_dir;
-    const char *staged = arena_printf(&arena, "%s/tmp-checkpoint-%zu", dir, step);
-    const char *replaced = arena_printf(&arena, "%s-old", staged);
-    const char *whole = arena_printf(&arena, "%s/checkpoint-%zu", dir, step);
+/* Brings the logs that grow beside a run onto the disk and notes their lengths: a run that goes on
+ * cuts off what was written after the checkpoint. */
+static void checkpoint_flush_logs(struct Checkpoint *c) {
     for (size_t i = 0; c->logs && i < COUNT(LOGS); i++) {
         output_flush(&c->logs[i]);
         CHECK(fsync(fileno(c->logs[i].file)) == 0, "%s: writing failed: %s", c->logs[i].tmp,
               strerror(errno));
         c->log_bytes[i] = (uint64_t)ftello(c->logs[i].file);
     }
+}
+
+/* checkpoint_save -- writes checkpoint-N. At every moment a power cut leaves a whole checkpoint:
+ * the new one is written beside its place, brought onto the disk, and only then renamed. */
+static void checkpoint_save(struct Checkpoint *c) {
+    struct Arena arena = {0};
+    size_t step = c->state->global_step;
+    const char *dir = c->args->output_dir;
+    const char *staged = arena_printf(&arena, "%s/tmp-checkpoint-%zu", dir, step);
+    const char *replaced = arena_printf(&arena, "%s-old", staged);
+    const char *whole = arena_printf(&arena, "%s/checkpoint-%zu", dir, step);
+
+    /* 1. The model, the optimizer's and the task's numbers, the log, under a temporary name. An
+     *    error on the way removes that folder: the disk may be full. */
+    checkpoint_flush_logs(c);
     staged_folder = staged;
     model_save(c->model, staged, c->tok);
     struct Holding held = checkpoint_holding(c, &arena);
@@ -12652,12 +12744,19 @@ static void checkpoint_save(struct Checkpoint *c) {
                            held.count - held.train, "", run);
     trainer_state_save(c->state, c->args, staged);
     folder_sync(staged);
-    rename(whole, replaced); /* an earlier run's, if there is one */
+
+    /* 2. Into its place. An earlier run may have left one of the same step; a folder that is not
+     *    empty cannot be renamed over. */
+    rename(whole, replaced);
     CHECK(rename(staged, whole) == 0, "%s: %s", whole, strerror(errno));
     staged_folder = NULL;
     folder_remove(replaced, NULL);
     folder_sync(dir);
     checkpoint_way_on(whole);
+
+    /* 3. The oldest go, down to --save_total_limit. */
+    struct CheckpointAge oldest;
+    struct CheckpointAge newest;
     size_t limit = c->args->save_total_limit;
     while (limit && checkpoint_find(dir, &oldest, &newest) > limit)
         if (!checkpoint_remove(dir, oldest.step))
@@ -12665,66 +12764,66 @@ static void checkpoint_save(struct Checkpoint *c) {
     arena_free(&arena);
 }
 
+/* The first Ctrl-C waits for the end of the step (checkpoint_step); a second one ends the program
+ * at once. */
 static void interrupt(int signal_number) {
     interrupted = 1;
-    signal(signal_number, SIG_DFL); /* the next one ends the program */
+    signal(signal_number, SIG_DFL);
 }
 
-/* Puts back what a checkpoint holds, if the run is to go on from one. From here on Ctrl-C waits
- * for a step's end. */
-static void checkpoint_resume(struct Checkpoint *c) {
-    struct Arena arena = {0};
+/* Decides where a run starts: returns the folder to go on from, or NULL to start over. *newest:
+ * the last checkpoint in output_dir. */
+static const char *checkpoint_choose(const struct Checkpoint *c, struct Arena *arena,
+                                     struct CheckpointAge *newest) {
     struct CheckpointAge oldest;
-    struct CheckpointAge newest = {0};
     const char *dir = c->args->output_dir;
     const char *from = c->args->resume_from_checkpoint;
-    static const char *const files[] = {"model.safetensors", "adapter_model.safetensors",
-                                        "optimizer.safetensors"};
-    if (c->args->warmup_steps > c->state->max_steps)
-        warn("--warmup_steps %zu: the run has %zu steps; its learning rate never reaches "
-             "--learning_rate",
-             c->args->warmup_steps, c->state->max_steps);
-    if (dir) {
-        checkpoint_remove(dir, SIZE_MAX);
-        signal(SIGINT, interrupt);
-        signal(SIGTERM, interrupt);
-    }
-    bool newest_one = dir && from && strcmp(from, "true") == 0;
-    bool any = dir && checkpoint_find(dir, &oldest, &newest) > 0;
-    c->run = newest.run + 1;
+    bool any = dir && checkpoint_find(dir, &oldest, newest) > 0;
+    /* Starting over beside a checkpoint may be a slip: it is said, but done. */
     if (any && !from)
         warn("%s holds checkpoint-%zu of an earlier run; this one starts over "
              "(--resume_from_checkpoint true would go on)",
-             dir, newest.step);
-    if (newest_one && !any)
-        warn("%s: no whole checkpoint to resume from; starting over", dir);
-    if (!from || strcmp(from, "false") == 0 || (newest_one && !any)) {
-        for (size_t i = 0; c->logs && i < COUNT(LOGS); i++)
-            c->logs[i] = output_open(c->log_dir, LOGS[i]);
-        return;
-    }
-    if (newest_one)
-        from = arena_printf(&arena, "%s/checkpoint-%zu", dir, newest.step);
-    const char *path = arena_printf(&arena, "%s/optimizer.safetensors", from);
+             dir, newest->step);
+    if (!from || strcmp(from, "false") == 0)
+        return NULL;
+    if (!dir || strcmp(from, "true") != 0)
+        return from;
+    if (any)
+        return arena_printf(arena, "%s/checkpoint-%zu", dir, newest->step);
+    warn("%s: no whole checkpoint to resume from; starting over", dir);
+    return NULL;
+}
+
+/* Reads a checkpoint's files over the run's state. */
+static void checkpoint_load(struct Checkpoint *c, struct Arena *arena, const char *from) {
+    static const char *const files[] = {"model.safetensors", "adapter_model.safetensors",
+                                        "optimizer.safetensors"};
+    struct LogEntry *metrics = &c->state->metrics;
+    const char *path = arena_printf(arena, "%s/optimizer.safetensors", from);
     CHECK(file_exists(path),
           "--resume_from_checkpoint %s: no checkpoint is there (optimizer.safetensors); `true` "
           "takes the newest in --output_dir",
           from);
-    trainer_state_load(c->state, &arena, arena_printf(&arena, "%s/trainer_state.json", from));
-    struct SafeTensors st = safetensors_open(&arena, path);
+
+    /* 1. The log, and whether it is this run's at all. */
+    trainer_state_load(c->state, arena, arena_printf(arena, "%s/trainer_state.json", from));
+    struct SafeTensors st = safetensors_open(arena, path);
     checkpoint_check_fixed(c, &st, from);
-    c->state->metrics.n = 0;
-    for (struct Json *item = st.header->child; item && c->state->metrics.n < MAX_METRICS;
-         item = item->next)
+
+    /* 2. Which running means it holds: so much room must be there for their numbers. */
+    metrics->n = 0;
+    for (struct Json *item = st.header->child; item && metrics->n < MAX_METRICS; item = item->next)
         if (strncmp(item->key.data, "metric.", 7) == 0)
-            log_at(&c->state->metrics, log_name("", text_of(item->key.data + 7)));
+            log_at(metrics, log_name("", text_of(item->key.data + 7)));
     fclose(st.file);
-    struct Holding held = checkpoint_holding(c, &arena);
+
+    /* 3. Each thing from whichever file has it; in the end none may be missing. */
+    struct Holding held = checkpoint_holding(c, arena);
     for (size_t f = 0; f < COUNT(files); f++) {
-        path = arena_printf(&arena, "%s/%s", from, files[f]);
+        path = arena_printf(arena, "%s/%s", from, files[f]);
         if (!file_exists(path))
             continue;
-        st = safetensors_open(&arena, path);
+        st = safetensors_open(arena, path);
         for (size_t i = 0; i < held.count; i++)
             tensor_load(&st, held.list[i]);
         fclose(st.file);
@@ -12734,20 +12833,59 @@ static void checkpoint_resume(struct Checkpoint *c) {
               "%s: holds no %s; are task, model and flags those of the run that was saved?", from,
               held.list[i]->name);
     checkpoint_check_numbers(c, path);
-    for (size_t i = 0; c->logs && i < COUNT(LOGS); i++)
-        c->logs[i] =
-            output_resume(dir, LOGS[i], arena_printf(&arena, "%s/..", from), c->log_bytes[i]);
+}
+
+/* Says where the run goes on. Where no step is left, the run's length becomes the checkpoint's. */
+static void checkpoint_say(struct Checkpoint *c, const char *from) {
     struct TrainerState *state = c->state;
     if (state->global_step < state->max_steps) {
         say("%s: going on after step %zu from %s\n", c->task, state->global_step, from);
-    } else {
-        warn("%s: %s is at step %zu, the run has %zu: no step is left to train; a longer run needs "
-             "a larger --max_steps or --num_train_epochs",
-             c->task, from, state->global_step, state->max_steps);
-        state->max_steps = state->global_step;
+        return;
     }
-    if (newest_one)
-        checkpoint_way_on(from);
+    warn("%s: %s is at step %zu, the run has %zu: no step is left to train; a longer run needs "
+         "a larger --max_steps or --num_train_epochs",
+         c->task, from, state->global_step, state->max_steps);
+    state->max_steps = state->global_step;
+}
+
+/* checkpoint_resume -- puts back what a checkpoint holds, if the run is to go on from one, and
+ * opens the logs. Everything a step depends on is in it, so the run ends with the same bits as one
+ * that was never stopped. */
+static void checkpoint_resume(struct Checkpoint *c) {
+    struct Arena arena = {0};
+    const char *dir = c->args->output_dir;
+    if (c->args->warmup_steps > c->state->max_steps)
+        warn("--warmup_steps %zu: the run has %zu steps; its learning rate never reaches "
+             "--learning_rate",
+             c->args->warmup_steps, c->state->max_steps);
+
+    /* 1. Leftovers of a killed run go. From here on Ctrl-C waits for a step's end. */
+    if (dir) {
+        checkpoint_remove(dir, SIZE_MAX);
+        signal(SIGINT, interrupt);
+        signal(SIGTERM, interrupt);
+    }
+
+    /* 2. Start over, with new logs, or go on. */
+    struct CheckpointAge newest = {0};
+    const char *from = checkpoint_choose(c, &arena, &newest);
+    c->run = newest.run + 1;
+    if (from)
+        checkpoint_load(c, &arena, from);
+    for (size_t i = 0; c->logs && i < COUNT(LOGS); i++) {
+        if (from)
+            c->logs[i] =
+                output_resume(dir, LOGS[i], arena_printf(&arena, "%s/..", from), c->log_bytes[i]);
+        else
+            c->logs[i] = output_open(c->log_dir, LOGS[i]);
+    }
+
+    /* 3. The newest in output_dir is what `true` would find again after an error. */
+    if (from) {
+        checkpoint_say(c, from);
+        if (dir && strcmp(c->args->resume_from_checkpoint, "true") == 0)
+            checkpoint_way_on(from);
+    }
     arena_free(&arena);
 }
 
@@ -12764,26 +12902,29 @@ static void checkpoint_step(struct Checkpoint *c) {
             c->state->max_steps);
 }
 
-/* The entry's numbers that a person follows, as progress. */
+/* Those of an entry's numbers that a person follows, as progress. `plain`: a log entry is due. */
 static void state_say(const struct TrainerState *state, const char *name,
                       const struct LogEntry *entry, bool plain) {
-    static const char *const shown[] = {"env/reward_mean",
-                                        "objective/kl",
-                                        "ppo/loss/total",
-                                        "reward",
-                                        "kl",
-                                        "gradient_variance/none",
-                                        "gradient_variance/mean",
-                                        "gradient_variance/rloo",
-                                        "loss",
-                                        "eval_loss",
-                                        "accuracy",
-                                        "eval_accuracy",
-                                        "margin",
-                                        "rewards/margins",
-                                        "rewards/accuracies",
-                                        "grad_norm",
-                                        "learning_rate"};
+    /* The most important first: what has no room on the line is left out. */
+    static const char *const shown[] = {
+        "env/reward_mean",
+        "objective/kl",
+        "ppo/loss/total",
+        "reward",
+        "kl",
+        "gradient_variance/none",
+        "gradient_variance/mean",
+        "gradient_variance/rloo",
+        "loss",
+        "eval_loss",
+        "accuracy",
+        "eval_accuracy",
+        "margin",
+        "rewards/margins",
+        "rewards/accuracies",
+        "grad_norm",
+        "learning_rate",
+    };
     char text[400] = "";
     for (size_t i = 0, used = 0; i < COUNT(shown); i++) {
         double value;
@@ -12791,11 +12932,13 @@ static void state_say(const struct TrainerState *state, const char *name,
             continue;
         const char *gap = used ? "  " : "";
         int length = snprintf(text + used, sizeof text - used, "%s%s %.4g", gap, shown[i], value);
-        used = MIN(used + (size_t)length, sizeof text - 1); /* what has no room is left out */
+        used = MIN(used + (size_t)length, sizeof text - 1);
     }
     progress_say(name, state->global_step, state->max_steps, state->num_tokens, plain, text);
 }
 
+/* A step's line in stats_all.jsonl: numbers, then vectors. One with `start` is a list of lists, a
+ * row for each answer; row b is x[start[b] .. start[b + 1]). */
 static void stats_write_line(FILE *file, const struct PPOTrainer *ppo) {
     fputc('{', file);
     log_write(file, &ppo->stats, ", ");
@@ -12812,6 +12955,7 @@ static void stats_write_line(FILE *file, const struct PPOTrainer *ppo) {
     fputs("}\n", file);
 }
 
+/* rollouts.jsonl: what --rollouts replays. */
 static void rollouts_write(FILE *file, const struct Rollout *rollouts, size_t n) {
     for (size_t i = 0; i < n; i++) {
         const struct Example *e = &rollouts[i].example;
@@ -12823,12 +12967,11 @@ static void rollouts_write(FILE *file, const struct Rollout *rollouts, size_t n)
 }
 
 /* =============================================================================================
- * Chapter 26 - Results: what the course prints and writes; the report; bench
+ * Chapter 26 - Results: what the course prints and writes; the report
  *
  * What enters: what was measured, and a run's logs. What leaves: tables, summary.json,
  * samples.jsonl, report.json, and report.html, one file that opens from disk, on a phone, on
- * paper, by a screen reader, and holds no program. Last, what this machine could do and what it
- * does (bench).
+ * paper, by a screen reader, and holds no program.
  * ============================================================================================= */
 
 /* What Hugging Face's sentiment pipeline returns for a text. [glossary: Lista de saídas do pipe]
@@ -12839,10 +12982,17 @@ static void write_pipe_outputs(FILE *file, double reward) {
             json_number_text(sigmoid(reward)), json_number_text(sigmoid(-reward)));
 }
 
-/* As JSON, or as a table. */
+/* A policy's row of exact's table. "of the way": how much of the way from the reference's
+ * objective to the highest that there is. */
+static void exact_print_row(const char *name, struct ExactFigures f, double ref, double max) {
+    printf("%-10s %11.5f %8.4f %12.4f %8.4f %9.2f %%\n", name, f.kl_to_optimum, f.reward, f.kl,
+           f.objective, 100 * (f.objective - ref) / (max - ref));
+}
+
+/* What the exact world knows, and what each training reached: as JSON, or as a table. */
 static void exact_print(const struct ExactWorld *w, bool json) {
     double ref = exact_figures(w, w->logps[EXACT_REFERENCE]).objective;
-    double max = w->beta * w->log_Z;
+    double max = w->beta * w->log_Z; /* chapter 5: no policy's objective is higher */
     if (json)
         printf("{\"beta\": %.9g, \"objective_ref\": %.9g, \"objective_max\": %.9g", w->beta, ref,
                max);
@@ -12851,6 +13001,7 @@ static void exact_print(const struct ExactWorld *w, bool json) {
                "at most beta log Z = %.4f\n\n           KL(pi||pi*)     E[r]  KL(pi||ref)        J "
                " of the way\n",
                w->n, w->T, w->beta, exp(w->log_Z), w->log_Z, ref, max);
+    /* The table also shows the reference and the optimum; they come before the trained ones. */
     for (int k = json ? EXACT_DPO : 0; k < EXACT_POLICIES; k++) {
         struct ExactFigures f = exact_figures(w, w->logps[k]);
         if (json)
@@ -12858,15 +13009,14 @@ static void exact_print(const struct ExactWorld *w, bool json) {
                    "\"kl\": %.9g}",
                    EXACT[k].name, f.kl_to_optimum, f.objective, f.reward, f.kl);
         else
-            printf("%-10s %11.5f %8.4f %12.4f %8.4f %9.2f %%\n", EXACT[k].name, f.kl_to_optimum,
-                   f.reward, f.kl, f.objective, 100 * (f.objective - ref) / (max - ref));
+            exact_print_row(EXACT[k].name, f, ref, max);
     }
     if (json)
         puts("}");
 }
 
-/* Stages: their folders in rlhf's, and the metric by which a log is known for one's; the last
- * that fits counts. */
+/* The stages of a report: the folder in rlhf's output_dir, and the metric by which a log is known
+ * to be one's, of whatever command it is. The last stage that fits counts. */
 enum Stage {
     STAGE_RUN,
     STAGE_LANGUAGE,
@@ -12895,7 +13045,8 @@ static const struct {
                     "The policy answers and goes up the gradient of the reward as it stands, "
                     "without PPO's clip."}};
 
-/* Metrics over steps; if the unit is a share in %, the histogram of numbers in report.json. */
+/* A figure: up to three metrics over steps. If its unit is a share in %, it is a histogram
+ * instead, of lists of numbers in report.json. */
 #define TRAINED {"training", "held out"}
 static const struct Plot {
     enum Stage stage;
@@ -13024,17 +13175,20 @@ static const char REPORT_CSS[] =
     ".u3,.t .d3{border-width:3px;"
     "background:rgba(var(--c),.42)}@media print{:root{color-scheme:light}}";
 
-/* Text of any bytes between two pieces of HTML: in it markup stays text, and what is no UTF-8 or
- * steers how text is shown becomes U+FFFD.  test: report_text */
+/* Text of any bytes between two pieces of HTML. Markup in it stays text: a review that holds
+ * <script> must not run. What is no UTF-8 becomes U+FFFD, the replacement character, and so do
+ * control characters and those that turn the direction of writing (U+202A to 202E, 2066 to
+ * 2069), with which a text could rearrange the page around it.               test: report_text */
 static void html_text(FILE *file, const char *before, struct Text text, const char *after) {
     fputs(before, file);
     for (size_t i = 0, length; i < text.length; i += MAX(length, (size_t)1)) {
         uint32_t c;
         length = utf8_read((const unsigned char *)text.data + i, text.length - i, &c);
-        bool control =
-            length && ((c < 32 && !memchr("\t\n\r", (int)c, 3)) || (c >= 127 && c < 160));
-        bool bad =
-            length == 0 || control || (c >= 0x202a && c <= 0x202e) || (c >= 0x2066 && c <= 0x2069);
+        /* tab and line ends are control characters that text needs */
+        bool low = c < 32 && !memchr("\t\n\r", (int)c, 3);
+        bool control = length && (low || (c >= 127 && c < 160));
+        bool turns = (c >= 0x202a && c <= 0x202e) || (c >= 0x2066 && c <= 0x2069);
+        bool bad = length == 0 || control || turns;
         const char *entity = bad        ? "\xef\xbf\xbd"
                              : c == '&' ? "&amp;"
                              : c == '<' ? "&lt;"
@@ -13048,8 +13202,8 @@ static void html_text(FILE *file, const char *before, struct Text text, const ch
     fputs(after, file);
 }
 
-/* What a page can show of a JSON value: NaN for no number, null and the absurd; no text for none.
- */
+/* What a page can show of a JSON value: NaN where there is no number, or one too large for an
+ * axis; an empty text where there is no string. */
 static double json_shown(const struct Json *json) {
     return json && json->type == JSON_NUMBER && fabs(json->number) < 1e30 ? json->number : NAN;
 }
@@ -13060,9 +13214,10 @@ static const struct Json *json_first(const struct Json *list) {
     return list ? list->child : NULL;
 }
 
-/* axis_fit -- from one round number to another, low and high between them, in about `most` steps
- * of 1, 2 or 5 times a power of ten.  By hand: 0.13 to 0.87, most 5: 0 to 1 by 0.2; 8 to 8, most
- * 4: 4 to 12 by 2.  test: report_axis */
+/* axis_fit -- an axis for numbers from low to high: from one round number to another, in about
+ * `most` steps of 1, 2 or 5 times a power of ten.
+ * By hand: 0.13 to 0.87 in at most 5: 0 to 1 by 0.2. 8 to 8 in at most 4: 4 to 12 by 2.
+ *                                                                           test: report_axis */
 struct Axis {
     double low, step;
     int count;
@@ -13071,12 +13226,18 @@ struct Axis {
 static struct Axis axis_fit(double low, double high, int most) {
     if (low == 0 && high == 0)
         high = 1;
+    /* 1. Numbers that are all the same get room on both sides, for a step of 0 is none. */
     double size = MAX(fabs(low), fabs(high));
     double pad = high - low > 1e-3 * size ? 0 : size / 2;
+
+    /* 2. The step, rounded up to 1, 2, 5 or 10 times a power of ten. The 1e-9 here and below
+     *    keep a number that is round but for its last bit from the next step. */
     double rough = (high - low + 2 * pad) / most;
     double power = pow(10, floor(log10(rough)));
     double times = rough / power * (1 - 1e-9);
     double step = power * (times <= 1 ? 1 : times <= 2 ? 2 : times <= 5 ? 5 : 10);
+
+    /* 3. Whole steps that take in low and high. */
     double first = floor((low - pad) / step + 1e-9);
     double last = ceil((high + pad) / step - 1e-9);
     return (struct Axis){first * step, step, (int)MAX(1, last - first)};
@@ -13091,6 +13252,7 @@ struct Curve {
     size_t n;
 };
 
+/* The axis that all curves share. low: what it must reach down to; INFINITY: only to the curves. */
 static struct Axis curves_axis(const struct Curve *curves, size_t count, bool of_x, double low,
                                int most) {
     double high = -INFINITY;
@@ -13102,7 +13264,8 @@ static struct Axis curves_axis(const struct Curve *curves, size_t count, bool of
     return axis_fit(low, high, most);
 }
 
-/* The numbers of a list; with `metric` those of its objects, over their "step". */
+/* A curve from JSON: of a log, `metric` over "step" where an entry has it; with metric NULL, of a
+ * plain list, its numbers without a place. */
 static struct Curve curve_read(struct Arena *arena, const struct Json *list, const char *metric,
                                const char *label) {
     size_t n = 0;
@@ -13110,16 +13273,17 @@ static struct Curve curve_read(struct Arena *arena, const struct Json *list, con
         n++;
     struct Curve curve = {label, arena_alloc(arena, n, sizeof *curve.p), 0};
     for (const struct Json *item = json_first(list); item; item = item->next) {
-        struct Point p = {metric ? json_shown(json_get(item, "step")) : 0,
-                          json_shown(metric ? json_get(item, metric) : item)};
-        if (!isnan(p.x) && !isnan(p.y))
-            curve.p[curve.n++] = p;
+        double x = metric ? json_shown(json_get(item, "step")) : 0;
+        double y = json_shown(metric ? json_get(item, metric) : item);
+        if (!isnan(x) && !isnan(y))
+            curve.p[curve.n++] = (struct Point){x, y};
     }
     return curve;
 }
 
-/* Values as the outline of their histogram: a stair of shares in %, four of its steps to one of
- * the axis.  test: report_stair */
+/* curve_stair -- values become the outline of their histogram: a stair whose heights are shares in
+ * %, four of its steps to one of the axis. Two points a bin, its left and right upper corner, and
+ * one at height 0 at either end.                                            test: report_stair */
 static struct Curve curve_stair(struct Arena *arena, const struct Curve *values,
                                 const struct Axis *axis) {
     size_t bins = 4 * (size_t)axis->count;
@@ -13128,8 +13292,10 @@ static struct Curve curve_stair(struct Arena *arena, const struct Curve *values,
     for (size_t i = 0; i < n; i++)
         stair.p[i].x = axis->low + (double)(i / 2) * axis->step / 4;
     for (size_t i = 0; i < values->n; i++) {
+        /* the last bin also takes what lies on its right edge */
         size_t bin = MIN(bins - 1, (size_t)(4 * (values->p[i].y - axis->low) / axis->step));
-        stair.p[2 * bin + 1].y = stair.p[2 * bin + 2].y += 100 / (double)values->n;
+        stair.p[2 * bin + 1].y += 100 / (double)values->n;
+        stair.p[2 * bin + 2].y = stair.p[2 * bin + 1].y;
     }
     return stair;
 }
@@ -13155,6 +13321,7 @@ static double plot_y(const struct Axis *y, double value) {
     return PLOT_BOTTOM - (value - y->low) / (y->step * y->count) * (PLOT_BOTTOM - PLOT_TOP);
 }
 
+/* An axis's steps: a short mark below and a number, or a line across the figure and a number. */
 static void plot_axis(FILE *f, const struct Axis *axis, bool is_x) {
     for (int i = 0; i <= axis->count; i++) {
         double value = axis->low + i * axis->step;
@@ -13168,36 +13335,68 @@ static void plot_axis(FILE *f, const struct Axis *axis, bool is_x) {
     }
 }
 
-/* One figure, if there is a number to show: curves over axes, and the same in words for those
- * who listen. */
+/* The curves of a figure that have a point: of report.json's lists, or of a log. Returns how many
+ * there are. */
+static size_t plot_curves(struct Report *r, const struct Plot *plot, const struct Json *log,
+                          struct Curve c[3]) {
+    bool histogram = *plot->unit == '%';
+    size_t count = 0;
+    for (size_t k = 0; k < 3 && plot->metric[k]; k++) {
+        const char *name = plot->metric[k];
+        const struct Json *numbers = histogram ? json_get(r->run, name) : log;
+        c[count] = curve_read(&r->arena, numbers, histogram ? NULL : name, plot->label[k]);
+        count += c[count].n > 0;
+    }
+    return count;
+}
+
+/* Gives a curve's label its number: of a histogram the mean, else the last value; and says the
+ * curve in words, for those who listen. */
+static void curve_describe(struct Report *r, struct Curve *c, bool histogram) {
+    double sum = 0;
+    for (size_t i = 0; i < c->n; i++)
+        sum += c->p[i].y;
+    if (histogram)
+        c->label = arena_printf(&r->arena, "%s %+.2f", c->label, sum / (double)c->n);
+    else
+        c->label = arena_printf(&r->arena, "%s %.3g", c->label, c->p[c->n - 1].y);
+    fprintf(r->file, "%s (%zu points from %.3g). ", c->label, c->n, c->p[0].y);
+}
+
+/* Draws curve k of a figure: its sample in the legend at `at`, and the line over axes x and y. The
+ * last piece has no length, h0: round ends make a dot of it where the curve has one point only. */
+static void plot_curve(FILE *f, const struct Curve *c, size_t k, double at, const char *class,
+                       const struct Axis *x, const struct Axis *y) {
+    fprintf(f, "\n<path class=\"l s%zu\" d=\"M%.0f 8h18\"/><text x=\"%.0f\" y=\"12\">%s</text>", k,
+            at, at + 22, c->label);
+    fprintf(f, "<path class=\"%s s%zu\" d=\"M", class, k);
+    for (size_t i = 0; i < c->n; i++)
+        fprintf(f, "%.1f %.1f ", plot_x(x, c->p[i].x), plot_y(y, c->p[i].y));
+    fputs("h0\"/>", f);
+}
+
+/* One figure, if there is a number to show: curves over axes, as SVG. */
 static void report_plot(struct Report *r, const struct Plot *plot, const struct Json *log) {
     FILE *f = r->file;
     bool histogram = *plot->unit == '%';
     struct Curve c[3];
-    size_t count = 0;
-    for (size_t k = 0; k < COUNT(c) && plot->metric[k]; k++) {
-        const char *name = plot->metric[k];
-        c[count] = curve_read(&r->arena, histogram ? json_get(r->run, name) : log,
-                              histogram ? NULL : name, plot->label[k]);
-        count += c[count].n > 0;
-    }
+    size_t count = plot_curves(r, plot, log, c);
     if (count == 0)
         return;
+
+    /* 1. Title, and the figure in words. The x axis of a histogram are the values themselves;
+     *    from here on its curve is the stair. */
     struct Axis x = curves_axis(c, count, !histogram, INFINITY, 5);
     fprintf(f, "<figure><h3>%s</h3>\n<svg viewBox=\"0 0 %d %d\" role=\"img\" ", plot->title, PLOT_W,
             PLOT_H);
     fprintf(f, "aria-label=\"%s, %s: ", plot->title, plot->unit);
     for (size_t k = 0; k < count; k++) {
-        double sum = 0;
-        double last = c[k].p[c[k].n - 1].y;
-        for (size_t i = 0; i < c[k].n; i++)
-            sum += c[k].p[i].y;
-        c[k].label = arena_printf(&r->arena, histogram ? "%s %+.2f" : "%s %.3g", c[k].label,
-                                  histogram ? sum / (double)c[k].n : last);
-        fprintf(f, "%s (%zu points from %.3g). ", c[k].label, c[k].n, c[k].p[0].y);
+        curve_describe(r, &c[k], histogram);
         if (histogram)
             c[k] = curve_stair(&r->arena, &c[k], &x);
     }
+
+    /* 2. Axes and their units. Shares start at 0. */
     struct Axis y = curves_axis(c, count, false, histogram ? 0 : INFINITY, 4);
     fprintf(f,
             "\"><text x=\"2\" y=\"%d\">%s</text><text x=\"%d\" y=\"%d\" "
@@ -13205,14 +13404,12 @@ static void report_plot(struct Report *r, const struct Plot *plot, const struct 
             PLOT_TOP - 11, plot->unit, PLOT_RIGHT, PLOT_H - 3, histogram ? "reward" : "step");
     plot_axis(f, &x, true);
     plot_axis(f, &y, false);
+
+    /* 3. The curves; their labels stand in a row above, about 6 units a letter. */
     double at = 2;
-    for (size_t k = 0; k < count; at += 36 + 6 * (double)strlen(c[k++].label)) {
-        fprintf(f, "\n<path class=\"l s%zu\" d=\"M%.0f 8h18\"/><text x=\"%.0f\" y=\"12\">%s</text>",
-                k, at, at + 22, c[k].label);
-        fprintf(f, "<path class=\"l%s s%zu\" d=\"M", histogram ? " h" : "", k);
-        for (size_t i = 0; i < c[k].n; i++)
-            fprintf(f, "%.1f %.1f ", plot_x(&x, c[k].p[i].x), plot_y(&y, c[k].p[i].y));
-        fputs("h0\"/>", f); /* a dot, where there is one point */
+    for (size_t k = 0; k < count; k++) {
+        plot_curve(f, &c[k], k, at, histogram ? "l h" : "l", &x, &y);
+        at += 36 + 6 * (double)strlen(c[k].label);
     }
     fprintf(f, "</svg>\n<figcaption>%s<br>Glossary: %s</figcaption></figure>\n", plot->about,
             plot->term);
@@ -13227,8 +13424,8 @@ static void report_plots(struct Report *r, enum Stage stage, const struct Json *
     fputs("</div>\n", r->file);
 }
 
-/* A model's answer: tokens, and how the training moved the log-probability of each, told by
- * underline, colour and number. */
+/* A model's answer, token by token, and how the training moved the log-probability of each: told
+ * by underline, by colour and by a number, for not everybody sees all of them. */
 static void report_answer(FILE *f, const char *name, const struct Json *answer) {
     const struct Json *ratio = json_first(json_get(answer, "logratio"));
     double sum = 0;
@@ -13238,6 +13435,7 @@ static void report_answer(FILE *f, const char *name, const struct Json *answer) 
         double shown = json_shown(ratio);
         double x = isnan(shown) ? 0 : shown;
         double size = fabs(x);
+        /* the levels of the legend in report_samples: 0.1, 1 and 3 nats */
         int level = (size >= 0.1) + (size >= 1) + (size >= 3);
         if (level)
             fprintf(f, "<span class=\"%c%d\" title=\"%+.2f nats\">", x > 0 ? 'u' : 'd', level, x);
@@ -13254,6 +13452,7 @@ static void report_answer(FILE *f, const char *name, const struct Json *answer) 
 static const char *const COURSE_MODEL[][2] = {{"before", "Before"}, {"ppo", "PPO"}, {"dpo", "DPO"}};
 
 static void report_samples(FILE *f, const struct Json *samples) {
+    /* 1. how to read them */
     fputs("<h2>Samples</h2>\n<p>Held-out beginnings, and how each model goes on. Underlined is "
           "what the training moved: <span class=\"t\">"
           "<span class=\"u1\">solid: likelier</span>, <span class=\"d1\">dashed: less "
@@ -13263,6 +13462,7 @@ static void report_samples(FILE *f, const struct Json *samples) {
           "policy has found what pleases the reward model.</p>\n<p class=\"mut\">Glossary: Função "
           "Omega (ω) · omega function (ω)</p>\n",
           f);
+    /* 2. a prompt, and the three models' answers side by side */
     for (const struct Json *sample = json_first(samples); sample; sample = sample->next) {
         html_text(f, "<section><h3 class=\"t\">", json_words(json_get(sample, "prompt")),
                   " …</h3><div class=\"grid\">\n");
@@ -13272,29 +13472,16 @@ static void report_samples(FILE *f, const struct Json *samples) {
     }
 }
 
+/* A file of a run, or NULL where there is none. */
 static struct Json *report_json(struct Arena *arena, const char *dir, const char *folder,
                                 const char *name) {
     const char *path = arena_printf(arena, "%s/%s/%s", dir, folder, name);
     return file_exists(path) ? json_read_file(arena, path) : NULL;
 }
 
-/* report_write -- makes DIR/report.html of the logs in DIR and in the folders of rlhf's stages.
- * test: report_page */
-static void report_write(const char *dir) {
-    struct Report r = {0};
-    const struct Json *log[STAGES] = {0};
-    const struct Json *samples;
-    bool any = false;
-    for (int k = 0; k < STAGE_REINFORCE; k++) {
-        log[k] = json_get(report_json(&r.arena, dir, STAGE[k].folder, "trainer_state.json"), "log_"
-                                                                                             "histo"
-                                                                                             "ry");
-        any = any || log[k];
-    }
-    CHECK(any, "%s: no log of a run there (trainer_state.json); give the --output_dir of one", dir);
-    r.run = report_json(&r.arena, dir, ".", "report.json");
-    struct Output out = output_open(dir, "report.html");
-    FILE *f = r.file = out.file;
+static void report_head(struct Report *r) {
+    FILE *f = r->file;
+    /* 1. The page may load and run nothing, whatever a text in it says. */
     fprintf(f,
             "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>A run of "
             "align</title>\n"
@@ -13303,7 +13490,9 @@ static void report_write(const char *dir) {
             "'unsafe-inline'\">\n"
             "<style>%s</style></head>\n<body><main><h1>A run of align</h1>\n<table>\n",
             REPORT_CSS);
-    for (const struct Json *fact = json_first(json_get(r.run, "facts")); fact; fact = fact->next) {
+    /* 2. What was run, on what, how long: report.json's facts. */
+    const struct Json *fact = json_first(json_get(r->run, "facts"));
+    for (; fact; fact = fact->next) {
         html_text(f, "<tr><th scope=\"row\">", fact->key, "<td>");
         html_text(f, "", json_words(fact), "</tr>\n");
     }
@@ -13311,20 +13500,48 @@ static void report_write(const char *dir) {
           "beside a histogram’s its mean. "
           "Terms: docs/glossary.md, or <code>align glossary TERM</code>.</p>\n",
           f);
-    report_plots(&r, STAGE_RUN, NULL);
-    if ((samples = json_get(r.run, "samples")))
-        report_samples(f, samples);
-    for (int k = 0; k < STAGES; k++) {
-        enum Stage stage = STAGE_RUN;
-        for (int s = 1; log[k] && s < STAGES; s++)
-            if (curve_read(&r.arena, log[k], STAGE[s].marker, "").n)
-                stage = (enum Stage)s;
-        if (stage == STAGE_RUN)
-            continue;
-        fprintf(f, "<h2>%s</h2>\n<p>%s</p>\n", STAGE[stage].title, STAGE[stage].about);
-        report_plots(&r, stage, log[k]);
+}
+
+/* The section of one log: which stage it is of, the metrics in it tell. */
+static void report_stage(struct Report *r, const struct Json *log) {
+    enum Stage stage = STAGE_RUN;
+    for (int s = 1; log && s < STAGES; s++)
+        if (curve_read(&r->arena, log, STAGE[s].marker, "").n)
+            stage = (enum Stage)s;
+    if (stage == STAGE_RUN)
+        return;
+    fprintf(r->file, "<h2>%s</h2>\n<p>%s</p>\n", STAGE[stage].title, STAGE[stage].about);
+    report_plots(r, stage, log);
+}
+
+/* report_write -- makes DIR/report.html of the logs in DIR and in the folders of rlhf's stages:
+ * one file without a program in it, which reads the same from a disk, years later.
+ *                                                                           test: report_page */
+static void report_write(const char *dir) {
+    struct Report r = {0};
+    const struct Json *log[STAGE_REINFORCE];
+    bool any = false;
+
+    /* 1. The logs that are there: DIR's own, and those of the stages' folders. */
+    for (int k = 0; k < STAGE_REINFORCE; k++) {
+        struct Json *state = report_json(&r.arena, dir, STAGE[k].folder, "trainer_state.json");
+        log[k] = json_get(state, "log_history");
+        any = any || log[k];
     }
-    fprintf(f,
+    CHECK(any, "%s: no log of a run there (trainer_state.json); give the --output_dir of one", dir);
+    r.run = report_json(&r.arena, dir, ".", "report.json");
+
+    /* 2. What was done; the results of the whole run; each stage. */
+    struct Output out = output_open(dir, "report.html");
+    r.file = out.file;
+    report_head(&r);
+    report_plots(&r, STAGE_RUN, NULL);
+    const struct Json *samples = json_get(r.run, "samples");
+    if (samples)
+        report_samples(r.file, samples);
+    for (int k = 0; k < STAGE_REINFORCE; k++)
+        report_stage(&r, log[k]);
+    fprintf(r.file,
             "<p class=\"mut\">%s<code>align report DIR</code> makes this page "
             "again.</p>\n</main></body></html>\n",
             r.plots ? "" : "The logs hold no numbers to plot. ");
@@ -13332,8 +13549,8 @@ static void report_write(const char *dir) {
     arena_free(&r.arena);
 }
 
-/* Begins report.json with what was done, in words. The caller adds what else it knows, and
- * closes facts, object and file. */
+/* Begins report.json with what was done, in words. The caller adds what else it knows, and closes
+ * the facts, the object and the file. */
 static struct Output report_begin(const char *dir, const char *command, const char *data,
                                   const struct GPT2 *model, double seconds) {
     const struct GPT2Config *c = &model->config;
@@ -13350,19 +13567,23 @@ static struct Output report_begin(const char *dir, const char *command, const ch
     return out;
 }
 
-/* An answer, its tokens, and what the training did to their log-probabilities. */
+/* An answer, its tokens, and what the training did to the log-probability of each: the policy's
+ * less the language model's, at the temperature at which they write. */
 static void course_write_answer(struct Course *course, FILE *f, const struct PolicyResult *r,
                                 size_t i) {
     const struct Example *answer = &r->answers[i];
-    struct Batch batch = collate(&course->arena, answer, 1, SKIP_LAST);
-    struct LMHead head =
-        batch_logprobs(r->policy, &course->arena, &batch, course->temperature, false);
-    struct LMHead ref =
-        batch_logprobs(course->language_model, &course->arena, &batch, course->temperature, false);
+    struct Arena *arena = &course->arena;
+    double temperature = course->temperature;
+    /* 1. both models read the answer */
+    struct Batch batch = collate(arena, answer, 1, SKIP_LAST);
+    struct LMHead head = batch_logprobs(r->policy, arena, &batch, temperature, false);
+    struct LMHead ref = batch_logprobs(course->language_model, arena, &batch, temperature, false);
+    /* 2. its reward and tokens */
     fprintf(f, "{\"reward\": %s, \"tokens\": [", json_number_text(r->reward[i]));
     for (size_t t = answer->prompt_length; t < answer->n; t++)
         json_write_string(f, t > answer->prompt_length ? ", " : "",
                           tokenizer_decode(course->tok, answer->ids[t], course->vocab_size));
+    /* 3. log pi - log pi_ref of each */
     for (size_t t = 0; t < batch.R; t++)
         head.logprob[t] -= ref.logprob[t];
     json_write_floats(f, "], \"logratio\": ", head.logprob, batch.R);
@@ -13382,64 +13603,88 @@ static void course_write_sample(struct Course *course, FILE *f, size_t i, bool t
     fputc('}', f);
 }
 
-/* summary.json, samples.jsonl, and report.json: figures, rewards of reviews and answers, and a
- * few answers token by token. */
-static void course_write(struct Course *course, double seconds) {
-    struct Arena *arena = &course->arena;
-    const char *dir = course->output_dir;
-    const char *data = arena_printf(arena, "%s: %zu rated texts to learn from, %zu held out",
-                                    course->data, course->train_n, course->held_out_n);
-    struct Output summary = output_open(dir, "summary.json");
-    struct Output samples = output_open(dir, "samples."
-                                             "jsonl");
-    struct Output report =
-        report_begin(dir, course->command, data, course->language_model, seconds);
-    fprintf(summary.file,
+/* summary.json: the figures of a run, for programs. */
+static void course_write_summary(const struct Course *course, double seconds) {
+    struct Output out = output_open(course->output_dir, "summary.json");
+    fprintf(out.file,
             "{\n  \"seconds\": %s,\n  \"language_model\": {\"eval_loss_before\": %s, "
             "\"eval_loss_after\": %s},\n",
             json_number_text(seconds), json_number_text(course->eval_loss_before),
             json_number_text(course->eval_loss_after));
-    fprintf(summary.file, "  \"reward_model\": {\"eval_accuracy\": %s},\n",
+    fprintf(out.file, "  \"reward_model\": {\"eval_accuracy\": %s},\n",
             json_number_text(course->eval_accuracy));
     for (size_t k = 0; k < COUNT(course->result); k++) {
         const struct PolicyResult *r = &course->result[k];
-        fprintf(summary.file, "  \"%s\": {", COURSE_MODEL[k][0]);
+        fprintf(out.file, "  \"%s\": {", COURSE_MODEL[k][0]);
+        /* result 0 is what the others are compared with */
         if (k)
-            fprintf(summary.file, "\"reward_before\": %s, \"reward_after\": %s, \"kl\": %s, ",
+            fprintf(out.file, "\"reward_before\": %s, \"reward_after\": %s, \"kl\": %s, ",
                     json_number_text(course->result[0].mean_reward),
                     json_number_text(r->mean_reward), json_number_text(r->kl));
-        fprintf(summary.file, "\"distinct_2\": %s, \"mean_length\": %s},\n",
+        fprintf(out.file, "\"distinct_2\": %s, \"mean_length\": %s},\n",
                 json_number_text(r->distinct_2), json_number_text(r->mean_length));
-        fprintf(report.file,
+    }
+    fprintf(out.file, "  \"peak_rss_bytes\": %zu\n}\n", peak_rss_bytes());
+    output_close(&out);
+}
+
+/* The rewards of held-out reviews that people liked, or did not: a list in report.json. */
+static void course_write_reviews(struct Course *course, FILE *f, const char *before, bool liked) {
+    size_t count = 0;
+    float *rewards = arena_floats(&course->arena, course->held_out_n);
+    for (size_t i = 0; i < course->held_out_n; i++) {
+        double rating = course->held_out_rating[i];
+        if (liked ? rating > 0 : rating < 0)
+            rewards[count++] = course->held_out_reward[i];
+    }
+    json_write_floats(f, before, rewards, count);
+}
+
+/* report.json: what report.html shows beside the logs. */
+static void course_write_report(struct Course *course, double seconds) {
+    struct Arena *arena = &course->arena;
+    const char *data = arena_printf(arena, "%s: %zu rated texts to learn from, %zu held out",
+                                    course->data, course->train_n, course->held_out_n);
+    struct Output out =
+        report_begin(course->output_dir, course->command, data, course->language_model, seconds);
+
+    /* 1. Facts, in words; the last one closes their object. */
+    for (size_t k = 0; k < COUNT(course->result); k++) {
+        const struct PolicyResult *r = &course->result[k];
+        fprintf(out.file,
                 ",\n  \"%s\": \"reward %+.2f standard deviations of real reviews, KL %.1f nats an "
-                "answer, distinct-2 (different word "
-                "pairs / all) %.2f, %.1f tokens\"",
+                "answer, distinct-2 (different word pairs / all) %.2f, %.1f tokens\"",
                 COURSE_MODEL[k][1], r->mean_reward, r->kl, r->distinct_2, r->mean_length);
     }
-    fprintf(summary.file, "  \"peak_rss_bytes\": %zu\n}\n", peak_rss_bytes());
+    fputc('}', out.file);
+
+    /* 2. Rewards, for the histograms. */
     for (size_t k = 0; k < COUNT(course->result); k++) {
-        const char *before = arena_printf(arena, "%s,\n\"%s\": ", k ? "" : "}", COURSE_MODEL[k][0]);
-        json_write_floats(report.file, before, course->result[k].reward, course->test_n);
+        const char *before = arena_printf(arena, ",\n\"%s\": ", COURSE_MODEL[k][0]);
+        json_write_floats(out.file, before, course->result[k].reward, course->test_n);
     }
-    for (int liked = 0; liked < 2; liked++) {
-        size_t count = 0;
-        float *rewards = arena_floats(arena, course->held_out_n);
-        for (size_t i = 0; i < course->held_out_n; i++)
-            if (liked ? course->held_out_rating[i] > 0 : course->held_out_rating[i] < 0)
-                rewards[count++] = course->held_out_reward[i];
-        json_write_floats(report.file, liked ? ",\n\"liked\": " : ",\n\"disliked\": ", rewards,
-                          count);
-    }
-    for (size_t i = 0; i < course->test_n; i++, fputc('\n', samples.file))
-        course_write_sample(course, samples.file, i, false);
+    course_write_reviews(course, out.file, ",\n\"disliked\": ", false);
+    course_write_reviews(course, out.file, ",\n\"liked\": ", true);
+
+    /* 3. A few answers, token by token. */
     for (size_t i = 0; i < MIN(course->test_n, (size_t)8); i++) {
-        fputs(i ? ",\n" : ",\n\"samples\": [\n", report.file);
-        course_write_sample(course, report.file, i, true);
+        fputs(i ? ",\n" : ",\n\"samples\": [\n", out.file);
+        course_write_sample(course, out.file, i, true);
     }
-    fputs("]}\n", report.file);
-    output_close(&summary);
+    fputs("]}\n", out.file);
+    output_close(&out);
+}
+
+/* What a run of the course leaves beside its models. */
+static void course_write(struct Course *course, double seconds) {
+    struct Output samples = output_open(course->output_dir, "samples.jsonl");
+    for (size_t i = 0; i < course->test_n; i++) {
+        course_write_sample(course, samples.file, i, false);
+        fputc('\n', samples.file);
+    }
     output_close(&samples);
-    output_close(&report);
+    course_write_summary(course, seconds);
+    course_write_report(course, seconds);
 }
 
 /* Text on one line of a terminal. */
@@ -13450,9 +13695,13 @@ static void print_plain(struct Text text) {
     arena_free(&arena);
 }
 
+/* What a run of the course says in the end. */
 static void course_print(struct Course *course) {
     enum { SHOWN = 8 };
     const struct PolicyResult *r = course->result;
+    struct Arena *arena = &course->arena;
+
+    /* 1. Answers: the same beginnings for each model. */
     printf("\nEight held-out beginnings, continued by each model, with the reward of each:\n");
     for (size_t i = 0; i < MIN(course->test_n, (size_t)SHOWN); i++) {
         printf("\n  ");
@@ -13464,127 +13713,28 @@ static void course_print(struct Course *course) {
             putchar('\n');
         }
     }
+
+    /* 2. Figures: the reward beside what it may have cost. */
     printf("\n%zu held-out beginnings   reward      KL  distinct-2  length\n", course->test_n);
     for (size_t k = 0; k < COUNT(course->result); k++)
         printf("  %-20s  %+8.2f%8.1f%12.2f%8.1f\n", COURSE_MODEL[k][0], r[k].mean_reward, r[k].kl,
                r[k].distinct_2, r[k].mean_length);
+
+    /* 3. A command line to go on with, which a shell takes as it stands. */
     printf("\nThe models are in %s/{language_model,reward_model,ppo,dpo}. Try them:\n",
            course->output_dir);
-    const char *policy =
-        shell_word(&course->arena, arena_printf(&course->arena, "%s/ppo", course->output_dir));
+    const char *policy = shell_word(arena, arena_printf(arena, "%s/ppo", course->output_dir));
     printf("  %s generate --model_name_or_path %s --prompt \"The film is\" --do_sample --top_k 0 "
            "--temperature %g",
            program_name, policy, course->temperature);
     if (course->tokenizer)
-        printf(" --tokenizer %s", shell_word(&course->arena, course->tokenizer));
+        printf(" --tokenizer %s", shell_word(arena, course->tokenizer));
     putchar('\n');
     printf("\nThe language model's answers scored %+.2f; after PPO they score %+.2f, after DPO "
            "%+.2f (standard deviations of the reward of "
            "real reviews).\n",
            r[0].mean_reward, r[1].mean_reward, r[2].mean_reward);
 }
-
-struct Bench {
-    struct GPT2 *model, *ref_model;
-    struct Arena arena;
-    struct Rng rng;
-    struct Trainer trainer;
-    struct PPOTrainer *ppo;
-    size_t steps;
-};
-
-/* Multiply-adds of the register tile alone, on all threads, panels in the first cache:
- * operations a second, two each. */
-static double bench_peak(void) {
-    enum { K = 128, REPEATS = 20000 };
-    double begin = seconds_now();
-#pragma omp parallel
-    {
-        float *panels = thread_scratch(SCRATCH_A, (8 + 32) * K + TILE_MAX);
-        float *c = panels + (8 + 32) * K;
-        memset(panels, 0, (8 + 32) * K * sizeof *panels);
-        for (int i = 0; i < REPEATS; i++)
-            kernel->tile(K, panels + 32 * K, panels, NULL, 0, c, kernel->NR);
-    }
-    return 2.0 * (double)(kernel->MR * kernel->NR) * K * REPEATS * omp_get_max_threads()
-           / (seconds_now() - begin);
-}
-
-static struct Example *bench_texts(struct Bench *bench, size_t n, size_t length,
-                                   size_t prompt_length) {
-    struct Example *texts = arena_alloc(&bench->arena, n, sizeof *texts);
-    for (size_t i = 0; i < n; i++) {
-        texts[i] = (struct Example){arena_alloc(&bench->arena, length, sizeof(int)), length,
-                                    prompt_length};
-        for (size_t t = 0; t < length; t++)
-            texts[i].ids[t] = (int)rng_below(&bench->rng, bench->model->config.vocab_size - 1);
-    }
-    return texts;
-}
-
-/* One step on n items of the trainer's task: forward, loss, backward, AdamW. */
-static void bench_step(struct Bench *bench, size_t n) {
-    bench->trainer.args.per_device_train_batch_size = n;
-    trainer_accumulate(&bench->trainer, arena_order(&bench->arena, n), n);
-    optimizer_step(bench->model, &bench->trainer.args, 1e-6, ++bench->steps);
-}
-
-static void bench_train(struct Bench *bench, size_t n, size_t length) {
-    struct LanguageTask task = {.examples = bench_texts(bench, n, length, 0)};
-    bench->trainer.task =
-        (struct Task){.data = &task, .loss = language_loss, .targets = language_targets};
-    bench_step(bench, n);
-}
-
-static void bench_dpo(struct Bench *bench, size_t n, size_t length) {
-    struct Example *pairs = bench_texts(bench, 2 * n, length, 16);
-    for (size_t i = 0; i < 2 * n; i += 2)
-        memcpy(pairs[i + 1].ids, pairs[i].ids, 16 * sizeof(int));
-    dpo_task(&bench->trainer, &bench->arena, bench->ref_model,
-             (struct DPOConfig){.beta = 0.1, .weight = {1}}, 1, pairs, n);
-    bench_step(bench, n);
-}
-
-static struct Example *bench_answers(struct Bench *bench, struct Example *prompts, size_t n,
-                                     size_t new_tokens, bool do_sample) {
-    struct GenerationConfig generation = generation_config();
-    generation.max_new_tokens = generation.min_new_tokens = new_tokens;
-    generation.do_sample = do_sample;
-    generation.top_k = 0;
-    struct Rng rng = rng_seed(rng_next(&bench->rng), STREAM_SAMPLE);
-    return sample_answers(bench->model, &bench->arena, prompts, n, 1, &generation, &rng);
-}
-
-static void bench_generate(struct Bench *bench, size_t n, size_t length) {
-    bench_answers(bench, bench_texts(bench, n, 32, 0), n, length - 32, false);
-}
-
-/* A PPO step: queries of 2 to 7 tokens, 10 new tokens each, scores, 4 epochs of one mini-batch. */
-static void bench_ppo(struct Bench *bench, size_t n, size_t length) {
-    struct Rollout *rollouts = arena_alloc(&bench->arena, n, sizeof *rollouts);
-    struct Example *queries = bench_texts(bench, n, 7, 0);
-    for (size_t i = 0; i < n; i++)
-        queries[i].n = 2 + i % 6;
-    struct Example *answers = bench_answers(bench, queries, n, length - 7, true);
-    for (size_t i = 0; i < n; i++)
-        rollouts[i] = (struct Rollout){answers[i], length - 7, (float)rng_normal(&bench->rng)};
-    ppo_step(bench->ppo, rollouts);
-}
-
-/* n texts, pairs or queries (--batch_size), at most `length` tokens long; `tokens` of each are
- * trained on or generated. */
-static const struct BenchWork {
-    const char *name, *key;
-    void (*run)(struct Bench *, size_t, size_t);
-    size_t n, length, tokens;
-} BENCH_WORK[] = {{"train 4 x 64", "train", bench_train, 4, 64, 64},
-                  {"train 16 x 64", "train_16x64", bench_train, 16, 64, 64},
-                  {"train 4 x 256", "train_4x256", bench_train, 4, 256, 256},
-                  {"train 1 x 1024", "train_1x1024", bench_train, 1, 1024, 1024},
-                  {"generate 48 after 32", "generate", bench_generate, 1, 80, 48},
-                  {"generate 16 x 48 after 32", "generate_batch", bench_generate, 16, 80, 48},
-                  {"dpo step, 4 pairs of 64", "dpo_step", bench_dpo, 4, 64, 128},
-                  {"ppo step, 4 epochs", "ppo_step", bench_ppo, 0, 17, 10}};
 
 /* =============================================================================================
  * Chapter 27 - Command line, main
@@ -13636,9 +13786,7 @@ enum Group {
     G_OUT = 16384,
     G_SEED = 32768,
     G_RUN = 65536,
-    G_BATCH = 131072,
     G_JSON = 262144,
-    G_BENCH = 524288,
     G_PEFT = 1 << 20,
     G_LORA = 1 << 21,
     G_ROLL = 1 << 22,
@@ -13761,15 +13909,15 @@ static const struct Flag FLAGS[] = {
     {"resume_from_checkpoint", KIND_STRING, AT(train.resume_from_checkpoint), G_TRAIN,
      "go on from a folder checkpoint-N; true: from the newest in --output_dir"},
     {"num_train_epochs", KIND_EPOCHS, AT(train.num_train_epochs), G_RUN, "passes over the data"},
-    {"per_device_train_batch_size", KIND_BATCH, AT(train.per_device_train_batch_size),
-     G_RUN | G_BATCH, "rows (dpo, reward: pairs or rated texts) of a micro-batch"},
+    {"per_device_train_batch_size", KIND_BATCH, AT(train.per_device_train_batch_size), G_RUN,
+     "rows (dpo, reward: pairs or rated texts) of a micro-batch"},
     {"per_device_eval_batch_size", KIND_BATCH, AT(train.per_device_eval_batch_size), G_RUN | G_EVAL,
      "rows of a batch in evaluation; no figure depends on it"},
     {"gradient_accumulation_steps", KIND_COUNT, AT(train.gradient_accumulation_steps), G_TRAIN,
      "micro-batches of an optimizer step"},
     {"eval_steps", KIND_SIZE, AT(train.eval_steps), G_RUN,
      "steps between evaluations; default: at the end"},
-    {"max_length", KIND_COUNT, AT(train.max_length), G_RUN | G_BATCH | G_LENGTH,
+    {"max_length", KIND_COUNT, AT(train.max_length), G_RUN | G_LENGTH,
      "longest sequence in tokens"},
     {"train_sampling_strategy", KIND_NAME, AT(train.train_sampling_strategy), G_RUN,
      "random, sequential"},
@@ -13800,7 +13948,7 @@ static const struct Flag FLAGS[] = {
      "share of pairs thought to be labelled the wrong way round"},
     HEADING("PPO"){"rollouts", KIND_STRING, AT(rollouts), G_PPO,
                    "replay stored rollouts (query_ids, response_ids, score)"},
-    {"batch_size", KIND_COUNT, AT(ppo.batch_size), G_PPO | G_RLOO | G_BENCH, "rollouts of a step"},
+    {"batch_size", KIND_COUNT, AT(ppo.batch_size), G_PPO | G_RLOO, "rollouts of a step"},
     {"mini_batch_size", KIND_COUNT, AT(ppo.mini_batch_size), G_PPO,
      "rollouts of one forward and backward pass"},
     {"ppo_epochs", KIND_COUNT, AT(ppo.ppo_epochs), G_PPO, "passes over a batch of rollouts"},
@@ -13984,8 +14132,8 @@ static bool is_adapter(const char *folder) {
            && file_exists(path);
 }
 
-/* Ends the program if a flag that the command cannot do without is not given.
- * flags: names of strings. */
+/* Ends the program if a flag is not given that the command cannot do without.
+ * flags: their names in a list; all of them are strings. */
 static void need(const struct Options *o, const char *flags) {
     for (size_t length; (length = next_name(&flags)) > 0; flags += length)
         for (size_t i = 0; i < COUNT(FLAGS); i++) {
@@ -14028,6 +14176,7 @@ static void check_special_tokens(struct Options *o, const char *folder, struct G
     size_t end = (size_t)c->eos_token_id;
     size_t known = (size_t)endoftext_id(c->vocab_size) + 1;
     const struct Text *names = added_tokens(&arena, folder, known, c->vocab_size);
+    /* 1. Texts end with the end token: it must be one that is known here. */
     CHECK(end < known || names[end - known].length == 0,
           "%s: its end token, id %zu, is \"%s\", an added token that %s lacks; this model cannot "
           "be "
@@ -14037,6 +14186,7 @@ static void check_special_tokens(struct Options *o, const char *folder, struct G
           "%s: its end token, id %zu, is no token of %s; if its texts end with GPT-2's own, write "
           "\"eos_token_id\": %zu in config.json",
           folder, end, tok->path, known - 1);
+    /* 2. Of the ids beyond tokenizer.bin's none may have a name, but for one that only pads. */
     for (size_t id = known; id < c->vocab_size; id++) {
         struct Text name = names[id - known];
         bool kept = id == known && id == (size_t)c->pad_token_id;
@@ -14051,6 +14201,7 @@ static void check_special_tokens(struct Options *o, const char *folder, struct G
         if (kept)
             c->pad_token = text_copy(&o->arena, name);
     }
+    /* 3. An ordinary word as the end token works, but is most likely a slip. */
     if (end + 1 < known)
         warn("%s: its end token, eos_token_id %zu, is the ordinary token \"%s\"; to this model a "
              "text ends wherever that token stands in it",
@@ -14072,6 +14223,8 @@ static struct GPT2 *load_model(struct Options *o, const char *folder) {
           "%s: its base \"%s\" is not here (base_model_name_or_path in its adapter_config.json); "
           "give both: --model_name_or_path BASE --peft_adapter DIR",
           folder, base ? base : "");
+    /* A tokenizer of its own that splits texts otherwise would feed the model ids that mean
+     * something else: each folder that has one is checked. */
     struct GPT2 *model = gpt2_load(base);
     tokenizer_check_folder(o->tok, folder, model->config.vocab_size);
     check_special_tokens(o, base, &model->config);
@@ -14091,6 +14244,7 @@ static void open_model(struct Options *o, bool train) {
     struct GPT2 *model = o->model = load_model(o, o->model_name_or_path);
     if (!o->use_peft && !o->peft_adapter)
         return;
+    /* 1. An adapter on an adapter has no format of its own: which base would it be loaded on? */
     CHECK(!is_adapter(o->model_name_or_path),
           "--model_name_or_path %s: is itself an adapter, a base is needed here; fold it into its "
           "base first: align merge",
@@ -14100,6 +14254,8 @@ static void open_model(struct Options *o, bool train) {
     else
         adapter_load(model, o->peft_adapter);
     model->adapter.base_model_name_or_path = o->model_name_or_path;
+
+    /* 2. To write or to score, W + BA is computed once, not at each product. */
     if (!train)
         adapter_merge(model);
     else if (model->adapter.lora_dropout > 0)
@@ -14177,11 +14333,14 @@ static void command_tokenize(struct Options *o) {
         o->data = dataset_load(&o->arena, path, TEXT_SHAPES, 1);
     else
         plain.text = read_file(&o->arena, path);
-    if (o->decode)
+    if (o->decode) {
         tokenize_decode(tok, plain.text, V, path);
-    for (size_t i = 0; !o->decode && i < (o->jsonl ? o->data->n : 1); i++) {
-        struct Example e =
-            example_encode(&o->arena, tok, o->jsonl ? o->data->rows[i].text : plain.text, V, NULL);
+        return;
+    }
+    /* Without --jsonl all the input is one text, line ends included. */
+    for (size_t i = 0; i < (o->jsonl ? o->data->n : 1); i++) {
+        struct Text text = o->jsonl ? o->data->rows[i].text : plain.text;
+        struct Example e = example_encode(&o->arena, tok, text, V, NULL);
         if (o->jsonl)
             json_write_ids(stdout, "{\"input_ids\": ", e.ids, e.n);
         for (size_t k = 0; k < e.n && !o->jsonl; k++)
@@ -14202,7 +14361,8 @@ static struct Trainer open_training(struct Options *o, const unsigned *shapes, s
     return (struct Trainer){.model = o->model, .tok = o->tok, .args = o->train};
 }
 
-/* A run may write over a folder that it reads, as in transformers: it is in memory by then. */
+/* A run may write over a folder that it reads, as in transformers, since that is in memory by then;
+ * but whoever gave both by mistake loses a model, so it is said. */
 static void note_replaced(struct Options *o, const char *dir) {
     const struct {
         const char *flag, *folder;
@@ -14213,6 +14373,7 @@ static void note_replaced(struct Options *o, const char *dir) {
     for (size_t i = 0; i < COUNT(inputs); i++) {
         const char *flag = inputs[i].flag;
         const char *folder = inputs[i].folder;
+        /* the same folder under another name, by a link for one, counts too */
         const char *base = folder ? base_folder(o, folder) : NULL;
         if (folder && same_file(dir, folder)) {
             warn("--output_dir %s is --%s: the model there will be replaced", dir, flag);
@@ -14264,7 +14425,8 @@ static void finish_training(struct Options *o, struct Trainer *trainer) {
     trainer_free(trainer);
 }
 
-/* Each row's text as ids: with the end token, or, where that is NULL, the first `longest`. */
+/* Each row's text as ids, with the end token behind it unless that is NULL; of a longer text the
+ * first `longest`. */
 static struct Example *encode_texts(struct Options *o, const struct Dataset *data,
                                     const int *end_token, size_t longest) {
     if (!data)
@@ -14277,6 +14439,7 @@ static struct Example *encode_texts(struct Options *o, const struct Dataset *dat
         cut += texts[i].n > longest;
         texts[i].n = MIN(texts[i].n, longest);
     }
+    /* once for all of them, not a line for each */
     if (cut)
         warn("%s: %zu of %zu texts are longer than %zu tokens; their first %zu are read",
              data->path, cut, data->n, longest, longest);
@@ -14285,6 +14448,7 @@ static struct Example *encode_texts(struct Options *o, const struct Dataset *dat
 
 static void command_pretrain(struct Options *o) {
     need(o, "dataset_name, output_dir");
+    /* 1. A new model of the sizes that the flags say, or one that is trained further. */
     o->config.bos_token_id = endoftext_id(o->config.vocab_size);
     o->config.eos_token_id = o->config.pad_token_id = o->config.bos_token_id;
     config_check(&o->config, "command line");
@@ -14294,10 +14458,14 @@ static void command_pretrain(struct Options *o) {
         gpt2_init(o->model, o->train.seed);
     leave_out_reward_head(o->model);
     leave_out_value_head(o->model);
+
+    /* 2. Rows must fit its context. 1024 is the flag's default: not what the user asked for. */
     size_t n_positions = o->model->config.n_positions;
     CHECK(o->train.max_length <= n_positions || o->train.max_length == 1024,
           "--max_length %zu is longer than the model's context of %zu (--n_positions)",
           o->train.max_length, n_positions);
+
+    /* 3. Texts, joined by end tokens and cut into rows. */
     struct Trainer trainer = open_training(o, TEXT_SHAPES, 1);
     const int *end_token = &o->model->config.eos_token_id;
     struct Example *texts = encode_texts(o, o->data, end_token, SIZE_MAX);
@@ -14341,6 +14509,7 @@ static void parse_loss_types(struct Options *o) {
                           "sigmoid, ipo, hinge, robust, sft");
         char *end = NULL;
         o->dpo.weight[k] = weight ? strtod(weight + strspn(weight, " ,"), &end) : 1;
+        /* a weight that is none or out of range leaves a rest, as one too many does: see below */
         if (weight)
             weight =
                 end > weight && o->dpo.weight[k] >= 0 && o->dpo.weight[k] <= FLT_MAX ? end : "x";
@@ -14365,7 +14534,12 @@ static void command_dpo(struct Options *o) {
     struct Trainer trainer = open_training(o, DPO_SHAPES, 1);
     leave_out_reward_head(o->model);
     leave_out_value_head(o->model);
+
+    /* 1. pi_ref is where the policy starts from, unless --ref_model says otherwise. */
     load_reference(o);
+
+    /* 2. Pairs as ids, chosen and rejected in turn; those held out likewise, with room for the
+     *    reference's log-probabilities. */
     struct Example *pairs = arena_alloc(&o->arena, 2 * o->data->n, sizeof *pairs);
     size_t n = dpo_pairs(&trainer, &o->arena, o->data, &o->dpo, pairs);
     struct DPOTask *task =
@@ -14387,10 +14561,11 @@ static size_t encode_prompts(struct Options *o, struct Example *prompts) {
     size_t empty = 0;
     size_t longest = o->model->config.n_positions - 1;
     for (size_t i = 0; i < data->n && (!o->max_samples || count < o->max_samples); i++) {
-        bool whole = data->shape == SHAPE_PROMPT;
+        bool whole = data->shape == SHAPE_PROMPT; /* else a text, of which the beginning is taken */
         struct Example e =
             example_encode(&o->arena, o->tok, whole ? data->rows[i].prompt : data->rows[i].text,
                            o->model->config.vocab_size, NULL);
+        /* A number is drawn for every text, an empty one too: the lengths stay those of the rows. */
         size_t drawn = whole ? e.n : length_sampler(&o->input_length, &rng);
         size_t length = MIN(e.n, drawn);
         CHECK(length <= longest,
@@ -14421,6 +14596,8 @@ static struct RolloutSource open_rollouts(struct Options *o) {
     CHECK(in->max_value > in->min_value,
           "--input_max_text_length %zu: more than --input_min_text_length, %zu, was expected",
           in->max_value, in->min_value);
+
+    /* 1. Random numbers for each purpose; rollouts are sampled, whatever --do_sample would say. */
     struct RolloutSource source = {
         .shuffle = rng_seed(o->train.seed, STREAM_ORDER + 100),
         .lengths = rng_seed(o->train.seed, STREAM_LENGTH + 100),
@@ -14429,11 +14606,15 @@ static struct RolloutSource open_rollouts(struct Options *o) {
         .generation = o->generation,
     };
     source.generation.do_sample = true;
+
+    /* 2. The judge. collect asks a person where there is none. */
     if (o->reward_model_path)
         o->reward_model = load_model(o, o->reward_model_path);
     if (o->reward_model)
         check_reward_model(o->reward_model, o->reward_model_path);
     source.scorer = (struct Scorer){.reward_model = o->reward_model, .tok = o->tok, .std = 1};
+
+    /* 3. Prompts, and how many tokens the longest of them leaves of the context. */
     open_data(o, PROMPT_SHAPES, COUNT(PROMPT_SHAPES));
     if (o->data->shape == SHAPE_PROMPT)
         note_idle(o, "input_min_text_length, input_max_text_length",
@@ -14465,12 +14646,16 @@ static void train_on_rollouts(struct Options *o, const char *log_dir) {
     if (!o->rollouts)
         need(o, "reward_model_path, dataset_name");
     need(o, "output_dir");
+
+    /* 1. Policy, reference, and where the result goes: asked before hours of work, not after. */
     open_model(o, true);
     leave_out_reward_head(o->model);
     if (o->ppo.baseline != BASELINE_VALUE_HEAD)
         leave_out_value_head(o->model);
     load_reference(o);
     open_output_dir(o);
+
+    /* 2. Rollouts: stored ones, or prompts and a judge. */
     struct RolloutSource source = {0};
     if (o->rollouts)
         source.replay = o->data = dataset_load(&o->arena, o->rollouts, ROLLOUT_SHAPES, 1);
@@ -14479,6 +14664,8 @@ static void train_on_rollouts(struct Options *o, const char *log_dir) {
     size_t max_new = o->output_length.max_value - 1;
     if (!o->rollouts)
         note_full_context(o, source.room, max_new, "--output_max_length");
+
+    /* 3. As many steps as --max_steps says, else each prompt (or stored rollout) once. */
     struct PPOTrainer *ppo =
         ppo_trainer_new(o->model, o->reference, o->ppo, o->train, o->generation.temperature);
     size_t n = o->rollouts ? o->data->n : source.n;
@@ -14528,83 +14715,95 @@ static struct Example prompt_encode(struct Options *o, struct Text prompt, size_
     return e.n ? e : (struct Example){&o->model->config.bos_token_id, 1, 1};
 }
 
+/* What transformers writes into every generation_config.json, or takes where a setting is missing.
+ * NAN: it is not written unless somebody chose it. */
+static const struct {
+    const char *name;
+    double usual;
+} GENERATION_SETTINGS[] = {
+    {"do_sample", 0},
+    {"temperature", 1},
+    {"top_k", 50},
+    {"top_p", 1},
+    {"repetition_penalty", 1},
+    {"num_beams", 1},
+    {"length_penalty", 1},
+    {"early_stopping", 0},
+    {"no_repeat_ngram_size", 0},
+    {"min_length", 0},
+    {"min_new_tokens", 0},
+    {"max_length", 20},
+    {"max_new_tokens", 20},
+    {"num_return_sequences", 1},
+    {"eos_token_id", 0},
+    {"suppress_tokens", NAN},
+    {"min_p", NAN},
+    {"begin_suppress_tokens", NAN},
+    {"bad_words_ids", NAN},
+    {"forced_bos_token_id", NAN},
+    {"forced_eos_token_id", NAN},
+    {"typical_p", 1},
+    {"stop_strings", NAN},
+};
+
 /* transformers takes its defaults from generation_config.json; here flags say all. A file that says
  * more than transformers writes for every model is named, so that nobody waits for what it says.
  *                                                                   test: docs/check_failures.py */
 static void note_generation_config(struct Options *o) {
-    static const struct {
-        const char *name;
-        double usual;
-    } settings[] = {{"do_sample", 0},
-                    {"temperature", 1},
-                    {"top_k", 50},
-                    {"top_p", 1},
-                    {"repetition_penalty", 1},
-                    {"num_beams", 1},
-                    {"length_penalty", 1},
-                    {"early_stopping", 0},
-                    {"no_repeat_ngram_size", 0},
-                    {"min_length", 0},
-                    {"min_new_tokens", 0},
-                    {"max_length", 20},
-                    {"max_new_tokens", 20},
-                    {"num_return_sequences", 1},
-                    {"eos_token_id", 0},
-                    {"suppress_tokens", NAN},
-                    {"min_p", NAN},
-                    {"begin_suppress_tokens", NAN},
-                    {"bad_words_ids", NAN},
-                    {"forced_bos_token_id", NAN},
-                    {"forced_eos_token_id", NAN},
-                    {"typical_p", 1},
-                    {"stop_strings", NAN}};
     const char *path = arena_printf(&o->arena, "%s/generation_config.json", o->model_name_or_path);
     const char *said = "";
     if (!file_exists(path))
         return;
     const struct Json *config = json_object(&o->arena, read_file(&o->arena, path), path, "");
-    for (size_t i = 0; i < COUNT(settings); i++) {
-        const struct Json *value = json_get(config, settings[i].name);
+    for (size_t i = 0; i < COUNT(GENERATION_SETTINGS); i++) {
+        const char *name = GENERATION_SETTINGS[i].name;
+        const struct Json *value = json_get(config, name);
         if (!value || value->type == JSON_NULL)
             continue;
-        bool is_end = strcmp(settings[i].name, "eos_token_id") == 0;
-        double usual = is_end ? o->model->config.eos_token_id : settings[i].usual;
+        /* the end token is config.json's, and every model has its own */
+        bool is_end = strcmp(name, "eos_token_id") == 0;
+        double usual = is_end ? o->model->config.eos_token_id : GENERATION_SETTINGS[i].usual;
         double number = value->type == JSON_FALSE    ? 0
                         : value->type == JSON_NUMBER ? value->number
                                                      : NAN;
+        /* NaN equals nothing: a list, a string or `true` is always named */
         if (number == usual)
             continue;
-        said = arena_printf(&o->arena, "%s%s%s", said, *said ? ", " : "", settings[i].name);
+        said = arena_printf(&o->arena, "%s%s%s", said, *said ? ", " : "", name);
     }
     if (*said)
         warn("%s: %s: not read; say by flags what generate is to do", path, said);
 }
 
-/* A prompt's continuations: a line of JSON, or each behind its prompt as a person reads it,
- * without end tokens. */
-static void print_generation(struct Options *o, struct Text prompt, const struct Sequence *s,
-                             size_t n) {
-    size_t V = o->model->config.vocab_size;
-    int end_token = o->model->config.eos_token_id;
-    if (o->json)
-        json_write_string(stdout, "{\"prompt\": ", prompt);
-    for (size_t i = 0; i < n && o->json; i++)
+/* A prompt's continuations as a line of JSON: the new ids and the new text of each. */
+static void print_generation_json(struct Options *o, struct Text prompt, const struct Sequence *s,
+                                  size_t n) {
+    json_write_string(stdout, "{\"prompt\": ", prompt);
+    for (size_t i = 0; i < n; i++)
         json_write_ids(stdout, i ? ", " : ", \"sequences\": [", s[i].ids + s[i].prompt_length,
                        s[i].n - s[i].prompt_length);
     for (size_t i = 0; i < n; i++) {
-        bool ended = s[i].n > s[i].prompt_length && s[i].ids[s[i].n - 1] == end_token;
-        size_t first = o->json ? s[i].prompt_length : prompt.length == 0; /* without bos */
-        size_t last = s[i].n - (!o->json && ended);
         struct Text text =
-            tokenizer_decode_all(o->tok, &o->arena, s[i].ids + first, last - first, V);
-        if (o->json)
-            json_write_string(stdout, i ? ", " : "], \"texts\": [", text);
-        else {
-            text = text_shown(&o->arena, text, "\n\t");
-            fwrite(text.data, 1, text.length, stdout);
-        }
-        if (!o->json || i + 1 == n)
-            puts(o->json ? "]}" : "");
+            tokenizer_decode_all(o->tok, &o->arena, s[i].ids + s[i].prompt_length,
+                                 s[i].n - s[i].prompt_length, o->model->config.vocab_size);
+        json_write_string(stdout, i ? ", " : "], \"texts\": [", text);
+    }
+    puts("]}");
+}
+
+/* Each continuation behind its prompt, as a person reads it: without the end token, and without
+ * the bos token that stands for an empty prompt. */
+static void print_generation(struct Options *o, struct Text prompt, const struct Sequence *s,
+                             size_t n) {
+    const struct GPT2Config *config = &o->model->config;
+    for (size_t i = 0; i < n; i++) {
+        bool ended = s[i].n > s[i].prompt_length && s[i].ids[s[i].n - 1] == config->eos_token_id;
+        size_t first = prompt.length == 0;
+        struct Text text = tokenizer_decode_all(o->tok, &o->arena, s[i].ids + first,
+                                                s[i].n - ended - first, config->vocab_size);
+        text = text_shown(&o->arena, text, "\n\t");
+        fwrite(text.data, 1, text.length, stdout);
+        puts("");
     }
 }
 
@@ -14620,6 +14819,8 @@ static void command_generate(struct Options *o) {
     need(o, "model_name_or_path");
     if (!o->prompt && !o->dataset_name)
         die_usage("--prompt, or --dataset_name, is needed; see --help");
+
+    /* 1. The model, and one prompt or many. */
     open_model(o, false);
     leave_out_reward_head(o->model);
     CHECK(2 * g->num_beams <= MIN((size_t)256, o->model->config.vocab_size),
@@ -14629,6 +14830,9 @@ static void command_generate(struct Options *o) {
     if (!o->prompt)
         open_data(o, PROMPT_SHAPES, 1);
     const struct Dataset *data = o->data ? o->data : &one;
+
+    /* 2. A sequence for each answer, with a random generator of its own: what is drawn for one
+     *    does not depend on how the others go. */
     struct Sequence *sequences = arena_alloc(&o->arena, data->n * each, sizeof *sequences);
     struct Rng rng = rng_seed(o->train.seed, STREAM_SAMPLE);
     size_t room = o->model->config.n_positions;
@@ -14643,9 +14847,16 @@ static void command_generate(struct Options *o) {
                                rng_seed(rng_next(&rng), STREAM_SAMPLE));
     }
     note_full_context(o, room, g->max_new_tokens, "--max_new_tokens");
+
+    /* 3. All of them together: the weights are read once a token for all. */
     generate(o->model, sequences, data->n * each, g);
-    for (size_t i = 0; i < data->n; i++)
-        print_generation(o, data->rows[i].prompt, &sequences[i * each], each);
+    for (size_t i = 0; i < data->n; i++) {
+        struct Text prompt = data->rows[i].prompt;
+        if (o->json)
+            print_generation_json(o, prompt, &sequences[i * each], each);
+        else
+            print_generation(o, prompt, &sequences[i * each], each);
+    }
 }
 
 /* The distribution of the next token after a prompt. [glossary: Distribuição (em ML)] */
@@ -14657,16 +14868,22 @@ static void command_next(struct Options *o) {
     struct GPT2 *model = o->model;
     size_t V = model->config.vocab_size;
     size_t kept = 0;
+
+    /* 1. The logits after the prompt's last token. */
     struct Example e = prompt_encode(o, text_of(o->prompt), 1, model->config.n_positions);
     struct Batch batch = collate(arena, &e, 1, READ_LAST);
     struct Activations acts = gpt2_forward(model, arena, &batch, false);
     float *p = arena_floats(arena, V);
     output_logits(model, p, acts.ln_f + (e.n - 1) * model->config.n_embd, 1);
     check_numbers(model, arena, &batch, "a logit of the next token", p, V);
+
+    /* 2. What sampling would do to them, and the probabilities that are left. */
     o->generation.do_sample = true;
     process_logits(p, V, &o->generation, e.ids, e.n, 0, model->config.eos_token_id);
     double entropy = entropy_of_logits(p, log_sum_exp(p, V, arena_floats(arena, V)), V);
     softmax(p, V);
+
+    /* 3. The kept ones, the likeliest first. */
     struct Candidate *top = arena_alloc(arena, V, sizeof *top);
     for (size_t v = 0; v < V; v++)
         if (p[v] > 0)
@@ -14691,6 +14908,42 @@ static void command_next(struct Options *o) {
     puts(o->json ? "]}" : "");
 }
 
+/* A line of logprob: a text's ids, each one's log-probability but the first's, which nothing comes
+ * before, and their sum over the completion; with --ref_model KL(model || reference) of the next
+ * token at each position. */
+static void print_logprob(struct Options *o, struct Arena *arena, const struct Example *e) {
+    /* 1. A text without tokens has nothing to say. */
+    if (e->n == 0) {
+        printf("{\"input_ids\": [], \"token_logprobs\": [], \"logprob\": 0%s}\n",
+               o->reference ? ", \"kl_to_ref_per_position\": []" : "");
+        return;
+    }
+
+    /* 2. All positions predict. The last one has no target; its log-probability is not shown,
+     *    but its distribution counts for the KL. */
+    struct Batch batch = collate(arena, e, 1, READ_LAST);
+    batch.R = e->n;
+    for (size_t t = 0; t < e->n; t++) {
+        batch.row[t] = (int)t;
+        batch.target[t] = t + 1 < e->n ? e->ids[t + 1] : 0;
+    }
+    struct LMHead head = batch_logprobs(o->model, arena, &batch, 1, false);
+
+    /* 3. Position t predicts token t + 1: the completion begins one before its first token. */
+    size_t first = MAX((size_t)1, e->prompt_length) - 1;
+    size_t scored = e->n > first + 1 ? e->n - 1 - first : 0;
+    json_write_ids(stdout, "{\"input_ids\": ", e->ids, e->n);
+    json_write_floats(stdout, ", \"token_logprobs\": ", head.logprob, e->n - 1);
+    printf(", \"logprob\": %s", json_number_text(sequence_logprob(head.logprob + first, scored)));
+    if (o->reference) {
+        struct LMHead ref_head = batch_logprobs(o->reference, arena, &batch, 1, false);
+        float *kl = arena_floats(arena, e->n);
+        kl_full_rows(o->model, &head, o->reference, &ref_head, kl);
+        json_write_floats(stdout, ", \"kl_to_ref_per_position\": ", kl, e->n);
+    }
+    fputs("}\n", stdout);
+}
+
 static void command_logprob(struct Options *o) {
     struct Arena arena = {0};
     need(o, "model_name_or_path, dataset_name");
@@ -14701,8 +14954,9 @@ static void command_logprob(struct Options *o) {
     open_data(o, SFT_SHAPES, COUNT(SFT_SHAPES));
     const struct Dataset *data = o->data;
     size_t V = o->model->config.vocab_size;
-    size_t limit = MIN(o->train.max_length, o->model->config.n_positions);
     size_t cut = 0;
+    /* what both models can read */
+    size_t limit = MIN(o->train.max_length, o->model->config.n_positions);
     if (o->reference)
         limit = MIN(limit, o->reference->config.n_positions);
     for (size_t i = 0; i < data->n; i++) {
@@ -14718,41 +14972,18 @@ static void command_logprob(struct Options *o) {
                  data->path, i + 1, limit, limit);
         e.n = MIN(e.n, limit);
         e.prompt_length = MIN(e.prompt_length, e.n);
-        if (e.n == 0) {
-            printf("{\"input_ids\": [], \"token_logprobs\": [], \"logprob\": 0%s}\n",
-                   o->reference ? ", \"kl_to_ref_per_position\": []" : "");
-            continue;
-        }
-        struct Batch batch = collate(&arena, &e, 1, READ_LAST);
-        batch.R = e.n;
-        /* all positions; the last one has no target, its logprob is not shown */
-        for (size_t t = 0; t < e.n; t++) {
-            batch.row[t] = (int)t;
-            batch.target[t] = t + 1 < e.n ? e.ids[t + 1] : 0;
-        }
-        struct LMHead head = batch_logprobs(o->model, &arena, &batch, 1, false);
-        size_t first = MAX((size_t)1, e.prompt_length) - 1;
-        size_t scored = e.n > first + 1 ? e.n - 1 - first : 0;
-        json_write_ids(stdout, "{\"input_ids\": ", e.ids, e.n);
-        json_write_floats(stdout, ", \"token_logprobs\": ", head.logprob, e.n - 1);
-        printf(", \"logprob\": %s",
-               json_number_text(sequence_logprob(head.logprob + first, scored)));
-        if (o->reference) {
-            struct LMHead ref_head = batch_logprobs(o->reference, &arena, &batch, 1, false);
-            float *kl = arena_floats(&arena, e.n);
-            kl_full_rows(o->model, &head, o->reference, &ref_head, kl);
-            json_write_floats(stdout, ", \"kl_to_ref_per_position\": ", kl, e.n);
-        }
-        fputs("}\n", stdout);
+        print_logprob(o, &arena, &e);
     }
     arena_free(&arena);
 }
 
+/* What the course's sentiment pipeline says of each text. */
 static void command_score(struct Options *o) {
     need(o, "model_name_or_path, dataset_name");
     open_model(o, false);
     check_reward_model(o->model, o->peft_adapter ? o->peft_adapter : o->model_name_or_path);
     open_data(o, TEXT_SHAPES, 1);
+    /* the reward is read at the last token: no end token stands behind it */
     struct Example *texts =
         encode_texts(o, o->data, NULL, MIN(o->train.max_length, o->model->config.n_positions));
     float *reward = arena_floats(&o->arena, o->data->n);
@@ -14765,14 +14996,17 @@ static void command_score(struct Options *o) {
     }
 }
 
-/* Pairs behind those that preferences.jsonl has, on the disk before the next are asked for. */
+/* Adds pairs to preferences.jsonl. They are on the disk before the next are asked for: the work of a
+ * person must not be lost. The file is written anew as a whole, so that it is never half a line. */
 static void preferences_add(struct Options *o, const char *path, const struct Example *pairs,
                             size_t n) {
     struct Arena arena = {0};
     size_t V = o->model->config.vocab_size;
+    /* 1. what was there */
     struct Text before = file_exists(path) ? read_file(&arena, path) : text_of("");
     struct Output out = output_open(o->train.output_dir, "preferences.jsonl");
     fwrite(before.data, 1, before.length, out.file);
+    /* 2. the new ones: chosen and rejected in turn */
     for (const struct Example *chosen = pairs; chosen < pairs + 2 * n; chosen += 2) {
         json_write_string(out.file, "{\"prompt\": ",
                           tokenizer_decode_all(o->tok, &arena, chosen->ids, chosen->prompt_length,
@@ -14797,6 +15031,7 @@ static int ask_person(struct Options *o, const struct Example *answers, size_t n
     struct Text prompt = tokenizer_decode_all(o->tok, &o->arena, answers->ids, n, V);
     struct Text a = answer_text(o->tok, &o->arena, answers, config);
     struct Text b = answer_text(o->tok, &o->arena, answers + 1, config);
+    /* between equal answers nobody can choose */
     if (same_answer(o->tok, &o->arena, answers, answers + 1, config))
         return 's';
     prompt = text_shown(&o->arena, prompt, "\n\t");
@@ -14833,6 +15068,7 @@ struct Collection {
 static void judged_read(struct Options *o, struct Collection *c) {
     const struct Dataset *pairs = o->eval;
     const char *path = arena_printf(&o->arena, "%s/judged.json", o->train.output_dir);
+    /* 1. From judged.json, or from the pairs themselves. */
     bool goes_on = file_exists(c->path) && file_exists(path);
     struct Json *json = goes_on ? json_read_file(&o->arena, path) : NULL;
     struct Json *list = json_get(json, "prompts");
@@ -14845,6 +15081,8 @@ static void judged_read(struct Options *o, struct Collection *c) {
     c->passed_over = arena_zeros(&o->arena, c->earlier + 1, 1);
     c->pairs =
         json ? json_size(json_get(json, "pairs"), SIZE_MAX >> 12, path, "pairs") : c->earlier;
+
+    /* 2. As they are shown: characters that a terminal cannot show make no difference. */
     struct Json *item = json ? list->child : NULL;
     for (size_t i = 0; i < c->earlier; i++, item = item ? item->next : NULL)
         c->judged[i] = text_shown(&o->arena, item ? item->string : pairs->rows[i].prompt, "");
@@ -14874,6 +15112,7 @@ static bool pair_written(struct Options *o, const struct Collection *c,
     size_t n = o->eval ? o->eval->n : 0;
     struct Text a = text_shown(&o->arena, answer_text(o->tok, &o->arena, pair, config), "");
     struct Text b = text_shown(&o->arena, answer_text(o->tok, &o->arena, pair + 1, config), "");
+    /* The first c->pairs of the file are of prompts that judged.json names. */
     for (size_t i = c->pairs; i < n; i++) {
         struct Text chosen = text_shown(&o->arena, o->eval->rows[i].chosen, "");
         struct Text rejected = text_shown(&o->arena, o->eval->rows[i].rejected, "");
@@ -14897,6 +15136,7 @@ static void collect_scored(struct Options *o, struct Collection *c, const struct
         .scorer = &c->source.scorer,
     };
     size_t count = collect_preferences(&source, &o->arena, prompts, n, &c->rng, pairs);
+    /* those that are in the file already count, but are not written again */
     for (size_t i = 0; i < count; i++) {
         if (pair_written(o, c, pairs + 2 * i))
             continue;
@@ -14914,6 +15154,7 @@ static void collect_asked(struct Options *o, struct Collection *c, const struct 
     size_t pairs = 0;
     const struct Example *answers =
         sample_answers(o->model, &o->arena, prompt, 1, each, &c->source.generation, &c->rng);
+    /* one with two, three with four: an answer that has none beside it is left out */
     for (size_t k = 0; k + 1 < each && !c->stop; k += 2) {
         bool written = pair_written(o, c, answers + k);
         int word = written ? 's' : ask_person(o, answers + k, number, of);
@@ -14925,21 +15166,70 @@ static void collect_asked(struct Options *o, struct Collection *c, const struct 
         preferences_add(o, c->path, pair, 1);
         c->added++;
     }
+    /* A prompt that was broken off is asked again; what it gave is then found by pair_written. */
     if (!c->stop)
         c->pairs += pairs;
 }
 
-/* align collect -- data collection, the H in RLHF: a reward model or the person at the keyboard
- * compares answers. Judgements are added to preferences.jsonl. A run that was stopped goes on:
- * what was judged is passed over, and every prompt's random numbers follow from its place in the
- * data set, so that the pairs are those of one run.  [glossary: Coleta de dados]  test:
- * cli_collect, collect_resume */
-static void command_collect(struct Options *o) {
+/* Which of the prompts are still to be judged. shown (n), out: each prompt as a person sees it. */
+static bool *collect_wanted(struct Options *o, struct Collection *c, struct Text *shown) {
+    bool *wanted = arena_zeros(&o->arena, c->source.n, 1);
+    for (size_t i = 0; i < c->source.n; i++) {
+        const struct Example *e = &c->source.prompts[i];
+        struct Text text =
+            tokenizer_decode_all(o->tok, &o->arena, e->ids, e->n, o->model->config.vocab_size);
+        shown[i] = text_shown(&o->arena, text, "");
+        wanted[i] = !judged_before(c, shown[i]);
+    }
+    return wanted;
+}
+
+/* Has all prompts judged that are `wanted`: by the reward model in groups, by a person one by one. */
+static void collect_all(struct Options *o, struct Collection *c, const struct Text *shown,
+                        const bool *wanted) {
     enum { TOGETHER = 64 }; /* prompts: the same groups wherever an earlier run was stopped */
+    size_t n = c->source.n;
     size_t each = o->ppo.num_generations;
     size_t left = 0;
     size_t asked = 0;
     size_t drawn = 0;
+    for (size_t i = 0; i < n; i++)
+        left += wanted[i];
+    c->rng = c->source.sample;
+    for (size_t i = 0, end; i < n && !c->stop; i = end) {
+        /* 1. the next prompts that are wanted */
+        end = i + 1;
+        if (!wanted[i])
+            continue;
+        while (o->reward_model && end < n && end % TOGETHER && wanted[end])
+            end++;
+
+        /* 2. Each answer takes one random number. Those of the prompts that are passed over are
+         *    drawn as well: this prompt's are what they would have been in one run. */
+        for (; drawn < i * each; drawn++)
+            rng_next(&c->rng);
+        drawn = end * each;
+        if (o->reward_model)
+            collect_scored(o, c, c->source.prompts + i, end - i);
+        else
+            collect_asked(o, c, c->source.prompts + i, ++asked, left);
+
+        /* 3. Pairs first, then the note that these prompts are done: see struct Collection. */
+        if (c->stop)
+            break;
+        for (size_t k = i; k < end; k++)
+            c->judged[c->judged_n++] = shown[k];
+        judged_write(o, c);
+    }
+}
+
+/* align collect -- data collection, the H in RLHF: a reward model or the person at the keyboard
+ * compares answers, and their judgements are added to preferences.jsonl. A run that was stopped
+ * goes on: what was judged is passed over, and every prompt's random numbers follow from its place
+ * in the data set, so that the pairs are those of one run.  [glossary: Coleta de dados]
+ *                                                             test: cli_collect, collect_resume */
+static void command_collect(struct Options *o) {
+    size_t each = o->ppo.num_generations;
     CHECK(each >= 2, "--num_generations %zu: 2 or more answers are needed to compare", each);
     need(o, "model_name_or_path, dataset_name, output_dir");
     open_model(o, false);
@@ -14948,42 +15238,19 @@ static void command_collect(struct Options *o) {
     c.path = arena_printf(&o->arena, "%s/preferences.jsonl", o->train.output_dir);
     note_full_context(o, c.source.room, c.source.generation.max_new_tokens, "--max_new_tokens");
     make_folder(o->train.output_dir);
+
+    /* 1. What earlier runs left. The file is there from the start, if only empty. */
     bool any = file_exists(c.path) && read_file(&o->arena, c.path).length > 0;
     if (any)
         o->eval = dataset_load(&o->arena, c.path, DPO_SHAPES, 1);
     judged_read(o, &c);
     if (!any)
         preferences_add(o, c.path, NULL, 0);
-    size_t n = c.source.n;
-    struct Text *shown = arena_alloc(&o->arena, n, sizeof *shown);
-    bool *wanted = arena_zeros(&o->arena, n, 1);
-    for (size_t i = 0; i < n; i++) {
-        const struct Example *e = &c.source.prompts[i];
-        struct Text text =
-            tokenizer_decode_all(o->tok, &o->arena, e->ids, e->n, o->model->config.vocab_size);
-        shown[i] = text_shown(&o->arena, text, "");
-        wanted[i] = !judged_before(&c, shown[i]);
-        left += wanted[i];
-    }
-    c.rng = c.source.sample;
-    for (size_t i = 0, end; i < n && !c.stop; i = end) {
-        end = i + 1;
-        if (!wanted[i])
-            continue;
-        while (o->reward_model && end < n && end % TOGETHER && wanted[end])
-            end++;
-        for (; drawn < i * each; drawn++)
-            rng_next(&c.rng); /* each answer takes one number */
-        drawn = end * each;
-        if (o->reward_model)
-            collect_scored(o, &c, c.source.prompts + i, end - i);
-        else
-            collect_asked(o, &c, c.source.prompts + i, ++asked, left);
-        for (size_t k = i; k < end && !c.stop; k++)
-            c.judged[c.judged_n++] = shown[k];
-        if (!c.stop)
-            judged_write(o, &c);
-    }
+
+    /* 2. What is still to be judged. */
+    struct Text *shown = arena_alloc(&o->arena, c.source.n, sizeof *shown);
+    const bool *wanted = collect_wanted(o, &c, shown);
+    collect_all(o, &c, shown, wanted);
     say("%zu pairs added to %s (%zu were there)\n", c.added, c.path, o->eval ? o->eval->n : 0);
 }
 
@@ -14997,6 +15264,7 @@ static void command_eval(struct Options *o) {
     need(o, "model_name_or_path, dataset_name");
     open_model(o, false);
     if (o->reward_model_path) {
+        /* 1. A policy: its answers are what is measured. */
         leave_out_reward_head(o->model);
         if (o->ref_model)
             load_reference(o);
@@ -15018,10 +15286,12 @@ static void command_eval(struct Options *o) {
         if (o->reference)
             log_value(&entry, "kl", result.kl);
     } else if (o->model->score.n) {
+        /* 2. A reward model: as in training, on the data set as if it were held out. */
         trainer = open_training(o, REWARD_SHAPES, COUNT(REWARD_SHAPES));
         reward_task(&trainer, &o->arena, o->data, o->data);
         entry = trainer_measure(&trainer);
     } else {
+        /* 3. A language model: the loss of the tokens that sft would train on. */
         trainer = open_training(o, SFT_SHAPES, COUNT(SFT_SHAPES));
         struct LanguageTask *task = sft_task(&trainer, &o->arena, o->data, NULL);
         double loss;
@@ -15092,16 +15362,21 @@ static const char *fold(struct Arena *arena, const char *text) {
     return folded;
 }
 
-/* Insertions, deletions and exchanges that turn a into b: to guess what a mistyped word meant. */
+/* edit_distance -- how few insertions, deletions and exchanges of a letter turn a into b (of which
+ * 63 bytes count): to guess what a mistyped word meant. Row i holds the distances of a's first i
+ * letters from each beginning of b; a row follows from the one above it.
+ * By hand: "pretrian", "pretrain": two exchanges, 2. */
 static size_t edit_distance(const char *a, const char *b) {
     size_t n = MIN(strlen(b), (size_t)63);
     size_t row[64];
+    /* from nothing to j letters: j insertions */
     for (size_t j = 0; j <= n; j++)
         row[j] = j;
     for (size_t i = 0; a[i]; i++) {
         size_t diagonal = row[0];
         row[0] = i + 1;
         for (size_t j = 0; j < n; j++) {
+            /* exchange (or keep) a letter, or the better of a deletion and an insertion */
             size_t change = diagonal + (a[i] != b[j]);
             diagonal = row[j + 1];
             row[j + 1] = MIN(change, MIN(row[j], row[j + 1]) + 1);
@@ -15110,9 +15385,36 @@ static size_t edit_distance(const char *a, const char *b) {
     return row[n];
 }
 
-/* align glossary [TERM] -- the term, or those that fit as well as the best of them; without TERM
- * all. Rank of a term: 0 TERM is a name of it; 1 words of one; 2 + the fewest edits that make it
- * the words somewhere in one. */
+/* Ends the program unless a term with all its lines begins at line[i]. */
+static void term_check(char **line, size_t lines, size_t i, const char *path) {
+    for (size_t k = 0; k < COUNT(TERM_LABELS); k++) {
+        bool good = i + k < lines
+                    && strncmp(line[i + k], TERM_LABELS[k], strlen(TERM_LABELS[k])) == 0
+                    && (k > 0 || strstr(line[i], " \xc2\xb7 "));
+        CHECK(good,
+              "%s: a line \"%s\" was expected under \"%s\"; the file's head says how a term is "
+              "written",
+              path, k ? TERM_LABELS[k] : "### Portuguese \xc2\xb7 English", line[i]);
+    }
+}
+
+/* How far a folded query is from a term, of which line[0] is the heading: 0 it is a name of the
+ * term; 1 words of one; else 2 + the fewest edits that make it the words somewhere in one. */
+static size_t term_rank(struct Arena *arena, char **line, const char *query) {
+    const char *names =
+        fold(arena, arena_printf(arena, ";%s;%s;", line[0] + 4, line[1] + strlen(TERM_LABELS[1])));
+    if (strstr(names, query))
+        return strstr(names, arena_printf(arena, ";%s;", query)) ? 0 : 1;
+    size_t rank = SIZE_MAX;
+    for (const char *word = names; (word = strchr(word, ' ')); word++) {
+        const char *words = arena_printf(arena, "%.*s ", (int)strlen(query) - 1, word);
+        rank = MIN(rank, 2 + edit_distance(query, words));
+    }
+    return rank;
+}
+
+/* align glossary [TERM] -- the entry of the term; of several that fit equally well their names;
+ * without TERM all names. */
 static void command_glossary(struct Options *o) {
     const char *path =
         shipped_file(&o->arena, "docs/glossary.md", "run align in the folder it came in");
@@ -15125,32 +15427,21 @@ static void command_glossary(struct Options *o) {
     size_t hits = 0;
     for (char *at = strtok((char *)file.data, "\n"); at; at = strtok(NULL, "\n"))
         line[lines++] = at;
+
+    /* 1. How well each term fits, and how many fit best. Lines that are no heading never do. */
     for (size_t i = 0; i < lines; i++) {
         rank[i] = SIZE_MAX;
         if (strncmp(line[i], "### ", 4) != 0)
             continue;
-        for (size_t k = 0; k < COUNT(TERM_LABELS); k++) {
-            bool good = i + k < lines
-                        && strncmp(line[i + k], TERM_LABELS[k], strlen(TERM_LABELS[k])) == 0
-                        && (k > 0 || strstr(line[i], " \xc2\xb7 "));
-            CHECK(good,
-                  "%s: a line \"%s\" was expected under \"%s\"; the file's head says how a term is "
-                  "written",
-                  path, k ? TERM_LABELS[k] : "### Portuguese \xc2\xb7 English", line[i]);
-        }
-        const char *names = fold(&o->arena, arena_printf(&o->arena, ";%s;%s;", line[i] + 4,
-                                                         line[i + 1] + strlen(TERM_LABELS[1])));
-        for (const char *word = names; (word = strchr(word, ' ')); word++)
-            rank[i] = MIN(rank[i],
-                          2
-                              + edit_distance(query, arena_printf(&o->arena, "%.*s ",
-                                                                  (int)strlen(query) - 1, word)));
-        if (strstr(names, query))
-            rank[i] = strstr(names, arena_printf(&o->arena, ";%s;", query)) ? 0 : 1;
+        term_check(line, lines, i, path);
+        rank[i] = term_rank(&o->arena, line + i, query);
         hits = rank[i] < best ? 1 : hits + (rank[i] == best);
         best = MIN(best, rank[i]);
     }
     CHECK(hits > 0, "%s: the file has no term", path);
+
+    /* 2. One hit is printed whole; of several, and without TERM, the names under their headings.
+     *    A folded query that is empty is one space. */
     if (query[1] && (hits > 1 || best > 1))
         puts(best > 1 ? "no term has this name; the nearest:" : "several terms fit:");
     for (size_t i = 0; i < lines; i++) {
@@ -15173,6 +15464,26 @@ static size_t course_positions(const struct Dataset *data) {
     return bytes / data->n > 4 * COURSE_POSITIONS ? COURSE_LONG_POSITIONS : COURSE_POSITIONS;
 }
 
+/* The course's own model, new: small enough for minutes on a CPU. */
+static struct GPT2 *course_new_model(const struct Dataset *data, uint64_t seed) {
+    struct GPT2 *model = gpt2_new((struct GPT2Config){
+        .vocab_size = COURSE_VOCAB,
+        .n_positions = course_positions(data),
+        .n_embd = COURSE_WIDTH,
+        .n_layer = COURSE_LAYERS,
+        .n_head = COURSE_HEADS,
+        .bos_token_id = COURSE_VOCAB - 1,
+        .eos_token_id = COURSE_VOCAB - 1,
+        .pad_token_id = COURSE_VOCAB - 1,
+        .layer_norm_epsilon = 1e-5f,
+    });
+    gpt2_init(model, seed);
+    /* GPT-2's 0.02 suits its width of 768; at 128 the blocks would drown so faint a token. */
+    struct Rng rng = rng_seed(seed, STREAM_INIT + 100);
+    tensor_normal(&model->wte, &rng, 0.06);
+    return model;
+}
+
 static void command_rlhf(struct Options *o) {
     struct Tokenizer *tok = load_tokenizer(o);
     const char *path = o->dataset_name ? o->dataset_name
@@ -15192,39 +15503,28 @@ static void command_rlhf(struct Options *o) {
         .ppo_steps = o->ppo_steps,
         .dpo_steps = o->dpo_steps,
     };
+
+    /* 1. A new model; or one that was trained before, which is only tuned on these texts, in
+     *    smaller steps the wider it is. */
     struct GPT2 *model;
     double learning_rate = 5e-3;
     if (o->model_name_or_path) {
         model = load_model(o, o->model_name_or_path);
         leave_out_reward_head(model);
         leave_out_value_head(model);
-        /* wider models take smaller steps */
         course.scale = MIN(1, (double)COURSE_WIDTH / (double)model->config.n_embd);
-        learning_rate = 5e-4; /* and trained ones are only tuned */
+        learning_rate = 5e-4;
     } else {
-        model = gpt2_new((struct GPT2Config){
-            .vocab_size = COURSE_VOCAB,
-            .n_positions = course_positions(data),
-            .n_embd = COURSE_WIDTH,
-            .n_layer = COURSE_LAYERS,
-            .n_head = COURSE_HEADS,
-            .bos_token_id = COURSE_VOCAB - 1,
-            .eos_token_id = COURSE_VOCAB - 1,
-            .pad_token_id = COURSE_VOCAB - 1,
-            .layer_norm_epsilon = 1e-5f,
-        });
-        gpt2_init(model, o->train.seed);
-        struct Rng rng = rng_seed(o->train.seed, STREAM_INIT + 100);
-        /* GPT-2's 0.02 suits its width of 768; at 128 the blocks would drown so faint a token */
-        tensor_normal(&model->wte, &rng, 0.06);
+        model = course_new_model(data, o->train.seed);
     }
+
+    /* 2. What cannot work, before it takes a minute to find out. */
     CHECK(o->reward_steps > 0 || model->score.n, "--reward_steps 0: an untrained reward model "
                                                  "gives every text the same reward; 1 or more "
                                                  "steps are needed");
     static const char *const results[] = {"language_model", "reward_model", "ppo", "dpo"};
-    for (size_t i = 0; i < COUNT(results); i++) {
+    for (size_t i = 0; i < COUNT(results); i++)
         note_replaced(o, arena_printf(&o->arena, "%s/%s", course.output_dir, results[i]));
-    }
     CHECK(model->config.n_positions >= 48, "%s: a context of %zu tokens; rlhf needs 48 or more",
           o->model_name_or_path, model->config.n_positions);
     course_run(&course, data, model, learning_rate);
@@ -15241,6 +15541,7 @@ static void command_exact(struct Options *o) {
     const struct GPT2Config *c = &o->config;
     size_t L = o->generation.max_new_tokens;
     double count = pow((double)c->vocab_size, (double)L);
+    /* All responses are enumerated, and each is a row of a batch: the world must be small. */
     CHECK(o->ppo.init_kl_coef >= 1e-3 && o->ppo.init_kl_coef <= 1e3,
           "--beta %g: must be above 0, 0.001 to 1000", o->ppo.init_kl_coef);
     CHECK(c->vocab_size >= 2 && c->vocab_size <= 16, "--vocab_size %zu: 2 to 16 tokens",
@@ -15257,100 +15558,6 @@ static void command_exact(struct Options *o) {
     o->reference = w->ref_model;
     exact_run(w, o->ppo.init_kl_coef);
     exact_print(w, o->json);
-}
-
-/* align bench -- each work, or only a training step of the user's size, once a round, at least
- * five rounds and some seconds; the first warms up. Of training: the share of the multiply-adds
- * that 2 passes forward and 4 backward through all weights but wpe take. */
-static void command_bench(struct Options *o) {
-    CHECK(kernel, "bench measures a kernel; ALIGN_KERNEL=plain has none");
-    CHECK(o->ppo.batch_size > 0 && o->ppo.batch_size <= 4096, "--batch_size %zu: 1 to 4096 queries",
-          o->ppo.batch_size);
-    if (o->config.n_embd % o->config.n_head)
-        o->config.n_head = MAX((size_t)1, o->config.n_embd / 64);
-    o->config.eos_token_id = o->config.pad_token_id = (int)o->config.vocab_size - 1;
-    config_check(&o->config, "--n_layer, --n_head, --n_embd, --n_positions, --vocab_size");
-    size_t batch = o->train.per_device_train_batch_size;
-    size_t length = o->train.max_length;
-    CHECK(length <= o->config.n_positions && length != 1 && o->config.n_positions >= 80,
-          "--max_length %zu: 2 to --n_positions, %zu, which is 80 or more", length,
-          o->config.n_positions);
-    struct BenchWork work[COUNT(BENCH_WORK)];
-    size_t count = batch || length ? 1 : COUNT(work);
-    memcpy(work, BENCH_WORK, sizeof work);
-    work[count - 1].n = o->ppo.batch_size;
-    if (count == 1)
-        work[0] = (struct BenchWork){"train",
-                                     "train",
-                                     bench_train,
-                                     batch ? batch : 4,
-                                     length ? length : 64,
-                                     length ? length : 64};
-    struct Bench bench = {
-        .model = o->model = gpt2_new(o->config),
-        .rng = rng_seed(42, STREAM_SAMPLE),
-        .trainer.args = training_arguments(),
-    };
-    bench.trainer.model = bench.model;
-    gpt2_init(bench.model, 42);
-    gpt2_make_trainable(bench.model);
-    size_t weights = gpt2_parameters(bench.model);
-    if (count > 1) {
-        o->ppo.mini_batch_size = o->ppo.batch_size;
-        o->ppo.ratio_threshold = INFINITY;
-        bench.ref_model = o->reference = gpt2_copy(bench.model);
-        bench.ppo = ppo_trainer_new(bench.model, bench.ref_model, o->ppo, bench.trainer.args, 1);
-        bench.ppo->args.learning_rate = 1e-6;
-        bench.ppo->total_steps = 1000;
-    }
-    double best[COUNT(work)];
-    double peak = 0;
-    double begin = seconds_now();
-    for (size_t k = 0; k < count; k++)
-        best[k] = INFINITY;
-    for (int round = 0; round < 5 || (seconds_now() - begin < 15 && round < 100); round++) {
-        if (round < 5)
-            say("bench: round %d\n", round + 1);
-        for (size_t k = 0; k < count; k++) {
-            if (work[k].length > o->config.n_positions)
-                continue;
-            peak = MAX(peak, bench_peak());
-            arena_reset(&bench.arena);
-            double start = seconds_now();
-            work[k].run(&bench, work[k].n, work[k].length);
-            if (round > 0)
-                best[k] = MIN(best[k], seconds_now() - start);
-        }
-    }
-    printf(o->json ? "{\"threads\": %d, \"kernel\": \"%s\", \"parameters\": %zu, \"peak_gflops\": "
-                     "%.9g, \"peak_rss_bytes\": %zu"
-                   : "%d threads, kernel %s; %zu weights; %.0f GFLOP/s multiplied and added; peak "
-                     "memory %zu bytes\n\n",
-           omp_get_max_threads(), kernel->name, weights, peak / 1e9, peak_rss_bytes());
-    if (!o->json)
-        printf("%-28s%10s%12s%18s", "", "seconds", "tokens/s", "share of limit");
-    for (size_t k = 0; k < count; k++) {
-        double speed = (double)(work[k].n * work[k].tokens) / best[k];
-        double share = 6 * speed * (double)(weights - bench.model->wpe.n) / peak;
-        bool train = work[k].run == bench_train;
-        const char *key = work[k].key;
-        if (!isfinite(best[k]))
-            continue;
-        if (o->json)
-            printf(", \"%s_seconds\": %.9g, \"%s_tokens_per_second\": %.9g", key, best[k], key,
-                   speed);
-        else
-            printf("\n%-28s%10.4f%12.1f", work[k].name, best[k], speed);
-        if (train && o->json)
-            printf(", \"%s_share_of_limit\": %.4g", key, share);
-        else if (train)
-            printf("%16.0f %%", 100 * share);
-    }
-    puts(o->json ? "}" : "");
-    if (bench.ppo)
-        ppo_trainer_free(bench.ppo);
-    trainer_free(&bench.trainer);
-    arena_free(&bench.arena);
 }
 
 static const struct Command {
@@ -15447,11 +15654,6 @@ static const struct Command {
      command_glossary,
      G_WORDS,
      {0}},
-    {"bench",
-     "speed of training, generation, DPO and PPO here",
-     command_bench,
-     G_NEW | G_BATCH | G_JSON | G_BENCH,
-     {"batch_size", "16"}},
 };
 
 static void print_commands(FILE *file) {
@@ -15464,6 +15666,9 @@ static void print_commands(FILE *file) {
 
 static const struct Command *find_command(const char *name) {
     const struct Command *nearest = COMMANDS;
+    if (strcmp(name, "bench") == 0)
+        die_usage("there is no command \"bench\"; `make bench` measures the speed "
+                  "(docs/tools/bench.c)");
     for (size_t i = 0; i < COUNT(COMMANDS); i++)
         if (edit_distance(name, COMMANDS[i].name) < edit_distance(name, nearest->name))
             nearest = &COMMANDS[i];
@@ -15516,6 +15721,8 @@ static const struct Flag *find_flag(const char *name, const struct Command *comm
     if (!*name)
         die_usage("%s: \"--\" is no flag; all: %s %s --help", command->name, program_name,
                   command->name);
+    /* --lr would also be the beginning of --lr_scheduler_type: a name that other programs use is
+     * never taken for one, it is refused with the name it has here. */
     for (size_t i = 0; i < COUNT(FLAGS) && !also_called(name, command); i++) {
         if (!(FLAGS[i].groups & command->groups) || strncmp(name, FLAGS[i].name, strlen(name)) != 0)
             continue;
@@ -15564,6 +15771,9 @@ static void parse_number(struct Options *o, const struct Flag *flag, const char 
     void *to = (char *)o + flag->offset;
     char *end = NULL;
     bool whole = flag->kind <= KIND_COUNT;
+
+    /* 1. Read it, all of it. strtoull would take "-3" and " 3"; strtod takes "nan", which no
+     *    comparison below lets through. */
     if (flag->kind == KIND_STEPS && strcmp(value, "-1") == 0)
         value = "0"; /* HF's "not set" */
     errno = 0;
@@ -15574,6 +15784,8 @@ static void parse_number(struct Options *o, const struct Flag *flag, const char 
         number = NAN;
     if (!(number >= RANGES[flag->kind].least && number <= RANGES[flag->kind].most))
         die_number(flag, value, number);
+
+    /* 2. Store it as what the member of Options is. */
     if (flag->kind == KIND_SEED)
         *(uint64_t *)to = size;
     else if (whole)
@@ -15591,6 +15803,7 @@ static void parse_number(struct Options *o, const struct Flag *flag, const char 
 static void parse_flag(struct Options *o, const struct Flag *flag, const char *value) {
     void *to = (char *)o + flag->offset;
     bool truth = true;
+    /* 1. A bare boolean means true; one that stops a beam search has a third value. */
     if (flag->kind == KIND_BOOL || flag->kind == KIND_STOPPING) {
         bool never = flag->kind == KIND_STOPPING && value && strcmp(value, "never") == 0;
         const char *more = flag->kind == KIND_STOPPING ? " or never" : "";
@@ -15608,6 +15821,8 @@ static void parse_flag(struct Options *o, const struct Flag *flag, const char *v
         parse_number(o, flag, value);
         return;
     }
+
+    /* 2. A string. Only a prompt may be empty; a name must be one that the flag's help lists. */
     if (!value[strspn(value, " ,")] && flag->kind != KIND_TEXT)
         die_usage("--%s \"%s\" is empty; a value was expected (%s)", flag->name, value, flag->help);
     if (flag->kind == KIND_NAME)
@@ -15626,6 +15841,7 @@ static int pass_over(struct Options *o, size_t which, const char *value, char **
     int taken = 0;
     if (!value && *rest && !is_flag(*rest))
         value = rest[taken++];
+    /* Each of its values must be one that changes nothing; "True" and "yes" are `true`. */
     do {
         const char *names = PASSED_OVER[which].harmless;
         bool truth = true;
@@ -15701,7 +15917,19 @@ static int take_flag(struct Options *o, const struct Command *command, char **ar
     return taken;
 }
 
-/* Flags that change nothing beside the others that are given, of a training's. */
+/* A rule: if it holds, these flags (names in a list) change nothing, and why. */
+struct IdleRule {
+    bool holds;
+    const char *flags, *why;
+};
+
+static void note_idle_rules(const struct Options *o, const struct IdleRule *rules, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        if (rules[i].holds)
+            note_idle(o, rules[i].flags, rules[i].why);
+}
+
+/* Flags of a training that change nothing beside the others that are given. */
 static void note_idle_training(const struct Options *o, const struct Command *command) {
     const struct TrainingArguments *train = &o->train;
     const struct PPOConfig *ppo = &o->ppo;
@@ -15709,10 +15937,8 @@ static void note_idle_training(const struct Options *o, const struct Command *co
                                           : "all weights are trained; for an adapter give "
                                             "--use_peft";
     bool smoothing = strstr(o->loss_type, "sigmoid") || strstr(o->loss_type, "robust");
-    const struct {
-        bool idle;
-        const char *flags, *why;
-    } rules[] = {
+    /* A flag that the command does not have is not given: such rules do no harm. */
+    const struct IdleRule rules[] = {
         {!o->use_peft, "lora_r, lora_alpha, lora_dropout, lora_target_modules, use_rslora",
          adapter},
         {train->max_steps > 0, "num_train_epochs", "--max_steps decides"},
@@ -15740,9 +15966,7 @@ static void note_idle_training(const struct Options *o, const struct Command *co
          "input_max_text_length, output_min_length, output_max_length",
          "--rollouts are replayed, none are sampled"},
     };
-    for (size_t i = 0; i < COUNT(rules); i++)
-        if (rules[i].idle)
-            note_idle(o, rules[i].flags, rules[i].why);
+    note_idle_rules(o, rules, COUNT(rules));
 }
 
 /* The same for commands that write or measure. */
@@ -15750,12 +15974,8 @@ static void note_idle_tools(const struct Options *o, const struct Command *comma
     const struct GenerationConfig *g = &o->generation;
     bool generates = (command->groups & G_SAMPLE) != 0;
     bool measures = (command->groups & G_EVAL) != 0;
-    bool one_work = (command->groups & G_BENCH)
-                    && (o->train.per_device_train_batch_size || o->train.max_length);
-    const struct {
-        bool idle;
-        const char *flags, *why;
-    } rules[] = {
+    /* A flag that the command does not have is not given: such rules do no harm. */
+    const struct IdleRule rules[] = {
         {generates && !g->do_sample, "temperature, top_k, top_p, seed",
          "without --do_sample nothing is drawn"},
         {generates && g->num_beams == 1, "length_penalty, early_stopping",
@@ -15768,11 +15988,8 @@ static void note_idle_tools(const struct Options *o, const struct Command *comma
          "ref_model, seed, max_samples, max_new_tokens, temperature, top_k, top_p, "
          "input_min_text_length, input_max_text_length",
          "answers are written only for a --reward_model_path"},
-        {one_work, "batch_size", "a training step alone is timed"},
     };
-    for (size_t i = 0; i < COUNT(rules); i++)
-        if (rules[i].idle)
-            note_idle(o, rules[i].flags, rules[i].why);
+    note_idle_rules(o, rules, COUNT(rules));
 }
 
 static void take_word(struct Options *o, const struct Command *command, char *word) {
@@ -15785,10 +16002,13 @@ static void take_word(struct Options *o, const struct Command *command, char *wo
 
 static void parse_arguments(struct Options *o, const struct Command *command, int argc,
                             char **argv) {
+    /* 1. The command line as a shell takes it, for report.json. */
     o->begin = seconds_now();
     o->command = program_name;
     for (int i = 1; i < argc; i++)
         o->command = arena_printf(&o->arena, "%s %s", o->command, shell_word(&o->arena, argv[i]));
+
+    /* 2. Flags with their values, and words. */
     for (int i = 2; i < argc; i++) {
         if (strcmp(argv[i], "-h") == 0)
             o->help = true;
@@ -15804,6 +16024,8 @@ static void parse_arguments(struct Options *o, const struct Command *command, in
         *from = resume ? "true" : NULL;
     if (o->help)
         return;
+
+    /* 3. What cannot be together, and what changes nothing: no flag is ignored in silence. */
     if (o->use_peft && o->peft_adapter)
         die_usage("--use_peft starts a new adapter, --peft_adapter goes on with one: give one of "
                   "them");
@@ -15845,13 +16067,11 @@ static struct Options default_options(const char *name) {
         .ppo_steps = 85,
         .dpo_steps = 150,
     };
+    /* transformers' top_k of 50 is generate's; what trains or measures samples from all tokens */
     const struct Command *command = find_command(name);
     o.generation.top_k = 0;
     for (const char *const *word = command->defaults; *word; word += 2)
         parse_flag(&o, find_flag(word[0], command), word[1]);
-    /* given: that step alone */
-    if (command->groups & G_BENCH)
-        o.train.per_device_train_batch_size = o.train.max_length = 0;
     return o;
 }
 
@@ -15860,6 +16080,7 @@ static const char *flag_value(struct Options *o, const struct Flag *flag) {
     static const char *const stopping[] =
         {[STOP_FALSE] = "false", [STOP_TRUE] = "true", [STOP_NEVER] = "never"};
     const void *at = (const char *)o + flag->offset;
+    /* as parse_flag and parse_number store them */
     if (flag->kind <= KIND_LIST)
         return *(const char *const *)at ? *(const char *const *)at : "";
     if (flag->kind == KIND_BOOL)
@@ -15900,6 +16121,7 @@ static void print_help(const struct Command *command) {
          "short as far as it fits one flag alone, and have dashes for underscores.");
     for (size_t i = 0; i < COUNT(FLAGS); i++) {
         const struct Flag *flag = &FLAGS[i];
+        /* 1. A heading waits until a flag under it is one of the command's. */
         if (!*flag->name)
             heading = flag->help;
         if (!(flag->groups & command->groups))
@@ -15907,6 +16129,8 @@ static void print_help(const struct Command *command) {
         if (heading)
             printf("\n%s\n", heading);
         heading = NULL;
+
+        /* 2. [default] what is expected: what it is for. */
         const char *value = flag_value(&defaults, flag);
         const char *expected =
             flag->kind == KIND_BOOL ? "true or false" : RANGES[flag->kind].expected;
@@ -16024,6 +16248,7 @@ static void arithmetic_check(void) {
     float large = 0x1p24f * one;
     float small = 0.25f * one;
     float sum = large + small;
+    /* 2^24 + 1/4 is 2^24 in float32, so the difference is 0; regrouped it would be 1/4. */
     const char *wrong = NULL;
     if (!isnan(nan) || nan == nan || !isinf(infinity))
         wrong = "NaN or infinity pass for numbers";

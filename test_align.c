@@ -7109,6 +7109,7 @@ static void test_cli_errors(void) {
                              "z\"}\n");
     static const char *const cases[][9] = {
         {"2", "generate has no flag --promt; the nearest is --prompt", "generate", "--promt", "x"},
+        {"2", "no command \"bench\"; `make bench` measures", "bench"},
         {"2", "dpo has no flag --betta; the nearest is --beta", "dpo", "--betta=1"},
         {"2", "\"x\" is no flag", "score", "x"},
         {"2", "--max_new_tokens -3: a whole number", "generate", "--max_new_tokens", "-3"},
@@ -7353,8 +7354,6 @@ static void test_cli_idle(void) {
                 WORDS("eval", "--max_length", "9", "--reward_model_path", "x"));
     expect_note("--ref_model, --max_samples, --top_p: no effect",
                 WORDS("eval", "--ref_model", "x", "--top_p", "0.5", "--max_samples", "3"));
-    expect_note("--batch_size: no effect",
-                WORDS("bench", "--batch_size", "4", "--max_length", "16"));
 }
 
 static struct Text answered(int argc, const char *a, const char *b) {

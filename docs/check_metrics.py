@@ -4,13 +4,14 @@
     make && python3 docs/check_metrics.py      about 20 seconds; ends with 'N passed, N failed'; Python 3.8 or later
 
 Runs each command with a model of 24,496 weights, collects the keys of trainer_state.json's log_history, stats_all.jsonl, summary.json,
-`eval` and `bench --json`, and compares them with the tables. A heading "## `sft`, `dpo`: ..." names the commands that its tables speak of;
+`eval` and `make bench BENCH=--json`, and compares them with the tables. A heading "## `sft`, `dpo`: ..." names the commands that its tables speak of;
 the backticked words of a row's first cell are keys; they may be missing from these runs if the cell ends in (optional).
 """
 import collections, json, os, re, subprocess, sys, tempfile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 ALIGN = os.path.join(ROOT, "align")
+BENCH = os.path.join(ROOT, "align_bench")
 if not os.path.exists(ALIGN): sys.exit("%s: is not there; run make first" % ALIGN)
 COMMANDS = ("pretrain", "sft", "reward", "dpo", "reinforce", "ppo", "rlhf", "eval", "bench")
 TINY, FEW = "--vocab_size 300 --n_layer 1 --n_head 2 --n_embd 16", "--max_steps 2 --logging_steps 1 --quiet"
@@ -58,8 +59,10 @@ def written(work):
     for name, rows in shapes.items():
         with open(os.path.join(work, name), "w", encoding="utf-8") as f:
             f.writelines(json.dumps(row) + "\n" for row in rows)
-    keys["bench"] = keys_of(json.loads(run(work, "bench %s --max_length 16 --json" % TINY)))
-    bench = subprocess.Popen([ALIGN, *("bench %s --json --quiet" % TINY).split()], stdout=subprocess.PIPE)        # the others meanwhile
+    subprocess.run(["make", "-s", "align_bench"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    one = subprocess.run([BENCH, *TINY.split(), "--max_length", "16", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=True)
+    keys["bench"] = keys_of(json.loads(one.stdout))
+    bench = subprocess.Popen([BENCH, *TINY.split(), "--json", "--quiet"], stdout=subprocess.PIPE)        # the others meanwhile
     for folder, command, data in (("pretrain", "pretrain", "text"), ("sft", "sft", "text"), ("reward", "reward", "pairs"), ("labels", "reward", "label"), ("dpo", "dpo", "pairs")):
         more = TINY + " --n_positions 256" if command == "pretrain" else "--model_name_or_path pretrain" + " --loss_type bce" * (data == "label")
         run(work, "%s %s --dataset_name %s --eval_dataset %s --output_dir %s %s" % (command, more, data, data, folder, FEW))

@@ -533,7 +533,7 @@ static void read_arguments(const struct Text *parts) {
 /* For each command a line with all of its flags, and some with values that fit. */
 static bool seed_arguments(size_t k, struct Text *parts) {
     TEXTS("dpo\n--beta\n0.1\n--loss_type\nsigmoid\nsft\n--loss_weights\n1\n0.2\n--model_name_or_path=x\n--seed\n7", "generate\n--do_sample\n--top_p=0.9\n--early_stopping\nnever\n--prompt\nx\n--json", "ppo\n--batch_size\n64\n--adap_kl_ctrl\nfalse\n--kl_penalty\nfull",
-          "tokenize\nfile\n--jsonl", "glossary\nvalue\nhead", "sft\n--help", "reward\n--use_peft\n--lora_target_modules\nc_attn\nmlp.c_proj\n--lora_r\n4\n--learning_rate\n1e-4", "exact\n--beta\n0.5\n--n_layer\n2", "bench\n--max_length\n64", "rlhf\n--ppo_steps\n3\n--quiet");
+          "tokenize\nfile\n--jsonl", "glossary\nvalue\nhead", "sft\n--help", "reward\n--use_peft\n--lora_target_modules\nc_attn\nmlp.c_proj\n--lora_r\n4\n--learning_rate\n1e-4", "exact\n--beta\n0.5\n--n_layer\n2", "rlhf\n--ppo_steps\n3\n--quiet");
 }
 
 enum { KB = 1024, MB = 1024 * KB };

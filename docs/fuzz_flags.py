@@ -159,7 +159,7 @@ def prepare(driver):
 
 TRAIN = " --max_steps 1 --output_dir out --quiet"
 POLICY = " --dataset_name prompts.jsonl --reward_model_path rm --batch_size 2 --output_max_length 5"
-# Command lines that are complete, and end soon. bench measures for seconds: it stops at its configuration.
+# Command lines that are complete, and end soon.
 COMPLETE = {
     "rlhf": ["rlhf --model_name_or_path m48 --dataset_name rated.jsonl --pretrain_steps 1 --reward_steps 1 --ppo_steps 0 --dpo_steps 0 --output_dir out --quiet"],
     "tokenize": ["tokenize texts.jsonl", "tokenize --jsonl texts.jsonl", "tokenize --decode ids.txt --vocab_size 300"],
@@ -179,7 +179,6 @@ COMPLETE = {
     "merge": ["merge --model_name_or_path m --peft_adapter adapter --output_dir out"],
     "report": ["report m"],
     "glossary": ["glossary KL"],
-    "bench": ["bench --vocab_size 5"],
 }
 NUMBERS = ["0", "1", "2", "3", "7", "-1", "-0", "+1", "0.5", "1e-3", "0.999999999999", "1.5", "1e9", "1e38", "3.5e38", "1e39", "-1e39", "1e308", "1e309", "1e-38", "1e-45", "1e-320", "nan", "-nan", "inf", "-inf",
            "0x10", "1e", "1_000", " 5", "5 ", "٣", "255", "256", "4096", "4097", "65535", "65536", "65537", "2147483647", "2147483648", "4294967295", "4294967296", "4294967297", "1099511627776", "1099511627777",
@@ -253,7 +252,7 @@ class Lines:
             self.at = 0
         command, flag = self.turn[self.at]
         self.at += 1
-        complete = r.random() < 0.35 or command in ("exact", "bench", "rlhf")
+        complete = r.random() < 0.35 or command in ("exact", "rlhf")
         words = shlex.split(r.choice(COMPLETE[command])) if complete else [command]
         behind = words[1:]
         words = words[:1]
@@ -261,7 +260,7 @@ class Lines:
         if r.random() < (0.03 if complete else 0.1): words += self.spelt(r.choice(FOREIGN + self.all), complete)
         if r.random() < 0.02: words.append(r.choice(WORDS))
         if r.random() < 0.01: words[0] = r.choice([command[:-1], command + "x", "", "--help", "-h", "help", "--version", "é"])
-        if command in ("exact", "bench") or r.random() < 0.2: return words + behind       # the last word counts
+        if command == "exact" or r.random() < 0.2: return words + behind       # the last word counts
         return words[:1] + behind + words[1:]
 
 
