@@ -2418,8 +2418,10 @@ static struct Matrix readable(struct MatrixOut m) {
 /* The part of a matrix from (row, column) on: so many rows and columns, or as many as there are. */
 static struct Matrix matrix_block(struct Matrix m, size_t row, size_t column, size_t rows,
                                   size_t columns) {
+    /* a matrix of zeros has no place to move */
     if (m.data)
         m.data += row * m.row_stride + column * m.column_stride;
+    /* the last block of a matrix may be a smaller one */
     m.rows = MIN(rows, m.rows - row);
     m.columns = MIN(columns, m.columns - column);
     return m;
@@ -2427,6 +2429,7 @@ static struct Matrix matrix_block(struct Matrix m, size_t row, size_t column, si
 
 static struct MatrixOut matrix_out_block(struct MatrixOut m, size_t row, size_t column, size_t rows,
                                          size_t columns) {
+    /* as above; the columns are neighbours */
     m.data += row * m.row_stride + column;
     m.rows = MIN(rows, m.rows - row);
     m.columns = MIN(columns, m.columns - column);
@@ -2440,7 +2443,10 @@ static void matmul_plain(struct MatrixOut c, struct Matrix start, struct Matrix 
                          struct Matrix b) {
     for (size_t i = 0; i < c.rows; i++)
         for (size_t j = 0; j < c.columns; j++) {
+            /* In double: each of thousands of float additions would round, and a definition should
+             * be more exact than what is compared with it. */
             double sum = start.data ? start.data[i * start.row_stride + j] : 0;
+
             /* row i of A times column j of B */
             for (size_t k = 0; k < a.columns; k++)
                 sum += (double)a.data[i * a.row_stride + k * a.column_stride]
@@ -2516,6 +2522,8 @@ static void tile_4x8(size_t K, const float *a, const float *b, const float *star
  * as a tile makes it, one k after the other. */
 static ALWAYS_INLINE void add_eight_rows(float *y, const float *x, const float *weight,
                                          size_t stride, size_t columns) {
+    /* Eight rows in one pass over y: y is loaded and stored once for eight multiplications, where
+     * row by row it would be once for each. */
     const float *w1 = weight + stride;
     const float *w2 = w1 + stride;
     const float *w3 = w2 + stride;
@@ -2578,14 +2586,15 @@ static void few_rows_plain(struct MatrixOut y, struct Matrix x, struct Matrix we
  * see tile_4x8. */
 AVX2 static void tile_4x24(size_t K, const float *a, const float *b, const float *start,
                            size_t start_row, float *c, size_t c_row) {
-    /* 1. the start */
+    /* 1. the start; these loops are unrolled so that each sum[i][j] is a register */
     float8 sum[4][3];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++)
         for (int j = 0; j < 3; j++)
             sum[i][j] = start ? *(const float8_any *)(start + i * start_row + 8 * j) : (float8){0};
 
-    /* 2. 28 numbers are loaded for 96 multiplications */
+    /* 2. 28 numbers are loaded for 96 multiplications: three to one, where the plain triple loop
+     *    loads two for one */
     for (size_t k = 0; k < K; k++, a += 4, b += 24) {
         float8 b0 = *(const float8 *)b;
         float8 b1 = *(const float8 *)(b + 8);
@@ -2608,7 +2617,7 @@ AVX2 static void tile_4x24(size_t K, const float *a, const float *b, const float
  * are multiples of 8 than of a larger number. */
 AVX512 static void tile_8x32(size_t K, const float *a, const float *b, const float *start,
                              size_t start_row, float *c, size_t c_row) {
-    /* 1. the start */
+    /* 1. the start; these loops are unrolled so that each sum[i][j] is a register */
     float16 sum[8][2];
 #pragma GCC unroll 8
     for (int i = 0; i < 8; i++)
@@ -2616,7 +2625,8 @@ AVX512 static void tile_8x32(size_t K, const float *a, const float *b, const flo
             sum[i][j] =
                 start ? *(const float16_any *)(start + i * start_row + 16 * j) : (float16){0};
 
-    /* 2. 40 numbers are loaded for 256 multiplications */
+    /* 2. 40 numbers are loaded for 256 multiplications: a vector of a row of b serves eight of
+     *    them, and there is a register for each sum */
     for (size_t k = 0; k < K; k++, a += 8, b += 32) {
         float16 b0 = *(const float16 *)b;
         float16 b1 = *(const float16 *)(b + 16);
@@ -2656,6 +2666,7 @@ static const struct Kernel *kernel; /* the one in use; NULL: matmul_plain */
 /* The widest kernel that this processor can run: its place in KERNELS. */
 static size_t kernel_widest(void) {
 #if defined(__x86_64__)
+    /* The processor is asked when the program runs: the one it was compiled on may be another. */
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
         return __builtin_cpu_supports("avx512f") ? 2 : 1;
@@ -2668,6 +2679,7 @@ static size_t kernel_widest(void) {
 static bool kernel_is_asked(size_t k, const char *asked) {
     const char *name = KERNELS[k].name;
     size_t word = strcspn(name, " ");
+    /* one digit and nothing else: strtoul would take "00" and " 0" for the first kernel too */
     bool by_place = strlen(asked) == 1 && (size_t)(*asked - '0') == k;
     return by_place || strcmp(asked, name) == 0
            || (strlen(asked) == word && strncmp(asked, name, word) == 0);
@@ -2680,6 +2692,7 @@ static size_t kernel_by_name(const char *asked) {
     for (size_t k = 0; k < COUNT(KERNELS); k++) {
         if (kernel_is_asked(k, asked))
             return k;
+        /* not this one: one name more for the message */
         size_t used = strlen(names);
         snprintf(names + used, sizeof names - used, ", %s", KERNELS[k].name);
     }
@@ -2693,14 +2706,19 @@ static size_t kernel_by_name(const char *asked) {
 static void kernel_choose(void) {
     size_t widest = kernel_widest();
     const char *asked = getenv("ALIGN_KERNEL");
+    /* 1. nothing asked for: the fastest; an empty variable counts as none */
     kernel = &KERNELS[widest];
     if (!asked || !*asked)
         return;
+
+    /* 2. none at all */
     if (strcmp(asked, "plain") == 0) {
         kernel = NULL;
         return;
     }
-    /* A wider one than the processor has would end the program at its first instruction. */
+
+    /* 3. One by name. If it is wider than the processor has, its first instruction would end the
+     *    program without a word: then the widest is taken, and that is said. */
     size_t chosen = kernel_by_name(asked);
     kernel = &KERNELS[MIN(chosen, widest)];
     if (chosen > widest)
@@ -2751,7 +2769,8 @@ WIDE static void pack_neighbours(float *panel, struct Matrix lines, size_t width
         const float *from = lines.data + k * lines.column_stride;
         for (size_t i = 0; i < width; i += 16)
             __builtin_prefetch(from + 32 * lines.column_stride + i);
-        /* a copy of constant size is four instructions, one of variable size a call */
+        /* A copy of constant size is a few instructions, one of variable size is a call: the widest
+         * panel has a copy of its own, the others are multiples of 4. */
         if (width == 32)
             memcpy(panel + k * width, from, 32 * sizeof *panel);
         else
@@ -2789,6 +2808,8 @@ WIDE static void pack_lines(float *panel, struct Matrix lines, size_t width) {
  * panel[k * width + i] = line i, step k. The lines are rows of A or columns of B.
  * By hand: lines 1 2 3 and 4 5 6, width 4: 1 4 0 0, 2 5 0 0, 3 6 0 0.          test: pack_panel */
 static void pack_panel(float *panel, struct Matrix lines, size_t width) {
+    /* Nearly all panels are of one of two kinds: lines that are neighbours, whose steps are apart,
+     * or lines that are apart, whose steps are neighbours. */
     if (lines.rows == width && lines.row_stride == 1)
         pack_neighbours(panel, lines, width);
     else
@@ -2808,6 +2829,7 @@ struct Product {
 /* Packs MR rows of A, from row m on. */
 static void pack_a_panel(const struct Product *product, size_t m) {
     size_t K = product->a.columns;
+    /* MR rows of K numbers each were packed for every MR rows before it: m * K numbers */
     pack_panel(product->packed_a + m * K, matrix_block(product->a, m, 0, kernel->MR, K),
                kernel->MR);
 }
@@ -2820,10 +2842,14 @@ static void matmul_tile_aside(struct MatrixOut c, struct Matrix start, const flo
     size_t NR = kernel->NR;
     size_t row_bytes = c.columns * sizeof *c.data;
     _Alignas(64) float aside[TILE_MAX];
-    /* the whole of it: the tile also computes with what is not of C */
+
+    /* 1. What the tile starts from. The rest of it is set to 0: the tile computes with that too,
+     *    and processors are slow on some numbers that memory may happen to hold. */
     memset(aside, 0, sizeof aside);
     for (size_t i = 0; start.data && i < c.rows; i++)
         memcpy(aside + i * NR, start.data + i * start.row_stride, row_bytes);
+
+    /* 2. the whole tile, and back comes what belongs to C */
     kernel->tile(K, a, panel, aside, NR, aside, NR);
     for (size_t i = 0; i < c.rows; i++)
         memcpy(c.data + i * c.row_stride, aside + i * NR, row_bytes);
@@ -2835,6 +2861,7 @@ static void matmul_tile(const struct Product *product, const float *panel, size_
     const float *a = product->packed_a + m * K;
     struct Matrix start = matrix_block(product->start, m, n, kernel->MR, kernel->NR);
     struct MatrixOut c = matrix_out_block(product->c, m, n, kernel->MR, kernel->NR);
+    /* at the lower and the right edge of C a block is smaller than a tile */
     if (c.rows == kernel->MR && c.columns == kernel->NR)
         kernel->tile(K, a, panel, start.data, start.row_stride, c.data, c.row_stride);
     else
@@ -2844,6 +2871,7 @@ static void matmul_tile(const struct Product *product, const float *panel, size_
 /* Asks the memory for the rows that the next tile starts from: they will be read and written. */
 static void prefetch_start(const struct Product *product, size_t m, size_t n) {
     struct Matrix next = matrix_block(product->start, m, n, kernel->MR, kernel->NR);
+    /* 16 floats are a cache line */
     for (size_t i = 0; next.data && i < next.rows; i++)
         for (size_t j = 0; j < next.columns; j += 16)
             __builtin_prefetch(next.data + i * next.row_stride + j, 1);
@@ -2856,7 +2884,10 @@ static void matmul_panel(const struct Product *product, size_t n, size_t m0, siz
     size_t NR = kernel->NR;
     size_t K = product->a.columns;
     float *panel = thread_scratch(SCRATCH_B, NR * KC);
+    /* 1. NR columns of B; a panel's lines are rows, so B is transposed (which moves nothing) */
     pack_panel(panel, transposed(matrix_block(product->b, 0, n, K, NR)), NR);
+
+    /* 2. the tiles below each other */
     for (size_t m = m0; m < m1; m += MR) {
         if (m + MR < m1)
             prefetch_start(product, m + MR, n);
@@ -2866,6 +2897,7 @@ static void matmul_panel(const struct Product *product, size_t n, size_t m0, siz
 
 /* A block on the calling thread. */
 static void matmul_block_alone(const struct Product *product) {
+    /* all of A, then B panel by panel: each panel of A is used once for each panel of B */
     for (size_t m = 0; m < product->c.rows; m += kernel->MR)
         pack_a_panel(product, m);
     for (size_t n = 0; n < product->c.columns; n += kernel->NR)
@@ -2877,6 +2909,7 @@ static void matmul_block_alone(const struct Product *product) {
 static size_t rows_per_task(size_t M, size_t panels) {
     size_t MR = kernel->MR;
     size_t rows = M;
+    /* four for each: a thread that another program delays leaves its other three to the others */
     size_t tasks_wanted = 4 * (size_t)omp_get_max_threads();
     while (panels * ((M + rows - 1) / rows) < tasks_wanted && rows > MR)
         /* half as many, up to whole tiles */
@@ -2921,19 +2954,26 @@ static void matmul_block(const struct Product *product) {
 /* matmul_from -- C = start + A B, block by block: the one function behind the three below.
  * in   start (M,N), a (M,K), b (K,N)          out  c (M,N)                    test: matmul_plain */
 static void matmul_from(struct MatrixOut c, struct Matrix start, struct Matrix a, struct Matrix b) {
+    /* 1. (M,K) times (K,N) makes (M,N). Views that do not fit would read and write beyond their
+     *    memory, and the numbers would be wrong without a word. */
     CHECK(a.rows == c.rows && b.columns == c.columns && a.columns == b.rows,
           "matmul: (%zu,%zu) times (%zu,%zu) does not make (%zu,%zu); this is a fault of align",
           a.rows, a.columns, b.rows, b.columns, c.rows, c.columns);
+
+    /* 2. the definition, where it is asked for; also of an empty sum, which is the start: the loop
+     *    below would write nothing */
     if (!kernel || a.columns == 0) {
         matmul_plain(c, start, a, b);
         return;
     }
+
+    /* 3. room for the packed rows of A of a block, the last panel filled up with zeros */
     size_t block_rows = MIN(c.rows, (size_t)BLOCK_ROWS) + kernel->MR;
     float *packed_a = thread_scratch(SCRATCH_A, block_rows * MIN(a.columns, (size_t)KC));
     for (size_t m = 0; m < c.rows; m += BLOCK_ROWS)
         for (size_t k = 0; k < a.columns; k += KC) {
-            /* The first KC steps begin from `start`, the later ones go on from what the earlier
-             * left in C. */
+            /* 4. The first KC steps begin from `start`, the later ones go on from what the earlier
+             *    left in C. */
             struct MatrixOut c_block = matrix_out_block(c, m, 0, BLOCK_ROWS, c.columns);
             struct Matrix first_start = matrix_block(start, m, 0, BLOCK_ROWS, c.columns);
             struct Product product = {
@@ -2951,6 +2991,7 @@ static void matmul_from(struct MatrixOut c, struct Matrix start, struct Matrix a
  * C must not overlap A or B. Inside a parallel loop it runs on the calling thread alone.
  * By hand: [1 2; 3 4] [5; 6] = [1*5 + 2*6; 3*5 + 4*6] = [17; 39].   test: matmul, matmul_threads */
 static void matmul(struct MatrixOut c, struct Matrix a, struct Matrix b) {
+    /* from zeros */
     matmul_from(c, (struct Matrix){.rows = c.rows, .columns = c.columns}, a, b);
 }
 
@@ -3012,10 +3053,11 @@ enum { FEW_ROWS = 16, STRIP = 64 };
 /* ---- Linear --------------------------------------------------------------------------------- */
 
 /* row_dot_4 -- out[r] = x . y_r for rows r < `rows` <= 4 of y, which stand y_row numbers apart.
- * Four sums are under way at once: one alone would wait for its own last addition. The four have
- * the bits that row_dot gives each of them.                                       test: few_rows */
+ * Four sums are under way at once: one alone would wait for its own last addition.
+ *                                                                               test: few_rows */
 WIDE static void row_dot_4(float *out, const float *x, const float *y, size_t y_row, size_t n,
                            size_t rows) {
+    /* the end of the rows: one by one */
     if (rows < 4) {
         for (size_t r = 0; r < rows; r++)
             out[r] = row_dot(x, y + r * y_row, n);
@@ -3033,6 +3075,8 @@ WIDE static void row_dot_4(float *out, const float *x, const float *y, size_t y_
     for (; i < n; i++)
         for (size_t r = 0; r < 4; r++)
             lane[r][0] += x[i] * y[r * y_row + i];
+
+            /* 3. the 16 lanes of each added up */
 #pragma GCC unroll 4
     for (size_t r = 0; r < 4; r++)
         out[r] = lane_sum(lane[r]);
@@ -3052,12 +3096,14 @@ static void linear_forward(float *y, const float *x, size_t N, const struct Tens
     struct MatrixOut all_y = matrix_out(y, N, out);
     struct Matrix all_x = matrix(x, N, in);
     struct Matrix all_weight = matrix(weight->w, in, out);
+    /* 1. many rows: a product of matrices, which starts from the bias */
     if (N > FEW_ROWS || !kernel) {
         matmul_bias(all_y, bias->w, all_x, all_weight);
         return;
     }
-    /* Few rows: each thread makes strips of columns. For a single row they are as long as they can
-     * be: W is then read once, in long stretches, and reading it is all the time there is. */
+
+    /* 2. Few rows: each thread makes strips of columns. For a single row they are as long as can
+     *    be: what takes the time is to read W, once, and long stretches are read faster. */
     size_t threads = (size_t)omp_get_max_threads();
     size_t strip = N > 1 ? 384 : (out / threads + 15) / 16 * 16 + 16;
 #pragma omp parallel for schedule(static) if (N * in * out > 50000)
@@ -3069,6 +3115,7 @@ static void linear_forward(float *y, const float *x, size_t N, const struct Tens
 /* Columns j0..j1-1 of dbias += the sum of dy's rows. One thread adds a column up, from the first
  * row to the last: so the sum has the same bits on any number of threads. */
 static void bias_backward_strip(float *dbias, struct Matrix dy, size_t j0, size_t j1) {
+    /* row by row, not column by column: neighbours in memory are read together */
     for (size_t n = 0; n < dy.rows; n++)
         for (size_t j = j0; j < j1; j++)
             dbias[j] += dy.data[n * dy.row_stride + j];
@@ -3094,7 +3141,7 @@ static void linear_backward(float *dx, const float *dy, const float *x, size_t N
     if (weight->d)
         matmul_add(matrix_out(weight->d, in, out), transposed(matrix(x, N, in)), all_dy);
 
-    /* 3. to the bias, a strip of columns for a thread */
+    /* 3. to the bias: a strip of columns for a thread, lest two threads add to the same number */
     if (!bias->d)
         return;
 #pragma omp parallel for if (N * out > 50000)
@@ -3145,6 +3192,7 @@ WIDE static void layernorm_row(float *y, float *mean, float *rstd, const float *
 static void layernorm_forward(float *y, struct LayerNormRows rows, const struct Tensor *weight,
                               const struct Tensor *bias, float eps) {
     size_t C = weight->n;
+    /* a team of threads costs microseconds: only for so much work */
 #pragma omp parallel for if (rows.N * C > 20000)
     for (size_t n = 0; n < rows.N; n++)
         layernorm_row(y + n * C, rows.mean + n, rows.rstd + n, rows.x + n * C, weight, bias, eps);
@@ -3185,9 +3233,11 @@ WIDE static void layernorm_backward_row(float *dx, const float *dy, const float 
 /* Columns c0..c1-1 of dweight += sum over rows of dy h, of dbias += sum of dy. */
 static void layernorm_backward_strip(float *dweight, float *dbias, struct Matrix dy,
                                      struct LayerNormRows rows, size_t c0, size_t c1) {
+    /* row by row: neighbours in memory are read together */
     for (size_t n = 0; n < rows.N; n++) {
         const float *dy_n = dy.data + n * dy.row_stride;
         const float *x_n = rows.x + n * dy.row_stride;
+        /* y = h weight + bias: the weight's slope is h, made again, and the bias's is 1 */
         for (size_t c = c0; c < c1; c++) {
             dweight[c] += dy_n[c] * (x_n[c] - rows.mean[n]) * rows.rstd[n];
             dbias[c] += dy_n[c];
@@ -3202,13 +3252,14 @@ static void layernorm_backward(float *dx, const float *dy, struct LayerNormRows 
     size_t N = rows.N;
     size_t C = weight->n;
 
-    /* 1. dx: a row for itself */
+    /* 1. dx: the rows are independent of each other, so any thread may take any of them */
 #pragma omp parallel for if (N * C > 20000)
     for (size_t n = 0; n < N; n++)
         layernorm_backward_row(dx + n * C, dy + n * C, rows.x + n * C, rows.mean[n], rows.rstd[n],
                                weight);
 
-    /* 2. weight and bias: sums over the rows, a strip of columns for a thread */
+    /* 2. weight and bias: sums over the rows. A thread takes a strip of columns, lest two threads
+     *    add to the same number. A frozen layer has nothing to learn. */
     if (!weight->d)
         return;
 #pragma omp parallel for if (N * C > 20000)
@@ -3227,6 +3278,7 @@ static void layernorm_backward(float *dx, const float *dy, struct LayerNormRows 
  * By hand: x = 2: 2u = 1.5958 * 2.3577 = 3.7624, gate 0.9773, y = 1.9546; x = -1: y = -0.1588.
  *                                                                                    test: gelu */
 static inline float gelu_gate(float x) {
+    /* 2u, then its sigmoid in the plain form: exp_fast cannot overflow, so neither can this */
     float u2 = 1.5957691f * (x + 0.044715f * x * x * x);
     return 1.0f / (1.0f + exp_fast(-u2));
 }
@@ -3250,6 +3302,7 @@ WIDE static void gelu_backward_row(float *dx, const float *x, size_t n) {
 }
 
 static void gelu_forward(float *y, const float *x, size_t N, size_t C) {
+    /* number by number: rows only share out the work */
 #pragma omp parallel for if (N * C > 10000)
     for (size_t n = 0; n < N; n++)
         gelu_row(y + n * C, x + n * C, C);
@@ -3277,6 +3330,7 @@ static void embedding_row(float *x, const float *token, const float *position, s
  *                                                                               test: embedding */
 static void embedding_forward(float *x, const struct Batch *batch, const float *wte,
                               const float *wpe, size_t C) {
+    /* two rows of two tables are looked up: there is nothing to multiply */
 #pragma omp parallel for if (batch->N * C > 50000)
     for (size_t n = 0; n < batch->N; n++)
         embedding_row(x + n * C, wte + (size_t)batch->ids[n] * C,
@@ -3286,9 +3340,11 @@ static void embedding_forward(float *x, const struct Batch *batch, const float *
 /* Columns c0..c1-1 of all tokens' gradients, added to the rows that they were read from. */
 static void embedding_backward_strip(float *dwte, float *dwpe, const float *dx,
                                      const struct Batch *batch, size_t C, size_t c0, size_t c1) {
+    /* in the order of the tokens, whatever the number of threads: so are the bits of the sums */
     for (size_t n = 0; n < batch->N; n++) {
         float *dtoken = dwte + (size_t)batch->ids[n] * C;
         float *dposition = dwpe + (size_t)batch->position[n] * C;
+        /* both are added to: other tokens, and wte's other use, the output layer, do so too */
         for (size_t c = c0; c < c1; c++) {
             dtoken[c] += dx[n * C + c];
             dposition[c] += dx[n * C + c];
@@ -3362,11 +3418,15 @@ static struct AttentionHead attention_head(const float *qkv, const struct Batch 
                                            struct AttentionShape shape, size_t task) {
     size_t C = shape.C;
     size_t HS = shape.HS;
+    /* 1. which rows are the sequence's, and which columns the head's */
     size_t b = task / shape.NH;
     size_t start = batch->start[b];
     size_t T = batch->start[b + 1] - start;
     size_t h = task % shape.NH;
     size_t column = h * HS;
+
+    /* 2. The views: queries from column 0 on, keys from C, values from 2C, in each of the three NH
+     *    heads side by side. Nothing is copied: a head's rows are 3C numbers apart. */
     struct Matrix all = matrix(qkv, batch->N, 3 * C);
     return (struct AttentionHead){
         .T = T,
@@ -3379,6 +3439,7 @@ static struct AttentionHead attention_head(const float *qkv, const struct Batch 
         .key = matrix_block(all, start, C + column, T, HS),
         .value = matrix_block(all, start, 2 * C + column, T, HS),
         .scale = shape.scale,
+        /* a batch that is not made of pairs has no forks */
         .shared = batch->fork ? batch->shared[b] : 0,
         .fork = batch->fork ? batch->fork[b] : 0,
     };
@@ -3414,6 +3475,7 @@ static struct MatrixOut head_columns(struct MatrixOut all, const struct Attentio
 /* attention_softmax -- pass 3 for query t: p (t1) comes in as scores and becomes probabilities.
  * Returns their log-sum-exp.                                                   test: attention */
 static float attention_softmax(float *p, size_t t, size_t t1) {
+    /* t + 1 numbers: the keys up to the query's own. That is the mask of the future. */
     float lse = softmax(p, t + 1);
     /* the future, in which pass 4 would read what pass 1 left there */
     for (size_t j = t + 1; j < t1; j++)
@@ -3427,6 +3489,8 @@ static float attention_softmax(float *p, size_t t, size_t t1) {
  *                             test: attention_hand, attention; gdb: break attention_forward_head */
 static void attention_forward_head(struct MatrixOut out, float *lse,
                                    const struct AttentionHead *head) {
+    /* The queries go in blocks of rows: a block of p is (ATTENTION_ROWS,T), and only one is in
+     * memory for each thread. All keys of a row are in one block, so softmax can be done at once. */
     size_t T = head->T;
     struct MatrixOut mixture = head_columns(out, head);
     float *p = thread_scratch(SCRATCH_SCORES, ATTENTION_ROWS * T);
@@ -3451,6 +3515,7 @@ static void attention_forward_head(struct MatrixOut out, float *lse,
 static void attention_forward(float *out, float *lse, const float *qkv, const struct Batch *batch,
                               struct AttentionShape shape) {
     struct MatrixOut all_out = matrix_out(out, batch->N, shape.C);
+    /* dynamic: a long sequence takes far longer than a short one */
 #pragma omp parallel for schedule(dynamic)
     for (size_t task = 0; task < batch->B * shape.NH; task++) {
         struct AttentionHead head = attention_head(qkv, batch, shape, task);
@@ -3462,6 +3527,7 @@ static void attention_forward(float *out, float *lse, const float *qkv, const st
 static void attention_softmax_again(float *p, float lse, size_t t, size_t t1) {
     for (size_t j = 0; j <= t; j++)
         p[j] = exp_fast(p[j] - lse);
+    /* the future */
     for (size_t j = t + 1; j < t1; j++)
         p[j] = 0;
 }
@@ -3478,6 +3544,7 @@ static void attention_softmax_again(float *p, float lse, size_t t, size_t t1) {
 static void attention_softmax_backward(float *dp, const float *p, const float *dout,
                                        const float *out, const struct AttentionHead *head, size_t t,
                                        size_t t1) {
+    /* the mean of dp under p */
     float D = 0;
     for (size_t c = 0; c < head->HS; c++)
         D += dout[c] * out[c];
@@ -3499,6 +3566,7 @@ static struct AttentionGradient attention_gradient(float *dqkv, const struct Bat
                                                    const struct AttentionHead *head) {
     size_t C = shape.C;
     struct MatrixOut all = matrix_out(dqkv, batch->N, 3 * C);
+    /* the places that query, key and value have in qkv */
     return (struct AttentionGradient){
         .query = matrix_out_block(all, head->row, head->column, head->T, head->HS),
         .key = matrix_out_block(all, head->row, C + head->column, head->T, head->HS),
@@ -3526,6 +3594,8 @@ static void attention_backward_head(const struct AttentionGradient *d, struct Ma
                                     const struct AttentionHead *head) {
     size_t T = head->T;
     size_t HS = head->HS;
+
+    /* room for p and dp of a block; keys and values start their sums from 0 */
     float *p = thread_scratch(SCRATCH_SCORES, 2 * ATTENTION_ROWS * T);
     float *dp = p + ATTENTION_ROWS * T;
     matrix_clear(d->key);
@@ -3568,6 +3638,7 @@ static void attention_backward(float *dqkv, const float *dout, const float *out,
                                struct AttentionShape shape) {
     struct Matrix all_dout = matrix(dout, batch->N, shape.C);
     struct Matrix all_out = matrix(out, batch->N, shape.C);
+    /* No two tasks write to the same place, so no sum depends on which thread comes first. */
 #pragma omp parallel for schedule(dynamic)
     for (size_t task = 0; task < batch->B * shape.NH; task++) {
         struct AttentionHead head = attention_head(qkv, batch, shape, task);
@@ -3599,6 +3670,8 @@ static void kv_cache_store(struct KVCache *cache, const struct Batch *batch, siz
                            const float *qkv, size_t layer, size_t C) {
     size_t position = (size_t)batch->position[n];
     size_t place = kv_cache_place(cache, layer, batch->slot[n], position, C);
+    /* all heads at once: in a row of qkv their keys are neighbours, and their values stand behind
+     * them; the query is not kept, since no later token asks for it */
     const float *key = qkv + n * 3 * C + C;
     const float *value = key + C;
     memcpy(cache->k + place, key, C * sizeof *key);
@@ -3611,10 +3684,14 @@ static void kv_cache_store(struct KVCache *cache, const struct Batch *batch, siz
 static struct AttentionHead attention_cached_view(const float *qkv, const struct Batch *batch,
                                                   size_t layer, struct AttentionShape shape,
                                                   size_t n, size_t h) {
+    /* 1. as many keys as the token's position says, itself included */
     const struct KVCache *cache = batch->cache;
     size_t C = shape.C;
     size_t T = (size_t)batch->position[n] + 1;
     size_t column = h * shape.HS;
+
+    /* 2. The sequence's position 0 in the cache: from there on, a row of C numbers a position. The
+     *    query comes from qkv: only the past is in the cache. */
     size_t place = kv_cache_place(cache, layer, batch->slot[n], 0, C);
     return (struct AttentionHead){
         .T = T,
@@ -3645,10 +3722,10 @@ WIDE static void attention_cached_head(float *out, const struct AttentionHead *h
     for (size_t j = 0; j < T; j++)
         p[j] *= head->scale;
 
-    /* pass 3: softmax */
+    /* pass 3: softmax, over all that there is: the newest token has no future */
     softmax(p, T);
 
-    /* pass 4: the mixture */
+    /* pass 4: the mixture, value by value: each is a row of neighbours */
     const float *value = head->value.data;
     for (size_t c = 0; c < HS; c++)
         out[c] = 0;
@@ -3663,8 +3740,11 @@ WIDE static void attention_cached_head(float *out, const struct AttentionHead *h
  * sequence, each of which sees those before it.                             test: generate_cache */
 static void attention_cached(float *out, const float *qkv, const struct Batch *batch, size_t layer,
                              struct AttentionShape shape) {
+    /* 1. the new keys and values */
     for (size_t n = 0; n < batch->N; n++)
         kv_cache_store(batch->cache, batch, n, qkv, layer, shape.C);
+
+        /* 2. each new token's heads */
 #pragma omp parallel for if (batch->N * shape.NH > 16)
     for (size_t task = 0; task < batch->N * shape.NH; task++) {
         size_t n = task / shape.NH;
