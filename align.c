@@ -2549,7 +2549,8 @@ static ALWAYS_INLINE void linear_few_rows(struct MatrixOut y, struct Matrix x, s
     size_t columns = y.columns;
     size_t stride = weight.row_stride;
 
-    /* 1. the bias */
+    /* 1. The bias: the sums stand in y itself. A strip of y is small enough for the first cache,
+     *    which does for it what registers do for a tile. */
     for (size_t n = 0; n < N; n++)
         memcpy(y.data + n * y.row_stride, bias, columns * sizeof *bias);
 
@@ -2858,6 +2859,7 @@ static void matmul_tile_aside(struct MatrixOut c, struct Matrix start, const flo
 /* The tile of C at (m,n): a packed panel of A times a packed panel of B. */
 static void matmul_tile(const struct Product *product, const float *panel, size_t m, size_t n) {
     size_t K = product->a.columns;
+    /* the panel of A that pack_a_panel made for these rows, and the tile's part of start and C */
     const float *a = product->packed_a + m * K;
     struct Matrix start = matrix_block(product->start, m, n, kernel->MR, kernel->NR);
     struct MatrixOut c = matrix_out_block(product->c, m, n, kernel->MR, kernel->NR);
@@ -3309,6 +3311,7 @@ static void gelu_forward(float *y, const float *x, size_t N, size_t C) {
 }
 
 static void gelu_backward(float *dx, const float *x, size_t N, size_t C) {
+    /* x is what went into gelu: from y it could not be found, since gelu falls and rises again */
 #pragma omp parallel for if (N * C > 10000)
     for (size_t n = 0; n < N; n++)
         gelu_backward_row(dx + n * C, x + n * C, C);
@@ -3359,6 +3362,8 @@ static void embedding_backward_strip(float *dwte, float *dwpe, const float *dx,
  *                                                                               test: embedding */
 static void embedding_backward(float *dwte, float *dwpe, const float *dx, const struct Batch *batch,
                                size_t C) {
+    /* 64 columns are four cache lines: threads that share out smaller pieces would write to the
+     * same lines, and wait for each other */
 #pragma omp parallel for if (batch->N * C > 50000)
     for (size_t c = 0; c < C; c += STRIP)
         embedding_backward_strip(dwte, dwpe, dx, batch, C, c, MIN(C, c + STRIP));
@@ -3489,8 +3494,8 @@ static float attention_softmax(float *p, size_t t, size_t t1) {
  *                             test: attention_hand, attention; gdb: break attention_forward_head */
 static void attention_forward_head(struct MatrixOut out, float *lse,
                                    const struct AttentionHead *head) {
-    /* The queries go in blocks of rows: a block of p is (ATTENTION_ROWS,T), and only one is in
-     * memory for each thread. All keys of a row are in one block, so softmax can be done at once. */
+    /* The queries go in blocks of rows: a thread has one block of p in memory, (ATTENTION_ROWS,T).
+     * A block holds all keys of its rows, so that softmax needs no second look. */
     size_t T = head->T;
     struct MatrixOut mixture = head_columns(out, head);
     float *p = thread_scratch(SCRATCH_SCORES, ATTENTION_ROWS * T);
@@ -3566,7 +3571,8 @@ static struct AttentionGradient attention_gradient(float *dqkv, const struct Bat
                                                    const struct AttentionHead *head) {
     size_t C = shape.C;
     struct MatrixOut all = matrix_out(dqkv, batch->N, 3 * C);
-    /* the places that query, key and value have in qkv */
+    /* dqkv is laid out as qkv: a gradient stands where its number stands, and the linear layer
+     * below takes all three parts as one dy */
     return (struct AttentionGradient){
         .query = matrix_out_block(all, head->row, head->column, head->T, head->HS),
         .key = matrix_out_block(all, head->row, C + head->column, head->T, head->HS),
@@ -3605,7 +3611,8 @@ static void attention_backward_head(const struct AttentionGradient *d, struct Ma
         size_t rows = t1 - t0;
         struct Matrix dout_rows = matrix_block(dout, t0, 0, rows, HS);
 
-        /* passes 1 to 3 again: p was not kept */
+        /* Passes 1 to 3 again: p was not kept. That makes five products where four would do, and
+         * saves a matrix (T,T) for each head of each layer. */
         attention_scores(p, head, t0, t1);
         for (size_t t = t0; t < t1; t++)
             attention_softmax_again(p + (t - t0) * t1, lse[lse_place(head, t)], t, t1);
@@ -3638,10 +3645,12 @@ static void attention_backward(float *dqkv, const float *dout, const float *out,
                                struct AttentionShape shape) {
     struct Matrix all_dout = matrix(dout, batch->N, shape.C);
     struct Matrix all_out = matrix(out, batch->N, shape.C);
-    /* No two tasks write to the same place, so no sum depends on which thread comes first. */
+    /* Each head of a sequence has columns of its own in dqkv. No two tasks write to the same place,
+     * so no sum depends on which thread comes first. */
 #pragma omp parallel for schedule(dynamic)
     for (size_t task = 0; task < batch->B * shape.NH; task++) {
         struct AttentionHead head = attention_head(qkv, batch, shape, task);
+        /* the same views of dqkv, dout and out that the head has of qkv */
         struct AttentionGradient d = attention_gradient(dqkv, batch, shape, &head);
         attention_backward_head(&d, matrix_block(all_dout, head.row, head.column, head.T, head.HS),
                                 matrix_block(all_out, head.row, head.column, head.T, head.HS), lse,
