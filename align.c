@@ -2589,60 +2589,161 @@ static size_t length_sampler(const struct LengthSampler *s, struct Rng *rng) {
 /* =============================================================================================
  * Chapter 9 - Matrix product
  *
- * Why is this chapter here, and so long? Nine tenths of the time of every command is spent in one
- * operation, C += A B: y = x W, dx = dy W^T, dW = x^T dy. All three are one function, because it
- * takes each operand by two strides: element (i,k) of A stands at data[i*row + k*column], so a
- * transpose is the same memory with the strides exchanged. matmul_plain is the definition, in ten
- * lines. Everything else makes it a hundred times faster, and a test holds the two together.
+ * Why is this chapter here, and so long? Nine tenths of the time of every command are spent in one
+ * operation, the product of two matrices. A linear layer needs it in three forms:
+ *
+ *     y  = x W        (N,out)  = (N,in)  (in,out)     forward
+ *     dx = dy W^T     (N,in)   = (N,out) (out,in)     backward, to the layer below
+ *     dW = x^T dy     (in,out) = (in,N)  (N,out)      backward, to the layer's own weights
+ *
+ * All three are one function, because a matrix here is a view of memory that knows its shape and
+ * two strides: how far it is to the next row and to the next column. So a transpose moves nothing:
+ *
+ *     memory 1 2 3 4 5 6      matrix (2,3), strides 3 and 1:          1 2 3
+ *                                                                     4 5 6
+ *                             transposed (3,2), strides 1 and 3:      1 4
+ *                                                                     2 5
+ *                                                                     3 6
+ *
+ * matmul_plain is the definition, in ten lines. Everything else makes it a hundred times faster,
+ * and a test holds the two together. A first reader needs the views, matmul_plain and matmul.
  *
  * Why is the plain triple loop slow, and what helps [16]? It loads two numbers for each
- * multiplication, and the machine can do 16 multiplications in the time of one load from its
+ * multiplication, and a processor can do 16 multiplications in the time of one load from its
  * second cache.
- *   1. A register tile: MR x NR sums are kept in vector registers; each step of k loads MR + NR
- *      numbers and does MR * NR multiply-adds. That alone is the speed; the rest feeds it.
- *   2. Packing: A and B are copied into panels in the very order in which the tile reads them,
- *      whatever the strides.
+ *   1. A register tile: MR x NR sums stay in vector registers; each step of k loads MR + NR
+ *      numbers and does MR * NR multiplications. The speed comes from here; the rest feeds it.
+ *   2. Packing: A and B are copied into panels, in the very order in which the tile reads them,
+ *      whatever their strides are.
  *   3. Blocks: KC steps of k at a time, so that one panel of B (NR columns, 48 KB) stays in the
  *      first or second cache while the panels of A pass by it.
- * All threads pack A together; then each takes panels of B, packs one for itself and fills the
- * columns of C under it. One thread sums an element of C, in the order of k: the same bits on any
- * number of threads. Figures: docs/performance.md.
+ * All threads pack A together. Then each of them takes panels of B, packs one and fills the columns
+ * of C that belong to it. An element of C is summed by one thread, in the order of k: so any number
+ * of threads gives the same bits. Figures: docs/performance.md.
+ *
+ * What enters: views of A (M,K) and B (K,N). What leaves: C (M,N).
  * ============================================================================================= */
 
+/* ---- Views ---------------------------------------------------------------------------------- */
+
+/* A matrix that is read. Element (i,j) stands at data[i * row_stride + j * column_stride]. A row
+ * stride of 0 shows one row again and again (a bias); a matrix without data is one of zeros. */
+struct Matrix {
+    const float *data;
+    size_t rows, columns;
+    size_t row_stride, column_stride;
+};
+
+/* A matrix that is written. The numbers of a row are neighbours. */
+struct MatrixOut {
+    float *data;
+    size_t rows, columns;
+    size_t row_stride;
+};
+
+static struct Matrix matrix(const float *data, size_t rows, size_t columns) {
+    return (struct Matrix){data, rows, columns, columns, 1};
+}
+
+static struct MatrixOut matrix_out(float *data, size_t rows, size_t columns) {
+    return (struct MatrixOut){data, rows, columns, columns};
+}
+
+static struct Matrix transposed(struct Matrix m) {
+    return (struct Matrix){m.data, m.columns, m.rows, m.column_stride, m.row_stride};
+}
+
+/* What was written, to be read. */
+static struct Matrix readable(struct MatrixOut m) {
+    return (struct Matrix){m.data, m.rows, m.columns, m.row_stride, 1};
+}
+
+/* The part of a matrix from (row, column) on: so many rows and columns, or as many as there are. */
+static struct Matrix matrix_block(struct Matrix m, size_t row, size_t column, size_t rows,
+                                  size_t columns) {
+    /* a matrix of zeros has no place to move */
+    if (m.data)
+        m.data += row * m.row_stride + column * m.column_stride;
+    /* the last block of a matrix may be a smaller one */
+    m.rows = MIN(rows, m.rows - row);
+    m.columns = MIN(columns, m.columns - column);
+    return m;
+}
+
+static struct MatrixOut matrix_out_block(struct MatrixOut m, size_t row, size_t column, size_t rows,
+                                         size_t columns) {
+    /* as above; the columns are neighbours */
+    m.data += row * m.row_stride + column;
+    m.rows = MIN(rows, m.rows - row);
+    m.columns = MIN(columns, m.columns - column);
+    return m;
+}
+
+/* matmul_plain -- C = start + A B by its definition:  C_ij = start_ij + sum_k A_ik B_kj.
+ * Sums are in double. It is what matmul is tested against, and ALIGN_KERNEL=plain runs everything
+ * on it: to step through a product, use that.                                test: matmul_plain */
+static void matmul_plain(struct MatrixOut c, struct Matrix start, struct Matrix a,
+                         struct Matrix b) {
+    for (size_t i = 0; i < c.rows; i++)
+        for (size_t j = 0; j < c.columns; j++) {
+            /* In double: each of thousands of float additions would round, and a definition should
+             * be more exact than what is compared with it. */
+            double sum = start.data ? start.data[i * start.row_stride + j] : 0;
+
+            /* row i of A times column j of B */
+            for (size_t k = 0; k < a.columns; k++)
+                sum += (double)a.data[i * a.row_stride + k * a.column_stride]
+                       * b.data[k * b.row_stride + j * b.column_stride];
+            c.data[i * c.row_stride + j] = (float)sum;
+        }
+}
+
+/* ---- Register tiles ------------------------------------------------------------------------- */
+
+/* KC steps of k and BLOCK_ROWS rows of A make a block; TILE_MAX: numbers in the largest tile. */
 enum { TILE_MAX = 8 * 32, KC = 384, BLOCK_ROWS = 1024 };
 
-/* A tile: c (MR,NR) = start + sum over k of a[k][0..MR) * b[k][0..NR), packed panels. c and
- * start have rows c_row and start_row apart; start NULL counts as zeros, and may be c: that is
- * +=. */
+/* The innermost loops, for one kind of processor.
+ * tile: c (MR,NR) = start + sum over K steps of the products a_i b_j, from packed panels: step k
+ * reads MR numbers at a + k * MR and NR numbers at b + k * NR. Rows of c are c_row apart, rows of
+ * start start_row. start = NULL counts as zeros; start = c adds to c.
+ * few_rows: y (N,columns) = x (N,in) W (in,columns) + bias (columns), see linear_few_rows. */
 struct Kernel {
     const char *name;
     size_t MR, NR;
     void (*tile)(size_t K, const float *a, const float *b, const float *start, size_t start_row,
                  float *c, size_t c_row);
-    void (*few_rows)(float *y, const float *x, const float *weight, const float *bias, size_t N,
-                     size_t in, size_t out, size_t columns);
+    void (*few_rows)(struct MatrixOut y, struct Matrix x, struct Matrix weight, const float *bias);
 };
 
-/* Vectors: + and * on them are single instructions, a number times a vector multiplies each
- * lane, `_any` may stand at any address. Loops over sums are unrolled by order: only then does
- * gcc keep all of them in registers throughout. */
-/* SSE, NEON: in every x86-64 and arm64 */
-typedef float float4 __attribute__((vector_size(16))),
-    float4_any __attribute__((vector_size(16), aligned(4)));
-/* AVX */
-typedef float float8 __attribute__((vector_size(32))),
-    float8_any __attribute__((vector_size(32), aligned(4)));
-/* AVX-512 */
-typedef float float16 __attribute__((vector_size(64))),
-    float16_any __attribute__((vector_size(64), aligned(4)));
+/* Vectors of 4 numbers (SSE and NEON: in every x86-64 and arm64), of 8 (AVX) and of 16 (AVX-512).
+ * Their sums and products are single instructions, and a number times a vector multiplies each of
+ * its lanes. A type whose name ends in _any may stand at any address, the others only at multiples
+ * of their size. */
+typedef float float4 __attribute__((vector_size(16)));
+typedef float float8 __attribute__((vector_size(32)));
+typedef float float16 __attribute__((vector_size(64)));
+typedef float float4_any __attribute__((vector_size(16), aligned(4)));
+typedef float float8_any __attribute__((vector_size(32), aligned(4)));
+typedef float float16_any __attribute__((vector_size(64), aligned(4)));
 
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
+/* 4 x 8 sums, in 8 vectors: 8 of the 16 registers of SSE hold them.
+ * The three tiles differ in the width of their vectors alone, which a type fixes; so each is
+ * written out. The loops over the sums are unrolled by order: gcc keeps an array in registers only
+ * if every index into it is a constant. */
 static void tile_4x8(size_t K, const float *a, const float *b, const float *start, size_t start_row,
                      float *c, size_t c_row) {
+    /* 1. what the sums start from: zeros, a bias or C itself */
     float4 sum[4][2];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++)
         for (int j = 0; j < 2; j++)
             sum[i][j] = start ? *(const float4_any *)(start + i * start_row + 4 * j) : (float4){0};
+
+    /* 2. Step k adds the column a_k (4) times the row b_k (8): every number of the one times every
+     *    number of the other. 12 numbers are loaded for 32 multiplications. */
     for (size_t k = 0; k < K; k++, a += 4, b += 8) {
         float4 b0 = *(const float4 *)b;
         float4 b1 = *(const float4 *)(b + 4);
@@ -2651,65 +2752,93 @@ static void tile_4x8(size_t K, const float *a, const float *b, const float *star
             sum[i][1] += a[i] * b1;
         }
     }
+
+    /* 3. only now do the sums go to memory */
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++)
         for (int j = 0; j < 2; j++)
             *(float4_any *)(c + i * c_row + 4 * j) = sum[i][j];
 }
 
-/* A strip of columns of y = x W + bias for few rows, as in generation: packing W would cost more
- * than it saves. Eight rows of W at a time pass through the first cache and serve all rows of x;
- * the next eight are asked for meanwhile. Compiled beside each tile, for the same instructions: it
- * adds in the tile's order and, where there is a fused multiply-add, rounds where the tile does, so
- * both make the same bits.                                          test: few_rows, rows_company */
-static inline __attribute__((always_inline)) void linear_few_rows(float *y, const float *x,
-                                                                  const float *weight,
-                                                                  const float *bias, size_t N,
-                                                                  size_t in, size_t out,
-                                                                  size_t columns) {
+/* Adds eight rows of W, each times its number of x, to a row of y: `x` points at the eight numbers,
+ * `weight` at the first of the rows, which are `stride` apart. The sum is made from left to right,
+ * as a tile makes it, one k after the other. */
+static ALWAYS_INLINE void add_eight_rows(float *y, const float *x, const float *weight,
+                                         size_t stride, size_t columns) {
+    /* Eight rows in one pass over y: y is loaded and stored once for eight multiplications, where
+     * row by row it would be once for each. */
+    const float *w1 = weight + stride;
+    const float *w2 = w1 + stride;
+    const float *w3 = w2 + stride;
+    const float *w4 = w3 + stride;
+    const float *w5 = w4 + stride;
+    const float *w6 = w5 + stride;
+    const float *w7 = w6 + stride;
+    for (size_t j = 0; j < columns; j++)
+        y[j] = y[j] + x[0] * weight[j] + x[1] * w1[j] + x[2] * w2[j] + x[3] * w3[j] + x[4] * w4[j]
+               + x[5] * w5[j] + x[6] * w6[j] + x[7] * w7[j];
+}
+
+/* linear_few_rows -- a strip of columns of y = x W + bias for few rows of x, as in generation,
+ * where one row comes at a time: packing W would cost more than it saves.
+ * in   x (N,in), weight (in,columns), bias (columns)      out  y (N,columns)
+ * It is compiled beside each tile, for the same instructions: it adds in the tile's order and,
+ * where there is a fused multiply-add, rounds where the tile rounds. So both make the same bits.
+ *                                                                 test: few_rows, rows_company */
+static ALWAYS_INLINE void linear_few_rows(struct MatrixOut y, struct Matrix x, struct Matrix weight,
+                                          const float *bias) {
+    size_t N = x.rows;
+    size_t in = x.columns;
+    size_t columns = y.columns;
+    size_t stride = weight.row_stride;
+
+    /* 1. The bias: the sums stand in y itself. A strip of y is small enough for the first cache,
+     *    which does for it what registers do for a tile. */
     for (size_t n = 0; n < N; n++)
-        memcpy(y + n * out, bias, columns * sizeof *y);
+        memcpy(y.data + n * y.row_stride, bias, columns * sizeof *bias);
+
+    /* 2. Eight rows of W serve all rows of x while they are in the first cache. Meanwhile the next
+     *    eight are asked for, by each row of x its share of them. */
     size_t k = 0;
     for (; k + 8 <= in; k += 8)
         for (size_t n = 0; n < N; n++) {
             for (size_t next = k + 8 + n; next < MIN(in, k + 16); next += N)
                 for (size_t j = 0; j < MIN(columns, (size_t)384); j += 16)
-                    __builtin_prefetch(weight + next * out + j);
-            const float *a = x + n * in + k;
-            const float *w = weight + k * out;
-            const float *w1 = w + out;
-            const float *w2 = w1 + out;
-            const float *w3 = w2 + out;
-            const float *w4 = w3 + out;
-            const float *w5 = w4 + out;
-            const float *w6 = w5 + out;
-            const float *w7 = w6 + out;
-            float *sum = y + n * out;
-            for (size_t j = 0; j < columns; j++)
-                sum[j] = sum[j] + a[0] * w[j] + a[1] * w1[j] + a[2] * w2[j] + a[3] * w3[j]
-                         + a[4] * w4[j] + a[5] * w5[j] + a[6] * w6[j] + a[7] * w7[j];
+                    __builtin_prefetch(weight.data + next * stride + j);
+            add_eight_rows(y.data + n * y.row_stride, x.data + n * x.row_stride + k,
+                           weight.data + k * stride, stride, columns);
         }
+
+    /* 3. the rows of W that are left where their number is no multiple of 8 */
     for (; k < in; k++)
         for (size_t n = 0; n < N; n++)
             for (size_t j = 0; j < columns; j++)
-                y[n * out + j] += x[n * in + k] * weight[k * out + j];
+                y.data[n * y.row_stride + j] +=
+                    x.data[n * x.row_stride + k] * weight.data[k * stride + j];
 }
 
-static void few_rows_plain(float *y, const float *x, const float *weight, const float *bias,
-                           size_t N, size_t in, size_t out, size_t columns) {
-    linear_few_rows(y, x, weight, bias, N, in, out, columns);
+static void few_rows_plain(struct MatrixOut y, struct Matrix x, struct Matrix weight,
+                           const float *bias) {
+    linear_few_rows(y, x, weight, bias);
 }
 
 #if defined(__x86_64__)
-/* 4 x 24: 12 of the 16 registers of AVX2 hold sums, 3 the columns of b, one the number of a. */
-__attribute__((target("avx2,fma"))) static void tile_4x24(size_t K, const float *a, const float *b,
-                                                          const float *start, size_t start_row,
-                                                          float *c, size_t c_row) {
+#define AVX2 __attribute__((target("avx2,fma")))
+#define AVX512 __attribute__((target("avx512f,fma")))
+
+/* 4 x 24: 12 of the 16 registers of AVX2 hold sums, 3 a row of b, one a number of a. For the steps
+ * see tile_4x8. */
+AVX2 static void tile_4x24(size_t K, const float *a, const float *b, const float *start,
+                           size_t start_row, float *c, size_t c_row) {
+    /* 1. the start; these loops are unrolled so that each sum[i][j] is a register */
     float8 sum[4][3];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++)
         for (int j = 0; j < 3; j++)
             sum[i][j] = start ? *(const float8_any *)(start + i * start_row + 8 * j) : (float8){0};
+
+    /* 2. 28 numbers are loaded for 96 multiplications: three to one, where the plain triple loop
+     *    loads two for one */
     for (size_t k = 0; k < K; k++, a += 4, b += 24) {
         float8 b0 = *(const float8 *)b;
         float8 b1 = *(const float8 *)(b + 8);
@@ -2720,23 +2849,28 @@ __attribute__((target("avx2,fma"))) static void tile_4x24(size_t K, const float 
             sum[i][2] += a[i] * b2;
         }
     }
+
+    /* 3. to memory */
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++)
         for (int j = 0; j < 3; j++)
             *(float8_any *)(c + i * c_row + 8 * j) = sum[i][j];
 }
 
-/* 8 x 32: 16 of the 32 registers of AVX-512 hold sums. Larger tiles are not faster, and 8
- * divides more batches. */
-__attribute__((target("avx512f"))) static void tile_8x32(size_t K, const float *a, const float *b,
-                                                         const float *start, size_t start_row,
-                                                         float *c, size_t c_row) {
+/* 8 x 32: 16 of the 32 registers of AVX-512 hold sums. Larger tiles are no faster, and more batches
+ * are multiples of 8 than of a larger number. */
+AVX512 static void tile_8x32(size_t K, const float *a, const float *b, const float *start,
+                             size_t start_row, float *c, size_t c_row) {
+    /* 1. the start; these loops are unrolled so that each sum[i][j] is a register */
     float16 sum[8][2];
 #pragma GCC unroll 8
     for (int i = 0; i < 8; i++)
         for (int j = 0; j < 2; j++)
             sum[i][j] =
                 start ? *(const float16_any *)(start + i * start_row + 16 * j) : (float16){0};
+
+    /* 2. 40 numbers are loaded for 256 multiplications: a vector of a row of b serves eight of
+     *    them, and there is a register for each sum */
     for (size_t k = 0; k < K; k++, a += 8, b += 32) {
         float16 b0 = *(const float16 *)b;
         float16 b1 = *(const float16 *)(b + 16);
@@ -2745,26 +2879,22 @@ __attribute__((target("avx512f"))) static void tile_8x32(size_t K, const float *
             sum[i][1] += a[i] * b1;
         }
     }
+
+    /* 3. to memory */
 #pragma GCC unroll 8
     for (int i = 0; i < 8; i++)
         for (int j = 0; j < 2; j++)
             *(float16_any *)(c + i * c_row + 16 * j) = sum[i][j];
 }
 
-__attribute__((target("avx2,fma"))) static void few_rows_avx2(float *y, const float *x,
-                                                              const float *weight,
-                                                              const float *bias, size_t N,
-                                                              size_t in, size_t out,
-                                                              size_t columns) {
-    linear_few_rows(y, x, weight, bias, N, in, out, columns);
+AVX2 static void few_rows_avx2(struct MatrixOut y, struct Matrix x, struct Matrix weight,
+                               const float *bias) {
+    linear_few_rows(y, x, weight, bias);
 }
 
-__attribute__((target("avx512f,fma"))) static void few_rows_avx512(float *y, const float *x,
-                                                                   const float *weight,
-                                                                   const float *bias, size_t N,
-                                                                   size_t in, size_t out,
-                                                                   size_t columns) {
-    linear_few_rows(y, x, weight, bias, N, in, out, columns);
+AVX512 static void few_rows_avx512(struct MatrixOut y, struct Matrix x, struct Matrix weight,
+                                   const float *bias) {
+    linear_few_rows(y, x, weight, bias);
 }
 #endif
 
@@ -2775,66 +2905,93 @@ static const struct Kernel KERNELS[] = {
     {"avx512 8x32", 8, 32, tile_8x32, few_rows_avx512},
 #endif
 };
-static const struct Kernel *kernel; /* NULL: matmul_plain */
+static const struct Kernel *kernel; /* the one in use; NULL: matmul_plain */
+
+/* The widest kernel that this processor can run: its place in KERNELS. */
+static size_t kernel_widest(void) {
+#if defined(__x86_64__)
+    /* The processor is asked when the program runs: the one it was compiled on may be another. */
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        return __builtin_cpu_supports("avx512f") ? 2 : 1;
+#endif
+    return 0;
+}
 
 /* Is kernel k the one that ALIGN_KERNEL asks for: by its place, its name or the name's first word?
- * "plain" alone stands for matmul_plain. */
+ * ("plain" alone never comes here: it stands for matmul_plain.) */
 static bool kernel_is_asked(size_t k, const char *asked) {
     const char *name = KERNELS[k].name;
     size_t word = strcspn(name, " ");
+    /* one digit and nothing else: strtoul would take "00" and " 0" for the first kernel too */
     bool by_place = strlen(asked) == 1 && (size_t)(*asked - '0') == k;
     return by_place || strcmp(asked, name) == 0
            || (strlen(asked) == word && strncmp(asked, name, word) == 0);
 }
 
-/* The widest tile this processor has, or a narrower one that the environment variable ALIGN_KERNEL
- * asks for: 0, 1, 2, avx2, avx512; "plain": none, matmul_plain.               test: kernel_choose
- */
-static void kernel_choose(void) {
-    size_t widest = 0;
-    size_t chosen = 0;
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        widest = __builtin_cpu_supports("avx512f") ? 2 : 1;
-#endif
-    kernel = &KERNELS[widest];
-    const char *asked = getenv("ALIGN_KERNEL");
-    if (!asked || !*asked)
-        return;
-    kernel = NULL;
-    if (strcmp(asked, "plain") == 0)
-        return;
+/* The kernel of that name: its place in KERNELS. A name that is none of them ends the program, with
+ * a list of those there are. */
+static size_t kernel_by_name(const char *asked) {
     char names[100] = "plain";
     for (size_t k = 0; k < COUNT(KERNELS); k++) {
+        if (kernel_is_asked(k, asked))
+            return k;
+        /* not this one: one name more for the message */
         size_t used = strlen(names);
         snprintf(names + used, sizeof names - used, ", %s", KERNELS[k].name);
     }
-    while (chosen < COUNT(KERNELS) && !kernel_is_asked(chosen, asked))
-        chosen++;
-    CHECK(chosen < COUNT(KERNELS), "ALIGN_KERNEL=%s: there is no such kernel; there are %s", asked,
-          names);
+    die("ALIGN_KERNEL=%s: there is no such kernel; there are %s", asked, names);
+}
+
+/* kernel_choose -- sets `kernel` to the widest that this processor can run, or to a narrower one
+ * for which the environment variable ALIGN_KERNEL asks: 0, 1, 2, avx2, avx512; "plain" for none,
+ * which leaves matmul_plain. Kernels round differently: who wants the bits of another machine asks
+ * for its kernel.                                                            test: kernel_choose */
+static void kernel_choose(void) {
+    size_t widest = kernel_widest();
+    const char *asked = getenv("ALIGN_KERNEL");
+    /* 1. nothing asked for: the fastest; an empty variable counts as none */
+    kernel = &KERNELS[widest];
+    if (!asked || !*asked)
+        return;
+
+    /* 2. none at all */
+    if (strcmp(asked, "plain") == 0) {
+        kernel = NULL;
+        return;
+    }
+
+    /* 3. One by name. If it is wider than the processor has, its first instruction would end the
+     *    program without a word: then the widest is taken, and that is said. */
+    size_t chosen = kernel_by_name(asked);
     kernel = &KERNELS[MIN(chosen, widest)];
     if (chosen > widest)
         warn("ALIGN_KERNEL=%s: this processor cannot run it; %s is used", asked, kernel->name);
 }
 
-/* Four lines of K consecutive numbers into four neighbouring columns of a panel: 4 x 4 at a
- * time, transposed in registers. shufflevector(x, y, ...) picks from the 8 numbers of x and y. */
-static inline __attribute__((always_inline)) void pack_4_lines(float *panel, const float *from,
-                                                               size_t line_stride, size_t K,
-                                                               size_t width) {
+/* ---- Packing -------------------------------------------------------------------------------- */
+
+/* Four lines of K consecutive numbers become four neighbouring columns of a panel, `width` numbers
+ * wide: 4 x 4 numbers at a time are transposed in registers. */
+static ALWAYS_INLINE void pack_4_lines(float *panel, const float *from, size_t line_stride,
+                                       size_t K, size_t width) {
     size_t k = 0;
 #if defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 12)
     for (; k + 4 <= K; k += 4, from += 4) {
+        /* 1. four numbers of each line: a0 a1 a2 a3, b0 b1 b2 b3, ... */
         float4 a = *(const float4_any *)from;
         float4 b = *(const float4_any *)(from + line_stride);
         float4 c = *(const float4_any *)(from + 2 * line_stride);
         float4 d = *(const float4_any *)(from + 3 * line_stride);
+
+        /* 2. a0 b0 a1 b1 and so on. shufflevector(x, y, ...) picks from the 8 numbers of x and y
+         *    those with these places. */
         float4 ab_01 = __builtin_shufflevector(a, b, 0, 4, 1, 5);
         float4 ab_23 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
         float4 cd_01 = __builtin_shufflevector(c, d, 0, 4, 1, 5);
         float4 cd_23 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+
+        /* 3. a0 b0 c0 d0 for step k, a1 b1 c1 d1 for step k + 1, ... */
         float4_any *to = (float4_any *)(panel + k * width);
         to[0] = __builtin_shufflevector(ab_01, cd_01, 0, 1, 4, 5);
         to[width / 4] = __builtin_shufflevector(ab_01, cd_01, 2, 3, 6, 7);
@@ -2842,327 +2999,531 @@ static inline __attribute__((always_inline)) void pack_4_lines(float *panel, con
         to[3 * width / 4] = __builtin_shufflevector(ab_23, cd_23, 2, 3, 6, 7);
     }
 #endif
+    /* the steps that are left, or all of them where the compiler cannot shuffle */
     for (; k < K; k++, from++)
         for (size_t i = 0; i < 4; i++)
             panel[k * width + i] = from[i * line_stride];
 }
 
-/* Copies `n` <= width lines of K numbers into a panel: panel[k*width + i] = line i, step k;
- * missing lines are zeros. What comes next is asked for in advance: the lines are far apart, and
- * the processor's own foresight ends at a page of memory. */
-WIDE static void pack_panel(float *panel, const float *from, size_t line_stride, size_t k_stride,
-                            size_t n, size_t K, size_t width) {
-    size_t i = 0;
-    if (n == width && line_stride == 1) {
-        for (size_t k = 0; k < K; k++) {
-            for (i = 0; i < width; i += 16)
-                __builtin_prefetch(from + (k + 32) * k_stride + i);
-            /* of constant size: four instructions */
-            if (width == 32)
-                memcpy(panel + k * width, from + k * k_stride, 32 * sizeof *panel);
-            else
-                for (i = 0; i < width; i += 4)
-                    memcpy(panel + k * width + i, from + k * k_stride + i, 4 * sizeof *panel);
-        }
-        return;
+/* A whole panel whose lines are neighbours in memory (x^T of dW, W of y): step k is a copy of
+ * `width` numbers. The steps are far apart, and the processor's own foresight ends with a page of
+ * memory: so what comes 32 steps later is asked for now. */
+WIDE static void pack_neighbours(float *panel, struct Matrix lines, size_t width) {
+    for (size_t k = 0; k < lines.columns; k++) {
+        const float *from = lines.data + k * lines.column_stride;
+        for (size_t i = 0; i < width; i += 16)
+            __builtin_prefetch(from + 32 * lines.column_stride + i);
+        /* A copy of constant size is a few instructions, one of variable size is a call: the widest
+         * panel has a copy of its own, the others are multiples of 4. */
+        if (width == 32)
+            memcpy(panel + k * width, from, 32 * sizeof *panel);
+        else
+            for (size_t i = 0; i < width; i += 4)
+                memcpy(panel + k * width + i, from + i, 4 * sizeof *panel);
     }
-    if (n < width)
-        memset(panel, 0, K * width * sizeof *panel);
-    for (; k_stride == 1 && i + 4 <= n; i += 4) {
-        for (size_t j = i + 4; j < i + 8; j++)
-            for (size_t k = 0; k < K; k += 16)
-                __builtin_prefetch(from + j * line_stride + k);
-        pack_4_lines(panel + i, from + i * line_stride, line_stride, K, width);
-    }
-    for (size_t k = 0; k < K; k++)
-        for (size_t j = i; j < n; j++)
-            panel[k * width + j] = from[j * line_stride + k * k_stride];
 }
 
-/* A matrix as seen by matmul: where it starts, the step to the next row, the step to the next
- * column. */
-struct Matrix {
-    const float *data;
-    size_t row, column;
+/* Any other panel: of fewer lines than its width, or of lines that are apart. */
+WIDE static void pack_lines(float *panel, struct Matrix lines, size_t width) {
+    size_t K = lines.columns;
+    size_t stride = lines.row_stride;
+    size_t i = 0;
+
+    /* 1. Lines that are missing are zeros: the tile computes with them, though nobody reads what
+     *    comes out. */
+    if (lines.rows < width)
+        memset(panel, 0, K * width * sizeof *panel);
+
+    /* 2. Lines of consecutive numbers go four at a time, and the next four are asked for. */
+    for (; lines.column_stride == 1 && i + 4 <= lines.rows; i += 4) {
+        for (size_t next = i + 4; next < i + 8; next++)
+            for (size_t k = 0; k < K; k += 16)
+                __builtin_prefetch(lines.data + next * stride + k);
+        pack_4_lines(panel + i, lines.data + i * stride, stride, K, width);
+    }
+
+    /* 3. what is left, number by number */
+    for (size_t k = 0; k < K; k++)
+        for (size_t line = i; line < lines.rows; line++)
+            panel[k * width + line] = lines.data[line * stride + k * lines.column_stride];
+}
+
+/* pack_panel -- copies lines (n,K), n <= width, into the order in which a tile reads them:
+ * panel[k * width + i] = line i, step k. The lines are rows of A or columns of B.
+ * By hand: lines 1 2 3 and 4 5 6, width 4: 1 4 0 0, 2 5 0 0, 3 6 0 0.          test: pack_panel */
+static void pack_panel(float *panel, struct Matrix lines, size_t width) {
+    /* Nearly all panels are of one of two kinds: lines that are neighbours, whose steps are apart,
+     * or lines that are apart, whose steps are neighbours. */
+    if (lines.rows == width && lines.row_stride == 1)
+        pack_neighbours(panel, lines, width);
+    else
+        pack_lines(panel, lines, width);
+}
+
+/* ---- Blocks --------------------------------------------------------------------------------- */
+
+/* C = start + A B under way, for one block: at most BLOCK_ROWS rows of A, at most KC steps of k. */
+struct Product {
+    struct MatrixOut c; /* (M,N) */
+    struct Matrix start; /* (M,N); may be c itself */
+    struct Matrix a, b; /* (M,K) (K,N) */
+    float *packed_a; /* A's panels, one behind the other: that of row m stands at m * K */
 };
 
-static struct Matrix matrix(const float *data, size_t columns) {
-    return (struct Matrix){data, columns, 1};
-}
-static struct Matrix transposed(const float *data, size_t columns) {
-    return (struct Matrix){data, 1, columns};
+/* Packs MR rows of A, from row m on. */
+static void pack_a_panel(const struct Product *product, size_t m) {
+    size_t K = product->a.columns;
+    /* MR rows of K numbers each were packed for every MR rows before it: m * K numbers */
+    pack_panel(product->packed_a + m * K, matrix_block(product->a, m, 0, kernel->MR, K),
+               kernel->MR);
 }
 
-/* One panel of B, packed, times the panels of A for rows m0..m1: `columns` columns of C from
- * column n on. A tile that sticks out of C is made aside, from a copy of what it starts from,
- * and copied back: its sums are made by the very operations of a whole tile, so that a row of C
- * has the same bits wherever it stands and whatever rows are beside it. C's next rows are asked
- * for early where they are to be added to.  test: rows_company */
-static void matmul_panel(float *c, size_t c_row, const float *start, size_t start_row,
-                         const float *pack_a, const float *panel, size_t m0, size_t m1,
-                         size_t columns, size_t K) {
+/* A tile that sticks out of C is made aside, from a copy of what it starts from, and what belongs
+ * to C is copied back. The operations are those of a whole tile: so a row of C has the same bits
+ * wherever it stands and whatever rows are beside it.                       test: rows_company */
+static void matmul_tile_aside(struct MatrixOut c, struct Matrix start, const float *a,
+                              const float *panel, size_t K) {
+    size_t NR = kernel->NR;
+    size_t row_bytes = c.columns * sizeof *c.data;
+    _Alignas(64) float aside[TILE_MAX];
+
+    /* 1. What the tile starts from. The rest of it is set to 0: the tile computes with that too,
+     *    and processors are slow on some numbers that memory may happen to hold. */
+    memset(aside, 0, sizeof aside);
+    for (size_t i = 0; start.data && i < c.rows; i++)
+        memcpy(aside + i * NR, start.data + i * start.row_stride, row_bytes);
+
+    /* 2. the whole tile, and back comes what belongs to C */
+    kernel->tile(K, a, panel, aside, NR, aside, NR);
+    for (size_t i = 0; i < c.rows; i++)
+        memcpy(c.data + i * c.row_stride, aside + i * NR, row_bytes);
+}
+
+/* The tile of C at (m,n): a packed panel of A times a packed panel of B. */
+static void matmul_tile(const struct Product *product, const float *panel, size_t m, size_t n) {
+    size_t K = product->a.columns;
+    /* the panel of A that pack_a_panel made for these rows, and the tile's part of start and C */
+    const float *a = product->packed_a + m * K;
+    struct Matrix start = matrix_block(product->start, m, n, kernel->MR, kernel->NR);
+    struct MatrixOut c = matrix_out_block(product->c, m, n, kernel->MR, kernel->NR);
+    /* at the lower and the right edge of C a block is smaller than a tile */
+    if (c.rows == kernel->MR && c.columns == kernel->NR)
+        kernel->tile(K, a, panel, start.data, start.row_stride, c.data, c.row_stride);
+    else
+        matmul_tile_aside(c, start, a, panel, K);
+}
+
+/* Asks the memory for the rows that the next tile starts from: they will be read and written. */
+static void prefetch_start(const struct Product *product, size_t m, size_t n) {
+    struct Matrix next = matrix_block(product->start, m, n, kernel->MR, kernel->NR);
+    /* 16 floats are a cache line */
+    for (size_t i = 0; next.data && i < next.rows; i++)
+        for (size_t j = 0; j < next.columns; j += 16)
+            __builtin_prefetch(next.data + i * next.row_stride + j, 1);
+}
+
+/* One task of a thread: the panel of B at column n is packed and multiplied by A's rows m0..m1-1.
+ * The panel stays in a near cache while those of A pass by it. */
+static void matmul_panel(const struct Product *product, size_t n, size_t m0, size_t m1) {
     size_t MR = kernel->MR;
     size_t NR = kernel->NR;
-    _Alignas(64) float aside[TILE_MAX];
+    size_t K = product->a.columns;
+    float *panel = thread_scratch(SCRATCH_B, NR * KC);
+    /* 1. NR columns of B; a panel's lines are rows, so B is transposed (which moves nothing) */
+    pack_panel(panel, transposed(matrix_block(product->b, 0, n, K, NR)), NR);
+
+    /* 2. the tiles below each other */
     for (size_t m = m0; m < m1; m += MR) {
-        const float *from = start ? start + m * start_row : NULL;
-        for (size_t i = m + MR; from && i < MIN(m1, m + 2 * MR); i++)
-            for (size_t j = 0; j < columns; j += 16)
-                __builtin_prefetch(start + i * start_row + j, 1);
-        if (m1 - m >= MR && columns == NR) {
-            kernel->tile(K, pack_a + m * K, panel, from, start_row, c + m * c_row, c_row);
-            continue;
-        }
-        size_t rows = MIN(MR, m1 - m);
-        memset(aside, 0, sizeof aside); /* also where there is nothing of C */
-        for (size_t i = 0; from && i < rows; i++)
-            memcpy(aside + i * NR, from + i * start_row, columns * sizeof *c);
-        kernel->tile(K, pack_a + m * K, panel, aside, NR, aside, NR);
-        for (size_t i = 0; i < rows; i++)
-            memcpy(c + (m + i) * c_row, aside + i * NR, columns * sizeof *c);
+        if (m + MR < m1)
+            prefetch_start(product, m + MR, n);
+        matmul_tile(product, panel, m, n);
     }
 }
 
-/* One block of rows and of K. A task is a panel of B and a stretch of rows: fewer than all where
- * panels alone are too few. */
-static void matmul_block(float *c, size_t c_row, const float *start, size_t start_row,
-                         struct Matrix a, struct Matrix b, size_t M, size_t N, size_t K,
-                         float *pack_a) {
+/* A block on the calling thread. */
+static void matmul_block_alone(const struct Product *product) {
+    /* all of A, then B panel by panel: each panel of A is used once for each panel of B */
+    for (size_t m = 0; m < product->c.rows; m += kernel->MR)
+        pack_a_panel(product, m);
+    for (size_t n = 0; n < product->c.columns; n += kernel->NR)
+        matmul_panel(product, n, 0, product->c.rows);
+}
+
+/* How many rows of C a task has: all M, or so many fewer that each thread finds about four tasks,
+ * and none waits long for the last one. */
+static size_t rows_per_task(size_t M, size_t panels) {
     size_t MR = kernel->MR;
-    size_t NR = kernel->NR;
-    size_t panels = (N + NR - 1) / NR;
-    size_t stretch = M;
+    size_t rows = M;
+    /* four for each: a thread that another program delays leaves its other three to the others */
     size_t tasks_wanted = 4 * (size_t)omp_get_max_threads();
-    /* the same, alone: even a team of one thread costs a microsecond, and attention calls often */
-    if ((double)M * (double)N * (double)K <= 2e5 || omp_in_parallel()) {
-        float *panel = thread_scratch(SCRATCH_B, NR * KC);
-        for (size_t m = 0; m < M; m += MR)
-            pack_panel(pack_a + m * K, a.data + m * a.row, a.row, a.column, MIN(MR, M - m), K, MR);
-        for (size_t n = 0; n < N; n += NR) {
-            pack_panel(panel, b.data + n * b.column, b.column, b.row, MIN(NR, N - n), K, NR);
-            matmul_panel(c + n, c_row, start ? start + n : NULL, start_row, pack_a, panel, 0, M,
-                         MIN(NR, N - n), K);
-        }
+    while (panels * ((M + rows - 1) / rows) < tasks_wanted && rows > MR)
+        /* half as many, up to whole tiles */
+        rows = (rows / 2 + MR - 1) / MR * MR;
+    return rows;
+}
+
+/* A block on all threads. */
+static void matmul_block(const struct Product *product) {
+    size_t M = product->c.rows;
+    size_t N = product->c.columns;
+
+    /* 1. Small products stay on this thread: even a team of one thread costs a microsecond, and
+     *    attention makes many small products. Inside a parallel loop the others are busy. */
+    double multiplications = (double)M * (double)N * (double)product->a.columns;
+    if (multiplications <= 2e5 || omp_in_parallel()) {
+        matmul_block_alone(product);
         return;
     }
-    while (panels * ((M + stretch - 1) / stretch) < tasks_wanted && stretch > MR)
-        stretch = (stretch / 2 + MR - 1) / MR * MR;
-    size_t stretches = (M + stretch - 1) / stretch;
+
+    /* 2. a task is a panel of B and a stretch of rows */
+    size_t panels = (N + kernel->NR - 1) / kernel->NR;
+    size_t rows = rows_per_task(M, panels);
+    size_t stretches = (M + rows - 1) / rows;
 #pragma omp parallel
     {
+        /* 3. All pack A. Behind this loop each thread waits for the others: a tile may need what
+         *    another thread packed. */
 #pragma omp for schedule(static)
-        for (size_t m = 0; m < M; m += MR)
-            pack_panel(pack_a + m * K, a.data + m * a.row, a.row, a.column, MIN(MR, M - m), K, MR);
-        float *panel = thread_scratch(SCRATCH_B, NR * KC);
+        for (size_t m = 0; m < M; m += kernel->MR)
+            pack_a_panel(product, m);
+
+            /* 4. Whoever is done takes the next task. Neighbouring tasks share a panel of B. */
 #pragma omp for schedule(dynamic) nowait
         for (size_t task = 0; task < panels * stretches; task++) {
-            size_t n = task / stretches * NR;
-            size_t m = task % stretches * stretch;
-            pack_panel(panel, b.data + n * b.column, b.column, b.row, MIN(NR, N - n), K, NR);
-            matmul_panel(c + n, c_row, start ? start + n : NULL, start_row, pack_a, panel, m,
-                         MIN(M, m + stretch), MIN(NR, N - n), K);
+            size_t m = task % stretches * rows;
+            matmul_panel(product, task / stretches * kernel->NR, m, MIN(M, m + rows));
         }
     }
 }
 
-/* The definition, against which matmul is tested; ALIGN_KERNEL=plain runs everything on it. */
-static void matmul_plain(float *c, size_t c_row, const float *start, size_t start_row,
-                         struct Matrix a, struct Matrix b, size_t M, size_t N, size_t K) {
-    for (size_t i = 0; i < M; i++)
-        for (size_t j = 0; j < N; j++) {
-            double sum = start ? start[i * start_row + j] : 0;
-            for (size_t k = 0; k < K; k++)
-                sum += (double)a.data[i * a.row + k * a.column] * b.data[k * b.row + j * b.column];
-            c[i * c_row + j] = (float)sum;
-        }
-}
+/* matmul_from -- C = start + A B, block by block: the one function behind the three below.
+ * in   start (M,N), a (M,K), b (K,N)          out  c (M,N)                    test: matmul_plain */
+static void matmul_from(struct MatrixOut c, struct Matrix start, struct Matrix a, struct Matrix b) {
+    /* 1. (M,K) times (K,N) makes (M,N). Views that do not fit would read and write beyond their
+     *    memory, and the numbers would be wrong without a word. */
+    CHECK(a.rows == c.rows && b.columns == c.columns && a.columns == b.rows,
+          "matmul: (%zu,%zu) times (%zu,%zu) does not make (%zu,%zu); this is a fault of align",
+          a.rows, a.columns, b.rows, b.columns, c.rows, c.columns);
 
-/* matmul -- C (M,N) = start + A (M,K) B (K,N); C's rows are c_row apart, start's start_row: 0
- * adds one row, a bias, to all; start = c adds to C; NULL is zero. Inside a parallel loop it
- * runs on the calling thread alone. By hand: [1 2; 3 4] [5; 6] = [17; 39].  test: matmul,
- * matmul_threads */
-static void matmul(float *c, size_t c_row, const float *start, size_t start_row, struct Matrix a,
-                   struct Matrix b, size_t M, size_t N, size_t K) {
-    if (!kernel || K == 0) {
-        matmul_plain(c, c_row, start, start_row, a, b, M, N, K);
+    /* 2. the definition, where it is asked for; also of an empty sum, which is the start: the loop
+     *    below would write nothing */
+    if (!kernel || a.columns == 0) {
+        matmul_plain(c, start, a, b);
         return;
     }
-    float *pack_a =
-        thread_scratch(SCRATCH_A, (MIN(M, (size_t)BLOCK_ROWS) + kernel->MR) * MIN(K, (size_t)KC));
-    for (size_t m = 0; m < M; m += BLOCK_ROWS)
-        for (size_t k = 0; k < K; k += KC) {
-            struct Matrix a_block = {a.data + m * a.row + k * a.column, a.row, a.column};
-            struct Matrix b_block = {b.data + k * b.row, b.row, b.column};
-            float *block = c + m * c_row;
-            const float *from = k > 0 ? block : start ? start + m * start_row : NULL;
-            matmul_block(block, c_row, from, k > 0 ? c_row : start_row, a_block, b_block,
-                         MIN(M - m, (size_t)BLOCK_ROWS), N, MIN(K - k, (size_t)KC), pack_a);
+
+    /* 3. room for the packed rows of A of a block, the last panel filled up with zeros */
+    size_t block_rows = MIN(c.rows, (size_t)BLOCK_ROWS) + kernel->MR;
+    float *packed_a = thread_scratch(SCRATCH_A, block_rows * MIN(a.columns, (size_t)KC));
+    for (size_t m = 0; m < c.rows; m += BLOCK_ROWS)
+        for (size_t k = 0; k < a.columns; k += KC) {
+            /* 4. The first KC steps begin from `start`, the later ones go on from what the earlier
+             *    left in C. */
+            struct MatrixOut c_block = matrix_out_block(c, m, 0, BLOCK_ROWS, c.columns);
+            struct Matrix first_start = matrix_block(start, m, 0, BLOCK_ROWS, c.columns);
+            struct Product product = {
+                .c = c_block,
+                .start = k == 0 ? first_start : readable(c_block),
+                .a = matrix_block(a, m, k, BLOCK_ROWS, KC),
+                .b = matrix_block(b, k, 0, KC, b.columns),
+                .packed_a = packed_a,
+            };
+            matmul_block(&product);
         }
+}
+
+/* matmul -- C = A B.                         in  a (M,K), b (K,N)              out  c (M,N)
+ * C must not overlap A or B. Inside a parallel loop it runs on the calling thread alone.
+ * By hand: [1 2; 3 4] [5; 6] = [1*5 + 2*6; 3*5 + 4*6] = [17; 39].   test: matmul, matmul_threads */
+static void matmul(struct MatrixOut c, struct Matrix a, struct Matrix b) {
+    /* from zeros */
+    matmul_from(c, (struct Matrix){.rows = c.rows, .columns = c.columns}, a, b);
+}
+
+/* matmul_add -- C += A B: so the gradients of several micro-batches add up.
+ * By hand: to the [17; 39] above [1 3; 2 4] [5; 6] = [23; 34]: [40; 73].            test: matmul */
+static void matmul_add(struct MatrixOut c, struct Matrix a, struct Matrix b) {
+    matmul_from(c, readable(c), a, b);
+}
+
+/* matmul_bias -- C = A B, and bias (N) added to each row of it.
+ * By hand: [1 2; 3 4] [5; 6] and the bias 3: [20; 42].                             test: matmul */
+static void matmul_bias(struct MatrixOut c, const float *bias, struct Matrix a, struct Matrix b) {
+    /* a row stride of 0: the same row for each row of C */
+    struct Matrix bias_rows = {bias, c.rows, c.columns, 0, 1};
+    matmul_from(c, bias_rows, a, b);
 }
 
 /* =============================================================================================
  * Chapter 10 - Layers, forward and backward
  *
- * What does each layer compute, and how does blame flow back through it? A layer is a function y =
- * f(x, w). Its backward pass is given dy, the derivative of the loss by y, and must return the
- * derivatives by x and by the weights: the chain rule, one layer at a time, from the loss back to
- * the embedding. A forward pass stands beside its backward.
+ * What does each layer compute, and how does blame flow back through it? A layer is a function
+ * y = f(x, weights). Its backward pass is given dy, the derivative of the loss by y, and must
+ * return the derivatives by x and by the weights. That is the chain rule, one layer at a time, from
+ * the loss back to the embedding. Each forward pass has its backward pass beside it.
  *
  *     linear        y = x W + b             dx = dy W^T,  dW += x^T dy,  db += the sum of dy's rows
- *     layer norm    y = (x - mean) / std    what moved the mean and the deviation is subtracted
+ *     layer norm    y = (x - mean) / std    dx: less what moved the mean and the deviation
  *     gelu          y = x sigmoid(2u)       a soft switch: lets x pass where it is positive
+ *     embedding     y = wte[id] + wpe[t]    dx goes to the two rows that were read
  *     attention     y = softmax(q k) v      the only layer that mixes information across time
  *
- * One rule for all: dx is written (where a layer adds to it, the comment says so); the gradient of
- * weights is added to, so that several micro-batches accumulate into one step.
+ *     x = (1, 2), W = [3 4; 5 6], b = (7, 8):    y  = (1*3 + 2*5 + 7, 1*4 + 2*6 + 8) = (20, 24)
+ *     the loss asks for dy = (1, -2):            dx = (3 - 8, 5 - 12) = (-5, -7)
+ *                                                dW = [1 -2; 2 -4],   db = (1, -2)
+ *
+ * One rule for all: dx is written (where a layer adds to it, its comment says so); gradients of
+ * weights are added to, so that several micro-batches accumulate into one step.
  *
  * What enters: activations (N,C), a row for each token of a batch. What leaves: the same shape.
  * ============================================================================================= */
 
-/* A tensor: a named array of floats, up to two dimensions. One declaration gives its shape and
- * its name in a checkpoint; weights w, gradients d, AdamW's moments m, v follow. d, m, v are
- * NULL while nothing trains, and in a tensor frozen while others do: a backward pass skips it. */
+/* A tensor: a named array of floats, with one dimension or two. Its declaration (chapter 11) gives
+ * it a shape and its name in a checkpoint; what belongs to its numbers stands beside them: their
+ * gradient d and AdamW's moments m and v, of the same shape. d, m and v are NULL while nothing
+ * trains, and in a tensor that is frozen while others train: a backward pass then skips it. */
 struct Tensor {
     char name[64];
-    size_t shape[2], ndim, n; /* n = product of the shape */
-    /* weight decay applies: matrices yes, biases and layer norms no; its numbers came from a
-     * file */
-    bool decay, loaded;
-    bool bits; /* no numbers to look at: any bits may stand in place of floats */
+    size_t shape[2], ndim, n; /* n: the product of the shape */
+    bool decay; /* weight decay applies: to matrices, not to biases and layer norms */
+    bool loaded; /* its numbers came from a file */
+    bool bits; /* its numbers are never looked at: any bits may stand in place of floats */
     float *w, *d, *m, *v;
 };
 
-/* out[r] = x . y_r, r < rows <= 4, the rows y_r y_row apart: four sums under way at once, where
- * one would wait for itself. */
+/* FEW_ROWS: up to so many rows of x a linear layer needs no packing. STRIP: so many columns are
+ * summed over all rows by one thread. */
+enum { FEW_ROWS = 16, STRIP = 64 };
+
+/* ---- Linear --------------------------------------------------------------------------------- */
+
+/* row_dot_4 -- out[r] = x . y_r for rows r < `rows` <= 4 of y, which stand y_row numbers apart.
+ * Four sums are under way at once: one alone would wait for its own last addition.
+ *                                                                               test: few_rows */
 WIDE static void row_dot_4(float *out, const float *x, const float *y, size_t y_row, size_t n,
                            size_t rows) {
-    for (size_t r = 0; rows < 4 && r < rows; r++)
-        out[r] = row_dot(x, y + r * y_row, n);
-    if (rows < 4)
+    /* the end of the rows: one by one */
+    if (rows < 4) {
+        for (size_t r = 0; r < rows; r++)
+            out[r] = row_dot(x, y + r * y_row, n);
         return;
+    }
+    /* 1. 16 lanes for each of the four, as in row_dot */
     float lane[4][LANES] = {{0}};
     size_t i = 0;
     for (; i + LANES <= n; i += LANES)
         for (size_t j = 0; j < LANES; j++)
             for (size_t r = 0; r < 4; r++)
                 lane[r][j] += x[i + j] * y[r * y_row + i + j];
+
+    /* 2. what is left where the length is no multiple of 16 */
     for (; i < n; i++)
         for (size_t r = 0; r < 4; r++)
             lane[r][0] += x[i] * y[r * y_row + i];
+
+            /* 3. the 16 lanes of each added up */
 #pragma GCC unroll 4
     for (size_t r = 0; r < 4; r++)
         out[r] = lane_sum(lane[r]);
 }
 
-enum { FEW_ROWS = 16, STRIP = 64 }; /* STRIP: columns whose sums over the rows one thread makes */
-
-/* linear: y (N,out) = x (N,in) W (in,out) + bias (out). GPT-2's Conv1D: W as [in,out], not
- * torch's [out,in]. A row of y has the same bits however many rows are beside it, so a text's
- * score does not depend on its batch.  test: rows_company, reward_company */
-static void linear_forward(float *y, const float *x, const float *weight, const float *bias,
-                           size_t N, size_t in, size_t out) {
+/* linear_forward -- each token's numbers, mixed anew.
+ *   y = x W + bias
+ * in   x (N,in), weight (in,out), bias (out)         out  y (N,out)
+ * This is GPT-2's Conv1D: its W is (in,out), where torch's Linear has (out,in). A row of y has the
+ * same bits however many rows are beside it: so a text's score does not depend on its batch.
+ * By hand: the chapter's example: (1, 2) [3 4; 5 6] + (7, 8) = (20, 24).
+ *                                     test: linear_hand, linear_golden, few_rows, rows_company */
+static void linear_forward(float *y, const float *x, size_t N, const struct Tensor *weight,
+                           const struct Tensor *bias) {
+    size_t in = weight->shape[0];
+    size_t out = weight->shape[1];
+    struct MatrixOut all_y = matrix_out(y, N, out);
+    struct Matrix all_x = matrix(x, N, in);
+    struct Matrix all_weight = matrix(weight->w, in, out);
+    /* 1. many rows: a product of matrices, which starts from the bias */
     if (N > FEW_ROWS || !kernel) {
-        matmul(y, out, bias, 0, matrix(x, in), matrix(weight, out), N, out, in);
+        matmul_bias(all_y, bias->w, all_x, all_weight);
         return;
     }
-    /* one row: the longest stretches */
+
+    /* 2. Few rows: each thread makes strips of columns. For a single row they are as long as can
+     *    be: what takes the time is to read W, once, and long stretches are read faster. */
     size_t threads = (size_t)omp_get_max_threads();
     size_t strip = N > 1 ? 384 : (out / threads + 15) / 16 * 16 + 16;
 #pragma omp parallel for schedule(static) if (N * in * out > 50000)
     for (size_t j = 0; j < out; j += strip)
-        kernel->few_rows(y + j, x, weight + j, bias + j, N, in, out, MIN(strip, out - j));
+        kernel->few_rows(matrix_out_block(all_y, 0, j, N, strip), all_x,
+                         matrix_block(all_weight, 0, j, in, strip), bias->w + j);
 }
 
-/* Adds the sum of the rows of dy (N,out), columns j0..j1, to dbias. */
-static void bias_backward_strip(float *dbias, const float *dy, size_t N, size_t out, size_t j0,
-                                size_t j1) {
-    for (size_t n = 0; n < N; n++)
+/* Columns j0..j1-1 of dbias += the sum of dy's rows. One thread adds a column up, from the first
+ * row to the last: so the sum has the same bits on any number of threads. */
+static void bias_backward_strip(float *dbias, struct Matrix dy, size_t j0, size_t j1) {
+    /* row by row, not column by column: neighbours in memory are read together */
+    for (size_t n = 0; n < dy.rows; n++)
         for (size_t j = j0; j < j1; j++)
-            dbias[j] += dy[n * out + j];
+            dbias[j] += dy.data[n * dy.row_stride + j];
 }
 
-/* dx = dy W^T;  dW += x^T dy;  dbias += sum of dy's rows. NULL: dx where nothing below learns,
- * dW and dbias if frozen. */
-static void linear_backward(float *dx, float *dweight, float *dbias, const float *dy,
-                            const float *x, const float *weight, size_t N, size_t in, size_t out) {
-    if (dx)
-        matmul(dx, in, NULL, 0, matrix(dy, out), transposed(weight, out), N, in, out);
-    if (dweight)
-        matmul(dweight, out, dweight, out, transposed(x, in), matrix(dy, out), in, out, N);
-    if (!dbias)
+/* linear_backward -- what a linear layer passes down, and what its weights are to learn.
+ *   dx = dy W^T         dW += x^T dy         dbias += the sum of dy's rows
+ * in   dy (N,out), x (N,in)       out  dx (N,in), written; weight->d (in,out), bias->d (out)
+ * y_j = sum_i x_i W_ij + b_j: so x_i is to blame for each y_j in proportion to W_ij, W_ij in
+ * proportion to x_i, and b_j for all of it.
+ * By hand: the chapter's example: dx (-5, -7), dW [1 -2; 2 -4], db (1, -2).
+ *                                              test: linear_hand, linear_golden, linear_gradient */
+static void linear_backward(float *dx, const float *dy, const float *x, size_t N,
+                            struct Tensor *weight, struct Tensor *bias) {
+    size_t in = weight->shape[0];
+    size_t out = weight->shape[1];
+    struct Matrix all_dy = matrix(dy, N, out);
+
+    /* 1. to the layer below, also through weights that are frozen */
+    matmul(matrix_out(dx, N, in), all_dy, transposed(matrix(weight->w, in, out)));
+
+    /* 2. to the weights: x^T dy adds up, over all tokens, input i times the blame of output j */
+    if (weight->d)
+        matmul_add(matrix_out(weight->d, in, out), transposed(matrix(x, N, in)), all_dy);
+
+    /* 3. to the bias: a strip of columns for a thread, lest two threads add to the same number */
+    if (!bias->d)
         return;
 #pragma omp parallel for if (N * out > 50000)
     for (size_t j = 0; j < out; j += STRIP)
-        bias_backward_strip(dbias, dy, N, out, j, MIN(out, j + STRIP));
+        bias_backward_strip(bias->d, all_dy, j, MIN(out, j + STRIP));
 }
 
-/* layernorm: y = (x - mean) * rstd * weight + bias, row by row, rstd = 1/sqrt(variance + eps) [3].
- * mean, rstd (N) are kept for the backward pass. Why: without it, activations grow layer by layer.
- * By hand: x = (1, 3): mean 2, variance 1 -> (-1, 1).                          test: layernorm */
+/* ---- Layer norm ----------------------------------------------------------------------------- */
+
+/* What went into a layer norm, and what it keeps of each row for the backward pass. */
+struct LayerNormRows {
+    size_t N;
+    const float *x; /* (N,C) */
+    float *mean; /* (N) */
+    float *rstd; /* (N) 1 / standard deviation */
+};
+
+/* layernorm_row -- one token's numbers, brought to mean 0 and deviation 1 [3].
+ *   h = (x - mean) rstd,   rstd = 1 / sqrt(variance + eps)         y = h weight + bias
+ * in   x (C), weight, bias (C)           out  y (C), mean, rstd
+ * Without it activations grow from layer to layer, and a large row would learn at another pace than
+ * a small one. weight and bias give back a scale and a shift for each column, where they help.
+ * By hand: x = (3, 3, 7, 7), weight 2, bias 0.5, eps 0: mean 5, variance 4, rstd 0.5,
+ * h = (-1, -1, 1, 1), y = (-1.5, -1.5, 2.5, 2.5).                               test: layernorm */
 WIDE static void layernorm_row(float *y, float *mean, float *rstd, const float *x,
-                               const float *weight, const float *bias, size_t C, float eps) {
+                               const struct Tensor *weight, const struct Tensor *bias, float eps) {
+    size_t C = weight->n;
+    const float *w = weight->w;
+    const float *b = bias->w;
+
+    /* 1. the mean, subtracted */
     float m = row_sum(x, C) / (float)C;
     for (size_t c = 0; c < C; c++)
         y[c] = x[c] - m;
+
+    /* 2. The variance, from the differences: the mean of squares less the square of the mean would
+     *    lose all its digits where the mean is large. A row of equal numbers has no deviation: eps
+     *    keeps the division finite. */
     float r = 1.0f / sqrtf(row_dot(y, y, C) / (float)C + eps);
     for (size_t c = 0; c < C; c++)
-        y[c] = y[c] * r * weight[c] + bias[c];
+        y[c] = y[c] * r * w[c] + b[c];
+
+    /* 3. both are kept: the backward pass makes h from them again */
     *mean = m;
     *rstd = r;
 }
 
-static void layernorm_forward(float *y, float *mean, float *rstd, const float *x,
-                              const float *weight, const float *bias, size_t N, size_t C,
-                              float eps) {
-#pragma omp parallel for if (N * C > 20000)
-    for (size_t n = 0; n < N; n++)
-        layernorm_row(y + n * C, mean + n, rstd + n, x + n * C, weight, bias, C, eps);
+static void layernorm_forward(float *y, struct LayerNormRows rows, const struct Tensor *weight,
+                              const struct Tensor *bias, float eps) {
+    size_t C = weight->n;
+    /* a team of threads costs microseconds: only for so much work */
+#pragma omp parallel for if (rows.N * C > 20000)
+    for (size_t n = 0; n < rows.N; n++)
+        layernorm_row(y + n * C, rows.mean + n, rows.rstd + n, rows.x + n * C, weight, bias, eps);
 }
 
-/* With h = (x - mean) * rstd, g = dy * weight:  dx = rstd * (g - mean(g) - h * mean(g h)).
- * The two means are there because x moved the mean and the variance too. dx is ADDED to. */
+/* layernorm_backward_row -- the derivative by one token's numbers, ADDED to dx: in GPT-2 x goes to
+ * the layer norm and past it, and the other way's derivative is in dx already.
+ *   g = dy weight         dx += rstd (g - mean(g) - h mean(g h))
+ * in   dy, x (C), mean, rstd          in, out  dx (C)
+ * rstd g alone would be right if mean and rstd were constants. But each x moved them too. To add a
+ * constant to all x changes nothing: so the mean of g is subtracted. To spread all x further around
+ * their mean changes nothing: so the part of g that is a multiple of h is subtracted.
+ * By hand: the example above with dy = (4, 0, 0, 0): g = (8, 0, 0, 0), mean(g) = 2,
+ * mean(g h) = -2: dx += 0.5 (8 - 2 - 2, -2 - 2, -2 + 2, -2 + 2) = (2, -2, 0, 0).
+ *                                                           test: layernorm, layernorm_gradient */
 WIDE static void layernorm_backward_row(float *dx, const float *dy, const float *x, float mean,
-                                        float rstd, const float *weight, size_t C, float *g) {
+                                        float rstd, const struct Tensor *weight) {
+    size_t C = weight->n;
+    const float *w = weight->w;
+
+    /* 1. through weight: g = d loss / d h, and g h */
+    float *g = thread_scratch(SCRATCH_ROW, 2 * C);
     float *gh = g + C;
     for (size_t c = 0; c < C; c++) {
-        g[c] = dy[c] * weight[c];
+        g[c] = dy[c] * w[c];
         gh[c] = g[c] * ((x[c] - mean) * rstd);
     }
+
+    /* 2. what moved the mean, and what moved the deviation */
     float mean_g = row_sum(g, C) / (float)C;
     float mean_gh = row_sum(gh, C) / (float)C;
+
+    /* 3. both subtracted */
     for (size_t c = 0; c < C; c++)
         dx[c] += rstd * (g[c] - mean_g - (x[c] - mean) * rstd * mean_gh);
 }
 
-static void layernorm_backward_strip(float *dweight, float *dbias, const float *dy, const float *x,
-                                     const float *mean, const float *rstd, size_t N, size_t C,
-                                     size_t c0, size_t c1) {
-    for (size_t n = 0; n < N; n++)
+/* Columns c0..c1-1 of dweight += sum over rows of dy h, of dbias += sum of dy. */
+static void layernorm_backward_strip(float *dweight, float *dbias, struct Matrix dy,
+                                     struct LayerNormRows rows, size_t c0, size_t c1) {
+    /* row by row: neighbours in memory are read together */
+    for (size_t n = 0; n < rows.N; n++) {
+        const float *dy_n = dy.data + n * dy.row_stride;
+        const float *x_n = rows.x + n * dy.row_stride;
+        /* y = h weight + bias: the weight's slope is h, made again, and the bias's is 1 */
         for (size_t c = c0; c < c1; c++) {
-            dweight[c] += dy[n * C + c] * (x[n * C + c] - mean[n]) * rstd[n];
-            dbias[c] += dy[n * C + c];
+            dweight[c] += dy_n[c] * (x_n[c] - rows.mean[n]) * rows.rstd[n];
+            dbias[c] += dy_n[c];
         }
+    }
 }
 
-static void layernorm_backward(float *dx, float *dweight, float *dbias, const float *dy,
-                               const float *x, const float *mean, const float *rstd,
-                               const float *weight, size_t N, size_t C) {
+/* layernorm_backward -- all tokens.   in  dy (N,C), rows as the forward pass left them
+ * out  dx (N,C), added to; weight->d, bias->d (C)           test: layernorm, layernorm_gradient */
+static void layernorm_backward(float *dx, const float *dy, struct LayerNormRows rows,
+                               struct Tensor *weight, struct Tensor *bias) {
+    size_t N = rows.N;
+    size_t C = weight->n;
+
+    /* 1. dx: the rows are independent of each other, so any thread may take any of them */
 #pragma omp parallel for if (N * C > 20000)
     for (size_t n = 0; n < N; n++)
-        layernorm_backward_row(dx + n * C, dy + n * C, x + n * C, mean[n], rstd[n], weight, C,
-                               thread_scratch(SCRATCH_ROW, 2 * C));
-    if (!dweight)
+        layernorm_backward_row(dx + n * C, dy + n * C, rows.x + n * C, rows.mean[n], rows.rstd[n],
+                               weight);
+
+    /* 2. weight and bias: sums over the rows. A thread takes a strip of columns, lest two threads
+     *    add to the same number. A frozen layer has nothing to learn. */
+    if (!weight->d)
         return;
 #pragma omp parallel for if (N * C > 20000)
     for (size_t c = 0; c < C; c += STRIP)
-        layernorm_backward_strip(dweight, dbias, dy, x, mean, rstd, N, C, c, MIN(C, c + STRIP));
+        layernorm_backward_strip(weight->d, bias->d, matrix(dy, N, C), rows, c, MIN(C, c + STRIP));
 }
 
-/* gelu, the tanh form that GPT-2 was trained with ("gelu_new") [18]:
- *   y = x/2 (1 + tanh(u)),  u = sqrt(2/pi) (x + 0.044715 x^3)
- * and because (1 + tanh u)/2 = sigmoid(2u), it is x * sigmoid(2u): one exponential.
- * By hand: 0 -> 0; large x -> x; -1 -> -0.1588.                                    test: gelu */
+/* ---- Gelu ----------------------------------------------------------------------------------- */
+
+/* gelu -- the activation between a block's two wide layers, in the tanh form that GPT-2 was trained
+ * with ("gelu_new") [18].
+ *   y = x/2 (1 + tanh(u)),   u = sqrt(2/pi) (x + 0.044715 x^3)
+ * Since (1 + tanh u) / 2 = sigmoid(2u), that is x sigmoid(2u): one exponential. sigmoid(2u) is the
+ * gate: near 1 for large x, which pass; near 0 for very negative x, which do not. Unlike max(0, x)
+ * it has a slope everywhere. 1.5957691 is 2 sqrt(2/pi).
+ * By hand: x = 2: 2u = 1.5958 * 2.3577 = 3.7624, gate 0.9773, y = 1.9546; x = -1: y = -0.1588.
+ *                                                                                    test: gelu */
 static inline float gelu_gate(float x) {
+    /* 2u, then its sigmoid in the plain form: exp_fast cannot overflow, so neither can this */
     float u2 = 1.5957691f * (x + 0.044715f * x * x * x);
     return 1.0f / (1.0f + exp_fast(-u2));
 }
@@ -3172,221 +3533,476 @@ WIDE static void gelu_row(float *y, const float *x, size_t n) {
         y[i] = x[i] * gelu_gate(x[i]);
 }
 
-/* y = x s, s = sigmoid(2u):  dy/dx = s + x s (1 - s) d(2u)/dx. dx comes in as dy, and is
- * multiplied by it. */
+/* gelu_backward_row -- dx comes in as dy and is multiplied by the slope.
+ *   y = x s,  s = sigmoid(2u):      dy/dx = s + x s (1 - s) d(2u)/dx
+ * By hand: x = -1: s = 0.1588, d(2u)/dx = 1.5958 (1 + 0.1341) = 1.8098: slope
+ * 0.1588 - 0.1588 * 0.8412 * 1.8098 = -0.0830.                       test: gelu, gelu_gradient */
 WIDE static void gelu_backward_row(float *dx, const float *x, size_t n) {
     for (size_t i = 0; i < n; i++) {
         float s = gelu_gate(x[i]);
         float slope = 1.5957691f * (1.0f + 3.0f * 0.044715f * x[i] * x[i]);
+        /* the product rule: x by itself, and x through its gate */
         dx[i] *= s + x[i] * s * (1.0f - s) * slope;
     }
 }
 
 static void gelu_forward(float *y, const float *x, size_t N, size_t C) {
+    /* number by number: rows only share out the work */
 #pragma omp parallel for if (N * C > 10000)
     for (size_t n = 0; n < N; n++)
         gelu_row(y + n * C, x + n * C, C);
 }
 
 static void gelu_backward(float *dx, const float *x, size_t N, size_t C) {
+    /* x is what went into gelu: from y it could not be found, since gelu falls and rises again */
 #pragma omp parallel for if (N * C > 10000)
     for (size_t n = 0; n < N; n++)
         gelu_backward_row(dx + n * C, x + n * C, C);
 }
 
-/* embedding: x (N,C) = wte[id] + wpe[position]: what the token is, and where it stands. */
+/* ---- Embedding ------------------------------------------------------------------------------ */
+
+/* One token: what it is, plus where it stands. */
+static void embedding_row(float *x, const float *token, const float *position, size_t C) {
+    for (size_t c = 0; c < C; c++)
+        x[c] = token[c] + position[c];
+}
+
+/* embedding_forward -- where numbers begin: x (N,C) = wte[id] + wpe[position].
+ * in   the batch's ids and positions (N); wte (V,C), wpe (n_positions,C)
+ * Both vectors are learnt. Without wpe the model could not tell "dog bites man" from "man bites
+ * dog": attention sums over the tokens that it sees, in any order.
+ * By hand: id 1 at places 0 and 1, wte[1] = (5, 6), wpe = (0.5, 0), (0, 0.5): (5.5, 6), (5, 6.5).
+ *                                                                               test: embedding */
 static void embedding_forward(float *x, const struct Batch *batch, const float *wte,
                               const float *wpe, size_t C) {
+    /* two rows of two tables are looked up: there is nothing to multiply */
 #pragma omp parallel for if (batch->N * C > 50000)
     for (size_t n = 0; n < batch->N; n++)
-        for (size_t c = 0; c < C; c++)
-            x[n * C + c] =
-                wte[(size_t)batch->ids[n] * C + c] + wpe[(size_t)batch->position[n] * C + c];
+        embedding_row(x + n * C, wte + (size_t)batch->ids[n] * C,
+                      wpe + (size_t)batch->position[n] * C, C);
 }
 
+/* Columns c0..c1-1 of all tokens' gradients, added to the rows that they were read from. */
 static void embedding_backward_strip(float *dwte, float *dwpe, const float *dx,
                                      const struct Batch *batch, size_t C, size_t c0, size_t c1) {
-    for (size_t n = 0; n < batch->N; n++)
+    /* in the order of the tokens, whatever the number of threads: so are the bits of the sums */
+    for (size_t n = 0; n < batch->N; n++) {
+        float *dtoken = dwte + (size_t)batch->ids[n] * C;
+        float *dposition = dwpe + (size_t)batch->position[n] * C;
+        /* both are added to: other tokens, and wte's other use, the output layer, do so too */
         for (size_t c = c0; c < c1; c++) {
-            dwte[(size_t)batch->ids[n] * C + c] += dx[n * C + c];
-            dwpe[(size_t)batch->position[n] * C + c] += dx[n * C + c];
+            dtoken[c] += dx[n * C + c];
+            dposition[c] += dx[n * C + c];
         }
+    }
 }
 
-/* A token that stands in several places gets the sum of its gradients: rows in order, one thread
- * a strip. */
+/* embedding_backward -- how should the vector of a token that was read change? A sum has slope 1 by
+ * both its summands, so dx goes to both; a token that stands in several places gets the sum.
+ * Threads share the columns, not the tokens: two tokens of one id would write to the same row.
+ * By hand: the example above with dx = (1, 2), (3, 4): dwte[1] += (4, 6), dwpe += (1, 2), (3, 4).
+ *                                                                               test: embedding */
 static void embedding_backward(float *dwte, float *dwpe, const float *dx, const struct Batch *batch,
                                size_t C) {
+    /* 64 columns are four cache lines: threads that share out smaller pieces would write to the
+     * same lines, and wait for each other */
 #pragma omp parallel for if (batch->N * C > 50000)
     for (size_t c = 0; c < C; c += STRIP)
         embedding_backward_strip(dwte, dwpe, dx, batch, C, c, MIN(C, c + STRIP));
 }
 
-/* attention -- causal multi-head self-attention [2], each sequence by itself.
- * in   qkv (N,3C): a row holds query, key and value of one token, NH heads of HS numbers each
- * out  out (N,C);  lse (N,NH): log sum_j e^(score_j), all that the backward pass needs to keep
- *   score_tj = q_t . k_j / sqrt(HS) for j <= t;  p_t = softmax(score_t);  out_t = sum_j p_tj v_j
- * A token looks back, never forward: that makes it a language model. The (T,T) matrix of p is
- * made ATTENTION_ROWS rows at a time, again in the backward pass [17]: memory grows with T, not
- * T^2.  test: attention, attention_gradient */
+/* ---- Attention ------------------------------------------------------------------------------
+ *
+ * Causal multi-head self-attention [2] Eq. 1, each sequence by itself. Each token has three vectors
+ * in each head: a query (what am I looking for?), a key (what do I have?) and a value (what do I
+ * say?). A token compares its query with the keys of all tokens up to itself, and takes the mean
+ * of their values, weighted by how well they fit:
+ *
+ *     pass 1  scores      score_tj = q_t . k_j / sqrt(HS)                 (T,T) in each head
+ *     pass 2  mask        j > t, the future, does not count
+ *     pass 3  softmax     p_t = softmax(score_t)                          lse_t is kept
+ *     pass 4  mixture     out_t = sum_j p_tj v_j                          (T,HS)
+ *
+ * A token looks back, never forward: that makes it a language model, and all T positions can learn
+ * at once. The division by sqrt(HS) keeps scores near 1 in size, whatever the head's size; without
+ * it softmax would choose a single key from the start, and hardly learn.
+ *
+ * The (T,T) matrix of p is made ATTENTION_ROWS rows at a time, and again in the backward pass, from
+ * lse alone [17]: so memory grows with T, not with its square.
+ *
+ *     HS = 1, two tokens: q = (5, 1), k = (0, ln 3), v = (10, 20)
+ *     t = 0 sees itself alone:      p = (1),           out = 10                     lse = 0
+ *     t = 1 scores 1*0 and 1*ln 3:  p = (0.25, 0.75),  out = 2.5 + 15 = 17.5        lse = ln 4
+ * --------------------------------------------------------------------------------------------- */
+
 enum { ATTENTION_ROWS = 64 };
 
-/* rows from fork on do not see shared .. fork-1 */
 struct AttentionShape {
     size_t C, NH, HS;
-    float scale;
-    size_t shared, fork;
+    float scale; /* 1 / sqrt(HS) */
 };
 
 static struct AttentionShape attention_shape(size_t C, size_t NH) {
-    return (struct AttentionShape){C, NH, C / NH, 1 / sqrtf((float)(C / NH)), 0, 0};
+    size_t HS = C / NH;
+    return (struct AttentionShape){C, NH, HS, 1 / sqrtf((float)HS)};
 }
 
-/* Scores of rows t0..t1 against keys 0..t1, scaled: p (t1-t0, t1). qkv points at this sequence
- * and head. */
-static void attention_scores(float *p, const float *qkv, struct AttentionShape s, size_t t0,
-                             size_t t1) {
-    struct Matrix q = matrix(qkv + t0 * 3 * s.C, 3 * s.C);
-    struct Matrix k_transposed = transposed(qkv + s.C, 3 * s.C);
-    matmul(p, t1, NULL, 0, q, k_transposed, t1 - t0, t1, s.HS);
+/* What one head sees of one sequence of T tokens. */
+struct AttentionHead {
+    size_t T, HS, NH;
+    size_t h; /* the head's number */
+    size_t row, column; /* in arrays (N,C): the sequence's first row, the head's first column */
+    struct Matrix query, key, value; /* (T,HS) each, views of qkv */
+    float scale;
+    /* Rows from fork on do not see the rows shared..fork-1: the two answers of a pair stand behind
+     * one prompt (collate_pairs). fork = shared: nothing is hidden. */
+    size_t shared, fork;
+};
+
+/* Head h of sequence b of a batch; task = b * NH + h. A row of qkv (N,3C) holds a token's queries
+ * of all heads, then its keys, then its values. */
+static struct AttentionHead attention_head(const float *qkv, const struct Batch *batch,
+                                           struct AttentionShape shape, size_t task) {
+    size_t C = shape.C;
+    size_t HS = shape.HS;
+    /* 1. which rows are the sequence's, and which columns the head's */
+    size_t b = task / shape.NH;
+    size_t start = batch->start[b];
+    size_t T = batch->start[b + 1] - start;
+    size_t h = task % shape.NH;
+    size_t column = h * HS;
+
+    /* 2. The views: queries from column 0 on, keys from C, values from 2C, in each of the three NH
+     *    heads side by side. Nothing is copied: a head's rows are 3C numbers apart. */
+    struct Matrix all = matrix(qkv, batch->N, 3 * C);
+    return (struct AttentionHead){
+        .T = T,
+        .HS = HS,
+        .NH = shape.NH,
+        .h = h,
+        .row = start,
+        .column = column,
+        .query = matrix_block(all, start, column, T, HS),
+        .key = matrix_block(all, start, C + column, T, HS),
+        .value = matrix_block(all, start, 2 * C + column, T, HS),
+        .scale = shape.scale,
+        /* a batch that is not made of pairs has no forks */
+        .shared = batch->fork ? batch->shared[b] : 0,
+        .fork = batch->fork ? batch->fork[b] : 0,
+    };
+}
+
+/* attention_scores -- passes 1 and 2 for the queries t0..t1-1: out p (t1 - t0, t1), a row for each
+ * query, a column for each key that one of them may see. The future inside the last columns is
+ * left to pass 3, which reads only t + 1 numbers of row t.      test: attention, collate_pairs */
+static void attention_scores(float *p, const struct AttentionHead *head, size_t t0, size_t t1) {
+    /* pass 1: scores  P = Q K^T / sqrt(HS) */
+    struct Matrix query = matrix_block(head->query, t0, 0, t1 - t0, head->HS);
+    struct Matrix key = matrix_block(head->key, 0, 0, t1, head->HS);
+    matmul(matrix_out(p, t1 - t0, t1), query, transposed(key));
     for (size_t i = 0; i < (t1 - t0) * t1; i++)
-        p[i] *= s.scale;
-    for (size_t t = MAX(t0, s.fork); t < t1; t++)
-        for (size_t j = s.shared; j < s.fork; j++)
+        p[i] *= head->scale;
+
+    /* pass 2: the mask  e^-inf = 0: to the rejected answer, the chosen one was never written */
+    for (size_t t = MAX(t0, head->fork); t < t1; t++)
+        for (size_t j = head->shared; j < head->fork; j++)
             p[(t - t0) * t1 + j] = -INFINITY;
 }
 
-static void attention_forward_head(float *out, float *lse, const float *qkv,
-                                   struct AttentionShape s, size_t T) {
+/* Where lse (N,NH) has the number of row t of a head's sequence. */
+static size_t lse_place(const struct AttentionHead *head, size_t t) {
+    return (head->row + t) * head->NH + head->h;
+}
+
+/* The head's part of an array (N,C), to be written: T rows, HS columns. */
+static struct MatrixOut head_columns(struct MatrixOut all, const struct AttentionHead *head) {
+    return matrix_out_block(all, head->row, head->column, head->T, head->HS);
+}
+
+/* attention_softmax -- pass 3 for query t: p (t1) comes in as scores and becomes probabilities.
+ * Returns their log-sum-exp.                                                   test: attention */
+static float attention_softmax(float *p, size_t t, size_t t1) {
+    /* t + 1 numbers: the keys up to the query's own. That is the mask of the future. */
+    float lse = softmax(p, t + 1);
+    /* the future, in which pass 4 would read what pass 1 left there */
+    for (size_t j = t + 1; j < t1; j++)
+        p[j] = 0;
+    return lse;
+}
+
+/* attention_forward_head -- the four passes, ATTENTION_ROWS queries at a time.
+ * out  the head's columns of out (N,C) and its numbers of lse (N,NH): log sum_j e^(score_tj), all
+ *      that the backward pass needs to make p again
+ *                             test: attention_hand, attention; gdb: break attention_forward_head */
+static void attention_forward_head(struct MatrixOut out, float *lse,
+                                   const struct AttentionHead *head) {
+    /* The queries go in blocks of rows: a thread has one block of p in memory, (ATTENTION_ROWS,T).
+     * A block holds all keys of its rows, so that softmax needs no second look. */
+    size_t T = head->T;
+    struct MatrixOut mixture = head_columns(out, head);
     float *p = thread_scratch(SCRATCH_SCORES, ATTENTION_ROWS * T);
     for (size_t t0 = 0; t0 < T; t0 += ATTENTION_ROWS) {
         size_t t1 = MIN(T, t0 + ATTENTION_ROWS);
-        attention_scores(p, qkv, s, t0, t1);
-        for (size_t t = t0; t < t1; t++) {
-            float *p_t = p + (t - t0) * t1;
-            lse[t * s.NH] = softmax(p_t, t + 1);
-            for (size_t j = t + 1; j < t1; j++)
-                p_t[j] = 0; /* the future */
-        }
-        matmul(out + t0 * s.C, s.C, NULL, 0, matrix(p, t1), matrix(qkv + 2 * s.C, 3 * s.C), t1 - t0,
-               s.HS, t1);
+
+        /* passes 1 and 2: the scores of rows t0..t1-1, masked */
+        attention_scores(p, head, t0, t1);
+
+        /* pass 3: softmax, row by row */
+        for (size_t t = t0; t < t1; t++)
+            lse[lse_place(head, t)] = attention_softmax(p + (t - t0) * t1, t, t1);
+
+        /* pass 4: the mixture  out = P V */
+        matmul(matrix_out_block(mixture, t0, 0, t1 - t0, head->HS), matrix(p, t1 - t0, t1),
+               matrix_block(head->value, 0, 0, t1, head->HS));
     }
 }
 
+/* attention_forward -- all heads of all sequences; each is a task of its own, for any thread.
+ * in   qkv (N,3C)       out  out (N,C), lse (N,NH)                             test: attention */
 static void attention_forward(float *out, float *lse, const float *qkv, const struct Batch *batch,
-                              struct AttentionShape s) {
-#pragma omp parallel for schedule(dynamic) firstprivate(s)
-    for (size_t task = 0; task < batch->B * s.NH; task++) {
-        size_t b = task / s.NH;
-        size_t h = task % s.NH;
-        size_t start = batch->start[b];
-        if (batch->fork)
-            s.shared = batch->shared[b], s.fork = batch->fork[b];
-        attention_forward_head(out + start * s.C + h * s.HS, lse + start * s.NH + h,
-                               qkv + start * 3 * s.C + h * s.HS, s, batch->start[b + 1] - start);
+                              struct AttentionShape shape) {
+    struct MatrixOut all_out = matrix_out(out, batch->N, shape.C);
+    /* dynamic: a long sequence takes far longer than a short one */
+#pragma omp parallel for schedule(dynamic)
+    for (size_t task = 0; task < batch->B * shape.NH; task++) {
+        struct AttentionHead head = attention_head(qkv, batch, shape, task);
+        attention_forward_head(all_out, lse, &head);
     }
 }
 
-/* out = P V and P = softmax(S), so, with row sums D_t = sum_c dout_tc out_tc = sum_j P_tj dP_tj:
- *   dV += P^T dout,   dP = dout V^T,   dS = P * (dP - D),   dQ = scale dS K,   dK += scale dS^T Q
- */
-static void attention_backward_head(float *dqkv, const float *dout, const float *out,
-                                    const float *lse, const float *qkv, struct AttentionShape s,
-                                    size_t T) {
-    size_t C3 = 3 * s.C;
+/* Pass 3 made again for query t: p (t1) comes in as scores; softmax(score) = e^(score - lse). */
+static void attention_softmax_again(float *p, float lse, size_t t, size_t t1) {
+    for (size_t j = 0; j <= t; j++)
+        p[j] = exp_fast(p[j] - lse);
+    /* the future */
+    for (size_t j = t + 1; j < t1; j++)
+        p[j] = 0;
+}
+
+/* attention_softmax_backward -- back through passes 3 to 1 for query t: from the probabilities to
+ * the products q_t . k_j.
+ *   dscore_j = p_j (dp_j - D),   D = sum_j p_j dp_j = dout . out         [17] Appendix B.2
+ * in   p (t1), the row's probabilities; dout, out (HS)
+ * in, out  dp (t1): d loss / d p_j, then d loss / d (q_t . k_j)
+ * D is what all probabilities together would gain: softmax only shares out, so what one gains
+ * counts less that mean. It needs no sum over T tokens: out is the mean of the values under p.
+ * By hand: the example's t = 1 with dout = 4: dp = (40, 80), D = 4 * 17.5 = 70,
+ * dscore = (0.25 * -30, 0.75 * 10) = (-7.5, 7.5).            test: attention_hand */
+static void attention_softmax_backward(float *dp, const float *p, const float *dout,
+                                       const float *out, const struct AttentionHead *head, size_t t,
+                                       size_t t1) {
+    /* the mean of dp under p */
+    float D = 0;
+    for (size_t c = 0; c < head->HS; c++)
+        D += dout[c] * out[c];
+    /* softmax, and the scale of pass 1 */
+    for (size_t j = 0; j <= t; j++)
+        dp[j] = p[j] * (dp[j] - D) * head->scale;
+    /* the mask: no score of the future was used */
+    for (size_t j = t + 1; j < t1; j++)
+        dp[j] = 0;
+}
+
+/* The gradient of one head: views of dqkv, (T,HS) each. */
+struct AttentionGradient {
+    struct MatrixOut query, key, value;
+};
+
+static struct AttentionGradient attention_gradient(float *dqkv, const struct Batch *batch,
+                                                   struct AttentionShape shape,
+                                                   const struct AttentionHead *head) {
+    size_t C = shape.C;
+    struct MatrixOut all = matrix_out(dqkv, batch->N, 3 * C);
+    /* dqkv is laid out as qkv: a gradient stands where its number stands, and the linear layer
+     * below takes all three parts as one dy */
+    return (struct AttentionGradient){
+        .query = matrix_out_block(all, head->row, head->column, head->T, head->HS),
+        .key = matrix_out_block(all, head->row, C + head->column, head->T, head->HS),
+        .value = matrix_out_block(all, head->row, 2 * C + head->column, head->T, head->HS),
+    };
+}
+
+static void matrix_clear(struct MatrixOut m) {
+    for (size_t i = 0; i < m.rows; i++)
+        memset(m.data + i * m.row_stride, 0, m.columns * sizeof *m.data);
+}
+
+/* attention_backward_head -- the four passes in reverse, ATTENTION_ROWS queries at a time.
+ *   pass 4, out = P V:          dV += P^T dout           dP = dout V^T
+ *   pass 3, P = softmax(S):     dS = P (dP - D)          attention_softmax_backward
+ *   pass 2, the mask:           what was not seen has P = 0, so dS = 0
+ *   pass 1, S = scale Q K^T:    dQ = scale dS K          dK += scale dS^T Q
+ * in   dout, out (T,HS), views; lse (N,NH)      out  d->query, d->key, d->value (T,HS), written
+ * A key and a value are read by all later queries, so theirs are sums over the blocks of rows.
+ * By hand: the example with dout = (0, 4): dV = (0.25 * 4, 0.75 * 4) = (1, 3); dS as above:
+ * dq_1 = 7.5 ln 3 = 8.2396, dK = (-7.5 q_1, 7.5 q_1) = (-7.5, 7.5).
+ *                                           test: attention_hand, attention, attention_gradient */
+static void attention_backward_head(const struct AttentionGradient *d, struct Matrix dout,
+                                    struct Matrix out, const float *lse,
+                                    const struct AttentionHead *head) {
+    size_t T = head->T;
+    size_t HS = head->HS;
+
+    /* room for p and dp of a block; keys and values start their sums from 0 */
     float *p = thread_scratch(SCRATCH_SCORES, 2 * ATTENTION_ROWS * T);
     float *dp = p + ATTENTION_ROWS * T;
-    struct Matrix k = matrix(qkv + s.C, C3);
-    struct Matrix v_transposed = transposed(qkv + 2 * s.C, C3);
-    for (size_t t = 0; t < T; t++)
-        for (size_t c = 0; c < s.HS; c++)
-            dqkv[t * C3 + s.C + c] = dqkv[t * C3 + 2 * s.C + c] = 0;
+    matrix_clear(d->key);
+    matrix_clear(d->value);
     for (size_t t0 = 0; t0 < T; t0 += ATTENTION_ROWS) {
         size_t t1 = MIN(T, t0 + ATTENTION_ROWS);
         size_t rows = t1 - t0;
-        attention_scores(p, qkv, s, t0, t1);
-        matmul(dp, t1, NULL, 0, matrix(dout + t0 * s.C, s.C), v_transposed, rows, t1, s.HS);
-        for (size_t t = t0; t < t1; t++) {
-            float *p_t = p + (t - t0) * t1;
-            float *dp_t = dp + (t - t0) * t1;
-            float D = 0;
-            for (size_t c = 0; c < s.HS; c++)
-                D += dout[t * s.C + c] * out[t * s.C + c];
-            for (size_t j = 0; j <= t; j++)
-                p_t[j] = exp_fast(p_t[j] - lse[t * s.NH]);
-            for (size_t j = 0; j <= t; j++)
-                dp_t[j] = p_t[j] * (dp_t[j] - D) * s.scale;
-            for (size_t j = t + 1; j < t1; j++)
-                p_t[j] = dp_t[j] = 0;
-        }
-        matmul(dqkv + t0 * C3, C3, NULL, 0, matrix(dp, t1), k, rows, s.HS, t1);
-        matmul(dqkv + s.C, C3, dqkv + s.C, C3, transposed(dp, t1), matrix(qkv + t0 * C3, C3), t1,
-               s.HS, rows);
-        matmul(dqkv + 2 * s.C, C3, dqkv + 2 * s.C, C3, transposed(p, t1),
-               matrix(dout + t0 * s.C, s.C), t1, s.HS, rows);
+        struct Matrix dout_rows = matrix_block(dout, t0, 0, rows, HS);
+
+        /* Passes 1 to 3 again: p was not kept. That makes five products where four would do, and
+         * saves a matrix (T,T) for each head of each layer. */
+        attention_scores(p, head, t0, t1);
+        for (size_t t = t0; t < t1; t++)
+            attention_softmax_again(p + (t - t0) * t1, lse[lse_place(head, t)], t, t1);
+
+        /* back through pass 4: a value learns from each query, as far as that one took it */
+        matmul_add(matrix_out_block(d->value, 0, 0, t1, HS), transposed(matrix(p, rows, t1)),
+                   dout_rows);
+        matmul(matrix_out(dp, rows, t1), dout_rows,
+               transposed(matrix_block(head->value, 0, 0, t1, HS)));
+
+        /* back through passes 3 and 2, row by row */
+        for (size_t t = t0; t < t1; t++)
+            attention_softmax_backward(dp + (t - t0) * t1, p + (t - t0) * t1,
+                                       dout.data + t * dout.row_stride,
+                                       out.data + t * out.row_stride, head, t, t1);
+
+        /* back through pass 1: a score's slope by the query is the key, and the other way round */
+        matmul(matrix_out_block(d->query, t0, 0, rows, HS), matrix(dp, rows, t1),
+               matrix_block(head->key, 0, 0, t1, HS));
+        matmul_add(matrix_out_block(d->key, 0, 0, t1, HS), transposed(matrix(dp, rows, t1)),
+                   matrix_block(head->query, t0, 0, rows, HS));
     }
 }
 
+/* attention_backward -- all heads of all sequences; each writes to its own columns of dqkv.
+ * in   dout, out (N,C), lse (N,NH), qkv (N,3C)       out  dqkv (N,3C), written
+ *                                                           test: attention, attention_gradient */
 static void attention_backward(float *dqkv, const float *dout, const float *out, const float *lse,
                                const float *qkv, const struct Batch *batch,
-                               struct AttentionShape s) {
-#pragma omp parallel for schedule(dynamic) firstprivate(s)
-    for (size_t task = 0; task < batch->B * s.NH; task++) {
-        size_t b = task / s.NH;
-        size_t h = task % s.NH;
-        size_t start = batch->start[b];
-        size_t at = start * s.C + h * s.HS;
-        if (batch->fork)
-            s.shared = batch->shared[b], s.fork = batch->fork[b];
-        attention_backward_head(dqkv + start * 3 * s.C + h * s.HS, dout + at, out + at,
-                                lse + start * s.NH + h, qkv + start * 3 * s.C + h * s.HS, s,
-                                batch->start[b + 1] - start);
+                               struct AttentionShape shape) {
+    struct Matrix all_dout = matrix(dout, batch->N, shape.C);
+    struct Matrix all_out = matrix(out, batch->N, shape.C);
+    /* Each head of a sequence has columns of its own in dqkv. No two tasks write to the same place,
+     * so no sum depends on which thread comes first. */
+#pragma omp parallel for schedule(dynamic)
+    for (size_t task = 0; task < batch->B * shape.NH; task++) {
+        struct AttentionHead head = attention_head(qkv, batch, shape, task);
+        /* the same views of dqkv, dout and out that the head has of qkv */
+        struct AttentionGradient d = attention_gradient(dqkv, batch, shape, &head);
+        attention_backward_head(&d, matrix_block(all_dout, head.row, head.column, head.T, head.HS),
+                                matrix_block(all_out, head.row, head.column, head.T, head.HS), lse,
+                                &head);
     }
 }
 
-/* Keys and values of past tokens, kept while a text is written: a new token costs one row of
- * work (chapter 13). */
+/* ---- Attention while a text is written ------------------------------------------------------ */
+
+/* Keys and values of the past, kept while texts are written: past tokens never change what they
+ * say, so a new token costs one row of work instead of T rows (chapter 13). */
 struct KVCache {
-    size_t B, capacity; /* sequences; positions of each */
+    size_t B, capacity; /* sequences; positions that each has room for */
     float *k, *v; /* (L, B, capacity, C) */
     size_t *length; /* (B) positions filled */
 };
 
-/* One new token's query, head h, against the n cached positions of its sequence. */
-WIDE static void attention_cached_head(float *out, const float *q, const float *k, const float *v,
-                                       struct AttentionShape s, size_t n) {
-    float *p = thread_scratch(SCRATCH_SCORES, n);
-    for (size_t j = 0; j < n; j += 4)
-        row_dot_4(p + j, q, k + j * s.C, s.C, s.HS, MIN((size_t)4, n - j));
-    for (size_t j = 0; j < n; j++)
-        p[j] *= s.scale;
-    softmax(p, n);
-    for (size_t c = 0; c < s.HS; c++)
-        out[c] = 0;
-    for (size_t j = 0; j < n; j++)
-        for (size_t c = 0; c < s.HS; c++)
-            out[c] += p[j] * v[j * s.C + c];
+/* Where a layer's k and v of a sequence's position stand in the cache. */
+static size_t kv_cache_place(const struct KVCache *cache, size_t layer, size_t sequence,
+                             size_t position, size_t C) {
+    return ((layer * cache->B + sequence) * cache->capacity + position) * C;
 }
 
-/* Stores the keys and values of a decoding batch, then attends. */
+/* Puts the keys and values of a batch's token n into the cache. */
+static void kv_cache_store(struct KVCache *cache, const struct Batch *batch, size_t n,
+                           const float *qkv, size_t layer, size_t C) {
+    size_t position = (size_t)batch->position[n];
+    size_t place = kv_cache_place(cache, layer, batch->slot[n], position, C);
+    /* all heads at once: in a row of qkv their keys are neighbours, and their values stand behind
+     * them; the query is not kept, since no later token asks for it */
+    const float *key = qkv + n * 3 * C + C;
+    const float *value = key + C;
+    memcpy(cache->k + place, key, C * sizeof *key);
+    memcpy(cache->v + place, value, C * sizeof *value);
+    cache->length[batch->slot[n]] = position + 1;
+}
+
+/* What head h of token n sees: its own query, and the keys and values of its sequence up to
+ * itself, from the cache. */
+static struct AttentionHead attention_cached_view(const float *qkv, const struct Batch *batch,
+                                                  size_t layer, struct AttentionShape shape,
+                                                  size_t n, size_t h) {
+    /* 1. as many keys as the token's position says, itself included */
+    const struct KVCache *cache = batch->cache;
+    size_t C = shape.C;
+    size_t T = (size_t)batch->position[n] + 1;
+    size_t column = h * shape.HS;
+
+    /* 2. The sequence's position 0 in the cache: from there on, a row of C numbers a position. The
+     *    query comes from qkv: only the past is in the cache. */
+    size_t place = kv_cache_place(cache, layer, batch->slot[n], 0, C);
+    return (struct AttentionHead){
+        .T = T,
+        .HS = shape.HS,
+        .NH = shape.NH,
+        .h = h,
+        .row = n,
+        .column = column,
+        .query = matrix_block(matrix(qkv, batch->N, 3 * C), n, column, 1, shape.HS),
+        .key = matrix_block(matrix(cache->k + place, T, C), 0, column, T, shape.HS),
+        .value = matrix_block(matrix(cache->v + place, T, C), 0, column, T, shape.HS),
+        .scale = shape.scale,
+    };
+}
+
+/* attention_cached_head -- the four passes for a single query, the newest. All it may see is the
+ * past, so there is nothing to mask.   out  out (HS)           test: generate_cache, few_rows */
+WIDE static void attention_cached_head(float *out, const struct AttentionHead *head) {
+    size_t T = head->T;
+    size_t HS = head->HS;
+    float *p = thread_scratch(SCRATCH_SCORES, T);
+
+    /* pass 1: scores, four keys at a time */
+    const float *key = head->key.data;
+    size_t stride = head->key.row_stride;
+    for (size_t j = 0; j < T; j += 4)
+        row_dot_4(p + j, head->query.data, key + j * stride, stride, HS, MIN((size_t)4, T - j));
+    for (size_t j = 0; j < T; j++)
+        p[j] *= head->scale;
+
+    /* pass 3: softmax, over all that there is: the newest token has no future */
+    softmax(p, T);
+
+    /* pass 4: the mixture, value by value: each is a row of neighbours */
+    const float *value = head->value.data;
+    for (size_t c = 0; c < HS; c++)
+        out[c] = 0;
+    for (size_t j = 0; j < T; j++)
+        for (size_t c = 0; c < HS; c++)
+            out[c] += p[j] * value[j * stride + c];
+}
+
+/* attention_cached -- attention of a decoding batch, whose rows are new tokens alone.
+ * in   qkv (N,3C)       out  out (N,C); the batch's cache grows by the new keys and values
+ * First all tokens are stored, then all look: a row may be one of several new tokens of a
+ * sequence, each of which sees those before it.                             test: generate_cache */
 static void attention_cached(float *out, const float *qkv, const struct Batch *batch, size_t layer,
-                             struct AttentionShape s) {
-    struct KVCache *cache = batch->cache;
-    for (size_t n = 0; n < batch->N; n++) {
-        cache->length[batch->slot[n]] = (size_t)batch->position[n] + 1;
-        size_t at =
-            ((layer * cache->B + batch->slot[n]) * cache->capacity + (size_t)batch->position[n])
-            * s.C;
-        memcpy(cache->k + at, qkv + n * 3 * s.C + s.C, s.C * sizeof(float));
-        memcpy(cache->v + at, qkv + n * 3 * s.C + 2 * s.C, s.C * sizeof(float));
-    }
-#pragma omp parallel for if (batch->N * s.NH > 16)
-    for (size_t task = 0; task < batch->N * s.NH; task++) {
-        size_t n = task / s.NH;
-        size_t h = task % s.NH;
-        size_t at = (layer * cache->B + batch->slot[n]) * cache->capacity * s.C + h * s.HS;
-        attention_cached_head(out + n * s.C + h * s.HS, qkv + n * 3 * s.C + h * s.HS, cache->k + at,
-                              cache->v + at, s, (size_t)batch->position[n] + 1);
+                             struct AttentionShape shape) {
+    /* 1. the new keys and values */
+    for (size_t n = 0; n < batch->N; n++)
+        kv_cache_store(batch->cache, batch, n, qkv, layer, shape.C);
+
+        /* 2. each new token's heads */
+#pragma omp parallel for if (batch->N * shape.NH > 16)
+    for (size_t task = 0; task < batch->N * shape.NH; task++) {
+        size_t n = task / shape.NH;
+        size_t h = task % shape.NH;
+        struct AttentionHead head = attention_cached_view(qkv, batch, layer, shape, n, h);
+        attention_cached_head(out + n * shape.C + head.column, &head);
     }
 }
 
@@ -3711,8 +4327,7 @@ static void lora_backward(float *dx, const float *dy, const float *x, struct Lin
 /* A linear layer of the model, x (N,in) to y (N,out), and what its adapter adds to y where it has
  * one (chapter 12). */
 static void module_forward(float *y, const float *x, const struct Linear *linear, size_t N) {
-    linear_forward(y, x, linear->weight.w, linear->bias.w, N, linear->weight.shape[0],
-                   linear->weight.shape[1]);
+    linear_forward(y, x, N, &linear->weight, &linear->bias);
     /* the adapter's share is added to what is there: its base comes first */
     if (linear->lora_A.n)
         lora_forward(y, x, linear, N);
@@ -3723,8 +4338,7 @@ static void module_backward(float *dx, const float *dy, const float *x, struct L
                             size_t N) {
     /* A frozen layer, whose d is NULL, learns nothing but passes dx on: the adapters of the layers
      * before it need that. */
-    linear_backward(dx, linear->weight.d, linear->bias.d, dy, x, linear->weight.w, N,
-                    linear->weight.shape[0], linear->weight.shape[1]);
+    linear_backward(dx, dy, x, N, &linear->weight, &linear->bias);
     if (linear->lora_A.n)
         lora_backward(dx, dy, x, linear, N);
 }
@@ -3745,8 +4359,8 @@ static void block_forward(const struct GPT2 *model, size_t layer, struct BlockAc
 
     /* 1. Query, key and value of each token, made from its normalized vector. The norm stands
      *    before the layer, not behind the sum as in [2]: the stream itself is never rescaled. */
-    layernorm_forward(a->ln_1, a->ln_1_mean, a->ln_1_rstd, a->x, h->ln_1.weight.w, h->ln_1.bias.w,
-                      N, C, model->config.layer_norm_epsilon);
+    layernorm_forward(a->ln_1, (struct LayerNormRows){N, a->x, a->ln_1_mean, a->ln_1_rstd},
+                      &h->ln_1.weight, &h->ln_1.bias, model->config.layer_norm_epsilon);
     module_forward(a->qkv, a->ln_1, &h->attn.c_attn, N);
 
     /* 2. Attention: each token gathers from those before it. While a text is written they are not
@@ -3764,8 +4378,8 @@ static void block_forward(const struct GPT2 *model, size_t layer, struct BlockAc
     /* 4. The mlp works on each token by itself, and is added likewise: four times as many numbers
      *    as the stream has, gelu lets each of them pass or not, and back to C. Two thirds of a
      *    block's weights are here. */
-    layernorm_forward(a->ln_2, a->ln_2_mean, a->ln_2_rstd, a->mid, h->ln_2.weight.w, h->ln_2.bias.w,
-                      N, C, model->config.layer_norm_epsilon);
+    layernorm_forward(a->ln_2, (struct LayerNormRows){N, a->mid, a->ln_2_mean, a->ln_2_rstd},
+                      &h->ln_2.weight, &h->ln_2.bias, model->config.layer_norm_epsilon);
     module_forward(a->fc, a->ln_2, &h->mlp.c_fc, N);
     gelu_forward(a->gelu, a->fc, N, 4 * C);
     module_forward(out, a->gelu, &h->mlp.c_proj, N);
@@ -3791,8 +4405,8 @@ static void block_backward(struct GPT2 *model, struct Block *h, const struct Blo
 
     /* 2. dx is d out and becomes d mid: its own share stays, the mlp's is added. That is all that
      *    the sum `out = mid + ...` asks for. */
-    layernorm_backward(dx, h->ln_2.weight.d, h->ln_2.bias.d, dnarrow, a->mid, a->ln_2_mean,
-                       a->ln_2_rstd, h->ln_2.weight.w, N, C);
+    layernorm_backward(dx, dnarrow, (struct LayerNormRows){N, a->mid, a->ln_2_mean, a->ln_2_rstd},
+                       &h->ln_2.weight, &h->ln_2.bias);
 
     /* 3. Back through the attention: dnarrow is d att, dwide (of which 3C a row are used) is
      *    d qkv, and dnarrow is d ln_1. */
@@ -3802,8 +4416,8 @@ static void block_backward(struct GPT2 *model, struct Block *h, const struct Blo
     module_backward(dnarrow, dwide, a->ln_1, &h->attn.c_attn, N);
 
     /* 4. dx is d mid and becomes d x. */
-    layernorm_backward(dx, h->ln_1.weight.d, h->ln_1.bias.d, dnarrow, a->x, a->ln_1_mean,
-                       a->ln_1_rstd, h->ln_1.weight.w, N, C);
+    layernorm_backward(dx, dnarrow, (struct LayerNormRows){N, a->x, a->ln_1_mean, a->ln_1_rstd},
+                       &h->ln_1.weight, &h->ln_1.bias);
 }
 
 static struct BlockActivations block_activations_new(struct Arena *arena, size_t N, size_t C,
@@ -3882,8 +4496,8 @@ static struct Activations gpt2_forward(const struct GPT2 *model, struct Arena *a
 
     /* 3. The stream is now a sum of 2 L + 1 vectors, and large; it is normalized once more before
      *    heads read it. */
-    layernorm_forward(acts.ln_f, acts.ln_f_mean, acts.ln_f_rstd, acts.x, model->ln_f.weight.w,
-                      model->ln_f.bias.w, N, C, c->layer_norm_epsilon);
+    layernorm_forward(acts.ln_f, (struct LayerNormRows){N, acts.x, acts.ln_f_mean, acts.ln_f_rstd},
+                      &model->ln_f.weight, &model->ln_f.bias, c->layer_norm_epsilon);
     return acts;
 }
 
@@ -3903,8 +4517,9 @@ static void gpt2_backward(struct GPT2 *model, struct Arena *arena, const struct 
     float *dnarrow = arena_floats(arena, N * C);
 
     /* 1. the steps of the forward pass in reverse; dx is the stream's derivative all the way */
-    layernorm_backward(dx, model->ln_f.weight.d, model->ln_f.bias.d, dhidden, acts->x,
-                       acts->ln_f_mean, acts->ln_f_rstd, model->ln_f.weight.w, N, C);
+    layernorm_backward(dx, dhidden,
+                       (struct LayerNormRows){N, acts->x, acts->ln_f_mean, acts->ln_f_rstd},
+                       &model->ln_f.weight, &model->ln_f.bias);
     for (size_t l = model->config.n_layer; l-- > 0;)
         block_backward(model, &model->h[l], &acts->h[l], batch, dx, dwide, dnarrow);
 
@@ -3927,7 +4542,7 @@ static void output_logits(const struct GPT2 *model, float *logits, const float *
     size_t V = model->config.vocab_size;
     /* A token's logit is the dot product of the hidden vector with the token's own vector: the
      * more they point the same way, the better the token fits. */
-    matmul(logits, V, NULL, 0, matrix(hidden, C), transposed(model->wte.w, C), n, V, C);
+    matmul(matrix_out(logits, n, V), matrix(hidden, n, C), transposed(matrix(model->wte.w, V, C)));
 }
 
 /* The logits of tokens v .. v+3, for n <= FEW_ROWS hidden vectors: four rows of wte come from
@@ -4116,14 +4731,14 @@ static void lm_head_backward_chunk(struct GPT2 *model, struct LMHead *head, size
 
     /* 2. d hidden = d logits wte: this is what goes on through the model. */
     float *drows = arena_floats(arena, n * C);
-    matmul(drows, C, NULL, 0, matrix(head->logits, V), matrix(model->wte.w, C), n, C, V);
+    matmul(matrix_out(drows, n, C), matrix(head->logits, n, V), matrix(model->wte.w, V, C));
 
     /* 3. wte's gradient, the first of two ways: as the output layer, d wte += d logits^T hidden.
      *    Every token of the vocabulary gets some, for each had a logit. The second way, as the
      *    embedding of the tokens that were read, comes at the end of gpt2_backward. */
     if (model->wte.d)
-        matmul(model->wte.d, C, model->wte.d, C, transposed(head->logits, V),
-               matrix(head->hidden + first * C, C), V, C, n);
+        matmul_add(matrix_out(model->wte.d, V, C), transposed(matrix(head->logits, n, V)),
+                   matrix(head->hidden + first * C, n, C));
 
     /* 4. back to where the rows stand in the batch; added, since another head may have written
      *    there */
@@ -4355,12 +4970,13 @@ static void lora_forward(float *y, const float *x, const struct Linear *linear, 
      *    other first, A^T B^T would be as large as W, and so would the work. The scale is applied
      *    here, where the numbers are fewest. */
     float *u = thread_scratch(SCRATCH_ROW, N * r);
-    matmul(u, r, NULL, 0, matrix(x, in), transposed(linear->lora_A.w, in), N, r, in);
+    matmul(matrix_out(u, N, r), matrix(x, N, in), transposed(matrix(linear->lora_A.w, r, in)));
     for (size_t i = 0; i < N * r; i++)
         u[i] *= linear->lora_scale;
 
     /* 2. and up again, on top of what W gave */
-    matmul(y, out, y, out, matrix(u, r), transposed(linear->lora_B.w, r), N, out, r);
+    matmul_add(matrix_out(y, N, out), matrix(u, N, r),
+               transposed(matrix(linear->lora_B.w, out, r)));
 }
 
 /* lora_backward -- the same backward. y = ... + u B^T, u = scale x A^T; with g = scale dy B (N,r),
@@ -4382,19 +4998,19 @@ static void lora_backward(float *dx, const float *dy, const float *x, struct Lin
      *    it, so one loop scales both */
     float *u = thread_scratch(SCRATCH_ROW, 2 * N * r);
     float *g = u + N * r;
-    matmul(u, r, NULL, 0, matrix(x, in), transposed(A->w, in), N, r, in);
-    matmul(g, r, NULL, 0, matrix(dy, out), matrix(B->w, r), N, r, out);
+    matmul(matrix_out(u, N, r), matrix(x, N, in), transposed(matrix(A->w, r, in)));
+    matmul(matrix_out(g, N, r), matrix(dy, N, out), matrix(B->w, out, r));
     for (size_t i = 0; i < 2 * N * r; i++)
         u[i] *= linear->lora_scale;
 
     /* 2. The adapter's own gradients. At the start B is zero, hence g too, and only B learns; from
      *    the second step on both do. Had A started at zero as well, u and g would be zero for
      *    ever, and nothing would be learnt. */
-    matmul(B->d, r, B->d, r, transposed(dy, out), matrix(u, r), out, r, N);
-    matmul(A->d, in, A->d, in, transposed(g, r), matrix(x, in), r, in, N);
+    matmul_add(matrix_out(B->d, out, r), transposed(matrix(dy, N, out)), matrix(u, N, r));
+    matmul_add(matrix_out(A->d, r, in), transposed(matrix(g, N, r)), matrix(x, N, in));
 
     /* 3. and what goes on to the layer before; added, since x entered W and A both */
-    matmul(dx, in, dx, in, matrix(g, r), matrix(A->w, in), N, in, r);
+    matmul_add(matrix_out(dx, N, in), matrix(g, N, r), matrix(A->w, r, in));
 }
 
 /* ---- Which layers have an adapter ----------------------------------------------------------- */
@@ -4526,7 +5142,8 @@ static void lora_merge(struct Linear *linear) {
         B->w[k] *= linear->lora_scale;
 
     /* 2. A^T (in,r) times B^T (r,out) has W's shape, and is added to it */
-    matmul(W->w, out, W->w, out, transposed(A->w, in), transposed(B->w, r), in, out, r);
+    matmul_add(matrix_out(W->w, in, out), transposed(matrix(A->w, r, in)),
+               transposed(matrix(B->w, out, r)));
     lora_remove(linear);
 }
 

@@ -384,7 +384,8 @@ static float *batch_logits(const struct GPT2 *model, const struct Batch *batch) 
     size_t V = model->config.vocab_size;
     struct Activations acts = gpt2_forward(model, &test_arena, batch, false);
     float *logits = arena_floats(&test_arena, batch->N * V);
-    matmul(logits, V, NULL, 0, matrix(acts.ln_f, C), transposed(model->wte.w, C), batch->N, V, C);
+    matmul(matrix_out(logits, batch->N, V), matrix(acts.ln_f, batch->N, C),
+           transposed(matrix(model->wte.w, V, C)));
     return logits;
 }
 
@@ -2116,15 +2117,20 @@ static void compare_matmul(size_t M, size_t N, size_t K) {
     float *plain = arena_zeros(&test_arena, M * c_row, sizeof *plain);
     float *got = arena_floats(&test_arena, M * c_row);
     for (int form = 0; form < 4; form++) {
-        struct Matrix left = form & 1 ? transposed(a, M) : matrix(a, K);
-        struct Matrix right = form & 2 ? transposed(b, K) : matrix(b, N);
-        matmul_plain(plain, c_row, NULL, 0, left, right, M, N, K);
+        struct Matrix left = form & 1 ? transposed(matrix(a, K, M)) : matrix(a, M, K);
+        struct Matrix right = form & 2 ? transposed(matrix(b, N, K)) : matrix(b, K, N);
+        struct MatrixOut product = {got, M, N, c_row};
+        matmul_plain((struct MatrixOut){plain, M, N, c_row}, (struct Matrix){0}, left, right);
         for (int run = 0; widest_kernel && run < 3 * (int)(widest_kernel - KERNELS + 1); run++) {
             int from = run % 3;
             kernel = &KERNELS[run / 3];
             memcpy(got, before, M * c_row * sizeof *got);
-            matmul(got, c_row, (float *[]){NULL, got, before}[from], (size_t[]){0, c_row, 0}[from],
-                   left, right, M, N, K);
+            if (from == 0)
+                matmul(product, left, right);
+            else if (from == 1)
+                matmul_add(product, left, right);
+            else
+                matmul_bias(product, before, left, right);
             double worst = 0;
             for (size_t i = 0; i < M; i++)
                 for (size_t j = 0; j < c_row; j++) {
@@ -2176,15 +2182,38 @@ static void test_kernel_choose(void) {
     kernel = held_kernel;
 }
 
-/* By hand. */
+static void multiply_misfits(const void *columns) {
+    float numbers[6] = {0};
+    matmul(matrix_out(numbers, 2, 1), matrix(numbers, 2, *(const size_t *)columns),
+           matrix(numbers, 2, 1));
+}
+
+/* By hand; shapes that do not fit. */
 static void test_matmul(void) {
     float a[] = {1, 2, 3, 4};
     float b[] = {5, 6};
+    float bias[] = {3};
     float c[2] = {100, 200};
-    matmul(c, 1, NULL, 0, matrix(a, 2), matrix(b, 1), 2, 1, 2);
+    struct MatrixOut out = matrix_out(c, 2, 1);
+    matmul(out, matrix(a, 2, 2), matrix(b, 2, 1));
     expect_floats("[1 2; 3 4] [5; 6]", c, (double[]){17, 39}, 2, 0);
-    matmul(c, 1, c, 1, transposed(a, 2), matrix(b, 1), 2, 1, 2);
-    expect_floats("+ [1 3; 2 4] [5; 6]", c, (double[]){17 + 23, 39 + 34}, 2, 0);
+    matmul_add(out, transposed(matrix(a, 2, 2)), matrix(b, 2, 1));
+    expect_floats("+ [1 3; 2 4] [5; 6]", c, (double[]){40, 73}, 2, 0);
+    matmul_bias(out, bias, matrix(a, 2, 2), matrix(b, 2, 1));
+    expect_floats("[1 2; 3 4] [5; 6] + 3", c, (double[]){20, 42}, 2, 0);
+    expect_end("shapes", multiply_misfits, (size_t[]){3}, 1,
+               "matmul: (2,3) times (2,1) does not make (2,1)");
+}
+
+/* By hand: lines that are apart, lines that are neighbours, lines that are missing. */
+static void test_pack_panel(void) {
+    float lines[] = {1, 2, 3, 4, 5, 6};
+    float panel[12];
+    pack_panel(panel, matrix(lines, 2, 3), 4);
+    expect_floats("two lines", panel, (double[]){1, 4, 0, 0, 2, 5, 0, 0, 3, 6, 0, 0}, 12, 0);
+    float numbers[8] = {1, 2, 3, 4, 5, 6, 7, 8};
+    pack_panel(panel, transposed(matrix(numbers, 2, 4)), 4);
+    expect_floats("four neighbours", panel, (double[]){1, 2, 3, 4, 5, 6, 7, 8}, 8, 0);
 }
 
 /* Shapes around the tiles' and the blocks' edges. */
@@ -2207,7 +2236,7 @@ static void test_matmul_plain(void) {
     float c[1];
     float a[] = {2};
     float b[] = {3};
-    matmul(c, 1, b, 0, matrix(a, 1), matrix(b, 1), 1, 1, 1);
+    matmul_bias(matrix_out(c, 1, 1), b, matrix(a, 1, 1), matrix(b, 1, 1));
     expect_close("without a kernel", c[0], 9, 0);
     kernel = widest_kernel;
 }
@@ -2223,7 +2252,7 @@ static void test_matmul_threads(void) {
     for (int threads = 1; threads <= 3; threads++) {
         c[threads] = arena_floats(&test_arena, M * N);
         use_threads(threads);
-        matmul(c[threads], N, NULL, 0, matrix(a, K), matrix(b, N), M, N, K);
+        matmul(matrix_out(c[threads], M, N), matrix(a, M, K), matrix(b, K, N));
         expect_bits("product", c[threads], c[1], M * N);
     }
     use_threads(1);
@@ -2240,10 +2269,42 @@ struct LayerCase {
     struct Batch *batch;
 };
 
+/* A tensor of given numbers and gradient, (rows,columns) or, with columns = 0, (rows). */
+static struct Tensor tensor_of(float *w, float *d, size_t rows, size_t columns) {
+    return (struct Tensor){
+        .shape = {rows, columns},
+        .ndim = columns ? 2 : 1,
+        .n = rows * MAX(columns, (size_t)1),
+        .w = w,
+        .d = d,
+    };
+}
+
 static double linear_loss(void *context) {
     struct LayerCase *c = context;
-    linear_forward(c->y, c->x, c->w, c->b, c->N, c->in, c->out);
+    struct Tensor weight = tensor_of(c->w, NULL, c->in, c->out);
+    struct Tensor bias = tensor_of(c->b, NULL, c->out, 0);
+    linear_forward(c->y, c->x, c->N, &weight, &bias);
     return dot_product(c->y, c->dy, c->N * c->out);
+}
+
+/* One row, by hand, as at the head of the chapter. */
+static void test_linear_hand(void) {
+    float x[] = {1, 2};
+    float w[] = {3, 4, 5, 6};
+    float b[] = {7, 8};
+    float dy[] = {1, -2};
+    float y[2], dx[2];
+    float dw[4] = {0};
+    float db[2] = {0};
+    struct Tensor weight = tensor_of(w, dw, 2, 2);
+    struct Tensor bias = tensor_of(b, db, 2, 0);
+    linear_forward(y, x, 1, &weight, &bias);
+    expect_floats("y", y, (double[]){20, 24}, 2, 0);
+    linear_backward(dx, dy, x, 1, &weight, &bias);
+    expect_floats("dx", dx, (double[]){-5, -7}, 2, 0);
+    expect_floats("dW", dw, (double[]){1, -2, 2, -4}, 4, 0);
+    expect_floats("db", db, (double[]){1, -2}, 2, 0);
 }
 
 /* x W + b and its gradients against torch's (Conv1D). */
@@ -2259,13 +2320,15 @@ static void test_linear_golden(void) {
         dy[i] = (float)cos(0.3 + 1.1 * i);
     for (int i = 0; i < 2; i++)
         b[i] = (float)sin(1.0 + i);
-    linear_forward(y, x, w, b, 3, 4, 2);
+    struct Tensor weight = tensor_of(w, dw, 4, 2);
+    struct Tensor bias = tensor_of(b, db, 2, 0);
+    linear_forward(y, x, 3, &weight, &bias);
     expect_floats("y", y, golden_lin_y[0], 6, 1e-6);
-    linear_backward(dx, dw, db, dy, x, w, 3, 4, 2);
+    linear_backward(dx, dy, x, 3, &weight, &bias);
     expect_floats("dx", dx, golden_lin_dx[0], 12, 1e-6);
     expect_floats("dW", dw, golden_lin_dw[0], 8, 1e-6);
     expect_floats("db", db, golden_lin_db, 2, 1e-6);
-    linear_backward(dx, dw, db, dy, x, w, 3, 4, 2);
+    linear_backward(dx, dy, x, 3, &weight, &bias);
     expect_close("dW is added to, dx is not", dw[0] + dx[0],
                  2 * golden_lin_dw[0][0] + golden_lin_dx[0][0], 2e-6);
 }
@@ -2281,24 +2344,34 @@ static void test_linear_gradient(void) {
     float *dx = random_floats(c.N * c.in, 1);
     float *dw = arena_zeros(&test_arena, c.in * c.out, 4);
     float *db = arena_zeros(&test_arena, c.out, 4);
-    linear_backward(dx, dw, db, c.dy, c.x, c.w, c.N, c.in, c.out);
+    struct Tensor weight = tensor_of(c.w, dw, c.in, c.out);
+    struct Tensor bias = tensor_of(c.b, db, c.out, 0);
+    linear_backward(dx, c.dy, c.x, c.N, &weight, &bias);
     struct Slope f = {linear_loss, &c, 0.25};
     expect_gradient("x", f, c.x, dx, c.N * c.in, 60, 1e-4);
     expect_gradient("W", f, c.w, dw, c.in * c.out, 60, 1e-4);
     expect_gradient("b", f, c.b, db, c.out, 130, 1e-4);
-    linear_backward(NULL, NULL, db, c.dy, c.x, c.w, c.N, c.in, c.out);
+    weight.d = NULL;
+    linear_backward(dx, c.dy, c.x, c.N, &weight, &bias);
     expect_close("only the bias, added to", db[129], 2 * slope_at(f, c.b + 129), 1e-3);
 }
 
 /* By hand and against torch. */
 static void test_layernorm(void) {
-    float pair[] = {1, 3};
-    float one[] = {1, 1};
-    float zero[] = {0, 0};
+    float hand[] = {3, 3, 7, 7};
+    float two[] = {2, 2, 2, 2};
+    float half[] = {0.5f, 0.5f, 0.5f, 0.5f};
+    float dhand[] = {4, 0, 0, 0};
+    float dhand_x[4] = {0};
     float y[4], mean, rstd;
-    layernorm_forward(y, &mean, &rstd, pair, one, zero, 1, 2, 0);
-    expect_floats("(1, 3)", y, (double[]){-1, 1}, 2, 1e-7);
-    expect_true("mean 2, variance 1", mean == 2 && rstd == 1);
+    struct Tensor weight = tensor_of(two, NULL, 4, 0);
+    struct Tensor bias = tensor_of(half, NULL, 4, 0);
+    struct LayerNormRows row = {1, hand, &mean, &rstd};
+    layernorm_forward(y, row, &weight, &bias, 0);
+    expect_floats("(3, 3, 7, 7)", y, (double[]){-1.5, -1.5, 2.5, 2.5}, 4, 1e-7);
+    expect_true("mean 5, variance 4", mean == 5 && rstd == 0.5f);
+    layernorm_backward(dhand_x, dhand, row, &weight, &bias);
+    expect_floats("dx by hand", dhand_x, (double[]){2, -2, 0, 0}, 4, 1e-7);
     float x[] = {1, 2, 4, 8};
     float w[] = {1, 0.5f, -1, 2};
     float b[] = {0, 0.1f, 0.2f, 0.3f};
@@ -2306,9 +2379,12 @@ static void test_layernorm(void) {
     float dx[4] = {10, 10, 10, 10};
     float dw[4] = {0};
     float db[4] = {0};
-    layernorm_forward(y, &mean, &rstd, x, w, b, 1, 4, 1e-5f);
+    weight = tensor_of(w, dw, 4, 0);
+    bias = tensor_of(b, db, 4, 0);
+    row.x = x;
+    layernorm_forward(y, row, &weight, &bias, 1e-5f);
     expect_floats("y", y, golden_ln_y, 4, 2e-6);
-    layernorm_backward(dx, dw, db, dy, x, &mean, &rstd, w, 1, 4);
+    layernorm_backward(dx, dy, row, &weight, &bias);
     for (int i = 0; i < 4; i++)
         expect_close("dx, added", dx[i] - 10, golden_ln_dx[i], 4e-6);
     expect_floats("dw", dw, golden_ln_dw, 4, 2e-6);
@@ -2317,7 +2393,10 @@ static void test_layernorm(void) {
 
 static double layernorm_loss(void *context) {
     struct LayerCase *c = context;
-    layernorm_forward(c->y, c->mean, c->rstd, c->x, c->w, c->b, c->N, c->out, 1e-5f);
+    struct Tensor weight = tensor_of(c->w, NULL, c->out, 0);
+    struct Tensor bias = tensor_of(c->b, NULL, c->out, 0);
+    struct LayerNormRows rows = {c->N, c->x, c->mean, c->rstd};
+    layernorm_forward(c->y, rows, &weight, &bias, 1e-5f);
     return dot_product(c->y, c->dy, c->N * c->out);
 }
 
@@ -2335,7 +2414,10 @@ static void test_layernorm_gradient(void) {
     float *dw = arena_zeros(&test_arena, c.out, 4);
     float *db = arena_zeros(&test_arena, c.out, 4);
     layernorm_loss(&c);
-    layernorm_backward(dx, dw, db, c.dy, c.x, c.mean, c.rstd, c.w, c.N, c.out);
+    struct Tensor weight = tensor_of(c.w, dw, c.out, 0);
+    struct Tensor bias = tensor_of(c.b, db, c.out, 0);
+    struct LayerNormRows rows = {c.N, c.x, c.mean, c.rstd};
+    layernorm_backward(dx, c.dy, rows, &weight, &bias);
     struct Slope f = {layernorm_loss, &c, 0.03};
     expect_gradient("x", f, c.x, dx, n, 100, 3e-4);
     expect_gradient("weight", f, c.w, dw, c.out, 67, 3e-4);
@@ -2355,10 +2437,14 @@ static void test_gelu(void) {
     gelu_backward(dx, x, 1, COUNT(x));
     expect_floats("y", y, golden_gelu, COUNT(x), 1e-6);
     expect_floats("slope", dx, golden_gelu_grad, COUNT(x), 1e-6);
-    float far[] = {0, 30, -30, 1e20f, -1e20f, -1};
-    gelu_row(y, far, 6);
+    float far[] = {0, 30, -30, 1e20f, -1e20f, -1, 2};
+    gelu_row(y, far, 7);
     expect_floats("0, large, small", y, (double[]){0, 30, 0, 1e20f, 0}, 5, 1e-6);
-    expect_close("-1", y[5], -0.1588, 5e-5);
+    expect_floats("-1 and 2, by hand", y + 5, (double[]){-0.1588, 1.9546}, 2, 5e-5);
+    float minus_one = -1;
+    float slope = 1;
+    gelu_backward_row(&slope, &minus_one, 1);
+    expect_close("slope at -1, by hand", slope, -0.0830, 5e-5);
     double worst = 0;
     for (double v = -10; v <= 10; v += 0.00037) {
         float in = (float)v;
@@ -2393,11 +2479,13 @@ static void expect_company(size_t in, size_t out) {
     float *bias = random_floats(out, 1);
     float *all = arena_floats(&test_arena, ROWS * out);
     float *some = arena_floats(&test_arena, ROWS * out);
-    matmul(all, out, bias, 0, matrix(x, in), matrix(weight, out), ROWS, out, in);
+    struct Tensor w = tensor_of(weight, NULL, in, out);
+    struct Tensor b = tensor_of(bias, NULL, out, 0);
+    matmul_bias(matrix_out(all, ROWS, out), bias, matrix(x, ROWS, in), matrix(weight, in, out));
     for (size_t n = 1; n < ROWS; n += n < FEW_ROWS + 2 ? 1 : 5) {
-        linear_forward(some, x, weight, bias, n, in, out);
+        linear_forward(some, x, n, &w, &b);
         expect_bits("the first rows", some, all, n * out);
-        linear_forward(some, x + (ROWS - n) * in, weight, bias, n, in, out);
+        linear_forward(some, x + (ROWS - n) * in, n, &w, &b);
         expect_bits("the last rows", some, all + (ROWS - n) * out, n * out);
     }
 }
@@ -2431,8 +2519,11 @@ static void test_few_rows(void) {
         float *y = arena_floats(&test_arena, N * out + 1);
         float *plain = arena_floats(&test_arena, N * out);
         y[N * out] = 77;
-        linear_forward(y, x, weight, bias, N, in, out);
-        matmul_plain(plain, out, bias, 0, matrix(x, in), matrix(weight, out), N, out, in);
+        struct Tensor w = tensor_of(weight, NULL, in, out);
+        struct Tensor b = tensor_of(bias, NULL, out, 0);
+        linear_forward(y, x, N, &w, &b);
+        matmul_plain(matrix_out(plain, N, out), (struct Matrix){bias, N, out, 0, 1},
+                     matrix(x, N, in), matrix(weight, in, out));
         expect_floats("rows times a matrix", y, widen(plain, N * out), N * out,
                       2e-6 + 4e-7 * (double)in);
         expect_true("nothing written behind", y[N * out] == 77);
@@ -2443,8 +2534,8 @@ static void test_few_rows(void) {
         float *logits = arena_floats(&test_arena, rows[i] * 263);
         float *plain = arena_floats(&test_arena, rows[i] * 263);
         output_logits(model, logits, hidden, rows[i]);
-        matmul_plain(plain, 263, NULL, 0, matrix(hidden, 36), transposed(model->wte.w, 36), rows[i],
-                     263, 36);
+        matmul_plain(matrix_out(plain, rows[i], 263), (struct Matrix){0},
+                     matrix(hidden, rows[i], 36), transposed(matrix(model->wte.w, 263, 36)));
         expect_floats("logits", logits, widen(plain, rows[i] * 263), rows[i] * 263, 2e-5);
         decode_logits(model, logits, hidden, rows[i]);
         expect_floats("logits while a text is written", logits, widen(plain, rows[i] * 263),
@@ -2494,6 +2585,36 @@ static struct Batch sequences_of(const size_t *length, size_t B) {
     for (size_t b = 0; b < B; b++)
         examples[b] = random_example(length[b], 1, 30);
     return batch_of(examples, B, READ_LAST);
+}
+
+/* Two tokens, one head of size 1, by hand. */
+static void test_attention_hand(void) {
+    float qkv[] = {5, 0, 10, 1, logf(3), 20};
+    float dout[] = {0, 4};
+    float out[2], lse[2], dqkv[6];
+    struct Batch two = sequences_of((size_t[]){2}, 1);
+    attention_forward(out, lse, qkv, &two, attention_shape(1, 1));
+    expect_floats("out", out, (double[]){10, 17.5}, 2, 1e-5);
+    expect_floats("lse", lse, (double[]){0, log(4)}, 2, 1e-6);
+    attention_backward(dqkv, dout, out, lse, qkv, &two, attention_shape(1, 1));
+    expect_floats("dq, dk, dv of t = 0", dqkv, (double[]){0, -7.5, 1}, 3, 1e-5);
+    expect_floats("and of t = 1", dqkv + 3, (double[]){7.5 * log(3), 7.5, 3}, 3, 1e-5);
+}
+
+/* One token at two places, by hand. */
+static void test_embedding(void) {
+    float wte[] = {3, 4, 5, 6};
+    float wpe[] = {0.5f, 0, 0, 0.5f};
+    float dx[] = {1, 2, 3, 4};
+    float dwte[4] = {0};
+    float dwpe[4] = {0};
+    float x[4];
+    struct Batch batch = {.N = 2, .ids = (int[]){1, 1}, .position = (int[]){0, 1}};
+    embedding_forward(x, &batch, wte, wpe, 2);
+    expect_floats("x", x, (double[]){5.5, 6, 5, 6.5}, 4, 0);
+    embedding_backward(dwte, dwpe, dx, &batch, 2);
+    expect_floats("dwte", dwte, (double[]){0, 0, 4, 6}, 4, 0);
+    expect_floats("dwpe", dwpe, (double[]){1, 2, 3, 4}, 4, 0);
 }
 
 /* Torch's values; then sequences longer than a block of rows, several heads, against the
@@ -8696,8 +8817,10 @@ static const struct {
     {"rows", test_rows},
     {"kernel_choose", test_kernel_choose},
     {"matmul", test_matmul},
+    {"pack_panel", test_pack_panel},
     {"matmul_plain", test_matmul_plain},
     {"matmul_threads", test_matmul_threads},
+    {"linear_hand", test_linear_hand},
     {"linear_golden", test_linear_golden},
     {"few_rows", test_few_rows},
     {"rows_company", test_rows_company},
@@ -8706,6 +8829,8 @@ static const struct {
     {"layernorm_gradient", test_layernorm_gradient},
     {"gelu", test_gelu},
     {"gelu_gradient", test_gelu_gradient},
+    {"embedding", test_embedding},
+    {"attention_hand", test_attention_hand},
     {"attention", test_attention},
     {"attention_gradient", test_attention_gradient},
     {"gpt2_golden", test_gpt2_golden},
