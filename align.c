@@ -5469,10 +5469,11 @@ static void beam_score(const struct BeamSearch *search, const struct Sequence *b
  * key is a draw from softmax(score), the second largest a draw from what is left, and so on.
  *   key = score + Gumbel noise,   noise = -log(-log u), u uniform in (0, 1]
  * So sampled beams are different from each other, which draws with replacement would not be.
- * By hand: u = 0.5: noise -log(0.6931) = 0.3665.                          test: beam_candidates */
+ * By hand: scores log (0.5, 0.2, 0.3): the first has the largest key in half of all draws.
+ *                                                                         test: beam_candidates */
 static float *gumbel_keys(struct Arena *arena, const float *score, size_t n, struct Rng *rng) {
     float *key = arena_floats(arena, n);
-    /* 1 - u: rng_uniform may return 0, whose logarithm there is not, but never 1 */
+    /* 1 - u: rng_uniform may return 0, which has no logarithm, but never 1 */
     for (size_t i = 0; i < n; i++)
         key[i] = (float)(score[i] - log(-log(1 - rng_uniform(rng))));
     return key;
@@ -5527,9 +5528,8 @@ static void beam_finish(struct BeamSearch *search, const struct Sequence *beam, 
 }
 
 /* beam_sort_out -- one of the step's 2K best continuations: does it end, or does it go on?
- * in   rank: 0 for the best. One that ends only counts among the first K: others have been
- *      overtaken by K better ones, and looking at 2K is only meant to leave K that go on, even if
- *      every beam can end here
+ * in   rank: 0 for the best. One that ends counts only if it is among the best K. Why then are 2K
+ *      looked at? Each beam can end in one way only, so at most K of them end, and K go on.
  * The score of one that ends is divided by length^length_penalty: each token lowers the sum, so
  * without it the shortest answer would win.
  * By hand: A C x: -0.9676 / 2^1 = -0.4838; A B x: -1.2040 / 2 = -0.6020.  test: beam_search_hand */
@@ -5558,7 +5558,7 @@ static void beam_sort_out(struct BeamSearch *search, const struct Candidate *can
 /* beam_continue -- the K best continuations that go on become the running beams. Several may stem
  * from one beam, and of another none may be left: the past of each is copied along. */
 static void beam_continue(struct BeamSearch *search) {
-    /* 1. by score: the order in which they were drawn is another one */
+    /* 1. best first; when sampling they stand in the order in which they were drawn */
     qsort(search->going_on, search->going_on_count, sizeof *search->going_on,
           compare_candidates_down);
 
@@ -5582,7 +5582,7 @@ static void beam_continue(struct BeamSearch *search) {
     search->next_cache = cache;
 }
 
-/* beam_advance -- one step of the search, once the model has spoken.
+/* beam_advance -- one step of the search, from what the model predicts for each beam.
  * in   logits (running,V) of each running beam's next token; they become scores
  *                                        test: beam_search_hand; gdb: break beam_advance */
 static void beam_advance(struct BeamSearch *search, struct Arena *arena, float *logits) {
