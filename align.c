@@ -6095,7 +6095,7 @@ static struct OptimizerStep optimizer_step_of(const struct TrainingArguments *ar
  *   t = 1: m 0.03, v 0.00009; m_hat 0.3, sqrt(v_hat) 0.3; w = 2 * 0.99 - 0.1 = 1.88
  *   t = 2: m 0.017, v 0.00009991; m_hat 0.0895, sqrt(v_hat) 0.2236; w = 1.8612 - 0.0400 = 1.8212
  * The second gradient points the other way, and the weight goes on falling, but more slowly.
- *                           test: adamw_hand, adamw_golden; gdb: break adamw_piece if n == 1 */
+ *                            test: adamw_hand, adamw_golden; gdb: break tensor_step_piece */
 WIDE static void adamw_piece(float *w, float *d, float *m, float *v, size_t n,
                              struct OptimizerStep s) {
     for (size_t i = 0; i < n; i++) {
