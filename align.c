@@ -5476,12 +5476,14 @@ struct PPOTrainer {
 static struct PPOTrainer *ppo_trainer_new(struct GPT2 *model, struct GPT2 *ref_model,
                                           struct PPOConfig config, struct TrainingArguments args,
                                           double temperature) {
+    /* not on an arena: it outlives every step, and owns the arenas of one */
     struct PPOTrainer *ppo = calloc(1, sizeof *ppo);
     CHECK(ppo, "out of memory");
 
     /* REINFORCE expects the same of every token, and needs no head to say what */
     if (config.baseline == BASELINE_VALUE_HEAD)
         value_head_init(model, args.seed);
+    /* room for the policy's gradients and AdamW's averages; the reference has none */
     gpt2_make_trainable(model);
     *ppo = (struct PPOTrainer){
         .model = model,
@@ -5569,6 +5571,8 @@ static struct Rollout replay_rollout(const struct Dataset *data, size_t index,
 
     /* 1. Without a query there is no token to predict the first one of the response from; without
      *    a response there is nothing to learn. */
+    /* They are given as tokens, not as text: decoded and encoded again, they might be others.
+     * The old log-probabilities are not in the file; step 2 of ppo_step computes them. */
     size_t length = row->query_length + row->response_length;
     CHECK(row->query_length > 0 && row->response_length > 0,
           "%s: rollout %zu has an empty query or response", data->path, index + 1);
@@ -5644,9 +5648,12 @@ static struct ReinforceBatch *reinforce_evaluate(struct PPOTrainer *ppo,
     r->head = batch_logprobs(ppo->model, arena, &r->batch, ppo->temperature, true);
     struct LMHead ref_head =
         batch_logprobs(ppo->ref_model, arena, &r->batch, ppo->temperature, false);
+
+    /* of whole answers: sums over their tokens */
     sum_target_logps(&r->batch, n, r->head.logprob, r->logps);
     sum_target_logps(&r->batch, n, ref_head.logprob, r->ref_logps);
     for (size_t i = 0; i < n; i++)
+        /* beta log(pi / pi_ref) is a number here: no gradient goes through it */
         r->rewards[i] =
             (float)reinforce_reward(rollouts[i].score, ppo->kl_coef, r->logps[i], r->ref_logps[i]);
     return r;
@@ -5895,6 +5902,9 @@ static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo,
     struct PPOForward *forward = ppo_forward(ppo, arena, examples, B, fresh);
     struct LMHead ref_head =
         batch_logprobs(ppo->ref_model, arena, &forward->batch, ppo->temperature, false);
+
+    /* The old log-probabilities are those of this pass, not of the sampling: top-k and other
+     * filters may have changed those, and a ratio compares like with like. */
     struct PPOBatch p = {
         .B = B,
         .R = forward->batch.R,
@@ -5932,8 +5942,10 @@ static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo,
 static void ppo_rewards(const struct PPOTrainer *ppo, struct PPOBatch *p, const float *scores) {
     /* 1. each token pays for its own divergence from the reference */
     for (size_t t = 0; t < p->R; t++) {
+        /* for "full" kl[t] is there already, and stays */
         p->kl[t] =
             kl_penalty_token(ppo->config.kl_penalty, p->logprobs[t], p->ref_logprobs[t], p->kl[t]);
+        /* kept apart for the log: what the divergence alone cost */
         p->non_score_rewards[t] = kl_reward(ppo->kl_coef, p->kl[t]);
         p->rewards[t] = p->non_score_rewards[t];
     }
@@ -6027,22 +6039,25 @@ static const char *const PPO_STAT_NAMES[PPO_STATS] = {
  * out  stats, but for POLICY_ENTROPY, which takes the logits          test: ppo_loss_golden */
 static void ppo_statistics(const struct PPOTokens *tokens, struct PPOLoss loss,
                            double stats[PPO_STATS]) {
-    /* all 0, then sums; the losses are means already */
+    /* all 0: what follows adds up, but for the entropy, which the caller knows */
     double n = (double)tokens->R;
     for (int i = 0; i < PPO_STATS; i++)
         stats[i] = 0;
+    /* the losses are means already */
     stats[LOSS_POLICY] = loss.policy;
     stats[LOSS_VALUE] = loss.value;
     stats[LOSS_TOTAL] = loss.total;
 
     /* 1. means over the tokens */
     for (size_t t = 0; t < tokens->R; t++) {
+        /* how much likelier the token has become since it was written, in nats */
         double log_ratio = (double)tokens->logprobs[t] - tokens->old_logprobs[t];
         stats[POLICY_APPROXKL] += 0.5 * log_ratio * log_ratio / n;
         stats[POLICY_POLICYKL] += -log_ratio / n;
         stats[POLICY_CLIPFRAC] += tokens->policy[t].is_clipped / n;
         stats[POLICY_ADVANTAGES_MEAN] += tokens->advantages[t] / n;
         stats[POLICY_RATIO] += tokens->policy[t].ratio / n;
+        /* returns and values: is the head's scale that of the returns? */
         stats[RETURNS_MEAN] += tokens->returns[t] / n;
         stats[VAL_VPRED] += tokens->values[t] / n;
         stats[VAL_ERROR] += tokens->value[t].squared_error / n;
@@ -6151,6 +6166,8 @@ static void ppo_backward(struct GPT2 *model, struct Arena *arena, struct PPOForw
 static void ppo_mini_batch(struct PPOTrainer *ppo, const struct Rollout *rollouts,
                            const struct PPOBatch *p, const size_t *member, size_t count,
                            double weight, double stats[PPO_STATS]) {
+    /* The arena holds one mini-batch's activations: they are by far the largest part of memory,
+     * and mini_batch_size decides how large. */
     struct Arena *arena = &ppo->epoch_arena;
     arena_reset(arena);
 
@@ -6215,6 +6232,8 @@ static size_t ppo_optimize(struct PPOTrainer *ppo, const struct Rollout *rollout
     size_t per_update = config->mini_batch_size * config->gradient_accumulation_steps;
     size_t mini_batches = 0;
     double stats[PPO_STATS] = {0};
+
+    /* answers, not tokens, are dealt out to mini-batches: the model reads whole sequences */
     size_t *order = arena_alloc(&ppo->arena, B, sizeof *order);
 
     /* for the log: each token's advantage and ratio in each epoch */
@@ -6329,6 +6348,7 @@ static void ppo_record_objective(struct PPOTrainer *ppo, const struct PPOBatch *
 static void ppo_record_stats(struct PPOTrainer *ppo, const struct Rollout *rollouts,
                              const struct PPOBatch *p, const float *scores,
                              const double sums[PPO_STATS], size_t mini_batches) {
+    /* the last step's numbers go */
     ppo->stats.n = 0;
     ppo->vector_count = 0;
 
@@ -6511,6 +6531,7 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, size
                       const char *log_dir, struct TrainerState *state) {
     struct Arena arena = {0};
     struct Output logs[2];
+    /* epochs are counted in prompts, or in stored rollouts */
     size_t n = source->replay ? source->replay->n : source->n;
     state->max_steps = steps;
     ppo->total_steps = steps;
@@ -6518,6 +6539,7 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, size
     /* 1. from the start, or from where an earlier run stopped */
     struct Checkpoint checkpoint =
         checkpoint_new(ppo->name, ppo->model, ppo->tok, &ppo->args, state);
+    /* the two logs grow with each step: a resumed run cuts them to where the checkpoint was */
     if (log_dir) {
         make_folder(log_dir);
         checkpoint.logs = logs;
@@ -6754,6 +6776,7 @@ static double dpo_task_loss(struct Trainer *trainer, const size_t *index, size_t
     struct DPOTask *task = trainer->task.data;
     struct GPT2 *model = trainer->model;
     struct Arena *arena = &trainer->arena;
+    /* [0] to learn from, [1] held out */
     const struct Example *pairs = task->pairs[eval];
 
     /* 1. The reference's log-probabilities: computed when a pair is seen for the first time, then
@@ -6768,6 +6791,7 @@ static double dpo_task_loss(struct Trainer *trainer, const size_t *index, size_t
     /* 2. The policy's, and the loss. Chosen answers are sides 0 to B-1, rejected ones follow. */
     struct LMHead head = batch_logprobs(model, arena, &batch, task->temperature, train);
     struct DPOSide *sides = dpo_sides(arena, &batch, head.logprob, ref_logps, B);
+    /* held-out pairs report their loss as a metric; what is returned is not used then */
     if (eval)
         dpo_eval_loss(trainer, task, B, sides);
     double loss = dpo_loss(&task->config, B, sides, sides + B);
@@ -6815,6 +6839,7 @@ struct PairCounts {
 
 static void dpo_pairs_say(const struct Dataset *data, size_t max_length, struct PairCounts n) {
     const char *path = data->path;
+    /* each reason has a line of its own: the user may want to change --max_length, or the data */
     if (n.dropped) {
         warn("%s: %zu of %zu pairs dropped: the prompt alone has %zu tokens or more (--max_length)",
              path, n.dropped, data->n, max_length);
@@ -6876,6 +6901,8 @@ static size_t dpo_pairs(const struct Trainer *trainer, struct Arena *arena,
         if (dpo_pair_fit(pair, max_length, keeps_equal, &counts))
             count++;
     }
+
+    /* silence would hide that a run learns from a part of its data only */
     dpo_pairs_say(data, max_length, counts);
     CHECK(count > 0, "%s: no pair is left", data->path);
     return count;
@@ -6960,6 +6987,7 @@ static struct BestWorst best_and_worst(const struct PreferenceSource *source,
                                        size_t first) {
     struct BestWorst place = {0};
     for (size_t k = first; k < first + source->num_generations; k++) {
+        /* end token included, as the scorer counts */
         size_t length = answers[k].n - answers[k].prompt_length;
         bool ended = example_ended(&answers[k], source->policy->config.eos_token_id);
         if ((source->only_ended && !ended) || length < source->scorer->least_length)
@@ -7001,8 +7029,10 @@ static size_t collect_preferences(const struct PreferenceSource *source, struct 
         struct BestWorst place = best_and_worst(source, answers, score, i * num_generations);
         const struct Example *best = &answers[place.best];
         const struct Example *worst = &answers[place.worst];
+        /* no answer that counts, or all equally good: nothing is preferred */
         if (!place.found || score[place.best] <= score[place.worst])
             continue;
+        /* the same text can score differently, if its tokens are others */
         if (same_answer(tok, arena, best, worst, &policy->config))
             continue;
         pairs[2 * count] = *best;
@@ -7108,6 +7138,7 @@ static struct ExactFigures exact_figures(const struct ExactWorld *w, const doubl
 static double exact_dpo_loss(const double *logps, const double *ref_logps, const double *r,
                              size_t n, double beta, double *dlogps) {
     double loss = 0;
+    /* pairs (i,i) are counted too: their loss is ln 2 and their slope 0 */
     double pairs = (double)n * (double)n;
     for (size_t i = 0; i < n; i++) {
         dlogps[i] = 0;
@@ -7196,6 +7227,7 @@ static struct GPT2 *exact_reference(struct GPT2Config config, size_t T, uint64_t
 static struct ExactWorld *exact_world(struct Arena *arena, struct GPT2Config config, size_t T,
                                       uint64_t seed) {
     struct ExactWorld *w = arena_zeros(arena, 1, sizeof *w);
+    /* every digit has V values, and there are T digits */
     size_t n = (size_t)lround(pow((double)config.vocab_size, (double)T));
     *w = (struct ExactWorld){
         .V = config.vocab_size,
@@ -7324,6 +7356,7 @@ static void exact_train(struct ExactWorld *w, enum ExactPolicy method) {
     exact_logps(w, model, &arena, &batch, false, w->logps[method]);
     arena_free(&arena);
     gpt2_free(model);
+    /* 0 nats would be the optimum itself */
     say("exact: beta %g: %s: %zu steps, KL to the optimum %.5f nats\n", w->beta, EXACT[method].name,
         EXACT[method].steps, exact_figures(w, w->logps[method]).kl_to_optimum);
 }
@@ -7332,6 +7365,7 @@ static void exact_train(struct ExactWorld *w, enum ExactPolicy method) {
 static void exact_run(struct ExactWorld *w, double beta) {
     /* By formula, from the reference and the rewards alone. */
     w->beta = beta;
+    /* log Z is kept: beta log Z is the largest J that any policy can have */
     w->log_Z = exact_optimum(w->logps[EXACT_REFERENCE], w->r, w->n, beta, w->logps[EXACT_OPTIMUM]);
 
     /* They know nothing of one another: a thread for each. */
