@@ -6539,6 +6539,7 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, size
     /* 1. from the start, or from where an earlier run stopped */
     struct Checkpoint checkpoint =
         checkpoint_new(ppo->name, ppo->model, ppo->tok, &ppo->args, state);
+
     /* the two logs grow with each step: a resumed run cuts them to where the checkpoint was */
     if (log_dir) {
         make_folder(log_dir);
@@ -6651,9 +6652,9 @@ static void dpo_reference(struct DPOTask *task, struct Arena *arena, const struc
 }
 
 /* What dpo_loss needs of 2B answers, the chosen ones first.
- * in   token_logprobs: the policy's, of each token; ref_logps (2B): the reference's, in the batch's
- *      order      returns 2B sides: the policy's log-probability of an answer is the sum of its
- *      tokens' */
+ * in   token_logprobs (R): the policy's, one a token; ref_logps (2B): the reference's, one an
+ *      answer, in the batch's order
+ * returns 2B sides: chosen ones, then rejected ones */
 static struct DPOSide *dpo_sides(struct Arena *arena, const struct Batch *batch,
                                  const float *token_logprobs, const double *ref_logps, size_t B) {
     /* 1. log pi(y|x) of each answer: the sum of its tokens' log-probabilities */
