@@ -7541,6 +7541,7 @@ static struct Example scorer_text(const struct Scorer *scorer, struct Arena *are
                                   const struct Example *sequence, const struct GPT2Config *policy) {
     const struct GPT2Config *judge = &scorer->reward_model->config;
     size_t length = sequence->n - example_ended(sequence, policy->eos_token_id);
+    /* to text, and into the other model's tokens */
     struct Text text =
         tokenizer_decode_all(scorer->tok, arena, sequence->ids, length, policy->vocab_size);
     struct Example judged = example_encode(arena, scorer->tok, text, judge->vocab_size, NULL);
@@ -7560,6 +7561,9 @@ static struct Example scorer_text(const struct Scorer *scorer, struct Arena *are
 static float scorer_scale(const struct Scorer *scorer, const struct Example *sequence,
                           const struct GPT2Config *policy, float reward) {
     float score = (float)((reward - scorer->mean) / scorer->std);
+
+    /* An answer that was cut off by its length did not choose to be short: only one that ended
+     * itself is punished. */
     bool is_short = sequence->n - sequence->prompt_length < scorer->least_length;
     if (is_short && example_ended(sequence, policy->eos_token_id))
         return (float)MIN(score, scorer->short_score);
@@ -7572,9 +7576,13 @@ static float scorer_scale(const struct Scorer *scorer, const struct Example *seq
 static void scorer_score(const struct Scorer *scorer, struct Arena *arena,
                          const struct Example *sequences, size_t n, const struct GPT2Config *policy,
                          float *score) {
+    /* 1. What the reward model reads is the text, query included: an answer is good or bad only as
+     *    an answer to something. */
     struct Example *texts = arena_alloc(arena, n, sizeof *texts);
     for (size_t i = 0; i < n; i++)
         texts[i] = scorer_text(scorer, arena, &sequences[i], policy);
+
+    /* 2. all texts through the reward model together, then each reward in the unit of scores */
     reward_score(scorer->reward_model, texts, n, score);
     for (size_t i = 0; i < n; i++)
         score[i] = scorer_scale(scorer, &sequences[i], policy, score[i]);
@@ -7664,12 +7672,14 @@ struct PPOTrainer {
 static struct PPOTrainer *ppo_trainer_new(struct GPT2 *model, struct GPT2 *ref_model,
                                           struct PPOConfig config, struct TrainingArguments args,
                                           double temperature) {
+    /* not on an arena: it outlives every step, and owns the arenas of one */
     struct PPOTrainer *ppo = calloc(1, sizeof *ppo);
     CHECK(ppo, "out of memory");
 
     /* REINFORCE expects the same of every token, and needs no head to say what */
     if (config.baseline == BASELINE_VALUE_HEAD)
         value_head_init(model, args.seed);
+    /* room for the policy's gradients and AdamW's averages; the reference has none */
     gpt2_make_trainable(model);
     *ppo = (struct PPOTrainer){
         .model = model,
@@ -7698,6 +7708,7 @@ static void ppo_trainer_free(struct PPOTrainer *ppo) {
 /* The next prompt of a shuffled pass over all of them; behind the last one a new pass begins, in
  * another order. */
 static const struct Example *rollout_prompt(struct RolloutSource *source) {
+    /* Every prompt comes once before any comes twice, as in an epoch of a data set. */
     if (source->at == source->n)
         rng_shuffle(&source->shuffle, source->order, source->n);
     source->at %= source->n;
@@ -7709,8 +7720,11 @@ static const struct Example *rollout_prompt(struct RolloutSource *source) {
  * the policy would learn to please at that length only. */
 static struct Sequence rollout_start(const struct PPOTrainer *ppo, struct RolloutSource *source,
                                      struct Arena *arena, const struct Example *prompt) {
+    /* one number of the common stream seeds the answer's own generator */
     struct Rng own = rng_seed(rng_next(&source->sample), STREAM_SAMPLE);
     size_t drawn = length_sampler(&source->output_length, &source->lengths);
+
+    /* an answer ends where the context does, at the latest */
     size_t max_new = MIN(drawn, ppo->model->config.n_positions - prompt->n);
     return sequence_start(arena, prompt->ids, prompt->n, max_new, ppo->model, own);
 }
@@ -7753,6 +7767,8 @@ static struct Rollout replay_rollout(const struct Dataset *data, size_t index,
 
     /* 1. Without a query there is no token to predict the first one of the response from; without
      *    a response there is nothing to learn. */
+    /* They are given as tokens, not as text: decoded and encoded again, they might be others.
+     * The old log-probabilities are not in the file; step 2 of ppo_step computes them. */
     size_t length = row->query_length + row->response_length;
     CHECK(row->query_length > 0 && row->response_length > 0,
           "%s: rollout %zu has an empty query or response", data->path, index + 1);
@@ -7828,9 +7844,12 @@ static struct ReinforceBatch *reinforce_evaluate(struct PPOTrainer *ppo,
     r->head = batch_logprobs(ppo->model, arena, &r->batch, ppo->temperature, true);
     struct LMHead ref_head =
         batch_logprobs(ppo->ref_model, arena, &r->batch, ppo->temperature, false);
+
+    /* of whole answers: sums over their tokens */
     sum_target_logps(&r->batch, n, r->head.logprob, r->logps);
     sum_target_logps(&r->batch, n, ref_head.logprob, r->ref_logps);
     for (size_t i = 0; i < n; i++)
+        /* beta log(pi / pi_ref) is a number here: no gradient goes through it */
         r->rewards[i] =
             (float)reinforce_reward(rollouts[i].score, ppo->kl_coef, r->logps[i], r->ref_logps[i]);
     return r;
@@ -7878,11 +7897,14 @@ static float *answer_gradients(struct PPOTrainer *ppo, struct LMHead *head,
 static void reinforce_log_variances(struct PPOTrainer *ppo, struct ReinforceBatch *r) {
     static const char *const names[] = {"gradient_variance/none", "gradient_variance/mean",
                                         "gradient_variance/rloo"};
+    /* 1. the gradients of log pi(y_i), once for all baselines */
     size_t n = ppo->config.batch_size;
     size_t num_generations = ppo->config.num_generations;
     const float *s = answer_gradients(ppo, &r->head, &r->batch);
     float *advantages = arena_floats(&ppo->arena, n);
     int count = num_generations > 1 ? BASELINES : BASELINE_RLOO;
+
+    /* 2. the same answers, another baseline: other factors before the same gradients */
     for (int b = 0; b < count; b++) {
         reinforce_advantages((enum Baseline)b, r->rewards, n, num_generations, ppo->moments.mean,
                              advantages);
@@ -7895,6 +7917,7 @@ static void reinforce_log_variances(struct PPOTrainer *ppo, struct ReinforceBatc
 static void reinforce_log(struct PPOTrainer *ppo, const struct Rollout *rollouts,
                           const struct ReinforceBatch *r) {
     size_t n = ppo->config.batch_size;
+    /* 1. means over answers. kl is the k1 estimate: it may be below 0 by chance */
     double kl = 0;
     double score = 0;
     double length = 0;
@@ -7903,6 +7926,8 @@ static void reinforce_log(struct PPOTrainer *ppo, const struct Rollout *rollouts
         score += rollouts[i].score / (double)n;
         length += (double)rollouts[i].response_length / (double)n;
     }
+
+    /* 2. a mean over tokens: how undecided the policy was at each of them */
     double entropy = (double)row_sum(r->head.entropy, r->batch.R) / (double)r->batch.R;
     log_value(&ppo->stats, "kl", kl);
     log_value(&ppo->stats, "reward", score);
@@ -7990,6 +8015,7 @@ struct PPOBatch {
  * By hand: score_clip 1: -2 becomes -1, 0.5 stays 0.5.                   test: ppo_scores_golden */
 static void ppo_process_scores(struct PPOTrainer *ppo, float *scores, size_t n) {
     const struct PPOConfig *config = &ppo->config;
+    /* 1. scaling: the moments take in this step's scores before these are divided */
     if (config->use_score_scaling) {
         running_moments_update(&ppo->moments, scores, n);
         /* torch's float epsilon: equal scores must not be divided by 0 */
@@ -7998,6 +8024,8 @@ static void ppo_process_scores(struct PPOTrainer *ppo, float *scores, size_t n) 
         for (size_t i = 0; i < n; i++)
             scores[i] = (float)((scores[i] - shift) / divisor);
     }
+
+    /* 2. the limit, in the unit of the scaled scores */
     if (config->score_clip > 0)
         for (size_t i = 0; i < n; i++)
             scores[i] = (float)MAX(-config->score_clip, MIN(config->score_clip, scores[i]));
@@ -8019,6 +8047,7 @@ static void kl_full_rows(const struct GPT2 *model, struct LMHead *head,
                          const struct GPT2 *ref_model, struct LMHead *ref_head, float *kl) {
     size_t V = model->config.vocab_size;
     for (size_t first = 0; first < head->R; first += head->chunk) {
+        /* both heads' logits of the same rows; then each row by itself */
         size_t n = lm_head_logits(model, head, first);
         lm_head_logits(ref_model, ref_head, first);
 #pragma omp parallel for
@@ -8033,8 +8062,11 @@ static void kl_full_rows(const struct GPT2 *model, struct LMHead *head,
 static struct PPOForward *ppo_forward(struct PPOTrainer *ppo, struct Arena *arena,
                                       const struct Example *examples, size_t n, bool keep) {
     struct PPOForward *forward = arena_alloc(arena, 1, sizeof *forward);
+    /* rows of the response alone are scored: the query was not the policy's choice */
     forward->batch = collate(arena, examples, n, SKIP_LAST);
     forward->head = batch_logprobs(ppo->model, arena, &forward->batch, ppo->temperature, keep);
+
+    /* one value for each row that predicts a token: what to expect before that token is known */
     forward->values = arena_floats(arena, forward->batch.R);
     scalar_head_forward(forward->values, forward->head.acts.ln_f, forward->batch.row,
                         forward->batch.R, &ppo->model->v_head.weight, &ppo->model->v_head.bias);
@@ -8066,6 +8098,9 @@ static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo,
     struct PPOForward *forward = ppo_forward(ppo, arena, examples, B, fresh);
     struct LMHead ref_head =
         batch_logprobs(ppo->ref_model, arena, &forward->batch, ppo->temperature, false);
+
+    /* The old log-probabilities are those of this pass, not of the sampling: top-k and other
+     * filters may have changed those, and a ratio compares like with like. */
     struct PPOBatch p = {
         .B = B,
         .R = forward->batch.R,
@@ -8103,8 +8138,10 @@ static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo,
 static void ppo_rewards(const struct PPOTrainer *ppo, struct PPOBatch *p, const float *scores) {
     /* 1. each token pays for its own divergence from the reference */
     for (size_t t = 0; t < p->R; t++) {
+        /* for "full" kl[t] is there already, and stays */
         p->kl[t] =
             kl_penalty_token(ppo->config.kl_penalty, p->logprobs[t], p->ref_logprobs[t], p->kl[t]);
+        /* kept apart for the log: what the divergence alone cost */
         p->non_score_rewards[t] = kl_reward(ppo->kl_coef, p->kl[t]);
         p->rewards[t] = p->non_score_rewards[t];
     }
@@ -8128,9 +8165,12 @@ static void ppo_rewards(const struct PPOTrainer *ppo, struct PPOBatch *p, const 
  * 0.565, 0.7, whitened -1.0738, 0.1693, 0.9045; returns 0.83675, 0.965, 1.
  *                                                                test: ppo_advantages_golden */
 static void ppo_advantages(const struct PPOConfig *config, struct PPOBatch *p) {
+    /* 1. an option, off by default: rewards of one scale, with the mean they had */
     double padding_reward = 0;
     if (config->whiten_rewards)
         padding_reward = whiten(p->rewards, p->R, false);
+
+    /* 2. each answer by itself: nothing is expected behind its end */
     for (size_t b = 0; b < p->B; b++) {
         size_t start = p->start[b];
         size_t T = p->start[b + 1] - start;
@@ -8138,6 +8178,9 @@ static void ppo_advantages(const struct PPOConfig *config, struct PPOBatch *p) {
         gae(config, T, p->rewards + start, p->values + start, behind, p->advantages + start,
             p->returns + start);
     }
+
+    /* 3. The whole batch together: if each answer were whitened by itself, a good one could not
+     *    be told from a bad one. */
     whiten(p->advantages, p->R, true);
     p->ended.advantages = seconds_now();
 }
@@ -8192,21 +8235,25 @@ static const char *const PPO_STAT_NAMES[PPO_STATS] = {
  * out  stats, but for POLICY_ENTROPY, which takes the logits          test: ppo_loss_golden */
 static void ppo_statistics(const struct PPOTokens *tokens, struct PPOLoss loss,
                            double stats[PPO_STATS]) {
+    /* all 0: what follows adds up, but for the entropy, which the caller knows */
     double n = (double)tokens->R;
     for (int i = 0; i < PPO_STATS; i++)
         stats[i] = 0;
+    /* the losses are means already */
     stats[LOSS_POLICY] = loss.policy;
     stats[LOSS_VALUE] = loss.value;
     stats[LOSS_TOTAL] = loss.total;
 
     /* 1. means over the tokens */
     for (size_t t = 0; t < tokens->R; t++) {
+        /* how much likelier the token has become since it was written, in nats */
         double log_ratio = (double)tokens->logprobs[t] - tokens->old_logprobs[t];
         stats[POLICY_APPROXKL] += 0.5 * log_ratio * log_ratio / n;
         stats[POLICY_POLICYKL] += -log_ratio / n;
         stats[POLICY_CLIPFRAC] += tokens->policy[t].is_clipped / n;
         stats[POLICY_ADVANTAGES_MEAN] += tokens->advantages[t] / n;
         stats[POLICY_RATIO] += tokens->policy[t].ratio / n;
+        /* returns and values: is the head's scale that of the returns? */
         stats[RETURNS_MEAN] += tokens->returns[t] / n;
         stats[VAL_VPRED] += tokens->values[t] / n;
         stats[VAL_ERROR] += tokens->value[t].squared_error / n;
@@ -8243,6 +8290,7 @@ static void ppo_keep_ratios(struct PPOTrainer *ppo, const struct PPOTokens *toke
 static struct PPOTokens ppo_gather(struct Arena *arena, const struct PPOBatch *p,
                                    const size_t *member, size_t count,
                                    const struct PPOForward *forward) {
+    /* room for all tokens of these answers */
     size_t R = forward->batch.R;
     struct PPOTokens tokens = {
         .old_logprobs = arena_floats(arena, R),
@@ -8275,6 +8323,7 @@ static struct PPOTokens ppo_gather(struct Arena *arena, const struct PPOBatch *p
  * in, out  tokens->dlogprobs, dvalues (R); stats                          test: ppo_guards */
 static void ppo_weigh(const struct PPOTrainer *ppo, struct PPOTokens *tokens, double weight,
                       double stats[PPO_STATS]) {
+    /* 1. Is the update still about answers of this policy? */
     bool is_skipped = stats[POLICY_RATIO] > ppo->config.ratio_threshold;
     if (is_skipped) {
         warn("ppo: step %zu: the mean probability ratio %.1f exceeds --ratio_threshold %.1f; this "
@@ -8296,10 +8345,13 @@ static void ppo_weigh(const struct PPOTrainer *ppo, struct PPOTokens *tokens, do
  * gradients are added up in dhidden (N,C), and the blocks are gone through once for both. */
 static void ppo_backward(struct GPT2 *model, struct Arena *arena, struct PPOForward *forward,
                          const struct PPOTokens *tokens) {
+    /* d loss / d hidden, from both heads; rows that predict nothing stay 0 */
     float *dhidden = arena_zeros(arena, forward->batch.N * model->config.n_embd, sizeof *dhidden);
     lm_head_backward(model, &forward->head, tokens->dlogprobs, dhidden, arena);
     scalar_head_backward(dhidden, tokens->dvalues, forward->head.acts.ln_f, forward->batch.row,
                          tokens->R, &model->v_head.weight, &model->v_head.bias);
+
+    /* from the last block to the embeddings: here the policy's weights get their gradients */
     gpt2_backward(model, arena, &forward->head.acts, dhidden);
 }
 
@@ -8310,6 +8362,8 @@ static void ppo_backward(struct GPT2 *model, struct Arena *arena, struct PPOForw
 static void ppo_mini_batch(struct PPOTrainer *ppo, const struct Rollout *rollouts,
                            const struct PPOBatch *p, const size_t *member, size_t count,
                            double weight, double stats[PPO_STATS]) {
+    /* The arena holds one mini-batch's activations: they are by far the largest part of memory,
+     * and mini_batch_size decides how large. */
     struct Arena *arena = &ppo->epoch_arena;
     arena_reset(arena);
 
@@ -8345,6 +8399,7 @@ static void ppo_update(struct PPOTrainer *ppo, const struct Rollout *rollouts, s
                        const size_t *member, double stats[PPO_STATS], double sums[PPO_STATS]) {
     size_t accumulation = ppo->config.gradient_accumulation_steps;
     size_t count = ppo->config.mini_batch_size;
+    /* 1. gradients add up in the model; a loss that is no number ends the run here */
     for (size_t i = 0; i < accumulation; i++) {
         ppo_mini_batch(ppo, rollouts, p, member + i * count, count, 1 / (double)accumulation,
                        stats);
@@ -8352,6 +8407,8 @@ static void ppo_update(struct PPOTrainer *ppo, const struct Rollout *rollouts, s
         for (int k = 0; k < PPO_STATS; k++)
             sums[k] += stats[k];
     }
+
+    /* 2. the weights move, and the gradients are 0 again */
     optimizer_step(ppo->model, &ppo->args, ppo_learning_rate(ppo), ++ppo->optimizer_steps);
 
     /* from now on the policy is not the one that wrote the answers */
@@ -8371,7 +8428,11 @@ static size_t ppo_optimize(struct PPOTrainer *ppo, const struct Rollout *rollout
     size_t per_update = config->mini_batch_size * config->gradient_accumulation_steps;
     size_t mini_batches = 0;
     double stats[PPO_STATS] = {0};
+
+    /* answers, not tokens, are dealt out to mini-batches: the model reads whole sequences */
     size_t *order = arena_alloc(&ppo->arena, B, sizeof *order);
+
+    /* for the log: each token's advantage and ratio in each epoch */
     ppo->advantages = arena_floats(&ppo->arena, config->ppo_epochs * p->R);
     ppo->ratio = arena_floats(&ppo->arena, config->ppo_epochs * p->R);
     ppo->updated = 0;
@@ -8424,6 +8485,7 @@ static void stats_mean_std(struct PPOTrainer *ppo, const char *mean_name, const 
  * responses. */
 static void ppo_record_rollouts(struct PPOTrainer *ppo, const struct Rollout *rollouts,
                                 const float *scores, size_t B) {
+    /* 1. one number a rollout of each kind; float, as the log's vectors are */
     float *query = arena_floats(&ppo->arena, B);
     float *response = arena_floats(&ppo->arena, B);
     float *reward = arena_floats(&ppo->arena, B);
@@ -8432,6 +8494,8 @@ static void ppo_record_rollouts(struct PPOTrainer *ppo, const struct Rollout *ro
         query[b] = (float)rollouts[b].example.prompt_length;
         response[b] = (float)rollouts[b].response_length;
     }
+
+    /* 2. in the log: means and deviations, and all the numbers behind them */
     stats_mean_std(ppo, "env/reward_mean", "env/reward_std", reward, B);
     stats_mean_std(ppo, "ppo/mean_scores", "ppo/std_scores", scores, B);
     stats_mean_std(ppo, "tokens/queries_len_mean", "tokens/queries_len_std", query, B);
@@ -8445,6 +8509,8 @@ static void ppo_record_rollouts(struct PPOTrainer *ppo, const struct Rollout *ro
  * from the tokens drawn, -log pi summed over an answer; kl_k3 is not TRL's: it is the estimate
  * that is never negative. */
 static void ppo_record_objective(struct PPOTrainer *ppo, const struct PPOBatch *p) {
+    /* 1. KL and entropy: sums over an answer's tokens, averaged over the B answers. The reward
+     *    without its score: averaged over tokens. TRL has them so. */
     double k3 = 0;
     double entropy = 0;
     double non_score_reward = 0;
@@ -8453,10 +8519,14 @@ static void ppo_record_objective(struct PPOTrainer *ppo, const struct PPOBatch *
         entropy -= p->logprobs[t] / (double)p->B;
         non_score_reward += p->non_score_rewards[t] / (double)p->R;
     }
+
+    /* 2. the divergence of each answer by itself; their mean is objective/kl */
     float *kl_dist = arena_zeros(&ppo->arena, p->B, sizeof *kl_dist);
     for (size_t b = 0; b < p->B; b++)
         for (size_t t = p->start[b]; t < p->start[b + 1]; t++)
             kl_dist[b] += p->kl[t];
+
+    /* 3. into the log */
     log_value(&ppo->stats, "objective/kl", ppo_kl(p));
     log_value(&ppo->stats, "objective/kl_k3", k3);
     log_value(&ppo->stats, "objective/kl_coef", ppo->kl_coef);
@@ -8474,6 +8544,7 @@ static void ppo_record_objective(struct PPOTrainer *ppo, const struct PPOBatch *
 static void ppo_record_stats(struct PPOTrainer *ppo, const struct Rollout *rollouts,
                              const struct PPOBatch *p, const float *scores,
                              const double sums[PPO_STATS], size_t mini_batches) {
+    /* the last step's numbers go */
     ppo->stats.n = 0;
     ppo->vector_count = 0;
 
@@ -8497,6 +8568,8 @@ static void ppo_record_stats(struct PPOTrainer *ppo, const struct Rollout *rollo
 static void ppo_record_times(struct PPOTrainer *ppo, const struct PPOTimes *ended) {
     double end = seconds_now();
     struct LogEntry *stats = &ppo->stats;
+
+    /* each part lasts from the end of the one before it to its own */
     log_value(stats, "time/ppo/forward_pass", ended->forward_pass - ended->begin);
     log_value(stats, "time/ppo/compute_rewards", ended->rewards - ended->forward_pass);
     log_value(stats, "time/ppo/compute_advantages", ended->advantages - ended->rewards);
@@ -8576,6 +8649,7 @@ static void ppo_checkpoint(struct Checkpoint *checkpoint, struct PPOTrainer *ppo
  * They are flushed, so that a run can be watched, and a checkpoint knows how long they are. */
 static void ppo_write_logs(struct PPOTrainer *ppo, struct Output logs[2],
                            const struct Rollout *rollouts, double rollout_seconds) {
+    /* the time that writing the answers took is known to the caller alone */
     log_value(&ppo->stats, "time/ppo/rollout", rollout_seconds);
     stats_write_line(logs[0].file, ppo);
     rollouts_write(logs[1].file, rollouts, ppo->config.batch_size);
@@ -8587,15 +8661,20 @@ static void ppo_write_logs(struct PPOTrainer *ppo, struct Output logs[2],
  * every logging_steps an entry of the log history; behind the last step in any case. */
 static void ppo_report(struct PPOTrainer *ppo, struct TrainerState *state, struct Arena *arena,
                        const struct Rollout *rollouts) {
+    /* 1. Is an entry of the history due, and a line on the terminal? */
     bool is_last = ppo->step == state->max_steps;
     bool is_due = ppo->step % ppo->args.logging_steps == 0 || is_last;
     bool is_said = is_due;
     if (ppo->args.say_steps)
         is_said = ppo->step % ppo->args.say_steps == 0 || is_last;
+
+    /* 2. for the person: what the policy writes tells more than its mean reward */
     const char *score = arena_printf(arena, "%+.2f  ", rollouts->score);
     if (progress_sampling(ppo->step, state->max_steps))
         sample_show(ppo->tok, &rollouts->example, ppo->model->config.vocab_size, score);
     state_say(state, ppo->name, &ppo->stats, is_said);
+
+    /* 3. for the files; the line on the terminal has its own counter */
     log_value(&ppo->stats, "step", (double)ppo->step);
     log_value(&ppo->stats, "epoch", state->epoch);
     if (is_due)
@@ -8607,6 +8686,7 @@ static void ppo_count(const struct PPOTrainer *ppo, struct TrainerState *state,
                       const struct Rollout *rollouts, size_t n) {
     size_t B = ppo->config.batch_size;
     state->global_step = ppo->step;
+    /* batch_size answers are batch_size / num_generations prompts */
     state->epoch = (double)(ppo->step * B / ppo->config.num_generations) / (double)n;
     for (size_t b = 0; b < B; b++)
         state->num_tokens += rollouts[b].example.n;
@@ -8617,6 +8697,8 @@ static void ppo_count(const struct PPOTrainer *ppo, struct TrainerState *state,
 static void ppo_train_step(struct PPOTrainer *ppo, struct RolloutSource *source,
                            struct Arena *arena, struct Output *logs, struct Rollout *rollouts) {
     double begin = seconds_now();
+
+    /* what a message about a number that is not finite will name */
     ppo->model->trace.task = ppo->name;
     ppo->model->trace.step = ppo->step + 1;
 
@@ -8645,6 +8727,7 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, size
                       const char *log_dir, struct TrainerState *state) {
     struct Arena arena = {0};
     struct Output logs[2];
+    /* epochs are counted in prompts, or in stored rollouts */
     size_t n = source->replay ? source->replay->n : source->n;
     state->max_steps = steps;
     ppo->total_steps = steps;
@@ -8652,6 +8735,8 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, size
     /* 1. from the start, or from where an earlier run stopped */
     struct Checkpoint checkpoint =
         checkpoint_new(ppo->name, ppo->model, ppo->tok, &ppo->args, state);
+
+    /* the two logs grow with each step: a resumed run cuts them to where the checkpoint was */
     if (log_dir) {
         make_folder(log_dir);
         checkpoint.logs = logs;
@@ -8674,6 +8759,8 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, size
         /* 4. a checkpoint, when it is time for one */
         checkpoint_step(&checkpoint);
     }
+
+    /* 5. what was written becomes the files, under their final names */
     for (int i = 0; log_dir && i < 2; i++)
         output_close(&logs[i]);
     state->num_train_epochs = ceil(state->epoch);
@@ -8721,6 +8808,7 @@ static struct Batch dpo_batch(struct Arena *arena, const struct Example *pairs, 
                               size_t B, size_t C, size_t *slot) {
     struct Example *examples = arena_alloc(arena, 2 * B, sizeof *examples);
     for (size_t i = 0; i < 2 * B; i++) {
+        /* i / B is 0 for the chosen side, 1 for the rejected one */
         slot[i] = 2 * index[i % B] + i / B;
         examples[i] = pairs[slot[i]];
     }
@@ -8745,6 +8833,8 @@ static void dpo_reference(struct DPOTask *task, struct Arena *arena, const struc
                           const size_t *index, size_t B, double *ref_logps) {
     if (dpo_reference_known(ref_logps, index, B))
         return;
+
+    /* one pass over both sides, without what a backward pass would need */
     size_t *slot = arena_alloc(arena, 2 * B, sizeof *slot);
     double *logps = arena_alloc(arena, 2 * B, sizeof *logps);
     struct Batch batch = dpo_batch(arena, pairs, index, B, task->ref_model->config.n_embd, slot);
@@ -8758,14 +8848,17 @@ static void dpo_reference(struct DPOTask *task, struct Arena *arena, const struc
 }
 
 /* What dpo_loss needs of 2B answers, the chosen ones first.
- * in   token_logprobs: the policy's, of each token; ref_logps (2B): the reference's, in the batch's
- *      order      returns 2B sides: the policy's log-probability of an answer is the sum of its
- *      tokens' */
+ * in   token_logprobs (R): the policy's, one a token; ref_logps (2B): the reference's, one an
+ *      answer, in the batch's order
+ * returns 2B sides: chosen ones, then rejected ones */
 static struct DPOSide *dpo_sides(struct Arena *arena, const struct Batch *batch,
                                  const float *token_logprobs, const double *ref_logps, size_t B) {
+    /* 1. log pi(y|x) of each answer: the sum of its tokens' log-probabilities */
     double *logps = arena_alloc(arena, 2 * B, sizeof *logps);
     struct DPOSide *sides = arena_alloc(arena, 2 * B, sizeof *sides);
     sum_target_logps(batch, 2 * B, token_logprobs, logps);
+
+    /* 2. beside the reference's, and the length, which the loss types ipo and sft divide by */
     for (size_t i = 0; i < 2 * B; i++)
         sides[i] = (struct DPOSide){
             .logp = logps[i],
@@ -8790,10 +8883,12 @@ static struct DPOSums dpo_sums(double beta, size_t B, const struct DPOSide *chos
                                const struct DPOSide *rejected) {
     struct DPOSums sums = {0};
     for (size_t b = 0; b < B; b++) {
+        /* what the policy, read as a reward model, says of the two answers (chapter 5) */
         double reward_chosen = implied_reward(beta, chosen[b].logp, chosen[b].ref_logp);
         double reward_rejected = implied_reward(beta, rejected[b].logp, rejected[b].ref_logp);
         sums.rewards_chosen += reward_chosen;
         sums.rewards_rejected += reward_rejected;
+        /* equal rewards, as at the start, are no success */
         sums.right += reward_chosen > reward_rejected;
         sums.logps_chosen += chosen[b].logp;
         sums.logps_rejected += rejected[b].logp;
@@ -8831,6 +8926,8 @@ static void dpo_metrics(struct Trainer *trainer, double beta, const struct Batch
         {"entropy", row_sum(head->entropy, batch->R), batch->R},
         {"mean_token_accuracy", row_sum(head->hit, chosen_rows), chosen_rows},
     };
+
+    /* sums and counts, not means: the Trainer joins several batches */
     for (size_t i = 0; i < COUNT(metrics); i++)
         trainer_metric(trainer, metrics[i].name, metrics[i].sum, metrics[i].units);
 }
@@ -8844,6 +8941,8 @@ static void dpo_eval_loss(struct Trainer *trainer, struct DPOTask *task, size_t 
     config.weight[DPO_SFT] = 0;
     double loss = dpo_loss(&config, B, sides, sides + B);
     trainer_metric(trainer, "loss", loss * (double)B, B);
+
+    /* the likelihood of chosen answers, summed over all batches so far */
     for (size_t b = 0; b < B; b++) {
         task->eval_nll -= sides[b].logp;
         task->eval_tokens += sides[b].length;
@@ -8857,6 +8956,8 @@ static void dpo_evaluated(struct Trainer *trainer) {
     double nll = task->eval_nll / (double)MAX((size_t)1, task->eval_tokens);
     double pairs = (double)trainer->task.eval_n;
     trainer_metric(trainer, "loss", task->config.weight[DPO_SFT] * nll * pairs, 0);
+
+    /* the next evaluation begins anew */
     task->eval_nll = 0;
     task->eval_tokens = 0;
 }
@@ -8872,6 +8973,7 @@ static double dpo_task_loss(struct Trainer *trainer, const size_t *index, size_t
     struct DPOTask *task = trainer->task.data;
     struct GPT2 *model = trainer->model;
     struct Arena *arena = &trainer->arena;
+    /* [0] to learn from, [1] held out */
     const struct Example *pairs = task->pairs[eval];
 
     /* 1. The reference's log-probabilities: computed when a pair is seen for the first time, then
@@ -8886,6 +8988,7 @@ static double dpo_task_loss(struct Trainer *trainer, const size_t *index, size_t
     /* 2. The policy's, and the loss. Chosen answers are sides 0 to B-1, rejected ones follow. */
     struct LMHead head = batch_logprobs(model, arena, &batch, task->temperature, train);
     struct DPOSide *sides = dpo_sides(arena, &batch, head.logprob, ref_logps, B);
+    /* held-out pairs report their loss as a metric; what is returned is not used then */
     if (eval)
         dpo_eval_loss(trainer, task, B, sides);
     double loss = dpo_loss(&task->config, B, sides, sides + B);
@@ -8911,11 +9014,16 @@ static void dpo_pair_encode(const struct Trainer *trainer, struct Arena *arena, 
                             struct Example pair[2]) {
     size_t V = trainer->model->config.vocab_size;
     const int *end_token = &trainer->model->config.eos_token_id;
+    /* 1. The prompt: the row's own, or what both texts begin with. */
     if (!(row.has & HAS_PROMPT))
         split_implicit_prompt(&row);
+
+    /* 2. both sides as whole sequences */
     pair[0] = example_prompt_completion(arena, trainer->tok, row.prompt, row.chosen, V, end_token);
     pair[1] =
         example_prompt_completion(arena, trainer->tok, row.prompt, row.rejected, V, end_token);
+
+    /* 3. one split for both */
     size_t prompt_length = MIN(pair[0].prompt_length, pair[1].prompt_length);
     pair[0].prompt_length = prompt_length;
     pair[1].prompt_length = prompt_length;
@@ -8928,6 +9036,7 @@ struct PairCounts {
 
 static void dpo_pairs_say(const struct Dataset *data, size_t max_length, struct PairCounts n) {
     const char *path = data->path;
+    /* each reason has a line of its own: the user may want to change --max_length, or the data */
     if (n.dropped) {
         warn("%s: %zu of %zu pairs dropped: the prompt alone has %zu tokens or more (--max_length)",
              path, n.dropped, data->n, max_length);
@@ -8989,6 +9098,8 @@ static size_t dpo_pairs(const struct Trainer *trainer, struct Arena *arena,
         if (dpo_pair_fit(pair, max_length, keeps_equal, &counts))
             count++;
     }
+
+    /* silence would hide that a run learns from a part of its data only */
     dpo_pairs_say(data, max_length, counts);
     CHECK(count > 0, "%s: no pair is left", data->path);
     return count;
@@ -9012,7 +9123,11 @@ static struct DPOTask *dpo_task(struct Trainer *trainer, struct Arena *arena,
         .pairs = {pairs}, /* held-out ones: by the caller, if there are any */
         .temperature = temperature,
     };
+
+    /* 0: not computed yet; dpo_reference will do it */
     task->ref_logps[0] = arena_zeros(arena, 2 * n, sizeof **task->ref_logps);
+
+    /* what the Trainer calls: for a batch, behind an evaluation, for a checkpoint */
     trainer->task = (struct Task){
         .name = "dpo",
         .n = n,
@@ -9040,6 +9155,7 @@ static struct Text answer_text(const struct Tokenizer *tok, struct Arena *arena,
 /* Whether two answers look the same: from a choice between them nothing can be learnt. */
 static bool same_answer(const struct Tokenizer *tok, struct Arena *arena, const struct Example *a,
                         const struct Example *b, const struct GPT2Config *policy) {
+    /* as a person would see them: other bytes that are shown alike make no choice either */
     struct Text text_a = text_shown(arena, answer_text(tok, arena, a, policy), "");
     struct Text text_b = text_shown(arena, answer_text(tok, arena, b, policy), "");
     return text_equal(text_a, text_b);
@@ -9068,6 +9184,7 @@ static struct BestWorst best_and_worst(const struct PreferenceSource *source,
                                        size_t first) {
     struct BestWorst place = {0};
     for (size_t k = first; k < first + source->num_generations; k++) {
+        /* end token included, as the scorer counts */
         size_t length = answers[k].n - answers[k].prompt_length;
         bool ended = example_ended(&answers[k], source->policy->config.eos_token_id);
         if ((source->only_ended && !ended) || length < source->scorer->least_length)
@@ -9109,8 +9226,10 @@ static size_t collect_preferences(const struct PreferenceSource *source, struct 
         struct BestWorst place = best_and_worst(source, answers, score, i * num_generations);
         const struct Example *best = &answers[place.best];
         const struct Example *worst = &answers[place.worst];
+        /* no answer that counts, or all equally good: nothing is preferred */
         if (!place.found || score[place.best] <= score[place.worst])
             continue;
+        /* the same text can score differently, if its tokens are others */
         if (same_answer(tok, arena, best, worst, &policy->config))
             continue;
         pairs[2 * count] = *best;
@@ -9187,11 +9306,14 @@ struct ExactFigures {
 static struct ExactFigures exact_figures(const struct ExactWorld *w, const double *logps) {
     struct ExactFigures f = {0};
     for (size_t i = 0; i < w->n; i++) {
+        /* everything is a mean under the policy: each answer counts with its probability */
         double p = exp(logps[i]);
         f.kl_to_optimum += p * (logps[i] - w->logps[EXACT_OPTIMUM][i]);
         f.reward += p * w->r[i];
         f.kl += p * (logps[i] - w->logps[EXACT_REFERENCE][i]);
     }
+
+    /* J: what is earned, less the price of having moved */
     f.objective = f.reward - w->beta * f.kl;
     return f;
 }
@@ -9213,6 +9335,7 @@ static struct ExactFigures exact_figures(const struct ExactWorld *w, const doubl
 static double exact_dpo_loss(const double *logps, const double *ref_logps, const double *r,
                              size_t n, double beta, double *dlogps) {
     double loss = 0;
+    /* pairs (i,i) are counted too: their loss is ln 2 and their slope 0 */
     double pairs = (double)n * (double)n;
     for (size_t i = 0; i < n; i++) {
         dlogps[i] = 0;
@@ -9234,6 +9357,7 @@ static double exact_dpo_loss(const double *logps, const double *ref_logps, const
 static struct LMHead exact_logps(const struct ExactWorld *w, const struct GPT2 *model,
                                  struct Arena *arena, struct Batch *batch, bool keep,
                                  double *logps) {
+    /* the way that texts take: there is no short cut for a small world */
     *batch = collate(arena, w->y, w->n, SKIP_LAST);
     struct LMHead head = batch_logprobs(model, arena, batch, 1, keep);
     sum_target_logps(batch, w->n, head.logprob, logps);
@@ -9248,8 +9372,11 @@ static struct LMHead exact_logps(const struct ExactWorld *w, const struct GPT2 *
 /* A step's gradient of exact_dpo_loss, added to the model's.   out  logps (n), before the step */
 static void exact_dpo_backward(const struct ExactWorld *w, struct GPT2 *model, struct Arena *arena,
                                double *logps) {
+    /* 1. what the policy says of every answer now */
     struct Batch batch;
     struct LMHead head = exact_logps(w, model, arena, &batch, true, logps);
+
+    /* 2. the slope by each answer's log-probability, and back through the model */
     double *dlogps = arena_alloc(arena, w->n, sizeof *dlogps);
     exact_dpo_loss(logps, w->logps[EXACT_REFERENCE], w->r, w->n, w->beta, dlogps);
     target_logps_backward(model, arena, &batch, &head, w->n, dlogps, 1);
@@ -9260,6 +9387,7 @@ static void exact_dpo_backward(const struct ExactWorld *w, struct GPT2 *model, s
  *                                                                  test: exact_dpo_gradient */
 static struct Example exact_response(struct Arena *arena, size_t V, size_t T, size_t i) {
     struct Example y = {arena_zeros(arena, T + 1, sizeof(int)), T + 1, 1};
+    /* from the last digit to the first: division takes the last one off */
     for (size_t t = T; t > 0; t--) {
         y.ids[t] = (int)(i % V);
         i /= V;
@@ -9282,6 +9410,8 @@ static struct GPT2 *exact_reference(struct GPT2Config config, size_t T, uint64_t
     config.n_positions = T + 1;
     config.eos_token_id = (int)config.vocab_size; /* no token has this id: nothing ends early */
     struct GPT2 *model = gpt2_new(config);
+
+    /* matrices alone: biases stay 0 and layer norms 1 */
     struct Rng rng = rng_seed(seed, STREAM_INIT);
     for (size_t i = 0; i < model->tensor_count; i++)
         if (model->tensors[i]->ndim == 2)
@@ -9294,6 +9424,7 @@ static struct GPT2 *exact_reference(struct GPT2Config config, size_t T, uint64_t
 static struct ExactWorld *exact_world(struct Arena *arena, struct GPT2Config config, size_t T,
                                       uint64_t seed) {
     struct ExactWorld *w = arena_zeros(arena, 1, sizeof *w);
+    /* every digit has V values, and there are T digits */
     size_t n = (size_t)lround(pow((double)config.vocab_size, (double)T));
     *w = (struct ExactWorld){
         .V = config.vocab_size,
@@ -9341,6 +9472,7 @@ static struct Rollout *exact_rollouts(const struct ExactWorld *w, const struct G
     }
     generate(policy, sequences, EXACT_BATCH, &sampling);
     for (size_t i = 0; i < EXACT_BATCH; i++) {
+        /* the tokens are the answer's number in base V, so no search is needed */
         size_t k = exact_number(w, sequences[i].ids);
         rollouts[i] = (struct Rollout){w->y[k], w->T, (float)w->r[k]};
     }
@@ -9351,11 +9483,13 @@ static struct Rollout *exact_rollouts(const struct ExactWorld *w, const struct G
 static void exact_train_dpo(const struct ExactWorld *w, struct GPT2 *model,
                             const struct TrainingArguments *args) {
     struct Arena arena = {0};
+    /* the policy's own list of log-probabilities serves as room for each step's */
     size_t steps = EXACT[EXACT_DPO].steps;
     double *logps = w->logps[EXACT_DPO];
     gpt2_make_trainable(model);
     for (size_t step = 0; step < steps; step++) {
         arena_reset(&arena);
+        /* all n^2 pairs at once: the gradient is exact */
         exact_dpo_backward(w, model, &arena, logps);
         double learning_rate = args->learning_rate * schedule_factor(args, step, steps);
         optimizer_step(model, args, learning_rate, step + 1);
@@ -9372,8 +9506,12 @@ static void exact_train_rollouts(const struct ExactWorld *w, struct GPT2 *model,
     config.batch_size = EXACT_BATCH;
     config.mini_batch_size = EXACT_BATCH;
     config.num_generations = EXACT_BATCH;
+
+    /* each batch serves twice; the value head, which starts at random, learns faster than usual */
     config.ppo_epochs = 2;
     config.vf_coef = 0.5;
+
+    /* the same objective J for both: beta is fixed */
     config.init_kl_coef = w->beta;
     config.adap_kl_ctrl = false;
     if (method == EXACT_REINFORCE)
@@ -9415,13 +9553,16 @@ static void exact_train(struct ExactWorld *w, enum ExactPolicy method) {
     exact_logps(w, model, &arena, &batch, false, w->logps[method]);
     arena_free(&arena);
     gpt2_free(model);
+    /* 0 nats would be the optimum itself */
     say("exact: beta %g: %s: %zu steps, KL to the optimum %.5f nats\n", w->beta, EXACT[method].name,
         EXACT[method].steps, exact_figures(w, w->logps[method]).kl_to_optimum);
 }
 
 /* exact_run -- the optimum at beta, and the three trainings.                  test: exact_run */
 static void exact_run(struct ExactWorld *w, double beta) {
+    /* By formula, from the reference and the rewards alone. */
     w->beta = beta;
+    /* log Z is kept: beta log Z is the largest J that any policy can have */
     w->log_Z = exact_optimum(w->logps[EXACT_REFERENCE], w->r, w->n, beta, w->logps[EXACT_OPTIMUM]);
 
     /* They know nothing of one another: a thread for each. */
