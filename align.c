@@ -15609,11 +15609,10 @@ static void command_generate(struct Options *o) {
     /* 3. All of them together: the weights are read once a token for all. */
     generate(o->model, sequences, data->n * each, g);
     for (size_t i = 0; i < data->n; i++) {
-        struct Text prompt = data->rows[i].prompt;
         if (o->json)
-            print_generation_json(o, prompt, &sequences[i * each], each);
+            print_generation_json(o, data->rows[i].prompt, &sequences[i * each], each);
         else
-            print_generation(o, prompt, &sequences[i * each], each);
+            print_generation(o, data->rows[i].prompt, &sequences[i * each], each);
     }
 }
 
