@@ -6461,6 +6461,7 @@ static double micro_batch_weight(struct Trainer *trainer, const size_t *order, s
 }
 
 /* trainer_accumulate -- the gradient of one step over n rows, micro-batch by micro-batch.
+ *                                                  [glossary: Acumulação de gradiente]
  * The activations of a micro-batch fill the memory; its gradient is added to those of the ones
  * before it, and the memory serves the next. Of a mean over tokens the sum is, but for rounding,
  * what one large batch would have given.
@@ -6682,6 +6683,7 @@ static void trainer_free(struct Trainer *trainer) {
  *
  *     a new model     8.66 nats a token    (an even guess among 4097 tokens: ln 4097 = 8.32)
  *     trained         4.51 nats a token    perplexity e^4.51 = 91: as unsure as among 91 tokens
+ *                                                                 [glossary: Perplexidade]
  *
  * What enters: texts, or prompts with completions. What leaves: a language model: the reference,
  * and the starting point, of all that follows.
