@@ -1515,10 +1515,14 @@ static struct PairLoss dpo_variant(const struct DPOConfig *config, enum DPOLossT
     double chosen_logratio = chosen->logp - chosen->ref_logp;
     double rejected_logratio = rejected->logp - rejected->ref_logp;
     double logits = chosen_logratio - rejected_logratio;
+
+    /* IPO weighs the sides by their lengths; the others look at the difference alone */
     if (type == DPO_IPO)
         return dpo_ipo_pair(config->beta, chosen, rejected);
     if (type == DPO_HINGE)
         return dpo_hinge_pair(config->beta, logits);
+
+    /* without smoothing, DPO itself */
     if (type == DPO_SIGMOID && e == 0)
         return dpo_pair_loss(config->beta, chosen, rejected);
     return dpo_smoothed_pair(config->beta, logits, e, type == DPO_ROBUST);
@@ -15325,7 +15329,7 @@ static size_t encode_prompts(struct Options *o, struct Example *prompts) {
         struct Example e =
             example_encode(&o->arena, o->tok, whole ? data->rows[i].prompt : data->rows[i].text,
                            o->model->config.vocab_size, NULL);
-        /* A number is drawn for every text, an empty one too: the lengths stay those of the rows. */
+        /* A number is drawn for every text, an empty one too: lengths stay those of the rows. */
         size_t drawn = whole ? e.n : length_sampler(&o->input_length, &rng);
         size_t length = MIN(e.n, drawn);
         CHECK(length <= longest,
@@ -15755,8 +15759,8 @@ static void command_score(struct Options *o) {
     }
 }
 
-/* Adds pairs to preferences.jsonl. They are on the disk before the next are asked for: the work of a
- * person must not be lost. The file is written anew as a whole, so that it is never half a line. */
+/* Adds pairs to preferences.jsonl. They are on the disk before the next are asked for: a person's
+ * work must not be lost. The file is written anew as a whole, so that it is never half a line. */
 static void preferences_add(struct Options *o, const char *path, const struct Example *pairs,
                             size_t n) {
     struct Arena arena = {0};
@@ -15943,7 +15947,7 @@ static bool *collect_wanted(struct Options *o, struct Collection *c, struct Text
     return wanted;
 }
 
-/* Has all prompts judged that are `wanted`: by the reward model in groups, by a person one by one. */
+/* Has all `wanted` prompts judged: by the reward model in groups, by a person one by one. */
 static void collect_all(struct Options *o, struct Collection *c, const struct Text *shown,
                         const bool *wanted) {
     enum { TOGETHER = 64 }; /* prompts: the same groups wherever an earlier run was stopped */
