@@ -11845,7 +11845,7 @@ static size_t encode_prompts(struct Options *o, struct Example *prompts) {
         struct Example e =
             example_encode(&o->arena, o->tok, whole ? data->rows[i].prompt : data->rows[i].text,
                            o->model->config.vocab_size, NULL);
-        /* A number is drawn for every text, an empty one too: the lengths stay those of the rows. */
+        /* A number is drawn for an empty text too: the lengths stay those of their rows. */
         size_t drawn = whole ? e.n : length_sampler(&o->input_length, &rng);
         size_t length = MIN(e.n, drawn);
         CHECK(length <= longest,
@@ -12275,8 +12275,9 @@ static void command_score(struct Options *o) {
     }
 }
 
-/* Adds pairs to preferences.jsonl. They are on the disk before the next are asked for: the work of a
- * person must not be lost. The file is written anew as a whole, so that it is never half a line. */
+/* Adds pairs to preferences.jsonl. They are on the disk before the next are asked for: a person's
+ * work must not be lost. The file is written anew as a whole, so that it never ends in half a line.
+ */
 static void preferences_add(struct Options *o, const char *path, const struct Example *pairs,
                             size_t n) {
     struct Arena arena = {0};
@@ -12459,7 +12460,7 @@ static bool *collect_wanted(struct Options *o, struct Collection *c, struct Text
     return wanted;
 }
 
-/* Has all prompts judged that are `wanted`: by the reward model in groups, by a person one by one. */
+/* Has all `wanted` prompts judged: by the reward model in groups, by a person one by one. */
 static void collect_all(struct Options *o, struct Collection *c, const struct Text *shown,
                         const bool *wanted) {
     enum { TOGETHER = 64 }; /* prompts: the same groups wherever an earlier run was stopped */
@@ -13381,7 +13382,7 @@ static void print_wrapped(const char *text, size_t indent) {
  * it is for. */
 static void print_help(const struct Command *command) {
     enum { INDENT = 33 };
-    struct Options defaults = default_options(command->name);
+    struct Options defaults = default_options(command->name); /* the command's own are among them */
     const char *heading = NULL;
     printf("align %s -- ", command->name);
     print_wrapped(command->what, sizeof "align -- " - 1 + strlen(command->name));
