@@ -15155,6 +15155,7 @@ static void open_output_dir(struct Options *o) {
     const char *dir = o->train.output_dir;
     bool adapter = o->model->adapter.r > 0;
     make_folder(dir);
+    /* with both files there a reader would take the folder for whichever it looks for first */
     CHECK(!file_exists(arena_printf(&o->arena, "%s/%s", dir,
                                     adapter ? "config.json" : "adapter_config.json")),
           "--output_dir %s: holds %s already; choose another folder for %s", dir,
@@ -15166,6 +15167,8 @@ static void save_result(struct Options *o, const struct TrainerState *state) {
     model_replace(o->model, o->train.output_dir, o->tok);
     say("saved to %s\n", o->train.output_dir);
     trainer_state_save(state, &o->train, o->train.output_dir);
+
+    /* The report: what was done, in words, and a page that shows it beside the log. */
     const char *data = arena_printf(&o->arena, "%s: %zu rows%s%s", o->data->path, o->data->n,
                                     o->eval ? "; held out: " : "", o->eval ? o->eval->path : "");
     struct Output out =
@@ -15447,7 +15450,8 @@ static void command_ppo(struct Options *o) {
     struct PPOConfig *c = &o->ppo;
     c->mini_batch_size = MIN(c->mini_batch_size, c->batch_size);
     c->gradient_accumulation_steps = o->train.gradient_accumulation_steps;
-    size_t part = c->batch_size / c->gradient_accumulation_steps; /* a product could overflow */
+    /* Every mini-batch must be full: a product of both flags is not formed, it could overflow. */
+    size_t part = c->batch_size / c->gradient_accumulation_steps;
     bool divides =
         c->batch_size % c->gradient_accumulation_steps == 0 && part % c->mini_batch_size == 0;
     CHECK(divides,
@@ -16645,6 +16649,8 @@ static int take_flag(struct Options *o, const struct Command *command, char **ar
     char *name = arena_printf(&o->arena, "%.*s", (int)MIN(length, (size_t)60), argv[0] + 2);
     const char *value = argv[0][2 + length] ? argv[0] + 3 + length : NULL;
     bool equals = value != NULL;
+
+    /* 1. --learning-rate is --learning_rate, and --no_do_sample is --do_sample false. */
     for (char *c = name; *c; c++)
         if (*c == '-')
             *c = '_';
@@ -16658,12 +16664,16 @@ static int take_flag(struct Options *o, const struct Command *command, char **ar
         parse_flag(o, negated, "false");
         return 0;
     }
+
+    /* 2. A training takes TRL's command lines: flags about what does not exist here pass. */
     for (size_t k = 0; k < COUNT(PASSED_OVER) && !flag && (command->groups & G_TRAIN); k++) {
         if (strcmp(name, PASSED_OVER[k].name) == 0)
             return pass_over(o, k, value, argv + 1);
         if (strncmp(name, "no_", 3) == 0 && strcmp(name + 3, PASSED_OVER[k].name) == 0)
             return pass_over(o, k, "false", (char *[]){NULL});
     }
+
+    /* 3. One of the command's flags, perhaps cut short; its value is behind it or behind "=". */
     if (!flag)
         flag = find_flag(name, command);
     if (!equals)
@@ -16673,7 +16683,8 @@ static int take_flag(struct Options *o, const struct Command *command, char **ar
     o->given[flag - FLAGS] = true;
     if (flag->kind != KIND_LIST || equals)
         return taken;
-    /* A list goes on to the next flag: --loss_type sigmoid sft. */
+
+    /* 4. A list goes on to the next flag: --loss_type sigmoid sft. */
     const char **list = (const char **)((char *)o + flag->offset);
     for (; argv[1 + taken] && !is_flag(argv[1 + taken]) && strlen(*list) < 1000; taken++)
         *list = arena_printf(&o->arena, "%s %s", *list, argv[1 + taken]);
@@ -16875,7 +16886,7 @@ static void print_wrapped(const char *text, size_t indent) {
  * it is for. */
 static void print_help(const struct Command *command) {
     enum { INDENT = 33 };
-    struct Options defaults = default_options(command->name);
+    struct Options defaults = default_options(command->name); /* the command's own are among them */
     const char *heading = NULL;
     printf("align %s -- ", command->name);
     print_wrapped(command->what, sizeof "align -- " - 1 + strlen(command->name));
