@@ -16021,6 +16021,51 @@ static void command_collect(struct Options *o) {
     say("%zu pairs added to %s (%zu were there)\n", c.added, c.path, o->eval ? o->eval->n : 0);
 }
 
+/* A policy: its answers are what is measured. */
+static void eval_policy(struct Options *o, struct LogEntry *entry) {
+    leave_out_reward_head(o->model);
+    if (o->ref_model)
+        load_reference(o);
+    struct RolloutSource source = open_rollouts(o);
+    struct Examination exam = {
+        .ref_model = o->reference,
+        .scorer = &source.scorer,
+        .prompts = source.prompts,
+        .n = source.n,
+        .generation = source.generation,
+        .seed = o->train.seed,
+    };
+    struct PolicyResult result = policy_measure(o->model, &exam, &o->arena);
+    log_value(entry, "reward", result.mean_reward);
+    log_value(entry, "reward_std", sqrt(unbiased_variance(result.reward, source.n)));
+    log_value(entry, "distinct_2", result.distinct_2);
+    log_value(entry, "mean_length", result.mean_length);
+    log_value(entry, "samples", (double)source.n);
+    if (o->reference)
+        log_value(entry, "kl", result.kl);
+}
+
+/* A language model: the loss of the tokens that sft would train on. */
+static void eval_language(struct Options *o, struct Trainer *trainer, struct LogEntry *entry) {
+    *trainer = open_training(o, SFT_SHAPES, COUNT(SFT_SHAPES));
+    struct LanguageTask *task = sft_task(trainer, &o->arena, o->data, NULL);
+    task->eval_examples = task->examples;
+    trainer->task.eval_n = trainer->task.n;
+    struct LogEntry measured = trainer_measure(trainer);
+    double loss;
+    log_find(&measured, "eval_loss", &loss);
+
+    /* the tokens that count: not the prompt's, and not a text's first, which nothing predicts */
+    double tokens = 0;
+    for (size_t i = 0; i < trainer->task.n; i++) {
+        const struct Example *e = &task->examples[i];
+        tokens += (double)(e->n - MAX((size_t)1, e->prompt_length));
+    }
+    log_value(entry, "eval_loss", loss);
+    log_value(entry, "perplexity", exp(loss));
+    log_value(entry, "tokens", tokens);
+}
+
 /* align eval -- one JSON object. With --reward_model_path: what a policy's answers are worth,
  * its distance from --ref_model, how varied and long they are. With a reward head: how well it
  * orders pairs, rated or labelled texts. Else the mean negative log-likelihood a token, and its
@@ -16031,49 +16076,14 @@ static void command_eval(struct Options *o) {
     need(o, "model_name_or_path, dataset_name");
     open_model(o, false);
     if (o->reward_model_path) {
-        /* 1. A policy: its answers are what is measured. */
-        leave_out_reward_head(o->model);
-        if (o->ref_model)
-            load_reference(o);
-        struct RolloutSource source = open_rollouts(o);
-        struct Examination exam = {
-            .ref_model = o->reference,
-            .scorer = &source.scorer,
-            .prompts = source.prompts,
-            .n = source.n,
-            .generation = source.generation,
-            .seed = o->train.seed,
-        };
-        struct PolicyResult result = policy_measure(o->model, &exam, &o->arena);
-        log_value(&entry, "reward", result.mean_reward);
-        log_value(&entry, "reward_std", sqrt(unbiased_variance(result.reward, source.n)));
-        log_value(&entry, "distinct_2", result.distinct_2);
-        log_value(&entry, "mean_length", result.mean_length);
-        log_value(&entry, "samples", (double)source.n);
-        if (o->reference)
-            log_value(&entry, "kl", result.kl);
+        eval_policy(o, &entry);
     } else if (o->model->score.n) {
-        /* 2. A reward model: as in training, on the data set as if it were held out. */
+        /* a reward model: as in training, on the data set as if it were held out */
         trainer = open_training(o, REWARD_SHAPES, COUNT(REWARD_SHAPES));
         reward_task(&trainer, &o->arena, o->data, o->data);
         entry = trainer_measure(&trainer);
     } else {
-        /* 3. A language model: the loss of the tokens that sft would train on. */
-        trainer = open_training(o, SFT_SHAPES, COUNT(SFT_SHAPES));
-        struct LanguageTask *task = sft_task(&trainer, &o->arena, o->data, NULL);
-        double loss;
-        double tokens = 0;
-        task->eval_examples = task->examples;
-        trainer.task.eval_n = trainer.task.n;
-        struct LogEntry measured = trainer_measure(&trainer);
-        log_find(&measured, "eval_loss", &loss);
-        for (size_t i = 0; i < trainer.task.n; i++) {
-            const struct Example *e = &task->examples[i];
-            tokens += (double)(e->n - MAX((size_t)1, e->prompt_length));
-        }
-        log_value(&entry, "eval_loss", loss);
-        log_value(&entry, "perplexity", exp(loss));
-        log_value(&entry, "tokens", tokens);
+        eval_language(o, &trainer, &entry);
     }
     putchar('{');
     log_write(stdout, &entry, ", ");
