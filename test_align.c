@@ -796,7 +796,7 @@ static const double golden_gae_adv[3] = {-1.07383966, 0.169290587, 0.904548705};
 static const double golden_gae_ret[3] = {0.836749971, 0.964999914, 1};
 
 /* =============================================================================================
- * Chapter 1 - Errors, clock, random numbers, arena
+ * Chapter 1 - Ground
  * ============================================================================================= */
 
 /* Pieces of an arena: aligned, disjoint, zeroed where asked; a reset merges the blocks into one. */
@@ -900,7 +900,7 @@ static void test_rng_distributions(void) {
 }
 
 /* =============================================================================================
- * Chapter 2 - Files: JSON, safetensors
+ * Chapters 22, 24 - Files: JSON, safetensors
  * ============================================================================================= */
 
 static size_t json_count(const struct Json *array) {
@@ -1186,7 +1186,7 @@ static void test_safetensors_round_trip(void) {
 }
 
 /* =============================================================================================
- * Chapter 3 - Tokenizer
+ * Chapters 7, 23 - Byte-pair encoding
  * ============================================================================================= */
 
 static int *encode(struct Text text, size_t V, size_t *n) {
@@ -1507,7 +1507,7 @@ static void test_tokenizer_save(void) {
 }
 
 /* =============================================================================================
- * Chapter 4 - Data
+ * Chapters 8, 23 - Data, batches
  * ============================================================================================= */
 
 static struct Dataset *dataset_of(const char *text, const unsigned *shapes, size_t count) {
@@ -1971,7 +1971,7 @@ static void test_collate_pairs(void) {
 }
 
 /* =============================================================================================
- * Chapter 5 - Probability
+ * Chapter 2 - Probability
  * ============================================================================================= */
 
 /* By hand, torch's log sigmoid, and extremes where the plain formula overflows. */
@@ -2102,7 +2102,7 @@ static void test_rows(void) {
 }
 
 /* =============================================================================================
- * Chapter 6 - Matrix multiplication
+ * Chapter 9 - Matrix product
  * ============================================================================================= */
 
 static const struct Kernel *widest_kernel; /* NULL under ALIGN_KERNEL=plain: nothing to compare */
@@ -2259,7 +2259,7 @@ static void test_matmul_threads(void) {
 }
 
 /* =============================================================================================
- * Chapter 7 - Layers
+ * Chapter 10 - Layers
  * ============================================================================================= */
 
 /* What a layer's gradients are tested with: loss = sum of y times given dy. */
@@ -2679,7 +2679,7 @@ static void test_attention_gradient(void) {
 }
 
 /* =============================================================================================
- * Chapter 8 - GPT-2
+ * Chapters 11, 24 - GPT-2
  * ============================================================================================= */
 
 /* Tensor number k of the golden model: 0.3 sin(1.7 k + 0.61 i + 0.003 i i); layer norms 1 + a
@@ -3253,7 +3253,7 @@ static void test_config_names(void) {
 }
 
 /* =============================================================================================
- * Chapter 9 - Reward and value heads
+ * Chapters 11, 24 - Reward and value heads
  * ============================================================================================= */
 
 /* Two labels' rows, in a file of their own, read into a model that `names` says the labels of. */
@@ -3531,7 +3531,7 @@ static void test_reward_head_gradient(void) {
 }
 
 /* =============================================================================================
- * Chapter 10 - LoRA
+ * Chapters 12, 24 - LoRA
  * ============================================================================================= */
 
 /* A random model with a random adapter: no zero in B that would hide A. */
@@ -3954,7 +3954,7 @@ static void test_lora_partial(void) {
 }
 
 /* =============================================================================================
- * Chapter 11 - Optimizer, schedule, Trainer
+ * Chapters 14, 25 - Optimizer, schedule, Trainer, checkpoints
  * ============================================================================================= */
 
 /* Six steps with decay, clipping and warm-up: losses, norms, learning rates and weights of
@@ -4707,7 +4707,7 @@ static void test_output_resume(void) {
 }
 
 /* =============================================================================================
- * Chapter 12 - Generation
+ * Chapters 6, 13 - Choosing a token, writing
  * ============================================================================================= */
 
 static struct GenerationConfig sampling(double temperature, size_t top_k, double top_p) {
@@ -5171,7 +5171,7 @@ static void test_generate_company(void) {
 }
 
 /* =============================================================================================
- * Chapter 13 - Language modelling
+ * Chapter 15 - Language model, SFT
  * ============================================================================================= */
 
 /* Packed rows predict every token of the joined texts once, but the first and what is left over;
@@ -5286,7 +5286,7 @@ static void test_language_overfit(void) {
 }
 
 /* =============================================================================================
- * Chapter 14 - Reward model
+ * Chapters 3, 16 - Preferences, reward model
  * ============================================================================================= */
 
 /* By hand: the comment's numbers, a margin, and gradients that cancel. */
@@ -5467,7 +5467,7 @@ static void test_reward_overfit(void) {
 }
 
 /* =============================================================================================
- * Chapter 15 - Policy gradient: PPO
+ * Chapters 4, 17 - Policy gradient: PPO, REINFORCE
  * ============================================================================================= */
 
 /* TRL's three rows of 8 positions: responses of 6, 4 and 3 tokens that start at columns 2, 1, 3. */
@@ -6334,7 +6334,7 @@ static void test_ppo_replay(void) {
 }
 
 /* =============================================================================================
- * Chapter 16 - DPO
+ * Chapters 5, 18, 19 - DPO, the closed form
  * ============================================================================================= */
 
 /* chosen, rejected; the reference's */
@@ -6603,7 +6603,7 @@ static void test_dpo_overfit(void) {
 }
 
 /* =============================================================================================
- * Chapter 18 - Evaluation
+ * Chapters 20, 26 - Evaluation, report
  * ============================================================================================= */
 
 /* Word pairs and pair accuracy by hand; the KL of whole answers against the golden divergences. */
@@ -6642,7 +6642,7 @@ static void test_evaluation(void) {
 }
 
 /* =============================================================================================
- * Chapter 19 - Command line; broken files and their messages
+ * Chapter 27 - Command line; broken files and their messages
  * ============================================================================================= */
 
 static void load_one_model(const void *path) {
