@@ -61,6 +61,7 @@ define token
   frame apply all -q -s set $tok = o->tok
   frame apply all -q -s set $tok = tok
   frame apply all -q -s set $vocab = model->config.vocab_size
+  frame apply all -q -s set $vocab = trainer->model->config.vocab_size
   set $text = $tok->token[($arg0) == $vocab - 1 ? $tok->end_token : ($arg0)]
   printf " %d ", $arg0
   output *$text.data@$text.length
