@@ -4786,7 +4786,7 @@ static void test_beam_search_golden(void) {
 /* Scores below any that a place could be marked with: a long answer and a length_penalty below 0.
  */
 static void test_beam_search_negative(void) {
-    struct GPT2 *model = random_model(50, 128, 16, 2, 2);
+    struct GPT2 *model = random_model(61, 128, 16, 2, 2);
     for (int stopping = STOP_FALSE; stopping <= STOP_NEVER; stopping++) {
         struct GenerationConfig config = generation_config();
         struct Sequence s[3];
@@ -4796,7 +4796,7 @@ static void test_beam_search_negative(void) {
         for (int k = 0; k < 3; k++)
             s[k] = sequence_start(&test_arena, golden_examples()[0].ids, 4, 100, model,
                                   rng_seed(1, 1));
-        model->config.eos_token_id = 50; /* none: all have 100 tokens */
+        model->config.eos_token_id = 61; /* none: all have 100 tokens */
         generate(model, s, 3, &config);
         for (int k = 0; k < 3; k++)
             expect_count("tokens", s[k].n, 104);
