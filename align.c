@@ -439,8 +439,7 @@ static size_t *arena_order(struct Arena *arena, size_t n) {
     return order;
 }
 
-/* Each thread's own scratch memory, by purpose. It grows to the largest size asked for and stays.
- */
+/* Each thread's own scratch memory, by purpose. It grows to the largest size asked for. */
 enum ScratchSlot { SCRATCH_A, SCRATCH_B, SCRATCH_SCORES, SCRATCH_ROW, SCRATCH_SLOTS };
 
 static float *thread_scratch(enum ScratchSlot slot, size_t floats) {
@@ -4206,8 +4205,7 @@ static void block_declare(struct GPT2 *model, size_t layer) {
     linear_declare(model, &h->mlp.c_proj, mlp_c_proj, 4 * C, C);
 }
 
-/* A model without heads, adapter or gradients, its matrices zero: gpt2_init or a file fills them.
- */
+/* A model without heads, adapter or gradients, its matrices zero: gpt2_init or a file fills it. */
 static struct GPT2 *gpt2_new(struct GPT2Config config) {
     struct GPT2 *model = calloc(1, sizeof *model);
     CHECK(model, "out of memory");
@@ -15319,8 +15317,7 @@ static void command_dpo(struct Options *o) {
     finish_training(o, &trainer);
 }
 
-/* Prompts to answer: rows with a prompt whole, texts cut to their first tokens by a LengthSampler.
- */
+/* Prompts to answer: rows with a prompt whole, of texts as many tokens as a LengthSampler says. */
 static size_t encode_prompts(struct Options *o, struct Example *prompts) {
     const struct Dataset *data = o->data;
     struct Rng rng = rng_seed(o->train.seed, STREAM_LENGTH);
@@ -16823,8 +16820,7 @@ static void parse_arguments(struct Options *o, const struct Command *command, in
     note_idle_tools(o, command);
 }
 
-/* What a command starts from: transformers' defaults, and its own in the table of commands, TRL's.
- */
+/* What a command starts from: transformers' defaults, and TRL's from the table of commands. */
 static struct Options default_options(const char *name) {
     struct Options o = {
         .train = training_arguments(),
@@ -16967,8 +16963,7 @@ static bool answer_about(int argc, char **argv) {
 /* A thread that waits for others spins before it sleeps, GNU's OpenMP for milliseconds and LLVM's
  * for 200 of them. That is right on an idle machine. On a busy one it takes the time of the very
  * thread it waits for, and a run takes several times as long. So, unless the user has chosen, it
- * spins briefly. LLVM's OpenMP can be told by a call, GNU's only by the environment it starts with.
- */
+ * spins briefly. LLVM's OpenMP is told by a call, GNU's only by the environment it starts with. */
 #if defined(KMP_VERSION_MAJOR) && defined(__linux__)
 static void openmp_spin_briefly(void) {
     if (!getenv("KMP_BLOCKTIME") && !getenv("OMP_WAIT_POLICY"))
@@ -16994,8 +16989,7 @@ static void gomp_spin_briefly(int argc, char **argv, char **variables) {
     static char brief[] = "GOMP_SPINCOUNT=4000";
 
     /* 1. The kernel has loaded no loader. In a static program the environment can still be added
-     *    to. A program that a loader was asked to run cannot be started again; this does nothing.
-     */
+     *    to. A program that a loader was asked to run cannot be started again: nothing is done. */
     if (getauxval(AT_BASE) == 0) {
         putenv(brief);
         return;

@@ -175,7 +175,8 @@ def main():
             if ok and "eval" in command:       # what align's own model gives
                 there, here = (json.loads(text.strip().split("\n")[-1]) for text in (printed, run(command.replace("out/trl_", "out/align_"))[1]))
                 key = next(k for k in ("eval_loss", "reward") if k in there)
-                ok, same = abs(there[key] - here[key]) < 1e-3, ": %s %.6f, of align's own model %.6f" % (key, there[key], here[key])
+                # sampled answers: a weight's last bit may change a token of one
+                ok, same = abs(there[key] - here[key]) < (1e-2 if key == "reward" else 1e-3), ": %s %.6f, of align's own model %.6f" % (key, there[key], here[key])
             check(ok, "the way back: %s%s" % (" ".join(command.split()[:4]), same))
     finally:
         os.chdir("/")

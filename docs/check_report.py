@@ -54,7 +54,7 @@ PAGE = r"""(() => {
   if (document.scripts.length) wrong.push('a script');
   if (document.querySelector('[src], link, iframe, object, img, form, [href]:not([href^="#"])')) wrong.push('something from elsewhere');
   if ([...document.querySelectorAll('*')].some(e => [...e.attributes].some(a => a.name.startsWith('on')))) wrong.push('a handler');
-  if (/NaN|nan|undefined/.test(document.body.innerText)) wrong.push('NaN in the text');
+  if (/\b(NaN|nan|undefined)\b/.test(document.body.innerText)) wrong.push('NaN in the text');
   for (const e of document.querySelectorAll('.t span')) if (!e.className.match(/^[ud][123]$/)) wrong.push('a span of class ' + e.className);
   for (const e of document.querySelectorAll('.t span')) if (parseFloat(getComputedStyle(e).borderBottomWidth) < 1) wrong.push('a token told by colour alone');
   return wrong;

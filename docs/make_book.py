@@ -521,7 +521,7 @@ class Book:
         return "".join(out)
 
     def chapter(self, chapter):
-        self.here = (f"chapter-{chapter.number}" if not chapter.part else "part-" + slug(chapter.title), f"chapter {chapter.number}")
+        self.here = (f"chapter-{chapter.number}" if not chapter.part else f"part-{chapter.number}-{slug(chapter.title)}", f"chapter {chapter.number}")
         if chapter.part: head = f'<h3 class=part id="{self.here[0]}">{escape(chapter.title)}</h3>'
         else: head = f'<h2 id="chapter-{chapter.number}"><span class=number>Chapter {chapter.number}</span> {escape(chapter.title)}</h2>'
         body, tags, tests = self.prose(chapter.lines, wide=True)
