@@ -183,7 +183,7 @@ def interrupted_evaluation():
     with open(f"{work}/held_out.jsonl", "w") as f:
         for row in [json.loads(line)["text"] for line in open(os.path.join(root, "docs/reviews.jsonl"))]: f.write(json.dumps({"text": row}) + "\n")
     command = f"sft --model_name_or_path {work}/lm --dataset_name {work}/texts.jsonl --max_steps 2 --save_steps 2 --per_device_eval_batch_size 1 --max_length 64 --eval_dataset {work}/held_out.jsonl"
-    for times in (1, 2, 2, 2, 2, 2):           # the second one must come before the model is saved: a few tries
+    for times in [1] + 20 * [2]:               # the second one must come before the model is saved: a few tries
         out = f"{work}/evaluation{times}"
         shutil.rmtree(out, ignore_errors=True)
         process = subprocess.Popen(align(command, out), stderr=subprocess.PIPE, text=True)
@@ -193,7 +193,9 @@ def interrupted_evaluation():
             time.sleep(0.005)
         message = process.communicate()[1].strip().split("\n")[-1]
         saved = os.path.exists(f"{out}/model.safetensors") and os.path.exists(f"{out}/trainer_state.json")
-        if times == 2 and not saved and process.returncode == -signal.SIGINT: return "ended early and saved; twice: ended at once"
+        if times == 2 and process.returncode == -signal.SIGINT:
+            if not saved: return "ended early and saved; twice: ended at once"
+            continue                           # it came between the saving and the end
         if process.returncode != 1 or not saved or f"interrupted after the last step; the model is saved in {out}" not in message: return f"exit {process.returncode}: {message}"
         if any("eval_loss" in e for e in json.load(open(f"{out}/trainer_state.json"))["log_history"]): return "a part of the evaluation is logged"
     return "the second Ctrl-C did not end it"
