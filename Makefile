@@ -41,13 +41,13 @@ test: test_align
 	./test_align
 
 check-all:
-	docs/check_all.sh
+	docs/tools/check_all.sh
 
 debug: align.c
 	$(CC) -O0 -g3 align.c -o align_debug -lm
 
 book:
-	python3 docs/make_book.py
+	python3 docs/tools/make_book.py
 
 # Where the program looks for them: ../share/align from its own folder.
 share = $(DESTDIR)$(PREFIX)/share/align

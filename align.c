@@ -1326,7 +1326,7 @@ static struct PPOLoss ppo_loss(const struct PPOConfig *config, struct PPOTokens 
 
 /* =============================================================================================
  * Chapter 5 - DPO: the closed form, the reward it implies, the loss without a reward model
- *         [glossary: Otimização de preferência direta (DPO)] [glossary: Solução em forma fechada]
+ *    [glossary: Otimização de preferência direta (DPO)] [glossary: Solução em forma fechada]
  *
  * Is all of chapter 4's machinery needed? Its objective J(pi) = E[r] - beta KL(pi || pi_ref) has a
  * maximum that can be written down:
@@ -15513,7 +15513,7 @@ static const struct {
 
 /* transformers takes its defaults from generation_config.json; here flags say all. A file that says
  * more than transformers writes for every model is named, so that nobody waits for what it says.
- *                                                                   test: docs/check_failures.py */
+ *                                                            test: docs/tools/check_failures.py */
 static void note_generation_config(struct Options *o) {
     const char *path = arena_printf(&o->arena, "%s/generation_config.json", o->model_name_or_path);
     const char *said = "";

@@ -7,10 +7,9 @@
  *
  * The program is included, not linked: a test calls any function of it. Groups follow its
  * chapters. What a test holds to what stands above it: values by hand; numbers that torch,
- * transformers and TRL computed (docs/golden.py); central differences; a plain program against
- * the fast one; one thread against several, bit for bit; a batch overfitted; broken files and
- * their messages.
- *
+ * transformers and TRL computed (docs/tools/golden.py); central differences; a plain program
+ * against the fast one; one thread against several, bit for bit; a batch overfitted; broken files
+ * and their messages.
  */
 #define ALIGN_NO_MAIN
 #include "align.c"
@@ -442,7 +441,7 @@ static void expect_same_weights(const char *what, const struct GPT2 *got, const 
 }
 
 /* =============================================================================================
- * Golden numbers: made by docs/golden.py with torch 2.13, transformers 5.23, TRL 0.11.4.
+ * Golden numbers: made by docs/tools/golden.py with torch 2.13, transformers 5.23, TRL 0.11.4.
  * Its comments say by which formulas; "f32-f64" there says how exact a float can be.
  * ============================================================================================= */
 
@@ -4130,7 +4129,7 @@ static void test_trainer_steps(void) {
 }
 
 /* The share of an epoch's micro-batches that is done, as transformers counts it: more of them are
- * compared by docs/check_trainer.py. */
+ * compared by docs/tools/check_trainer.py. */
 static void test_trainer_epoch(void) {
     static const struct {
         size_t rows, batch, accumulation, max_steps;

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The Makefile: whose flags count, and where `make install` puts things.
-#     docs/check_make.sh
+#     docs/tools/check_make.sh
 # In a copy, with a program of a few lines in align.c's place that says how it was built. Ends with 'N passed, N failed'.
 set -u
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 work=$(mktemp -d "${TMPDIR:-/tmp}/check_make.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 unset CC CPPFLAGS CFLAGS LDFLAGS LDLIBS OPENMP PREFIX DESTDIR MAKEFLAGS MAKELEVEL

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Everything that can find a fault, one after the other:
-#     docs/check_all.sh                    all of it (make check-all); long: docs/fuzz.sh alone runs 200,000 inputs a reader
-#     docs/check_all.sh valgrind tsan      those whose names start so;  docs/check_all.sh --list  names them
-#     LONG_RUN_MINUTES=60 docs/check_all.sh long_run
-#     LOGS=DIR docs/check_all.sh           keeps all that each of them says, DIR/NAME.log
+#     docs/tools/check_all.sh                    all of it (make check-all); long: docs/tools/fuzz.sh alone runs 200,000 inputs a reader
+#     docs/tools/check_all.sh valgrind tsan      those whose names start so;  docs/tools/check_all.sh --list  names them
+#     LONG_RUN_MINUTES=60 docs/tools/check_all.sh long_run
+#     LOGS=DIR docs/tools/check_all.sh           keeps all that each of them says, DIR/NAME.log
 # A row each: what, seconds, the last line it said. A tool that is not installed makes a skipped row that says how to get
 # it; nothing is installed from here. Ends with 'N passed, N failed, N skipped'.
 set -u
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 work=$(mktemp -d "${TMPDIR:-/tmp}/check_all.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-0}        # threads that wait sleep: under these tools, or on a busy machine, spinning starves the one they wait for
@@ -64,8 +64,8 @@ for level in 0 1 2 3; do
 done
 check serial gcc tests gcc -O2
 check musl musl-gcc tests musl-gcc -O2 -static
-check compilers "gcc clang gdb valgrind" docs/check_compilers.sh       # what must not be built, and how what is built starts
-check makefile make docs/check_make.sh
+check compilers "gcc clang gdb valgrind" docs/tools/check_compilers.sh       # what must not be built, and how what is built starts
+check makefile make docs/tools/check_make.sh
 
 # Sanitizers. Frame pointers: by them the suppressed leak (thread_scratch, see test_align.c) is known. halt_on_error is what -fno-sanitize-recover does; leaks are looked for at the end of each process.
 for compiler in gcc clang; do
@@ -115,18 +115,18 @@ memcheck() {
 }
 check valgrind "gcc valgrind" memcheck
 
-# Static analysis. What is known and stays has its reason in docs/findings.txt; what else is found, or no longer found, fails.
+# Static analysis. What is known and stays has its reason in docs/tools/findings.txt; what else is found, or no longer found, fails.
 explained() {                  # explained TAG...: findings "ID<tab>LINE<tab>MESSAGE" on stdin; those of findings.txt that are this tool's, TAG, match by id and a part of the line or the message
     awk -F '\t' -v tag="$1" '
         function trim(x) { gsub(/^ +| +$/, "", x); return x }
-        FILENAME == "docs/findings.txt" { if ($0 !~ /^#/) { split($0, f, / \| /); if (f[1] ~ /^-W/ ? tag == "gcc" : tag == "cppcheck") { id[++n] = trim(f[1]); part[n] = trim(f[2]); reason[n] = f[3] } } next }
+        FILENAME == "docs/tools/findings.txt" { if ($0 !~ /^#/) { split($0, f, / \| /); if (f[1] ~ /^-W/ ? tag == "gcc" : tag == "cppcheck") { id[++n] = trim(f[1]); part[n] = trim(f[2]); reason[n] = f[3] } } next }
         FILENAME == "align.c" { source[FNR] = $0; next }
         { known = 0
           for (i = 1; i <= n; i++) if ($1 == id[i] && index(source[$2] " " $3, part[i])) known = seen[i] = 1
           found++
           if (!known) { bad++; print "align.c:" $2 ": " $1 ": " $3 } }
-        END { for (i = 1; i <= n; i++) if (!seen[i]) { bad++; print "docs/findings.txt: not reported any more: " id[i] " | " part[i] }
-              printf "%d findings, all explained in docs/findings.txt\n", found; exit bad > 0 }' docs/findings.txt align.c -
+        END { for (i = 1; i <= n; i++) if (!seen[i]) { bad++; print "docs/tools/findings.txt: not reported any more: " id[i] " | " part[i] }
+              printf "%d findings, all explained in docs/tools/findings.txt\n", found; exit bad > 0 }' docs/tools/findings.txt align.c -
 }
 static() {
     cppcheck --quiet --std=c11 --enable=warning,performance,portability --template='{id}\t{line}\t{message}' --max-configs=1 -D__GNUC__=12 -D__GLIBC__=2 -D__x86_64__=1 -D__SSE2__=1 align.c > "$work/findings" 2>&1; explained cppcheck < "$work/findings"
@@ -188,13 +188,13 @@ check apple_cc gcc apple
 
 # The program as a whole.
 if [ ! -x align ] || [ align.c -nt align ]; then make align > /dev/null; fi
-check threads python3 python3 docs/check_threads.py
-[ -f docs/check_resume.py ] && check resume python3 python3 docs/check_resume.py
-[ -f docs/check_failures.py ] && check failures python3 python3 docs/check_failures.py
-[ -f docs/fuzz.sh ] && check fuzz clang bash docs/fuzz.sh 200000
-[ -f docs/fuzz_flags.py ] && check fuzz_flags python3 python3 docs/fuzz_flags.py --count 100000
+check threads python3 python3 docs/tools/check_threads.py
+[ -f docs/tools/check_resume.py ] && check resume python3 python3 docs/tools/check_resume.py
+[ -f docs/tools/check_failures.py ] && check failures python3 python3 docs/tools/check_failures.py
+[ -f docs/tools/fuzz.sh ] && check fuzz clang bash docs/tools/fuzz.sh 200000
+[ -f docs/tools/fuzz_flags.py ] && check fuzz_flags python3 python3 docs/tools/fuzz_flags.py --count 100000
 [ -f "$shared/check_fidelity.py" ] && check fidelity python3 python3 "$shared/check_fidelity.py"
-check long_run python3 python3 docs/long_run.py "${LONG_RUN_MINUTES:-2}"
+check long_run python3 python3 docs/tools/long_run.py "${LONG_RUN_MINUTES:-2}"
 
 [ "${names[0]:-}" = --list ] && exit 0
 [ -n "$missing" ] && echo "to run what was skipped: apt-get install $(printf '%s\n' $missing | sort -u | tr '\n' ' ')"

@@ -1,4 +1,4 @@
-# gdb -q -x docs/align.gdb   in the repository's root, after `make debug`: commands that print what align.c computes, in lines that
+# gdb -q -x docs/tools/align.gdb   in the repository's root, after `make debug`: commands that print what align.c computes, in lines that
 # start with "|". An argument has no spaces in it. ALIGN_KERNEL plain: the same bits on every x86-64 processor; unset it for speed.
 set confirm off
 set pagination off

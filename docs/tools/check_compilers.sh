@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Builds that would give wrong numbers are refused, right ones are not; and a build starts and ends as a program should.
-#     docs/check_compilers.sh
+#     docs/tools/check_compilers.sh
 # A compiler or tool that is not installed is passed over. Ends with 'N passed, N failed, N skipped'.
 set -u
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 work=$(mktemp -d "${TMPDIR:-/tmp}/check_compilers.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 passed=0 failed=0 skipped=0

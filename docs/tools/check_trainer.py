@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """check_trainer.py - align's Trainer beside transformers' and TRL's: what they log, on the same tiny model and data.
 
-    make && /tmp/venv_roundtrip/bin/python docs/check_trainer.py [--align ./align]
+    make && /tmp/venv_roundtrip/bin/python docs/tools/check_trainer.py [--align ./align]
 
-The Python is that of docs/roundtrip.py, with trl==1.16.0.  Compared: `epoch`, `loss`, `global_step`, `max_steps` and `num_train_epochs`
+The Python is that of docs/tools/roundtrip.py, with trl==1.16.0.  Compared: `epoch`, `loss`, `global_step`, `max_steps` and `num_train_epochs`
 where micro-batches and accumulations do not divide the data; the figures of an evaluation at several batch sizes;
 the totals of a resumed run.  Where align means something else than TRL, TRL's number is computed from align's, so
 that both meanings are proved (docs/metrics.md says them).  About 30 seconds; ends with 'N passed, N failed'.
@@ -29,9 +29,9 @@ try:
     from transformers.utils.logging import disable_progress_bar
     from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 except ImportError as error:
-    sys.exit("check_trainer.py: %s (in %s). The top of docs/roundtrip.py says what to install." % (error, sys.executable))
+    sys.exit("check_trainer.py: %s (in %s). The top of docs/tools/roundtrip.py says what to install." % (error, sys.executable))
 
-ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 LIMIT = 1e-4                                   # of a loss or another figure; epochs must be equal to the digits that are written
 passed = failed = 0
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Runs the eight tours of docs/debugging.md in gdb and compares what they print with what is written there.
 
-    python3 docs/check_tours.py              from anywhere; needs gdb, a C compiler and make
-    python3 docs/check_tours.py --doc FILE   another copy of the document
-    python3 docs/check_tours.py --write      puts what is printed now into the document
+    python3 docs/tools/check_tours.py              from anywhere; needs gdb, a C compiler and make
+    python3 docs/tools/check_tours.py --doc FILE   another copy of the document
+    python3 docs/tools/check_tours.py --write      puts what is printed now into the document
 
 The document's set-up is every ```sh block before its first ```gdb block; `make debug` is left out when align_debug
 is newer than align.c. A tour is a ```gdb block and the ```text block behind it. Compared are the lines that start
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?|-?\binf\b|-?\bnan\b")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 SECONDS, SETUP_SECONDS = 60, 300
@@ -114,7 +114,7 @@ def gdb_tour(commands):
     with tempfile.NamedTemporaryFile("w", suffix=".gdb", encoding="utf-8") as script:
         script.write(commands)
         script.flush()
-        status, out, err = run(["gdb", "-nx", "-q", "-batch", "-x", "docs/align.gdb", "-x", script.name], SECONDS)
+        status, out, err = run(["gdb", "-nx", "-q", "-batch", "-x", "docs/tools/align.gdb", "-x", script.name], SECONDS)
     stopped = "Error in sourced command file" in err or status is None
     return lines_of(out), "\n".join("    " + line for line in err.strip().splitlines()[-6:]) if stopped else None
 

@@ -1,6 +1,6 @@
 """The same bits whatever the number of threads.
 
-    python3 docs/check_threads.py
+    python3 docs/tools/check_threads.py
 
 Runs `rlhf` with shortened stages, and each trainer with and without LoRA, on 1, 2, 3 and 7 threads, and compares
 SHA-256 of the weights that each leaves. Shapes are small, but above the sizes from which loops are shared out (the
@@ -10,7 +10,7 @@ Needs ./align, built with OpenMP. A table, then 'N passed, N failed'.
 import hashlib, json, os, shutil, subprocess, sys, tempfile, time
 
 THREADS = (1, 2, 3, 7)
-root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 work = tempfile.mkdtemp()
 
 

@@ -1,6 +1,6 @@
 """A long run: is memory flat, is speed flat?
 
-    python3 docs/long_run.py [MINUTES] [--threads 1]
+    python3 docs/tools/long_run.py [MINUTES] [--threads 1]
 
 Trains `ppo` on tiny shapes for so long (default 60), with checkpoints, and samples what the kernel says of the process:
 resident memory, and processor time, since a busy machine slows the clock but not that. Then one Ctrl-C, as a person would
@@ -19,7 +19,7 @@ arguments = argparse.ArgumentParser()
 arguments.add_argument("minutes", nargs="?", type=float, default=60)
 arguments.add_argument("--threads", default="1")
 arguments = arguments.parse_args()
-root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 work = tempfile.mkdtemp()
 LOG_ENTRY = 8 + 24 * int(re.search(r"MAX_METRICS = (\d+)", open(os.path.join(root, "align.c")).read())[1])      # bytes of struct LogEntry
 os.environ["OMP_NUM_THREADS"] = arguments.threads

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """bench_torch.py - how fast PyTorch, transformers, TRL and llm.c do what align.c does, on this machine.
 
-    python3 docs/bench_torch.py                      # training step, GPT-2 124M, batch 4 x 64 tokens, 2 threads
-    python3 docs/bench_torch.py --gen                # generation with KV cache: 48 tokens after 32, batch 1 and 16
-    python3 docs/bench_torch.py --dpo                # DPO step, 4 pairs of 64 tokens, 16 of them the shared prompt
-    python3 docs/bench_torch.py --ppo                # TRL 0.11.4's PPOTrainer, 16 queries, 10 new tokens each
-    python3 docs/bench_torch.py --llmc DIR           # llm.c's train_gpt2 on the training step, see below
-    python3 docs/bench_torch.py --n_layer 4 --n_embd 256 --vocab 5000 --batch 8 --length 128 --steps 10
-    python3 docs/bench_torch.py --ppo --n_layer 2 --n_embd 128 --vocab 2048 --queries 64
-    python3 docs/bench_torch.py ... --json           # the last line of the output is a JSON object with the figures
+    python3 docs/tools/bench_torch.py                      # training step, GPT-2 124M, batch 4 x 64 tokens, 2 threads
+    python3 docs/tools/bench_torch.py --gen                # generation with KV cache: 48 tokens after 32, batch 1 and 16
+    python3 docs/tools/bench_torch.py --dpo                # DPO step, 4 pairs of 64 tokens, 16 of them the shared prompt
+    python3 docs/tools/bench_torch.py --ppo                # TRL 0.11.4's PPOTrainer, 16 queries, 10 new tokens each
+    python3 docs/tools/bench_torch.py --llmc DIR           # llm.c's train_gpt2 on the training step, see below
+    python3 docs/tools/bench_torch.py --n_layer 4 --n_embd 256 --vocab 5000 --batch 8 --length 128 --steps 10
+    python3 docs/tools/bench_torch.py --ppo --n_layer 2 --n_embd 128 --vocab 2048 --queries 64
+    python3 docs/tools/bench_torch.py ... --json           # the last line of the output is a JSON object with the figures
 
 Made for torch 2.13.0 (CPU) and transformers 5.23.0.  Eager PyTorch (no torch.compile), float32, dropout 0, random
 weights and random tokens: the weights do not influence the speed.  A training step is forward with loss, backward
@@ -20,7 +20,7 @@ ones is not counted.
 number of pairs; chosen and rejected are one batch (4 pairs: 8 x 64 tokens).  Log-softmax of all positions, as in TRL,
 then the sum over the completion.  "reference computed" runs the reference in each step, "cached" once, before.
 
---ppo: with the wrong trl or transformers the script starts itself again with --trl-python (docs/golden.py tells how to
+--ppo: with the wrong trl or transformers the script starts itself again with --trl-python (docs/tools/golden.py tells how to
 make it).  Queries of 2, 3, .. 7, 2, .. random tokens, --new tokens after each (top_k 0, top_p 1, never ended early),
 random scores, PPOTrainer.step with 4 epochs, mini-batches of --mini-batch (default: all), torch.optim.Adam, lr 1.41e-5.
 "generate, one query at a time" is the loop of TRL's gpt2-sentiment example; "generate, one batch" gives all queries to
@@ -189,7 +189,7 @@ def start_trl_python(opt):
     except importlib.metadata.PackageNotFoundError:
         pass
     if os.environ.get("BENCH_TORCH_TRL") or not os.path.exists(opt.trl_python):
-        sys.exit("%s is no Python with trl 0.11.4 and transformers 4.45.2: see docs/golden.py" % opt.trl_python)
+        sys.exit("%s is no Python with trl 0.11.4 and transformers 4.45.2: see docs/tools/golden.py" % opt.trl_python)
     os.environ["BENCH_TORCH_TRL"] = "1"
     os.execv(opt.trl_python, [opt.trl_python, os.path.abspath(__file__)] + sys.argv[1:])
 

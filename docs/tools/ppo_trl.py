@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """ppo_trl.py -- PPO with the flags, folders and files of `align ppo`, by TRL 0.11's PPOTrainer.
 
-    python docs/ppo_trl.py --model_name_or_path DIR --reward_model_path DIR --dataset_name FILE --output_dir DIR ...
-    python docs/ppo_trl.py --model_name_or_path DIR --rollouts FILE --output_dir DIR ...       steps on stored rollouts
+    python docs/tools/ppo_trl.py --model_name_or_path DIR --reward_model_path DIR --dataset_name FILE --output_dir DIR ...
+    python docs/tools/ppo_trl.py --model_name_or_path DIR --rollouts FILE --output_dir DIR ...       steps on stored rollouts
 
-The other flags are PPOConfig's. On several GPUs: accelerate launch docs/ppo_trl.py ..., each with a batch of its own.
+The other flags are PPOConfig's. On several GPUs: accelerate launch docs/tools/ppo_trl.py ..., each with a batch of its own.
 """
 import json
 import os

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# fuzz.sh [EXECUTIONS [READER...]]: gives each reader of align.c (docs/fuzz.c says how and which) so many broken inputs,
+# fuzz.sh [EXECUTIONS [READER...]]: gives each reader of align.c (docs/tools/fuzz.c says how and which) so many broken inputs,
 # 1000 if not said, and prints a table. With clang and its libFuzzer mutation follows coverage; else it is blind. SEED=N: another run.
 # Inputs that end in a finding stay in fuzz-findings/. Ends with 'N passed, N failed', exit 1 on failure.
 set -u
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 executions=${1:-1000}
 shift
 work=$(mktemp -d "$([ -w /dev/shm ] && echo /dev/shm || echo /tmp)/fuzz.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 sanitize="-g -O1 -fno-sanitize-recover=undefined"
 guided=yes
-clang $sanitize -DLIBFUZZER -fsanitize=fuzzer,address,undefined docs/fuzz.c -o "$work/fuzz" -lm 2> "$work/build" ||
-    { guided=no; ${CC:-cc} $sanitize -fsanitize=address,undefined docs/fuzz.c -o "$work/fuzz" -lm 2> "$work/build"; } || { cat "$work/build"; exit 1; }
+clang $sanitize -DLIBFUZZER -fsanitize=fuzzer,address,undefined docs/tools/fuzz.c -o "$work/fuzz" -lm 2> "$work/build" ||
+    { guided=no; ${CC:-cc} $sanitize -fsanitize=address,undefined docs/tools/fuzz.c -o "$work/fuzz" -lm 2> "$work/build"; } || { cat "$work/build"; exit 1; }
 [ $# -gt 0 ] || set -- $("$work/fuzz" 2>&1)
 passed=0 failed=0
 [ $guided = yes ] && echo "guided by coverage (libFuzzer), seed ${SEED:-1}" || echo "no libFuzzer here: blind mutation, seed ${SEED:-1}"

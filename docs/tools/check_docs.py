@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """check_docs.py -- runs the commands that the documents show, as a reader would type them.
 
-    python3 docs/check_docs.py                      README.md and docs/*.md, with models of a shortened `make run`
-    python3 docs/check_docs.py --out out            with the models of a folder that is there already
-    python3 docs/check_docs.py docs/labs.md         one document
+    python3 docs/tools/check_docs.py                      README.md and docs/*.md, with models of a shortened `make run`
+    python3 docs/tools/check_docs.py --out out            with the models of a folder that is there already
+    python3 docs/tools/check_docs.py docs/labs.md         one document
 
 What is run: each command in a block that begins with ```sh, and the commands of the table under "Single commands" in
 README.md. They run in order, with bash, in a scratch copy of the repository, where ./align is built and out/ holds
@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 
-ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 ELSEWHERE = ("docs/debugging.md", "docs/glossary.md")
 SHORT_RUN = "./align rlhf --pretrain_steps 150 --reward_steps 60 --ppo_steps 4 --dpo_steps 8"
 NOT_RUN = re.compile(r"\s*<!-- not run: (.+) -->\s*$")

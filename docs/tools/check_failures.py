@@ -1,6 +1,6 @@
 """What goes wrong, and what align says then.
 
-    python3 docs/check_failures.py [--table] [--align ./align] [WORD ...]
+    python3 docs/tools/check_failures.py [--table] [--align ./align] [WORD ...]
 
 Runs align on the wrong files, flags and numbers below, and on full and broken disks. Each case states the exit status (0 done,
 1 it could not be done, 2 wrong usage) and words of the message: of the last line on stderr, which must be the only one that is
@@ -11,7 +11,7 @@ import argparse, json, os, re, resource, shlex, shutil, signal, struct, subproce
 
 arguments = argparse.ArgumentParser()
 arguments.add_argument("--table", action="store_true")
-arguments.add_argument("--align", default=os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "align"))
+arguments.add_argument("--align", default=os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), "align"))
 arguments.add_argument("words", nargs="*")
 arguments = arguments.parse_args()
 program = os.path.realpath(arguments.align)
@@ -362,7 +362,7 @@ for field, (command, row) in chats.items():
     case(what, ask, 1, 'chat.jsonl:1: "%s" is a chat, a list of messages, a string was expected (GPT-2 has no chat template); flatten it: python3 -c ' % field)
     if not wanted(what): continue
     flatten = last_line(align(ask)).split("flatten it: ")[1]
-    formats = read(os.path.join(os.path.dirname(os.path.abspath(__file__)), "formats.md")).decode()
+    formats = read(os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "formats.md")).decode()
     result("%s: the command in docs/formats.md" % what, None if flatten in formats else "it is another: " + flatten)
     flat = [json.loads(line) for line in (subprocess.run(flatten, shell=True, capture_output=True), read("rows.jsonl"))[1].splitlines()]
     texts = [value for each in flat for value in each.values()]

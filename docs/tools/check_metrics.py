@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """check_metrics.py - is every metric that align writes explained in docs/metrics.md, and is every one explained there written?
 
-    make && python3 docs/check_metrics.py      about 20 seconds; ends with 'N passed, N failed'; Python 3.8 or later
+    make && python3 docs/tools/check_metrics.py      about 20 seconds; ends with 'N passed, N failed'; Python 3.8 or later
 
 Runs each command with a model of 24,496 weights, collects the keys of trainer_state.json's log_history, stats_all.jsonl, summary.json,
 `eval` and `make bench BENCH=--json`, and compares them with the tables. A heading "## `sft`, `dpo`: ..." names the commands that its tables speak of;
@@ -9,7 +9,7 @@ the backticked words of a row's first cell are keys; they may be missing from th
 """
 import collections, json, os, re, subprocess, sys, tempfile
 
-ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 ALIGN = os.path.join(ROOT, "align")
 BENCH = os.path.join(ROOT, "align_bench")
 if not os.path.exists(ALIGN): sys.exit("%s: is not there; run make first" % ALIGN)

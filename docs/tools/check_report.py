@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """check_report.py [--pictures DIR]: is what align shows right: progress on a terminal, and report.html in a real browser? From the folder of align.c.
 
-    make && python3 docs/check_report.py            about a minute; needs Debian's chromium; ends with 'N passed, N failed'
+    make && python3 docs/tools/check_report.py            about a minute; needs Debian's chromium; ends with 'N passed, N failed'
 
 Progress: under a terminal of 60 columns no line is longer, nothing but carriage return and "erase to the end of the line" steers it, samples
 appear; without a terminal, with TERM=dumb and with --quiet there is no control code; all of these end with the same weights, bit for bit.

@@ -8,12 +8,12 @@
  * What is taken is also used: adapters are merged, texts encoded and decoded, states written and read again.
  *
  * With clang, mutation is guided by coverage (libFuzzer):
- *     clang -g -O1 -DLIBFUZZER -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined docs/fuzz.c -o fuzz -lm
+ *     clang -g -O1 -DLIBFUZZER -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined docs/tools/fuzz.c -o fuzz -lm
  *     ./fuzz safetensors -runs=200000 -detect_leaks=0          a reader's name, then libFuzzer's flags and files
  * With any other compiler, blindly:
- *     cc -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined docs/fuzz.c -o fuzz -lm
+ *     cc -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined docs/tools/fuzz.c -o fuzz -lm
  *     ./fuzz safetensors -runs=20000 -seed=1
- * docs/fuzz.sh does either for all readers and prints a table. Run them in the folder of align.c. An input of several
+ * docs/tools/fuzz.sh does either for all readers and prints a table. Run them in the folder of align.c. An input of several
  * files is stored as one: each but the last behind 4 bytes of its length. Where a run ends in a finding, the files of
  * that input are still in its folder.
  *
@@ -132,7 +132,7 @@ static _Noreturn void fuzz_exit(int status) {
 #if defined(__GNUC__)
 #pragma GCC diagnostic ignored "-Wunused-function"       /* what only main() calls */
 #endif
-#include "../align.c"
+#include "../../align.c"
 #undef exit
 #undef stderr
 #undef printf

@@ -1,6 +1,6 @@
 """Kills runs at random moments and resumes them: nothing may be lost, nothing may differ.
 
-    python3 docs/check_resume.py [--kills 50] [--seed 1]
+    python3 docs/tools/check_resume.py [--kills 50] [--seed 1]
 
 For each trainer, with and without LoRA, one run is left alone. Others, with the same flags, are killed (SIGKILL) at
 random moments, some of them several times, then resumed from the newest checkpoint until they end. Every folder
@@ -15,7 +15,7 @@ arguments = argparse.ArgumentParser()
 arguments.add_argument("--kills", type=int, default=50)
 arguments.add_argument("--seed", type=int, default=1)
 arguments = arguments.parse_args()
-root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 work = tempfile.mkdtemp()
 draw = random.Random(arguments.seed)
 lora = "--use_peft --lora_r 4"

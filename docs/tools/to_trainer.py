@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """to_trainer.py -- makes a checkpoint of align.c one that transformers' Trainer, and so TRL, resumes as its own.
 
-    python docs/to_trainer.py FLAGS --resume_from_checkpoint DIR/checkpoint-N
+    python docs/tools/to_trainer.py FLAGS --resume_from_checkpoint DIR/checkpoint-N
 
 FLAGS are those of the run, as trl takes them. Writes optimizer.pt and scheduler.pt into the folder: AdamW's moments
 from its optimizer.safetensors, the schedule at its step. Without them a Trainer starts from the weights and the step,

@@ -4,7 +4,7 @@
 align.c re-implements, in plain C, what PyTorch, transformers and TRL compute.  This script asks those three
 programs for the answers on inputs so small that they fit in a test, and prints the answers as C arrays:
 
-    python3 docs/golden.py > /tmp/golden.h
+    python3 docs/tools/golden.py > /tmp/golden.h
 
 VERSIONS the numbers were made with
     Python 3.11, torch 2.13.0 (CPU), transformers 5.23.0            parts A, B, E   (the Python that runs this file)
@@ -696,7 +696,7 @@ def main():
         part_dpo()
         part_ppo()
         return
-    print("/* made by docs/golden.py; torch %s, transformers %s */" % (torch.__version__, transformers.__version__))
+    print("/* made by docs/tools/golden.py; torch %s, transformers %s */" % (torch.__version__, transformers.__version__))
     part_forward_backward()
     part_adamw()
     part_reward()

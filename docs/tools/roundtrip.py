@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """roundtrip.py - the files of align.c and the libraries whose formats they have, in both directions.
 
-    python3 docs/roundtrip.py [--align ./align] [--trl-python /tmp/venv_trl011/bin/python] [--spoil]
+    python3 docs/tools/roundtrip.py [--align ./align] [--trl-python /tmp/venv_trl011/bin/python] [--spoil]
 
 align writes small models, adapters, heads and logs; transformers, PEFT and TRL load them and must compute the same
 numbers ("align >").  Then the libraries save models of random weights; align reads them and must compute the same
@@ -17,7 +17,7 @@ VERSIONS
     /tmp/venv_roundtrip/bin/pip install transformers==5.23.0 peft==0.21.2 safetensors datasets==5.2.0
 TRL 0.11.4, the last with the course's PPOTrainer, does not work with transformers 5: the value head is checked in a
 second Python, --trl-python, and all but trainer_state.json once more, with transformers 4.45.2.  The top of
-docs/golden.py says how to make it; torch and PEFT come from the first Python:
+docs/tools/golden.py says how to make it; torch and PEFT come from the first Python:
     echo /tmp/venv_roundtrip/lib/python3*/site-packages > /tmp/venv_trl011/lib/python3.11/site-packages/first.pth
 """
 import argparse
@@ -46,7 +46,7 @@ try:
 except ImportError as error:
     sys.exit("roundtrip.py: %s (in %s). The top of this file says what to install." % (error, sys.executable))
 
-REVIEWS = Path(__file__).resolve().parent / "reviews.jsonl"
+REVIEWS = Path(__file__).resolve().parent.parent / "reviews.jsonl"
 FROM_BASE = ["--model_name_or_path", "base", "--dataset_name"]
 SHAPE = dict(vocab_size=513, n_layer=2, n_embd=32, n_head=2, n_positions=32)
 TEXTS = ["The film is good.", " a film  with   spaces ", "It's what they'll say; I'd've gone, we're HERE'S", "x", "aaaaaaaaaaaaaaaa",
@@ -378,7 +378,7 @@ def trainer_state():
 
 def checkpoints():
     """A folder checkpoint-N is a model with a log; its moments have torch's names. That transformers' Trainer goes on
-    from it is checked by docs/check_outgrow.py."""
+    from it is checked by docs/tools/check_outgrow.py."""
     flags = [*FROM_BASE, REVIEWS, "--per_device_train_batch_size", 4, "--train_sampling_strategy", "sequential", "--save_steps", 1]
     folder = train("sft", "saved", *flags)
     shutil.copytree("saved/checkpoint-6", "last")
@@ -442,7 +442,7 @@ def second_python():
     """This script in the Python that has TRL; its lines are shown, its counts added."""
     global passed, failed
     if not shutil.which(opt.trl_python):
-        raise FileNotFoundError("no %s; the top of docs/golden.py says how to make it" % opt.trl_python)
+        raise FileNotFoundError("no %s; the top of docs/tools/golden.py says how to make it" % opt.trl_python)
     command = [opt.trl_python, __file__, "--with-trl", "--align", opt.align, *["--spoil"] * opt.spoil]
     p = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8")
     shown, passed_there, failed_there = re.fullmatch(r"(?s)(.*?)(?:(\d+) passed, (\d+) failed\n)?", p.stdout).groups()

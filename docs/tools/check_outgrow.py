@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """check_outgrow.py -- runs the commands of docs/outgrow.md with align and with TRL and compares what they log.
 
-    python3 docs/check_outgrow.py --trl /tmp/new --trl011 /tmp/old [--out out] [--processes]
+    python3 docs/tools/check_outgrow.py --trl /tmp/new --trl011 /tmp/old [--out out] [--processes]
 
 --trl and --trl011: the two environments that docs/outgrow.md installs; --out: models of `make run` (default: a
 shortened one is made). Prints the hand-off table, a row a step, and checks that each trl line has the flags of its

@@ -1,6 +1,6 @@
 """Command lines for align, thousands of them, under the address and undefined-behaviour sanitizers.
 
-    python3 docs/fuzz_flags.py [--count 2000] [--seed 1] [--limit 20] [--cc cc] [--show]
+    python3 docs/tools/fuzz_flags.py [--count 2000] [--seed 1] [--limit 20] [--cc cc] [--show]
 
 Every flag of every command meets every kind of value, in every spelling, beside a few other flags: extremes, empty and huge
 values, wrong kinds, files where folders belong, flags of other commands and programs. About one line in three is complete
@@ -21,7 +21,7 @@ arguments.add_argument("--limit", type=int, default=20, help="seconds of process
 arguments.add_argument("--cc", default="cc")
 arguments.add_argument("--show", action="store_true", help="print every line with its status")
 arguments = arguments.parse_args()
-root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 work = tempfile.mkdtemp(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
 
 # A request: its length in 4 bytes, then the arguments with a NUL behind each. An answer: the status as waitpid has it and the

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """check_prepare.py -- prepare_imdb.py against a server on 127.0.0.1 and against broken files.
 
-    python3 docs/check_prepare.py [NAME...]      the cases whose names begin so; default: all. Needs ./align
+    python3 docs/tools/check_prepare.py [NAME...]      the cases whose names begin so; default: all. Needs ./align
 
 Each case is a run, or two, of prepare_imdb.py in a folder of its own: exit status, the one line of the message, the
 files, and what the server was asked. Nothing leaves the machine: the proxy that the runs are told to use for every
@@ -29,7 +29,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 GPT2_CONFIG = {  # as the real one has it, but for the sizes
     "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1, "bos_token_id": 50256,
     "embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02, "layer_norm_epsilon": 1e-05, "model_type": "gpt2",

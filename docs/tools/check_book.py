@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """check_book.py [FILE]: is docs/book.html (or FILE) whole, true and readable? From the folder of align.c.
 
-Whole: it is what docs/make_book.py makes; every token of align.c's code and every word of its comments is there; every function has its
+Whole: it is what docs/tools/make_book.py makes; every token of align.c's code and every word of its comments is there; every function has its
 anchor, every term both definitions and the places of its use; every internal link resolves, no id is there twice, nothing is asked of the
 network. Readable, in Chromium, at 360, 768 and 1400 pixels, light and dark: no console error, no overflow, every text's contrast passes
 WCAG AA; search, drawer, jumps and print work. Ends with 'N passed, N failed', exit 1 on failure."""

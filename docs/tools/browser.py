@@ -13,7 +13,7 @@
         page.set(width=1400, dark=False, media="print")     # the same page in another window
         page.close()
 
-Nothing is asked of the network: a page that needs it has errors. `python3 docs/browser.py FILE WIDTH [dark] PNG` takes a picture."""
+Nothing is asked of the network: a page that needs it has errors. `python3 docs/tools/browser.py FILE WIDTH [dark] PNG` takes a picture."""
 import base64, fcntl, json, os, pathlib, select, shutil, subprocess, sys, tempfile, time
 
 FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
