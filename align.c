@@ -242,9 +242,11 @@ static _Noreturn void PRINTF_LIKE(2, 3) die_with(int status, const char *format,
     {
         va_list arguments;
         va_start(arguments, format);
+        /* results that still wait in the buffer belong before the error */
         fflush(stdout);
         complain("align: ", format, arguments, status == 1 ? way_on : "");
         va_end(arguments);
+        /* files of which some are missing must not be taken for a model */
         if (staged_folder)
             folder_remove(staged_folder, NULL);
         exit(status);
@@ -269,6 +271,8 @@ struct Rng {
 };
 
 static uint64_t splitmix64(uint64_t *state) {
+    /* the state counts in steps of one size; the rest mixes its bits, so that neighbours have
+     * nothing in common */
     uint64_t z = (*state += 0x9e3779b97f4a7c15u);
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
@@ -286,6 +290,7 @@ enum RngStream {
 };
 
 static struct Rng rng_seed(uint64_t seed, uint64_t stream) {
+    /* a large odd factor: streams 1, 2, 3 of seeds 1, 2, 3 must not meet */
     struct Rng rng;
     uint64_t state = seed ^ (stream * 0xd1342543de82ef95u);
     for (int i = 0; i < 4; i++)
@@ -299,7 +304,10 @@ static uint64_t rotate_left(uint64_t x, int k) {
 
 static uint64_t rng_next(struct Rng *rng) {
     uint64_t *s = rng->s;
+    /* 1. what is returned: a sum, which hides how plain the step below is */
     uint64_t result = rotate_left(s[0] + s[3], 23) + s[0];
+
+    /* 2. the next state: it comes round after 2^256 - 1 numbers */
     uint64_t t = s[1] << 17;
     s[2] ^= s[0];
     s[3] ^= s[1];
@@ -322,6 +330,7 @@ static size_t rng_below(struct Rng *rng, size_t n) {
 
 /* Standard normal, by Box and Muller: a uniform angle, and a radius whose square is exponential. */
 static double rng_normal(struct Rng *rng) {
+    /* 1 - u lies in (0, 1]: log 0 cannot occur */
     double radius = sqrt(-2.0 * log(1.0 - rng_uniform(rng)));
     double angle = 6.283185307179586 * rng_uniform(rng);
     return radius * cos(angle);
@@ -330,6 +339,7 @@ static double rng_normal(struct Rng *rng) {
 /* Fisher and Yates: every order equally likely. */
 static void rng_shuffle(struct Rng *rng, size_t *items, size_t n) {
     for (size_t i = n; i > 1; i--) {
+        /* the last free place takes any of the items that have none yet */
         size_t j = rng_below(rng, i);
         size_t held = items[i - 1];
         items[i - 1] = items[j];
@@ -371,10 +381,12 @@ static void arena_free(struct Arena *arena) {
 }
 
 static void arena_reset(struct Arena *arena) {
+    /* the usual case, from the second step on: one block, large enough */
     if (arena->blocks && !arena->blocks->next && !ARENA_PIECEWISE) {
         arena->blocks->used = 0;
         return;
     }
+    /* several: the next block is to be as large as all of them */
     size_t total = 0;
     for (struct ArenaBlock *block = arena->blocks; block; block = block->next)
         total += block->size;
@@ -383,6 +395,7 @@ static void arena_reset(struct Arena *arena) {
 }
 
 static struct ArenaBlock *arena_block(size_t capacity) {
+    /* aligned_alloc asks for a multiple of the alignment */
     size_t unit = capacity >= ARENA_HUGE ? ARENA_HUGE : ARENA_ALIGN;
     size_t whole = ARENA_HEADER + capacity;
     struct ArenaBlock *block = aligned_alloc(unit, (whole + unit - 1) / unit * unit);
@@ -400,13 +413,18 @@ static struct ArenaBlock *arena_block(size_t capacity) {
 
 /* count pieces of `size` bytes, on a 64-byte boundary, not cleared; no memory ends the program. */
 static void *arena_alloc(struct Arena *arena, size_t count, size_t size) {
+    /* 1. Sizes come from files and flags: a product that overflows would be a small number. */
     CHECK(size == 0 || count <= (SIZE_MAX / 4) / size,
           "out of memory: %zu x %zu bytes asked for; use a smaller model, batch or --max_length",
           count, size);
+
+    /* 2. Whole cache lines, so that the next piece begins on one as well. */
     size_t bytes = (count * size + ARENA_ALIGN - 1) / ARENA_ALIGN * ARENA_ALIGN;
+
+    /* 3. A new block where the present one has no room. A very large piece gets one of its own,
+     *    behind the block that is being filled, which stays in use. */
     struct ArenaBlock *block = arena->blocks;
     if (!block || block->size - block->used < bytes || ARENA_PIECEWISE) {
-        /* a block of its own, behind the one that is being filled */
         bool large = bytes >= ARENA_HUGE && !arena->next_size;
         size_t capacity =
             large || ARENA_PIECEWISE ? bytes : MAX(bytes, MAX(arena->next_size, (size_t)1 << 18));
@@ -416,6 +434,8 @@ static void *arena_alloc(struct Arena *arena, size_t count, size_t size) {
         *place = block;
         arena->next_size = 0;
     }
+
+    /* 4. The piece is what comes next in the block. */
     void *piece = (char *)block + ARENA_HEADER + block->used;
     block->used += bytes;
     return piece;
@@ -478,6 +498,7 @@ static float *thread_scratch(enum ScratchSlot slot, size_t floats) {
  * negative number, and for x < 0 the fraction is written with e^x instead: e^x / (1 + e^x).
  * By hand: sigmoid(0) = 0.5; sigmoid(2) = 1 / (1 + 0.1353) = 0.8808.             test: sigmoid */
 static double sigmoid(double x) {
+    /* between 0 and 1, whatever x is */
     double e = exp(-fabs(x));
     return x >= 0 ? 1 / (1 + e) : e / (1 + e);
 }
@@ -488,6 +509,7 @@ static double sigmoid(double x) {
  * infinity, and the pair that is most wrong would have no gradient. Here it is -800, as it should.
  * By hand: x = 0: -ln 2 = -0.6931; x = 2: ln 0.8808 = -0.1269.                    test: sigmoid */
 static double log_sigmoid(double x) {
+    /* log1p(e) is log(1 + e), but keeps the digits of a small e, which the sum would lose */
     return MIN(x, 0) - log1p(exp(-fabs(x)));
 }
 
@@ -570,6 +592,7 @@ WIDE static float row_max(const float *x, size_t n) {
     int32_t lane[LANES];
     int32_t most = INT32_MIN;
     size_t i = 0;
+    /* lane j looks at x[j], x[j + 16], x[j + 32] ...; whole numbers compare without a branch */
     for (size_t j = 0; j < LANES; j++)
         lane[j] = INT32_MIN;
     for (; i + LANES <= n; i += LANES)
@@ -683,6 +706,7 @@ static float log_sum_exp(const float *x, size_t n, float *scratch) {
 static double entropy_of_logits(const float *logits, float lse, size_t n) {
     double expected_logit = 0;
     for (size_t i = 0; i < n; i++)
+        /* p_i x_i, with p_i = e^(log p_i); 0 times minus infinity would be NaN */
         if (logits[i] > -INFINITY)
             expected_logit += (double)exp_fast(logits[i] - lse) * logits[i];
     return lse - expected_logit;
@@ -702,8 +726,10 @@ static double kl_exact(const float *p_logits, float p_lse, const float *q_logits
                        size_t n) {
     double kl = 0;
     for (size_t i = 0; i < n; i++) {
+        /* the log-probability of token i under each */
         float log_p = p_logits[i] - p_lse;
         float log_q = q_logits[i] - q_lse;
+        /* by how much they differ, weighted by how often p would write the token */
         kl += (double)exp_fast(log_p) * (log_p - log_q);
     }
     return kl;
@@ -726,6 +752,7 @@ static double kl_k1(double log_p, double log_q) {
 
 static double kl_k3(double log_p, double log_q) {
     double d = log_q - log_p;
+    /* e^d - 1 without the rounding of e^d: for p = q it must be 0, and near it d^2 / 2 */
     return expm1(d) - d;
 }
 
@@ -739,6 +766,7 @@ static double kl_k3(double log_p, double log_q) {
  * By hand: probabilities 0.5, 0.25: -0.6931 - 1.3863 = -2.0794 = ln 0.125.
  *                                                                                      test: kl */
 static double sequence_logprob(const float *token_logprobs, size_t n) {
+    /* in double: the rounding of hundreds of floats would show in a KL, which is a difference */
     double sum = 0;
     for (size_t t = 0; t < n; t++)
         sum += token_logprobs[t];
@@ -779,6 +807,7 @@ static size_t pairs_of_rating(const double *rating, size_t i, size_t n, double m
         /* too close to call: no comparison */
         if (rating[i] == rating[j] || fabs(rating[i] - rating[j]) < min_difference)
             continue;
+        /* the better one of the two is the chosen text */
         bool first_is_better = rating[i] > rating[j];
         pairs[count++] = (struct Pair){
             .chosen = first_is_better ? i : j,
@@ -847,14 +876,16 @@ static struct PairLoss bradley_terry_pair(double chosen, double rejected, double
  *      slopes of all of them; one in no pair gets 0.                       test: bradley_terry */
 static double bradley_terry_loss(const float *reward, size_t texts, const struct Pair *pairs,
                                  size_t n, double center, float *dreward) {
+    /* 1. Slopes are added to below, since a text may stand in several pairs. */
     double loss = 0;
     for (size_t t = 0; t < texts; t++)
         dreward[t] = 0;
+
+    /* 2. Pair after pair. Each one's share in the mean is 1 / n, in the loss and in its slopes. */
     for (size_t i = 0; i < n; i++) {
         const struct Pair *pair = &pairs[i];
         struct PairLoss one =
             bradley_terry_pair(reward[pair->chosen], reward[pair->rejected], pair->margin, center);
-        /* each pair's share in the mean is 1 / n, in the loss and in its slopes */
         loss += one.loss;
         dreward[pair->chosen] += (float)(one.dchosen / (double)n);
         dreward[pair->rejected] += (float)(one.drejected / (double)n);
@@ -876,9 +907,11 @@ static double bradley_terry_loss(const float *reward, size_t texts, const struct
 static double sentiment_loss(const float *reward, const double *label, size_t n, float *dreward) {
     double loss = 0;
     for (size_t i = 0; i < n; i++) {
+        /* a label of 1 leaves the first term, a label of 0 the second */
         double liked = label[i] * log_sigmoid(reward[i]);
         double disliked = (1 - label[i]) * log_sigmoid(-reward[i]);
         loss -= (liked + disliked) / (double)n;
+        /* what was predicted less what was true */
         dreward[i] = (float)((sigmoid(reward[i]) - label[i]) / (double)n);
     }
     return loss;
@@ -934,6 +967,7 @@ static double mean_of(const float *x, size_t n) {
 /* The variance of n values, estimated without bias: divided by n - 1, since the mean was taken
  * from the same values.         By hand: 1, 2, 6: mean 3, (4 + 1 + 9) / 2 = 7. */
 static double unbiased_variance(const float *x, size_t n) {
+    /* a second pass over x: sum x^2 - n mean^2 would be a small difference of large numbers */
     double mean = mean_of(x, n);
     double sum = 0;
     for (size_t i = 0; i < n; i++)
@@ -972,6 +1006,7 @@ static void running_moments_update(struct RunningMoments *m, const float *x, siz
  * Returns what a zero would have become: ppo_padding_advantage needs it.
  * By hand: 1, 2, 6: mean 3, variance 7: -0.7559, -0.3780, 1.1339.     test: ppo_whiten_golden */
 static double whiten(float *x, size_t n, bool shift_mean) {
+    /* 1e-8: numbers that are all the same have a variance of 0, and must not become infinite */
     double mean = mean_of(x, n);
     double scale = 1 / sqrt(unbiased_variance(x, n) + 1e-8);
     double back = shift_mean ? 0 : mean;
@@ -1016,6 +1051,8 @@ enum Baseline {
 static void reinforce_advantages(enum Baseline baseline, const float *rewards, size_t n,
                                  size_t num_generations, double running_mean, float *advantages) {
     for (size_t i = 0; i < n; i++) {
+        /* what was to be expected: nothing, what earlier steps brought, or what the other
+         * answers to the same prompt bring */
         double b = 0;
         if (baseline == BASELINE_MEAN)
             b = running_mean;
@@ -1042,6 +1079,7 @@ static double reinforce_loss(const float *advantages, const double *logps, size_
                              double *dlogps) {
     double loss = 0;
     for (size_t i = 0; i < n; i++) {
+        /* A is a constant, so the loss is linear in log pi and A itself is the slope */
         loss -= advantages[i] * logps[i] / (double)n;
         dlogps[i] = -advantages[i] / (double)n;
     }
@@ -1056,9 +1094,11 @@ static double reinforce_loss(const float *advantages, const double *logps, size_
 static double gradient_variance(const float *advantages, const float *s, size_t n, size_t C) {
     double total = 0;
     for (size_t c = 0; c < C; c++) {
+        /* 1. of weight c: the mean over answers, which is the gradient's estimate */
         double mean = 0;
         for (size_t i = 0; i < n; i++)
             mean += (double)advantages[i] * s[i * C + c] / (double)n;
+        /* 2. how far each single answer is from it */
         for (size_t i = 0; i < n; i++)
             total += pow((double)advantages[i] * s[i * C + c] - mean, 2);
     }
@@ -1101,6 +1141,7 @@ struct PPOConfig {
  * By hand: -1.20 against -1.70: kl 0.50, abs 0.50, mse 0.125.     test: ppo_penalties_golden */
 static float kl_penalty_token(const char *kind, float logprob, float ref_logprob, float full) {
     float difference = (float)kl_k1(logprob, ref_logprob);
+    /* the first two have no sign: they punish a departure whichever way it goes */
     if (strcmp(kind, "abs") == 0)
         return fabsf(difference);
     if (strcmp(kind, "mse") == 0)
@@ -1117,6 +1158,7 @@ static float kl_penalty_token(const char *kind, float logprob, float ref_logprob
  * By hand: beta 0.2: a divergence of 0.50 costs 0.10; one of -0.30 earns 0.06.
  *                                             test: ppo_advantages_golden; gdb: break kl_reward */
 static float kl_reward(double kl_coef, float kl) {
+    /* a departure costs: the sign turns a divergence into a reward */
     return (float)(-kl_coef * kl);
 }
 
@@ -1131,7 +1173,10 @@ static double kl_controller_update(const struct PPOConfig *config, double kl_coe
                                    size_t samples) {
     if (!config->adap_kl_ctrl)
         return kl_coef;
+    /* 1. how far off, as a share of the target, at most 20 %: one odd batch must not throw beta */
     double error = MAX(-0.2, MIN(0.2, kl / config->target - 1));
+
+    /* 2. a batch counts as its share of the horizon: beta moves slowly */
     return kl_coef * (1 + error * (double)samples / config->horizon);
 }
 
@@ -1154,7 +1199,10 @@ static double kl_controller_update(const struct PPOConfig *config, double kl_coe
  *                                   test: gae_hand, ppo_advantages_golden; gdb: break gae_step */
 static double gae_step(double reward, double value, double next_value, double next_advantage,
                        double gamma, double lam) {
+    /* 1. the surprise: what token t brought, against what was expected before it */
     double delta = reward + gamma * next_value - value;
+
+    /* 2. and a share of all surprises that follow, which next_advantage has added up */
     return delta + gamma * lam * next_advantage;
 }
 
@@ -1166,11 +1214,13 @@ static double gae_step(double reward, double value, double next_value, double ne
  *                                                         test: gae_hand, ppo_advantages_golden */
 static void gae(const struct PPOConfig *config, size_t T, const float *rewards, const float *values,
                 double next_advantage, float *advantages, float *returns) {
+    /* from the right, for A_t needs A_{t+1}; behind the last token nothing is expected */
     double next_value = 0;
     for (size_t t = T; t-- > 0;) {
         double advantage =
             gae_step(rewards[t], values[t], next_value, next_advantage, config->gamma, config->lam);
         advantages[t] = (float)advantage;
+        /* the value was too low by the advantage: this is what the head should have said */
         returns[t] = (float)(advantage + values[t]);
         /* the token before this one looks ahead to it */
         next_value = values[t];
@@ -1458,13 +1508,17 @@ struct DPOConfig {
  * By hand: s = 0.3, e = 0.1: sigmoid 0.9 * 0.5544 + 0.1 * 0.8544 = 0.5844; robust
  * (0.9 * 0.5544 - 0.1 * 0.8544) / 0.8 = 0.5169.                     test: dpo_hand, dpo_golden */
 static struct PairLoss dpo_smoothed_pair(double beta, double logits, double e, bool robust) {
+    /* 1. the loss if the label is right, and if it is wrong, each with its probability */
     double s = beta * logits;
     double right = -(1 - e) * log_sigmoid(s);
     double wrong = e * log_sigmoid(-s);
+
+    /* 2. conservative: their mean. robust: the second is subtracted, and the scale makes up for
+     *    it; averaged over wrong labels, what they add cancels. */
     double scale = robust ? 1 / (1 - 2 * e) : 1;
     double loss = robust ? scale * (right + wrong) : right - wrong;
 
-    /* d/ds log sigmoid(s) = sigmoid(-s) and d/ds log sigmoid(-s) = -sigmoid(s) */
+    /* 3. the slope: d/ds log sigmoid(s) = sigmoid(-s) and d/ds log sigmoid(-s) = -sigmoid(s) */
     double dwrong = robust ? -e * sigmoid(s) : e * sigmoid(s);
     double ds = scale * (-(1 - e) * sigmoid(-s) + dwrong);
     return (struct PairLoss){
@@ -1478,6 +1532,7 @@ static struct PairLoss dpo_smoothed_pair(double beta, double logits, double e, b
  * By hand: s = 0.3: loss 0.7, slope -beta.                          test: dpo_golden */
 static struct PairLoss dpo_hinge_pair(double beta, double logits) {
     double s = beta * logits;
+    /* right by the margin: nothing is left to learn from this pair */
     double ds = s < 1 ? -1 : 0;
     return (struct PairLoss){
         .loss = MAX(0, 1 - s),
@@ -1495,10 +1550,13 @@ static struct PairLoss dpo_hinge_pair(double beta, double logits) {
  * dchosen 2 * -4 / 4 = -2, drejected 2 * 4 / 2 = 4.                 test: dpo_hand, dpo_golden */
 static struct PairLoss dpo_ipo_pair(double beta, const struct DPOSide *chosen,
                                     const struct DPOSide *rejected) {
+    /* 1. each side's log-ratio a token; an answer that was cut away has none, and counts 0 */
     double chosen_length = (double)MAX((size_t)1, chosen->length);
     double rejected_length = (double)MAX((size_t)1, rejected->length);
     double chosen_mean = (chosen->logp - chosen->ref_logp) / chosen_length;
     double rejected_mean = (rejected->logp - rejected->ref_logp) / rejected_length;
+
+    /* 2. how far the difference is from where it should be */
     double distance = chosen_mean - rejected_mean - 1 / (2 * beta);
     return (struct PairLoss){
         .loss = distance * distance,
@@ -1534,13 +1592,14 @@ static struct PairLoss dpo_variant(const struct DPOConfig *config, enum DPOLossT
  * as the rejected one falls faster.                                          test: dpo_golden */
 static double dpo_loss(const struct DPOConfig *config, size_t B, struct DPOSide *chosen,
                        struct DPOSide *rejected) {
+    /* 1. what the mean of `sft` is divided by */
     double loss = 0;
     double chosen_tokens = 0;
     double sft_weight = config->weight[DPO_SFT];
     for (size_t b = 0; b < B; b++)
         chosen_tokens += (double)chosen[b].length;
     for (size_t b = 0; b < B; b++) {
-        /* 1. the losses of the pair, each with its weight and its share in the mean */
+        /* 2. the losses of the pair, each with its weight and its share in the mean */
         chosen[b].dlogp = 0;
         rejected[b].dlogp = 0;
         for (int type = 0; type < DPO_LOSS_TYPES; type++) {
@@ -1554,7 +1613,7 @@ static double dpo_loss(const struct DPOConfig *config, size_t B, struct DPOSide 
             rejected[b].dlogp += weight * pair.drejected / (double)B;
         }
 
-        /* 2. the likelihood of the chosen answer: a mean over tokens, not over pairs */
+        /* 3. the likelihood of the chosen answer: a mean over tokens, not over pairs */
         if (sft_weight == 0 || chosen_tokens == 0)
             continue;
         loss += sft_weight * -chosen[b].logp / chosen_tokens;
@@ -1611,12 +1670,14 @@ struct GenerationConfig {
  * By hand: penalty 2: 3 -> 1.5 and -3 -> -6.                         test: generate_processors */
 static void process_repetition_penalty(float *logits, size_t V, const int *ids, size_t n,
                                        double penalty) {
+    /* a mark for each id that was dealt with: the penalty counts once */
     char *seen = (char *)thread_scratch(SCRATCH_ROW, V / 4 + 1);
     memset(seen, 0, V);
     for (size_t i = 0; i < n; i++) {
         if (seen[ids[i]])
             continue;
         seen[ids[i]] = 1;
+        /* dividing a negative logit by more than 1 would raise it, so it is multiplied */
         float logit = logits[ids[i]];
         logits[ids[i]] = (float)(logit < 0 ? logit * penalty : logit / penalty);
     }
@@ -1628,6 +1689,7 @@ static void process_repetition_penalty(float *logits, size_t V, const int *ids, 
  * By hand: ids 5 6 7 5 6, ngram 3: "5 6" stood before, 7 followed: 7 is cut.
  *                                                                    test: generate_processors */
 static void process_no_repeat_ngram(float *logits, const int *ids, size_t n, size_t ngram) {
+    /* with fewer tokens nothing can have occurred twice */
     if (n < ngram)
         return;
     const int *last = ids + n - (ngram - 1);
@@ -1676,11 +1738,14 @@ static float kth_largest(float *x, size_t n, size_t k) {
  * By hand: (3, 1, 2, 1), k = 2: the second largest is 2; 3 and 2 stay.
  *                                                                    test: generate_processors */
 static void process_top_k(float *logits, size_t V, size_t k) {
+    /* 1. the k-th largest, of a copy: finding it changes the order */
     if (k >= V)
         return;
     float *copy = thread_scratch(SCRATCH_ROW, V);
     memcpy(copy, logits, V * sizeof *copy);
     float smallest_kept = kth_largest(copy, V, k);
+
+    /* 2. everything below it goes */
     for (size_t v = 0; v < V; v++)
         if (logits[v] < smallest_kept)
             logits[v] = -INFINITY;
@@ -1721,6 +1786,7 @@ static size_t top_p_cut(const struct Candidate *order, size_t n, double total, d
     double above = 0;
     size_t kept = 0;
     while (kept < n && (kept < min_keep || above < p)) {
+        /* this token stays; its probability counts for the next one */
         above += exp((double)order[kept].logit - order[0].logit) / total;
         kept++;
     }
@@ -1789,8 +1855,11 @@ static void process_logits(float *logits, size_t V, const struct GenerationConfi
  * the line from 0 to 1. logits are probabilities afterwards.
  * By hand: p = (0.2, 0.5, 0.3), u = 0.6: 0.2, 0.7 > 0.6: id 1.     test: generate_distribution */
 static int sample_token(float *logits, size_t V, struct Rng *rng) {
+    /* 1. a point on the line from 0 to 1, of which each token owns a stretch */
     softmax(logits, V);
     double u = rng_uniform(rng);
+
+    /* 2. whose stretch is it? */
     double sum = 0;
     for (size_t v = 0; v < V; v++) {
         sum += logits[v];
