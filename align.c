@@ -40,32 +40,41 @@
  *    19 Exact: a world to enumerate          27 Command line, main
  *    20 The whole course (rlhf)
  *
- * RLHF in 600 lines. Read these in order, each with its comment, and you have read the idea:
+ * RLHF in 600 lines. Read the essays that open chapters 2 to 5 and these functions, in this
+ * order, each with its comment, and you have read the idea:
  *   softmax                 logits become probabilities                                  chapter 2
  *   kl_exact, kl_k1         how far two models are apart; the estimate from one token
  *   bradley_terry_pair      a preference becomes a loss: how a reward model learns       chapter 3
  *   reinforce_loss          a score becomes a gradient (read the essay above it)         chapter 4
- *   kl_reward               where the KL penalty meets a token
+ *   kl_reward               what a token pays for leaving the reference
  *   gae_step                how a score at the end becomes an advantage at each token
  *   ppo_token_loss          why PPO clips, and where the gradient is zero
  *   exact_optimum           the best policy there is, in closed form                     chapter 5
  *   dpo_pair_loss           the same optimum from pairs alone
- *   ppo_step                the seven steps of PPO on a real model                       chapter 17
- * Other paths. What is a policy, a rollout, an omega? 2, 11, 13. How does a transformer learn at
- * all? 9, 10, 11, 15. By term: docs/glossary.md; each term is tagged [glossary: TERM] where it is
- * implemented, and `align glossary TERM` prints its entry.
+ *   ppo_rewards             where penalty and score meet the tokens of real answers      chapter 17
+ *   ppo_step                the seven steps of PPO on a real model
+ * Other paths. What is a policy, an omega, a rollout? 4, 2, 17. How does a transformer learn at
+ * all? 9, 10, 11, 15. By term: [glossary: TERM] stands where a term is implemented, in the words of
+ * the course's glossary, which are Portuguese; `align glossary TERM` prints its entry in English.
+ *
+ * What the comments refer to. TRL, transformers and PEFT are Hugging Face's libraries, in whose
+ * names, formats and numbers this program speaks. "By hand" is a case to check with a calculator.
+ * "test: NAME" is a test of test_align.c that holds the function to such a case, to numbers of
+ * those libraries ("golden") or to a difference quotient: `./test_align NAME` runs it.
  *
  * To step through:  make debug && gdb --args ./align_debug ppo ...   then   break ppo_token_loss,
- * run, p ratio, up, p *config, p model->h[0].attn.c_attn.weight.w[0]@8. docs/debugging.md has
- * guided tours.
+ * run, finish: gdb prints the token's loss, slope and ratio. At ppo_backward there is a model:
+ * p model->h[0].attn.c_attn.weight.w[0]@8. docs/debugging.md has guided tours.
  *
- * Symbols. One letter has one meaning, everywhere:
+ * Symbols. In shapes and loops a capital letter has one meaning:
  *    B sequences of a batch    T tokens of one sequence    N all tokens of a batch, packed
  *    R rows of a batch that predict a token which counts in a loss
  *    C n_embd, the width       L n_layer                   NH n_head    HS = C/NH, a head's size
  *    V vocab_size
- * A matrix (M,N) is row-major: element (i,j) stands at i*N + j. The derivative of the loss by x is
- * called dx. Logarithms are natural, so log-probabilities, divergences and entropies are in nats.
+ * What a formula calls x, y, e, r or R(y) it says where it stands. wte and wpe are GPT-2's names
+ * for the matrices of its word (token) and word position embeddings. A matrix (M,N) is row-major:
+ * element (i,j) stands at i*N + j. The derivative of the loss by x is called dx. Logarithms are
+ * natural, so log-probabilities, divergences and entropies are in nats.
  *
  * Papers
  *    [1] Radford 2019, Language Models are Unsupervised Multitask Learners (GPT-2)
@@ -223,8 +232,8 @@ _Static_assert(sizeof(int) == 4 && FLT_MANT_DIG == 24 && DBL_MANT_DIG == 53,
 static bool quiet; /* --quiet: no progress on stderr; errors are still said */
 /* As the program was called, a shell word: command lines that are printed can be pasted. */
 static const char *program_name = "align";
-/* said behind an error: what a training that fails can go on from */
-static char way_on[PATH_MAX + 80];
+/* appended to error messages: how to resume a training that fails */
+static char resume_hint[PATH_MAX + 80];
 static const char *staged_folder; /* half written: goes with the program (chapter 22) */
 static void folder_remove(const char *folder, const char *to);
 
@@ -244,7 +253,7 @@ static _Noreturn void PRINTF_LIKE(2, 3) die_with(int status, const char *format,
         va_start(arguments, format);
         /* results that still wait in the buffer belong before the error */
         fflush(stdout);
-        complain("align: ", format, arguments, status == 1 ? way_on : "");
+        complain("align: ", format, arguments, status == 1 ? resume_hint : "");
         va_end(arguments);
         /* files of which some are missing must not be taken for a model */
         if (staged_folder)
@@ -505,6 +514,7 @@ static double sigmoid(double x) {
 
 /* log_sigmoid -- the logarithm of the above: the loss of every method that learns from pairs.
  *   log sigmoid(x) = -log(1 + e^-x)          d/dx log sigmoid(x) = sigmoid(-x)
+ * (the chain rule: 1 / sigmoid(x) times sigmoid's slope, sigmoid(x) sigmoid(-x))
  * Why not log(sigmoid(x))? For x = -800 the sigmoid is rounded to 0, whose logarithm is minus
  * infinity, and the pair that is most wrong would have no gradient. Here it is -800, as it should.
  * By hand: x = 0: -ln 2 = -0.6931; x = 2: ln 0.8808 = -0.1269.                    test: sigmoid */
@@ -516,9 +526,9 @@ static double log_sigmoid(double x) {
 /* ---------------------------------------------------------------------------------------------
  * Rows of numbers, fast
  *
- * The next eight functions are the plain loops that they look like, written so that a compiler
- * can turn them into vector instructions: 16 numbers at a time, and e^x without a call. A first
- * reader can pass over them: row_max, row_sum, row_dot and row_exp do what they are called.
+ * Sums and maxima over a row, and e^x, written so that a compiler can turn them into vector
+ * instructions: 16 numbers at a time, and no call for e^x. A first reader can pass over them:
+ * row_max, row_sum, row_dot and row_exp do what they are called.
  * --------------------------------------------------------------------------------------------- */
 
 /* WIDE: gcc compiles a function three times, for AVX-512, AVX2 and any x86-64, and the loader picks
@@ -700,7 +710,7 @@ static float log_sum_exp(const float *x, size_t n, float *scratch) {
  * nats (all are equally probable).
  *   H = -sum_i p_i log p_i = lse - sum_i p_i x_i,   since log p_i = x_i - lse
  * in   logits x (n), lse = log_sum_exp(x)
- * Watched in RLHF: entropy that falls fast means that the policy has stopped to explore.
+ * Watched in RLHF: entropy that falls fast means that the policy has stopped exploring.
  * A logit of minus infinity, a token that was filtered out, adds nothing: p log p -> 0.
  * By hand: two equal logits 0: lse = ln 2, sum p x = 0, H = ln 2 = 0.6931.        test: entropy */
 static double entropy_of_logits(const float *logits, float lse, size_t n) {
@@ -793,7 +803,7 @@ static double sequence_logprob(const float *token_logprobs, size_t n) {
  * ============================================================================================= */
 
 /* One comparison: where the two texts stand in a list, and how much better the chosen one must
- * at least be (the rater said "much better"; mostly 0). */
+ * at least be (the rater said "much better"; usually 0). */
 struct Pair {
     size_t chosen, rejected;
     double margin;
@@ -840,7 +850,7 @@ struct PairLoss {
  *                                                    [glossary: Modelo Bradley-Terry]
  *   loss = -log sigmoid(chosen - rejected - margin) + center (chosen + rejected)^2     [9] [4]
  * in   chosen, rejected: the rewards; margin: see struct Pair; center: TRL's
- *      center_rewards_coefficient, mostly 0
+ *      center_rewards_coefficient, usually 0
  * The first term is the negative log-likelihood of what the rater said. Its derivative by the
  * difference is -sigmoid(-difference): -1/2 where the model is undecided, near 0 where it is
  * right and sure, near -1 where it is sure and wrong. The two sides are pushed apart equally.
@@ -929,27 +939,40 @@ static double sentiment_loss(const float *reward, const double *label, size_t n,
  *     J(pi) = E_{y ~ pi} [ score(x, y) ] - beta KL(pi || pi_ref)               [10] [4]
  *                                                            [glossary: Função objetivo]
  *
+ * E_{y ~ pi} is the mean over answers y that pi draws. An estimate of a mean is unbiased if it is
+ * right on average, however far each single one is off. grad is the derivative by all weights.
  * The KL term holds the policy to the reference, the model before training: without it the policy
  * would find whatever nonsense fools the reward model. beta is the price of a nat of KL.
  *
  * The chapter goes one step at a time, each for a weakness of the one before:
- *   REINFORCE        score times grad log pi: right on average, but very noisy
- *   a baseline       subtract what was to be expected: the same gradient on average, less noise
+ *   REINFORCE        score times grad log pi: unbiased, but very noisy
+ *   a baseline       subtract what was to be expected: still unbiased, less noise
  *   KL per token     the penalty is paid where the policy departs, token by token
- *   GAE              which token earned the score? a value head learns what to expect at each one
+ *   GAE              which token earned the score? A value head learns what to expect at each
+ *                    one; a token's advantage is how much better than that it went on
  *   PPO              use the same answers for several updates, but stop before they are stale
  *
- * One answer through the whole chapter (beta 0.2, score 1.0, gamma 1, lambda 0.95):
+ * One answer through the whole chapter (beta 0.2, score 1.0, gamma 1, lambda 0.95, clip 0.2):
  *
  *     token            " very"   " good"     "."
- *     log pi            -1.20     -0.50    -0.10     what the policy that wrote it says
- *     log pi_ref        -1.70     -0.50    -0.20     what the reference says
+ *     log pi            -1.20     -0.50    -0.10     of the policy that wrote it
+ *     log pi_ref        -1.70     -0.50    -0.20     of the reference
  *     KL estimate        0.50      0.00     0.10     kl_k1
  *     reward            -0.10      0.00     0.98     kl_reward; the score, 1.0, joins the last one
- *     value              0.50      0.40     0.30     what the value head expected from here on
+ *     value              0.50      0.40     0.30     the value head's guess, made before the token:
+ *                                                    all rewards from this token's on
  *     delta             -0.20     -0.10     0.68     gae_step: reward + next value - value
  *     advantage          0.3187    0.546    0.68     gae_step: delta + 0.95 * next advantage
  *     return             0.8187    0.946    0.98     advantage + value: the value head's target
+ *     whitened          -1.0742    0.1703   0.9039   whiten: the advantages with mean 0, variance 1
+ *   and at a later update, when the policy has moved:
+ *     log pi now        -1.10     -0.30    -0.15     " good" has become much more probable
+ *     ratio              1.1052    1.2214   0.9512   ppo_token_loss: e^(log pi now - log pi)
+ *     loss               1.1872   -0.2043  -0.8598   " good" counts as 1.2 times its advantage
+ *     slope              0.3957    0       -0.2866   d loss / d log pi now, a third of each: mean
+ *
+ * The last line is what goes back into the model: " very" is to become less probable, "." more,
+ * and " good" has had its share.
  *
  * What enters: log-probabilities, scores and values, one a token or one an answer. What leaves:
  * losses, and their derivatives by each log-probability and each value.
@@ -975,30 +998,6 @@ static double unbiased_variance(const float *x, size_t n) {
     return n > 1 ? sum / (double)(n - 1) : 0;
 }
 
-/* Mean and variance of all scores ever seen, without keeping them. */
-struct RunningMoments {
-    double mean, var, std, count;
-};
-
-/* running_moments_update -- one more batch of n scores, by Chan's rule for merging two sets.
- * The merged squared deviations are those of both sets around their own means, plus what the
- * distance between the two means adds. TRL's RunningMoments.        test: ppo_scores_golden */
-static void running_moments_update(struct RunningMoments *m, const float *x, size_t n) {
-    /* 1. the batch by itself; its variance is divided by n, as those that are kept */
-    double batch_mean = mean_of(x, n);
-    double batch_var = n > 1 ? unbiased_variance(x, n) * (double)(n - 1) / (double)n : 0;
-
-    /* 2. merged with what was seen before */
-    double delta = batch_mean - m->mean;
-    double total = m->count + (double)n;
-    double spread =
-        batch_var * (double)n + m->var * m->count + delta * delta * m->count * (double)n / total;
-    m->mean += delta * (double)n / total;
-    m->var = spread / total;
-    m->std = sqrt(m->var * total / (total - 1));
-    m->count = total;
-}
-
 /* whiten -- numbers of any size become numbers of mean 0 and variance 1.
  *   x = (x - mean) / sqrt(variance + 1e-8)
  * in, out  x (n)       shift_mean: false gives the old mean back afterwards, only the scale changes
@@ -1022,8 +1021,7 @@ enum Baseline {
     BASELINE_NONE,
     BASELINE_MEAN,
     BASELINE_RLOO,
-    BASELINES,
-    BASELINE_VALUE_HEAD = BASELINES, /* PPO's: an expectation for every token, which is learnt */
+    BASELINE_VALUE_HEAD, /* PPO's: an expectation for every token, which is learnt */
 };
 
 /* REINFORCE [19] rests on one trick. J is a mean over answers that the policy draws; when the
@@ -1034,11 +1032,12 @@ enum Baseline {
  *            = E_{y ~ pi} [ R(y) grad log pi(y) ]
  * In the last line the probabilities are weights of a mean again, so a few sampled answers give an
  * estimate. R is only evaluated, never differentiated: a program or a person may give it. With the
- * KL term inside, R(y) = score(y) - beta (log pi(y) - log pi_ref(y)); that R itself depends on the
- * weights adds nothing to the gradient, for the mean of grad log pi is 0. And for the same
- * reason a baseline b that does not depend on y may be subtracted: E[b grad log pi] = 0. The mean
- * gradient stays, its noise falls: all answers may score 100 or more, but those that score 104 are
- * to be raised, and those that score 101 lowered.
+ * KL term inside, R(y) = score(y) - beta (log pi(y) - log pi_ref(y)) depends on the weights too.
+ * But that adds nothing: probabilities always sum to 1, so the mean of grad log pi is
+ *     E_{y ~ pi} [ grad log pi(y) ] = sum_y grad pi(y) = grad 1 = 0
+ * and grad R is -beta grad log pi. For the same reason a baseline b that does not depend on y may
+ * be subtracted: E[b grad log pi] = 0. The mean gradient stays, its noise falls: all answers may
+ * score 100 or more, but those that score 104 are to be raised, and those that score 101 lowered.
  *   none   b = 0
  *   mean   b = the mean R of all earlier steps
  *   rloo   b = the mean R of the other answers to the same prompt (leave one out)      [23] */
@@ -1152,9 +1151,11 @@ static float kl_penalty_token(const char *kind, float logprob, float ref_logprob
 /* kl_reward -- the reward of a token for its divergence: what it costs, so negative as a rule.
  *                                                        [glossary: Parâmetro Beta (β)]
  *   reward_t = -beta kl_t           and at the answer's last token   + score
- * The score judges the whole answer, so it can only be given when it is complete: at the last
- * token. The penalty is known at each token, and is given there: GAE then knows which token
- * departed from the reference. How the score reaches the earlier tokens: gae_step.
+ * J's penalty is about whole answers; why may it be paid token by token? log pi(y|x) is a sum over
+ * tokens, so log pi(y|x) - log pi_ref(y|x) = sum_t kl_t, whose mean over the policy's answers is
+ * KL(pi || pi_ref). Each token pays its own term of the sum, and GAE then knows which token
+ * departed. The score judges the whole answer, so it can be given only when that is complete: at
+ * the last token (ppo_rewards). How it reaches the earlier tokens: gae_step.
  * By hand: beta 0.2: a divergence of 0.50 costs 0.10; one of -0.30 earns 0.06.
  *                                             test: ppo_advantages_golden; gdb: break kl_reward */
 static float kl_reward(double kl_coef, float kl) {
@@ -1188,12 +1189,15 @@ static double kl_controller_update(const struct PPOConfig *config, double kl_coe
  *   A_t     = delta_t + gamma lambda A_{t+1}                    [7] Eq. 16, as a recursion
  * value_t is what the value head expects, before token t is written, of all rewards from t on.
  * delta_t is the surprise that token t brought: the reward it earned and what is expected after
- * it, against what was expected before it. Behind the last token nothing is left to expect:
- * value 0, advantage 0.
+ * it, against what was expected before it. Behind the last token nothing more comes, whether the
+ * answer ended itself or was cut off by its length, as in TRL: value 0, advantage 0.
  * This is how a score on the last token reaches the first: A_t contains delta_{t+1} times
- * gamma lambda, delta_{t+2} times its square, and so on. lambda chooses whom to believe: 0 leaves
- * delta_t alone, and with it the value head's opinion (little noise, but wrong while the head is);
- * 1 adds up all later rewards and ignores the head's opinion (right on average, but noisy).
+ * gamma lambda, delta_{t+2} times its square, and so on.
+ * gamma discounts: a reward that comes k tokens later counts gamma^k times. Answers are short, so
+ * RLHF leaves it at 1. lambda chooses whom to believe. At 0, A_t is delta_t: it trusts what the
+ * value head says of the next place (little noise, but wrong while the head is). At 1 (gamma 1),
+ * A_t is the sum of all rewards from t on, less value_t: what the head says of later places has
+ * cancelled, and its own value is no more than a baseline (unbiased, but noisy).
  * By hand: the chapter's last token: delta = 0.98 + 0 - 0.3 = 0.68, A = 0.68. The one before it:
  * delta = 0 + 0.3 - 0.4 = -0.1, A = -0.1 + 0.95 * 0.68 = 0.546.
  *                                   test: gae_hand, ppo_advantages_golden; gdb: break gae_step */
@@ -1210,7 +1214,8 @@ static double gae_step(double reward, double value, double next_value, double ne
  * in   rewards, values (T); next_advantage: behind the last token, 0 (but see
  *      ppo_padding_advantage)
  * out  advantages (T): how much better each token was than the value head expected
- *      returns (T): advantage + value, what the value head should have said: its target
+ *      returns (T): advantage + value, the value head's target: its guess, corrected by the
+ *      surprises that followed; at lambda 1 that is the plain sum of rewards from t on
  *                                                         test: gae_hand, ppo_advantages_golden */
 static void gae(const struct PPOConfig *config, size_t T, const float *rewards, const float *values,
                 double next_advantage, float *advantages, float *returns) {
@@ -1226,19 +1231,6 @@ static void gae(const struct PPOConfig *config, size_t T, const float *rewards, 
         next_value = values[t];
         next_advantage = advantage;
     }
-}
-
-/* ppo_padding_advantage -- an oddity of TRL 0.11 with whiten_rewards, kept to equal its numbers.
- * There answers are padded to one length, the rewards behind a short answer's end are 0, and
- * whitening makes another number of that 0. GAE, coming from the right, then runs through
- * `padding` tokens of that reward before it reaches the answer: this is what it brings along.
- * Without whiten_rewards the padding's reward is 0 and so is this.   test: ppo_advantages_golden */
-static double ppo_padding_advantage(const struct PPOConfig *config, double padding_reward,
-                                    size_t padding) {
-    double advantage = 0;
-    for (size_t k = 0; k < padding; k++)
-        advantage = padding_reward + config->gamma * config->lam * advantage;
-    return advantage;
 }
 
 /* ---- PPO's two losses ----------------------------------------------------------------------- */
@@ -1259,14 +1251,18 @@ struct TokenLoss {
  * token in the direction that its advantage A asks for?
  *   ratio = exp(logprob - old_logprob)
  *   loss  = max(-A ratio, -A clip(ratio, 1 - e, 1 + e)),   e = clip_range           [6] Eq. 7
- * Once the ratio has left [1 - e, 1 + e] in that direction, the loss no longer depends on it:
- * its slope is zero, and this token has had its share of this batch. Without the clip a single
- * lucky token could be made certain by a few updates on the same answer.
+ * Once the ratio has left [1 - e, 1 + e] in the direction of A (above it where A > 0, below it
+ * where A < 0), the loss no longer depends on it: its slope is zero, and this token has had its
+ * share of this batch. Where it left against that direction, it is still pulled back. Without the
+ * clip one lucky token could be made certain by a few updates on the same answer.
  * At the first update the policy is the one that sampled: every ratio is 1 and the loss is -A.
  * The A of a batch are whitened, so its mean loss is 0; its gradient is not.
- * in   log-probabilities in nats; advantage (whitened); clip_range, mostly 0.2
- * By hand: ratio 1.5, A = 2, e = 0.2: max(-3.0, -2.4) = -2.4, slope 0. With A = -2:
- * max(3.0, 2.4) = 3.0, slope 3.0: a bad token that became likelier is still pushed down.
+ * in   log-probabilities in nats; advantage (whitened); clip_range, usually 0.2
+ * By hand, e = 0.2:      A = 2                            A = -2
+ *     ratio 1.5          max(-3.0, -2.4), slope 0         max(3.0, 2.4), slope 3.0
+ *     ratio 0.5          max(-1.0, -1.6), slope -1.0      max(1.0, 1.6), slope 0
+ * At the upper right a bad token became likelier: it is pushed down. At the lower left a good one
+ * became less likely: it is raised.
  *                               test: ppo_token_loss, ppo_loss_golden; gdb: break ppo_token_loss */
 static struct TokenLoss ppo_token_loss(double old_logprob, double logprob, double advantage,
                                        double clip_range) {
@@ -1305,8 +1301,8 @@ struct ValueLoss {
  * in   old_value: what the head said when the answer was written; value: what it says now;
  *      target_return: what it should have said (gae)
  * The clip is TRL's and OpenAI's: a head may move by e in one step and is then not pulled further.
- * By hand: old 0.5, value 0.9, return 1.0, e = 0.2: clipped 0.7, errors 0.01 and 0.09, loss
- * 0.045, slope 0: the clipped value does not depend on the value.
+ * By hand: old 0.5, value 0.9, return 1.0, e = 0.2: clipped 0.7, squared errors 0.01 and 0.09,
+ * loss 0.045, slope 0: the clipped value does not depend on the value.
  *                                                        test: ppo_value_loss, ppo_loss_golden */
 static struct ValueLoss ppo_value_loss(double old_value, double value, double target_return,
                                        double clip_range) {
@@ -1318,11 +1314,9 @@ static struct ValueLoss ppo_value_loss(double old_value, double value, double ta
     double clipped_error = clipped - target_return;
     bool is_clipped = clipped_error * clipped_error > error * error;
 
-    /* 3. The slope of half a square is the error. A value that was cut has none; one inside the
-     *    range equals its clipped twin. */
-    double dvalue = error;
-    if (is_clipped)
-        dvalue = value == clipped ? clipped_error : 0;
+    /* 3. The slope of half a square is the error. Where the clipped error is the larger one, the
+     *    value lies outside the range, and moving it changes nothing. */
+    double dvalue = is_clipped ? 0 : error;
     return (struct ValueLoss){
         .loss = 0.5 * MAX(error * error, clipped_error * clipped_error),
         .dvalue = dvalue,
@@ -1379,7 +1373,7 @@ static struct PPOLoss ppo_loss(const struct PPOConfig *config, struct PPOTokens 
  *    [glossary: Otimização de preferência direta (DPO)] [glossary: Solução em forma fechada]
  *
  * Is all of chapter 4's machinery needed? Its objective J(pi) = E[r] - beta KL(pi || pi_ref) has a
- * maximum that can be written down:
+ * maximum that can be written down. For one prompt x, which is left out here:
  *
  *     pi*(y) = pi_ref(y) e^(r(y)/beta) / Z          Z = sum_y pi_ref(y) e^(r(y)/beta)    [5] Eq. 4
  *                                         [glossary: Distribuição ponderada por recompensa]
@@ -1390,13 +1384,16 @@ static struct PPOLoss ppo_loss(const struct PPOConfig *config, struct PPOTokens 
  *
  *     r(y) = beta log(pi*(y) / pi_ref(y)) + beta log Z                                   [5] Eq. 5
  *
- * and in Bradley-Terry's model only the difference of two rewards counts: beta log Z is in both and
- * cancels. So the pairs can train the policy itself: no reward model, no sampling, no value head.
+ * and in Bradley-Terry's model only the difference of two rewards counts. Both answers of a pair
+ * are to the same prompt, so Z is the same: beta log Z cancels. So the pairs can train the policy
+ * itself: no reward model, no sampling, no value head.
  *
  *     reference         chosen -10.0    rejected -12.0        log-probabilities of whole answers
  *     policy            chosen  -8.0    rejected -13.0
  *     implied reward    0.1 * 2.0 = 0.2         0.1 * -1.0 = -0.1       beta = 0.1
- *     loss              -log sigmoid(0.2 + 0.1) = 0.5544                ln 2 = 0.6931 at the start
+ *     loss              -log sigmoid(0.2 - (-0.1)) = 0.5544
+ *
+ * At the start, where policy and reference agree, the loss was -log sigmoid(0) = ln 2 = 0.6931.
  *
  * What enters: log pi(y|x) of chosen and rejected answers under policy and reference, in nats,
  * each summed over the answer's tokens. What leaves: a loss and its derivatives by them.
@@ -1408,7 +1405,9 @@ static struct PPOLoss ppo_loss(const struct PPOConfig *config, struct PPOTokens 
  * out  optimum (n): log pi*(y);   returns log Z
  * Why can no policy do better? Put r = beta log Z + beta log(pi* / pi_ref) into J:
  *   J(pi) = E_pi[r] - beta E_pi[log(pi / pi_ref)]
- *         = beta log Z - beta E_pi[log(pi / pi*)] = beta log Z - beta KL(pi || pi*)
+ *         = beta log Z + beta E_pi[log(pi* / pi_ref) - log(pi / pi_ref)]
+ *         = beta log Z - beta E_pi[log(pi / pi*)]                      pi_ref has cancelled
+ *         = beta log Z - beta KL(pi || pi*)
  * beta log Z does not depend on pi, and the KL is 0 for pi = pi* and above 0 for any other. So pi*
  * is the maximum, and J(pi*) = beta log Z.                                 [5] appendix A.1
  * By hand: pi_ref = (1/2, 1/2), r = (0, beta ln 3): Z = 1/2 + 3/2 = 2, pi* = (1/4, 3/4) and
@@ -1452,13 +1451,19 @@ struct DPOSide {
 /* dpo_pair_loss -- Direct Preference Optimization, one pair.                    [glossary: DPO]
  *   logits = (logp_chosen - ref_chosen) - (logp_rejected - ref_rejected)
  *   loss   = -log sigmoid(beta logits)                                                [5] Eq. 7
- * This is Bradley-Terry's loss with the implied rewards in place of a reward model's. Its gradient:
+ * (`logits` is TRL's name for this one number; it is none of chapter 2's.) This is Bradley-Terry's
+ * loss with the implied rewards in place of a reward model's. With the slope of log sigmoid, see
+ * log_sigmoid, its derivatives are
  *   d loss / d logits        = -beta sigmoid(-beta logits)
  *   d loss / d logp_chosen   = d loss / d logits         raise the chosen answer,
  *   d loss / d logp_rejected = -d loss / d logits        lower the rejected one, by as much
- * weighted by sigmoid(-beta logits): how wrong the policy still is about this pair. A pair it has
- * learnt pulls no more. Without the reference the loss would ask for one thing only, to make the
- * chosen answer infinitely more probable; with it, to make it more probable *than it was*.
+ * and by the policy's weights, since each logp is a sum over tokens (target_logps_backward),
+ *   grad loss = -beta sigmoid(-beta logits) (grad logp_chosen - grad logp_rejected)
+ * The sigmoid says how wrong the policy still is about this pair: a pair that it has learnt pulls
+ * less and less. The reference is where the counting starts: each answer is measured by how far it
+ * has risen above what the reference gave it. It sets no limit: the loss goes on falling as the
+ * margin grows (dpo_ipo_pair has one). A small beta lets the policy go far before a pair is learnt,
+ * since the margin has to be some 1 / beta nats; a large one keeps it near the reference.
  * At the start policy and reference are the same: logits 0, loss ln 2 = 0.6931, whatever beta.
  * By hand: beta 0.1, chosen -8 (reference -10), rejected -13 (-12): logits 2 - (-1) = 3, loss
  * -log sigmoid(0.3) = 0.5544, dchosen -0.1 * sigmoid(-0.3) = -0.0426, drejected 0.0426.
@@ -1472,7 +1477,8 @@ static struct PairLoss dpo_pair_loss(double beta, const struct DPOSide *chosen,
     /* 2. the difference of the implied rewards, in which beta log Z has cancelled */
     double logits = chosen_logratio - rejected_logratio;
 
-    /* 3. Bradley-Terry's loss, and its slope by the chosen side's log-probability */
+    /* 3. Bradley-Terry's loss, and its slope by the chosen side's log-probability; the rejected
+     *    side enters with a minus sign */
     double loss = -log_sigmoid(beta * logits);
     double dlogits = beta * -sigmoid(-(beta * logits));
     return (struct PairLoss){
@@ -1640,6 +1646,9 @@ static double dpo_loss(const struct DPOConfig *config, size_t B, struct DPOSide 
  *     softmax          0.5      0.5      0       0
  *     u = 0.7 draws " long": the running sum 0.5, 1.0 passes 0.7 there
  *
+ * A token's mass is its probability. PPO's and REINFORCE's own answers are drawn without any cut,
+ * by default: their formulas are means over what the policy says, not over what a filter leaves.
+ *
  * What enters: logits (V), and the ids written so far. What leaves: the id of the next token. A
  * logit of minus infinity means a probability of 0: the token is cut.
  * ============================================================================================= */
@@ -1777,8 +1786,8 @@ static int compare_candidates_top_p(const void *a, const void *b) {
 
 /* top_p_cut -- how many of the most probable tokens are needed to hold the mass p.
  * in   order (n): candidates, largest logit first; total: sum of e^(logit - largest)
- * Walks down from the top and adds up probabilities; a token stays if those above it hold less
- * than p. At least min_keep of the most probable tokens stay.
+ * Walks down from the top and adds up probabilities; a token stays if all those above it together
+ * hold less than p. At least min_keep of the most probable tokens stay.
  * By hand: 0.5, 0.3, 0.2 and p = 0.7: 0 < 0.7 stays, 0.5 < 0.7 stays, 0.8 is enough: 2.
  *                                              test: generate_processors; gdb: break top_p_cut */
 static size_t top_p_cut(const struct Candidate *order, size_t n, double total, double p,
@@ -1797,7 +1806,8 @@ static size_t top_p_cut(const struct Candidate *order, size_t n, double total, d
  * stays [12].                                              [glossary: Amostragem top-p]
  * Where the model is sure, that is one token or two; where it is not, hundreds.
  * in, out  logits (V); p in [0, 1); min_keep: so many stay in any case
- * By hand: probabilities 0.5, 0.3, 0.2 and p = 0.7: the first two.   test: generate_processors */
+ * By hand: probabilities 0.5, 0.3, 0.2. p = 0.5: the first one reaches it and stays alone; p = 0.6:
+ * the first two, which hold 0.8.                                      test: generate_processors */
 static void process_top_p(float *logits, size_t V, double p, size_t min_keep) {
     /* 1. the tokens that are left, most probable first */
     struct Candidate *order = (struct Candidate *)thread_scratch(SCRATCH_ROW, 2 * V);
@@ -1819,7 +1829,7 @@ static void process_top_p(float *logits, size_t V, double p, size_t min_keep) {
 
 /* process_logits -- all processors, in transformers' order.
  * in, out  logits (V)      ids (n): prompt and what was written; new_tokens: how many of those are
- * new. Without do_sample only the first three act: temperature and the cuts keep the argmax.
+ * new. Without do_sample only steps 1 and 2 act: temperature and the cuts keep the argmax.
  *                                                     test: generate_filters_golden */
 static void process_logits(float *logits, size_t V, const struct GenerationConfig *config,
                            const int *ids, size_t n, size_t new_tokens, int end_token) {
@@ -3078,7 +3088,7 @@ static ALWAYS_INLINE void pack_4_lines(float *panel, const float *from, size_t l
 }
 
 /* A whole panel whose lines are neighbours in memory (x^T of dW, W of y): step k is a copy of
- * `width` numbers. The steps are far apart, and the processor's own foresight ends with a page of
+ * `width` numbers. The steps are far apart, and the processor's own prefetcher stops at a page of
  * memory: so what comes 32 steps later is asked for now. */
 WIDE static void pack_neighbours(float *panel, struct Matrix lines, size_t width) {
     for (size_t k = 0; k < lines.columns; k++) {
@@ -4099,8 +4109,9 @@ static void attention_cached(float *out, const float *qkv, const struct Batch *b
  * should the vector of a token that was predicted, or ought to have been, change?) and from the
  * input (embedding_backward: how should the vector of a token that was read change?).
  *
- * Two more heads read the hidden vector as one number. The reward head reads a whole text at its
- * last token: how good was it? The value head reads every position: how good will it become?
+ * Two more output layers, called heads, make one number of a hidden vector. The reward head reads
+ * a whole text at its last token: how good was it? The value head reads every position: how good
+ * will it become?
  *
  * The structs repeat transformers' module names: model->h[3].mlp.c_fc.weight is the tensor
  * "transformer.h.3.mlp.c_fc.weight" of a checkpoint.
@@ -4469,7 +4480,9 @@ static void block_backward(struct GPT2 *model, struct Block *h, const struct Blo
     size_t N = batch->N;
     size_t C = model->config.n_embd;
 
-    /* 1. Back through the mlp: dwide is d gelu, then d fc, and dnarrow is d ln_2. */
+    /* 1. Back through the mlp. The two scratch rows serve one tensor after the other:
+     *      dwide     d gelu, then d fc, then (3C of its 4C) d qkv
+     *      dnarrow   d ln_2, then d att, then d ln_1 */
     module_backward(dwide, dx, a->gelu, &h->mlp.c_proj, N);
     gelu_backward(dwide, a->fc, N, 4 * C);
     module_backward(dnarrow, dwide, a->ln_2, &h->mlp.c_fc, N);
@@ -4479,8 +4492,7 @@ static void block_backward(struct GPT2 *model, struct Block *h, const struct Blo
     layernorm_backward(dx, dnarrow, (struct LayerNormRows){N, a->mid, a->ln_2_mean, a->ln_2_rstd},
                        &h->ln_2.weight, &h->ln_2.bias);
 
-    /* 3. Back through the attention: dnarrow is d att, dwide (of which 3C a row are used) is
-     *    d qkv, and dnarrow is d ln_1. */
+    /* 3. Back through the attention. */
     module_backward(dnarrow, dx, a->att, &h->attn.c_proj, N);
     attention_backward(dwide, dnarrow, a->att, a->lse, a->qkv, batch,
                        attention_shape(C, model->config.n_head));
@@ -4761,8 +4773,8 @@ static void lm_head_row(struct LMHead *head, size_t r, const float *logits, size
 /* lm_head_backward_row -- a row of logits (V) becomes the derivative of the loss by them.
  *   logprob = logit_target - log sum_v e^(logit_v)
  *   d logprob / d logit_v = [v = target] - p_v,     times dlogprob = d loss / d logprob
- * Raising a token's log-probability raises its logit and lowers all others, each by as much
- * probability as it has: the changes of a row add up to zero.
+ * Raising the target's logit raises its log-probability, the more the less probable it was; raising
+ * any other one lowers it, by as much probability as that one has. A row's slopes add up to zero.
  * By hand: p = (0.25, 0.75), target 1, dlogprob -2 (its log-probability is to rise): 0.5, -0.5.
  *                                                                            test: lm_head_hand */
 WIDE static void lm_head_backward_row(float *logits, float lse, int target, float dlogprob,
@@ -4785,7 +4797,12 @@ static void lm_head_forward_chunk(const struct GPT2 *model, struct LMHead *head,
 }
 
 /* One chunk of rows, backward. dlogprob (R): d loss / d logprob of each row. Added to: dhidden
- * (N,C) and wte's gradient. */
+ * (N,C) and wte's gradient.
+ * By hand: one row, hidden (1, 2); wte has two tokens, (0, 0) and (ln 3, 0). Then the logits are 0
+ * and ln 3, p = (0.25, 0.75). Target 1 and dlogprob -2 give d logits (0.5, -0.5), and so
+ *   d wte    (0.5, 1) and (-0.5, -1)      each token's slope times hidden
+ *   d hidden (-0.5 ln 3, 0)               the tokens' vectors, each times its slope
+ *                                                                  test: lm_head_backward_hand */
 static void lm_head_backward_chunk(struct GPT2 *model, struct LMHead *head, size_t first,
                                    const float *dlogprob, float *dhidden, struct Arena *arena) {
     size_t V = model->config.vocab_size;
@@ -5439,7 +5456,7 @@ static float *generate_step(const struct GPT2 *model, struct Arena *arena, struc
     float *hidden = gpt2_forward(model, arena, &batch, false).ln_f;
 
     /* 2. Of each sequence only the last row predicts something that is not known yet. The output
-     *    layer is the dearest one, so it sees those rows alone. */
+     *    layer is the most expensive one, so it sees those rows alone. */
     float *last = arena_floats(arena, count * C);
     float *logits = arena_floats(arena, count * V);
     for (size_t i = 0; i < count; i++)
@@ -7575,11 +7592,23 @@ static void reward_score(const struct GPT2 *model, const struct Example *texts, 
  *                  6. statistics, in TRL's names
  *                  7. the KL controller moves beta
  *
- * From PPO's loss to the gradient of wte, in the order of the calls:
+ * The way of the derivative, from PPO's loss to wte, in twelve functions:
  *
- *     ppo_token_loss -> ppo_loss -> lm_head_backward (wte, as output layer) -> gpt2_backward ->
- *     layernorm_backward -> block_backward -> linear_backward, attention_backward ->
- *     embedding_backward (wte, as embedding)
+ *     ppo_loss               dlogprobs (R) of ppo_token_loss, dvalues (R) of ppo_value_loss
+ *       ppo_backward         what is written here down to the end
+ *         lm_head_backward       d logits, row by row -> wte.d as the output layer; dhidden (N,C)
+ *         scalar_head_backward   dhidden += dvalue times the value head's weights
+ *         gpt2_backward          dhidden (N,C) -> dx (N,C), the derivative of the stream
+ *           layernorm_backward       ln_f, and twice in each block
+ *           block_backward           n_layer times: dx of its output becomes dx of its input
+ *             module_backward            -> linear_backward: the weights' gradients
+ *             gelu_backward, attention_backward
+ *           embedding_backward       dx of each place -> wte.d of the token that was read there
+ *
+ * Which tokens does that reach? As the output layer all of the vocabulary, from each row that
+ * predicts a token of an answer. As the embedding those that were read: the prompts' too, for the
+ * answers' rows looked at them through attention; but not an answer's last token, which is
+ * predicted and never read.
  *
  * The numbers of a step, for 128 answers of 20 tokens each: B = 128 scores, one an answer, become
  * R = 2560 rewards, advantages and returns, one a token. With four epochs of one mini-batch each,
@@ -7713,6 +7742,33 @@ struct StatsVector {
     size_t n;
     const size_t *start;
 };
+
+/* Mean and variance of all scores ever seen, without keeping them. */
+struct RunningMoments {
+    double mean, var, std, count;
+};
+
+/* running_moments_update -- one more batch of n scores, by Chan's rule for merging two sets.
+ * The merged squared deviations are those of both sets around their own means, plus what the
+ * distance between the two means adds. TRL's RunningMoments.
+ * By hand: 1, 2, 6 were seen (mean 3, squared deviations 4 + 1 + 9 = 14), now comes 7: the mean is
+ * 4, the squared deviations 14 + 0 + 4^2 * 3 * 1 / 4 = 26, var 6.5.
+ *                                                  test: running_moments, ppo_scores_golden */
+static void running_moments_update(struct RunningMoments *m, const float *x, size_t n) {
+    /* 1. the batch by itself; its variance is divided by n, as those that are kept */
+    double batch_mean = mean_of(x, n);
+    double batch_var = n > 1 ? unbiased_variance(x, n) * (double)(n - 1) / (double)n : 0;
+
+    /* 2. merged with what was seen before */
+    double delta = batch_mean - m->mean;
+    double total = m->count + (double)n;
+    double spread =
+        batch_var * (double)n + m->var * m->count + delta * delta * m->count * (double)n / total;
+    m->mean += delta * (double)n / total;
+    m->var = spread / total;
+    m->std = sqrt(m->var * total / (total - 1));
+    m->count = total;
+}
 
 /* Everything a training on rollouts owns: PPO, or REINFORCE with one of the other baselines.
  * [glossary: Treinador PPO]; its model is the policy  [glossary: Política π] */
@@ -7975,7 +8031,7 @@ static void reinforce_log_variances(struct PPOTrainer *ppo, struct ReinforceBatc
     size_t num_generations = ppo->config.num_generations;
     const float *s = answer_gradients(ppo, &r->head, &r->batch);
     float *advantages = arena_floats(&ppo->arena, n);
-    int count = num_generations > 1 ? BASELINES : BASELINE_RLOO;
+    int count = num_generations > 1 ? BASELINE_RLOO + 1 : BASELINE_RLOO;
 
     /* 2. the same answers, another baseline: other factors before the same gradients */
     for (int b = 0; b < count; b++) {
@@ -8135,7 +8191,7 @@ static void kl_full_rows(const struct GPT2 *model, struct LMHead *head,
 static struct PPOForward *ppo_forward(struct PPOTrainer *ppo, struct Arena *arena,
                                       const struct Example *examples, size_t n, bool keep) {
     struct PPOForward *forward = arena_alloc(arena, 1, sizeof *forward);
-    /* rows of the response alone are scored: the query was not the policy's choice */
+    /* only rows that predict a response token are asked: the query was not the policy's choice */
     forward->batch = collate(arena, examples, n, SKIP_LAST);
     forward->head = batch_logprobs(ppo->model, arena, &forward->batch, ppo->temperature, keep);
 
@@ -8191,7 +8247,7 @@ static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo,
     if (strcmp(ppo->config.kl_penalty, "full") == 0)
         kl_full_rows(ppo->model, &forward->head, ppo->ref_model, &ref_head, p.kl);
 
-    /* 3. TRL's rows are as long as the longest answer of the batch (ppo_padding_advantage) */
+    /* 3. TRL's rows are as long as the longest sequence of the batch (ppo_padding_advantage) */
     for (size_t b = 0; b < B; b++)
         p.padding[b] = forward->batch.max_length + 1 - examples[b].n;
     ended.forward_pass = seconds_now();
@@ -8220,12 +8276,25 @@ static void ppo_rewards(const struct PPOTrainer *ppo, struct PPOBatch *p, const 
     }
 
     /* 2. The last token of an answer gets the answer's score as well: until then nobody could
-     *    know it. */
+     *    know it. From here on a reward is a number: no gradient runs through it. */
     for (size_t b = 0; b < p->B; b++) {
         size_t last = p->start[b + 1] - 1;
         p->rewards[last] += scores[b];
     }
     p->ended.rewards = seconds_now();
+}
+
+/* ppo_padding_advantage -- an oddity of TRL 0.11 with whiten_rewards, kept to equal its numbers.
+ * There answers are padded to one length, the rewards behind a short answer's end are 0, and
+ * whitening makes another number of that 0. GAE, coming from the right, then runs through
+ * `padding` tokens of that reward before it reaches the answer: this is what it brings along.
+ * Without whiten_rewards the padding's reward is 0 and so is this.   test: ppo_advantages_golden */
+static double ppo_padding_advantage(const struct PPOConfig *config, double padding_reward,
+                                    size_t padding) {
+    double advantage = 0;
+    for (size_t k = 0; k < padding; k++)
+        advantage = padding_reward + config->gamma * config->lam * advantage;
+    return advantage;
 }
 
 /* ppo_advantages -- step 4 of ppo_step: how much better each token was than expected.
@@ -8234,9 +8303,9 @@ static void ppo_rewards(const struct PPOTrainer *ppo, struct PPOBatch *p, const 
  * gae goes through each answer from its end. Then the advantages of the whole batch are whitened
  * together: about half of the tokens are raised and half lowered, and the learning rate need not
  * fit the reward model's scale. Returns are not: the value head has to learn real rewards.
- * By hand: rewards -0.1, 0, 1, values 0.5, 0.4, 0.3, gamma 1, lambda 0.95: gae gives 0.33675,
- * 0.565, 0.7, whitened -1.0738, 0.1693, 0.9045; returns 0.83675, 0.965, 1.
- *                                                                test: ppo_advantages_golden */
+ * By hand: chapter 4's answer, rewards -0.1, 0, 0.98, values 0.5, 0.4, 0.3: gae gives 0.3187,
+ * 0.546, 0.68, whitened -1.0742, 0.1703, 0.9039; returns 0.8187, 0.946, 0.98.
+ *                                                   test: ppo_example, ppo_advantages_golden */
 static void ppo_advantages(const struct PPOConfig *config, struct PPOBatch *p) {
     /* 1. an option, off by default: rewards of one scale, with the mean they had */
     double padding_reward = 0;
@@ -8363,7 +8432,6 @@ static void ppo_keep_ratios(struct PPOTrainer *ppo, const struct PPOTokens *toke
 static struct PPOTokens ppo_gather(struct Arena *arena, const struct PPOBatch *p,
                                    const size_t *member, size_t count,
                                    const struct PPOForward *forward) {
-    /* room for all tokens of these answers */
     size_t R = forward->batch.R;
     struct PPOTokens tokens = {
         .old_logprobs = arena_floats(arena, R),
@@ -8449,7 +8517,8 @@ static void ppo_mini_batch(struct PPOTrainer *ppo, const struct Rollout *rollout
     if (!p->fresh)
         forward = ppo_forward(ppo, arena, examples, count, true);
 
-    /* 2. The loss of each token, and its slopes by log-probability and value. */
+    /* 2. The loss of each token, and its slopes by log-probability and value. What was known when
+     *    the answers were written (old log-probabilities, advantages, returns) are constants. */
     struct PPOTokens tokens = ppo_gather(arena, p, member, count, forward);
     struct PPOLoss loss = ppo_loss(&ppo->config, &tokens);
 
@@ -8490,7 +8559,7 @@ static void ppo_update(struct PPOTrainer *ppo, const struct Rollout *rollouts, s
 
 /* ppo_optimize -- step 5 of ppo_step: ppo_epochs passes over the batch, in mini-batches of a new
  * order each time.                                                      [6] Algorithm 1
- * Writing answers is the dear part of a step, so each batch of them is used several times; how far
+ * Writing answers is the expensive part of a step, so each batch of them is used several times; how far
  * that may go is the business of ppo_token_loss's clip.
  * out  sums: the statistics of all mini-batches, added up; returns how many those were
  *                                                             test: ppo_step, ppo_threads */
@@ -9240,7 +9309,7 @@ struct PreferenceSource {
     const struct GenerationConfig *generation;
     size_t num_generations; /* answers to each prompt */
     const struct Scorer *scorer;
-    bool only_ended; /* answers that did not end are left out: they teach to run on */
+    bool only_ended; /* answers that did not end are left out: they teach the policy not to stop */
 };
 
 /* The places of the best and the worst answer in a list. */
@@ -12759,7 +12828,7 @@ static void adapter_load_layers(struct GPT2 *model, const char *folder, struct S
     arena_free(&arena);
 }
 
-/* adapter_load -- puts the adapter of a folder to the layers that target_modules takes, or, if that
+/* adapter_load -- attaches the adapter of a folder to the layers that target_modules takes, or, if that
  * is a regular expression or has exceptions, that the file has tensors for. A tensor that no layer
  * takes is an error.                           test: lora_round_trip, lora_partial, lora_broken */
 static void adapter_load(struct GPT2 *model, const char *folder) {
@@ -12775,7 +12844,7 @@ static void adapter_load(struct GPT2 *model, const char *folder) {
     adapter_load_layers(model, folder, &st);
     reward_head_load(model, &st, model->folder);
 
-    /* 2. Nothing may be left over: an adapter that is put in by halves is another model. */
+    /* 2. Nothing may be left over: an adapter that is half loaded is another model. */
     adapter_check_embedding(model, &st, "lm_head.weight");
     adapter_check_embedding(model, &st, "wte.weight");
     for (struct Json *item = st.header->child; item; item = item->next)
@@ -13538,8 +13607,8 @@ static bool checkpoint_remove(const char *folder, size_t n) {
 }
 
 /* From here on every error says how to go on from this checkpoint. */
-static void checkpoint_way_on(const char *folder) {
-    snprintf(way_on, sizeof way_on,
+static void checkpoint_resume_hint(const char *folder) {
+    snprintf(resume_hint, sizeof resume_hint,
              "; %.4000s is whole: --resume_from_checkpoint true goes on from it", folder);
 }
 
@@ -13583,7 +13652,7 @@ static void checkpoint_save(struct Checkpoint *c) {
     staged_folder = NULL;
     folder_remove(replaced, NULL);
     folder_sync(dir);
-    checkpoint_way_on(whole);
+    checkpoint_resume_hint(whole);
 
     /* 3. The oldest go, down to --save_total_limit. */
     struct CheckpointAge oldest;
@@ -13715,7 +13784,7 @@ static void checkpoint_resume(struct Checkpoint *c) {
     if (from) {
         checkpoint_say(c, from);
         if (dir && strcmp(c->args->resume_from_checkpoint, "true") == 0)
-            checkpoint_way_on(from);
+            checkpoint_resume_hint(from);
     }
     arena_free(&arena);
 }
@@ -15243,7 +15312,7 @@ static void save_result(struct Options *o, const struct TrainerState *state) {
     fputs("}}\n", out.file);
     output_close(&out);
     report_write(o->train.output_dir);
-    way_on[0] = 0; /* nothing is left to go on with */
+    resume_hint[0] = 0; /* nothing is left to go on with */
     CHECK(!interrupted, "interrupted after the last step; the model is saved in %s%s",
           o->train.output_dir, o->eval ? ", its last evaluation may be missing (align eval)" : "");
 }

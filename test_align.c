@@ -6282,7 +6282,7 @@ static void test_reinforce_step(void) {
 
 static void test_reinforce_raises_reward(void) {
     enum { STEPS = 30 };
-    for (int baseline = 0; baseline < BASELINES; baseline++) {
+    for (int baseline = 0; baseline <= BASELINE_RLOO; baseline++) {
         struct GPT2 *model = new_model(40, 16, 32, 1, 2);
         struct GPT2 *ref_model = gpt2_copy(model);
         struct PPOConfig config = {
@@ -6686,7 +6686,7 @@ static void checkpoint_without_room(const void *path) {
     args.output_dir = path;
     struct Checkpoint checkpoint = checkpoint_new("sft", model, tokenizer, &args, &state);
     gpt2_make_trainable(model);
-    checkpoint_way_on(arena_printf(&test_arena, "%s/checkpoint-10", folder));
+    checkpoint_resume_hint(arena_printf(&test_arena, "%s/checkpoint-10", folder));
     limit_files();
     checkpoint_save(&checkpoint);
 }
@@ -7194,7 +7194,7 @@ static void test_broken_messages(void) {
     run_apart(die_of, name, &said);
     expect_true("its start, its end, nothing that steers",
                 !FORKS
-                    || (said.length == 7 + 1200 + 5 + 1 + strlen(way_on)
+                    || (said.length == 7 + 1200 + 5 + 1 + strlen(resume_hint)
                         && strstr(said.data, "align: ?[2J???xx") == said.data));
     const char *many[600] = {"align", "dpo", "--loss_type"};
     for (size_t i = 3; i < 590; i++)
