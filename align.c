@@ -8559,8 +8559,8 @@ static void ppo_update(struct PPOTrainer *ppo, const struct Rollout *rollouts, s
 
 /* ppo_optimize -- step 5 of ppo_step: ppo_epochs passes over the batch, in mini-batches of a new
  * order each time.                                                      [6] Algorithm 1
- * Writing answers is the expensive part of a step, so each batch of them is used several times; how far
- * that may go is the business of ppo_token_loss's clip.
+ * Writing answers is the expensive part of a step, so each batch of them is used several times; how
+ * far that may go is the business of ppo_token_loss's clip.
  * out  sums: the statistics of all mini-batches, added up; returns how many those were
  *                                                             test: ppo_step, ppo_threads */
 static size_t ppo_optimize(struct PPOTrainer *ppo, const struct Rollout *rollouts,
@@ -12828,9 +12828,9 @@ static void adapter_load_layers(struct GPT2 *model, const char *folder, struct S
     arena_free(&arena);
 }
 
-/* adapter_load -- attaches the adapter of a folder to the layers that target_modules takes, or, if that
- * is a regular expression or has exceptions, that the file has tensors for. A tensor that no layer
- * takes is an error.                           test: lora_round_trip, lora_partial, lora_broken */
+/* adapter_load -- attaches the adapter of a folder to the layers that target_modules takes, or, if
+ * that is a regular expression or has exceptions, that the file has tensors for. A tensor that no
+ * layer takes is an error.                     test: lora_round_trip, lora_partial, lora_broken */
 static void adapter_load(struct GPT2 *model, const char *folder) {
     struct Arena arena = {0};
     CHECK(!model->adapter.r, "%s: the model has an adapter already", folder);
