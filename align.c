@@ -6365,6 +6365,9 @@ struct Checkpoint {
 };
 
 /* ---- Task and Trainer ----------------------------------------------------------------------- */
+/* Which of a Task's items: those to learn from, or those held out. Tasks keep both in arrays of
+ * two, which this indexes. */
+enum Items { TO_LEARN, HELD_OUT };
 
 /* A Task is what is trained: a data set of `n` items, and a loss over some of them. An item is a
  * row of tokens, a pair, or a rated text; only the Task knows. */
@@ -6373,11 +6376,11 @@ struct Task {
     const char *name;
     size_t n, eval_n;
     void *data;
-    /* The loss of the items index[0..count), times `weight`. `train`: its gradient is added to the
-     * model's. `eval`: the items are those held out, and their loss is one of the metrics. It
-     * reports metrics by trainer_metric. */
+    /* The loss of the items index[0..count), times `weight`. Of items to learn from, its gradient is
+     * added to the model's; of items that are held out, the loss is one of the metrics. Metrics are
+     * reported by trainer_metric. */
     double (*loss)(struct Trainer *trainer, const size_t *index, size_t count, double weight,
-                   bool train, bool eval);
+                   enum Items from);
     /* The others may be NULL. */
     /* Reports the metrics that take all held-out items to tell. */
     void (*evaluated)(struct Trainer *trainer);
@@ -6484,7 +6487,7 @@ static struct LogEntry trainer_measure(struct Trainer *trainer) {
     trainer->metrics.n = 0;
     for (size_t first = 0; first < n && !evaluation_interrupted(state); first += batch) {
         arena_reset(&trainer->arena);
-        trainer->task.loss(trainer, order + first, MIN(batch, n - first), 1, false, true);
+        trainer->task.loss(trainer, order + first, MIN(batch, n - first), 1, HELD_OUT);
     }
     if (trainer->task.evaluated)
         trainer->task.evaluated(trainer);
@@ -6564,7 +6567,7 @@ static double trainer_accumulate(struct Trainer *trainer, const size_t *order, s
         /* 1. forward, loss, backward */
         arena_reset(&trainer->arena);
         size_t count = MIN(size, n - first);
-        loss += trainer->task.loss(trainer, order + first, count, weight, true, false);
+        loss += trainer->task.loss(trainer, order + first, count, weight, TO_LEARN);
 
         /* 2. a loss that is NaN or infinite ends the run before it reaches a weight */
         check_finite(trainer->model, "the loss", loss);
@@ -6795,7 +6798,7 @@ static void sample_show(const struct Tokenizer *tok, const struct Example *e, si
 
 /* The data of a language model's Task. */
 struct LanguageTask {
-    struct Example *examples, *eval_examples; /* what is learnt; what is held out */
+    struct Example *examples[2]; /* to learn from, held out: see enum Items */
     /* pretraining: the whole texts, of which each epoch makes other examples */
     struct Example *texts;
     size_t text_count, row_length;
@@ -6805,13 +6808,12 @@ struct LanguageTask {
 
 /* The batch of some of the task's items. */
 static struct Batch language_batch(struct Trainer *trainer, const size_t *index, size_t count,
-                                   bool eval) {
+                                   enum Items from) {
     const struct LanguageTask *task = trainer->task.data;
-    const struct Example *from = eval ? task->eval_examples : task->examples;
     struct Example *examples = arena_alloc(&trainer->arena, count, sizeof *examples);
     /* 1. the items side by side; only their descriptions are copied, the ids stay where they are */
     for (size_t i = 0; i < count; i++)
-        examples[i] = from[index[i]];
+        examples[i] = task->examples[from][index[i]];
     /* 2. packed; the last token of a row predicts nothing: the model need not read it */
     return collate(&trainer->arena, examples, count, SKIP_LAST);
 }
@@ -6840,19 +6842,20 @@ static void language_metrics(struct Trainer *trainer, const struct Batch *batch,
  * ln 37 = 3.6109; two of them with weight 1/2: 3.6109.
  *                                test: language_hand, language_overfit, eval_batch_size */
 static double language_loss(struct Trainer *trainer, const size_t *index, size_t count,
-                            double weight, bool train, bool eval) {
+                            double weight, enum Items from) {
     struct GPT2 *model = trainer->model;
     struct Arena *arena = &trainer->arena;
+    bool learns = from == TO_LEARN;
 
     /* 1. Forward, up to the hidden states from which the targets are predicted: row r of the head
      *    is that of the token before target r. */
-    struct Batch batch = language_batch(trainer, index, count, eval);
-    struct Activations acts = gpt2_forward(model, arena, &batch, train);
+    struct Batch batch = language_batch(trainer, index, count, from);
+    struct Activations acts = gpt2_forward(model, arena, &batch, learns);
     struct LMHead head = lm_head_new(model, arena, &acts, batch.row, batch.target, batch.R, 1);
 
     /* 2. The output layer. In training its backward comes with it: its logits (R,V) are the largest
      *    tensor of all, so they are used while they are there and never kept. */
-    if (train) {
+    if (learns) {
         float *dhidden = arena_zeros(arena, batch.N * model->config.n_embd, sizeof *dhidden);
         lm_head_cross_entropy(model, &head, (float)weight, dhidden, arena);
         gpt2_backward(model, arena, &acts, dhidden);
@@ -6863,7 +6866,7 @@ static double language_loss(struct Trainer *trainer, const size_t *index, size_t
     /* 3. what is reported; the loss of held-out items is a metric like the others */
     language_metrics(trainer, &batch, &head);
     double negative_log_likelihood = -sequence_logprob(head.logprob, batch.R);
-    if (eval)
+    if (!learns)
         trainer_metric(trainer, "loss", negative_log_likelihood, batch.R);
     return negative_log_likelihood * weight;
 }
@@ -6876,7 +6879,7 @@ static double language_loss(struct Trainer *trainer, const size_t *index, size_t
  * By hand: a text of 3 tokens: 3; prompt of 3, completion of 2: 2.     test: language_sft_rows */
 static size_t language_targets(struct Trainer *trainer, size_t index) {
     const struct LanguageTask *task = trainer->task.data;
-    const struct Example *e = &task->examples[index];
+    const struct Example *e = &task->examples[TO_LEARN][index];
     /* of the row with its prompt, all but the prompt */
     return e->n - e->prompt_length;
 }
@@ -6974,7 +6977,7 @@ static void pretrain_new_epoch(struct Trainer *trainer, size_t epoch) {
     struct TextOrder texts = {task->texts, order, task->text_count};
 
     /* 2. The number of rows is the same in each epoch: it follows from the number of tokens. */
-    task->examples =
+    task->examples[TO_LEARN] =
         pretrain_pack(&task->rows, &texts, task->row_length, task->whole_texts, &trainer->task.n);
 }
 
@@ -7028,7 +7031,8 @@ static struct LanguageTask *pretrain_task(struct Trainer *trainer, struct Arena 
 
     /* 3. the held-out rows: always the same, each token once, so that losses can be compared */
     struct TextOrder held_out = {eval_texts, arena_order(arena, eval_count), eval_count};
-    task->eval_examples = pretrain_pack(arena, &held_out, length, false, &trainer->task.eval_n);
+    task->examples[HELD_OUT] =
+        pretrain_pack(arena, &held_out, length, false, &trainer->task.eval_n);
     return task;
 }
 
@@ -7099,9 +7103,9 @@ static struct LanguageTask *sft_task(struct Trainer *trainer, struct Arena *aren
     };
     /* Nothing is joined or cut into rows of one length, as in pretraining: each example keeps its
      * own beginning, and no answer is torn in two. */
-    task->examples = sft_examples(trainer, arena, data, &trainer->task.n);
+    task->examples[TO_LEARN] = sft_examples(trainer, arena, data, &trainer->task.n);
     if (eval)
-        task->eval_examples = sft_examples(trainer, arena, eval, &trainer->task.eval_n);
+        task->examples[HELD_OUT] = sft_examples(trainer, arena, eval, &trainer->task.eval_n);
     return task;
 }
 
@@ -7126,8 +7130,7 @@ static struct LanguageTask *sft_task(struct Trainer *trainer, struct Arena *aren
  * rewards of new texts in the form of the course's sentiment pipeline.
  * ============================================================================================= */
 
-/* The data of a reward model's Task. Of each array of two, the first is to learn from, the second
- * is held out. */
+/* The data of a reward model's Task; arrays of two are indexed by enum Items. */
 struct RewardTask {
     struct Example *texts[2]; /* of pairs 2i is chosen, 2i + 1 rejected; else one an item */
     double *number[2]; /* an item's margin, rating or label */
@@ -7194,7 +7197,7 @@ static void reward_rated_evaluated(struct Trainer *trainer) {
     float *dreward = arena_floats(&trainer->arena, n); /* not used: nothing trains here */
     for (size_t i = 0; i < n; i++) {
         /* 1. One text against those behind it. All pairs at once would take n^2 memory. */
-        size_t count = pairs_of_rating(task->number[1], i, n, task->min_difference, pairs);
+        size_t count = pairs_of_rating(task->number[HELD_OUT], i, n, task->min_difference, pairs);
         if (count == 0)
             continue;
 
@@ -7281,37 +7284,57 @@ static void reward_cut(struct RewardTask *task, struct Example *text) {
         text->n = 8 + rng_below(&task->cut, text->n - 8);
 }
 
-/* The items index[0..count) as texts and comparisons. */
-static struct RewardBatch reward_batch(struct Trainer *trainer, const size_t *index, size_t count,
-                                       bool train, bool eval) {
-    struct RewardTask *task = trainer->task.data;
+/* Pairs as they are in the data: the chosen texts, then the rejected ones, so that item i compares
+ * text i with text count + i. Its number is the margin. */
+static struct RewardBatch reward_batch_of_pairs(struct Trainer *trainer, const size_t *index,
+                                                size_t count, enum Items from) {
+    const struct RewardTask *task = trainer->task.data;
     struct Arena *arena = &trainer->arena;
-    size_t each = task->rated || task->labelled ? 1 : 2; /* texts of an item */
-    bool in_batch = task->rated && !eval; /* compared here, not in reward_rated_evaluated */
-    struct RewardBatch items = {.texts = each * count, .pair_count = count};
-    items.examples = arena_alloc(arena, items.texts, sizeof *items.examples);
-    items.number = arena_alloc(arena, count, sizeof *items.number);
-    items.pairs = arena_alloc(arena, in_batch ? count * count : count, sizeof *items.pairs);
-
-    /* 1. The pairs as they stand in the data: item i compares text i with text count + i, and its
-     *    number is the margin. Of single texts these pairs are not used. */
+    struct RewardBatch items = {
+        .texts = 2 * count,
+        .pair_count = count,
+        .examples = arena_alloc(arena, 2 * count, sizeof *items.examples),
+        .number = arena_alloc(arena, count, sizeof *items.number),
+        .pairs = arena_alloc(arena, count, sizeof *items.pairs),
+    };
     for (size_t i = 0; i < count; i++) {
-        items.number[i] = task->number[eval][index[i]];
+        /* the two sides of an item are neighbours in the task's list */
+        items.examples[i] = task->texts[from][2 * index[i]];
+        items.examples[count + i] = task->texts[from][2 * index[i] + 1];
+        items.number[i] = task->number[from][index[i]];
         items.pairs[i] = (struct Pair){i, count + i, items.number[i]};
     }
+    return items;
+}
 
-    /* 2. the texts: t / count is 0 for the chosen ones, which come first, and 1 for the rejected */
-    for (size_t t = 0; t < items.texts; t++) {
-        items.examples[t] = task->texts[eval][each * index[t % count] + t / count];
-        if (train)
-            reward_cut(task, &items.examples[t]);
+/* Single texts, rated or labelled. To learn from ratings, each text is compared with each: of 8
+ * texts up to 28 comparisons, for the price of 8 forward passes. Held-out ratings are compared when
+ * all rewards are known, by reward_rated_evaluated. */
+static struct RewardBatch reward_batch_of_texts(struct Trainer *trainer, const size_t *index,
+                                                size_t count, enum Items from) {
+    struct RewardTask *task = trainer->task.data;
+    struct Arena *arena = &trainer->arena;
+    struct RewardBatch items = {
+        .texts = count,
+        .pair_count = count,
+        .examples = arena_alloc(arena, count, sizeof *items.examples),
+        .number = arena_alloc(arena, count, sizeof *items.number),
+    };
+
+    /* 1. each text with its rating or label; some texts are cut while they are learnt from */
+    for (size_t i = 0; i < count; i++) {
+        items.examples[i] = task->texts[from][index[i]];
+        items.number[i] = task->number[from][index[i]];
+        if (from == TO_LEARN)
+            reward_cut(task, &items.examples[i]);
     }
 
-    /* 3. Of rated texts the pairs are made here, each with each: of 8 texts up to 28 comparisons,
-     *    for the price of 8 forward passes. */
-    if (in_batch)
+    /* 2. ratings become pairs */
+    if (task->rated && from == TO_LEARN) {
+        items.pairs = arena_alloc(arena, count * count, sizeof *items.pairs);
         items.pair_count =
             pairs_from_ratings(items.number, count, task->min_difference, items.pairs);
+    }
     return items;
 }
 
@@ -7342,24 +7365,27 @@ static double reward_compare(struct Trainer *trainer, const struct RewardBatch *
  *                                             test: reward_overfit, reward_gradient
  * gdb: break bradley_terry_pair */
 static double reward_loss(struct Trainer *trainer, const size_t *index, size_t count, double weight,
-                          bool train, bool eval) {
+                          enum Items from) {
     struct RewardTask *task = trainer->task.data;
     struct Arena *arena = &trainer->arena;
+    bool learns = from == TO_LEARN;
 
     /* 1. Texts and comparisons. A last batch of like ratings has none, and teaches nothing. */
-    struct RewardBatch items = reward_batch(trainer, index, count, train, eval);
+    bool is_single = task->rated || task->labelled;
+    struct RewardBatch items = is_single ? reward_batch_of_texts(trainer, index, count, from)
+                                         : reward_batch_of_pairs(trainer, index, count, from);
     if (items.pair_count == 0)
         return 0;
 
     /* 2. Their rewards. In training the activations are kept: the backward pass needs them. */
     struct RewardPass *pass =
-        reward_forward(trainer->model, arena, items.examples, items.texts, train);
+        reward_forward(trainer->model, arena, items.examples, items.texts, learns);
     trainer->state.num_tokens += pass->batch.tokens;
     reward_text_metrics(trainer, pass->reward, items.texts);
 
     /* 3. Held-out ratings have no loss yet. Their rewards are kept until all are there, and
      *    reward_rated_evaluated compares them. */
-    if (task->rated && eval) {
+    if (task->rated && !learns) {
         for (size_t i = 0; i < count; i++)
             task->eval_reward[index[i]] = pass->reward[i];
         return 0;
@@ -7369,11 +7395,11 @@ static double reward_loss(struct Trainer *trainer, const size_t *index, size_t c
      *    pairs, and the Trainer divides by all of them. */
     float *dreward = arena_floats(arena, items.texts);
     double loss = reward_compare(trainer, &items, pass->reward, dreward);
-    if (eval)
+    if (!learns)
         trainer_metric(trainer, "loss", loss * (double)items.pair_count, items.pair_count);
 
     /* 5. the way back to the weights */
-    if (train)
+    if (learns)
         reward_backward(trainer->model, arena, pass, dreward, weight);
     return loss * weight;
 }
@@ -7463,12 +7489,11 @@ static void reward_texts_say(const struct Dataset *data, size_t max_length, size
 }
 
 /* reward_texts -- the rows of a data set as texts and numbers of the task; returns how many items.
- * held_out: 0 to learn from, 1 held out, as in RewardTask
  * What exceeds max_length is dropped: half a text is no fair comparison. So are pairs of equal
  * sides, which TRL keeps: their loss has no gradient, and no model can be right about them, so they
  * would only lower the accuracy.                    test: reward_equal_pairs, reward_overfit */
 static size_t reward_texts(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data,
-                           int held_out) {
+                           enum Items into) {
     struct RewardTask *task = trainer->task.data;
     size_t max_length = trainer->args.max_length;
     size_t count = 0;
@@ -7476,8 +7501,8 @@ static size_t reward_texts(struct Trainer *trainer, struct Arena *arena, const s
     size_t equal = 0;
     struct Example *next = arena_alloc(arena, 2 * data->n, sizeof *next);
     double *number = arena_alloc(arena, data->n, sizeof *number);
-    task->texts[held_out] = next;
-    task->number[held_out] = number;
+    task->texts[into] = next;
+    task->number[into] = number;
     for (size_t i = 0; i < data->n; i++) {
         /* 1. written where the next item has its place */
         const struct Row *row = &data->rows[i];
@@ -7525,8 +7550,8 @@ static struct RewardTask *reward_task(struct Trainer *trainer, struct Arena *are
     };
 
     /* 2. the texts, those to learn from and those held out */
-    trainer->task.n = reward_texts(trainer, arena, data, 0);
-    trainer->task.eval_n = eval ? reward_texts(trainer, arena, eval, 1) : 0;
+    trainer->task.n = reward_texts(trainer, arena, data, TO_LEARN);
+    trainer->task.eval_n = eval ? reward_texts(trainer, arena, eval, HELD_OUT) : 0;
 
     /* 3. held-out ratings are compared when all rewards are known */
     if (task->rated) {
@@ -8929,8 +8954,7 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, size
  * answers pairs are collected. What leaves: a policy that prefers as the pairs do.
  * ============================================================================================= */
 
-/* What the Trainer of chapter 14 knows of DPO. Where there are two of a thing, the first is to
- * learn from, the second is held out. */
+/* What the Trainer of chapter 14 knows of DPO; arrays of two are indexed by enum Items. */
 struct DPOTask {
     struct DPOConfig config;
     struct GPT2 *ref_model;
@@ -9108,38 +9132,39 @@ static void dpo_evaluated(struct Trainer *trainer) {
 
 /* dpo_task_loss -- DPO's loss of B pairs, for the Trainer; in training with its gradient.
  *                                                        [glossary: DPO]
- * in   index (B): which pairs; weight: of their loss in the step; eval: they are held-out ones
+ * in   index (B): which pairs; weight: of their loss in the step
  *                                 test: dpo_model_gradient, check_fidelity dpo* */
 static double dpo_task_loss(struct Trainer *trainer, const size_t *index, size_t B, double weight,
-                            bool train, bool eval) {
+                            enum Items from) {
     struct DPOTask *task = trainer->task.data;
     struct GPT2 *model = trainer->model;
     struct Arena *arena = &trainer->arena;
-    /* [0] to learn from, [1] held out */
-    const struct Example *pairs = task->pairs[eval];
+    const struct Example *pairs = task->pairs[from];
 
     /* 1. The reference's log-probabilities: computed when a pair is seen for the first time, then
      *    put into the batch's order. */
-    dpo_reference(task, arena, pairs, index, B, task->ref_logps[eval]);
+    dpo_reference(task, arena, pairs, index, B, task->ref_logps[from]);
     size_t *slot = arena_alloc(arena, 2 * B, sizeof *slot);
     struct Batch batch = dpo_batch(arena, pairs, index, B, model->config.n_embd, slot);
     double *ref_logps = arena_alloc(arena, 2 * B, sizeof *ref_logps);
     for (size_t i = 0; i < 2 * B; i++)
-        ref_logps[i] = task->ref_logps[eval][slot[i]];
+        ref_logps[i] = task->ref_logps[from][slot[i]];
 
-    /* 2. The policy's, and the loss. Chosen answers are sides 0 to B-1, rejected ones follow. */
-    struct LMHead head = batch_logprobs(model, arena, &batch, task->temperature, train);
+    /* 2. The policy's. Chosen answers are sides 0 to B-1, rejected ones follow. */
+    bool learns = from == TO_LEARN;
+    struct LMHead head = batch_logprobs(model, arena, &batch, task->temperature, learns);
     struct DPOSide *sides = dpo_sides(arena, &batch, head.logprob, ref_logps, B);
-    /* held-out pairs report their loss as a metric; what is returned is not used then */
-    if (eval)
-        dpo_eval_loss(trainer, task, B, sides);
-    double loss = dpo_loss(&task->config, B, sides, sides + B);
     trainer->state.num_tokens += batch.tokens;
     dpo_metrics(trainer, task->config.beta, &batch, &head, B, sides);
-    if (!train)
-        return loss * weight;
 
-    /* 3. The way back. The log-probability of an answer is a sum over its tokens, so each token
+    /* 3. The loss; of held-out pairs it is a metric like the others. */
+    if (!learns) {
+        dpo_eval_loss(trainer, task, B, sides);
+        return 0;
+    }
+    double loss = dpo_loss(&task->config, B, sides, sides + B);
+
+    /* 4. The way back. The log-probability of an answer is a sum over its tokens, so each token
      *    gets the answer's slope. */
     double *dlogps = arena_alloc(arena, 2 * B, sizeof *dlogps);
     for (size_t i = 0; i < 2 * B; i++)
@@ -9251,7 +9276,7 @@ static size_t dpo_pairs(const struct Trainer *trainer, struct Arena *arena,
  * other pairs in the batch, they could differ in the last bit, and so could the whole run. */
 static void dpo_saved(struct Trainer *trainer, struct Checkpoint *checkpoint) {
     struct DPOTask *task = trainer->task.data;
-    checkpoint_add_doubles(checkpoint, "ref_logps", task->ref_logps[0], 2 * trainer->task.n);
+    checkpoint_add_doubles(checkpoint, "ref_logps", task->ref_logps[TO_LEARN], 2 * trainer->task.n);
 }
 
 /* DPO as the Trainer's task, on n pairs (2n examples). */
@@ -9262,12 +9287,12 @@ static struct DPOTask *dpo_task(struct Trainer *trainer, struct Arena *arena,
     *task = (struct DPOTask){
         .config = config,
         .ref_model = ref_model,
-        .pairs = {pairs}, /* held-out ones: by the caller, if there are any */
+        .pairs = {[TO_LEARN] = pairs}, /* held-out ones: by the caller, if there are any */
         .temperature = temperature,
     };
 
     /* 0: not computed yet; dpo_reference will do it */
-    task->ref_logps[0] = arena_zeros(arena, 2 * n, sizeof **task->ref_logps);
+    task->ref_logps[TO_LEARN] = arena_zeros(arena, 2 * n, sizeof **task->ref_logps);
 
     /* what the Trainer calls: for a batch, behind an evaluation, for a checkpoint */
     trainer->task = (struct Task){
@@ -10199,7 +10224,7 @@ static void course_reward_model(struct Course *course) {
 
     /* 3. How many held-out pairs does it order as the raters did? */
     course->held_out_reward = arena_floats(&course->arena, n);
-    reward_score(model, task.texts[1], n, course->held_out_reward);
+    reward_score(model, task.texts[HELD_OUT], n, course->held_out_reward);
     course->eval_accuracy = pair_accuracy(course->held_out_reward, course->held_out_rating, n, 1);
     say("%s: %.3f of held-out pairs ordered as people did\n", trainer.task.name,
         course->eval_accuracy);
@@ -15448,9 +15473,10 @@ static void command_dpo(struct Options *o) {
     struct DPOTask *task =
         dpo_task(&trainer, &o->arena, o->reference, o->dpo, o->generation.temperature, pairs, n);
     if (o->eval) {
-        task->pairs[1] = arena_alloc(&o->arena, 2 * o->eval->n, sizeof *pairs);
-        trainer.task.eval_n = dpo_pairs(&trainer, &o->arena, o->eval, &o->dpo, task->pairs[1]);
-        task->ref_logps[1] = arena_zeros(&o->arena, 2 * trainer.task.eval_n, sizeof(double));
+        task->pairs[HELD_OUT] = arena_alloc(&o->arena, 2 * o->eval->n, sizeof *pairs);
+        trainer.task.eval_n =
+            dpo_pairs(&trainer, &o->arena, o->eval, &o->dpo, task->pairs[HELD_OUT]);
+        task->ref_logps[HELD_OUT] = arena_zeros(&o->arena, 2 * trainer.task.eval_n, sizeof(double));
     }
     finish_training(o, &trainer);
 }
@@ -16184,7 +16210,7 @@ static void eval_policy(struct Options *o, struct LogEntry *entry) {
 static void eval_language(struct Options *o, struct Trainer *trainer, struct LogEntry *entry) {
     *trainer = open_training(o, SFT_SHAPES, COUNT(SFT_SHAPES));
     struct LanguageTask *task = sft_task(trainer, &o->arena, o->data, NULL);
-    task->eval_examples = task->examples;
+    task->examples[HELD_OUT] = task->examples[TO_LEARN];
     trainer->task.eval_n = trainer->task.n;
     struct LogEntry measured = trainer_measure(trainer);
     double loss;
@@ -16193,7 +16219,7 @@ static void eval_language(struct Options *o, struct Trainer *trainer, struct Log
     /* the tokens that count: not the prompt's, and not a text's first, which nothing predicts */
     double tokens = 0;
     for (size_t i = 0; i < trainer->task.n; i++) {
-        const struct Example *e = &task->examples[i];
+        const struct Example *e = &task->examples[TO_LEARN][i];
         tokens += (double)(e->n - MAX((size_t)1, e->prompt_length));
     }
     log_value(entry, "eval_loss", loss);
