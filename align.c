@@ -1399,6 +1399,23 @@ static struct PPOLoss ppo_loss(const struct PPOConfig *config, struct PPOTokens 
  * each summed over the answer's tokens. What leaves: a loss and its derivatives by them.
  * ============================================================================================= */
 
+/* Divides n weights, given by their logarithms, by their sum: afterwards they are the logarithms of
+ * probabilities. Returns the logarithm of the sum. */
+static double normalize_logps(double *logps, size_t n) {
+    /* 1. the largest is subtracted first, for the reason given at softmax */
+    double largest = -INFINITY;
+    for (size_t i = 0; i < n; i++)
+        largest = MAX(largest, logps[i]);
+
+    /* 2. log_sum_exp, in double */
+    double sum = 0;
+    for (size_t i = 0; i < n; i++)
+        sum += exp(logps[i] - largest);
+    for (size_t i = 0; i < n; i++)
+        logps[i] -= largest + log(sum);
+    return largest + log(sum);
+}
+
 /* exact_optimum -- the best policy, where all answers can be listed.
  *            [glossary: Distribuição ponderada por recompensa] [glossary: Função de partição]
  * in   ref_logps, r (n): log pi_ref(y) in nats and the reward of every answer; beta
@@ -1414,22 +1431,10 @@ static struct PPOLoss ppo_loss(const struct PPOConfig *config, struct PPOTokens 
  * J(pi*) = beta ln 2.                                                       test: exact_optimum */
 static double exact_optimum(const double *ref_logps, const double *r, size_t n, double beta,
                             double *optimum) {
-    /* 1. each answer's log-weight, and the largest of them, for the reason given at softmax */
-    double largest = -INFINITY;
-    for (size_t i = 0; i < n; i++) {
+    /* each answer's log-weight; divided by Z, the weights are probabilities */
+    for (size_t i = 0; i < n; i++)
         optimum[i] = ref_logps[i] + r[i] / beta;
-        largest = MAX(largest, optimum[i]);
-    }
-
-    /* 2. log Z: the log-sum-exp of the weights, in double */
-    double sum = 0;
-    for (size_t i = 0; i < n; i++)
-        sum += exp(optimum[i] - largest);
-
-    /* 3. divided by Z, the weights are probabilities */
-    for (size_t i = 0; i < n; i++)
-        optimum[i] -= largest + log(sum);
-    return largest + log(sum);
+    return normalize_logps(optimum, n);
 }
 
 /* implied_reward -- what a policy says an answer is worth, up to a constant that all answers to
@@ -2485,10 +2490,6 @@ struct Batch {
     /* (B) or NULL. From its row fork[b] on, sequence b is another answer to its first shared[b]
      * tokens: see collate_pairs. */
     size_t *shared, *fork;
-    /* While a text is written (chapter 13) the rows are the newest tokens only, and attention finds
-     * the earlier ones in the cache; else NULL. */
-    struct KVCache *cache;
-    size_t *slot; /* (N) the sequence of the cache that a row belongs to */
 };
 
 /* A batch that will have B sequences and at most `tokens` rows; it has none yet. */
@@ -3991,6 +3992,7 @@ struct KVCache {
     size_t B, capacity; /* sequences; positions that each has room for */
     float *k, *v; /* (L, B, capacity, C) */
     size_t *length; /* (B) positions filled */
+    const size_t *slot; /* (N) of a batch of new tokens: which of the B sequences each belongs to */
 };
 
 /* Where a layer's k and v of a sequence's position stand in the cache. */
@@ -4003,30 +4005,29 @@ static size_t kv_cache_place(const struct KVCache *cache, size_t layer, size_t s
 static void kv_cache_store(struct KVCache *cache, const struct Batch *batch, size_t n,
                            const float *qkv, size_t layer, size_t C) {
     size_t position = (size_t)batch->position[n];
-    size_t place = kv_cache_place(cache, layer, batch->slot[n], position, C);
+    size_t place = kv_cache_place(cache, layer, cache->slot[n], position, C);
     /* all heads at once: in a row of qkv their keys are neighbours, and their values stand behind
      * them; the query is not kept, since no later token asks for it */
     const float *key = qkv + n * 3 * C + C;
     const float *value = key + C;
     memcpy(cache->k + place, key, C * sizeof *key);
     memcpy(cache->v + place, value, C * sizeof *value);
-    cache->length[batch->slot[n]] = position + 1;
+    cache->length[cache->slot[n]] = position + 1;
 }
 
 /* What head h of token n sees: its own query, and the keys and values of its sequence up to
  * itself, from the cache. */
-static struct AttentionHead attention_cached_view(const float *qkv, const struct Batch *batch,
-                                                  size_t layer, struct AttentionShape shape,
-                                                  size_t n, size_t h) {
+static struct AttentionHead attention_cached_view(const struct KVCache *cache, const float *qkv,
+                                                  const struct Batch *batch, size_t layer,
+                                                  struct AttentionShape shape, size_t n, size_t h) {
     /* 1. as many keys as the token's position says, itself included */
-    const struct KVCache *cache = batch->cache;
     size_t C = shape.C;
     size_t T = (size_t)batch->position[n] + 1;
     size_t column = h * shape.HS;
 
     /* 2. The sequence's position 0 in the cache: from there on, a row of C numbers a position. The
      *    query comes from qkv: only the past is in the cache. */
-    size_t place = kv_cache_place(cache, layer, batch->slot[n], 0, C);
+    size_t place = kv_cache_place(cache, layer, cache->slot[n], 0, C);
     return (struct AttentionHead){
         .T = T,
         .HS = shape.HS,
@@ -4069,21 +4070,21 @@ WIDE static void attention_cached_head(float *out, const struct AttentionHead *h
 }
 
 /* attention_cached -- attention of a decoding batch, whose rows are new tokens alone.
- * in   qkv (N,3C)       out  out (N,C); the batch's cache grows by the new keys and values
+ * in   qkv (N,3C)       out  out (N,C); the cache grows by the new keys and values
  * First all tokens are stored, then all look: a row may be one of several new tokens of a
  * sequence, each of which sees those before it.                             test: generate_cache */
-static void attention_cached(float *out, const float *qkv, const struct Batch *batch, size_t layer,
-                             struct AttentionShape shape) {
+static void attention_cached(float *out, const float *qkv, const struct Batch *batch,
+                             struct KVCache *cache, size_t layer, struct AttentionShape shape) {
     /* 1. the new keys and values */
     for (size_t n = 0; n < batch->N; n++)
-        kv_cache_store(batch->cache, batch, n, qkv, layer, shape.C);
+        kv_cache_store(cache, batch, n, qkv, layer, shape.C);
 
         /* 2. each new token's heads */
 #pragma omp parallel for if (batch->N * shape.NH > 16)
     for (size_t task = 0; task < batch->N * shape.NH; task++) {
         size_t n = task / shape.NH;
         size_t h = task % shape.NH;
-        struct AttentionHead head = attention_cached_view(qkv, batch, layer, shape, n, h);
+        struct AttentionHead head = attention_cached_view(cache, qkv, batch, layer, shape, n, h);
         attention_cached_head(out + n * shape.C + head.column, &head);
     }
 }
@@ -4433,7 +4434,7 @@ static void module_backward(float *dx, const float *dy, const float *x, struct L
  * in   model, layer: which block; batch     out  a: all that block_backward needs
  *                                                test: gpt2_golden; gdb: break block_forward */
 static void block_forward(const struct GPT2 *model, size_t layer, struct BlockActivations *a,
-                          const struct Batch *batch, float *out) {
+                          const struct Batch *batch, struct KVCache *cache, float *out) {
     const struct Block *h = &model->h[layer];
     size_t N = batch->N;
     size_t C = model->config.n_embd;
@@ -4447,8 +4448,8 @@ static void block_forward(const struct GPT2 *model, size_t layer, struct BlockAc
 
     /* 2. Attention: each token gathers from those before it. While a text is written they are not
      *    in the batch: their keys and values were kept in the cache. */
-    if (batch->cache)
-        attention_cached(a->att, a->qkv, batch, layer, shape);
+    if (cache)
+        attention_cached(a->att, a->qkv, batch, cache, layer, shape);
     else
         attention_forward(a->att, a->lse, a->qkv, batch, shape);
 
@@ -4550,15 +4551,10 @@ static struct Activations activations_new(const struct GPT2 *model, struct Arena
     return acts;
 }
 
-/* gpt2_forward -- what the model makes of each token of a batch: its hidden state, (N,C), in
- * activations.ln_f.                                                [glossary: Inferência]
- * in   batch: N tokens of B sequences; while a text is written (batch->cache) the new ones alone
- *      keep: a backward pass will follow, so the activations of all blocks stay
- * The hidden state of token t depends on the tokens up to t and on none behind it. So one pass
- * over a text gives the prediction at each of its places at once: reading a text takes far less
- * time than writing one, where each token needs a pass of its own.  test: gpt2_golden, fixtures */
-static struct Activations gpt2_forward(const struct GPT2 *model, struct Arena *arena,
-                                       const struct Batch *batch, bool keep) {
+/* The layers, from ids to hidden states. cache: while a text is written, what was computed of its
+ * earlier tokens; else NULL. keep: a backward pass will follow. */
+static struct Activations gpt2_layers(const struct GPT2 *model, struct Arena *arena,
+                                      const struct Batch *batch, struct KVCache *cache, bool keep) {
     const struct GPT2Config *c = &model->config;
     size_t N = batch->N;
     size_t C = c->n_embd;
@@ -4574,14 +4570,36 @@ static struct Activations gpt2_forward(const struct GPT2 *model, struct Arena *a
 
     /* 2. each block adds to it, and writes it to where the next one reads; the last one to where
      *    the final norm does */
-    for (size_t l = 0; l < L; l++)
-        block_forward(model, l, &acts.h[l], batch, l + 1 < L ? acts.h[l + 1].x : acts.x);
+    for (size_t l = 0; l < L; l++) {
+        float *out = l + 1 < L ? acts.h[l + 1].x : acts.x;
+        block_forward(model, l, &acts.h[l], batch, cache, out);
+    }
 
     /* 3. The stream is now a sum of 2 L + 1 vectors, and large; it is normalized once more before
      *    heads read it. */
     layernorm_forward(acts.ln_f, (struct LayerNormRows){N, acts.x, acts.ln_f_mean, acts.ln_f_rstd},
                       &model->ln_f.weight, &model->ln_f.bias, c->layer_norm_epsilon);
     return acts;
+}
+
+/* gpt2_forward -- what the model makes of each token of a batch: its hidden state, (N,C), in
+ * activations.ln_f.                                                [glossary: Inferência]
+ * in   batch: N tokens of B sequences
+ *      keep: a backward pass will follow, so the activations of all blocks stay
+ * The hidden state of token t depends on the tokens up to t and on none after it. So one pass over
+ * a text gives the prediction at each of its places at once: reading a text takes far less time
+ * than writing one, where each token needs a pass of its own.      test: gpt2_golden, fixtures */
+static struct Activations gpt2_forward(const struct GPT2 *model, struct Arena *arena,
+                                       const struct Batch *batch, bool keep) {
+    return gpt2_layers(model, arena, batch, NULL, keep);
+}
+
+/* gpt2_decode -- the same for new tokens of texts that are being written: the keys and values of
+ * the earlier ones come from the cache, and theirs are added to it. Returns the new tokens' hidden
+ * states (N,C).                                               test: generate_cache, few_rows */
+static float *gpt2_decode(const struct GPT2 *model, struct Arena *arena, const struct Batch *batch,
+                          struct KVCache *cache) {
+    return gpt2_layers(model, arena, batch, cache, false).ln_f;
 }
 
 /* gpt2_backward -- from the hidden states back to the embedding.
@@ -5414,14 +5432,14 @@ static struct Batch decode_batch(struct Arena *arena, struct Sequence **active, 
     /* 2. the rows, their positions counted from the start of the text, not of the batch; and
      *    for each row, in which sequence of the cache attention finds its past */
     struct Batch batch = batch_new(arena, count, N);
-    batch.cache = cache;
-    batch.slot = arena_alloc(arena, N, sizeof *batch.slot);
+    size_t *slot = arena_alloc(arena, N, sizeof *slot);
+    cache->slot = slot;
     for (size_t i = 0; i < count; i++) {
         const struct Sequence *s = active[i];
         batch_append(&batch, s->ids, cache->length[s->slot], s->n);
         batch.start[i + 1] = batch.N;
         for (size_t n = batch.start[i]; n < batch.N; n++)
-            batch.slot[n] = s->slot;
+            slot[n] = s->slot;
     }
     return batch;
 }
@@ -5453,7 +5471,7 @@ static float *generate_step(const struct GPT2 *model, struct Arena *arena, struc
 
     /* 1. what is new goes through all layers, and leaves its keys and values in the cache */
     struct Batch batch = decode_batch(arena, active, count, cache);
-    float *hidden = gpt2_forward(model, arena, &batch, false).ln_f;
+    float *hidden = gpt2_decode(model, arena, &batch, cache);
 
     /* 2. Of each sequence only the last row predicts something that is not known yet. The output
      *    layer is the most expensive one, so it sees those rows alone. */
@@ -9530,9 +9548,8 @@ static struct LMHead exact_logps(const struct ExactWorld *w, const struct GPT2 *
     sum_target_logps(batch, w->n, head.logprob, logps);
 
     /* The model's floats make probabilities that add up to 1 within 1e-6, where a KL of 1e-7 is to
-     * be seen. An infinite beta makes rewards weightless: the optimum is the same policy, divided
-     * by its sum. */
-    exact_optimum(logps, w->r, w->n, INFINITY, logps);
+     * be seen. */
+    normalize_logps(logps, w->n);
     return head;
 }
 
@@ -10293,8 +10310,8 @@ static size_t course_collect(struct Course *course, size_t n, struct Example *pa
     size_t tokens = 0;
     for (size_t i = 0; i < course->train_n; i++)
         tokens += course->train[i].n;
-    /* Where texts are sentences, answers that did not end are left out (collect_preferences says
-     * why). Whole reviews never end within 40 tokens: no pair would be left. */
+    /* Where texts are sentences, answers that did not end are left out (struct
+     * PreferenceSource says why). Whole reviews never end within 40 tokens: no pair would be left. */
     bool only_ended = tokens / course->train_n < COURSE_POSITIONS;
     /* The policy's own answers, sampled: pairs of texts that it would never write teach it less
      * about what to prefer among those that it does write. */

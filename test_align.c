@@ -5057,7 +5057,7 @@ static void test_generate_decode(void) {
             active[count++] = &s[i];
         }
         struct Batch batch = decode_batch(&test_arena, active, count, &cache);
-        float *hidden = gpt2_forward(model, &test_arena, &batch, false).ln_f;
+        float *hidden = gpt2_decode(model, &test_arena, &batch, &cache);
         for (size_t i = 0, b; i < count; i++)
             for (b = active[i]->slot; fed[b] < active[i]->n; fed[b]++, row++)
                 expect_floats("hidden", hidden + row * 16,
