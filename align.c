@@ -107,23 +107,6 @@
 #endif
 #define _FILE_OFFSET_BITS 64   /* files beyond 2 GB where long has 32 bits */
 
-/* What this file assumes of a compiler and a machine beyond C11. Without it the program would be
- * built, run, and give wrong numbers. arithmetic_check tries at the start what no macro tells. */
-#ifndef __GNUC__
-#error "align.c needs gcc or clang: it uses their vectors, attributes and builtins"
-#endif
-#if defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) || __FINITE_MATH_ONLY__
-#error \
-    "align.c needs NaN, infinity and sums in the order written: leave out -Ofast, -ffast-math, \
--funsafe-math-optimizations, -fassociative-math and -ffinite-math-only; -O3 is as fast"
-#endif
-#if __FLT_EVAL_METHOD__ < 0 || __FLT_EVAL_METHOD__ == 1 || __FLT_EVAL_METHOD__ == 2
-#error "align.c needs floats that are computed as floats, not in x87 registers: add -msse2 \
--mfpmath=sse"
-#endif
-#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "align.c needs a machine that stores the lowest byte first: its files are written so"
-#endif
 #include <ctype.h>
 #include <dirent.h>
 #include <errno.h>
@@ -6394,9 +6377,9 @@ struct Task {
     const char *name;
     size_t n, eval_n;
     void *data;
-    /* The loss of the items index[0..count), times `weight`. Of items to learn from, its gradient is
-     * added to the model's; of items that are held out, the loss is one of the metrics. Metrics are
-     * reported by trainer_metric. */
+    /* The loss of the items index[0..count), times `weight`. If they are to be learnt from, its
+     * gradient is added to the model's; if they are held out, the loss is one of the metrics, which
+     * trainer_metric takes. */
     double (*loss)(struct Trainer *trainer, const size_t *index, size_t count, double weight,
                    enum Items from);
     /* The others may be NULL. */
@@ -10310,8 +10293,8 @@ static size_t course_collect(struct Course *course, size_t n, struct Example *pa
     size_t tokens = 0;
     for (size_t i = 0; i < course->train_n; i++)
         tokens += course->train[i].n;
-    /* Where texts are sentences, answers that did not end are left out (struct
-     * PreferenceSource says why). Whole reviews never end within 40 tokens: no pair would be left. */
+    /* Where texts are sentences, answers that did not end are left out (struct PreferenceSource
+     * says why). Whole reviews never end within 40 tokens: no pair would be left. */
     bool only_ended = tokens / course->train_n < COURSE_POSITIONS;
     /* The policy's own answers, sampled: pairs of texts that it would never write teach it less
      * about what to prefer among those that it does write. */
@@ -17195,7 +17178,25 @@ __attribute__((section(".preinit_array"),
                used)) static void (*const before_openmp)(int, char **, char **) = gomp_spin_briefly;
 #endif
 
-/* Is arithmetic what the file's head asks for? A compiler may define no macro for a flag, as clang
+/* What this file assumes of a compiler and a machine beyond C11. Without it the program would be
+ * built, run, and give wrong numbers. arithmetic_check tries at the start what no macro tells. */
+#ifndef __GNUC__
+#error "align.c needs gcc or clang: it uses their vectors, attributes and builtins"
+#endif
+#if defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) || __FINITE_MATH_ONLY__
+#error \
+    "align.c needs NaN, infinity and sums in the order written: leave out -Ofast, -ffast-math, \
+-funsafe-math-optimizations, -fassociative-math and -ffinite-math-only; -O3 is as fast"
+#endif
+#if __FLT_EVAL_METHOD__ < 0 || __FLT_EVAL_METHOD__ == 1 || __FLT_EVAL_METHOD__ == 2
+#error "align.c needs floats that are computed as floats, not in x87 registers: add -msse2 \
+-mfpmath=sse"
+#endif
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "align.c needs a machine that stores the lowest byte first: its files are written so"
+#endif
+
+/* Is arithmetic what is asked for above? A compiler may define no macro for a flag, as clang
  * for -funsafe-math-optimizations and -fno-honor-nans, and -Ofast may be given when linking only:
  * the program then sets the smallest numbers to 0. `volatile`: not to be computed beforehand. */
 static void arithmetic_check(void) {
