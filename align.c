@@ -6102,6 +6102,7 @@ static double square_sum(const float *d, size_t n) {
  * the batch was an odd one.
  * By hand: derivatives 300 and -400: 500.                       test: adamw_hand, gpt2_golden */
 static double gradient_norm(const struct GPT2 *model) {
+    /* the root comes last, of the sum over all tensors: one vector has one length */
     double total = 0;
     for (size_t i = 0; i < model->tensor_count; i++) {
         /* a frozen tensor (LoRA's base) has no gradient */
@@ -6487,6 +6488,7 @@ static struct LogEntry trainer_measure(struct Trainer *trainer) {
     double begin = seconds_now();
     trainer->metrics.n = 0;
     for (size_t first = 0; first < n && !evaluation_interrupted(state); first += batch) {
+        /* weight 1: a metric is a sum, whose divisor comes at the end */
         arena_reset(&trainer->arena);
         trainer->task.loss(trainer, order + first, MIN(batch, n - first), 1, HELD_OUT);
     }
@@ -7202,7 +7204,8 @@ static void reward_rated_evaluated(struct Trainer *trainer) {
         if (count == 0)
             continue;
 
-        /* 2. bradley_terry_loss is a mean over the text's pairs; what is reported is their sum */
+        /* 2. bradley_terry_loss is a mean over the text's pairs; what is reported is their sum,
+         *    so that each pair counts the same in the mean over all */
         double loss = bradley_terry_loss(reward, n, pairs, count, task->center, dreward);
         trainer_metric(trainer, "loss", loss * (double)count, count);
         reward_pair_metrics(trainer, reward, pairs, count);
@@ -7298,6 +7301,7 @@ static struct RewardBatch reward_batch_of_pairs(struct Trainer *trainer, const s
         .number = arena_alloc(arena, count, sizeof *items.number),
         .pairs = arena_alloc(arena, count, sizeof *items.pairs),
     };
+    /* Chosen texts come first, as one block: then the first half of all rewards is theirs. */
     for (size_t i = 0; i < count; i++) {
         /* the two sides of an item are neighbours in the task's list */
         items.examples[i] = task->texts[from][2 * index[i]];
@@ -7598,6 +7602,7 @@ static void reward_score(const struct GPT2 *model, const struct Example *texts, 
         /* some at a time: the activations of a batch are what takes memory here */
         arena_reset(&arena);
         size_t count = MIN(n - first, (size_t)SCORED_TOGETHER);
+        /* not all of one length: short texts beside long ones cost nothing, for they are packed */
         reward_score_batch(model, &arena, texts + first, count, reward + first);
     }
     arena_free(&arena);
@@ -7896,6 +7901,7 @@ static void collect_rollouts(const struct PPOTrainer *ppo, struct RolloutSource 
     struct Sequence *sequences = arena_alloc(arena, n, sizeof *sequences);
     const struct Example *prompt = NULL;
     for (size_t i = 0; i < n; i++) {
+        /* a new prompt, or once more the same one: the rloo baseline compares its answers */
         if (i % ppo->config.num_generations == 0)
             prompt = rollout_prompt(source);
         sequences[i] = rollout_start(ppo, source, arena, prompt);
@@ -8139,11 +8145,6 @@ struct PPOForward {
     float *values; /* (R) what the value head says before each of them */
 };
 
-/* When each part of a step ended, by seconds_now: what the log's time/ppo/... are made of. */
-struct PPOTimes {
-    double begin, forward_pass, rewards, advantages, optimize;
-};
-
 /* What PPO knows of a step's answers: B of them, and one number for each response token, R in all.
  * Those of answer b stand at start[b] .. start[b+1]-1, without padding between them. */
 struct PPOBatch {
@@ -8156,7 +8157,6 @@ struct PPOBatch {
     float *advantages, *returns; /* (R) of gae */
     struct PPOForward *forward; /* of the policy that wrote the answers */
     bool fresh; /* forward can serve the next update: all answers, and no step since */
-    struct PPOTimes ended;
 };
 
 /* ---- PPO, step 1: scores -------------------------------------------------------------------- */
@@ -8205,6 +8205,7 @@ static void kl_full_rows(const struct GPT2 *model, struct LMHead *head,
         /* both heads' logits of the same rows; then each row by itself */
         size_t n = lm_head_logits(model, head, first);
         lm_head_logits(ref_model, ref_head, first);
+        /* rows do not depend on each other, and each writes one number */
 #pragma omp parallel for
         for (size_t i = 0; i < n; i++)
             kl[first + i] = (float)kl_full_row(head, ref_head, first, i, V);
@@ -8242,7 +8243,6 @@ static void ppo_batch_columns(struct PPOBatch *p, struct Arena *arena) {
  *                                                      [glossary: Modelo de referência] */
 static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo,
                                              const struct Rollout *rollouts) {
-    struct PPOTimes ended = {.begin = seconds_now()};
     size_t B = ppo->config.batch_size;
     struct Arena *arena = &ppo->arena;
     struct Example *examples = rollout_examples(arena, rollouts, B);
@@ -8276,8 +8276,6 @@ static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo,
     /* 3. TRL's rows are as long as the longest sequence of the batch (ppo_padding_advantage) */
     for (size_t b = 0; b < B; b++)
         p.padding[b] = forward->batch.max_length + 1 - examples[b].n;
-    ended.forward_pass = seconds_now();
-    p.ended = ended;
     return p;
 }
 
@@ -8307,7 +8305,6 @@ static void ppo_rewards(const struct PPOTrainer *ppo, struct PPOBatch *p, const 
         size_t last = p->start[b + 1] - 1;
         p->rewards[last] += scores[b];
     }
-    p->ended.rewards = seconds_now();
 }
 
 /* ppo_padding_advantage -- an oddity of TRL 0.11 with whiten_rewards, kept to equal its numbers.
@@ -8350,7 +8347,6 @@ static void ppo_advantages(const struct PPOConfig *config, struct PPOBatch *p) {
     /* 3. The whole batch together: if each answer were whitened by itself, a good one could not
      *    be told from a bad one. */
     whiten(p->advantages, p->R, true);
-    p->ended.advantages = seconds_now();
 }
 
 /* ---- PPO, statistics of an update ----------------------------------------------------------- */
@@ -8443,6 +8439,7 @@ static void ppo_statistics(const struct PPOTokens *tokens, struct PPOLoss loss,
 static void ppo_keep_ratios(struct PPOTrainer *ppo, const struct PPOTokens *tokens) {
     if (!ppo->ratio)
         return;
+    /* as TRL's log has them: of all updates of the step, one after the other */
     for (size_t t = 0; t < tokens->R; t++) {
         ppo->advantages[ppo->updated] = tokens->advantages[t];
         ppo->ratio[ppo->updated] = expf(tokens->logprobs[t] - tokens->old_logprobs[t]);
@@ -8460,12 +8457,15 @@ static struct PPOTokens ppo_gather(struct Arena *arena, const struct PPOBatch *p
                                    const struct PPOForward *forward) {
     size_t R = forward->batch.R;
     struct PPOTokens tokens = {
+        /* from the rollout: copies, for the members' tokens are not neighbours in the batch */
         .old_logprobs = arena_floats(arena, R),
         .old_values = arena_floats(arena, R),
         .advantages = arena_floats(arena, R),
         .returns = arena_floats(arena, R),
+        /* what the policy says now */
         .logprobs = forward->head.logprob,
         .values = forward->values,
+        /* room for what ppo_loss makes of both */
         .policy = arena_alloc(arena, R, sizeof *tokens.policy),
         .value = arena_alloc(arena, R, sizeof *tokens.value),
         .dlogprobs = arena_floats(arena, R),
@@ -8501,7 +8501,7 @@ static void ppo_weigh(const struct PPOTrainer *ppo, struct PPOTokens *tokens, do
         stats[LOSS_TOTAL] = 0;
     }
 
-    /* not times 0: a slope that has become infinite would turn into NaN */
+    /* 2. The weight. Not times 0: a slope that has become infinite would turn into NaN. */
     for (size_t t = 0; t < tokens->R; t++) {
         tokens->dlogprobs[t] = is_skipped ? 0 : (float)(tokens->dlogprobs[t] * weight);
         tokens->dvalues[t] = is_skipped ? 0 : (float)(tokens->dvalues[t] * weight);
@@ -8622,7 +8622,6 @@ static size_t ppo_optimize(struct PPOTrainer *ppo, const struct Rollout *rollout
         if (config->early_stopping && stats[POLICY_POLICYKL] > 1.5 * config->target_kl)
             break;
     }
-    p->ended.optimize = seconds_now();
     return mini_batches;
 }
 
@@ -8732,18 +8731,29 @@ static void ppo_record_stats(struct PPOTrainer *ppo, const struct Rollout *rollo
     stats_vector(ppo, "ppo/policy/ratio", ppo->ratio, ppo->updated, NULL);
 }
 
-/* How long each part of the step took, in seconds, in TRL's names. */
-static void ppo_record_times(struct PPOTrainer *ppo, const struct PPOTimes *ended) {
-    double end = seconds_now();
-    struct LogEntry *stats = &ppo->stats;
+/* The parts of a step whose time is logged, each from the end of the one before it. */
+enum PPOLap { LAP_FORWARD, LAP_REWARDS, LAP_ADVANTAGES, LAP_OPTIMIZE, LAP_STATS, PPO_LAPS };
 
-    /* each part lasts from the end of the one before it to its own */
-    log_value(stats, "time/ppo/forward_pass", ended->forward_pass - ended->begin);
-    log_value(stats, "time/ppo/compute_rewards", ended->rewards - ended->forward_pass);
-    log_value(stats, "time/ppo/compute_advantages", ended->advantages - ended->rewards);
-    log_value(stats, "time/ppo/optimize_step", ended->optimize - ended->advantages);
-    log_value(stats, "time/ppo/calc_stats", end - ended->optimize);
-    log_value(stats, "time/ppo/total", end - ended->begin);
+struct PPOClock {
+    double begin, last; /* seconds_now */
+    double lap[PPO_LAPS]; /* seconds */
+};
+
+/* This part of the step is done: how long did it take? */
+static void ppo_lap(struct PPOClock *clock, enum PPOLap lap) {
+    double now = seconds_now();
+    clock->lap[lap] = now - clock->last;
+    clock->last = now;
+}
+
+/* Into the log, in TRL's names. */
+static void ppo_record_times(struct PPOTrainer *ppo, const struct PPOClock *clock) {
+    log_value(&ppo->stats, "time/ppo/forward_pass", clock->lap[LAP_FORWARD]);
+    log_value(&ppo->stats, "time/ppo/compute_rewards", clock->lap[LAP_REWARDS]);
+    log_value(&ppo->stats, "time/ppo/compute_advantages", clock->lap[LAP_ADVANTAGES]);
+    log_value(&ppo->stats, "time/ppo/optimize_step", clock->lap[LAP_OPTIMIZE]);
+    log_value(&ppo->stats, "time/ppo/calc_stats", clock->lap[LAP_STATS]);
+    log_value(&ppo->stats, "time/ppo/total", clock->last - clock->begin);
 }
 
 /* ---- PPO: the step -------------------------------------------------------------------------- */
@@ -8764,20 +8774,26 @@ static void ppo_step(struct PPOTrainer *ppo, const struct Rollout *rollouts) {
     for (size_t b = 0; b < B; b++)
         scores[b] = rollouts[b].score;
     ppo_process_scores(ppo, scores, B);
+    struct PPOClock clock = {.begin = seconds_now()};
+    clock.last = clock.begin;
 
     /* 2. Policy and reference read the answers. From here on, one number for each token: its
      *    log-probability under both, and what the value head expected before it. */
     struct PPOBatch p = ppo_evaluate_rollouts(ppo, rollouts);
+    ppo_lap(&clock, LAP_FORWARD);
 
     /* 3. Each token pays for its divergence from the reference; the last one gets the score. */
     ppo_rewards(ppo, &p, scores);
+    ppo_lap(&clock, LAP_REWARDS);
 
     /* 4. Which token earned it? Advantages for the policy, returns for the value head. */
     ppo_advantages(&ppo->config, &p);
+    ppo_lap(&clock, LAP_ADVANTAGES);
 
     /* 5. Several epochs of updates on the same answers. Only here do weights move. */
     double sums[PPO_STATS] = {0};
     size_t mini_batches = ppo_optimize(ppo, rollouts, &p, sums);
+    ppo_lap(&clock, LAP_OPTIMIZE);
 
     /* 6. What happened, for the log: with the beta that was in force. */
     ppo_record_stats(ppo, rollouts, &p, scores, sums, mini_batches);
@@ -8786,7 +8802,8 @@ static void ppo_step(struct PPOTrainer *ppo, const struct Rollout *rollouts) {
      *    costs more in the next step. */
     ppo->kl_coef = kl_controller_update(&ppo->config, ppo->kl_coef, ppo_kl(&p), B);
     ppo->step++;
-    ppo_record_times(ppo, &p.ended);
+    ppo_lap(&clock, LAP_STATS);
+    ppo_record_times(ppo, &clock);
 }
 
 /* ---- The training --------------------------------------------------------------------------- */
@@ -8974,6 +8991,8 @@ struct DPOTask {
 static struct Batch dpo_batch(struct Arena *arena, const struct Example *pairs, const size_t *index,
                               size_t B, size_t C, size_t *slot) {
     struct Example *examples = arena_alloc(arena, 2 * B, sizeof *examples);
+    /* All chosen answers first: then sides b and B + b are a pair, and the rows of each kind are
+     * neighbours. */
     for (size_t i = 0; i < 2 * B; i++) {
         /* i / B is 0 for the chosen side, 1 for the rejected one */
         slot[i] = 2 * index[i % B] + i / B;
@@ -9057,6 +9076,7 @@ static struct DPOSums dpo_sums(double beta, size_t B, const struct DPOSide *chos
         sums.rewards_rejected += reward_rejected;
         /* equal rewards, as at the start, are no success */
         sums.right += reward_chosen > reward_rejected;
+        /* these tell what the rewards hide: whether both answers became less probable */
         sums.logps_chosen += chosen[b].logp;
         sums.logps_rejected += rejected[b].logp;
     }
@@ -9074,7 +9094,7 @@ static void dpo_metrics(struct Trainer *trainer, double beta, const struct Batch
                         const struct LMHead *head, size_t B, const struct DPOSide *sides) {
     struct DPOSums sums = dpo_sums(beta, B, sides, sides + B);
 
-    /* the rows of chosen answers come first in the batch, then those of rejected ones */
+    /* 1. the rows of chosen answers come first in the batch, then those of rejected ones */
     size_t chosen_rows = batch->target_start[B];
     size_t rejected_rows = batch->R - chosen_rows;
     const struct {
@@ -9094,7 +9114,8 @@ static void dpo_metrics(struct Trainer *trainer, double beta, const struct Batch
         {"mean_token_accuracy", row_sum(head->hit, chosen_rows), chosen_rows},
     };
 
-    /* sums and counts, not means: the Trainer joins several batches */
+    /* 2. Sums and counts, not means: the Trainer joins several batches, and the last one of an
+     *    evaluation may be smaller. */
     for (size_t i = 0; i < COUNT(metrics); i++)
         trainer_metric(trainer, metrics[i].name, metrics[i].sum, metrics[i].units);
 }
@@ -9104,12 +9125,13 @@ static void dpo_metrics(struct Trainer *trainer, double beta, const struct Batch
  * the mean of their means: so that part is collected here, and added by dpo_evaluated. */
 static void dpo_eval_loss(struct Trainer *trainer, struct DPOTask *task, size_t B,
                           struct DPOSide *sides) {
+    /* 1. the part that is a mean over pairs */
     struct DPOConfig config = task->config;
     config.weight[DPO_SFT] = 0;
     double loss = dpo_loss(&config, B, sides, sides + B);
     trainer_metric(trainer, "loss", loss * (double)B, B);
 
-    /* the likelihood of chosen answers, summed over all batches so far */
+    /* 2. the likelihood of chosen answers, summed over all batches so far */
     for (size_t b = 0; b < B; b++) {
         task->eval_nll -= sides[b].logp;
         task->eval_tokens += sides[b].length;
@@ -9259,6 +9281,7 @@ static size_t dpo_pairs(const struct Trainer *trainer, struct Arena *arena,
     size_t max_length = trainer->args.max_length;
     bool keeps_equal = config->weight[DPO_SFT] > 0;
     size_t count = 0;
+    /* 1. each pair as tokens, cut to length, kept if it teaches anything */
     for (size_t i = 0; i < data->n; i++) {
         /* a pair that does not fit is written over by the next one */
         struct Example *pair = pairs + 2 * count;
@@ -9267,7 +9290,7 @@ static size_t dpo_pairs(const struct Trainer *trainer, struct Arena *arena,
             count++;
     }
 
-    /* silence would hide that a run learns from a part of its data only */
+    /* 2. silence would hide that a run learns from a part of its data only */
     dpo_pairs_say(data, max_length, counts);
     CHECK(count > 0, "%s: no pair is left", data->path);
     return count;
@@ -9351,6 +9374,7 @@ static struct BestWorst best_and_worst(const struct PreferenceSource *source,
                                        const struct Example *answers, const float *score,
                                        size_t first) {
     struct BestWorst place = {0};
+    /* one pass for both: the first answer that counts is the best and the worst so far */
     for (size_t k = first; k < first + source->num_generations; k++) {
         /* end token included, as the scorer counts */
         size_t length = answers[k].n - answers[k].prompt_length;
@@ -9574,6 +9598,7 @@ static size_t exact_number(const struct ExactWorld *w, const int *ids) {
  * as likely; from N(0, 0.1) some are a hundred times likelier than others, and the optimum must
  * weigh that against their rewards. */
 static struct GPT2 *exact_reference(struct GPT2Config config, size_t T, uint64_t seed) {
+    /* the prompt's token and T more are all that it will ever read */
     config.n_positions = T + 1;
     config.eos_token_id = (int)config.vocab_size; /* no token has this id: nothing ends early */
     struct GPT2 *model = gpt2_new(config);
@@ -9606,6 +9631,7 @@ static struct ExactWorld *exact_world(struct Arena *arena, struct GPT2Config con
     /* 1. responses and rewards */
     struct Rng rng = rng_seed(seed, STREAM_REWARD);
     for (size_t i = 0; i < n; i++) {
+        /* rewards without any pattern: nothing but trying tells which answers are good */
         w->y[i] = exact_response(arena, w->V, T, i);
         w->r[i] = rng_normal(&rng);
     }
@@ -9634,6 +9660,7 @@ static struct Rollout *exact_rollouts(const struct ExactWorld *w, const struct G
         .repetition_penalty = 1,
     };
     for (size_t i = 0; i < EXACT_BATCH; i++) {
+        /* all from the one prompt, token 0; only the random numbers differ */
         struct Rng own = rng_seed(rng_next(rng), STREAM_SAMPLE);
         sequences[i] = sequence_start(arena, w->y[0].ids, 1, w->T, policy, own);
     }
@@ -9659,6 +9686,7 @@ static void exact_train_dpo(const struct ExactWorld *w, struct GPT2 *model,
         /* all n^2 pairs at once: the gradient is exact */
         exact_dpo_backward(w, model, &arena, logps);
         double learning_rate = args->learning_rate * schedule_factor(args, step, steps);
+        /* steps are counted from 1, see adamw_piece */
         optimizer_step(model, args, learning_rate, step + 1);
     }
     arena_free(&arena);
@@ -9689,6 +9717,7 @@ static void exact_train_rollouts(const struct ExactWorld *w, struct GPT2 *model,
     /* each step from new answers of the policy as it is then */
     struct Rng rng = rng_seed(w->seed, STREAM_SAMPLE);
     for (size_t step = 0; step < ppo->total_steps; step++) {
+        /* on-policy: last step's answers are of another policy */
         arena_reset(&arena);
         struct Rollout *rollouts = exact_rollouts(w, model, &rng, &arena);
         if (method == EXACT_PPO)
@@ -9793,8 +9822,7 @@ static bool next_word(struct Text text, size_t *at, uint64_t *word) {
         end++;
     end = MAX(end, first + 1);
 
-    /* 3. its number */
-    /* FNV-1a: each byte is mixed in, then the whole is spread by a prime */
+    /* 3. its number, by FNV-1a: each byte is mixed in, then the whole is spread by a prime */
     *word = 14695981039346656037u;
     for (size_t i = first; i < end; i++)
         *word = (*word ^ (uint64_t)tolower(bytes[i])) * 1099511628211u;
@@ -10034,8 +10062,10 @@ static void course_encode(struct Course *course, const struct Dataset *data, con
         rating[i] = row->score;
         empty += row->text.length == 0;
     }
+    /* they stay in the data: only what is cut from them would be nothing */
     if (empty)
         warn("%s: %zu of %zu texts are empty: no prompt is taken from them", data->path, empty, n);
+    /* one list in the drawn order: its beginning is held out, the rest is learnt from */
     course->held_out = all;
     course->held_out_rating = rating;
     course->train = all + course->held_out_n;
@@ -10193,6 +10223,8 @@ static void course_reward_model(struct Course *course) {
      *    ones please. */
     struct GPT2 *model = course->reward_model = gpt2_copy(course->language_model);
     reward_head_declare(model);
+    /* Learning rates here and below were found by trial. A model this small takes larger steps than
+     * GPT-2, for which TRL's defaults are 1e-4 here, 1.41e-5 for PPO and 1e-6 for DPO. */
     struct Trainer trainer = course_trainer(course, model, 2e-3, course->reward_steps, 32, 20);
     size_t limit = model->config.n_positions;
     size_t n = course->held_out_n;
@@ -10357,6 +10389,7 @@ static void course_run(struct Course *course, const struct Dataset *data,
     double begin = seconds_now();
     course->language_model = language_model;
     course->vocab_size = language_model->config.vocab_size;
+    /* a folder that cannot be written to ends the run now, not when the first model is saved */
     make_folder(course->output_dir);
     course_split(course, data);
     say("%zu rated texts to learn from, %zu held out; %.2fM parameters; %d threads, kernel %s\n",
@@ -10387,6 +10420,8 @@ static void course_run(struct Course *course, const struct Dataset *data,
     course_write(course, seconds_now() - begin);
     report_write(course->output_dir);
     course_print(course);
+
+    /* 4. The arena goes last: everything above points into it. */
     for (size_t k = 0; k < COUNT(policy); k++)
         gpt2_free(*policy[k]);
     gpt2_free(course->reward_model);
