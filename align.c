@@ -5,7 +5,7 @@
  * =============================================================================================
  *
  * A language model writes what is likely. RLHF, reinforcement learning from human feedback, makes
- * it write what people like. [glossary: RLHF] The whole of it is one drawing:
+ * it write what people like. [glossary: RLHF] One drawing shows all of it:
  *
  *    texts --(15) pretrain, sft--> language model pi_ref ----copy----> policy pi
  *                                    |    "the reference"              |      ^
@@ -20,8 +20,8 @@
  *        +----------------- pairs: chosen, rejected ---------> (18) DPO: the same optimum,
  *                                                              without sampling or r
  *
- * Numbers in brackets are chapters. Each chapter uses earlier ones only; what Part IV, the
- * machinery, gives to the others is declared where it is first needed.
+ * Numbers in brackets are chapters. Each chapter uses only earlier ones; the few functions of
+ * Part IV, the machinery, that the others need are declared where they are first used.
  *
  *   Part I, the ideas                       Part II, the model
  *     1 Ground: errors, random numbers        7 Byte-pair encoding
@@ -40,10 +40,10 @@
  *    19 Exact: a world to enumerate          27 Command line, main
  *    20 The whole course (rlhf)
  *
- * RLHF in 600 lines. Read the essays that open chapters 2 to 5 and these functions, in this
- * order, each with its comment, and you have read the idea:
+ * RLHF in 600 lines. Read the essays that open chapters 2 to 5, then these functions in this
+ * order, each with its comment. That is the whole idea:
  *   softmax                 logits become probabilities                                  chapter 2
- *   kl_exact, kl_k1         how far two models are apart; the estimate from one token
+ *   kl_exact, kl_k1         how far apart two models are; the estimate from one token
  *   bradley_terry_pair      a preference becomes a loss: how a reward model learns       chapter 3
  *   reinforce_loss          a score becomes a gradient (read the essay above it)         chapter 4
  *   kl_reward               what a token pays for leaving the reference
@@ -51,16 +51,18 @@
  *   ppo_token_loss          why PPO clips, and where the gradient is zero
  *   exact_optimum           the best policy there is, in closed form                     chapter 5
  *   dpo_pair_loss           the same optimum from pairs alone
- *   ppo_rewards             where penalty and score meet the tokens of real answers      chapter 17
+ *   ppo_rewards             where penalty and score reach the tokens of real answers     chapter 17
  *   ppo_step                the seven steps of PPO on a real model
- * Other paths. What is a policy, an omega, a rollout? 4, 2, 17. How does a transformer learn at
- * all? 9, 10, 11, 15. By term: [glossary: TERM] stands where a term is implemented, in the words of
- * the course's glossary, which are Portuguese; `align glossary TERM` prints its entry in English.
+ * Other paths. What is a policy, an omega, a rollout? Chapters 4, 2, 17. How does a transformer
+ * learn at all? Chapters 9, 10, 11, 15. By term: [glossary: TERM] marks the place where a term is
+ * implemented. The terms are those of the course's glossary, which is in Portuguese;
+ * `align glossary TERM` prints an entry in English.
  *
- * What the comments refer to. TRL, transformers and PEFT are Hugging Face's libraries, in whose
- * names, formats and numbers this program speaks. "By hand" is a case to check with a calculator.
- * "test: NAME" is a test of test_align.c that holds the function to such a case, to numbers of
- * those libraries ("golden") or to a difference quotient: `./test_align NAME` runs it.
+ * What the comments refer to. TRL, transformers and PEFT are Hugging Face's libraries; this program
+ * uses their names, formats and numbers. "By hand" introduces a case to check with a calculator.
+ * "test: NAME" names a test in test_align.c that checks the function against such a case, against
+ * numbers from those libraries ("golden") or against a difference quotient: `./test_align NAME`
+ * runs it.
  *
  * To step through:  make debug && gdb --args ./align_debug ppo ...   then   break ppo_token_loss,
  * run, finish: gdb prints the token's loss, slope and ratio. At ppo_backward there is a model:
@@ -71,10 +73,14 @@
  *    R rows of a batch that predict a token which counts in a loss
  *    C n_embd, the width       L n_layer                   NH n_head    HS = C/NH, a head's size
  *    V vocab_size
- * What a formula calls x, y, e, r or R(y) it says where it stands. wte and wpe are GPT-2's names
- * for the matrices of its word (token) and word position embeddings. A matrix (M,N) is row-major:
- * element (i,j) stands at i*N + j. The derivative of the loss by x is called dx. Logarithms are
- * natural, so log-probabilities, divergences and entropies are in nats.
+ * Two letters have a second meaning that GPT-2 gives them: model->h[l] is block l (in attention, h
+ * is the number of a head), and v in a loop over the vocabulary is one of its ids (in attention,
+ * v_j is a value vector, as q_t is a query and k_j a key).
+ * Letters of a single formula (x, y, e, r, R(y)) are explained beside it. wte and wpe are GPT-2's
+ * names for the matrices of its word (token) and word position embeddings. A matrix (M,N) is
+ * row-major: element (i,j) is at i*N + j. "The derivative by x" is the partial derivative with
+ * respect to x; that of the loss is called dx. Logarithms are natural, so log-probabilities,
+ * divergences and entropies are in nats.
  *
  * Papers
  *    [1] Radford 2019, Language Models are Unsupervised Multitask Learners (GPT-2)
@@ -107,8 +113,8 @@
 #endif
 #define _FILE_OFFSET_BITS 64   /* files beyond 2 GB where long has 32 bits */
 
-/* What this file assumes of a compiler and a machine beyond C11. Without it the program would be
- * built, run, and give wrong numbers. arithmetic_check tries at the start what no macro tells. */
+/* What this file assumes of a compiler and a machine beyond C11. Elsewhere the program would build
+ * and run, and give wrong numbers. arithmetic_check tests at startup what no macro reveals. */
 #ifndef __GNUC__
 #error "align.c needs gcc or clang: it uses their vectors, attributes and builtins"
 #endif
@@ -153,8 +159,8 @@
 #pragma GCC diagnostic ignored "-Wunknown-pragmas"
 #endif
 
-/* Windows (mingw-w64) spells some of POSIX otherwise. What it lacks altogether is left out where
- * it is used, by #ifdef. */
+/* Windows (mingw-w64) has some of POSIX under other names. What it lacks altogether is left out by
+ * an #ifdef at the place of use. */
 #ifdef _WIN32
 #include <direct.h>
 #include <malloc.h>
@@ -208,15 +214,15 @@ _Static_assert(sizeof(int) == 4 && FLT_MANT_DIG == 24 && DBL_MANT_DIG == 53,
  * Part I - The ideas
  *
  * The mathematics of the whole course, as functions of plain numbers and arrays: no model, no file
- * and no memory of their own. Whoever has read this part knows what softmax, KL, Bradley-Terry,
+ * and no memory of their own. After this part a reader knows what softmax, KL, Bradley-Terry,
  * REINFORCE, GAE, PPO and DPO compute, why, and what each derivative is. The later parts only
- * call these functions: on a model's numbers (Part II) and again and again (Part III).
+ * call these functions, on a model's numbers (Part II), again and again (Part III).
  * ============================================================================================= */
 
 /* =============================================================================================
  * Chapter 1 - Ground: errors, random numbers, arena, scratch
  *
- * What every later chapter stands on; a first reader may begin with chapter 2.
+ * Every later chapter builds on this one; a first reader may still begin with chapter 2.
  *
  * Errors. There is one way to fail: CHECK(condition, "what, where, found and expected, what to
  * do") prints one line and ends the program with status 1. A wrong command line ends with status
@@ -224,17 +230,17 @@ _Static_assert(sizeof(int) == 4 && FLT_MANT_DIG == 24 && DBL_MANT_DIG == 53,
  *
  * Random numbers. Everything random follows from --seed: the same seed gives the same bits.
  *
- * Memory. An arena hands out memory piece by piece and takes it all back at once: whoever opens
- * one frees everything in it with one call, and nothing is freed twice or forgotten. A training
- * loop empties its arena before each step.
+ * Memory. An arena hands out memory piece by piece and takes it all back at once: one call frees
+ * everything in it, so nothing can be freed twice or forgotten. A training loop empties its arena
+ * before each step.
  * ============================================================================================= */
 
-static bool quiet; /* --quiet: no progress on stderr; errors are still said */
-/* As the program was called, a shell word: command lines that are printed can be pasted. */
+static bool quiet; /* --quiet: no progress on stderr; errors are still printed */
+/* How the program was called, quoted for the shell: the command lines it prints can be pasted. */
 static const char *program_name = "align";
 /* appended to error messages: how to resume a training that fails */
 static char resume_hint[PATH_MAX + 80];
-static const char *staged_folder; /* half written: goes with the program (chapter 22) */
+static const char *staged_folder; /* half written: deleted if the program fails (chapter 22) */
 static void folder_remove(const char *folder, const char *to);
 
 /* How messages look on a terminal, and the clock: chapter 25. */
@@ -244,18 +250,18 @@ static void PRINTF_LIKE(1, 2) say(const char *format, ...); /* progress: not wit
 static void PRINTF_LIKE(1, 2) warn(const char *format, ...); /* a note: always */
 static double seconds_now(void);
 
-/* Threads of a parallel loop may fail at the same moment, out of memory for example. The first one
- * to come here ends the program; the others wait until it has. */
+/* Threads of a parallel loop may fail at the same moment, out of memory for example. The first to
+ * arrive here ends the program; the others wait until it has. */
 static _Noreturn void PRINTF_LIKE(2, 3) die_with(int status, const char *format, ...) {
 #pragma omp critical(die)
     {
         va_list arguments;
         va_start(arguments, format);
-        /* results that still wait in the buffer belong before the error */
+        /* results still in stdout's buffer must appear before the error, not after it */
         fflush(stdout);
         complain("align: ", format, arguments, status == 1 ? resume_hint : "");
         va_end(arguments);
-        /* files of which some are missing must not be taken for a model */
+        /* a folder with some of its files missing must not be mistaken for a model */
         if (staged_folder)
             folder_remove(staged_folder, NULL);
         exit(status);
@@ -264,25 +270,26 @@ static _Noreturn void PRINTF_LIKE(2, 3) die_with(int status, const char *format,
 
 #define die(...) die_with(1, __VA_ARGS__)
 #define die_usage(...) \
-    die_with(2, __VA_ARGS__) /* what was typed is no command or flag: 2, as other tools do */
+    die_with(2, __VA_ARGS__) /* no such command or flag: status 2, as other tools use it */
 #define CHECK(condition, ...) \
     do {                      \
         if (!(condition))     \
             die(__VA_ARGS__); \
     } while (0)
 
-/* Random numbers: xoshiro256++ of Blackman and Vigna, its state of four words filled by
- * splitmix64, as they advise. `stream` gives independent sequences of one seed (initial weights,
- * data order, sampling ...): drawing one number more in one of them leaves the others as they
- * were. */
+/* Random numbers: xoshiro256++ by Blackman and Vigna. Its state of four words is filled by
+ * splitmix64, as they advise. `stream` gives independent sequences from one seed (initial weights,
+ * data order, sampling ...): drawing one number more from one of them leaves the others
+ * unchanged. */
 struct Rng {
     uint64_t s[4];
 };
 
 static uint64_t splitmix64(uint64_t *state) {
-    /* the state counts in steps of one size; the rest mixes its bits, so that neighbours have
-     * nothing in common */
+    /* 1. The state is a mere counter with a fixed, odd step: it visits all 2^64 values. */
     uint64_t z = (*state += 0x9e3779b97f4a7c15u);
+    /* 2. Multiplications carry each bit to the left, shifts bring the upper bits back to the right:
+     *    neighbouring states end up with nothing in common. */
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
     return z ^ (z >> 31);
@@ -299,7 +306,8 @@ enum RngStream {
 };
 
 static struct Rng rng_seed(uint64_t seed, uint64_t stream) {
-    /* a large odd factor: streams 1, 2, 3 of seeds 1, 2, 3 must not meet */
+    /* The large odd factor keeps streams apart: with seed ^ stream alone, stream 2 of seed 1 and
+     * stream 1 of seed 2 would be the same sequence. */
     struct Rng rng;
     uint64_t state = seed ^ (stream * 0xd1342543de82ef95u);
     for (int i = 0; i < 4; i++)
@@ -313,10 +321,11 @@ static uint64_t rotate_left(uint64_t x, int k) {
 
 static uint64_t rng_next(struct Rng *rng) {
     uint64_t *s = rng->s;
-    /* 1. what is returned: a sum, which hides how plain the step below is */
+    /* 1. The result: sums and a rotation, which hide that the step below is linear (shifts and
+     *    exclusive ors only). */
     uint64_t result = rotate_left(s[0] + s[3], 23) + s[0];
 
-    /* 2. the next state: it comes round after 2^256 - 1 numbers */
+    /* 2. The next state. The sequence repeats only after 2^256 - 1 numbers. */
     uint64_t t = s[1] << 17;
     s[2] ^= s[0];
     s[3] ^= s[1];
@@ -327,28 +336,33 @@ static uint64_t rng_next(struct Rng *rng) {
     return result;
 }
 
-/* Uniform in [0, 1): 53 random bits, all that a double can hold. */
+/* Uniform in [0, 1): 53 random bits, as many as a double's mantissa holds. */
 static double rng_uniform(struct Rng *rng) {
+    /* The upper 53 bits as an integer, times 2^-53. Dividing all 64 bits by 2^64 could round up to
+     * 1.0, which the callers' logarithms and table look-ups do not expect. */
     return (double)(rng_next(rng) >> 11) * 0x1p-53;
 }
 
 /* A whole number in [0, n), n < 2^32: the upper half of a 32 x 32 bit product. */
 static size_t rng_below(struct Rng *rng, size_t n) {
+    /* x / 2^32 is uniform in [0, 1); times n and rounded down it is an index. `x % n` would do as
+     * well, at the price of a division. */
     return (size_t)(((rng_next(rng) >> 32) * (uint64_t)n) >> 32);
 }
 
 /* Standard normal, by Box and Muller: a uniform angle, and a radius whose square is exponential. */
 static double rng_normal(struct Rng *rng) {
-    /* 1 - u lies in (0, 1]: log 0 cannot occur */
+    /* 1 - u is in (0, 1], so log 0 cannot occur. The square of the radius is -2 log u. */
     double radius = sqrt(-2.0 * log(1.0 - rng_uniform(rng)));
     double angle = 6.283185307179586 * rng_uniform(rng);
     return radius * cos(angle);
 }
 
-/* Fisher and Yates: every order equally likely. */
+/* Fisher and Yates: every order is equally likely. */
 static void rng_shuffle(struct Rng *rng, size_t *items, size_t n) {
     for (size_t i = n; i > 1; i--) {
-        /* the last free place takes any of the items that have none yet */
+        /* The last free place gets one of the i items that have no place yet. To draw j from all n
+         * instead looks as fair, but makes some orders likelier than others. */
         size_t j = rng_below(rng, i);
         size_t held = items[i - 1];
         items[i - 1] = items[j];
@@ -356,9 +370,9 @@ static void rng_shuffle(struct Rng *rng, size_t *items, size_t n) {
     }
 }
 
-/* Arena: memory taken piece by piece, given back all at once. A reset merges the pieces into one
- * block: a training loop asks the system for memory in its first steps only. Under sanitizers
- * every piece is an allocation of its own: an overrun must not land unseen in a neighbour. */
+/* Arena: memory taken piece by piece, given back all at once. A reset merges the blocks into one,
+ * so a training loop asks the system for memory in its first steps only. Under sanitizers every
+ * piece is a separate allocation: an overrun must not land unnoticed in a neighbour. */
 #ifndef __has_feature
 #define __has_feature(x) 0
 #endif
@@ -376,9 +390,9 @@ struct ArenaBlock {
 };
 struct Arena {
     struct ArenaBlock *blocks;
-    size_t next_size;
+    size_t next_size; /* of the next block, at least; 0: not set */
 };
-/* 64 bytes: a cache line, an AVX-512 vector */
+/* ARENA_ALIGN: 64 bytes are a cache line, and an AVX-512 vector. ARENA_HUGE: 2 MB, a huge page. */
 enum { ARENA_PIECEWISE = SANITIZED, ARENA_ALIGN = 64, ARENA_HEADER = 64, ARENA_HUGE = 1 << 21 };
 
 static void arena_free(struct Arena *arena) {
@@ -390,12 +404,13 @@ static void arena_free(struct Arena *arena) {
 }
 
 static void arena_reset(struct Arena *arena) {
-    /* the usual case, from the second step on: one block, large enough */
+    /* 1. The usual case, from the second step on: a single block, already large enough. */
     if (arena->blocks && !arena->blocks->next && !ARENA_PIECEWISE) {
         arena->blocks->used = 0;
         return;
     }
-    /* several: the next block is to be as large as all of them */
+    /* 2. Several blocks: the next one is to be as large as all of them together, so that another
+     *    step like this one fits into it. */
     size_t total = 0;
     for (struct ArenaBlock *block = arena->blocks; block; block = block->next)
         total += block->size;
@@ -404,7 +419,7 @@ static void arena_reset(struct Arena *arena) {
 }
 
 static struct ArenaBlock *arena_block(size_t capacity) {
-    /* aligned_alloc asks for a multiple of the alignment */
+    /* C11's aligned_alloc wants a size that is a multiple of the alignment */
     size_t unit = capacity >= ARENA_HUGE ? ARENA_HUGE : ARENA_ALIGN;
     size_t whole = ARENA_HEADER + capacity;
     struct ArenaBlock *block = aligned_alloc(unit, (whole + unit - 1) / unit * unit);
@@ -412,7 +427,7 @@ static struct ArenaBlock *arena_block(size_t capacity) {
           "out of memory: %zu MB more were asked for; use a smaller model, batch or --max_length",
           capacity >> 20);
 #ifdef MADV_HUGEPAGE
-    /* pages of 2 MB: fewer addresses to look up */
+    /* A page of 2 MB needs one entry in the processor's address cache (TLB) instead of 512. */
     if (unit == ARENA_HUGE)
         madvise(block, whole / ARENA_HUGE * ARENA_HUGE, MADV_HUGEPAGE);
 #endif
@@ -420,18 +435,20 @@ static struct ArenaBlock *arena_block(size_t capacity) {
     return block;
 }
 
-/* count pieces of `size` bytes, on a 64-byte boundary, not cleared; no memory ends the program. */
+/* Memory for `count` items of `size` bytes, on a 64-byte boundary, not cleared. Running out of
+ * memory ends the program. */
 static void *arena_alloc(struct Arena *arena, size_t count, size_t size) {
-    /* 1. Sizes come from files and flags: a product that overflows would be a small number. */
+    /* 1. Sizes come from files and flags. A product that overflowed would look like a small size,
+     *    and the caller would write beyond its piece. */
     CHECK(size == 0 || count <= (SIZE_MAX / 4) / size,
           "out of memory: %zu x %zu bytes asked for; use a smaller model, batch or --max_length",
           count, size);
 
-    /* 2. Whole cache lines, so that the next piece begins on one as well. */
+    /* 2. Rounded up to whole cache lines, so that the next piece begins on one as well. */
     size_t bytes = (count * size + ARENA_ALIGN - 1) / ARENA_ALIGN * ARENA_ALIGN;
 
-    /* 3. A new block where the present one has no room. A very large piece gets one of its own,
-     *    behind the block that is being filled, which stays in use. */
+    /* 3. A new block if the current one has no room. A very large piece gets a block of its own,
+     *    second in the list: the current block stays first and goes on being filled. */
     struct ArenaBlock *block = arena->blocks;
     if (!block || block->size - block->used < bytes || ARENA_PIECEWISE) {
         bool large = bytes >= ARENA_HUGE && !arena->next_size;
@@ -444,7 +461,7 @@ static void *arena_alloc(struct Arena *arena, size_t count, size_t size) {
         arena->next_size = 0;
     }
 
-    /* 4. The piece is what comes next in the block. */
+    /* 4. The piece is the next free part of the block. */
     void *piece = (char *)block + ARENA_HEADER + block->used;
     block->used += bytes;
     return piece;
@@ -460,7 +477,7 @@ static float *arena_floats(struct Arena *arena, size_t count) {
     return arena_alloc(arena, count, sizeof(float));
 }
 
-/* 0 to n - 1: an order before it is shuffled. */
+/* The numbers 0 to n - 1: an order before it is shuffled. */
 static size_t *arena_order(struct Arena *arena, size_t n) {
     size_t *order = arena_alloc(arena, n, sizeof *order);
     for (size_t i = 0; i < n; i++)
@@ -468,10 +485,13 @@ static size_t *arena_order(struct Arena *arena, size_t n) {
     return order;
 }
 
-/* Each thread's own scratch memory, by purpose. It grows to the largest size asked for. */
+/* Each thread has scratch memory of its own, one piece for each purpose. Its size is given in
+ * floats, of 4 bytes; it grows to the largest size requested and is kept. */
 enum ScratchSlot { SCRATCH_A, SCRATCH_B, SCRATCH_SCORES, SCRATCH_ROW, SCRATCH_SLOTS };
 
 static float *thread_scratch(enum ScratchSlot slot, size_t floats) {
+    /* The contents are lost when a slot grows, and overwritten by its next user: scratch is for one
+     * function, or for a caller and what it fills on its behalf. */
     static _Thread_local struct ArenaBlock *slots[SCRATCH_SLOTS];
     if (!slots[slot] || slots[slot]->size < floats * sizeof(float)) {
         aligned_free(slots[slot]);
@@ -483,9 +503,9 @@ static float *thread_scratch(enum ScratchSlot slot, size_t floats) {
 /* =============================================================================================
  * Chapter 2 - Probability: sigmoid, softmax, entropy, KL                     [glossary: Logit]
  *
- * How does a network's output become a probability, and how are two sets of probabilities
+ * How does a network's output become a probability, and how are two probability distributions
  * compared? A language model ends in V numbers, one for each token that could come next. They are
- * called logits, may have any size and sign, and only their differences matter. softmax turns
+ * called logits; they may have any size and sign, and only their differences matter. softmax turns
  * them into probabilities. All that RLHF does afterwards works with logarithms of probabilities:
  *
  *     prompt "The film is"      logits   softmax   log-probability
@@ -493,11 +513,11 @@ static float *thread_scratch(enum ScratchSlot slot, size_t floats) {
  *         " long"                 1.0     0.245        -1.41
  *         " bad"                  0.0     0.090        -2.41
  *
- * Logarithms, because the probability of an answer is the product of its tokens' probabilities:
- * after a few hundred tokens it is smaller than any float, while its logarithm is a plain sum.
+ * Why logarithms? The probability of an answer is the product of its tokens' probabilities. After
+ * a few hundred tokens it is smaller than any float, while its logarithm is a plain sum.
  *
- * What enters: logits (V). What leaves: probabilities (V), and numbers in nats. A nat is a natural
- * logarithm's unit: one nat more is a factor of e = 2.718 in probability.
+ * What enters: logits (V). What leaves: probabilities (V), and numbers in nats. The nat is the unit
+ * of the natural logarithm: one nat more is a factor of e = 2.718 in probability.
  * ============================================================================================= */
 
 /* sigmoid -- from log-odds to a probability.                    [glossary: Função sigmoide]
@@ -507,19 +527,21 @@ static float *thread_scratch(enum ScratchSlot slot, size_t floats) {
  * negative number, and for x < 0 the fraction is written with e^x instead: e^x / (1 + e^x).
  * By hand: sigmoid(0) = 0.5; sigmoid(2) = 1 / (1 + 0.1353) = 0.8808.             test: sigmoid */
 static double sigmoid(double x) {
-    /* between 0 and 1, whatever x is */
+    /* e is in (0, 1] whatever x is: nothing overflows on either branch */
     double e = exp(-fabs(x));
     return x >= 0 ? 1 / (1 + e) : e / (1 + e);
 }
 
-/* log_sigmoid -- the logarithm of the above: the loss of every method that learns from pairs.
+/* log_sigmoid -- the logarithm of sigmoid: the loss of every method that learns from pairs.
  *   log sigmoid(x) = -log(1 + e^-x)          d/dx log sigmoid(x) = sigmoid(-x)
  * (the chain rule: 1 / sigmoid(x) times sigmoid's slope, sigmoid(x) sigmoid(-x))
- * Why not log(sigmoid(x))? For x = -800 the sigmoid is rounded to 0, whose logarithm is minus
- * infinity, and the pair that is most wrong would have no gradient. Here it is -800, as it should.
+ * Why not log(sigmoid(x))? For x = -800 the sigmoid rounds to 0, whose logarithm is minus
+ * infinity: the loss of the pair that is most wrong would be infinite. Here it is 800, as it
+ * should be.
  * By hand: x = 0: -ln 2 = -0.6931; x = 2: ln 0.8808 = -0.1269.                    test: sigmoid */
 static double log_sigmoid(double x) {
-    /* log1p(e) is log(1 + e), but keeps the digits of a small e, which the sum would lose */
+    /* For x < 0: -log(1 + e^-x) = x - log(1 + e^x), hence the MIN. log1p(e) is log(1 + e), but
+     * keeps the digits of a small e, which the sum 1 + e would lose. */
     return MIN(x, 0) - log1p(exp(-fabs(x)));
 }
 
@@ -527,19 +549,19 @@ static double log_sigmoid(double x) {
  * Rows of numbers, fast
  *
  * Sums and maxima over a row, and e^x, written so that a compiler can turn them into vector
- * instructions: 16 numbers at a time, and no call for e^x. A first reader can pass over them:
- * row_max, row_sum, row_dot and row_exp do what they are called.
+ * instructions: 16 numbers at a time, and no function call for e^x. A first reader can skip them:
+ * row_max, row_sum, row_dot and row_exp do what their names say.
  * --------------------------------------------------------------------------------------------- */
 
 /* WIDE: gcc compiles a function three times, for AVX-512, AVX2 and any x86-64, and the loader picks
- * the one that suits the processor (not under sanitizers, which start later than the loader). */
+ * the version that suits the processor. (Not under sanitizers, which start after the loader.) */
 #if defined(__x86_64__) && defined(__GLIBC__) && !SANITIZED
 #define WIDE __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define WIDE
 #endif
 
-/* The 32 bits of a float as a whole number, and back. */
+/* The 32 bits of a float as an integer, and back. */
 static inline uint32_t bits_of_float(float x) {
     uint32_t bits;
     memcpy(&bits, &x, 4);
@@ -555,54 +577,58 @@ static inline float float_of_bits(uint32_t bits) {
 /* exp_fast -- e^x in float, without a branch, so that a loop over it becomes vector instructions
  * (libm's expf is a function call for each number).
  *   e^x = 2^n e^r,   n = round(x / ln 2),   r = x - n ln 2, which lies in [-0.35, 0.35]
- * 2^n is made by writing n into a float's exponent bits; e^r is its Taylor series up to r^7 / 7!.
+ * 2^n comes from writing n into a float's exponent bits; e^r is its Taylor series up to r^7 / 7!.
  * Relative error below 2e-7 for |x| <= 87. Below -87 the result is 0, above 87 it is e^87.
- * Limits are tested on bits, as whole numbers: a comparison of floats would stay a branch.
+ * Limits are tested on the bits, as integers: a comparison of floats would remain a branch.
  * By hand: x = 1: n = 1, r = 0.3069, e^r = 1.3591, times 2 = 2.7183.             test: exp_fast */
 static inline float exp_fast(float x) {
-    /* 1. |x| is cut at 87.0, whose bits are 0x42ae0000. Without the sign bit, the bits of floats
-     *    have the order of the floats. */
+    /* 1. |x| is limited to 87.0, whose bits are 0x42ae0000. Without their sign bits, floats sort
+     *    like the integers with the same bits. */
     uint32_t sign = bits_of_float(x) & 0x80000000u;
     int32_t size = (int32_t)(bits_of_float(x) & 0x7fffffffu);
     int32_t limit = 0x42ae0000;
     float clamped = float_of_bits((uint32_t)(size < limit ? size : limit) | sign);
 
-    /* 2. n: after 1.5 * 2^23 was added, a float has no bits left for a fraction. So the addition
-     *    itself rounds, and n stands in the lowest bits of `shifted`. */
+    /* 2. n: a float near 1.5 * 2^23 has no bits left for a fraction. So adding that number rounds
+     *    to an integer, and n is in the lowest bits of `shifted`. */
     float shifted = clamped * 1.44269504f + 12582912.0f;
     float n = shifted - 12582912.0f;
 
-    /* 3. r: ln 2 is subtracted in two parts, of which the first times n is exact. */
+    /* 3. r, then its series from the highest power down. n ln 2 is subtracted in two parts: ln 2's
+     *    upper part has so few bits that n times it is exact, and r keeps all its digits. */
     float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
     float tail = 8.3333338e-3f + r * (1.3888889e-3f + r * 1.984127e-4f);
     float p = 1.6666667e-1f + r * (4.1666668e-2f + r * tail);
     p = 1.0f + r * (1.0f + r * (0.5f + r * p));
 
-    /* 4. 2^n: a float's exponent is stored with 127 added, 23 bits from the right. */
+    /* 4. 2^n: a float stores its exponent plus 127, starting at bit 23. */
     float two_to_n = float_of_bits((bits_of_float(shifted) + 127) << 23);
 
-    /* 5. What was cut on the negative side is 0: its mask clears all bits. NaN stays NaN, by one
-     *    pattern of bits, since arm64 and x86 make different ones. */
+    /* 5. Below -87 the result is 0: the mask clears all bits. NaN stays NaN, always with the same
+     *    bits, since arm64 and x86 would make different ones. */
     uint32_t underflow = size > limit ? sign >> 31 : 0;
     uint32_t nan = (uint32_t) - (size > 0x7f800000) & 0x7fc00000u;
     return float_of_bits((bits_of_float(p * two_to_n) & (underflow - 1u)) | nan);
 }
 
-/* Sums and maxima are made in 16 lanes, which a vector instruction adds all at once. The code
- * fixes the order of additions, so the result has the same bits on every machine. */
+/* Sums and maxima are computed in 16 lanes: lane j takes x[j], x[j + 16], x[j + 32] ..., and one
+ * vector instruction serves all lanes at once. Where the length is no multiple of 16, a second loop
+ * takes the rest. A compiler may not choose such an order by itself, since sums of floats in
+ * another order round differently; with the order written down, a sum has the same bits on every
+ * machine. */
 enum { LANES = 16 };
 
-/* A float's bits as a whole number that sorts as the float does (and back): of negative numbers
- * the magnitude is inverted, since a larger magnitude is a smaller number. */
+/* A float's bits as an integer that sorts as the float does (and back). For negative numbers the
+ * magnitude is inverted, since a larger magnitude is a smaller number. */
 static inline int32_t order_key(int32_t bits) {
     return bits ^ (int32_t)((uint32_t)(bits >> 31) >> 1);
 }
 
 WIDE static float row_max(const float *x, size_t n) {
+    /* 1. Integers are compared, which needs no branch. INT32_MIN is below every key. */
     int32_t lane[LANES];
     int32_t most = INT32_MIN;
     size_t i = 0;
-    /* lane j looks at x[j], x[j + 16], x[j + 32] ...; whole numbers compare without a branch */
     for (size_t j = 0; j < LANES; j++)
         lane[j] = INT32_MIN;
     for (; i + LANES <= n; i += LANES)
@@ -610,7 +636,7 @@ WIDE static float row_max(const float *x, size_t n) {
             int32_t key = order_key((int32_t)bits_of_float(x[i + j]));
             lane[j] = key > lane[j] ? key : lane[j];
         }
-    /* the lanes' maxima, and what is left of the row where its length is no multiple of 16 */
+    /* 2. The largest of the lanes, then of the rest of the row. */
     for (size_t j = 0; j < LANES; j++)
         most = MAX(most, lane[j]);
     for (; i < n; i++)
@@ -618,8 +644,9 @@ WIDE static float row_max(const float *x, size_t n) {
     return float_of_bits((uint32_t)order_key(most));
 }
 
-/* The 16 sums added up in pairs, as a tournament: 8, 4, 2, 1. */
+/* The 16 sums added up in pairs, as in a tournament: 16 become 8, 4, 2, 1. */
 static inline float lane_sum(float lane[LANES]) {
+    /* a lane's sum goes through 4 additions instead of up to 15: less rounding, less waiting */
     for (size_t half = LANES / 2; half > 0; half /= 2)
         for (size_t j = 0; j < half; j++)
             lane[j] += lane[j + half];
@@ -633,20 +660,19 @@ WIDE static float row_sum(const float *x, size_t n) {
     for (; i + LANES <= n; i += LANES)
         for (size_t j = 0; j < LANES; j++)
             lane[j] += x[i + j];
-    /* what is left where the length is no multiple of 16 */
     for (; i < n; i++)
         result += x[i];
     return result + lane_sum(lane);
 }
 
 WIDE static float row_dot(const float *x, const float *y, size_t n) {
+    /* A single sum would have to wait for each addition before the next; 16 do not wait. */
     float lane[LANES] = {0};
     float result = 0;
     size_t i = 0;
     for (; i + LANES <= n; i += LANES)
         for (size_t j = 0; j < LANES; j++)
             lane[j] += x[i + j] * y[i + j];
-    /* what is left where the length is no multiple of 16 */
     for (; i < n; i++)
         result += x[i] * y[i];
     return result + lane_sum(lane);
@@ -661,38 +687,40 @@ WIDE static float row_exp(float *y, const float *x, float shift, size_t n) {
 
 /* ---- Softmax, entropy, KL -------------------------------------------------------------------- */
 
-/* argmax -- where the largest number stands: not the value but its index, the token's id.
+/* argmax -- the index of the largest number (not its value): the token's id.
  *                                                                [glossary: Argmax/Argmin]
- * Among equals the first. Greedy decoding is the argmax of the logits at each step: softmax keeps
- * the order, so there is no need for it.
+ * Of equal numbers the first one. Greedy decoding is the argmax of the logits at each step: softmax
+ * keeps their order, so there is no need for it.
  * By hand: argmax of (2.0, 5.0, 5.0) is 1.                                        test: softmax */
 static size_t argmax(const float *x, size_t n) {
+    /* Two passes: finding the maximum is a vector loop, and the search stops at the first match. */
     float largest = row_max(x, n);
     for (size_t i = 0; i < n; i++)
         if (x[i] == largest)
             return i;
-    /* NaN equals nothing, itself included */
+    /* only NaN gets here: it equals nothing, not even itself */
     return 0;
 }
 
 /* softmax -- from logits to probabilities.                      [glossary: Função softmax]
  *   p_i = e^(x_i) / sum_j e^(x_j)
- * in, out  x (n): logits, then probabilities, each above 0 and together 1
- * returns  log_sum_exp of the logits that came in: log p_i = x_i - it
+ * in, out  x (n): logits, then probabilities, each above 0, with the sum 1
+ * returns  log_sum_exp of the logits that came in: log p_i = x_i - that
  * Adding a constant to all logits changes nothing. So the largest one is subtracted first: then
  * e^x cannot overflow, and the largest summand is 1.
  * By hand: (0, ln 3): e^x = 1 and 3, their sum 4, p = (0.25, 0.75).               test: softmax */
 static float softmax(float *x, size_t n) {
-    /* 1. the largest logit, and e^(x - largest) in place, with its sum */
+    /* 1. e^(x - largest) in place, and its sum. The shift cancels in the fraction: numerator and
+     *    denominator are both divided by e^largest. */
     float largest = row_max(x, n);
     float total = row_exp(x, x, largest, n);
 
-    /* 2. divided by the sum, they add up to 1 */
+    /* 2. One division instead of n: multiplying is several times faster. */
     float scale = 1.0f / total;
     for (size_t i = 0; i < n; i++)
         x[i] *= scale;
 
-    /* 3. log of the sum without the shift: log(total * e^largest) */
+    /* 3. The log of the sum, with the shift undone: log(total * e^largest). */
     return largest + logf(total);
 }
 
@@ -702,21 +730,23 @@ static float softmax(float *x, size_t n) {
  * or the rounding of small probabilities. scratch: room for n numbers.
  * By hand: (0, ln 3): log 4 = 1.3863, so log p = (-1.3863, -0.2877).              test: softmax */
 static float log_sum_exp(const float *x, size_t n, float *scratch) {
+    /* the shift of softmax, for the same reason: e^largest alone may overflow */
     float largest = row_max(x, n);
     return largest + logf(row_exp(scratch, x, largest, n));
 }
 
 /* entropy_of_logits -- how undecided a distribution is, from 0 (one token is certain) to log n
- * nats (all are equally probable).
+ * nats (all tokens are equally probable).
  *   H = -sum_i p_i log p_i = lse - sum_i p_i x_i,   since log p_i = x_i - lse
  * in   logits x (n), lse = log_sum_exp(x)
- * Watched in RLHF: entropy that falls fast means that the policy has stopped exploring.
- * A logit of minus infinity, a token that was filtered out, adds nothing: p log p -> 0.
+ * RLHF watches it: entropy that falls fast means that the policy has stopped exploring.
+ * A token that was filtered out, with a logit of minus infinity, adds nothing: p log p -> 0.
  * By hand: two equal logits 0: lse = ln 2, sum p x = 0, H = ln 2 = 0.6931.        test: entropy */
 static double entropy_of_logits(const float *logits, float lse, size_t n) {
     double expected_logit = 0;
     for (size_t i = 0; i < n; i++)
-        /* p_i x_i, with p_i = e^(log p_i); 0 times minus infinity would be NaN */
+        /* p_i = e^(log p_i). Without the test, a filtered token would add 0 times minus infinity,
+         * which is NaN. */
         if (logits[i] > -INFINITY)
             expected_logit += (double)exp_fast(logits[i] - lse) * logits[i];
     return lse - expected_logit;
@@ -725,21 +755,21 @@ static double entropy_of_logits(const float *logits, float lse, size_t n) {
 /* kl_exact -- how different two distributions over the next token are, in nats.
  *                                         [glossary: Divergência de Kullback-Leibler (KL)]
  *   KL(p || q) = sum_i p_i (log p_i - log q_i)
- * in   logits of p and of q (n), and log_sum_exp of each
- * Read it as a mean under p: if tokens are drawn from p, by how many nats does p on average find
- * them more probable than q does? It is 0 only where p and q agree, and never negative (but for
+ * in   logits of p and of q (n), and the log_sum_exp of each
+ * Read it as a mean under p: if tokens are drawn from p, by how many nats are they on average more
+ * probable under p than under q? It is 0 only where p and q agree, and never negative (apart from
  * rounding). It is not symmetric: a token that p never draws costs nothing, however much q likes
  * it; a token that p draws and q excludes costs without limit. In RLHF p is the policy and q the
- * reference: what the policy writes must be something that the reference could have written.
+ * reference: the policy should write only what the reference could have written.
  * By hand: p = (1/2, 1/2), q = (1/4, 3/4): 1/2 ln 2 + 1/2 ln(2/3) = 0.1438.            test: kl */
 static double kl_exact(const float *p_logits, float p_lse, const float *q_logits, float q_lse,
                        size_t n) {
     double kl = 0;
     for (size_t i = 0; i < n; i++) {
-        /* the log-probability of token i under each */
+        /* log softmax of each, by one subtraction (see log_sum_exp) */
         float log_p = p_logits[i] - p_lse;
         float log_q = q_logits[i] - q_lse;
-        /* by how much they differ, weighted by how often p would write the token */
+        /* by how much they differ, weighted by how often p writes the token */
         kl += (double)exp_fast(log_p) * (log_p - log_q);
     }
     return kl;
@@ -749,9 +779,9 @@ static double kl_exact(const float *p_logits, float p_lse, const float *q_logits
  *                                         [glossary: Divergência de Kullback-Leibler (KL)]
  *   k1 = log p - log q          k3 = e^d - 1 - d,   d = log q - log p
  * The exact sum needs both distributions over the whole vocabulary; an estimate needs only the two
- * log-probabilities of the token that was drawn. Both are unbiased: averaged over tokens drawn
- * from p they give KL(p || q), k3 because the mean of e^d = q/p under p is 1.
- * Can KL be negative? The true one never, but k1 of one token is negative whenever q finds that
+ * log-probabilities of the token that was drawn. Both estimates are unbiased: averaged over tokens
+ * drawn from p they give KL(p || q); for k3 because the mean of e^d = q/p under p is 1.
+ * Can KL be negative? The true one never is, but k1 of one token is negative whenever q finds that
  * token more probable than p does. k3 is never negative and varies less. TRL's PPO uses k1 in the
  * reward, and so does align; GRPO uses k3.
  * By hand: p = 0.5, q = 0.25: k1 = ln 2 = 0.6931; d = -0.6931, k3 = 0.5 - 1 + 0.6931 = 0.1931.
@@ -762,7 +792,8 @@ static double kl_k1(double log_p, double log_q) {
 
 static double kl_k3(double log_p, double log_q) {
     double d = log_q - log_p;
-    /* e^d - 1 without the rounding of e^d: for p = q it must be 0, and near it d^2 / 2 */
+    /* expm1(d) is e^d - 1 without the rounding of e^d: for p = q the result must be 0, and close to
+     * it d^2 / 2, which is far below the rounding of e^d. */
     return expm1(d) - d;
 }
 
@@ -770,13 +801,14 @@ static double kl_k3(double log_p, double log_q) {
  *                            [glossary: Função Omega (ω)] [glossary: Log-probabilidade]
  *   log pi(y|x) = sum_t log pi(y_t | x, y_1 .. y_t-1)
  * in   token_logprobs (n), nats: each token's log-probability, given all tokens before it
- * An answer is a chain of choices; the probability of the chain is the product of those of its
- * links, and the logarithm makes a sum of it. Longer answers have lower sums: what compares
- * answers of different lengths (DPO's IPO variant) divides by the length.
+ * An answer is a chain of choices. The probability of the chain is the product of the probabilities
+ * of its links, and the logarithm turns it into a sum. Longer answers have lower sums: a method
+ * that compares answers of different lengths (DPO's IPO variant) divides by the length.
  * By hand: probabilities 0.5, 0.25: -0.6931 - 1.3863 = -2.0794 = ln 0.125.
  *                                                                                      test: kl */
 static double sequence_logprob(const float *token_logprobs, size_t n) {
-    /* in double: the rounding of hundreds of floats would show in a KL, which is a difference */
+    /* In double: a KL is a difference of two such sums, in which the rounding of hundreds of floats
+     * would show. */
     double sum = 0;
     for (size_t t = 0; t < n; t++)
         sum += token_logprobs[t];
@@ -787,37 +819,37 @@ static double sequence_logprob(const float *token_logprobs, size_t n) {
  * Chapter 3 - Preferences: Bradley-Terry, the sentiment classifier
  *                           [glossary: Função de recompensa] [glossary: Modelo Bradley-Terry]
  *
- * How does "I like this answer better" become a number that a program can raise? People do not
- * agree about "7 of 10", but they agree about "better" long before. Bradley and Terry's model [9]
- * gives each text a reward r, a number without unit, such that only differences count:
+ * How does "I like this answer better" become a number that a program can raise? People rarely
+ * agree about "7 out of 10", but they do agree about "better". Bradley and Terry's model [9]
+ * gives each text a reward r, a number without a unit, of which only differences count:
  *
  *     probability that a is preferred to b  =  sigmoid(r_a - r_b)
  *
- *     r_good = 2.0, r_bad = 0.5:   sigmoid(1.5) = 0.82: eight of ten readers prefer the first
+ *     r_good = 2.0, r_bad = 0.5:   sigmoid(1.5) = 0.82: eight readers in ten prefer the first
  *
- * The rewards are a network's output. It is trained to make the preferences that people gave
- * probable: minus the logarithm of that probability is the loss of a pair.
+ * The rewards are a network's output. The network is trained to make the preferences that people
+ * gave probable: the loss of a pair is minus the logarithm of that probability.
  *
  * What enters: rewards of texts (a reward model's outputs) and who was preferred to whom. What
  * leaves: a loss in nats, and its derivative by each reward, from which the backward pass starts.
  * ============================================================================================= */
 
-/* One comparison: where the two texts stand in a list, and how much better the chosen one must
- * at least be (the rater said "much better"; usually 0). */
+/* One comparison: the places of the two texts in a list, and by how much the chosen one's reward
+ * must exceed the other (more than 0 if the rater said "much better"; usually 0). */
 struct Pair {
     size_t chosen, rejected;
     double margin;
 };
 
-/* The comparisons of text i with those behind it: at most n - 1 - i. */
+/* The comparisons of text i with the texts after it: at most n - 1 - i. */
 static size_t pairs_of_rating(const double *rating, size_t i, size_t n, double min_difference,
                               struct Pair *pairs) {
     size_t count = 0;
+    /* only j > i: each pair is compared once */
     for (size_t j = i + 1; j < n; j++) {
-        /* too close to call: no comparison */
+        /* Too close to call. Such a pair would teach the model noise. */
         if (rating[i] == rating[j] || fabs(rating[i] - rating[j]) < min_difference)
             continue;
-        /* the better one of the two is the chosen text */
         bool first_is_better = rating[i] > rating[j];
         pairs[count++] = (struct Pair){
             .chosen = first_is_better ? i : j,
@@ -835,6 +867,8 @@ static size_t pairs_of_rating(const double *rating, size_t i, size_t n, double m
  * and 2 nobody is sure. Two pairs.                                             test: data_pairs */
 static size_t pairs_from_ratings(const double *rating, size_t n, double min_difference,
                                  struct Pair *pairs) {
+    /* n ratings give up to n (n - 1) / 2 comparisons: this is how one reader's work becomes much
+     * training data */
     size_t count = 0;
     for (size_t i = 0; i < n; i++)
         count += pairs_of_rating(rating, i, n, min_difference, pairs + count);
@@ -853,23 +887,24 @@ struct PairLoss {
  *      center_rewards_coefficient, usually 0
  * The first term is the negative log-likelihood of what the rater said. Its derivative by the
  * difference is -sigmoid(-difference): -1/2 where the model is undecided, near 0 where it is
- * right and sure, near -1 where it is sure and wrong. The two sides are pushed apart equally.
- * The second term: since only differences count, all rewards could drift up or down together; it
- * pulls each pair's sum to zero, which gives the rewards a zero point.
+ * sure and right, near -1 where it is sure and wrong. The two sides are pushed apart equally.
+ * The second term: since only differences count, all rewards could drift up or down together. It
+ * pulls each pair's sum towards zero, and so gives the rewards a zero point.
  * By hand: 2.0 against 0.5: loss -log sigmoid(1.5) = 0.2014, dchosen -0.1824, drejected 0.1824;
  * with center 0.01: loss 0.2014 + 0.01 * 6.25 = 0.2639, dchosen -0.1324, drejected 0.2324.
  *                                                     test: bradley_terry, bradley_terry_gradient
  * gdb: break bradley_terry_pair */
 static struct PairLoss bradley_terry_pair(double chosen, double rejected, double margin,
                                           double center) {
-    /* 1. by how much the chosen text wins, and the sum that centering pulls to zero */
+    /* 1. The difference is what the rater's preference is about; the sum is what centering pulls
+     *    to zero. */
     double difference = chosen - rejected - margin;
     double sum = chosen + rejected;
 
-    /* 2. the loss */
+    /* 2. The loss. A margin asks for more than being right: at difference 0 it is still ln 2. */
     double loss = -log_sigmoid(difference) + center * sum * sum;
 
-    /* 3. its slopes: d/dx -log sigmoid(x) = -sigmoid(-x), and d/ds s^2 = 2 s. The chosen reward
+    /* 3. Its slopes: d/dx -log sigmoid(x) = -sigmoid(-x), and d/ds s^2 = 2 s. The chosen reward
      *    enters the difference with a plus sign, the rejected one with a minus sign. */
     double ddifference = -sigmoid(-difference);
     double dsum = 2 * center * sum;
@@ -882,16 +917,16 @@ static struct PairLoss bradley_terry_pair(double chosen, double rejected, double
 
 /* bradley_terry_loss -- the mean over a batch's pairs.      [glossary: Modelo Bradley-Terry]
  * in   reward (texts); pairs (n), as indices into it; center as above
- * out  dreward (texts), set: d loss / d reward. A text that stands in several pairs collects the
- *      slopes of all of them; one in no pair gets 0.                       test: bradley_terry */
+ * out  dreward (texts), set: d loss / d reward. A text that occurs in several pairs collects the
+ *      slopes of all of them; one that occurs in none gets 0.          test: bradley_terry */
 static double bradley_terry_loss(const float *reward, size_t texts, const struct Pair *pairs,
                                  size_t n, double center, float *dreward) {
-    /* 1. Slopes are added to below, since a text may stand in several pairs. */
+    /* 1. Zero first: below, slopes are added, since a text may occur in several pairs. */
     double loss = 0;
     for (size_t t = 0; t < texts; t++)
         dreward[t] = 0;
 
-    /* 2. Pair after pair. Each one's share in the mean is 1 / n, in the loss and in its slopes. */
+    /* 2. Pair by pair. Each contributes 1 / n to the mean, in the loss and in its slopes. */
     for (size_t i = 0; i < n; i++) {
         const struct Pair *pair = &pairs[i];
         struct PairLoss one =
@@ -908,20 +943,19 @@ static double bradley_terry_loss(const float *reward, size_t texts, const struct
  *   loss = -1/n sum_i [ label_i log sigmoid(r_i) + (1 - label_i) log sigmoid(-r_i) ]
  *   d loss / d r_i = (sigmoid(r_i) - label_i) / n
  * in   reward r (n), one text each; label (n): 1 liked, 0 disliked          out  dreward (n)
- * The binary cross-entropy: Bradley-Terry's sigmoid with r alone in place of a difference. So its
- * zero is not free: sigmoid(r) is the probability that the text is liked, which is what the
- * course's sentiment pipeline calls the score of POSITIVE. The slope is what was predicted less
- * what was true.
+ * The binary cross-entropy: Bradley-Terry's sigmoid, of r alone instead of a difference. So here
+ * the zero point matters: sigmoid(r) is the probability that the text is liked, which the course's
+ * sentiment pipeline calls the score of POSITIVE. The slope is the prediction minus the truth.
  * By hand: r = 2, label 0: -log sigmoid(-2) = 2.1269; slope sigmoid(2) = 0.8808.
  *                                                                          test: sentiment_loss */
 static double sentiment_loss(const float *reward, const double *label, size_t n, float *dreward) {
     double loss = 0;
     for (size_t i = 0; i < n; i++) {
-        /* a label of 1 leaves the first term, a label of 0 the second */
+        /* a label of 1 keeps the first term, a label of 0 the second */
         double liked = label[i] * log_sigmoid(reward[i]);
         double disliked = (1 - label[i]) * log_sigmoid(-reward[i]);
         loss -= (liked + disliked) / (double)n;
-        /* what was predicted less what was true */
+        /* The two terms' slopes, -label sigmoid(-r) and (1 - label) sigmoid(r), add up to this. */
         dreward[i] = (float)((sigmoid(reward[i]) - label[i]) / (double)n);
     }
     return loss;
@@ -932,25 +966,25 @@ static double sentiment_loss(const float *reward, const double *label, size_t n,
  *                                                       [glossary: Gradiente de política]
  *
  * How can a model learn from a score that it gets only after its answer is complete, from a judge
- * who cannot be differentiated? It answers, and is told how good the answer was; then it makes
- * good answers more probable and bad ones less. A model used so is a policy: pi(y|x) is the
- * probability that it answers y to the prompt x. What is to be raised is the objective
+ * who cannot be differentiated? It answers, learns how good the answer was, and then makes good
+ * answers more probable and bad ones less. A model used in this way is a policy: pi(y|x) is the
+ * probability that it answers y to the prompt x. What training is to raise is the objective
  *
  *     J(pi) = E_{y ~ pi} [ score(x, y) ] - beta KL(pi || pi_ref)               [10] [4]
  *                                                            [glossary: Função objetivo]
  *
- * E_{y ~ pi} is the mean over answers y that pi draws. An estimate of a mean is unbiased if it is
- * right on average, however far each single one is off. grad is the derivative by all weights.
- * The KL term holds the policy to the reference, the model before training: without it the policy
+ * E_{y ~ pi} is the mean over answers y drawn from pi. An estimate of a mean is unbiased if it is
+ * right on average, however far off each single one is. grad is the derivative by all weights.
+ * The KL term ties the policy to the reference, the model before training: without it the policy
  * would find whatever nonsense fools the reward model. beta is the price of a nat of KL.
  *
- * The chapter goes one step at a time, each for a weakness of the one before:
+ * The chapter goes one step at a time; each step mends a weakness of the one before:
  *   REINFORCE        score times grad log pi: unbiased, but very noisy
- *   a baseline       subtract what was to be expected: still unbiased, less noise
+ *   a baseline       subtract what was expected anyway: still unbiased, less noise
  *   KL per token     the penalty is paid where the policy departs, token by token
  *   GAE              which token earned the score? A value head learns what to expect at each
- *                    one; a token's advantage is how much better than that it went on
- *   PPO              use the same answers for several updates, but stop before they are stale
+ *                    token; a token's advantage is how much better than that things went
+ *   PPO              use the same answers for several updates, but stop before they are outdated
  *
  * One answer through the whole chapter (beta 0.2, score 1.0, gamma 1, lambda 0.95, clip 0.2):
  *
@@ -958,9 +992,9 @@ static double sentiment_loss(const float *reward, const double *label, size_t n,
  *     log pi            -1.20     -0.50    -0.10     of the policy that wrote it
  *     log pi_ref        -1.70     -0.50    -0.20     of the reference
  *     KL estimate        0.50      0.00     0.10     kl_k1
- *     reward            -0.10      0.00     0.98     kl_reward; the score, 1.0, joins the last one
- *     value              0.50      0.40     0.30     the value head's guess, made before the token:
- *                                                    all rewards from this token's on
+ *     reward            -0.10      0.00     0.98     kl_reward; the last includes the score, 1.0
+ *     value              0.50      0.40     0.30     the value head's guess, made before the token,
+ *                                                    of the sum of rewards from this token on
  *     delta             -0.20     -0.10     0.68     gae_step: reward + next value - value
  *     advantage          0.3187    0.546    0.68     gae_step: delta + 0.95 * next advantage
  *     return             0.8187    0.946    0.98     advantage + value: the value head's target
@@ -969,10 +1003,10 @@ static double sentiment_loss(const float *reward, const double *label, size_t n,
  *     log pi now        -1.10     -0.30    -0.15     " good" has become much more probable
  *     ratio              1.1052    1.2214   0.9512   ppo_token_loss: e^(log pi now - log pi)
  *     loss               1.1872   -0.2043  -0.8598   " good" counts as 1.2 times its advantage
- *     slope              0.3957    0       -0.2866   d loss / d log pi now, a third of each: mean
+ *     slope              0.3957    0       -0.2866   d loss / d log pi now, divided by 3: a mean
  *
  * The last line is what goes back into the model: " very" is to become less probable, "." more,
- * and " good" has had its share.
+ * and " good" has already been raised as far as one batch may raise it.
  *
  * What enters: log-probabilities, scores and values, one a token or one an answer. What leaves:
  * losses, and their derivatives by each log-probability and each value.
@@ -990,7 +1024,8 @@ static double mean_of(const float *x, size_t n) {
 /* The variance of n values, estimated without bias: divided by n - 1, since the mean was taken
  * from the same values.         By hand: 1, 2, 6: mean 3, (4 + 1 + 9) / 2 = 7. */
 static double unbiased_variance(const float *x, size_t n) {
-    /* a second pass over x: sum x^2 - n mean^2 would be a small difference of large numbers */
+    /* A second pass over x. One pass, sum x^2 - n mean^2, would subtract two large numbers that are
+     * nearly equal, and lose their digits. */
     double mean = mean_of(x, n);
     double sum = 0;
     for (size_t i = 0; i < n; i++)
@@ -1000,12 +1035,12 @@ static double unbiased_variance(const float *x, size_t n) {
 
 /* whiten -- numbers of any size become numbers of mean 0 and variance 1.
  *   x = (x - mean) / sqrt(variance + 1e-8)
- * in, out  x (n)       shift_mean: false gives the old mean back afterwards, only the scale changes
- * Advantages of one scale need one learning rate, whatever the reward model's unit is.
+ * in, out  x (n)       shift_mean: false adds the old mean again, so that only the scale changes
+ * Advantages on one scale need only one learning rate, whatever the reward model's unit is.
  * Returns what a zero would have become: ppo_padding_advantage needs it.
  * By hand: 1, 2, 6: mean 3, variance 7: -0.7559, -0.3780, 1.1339.     test: ppo_whiten_golden */
 static double whiten(float *x, size_t n, bool shift_mean) {
-    /* 1e-8: numbers that are all the same have a variance of 0, and must not become infinite */
+    /* Without the 1e-8, equal numbers, whose variance is 0, would become infinite or NaN. */
     double mean = mean_of(x, n);
     double scale = 1 / sqrt(unbiased_variance(x, n) + 1e-8);
     double back = shift_mean ? 0 : mean;
@@ -1016,12 +1051,12 @@ static double whiten(float *x, size_t n, bool shift_mean) {
 
 /* ---- REINFORCE ------------------------------------------------------------------------------ */
 
-/* What is subtracted from an answer's reward before the policy is told how good it was. */
+/* What is subtracted from an answer's reward before the policy learns from it. */
 enum Baseline {
     BASELINE_NONE,
     BASELINE_MEAN,
     BASELINE_RLOO,
-    BASELINE_VALUE_HEAD, /* PPO's: an expectation for every token, which is learnt */
+    BASELINE_VALUE_HEAD, /* PPO's: an expectation for every token, which is learnt as well */
 };
 
 /* REINFORCE [19] rests on one trick. J is a mean over answers that the policy draws; when the
@@ -1030,33 +1065,33 @@ enum Baseline {
  *     grad J = grad sum_y pi(y) R(y) = sum_y grad pi(y) R(y)
  *            = sum_y pi(y) grad log pi(y) R(y)         because grad pi = pi grad log pi
  *            = E_{y ~ pi} [ R(y) grad log pi(y) ]
- * In the last line the probabilities are weights of a mean again, so a few sampled answers give an
- * estimate. R is only evaluated, never differentiated: a program or a person may give it. With the
- * KL term inside, R(y) = score(y) - beta (log pi(y) - log pi_ref(y)) depends on the weights too.
- * But that adds nothing: probabilities always sum to 1, so the mean of grad log pi is
+ * In the last line the probabilities are the weights of a mean again, so a few sampled answers give
+ * an estimate. R is only evaluated, never differentiated: it may come from a program or a person.
+ * With the KL term inside, R(y) = score(y) - beta (log pi(y) - log pi_ref(y)) depends on the
+ * weights too. But that adds nothing: probabilities always sum to 1, so the mean of grad log pi is
  *     E_{y ~ pi} [ grad log pi(y) ] = sum_y grad pi(y) = grad 1 = 0
  * and grad R is -beta grad log pi. For the same reason a baseline b that does not depend on y may
- * be subtracted: E[b grad log pi] = 0. The mean gradient stays, its noise falls: all answers may
- * score 100 or more, but those that score 104 are to be raised, and those that score 101 lowered.
+ * be subtracted: E[b grad log pi] = 0. The mean gradient stays, its noise falls. If all answers
+ * score 100 or more, those that score 104 should be raised, and those that score 101 lowered.
  *   none   b = 0
  *   mean   b = the mean R of all earlier steps
  *   rloo   b = the mean R of the other answers to the same prompt (leave one out)      [23] */
 
 /* reinforce_advantages -- R(y_i) - b for n answers.              [glossary: Linha de base]
- * in   rewards (n): the R of each; answers to one prompt stand side by side, num_generations each;
+ * in   rewards (n): the R of each; the num_generations answers to one prompt are neighbours;
  *      running_mean: for BASELINE_MEAN                                      out  advantages (n)
  * By hand: R = 1, 2, 6 of one prompt, rloo: 1 - (2 + 6) / 2 = -3, 2 - 3.5 = -1.5, 6 - 1.5 = 4.5.
  *                                                                    test: reinforce_advantages */
 static void reinforce_advantages(enum Baseline baseline, const float *rewards, size_t n,
                                  size_t num_generations, double running_mean, float *advantages) {
     for (size_t i = 0; i < n; i++) {
-        /* what was to be expected: nothing, what earlier steps brought, or what the other
-         * answers to the same prompt bring */
+        /* The expectation b must not contain this answer's own R, or E[b grad log pi] would not be
+         * 0. All three keep to that: nothing, earlier steps, the other answers. */
         double b = 0;
         if (baseline == BASELINE_MEAN)
             b = running_mean;
         if (baseline == BASELINE_RLOO) {
-            /* the sum over the prompt's answers, less this one, divided by how many are left */
+            /* leave one out: the group's sum without this answer, divided by the others' number */
             const float *group = rewards + i / num_generations * num_generations;
             double sum = mean_of(group, num_generations) * (double)num_generations;
             b = (sum - rewards[i]) / (double)(num_generations - 1);
@@ -1070,7 +1105,7 @@ static void reinforce_advantages(enum Baseline baseline, const float *rewards, s
  *   loss = -1/n sum_i A_i log pi(y_i)            d loss / d log pi(y_i) = -A_i / n
  * in   advantages A (n); logps (n): log pi of each whole answer, nats       out  dlogps (n)
  * An optimizer goes down, w -= lr grad loss; we want to go up, w += lr grad J. So the loss is the
- * objective with a minus sign. Its value means nothing, only its gradient does: A counts as a
+ * objective with a minus sign. Only its gradient means anything, not its value: A counts as a
  * constant, although it was computed from the policy's answer.
  * By hand: A = 4.5 and -3, log pi = -2 and -1: -(4.5 * -2 + -3 * -1) / 2 = 3; slopes -2.25, 1.5.
  *                                                                      test: reinforce_gradient */
@@ -1078,14 +1113,15 @@ static double reinforce_loss(const float *advantages, const double *logps, size_
                              double *dlogps) {
     double loss = 0;
     for (size_t i = 0; i < n; i++) {
-        /* A is a constant, so the loss is linear in log pi and A itself is the slope */
+        /* Linear in log pi, so the slope is the same wherever log pi is: nothing here stops an
+         * update from going too far. PPO's clip does. */
         loss -= advantages[i] * logps[i] / (double)n;
         dlogps[i] = -advantages[i] / (double)n;
     }
     return loss;
 }
 
-/* gradient_variance -- how noisy the estimate of a gradient is: what baselines are judged by.
+/* gradient_variance -- how noisy a gradient's estimate is: baselines are judged by it.
  *   1 / (n (n - 1)) sum_i | A_i s_i - mean |^2,   the variance of a mean of n samples
  * in   advantages A (n); s (n,C): the gradient of log pi(y_i) by C of the weights
  * By hand: A = 1, 3 and s = 1, 1: products 1, 3, mean 2: (1 + 1) / (2 * 1) = 1.
@@ -1093,11 +1129,12 @@ static double reinforce_loss(const float *advantages, const double *logps, size_
 static double gradient_variance(const float *advantages, const float *s, size_t n, size_t C) {
     double total = 0;
     for (size_t c = 0; c < C; c++) {
-        /* 1. of weight c: the mean over answers, which is the gradient's estimate */
+        /* 1. For weight c: the mean over answers, which is the gradient's estimate. */
         double mean = 0;
         for (size_t i = 0; i < n; i++)
             mean += (double)advantages[i] * s[i * C + c] / (double)n;
-        /* 2. how far each single answer is from it */
+        /* 2. How far each single answer is from it. A good baseline makes this small and leaves
+         *    the mean as it is. */
         for (size_t i = 0; i < n; i++)
             total += pow((double)advantages[i] * s[i * C + c] - mean, 2);
     }
@@ -1107,10 +1144,10 @@ static double gradient_variance(const float *advantages, const float *s, size_t 
 /* ---- Rewards with a KL penalty for each token ----------------------------------------------- */
 
 /* PPOConfig of TRL 0.11, in its names.             [glossary: Classe de configuração PPO]
- * REINFORCE reads baseline, num_generations, batch_size and init_kl_coef of it. */
+ * REINFORCE uses its baseline, num_generations, batch_size and init_kl_coef. */
 struct PPOConfig {
     enum Baseline baseline; /* PPO: BASELINE_VALUE_HEAD */
-    size_t num_generations; /* answers to a prompt, one after the other */
+    size_t num_generations; /* answers to each prompt */
     size_t batch_size; /* answers of a step */
     size_t mini_batch_size; /* answers of one forward and backward pass */
     size_t gradient_accumulation_steps;
@@ -1128,19 +1165,20 @@ struct PPOConfig {
     bool use_score_norm; /* and subtract their running mean first */
     double score_clip; /* scores beyond +- this are cut; 0: none */
     double ratio_threshold; /* a mini-batch whose mean ratio exceeds it is skipped */
-    bool early_stopping; /* end a step's epochs when the policy has moved */
-    double target_kl; /* by 1.5 times so many nats a token */
+    bool early_stopping; /* end a step's epochs once the policy has moved too far: */
+    double target_kl; /* by more than 1.5 times this, in nats a token */
 };
 
 /* kl_penalty_token -- how far one token took the policy from the reference.
  *                                         [glossary: Divergência de Kullback-Leibler (KL)]
  *   kl    log pi - log pi_ref, kl_k1: unbiased, may be negative (the default)
- *   abs   its magnitude           mse   half its square, without a sign either
- *   full  the exact KL of the two distributions at this place; it comes in as `full`
+ *   abs   its magnitude           mse   half its square; neither has a sign
+ *   full  the exact KL of the two distributions at this position, given as `full`
  * By hand: -1.20 against -1.70: kl 0.50, abs 0.50, mse 0.125.     test: ppo_penalties_golden */
 static float kl_penalty_token(const char *kind, float logprob, float ref_logprob, float full) {
     float difference = (float)kl_k1(logprob, ref_logprob);
-    /* the first two have no sign: they punish a departure whichever way it goes */
+    /* Without a sign, a token also costs where the policy finds it less probable than the reference
+     * does; with one, it earns there. Only the mean of the signed one is the KL. */
     if (strcmp(kind, "abs") == 0)
         return fabsf(difference);
     if (strcmp(kind, "mse") == 0)
@@ -1148,86 +1186,88 @@ static float kl_penalty_token(const char *kind, float logprob, float ref_logprob
     return strcmp(kind, "full") == 0 ? full : difference;
 }
 
-/* kl_reward -- the reward of a token for its divergence: what it costs, so negative as a rule.
+/* kl_reward -- the reward of a token for its divergence: usually negative, since it is a cost.
  *                                                        [glossary: Parâmetro Beta (β)]
  *   reward_t = -beta kl_t           and at the answer's last token   + score
  * J's penalty is about whole answers; why may it be paid token by token? log pi(y|x) is a sum over
  * tokens, so log pi(y|x) - log pi_ref(y|x) = sum_t kl_t, whose mean over the policy's answers is
  * KL(pi || pi_ref). Each token pays its own term of the sum, and GAE then knows which token
- * departed. The score judges the whole answer, so it can be given only when that is complete: at
+ * departed. The score judges the whole answer, so it can be given only once that is complete: at
  * the last token (ppo_rewards). How it reaches the earlier tokens: gae_step.
  * By hand: beta 0.2: a divergence of 0.50 costs 0.10; one of -0.30 earns 0.06.
  *                                             test: ppo_advantages_golden; gdb: break kl_reward */
 static float kl_reward(double kl_coef, float kl) {
-    /* a departure costs: the sign turns a divergence into a reward */
+    /* A divergence costs, hence the minus sign. No gradient flows through this: it is a reward. */
     return (float)(-kl_coef * kl);
 }
 
 /* kl_controller_update -- beta is raised while the KL is above its target, lowered below it [10].
  *   beta = beta (1 + error samples / horizon),   error = clip(kl / target - 1, -0.2, 0.2)
- * in   kl: of this step, nats an answer; samples: how many answers it had
- * A fixed beta would have to be found by trial for each reward model; a KL of some nats means the
- * same for all of them.
+ * in   kl: this step's mean, nats an answer; samples: how many answers the step had
+ * A fixed beta would have to be found by trial for each reward model, while a KL of some nats means
+ * the same for all of them.
  * By hand: beta 0.2, target 6, horizon 10000, 128 samples: KL 30 -> 0.2 (1 + 0.2 * 0.0128) =
  * 0.200512; KL 0 -> 0.199488.                                           test: ppo_kl_controller */
 static double kl_controller_update(const struct PPOConfig *config, double kl_coef, double kl,
                                    size_t samples) {
     if (!config->adap_kl_ctrl)
         return kl_coef;
-    /* 1. how far off, as a share of the target, at most 20 %: one odd batch must not throw beta */
+    /* 1. The relative error, at most 20 %: one odd batch must not upset beta. */
     double error = MAX(-0.2, MIN(0.2, kl / config->target - 1));
 
-    /* 2. a batch counts as its share of the horizon: beta moves slowly */
+    /* 2. Scaled by the batch's share of the horizon, so beta moves slowly: at the limit of 20 %, by
+     *    a factor of about e^0.2 = 1.22 in `horizon` answers. */
     return kl_coef * (1 + error * (double)samples / config->horizon);
 }
 
 /* ---- Generalized advantage estimation ------------------------------------------------------- */
 
-/* gae_step -- the advantage of one token, given that of the token behind it [7].
+/* gae_step -- the advantage of one token, given that of the next [7].
  *           [glossary: Vantagem] [glossary: Estimativa generalizada de vantagem (GAE)]
  *   delta_t = reward_t + gamma value_{t+1} - value_t
  *   A_t     = delta_t + gamma lambda A_{t+1}                    [7] Eq. 16, as a recursion
  * value_t is what the value head expects, before token t is written, of all rewards from t on.
  * delta_t is the surprise that token t brought: the reward it earned and what is expected after
- * it, against what was expected before it. Behind the last token nothing more comes, whether the
- * answer ended itself or was cut off by its length, as in TRL: value 0, advantage 0.
+ * it, minus what was expected before it. After the last token nothing more comes, whether the
+ * answer ended by itself or was cut off at its maximum length, as in TRL: value 0, advantage 0.
  * This is how a score on the last token reaches the first: A_t contains delta_{t+1} times
  * gamma lambda, delta_{t+2} times its square, and so on.
  * gamma discounts: a reward that comes k tokens later counts gamma^k times. Answers are short, so
  * RLHF leaves it at 1. lambda chooses whom to believe. At 0, A_t is delta_t: it trusts what the
- * value head says of the next place (little noise, but wrong while the head is). At 1 (gamma 1),
- * A_t is the sum of all rewards from t on, less value_t: what the head says of later places has
- * cancelled, and its own value is no more than a baseline (unbiased, but noisy).
+ * value head says of the next position (little noise, but wrong as long as the head is). At 1 (with
+ * gamma 1), A_t is the sum of all rewards from t on, minus value_t: what the head says of later
+ * positions has cancelled, and value_t is no more than a baseline (unbiased, but noisy).
  * By hand: the chapter's last token: delta = 0.98 + 0 - 0.3 = 0.68, A = 0.68. The one before it:
  * delta = 0 + 0.3 - 0.4 = -0.1, A = -0.1 + 0.95 * 0.68 = 0.546.
  *                                   test: gae_hand, ppo_advantages_golden; gdb: break gae_step */
 static double gae_step(double reward, double value, double next_value, double next_advantage,
                        double gamma, double lam) {
-    /* 1. the surprise: what token t brought, against what was expected before it */
+    /* 1. The surprise. Good news that was expected is none: only a change of the outlook counts. */
     double delta = reward + gamma * next_value - value;
 
-    /* 2. and a share of all surprises that follow, which next_advantage has added up */
+    /* 2. Plus a share of all later surprises, already summed in next_advantage: token t may have
+     *    made them possible. */
     return delta + gamma * lam * next_advantage;
 }
 
 /* gae -- advantages and returns of one answer of T tokens, from its last token to its first.
- * in   rewards, values (T); next_advantage: behind the last token, 0 (but see
+ * in   rewards, values (T); next_advantage: after the last token, 0 (but see
  *      ppo_padding_advantage)
  * out  advantages (T): how much better each token was than the value head expected
  *      returns (T): advantage + value, the value head's target: its guess, corrected by the
- *      surprises that followed; at lambda 1 that is the plain sum of rewards from t on
+ *      surprises that followed; at lambda 1 (gamma 1) it is the plain sum of rewards from t on
  *                                                         test: gae_hand, ppo_advantages_golden */
 static void gae(const struct PPOConfig *config, size_t T, const float *rewards, const float *values,
                 double next_advantage, float *advantages, float *returns) {
-    /* from the right, for A_t needs A_{t+1}; behind the last token nothing is expected */
+    /* From right to left, since A_t needs A_{t+1}. After the last token nothing is expected. */
     double next_value = 0;
     for (size_t t = T; t-- > 0;) {
         double advantage =
             gae_step(rewards[t], values[t], next_value, next_advantage, config->gamma, config->lam);
         advantages[t] = (float)advantage;
-        /* the value was too low by the advantage: this is what the head should have said */
+        /* the value was too low by the advantage: this is what the head should have predicted */
         returns[t] = (float)(advantage + values[t]);
-        /* the token before this one looks ahead to it */
+        /* what the token before this one needs to know of it */
         next_value = values[t];
         next_advantage = advantage;
     }
@@ -1239,24 +1279,24 @@ static void gae(const struct PPOConfig *config, size_t T, const float *rewards, 
 struct TokenLoss {
     double loss;
     double dlogprob; /* d loss / d logprob */
-    double ratio; /* how many times likelier the token is than when it was sampled */
+    double ratio; /* how many times as likely the token is as when it was sampled */
     bool is_clipped; /* the loss no longer depends on the ratio */
 };
 
 /* ppo_token_loss -- PPO's clipped objective for one token of an answer.
  *                                     [glossary: Otimização de política proximal (PPO)]
  *                                            [glossary: Razão de probabilidades e corte]
- * The token was sampled when its log-probability was old_logprob. Since then the policy has
- * moved, for the same answers serve several updates. How far may this one go on pushing the
- * token in the direction that its advantage A asks for?
+ * The token was sampled when its log-probability was old_logprob. Since then the policy has moved,
+ * because the same answers serve several updates. How far may this one go on pushing the token in
+ * the direction of its advantage A?
  *   ratio = exp(logprob - old_logprob)
  *   loss  = max(-A ratio, -A clip(ratio, 1 - e, 1 + e)),   e = clip_range           [6] Eq. 7
  * Once the ratio has left [1 - e, 1 + e] in the direction of A (above it where A > 0, below it
- * where A < 0), the loss no longer depends on it: its slope is zero, and this token has had its
- * share of this batch. Where it left against that direction, it is still pulled back. Without the
- * clip one lucky token could be made certain by a few updates on the same answer.
+ * where A < 0), the loss no longer depends on it: the slope is zero, and this batch moves the token
+ * no further. If it has left in the other direction, the token is still pulled back. Without the
+ * clip, a few updates on the same answer could make one lucky token certain.
  * At the first update the policy is the one that sampled: every ratio is 1 and the loss is -A.
- * The A of a batch are whitened, so its mean loss is 0; its gradient is not.
+ * The advantages of a batch are whitened, so its mean loss is 0; its gradient is not.
  * in   log-probabilities in nats; advantage (whitened); clip_range, usually 0.2
  * By hand, e = 0.2:      A = 2                            A = -2
  *     ratio 1.5          max(-3.0, -2.4), slope 0         max(3.0, 2.4), slope 3.0
@@ -1266,17 +1306,18 @@ struct TokenLoss {
  *                               test: ppo_token_loss, ppo_loss_golden; gdb: break ppo_token_loss */
 static struct TokenLoss ppo_token_loss(double old_logprob, double logprob, double advantage,
                                        double clip_range) {
-    /* 1. How many times likelier is the token now than when it was sampled? */
+    /* 1. How many times as likely is the token now as when it was sampled? */
     double ratio = exp(logprob - old_logprob);
 
-    /* 2. Two losses, of which the larger counts: an improvement is believed only as far as the
-     *    clip range, a deterioration always. */
+    /* 2. The larger of two losses counts: an improvement is believed only as far as the clip range,
+     *    a deterioration always. */
     double clipped_ratio = MAX(1 - clip_range, MIN(1 + clip_range, ratio));
     double plain_loss = -advantage * ratio;
     double clipped_loss = -advantage * clipped_ratio;
     bool is_clipped = clipped_loss > plain_loss;
 
-    /* 3. d ratio / d logprob = ratio, so the plain loss is its own derivative. */
+    /* 3. d ratio / d logprob = ratio, so the plain loss is its own derivative. The clipped one is
+     *    constant outside the range, and inside it the two are the same. */
     double dlogprob = is_clipped ? 0 : plain_loss;
     return (struct TokenLoss){
         .loss = MAX(plain_loss, clipped_loss),
@@ -1300,22 +1341,22 @@ struct ValueLoss {
  *   loss    = 1/2 max((value - return)^2, (clipped - return)^2)
  * in   old_value: what the head said when the answer was written; value: what it says now;
  *      target_return: what it should have said (gae)
- * The clip is TRL's and OpenAI's: a head may move by e in one step and is then not pulled further.
+ * The clip is TRL's and OpenAI's: the head may move by e in one step, and is not pulled further.
  * By hand: old 0.5, value 0.9, return 1.0, e = 0.2: clipped 0.7, squared errors 0.01 and 0.09,
  * loss 0.045, slope 0: the clipped value does not depend on the value.
  *                                                        test: ppo_value_loss, ppo_loss_golden */
 static struct ValueLoss ppo_value_loss(double old_value, double value, double target_return,
                                        double clip_range) {
-    /* 1. the value, held near the old one */
+    /* 1. The value, kept near the old one as the policy's ratio is kept near 1. */
     double clipped = MAX(old_value - clip_range, MIN(old_value + clip_range, value));
 
-    /* 2. two squared errors, of which the larger counts */
+    /* 2. The larger of two squared errors counts: moving further than e earns nothing. */
     double error = value - target_return;
     double clipped_error = clipped - target_return;
     bool is_clipped = clipped_error * clipped_error > error * error;
 
     /* 3. The slope of half a square is the error. Where the clipped error is the larger one, the
-     *    value lies outside the range, and moving it changes nothing. */
+     *    value is outside the range, and moving it changes nothing. */
     double dvalue = is_clipped ? 0 : error;
     return (struct ValueLoss){
         .loss = 0.5 * MAX(error * error, clipped_error * clipped_error),
@@ -1325,14 +1366,14 @@ static struct ValueLoss ppo_value_loss(double old_value, double value, double ta
     };
 }
 
-/* The R response tokens of a mini-batch, side by side: what was known when the answers were
- * written, what the policy says now, and, as ppo_loss leaves them, the losses and slopes. */
+/* The R response tokens of a mini-batch in one row: what was known when the answers were
+ * written, what the policy says now, and the losses and slopes that ppo_loss fills in. */
 struct PPOTokens {
     size_t R;
     float *old_logprobs, *old_values, *advantages, *returns; /* (R) from the rollout */
     const float *logprobs, *values; /* (R) of the policy now */
-    struct TokenLoss *policy; /* (R) of each token */
-    struct ValueLoss *value; /* (R) likewise */
+    struct TokenLoss *policy; /* (R) each token's loss */
+    struct ValueLoss *value; /* (R) the same for the value head */
     float *dlogprobs, *dvalues; /* (R) d loss / d logprob, value */
 };
 
@@ -1349,15 +1390,17 @@ struct PPOLoss {
 static struct PPOLoss ppo_loss(const struct PPOConfig *config, struct PPOTokens *tokens) {
     struct PPOLoss loss = {0};
     double n = (double)tokens->R;
+    /* 1. Every token of every answer contributes 1 / n to the mean, hence to each slope. */
     for (size_t t = 0; t < tokens->R; t++) {
-        /* 1. the policy's loss; each token's share in the mean is 1 / n */
+        /* 2. The policy's loss: it reaches the transformer through log pi of this one token. */
         struct TokenLoss policy = ppo_token_loss(tokens->old_logprobs[t], tokens->logprobs[t],
                                                  tokens->advantages[t], config->cliprange);
         loss.policy += policy.loss / n;
         tokens->policy[t] = policy;
         tokens->dlogprobs[t] = (float)(policy.dlogprob / n);
 
-        /* 2. the value head's, with its weight */
+        /* 3. The value head's. Both losses go back into the same transformer; vf_coef keeps the
+         *    value loss, whose size depends on the rewards' unit, from drowning the other. */
         struct ValueLoss value = ppo_value_loss(tokens->old_values[t], tokens->values[t],
                                                 tokens->returns[t], config->cliprange_value);
         loss.value += value.loss / n;
@@ -1372,21 +1415,22 @@ static struct PPOLoss ppo_loss(const struct PPOConfig *config, struct PPOTokens 
  * Chapter 5 - DPO: the closed form, the reward it implies, the loss without a reward model
  *    [glossary: Otimização de preferência direta (DPO)] [glossary: Solução em forma fechada]
  *
- * Is all of chapter 4's machinery needed? Its objective J(pi) = E[r] - beta KL(pi || pi_ref) has a
- * maximum that can be written down. For one prompt x, which is left out here:
+ * Is all of chapter 4's machinery needed? The objective J(pi) = E[r] - beta KL(pi || pi_ref) has a
+ * maximum that can be written down. For one prompt x, omitted here:
  *
  *     pi*(y) = pi_ref(y) e^(r(y)/beta) / Z          Z = sum_y pi_ref(y) e^(r(y)/beta)    [5] Eq. 4
  *                                         [glossary: Distribuição ponderada por recompensa]
  *
- * the reference's answers, each weighted by its reward. With text it is of no direct use: Z, the
- * partition function, sums over all answers, and 20 tokens of GPT-2's vocabulary make 10^94. But
- * read it backwards: solved for the reward, it says that a policy *is* a reward model,
+ * the reference's distribution, with each answer weighted by its reward. For text it is of no
+ * direct use: Z, the partition function, sums over all answers, of which there are 10^94 with 20
+ * tokens of GPT-2's vocabulary. But read backwards, solved for the reward, the equation says that
+ * a policy *is* a reward model,
  *
  *     r(y) = beta log(pi*(y) / pi_ref(y)) + beta log Z                                   [5] Eq. 5
  *
  * and in Bradley-Terry's model only the difference of two rewards counts. Both answers of a pair
- * are to the same prompt, so Z is the same: beta log Z cancels. So the pairs can train the policy
- * itself: no reward model, no sampling, no value head.
+ * belong to the same prompt, so Z is the same and beta log Z cancels. Therefore pairs can train the
+ * policy directly: no reward model, no sampling, no value head.
  *
  *     reference         chosen -10.0    rejected -12.0        log-probabilities of whole answers
  *     policy            chosen  -8.0    rejected -13.0
@@ -1403,30 +1447,31 @@ static struct PPOLoss ppo_loss(const struct PPOConfig *config, struct PPOTokens 
  *            [glossary: Distribuição ponderada por recompensa] [glossary: Função de partição]
  * in   ref_logps, r (n): log pi_ref(y) in nats and the reward of every answer; beta
  * out  optimum (n): log pi*(y);   returns log Z
- * Why can no policy do better? Put r = beta log Z + beta log(pi* / pi_ref) into J:
+ * Why can no policy do better? Substitute r = beta log Z + beta log(pi* / pi_ref) in J:
  *   J(pi) = E_pi[r] - beta E_pi[log(pi / pi_ref)]
  *         = beta log Z + beta E_pi[log(pi* / pi_ref) - log(pi / pi_ref)]
  *         = beta log Z - beta E_pi[log(pi / pi*)]                      pi_ref has cancelled
  *         = beta log Z - beta KL(pi || pi*)
- * beta log Z does not depend on pi, and the KL is 0 for pi = pi* and above 0 for any other. So pi*
+ * beta log Z does not depend on pi, and the KL is 0 for pi = pi* and positive for any other. So pi*
  * is the maximum, and J(pi*) = beta log Z.                                 [5] appendix A.1
  * By hand: pi_ref = (1/2, 1/2), r = (0, beta ln 3): Z = 1/2 + 3/2 = 2, pi* = (1/4, 3/4) and
  * J(pi*) = beta ln 2.                                                       test: exact_optimum */
 static double exact_optimum(const double *ref_logps, const double *r, size_t n, double beta,
                             double *optimum) {
-    /* 1. each answer's log-weight, and the largest of them, for the reason given at softmax */
+    /* 1. Each answer's log-weight, log(pi_ref e^(r/beta)); the largest is subtracted below, as in
+     *    softmax, lest e^(r/beta) overflow when beta is small. */
     double largest = -INFINITY;
     for (size_t i = 0; i < n; i++) {
         optimum[i] = ref_logps[i] + r[i] / beta;
         largest = MAX(largest, optimum[i]);
     }
 
-    /* 2. log Z: the log-sum-exp of the weights, in double */
+    /* 2. The sum of the weights is Z: this is chapter 2's log_sum_exp again, in double. */
     double sum = 0;
     for (size_t i = 0; i < n; i++)
         sum += exp(optimum[i] - largest);
 
-    /* 3. divided by Z, the weights are probabilities */
+    /* 3. Divided by Z, the weights become probabilities: a subtraction, in logarithms. */
     for (size_t i = 0; i < n; i++)
         optimum[i] -= largest + log(sum);
     return largest + log(sum);
@@ -1434,9 +1479,10 @@ static double exact_optimum(const double *ref_logps, const double *r, size_t n, 
 
 /* implied_reward -- what a policy says an answer is worth, up to a constant that all answers to
  * the prompt share: beta log(pi(y|x) / pi_ref(y|x)).      [glossary: Modelo de referência]
- * TRL logs it as rewards/chosen and rewards/rejected. Above 0 the answer became more probable than
- * it was.        By hand: beta 0.1, -8 against -10: 0.2.     [5] Eq. 5        test: dpo_hand */
+ * TRL logs it as rewards/chosen and rewards/rejected. It is positive if the answer has become more
+ * probable.      By hand: beta 0.1, -8 against -10: 0.2.     [5] Eq. 5        test: dpo_hand */
 static double implied_reward(double beta, double logp, double ref_logp) {
+    /* without beta log Z: nobody can compute it, and in a difference it cancels anyway */
     return beta * (logp - ref_logp);
 }
 
@@ -1444,15 +1490,15 @@ static double implied_reward(double beta, double logp, double ref_logp) {
 struct DPOSide {
     double logp; /* log pi(y|x), nats, summed over the answer's tokens */
     double ref_logp; /* the same under the reference, which never changes */
-    size_t length; /* how many tokens that are */
+    size_t length; /* how many tokens were summed */
     double dlogp; /* out: d loss / d logp */
 };
 
 /* dpo_pair_loss -- Direct Preference Optimization, one pair.                    [glossary: DPO]
  *   logits = (logp_chosen - ref_chosen) - (logp_rejected - ref_rejected)
  *   loss   = -log sigmoid(beta logits)                                                [5] Eq. 7
- * (`logits` is TRL's name for this one number; it is none of chapter 2's.) This is Bradley-Terry's
- * loss with the implied rewards in place of a reward model's. With the slope of log sigmoid, see
+ * (`logits` is TRL's name for this one number; these are not chapter 2's logits.) This is
+ * Bradley-Terry's loss with the implied rewards in place of a reward model's. By the slope of
  * log_sigmoid, its derivatives are
  *   d loss / d logits        = -beta sigmoid(-beta logits)
  *   d loss / d logp_chosen   = d loss / d logits         raise the chosen answer,
@@ -1460,25 +1506,28 @@ struct DPOSide {
  * and by the policy's weights, since each logp is a sum over tokens (target_logps_backward),
  *   grad loss = -beta sigmoid(-beta logits) (grad logp_chosen - grad logp_rejected)
  * The sigmoid says how wrong the policy still is about this pair: a pair that it has learnt pulls
- * less and less. The reference is where the counting starts: each answer is measured by how far it
- * has risen above what the reference gave it. It sets no limit: the loss goes on falling as the
- * margin grows (dpo_ipo_pair has one). A small beta lets the policy go far before a pair is learnt,
- * since the margin has to be some 1 / beta nats; a large one keeps it near the reference.
+ * less and less. The reference is the zero point: each answer is measured by how far it has risen
+ * above what the reference gave it. It sets no limit: the loss goes on falling as the margin grows
+ * (dpo_ipo_pair has a limit). A small beta lets the policy go far before a pair is learnt, since
+ * the margin has to be some 1 / beta nats; a large one keeps it near the reference.
  * At the start policy and reference are the same: logits 0, loss ln 2 = 0.6931, whatever beta.
  * By hand: beta 0.1, chosen -8 (reference -10), rejected -13 (-12): logits 2 - (-1) = 3, loss
  * -log sigmoid(0.3) = 0.5544, dchosen -0.1 * sigmoid(-0.3) = -0.0426, drejected 0.0426.
  *                                       test: dpo_hand, dpo_golden; gdb: break dpo_pair_loss */
 static struct PairLoss dpo_pair_loss(double beta, const struct DPOSide *chosen,
                                      const struct DPOSide *rejected) {
-    /* 1. by how much each answer has become more probable than under the reference */
+    /* 1. By how much has each answer become more probable than under the reference? How probable it
+     *    is in itself does not matter: a long answer may have -500 and a short one -20. */
     double chosen_logratio = chosen->logp - chosen->ref_logp;
     double rejected_logratio = rejected->logp - rejected->ref_logp;
 
-    /* 2. the difference of the implied rewards, in which beta log Z has cancelled */
+    /* 2. The difference of the implied rewards (except for the factor beta), in which beta log Z
+     *    has cancelled. */
     double logits = chosen_logratio - rejected_logratio;
 
     /* 3. Bradley-Terry's loss, and its slope by the chosen side's log-probability; the rejected
-     *    side enters with a minus sign */
+     *    side enters with a minus sign. A learnt pair has a large beta * logits, so the sigmoid is
+     *    near 0 and the pair hardly pulls any more. */
     double loss = -log_sigmoid(beta * logits);
     double dlogits = beta * -sigmoid(-(beta * logits));
     return (struct PairLoss){
@@ -1502,11 +1551,11 @@ enum DPOLossType {
 
 struct DPOConfig {
     double beta; /* [glossary: Parâmetro Beta (β)] */
-    double label_smoothing; /* share of pairs that may be labelled the wrong way round */
-    double weight[DPO_LOSS_TYPES]; /* of each loss; 0: not used (TRL: loss_type, loss_weights) */
+    double label_smoothing; /* share of pairs whose labels may be swapped */
+    double weight[DPO_LOSS_TYPES]; /* of each loss; 0: unused (TRL: loss_type, loss_weights) */
 };
 
-/* dpo_smoothed_pair -- the pair might be labelled the wrong way round, with probability e.
+/* dpo_smoothed_pair -- DPO where chosen and rejected may have been swapped, with probability e.
  *   sigmoid  -(1-e) log sigmoid(s) - e log sigmoid(-s),   s = beta logits: conservative DPO,
  *            which stops at a finite margin (TRL 0.11; TRL 1.16 ignores e for this loss)
  *   robust   (-(1-e) log sigmoid(s) + e log sigmoid(-s)) / (1 - 2e): unbiased, as if no label
@@ -1514,17 +1563,17 @@ struct DPOConfig {
  * By hand: s = 0.3, e = 0.1: sigmoid 0.9 * 0.5544 + 0.1 * 0.8544 = 0.5844; robust
  * (0.9 * 0.5544 - 0.1 * 0.8544) / 0.8 = 0.5169.                     test: dpo_hand, dpo_golden */
 static struct PairLoss dpo_smoothed_pair(double beta, double logits, double e, bool robust) {
-    /* 1. the loss if the label is right, and if it is wrong, each with its probability */
+    /* 1. The loss if the label is right, and if it is wrong, each weighted by its probability. */
     double s = beta * logits;
     double right = -(1 - e) * log_sigmoid(s);
     double wrong = e * log_sigmoid(-s);
 
-    /* 2. conservative: their mean. robust: the second is subtracted, and the scale makes up for
-     *    it; averaged over wrong labels, what they add cancels. */
+    /* 2. Conservative: their mean. Robust: the second is subtracted, and the scale makes up for
+     *    that. Averaged over right and wrong labels, what the wrong ones add then cancels. */
     double scale = robust ? 1 / (1 - 2 * e) : 1;
     double loss = robust ? scale * (right + wrong) : right - wrong;
 
-    /* 3. the slope: d/ds log sigmoid(s) = sigmoid(-s) and d/ds log sigmoid(-s) = -sigmoid(s) */
+    /* 3. The slope: d/ds log sigmoid(s) = sigmoid(-s) and d/ds log sigmoid(-s) = -sigmoid(s). */
     double dwrong = robust ? -e * sigmoid(s) : e * sigmoid(s);
     double ds = scale * (-(1 - e) * sigmoid(-s) + dwrong);
     return (struct PairLoss){
@@ -1538,7 +1587,7 @@ static struct PairLoss dpo_smoothed_pair(double beta, double logits, double e, b
  * By hand: s = 0.3: loss 0.7, slope -beta.                          test: dpo_golden */
 static struct PairLoss dpo_hinge_pair(double beta, double logits) {
     double s = beta * logits;
-    /* right by the margin: nothing is left to learn from this pair */
+    /* a sigmoid's slope only approaches 0, and pulls at learnt pairs for ever; this one stops */
     double ds = s < 1 ? -1 : 0;
     return (struct PairLoss){
         .loss = MAX(0, 1 - s),
@@ -1547,22 +1596,25 @@ static struct PairLoss dpo_hinge_pair(double beta, double logits) {
     };
 }
 
-/* dpo_ipo_pair -- the logratios' difference is to be 1 / (2 beta), neither less nor more.
+/* dpo_ipo_pair -- the difference of the log-ratios should be 1 / (2 beta), no less and no more.
  *                                                                                  [13] Eq. 17
  *   loss = (chosen_logratio / n_chosen - rejected_logratio / n_rejected - 1 / (2 beta))^2
- * Where people always agree, the sigmoid's loss goes on falling for ever as the margin grows, and
- * beta holds nothing; a square has its minimum at a finite margin. Each side counts by token (TRL).
+ * Where people always agree, the sigmoid's loss goes on falling for ever as the margin grows,
+ * whatever beta is; a square has its minimum at a finite margin. Each side is a mean over its
+ * tokens, as in TRL.
  * By hand: beta 0.1, logratios 2 (4 tokens) and -1 (2 tokens): 0.5 + 0.5 - 5 = -4, loss 16,
  * dchosen 2 * -4 / 4 = -2, drejected 2 * 4 / 2 = 4.                 test: dpo_hand, dpo_golden */
 static struct PairLoss dpo_ipo_pair(double beta, const struct DPOSide *chosen,
                                     const struct DPOSide *rejected) {
-    /* 1. each side's log-ratio a token; an answer that was cut away has none, and counts 0 */
+    /* 1. Each side's log-ratio per token, so that long answers do not count more. An answer that
+     *    was cut away entirely has length 0: the MAX avoids 0 / 0. */
     double chosen_length = (double)MAX((size_t)1, chosen->length);
     double rejected_length = (double)MAX((size_t)1, rejected->length);
     double chosen_mean = (chosen->logp - chosen->ref_logp) / chosen_length;
     double rejected_mean = (rejected->logp - rejected->ref_logp) / rejected_length;
 
-    /* 2. how far the difference is from where it should be */
+    /* 2. How far is the difference from where it should be? Beyond the target the slope changes its
+     *    sign: the pair is pulled back. */
     double distance = chosen_mean - rejected_mean - 1 / (2 * beta);
     return (struct PairLoss){
         .loss = distance * distance,
@@ -1579,13 +1631,13 @@ static struct PairLoss dpo_variant(const struct DPOConfig *config, enum DPOLossT
     double rejected_logratio = rejected->logp - rejected->ref_logp;
     double logits = chosen_logratio - rejected_logratio;
 
-    /* IPO weighs the sides by their lengths; the others look at the difference alone */
+    /* IPO needs both lengths, so it gets both sides; the others depend on the difference alone */
     if (type == DPO_IPO)
         return dpo_ipo_pair(config->beta, chosen, rejected);
     if (type == DPO_HINGE)
         return dpo_hinge_pair(config->beta, logits);
 
-    /* without smoothing, DPO itself */
+    /* a function of its own, though e = 0 below gives the same: it is the one to read and debug */
     if (type == DPO_SIGMOID && e == 0)
         return dpo_pair_loss(config->beta, chosen, rejected);
     return dpo_smoothed_pair(config->beta, logits, e, type == DPO_ROBUST);
@@ -1593,19 +1645,20 @@ static struct PairLoss dpo_variant(const struct DPOConfig *config, enum DPOLossT
 
 /* dpo_loss -- the mean over a batch of B pairs of the chosen loss, or of a weighted sum of several.
  * in   chosen, rejected (B)           out  the loss; chosen[b].dlogp, rejected[b].dlogp, set
- * Beside the losses of pairs, `sft` is the mean negative log-likelihood of all chosen tokens: with
- * a small weight it keeps the chosen answers probable, for DPO alone may lower both sides as long
- * as the rejected one falls faster.                                          test: dpo_golden */
+ * Besides the losses of pairs there is `sft`, the mean negative log-likelihood of all chosen
+ * tokens. With a small weight it keeps the chosen answers probable, which DPO alone does not: it
+ * may lower both sides, as long as the rejected one falls faster.            test: dpo_golden */
 static double dpo_loss(const struct DPOConfig *config, size_t B, struct DPOSide *chosen,
                        struct DPOSide *rejected) {
-    /* 1. what the mean of `sft` is divided by */
+    /* 1. The denominator of sft's mean: all chosen tokens of the batch. */
     double loss = 0;
     double chosen_tokens = 0;
     double sft_weight = config->weight[DPO_SFT];
     for (size_t b = 0; b < B; b++)
         chosen_tokens += (double)chosen[b].length;
     for (size_t b = 0; b < B; b++) {
-        /* 2. the losses of the pair, each with its weight and its share in the mean */
+        /* 2. The pair's losses, each with its weight, as a share 1 / B of the mean. Their slopes
+         *    get the same factors. */
         chosen[b].dlogp = 0;
         rejected[b].dlogp = 0;
         for (int type = 0; type < DPO_LOSS_TYPES; type++) {
@@ -1619,7 +1672,8 @@ static double dpo_loss(const struct DPOConfig *config, size_t B, struct DPOSide 
             rejected[b].dlogp += weight * pair.drejected / (double)B;
         }
 
-        /* 3. the likelihood of the chosen answer: a mean over tokens, not over pairs */
+        /* 3. sft: a mean over tokens, not over pairs. It depends on the chosen side alone, and its
+         *    slope never vanishes: there is always some likelihood to gain. */
         if (sft_weight == 0 || chosen_tokens == 0)
             continue;
         loss += sft_weight * -chosen[b].logp / chosen_tokens;
@@ -1632,10 +1686,11 @@ static double dpo_loss(const struct DPOConfig *config, size_t B, struct DPOSide 
  * Chapter 6 - Choosing a token: temperature, top-k, top-p, penalties, one draw
  *                                               [glossary: Inferência] [glossary: Amostragem]
  *
- * The model has said how probable each token is. Which one is written? Always the most probable one
- * (greedy: the argmax) makes dull text that repeats itself; a draw from the whole distribution
- * now and then takes one of thousands of improbable tokens, and the sentence breaks. Between the
- * two stand the processors of this chapter. They work on the logits, in transformers' order:
+ * The model has said how probable each token is. Which one is written? Always taking the most
+ * probable one (greedy: the argmax) makes dull text that repeats itself; drawing from the whole
+ * distribution takes, every now and then, one of thousands of improbable tokens, and the sentence
+ * breaks. Between these two are the processors of this chapter. They change the logits, in the
+ * order of transformers:
  *
  *     logits of     " good"  " long"  " bad"  " the"
  *                      2.0      1.0      0.0    -2.0
@@ -1646,8 +1701,8 @@ static double dpo_loss(const struct DPOConfig *config, size_t B, struct DPOSide 
  *     softmax          0.5      0.5      0       0
  *     u = 0.7 draws " long": the running sum 0.5, 1.0 passes 0.7 there
  *
- * A token's mass is its probability. PPO's and REINFORCE's own answers are drawn without any cut,
- * by default: their formulas are means over what the policy says, not over what a filter leaves.
+ * A token's mass is its probability. By default, PPO and REINFORCE draw their own answers without
+ * any cut: their formulas are means over what the policy says, not over what a filter leaves of it.
  *
  * What enters: logits (V), and the ids written so far. What leaves: the id of the next token. A
  * logit of minus infinity means a probability of 0: the token is cut.
@@ -1660,63 +1715,70 @@ enum EarlyStopping {
     STOP_NEVER,
 };
 
-/* transformers' GenerationConfig, the settings that are used here. */
+/* transformers' GenerationConfig: the settings that are used here. */
 struct GenerationConfig {
     size_t max_new_tokens, min_new_tokens; /* [glossary: Tokens máximos e mínimos] */
-    size_t top_k, no_repeat_ngram_size; /* 0: not used */
-    size_t num_return_sequences, num_beams; /* beams: 1 is none */
-    double temperature, top_p; /* 1: not used */
-    double repetition_penalty; /* 1: not used */
-    double length_penalty; /* of beam search, likewise early_stopping */
+    size_t top_k, no_repeat_ngram_size; /* 0: unused */
+    size_t num_return_sequences, num_beams; /* one beam: no beam search */
+    double temperature, top_p; /* 1: unused */
+    double repetition_penalty; /* 1: unused */
+    double length_penalty; /* for beam search, like early_stopping */
     enum EarlyStopping early_stopping;
-    bool do_sample; /* draw; else take the argmax */
+    bool do_sample; /* draw a token; otherwise take the argmax */
 };
 
-/* process_repetition_penalty -- tokens that were written already become less likely [15].
+/* process_repetition_penalty -- tokens that were already written become less likely [15].
  *                                                    [glossary: Penalidade de repetição]
  *   logit = logit / penalty where it is positive, logit * penalty where it is negative
- * Either way it falls, if the penalty is above 1. An id counts once, however often it occurred.
+ * Either way it falls, if the penalty is above 1. Each id is penalized once, however often it
+ * occurred.
  * By hand: penalty 2: 3 -> 1.5 and -3 -> -6.                         test: generate_processors */
 static void process_repetition_penalty(float *logits, size_t V, const int *ids, size_t n,
                                        double penalty) {
-    /* a mark for each id that was dealt with: the penalty counts once */
+    /* A mark for each id already dealt with: without it, an id that occurred twice would be divided
+     * twice. One byte each, V bytes; scratch is counted in floats, so V / 4 of them, rounded up. */
     char *seen = (char *)thread_scratch(SCRATCH_ROW, V / 4 + 1);
     memset(seen, 0, V);
     for (size_t i = 0; i < n; i++) {
         if (seen[ids[i]])
             continue;
         seen[ids[i]] = 1;
-        /* dividing a negative logit by more than 1 would raise it, so it is multiplied */
+        /* dividing a negative logit by a penalty above 1 would raise it, so it is multiplied */
         float logit = logits[ids[i]];
         logits[ids[i]] = (float)(logit < 0 ? logit * penalty : logit / penalty);
     }
 }
 
 /* process_no_repeat_ngram -- no sequence of `ngram` tokens may occur twice.
- * The last ngram - 1 tokens are compared with every earlier place: where they stood before, the
- * token that followed them then is cut now.
- * By hand: ids 5 6 7 5 6, ngram 3: "5 6" stood before, 7 followed: 7 is cut.
+ * The last ngram - 1 tokens are compared with every earlier place: where the same tokens occurred,
+ * the token that followed them there is cut here.
+ * By hand: ids 5 6 7 5 6, ngram 3: "5 6" occurred before, and 7 followed: 7 is cut.
  *                                                                    test: generate_processors */
 static void process_no_repeat_ngram(float *logits, const int *ids, size_t n, size_t ngram) {
-    /* with fewer tokens nothing can have occurred twice */
+    /* With fewer tokens there is no earlier n-gram to repeat, and `last` would point before ids. */
     if (n < ngram)
         return;
     const int *last = ids + n - (ngram - 1);
+    /* i + ngram <= n: the place must have a token after it, which the last one has not yet */
     for (size_t i = 0; i + ngram <= n; i++)
         if (memcmp(ids + i, last, (ngram - 1) * sizeof *ids) == 0)
             logits[ids[i + ngram - 1]] = -INFINITY;
 }
 
 /* kth_largest -- the k-th largest of n numbers, 1 <= k <= n, without sorting them: Hoare's
- * selection. What is larger than a pivot goes left, what is smaller right, and only the side that
- * holds the k-th place is looked at again: about 2n steps instead of n log n. x is left rearranged.
+ * selection. Numbers larger than a pivot go to the left, smaller ones to the right, and only the
+ * side that contains place k is searched further: about 2n steps instead of n log n. x is left in
+ * another order.
  * By hand: (3, 1, 2), k = 2: 2.                                              test: kth_largest */
 static float kth_largest(float *x, size_t n, size_t k) {
+    /* the k-th largest is always in x[low .. high], and every number to the left of it is larger or
+     * equal, every number to the right smaller or equal */
     size_t low = 0;
     size_t high = n - 1;
     while (low < high) {
-        /* 1. partition: two pointers walk towards each other and exchange what is on the wrong
-         *    side of the pivot, until they meet */
+        /* 1. Partition: two indices walk towards each other and exchange what is on the wrong side
+         *    of the pivot, until they meet. The pivot comes from the middle: taken from an end, it
+         *    would split sorted numbers into 1 and n - 1, which takes n^2 steps. */
         float pivot = x[low + (high - low) / 2];
         size_t i = low;
         size_t j = high;
@@ -1731,7 +1793,7 @@ static float kth_largest(float *x, size_t n, size_t k) {
             x[j] = x[i];
             x[i] = larger;
         }
-        /* 2. the side with the k-th place */
+        /* 2. x[low .. j] has the larger numbers. Place k is k - 1, counted from 0. */
         if (k - 1 <= j)
             high = j;
         else
@@ -1740,21 +1802,21 @@ static float kth_largest(float *x, size_t n, size_t k) {
     return x[k - 1];
 }
 
-/* process_top_k -- the k largest logits stay, and what equals the smallest of them.
+/* process_top_k -- keeps the k largest logits, and any that equal the smallest of them.
  *                                                          [glossary: Amostragem top-k]
- * k is the same where the model is sure and where it is not: that is its weakness, and top-p's
- * reason to exist.
- * By hand: (3, 1, 2, 1), k = 2: the second largest is 2; 3 and 2 stay.
+ * k is the same whether the model is sure or not: that is its weakness, and the reason for top-p.
+ * By hand: (3, 1, 2, 1), k = 2: the second largest is 2, so 3 and 2 stay.
  *                                                                    test: generate_processors */
 static void process_top_k(float *logits, size_t V, size_t k) {
-    /* 1. the k-th largest, of a copy: finding it changes the order */
+    /* 1. The k-th largest of a copy, since finding it changes the order: in logits, the place of a
+     *    number is the token's id. */
     if (k >= V)
         return;
     float *copy = thread_scratch(SCRATCH_ROW, V);
     memcpy(copy, logits, V * sizeof *copy);
     float smallest_kept = kth_largest(copy, V, k);
 
-    /* 2. everything below it goes */
+    /* 2. Everything below it is cut. */
     for (size_t v = 0; v < V; v++)
         if (logits[v] < smallest_kept)
             logits[v] = -INFINITY;
@@ -1775,7 +1837,8 @@ static int compare_candidates_down(const void *a, const void *b) {
     return (x->id > y->id) - (x->id < y->id);
 }
 
-/* The same for top-p, where of equal tokens the larger id comes first: so transformers cuts. */
+/* The same for top-p, where the larger of two ids with equal logits comes first, as transformers
+ * cuts them. */
 static int compare_candidates_top_p(const void *a, const void *b) {
     const struct Candidate *x = a;
     const struct Candidate *y = b;
@@ -1786,30 +1849,32 @@ static int compare_candidates_top_p(const void *a, const void *b) {
 
 /* top_p_cut -- how many of the most probable tokens are needed to hold the mass p.
  * in   order (n): candidates, largest logit first; total: sum of e^(logit - largest)
- * Walks down from the top and adds up probabilities; a token stays if all those above it together
- * hold less than p. At least min_keep of the most probable tokens stay.
- * By hand: 0.5, 0.3, 0.2 and p = 0.7: 0 < 0.7 stays, 0.5 < 0.7 stays, 0.8 is enough: 2.
+ * Walks down from the top and adds up probabilities; a token stays if those above it together have
+ * a mass below p. At least min_keep of the most probable tokens stay.
+ * By hand: 0.5, 0.3, 0.2 and p = 0.7: 0 < 0.7 stays, 0.5 < 0.7 stays, 0.8 is enough: 2 are kept.
  *                                              test: generate_processors; gdb: break top_p_cut */
 static size_t top_p_cut(const struct Candidate *order, size_t n, double total, double p,
                         size_t min_keep) {
     double above = 0;
     size_t kept = 0;
     while (kept < n && (kept < min_keep || above < p)) {
-        /* this token stays; its probability counts for the next one */
+        /* the test looks at `above` before this token is added: so the token that reaches p stays,
+         * and so does the first one, even if it has more than p by itself */
         above += exp((double)order[kept].logit - order[0].logit) / total;
         kept++;
     }
     return kept;
 }
 
-/* process_top_p -- nucleus sampling: the smallest set of most probable tokens whose mass reaches p
- * stays [12].                                              [glossary: Amostragem top-p]
- * Where the model is sure, that is one token or two; where it is not, hundreds.
- * in, out  logits (V); p in [0, 1); min_keep: so many stay in any case
+/* process_top_p -- nucleus sampling: keeps the smallest set of most probable tokens whose mass
+ * reaches p [12].                                          [glossary: Amostragem top-p]
+ * Where the model is sure, these are one or two tokens; where it is not, hundreds.
+ * in, out  logits (V); p in [0, 1); min_keep: at least this many stay
  * By hand: probabilities 0.5, 0.3, 0.2. p = 0.5: the first one reaches it and stays alone; p = 0.6:
  * the first two, which hold 0.8.                                      test: generate_processors */
 static void process_top_p(float *logits, size_t V, double p, size_t min_keep) {
-    /* 1. the tokens that are left, most probable first */
+    /* 1. The tokens that are left, most probable first. A candidate is a float and an int, as large
+     *    as two floats: V of them need 2 V floats of scratch. */
     struct Candidate *order = (struct Candidate *)thread_scratch(SCRATCH_ROW, 2 * V);
     size_t n = 0;
     for (size_t v = 0; v < V; v++)
@@ -1817,41 +1882,42 @@ static void process_top_p(float *logits, size_t V, double p, size_t min_keep) {
             order[n++] = (struct Candidate){logits[v], (int)v};
     qsort(order, n, sizeof *order, compare_candidates_top_p);
 
-    /* 2. the denominator of their softmax */
+    /* 2. The denominator of their softmax, over what earlier cuts have left: top-p's mass counts
+     *    after top-k. */
     double total = 0;
     for (size_t i = 0; i < n; i++)
         total += exp((double)order[i].logit - order[0].logit);
 
-    /* 3. everything behind the cut goes */
+    /* 3. Everything after the cut goes. The ids in `order` lead back to the places in logits. */
     for (size_t i = top_p_cut(order, n, total, p, min_keep); i < n; i++)
         logits[order[i].id] = -INFINITY;
 }
 
-/* process_logits -- all processors, in transformers' order.
- * in, out  logits (V)      ids (n): prompt and what was written; new_tokens: how many of those are
- * new. Without do_sample only steps 1 and 2 act: temperature and the cuts keep the argmax.
+/* process_logits -- all processors, in the order of transformers.
+ * in, out  logits (V)      ids (n): the prompt and what was written; new_tokens: how many of them
+ * were written. Without do_sample only steps 1 and 2 act: temperature and cuts keep the argmax.
  *                                                     test: generate_filters_golden */
 static void process_logits(float *logits, size_t V, const struct GenerationConfig *config,
                            const int *ids, size_t n, size_t new_tokens, int end_token) {
-    /* 1. what was written already */
+    /* 1. Against repetition. These two can change the argmax, so they act without sampling, too. */
     if (config->repetition_penalty != 1)
         process_repetition_penalty(logits, V, ids, n, config->repetition_penalty);
     if (config->no_repeat_ngram_size)
         process_no_repeat_ngram(logits, ids, n, config->no_repeat_ngram_size);
 
-    /* 2. no end before the minimum length          [glossary: Tokens máximos e mínimos] */
+    /* 2. No end token before the minimum length   [glossary: Tokens máximos e mínimos] */
     if (new_tokens < config->min_new_tokens)
         logits[end_token] = -INFINITY;
     if (!config->do_sample)
         return;
 
-    /* 3. Temperature tau: logits / tau. Below 1 it sharpens the distribution, towards the argmax
-     *    at 0; above 1 it flattens it.                  [glossary: Temperatura (τ)] */
+    /* 3. Temperature tau: logits / tau. Below 1 it sharpens the distribution, up to the argmax as
+     *    tau goes to 0; above 1 it flattens it.         [glossary: Temperatura (τ)] */
     if (config->temperature != 1)
         for (size_t v = 0; v < V; v++)
             logits[v] = (float)(logits[v] / config->temperature);
 
-    /* 4. the cuts; a beam that may end here needs a second token to go on with */
+    /* 4. The cuts. A beam whose best token is the end token needs a second one to continue with. */
     size_t min_keep = config->num_beams > 1 ? 2 : 1;
     if (config->top_k)
         process_top_k(logits, V, MAX(config->top_k, min_keep));
@@ -1862,21 +1928,21 @@ static void process_logits(float *logits, size_t V, const struct GenerationConfi
 /* sample_token -- one draw from softmax(logits).                  [glossary: Amostragem]
  * A uniform number u in [0, 1) is drawn; probabilities are added up in the order of the ids, and
  * the token is the one at which the running sum passes u: a token of probability 0.3 owns 0.3 of
- * the line from 0 to 1. logits are probabilities afterwards.
+ * the line from 0 to 1. Afterwards `logits` holds probabilities.
  * By hand: p = (0.2, 0.5, 0.3), u = 0.6: 0.2, 0.7 > 0.6: id 1.     test: generate_distribution */
 static int sample_token(float *logits, size_t V, struct Rng *rng) {
-    /* 1. a point on the line from 0 to 1, of which each token owns a stretch */
+    /* 1. A point on the line from 0 to 1; each token owns a stretch as long as its probability. */
     softmax(logits, V);
     double u = rng_uniform(rng);
 
-    /* 2. whose stretch is it? */
+    /* 2. In whose stretch is it? A token that was cut owns none, so it is never drawn. */
     double sum = 0;
     for (size_t v = 0; v < V; v++) {
         sum += logits[v];
         if (u < sum)
             return (int)v;
     }
-    /* rounding left the sum a little under 1, and u fell into the gap */
+    /* rounding has left the sum slightly below 1, and u fell into the gap */
     return (int)argmax(logits, V);
 }
 
