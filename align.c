@@ -1950,9 +1950,9 @@ static int sample_token(float *logits, size_t V, struct Rng *rng) {
  * Part II - The model
  *
  * From text to numbers, from numbers to a distribution over the next token, and back to text.
- * After this part a reader knows what GPT-2 computes, layer by layer, forward and backward: there
- * is no step between a prompt and its continuation, or between a loss and the gradient of each
- * weight, that is not written out here.
+ * After this part a reader knows what GPT-2 computes, layer by layer, forward and backward: every
+ * step between a prompt and its continuation, and between a loss and the gradient of each weight,
+ * is written out here.
  * ============================================================================================= */
 
 /* =============================================================================================
@@ -1960,18 +1960,18 @@ static int sample_token(float *logits, size_t V, struct Rng *rng) {
  *
  * How does text become numbers? GPT-2 [1] first cuts a text into words by a fixed rule, and then
  * builds each word up from its bytes by byte-pair encoding [11]. Its vocabulary was learnt once,
- * from a large text: begin with the 256 bytes; find the two neighbours that stand side by side
- * most often, and let them be a new token; repeat 50,000 times. Each of these joins is called a
- * merge, and its rank says when it was learnt. To encode a word, the merges are made again. Where
- * several are possible, the one that was learnt first is made first:
+ * from a large text: begin with the 256 bytes; find the two tokens that most often occur side by
+ * side, and make them a new token; repeat this 50,000 times. Each of these joins is called a
+ * merge, and its rank says when it was learnt. To encode a word, the merges are applied to it
+ * again. If several are possible, the one that was learnt first comes first:
  *
  *     "low"    l o w   ->   l ow   ->   low         "o"+"w" has rank 66, "l"+"ow" rank 9063;
- *      ids   75 78 86     75 322        9319        "l"+"o" (rank 5183) never gets its turn
+ *      ids   75 78 86     75 322        9319        "l"+"o" (rank 5183) never gets a turn
  *
  * The id of a merged token is 256 + its merge's rank. So "learnt first" is "lowest id"; and since
- * a merge only uses ids below its own, the first V - 1 ids are a complete vocabulary of their own.
- * That is how a small model gets a small vocabulary without learning one. The last id of each is
- * its end token.
+ * a merge only uses ids below its own, the first V - 1 ids form a complete vocabulary by
+ * themselves. This gives a small model a small vocabulary that need not be learnt. The last id of
+ * any such vocabulary is its end token.
  *
  * What enters: bytes, any bytes. What leaves: ids from 0 to V - 1, and back, exactly.
  * ============================================================================================= */
@@ -1991,11 +1991,11 @@ static bool text_equal(struct Text a, struct Text b) {
     return a.length == b.length && memcmp(a.data, b.data, a.length) == 0;
 }
 
-/* a, then b, in new memory of the arena. A NUL stands behind it that its length does not count,
- * so that C's own functions can read it. */
+/* a followed by b, in new memory of the arena. A NUL follows that the length does not count, so
+ * that C's own functions can read the text. */
 static struct Text text_join(struct Arena *arena, struct Text a, struct Text b) {
     char *both = arena_alloc(arena, a.length + b.length + 1, 1);
-    /* an empty text may have no data at all, and memcpy must not be given NULL */
+    /* the data of an empty text may be NULL, which memcpy does not accept */
     if (a.length)
         memcpy(both, a.data, a.length);
     if (b.length)
@@ -2008,10 +2008,10 @@ static struct Text text_copy(struct Arena *arena, struct Text text) {
     return text_join(arena, text, (struct Text){0});
 }
 
-/* sprintf into new memory of the arena, exactly as long as the result. */
+/* sprintf into new memory of the arena, just large enough for the result. */
 static char *PRINTF_LIKE(2, 3) arena_printf(struct Arena *arena, const char *format, ...) {
-    /* formatted twice: once into nothing, to learn the length, and once for good. A va_list is used
-     * up by reading it, so the second time needs a copy. */
+    /* Formatted twice: once into nothing, to learn the length, and once for good. Reading a va_list
+     * uses it up, so the second time needs a copy. */
     va_list arguments, again;
     va_start(arguments, format);
     va_copy(again, arguments);
@@ -2023,14 +2023,14 @@ static char *PRINTF_LIKE(2, 3) arena_printf(struct Arena *arena, const char *for
     return string;
 }
 
-/* Makes sure that an array of n items has room for one more. Where it has not, its capacity
- * doubles: so n items are copied about n times in all, however long it becomes. The array is
- * malloc's, not an arena's; its owner frees it.
- * in, out  capacity: items that there is room for; size: bytes of an item */
+/* Makes sure that an array of n items has room for one more. If it has not, its capacity is
+ * doubled, so that only about n items are copied in all while it grows to n. The array comes from
+ * malloc, not from an arena; its owner frees it.
+ * in, out  capacity: the number of items there is room for; size: bytes of an item */
 static void *grow(void *items, size_t n, size_t *capacity, size_t size) {
     if (n < *capacity)
         return items;
-    /* doubled, not one more: else the n-th item would cost n copies */
+    /* growing by one each time would copy everything for every new item: n^2 / 2 copies */
     *capacity = MAX(2 * *capacity, (size_t)256);
     items = realloc(items, *capacity * size);
     CHECK(items, "out of memory: %zu MB asked for", *capacity * size >> 20);
@@ -2039,13 +2039,13 @@ static void *grow(void *items, size_t n, size_t *capacity, size_t size) {
 
 /* ---- The vocabulary ------------------------------------------------------------------------- */
 
-/* TOKENIZER_MAGIC and _VERSION open tokenizer.bin (chapter 23). Of a vocabulary's ids the first 256
- * are the bytes, but in GPT-2's own order: byte_token of struct Tokenizer. */
+/* TOKENIZER_MAGIC and _VERSION are the first numbers of tokenizer.bin (chapter 23). The first 256
+ * ids of a vocabulary are the bytes, but in GPT-2's own order: byte_token of struct Tokenizer. */
 enum { TOKENIZER_MAGIC = 20240328, TOKENIZER_VERSION = 2, BYTE_TOKENS = 256 };
 /* What GPT-2's rule for words distinguishes. */
 enum CharClass { CLASS_OTHER, CLASS_LETTER, CLASS_NUMBER, CLASS_SPACE };
-/* Code points end below the first. The second: 2^17 places for 50,000 merges, so that a search
- * in the hash table ends after one or two. */
+/* UNICODE_END: every code point is below it. MERGE_SLOTS: 2^17 places for 50,000 merges, so that a
+ * search in the hash table ends after one or two steps. */
 enum { UNICODE_END = 0x110000, MERGE_SLOTS = 1 << 17 };
 
 struct Tokenizer {
@@ -2060,26 +2060,26 @@ struct Tokenizer {
     int *merge_id; /* (MERGE_SLOTS) hash table: a pair -> the id it makes; -1: an empty slot */
 };
 
-/* Where a pair stands in the hash table merge_id, or, if it is no merge, the empty slot at which
+/* The slot of a pair in the hash table merge_id or, if the pair is no merge, the empty slot where
  * the search for it ended. */
 static size_t merge_slot(const struct Tokenizer *tok, uint32_t pair) {
     /* Knuth's multiplicative hash: the product with 2^32 / golden ratio, modulo 2^32, spreads
-     * pairs that are alike; its upper 17 bits number a slot */
+     * similar pairs; its upper 17 bits are the slot */
     size_t slot = (pair * 2654435761u) >> 15;
-    /* a slot that another pair has taken: try the next one */
+    /* a slot taken by another pair: try the next one */
     while (tok->merge_id[slot] >= 0 && tok->merge_pair[tok->merge_id[slot] - BYTE_TOKENS] != pair)
         slot = (slot + 1) % MERGE_SLOTS;
     return slot;
 }
 
-/* The id that two neighbours make together, or -1 if they make none. */
+/* The id of the token that two neighbours merge into, or -1 if there is no such merge. */
 static int tokenizer_merge(const struct Tokenizer *tok, int left, int right) {
     return tok->merge_id[merge_slot(tok, (uint32_t)left | (uint32_t)right << 16)];
 }
 
 /* The end token's id in a vocabulary of V ids: the ids below it are ordinary tokens, and it is
- * spelt "<|endoftext|>". It is GPT-2's own (50256) if the vocabulary reaches so far, else the last
- * id. This is only the default: which token ends a text is for the model's configuration to say
+ * spelt "<|endoftext|>". If the vocabulary includes GPT-2's own (50256), it is that, otherwise the
+ * last id. This is only the default: the model's configuration decides which token ends a text
  * (eos_token_id).
  * By hand: V = 1025: 1024. V = 50304, padded to a multiple of 64: 50256.  test: tokenizer_small */
 static int endoftext_id(size_t vocab_size) {
@@ -2090,9 +2090,10 @@ static int endoftext_id(size_t vocab_size) {
 
 /* utf8_read -- one character of UTF-8: its length in bytes, 1 to 4, and its code point in *code.
  * Returns 0 if the bytes are not valid UTF-8.
- * in   text: the character starts at its first byte; n >= 1: bytes that are left
- * The leading ones of the first byte say how many bytes there are (0 one, 110 two, 1110 three,
- * 11110 four), the rest of it are the upper bits; each further byte is 10 and six more bits.
+ * in   text: the character starts at its first byte; n >= 1: how many bytes are left
+ * The leading ones of the first byte tell how many bytes there are (0 one, 110 two, 1110 three,
+ * 11110 four); its other bits are the upper bits of the code point. Each further byte is 10 and six
+ * more bits.
  * By hand: c3 a9 is 110'00011 10'101001: 00011'101001 = e9, "e" with an acute accent.
  *                                                                        test: tokenizer_bytes */
 static size_t utf8_read(const unsigned char *text, size_t n, uint32_t *code) {
@@ -2103,13 +2104,13 @@ static size_t utf8_read(const unsigned char *text, size_t n, uint32_t *code) {
     if (first < 0x80)
         return 1;
 
-    /* 1. The length. 80 to bf continue a character and cannot start one; c0 and c1 could only
+    /* 1. The length. Bytes 80 to bf continue a character and cannot start one; c0 and c1 could only
      *    spell ASCII in two bytes; f5 and above would be beyond the last code point. */
     size_t length = first >= 0xf0 ? 4 : first >= 0xe0 ? 3 : 2;
     if (first < 0xc2 || first > 0xf4 || n < length)
         return 0;
 
-    /* 2. the first byte without its leading ones, then six bits of each byte behind it */
+    /* 2. The first byte without its leading ones, then six bits from each of the next bytes. */
     *code = first & (0xffu >> (length + 1));
     for (size_t k = 1; k < length; k++) {
         if ((text[k] & 0xc0) != 0x80)
@@ -2117,7 +2118,7 @@ static size_t utf8_read(const unsigned char *text, size_t n, uint32_t *code) {
         *code = *code << 6 | (text[k] & 63);
     }
 
-    /* 3. Each character has one spelling, its shortest; and d800 to dfff are no characters but
+    /* 3. Each character has one spelling, the shortest; and d800 to dfff are no characters but the
      *    halves of UTF-16's pairs. */
     bool is_shortest = *code >= smallest[length];
     bool is_surrogate = *code >= 0xd800 && *code < 0xe000;
@@ -2125,23 +2126,23 @@ static size_t utf8_read(const unsigned char *text, size_t n, uint32_t *code) {
 }
 
 /* Class and length of the character at text[i]. A byte that is not valid UTF-8 counts as a
- * character of class "other": nothing is refused, nothing is lost. */
+ * character of class "other": no text is refused, and no byte is lost. */
 static enum CharClass char_class_at(const struct Tokenizer *tok, const unsigned char *text,
                                     size_t i, size_t n, size_t *length) {
     uint32_t code;
     *length = utf8_read(text + i, n - i, &code);
     if (*length > 0)
         return (enum CharClass)tok->char_class[code];
-    /* not UTF-8: pass over this byte alone, for the next one may start a character */
+    /* not UTF-8: skip this byte alone, since the next one may start a character */
     *length = 1;
     return CLASS_OTHER;
 }
 
-/* How many bytes of 's 't 're 've 'm 'll 'd the text starts with; 0 if it starts with none. */
+/* The length of the contraction ('s 't 're 've 'm 'll 'd) that the text starts with; 0 if none. */
 static size_t contraction_length(const unsigned char *text, size_t n) {
     static const char *const contractions[] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
     for (size_t k = 0; k < COUNT(contractions); k++) {
-        /* as the rule has it, lower case only and whatever follows: "'Sx" is none, "'sx" is one */
+        /* As in GPT-2's rule, lower case only, whatever follows: "'Sx" is none, "'sx" is one. */
         size_t length = strlen(contractions[k]);
         if (n >= length && memcmp(text, contractions[k], length) == 0)
             return length;
@@ -2149,12 +2150,13 @@ static size_t contraction_length(const unsigned char *text, size_t n) {
     return 0;
 }
 
-/* tokenizer_word_end -- where the word that starts at i ends. Merges never cross this border: else
- * "dog.", "dog!" and "dog?" would each become a token. GPT-2's rule, as a regular expression whose
- * alternatives are tried from left to right (\p{L} letters, \p{N} numbers, \s spaces):
+/* tokenizer_word_end -- where the word that starts at i ends. Merges never cross this border:
+ * otherwise "dog.", "dog!" and "dog?" would each become a token. GPT-2's rule, as a regular
+ * expression whose alternatives are tried from left to right (\p{L} letters, \p{N} numbers, \s
+ * spaces):
  *     's|'t|'re|'ve|'m|'ll|'d | ?\p{L}+ | ?\p{N}+ | ?[^\s\p{L}\p{N}]+ | \s+(?!\S) | \s+
  * In words: a run of one class, with a space in front of it if there is one. So the usual space
- * belongs to the word behind it, and " film" is one token, wherever it stands in a sentence.
+ * belongs to the word after it, and " film" is one token anywhere in a sentence.
  * By hand: "I'm  42!" -> "I", "'m", " ", " 42", "!": of two spaces the last one goes with 42.
  *                                                                        test: tokenizer_words */
 static size_t tokenizer_word_end(const struct Tokenizer *tok, const unsigned char *text, size_t i,
@@ -2164,8 +2166,8 @@ static size_t tokenizer_word_end(const struct Tokenizer *tok, const unsigned cha
     if (contraction > 0)
         return i + contraction;
 
-    /* 2. The class of the run is that of its first character; " ?": one space in front of
-     *    another class is passed over. */
+    /* 2. The class of the run is that of its first character, after one optional space (" ?" in the
+     *    rule) in front of another class. */
     size_t length;
     size_t at = i;
     enum CharClass class = char_class_at(tok, text, at, n, &length);
@@ -2179,33 +2181,33 @@ static size_t tokenizer_word_end(const struct Tokenizer *tok, const unsigned cha
         }
     }
 
-    /* 3. to the end of the run; `last` is where its last character starts */
+    /* 3. To the end of the run; `last` is where its last character starts. */
     size_t last = at;
     for (at += length; at < n && char_class_at(tok, text, at, n, &length) == class; at += length)
         last = at;
 
-    /* 4. \s+(?!\S): a run of spaces in front of a word leaves its last space to that word, but
-     *    not if it is the only one */
+    /* 4. \s+(?!\S): a run of spaces in front of a word leaves its last space to that word, unless
+     *    it is the only one. */
     return class == CLASS_SPACE && at < n && last > i ? last : at;
 }
 
 /* ---- From a word to tokens ------------------------------------------------------------------ */
 
-/* A word while it is encoded: a linked list of pieces, at first its bytes, and a heap of the merges
- * that are possible. Each entry of the heap is merged id << 32 | left piece: the smallest entry is
- * the merge that was learnt first, and among equals the leftmost.
+/* A word while it is being encoded: a linked list of pieces, initially its bytes, and a heap of the
+ * merges that are possible. Each entry of the heap is merged id << 32 | left piece: so the smallest
+ * entry is the merge that was learnt first and, among equals, the leftmost.
  *
- * A merge makes others impossible, whose entries stay behind in the heap. To look for them would
- * be slow; instead each entry is checked when its turn comes, and a stale one is skipped. So a
- * word of n bytes takes O(n log n) steps. To search the whole word before each merge would take
- * O(n^2), which is too long for a million letters without a space.   test: tokenizer_long_word */
+ * A merge makes others impossible, whose entries remain in the heap. Searching for them would be
+ * slow; instead each entry is checked when its turn comes, and a stale one is skipped. So a word of
+ * n bytes takes O(n log n) steps. Searching the whole word before each merge would take O(n^2),
+ * which is too long for a million letters without a space.           test: tokenizer_long_word */
 struct Piece {
     int id; /* -1: merged into its left neighbour */
     int32_t prev, next; /* -1: none */
 };
 struct WordPieces {
     const struct Tokenizer *tok;
-    int merge_limit; /* merges that make this id or a later one are outside the vocabulary */
+    int merge_limit; /* merges into this id or a later one are outside the vocabulary */
     struct Piece *piece;
     uint64_t *heap;
     size_t heap_size;
@@ -2214,24 +2216,24 @@ struct WordPieces {
 /* A binary heap: entry i is not larger than its children, 2i + 1 and 2i + 2; so the smallest is
  * entry 0. By hand: push 7, 4, 9: (4, 7, 9).                                test: tokenizer_heap */
 static void heap_push(struct WordPieces *word, uint64_t entry) {
-    /* from the new place at the end upwards: each parent that is larger moves down one level */
+    /* from the new place at the end upwards: each larger parent moves down by one level */
     size_t i = word->heap_size++;
     for (; i > 0 && entry < word->heap[(i - 1) / 2]; i = (i - 1) / 2)
         word->heap[i] = word->heap[(i - 1) / 2];
     word->heap[i] = entry;
 }
 
-/* Takes the smallest entry out.
+/* Removes the smallest entry and returns it.
  * By hand: (4, 7, 9) gives 4 and leaves (7, 9).                             test: tokenizer_heap */
 static uint64_t heap_pop(struct WordPieces *word) {
     uint64_t smallest = word->heap[0];
-    /* The last entry needs a new place, for the heap is shorter by one. The way leads from the gap
-     * at the top downwards: the smaller child moves up, until the entry fits in. */
+    /* The heap is shorter by one, so its last entry needs a new place. From the gap at the top
+     * downwards: the smaller child moves up, until the last entry fits into the gap. */
     uint64_t last = word->heap[--word->heap_size];
     size_t n = word->heap_size;
     size_t i = 0;
     for (size_t child; (child = 2 * i + 1) < n; i = child) {
-        /* the smaller one, for it becomes the other one's parent */
+        /* the smaller child, since it becomes the other one's parent */
         if (child + 1 < n && word->heap[child + 1] < word->heap[child])
             child++;
         if (word->heap[child] >= last)
@@ -2242,10 +2244,10 @@ static uint64_t heap_pop(struct WordPieces *word) {
     return smallest;
 }
 
-/* Puts the merge of piece `left` and the one behind it into the heap, if there is such a merge and
- * the vocabulary has it. left -1: there is no piece. */
+/* Puts the merge of piece `left` with the next one into the heap, if there is such a merge and the
+ * vocabulary includes it. left -1: there is no piece. */
 static void pieces_offer(struct WordPieces *word, int32_t left) {
-    /* 1. at either end of the word there is no pair */
+    /* 1. At either end of the word there is no pair. */
     if (left < 0 || word->piece[left].next < 0)
         return;
 
@@ -2257,24 +2259,24 @@ static void pieces_offer(struct WordPieces *word, int32_t left) {
         heap_push(word, (uint64_t)id << 32 | (uint32_t)left);
 }
 
-/* Joins piece `left` and the one behind it into the token `id`, unless the entry is stale: one of
- * the two has merged with another piece since the pair was offered. */
+/* Joins piece `left` and the next one into the token `id`, unless the entry is stale: one of the
+ * two has merged with another piece since the pair entered the heap. */
 static void pieces_merge(struct WordPieces *word, int32_t left, int id) {
-    /* 1. Stale? Then they no longer make this id, or are no longer there. */
+    /* 1. Stale? Then the two no longer make this id, or one of them is gone. */
     struct Piece *piece = word->piece;
     int32_t right = piece[left].next;
     if (piece[left].id < 0 || right < 0
         || tokenizer_merge(word->tok, piece[left].id, piece[right].id) != id)
         return;
 
-    /* 2. the left one becomes both, and the right one leaves the list */
+    /* 2. The left piece becomes both, and the right one leaves the list. */
     piece[left].id = id;
     piece[left].next = piece[right].next;
     piece[right].id = -1;
     if (piece[left].next >= 0)
         piece[piece[left].next].prev = left;
 
-    /* 3. the new piece may merge with its neighbours on either side */
+    /* 3. The new piece may merge with its neighbour on either side. */
     pieces_offer(word, piece[left].prev);
     pieces_offer(word, left);
 }
@@ -2283,12 +2285,12 @@ static void pieces_merge(struct WordPieces *word, int32_t left, int id) {
  * in   bytes (n); word: with room for n pieces and 3n heap entries
  * out  ids: room for n; returns how many there are
  * By hand: " lovely": " l" (300), "ve" (303), "ly" (306), "ove" (659), " love" (1842), at last
- * " lovely" (14081). With V = 1025 it ends at 300 659 306, since 1842 is outside. docs/debugging.md
- * has a tour through it.
+ * " lovely" (14081). With V = 1025 it stops at 300 659 306, since 1842 is outside.
+ * docs/debugging.md has a tour through it.
  *            test: tokenizer_cases, tokenizer_small, tokenizer_plain; gdb: break pieces_merge */
 static size_t tokenizer_encode_word(struct WordPieces *word, const unsigned char *bytes, size_t n,
                                     int *ids) {
-    /* 1. one piece for each byte, and all neighbours that can merge */
+    /* 1. One piece for each byte, and every pair of neighbours that can merge. */
     struct Piece *piece = word->piece;
     for (size_t i = 0; i < n; i++)
         piece[i] = (struct Piece){
@@ -2300,14 +2302,15 @@ static size_t tokenizer_encode_word(struct WordPieces *word, const unsigned char
     for (size_t i = 0; i + 1 < n; i++)
         pieces_offer(word, (int32_t)i);
 
-    /* 2. the merge that was learnt first, again and again, until none is left */
+    /* 2. The merge that was learnt first, again and again, until none is left: in this order the
+     *    vocabulary was learnt, so in this order its tokens are found. */
     while (word->heap_size > 0) {
         uint64_t entry = heap_pop(word);
         pieces_merge(word, (int32_t)(entry & 0xffffffff), (int)(entry >> 32));
     }
 
-    /* 3. what is left in the list are the tokens; its first piece is always piece 0, for a piece
-     *    only ever merges into its left neighbour */
+    /* 3. What remains in the list are the tokens. The first is always piece 0, since a piece only
+     *    ever merges into its left neighbour. */
     size_t count = 0;
     for (int32_t i = 0; i >= 0; i = piece[i].next)
         ids[count++] = piece[i].id;
@@ -2316,30 +2319,30 @@ static size_t tokenizer_encode_word(struct WordPieces *word, const unsigned char
 
 /* tokenizer_encode -- text to ids.                [glossary: Tokenização de conjunto de dados]
  * in   text: n bytes, valid UTF-8 or not; vocab_size: V of the model
- * out  ids: room for n of them, for a token has at least one byte; returns how many there are.
- *      They are below the end token's id.
- * "<|endoftext|>" inside a text is ordinary text, seven tokens: data cannot forge an end.
+ * out  ids: room for n of them, since a token has at least one byte; returns how many there are.
+ *      All are below the end token's id.
+ * "<|endoftext|>" inside a text is ordinary text, seven tokens: no text can fake its own end.
  * By hand: "Hello world" -> "Hello" (15496), " world" (995).                 test: tokenizer_* */
 static size_t tokenizer_encode(const struct Tokenizer *tok, struct Text text, size_t vocab_size,
                                int *ids) {
     const unsigned char *bytes = (const unsigned char *)text.data;
     struct WordPieces word = {.tok = tok, .merge_limit = endoftext_id(vocab_size)};
     size_t count = 0;
-    /* pieces are numbered by an int32_t */
+    /* struct Piece numbers pieces with an int32_t */
     CHECK(text.length < INT32_MAX,
           "a text of %zu bytes is longer than the 2 GB that can be encoded at once", text.length);
     for (size_t i = 0, end; i < text.length; i = end) {
-        /* 1. the next word */
+        /* 1. The next word. Words are encoded independently, so their order does not matter. */
         end = tokenizer_word_end(tok, bytes, i, text.length);
         size_t n = end - i;
 
-        /* 2. Memory. The heap: n - 1 pairs at first, and two more with each of at most n - 1
-         *    merges, so 3n entries of 8 bytes. A piece has 12 bytes. Scratch is counted in floats,
-         *    of 4 bytes. */
+        /* 2. Memory. The heap: n - 1 pairs at first, and two more for each of at most n - 1
+         *    merges, so 3n entries of 8 bytes suffice; n pieces have 12 bytes each. Scratch is
+         *    counted in floats, of 4 bytes: 6n and 3n. */
         word.heap = (uint64_t *)thread_scratch(SCRATCH_A, 6 * n);
         word.piece = (struct Piece *)thread_scratch(SCRATCH_B, 3 * n);
 
-        /* 3. its tokens, behind those of the words before it */
+        /* 3. Its tokens, after those of the words before it. */
         count += tokenizer_encode_word(&word, bytes + i, n, ids + count);
     }
     return count;
@@ -2347,10 +2350,10 @@ static size_t tokenizer_encode(const struct Tokenizer *tok, struct Text text, si
 
 /* ---- And back ------------------------------------------------------------------------------- */
 
-/* The bytes of a token of a vocabulary of vocab_size ids. They may be part of a character only:
- * UTF-8 is whole again when the tokens are joined. */
+/* The bytes of a token in a vocabulary of vocab_size ids. They may be only a part of a character:
+ * the text is valid UTF-8 again once the tokens are joined. */
 static struct Text tokenizer_decode(const struct Tokenizer *tok, int id, size_t vocab_size) {
-    /* a small vocabulary's end token has the id of an ordinary one of the large vocabulary */
+    /* the id of a small vocabulary's end token is an ordinary token in the large one */
     if (id == endoftext_id(vocab_size))
         id = tok->end_token;
     /* the unused ids of a padded vocabulary */
@@ -2359,16 +2362,16 @@ static struct Text tokenizer_decode(const struct Tokenizer *tok, int id, size_t 
     return tok->token[id];
 }
 
-/* The text of n ids: the bytes of all tokens, one behind the other.
+/* The text of n ids: the bytes of all tokens, joined.
  *                                                         test: tokenizer_cases, tokenizer_bytes */
 static struct Text tokenizer_decode_all(const struct Tokenizer *tok, struct Arena *arena,
                                         const int *ids, size_t n, size_t vocab_size) {
-    /* 1. how long it will be */
+    /* 1. The length first, so that the arena gives one piece of the right size. */
     size_t length = 0;
     for (size_t i = 0; i < n; i++)
         length += tokenizer_decode(tok, ids[i], vocab_size).length;
 
-    /* 2. the bytes, and a NUL for C's own functions */
+    /* 2. The bytes, and a NUL for C's own functions. */
     char *text = arena_alloc(arena, length + 1, 1);
     char *to = text;
     for (size_t i = 0; i < n; i++) {
@@ -2385,24 +2388,24 @@ static struct Text tokenizer_decode_all(const struct Tokenizer *tok, struct Aren
  *                                                    [glossary: Conjunto de dados]
  *
  * What does the model see of a data set? Rows of text become examples (ids, and how many of them
- * are the prompt), and several examples become a batch. Texts have different lengths. TRL pads
- * them to a rectangle and masks the padding out again; here they are packed, one behind the other:
+ * are the prompt), and several examples become a batch. Texts differ in length. TRL pads them to a
+ * rectangle and then masks the padding; here they are packed, each right after the one before:
  *
  *     example 0: [5 6 7]      TRL:  5 6 7 .        here:  ids       5 6 7 8 9 4 3
  *     example 1: [8 9 4 3]          8 9 4 3               start     0     3       7
  *                                                         position  0 1 2 0 1 2 3
  *
- * What is not there costs nothing, and each fact has one place: where a sequence starts, which
- * position each token has, which rows must predict which token.
+ * There is no padding to compute, and each fact is stored in one place: where a sequence starts,
+ * which position each token has, which rows must predict which token.
  *
- * What enters: ids of texts. What leaves: a batch: N tokens in a row, R rows with a target.
+ * What enters: ids of texts. What leaves: a batch of N tokens, and R targets to predict.
  * ============================================================================================= */
 
 /* ---- Rows of a data set --------------------------------------------------------------------- */
 
 /* The fields that a row of a data set may have, one bit each. A shape says what a method needs:
- * the fields that each row must have, and, 16 bits further up, those that are used if they are
- * there. What else a row has is not looked at. */
+ * the fields that each row must have and, 16 bits further up, those that are used if present. Any
+ * other field of a row is ignored. */
 #define MAY_HAVE(fields) ((fields) << 16)
 enum Field {
     HAS_TEXT = 1,
@@ -2424,13 +2427,13 @@ enum Field {
     SHAPE_RATED = HAS_TEXT | HAS_SCORE,
     SHAPE_ROLLOUT = HAS_QUERY_IDS | HAS_RESPONSE_IDS | HAS_SCORE
 };
-/* In the order of the bits: their names in a file. */
+/* Their names in a file, in the order of the bits. */
 static const char *const FIELD_NAMES[] = {"text",         "prompt", "completion", "chosen",
                                           "rejected",     "label",  "score",      "query_ids",
                                           "response_ids", "margin"};
 
 struct Row {
-    unsigned has; /* the bits of the fields that it has, used or not */
+    unsigned has; /* a bit for each field that the row has, used or not */
     struct Text text, prompt, completion, chosen, rejected;
     double score, margin, label;
     int *query_ids, *response_ids;
@@ -2442,7 +2445,7 @@ struct Dataset {
     size_t n, capacity;
     unsigned shape;
     char *path;
-    struct DataFile *files; /* of a folder; else the one file */
+    struct DataFile *files; /* the files of a folder, or the one file */
     size_t file_count;
 };
 
@@ -2454,28 +2457,29 @@ struct Example {
     size_t n, prompt_length;
 };
 
-/* Did the answer behind the prompt end by itself, in the policy's end token? */
+/* Did the answer end by itself, with the policy's end token? */
 static bool example_ended(const struct Example *e, int end_token) {
     return e->n > e->prompt_length && e->ids[e->n - 1] == end_token;
 }
 
-/* Puts the end token behind what is learnt: that is how a model learns to stop. As in TRL, no
- * second one follows where the answer ends in it already, which can happen when the end token is
- * an ordinary one, "." for instance. The ids must have room for it.        test: data_end_token */
+/* Appends the end token to what is learnt: that is how a model learns to stop. As in TRL, no second
+ * one follows if the answer already ends with it, which can happen if the end token is an ordinary
+ * one, "." for instance. The ids must have room for it.                    test: data_end_token */
 static void example_end(struct Example *e, int end_token) {
     if (!example_ended(e, end_token))
         e->ids[e->n++] = end_token;
 }
 
-/* A text as ids, all of them learnt; the model's end token behind it, or none if end_token is
- * NULL. There is room for one id more in either case. */
+/* A text as ids, all of them learnt, followed by the model's end token, or by none if end_token is
+ * NULL. Either way there is room for one more id. */
 static struct Example example_encode(struct Arena *arena, const struct Tokenizer *tok,
                                      struct Text text, size_t vocab_size, const int *end_token) {
-    /* encoded into scratch, since only afterwards is it known how many ids there are */
+    /* Encoded into scratch, because the number of ids is known only afterwards. Scratch is counted
+     * in floats, as large as an int, and a text has no more ids than bytes. */
     struct Example e = {0};
     int *ids = (int *)thread_scratch(SCRATCH_ROW, text.length + 1);
     e.n = tokenizer_encode(tok, text, vocab_size, ids);
-    /* one more than there are, for an end token that a caller may add later */
+    /* room for one more: a caller may append an end token later */
     e.ids = memcpy(arena_alloc(arena, e.n + 1, sizeof *e.ids), ids, e.n * sizeof *ids);
     if (end_token)
         example_end(&e, *end_token);
@@ -2483,27 +2487,28 @@ static struct Example example_encode(struct Arena *arena, const struct Tokenizer
 }
 
 /* example_prompt_completion -- prompt and completion as one example, as TRL makes it.
- * They are encoded as one text, for that is what the model reads when it is used: encoded apart,
- * a token might be cut in two at the seam. The completion starts where the ids are no longer those
- * of the prompt alone. So a token that spans the seam belongs to the completion, and is learnt.
+ * They are encoded as one text, since that is what the model reads when it is used: encoded
+ * separately, a token might be cut in two at the seam. The completion starts at the first id that
+ * differs from the ids of the prompt alone. So a token that spans the seam belongs to the
+ * completion, and is learnt.
  * By hand: "Hello wor" + "ld": together "Hello" " world", the prompt alone "Hello" " wor": the ids
- * agree in one, so the prompt is "Hello".                           test: data_prompt_completion */
+ * agree on one token, so the prompt is "Hello".                     test: data_prompt_completion */
 static struct Example example_prompt_completion(struct Arena *arena, const struct Tokenizer *tok,
                                                 struct Text prompt, struct Text completion,
                                                 size_t vocab_size, const int *end_token) {
-    /* 1. the prompt by itself, and the whole */
+    /* 1. The prompt alone, and the whole. Only the whole is kept. */
     struct Arena scratch = {0};
     struct Example alone = example_encode(&scratch, tok, prompt, vocab_size, NULL);
     struct Text both = text_join(&scratch, prompt, completion);
     struct Example whole = example_encode(arena, tok, both, vocab_size, NULL);
 
-    /* 2. as far as the two agree, it is the prompt */
+    /* 2. What the two have in common at the start is the prompt. */
     size_t shared = 0;
     while (shared < alone.n && shared < whole.n && alone.ids[shared] == whole.ids[shared])
         shared++;
     whole.prompt_length = shared;
 
-    /* 3. only now the end token: whether one is needed depends on where the completion starts */
+    /* 3. The end token only now: whether it is needed depends on where the completion starts. */
     if (end_token)
         example_end(&whole, *end_token);
     arena_free(&scratch);
@@ -2511,26 +2516,26 @@ static struct Example example_prompt_completion(struct Arena *arena, const struc
 }
 
 /* split_implicit_prompt -- finds the prompt of a preference that has none: its two texts are whole
- * conversations, and what both begin with is the prompt. As in TRL, a space at its end goes to the
- * answers, for GPT-2's words begin with their space.
- * in, out  row: chosen, rejected; prompt is set. They stay parts of the texts that they were.
+ * conversations, and their common beginning is the prompt. As in TRL, a space at the prompt's end
+ * goes to the answers, since GPT-2's words begin with their space.
+ * in, out  row: chosen and rejected are shortened, prompt is set; all point into the old texts.
  * By hand: "It is good" and "It is bad": prompt "It is", answers " good" and " bad".
  *                                                                     test: data_implicit_prompt */
 static void split_implicit_prompt(struct Row *row) {
-    /* 1. the longest common beginning, in bytes */
+    /* 1. The longest common beginning, in bytes. */
     size_t n = 0;
     while (n < row->chosen.length && n < row->rejected.length
            && row->chosen.data[n] == row->rejected.data[n])
         n++;
 
-    /* 2. It must end between two characters. Two accented letters may share their first byte; so
-     *    while the byte behind the cut continues a character (10......), the cut moves left. At
-     *    the end of a text, that byte is the NUL that stands behind each. */
+    /* 2. It must end between two characters, but two accented letters may share their first byte.
+     *    So while the byte after the cut continues a character (10......), the cut moves left. At
+     *    the end of a text, that byte is the NUL that follows each text. */
     while (n > 0
            && ((row->chosen.data[n] & 0xc0) == 0x80 || (row->rejected.data[n] & 0xc0) == 0x80))
         n--;
 
-    /* 3. the space goes to the answers */
+    /* 3. The space goes to the answers. Cutting moves pointers; no text is copied. */
     if (n > 0 && row->chosen.data[n - 1] == ' ')
         n--;
     row->prompt = (struct Text){row->chosen.data, n};
@@ -2540,69 +2545,83 @@ static void split_implicit_prompt(struct Row *row) {
 
 /* ---- Batches: examples side by side --------------------------------------------------------- */
 
-/* B sequences, packed into N rows of tokens; R of these rows must predict something. */
+/* B sequences, packed into N rows of tokens; R of these rows must predict something, and row[r] and
+ * target[r] say which and what. The two examples of the chapter's essay, with prompts of 1 and 2
+ * tokens, and without each last token, which predicts nothing:
+ *
+ *     n          0  1  2  3  4
+ *     ids        5  6  8  9  4       start         0  2  5    sequence 1 is rows 2 to 4
+ *     position   0  1  0  1  2
+ *                |  |     |  |
+ *     must       v  v     v  v       r             0  1  2  3
+ *     predict    6  7     4  3       row           0  1  3  4    row 3, the 9, must predict
+ *                                    target        6  7  4  3    the 4 after it
+ *                                    target_start  0  2  4       sequence 1 has r = 2 and 3
+ *
+ * Row 2, the 8, predicts nothing: the token after it, 9, belongs to the prompt. Losses are computed
+ * for R targets, in arrays without gaps; `row` leads back to the hidden state of each. */
 struct Batch {
     size_t B, N, R, max_length; /* max_length: tokens of the longest sequence in the batch */
-    size_t tokens; /* of the examples, whether or not the model reads the last ones */
+    size_t tokens; /* of the examples, whether or not the model reads their last ones */
     int *ids, *position; /* (N) */
     size_t *start; /* (B+1) sequence b has the rows start[b] .. start[b+1]-1 */
     size_t *target_start; /* (B+1) its targets are target_start[b] .. target_start[b+1]-1 */
     int *row, *target; /* (R) row[r] must predict the id target[r] */
-    /* (B) or NULL. From its row fork[b] on, sequence b is another answer to its first shared[b]
+    /* (B) or NULL. From its row fork[b] on, sequence b is a second answer to its first shared[b]
      * tokens: see collate_pairs. */
     size_t *shared, *fork;
-    /* While a text is written (chapter 13) the rows are the newest tokens only, and attention finds
-     * the earlier ones in the cache; else NULL. */
+    /* While a text is being written (chapter 13) the rows are the newest tokens only, and attention
+     * finds the earlier ones in the cache; otherwise NULL. */
     struct KVCache *cache;
     size_t *slot; /* (N) the sequence of the cache that a row belongs to */
 };
 
-/* A batch that will have B sequences and at most `tokens` rows; it has none yet. */
+/* A batch for B sequences and at most `tokens` rows; it has no rows yet. */
 static struct Batch batch_new(struct Arena *arena, size_t B, size_t tokens) {
     return (struct Batch){
         .B = B,
         .tokens = tokens,
-        /* what each row is */
+        /* what each row is: a token and its position */
         .ids = arena_alloc(arena, tokens, sizeof(int)),
         .position = arena_alloc(arena, tokens, sizeof(int)),
-        /* which rows must predict what */
+        /* which rows must predict what: never more targets than tokens */
         .row = arena_alloc(arena, tokens, sizeof(int)),
         .target = arena_alloc(arena, tokens, sizeof(int)),
-        /* cleared: the first sequence starts at row 0, with target 0 */
+        /* cleared: sequence 0 starts at row 0, and its targets at target 0 */
         .start = arena_zeros(arena, B + 1, sizeof(size_t)),
         .target_start = arena_zeros(arena, B + 1, sizeof(size_t)),
     };
 }
 
-/* Tokens first to end - 1 of a sequence become the batch's next rows. */
+/* Tokens first to end - 1 of a sequence become the next rows of the batch. */
 static void batch_append(struct Batch *batch, const int *ids, size_t first, size_t end) {
     for (size_t t = first; t < end; t++, batch->N++) {
-        /* the position counts from the start of the text, wherever in the batch the row stands */
+        /* the position counts from the start of the text, not of the batch */
         batch->ids[batch->N] = ids[t];
         batch->position[batch->N] = (int)t;
     }
 }
 
-/* Is a sequence's last token read? It predicts nothing, so a language model need not; a reward is
- * read there. */
+/* Is the last token of a sequence read? A language model predicts nothing from it and can skip it;
+ * a reward is read there. */
 enum LastToken { SKIP_LAST, READ_LAST };
 
-/* Example e becomes sequence b of the batch, behind those that are there. */
+/* Example e becomes sequence b of the batch, after those already there. */
 static void collate_example(struct Batch *batch, size_t b, const struct Example *e,
                             enum LastToken last) {
-    /* 1. The targets: each token behind the prompt, and the row before it, which must predict it.
-     *    Nothing stands before the first token of a text, so nothing predicts it. */
+    /* 1. The targets: each token after the prompt; the row before it must predict it. The first
+     *    token of a text is never a target, since there is no row before it. */
     for (size_t t = MAX(e->prompt_length, (size_t)1); t < e->n; t++) {
         batch->row[batch->R] = (int)(batch->N + t - 1);
         batch->target[batch->R] = e->ids[t];
         batch->R++;
     }
 
-    /* 2. the rows */
+    /* 2. The rows. They come after the targets, which count from the old N. */
     bool skips_one = last == SKIP_LAST && e->n > 0;
     batch_append(batch, e->ids, 0, e->n - skips_one);
 
-    /* 3. where the next sequence starts */
+    /* 3. Where the next sequence starts. */
     batch->start[b + 1] = batch->N;
     batch->target_start[b + 1] = batch->R;
     batch->max_length = MAX(batch->max_length, batch->N - batch->start[b]);
@@ -2611,19 +2630,19 @@ static void collate_example(struct Batch *batch, size_t b, const struct Example 
 /* collate -- examples of different lengths into one batch.       [glossary: Função coladora]
  * in   examples (B)
  * TRL's collators pad to a rectangle (B, longest), mask the padding, and give prompts and padding
- * the label -100, "ignore". Packing stores the same facts: a row whose label would not be -100 is
- * named in `row`, and its label in `target`.
+ * the label -100, "ignore". Packing stores the same facts: `row` lists the rows whose label would
+ * not be -100, and `target` their labels.
  * By hand: ids [5 6 7 8] with a prompt of 2: the rows are 5 6 7 (8 predicts nothing); row 1, the 6,
  * must predict 7, and row 2 must predict 8.                                        test: collate */
 static struct Batch collate(struct Arena *arena, const struct Example *examples, size_t B,
                             enum LastToken last) {
-    /* 1. room for all tokens; there are never more rows, nor more targets */
+    /* 1. Room for all tokens: the number of rows, and of targets, is never larger. */
     size_t tokens = 0;
     for (size_t b = 0; b < B; b++)
         tokens += examples[b].n;
     struct Batch batch = batch_new(arena, B, tokens);
 
-    /* 2. one behind the other: nothing separates them but `start`, which attention obeys */
+    /* 2. Packed without gaps: only `start` separates them, and attention respects it. */
     for (size_t b = 0; b < B; b++)
         collate_example(&batch, b, &examples[b], last);
     return batch;
@@ -2631,17 +2650,17 @@ static struct Batch collate(struct Arena *arena, const struct Example *examples,
 
 /* ---- Pairs: one prompt, two answers --------------------------------------------------------- */
 
-/* How many tokens at the start of a pair are to be computed only once: its prompt, or none where
- * that does not pay.
+/* How many tokens at the start of a pair to compute only once: its prompt, or none if that does not
+ * pay.
  * in   rows of each answer with its prompt; C: the model's width
- * Sharing saves `prompt` rows, 24 C^2 multiplications each in every layer. But the two answers then
- * stand in one sequence, and attention, which works in blocks, computes scores of the one against
- * the other that are thrown away: 4 C multiplications for each pair of rows. So it pays if
+ * Sharing saves `prompt` rows, with 24 C^2 multiplications each in every layer. But the two answers
+ * are then in one sequence, and attention, which works in blocks, computes scores between them
+ * that are thrown away: 4 C multiplications for each pair of rows. So it pays if
  *   24 C^2 prompt > 4 C (chosen - prompt) (rejected - prompt)
  * By hand: prompt 2, rows 4 and 5, C 16: 2 * 6 * 16 = 192 > 2 * 3 = 6: it pays. Prompt 1, C 1: 6
  * is less than 3 * 4 = 12: it does not.                                      test: collate_pairs */
 static size_t shared_prompt(size_t prompt, size_t chosen_rows, size_t rejected_rows, size_t C) {
-    /* an empty answer leaves fewer rows than the prompt has tokens: the last one is not read */
+    /* with an empty answer there are fewer rows than prompt tokens: the last is not read */
     prompt = MIN(MIN(prompt, chosen_rows), rejected_rows);
     /* both sides divided by 4 C */
     double saved = (double)prompt * 6 * (double)C;
@@ -2649,17 +2668,17 @@ static size_t shared_prompt(size_t prompt, size_t chosen_rows, size_t rejected_r
     return saved <= wasted ? 0 : prompt;
 }
 
-/* Where the tokens of an example stand in a batch: the first `prompt` of them from row prompt_start
- * on, those behind the prompt from row answer_start on. */
+/* Where the tokens of an example are in a batch: the first `prompt` of them from row prompt_start
+ * on, the rest from row answer_start on. */
 struct Placement {
     size_t prompt, prompt_start, answer_start;
 };
 
-/* The targets of example i of a plain batch, for the rows at which its tokens stand now. */
+/* The targets of example i of a plain batch, for the rows where its tokens are now. */
 static void move_targets(struct Batch *batch, const struct Batch *plain, size_t i,
                          struct Placement place) {
     for (size_t r = plain->target_start[i]; r < plain->target_start[i + 1]; r++) {
-        /* token t of the example predicts this target; only where t stands has changed */
+        /* token t of the example still predicts the same target; only its row has changed */
         size_t t = (size_t)plain->row[r] - plain->start[i];
         batch->row[r] = (int)(t < place.prompt ? place.prompt_start + t
                                                : place.answer_start + t - place.prompt);
@@ -2675,38 +2694,38 @@ static void collate_pair(struct Batch *batch, const struct Batch *plain,
     size_t rejected_rows = plain->start[B + b + 1] - plain->start[B + b];
     size_t prompt = shared_prompt(chosen->prompt_length, chosen_rows, rejected_rows, C);
 
-    /* 1. the rows: prompt, chosen answer, and behind them what the rejected one has besides */
+    /* 1. The rows: prompt, chosen answer, then the rejected answer without its prompt. */
     size_t start = batch->N;
     size_t fork = start + chosen_rows;
     batch_append(batch, chosen->ids, 0, chosen_rows);
     batch_append(batch, rejected->ids, prompt, rejected_rows);
 
-    /* 2. one sequence that forks; or two of the usual kind, if nothing is shared */
+    /* 2. One sequence that forks; or, if nothing is shared, two of the usual kind. */
     batch->shared[batch->B] = prompt;
     batch->fork[batch->B] = chosen_rows;
     if (prompt == 0)
         batch->start[++batch->B] = fork;
     batch->start[++batch->B] = batch->N;
 
-    /* 3. Where a prompt is shared, its last row predicts the first token of both answers. */
+    /* 3. The last row of a shared prompt predicts the first token of both answers. */
     move_targets(batch, plain, b, (struct Placement){prompt, start, start + prompt});
     move_targets(batch, plain, B + b, (struct Placement){prompt, start, fork});
 }
 
 /* collate_pairs -- 2B examples, the B chosen ones first, in one batch in which the prompt of a pair
- * is computed only once, where that pays. It is laid out as
+ * is computed only once, if that pays. The layout is
  *     prompt | chosen answer | rejected answer             one sequence, `fork` at the second bar
  * The rejected answer has the positions that follow the prompt's, and attention lets it see the
- * prompt and itself but not the chosen answer: what is computed is what two sequences would give.
+ * prompt and itself but not the chosen answer: the results are those of two separate sequences.
  * in   examples (2B); C: the model's width
  * out  targets in the order of the examples, whatever the order of their rows
  * By hand: prompt 2, answers of 3 and 4 tokens: 2 + 2 + 3 rows (no last tokens) instead of 4 + 5.
  *                                                                            test: collate_pairs */
 static struct Batch collate_pairs(struct Arena *arena, const struct Example *examples, size_t B,
                                   size_t C) {
-    /* 1. A plain batch first: its targets stay as they are, its rows are laid out anew. The arrays
-     *    are shared, for each entry of `row` is read before it is written; but `start` of the one
-     *    is needed while that of the other is made. */
+    /* 1. A plain batch first: its targets stay as they are, its rows are laid out anew. The two
+     *    batches share their arrays, since each entry of `row` is read before it is overwritten;
+     *    only `start` is needed in both versions at once. */
     const struct Batch plain = collate(arena, examples, 2 * B, SKIP_LAST);
     struct Batch batch = plain;
     batch.start = arena_zeros(arena, 2 * B + 1, sizeof *batch.start);
@@ -2715,7 +2734,7 @@ static struct Batch collate_pairs(struct Arena *arena, const struct Example *exa
     batch.N = 0;
     batch.B = 0;
 
-    /* 2. pair by pair: one sequence each, or two */
+    /* 2. Pair by pair: one sequence each, or two. */
     for (size_t b = 0; b < B; b++)
         collate_pair(&batch, &plain, examples, B, b, C);
     return batch;
@@ -2723,9 +2742,9 @@ static struct Batch collate_pairs(struct Arena *arena, const struct Example *exa
 
 /* ---- Lengths -------------------------------------------------------------------------------- */
 
-/* LengthSampler(min, max): a whole number in [min, max), as in TRL: (2, 8) gives 2 to 7. Prompts
- * and answers get lengths that vary, for a policy that always saw the same length would learn that
- * length.                         [glossary: LengthSampler]            test: data_length_sampler */
+/* LengthSampler(min, max): an integer in [min, max), as in TRL: (2, 8) gives 2 to 7. Prompts and
+ * answers vary in length, because a policy that always saw one length would learn that length.
+ *                                 [glossary: LengthSampler]            test: data_length_sampler */
 struct LengthSampler {
     size_t min_value, max_value;
 };
@@ -2737,15 +2756,15 @@ static size_t length_sampler(const struct LengthSampler *s, struct Rng *rng) {
 /* =============================================================================================
  * Chapter 9 - Matrix product
  *
- * Why is this chapter here, and so long? Nine tenths of the time of every command are spent in one
+ * Why is this chapter here, and so long? Every command spends nine tenths of its time in one
  * operation, the product of two matrices. A linear layer needs it in three forms:
  *
  *     y  = x W        (N,out)  = (N,in)  (in,out)     forward
  *     dx = dy W^T     (N,in)   = (N,out) (out,in)     backward, to the layer below
  *     dW = x^T dy     (in,out) = (in,N)  (N,out)      backward, to the layer's own weights
  *
- * All three are one function, because a matrix here is a view of memory that knows its shape and
- * two strides: how far it is to the next row and to the next column. So a transpose moves nothing:
+ * One function does all three, because a matrix here is a view of memory that knows its shape and
+ * two strides: how far it is to the next row and to the next column. So transposing moves nothing:
  *
  *     memory 1 2 3 4 5 6      matrix (2,3), strides 3 and 1:          1 2 3
  *                                                                     4 5 6
@@ -2753,36 +2772,45 @@ static size_t length_sampler(const struct LengthSampler *s, struct Rng *rng) {
  *                                                                     2 5
  *                                                                     3 6
  *
- * matmul_plain is the definition, in ten lines. Everything else makes it a hundred times faster,
- * and a test holds the two together. A first reader needs the views, matmul_plain and matmul.
+ * What to read. The definition takes ten lines; the rest makes it a hundred times faster, and
+ * tests compare the two.
+ *   first reading    struct Matrix, transposed, matrix_block, matmul_plain; then, at the end of the
+ *                    chapter, the comments of matmul, matmul_add and matmul_bias. Later chapters
+ *                    need no more than this.
+ *   for the speed    tile_4x8, pack_panel, matmul_tile, matmul_panel, matmul_block, matmul_from, in
+ *                    this order: from the innermost loop outwards.
+ *   never needed     the two wider tiles (tile_4x8 again, with longer vectors), few_rows and
+ *                    add_eight_rows, the choice of a kernel, the details of packing.
  *
  * Why is the plain triple loop slow, and what helps [16]? It loads two numbers for each
- * multiplication, and a processor can do 16 multiplications in the time of one load from its
- * second cache.
+ * multiplication, and a processor can do 16 multiplications in the time that one load from its
+ * second cache takes.
  *   1. A register tile: MR x NR sums stay in vector registers; each step of k loads MR + NR
- *      numbers and does MR * NR multiplications. The speed comes from here; the rest feeds it.
- *   2. Packing: A and B are copied into panels, in the very order in which the tile reads them,
+ *      numbers and does MR * NR multiplications. This is where the speed comes from; the rest
+ *      keeps it supplied.
+ *   2. Packing: A and B are copied into panels, in exactly the order in which the tile reads them,
  *      whatever their strides are.
  *   3. Blocks: KC steps of k at a time, so that one panel of B (NR columns, 48 KB) stays in the
  *      first or second cache while the panels of A pass by it.
- * All threads pack A together. Then each of them takes panels of B, packs one and fills the columns
- * of C that belong to it. An element of C is summed by one thread, in the order of k: so any number
- * of threads gives the same bits. Figures: docs/performance.md.
+ * All threads pack A together. Then each of them takes panels of B, packs one and computes the
+ * columns of C that belong to it. An element of C is summed by one thread, in the order of k, so
+ * any number of threads gives the same bits. (No chapter lets two threads add to the same number,
+ * for this reason.) Figures: docs/performance.md.
  *
  * What enters: views of A (M,K) and B (K,N). What leaves: C (M,N).
  * ============================================================================================= */
 
 /* ---- Views ---------------------------------------------------------------------------------- */
 
-/* A matrix that is read. Element (i,j) stands at data[i * row_stride + j * column_stride]. A row
- * stride of 0 shows one row again and again (a bias); a matrix without data is one of zeros. */
+/* A matrix to read from. Element (i,j) is data[i * row_stride + j * column_stride]. A row stride of
+ * 0 repeats one row (a bias); a matrix without data is one of zeros. */
 struct Matrix {
     const float *data;
     size_t rows, columns;
     size_t row_stride, column_stride;
 };
 
-/* A matrix that is written. The numbers of a row are neighbours. */
+/* A matrix to write to. The numbers of a row are neighbours. */
 struct MatrixOut {
     float *data;
     size_t rows, columns;
@@ -2798,21 +2826,22 @@ static struct MatrixOut matrix_out(float *data, size_t rows, size_t columns) {
 }
 
 static struct Matrix transposed(struct Matrix m) {
+    /* rows and columns change places, and so do their strides */
     return (struct Matrix){m.data, m.columns, m.rows, m.column_stride, m.row_stride};
 }
 
-/* What was written, to be read. */
+/* A matrix that was written, as one to read from. */
 static struct Matrix readable(struct MatrixOut m) {
     return (struct Matrix){m.data, m.rows, m.columns, m.row_stride, 1};
 }
 
-/* The part of a matrix from (row, column) on: so many rows and columns, or as many as there are. */
+/* The part of a matrix from (row, column) on: at most so many rows and columns. */
 static struct Matrix matrix_block(struct Matrix m, size_t row, size_t column, size_t rows,
                                   size_t columns) {
-    /* a matrix of zeros has no place to move */
+    /* a matrix of zeros has no data to point into */
     if (m.data)
         m.data += row * m.row_stride + column * m.column_stride;
-    /* the last block of a matrix may be a smaller one */
+    /* the blocks at the lower and right edges may be smaller */
     m.rows = MIN(rows, m.rows - row);
     m.columns = MIN(columns, m.columns - column);
     return m;
@@ -2820,7 +2849,7 @@ static struct Matrix matrix_block(struct Matrix m, size_t row, size_t column, si
 
 static struct MatrixOut matrix_out_block(struct MatrixOut m, size_t row, size_t column, size_t rows,
                                          size_t columns) {
-    /* as above; the columns are neighbours */
+    /* as above; the column stride is 1 */
     m.data += row * m.row_stride + column;
     m.rows = MIN(rows, m.rows - row);
     m.columns = MIN(columns, m.columns - column);
@@ -2828,8 +2857,8 @@ static struct MatrixOut matrix_out_block(struct MatrixOut m, size_t row, size_t 
 }
 
 /* matmul_plain -- C = start + A B by its definition:  C_ij = start_ij + sum_k A_ik B_kj.
- * Sums are in double. It is what matmul is tested against, and ALIGN_KERNEL=plain runs everything
- * on it: to step through a product, use that.                                test: matmul_plain */
+ * Sums are in double. matmul is tested against it, and ALIGN_KERNEL=plain runs everything on it:
+ * use that to step through a product.                                       test: matmul_plain */
 static void matmul_plain(struct MatrixOut c, struct Matrix start, struct Matrix a,
                          struct Matrix b) {
     for (size_t i = 0; i < c.rows; i++)
@@ -2838,7 +2867,8 @@ static void matmul_plain(struct MatrixOut c, struct Matrix start, struct Matrix 
              * be more exact than what is compared with it. */
             double sum = start.data ? start.data[i * start.row_stride + j] : 0;
 
-            /* row i of A times column j of B */
+            /* Row i of A times column j of B. With column_stride 1 in A and N in B, each step of k
+             * takes the next number of A but jumps a whole row in B: the slow part. */
             for (size_t k = 0; k < a.columns; k++)
                 sum += (double)a.data[i * a.row_stride + k * a.column_stride]
                        * b.data[k * b.row_stride + j * b.column_stride];
@@ -2852,9 +2882,9 @@ static void matmul_plain(struct MatrixOut c, struct Matrix start, struct Matrix 
 enum { TILE_MAX = 8 * 32, KC = 384, BLOCK_ROWS = 1024 };
 
 /* The innermost loops, for one kind of processor.
- * tile: c (MR,NR) = start + sum over K steps of the products a_i b_j, from packed panels: step k
- * reads MR numbers at a + k * MR and NR numbers at b + k * NR. Rows of c are c_row apart, rows of
- * start start_row. start = NULL counts as zeros; start = c adds to c.
+ * tile: c (MR,NR) = start + the sum over K steps of the products a_i b_j, from packed panels:
+ * step k reads MR numbers at a + k * MR and NR numbers at b + k * NR. The rows of c are c_row
+ * numbers apart, those of start start_row. start = NULL counts as zeros; start = c adds to c.
  * few_rows: y (N,columns) = x (N,in) W (in,columns) + bias (columns), see linear_few_rows. */
 struct Kernel {
     const char *name;
@@ -2866,7 +2896,7 @@ struct Kernel {
 
 /* Vectors of 4 numbers (SSE and NEON: in every x86-64 and arm64), of 8 (AVX) and of 16 (AVX-512).
  * Their sums and products are single instructions, and a number times a vector multiplies each of
- * its lanes. A type whose name ends in _any may stand at any address, the others only at multiples
+ * its lanes. A type whose name ends in _any may be at any address, the others only at multiples
  * of their size. */
 typedef float float4 __attribute__((vector_size(16)));
 typedef float float8 __attribute__((vector_size(32)));
@@ -2878,20 +2908,20 @@ typedef float float16_any __attribute__((vector_size(64), aligned(4)));
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 
 /* 4 x 8 sums, in 8 vectors: 8 of the 16 registers of SSE hold them.
- * The three tiles differ in the width of their vectors alone, which a type fixes; so each is
- * written out. The loops over the sums are unrolled by order: gcc keeps an array in registers only
- * if every index into it is a constant. */
+ * The three tiles differ only in the width of their vectors. A type fixes that width, so each tile
+ * is written out. The loops over the sums carry an unroll pragma: gcc keeps an array in registers
+ * only if every index into it is a constant. */
 static void tile_4x8(size_t K, const float *a, const float *b, const float *start, size_t start_row,
                      float *c, size_t c_row) {
-    /* 1. what the sums start from: zeros, a bias or C itself */
+    /* 1. What the sums start from: zeros, a bias or C itself. */
     float4 sum[4][2];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++)
         for (int j = 0; j < 2; j++)
             sum[i][j] = start ? *(const float4_any *)(start + i * start_row + 4 * j) : (float4){0};
 
-    /* 2. Step k adds the column a_k (4) times the row b_k (8): every number of the one times every
-     *    number of the other. 12 numbers are loaded for 32 multiplications. */
+    /* 2. Step k adds the products of every number in column a_k (4) with every number in row b_k
+     *    (8). 12 numbers are loaded for 32 multiplications. */
     for (size_t k = 0; k < K; k++, a += 4, b += 8) {
         float4 b0 = *(const float4 *)b;
         float4 b1 = *(const float4 *)(b + 4);
@@ -2901,7 +2931,7 @@ static void tile_4x8(size_t K, const float *a, const float *b, const float *star
         }
     }
 
-    /* 3. only now do the sums go to memory */
+    /* 3. Only now do the sums go to memory: once for K steps. */
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++)
         for (int j = 0; j < 2; j++)
@@ -2909,12 +2939,12 @@ static void tile_4x8(size_t K, const float *a, const float *b, const float *star
 }
 
 /* Adds eight rows of W, each times its number of x, to a row of y: `x` points at the eight numbers,
- * `weight` at the first of the rows, which are `stride` apart. The sum is made from left to right,
- * as a tile makes it, one k after the other. */
+ * `weight` at the first of the rows, which are `stride` apart. The sum is computed from left to
+ * right, like a tile's, one k after the other. */
 static ALWAYS_INLINE void add_eight_rows(float *y, const float *x, const float *weight,
                                          size_t stride, size_t columns) {
-    /* Eight rows in one pass over y: y is loaded and stored once for eight multiplications, where
-     * row by row it would be once for each. */
+    /* Eight rows in one pass over y: y is loaded and stored once for eight multiplications; row by
+     * row it would be once for each. */
     const float *w1 = weight + stride;
     const float *w2 = w1 + stride;
     const float *w3 = w2 + stride;
@@ -2928,10 +2958,10 @@ static ALWAYS_INLINE void add_eight_rows(float *y, const float *x, const float *
 }
 
 /* linear_few_rows -- a strip of columns of y = x W + bias for few rows of x, as in generation,
- * where one row comes at a time: packing W would cost more than it saves.
+ * where there is one row at a time: packing W would cost more than it saves.
  * in   x (N,in), weight (in,columns), bias (columns)      out  y (N,columns)
- * It is compiled beside each tile, for the same instructions: it adds in the tile's order and,
- * where there is a fused multiply-add, rounds where the tile rounds. So both make the same bits.
+ * It is compiled once for each tile, with the same instructions. It adds in the tile's order and,
+ * where there is a fused multiply-add, rounds where the tile rounds, so both give the same bits.
  *                                                                 test: few_rows, rows_company */
 static ALWAYS_INLINE void linear_few_rows(struct MatrixOut y, struct Matrix x, struct Matrix weight,
                                           const float *bias) {
@@ -2940,13 +2970,13 @@ static ALWAYS_INLINE void linear_few_rows(struct MatrixOut y, struct Matrix x, s
     size_t columns = y.columns;
     size_t stride = weight.row_stride;
 
-    /* 1. The bias: the sums stand in y itself. A strip of y is small enough for the first cache,
-     *    which does for it what registers do for a tile. */
+    /* 1. The bias: y itself holds the sums. A strip of y is small enough for the first cache, which
+     *    does for it what registers do for a tile. */
     for (size_t n = 0; n < N; n++)
         memcpy(y.data + n * y.row_stride, bias, columns * sizeof *bias);
 
     /* 2. Eight rows of W serve all rows of x while they are in the first cache. Meanwhile the next
-     *    eight are asked for, by each row of x its share of them. */
+     *    eight are prefetched, a share of them with each row of x. */
     size_t k = 0;
     for (; k + 8 <= in; k += 8)
         for (size_t n = 0; n < N; n++) {
@@ -2957,7 +2987,7 @@ static ALWAYS_INLINE void linear_few_rows(struct MatrixOut y, struct Matrix x, s
                            weight.data + k * stride, stride, columns);
         }
 
-    /* 3. the rows of W that are left where their number is no multiple of 8 */
+    /* 3. The rest, if the number of W's rows is no multiple of 8. */
     for (; k < in; k++)
         for (size_t n = 0; n < N; n++)
             for (size_t j = 0; j < columns; j++)
@@ -2967,6 +2997,7 @@ static ALWAYS_INLINE void linear_few_rows(struct MatrixOut y, struct Matrix x, s
 
 static void few_rows_plain(struct MatrixOut y, struct Matrix x, struct Matrix weight,
                            const float *bias) {
+    /* inlined here, and so compiled with the instructions that every processor has */
     linear_few_rows(y, x, weight, bias);
 }
 
@@ -2974,19 +3005,19 @@ static void few_rows_plain(struct MatrixOut y, struct Matrix x, struct Matrix we
 #define AVX2 __attribute__((target("avx2,fma")))
 #define AVX512 __attribute__((target("avx512f,fma")))
 
-/* 4 x 24: 12 of the 16 registers of AVX2 hold sums, 3 a row of b, one a number of a. For the steps
- * see tile_4x8. */
+/* 4 x 24: of the 16 registers of AVX2, 12 hold sums, 3 a row of b, and one a number of a. For the
+ * steps see tile_4x8. */
 AVX2 static void tile_4x24(size_t K, const float *a, const float *b, const float *start,
                            size_t start_row, float *c, size_t c_row) {
-    /* 1. the start; these loops are unrolled so that each sum[i][j] is a register */
+    /* 1. The start. The loops are unrolled so that each sum[i][j] is a register. */
     float8 sum[4][3];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++)
         for (int j = 0; j < 3; j++)
             sum[i][j] = start ? *(const float8_any *)(start + i * start_row + 8 * j) : (float8){0};
 
-    /* 2. 28 numbers are loaded for 96 multiplications: three to one, where the plain triple loop
-     *    loads two for one */
+    /* 2. 28 numbers are loaded for 96 multiplications: more than three multiplications for each
+     *    load, where the plain triple loop has two loads for each multiplication. */
     for (size_t k = 0; k < K; k++, a += 4, b += 24) {
         float8 b0 = *(const float8 *)b;
         float8 b1 = *(const float8 *)(b + 8);
@@ -2998,18 +3029,16 @@ AVX2 static void tile_4x24(size_t K, const float *a, const float *b, const float
         }
     }
 
-    /* 3. to memory */
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++)
         for (int j = 0; j < 3; j++)
             *(float8_any *)(c + i * c_row + 8 * j) = sum[i][j];
 }
 
-/* 8 x 32: 16 of the 32 registers of AVX-512 hold sums. Larger tiles are no faster, and more batches
- * are multiples of 8 than of a larger number. */
+/* 8 x 32: of the 32 registers of AVX-512, 16 hold sums. Larger tiles are no faster, and more batch
+ * sizes are multiples of 8 than of a larger number. */
 AVX512 static void tile_8x32(size_t K, const float *a, const float *b, const float *start,
                              size_t start_row, float *c, size_t c_row) {
-    /* 1. the start; these loops are unrolled so that each sum[i][j] is a register */
     float16 sum[8][2];
 #pragma GCC unroll 8
     for (int i = 0; i < 8; i++)
@@ -3017,8 +3046,7 @@ AVX512 static void tile_8x32(size_t K, const float *a, const float *b, const flo
             sum[i][j] =
                 start ? *(const float16_any *)(start + i * start_row + 16 * j) : (float16){0};
 
-    /* 2. 40 numbers are loaded for 256 multiplications: a vector of a row of b serves eight of
-     *    them, and there is a register for each sum */
+    /* 40 numbers are loaded for 256 multiplications: each vector of a row of b serves eight sums */
     for (size_t k = 0; k < K; k++, a += 8, b += 32) {
         float16 b0 = *(const float16 *)b;
         float16 b1 = *(const float16 *)(b + 16);
@@ -3028,7 +3056,6 @@ AVX512 static void tile_8x32(size_t K, const float *a, const float *b, const flo
         }
     }
 
-    /* 3. to memory */
 #pragma GCC unroll 8
     for (int i = 0; i < 8; i++)
         for (int j = 0; j < 2; j++)
@@ -3037,6 +3064,7 @@ AVX512 static void tile_8x32(size_t K, const float *a, const float *b, const flo
 
 AVX2 static void few_rows_avx2(struct MatrixOut y, struct Matrix x, struct Matrix weight,
                                const float *bias) {
+    /* the same source, inlined here and so compiled to AVX2 and fused multiply-adds */
     linear_few_rows(y, x, weight, bias);
 }
 
@@ -3055,10 +3083,10 @@ static const struct Kernel KERNELS[] = {
 };
 static const struct Kernel *kernel; /* the one in use; NULL: matmul_plain */
 
-/* The widest kernel that this processor can run: its place in KERNELS. */
+/* The widest kernel that this processor can run, as an index into KERNELS. */
 static size_t kernel_widest(void) {
 #if defined(__x86_64__)
-    /* The processor is asked when the program runs: the one it was compiled on may be another. */
+    /* Asked at run time: the program may have been compiled on another processor. */
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
         return __builtin_cpu_supports("avx512f") ? 2 : 1;
@@ -3066,51 +3094,51 @@ static size_t kernel_widest(void) {
     return 0;
 }
 
-/* Is kernel k the one that ALIGN_KERNEL asks for: by its place, its name or the name's first word?
- * ("plain" alone never comes here: it stands for matmul_plain.) */
+/* Does ALIGN_KERNEL, given as `asked`, mean kernel k: by its index, its name or the name's first
+ * word? ("plain" alone never gets here: it means matmul_plain.) */
 static bool kernel_is_asked(size_t k, const char *asked) {
     const char *name = KERNELS[k].name;
     size_t word = strcspn(name, " ");
-    /* one digit and nothing else: strtoul would take "00" and " 0" for the first kernel too */
+    /* a single digit: strtoul would accept "00" and " 0" for the first kernel, too */
     bool by_place = strlen(asked) == 1 && (size_t)(*asked - '0') == k;
     return by_place || strcmp(asked, name) == 0
            || (strlen(asked) == word && strncmp(asked, name, word) == 0);
 }
 
-/* The kernel of that name: its place in KERNELS. A name that is none of them ends the program, with
- * a list of those there are. */
+/* The index in KERNELS of the kernel that is asked for. If there is none, the program ends with a
+ * list of those that exist. */
 static size_t kernel_by_name(const char *asked) {
     char names[100] = "plain";
     for (size_t k = 0; k < COUNT(KERNELS); k++) {
         if (kernel_is_asked(k, asked))
             return k;
-        /* not this one: one name more for the message */
+        /* not this one: collect its name for the message */
         size_t used = strlen(names);
         snprintf(names + used, sizeof names - used, ", %s", KERNELS[k].name);
     }
     die("ALIGN_KERNEL=%s: there is no such kernel; there are %s", asked, names);
 }
 
-/* kernel_choose -- sets `kernel` to the widest that this processor can run, or to a narrower one
- * for which the environment variable ALIGN_KERNEL asks: 0, 1, 2, avx2, avx512; "plain" for none,
- * which leaves matmul_plain. Kernels round differently: who wants the bits of another machine asks
- * for its kernel.                                                            test: kernel_choose */
+/* kernel_choose -- sets `kernel` to the widest that this processor can run, or to the one that the
+ * environment variable ALIGN_KERNEL requests: 0, 1, 2, avx2, avx512; "plain" for none, which leaves
+ * matmul_plain. Kernels round differently: to reproduce the bits of another machine, request its
+ * kernel.                                                                    test: kernel_choose */
 static void kernel_choose(void) {
     size_t widest = kernel_widest();
     const char *asked = getenv("ALIGN_KERNEL");
-    /* 1. nothing asked for: the fastest; an empty variable counts as none */
+    /* 1. No request: the fastest. An empty variable counts as none. */
     kernel = &KERNELS[widest];
     if (!asked || !*asked)
         return;
 
-    /* 2. none at all */
+    /* 2. No kernel at all. */
     if (strcmp(asked, "plain") == 0) {
         kernel = NULL;
         return;
     }
 
-    /* 3. One by name. If it is wider than the processor has, its first instruction would end the
-     *    program without a word: then the widest is taken, and that is said. */
+    /* 3. A kernel by name. If this processor lacks its instructions, the first of them would kill
+     *    the program without a message: so the widest possible is taken, with a warning. */
     size_t chosen = kernel_by_name(asked);
     kernel = &KERNELS[MIN(chosen, widest)];
     if (chosen > widest)
@@ -3119,8 +3147,8 @@ static void kernel_choose(void) {
 
 /* ---- Packing -------------------------------------------------------------------------------- */
 
-/* Four lines of K consecutive numbers become four neighbouring columns of a panel, `width` numbers
- * wide: 4 x 4 numbers at a time are transposed in registers. */
+/* Four lines of K consecutive numbers become four neighbouring columns of a panel that is `width`
+ * numbers wide: 4 x 4 numbers at a time are transposed in registers. */
 static ALWAYS_INLINE void pack_4_lines(float *panel, const float *from, size_t line_stride,
                                        size_t K, size_t width) {
     size_t k = 0;
@@ -3132,8 +3160,8 @@ static ALWAYS_INLINE void pack_4_lines(float *panel, const float *from, size_t l
         float4 c = *(const float4_any *)(from + 2 * line_stride);
         float4 d = *(const float4_any *)(from + 3 * line_stride);
 
-        /* 2. a0 b0 a1 b1 and so on. shufflevector(x, y, ...) picks from the 8 numbers of x and y
-         *    those with these places. */
+        /* 2. a0 b0 a1 b1 and so on. shufflevector(x, y, ...) picks numbers by their index, where 0
+         *    to 3 are those of x and 4 to 7 those of y. */
         float4 ab_01 = __builtin_shufflevector(a, b, 0, 4, 1, 5);
         float4 ab_23 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
         float4 cd_01 = __builtin_shufflevector(c, d, 0, 4, 1, 5);
@@ -3147,22 +3175,22 @@ static ALWAYS_INLINE void pack_4_lines(float *panel, const float *from, size_t l
         to[3 * width / 4] = __builtin_shufflevector(ab_23, cd_23, 2, 3, 6, 7);
     }
 #endif
-    /* the steps that are left, or all of them where the compiler cannot shuffle */
+    /* the remaining steps, or all of them if the compiler has no shufflevector */
     for (; k < K; k++, from++)
         for (size_t i = 0; i < 4; i++)
             panel[k * width + i] = from[i * line_stride];
 }
 
 /* A whole panel whose lines are neighbours in memory (x^T of dW, W of y): step k is a copy of
- * `width` numbers. The steps are far apart, and the processor's own prefetcher stops at a page of
- * memory: so what comes 32 steps later is asked for now. */
+ * `width` numbers. The steps are far apart, and the processor's own prefetcher stops at the end of
+ * a memory page. So the data of 32 steps later is prefetched here. */
 WIDE static void pack_neighbours(float *panel, struct Matrix lines, size_t width) {
     for (size_t k = 0; k < lines.columns; k++) {
         const float *from = lines.data + k * lines.column_stride;
         for (size_t i = 0; i < width; i += 16)
             __builtin_prefetch(from + 32 * lines.column_stride + i);
-        /* A copy of constant size is a few instructions, one of variable size is a call: the widest
-         * panel has a copy of its own, the others are multiples of 4. */
+        /* A copy of constant size is a few instructions, one of variable size a function call. So
+         * the widest panel has a copy of its own; the other widths are multiples of 4. */
         if (width == 32)
             memcpy(panel + k * width, from, 32 * sizeof *panel);
         else
@@ -3171,18 +3199,17 @@ WIDE static void pack_neighbours(float *panel, struct Matrix lines, size_t width
     }
 }
 
-/* Any other panel: of fewer lines than its width, or of lines that are apart. */
+/* Any other panel: with fewer lines than its width, or with lines that are apart in memory. */
 WIDE static void pack_lines(float *panel, struct Matrix lines, size_t width) {
     size_t K = lines.columns;
     size_t stride = lines.row_stride;
     size_t i = 0;
 
-    /* 1. Lines that are missing are zeros: the tile computes with them, though nobody reads what
-     *    comes out. */
+    /* 1. Missing lines are zeros: the tile computes with them, though nobody reads the result. */
     if (lines.rows < width)
         memset(panel, 0, K * width * sizeof *panel);
 
-    /* 2. Lines of consecutive numbers go four at a time, and the next four are asked for. */
+    /* 2. Lines of consecutive numbers: four at a time, while the next four are prefetched. */
     for (; lines.column_stride == 1 && i + 4 <= lines.rows; i += 4) {
         for (size_t next = i + 4; next < i + 8; next++)
             for (size_t k = 0; k < K; k += 16)
@@ -3190,7 +3217,7 @@ WIDE static void pack_lines(float *panel, struct Matrix lines, size_t width) {
         pack_4_lines(panel + i, lines.data + i * stride, stride, K, width);
     }
 
-    /* 3. what is left, number by number */
+    /* 3. The rest, number by number. */
     for (size_t k = 0; k < K; k++)
         for (size_t line = i; line < lines.rows; line++)
             panel[k * width + line] = lines.data[line * stride + k * lines.column_stride];
@@ -3200,8 +3227,8 @@ WIDE static void pack_lines(float *panel, struct Matrix lines, size_t width) {
  * panel[k * width + i] = line i, step k. The lines are rows of A or columns of B.
  * By hand: lines 1 2 3 and 4 5 6, width 4: 1 4 0 0, 2 5 0 0, 3 6 0 0.          test: pack_panel */
 static void pack_panel(float *panel, struct Matrix lines, size_t width) {
-    /* Nearly all panels are of one of two kinds: lines that are neighbours, whose steps are apart,
-     * or lines that are apart, whose steps are neighbours. */
+    /* Nearly all panels are of one of two kinds: the lines are neighbours and their steps apart, or
+     * the lines are apart and their steps neighbours. */
     if (lines.rows == width && lines.row_stride == 1)
         pack_neighbours(panel, lines, width);
     else
@@ -3210,38 +3237,38 @@ static void pack_panel(float *panel, struct Matrix lines, size_t width) {
 
 /* ---- Blocks --------------------------------------------------------------------------------- */
 
-/* C = start + A B under way, for one block: at most BLOCK_ROWS rows of A, at most KC steps of k. */
+/* C = start + A B in progress, for one block: at most BLOCK_ROWS rows of A and KC steps of k. */
 struct Product {
     struct MatrixOut c; /* (M,N) */
     struct Matrix start; /* (M,N); may be c itself */
     struct Matrix a, b; /* (M,K) (K,N) */
-    float *packed_a; /* A's panels, one behind the other: that of row m stands at m * K */
+    float *packed_a; /* A's panels, in order: that of row m begins at m * K */
 };
 
 /* Packs MR rows of A, from row m on. */
 static void pack_a_panel(const struct Product *product, size_t m) {
     size_t K = product->a.columns;
-    /* MR rows of K numbers each were packed for every MR rows before it: m * K numbers */
+    /* all rows before m are packed before it, each as K numbers */
     pack_panel(product->packed_a + m * K, matrix_block(product->a, m, 0, kernel->MR, K),
                kernel->MR);
 }
 
-/* A tile that sticks out of C is made aside, from a copy of what it starts from, and what belongs
- * to C is copied back. The operations are those of a whole tile: so a row of C has the same bits
- * wherever it stands and whatever rows are beside it.                       test: rows_company */
+/* A tile that extends beyond C is computed aside, from a copy of what it starts from, and the part
+ * that belongs to C is copied back. The operations are those of a whole tile, so a row of C has the
+ * same bits wherever it is and whatever rows are next to it.                test: rows_company */
 static void matmul_tile_aside(struct MatrixOut c, struct Matrix start, const float *a,
                               const float *panel, size_t K) {
     size_t NR = kernel->NR;
     size_t row_bytes = c.columns * sizeof *c.data;
     _Alignas(64) float aside[TILE_MAX];
 
-    /* 1. What the tile starts from. The rest of it is set to 0: the tile computes with that too,
-     *    and processors are slow on some numbers that memory may happen to hold. */
+    /* 1. What the tile starts from. The rest is set to 0: the tile computes with it, too, and
+     *    memory may happen to hold numbers on which processors are slow (denormal ones). */
     memset(aside, 0, sizeof aside);
     for (size_t i = 0; start.data && i < c.rows; i++)
         memcpy(aside + i * NR, start.data + i * start.row_stride, row_bytes);
 
-    /* 2. the whole tile, and back comes what belongs to C */
+    /* 2. The whole tile; the part that belongs to C is copied back. */
     kernel->tile(K, a, panel, aside, NR, aside, NR);
     for (size_t i = 0; i < c.rows; i++)
         memcpy(c.data + i * c.row_stride, aside + i * NR, row_bytes);
@@ -3250,37 +3277,38 @@ static void matmul_tile_aside(struct MatrixOut c, struct Matrix start, const flo
 /* The tile of C at (m,n): a packed panel of A times a packed panel of B. */
 static void matmul_tile(const struct Product *product, const float *panel, size_t m, size_t n) {
     size_t K = product->a.columns;
-    /* the panel of A that pack_a_panel made for these rows, and the tile's part of start and C */
+    /* the packed panel of A for these rows, and the tile's part of start and C */
     const float *a = product->packed_a + m * K;
     struct Matrix start = matrix_block(product->start, m, n, kernel->MR, kernel->NR);
     struct MatrixOut c = matrix_out_block(product->c, m, n, kernel->MR, kernel->NR);
-    /* at the lower and the right edge of C a block is smaller than a tile */
+    /* at the lower and right edges of C, the block is smaller than a tile */
     if (c.rows == kernel->MR && c.columns == kernel->NR)
         kernel->tile(K, a, panel, start.data, start.row_stride, c.data, c.row_stride);
     else
         matmul_tile_aside(c, start, a, panel, K);
 }
 
-/* Asks the memory for the rows that the next tile starts from: they will be read and written. */
+/* Prefetches the rows that the next tile starts from, which will be read and then written. */
 static void prefetch_start(const struct Product *product, size_t m, size_t n) {
     struct Matrix next = matrix_block(product->start, m, n, kernel->MR, kernel->NR);
-    /* 16 floats are a cache line */
+    /* one request per cache line, of 16 floats */
     for (size_t i = 0; next.data && i < next.rows; i++)
         for (size_t j = 0; j < next.columns; j += 16)
             __builtin_prefetch(next.data + i * next.row_stride + j, 1);
 }
 
-/* One task of a thread: the panel of B at column n is packed and multiplied by A's rows m0..m1-1.
- * The panel stays in a near cache while those of A pass by it. */
+/* One task of a thread: packs the panel of B at column n and multiplies it by rows m0 to m1 - 1 of
+ * A. The panel stays in a near cache while the panels of A pass by. */
 static void matmul_panel(const struct Product *product, size_t n, size_t m0, size_t m1) {
     size_t MR = kernel->MR;
     size_t NR = kernel->NR;
     size_t K = product->a.columns;
     float *panel = thread_scratch(SCRATCH_B, NR * KC);
-    /* 1. NR columns of B; a panel's lines are rows, so B is transposed (which moves nothing) */
+    /* 1. NR columns of B. A panel's lines are rows, so B is transposed, which moves nothing. */
     pack_panel(panel, transposed(matrix_block(product->b, 0, n, K, NR)), NR);
 
-    /* 2. the tiles below each other */
+    /* 2. The tiles of these columns, from top to bottom. While one is computed, memory delivers
+     *    what the next one starts from. */
     for (size_t m = m0; m < m1; m += MR) {
         if (m + MR < m1)
             prefetch_start(product, m + MR, n);
@@ -3288,54 +3316,55 @@ static void matmul_panel(const struct Product *product, size_t n, size_t m0, siz
     }
 }
 
-/* A block on the calling thread. */
+/* A block computed by the calling thread alone. */
 static void matmul_block_alone(const struct Product *product) {
-    /* all of A, then B panel by panel: each panel of A is used once for each panel of B */
+    /* all of A, then B panel by panel: each panel of A is read once for each panel of B */
     for (size_t m = 0; m < product->c.rows; m += kernel->MR)
         pack_a_panel(product, m);
     for (size_t n = 0; n < product->c.columns; n += kernel->NR)
         matmul_panel(product, n, 0, product->c.rows);
 }
 
-/* How many rows of C a task has: all M, or so many fewer that each thread finds about four tasks,
- * and none waits long for the last one. */
+/* How many rows of C a task has: all M, or fewer, so that each thread gets about four tasks and
+ * none waits long for the last one. */
 static size_t rows_per_task(size_t M, size_t panels) {
     size_t MR = kernel->MR;
     size_t rows = M;
-    /* four for each: a thread that another program delays leaves its other three to the others */
+    /* four each: if another program delays a thread, the others take over its remaining tasks */
     size_t tasks_wanted = 4 * (size_t)omp_get_max_threads();
     while (panels * ((M + rows - 1) / rows) < tasks_wanted && rows > MR)
-        /* half as many, up to whole tiles */
+        /* half as many, rounded up to whole tiles */
         rows = (rows / 2 + MR - 1) / MR * MR;
     return rows;
 }
 
-/* A block on all threads. */
+/* A block computed by all threads. */
 static void matmul_block(const struct Product *product) {
     size_t M = product->c.rows;
     size_t N = product->c.columns;
 
-    /* 1. Small products stay on this thread: even a team of one thread costs a microsecond, and
-     *    attention makes many small products. Inside a parallel loop the others are busy. */
+    /* 1. Small products stay on this thread: starting a team costs microseconds (see chapter 10 on
+     *    such thresholds), and attention makes many small products. Inside a parallel loop the
+     *    other threads are busy anyway. */
     double multiplications = (double)M * (double)N * (double)product->a.columns;
     if (multiplications <= 2e5 || omp_in_parallel()) {
         matmul_block_alone(product);
         return;
     }
 
-    /* 2. a task is a panel of B and a stretch of rows */
+    /* 2. A task is a panel of B and a range of rows; `stretches` ranges cover M. */
     size_t panels = (N + kernel->NR - 1) / kernel->NR;
     size_t rows = rows_per_task(M, panels);
     size_t stretches = (M + rows - 1) / rows;
 #pragma omp parallel
     {
-        /* 3. All pack A. Behind this loop each thread waits for the others: a tile may need what
-         *    another thread packed. */
+        /* 3. All threads pack A. After this loop each one waits for the others: a tile may need
+         *    what another thread has packed. */
 #pragma omp for schedule(static)
         for (size_t m = 0; m < M; m += kernel->MR)
             pack_a_panel(product, m);
 
-            /* 4. Whoever is done takes the next task. Neighbouring tasks share a panel of B. */
+            /* 4. A thread that is done takes the next task; neighbouring tasks share B's panel. */
 #pragma omp for schedule(dynamic) nowait
         for (size_t task = 0; task < panels * stretches; task++) {
             size_t m = task % stretches * rows;
@@ -3344,29 +3373,29 @@ static void matmul_block(const struct Product *product) {
     }
 }
 
-/* matmul_from -- C = start + A B, block by block: the one function behind the three below.
+/* matmul_from -- C = start + A B, block by block; the three functions below call it.
  * in   start (M,N), a (M,K), b (K,N)          out  c (M,N)                    test: matmul_plain */
 static void matmul_from(struct MatrixOut c, struct Matrix start, struct Matrix a, struct Matrix b) {
     /* 1. (M,K) times (K,N) makes (M,N). Views that do not fit would read and write beyond their
-     *    memory, and the numbers would be wrong without a word. */
+     *    memory, and the results would be wrong without any sign of it. */
     CHECK(a.rows == c.rows && b.columns == c.columns && a.columns == b.rows,
           "matmul: (%zu,%zu) times (%zu,%zu) does not make (%zu,%zu); this is a fault of align",
           a.rows, a.columns, b.rows, b.columns, c.rows, c.columns);
 
-    /* 2. the definition, where it is asked for; also of an empty sum, which is the start: the loop
-     *    below would write nothing */
+    /* 2. The definition, if ALIGN_KERNEL requests it, and also for an empty sum (K = 0): C is then
+     *    `start`, but the loop below would write nothing. */
     if (!kernel || a.columns == 0) {
         matmul_plain(c, start, a, b);
         return;
     }
 
-    /* 3. room for the packed rows of A of a block, the last panel filled up with zeros */
+    /* 3. Room for the packed rows of A of one block, the last panel filled up with zeros. */
     size_t block_rows = MIN(c.rows, (size_t)BLOCK_ROWS) + kernel->MR;
     float *packed_a = thread_scratch(SCRATCH_A, block_rows * MIN(a.columns, (size_t)KC));
     for (size_t m = 0; m < c.rows; m += BLOCK_ROWS)
         for (size_t k = 0; k < a.columns; k += KC) {
-            /* 4. The first KC steps begin from `start`, the later ones go on from what the earlier
-             *    left in C. */
+            /* 4. The first KC steps begin with `start`; each later block adds to what the earlier
+             *    ones have left in C. */
             struct MatrixOut c_block = matrix_out_block(c, m, 0, BLOCK_ROWS, c.columns);
             struct Matrix first_start = matrix_block(start, m, 0, BLOCK_ROWS, c.columns);
             struct Product product = {
@@ -3384,20 +3413,21 @@ static void matmul_from(struct MatrixOut c, struct Matrix start, struct Matrix a
  * C must not overlap A or B. Inside a parallel loop it runs on the calling thread alone.
  * By hand: [1 2; 3 4] [5; 6] = [1*5 + 2*6; 3*5 + 4*6] = [17; 39].   test: matmul, matmul_threads */
 static void matmul(struct MatrixOut c, struct Matrix a, struct Matrix b) {
-    /* from zeros */
+    /* a matrix of zeros to start from: a shape without data */
     matmul_from(c, (struct Matrix){.rows = c.rows, .columns = c.columns}, a, b);
 }
 
-/* matmul_add -- C += A B: so the gradients of several micro-batches add up.
+/* matmul_add -- C += A B: this is how the gradients of several micro-batches add up.
  * By hand: to the [17; 39] above [1 3; 2 4] [5; 6] = [23; 34]: [40; 73].            test: matmul */
 static void matmul_add(struct MatrixOut c, struct Matrix a, struct Matrix b) {
+    /* start and result are the same memory: a tile reads its part before it writes it */
     matmul_from(c, readable(c), a, b);
 }
 
-/* matmul_bias -- C = A B, and bias (N) added to each row of it.
+/* matmul_bias -- C = A B, with bias (N) added to each row.
  * By hand: [1 2; 3 4] [5; 6] and the bias 3: [20; 42].                             test: matmul */
 static void matmul_bias(struct MatrixOut c, const float *bias, struct Matrix a, struct Matrix b) {
-    /* a row stride of 0: the same row for each row of C */
+    /* a row stride of 0: every row of C starts from the same bias */
     struct Matrix bias_rows = {bias, c.rows, c.columns, 0, 1};
     matmul_from(c, bias_rows, a, b);
 }
@@ -3407,12 +3437,13 @@ static void matmul_bias(struct MatrixOut c, const float *bias, struct Matrix a, 
  *
  * What does each layer compute, and how does blame flow back through it? A layer is a function
  * y = f(x, weights). Its backward pass is given dy, the derivative of the loss by y, and must
- * return the derivatives by x and by the weights. That is the chain rule, one layer at a time, from
- * the loss back to the embedding. Each forward pass has its backward pass beside it.
+ * return the derivatives by x and by the weights. This is the chain rule, applied layer by layer,
+ * from the loss back to the embedding. Each forward pass has its backward pass next to it.
  *
  *     linear        y = x W + b             dx = dy W^T,  dW += x^T dy,  db += the sum of dy's rows
- *     layer norm    y = (x - mean) / std    dx: less what moved the mean and the deviation
- *     gelu          y = x sigmoid(2u)       a soft switch: lets x pass where it is positive
+ *     layer norm    y = (x - mean) / std    dx: minus what moved the mean and the deviation
+ *     gelu          y = x sigmoid(1.5958 (x + 0.0447 x^3))    a soft switch: lets x pass where it
+ *                                                             is positive
  *     embedding     y = wte[id] + wpe[t]    dx goes to the two rows that were read
  *     attention     y = softmax(q k) v      the only layer that mixes information across time
  *
@@ -3420,43 +3451,51 @@ static void matmul_bias(struct MatrixOut c, const float *bias, struct Matrix a, 
  *     the loss asks for dy = (1, -2):            dx = (3 - 8, 5 - 12) = (-5, -7)
  *                                                dW = [1 -2; 2 -4],   db = (1, -2)
  *
- * One rule for all: dx is written (where a layer adds to it, its comment says so); gradients of
- * weights are added to, so that several micro-batches accumulate into one step.
+ * One rule holds for all: dx is overwritten (where a layer adds to it instead, its comment says
+ * so); gradients of weights are added to, so that several micro-batches accumulate into one step.
+ *
+ * Threads. `omp parallel for if (work > limit)` starts a team of threads only for enough work: the
+ * start and the wait for the last thread cost some microseconds, the time of 10,000 to 100,000
+ * simple operations. The limits differ because the work per counted number does: gelu's includes
+ * an exponential (10,000); layer norm goes over each row several times (20,000); embedding, bias
+ * and products of few rows do one operation on numbers that must be fetched (50,000), the residual
+ * sum one addition of neighbours (100,000); matmul, which has to share its packing as well, starts
+ * at 200,000 multiplications. They need not be exact: any limit gives the same bits.
  *
  * What enters: activations (N,C), a row for each token of a batch. What leaves: the same shape.
  * ============================================================================================= */
 
 /* A tensor: a named array of floats, with one dimension or two. Its declaration (chapter 11) gives
- * it a shape and its name in a checkpoint; what belongs to its numbers stands beside them: their
- * gradient d and AdamW's moments m and v, of the same shape. d, m and v are NULL while nothing
- * trains, and in a tensor that is frozen while others train: a backward pass then skips it. */
+ * it a shape and its name in a checkpoint. Next to its numbers w are their gradient d and AdamW's
+ * moments m and v, of the same shape. d, m and v are NULL while nothing is trained, and in a tensor
+ * that is frozen while others are trained: a backward pass then skips it. */
 struct Tensor {
     char name[64];
     size_t shape[2], ndim, n; /* n: the product of the shape */
     bool decay; /* weight decay applies: to matrices, not to biases and layer norms */
     bool loaded; /* its numbers came from a file */
-    bool bits; /* its numbers are never looked at: any bits may stand in place of floats */
+    bool bits; /* its numbers are never used: any bits may be there instead of floats */
     float *w, *d, *m, *v;
 };
 
-/* FEW_ROWS: up to so many rows of x a linear layer needs no packing. STRIP: so many columns are
- * summed over all rows by one thread. */
+/* FEW_ROWS: with at most this many rows of x, a linear layer needs no packing. STRIP: how many
+ * columns one thread sums over all rows. */
 enum { FEW_ROWS = 16, STRIP = 64 };
 
 /* ---- Linear --------------------------------------------------------------------------------- */
 
-/* row_dot_4 -- out[r] = x . y_r for rows r < `rows` <= 4 of y, which stand y_row numbers apart.
- * Four sums are under way at once: one alone would wait for its own last addition.
+/* row_dot_4 -- out[r] = x . y_r for rows r < `rows` <= 4 of y, which are y_row numbers apart.
+ * Four sums are in progress at once: a single one would have to wait for its own last addition.
  *                                                                               test: few_rows */
 WIDE static void row_dot_4(float *out, const float *x, const float *y, size_t y_row, size_t n,
                            size_t rows) {
-    /* the end of the rows: one by one */
+    /* fewer than four, at the end of a matrix: one by one, with the same additions */
     if (rows < 4) {
         for (size_t r = 0; r < rows; r++)
             out[r] = row_dot(x, y + r * y_row, n);
         return;
     }
-    /* 1. 16 lanes for each of the four, as in row_dot */
+    /* 1. 16 lanes for each of the four, as in row_dot. Each load of x serves four rows. */
     float lane[4][LANES] = {{0}};
     size_t i = 0;
     for (; i + LANES <= n; i += LANES)
@@ -3464,12 +3503,11 @@ WIDE static void row_dot_4(float *out, const float *x, const float *y, size_t y_
             for (size_t r = 0; r < 4; r++)
                 lane[r][j] += x[i + j] * y[r * y_row + i + j];
 
-    /* 2. what is left where the length is no multiple of 16 */
     for (; i < n; i++)
         for (size_t r = 0; r < 4; r++)
             lane[r][0] += x[i] * y[r * y_row + i];
 
-            /* 3. the 16 lanes of each added up */
+            /* 2. The sum of the 16 lanes, for each of the four. */
 #pragma GCC unroll 4
     for (size_t r = 0; r < 4; r++)
         out[r] = lane_sum(lane[r]);
@@ -3479,7 +3517,7 @@ WIDE static void row_dot_4(float *out, const float *x, const float *y, size_t y_
  *   y = x W + bias
  * in   x (N,in), weight (in,out), bias (out)         out  y (N,out)
  * This is GPT-2's Conv1D: its W is (in,out), where torch's Linear has (out,in). A row of y has the
- * same bits however many rows are beside it: so a text's score does not depend on its batch.
+ * same bits however many rows are next to it, so a text's score does not depend on its batch.
  * By hand: the chapter's example: (1, 2) [3 4; 5 6] + (7, 8) = (20, 24).
  *                                     test: linear_hand, linear_golden, few_rows, rows_company */
 static void linear_forward(float *y, const float *x, size_t N, const struct Tensor *weight,
@@ -3489,14 +3527,15 @@ static void linear_forward(float *y, const float *x, size_t N, const struct Tens
     struct MatrixOut all_y = matrix_out(y, N, out);
     struct Matrix all_x = matrix(x, N, in);
     struct Matrix all_weight = matrix(weight->w, in, out);
-    /* 1. many rows: a product of matrices, which starts from the bias */
+    /* 1. Many rows: a matrix product, which starts from the bias. */
     if (N > FEW_ROWS || !kernel) {
         matmul_bias(all_y, bias->w, all_x, all_weight);
         return;
     }
 
-    /* 2. Few rows: each thread makes strips of columns. For a single row they are as long as can
-     *    be: what takes the time is to read W, once, and long stretches are read faster. */
+    /* 2. Few rows: each thread computes strips of columns. For a single row the strips are as long
+     *    as possible: most of the time goes into reading W, once, and long stretches of memory are
+     *    read faster. */
     size_t threads = (size_t)omp_get_max_threads();
     size_t strip = N > 1 ? 384 : (out / threads + 15) / 16 * 16 + 16;
 #pragma omp parallel for schedule(static) if (N * in * out > 50000)
@@ -3505,10 +3544,9 @@ static void linear_forward(float *y, const float *x, size_t N, const struct Tens
                          matrix_block(all_weight, 0, j, in, strip), bias->w + j);
 }
 
-/* Columns j0..j1-1 of dbias += the sum of dy's rows. One thread adds a column up, from the first
- * row to the last: so the sum has the same bits on any number of threads. */
+/* Columns j0..j1-1 of dbias += the sum of dy's rows. One thread sums a whole column. */
 static void bias_backward_strip(float *dbias, struct Matrix dy, size_t j0, size_t j1) {
-    /* row by row, not column by column: neighbours in memory are read together */
+    /* row by row, not column by column, since the numbers of a row are neighbours in memory */
     for (size_t n = 0; n < dy.rows; n++)
         for (size_t j = j0; j < j1; j++)
             dbias[j] += dy.data[n * dy.row_stride + j];
@@ -3527,14 +3565,14 @@ static void linear_backward(float *dx, const float *dy, const float *x, size_t N
     size_t out = weight->shape[1];
     struct Matrix all_dy = matrix(dy, N, out);
 
-    /* 1. to the layer below, also through weights that are frozen */
+    /* 1. To the layer below. This is needed even if the weights are frozen. */
     matmul(matrix_out(dx, N, in), all_dy, transposed(matrix(weight->w, in, out)));
 
-    /* 2. to the weights: x^T dy adds up, over all tokens, input i times the blame of output j */
+    /* 2. To the weights: x^T dy sums, over all tokens, input i times the blame of output j. */
     if (weight->d)
         matmul_add(matrix_out(weight->d, in, out), transposed(matrix(x, N, in)), all_dy);
 
-    /* 3. to the bias: a strip of columns for a thread, lest two threads add to the same number */
+    /* 3. To the bias: each thread has a strip of columns, so no two add to the same number. */
     if (!bias->d)
         return;
 #pragma omp parallel for if (N * out > 50000)
@@ -3544,7 +3582,7 @@ static void linear_backward(float *dx, const float *dy, const float *x, size_t N
 
 /* ---- Layer norm ----------------------------------------------------------------------------- */
 
-/* What went into a layer norm, and what it keeps of each row for the backward pass. */
+/* The input of a layer norm, and what it keeps of each row for the backward pass. */
 struct LayerNormRows {
     size_t N;
     const float *x; /* (N,C) */
@@ -3553,31 +3591,32 @@ struct LayerNormRows {
 };
 
 /* layernorm_row -- one token's numbers, brought to mean 0 and deviation 1 [3].
- *   h = (x - mean) rstd,   rstd = 1 / sqrt(variance + eps)         y = h weight + bias
+ *   xhat = (x - mean) rstd,   rstd = 1 / sqrt(variance + eps)      y = xhat weight + bias
  * in   x (C), weight, bias (C)           out  y (C), mean, rstd
- * Without it activations grow from layer to layer, and a large row would learn at another pace than
- * a small one. weight and bias give back a scale and a shift for each column, where they help.
+ * Without it activations would grow from layer to layer, and rows of large numbers would learn at
+ * another pace than rows of small ones. weight and bias let each column have a scale and a shift
+ * again, where that helps.
  * By hand: x = (3, 3, 7, 7), weight 2, bias 0.5, eps 0: mean 5, variance 4, rstd 0.5,
- * h = (-1, -1, 1, 1), y = (-1.5, -1.5, 2.5, 2.5).                               test: layernorm */
+ * xhat = (-1, -1, 1, 1), y = (-1.5, -1.5, 2.5, 2.5).                            test: layernorm */
 WIDE static void layernorm_row(float *y, float *mean, float *rstd, const float *x,
                                const struct Tensor *weight, const struct Tensor *bias, float eps) {
     size_t C = weight->n;
     const float *w = weight->w;
     const float *b = bias->w;
 
-    /* 1. the mean, subtracted */
+    /* 1. Subtract the mean; y holds the differences for now. */
     float m = row_sum(x, C) / (float)C;
     for (size_t c = 0; c < C; c++)
         y[c] = x[c] - m;
 
-    /* 2. The variance, from the differences: the mean of squares less the square of the mean would
-     *    lose all its digits where the mean is large. A row of equal numbers has no deviation: eps
-     *    keeps the division finite. */
+    /* 2. The variance, from the differences: the mean of squares minus the square of the mean would
+     *    lose all its digits where the mean is large. eps keeps the division finite in a row of
+     *    equal numbers, whose variance is 0. */
     float r = 1.0f / sqrtf(row_dot(y, y, C) / (float)C + eps);
     for (size_t c = 0; c < C; c++)
         y[c] = y[c] * r * w[c] + b[c];
 
-    /* 3. both are kept: the backward pass makes h from them again */
+    /* 3. Two numbers a row are kept; the backward pass recomputes xhat from x and them. */
     *mean = m;
     *rstd = r;
 }
@@ -3585,28 +3624,28 @@ WIDE static void layernorm_row(float *y, float *mean, float *rstd, const float *
 static void layernorm_forward(float *y, struct LayerNormRows rows, const struct Tensor *weight,
                               const struct Tensor *bias, float eps) {
     size_t C = weight->n;
-    /* a team of threads costs microseconds: only for so much work */
+    /* each row by itself: a layer norm never mixes tokens */
 #pragma omp parallel for if (rows.N * C > 20000)
     for (size_t n = 0; n < rows.N; n++)
         layernorm_row(y + n * C, rows.mean + n, rows.rstd + n, rows.x + n * C, weight, bias, eps);
 }
 
-/* layernorm_backward_row -- the derivative by one token's numbers, ADDED to dx: in GPT-2 x goes to
- * the layer norm and past it, and the other way's derivative is in dx already.
- *   g = dy weight         dx += rstd (g - mean(g) - h mean(g h))
+/* layernorm_backward_row -- the derivative by one token's numbers, ADDED to dx: in GPT-2 x goes
+ * through the layer norm and also around it, and dx already has the derivative of the way around.
+ *   g = dy weight         dx += rstd (g - mean(g) - xhat mean(g xhat))
  * in   dy, x (C), mean, rstd          in, out  dx (C)
- * rstd g alone would be right if mean and rstd were constants. But each x moved them too. To add a
- * constant to all x changes nothing: so the mean of g is subtracted. To spread all x further around
- * their mean changes nothing: so the part of g that is a multiple of h is subtracted.
+ * rstd g alone would be right if mean and rstd were constants. But each x moved them, too. Adding a
+ * constant to all x changes nothing in y, so the mean of g is subtracted. Nor does spreading all x
+ * further from their mean, so the part of g that is a multiple of xhat is subtracted.
  * By hand: the example above with dy = (4, 0, 0, 0): g = (8, 0, 0, 0), mean(g) = 2,
- * mean(g h) = -2: dx += 0.5 (8 - 2 - 2, -2 - 2, -2 + 2, -2 + 2) = (2, -2, 0, 0).
+ * mean(g xhat) = -2: dx += 0.5 (8 - 2 - 2, -2 - 2, -2 + 2, -2 + 2) = (2, -2, 0, 0).
  *                                                           test: layernorm, layernorm_gradient */
 WIDE static void layernorm_backward_row(float *dx, const float *dy, const float *x, float mean,
                                         float rstd, const struct Tensor *weight) {
     size_t C = weight->n;
     const float *w = weight->w;
 
-    /* 1. through weight: g = d loss / d h, and g h */
+    /* 1. Back through weight: g = d loss / d xhat. Scratch for g and g xhat, C floats each. */
     float *g = thread_scratch(SCRATCH_ROW, 2 * C);
     float *gh = g + C;
     for (size_t c = 0; c < C; c++) {
@@ -3614,23 +3653,22 @@ WIDE static void layernorm_backward_row(float *dx, const float *dy, const float 
         gh[c] = g[c] * ((x[c] - mean) * rstd);
     }
 
-    /* 2. what moved the mean, and what moved the deviation */
+    /* 2. The two means: of what moved the mean of x, and of what moved its deviation. */
     float mean_g = row_sum(g, C) / (float)C;
     float mean_gh = row_sum(gh, C) / (float)C;
 
-    /* 3. both subtracted */
+    /* 3. Both are subtracted, and rstd is the slope of what remains. */
     for (size_t c = 0; c < C; c++)
         dx[c] += rstd * (g[c] - mean_g - (x[c] - mean) * rstd * mean_gh);
 }
 
-/* Columns c0..c1-1 of dweight += sum over rows of dy h, of dbias += sum of dy. */
+/* Columns c0..c1-1 of dweight += the sum over rows of dy xhat, of dbias += the sum of dy. */
 static void layernorm_backward_strip(float *dweight, float *dbias, struct Matrix dy,
                                      struct LayerNormRows rows, size_t c0, size_t c1) {
-    /* row by row: neighbours in memory are read together */
     for (size_t n = 0; n < rows.N; n++) {
         const float *dy_n = dy.data + n * dy.row_stride;
         const float *x_n = rows.x + n * dy.row_stride;
-        /* y = h weight + bias: the weight's slope is h, made again, and the bias's is 1 */
+        /* y = xhat weight + bias: slope xhat by the weight (recomputed here), 1 by the bias */
         for (size_t c = c0; c < c1; c++) {
             dweight[c] += dy_n[c] * (x_n[c] - rows.mean[n]) * rows.rstd[n];
             dbias[c] += dy_n[c];
@@ -3645,14 +3683,14 @@ static void layernorm_backward(float *dx, const float *dy, struct LayerNormRows 
     size_t N = rows.N;
     size_t C = weight->n;
 
-    /* 1. dx: the rows are independent of each other, so any thread may take any of them */
+    /* 1. dx: the rows are independent of each other, so any thread may take any of them. */
 #pragma omp parallel for if (N * C > 20000)
     for (size_t n = 0; n < N; n++)
         layernorm_backward_row(dx + n * C, dy + n * C, rows.x + n * C, rows.mean[n], rows.rstd[n],
                                weight);
 
-    /* 2. weight and bias: sums over the rows. A thread takes a strip of columns, lest two threads
-     *    add to the same number. A frozen layer has nothing to learn. */
+    /* 2. Weight and bias: sums over rows, so threads share the columns, as for linear's bias. A
+     *    frozen layer has nothing to learn. */
     if (!weight->d)
         return;
 #pragma omp parallel for if (N * C > 20000)
@@ -3665,13 +3703,13 @@ static void layernorm_backward(float *dx, const float *dy, struct LayerNormRows 
 /* gelu -- the activation between a block's two wide layers, in the tanh form that GPT-2 was trained
  * with ("gelu_new") [18].
  *   y = x/2 (1 + tanh(u)),   u = sqrt(2/pi) (x + 0.044715 x^3)
- * Since (1 + tanh u) / 2 = sigmoid(2u), that is x sigmoid(2u): one exponential. sigmoid(2u) is the
- * gate: near 1 for large x, which pass; near 0 for very negative x, which do not. Unlike max(0, x)
- * it has a slope everywhere. 1.5957691 is 2 sqrt(2/pi).
+ * Since (1 + tanh u) / 2 = sigmoid(2u), this is x sigmoid(2u), with a single exponential. The
+ * sigmoid is the gate: near 1 for large x, which pass; near 0 for very negative x, which do not.
+ * Unlike max(0, x) it has a slope everywhere. 1.5957691 is 2 sqrt(2/pi).
  * By hand: x = 2: 2u = 1.5958 * 2.3577 = 3.7624, gate 0.9773, y = 1.9546; x = -1: y = -0.1588.
  *                                                                                    test: gelu */
 static inline float gelu_gate(float x) {
-    /* 2u, then its sigmoid in the plain form: exp_fast cannot overflow, so neither can this */
+    /* 2u, then its sigmoid by the plain formula: exp_fast cannot overflow, so neither can this */
     float u2 = 1.5957691f * (x + 0.044715f * x * x * x);
     return 1.0f / (1.0f + exp_fast(-u2));
 }
@@ -3681,7 +3719,7 @@ WIDE static void gelu_row(float *y, const float *x, size_t n) {
         y[i] = x[i] * gelu_gate(x[i]);
 }
 
-/* gelu_backward_row -- dx comes in as dy and is multiplied by the slope.
+/* gelu_backward_row -- dx contains dy on entry, and is multiplied by the slope.
  *   y = x s,  s = sigmoid(2u):      dy/dx = s + x s (1 - s) d(2u)/dx
  * By hand: x = -1: s = 0.1588, d(2u)/dx = 1.5958 (1 + 0.1341) = 1.8098: slope
  * 0.1588 - 0.1588 * 0.8412 * 1.8098 = -0.0830.                       test: gelu, gelu_gradient */
@@ -3689,20 +3727,21 @@ WIDE static void gelu_backward_row(float *dx, const float *x, size_t n) {
     for (size_t i = 0; i < n; i++) {
         float s = gelu_gate(x[i]);
         float slope = 1.5957691f * (1.0f + 3.0f * 0.044715f * x[i] * x[i]);
-        /* the product rule: x by itself, and x through its gate */
+        /* the product rule: x by itself, and x inside its gate */
         dx[i] *= s + x[i] * s * (1.0f - s) * slope;
     }
 }
 
 static void gelu_forward(float *y, const float *x, size_t N, size_t C) {
-    /* number by number: rows only share out the work */
+    /* number by number: rows serve only to divide the work */
 #pragma omp parallel for if (N * C > 10000)
     for (size_t n = 0; n < N; n++)
         gelu_row(y + n * C, x + n * C, C);
 }
 
 static void gelu_backward(float *dx, const float *x, size_t N, size_t C) {
-    /* x is what went into gelu: from y it could not be found, since gelu falls and rises again */
+    /* x is gelu's input. Its output would not do: gelu first falls and then rises, so two different
+     * x can have the same y. */
 #pragma omp parallel for if (N * C > 10000)
     for (size_t n = 0; n < N; n++)
         gelu_backward_row(dx + n * C, x + n * C, C);
@@ -3710,35 +3749,36 @@ static void gelu_backward(float *dx, const float *x, size_t N, size_t C) {
 
 /* ---- Embedding ------------------------------------------------------------------------------ */
 
-/* One token: what it is, plus where it stands. */
+/* One token: what it is, plus its place. */
 static void embedding_row(float *x, const float *token, const float *position, size_t C) {
     for (size_t c = 0; c < C; c++)
         x[c] = token[c] + position[c];
 }
 
-/* embedding_forward -- where numbers begin: x (N,C) = wte[id] + wpe[position].
+/* embedding_forward -- tokens become numbers: x (N,C) = wte[id] + wpe[position].
  * in   the batch's ids and positions (N); wte (V,C), wpe (n_positions,C)
  * Both vectors are learnt. Without wpe the model could not tell "dog bites man" from "man bites
- * dog": attention sums over the tokens that it sees, in any order.
- * By hand: id 1 at places 0 and 1, wte[1] = (5, 6), wpe = (0.5, 0), (0, 0.5): (5.5, 6), (5, 6.5).
+ * dog": attention sums over the tokens it sees, in whatever order they come.
+ * By hand: id 1 at positions 0, 1; wte[1] = (5, 6), wpe = (0.5, 0), (0, 0.5): (5.5, 6), (5, 6.5).
  *                                                                               test: embedding */
 static void embedding_forward(float *x, const struct Batch *batch, const float *wte,
                               const float *wpe, size_t C) {
-    /* two rows of two tables are looked up: there is nothing to multiply */
+    /* A look-up in two tables. A row that is 1 at `id` and 0 elsewhere, times wte, would give the
+     * same with V times the work. */
 #pragma omp parallel for if (batch->N * C > 50000)
     for (size_t n = 0; n < batch->N; n++)
         embedding_row(x + n * C, wte + (size_t)batch->ids[n] * C,
                       wpe + (size_t)batch->position[n] * C, C);
 }
 
-/* Columns c0..c1-1 of all tokens' gradients, added to the rows that they were read from. */
+/* Columns c0..c1-1 of all tokens' gradients, added to the table rows that were read. */
 static void embedding_backward_strip(float *dwte, float *dwpe, const float *dx,
                                      const struct Batch *batch, size_t C, size_t c0, size_t c1) {
-    /* in the order of the tokens, whatever the number of threads: so are the bits of the sums */
+    /* one thread goes through all tokens in order, so each sum has one order */
     for (size_t n = 0; n < batch->N; n++) {
         float *dtoken = dwte + (size_t)batch->ids[n] * C;
         float *dposition = dwpe + (size_t)batch->position[n] * C;
-        /* both are added to: other tokens, and wte's other use, the output layer, do so too */
+        /* added, since other tokens, and wte's other use as the output layer, contribute too */
         for (size_t c = c0; c < c1; c++) {
             dtoken[c] += dx[n * C + c];
             dposition[c] += dx[n * C + c];
@@ -3747,14 +3787,14 @@ static void embedding_backward_strip(float *dwte, float *dwpe, const float *dx,
 }
 
 /* embedding_backward -- how should the vector of a token that was read change? A sum has slope 1 by
- * both its summands, so dx goes to both; a token that stands in several places gets the sum.
- * Threads share the columns, not the tokens: two tokens of one id would write to the same row.
+ * both its summands, so dx goes to both; a token that occurs in several places gets the sum.
+ * Threads share the columns, not the tokens: two tokens with one id would write to the same row.
  * By hand: the example above with dx = (1, 2), (3, 4): dwte[1] += (4, 6), dwpe += (1, 2), (3, 4).
  *                                                                               test: embedding */
 static void embedding_backward(float *dwte, float *dwpe, const float *dx, const struct Batch *batch,
                                size_t C) {
-    /* 64 columns are four cache lines: threads that share out smaller pieces would write to the
-     * same lines, and wait for each other */
+    /* STRIP, 64 columns, is four cache lines: with smaller pieces, several threads would write to
+     * one line and wait for each other */
 #pragma omp parallel for if (batch->N * C > 50000)
     for (size_t c = 0; c < C; c += STRIP)
         embedding_backward_strip(dwte, dwpe, dx, batch, C, c, MIN(C, c + STRIP));
@@ -3762,25 +3802,27 @@ static void embedding_backward(float *dwte, float *dwpe, const float *dx, const 
 
 /* ---- Attention ------------------------------------------------------------------------------
  *
- * Causal multi-head self-attention [2] Eq. 1, each sequence by itself. Each token has three vectors
- * in each head: a query (what am I looking for?), a key (what do I have?) and a value (what do I
- * say?). A token compares its query with the keys of all tokens up to itself, and takes the mean
- * of their values, weighted by how well they fit:
+ * Causal multi-head self-attention [2] Eq. 1, for each sequence separately. Each token has three
+ * vectors in each head: a query q (what am I looking for?), a key k (what do I have?) and a value v
+ * (what do I say?). A token compares its query with the keys of all tokens up to itself, and takes
+ * the mean of their values, weighted by how well the keys fit:
  *
  *     pass 1  scores      score_tj = q_t . k_j / sqrt(HS)                 (T,T) in each head
  *     pass 2  mask        j > t, the future, does not count
  *     pass 3  softmax     p_t = softmax(score_t)                          lse_t is kept
  *     pass 4  mixture     out_t = sum_j p_tj v_j                          (T,HS)
  *
- * A token looks back, never forward: that makes it a language model, and all T positions can learn
- * at once. The division by sqrt(HS) keeps scores near 1 in size, whatever the head's size; without
- * it softmax would choose a single key from the start, and hardly learn.
+ * A token looks back, never forward. That makes it a language model, and lets all T positions be
+ * trained at once. The division by sqrt(HS) keeps scores near 1 in size, whatever the size of the
+ * head; without it softmax would pick a single key from the start, and hardly learn.
  *
- * The (T,T) matrix of p is made ATTENTION_ROWS rows at a time, and again in the backward pass, from
- * lse alone [17]: so memory grows with T, not with its square.
+ * The matrix of all p, (T,T), never exists as a whole: it is computed ATTENTION_ROWS rows at a time
+ * and recomputed in the backward pass, for which lse is enough [17]. So memory grows with T, not
+ * with its square. In the formulas below P is a block of its rows; `query`, `key` and `value` are
+ * the vectors of a head as matrices (T,HS), as in struct AttentionHead.
  *
  *     HS = 1, two tokens: q = (5, 1), k = (0, ln 3), v = (10, 20)
- *     t = 0 sees itself alone:      p = (1),           out = 10                     lse = 0
+ *     t = 0 sees only itself:       p = (1),           out = 10                     lse = 0
  *     t = 1 scores 1*0 and 1*ln 3:  p = (0.25, 0.75),  out = 2.5 + 15 = 17.5        lse = ln 4
  * --------------------------------------------------------------------------------------------- */
 
@@ -3796,33 +3838,33 @@ static struct AttentionShape attention_shape(size_t C, size_t NH) {
     return (struct AttentionShape){C, NH, HS, 1 / sqrtf((float)HS)};
 }
 
-/* What one head sees of one sequence of T tokens. */
+/* One head of one sequence of T tokens. */
 struct AttentionHead {
     size_t T, HS, NH;
-    size_t h; /* the head's number */
+    size_t h; /* the head's number, 0 to NH - 1; model->h, the blocks, is something else */
     size_t row, column; /* in arrays (N,C): the sequence's first row, the head's first column */
     struct Matrix query, key, value; /* (T,HS) each, views of qkv */
     float scale;
-    /* Rows from fork on do not see the rows shared..fork-1: the two answers of a pair stand behind
-     * one prompt (collate_pairs). fork = shared: nothing is hidden. */
+    /* Rows from fork on do not see rows shared..fork-1: there are two answers after one prompt
+     * (collate_pairs). fork = shared: nothing is hidden. */
     size_t shared, fork;
 };
 
-/* Head h of sequence b of a batch; task = b * NH + h. A row of qkv (N,3C) holds a token's queries
- * of all heads, then its keys, then its values. */
+/* Head h of sequence b in a batch; task = b * NH + h. A row of qkv (N,3C) has a token's queries of
+ * all heads, then its keys, then its values. */
 static struct AttentionHead attention_head(const float *qkv, const struct Batch *batch,
                                            struct AttentionShape shape, size_t task) {
     size_t C = shape.C;
     size_t HS = shape.HS;
-    /* 1. which rows are the sequence's, and which columns the head's */
+    /* 1. Which rows belong to the sequence, and which columns to the head? */
     size_t b = task / shape.NH;
     size_t start = batch->start[b];
     size_t T = batch->start[b + 1] - start;
     size_t h = task % shape.NH;
     size_t column = h * HS;
 
-    /* 2. The views: queries from column 0 on, keys from C, values from 2C, in each of the three NH
-     *    heads side by side. Nothing is copied: a head's rows are 3C numbers apart. */
+    /* 2. The views: queries are in columns 0 to C - 1, keys from C on, values from 2C on, with the
+     *    NH heads side by side in each. Nothing is copied: a head's rows are 3C numbers apart. */
     struct Matrix all = matrix(qkv, batch->N, 3 * C);
     return (struct AttentionHead){
         .T = T,
@@ -3835,7 +3877,7 @@ static struct AttentionHead attention_head(const float *qkv, const struct Batch 
         .key = matrix_block(all, start, C + column, T, HS),
         .value = matrix_block(all, start, 2 * C + column, T, HS),
         .scale = shape.scale,
-        /* a batch that is not made of pairs has no forks */
+        /* only batches of pairs have forks */
         .shared = batch->fork ? batch->shared[b] : 0,
         .fork = batch->fork ? batch->fork[b] : 0,
     };
@@ -3845,73 +3887,75 @@ static struct AttentionHead attention_head(const float *qkv, const struct Batch 
  * query, a column for each key that one of them may see. The future inside the last columns is
  * left to pass 3, which reads only t + 1 numbers of row t.      test: attention, collate_pairs */
 static void attention_scores(float *p, const struct AttentionHead *head, size_t t0, size_t t1) {
-    /* pass 1: scores  P = Q K^T / sqrt(HS) */
+    /* pass 1: the scores, query key^T / sqrt(HS). One product for all t1 - t0 queries computes some
+     * scores of the future in vain, but runs at the speed of matmul. */
     struct Matrix query = matrix_block(head->query, t0, 0, t1 - t0, head->HS);
     struct Matrix key = matrix_block(head->key, 0, 0, t1, head->HS);
     matmul(matrix_out(p, t1 - t0, t1), query, transposed(key));
     for (size_t i = 0; i < (t1 - t0) * t1; i++)
         p[i] *= head->scale;
 
-    /* pass 2: the mask  e^-inf = 0: to the rejected answer, the chosen one was never written */
+    /* pass 2: the mask, e^-inf = 0: as if the chosen answer had never been written */
     for (size_t t = MAX(t0, head->fork); t < t1; t++)
         for (size_t j = head->shared; j < head->fork; j++)
             p[(t - t0) * t1 + j] = -INFINITY;
 }
 
-/* Where lse (N,NH) has the number of row t of a head's sequence. */
+/* The index in lse (N,NH) for row t of a head's sequence. */
 static size_t lse_place(const struct AttentionHead *head, size_t t) {
     return (head->row + t) * head->NH + head->h;
 }
 
-/* The head's part of an array (N,C), to be written: T rows, HS columns. */
+/* The head's part of an array (N,C), to write to: T rows, HS columns. */
 static struct MatrixOut head_columns(struct MatrixOut all, const struct AttentionHead *head) {
     return matrix_out_block(all, head->row, head->column, head->T, head->HS);
 }
 
-/* attention_softmax -- pass 3 for query t: p (t1) comes in as scores and becomes probabilities.
- * Returns their log-sum-exp.                                                   test: attention */
+/* attention_softmax -- pass 3 for query t: p (t1) contains scores on entry and probabilities
+ * afterwards. Returns the scores' log-sum-exp.                                 test: attention */
 static float attention_softmax(float *p, size_t t, size_t t1) {
-    /* t + 1 numbers: the keys up to the query's own. That is the mask of the future. */
+    /* Only t + 1 numbers, the keys up to the query's own: that is the mask of the future. */
     float lse = softmax(p, t + 1);
-    /* the future, in which pass 4 would read what pass 1 left there */
+    /* The future gets weight 0: pass 4, a matrix product, would read what pass 1 has left there. */
     for (size_t j = t + 1; j < t1; j++)
         p[j] = 0;
     return lse;
 }
 
 /* attention_forward_head -- the four passes, ATTENTION_ROWS queries at a time.
- * out  the head's columns of out (N,C) and its numbers of lse (N,NH): log sum_j e^(score_tj), all
- *      that the backward pass needs to make p again
+ * out  the head's columns of out (N,C) and its numbers in lse (N,NH): log sum_j e^(score_tj), all
+ *      that the backward pass needs to recompute p
  *                             test: attention_hand, attention; gdb: break attention_forward_head */
 static void attention_forward_head(struct MatrixOut out, float *lse,
                                    const struct AttentionHead *head) {
-    /* The queries go in blocks of rows: a thread has one block of p in memory, (ATTENTION_ROWS,T).
-     * A block holds all keys of its rows, so that softmax needs no second look. */
+    /* Blocks of queries: a thread needs memory for only one block of p, (ATTENTION_ROWS,T). A block
+     * includes all keys of its rows, so one softmax per row is final. */
     size_t T = head->T;
     struct MatrixOut mixture = head_columns(out, head);
     float *p = thread_scratch(SCRATCH_SCORES, ATTENTION_ROWS * T);
     for (size_t t0 = 0; t0 < T; t0 += ATTENTION_ROWS) {
         size_t t1 = MIN(T, t0 + ATTENTION_ROWS);
 
-        /* passes 1 and 2: the scores of rows t0..t1-1, masked */
+        /* passes 1 and 2: p becomes the masked scores (t1 - t0, t1) */
         attention_scores(p, head, t0, t1);
 
-        /* pass 3: softmax, row by row */
+        /* pass 3: each row becomes probabilities */
         for (size_t t = t0; t < t1; t++)
             lse[lse_place(head, t)] = attention_softmax(p + (t - t0) * t1, t, t1);
 
-        /* pass 4: the mixture  out = P V */
+        /* pass 4: the mixture  out = P value,  (rows,t1) times (t1,HS) */
         matmul(matrix_out_block(mixture, t0, 0, t1 - t0, head->HS), matrix(p, t1 - t0, t1),
                matrix_block(head->value, 0, 0, t1, head->HS));
     }
 }
 
-/* attention_forward -- all heads of all sequences; each is a task of its own, for any thread.
+/* attention_forward -- all heads of all sequences; each is a separate task, for any thread.
  * in   qkv (N,3C)       out  out (N,C), lse (N,NH)                             test: attention */
 static void attention_forward(float *out, float *lse, const float *qkv, const struct Batch *batch,
                               struct AttentionShape shape) {
     struct MatrixOut all_out = matrix_out(out, batch->N, shape.C);
-    /* dynamic: a long sequence takes far longer than a short one */
+    /* dynamic: a long sequence takes far longer than a short one, so equal shares of the tasks would
+     * leave threads idle */
 #pragma omp parallel for schedule(dynamic)
     for (size_t task = 0; task < batch->B * shape.NH; task++) {
         struct AttentionHead head = attention_head(qkv, batch, shape, task);
@@ -3919,11 +3963,12 @@ static void attention_forward(float *out, float *lse, const float *qkv, const st
     }
 }
 
-/* Pass 3 made again for query t: p (t1) comes in as scores; softmax(score) = e^(score - lse). */
+/* Pass 3 recomputed for query t, from scores p (t1): softmax(score) = e^(score - lse). */
 static void attention_softmax_again(float *p, float lse, size_t t, size_t t1) {
+    /* with lse known, there is no maximum and no sum to find */
     for (size_t j = 0; j <= t; j++)
         p[j] = exp_fast(p[j] - lse);
-    /* the future */
+    /* the future, as in the forward pass */
     for (size_t j = t + 1; j < t1; j++)
         p[j] = 0;
 }
@@ -3933,21 +3978,22 @@ static void attention_softmax_again(float *p, float lse, size_t t, size_t t1) {
  *   dscore_j = p_j (dp_j - D),   D = sum_j p_j dp_j = dout . out         [17] Appendix B.2
  * in   p (t1), the row's probabilities; dout, out (HS)
  * in, out  dp (t1): d loss / d p_j, then d loss / d (q_t . k_j)
- * D is what all probabilities together would gain: softmax only shares out, so what one gains
- * counts less that mean. It needs no sum over T tokens: out is the mean of the values under p.
+ * D is the mean of dp under p. Probabilities add up to 1, so what one gains the others lose: only a
+ * dp above the mean is worth raising. D needs no sum over T tokens, since out is the mean of the
+ * values under p.
  * By hand: the example's t = 1 with dout = 4: dp = (40, 80), D = 4 * 17.5 = 70,
  * dscore = (0.25 * -30, 0.75 * 10) = (-7.5, 7.5).            test: attention_hand */
 static void attention_softmax_backward(float *dp, const float *p, const float *dout,
                                        const float *out, const struct AttentionHead *head, size_t t,
                                        size_t t1) {
-    /* the mean of dp under p */
+    /* 1. D = dout . out: HS products instead of t + 1. */
     float D = 0;
     for (size_t c = 0; c < head->HS; c++)
         D += dout[c] * out[c];
-    /* softmax, and the scale of pass 1 */
+    /* 2. Back through softmax, and through the scale of pass 1. */
     for (size_t j = 0; j <= t; j++)
         dp[j] = p[j] * (dp[j] - D) * head->scale;
-    /* the mask: no score of the future was used */
+    /* 3. The mask: no score of the future was used, so none has a derivative. */
     for (size_t j = t + 1; j < t1; j++)
         dp[j] = 0;
 }
@@ -3962,8 +4008,8 @@ static struct AttentionGradient attention_gradient(float *dqkv, const struct Bat
                                                    const struct AttentionHead *head) {
     size_t C = shape.C;
     struct MatrixOut all = matrix_out(dqkv, batch->N, 3 * C);
-    /* dqkv is laid out as qkv: a gradient stands where its number stands, and the linear layer
-     * below takes all three parts as one dy */
+    /* dqkv has the layout of qkv: the gradient of each number is at the number's own place, and the
+     * linear layer below takes all three parts as a single dy */
     return (struct AttentionGradient){
         .query = matrix_out_block(all, head->row, head->column, head->T, head->HS),
         .key = matrix_out_block(all, head->row, C + head->column, head->T, head->HS),
@@ -3977,14 +4023,14 @@ static void matrix_clear(struct MatrixOut m) {
 }
 
 /* attention_backward_head -- the four passes in reverse, ATTENTION_ROWS queries at a time.
- *   pass 4, out = P V:          dV += P^T dout           dP = dout V^T
- *   pass 3, P = softmax(S):     dS = P (dP - D)          attention_softmax_backward
- *   pass 2, the mask:           what was not seen has P = 0, so dS = 0
- *   pass 1, S = scale Q K^T:    dQ = scale dS K          dK += scale dS^T Q
+ *   pass 4, out = P value:              dvalue += P^T dout       dP = dout value^T
+ *   pass 3, P = softmax(S):             dS = P (dP - D)          attention_softmax_backward
+ *   pass 2, the mask:                   what was not seen has P = 0, so dS = 0
+ *   pass 1, S = scale query key^T:      dquery = scale dS key    dkey += scale dS^T query
  * in   dout, out (T,HS), views; lse (N,NH)      out  d->query, d->key, d->value (T,HS), written
- * A key and a value are read by all later queries, so theirs are sums over the blocks of rows.
- * By hand: the example with dout = (0, 4): dV = (0.25 * 4, 0.75 * 4) = (1, 3); dS as above:
- * dq_1 = 7.5 ln 3 = 8.2396, dK = (-7.5 q_1, 7.5 q_1) = (-7.5, 7.5).
+ * All later queries read a key and a value, so their gradients are sums over the blocks of rows.
+ * By hand: the example with dout = (0, 4): dvalue = (0.25 * 4, 0.75 * 4) = (1, 3); dS as above:
+ * dq_1 = 7.5 ln 3 = 8.2396, dkey = (-7.5 q_1, 7.5 q_1) = (-7.5, 7.5).
  *                                           test: attention_hand, attention, attention_gradient */
 static void attention_backward_head(const struct AttentionGradient *d, struct Matrix dout,
                                     struct Matrix out, const float *lse,
@@ -3992,7 +4038,8 @@ static void attention_backward_head(const struct AttentionGradient *d, struct Ma
     size_t T = head->T;
     size_t HS = head->HS;
 
-    /* room for p and dp of a block; keys and values start their sums from 0 */
+    /* Scratch for p and dp of a block, (ATTENTION_ROWS,T) each. Keys and values start from 0, since
+     * every block adds to them; a query belongs to one block. */
     float *p = thread_scratch(SCRATCH_SCORES, 2 * ATTENTION_ROWS * T);
     float *dp = p + ATTENTION_ROWS * T;
     matrix_clear(d->key);
@@ -4002,25 +4049,26 @@ static void attention_backward_head(const struct AttentionGradient *d, struct Ma
         size_t rows = t1 - t0;
         struct Matrix dout_rows = matrix_block(dout, t0, 0, rows, HS);
 
-        /* Passes 1 to 3 again: p was not kept. That makes five products where four would do, and
-         * saves a matrix (T,T) for each head of each layer. */
+        /* Passes 1 to 3 again, since p was not kept: five products where four would do, but no
+         * matrix (T,T) in memory for each head of each layer. */
         attention_scores(p, head, t0, t1);
         for (size_t t = t0; t < t1; t++)
             attention_softmax_again(p + (t - t0) * t1, lse[lse_place(head, t)], t, t1);
 
-        /* back through pass 4: a value learns from each query, as far as that one took it */
+        /* Back through pass 4: a value learns from each query in proportion to its weight there. */
         matmul_add(matrix_out_block(d->value, 0, 0, t1, HS), transposed(matrix(p, rows, t1)),
                    dout_rows);
         matmul(matrix_out(dp, rows, t1), dout_rows,
                transposed(matrix_block(head->value, 0, 0, t1, HS)));
 
-        /* back through passes 3 and 2, row by row */
+        /* Back through passes 3 and 2, row by row: dp becomes dS times the scale. */
         for (size_t t = t0; t < t1; t++)
             attention_softmax_backward(dp + (t - t0) * t1, p + (t - t0) * t1,
                                        dout.data + t * dout.row_stride,
                                        out.data + t * out.row_stride, head, t, t1);
 
-        /* back through pass 1: a score's slope by the query is the key, and the other way round */
+        /* Back through pass 1: a score's derivative by the query is the key, and by the key the
+         * query. */
         matmul(matrix_out_block(d->query, t0, 0, rows, HS), matrix(dp, rows, t1),
                matrix_block(head->key, 0, 0, t1, HS));
         matmul_add(matrix_out_block(d->key, 0, 0, t1, HS), transposed(matrix(dp, rows, t1)),
@@ -4036,12 +4084,11 @@ static void attention_backward(float *dqkv, const float *dout, const float *out,
                                struct AttentionShape shape) {
     struct Matrix all_dout = matrix(dout, batch->N, shape.C);
     struct Matrix all_out = matrix(out, batch->N, shape.C);
-    /* Each head of a sequence has columns of its own in dqkv. No two tasks write to the same place,
-     * so no sum depends on which thread comes first. */
+    /* no two tasks write to the same place: each has its own rows and columns of dqkv */
 #pragma omp parallel for schedule(dynamic)
     for (size_t task = 0; task < batch->B * shape.NH; task++) {
         struct AttentionHead head = attention_head(qkv, batch, shape, task);
-        /* the same views of dqkv, dout and out that the head has of qkv */
+        /* dqkv, dout and out, each as the part that belongs to this head */
         struct AttentionGradient d = attention_gradient(dqkv, batch, shape, &head);
         attention_backward_head(&d, matrix_block(all_dout, head.row, head.column, head.T, head.HS),
                                 matrix_block(all_out, head.row, head.column, head.T, head.HS), lse,
@@ -4051,27 +4098,28 @@ static void attention_backward(float *dqkv, const float *dout, const float *out,
 
 /* ---- Attention while a text is written ------------------------------------------------------ */
 
-/* Keys and values of the past, kept while texts are written: past tokens never change what they
- * say, so a new token costs one row of work instead of T rows (chapter 13). */
+/* Keys and values of earlier tokens, kept while texts are written. They never change, since an
+ * earlier token does not see later ones; so a new token costs one row of work instead of T rows
+ * (chapter 13). */
 struct KVCache {
     size_t B, capacity; /* sequences; positions that each has room for */
     float *k, *v; /* (L, B, capacity, C) */
-    size_t *length; /* (B) positions filled */
+    size_t *length; /* (B) how many positions are filled */
 };
 
-/* Where a layer's k and v of a sequence's position stand in the cache. */
+/* The index in k and v of a layer's numbers for one position of a sequence. */
 static size_t kv_cache_place(const struct KVCache *cache, size_t layer, size_t sequence,
                              size_t position, size_t C) {
     return ((layer * cache->B + sequence) * cache->capacity + position) * C;
 }
 
-/* Puts the keys and values of a batch's token n into the cache. */
+/* Stores the keys and values of token n of a batch in the cache. */
 static void kv_cache_store(struct KVCache *cache, const struct Batch *batch, size_t n,
                            const float *qkv, size_t layer, size_t C) {
     size_t position = (size_t)batch->position[n];
     size_t place = kv_cache_place(cache, layer, batch->slot[n], position, C);
-    /* all heads at once: in a row of qkv their keys are neighbours, and their values stand behind
-     * them; the query is not kept, since no later token asks for it */
+    /* All heads at once: in a row of qkv their keys are neighbours, followed by their values. The
+     * query is not kept, since no later token needs it. */
     const float *key = qkv + n * 3 * C + C;
     const float *value = key + C;
     memcpy(cache->k + place, key, C * sizeof *key);
@@ -4079,19 +4127,19 @@ static void kv_cache_store(struct KVCache *cache, const struct Batch *batch, siz
     cache->length[batch->slot[n]] = position + 1;
 }
 
-/* What head h of token n sees: its own query, and the keys and values of its sequence up to
- * itself, from the cache. */
+/* What head h of token n sees: its own query, and the keys and values of its sequence up to and
+ * including itself, from the cache. */
 static struct AttentionHead attention_cached_view(const float *qkv, const struct Batch *batch,
                                                   size_t layer, struct AttentionShape shape,
                                                   size_t n, size_t h) {
-    /* 1. as many keys as the token's position says, itself included */
+    /* 1. A token at position t sees t + 1 keys, its own included. */
     const struct KVCache *cache = batch->cache;
     size_t C = shape.C;
     size_t T = (size_t)batch->position[n] + 1;
     size_t column = h * shape.HS;
 
-    /* 2. The sequence's position 0 in the cache: from there on, a row of C numbers a position. The
-     *    query comes from qkv: only the past is in the cache. */
+    /* 2. From the sequence's position 0 in the cache on, each position has a row of C numbers. The
+     *    query comes from qkv: only keys and values are in the cache. */
     size_t place = kv_cache_place(cache, layer, batch->slot[n], 0, C);
     return (struct AttentionHead){
         .T = T,
@@ -4107,14 +4155,14 @@ static struct AttentionHead attention_cached_view(const float *qkv, const struct
     };
 }
 
-/* attention_cached_head -- the four passes for a single query, the newest. All it may see is the
- * past, so there is nothing to mask.   out  out (HS)           test: generate_cache, few_rows */
+/* attention_cached_head -- the four passes for a single query, the newest. It may see all there is,
+ * so there is nothing to mask.         out  out (HS)           test: generate_cache, few_rows */
 WIDE static void attention_cached_head(float *out, const struct AttentionHead *head) {
     size_t T = head->T;
     size_t HS = head->HS;
     float *p = thread_scratch(SCRATCH_SCORES, T);
 
-    /* pass 1: scores, four keys at a time */
+    /* pass 1: the scores, four keys at a time. A matmul of one row would spend its time packing. */
     const float *key = head->key.data;
     size_t stride = head->key.row_stride;
     for (size_t j = 0; j < T; j += 4)
@@ -4122,10 +4170,10 @@ WIDE static void attention_cached_head(float *out, const struct AttentionHead *h
     for (size_t j = 0; j < T; j++)
         p[j] *= head->scale;
 
-    /* pass 3: softmax, over all that there is: the newest token has no future */
+    /* pass 3: softmax, over all T: the newest token has no future */
     softmax(p, T);
 
-    /* pass 4: the mixture, value by value: each is a row of neighbours */
+    /* pass 4: the mixture, one value after another: each is HS neighbouring numbers */
     const float *value = head->value.data;
     for (size_t c = 0; c < HS; c++)
         out[c] = 0;
@@ -4134,17 +4182,18 @@ WIDE static void attention_cached_head(float *out, const struct AttentionHead *h
             out[c] += p[j] * value[j * stride + c];
 }
 
-/* attention_cached -- attention of a decoding batch, whose rows are new tokens alone.
+/* attention_cached -- attention while a text is written: the rows are only the new tokens.
  * in   qkv (N,3C)       out  out (N,C); the batch's cache grows by the new keys and values
  * First all tokens are stored, then all look: a row may be one of several new tokens of a
  * sequence, each of which sees those before it.                             test: generate_cache */
 static void attention_cached(float *out, const float *qkv, const struct Batch *batch, size_t layer,
                              struct AttentionShape shape) {
-    /* 1. the new keys and values */
+    /* 1. Store the new keys and values. */
     for (size_t n = 0; n < batch->N; n++)
         kv_cache_store(batch->cache, batch, n, qkv, layer, shape.C);
 
-        /* 2. each new token's heads */
+        /* 2. Each head of each new token is a task. With 16 tasks or fewer, as for one token of one
+         *    text, a team of threads would not pay. */
 #pragma omp parallel for if (batch->N * shape.NH > 16)
     for (size_t task = 0; task < batch->N * shape.NH; task++) {
         size_t n = task / shape.NH;
