@@ -3954,8 +3954,8 @@ static void attention_forward_head(struct MatrixOut out, float *lse,
 static void attention_forward(float *out, float *lse, const float *qkv, const struct Batch *batch,
                               struct AttentionShape shape) {
     struct MatrixOut all_out = matrix_out(out, batch->N, shape.C);
-    /* dynamic: a long sequence takes far longer than a short one, so equal shares of the tasks would
-     * leave threads idle */
+    /* dynamic: a long sequence takes far longer than a short one, so with equal shares some threads
+     * would be idle */
 #pragma omp parallel for schedule(dynamic)
     for (size_t task = 0; task < batch->B * shape.NH; task++) {
         struct AttentionHead head = attention_head(qkv, batch, shape, task);
@@ -4207,37 +4207,38 @@ static void attention_cached(float *out, const float *qkv, const struct Batch *b
  * Chapter 11 - GPT-2, its output layer and its heads
  *                      [glossary: Modelo de linguagem] [glossary: AutoModelForCausalLM]
  *
- * What is a language model, in one formula? Each token becomes a vector (what it is, plus where it
- * stands), and n_layer blocks each add something to that vector, the residual stream:
+ * What is a language model, in one formula? Each token becomes a vector (what it is, plus its
+ * place), and n_layer blocks each add something to that vector, the residual stream:
  *
  *     x = wte[id] + wpe[position]                                            (N,C)
  *     x = x + attention(ln_1(x))     look at earlier tokens                  n_layer times      [1]
  *     x = x + mlp(ln_2(x))           think about what was seen
  *     hidden = ln_f(x)                                                       (N,C)
- *     logits = hidden wte^T          how well each token fits                (rows that ask, V)
+ *     logits = hidden wte^T          how well each token fits                (rows that predict, V)
  *
  * The smallest GPT-2 has V = 50257, C = 768, 12 blocks, 12 heads and 1024 positions. That makes
  * 124,439,808 numbers: 85.1 million in the blocks, 38.6 million in wte, 0.8 million in wpe.
  *
  * The output layer is the embedding again ("tied") [2, Section 3.4]. So wte gets its gradient in
- * two ways, and they are added up in one tensor: from the output layer (lm_head_backward: how
- * should the vector of a token that was predicted, or ought to have been, change?) and from the
- * input (embedding_backward: how should the vector of a token that was read change?).
+ * two ways, and one tensor collects both: from the output layer (lm_head_backward: how should the
+ * vector of a token change that was predicted, or should have been?) and from the input
+ * (embedding_backward: how should the vector of a token change that was read?).
  *
- * Two more output layers, called heads, make one number of a hidden vector. The reward head reads
- * a whole text at its last token: how good was it? The value head reads every position: how good
- * will it become?
+ * Two more output layers, called heads (not attention's), turn a hidden vector into one number. The
+ * reward head reads a whole text at its last token: how good was it? The value head reads every
+ * position: how good will it become?
  *
  * The structs repeat transformers' module names: model->h[3].mlp.c_fc.weight is the tensor
  * "transformer.h.3.mlp.c_fc.weight" of a checkpoint.
  *
- * What enters: a batch of token ids (N). What leaves: hidden vectors (N,C); and from the rows that
- * are asked for log-probabilities (R), in nats, rewards or values, without a unit.
+ * What enters: a batch of token ids (N). What leaves: hidden vectors (N,C) and, for selected rows,
+ * log-probabilities (R), in nats, rewards or values, without a unit.
  * ============================================================================================= */
 
-/* From Part IV. check_finite ends the program where `value`, which is named by `what`, is NaN or
- * infinite, and says which weight or activation broke first; check_numbers does so for n numbers
- * that came from a forward pass over `batch`; first_not_finite tells where the first one is. */
+/* From Part IV. check_finite ends the program if `value`, which the message calls `what`, is NaN or
+ * infinite, and names the weight or activation that broke first; check_numbers does so for n
+ * numbers that came from a forward pass over `batch`; first_not_finite returns the index of the
+ * first such number, or n. */
 struct GPT2;
 static void check_finite(const struct GPT2 *model, const char *what, double value);
 static void check_numbers(const struct GPT2 *model, struct Arena *arena, const struct Batch *batch,
@@ -4246,8 +4247,8 @@ static size_t first_not_finite(const float *x, size_t n);
 
 /* ---- What a model consists of --------------------------------------------------------------- */
 
-/* The two heads stand beside the transformer, not in it: in a checkpoint where other names begin
- * with "transformer.", theirs do not. */
+/* The two heads belong beside the transformer, not to it: in a checkpoint where all other names
+ * begin with "transformer.", theirs do not. */
 static bool tensor_is_head(const struct Tensor *t) {
     return strncmp(t->name, "score.", 6) == 0 || strncmp(t->name, "v_head.", 7) == 0;
 }
@@ -4259,14 +4260,14 @@ struct GPT2Config {
     size_t n_embd; /* C */
     size_t n_layer; /* L */
     size_t n_head; /* NH */
-    int eos_token_id; /* the end token: behind each text, and where writing stops */
+    int eos_token_id; /* the end token: after each text, and where writing stops */
     int pad_token_id;
     float layer_norm_epsilon;
     int bos_token_id; /* what an empty prompt starts from */
     struct Text pad_token; /* the padding token's name, if it is none of GPT-2's tokens */
 };
 
-/* weight (in,out), bias (out). lora_A.n = 0 says that the layer has no adapter (chapter 12). */
+/* weight (in,out), bias (out). lora_A.n = 0 means that the layer has no adapter (chapter 12). */
 struct Linear {
     struct Tensor weight, bias, lora_A, lora_B;
     float lora_scale;
@@ -4291,7 +4292,7 @@ struct Adapter {
     size_t r; /* the rank; 0: the model has no adapter */
     double lora_alpha;
     double lora_dropout;
-    const char *target_modules; /* the layers that it adapts */
+    const char *target_modules; /* names of the layers that it adapts */
     const char *base_model_name_or_path;
     bool use_rslora; /* see adapter_scale */
     bool pattern; /* target_modules is a regular expression, not a list of names */
@@ -4300,7 +4301,7 @@ struct Adapter {
 
 /* What the forward pass keeps of one block for the backward pass. */
 struct BlockActivations {
-    float *x; /* (N,C) what entered */
+    float *x; /* (N,C) the block's input */
     float *ln_1, *ln_1_mean, *ln_1_rstd; /* (N,C) (N) (N) */
     float *qkv, *att, *lse; /* (N,3C) (N,C) (N,NH) */
     float *mid; /* (N,C) x + attention */
@@ -4312,24 +4313,24 @@ struct BlockActivations {
 struct Activations {
     const struct Batch *batch;
     size_t N;
-    struct BlockActivations *h; /* (L); all share the memory of one where nothing is kept */
-    float *x; /* (N,C) what left the last block */
+    struct BlockActivations *h; /* (L) the blocks; all use the first's memory if nothing is kept */
+    float *x; /* (N,C) the last block's output */
     float *ln_f, *ln_f_mean, *ln_f_rstd; /* (N,C) (N) (N); ln_f is the hidden state */
 };
 
 struct GPT2 {
     struct GPT2Config config;
-    struct Tensor wte; /* (V,C) a vector for each token: the embedding, and the output layer */
+    struct Tensor wte; /* (V,C) a vector for each token: the embedding and the output layer */
     struct Tensor wpe; /* (n_positions,C) a vector for each position */
-    struct Block *h; /* (L) */
+    struct Block *h; /* (L) the blocks: h is transformers' name for them */
     struct LayerNorm ln_f;
     struct Tensor score; /* (1,C) the reward head; n = 0: the model has none */
     struct Linear v_head; /* (1,C) the value head; likewise */
     struct Adapter adapter;
-    const char *folder; /* it, or its adapter, was read from; NULL: from none */
+    const char *folder; /* where it, or its adapter, was read from; NULL: nowhere */
     struct Tensor **tensors; /* all of the above, in a checkpoint's order */
     size_t tensor_count;
-    /* where training is, for check_finite: task NULL: the model is not being trained; N = 0:
+    /* where training is, for check_finite. task NULL: the model is not being trained; N = 0:
      * there is no backward pass to look at */
     struct {
         const char *task;
@@ -4341,11 +4342,11 @@ struct GPT2 {
 
 /* ---- Making a model ------------------------------------------------------------------------- */
 
-/* A tensor (rows,columns) of zeros, or a vector (rows) where columns is 0. */
+/* A tensor (rows,columns) of zeros, or a vector (rows) if columns is 0. */
 static void tensor_declare(struct GPT2 *model, struct Tensor *tensor, const char *name, size_t rows,
                            size_t columns) {
-    /* 1. Weight decay is for matrices alone: biases, and above all the weights of layer norms,
-     *    which are near 1, have no reason to be pulled to zero. */
+    /* 1. Weight decay is for matrices only: there is no reason to pull biases to zero, and still
+     *    less the weights of layer norms, which are near 1. */
     *tensor = (struct Tensor){
         .shape = {rows, columns},
         .ndim = columns ? 2 : 1,
@@ -4354,7 +4355,7 @@ static void tensor_declare(struct GPT2 *model, struct Tensor *tensor, const char
     };
     snprintf(tensor->name, sizeof tensor->name, "%s", name);
 
-    /* 2. The numbers themselves, and a place in the list that the optimizer and checkpoints go
+    /* 2. The numbers themselves, and an entry in the list that the optimizer and checkpoints go
      *    through. Gradients come only if it is trained: gpt2_make_trainable. */
     tensor->w = arena_zeros(&model->arena, tensor->n, sizeof(float));
     model->tensors[model->tensor_count++] = tensor;
@@ -4374,7 +4375,7 @@ static void layernorm_declare(struct GPT2 *model, struct LayerNorm *norm, const 
     struct Arena *arena = &model->arena;
     tensor_declare(model, &norm->weight, arena_printf(arena, "%s.weight", name), C, 0);
     tensor_declare(model, &norm->bias, arena_printf(arena, "%s.bias", name), C, 0);
-    /* times one, plus zero: at first it only normalizes */
+    /* times one, plus zero: at first a layer norm only normalizes */
     for (size_t c = 0; c < C; c++)
         norm->weight.w[c] = 1;
 }
@@ -4384,15 +4385,15 @@ static void block_declare(struct GPT2 *model, size_t layer) {
     struct Arena *arena = &model->arena;
     size_t C = model->config.n_embd;
 
-    /* 1. attention: c_attn makes query, key and value of a token, c_proj mixes what the heads
-     *    found into one vector */
+    /* 1. Attention: c_attn makes query, key and value of a token; c_proj mixes what the heads found
+     *    into one vector. */
     layernorm_declare(model, &h->ln_1, arena_printf(arena, "h.%zu.ln_1", layer), C);
     const char *c_attn = arena_printf(arena, "h.%zu.attn.c_attn", layer);
     linear_declare(model, &h->attn.c_attn, c_attn, C, 3 * C);
     const char *attn_c_proj = arena_printf(arena, "h.%zu.attn.c_proj", layer);
     linear_declare(model, &h->attn.c_proj, attn_c_proj, C, C);
 
-    /* 2. the mlp: four times as wide inside, where the activation decides what passes */
+    /* 2. The mlp: four times as wide inside, where the activation decides what passes. */
     layernorm_declare(model, &h->ln_2, arena_printf(arena, "h.%zu.ln_2", layer), C);
     const char *c_fc = arena_printf(arena, "h.%zu.mlp.c_fc", layer);
     linear_declare(model, &h->mlp.c_fc, c_fc, C, 4 * C);
@@ -4400,7 +4401,8 @@ static void block_declare(struct GPT2 *model, size_t layer) {
     linear_declare(model, &h->mlp.c_proj, mlp_c_proj, 4 * C, C);
 }
 
-/* A model without heads, adapter or gradients, its matrices zero: gpt2_init or a file fills it. */
+/* A model without heads, adapter or gradients. Its matrices are zero: gpt2_init or a file fills
+ * them. */
 static struct GPT2 *gpt2_new(struct GPT2Config config) {
     struct GPT2 *model = calloc(1, sizeof *model);
     CHECK(model, "out of memory");
@@ -4408,12 +4410,12 @@ static struct GPT2 *gpt2_new(struct GPT2Config config) {
     size_t C = config.n_embd;
     model->h = arena_zeros(&model->arena, config.n_layer, sizeof *model->h);
 
-    /* A block has 12 tensors, and 8 more where its four linear layers are adapted; beside the
-     * blocks there are wte, wpe, two of ln_f and three of the heads. */
+    /* A block has 12 tensors, and 8 more if its four linear layers are adapted; besides the blocks
+     * there are wte, wpe, two tensors of ln_f and three of the heads. */
     model->tensors = arena_alloc(&model->arena, 20 * config.n_layer + 8, sizeof *model->tensors);
 
-    /* In the order of transformers' state_dict. gpt2_init draws random numbers in this order too:
-     * another one would give another model for the same seed. */
+    /* In the order of transformers' state_dict. gpt2_init draws random numbers in this order, too:
+     * another order would give another model for the same seed. */
     tensor_declare(model, &model->wte, "wte.weight", config.vocab_size, C);
     tensor_declare(model, &model->wpe, "wpe.weight", config.n_positions, C);
     for (size_t l = 0; l < config.n_layer; l++)
@@ -4434,7 +4436,7 @@ static void tensor_normal(struct Tensor *tensor, struct Rng *rng, double std) {
         tensor->w[i] = (float)(std * rng_normal(rng));
 }
 
-/* Uniform in (-1/sqrt(in), 1/sqrt(in)), in = how many inputs the layer has: torch's start of a
+/* Uniform in (-1/sqrt(in), 1/sqrt(in)), in = the layer's number of inputs: torch's start of a
  * Linear (Kaiming). The output is a sum of `in` products, so the more there are, the smaller each
  * must be if the sum is to keep its size.
  * By hand: 400 inputs: within 0.05, variance 0.05^2 / 3.              test: reward_head_gradient */
@@ -4444,7 +4446,7 @@ static void tensor_uniform(struct Tensor *tensor, struct Rng *rng, size_t in) {
         tensor->w[i] = (float)(bound * (2 * rng_uniform(rng) - 1));
 }
 
-/* How many numbers a model consists of. */
+/* The number of parameters of a model. */
 static size_t gpt2_parameters(const struct GPT2 *model) {
     size_t n = 0;
     for (size_t i = 0; i < model->tensor_count; i++)
@@ -4460,12 +4462,12 @@ static void gpt2_init(struct GPT2 *model, uint64_t seed) {
     struct Rng rng = rng_seed(seed, STREAM_INIT);
 
     /* Two layers of each block, both called c_proj, add to the residual stream: 2 n_layer
-     * summands. Were they as large as the others, the stream's variance would grow with the depth.
-     * Each divided by sqrt(2 n_layer), the variance of their sum is that of one. */
+     * summands. If they were as large as the others, the stream's variance would grow with the
+     * depth. With each divided by sqrt(2 n_layer), the variance of their sum is that of one. */
     double residual_std = 0.02 / sqrt(2.0 * (double)model->config.n_layer);
     for (size_t i = 0; i < model->tensor_count; i++) {
         struct Tensor *t = model->tensors[i];
-        /* biases and layer norms stay as they are */
+        /* biases and layer norms keep their zeros and ones */
         if (t->ndim != 2)
             continue;
         bool writes_to_stream = strstr(t->name, "c_proj.weight") != NULL;
@@ -4473,17 +4475,17 @@ static void gpt2_init(struct GPT2 *model, uint64_t seed) {
     }
 }
 
-/* With an adapter only it and the heads learn: the base is frozen. */
+/* With an adapter, only the adapter and the heads learn: the base is frozen. */
 static bool tensor_learns(const struct GPT2 *model, const struct Tensor *t) {
     return !model->adapter.r || strstr(t->name, ".lora_") || tensor_is_head(t);
 }
 
-/* Memory for the gradients and for AdamW's moments, all zero: three numbers beside each weight. */
+/* Memory for gradients and AdamW's moments, all zero: three more numbers for each weight. */
 static void gpt2_make_trainable(struct GPT2 *model) {
     for (size_t i = 0; i < model->tensor_count; i++) {
         struct Tensor *t = model->tensors[i];
-        /* This is where weights are frozen: a tensor whose d stays NULL is skipped by every
-         * backward pass and by the optimizer. One that was trained before has its d already. */
+        /* This is where weights are frozen: every backward pass and the optimizer skip a tensor
+         * whose d is NULL. A tensor that was trained before already has its d. */
         if (t->d || !tensor_learns(model, t))
             continue;
         t->d = arena_zeros(&model->arena, t->n, sizeof(float));
@@ -4492,11 +4494,11 @@ static void gpt2_make_trainable(struct GPT2 *model) {
     }
 }
 
-/* A second model with the same weights, but without heads and adapter: a reference that stays as
- * it is while the first one is trained.                    [glossary: Modelo de referência] */
+/* A second model with the same weights, but without heads and adapter: a reference that does not
+ * change while the first one is trained.                  [glossary: Modelo de referência] */
 static struct GPT2 *gpt2_copy(const struct GPT2 *model) {
     struct GPT2 *copy = gpt2_new(model->config);
-    /* what gpt2_new declares comes first in both lists; heads and adapters stand behind it */
+    /* both lists begin with what gpt2_new declares; heads and adapters come after that */
     for (size_t i = 0; i < copy->tensor_count; i++)
         memcpy(copy->tensors[i]->w, model->tensors[i]->w, copy->tensors[i]->n * sizeof(float));
     return copy;
@@ -4509,8 +4511,8 @@ static void residual_add_row(float *sum, const float *x, size_t C) {
         sum[c] += x[c];
 }
 
-/* sum += x, both (N,C). It has no backward function: a sum hands its derivative to each of its
- * summands unchanged. */
+/* sum += x, both (N,C). There is no backward function: a sum passes its derivative unchanged to
+ * each of its summands. */
 static void residual_add(float *sum, const float *x, size_t N, size_t C) {
 #pragma omp parallel for if (N * C > 100000)
     for (size_t n = 0; n < N; n++)
@@ -4521,20 +4523,20 @@ static void lora_forward(float *y, const float *x, const struct Linear *linear, 
 static void lora_backward(float *dx, const float *dy, const float *x, struct Linear *linear,
                           size_t N);
 
-/* A linear layer of the model, x (N,in) to y (N,out), and what its adapter adds to y where it has
- * one (chapter 12). */
+/* A linear layer of the model, from x (N,in) to y (N,out), plus what its adapter adds to y, if it
+ * has one (chapter 12). */
 static void module_forward(float *y, const float *x, const struct Linear *linear, size_t N) {
     linear_forward(y, x, N, &linear->weight, &linear->bias);
-    /* the adapter's share is added to what is there: its base comes first */
+    /* the adapter adds to y, so the base layer comes first */
     if (linear->lora_A.n)
         lora_forward(y, x, linear, N);
 }
 
-/* dy (N,out) to dx (N,in), which is written; the gradients of the weights are added to. */
+/* From dy (N,out) to dx (N,in), which is overwritten; the gradients of the weights are added to. */
 static void module_backward(float *dx, const float *dy, const float *x, struct Linear *linear,
                             size_t N) {
-    /* A frozen layer, whose d is NULL, learns nothing but passes dx on: the adapters of the layers
-     * before it need that. */
+    /* A frozen layer, whose d is NULL, learns nothing but passes dx on: the adapters of earlier
+     * layers need it. */
     linear_backward(dx, dy, x, N, &linear->weight, &linear->bias);
     if (linear->lora_A.n)
         lora_backward(dx, dy, x, linear, N);
@@ -4554,27 +4556,27 @@ static void block_forward(const struct GPT2 *model, size_t layer, struct BlockAc
     size_t C = model->config.n_embd;
     struct AttentionShape shape = attention_shape(C, model->config.n_head);
 
-    /* 1. Query, key and value of each token, made from its normalized vector. The norm stands
-     *    before the layer, not behind the sum as in [2]: the stream itself is never rescaled. */
+    /* 1. Query, key and value of each token, from its normalized vector. The norm comes before the
+     *    layer, not after the sum as in [2]: the stream itself is never rescaled. */
     layernorm_forward(a->ln_1, (struct LayerNormRows){N, a->x, a->ln_1_mean, a->ln_1_rstd},
                       &h->ln_1.weight, &h->ln_1.bias, model->config.layer_norm_epsilon);
     module_forward(a->qkv, a->ln_1, &h->attn.c_attn, N);
 
-    /* 2. Attention: each token gathers from those before it. While a text is written they are not
-     *    in the batch: their keys and values were kept in the cache. */
+    /* 2. Attention: each token gathers from those before it. While a text is being written they are
+     *    not in the batch, but their keys and values are in the cache. */
     if (batch->cache)
         attention_cached(a->att, a->qkv, batch, layer, shape);
     else
         attention_forward(a->att, a->lse, a->qkv, batch, shape);
 
-    /* 3. What was gathered is added to the stream. x itself must stay as it is: the backward pass
-     *    needs it, so the sum is a tensor of its own. */
+    /* 3. What was gathered is added to the stream. The sum is a tensor of its own, since the
+     *    backward pass needs x itself. */
     module_forward(a->mid, a->att, &h->attn.c_proj, N);
     residual_add(a->mid, a->x, N, C);
 
-    /* 4. The mlp works on each token by itself, and is added likewise: four times as many numbers
-     *    as the stream has, gelu lets each of them pass or not, and back to C. Two thirds of a
-     *    block's weights are here. */
+    /* 4. The mlp works on each token by itself, and its result is added, too. It is four times as
+     *    wide as the stream: gelu lets each of these numbers pass or not, and c_proj leads back to
+     *    C. Two thirds of a block's weights are here. */
     layernorm_forward(a->ln_2, (struct LayerNormRows){N, a->mid, a->ln_2_mean, a->ln_2_rstd},
                       &h->ln_2.weight, &h->ln_2.bias, model->config.layer_norm_epsilon);
     module_forward(a->fc, a->ln_2, &h->mlp.c_fc, N);
@@ -4586,8 +4588,8 @@ static void block_forward(const struct GPT2 *model, size_t layer, struct BlockAc
 /* block_backward -- the same block from its end to its start.
  * in, out  dx (N,C): the derivative of the loss by the block's output becomes that by its input
  * scratch  dwide (N,4C), dnarrow (N,C)
- * out = mid + mlp(ln_2(mid)) hands its derivative to both summands. The one through `mid` is dx
- * itself, which simply stays; what comes back through the mlp is added to it, for
+ * out = mid + mlp(ln_2(mid)) passes its derivative to both summands. The share of `mid` is dx
+ * itself, which simply stays; what comes back through the mlp is added to it, which is why
  * layernorm_backward adds to dx. The same then happens with x and the attention.
  *                                                                           test: gpt2_gradient */
 static void block_backward(struct GPT2 *model, struct Block *h, const struct BlockActivations *a,
@@ -4595,25 +4597,25 @@ static void block_backward(struct GPT2 *model, struct Block *h, const struct Blo
     size_t N = batch->N;
     size_t C = model->config.n_embd;
 
-    /* 1. Back through the mlp. The two scratch rows serve one tensor after the other:
+    /* 1. Back through the mlp. Each of the two scratch arrays serves one tensor after another:
      *      dwide     d gelu, then d fc, then (3C of its 4C) d qkv
      *      dnarrow   d ln_2, then d att, then d ln_1 */
     module_backward(dwide, dx, a->gelu, &h->mlp.c_proj, N);
     gelu_backward(dwide, a->fc, N, 4 * C);
     module_backward(dnarrow, dwide, a->ln_2, &h->mlp.c_fc, N);
 
-    /* 2. dx is d out and becomes d mid: its own share stays, the mlp's is added. That is all that
-     *    the sum `out = mid + ...` asks for. */
+    /* 2. dx is d out and becomes d mid: its own share stays, the mlp's is added. That is the whole
+     *    backward pass of the sum `out = mid + ...`. */
     layernorm_backward(dx, dnarrow, (struct LayerNormRows){N, a->mid, a->ln_2_mean, a->ln_2_rstd},
                        &h->ln_2.weight, &h->ln_2.bias);
 
-    /* 3. Back through the attention. */
+    /* 3. Back through the attention, from dx, which is now d mid. */
     module_backward(dnarrow, dx, a->att, &h->attn.c_proj, N);
     attention_backward(dwide, dnarrow, a->att, a->lse, a->qkv, batch,
                        attention_shape(C, model->config.n_head));
     module_backward(dnarrow, dwide, a->ln_1, &h->attn.c_attn, N);
 
-    /* 4. dx is d mid and becomes d x. */
+    /* 4. dx becomes d x, likewise: its own share stays, the attention's is added. */
     layernorm_backward(dx, dnarrow, (struct LayerNormRows){N, a->x, a->ln_1_mean, a->ln_1_rstd},
                        &h->ln_1.weight, &h->ln_1.bias);
 }
@@ -4622,7 +4624,7 @@ static struct BlockActivations block_activations_new(struct Arena *arena, size_t
                                                      size_t NH) {
     return (struct BlockActivations){
         /* attention: the normalized x, its mean and deviation, and what attention makes of it;
-         * of the softmax only one number for each row and head */
+         * of each softmax only one number, lse */
         .x = arena_floats(arena, N * C),
         .ln_1 = arena_floats(arena, N * C),
         .ln_1_mean = arena_floats(arena, N),
@@ -4630,7 +4632,7 @@ static struct BlockActivations block_activations_new(struct Arena *arena, size_t
         .qkv = arena_floats(arena, N * 3 * C),
         .att = arena_floats(arena, N * C),
         .lse = arena_floats(arena, N * NH),
-        /* the mlp: gelu's slope depends on what came in, so that stays beside what went out */
+        /* the mlp: gelu's slope depends on its input fc, so that is kept as well as its output */
         .mid = arena_floats(arena, N * C),
         .ln_2 = arena_floats(arena, N * C),
         .ln_2_mean = arena_floats(arena, N),
@@ -4655,9 +4657,9 @@ static struct Activations activations_new(const struct GPT2 *model, struct Arena
         .ln_f_mean = arena_floats(arena, N),
         .ln_f_rstd = arena_floats(arena, N),
     };
-    /* A backward pass needs what every block computed. Without one, all blocks write over the
-     * memory of the first. Its x is then also where it writes `out`, which does no harm: a block
-     * has read its x for the last time before it writes. */
+    /* A backward pass needs what every block computed. Without one, all blocks overwrite the memory
+     * of the first. Its x is then also where it writes `out`, which does no harm: a block has read
+     * its x for the last time before it writes. */
     for (size_t l = 0; l < L; l++) {
         bool own = keep || l == 0;
         acts.h[l] = own ? block_activations_new(arena, N, C, model->config.n_head) : acts.h[0];
@@ -4667,41 +4669,41 @@ static struct Activations activations_new(const struct GPT2 *model, struct Arena
 
 /* gpt2_forward -- what the model makes of each token of a batch: its hidden state, (N,C), in
  * activations.ln_f.                                                [glossary: Inferência]
- * in   batch: N tokens of B sequences; while a text is written (batch->cache) the new ones alone
- *      keep: a backward pass will follow, so the activations of all blocks stay
- * The hidden state of token t depends on the tokens up to t and on none behind it. So one pass
- * over a text gives the prediction at each of its places at once: reading a text takes far less
- * time than writing one, where each token needs a pass of its own.  test: gpt2_golden, fixtures */
+ * in   batch: N tokens of B sequences; while a text is written (batch->cache) only the new ones
+ *      keep: a backward pass will follow, so the activations of all blocks are kept
+ * The hidden state of token t depends on the tokens up to t and on no later one. So a single pass
+ * over a text gives the prediction at each of its positions: reading a text takes far less time
+ * than writing one, where each token needs a pass of its own.       test: gpt2_golden, fixtures */
 static struct Activations gpt2_forward(const struct GPT2 *model, struct Arena *arena,
                                        const struct Batch *batch, bool keep) {
     const struct GPT2Config *c = &model->config;
     size_t N = batch->N;
     size_t C = c->n_embd;
     size_t L = c->n_layer;
-    /* wpe has no row for a later position */
+    /* wpe has a row for each of n_positions, and no more */
     CHECK(batch->max_length <= c->n_positions,
           "a sequence of %zu tokens does not fit the model's %zu positions (n_positions)",
           batch->max_length, c->n_positions);
     struct Activations acts = activations_new(model, arena, batch, keep);
 
-    /* 1. tokens and positions become vectors: the stream begins */
+    /* 1. Tokens and positions become vectors: the stream begins. */
     embedding_forward(acts.h[0].x, batch, model->wte.w, model->wpe.w, C);
 
-    /* 2. each block adds to it, and writes it to where the next one reads; the last one to where
-     *    the final norm does */
+    /* 2. Each block adds to the stream and writes it to where the next block reads; the last one
+     *    writes to where the final norm reads. */
     for (size_t l = 0; l < L; l++)
         block_forward(model, l, &acts.h[l], batch, l + 1 < L ? acts.h[l + 1].x : acts.x);
 
     /* 3. The stream is now a sum of 2 L + 1 vectors, and large; it is normalized once more before
-     *    heads read it. */
+     *    the heads read it. */
     layernorm_forward(acts.ln_f, (struct LayerNormRows){N, acts.x, acts.ln_f_mean, acts.ln_f_rstd},
                       &model->ln_f.weight, &model->ln_f.bias, c->layer_norm_epsilon);
     return acts;
 }
 
 /* gpt2_backward -- from the hidden states back to the embedding.
- * in   acts: what gpt2_forward kept; dhidden (N,C): d loss / d acts->ln_f, in which all heads have
- *      added up what they ask for
+ * in   acts: what gpt2_forward kept; dhidden (N,C): d loss / d acts->ln_f, the sum of what all
+ *      heads have returned
  * out  added to the gradient d of every weight that is not frozen
  *                                                     test: gpt2_gradient, gpt2_gradient_golden */
 static void gpt2_backward(struct GPT2 *model, struct Arena *arena, const struct Activations *acts,
@@ -4714,7 +4716,7 @@ static void gpt2_backward(struct GPT2 *model, struct Arena *arena, const struct 
     float *dwide = arena_floats(arena, N * 4 * C);
     float *dnarrow = arena_floats(arena, N * C);
 
-    /* 1. the steps of the forward pass in reverse; dx is the stream's derivative all the way */
+    /* 1. The steps of the forward pass in reverse; dx is the stream's derivative all the way. */
     layernorm_backward(dx, dhidden,
                        (struct LayerNormRows){N, acts->x, acts->ln_f_mean, acts->ln_f_rstd},
                        &model->ln_f.weight, &model->ln_f.bias);
@@ -4722,19 +4724,19 @@ static void gpt2_backward(struct GPT2 *model, struct Arena *arena, const struct 
         block_backward(model, &model->h[l], &acts->h[l], batch, dx, dwide, dnarrow);
 
     /* 2. wte's gradient, the second of two ways: as the embedding. Each token that was read gets
-     *    what arrived at its places. The first way, as the output layer, is
+     *    what has arrived at its positions. The first way, as the output layer, is in
      *    lm_head_backward_chunk; both add to wte.d. */
     if (model->wte.d)
         embedding_backward(model->wte.d, model->wpe.d, dx, batch, C);
 
-    /* 3. if a number breaks, check_finite looks for the first one here */
+    /* 3. If a number later proves to be NaN or infinite, check_finite searches these. */
     model->trace.acts = *acts;
 }
 
 /* ---- The output layer ----------------------------------------------------------------------- */
 
 /* output_logits -- logits (n,V) = hidden (n,C) wte^T. As in linear_forward, a row of logits has the
- * same bits however many rows are beside it.                                     test: few_rows */
+ * same bits however many rows are next to it.                                    test: few_rows */
 static void output_logits(const struct GPT2 *model, float *logits, const float *hidden, size_t n) {
     size_t C = model->config.n_embd;
     size_t V = model->config.vocab_size;
@@ -4751,8 +4753,8 @@ static void decode_logits_4(const struct GPT2 *model, float *logits, const float
     size_t V = model->config.vocab_size;
     const float *w = model->wte.w + v * C;
     for (size_t i = 0; i < n; i++) {
-        /* Meanwhile the four rows behind them are asked for, a part with each hidden vector. For
-         * a single vector wte is read straight through, which the processor foresees by itself. */
+        /* Meanwhile the next four rows are prefetched, a part with each hidden vector. With one
+         * vector, wte is read straight through, which the processor foresees by itself. */
         for (size_t next = i * 4 * C / n; n > 1 && next < (i + 1) * 4 * C / n; next += 16)
             __builtin_prefetch(w + 4 * C + next);
         row_dot_4(logits + i * V + v, hidden + i * C, w, C, C, MIN((size_t)4, V - v));
@@ -4760,13 +4762,13 @@ static void decode_logits_4(const struct GPT2 *model, float *logits, const float
 }
 
 /* decode_logits -- output_logits while texts are written, when the rows are few.
- * Then it is reading wte that takes the time. matmul would first transpose it into its panels,
- * which pays for many rows only: for one row of GPT-2 that takes 2.5 times as long as dot products
- * that read wte once, as it lies. Their 16 lanes add up in another order than matmul does, so the
+ * Then most of the time goes into reading wte. matmul would first transpose it into its panels,
+ * which only pays for many rows: for one row of GPT-2 that takes 2.5 times as long as dot products
+ * that read wte once, as it is. Their 16 lanes add up in another order than matmul does, so the
  * last bits of the two differ.                                test: few_rows, generate_company */
 static void decode_logits(const struct GPT2 *model, float *logits, const float *hidden, size_t n) {
     size_t V = model->config.vocab_size;
-    /* many rows, or ALIGN_KERNEL=plain, where everything runs on matmul's definition */
+    /* many rows; or ALIGN_KERNEL=plain, where everything runs on matmul's definition */
     if (n > FEW_ROWS || !kernel) {
         output_logits(model, logits, hidden, n);
         return;
@@ -4779,36 +4781,36 @@ static void decode_logits(const struct GPT2 *model, float *logits, const float *
 /* The output layer for the rows of a batch that predict a target.
  *
  * Its logits (R,V) can be the largest array of all: for 1024 rows GPT-2's take 206 MB. So the rows
- * pass in chunks of at most LM_HEAD_FLOATS logits. Of each row a few numbers stay (struct LMHead);
- * its logits are overwritten by the next chunk's, and the backward pass makes them again. Where
- * all rows are one chunk, they are still there. */
+ * are processed in chunks of at most LM_HEAD_FLOATS logits. A few numbers of each row are kept
+ * (struct LMHead); its logits are overwritten by the next chunk's, and the backward pass recomputes
+ * them, unless all rows are one chunk: then they are still there. */
 enum { LM_HEAD_FLOATS = 1 << 25 };
 
 struct LMHead {
     size_t R; /* rows */
     size_t chunk; /* rows of a chunk */
-    const int *row; /* (R) which token of the batch predicts, */
-    const int *target; /* (R) and which id it should have predicted */
+    const int *row; /* (R) which token of the batch predicts */
+    const int *target; /* (R) which id it should have predicted */
     float temperature; /* logits are divided by it: the policy is judged as it was sampled */
     float *hidden; /* (R,C) hidden states of these rows, gathered */
     float *logits; /* (chunk,V) */
-    size_t logits_first; /* the first row of the chunk that logits holds; R: none */
+    size_t logits_first; /* the first row of the chunk that is in logits; R: none is */
     float *logprob; /* (R) of the target, nats */
     float *entropy; /* (R) of the distribution over the vocabulary, nats */
     float *lse; /* (R) log_sum_exp of the logits */
     float *mean_logit; /* (R) over the vocabulary */
     float *hit; /* (R) 1 where the target is the argmax, else 0 */
-    struct Activations acts; /* the forward pass that it stands on */
+    struct Activations acts; /* the forward pass that the hidden states come from */
 };
 
-/* The output layer over a finished forward pass; it has computed nothing yet.
+/* The output layer on top of a finished forward pass; nothing is computed yet.
  * in   acts: of gpt2_forward; row, target (R): which tokens of the batch predict, and what */
 static struct LMHead lm_head_new(const struct GPT2 *model, struct Arena *arena,
                                  const struct Activations *acts, const int *row, const int *target,
                                  size_t R, float temperature) {
     size_t C = model->config.n_embd;
     size_t V = model->config.vocab_size;
-    /* at least one row, however large the vocabulary */
+    /* at least one row, even if a single row of the vocabulary exceeds the limit */
     size_t chunk = MIN(R, MAX((size_t)1, (size_t)LM_HEAD_FLOATS / V));
     struct LMHead head = {
         .R = R,
@@ -4827,7 +4829,7 @@ static struct LMHead lm_head_new(const struct GPT2 *model, struct Arena *arena,
         .hit = arena_floats(arena, R),
     };
     /* The rows that predict are scattered over the batch (prompts predict nothing that counts);
-     * side by side they are one matrix. */
+     * gathered, they are one matrix. */
     for (size_t r = 0; r < R; r++)
         memcpy(head.hidden + r * C, acts->ln_f + (size_t)row[r] * C, C * sizeof(float));
     return head;
@@ -4838,8 +4840,8 @@ static void scale_row(float *x, float scale, size_t n) {
         x[i] *= scale;
 }
 
-/* Makes the logits of the chunk of rows that starts at `first`, unless head->logits holds them
- * still; returns how many rows it has. */
+/* Computes the logits of the chunk of rows that starts at `first`, unless head->logits still has
+ * them; returns how many rows the chunk has. */
 static size_t lm_head_logits(const struct GPT2 *model, struct LMHead *head, size_t first) {
     size_t V = model->config.vocab_size;
     size_t n = MIN(head->chunk, head->R - first);
@@ -4848,7 +4850,7 @@ static size_t lm_head_logits(const struct GPT2 *model, struct LMHead *head, size
     output_logits(model, head->logits, head->hidden + first * model->config.n_embd, n);
     head->logits_first = first;
 
-    /* Divided by the temperature, where there is one. A policy that writes at temperature 0.7 draws
+    /* Divided by the temperature, if there is one. A policy that writes at temperature 0.7 draws
      * its tokens from softmax(logits / 0.7), so that is where their log-probabilities come from. */
     float scale = 1 / head->temperature;
     if (scale == 1)
@@ -4861,26 +4863,27 @@ static size_t lm_head_logits(const struct GPT2 *model, struct LMHead *head, size
 
 /* lm_head_row -- what is kept of one row of logits (V).
  *   logprob = logit_target - lse          entropy = lse - sum_v p_v logit_v
- * They are log_sum_exp and entropy_of_logits of chapter 2, from one pass over e^logit: the row is
+ * These are log_sum_exp and entropy_of_logits of chapter 2, from one pass over e^logit: the row is
  * as long as the vocabulary, and there are many.
  * By hand: logits (0, ln 3), target 1: p = (0.25, 0.75), lse = ln 4 = 1.3863, logprob ln 0.75 =
  * -0.2877, entropy ln 4 - 0.75 ln 3 = 0.5623, mean logit 0.5493, a hit.      test: lm_head_hand */
 static void lm_head_row(struct LMHead *head, size_t r, const float *logits, size_t V) {
-    /* 1. e^(logit - largest), and their sum: the denominator of softmax */
+    /* 1. e^(logit - largest), and their sum: the denominator of softmax. */
     float *e = thread_scratch(SCRATCH_ROW, V);
     float largest = row_max(logits, V);
     float total = row_exp(e, logits, largest, V);
     float lse = largest + logf(total);
 
-    /* 2. the target's log-probability, and the entropy of the whole distribution */
+    /* 2. The target's log-probability, and the entropy of the whole distribution. */
     int target = head->target[r];
     float expected_logit = row_dot(e, logits, V) / total;
     head->lse[r] = lse;
     head->logprob[r] = logits[target] - lse;
     head->entropy[r] = lse - expected_logit;
 
-    /* 3. what is only logged: DPO's mean logit, and whether greedy decoding would have written
-     *    the target. Only if it is as large as the largest must argmax look who comes first. */
+    /* 3. What is only logged: DPO's mean logit, and whether greedy decoding would have written the
+     *    target. argmax takes the first of equal logits, so it must be consulted only if the
+     *    target's logit equals the largest. */
     head->mean_logit[r] = row_sum(logits, V) / (float)V;
     head->hit[r] = logits[target] == largest && argmax(logits, V) == (size_t)target;
 }
@@ -4888,13 +4891,14 @@ static void lm_head_row(struct LMHead *head, size_t r, const float *logits, size
 /* lm_head_backward_row -- a row of logits (V) becomes the derivative of the loss by them.
  *   logprob = logit_target - log sum_v e^(logit_v)
  *   d logprob / d logit_v = [v = target] - p_v,     times dlogprob = d loss / d logprob
- * Raising the target's logit raises its log-probability, the more the less probable it was; raising
- * any other one lowers it, by as much probability as that one has. A row's slopes add up to zero.
+ * Raising the target's logit raises its log-probability, the more so the less probable it was;
+ * raising any other logit lowers it, by as much as that token is probable. The slopes of a row add
+ * up to zero.
  * By hand: p = (0.25, 0.75), target 1, dlogprob -2 (its log-probability is to rise): 0.5, -0.5.
  *                                                                            test: lm_head_hand */
 WIDE static void lm_head_backward_row(float *logits, float lse, int target, float dlogprob,
                                       size_t V) {
-    /* p_v = e^(logit_v - lse): no division, and softmax need not be made again */
+    /* p_v = e^(logit_v - lse): with lse known, softmax's sum need not be recomputed */
     for (size_t v = 0; v < V; v++)
         logits[v] = -dlogprob * exp_fast(logits[v] - lse);
     /* the one token for which [v = target] is 1 */
@@ -4905,7 +4909,7 @@ WIDE static void lm_head_backward_row(float *logits, float lse, int target, floa
 static void lm_head_forward_chunk(const struct GPT2 *model, struct LMHead *head, size_t first) {
     size_t V = model->config.vocab_size;
     size_t n = lm_head_logits(model, head, first);
-    /* rows do not need each other, so any thread may take the next four */
+    /* rows are independent, so any thread may take the next four */
 #pragma omp parallel for schedule(dynamic, 4)
     for (size_t i = 0; i < n; i++)
         lm_head_row(head, first + i, head->logits + i * V, V);
@@ -4924,34 +4928,34 @@ static void lm_head_backward_chunk(struct GPT2 *model, struct LMHead *head, size
     size_t C = model->config.n_embd;
     size_t n = lm_head_logits(model, head, first);
 
-    /* 1. Logits become their derivatives in place; from now on head holds no logits. The model's
-     *    own logit was divided by the temperature, hence its derivative is too. */
+    /* 1. Logits become their derivatives in place; from now on head has no logits. The model's own
+     *    logits were divided by the temperature, so the derivatives by them are, too. */
     head->logits_first = head->R;
 #pragma omp parallel for schedule(dynamic, 4)
     for (size_t i = 0; i < n; i++)
         lm_head_backward_row(head->logits + i * V, head->lse[first + i], head->target[first + i],
                              dlogprob[first + i] / head->temperature, V);
 
-    /* 2. d hidden = d logits wte: this is what goes on through the model. */
+    /* 2. d hidden = d logits wte,  (n,V) times (V,C): what goes back through the model. */
     float *drows = arena_floats(arena, n * C);
     matmul(matrix_out(drows, n, C), matrix(head->logits, n, V), matrix(model->wte.w, V, C));
 
     /* 3. wte's gradient, the first of two ways: as the output layer, d wte += d logits^T hidden.
-     *    Every token of the vocabulary gets some, for each had a logit. The second way, as the
+     *    Every token of the vocabulary gets a share, since each had a logit. The second way, as the
      *    embedding of the tokens that were read, comes at the end of gpt2_backward. */
     if (model->wte.d)
         matmul_add(matrix_out(model->wte.d, V, C), transposed(matrix(head->logits, n, V)),
                    matrix(head->hidden + first * C, n, C));
 
-    /* 4. back to where the rows stand in the batch; added, since another head may have written
-     *    there */
+    /* 4. Back to the rows' places in the batch; added, since another head may have contributed to
+     *    the same hidden state. */
     for (size_t i = 0; i < n; i++)
         residual_add_row(dhidden + (size_t)head->row[first + i] * C, drows + i * C, C);
 }
 
 /* lm_head_forward -- the log-probability of each row's target, and the other numbers of struct
- * LMHead. It stands apart from the backward pass for losses that must know all log-probabilities
- * before they know a gradient: DPO compares two whole answers, and PPO skips a mini-batch whose
+ * LMHead. It is separate from the backward pass for losses that must know all log-probabilities
+ * before any gradient is known: DPO compares two whole answers, and PPO skips a mini-batch whose
  * mean ratio is too large.                                                   test: gpt2_golden */
 static void lm_head_forward(const struct GPT2 *model, struct LMHead *head) {
     for (size_t first = 0; first < head->R; first += head->chunk)
@@ -4970,7 +4974,7 @@ static void lm_head_backward(struct GPT2 *model, struct LMHead *head, const floa
 /* lm_head_cross_entropy -- forward and backward at once, for the loss of a language model.
  *                                                              [glossary: Função de perda]
  *   loss = -weight sum_r logprob_r          d loss / d logprob_r = -weight
- * in   weight: 1 / (how many targets there are) for their mean
+ * in   weight: 1 / (number of targets) for their mean
  * out  head: as after lm_head_forward; dhidden (N,C) and wte's gradient, added to
  *                                                       test: gpt2_chunks, gpt2_gradient_golden */
 static void lm_head_cross_entropy(struct GPT2 *model, struct LMHead *head, float weight,
@@ -4980,30 +4984,30 @@ static void lm_head_cross_entropy(struct GPT2 *model, struct LMHead *head, float
     for (size_t r = 0; r < head->R; r++)
         dlogprob[r] = -weight;
 
-    /* 2. So a chunk goes forward and back at once, while its logits are there. Two passes over all
-     *    rows would make all logits twice, and no other product of the model is as large. */
+    /* 2. So each chunk goes forward and back at once, while its logits exist. Two passes over all
+     *    rows would compute all logits twice, and no other product of the model is as large. */
     for (size_t first = 0; first < head->R; first += head->chunk) {
         lm_head_forward_chunk(model, head, first);
         lm_head_backward_chunk(model, head, first, dlogprob, dhidden, arena);
     }
 }
 
-/* batch_logprobs -- one forward pass: what does this model say to each target of the batch?
+/* batch_logprobs -- one forward pass: how probable does this model find each target of the batch?
  * PPO, REINFORCE and DPO all begin here, once with the model that is trained and once with the
  * frozen reference.
- * in   keep: the model is being trained on this batch, so its activations stay for the backward
+ * in   keep: the model is being trained on this batch, so its activations are kept for the backward
  *      pass; false: it only judges */
 static struct LMHead batch_logprobs(const struct GPT2 *model, struct Arena *arena,
                                     const struct Batch *batch, double temperature, bool keep) {
-    /* 1. all tokens through the blocks, then those that predict through the output layer */
+    /* 1. All tokens go through the blocks, then those that predict through the output layer. */
     struct Activations acts = gpt2_forward(model, arena, batch, keep);
     struct LMHead head =
         lm_head_new(model, arena, &acts, batch->row, batch->target, batch->R, (float)temperature);
     lm_head_forward(model, &head);
 
-    /* 2. A model that only judges gets no loss in which NaN would be noticed, so its numbers are
-     *    looked at here; where it is trained, check_finite looks at the loss that is made of
-     *    them. Only a model that is being trained has a task. */
+    /* 2. A model that only judges has no loss that would reveal a NaN, so its numbers are checked
+     *    here; for a model in training, check_finite checks the loss computed from them. Only a
+     *    model in training has a task. */
     if (!keep)
         check_numbers(model, arena, batch,
                       model->trace.task ? "a log-probability"
@@ -5029,57 +5033,57 @@ static void sum_target_logps(const struct Batch *batch, size_t n, const float *t
 static void target_logps_backward(struct GPT2 *model, struct Arena *arena,
                                   const struct Batch *batch, struct LMHead *head, size_t n,
                                   const double *dlogps, double weight) {
-    /* 1. to the tokens of each answer */
+    /* 1. To the tokens of each answer. */
     float *dlogprob = arena_floats(arena, batch->R);
     for (size_t i = 0; i < n; i++)
         for (size_t r = batch->target_start[i]; r < batch->target_start[i + 1]; r++)
             dlogprob[r] = (float)(dlogps[i] * weight);
 
-    /* 2. to the hidden states: zero at all rows that predict no target */
+    /* 2. To the hidden states: zero in all rows that predict no target. */
     float *dhidden = arena_zeros(arena, batch->N * model->config.n_embd, sizeof *dhidden);
     lm_head_backward(model, head, dlogprob, dhidden, arena);
 
-    /* 3. through the blocks, into every gradient */
+    /* 3. Through the blocks, to every gradient. */
     gpt2_backward(model, arena, &head->acts, dhidden);
 }
 
 /* ---- Heads that give one number ------------------------------------------------------------- */
 
-/* The reward head, where the model has none yet: score.weight (1,C), as
+/* The reward head, declared if the model has none yet: score.weight (1,C), as
  * GPT2ForSequenceClassification with one label has it. */
 static struct Tensor *reward_head_declare(struct GPT2 *model) {
-    /* no bias: it would add the same to all rewards, and only their differences count */
+    /* no bias: it would add the same to all rewards, of which only differences count */
     if (!model->score.n)
         tensor_declare(model, &model->score, "score.weight", 1, model->config.n_embd);
     return &model->score;
 }
 
-/* The value head, where the model has none yet: v_head.summary.weight (1,C) and a bias, in TRL's
+/* The value head, declared if the model has none yet: v_head.summary.weight (1,C), a bias; TRL's
  * names.                                  [glossary: AutoModelForCausalLMWithValueHead] */
 static struct Linear *value_head_declare(struct GPT2 *model) {
     if (model->v_head.weight.n)
         return &model->v_head;
-    /* with a bias: a value is an estimate of the return itself, not of a difference */
+    /* with a bias: a value estimates the return itself, not a difference */
     tensor_declare(model, &model->v_head.weight, "v_head.summary.weight", 1, model->config.n_embd);
     tensor_declare(model, &model->v_head.bias, "v_head.summary.bias", 1, 0);
     return &model->v_head;
 }
 
-/* A new value head, as torch starts a Linear, for a model that brought none along. */
+/* A new value head, initialized as torch does a Linear, for a model that came without one. */
 static void value_head_init(struct GPT2 *model, uint64_t seed) {
-    /* one that was trained already stays */
+    /* a head that was trained before is kept */
     if (model->v_head.weight.n)
         return;
     struct Rng rng = rng_seed(seed, STREAM_INIT);
     struct Linear *head = value_head_declare(model);
-    /* the same bound for both, by the number of inputs: torch has it so */
+    /* the same bound for weight and bias, from the number of inputs, as in torch */
     tensor_uniform(&head->weight, &rng, model->config.n_embd);
     tensor_uniform(&head->bias, &rng, model->config.n_embd);
 }
 
 /* scalar_head_forward -- one number for each of R rows: the reward head and the value head.
  *   out_r = hidden[row_r] . weight + bias
- * in   hidden (N,C); row (R): which of its rows are read; weight (1,C); bias (1), NULL: none
+ * in   hidden (N,C); row (R): which of its rows are read; weight (1,C); bias (1), or NULL for none
  * out  out (R)
  * By hand: hidden (2, 3), weight (0.5, -1), bias 4: 1 - 3 + 4 = 2.   test: reward_head_gradient */
 static void scalar_head_forward(float *out, const float *hidden, const int *row, size_t R,
@@ -5093,7 +5097,7 @@ static void scalar_head_forward(float *out, const float *hidden, const int *row,
 static void scalar_head_backward_row(float *dhidden, float dout, const float *hidden,
                                      struct Tensor *weight) {
     /* out = sum_c hidden_c weight_c: each factor's slope is the other factor. dhidden is added to,
-     * for the output layer and another head may ask something of the same hidden state. */
+     * since the output layer and another head may contribute to the same hidden state. */
     for (size_t c = 0; c < weight->n; c++)
         dhidden[c] += dout * weight->w[c];
     /* a frozen head learns nothing, but has passed the derivative on */
@@ -5113,7 +5117,7 @@ static void scalar_head_backward(float *dhidden, const float *dout, const float 
                                  struct Tensor *bias) {
     size_t C = weight->n;
     for (size_t r = 0; r < R; r++) {
-        /* a row that is read twice gets both derivatives: they are added one after the other */
+        /* not in parallel: two r may read the same row */
         size_t at = (size_t)row[r] * C;
         scalar_head_backward_row(dhidden + at, dout[r], hidden + at, weight);
         if (bias && bias->d)
@@ -5124,17 +5128,17 @@ static void scalar_head_backward(float *dhidden, const float *dout, const float 
 /* The last token of text b that is not padding, as a row of the batch. */
 static size_t reward_row(const struct Batch *batch, size_t b, int pad_token_id) {
     size_t last = batch->start[b + 1] - 1;
-    /* GPT-2 pads with its end token, so an end token behind the text is passed over as well. A
-     * text of nothing but padding is read at its first token. */
+    /* GPT-2 pads with its end token, so an end token after the text is skipped as well. A text of
+     * nothing but padding is read at its first token. */
     while (last > batch->start[b] && batch->ids[last] == pad_token_id)
         last--;
     return last;
 }
 
-/* reward_rows -- where the reward of each of B texts is read, row (B).
- * Attention looks back only: the last token is the one place whose hidden state has seen all of
- * the text. Padding behind it is not part of the text, and must not change its reward.
- * By hand: 60 pads: of the texts (1, 2, 60, 60) and (60, 3) the rows 1 and 5 are read.
+/* reward_rows -- the row at which the reward of each of B texts is read, row (B).
+ * Attention looks back only: the last token is the one position whose hidden state has seen all of
+ * the text. Padding after it is not part of the text, and must not change its reward.
+ * By hand: with padding token 60, the texts (1, 2, 60, 60) and (60, 3) are read at rows 1 and 5.
  *                                                                             test: reward_rows */
 static void reward_rows(const struct Batch *batch, int pad_token_id, int *row) {
     for (size_t b = 0; b < batch->B; b++)
@@ -5144,21 +5148,24 @@ static void reward_rows(const struct Batch *batch, int pad_token_id, int *row) {
 /* =============================================================================================
  * Chapter 12 - LoRA                       [glossary: Adaptação de baixo rank (LoRA)]
  *
- * Must all weights be trained? What fine-tuning changes in a matrix W (in,out) has low rank [21],
- * so learn only such a change, two thin matrices beside a frozen one:
+ * Must all weights be trained? The change that fine-tuning makes to a matrix W (in,out) has low
+ * rank [21]. So learn only such a change: two thin matrices beside a frozen one,
  *
  *     y = x W + bias + scale (x A^T) B^T        A (r,in), B (out,r), scale = lora_alpha / r
  *
- * Gradients and AdamW's moments then exist for r (in + out) numbers instead of in * out: GPT-2
+ * Gradients and AdamW's moments are then needed for r (in + out) numbers instead of in * out: GPT-2
  * with r = 16 on c_attn trains 12 * 16 * (768 + 2304) = 589,824 numbers beside 124 million. B
  * starts at zero, so training starts from the unchanged model; and the model without its adapter is
- * the reference of PPO and DPO, so no second copy is needed. At the end W + scale A^T B^T is a
- * matrix again (`align merge`).
+ * the reference of PPO and DPO, so no second copy is needed. At the end W + scale A^T B^T can be
+ * computed, one matrix as before (`align merge`).
+ *
+ * Two kinds of rank and letters: r is the rank here, not a reward or a row; A and B are matrices,
+ * not an advantage and the number of sequences.
  *
  * What enters: a frozen model. What leaves: an adapter, in PEFT's names.
  * ============================================================================================= */
 
-/* lora_forward -- adds the adapter's share to what the frozen layer computed [21, Eq. 3].
+/* lora_forward -- adds the adapter's share to what the frozen layer has computed [21, Eq. 3].
  *                                              [glossary: Adaptação de baixo rank (LoRA)]
  *   u = scale x A^T          y += u B^T
  * in   x (N,in); linear: A (r,in), B (out,r)          in, out  y (N,out)
@@ -5169,24 +5176,24 @@ static void lora_forward(float *y, const float *x, const struct Linear *linear, 
     size_t in = linear->lora_A.shape[1];
     size_t out = linear->lora_B.shape[0];
 
-    /* 1. Down to r numbers a row. The order of the products is the point: multiplied with each
-     *    other first, A^T B^T would be as large as W, and so would the work. The scale is applied
-     *    here, where the numbers are fewest. */
+    /* 1. Down to r numbers a row. The order of the products matters: if A^T B^T were multiplied
+     *    first, it would be as large as W, and so would the work. The scale is applied here, where
+     *    there are fewest numbers. */
     float *u = thread_scratch(SCRATCH_ROW, N * r);
     matmul(matrix_out(u, N, r), matrix(x, N, in), transposed(matrix(linear->lora_A.w, r, in)));
     for (size_t i = 0; i < N * r; i++)
         u[i] *= linear->lora_scale;
 
-    /* 2. and up again, on top of what W gave */
+    /* 2. And up again to out numbers, added to what W has given. */
     matmul_add(matrix_out(y, N, out), matrix(u, N, r),
                transposed(matrix(linear->lora_B.w, out, r)));
 }
 
-/* lora_backward -- the same backward. y = ... + u B^T, u = scale x A^T; with g = scale dy B (N,r),
- * what comes back through B:
+/* lora_backward -- lora_forward in reverse. y = ... + u B^T, u = scale x A^T; with g = scale dy B
+ * (N,r), the derivative that comes back through B:
  *   dB += dy^T u          dA += g^T x          dx += g A
- * in   dy (N,out), x (N,in)     added to: dx (N,in), in which the frozen layer's share stands
- *      already, and the gradients of A and B
+ * in   dy (N,out), x (N,in)     added to: dx (N,in), which already has the frozen layer's share,
+ *      and the gradients of A and B
  * By hand: as above with dy = 1: g = 2 * 5 = 10, dB = 22, dA = (10, 20), dx grows by (30, 40).
  *                                                               test: lora_hand, lora_gradient */
 static void lora_backward(float *dx, const float *dy, const float *x, struct Linear *linear,
@@ -5197,8 +5204,8 @@ static void lora_backward(float *dx, const float *dy, const float *x, struct Lin
     size_t in = A->shape[1];
     size_t out = B->shape[0];
 
-    /* 1. u is made again instead of being kept, for it is only r numbers a row; g stands behind
-     *    it, so one loop scales both */
+    /* 1. u is recomputed instead of being kept, since it is only r numbers a row. g comes after it
+     *    in memory, so one loop scales both. */
     float *u = thread_scratch(SCRATCH_ROW, 2 * N * r);
     float *g = u + N * r;
     matmul(matrix_out(u, N, r), matrix(x, N, in), transposed(matrix(A->w, r, in)));
@@ -5207,32 +5214,32 @@ static void lora_backward(float *dx, const float *dy, const float *x, struct Lin
         u[i] *= linear->lora_scale;
 
     /* 2. The adapter's own gradients. At the start B is zero, hence g too, and only B learns; from
-     *    the second step on both do. Had A started at zero as well, u and g would be zero for
-     *    ever, and nothing would be learnt. */
+     *    the second step on both do. If A also started at zero, u and g would be zero for ever, and
+     *    nothing would be learnt. */
     matmul_add(matrix_out(B->d, out, r), transposed(matrix(dy, N, out)), matrix(u, N, r));
     matmul_add(matrix_out(A->d, r, in), transposed(matrix(g, N, r)), matrix(x, N, in));
 
-    /* 3. and what goes on to the layer before; added, since x entered W and A both */
+    /* 3. What goes on to the previous layer: added, since x went into both W and A. */
     matmul_add(matrix_out(dx, N, in), matrix(g, N, r), matrix(A->w, r, in));
 }
 
 /* ---- Which layers have an adapter ----------------------------------------------------------- */
 
 /* Walks through a list of names, separated by spaces or commas: moves *list to the next name and
- * returns its length, 0 at the end. The caller moves past the name. */
+ * returns its length, or 0 at the end. The caller moves past the name. */
 static size_t next_name(const char **list) {
     *list += strspn(*list, " ,");
     return strcspn(*list, " ,");
 }
 
-/* Does the dotted name `module` end in the first n characters of `target`, and do they begin
- * where a part of the name begins? */
+/* Does the dotted name `module` end with the first n characters of `target`, and does this ending
+ * start at the name's beginning or after a dot? */
 static bool target_takes(const char *target, size_t n, const char *module) {
-    /* its end is compared, so that a target can be as short as "c_proj" */
+    /* the end is compared, so that a target can be as short as "c_proj" */
     size_t length = strlen(module);
     if (n > length || strncmp(module + length - n, target, n) != 0)
         return false;
-    /* and begins a part of it: "proj" does not take h.0.mlp.c_proj, for a "c_" stands before it */
+    /* whole parts only: "proj" does not take h.0.mlp.c_proj, where "c_" precedes it */
     return n == length || module[length - n - 1] == '.';
 }
 
@@ -5241,23 +5248,23 @@ static bool target_takes(const char *target, size_t n, const char *module) {
  * By hand: "c_proj" takes h.0.attn.c_proj and h.0.mlp.c_proj; "mlp.c_proj" the second alone;
  * "proj" none.                                                              test: lora_targets */
 static bool lora_is_target(const char *module, const char *targets) {
-    /* one target is enough */
+    /* one matching target is enough */
     for (size_t n; (n = next_name(&targets)) > 0; targets += n)
         if (target_takes(targets, n, module))
             return true;
     return false;
 }
 
-/* The i-th linear layer that can have an adapter, i < 4 n_layer: all of them but the output
- * layer, which is the embedding too. */
+/* The i-th linear layer that can have an adapter, i < 4 n_layer: all but the output layer, which is
+ * also the embedding. */
 static struct Linear *adaptable(const struct GPT2 *model, size_t i) {
-    /* four in each block, in the order of a checkpoint */
+    /* four in each block, in a checkpoint's order */
     struct Block *h = &model->h[i / 4];
     struct Linear *const four[] = {&h->attn.c_attn, &h->attn.c_proj, &h->mlp.c_fc, &h->mlp.c_proj};
     return four[i % 4];
 }
 
-/* The layer's name as transformers has it: of a weight "h.0.attn.c_attn.weight" it is
+/* The layer's name in transformers: if its weight is "h.0.attn.c_attn.weight", the name is
  * "transformer.h.0.attn.c_attn". */
 static const char *module_name(struct Arena *arena, const struct Linear *linear) {
     return arena_printf(arena, "transformer.%.*s",
@@ -5265,53 +5272,53 @@ static const char *module_name(struct Arena *arena, const struct Linear *linear)
                         linear->weight.name);
 }
 
-/* ---- Adding, merging and taking away an adapter --------------------------------------------- */
+/* ---- Adding, merging and removing an adapter ------------------------------------------------ */
 
-/* adapter_scale -- by how much the adapter's share is multiplied.
+/* adapter_scale -- the factor of the adapter's share.
  *   lora_alpha / r [21, Section 4.1]          with rslora: lora_alpha / sqrt(r) [22]
  * By hand: alpha 16, r 64: 16 / 64 = 0.25; with rslora 16 / 8 = 2.            test: lora_start */
 static float adapter_scale(const struct Adapter *adapter) {
-    /* It is there so that one learning rate does for every rank. But A^T B^T is a sum of r products
-     * whose signs differ, so it grows with sqrt(r), not with r: divided by r, an adapter of a large
-     * rank learns more slowly. rslora divides by sqrt(r) instead. */
+    /* The scale exists so that one learning rate suits every rank. But A^T B^T is a sum of r
+     * products with different signs, so it grows with sqrt(r), not with r: divided by r, an adapter
+     * of large rank learns more slowly. rslora divides by sqrt(r) instead. */
     double r = (double)adapter->r;
     return (float)(adapter->lora_alpha / (adapter->use_rslora ? sqrt(r) : r));
 }
 
-/* Gives a layer an adapter, A and B zero, of the rank and scale that model->adapter says. */
+/* Gives a layer an adapter with the rank and scale of model->adapter; A and B are zero. */
 static void lora_declare(struct GPT2 *model, struct Linear *linear) {
     struct Arena *arena = &model->arena;
     size_t r = model->adapter.r;
     size_t in = linear->weight.shape[0];
     size_t out = linear->weight.shape[1];
-    /* tensors of a model are named without "transformer.", which a checkpoint may lack */
+    /* a model's tensors are named without "transformer.", which some checkpoints omit */
     const char *name = module_name(arena, linear) + strlen("transformer.");
     tensor_declare(model, &linear->lora_A, arena_printf(arena, "%s.lora_A.weight", name), r, in);
     tensor_declare(model, &linear->lora_B, arena_printf(arena, "%s.lora_B.weight", name), out, r);
     linear->lora_scale = adapter_scale(&model->adapter);
 }
 
-/* adapter_new -- a fresh adapter on every layer that target_modules takes.
- * As in PEFT, A starts as torch starts a Linear, and B at zero.                test: lora_start */
+/* adapter_new -- a new adapter on every layer that target_modules selects.
+ * As in PEFT, A is initialized as torch does a Linear, and B is zero.          test: lora_start */
 static void adapter_new(struct GPT2 *model, struct Adapter adapter, uint64_t seed) {
-    /* heads draw from STREAM_INIT itself: with the same numbers A would repeat their weights */
+    /* not STREAM_INIT itself, from which the heads draw: A would repeat their weights */
     struct Rng rng = rng_seed(seed, STREAM_INIT + 200);
     if (strcmp(adapter.target_modules, "all-linear") == 0)
         adapter.target_modules = "c_attn c_fc c_proj";
     model->adapter = adapter;
     size_t before = model->tensor_count;
 
-    /* The frozen layers stay as they are; each that a target takes gets its A and B beside it. */
+    /* The frozen layers do not change; each selected one gets an A and a B of its own. */
     for (size_t i = 0; i < 4 * model->config.n_layer; i++) {
         struct Linear *linear = adaptable(model, i);
         if (!lora_is_target(module_name(&model->arena, linear), adapter.target_modules))
             continue;
         lora_declare(model, linear);
-        /* A random, B zero: their product is zero, so the model is its base to the bit; yet B has
-         * a gradient at once, since x A^T is not zero */
+        /* A random, B zero: their product is zero, so the model equals its base to the last bit;
+         * yet B has a gradient at once, since x A^T is not zero */
         tensor_uniform(&linear->lora_A, &rng, linear->weight.shape[0]);
     }
-    /* a name that takes nothing is a typing error: the training would change nothing */
+    /* names that select no layer must be a typing error: the training would change nothing */
     CHECK(model->tensor_count > before,
           "--lora_target_modules \"%s\": no linear layer of the model has such a name; there are "
           "c_attn, c_proj and c_fc "
@@ -5319,9 +5326,9 @@ static void adapter_new(struct GPT2 *model, struct Adapter adapter, uint64_t see
           adapter.target_modules);
 }
 
-/* From now on the layer computes what it did before it had an adapter. */
+/* Removes a layer's adapter: from now on it computes what it did without one. */
 static void lora_remove(struct Linear *linear) {
-    /* module_forward asks for this n; the memory itself belongs to the model's arena */
+    /* module_forward looks at this n; the memory itself belongs to the model's arena */
     linear->lora_A.n = 0;
     linear->lora_B.n = 0;
 }
@@ -5340,18 +5347,19 @@ static void lora_merge(struct Linear *linear) {
     size_t out = W->shape[1];
     size_t r = A->shape[0];
 
-    /* 1. the scale goes into B, which is not needed any more */
+    /* 1. The scale goes into B, which is not needed afterwards. */
     for (size_t k = 0; k < B->n; k++)
         B->w[k] *= linear->lora_scale;
 
-    /* 2. A^T (in,r) times B^T (r,out) has W's shape, and is added to it */
+    /* 2. A^T (in,r) times B^T (r,out) has W's shape, and is added to it. The product that training
+     *    avoids is computed once. */
     matmul_add(matrix_out(W->w, in, out), transposed(matrix(A->w, r, in)),
                transposed(matrix(B->w, out, r)));
     lora_remove(linear);
 }
 
-/* adapter_merge -- the whole adapter folded into its base: the same model up to rounding, as fast
- * as one without an adapter, and a checkpoint that any program reads.          test: lora_merge */
+/* adapter_merge -- folds the whole adapter into its base: the same model up to rounding, as fast as
+ * one without an adapter, and a checkpoint that any program reads.             test: lora_merge */
 static void adapter_merge(struct GPT2 *model) {
     for (size_t i = 0; i < 4 * model->config.n_layer; i++)
         lora_merge(adaptable(model, i));
@@ -5365,8 +5373,7 @@ static void adapter_merge(struct GPT2 *model) {
     model->adapter.r = 0;
 }
 
-/* From here on the layer has numbers of its own in A and B, which training the other model does
- * not reach. */
+/* Gives the layer its own copy of A and B, which training the other model does not change. */
 static void lora_own_copy(struct Arena *arena, struct Linear *linear) {
     struct Tensor *A = &linear->lora_A;
     struct Tensor *B = &linear->lora_B;
@@ -5380,25 +5387,25 @@ static void lora_own_copy(struct Arena *arena, struct Linear *linear) {
  *                                                          [glossary: Modelo de referência]
  * Only the adapter and a head are trained, so all other tensors are shared with the model: GPT-2's
  * reference does not cost another 500 MB.
- * in   frozen: false: the adapter is new, so the start was the model without it; true: an adapter
- *      is trained further, so the start is a copy of it as it is now (TRL 1.16)
+ * in   frozen: false if the adapter is new: the start was the model without it; true if an existing
+ *      adapter is trained further: the start is a copy of it as it is now (TRL 1.16)
  *                                                                          test: lora_reference */
 static struct GPT2 *adapter_reference(const struct GPT2 *model, bool frozen) {
     size_t L = model->config.n_layer;
     struct GPT2 *ref = malloc(sizeof *ref);
     CHECK(ref, "out of memory");
 
-    /* 1. the same tensors, in a struct that owns none of them: it is never trained or saved */
+    /* 1. The same tensors, in a struct that owns none of them: it is never trained or saved. */
     *ref = *model;
     ref->arena = (struct Arena){0};
     ref->tensor_count = 0;
 
-    /* 2. the blocks' structs are copied too, since what they say of A and B is about to change */
+    /* 2. The blocks' structs are copied, since what they say about A and B is about to change. */
     struct Block *blocks = arena_alloc(&ref->arena, L, sizeof *blocks);
     ref->h = memcpy(blocks, model->h, L * sizeof *blocks);
     for (size_t i = 0; i < 4 * L; i++) {
         struct Linear *linear = adaptable(ref, i);
-        /* an adapter that is trained further was part of the start; a new one was not */
+        /* an existing adapter was part of the start; a new one was not */
         if (frozen)
             lora_own_copy(&ref->arena, linear);
         else
@@ -5413,15 +5420,15 @@ static struct GPT2 *adapter_reference(const struct GPT2 *model, bool frozen) {
  *
  * How does a model that only ever predicts one token write a text? One token at a time: predict,
  * choose (chapter 6), append, predict again. To predict, attention needs the keys and values of
- * all earlier tokens. They never change, so they are kept: in the KV cache. Then a new token costs
+ * all earlier tokens. They never change, so they are kept, in the KV cache. Then a new token costs
  * one row of work instead of a whole pass. Two prompts, side by side:
  *
- *     pass 1   rows A B C, D    the prompts, whole; their ends predict E and F
- *     pass 2   rows E, F        the cache has what stands before them; they predict G and the end
- *     pass 3   row  G           F was followed by an end token: its sequence has left the batch
+ *     pass 1   rows A B C, D    the prompts, whole; their last tokens predict E and F
+ *     pass 2   rows E, F        the cache has what precedes them; they predict G and the end token
+ *     pass 3   row  G           F was followed by the end token: its sequence has left the batch
  *
- * Greedy decoding takes the most probable token at each step, and can miss the most probable
- * sequence, for what it gives away at one token it may need at the next:
+ * Greedy decoding takes the most probable token at each step. It can miss the most probable
+ * sequence, because the best token now may lead to worse ones later:
  *
  *              .-- B 0.6 --.-- x 0.5      A B x   0.6 * 0.5  = 0.30   greedy: B, then x
  *          A --|           '-- y 0.5      A B y   0.6 * 0.5  = 0.30
@@ -5430,23 +5437,23 @@ static struct GPT2 *adapter_reference(const struct GPT2 *model, bool frozen) {
  *
  * Beam search keeps the K best beginnings instead of one, here K = 2, and continues them side by
  * side. It finds A C x. With as many beams as there are sequences it would find the best of all.
- * RLHF does not use it: to learn, a policy must try what it finds improbable, too.
+ * RLHF does not use it: to learn, a policy must also try what it finds improbable.
  *
  * What enters: prompts. What leaves: sequences, each up to and including its end token.
  * ============================================================================================= */
 
-/* transformers' defaults: greedy, at most 20 tokens. top_k counts only once do_sample is set. */
+/* transformers' defaults: greedy, at most 20 tokens. top_k counts only if do_sample is set. */
 static struct GenerationConfig generation_config(void) {
     return (struct GenerationConfig){
         .max_new_tokens = 20,
         .top_k = 50,
         .num_return_sequences = 1,
         .num_beams = 1,
-        /* 1 leaves the logits and the distribution as they are */
+        /* 1: logits and distribution stay as they are */
         .temperature = 1,
         .top_p = 1,
         .repetition_penalty = 1,
-        /* beams are compared by their mean log-probability a token */
+        /* beams are compared by their mean log-probability per token */
         .length_penalty = 1,
     };
 }
@@ -5456,28 +5463,28 @@ static struct GenerationConfig generation_config(void) {
 /* An empty cache for B sequences of at most `capacity` tokens: keys and values (L,B,capacity,C). */
 static struct KVCache kv_cache_new(const struct GPT2 *model, struct Arena *arena, size_t B,
                                    size_t capacity) {
-    /* Room for the longest text is taken at once; a cache that grew would have to be copied. GPT-2
-     * small, 64 sequences of 64 tokens: 12 * 64 * 64 * 768 floats are 151 MB, for the keys and
-     * once more for the values. */
+    /* Room for the longest text is taken at once, since a cache that grew would have to be copied.
+     * GPT-2 small, 64 sequences of 64 tokens: 12 * 64 * 64 * 768 floats are 151 MB, for the keys
+     * and again for the values. */
     size_t floats = model->config.n_layer * B * capacity * model->config.n_embd;
     return (struct KVCache){
         .B = B,
         .capacity = capacity,
         .k = arena_floats(arena, floats),
         .v = arena_floats(arena, floats),
-        /* nothing is filled yet: so decode_batch asks for the whole prompt */
+        /* nothing is filled yet: this makes decode_batch start with the whole prompt */
         .length = arena_zeros(arena, B, sizeof(size_t)),
     };
 }
 
-/* Sequence `slot` of a cache becomes a copy of sequence `from_slot` of another of the same
+/* Sequence `slot` of a cache becomes a copy of sequence `from_slot` of another cache of the same
  * capacity. A beam that is continued in two ways needs its past twice. */
 static void kv_cache_copy(const struct GPT2 *model, struct KVCache *cache, size_t slot,
                           const struct KVCache *from, size_t from_slot) {
     size_t sequence = cache->capacity * model->config.n_embd;
     size_t used = from->length[from_slot] * model->config.n_embd;
     for (size_t l = 0; l < model->config.n_layer; l++) {
-        /* of each layer, only the positions that are filled */
+        /* a sequence's past is in L places, one for each layer; only its filled part is copied */
         size_t to = (l * cache->B + slot) * sequence;
         size_t source = (l * from->B + from_slot) * sequence;
         memcpy(cache->k + to, from->k + source, used * sizeof(float));
@@ -5492,42 +5499,42 @@ static void kv_cache_copy(const struct GPT2 *model, struct KVCache *cache, size_
 struct Sequence {
     int *ids; /* with room for max_length */
     size_t n, prompt_length, max_length;
-    size_t slot; /* its place in the KV cache */
+    size_t slot; /* its number in the KV cache */
     float score; /* of a beam: the log-probability of what was generated, nats */
     bool finished;
-    struct Rng rng; /* its own, so that it does not depend on its neighbours' draws */
+    struct Rng rng; /* its own, so that its neighbours' draws do not matter */
 };
 
 /* sequence_extend -- chooses the next token and appends it.    [glossary: Argmax/Argmin]
  * in   logits (V) of the next token; they are changed
- * The end token is appended like any other: what is learnt from includes it.
+ * The end token is appended like any other, because what is learnt from includes it.
  *                                          test: generate_golden; gdb: break sequence_extend */
 static void sequence_extend(struct Sequence *s, float *logits, size_t V,
                             const struct GenerationConfig *config, int end_token) {
-    /* 1. penalties, temperature and cuts */
+    /* 1. Penalties, temperature and cuts (chapter 6). */
     process_logits(logits, V, config, s->ids, s->n, s->n - s->prompt_length, end_token);
 
-    /* 2. drawn, or the most probable one */
+    /* 2. The token: drawn, or the most probable one. */
     int id = config->do_sample ? sample_token(logits, V, &s->rng) : (int)argmax(logits, V);
     s->ids[s->n] = id;
     s->n++;
 
-    /* 3. ended by itself, or for want of room */
+    /* 3. Finished, by its own choice or for lack of room? */
     s->finished = id == end_token || s->n >= s->max_length;
 }
 
-/* The rows that the next pass of the model needs: of each sequence the tokens that are not in the
- * cache yet. At first that is the whole prompt, later the newest token alone.
+/* The rows for the next pass of the model: of each sequence, the tokens that are not in the cache
+ * yet. At first these are the whole prompt, later only the newest token.
  *                                                                         test: generate_decode */
 static struct Batch decode_batch(struct Arena *arena, struct Sequence **active, size_t count,
                                  struct KVCache *cache) {
-    /* 1. how many rows */
+    /* 1. How many rows? */
     size_t N = 0;
     for (size_t i = 0; i < count; i++)
         N += active[i]->n - cache->length[active[i]->slot];
 
-    /* 2. the rows, their positions counted from the start of the text, not of the batch; and
-     *    for each row, in which sequence of the cache attention finds its past */
+    /* 2. The rows, with positions counted from the start of the text, not of the batch; and for
+     *    each row, the sequence of the cache in which attention finds its past. */
     struct Batch batch = batch_new(arena, count, N);
     batch.cache = cache;
     batch.slot = arena_alloc(arena, N, sizeof *batch.slot);
@@ -5541,16 +5548,16 @@ static struct Batch decode_batch(struct Arena *arena, struct Sequence **active, 
     return batch;
 }
 
-/* Ends the program if a logit is infinite or NaN, and says in which layer that began. The pass with
- * the cache has not kept what is needed to find out, so each sequence is computed again, whole. */
+/* Ends the program if a logit is infinite or NaN, and names the layer where that began. The pass
+ * with the cache has not kept what this takes, so each sequence is computed again as a whole. */
 static void check_next_logits(const struct GPT2 *model, struct Arena *arena,
                               struct Sequence **active, size_t count, const float *logits) {
-    /* 1. almost always all are finite */
+    /* 1. Almost always, all are finite. */
     size_t V = model->config.vocab_size;
     if (first_not_finite(logits, count * V) == count * V)
         return;
 
-    /* 2. else with all activations kept, as in training: check_numbers searches them */
+    /* 2. Otherwise with all activations kept, as in training: check_numbers searches them. */
     for (size_t i = 0; i < count; i++) {
         struct Example whole = {active[i]->ids, active[i]->n, 0};
         struct Batch batch = collate(arena, &whole, 1, READ_LAST);
@@ -5558,53 +5565,54 @@ static void check_next_logits(const struct GPT2 *model, struct Arena *arena,
     }
 }
 
-/* generate_step -- one pass of the model: logits (count,V) of each active sequence's next token.
- * in, out  cache: it has the tokens that were read so far, and afterwards all of them
+/* generate_step -- one pass of the model: logits (count,V) for each active sequence's next token.
+ * in, out  cache: it has the tokens that were read before, and afterwards all of them
  *                                                                        test: generate_company */
 static float *generate_step(const struct GPT2 *model, struct Arena *arena, struct Sequence **active,
                             size_t count, struct KVCache *cache) {
     size_t C = model->config.n_embd;
     size_t V = model->config.vocab_size;
 
-    /* 1. what is new goes through all layers, and leaves its keys and values in the cache */
+    /* 1. The new tokens go through all layers, and leave their keys and values in the cache. */
     struct Batch batch = decode_batch(arena, active, count, cache);
     float *hidden = gpt2_forward(model, arena, &batch, false).ln_f;
 
-    /* 2. Of each sequence only the last row predicts something that is not known yet. The output
-     *    layer is the most expensive one, so it sees those rows alone. */
+    /* 2. Only the last row of each sequence predicts something that is not known yet. The output
+     *    layer is the most expensive one, so it gets those rows alone. */
     float *last = arena_floats(arena, count * C);
     float *logits = arena_floats(arena, count * V);
     for (size_t i = 0; i < count; i++)
         memcpy(last + i * C, hidden + (batch.start[i + 1] - 1) * C, C * sizeof *last);
     decode_logits(model, logits, last, count);
 
-    /* 3. A NaN would stop nothing by itself: argmax and the draw would still return some token. */
+    /* 3. A NaN by itself would not stop anything: argmax and the draw still return some token. */
     check_next_logits(model, arena, active, count, logits);
     return logits;
 }
 
 /* ---- Beam search ---------------------------------------------------------------------------- */
 
-/* A search under way, with K = config->num_beams. Running beams have equal lengths, and their score
- * is the log-probability of what was generated; a finished one's is that / length^length_penalty.
- * A step reads `running` and writes `next`; then the two, and their caches, change places. */
+/* A search in progress, with K = config->num_beams. Running beams have equal lengths, and their
+ * score is the log-probability of what was generated; that of a finished beam is divided by
+ * length^length_penalty. A step reads `running` and writes `next`; then the two, and their caches,
+ * change places. */
 struct BeamSearch {
     const struct GPT2 *model;
     const struct GenerationConfig *config;
     struct Rng *rng; /* for do_sample */
     size_t prompt_length, max_length;
     struct Sequence *running, *next; /* (K) each */
-    size_t running_count; /* 1 at first, K as a rule, 0 when none is left */
+    size_t running_count; /* 1 at first, then usually K, 0 when none is left */
     struct KVCache cache, next_cache;
-    struct Sequence *finished; /* (K) the pool, best first */
+    struct Sequence *finished; /* (K) the pool of finished beams, best first */
     size_t finished_count;
     struct Candidate *going_on; /* (2K) of this step: continuations that do not end */
     size_t going_on_count;
 };
 
-/* count sequences without a token, each with a place of its own in the cache. */
+/* `count` sequences without a token, each with its own number in the cache. */
 static struct Sequence *beams_new(struct Arena *arena, size_t count, size_t max_length) {
-    /* beam i keeps slot i for good: what changes is the text that stands in it */
+    /* beam i keeps slot i; it is the text in the slot that changes */
     struct Sequence *beams = arena_zeros(arena, count, sizeof *beams);
     for (size_t i = 0; i < count; i++)
         beams[i] = (struct Sequence){.ids = arena_alloc(arena, max_length, sizeof(int)), .slot = i};
@@ -5625,76 +5633,76 @@ static struct BeamSearch beam_search_new(struct Arena *arena, const struct GPT2 
         .running = beams_new(arena, K, prompt->max_length),
         .next = beams_new(arena, K, prompt->max_length),
         .running_count = 1,
-        /* two: while the next step's beams are made, those of this one are still read */
+        /* two caches: while the next step's beams are written, this step's are still read */
         .cache = kv_cache_new(model, arena, K, prompt->max_length),
         .next_cache = kv_cache_new(model, arena, K, prompt->max_length),
         .finished = beams_new(arena, K, prompt->max_length),
         .going_on = arena_alloc(arena, 2 * K, sizeof(struct Candidate)),
     };
-    /* Its score is 0: the prompt is given, so how probable it is does not count. There is one such
-     * beam, not K of them: K equal ones would all be continued in the same way. */
+    /* Its score is 0: the prompt is given, so its probability does not count. There is one such
+     * beam, not K: K equal ones would all be continued in the same way. */
     memcpy(search.running->ids, prompt->ids, prompt->n * sizeof(int));
     search.running->n = prompt->n;
     return search;
 }
 
-/* A beam becomes `from` and one token more. Its place in the cache stays its own. */
+/* A beam becomes `from` plus one token. It keeps its own place in the cache. */
 static void beam_set(struct Sequence *beam, const struct Sequence *from, int id, float score) {
     memcpy(beam->ids, from->ids, from->n * sizeof *beam->ids);
     beam->ids[from->n] = id;
-    /* not the whole struct: its ids and its slot are memory of its own */
+    /* not the whole struct: the beam's ids and slot are its own */
     beam->n = from->n + 1;
     beam->score = score;
 }
 
 /* beam_score -- from the logits (V) of a beam's next token to the scores of its V continuations:
  *   score(beam + v) = score(beam) + log softmax(logits)_v
- * The processors act on the log-probabilities, in transformers' order: so what top-k cuts has the
- * score minus infinity, and what is left is not made to add up to 1 again.
+ * The processors act on the log-probabilities, in transformers' order: so what top-k cuts gets the
+ * score minus infinity, and the rest is not normalized again to the sum 1.
  * By hand: A C has log 0.4 = -0.9163, x follows with 0.95: -0.9163 - 0.0513 = -0.9676 = log 0.38.
  *                                                                        test: beam_search_hand */
 static void beam_score(const struct BeamSearch *search, const struct Sequence *beam,
                        float *logits) {
-    /* 1. log softmax */
+    /* 1. Log softmax: scores of different beams can only be compared as log-probabilities. */
     size_t V = search->model->config.vocab_size;
     float lse = log_sum_exp(logits, V, thread_scratch(SCRATCH_ROW, V));
     for (size_t v = 0; v < V; v++)
         logits[v] -= lse;
 
-    /* 2. the processors, and the score so far */
+    /* 2. The processors, and the score so far. */
     process_logits(logits, V, search->config, beam->ids, beam->n, beam->n - search->prompt_length,
                    search->model->config.eos_token_id);
     for (size_t v = 0; v < V; v++)
         logits[v] += beam->score;
 }
 
-/* gumbel_keys -- random keys for n scores, whose order is a draw without replacement: the largest
- * key is a draw from softmax(score), the second largest a draw from what is left, and so on.
+/* gumbel_keys -- random keys for n scores whose order is a draw without replacement: the largest
+ * key is a draw from softmax(score), the second largest a draw from the rest, and so on.
  *   key = score + Gumbel noise,   noise = -log(-log u), u uniform in (0, 1]
- * So sampled beams are different from each other, which draws with replacement would not be.
+ * So sampled beams differ from each other; drawn with replacement, several could be equal.
  * By hand: scores log (0.5, 0.2, 0.3): the first has the largest key in half of all draws.
  *                                                                         test: beam_candidates */
 static float *gumbel_keys(struct Arena *arena, const float *score, size_t n, struct Rng *rng) {
     float *key = arena_floats(arena, n);
-    /* 1 - u: rng_uniform may return 0, which has no logarithm, but never 1 */
+    /* 1 - u, since rng_uniform may return 0, which has no logarithm, but never 1 */
     for (size_t i = 0; i < n; i++)
         key[i] = (float)(score[i] - log(-log(1 - rng_uniform(rng))));
     return key;
 }
 
-/* beam_candidates -- the places of the `most` largest keys, largest first.
- * in   key (n); for sampling the keys are noisy, else they are the scores
- * out  best: room for `most`; returns how many there are: a key of minus infinity is none
- * By hand: keys log (0.5, 0, 0.2, 0.3), most 2: places 0 and 3.           test: beam_candidates */
+/* beam_candidates -- the indices of the `most` largest keys, largest first.
+ * in   key (n); for sampling the keys are noisy, otherwise they are the scores
+ * out  best: room for `most`; returns how many there are: keys of minus infinity are left out
+ * By hand: keys log (0.5, 0, 0.2, 0.3), most 2: indices 0 and 3.          test: beam_candidates */
 static size_t beam_candidates(const float *key, size_t n, size_t most, struct Arena *arena,
                               struct Candidate *best) {
-    /* 1. The smallest key that gets in. K V keys are too many to sort: selection is enough. */
+    /* 1. The smallest key that gets in. K V keys are too many to sort, but selection is fast. */
     float *copy = arena_floats(arena, n);
     memcpy(copy, key, n * sizeof *copy);
     most = MIN(most, n);
     float threshold = kth_largest(copy, n, most);
 
-    /* 2. what is larger gets in for certain; what equals it, while there is room */
+    /* 2. Larger keys get in for certain, equal ones as long as there is room. */
     size_t count = 0;
     for (size_t i = 0; i < n && count < most; i++)
         if (key[i] > threshold)
@@ -5703,16 +5711,16 @@ static size_t beam_candidates(const float *key, size_t n, size_t most, struct Ar
         if (key[i] == threshold)
             best[count++] = (struct Candidate){key[i], (int)i};
 
-    /* 3. those few in order */
+    /* 3. Only these few are sorted. */
     qsort(best, count, sizeof *best, compare_candidates_down);
     return count;
 }
 
-/* beam_finish -- a sequence that has ended enters the pool of the K best, if it is good enough.
+/* beam_finish -- puts a sequence that has ended into the pool of the K best, if it is good enough.
  * in   beam, and the token that ended it; score: log-probability / length^length_penalty */
 static void beam_finish(struct BeamSearch *search, const struct Sequence *beam, int id,
                         float score) {
-    /* 1. The last place is free, or it is taken from a worse one. */
+    /* 1. The last place of the pool: free, or taken from a worse sequence. */
     struct Sequence *pool = search->finished;
     if (search->finished_count < search->config->num_beams)
         search->finished_count++;
@@ -5721,8 +5729,8 @@ static void beam_finish(struct BeamSearch *search, const struct Sequence *beam, 
     size_t place = search->finished_count - 1;
     beam_set(&pool[place], beam, id, score);
 
-    /* 2. Up past all that are worse. The exchange swaps whole structs: the ids' memory moves along
-     *    with its owner. */
+    /* 2. Up past all that are worse. Whole structs are swapped, so the memory of the ids moves
+     *    along with its owner. */
     for (; place > 0 && pool[place].score > pool[place - 1].score; place--) {
         struct Sequence better = pool[place];
         pool[place] = pool[place - 1];
@@ -5731,26 +5739,27 @@ static void beam_finish(struct BeamSearch *search, const struct Sequence *beam, 
 }
 
 /* beam_sort_out -- one of the step's 2K best continuations: does it end, or does it go on?
- * in   rank: 0 for the best. One that ends counts only if it is among the best K. Why then are 2K
- *      looked at? Each beam can end in one way only, so at most K of them end, and K go on.
+ * in   rank: 0 for the best. A continuation that ends counts only if it is among the best K. Why
+ *      then look at 2K? Each beam can end in one way only, so at most K of them end, and at least
+ *      K go on.
  * The score of one that ends is divided by length^length_penalty: each token lowers the sum, so
  * without it the shortest answer would win.
  * By hand: A C x: -0.9676 / 2^1 = -0.4838; A B x: -1.2040 / 2 = -0.6020.  test: beam_search_hand */
 static void beam_sort_out(struct BeamSearch *search, const struct Candidate *candidate,
                           size_t rank) {
-    /* 1. which beam, and which token: place = beam * V + token */
+    /* 1. Which beam, and which token? The candidate's id is beam * V + token. */
     const struct GPT2Config *model = &search->model->config;
     const struct Sequence *beam = &search->running[(size_t)candidate->id / model->vocab_size];
     int id = (int)((size_t)candidate->id % model->vocab_size);
 
-    /* 2. Neither the end token nor the last one that there is room for: it goes on, with the plain
-     *    sum as its score. Running beams have equal lengths, so no penalty is needed among them. */
+    /* 2. Neither the end token nor the last one there is room for: it goes on, with the plain sum
+     *    as its score. Running beams have equal lengths, so no penalty is needed among them. */
     if (id != model->eos_token_id && beam->n + 1 < search->max_length) {
         search->going_on[search->going_on_count++] = *candidate;
         return;
     }
 
-    /* 3. the end */
+    /* 3. It ends. */
     if (rank >= search->config->num_beams)
         return;
     double length = (double)(beam->n + 1 - search->prompt_length);
@@ -5758,25 +5767,25 @@ static void beam_sort_out(struct BeamSearch *search, const struct Candidate *can
     beam_finish(search, beam, id, (float)(candidate->logit / divisor));
 }
 
-/* beam_continue -- the K best continuations that go on become the running beams. Several may stem
- * from one beam, and of another none may be left: the past of each is copied along. */
+/* beam_continue -- the K best continuations that go on become the running beams. Several may come
+ * from one beam and none from another, so each takes a copy of its past along. */
 static void beam_continue(struct BeamSearch *search) {
-    /* 1. best first; when sampling they stand in the order in which they were drawn */
+    /* 1. Best first; when sampling, they are still in the order in which they were drawn. */
     qsort(search->going_on, search->going_on_count, sizeof *search->going_on,
           compare_candidates_down);
 
-    /* 2. written beside the beams that they continue, since those are still read */
+    /* 2. They are written to `next`, since the beams they continue are still read. */
     size_t V = search->model->config.vocab_size;
     search->running_count = MIN(search->going_on_count, search->config->num_beams);
     for (size_t i = 0; i < search->running_count; i++) {
         struct Candidate best = search->going_on[i];
         size_t from = (size_t)best.id / V;
-        /* text and past together, or attention would see another text's keys */
+        /* text and cache together, or attention would see the keys of another text */
         beam_set(&search->next[i], &search->running[from], (int)((size_t)best.id % V), best.logit);
         kv_cache_copy(search->model, &search->next_cache, i, &search->cache, from);
     }
 
-    /* 3. next becomes running, and the other way round */
+    /* 3. `next` and `running` change places. */
     struct Sequence *beams = search->running;
     struct KVCache cache = search->cache;
     search->running = search->next;
@@ -5793,50 +5802,50 @@ static void beam_advance(struct BeamSearch *search, struct Arena *arena, float *
     size_t V = search->model->config.vocab_size;
     size_t n = search->running_count * V;
 
-    /* 1. all continuations of all beams, scored */
+    /* 1. Scores for all continuations of all beams. */
     float *score = logits;
-    /* each beam is a row of V numbers, and no thread touches another's */
+    /* each beam is a row of V numbers; without a threshold, since V is large */
 #pragma omp parallel for
     for (size_t b = 0; b < search->running_count; b++)
         beam_score(search, &search->running[b], score + b * V);
 
-    /* 2. The best 2K. Noise, if there is any, decides only who they are: from here on each counts
-     *    with its true score. */
+    /* 2. The best 2K. Noise, if any, only decides which these are: from here on each counts with
+     *    its true score. */
     float *key = search->config->do_sample ? gumbel_keys(arena, score, n, search->rng) : score;
     struct Candidate *best = arena_alloc(arena, 2 * K, sizeof *best);
     size_t count = beam_candidates(key, n, 2 * K, arena, best);
     for (size_t i = 0; i < count; i++)
         best[i].logit = score[best[i].id];
 
-    /* 3. those that end go to the pool, the best K of the others run on */
+    /* 3. Those that end go to the pool, the best K of the others go on. */
     search->going_on_count = 0;
     for (size_t i = 0; i < count; i++)
         beam_sort_out(search, &best[i], i);
     beam_continue(search);
 }
 
-/* beam_search_goes_on -- may a beam that is running still beat the worst of the pool?
- * Only an estimate can say that, for how long it will become is not known. As in transformers, the
- * best running beam is judged as if it ended now; with early_stopping "never" and a positive
- * length_penalty, which favours long answers, as if it became as long as is allowed without its
- * sum falling any further. With early_stopping true a full pool is enough.
+/* beam_search_goes_on -- can a running beam still beat the worst of the pool?
+ * This can only be estimated, since nobody knows how long the beam will become. As in transformers,
+ * the best running beam is judged as if it ended now. With early_stopping "never" and a positive
+ * length_penalty, which favours long answers, it is judged as if it reached the maximum length
+ * without its sum falling any further. With early_stopping true, a full pool is enough to stop.
  * By hand: the worst of the pool has -0.6, a running beam of 3 tokens -1.5: -1.5 / 3 = -0.5 is
  * better, so the search goes on. With -2.1 it would not: -0.7. But if it may have 9 tokens,
  * "never" judges -2.1 / 9 = -0.23, and goes on.                         test: beam_search_stops */
 static bool beam_search_goes_on(const struct BeamSearch *search) {
     const struct GenerationConfig *config = search->config;
     const struct Sequence *best = search->running;
-    /* 1. nothing runs, or nothing more fits in */
+    /* 1. Nothing runs, or there is no more room. */
     if (search->running_count == 0 || best->n >= search->max_length)
         return false;
-    /* 2. a place in the pool is free: anything that ends is welcome */
+    /* 2. There is a free place in the pool: anything that ends is welcome. */
     if (search->finished_count < config->num_beams)
         return true;
     if (config->early_stopping == STOP_TRUE)
         return false;
 
-    /* 3. The pool is full: what might the best running beam reach, and is that enough for the last
-     *    place? Beams are sorted, so no other one can reach more. */
+    /* 3. The pool is full: what could the best running beam reach, and would it get the last place?
+     *    Beams are sorted, so no other one can reach more. */
     bool as_long_as_allowed = config->early_stopping == STOP_NEVER && config->length_penalty > 0;
     size_t end = as_long_as_allowed ? search->max_length : best->n;
     double length = (double)(end - search->prompt_length);
@@ -5846,11 +5855,11 @@ static bool beam_search_goes_on(const struct BeamSearch *search) {
 
 /* beam_search -- looks for the sequence that is most probable as a whole.
  *                                                              [glossary: Beam search]
- * in, out  sequences: num_return_sequences of them, which hold the same prompt; they become the
+ * in, out  sequences: num_return_sequences of them, all holding the same prompt; they become the
  *          best of the pool, best first
  * Each of the K running beams is continued with each of the V tokens; the best of these K V
- * continuations run on, or are finished. The chapter's essay has a case by hand. Step by step as in
- * transformers 5.
+ * continuations go on, or are finished. The chapter's essay has a case by hand. The steps are those
+ * of transformers 5.
  *     test: beam_search_hand, beam_search_golden, beam_search_exhaustive, beam_search_negative */
 static void beam_search(const struct GPT2 *model, struct Sequence *sequences,
                         const struct GenerationConfig *config) {
@@ -5859,8 +5868,8 @@ static void beam_search(const struct GPT2 *model, struct Sequence *sequences,
     struct BeamSearch search = beam_search_new(&arena, model, &sequences[0], config);
     struct Sequence **active = arena_alloc(&arena, config->num_beams, sizeof *active);
 
-    /* 1. Until nothing better is to be expected: the model's logits, and one step. In the first
-     *    step the one beam is the prompt, in all others each beam adds one row to its cache. */
+    /* 1. The model's logits, then one step, until nothing better can be expected. In the first step
+     *    the one beam is the prompt; afterwards each beam adds one row to its cache. */
     while (beam_search_goes_on(&search)) {
         arena_reset(&step_arena);
         for (size_t b = 0; b < search.running_count; b++)
@@ -5870,10 +5879,10 @@ static void beam_search(const struct GPT2 *model, struct Sequence *sequences,
         beam_advance(&search, &step_arena, logits);
     }
 
-    /* 2. the best of the pool */
+    /* 2. The best of the pool. */
     size_t wanted = MIN(config->num_return_sequences, search.finished_count);
     for (size_t i = 0; i < wanted; i++) {
-        /* the ids are copied, for the pool's memory ends with the search */
+        /* the ids are copied, since the pool's memory is freed with the search */
         const struct Sequence *found = &search.finished[i];
         memcpy(sequences[i].ids, found->ids, found->n * sizeof(int));
         sequences[i].n = found->n;
@@ -5887,11 +5896,11 @@ static void beam_search(const struct GPT2 *model, struct Sequence *sequences,
 
 enum { GENERATE_TOGETHER = 64 }; /* sequences decoded in one batch: bounds the cache's memory */
 
-/* Those of n sequences that are still to be written; each gets a place in the cache. */
+/* The unfinished ones of n sequences; each gets a number in the cache. */
 static size_t active_sequences(struct Sequence *sequences, size_t n, struct Sequence **active) {
     size_t count = 0;
     for (size_t i = 0; i < n; i++) {
-        /* a prompt that fills all its room is its own answer */
+        /* a prompt that leaves no room is its own answer */
         if (sequences[i].finished || sequences[i].n >= sequences[i].max_length)
             continue;
         sequences[i].slot = count;
@@ -5900,10 +5909,10 @@ static size_t active_sequences(struct Sequence *sequences, size_t n, struct Sequ
     return count;
 }
 
-/* Those that are not finished move together, in their order; returns how many there are. Their
- * places in the cache stay. */
+/* Moves the unfinished sequences together, in their order, and returns how many there are. Their
+ * places in the cache stay the same. */
 static size_t drop_finished(struct Sequence **active, size_t count) {
-    /* left <= i, so what is overwritten has been looked at */
+    /* left <= i: only entries that have been looked at are overwritten */
     size_t left = 0;
     for (size_t i = 0; i < count; i++)
         if (!active[i]->finished)
@@ -5911,10 +5920,10 @@ static size_t drop_finished(struct Sequence **active, size_t count) {
     return left;
 }
 
-/* Up to GENERATE_TOGETHER sequences, side by side to their ends. */
+/* Writes up to GENERATE_TOGETHER sequences, side by side, to their ends. */
 static void generate_together(const struct GPT2 *model, struct Sequence *sequences, size_t n,
                               const struct GenerationConfig *config) {
-    /* 1. a cache for the longest that any of them may become */
+    /* 1. A cache for the longest that any of them may become. */
     struct Arena arena = {0};
     struct Arena step_arena = {0};
     struct Sequence *active[GENERATE_TOGETHER];
@@ -5924,13 +5933,13 @@ static void generate_together(const struct GPT2 *model, struct Sequence *sequenc
         capacity = MAX(capacity, active[i]->max_length);
     struct KVCache cache = kv_cache_new(model, &arena, count, capacity);
 
-    /* 2. one token for each at a time; those that have ended drop out, and cost nothing more */
+    /* 2. One token for each at a time. Sequences that have ended drop out and cost nothing more. */
     size_t V = model->config.vocab_size;
     while (count > 0) {
-        /* a step's activations go with the step; what it has to pass on is in the cache */
+        /* a step's activations are freed with the step: what later steps need is in the cache */
         arena_reset(&step_arena);
         float *logits = generate_step(model, &step_arena, active, count, &cache);
-        /* in any order: each draws from its own random numbers */
+        /* in any order, since each draws from its own random numbers */
 #pragma omp parallel for schedule(dynamic) if (count > 1)
         for (size_t i = 0; i < count; i++)
             sequence_extend(active[i], logits + i * V, V, config, model->config.eos_token_id);
@@ -5942,23 +5951,23 @@ static void generate_together(const struct GPT2 *model, struct Sequence *sequenc
 
 /* generate -- writes every sequence to its end token or its max_length.   [glossary: Rollout]
  * in, out  sequences (n): the prompt in place, and room for max_length ids. For beam search,
- *          num_return_sequences with the same prompt stand side by side.
+ *          num_return_sequences with the same prompt are neighbours.
  * The same call always gives the same answers, on any number of threads. Each sequence has its own
- * random numbers, so it does not matter either who else is in the batch, with one exception: while
- * more than FEW_ROWS sequences are under way, the output layer adds in another order. A draw that
- * falls between the two roundings then comes out differently.
+ * random numbers, so its batch does not matter either, with one exception: while more than FEW_ROWS
+ * sequences are being written, the output layer adds in another order. A draw that falls between
+ * the two roundings then comes out differently.
  *                                     test: generate_golden, generate_cache, generate_company */
 static void generate(const struct GPT2 *model, struct Sequence *sequences, size_t n,
                      const struct GenerationConfig *config) {
-    /* 1. beams: one search for each prompt, by itself; its K beams are its batch */
+    /* 1. Beam search: one search for each prompt, whose K beams are its batch. */
     if (config->num_beams > 1) {
         for (size_t i = 0; i < n; i += config->num_return_sequences)
             beam_search(model, sequences + i, config);
         return;
     }
 
-    /* 2. Else in groups of 64: large enough that the weights, read from memory once a step, serve
-     *    many rows; small enough that their caches fit in memory. */
+    /* 2. Otherwise in groups of 64: large enough that the weights, read from memory once a step,
+     *    serve many rows; small enough that the caches fit in memory. */
     for (size_t first = 0; first < n; first += GENERATE_TOGETHER) {
         size_t together = MIN(n - first, (size_t)GENERATE_TOGETHER);
         generate_together(model, sequences + first, together, config);
@@ -5973,34 +5982,34 @@ static struct Sequence sequence_start(struct Arena *arena, const int *ids, size_
                                       const struct GPT2 *model, struct Rng rng) {
     size_t max_length = MIN(n + max_new, model->config.n_positions + 1);
     struct Sequence s = {.n = n, .prompt_length = n, .max_length = max_length, .rng = rng};
-    /* a copy with room to grow: several answers may start from one prompt */
+    /* a copy with room to grow, since several answers may start from one prompt */
     s.ids = memcpy(arena_alloc(arena, MAX(n, s.max_length), sizeof *s.ids), ids, n * sizeof *ids);
     return s;
 }
 
 /* sample_answers -- a policy's answers to n prompts, num_generations to each, side by side.
- * in, out  rng: one number of it is the seed of each answer's own random numbers, so the k-th
- *          answer stays what it is if the others become longer
+ * in, out  rng: each answer takes one number from it as the seed of its own random numbers, so the
+ *          k-th answer does not change if others become longer
  * out      (n num_generations) examples whose prompt_length is that of the prompt
- * Here an answer ends where the context does, not one token later: it will be trained on, and then
- * its last token is read, too. */
+ * Here an answer ends at the end of the context, not one token later: it will be trained on, and
+ * then its last token is read, too. */
 static struct Example *sample_answers(const struct GPT2 *policy, struct Arena *arena,
                                       const struct Example *prompts, size_t n,
                                       size_t num_generations,
                                       const struct GenerationConfig *generation, struct Rng *rng) {
-    /* 1. each answer starts as its prompt */
+    /* 1. Each answer starts as its prompt. */
     size_t total = n * num_generations;
     struct Sequence *sequences = arena_alloc(arena, total, sizeof *sequences);
     for (size_t i = 0; i < total; i++) {
         const struct Example *prompt = &prompts[i / num_generations];
         size_t room = policy->config.n_positions - prompt->n;
-        /* drawn here, in order: what is drawn while writing changes nothing for the others */
+        /* the seed is drawn here, in order, whatever is drawn later while writing */
         struct Rng own = rng_seed(rng_next(rng), STREAM_SAMPLE);
         size_t max_new = MIN(generation->max_new_tokens, room);
         sequences[i] = sequence_start(arena, prompt->ids, prompt->n, max_new, policy, own);
     }
 
-    /* 2. written, and seen as examples to learn from */
+    /* 2. The answers are written, and become examples to learn from. */
     generate(policy, sequences, total, generation);
     struct Example *answers = arena_alloc(arena, total, sizeof *answers);
     for (size_t i = 0; i < total; i++)
