@@ -68,14 +68,15 @@
  * run, finish: gdb prints the token's loss, slope and ratio. At ppo_backward there is a model:
  * p model->h[0].attn.c_attn.weight.w[0]@8. docs/debugging.md has guided tours.
  *
- * Symbols. In shapes and loops a capital letter has one meaning:
+ * Symbols. In shapes and loops a capital letter has one meaning (but in chapters 9 and 12, A, B, C,
+ * M, N and K are the letters of matrix algebra):
  *    B sequences of a batch    T tokens of one sequence    N all tokens of a batch, packed
  *    R rows of a batch that predict a token which counts in a loss
  *    C n_embd, the width       L n_layer                   NH n_head    HS = C/NH, a head's size
  *    V vocab_size
- * Two letters have a second meaning that GPT-2 gives them: model->h[l] is block l (in attention, h
- * is the number of a head), and v in a loop over the vocabulary is one of its ids (in attention,
- * v_j is a value vector, as q_t is a query and k_j a key).
+ * Two small letters are used twice: model->h[l] is block l, as in transformers, and in attention
+ * h is the number of a head; v is an id in a loop over the vocabulary, and in attention v_j is a
+ * value vector, as q_t is a query and k_j a key.
  * Letters of a single formula (x, y, e, r, R(y)) are explained beside it. wte and wpe are GPT-2's
  * names for the matrices of its word (token) and word position embeddings. A matrix (M,N) is
  * row-major: element (i,j) is at i*N + j. "The derivative by x" is the partial derivative with
@@ -968,7 +969,7 @@ static double sentiment_loss(const float *reward, const double *label, size_t n,
  * How can a model learn from a score that it gets only after its answer is complete, from a judge
  * who cannot be differentiated? It answers, learns how good the answer was, and then makes good
  * answers more probable and bad ones less. A model used in this way is a policy: pi(y|x) is the
- * probability that it answers y to the prompt x. What training is to raise is the objective
+ * probability that it answers y to the prompt x. Training is to raise the objective
  *
  *     J(pi) = E_{y ~ pi} [ score(x, y) ] - beta KL(pi || pi_ref)               [10] [4]
  *                                                            [glossary: Função objetivo]
@@ -1008,7 +1009,7 @@ static double sentiment_loss(const float *reward, const double *label, size_t n,
  * The last line is what goes back into the model: " very" is to become less probable, "." more,
  * and " good" has already been raised as far as one batch may raise it.
  *
- * What enters: log-probabilities, scores and values, one a token or one an answer. What leaves:
+ * What enters: log-probabilities, scores and values, per token or per answer. What leaves:
  * losses, and their derivatives by each log-probability and each value.
  * ============================================================================================= */
 
@@ -1153,20 +1154,20 @@ struct PPOConfig {
     size_t gradient_accumulation_steps;
     size_t ppo_epochs; /* how often the answers of a step are used */
     double init_kl_coef; /* beta at the start         [glossary: Parâmetro Beta (β)] */
-    bool adap_kl_ctrl; /* let a controller change beta, */
-    double target, horizon; /* towards this KL, in nats an answer; over so many answers */
+    bool adap_kl_ctrl; /* let a controller adapt beta: */
+    double target, horizon; /* to this KL, in nats per answer; over about this many answers */
     const char *kl_penalty; /* kl, abs, mse, full: see kl_penalty_token */
     double gamma, lam; /* discount and lambda of gae_step */
     double cliprange; /* of the ratio, in ppo_token_loss */
     double cliprange_value; /* of the value, in ppo_value_loss */
-    double vf_coef; /* weight of the value loss beside the policy's */
+    double vf_coef; /* weight of the value loss in the total */
     bool whiten_rewards; /* before GAE */
-    bool use_score_scaling; /* divide scores by their running deviation */
+    bool use_score_scaling; /* divide scores by their running standard deviation */
     bool use_score_norm; /* and subtract their running mean first */
-    double score_clip; /* scores beyond +- this are cut; 0: none */
+    double score_clip; /* scores are limited to +- this; 0: no limit */
     double ratio_threshold; /* a mini-batch whose mean ratio exceeds it is skipped */
     bool early_stopping; /* end a step's epochs once the policy has moved too far: */
-    double target_kl; /* by more than 1.5 times this, in nats a token */
+    double target_kl; /* by more than 1.5 times this, in nats per token */
 };
 
 /* kl_penalty_token -- how far one token took the policy from the reference.
@@ -1203,7 +1204,7 @@ static float kl_reward(double kl_coef, float kl) {
 
 /* kl_controller_update -- beta is raised while the KL is above its target, lowered below it [10].
  *   beta = beta (1 + error samples / horizon),   error = clip(kl / target - 1, -0.2, 0.2)
- * in   kl: this step's mean, nats an answer; samples: how many answers the step had
+ * in   kl: this step's mean, nats per answer; samples: how many answers the step had
  * A fixed beta would have to be found by trial for each reward model, while a KL of some nats means
  * the same for all of them.
  * By hand: beta 0.2, target 6, horizon 10000, 128 samples: KL 30 -> 0.2 (1 + 0.2 * 0.0128) =
@@ -1623,7 +1624,7 @@ static struct PairLoss dpo_ipo_pair(double beta, const struct DPOSide *chosen,
     };
 }
 
-/* One pair under one of the losses. */
+/* The loss of one pair, of the given type. */
 static struct PairLoss dpo_variant(const struct DPOConfig *config, enum DPOLossType type,
                                    const struct DPOSide *chosen, const struct DPOSide *rejected) {
     double e = config->label_smoothing;
@@ -1643,7 +1644,7 @@ static struct PairLoss dpo_variant(const struct DPOConfig *config, enum DPOLossT
     return dpo_smoothed_pair(config->beta, logits, e, type == DPO_ROBUST);
 }
 
-/* dpo_loss -- the mean over a batch of B pairs of the chosen loss, or of a weighted sum of several.
+/* dpo_loss -- the mean, over a batch of B pairs, of one type of loss or of a weighted sum of types.
  * in   chosen, rejected (B)           out  the loss; chosen[b].dlogp, rejected[b].dlogp, set
  * Besides the losses of pairs there is `sft`, the mean negative log-likelihood of all chosen
  * tokens. With a small weight it keeps the chosen answers probable, which DPO alone does not: it
@@ -1708,7 +1709,7 @@ static double dpo_loss(const struct DPOConfig *config, size_t B, struct DPOSide 
  * logit of minus infinity means a probability of 0: the token is cut.
  * ============================================================================================= */
 
-/* Of beam search: when to stop. */
+/* When beam search stops; see beam_search_goes_on. */
 enum EarlyStopping {
     STOP_FALSE,
     STOP_TRUE,
@@ -1828,7 +1829,7 @@ struct Candidate {
     int id;
 };
 
-/* Largest logit first; among equals the smaller id first. */
+/* Largest logit first; of equal logits the smaller id first. */
 static int compare_candidates_down(const void *a, const void *b) {
     const struct Candidate *x = a;
     const struct Candidate *y = b;
@@ -1973,7 +1974,7 @@ static int sample_token(float *logits, size_t V, struct Rng *rng) {
  * themselves. This gives a small model a small vocabulary that need not be learnt. The last id of
  * any such vocabulary is its end token.
  *
- * What enters: bytes, any bytes. What leaves: ids from 0 to V - 1, and back, exactly.
+ * What enters: any bytes. What leaves: ids from 0 to V - 1, from which the same bytes come back.
  * ============================================================================================= */
 
 /* ---- Texts and arrays that grow ------------------------------------------------------------- */
@@ -2042,7 +2043,7 @@ static void *grow(void *items, size_t n, size_t *capacity, size_t size) {
 /* TOKENIZER_MAGIC and _VERSION are the first numbers of tokenizer.bin (chapter 23). The first 256
  * ids of a vocabulary are the bytes, but in GPT-2's own order: byte_token of struct Tokenizer. */
 enum { TOKENIZER_MAGIC = 20240328, TOKENIZER_VERSION = 2, BYTE_TOKENS = 256 };
-/* What GPT-2's rule for words distinguishes. */
+/* The classes of characters that GPT-2's rule for words distinguishes. */
 enum CharClass { CLASS_OTHER, CLASS_LETTER, CLASS_NUMBER, CLASS_SPACE };
 /* UNICODE_END: every code point is below it. MERGE_SLOTS: 2^17 places for 50,000 merges, so that a
  * search in the hash table ends after one or two steps. */
@@ -2422,7 +2423,7 @@ enum Field {
     SHAPE_PROMPT = HAS_PROMPT,
     SHAPE_PROMPT_COMPLETION = HAS_PROMPT | HAS_COMPLETION,
     SHAPE_PREFERENCE = HAS_CHOSEN | HAS_REJECTED | MAY_HAVE(HAS_PROMPT),
-    SHAPE_MARGIN = SHAPE_PREFERENCE | MAY_HAVE(HAS_MARGIN), /* the same, where margins count */
+    SHAPE_MARGIN = SHAPE_PREFERENCE | MAY_HAVE(HAS_MARGIN), /* the same, for losses with a margin */
     SHAPE_LABELLED = HAS_TEXT | HAS_LABEL,
     SHAPE_RATED = HAS_TEXT | HAS_SCORE,
     SHAPE_ROLLOUT = HAS_QUERY_IDS | HAS_RESPONSE_IDS | HAS_SCORE
@@ -2835,7 +2836,8 @@ static struct Matrix readable(struct MatrixOut m) {
     return (struct Matrix){m.data, m.rows, m.columns, m.row_stride, 1};
 }
 
-/* The part of a matrix from (row, column) on: at most so many rows and columns. */
+/* The part of a matrix from (row, column) on: `rows` rows and `columns` columns, or as many as
+ * there are. */
 static struct Matrix matrix_block(struct Matrix m, size_t row, size_t column, size_t rows,
                                   size_t columns) {
     /* a matrix of zeros has no data to point into */
@@ -3005,8 +3007,8 @@ static void few_rows_plain(struct MatrixOut y, struct Matrix x, struct Matrix we
 #define AVX2 __attribute__((target("avx2,fma")))
 #define AVX512 __attribute__((target("avx512f,fma")))
 
-/* 4 x 24: of the 16 registers of AVX2, 12 hold sums, 3 a row of b, and one a number of a. For the
- * steps see tile_4x8. */
+/* 4 x 24: of the 16 registers of AVX2, 12 hold sums, 3 hold a row of b, and one holds a number of
+ * a. For the steps see tile_4x8. */
 AVX2 static void tile_4x24(size_t K, const float *a, const float *b, const float *start,
                            size_t start_row, float *c, size_t c_row) {
     /* 1. The start. The loops are unrolled so that each sum[i][j] is a register. */
@@ -3105,8 +3107,8 @@ static bool kernel_is_asked(size_t k, const char *asked) {
            || (strlen(asked) == word && strncmp(asked, name, word) == 0);
 }
 
-/* The index in KERNELS of the kernel that is asked for. If there is none, the program ends with a
- * list of those that exist. */
+/* The index in KERNELS of the requested kernel. If there is none, the program ends with a list of
+ * those that exist. */
 static size_t kernel_by_name(const char *asked) {
     char names[100] = "plain";
     for (size_t k = 0; k < COUNT(KERNELS); k++) {
@@ -3448,7 +3450,7 @@ static void matmul_bias(struct MatrixOut c, const float *bias, struct Matrix a, 
  *     attention     y = softmax(q k) v      the only layer that mixes information across time
  *
  *     x = (1, 2), W = [3 4; 5 6], b = (7, 8):    y  = (1*3 + 2*5 + 7, 1*4 + 2*6 + 8) = (20, 24)
- *     the loss asks for dy = (1, -2):            dx = (3 - 8, 5 - 12) = (-5, -7)
+ *     given dy = (1, -2):                        dx = (3 - 8, 5 - 12) = (-5, -7)
  *                                                dW = [1 -2; 2 -4],   db = (1, -2)
  *
  * One rule holds for all: dx is overwritten (where a layer adds to it instead, its comment says
@@ -3513,7 +3515,7 @@ WIDE static void row_dot_4(float *out, const float *x, const float *y, size_t y_
         out[r] = lane_sum(lane[r]);
 }
 
-/* linear_forward -- each token's numbers, mixed anew.
+/* linear_forward -- new numbers for each token, as weighted sums of its old ones.
  *   y = x W + bias
  * in   x (N,in), weight (in,out), bias (out)         out  y (N,out)
  * This is GPT-2's Conv1D: its W is (in,out), where torch's Linear has (out,in). A row of y has the
@@ -3552,7 +3554,7 @@ static void bias_backward_strip(float *dbias, struct Matrix dy, size_t j0, size_
             dbias[j] += dy.data[n * dy.row_stride + j];
 }
 
-/* linear_backward -- what a linear layer passes down, and what its weights are to learn.
+/* linear_backward -- what a linear layer passes down, and the gradients of its weights.
  *   dx = dy W^T         dW += x^T dy         dbias += the sum of dy's rows
  * in   dy (N,out), x (N,in)       out  dx (N,in), written; weight->d (in,out), bias->d (out)
  * y_j = sum_i x_i W_ij + b_j: so x_i is to blame for each y_j in proportion to W_ij, W_ij in
@@ -3590,7 +3592,7 @@ struct LayerNormRows {
     float *rstd; /* (N) 1 / standard deviation */
 };
 
-/* layernorm_row -- one token's numbers, brought to mean 0 and deviation 1 [3].
+/* layernorm_row -- one token's numbers, shifted and scaled to mean 0 and deviation 1 [3].
  *   xhat = (x - mean) rstd,   rstd = 1 / sqrt(variance + eps)      y = xhat weight + bias
  * in   x (C), weight, bias (C)           out  y (C), mean, rstd
  * Without it activations would grow from layer to layer, and rows of large numbers would learn at
@@ -3616,7 +3618,7 @@ WIDE static void layernorm_row(float *y, float *mean, float *rstd, const float *
     for (size_t c = 0; c < C; c++)
         y[c] = y[c] * r * w[c] + b[c];
 
-    /* 3. Two numbers a row are kept; the backward pass recomputes xhat from x and them. */
+    /* 3. Two numbers per row are kept; the backward pass recomputes xhat from x and them. */
     *mean = m;
     *rstd = r;
 }
@@ -4247,8 +4249,8 @@ static size_t first_not_finite(const float *x, size_t n);
 
 /* ---- What a model consists of --------------------------------------------------------------- */
 
-/* The two heads belong beside the transformer, not to it: in a checkpoint where all other names
- * begin with "transformer.", theirs do not. */
+/* The two heads are not part of the transformer: in a checkpoint where all other names begin with
+ * "transformer.", theirs do not. */
 static bool tensor_is_head(const struct Tensor *t) {
     return strncmp(t->name, "score.", 6) == 0 || strncmp(t->name, "v_head.", 7) == 0;
 }
@@ -4309,7 +4311,7 @@ struct BlockActivations {
     float *fc, *gelu; /* (N,4C) before and after the activation */
 };
 
-/* What it keeps of a whole pass. */
+/* What the forward pass keeps of the whole model. */
 struct Activations {
     const struct Batch *batch;
     size_t N;
@@ -4325,7 +4327,7 @@ struct GPT2 {
     struct Block *h; /* (L) the blocks: h is transformers' name for them */
     struct LayerNorm ln_f;
     struct Tensor score; /* (1,C) the reward head; n = 0: the model has none */
-    struct Linear v_head; /* (1,C) the value head; likewise */
+    struct Linear v_head; /* (1,C) the value head; weight.n = 0: the model has none */
     struct Adapter adapter;
     const char *folder; /* where it, or its adapter, was read from; NULL: nowhere */
     struct Tensor **tensors; /* all of the above, in a checkpoint's order */
@@ -4642,7 +4644,7 @@ static struct BlockActivations block_activations_new(struct Arena *arena, size_t
     };
 }
 
-/* Memory for a forward pass: about 16 N C numbers a block. keep: a backward pass will follow. */
+/* Memory for a forward pass: about 16 N C numbers per block. keep: a backward pass will follow. */
 static struct Activations activations_new(const struct GPT2 *model, struct Arena *arena,
                                           const struct Batch *batch, bool keep) {
     size_t N = batch->N;
@@ -5159,8 +5161,8 @@ static void reward_rows(const struct Batch *batch, int pad_token_id, int *row) {
  * the reference of PPO and DPO, so no second copy is needed. At the end W + scale A^T B^T can be
  * computed, one matrix as before (`align merge`).
  *
- * Two kinds of rank and letters: r is the rank here, not a reward or a row; A and B are matrices,
- * not an advantage and the number of sequences.
+ * Letters of this chapter: r is the rank (elsewhere a reward or a row); A and B are the two
+ * matrices (elsewhere an advantage and the number of sequences).
  *
  * What enters: a frozen model. What leaves: an adapter, in PEFT's names.
  * ============================================================================================= */
@@ -5176,7 +5178,7 @@ static void lora_forward(float *y, const float *x, const struct Linear *linear, 
     size_t in = linear->lora_A.shape[1];
     size_t out = linear->lora_B.shape[0];
 
-    /* 1. Down to r numbers a row. The order of the products matters: if A^T B^T were multiplied
+    /* 1. Down to r numbers per row. The order of the products matters: if A^T B^T were multiplied
      *    first, it would be as large as W, and so would the work. The scale is applied here, where
      *    there are fewest numbers. */
     float *u = thread_scratch(SCRATCH_ROW, N * r);
@@ -5204,8 +5206,8 @@ static void lora_backward(float *dx, const float *dy, const float *x, struct Lin
     size_t in = A->shape[1];
     size_t out = B->shape[0];
 
-    /* 1. u is recomputed instead of being kept, since it is only r numbers a row. g comes after it
-     *    in memory, so one loop scales both. */
+    /* 1. u is recomputed instead of being kept, since it is only r numbers per row. g comes after
+     *    it in memory, so one loop scales both. */
     float *u = thread_scratch(SCRATCH_ROW, 2 * N * r);
     float *g = u + N * r;
     matmul(matrix_out(u, N, r), matrix(x, N, in), transposed(matrix(A->w, r, in)));
