@@ -340,7 +340,7 @@ static uint64_t rng_next(struct Rng *rng) {
 /* Uniform in [0, 1): 53 random bits, as many as a double's mantissa holds. */
 static double rng_uniform(struct Rng *rng) {
     /* The upper 53 bits as an integer, times 2^-53. Dividing all 64 bits by 2^64 could round up to
-     * 1.0, which the callers' logarithms and table look-ups do not expect. */
+     * 1.0, and a caller's log(1 - u) would be infinite. */
     return (double)(rng_next(rng) >> 11) * 0x1p-53;
 }
 
@@ -902,7 +902,8 @@ static struct PairLoss bradley_terry_pair(double chosen, double rejected, double
     double difference = chosen - rejected - margin;
     double sum = chosen + rejected;
 
-    /* 2. The loss. A margin asks for more than being right: at difference 0 it is still ln 2. */
+    /* 2. The loss. With a margin it is not enough to be right: a lead of just the margin still
+     *    costs ln 2. */
     double loss = -log_sigmoid(difference) + center * sum * sum;
 
     /* 3. Its slopes: d/dx -log sigmoid(x) = -sigmoid(-x), and d/ds s^2 = 2 s. The chosen reward
@@ -2143,7 +2144,7 @@ static enum CharClass char_class_at(const struct Tokenizer *tok, const unsigned 
 static size_t contraction_length(const unsigned char *text, size_t n) {
     static const char *const contractions[] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
     for (size_t k = 0; k < COUNT(contractions); k++) {
-        /* As in GPT-2's rule, lower case only, whatever follows: "'Sx" is none, "'sx" is one. */
+        /* As in GPT-2's rule, lower case only, whatever follows: not "'S", but "'s" in "'sx". */
         size_t length = strlen(contractions[k]);
         if (n >= length && memcmp(text, contractions[k], length) == 0)
             return length;
@@ -2333,7 +2334,7 @@ static size_t tokenizer_encode(const struct Tokenizer *tok, struct Text text, si
     CHECK(text.length < INT32_MAX,
           "a text of %zu bytes is longer than the 2 GB that can be encoded at once", text.length);
     for (size_t i = 0, end; i < text.length; i = end) {
-        /* 1. The next word. Words are encoded independently, so their order does not matter. */
+        /* 1. The next word. Words are encoded separately: no merge crosses their borders. */
         end = tokenizer_word_end(tok, bytes, i, text.length);
         size_t n = end - i;
 
@@ -2795,8 +2796,8 @@ static size_t length_sampler(const struct LengthSampler *s, struct Rng *rng) {
  *      first or second cache while the panels of A pass by it.
  * All threads pack A together. Then each of them takes panels of B, packs one and computes the
  * columns of C that belong to it. An element of C is summed by one thread, in the order of k, so
- * any number of threads gives the same bits. (No chapter lets two threads add to the same number,
- * for this reason.) Figures: docs/performance.md.
+ * any number of threads gives the same bits. For the same reason, no chapter lets two threads add
+ * to one number. Figures: docs/performance.md.
  *
  * What enters: views of A (M,K) and B (K,N). What leaves: C (M,N).
  * ============================================================================================= */
@@ -3655,7 +3656,7 @@ WIDE static void layernorm_backward_row(float *dx, const float *dy, const float 
         gh[c] = g[c] * ((x[c] - mean) * rstd);
     }
 
-    /* 2. The two means: of what moved the mean of x, and of what moved its deviation. */
+    /* 2. How much of g only moves the mean of x, and how much only moves its deviation? */
     float mean_g = row_sum(g, C) / (float)C;
     float mean_gh = row_sum(gh, C) / (float)C;
 
@@ -4223,8 +4224,8 @@ static void attention_cached(float *out, const float *qkv, const struct Batch *b
  *
  * The output layer is the embedding again ("tied") [2, Section 3.4]. So wte gets its gradient in
  * two ways, and one tensor collects both: from the output layer (lm_head_backward: how should the
- * vector of a token change that was predicted, or should have been?) and from the input
- * (embedding_backward: how should the vector of a token change that was read?).
+ * vectors of tokens that were predicted, or should have been, change?) and from the input
+ * (embedding_backward: how should the vectors of tokens that were read change?).
  *
  * Two more output layers, called heads (not attention's), turn a hidden vector into one number. The
  * reward head reads a whole text at its last token: how good was it? The value head reads every
@@ -5060,8 +5061,8 @@ static struct Tensor *reward_head_declare(struct GPT2 *model) {
     return &model->score;
 }
 
-/* The value head, declared if the model has none yet: v_head.summary.weight (1,C), a bias; TRL's
- * names.                                  [glossary: AutoModelForCausalLMWithValueHead] */
+/* The value head, declared if the model has none yet: v_head.summary.weight (1,C) and .bias, as in
+ * TRL.                                    [glossary: AutoModelForCausalLMWithValueHead] */
 static struct Linear *value_head_declare(struct GPT2 *model) {
     if (model->v_head.weight.n)
         return &model->v_head;
@@ -5158,8 +5159,8 @@ static void reward_rows(const struct Batch *batch, int pad_token_id, int *row) {
  * Gradients and AdamW's moments are then needed for r (in + out) numbers instead of in * out: GPT-2
  * with r = 16 on c_attn trains 12 * 16 * (768 + 2304) = 589,824 numbers beside 124 million. B
  * starts at zero, so training starts from the unchanged model; and the model without its adapter is
- * the reference of PPO and DPO, so no second copy is needed. At the end W + scale A^T B^T can be
- * computed, one matrix as before (`align merge`).
+ * the reference of PPO and DPO, so no second copy is needed. At the end `align merge` adds
+ * scale A^T B^T to W: a single matrix again.
  *
  * Letters of this chapter: r is the rank (elsewhere a reward or a row); A and B are the two
  * matrices (elsewhere an advantage and the number of sequences).
