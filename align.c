@@ -5484,6 +5484,7 @@ static struct KVCache kv_cache_new(const struct GPT2 *model, struct Arena *arena
  * capacity. A beam that is continued in two ways needs its past twice. */
 static void kv_cache_copy(const struct GPT2 *model, struct KVCache *cache, size_t slot,
                           const struct KVCache *from, size_t from_slot) {
+    /* both caches are (L,B,capacity,C): in each layer, a sequence is `capacity` rows of C floats */
     size_t sequence = cache->capacity * model->config.n_embd;
     size_t used = from->length[from_slot] * model->config.n_embd;
     for (size_t l = 0; l < model->config.n_layer; l++) {
@@ -5983,6 +5984,7 @@ static void generate(const struct GPT2 *model, struct Sequence *sequences, size_
  * By hand: a context of 24 and a prompt of 22: 3 new tokens at most.      test: generate_context */
 static struct Sequence sequence_start(struct Arena *arena, const int *ids, size_t n, size_t max_new,
                                       const struct GPT2 *model, struct Rng rng) {
+    /* + 1: the last token is never read, so it needs no position */
     size_t max_length = MIN(n + max_new, model->config.n_positions + 1);
     struct Sequence s = {.n = n, .prompt_length = n, .max_length = max_length, .rng = rng};
     /* a copy with room to grow, since several answers may start from one prompt */
@@ -6006,7 +6008,8 @@ static struct Example *sample_answers(const struct GPT2 *policy, struct Arena *a
     for (size_t i = 0; i < total; i++) {
         const struct Example *prompt = &prompts[i / num_generations];
         size_t room = policy->config.n_positions - prompt->n;
-        /* the seed is drawn here, in order, whatever is drawn later while writing */
+        /* Room: what the prompt leaves of the context. The seed is drawn here, in order, whatever
+         * is drawn later while writing. */
         struct Rng own = rng_seed(rng_next(rng), STREAM_SAMPLE);
         size_t max_new = MIN(generation->max_new_tokens, room);
         sequences[i] = sequence_start(arena, prompt->ids, prompt->n, max_new, policy, own);
