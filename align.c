@@ -5,7 +5,7 @@
  * =============================================================================================
  *
  * A language model writes what is likely. RLHF, reinforcement learning from human feedback, makes
- * it write what people like. [glossary: RLHF] The whole of it is one drawing:
+ * it write what people like. [glossary: RLHF] One drawing shows all of it:
  *
  *    texts --(15) pretrain, sft--> language model pi_ref ----copy----> policy pi
  *                                    |    "the reference"              |      ^
@@ -20,8 +20,8 @@
  *        +----------------- pairs: chosen, rejected ---------> (18) DPO: the same optimum,
  *                                                              without sampling or r
  *
- * Numbers in brackets are chapters. Each chapter uses earlier ones only; what Part IV, the
- * machinery, gives to the others is declared where it is first needed.
+ * Numbers in brackets are chapters. Each chapter uses only earlier ones; the few functions of
+ * Part IV, the machinery, that the others need are declared where they are first used.
  *
  *   Part I, the ideas                       Part II, the model
  *     1 Ground: errors, random numbers        7 Byte-pair encoding
@@ -40,10 +40,10 @@
  *    19 Exact: a world to enumerate          27 Command line, main
  *    20 The whole course (rlhf)
  *
- * RLHF in 600 lines. Read the essays that open chapters 2 to 5 and these functions, in this
- * order, each with its comment, and you have read the idea:
+ * RLHF in 600 lines. Read the essays that open chapters 2 to 5, then these functions in this
+ * order, each with its comment. That is the whole idea:
  *   softmax                 logits become probabilities                                  chapter 2
- *   kl_exact, kl_k1         how far two models are apart; the estimate from one token
+ *   kl_exact, kl_k1         how far apart two models are; the estimate from one token
  *   bradley_terry_pair      a preference becomes a loss: how a reward model learns       chapter 3
  *   reinforce_loss          a score becomes a gradient (read the essay above it)         chapter 4
  *   kl_reward               what a token pays for leaving the reference
@@ -51,30 +51,37 @@
  *   ppo_token_loss          why PPO clips, and where the gradient is zero
  *   exact_optimum           the best policy there is, in closed form                     chapter 5
  *   dpo_pair_loss           the same optimum from pairs alone
- *   ppo_rewards             where penalty and score meet the tokens of real answers      chapter 17
+ *   ppo_rewards             where penalty and score reach the tokens of real answers     chapter 17
  *   ppo_step                the seven steps of PPO on a real model
- * Other paths. What is a policy, an omega, a rollout? 4, 2, 17. How does a transformer learn at
- * all? 9, 10, 11, 15. By term: [glossary: TERM] stands where a term is implemented, in the words of
- * the course's glossary, which are Portuguese; `align glossary TERM` prints its entry in English.
+ * Other paths. What is a policy, an omega, a rollout? Chapters 4, 2, 17. How does a transformer
+ * learn at all? Chapters 9, 10, 11, 15. By term: [glossary: TERM] marks the place where a term is
+ * implemented. The terms are those of the course's glossary, which is in Portuguese;
+ * `align glossary TERM` prints an entry in English.
  *
- * What the comments refer to. TRL, transformers and PEFT are Hugging Face's libraries, in whose
- * names, formats and numbers this program speaks. "By hand" is a case to check with a calculator.
- * "test: NAME" is a test of test_align.c that holds the function to such a case, to numbers of
- * those libraries ("golden") or to a difference quotient: `./test_align NAME` runs it.
+ * What the comments refer to. TRL, transformers and PEFT are Hugging Face's libraries; this program
+ * uses their names, formats and numbers. "By hand" introduces a case to check with a calculator.
+ * "test: NAME" names a test in test_align.c that checks the function against such a case, against
+ * numbers from those libraries ("golden") or against a difference quotient: `./test_align NAME`
+ * runs it.
  *
  * To step through:  make debug && gdb --args ./align_debug ppo ...   then   break ppo_token_loss,
  * run, finish: gdb prints the token's loss, slope and ratio. At ppo_backward there is a model:
  * p model->h[0].attn.c_attn.weight.w[0]@8. docs/debugging.md has guided tours.
  *
- * Symbols. In shapes and loops a capital letter has one meaning:
+ * Symbols. In shapes and loops a capital letter has one meaning (but in chapters 9 and 12, A, B, C,
+ * M, N and K are the letters of matrix algebra):
  *    B sequences of a batch    T tokens of one sequence    N all tokens of a batch, packed
  *    R rows of a batch that predict a token which counts in a loss
  *    C n_embd, the width       L n_layer                   NH n_head    HS = C/NH, a head's size
  *    V vocab_size
- * What a formula calls x, y, e, r or R(y) it says where it stands. wte and wpe are GPT-2's names
- * for the matrices of its word (token) and word position embeddings. A matrix (M,N) is row-major:
- * element (i,j) stands at i*N + j. The derivative of the loss by x is called dx. Logarithms are
- * natural, so log-probabilities, divergences and entropies are in nats.
+ * Two small letters are used twice: model->h[l] is block l, as in transformers, and in attention
+ * h is the number of a head; v is an id in a loop over the vocabulary, and in attention v_j is a
+ * value vector, as q_t is a query and k_j a key.
+ * Letters of a single formula (x, y, e, r, R(y)) are explained beside it. wte and wpe are GPT-2's
+ * names for the matrices of its word (token) and word position embeddings. A matrix (M,N) is
+ * row-major: element (i,j) is at i*N + j. "The derivative by x" is the partial derivative with
+ * respect to x; that of the loss is called dx. Logarithms are natural, so log-probabilities,
+ * divergences and entropies are in nats.
  *
  * Papers
  *    [1] Radford 2019, Language Models are Unsupervised Multitask Learners (GPT-2)
@@ -136,23 +143,12 @@
 #pragma GCC diagnostic ignored "-Wunknown-pragmas"
 #endif
 
-/* Windows (mingw-w64) spells some of POSIX otherwise. What it lacks altogether is left out where
- * it is used, by #ifdef. */
+/* Windows (mingw-w64) has some of POSIX under other names: see the end of chapter 27. What it lacks
+ * altogether is left out by an #ifdef at the place of use. */
 #ifdef _WIN32
 #include <direct.h>
 #include <malloc.h>
-__declspec(dllimport) int __stdcall MoveFileExA(const char *from, const char *to,
-                                                unsigned long flags);
-__declspec(dllimport) unsigned long __stdcall GetModuleFileNameA(void *module, char *path,
-                                                                 unsigned long size);
-/* replace, write through */
-static int rename_over(const char *from, const char *to) {
-    return MoveFileExA(from, to, 1 | 8) ? 0 : (errno = EACCES, -1);
-}
-/* not known */
-static size_t peak_rss_bytes(void) {
-    return 0;
-}
+static int rename_over(const char *from, const char *to);
 #define rename rename_over
 #define mkdir(path, mode) _mkdir(path)
 #define lstat stat
@@ -166,21 +162,8 @@ static size_t peak_rss_bytes(void) {
 #include <sys/resource.h>
 #define aligned_free free
 #define PRINTF_FORMAT printf
-#ifdef __APPLE__
-#include <mach-o/dyld.h>
-enum { RSS_UNIT = 1 };
-#else
-enum { RSS_UNIT = 1024 };
 #endif
-static size_t peak_rss_bytes(void) {
-    struct rusage usage;
-    getrusage(RUSAGE_SELF, &usage);
-    return (size_t)usage.ru_maxrss * RSS_UNIT;
-}
-#endif
-
-_Static_assert(sizeof(int) == 4 && FLT_MANT_DIG == 24 && DBL_MANT_DIG == 53,
-               "align.c needs int of 32 bits, and float and double as IEEE 754 has them");
+static size_t peak_rss_bytes(void); /* the most memory that the program has had */
 
 #define PRINTF_LIKE(f, a) __attribute__((format(PRINTF_FORMAT, f, a)))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
@@ -191,15 +174,15 @@ _Static_assert(sizeof(int) == 4 && FLT_MANT_DIG == 24 && DBL_MANT_DIG == 53,
  * Part I - The ideas
  *
  * The mathematics of the whole course, as functions of plain numbers and arrays: no model, no file
- * and no memory of their own. Whoever has read this part knows what softmax, KL, Bradley-Terry,
+ * and no memory of their own. After this part a reader knows what softmax, KL, Bradley-Terry,
  * REINFORCE, GAE, PPO and DPO compute, why, and what each derivative is. The later parts only
- * call these functions: on a model's numbers (Part II) and again and again (Part III).
+ * call these functions, on a model's numbers (Part II), again and again (Part III).
  * ============================================================================================= */
 
 /* =============================================================================================
  * Chapter 1 - Ground: errors, random numbers, arena, scratch
  *
- * What every later chapter stands on; a first reader may begin with chapter 2.
+ * Every later chapter builds on this one; a first reader may still begin with chapter 2.
  *
  * Errors. There is one way to fail: CHECK(condition, "what, where, found and expected, what to
  * do") prints one line and ends the program with status 1. A wrong command line ends with status
@@ -207,17 +190,17 @@ _Static_assert(sizeof(int) == 4 && FLT_MANT_DIG == 24 && DBL_MANT_DIG == 53,
  *
  * Random numbers. Everything random follows from --seed: the same seed gives the same bits.
  *
- * Memory. An arena hands out memory piece by piece and takes it all back at once: whoever opens
- * one frees everything in it with one call, and nothing is freed twice or forgotten. A training
- * loop empties its arena before each step.
+ * Memory. An arena hands out memory piece by piece and takes it all back at once: one call frees
+ * everything in it, so nothing can be freed twice or forgotten. A training loop empties its arena
+ * before each step.
  * ============================================================================================= */
 
-static bool quiet; /* --quiet: no progress on stderr; errors are still said */
-/* As the program was called, a shell word: command lines that are printed can be pasted. */
+static bool quiet; /* --quiet: no progress on stderr; errors are still printed */
+/* How the program was called, quoted for the shell: the command lines it prints can be pasted. */
 static const char *program_name = "align";
 /* appended to error messages: how to resume a training that fails */
 static char resume_hint[PATH_MAX + 80];
-static const char *staged_folder; /* half written: goes with the program (chapter 22) */
+static const char *staged_folder; /* half written: deleted if the program fails (chapter 22) */
 static void folder_remove(const char *folder, const char *to);
 
 /* How messages look on a terminal, and the clock: chapter 25. */
@@ -227,18 +210,18 @@ static void PRINTF_LIKE(1, 2) say(const char *format, ...); /* progress: not wit
 static void PRINTF_LIKE(1, 2) warn(const char *format, ...); /* a note: always */
 static double seconds_now(void);
 
-/* Threads of a parallel loop may fail at the same moment, out of memory for example. The first one
- * to come here ends the program; the others wait until it has. */
+/* Threads of a parallel loop may fail at the same moment, out of memory for example. The first to
+ * arrive here ends the program; the others wait until it has. */
 static _Noreturn void PRINTF_LIKE(2, 3) die_with(int status, const char *format, ...) {
 #pragma omp critical(die)
     {
         va_list arguments;
         va_start(arguments, format);
-        /* results that still wait in the buffer belong before the error */
+        /* results still in stdout's buffer must appear before the error, not after it */
         fflush(stdout);
         complain("align: ", format, arguments, status == 1 ? resume_hint : "");
         va_end(arguments);
-        /* files of which some are missing must not be taken for a model */
+        /* a folder with some of its files missing must not be mistaken for a model */
         if (staged_folder)
             folder_remove(staged_folder, NULL);
         exit(status);
@@ -247,25 +230,26 @@ static _Noreturn void PRINTF_LIKE(2, 3) die_with(int status, const char *format,
 
 #define die(...) die_with(1, __VA_ARGS__)
 #define die_usage(...) \
-    die_with(2, __VA_ARGS__) /* what was typed is no command or flag: 2, as other tools do */
+    die_with(2, __VA_ARGS__) /* no such command or flag: status 2, as other tools use it */
 #define CHECK(condition, ...) \
     do {                      \
         if (!(condition))     \
             die(__VA_ARGS__); \
     } while (0)
 
-/* Random numbers: xoshiro256++ of Blackman and Vigna, its state of four words filled by
- * splitmix64, as they advise. `stream` gives independent sequences of one seed (initial weights,
- * data order, sampling ...): drawing one number more in one of them leaves the others as they
- * were. */
+/* Random numbers: xoshiro256++ by Blackman and Vigna. Its state of four words is filled by
+ * splitmix64, as they advise. `stream` gives independent sequences from one seed (initial weights,
+ * data order, sampling ...): drawing one number more from one of them leaves the others
+ * unchanged. */
 struct Rng {
     uint64_t s[4];
 };
 
 static uint64_t splitmix64(uint64_t *state) {
-    /* the state counts in steps of one size; the rest mixes its bits, so that neighbours have
-     * nothing in common */
+    /* 1. The state is a mere counter with a fixed, odd step: it visits all 2^64 values. */
     uint64_t z = (*state += 0x9e3779b97f4a7c15u);
+    /* 2. Multiplications carry each bit to the left, shifts bring the upper bits back to the right:
+     *    neighbouring states end up with nothing in common. */
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
     return z ^ (z >> 31);
@@ -282,7 +266,8 @@ enum RngStream {
 };
 
 static struct Rng rng_seed(uint64_t seed, uint64_t stream) {
-    /* a large odd factor: streams 1, 2, 3 of seeds 1, 2, 3 must not meet */
+    /* The large odd factor keeps streams apart: with seed ^ stream alone, stream 2 of seed 1 and
+     * stream 1 of seed 2 would be the same sequence. */
     struct Rng rng;
     uint64_t state = seed ^ (stream * 0xd1342543de82ef95u);
     for (int i = 0; i < 4; i++)
@@ -296,10 +281,11 @@ static uint64_t rotate_left(uint64_t x, int k) {
 
 static uint64_t rng_next(struct Rng *rng) {
     uint64_t *s = rng->s;
-    /* 1. what is returned: a sum, which hides how plain the step below is */
+    /* 1. The result: sums and a rotation, which hide that the step below is linear (shifts and
+     *    exclusive ors only). */
     uint64_t result = rotate_left(s[0] + s[3], 23) + s[0];
 
-    /* 2. the next state: it comes round after 2^256 - 1 numbers */
+    /* 2. The next state. The sequence repeats only after 2^256 - 1 numbers. */
     uint64_t t = s[1] << 17;
     s[2] ^= s[0];
     s[3] ^= s[1];
@@ -310,28 +296,33 @@ static uint64_t rng_next(struct Rng *rng) {
     return result;
 }
 
-/* Uniform in [0, 1): 53 random bits, all that a double can hold. */
+/* Uniform in [0, 1): 53 random bits, as many as a double's mantissa holds. */
 static double rng_uniform(struct Rng *rng) {
+    /* The upper 53 bits as an integer, times 2^-53. Dividing all 64 bits by 2^64 could round up to
+     * 1.0, and a caller's log(1 - u) would be infinite. */
     return (double)(rng_next(rng) >> 11) * 0x1p-53;
 }
 
 /* A whole number in [0, n), n < 2^32: the upper half of a 32 x 32 bit product. */
 static size_t rng_below(struct Rng *rng, size_t n) {
+    /* x / 2^32 is uniform in [0, 1); times n and rounded down it is an index. `x % n` would do as
+     * well, at the price of a division. */
     return (size_t)(((rng_next(rng) >> 32) * (uint64_t)n) >> 32);
 }
 
 /* Standard normal, by Box and Muller: a uniform angle, and a radius whose square is exponential. */
 static double rng_normal(struct Rng *rng) {
-    /* 1 - u lies in (0, 1]: log 0 cannot occur */
+    /* 1 - u is in (0, 1], so log 0 cannot occur. The square of the radius is -2 log u. */
     double radius = sqrt(-2.0 * log(1.0 - rng_uniform(rng)));
     double angle = 6.283185307179586 * rng_uniform(rng);
     return radius * cos(angle);
 }
 
-/* Fisher and Yates: every order equally likely. */
+/* Fisher and Yates: every order is equally likely. */
 static void rng_shuffle(struct Rng *rng, size_t *items, size_t n) {
     for (size_t i = n; i > 1; i--) {
-        /* the last free place takes any of the items that have none yet */
+        /* The last free place gets one of the i items that have no place yet. To draw j from all n
+         * instead looks as fair, but makes some orders likelier than others. */
         size_t j = rng_below(rng, i);
         size_t held = items[i - 1];
         items[i - 1] = items[j];
@@ -339,9 +330,9 @@ static void rng_shuffle(struct Rng *rng, size_t *items, size_t n) {
     }
 }
 
-/* Arena: memory taken piece by piece, given back all at once. A reset merges the pieces into one
- * block: a training loop asks the system for memory in its first steps only. Under sanitizers
- * every piece is an allocation of its own: an overrun must not land unseen in a neighbour. */
+/* Arena: memory taken piece by piece, given back all at once. A reset merges the blocks into one,
+ * so a training loop asks the system for memory in its first steps only. Under sanitizers every
+ * piece is a separate allocation: an overrun must not land unnoticed in a neighbour. */
 #ifndef __has_feature
 #define __has_feature(x) 0
 #endif
@@ -359,9 +350,9 @@ struct ArenaBlock {
 };
 struct Arena {
     struct ArenaBlock *blocks;
-    size_t next_size;
+    size_t next_size; /* of the next block, at least; 0: not set */
 };
-/* 64 bytes: a cache line, an AVX-512 vector */
+/* ARENA_ALIGN: 64 bytes are a cache line, and an AVX-512 vector. ARENA_HUGE: 2 MB, a huge page. */
 enum { ARENA_PIECEWISE = SANITIZED, ARENA_ALIGN = 64, ARENA_HEADER = 64, ARENA_HUGE = 1 << 21 };
 
 static void arena_free(struct Arena *arena) {
@@ -373,12 +364,13 @@ static void arena_free(struct Arena *arena) {
 }
 
 static void arena_reset(struct Arena *arena) {
-    /* the usual case, from the second step on: one block, large enough */
+    /* 1. The usual case, from the second step on: a single block, already large enough. */
     if (arena->blocks && !arena->blocks->next && !ARENA_PIECEWISE) {
         arena->blocks->used = 0;
         return;
     }
-    /* several: the next block is to be as large as all of them */
+    /* 2. Several blocks: the next one is to be as large as all of them together, so that another
+     *    step like this one fits into it. */
     size_t total = 0;
     for (struct ArenaBlock *block = arena->blocks; block; block = block->next)
         total += block->size;
@@ -387,7 +379,7 @@ static void arena_reset(struct Arena *arena) {
 }
 
 static struct ArenaBlock *arena_block(size_t capacity) {
-    /* aligned_alloc asks for a multiple of the alignment */
+    /* C11's aligned_alloc wants a size that is a multiple of the alignment */
     size_t unit = capacity >= ARENA_HUGE ? ARENA_HUGE : ARENA_ALIGN;
     size_t whole = ARENA_HEADER + capacity;
     struct ArenaBlock *block = aligned_alloc(unit, (whole + unit - 1) / unit * unit);
@@ -395,7 +387,7 @@ static struct ArenaBlock *arena_block(size_t capacity) {
           "out of memory: %zu MB more were asked for; use a smaller model, batch or --max_length",
           capacity >> 20);
 #ifdef MADV_HUGEPAGE
-    /* pages of 2 MB: fewer addresses to look up */
+    /* A page of 2 MB needs one entry in the processor's address cache (TLB) instead of 512. */
     if (unit == ARENA_HUGE)
         madvise(block, whole / ARENA_HUGE * ARENA_HUGE, MADV_HUGEPAGE);
 #endif
@@ -403,18 +395,20 @@ static struct ArenaBlock *arena_block(size_t capacity) {
     return block;
 }
 
-/* count pieces of `size` bytes, on a 64-byte boundary, not cleared; no memory ends the program. */
+/* Memory for `count` items of `size` bytes, on a 64-byte boundary, not cleared. Running out of
+ * memory ends the program. */
 static void *arena_alloc(struct Arena *arena, size_t count, size_t size) {
-    /* 1. Sizes come from files and flags: a product that overflows would be a small number. */
+    /* 1. Sizes come from files and flags. A product that overflowed would look like a small size,
+     *    and the caller would write beyond its piece. */
     CHECK(size == 0 || count <= (SIZE_MAX / 4) / size,
           "out of memory: %zu x %zu bytes asked for; use a smaller model, batch or --max_length",
           count, size);
 
-    /* 2. Whole cache lines, so that the next piece begins on one as well. */
+    /* 2. Rounded up to whole cache lines, so that the next piece begins on one as well. */
     size_t bytes = (count * size + ARENA_ALIGN - 1) / ARENA_ALIGN * ARENA_ALIGN;
 
-    /* 3. A new block where the present one has no room. A very large piece gets one of its own,
-     *    behind the block that is being filled, which stays in use. */
+    /* 3. A new block if the current one has no room. A very large piece gets a block of its own,
+     *    second in the list: the current block stays first and goes on being filled. */
     struct ArenaBlock *block = arena->blocks;
     if (!block || block->size - block->used < bytes || ARENA_PIECEWISE) {
         bool large = bytes >= ARENA_HUGE && !arena->next_size;
@@ -427,7 +421,7 @@ static void *arena_alloc(struct Arena *arena, size_t count, size_t size) {
         arena->next_size = 0;
     }
 
-    /* 4. The piece is what comes next in the block. */
+    /* 4. The piece is the next free part of the block. */
     void *piece = (char *)block + ARENA_HEADER + block->used;
     block->used += bytes;
     return piece;
@@ -443,7 +437,7 @@ static float *arena_floats(struct Arena *arena, size_t count) {
     return arena_alloc(arena, count, sizeof(float));
 }
 
-/* 0 to n - 1: an order before it is shuffled. */
+/* The numbers 0 to n - 1: an order before it is shuffled. */
 static size_t *arena_order(struct Arena *arena, size_t n) {
     size_t *order = arena_alloc(arena, n, sizeof *order);
     for (size_t i = 0; i < n; i++)
@@ -451,10 +445,13 @@ static size_t *arena_order(struct Arena *arena, size_t n) {
     return order;
 }
 
-/* Each thread's own scratch memory, by purpose. It grows to the largest size asked for. */
+/* Each thread has scratch memory of its own, one piece for each purpose. Its size is given in
+ * floats, of 4 bytes; it grows to the largest size requested and is kept. */
 enum ScratchSlot { SCRATCH_A, SCRATCH_B, SCRATCH_SCORES, SCRATCH_ROW, SCRATCH_SLOTS };
 
 static float *thread_scratch(enum ScratchSlot slot, size_t floats) {
+    /* The contents are lost when a slot grows, and overwritten by its next user: scratch is for one
+     * function, or for a caller and what it fills on its behalf. */
     static _Thread_local struct ArenaBlock *slots[SCRATCH_SLOTS];
     if (!slots[slot] || slots[slot]->size < floats * sizeof(float)) {
         aligned_free(slots[slot]);
@@ -466,9 +463,9 @@ static float *thread_scratch(enum ScratchSlot slot, size_t floats) {
 /* =============================================================================================
  * Chapter 2 - Probability: sigmoid, softmax, entropy, KL                     [glossary: Logit]
  *
- * How does a network's output become a probability, and how are two sets of probabilities
+ * How does a network's output become a probability, and how are two probability distributions
  * compared? A language model ends in V numbers, one for each token that could come next. They are
- * called logits, may have any size and sign, and only their differences matter. softmax turns
+ * called logits; they may have any size and sign, and only their differences matter. softmax turns
  * them into probabilities. All that RLHF does afterwards works with logarithms of probabilities:
  *
  *     prompt "The film is"      logits   softmax   log-probability
@@ -476,11 +473,11 @@ static float *thread_scratch(enum ScratchSlot slot, size_t floats) {
  *         " long"                 1.0     0.245        -1.41
  *         " bad"                  0.0     0.090        -2.41
  *
- * Logarithms, because the probability of an answer is the product of its tokens' probabilities:
- * after a few hundred tokens it is smaller than any float, while its logarithm is a plain sum.
+ * Why logarithms? The probability of an answer is the product of its tokens' probabilities. After
+ * a few hundred tokens it is smaller than any float, while its logarithm is a plain sum.
  *
- * What enters: logits (V). What leaves: probabilities (V), and numbers in nats. A nat is a natural
- * logarithm's unit: one nat more is a factor of e = 2.718 in probability.
+ * What enters: logits (V). What leaves: probabilities (V), and numbers in nats. The nat is the unit
+ * of the natural logarithm: one nat more is a factor of e = 2.718 in probability.
  * ============================================================================================= */
 
 /* sigmoid -- from log-odds to a probability.                    [glossary: Função sigmoide]
@@ -490,19 +487,21 @@ static float *thread_scratch(enum ScratchSlot slot, size_t floats) {
  * negative number, and for x < 0 the fraction is written with e^x instead: e^x / (1 + e^x).
  * By hand: sigmoid(0) = 0.5; sigmoid(2) = 1 / (1 + 0.1353) = 0.8808.             test: sigmoid */
 static double sigmoid(double x) {
-    /* between 0 and 1, whatever x is */
+    /* e is in (0, 1] whatever x is: nothing overflows on either branch */
     double e = exp(-fabs(x));
     return x >= 0 ? 1 / (1 + e) : e / (1 + e);
 }
 
-/* log_sigmoid -- the logarithm of the above: the loss of every method that learns from pairs.
+/* log_sigmoid -- the logarithm of sigmoid: the loss of every method that learns from pairs.
  *   log sigmoid(x) = -log(1 + e^-x)          d/dx log sigmoid(x) = sigmoid(-x)
  * (the chain rule: 1 / sigmoid(x) times sigmoid's slope, sigmoid(x) sigmoid(-x))
- * Why not log(sigmoid(x))? For x = -800 the sigmoid is rounded to 0, whose logarithm is minus
- * infinity, and the pair that is most wrong would have no gradient. Here it is -800, as it should.
+ * Why not log(sigmoid(x))? For x = -800 the sigmoid rounds to 0, whose logarithm is minus
+ * infinity: the loss of the pair that is most wrong would be infinite. Here it is 800, as it
+ * should be.
  * By hand: x = 0: -ln 2 = -0.6931; x = 2: ln 0.8808 = -0.1269.                    test: sigmoid */
 static double log_sigmoid(double x) {
-    /* log1p(e) is log(1 + e), but keeps the digits of a small e, which the sum would lose */
+    /* For x < 0: -log(1 + e^-x) = x - log(1 + e^x), hence the MIN. log1p(e) is log(1 + e), but
+     * keeps the digits of a small e, which the sum 1 + e would lose. */
     return MIN(x, 0) - log1p(exp(-fabs(x)));
 }
 
@@ -510,19 +509,19 @@ static double log_sigmoid(double x) {
  * Rows of numbers, fast
  *
  * Sums and maxima over a row, and e^x, written so that a compiler can turn them into vector
- * instructions: 16 numbers at a time, and no call for e^x. A first reader can pass over them:
- * row_max, row_sum, row_dot and row_exp do what they are called.
+ * instructions: 16 numbers at a time, and no function call for e^x. A first reader can skip them:
+ * row_max, row_sum, row_dot and row_exp do what their names say.
  * --------------------------------------------------------------------------------------------- */
 
 /* WIDE: gcc compiles a function three times, for AVX-512, AVX2 and any x86-64, and the loader picks
- * the one that suits the processor (not under sanitizers, which start later than the loader). */
+ * the version that suits the processor. (Not under sanitizers, which start after the loader.) */
 #if defined(__x86_64__) && defined(__GLIBC__) && !SANITIZED
 #define WIDE __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define WIDE
 #endif
 
-/* The 32 bits of a float as a whole number, and back. */
+/* The 32 bits of a float as an integer, and back. */
 static inline uint32_t bits_of_float(float x) {
     uint32_t bits;
     memcpy(&bits, &x, 4);
@@ -538,54 +537,58 @@ static inline float float_of_bits(uint32_t bits) {
 /* exp_fast -- e^x in float, without a branch, so that a loop over it becomes vector instructions
  * (libm's expf is a function call for each number).
  *   e^x = 2^n e^r,   n = round(x / ln 2),   r = x - n ln 2, which lies in [-0.35, 0.35]
- * 2^n is made by writing n into a float's exponent bits; e^r is its Taylor series up to r^7 / 7!.
+ * 2^n comes from writing n into a float's exponent bits; e^r is its Taylor series up to r^7 / 7!.
  * Relative error below 2e-7 for |x| <= 87. Below -87 the result is 0, above 87 it is e^87.
- * Limits are tested on bits, as whole numbers: a comparison of floats would stay a branch.
+ * Limits are tested on the bits, as integers: a comparison of floats would remain a branch.
  * By hand: x = 1: n = 1, r = 0.3069, e^r = 1.3591, times 2 = 2.7183.             test: exp_fast */
 static inline float exp_fast(float x) {
-    /* 1. |x| is cut at 87.0, whose bits are 0x42ae0000. Without the sign bit, the bits of floats
-     *    have the order of the floats. */
+    /* 1. |x| is limited to 87.0, whose bits are 0x42ae0000. Without their sign bits, floats sort
+     *    like the integers with the same bits. */
     uint32_t sign = bits_of_float(x) & 0x80000000u;
     int32_t size = (int32_t)(bits_of_float(x) & 0x7fffffffu);
     int32_t limit = 0x42ae0000;
     float clamped = float_of_bits((uint32_t)(size < limit ? size : limit) | sign);
 
-    /* 2. n: after 1.5 * 2^23 was added, a float has no bits left for a fraction. So the addition
-     *    itself rounds, and n stands in the lowest bits of `shifted`. */
+    /* 2. n: a float near 1.5 * 2^23 has no bits left for a fraction. So adding that number rounds
+     *    to an integer, and n is in the lowest bits of `shifted`. */
     float shifted = clamped * 1.44269504f + 12582912.0f;
     float n = shifted - 12582912.0f;
 
-    /* 3. r: ln 2 is subtracted in two parts, of which the first times n is exact. */
+    /* 3. r, then its series from the highest power down. n ln 2 is subtracted in two parts: ln 2's
+     *    upper part has so few bits that n times it is exact, and r keeps all its digits. */
     float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
     float tail = 8.3333338e-3f + r * (1.3888889e-3f + r * 1.984127e-4f);
     float p = 1.6666667e-1f + r * (4.1666668e-2f + r * tail);
     p = 1.0f + r * (1.0f + r * (0.5f + r * p));
 
-    /* 4. 2^n: a float's exponent is stored with 127 added, 23 bits from the right. */
+    /* 4. 2^n: a float stores its exponent plus 127, starting at bit 23. */
     float two_to_n = float_of_bits((bits_of_float(shifted) + 127) << 23);
 
-    /* 5. What was cut on the negative side is 0: its mask clears all bits. NaN stays NaN, by one
-     *    pattern of bits, since arm64 and x86 make different ones. */
+    /* 5. Below -87 the result is 0: the mask clears all bits. NaN stays NaN, always with the same
+     *    bits, since arm64 and x86 would make different ones. */
     uint32_t underflow = size > limit ? sign >> 31 : 0;
     uint32_t nan = (uint32_t) - (size > 0x7f800000) & 0x7fc00000u;
     return float_of_bits((bits_of_float(p * two_to_n) & (underflow - 1u)) | nan);
 }
 
-/* Sums and maxima are made in 16 lanes, which a vector instruction adds all at once. The code
- * fixes the order of additions, so the result has the same bits on every machine. */
+/* Sums and maxima are computed in 16 lanes: lane j takes x[j], x[j + 16], x[j + 32] ..., and one
+ * vector instruction serves all lanes at once. Where the length is no multiple of 16, a second loop
+ * takes the rest. A compiler may not choose such an order by itself, since sums of floats in
+ * another order round differently; with the order written down, a sum has the same bits on every
+ * machine. */
 enum { LANES = 16 };
 
-/* A float's bits as a whole number that sorts as the float does (and back): of negative numbers
- * the magnitude is inverted, since a larger magnitude is a smaller number. */
+/* A float's bits as an integer that sorts as the float does (and back). For negative numbers the
+ * magnitude is inverted, since a larger magnitude is a smaller number. */
 static inline int32_t order_key(int32_t bits) {
     return bits ^ (int32_t)((uint32_t)(bits >> 31) >> 1);
 }
 
 WIDE static float row_max(const float *x, size_t n) {
+    /* 1. Integers are compared, which needs no branch. INT32_MIN is below every key. */
     int32_t lane[LANES];
     int32_t most = INT32_MIN;
     size_t i = 0;
-    /* lane j looks at x[j], x[j + 16], x[j + 32] ...; whole numbers compare without a branch */
     for (size_t j = 0; j < LANES; j++)
         lane[j] = INT32_MIN;
     for (; i + LANES <= n; i += LANES)
@@ -593,7 +596,7 @@ WIDE static float row_max(const float *x, size_t n) {
             int32_t key = order_key((int32_t)bits_of_float(x[i + j]));
             lane[j] = key > lane[j] ? key : lane[j];
         }
-    /* the lanes' maxima, and what is left of the row where its length is no multiple of 16 */
+    /* 2. The largest of the lanes, then of the rest of the row. */
     for (size_t j = 0; j < LANES; j++)
         most = MAX(most, lane[j]);
     for (; i < n; i++)
@@ -601,8 +604,9 @@ WIDE static float row_max(const float *x, size_t n) {
     return float_of_bits((uint32_t)order_key(most));
 }
 
-/* The 16 sums added up in pairs, as a tournament: 8, 4, 2, 1. */
+/* The 16 sums added up in pairs, as in a tournament: 16 become 8, 4, 2, 1. */
 static inline float lane_sum(float lane[LANES]) {
+    /* a lane's sum goes through 4 additions instead of up to 15: less rounding, less waiting */
     for (size_t half = LANES / 2; half > 0; half /= 2)
         for (size_t j = 0; j < half; j++)
             lane[j] += lane[j + half];
@@ -616,20 +620,19 @@ WIDE static float row_sum(const float *x, size_t n) {
     for (; i + LANES <= n; i += LANES)
         for (size_t j = 0; j < LANES; j++)
             lane[j] += x[i + j];
-    /* what is left where the length is no multiple of 16 */
     for (; i < n; i++)
         result += x[i];
     return result + lane_sum(lane);
 }
 
 WIDE static float row_dot(const float *x, const float *y, size_t n) {
+    /* A single sum would have to wait for each addition before the next; 16 do not wait. */
     float lane[LANES] = {0};
     float result = 0;
     size_t i = 0;
     for (; i + LANES <= n; i += LANES)
         for (size_t j = 0; j < LANES; j++)
             lane[j] += x[i + j] * y[i + j];
-    /* what is left where the length is no multiple of 16 */
     for (; i < n; i++)
         result += x[i] * y[i];
     return result + lane_sum(lane);
@@ -644,38 +647,40 @@ WIDE static float row_exp(float *y, const float *x, float shift, size_t n) {
 
 /* ---- Softmax, entropy, KL -------------------------------------------------------------------- */
 
-/* argmax -- where the largest number stands: not the value but its index, the token's id.
+/* argmax -- the index of the largest number (not its value): the token's id.
  *                                                                [glossary: Argmax/Argmin]
- * Among equals the first. Greedy decoding is the argmax of the logits at each step: softmax keeps
- * the order, so there is no need for it.
+ * Of equal numbers the first one. Greedy decoding is the argmax of the logits at each step: softmax
+ * keeps their order, so there is no need for it.
  * By hand: argmax of (2.0, 5.0, 5.0) is 1.                                        test: softmax */
 static size_t argmax(const float *x, size_t n) {
+    /* Two passes: finding the maximum is a vector loop, and the search stops at the first match. */
     float largest = row_max(x, n);
     for (size_t i = 0; i < n; i++)
         if (x[i] == largest)
             return i;
-    /* NaN equals nothing, itself included */
+    /* only NaN gets here: it equals nothing, not even itself */
     return 0;
 }
 
 /* softmax -- from logits to probabilities.                      [glossary: Função softmax]
  *   p_i = e^(x_i) / sum_j e^(x_j)
- * in, out  x (n): logits, then probabilities, each above 0 and together 1
- * returns  log_sum_exp of the logits that came in: log p_i = x_i - it
+ * in, out  x (n): logits, then probabilities, each above 0, with the sum 1
+ * returns  log_sum_exp of the logits that came in: log p_i = x_i - that
  * Adding a constant to all logits changes nothing. So the largest one is subtracted first: then
  * e^x cannot overflow, and the largest summand is 1.
  * By hand: (0, ln 3): e^x = 1 and 3, their sum 4, p = (0.25, 0.75).               test: softmax */
 static float softmax(float *x, size_t n) {
-    /* 1. the largest logit, and e^(x - largest) in place, with its sum */
+    /* 1. e^(x - largest) in place, and its sum. The shift cancels in the fraction: numerator and
+     *    denominator are both divided by e^largest. */
     float largest = row_max(x, n);
     float total = row_exp(x, x, largest, n);
 
-    /* 2. divided by the sum, they add up to 1 */
+    /* 2. One division instead of n: multiplying is several times faster. */
     float scale = 1.0f / total;
     for (size_t i = 0; i < n; i++)
         x[i] *= scale;
 
-    /* 3. log of the sum without the shift: log(total * e^largest) */
+    /* 3. The log of the sum, with the shift undone: log(total * e^largest). */
     return largest + logf(total);
 }
 
@@ -685,21 +690,23 @@ static float softmax(float *x, size_t n) {
  * or the rounding of small probabilities. scratch: room for n numbers.
  * By hand: (0, ln 3): log 4 = 1.3863, so log p = (-1.3863, -0.2877).              test: softmax */
 static float log_sum_exp(const float *x, size_t n, float *scratch) {
+    /* the shift of softmax, for the same reason: e^largest alone may overflow */
     float largest = row_max(x, n);
     return largest + logf(row_exp(scratch, x, largest, n));
 }
 
 /* entropy_of_logits -- how undecided a distribution is, from 0 (one token is certain) to log n
- * nats (all are equally probable).
+ * nats (all tokens are equally probable).
  *   H = -sum_i p_i log p_i = lse - sum_i p_i x_i,   since log p_i = x_i - lse
  * in   logits x (n), lse = log_sum_exp(x)
- * Watched in RLHF: entropy that falls fast means that the policy has stopped exploring.
- * A logit of minus infinity, a token that was filtered out, adds nothing: p log p -> 0.
+ * RLHF watches it: entropy that falls fast means that the policy has stopped exploring.
+ * A token that was filtered out, with a logit of minus infinity, adds nothing: p log p -> 0.
  * By hand: two equal logits 0: lse = ln 2, sum p x = 0, H = ln 2 = 0.6931.        test: entropy */
 static double entropy_of_logits(const float *logits, float lse, size_t n) {
     double expected_logit = 0;
     for (size_t i = 0; i < n; i++)
-        /* p_i x_i, with p_i = e^(log p_i); 0 times minus infinity would be NaN */
+        /* p_i = e^(log p_i). Without the test, a filtered token would add 0 times minus infinity,
+         * which is NaN. */
         if (logits[i] > -INFINITY)
             expected_logit += (double)exp_fast(logits[i] - lse) * logits[i];
     return lse - expected_logit;
@@ -708,21 +715,21 @@ static double entropy_of_logits(const float *logits, float lse, size_t n) {
 /* kl_exact -- how different two distributions over the next token are, in nats.
  *                                         [glossary: Divergência de Kullback-Leibler (KL)]
  *   KL(p || q) = sum_i p_i (log p_i - log q_i)
- * in   logits of p and of q (n), and log_sum_exp of each
- * Read it as a mean under p: if tokens are drawn from p, by how many nats does p on average find
- * them more probable than q does? It is 0 only where p and q agree, and never negative (but for
+ * in   logits of p and of q (n), and the log_sum_exp of each
+ * Read it as a mean under p: if tokens are drawn from p, by how many nats are they on average more
+ * probable under p than under q? It is 0 only where p and q agree, and never negative (apart from
  * rounding). It is not symmetric: a token that p never draws costs nothing, however much q likes
  * it; a token that p draws and q excludes costs without limit. In RLHF p is the policy and q the
- * reference: what the policy writes must be something that the reference could have written.
+ * reference: the policy should write only what the reference could have written.
  * By hand: p = (1/2, 1/2), q = (1/4, 3/4): 1/2 ln 2 + 1/2 ln(2/3) = 0.1438.            test: kl */
 static double kl_exact(const float *p_logits, float p_lse, const float *q_logits, float q_lse,
                        size_t n) {
     double kl = 0;
     for (size_t i = 0; i < n; i++) {
-        /* the log-probability of token i under each */
+        /* log softmax of each, by one subtraction (see log_sum_exp) */
         float log_p = p_logits[i] - p_lse;
         float log_q = q_logits[i] - q_lse;
-        /* by how much they differ, weighted by how often p would write the token */
+        /* by how much they differ, weighted by how often p writes the token */
         kl += (double)exp_fast(log_p) * (log_p - log_q);
     }
     return kl;
@@ -732,9 +739,9 @@ static double kl_exact(const float *p_logits, float p_lse, const float *q_logits
  *                                         [glossary: Divergência de Kullback-Leibler (KL)]
  *   k1 = log p - log q          k3 = e^d - 1 - d,   d = log q - log p
  * The exact sum needs both distributions over the whole vocabulary; an estimate needs only the two
- * log-probabilities of the token that was drawn. Both are unbiased: averaged over tokens drawn
- * from p they give KL(p || q), k3 because the mean of e^d = q/p under p is 1.
- * Can KL be negative? The true one never, but k1 of one token is negative whenever q finds that
+ * log-probabilities of the token that was drawn. Both estimates are unbiased: averaged over tokens
+ * drawn from p they give KL(p || q); for k3 because the mean of e^d = q/p under p is 1.
+ * Can KL be negative? The true one never is, but k1 of one token is negative whenever q finds that
  * token more probable than p does. k3 is never negative and varies less. TRL's PPO uses k1 in the
  * reward, and so does align; GRPO uses k3.
  * By hand: p = 0.5, q = 0.25: k1 = ln 2 = 0.6931; d = -0.6931, k3 = 0.5 - 1 + 0.6931 = 0.1931.
@@ -745,7 +752,8 @@ static double kl_k1(double log_p, double log_q) {
 
 static double kl_k3(double log_p, double log_q) {
     double d = log_q - log_p;
-    /* e^d - 1 without the rounding of e^d: for p = q it must be 0, and near it d^2 / 2 */
+    /* expm1(d) is e^d - 1 without the rounding of e^d: for p = q the result must be 0, and close to
+     * it d^2 / 2, which is far below the rounding of e^d. */
     return expm1(d) - d;
 }
 
@@ -753,13 +761,14 @@ static double kl_k3(double log_p, double log_q) {
  *                            [glossary: Função Omega (ω)] [glossary: Log-probabilidade]
  *   log pi(y|x) = sum_t log pi(y_t | x, y_1 .. y_t-1)
  * in   token_logprobs (n), nats: each token's log-probability, given all tokens before it
- * An answer is a chain of choices; the probability of the chain is the product of those of its
- * links, and the logarithm makes a sum of it. Longer answers have lower sums: what compares
- * answers of different lengths (DPO's IPO variant) divides by the length.
+ * An answer is a chain of choices. The probability of the chain is the product of the probabilities
+ * of its links, and the logarithm turns it into a sum. Longer answers have lower sums: a method
+ * that compares answers of different lengths (DPO's IPO variant) divides by the length.
  * By hand: probabilities 0.5, 0.25: -0.6931 - 1.3863 = -2.0794 = ln 0.125.
  *                                                                                      test: kl */
 static double sequence_logprob(const float *token_logprobs, size_t n) {
-    /* in double: the rounding of hundreds of floats would show in a KL, which is a difference */
+    /* In double: a KL is a difference of two such sums, in which the rounding of hundreds of floats
+     * would show. */
     double sum = 0;
     for (size_t t = 0; t < n; t++)
         sum += token_logprobs[t];
@@ -770,37 +779,37 @@ static double sequence_logprob(const float *token_logprobs, size_t n) {
  * Chapter 3 - Preferences: Bradley-Terry, the sentiment classifier
  *                           [glossary: Função de recompensa] [glossary: Modelo Bradley-Terry]
  *
- * How does "I like this answer better" become a number that a program can raise? People do not
- * agree about "7 of 10", but they agree about "better" long before. Bradley and Terry's model [9]
- * gives each text a reward r, a number without unit, such that only differences count:
+ * How does "I like this answer better" become a number that a program can raise? People rarely
+ * agree about "7 out of 10", but they do agree about "better". Bradley and Terry's model [9]
+ * gives each text a reward r, a number without a unit, of which only differences count:
  *
  *     probability that a is preferred to b  =  sigmoid(r_a - r_b)
  *
- *     r_good = 2.0, r_bad = 0.5:   sigmoid(1.5) = 0.82: eight of ten readers prefer the first
+ *     r_good = 2.0, r_bad = 0.5:   sigmoid(1.5) = 0.82: eight readers in ten prefer the first
  *
- * The rewards are a network's output. It is trained to make the preferences that people gave
- * probable: minus the logarithm of that probability is the loss of a pair.
+ * The rewards are a network's output. The network is trained to make the preferences that people
+ * gave probable: the loss of a pair is minus the logarithm of that probability.
  *
  * What enters: rewards of texts (a reward model's outputs) and who was preferred to whom. What
  * leaves: a loss in nats, and its derivative by each reward, from which the backward pass starts.
  * ============================================================================================= */
 
-/* One comparison: where the two texts stand in a list, and how much better the chosen one must
- * at least be (the rater said "much better"; usually 0). */
+/* One comparison: the places of the two texts in a list, and by how much the chosen one's reward
+ * must exceed the other (more than 0 if the rater said "much better"; usually 0). */
 struct Pair {
     size_t chosen, rejected;
     double margin;
 };
 
-/* The comparisons of text i with those behind it: at most n - 1 - i. */
+/* The comparisons of text i with the texts after it: at most n - 1 - i. */
 static size_t pairs_of_rating(const double *rating, size_t i, size_t n, double min_difference,
                               struct Pair *pairs) {
     size_t count = 0;
+    /* only j > i: each pair is compared once */
     for (size_t j = i + 1; j < n; j++) {
-        /* too close to call: no comparison */
+        /* Too close to call. Such a pair would teach the model noise. */
         if (rating[i] == rating[j] || fabs(rating[i] - rating[j]) < min_difference)
             continue;
-        /* the better one of the two is the chosen text */
         bool first_is_better = rating[i] > rating[j];
         pairs[count++] = (struct Pair){
             .chosen = first_is_better ? i : j,
@@ -818,6 +827,8 @@ static size_t pairs_of_rating(const double *rating, size_t i, size_t n, double m
  * and 2 nobody is sure. Two pairs.                                             test: data_pairs */
 static size_t pairs_from_ratings(const double *rating, size_t n, double min_difference,
                                  struct Pair *pairs) {
+    /* n ratings give up to n (n - 1) / 2 comparisons: this is how one reader's work becomes much
+     * training data */
     size_t count = 0;
     for (size_t i = 0; i < n; i++)
         count += pairs_of_rating(rating, i, n, min_difference, pairs + count);
@@ -836,23 +847,25 @@ struct PairLoss {
  *      center_rewards_coefficient, usually 0
  * The first term is the negative log-likelihood of what the rater said. Its derivative by the
  * difference is -sigmoid(-difference): -1/2 where the model is undecided, near 0 where it is
- * right and sure, near -1 where it is sure and wrong. The two sides are pushed apart equally.
- * The second term: since only differences count, all rewards could drift up or down together; it
- * pulls each pair's sum to zero, which gives the rewards a zero point.
+ * sure and right, near -1 where it is sure and wrong. The two sides are pushed apart equally.
+ * The second term: since only differences count, all rewards could drift up or down together. It
+ * pulls each pair's sum towards zero, and so gives the rewards a zero point.
  * By hand: 2.0 against 0.5: loss -log sigmoid(1.5) = 0.2014, dchosen -0.1824, drejected 0.1824;
  * with center 0.01: loss 0.2014 + 0.01 * 6.25 = 0.2639, dchosen -0.1324, drejected 0.2324.
  *                                                     test: bradley_terry, bradley_terry_gradient
  * gdb: break bradley_terry_pair */
 static struct PairLoss bradley_terry_pair(double chosen, double rejected, double margin,
                                           double center) {
-    /* 1. by how much the chosen text wins, and the sum that centering pulls to zero */
+    /* 1. The difference is what the rater's preference is about; the sum is what centering pulls
+     *    to zero. */
     double difference = chosen - rejected - margin;
     double sum = chosen + rejected;
 
-    /* 2. the loss */
+    /* 2. The loss. With a margin it is not enough to be right: a lead of just the margin still
+     *    costs ln 2. */
     double loss = -log_sigmoid(difference) + center * sum * sum;
 
-    /* 3. its slopes: d/dx -log sigmoid(x) = -sigmoid(-x), and d/ds s^2 = 2 s. The chosen reward
+    /* 3. Its slopes: d/dx -log sigmoid(x) = -sigmoid(-x), and d/ds s^2 = 2 s. The chosen reward
      *    enters the difference with a plus sign, the rejected one with a minus sign. */
     double ddifference = -sigmoid(-difference);
     double dsum = 2 * center * sum;
@@ -865,16 +878,16 @@ static struct PairLoss bradley_terry_pair(double chosen, double rejected, double
 
 /* bradley_terry_loss -- the mean over a batch's pairs.      [glossary: Modelo Bradley-Terry]
  * in   reward (texts); pairs (n), as indices into it; center as above
- * out  dreward (texts), set: d loss / d reward. A text that stands in several pairs collects the
- *      slopes of all of them; one in no pair gets 0.                       test: bradley_terry */
+ * out  dreward (texts), set: d loss / d reward. A text that occurs in several pairs collects the
+ *      slopes of all of them; one that occurs in none gets 0.          test: bradley_terry */
 static double bradley_terry_loss(const float *reward, size_t texts, const struct Pair *pairs,
                                  size_t n, double center, float *dreward) {
-    /* 1. Slopes are added to below, since a text may stand in several pairs. */
+    /* 1. Zero first: below, slopes are added, since a text may occur in several pairs. */
     double loss = 0;
     for (size_t t = 0; t < texts; t++)
         dreward[t] = 0;
 
-    /* 2. Pair after pair. Each one's share in the mean is 1 / n, in the loss and in its slopes. */
+    /* 2. Pair by pair. Each contributes 1 / n to the mean, in the loss and in its slopes. */
     for (size_t i = 0; i < n; i++) {
         const struct Pair *pair = &pairs[i];
         struct PairLoss one =
@@ -891,20 +904,19 @@ static double bradley_terry_loss(const float *reward, size_t texts, const struct
  *   loss = -1/n sum_i [ label_i log sigmoid(r_i) + (1 - label_i) log sigmoid(-r_i) ]
  *   d loss / d r_i = (sigmoid(r_i) - label_i) / n
  * in   reward r (n), one text each; label (n): 1 liked, 0 disliked          out  dreward (n)
- * The binary cross-entropy: Bradley-Terry's sigmoid with r alone in place of a difference. So its
- * zero is not free: sigmoid(r) is the probability that the text is liked, which is what the
- * course's sentiment pipeline calls the score of POSITIVE. The slope is what was predicted less
- * what was true.
+ * The binary cross-entropy: Bradley-Terry's sigmoid, of r alone instead of a difference. So here
+ * the zero point matters: sigmoid(r) is the probability that the text is liked, which the course's
+ * sentiment pipeline calls the score of POSITIVE. The slope is the prediction minus the truth.
  * By hand: r = 2, label 0: -log sigmoid(-2) = 2.1269; slope sigmoid(2) = 0.8808.
  *                                                                          test: sentiment_loss */
 static double sentiment_loss(const float *reward, const double *label, size_t n, float *dreward) {
     double loss = 0;
     for (size_t i = 0; i < n; i++) {
-        /* a label of 1 leaves the first term, a label of 0 the second */
+        /* a label of 1 keeps the first term, a label of 0 the second */
         double liked = label[i] * log_sigmoid(reward[i]);
         double disliked = (1 - label[i]) * log_sigmoid(-reward[i]);
         loss -= (liked + disliked) / (double)n;
-        /* what was predicted less what was true */
+        /* The two terms' slopes, -label sigmoid(-r) and (1 - label) sigmoid(r), add up to this. */
         dreward[i] = (float)((sigmoid(reward[i]) - label[i]) / (double)n);
     }
     return loss;
@@ -915,25 +927,25 @@ static double sentiment_loss(const float *reward, const double *label, size_t n,
  *                                                       [glossary: Gradiente de política]
  *
  * How can a model learn from a score that it gets only after its answer is complete, from a judge
- * who cannot be differentiated? It answers, and is told how good the answer was; then it makes
- * good answers more probable and bad ones less. A model used so is a policy: pi(y|x) is the
- * probability that it answers y to the prompt x. What is to be raised is the objective
+ * who cannot be differentiated? It answers, learns how good the answer was, and then makes good
+ * answers more probable and bad ones less. A model used in this way is a policy: pi(y|x) is the
+ * probability that it answers y to the prompt x. Training is to raise the objective
  *
  *     J(pi) = E_{y ~ pi} [ score(x, y) ] - beta KL(pi || pi_ref)               [10] [4]
  *                                                            [glossary: Função objetivo]
  *
- * E_{y ~ pi} is the mean over answers y that pi draws. An estimate of a mean is unbiased if it is
- * right on average, however far each single one is off. grad is the derivative by all weights.
- * The KL term holds the policy to the reference, the model before training: without it the policy
+ * E_{y ~ pi} is the mean over answers y drawn from pi. An estimate of a mean is unbiased if it is
+ * right on average, however far off each single one is. grad is the derivative by all weights.
+ * The KL term ties the policy to the reference, the model before training: without it the policy
  * would find whatever nonsense fools the reward model. beta is the price of a nat of KL.
  *
- * The chapter goes one step at a time, each for a weakness of the one before:
+ * The chapter goes one step at a time; each step mends a weakness of the one before:
  *   REINFORCE        score times grad log pi: unbiased, but very noisy
- *   a baseline       subtract what was to be expected: still unbiased, less noise
+ *   a baseline       subtract what was expected anyway: still unbiased, less noise
  *   KL per token     the penalty is paid where the policy departs, token by token
  *   GAE              which token earned the score? A value head learns what to expect at each
- *                    one; a token's advantage is how much better than that it went on
- *   PPO              use the same answers for several updates, but stop before they are stale
+ *                    token; a token's advantage is how much better than that things went
+ *   PPO              use the same answers for several updates, but stop before they are outdated
  *
  * One answer through the whole chapter (beta 0.2, score 1.0, gamma 1, lambda 0.95, clip 0.2):
  *
@@ -941,9 +953,9 @@ static double sentiment_loss(const float *reward, const double *label, size_t n,
  *     log pi            -1.20     -0.50    -0.10     of the policy that wrote it
  *     log pi_ref        -1.70     -0.50    -0.20     of the reference
  *     KL estimate        0.50      0.00     0.10     kl_k1
- *     reward            -0.10      0.00     0.98     kl_reward; the score, 1.0, joins the last one
- *     value              0.50      0.40     0.30     the value head's guess, made before the token:
- *                                                    all rewards from this token's on
+ *     reward            -0.10      0.00     0.98     kl_reward; the last includes the score, 1.0
+ *     value              0.50      0.40     0.30     the value head's guess, made before the token,
+ *                                                    of the sum of rewards from this token on
  *     delta             -0.20     -0.10     0.68     gae_step: reward + next value - value
  *     advantage          0.3187    0.546    0.68     gae_step: delta + 0.95 * next advantage
  *     return             0.8187    0.946    0.98     advantage + value: the value head's target
@@ -952,12 +964,12 @@ static double sentiment_loss(const float *reward, const double *label, size_t n,
  *     log pi now        -1.10     -0.30    -0.15     " good" has become much more probable
  *     ratio              1.1052    1.2214   0.9512   ppo_token_loss: e^(log pi now - log pi)
  *     loss               1.1872   -0.2043  -0.8598   " good" counts as 1.2 times its advantage
- *     slope              0.3957    0       -0.2866   d loss / d log pi now, a third of each: mean
+ *     slope              0.3957    0       -0.2866   d loss / d log pi now, divided by 3: a mean
  *
  * The last line is what goes back into the model: " very" is to become less probable, "." more,
- * and " good" has had its share.
+ * and " good" has already been raised as far as one batch may raise it.
  *
- * What enters: log-probabilities, scores and values, one a token or one an answer. What leaves:
+ * What enters: log-probabilities, scores and values, per token or per answer. What leaves:
  * losses, and their derivatives by each log-probability and each value.
  * ============================================================================================= */
 
@@ -973,7 +985,8 @@ static double mean_of(const float *x, size_t n) {
 /* The variance of n values, estimated without bias: divided by n - 1, since the mean was taken
  * from the same values.         By hand: 1, 2, 6: mean 3, (4 + 1 + 9) / 2 = 7. */
 static double unbiased_variance(const float *x, size_t n) {
-    /* a second pass over x: sum x^2 - n mean^2 would be a small difference of large numbers */
+    /* A second pass over x. One pass, sum x^2 - n mean^2, would subtract two large numbers that are
+     * nearly equal, and lose their digits. */
     double mean = mean_of(x, n);
     double sum = 0;
     for (size_t i = 0; i < n; i++)
@@ -983,12 +996,12 @@ static double unbiased_variance(const float *x, size_t n) {
 
 /* whiten -- numbers of any size become numbers of mean 0 and variance 1.
  *   x = (x - mean) / sqrt(variance + 1e-8)
- * in, out  x (n)       shift_mean: false gives the old mean back afterwards, only the scale changes
- * Advantages of one scale need one learning rate, whatever the reward model's unit is.
+ * in, out  x (n)       shift_mean: false adds the old mean again, so that only the scale changes
+ * Advantages on one scale need only one learning rate, whatever the reward model's unit is.
  * Returns what a zero would have become: ppo_padding_advantage needs it.
  * By hand: 1, 2, 6: mean 3, variance 7: -0.7559, -0.3780, 1.1339.     test: ppo_whiten_golden */
 static double whiten(float *x, size_t n, bool shift_mean) {
-    /* 1e-8: numbers that are all the same have a variance of 0, and must not become infinite */
+    /* Without the 1e-8, equal numbers, whose variance is 0, would become infinite or NaN. */
     double mean = mean_of(x, n);
     double scale = 1 / sqrt(unbiased_variance(x, n) + 1e-8);
     double back = shift_mean ? 0 : mean;
@@ -999,12 +1012,12 @@ static double whiten(float *x, size_t n, bool shift_mean) {
 
 /* ---- REINFORCE ------------------------------------------------------------------------------ */
 
-/* What is subtracted from an answer's reward before the policy is told how good it was. */
+/* What is subtracted from an answer's reward before the policy learns from it. */
 enum Baseline {
     BASELINE_NONE,
     BASELINE_MEAN,
     BASELINE_RLOO,
-    BASELINE_VALUE_HEAD, /* PPO's: an expectation for every token, which is learnt */
+    BASELINE_VALUE_HEAD, /* PPO's: an expectation for every token, which is learnt as well */
 };
 
 /* REINFORCE [19] rests on one trick. J is a mean over answers that the policy draws; when the
@@ -1013,33 +1026,33 @@ enum Baseline {
  *     grad J = grad sum_y pi(y) R(y) = sum_y grad pi(y) R(y)
  *            = sum_y pi(y) grad log pi(y) R(y)         because grad pi = pi grad log pi
  *            = E_{y ~ pi} [ R(y) grad log pi(y) ]
- * In the last line the probabilities are weights of a mean again, so a few sampled answers give an
- * estimate. R is only evaluated, never differentiated: a program or a person may give it. With the
- * KL term inside, R(y) = score(y) - beta (log pi(y) - log pi_ref(y)) depends on the weights too.
- * But that adds nothing: probabilities always sum to 1, so the mean of grad log pi is
+ * In the last line the probabilities are the weights of a mean again, so a few sampled answers give
+ * an estimate. R is only evaluated, never differentiated: it may come from a program or a person.
+ * With the KL term inside, R(y) = score(y) - beta (log pi(y) - log pi_ref(y)) depends on the
+ * weights too. But that adds nothing: probabilities always sum to 1, so the mean of grad log pi is
  *     E_{y ~ pi} [ grad log pi(y) ] = sum_y grad pi(y) = grad 1 = 0
  * and grad R is -beta grad log pi. For the same reason a baseline b that does not depend on y may
- * be subtracted: E[b grad log pi] = 0. The mean gradient stays, its noise falls: all answers may
- * score 100 or more, but those that score 104 are to be raised, and those that score 101 lowered.
+ * be subtracted: E[b grad log pi] = 0. The mean gradient stays, its noise falls. If all answers
+ * score 100 or more, those that score 104 should be raised, and those that score 101 lowered.
  *   none   b = 0
  *   mean   b = the mean R of all earlier steps
  *   rloo   b = the mean R of the other answers to the same prompt (leave one out)      [23] */
 
 /* reinforce_advantages -- R(y_i) - b for n answers.              [glossary: Linha de base]
- * in   rewards (n): the R of each; answers to one prompt stand side by side, num_generations each;
+ * in   rewards (n): the R of each; the num_generations answers to one prompt are neighbours;
  *      running_mean: for BASELINE_MEAN                                      out  advantages (n)
  * By hand: R = 1, 2, 6 of one prompt, rloo: 1 - (2 + 6) / 2 = -3, 2 - 3.5 = -1.5, 6 - 1.5 = 4.5.
  *                                                                    test: reinforce_advantages */
 static void reinforce_advantages(enum Baseline baseline, const float *rewards, size_t n,
                                  size_t num_generations, double running_mean, float *advantages) {
     for (size_t i = 0; i < n; i++) {
-        /* what was to be expected: nothing, what earlier steps brought, or what the other
-         * answers to the same prompt bring */
+        /* The expectation b must not contain this answer's own R, or E[b grad log pi] would not be
+         * 0. All three keep to that: nothing, earlier steps, the other answers. */
         double b = 0;
         if (baseline == BASELINE_MEAN)
             b = running_mean;
         if (baseline == BASELINE_RLOO) {
-            /* the sum over the prompt's answers, less this one, divided by how many are left */
+            /* leave one out: the group's sum without this answer, divided by the others' number */
             const float *group = rewards + i / num_generations * num_generations;
             double sum = mean_of(group, num_generations) * (double)num_generations;
             b = (sum - rewards[i]) / (double)(num_generations - 1);
@@ -1053,7 +1066,7 @@ static void reinforce_advantages(enum Baseline baseline, const float *rewards, s
  *   loss = -1/n sum_i A_i log pi(y_i)            d loss / d log pi(y_i) = -A_i / n
  * in   advantages A (n); logps (n): log pi of each whole answer, nats       out  dlogps (n)
  * An optimizer goes down, w -= lr grad loss; we want to go up, w += lr grad J. So the loss is the
- * objective with a minus sign. Its value means nothing, only its gradient does: A counts as a
+ * objective with a minus sign. Only its gradient means anything, not its value: A counts as a
  * constant, although it was computed from the policy's answer.
  * By hand: A = 4.5 and -3, log pi = -2 and -1: -(4.5 * -2 + -3 * -1) / 2 = 3; slopes -2.25, 1.5.
  *                                                                      test: reinforce_gradient */
@@ -1061,14 +1074,15 @@ static double reinforce_loss(const float *advantages, const double *logps, size_
                              double *dlogps) {
     double loss = 0;
     for (size_t i = 0; i < n; i++) {
-        /* A is a constant, so the loss is linear in log pi and A itself is the slope */
+        /* Linear in log pi, so the slope is the same wherever log pi is: nothing here stops an
+         * update from going too far. PPO's clip does. */
         loss -= advantages[i] * logps[i] / (double)n;
         dlogps[i] = -advantages[i] / (double)n;
     }
     return loss;
 }
 
-/* gradient_variance -- how noisy the estimate of a gradient is: what baselines are judged by.
+/* gradient_variance -- how noisy a gradient's estimate is: baselines are judged by it.
  *   1 / (n (n - 1)) sum_i | A_i s_i - mean |^2,   the variance of a mean of n samples
  * in   advantages A (n); s (n,C): the gradient of log pi(y_i) by C of the weights
  * By hand: A = 1, 3 and s = 1, 1: products 1, 3, mean 2: (1 + 1) / (2 * 1) = 1.
@@ -1076,11 +1090,12 @@ static double reinforce_loss(const float *advantages, const double *logps, size_
 static double gradient_variance(const float *advantages, const float *s, size_t n, size_t C) {
     double total = 0;
     for (size_t c = 0; c < C; c++) {
-        /* 1. of weight c: the mean over answers, which is the gradient's estimate */
+        /* 1. For weight c: the mean over answers, which is the gradient's estimate. */
         double mean = 0;
         for (size_t i = 0; i < n; i++)
             mean += (double)advantages[i] * s[i * C + c] / (double)n;
-        /* 2. how far each single answer is from it */
+        /* 2. How far each single answer is from it. A good baseline makes this small and leaves
+         *    the mean as it is. */
         for (size_t i = 0; i < n; i++)
             total += pow((double)advantages[i] * s[i * C + c] - mean, 2);
     }
@@ -1090,40 +1105,41 @@ static double gradient_variance(const float *advantages, const float *s, size_t 
 /* ---- Rewards with a KL penalty for each token ----------------------------------------------- */
 
 /* PPOConfig of TRL 0.11, in its names.             [glossary: Classe de configuração PPO]
- * REINFORCE reads baseline, num_generations, batch_size and init_kl_coef of it. */
+ * REINFORCE uses its baseline, num_generations, batch_size and init_kl_coef. */
 struct PPOConfig {
     enum Baseline baseline; /* PPO: BASELINE_VALUE_HEAD */
-    size_t num_generations; /* answers to a prompt, one after the other */
+    size_t num_generations; /* answers to each prompt */
     size_t batch_size; /* answers of a step */
     size_t mini_batch_size; /* answers of one forward and backward pass */
     size_t gradient_accumulation_steps;
     size_t ppo_epochs; /* how often the answers of a step are used */
     double init_kl_coef; /* beta at the start         [glossary: Parâmetro Beta (β)] */
-    bool adap_kl_ctrl; /* let a controller change beta, */
-    double target, horizon; /* towards this KL, in nats an answer; over so many answers */
+    bool adap_kl_ctrl; /* let a controller adapt beta: */
+    double target, horizon; /* to this KL, in nats per answer; over about this many answers */
     const char *kl_penalty; /* kl, abs, mse, full: see kl_penalty_token */
     double gamma, lam; /* discount and lambda of gae_step */
     double cliprange; /* of the ratio, in ppo_token_loss */
     double cliprange_value; /* of the value, in ppo_value_loss */
-    double vf_coef; /* weight of the value loss beside the policy's */
+    double vf_coef; /* weight of the value loss in the total */
     bool whiten_rewards; /* before GAE */
-    bool use_score_scaling; /* divide scores by their running deviation */
+    bool use_score_scaling; /* divide scores by their running standard deviation */
     bool use_score_norm; /* and subtract their running mean first */
-    double score_clip; /* scores beyond +- this are cut; 0: none */
+    double score_clip; /* scores are limited to +- this; 0: no limit */
     double ratio_threshold; /* a mini-batch whose mean ratio exceeds it is skipped */
-    bool early_stopping; /* end a step's epochs when the policy has moved */
-    double target_kl; /* by 1.5 times so many nats a token */
+    bool early_stopping; /* end a step's epochs once the policy has moved too far: */
+    double target_kl; /* by more than 1.5 times this, in nats per token */
 };
 
 /* kl_penalty_token -- how far one token took the policy from the reference.
  *                                         [glossary: Divergência de Kullback-Leibler (KL)]
  *   kl    log pi - log pi_ref, kl_k1: unbiased, may be negative (the default)
- *   abs   its magnitude           mse   half its square, without a sign either
- *   full  the exact KL of the two distributions at this place; it comes in as `full`
+ *   abs   its magnitude           mse   half its square; neither has a sign
+ *   full  the exact KL of the two distributions at this position, given as `full`
  * By hand: -1.20 against -1.70: kl 0.50, abs 0.50, mse 0.125.     test: ppo_penalties_golden */
 static float kl_penalty_token(const char *kind, float logprob, float ref_logprob, float full) {
     float difference = (float)kl_k1(logprob, ref_logprob);
-    /* the first two have no sign: they punish a departure whichever way it goes */
+    /* Without a sign, a token also costs where the policy finds it less probable than the reference
+     * does; with one, it earns there. Only the mean of the signed one is the KL. */
     if (strcmp(kind, "abs") == 0)
         return fabsf(difference);
     if (strcmp(kind, "mse") == 0)
@@ -1131,86 +1147,88 @@ static float kl_penalty_token(const char *kind, float logprob, float ref_logprob
     return strcmp(kind, "full") == 0 ? full : difference;
 }
 
-/* kl_reward -- the reward of a token for its divergence: what it costs, so negative as a rule.
+/* kl_reward -- the reward of a token for its divergence: usually negative, since it is a cost.
  *                                                        [glossary: Parâmetro Beta (β)]
  *   reward_t = -beta kl_t           and at the answer's last token   + score
  * J's penalty is about whole answers; why may it be paid token by token? log pi(y|x) is a sum over
  * tokens, so log pi(y|x) - log pi_ref(y|x) = sum_t kl_t, whose mean over the policy's answers is
  * KL(pi || pi_ref). Each token pays its own term of the sum, and GAE then knows which token
- * departed. The score judges the whole answer, so it can be given only when that is complete: at
+ * departed. The score judges the whole answer, so it can be given only once that is complete: at
  * the last token (ppo_rewards). How it reaches the earlier tokens: gae_step.
  * By hand: beta 0.2: a divergence of 0.50 costs 0.10; one of -0.30 earns 0.06.
  *                                             test: ppo_advantages_golden; gdb: break kl_reward */
 static float kl_reward(double kl_coef, float kl) {
-    /* a departure costs: the sign turns a divergence into a reward */
+    /* A divergence costs, hence the minus sign. No gradient flows through this: it is a reward. */
     return (float)(-kl_coef * kl);
 }
 
 /* kl_controller_update -- beta is raised while the KL is above its target, lowered below it [10].
  *   beta = beta (1 + error samples / horizon),   error = clip(kl / target - 1, -0.2, 0.2)
- * in   kl: of this step, nats an answer; samples: how many answers it had
- * A fixed beta would have to be found by trial for each reward model; a KL of some nats means the
- * same for all of them.
+ * in   kl: this step's mean, nats per answer; samples: how many answers the step had
+ * A fixed beta would have to be found by trial for each reward model, while a KL of some nats means
+ * the same for all of them.
  * By hand: beta 0.2, target 6, horizon 10000, 128 samples: KL 30 -> 0.2 (1 + 0.2 * 0.0128) =
  * 0.200512; KL 0 -> 0.199488.                                           test: ppo_kl_controller */
 static double kl_controller_update(const struct PPOConfig *config, double kl_coef, double kl,
                                    size_t samples) {
     if (!config->adap_kl_ctrl)
         return kl_coef;
-    /* 1. how far off, as a share of the target, at most 20 %: one odd batch must not throw beta */
+    /* 1. The relative error, at most 20 %: one odd batch must not upset beta. */
     double error = MAX(-0.2, MIN(0.2, kl / config->target - 1));
 
-    /* 2. a batch counts as its share of the horizon: beta moves slowly */
+    /* 2. Scaled by the batch's share of the horizon, so beta moves slowly: at the limit of 20 %, by
+     *    a factor of about e^0.2 = 1.22 in `horizon` answers. */
     return kl_coef * (1 + error * (double)samples / config->horizon);
 }
 
 /* ---- Generalized advantage estimation ------------------------------------------------------- */
 
-/* gae_step -- the advantage of one token, given that of the token behind it [7].
+/* gae_step -- the advantage of one token, given that of the next [7].
  *           [glossary: Vantagem] [glossary: Estimativa generalizada de vantagem (GAE)]
  *   delta_t = reward_t + gamma value_{t+1} - value_t
  *   A_t     = delta_t + gamma lambda A_{t+1}                    [7] Eq. 16, as a recursion
  * value_t is what the value head expects, before token t is written, of all rewards from t on.
  * delta_t is the surprise that token t brought: the reward it earned and what is expected after
- * it, against what was expected before it. Behind the last token nothing more comes, whether the
- * answer ended itself or was cut off by its length, as in TRL: value 0, advantage 0.
+ * it, minus what was expected before it. After the last token nothing more comes, whether the
+ * answer ended by itself or was cut off at its maximum length, as in TRL: value 0, advantage 0.
  * This is how a score on the last token reaches the first: A_t contains delta_{t+1} times
  * gamma lambda, delta_{t+2} times its square, and so on.
  * gamma discounts: a reward that comes k tokens later counts gamma^k times. Answers are short, so
  * RLHF leaves it at 1. lambda chooses whom to believe. At 0, A_t is delta_t: it trusts what the
- * value head says of the next place (little noise, but wrong while the head is). At 1 (gamma 1),
- * A_t is the sum of all rewards from t on, less value_t: what the head says of later places has
- * cancelled, and its own value is no more than a baseline (unbiased, but noisy).
+ * value head says of the next position (little noise, but wrong as long as the head is). At 1 (with
+ * gamma 1), A_t is the sum of all rewards from t on, minus value_t: what the head says of later
+ * positions has cancelled, and value_t is no more than a baseline (unbiased, but noisy).
  * By hand: the chapter's last token: delta = 0.98 + 0 - 0.3 = 0.68, A = 0.68. The one before it:
  * delta = 0 + 0.3 - 0.4 = -0.1, A = -0.1 + 0.95 * 0.68 = 0.546.
  *                                   test: gae_hand, ppo_advantages_golden; gdb: break gae_step */
 static double gae_step(double reward, double value, double next_value, double next_advantage,
                        double gamma, double lam) {
-    /* 1. the surprise: what token t brought, against what was expected before it */
+    /* 1. The surprise. Good news that was expected is none: only a change of the outlook counts. */
     double delta = reward + gamma * next_value - value;
 
-    /* 2. and a share of all surprises that follow, which next_advantage has added up */
+    /* 2. Plus a share of all later surprises, already summed in next_advantage: token t may have
+     *    made them possible. */
     return delta + gamma * lam * next_advantage;
 }
 
 /* gae -- advantages and returns of one answer of T tokens, from its last token to its first.
- * in   rewards, values (T); next_advantage: behind the last token, 0 (but see
+ * in   rewards, values (T); next_advantage: after the last token, 0 (but see
  *      ppo_padding_advantage)
  * out  advantages (T): how much better each token was than the value head expected
  *      returns (T): advantage + value, the value head's target: its guess, corrected by the
- *      surprises that followed; at lambda 1 that is the plain sum of rewards from t on
+ *      surprises that followed; at lambda 1 (gamma 1) it is the plain sum of rewards from t on
  *                                                         test: gae_hand, ppo_advantages_golden */
 static void gae(const struct PPOConfig *config, size_t T, const float *rewards, const float *values,
                 double next_advantage, float *advantages, float *returns) {
-    /* from the right, for A_t needs A_{t+1}; behind the last token nothing is expected */
+    /* From right to left, since A_t needs A_{t+1}. After the last token nothing is expected. */
     double next_value = 0;
     for (size_t t = T; t-- > 0;) {
         double advantage =
             gae_step(rewards[t], values[t], next_value, next_advantage, config->gamma, config->lam);
         advantages[t] = (float)advantage;
-        /* the value was too low by the advantage: this is what the head should have said */
+        /* the value was too low by the advantage: this is what the head should have predicted */
         returns[t] = (float)(advantage + values[t]);
-        /* the token before this one looks ahead to it */
+        /* what the token before this one needs to know of it */
         next_value = values[t];
         next_advantage = advantage;
     }
@@ -1222,24 +1240,24 @@ static void gae(const struct PPOConfig *config, size_t T, const float *rewards, 
 struct TokenLoss {
     double loss;
     double dlogprob; /* d loss / d logprob */
-    double ratio; /* how many times likelier the token is than when it was sampled */
+    double ratio; /* how many times as likely the token is as when it was sampled */
     bool is_clipped; /* the loss no longer depends on the ratio */
 };
 
 /* ppo_token_loss -- PPO's clipped objective for one token of an answer.
  *                                     [glossary: Otimização de política proximal (PPO)]
  *                                            [glossary: Razão de probabilidades e corte]
- * The token was sampled when its log-probability was old_logprob. Since then the policy has
- * moved, for the same answers serve several updates. How far may this one go on pushing the
- * token in the direction that its advantage A asks for?
+ * The token was sampled when its log-probability was old_logprob. Since then the policy has moved,
+ * because the same answers serve several updates. How far may this one go on pushing the token in
+ * the direction of its advantage A?
  *   ratio = exp(logprob - old_logprob)
  *   loss  = max(-A ratio, -A clip(ratio, 1 - e, 1 + e)),   e = clip_range           [6] Eq. 7
  * Once the ratio has left [1 - e, 1 + e] in the direction of A (above it where A > 0, below it
- * where A < 0), the loss no longer depends on it: its slope is zero, and this token has had its
- * share of this batch. Where it left against that direction, it is still pulled back. Without the
- * clip one lucky token could be made certain by a few updates on the same answer.
+ * where A < 0), the loss no longer depends on it: the slope is zero, and this batch moves the token
+ * no further. If it has left in the other direction, the token is still pulled back. Without the
+ * clip, a few updates on the same answer could make one lucky token certain.
  * At the first update the policy is the one that sampled: every ratio is 1 and the loss is -A.
- * The A of a batch are whitened, so its mean loss is 0; its gradient is not.
+ * The advantages of a batch are whitened, so its mean loss is 0; its gradient is not.
  * in   log-probabilities in nats; advantage (whitened); clip_range, usually 0.2
  * By hand, e = 0.2:      A = 2                            A = -2
  *     ratio 1.5          max(-3.0, -2.4), slope 0         max(3.0, 2.4), slope 3.0
@@ -1249,17 +1267,18 @@ struct TokenLoss {
  *                               test: ppo_token_loss, ppo_loss_golden; gdb: break ppo_token_loss */
 static struct TokenLoss ppo_token_loss(double old_logprob, double logprob, double advantage,
                                        double clip_range) {
-    /* 1. How many times likelier is the token now than when it was sampled? */
+    /* 1. How many times as likely is the token now as when it was sampled? */
     double ratio = exp(logprob - old_logprob);
 
-    /* 2. Two losses, of which the larger counts: an improvement is believed only as far as the
-     *    clip range, a deterioration always. */
+    /* 2. The larger of two losses counts: an improvement is believed only as far as the clip range,
+     *    a deterioration always. */
     double clipped_ratio = MAX(1 - clip_range, MIN(1 + clip_range, ratio));
     double plain_loss = -advantage * ratio;
     double clipped_loss = -advantage * clipped_ratio;
     bool is_clipped = clipped_loss > plain_loss;
 
-    /* 3. d ratio / d logprob = ratio, so the plain loss is its own derivative. */
+    /* 3. d ratio / d logprob = ratio, so the plain loss is its own derivative. The clipped one is
+     *    constant outside the range, and inside it the two are the same. */
     double dlogprob = is_clipped ? 0 : plain_loss;
     return (struct TokenLoss){
         .loss = MAX(plain_loss, clipped_loss),
@@ -1283,22 +1302,22 @@ struct ValueLoss {
  *   loss    = 1/2 max((value - return)^2, (clipped - return)^2)
  * in   old_value: what the head said when the answer was written; value: what it says now;
  *      target_return: what it should have said (gae)
- * The clip is TRL's and OpenAI's: a head may move by e in one step and is then not pulled further.
+ * The clip is TRL's and OpenAI's: the head may move by e in one step, and is not pulled further.
  * By hand: old 0.5, value 0.9, return 1.0, e = 0.2: clipped 0.7, squared errors 0.01 and 0.09,
  * loss 0.045, slope 0: the clipped value does not depend on the value.
  *                                                        test: ppo_value_loss, ppo_loss_golden */
 static struct ValueLoss ppo_value_loss(double old_value, double value, double target_return,
                                        double clip_range) {
-    /* 1. the value, held near the old one */
+    /* 1. The value, kept near the old one as the policy's ratio is kept near 1. */
     double clipped = MAX(old_value - clip_range, MIN(old_value + clip_range, value));
 
-    /* 2. two squared errors, of which the larger counts */
+    /* 2. The larger of two squared errors counts: moving further than e earns nothing. */
     double error = value - target_return;
     double clipped_error = clipped - target_return;
     bool is_clipped = clipped_error * clipped_error > error * error;
 
     /* 3. The slope of half a square is the error. Where the clipped error is the larger one, the
-     *    value lies outside the range, and moving it changes nothing. */
+     *    value is outside the range, and moving it changes nothing. */
     double dvalue = is_clipped ? 0 : error;
     return (struct ValueLoss){
         .loss = 0.5 * MAX(error * error, clipped_error * clipped_error),
@@ -1308,14 +1327,14 @@ static struct ValueLoss ppo_value_loss(double old_value, double value, double ta
     };
 }
 
-/* The R response tokens of a mini-batch, side by side: what was known when the answers were
- * written, what the policy says now, and, as ppo_loss leaves them, the losses and slopes. */
+/* The R response tokens of a mini-batch in one row: what was known when the answers were
+ * written, what the policy says now, and the losses and slopes that ppo_loss fills in. */
 struct PPOTokens {
     size_t R;
     float *old_logprobs, *old_values, *advantages, *returns; /* (R) from the rollout */
     const float *logprobs, *values; /* (R) of the policy now */
-    struct TokenLoss *policy; /* (R) of each token */
-    struct ValueLoss *value; /* (R) likewise */
+    struct TokenLoss *policy; /* (R) each token's loss */
+    struct ValueLoss *value; /* (R) the same for the value head */
     float *dlogprobs, *dvalues; /* (R) d loss / d logprob, value */
 };
 
@@ -1332,15 +1351,17 @@ struct PPOLoss {
 static struct PPOLoss ppo_loss(const struct PPOConfig *config, struct PPOTokens *tokens) {
     struct PPOLoss loss = {0};
     double n = (double)tokens->R;
+    /* 1. Every token of every answer contributes 1 / n to the mean, hence to each slope. */
     for (size_t t = 0; t < tokens->R; t++) {
-        /* 1. the policy's loss; each token's share in the mean is 1 / n */
+        /* 2. The policy's loss: it reaches the transformer through log pi of this one token. */
         struct TokenLoss policy = ppo_token_loss(tokens->old_logprobs[t], tokens->logprobs[t],
                                                  tokens->advantages[t], config->cliprange);
         loss.policy += policy.loss / n;
         tokens->policy[t] = policy;
         tokens->dlogprobs[t] = (float)(policy.dlogprob / n);
 
-        /* 2. the value head's, with its weight */
+        /* 3. The value head's. Both losses go back into the same transformer; vf_coef keeps the
+         *    value loss, whose size depends on the rewards' unit, from drowning the other. */
         struct ValueLoss value = ppo_value_loss(tokens->old_values[t], tokens->values[t],
                                                 tokens->returns[t], config->cliprange_value);
         loss.value += value.loss / n;
@@ -1355,21 +1376,22 @@ static struct PPOLoss ppo_loss(const struct PPOConfig *config, struct PPOTokens 
  * Chapter 5 - DPO: the closed form, the reward it implies, the loss without a reward model
  *    [glossary: Otimização de preferência direta (DPO)] [glossary: Solução em forma fechada]
  *
- * Is all of chapter 4's machinery needed? Its objective J(pi) = E[r] - beta KL(pi || pi_ref) has a
- * maximum that can be written down. For one prompt x, which is left out here:
+ * Is all of chapter 4's machinery needed? The objective J(pi) = E[r] - beta KL(pi || pi_ref) has a
+ * maximum that can be written down. For one prompt x, omitted here:
  *
  *     pi*(y) = pi_ref(y) e^(r(y)/beta) / Z          Z = sum_y pi_ref(y) e^(r(y)/beta)    [5] Eq. 4
  *                                         [glossary: Distribuição ponderada por recompensa]
  *
- * the reference's answers, each weighted by its reward. With text it is of no direct use: Z, the
- * partition function, sums over all answers, and 20 tokens of GPT-2's vocabulary make 10^94. But
- * read it backwards: solved for the reward, it says that a policy *is* a reward model,
+ * the reference's distribution, with each answer weighted by its reward. For text it is of no
+ * direct use: Z, the partition function, sums over all answers, of which there are 10^94 with 20
+ * tokens of GPT-2's vocabulary. But read backwards, solved for the reward, the equation says that
+ * a policy *is* a reward model,
  *
  *     r(y) = beta log(pi*(y) / pi_ref(y)) + beta log Z                                   [5] Eq. 5
  *
  * and in Bradley-Terry's model only the difference of two rewards counts. Both answers of a pair
- * are to the same prompt, so Z is the same: beta log Z cancels. So the pairs can train the policy
- * itself: no reward model, no sampling, no value head.
+ * belong to the same prompt, so Z is the same and beta log Z cancels. Therefore pairs can train the
+ * policy directly: no reward model, no sampling, no value head.
  *
  *     reference         chosen -10.0    rejected -12.0        log-probabilities of whole answers
  *     policy            chosen  -8.0    rejected -13.0
@@ -1403,28 +1425,31 @@ static double normalize_logps(double *logps, size_t n) {
  *            [glossary: Distribuição ponderada por recompensa] [glossary: Função de partição]
  * in   ref_logps, r (n): log pi_ref(y) in nats and the reward of every answer; beta
  * out  optimum (n): log pi*(y);   returns log Z
- * Why can no policy do better? Put r = beta log Z + beta log(pi* / pi_ref) into J:
+ * Why can no policy do better? Substitute r = beta log Z + beta log(pi* / pi_ref) in J:
  *   J(pi) = E_pi[r] - beta E_pi[log(pi / pi_ref)]
  *         = beta log Z + beta E_pi[log(pi* / pi_ref) - log(pi / pi_ref)]
  *         = beta log Z - beta E_pi[log(pi / pi*)]                      pi_ref has cancelled
  *         = beta log Z - beta KL(pi || pi*)
- * beta log Z does not depend on pi, and the KL is 0 for pi = pi* and above 0 for any other. So pi*
+ * beta log Z does not depend on pi, and the KL is 0 for pi = pi* and positive for any other. So pi*
  * is the maximum, and J(pi*) = beta log Z.                                 [5] appendix A.1
  * By hand: pi_ref = (1/2, 1/2), r = (0, beta ln 3): Z = 1/2 + 3/2 = 2, pi* = (1/4, 3/4) and
  * J(pi*) = beta ln 2.                                                       test: exact_optimum */
 static double exact_optimum(const double *ref_logps, const double *r, size_t n, double beta,
                             double *optimum) {
-    /* each answer's log-weight; divided by Z, the weights are probabilities */
+    /* 1. Each answer's log-weight: log(pi_ref e^(r/beta)). */
     for (size_t i = 0; i < n; i++)
         optimum[i] = ref_logps[i] + r[i] / beta;
+
+    /* 2. Divided by their sum, which is Z, the weights become probabilities. */
     return normalize_logps(optimum, n);
 }
 
 /* implied_reward -- what a policy says an answer is worth, up to a constant that all answers to
  * the prompt share: beta log(pi(y|x) / pi_ref(y|x)).      [glossary: Modelo de referência]
- * TRL logs it as rewards/chosen and rewards/rejected. Above 0 the answer became more probable than
- * it was.        By hand: beta 0.1, -8 against -10: 0.2.     [5] Eq. 5        test: dpo_hand */
+ * TRL logs it as rewards/chosen and rewards/rejected. It is positive if the answer has become more
+ * probable.      By hand: beta 0.1, -8 against -10: 0.2.     [5] Eq. 5        test: dpo_hand */
 static double implied_reward(double beta, double logp, double ref_logp) {
+    /* without beta log Z: nobody can compute it, and in a difference it cancels anyway */
     return beta * (logp - ref_logp);
 }
 
@@ -1432,15 +1457,15 @@ static double implied_reward(double beta, double logp, double ref_logp) {
 struct DPOSide {
     double logp; /* log pi(y|x), nats, summed over the answer's tokens */
     double ref_logp; /* the same under the reference, which never changes */
-    size_t length; /* how many tokens that are */
+    size_t length; /* how many tokens were summed */
     double dlogp; /* out: d loss / d logp */
 };
 
 /* dpo_pair_loss -- Direct Preference Optimization, one pair.                    [glossary: DPO]
  *   logits = (logp_chosen - ref_chosen) - (logp_rejected - ref_rejected)
  *   loss   = -log sigmoid(beta logits)                                                [5] Eq. 7
- * (`logits` is TRL's name for this one number; it is none of chapter 2's.) This is Bradley-Terry's
- * loss with the implied rewards in place of a reward model's. With the slope of log sigmoid, see
+ * (`logits` is TRL's name for this one number; these are not chapter 2's logits.) This is
+ * Bradley-Terry's loss with the implied rewards in place of a reward model's. By the slope of
  * log_sigmoid, its derivatives are
  *   d loss / d logits        = -beta sigmoid(-beta logits)
  *   d loss / d logp_chosen   = d loss / d logits         raise the chosen answer,
@@ -1448,25 +1473,28 @@ struct DPOSide {
  * and by the policy's weights, since each logp is a sum over tokens (target_logps_backward),
  *   grad loss = -beta sigmoid(-beta logits) (grad logp_chosen - grad logp_rejected)
  * The sigmoid says how wrong the policy still is about this pair: a pair that it has learnt pulls
- * less and less. The reference is where the counting starts: each answer is measured by how far it
- * has risen above what the reference gave it. It sets no limit: the loss goes on falling as the
- * margin grows (dpo_ipo_pair has one). A small beta lets the policy go far before a pair is learnt,
- * since the margin has to be some 1 / beta nats; a large one keeps it near the reference.
+ * less and less. The reference is the zero point: each answer is measured by how far it has risen
+ * above what the reference gave it. It sets no limit: the loss goes on falling as the margin grows
+ * (dpo_ipo_pair has a limit). A small beta lets the policy go far before a pair is learnt, since
+ * the margin has to be some 1 / beta nats; a large one keeps it near the reference.
  * At the start policy and reference are the same: logits 0, loss ln 2 = 0.6931, whatever beta.
  * By hand: beta 0.1, chosen -8 (reference -10), rejected -13 (-12): logits 2 - (-1) = 3, loss
  * -log sigmoid(0.3) = 0.5544, dchosen -0.1 * sigmoid(-0.3) = -0.0426, drejected 0.0426.
  *                                       test: dpo_hand, dpo_golden; gdb: break dpo_pair_loss */
 static struct PairLoss dpo_pair_loss(double beta, const struct DPOSide *chosen,
                                      const struct DPOSide *rejected) {
-    /* 1. by how much each answer has become more probable than under the reference */
+    /* 1. By how much has each answer become more probable than under the reference? How probable it
+     *    is in itself does not matter: a long answer may have -500 and a short one -20. */
     double chosen_logratio = chosen->logp - chosen->ref_logp;
     double rejected_logratio = rejected->logp - rejected->ref_logp;
 
-    /* 2. the difference of the implied rewards, in which beta log Z has cancelled */
+    /* 2. The difference of the implied rewards (except for the factor beta), in which beta log Z
+     *    has cancelled. */
     double logits = chosen_logratio - rejected_logratio;
 
     /* 3. Bradley-Terry's loss, and its slope by the chosen side's log-probability; the rejected
-     *    side enters with a minus sign */
+     *    side enters with a minus sign. A learnt pair has a large beta * logits, so the sigmoid is
+     *    near 0 and the pair hardly pulls any more. */
     double loss = -log_sigmoid(beta * logits);
     double dlogits = beta * -sigmoid(-(beta * logits));
     return (struct PairLoss){
@@ -1490,11 +1518,11 @@ enum DPOLossType {
 
 struct DPOConfig {
     double beta; /* [glossary: Parâmetro Beta (β)] */
-    double label_smoothing; /* share of pairs that may be labelled the wrong way round */
-    double weight[DPO_LOSS_TYPES]; /* of each loss; 0: not used (TRL: loss_type, loss_weights) */
+    double label_smoothing; /* share of pairs whose labels may be swapped */
+    double weight[DPO_LOSS_TYPES]; /* of each loss; 0: unused (TRL: loss_type, loss_weights) */
 };
 
-/* dpo_smoothed_pair -- the pair might be labelled the wrong way round, with probability e.
+/* dpo_smoothed_pair -- DPO where chosen and rejected may have been swapped, with probability e.
  *   sigmoid  -(1-e) log sigmoid(s) - e log sigmoid(-s),   s = beta logits: conservative DPO,
  *            which stops at a finite margin (TRL 0.11; TRL 1.16 ignores e for this loss)
  *   robust   (-(1-e) log sigmoid(s) + e log sigmoid(-s)) / (1 - 2e): unbiased, as if no label
@@ -1502,17 +1530,17 @@ struct DPOConfig {
  * By hand: s = 0.3, e = 0.1: sigmoid 0.9 * 0.5544 + 0.1 * 0.8544 = 0.5844; robust
  * (0.9 * 0.5544 - 0.1 * 0.8544) / 0.8 = 0.5169.                     test: dpo_hand, dpo_golden */
 static struct PairLoss dpo_smoothed_pair(double beta, double logits, double e, bool robust) {
-    /* 1. the loss if the label is right, and if it is wrong, each with its probability */
+    /* 1. The loss if the label is right, and if it is wrong, each weighted by its probability. */
     double s = beta * logits;
     double right = -(1 - e) * log_sigmoid(s);
     double wrong = e * log_sigmoid(-s);
 
-    /* 2. conservative: their mean. robust: the second is subtracted, and the scale makes up for
-     *    it; averaged over wrong labels, what they add cancels. */
+    /* 2. Conservative: their mean. Robust: the second is subtracted, and the scale makes up for
+     *    that. Averaged over right and wrong labels, what the wrong ones add then cancels. */
     double scale = robust ? 1 / (1 - 2 * e) : 1;
     double loss = robust ? scale * (right + wrong) : right - wrong;
 
-    /* 3. the slope: d/ds log sigmoid(s) = sigmoid(-s) and d/ds log sigmoid(-s) = -sigmoid(s) */
+    /* 3. The slope: d/ds log sigmoid(s) = sigmoid(-s) and d/ds log sigmoid(-s) = -sigmoid(s). */
     double dwrong = robust ? -e * sigmoid(s) : e * sigmoid(s);
     double ds = scale * (-(1 - e) * sigmoid(-s) + dwrong);
     return (struct PairLoss){
@@ -1526,7 +1554,7 @@ static struct PairLoss dpo_smoothed_pair(double beta, double logits, double e, b
  * By hand: s = 0.3: loss 0.7, slope -beta.                          test: dpo_golden */
 static struct PairLoss dpo_hinge_pair(double beta, double logits) {
     double s = beta * logits;
-    /* right by the margin: nothing is left to learn from this pair */
+    /* a sigmoid's slope only approaches 0, and pulls at learnt pairs for ever; this one stops */
     double ds = s < 1 ? -1 : 0;
     return (struct PairLoss){
         .loss = MAX(0, 1 - s),
@@ -1535,22 +1563,25 @@ static struct PairLoss dpo_hinge_pair(double beta, double logits) {
     };
 }
 
-/* dpo_ipo_pair -- the logratios' difference is to be 1 / (2 beta), neither less nor more.
+/* dpo_ipo_pair -- the difference of the log-ratios should be 1 / (2 beta), no less and no more.
  *                                                                                  [13] Eq. 17
  *   loss = (chosen_logratio / n_chosen - rejected_logratio / n_rejected - 1 / (2 beta))^2
- * Where people always agree, the sigmoid's loss goes on falling for ever as the margin grows, and
- * beta holds nothing; a square has its minimum at a finite margin. Each side counts by token (TRL).
+ * Where people always agree, the sigmoid's loss goes on falling for ever as the margin grows,
+ * whatever beta is; a square has its minimum at a finite margin. Each side is a mean over its
+ * tokens, as in TRL.
  * By hand: beta 0.1, logratios 2 (4 tokens) and -1 (2 tokens): 0.5 + 0.5 - 5 = -4, loss 16,
  * dchosen 2 * -4 / 4 = -2, drejected 2 * 4 / 2 = 4.                 test: dpo_hand, dpo_golden */
 static struct PairLoss dpo_ipo_pair(double beta, const struct DPOSide *chosen,
                                     const struct DPOSide *rejected) {
-    /* 1. each side's log-ratio a token; an answer that was cut away has none, and counts 0 */
+    /* 1. Each side's log-ratio per token, so that long answers do not count more. An answer that
+     *    was cut away entirely has length 0: the MAX avoids 0 / 0. */
     double chosen_length = (double)MAX((size_t)1, chosen->length);
     double rejected_length = (double)MAX((size_t)1, rejected->length);
     double chosen_mean = (chosen->logp - chosen->ref_logp) / chosen_length;
     double rejected_mean = (rejected->logp - rejected->ref_logp) / rejected_length;
 
-    /* 2. how far the difference is from where it should be */
+    /* 2. How far is the difference from where it should be? Beyond the target the slope changes its
+     *    sign: the pair is pulled back. */
     double distance = chosen_mean - rejected_mean - 1 / (2 * beta);
     return (struct PairLoss){
         .loss = distance * distance,
@@ -1559,7 +1590,7 @@ static struct PairLoss dpo_ipo_pair(double beta, const struct DPOSide *chosen,
     };
 }
 
-/* One pair under one of the losses. */
+/* The loss of one pair, of the given type. */
 static struct PairLoss dpo_variant(const struct DPOConfig *config, enum DPOLossType type,
                                    const struct DPOSide *chosen, const struct DPOSide *rejected) {
     double e = config->label_smoothing;
@@ -1567,33 +1598,34 @@ static struct PairLoss dpo_variant(const struct DPOConfig *config, enum DPOLossT
     double rejected_logratio = rejected->logp - rejected->ref_logp;
     double logits = chosen_logratio - rejected_logratio;
 
-    /* IPO weighs the sides by their lengths; the others look at the difference alone */
+    /* IPO needs both lengths, so it gets both sides; the others depend on the difference alone */
     if (type == DPO_IPO)
         return dpo_ipo_pair(config->beta, chosen, rejected);
     if (type == DPO_HINGE)
         return dpo_hinge_pair(config->beta, logits);
 
-    /* without smoothing, DPO itself */
+    /* a function of its own, though e = 0 below gives the same: it is the one to read and debug */
     if (type == DPO_SIGMOID && e == 0)
         return dpo_pair_loss(config->beta, chosen, rejected);
     return dpo_smoothed_pair(config->beta, logits, e, type == DPO_ROBUST);
 }
 
-/* dpo_loss -- the mean over a batch of B pairs of the chosen loss, or of a weighted sum of several.
+/* dpo_loss -- the mean, over a batch of B pairs, of one type of loss or of a weighted sum of types.
  * in   chosen, rejected (B)           out  the loss; chosen[b].dlogp, rejected[b].dlogp, set
- * Beside the losses of pairs, `sft` is the mean negative log-likelihood of all chosen tokens: with
- * a small weight it keeps the chosen answers probable, for DPO alone may lower both sides as long
- * as the rejected one falls faster.                                          test: dpo_golden */
+ * Besides the losses of pairs there is `sft`, the mean negative log-likelihood of all chosen
+ * tokens. With a small weight it keeps the chosen answers probable, which DPO alone does not: it
+ * may lower both sides, as long as the rejected one falls faster.            test: dpo_golden */
 static double dpo_loss(const struct DPOConfig *config, size_t B, struct DPOSide *chosen,
                        struct DPOSide *rejected) {
-    /* 1. what the mean of `sft` is divided by */
+    /* 1. The denominator of sft's mean: all chosen tokens of the batch. */
     double loss = 0;
     double chosen_tokens = 0;
     double sft_weight = config->weight[DPO_SFT];
     for (size_t b = 0; b < B; b++)
         chosen_tokens += (double)chosen[b].length;
     for (size_t b = 0; b < B; b++) {
-        /* 2. the losses of the pair, each with its weight and its share in the mean */
+        /* 2. The pair's losses, each with its weight, as a share 1 / B of the mean. Their slopes
+         *    get the same factors. */
         chosen[b].dlogp = 0;
         rejected[b].dlogp = 0;
         for (int type = 0; type < DPO_LOSS_TYPES; type++) {
@@ -1607,7 +1639,8 @@ static double dpo_loss(const struct DPOConfig *config, size_t B, struct DPOSide 
             rejected[b].dlogp += weight * pair.drejected / (double)B;
         }
 
-        /* 3. the likelihood of the chosen answer: a mean over tokens, not over pairs */
+        /* 3. sft: a mean over tokens, not over pairs. It depends on the chosen side alone, and its
+         *    slope never vanishes: there is always some likelihood to gain. */
         if (sft_weight == 0 || chosen_tokens == 0)
             continue;
         loss += sft_weight * -chosen[b].logp / chosen_tokens;
@@ -1620,10 +1653,11 @@ static double dpo_loss(const struct DPOConfig *config, size_t B, struct DPOSide 
  * Chapter 6 - Choosing a token: temperature, top-k, top-p, penalties, one draw
  *                                               [glossary: Inferência] [glossary: Amostragem]
  *
- * The model has said how probable each token is. Which one is written? Always the most probable one
- * (greedy: the argmax) makes dull text that repeats itself; a draw from the whole distribution
- * now and then takes one of thousands of improbable tokens, and the sentence breaks. Between the
- * two stand the processors of this chapter. They work on the logits, in transformers' order:
+ * The model has said how probable each token is. Which one is written? Always taking the most
+ * probable one (greedy: the argmax) makes dull text that repeats itself; drawing from the whole
+ * distribution takes, every now and then, one of thousands of improbable tokens, and the sentence
+ * breaks. Between these two are the processors of this chapter. They change the logits, in the
+ * order of transformers:
  *
  *     logits of     " good"  " long"  " bad"  " the"
  *                      2.0      1.0      0.0    -2.0
@@ -1634,77 +1668,84 @@ static double dpo_loss(const struct DPOConfig *config, size_t B, struct DPOSide 
  *     softmax          0.5      0.5      0       0
  *     u = 0.7 draws " long": the running sum 0.5, 1.0 passes 0.7 there
  *
- * A token's mass is its probability. PPO's and REINFORCE's own answers are drawn without any cut,
- * by default: their formulas are means over what the policy says, not over what a filter leaves.
+ * A token's mass is its probability. By default, PPO and REINFORCE draw their own answers without
+ * any cut: their formulas are means over what the policy says, not over what a filter leaves of it.
  *
  * What enters: logits (V), and the ids written so far. What leaves: the id of the next token. A
  * logit of minus infinity means a probability of 0: the token is cut.
  * ============================================================================================= */
 
-/* Of beam search: when to stop. */
+/* When beam search stops; see beam_search_goes_on. */
 enum EarlyStopping {
     STOP_FALSE,
     STOP_TRUE,
     STOP_NEVER,
 };
 
-/* transformers' GenerationConfig, the settings that are used here. */
+/* transformers' GenerationConfig: the settings that are used here. */
 struct GenerationConfig {
     size_t max_new_tokens, min_new_tokens; /* [glossary: Tokens máximos e mínimos] */
-    size_t top_k, no_repeat_ngram_size; /* 0: not used */
-    size_t num_return_sequences, num_beams; /* beams: 1 is none */
-    double temperature, top_p; /* 1: not used */
-    double repetition_penalty; /* 1: not used */
-    double length_penalty; /* of beam search, likewise early_stopping */
+    size_t top_k, no_repeat_ngram_size; /* 0: unused */
+    size_t num_return_sequences, num_beams; /* one beam: no beam search */
+    double temperature, top_p; /* 1: unused */
+    double repetition_penalty; /* 1: unused */
+    double length_penalty; /* for beam search, like early_stopping */
     enum EarlyStopping early_stopping;
-    bool do_sample; /* draw; else take the argmax */
+    bool do_sample; /* draw a token; otherwise take the argmax */
 };
 
-/* process_repetition_penalty -- tokens that were written already become less likely [15].
+/* process_repetition_penalty -- tokens that were already written become less likely [15].
  *                                                    [glossary: Penalidade de repetição]
  *   logit = logit / penalty where it is positive, logit * penalty where it is negative
- * Either way it falls, if the penalty is above 1. An id counts once, however often it occurred.
+ * Either way it falls, if the penalty is above 1. Each id is penalized once, however often it
+ * occurred.
  * By hand: penalty 2: 3 -> 1.5 and -3 -> -6.                         test: generate_processors */
 static void process_repetition_penalty(float *logits, size_t V, const int *ids, size_t n,
                                        double penalty) {
-    /* a mark for each id that was dealt with: the penalty counts once */
+    /* A mark for each id already dealt with: without it, an id that occurred twice would be divided
+     * twice. One byte each, V bytes; scratch is counted in floats, so V / 4 of them, rounded up. */
     char *seen = (char *)thread_scratch(SCRATCH_ROW, V / 4 + 1);
     memset(seen, 0, V);
     for (size_t i = 0; i < n; i++) {
         if (seen[ids[i]])
             continue;
         seen[ids[i]] = 1;
-        /* dividing a negative logit by more than 1 would raise it, so it is multiplied */
+        /* dividing a negative logit by a penalty above 1 would raise it, so it is multiplied */
         float logit = logits[ids[i]];
         logits[ids[i]] = (float)(logit < 0 ? logit * penalty : logit / penalty);
     }
 }
 
 /* process_no_repeat_ngram -- no sequence of `ngram` tokens may occur twice.
- * The last ngram - 1 tokens are compared with every earlier place: where they stood before, the
- * token that followed them then is cut now.
- * By hand: ids 5 6 7 5 6, ngram 3: "5 6" stood before, 7 followed: 7 is cut.
+ * The last ngram - 1 tokens are compared with every earlier place: where the same tokens occurred,
+ * the token that followed them there is cut here.
+ * By hand: ids 5 6 7 5 6, ngram 3: "5 6" occurred before, and 7 followed: 7 is cut.
  *                                                                    test: generate_processors */
 static void process_no_repeat_ngram(float *logits, const int *ids, size_t n, size_t ngram) {
-    /* with fewer tokens nothing can have occurred twice */
+    /* With fewer tokens there is no earlier n-gram to repeat, and `last` would point before ids. */
     if (n < ngram)
         return;
     const int *last = ids + n - (ngram - 1);
+    /* i + ngram <= n: the place must have a token after it, which the last one has not yet */
     for (size_t i = 0; i + ngram <= n; i++)
         if (memcmp(ids + i, last, (ngram - 1) * sizeof *ids) == 0)
             logits[ids[i + ngram - 1]] = -INFINITY;
 }
 
 /* kth_largest -- the k-th largest of n numbers, 1 <= k <= n, without sorting them: Hoare's
- * selection. What is larger than a pivot goes left, what is smaller right, and only the side that
- * holds the k-th place is looked at again: about 2n steps instead of n log n. x is left rearranged.
+ * selection. Numbers larger than a pivot go to the left, smaller ones to the right, and only the
+ * side that contains place k is searched further: about 2n steps instead of n log n. x is left in
+ * another order.
  * By hand: (3, 1, 2), k = 2: 2.                                              test: kth_largest */
 static float kth_largest(float *x, size_t n, size_t k) {
+    /* the k-th largest is always in x[low .. high], and every number to the left of it is larger or
+     * equal, every number to the right smaller or equal */
     size_t low = 0;
     size_t high = n - 1;
     while (low < high) {
-        /* 1. partition: two pointers walk towards each other and exchange what is on the wrong
-         *    side of the pivot, until they meet */
+        /* 1. Partition: two indices walk towards each other and exchange what is on the wrong side
+         *    of the pivot, until they meet. The pivot comes from the middle: taken from an end, it
+         *    would split sorted numbers into 1 and n - 1, which takes n^2 steps. */
         float pivot = x[low + (high - low) / 2];
         size_t i = low;
         size_t j = high;
@@ -1719,7 +1760,7 @@ static float kth_largest(float *x, size_t n, size_t k) {
             x[j] = x[i];
             x[i] = larger;
         }
-        /* 2. the side with the k-th place */
+        /* 2. x[low .. j] has the larger numbers. Place k is k - 1, counted from 0. */
         if (k - 1 <= j)
             high = j;
         else
@@ -1728,21 +1769,21 @@ static float kth_largest(float *x, size_t n, size_t k) {
     return x[k - 1];
 }
 
-/* process_top_k -- the k largest logits stay, and what equals the smallest of them.
+/* process_top_k -- keeps the k largest logits, and any that equal the smallest of them.
  *                                                          [glossary: Amostragem top-k]
- * k is the same where the model is sure and where it is not: that is its weakness, and top-p's
- * reason to exist.
- * By hand: (3, 1, 2, 1), k = 2: the second largest is 2; 3 and 2 stay.
+ * k is the same whether the model is sure or not: that is its weakness, and the reason for top-p.
+ * By hand: (3, 1, 2, 1), k = 2: the second largest is 2, so 3 and 2 stay.
  *                                                                    test: generate_processors */
 static void process_top_k(float *logits, size_t V, size_t k) {
-    /* 1. the k-th largest, of a copy: finding it changes the order */
+    /* 1. The k-th largest of a copy, since finding it changes the order: in logits, the place of a
+     *    number is the token's id. */
     if (k >= V)
         return;
     float *copy = thread_scratch(SCRATCH_ROW, V);
     memcpy(copy, logits, V * sizeof *copy);
     float smallest_kept = kth_largest(copy, V, k);
 
-    /* 2. everything below it goes */
+    /* 2. Everything below it is cut. */
     for (size_t v = 0; v < V; v++)
         if (logits[v] < smallest_kept)
             logits[v] = -INFINITY;
@@ -1754,7 +1795,7 @@ struct Candidate {
     int id;
 };
 
-/* Largest logit first; among equals the smaller id first. */
+/* Largest logit first; of equal logits the smaller id first. */
 static int compare_candidates_down(const void *a, const void *b) {
     const struct Candidate *x = a;
     const struct Candidate *y = b;
@@ -1763,7 +1804,8 @@ static int compare_candidates_down(const void *a, const void *b) {
     return (x->id > y->id) - (x->id < y->id);
 }
 
-/* The same for top-p, where of equal tokens the larger id comes first: so transformers cuts. */
+/* The same for top-p, where the larger of two ids with equal logits comes first, as transformers
+ * cuts them. */
 static int compare_candidates_top_p(const void *a, const void *b) {
     const struct Candidate *x = a;
     const struct Candidate *y = b;
@@ -1774,30 +1816,32 @@ static int compare_candidates_top_p(const void *a, const void *b) {
 
 /* top_p_cut -- how many of the most probable tokens are needed to hold the mass p.
  * in   order (n): candidates, largest logit first; total: sum of e^(logit - largest)
- * Walks down from the top and adds up probabilities; a token stays if all those above it together
- * hold less than p. At least min_keep of the most probable tokens stay.
- * By hand: 0.5, 0.3, 0.2 and p = 0.7: 0 < 0.7 stays, 0.5 < 0.7 stays, 0.8 is enough: 2.
+ * Walks down from the top and adds up probabilities; a token stays if those above it together have
+ * a mass below p. At least min_keep of the most probable tokens stay.
+ * By hand: 0.5, 0.3, 0.2 and p = 0.7: 0 < 0.7 stays, 0.5 < 0.7 stays, 0.8 is enough: 2 are kept.
  *                                              test: generate_processors; gdb: break top_p_cut */
 static size_t top_p_cut(const struct Candidate *order, size_t n, double total, double p,
                         size_t min_keep) {
     double above = 0;
     size_t kept = 0;
     while (kept < n && (kept < min_keep || above < p)) {
-        /* this token stays; its probability counts for the next one */
+        /* the test looks at `above` before this token is added: so the token that reaches p stays,
+         * and so does the first one, even if it has more than p by itself */
         above += exp((double)order[kept].logit - order[0].logit) / total;
         kept++;
     }
     return kept;
 }
 
-/* process_top_p -- nucleus sampling: the smallest set of most probable tokens whose mass reaches p
- * stays [12].                                              [glossary: Amostragem top-p]
- * Where the model is sure, that is one token or two; where it is not, hundreds.
- * in, out  logits (V); p in [0, 1); min_keep: so many stay in any case
+/* process_top_p -- nucleus sampling: keeps the smallest set of most probable tokens whose mass
+ * reaches p [12].                                          [glossary: Amostragem top-p]
+ * Where the model is sure, these are one or two tokens; where it is not, hundreds.
+ * in, out  logits (V); p in [0, 1); min_keep: at least this many stay
  * By hand: probabilities 0.5, 0.3, 0.2. p = 0.5: the first one reaches it and stays alone; p = 0.6:
  * the first two, which hold 0.8.                                      test: generate_processors */
 static void process_top_p(float *logits, size_t V, double p, size_t min_keep) {
-    /* 1. the tokens that are left, most probable first */
+    /* 1. The tokens that are left, most probable first. A candidate is a float and an int, as large
+     *    as two floats: V of them need 2 V floats of scratch. */
     struct Candidate *order = (struct Candidate *)thread_scratch(SCRATCH_ROW, 2 * V);
     size_t n = 0;
     for (size_t v = 0; v < V; v++)
@@ -1805,41 +1849,42 @@ static void process_top_p(float *logits, size_t V, double p, size_t min_keep) {
             order[n++] = (struct Candidate){logits[v], (int)v};
     qsort(order, n, sizeof *order, compare_candidates_top_p);
 
-    /* 2. the denominator of their softmax */
+    /* 2. The denominator of their softmax, over what earlier cuts have left: top-p's mass counts
+     *    after top-k. */
     double total = 0;
     for (size_t i = 0; i < n; i++)
         total += exp((double)order[i].logit - order[0].logit);
 
-    /* 3. everything behind the cut goes */
+    /* 3. Everything after the cut goes. The ids in `order` lead back to the places in logits. */
     for (size_t i = top_p_cut(order, n, total, p, min_keep); i < n; i++)
         logits[order[i].id] = -INFINITY;
 }
 
-/* process_logits -- all processors, in transformers' order.
- * in, out  logits (V)      ids (n): prompt and what was written; new_tokens: how many of those are
- * new. Without do_sample only steps 1 and 2 act: temperature and the cuts keep the argmax.
+/* process_logits -- all processors, in the order of transformers.
+ * in, out  logits (V)      ids (n): the prompt and what was written; new_tokens: how many of them
+ * were written. Without do_sample only steps 1 and 2 act: temperature and cuts keep the argmax.
  *                                                     test: generate_filters_golden */
 static void process_logits(float *logits, size_t V, const struct GenerationConfig *config,
                            const int *ids, size_t n, size_t new_tokens, int end_token) {
-    /* 1. what was written already */
+    /* 1. Against repetition. These two can change the argmax, so they act without sampling, too. */
     if (config->repetition_penalty != 1)
         process_repetition_penalty(logits, V, ids, n, config->repetition_penalty);
     if (config->no_repeat_ngram_size)
         process_no_repeat_ngram(logits, ids, n, config->no_repeat_ngram_size);
 
-    /* 2. no end before the minimum length          [glossary: Tokens máximos e mínimos] */
+    /* 2. No end token before the minimum length   [glossary: Tokens máximos e mínimos] */
     if (new_tokens < config->min_new_tokens)
         logits[end_token] = -INFINITY;
     if (!config->do_sample)
         return;
 
-    /* 3. Temperature tau: logits / tau. Below 1 it sharpens the distribution, towards the argmax
-     *    at 0; above 1 it flattens it.                  [glossary: Temperatura (τ)] */
+    /* 3. Temperature tau: logits / tau. Below 1 it sharpens the distribution, up to the argmax as
+     *    tau goes to 0; above 1 it flattens it.         [glossary: Temperatura (τ)] */
     if (config->temperature != 1)
         for (size_t v = 0; v < V; v++)
             logits[v] = (float)(logits[v] / config->temperature);
 
-    /* 4. the cuts; a beam that may end here needs a second token to go on with */
+    /* 4. The cuts. A beam whose best token is the end token needs a second one to continue with. */
     size_t min_keep = config->num_beams > 1 ? 2 : 1;
     if (config->top_k)
         process_top_k(logits, V, MAX(config->top_k, min_keep));
@@ -1850,21 +1895,21 @@ static void process_logits(float *logits, size_t V, const struct GenerationConfi
 /* sample_token -- one draw from softmax(logits).                  [glossary: Amostragem]
  * A uniform number u in [0, 1) is drawn; probabilities are added up in the order of the ids, and
  * the token is the one at which the running sum passes u: a token of probability 0.3 owns 0.3 of
- * the line from 0 to 1. logits are probabilities afterwards.
+ * the line from 0 to 1. Afterwards `logits` holds probabilities.
  * By hand: p = (0.2, 0.5, 0.3), u = 0.6: 0.2, 0.7 > 0.6: id 1.     test: generate_distribution */
 static int sample_token(float *logits, size_t V, struct Rng *rng) {
-    /* 1. a point on the line from 0 to 1, of which each token owns a stretch */
+    /* 1. A point on the line from 0 to 1; each token owns a stretch as long as its probability. */
     softmax(logits, V);
     double u = rng_uniform(rng);
 
-    /* 2. whose stretch is it? */
+    /* 2. In whose stretch is it? A token that was cut owns none, so it is never drawn. */
     double sum = 0;
     for (size_t v = 0; v < V; v++) {
         sum += logits[v];
         if (u < sum)
             return (int)v;
     }
-    /* rounding left the sum a little under 1, and u fell into the gap */
+    /* rounding has left the sum slightly below 1, and u fell into the gap */
     return (int)argmax(logits, V);
 }
 
@@ -1872,9 +1917,9 @@ static int sample_token(float *logits, size_t V, struct Rng *rng) {
  * Part II - The model
  *
  * From text to numbers, from numbers to a distribution over the next token, and back to text.
- * After this part a reader knows what GPT-2 computes, layer by layer, forward and backward: there
- * is no step between a prompt and its continuation, or between a loss and the gradient of each
- * weight, that is not written out here.
+ * After this part a reader knows what GPT-2 computes, layer by layer, forward and backward: every
+ * step between a prompt and its continuation, and between a loss and the gradient of each weight,
+ * is written out here.
  * ============================================================================================= */
 
 /* =============================================================================================
@@ -1882,20 +1927,20 @@ static int sample_token(float *logits, size_t V, struct Rng *rng) {
  *
  * How does text become numbers? GPT-2 [1] first cuts a text into words by a fixed rule, and then
  * builds each word up from its bytes by byte-pair encoding [11]. Its vocabulary was learnt once,
- * from a large text: begin with the 256 bytes; find the two neighbours that stand side by side
- * most often, and let them be a new token; repeat 50,000 times. Each of these joins is called a
- * merge, and its rank says when it was learnt. To encode a word, the merges are made again. Where
- * several are possible, the one that was learnt first is made first:
+ * from a large text: begin with the 256 bytes; find the two tokens that most often occur side by
+ * side, and make them a new token; repeat this 50,000 times. Each of these joins is called a
+ * merge, and its rank says when it was learnt. To encode a word, the merges are applied to it
+ * again. If several are possible, the one that was learnt first comes first:
  *
  *     "low"    l o w   ->   l ow   ->   low         "o"+"w" has rank 66, "l"+"ow" rank 9063;
- *      ids   75 78 86     75 322        9319        "l"+"o" (rank 5183) never gets its turn
+ *      ids   75 78 86     75 322        9319        "l"+"o" (rank 5183) never gets a turn
  *
  * The id of a merged token is 256 + its merge's rank. So "learnt first" is "lowest id"; and since
- * a merge only uses ids below its own, the first V - 1 ids are a complete vocabulary of their own.
- * That is how a small model gets a small vocabulary without learning one. The last id of each is
- * its end token.
+ * a merge only uses ids below its own, the first V - 1 ids form a complete vocabulary by
+ * themselves. This gives a small model a small vocabulary that need not be learnt. The last id of
+ * any such vocabulary is its end token.
  *
- * What enters: bytes, any bytes. What leaves: ids from 0 to V - 1, and back, exactly.
+ * What enters: any bytes. What leaves: ids from 0 to V - 1, from which the same bytes come back.
  * ============================================================================================= */
 
 /* ---- Texts and arrays that grow ------------------------------------------------------------- */
@@ -1913,11 +1958,11 @@ static bool text_equal(struct Text a, struct Text b) {
     return a.length == b.length && memcmp(a.data, b.data, a.length) == 0;
 }
 
-/* a, then b, in new memory of the arena. A NUL stands behind it that its length does not count,
- * so that C's own functions can read it. */
+/* a followed by b, in new memory of the arena. A NUL follows that the length does not count, so
+ * that C's own functions can read the text. */
 static struct Text text_join(struct Arena *arena, struct Text a, struct Text b) {
     char *both = arena_alloc(arena, a.length + b.length + 1, 1);
-    /* an empty text may have no data at all, and memcpy must not be given NULL */
+    /* the data of an empty text may be NULL, which memcpy does not accept */
     if (a.length)
         memcpy(both, a.data, a.length);
     if (b.length)
@@ -1930,10 +1975,10 @@ static struct Text text_copy(struct Arena *arena, struct Text text) {
     return text_join(arena, text, (struct Text){0});
 }
 
-/* sprintf into new memory of the arena, exactly as long as the result. */
+/* sprintf into new memory of the arena, just large enough for the result. */
 static char *PRINTF_LIKE(2, 3) arena_printf(struct Arena *arena, const char *format, ...) {
-    /* formatted twice: once into nothing, to learn the length, and once for good. A va_list is used
-     * up by reading it, so the second time needs a copy. */
+    /* Formatted twice: once into nothing, to learn the length, and once for good. Reading a va_list
+     * uses it up, so the second time needs a copy. */
     va_list arguments, again;
     va_start(arguments, format);
     va_copy(again, arguments);
@@ -1945,14 +1990,14 @@ static char *PRINTF_LIKE(2, 3) arena_printf(struct Arena *arena, const char *for
     return string;
 }
 
-/* Makes sure that an array of n items has room for one more. Where it has not, its capacity
- * doubles: so n items are copied about n times in all, however long it becomes. The array is
- * malloc's, not an arena's; its owner frees it.
- * in, out  capacity: items that there is room for; size: bytes of an item */
+/* Makes sure that an array of n items has room for one more. If it has not, its capacity is
+ * doubled, so that only about n items are copied in all while it grows to n. The array comes from
+ * malloc, not from an arena; its owner frees it.
+ * in, out  capacity: the number of items there is room for; size: bytes of an item */
 static void *grow(void *items, size_t n, size_t *capacity, size_t size) {
     if (n < *capacity)
         return items;
-    /* doubled, not one more: else the n-th item would cost n copies */
+    /* growing by one each time would copy everything for every new item: n^2 / 2 copies */
     *capacity = MAX(2 * *capacity, (size_t)256);
     items = realloc(items, *capacity * size);
     CHECK(items, "out of memory: %zu MB asked for", *capacity * size >> 20);
@@ -1961,13 +2006,13 @@ static void *grow(void *items, size_t n, size_t *capacity, size_t size) {
 
 /* ---- The vocabulary ------------------------------------------------------------------------- */
 
-/* TOKENIZER_MAGIC and _VERSION open tokenizer.bin (chapter 23). Of a vocabulary's ids the first 256
- * are the bytes, but in GPT-2's own order: byte_token of struct Tokenizer. */
+/* TOKENIZER_MAGIC and _VERSION are the first numbers of tokenizer.bin (chapter 23). The first 256
+ * ids of a vocabulary are the bytes, but in GPT-2's own order: byte_token of struct Tokenizer. */
 enum { TOKENIZER_MAGIC = 20240328, TOKENIZER_VERSION = 2, BYTE_TOKENS = 256 };
-/* What GPT-2's rule for words distinguishes. */
+/* The classes of characters that GPT-2's rule for words distinguishes. */
 enum CharClass { CLASS_OTHER, CLASS_LETTER, CLASS_NUMBER, CLASS_SPACE };
-/* Code points end below the first. The second: 2^17 places for 50,000 merges, so that a search
- * in the hash table ends after one or two. */
+/* UNICODE_END: every code point is below it. MERGE_SLOTS: 2^17 places for 50,000 merges, so that a
+ * search in the hash table ends after one or two steps. */
 enum { UNICODE_END = 0x110000, MERGE_SLOTS = 1 << 17 };
 
 struct Tokenizer {
@@ -1982,26 +2027,26 @@ struct Tokenizer {
     int *merge_id; /* (MERGE_SLOTS) hash table: a pair -> the id it makes; -1: an empty slot */
 };
 
-/* Where a pair stands in the hash table merge_id, or, if it is no merge, the empty slot at which
+/* The slot of a pair in the hash table merge_id or, if the pair is no merge, the empty slot where
  * the search for it ended. */
 static size_t merge_slot(const struct Tokenizer *tok, uint32_t pair) {
     /* Knuth's multiplicative hash: the product with 2^32 / golden ratio, modulo 2^32, spreads
-     * pairs that are alike; its upper 17 bits number a slot */
+     * similar pairs; its upper 17 bits are the slot */
     size_t slot = (pair * 2654435761u) >> 15;
-    /* a slot that another pair has taken: try the next one */
+    /* a slot taken by another pair: try the next one */
     while (tok->merge_id[slot] >= 0 && tok->merge_pair[tok->merge_id[slot] - BYTE_TOKENS] != pair)
         slot = (slot + 1) % MERGE_SLOTS;
     return slot;
 }
 
-/* The id that two neighbours make together, or -1 if they make none. */
+/* The id of the token that two neighbours merge into, or -1 if there is no such merge. */
 static int tokenizer_merge(const struct Tokenizer *tok, int left, int right) {
     return tok->merge_id[merge_slot(tok, (uint32_t)left | (uint32_t)right << 16)];
 }
 
 /* The end token's id in a vocabulary of V ids: the ids below it are ordinary tokens, and it is
- * spelt "<|endoftext|>". It is GPT-2's own (50256) if the vocabulary reaches so far, else the last
- * id. This is only the default: which token ends a text is for the model's configuration to say
+ * spelt "<|endoftext|>". If the vocabulary includes GPT-2's own (50256), it is that, otherwise the
+ * last id. This is only the default: the model's configuration decides which token ends a text
  * (eos_token_id).
  * By hand: V = 1025: 1024. V = 50304, padded to a multiple of 64: 50256.  test: tokenizer_small */
 static int endoftext_id(size_t vocab_size) {
@@ -2012,9 +2057,10 @@ static int endoftext_id(size_t vocab_size) {
 
 /* utf8_read -- one character of UTF-8: its length in bytes, 1 to 4, and its code point in *code.
  * Returns 0 if the bytes are not valid UTF-8.
- * in   text: the character starts at its first byte; n >= 1: bytes that are left
- * The leading ones of the first byte say how many bytes there are (0 one, 110 two, 1110 three,
- * 11110 four), the rest of it are the upper bits; each further byte is 10 and six more bits.
+ * in   text: the character starts at its first byte; n >= 1: how many bytes are left
+ * The leading ones of the first byte tell how many bytes there are (0 one, 110 two, 1110 three,
+ * 11110 four); its other bits are the upper bits of the code point. Each further byte is 10 and six
+ * more bits.
  * By hand: c3 a9 is 110'00011 10'101001: 00011'101001 = e9, "e" with an acute accent.
  *                                                                        test: tokenizer_bytes */
 static size_t utf8_read(const unsigned char *text, size_t n, uint32_t *code) {
@@ -2025,13 +2071,13 @@ static size_t utf8_read(const unsigned char *text, size_t n, uint32_t *code) {
     if (first < 0x80)
         return 1;
 
-    /* 1. The length. 80 to bf continue a character and cannot start one; c0 and c1 could only
+    /* 1. The length. Bytes 80 to bf continue a character and cannot start one; c0 and c1 could only
      *    spell ASCII in two bytes; f5 and above would be beyond the last code point. */
     size_t length = first >= 0xf0 ? 4 : first >= 0xe0 ? 3 : 2;
     if (first < 0xc2 || first > 0xf4 || n < length)
         return 0;
 
-    /* 2. the first byte without its leading ones, then six bits of each byte behind it */
+    /* 2. The first byte without its leading ones, then six bits from each of the next bytes. */
     *code = first & (0xffu >> (length + 1));
     for (size_t k = 1; k < length; k++) {
         if ((text[k] & 0xc0) != 0x80)
@@ -2039,7 +2085,7 @@ static size_t utf8_read(const unsigned char *text, size_t n, uint32_t *code) {
         *code = *code << 6 | (text[k] & 63);
     }
 
-    /* 3. Each character has one spelling, its shortest; and d800 to dfff are no characters but
+    /* 3. Each character has one spelling, the shortest; and d800 to dfff are no characters but the
      *    halves of UTF-16's pairs. */
     bool is_shortest = *code >= smallest[length];
     bool is_surrogate = *code >= 0xd800 && *code < 0xe000;
@@ -2047,23 +2093,23 @@ static size_t utf8_read(const unsigned char *text, size_t n, uint32_t *code) {
 }
 
 /* Class and length of the character at text[i]. A byte that is not valid UTF-8 counts as a
- * character of class "other": nothing is refused, nothing is lost. */
+ * character of class "other": no text is refused, and no byte is lost. */
 static enum CharClass char_class_at(const struct Tokenizer *tok, const unsigned char *text,
                                     size_t i, size_t n, size_t *length) {
     uint32_t code;
     *length = utf8_read(text + i, n - i, &code);
     if (*length > 0)
         return (enum CharClass)tok->char_class[code];
-    /* not UTF-8: pass over this byte alone, for the next one may start a character */
+    /* not UTF-8: skip this byte alone, since the next one may start a character */
     *length = 1;
     return CLASS_OTHER;
 }
 
-/* How many bytes of 's 't 're 've 'm 'll 'd the text starts with; 0 if it starts with none. */
+/* The length of the contraction ('s 't 're 've 'm 'll 'd) that the text starts with; 0 if none. */
 static size_t contraction_length(const unsigned char *text, size_t n) {
     static const char *const contractions[] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
     for (size_t k = 0; k < COUNT(contractions); k++) {
-        /* as the rule has it, lower case only and whatever follows: "'Sx" is none, "'sx" is one */
+        /* As in GPT-2's rule, lower case only, whatever follows: not "'S", but "'s" in "'sx". */
         size_t length = strlen(contractions[k]);
         if (n >= length && memcmp(text, contractions[k], length) == 0)
             return length;
@@ -2071,12 +2117,13 @@ static size_t contraction_length(const unsigned char *text, size_t n) {
     return 0;
 }
 
-/* tokenizer_word_end -- where the word that starts at i ends. Merges never cross this border: else
- * "dog.", "dog!" and "dog?" would each become a token. GPT-2's rule, as a regular expression whose
- * alternatives are tried from left to right (\p{L} letters, \p{N} numbers, \s spaces):
+/* tokenizer_word_end -- where the word that starts at i ends. Merges never cross this border:
+ * otherwise "dog.", "dog!" and "dog?" would each become a token. GPT-2's rule, as a regular
+ * expression whose alternatives are tried from left to right (\p{L} letters, \p{N} numbers, \s
+ * spaces):
  *     's|'t|'re|'ve|'m|'ll|'d | ?\p{L}+ | ?\p{N}+ | ?[^\s\p{L}\p{N}]+ | \s+(?!\S) | \s+
  * In words: a run of one class, with a space in front of it if there is one. So the usual space
- * belongs to the word behind it, and " film" is one token, wherever it stands in a sentence.
+ * belongs to the word after it, and " film" is one token anywhere in a sentence.
  * By hand: "I'm  42!" -> "I", "'m", " ", " 42", "!": of two spaces the last one goes with 42.
  *                                                                        test: tokenizer_words */
 static size_t tokenizer_word_end(const struct Tokenizer *tok, const unsigned char *text, size_t i,
@@ -2086,8 +2133,8 @@ static size_t tokenizer_word_end(const struct Tokenizer *tok, const unsigned cha
     if (contraction > 0)
         return i + contraction;
 
-    /* 2. The class of the run is that of its first character; " ?": one space in front of
-     *    another class is passed over. */
+    /* 2. The class of the run is that of its first character, after one optional space (" ?" in the
+     *    rule) in front of another class. */
     size_t length;
     size_t at = i;
     enum CharClass class = char_class_at(tok, text, at, n, &length);
@@ -2101,33 +2148,33 @@ static size_t tokenizer_word_end(const struct Tokenizer *tok, const unsigned cha
         }
     }
 
-    /* 3. to the end of the run; `last` is where its last character starts */
+    /* 3. To the end of the run; `last` is where its last character starts. */
     size_t last = at;
     for (at += length; at < n && char_class_at(tok, text, at, n, &length) == class; at += length)
         last = at;
 
-    /* 4. \s+(?!\S): a run of spaces in front of a word leaves its last space to that word, but
-     *    not if it is the only one */
+    /* 4. \s+(?!\S): a run of spaces in front of a word leaves its last space to that word, unless
+     *    it is the only one. */
     return class == CLASS_SPACE && at < n && last > i ? last : at;
 }
 
 /* ---- From a word to tokens ------------------------------------------------------------------ */
 
-/* A word while it is encoded: a linked list of pieces, at first its bytes, and a heap of the merges
- * that are possible. Each entry of the heap is merged id << 32 | left piece: the smallest entry is
- * the merge that was learnt first, and among equals the leftmost.
+/* A word while it is being encoded: a linked list of pieces, initially its bytes, and a heap of the
+ * merges that are possible. Each entry of the heap is merged id << 32 | left piece: so the smallest
+ * entry is the merge that was learnt first and, among equals, the leftmost.
  *
- * A merge makes others impossible, whose entries stay behind in the heap. To look for them would
- * be slow; instead each entry is checked when its turn comes, and a stale one is skipped. So a
- * word of n bytes takes O(n log n) steps. To search the whole word before each merge would take
- * O(n^2), which is too long for a million letters without a space.   test: tokenizer_long_word */
+ * A merge makes others impossible, whose entries remain in the heap. Searching for them would be
+ * slow; instead each entry is checked when its turn comes, and a stale one is skipped. So a word of
+ * n bytes takes O(n log n) steps. Searching the whole word before each merge would take O(n^2),
+ * which is too long for a million letters without a space.           test: tokenizer_long_word */
 struct Piece {
     int id; /* -1: merged into its left neighbour */
     int32_t prev, next; /* -1: none */
 };
 struct WordPieces {
     const struct Tokenizer *tok;
-    int merge_limit; /* merges that make this id or a later one are outside the vocabulary */
+    int merge_limit; /* merges into this id or a later one are outside the vocabulary */
     struct Piece *piece;
     uint64_t *heap;
     size_t heap_size;
@@ -2136,24 +2183,24 @@ struct WordPieces {
 /* A binary heap: entry i is not larger than its children, 2i + 1 and 2i + 2; so the smallest is
  * entry 0. By hand: push 7, 4, 9: (4, 7, 9).                                test: tokenizer_heap */
 static void heap_push(struct WordPieces *word, uint64_t entry) {
-    /* from the new place at the end upwards: each parent that is larger moves down one level */
+    /* from the new place at the end upwards: each larger parent moves down by one level */
     size_t i = word->heap_size++;
     for (; i > 0 && entry < word->heap[(i - 1) / 2]; i = (i - 1) / 2)
         word->heap[i] = word->heap[(i - 1) / 2];
     word->heap[i] = entry;
 }
 
-/* Takes the smallest entry out.
+/* Removes the smallest entry and returns it.
  * By hand: (4, 7, 9) gives 4 and leaves (7, 9).                             test: tokenizer_heap */
 static uint64_t heap_pop(struct WordPieces *word) {
     uint64_t smallest = word->heap[0];
-    /* The last entry needs a new place, for the heap is shorter by one. The way leads from the gap
-     * at the top downwards: the smaller child moves up, until the entry fits in. */
+    /* The heap is shorter by one, so its last entry needs a new place. From the gap at the top
+     * downwards: the smaller child moves up, until the last entry fits into the gap. */
     uint64_t last = word->heap[--word->heap_size];
     size_t n = word->heap_size;
     size_t i = 0;
     for (size_t child; (child = 2 * i + 1) < n; i = child) {
-        /* the smaller one, for it becomes the other one's parent */
+        /* the smaller child, since it becomes the other one's parent */
         if (child + 1 < n && word->heap[child + 1] < word->heap[child])
             child++;
         if (word->heap[child] >= last)
@@ -2164,10 +2211,10 @@ static uint64_t heap_pop(struct WordPieces *word) {
     return smallest;
 }
 
-/* Puts the merge of piece `left` and the one behind it into the heap, if there is such a merge and
- * the vocabulary has it. left -1: there is no piece. */
+/* Puts the merge of piece `left` with the next one into the heap, if there is such a merge and the
+ * vocabulary includes it. left -1: there is no piece. */
 static void pieces_offer(struct WordPieces *word, int32_t left) {
-    /* 1. at either end of the word there is no pair */
+    /* 1. At either end of the word there is no pair. */
     if (left < 0 || word->piece[left].next < 0)
         return;
 
@@ -2179,24 +2226,24 @@ static void pieces_offer(struct WordPieces *word, int32_t left) {
         heap_push(word, (uint64_t)id << 32 | (uint32_t)left);
 }
 
-/* Joins piece `left` and the one behind it into the token `id`, unless the entry is stale: one of
- * the two has merged with another piece since the pair was offered. */
+/* Joins piece `left` and the next one into the token `id`, unless the entry is stale: one of the
+ * two has merged with another piece since the pair entered the heap. */
 static void pieces_merge(struct WordPieces *word, int32_t left, int id) {
-    /* 1. Stale? Then they no longer make this id, or are no longer there. */
+    /* 1. Stale? Then the two no longer make this id, or one of them is gone. */
     struct Piece *piece = word->piece;
     int32_t right = piece[left].next;
     if (piece[left].id < 0 || right < 0
         || tokenizer_merge(word->tok, piece[left].id, piece[right].id) != id)
         return;
 
-    /* 2. the left one becomes both, and the right one leaves the list */
+    /* 2. The left piece becomes both, and the right one leaves the list. */
     piece[left].id = id;
     piece[left].next = piece[right].next;
     piece[right].id = -1;
     if (piece[left].next >= 0)
         piece[piece[left].next].prev = left;
 
-    /* 3. the new piece may merge with its neighbours on either side */
+    /* 3. The new piece may merge with its neighbour on either side. */
     pieces_offer(word, piece[left].prev);
     pieces_offer(word, left);
 }
@@ -2205,12 +2252,12 @@ static void pieces_merge(struct WordPieces *word, int32_t left, int id) {
  * in   bytes (n); word: with room for n pieces and 3n heap entries
  * out  ids: room for n; returns how many there are
  * By hand: " lovely": " l" (300), "ve" (303), "ly" (306), "ove" (659), " love" (1842), at last
- * " lovely" (14081). With V = 1025 it ends at 300 659 306, since 1842 is outside. docs/debugging.md
- * has a tour through it.
+ * " lovely" (14081). With V = 1025 it stops at 300 659 306, since 1842 is outside.
+ * docs/debugging.md has a tour through it.
  *            test: tokenizer_cases, tokenizer_small, tokenizer_plain; gdb: break pieces_merge */
 static size_t tokenizer_encode_word(struct WordPieces *word, const unsigned char *bytes, size_t n,
                                     int *ids) {
-    /* 1. one piece for each byte, and all neighbours that can merge */
+    /* 1. One piece for each byte, and every pair of neighbours that can merge. */
     struct Piece *piece = word->piece;
     for (size_t i = 0; i < n; i++)
         piece[i] = (struct Piece){
@@ -2222,14 +2269,15 @@ static size_t tokenizer_encode_word(struct WordPieces *word, const unsigned char
     for (size_t i = 0; i + 1 < n; i++)
         pieces_offer(word, (int32_t)i);
 
-    /* 2. the merge that was learnt first, again and again, until none is left */
+    /* 2. The merge that was learnt first, again and again, until none is left: in this order the
+     *    vocabulary was learnt, so in this order its tokens are found. */
     while (word->heap_size > 0) {
         uint64_t entry = heap_pop(word);
         pieces_merge(word, (int32_t)(entry & 0xffffffff), (int)(entry >> 32));
     }
 
-    /* 3. what is left in the list are the tokens; its first piece is always piece 0, for a piece
-     *    only ever merges into its left neighbour */
+    /* 3. What remains in the list are the tokens. The first is always piece 0, since a piece only
+     *    ever merges into its left neighbour. */
     size_t count = 0;
     for (int32_t i = 0; i >= 0; i = piece[i].next)
         ids[count++] = piece[i].id;
@@ -2238,30 +2286,30 @@ static size_t tokenizer_encode_word(struct WordPieces *word, const unsigned char
 
 /* tokenizer_encode -- text to ids.                [glossary: Tokenização de conjunto de dados]
  * in   text: n bytes, valid UTF-8 or not; vocab_size: V of the model
- * out  ids: room for n of them, for a token has at least one byte; returns how many there are.
- *      They are below the end token's id.
- * "<|endoftext|>" inside a text is ordinary text, seven tokens: data cannot forge an end.
+ * out  ids: room for n of them, since a token has at least one byte; returns how many there are.
+ *      All are below the end token's id.
+ * "<|endoftext|>" inside a text is ordinary text, seven tokens: no text can fake its own end.
  * By hand: "Hello world" -> "Hello" (15496), " world" (995).                 test: tokenizer_* */
 static size_t tokenizer_encode(const struct Tokenizer *tok, struct Text text, size_t vocab_size,
                                int *ids) {
     const unsigned char *bytes = (const unsigned char *)text.data;
     struct WordPieces word = {.tok = tok, .merge_limit = endoftext_id(vocab_size)};
     size_t count = 0;
-    /* pieces are numbered by an int32_t */
+    /* struct Piece numbers pieces with an int32_t */
     CHECK(text.length < INT32_MAX,
           "a text of %zu bytes is longer than the 2 GB that can be encoded at once", text.length);
     for (size_t i = 0, end; i < text.length; i = end) {
-        /* 1. the next word */
+        /* 1. The next word. Words are encoded separately: no merge crosses their borders. */
         end = tokenizer_word_end(tok, bytes, i, text.length);
         size_t n = end - i;
 
-        /* 2. Memory. The heap: n - 1 pairs at first, and two more with each of at most n - 1
-         *    merges, so 3n entries of 8 bytes. A piece has 12 bytes. Scratch is counted in floats,
-         *    of 4 bytes. */
+        /* 2. Memory. The heap: n - 1 pairs at first, and two more for each of at most n - 1
+         *    merges, so 3n entries of 8 bytes suffice; n pieces have 12 bytes each. Scratch is
+         *    counted in floats, of 4 bytes: 6n and 3n. */
         word.heap = (uint64_t *)thread_scratch(SCRATCH_A, 6 * n);
         word.piece = (struct Piece *)thread_scratch(SCRATCH_B, 3 * n);
 
-        /* 3. its tokens, behind those of the words before it */
+        /* 3. Its tokens, after those of the words before it. */
         count += tokenizer_encode_word(&word, bytes + i, n, ids + count);
     }
     return count;
@@ -2269,10 +2317,10 @@ static size_t tokenizer_encode(const struct Tokenizer *tok, struct Text text, si
 
 /* ---- And back ------------------------------------------------------------------------------- */
 
-/* The bytes of a token of a vocabulary of vocab_size ids. They may be part of a character only:
- * UTF-8 is whole again when the tokens are joined. */
+/* The bytes of a token in a vocabulary of vocab_size ids. They may be only a part of a character:
+ * the text is valid UTF-8 again once the tokens are joined. */
 static struct Text tokenizer_decode(const struct Tokenizer *tok, int id, size_t vocab_size) {
-    /* a small vocabulary's end token has the id of an ordinary one of the large vocabulary */
+    /* the id of a small vocabulary's end token is an ordinary token in the large one */
     if (id == endoftext_id(vocab_size))
         id = tok->end_token;
     /* the unused ids of a padded vocabulary */
@@ -2281,16 +2329,16 @@ static struct Text tokenizer_decode(const struct Tokenizer *tok, int id, size_t 
     return tok->token[id];
 }
 
-/* The text of n ids: the bytes of all tokens, one behind the other.
+/* The text of n ids: the bytes of all tokens, joined.
  *                                                         test: tokenizer_cases, tokenizer_bytes */
 static struct Text tokenizer_decode_all(const struct Tokenizer *tok, struct Arena *arena,
                                         const int *ids, size_t n, size_t vocab_size) {
-    /* 1. how long it will be */
+    /* 1. The length first, so that the arena gives one piece of the right size. */
     size_t length = 0;
     for (size_t i = 0; i < n; i++)
         length += tokenizer_decode(tok, ids[i], vocab_size).length;
 
-    /* 2. the bytes, and a NUL for C's own functions */
+    /* 2. The bytes, and a NUL for C's own functions. */
     char *text = arena_alloc(arena, length + 1, 1);
     char *to = text;
     for (size_t i = 0; i < n; i++) {
@@ -2307,24 +2355,24 @@ static struct Text tokenizer_decode_all(const struct Tokenizer *tok, struct Aren
  *                                                    [glossary: Conjunto de dados]
  *
  * What does the model see of a data set? Rows of text become examples (ids, and how many of them
- * are the prompt), and several examples become a batch. Texts have different lengths. TRL pads
- * them to a rectangle and masks the padding out again; here they are packed, one behind the other:
+ * are the prompt), and several examples become a batch. Texts differ in length. TRL pads them to a
+ * rectangle and then masks the padding; here they are packed, each right after the one before:
  *
  *     example 0: [5 6 7]      TRL:  5 6 7 .        here:  ids       5 6 7 8 9 4 3
  *     example 1: [8 9 4 3]          8 9 4 3               start     0     3       7
  *                                                         position  0 1 2 0 1 2 3
  *
- * What is not there costs nothing, and each fact has one place: where a sequence starts, which
- * position each token has, which rows must predict which token.
+ * There is no padding to compute, and each fact is stored in one place: where a sequence starts,
+ * which position each token has, which rows must predict which token.
  *
- * What enters: ids of texts. What leaves: a batch: N tokens in a row, R rows with a target.
+ * What enters: ids of texts. What leaves: a batch of N tokens, and R targets to predict.
  * ============================================================================================= */
 
 /* ---- Rows of a data set --------------------------------------------------------------------- */
 
 /* The fields that a row of a data set may have, one bit each. A shape says what a method needs:
- * the fields that each row must have, and, 16 bits further up, those that are used if they are
- * there. What else a row has is not looked at. */
+ * the fields that each row must have and, 16 bits further up, those that are used if present. Any
+ * other field of a row is ignored. */
 #define MAY_HAVE(fields) ((fields) << 16)
 enum Field {
     HAS_TEXT = 1,
@@ -2341,18 +2389,18 @@ enum Field {
     SHAPE_PROMPT = HAS_PROMPT,
     SHAPE_PROMPT_COMPLETION = HAS_PROMPT | HAS_COMPLETION,
     SHAPE_PREFERENCE = HAS_CHOSEN | HAS_REJECTED | MAY_HAVE(HAS_PROMPT),
-    SHAPE_MARGIN = SHAPE_PREFERENCE | MAY_HAVE(HAS_MARGIN), /* the same, where margins count */
+    SHAPE_MARGIN = SHAPE_PREFERENCE | MAY_HAVE(HAS_MARGIN), /* the same, for losses with a margin */
     SHAPE_LABELLED = HAS_TEXT | HAS_LABEL,
     SHAPE_RATED = HAS_TEXT | HAS_SCORE,
     SHAPE_ROLLOUT = HAS_QUERY_IDS | HAS_RESPONSE_IDS | HAS_SCORE
 };
-/* In the order of the bits: their names in a file. */
+/* Their names in a file, in the order of the bits. */
 static const char *const FIELD_NAMES[] = {"text",         "prompt", "completion", "chosen",
                                           "rejected",     "label",  "score",      "query_ids",
                                           "response_ids", "margin"};
 
 struct Row {
-    unsigned has; /* the bits of the fields that it has, used or not */
+    unsigned has; /* a bit for each field that the row has, used or not */
     struct Text text, prompt, completion, chosen, rejected;
     double score, margin, label;
     int *query_ids, *response_ids;
@@ -2364,7 +2412,7 @@ struct Dataset {
     size_t n, capacity;
     unsigned shape;
     char *path;
-    struct DataFile *files; /* of a folder; else the one file */
+    struct DataFile *files; /* the files of a folder, or the one file */
     size_t file_count;
 };
 
@@ -2376,28 +2424,29 @@ struct Example {
     size_t n, prompt_length;
 };
 
-/* Did the answer behind the prompt end by itself, in the policy's end token? */
+/* Did the answer end by itself, with the policy's end token? */
 static bool example_ended(const struct Example *e, int end_token) {
     return e->n > e->prompt_length && e->ids[e->n - 1] == end_token;
 }
 
-/* Puts the end token behind what is learnt: that is how a model learns to stop. As in TRL, no
- * second one follows where the answer ends in it already, which can happen when the end token is
- * an ordinary one, "." for instance. The ids must have room for it.        test: data_end_token */
+/* Appends the end token to what is learnt: that is how a model learns to stop. As in TRL, no second
+ * one follows if the answer already ends with it, which can happen if the end token is an ordinary
+ * one, "." for instance. The ids must have room for it.                    test: data_end_token */
 static void example_end(struct Example *e, int end_token) {
     if (!example_ended(e, end_token))
         e->ids[e->n++] = end_token;
 }
 
-/* A text as ids, all of them learnt; the model's end token behind it, or none if end_token is
- * NULL. There is room for one id more in either case. */
+/* A text as ids, all of them learnt, followed by the model's end token, or by none if end_token is
+ * NULL. Either way there is room for one more id. */
 static struct Example example_encode(struct Arena *arena, const struct Tokenizer *tok,
                                      struct Text text, size_t vocab_size, const int *end_token) {
-    /* encoded into scratch, since only afterwards is it known how many ids there are */
+    /* Encoded into scratch, because the number of ids is known only afterwards. Scratch is counted
+     * in floats, as large as an int, and a text has no more ids than bytes. */
     struct Example e = {0};
     int *ids = (int *)thread_scratch(SCRATCH_ROW, text.length + 1);
     e.n = tokenizer_encode(tok, text, vocab_size, ids);
-    /* one more than there are, for an end token that a caller may add later */
+    /* room for one more: a caller may append an end token later */
     e.ids = memcpy(arena_alloc(arena, e.n + 1, sizeof *e.ids), ids, e.n * sizeof *ids);
     if (end_token)
         example_end(&e, *end_token);
@@ -2405,27 +2454,28 @@ static struct Example example_encode(struct Arena *arena, const struct Tokenizer
 }
 
 /* example_prompt_completion -- prompt and completion as one example, as TRL makes it.
- * They are encoded as one text, for that is what the model reads when it is used: encoded apart,
- * a token might be cut in two at the seam. The completion starts where the ids are no longer those
- * of the prompt alone. So a token that spans the seam belongs to the completion, and is learnt.
+ * They are encoded as one text, since that is what the model reads when it is used: encoded
+ * separately, a token might be cut in two at the seam. The completion starts at the first id that
+ * differs from the ids of the prompt alone. So a token that spans the seam belongs to the
+ * completion, and is learnt.
  * By hand: "Hello wor" + "ld": together "Hello" " world", the prompt alone "Hello" " wor": the ids
- * agree in one, so the prompt is "Hello".                           test: data_prompt_completion */
+ * agree on one token, so the prompt is "Hello".                     test: data_prompt_completion */
 static struct Example example_prompt_completion(struct Arena *arena, const struct Tokenizer *tok,
                                                 struct Text prompt, struct Text completion,
                                                 size_t vocab_size, const int *end_token) {
-    /* 1. the prompt by itself, and the whole */
+    /* 1. The prompt alone, and the whole. Only the whole is kept. */
     struct Arena scratch = {0};
     struct Example alone = example_encode(&scratch, tok, prompt, vocab_size, NULL);
     struct Text both = text_join(&scratch, prompt, completion);
     struct Example whole = example_encode(arena, tok, both, vocab_size, NULL);
 
-    /* 2. as far as the two agree, it is the prompt */
+    /* 2. What the two have in common at the start is the prompt. */
     size_t shared = 0;
     while (shared < alone.n && shared < whole.n && alone.ids[shared] == whole.ids[shared])
         shared++;
     whole.prompt_length = shared;
 
-    /* 3. only now the end token: whether one is needed depends on where the completion starts */
+    /* 3. The end token only now: whether it is needed depends on where the completion starts. */
     if (end_token)
         example_end(&whole, *end_token);
     arena_free(&scratch);
@@ -2433,26 +2483,26 @@ static struct Example example_prompt_completion(struct Arena *arena, const struc
 }
 
 /* split_implicit_prompt -- finds the prompt of a preference that has none: its two texts are whole
- * conversations, and what both begin with is the prompt. As in TRL, a space at its end goes to the
- * answers, for GPT-2's words begin with their space.
- * in, out  row: chosen, rejected; prompt is set. They stay parts of the texts that they were.
+ * conversations, and their common beginning is the prompt. As in TRL, a space at the prompt's end
+ * goes to the answers, since GPT-2's words begin with their space.
+ * in, out  row: chosen and rejected are shortened, prompt is set; all point into the old texts.
  * By hand: "It is good" and "It is bad": prompt "It is", answers " good" and " bad".
  *                                                                     test: data_implicit_prompt */
 static void split_implicit_prompt(struct Row *row) {
-    /* 1. the longest common beginning, in bytes */
+    /* 1. The longest common beginning, in bytes. */
     size_t n = 0;
     while (n < row->chosen.length && n < row->rejected.length
            && row->chosen.data[n] == row->rejected.data[n])
         n++;
 
-    /* 2. It must end between two characters. Two accented letters may share their first byte; so
-     *    while the byte behind the cut continues a character (10......), the cut moves left. At
-     *    the end of a text, that byte is the NUL that stands behind each. */
+    /* 2. It must end between two characters, but two accented letters may share their first byte.
+     *    So while the byte after the cut continues a character (10......), the cut moves left. At
+     *    the end of a text, that byte is the NUL that follows each text. */
     while (n > 0
            && ((row->chosen.data[n] & 0xc0) == 0x80 || (row->rejected.data[n] & 0xc0) == 0x80))
         n--;
 
-    /* 3. the space goes to the answers */
+    /* 3. The space goes to the answers. Cutting moves pointers; no text is copied. */
     if (n > 0 && row->chosen.data[n - 1] == ' ')
         n--;
     row->prompt = (struct Text){row->chosen.data, n};
@@ -2462,65 +2512,79 @@ static void split_implicit_prompt(struct Row *row) {
 
 /* ---- Batches: examples side by side --------------------------------------------------------- */
 
-/* B sequences, packed into N rows of tokens; R of these rows must predict something. */
+/* B sequences, packed into N rows of tokens; R of these rows must predict something, and row[r] and
+ * target[r] say which and what. The two examples of the chapter's essay, with prompts of 1 and 2
+ * tokens, and without each last token, which predicts nothing:
+ *
+ *     n          0  1  2  3  4
+ *     ids        5  6  8  9  4       start         0  2  5    sequence 1 is rows 2 to 4
+ *     position   0  1  0  1  2
+ *                |  |     |  |
+ *     must       v  v     v  v       r             0  1  2  3
+ *     predict    6  7     4  3       row           0  1  3  4    row 3, the 9, must predict
+ *                                    target        6  7  4  3    the 4 after it
+ *                                    target_start  0  2  4       sequence 1 has r = 2 and 3
+ *
+ * Row 2, the 8, predicts nothing: the token after it, 9, belongs to the prompt. Losses are computed
+ * for R targets, in arrays without gaps; `row` leads back to the hidden state of each. */
 struct Batch {
     size_t B, N, R, max_length; /* max_length: tokens of the longest sequence in the batch */
-    size_t tokens; /* of the examples, whether or not the model reads the last ones */
+    size_t tokens; /* of the examples, whether or not the model reads their last ones */
     int *ids, *position; /* (N) */
     size_t *start; /* (B+1) sequence b has the rows start[b] .. start[b+1]-1 */
     size_t *target_start; /* (B+1) its targets are target_start[b] .. target_start[b+1]-1 */
     int *row, *target; /* (R) row[r] must predict the id target[r] */
-    /* (B) or NULL. From its row fork[b] on, sequence b is another answer to its first shared[b]
+    /* (B) or NULL. From its row fork[b] on, sequence b is a second answer to its first shared[b]
      * tokens: see collate_pairs. */
     size_t *shared, *fork;
 };
 
-/* A batch that will have B sequences and at most `tokens` rows; it has none yet. */
+/* A batch for B sequences and at most `tokens` rows; it has no rows yet. */
 static struct Batch batch_new(struct Arena *arena, size_t B, size_t tokens) {
     return (struct Batch){
         .B = B,
         .tokens = tokens,
-        /* what each row is */
+        /* what each row is: a token and its position */
         .ids = arena_alloc(arena, tokens, sizeof(int)),
         .position = arena_alloc(arena, tokens, sizeof(int)),
-        /* which rows must predict what */
+        /* which rows must predict what: never more targets than tokens */
         .row = arena_alloc(arena, tokens, sizeof(int)),
         .target = arena_alloc(arena, tokens, sizeof(int)),
-        /* cleared: the first sequence starts at row 0, with target 0 */
+        /* cleared: sequence 0 starts at row 0, and its targets at target 0 */
         .start = arena_zeros(arena, B + 1, sizeof(size_t)),
         .target_start = arena_zeros(arena, B + 1, sizeof(size_t)),
     };
 }
 
-/* Tokens first to end - 1 of a sequence become the batch's next rows. */
+/* Tokens first to end - 1 of a sequence become the next rows of the batch. */
 static void batch_append(struct Batch *batch, const int *ids, size_t first, size_t end) {
     for (size_t t = first; t < end; t++, batch->N++) {
-        /* the position counts from the start of the text, wherever in the batch the row stands */
+        /* the position counts from the start of the text, not of the batch */
         batch->ids[batch->N] = ids[t];
         batch->position[batch->N] = (int)t;
     }
 }
 
-/* Is a sequence's last token read? It predicts nothing, so a language model need not; a reward is
- * read there. */
+/* Is the last token of a sequence read? A language model predicts nothing from it and can skip it;
+ * a reward is read there. */
 enum LastToken { SKIP_LAST, READ_LAST };
 
-/* Example e becomes sequence b of the batch, behind those that are there. */
+/* Example e becomes sequence b of the batch, after those already there. */
 static void collate_example(struct Batch *batch, size_t b, const struct Example *e,
                             enum LastToken last) {
-    /* 1. The targets: each token behind the prompt, and the row before it, which must predict it.
-     *    Nothing stands before the first token of a text, so nothing predicts it. */
+    /* 1. The targets: each token after the prompt; the row before it must predict it. The first
+     *    token of a text is never a target, since there is no row before it. */
     for (size_t t = MAX(e->prompt_length, (size_t)1); t < e->n; t++) {
         batch->row[batch->R] = (int)(batch->N + t - 1);
         batch->target[batch->R] = e->ids[t];
         batch->R++;
     }
 
-    /* 2. the rows */
+    /* 2. The rows. They come after the targets, which count from the old N. */
     bool skips_one = last == SKIP_LAST && e->n > 0;
     batch_append(batch, e->ids, 0, e->n - skips_one);
 
-    /* 3. where the next sequence starts */
+    /* 3. Where the next sequence starts. */
     batch->start[b + 1] = batch->N;
     batch->target_start[b + 1] = batch->R;
     batch->max_length = MAX(batch->max_length, batch->N - batch->start[b]);
@@ -2529,19 +2593,19 @@ static void collate_example(struct Batch *batch, size_t b, const struct Example 
 /* collate -- examples of different lengths into one batch.       [glossary: Função coladora]
  * in   examples (B)
  * TRL's collators pad to a rectangle (B, longest), mask the padding, and give prompts and padding
- * the label -100, "ignore". Packing stores the same facts: a row whose label would not be -100 is
- * named in `row`, and its label in `target`.
+ * the label -100, "ignore". Packing stores the same facts: `row` lists the rows whose label would
+ * not be -100, and `target` their labels.
  * By hand: ids [5 6 7 8] with a prompt of 2: the rows are 5 6 7 (8 predicts nothing); row 1, the 6,
  * must predict 7, and row 2 must predict 8.                                        test: collate */
 static struct Batch collate(struct Arena *arena, const struct Example *examples, size_t B,
                             enum LastToken last) {
-    /* 1. room for all tokens; there are never more rows, nor more targets */
+    /* 1. Room for all tokens: the number of rows, and of targets, is never larger. */
     size_t tokens = 0;
     for (size_t b = 0; b < B; b++)
         tokens += examples[b].n;
     struct Batch batch = batch_new(arena, B, tokens);
 
-    /* 2. one behind the other: nothing separates them but `start`, which attention obeys */
+    /* 2. Packed without gaps: only `start` separates them, and attention respects it. */
     for (size_t b = 0; b < B; b++)
         collate_example(&batch, b, &examples[b], last);
     return batch;
@@ -2549,17 +2613,17 @@ static struct Batch collate(struct Arena *arena, const struct Example *examples,
 
 /* ---- Pairs: one prompt, two answers --------------------------------------------------------- */
 
-/* How many tokens at the start of a pair are to be computed only once: its prompt, or none where
- * that does not pay.
+/* How many tokens at the start of a pair to compute only once: its prompt, or none if that does not
+ * pay.
  * in   rows of each answer with its prompt; C: the model's width
- * Sharing saves `prompt` rows, 24 C^2 multiplications each in every layer. But the two answers then
- * stand in one sequence, and attention, which works in blocks, computes scores of the one against
- * the other that are thrown away: 4 C multiplications for each pair of rows. So it pays if
+ * Sharing saves `prompt` rows, with 24 C^2 multiplications each in every layer. But the two answers
+ * are then in one sequence, and attention, which works in blocks, computes scores between them
+ * that are thrown away: 4 C multiplications for each pair of rows. So it pays if
  *   24 C^2 prompt > 4 C (chosen - prompt) (rejected - prompt)
  * By hand: prompt 2, rows 4 and 5, C 16: 2 * 6 * 16 = 192 > 2 * 3 = 6: it pays. Prompt 1, C 1: 6
  * is less than 3 * 4 = 12: it does not.                                      test: collate_pairs */
 static size_t shared_prompt(size_t prompt, size_t chosen_rows, size_t rejected_rows, size_t C) {
-    /* an empty answer leaves fewer rows than the prompt has tokens: the last one is not read */
+    /* with an empty answer there are fewer rows than prompt tokens: the last is not read */
     prompt = MIN(MIN(prompt, chosen_rows), rejected_rows);
     /* both sides divided by 4 C */
     double saved = (double)prompt * 6 * (double)C;
@@ -2567,17 +2631,17 @@ static size_t shared_prompt(size_t prompt, size_t chosen_rows, size_t rejected_r
     return saved <= wasted ? 0 : prompt;
 }
 
-/* Where the tokens of an example stand in a batch: the first `prompt` of them from row prompt_start
- * on, those behind the prompt from row answer_start on. */
+/* Where the tokens of an example are in a batch: the first `prompt` of them from row prompt_start
+ * on, the rest from row answer_start on. */
 struct Placement {
     size_t prompt, prompt_start, answer_start;
 };
 
-/* The targets of example i of a plain batch, for the rows at which its tokens stand now. */
+/* The targets of example i of a plain batch, for the rows where its tokens are now. */
 static void move_targets(struct Batch *batch, const struct Batch *plain, size_t i,
                          struct Placement place) {
     for (size_t r = plain->target_start[i]; r < plain->target_start[i + 1]; r++) {
-        /* token t of the example predicts this target; only where t stands has changed */
+        /* token t of the example still predicts the same target; only its row has changed */
         size_t t = (size_t)plain->row[r] - plain->start[i];
         batch->row[r] = (int)(t < place.prompt ? place.prompt_start + t
                                                : place.answer_start + t - place.prompt);
@@ -2593,38 +2657,38 @@ static void collate_pair(struct Batch *batch, const struct Batch *plain,
     size_t rejected_rows = plain->start[B + b + 1] - plain->start[B + b];
     size_t prompt = shared_prompt(chosen->prompt_length, chosen_rows, rejected_rows, C);
 
-    /* 1. the rows: prompt, chosen answer, and behind them what the rejected one has besides */
+    /* 1. The rows: prompt, chosen answer, then the rejected answer without its prompt. */
     size_t start = batch->N;
     size_t fork = start + chosen_rows;
     batch_append(batch, chosen->ids, 0, chosen_rows);
     batch_append(batch, rejected->ids, prompt, rejected_rows);
 
-    /* 2. one sequence that forks; or two of the usual kind, if nothing is shared */
+    /* 2. One sequence that forks; or, if nothing is shared, two of the usual kind. */
     batch->shared[batch->B] = prompt;
     batch->fork[batch->B] = chosen_rows;
     if (prompt == 0)
         batch->start[++batch->B] = fork;
     batch->start[++batch->B] = batch->N;
 
-    /* 3. Where a prompt is shared, its last row predicts the first token of both answers. */
+    /* 3. The last row of a shared prompt predicts the first token of both answers. */
     move_targets(batch, plain, b, (struct Placement){prompt, start, start + prompt});
     move_targets(batch, plain, B + b, (struct Placement){prompt, start, fork});
 }
 
 /* collate_pairs -- 2B examples, the B chosen ones first, in one batch in which the prompt of a pair
- * is computed only once, where that pays. It is laid out as
+ * is computed only once, if that pays. The layout is
  *     prompt | chosen answer | rejected answer             one sequence, `fork` at the second bar
  * The rejected answer has the positions that follow the prompt's, and attention lets it see the
- * prompt and itself but not the chosen answer: what is computed is what two sequences would give.
+ * prompt and itself but not the chosen answer: the results are those of two separate sequences.
  * in   examples (2B); C: the model's width
  * out  targets in the order of the examples, whatever the order of their rows
  * By hand: prompt 2, answers of 3 and 4 tokens: 2 + 2 + 3 rows (no last tokens) instead of 4 + 5.
  *                                                                            test: collate_pairs */
 static struct Batch collate_pairs(struct Arena *arena, const struct Example *examples, size_t B,
                                   size_t C) {
-    /* 1. A plain batch first: its targets stay as they are, its rows are laid out anew. The arrays
-     *    are shared, for each entry of `row` is read before it is written; but `start` of the one
-     *    is needed while that of the other is made. */
+    /* 1. A plain batch first: its targets stay as they are, its rows are laid out anew. The two
+     *    batches share their arrays, since each entry of `row` is read before it is overwritten;
+     *    only `start` is needed in both versions at once. */
     const struct Batch plain = collate(arena, examples, 2 * B, SKIP_LAST);
     struct Batch batch = plain;
     batch.start = arena_zeros(arena, 2 * B + 1, sizeof *batch.start);
@@ -2633,7 +2697,7 @@ static struct Batch collate_pairs(struct Arena *arena, const struct Example *exa
     batch.N = 0;
     batch.B = 0;
 
-    /* 2. pair by pair: one sequence each, or two */
+    /* 2. Pair by pair: one sequence each, or two. */
     for (size_t b = 0; b < B; b++)
         collate_pair(&batch, &plain, examples, B, b, C);
     return batch;
@@ -2641,9 +2705,9 @@ static struct Batch collate_pairs(struct Arena *arena, const struct Example *exa
 
 /* ---- Lengths -------------------------------------------------------------------------------- */
 
-/* LengthSampler(min, max): a whole number in [min, max), as in TRL: (2, 8) gives 2 to 7. Prompts
- * and answers get lengths that vary, for a policy that always saw the same length would learn that
- * length.                         [glossary: LengthSampler]            test: data_length_sampler */
+/* LengthSampler(min, max): an integer in [min, max), as in TRL: (2, 8) gives 2 to 7. Prompts and
+ * answers vary in length, because a policy that always saw one length would learn that length.
+ *                                 [glossary: LengthSampler]            test: data_length_sampler */
 struct LengthSampler {
     size_t min_value, max_value;
 };
@@ -2655,15 +2719,15 @@ static size_t length_sampler(const struct LengthSampler *s, struct Rng *rng) {
 /* =============================================================================================
  * Chapter 9 - Matrix product
  *
- * Why is this chapter here, and so long? Nine tenths of the time of every command are spent in one
+ * Why is this chapter here, and so long? Every command spends nine tenths of its time in one
  * operation, the product of two matrices. A linear layer needs it in three forms:
  *
  *     y  = x W        (N,out)  = (N,in)  (in,out)     forward
  *     dx = dy W^T     (N,in)   = (N,out) (out,in)     backward, to the layer below
  *     dW = x^T dy     (in,out) = (in,N)  (N,out)      backward, to the layer's own weights
  *
- * All three are one function, because a matrix here is a view of memory that knows its shape and
- * two strides: how far it is to the next row and to the next column. So a transpose moves nothing:
+ * One function does all three, because a matrix here is a view of memory that knows its shape and
+ * two strides: how far it is to the next row and to the next column. So transposing moves nothing:
  *
  *     memory 1 2 3 4 5 6      matrix (2,3), strides 3 and 1:          1 2 3
  *                                                                     4 5 6
@@ -2671,36 +2735,45 @@ static size_t length_sampler(const struct LengthSampler *s, struct Rng *rng) {
  *                                                                     2 5
  *                                                                     3 6
  *
- * matmul_plain is the definition, in ten lines. Everything else makes it a hundred times faster,
- * and a test holds the two together. A first reader needs the views, matmul_plain and matmul.
+ * What to read. The definition takes ten lines; the rest makes it a hundred times faster, and
+ * tests compare the two.
+ *   first reading    struct Matrix, transposed, matrix_block, matmul_plain; then, at the end of the
+ *                    chapter, the comments of matmul, matmul_add and matmul_bias. Later chapters
+ *                    need no more than this.
+ *   for the speed    tile_4x8, pack_panel, matmul_tile, matmul_panel, matmul_block, matmul_from, in
+ *                    this order: from the innermost loop outwards.
+ *   never needed     the two wider tiles (tile_4x8 again, with longer vectors), few_rows and
+ *                    add_eight_rows, the choice of a kernel, the details of packing.
  *
  * Why is the plain triple loop slow, and what helps [16]? It loads two numbers for each
- * multiplication, and a processor can do 16 multiplications in the time of one load from its
- * second cache.
+ * multiplication, and a processor can do 16 multiplications in the time that one load from its
+ * second cache takes.
  *   1. A register tile: MR x NR sums stay in vector registers; each step of k loads MR + NR
- *      numbers and does MR * NR multiplications. The speed comes from here; the rest feeds it.
- *   2. Packing: A and B are copied into panels, in the very order in which the tile reads them,
+ *      numbers and does MR * NR multiplications. This is where the speed comes from; the rest
+ *      keeps it supplied.
+ *   2. Packing: A and B are copied into panels, in exactly the order in which the tile reads them,
  *      whatever their strides are.
  *   3. Blocks: KC steps of k at a time, so that one panel of B (NR columns, 48 KB) stays in the
  *      first or second cache while the panels of A pass by it.
- * All threads pack A together. Then each of them takes panels of B, packs one and fills the columns
- * of C that belong to it. An element of C is summed by one thread, in the order of k: so any number
- * of threads gives the same bits. Figures: docs/performance.md.
+ * All threads pack A together. Then each of them takes panels of B, packs one and computes the
+ * columns of C that belong to it. An element of C is summed by one thread, in the order of k, so
+ * any number of threads gives the same bits. For the same reason, no chapter lets two threads add
+ * to one number. Figures: docs/performance.md.
  *
  * What enters: views of A (M,K) and B (K,N). What leaves: C (M,N).
  * ============================================================================================= */
 
 /* ---- Views ---------------------------------------------------------------------------------- */
 
-/* A matrix that is read. Element (i,j) stands at data[i * row_stride + j * column_stride]. A row
- * stride of 0 shows one row again and again (a bias); a matrix without data is one of zeros. */
+/* A matrix to read from. Element (i,j) is data[i * row_stride + j * column_stride]. A row stride of
+ * 0 repeats one row (a bias); a matrix without data is one of zeros. */
 struct Matrix {
     const float *data;
     size_t rows, columns;
     size_t row_stride, column_stride;
 };
 
-/* A matrix that is written. The numbers of a row are neighbours. */
+/* A matrix to write to. The numbers of a row are neighbours. */
 struct MatrixOut {
     float *data;
     size_t rows, columns;
@@ -2716,21 +2789,23 @@ static struct MatrixOut matrix_out(float *data, size_t rows, size_t columns) {
 }
 
 static struct Matrix transposed(struct Matrix m) {
+    /* rows and columns change places, and so do their strides */
     return (struct Matrix){m.data, m.columns, m.rows, m.column_stride, m.row_stride};
 }
 
-/* What was written, to be read. */
+/* A matrix that was written, as one to read from. */
 static struct Matrix readable(struct MatrixOut m) {
     return (struct Matrix){m.data, m.rows, m.columns, m.row_stride, 1};
 }
 
-/* The part of a matrix from (row, column) on: so many rows and columns, or as many as there are. */
+/* The part of a matrix from (row, column) on: `rows` rows and `columns` columns, or as many as
+ * there are. */
 static struct Matrix matrix_block(struct Matrix m, size_t row, size_t column, size_t rows,
                                   size_t columns) {
-    /* a matrix of zeros has no place to move */
+    /* a matrix of zeros has no data to point into */
     if (m.data)
         m.data += row * m.row_stride + column * m.column_stride;
-    /* the last block of a matrix may be a smaller one */
+    /* the blocks at the lower and right edges may be smaller */
     m.rows = MIN(rows, m.rows - row);
     m.columns = MIN(columns, m.columns - column);
     return m;
@@ -2738,7 +2813,7 @@ static struct Matrix matrix_block(struct Matrix m, size_t row, size_t column, si
 
 static struct MatrixOut matrix_out_block(struct MatrixOut m, size_t row, size_t column, size_t rows,
                                          size_t columns) {
-    /* as above; the columns are neighbours */
+    /* as above; the column stride is 1 */
     m.data += row * m.row_stride + column;
     m.rows = MIN(rows, m.rows - row);
     m.columns = MIN(columns, m.columns - column);
@@ -2746,8 +2821,8 @@ static struct MatrixOut matrix_out_block(struct MatrixOut m, size_t row, size_t 
 }
 
 /* matmul_plain -- C = start + A B by its definition:  C_ij = start_ij + sum_k A_ik B_kj.
- * Sums are in double. It is what matmul is tested against, and ALIGN_KERNEL=plain runs everything
- * on it: to step through a product, use that.                                test: matmul_plain */
+ * Sums are in double. matmul is tested against it, and ALIGN_KERNEL=plain runs everything on it:
+ * use that to step through a product.                                       test: matmul_plain */
 static void matmul_plain(struct MatrixOut c, struct Matrix start, struct Matrix a,
                          struct Matrix b) {
     for (size_t i = 0; i < c.rows; i++)
@@ -2756,7 +2831,8 @@ static void matmul_plain(struct MatrixOut c, struct Matrix start, struct Matrix 
              * be more exact than what is compared with it. */
             double sum = start.data ? start.data[i * start.row_stride + j] : 0;
 
-            /* row i of A times column j of B */
+            /* Row i of A times column j of B. With column_stride 1 in A and N in B, each step of k
+             * takes the next number of A but jumps a whole row in B: the slow part. */
             for (size_t k = 0; k < a.columns; k++)
                 sum += (double)a.data[i * a.row_stride + k * a.column_stride]
                        * b.data[k * b.row_stride + j * b.column_stride];
@@ -2770,9 +2846,9 @@ static void matmul_plain(struct MatrixOut c, struct Matrix start, struct Matrix 
 enum { TILE_MAX = 8 * 32, KC = 384, BLOCK_ROWS = 1024 };
 
 /* The innermost loops, for one kind of processor.
- * tile: c (MR,NR) = start + sum over K steps of the products a_i b_j, from packed panels: step k
- * reads MR numbers at a + k * MR and NR numbers at b + k * NR. Rows of c are c_row apart, rows of
- * start start_row. start = NULL counts as zeros; start = c adds to c.
+ * tile: c (MR,NR) = start + the sum over K steps of the products a_i b_j, from packed panels:
+ * step k reads MR numbers at a + k * MR and NR numbers at b + k * NR. The rows of c are c_row
+ * numbers apart, those of start start_row. start = NULL counts as zeros; start = c adds to c.
  * few_rows: y (N,columns) = x (N,in) W (in,columns) + bias (columns), see linear_few_rows. */
 struct Kernel {
     const char *name;
@@ -2784,7 +2860,7 @@ struct Kernel {
 
 /* Vectors of 4 numbers (SSE and NEON: in every x86-64 and arm64), of 8 (AVX) and of 16 (AVX-512).
  * Their sums and products are single instructions, and a number times a vector multiplies each of
- * its lanes. A type whose name ends in _any may stand at any address, the others only at multiples
+ * its lanes. A type whose name ends in _any may be at any address, the others only at multiples
  * of their size. */
 typedef float float4 __attribute__((vector_size(16)));
 typedef float float8 __attribute__((vector_size(32)));
@@ -2796,20 +2872,20 @@ typedef float float16_any __attribute__((vector_size(64), aligned(4)));
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 
 /* 4 x 8 sums, in 8 vectors: 8 of the 16 registers of SSE hold them.
- * The three tiles differ in the width of their vectors alone, which a type fixes; so each is
- * written out. The loops over the sums are unrolled by order: gcc keeps an array in registers only
- * if every index into it is a constant. */
+ * The three tiles differ only in the width of their vectors. A type fixes that width, so each tile
+ * is written out. The loops over the sums carry an unroll pragma: gcc keeps an array in registers
+ * only if every index into it is a constant. */
 static void tile_4x8(size_t K, const float *a, const float *b, const float *start, size_t start_row,
                      float *c, size_t c_row) {
-    /* 1. what the sums start from: zeros, a bias or C itself */
+    /* 1. What the sums start from: zeros, a bias or C itself. */
     float4 sum[4][2];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++)
         for (int j = 0; j < 2; j++)
             sum[i][j] = start ? *(const float4_any *)(start + i * start_row + 4 * j) : (float4){0};
 
-    /* 2. Step k adds the column a_k (4) times the row b_k (8): every number of the one times every
-     *    number of the other. 12 numbers are loaded for 32 multiplications. */
+    /* 2. Step k adds the products of every number in column a_k (4) with every number in row b_k
+     *    (8). 12 numbers are loaded for 32 multiplications. */
     for (size_t k = 0; k < K; k++, a += 4, b += 8) {
         float4 b0 = *(const float4 *)b;
         float4 b1 = *(const float4 *)(b + 4);
@@ -2819,7 +2895,7 @@ static void tile_4x8(size_t K, const float *a, const float *b, const float *star
         }
     }
 
-    /* 3. only now do the sums go to memory */
+    /* 3. Only now do the sums go to memory: once for K steps. */
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++)
         for (int j = 0; j < 2; j++)
@@ -2827,12 +2903,12 @@ static void tile_4x8(size_t K, const float *a, const float *b, const float *star
 }
 
 /* Adds eight rows of W, each times its number of x, to a row of y: `x` points at the eight numbers,
- * `weight` at the first of the rows, which are `stride` apart. The sum is made from left to right,
- * as a tile makes it, one k after the other. */
+ * `weight` at the first of the rows, which are `stride` apart. The sum is computed from left to
+ * right, like a tile's, one k after the other. */
 static ALWAYS_INLINE void add_eight_rows(float *y, const float *x, const float *weight,
                                          size_t stride, size_t columns) {
-    /* Eight rows in one pass over y: y is loaded and stored once for eight multiplications, where
-     * row by row it would be once for each. */
+    /* Eight rows in one pass over y: y is loaded and stored once for eight multiplications; row by
+     * row it would be once for each. */
     const float *w1 = weight + stride;
     const float *w2 = w1 + stride;
     const float *w3 = w2 + stride;
@@ -2846,10 +2922,10 @@ static ALWAYS_INLINE void add_eight_rows(float *y, const float *x, const float *
 }
 
 /* linear_few_rows -- a strip of columns of y = x W + bias for few rows of x, as in generation,
- * where one row comes at a time: packing W would cost more than it saves.
+ * where there is one row at a time: packing W would cost more than it saves.
  * in   x (N,in), weight (in,columns), bias (columns)      out  y (N,columns)
- * It is compiled beside each tile, for the same instructions: it adds in the tile's order and,
- * where there is a fused multiply-add, rounds where the tile rounds. So both make the same bits.
+ * It is compiled once for each tile, with the same instructions. It adds in the tile's order and,
+ * where there is a fused multiply-add, rounds where the tile rounds, so both give the same bits.
  *                                                                 test: few_rows, rows_company */
 static ALWAYS_INLINE void linear_few_rows(struct MatrixOut y, struct Matrix x, struct Matrix weight,
                                           const float *bias) {
@@ -2858,13 +2934,13 @@ static ALWAYS_INLINE void linear_few_rows(struct MatrixOut y, struct Matrix x, s
     size_t columns = y.columns;
     size_t stride = weight.row_stride;
 
-    /* 1. The bias: the sums stand in y itself. A strip of y is small enough for the first cache,
-     *    which does for it what registers do for a tile. */
+    /* 1. The bias: y itself holds the sums. A strip of y is small enough for the first cache, which
+     *    does for it what registers do for a tile. */
     for (size_t n = 0; n < N; n++)
         memcpy(y.data + n * y.row_stride, bias, columns * sizeof *bias);
 
     /* 2. Eight rows of W serve all rows of x while they are in the first cache. Meanwhile the next
-     *    eight are asked for, by each row of x its share of them. */
+     *    eight are prefetched, a share of them with each row of x. */
     size_t k = 0;
     for (; k + 8 <= in; k += 8)
         for (size_t n = 0; n < N; n++) {
@@ -2875,7 +2951,7 @@ static ALWAYS_INLINE void linear_few_rows(struct MatrixOut y, struct Matrix x, s
                            weight.data + k * stride, stride, columns);
         }
 
-    /* 3. the rows of W that are left where their number is no multiple of 8 */
+    /* 3. The rest, if the number of W's rows is no multiple of 8. */
     for (; k < in; k++)
         for (size_t n = 0; n < N; n++)
             for (size_t j = 0; j < columns; j++)
@@ -2885,6 +2961,7 @@ static ALWAYS_INLINE void linear_few_rows(struct MatrixOut y, struct Matrix x, s
 
 static void few_rows_plain(struct MatrixOut y, struct Matrix x, struct Matrix weight,
                            const float *bias) {
+    /* inlined here, and so compiled with the instructions that every processor has */
     linear_few_rows(y, x, weight, bias);
 }
 
@@ -2892,19 +2969,19 @@ static void few_rows_plain(struct MatrixOut y, struct Matrix x, struct Matrix we
 #define AVX2 __attribute__((target("avx2,fma")))
 #define AVX512 __attribute__((target("avx512f,fma")))
 
-/* 4 x 24: 12 of the 16 registers of AVX2 hold sums, 3 a row of b, one a number of a. For the steps
- * see tile_4x8. */
+/* 4 x 24: of the 16 registers of AVX2, 12 hold sums, 3 hold a row of b, and one holds a number of
+ * a. For the steps see tile_4x8. */
 AVX2 static void tile_4x24(size_t K, const float *a, const float *b, const float *start,
                            size_t start_row, float *c, size_t c_row) {
-    /* 1. the start; these loops are unrolled so that each sum[i][j] is a register */
+    /* 1. The start. The loops are unrolled so that each sum[i][j] is a register. */
     float8 sum[4][3];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++)
         for (int j = 0; j < 3; j++)
             sum[i][j] = start ? *(const float8_any *)(start + i * start_row + 8 * j) : (float8){0};
 
-    /* 2. 28 numbers are loaded for 96 multiplications: three to one, where the plain triple loop
-     *    loads two for one */
+    /* 2. 28 numbers are loaded for 96 multiplications: more than three multiplications for each
+     *    load, where the plain triple loop has two loads for each multiplication. */
     for (size_t k = 0; k < K; k++, a += 4, b += 24) {
         float8 b0 = *(const float8 *)b;
         float8 b1 = *(const float8 *)(b + 8);
@@ -2916,18 +2993,16 @@ AVX2 static void tile_4x24(size_t K, const float *a, const float *b, const float
         }
     }
 
-    /* 3. to memory */
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++)
         for (int j = 0; j < 3; j++)
             *(float8_any *)(c + i * c_row + 8 * j) = sum[i][j];
 }
 
-/* 8 x 32: 16 of the 32 registers of AVX-512 hold sums. Larger tiles are no faster, and more batches
- * are multiples of 8 than of a larger number. */
+/* 8 x 32: of the 32 registers of AVX-512, 16 hold sums. Larger tiles are no faster, and more batch
+ * sizes are multiples of 8 than of a larger number. */
 AVX512 static void tile_8x32(size_t K, const float *a, const float *b, const float *start,
                              size_t start_row, float *c, size_t c_row) {
-    /* 1. the start; these loops are unrolled so that each sum[i][j] is a register */
     float16 sum[8][2];
 #pragma GCC unroll 8
     for (int i = 0; i < 8; i++)
@@ -2935,8 +3010,7 @@ AVX512 static void tile_8x32(size_t K, const float *a, const float *b, const flo
             sum[i][j] =
                 start ? *(const float16_any *)(start + i * start_row + 16 * j) : (float16){0};
 
-    /* 2. 40 numbers are loaded for 256 multiplications: a vector of a row of b serves eight of
-     *    them, and there is a register for each sum */
+    /* 40 numbers are loaded for 256 multiplications: each vector of a row of b serves eight sums */
     for (size_t k = 0; k < K; k++, a += 8, b += 32) {
         float16 b0 = *(const float16 *)b;
         float16 b1 = *(const float16 *)(b + 16);
@@ -2946,7 +3020,6 @@ AVX512 static void tile_8x32(size_t K, const float *a, const float *b, const flo
         }
     }
 
-    /* 3. to memory */
 #pragma GCC unroll 8
     for (int i = 0; i < 8; i++)
         for (int j = 0; j < 2; j++)
@@ -2955,6 +3028,7 @@ AVX512 static void tile_8x32(size_t K, const float *a, const float *b, const flo
 
 AVX2 static void few_rows_avx2(struct MatrixOut y, struct Matrix x, struct Matrix weight,
                                const float *bias) {
+    /* the same source, inlined here and so compiled to AVX2 and fused multiply-adds */
     linear_few_rows(y, x, weight, bias);
 }
 
@@ -2973,10 +3047,10 @@ static const struct Kernel KERNELS[] = {
 };
 static const struct Kernel *kernel; /* the one in use; NULL: matmul_plain */
 
-/* The widest kernel that this processor can run: its place in KERNELS. */
+/* The widest kernel that this processor can run, as an index into KERNELS. */
 static size_t kernel_widest(void) {
 #if defined(__x86_64__)
-    /* The processor is asked when the program runs: the one it was compiled on may be another. */
+    /* Asked at run time: the program may have been compiled on another processor. */
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
         return __builtin_cpu_supports("avx512f") ? 2 : 1;
@@ -2984,51 +3058,51 @@ static size_t kernel_widest(void) {
     return 0;
 }
 
-/* Is kernel k the one that ALIGN_KERNEL asks for: by its place, its name or the name's first word?
- * ("plain" alone never comes here: it stands for matmul_plain.) */
+/* Does ALIGN_KERNEL, given as `asked`, mean kernel k: by its index, its name or the name's first
+ * word? ("plain" alone never gets here: it means matmul_plain.) */
 static bool kernel_is_asked(size_t k, const char *asked) {
     const char *name = KERNELS[k].name;
     size_t word = strcspn(name, " ");
-    /* one digit and nothing else: strtoul would take "00" and " 0" for the first kernel too */
+    /* a single digit: strtoul would accept "00" and " 0" for the first kernel, too */
     bool by_place = strlen(asked) == 1 && (size_t)(*asked - '0') == k;
     return by_place || strcmp(asked, name) == 0
            || (strlen(asked) == word && strncmp(asked, name, word) == 0);
 }
 
-/* The kernel of that name: its place in KERNELS. A name that is none of them ends the program, with
- * a list of those there are. */
+/* The index in KERNELS of the requested kernel. If there is none, the program ends with a list of
+ * those that exist. */
 static size_t kernel_by_name(const char *asked) {
     char names[100] = "plain";
     for (size_t k = 0; k < COUNT(KERNELS); k++) {
         if (kernel_is_asked(k, asked))
             return k;
-        /* not this one: one name more for the message */
+        /* not this one: collect its name for the message */
         size_t used = strlen(names);
         snprintf(names + used, sizeof names - used, ", %s", KERNELS[k].name);
     }
     die("ALIGN_KERNEL=%s: there is no such kernel; there are %s", asked, names);
 }
 
-/* kernel_choose -- sets `kernel` to the widest that this processor can run, or to a narrower one
- * for which the environment variable ALIGN_KERNEL asks: 0, 1, 2, avx2, avx512; "plain" for none,
- * which leaves matmul_plain. Kernels round differently: who wants the bits of another machine asks
- * for its kernel.                                                            test: kernel_choose */
+/* kernel_choose -- sets `kernel` to the widest that this processor can run, or to the one that the
+ * environment variable ALIGN_KERNEL requests: 0, 1, 2, avx2, avx512; "plain" for none, which leaves
+ * matmul_plain. Kernels round differently: to reproduce the bits of another machine, request its
+ * kernel.                                                                    test: kernel_choose */
 static void kernel_choose(void) {
     size_t widest = kernel_widest();
     const char *asked = getenv("ALIGN_KERNEL");
-    /* 1. nothing asked for: the fastest; an empty variable counts as none */
+    /* 1. No request: the fastest. An empty variable counts as none. */
     kernel = &KERNELS[widest];
     if (!asked || !*asked)
         return;
 
-    /* 2. none at all */
+    /* 2. No kernel at all. */
     if (strcmp(asked, "plain") == 0) {
         kernel = NULL;
         return;
     }
 
-    /* 3. One by name. If it is wider than the processor has, its first instruction would end the
-     *    program without a word: then the widest is taken, and that is said. */
+    /* 3. A kernel by name. If this processor lacks its instructions, the first of them would kill
+     *    the program without a message: so the widest possible is taken, with a warning. */
     size_t chosen = kernel_by_name(asked);
     kernel = &KERNELS[MIN(chosen, widest)];
     if (chosen > widest)
@@ -3037,8 +3111,8 @@ static void kernel_choose(void) {
 
 /* ---- Packing -------------------------------------------------------------------------------- */
 
-/* Four lines of K consecutive numbers become four neighbouring columns of a panel, `width` numbers
- * wide: 4 x 4 numbers at a time are transposed in registers. */
+/* Four lines of K consecutive numbers become four neighbouring columns of a panel that is `width`
+ * numbers wide: 4 x 4 numbers at a time are transposed in registers. */
 static ALWAYS_INLINE void pack_4_lines(float *panel, const float *from, size_t line_stride,
                                        size_t K, size_t width) {
     size_t k = 0;
@@ -3050,8 +3124,8 @@ static ALWAYS_INLINE void pack_4_lines(float *panel, const float *from, size_t l
         float4 c = *(const float4_any *)(from + 2 * line_stride);
         float4 d = *(const float4_any *)(from + 3 * line_stride);
 
-        /* 2. a0 b0 a1 b1 and so on. shufflevector(x, y, ...) picks from the 8 numbers of x and y
-         *    those with these places. */
+        /* 2. a0 b0 a1 b1 and so on. shufflevector(x, y, ...) picks numbers by their index, where 0
+         *    to 3 are those of x and 4 to 7 those of y. */
         float4 ab_01 = __builtin_shufflevector(a, b, 0, 4, 1, 5);
         float4 ab_23 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
         float4 cd_01 = __builtin_shufflevector(c, d, 0, 4, 1, 5);
@@ -3065,22 +3139,22 @@ static ALWAYS_INLINE void pack_4_lines(float *panel, const float *from, size_t l
         to[3 * width / 4] = __builtin_shufflevector(ab_23, cd_23, 2, 3, 6, 7);
     }
 #endif
-    /* the steps that are left, or all of them where the compiler cannot shuffle */
+    /* the remaining steps, or all of them if the compiler has no shufflevector */
     for (; k < K; k++, from++)
         for (size_t i = 0; i < 4; i++)
             panel[k * width + i] = from[i * line_stride];
 }
 
 /* A whole panel whose lines are neighbours in memory (x^T of dW, W of y): step k is a copy of
- * `width` numbers. The steps are far apart, and the processor's own prefetcher stops at a page of
- * memory: so what comes 32 steps later is asked for now. */
+ * `width` numbers. The steps are far apart, and the processor's own prefetcher stops at the end of
+ * a memory page. So the data of 32 steps later is prefetched here. */
 WIDE static void pack_neighbours(float *panel, struct Matrix lines, size_t width) {
     for (size_t k = 0; k < lines.columns; k++) {
         const float *from = lines.data + k * lines.column_stride;
         for (size_t i = 0; i < width; i += 16)
             __builtin_prefetch(from + 32 * lines.column_stride + i);
-        /* A copy of constant size is a few instructions, one of variable size is a call: the widest
-         * panel has a copy of its own, the others are multiples of 4. */
+        /* A copy of constant size is a few instructions, one of variable size a function call. So
+         * the widest panel has a copy of its own; the other widths are multiples of 4. */
         if (width == 32)
             memcpy(panel + k * width, from, 32 * sizeof *panel);
         else
@@ -3089,18 +3163,17 @@ WIDE static void pack_neighbours(float *panel, struct Matrix lines, size_t width
     }
 }
 
-/* Any other panel: of fewer lines than its width, or of lines that are apart. */
+/* Any other panel: with fewer lines than its width, or with lines that are apart in memory. */
 WIDE static void pack_lines(float *panel, struct Matrix lines, size_t width) {
     size_t K = lines.columns;
     size_t stride = lines.row_stride;
     size_t i = 0;
 
-    /* 1. Lines that are missing are zeros: the tile computes with them, though nobody reads what
-     *    comes out. */
+    /* 1. Missing lines are zeros: the tile computes with them, though nobody reads the result. */
     if (lines.rows < width)
         memset(panel, 0, K * width * sizeof *panel);
 
-    /* 2. Lines of consecutive numbers go four at a time, and the next four are asked for. */
+    /* 2. Lines of consecutive numbers: four at a time, while the next four are prefetched. */
     for (; lines.column_stride == 1 && i + 4 <= lines.rows; i += 4) {
         for (size_t next = i + 4; next < i + 8; next++)
             for (size_t k = 0; k < K; k += 16)
@@ -3108,7 +3181,7 @@ WIDE static void pack_lines(float *panel, struct Matrix lines, size_t width) {
         pack_4_lines(panel + i, lines.data + i * stride, stride, K, width);
     }
 
-    /* 3. what is left, number by number */
+    /* 3. The rest, number by number. */
     for (size_t k = 0; k < K; k++)
         for (size_t line = i; line < lines.rows; line++)
             panel[k * width + line] = lines.data[line * stride + k * lines.column_stride];
@@ -3118,8 +3191,8 @@ WIDE static void pack_lines(float *panel, struct Matrix lines, size_t width) {
  * panel[k * width + i] = line i, step k. The lines are rows of A or columns of B.
  * By hand: lines 1 2 3 and 4 5 6, width 4: 1 4 0 0, 2 5 0 0, 3 6 0 0.          test: pack_panel */
 static void pack_panel(float *panel, struct Matrix lines, size_t width) {
-    /* Nearly all panels are of one of two kinds: lines that are neighbours, whose steps are apart,
-     * or lines that are apart, whose steps are neighbours. */
+    /* Nearly all panels are of one of two kinds: the lines are neighbours and their steps apart, or
+     * the lines are apart and their steps neighbours. */
     if (lines.rows == width && lines.row_stride == 1)
         pack_neighbours(panel, lines, width);
     else
@@ -3128,38 +3201,38 @@ static void pack_panel(float *panel, struct Matrix lines, size_t width) {
 
 /* ---- Blocks --------------------------------------------------------------------------------- */
 
-/* C = start + A B under way, for one block: at most BLOCK_ROWS rows of A, at most KC steps of k. */
+/* C = start + A B in progress, for one block: at most BLOCK_ROWS rows of A and KC steps of k. */
 struct Product {
     struct MatrixOut c; /* (M,N) */
     struct Matrix start; /* (M,N); may be c itself */
     struct Matrix a, b; /* (M,K) (K,N) */
-    float *packed_a; /* A's panels, one behind the other: that of row m stands at m * K */
+    float *packed_a; /* A's panels, in order: that of row m begins at m * K */
 };
 
 /* Packs MR rows of A, from row m on. */
 static void pack_a_panel(const struct Product *product, size_t m) {
     size_t K = product->a.columns;
-    /* MR rows of K numbers each were packed for every MR rows before it: m * K numbers */
+    /* all rows before m are packed before it, each as K numbers */
     pack_panel(product->packed_a + m * K, matrix_block(product->a, m, 0, kernel->MR, K),
                kernel->MR);
 }
 
-/* A tile that sticks out of C is made aside, from a copy of what it starts from, and what belongs
- * to C is copied back. The operations are those of a whole tile: so a row of C has the same bits
- * wherever it stands and whatever rows are beside it.                       test: rows_company */
+/* A tile that extends beyond C is computed aside, from a copy of what it starts from, and the part
+ * that belongs to C is copied back. The operations are those of a whole tile, so a row of C has the
+ * same bits wherever it is and whatever rows are next to it.                test: rows_company */
 static void matmul_tile_aside(struct MatrixOut c, struct Matrix start, const float *a,
                               const float *panel, size_t K) {
     size_t NR = kernel->NR;
     size_t row_bytes = c.columns * sizeof *c.data;
     _Alignas(64) float aside[TILE_MAX];
 
-    /* 1. What the tile starts from. The rest of it is set to 0: the tile computes with that too,
-     *    and processors are slow on some numbers that memory may happen to hold. */
+    /* 1. What the tile starts from. The rest is set to 0: the tile computes with it, too, and
+     *    memory may happen to hold numbers on which processors are slow (denormal ones). */
     memset(aside, 0, sizeof aside);
     for (size_t i = 0; start.data && i < c.rows; i++)
         memcpy(aside + i * NR, start.data + i * start.row_stride, row_bytes);
 
-    /* 2. the whole tile, and back comes what belongs to C */
+    /* 2. The whole tile; the part that belongs to C is copied back. */
     kernel->tile(K, a, panel, aside, NR, aside, NR);
     for (size_t i = 0; i < c.rows; i++)
         memcpy(c.data + i * c.row_stride, aside + i * NR, row_bytes);
@@ -3168,37 +3241,38 @@ static void matmul_tile_aside(struct MatrixOut c, struct Matrix start, const flo
 /* The tile of C at (m,n): a packed panel of A times a packed panel of B. */
 static void matmul_tile(const struct Product *product, const float *panel, size_t m, size_t n) {
     size_t K = product->a.columns;
-    /* the panel of A that pack_a_panel made for these rows, and the tile's part of start and C */
+    /* the packed panel of A for these rows, and the tile's part of start and C */
     const float *a = product->packed_a + m * K;
     struct Matrix start = matrix_block(product->start, m, n, kernel->MR, kernel->NR);
     struct MatrixOut c = matrix_out_block(product->c, m, n, kernel->MR, kernel->NR);
-    /* at the lower and the right edge of C a block is smaller than a tile */
+    /* at the lower and right edges of C, the block is smaller than a tile */
     if (c.rows == kernel->MR && c.columns == kernel->NR)
         kernel->tile(K, a, panel, start.data, start.row_stride, c.data, c.row_stride);
     else
         matmul_tile_aside(c, start, a, panel, K);
 }
 
-/* Asks the memory for the rows that the next tile starts from: they will be read and written. */
+/* Prefetches the rows that the next tile starts from, which will be read and then written. */
 static void prefetch_start(const struct Product *product, size_t m, size_t n) {
     struct Matrix next = matrix_block(product->start, m, n, kernel->MR, kernel->NR);
-    /* 16 floats are a cache line */
+    /* one request per cache line, of 16 floats */
     for (size_t i = 0; next.data && i < next.rows; i++)
         for (size_t j = 0; j < next.columns; j += 16)
             __builtin_prefetch(next.data + i * next.row_stride + j, 1);
 }
 
-/* One task of a thread: the panel of B at column n is packed and multiplied by A's rows m0..m1-1.
- * The panel stays in a near cache while those of A pass by it. */
+/* One task of a thread: packs the panel of B at column n and multiplies it by rows m0 to m1 - 1 of
+ * A. The panel stays in a near cache while the panels of A pass by. */
 static void matmul_panel(const struct Product *product, size_t n, size_t m0, size_t m1) {
     size_t MR = kernel->MR;
     size_t NR = kernel->NR;
     size_t K = product->a.columns;
     float *panel = thread_scratch(SCRATCH_B, NR * KC);
-    /* 1. NR columns of B; a panel's lines are rows, so B is transposed (which moves nothing) */
+    /* 1. NR columns of B. A panel's lines are rows, so B is transposed, which moves nothing. */
     pack_panel(panel, transposed(matrix_block(product->b, 0, n, K, NR)), NR);
 
-    /* 2. the tiles below each other */
+    /* 2. The tiles of these columns, from top to bottom. While one is computed, memory delivers
+     *    what the next one starts from. */
     for (size_t m = m0; m < m1; m += MR) {
         if (m + MR < m1)
             prefetch_start(product, m + MR, n);
@@ -3206,54 +3280,55 @@ static void matmul_panel(const struct Product *product, size_t n, size_t m0, siz
     }
 }
 
-/* A block on the calling thread. */
+/* A block computed by the calling thread alone. */
 static void matmul_block_alone(const struct Product *product) {
-    /* all of A, then B panel by panel: each panel of A is used once for each panel of B */
+    /* all of A, then B panel by panel: each panel of A is read once for each panel of B */
     for (size_t m = 0; m < product->c.rows; m += kernel->MR)
         pack_a_panel(product, m);
     for (size_t n = 0; n < product->c.columns; n += kernel->NR)
         matmul_panel(product, n, 0, product->c.rows);
 }
 
-/* How many rows of C a task has: all M, or so many fewer that each thread finds about four tasks,
- * and none waits long for the last one. */
+/* How many rows of C a task has: all M, or fewer, so that each thread gets about four tasks and
+ * none waits long for the last one. */
 static size_t rows_per_task(size_t M, size_t panels) {
     size_t MR = kernel->MR;
     size_t rows = M;
-    /* four for each: a thread that another program delays leaves its other three to the others */
+    /* four each: if another program delays a thread, the others take over its remaining tasks */
     size_t tasks_wanted = 4 * (size_t)omp_get_max_threads();
     while (panels * ((M + rows - 1) / rows) < tasks_wanted && rows > MR)
-        /* half as many, up to whole tiles */
+        /* half as many, rounded up to whole tiles */
         rows = (rows / 2 + MR - 1) / MR * MR;
     return rows;
 }
 
-/* A block on all threads. */
+/* A block computed by all threads. */
 static void matmul_block(const struct Product *product) {
     size_t M = product->c.rows;
     size_t N = product->c.columns;
 
-    /* 1. Small products stay on this thread: even a team of one thread costs a microsecond, and
-     *    attention makes many small products. Inside a parallel loop the others are busy. */
+    /* 1. Small products stay on this thread: starting a team costs microseconds (see chapter 10 on
+     *    such thresholds), and attention makes many small products. Inside a parallel loop the
+     *    other threads are busy anyway. */
     double multiplications = (double)M * (double)N * (double)product->a.columns;
     if (multiplications <= 2e5 || omp_in_parallel()) {
         matmul_block_alone(product);
         return;
     }
 
-    /* 2. a task is a panel of B and a stretch of rows */
+    /* 2. A task is a panel of B and a range of rows; `stretches` ranges cover M. */
     size_t panels = (N + kernel->NR - 1) / kernel->NR;
     size_t rows = rows_per_task(M, panels);
     size_t stretches = (M + rows - 1) / rows;
 #pragma omp parallel
     {
-        /* 3. All pack A. Behind this loop each thread waits for the others: a tile may need what
-         *    another thread packed. */
+        /* 3. All threads pack A. After this loop each one waits for the others: a tile may need
+         *    what another thread has packed. */
 #pragma omp for schedule(static)
         for (size_t m = 0; m < M; m += kernel->MR)
             pack_a_panel(product, m);
 
-            /* 4. Whoever is done takes the next task. Neighbouring tasks share a panel of B. */
+            /* 4. A thread that is done takes the next task; neighbouring tasks share B's panel. */
 #pragma omp for schedule(dynamic) nowait
         for (size_t task = 0; task < panels * stretches; task++) {
             size_t m = task % stretches * rows;
@@ -3262,29 +3337,29 @@ static void matmul_block(const struct Product *product) {
     }
 }
 
-/* matmul_from -- C = start + A B, block by block: the one function behind the three below.
+/* matmul_from -- C = start + A B, block by block; the three functions below call it.
  * in   start (M,N), a (M,K), b (K,N)          out  c (M,N)                    test: matmul_plain */
 static void matmul_from(struct MatrixOut c, struct Matrix start, struct Matrix a, struct Matrix b) {
     /* 1. (M,K) times (K,N) makes (M,N). Views that do not fit would read and write beyond their
-     *    memory, and the numbers would be wrong without a word. */
+     *    memory, and the results would be wrong without any sign of it. */
     CHECK(a.rows == c.rows && b.columns == c.columns && a.columns == b.rows,
           "matmul: (%zu,%zu) times (%zu,%zu) does not make (%zu,%zu); this is a fault of align",
           a.rows, a.columns, b.rows, b.columns, c.rows, c.columns);
 
-    /* 2. the definition, where it is asked for; also of an empty sum, which is the start: the loop
-     *    below would write nothing */
+    /* 2. The definition, if ALIGN_KERNEL requests it, and also for an empty sum (K = 0): C is then
+     *    `start`, but the loop below would write nothing. */
     if (!kernel || a.columns == 0) {
         matmul_plain(c, start, a, b);
         return;
     }
 
-    /* 3. room for the packed rows of A of a block, the last panel filled up with zeros */
+    /* 3. Room for the packed rows of A of one block, the last panel filled up with zeros. */
     size_t block_rows = MIN(c.rows, (size_t)BLOCK_ROWS) + kernel->MR;
     float *packed_a = thread_scratch(SCRATCH_A, block_rows * MIN(a.columns, (size_t)KC));
     for (size_t m = 0; m < c.rows; m += BLOCK_ROWS)
         for (size_t k = 0; k < a.columns; k += KC) {
-            /* 4. The first KC steps begin from `start`, the later ones go on from what the earlier
-             *    left in C. */
+            /* 4. The first KC steps begin with `start`; each later block adds to what the earlier
+             *    ones have left in C. */
             struct MatrixOut c_block = matrix_out_block(c, m, 0, BLOCK_ROWS, c.columns);
             struct Matrix first_start = matrix_block(start, m, 0, BLOCK_ROWS, c.columns);
             struct Product product = {
@@ -3302,20 +3377,21 @@ static void matmul_from(struct MatrixOut c, struct Matrix start, struct Matrix a
  * C must not overlap A or B. Inside a parallel loop it runs on the calling thread alone.
  * By hand: [1 2; 3 4] [5; 6] = [1*5 + 2*6; 3*5 + 4*6] = [17; 39].   test: matmul, matmul_threads */
 static void matmul(struct MatrixOut c, struct Matrix a, struct Matrix b) {
-    /* from zeros */
+    /* a matrix of zeros to start from: a shape without data */
     matmul_from(c, (struct Matrix){.rows = c.rows, .columns = c.columns}, a, b);
 }
 
-/* matmul_add -- C += A B: so the gradients of several micro-batches add up.
+/* matmul_add -- C += A B: this is how the gradients of several micro-batches add up.
  * By hand: to the [17; 39] above [1 3; 2 4] [5; 6] = [23; 34]: [40; 73].            test: matmul */
 static void matmul_add(struct MatrixOut c, struct Matrix a, struct Matrix b) {
+    /* start and result are the same memory: a tile reads its part before it writes it */
     matmul_from(c, readable(c), a, b);
 }
 
-/* matmul_bias -- C = A B, and bias (N) added to each row of it.
+/* matmul_bias -- C = A B, with bias (N) added to each row.
  * By hand: [1 2; 3 4] [5; 6] and the bias 3: [20; 42].                             test: matmul */
 static void matmul_bias(struct MatrixOut c, const float *bias, struct Matrix a, struct Matrix b) {
-    /* a row stride of 0: the same row for each row of C */
+    /* a row stride of 0: every row of C starts from the same bias */
     struct Matrix bias_rows = {bias, c.rows, c.columns, 0, 1};
     matmul_from(c, bias_rows, a, b);
 }
@@ -3325,56 +3401,65 @@ static void matmul_bias(struct MatrixOut c, const float *bias, struct Matrix a, 
  *
  * What does each layer compute, and how does blame flow back through it? A layer is a function
  * y = f(x, weights). Its backward pass is given dy, the derivative of the loss by y, and must
- * return the derivatives by x and by the weights. That is the chain rule, one layer at a time, from
- * the loss back to the embedding. Each forward pass has its backward pass beside it.
+ * return the derivatives by x and by the weights. This is the chain rule, applied layer by layer,
+ * from the loss back to the embedding. Each forward pass has its backward pass next to it.
  *
  *     linear        y = x W + b             dx = dy W^T,  dW += x^T dy,  db += the sum of dy's rows
- *     layer norm    y = (x - mean) / std    dx: less what moved the mean and the deviation
- *     gelu          y = x sigmoid(2u)       a soft switch: lets x pass where it is positive
+ *     layer norm    y = (x - mean) / std    dx: minus what moved the mean and the deviation
+ *     gelu          y = x sigmoid(1.5958 (x + 0.0447 x^3))    a soft switch: lets x pass where it
+ *                                                             is positive
  *     embedding     y = wte[id] + wpe[t]    dx goes to the two rows that were read
  *     attention     y = softmax(q k) v      the only layer that mixes information across time
  *
  *     x = (1, 2), W = [3 4; 5 6], b = (7, 8):    y  = (1*3 + 2*5 + 7, 1*4 + 2*6 + 8) = (20, 24)
- *     the loss asks for dy = (1, -2):            dx = (3 - 8, 5 - 12) = (-5, -7)
+ *     given dy = (1, -2):                        dx = (3 - 8, 5 - 12) = (-5, -7)
  *                                                dW = [1 -2; 2 -4],   db = (1, -2)
  *
- * One rule for all: dx is written (where a layer adds to it, its comment says so); gradients of
- * weights are added to, so that several micro-batches accumulate into one step.
+ * One rule holds for all: dx is overwritten (where a layer adds to it instead, its comment says
+ * so); gradients of weights are added to, so that several micro-batches accumulate into one step.
+ *
+ * Threads. `omp parallel for if (work > limit)` starts a team of threads only for enough work: the
+ * start and the wait for the last thread cost some microseconds, the time of 10,000 to 100,000
+ * simple operations. The limits differ because the work per counted number does: gelu's includes
+ * an exponential (10,000); layer norm goes over each row several times (20,000); embedding, bias
+ * and products of few rows do one operation on numbers that must be fetched (50,000), the residual
+ * sum one addition of neighbours (100,000); matmul, which has to share its packing as well, starts
+ * at 200,000 multiplications. They need not be exact: any limit gives the same bits.
  *
  * What enters: activations (N,C), a row for each token of a batch. What leaves: the same shape.
  * ============================================================================================= */
 
 /* A tensor: a named array of floats, with one dimension or two. Its declaration (chapter 11) gives
- * it a shape and its name in a checkpoint; what belongs to its numbers stands beside them: their
- * gradient d and AdamW's moments m and v, of the same shape. d, m and v are NULL while nothing
- * trains, and in a tensor that is frozen while others train: a backward pass then skips it. */
+ * it a shape and its name in a checkpoint. Next to its numbers w are their gradient d and AdamW's
+ * moments m and v, of the same shape. d, m and v are NULL while nothing is trained, and in a tensor
+ * that is frozen while others are trained: a backward pass then skips it. */
 struct Tensor {
     char name[64];
     size_t shape[2], ndim, n; /* n: the product of the shape */
     bool decay; /* weight decay applies: to matrices, not to biases and layer norms */
     bool loaded; /* its numbers came from a file */
-    bool bits; /* its numbers are never looked at: any bits may stand in place of floats */
+    bool bits; /* its numbers are never used: any bits may be there instead of floats */
     float *w, *d, *m, *v;
 };
 
-/* FEW_ROWS: up to so many rows of x a linear layer needs no packing. STRIP: so many columns are
- * summed over all rows by one thread. */
+/* FEW_ROWS: with at most this many rows of x, a linear layer needs no packing. STRIP: how many
+ * columns one thread sums over all rows. */
 enum { FEW_ROWS = 16, STRIP = 64 };
 
 /* ---- Linear --------------------------------------------------------------------------------- */
 
-/* row_dot_4 -- out[r] = x . y_r for rows r < `rows` <= 4 of y, which stand y_row numbers apart.
- * Four sums are under way at once: one alone would wait for its own last addition.
+/* row_dot_4 -- out[r] = x . y_r for rows r < `rows` <= 4 of y, which are y_row numbers apart.
+ * Four sums are in progress at once: a single one would have to wait for its own last addition.
  *                                                                               test: few_rows */
 WIDE static void row_dot_4(float *out, const float *x, const float *y, size_t y_row, size_t n,
                            size_t rows) {
-    /* the end of the rows: one by one */
+    /* fewer than four, at the end of a matrix: one by one, with the same additions */
     if (rows < 4) {
         for (size_t r = 0; r < rows; r++)
             out[r] = row_dot(x, y + r * y_row, n);
         return;
     }
-    /* 1. 16 lanes for each of the four, as in row_dot */
+    /* 1. 16 lanes for each of the four, as in row_dot. Each load of x serves four rows. */
     float lane[4][LANES] = {{0}};
     size_t i = 0;
     for (; i + LANES <= n; i += LANES)
@@ -3382,22 +3467,21 @@ WIDE static void row_dot_4(float *out, const float *x, const float *y, size_t y_
             for (size_t r = 0; r < 4; r++)
                 lane[r][j] += x[i + j] * y[r * y_row + i + j];
 
-    /* 2. what is left where the length is no multiple of 16 */
     for (; i < n; i++)
         for (size_t r = 0; r < 4; r++)
             lane[r][0] += x[i] * y[r * y_row + i];
 
-            /* 3. the 16 lanes of each added up */
+            /* 2. The sum of the 16 lanes, for each of the four. */
 #pragma GCC unroll 4
     for (size_t r = 0; r < 4; r++)
         out[r] = lane_sum(lane[r]);
 }
 
-/* linear_forward -- each token's numbers, mixed anew.
+/* linear_forward -- new numbers for each token, as weighted sums of its old ones.
  *   y = x W + bias
  * in   x (N,in), weight (in,out), bias (out)         out  y (N,out)
  * This is GPT-2's Conv1D: its W is (in,out), where torch's Linear has (out,in). A row of y has the
- * same bits however many rows are beside it: so a text's score does not depend on its batch.
+ * same bits however many rows are next to it, so a text's score does not depend on its batch.
  * By hand: the chapter's example: (1, 2) [3 4; 5 6] + (7, 8) = (20, 24).
  *                                     test: linear_hand, linear_golden, few_rows, rows_company */
 static void linear_forward(float *y, const float *x, size_t N, const struct Tensor *weight,
@@ -3407,14 +3491,15 @@ static void linear_forward(float *y, const float *x, size_t N, const struct Tens
     struct MatrixOut all_y = matrix_out(y, N, out);
     struct Matrix all_x = matrix(x, N, in);
     struct Matrix all_weight = matrix(weight->w, in, out);
-    /* 1. many rows: a product of matrices, which starts from the bias */
+    /* 1. Many rows: a matrix product, which starts from the bias. */
     if (N > FEW_ROWS || !kernel) {
         matmul_bias(all_y, bias->w, all_x, all_weight);
         return;
     }
 
-    /* 2. Few rows: each thread makes strips of columns. For a single row they are as long as can
-     *    be: what takes the time is to read W, once, and long stretches are read faster. */
+    /* 2. Few rows: each thread computes strips of columns. For a single row the strips are as long
+     *    as possible: most of the time goes into reading W, once, and long stretches of memory are
+     *    read faster. */
     size_t threads = (size_t)omp_get_max_threads();
     size_t strip = N > 1 ? 384 : (out / threads + 15) / 16 * 16 + 16;
 #pragma omp parallel for schedule(static) if (N * in * out > 50000)
@@ -3423,16 +3508,15 @@ static void linear_forward(float *y, const float *x, size_t N, const struct Tens
                          matrix_block(all_weight, 0, j, in, strip), bias->w + j);
 }
 
-/* Columns j0..j1-1 of dbias += the sum of dy's rows. One thread adds a column up, from the first
- * row to the last: so the sum has the same bits on any number of threads. */
+/* Columns j0..j1-1 of dbias += the sum of dy's rows. One thread sums a whole column. */
 static void bias_backward_strip(float *dbias, struct Matrix dy, size_t j0, size_t j1) {
-    /* row by row, not column by column: neighbours in memory are read together */
+    /* row by row, not column by column, since the numbers of a row are neighbours in memory */
     for (size_t n = 0; n < dy.rows; n++)
         for (size_t j = j0; j < j1; j++)
             dbias[j] += dy.data[n * dy.row_stride + j];
 }
 
-/* linear_backward -- what a linear layer passes down, and what its weights are to learn.
+/* linear_backward -- what a linear layer passes down, and the gradients of its weights.
  *   dx = dy W^T         dW += x^T dy         dbias += the sum of dy's rows
  * in   dy (N,out), x (N,in)       out  dx (N,in), written; weight->d (in,out), bias->d (out)
  * y_j = sum_i x_i W_ij + b_j: so x_i is to blame for each y_j in proportion to W_ij, W_ij in
@@ -3445,14 +3529,14 @@ static void linear_backward(float *dx, const float *dy, const float *x, size_t N
     size_t out = weight->shape[1];
     struct Matrix all_dy = matrix(dy, N, out);
 
-    /* 1. to the layer below, also through weights that are frozen */
+    /* 1. To the layer below. This is needed even if the weights are frozen. */
     matmul(matrix_out(dx, N, in), all_dy, transposed(matrix(weight->w, in, out)));
 
-    /* 2. to the weights: x^T dy adds up, over all tokens, input i times the blame of output j */
+    /* 2. To the weights: x^T dy sums, over all tokens, input i times the blame of output j. */
     if (weight->d)
         matmul_add(matrix_out(weight->d, in, out), transposed(matrix(x, N, in)), all_dy);
 
-    /* 3. to the bias: a strip of columns for a thread, lest two threads add to the same number */
+    /* 3. To the bias: each thread has a strip of columns, so no two add to the same number. */
     if (!bias->d)
         return;
 #pragma omp parallel for if (N * out > 50000)
@@ -3462,7 +3546,7 @@ static void linear_backward(float *dx, const float *dy, const float *x, size_t N
 
 /* ---- Layer norm ----------------------------------------------------------------------------- */
 
-/* What went into a layer norm, and what it keeps of each row for the backward pass. */
+/* The input of a layer norm, and what it keeps of each row for the backward pass. */
 struct LayerNormRows {
     size_t N;
     const float *x; /* (N,C) */
@@ -3470,32 +3554,33 @@ struct LayerNormRows {
     float *rstd; /* (N) 1 / standard deviation */
 };
 
-/* layernorm_row -- one token's numbers, brought to mean 0 and deviation 1 [3].
- *   h = (x - mean) rstd,   rstd = 1 / sqrt(variance + eps)         y = h weight + bias
+/* layernorm_row -- one token's numbers, shifted and scaled to mean 0 and deviation 1 [3].
+ *   xhat = (x - mean) rstd,   rstd = 1 / sqrt(variance + eps)      y = xhat weight + bias
  * in   x (C), weight, bias (C)           out  y (C), mean, rstd
- * Without it activations grow from layer to layer, and a large row would learn at another pace than
- * a small one. weight and bias give back a scale and a shift for each column, where they help.
+ * Without it activations would grow from layer to layer, and rows of large numbers would learn at
+ * another pace than rows of small ones. weight and bias let each column have a scale and a shift
+ * again, where that helps.
  * By hand: x = (3, 3, 7, 7), weight 2, bias 0.5, eps 0: mean 5, variance 4, rstd 0.5,
- * h = (-1, -1, 1, 1), y = (-1.5, -1.5, 2.5, 2.5).                               test: layernorm */
+ * xhat = (-1, -1, 1, 1), y = (-1.5, -1.5, 2.5, 2.5).                            test: layernorm */
 WIDE static void layernorm_row(float *y, float *mean, float *rstd, const float *x,
                                const struct Tensor *weight, const struct Tensor *bias, float eps) {
     size_t C = weight->n;
     const float *w = weight->w;
     const float *b = bias->w;
 
-    /* 1. the mean, subtracted */
+    /* 1. Subtract the mean; y holds the differences for now. */
     float m = row_sum(x, C) / (float)C;
     for (size_t c = 0; c < C; c++)
         y[c] = x[c] - m;
 
-    /* 2. The variance, from the differences: the mean of squares less the square of the mean would
-     *    lose all its digits where the mean is large. A row of equal numbers has no deviation: eps
-     *    keeps the division finite. */
+    /* 2. The variance, from the differences: the mean of squares minus the square of the mean would
+     *    lose all its digits where the mean is large. eps keeps the division finite in a row of
+     *    equal numbers, whose variance is 0. */
     float r = 1.0f / sqrtf(row_dot(y, y, C) / (float)C + eps);
     for (size_t c = 0; c < C; c++)
         y[c] = y[c] * r * w[c] + b[c];
 
-    /* 3. both are kept: the backward pass makes h from them again */
+    /* 3. Two numbers per row are kept; the backward pass recomputes xhat from x and them. */
     *mean = m;
     *rstd = r;
 }
@@ -3503,28 +3588,28 @@ WIDE static void layernorm_row(float *y, float *mean, float *rstd, const float *
 static void layernorm_forward(float *y, struct LayerNormRows rows, const struct Tensor *weight,
                               const struct Tensor *bias, float eps) {
     size_t C = weight->n;
-    /* a team of threads costs microseconds: only for so much work */
+    /* each row by itself: a layer norm never mixes tokens */
 #pragma omp parallel for if (rows.N * C > 20000)
     for (size_t n = 0; n < rows.N; n++)
         layernorm_row(y + n * C, rows.mean + n, rows.rstd + n, rows.x + n * C, weight, bias, eps);
 }
 
-/* layernorm_backward_row -- the derivative by one token's numbers, ADDED to dx: in GPT-2 x goes to
- * the layer norm and past it, and the other way's derivative is in dx already.
- *   g = dy weight         dx += rstd (g - mean(g) - h mean(g h))
+/* layernorm_backward_row -- the derivative by one token's numbers, ADDED to dx: in GPT-2 x goes
+ * through the layer norm and also around it, and dx already has the derivative of the way around.
+ *   g = dy weight         dx += rstd (g - mean(g) - xhat mean(g xhat))
  * in   dy, x (C), mean, rstd          in, out  dx (C)
- * rstd g alone would be right if mean and rstd were constants. But each x moved them too. To add a
- * constant to all x changes nothing: so the mean of g is subtracted. To spread all x further around
- * their mean changes nothing: so the part of g that is a multiple of h is subtracted.
+ * rstd g alone would be right if mean and rstd were constants. But each x moved them, too. Adding a
+ * constant to all x changes nothing in y, so the mean of g is subtracted. Nor does spreading all x
+ * further from their mean, so the part of g that is a multiple of xhat is subtracted.
  * By hand: the example above with dy = (4, 0, 0, 0): g = (8, 0, 0, 0), mean(g) = 2,
- * mean(g h) = -2: dx += 0.5 (8 - 2 - 2, -2 - 2, -2 + 2, -2 + 2) = (2, -2, 0, 0).
+ * mean(g xhat) = -2: dx += 0.5 (8 - 2 - 2, -2 - 2, -2 + 2, -2 + 2) = (2, -2, 0, 0).
  *                                                           test: layernorm, layernorm_gradient */
 WIDE static void layernorm_backward_row(float *dx, const float *dy, const float *x, float mean,
                                         float rstd, const struct Tensor *weight) {
     size_t C = weight->n;
     const float *w = weight->w;
 
-    /* 1. through weight: g = d loss / d h, and g h */
+    /* 1. Back through weight: g = d loss / d xhat. Scratch for g and g xhat, C floats each. */
     float *g = thread_scratch(SCRATCH_ROW, 2 * C);
     float *gh = g + C;
     for (size_t c = 0; c < C; c++) {
@@ -3532,23 +3617,22 @@ WIDE static void layernorm_backward_row(float *dx, const float *dy, const float 
         gh[c] = g[c] * ((x[c] - mean) * rstd);
     }
 
-    /* 2. what moved the mean, and what moved the deviation */
+    /* 2. How much of g only moves the mean of x, and how much only moves its deviation? */
     float mean_g = row_sum(g, C) / (float)C;
     float mean_gh = row_sum(gh, C) / (float)C;
 
-    /* 3. both subtracted */
+    /* 3. Both are subtracted, and rstd is the slope of what remains. */
     for (size_t c = 0; c < C; c++)
         dx[c] += rstd * (g[c] - mean_g - (x[c] - mean) * rstd * mean_gh);
 }
 
-/* Columns c0..c1-1 of dweight += sum over rows of dy h, of dbias += sum of dy. */
+/* Columns c0..c1-1 of dweight += the sum over rows of dy xhat, of dbias += the sum of dy. */
 static void layernorm_backward_strip(float *dweight, float *dbias, struct Matrix dy,
                                      struct LayerNormRows rows, size_t c0, size_t c1) {
-    /* row by row: neighbours in memory are read together */
     for (size_t n = 0; n < rows.N; n++) {
         const float *dy_n = dy.data + n * dy.row_stride;
         const float *x_n = rows.x + n * dy.row_stride;
-        /* y = h weight + bias: the weight's slope is h, made again, and the bias's is 1 */
+        /* y = xhat weight + bias: slope xhat by the weight (recomputed here), 1 by the bias */
         for (size_t c = c0; c < c1; c++) {
             dweight[c] += dy_n[c] * (x_n[c] - rows.mean[n]) * rows.rstd[n];
             dbias[c] += dy_n[c];
@@ -3563,14 +3647,14 @@ static void layernorm_backward(float *dx, const float *dy, struct LayerNormRows 
     size_t N = rows.N;
     size_t C = weight->n;
 
-    /* 1. dx: the rows are independent of each other, so any thread may take any of them */
+    /* 1. dx: the rows are independent of each other, so any thread may take any of them. */
 #pragma omp parallel for if (N * C > 20000)
     for (size_t n = 0; n < N; n++)
         layernorm_backward_row(dx + n * C, dy + n * C, rows.x + n * C, rows.mean[n], rows.rstd[n],
                                weight);
 
-    /* 2. weight and bias: sums over the rows. A thread takes a strip of columns, lest two threads
-     *    add to the same number. A frozen layer has nothing to learn. */
+    /* 2. Weight and bias: sums over rows, so threads share the columns, as for linear's bias. A
+     *    frozen layer has nothing to learn. */
     if (!weight->d)
         return;
 #pragma omp parallel for if (N * C > 20000)
@@ -3583,13 +3667,13 @@ static void layernorm_backward(float *dx, const float *dy, struct LayerNormRows 
 /* gelu -- the activation between a block's two wide layers, in the tanh form that GPT-2 was trained
  * with ("gelu_new") [18].
  *   y = x/2 (1 + tanh(u)),   u = sqrt(2/pi) (x + 0.044715 x^3)
- * Since (1 + tanh u) / 2 = sigmoid(2u), that is x sigmoid(2u): one exponential. sigmoid(2u) is the
- * gate: near 1 for large x, which pass; near 0 for very negative x, which do not. Unlike max(0, x)
- * it has a slope everywhere. 1.5957691 is 2 sqrt(2/pi).
+ * Since (1 + tanh u) / 2 = sigmoid(2u), this is x sigmoid(2u), with a single exponential. The
+ * sigmoid is the gate: near 1 for large x, which pass; near 0 for very negative x, which do not.
+ * Unlike max(0, x) it has a slope everywhere. 1.5957691 is 2 sqrt(2/pi).
  * By hand: x = 2: 2u = 1.5958 * 2.3577 = 3.7624, gate 0.9773, y = 1.9546; x = -1: y = -0.1588.
  *                                                                                    test: gelu */
 static inline float gelu_gate(float x) {
-    /* 2u, then its sigmoid in the plain form: exp_fast cannot overflow, so neither can this */
+    /* 2u, then its sigmoid by the plain formula: exp_fast cannot overflow, so neither can this */
     float u2 = 1.5957691f * (x + 0.044715f * x * x * x);
     return 1.0f / (1.0f + exp_fast(-u2));
 }
@@ -3599,7 +3683,7 @@ WIDE static void gelu_row(float *y, const float *x, size_t n) {
         y[i] = x[i] * gelu_gate(x[i]);
 }
 
-/* gelu_backward_row -- dx comes in as dy and is multiplied by the slope.
+/* gelu_backward_row -- dx contains dy on entry, and is multiplied by the slope.
  *   y = x s,  s = sigmoid(2u):      dy/dx = s + x s (1 - s) d(2u)/dx
  * By hand: x = -1: s = 0.1588, d(2u)/dx = 1.5958 (1 + 0.1341) = 1.8098: slope
  * 0.1588 - 0.1588 * 0.8412 * 1.8098 = -0.0830.                       test: gelu, gelu_gradient */
@@ -3607,20 +3691,21 @@ WIDE static void gelu_backward_row(float *dx, const float *x, size_t n) {
     for (size_t i = 0; i < n; i++) {
         float s = gelu_gate(x[i]);
         float slope = 1.5957691f * (1.0f + 3.0f * 0.044715f * x[i] * x[i]);
-        /* the product rule: x by itself, and x through its gate */
+        /* the product rule: x by itself, and x inside its gate */
         dx[i] *= s + x[i] * s * (1.0f - s) * slope;
     }
 }
 
 static void gelu_forward(float *y, const float *x, size_t N, size_t C) {
-    /* number by number: rows only share out the work */
+    /* number by number: rows serve only to divide the work */
 #pragma omp parallel for if (N * C > 10000)
     for (size_t n = 0; n < N; n++)
         gelu_row(y + n * C, x + n * C, C);
 }
 
 static void gelu_backward(float *dx, const float *x, size_t N, size_t C) {
-    /* x is what went into gelu: from y it could not be found, since gelu falls and rises again */
+    /* x is gelu's input. Its output would not do: gelu first falls and then rises, so two different
+     * x can have the same y. */
 #pragma omp parallel for if (N * C > 10000)
     for (size_t n = 0; n < N; n++)
         gelu_backward_row(dx + n * C, x + n * C, C);
@@ -3628,35 +3713,36 @@ static void gelu_backward(float *dx, const float *x, size_t N, size_t C) {
 
 /* ---- Embedding ------------------------------------------------------------------------------ */
 
-/* One token: what it is, plus where it stands. */
+/* One token: what it is, plus its place. */
 static void embedding_row(float *x, const float *token, const float *position, size_t C) {
     for (size_t c = 0; c < C; c++)
         x[c] = token[c] + position[c];
 }
 
-/* embedding_forward -- where numbers begin: x (N,C) = wte[id] + wpe[position].
+/* embedding_forward -- tokens become numbers: x (N,C) = wte[id] + wpe[position].
  * in   the batch's ids and positions (N); wte (V,C), wpe (n_positions,C)
  * Both vectors are learnt. Without wpe the model could not tell "dog bites man" from "man bites
- * dog": attention sums over the tokens that it sees, in any order.
- * By hand: id 1 at places 0 and 1, wte[1] = (5, 6), wpe = (0.5, 0), (0, 0.5): (5.5, 6), (5, 6.5).
+ * dog": attention sums over the tokens it sees, in whatever order they come.
+ * By hand: id 1 at positions 0, 1; wte[1] = (5, 6), wpe = (0.5, 0), (0, 0.5): (5.5, 6), (5, 6.5).
  *                                                                               test: embedding */
 static void embedding_forward(float *x, const struct Batch *batch, const float *wte,
                               const float *wpe, size_t C) {
-    /* two rows of two tables are looked up: there is nothing to multiply */
+    /* A look-up in two tables. A row that is 1 at `id` and 0 elsewhere, times wte, would give the
+     * same with V times the work. */
 #pragma omp parallel for if (batch->N * C > 50000)
     for (size_t n = 0; n < batch->N; n++)
         embedding_row(x + n * C, wte + (size_t)batch->ids[n] * C,
                       wpe + (size_t)batch->position[n] * C, C);
 }
 
-/* Columns c0..c1-1 of all tokens' gradients, added to the rows that they were read from. */
+/* Columns c0..c1-1 of all tokens' gradients, added to the table rows that were read. */
 static void embedding_backward_strip(float *dwte, float *dwpe, const float *dx,
                                      const struct Batch *batch, size_t C, size_t c0, size_t c1) {
-    /* in the order of the tokens, whatever the number of threads: so are the bits of the sums */
+    /* one thread goes through all tokens in order, so each sum has one order */
     for (size_t n = 0; n < batch->N; n++) {
         float *dtoken = dwte + (size_t)batch->ids[n] * C;
         float *dposition = dwpe + (size_t)batch->position[n] * C;
-        /* both are added to: other tokens, and wte's other use, the output layer, do so too */
+        /* added, since other tokens, and wte's other use as the output layer, contribute too */
         for (size_t c = c0; c < c1; c++) {
             dtoken[c] += dx[n * C + c];
             dposition[c] += dx[n * C + c];
@@ -3665,14 +3751,14 @@ static void embedding_backward_strip(float *dwte, float *dwpe, const float *dx,
 }
 
 /* embedding_backward -- how should the vector of a token that was read change? A sum has slope 1 by
- * both its summands, so dx goes to both; a token that stands in several places gets the sum.
- * Threads share the columns, not the tokens: two tokens of one id would write to the same row.
+ * both its summands, so dx goes to both; a token that occurs in several places gets the sum.
+ * Threads share the columns, not the tokens: two tokens with one id would write to the same row.
  * By hand: the example above with dx = (1, 2), (3, 4): dwte[1] += (4, 6), dwpe += (1, 2), (3, 4).
  *                                                                               test: embedding */
 static void embedding_backward(float *dwte, float *dwpe, const float *dx, const struct Batch *batch,
                                size_t C) {
-    /* 64 columns are four cache lines: threads that share out smaller pieces would write to the
-     * same lines, and wait for each other */
+    /* STRIP, 64 columns, is four cache lines: with smaller pieces, several threads would write to
+     * one line and wait for each other */
 #pragma omp parallel for if (batch->N * C > 50000)
     for (size_t c = 0; c < C; c += STRIP)
         embedding_backward_strip(dwte, dwpe, dx, batch, C, c, MIN(C, c + STRIP));
@@ -3680,25 +3766,27 @@ static void embedding_backward(float *dwte, float *dwpe, const float *dx, const 
 
 /* ---- Attention ------------------------------------------------------------------------------
  *
- * Causal multi-head self-attention [2] Eq. 1, each sequence by itself. Each token has three vectors
- * in each head: a query (what am I looking for?), a key (what do I have?) and a value (what do I
- * say?). A token compares its query with the keys of all tokens up to itself, and takes the mean
- * of their values, weighted by how well they fit:
+ * Causal multi-head self-attention [2] Eq. 1, for each sequence separately. Each token has three
+ * vectors in each head: a query q (what am I looking for?), a key k (what do I have?) and a value v
+ * (what do I say?). A token compares its query with the keys of all tokens up to itself, and takes
+ * the mean of their values, weighted by how well the keys fit:
  *
  *     pass 1  scores      score_tj = q_t . k_j / sqrt(HS)                 (T,T) in each head
  *     pass 2  mask        j > t, the future, does not count
  *     pass 3  softmax     p_t = softmax(score_t)                          lse_t is kept
  *     pass 4  mixture     out_t = sum_j p_tj v_j                          (T,HS)
  *
- * A token looks back, never forward: that makes it a language model, and all T positions can learn
- * at once. The division by sqrt(HS) keeps scores near 1 in size, whatever the head's size; without
- * it softmax would choose a single key from the start, and hardly learn.
+ * A token looks back, never forward. That makes it a language model, and lets all T positions be
+ * trained at once. The division by sqrt(HS) keeps scores near 1 in size, whatever the size of the
+ * head; without it softmax would pick a single key from the start, and hardly learn.
  *
- * The (T,T) matrix of p is made ATTENTION_ROWS rows at a time, and again in the backward pass, from
- * lse alone [17]: so memory grows with T, not with its square.
+ * The matrix of all p, (T,T), never exists as a whole: it is computed ATTENTION_ROWS rows at a time
+ * and recomputed in the backward pass, for which lse is enough [17]. So memory grows with T, not
+ * with its square. In the formulas below P is a block of its rows; `query`, `key` and `value` are
+ * the vectors of a head as matrices (T,HS), as in struct AttentionHead.
  *
  *     HS = 1, two tokens: q = (5, 1), k = (0, ln 3), v = (10, 20)
- *     t = 0 sees itself alone:      p = (1),           out = 10                     lse = 0
+ *     t = 0 sees only itself:       p = (1),           out = 10                     lse = 0
  *     t = 1 scores 1*0 and 1*ln 3:  p = (0.25, 0.75),  out = 2.5 + 15 = 17.5        lse = ln 4
  * --------------------------------------------------------------------------------------------- */
 
@@ -3714,33 +3802,33 @@ static struct AttentionShape attention_shape(size_t C, size_t NH) {
     return (struct AttentionShape){C, NH, HS, 1 / sqrtf((float)HS)};
 }
 
-/* What one head sees of one sequence of T tokens. */
+/* One head of one sequence of T tokens. */
 struct AttentionHead {
     size_t T, HS, NH;
-    size_t h; /* the head's number */
+    size_t h; /* the head's number, 0 to NH - 1; model->h, the blocks, is something else */
     size_t row, column; /* in arrays (N,C): the sequence's first row, the head's first column */
     struct Matrix query, key, value; /* (T,HS) each, views of qkv */
     float scale;
-    /* Rows from fork on do not see the rows shared..fork-1: the two answers of a pair stand behind
-     * one prompt (collate_pairs). fork = shared: nothing is hidden. */
+    /* Rows from fork on do not see rows shared..fork-1: there are two answers after one prompt
+     * (collate_pairs). fork = shared: nothing is hidden. */
     size_t shared, fork;
 };
 
-/* Head h of sequence b of a batch; task = b * NH + h. A row of qkv (N,3C) holds a token's queries
- * of all heads, then its keys, then its values. */
+/* Head h of sequence b in a batch; task = b * NH + h. A row of qkv (N,3C) has a token's queries of
+ * all heads, then its keys, then its values. */
 static struct AttentionHead attention_head(const float *qkv, const struct Batch *batch,
                                            struct AttentionShape shape, size_t task) {
     size_t C = shape.C;
     size_t HS = shape.HS;
-    /* 1. which rows are the sequence's, and which columns the head's */
+    /* 1. Which rows belong to the sequence, and which columns to the head? */
     size_t b = task / shape.NH;
     size_t start = batch->start[b];
     size_t T = batch->start[b + 1] - start;
     size_t h = task % shape.NH;
     size_t column = h * HS;
 
-    /* 2. The views: queries from column 0 on, keys from C, values from 2C, in each of the three NH
-     *    heads side by side. Nothing is copied: a head's rows are 3C numbers apart. */
+    /* 2. The views: queries are in columns 0 to C - 1, keys from C on, values from 2C on, with the
+     *    NH heads side by side in each. Nothing is copied: a head's rows are 3C numbers apart. */
     struct Matrix all = matrix(qkv, batch->N, 3 * C);
     return (struct AttentionHead){
         .T = T,
@@ -3753,7 +3841,7 @@ static struct AttentionHead attention_head(const float *qkv, const struct Batch 
         .key = matrix_block(all, start, C + column, T, HS),
         .value = matrix_block(all, start, 2 * C + column, T, HS),
         .scale = shape.scale,
-        /* a batch that is not made of pairs has no forks */
+        /* only batches of pairs have forks */
         .shared = batch->fork ? batch->shared[b] : 0,
         .fork = batch->fork ? batch->fork[b] : 0,
     };
@@ -3763,73 +3851,75 @@ static struct AttentionHead attention_head(const float *qkv, const struct Batch 
  * query, a column for each key that one of them may see. The future inside the last columns is
  * left to pass 3, which reads only t + 1 numbers of row t.      test: attention, collate_pairs */
 static void attention_scores(float *p, const struct AttentionHead *head, size_t t0, size_t t1) {
-    /* pass 1: scores  P = Q K^T / sqrt(HS) */
+    /* pass 1: the scores, query key^T / sqrt(HS). One product for all t1 - t0 queries computes some
+     * scores of the future in vain, but runs at the speed of matmul. */
     struct Matrix query = matrix_block(head->query, t0, 0, t1 - t0, head->HS);
     struct Matrix key = matrix_block(head->key, 0, 0, t1, head->HS);
     matmul(matrix_out(p, t1 - t0, t1), query, transposed(key));
     for (size_t i = 0; i < (t1 - t0) * t1; i++)
         p[i] *= head->scale;
 
-    /* pass 2: the mask  e^-inf = 0: to the rejected answer, the chosen one was never written */
+    /* pass 2: the mask, e^-inf = 0: as if the chosen answer had never been written */
     for (size_t t = MAX(t0, head->fork); t < t1; t++)
         for (size_t j = head->shared; j < head->fork; j++)
             p[(t - t0) * t1 + j] = -INFINITY;
 }
 
-/* Where lse (N,NH) has the number of row t of a head's sequence. */
+/* The index in lse (N,NH) for row t of a head's sequence. */
 static size_t lse_place(const struct AttentionHead *head, size_t t) {
     return (head->row + t) * head->NH + head->h;
 }
 
-/* The head's part of an array (N,C), to be written: T rows, HS columns. */
+/* The head's part of an array (N,C), to write to: T rows, HS columns. */
 static struct MatrixOut head_columns(struct MatrixOut all, const struct AttentionHead *head) {
     return matrix_out_block(all, head->row, head->column, head->T, head->HS);
 }
 
-/* attention_softmax -- pass 3 for query t: p (t1) comes in as scores and becomes probabilities.
- * Returns their log-sum-exp.                                                   test: attention */
+/* attention_softmax -- pass 3 for query t: p (t1) contains scores on entry and probabilities
+ * afterwards. Returns the scores' log-sum-exp.                                 test: attention */
 static float attention_softmax(float *p, size_t t, size_t t1) {
-    /* t + 1 numbers: the keys up to the query's own. That is the mask of the future. */
+    /* Only t + 1 numbers, the keys up to the query's own: that is the mask of the future. */
     float lse = softmax(p, t + 1);
-    /* the future, in which pass 4 would read what pass 1 left there */
+    /* The future gets weight 0: pass 4, a matrix product, would read what pass 1 has left there. */
     for (size_t j = t + 1; j < t1; j++)
         p[j] = 0;
     return lse;
 }
 
 /* attention_forward_head -- the four passes, ATTENTION_ROWS queries at a time.
- * out  the head's columns of out (N,C) and its numbers of lse (N,NH): log sum_j e^(score_tj), all
- *      that the backward pass needs to make p again
+ * out  the head's columns of out (N,C) and its numbers in lse (N,NH): log sum_j e^(score_tj), all
+ *      that the backward pass needs to recompute p
  *                             test: attention_hand, attention; gdb: break attention_forward_head */
 static void attention_forward_head(struct MatrixOut out, float *lse,
                                    const struct AttentionHead *head) {
-    /* The queries go in blocks of rows: a thread has one block of p in memory, (ATTENTION_ROWS,T).
-     * A block holds all keys of its rows, so that softmax needs no second look. */
+    /* Blocks of queries: a thread needs memory for only one block of p, (ATTENTION_ROWS,T). A block
+     * includes all keys of its rows, so one softmax per row is final. */
     size_t T = head->T;
     struct MatrixOut mixture = head_columns(out, head);
     float *p = thread_scratch(SCRATCH_SCORES, ATTENTION_ROWS * T);
     for (size_t t0 = 0; t0 < T; t0 += ATTENTION_ROWS) {
         size_t t1 = MIN(T, t0 + ATTENTION_ROWS);
 
-        /* passes 1 and 2: the scores of rows t0..t1-1, masked */
+        /* passes 1 and 2: p becomes the masked scores (t1 - t0, t1) */
         attention_scores(p, head, t0, t1);
 
-        /* pass 3: softmax, row by row */
+        /* pass 3: each row becomes probabilities */
         for (size_t t = t0; t < t1; t++)
             lse[lse_place(head, t)] = attention_softmax(p + (t - t0) * t1, t, t1);
 
-        /* pass 4: the mixture  out = P V */
+        /* pass 4: the mixture  out = P value,  (rows,t1) times (t1,HS) */
         matmul(matrix_out_block(mixture, t0, 0, t1 - t0, head->HS), matrix(p, t1 - t0, t1),
                matrix_block(head->value, 0, 0, t1, head->HS));
     }
 }
 
-/* attention_forward -- all heads of all sequences; each is a task of its own, for any thread.
+/* attention_forward -- all heads of all sequences; each is a separate task, for any thread.
  * in   qkv (N,3C)       out  out (N,C), lse (N,NH)                             test: attention */
 static void attention_forward(float *out, float *lse, const float *qkv, const struct Batch *batch,
                               struct AttentionShape shape) {
     struct MatrixOut all_out = matrix_out(out, batch->N, shape.C);
-    /* dynamic: a long sequence takes far longer than a short one */
+    /* dynamic: a long sequence takes far longer than a short one, so with equal shares some threads
+     * would be idle */
 #pragma omp parallel for schedule(dynamic)
     for (size_t task = 0; task < batch->B * shape.NH; task++) {
         struct AttentionHead head = attention_head(qkv, batch, shape, task);
@@ -3837,11 +3927,12 @@ static void attention_forward(float *out, float *lse, const float *qkv, const st
     }
 }
 
-/* Pass 3 made again for query t: p (t1) comes in as scores; softmax(score) = e^(score - lse). */
+/* Pass 3 recomputed for query t, from scores p (t1): softmax(score) = e^(score - lse). */
 static void attention_softmax_again(float *p, float lse, size_t t, size_t t1) {
+    /* with lse known, there is no maximum and no sum to find */
     for (size_t j = 0; j <= t; j++)
         p[j] = exp_fast(p[j] - lse);
-    /* the future */
+    /* the future, as in the forward pass */
     for (size_t j = t + 1; j < t1; j++)
         p[j] = 0;
 }
@@ -3851,21 +3942,22 @@ static void attention_softmax_again(float *p, float lse, size_t t, size_t t1) {
  *   dscore_j = p_j (dp_j - D),   D = sum_j p_j dp_j = dout . out         [17] Appendix B.2
  * in   p (t1), the row's probabilities; dout, out (HS)
  * in, out  dp (t1): d loss / d p_j, then d loss / d (q_t . k_j)
- * D is what all probabilities together would gain: softmax only shares out, so what one gains
- * counts less that mean. It needs no sum over T tokens: out is the mean of the values under p.
+ * D is the mean of dp under p. Probabilities add up to 1, so what one gains the others lose: only a
+ * dp above the mean is worth raising. D needs no sum over T tokens, since out is the mean of the
+ * values under p.
  * By hand: the example's t = 1 with dout = 4: dp = (40, 80), D = 4 * 17.5 = 70,
  * dscore = (0.25 * -30, 0.75 * 10) = (-7.5, 7.5).            test: attention_hand */
 static void attention_softmax_backward(float *dp, const float *p, const float *dout,
                                        const float *out, const struct AttentionHead *head, size_t t,
                                        size_t t1) {
-    /* the mean of dp under p */
+    /* 1. D = dout . out: HS products instead of t + 1. */
     float D = 0;
     for (size_t c = 0; c < head->HS; c++)
         D += dout[c] * out[c];
-    /* softmax, and the scale of pass 1 */
+    /* 2. Back through softmax, and through the scale of pass 1. */
     for (size_t j = 0; j <= t; j++)
         dp[j] = p[j] * (dp[j] - D) * head->scale;
-    /* the mask: no score of the future was used */
+    /* 3. The mask: no score of the future was used, so none has a derivative. */
     for (size_t j = t + 1; j < t1; j++)
         dp[j] = 0;
 }
@@ -3880,8 +3972,8 @@ static struct AttentionGradient attention_gradient(float *dqkv, const struct Bat
                                                    const struct AttentionHead *head) {
     size_t C = shape.C;
     struct MatrixOut all = matrix_out(dqkv, batch->N, 3 * C);
-    /* dqkv is laid out as qkv: a gradient stands where its number stands, and the linear layer
-     * below takes all three parts as one dy */
+    /* dqkv has the layout of qkv: the gradient of each number is at the number's own place, and the
+     * linear layer below takes all three parts as a single dy */
     return (struct AttentionGradient){
         .query = matrix_out_block(all, head->row, head->column, head->T, head->HS),
         .key = matrix_out_block(all, head->row, C + head->column, head->T, head->HS),
@@ -3895,14 +3987,14 @@ static void matrix_clear(struct MatrixOut m) {
 }
 
 /* attention_backward_head -- the four passes in reverse, ATTENTION_ROWS queries at a time.
- *   pass 4, out = P V:          dV += P^T dout           dP = dout V^T
- *   pass 3, P = softmax(S):     dS = P (dP - D)          attention_softmax_backward
- *   pass 2, the mask:           what was not seen has P = 0, so dS = 0
- *   pass 1, S = scale Q K^T:    dQ = scale dS K          dK += scale dS^T Q
+ *   pass 4, out = P value:              dvalue += P^T dout       dP = dout value^T
+ *   pass 3, P = softmax(S):             dS = P (dP - D)          attention_softmax_backward
+ *   pass 2, the mask:                   what was not seen has P = 0, so dS = 0
+ *   pass 1, S = scale query key^T:      dquery = scale dS key    dkey += scale dS^T query
  * in   dout, out (T,HS), views; lse (N,NH)      out  d->query, d->key, d->value (T,HS), written
- * A key and a value are read by all later queries, so theirs are sums over the blocks of rows.
- * By hand: the example with dout = (0, 4): dV = (0.25 * 4, 0.75 * 4) = (1, 3); dS as above:
- * dq_1 = 7.5 ln 3 = 8.2396, dK = (-7.5 q_1, 7.5 q_1) = (-7.5, 7.5).
+ * All later queries read a key and a value, so their gradients are sums over the blocks of rows.
+ * By hand: the example with dout = (0, 4): dvalue = (0.25 * 4, 0.75 * 4) = (1, 3); dS as above:
+ * dq_1 = 7.5 ln 3 = 8.2396, dkey = (-7.5 q_1, 7.5 q_1) = (-7.5, 7.5).
  *                                           test: attention_hand, attention, attention_gradient */
 static void attention_backward_head(const struct AttentionGradient *d, struct Matrix dout,
                                     struct Matrix out, const float *lse,
@@ -3910,7 +4002,8 @@ static void attention_backward_head(const struct AttentionGradient *d, struct Ma
     size_t T = head->T;
     size_t HS = head->HS;
 
-    /* room for p and dp of a block; keys and values start their sums from 0 */
+    /* Scratch for p and dp of a block, (ATTENTION_ROWS,T) each. Keys and values start from 0, since
+     * every block adds to them; a query belongs to one block. */
     float *p = thread_scratch(SCRATCH_SCORES, 2 * ATTENTION_ROWS * T);
     float *dp = p + ATTENTION_ROWS * T;
     matrix_clear(d->key);
@@ -3920,25 +4013,26 @@ static void attention_backward_head(const struct AttentionGradient *d, struct Ma
         size_t rows = t1 - t0;
         struct Matrix dout_rows = matrix_block(dout, t0, 0, rows, HS);
 
-        /* Passes 1 to 3 again: p was not kept. That makes five products where four would do, and
-         * saves a matrix (T,T) for each head of each layer. */
+        /* Passes 1 to 3 again, since p was not kept: five products where four would do, but no
+         * matrix (T,T) in memory for each head of each layer. */
         attention_scores(p, head, t0, t1);
         for (size_t t = t0; t < t1; t++)
             attention_softmax_again(p + (t - t0) * t1, lse[lse_place(head, t)], t, t1);
 
-        /* back through pass 4: a value learns from each query, as far as that one took it */
+        /* Back through pass 4: a value learns from each query in proportion to its weight there. */
         matmul_add(matrix_out_block(d->value, 0, 0, t1, HS), transposed(matrix(p, rows, t1)),
                    dout_rows);
         matmul(matrix_out(dp, rows, t1), dout_rows,
                transposed(matrix_block(head->value, 0, 0, t1, HS)));
 
-        /* back through passes 3 and 2, row by row */
+        /* Back through passes 3 and 2, row by row: dp becomes dS times the scale. */
         for (size_t t = t0; t < t1; t++)
             attention_softmax_backward(dp + (t - t0) * t1, p + (t - t0) * t1,
                                        dout.data + t * dout.row_stride,
                                        out.data + t * out.row_stride, head, t, t1);
 
-        /* back through pass 1: a score's slope by the query is the key, and the other way round */
+        /* Back through pass 1: a score's derivative by the query is the key, and by the key the
+         * query. */
         matmul(matrix_out_block(d->query, t0, 0, rows, HS), matrix(dp, rows, t1),
                matrix_block(head->key, 0, 0, t1, HS));
         matmul_add(matrix_out_block(d->key, 0, 0, t1, HS), transposed(matrix(dp, rows, t1)),
@@ -3954,12 +4048,11 @@ static void attention_backward(float *dqkv, const float *dout, const float *out,
                                struct AttentionShape shape) {
     struct Matrix all_dout = matrix(dout, batch->N, shape.C);
     struct Matrix all_out = matrix(out, batch->N, shape.C);
-    /* Each head of a sequence has columns of its own in dqkv. No two tasks write to the same place,
-     * so no sum depends on which thread comes first. */
+    /* no two tasks write to the same place: each has its own rows and columns of dqkv */
 #pragma omp parallel for schedule(dynamic)
     for (size_t task = 0; task < batch->B * shape.NH; task++) {
         struct AttentionHead head = attention_head(qkv, batch, shape, task);
-        /* the same views of dqkv, dout and out that the head has of qkv */
+        /* dqkv, dout and out, each as the part that belongs to this head */
         struct AttentionGradient d = attention_gradient(dqkv, batch, shape, &head);
         attention_backward_head(&d, matrix_block(all_dout, head.row, head.column, head.T, head.HS),
                                 matrix_block(all_out, head.row, head.column, head.T, head.HS), lse,
@@ -3969,28 +4062,29 @@ static void attention_backward(float *dqkv, const float *dout, const float *out,
 
 /* ---- Attention while a text is written ------------------------------------------------------ */
 
-/* Keys and values of the past, kept while texts are written: past tokens never change what they
- * say, so a new token costs one row of work instead of T rows (chapter 13). */
+/* Keys and values of earlier tokens, kept while texts are written. They never change, since an
+ * earlier token does not see later ones; so a new token costs one row of work instead of T rows
+ * (chapter 13). */
 struct KVCache {
     size_t B, capacity; /* sequences; positions that each has room for */
     float *k, *v; /* (L, B, capacity, C) */
-    size_t *length; /* (B) positions filled */
-    const size_t *slot; /* (N) of a batch of new tokens: which of the B sequences each belongs to */
+    size_t *length; /* (B) how many positions are filled */
+    const size_t *slot; /* (N) of a batch of new tokens: the sequence that each row belongs to */
 };
 
-/* Where a layer's k and v of a sequence's position stand in the cache. */
+/* The index in k and v of a layer's numbers for one position of a sequence. */
 static size_t kv_cache_place(const struct KVCache *cache, size_t layer, size_t sequence,
                              size_t position, size_t C) {
     return ((layer * cache->B + sequence) * cache->capacity + position) * C;
 }
 
-/* Puts the keys and values of a batch's token n into the cache. */
+/* Stores the keys and values of token n of a batch in the cache. */
 static void kv_cache_store(struct KVCache *cache, const struct Batch *batch, size_t n,
                            const float *qkv, size_t layer, size_t C) {
     size_t position = (size_t)batch->position[n];
     size_t place = kv_cache_place(cache, layer, cache->slot[n], position, C);
-    /* all heads at once: in a row of qkv their keys are neighbours, and their values stand behind
-     * them; the query is not kept, since no later token asks for it */
+    /* All heads at once: in a row of qkv their keys are neighbours, followed by their values. The
+     * query is not kept, since no later token needs it. */
     const float *key = qkv + n * 3 * C + C;
     const float *value = key + C;
     memcpy(cache->k + place, key, C * sizeof *key);
@@ -3998,18 +4092,18 @@ static void kv_cache_store(struct KVCache *cache, const struct Batch *batch, siz
     cache->length[cache->slot[n]] = position + 1;
 }
 
-/* What head h of token n sees: its own query, and the keys and values of its sequence up to
- * itself, from the cache. */
+/* What head h of token n sees: its own query, and the keys and values of its sequence up to and
+ * including itself, from the cache. */
 static struct AttentionHead attention_cached_view(const struct KVCache *cache, const float *qkv,
                                                   const struct Batch *batch, size_t layer,
                                                   struct AttentionShape shape, size_t n, size_t h) {
-    /* 1. as many keys as the token's position says, itself included */
+    /* 1. A token at position t sees t + 1 keys, its own included. */
     size_t C = shape.C;
     size_t T = (size_t)batch->position[n] + 1;
     size_t column = h * shape.HS;
 
-    /* 2. The sequence's position 0 in the cache: from there on, a row of C numbers a position. The
-     *    query comes from qkv: only the past is in the cache. */
+    /* 2. From the sequence's position 0 in the cache on, each position has a row of C numbers. The
+     *    query comes from qkv: only keys and values are in the cache. */
     size_t place = kv_cache_place(cache, layer, cache->slot[n], 0, C);
     return (struct AttentionHead){
         .T = T,
@@ -4025,14 +4119,14 @@ static struct AttentionHead attention_cached_view(const struct KVCache *cache, c
     };
 }
 
-/* attention_cached_head -- the four passes for a single query, the newest. All it may see is the
- * past, so there is nothing to mask.   out  out (HS)           test: generate_cache, few_rows */
+/* attention_cached_head -- the four passes for a single query, the newest. It may see all there is,
+ * so there is nothing to mask.         out  out (HS)           test: generate_cache, few_rows */
 WIDE static void attention_cached_head(float *out, const struct AttentionHead *head) {
     size_t T = head->T;
     size_t HS = head->HS;
     float *p = thread_scratch(SCRATCH_SCORES, T);
 
-    /* pass 1: scores, four keys at a time */
+    /* pass 1: the scores, four keys at a time. A matmul of one row would spend its time packing. */
     const float *key = head->key.data;
     size_t stride = head->key.row_stride;
     for (size_t j = 0; j < T; j += 4)
@@ -4040,10 +4134,10 @@ WIDE static void attention_cached_head(float *out, const struct AttentionHead *h
     for (size_t j = 0; j < T; j++)
         p[j] *= head->scale;
 
-    /* pass 3: softmax, over all that there is: the newest token has no future */
+    /* pass 3: softmax, over all T: the newest token has no future */
     softmax(p, T);
 
-    /* pass 4: the mixture, value by value: each is a row of neighbours */
+    /* pass 4: the mixture, one value after another: each is HS neighbouring numbers */
     const float *value = head->value.data;
     for (size_t c = 0; c < HS; c++)
         out[c] = 0;
@@ -4052,17 +4146,18 @@ WIDE static void attention_cached_head(float *out, const struct AttentionHead *h
             out[c] += p[j] * value[j * stride + c];
 }
 
-/* attention_cached -- attention of a decoding batch, whose rows are new tokens alone.
+/* attention_cached -- attention while a text is written: the rows are only the new tokens.
  * in   qkv (N,3C)       out  out (N,C); the cache grows by the new keys and values
  * First all tokens are stored, then all look: a row may be one of several new tokens of a
  * sequence, each of which sees those before it.                             test: generate_cache */
 static void attention_cached(float *out, const float *qkv, const struct Batch *batch,
                              struct KVCache *cache, size_t layer, struct AttentionShape shape) {
-    /* 1. the new keys and values */
+    /* 1. Store the new keys and values. */
     for (size_t n = 0; n < batch->N; n++)
         kv_cache_store(cache, batch, n, qkv, layer, shape.C);
 
-        /* 2. each new token's heads */
+        /* 2. Each head of each new token is a task. With 16 tasks or fewer, as for one token of one
+         *    text, a team of threads would not pay. */
 #pragma omp parallel for if (batch->N * shape.NH > 16)
     for (size_t task = 0; task < batch->N * shape.NH; task++) {
         size_t n = task / shape.NH;
@@ -4076,37 +4171,38 @@ static void attention_cached(float *out, const float *qkv, const struct Batch *b
  * Chapter 11 - GPT-2, its output layer and its heads
  *                      [glossary: Modelo de linguagem] [glossary: AutoModelForCausalLM]
  *
- * What is a language model, in one formula? Each token becomes a vector (what it is, plus where it
- * stands), and n_layer blocks each add something to that vector, the residual stream:
+ * What is a language model, in one formula? Each token becomes a vector (what it is, plus its
+ * place), and n_layer blocks each add something to that vector, the residual stream:
  *
  *     x = wte[id] + wpe[position]                                            (N,C)
  *     x = x + attention(ln_1(x))     look at earlier tokens                  n_layer times      [1]
  *     x = x + mlp(ln_2(x))           think about what was seen
  *     hidden = ln_f(x)                                                       (N,C)
- *     logits = hidden wte^T          how well each token fits                (rows that ask, V)
+ *     logits = hidden wte^T          how well each token fits                (rows that predict, V)
  *
  * The smallest GPT-2 has V = 50257, C = 768, 12 blocks, 12 heads and 1024 positions. That makes
  * 124,439,808 numbers: 85.1 million in the blocks, 38.6 million in wte, 0.8 million in wpe.
  *
  * The output layer is the embedding again ("tied") [2, Section 3.4]. So wte gets its gradient in
- * two ways, and they are added up in one tensor: from the output layer (lm_head_backward: how
- * should the vector of a token that was predicted, or ought to have been, change?) and from the
- * input (embedding_backward: how should the vector of a token that was read change?).
+ * two ways, and one tensor collects both: from the output layer (lm_head_backward: how should the
+ * vectors of tokens that were predicted, or should have been, change?) and from the input
+ * (embedding_backward: how should the vectors of tokens that were read change?).
  *
- * Two more output layers, called heads, make one number of a hidden vector. The reward head reads
- * a whole text at its last token: how good was it? The value head reads every position: how good
- * will it become?
+ * Two more output layers, called heads (not attention's), turn a hidden vector into one number. The
+ * reward head reads a whole text at its last token: how good was it? The value head reads every
+ * position: how good will it become?
  *
  * The structs repeat transformers' module names: model->h[3].mlp.c_fc.weight is the tensor
  * "transformer.h.3.mlp.c_fc.weight" of a checkpoint.
  *
- * What enters: a batch of token ids (N). What leaves: hidden vectors (N,C); and from the rows that
- * are asked for log-probabilities (R), in nats, rewards or values, without a unit.
+ * What enters: a batch of token ids (N). What leaves: hidden vectors (N,C) and, for selected rows,
+ * log-probabilities (R), in nats, rewards or values, without a unit.
  * ============================================================================================= */
 
-/* From Part IV. check_finite ends the program where `value`, which is named by `what`, is NaN or
- * infinite, and says which weight or activation broke first; check_numbers does so for n numbers
- * that came from a forward pass over `batch`; first_not_finite tells where the first one is. */
+/* From Part IV. check_finite ends the program if `value`, which the message calls `what`, is NaN or
+ * infinite, and names the weight or activation that broke first; check_numbers does so for n
+ * numbers that came from a forward pass over `batch`; first_not_finite returns the index of the
+ * first such number, or n. */
 struct GPT2;
 static void check_finite(const struct GPT2 *model, const char *what, double value);
 static void check_numbers(const struct GPT2 *model, struct Arena *arena, const struct Batch *batch,
@@ -4115,8 +4211,8 @@ static size_t first_not_finite(const float *x, size_t n);
 
 /* ---- What a model consists of --------------------------------------------------------------- */
 
-/* The two heads stand beside the transformer, not in it: in a checkpoint where other names begin
- * with "transformer.", theirs do not. */
+/* The two heads are not part of the transformer: in a checkpoint where all other names begin with
+ * "transformer.", theirs do not. */
 static bool tensor_is_head(const struct Tensor *t) {
     return strncmp(t->name, "score.", 6) == 0 || strncmp(t->name, "v_head.", 7) == 0;
 }
@@ -4128,14 +4224,14 @@ struct GPT2Config {
     size_t n_embd; /* C */
     size_t n_layer; /* L */
     size_t n_head; /* NH */
-    int eos_token_id; /* the end token: behind each text, and where writing stops */
+    int eos_token_id; /* the end token: after each text, and where writing stops */
     int pad_token_id;
     float layer_norm_epsilon;
     int bos_token_id; /* what an empty prompt starts from */
     struct Text pad_token; /* the padding token's name, if it is none of GPT-2's tokens */
 };
 
-/* weight (in,out), bias (out). lora_A.n = 0 says that the layer has no adapter (chapter 12). */
+/* weight (in,out), bias (out). lora_A.n = 0 means that the layer has no adapter (chapter 12). */
 struct Linear {
     struct Tensor weight, bias, lora_A, lora_B;
     float lora_scale;
@@ -4160,7 +4256,7 @@ struct Adapter {
     size_t r; /* the rank; 0: the model has no adapter */
     double lora_alpha;
     double lora_dropout;
-    const char *target_modules; /* the layers that it adapts */
+    const char *target_modules; /* names of the layers that it adapts */
     const char *base_model_name_or_path;
     bool use_rslora; /* see adapter_scale */
     bool pattern; /* target_modules is a regular expression, not a list of names */
@@ -4169,7 +4265,7 @@ struct Adapter {
 
 /* What the forward pass keeps of one block for the backward pass. */
 struct BlockActivations {
-    float *x; /* (N,C) what entered */
+    float *x; /* (N,C) the block's input */
     float *ln_1, *ln_1_mean, *ln_1_rstd; /* (N,C) (N) (N) */
     float *qkv, *att, *lse; /* (N,3C) (N,C) (N,NH) */
     float *mid; /* (N,C) x + attention */
@@ -4177,28 +4273,28 @@ struct BlockActivations {
     float *fc, *gelu; /* (N,4C) before and after the activation */
 };
 
-/* What it keeps of a whole pass. */
+/* What the forward pass keeps of the whole model. */
 struct Activations {
     const struct Batch *batch;
     size_t N;
-    struct BlockActivations *h; /* (L); all share the memory of one where nothing is kept */
-    float *x; /* (N,C) what left the last block */
+    struct BlockActivations *h; /* (L) the blocks; all use the first's memory if nothing is kept */
+    float *x; /* (N,C) the last block's output */
     float *ln_f, *ln_f_mean, *ln_f_rstd; /* (N,C) (N) (N); ln_f is the hidden state */
 };
 
 struct GPT2 {
     struct GPT2Config config;
-    struct Tensor wte; /* (V,C) a vector for each token: the embedding, and the output layer */
+    struct Tensor wte; /* (V,C) a vector for each token: the embedding and the output layer */
     struct Tensor wpe; /* (n_positions,C) a vector for each position */
-    struct Block *h; /* (L) */
+    struct Block *h; /* (L) the blocks: h is transformers' name for them */
     struct LayerNorm ln_f;
     struct Tensor score; /* (1,C) the reward head; n = 0: the model has none */
-    struct Linear v_head; /* (1,C) the value head; likewise */
+    struct Linear v_head; /* (1,C) the value head; weight.n = 0: the model has none */
     struct Adapter adapter;
-    const char *folder; /* it, or its adapter, was read from; NULL: from none */
+    const char *folder; /* where it, or its adapter, was read from; NULL: nowhere */
     struct Tensor **tensors; /* all of the above, in a checkpoint's order */
     size_t tensor_count;
-    /* where training is, for check_finite: task NULL: the model is not being trained; N = 0:
+    /* where training is, for check_finite. task NULL: the model is not being trained; N = 0:
      * there is no backward pass to look at */
     struct {
         const char *task;
@@ -4210,11 +4306,11 @@ struct GPT2 {
 
 /* ---- Making a model ------------------------------------------------------------------------- */
 
-/* A tensor (rows,columns) of zeros, or a vector (rows) where columns is 0. */
+/* A tensor (rows,columns) of zeros, or a vector (rows) if columns is 0. */
 static void tensor_declare(struct GPT2 *model, struct Tensor *tensor, const char *name, size_t rows,
                            size_t columns) {
-    /* 1. Weight decay is for matrices alone: biases, and above all the weights of layer norms,
-     *    which are near 1, have no reason to be pulled to zero. */
+    /* 1. Weight decay is for matrices only: there is no reason to pull biases to zero, and still
+     *    less the weights of layer norms, which are near 1. */
     *tensor = (struct Tensor){
         .shape = {rows, columns},
         .ndim = columns ? 2 : 1,
@@ -4223,7 +4319,7 @@ static void tensor_declare(struct GPT2 *model, struct Tensor *tensor, const char
     };
     snprintf(tensor->name, sizeof tensor->name, "%s", name);
 
-    /* 2. The numbers themselves, and a place in the list that the optimizer and checkpoints go
+    /* 2. The numbers themselves, and an entry in the list that the optimizer and checkpoints go
      *    through. Gradients come only if it is trained: gpt2_make_trainable. */
     tensor->w = arena_zeros(&model->arena, tensor->n, sizeof(float));
     model->tensors[model->tensor_count++] = tensor;
@@ -4243,7 +4339,7 @@ static void layernorm_declare(struct GPT2 *model, struct LayerNorm *norm, const 
     struct Arena *arena = &model->arena;
     tensor_declare(model, &norm->weight, arena_printf(arena, "%s.weight", name), C, 0);
     tensor_declare(model, &norm->bias, arena_printf(arena, "%s.bias", name), C, 0);
-    /* times one, plus zero: at first it only normalizes */
+    /* times one, plus zero: at first a layer norm only normalizes */
     for (size_t c = 0; c < C; c++)
         norm->weight.w[c] = 1;
 }
@@ -4253,15 +4349,15 @@ static void block_declare(struct GPT2 *model, size_t layer) {
     struct Arena *arena = &model->arena;
     size_t C = model->config.n_embd;
 
-    /* 1. attention: c_attn makes query, key and value of a token, c_proj mixes what the heads
-     *    found into one vector */
+    /* 1. Attention: c_attn makes query, key and value of a token; c_proj mixes what the heads found
+     *    into one vector. */
     layernorm_declare(model, &h->ln_1, arena_printf(arena, "h.%zu.ln_1", layer), C);
     const char *c_attn = arena_printf(arena, "h.%zu.attn.c_attn", layer);
     linear_declare(model, &h->attn.c_attn, c_attn, C, 3 * C);
     const char *attn_c_proj = arena_printf(arena, "h.%zu.attn.c_proj", layer);
     linear_declare(model, &h->attn.c_proj, attn_c_proj, C, C);
 
-    /* 2. the mlp: four times as wide inside, where the activation decides what passes */
+    /* 2. The mlp: four times as wide inside, where the activation decides what passes. */
     layernorm_declare(model, &h->ln_2, arena_printf(arena, "h.%zu.ln_2", layer), C);
     const char *c_fc = arena_printf(arena, "h.%zu.mlp.c_fc", layer);
     linear_declare(model, &h->mlp.c_fc, c_fc, C, 4 * C);
@@ -4269,7 +4365,8 @@ static void block_declare(struct GPT2 *model, size_t layer) {
     linear_declare(model, &h->mlp.c_proj, mlp_c_proj, 4 * C, C);
 }
 
-/* A model without heads, adapter or gradients, its matrices zero: gpt2_init or a file fills it. */
+/* A model without heads, adapter or gradients. Its matrices are zero: gpt2_init or a file fills
+ * them. */
 static struct GPT2 *gpt2_new(struct GPT2Config config) {
     struct GPT2 *model = calloc(1, sizeof *model);
     CHECK(model, "out of memory");
@@ -4277,12 +4374,12 @@ static struct GPT2 *gpt2_new(struct GPT2Config config) {
     size_t C = config.n_embd;
     model->h = arena_zeros(&model->arena, config.n_layer, sizeof *model->h);
 
-    /* A block has 12 tensors, and 8 more where its four linear layers are adapted; beside the
-     * blocks there are wte, wpe, two of ln_f and three of the heads. */
+    /* A block has 12 tensors, and 8 more if its four linear layers are adapted; besides the blocks
+     * there are wte, wpe, two tensors of ln_f and three of the heads. */
     model->tensors = arena_alloc(&model->arena, 20 * config.n_layer + 8, sizeof *model->tensors);
 
-    /* In the order of transformers' state_dict. gpt2_init draws random numbers in this order too:
-     * another one would give another model for the same seed. */
+    /* In the order of transformers' state_dict. gpt2_init draws random numbers in this order, too:
+     * another order would give another model for the same seed. */
     tensor_declare(model, &model->wte, "wte.weight", config.vocab_size, C);
     tensor_declare(model, &model->wpe, "wpe.weight", config.n_positions, C);
     for (size_t l = 0; l < config.n_layer; l++)
@@ -4303,7 +4400,7 @@ static void tensor_normal(struct Tensor *tensor, struct Rng *rng, double std) {
         tensor->w[i] = (float)(std * rng_normal(rng));
 }
 
-/* Uniform in (-1/sqrt(in), 1/sqrt(in)), in = how many inputs the layer has: torch's start of a
+/* Uniform in (-1/sqrt(in), 1/sqrt(in)), in = the layer's number of inputs: torch's start of a
  * Linear (Kaiming). The output is a sum of `in` products, so the more there are, the smaller each
  * must be if the sum is to keep its size.
  * By hand: 400 inputs: within 0.05, variance 0.05^2 / 3.              test: reward_head_gradient */
@@ -4313,7 +4410,7 @@ static void tensor_uniform(struct Tensor *tensor, struct Rng *rng, size_t in) {
         tensor->w[i] = (float)(bound * (2 * rng_uniform(rng) - 1));
 }
 
-/* How many numbers a model consists of. */
+/* The number of parameters of a model. */
 static size_t gpt2_parameters(const struct GPT2 *model) {
     size_t n = 0;
     for (size_t i = 0; i < model->tensor_count; i++)
@@ -4329,12 +4426,12 @@ static void gpt2_init(struct GPT2 *model, uint64_t seed) {
     struct Rng rng = rng_seed(seed, STREAM_INIT);
 
     /* Two layers of each block, both called c_proj, add to the residual stream: 2 n_layer
-     * summands. Were they as large as the others, the stream's variance would grow with the depth.
-     * Each divided by sqrt(2 n_layer), the variance of their sum is that of one. */
+     * summands. If they were as large as the others, the stream's variance would grow with the
+     * depth. With each divided by sqrt(2 n_layer), the variance of their sum is that of one. */
     double residual_std = 0.02 / sqrt(2.0 * (double)model->config.n_layer);
     for (size_t i = 0; i < model->tensor_count; i++) {
         struct Tensor *t = model->tensors[i];
-        /* biases and layer norms stay as they are */
+        /* biases and layer norms keep their zeros and ones */
         if (t->ndim != 2)
             continue;
         bool writes_to_stream = strstr(t->name, "c_proj.weight") != NULL;
@@ -4342,17 +4439,17 @@ static void gpt2_init(struct GPT2 *model, uint64_t seed) {
     }
 }
 
-/* With an adapter only it and the heads learn: the base is frozen. */
+/* With an adapter, only the adapter and the heads learn: the base is frozen. */
 static bool tensor_learns(const struct GPT2 *model, const struct Tensor *t) {
     return !model->adapter.r || strstr(t->name, ".lora_") || tensor_is_head(t);
 }
 
-/* Memory for the gradients and for AdamW's moments, all zero: three numbers beside each weight. */
+/* Memory for gradients and AdamW's moments, all zero: three more numbers for each weight. */
 static void gpt2_make_trainable(struct GPT2 *model) {
     for (size_t i = 0; i < model->tensor_count; i++) {
         struct Tensor *t = model->tensors[i];
-        /* This is where weights are frozen: a tensor whose d stays NULL is skipped by every
-         * backward pass and by the optimizer. One that was trained before has its d already. */
+        /* This is where weights are frozen: every backward pass and the optimizer skip a tensor
+         * whose d is NULL. A tensor that was trained before already has its d. */
         if (t->d || !tensor_learns(model, t))
             continue;
         t->d = arena_zeros(&model->arena, t->n, sizeof(float));
@@ -4361,11 +4458,11 @@ static void gpt2_make_trainable(struct GPT2 *model) {
     }
 }
 
-/* A second model with the same weights, but without heads and adapter: a reference that stays as
- * it is while the first one is trained.                    [glossary: Modelo de referência] */
+/* A second model with the same weights, but without heads and adapter: a reference that does not
+ * change while the first one is trained.                  [glossary: Modelo de referência] */
 static struct GPT2 *gpt2_copy(const struct GPT2 *model) {
     struct GPT2 *copy = gpt2_new(model->config);
-    /* what gpt2_new declares comes first in both lists; heads and adapters stand behind it */
+    /* both lists begin with what gpt2_new declares; heads and adapters come after that */
     for (size_t i = 0; i < copy->tensor_count; i++)
         memcpy(copy->tensors[i]->w, model->tensors[i]->w, copy->tensors[i]->n * sizeof(float));
     return copy;
@@ -4378,8 +4475,8 @@ static void residual_add_row(float *sum, const float *x, size_t C) {
         sum[c] += x[c];
 }
 
-/* sum += x, both (N,C). It has no backward function: a sum hands its derivative to each of its
- * summands unchanged. */
+/* sum += x, both (N,C). There is no backward function: a sum passes its derivative unchanged to
+ * each of its summands. */
 static void residual_add(float *sum, const float *x, size_t N, size_t C) {
 #pragma omp parallel for if (N * C > 100000)
     for (size_t n = 0; n < N; n++)
@@ -4390,20 +4487,20 @@ static void lora_forward(float *y, const float *x, const struct Linear *linear, 
 static void lora_backward(float *dx, const float *dy, const float *x, struct Linear *linear,
                           size_t N);
 
-/* A linear layer of the model, x (N,in) to y (N,out), and what its adapter adds to y where it has
- * one (chapter 12). */
+/* A linear layer of the model, from x (N,in) to y (N,out), plus what its adapter adds to y, if it
+ * has one (chapter 12). */
 static void module_forward(float *y, const float *x, const struct Linear *linear, size_t N) {
     linear_forward(y, x, N, &linear->weight, &linear->bias);
-    /* the adapter's share is added to what is there: its base comes first */
+    /* the adapter adds to y, so the base layer comes first */
     if (linear->lora_A.n)
         lora_forward(y, x, linear, N);
 }
 
-/* dy (N,out) to dx (N,in), which is written; the gradients of the weights are added to. */
+/* From dy (N,out) to dx (N,in), which is overwritten; the gradients of the weights are added to. */
 static void module_backward(float *dx, const float *dy, const float *x, struct Linear *linear,
                             size_t N) {
-    /* A frozen layer, whose d is NULL, learns nothing but passes dx on: the adapters of the layers
-     * before it need that. */
+    /* A frozen layer, whose d is NULL, learns nothing but passes dx on: the adapters of earlier
+     * layers need it. */
     linear_backward(dx, dy, x, N, &linear->weight, &linear->bias);
     if (linear->lora_A.n)
         lora_backward(dx, dy, x, linear, N);
@@ -4423,27 +4520,27 @@ static void block_forward(const struct GPT2 *model, size_t layer, struct BlockAc
     size_t C = model->config.n_embd;
     struct AttentionShape shape = attention_shape(C, model->config.n_head);
 
-    /* 1. Query, key and value of each token, made from its normalized vector. The norm stands
-     *    before the layer, not behind the sum as in [2]: the stream itself is never rescaled. */
+    /* 1. Query, key and value of each token, from its normalized vector. The norm comes before the
+     *    layer, not after the sum as in [2]: the stream itself is never rescaled. */
     layernorm_forward(a->ln_1, (struct LayerNormRows){N, a->x, a->ln_1_mean, a->ln_1_rstd},
                       &h->ln_1.weight, &h->ln_1.bias, model->config.layer_norm_epsilon);
     module_forward(a->qkv, a->ln_1, &h->attn.c_attn, N);
 
-    /* 2. Attention: each token gathers from those before it. While a text is written they are not
-     *    in the batch: their keys and values were kept in the cache. */
+    /* 2. Attention: each token gathers from those before it. While a text is being written they are
+     *    not in the batch, but their keys and values are in the cache. */
     if (cache)
         attention_cached(a->att, a->qkv, batch, cache, layer, shape);
     else
         attention_forward(a->att, a->lse, a->qkv, batch, shape);
 
-    /* 3. What was gathered is added to the stream. x itself must stay as it is: the backward pass
-     *    needs it, so the sum is a tensor of its own. */
+    /* 3. What was gathered is added to the stream. The sum is a tensor of its own, since the
+     *    backward pass needs x itself. */
     module_forward(a->mid, a->att, &h->attn.c_proj, N);
     residual_add(a->mid, a->x, N, C);
 
-    /* 4. The mlp works on each token by itself, and is added likewise: four times as many numbers
-     *    as the stream has, gelu lets each of them pass or not, and back to C. Two thirds of a
-     *    block's weights are here. */
+    /* 4. The mlp works on each token by itself, and its result is added, too. It is four times as
+     *    wide as the stream: gelu lets each of these numbers pass or not, and c_proj leads back to
+     *    C. Two thirds of a block's weights are here. */
     layernorm_forward(a->ln_2, (struct LayerNormRows){N, a->mid, a->ln_2_mean, a->ln_2_rstd},
                       &h->ln_2.weight, &h->ln_2.bias, model->config.layer_norm_epsilon);
     module_forward(a->fc, a->ln_2, &h->mlp.c_fc, N);
@@ -4455,8 +4552,8 @@ static void block_forward(const struct GPT2 *model, size_t layer, struct BlockAc
 /* block_backward -- the same block from its end to its start.
  * in, out  dx (N,C): the derivative of the loss by the block's output becomes that by its input
  * scratch  dwide (N,4C), dnarrow (N,C)
- * out = mid + mlp(ln_2(mid)) hands its derivative to both summands. The one through `mid` is dx
- * itself, which simply stays; what comes back through the mlp is added to it, for
+ * out = mid + mlp(ln_2(mid)) passes its derivative to both summands. The share of `mid` is dx
+ * itself, which simply stays; what comes back through the mlp is added to it, which is why
  * layernorm_backward adds to dx. The same then happens with x and the attention.
  *                                                                           test: gpt2_gradient */
 static void block_backward(struct GPT2 *model, struct Block *h, const struct BlockActivations *a,
@@ -4464,25 +4561,25 @@ static void block_backward(struct GPT2 *model, struct Block *h, const struct Blo
     size_t N = batch->N;
     size_t C = model->config.n_embd;
 
-    /* 1. Back through the mlp. The two scratch rows serve one tensor after the other:
+    /* 1. Back through the mlp. Each of the two scratch arrays serves one tensor after another:
      *      dwide     d gelu, then d fc, then (3C of its 4C) d qkv
      *      dnarrow   d ln_2, then d att, then d ln_1 */
     module_backward(dwide, dx, a->gelu, &h->mlp.c_proj, N);
     gelu_backward(dwide, a->fc, N, 4 * C);
     module_backward(dnarrow, dwide, a->ln_2, &h->mlp.c_fc, N);
 
-    /* 2. dx is d out and becomes d mid: its own share stays, the mlp's is added. That is all that
-     *    the sum `out = mid + ...` asks for. */
+    /* 2. dx is d out and becomes d mid: its own share stays, the mlp's is added. That is the whole
+     *    backward pass of the sum `out = mid + ...`. */
     layernorm_backward(dx, dnarrow, (struct LayerNormRows){N, a->mid, a->ln_2_mean, a->ln_2_rstd},
                        &h->ln_2.weight, &h->ln_2.bias);
 
-    /* 3. Back through the attention. */
+    /* 3. Back through the attention, from dx, which is now d mid. */
     module_backward(dnarrow, dx, a->att, &h->attn.c_proj, N);
     attention_backward(dwide, dnarrow, a->att, a->lse, a->qkv, batch,
                        attention_shape(C, model->config.n_head));
     module_backward(dnarrow, dwide, a->ln_1, &h->attn.c_attn, N);
 
-    /* 4. dx is d mid and becomes d x. */
+    /* 4. dx becomes d x, likewise: its own share stays, the attention's is added. */
     layernorm_backward(dx, dnarrow, (struct LayerNormRows){N, a->x, a->ln_1_mean, a->ln_1_rstd},
                        &h->ln_1.weight, &h->ln_1.bias);
 }
@@ -4491,7 +4588,7 @@ static struct BlockActivations block_activations_new(struct Arena *arena, size_t
                                                      size_t NH) {
     return (struct BlockActivations){
         /* attention: the normalized x, its mean and deviation, and what attention makes of it;
-         * of the softmax only one number for each row and head */
+         * of each softmax only one number, lse */
         .x = arena_floats(arena, N * C),
         .ln_1 = arena_floats(arena, N * C),
         .ln_1_mean = arena_floats(arena, N),
@@ -4499,7 +4596,7 @@ static struct BlockActivations block_activations_new(struct Arena *arena, size_t
         .qkv = arena_floats(arena, N * 3 * C),
         .att = arena_floats(arena, N * C),
         .lse = arena_floats(arena, N * NH),
-        /* the mlp: gelu's slope depends on what came in, so that stays beside what went out */
+        /* the mlp: gelu's slope depends on its input fc, so that is kept as well as its output */
         .mid = arena_floats(arena, N * C),
         .ln_2 = arena_floats(arena, N * C),
         .ln_2_mean = arena_floats(arena, N),
@@ -4509,7 +4606,7 @@ static struct BlockActivations block_activations_new(struct Arena *arena, size_t
     };
 }
 
-/* Memory for a forward pass: about 16 N C numbers a block. keep: a backward pass will follow. */
+/* Memory for a forward pass: about 16 N C numbers per block. keep: a backward pass will follow. */
 static struct Activations activations_new(const struct GPT2 *model, struct Arena *arena,
                                           const struct Batch *batch, bool keep) {
     size_t N = batch->N;
@@ -4524,9 +4621,9 @@ static struct Activations activations_new(const struct GPT2 *model, struct Arena
         .ln_f_mean = arena_floats(arena, N),
         .ln_f_rstd = arena_floats(arena, N),
     };
-    /* A backward pass needs what every block computed. Without one, all blocks write over the
-     * memory of the first. Its x is then also where it writes `out`, which does no harm: a block
-     * has read its x for the last time before it writes. */
+    /* A backward pass needs what every block computed. Without one, all blocks overwrite the memory
+     * of the first. Its x is then also where it writes `out`, which does no harm: a block has read
+     * its x for the last time before it writes. */
     for (size_t l = 0; l < L; l++) {
         bool own = keep || l == 0;
         acts.h[l] = own ? block_activations_new(arena, N, C, model->config.n_head) : acts.h[0];
@@ -4535,31 +4632,31 @@ static struct Activations activations_new(const struct GPT2 *model, struct Arena
 }
 
 /* The layers, from ids to hidden states. cache: while a text is written, what was computed of its
- * earlier tokens; else NULL. keep: a backward pass will follow. */
+ * earlier tokens; otherwise NULL. keep: a backward pass will follow. */
 static struct Activations gpt2_layers(const struct GPT2 *model, struct Arena *arena,
                                       const struct Batch *batch, struct KVCache *cache, bool keep) {
     const struct GPT2Config *c = &model->config;
     size_t N = batch->N;
     size_t C = c->n_embd;
     size_t L = c->n_layer;
-    /* wpe has no row for a later position */
+    /* wpe has a row for each of n_positions, and no more */
     CHECK(batch->max_length <= c->n_positions,
           "a sequence of %zu tokens does not fit the model's %zu positions (n_positions)",
           batch->max_length, c->n_positions);
     struct Activations acts = activations_new(model, arena, batch, keep);
 
-    /* 1. tokens and positions become vectors: the stream begins */
+    /* 1. Tokens and positions become vectors: the stream begins. */
     embedding_forward(acts.h[0].x, batch, model->wte.w, model->wpe.w, C);
 
-    /* 2. each block adds to it, and writes it to where the next one reads; the last one to where
-     *    the final norm does */
+    /* 2. Each block adds to the stream and writes it to where the next block reads; the last one
+     *    writes to where the final norm reads. */
     for (size_t l = 0; l < L; l++) {
         float *out = l + 1 < L ? acts.h[l + 1].x : acts.x;
         block_forward(model, l, &acts.h[l], batch, cache, out);
     }
 
     /* 3. The stream is now a sum of 2 L + 1 vectors, and large; it is normalized once more before
-     *    heads read it. */
+     *    the heads read it. */
     layernorm_forward(acts.ln_f, (struct LayerNormRows){N, acts.x, acts.ln_f_mean, acts.ln_f_rstd},
                       &model->ln_f.weight, &model->ln_f.bias, c->layer_norm_epsilon);
     return acts;
@@ -4568,10 +4665,10 @@ static struct Activations gpt2_layers(const struct GPT2 *model, struct Arena *ar
 /* gpt2_forward -- what the model makes of each token of a batch: its hidden state, (N,C), in
  * activations.ln_f.                                                [glossary: Inferência]
  * in   batch: N tokens of B sequences
- *      keep: a backward pass will follow, so the activations of all blocks stay
- * The hidden state of token t depends on the tokens up to t and on none after it. So one pass over
- * a text gives the prediction at each of its places at once: reading a text takes far less time
- * than writing one, where each token needs a pass of its own.      test: gpt2_golden, fixtures */
+ *      keep: a backward pass will follow, so the activations of all blocks are kept
+ * The hidden state of token t depends on the tokens up to t and on no later one. So a single pass
+ * over a text gives the prediction at each of its positions: reading a text takes far less time
+ * than writing one, where each token needs a pass of its own.       test: gpt2_golden, fixtures */
 static struct Activations gpt2_forward(const struct GPT2 *model, struct Arena *arena,
                                        const struct Batch *batch, bool keep) {
     return gpt2_layers(model, arena, batch, NULL, keep);
@@ -4586,8 +4683,8 @@ static float *gpt2_decode(const struct GPT2 *model, struct Arena *arena, const s
 }
 
 /* gpt2_backward -- from the hidden states back to the embedding.
- * in   acts: what gpt2_forward kept; dhidden (N,C): d loss / d acts->ln_f, in which all heads have
- *      added up what they ask for
+ * in   acts: what gpt2_forward kept; dhidden (N,C): d loss / d acts->ln_f, the sum of what all
+ *      heads have returned
  * out  added to the gradient d of every weight that is not frozen
  *                                                     test: gpt2_gradient, gpt2_gradient_golden */
 static void gpt2_backward(struct GPT2 *model, struct Arena *arena, const struct Activations *acts,
@@ -4600,7 +4697,7 @@ static void gpt2_backward(struct GPT2 *model, struct Arena *arena, const struct 
     float *dwide = arena_floats(arena, N * 4 * C);
     float *dnarrow = arena_floats(arena, N * C);
 
-    /* 1. the steps of the forward pass in reverse; dx is the stream's derivative all the way */
+    /* 1. The steps of the forward pass in reverse; dx is the stream's derivative all the way. */
     layernorm_backward(dx, dhidden,
                        (struct LayerNormRows){N, acts->x, acts->ln_f_mean, acts->ln_f_rstd},
                        &model->ln_f.weight, &model->ln_f.bias);
@@ -4608,19 +4705,19 @@ static void gpt2_backward(struct GPT2 *model, struct Arena *arena, const struct 
         block_backward(model, &model->h[l], &acts->h[l], batch, dx, dwide, dnarrow);
 
     /* 2. wte's gradient, the second of two ways: as the embedding. Each token that was read gets
-     *    what arrived at its places. The first way, as the output layer, is
+     *    what has arrived at its positions. The first way, as the output layer, is in
      *    lm_head_backward_chunk; both add to wte.d. */
     if (model->wte.d)
         embedding_backward(model->wte.d, model->wpe.d, dx, batch, C);
 
-    /* 3. if a number breaks, check_finite looks for the first one here */
+    /* 3. If a number later proves to be NaN or infinite, check_finite searches these. */
     model->trace.acts = *acts;
 }
 
 /* ---- The output layer ----------------------------------------------------------------------- */
 
 /* output_logits -- logits (n,V) = hidden (n,C) wte^T. As in linear_forward, a row of logits has the
- * same bits however many rows are beside it.                                     test: few_rows */
+ * same bits however many rows are next to it.                                    test: few_rows */
 static void output_logits(const struct GPT2 *model, float *logits, const float *hidden, size_t n) {
     size_t C = model->config.n_embd;
     size_t V = model->config.vocab_size;
@@ -4637,8 +4734,8 @@ static void decode_logits_4(const struct GPT2 *model, float *logits, const float
     size_t V = model->config.vocab_size;
     const float *w = model->wte.w + v * C;
     for (size_t i = 0; i < n; i++) {
-        /* Meanwhile the four rows behind them are asked for, a part with each hidden vector. For
-         * a single vector wte is read straight through, which the processor foresees by itself. */
+        /* Meanwhile the next four rows are prefetched, a part with each hidden vector. With one
+         * vector, wte is read straight through, which the processor foresees by itself. */
         for (size_t next = i * 4 * C / n; n > 1 && next < (i + 1) * 4 * C / n; next += 16)
             __builtin_prefetch(w + 4 * C + next);
         row_dot_4(logits + i * V + v, hidden + i * C, w, C, C, MIN((size_t)4, V - v));
@@ -4646,13 +4743,13 @@ static void decode_logits_4(const struct GPT2 *model, float *logits, const float
 }
 
 /* decode_logits -- output_logits while texts are written, when the rows are few.
- * Then it is reading wte that takes the time. matmul would first transpose it into its panels,
- * which pays for many rows only: for one row of GPT-2 that takes 2.5 times as long as dot products
- * that read wte once, as it lies. Their 16 lanes add up in another order than matmul does, so the
+ * Then most of the time goes into reading wte. matmul would first transpose it into its panels,
+ * which only pays for many rows: for one row of GPT-2 that takes 2.5 times as long as dot products
+ * that read wte once, as it is. Their 16 lanes add up in another order than matmul does, so the
  * last bits of the two differ.                                test: few_rows, generate_company */
 static void decode_logits(const struct GPT2 *model, float *logits, const float *hidden, size_t n) {
     size_t V = model->config.vocab_size;
-    /* many rows, or ALIGN_KERNEL=plain, where everything runs on matmul's definition */
+    /* many rows; or ALIGN_KERNEL=plain, where everything runs on matmul's definition */
     if (n > FEW_ROWS || !kernel) {
         output_logits(model, logits, hidden, n);
         return;
@@ -4665,36 +4762,36 @@ static void decode_logits(const struct GPT2 *model, float *logits, const float *
 /* The output layer for the rows of a batch that predict a target.
  *
  * Its logits (R,V) can be the largest array of all: for 1024 rows GPT-2's take 206 MB. So the rows
- * pass in chunks of at most LM_HEAD_FLOATS logits. Of each row a few numbers stay (struct LMHead);
- * its logits are overwritten by the next chunk's, and the backward pass makes them again. Where
- * all rows are one chunk, they are still there. */
+ * are processed in chunks of at most LM_HEAD_FLOATS logits. A few numbers of each row are kept
+ * (struct LMHead); its logits are overwritten by the next chunk's, and the backward pass recomputes
+ * them, unless all rows are one chunk: then they are still there. */
 enum { LM_HEAD_FLOATS = 1 << 25 };
 
 struct LMHead {
     size_t R; /* rows */
     size_t chunk; /* rows of a chunk */
-    const int *row; /* (R) which token of the batch predicts, */
-    const int *target; /* (R) and which id it should have predicted */
+    const int *row; /* (R) which token of the batch predicts */
+    const int *target; /* (R) which id it should have predicted */
     float temperature; /* logits are divided by it: the policy is judged as it was sampled */
     float *hidden; /* (R,C) hidden states of these rows, gathered */
     float *logits; /* (chunk,V) */
-    size_t logits_first; /* the first row of the chunk that logits holds; R: none */
+    size_t logits_first; /* the first row of the chunk that is in logits; R: none is */
     float *logprob; /* (R) of the target, nats */
     float *entropy; /* (R) of the distribution over the vocabulary, nats */
     float *lse; /* (R) log_sum_exp of the logits */
     float *mean_logit; /* (R) over the vocabulary */
     float *hit; /* (R) 1 where the target is the argmax, else 0 */
-    struct Activations acts; /* the forward pass that it stands on */
+    struct Activations acts; /* the forward pass that the hidden states come from */
 };
 
-/* The output layer over a finished forward pass; it has computed nothing yet.
+/* The output layer on top of a finished forward pass; nothing is computed yet.
  * in   acts: of gpt2_forward; row, target (R): which tokens of the batch predict, and what */
 static struct LMHead lm_head_new(const struct GPT2 *model, struct Arena *arena,
                                  const struct Activations *acts, const int *row, const int *target,
                                  size_t R, float temperature) {
     size_t C = model->config.n_embd;
     size_t V = model->config.vocab_size;
-    /* at least one row, however large the vocabulary */
+    /* at least one row, even if a single row of the vocabulary exceeds the limit */
     size_t chunk = MIN(R, MAX((size_t)1, (size_t)LM_HEAD_FLOATS / V));
     struct LMHead head = {
         .R = R,
@@ -4713,7 +4810,7 @@ static struct LMHead lm_head_new(const struct GPT2 *model, struct Arena *arena,
         .hit = arena_floats(arena, R),
     };
     /* The rows that predict are scattered over the batch (prompts predict nothing that counts);
-     * side by side they are one matrix. */
+     * gathered, they are one matrix. */
     for (size_t r = 0; r < R; r++)
         memcpy(head.hidden + r * C, acts->ln_f + (size_t)row[r] * C, C * sizeof(float));
     return head;
@@ -4724,8 +4821,8 @@ static void scale_row(float *x, float scale, size_t n) {
         x[i] *= scale;
 }
 
-/* Makes the logits of the chunk of rows that starts at `first`, unless head->logits holds them
- * still; returns how many rows it has. */
+/* Computes the logits of the chunk of rows that starts at `first`, unless head->logits still has
+ * them; returns how many rows the chunk has. */
 static size_t lm_head_logits(const struct GPT2 *model, struct LMHead *head, size_t first) {
     size_t V = model->config.vocab_size;
     size_t n = MIN(head->chunk, head->R - first);
@@ -4734,7 +4831,7 @@ static size_t lm_head_logits(const struct GPT2 *model, struct LMHead *head, size
     output_logits(model, head->logits, head->hidden + first * model->config.n_embd, n);
     head->logits_first = first;
 
-    /* Divided by the temperature, where there is one. A policy that writes at temperature 0.7 draws
+    /* Divided by the temperature, if there is one. A policy that writes at temperature 0.7 draws
      * its tokens from softmax(logits / 0.7), so that is where their log-probabilities come from. */
     float scale = 1 / head->temperature;
     if (scale == 1)
@@ -4747,26 +4844,27 @@ static size_t lm_head_logits(const struct GPT2 *model, struct LMHead *head, size
 
 /* lm_head_row -- what is kept of one row of logits (V).
  *   logprob = logit_target - lse          entropy = lse - sum_v p_v logit_v
- * They are log_sum_exp and entropy_of_logits of chapter 2, from one pass over e^logit: the row is
+ * These are log_sum_exp and entropy_of_logits of chapter 2, from one pass over e^logit: the row is
  * as long as the vocabulary, and there are many.
  * By hand: logits (0, ln 3), target 1: p = (0.25, 0.75), lse = ln 4 = 1.3863, logprob ln 0.75 =
  * -0.2877, entropy ln 4 - 0.75 ln 3 = 0.5623, mean logit 0.5493, a hit.      test: lm_head_hand */
 static void lm_head_row(struct LMHead *head, size_t r, const float *logits, size_t V) {
-    /* 1. e^(logit - largest), and their sum: the denominator of softmax */
+    /* 1. e^(logit - largest), and their sum: the denominator of softmax. */
     float *e = thread_scratch(SCRATCH_ROW, V);
     float largest = row_max(logits, V);
     float total = row_exp(e, logits, largest, V);
     float lse = largest + logf(total);
 
-    /* 2. the target's log-probability, and the entropy of the whole distribution */
+    /* 2. The target's log-probability, and the entropy of the whole distribution. */
     int target = head->target[r];
     float expected_logit = row_dot(e, logits, V) / total;
     head->lse[r] = lse;
     head->logprob[r] = logits[target] - lse;
     head->entropy[r] = lse - expected_logit;
 
-    /* 3. what is only logged: DPO's mean logit, and whether greedy decoding would have written
-     *    the target. Only if it is as large as the largest must argmax look who comes first. */
+    /* 3. What is only logged: DPO's mean logit, and whether greedy decoding would have written the
+     *    target. argmax takes the first of equal logits, so it must be consulted only if the
+     *    target's logit equals the largest. */
     head->mean_logit[r] = row_sum(logits, V) / (float)V;
     head->hit[r] = logits[target] == largest && argmax(logits, V) == (size_t)target;
 }
@@ -4774,13 +4872,14 @@ static void lm_head_row(struct LMHead *head, size_t r, const float *logits, size
 /* lm_head_backward_row -- a row of logits (V) becomes the derivative of the loss by them.
  *   logprob = logit_target - log sum_v e^(logit_v)
  *   d logprob / d logit_v = [v = target] - p_v,     times dlogprob = d loss / d logprob
- * Raising the target's logit raises its log-probability, the more the less probable it was; raising
- * any other one lowers it, by as much probability as that one has. A row's slopes add up to zero.
+ * Raising the target's logit raises its log-probability, the more so the less probable it was;
+ * raising any other logit lowers it, by as much as that token is probable. The slopes of a row add
+ * up to zero.
  * By hand: p = (0.25, 0.75), target 1, dlogprob -2 (its log-probability is to rise): 0.5, -0.5.
  *                                                                            test: lm_head_hand */
 WIDE static void lm_head_backward_row(float *logits, float lse, int target, float dlogprob,
                                       size_t V) {
-    /* p_v = e^(logit_v - lse): no division, and softmax need not be made again */
+    /* p_v = e^(logit_v - lse): with lse known, softmax's sum need not be recomputed */
     for (size_t v = 0; v < V; v++)
         logits[v] = -dlogprob * exp_fast(logits[v] - lse);
     /* the one token for which [v = target] is 1 */
@@ -4791,7 +4890,7 @@ WIDE static void lm_head_backward_row(float *logits, float lse, int target, floa
 static void lm_head_forward_chunk(const struct GPT2 *model, struct LMHead *head, size_t first) {
     size_t V = model->config.vocab_size;
     size_t n = lm_head_logits(model, head, first);
-    /* rows do not need each other, so any thread may take the next four */
+    /* rows are independent, so any thread may take the next four */
 #pragma omp parallel for schedule(dynamic, 4)
     for (size_t i = 0; i < n; i++)
         lm_head_row(head, first + i, head->logits + i * V, V);
@@ -4810,34 +4909,34 @@ static void lm_head_backward_chunk(struct GPT2 *model, struct LMHead *head, size
     size_t C = model->config.n_embd;
     size_t n = lm_head_logits(model, head, first);
 
-    /* 1. Logits become their derivatives in place; from now on head holds no logits. The model's
-     *    own logit was divided by the temperature, hence its derivative is too. */
+    /* 1. Logits become their derivatives in place; from now on head has no logits. The model's own
+     *    logits were divided by the temperature, so the derivatives by them are, too. */
     head->logits_first = head->R;
 #pragma omp parallel for schedule(dynamic, 4)
     for (size_t i = 0; i < n; i++)
         lm_head_backward_row(head->logits + i * V, head->lse[first + i], head->target[first + i],
                              dlogprob[first + i] / head->temperature, V);
 
-    /* 2. d hidden = d logits wte: this is what goes on through the model. */
+    /* 2. d hidden = d logits wte,  (n,V) times (V,C): what goes back through the model. */
     float *drows = arena_floats(arena, n * C);
     matmul(matrix_out(drows, n, C), matrix(head->logits, n, V), matrix(model->wte.w, V, C));
 
     /* 3. wte's gradient, the first of two ways: as the output layer, d wte += d logits^T hidden.
-     *    Every token of the vocabulary gets some, for each had a logit. The second way, as the
+     *    Every token of the vocabulary gets a share, since each had a logit. The second way, as the
      *    embedding of the tokens that were read, comes at the end of gpt2_backward. */
     if (model->wte.d)
         matmul_add(matrix_out(model->wte.d, V, C), transposed(matrix(head->logits, n, V)),
                    matrix(head->hidden + first * C, n, C));
 
-    /* 4. back to where the rows stand in the batch; added, since another head may have written
-     *    there */
+    /* 4. Back to the rows' places in the batch; added, since another head may have contributed to
+     *    the same hidden state. */
     for (size_t i = 0; i < n; i++)
         residual_add_row(dhidden + (size_t)head->row[first + i] * C, drows + i * C, C);
 }
 
 /* lm_head_forward -- the log-probability of each row's target, and the other numbers of struct
- * LMHead. It stands apart from the backward pass for losses that must know all log-probabilities
- * before they know a gradient: DPO compares two whole answers, and PPO skips a mini-batch whose
+ * LMHead. It is separate from the backward pass for losses that must know all log-probabilities
+ * before any gradient is known: DPO compares two whole answers, and PPO skips a mini-batch whose
  * mean ratio is too large.                                                   test: gpt2_golden */
 static void lm_head_forward(const struct GPT2 *model, struct LMHead *head) {
     for (size_t first = 0; first < head->R; first += head->chunk)
@@ -4856,7 +4955,7 @@ static void lm_head_backward(struct GPT2 *model, struct LMHead *head, const floa
 /* lm_head_cross_entropy -- forward and backward at once, for the loss of a language model.
  *                                                              [glossary: Função de perda]
  *   loss = -weight sum_r logprob_r          d loss / d logprob_r = -weight
- * in   weight: 1 / (how many targets there are) for their mean
+ * in   weight: 1 / (number of targets) for their mean
  * out  head: as after lm_head_forward; dhidden (N,C) and wte's gradient, added to
  *                                                       test: gpt2_chunks, gpt2_gradient_golden */
 static void lm_head_cross_entropy(struct GPT2 *model, struct LMHead *head, float weight,
@@ -4866,30 +4965,30 @@ static void lm_head_cross_entropy(struct GPT2 *model, struct LMHead *head, float
     for (size_t r = 0; r < head->R; r++)
         dlogprob[r] = -weight;
 
-    /* 2. So a chunk goes forward and back at once, while its logits are there. Two passes over all
-     *    rows would make all logits twice, and no other product of the model is as large. */
+    /* 2. So each chunk goes forward and back at once, while its logits exist. Two passes over all
+     *    rows would compute all logits twice, and no other product of the model is as large. */
     for (size_t first = 0; first < head->R; first += head->chunk) {
         lm_head_forward_chunk(model, head, first);
         lm_head_backward_chunk(model, head, first, dlogprob, dhidden, arena);
     }
 }
 
-/* batch_logprobs -- one forward pass: what does this model say to each target of the batch?
+/* batch_logprobs -- one forward pass: how probable does this model find each target of the batch?
  * PPO, REINFORCE and DPO all begin here, once with the model that is trained and once with the
  * frozen reference.
- * in   keep: the model is being trained on this batch, so its activations stay for the backward
+ * in   keep: the model is being trained on this batch, so its activations are kept for the backward
  *      pass; false: it only judges */
 static struct LMHead batch_logprobs(const struct GPT2 *model, struct Arena *arena,
                                     const struct Batch *batch, double temperature, bool keep) {
-    /* 1. all tokens through the blocks, then those that predict through the output layer */
+    /* 1. All tokens go through the blocks, then those that predict through the output layer. */
     struct Activations acts = gpt2_forward(model, arena, batch, keep);
     struct LMHead head =
         lm_head_new(model, arena, &acts, batch->row, batch->target, batch->R, (float)temperature);
     lm_head_forward(model, &head);
 
-    /* 2. A model that only judges gets no loss in which NaN would be noticed, so its numbers are
-     *    looked at here; where it is trained, check_finite looks at the loss that is made of
-     *    them. Only a model that is being trained has a task. */
+    /* 2. A model that only judges has no loss that would reveal a NaN, so its numbers are checked
+     *    here; for a model in training, check_finite checks the loss computed from them. Only a
+     *    model in training has a task. */
     if (!keep)
         check_numbers(model, arena, batch,
                       model->trace.task ? "a log-probability"
@@ -4915,57 +5014,57 @@ static void sum_target_logps(const struct Batch *batch, size_t n, const float *t
 static void target_logps_backward(struct GPT2 *model, struct Arena *arena,
                                   const struct Batch *batch, struct LMHead *head, size_t n,
                                   const double *dlogps, double weight) {
-    /* 1. to the tokens of each answer */
+    /* 1. To the tokens of each answer. */
     float *dlogprob = arena_floats(arena, batch->R);
     for (size_t i = 0; i < n; i++)
         for (size_t r = batch->target_start[i]; r < batch->target_start[i + 1]; r++)
             dlogprob[r] = (float)(dlogps[i] * weight);
 
-    /* 2. to the hidden states: zero at all rows that predict no target */
+    /* 2. To the hidden states: zero in all rows that predict no target. */
     float *dhidden = arena_zeros(arena, batch->N * model->config.n_embd, sizeof *dhidden);
     lm_head_backward(model, head, dlogprob, dhidden, arena);
 
-    /* 3. through the blocks, into every gradient */
+    /* 3. Through the blocks, to every gradient. */
     gpt2_backward(model, arena, &head->acts, dhidden);
 }
 
 /* ---- Heads that give one number ------------------------------------------------------------- */
 
-/* The reward head, where the model has none yet: score.weight (1,C), as
+/* The reward head, declared if the model has none yet: score.weight (1,C), as
  * GPT2ForSequenceClassification with one label has it. */
 static struct Tensor *reward_head_declare(struct GPT2 *model) {
-    /* no bias: it would add the same to all rewards, and only their differences count */
+    /* no bias: it would add the same to all rewards, of which only differences count */
     if (!model->score.n)
         tensor_declare(model, &model->score, "score.weight", 1, model->config.n_embd);
     return &model->score;
 }
 
-/* The value head, where the model has none yet: v_head.summary.weight (1,C) and a bias, in TRL's
- * names.                                  [glossary: AutoModelForCausalLMWithValueHead] */
+/* The value head, declared if the model has none yet: v_head.summary.weight (1,C) and .bias, as in
+ * TRL.                                    [glossary: AutoModelForCausalLMWithValueHead] */
 static struct Linear *value_head_declare(struct GPT2 *model) {
     if (model->v_head.weight.n)
         return &model->v_head;
-    /* with a bias: a value is an estimate of the return itself, not of a difference */
+    /* with a bias: a value estimates the return itself, not a difference */
     tensor_declare(model, &model->v_head.weight, "v_head.summary.weight", 1, model->config.n_embd);
     tensor_declare(model, &model->v_head.bias, "v_head.summary.bias", 1, 0);
     return &model->v_head;
 }
 
-/* A new value head, as torch starts a Linear, for a model that brought none along. */
+/* A new value head, initialized as torch does a Linear, for a model that came without one. */
 static void value_head_init(struct GPT2 *model, uint64_t seed) {
-    /* one that was trained already stays */
+    /* a head that was trained before is kept */
     if (model->v_head.weight.n)
         return;
     struct Rng rng = rng_seed(seed, STREAM_INIT);
     struct Linear *head = value_head_declare(model);
-    /* the same bound for both, by the number of inputs: torch has it so */
+    /* the same bound for weight and bias, from the number of inputs, as in torch */
     tensor_uniform(&head->weight, &rng, model->config.n_embd);
     tensor_uniform(&head->bias, &rng, model->config.n_embd);
 }
 
 /* scalar_head_forward -- one number for each of R rows: the reward head and the value head.
  *   out_r = hidden[row_r] . weight + bias
- * in   hidden (N,C); row (R): which of its rows are read; weight (1,C); bias (1), NULL: none
+ * in   hidden (N,C); row (R): which of its rows are read; weight (1,C); bias (1), or NULL for none
  * out  out (R)
  * By hand: hidden (2, 3), weight (0.5, -1), bias 4: 1 - 3 + 4 = 2.   test: reward_head_gradient */
 static void scalar_head_forward(float *out, const float *hidden, const int *row, size_t R,
@@ -4979,7 +5078,7 @@ static void scalar_head_forward(float *out, const float *hidden, const int *row,
 static void scalar_head_backward_row(float *dhidden, float dout, const float *hidden,
                                      struct Tensor *weight) {
     /* out = sum_c hidden_c weight_c: each factor's slope is the other factor. dhidden is added to,
-     * for the output layer and another head may ask something of the same hidden state. */
+     * since the output layer and another head may contribute to the same hidden state. */
     for (size_t c = 0; c < weight->n; c++)
         dhidden[c] += dout * weight->w[c];
     /* a frozen head learns nothing, but has passed the derivative on */
@@ -4999,7 +5098,7 @@ static void scalar_head_backward(float *dhidden, const float *dout, const float 
                                  struct Tensor *bias) {
     size_t C = weight->n;
     for (size_t r = 0; r < R; r++) {
-        /* a row that is read twice gets both derivatives: they are added one after the other */
+        /* not in parallel: two r may read the same row */
         size_t at = (size_t)row[r] * C;
         scalar_head_backward_row(dhidden + at, dout[r], hidden + at, weight);
         if (bias && bias->d)
@@ -5010,17 +5109,17 @@ static void scalar_head_backward(float *dhidden, const float *dout, const float 
 /* The last token of text b that is not padding, as a row of the batch. */
 static size_t reward_row(const struct Batch *batch, size_t b, int pad_token_id) {
     size_t last = batch->start[b + 1] - 1;
-    /* GPT-2 pads with its end token, so an end token behind the text is passed over as well. A
-     * text of nothing but padding is read at its first token. */
+    /* GPT-2 pads with its end token, so an end token after the text is skipped as well. A text of
+     * nothing but padding is read at its first token. */
     while (last > batch->start[b] && batch->ids[last] == pad_token_id)
         last--;
     return last;
 }
 
-/* reward_rows -- where the reward of each of B texts is read, row (B).
- * Attention looks back only: the last token is the one place whose hidden state has seen all of
- * the text. Padding behind it is not part of the text, and must not change its reward.
- * By hand: 60 pads: of the texts (1, 2, 60, 60) and (60, 3) the rows 1 and 5 are read.
+/* reward_rows -- the row at which the reward of each of B texts is read, row (B).
+ * Attention looks back only: the last token is the one position whose hidden state has seen all of
+ * the text. Padding after it is not part of the text, and must not change its reward.
+ * By hand: with padding token 60, the texts (1, 2, 60, 60) and (60, 3) are read at rows 1 and 5.
  *                                                                             test: reward_rows */
 static void reward_rows(const struct Batch *batch, int pad_token_id, int *row) {
     for (size_t b = 0; b < batch->B; b++)
@@ -5030,21 +5129,24 @@ static void reward_rows(const struct Batch *batch, int pad_token_id, int *row) {
 /* =============================================================================================
  * Chapter 12 - LoRA                       [glossary: Adaptação de baixo rank (LoRA)]
  *
- * Must all weights be trained? What fine-tuning changes in a matrix W (in,out) has low rank [21],
- * so learn only such a change, two thin matrices beside a frozen one:
+ * Must all weights be trained? The change that fine-tuning makes to a matrix W (in,out) has low
+ * rank [21]. So learn only such a change: two thin matrices beside a frozen one,
  *
  *     y = x W + bias + scale (x A^T) B^T        A (r,in), B (out,r), scale = lora_alpha / r
  *
- * Gradients and AdamW's moments then exist for r (in + out) numbers instead of in * out: GPT-2
+ * Gradients and AdamW's moments are then needed for r (in + out) numbers instead of in * out: GPT-2
  * with r = 16 on c_attn trains 12 * 16 * (768 + 2304) = 589,824 numbers beside 124 million. B
  * starts at zero, so training starts from the unchanged model; and the model without its adapter is
- * the reference of PPO and DPO, so no second copy is needed. At the end W + scale A^T B^T is a
- * matrix again (`align merge`).
+ * the reference of PPO and DPO, so no second copy is needed. At the end `align merge` adds
+ * scale A^T B^T to W: a single matrix again.
+ *
+ * Letters of this chapter: r is the rank (elsewhere a reward or a row); A and B are the two
+ * matrices (elsewhere an advantage and the number of sequences).
  *
  * What enters: a frozen model. What leaves: an adapter, in PEFT's names.
  * ============================================================================================= */
 
-/* lora_forward -- adds the adapter's share to what the frozen layer computed [21, Eq. 3].
+/* lora_forward -- adds the adapter's share to what the frozen layer has computed [21, Eq. 3].
  *                                              [glossary: Adaptação de baixo rank (LoRA)]
  *   u = scale x A^T          y += u B^T
  * in   x (N,in); linear: A (r,in), B (out,r)          in, out  y (N,out)
@@ -5055,24 +5157,24 @@ static void lora_forward(float *y, const float *x, const struct Linear *linear, 
     size_t in = linear->lora_A.shape[1];
     size_t out = linear->lora_B.shape[0];
 
-    /* 1. Down to r numbers a row. The order of the products is the point: multiplied with each
-     *    other first, A^T B^T would be as large as W, and so would the work. The scale is applied
-     *    here, where the numbers are fewest. */
+    /* 1. Down to r numbers per row. The order of the products matters: if A^T B^T were multiplied
+     *    first, it would be as large as W, and so would the work. The scale is applied here, where
+     *    there are fewest numbers. */
     float *u = thread_scratch(SCRATCH_ROW, N * r);
     matmul(matrix_out(u, N, r), matrix(x, N, in), transposed(matrix(linear->lora_A.w, r, in)));
     for (size_t i = 0; i < N * r; i++)
         u[i] *= linear->lora_scale;
 
-    /* 2. and up again, on top of what W gave */
+    /* 2. And up again to out numbers, added to what W has given. */
     matmul_add(matrix_out(y, N, out), matrix(u, N, r),
                transposed(matrix(linear->lora_B.w, out, r)));
 }
 
-/* lora_backward -- the same backward. y = ... + u B^T, u = scale x A^T; with g = scale dy B (N,r),
- * what comes back through B:
+/* lora_backward -- lora_forward in reverse. y = ... + u B^T, u = scale x A^T; with g = scale dy B
+ * (N,r), the derivative that comes back through B:
  *   dB += dy^T u          dA += g^T x          dx += g A
- * in   dy (N,out), x (N,in)     added to: dx (N,in), in which the frozen layer's share stands
- *      already, and the gradients of A and B
+ * in   dy (N,out), x (N,in)     added to: dx (N,in), which already has the frozen layer's share,
+ *      and the gradients of A and B
  * By hand: as above with dy = 1: g = 2 * 5 = 10, dB = 22, dA = (10, 20), dx grows by (30, 40).
  *                                                               test: lora_hand, lora_gradient */
 static void lora_backward(float *dx, const float *dy, const float *x, struct Linear *linear,
@@ -5083,8 +5185,8 @@ static void lora_backward(float *dx, const float *dy, const float *x, struct Lin
     size_t in = A->shape[1];
     size_t out = B->shape[0];
 
-    /* 1. u is made again instead of being kept, for it is only r numbers a row; g stands behind
-     *    it, so one loop scales both */
+    /* 1. u is recomputed instead of being kept, since it is only r numbers per row. g comes after
+     *    it in memory, so one loop scales both. */
     float *u = thread_scratch(SCRATCH_ROW, 2 * N * r);
     float *g = u + N * r;
     matmul(matrix_out(u, N, r), matrix(x, N, in), transposed(matrix(A->w, r, in)));
@@ -5093,32 +5195,32 @@ static void lora_backward(float *dx, const float *dy, const float *x, struct Lin
         u[i] *= linear->lora_scale;
 
     /* 2. The adapter's own gradients. At the start B is zero, hence g too, and only B learns; from
-     *    the second step on both do. Had A started at zero as well, u and g would be zero for
-     *    ever, and nothing would be learnt. */
+     *    the second step on both do. If A also started at zero, u and g would be zero for ever, and
+     *    nothing would be learnt. */
     matmul_add(matrix_out(B->d, out, r), transposed(matrix(dy, N, out)), matrix(u, N, r));
     matmul_add(matrix_out(A->d, r, in), transposed(matrix(g, N, r)), matrix(x, N, in));
 
-    /* 3. and what goes on to the layer before; added, since x entered W and A both */
+    /* 3. What goes on to the previous layer: added, since x went into both W and A. */
     matmul_add(matrix_out(dx, N, in), matrix(g, N, r), matrix(A->w, r, in));
 }
 
 /* ---- Which layers have an adapter ----------------------------------------------------------- */
 
 /* Walks through a list of names, separated by spaces or commas: moves *list to the next name and
- * returns its length, 0 at the end. The caller moves past the name. */
+ * returns its length, or 0 at the end. The caller moves past the name. */
 static size_t next_name(const char **list) {
     *list += strspn(*list, " ,");
     return strcspn(*list, " ,");
 }
 
-/* Does the dotted name `module` end in the first n characters of `target`, and do they begin
- * where a part of the name begins? */
+/* Does the dotted name `module` end with the first n characters of `target`, and does this ending
+ * start at the name's beginning or after a dot? */
 static bool target_takes(const char *target, size_t n, const char *module) {
-    /* its end is compared, so that a target can be as short as "c_proj" */
+    /* the end is compared, so that a target can be as short as "c_proj" */
     size_t length = strlen(module);
     if (n > length || strncmp(module + length - n, target, n) != 0)
         return false;
-    /* and begins a part of it: "proj" does not take h.0.mlp.c_proj, for a "c_" stands before it */
+    /* whole parts only: "proj" does not take h.0.mlp.c_proj, where "c_" precedes it */
     return n == length || module[length - n - 1] == '.';
 }
 
@@ -5127,23 +5229,23 @@ static bool target_takes(const char *target, size_t n, const char *module) {
  * By hand: "c_proj" takes h.0.attn.c_proj and h.0.mlp.c_proj; "mlp.c_proj" the second alone;
  * "proj" none.                                                              test: lora_targets */
 static bool lora_is_target(const char *module, const char *targets) {
-    /* one target is enough */
+    /* one matching target is enough */
     for (size_t n; (n = next_name(&targets)) > 0; targets += n)
         if (target_takes(targets, n, module))
             return true;
     return false;
 }
 
-/* The i-th linear layer that can have an adapter, i < 4 n_layer: all of them but the output
- * layer, which is the embedding too. */
+/* The i-th linear layer that can have an adapter, i < 4 n_layer: all but the output layer, which is
+ * also the embedding. */
 static struct Linear *adaptable(const struct GPT2 *model, size_t i) {
-    /* four in each block, in the order of a checkpoint */
+    /* four in each block, in a checkpoint's order */
     struct Block *h = &model->h[i / 4];
     struct Linear *const four[] = {&h->attn.c_attn, &h->attn.c_proj, &h->mlp.c_fc, &h->mlp.c_proj};
     return four[i % 4];
 }
 
-/* The layer's name as transformers has it: of a weight "h.0.attn.c_attn.weight" it is
+/* The layer's name in transformers: if its weight is "h.0.attn.c_attn.weight", the name is
  * "transformer.h.0.attn.c_attn". */
 static const char *module_name(struct Arena *arena, const struct Linear *linear) {
     return arena_printf(arena, "transformer.%.*s",
@@ -5151,53 +5253,53 @@ static const char *module_name(struct Arena *arena, const struct Linear *linear)
                         linear->weight.name);
 }
 
-/* ---- Adding, merging and taking away an adapter --------------------------------------------- */
+/* ---- Adding, merging and removing an adapter ------------------------------------------------ */
 
-/* adapter_scale -- by how much the adapter's share is multiplied.
+/* adapter_scale -- the factor of the adapter's share.
  *   lora_alpha / r [21, Section 4.1]          with rslora: lora_alpha / sqrt(r) [22]
  * By hand: alpha 16, r 64: 16 / 64 = 0.25; with rslora 16 / 8 = 2.            test: lora_start */
 static float adapter_scale(const struct Adapter *adapter) {
-    /* It is there so that one learning rate does for every rank. But A^T B^T is a sum of r products
-     * whose signs differ, so it grows with sqrt(r), not with r: divided by r, an adapter of a large
-     * rank learns more slowly. rslora divides by sqrt(r) instead. */
+    /* The scale exists so that one learning rate suits every rank. But A^T B^T is a sum of r
+     * products with different signs, so it grows with sqrt(r), not with r: divided by r, an adapter
+     * of large rank learns more slowly. rslora divides by sqrt(r) instead. */
     double r = (double)adapter->r;
     return (float)(adapter->lora_alpha / (adapter->use_rslora ? sqrt(r) : r));
 }
 
-/* Gives a layer an adapter, A and B zero, of the rank and scale that model->adapter says. */
+/* Gives a layer an adapter with the rank and scale of model->adapter; A and B are zero. */
 static void lora_declare(struct GPT2 *model, struct Linear *linear) {
     struct Arena *arena = &model->arena;
     size_t r = model->adapter.r;
     size_t in = linear->weight.shape[0];
     size_t out = linear->weight.shape[1];
-    /* tensors of a model are named without "transformer.", which a checkpoint may lack */
+    /* a model's tensors are named without "transformer.", which some checkpoints omit */
     const char *name = module_name(arena, linear) + strlen("transformer.");
     tensor_declare(model, &linear->lora_A, arena_printf(arena, "%s.lora_A.weight", name), r, in);
     tensor_declare(model, &linear->lora_B, arena_printf(arena, "%s.lora_B.weight", name), out, r);
     linear->lora_scale = adapter_scale(&model->adapter);
 }
 
-/* adapter_new -- a fresh adapter on every layer that target_modules takes.
- * As in PEFT, A starts as torch starts a Linear, and B at zero.                test: lora_start */
+/* adapter_new -- a new adapter on every layer that target_modules selects.
+ * As in PEFT, A is initialized as torch does a Linear, and B is zero.          test: lora_start */
 static void adapter_new(struct GPT2 *model, struct Adapter adapter, uint64_t seed) {
-    /* heads draw from STREAM_INIT itself: with the same numbers A would repeat their weights */
+    /* not STREAM_INIT itself, from which the heads draw: A would repeat their weights */
     struct Rng rng = rng_seed(seed, STREAM_INIT + 200);
     if (strcmp(adapter.target_modules, "all-linear") == 0)
         adapter.target_modules = "c_attn c_fc c_proj";
     model->adapter = adapter;
     size_t before = model->tensor_count;
 
-    /* The frozen layers stay as they are; each that a target takes gets its A and B beside it. */
+    /* The frozen layers do not change; each selected one gets an A and a B of its own. */
     for (size_t i = 0; i < 4 * model->config.n_layer; i++) {
         struct Linear *linear = adaptable(model, i);
         if (!lora_is_target(module_name(&model->arena, linear), adapter.target_modules))
             continue;
         lora_declare(model, linear);
-        /* A random, B zero: their product is zero, so the model is its base to the bit; yet B has
-         * a gradient at once, since x A^T is not zero */
+        /* A random, B zero: their product is zero, so the model equals its base to the last bit;
+         * yet B has a gradient at once, since x A^T is not zero */
         tensor_uniform(&linear->lora_A, &rng, linear->weight.shape[0]);
     }
-    /* a name that takes nothing is a typing error: the training would change nothing */
+    /* names that select no layer must be a typing error: the training would change nothing */
     CHECK(model->tensor_count > before,
           "--lora_target_modules \"%s\": no linear layer of the model has such a name; there are "
           "c_attn, c_proj and c_fc "
@@ -5205,9 +5307,9 @@ static void adapter_new(struct GPT2 *model, struct Adapter adapter, uint64_t see
           adapter.target_modules);
 }
 
-/* From now on the layer computes what it did before it had an adapter. */
+/* Removes a layer's adapter: from now on it computes what it did without one. */
 static void lora_remove(struct Linear *linear) {
-    /* module_forward asks for this n; the memory itself belongs to the model's arena */
+    /* module_forward looks at this n; the memory itself belongs to the model's arena */
     linear->lora_A.n = 0;
     linear->lora_B.n = 0;
 }
@@ -5226,18 +5328,19 @@ static void lora_merge(struct Linear *linear) {
     size_t out = W->shape[1];
     size_t r = A->shape[0];
 
-    /* 1. the scale goes into B, which is not needed any more */
+    /* 1. The scale goes into B, which is not needed afterwards. */
     for (size_t k = 0; k < B->n; k++)
         B->w[k] *= linear->lora_scale;
 
-    /* 2. A^T (in,r) times B^T (r,out) has W's shape, and is added to it */
+    /* 2. A^T (in,r) times B^T (r,out) has W's shape, and is added to it. The product that training
+     *    avoids is computed once. */
     matmul_add(matrix_out(W->w, in, out), transposed(matrix(A->w, r, in)),
                transposed(matrix(B->w, out, r)));
     lora_remove(linear);
 }
 
-/* adapter_merge -- the whole adapter folded into its base: the same model up to rounding, as fast
- * as one without an adapter, and a checkpoint that any program reads.          test: lora_merge */
+/* adapter_merge -- folds the whole adapter into its base: the same model up to rounding, as fast as
+ * one without an adapter, and a checkpoint that any program reads.             test: lora_merge */
 static void adapter_merge(struct GPT2 *model) {
     for (size_t i = 0; i < 4 * model->config.n_layer; i++)
         lora_merge(adaptable(model, i));
@@ -5251,8 +5354,7 @@ static void adapter_merge(struct GPT2 *model) {
     model->adapter.r = 0;
 }
 
-/* From here on the layer has numbers of its own in A and B, which training the other model does
- * not reach. */
+/* Gives the layer its own copy of A and B, which training the other model does not change. */
 static void lora_own_copy(struct Arena *arena, struct Linear *linear) {
     struct Tensor *A = &linear->lora_A;
     struct Tensor *B = &linear->lora_B;
@@ -5266,25 +5368,25 @@ static void lora_own_copy(struct Arena *arena, struct Linear *linear) {
  *                                                          [glossary: Modelo de referência]
  * Only the adapter and a head are trained, so all other tensors are shared with the model: GPT-2's
  * reference does not cost another 500 MB.
- * in   frozen: false: the adapter is new, so the start was the model without it; true: an adapter
- *      is trained further, so the start is a copy of it as it is now (TRL 1.16)
+ * in   frozen: false if the adapter is new: the start was the model without it; true if an existing
+ *      adapter is trained further: the start is a copy of it as it is now (TRL 1.16)
  *                                                                          test: lora_reference */
 static struct GPT2 *adapter_reference(const struct GPT2 *model, bool frozen) {
     size_t L = model->config.n_layer;
     struct GPT2 *ref = malloc(sizeof *ref);
     CHECK(ref, "out of memory");
 
-    /* 1. the same tensors, in a struct that owns none of them: it is never trained or saved */
+    /* 1. The same tensors, in a struct that owns none of them: it is never trained or saved. */
     *ref = *model;
     ref->arena = (struct Arena){0};
     ref->tensor_count = 0;
 
-    /* 2. the blocks' structs are copied too, since what they say of A and B is about to change */
+    /* 2. The blocks' structs are copied, since what they say about A and B is about to change. */
     struct Block *blocks = arena_alloc(&ref->arena, L, sizeof *blocks);
     ref->h = memcpy(blocks, model->h, L * sizeof *blocks);
     for (size_t i = 0; i < 4 * L; i++) {
         struct Linear *linear = adaptable(ref, i);
-        /* an adapter that is trained further was part of the start; a new one was not */
+        /* an existing adapter was part of the start; a new one was not */
         if (frozen)
             lora_own_copy(&ref->arena, linear);
         else
@@ -5299,15 +5401,15 @@ static struct GPT2 *adapter_reference(const struct GPT2 *model, bool frozen) {
  *
  * How does a model that only ever predicts one token write a text? One token at a time: predict,
  * choose (chapter 6), append, predict again. To predict, attention needs the keys and values of
- * all earlier tokens. They never change, so they are kept: in the KV cache. Then a new token costs
+ * all earlier tokens. They never change, so they are kept, in the KV cache. Then a new token costs
  * one row of work instead of a whole pass. Two prompts, side by side:
  *
- *     pass 1   rows A B C, D    the prompts, whole; their ends predict E and F
- *     pass 2   rows E, F        the cache has what stands before them; they predict G and the end
- *     pass 3   row  G           F was followed by an end token: its sequence has left the batch
+ *     pass 1   rows A B C, D    the prompts, whole; their last tokens predict E and F
+ *     pass 2   rows E, F        the cache has what precedes them; they predict G and the end token
+ *     pass 3   row  G           F was followed by the end token: its sequence has left the batch
  *
- * Greedy decoding takes the most probable token at each step, and can miss the most probable
- * sequence, for what it gives away at one token it may need at the next:
+ * Greedy decoding takes the most probable token at each step. It can miss the most probable
+ * sequence, because the best token now may lead to worse ones later:
  *
  *              .-- B 0.6 --.-- x 0.5      A B x   0.6 * 0.5  = 0.30   greedy: B, then x
  *          A --|           '-- y 0.5      A B y   0.6 * 0.5  = 0.30
@@ -5316,23 +5418,23 @@ static struct GPT2 *adapter_reference(const struct GPT2 *model, bool frozen) {
  *
  * Beam search keeps the K best beginnings instead of one, here K = 2, and continues them side by
  * side. It finds A C x. With as many beams as there are sequences it would find the best of all.
- * RLHF does not use it: to learn, a policy must try what it finds improbable, too.
+ * RLHF does not use it: to learn, a policy must also try what it finds improbable.
  *
  * What enters: prompts. What leaves: sequences, each up to and including its end token.
  * ============================================================================================= */
 
-/* transformers' defaults: greedy, at most 20 tokens. top_k counts only once do_sample is set. */
+/* transformers' defaults: greedy, at most 20 tokens. top_k counts only if do_sample is set. */
 static struct GenerationConfig generation_config(void) {
     return (struct GenerationConfig){
         .max_new_tokens = 20,
         .top_k = 50,
         .num_return_sequences = 1,
         .num_beams = 1,
-        /* 1 leaves the logits and the distribution as they are */
+        /* 1: logits and distribution stay as they are */
         .temperature = 1,
         .top_p = 1,
         .repetition_penalty = 1,
-        /* beams are compared by their mean log-probability a token */
+        /* beams are compared by their mean log-probability per token */
         .length_penalty = 1,
     };
 }
@@ -5342,28 +5444,29 @@ static struct GenerationConfig generation_config(void) {
 /* An empty cache for B sequences of at most `capacity` tokens: keys and values (L,B,capacity,C). */
 static struct KVCache kv_cache_new(const struct GPT2 *model, struct Arena *arena, size_t B,
                                    size_t capacity) {
-    /* Room for the longest text is taken at once; a cache that grew would have to be copied. GPT-2
-     * small, 64 sequences of 64 tokens: 12 * 64 * 64 * 768 floats are 151 MB, for the keys and
-     * once more for the values. */
+    /* Room for the longest text is taken at once, since a cache that grew would have to be copied.
+     * GPT-2 small, 64 sequences of 64 tokens: 12 * 64 * 64 * 768 floats are 151 MB, for the keys
+     * and again for the values. */
     size_t floats = model->config.n_layer * B * capacity * model->config.n_embd;
     return (struct KVCache){
         .B = B,
         .capacity = capacity,
         .k = arena_floats(arena, floats),
         .v = arena_floats(arena, floats),
-        /* nothing is filled yet: so decode_batch asks for the whole prompt */
+        /* nothing is filled yet: this makes decode_batch start with the whole prompt */
         .length = arena_zeros(arena, B, sizeof(size_t)),
     };
 }
 
-/* Sequence `slot` of a cache becomes a copy of sequence `from_slot` of another of the same
+/* Sequence `slot` of a cache becomes a copy of sequence `from_slot` of another cache of the same
  * capacity. A beam that is continued in two ways needs its past twice. */
 static void kv_cache_copy(const struct GPT2 *model, struct KVCache *cache, size_t slot,
                           const struct KVCache *from, size_t from_slot) {
+    /* both caches are (L,B,capacity,C): in each layer, a sequence is `capacity` rows of C floats */
     size_t sequence = cache->capacity * model->config.n_embd;
     size_t used = from->length[from_slot] * model->config.n_embd;
     for (size_t l = 0; l < model->config.n_layer; l++) {
-        /* of each layer, only the positions that are filled */
+        /* a sequence's past is in L places, one for each layer; only its filled part is copied */
         size_t to = (l * cache->B + slot) * sequence;
         size_t source = (l * from->B + from_slot) * sequence;
         memcpy(cache->k + to, from->k + source, used * sizeof(float));
@@ -5378,42 +5481,42 @@ static void kv_cache_copy(const struct GPT2 *model, struct KVCache *cache, size_
 struct Sequence {
     int *ids; /* with room for max_length */
     size_t n, prompt_length, max_length;
-    size_t slot; /* its place in the KV cache */
+    size_t slot; /* its number in the KV cache */
     float score; /* of a beam: the log-probability of what was generated, nats */
     bool finished;
-    struct Rng rng; /* its own, so that it does not depend on its neighbours' draws */
+    struct Rng rng; /* its own, so that its neighbours' draws do not matter */
 };
 
 /* sequence_extend -- chooses the next token and appends it.    [glossary: Argmax/Argmin]
  * in   logits (V) of the next token; they are changed
- * The end token is appended like any other: what is learnt from includes it.
+ * The end token is appended like any other, because what is learnt from includes it.
  *                                          test: generate_golden; gdb: break sequence_extend */
 static void sequence_extend(struct Sequence *s, float *logits, size_t V,
                             const struct GenerationConfig *config, int end_token) {
-    /* 1. penalties, temperature and cuts */
+    /* 1. Penalties, temperature and cuts (chapter 6). */
     process_logits(logits, V, config, s->ids, s->n, s->n - s->prompt_length, end_token);
 
-    /* 2. drawn, or the most probable one */
+    /* 2. The token: drawn, or the most probable one. */
     int id = config->do_sample ? sample_token(logits, V, &s->rng) : (int)argmax(logits, V);
     s->ids[s->n] = id;
     s->n++;
 
-    /* 3. ended by itself, or for want of room */
+    /* 3. Finished, by its own choice or for lack of room? */
     s->finished = id == end_token || s->n >= s->max_length;
 }
 
-/* The rows that the next pass of the model needs: of each sequence the tokens that are not in the
- * cache yet. At first that is the whole prompt, later the newest token alone.
+/* The rows for the next pass of the model: of each sequence, the tokens that are not in the cache
+ * yet. At first these are the whole prompt, later only the newest token.
  *                                                                         test: generate_decode */
 static struct Batch decode_batch(struct Arena *arena, struct Sequence **active, size_t count,
                                  struct KVCache *cache) {
-    /* 1. how many rows */
+    /* 1. How many rows? */
     size_t N = 0;
     for (size_t i = 0; i < count; i++)
         N += active[i]->n - cache->length[active[i]->slot];
 
-    /* 2. the rows, their positions counted from the start of the text, not of the batch; and
-     *    for each row, in which sequence of the cache attention finds its past */
+    /* 2. The rows, with positions counted from the start of the text, not of the batch; and for
+     *    each row, the sequence of the cache in which attention finds its past. */
     struct Batch batch = batch_new(arena, count, N);
     size_t *slot = arena_alloc(arena, N, sizeof *slot);
     cache->slot = slot;
@@ -5427,16 +5530,16 @@ static struct Batch decode_batch(struct Arena *arena, struct Sequence **active, 
     return batch;
 }
 
-/* Ends the program if a logit is infinite or NaN, and says in which layer that began. The pass with
- * the cache has not kept what is needed to find out, so each sequence is computed again, whole. */
+/* Ends the program if a logit is infinite or NaN, and names the layer where that began. The pass
+ * with the cache has not kept what this takes, so each sequence is computed again as a whole. */
 static void check_next_logits(const struct GPT2 *model, struct Arena *arena,
                               struct Sequence **active, size_t count, const float *logits) {
-    /* 1. almost always all are finite */
+    /* 1. Almost always, all are finite. */
     size_t V = model->config.vocab_size;
     if (first_not_finite(logits, count * V) == count * V)
         return;
 
-    /* 2. else with all activations kept, as in training: check_numbers searches them */
+    /* 2. Otherwise with all activations kept, as in training: check_numbers searches them. */
     for (size_t i = 0; i < count; i++) {
         struct Example whole = {active[i]->ids, active[i]->n, 0};
         struct Batch batch = collate(arena, &whole, 1, READ_LAST);
@@ -5444,53 +5547,54 @@ static void check_next_logits(const struct GPT2 *model, struct Arena *arena,
     }
 }
 
-/* generate_step -- one pass of the model: logits (count,V) of each active sequence's next token.
- * in, out  cache: it has the tokens that were read so far, and afterwards all of them
+/* generate_step -- one pass of the model: logits (count,V) for each active sequence's next token.
+ * in, out  cache: it has the tokens that were read before, and afterwards all of them
  *                                                                        test: generate_company */
 static float *generate_step(const struct GPT2 *model, struct Arena *arena, struct Sequence **active,
                             size_t count, struct KVCache *cache) {
     size_t C = model->config.n_embd;
     size_t V = model->config.vocab_size;
 
-    /* 1. what is new goes through all layers, and leaves its keys and values in the cache */
+    /* 1. The new tokens go through all layers, and leave their keys and values in the cache. */
     struct Batch batch = decode_batch(arena, active, count, cache);
     float *hidden = gpt2_decode(model, arena, &batch, cache);
 
-    /* 2. Of each sequence only the last row predicts something that is not known yet. The output
-     *    layer is the most expensive one, so it sees those rows alone. */
+    /* 2. Only the last row of each sequence predicts something that is not known yet. The output
+     *    layer is the most expensive one, so it gets those rows alone. */
     float *last = arena_floats(arena, count * C);
     float *logits = arena_floats(arena, count * V);
     for (size_t i = 0; i < count; i++)
         memcpy(last + i * C, hidden + (batch.start[i + 1] - 1) * C, C * sizeof *last);
     decode_logits(model, logits, last, count);
 
-    /* 3. A NaN would stop nothing by itself: argmax and the draw would still return some token. */
+    /* 3. A NaN by itself would not stop anything: argmax and the draw still return some token. */
     check_next_logits(model, arena, active, count, logits);
     return logits;
 }
 
 /* ---- Beam search ---------------------------------------------------------------------------- */
 
-/* A search under way, with K = config->num_beams. Running beams have equal lengths, and their score
- * is the log-probability of what was generated; a finished one's is that / length^length_penalty.
- * A step reads `running` and writes `next`; then the two, and their caches, change places. */
+/* A search in progress, with K = config->num_beams. Running beams have equal lengths, and their
+ * score is the log-probability of what was generated; that of a finished beam is divided by
+ * length^length_penalty. A step reads `running` and writes `next`; then the two, and their caches,
+ * change places. */
 struct BeamSearch {
     const struct GPT2 *model;
     const struct GenerationConfig *config;
     struct Rng *rng; /* for do_sample */
     size_t prompt_length, max_length;
     struct Sequence *running, *next; /* (K) each */
-    size_t running_count; /* 1 at first, K as a rule, 0 when none is left */
+    size_t running_count; /* 1 at first, then usually K, 0 when none is left */
     struct KVCache cache, next_cache;
-    struct Sequence *finished; /* (K) the pool, best first */
+    struct Sequence *finished; /* (K) the pool of finished beams, best first */
     size_t finished_count;
     struct Candidate *going_on; /* (2K) of this step: continuations that do not end */
     size_t going_on_count;
 };
 
-/* count sequences without a token, each with a place of its own in the cache. */
+/* `count` sequences without a token, each with its own number in the cache. */
 static struct Sequence *beams_new(struct Arena *arena, size_t count, size_t max_length) {
-    /* beam i keeps slot i for good: what changes is the text that stands in it */
+    /* beam i keeps slot i; it is the text in the slot that changes */
     struct Sequence *beams = arena_zeros(arena, count, sizeof *beams);
     for (size_t i = 0; i < count; i++)
         beams[i] = (struct Sequence){.ids = arena_alloc(arena, max_length, sizeof(int)), .slot = i};
@@ -5511,76 +5615,76 @@ static struct BeamSearch beam_search_new(struct Arena *arena, const struct GPT2 
         .running = beams_new(arena, K, prompt->max_length),
         .next = beams_new(arena, K, prompt->max_length),
         .running_count = 1,
-        /* two: while the next step's beams are made, those of this one are still read */
+        /* two caches: while the next step's beams are written, this step's are still read */
         .cache = kv_cache_new(model, arena, K, prompt->max_length),
         .next_cache = kv_cache_new(model, arena, K, prompt->max_length),
         .finished = beams_new(arena, K, prompt->max_length),
         .going_on = arena_alloc(arena, 2 * K, sizeof(struct Candidate)),
     };
-    /* Its score is 0: the prompt is given, so how probable it is does not count. There is one such
-     * beam, not K of them: K equal ones would all be continued in the same way. */
+    /* Its score is 0: the prompt is given, so its probability does not count. There is one such
+     * beam, not K: K equal ones would all be continued in the same way. */
     memcpy(search.running->ids, prompt->ids, prompt->n * sizeof(int));
     search.running->n = prompt->n;
     return search;
 }
 
-/* A beam becomes `from` and one token more. Its place in the cache stays its own. */
+/* A beam becomes `from` plus one token. It keeps its own place in the cache. */
 static void beam_set(struct Sequence *beam, const struct Sequence *from, int id, float score) {
     memcpy(beam->ids, from->ids, from->n * sizeof *beam->ids);
     beam->ids[from->n] = id;
-    /* not the whole struct: its ids and its slot are memory of its own */
+    /* not the whole struct: the beam's ids and slot are its own */
     beam->n = from->n + 1;
     beam->score = score;
 }
 
 /* beam_score -- from the logits (V) of a beam's next token to the scores of its V continuations:
  *   score(beam + v) = score(beam) + log softmax(logits)_v
- * The processors act on the log-probabilities, in transformers' order: so what top-k cuts has the
- * score minus infinity, and what is left is not made to add up to 1 again.
+ * The processors act on the log-probabilities, in transformers' order: so what top-k cuts gets the
+ * score minus infinity, and the rest is not normalized again to the sum 1.
  * By hand: A C has log 0.4 = -0.9163, x follows with 0.95: -0.9163 - 0.0513 = -0.9676 = log 0.38.
  *                                                                        test: beam_search_hand */
 static void beam_score(const struct BeamSearch *search, const struct Sequence *beam,
                        float *logits) {
-    /* 1. log softmax */
+    /* 1. Log softmax: scores of different beams can only be compared as log-probabilities. */
     size_t V = search->model->config.vocab_size;
     float lse = log_sum_exp(logits, V, thread_scratch(SCRATCH_ROW, V));
     for (size_t v = 0; v < V; v++)
         logits[v] -= lse;
 
-    /* 2. the processors, and the score so far */
+    /* 2. The processors, and the score so far. */
     process_logits(logits, V, search->config, beam->ids, beam->n, beam->n - search->prompt_length,
                    search->model->config.eos_token_id);
     for (size_t v = 0; v < V; v++)
         logits[v] += beam->score;
 }
 
-/* gumbel_keys -- random keys for n scores, whose order is a draw without replacement: the largest
- * key is a draw from softmax(score), the second largest a draw from what is left, and so on.
+/* gumbel_keys -- random keys for n scores whose order is a draw without replacement: the largest
+ * key is a draw from softmax(score), the second largest a draw from the rest, and so on.
  *   key = score + Gumbel noise,   noise = -log(-log u), u uniform in (0, 1]
- * So sampled beams are different from each other, which draws with replacement would not be.
+ * So sampled beams differ from each other; drawn with replacement, several could be equal.
  * By hand: scores log (0.5, 0.2, 0.3): the first has the largest key in half of all draws.
  *                                                                         test: beam_candidates */
 static float *gumbel_keys(struct Arena *arena, const float *score, size_t n, struct Rng *rng) {
     float *key = arena_floats(arena, n);
-    /* 1 - u: rng_uniform may return 0, which has no logarithm, but never 1 */
+    /* 1 - u, since rng_uniform may return 0, which has no logarithm, but never 1 */
     for (size_t i = 0; i < n; i++)
         key[i] = (float)(score[i] - log(-log(1 - rng_uniform(rng))));
     return key;
 }
 
-/* beam_candidates -- the places of the `most` largest keys, largest first.
- * in   key (n); for sampling the keys are noisy, else they are the scores
- * out  best: room for `most`; returns how many there are: a key of minus infinity is none
- * By hand: keys log (0.5, 0, 0.2, 0.3), most 2: places 0 and 3.           test: beam_candidates */
+/* beam_candidates -- the indices of the `most` largest keys, largest first.
+ * in   key (n); for sampling the keys are noisy, otherwise they are the scores
+ * out  best: room for `most`; returns how many there are: keys of minus infinity are left out
+ * By hand: keys log (0.5, 0, 0.2, 0.3), most 2: indices 0 and 3.          test: beam_candidates */
 static size_t beam_candidates(const float *key, size_t n, size_t most, struct Arena *arena,
                               struct Candidate *best) {
-    /* 1. The smallest key that gets in. K V keys are too many to sort: selection is enough. */
+    /* 1. The smallest key that gets in. K V keys are too many to sort, but selection is fast. */
     float *copy = arena_floats(arena, n);
     memcpy(copy, key, n * sizeof *copy);
     most = MIN(most, n);
     float threshold = kth_largest(copy, n, most);
 
-    /* 2. what is larger gets in for certain; what equals it, while there is room */
+    /* 2. Larger keys get in for certain, equal ones as long as there is room. */
     size_t count = 0;
     for (size_t i = 0; i < n && count < most; i++)
         if (key[i] > threshold)
@@ -5589,16 +5693,16 @@ static size_t beam_candidates(const float *key, size_t n, size_t most, struct Ar
         if (key[i] == threshold)
             best[count++] = (struct Candidate){key[i], (int)i};
 
-    /* 3. those few in order */
+    /* 3. Only these few are sorted. */
     qsort(best, count, sizeof *best, compare_candidates_down);
     return count;
 }
 
-/* beam_finish -- a sequence that has ended enters the pool of the K best, if it is good enough.
+/* beam_finish -- puts a sequence that has ended into the pool of the K best, if it is good enough.
  * in   beam, and the token that ended it; score: log-probability / length^length_penalty */
 static void beam_finish(struct BeamSearch *search, const struct Sequence *beam, int id,
                         float score) {
-    /* 1. The last place is free, or it is taken from a worse one. */
+    /* 1. The last place of the pool: free, or taken from a worse sequence. */
     struct Sequence *pool = search->finished;
     if (search->finished_count < search->config->num_beams)
         search->finished_count++;
@@ -5607,8 +5711,8 @@ static void beam_finish(struct BeamSearch *search, const struct Sequence *beam, 
     size_t place = search->finished_count - 1;
     beam_set(&pool[place], beam, id, score);
 
-    /* 2. Up past all that are worse. The exchange swaps whole structs: the ids' memory moves along
-     *    with its owner. */
+    /* 2. Up past all that are worse. Whole structs are swapped, so the memory of the ids moves
+     *    along with its owner. */
     for (; place > 0 && pool[place].score > pool[place - 1].score; place--) {
         struct Sequence better = pool[place];
         pool[place] = pool[place - 1];
@@ -5617,26 +5721,27 @@ static void beam_finish(struct BeamSearch *search, const struct Sequence *beam, 
 }
 
 /* beam_sort_out -- one of the step's 2K best continuations: does it end, or does it go on?
- * in   rank: 0 for the best. One that ends counts only if it is among the best K. Why then are 2K
- *      looked at? Each beam can end in one way only, so at most K of them end, and K go on.
+ * in   rank: 0 for the best. A continuation that ends counts only if it is among the best K. Why
+ *      then look at 2K? Each beam can end in one way only, so at most K of them end, and at least
+ *      K go on.
  * The score of one that ends is divided by length^length_penalty: each token lowers the sum, so
  * without it the shortest answer would win.
  * By hand: A C x: -0.9676 / 2^1 = -0.4838; A B x: -1.2040 / 2 = -0.6020.  test: beam_search_hand */
 static void beam_sort_out(struct BeamSearch *search, const struct Candidate *candidate,
                           size_t rank) {
-    /* 1. which beam, and which token: place = beam * V + token */
+    /* 1. Which beam, and which token? The candidate's id is beam * V + token. */
     const struct GPT2Config *model = &search->model->config;
     const struct Sequence *beam = &search->running[(size_t)candidate->id / model->vocab_size];
     int id = (int)((size_t)candidate->id % model->vocab_size);
 
-    /* 2. Neither the end token nor the last one that there is room for: it goes on, with the plain
-     *    sum as its score. Running beams have equal lengths, so no penalty is needed among them. */
+    /* 2. Neither the end token nor the last one there is room for: it goes on, with the plain sum
+     *    as its score. Running beams have equal lengths, so no penalty is needed among them. */
     if (id != model->eos_token_id && beam->n + 1 < search->max_length) {
         search->going_on[search->going_on_count++] = *candidate;
         return;
     }
 
-    /* 3. the end */
+    /* 3. It ends. */
     if (rank >= search->config->num_beams)
         return;
     double length = (double)(beam->n + 1 - search->prompt_length);
@@ -5644,25 +5749,25 @@ static void beam_sort_out(struct BeamSearch *search, const struct Candidate *can
     beam_finish(search, beam, id, (float)(candidate->logit / divisor));
 }
 
-/* beam_continue -- the K best continuations that go on become the running beams. Several may stem
- * from one beam, and of another none may be left: the past of each is copied along. */
+/* beam_continue -- the K best continuations that go on become the running beams. Several may come
+ * from one beam and none from another, so each takes a copy of its past along. */
 static void beam_continue(struct BeamSearch *search) {
-    /* 1. best first; when sampling they stand in the order in which they were drawn */
+    /* 1. Best first; when sampling, they are still in the order in which they were drawn. */
     qsort(search->going_on, search->going_on_count, sizeof *search->going_on,
           compare_candidates_down);
 
-    /* 2. written beside the beams that they continue, since those are still read */
+    /* 2. They are written to `next`, since the beams they continue are still read. */
     size_t V = search->model->config.vocab_size;
     search->running_count = MIN(search->going_on_count, search->config->num_beams);
     for (size_t i = 0; i < search->running_count; i++) {
         struct Candidate best = search->going_on[i];
         size_t from = (size_t)best.id / V;
-        /* text and past together, or attention would see another text's keys */
+        /* text and cache together, or attention would see the keys of another text */
         beam_set(&search->next[i], &search->running[from], (int)((size_t)best.id % V), best.logit);
         kv_cache_copy(search->model, &search->next_cache, i, &search->cache, from);
     }
 
-    /* 3. next becomes running, and the other way round */
+    /* 3. `next` and `running` change places. */
     struct Sequence *beams = search->running;
     struct KVCache cache = search->cache;
     search->running = search->next;
@@ -5679,50 +5784,50 @@ static void beam_advance(struct BeamSearch *search, struct Arena *arena, float *
     size_t V = search->model->config.vocab_size;
     size_t n = search->running_count * V;
 
-    /* 1. all continuations of all beams, scored */
+    /* 1. Scores for all continuations of all beams. */
     float *score = logits;
-    /* each beam is a row of V numbers, and no thread touches another's */
+    /* each beam is a row of V numbers; without a threshold, since V is large */
 #pragma omp parallel for
     for (size_t b = 0; b < search->running_count; b++)
         beam_score(search, &search->running[b], score + b * V);
 
-    /* 2. The best 2K. Noise, if there is any, decides only who they are: from here on each counts
-     *    with its true score. */
+    /* 2. The best 2K. Noise, if any, only decides which these are: from here on each counts with
+     *    its true score. */
     float *key = search->config->do_sample ? gumbel_keys(arena, score, n, search->rng) : score;
     struct Candidate *best = arena_alloc(arena, 2 * K, sizeof *best);
     size_t count = beam_candidates(key, n, 2 * K, arena, best);
     for (size_t i = 0; i < count; i++)
         best[i].logit = score[best[i].id];
 
-    /* 3. those that end go to the pool, the best K of the others run on */
+    /* 3. Those that end go to the pool, the best K of the others go on. */
     search->going_on_count = 0;
     for (size_t i = 0; i < count; i++)
         beam_sort_out(search, &best[i], i);
     beam_continue(search);
 }
 
-/* beam_search_goes_on -- may a beam that is running still beat the worst of the pool?
- * Only an estimate can say that, for how long it will become is not known. As in transformers, the
- * best running beam is judged as if it ended now; with early_stopping "never" and a positive
- * length_penalty, which favours long answers, as if it became as long as is allowed without its
- * sum falling any further. With early_stopping true a full pool is enough.
+/* beam_search_goes_on -- can a running beam still beat the worst of the pool?
+ * This can only be estimated, since nobody knows how long the beam will become. As in transformers,
+ * the best running beam is judged as if it ended now. With early_stopping "never" and a positive
+ * length_penalty, which favours long answers, it is judged as if it reached the maximum length
+ * without its sum falling any further. With early_stopping true, a full pool is enough to stop.
  * By hand: the worst of the pool has -0.6, a running beam of 3 tokens -1.5: -1.5 / 3 = -0.5 is
  * better, so the search goes on. With -2.1 it would not: -0.7. But if it may have 9 tokens,
  * "never" judges -2.1 / 9 = -0.23, and goes on.                         test: beam_search_stops */
 static bool beam_search_goes_on(const struct BeamSearch *search) {
     const struct GenerationConfig *config = search->config;
     const struct Sequence *best = search->running;
-    /* 1. nothing runs, or nothing more fits in */
+    /* 1. Nothing runs, or there is no more room. */
     if (search->running_count == 0 || best->n >= search->max_length)
         return false;
-    /* 2. a place in the pool is free: anything that ends is welcome */
+    /* 2. There is a free place in the pool: anything that ends is welcome. */
     if (search->finished_count < config->num_beams)
         return true;
     if (config->early_stopping == STOP_TRUE)
         return false;
 
-    /* 3. The pool is full: what might the best running beam reach, and is that enough for the last
-     *    place? Beams are sorted, so no other one can reach more. */
+    /* 3. The pool is full: what could the best running beam reach, and would it get the last place?
+     *    Beams are sorted, so no other one can reach more. */
     bool as_long_as_allowed = config->early_stopping == STOP_NEVER && config->length_penalty > 0;
     size_t end = as_long_as_allowed ? search->max_length : best->n;
     double length = (double)(end - search->prompt_length);
@@ -5732,11 +5837,11 @@ static bool beam_search_goes_on(const struct BeamSearch *search) {
 
 /* beam_search -- looks for the sequence that is most probable as a whole.
  *                                                              [glossary: Beam search]
- * in, out  sequences: num_return_sequences of them, which hold the same prompt; they become the
+ * in, out  sequences: num_return_sequences of them, all holding the same prompt; they become the
  *          best of the pool, best first
  * Each of the K running beams is continued with each of the V tokens; the best of these K V
- * continuations run on, or are finished. The chapter's essay has a case by hand. Step by step as in
- * transformers 5.
+ * continuations go on, or are finished. The chapter's essay has a case by hand. The steps are those
+ * of transformers 5.
  *     test: beam_search_hand, beam_search_golden, beam_search_exhaustive, beam_search_negative */
 static void beam_search(const struct GPT2 *model, struct Sequence *sequences,
                         const struct GenerationConfig *config) {
@@ -5745,8 +5850,8 @@ static void beam_search(const struct GPT2 *model, struct Sequence *sequences,
     struct BeamSearch search = beam_search_new(&arena, model, &sequences[0], config);
     struct Sequence **active = arena_alloc(&arena, config->num_beams, sizeof *active);
 
-    /* 1. Until nothing better is to be expected: the model's logits, and one step. In the first
-     *    step the one beam is the prompt, in all others each beam adds one row to its cache. */
+    /* 1. The model's logits, then one step, until nothing better can be expected. In the first step
+     *    the one beam is the prompt; afterwards each beam adds one row to its cache. */
     while (beam_search_goes_on(&search)) {
         arena_reset(&step_arena);
         for (size_t b = 0; b < search.running_count; b++)
@@ -5756,10 +5861,10 @@ static void beam_search(const struct GPT2 *model, struct Sequence *sequences,
         beam_advance(&search, &step_arena, logits);
     }
 
-    /* 2. the best of the pool */
+    /* 2. The best of the pool. */
     size_t wanted = MIN(config->num_return_sequences, search.finished_count);
     for (size_t i = 0; i < wanted; i++) {
-        /* the ids are copied, for the pool's memory ends with the search */
+        /* the ids are copied, since the pool's memory is freed with the search */
         const struct Sequence *found = &search.finished[i];
         memcpy(sequences[i].ids, found->ids, found->n * sizeof(int));
         sequences[i].n = found->n;
@@ -5773,11 +5878,11 @@ static void beam_search(const struct GPT2 *model, struct Sequence *sequences,
 
 enum { GENERATE_TOGETHER = 64 }; /* sequences decoded in one batch: bounds the cache's memory */
 
-/* Those of n sequences that are still to be written; each gets a place in the cache. */
+/* The unfinished ones of n sequences; each gets a number in the cache. */
 static size_t active_sequences(struct Sequence *sequences, size_t n, struct Sequence **active) {
     size_t count = 0;
     for (size_t i = 0; i < n; i++) {
-        /* a prompt that fills all its room is its own answer */
+        /* a prompt that leaves no room is its own answer */
         if (sequences[i].finished || sequences[i].n >= sequences[i].max_length)
             continue;
         sequences[i].slot = count;
@@ -5786,10 +5891,10 @@ static size_t active_sequences(struct Sequence *sequences, size_t n, struct Sequ
     return count;
 }
 
-/* Those that are not finished move together, in their order; returns how many there are. Their
- * places in the cache stay. */
+/* Moves the unfinished sequences together, in their order, and returns how many there are. Their
+ * places in the cache stay the same. */
 static size_t drop_finished(struct Sequence **active, size_t count) {
-    /* left <= i, so what is overwritten has been looked at */
+    /* left <= i: only entries that have been looked at are overwritten */
     size_t left = 0;
     for (size_t i = 0; i < count; i++)
         if (!active[i]->finished)
@@ -5797,10 +5902,10 @@ static size_t drop_finished(struct Sequence **active, size_t count) {
     return left;
 }
 
-/* Up to GENERATE_TOGETHER sequences, side by side to their ends. */
+/* Writes up to GENERATE_TOGETHER sequences, side by side, to their ends. */
 static void generate_together(const struct GPT2 *model, struct Sequence *sequences, size_t n,
                               const struct GenerationConfig *config) {
-    /* 1. a cache for the longest that any of them may become */
+    /* 1. A cache for the longest that any of them may become. */
     struct Arena arena = {0};
     struct Arena step_arena = {0};
     struct Sequence *active[GENERATE_TOGETHER];
@@ -5810,13 +5915,13 @@ static void generate_together(const struct GPT2 *model, struct Sequence *sequenc
         capacity = MAX(capacity, active[i]->max_length);
     struct KVCache cache = kv_cache_new(model, &arena, count, capacity);
 
-    /* 2. one token for each at a time; those that have ended drop out, and cost nothing more */
+    /* 2. One token for each at a time. Sequences that have ended drop out and cost nothing more. */
     size_t V = model->config.vocab_size;
     while (count > 0) {
-        /* a step's activations go with the step; what it has to pass on is in the cache */
+        /* a step's activations are freed with the step: what later steps need is in the cache */
         arena_reset(&step_arena);
         float *logits = generate_step(model, &step_arena, active, count, &cache);
-        /* in any order: each draws from its own random numbers */
+        /* in any order, since each draws from its own random numbers */
 #pragma omp parallel for schedule(dynamic) if (count > 1)
         for (size_t i = 0; i < count; i++)
             sequence_extend(active[i], logits + i * V, V, config, model->config.eos_token_id);
@@ -5828,23 +5933,23 @@ static void generate_together(const struct GPT2 *model, struct Sequence *sequenc
 
 /* generate -- writes every sequence to its end token or its max_length.   [glossary: Rollout]
  * in, out  sequences (n): the prompt in place, and room for max_length ids. For beam search,
- *          num_return_sequences with the same prompt stand side by side.
+ *          num_return_sequences with the same prompt are neighbours.
  * The same call always gives the same answers, on any number of threads. Each sequence has its own
- * random numbers, so it does not matter either who else is in the batch, with one exception: while
- * more than FEW_ROWS sequences are under way, the output layer adds in another order. A draw that
- * falls between the two roundings then comes out differently.
+ * random numbers, so its batch does not matter either, with one exception: while more than FEW_ROWS
+ * sequences are being written, the output layer adds in another order. A draw that falls between
+ * the two roundings then comes out differently.
  *                                     test: generate_golden, generate_cache, generate_company */
 static void generate(const struct GPT2 *model, struct Sequence *sequences, size_t n,
                      const struct GenerationConfig *config) {
-    /* 1. beams: one search for each prompt, by itself; its K beams are its batch */
+    /* 1. Beam search: one search for each prompt, whose K beams are its batch. */
     if (config->num_beams > 1) {
         for (size_t i = 0; i < n; i += config->num_return_sequences)
             beam_search(model, sequences + i, config);
         return;
     }
 
-    /* 2. Else in groups of 64: large enough that the weights, read from memory once a step, serve
-     *    many rows; small enough that their caches fit in memory. */
+    /* 2. Otherwise in groups of 64: large enough that the weights, read from memory once a step,
+     *    serve many rows; small enough that the caches fit in memory. */
     for (size_t first = 0; first < n; first += GENERATE_TOGETHER) {
         size_t together = MIN(n - first, (size_t)GENERATE_TOGETHER);
         generate_together(model, sequences + first, together, config);
@@ -5857,36 +5962,38 @@ static void generate(const struct GPT2 *model, struct Sequence *sequences, size_
  * By hand: a context of 24 and a prompt of 22: 3 new tokens at most.      test: generate_context */
 static struct Sequence sequence_start(struct Arena *arena, const int *ids, size_t n, size_t max_new,
                                       const struct GPT2 *model, struct Rng rng) {
+    /* + 1: the last token is never read, so it needs no position */
     size_t max_length = MIN(n + max_new, model->config.n_positions + 1);
     struct Sequence s = {.n = n, .prompt_length = n, .max_length = max_length, .rng = rng};
-    /* a copy with room to grow: several answers may start from one prompt */
+    /* a copy with room to grow, since several answers may start from one prompt */
     s.ids = memcpy(arena_alloc(arena, MAX(n, s.max_length), sizeof *s.ids), ids, n * sizeof *ids);
     return s;
 }
 
 /* sample_answers -- a policy's answers to n prompts, num_generations to each, side by side.
- * in, out  rng: one number of it is the seed of each answer's own random numbers, so the k-th
- *          answer stays what it is if the others become longer
+ * in, out  rng: each answer takes one number from it as the seed of its own random numbers, so the
+ *          k-th answer does not change if others become longer
  * out      (n num_generations) examples whose prompt_length is that of the prompt
- * Here an answer ends where the context does, not one token later: it will be trained on, and then
- * its last token is read, too. */
+ * Here an answer ends at the end of the context, not one token later: it will be trained on, and
+ * then its last token is read, too. */
 static struct Example *sample_answers(const struct GPT2 *policy, struct Arena *arena,
                                       const struct Example *prompts, size_t n,
                                       size_t num_generations,
                                       const struct GenerationConfig *generation, struct Rng *rng) {
-    /* 1. each answer starts as its prompt */
+    /* 1. Each answer starts as its prompt. */
     size_t total = n * num_generations;
     struct Sequence *sequences = arena_alloc(arena, total, sizeof *sequences);
     for (size_t i = 0; i < total; i++) {
         const struct Example *prompt = &prompts[i / num_generations];
         size_t room = policy->config.n_positions - prompt->n;
-        /* drawn here, in order: what is drawn while writing changes nothing for the others */
+        /* Room: what the prompt leaves of the context. The seed is drawn here, in order, whatever
+         * is drawn later while writing. */
         struct Rng own = rng_seed(rng_next(rng), STREAM_SAMPLE);
         size_t max_new = MIN(generation->max_new_tokens, room);
         sequences[i] = sequence_start(arena, prompt->ids, prompt->n, max_new, policy, own);
     }
 
-    /* 2. written, and seen as examples to learn from */
+    /* 2. The answers are written, and become examples to learn from. */
     generate(policy, sequences, total, generation);
     struct Example *answers = arena_alloc(arena, total, sizeof *answers);
     for (size_t i = 0; i < total; i++)
@@ -13139,30 +13246,6 @@ static double seconds_now(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-/* Where the running program lies, links followed. Files that ship with it are looked for there.
- * Every system has its own way to ask. */
-static bool program_path(char path[PATH_MAX]) {
-#if defined(_WIN32)
-    size_t n = GetModuleFileNameA(NULL, path, PATH_MAX);
-    for (char *c = path; c < path + n; c++)
-        if (*c == '\\')
-            *c = '/';
-    return n > 0 && n < PATH_MAX;
-#elif defined(__APPLE__)
-    char raw[PATH_MAX];
-    uint32_t size = sizeof raw;
-    return _NSGetExecutablePath(raw, &size) == 0 && realpath(raw, path);
-#elif defined(__linux__)
-    /* As it was started. /proc/self/exe is the loader where that was asked to run the program. */
-    const char *name = (const char *)getauxval(AT_EXECFN);
-    return name && realpath(name, path);
-#else
-    ssize_t n = readlink("/proc/self/exe", path, PATH_MAX - 1);
-    path[MAX(n, 0)] = 0;
-    return n > 0;
-#endif
-}
-
 /* shell_word -- a word as a POSIX shell reads it back, so that a command line which is printed can
  * be pasted: plain, or in single quotes. A quote inside cannot be escaped there: the quotes are
  * closed, \' is written, and they are opened again.
@@ -15059,6 +15142,8 @@ static const char *const ALSO_CALLED[][2] = {{"lr", "learning_rate"},
                                              {"n_ctx", "max_length"},
                                              {"temp", "temperature"},
                                              {"repeat_penalty", "repetition_penalty"}};
+
+static bool program_path(char path[PATH_MAX]);
 
 /* A file that ships with the program: beside it, where `make install` puts it, or in the current
  * folder. */
@@ -17213,6 +17298,62 @@ __attribute__((section(".preinit_array"),
                used)) static void (*const before_openmp)(int, char **, char **) = gomp_spin_briefly;
 #endif
 
+/* ---- What differs between systems ------------------------------------------------------------ */
+
+#ifdef _WIN32
+__declspec(dllimport) int __stdcall MoveFileExA(const char *from, const char *to,
+                                                unsigned long flags);
+__declspec(dllimport) unsigned long __stdcall GetModuleFileNameA(void *module, char *path,
+                                                                 unsigned long size);
+
+/* rename() of Windows refuses where a file has the new name. */
+static int rename_over(const char *from, const char *to) {
+    /* replace it, and return when all is on the disk */
+    return MoveFileExA(from, to, 1 | 8) ? 0 : (errno = EACCES, -1);
+}
+
+static size_t peak_rss_bytes(void) {
+    return 0; /* not known */
+}
+#else
+#ifdef __APPLE__
+#include <mach-o/dyld.h>
+enum { RSS_UNIT = 1 };
+#else
+enum { RSS_UNIT = 1024 };
+#endif
+
+static size_t peak_rss_bytes(void) {
+    struct rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+    return (size_t)usage.ru_maxrss * RSS_UNIT;
+}
+#endif
+
+/* Where the running program lies, links followed. Files that ship with it are looked for there.
+ * Every system has its own way to ask. */
+static bool program_path(char path[PATH_MAX]) {
+#if defined(_WIN32)
+    size_t n = GetModuleFileNameA(NULL, path, PATH_MAX);
+    for (char *c = path; c < path + n; c++)
+        if (*c == '\\')
+            *c = '/';
+    return n > 0 && n < PATH_MAX;
+#elif defined(__APPLE__)
+    char raw[PATH_MAX];
+    uint32_t size = sizeof raw;
+    return _NSGetExecutablePath(raw, &size) == 0 && realpath(raw, path);
+#elif defined(__linux__)
+    /* As it was started. /proc/self/exe is the loader where that was asked to run the program. */
+    const char *name = (const char *)getauxval(AT_EXECFN);
+    return name && realpath(name, path);
+#else
+    ssize_t n = readlink("/proc/self/exe", path, PATH_MAX - 1);
+    path[MAX(n, 0)] = 0;
+    return n > 0;
+#endif
+}
+
 /* What this file assumes of a compiler and a machine beyond C11. Without it the program would be
  * built, run, and give wrong numbers. arithmetic_check tries at the start what no macro tells. */
 #ifndef __GNUC__
@@ -17230,6 +17371,9 @@ __attribute__((section(".preinit_array"),
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "align.c needs a machine that stores the lowest byte first: its files are written so"
 #endif
+
+_Static_assert(sizeof(int) == 4 && FLT_MANT_DIG == 24 && DBL_MANT_DIG == 53,
+               "align.c needs int of 32 bits, and float and double as IEEE 754 has them");
 
 /* Is arithmetic what is asked for above? A compiler may define no macro for a flag, as clang
  * for -funsafe-math-optimizations and -fno-honor-nans, and -Ofast may be given when linking only:
