@@ -1837,8 +1837,8 @@ static size_t top_p_cut(const struct Candidate *order, size_t n, double total, d
  * reaches p [12].                                          [glossary: Amostragem top-p]
  * Where the model is sure, these are one or two tokens; where it is not, hundreds.
  * in, out  logits (V); p in [0, 1); min_keep: at least this many stay
- * By hand: probabilities 0.5, 0.3, 0.2. p = 0.5: the first one reaches it and stays alone; p = 0.6:
- * the first two, which hold 0.8.                                      test: generate_processors */
+ * By hand: probabilities 0.5, 0.3, 0.2. p = 0.45: the first alone, which holds 0.5; p = 0.6: the
+ * first two, which hold 0.8.                                          test: generate_processors */
 static void process_top_p(float *logits, size_t V, double p, size_t min_keep) {
     /* 1. The tokens that are left, most probable first. A candidate is a float and an int, as large
      *    as two floats: V of them need 2 V floats of scratch. */
