@@ -42,13 +42,15 @@
  *
  * RLHF in 600 lines. Read the essays that open chapters 2 to 5, then these functions in this
  * order, each with its comment. That is the whole idea:
- *   softmax                 logits become probabilities                                  chapter 2
+ *   sigmoid, softmax        log-odds and logits become probabilities                     chapter 2
  *   kl_exact, kl_k1         how far apart two models are; the estimate from one token
  *   bradley_terry_pair      a preference becomes a loss: how a reward model learns       chapter 3
- *   reinforce_loss          a score becomes a gradient (read the essay above it)         chapter 4
+ *   reinforce_advantages    how good an answer was, against what was to be expected      chapter 4
+ *   reinforce_loss          a score becomes a gradient (read the essay above it)
  *   kl_reward               what a token pays for leaving the reference
- *   gae_step                how a score at the end becomes an advantage at each token
+ *   gae_step, gae           how a score at the end becomes an advantage at each token
  *   ppo_token_loss          why PPO clips, and where the gradient is zero
+ *   ppo_value_loss          how the value head learns what to expect
  *   exact_optimum           the best policy there is, in closed form                     chapter 5
  *   dpo_pair_loss           the same optimum from pairs alone
  *   ppo_rewards             where penalty and score reach the tokens of real answers     chapter 17
