@@ -1,5 +1,6 @@
-# gdb -q -x docs/tools/align.gdb   in the repository's root, after `make debug`: commands that print what align.c computes, in lines that
-# start with "|". An argument has no spaces in it. ALIGN_KERNEL plain: the same bits on every x86-64 processor; unset it for speed.
+# gdb -q -x docs/tools/align.gdb   in the repository's root, after `make debug`: commands that print
+# what align.c computes, in lines that start with "|". An argument has no spaces in it. ALIGN_KERNEL
+# plain: the same bits on every x86-64 processor; unset it for speed.
 set confirm off
 set pagination off
 set width 0
@@ -67,7 +68,8 @@ define token
   output *$text.data@$text.length
 end
 document token
-token ID -- an id and its text, without an end of line. The tokenizer is the one of the calling frames.
+token ID -- an id and its text, without an end of line. The tokenizer is the one of the calling
+frames.
 end
 define tokens
   set $i = -1
@@ -115,5 +117,6 @@ define top
   end
 end
 document top
-top LOGITS n k -- the k likeliest of n tokens: probability, running sum, id, text (by align.c's own softmax and argmax).
+top LOGITS n k -- the k likeliest of n tokens: probability, running sum, id, text (by align.c's own
+softmax and argmax).
 end

@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
-# Builds that would give wrong numbers are refused, right ones are not; and a build starts and ends as a program should.
+# Builds that would give wrong numbers are refused, right ones are not; and a build starts and ends
+# as a program should.
 #     docs/tools/check_compilers.sh
-# A compiler or tool that is not installed is passed over. Ends with 'N passed, N failed, N skipped'.
+# A compiler or tool that is not installed is passed over. Ends with 'N passed, N failed, N
+# skipped'.
 set -u
 cd "$(dirname "$0")/../.."
 work=$(mktemp -d "${TMPDIR:-/tmp}/check_compilers.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 passed=0 failed=0 skipped=0
 
-count() {                      # count WHAT STATUS: one case; what it said, in $work/said, where it failed
+# count WHAT STATUS: one case; what it said, in $work/said, where it failed
+count() {
     if [ "$2" = 0 ]; then
         passed=$((passed + 1))
     else
@@ -25,12 +28,14 @@ installed() {                  # installed TOOL: or counts what is skipped
     return 1
 }
 
-refused() {                    # refused WORDS COMMAND...: the compiler ends with one error that has the words
+# refused WORDS COMMAND...: the compiler ends with one error that has the words
+refused() {
     local words=$1
     shift
     installed "$1" || return
     ! "$@" -fsyntax-only align.c > "$work/said" 2>&1 &&
-        [ "$(grep -c ' error: ' "$work/said")" = 1 ] && grep ' error: ' "$work/said" | grep -q -e "$words"
+        [ "$(grep -c ' error: ' "$work/said")" = 1 ] &&
+        grep ' error: ' "$work/said" | grep -q -e "$words"
     count "must be refused: $*" $?
 }
 
@@ -46,20 +51,24 @@ tokens() {                     # tokens COMMAND...: the program runs and says on
 
 runs() {                       # runs COMMAND...: the built program starts
     installed "$1" || return
-    "$@" -w align.c -o "$work/align" -lm > "$work/said" 2>&1 && tokens "$work/align" tokenize --tokenizer tokenizer.bin
+    "$@" -w align.c -o "$work/align" -lm > "$work/said" 2>&1 &&
+        tokens "$work/align" tokenize --tokenizer tokenizer.bin
     count "must run: $*" $?
 }
 
-stops() {                      # stops WORDS COMMAND...: it ends at once with one line that has the words
+# stops WORDS COMMAND...: it ends at once with one line that has the words
+stops() {
     local words=$1
     shift
     installed "$1" || return
-    "$@" -w align.c -o "$work/align" -lm > "$work/said" 2>&1 && ! "$work/align" glossary > "$work/said" 2>&1 &&
+    "$@" -w align.c -o "$work/align" -lm > "$work/said" 2>&1 &&
+        ! "$work/align" glossary > "$work/said" 2>&1 &&
         [ "$(wc -l < "$work/said")" = 1 ] && grep -q "this build is not right: $words" "$work/said"
     count "must end with \"$words\": $*" $?
 }
 
-# 1. Flags that change arithmetic. Of some clang tells nothing when it compiles; the program does when it starts.
+# 1. Flags that change arithmetic. Of some clang tells nothing when it compiles; the program does
+#    when it starts.
 for flags in -Ofast -ffast-math "-O2 -ffinite-math-only"; do
     for compiler in gcc clang; do refused "leave out -Ofast" $compiler $flags; done
 done
@@ -71,7 +80,8 @@ stops "NaN or infinity pass for numbers" clang -O2 -fno-honor-nans
 stops "NaN or infinity pass for numbers" clang -O2 -fno-honor-infinities
 stops "numbers below 1.2e-38 become 0" gcc -O1 -Ofast -fno-fast-math
 for compiler in gcc clang; do
-    for flags in -O0 "-O3 -march=native" "-O2 -ffp-contract=fast" "-O2 -std=c11 -ffp-contract=off"; do
+    for flags in -O0 "-O3 -march=native" "-O2 -ffp-contract=fast" \
+        "-O2 -std=c11 -ffp-contract=off"; do
         accepted $compiler $flags -fopenmp
     done
     runs $compiler -O2 -ffp-contract=fast -march=native -fopenmp
@@ -86,7 +96,8 @@ refused "stores the lowest byte first" s390x-linux-gnu-gcc
 accepted i686-linux-gnu-gcc -msse2 -mfpmath=sse
 accepted aarch64-linux-gnu-gcc
 
-# 3. Threads that fail at the same moment end the program once. Whatever exit() still does takes time here.
+# 3. Threads that fail at the same moment end the program once. Whatever exit() still does takes
+#    time here.
 cat > "$work/die.c" <<'C'
 #define ALIGN_NO_MAIN
 #include "align.c"
@@ -105,8 +116,9 @@ for compiler in gcc clang; do
     count "8 threads that fail at once say one line: $compiler" $?
 done
 
-# 4. The program that takes care of how long OpenMP's threads spin is still the one that was started: its name, its
-#    arguments, its files; valgrind and a loader run it; a debugger sees main once; the runtime complains once.
+# 4. The program that takes care of how long OpenMP's threads spin is still the one that was
+#    started: its name, its arguments, its files; valgrind and a loader run it; a debugger sees main
+#    once; the runtime complains once.
 unset GOMP_SPINCOUNT OMP_WAIT_POLICY KMP_BLOCKTIME
 cp tokenizer.bin "$work"
 for compiler in gcc clang; do
@@ -121,7 +133,8 @@ for compiler in gcc clang; do
         seen="$(cat /proc/$started/comm) $(tr '\0' ' ' < /proc/$started/cmdline)"
         echo "a film" >&3
         exec 3>&-
-        wait $started && [ "$seen" = "$name zero tokenize $work/fifo " ] && [ "$(cat "$work/said")" = "64 2646 198" ]
+        wait $started && [ "$seen" = "$name zero tokenize $work/fifo " ] &&
+            [ "$(cat "$work/said")" = "64 2646 198" ]
         count "$compiler: ps knows it as $name: $seen" $?
         rm "$work/fifo"
     done
@@ -136,12 +149,16 @@ for compiler in gcc clang; do
     fi
     if installed valgrind; then
         echo "a film" | valgrind "$work/align" tokenize > "$work/said" 2>&1
-        [ $? = 0 ] && grep -q "^64 2646 198$" "$work/said" && grep -q "ERROR SUMMARY: 0 errors" "$work/said"
+        [ $? = 0 ] && grep -q "^64 2646 198$" "$work/said" &&
+            grep -q "ERROR SUMMARY: 0 errors" "$work/said"
         count "$compiler: under valgrind" $?
     fi
-    if [ $compiler = gcc ] && installed gdb; then        # clang's is not started again, and the line that it breaks at is in a loop
-        DEBUGINFOD_URLS= gdb -batch -nx -ex "break main" -ex run -ex continue --args "$work/align" glossary KL > "$work/said" 2>&1
-        [ "$(grep -c "^Breakpoint 1, main" "$work/said")" = 1 ] && grep -q "exited normally" "$work/said"
+    # clang's is not started again, and the line that it breaks at is in a loop
+    if [ $compiler = gcc ] && installed gdb; then
+        DEBUGINFOD_URLS= gdb -batch -nx -ex "break main" -ex run -ex continue \
+            --args "$work/align" glossary KL > "$work/said" 2>&1
+        [ "$(grep -c "^Breakpoint 1, main" "$work/said")" = 1 ] &&
+            grep -q "exited normally" "$work/said"
         count "$compiler: gdb stops in main once" $?
     fi
     echo "a film" | OMP_SCHEDULE=nonsense "$work/align" tokenize > "$work/said" 2>&1
@@ -155,11 +172,15 @@ cat > "$work/spin.c" <<'C'
 #include "align.c"
 int main(void) { puts(getenv("GOMP_SPINCOUNT") ? getenv("GOMP_SPINCOUNT") : "none"); }
 C
-for flags in -fopenmp "-fopenmp -static" "-fopenmp -static-pie" "-fopenmp -flto" "-fopenmp -ffunction-sections -Wl,--gc-sections"; do
+for more in "" -static -static-pie -flto "-ffunction-sections -Wl,--gc-sections"; do
+    flags="-fopenmp${more:+ $more}"
     gcc -O0 -w $flags -I. "$work/spin.c" -o "$work/spin" -lm > "$work/said" 2>&1
-    [ "$("$work/spin")" = 4000 ] && [ "$(GOMP_SPINCOUNT=7 "$work/spin")" = 7 ] && [ "$(OMP_WAIT_POLICY=active "$work/spin")" = none ]
+    [ "$("$work/spin")" = 4000 ] && [ "$(GOMP_SPINCOUNT=7 "$work/spin")" = 7 ] &&
+        [ "$(OMP_WAIT_POLICY=active "$work/spin")" = none ]
     count "spins briefly unless told otherwise: gcc $flags" $?
 done
 
-if [ $skipped = 0 ]; then echo "$passed passed, $failed failed"; else echo "$passed passed, $failed failed, $skipped skipped"; fi
+totals="$passed passed, $failed failed"
+[ $skipped = 0 ] || totals="$totals, $skipped skipped"
+echo "$totals"
 [ $failed = 0 ] && [ $passed -gt 0 ]

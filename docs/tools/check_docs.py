@@ -1,21 +1,26 @@
 #!/usr/bin/env python3
 """check_docs.py -- runs the commands that the documents show, as a reader would type them.
 
-    python3 docs/tools/check_docs.py                      README.md and docs/*.md, with models of a shortened `make run`
-    python3 docs/tools/check_docs.py --out out            with the models of a folder that is there already
-    python3 docs/tools/check_docs.py docs/labs.md         one document
+    python3 docs/tools/check_docs.py                README.md and docs/*.md, with models of a
+                                                    shortened `make run`
+    python3 docs/tools/check_docs.py --out out      with the models of a folder that is there
+    python3 docs/tools/check_docs.py docs/labs.md   one document
 
-What is run: each command in a block that begins with ```sh, and the commands of the table under "Single commands" in
-README.md. They run in order, with bash, in a scratch copy of the repository, where ./align is built and out/ holds
-models. Each is on its own: `cd` and variables do not last. A command that stands in several places runs once, and
-`make run` is the shortened run that was made first.
+What is run: each command in a block that begins with ```sh, and the commands of the table under
+"Single commands" in README.md. They run in order, with bash, in a scratch copy of the repository,
+where ./align is built and out/ holds models. Each is on its own: `cd` and variables do not last. A
+command that stands in several places runs once, and `make run` is the shortened run that was made
+first.
 
-A block that needs what is not here, or takes too long, says so in a comment of its own on the line before it:
+A block that needs what is not here, or takes too long, says so in a comment of its own on the line
+before it:
 
     <!-- not run: needs aclImdb_v1.tar.gz -->
 
-docs/debugging.md and docs/glossary.md have checkers of their own. Exit 0: all passed; 1: one failed; 2: wrong usage.
+docs/debugging.md and docs/glossary.md have checkers of their own. Exit 0: all passed; 1: one
+failed; 2: wrong usage.
 """
+
 import argparse
 import glob
 import os
@@ -37,11 +42,15 @@ class Failure(Exception):
     """A document that is not as it should be: line number, message."""
 
 
-# ---- Finding commands: (line number, command or None for a whole block, reason not to run it or None) ----------------
+# ---- Finding commands ----------------------------------------------------------------------------
+
 
 def split_commands(lines):
-    """[(line number, text)] of a block -> [(line number, command)]. A command goes on to the next line after a
-    backslash, inside <<EOF ... EOF, and while bash finds it unfinished (quotes, loops)."""
+    """[(line number, text)] of a block -> [(line number, command)].
+
+    A command goes on to the next line after a backslash, inside <<EOF ... EOF, and while bash finds
+    it unfinished (quotes, loops).
+    """
     commands, begin, text, heredoc = [], 0, "", None
     for number, line in lines:
         if not text and (not line.strip() or line.lstrip().startswith("#")):
@@ -69,6 +78,7 @@ def table_command(line):
 
 
 def find_commands(path, lines):
+    """[(line number, command or None for a whole block, reason not to run it or None)]"""
     commands, block, begin, fence, reason, heading = [], [], 0, None, None, ""
     for number, line in enumerate(lines, 1):
         mark = re.match(r"\s*```(\w*)", line)
@@ -83,7 +93,9 @@ def find_commands(path, lines):
             fence, reason = None, None
             continue
         if reason and not (mark and mark.group(1) == "sh"):
-            raise Failure(number - 1, "a comment \"not run\" was expected to stand on the line before ```sh")
+            raise Failure(
+                number - 1, 'a comment "not run" was expected to stand on the line before ```sh'
+            )
         if mark:
             fence, block, begin = mark.group(1), [], number
         elif NOT_RUN.match(line):
@@ -100,29 +112,41 @@ def find_commands(path, lines):
     return commands
 
 
-# ---- Running them ---------------------------------------------------------------------------------------------------
+# ---- Running them --------------------------------------------------------------------------------
+
 
 def run(command, folder, timeout):
-    """(succeeded, seconds, output). A pipe fails with any of its parts; one that `head` ended early has not failed."""
+    """(succeeded, seconds, output).
+
+    A pipe fails with any of its parts; one that `head` ended early has not failed.
+    """
     begin = time.time()
-    process = subprocess.Popen(["bash", "-e", "-o", "pipefail", "-c", command], cwd=folder, stdin=subprocess.DEVNULL,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    process = subprocess.Popen(
+        ["bash", "-e", "-o", "pipefail", "-c", command],
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
     try:
         output, status = process.communicate(timeout=timeout)[0], process.returncode
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output, status = process.communicate()[0] + b"\nnot done after %d s" % timeout, None
-    return status in (0, 128 + signal.SIGPIPE), time.time() - begin, output.decode("utf-8", "replace").strip()
+    succeeded = status in (0, 128 + signal.SIGPIPE)
+    return succeeded, time.time() - begin, output.decode("utf-8", "replace").strip()
 
 
 def scratch_copy(folder, out):
-    """The files of the working tree that git knows or would take, ./align if it is built, and `out`."""
-    listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
-                            stdout=subprocess.PIPE, check=True).stdout.decode().split("\0")
-    for name in listed + ["align", "test_align"]:
-        if name and os.path.isfile(os.path.join(ROOT, name)):
-            os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
-            shutil.copy2(os.path.join(ROOT, name), os.path.join(folder, name))       # with its time, for make
+    """The working tree's files that git knows or would take, ./align if it is built, and `out`."""
+    command = "git ls-files -z --cached --others --exclude-standard".split()
+    listed = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
+    for name in listed.decode().split("\0") + ["align", "test_align"]:
+        source, copy = os.path.join(ROOT, name), os.path.join(folder, name)
+        if name and os.path.isfile(source):
+            os.makedirs(os.path.dirname(copy), exist_ok=True)
+            shutil.copy2(source, copy)  # with its time, for make
     if out:
         shutil.copytree(out, os.path.join(folder, "out"))
 
@@ -132,7 +156,8 @@ class Report:
         self.passed, self.failed = 0, 0
 
     def line(self, word, where, seconds, text):
-        print("%-5s %-24s %6s  %s" % (word, where, "" if seconds is None else "%.1f s" % seconds, text), flush=True)
+        took = "" if seconds is None else "%.1f s" % seconds
+        print("%-5s %-24s %6s  %s" % (word, where, took, text), flush=True)
 
     def result(self, where, command, ok, seconds, output):
         self.passed, self.failed = self.passed + ok, self.failed + (not ok)
@@ -145,9 +170,15 @@ class Report:
 
 def main():
     parser = argparse.ArgumentParser(description="Runs the commands that the documents show.")
-    parser.add_argument("documents", nargs="*", metavar="FILE", help="default: README.md and docs/*.md")
-    parser.add_argument("--out", metavar="DIR", help="models to use as out/ (default: made by %s)" % SHORT_RUN)
-    parser.add_argument("--timeout", metavar="S", type=float, default=120, help="seconds a command may take (120)")
+    parser.add_argument(
+        "documents", nargs="*", metavar="FILE", help="default: README.md and docs/*.md"
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", help="models to use as out/ (default: made by %s)" % SHORT_RUN
+    )
+    parser.add_argument(
+        "--timeout", metavar="S", type=float, default=120, help="seconds a command may take (120)"
+    )
     args = parser.parse_args()
     if args.out and not os.path.isdir(args.out):
         parser.error("--out %s: there is no such folder" % args.out)

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The Makefile: whose flags count, and where `make install` puts things.
 #     docs/tools/check_make.sh
-# In a copy, with a program of a few lines in align.c's place that says how it was built. Ends with 'N passed, N failed'.
+# In a copy, with a program of a few lines in align.c's place that says how it was built. Ends with
+# 'N passed, N failed'.
 set -u
 cd "$(dirname "$0")/../.."
 work=$(mktemp -d "${TMPDIR:-/tmp}/check_make.XXXXXX")
@@ -33,12 +34,14 @@ int main(void) {
 #endif
 }
 C
-built() {                      # built ENVIRONMENT... -- ARGUMENTS...: what the program says that make builds with these
+# built ENVIRONMENT... -- ARGUMENTS...: what the program says that make builds with these
+built() {
     local environment=()
     while [ "$1" != -- ]; do environment+=("$1"); shift; done
     shift
     rm -f "$work/small/align"
-    (cd "$work/small" && env "${environment[@]}" make -s "$@" > log 2>&1 && ./align || tail -n 2 log)
+    (cd "$work/small" &&
+        env "${environment[@]}" make -s "$@" > log 2>&1 && ./align || tail -n 2 log)
 }
 expect "nothing chosen" "cc -O3 -fopenmp align.c -o align -lm" "$(cd "$work/small" && make -n)"
 expect "nothing chosen, built" "openmp optimized " "$(built --)"
@@ -52,30 +55,45 @@ expect "a compiler with a flag" "openmp optimized " "$(built -- CC="gcc -g")"
 expect "no OpenMP by choice" "optimized " "$(built -- OPENMP=)"
 expect "no OpenMP by -fno-openmp" "optimized " "$(built CFLAGS=-fno-openmp --)"
 if command -v clang > /dev/null; then expect "clang" "openmp optimized " "$(built -- CC=clang)"; fi
-expect "LDFLAGS and LDLIBS" "cc -O3 -fopenmp align.c -o align -Wl,-O1 -lpthread -lm" "$(rm -f "$work/small/align"; cd "$work/small" && LDFLAGS=-Wl,-O1 LDLIBS=-lpthread make -n)"
-printf '#!/bin/sh\ncase "$*" in *-fopenmp*) exit 1;; esac\nexec gcc "$@"\n' > "$work/small/plain_cc" && chmod +x "$work/small/plain_cc"
+rm -f "$work/small/align"
+expect "LDFLAGS and LDLIBS" "cc -O3 -fopenmp align.c -o align -Wl,-O1 -lpthread -lm" \
+    "$(cd "$work/small" && LDFLAGS=-Wl,-O1 LDLIBS=-lpthread make -n)"
+cat > "$work/small/plain_cc" <<'SH' && chmod +x "$work/small/plain_cc"
+#!/bin/sh
+case "$*" in *-fopenmp*) exit 1;; esac
+exec gcc "$@"
+SH
 expect "a compiler without OpenMP" "optimized " "$(built -- CC=./plain_cc)"
 expect "and says so" 1 "$(grep -c "has no OpenMP: align will run on one thread" "$work/small/log")"
-expect "nothing is left behind" "" "$(cd "$work/small" && ls -A | grep -v -x -e Makefile -e align.c -e align -e log -e plain_cc)"
+expect "nothing is left behind" "" "$(cd "$work/small" && ls -A |
+    grep -v -x -e Makefile -e align.c -e align -e log -e plain_cc)"
 
 # 2. Installed: found from any folder, by a link, and after the whole tree has moved.
 mkdir "$work/whole" "$work/whole/docs" && cp Makefile align.c tokenizer.bin LICENSE "$work/whole" &&
     cp docs/glossary.md docs/reviews.jsonl docs/reviews.LICENSE.txt "$work/whole/docs"
-make -s -C "$work/whole" install CFLAGS=-O0 PREFIX=/opt/course DESTDIR="$work/a stage" > "$work/log" 2>&1 || cat "$work/log"
+made() { make -s -C "$work/whole" PREFIX=/opt/course "$@" > "$work/log" 2>&1 || cat "$work/log"; }
+made install CFLAGS=-O0 DESTDIR="$work/a stage"
 rm -rf "$work/whole/tokenizer.bin" "$work/whole/docs"
 mv "$work/a stage" "$work/moved"
 program=$work/moved/opt/course/bin/align
 ln -s "$program" "$work/link"
-expect "the files" "bin/align share/align/LICENSE share/align/docs/glossary.md share/align/docs/reviews.LICENSE.txt share/align/docs/reviews.jsonl share/align/tokenizer.bin" \
-    "$(cd "$work/moved/opt/course" && find . -type f | sed 's/^..//' | LC_ALL=C sort | tr '\n' ' ' | sed 's/ $//')"
+expect "the files" "bin/align
+share/align/LICENSE
+share/align/docs/glossary.md
+share/align/docs/reviews.LICENSE.txt
+share/align/docs/reviews.jsonl
+share/align/tokenizer.bin" "$(cd "$work/moved/opt/course" && find . -type f | sed 's/^..//' |
+    LC_ALL=C sort)"
 expect "tokenizer.bin is found" "64 2646 198" "$(cd / && echo "a film" | "$program" tokenize 2>&1)"
 expect "by a link" "64 2646 198" "$(cd / && echo "a film" | "$work/link" tokenize 2>&1)"
 expect "the glossary is found" 1 "$(cd / && "$program" glossary KL 2>&1 | grep -c "Kullback")"
-expect "the reviews are found" 1 "$(cd / && "$program" rlhf --model_name_or_path "$work/nothing" 2>&1 | grep -c "^align: $work/nothing")"
+expect "the reviews are found" 1 "$(cd / && "$program" rlhf --model_name_or_path "$work/nothing" \
+    2>&1 | grep -c "^align: $work/nothing")"
 mv "$work/moved" "$work/a stage"
 cp docs/glossary.md "$work/a stage/opt/course/share/align/mine.md"
-make -s -C "$work/whole" uninstall PREFIX=/opt/course DESTDIR="$work/a stage" > "$work/log" 2>&1
-expect "uninstall leaves what is not its own" "./share/align/mine.md" "$(cd "$work/a stage/opt/course" && find . -type f)"
+made uninstall DESTDIR="$work/a stage"
+expect "uninstall leaves what is not its own" "./share/align/mine.md" \
+    "$(cd "$work/a stage/opt/course" && find . -type f)"
 
 echo "$passed passed, $failed failed"
 [ $failed = 0 ]

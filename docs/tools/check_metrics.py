@@ -1,21 +1,33 @@
 #!/usr/bin/env python3
-"""check_metrics.py - is every metric that align writes explained in docs/metrics.md, and is every one explained there written?
+"""check_metrics.py - each metric that align writes is explained in docs/metrics.md, and vice versa.
 
-    make && python3 docs/tools/check_metrics.py      about 20 seconds; ends with 'N passed, N failed'; Python 3.8 or later
+    make && python3 docs/tools/check_metrics.py
 
-Runs each command with a model of 24,496 weights, collects the keys of trainer_state.json's log_history, stats_all.jsonl, summary.json,
-`eval` and `make bench BENCH=--json`, and compares them with the tables. A heading "## `sft`, `dpo`: ..." names the commands that its tables speak of;
-the backticked words of a row's first cell are keys; they may be missing from these runs if the cell ends in (optional).
+About 20 seconds; ends with 'N passed, N failed'; Python 3.8 or later. Runs each command with a
+model of 24,496 weights, collects the keys of trainer_state.json's log_history, stats_all.jsonl,
+summary.json, `eval` and `make bench BENCH=--json`, and compares them with the tables. A heading "##
+`sft`, `dpo`: ..." names the commands that its tables speak of; the backticked words of a row's
+first cell are keys; they may be missing from these runs if the cell ends in (optional).
 """
-import collections, json, os, re, subprocess, sys, tempfile
+
+import collections
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 ALIGN = os.path.join(ROOT, "align")
 BENCH = os.path.join(ROOT, "align_bench")
-if not os.path.exists(ALIGN): sys.exit("%s: is not there; run make first" % ALIGN)
+if not os.path.exists(ALIGN):
+    sys.exit("%s: is not there; run make first" % ALIGN)
 COMMANDS = ("pretrain", "sft", "reward", "dpo", "reinforce", "ppo", "rlhf", "eval", "bench")
-TINY, FEW = "--vocab_size 300 --n_layer 1 --n_head 2 --n_embd 16", "--max_steps 2 --logging_steps 1 --quiet"
-ROLL = "--model_name_or_path pretrain --dataset_name prompts --reward_model_path reward --batch_size 4 " + FEW
+TINY = "--vocab_size 300 --n_layer 1 --n_head 2 --n_embd 16"
+FEW = "--max_steps 2 --logging_steps 1 --quiet"
+ROLL = "--model_name_or_path pretrain --dataset_name prompts --reward_model_path reward"
+ROLL += " --batch_size 4 " + FEW
 
 
 def explained():
@@ -27,22 +39,30 @@ def explained():
                 commands = [c for c in re.findall("`([^`]+)`", line) if c in COMMANDS]
             elif line.startswith("| `"):
                 cell = line.split("|")[1].strip()
+                optional = cell.endswith("(optional)")
                 for command in commands:
-                    keys[command].update(dict.fromkeys(re.findall("`([^`]+)`", cell), cell.endswith("(optional)")))
+                    keys[command].update(dict.fromkeys(re.findall("`([^`]+)`", cell), optional))
     return keys
 
 
 def keys_of(item, prefix=""):
     """Keys of an object, or of a list of them; those of nested objects joined by dots: "ppo.kl"."""
+    keys = set()
     if isinstance(item, list):
-        return set().union(*(keys_of(x, prefix) for x in item))
-    return set().union(*(keys_of(x, prefix + k + ".") if isinstance(x, dict) else {prefix + k} for k, x in item.items()))
+        for x in item:
+            keys |= keys_of(x, prefix)
+    else:
+        for k, x in item.items():
+            keys |= keys_of(x, prefix + k + ".") if isinstance(x, dict) else {prefix + k}
+    return keys
 
 
 def run(work, arguments):
-    done = subprocess.run([ALIGN, *arguments.split()], cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = [ALIGN, *arguments.split()]
+    done = subprocess.run(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     if done.returncode:
-        sys.exit("align %s: exit %d: %s" % (arguments, done.returncode, done.stderr.decode(errors="replace").strip()))
+        said = done.stderr.decode(errors="replace").strip()
+        sys.exit("align %s: exit %d: %s" % (arguments, done.returncode, said))
     return done.stdout.decode(errors="replace")
 
 
@@ -53,30 +73,67 @@ def read_lines(*path):
 
 def written(work):
     """Runs everything -> {command: {key}}."""
-    keys, rated = collections.defaultdict(set), [json.loads(line) for line in read_lines(ROOT, "docs", "reviews.jsonl")[:240]]
-    shapes = {"rated": rated, "text": [{"text": r["text"]} for r in rated[:40]], "label": [{"text": r["text"], "label": r["score"] > 0} for r in rated[:40]],
-              "pairs": [{"prompt": "The film is", "chosen": " good", "rejected": " bad"}] * 8, "prompts": [{"prompt": "The film"}] * 8}
+    keys = collections.defaultdict(set)
+    rated = [json.loads(line) for line in read_lines(ROOT, "docs", "reviews.jsonl")[:240]]
+    shapes = {
+        "rated": rated,
+        "text": [{"text": r["text"]} for r in rated[:40]],
+        "label": [{"text": r["text"], "label": r["score"] > 0} for r in rated[:40]],
+        "pairs": [{"prompt": "The film is", "chosen": " good", "rejected": " bad"}] * 8,
+        "prompts": [{"prompt": "The film"}] * 8,
+    }
     for name, rows in shapes.items():
         with open(os.path.join(work, name), "w", encoding="utf-8") as f:
             f.writelines(json.dumps(row) + "\n" for row in rows)
     subprocess.run(["make", "-s", "align_bench"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    one = subprocess.run([BENCH, *TINY.split(), "--max_length", "16", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=True)
+    one = subprocess.run(
+        [BENCH, *TINY.split(), "--max_length", "16", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        check=True,
+    )
     keys["bench"] = keys_of(json.loads(one.stdout))
-    bench = subprocess.Popen([BENCH, *TINY.split(), "--json", "--quiet"], stdout=subprocess.PIPE)        # the others meanwhile
-    for folder, command, data in (("pretrain", "pretrain", "text"), ("sft", "sft", "text"), ("reward", "reward", "pairs"), ("labels", "reward", "label"), ("dpo", "dpo", "pairs")):
-        more = TINY + " --n_positions 256" if command == "pretrain" else "--model_name_or_path pretrain" + " --loss_type bce" * (data == "label")
-        run(work, "%s %s --dataset_name %s --eval_dataset %s --output_dir %s %s" % (command, more, data, data, folder, FEW))
+    # the others meanwhile
+    bench = subprocess.Popen([BENCH, *TINY.split(), "--json", "--quiet"], stdout=subprocess.PIPE)
+    for folder, command, data in (
+        ("pretrain", "pretrain", "text"),
+        ("sft", "sft", "text"),
+        ("reward", "reward", "pairs"),
+        ("labels", "reward", "label"),
+        ("dpo", "dpo", "pairs"),
+    ):
+        if command == "pretrain":
+            more = TINY + " --n_positions 256"
+        else:
+            more = "--model_name_or_path pretrain" + " --loss_type bce" * (data == "label")
+        files = "--dataset_name %s --eval_dataset %s --output_dir %s" % (data, data, folder)
+        run(work, "%s %s %s %s" % (command, more, files, FEW))
     run(work, "reinforce %s --num_generations 2 --output_dir reinforce" % ROLL)
     run(work, "ppo %s --mini_batch_size 2 --output_dir ppo" % ROLL)
-    run(work, "rlhf --model_name_or_path pretrain --dataset_name rated --pretrain_steps 4 --reward_steps 2 --ppo_steps 1 --dpo_steps 2 --output_dir rlhf")
-    folders = {"rlhf/language_model": "pretrain", "rlhf/reward_model": "reward", "rlhf/ppo": "ppo", "rlhf/dpo": "dpo", "labels": "reward"}
+    steps = "--pretrain_steps 4 --reward_steps 2 --ppo_steps 1 --dpo_steps 2"
+    run(work, "rlhf --model_name_or_path pretrain --dataset_name rated --output_dir rlhf " + steps)
+    folders = {
+        "rlhf/language_model": "pretrain",
+        "rlhf/reward_model": "reward",
+        "rlhf/ppo": "ppo",
+        "rlhf/dpo": "dpo",
+        "labels": "reward",
+    }
     for folder in [*folders, "pretrain", "sft", "reward", "dpo", "reinforce", "ppo"]:
-        keys[folders.get(folder, folder)] |= keys_of(json.loads("".join(read_lines(work, folder, "trainer_state.json")))["log_history"])
-    keys["ppo"] |= keys_of([json.loads(line) for line in read_lines(work, "ppo", "stats_all.jsonl")])
+        state = json.loads("".join(read_lines(work, folder, "trainer_state.json")))
+        keys[folders.get(folder, folder)] |= keys_of(state["log_history"])
+    for line in read_lines(work, "ppo", "stats_all.jsonl"):
+        keys["ppo"] |= keys_of(json.loads(line))
     keys["rlhf"] = keys_of(json.loads("".join(read_lines(work, "rlhf", "summary.json"))))
-    for model_and_data in ("pretrain --dataset_name text", "reward --dataset_name pairs", "labels --dataset_name label", "reward --dataset_name rated",
-                           "ppo --dataset_name prompts --ref_model pretrain --reward_model_path reward"):
-        keys["eval"] |= keys_of(json.loads(run(work, "eval --model_name_or_path " + model_and_data)))
+    for model_and_data in (
+        "pretrain --dataset_name text",
+        "reward --dataset_name pairs",
+        "labels --dataset_name label",
+        "reward --dataset_name rated",
+        "ppo --dataset_name prompts --ref_model pretrain --reward_model_path reward",
+    ):
+        said = run(work, "eval --model_name_or_path " + model_and_data)
+        keys["eval"] |= keys_of(json.loads(said))
     keys["bench"] |= keys_of(json.loads(bench.communicate()[0]))
     return keys
 
@@ -84,9 +141,13 @@ def written(work):
 with tempfile.TemporaryDirectory() as folder:
     wanted, found, failed = explained(), written(folder), 0
 for name in COMMANDS:
-    wrong = ["writes `%s`, which docs/metrics.md does not explain" % key for key in sorted(found[name] - set(wanted[name]))]
-    wrong += ["does not write `%s`, which docs/metrics.md explains" % key for key, optional in wanted[name].items() if not optional and key not in found[name]]
-    print("%-4s  %s: %d keys" % ("FAIL" if wrong else "ok", name, len(found[name])), *wrong, sep="\n      " + name + " ")
+    unknown = sorted(found[name] - set(wanted[name]))
+    absent = [key for key, may_be in wanted[name].items() if not may_be and key not in found[name]]
+    wrong = ["writes `%s`, which docs/metrics.md does not explain" % key for key in unknown]
+    wrong += ["does not write `%s`, which docs/metrics.md explains" % key for key in absent]
+    print("%-4s  %s: %d keys" % ("FAIL" if wrong else "ok", name, len(found[name])))
+    for fault in wrong:
+        print("      " + name + " " + fault)
     failed += bool(wrong)
 print("%d passed, %d failed" % (len(COMMANDS) - failed, failed))
 sys.exit(failed > 0)

@@ -2,12 +2,23 @@
 
     python3 docs/tools/check_resume.py [--kills 50] [--seed 1]
 
-For each trainer, with and without LoRA, one run is left alone. Others, with the same flags, are killed (SIGKILL) at
-random moments, some of them several times, then resumed from the newest checkpoint until they end. Every folder
-checkpoint-N that a killed run leaves must load, and the final weights, logs and rollouts must equal, byte for byte,
-those of the run that was left alone, but for what a clock says. Needs ./align. Ends with 'N passed, N failed'.
+For each trainer, with and without LoRA, one run is left alone. Others, with the same flags, are
+killed (SIGKILL) at random moments, some of them several times, then resumed from the newest
+checkpoint until they end. Every folder checkpoint-N that a killed run leaves must load, and the
+final weights, logs and rollouts must equal, byte for byte, those of the run that was left alone,
+but for what a clock says. Needs ./align. Ends with 'N passed, N failed'.
 """
-import argparse, json, os, random, shutil, signal, subprocess, sys, tempfile, time
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
 
 CLOCK = ("runtime", "per_second", "time/")
 
@@ -25,179 +36,279 @@ def align(command, out, *more):
     return [os.path.join(root, "align"), *command.split(), "--output_dir", out, "--quiet", *more]
 
 
+def tells_time(key):
+    return any(word in key for word in CLOCK)
+
+
 def without_clock(value):
-    if isinstance(value, dict): return {k: without_clock(v) for k, v in value.items() if not any(word in k for word in CLOCK)}
+    if isinstance(value, dict):
+        return {k: without_clock(v) for k, v in value.items() if not tells_time(k)}
     return [without_clock(v) for v in value] if isinstance(value, list) else value
+
+
+def read(*path):
+    with open(os.path.join(*path), "rb") as file:
+        return file.read()
+
+
+def reviews():
+    return [json.loads(line) for line in read(root, "docs/reviews.jsonl").splitlines()]
+
+
+def write_rows(name, rows):
+    with open(f"{work}/{name}", "w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def contents(folder):
     """What a run left behind, by file; logs without what a clock says."""
     found = {}
     for name in sorted(os.listdir(folder)):
-        path = os.path.join(folder, name)
-        if os.path.isdir(path) or name.startswith("report."): continue          # the report tells the time and the command line
-        data = open(path, "rb").read()
-        if name == "trainer_state.json": data = without_clock(json.loads(data))
-        if name == "stats_all.jsonl": data = [without_clock(json.loads(line)) for line in data.splitlines()]
+        # the report tells the time and the command line
+        if os.path.isdir(os.path.join(folder, name)) or name.startswith("report."):
+            continue
+        data = read(folder, name)
+        if name == "trainer_state.json":
+            data = without_clock(json.loads(data))
+        if name == "stats_all.jsonl":
+            data = [without_clock(json.loads(line)) for line in data.splitlines()]
         found[name] = data
     return found
 
 
 def checkpoints(folder):
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    return sorted((n for n in names if n.startswith("checkpoint-")), key=lambda n: int(n.split("-")[1]))
+    names = [name for name in names if name.startswith("checkpoint-")]
+    return sorted(names, key=lambda name: int(name.split("-")[1]))
 
 
 def whole(folder, files):
-    """A checkpoint has the files that it should have; every safetensors file is as long as its header says, every JSON file is JSON."""
+    """Asserts that a checkpoint has the files that it should have.
+
+    Every safetensors file is as long as its header says, every JSON file is JSON.
+    """
     assert sorted(os.listdir(folder)) == files, (folder, sorted(os.listdir(folder)))
     for name in files:
-        data = open(os.path.join(folder, name), "rb").read()
-        if name.endswith(".json"): json.loads(data)
+        data = read(folder, name)
+        if name.endswith(".json"):
+            json.loads(data)
         if name.endswith(".safetensors"):
             length = int.from_bytes(data[:8], "little")
-            header = json.loads(data[8:8 + length])
-            assert len(data) == 8 + length + max(t["data_offsets"][1] for k, t in header.items() if k != "__metadata__"), name
+            header = json.loads(data[8 : 8 + length])
+            ends = [t["data_offsets"][1] for k, t in header.items() if k != "__metadata__"]
+            assert len(data) == 8 + length + max(ends), name
 
 
 def prepare():
-    """A small language model and reward model, and preferences."""
-    rows = [json.loads(line) for line in open(os.path.join(root, "docs/reviews.jsonl"))][:400]
-    with open(f"{work}/texts.jsonl", "w") as f:
-        for row in rows: f.write(json.dumps({"text": row["text"], "score": row["score"]}) + "\n")
-    with open(f"{work}/pairs.jsonl", "w") as f:
-        for a, b in zip(rows[::2], rows[1::2]): f.write(json.dumps({"prompt": "The film", "chosen": " " + a["text"], "rejected": " " + b["text"]}) + "\n")
+    """A small language model and reward model, and preferences; {name: command} of the trainers."""
+    rows = reviews()[:400]
+    write_rows("texts.jsonl", [{"text": row["text"], "score": row["score"]} for row in rows])
+    pairs = [(" " + a["text"], " " + b["text"]) for a, b in zip(rows[::2], rows[1::2])]
+    write_rows(
+        "pairs.jsonl", [{"prompt": "The film", "chosen": a, "rejected": b} for a, b in pairs]
+    )
+    base, data = f"--model_name_or_path {work}/lm", f"{work}/texts.jsonl"
+    texts, pairs = f"--dataset_name {data}", f"--dataset_name {work}/pairs.jsonl"
     shape = "--n_layer 2 --n_head 2 --n_embd 32 --n_positions 64 --vocab_size 800"
-    subprocess.run(align(f"pretrain {shape} --dataset_name {work}/texts.jsonl --max_steps 20", f"{work}/lm"), check=True)
-    subprocess.run(align(f"reward --model_name_or_path {work}/lm --dataset_name {work}/texts.jsonl --max_steps 10", f"{work}/rm"), check=True)
-    base, texts, pairs = f"--model_name_or_path {work}/lm", f"--dataset_name {work}/texts.jsonl", f"--dataset_name {work}/pairs.jsonl"
-    small = "--per_device_train_batch_size 4 --logging_steps 3 --max_steps 120 --save_steps 7 --learning_rate 1e-3"
-    rolls = f"{base} {texts} --reward_model_path {work}/rm --max_steps 40 --save_steps 3 --logging_steps 2 --learning_rate 1e-3 --batch_size 8"
+    subprocess.run(align(f"pretrain {shape} {texts} --max_steps 20", f"{work}/lm"), check=True)
+    subprocess.run(align(f"reward {base} {texts} --max_steps 10", f"{work}/rm"), check=True)
+    small = "--per_device_train_batch_size 4 --logging_steps 3 --max_steps 120 --save_steps 7"
+    small += " --learning_rate 1e-3"
+    rolls = f"{base} {texts} --reward_model_path {work}/rm --max_steps 40 --save_steps 3"
+    rolls += " --logging_steps 2 --learning_rate 1e-3 --batch_size 8"
+    evaluated = f"--eval_dataset {data} --eval_steps 50"
     return {
         "pretrain": f"pretrain {shape} {texts} {small} --max_length 32",
-        "sft": f"sft {base} {texts} --eval_dataset {work}/texts.jsonl --eval_steps 50 {small} --save_total_limit 2",
-        "reward": f"reward {base} {texts} {small}", "dpo": f"dpo {base} {pairs} {small} --gradient_accumulation_steps 2",
-        "ppo": f"ppo {rolls} --mini_batch_size 4 --use_score_scaling --use_score_norm", "reinforce": f"reinforce {rolls} --baseline mean",
-        "sft, LoRA": f"sft {base} {texts} {small} {lora}", "reward, LoRA": f"reward {base} {pairs} {small} {lora}", "dpo, LoRA": f"dpo {base} {pairs} {small} {lora}",
-        "ppo, LoRA": f"ppo {rolls} --mini_batch_size 4 {lora}", "reinforce, LoRA": f"reinforce {rolls} {lora}"}
+        "sft": f"sft {base} {texts} {evaluated} {small} --save_total_limit 2",
+        "reward": f"reward {base} {texts} {small}",
+        "dpo": f"dpo {base} {pairs} {small} --gradient_accumulation_steps 2",
+        "ppo": f"ppo {rolls} --mini_batch_size 4 --use_score_scaling --use_score_norm",
+        "reinforce": f"reinforce {rolls} --baseline mean",
+        "sft, LoRA": f"sft {base} {texts} {small} {lora}",
+        "reward, LoRA": f"reward {base} {pairs} {small} {lora}",
+        "dpo, LoRA": f"dpo {base} {pairs} {small} {lora}",
+        "ppo, LoRA": f"ppo {rolls} --mini_batch_size 4 {lora}",
+        "reinforce, LoRA": f"reinforce {rolls} {lora}",
+    }
 
 
 def resumed(command, out, expected):
     """Resumes until the end; how that went, as a word."""
     places = checkpoints(out)
-    done = subprocess.run(align(command, out, "--resume_from_checkpoint", "true"), capture_output=True, text=True)
-    if done.returncode: return f"resuming failed: {done.stderr.strip()}"
-    different = [f for f in set(expected) | set(contents(out)) if expected.get(f) != contents(out).get(f)]
-    if different: return f"differs after resuming from {places[-1:]}: {sorted(different)}"
-    if any(n.startswith("tmp-") for n in os.listdir(out)): return "a tmp- folder is left"
-    return f"resumed with {len(places)} checkpoints, the last {places[-1]}" if places else "resumed from the beginning"
+    process = align(command, out, "--resume_from_checkpoint", "true")
+    done = subprocess.run(process, capture_output=True, text=True)
+    if done.returncode:
+        return f"resuming failed: {done.stderr.strip()}"
+    found = contents(out)
+    different = [f for f in set(expected) | set(found) if expected.get(f) != found.get(f)]
+    if different:
+        return f"differs after resuming from {places[-1:]}: {sorted(different)}"
+    if any(n.startswith("tmp-") for n in os.listdir(out)):
+        return "a tmp- folder is left"
+    if not places:
+        return "resumed from the beginning"
+    return f"resumed with {len(places)} checkpoints, the last {places[-1]}"
 
 
 def killed_run(command, seconds, expected, files):
-    """Kills a run one to three times, resumes it, compares. Returns how often it was killed, and a word."""
+    """Kills a run one to three times, resumes it, compares; how often it was killed, and a word."""
     out, kills = f"{work}/killed", 0
     shutil.rmtree(out, ignore_errors=True)
+    run = align(command, out, "--resume_from_checkpoint", "true")
     for attempt in range(draw.choice([1, 1, 2, 3])):
-        process = subprocess.Popen(align(command, out, "--resume_from_checkpoint", "true"), stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(run, stderr=subprocess.DEVNULL)
         time.sleep(draw.uniform(0.05, 1.0) * seconds)
         kills += process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.wait()
-        for folder in checkpoints(out): whole(os.path.join(out, folder), files)
+        for folder in checkpoints(out):
+            whole(os.path.join(out, folder), files)
     return kills, resumed(command, out, expected)
 
 
 def interrupted_run(command, seconds, expected, files):
-    """Ctrl-C once: the step is finished and saved, the message says how to go on. Twice: it stops at once."""
+    """Ctrl-C once: the step is finished and saved, the message says how to go on.
+
+    Twice: it stops at once.
+    """
     out = f"{work}/interrupted"
     shutil.rmtree(out, ignore_errors=True)
+    run = align(command, out, "--resume_from_checkpoint", "true")
     for times in (1, 2):
         before = set(checkpoints(out))
-        process = subprocess.Popen(align(command, out, "--resume_from_checkpoint", "true"), stderr=subprocess.PIPE, text=True)
-        while set(checkpoints(out)) <= before and process.poll() is None: time.sleep(0.002)     # until it trains
+        process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True)
+        while set(checkpoints(out)) <= before and process.poll() is None:
+            time.sleep(0.002)  # until it trains
         for _ in range(times):
             process.send_signal(signal.SIGINT)
             time.sleep(0.001)
         message = process.communicate()[1].strip().split("\n")[-1]
-        for folder in checkpoints(out): whole(os.path.join(out, folder), files)
-        if times == 1 and (process.returncode != 1 or "interrupted after step" not in message or "--resume_from_checkpoint true" not in message):
+        for folder in checkpoints(out):
+            whole(os.path.join(out, folder), files)
+        said = "interrupted after step" in message and "--resume_from_checkpoint true" in message
+        if times == 1 and not (process.returncode == 1 and said):
             return f"Ctrl-C: exit {process.returncode}: {message}"
-        if times == 2 and process.returncode not in (1, -signal.SIGINT): return f"Ctrl-C twice: exit {process.returncode}: {message}"
+        if times == 2 and process.returncode not in (1, -signal.SIGINT):
+            return f"Ctrl-C twice: exit {process.returncode}: {message}"
     return resumed(command, out, expected)
 
 
 def started_over(command, seconds, expected, files):
-    """A run with another seed leaves checkpoints; one starts over in its folder and is killed: the newest are its own."""
+    """A run with another seed leaves checkpoints; one starts over in its folder and is killed.
+
+    The newest checkpoints are its own.
+    """
     out = f"{work}/over"
+
+    def time_of_first():
+        return os.path.getmtime(f"{out}/{checkpoints(out)[0]}/optimizer.safetensors")
+
     shutil.rmtree(out, ignore_errors=True)
     subprocess.run(align(command, out, "--seed", "7"), check=True)
     process = subprocess.Popen(align(command, out), stderr=subprocess.DEVNULL)
-    before = os.path.getmtime(f"{out}/{checkpoints(out)[0]}/optimizer.safetensors")
-    while process.poll() is None and os.path.getmtime(f"{out}/{checkpoints(out)[0]}/optimizer.safetensors") == before: time.sleep(0.002)
+    before = time_of_first()
+    while process.poll() is None and time_of_first() == before:
+        time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
     return resumed(command, out, expected)
 
 
 def complete(command, out):
-    """A run goes on where no step is left, at the step of its last checkpoint or before: a note, its weights, and figures that fit."""
+    """A run goes on where no step is left, at the step of its last checkpoint or before.
+
+    It says so, and has that checkpoint's weights, and figures that fit.
+    """
     last = checkpoints(out)[-1]
-    steps, weights = int(last.split("-")[1]), [f for f in os.listdir(f"{out}/{last}") if "model.safetensors" in f]
-    log = json.load(open(f"{out}/{last}/trainer_state.json"))["log_history"]
+    steps = int(last.split("-")[1])
+    weights = [f for f in os.listdir(f"{out}/{last}") if "model.safetensors" in f]
+    log = json.loads(read(out, last, "trainer_state.json"))["log_history"]
+    losses = [e["loss"] for e in log if "loss" in e]
     for most in (steps, 3):
-        done = subprocess.run(align(command, out, "--resume_from_checkpoint", "true", "--max_steps", str(most)), capture_output=True, text=True)
+        more = ["--resume_from_checkpoint", "true", "--max_steps", str(most)]
+        done = subprocess.run(align(command, out, *more), capture_output=True, text=True)
         notes = [line for line in done.stderr.split("\n") if "no step is left to train" in line]
-        if done.returncode or len(notes) != 1 or f"{last} is at step {steps}, the run has {most}: " not in notes[0]: return f"max_steps {most}: {done.stderr}"
-        state = json.load(open(f"{out}/trainer_state.json"))
-        if (state["global_step"], state["max_steps"]) != (steps, steps): return f"max_steps {most}: global_step {state['global_step']}, max_steps {state['max_steps']}"
-        if without_clock(state["log_history"][:len(log)]) != without_clock(log): return "the log differs"
-        losses = [e["loss"] for e in log if "loss" in e]
-        for end in state["log_history"][len(log):]:
-            if "train_loss" in end and not min(losses) < end["train_loss"] < max(losses): return f"train_loss {end['train_loss']}, steps' losses from {min(losses)} to {max(losses)}"
-            if "train_loss" in end and abs(end["train_steps_per_second"] * end["train_runtime"] / steps - 1) > 1e-6: return "steps a second"
+        expected = f"{last} is at step {steps}, the run has {most}: "
+        if done.returncode or len(notes) != 1 or expected not in notes[0]:
+            return f"max_steps {most}: {done.stderr}"
+        state = json.loads(read(out, "trainer_state.json"))
+        at, of = state["global_step"], state["max_steps"]
+        if (at, of) != (steps, steps):
+            return f"max_steps {most}: global_step {at}, max_steps {of}"
+        if without_clock(state["log_history"][: len(log)]) != without_clock(log):
+            return "the log differs"
+        for end in state["log_history"][len(log) :]:
+            if "train_loss" not in end:
+                continue
+            least, loss, largest = min(losses), end["train_loss"], max(losses)
+            if not least < loss < largest:
+                return f"train_loss {loss}, steps' losses from {least} to {largest}"
+            if abs(end["train_steps_per_second"] * end["train_runtime"] / steps - 1) > 1e-6:
+                return "steps a second"
         for name in weights:
-            if open(f"{out}/{name}", "rb").read() != open(f"{out}/{last}/{name}", "rb").read(): return f"{name} is not the checkpoint's"
+            if read(out, name) != read(out, last, name):
+                return f"{name} is not the checkpoint's"
     return "resumed where it is complete"
 
 
 def copied(command, out):
-    """A folder whose files are copied one by one, the newest first, with the times of the copying; a run over it with a limit."""
-    shutil.rmtree(f"{work}/copy", ignore_errors=True)
-    os.mkdir(f"{work}/copy")
+    """A folder whose files were copied one by one, the newest first; a run over it with a limit.
+
+    The files have the times of the copying.
+    """
+    copy = f"{work}/copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    os.mkdir(copy)
     names = checkpoints(out)[-3:]
     for k, name in enumerate(reversed(names)):
-        shutil.copytree(f"{out}/{name}", f"{work}/copy/{name}")
-        for folder, _, files in os.walk(f"{work}/copy/{name}"):
-            for f in files: os.utime(os.path.join(folder, f), (1000 + k, 1000 + k))
+        shutil.copytree(f"{out}/{name}", f"{copy}/{name}")
+        for folder, _, files in os.walk(f"{copy}/{name}"):
+            for f in files:
+                os.utime(os.path.join(folder, f), (1000 + k, 1000 + k))
     last = int(names[-1].split("-")[1])
-    process = align(command, f"{work}/copy", "--resume_from_checkpoint", "true", "--max_steps", str(last + 1), "--save_steps", "1", "--save_total_limit", "2")
+    more = f"--resume_from_checkpoint true --max_steps {last + 1} --save_steps 1"
+    process = align(command, copy, *more.split(), "--save_total_limit", "2")
     process.remove("--quiet")
     done = subprocess.run(process, capture_output=True, text=True)
-    if f"going on after step {last} from" not in done.stderr: return f"copied: {done.stderr}"
-    left = checkpoints(f"{work}/copy")
-    return "resumed from the newest of copies" if left == [names[-1], f"checkpoint-{last + 1}"] else f"left: {left}"
+    if f"going on after step {last} from" not in done.stderr:
+        return f"copied: {done.stderr}"
+    left = checkpoints(copy)
+    if left != [names[-1], f"checkpoint-{last + 1}"]:
+        return f"left: {left}"
+    return "resumed from the newest of copies"
 
 
 def interrupted_evaluation():
-    """Ctrl-C in the evaluation after the last step: it is cut short, the weights are saved, exit 1. Twice: it stops at once."""
-    with open(f"{work}/held_out.jsonl", "w") as f:
-        for row in [json.loads(line)["text"] for line in open(os.path.join(root, "docs/reviews.jsonl"))]: f.write(json.dumps({"text": row}) + "\n")
-    command = f"sft --model_name_or_path {work}/lm --dataset_name {work}/texts.jsonl --max_steps 2 --save_steps 2 --per_device_eval_batch_size 1 --max_length 64 --eval_dataset {work}/held_out.jsonl"
-    for times in [1] + 20 * [2]:               # the second one must come before the model is saved: a few tries
+    """Ctrl-C in the evaluation after the last step: it is cut short, the weights are saved, exit 1.
+
+    Twice: it stops at once.
+    """
+    write_rows("held_out.jsonl", [{"text": row["text"]} for row in reviews()])
+    command = f"sft --model_name_or_path {work}/lm --dataset_name {work}/texts.jsonl"
+    command += f" --max_steps 2 --save_steps 2 --max_length 64 --eval_dataset {work}/held_out.jsonl"
+    command += " --per_device_eval_batch_size 1"
+    for times in [1] + 20 * [2]:  # the second one must come before the model is saved: a few tries
         out = f"{work}/evaluation{times}"
         shutil.rmtree(out, ignore_errors=True)
         process = subprocess.Popen(align(command, out), stderr=subprocess.PIPE, text=True)
-        while not os.path.exists(f"{out}/checkpoint-2") and process.poll() is None: time.sleep(0.002)
+        while not os.path.exists(f"{out}/checkpoint-2") and process.poll() is None:
+            time.sleep(0.002)
         for _ in range(times):
             process.send_signal(signal.SIGINT)
             time.sleep(0.005)
         message = process.communicate()[1].strip().split("\n")[-1]
-        saved = os.path.exists(f"{out}/model.safetensors") and os.path.exists(f"{out}/trainer_state.json")
+        files = ("model.safetensors", "trainer_state.json")
+        saved = all(os.path.exists(f"{out}/{name}") for name in files)
         if times == 2 and process.returncode == -signal.SIGINT:
-            if not saved: return "ended early and saved; twice: ended at once"
-            continue                           # it came between the saving and the end
-        if process.returncode != 1 or not saved or f"interrupted after the last step; the model is saved in {out}" not in message: return f"exit {process.returncode}: {message}"
-        if any("eval_loss" in e for e in json.load(open(f"{out}/trainer_state.json"))["log_history"]): return "a part of the evaluation is logged"
+            if not saved:
+                return "ended early and saved; twice: ended at once"
+            continue  # it came between the saving and the end
+        said = f"interrupted after the last step; the model is saved in {out}" in message
+        if process.returncode != 1 or not saved or not said:
+            return f"exit {process.returncode}: {message}"
+        log = json.loads(read(out, "trainer_state.json"))["log_history"]
+        if any("eval_loss" in entry for entry in log):
+            return "a part of the evaluation is logged"
     return "the second Ctrl-C did not end it"
 
 
@@ -222,11 +333,13 @@ for name, command in prepare().items():
     judge(f"{name}, copied", copied(command, f"{work}/alone"))
     shutil.rmtree(f"{work}/alone")
 judge("sft, Ctrl-C in the last evaluation", interrupted_evaluation())
-for name in ("sft", "ppo, LoRA"): judge(f"{name}, Ctrl-C", interrupted_run(*runs[name]))
+for name in ("sft", "ppo, LoRA"):
+    judge(f"{name}, Ctrl-C", interrupted_run(*runs[name]))
 judge("ppo, started over", started_over(*runs["ppo"]))
 while total < arguments.kills:
     for name, run in runs.items():
-        if total >= arguments.kills: break
+        if total >= arguments.kills:
+            break
         kills, word = killed_run(*run)
         judge(f"{name} ({run[1]:.1f} s), killed {kills} times", word, kills)
 shutil.rmtree(work)

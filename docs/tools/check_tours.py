@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
-"""Runs the eight tours of docs/debugging.md in gdb and compares what they print with what is written there.
+"""Runs the eight tours of docs/debugging.md in gdb: do they print what is written there?
 
     python3 docs/tools/check_tours.py              from anywhere; needs gdb, a C compiler and make
     python3 docs/tools/check_tours.py --doc FILE   another copy of the document
     python3 docs/tools/check_tours.py --write      puts what is printed now into the document
 
-The document's set-up is every ```sh block before its first ```gdb block; `make debug` is left out when align_debug
-is newer than align.c. A tour is a ```gdb block and the ```text block behind it. Compared are the lines that start
-with "|": text and whole numbers exactly, other numbers to 0.2 % or one unit of the last digit written. To show that
-a wrong number would be seen, every number written is altered in turn, and the comparison has to notice.
+The document's set-up is every ```sh block before its first ```gdb block; `make debug` is left out
+when align_debug is newer than align.c. A tour is a ```gdb block and the ```text block behind it.
+Compared are the lines that start with "|": text and whole numbers exactly, other numbers to 0.2 %
+or one unit of the last digit written. To show that a wrong number would be seen, every number
+written is altered in turn, and the comparison has to notice.
 """
+
 import argparse
 import math
 import os
@@ -22,18 +24,19 @@ import tempfile
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?|-?\binf\b|-?\bnan\b")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+GDB = ["gdb", "-nx", "-q", "-batch"]
 SECONDS, SETUP_SECONDS = 60, 300
 
 
 def parse(document):
-    """The set-up's shell commands, and the tours: title, commands, what is printed, where that stands."""
+    """The set-up's commands, and the tours: title, commands, what is printed, where that stands."""
     setup, tours, blocks = [], [], list(BLOCK.finditer(document))
     for i, block in enumerate(blocks):
         kind, body = block.groups()
         if kind == "sh" and not tours:
             setup.append(body)
         if kind == "gdb":
-            headings = re.findall(r"^## (.*)$", document[:block.start()], re.M)
+            headings = re.findall(r"^## (.*)$", document[: block.start()], re.M)
             printed = blocks[i + 1] if i + 1 < len(blocks) else None
             if printed is None or printed[1] != "text":
                 sys.exit(f"{headings[-1]}: no ```text block follows its ```gdb block")
@@ -92,7 +95,7 @@ def unnoticed(written):
     """A line of which an altered number would pass, or None."""
     for line in written:
         for number in NUMBER.finditer(line):
-            wrong = line[:number.start()] + altered(number[0]) + line[number.end():]
+            wrong = line[: number.start()] + altered(number[0]) + line[number.end() :]
             if same_line(line, wrong):
                 return wrong
     return None
@@ -100,10 +103,22 @@ def unnoticed(written):
 
 def run(command, seconds, **options):
     """Exit status, standard output and errors; status None when the time is over."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("DEBUGINFOD_URLS", "ALIGN_KERNEL")}
+    environment = dict(os.environ)
+    for name in ("DEBUGINFOD_URLS", "ALIGN_KERNEL"):
+        environment.pop(name, None)
     try:
-        done = subprocess.run(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, timeout=seconds, encoding="utf-8", errors="replace", **options)
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            timeout=seconds,
+            encoding="utf-8",
+            errors="replace",
+            **options,
+        )
     except subprocess.TimeoutExpired:
         return None, "", f"not done after {seconds} seconds"
     return done.returncode, done.stdout, done.stderr
@@ -114,9 +129,11 @@ def gdb_tour(commands):
     with tempfile.NamedTemporaryFile("w", suffix=".gdb", encoding="utf-8") as script:
         script.write(commands)
         script.flush()
-        status, out, err = run(["gdb", "-nx", "-q", "-batch", "-x", "docs/tools/align.gdb", "-x", script.name], SECONDS)
-    stopped = "Error in sourced command file" in err or status is None
-    return lines_of(out), "\n".join("    " + line for line in err.strip().splitlines()[-6:]) if stopped else None
+        status, out, err = run([*GDB, "-x", "docs/tools/align.gdb", "-x", script.name], SECONDS)
+    complaint = None
+    if "Error in sourced command file" in err or status is None:
+        complaint = "\n".join("    " + line for line in err.strip().splitlines()[-6:])
+    return lines_of(out), complaint
 
 
 def prepare(setup):
@@ -132,16 +149,18 @@ def prepare(setup):
 def cannot_run():
     if not shutil.which("gdb"):
         return "gdb is not installed"
-    _, out, err = run(["gdb", "-nx", "-q", "-batch", "-ex", "run", "--args", shutil.which("true")], SECONDS)
+    _, out, err = run([*GDB, "-ex", "run", "--args", shutil.which("true")], SECONDS)
     if "exited normally" not in out:
-        return "gdb is not allowed to run programs here: " + (err.strip().splitlines() or ["no reason given"])[-1]
+        reason = (err.strip().splitlines() or ["no reason given"])[-1]
+        return "gdb is not allowed to run programs here: " + reason
     return None
 
 
 def main():
     options = argparse.ArgumentParser(description="Checks the tours of docs/debugging.md.")
     options.add_argument("--doc", default=os.path.join(ROOT, "docs", "debugging.md"))
-    options.add_argument("--write", action="store_true", help="put what is printed now into the document")
+    written = "put what is printed now into the document"
+    options.add_argument("--write", action="store_true", help=written)
     options = options.parse_args()
     reason = cannot_run()
     if reason:
@@ -163,7 +182,8 @@ def main():
         if not wrong and unnoticed(written):
             wrong = f"an altered number would not be seen: {unnoticed(written)}"
         failed += wrong is not None
-        print(f"FAIL  {title}: {wrong}" if wrong else f"pass  {title}: {len(written)} lines", flush=True)
+        said = f"FAIL  {title}: {wrong}" if wrong else f"pass  {title}: {len(written)} lines"
+        print(said, flush=True)
     if options.write:
         with open(options.doc, "w", encoding="utf-8") as file:
             file.write(document)

@@ -1,45 +1,50 @@
 #!/usr/bin/env python3
 """golden.py - where the numbers in test_align.c come from.
 
-align.c re-implements, in plain C, what PyTorch, transformers and TRL compute.  This script asks those three
-programs for the answers on inputs so small that they fit in a test, and prints the answers as C arrays:
+align.c re-implements, in plain C, what PyTorch, transformers and TRL compute. This script asks
+those three programs for the answers on inputs so small that they fit in a test, and prints the
+answers as C arrays:
 
     python3 docs/tools/golden.py > /tmp/golden.h
 
 VERSIONS the numbers were made with
-    Python 3.11, torch 2.13.0 (CPU), transformers 5.23.0            parts A, B, E   (the Python that runs this file)
-    trl 0.11.4, transformers 4.45.2, accelerate 0.34.2,
-    datasets 3.1.0, pyarrow 17.0.0, numpy 1.26.4, same torch        parts C, D      (a virtual environment, below)
+    Parts A, B, E, in the Python that runs this file:
+        Python 3.11, torch 2.13.0 (CPU), transformers 5.23.0
+    Parts C, D, in a virtual environment, below:
+        trl 0.11.4, transformers 4.45.2, accelerate 0.34.2, datasets 3.1.0, pyarrow 17.0.0,
+        numpy 1.26.4, same torch
 
-TRL 0.11.4 is the last generation with the PPOTrainer the course uses; it does not work with transformers 5, so
-parts C and D run in a second Python.  This script starts that Python by itself (--trl-python, default
-/tmp/venv_trl011/bin/python).  To make it:
+TRL 0.11.4 is the last generation with the PPOTrainer the course uses; it does not work with
+transformers 5, so parts C and D run in a second Python. This script starts that Python by itself
+(--trl-python, default /tmp/venv_trl011/bin/python). To make it:
 
     python3 -m venv --system-site-packages /tmp/venv_trl011        # reuses the installed torch
     /tmp/venv_trl011/bin/pip install --no-deps transformers==4.45.2 trl==0.11.4
-    /tmp/venv_trl011/bin/pip install "tokenizers>=0.20,<0.21" "huggingface-hub<1.0" accelerate==0.34.2 "numpy<2" \
-                                     datasets==3.1.0 "fsspec<2025" tyro pyarrow==17.0.0 "pandas<2.3"
+    /tmp/venv_trl011/bin/pip install "tokenizers>=0.20,<0.21" "huggingface-hub<1.0" \
+        accelerate==0.34.2 "numpy<2" datasets==3.1.0 "fsspec<2025" tyro pyarrow==17.0.0 "pandas<2.3"
 
-No model is downloaded and no random number is drawn: every input is a formula, given next to its use, evaluated in
-float64 (Python's math.sin and math.cos) and then rounded to float32.
+No model is downloaded and no random number is drawn: every input is a formula, given next to its
+use, evaluated in float64 (Python's math.sin and math.cos) and then rounded to float32.
 
-PRECISION.  Parts A, C and D are computed in float32, as the originals do, and once more in float64 from the same
-float32 inputs; the comment on each array gives the largest difference between the two ("f32-f64").  A correct
-float32 program in C should differ from the printed number by about that much; a tolerance of 20 times that is fair.
-Parts B and E are computed in float64 on float32 inputs.
+PRECISION. Parts A, C and D are computed in float32, as the originals do, and once more in float64
+from the same float32 inputs; the comment on each array gives the largest difference between the two
+("f32-f64"). A correct float32 program in C should differ from the printed number by about that
+much; a tolerance of 20 times that is fair. Parts B and E are computed in float64 on float32 inputs.
 
 WHAT IS PRINTED
-    golden_gpt_*    A1 A2  forward pass, loss, gradient of a tiny GPT-2
-    golden_adamw_*  A3     6 steps of AdamW with clipping and a warmup schedule
-    golden_rm_*     A4     reward model (GPT2ForSequenceClassification), Bradley-Terry loss
-    golden_greedy*, golden_sample_*   A5    greedy generation, sampling filters
-    golden_beam*    A6     beam search
-    golden_kl       A7     exact KL divergence between two models
-    golden_logsigmoid*, golden_gelu*, golden_softmax5 ..., golden_ln_*, golden_att_*, golden_lin_*   B   single operations
-    golden_dpo_*    C      DPO losses
-    golden_ppo_*, golden_moments*, golden_klctl*   D      PPO
-    golden_sched_*  E      learning-rate schedules
+    A1 A2  golden_gpt_*: forward pass, loss, gradient of a tiny GPT-2
+    A3     golden_adamw_*: 6 steps of AdamW with clipping and a warmup schedule
+    A4     golden_rm_*: reward model (GPT2ForSequenceClassification), Bradley-Terry loss
+    A5     golden_greedy*, golden_sample_*: greedy generation, sampling filters
+    A6     golden_beam*: beam search
+    A7     golden_kl: exact KL divergence between two models
+    B      golden_logsigmoid*, golden_gelu*, golden_softmax5 ..., golden_ln_*, golden_att_*,
+           golden_lin_*: single operations
+    C      golden_dpo_*: DPO losses
+    D      golden_ppo_*, golden_moments*, golden_klctl*: PPO
+    E      golden_sched_*: learning-rate schedules
 """
+
 import argparse
 import math
 import os
@@ -52,17 +57,20 @@ warnings.filterwarnings("ignore")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-import torch                                   # noqa: E402  (after the environment is set)
-import torch.nn.functional as F                # noqa: E402
+import torch  # noqa: E402  (after the environment is set)
+import torch.nn.functional as F  # noqa: E402
 
-torch.set_num_threads(1)                       # everything here is tiny
+torch.set_num_threads(1)  # everything here is tiny
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Printing C
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def num(x):
-    """One C literal: ints as ints, everything else with 9 significant digits (enough to name any float32)."""
+    """One C literal: ints as ints, everything else with 9 significant digits.
+
+    They are enough to name any float32.
+    """
     if isinstance(x, int):
         return str(x)
     s = "%.9g" % x
@@ -78,7 +86,10 @@ def flat(v):
 
 
 def emit(name, value, what="", f64=None):
-    """Print `value` (number, nested list or tensor) as static const golden_<name>; `f64`: the same in float64."""
+    """Print `value` (number, nested list or tensor) as static const golden_<name>.
+
+    `f64`: the same in float64.
+    """
     value = tolist(value)
     dims, v = "", value
     while isinstance(v, (list, tuple)):
@@ -97,7 +108,7 @@ def emit(name, value, what="", f64=None):
         return "{" + ", ".join(body(x) for x in v) + "}"
 
     text = "static const %s golden_%s%s = %s;" % (ctype, name, dims, body(value))
-    line = ""                                  # wrap at 118 columns, at the blanks
+    line = ""  # wrap at 118 columns, at the blanks
     for word in text.split(" "):
         if line and len(line) + 1 + len(word) > 118:
             print(line)
@@ -116,34 +127,53 @@ def formula(shape, f):
     return torch.tensor([f(i) for i in range(n)], dtype=torch.float64).float().reshape(shape)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A. A tiny GPT-2
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 VOCAB, NPOS, EMB, LAYERS, HEADS = 61, 16, 16, 2, 2
-LEN = [12, 7]                                  # real lengths of the two sequences
-EOS = 60                                       # end / padding id; it occurs in neither sequence
-NAMES = ["wte.weight", "wpe.weight"]           # the parameter order of the formula, of golden_gpt_grad*, of transformers
+LEN = [12, 7]  # real lengths of the two sequences
+EOS = 60  # end / padding id; it occurs in neither sequence
+# the parameter order of the formula, of golden_gpt_grad*, of transformers
+NAMES = ["wte.weight", "wpe.weight"]
 for _l in range(LAYERS):
-    NAMES += ["h.%d.%s" % (_l, n) for n in (
-        "ln_1.weight", "ln_1.bias", "attn.c_attn.weight", "attn.c_attn.bias", "attn.c_proj.weight", "attn.c_proj.bias",
-        "ln_2.weight", "ln_2.bias", "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias")]
+    for _n in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"):
+        NAMES += ["h.%d.%s.%s" % (_l, _n, kind) for kind in ("weight", "bias")]
 NAMES += ["ln_f.weight", "ln_f.bias"]
 
 
 def weight(k, shape, is_ln_weight=False):
-    """Tensor number k:   v = 0.3*sin(1.7*k + 0.61*i + 0.003*i*i)   for flat index i, float64, then cast to float32;
-    LayerNorm weights are   1 + v/3   (also float64, cast once at the end).
-    Row-major in PyTorch's shape: Conv1D matrices (c_attn, c_proj, c_fc) are [in, out], wte [61,16], wpe [16,16]."""
+    """Tensor number k, of flat index i, in float64, then cast to float32:
+
+        v = 0.3*sin(1.7*k + 0.61*i + 0.003*i*i)
+
+    LayerNorm weights are 1 + v/3 (also float64, cast once at the end). Row-major in PyTorch's
+    shape: Conv1D matrices (c_attn, c_proj, c_fc) are [in, out], wte [61,16], wpe [16,16].
+    """
+
     def f(i):
         v = 0.3 * math.sin(1.7 * k + 0.61 * i + 0.003 * i * i)
         return 1 + v / 3 if is_ln_weight else v
+
     return formula(shape, f)
 
 
 def config():
     from transformers import GPT2Config
-    c = GPT2Config(vocab_size=VOCAB, n_positions=NPOS, n_embd=EMB, n_layer=LAYERS, n_head=HEADS, resid_pdrop=0.0,
-                   embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=EOS, eos_token_id=EOS, pad_token_id=EOS, num_labels=1)
+
+    c = GPT2Config(
+        vocab_size=VOCAB,
+        n_positions=NPOS,
+        n_embd=EMB,
+        n_layer=LAYERS,
+        n_head=HEADS,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=EOS,
+        eos_token_id=EOS,
+        pad_token_id=EOS,
+        num_labels=1,
+    )
     c._attn_implementation = "eager"
     return c
 
@@ -159,10 +189,11 @@ def fill(backbone):
 
 def make_lm(dtype=torch.float32, scale=None):
     from transformers import GPT2LMHeadModel
+
     m = GPT2LMHeadModel(config())
     fill(m.transformer)
-    assert m.lm_head.weight is m.transformer.wte.weight          # the output matrix is tied to wte
-    if scale is not None:                                        # float32 product w * 0.9f
+    assert m.lm_head.weight is m.transformer.wte.weight  # the output matrix is tied to wte
+    if scale is not None:  # float32 product w * 0.9f
         with torch.no_grad():
             for p in m.parameters():
                 p.mul_(scale)
@@ -170,7 +201,10 @@ def make_lm(dtype=torch.float32, scale=None):
 
 
 def inputs():
-    """ids[b][t] = (7*t*t + 11*t + 5*b + 3) % 61; sequence 1 is right-padded to 12 with id 60, mask 0, label -100."""
+    """ids[b][t] = (7*t*t + 11*t + 5*b + 3) % 61.
+
+    Sequence 1 is right-padded to 12 with id 60, mask 0, label -100.
+    """
     ids = torch.full((2, max(LEN)), EOS)
     mask = torch.zeros_like(ids)
     labels = torch.full_like(ids, -100)
@@ -190,11 +224,12 @@ def real(x):
 def lm_loss(model, ids, mask, labels):
     """Mean cross entropy of the 11 + 6 = 17 next-token targets."""
     logits = model(input_ids=ids, attention_mask=mask).logits
-    loss = F.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), labels[:, 1:].reshape(-1), ignore_index=-100)
-    return loss, logits
+    flat_logits, targets = logits[:, :-1].reshape(-1, VOCAB), labels[:, 1:].reshape(-1)
+    return F.cross_entropy(flat_logits, targets, ignore_index=-100), logits
 
 
-LOGIT_AT = [[0, 0, 0], [0, 0, 60], [0, 5, 17], [0, 11, 3], [0, 11, 42], [1, 0, 8], [1, 3, 33], [1, 6, 60]]
+LOGIT_AT = [[0, 0, 0], [0, 0, 60], [0, 5, 17], [0, 11, 3], [0, 11, 42]]
+LOGIT_AT += [[1, 0, 8], [1, 3, 33], [1, 6, 60]]
 
 
 def forward_backward(dtype):
@@ -202,45 +237,58 @@ def forward_backward(dtype):
     ids, mask, labels = inputs()
     m = make_lm(dtype)
     loss, logits = lm_loss(m, ids, mask, labels)
-    if dtype == torch.float32:                 # transformers' own loss agrees
-        assert abs(m(input_ids=ids, attention_mask=mask, labels=labels).loss.item() - loss.item()) < 1e-6
-        for b, n in enumerate(LEN):            # and padding changes nothing
-            assert torch.allclose(m(input_ids=ids[b:b + 1, :n]).logits[0], logits[b, :n], atol=1e-5)
+    if dtype == torch.float32:  # transformers' own loss agrees
+        own_loss = m(input_ids=ids, attention_mask=mask, labels=labels).loss
+        assert abs(own_loss.item() - loss.item()) < 1e-6
+        for b, n in enumerate(LEN):  # and padding changes nothing
+            alone = m(input_ids=ids[b : b + 1, :n]).logits[0]
+            assert torch.allclose(alone, logits[b, :n], atol=1e-5)
     loss.backward()
     logp = logits.log_softmax(-1)
-    target = torch.cat([logp[b, :n - 1].gather(1, ids[b, 1:n, None])[:, 0] for b, n in enumerate(LEN)])
+    target = [logp[b, : n - 1].gather(1, ids[b, 1:n, None])[:, 0] for b, n in enumerate(LEN)]
     grads = [p.grad.flatten() for p in m.transformer.parameters()]
-    return dict(loss=loss.item(), logit=[logits[b, t, v].item() for b, t, v in LOGIT_AT],
-                lse=real(logits.logsumexp(-1)), target=target, norm=[g.norm().item() for g in grads],
-                total=torch.cat(grads).norm().item(), ends=[[g[0].item(), g[1].item(), g[-2].item(), g[-1].item()] for g in grads])
+    return dict(
+        loss=loss.item(),
+        logit=[logits[b, t, v].item() for b, t, v in LOGIT_AT],
+        lse=real(logits.logsumexp(-1)),
+        target=torch.cat(target),
+        norm=[g.norm().item() for g in grads],
+        total=torch.cat(grads).norm().item(),
+        ends=[[g[0].item(), g[1].item(), g[-2].item(), g[-1].item()] for g in grads],
+    )
 
 
 def part_forward_backward():
     a, d = forward_backward(torch.float32), forward_backward(torch.float64)
     assert abs(a["loss"] + sum(tolist(a["target"])) / 17) < 1e-5
     title("A1. tiny GPT-2: vocab 61, positions 16, width 16, layers 2, heads 2; forward pass")
-    ids = inputs()[0]
-    emit("gpt_ids", [tolist(ids)[0], tolist(ids)[1]], "ids[b][t] = (7tt + 11t + 5b + 3) % 61, lengths 12 and 7, then padding 60")
+    what = "ids[b][t] = (7tt + 11t + 5b + 3) % 61, lengths 12 and 7, then padding 60"
+    emit("gpt_ids", inputs()[0], what)
     emit("gpt_loss", a["loss"], "mean next-token loss over the 17 targets", d["loss"])
     emit("gpt_logit_at", LOGIT_AT, "{b, t, v} of the logits below")
     emit("gpt_logit", a["logit"], "", d["logit"])
     emit("gpt_lse", a["lse"], "logsumexp of the logits at the 12 + 7 real positions", d["lse"])
-    emit("gpt_target_logp", a["target"], "log-probability of id[t+1] at t: 11 + 6 targets", d["target"])
+    what = "log-probability of id[t+1] at t: 11 + 6 targets"
+    emit("gpt_target_logp", a["target"], what, d["target"])
     title("A2. gradient of golden_gpt_loss; tensors in the order wte wpe, 12 per block, ln_f (28)")
     emit("gpt_grad_total", a["total"], "norm of all of them together", d["total"])
-    emit("gpt_grad_norm", a["norm"], "L2 norm per tensor (c_attn.bias contains the key bias, whose true gradient is 0)", d["norm"])
+    what = "L2 norm per tensor (c_attn.bias contains the key bias, whose true gradient is 0)"
+    emit("gpt_grad_norm", a["norm"], what, d["norm"])
     emit("gpt_grad_ends", a["ends"], "first two and last two entries per tensor", d["ends"])
 
 
 def adamw(dtype):
     """A3: 6 steps on the same batch."""
     from transformers import get_linear_schedule_with_warmup
+
     ids, mask, labels = inputs()
     m = make_lm(dtype)
     ps = list(m.parameters())
-    opt = torch.optim.AdamW([{"params": [p for p in ps if p.dim() == 2], "weight_decay": 0.1},
-                             {"params": [p for p in ps if p.dim() != 2], "weight_decay": 0.0}],
-                            lr=1e-2, betas=(0.9, 0.999), eps=1e-8)
+    groups = [
+        {"params": [p for p in ps if p.dim() == 2], "weight_decay": 0.1},
+        {"params": [p for p in ps if p.dim() != 2], "weight_decay": 0.0},
+    ]
+    opt = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.999), eps=1e-8)
     sched = get_linear_schedule_with_warmup(opt, num_warmup_steps=2, num_training_steps=6)
     r = dict(loss=[], norm=[], lr=[])
     for _ in range(6):
@@ -260,8 +308,12 @@ def adamw(dtype):
 
 def part_adamw():
     a, d = adamw(torch.float32), adamw(torch.float64)
-    title("A3. AdamW lr .01, betas .9 .999, eps 1e-8, decay .1 on 2-d tensors only, clip 1.0, linear warmup 2 of 6 steps")
-    emit("adamw_loss", a["loss"], "loss before each update (the first update has learning rate 0)", d["loss"])
+    title(
+        "A3. AdamW lr .01, betas .9 .999, eps 1e-8, decay .1 on 2-d tensors only, clip 1.0,"
+        " linear warmup 2 of 6 steps"
+    )
+    what = "loss before each update (the first update has learning rate 0)"
+    emit("adamw_loss", a["loss"], what, d["loss"])
     emit("adamw_norm", a["norm"], "gradient norm before clipping", d["norm"])
     emit("adamw_lr", a["lr"], "learning rate used for the update")
     emit("adamw_final", a["final"], "loss after the 6th update", d["final"])
@@ -271,6 +323,7 @@ def part_adamw():
 
 def reward(dtype):
     from transformers import GPT2ForSequenceClassification
+
     ids, mask, _labels = inputs()
     m = GPT2ForSequenceClassification(config())
     fill(m.transformer)
@@ -280,13 +333,20 @@ def reward(dtype):
     r = m(input_ids=ids, attention_mask=mask).logits[:, 0]
     loss = -F.logsigmoid(r[0] - r[1])
     loss.backward()
-    return dict(r=r, loss=loss.item(), score=m.score.weight.grad.norm().item(), ends=m.score.weight.grad[0, :4],
-                wte=m.transformer.wte.weight.grad.norm().item(), wpe=m.transformer.wpe.weight.grad.norm().item())
+    return dict(
+        r=r,
+        loss=loss.item(),
+        score=m.score.weight.grad.norm().item(),
+        ends=m.score.weight.grad[0, :4],
+        wte=m.transformer.wte.weight.grad.norm().item(),
+        wpe=m.transformer.wpe.weight.grad.norm().item(),
+    )
 
 
 def two_labels(dtype):
-    """The sentiment pipeline's numbers: logits of two labels and, by softmax, the score of label 1."""
+    """The sentiment pipeline's numbers: logits of two labels; by softmax, the score of label 1."""
     from transformers import GPT2ForSequenceClassification
+
     ids, mask, _labels = inputs()
     c = config()
     c.num_labels = 2
@@ -301,33 +361,51 @@ def two_labels(dtype):
 def part_reward():
     a, d = reward(torch.float32), reward(torch.float64)
     title("A4. GPT2ForSequenceClassification, 1 label: score.weight [1,16] = formula with k = 100")
-    emit("rm_reward", a["r"], "score at the last real token of sequence 0 (t = 11) and 1 (t = 6)", d["r"])
+    what = "score at the last real token of sequence 0 (t = 11) and 1 (t = 6)"
+    emit("rm_reward", a["r"], what, d["r"])
     emit("rm_loss", a["loss"], "Bradley-Terry: -logsigmoid(r0 - r1)", d["loss"])
     emit("rm_score_grad_norm", a["score"], "", d["score"])
     emit("rm_score_grad", a["ends"], "first four entries", d["ends"])
     emit("rm_wte_grad_norm", a["wte"], "", d["wte"])
     emit("rm_wpe_grad_norm", a["wpe"], "", d["wpe"])
     a, d = two_labels(torch.float32), two_labels(torch.float64)
-    emit("rm_two_logits", a[0], "two labels, score.weight [2,16] = formula with k = 100: their logits", d[0])
+    what = "two labels, score.weight [2,16] = formula with k = 100: their logits"
+    emit("rm_two_logits", a[0], what, d[0])
     emit("rm_two_positive", a[1], "softmax: the score of label 1", d[1])
 
 
+def generate(model, prompt, **kw):
+    """The 8 likeliest new tokens, greedily or in beams."""
+    return model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        max_new_tokens=8,
+        pad_token_id=EOS,
+        return_dict_in_generate=True,
+        output_scores=True,
+        **kw,
+    )
+
+
 def part_generate():
-    from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, \
-        TopKLogitsWarper, TopPLogitsWarper
+    from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
     ids = inputs()[0]
     prompt = ids[:1, :4]
     models = [make_lm(torch.float32), make_lm(torch.float64)]
 
-    title("A5. generation from the prompt ids[0][0..3] = {%s}" % ", ".join(map(str, prompt[0].tolist())))
+    shown = ", ".join(map(str, prompt[0].tolist()))
+    title("A5. generation from the prompt ids[0][0..3] = {%s}" % shown)
     for name, kw in (("greedy", {}), ("greedy_rep", {"repetition_penalty": 1.5})):
-        out = [m.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=8,
-                          min_new_tokens=8, eos_token_id=EOS, pad_token_id=EOS, return_dict_in_generate=True,
-                          output_scores=True, **kw) for m in models]
+        out = [generate(m, prompt, min_new_tokens=8, eos_token_id=EOS, **kw) for m in models]
         assert out[0].sequences.tolist() == out[1].sequences.tolist()
-        margin = min((s[0].topk(2).values[0] - s[0].topk(2).values[1]).item() for s in out[0].scores)
-        emit(name, out[0].sequences[0, 4:].tolist(), "8 greedy tokens%s; the winner leads by at least %.3f" % (
-            ", repetition_penalty 1.5" if kw else "", margin))
+        best = [s[0].topk(2).values for s in out[0].scores]
+        margin = min((first - second).item() for first, second in best)
+        what = "8 greedy tokens%s; the winner leads by at least %.3f"
+        what %= (", repetition_penalty 1.5" if kw else "", margin)
+        emit(name, out[0].sequences[0, 4:], what)
 
     # Sampling filters in transformers' order: repetition penalty, temperature, top-k, top-p.
     for name, q in (("sample", 1.0), ("sample_rep", 1.5)):
@@ -339,32 +417,37 @@ def part_generate():
             n = int((p > 0).sum())
             r.append(p.topk(n))
         assert r[0].indices.tolist() == r[1].indices.tolist()
-        emit(name + "_id", r[0].indices, "kept by %stemperature .7, top_k 10, top_p .8 after the prompt" % (
-            "repetition_penalty 1.5, " if q != 1 else ""))
+        penalty = "repetition_penalty 1.5, " if q != 1 else ""
+        what = "kept by %stemperature .7, top_k 10, top_p .8 after the prompt" % penalty
+        emit(name + "_id", r[0].indices, what)
         emit(name + "_p", r[0].values, "their probabilities", r[1].values)
 
-    title("A6. beam search from the same prompt, 3 beams, at most 8 new tokens, early_stopping False unless said")
+    title(
+        "A6. beam search from the same prompt, 3 beams, at most 8 new tokens,"
+        " early_stopping False unless said"
+    )
 
-    # Id 60 is never generated.  Id 4 is one the model likes, so taking it as eos ends some beams early.
-    def beam(name, what, **kw):
-        def run(m, n):
-            return m.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, num_beams=3,
-                              max_new_tokens=8, pad_token_id=EOS, num_return_sequences=n,
-                              return_dict_in_generate=True, output_scores=True, **kw)
-        out = [run(m, 3) for m in models]
+    # Id 60 is never generated. Id 4 is one the model likes: taken as eos it ends some beams early.
+    def beam(name, what, eos, length_penalty, **kw):
+        kw.update(eos_token_id=eos, length_penalty=length_penalty, num_beams=3)
+        out = [generate(m, prompt, num_return_sequences=3, **kw) for m in models]
         assert out[0].sequences.tolist() == out[1].sequences.tolist()
         seqs = [s[4:] for s in out[0].sequences.tolist()]
         lens = [sum(x != EOS for x in s) for s in seqs]
-        assert run(models[0], 1).sequences.tolist()[0][4:] == seqs[0][:lens[0]]      # row 0 = the default answer
+        default = generate(models[0], prompt, num_return_sequences=1, **kw).sequences.tolist()[0]
+        assert default[4:] == seqs[0][: lens[0]]  # it is row 0
         emit(name, seqs, what + "; best first, 60 after the end")
         emit(name + "_len", lens, "new tokens, eos included")
-        emit(name + "_score", out[0].sequences_scores, "sum of log-probabilities / length^length_penalty", out[1].sequences_scores)
+        scores = [o.sequences_scores for o in out]
+        what = "sum of log-probabilities / length^length_penalty"
+        emit(name + "_score", scores[0], what, scores[1])
 
-    beam("beam", "eos 60, length_penalty 1; row 0 is what generate() returns", eos_token_id=EOS, length_penalty=1.0)
-    beam("beam_eos4", "eos 4, length_penalty 1", eos_token_id=4, length_penalty=1.0)
-    beam("beam_eos4_long", "eos 4, length_penalty 2", eos_token_id=4, length_penalty=2.0)
-    beam("beam_eos4_zero", "eos 4, length_penalty 0", eos_token_id=4, length_penalty=0.0)
-    beam("beam_eos4_early", "eos 4, length_penalty 1, early_stopping True", eos_token_id=4, length_penalty=1.0, early_stopping=True)
+    beam("beam", "eos 60, length_penalty 1; row 0 is what generate() returns", EOS, 1.0)
+    beam("beam_eos4", "eos 4, length_penalty 1", 4, 1.0)
+    beam("beam_eos4_long", "eos 4, length_penalty 2", 4, 2.0)
+    beam("beam_eos4_zero", "eos 4, length_penalty 0", 4, 0.0)
+    early = "eos 4, length_penalty 1, early_stopping True"
+    beam("beam_eos4_early", early, 4, 1.0, early_stopping=True)
 
     title("A7. exact KL(pi || ref), all weights of ref multiplied by 0.9 (float32 product)")
     r = []
@@ -377,16 +460,17 @@ def part_generate():
     emit("kl", r[0], "at the 12 positions of sequence 0", r[1])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # B. Single operations, in float64 on float32 inputs
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def part_ops():
     title("B. single operations (float64)")
-    x = torch.tensor([-100, -20, -1, 0, 1, 20, 100.], dtype=torch.float64)
+    x = torch.tensor([-100, -20, -1, 0, 1, 20, 100.0], dtype=torch.float64)
     emit("logsigmoid_x", x)
     emit("logsigmoid", F.logsigmoid(x))
 
     from transformers.activations import NewGELUActivation
+
     x = torch.tensor([-6, -3, -1, -0.5, 0, 0.5, 1, 3, 6], dtype=torch.float64, requires_grad=True)
     y = NewGELUActivation()(x)
     y.sum().backward()
@@ -394,13 +478,14 @@ def part_ops():
     emit("gelu", y, "gelu_new: 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))")
     emit("gelu_grad", x.grad)
 
-    x = torch.tensor([1, 2, 3, 4, -1.], dtype=torch.float64)
+    x = torch.tensor([1, 2, 3, 4, -1.0], dtype=torch.float64)
     emit("softmax5", x.softmax(0), "softmax of {1, 2, 3, 4, -1}")
     emit("log_softmax5", x.log_softmax(0))
-    emit("entropy5", torch.distributions.Categorical(logits=x).entropy().item(), "entropy of that distribution, in nats")
+    entropy = torch.distributions.Categorical(logits=x).entropy().item()
+    emit("entropy5", entropy, "entropy of that distribution, in nats")
 
-    f32 = lambda v: torch.tensor(v, dtype=torch.float32).double().requires_grad_()      # noqa: E731
-    x, w, b, dy = f32([1., 2, 4, 8]), f32([1, .5, -1, 2]), f32([0, .1, .2, .3]), f32([1, -1, 2, .5])
+    rows = ([1.0, 2, 4, 8], [1, 0.5, -1, 2], [0, 0.1, 0.2, 0.3], [1, -1, 2, 0.5])
+    x, w, b, dy = (torch.tensor(r, dtype=torch.float32).double().requires_grad_() for r in rows)
     y = F.layer_norm(x, (4,), w, b, 1e-5)
     y.backward(dy)
     emit("ln_y", y, "layer_norm: x = {1,2,4,8}, w = {1,.5,-1,2}, b = {0,.1,.2,.3}, eps 1e-5")
@@ -408,28 +493,36 @@ def part_ops():
     emit("ln_dw", w.grad)
     emit("ln_db", b.grad)
 
-    # Causal attention, T = 5, one head of size 4.  Flat index i = 4*t + c:
-    #   q = sin(0.3 + 0.7 i + 0.01 i i)   k = sin(1.1 + 0.9 i + 0.02 i i)   v = sin(2.3 + 0.5 i + 0.03 i i)   dout = cos(0.4 + 0.8 i)
+    # Causal attention, T = 5, one head of size 4. Flat index i = 4*t + c:
     T, HS = 5, 4
-    q = formula((1, 1, T, HS), lambda i: math.sin(0.3 + 0.7 * i + 0.01 * i * i)).double().requires_grad_()
-    k = formula((1, 1, T, HS), lambda i: math.sin(1.1 + 0.9 * i + 0.02 * i * i)).double().requires_grad_()
-    v = formula((1, 1, T, HS), lambda i: math.sin(2.3 + 0.5 * i + 0.03 * i * i)).double().requires_grad_()
+    q = formula((1, 1, T, HS), lambda i: math.sin(0.3 + 0.7 * i + 0.01 * i * i)).double()
+    k = formula((1, 1, T, HS), lambda i: math.sin(1.1 + 0.9 * i + 0.02 * i * i)).double()
+    v = formula((1, 1, T, HS), lambda i: math.sin(2.3 + 0.5 * i + 0.03 * i * i)).double()
     dout = formula((1, 1, T, HS), lambda i: math.cos(0.4 + 0.8 * i)).double()
+    for t in (q, k, v):
+        t.requires_grad_()
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    by_hand = (q @ k.transpose(-1, -2) / math.sqrt(HS)).masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf).softmax(-1) @ v
+    scores = q @ k.transpose(-1, -2) / math.sqrt(HS)
+    by_hand = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf).softmax(-1) @ v
     assert torch.allclose(out, by_hand, atol=1e-12)
     out.backward(dout)
-    for n, t, s in (("q", q, "sin(.3+.7i+.01ii)"), ("k", k, "sin(1.1+.9i+.02ii)"), ("v", v, "sin(2.3+.5i+.03ii)"),
-                    ("dout", dout, "cos(.4+.8i)")):
+    for n, t, s in (
+        ("q", q, "sin(.3+.7i+.01ii)"),
+        ("k", k, "sin(1.1+.9i+.02ii)"),
+        ("v", v, "sin(2.3+.5i+.03ii)"),
+        ("dout", dout, "cos(.4+.8i)"),
+    ):
         emit("att_" + n, t[0, 0], "input, i = 4t + c: " + s)
     emit("att_out", out[0, 0], "causal attention, scale 1/2")
     emit("att_dq", q.grad[0, 0])
     emit("att_dk", k.grad[0, 0])
     emit("att_dv", v.grad[0, 0])
 
-    # Linear layer y = x W + b in GPT-2's orientation, W [in, out]; rows 3, in 4, out 2, flat index i each:
+    # Linear layer y = x W + b in GPT-2's orientation, W [in, out]; rows 3, in 4, out 2; flat index
+    # i:
     #   x = sin(0.2 + 0.5 i)   W = cos(0.1 + 0.7 i)   b = sin(1 + i)   dy = cos(0.3 + 1.1 i)
     from transformers.pytorch_utils import Conv1D
+
     lin = Conv1D(2, 4).double()
     x = formula((3, 4), lambda i: math.sin(0.2 + 0.5 * i)).double().requires_grad_()
     dy = formula((3, 2), lambda i: math.cos(0.3 + 1.1 * i)).double()
@@ -444,11 +537,12 @@ def part_ops():
     emit("lin_db", lin.bias.grad)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # E. Learning-rate schedules
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def part_schedules():
     from transformers import get_scheduler
+
     title("E. schedules of transformers: factor at step 0..10, 3 warmup steps, 10 steps in all")
     for name in ("linear", "cosine", "constant", "constant_with_warmup"):
         opt = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
@@ -461,34 +555,54 @@ def part_schedules():
         emit("sched_" + name, r)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # C. DPO losses: TRL 0.11.4's own DPOTrainer.dpo_loss  (runs in the virtual environment)
-# ----------------------------------------------------------------------------------------------------------------------
-DPO = dict(pc=[-12.5, -30.25, -8.0], pr=[-14.0, -25.5, -21.75],         # policy log-probability: chosen, rejected
-           rc=[-13.25, -29.0, -10.5], rr=[-13.0, -26.75, -9.25],        # reference
-           nc=[5, 11, 3], nr=[4, 9, 6])                                 # completion tokens
+# --------------------------------------------------------------------------------------------------
+DPO = dict(
+    pi_chosen=[-12.5, -30.25, -8.0],  # the policy's log-probabilities
+    pi_rejected=[-14.0, -25.5, -21.75],
+    ref_chosen=[-13.25, -29.0, -10.5],  # the reference's
+    ref_rejected=[-13.0, -26.75, -9.25],
+    len_chosen=[5, 11, 3],  # completion tokens
+    len_rejected=[4, 9, 6],
+)
 DPO_BETA, DPO_EPS = 0.1, 0.1
+DPO_KINDS = {
+    "sigmoid": "",
+    "sigmoid_smooth": "label smoothing .1, TRL 0.11 (conservative DPO)",
+    "robust": "label smoothing .1",
+    "hinge": "",
+    "ipo": "length-normalised",
+    "sft": "negative log-likelihood of the 19 chosen tokens",
+    "sigmoid_sft": "sigmoid + 0.5 * sft",
+}
 
 
 def dpo(dtype, kind):
-    """(loss averaged over the 3 pairs, gradient for the chosen and for the rejected sums, per-pair losses)."""
+    """The loss averaged over the 3 pairs, its gradients, and the losses of the pairs.
+
+    The gradients are those of the chosen and of the rejected sums.
+    """
     from trl.trainer.dpo_trainer import DPOTrainer
-    t = object.__new__(DPOTrainer)             # no model: only what dpo_loss looks at
+
+    t = object.__new__(DPOTrainer)  # no model: only what dpo_loss looks at
     t.accelerator = types.SimpleNamespace(device="cpu")
-    t.reference_free, t.beta, t.f_divergence_type, t.f_divergence_params = False, DPO_BETA, "reverse_kl", None
+    t.reference_free, t.beta = False, DPO_BETA
+    t.f_divergence_type, t.f_divergence_params = "reverse_kl", None
     t.label_smoothing = DPO_EPS if kind in ("sigmoid_smooth", "robust") else 0.0
     t.loss_type = {"sigmoid_smooth": "sigmoid", "sigmoid_sft": "sigmoid"}.get(kind, kind)
-    pc, pr, rc, rr, nc, nr = (torch.tensor(DPO[k], dtype=dtype) for k in ("pc", "pr", "rc", "rr", "nc", "nr"))
+    pc, pr, rc, rr, nc, nr = (torch.tensor(v, dtype=dtype) for v in DPO.values())
     pc.requires_grad_()
     pr.requires_grad_()
-    nll = -pc.sum() / nc.sum()                 # mean negative log-likelihood over all chosen completion tokens
+    nll = -pc.sum() / nc.sum()  # mean negative log-likelihood over all chosen completion tokens
     if kind == "sft":
         losses = nll.expand(3)
-    elif kind == "ipo":                        # TRL divides both models' sums by the completion length first
+    elif kind == "ipo":  # TRL divides both models' sums by the completion length first
         losses = t.dpo_loss(pc / nc, pr / nr, rc / nc, rr / nr)[0]
     else:
         losses = t.dpo_loss(pc, pr, rc, rr)[0]
-        if kind == "sigmoid_sft":              # rpo_alpha in TRL 0.11, loss_type [sigmoid, sft] with weights [1, .5] in 1.x
+        # rpo_alpha in TRL 0.11, loss_type [sigmoid, sft] with weights [1, .5] in 1.x
+        if kind == "sigmoid_sft":
             losses = losses + 0.5 * nll
     loss = losses.mean()
     gc, gr = torch.autograd.grad(loss, [pc, pr], allow_unused=True)
@@ -497,12 +611,9 @@ def dpo(dtype, kind):
 
 def part_dpo():
     title("C. DPO, 3 pairs, beta .1; label smoothing .1 only where said; loss = mean over pairs")
-    for key, name in (("pc", "pi_chosen"), ("pr", "pi_rejected"), ("rc", "ref_chosen"), ("rr", "ref_rejected"),
-                      ("nc", "len_chosen"), ("nr", "len_rejected")):
-        emit("dpo_" + name, DPO[key])
-    for kind, what in (("sigmoid", ""), ("sigmoid_smooth", "label smoothing .1, TRL 0.11 (conservative DPO)"),
-                       ("robust", "label smoothing .1"), ("hinge", ""), ("ipo", "length-normalised"),
-                       ("sft", "negative log-likelihood of the 19 chosen tokens"), ("sigmoid_sft", "sigmoid + 0.5 * sft")):
+    for name, numbers in DPO.items():
+        emit("dpo_" + name, numbers)
+    for kind, what in DPO_KINDS.items():
         a, d = dpo(torch.float32, kind), dpo(torch.float64, kind)
         if what:
             print("/* %s */" % what)
@@ -512,33 +623,36 @@ def part_dpo():
         emit("dpo_%s_drejected" % kind, a[2], "", d[2])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # D. PPO: TRL 0.11.4's own PPOTrainer methods  (runs in the virtual environment)
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Three rows of T = 8 positions; the mask covers the positions which predict a response token.
 #   row   query tokens   response tokens   mask = 1 at t      padding behind
 #   0     3              6                 2..7               0
 #   1     2              4                 1..4               3
 #   2     4              3                 3..5               2
-# What stands outside the mask is deliberately not zero: it must not matter (except in golden_ppo_*_white, see below).
+# What stands outside the mask is deliberately not zero: it must not matter (except in
+# golden_ppo_*_white, see below).
 PPO_START, PPO_LEN, PT, PV = [2, 1, 3], [6, 4, 3], 8, 7
 
 
 def ppo_inputs(dtype):
     """Flat index i = 8*b + t; logits and reference logits have flat index j = 7*i + v."""
     s, c = math.sin, math.cos
-    d = dict(old=formula((3, PT), lambda i: -1.6 + 1.2 * s(0.4 + 1.3 * i)),
-             ref=formula((3, PT), lambda i: -1.7 + 1.1 * s(0.6 + 1.25 * i)),
-             val=formula((3, PT), lambda i: 0.5 * s(0.2 + 0.9 * i)),
-             new=formula((3, PT), lambda i: -1.6 + 1.2 * s(0.4 + 1.3 * i) + 0.35 * s(1.0 + 2.1 * i)),
-             newval=formula((3, PT), lambda i: 0.5 * s(0.2 + 0.9 * i) + 0.3 * c(0.5 + 1.7 * i)),
-             logits=formula((3, PT, PV), lambda j: 2 * s(0.1 + 0.77 * j)),
-             reflogits=formula((3, PT, PV), lambda j: 2 * s(0.3 + 0.71 * j)),
-             scores=torch.tensor([1.5, -0.75, 0.25]))
+    d = dict(
+        old=formula((3, PT), lambda i: -1.6 + 1.2 * s(0.4 + 1.3 * i)),
+        ref=formula((3, PT), lambda i: -1.7 + 1.1 * s(0.6 + 1.25 * i)),
+        val=formula((3, PT), lambda i: 0.5 * s(0.2 + 0.9 * i)),
+        new=formula((3, PT), lambda i: -1.6 + 1.2 * s(0.4 + 1.3 * i) + 0.35 * s(1.0 + 2.1 * i)),
+        newval=formula((3, PT), lambda i: 0.5 * s(0.2 + 0.9 * i) + 0.3 * c(0.5 + 1.7 * i)),
+        logits=formula((3, PT, PV), lambda j: 2 * s(0.1 + 0.77 * j)),
+        reflogits=formula((3, PT, PV), lambda j: 2 * s(0.3 + 0.71 * j)),
+        scores=torch.tensor([1.5, -0.75, 0.25]),
+    )
     d = {k: v.to(dtype) for k, v in d.items()}
     mask = torch.zeros(3, PT, dtype=torch.long)
     for b in range(3):
-        mask[b, PPO_START[b]:PPO_START[b] + PPO_LEN[b]] = 1
+        mask[b, PPO_START[b] : PPO_START[b] + PPO_LEN[b]] = 1
     return types.SimpleNamespace(mask=mask, **d)
 
 
@@ -546,37 +660,55 @@ def ppo_trainer(**kw):
     """A PPOTrainer with a configuration and a KL controller, but no model."""
     from trl import PPOConfig
     from trl.trainer.ppo_trainer import AdaptiveKLController, PPOTrainer
+
     t = object.__new__(PPOTrainer)
-    t.config = PPOConfig(**kw)                 # else defaults: gamma 1, lam .95, clips .2, vf_coef .1
+    t.config = PPOConfig(**kw)  # else defaults: gamma 1, lam .95, clips .2, vf_coef .1
     t.kl_ctl = AdaptiveKLController(t.config.init_kl_coef, t.config.target, t.config.horizon)
     return t
 
 
-STATS = ["objective/kl", "objective/entropy", "objective/kl_coef", "ppo/mean_non_score_reward", "ppo/mean_scores",
-         "ppo/std_scores", "ppo/loss/policy", "ppo/loss/value", "ppo/loss/total", "ppo/policy/entropy",
-         "ppo/policy/approxkl", "ppo/policy/policykl", "ppo/policy/clipfrac", "ppo/policy/advantages_mean",
-         "ppo/returns/mean", "ppo/returns/var", "ppo/val/vpred", "ppo/val/error", "ppo/val/clipfrac", "ppo/val/mean",
-         "ppo/val/var", "ppo/val/var_explained", "tokens/queries_len_mean", "tokens/queries_len_std",
-         "tokens/responses_len_mean", "tokens/responses_len_std"]
+# fmt: off
+STATS = [
+    "objective/kl", "objective/entropy", "objective/kl_coef", "ppo/mean_non_score_reward",
+    "ppo/mean_scores", "ppo/std_scores", "ppo/loss/policy", "ppo/loss/value", "ppo/loss/total",
+    "ppo/policy/entropy", "ppo/policy/approxkl", "ppo/policy/policykl", "ppo/policy/clipfrac",
+    "ppo/policy/advantages_mean", "ppo/returns/mean", "ppo/returns/var", "ppo/val/vpred",
+    "ppo/val/error", "ppo/val/clipfrac", "ppo/val/mean", "ppo/val/var", "ppo/val/var_explained",
+    "tokens/queries_len_mean", "tokens/queries_len_std", "tokens/responses_len_mean",
+    "tokens/responses_len_std",
+]
+# fmt: on
+
+
+# The three settings beside the defaults of which advantages and returns are printed.
+PPO_SETTINGS = {
+    "": {},
+    "_white": {"whiten_rewards": True},
+    "_g9": {"gamma": 0.9, "lam": 0.8},
+    "_g9_white": {"gamma": 0.9, "lam": 0.8, "whiten_rewards": True},
+}
 
 
 def ppo(dtype):
-    from trl.core import entropy_from_logits, masked_mean, masked_var, masked_whiten, stack_dicts, whiten
+    from trl.core import entropy_from_logits, masked_mean, masked_var, masked_whiten
+    from trl.core import stack_dicts, whiten
+
     x, r = ppo_inputs(dtype), {}
     r["mean"], r["var"] = masked_mean(x.val, x.mask), masked_var(x.val, x.mask)
-    r["whiten"], r["whiten_keep"] = masked_whiten(x.val, x.mask), masked_whiten(x.val, x.mask, shift_mean=False)
+    r["whiten"] = masked_whiten(x.val, x.mask)
+    r["whiten_keep"] = masked_whiten(x.val, x.mask, shift_mean=False)
     r["plain_whiten"] = whiten(x.scores)
     r["entropies"] = entropy_from_logits(x.logits)
 
     kls = {}
     for pen in ("kl", "abs", "mse", "full"):
-        t = ppo_trainer(kl_penalty=pen)
-        lp, lr = (x.logits.log_softmax(-1), x.reflogits.log_softmax(-1)) if pen == "full" else (x.old, x.ref)
+        t, lp, lr = ppo_trainer(kl_penalty=pen), x.old, x.ref
+        if pen == "full":
+            lp, lr = x.logits.log_softmax(-1), x.reflogits.log_softmax(-1)
         r["rewards_" + pen], non_score, kls[pen] = t.compute_rewards(x.scores, lp, lr, x.mask)
         if pen == "kl":
             rewards, non_score_kl = r["rewards_kl"], non_score
-    for tag, kw in (("", {}), ("_white", {"whiten_rewards": True}), ("_g9", {"gamma": 0.9, "lam": 0.8}),
-                    ("_g9_white", {"gamma": 0.9, "lam": 0.8, "whiten_rewards": True})):
+    for tag, kw in PPO_SETTINGS.items():
         t = ppo_trainer(**kw)
         _v, r["adv" + tag], r["ret" + tag] = t.compute_advantages(x.val, rewards, x.mask)
 
@@ -585,14 +717,23 @@ def ppo(dtype):
     oldval, adv, ret = t.compute_advantages(x.val, rewards, x.mask)
     new, newval = x.new.clone().requires_grad_(), x.newval.clone().requires_grad_()
     loss_p, loss_v, stats = t.loss(x.old, oldval, x.logits, newval, new, x.mask, adv, ret)
-    r["loss_policy"], r["loss_value_scaled"] = loss_p, loss_v            # loss_v is already multiplied by vf_coef = .1
+    # loss_v is already multiplied by vf_coef = .1
+    r["loss_policy"], r["loss_value_scaled"] = loss_p, loss_v
     (loss_p + loss_v).backward()
     r["dlogp"], r["dvalue"] = new.grad, newval.grad
     r["ratio"] = stats["policy/ratio"]
     stats = t.record_step_stats(
-        kl_coef=t.kl_ctl.value, scores=x.scores, logprobs=x.old, ref_logprobs=x.ref, masks=x.mask, kls=kls["kl"],
-        non_score_reward=non_score_kl, queries=[[0] * (s + 1) for s in PPO_START], responses=[[0] * n for n in PPO_LEN],
-        train_stats=stack_dicts([stats]))
+        kl_coef=t.kl_ctl.value,
+        scores=x.scores,
+        logprobs=x.old,
+        ref_logprobs=x.ref,
+        masks=x.mask,
+        kls=kls["kl"],
+        non_score_reward=non_score_kl,
+        queries=[[0] * (s + 1) for s in PPO_START],
+        responses=[[0] * n for n in PPO_LEN],
+        train_stats=stack_dicts([stats]),
+    )
     r["stats"] = [float(stats[k]) for k in STATS]
     assert abs(stats["ppo/loss/value"].item() * 0.1 - loss_v.item()) < 1e-6
 
@@ -607,9 +748,13 @@ def part_ppo():
     from trl.core import clip_by_value
     from trl.trainer.ppo_trainer import AdaptiveKLController
     from trl.trainer.utils import RunningMoments
+
     x, a = ppo(torch.float32)
     _x, d = ppo(torch.float64)
-    title("D. PPO as TRL 0.11.4: 3 rows of 8 positions, i = 8b + t; defaults gamma 1, lam .95, clips .2, vf_coef .1, beta .2")
+    title(
+        "D. PPO as TRL 0.11.4: 3 rows of 8 positions, i = 8b + t; defaults gamma 1, lam .95,"
+        " clips .2, vf_coef .1, beta .2"
+    )
     emit("ppo_start", PPO_START, "first masked-in position (= query length - 1)")
     emit("ppo_len", PPO_LEN, "response lengths")
     emit("ppo_mask", x.mask)
@@ -619,22 +764,37 @@ def part_ppo():
     emit("ppo_val", x.val, "old values, .5 sin(.2+.9i)")
     emit("ppo_new", x.new, "new log-probabilities, old + .35 sin(1+2.1i)")
     emit("ppo_newval", x.newval, "new values, values + .3 cos(.5+1.7i)")
-    print("/* logits [3][8][7]: 2 sin(.1+.77j), reference logits 2 sin(.3+.71j), j = 7i + v, cast to float32 */")
-    E = lambda name, what="": emit("ppo_" + name, a[name], what, d[name])        # noqa: E731
+    print(
+        "/* logits [3][8][7]: 2 sin(.1+.77j), reference logits 2 sin(.3+.71j), j = 7i + v,"
+        " cast to float32 */"
+    )
+
+    def E(name, what=""):
+        emit("ppo_" + name, a[name], what, d[name])
+
     E("mean", "masked_mean of the old values")
     E("var", "masked_var (unbiased) of the old values")
     E("whiten", "masked_whiten of the old values; use only where the mask is 1")
     E("whiten_keep", "the same with shift_mean=False")
     E("plain_whiten", "trl.core.whiten of the three scores (no mask)")
     E("entropies", "entropy_from_logits of the logits")
-    for pen in ("kl", "abs", "mse", "full"):
-        E("rewards_" + pen, "compute_rewards, kl_penalty %s%s; use only where the mask is 1" % (
-            pen, " (between logits and reference logits)" if pen == "full" else ""))
-    print("/* Advantages (whitened) and returns from golden_ppo_rewards_kl; use only where the mask is 1.\n"
-          "   *_white is whiten_rewards=True.  TRL whitens the padding along with the rest: a padded position gets\n"
-          "   (0 - mean)/std + mean instead of 0, so rows 1 and 2 start their backward recursion from rewards which are not there. */")
-    for tag, what in (("", ""), ("_white", "whiten_rewards"), ("_g9", "gamma .9, lam .8"),
-                      ("_g9_white", "gamma .9, lam .8, whiten_rewards")):
+    for pen in ("kl", "abs", "mse"):
+        E("rewards_" + pen, "compute_rewards, kl_penalty %s; use only where the mask is 1" % pen)
+    E(
+        "rewards_full",
+        "compute_rewards, kl_penalty full (between logits and reference logits);"
+        " use only where the mask is 1",
+    )
+    print(
+        "/* Advantages (whitened) and returns from golden_ppo_rewards_kl;"
+        " use only where the mask is 1.\n"
+        "   *_white is whiten_rewards=True.  TRL whitens the padding along with the rest:"
+        " a padded position gets\n"
+        "   (0 - mean)/std + mean instead of 0, so rows 1 and 2 start their backward recursion"
+        " from rewards which are not there. */"
+    )
+    said = ("", "whiten_rewards", "gamma .9, lam .8", "gamma .9, lam .8, whiten_rewards")
+    for tag, what in zip(PPO_SETTINGS, said):
         E("adv" + tag, what)
         E("ret" + tag)
     E("loss_policy", "loss(), with golden_ppo_adv and golden_ppo_ret")
@@ -649,7 +809,8 @@ def part_ppo():
     E("stats")
 
     v = torch.tensor([-2.0, -0.5, 0.0, 0.5, 2.0])
-    emit("ppo_clip_by_value", clip_by_value(v, torch.full((5,), -0.5), torch.full((5,), 1.0)), "{-2,-.5,0,.5,2} to [-.5, 1]")
+    clipped = clip_by_value(v, torch.full((5,), -0.5), torch.full((5,), 1.0))
+    emit("ppo_clip_by_value", clipped, "{-2,-.5,0,.5,2} to [-.5, 1]")
 
     # Running moments over three batches of raw scores, then TRL's scaling of the scores with them.
     batches = [[1.5, -0.75, 0.25], [2.0, 3.0, -1.0, 0.5], [-4.0, 1.0]]
@@ -658,12 +819,17 @@ def part_ppo():
     for b in batches:
         s = torch.tensor(b)
         m, sd = rm.update(s)
-        rows.append([rm.mean, rm.var, rm.std, rm.count, m, sd])
-        eps = torch.finfo(s.dtype).eps         # as in PPOTrainer.step: (use_score_scaling, then with use_score_norm too)
+        rows.append([float(y) for y in (rm.mean, rm.var, rm.std, rm.count, m, sd)])
+        # as in PPOTrainer.step: (use_score_scaling, then with use_score_norm too)
+        eps = torch.finfo(s.dtype).eps
         scaled += (s / (rm.std + eps)).tolist()
         normed += ((s - rm.mean) / (rm.std + eps)).tolist()
-    emit("moments", [[float(y) for y in r] for r in rows],
-         "RunningMoments after {1.5,-.75,.25}, {2,3,-1,.5}, {-4,1}: mean, var, std, count, batch mean, batch std")
+    emit(
+        "moments",
+        rows,
+        "RunningMoments after {1.5,-.75,.25}, {2,3,-1,.5}, {-4,1}: mean, var, std, count,"
+        " batch mean, batch std",
+    )
     emit("moments_scaled", scaled, "the 3 + 4 + 2 scores after use_score_scaling")
     emit("moments_normed", normed, "... with use_score_norm as well")
 
@@ -674,29 +840,40 @@ def part_ppo():
         single.append(float(one.value))
         c.update(kl, 128)
         seq.append(float(c.value))
-    emit("klctl", single, "AdaptiveKLController, target 6, horizon 10000, 128 samples: from .2 after KL 0, 6, 7, 30, each alone")
+    emit(
+        "klctl",
+        single,
+        "AdaptiveKLController, target 6, horizon 10000, 128 samples:"
+        " from .2 after KL 0, 6, 7, 30, each alone",
+    )
     emit("klctl_seq", seq, "... one after another")
     # The hand-checked example of the notes: V = .5,.4,.3, r = -.1,0,1.
-    t = ppo_trainer()
-    _v, adv, ret = t.compute_advantages(torch.tensor([[.5, .4, .3]]), torch.tensor([[-.1, 0, 1]]), torch.ones(1, 3))
+    v, r = torch.tensor([[0.5, 0.4, 0.3]]), torch.tensor([[-0.1, 0, 1]])
+    _v, adv, ret = ppo_trainer().compute_advantages(v, r, torch.ones(1, 3))
     emit("gae_adv", adv[0], "V = {.5,.4,.3}, r = {-.1,0,1}: whitened advantages")
     emit("gae_ret", ret[0], "returns")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def main():
-    ap = argparse.ArgumentParser(description="print golden numbers for test_align.c as C (see the top of this file)")
-    ap.add_argument("--trl-python", default="/tmp/venv_trl011/bin/python", help="Python with trl 0.11.4 (parts C and D)")
-    ap.add_argument("--only-trl", action="store_true", help="parts C and D in this very Python (used internally)")
+    about = "print golden numbers for test_align.c as C (see the top of this file)"
+    ap = argparse.ArgumentParser(description=about)
+    about = "Python with trl 0.11.4 (parts C and D)"
+    ap.add_argument("--trl-python", default="/tmp/venv_trl011/bin/python", help=about)
+    about = "parts C and D in this very Python (used internally)"
+    ap.add_argument("--only-trl", action="store_true", help=about)
     opt = ap.parse_args()
     import transformers
+
+    versions = "torch %s, transformers %s" % (torch.__version__, transformers.__version__)
     if opt.only_trl:
         import trl
-        print("\n/* torch %s, transformers %s, trl %s */" % (torch.__version__, transformers.__version__, trl.__version__))
+
+        print("\n/* %s, trl %s */" % (versions, trl.__version__))
         part_dpo()
         part_ppo()
         return
-    print("/* made by docs/tools/golden.py; torch %s, transformers %s */" % (torch.__version__, transformers.__version__))
+    print("/* made by docs/tools/golden.py; %s */" % versions)
     part_forward_backward()
     part_adamw()
     part_reward()
