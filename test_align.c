@@ -133,8 +133,13 @@ static void expect_bits(const char *what, const float *got, const float *want, s
     }
 }
 
-/* Central differences. The loss is a function of a context that holds the weight which is moved;
- * four points, so that the error is h^4: (8 (f(+h) - f(-h)) - (f(+2h) - f(-2h))) / 12h. */
+static double slope_of(const double value[4], double h) {
+    return (8 * (value[2] - value[1]) - (value[3] - value[0])) / (12 * h);
+}
+
+static const double SLOPE_STEPS[] = {-2, -1, 1, 2};
+
+/* A loss as a function of a context that holds the weight which is moved. */
 struct Slope {
     double (*loss)(void *context);
     void *context;
@@ -142,15 +147,14 @@ struct Slope {
 };
 
 static double slope_at(struct Slope f, float *weight) {
-    static const double step[] = {-2, -1, 1, 2};
     double value[4];
     float held = *weight;
     for (int i = 0; i < 4; i++) {
-        *weight = (float)(held + step[i] * f.h);
+        *weight = (float)(held + SLOPE_STEPS[i] * f.h);
         value[i] = f.loss(f.context);
     }
     *weight = held;
-    return (8 * (value[2] - value[1]) - (value[3] - value[0])) / (12 * f.h);
+    return slope_of(value, f.h);
 }
 
 /* `samples` of the n gradients d (all, if n is not more) against slopes, relative to the
@@ -815,7 +819,7 @@ static void test_rows(void) {
 /* =============================================================================================
  * Chapter 3 - Preferences
  *
- * Who is preferred to whom, and the losses of pairs and of liked and disliked texts.
+ * Which ratings make a pair, and which are too close to call.
  * ============================================================================================= */
 
 /* Who is preferred to whom, by hand. */
@@ -831,57 +835,231 @@ static void test_data_pairs(void) {
     expect_count("every pair", pairs_from_ratings((double[]){1, 2, 3, 4, 5}, 5, 0, pairs), 10);
 }
 
-/* By hand: the comment's numbers, a margin, and gradients that cancel. */
-static void test_bradley_terry(void) {
-    float reward[] = {2, 0.5f, 0.5f};
-    float d[3];
-    struct Pair pairs[] = {{0, 1, 0}, {1, 2, 0}};
-    expect_close("2.0 against 0.5", bradley_terry_loss(reward, 3, pairs, 1, 0, d), 0.2014, 5e-5);
-    expect_floats("gradient", d, (double[]){-sigmoid(-1.5), sigmoid(-1.5), 0}, 3, 1e-7);
-    expect_close("centred with 0.01: 0.0625 more",
-                 bradley_terry_loss(reward, 3, pairs, 1, 0.01, d) - 0.2014133, 0.0625, 1e-6);
-    expect_close("two pairs: the mean", bradley_terry_loss(reward, 3, pairs, 2, 0, d),
-                 (0.2014133 + log(2)) / 2, 1e-6);
-    pairs[0].margin = 1.5;
-    expect_close("a margin of 1.5 makes it even", bradley_terry_loss(reward, 3, pairs, 1, 0, d),
-                 log(2), 1e-7);
-    float far[] = {-1000, 1000};
-    expect_close("hopelessly wrong",
-                 bradley_terry_loss(far, 2, (struct Pair[]){{0, 1, 0}}, 1, 0, d), 2000, 1e-9);
-    expect_floats("its gradient", d, (double[]){-1, 1}, 2, 1e-7);
-}
+/* =============================================================================================
+ * Chapters 3 to 5 - Every loss of pairs, texts and tokens, in one table
+ *
+ * A row is a case: the numbers x that the loss is to be differentiated by, what else it takes, and
+ * what must come out, the loss and its slope by each x. One loop compares them, and the slopes with
+ * central differences. The row's first word is the test that runs it; `source` says who computed
+ * the numbers.
+ * ============================================================================================= */
 
-struct BradleyCase {
-    float reward[5], dreward[5];
-    struct Pair pairs[4];
+struct LossCase {
+    const char *test, *name, *source;
+    double (*loss)(const struct LossCase *c, const double *x, double *dx);
+    double x[18];
+    size_t n;
+    double want, slope[18];
+    bool differences_alone; /* no loss and no slopes are given */
+    double tolerance; /* of loss and slopes; 0: 1e-12 */
+    double difference_tolerance; /* 0: 1e-8 */
+    struct Pair pairs[4]; /* Bradley-Terry */
+    size_t pair_count;
+    double center;
+    double labels[2]; /* sentiment */
+    double old,
+        target; /* PPO, for all tokens: the old log-probability or value; advantage, return */
+    float advantages[2]; /* REINFORCE */
+    struct DPOConfig config; /* DPO: x are the chosen answers, then the rejected ones */
+    double ref[6];
+    size_t lengths[6];
 };
 
-static double bradley_loss(void *context) {
-    struct BradleyCase *c = context;
-    return bradley_terry_loss(c->reward, 5, c->pairs, 4, 0.03, c->dreward);
+static double bradley_terry_case(const struct LossCase *c, const double *x, double *dx) {
+    float d[4];
+    double loss = bradley_terry_loss(narrow(x, c->n), c->n, c->pairs, c->pair_count, c->center, d);
+    memcpy(dx, widen(d, c->n), c->n * sizeof *dx);
+    return loss;
 }
 
-static void test_bradley_terry_gradient(void) {
-    struct BradleyCase c = {{0.5f, -1, 2, 0.25f, 1},
-                            {0},
-                            {{0, 1, 0}, {2, 0, 0.5}, {3, 2, 0}, {1, 3, 1}}};
-    float d[5];
-    bradley_loss(&c);
-    memcpy(d, c.dreward, sizeof d);
-    expect_gradient("reward", (struct Slope){bradley_loss, &c, 0.01}, c.reward, d, 5, 5, 1e-5);
-}
-
-/* By hand, with its slope, and far out where log(sigmoid) would overflow. */
-static void test_sentiment_loss(void) {
-    float reward[] = {0, 2};
+static double sentiment_case(const struct LossCase *c, const double *x, double *dx) {
     float d[2];
-    float far[] = {-1000};
-    expect_close("r = 0: ln 2", sentiment_loss(reward, (double[]){1}, 1, d), log(2), 1e-9);
-    expect_close("its slope", d[0], -0.5, 1e-7);
-    expect_close("2 disliked: 2.1269", sentiment_loss(reward, (double[]){1, 0}, 2, d),
-                 (log(2) + 2.126928) / 2, 1e-6);
-    expect_floats("slopes", d, (double[]){-0.25, sigmoid(2) / 2}, 2, 1e-7);
-    expect_close("hopelessly wrong", sentiment_loss(far, (double[]){1}, 1, d), 1000, 1e-9);
+    double loss = sentiment_loss(narrow(x, c->n), c->labels, c->n, d);
+    memcpy(dx, widen(d, c->n), c->n * sizeof *dx);
+    return loss;
+}
+
+static double reinforce_case(const struct LossCase *c, const double *x, double *dx) {
+    return reinforce_loss(c->advantages, x, c->n, dx);
+}
+
+/* The sum over a row's tokens. */
+static double ppo_token_case(const struct LossCase *c, const double *x, double *dx) {
+    double sum = 0;
+    for (size_t t = 0; t < c->n; t++) {
+        struct TokenLoss token = ppo_token_loss(c->old, x[t], c->target, 0.2);
+        dx[t] = token.dlogprob;
+        sum += token.loss;
+    }
+    return sum;
+}
+
+static double ppo_value_case(const struct LossCase *c, const double *x, double *dx) {
+    double sum = 0;
+    for (size_t t = 0; t < c->n; t++) {
+        struct ValueLoss value = ppo_value_loss(c->old, x[t], c->target, 0.2);
+        dx[t] = value.dvalue;
+        sum += value.loss;
+    }
+    return sum;
+}
+
+static double dpo_case(const struct LossCase *c, const double *x, double *dx) {
+    struct DPOSide side[6];
+    for (size_t i = 0; i < c->n; i++)
+        side[i] = (struct DPOSide){.logp = x[i], .ref_logp = c->ref[i], .length = c->lengths[i]};
+    double loss = dpo_loss(&c->config, c->n / 2, side, side + c->n / 2);
+    for (size_t i = 0; i < c->n; i++)
+        dx[i] = side[i].dlogp;
+    return loss;
+}
+
+#define CASE(in_test, called, by, function, ...) \
+    {.test = in_test, .name = called, .source = by, .loss = function, __VA_ARGS__}
+#define OF(...) .x = {__VA_ARGS__}, .n = sizeof(double[]){__VA_ARGS__} / sizeof(double)
+#define GIVES(loss, ...) .want = (loss), .slope = {__VA_ARGS__}
+#define PAIRS(...) \
+    .pairs = {__VA_ARGS__}, .pair_count = sizeof(struct Pair[]){__VA_ARGS__} / sizeof(struct Pair)
+#define RATIOS                                                                                   \
+    OF(-0.5, -0.43, -0.36, -0.29, -0.22, -0.15, -0.08, -0.01, 0.06, 0.13, 0.2, 0.27, 0.34, 0.41, \
+       0.48),                                                                                    \
+        .differences_alone = true
+#define BETA(by_beta, ...) .config = {.beta = by_beta, .weight = {__VA_ARGS__}}
+#define SMOOTHED .config.label_smoothing = 0.1
+/* rewards are floats, and so are their slopes */
+#define FLOATS .tolerance = 1e-7, .difference_tolerance = 1e-7
+#define CHAPTER_5 OF(-8, -13), .ref = {-10, -12}, .lengths = {4, 2}
+#define TRL_PAIRS                                                                               \
+    OF(-12.5, -30.25, -8, -14, -25.5, -21.75), .ref = {-13.25, -29, -10.5, -13, -26.75, -9.25}, \
+        .lengths = {5, 11, 3, 4, 9, 6}, .tolerance = 1e-6
+#define UNMOVED(beta)                                                                 \
+    CASE("dpo_hand", "policy = reference, beta " #beta ": ln 2", "by hand", dpo_case, \
+         OF(-10, -10), .ref = {-10, -10}, BETA(beta, [DPO_SIGMOID] = 1),              \
+         GIVES(0.69314718055994531, -beta / 2, beta / 2))
+
+static const struct LossCase LOSS_CASES[] = {
+    CASE("bradley_terry", "2.0 against 0.5; one text in no pair", "by hand", bradley_terry_case,
+         OF(2, 0.5, 0.5), PAIRS({0, 1, 0}), GIVES(0.2014133, -0.1824255, 0.1824255, 0), FLOATS),
+    CASE("bradley_terry", "centred with 0.01: 0.0625 more", "by hand", bradley_terry_case,
+         OF(2, 0.5), PAIRS({0, 1, 0}), .center = 0.01, GIVES(0.2639133, -0.1324255, 0.2324255),
+         FLOATS),
+    CASE("bradley_terry", "two pairs: the mean", "by hand", bradley_terry_case, OF(2, 0.5, 0.5),
+         PAIRS({0, 1, 0}, {1, 2, 0}), GIVES(0.4472802, -0.0912128, -0.1587872, 0.25), FLOATS),
+    CASE("bradley_terry", "a margin of 1.5 makes it even: ln 2", "by hand", bradley_terry_case,
+         OF(2, 0.5), PAIRS({0, 1, 1.5}), GIVES(0.69314718, -0.5, 0.5), FLOATS),
+    CASE("bradley_terry", "hopelessly wrong", "by hand", bradley_terry_case, OF(-1000, 1000),
+         PAIRS({0, 1, 0}), GIVES(2000, -1, 1), .tolerance = 1e-9),
+    CASE("bradley_terry_gradient", "four pairs, margins, centred", "the formula in Python",
+         bradley_terry_case, OF(0.5, -1, 2, 0.25, 1),
+         PAIRS({0, 1, 0}, {2, 0, 0.5}, {3, 2, 0}, {1, 3, 1}), .center = 0.03,
+         GIVES(1.28471392, 0.05162897, -0.19930625, 0.21700285, 0.03567443, 0), FLOATS),
+
+    CASE("sentiment_loss", "r = 0, liked: ln 2", "by hand", sentiment_case, OF(0), .labels = {1},
+         GIVES(0.6931471806, -0.5), .tolerance = 1e-9),
+    CASE("sentiment_loss", "r = 2, disliked: 2.1269; the mean of both", "by hand", sentiment_case,
+         OF(0, 2), .labels = {1, 0}, GIVES(1.4100376, -0.25, 0.4403985), FLOATS),
+    CASE("sentiment_loss", "hopelessly wrong", "by hand", sentiment_case, OF(-1000), .labels = {1},
+         GIVES(1000, -1), .tolerance = 1e-9),
+
+    CASE("reinforce_loss", "a good answer and a bad one", "by hand", reinforce_case, OF(-2, -1),
+         .advantages = {4.5f, -3}, GIVES(3, -2.25, 1.5)),
+
+    CASE("ppo_token_loss", "ratio 1.5, A = 2: clipped", "by hand", ppo_token_case,
+         OF(0.40546510810816438), .target = 2, GIVES(-2.4, 0)),
+    CASE("ppo_token_loss", "ratio 1.5, A = -2: still pushed down", "by hand", ppo_token_case,
+         OF(0.40546510810816438), .target = -2, GIVES(3, 3)),
+    CASE("ppo_token_loss", "at first: ratio 1, loss -A", "by hand", ppo_token_case, OF(-3),
+         .old = -3, .target = 0.7, GIVES(-0.7, -0.7)),
+    CASE("ppo_token_loss", "ratios 0.6 to 1.6, A = 1", "central differences", ppo_token_case,
+         RATIOS, .target = 1),
+    CASE("ppo_token_loss", "ratios 0.6 to 1.6, A = -1", "central differences", ppo_token_case,
+         RATIOS, .target = -1),
+
+    CASE("ppo_value_loss", "0.4 above the old value: clipped", "by hand", ppo_value_case, OF(0.9),
+         .old = 0.5, .target = 1, GIVES(0.045, 0)),
+    CASE("ppo_value_loss", "inside the range", "by hand", ppo_value_case, OF(0.6), .old = 0.5,
+         .target = 1, GIVES(0.08, -0.4)),
+    CASE("ppo_value_loss", "values -0.95 to 0.92", "central differences", ppo_value_case,
+         OF(-0.95, -0.84, -0.73, -0.62, -0.51, -0.4, -0.29, -0.18, -0.07, 0.04, 0.15, 0.26, 0.37,
+            0.48, 0.59, 0.7, 0.81, 0.92),
+         .differences_alone = true, .old = 0.1, .target = 0.35),
+
+    CASE("dpo_hand", "chapter 5's pair", "by hand", dpo_case, CHAPTER_5,
+         BETA(0.1, [DPO_SIGMOID] = 1), GIVES(0.5544, -0.0426, 0.0426), .tolerance = 5e-5),
+    CASE("dpo_hand", "smoothed", "by hand", dpo_case, CHAPTER_5, BETA(0.1, [DPO_SIGMOID] = 1),
+         SMOOTHED, GIVES(0.5844, -0.0326, 0.0326), .tolerance = 5e-5),
+    CASE("dpo_hand", "robust", "by hand", dpo_case, CHAPTER_5, BETA(0.1, [DPO_ROBUST] = 1),
+         SMOOTHED, GIVES(0.5169, -0.0551, 0.0551), .tolerance = 5e-5),
+    CASE("dpo_hand", "hinge", "by hand", dpo_case, CHAPTER_5, BETA(0.1, [DPO_HINGE] = 1),
+         GIVES(0.7, -0.1, 0.1)),
+    CASE("dpo_hand", "ipo", "by hand", dpo_case, CHAPTER_5, BETA(0.1, [DPO_IPO] = 1),
+         GIVES(16, -2, 4)),
+    UNMOVED(0.01),
+    UNMOVED(0.07),
+    UNMOVED(0.49),
+    UNMOVED(3.43),
+    UNMOVED(7.0),
+    CASE("dpo_hand", "hopelessly wrong", "by hand", dpo_case, OF(-1000, 0),
+         BETA(1, [DPO_SIGMOID] = 1), GIVES(1000, -1, 1)),
+
+    CASE("dpo_golden", "sigmoid", "TRL, golden_dpo_sigmoid", dpo_case, TRL_PAIRS,
+         BETA(0.1, [DPO_SIGMOID] = 1),
+         GIVES(0.545607686, -0.0152120441, -0.018739216, -0.00608085049, 0.0152120441, 0.018739216,
+               0.00608085049)),
+    CASE("dpo_golden", "sigmoid, smoothed", "TRL, golden_dpo_sigmoid_smooth", dpo_case, TRL_PAIRS,
+         BETA(0.1, [DPO_SIGMOID] = 1), SMOOTHED,
+         GIVES(0.5931077, -0.0118787102, -0.0154058849, -0.00274751731, 0.0118787102, 0.0154058849,
+               0.00274751731)),
+    CASE("dpo_golden", "robust", "TRL, golden_dpo_robust", dpo_case, TRL_PAIRS,
+         BETA(0.1, [DPO_ROBUST] = 1), SMOOTHED,
+         GIVES(0.486232668, -0.0193787105, -0.0229058824, -0.0102475174, 0.0193787105, 0.0229058824,
+               0.0102475174)),
+    CASE("dpo_golden", "hinge", "TRL, golden_dpo_hinge", dpo_case, TRL_PAIRS,
+         BETA(0.1, [DPO_HINGE] = 1),
+         GIVES(0.691666663, -0.0333333351, -0.0333333351, 0, 0.0333333351, 0.0333333351, 0)),
+    CASE("dpo_golden", "ipo", "TRL, golden_dpo_ipo", dpo_case, TRL_PAIRS, BETA(0.1, [DPO_IPO] = 1),
+         GIVES(17.696434, -0.613333344, -0.318334877, -0.462963015, 0.766666651, 0.389075965,
+               0.231481507)),
+    CASE("dpo_golden", "sft", "TRL, golden_dpo_sft", dpo_case, TRL_PAIRS, BETA(0.1, [DPO_SFT] = 1),
+         GIVES(2.67105269, -0.0526315793, -0.0526315793, -0.0526315793, 0, 0, 0)),
+    CASE("dpo_golden", "sigmoid sft", "TRL, golden_dpo_sigmoid_sft", dpo_case, TRL_PAIRS,
+         BETA(0.1, [DPO_SIGMOID] = 1, [DPO_SFT] = 0.5),
+         GIVES(1.88113403, -0.0415278338, -0.0450550057, -0.0323966406, 0.0152120441, 0.018739216,
+               0.00608085049)),
+};
+
+static void expect_loss(const struct LossCase *c) {
+    const double h = 1.0 / 1024; /* a float can hold x + h */
+    double tolerance = c->tolerance ? c->tolerance : 1e-12;
+    double dx[COUNT(c->x)], unused[COUNT(c->x)], x[COUNT(c->x)];
+    double loss = c->loss(c, c->x, dx);
+    const char *what = arena_printf(&test_arena, "%s (%s)", c->name, c->source);
+    if (!c->differences_alone) {
+        expect_close(what, loss, c->want, tolerance);
+        expect_doubles(what, dx, c->slope, c->n, tolerance);
+    }
+    memcpy(x, c->x, sizeof x);
+    for (size_t k = 0; k < c->n; k++) {
+        double value[4];
+        for (int i = 0; i < 4; i++) {
+            x[k] = c->x[k] + SLOPE_STEPS[i] * h;
+            value[i] = c->loss(c, x, unused);
+        }
+        x[k] = c->x[k];
+        expect_close(arena_printf(&test_arena, "%s: central difference %zu", c->name, k), dx[k],
+                     slope_of(value, h), c->difference_tolerance ? c->difference_tolerance : 1e-8);
+    }
+}
+
+static bool is_test(const char *name);
+
+/* The rows of the test that runs. */
+static void test_losses(void) {
+    for (size_t i = 0; i < COUNT(LOSS_CASES); i++) {
+        expect_true(LOSS_CASES[i].test, is_test(LOSS_CASES[i].test));
+        if (strcmp(LOSS_CASES[i].test, test_name) == 0)
+            expect_loss(&LOSS_CASES[i]);
+    }
 }
 
 /* =============================================================================================
@@ -1118,50 +1296,25 @@ static void test_gae_hand(void) {
     expect_floats("lambda 1: returns", returns, (double[]){0.88, 0.98, 0.98}, 3, 1e-6);
 }
 
-/* The comment's cases, on both sides of the clip, and the slope by a central difference. */
-static void test_ppo_token_loss(void) {
-    struct TokenLoss up = ppo_token_loss(0, log(1.5), 2, 0.2);
-    expect_close("A 2, ratio 1.5: loss", up.loss, -2.4, 1e-12);
-    expect_true("clipped, slope 0", up.is_clipped && up.dlogprob == 0);
-    expect_close("ratio", up.ratio, 1.5, 1e-12);
-    struct TokenLoss down = ppo_token_loss(0, log(1.5), -2, 0.2);
-    expect_close("A -2: loss", down.loss, 3, 1e-12);
-    expect_close("A -2: slope", down.dlogprob, 3, 1e-12);
-    expect_true("A -2: not clipped", !down.is_clipped);
-    expect_close("at first: ratio 1, loss -A", ppo_token_loss(-3, -3, 0.7, 0.2).loss, -0.7, 1e-12);
-    for (double logprob = -0.5; logprob < 0.5; logprob += 0.07)
-        for (double advantage = -1; advantage <= 1; advantage += 2) {
-            double h = 1e-6;
-            double above = ppo_token_loss(0, logprob + h, advantage, 0.2).loss;
-            double below = ppo_token_loss(0, logprob - h, advantage, 0.2).loss;
-            double slope = ppo_token_loss(0, logprob, advantage, 0.2).dlogprob;
-            expect_close("slope", slope, (above - below) / (2 * h), 1e-8);
-        }
-}
-
-/* The comment's case, a value inside the range, and the slope by a central difference. */
-static void test_ppo_value_loss(void) {
-    struct ValueLoss cut = ppo_value_loss(0.5, 0.9, 1, 0.2);
-    expect_close("old 0.5, value 0.9: loss", cut.loss, 0.045, 1e-12);
-    expect_true("clipped, slope 0", cut.is_clipped && cut.dvalue == 0);
-    expect_close("squared error", cut.squared_error, 0.01, 1e-12);
-    struct ValueLoss inside = ppo_value_loss(0.5, 0.6, 1, 0.2);
-    expect_close("inside the range: loss", inside.loss, 0.08, 1e-12);
-    expect_close("its slope", inside.dvalue, -0.4, 1e-12);
-    for (double value = -0.95; value < 1; value += 0.11) {
-        double h = 1e-6;
-        double above = ppo_value_loss(0.1, value + h, 0.35, 0.2).loss;
-        double below = ppo_value_loss(0.1, value - h, 0.35, 0.2).loss;
-        double slope = ppo_value_loss(0.1, value, 0.35, 0.2).dvalue;
-        expect_close("slope", slope, (above - below) / (2 * h), 1e-8);
-    }
-}
-
 static double golden_new(int i) {
     return golden_old(i) + 0.35 * sin(1 + 2.1 * i);
 }
 static double golden_newval(int i) {
     return golden_val(i) + 0.3 * cos(0.5 + 1.7 * i);
+}
+
+/* Beside losses and slopes, which the table has: what was clipped, ratio and error, by hand. */
+static void test_ppo_token_loss_clipped(void) {
+    struct TokenLoss up = ppo_token_loss(0, log(1.5), 2, 0.2);
+    struct TokenLoss down = ppo_token_loss(0, log(1.5), -2, 0.2);
+    expect_true("a good token is clipped, a bad one is not", up.is_clipped && !down.is_clipped);
+    expect_close("ratio", up.ratio, 1.5, 1e-12);
+}
+
+static void test_ppo_value_loss_clipped(void) {
+    struct ValueLoss cut = ppo_value_loss(0.5, 0.9, 1, 0.2);
+    expect_true("clipped", cut.is_clipped && !ppo_value_loss(0.5, 0.6, 1, 0.2).is_clipped);
+    expect_close("squared error", cut.squared_error, 0.01, 1e-12);
 }
 
 /* ppo_loss on R tokens of a batch, whose policy now says logprobs and values. */
@@ -1248,182 +1401,16 @@ static void test_exact_optimum(void) {
     expect_close("a distribution", sum, 1, 1e-12);
 }
 
-/* The cases by hand of chapter 5. */
-static void test_dpo_hand(void) {
+/* Chapter 5's pair: the reward that the policy implies, and the sums for the metrics. */
+static void test_dpo_hand_sums(void) {
     struct DPOSide chosen = {.logp = -8, .ref_logp = -10, .length = 4};
     struct DPOSide rejected = {.logp = -13, .ref_logp = -12, .length = 2};
-    struct PairLoss pair = dpo_pair_loss(0.1, &chosen, &rejected);
+    struct DPOSums sums = dpo_sums(0.1, 1, &chosen, &rejected);
     expect_close("implied reward", implied_reward(0.1, -8, -10), 0.2, 1e-12);
-    expect_close("loss", pair.loss, 0.5544, 5e-5);
-    expect_close("dchosen", pair.dchosen, -0.0426, 5e-5);
-    expect_close("drejected", pair.drejected, 0.0426, 5e-5);
-    struct PairLoss smoothed = dpo_smoothed_pair(0.1, 3, 0.1, false);
-    expect_close("smoothed", smoothed.loss, 0.5844, 5e-5);
-    struct PairLoss robust = dpo_smoothed_pair(0.1, 3, 0.1, true);
-    expect_close("robust", robust.loss, 0.5169, 5e-5);
-    struct PairLoss hinge = dpo_hinge_pair(0.1, 3);
-    expect_close("hinge", hinge.loss, 0.7, 1e-12);
-    expect_close("hinge's slope", hinge.dchosen, -0.1, 1e-12);
-    struct PairLoss ipo = dpo_ipo_pair(0.1, &chosen, &rejected);
-    expect_close("ipo", ipo.loss, 16, 1e-12);
-    expect_close("ipo, dchosen", ipo.dchosen, -2, 1e-12);
-    expect_close("ipo, drejected", ipo.drejected, 4, 1e-12);
-    struct DPOSide same = {.logp = -10, .ref_logp = -10};
-    expect_close("at first ln 2", dpo_pair_loss(7, &same, &same).loss, log(2), 1e-12);
-
-    struct DPOSide chosen_side = {.logp = -8, .ref_logp = -10, .length = 4};
-    struct DPOSide rejected_side = {.logp = -13, .ref_logp = -12, .length = 2};
-    struct DPOSums sums = dpo_sums(0.1, 1, &chosen_side, &rejected_side);
     expect_doubles("dpo_sums",
                    (double[]){sums.rewards_chosen, sums.rewards_rejected, sums.right,
                               sums.logps_chosen, sums.logps_rejected},
                    (double[]){0.2, -0.1, 1, -8, -13}, 5, 1e-12);
-}
-
-static const double golden_dpo_sigmoid_loss = 0.545607686;
-static const double golden_dpo_sigmoid_dchosen[3] = {-0.0152120441, -0.018739216, -0.00608085049};
-static const double golden_dpo_sigmoid_drejected[3] = {0.0152120441, 0.018739216, 0.00608085049};
-static const double golden_dpo_sigmoid_smooth_loss = 0.5931077;
-static const double golden_dpo_sigmoid_smooth_dchosen[3] = {-0.0118787102, -0.0154058849,
-                                                            -0.00274751731};
-static const double golden_dpo_sigmoid_smooth_drejected[3] = {0.0118787102, 0.0154058849,
-                                                              0.00274751731};
-static const double golden_dpo_robust_loss = 0.486232668;
-static const double golden_dpo_robust_dchosen[3] = {-0.0193787105, -0.0229058824, -0.0102475174};
-static const double golden_dpo_robust_drejected[3] = {0.0193787105, 0.0229058824, 0.0102475174};
-static const double golden_dpo_hinge_loss = 0.691666663;
-static const double golden_dpo_hinge_dchosen[3] = {-0.0333333351, -0.0333333351, 0};
-static const double golden_dpo_hinge_drejected[3] = {0.0333333351, 0.0333333351, 0};
-static const double golden_dpo_ipo_loss = 17.696434;
-static const double golden_dpo_ipo_dchosen[3] = {-0.613333344, -0.318334877, -0.462963015};
-static const double golden_dpo_ipo_drejected[3] = {0.766666651, 0.389075965, 0.231481507};
-static const double golden_dpo_sft_loss = 2.67105269;
-static const double golden_dpo_sft_dchosen[3] = {-0.0526315793, -0.0526315793, -0.0526315793};
-static const double golden_dpo_sigmoid_sft_loss = 1.88113403;
-static const double golden_dpo_sigmoid_sft_dchosen[3] = {-0.0415278338, -0.0450550057,
-                                                         -0.0323966406};
-static const double golden_dpo_sigmoid_sft_drejected[3] = {0.0152120441, 0.018739216,
-                                                           0.00608085049};
-
-static const struct DPOGolden {
-    const char *name;
-    double weight[DPO_LOSS_TYPES], smoothing, loss;
-    const double *dchosen, *drejected;
-} DPO_GOLDEN[] = {{"sigmoid",
-                   {[DPO_SIGMOID] = 1},
-                   0,
-                   golden_dpo_sigmoid_loss,
-                   golden_dpo_sigmoid_dchosen,
-                   golden_dpo_sigmoid_drejected},
-                  {"sigmoid, smoothed",
-                   {[DPO_SIGMOID] = 1},
-                   0.1,
-                   golden_dpo_sigmoid_smooth_loss,
-                   golden_dpo_sigmoid_smooth_dchosen,
-                   golden_dpo_sigmoid_smooth_drejected},
-                  {"robust",
-                   {[DPO_ROBUST] = 1},
-                   0.1,
-                   golden_dpo_robust_loss,
-                   golden_dpo_robust_dchosen,
-                   golden_dpo_robust_drejected},
-                  {"hinge",
-                   {[DPO_HINGE] = 1},
-                   0,
-                   golden_dpo_hinge_loss,
-                   golden_dpo_hinge_dchosen,
-                   golden_dpo_hinge_drejected},
-                  {"ipo",
-                   {[DPO_IPO] = 1},
-                   0,
-                   golden_dpo_ipo_loss,
-                   golden_dpo_ipo_dchosen,
-                   golden_dpo_ipo_drejected},
-                  {"sft",
-                   {[DPO_SFT] = 1},
-                   0,
-                   golden_dpo_sft_loss,
-                   golden_dpo_sft_dchosen,
-                   (const double[]){0, 0, 0}},
-                  {"sigmoid sft",
-                   {[DPO_SIGMOID] = 1, [DPO_SFT] = 0.5},
-                   0,
-                   golden_dpo_sigmoid_sft_loss,
-                   golden_dpo_sigmoid_sft_dchosen,
-                   golden_dpo_sigmoid_sft_drejected}};
-
-static struct DPOConfig dpo_config_of(const struct DPOGolden *golden) {
-    struct DPOConfig config = {.beta = 0.1, .label_smoothing = golden->smoothing};
-    memcpy(config.weight, golden->weight, sizeof config.weight);
-    return config;
-}
-
-/* chosen, rejected; the reference's */
-static const double DPO_INPUT[4][3] = {{-12.5, -30.25, -8},
-                                       {-14, -25.5, -21.75},
-                                       {-13.25, -29, -10.5},
-                                       {-13, -26.75, -9.25}};
-static const size_t DPO_LENGTH[2][3] = {{5, 11, 3}, {4, 9, 6}};
-
-/* The three golden pairs: chosen sides, then rejected ones. */
-static void dpo_golden_sides(struct DPOSide side[6]) {
-    for (size_t i = 0; i < 6; i++)
-        side[i] = (struct DPOSide){
-            .logp = DPO_INPUT[i / 3][i % 3],
-            .ref_logp = DPO_INPUT[2 + i / 3][i % 3],
-            .length = DPO_LENGTH[i / 3][i % 3],
-        };
-}
-
-/* Loss and gradients of every type against TRL; extremes. */
-static void test_dpo_golden(void) {
-    struct DPOSide side[6];
-    for (size_t i = 0; i < COUNT(DPO_GOLDEN); i++) {
-        const struct DPOGolden *g = &DPO_GOLDEN[i];
-        struct DPOConfig config = dpo_config_of(g);
-        dpo_golden_sides(side);
-        double loss = dpo_loss(&config, 3, side, side + 3);
-        expect_relative(g->name, loss, g->loss, 2e-6);
-        for (size_t b = 0; b < 3; b++) {
-            expect_close(g->name, side[b].dlogp, g->dchosen[b], 1e-6);
-            expect_close(g->name, side[3 + b].dlogp, g->drejected[b], 1e-6);
-        }
-    }
-    for (double beta = 0.01; beta < 10; beta *= 7) {
-        struct DPOConfig config = {.beta = beta, .weight = {[DPO_SIGMOID] = 1}};
-        dpo_golden_sides(side);
-        for (size_t i = 0; i < 6; i++)
-            side[i].ref_logp = side[i].logp;
-        double loss = dpo_loss(&config, 3, side, side + 3);
-        expect_close("policy == reference", loss, log(2), 1e-12);
-    }
-    struct DPOConfig config = {.beta = 1, .weight = {[DPO_SIGMOID] = 1}};
-    struct DPOSide far = {.logp = -1000};
-    struct DPOSide near = {0};
-    expect_close("logits -1000", dpo_loss(&config, 1, &far, &near), 1000, 1e-9);
-    expect_close("its gradient", far.dlogp, -1, 1e-12);
-}
-
-/* Central differences of every type, in doubles. */
-static void test_dpo_gradient(void) {
-    for (size_t i = 0; i < COUNT(DPO_GOLDEN); i++) {
-        struct DPOConfig config = dpo_config_of(&DPO_GOLDEN[i]);
-        double h = 1e-5;
-        struct DPOSide side[6];
-        dpo_golden_sides(side);
-        dpo_loss(&config, 3, side, side + 3);
-        for (size_t k = 0; k < 6; k++) {
-            struct DPOSide above[6];
-            struct DPOSide below[6];
-            memcpy(above, side, sizeof side);
-            memcpy(below, side, sizeof side);
-            above[k].logp += h;
-            below[k].logp -= h;
-            double slope = dpo_loss(&config, 3, above, above + 3);
-            slope = (slope - dpo_loss(&config, 3, below, below + 3)) / (2 * h);
-            expect_close(DPO_GOLDEN[i].name, side[k].dlogp, slope, 1e-8);
-        }
-    }
 }
 
 /* =============================================================================================
@@ -8938,21 +8925,24 @@ static const struct {
     {"exp_fast", test_exp_fast},
     {"rows", test_rows},
     {"data_pairs", test_data_pairs},
-    {"bradley_terry", test_bradley_terry},
-    {"bradley_terry_gradient", test_bradley_terry_gradient},
-    {"sentiment_loss", test_sentiment_loss},
+    {"bradley_terry", test_losses},
+    {"bradley_terry_gradient", test_losses},
+    {"sentiment_loss", test_losses},
+    {"reinforce_loss", test_losses},
+    {"ppo_token_loss", test_losses},
+    {"ppo_value_loss", test_losses},
+    {"dpo_hand", test_losses},
+    {"dpo_golden", test_losses},
     {"ppo_whiten_golden", test_ppo_whiten_golden},
     {"reinforce_advantages", test_reinforce_advantages},
     {"ppo_penalties_golden", test_ppo_penalties_golden},
     {"ppo_kl_controller", test_ppo_kl_controller},
     {"gae_hand", test_gae_hand},
-    {"ppo_token_loss", test_ppo_token_loss},
-    {"ppo_value_loss", test_ppo_value_loss},
+    {"ppo_token_loss_clipped", test_ppo_token_loss_clipped},
+    {"ppo_value_loss_clipped", test_ppo_value_loss_clipped},
     {"ppo_loss_gradient", test_ppo_loss_gradient},
     {"exact_optimum", test_exact_optimum},
-    {"dpo_hand", test_dpo_hand},
-    {"dpo_golden", test_dpo_golden},
-    {"dpo_gradient", test_dpo_gradient},
+    {"dpo_hand_sums", test_dpo_hand_sums},
     {"kth_largest", test_kth_largest},
     {"generate_processors", test_generate_processors},
     {"generate_filters_golden", test_generate_filters_golden},
@@ -9128,6 +9118,13 @@ static const struct {
     {"report_text", test_report_text},
     {"report_page", test_report_page},
 };
+
+static bool is_test(const char *name) {
+    for (size_t i = 0; i < COUNT(TESTS); i++)
+        if (strcmp(TESTS[i].name, name) == 0)
+            return true;
+    return false;
+}
 
 static bool selected(const char *name, int argc, char **argv) {
     bool any = false;
