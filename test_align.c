@@ -311,6 +311,28 @@ static void expect_end(const char *what, void (*body)(const void *), const void 
 }
 #endif
 
+/* A command line's words, "align" first: divided by spaces, but for those in '...'. @NAME is a file
+ * of the temporary folder, @tokenizer.bin the tokenizer that is in use. */
+static const char *const *words_of(const char *line) {
+    const char **words = arena_zeros(&test_arena, strlen(line) / 2 + 3, sizeof *words);
+    size_t n = 0;
+    words[n++] = "align";
+    for (const char *at = line; *at; at += strspn(at, " ")) {
+        char *word = arena_zeros(&test_arena, strlen(at) + 1, 1);
+        size_t length = 0;
+        bool quoted = false;
+        for (; *at && (quoted || *at != ' '); at++) {
+            if (*at == '\'')
+                quoted = !quoted;
+            else
+                word[length++] = *at;
+        }
+        bool is_tokenizer = strcmp(word, "@tokenizer.bin") == 0;
+        words[n++] = is_tokenizer ? tokenizer->path : *word == '@' ? temporary(word + 1) : word;
+    }
+    return words;
+}
+
 /* The command line, as main() takes it apart. */
 static void run_command(const void *argument) {
     char *const *argv = argument;
@@ -509,15 +531,11 @@ static const char *saved_model(const char *name) {
 
 /* Runs a command of this program here, on a model and data in the temporary folder; returns what
  * it printed. */
-static struct Text command_output(const char *const *words) {
-    const char *arguments[32] = {"align"};
-    size_t n = 1;
-    for (size_t i = 0; words[i]; i++)
-        arguments[n++] = words[i][0] == '@' ? temporary(words[i] + 1) : words[i];
-    arguments[n++] = "--tokenizer";
-    arguments[n] = tokenizer->path;
+static struct Text command_output(const char *line) {
+    const char *const *words =
+        words_of(arena_printf(&test_arena, "%s --tokenizer @tokenizer.bin", line));
     capture_begin();
-    run_command(arguments);
+    run_command(words);
     return capture_end();
 }
 
@@ -5419,12 +5437,10 @@ static void test_exact_run(void) {
     if (thin && !SANITIZED)
         return;
     const char *error;
-    struct Json *json =
-        parse(command_output((const char *const[]){"exact", "--vocab_size", "3", "--max_new_tokens",
-                                                   "2", "--n_embd", "16", "--n_layer", "1",
-                                                   "--json", NULL})
-                  .data,
-              &error);
+    struct Json *json = parse(command_output("exact --vocab_size 3 --max_new_tokens 2 --n_embd 16 "
+                                             "--n_layer 1 --json")
+                                  .data,
+                              &error);
     expect_close("beta", json_get(json, "beta")->number, 1, 0);
     expect_close("DPO", json_get(json_get(json, "dpo"), "kl_to_optimum")->number, 0, 1e-3);
     static const char *const methods[] = {"dpo", "ppo", "reinforce"};
@@ -6896,11 +6912,9 @@ static void test_lora_broken(void) {
     }
     write_bytes("odd_lora/adapter_config.json", config.data, config.length);
     const char *model_path = saved_model("lora_base");
-    const char *const arguments[] =
-        {"align",    "next", "--model_name_or_path", temporary("odd_lora"),
-         "--prompt", "x",    "--tokenizer",          tokenizer->path,
-         NULL};
-    expect_end("no base", run_command, arguments, 1, "its base \"base\" is not here");
+    const void *next = words_of("next --model_name_or_path @odd_lora --prompt x --tokenizer "
+                                "@tokenizer.bin");
+    expect_end("no base", run_command, next, 1, "its base \"base\" is not here");
     expect_end("no adapter", load_one_adapter, model_path, 1, "no adapter_config.json inside");
     unlink(temporary("odd_lora/adapter_model.safetensors"));
     expect_end("no tensors", load_one_adapter, temporary("odd_lora"), 1,
@@ -7069,15 +7083,14 @@ static void test_broken_config(void) {
                "/nowhere/at all: no such folder");
     write_text("odd/vocab.json", "{\"!\": 0, \"x\": 5}");
     write_bytes("odd/config.json", config.data, config.length);
-    const char *arguments[] = {"align", "next",        "--model_name_or_path", path, "--prompt",
-                               "x",     "--tokenizer", tokenizer->path,        NULL};
-    expect_end("another vocabulary", run_command, arguments, 1, "id 5 is \"x\" here, \"&\" in");
+    const void *next = words_of("next --model_name_or_path @odd --prompt x --tokenizer "
+                                "@tokenizer.bin");
+    expect_end("another vocabulary", run_command, next, 1, "id 5 is \"x\" here, \"&\" in");
     write_text("odd/vocab.json", "{\"x\\u001b[2J\": 5}");
-    expect_end("a token that clears the screen", run_command, arguments, 1,
-               "id 5 is \"x?[2J\" here");
+    expect_end("a token that clears the screen", run_command, next, 1, "id 5 is \"x?[2J\" here");
     unlink(temporary("odd/vocab.json"));
     write_text("odd/tokenizer.json", "{\"model\": {\"vocab\": [[\"!\", 0]]}}");
-    expect_end("a vocabulary in a list", run_command, arguments, 1,
+    expect_end("a vocabulary in a list", run_command, next, 1,
                "tokenizer.json: its vocabulary is not an object");
     write_bytes("odd/config.json", "\xef\xbb\xbf", 3);
     expect_end("nothing but a byte order mark", load_one_model, path, 1, "not JSON: it ends");
@@ -7672,198 +7685,180 @@ static void test_shell_word(void) {
 /* What a user may type wrongly: exit 2 for the command line, 1 for what cannot be done, and the
  * nearest flag's name. */
 static void test_cli_errors(void) {
-    const char *model = temporary("cli");
-    const char *rest = tokenizer->path;
     struct GPT2 *policy = new_model(300, 24, 12, 1, 3);
-    model_save(policy, model, tokenizer);
+    model_save(policy, temporary("cli"), tokenizer);
     gpt2_free(policy);
     write_text("long.jsonl", "{\"prompt\": \"a b c d e f g h i j k l m n o p q r s t u v w x y "
                              "z\"}\n");
-    static const char *const cases[][9] = {
-        {"2", "generate has no flag --promt; the nearest is --prompt", "generate", "--promt", "x"},
-        {"2", "no command \"bench\"; `make bench` measures", "bench"},
-        {"2", "dpo has no flag --betta; the nearest is --beta", "dpo", "--betta=1"},
-        {"2", "\"x\" is no flag", "score", "x"},
-        {"2", "--max_new_tokens -3: a whole number", "generate", "--max_new_tokens", "-3"},
-        {"2", "--top_p much: a number from 0 to 1 was expected", "generate", "--top_p", "much"},
-        {"2", "--top_p nan: a number", "generate", "--top_p=nan"},
-        {"2", "--do_sample maybe: true or false", "generate", "--do_sample=maybe"},
-        {"2", "--seed needs a value", "generate", "--seed"},
-        {"2", "--lr_scheduler_type \"step\" is unknown", "sft", "--lr_scheduler_type", "step"},
-        {"2", "--optim \"adam\" is unknown", "sft", "--optim", "adam"},
-        {"2", "--kl_penalty \"js\" is unknown", "ppo", "--kl_penalty", "js", "--output_dir", "x"},
-        {"2", "--loss_type \"orpo\" is unknown", "dpo", "--loss_type", "sigmoid orpo"},
-        {"2", "for each of --loss_type's names", "dpo", "--loss_type", "sigmoid sft",
-         "--loss_weights", "1"},
-        {"2", "for each of --loss_type's names", "dpo", "--loss_type", "sigmoid", "--loss_weights",
-         "1 2"},
-        {"2", "for each of --loss_type's names", "dpo", "--loss_weights", "nan"},
-        {"2", "--beta 0: a number above 0 was expected", "dpo", "--beta", "0"},
-        {"2", "--beta -1: a number, 0 or more, was expected", "reinforce", "--beta", "-1"},
-        {"1", "--label_smoothing 0.5", "dpo", "--label_smoothing", "0.5"},
-        {"2", "--temperature 0: a number, 1e-6 or more, was expected", "generate", "--temperature",
-         "0"},
-        {"2", "--temperature 1e-30: a number, 1e-6 or more,", "ppo", "--temperature", "1e-30"},
-        {"2", "--learning_rate 1e39: a number, 0 or more, was", "sft", "--learning_rate", "1e39"},
-        {"2", "--adam_beta1 1: a number from 0 to below 1", "sft", "--adam_beta1", "1"},
-        {"2", "--gamma 1.01: a number from 0 to 1 was", "ppo", "--gamma", "1.01"},
-        {"2", "--max_steps 1099511627777: a whole number, 0 to 2^40", "sft", "--max_steps",
-         "1099511627777"},
-        {"2", "--num_train_epochs 1e300: a number above 0, at most 1e9,", "sft",
-         "--num_train_epochs", "1e300"},
-        {"2", "--seed 18446744073709551616: a whole number", "sft", "--seed",
-         "18446744073709551616"},
-        {"2", "--num_train_epochs 1e30: a number above 0, at most 1e9,", "sft",
-         "--num_train_epochs", "1e30"},
-        {"2", "--per_device_train_batch_size 0: a whole number, 1 to 4096", "sft",
-         "--per_device_train_batch_size", "0"},
-        {"2", "--model_name_or_path is needed", "generate", "--prompt", "x", "--tokenizer", "@T"},
-        {"1", "--max_new_tokens 5: 6 tokens make 7776 responses", "exact", "--max_new_tokens", "5"},
-        {"1", "--beta 0: must be above 0", "exact", "--beta", "0"},
-        {"1", "--vocab_size 17: 2 to 16", "exact", "--vocab_size", "17"},
-        {"2", "--prompt, or --dataset_name, is needed", "generate", "--model_name_or_path", "@M",
-         "--tokenizer", "@T"},
-        {"1", "40 tokens, the model's context is 24", "generate", "--model_name_or_path", "@M",
-         "--dataset_name", "@long.jsonl", "--tokenizer", "@T"},
-        {"1", "no tokenizer here", "generate", "--tokenizer", "no tokenizer here",
-         "--model_name_or_path", "@M", "--prompt", "x"},
-        {"2", "--decode reads ids, --jsonl texts", "tokenize", "--jsonl", "--decode"},
-        {"2", "--loss_type \"\" is empty", "dpo", "--loss_type", ""},
-        {"2", "no loss counts", "dpo", "--loss_type", "sigmoid", "--loss_weights", "0"},
-        {"2", "--loss_type \" ,\" is empty", "dpo", "--loss_type= ,"},
-        {"2", "--loss_type \"\" is empty", "reward", "--loss_type", ""},
-        {"2", "--output_dir \"\" is empty", "sft", "--output_dir="},
-        {"2", "--output_dir is needed", "sft", "--model_name_or_path", "nowhere", "--dataset_name",
-         "nowhere"},
-        {"2", "--dataset_name is needed", "dpo", "--model_name_or_path", "nowhere"},
-        {"2", "--reward_model_path is needed", "ppo", "--model_name_or_path", "nowhere",
-         "--dataset_name", "nowhere"},
-        {"2", "--output_dir is needed", "ppo", "--model_name_or_path", "nowhere", "--rollouts",
-         "nowhere"},
-        {"2", "--output_dir is needed", "collect", "--model_name_or_path", "nowhere",
-         "--dataset_name", "nowhere"},
-        {"2", "--dataset_name is needed", "pretrain", "--n_layer", "1"},
-        {"2", "--prompt is needed", "next", "--model_name_or_path", "nowhere"},
-        {"2", "--dataset_name is needed", "eval", "--model_name_or_path", "nowhere"},
-        {"1", "must be a multiple of --mini_batch_size 4294967296 times", "ppo",
-         "--batch_size=4294967296", "--mini_batch_size=4294967296",
+    static const struct {
+        int status;
+        const char *message, *line;
+    } cases[] = {
+        {2, "generate has no flag --promt; the nearest is --prompt", "generate --promt x"},
+        {2, "no command \"bench\"; `make bench` measures", "bench"},
+        {2, "dpo has no flag --betta; the nearest is --beta", "dpo --betta=1"},
+        {2, "\"x\" is no flag", "score x"},
+        {2, "--max_new_tokens -3: a whole number", "generate --max_new_tokens -3"},
+        {2, "--top_p much: a number from 0 to 1 was expected", "generate --top_p much"},
+        {2, "--top_p nan: a number", "generate --top_p=nan"},
+        {2, "--do_sample maybe: true or false", "generate --do_sample=maybe"},
+        {2, "--seed needs a value", "generate --seed"},
+        {2, "--lr_scheduler_type \"step\" is unknown", "sft --lr_scheduler_type step"},
+        {2, "--optim \"adam\" is unknown", "sft --optim adam"},
+        {2, "--kl_penalty \"js\" is unknown", "ppo --kl_penalty js --output_dir x"},
+        {2, "--loss_type \"orpo\" is unknown", "dpo --loss_type 'sigmoid orpo'"},
+        {2, "for each of --loss_type's names", "dpo --loss_type 'sigmoid sft' --loss_weights 1"},
+        {2, "for each of --loss_type's names", "dpo --loss_type sigmoid --loss_weights '1 2'"},
+        {2, "for each of --loss_type's names", "dpo --loss_weights nan"},
+        {2, "--beta 0: a number above 0 was expected", "dpo --beta 0"},
+        {2, "--beta -1: a number, 0 or more, was expected", "reinforce --beta -1"},
+        {1, "--label_smoothing 0.5", "dpo --label_smoothing 0.5"},
+        {2, "--temperature 0: a number, 1e-6 or more, was expected", "generate --temperature 0"},
+        {2, "--temperature 1e-30: a number, 1e-6 or more,", "ppo --temperature 1e-30"},
+        {2, "--learning_rate 1e39: a number, 0 or more, was", "sft --learning_rate 1e39"},
+        {2, "--adam_beta1 1: a number from 0 to below 1", "sft --adam_beta1 1"},
+        {2, "--gamma 1.01: a number from 0 to 1 was", "ppo --gamma 1.01"},
+        {2, "--max_steps 1099511627777: a whole number, 0 to 2^40",
+         "sft --max_steps 1099511627777"},
+        {2, "--num_train_epochs 1e300: a number above 0, at most 1e9,",
+         "sft --num_train_epochs 1e300"},
+        {2, "--seed 18446744073709551616: a whole number", "sft --seed 18446744073709551616"},
+        {2, "--num_train_epochs 1e30: a number above 0, at most 1e9,",
+         "sft --num_train_epochs 1e30"},
+        {2, "--per_device_train_batch_size 0: a whole number, 1 to 4096",
+         "sft --per_device_train_batch_size 0"},
+        {2, "--model_name_or_path is needed", "generate --prompt x --tokenizer @tokenizer.bin"},
+        {1, "--max_new_tokens 5: 6 tokens make 7776 responses", "exact --max_new_tokens 5"},
+        {1, "--beta 0: must be above 0", "exact --beta 0"},
+        {1, "--vocab_size 17: 2 to 16", "exact --vocab_size 17"},
+        {2, "--prompt, or --dataset_name, is needed",
+         "generate --model_name_or_path @cli --tokenizer @tokenizer.bin"},
+        {1, "40 tokens, the model's context is 24",
+         "generate --model_name_or_path @cli --dataset_name @long.jsonl --tokenizer "
+         "@tokenizer.bin"},
+        {1, "no tokenizer here",
+         "generate --tokenizer 'no tokenizer here' --model_name_or_path @cli --prompt x"},
+        {2, "--decode reads ids, --jsonl texts", "tokenize --jsonl --decode"},
+        {2, "--loss_type \"\" is empty", "dpo --loss_type ''"},
+        {2, "no loss counts", "dpo --loss_type sigmoid --loss_weights 0"},
+        {2, "--loss_type \" ,\" is empty", "dpo '--loss_type= ,'"},
+        {2, "--loss_type \"\" is empty", "reward --loss_type ''"},
+        {2, "--output_dir \"\" is empty", "sft --output_dir="},
+        {2, "--output_dir is needed", "sft --model_name_or_path nowhere --dataset_name nowhere"},
+        {2, "--dataset_name is needed", "dpo --model_name_or_path nowhere"},
+        {2, "--reward_model_path is needed",
+         "ppo --model_name_or_path nowhere --dataset_name nowhere"},
+        {2, "--output_dir is needed", "ppo --model_name_or_path nowhere --rollouts nowhere"},
+        {2, "--output_dir is needed",
+         "collect --model_name_or_path nowhere --dataset_name nowhere"},
+        {2, "--dataset_name is needed", "pretrain --n_layer 1"},
+        {2, "--prompt is needed", "next --model_name_or_path nowhere"},
+        {2, "--dataset_name is needed", "eval --model_name_or_path nowhere"},
+        {1, "must be a multiple of --mini_batch_size 4294967296 times",
+         "ppo --batch_size=4294967296 --mini_batch_size=4294967296 "
          "--gradient_accumulation_steps=4294967296"},
-        {"2", "was expected; 1.2e-38 to 3.4e+38 can be used", "next", "--repetition_penalty",
-         "1e39"},
-        {"2", "-3.4e+38 to 3.4e+38 can be used", "generate", "--length_penalty", "-1e308"},
-        {"2", "--output_dir needs a value", "sft", "--output_dir", "--quiet"},
-        {"2", "--use_peft perhaps: true or false", "sft", "--use_peft", "perhaps"},
-        {"2", "--no_use_peft takes no value", "sft", "--no_use_peft=true"},
-        {"2", "--l: which of these is meant? --lora_r, --lora_alpha", "dpo", "--l", "1"},
-        {"2", "\"--\" is no flag", "dpo", "--"},
-        {"2", "--bf16 true cannot be had: align computes in float32; leave it out, or give false",
-         "sft", "--bf16"},
-        {"2", "--packing True cannot be had", "sft", "--packing", "True"},
-        {"2", "--eval_strategy epoch cannot be had: an evaluation comes each --eval_steps", "dpo",
-         "--eval_strategy", "epoch"},
-        {"2", "--report_to wandb cannot be had", "sft", "--report_to", "none", "wandb"},
-        {"2", "the nearest is --output_max_length", "ppo", "--max_new_tokens", "5"},
-        {"2", "the nearest is --max_new_tokens", "generate", "--max_length", "5"},
-        {"2", "the nearest is --learning_rate", "sft", "--lr", "1"},
-        {"2", "the nearest is --per_device_train_batch_size", "sft", "--batch-size", "1"},
-        {"2", "the nearest is --init_kl_coef", "ppo", "--kl_coef", "1"},
-        {"2", "the nearest is --max_steps", "ppo", "--steps", "1"}};
-    for (size_t i = 0; i < COUNT(cases); i++) {
-        const char *arguments[12] = {"align"};
-        for (size_t k = 2, n = 1; k < 9 && cases[i][k]; k++, n++) {
-            const char *word = cases[i][k];
-            arguments[n] = strcmp(word, "@M") == 0   ? model
-                           : strcmp(word, "@T") == 0 ? rest
-                           : word[0] == '@'          ? temporary(word + 1)
-                                                     : word;
-        }
-        expect_end(cases[i][1], run_command, arguments, atoi(cases[i][0]), cases[i][1]);
-    }
+        {2, "was expected; 1.2e-38 to 3.4e+38 can be used", "next --repetition_penalty 1e39"},
+        {2, "-3.4e+38 to 3.4e+38 can be used", "generate --length_penalty -1e308"},
+        {2, "--output_dir needs a value", "sft --output_dir --quiet"},
+        {2, "--use_peft perhaps: true or false", "sft --use_peft perhaps"},
+        {2, "--no_use_peft takes no value", "sft --no_use_peft=true"},
+        {2, "--l: which of these is meant? --lora_r, --lora_alpha", "dpo --l 1"},
+        {2, "\"--\" is no flag", "dpo --"},
+        {2, "--bf16 true cannot be had: align computes in float32; leave it out, or give false",
+         "sft --bf16"},
+        {2, "--packing True cannot be had", "sft --packing True"},
+        {2, "--eval_strategy epoch cannot be had: an evaluation comes each --eval_steps",
+         "dpo --eval_strategy epoch"},
+        {2, "--report_to wandb cannot be had", "sft --report_to none wandb"},
+        {2, "the nearest is --output_max_length", "ppo --max_new_tokens 5"},
+        {2, "the nearest is --max_new_tokens", "generate --max_length 5"},
+        {2, "the nearest is --learning_rate", "sft --lr 1"},
+        {2, "the nearest is --per_device_train_batch_size", "sft --batch-size 1"},
+        {2, "the nearest is --init_kl_coef", "ppo --kl_coef 1"},
+        {2, "the nearest is --max_steps", "ppo --steps 1"},
+    };
+    for (size_t i = 0; i < COUNT(cases); i++)
+        expect_end(cases[i].message, run_command, words_of(cases[i].line), cases[i].status,
+                   cases[i].message);
     expect_count("kitten, sitting", edit_distance("kitten", "sitting"), 3);
     expect_count("the same, and from nothing",
                  edit_distance("beta", "beta") + edit_distance("", "beta"), 4);
 }
 
 /* A command line, taken apart; what was said meanwhile, if `said` is asked for. */
-static struct Options parse_words(const char *const *words, struct Text *said) {
-    const char *arguments[32] = {"align"};
-    int n = 1;
-    for (; words[n - 1]; n++)
-        arguments[n] = words[n - 1];
-    const struct Command *command = find_command(words[0]);
+static struct Options parse_line(const char *line, struct Text *said) {
+    const char *const *words = words_of(line);
+    const struct Command *command = find_command(words[1]);
     struct Options o = default_options(command->name);
+    int n = 0;
+    while (words[n])
+        n++;
     if (said)
         capture_begin();
-    parse_arguments(&o, command, n, (char **)arguments);
+    parse_arguments(&o, command, n, (char **)words);
     if (said)
         *said = capture_end();
     quiet = true;
     return o;
 }
 
-#define WORDS(...) ((const char *const[]){__VA_ARGS__, NULL})
-
 /* The spellings that transformers' HfArgumentParser takes. */
 static void test_cli_spelling(void) {
-    static const char *const yes[][3] = {{"sft", "--use_peft"},      {"sft", "--use_peft", "True"},
-                                         {"sft", "--use_peft=TRUE"}, {"sft", "--use_peft", "yes"},
-                                         {"sft", "--use_peft", "y"}, {"sft", "--use_peft", "t"},
-                                         {"sft", "--use_peft=1"},    {"sft", "--use-peft"},
-                                         {"sft", "--use_p", "true"}};
-    static const char *const no[][3] = {{"sft", "--no_use_peft"},       {"sft", "--no-use-peft"},
-                                        {"sft", "--use_peft", "False"}, {"sft", "--use_peft=no"},
-                                        {"sft", "--use_peft", "n"},     {"sft", "--use_peft", "f"},
-                                        {"sft", "--use_peft", "0"}};
+    static const char *const yes[] = {"sft --use_peft",      "sft --use_peft True",
+                                      "sft --use_peft=TRUE", "sft --use_peft yes",
+                                      "sft --use_peft y",    "sft --use_peft t",
+                                      "sft --use_peft=1",    "sft --use-peft",
+                                      "sft --use_p true"};
+    static const char *const no[] = {"sft --no_use_peft",    "sft --no-use-peft",
+                                     "sft --use_peft False", "sft --use_peft=no",
+                                     "sft --use_peft n",     "sft --use_peft f",
+                                     "sft --use_peft 0"};
     for (size_t i = 0; i < COUNT(yes); i++) {
-        struct Options o =
-            parse_words((const char *const[]){yes[i][0], yes[i][1], yes[i][2], NULL}, NULL);
-        expect_true(yes[i][1], o.use_peft && given(&o, "use_peft"));
+        struct Options o = parse_line(yes[i], NULL);
+        expect_true(yes[i], o.use_peft && given(&o, "use_peft"));
         options_close(&o);
     }
     for (size_t i = 0; i < COUNT(no); i++) {
-        struct Options o =
-            parse_words((const char *const[]){no[i][0], no[i][1], no[i][2], NULL}, NULL);
-        expect_true(no[i][1], !o.use_peft && given(&o, "use_peft"));
+        struct Options o = parse_line(no[i], NULL);
+        expect_true(no[i], !o.use_peft && given(&o, "use_peft"));
         options_close(&o);
     }
-    struct Options o =
-        parse_words(WORDS("ppo", "--no_adap_kl_ctrl", "--learning-rate", "1e-3", "--max_steps",
-                          "-1", "--optim", "adamw_torch", "--resume_from_checkpoint", "True",
-                          "--mini=4", "--adam-eps=1e-3"),
-                    NULL);
+    struct Options o = parse_line("ppo --no_adap_kl_ctrl --learning-rate 1e-3 --max_steps -1 "
+                                  "--optim adamw_torch --resume_from_checkpoint True --mini=4 "
+                                  "--adam-eps=1e-3",
+                                  NULL);
     expect_true("ppo", !o.ppo.adap_kl_ctrl && o.train.learning_rate == 1e-3
                            && o.train.max_steps == 0
                            && strcmp(o.train.resume_from_checkpoint, "true") == 0
                            && o.ppo.mini_batch_size == 4 && o.train.adam_epsilon == 1e-3);
     options_close(&o);
-    o = parse_words(WORDS("sft", "--warmup_steps", "0.4", "--resume_from_checkpoint=False"), NULL);
+    o = parse_line("sft --warmup_steps 0.4 --resume_from_checkpoint=False", NULL);
     expect_true("a share of the steps", o.train.warmup_steps == 0 && o.train.warmup_ratio == 0.4
                                             && !o.train.resume_from_checkpoint);
     options_close(&o);
-    o = parse_words(WORDS("sft", "--warmup_ratio", "0.1", "--warmup_steps", "0"), NULL);
+    o = parse_line("sft --warmup_ratio 0.1 --warmup_steps 0", NULL);
     expect_true("transformers 4", o.train.warmup_steps == 0 && o.train.warmup_ratio == 0.1);
     options_close(&o);
-    o = parse_words(WORDS("tokenize", "--decode", "1"), NULL);
+    o = parse_line("tokenize --decode 1", NULL);
     expect_true("a file whose name could be a boolean", o.decode && strcmp(o.file, "1") == 0);
     options_close(&o);
-    o = parse_words(WORDS("generate", "--prompt", "", "--early_stopping", "never", "-h"), NULL);
+    o = parse_line("generate --prompt '' --early_stopping never -h", NULL);
     expect_true("an empty prompt, never, -h",
                 *o.prompt == 0 && o.generation.early_stopping == STOP_NEVER && o.help);
     options_close(&o);
-    o = parse_words(WORDS("generate", "--prompt", "-- said he", "--do_sample"), NULL);
+    o = parse_line("generate --prompt '-- said he' --do_sample", NULL);
     expect_true("a prompt that begins with dashes",
                 strcmp(o.prompt, "-- said he") == 0 && o.generation.do_sample);
     options_close(&o);
 }
 
-static void expect_note(const char *note, const char *const *words) {
+static void expect_note(const char *note, const char *line) {
     struct Text said;
-    struct Options o = parse_words(words, &said);
-    if (*note ? !strstr(said.data, note) || strchr(said.data, '\n') != said.data + said.length - 1
-              : said.length > 0)
-        if (failed())
-            printf("%s: %s ...: \"%s\" was expected, \"%s\" was said\n", test_name, words[1], note,
-                   said.data);
+    struct Options o = parse_line(line, &said);
+    bool one_line = said.length && strchr(said.data, '\n') == said.data + said.length - 1;
+    bool good = *note ? one_line && strstr(said.data, note) : said.length == 0;
+    if (!good && failed())
+        printf("%s: %s: \"%s\" was expected, \"%s\" was said\n", test_name, line, note, said.data);
     options_close(&o);
 }
 
@@ -7871,61 +7866,53 @@ static void expect_note(const char *note, const char *const *words) {
 static void test_cli_idle(void) {
     expect_note("align: note: --bf16, --report_to, --do_eval, --eval_strategy, --logging_dir, "
                 "--overwrite_output_dir, --tf32: no effect in align\n",
-                WORDS("sft", "--bf16", "False", "--report_to", "none", "--do_eval",
-                      "--eval-strategy", "no", "--logging_dir=x", "--overwrite_output_dir",
-                      "--tf32", "1"));
+                "sft --bf16 False --report_to none --do_eval --eval-strategy no --logging_dir=x "
+                "--overwrite_output_dir --tf32 1");
     expect_note("align: note: --packing, --load_best_model_at_end: no effect in align\n",
-                WORDS("sft", "--no_packing", "--no-load_best-model-at-end"));
+                "sft --no_packing --no-load_best-model-at-end");
     expect_note("--lora_r, --lora_alpha, --use_rslora: no effect: all weights are trained",
-                WORDS("dpo", "--lora_r", "4", "--lora-alpha", "8", "--use_rs"));
-    expect_note("--lora_r: no effect: --peft_adapter has its own",
-                WORDS("sft", "--lora_r", "4", "--peft_adapter", "x"));
-    expect_note("", WORDS("sft", "--lora_r", "4", "--use_peft"));
-    expect_note("--num_train_epochs: no effect: --max_steps",
-                WORDS("sft", "--num_train_epochs", "2", "--max_steps", "3"));
-    expect_note("", WORDS("sft", "--num_train_epochs", "2", "--max_steps", "-1"));
-    expect_note("--eval_steps: no effect", WORDS("sft", "--eval_steps", "2"));
-    expect_note("--adam_beta1, --adam_epsilon: no effect",
-                WORDS("sft", "--adam_beta1", "0.8", "--optim", "sgd", "--adam_epsilon", "1"));
-    expect_note("--warmup_steps: no effect",
-                WORDS("sft", "--warmup_steps", "5", "--lr_scheduler_type", "constant"));
-    expect_note("--warmup_ratio: no effect: --lr_scheduler_type",
-                WORDS("ppo", "--warmup_ratio", "0.1"));
-    expect_note("--warmup_ratio: no effect: --warmup_steps",
-                WORDS("sft", "--warmup_ratio", "0.1", "--warmup_steps", "5"));
-    expect_note("--save_total_limit: no effect",
-                WORDS("sft", "--save_steps", "0", "--save_total_limit", "2"));
-    expect_note("--n_layer, --vocab_size: no effect",
-                WORDS("pretrain", "--n_layer", "2", "--vocab_size", "300", "--model_name_or_path",
-                      "x"));
-    expect_note("--center_rewards_coefficient: no effect",
-                WORDS("reward", "--center_rewards_coefficient", "1", "--loss_type", "bce"));
-    expect_note("--label_smoothing: no effect",
-                WORDS("dpo", "--label_smoothing", "0.1", "--loss_type", "hinge", "sft"));
-    expect_note("", WORDS("dpo", "--label_smoothing", "0.1", "--loss_type", "hinge", "robust"));
-    expect_note("--gradient_accumulation_steps: no effect",
-                WORDS("reinforce", "--gradient_accumulation_steps", "2"));
-    expect_note("--horizon, --target: no effect",
-                WORDS("ppo", "--adap_kl_ctrl", "false", "--target", "2", "--horizon", "3"));
-    expect_note("--target_kl: no effect", WORDS("ppo", "--target_kl", "2"));
-    expect_note("", WORDS("ppo", "--target_kl", "2", "--early_stopping", "--target", "3"));
-    expect_note("--use_score_norm: no effect", WORDS("ppo", "--use_score_norm"));
+                "dpo --lora_r 4 --lora-alpha 8 --use_rs");
+    expect_note("--lora_r: no effect: --peft_adapter has its own", "sft --lora_r 4 --peft_adapter "
+                                                                   "x");
+    expect_note("", "sft --lora_r 4 --use_peft");
+    expect_note("--num_train_epochs: no effect: --max_steps", "sft --num_train_epochs 2 "
+                                                              "--max_steps 3");
+    expect_note("", "sft --num_train_epochs 2 --max_steps -1");
+    expect_note("--eval_steps: no effect", "sft --eval_steps 2");
+    expect_note("--adam_beta1, --adam_epsilon: no effect", "sft --adam_beta1 0.8 --optim sgd "
+                                                           "--adam_epsilon 1");
+    expect_note("--warmup_steps: no effect", "sft --warmup_steps 5 --lr_scheduler_type constant");
+    expect_note("--warmup_ratio: no effect: --lr_scheduler_type", "ppo --warmup_ratio 0.1");
+    expect_note("--warmup_ratio: no effect: --warmup_steps", "sft --warmup_ratio 0.1 "
+                                                             "--warmup_steps 5");
+    expect_note("--save_total_limit: no effect", "sft --save_steps 0 --save_total_limit 2");
+    expect_note("--n_layer, --vocab_size: no effect", "pretrain --n_layer 2 --vocab_size 300 "
+                                                      "--model_name_or_path x");
+    expect_note("--center_rewards_coefficient: no effect", "reward --center_rewards_coefficient 1 "
+                                                           "--loss_type bce");
+    expect_note("--label_smoothing: no effect", "dpo --label_smoothing 0.1 --loss_type hinge sft");
+    expect_note("", "dpo --label_smoothing 0.1 --loss_type hinge robust");
+    expect_note("--gradient_accumulation_steps: no effect", "reinforce "
+                                                            "--gradient_accumulation_steps 2");
+    expect_note("--horizon, --target: no effect", "ppo --adap_kl_ctrl false --target 2 --horizon "
+                                                  "3");
+    expect_note("--target_kl: no effect", "ppo --target_kl 2");
+    expect_note("", "ppo --target_kl 2 --early_stopping --target 3");
+    expect_note("--use_score_norm: no effect", "ppo --use_score_norm");
     expect_note("--reward_model_path, --dataset_name, --top_k, --output_max_length: no effect",
-                WORDS("ppo", "--rollouts", "x", "--reward_model_path", "y", "--dataset_name", "z",
-                      "--top_k", "4", "--output_max", "9", "--temperature", "2"));
-    expect_note("--temperature, --top_k, --seed: no effect",
-                WORDS("generate", "--temperature", "2", "--top_k", "4", "--seed", "1"));
-    expect_note("", WORDS("generate", "--temperature", "2", "--top_k", "4", "--do_sample"));
-    expect_note("--length_penalty, --early_stopping: no effect",
-                WORDS("generate", "--length_penalty", "2", "--early_stopping", "true"));
-    expect_note("", WORDS("generate", "--length_penalty", "2", "--num_beams", "2"));
-    expect_note("--min_new_tokens: no effect", WORDS("generate", "--min_new_tokens", "21"));
-    expect_note("--dataset_name: no effect: --prompt",
-                WORDS("generate", "--prompt", "a", "--dataset_name", "x"));
-    expect_note("--max_length: no effect",
-                WORDS("eval", "--max_length", "9", "--reward_model_path", "x"));
-    expect_note("--ref_model, --max_samples, --top_p: no effect",
-                WORDS("eval", "--ref_model", "x", "--top_p", "0.5", "--max_samples", "3"));
+                "ppo --rollouts x --reward_model_path y --dataset_name z --top_k 4 --output_max 9 "
+                "--temperature 2");
+    expect_note("--temperature, --top_k, --seed: no effect", "generate --temperature 2 --top_k 4 "
+                                                             "--seed 1");
+    expect_note("", "generate --temperature 2 --top_k 4 --do_sample");
+    expect_note("--length_penalty, --early_stopping: no effect", "generate --length_penalty 2 "
+                                                                 "--early_stopping true");
+    expect_note("", "generate --length_penalty 2 --num_beams 2");
+    expect_note("--min_new_tokens: no effect", "generate --min_new_tokens 21");
+    expect_note("--dataset_name: no effect: --prompt", "generate --prompt a --dataset_name x");
+    expect_note("--max_length: no effect", "eval --max_length 9 --reward_model_path x");
+    expect_note("--ref_model, --max_samples, --top_p: no effect", "eval --ref_model x --top_p 0.5 "
+                                                                  "--max_samples 3");
 }
 
 static struct Text answered(int argc, const char *a, const char *b) {
@@ -8007,42 +7994,20 @@ static void test_cli_course(void) {
     write_text("pairs.jsonl", "{\"prompt\": \"A film\", \"chosen\": \" that is good\", "
                               "\"rejected\": \" that is bad\"}\n{\"prompt\": \"It\", \"chosen\": "
                               "\" is fine\", \"rejected\": \" is dull\"}\n");
-    static const char *const commands[][24] =
-        {{"pretrain",
-          "--dataset_name",
-          "@texts.jsonl",
-          "--output_dir",
-          "@lm",
-          "--vocab_size",
-          "400",
-          "--n_layer",
-          "1",
-          "--n_head",
-          "2",
-          "--n_embd",
-          "8",
-          "--n_positions",
-          "32",
-          "--max_length",
-          "16",
-          "--max_steps",
-          "2",
-          "--logging_steps=1"},
-         {"sft", "--model_name_or_path", "@lm", "--dataset_name", "@texts.jsonl", "--eval_dataset",
-          "@texts.jsonl", "--output_dir", "@sft", "--num_train_epochs", "2", "--eval_steps", "1",
-          "--lr_scheduler_type=cosine"},
-         {"reward", "--model_name_or_path", "@sft", "--dataset_name", "@pairs.jsonl",
-          "--eval_dataset", "@pairs.jsonl", "--output_dir", "@rm", "--center_rewards_coefficient",
-          "0.01"},
-         {"ppo", "--model_name_or_path", "@sft", "--reward_model_path", "@rm", "--dataset_name",
-          "@texts.jsonl", "--output_dir", "@ppo", "--batch_size", "4", "--mini_batch_size", "2",
-          "--max_steps", "2", "--whiten_rewards", "--seed", "3"},
-         {"ppo", "--model_name_or_path", "@sft", "--rollouts", "@ppo/rollouts.jsonl",
-          "--output_dir", "@replay", "--batch_size", "4", "--mini_batch_size", "2", "--max_steps",
-          "2", "--whiten_rewards", "true", "--seed", "3"},
-         {"dpo", "--model_name_or_path", "@ppo", "--dataset_name", "@pairs.jsonl", "--eval_dataset",
-          "@pairs.jsonl", "--output_dir", "@dpo", "--loss_type", "sigmoid sft", "--loss_weights",
-          "1 0.2", "--max_steps", "2"}};
+    static const char *const commands[] =
+        {"pretrain --dataset_name @texts.jsonl --output_dir @lm --vocab_size 400 --n_layer 1 "
+         "--n_head 2 --n_embd 8 --n_positions 32 --max_length 16 --max_steps 2 --logging_steps=1",
+         "sft --model_name_or_path @lm --dataset_name @texts.jsonl --eval_dataset @texts.jsonl "
+         "--output_dir @sft --num_train_epochs 2 --eval_steps 1 --lr_scheduler_type=cosine",
+         "reward --model_name_or_path @sft --dataset_name @pairs.jsonl --eval_dataset @pairs.jsonl "
+         "--output_dir @rm --center_rewards_coefficient 0.01",
+         "ppo --model_name_or_path @sft --reward_model_path @rm --dataset_name @texts.jsonl "
+         "--output_dir @ppo --batch_size 4 --mini_batch_size 2 --max_steps 2 --whiten_rewards "
+         "--seed 3",
+         "ppo --model_name_or_path @sft --rollouts @ppo/rollouts.jsonl --output_dir @replay "
+         "--batch_size 4 --mini_batch_size 2 --max_steps 2 --whiten_rewards true --seed 3",
+         "dpo --model_name_or_path @ppo --dataset_name @pairs.jsonl --eval_dataset @pairs.jsonl "
+         "--output_dir @dpo --loss_type 'sigmoid sft' --loss_weights '1 0.2' --max_steps 2"};
     for (size_t i = 0; i < COUNT(commands); i++)
         command_output(commands[i]);
     struct GPT2 *ppo = gpt2_load(temporary("ppo"));
@@ -8057,17 +8022,14 @@ static void test_cli_course(void) {
                              ->child,
                          "loss")
                     != NULL);
-    struct Text out = command_output((const char *const[]){"generate", "--model_name_or_path",
-                                                           "@dpo", "--prompt", "A film", "--json",
-                                                           "--do_sample", "--num_return_sequences",
-                                                           "3", "--max_new_tokens", "4", NULL});
+    struct Text out = command_output("generate --model_name_or_path @dpo --prompt 'A film' --json "
+                                     "--do_sample --num_return_sequences 3 --max_new_tokens 4");
     const char *error = "";
     struct Json *json = parse(out.data, &error);
     expect_true("three sequences", json && json_get(json, "sequences")->child->next->next
                                        && !json_get(json, "sequences")->child->next->next->next);
-    json = parse(command_output((const char *const[]){"next", "--model_name_or_path", "@dpo",
-                                                      "--prompt", "A film", "--json", "--top_k",
-                                                      "5", "--top_n", "3", NULL})
+    json = parse(command_output("next --model_name_or_path @dpo --prompt 'A film' --json --top_k 5 "
+                                "--top_n 3")
                      .data,
                  &error);
     expect_close("kept by top_k 5", json ? json_get(json, "kept")->number : NAN, 5, 0);
@@ -8075,9 +8037,8 @@ static void test_cli_course(void) {
                 json
                     && json_get(json, "top")->child->child->next->number
                            >= json_get(json, "top")->child->next->child->next->number);
-    out = command_output((const char *const[]){"logprob", "--model_name_or_path", "@dpo",
-                                               "--ref_model", "@sft", "--dataset_name",
-                                               "@texts.jsonl", NULL});
+    out = command_output("logprob --model_name_or_path @dpo --ref_model @sft --dataset_name "
+                         "@texts.jsonl");
     json = next_line(&out);
     double sum = 0;
     double divergences = 0;
@@ -8091,26 +8052,21 @@ static void test_cli_course(void) {
     expect_close("the sum of a text's log-probabilities",
                  json ? json_get(json, "logprob")->number : NAN, sum, 1e-5);
     expect_close("one divergence more than log-probabilities", divergences, tokens + 1, 0);
-    out = command_output((const char *const[]){"score", "--model_name_or_path", "@rm",
-                                               "--dataset_name", "@texts.jsonl", NULL});
+    out = command_output("score --model_name_or_path @rm --dataset_name @texts.jsonl");
     json = next_line(&out);
     struct Json *positive = json ? json_get(json, "pipe_outputs")->child : NULL;
     expect_true("POSITIVE first",
                 positive && json_is_string(json_get(positive, "label"), "POSITIVE"));
     expect_close("sigmoid of the reward", positive ? json_get(positive, "score")->number : NAN,
                  json ? sigmoid(json_get(json, "reward")->number) : 0, 1e-8);
-    out = command_output(
-        (const char *const[]){"tokenize", "--jsonl", "@texts.jsonl", "--vocab_size", "258", NULL});
+    out = command_output("tokenize --jsonl @texts.jsonl --vocab_size 258");
     expect_true("tokenize --jsonl: three lines",
                 next_line(&out) && next_line(&out) && next_line(&out) && !next_line(&out));
     write_text("ids.txt", "[15496, 995]");
-    expect_text("decode",
-                command_output((const char *const[]){"tokenize", "--decode", "@ids.txt", NULL}),
-                "Hello world");
+    expect_text("decode", command_output("tokenize --decode @ids.txt"), "Hello world");
     write_text("hello.txt", "Hello world");
-    expect_text("encode", command_output((const char *const[]){"tokenize", "@hello.txt", NULL}),
-                "15496 995\n");
-    out = command_output((const char *const[]){"generate", "--help", NULL});
+    expect_text("encode", command_output("tokenize @hello.txt"), "15496 995\n");
+    out = command_output("generate --help");
     expect_true("--help names the flags", strstr(out.data, "--repetition_penalty")
                                               && strstr(out.data, "--max_new_tokens")
                                               && !strstr(out.data, "--cliprange"));
@@ -8131,35 +8087,13 @@ static void test_cli_collect(void) {
     write_text("texts.jsonl", "{\"text\": \"A good film, and a fine one.\"}\n{\"text\": \"A bad "
                               "film. It is dull and long.\"}\n");
     write_text("keys.txt", "1\nwhat?\n 2\nS\nq\n");
-    command_output((const char *const[]){"pretrain",
-                                         "--dataset_name",
-                                         "@texts.jsonl",
-                                         "--output_dir",
-                                         "@c_lm",
-                                         "--vocab_size",
-                                         "400",
-                                         "--n_layer",
-                                         "1",
-                                         "--n_head",
-                                         "2",
-                                         "--n_embd",
-                                         "8",
-                                         "--n_positions",
-                                         "32",
-                                         "--max_length",
-                                         "16",
-                                         "--max_steps",
-                                         "60",
-                                         "--learning_rate",
-                                         "0.03",
-                                         NULL});
-    command_output((const char *const[]){"reward", "--model_name_or_path", "@c_lm",
-                                         "--dataset_name", "@rated.jsonl", "--output_dir", "@c_rm",
-                                         "--max_steps", "3", "--learning_rate", "0.01", NULL});
-    command_output((const char *const[]){"collect", "--model_name_or_path", "@c_lm",
-                                         "--reward_model_path", "@c_rm", "--dataset_name",
-                                         "@p.jsonl", "--num_generations", "3", "--max_samples", "3",
-                                         "--output_dir", "@c_pairs", NULL});
+    command_output("pretrain --dataset_name @texts.jsonl --output_dir @c_lm --vocab_size 400 "
+                   "--n_layer 1 --n_head 2 --n_embd 8 --n_positions 32 --max_length 16 --max_steps "
+                   "60 --learning_rate 0.03");
+    command_output("reward --model_name_or_path @c_lm --dataset_name @rated.jsonl --output_dir "
+                   "@c_rm --max_steps 3 --learning_rate 0.01");
+    command_output("collect --model_name_or_path @c_lm --reward_model_path @c_rm --dataset_name "
+                   "@p.jsonl --num_generations 3 --max_samples 3 --output_dir @c_pairs");
     struct Dataset *data =
         dataset_load(&test_arena, temporary("c_pairs/preferences.jsonl"), DPO_SHAPES, 1);
     expect_count("a pair a prompt", data->n, 3);
@@ -8180,9 +8114,8 @@ static void test_cli_collect(void) {
     }
     int keyboard = dup(STDIN_FILENO);
     CHECK(freopen(temporary("keys.txt"), "r", stdin), "keys.txt");
-    command_output((const char *const[]){"collect", "--model_name_or_path", "@c_lm",
-                                         "--dataset_name", "@p.jsonl", "--output_dir", "@c_mine",
-                                         NULL});
+    command_output("collect --model_name_or_path @c_lm --dataset_name @p.jsonl --output_dir "
+                   "@c_mine");
     data = dataset_load(&test_arena, temporary("c_mine/preferences.jsonl"), DPO_SHAPES, 1);
     expect_count("two judgements", data->n, 2);
     struct GPT2 *lm = gpt2_load(temporary("c_lm"));
@@ -8200,40 +8133,34 @@ static void test_cli_collect(void) {
     struct Text second = text_copy(&test_arena, data->rows[1].chosen);
     struct Text lost = text_copy(&test_arena, data->rows[1].rejected);
     rewind(stdin);
-    command_output((const char *const[]){"collect", "--model_name_or_path", "@c_lm",
-                                         "--dataset_name", "@p.jsonl", "--output_dir", "@c_mine",
-                                         NULL});
+    command_output("collect --model_name_or_path @c_lm --dataset_name @p.jsonl --output_dir "
+                   "@c_mine");
     data = dataset_load(&test_arena, temporary("c_mine/preferences.jsonl"), DPO_SHAPES, 1);
     expect_true("what was there stays", data->n == 3 && text_equal(data->rows[0].chosen, first)
                                             && text_equal(data->rows[1].chosen, second));
     expect_text("the third was skipped, the fourth is next", data->rows[2].prompt, "We");
     write_text("keys.txt", "2\n1\nq\n");
     CHECK(freopen(temporary("keys.txt"), "r", stdin), "keys.txt");
-    command_output((const char *const[]){"collect", "--model_name_or_path", "@c_lm",
-                                         "--dataset_name", "@p.jsonl", "--output_dir", "@c_other",
-                                         NULL});
+    command_output("collect --model_name_or_path @c_lm --dataset_name @p.jsonl --output_dir "
+                   "@c_other");
     data = dataset_load(&test_arena, temporary("c_other/preferences.jsonl"), DPO_SHAPES, 1);
     expect_true("the other way round", text_equal(data->rows[0].rejected, first)
                                            && text_equal(data->rows[1].rejected, second)
                                            && text_equal(data->rows[1].chosen, lost));
     dup2(keyboard, STDIN_FILENO);
     clearerr(stdin);
-    command_output((const char *const[]){"reinforce", "--model_name_or_path", "@c_lm",
-                                         "--reward_model_path", "@c_rm", "--dataset_name",
-                                         "@p.jsonl", "--batch_size", "6", "--num_generations", "3",
-                                         "--max_steps", "2", "--use_peft", "--output_dir", "@c_re",
-                                         NULL});
+    command_output("reinforce --model_name_or_path @c_lm --reward_model_path @c_rm --dataset_name "
+                   "@p.jsonl --batch_size 6 --num_generations 3 --max_steps 2 --use_peft "
+                   "--output_dir @c_re");
     struct Json *entries =
         json_get(json_read_file(&test_arena, temporary("c_re/trainer_state.json")), "log_history");
     expect_true("the variances are logged",
                 json_count(entries) == 2 && json_get(entries->child, "gradient_variance/rloo")
                     && json_get(entries->child, "gradient_variance/none"));
     expect_true("an adapter", is_adapter(temporary("c_re")));
-    struct Text out = command_output((const char *const[]){"eval", "--model_name_or_path", "@c_lm",
-                                                           "--dataset_name", "@texts.jsonl", NULL});
-    struct Text lines =
-        command_output((const char *const[]){"logprob", "--model_name_or_path", "@c_lm",
-                                             "--dataset_name", "@texts.jsonl", NULL});
+    struct Text out = command_output("eval --model_name_or_path @c_lm --dataset_name @texts.jsonl");
+    struct Text lines = command_output("logprob --model_name_or_path @c_lm --dataset_name "
+                                       "@texts.jsonl");
     const char *error;
     struct Json *eval = parse(out.data, &error);
     struct Json *line = next_line(&lines);
@@ -8244,16 +8171,14 @@ static void test_cli_collect(void) {
         logprob += json_get(line, "logprob")->number;
     expect_true("the texts' tokens and their end tokens",
                 json_get(eval, "eval_loss")->number * json_get(eval, "tokens")->number >= -logprob);
-    eval = parse(command_output((const char *const[]){"eval", "--model_name_or_path", "@c_rm",
-                                                      "--dataset_name",
-                                                      "@c_pairs/preferences.jsonl", NULL})
+    eval = parse(command_output("eval --model_name_or_path @c_rm --dataset_name "
+                                "@c_pairs/preferences.jsonl")
                      .data,
                  &error);
     expect_true("reward model: loss and accuracy",
                 json_get(eval, "eval_accuracy") && json_get(eval, "eval_loss"));
-    eval = parse(command_output((const char *const[]){"eval", "--model_name_or_path", "@c_lm",
-                                                      "--ref_model", "@c_lm", "--reward_model_path",
-                                                      "@c_rm", "--dataset_name", "@p.jsonl", NULL})
+    eval = parse(command_output("eval --model_name_or_path @c_lm --ref_model @c_lm "
+                                "--reward_model_path @c_rm --dataset_name @p.jsonl")
                      .data,
                  &error);
     expect_close("KL of a policy to itself", json_get(eval, "kl")->number, 0, 1e-9);
@@ -8263,18 +8188,17 @@ static void test_cli_collect(void) {
 
 /* `collect` on the first `most` of p.jsonl's prompts, on keys or judged by c_rm, into a folder;
  * the pairs there afterwards. */
-static struct Text collected(const char *to, const char *most, const char *keys) {
-    const char *judge = keys ? "--quiet" : "--reward_model_path";
+static struct Text collected(const char *to, int most, const char *keys) {
     if (keys) {
         write_text("keys.txt", keys);
         CHECK(freopen(temporary("keys.txt"), "r", stdin), "keys.txt");
     }
-    command_output((const char *const[]){"collect", "--model_name_or_path", "@c_lm",
-                                         "--dataset_name", "@p.jsonl", "--max_new_tokens", "4",
-                                         "--num_generations", "4", "--max_samples", most,
-                                         "--output_dir", to, judge, keys ? NULL : "@c_rm", NULL});
-    return read_file(&test_arena,
-                     arena_printf(&test_arena, "%s/preferences.jsonl", temporary(to + 1)));
+    command_output(arena_printf(&test_arena,
+                                "collect --model_name_or_path @c_lm --dataset_name @p.jsonl "
+                                "--max_new_tokens 4 --num_generations 4 --max_samples %d "
+                                "--output_dir @%s %s",
+                                most, to, keys ? "--quiet" : "--reward_model_path @c_rm"));
+    return read_file(&test_arena, temporary(arena_printf(&test_arena, "%s/preferences.jsonl", to)));
 }
 
 /* A run that was stopped and begun again, wherever, gives the pairs of one run: prompts that
@@ -8292,33 +8216,30 @@ static void test_collect_resume(void) {
                               "0}\n");
     write_text("texts.jsonl", "{\"text\": \"A good film, and a fine one. The bad one is dull and "
                               "long.\"}\n");
-    command_output((const char *const[]){"pretrain", "--dataset_name", "@texts.jsonl",
-                                         "--output_dir", "@c_lm", "--vocab_size", "270",
-                                         "--n_layer", "1", "--n_head", "2", "--n_embd", "8",
-                                         "--n_positions", "32", "--max_steps", "2", NULL});
-    command_output((const char *const[]){"reward", "--model_name_or_path", "@c_lm",
-                                         "--dataset_name", "@rated.jsonl", "--output_dir", "@c_rm",
-                                         "--max_steps", "3", "--learning_rate", "0.01", NULL});
-    struct Text whole = collected("@c_whole", "150", NULL);
+    command_output("pretrain --dataset_name @texts.jsonl --output_dir @c_lm --vocab_size 270 "
+                   "--n_layer 1 --n_head 2 --n_embd 8 --n_positions 32 --max_steps 2");
+    command_output("reward --model_name_or_path @c_lm --dataset_name @rated.jsonl --output_dir "
+                   "@c_rm --max_steps 3 --learning_rate 0.01");
+    struct Text whole = collected("c_whole", 150, NULL);
     expect_true("there are pairs", whole.length > 5000);
-    collected("@c_parts", "64", NULL);
+    collected("c_parts", 64, NULL);
     struct Text judged = read_file(&test_arena, temporary("c_parts/judged.json"));
-    collected("@c_parts", "128", NULL);
+    collected("c_parts", 128, NULL);
     write_text("c_parts/judged.json", judged.data); /* killed before it could write this file */
     expect_true("what a killed run wrote is not written again",
-                text_equal(collected("@c_parts", "150", NULL), whole));
-    expect_true("all is judged", text_equal(collected("@c_parts", "150", NULL), whole));
+                text_equal(collected("c_parts", 150, NULL), whole));
+    expect_true("all is judged", text_equal(collected("c_parts", 150, NULL), whole));
     remove(temporary("c_parts/judged.json"));
-    struct Text old = collected("@c_parts", "150", NULL);
+    struct Text old = collected("c_parts", 150, NULL);
     expect_true("as an older version left it: what is there stays",
                 old.length >= whole.length && memcmp(old.data, whole.data, whole.length) == 0);
     int keyboard = dup(STDIN_FILENO);
-    whole = collected("@c_keys", "4", "1\n2\ns\ns\n2\n1\n1\n1\n");
-    collected("@c_half", "4", "1\n2\nq\n");
-    collected("@c_half", "4", "s\ns\n2\nq\n"); /* in the midst of a prompt */
-    expect_true("at the keyboard too", text_equal(collected("@c_half", "4", "1\n1\n1\n"), whole));
-    collected("@c_skip", "2", "s\ns\nq\n");
-    struct Text second = collected("@c_skip", "2", "1\n2\n");
+    whole = collected("c_keys", 4, "1\n2\ns\ns\n2\n1\n1\n1\n");
+    collected("c_half", 4, "1\n2\nq\n");
+    collected("c_half", 4, "s\ns\n2\nq\n"); /* in the midst of a prompt */
+    expect_true("at the keyboard too", text_equal(collected("c_half", 4, "1\n1\n1\n"), whole));
+    collected("c_skip", 2, "s\ns\nq\n");
+    struct Text second = collected("c_skip", 2, "1\n2\n");
     expect_true("skipped is judged", second.length > 0 && !strstr(second.data, "Our old film"));
     dup2(keyboard, STDIN_FILENO);
     clearerr(stdin);
@@ -8336,41 +8257,38 @@ static void test_cli_lora(void) {
     struct GPT2 *base = new_model(400, 32, 8, 1, 2);
     model_save(base, temporary("base"), tokenizer);
     gpt2_free(base);
-#define LORA \
-    "--model_name_or_path", "@base", "--max_steps", "3", "--learning_rate", "0.05", "--output_dir"
-    static const char *const commands[][24] =
-        {{"sft", LORA, "@la_sft", "--use_peft", "--dataset_name", "@texts.jsonl", "--lora_r", "2",
-          "--lora_alpha=6", "--lora_target_modules", "c_attn", "mlp.c_proj", "--use_rslora"},
-         {"reward", LORA, "@la_reward", "--use_peft", "--dataset_name", "@pairs.jsonl"},
-         {"ppo", LORA, "@la_ppo", "--use_peft", "--reward_model_path", "@la_reward",
-          "--dataset_name", "@texts.jsonl", "--batch_size", "4", "--mini_batch_size", "2"},
-         {"ppo", LORA, "@la_replay", "--use_peft", "--rollouts", "@la_ppo/rollouts.jsonl",
-          "--batch_size", "4", "--mini_batch_size", "2"},
-         {"dpo", LORA, "@la_dpo", "--peft_adapter", "@la_sft", "--dataset_name", "@pairs.jsonl",
-          "--logging_steps", "1", "--loss_type", "sigmoid", "ipo", "--loss_weights", "1", "0"},
-         {"dpo", LORA, "@la_new", "--use_peft", "--dataset_name", "@pairs.jsonl"},
-         {"merge", "--model_name_or_path", "@base", "--peft_adapter", "@la_dpo", "--output_dir",
-          "@la_merged"}};
+    static const char *const commands[] = {
+        "sft --use_peft --dataset_name @texts.jsonl --lora_r 2 --lora_alpha=6 "
+        "--lora_target_modules c_attn mlp.c_proj --use_rslora --output_dir @la_sft",
+        "reward --use_peft --dataset_name @pairs.jsonl --output_dir @la_reward",
+        "ppo --use_peft --reward_model_path @la_reward --dataset_name @texts.jsonl "
+        "--batch_size 4 --mini_batch_size 2 --output_dir @la_ppo",
+        "ppo --use_peft --rollouts @la_ppo/rollouts.jsonl --batch_size 4 --mini_batch_size 2 "
+        "--output_dir @la_replay",
+        "dpo --peft_adapter @la_sft --dataset_name @pairs.jsonl --logging_steps 1 "
+        "--loss_type sigmoid ipo --loss_weights 1 0 --output_dir @la_dpo",
+        "dpo --use_peft --dataset_name @pairs.jsonl --output_dir @la_new",
+    };
     for (size_t i = 0; i < COUNT(commands); i++)
-        command_output(commands[i]);
-    struct Text with = command_output(
-        (const char *const[]){"logprob", "--model_name_or_path", "@base", "--peft_adapter",
-                              "@la_dpo", "--dataset_name", "@texts.jsonl", NULL});
+        command_output(arena_printf(&test_arena,
+                                    "%s --model_name_or_path @base --max_steps 3 "
+                                    "--learning_rate 0.05",
+                                    commands[i]));
+    command_output("merge --model_name_or_path @base --peft_adapter @la_dpo --output_dir "
+                   "@la_merged");
+    struct Text with = command_output("logprob --model_name_or_path @base --peft_adapter @la_dpo "
+                                      "--dataset_name @texts.jsonl");
     expect_text("an adapter's folder as the model",
-                command_output((const char *const[]){"logprob", "--model_name_or_path", "@la_dpo",
-                                                     "--dataset_name", "@texts.jsonl", NULL}),
+                command_output("logprob --model_name_or_path @la_dpo --dataset_name @texts.jsonl"),
                 with.data);
     expect_text("merged",
-                command_output((const char *const[]){"logprob", "--model_name_or_path",
-                                                     "@la_merged", "--dataset_name", "@texts.jsonl",
-                                                     NULL}),
+                command_output("logprob --model_name_or_path @la_merged --dataset_name "
+                               "@texts.jsonl"),
                 with.data);
-    struct Text alone =
-        command_output((const char *const[]){"logprob", "--model_name_or_path", "@base",
-                                             "--dataset_name", "@texts.jsonl", NULL});
-    struct Text before =
-        command_output((const char *const[]){"logprob", "--model_name_or_path", "@la_sft",
-                                             "--dataset_name", "@texts.jsonl", NULL});
+    struct Text alone = command_output("logprob --model_name_or_path @base --dataset_name "
+                                       "@texts.jsonl");
+    struct Text before = command_output("logprob --model_name_or_path @la_sft --dataset_name "
+                                        "@texts.jsonl");
     expect_true("trained: not the base, not sft's adapter",
                 strcmp(alone.data, with.data) != 0 && strcmp(before.data, with.data) != 0);
     const char *files[][2] = {{"@la_ppo/adapter_model.safetensors", "@la_replay/"
@@ -8393,36 +8311,35 @@ static void test_cli_lora(void) {
                  log(2), 1e-6);
     static const struct {
         int status;
-        const char *message, *words[14];
-    } cases[] = {{2,
-                  "--lora_dropout 0.1: only 0 is implemented",
-                  {"sft", "--use_peft", "--lora_dropout", "0.1"}},
-                 {2, "--lora_r 0", {"sft", "--use_peft", "--lora_r", "0"}},
-                 {2, "give one of them", {"sft", "--use_peft", "--peft_adapter", "@la_sft"}},
-                 {1,
-                  "--lora_target_modules \"wte\": no linear layer",
-                  {"sft", "--use_peft", "--lora_target_modules", "wte", "--dataset_name",
-                   "@texts.jsonl", "--output_dir", "@x"}},
-                 {1,
-                  "holds a model already",
-                  {"sft", "--use_peft", "--dataset_name", "@texts.jsonl", "--output_dir", "@base"}},
-                 {1,
-                  "holds an adapter already",
-                  {"sft", "--dataset_name", "@texts.jsonl", "--output_dir", "@la_sft"}},
-                 {2, "merge needs an adapter", {"merge", "--output_dir", "@x"}},
-                 {1,
-                  "is itself an adapter",
-                  {"sft", "--peft_adapter", "@la_sft", "--model_name_or_path", "@la_dpo",
-                   "--dataset_name", "@texts.jsonl", "--output_dir", "@x"}}};
+        const char *message, *line;
+    } cases[] = {
+        {2, "--lora_dropout 0.1: only 0 is implemented", "sft --use_peft --lora_dropout 0.1"},
+        {2, "--lora_r 0", "sft --use_peft --lora_r 0"},
+        {2, "give one of them", "sft --use_peft --peft_adapter @la_sft"},
+        {1, "--lora_target_modules \"wte\": no linear layer",
+         "sft --use_peft --lora_target_modules wte --dataset_name @texts.jsonl --output_dir @x"},
+        {1, "holds a model already",
+         "sft --use_peft --dataset_name @texts.jsonl --output_dir @base"},
+        {1, "holds an adapter already", "sft --dataset_name @texts.jsonl --output_dir @la_sft"},
+        {2, "merge needs an adapter", "merge --output_dir @x"},
+        {1, "is itself an adapter",
+         "sft --peft_adapter @la_sft --model_name_or_path @la_dpo --dataset_name @texts.jsonl "
+         "--output_dir @x"},
+    };
     for (size_t i = 0; i < COUNT(cases); i++) {
-        const char *arguments[20] = {"align",         cases[i].words[0],      "--tokenizer",
-                                     tokenizer->path, "--model_name_or_path", temporary("base")};
-        for (size_t k = 1; k < 14 && cases[i].words[k]; k++)
-            arguments[k + 5] =
-                cases[i].words[k][0] == '@' ? temporary(cases[i].words[k] + 1) : cases[i].words[k];
-        expect_end(cases[i].message, run_command, arguments, cases[i].status, cases[i].message);
+        const char *model = strstr(cases[i].line, "@la_dpo") ? "" : "--model_name_or_path @base";
+        const char *line =
+            arena_printf(&test_arena, "%s %s --tokenizer @tokenizer.bin", cases[i].line, model);
+        expect_end(cases[i].message, run_command, words_of(line), cases[i].status,
+                   cases[i].message);
     }
-#undef LORA
+}
+
+static struct Text trained_in_place(const char *from_and_to) {
+    return command_output(arena_printf(&test_arena,
+                                       "sft --max_steps 1 --dataset_name @t.jsonl "
+                                       "--model_name_or_path %s",
+                                       from_and_to));
 }
 
 /* A folder under other spellings; merge over the adapter's base by any of them is refused, other
@@ -8437,60 +8354,37 @@ static void test_same_folder(void) {
     write_text("t.jsonl", "{\"text\": \"A film that is good, and a fine one.\"}\n");
     expect_true("a link is made",
                 !FORKS || symlink(temporary("same_base"), temporary("same_link")) == 0);
-    const char *names[] = {temporary("same_base"), temporary("same_base/"),
-                           temporary("./same_base"), temporary("same_lora/../same_base//."),
-                           temporary("same_link")};
-    for (size_t i = 0; i < COUNT(names) && FORKS; i++) {
-        expect_true(names[i], same_file(names[i], names[0])
-                                  && !same_file(names[i], temporary("same_lora"))
-                                  && !same_file(temporary("nowhere"), temporary("nowhere")));
-        const char *folded[] = {"align",
-                                "merge",
-                                "--model_name_or_path",
-                                temporary("same_lora"),
-                                "--output_dir",
-                                names[i],
-                                "--tokenizer",
-                                tokenizer->path,
-                                NULL};
-        const char *beside[] = {"align",
-                                "merge",
-                                "--model_name_or_path",
-                                names[i],
-                                "--peft_adapter",
-                                temporary("same_lora"),
-                                "--output_dir",
-                                names[0],
-                                "--tokenizer",
-                                tokenizer->path,
-                                NULL};
-        expect_end(names[i], run_command, folded, 1,
-                   "is the adapter's base; merged over it, the "
-                   "adapter would count twice");
-        expect_end(names[i], run_command, beside, 1,
-                   "is the adapter's base; merged over it, the "
-                   "adapter would count twice");
+    static const char *const spellings[] = {
+        "same_base", "same_base/", "./same_base", "same_lora/../same_base//.", "same_link",
+    };
+    for (size_t i = 0; i < COUNT(spellings) && FORKS; i++) {
+        const char *name = spellings[i];
+        expect_true(name, same_file(temporary(name), temporary("same_base"))
+                              && !same_file(temporary(name), temporary("same_lora"))
+                              && !same_file(temporary("nowhere"), temporary("nowhere")));
+        static const char *const lines[] = {
+            "merge --model_name_or_path @same_lora --output_dir @%s --tokenizer @tokenizer.bin",
+            "merge --model_name_or_path @%s --peft_adapter @same_lora --output_dir @same_base "
+            "--tokenizer @tokenizer.bin",
+        };
+        for (size_t k = 0; k < COUNT(lines); k++)
+            expect_end(name, run_command, words_of(arena_printf(&test_arena, lines[k], name)), 1,
+                       "is the adapter's base; merged over it, the adapter would count twice");
     }
-#define SFT "sft", "--max_steps", "1", "--dataset_name", "@t.jsonl", "--model_name_or_path"
-    struct Text said =
-        command_output((const char *const[]){SFT, "@same_base", "--peft_adapter", "@same_lora",
-                                             "--output_dir", "@same_lora/", NULL});
+    struct Text said = trained_in_place("@same_base --peft_adapter @same_lora --output_dir "
+                                        "@same_lora/");
     expect_true("an adapter trained on in its place",
                 strstr(said.data, "is --peft_adapter: the model there will be replaced") != NULL
                     && is_adapter(temporary("same_lora")));
-    said = command_output(
-        (const char *const[]){SFT, "@same_lora", "--output_dir", "@./same_base", NULL});
+    said = trained_in_place("@same_lora --output_dir @./same_base");
     expect_true("the base of an adapter",
                 strstr(said.data, "is the base of the adapter --model_name_or_path") != NULL);
-    said = command_output(
-        (const char *const[]){SFT, "@same_base", "--output_dir", "@same_base", NULL});
+    said = trained_in_place("@same_base --output_dir @same_base");
     expect_true("a model in its place", strstr(said.data, "is --model_name_or_path: the model "
                                                           "there will be replaced")
                                             != NULL);
-    said =
-        command_output((const char *const[]){SFT, "@same_base", "--output_dir", "@same_new", NULL});
+    said = trained_in_place("@same_base --output_dir @same_new");
     expect_true("nothing is replaced", !strstr(said.data, "replaced"));
-#undef SFT
 }
 
 /* The weights of a folder's model, and which heads it has. */
@@ -8503,32 +8397,50 @@ static float *saved_weights(const char *name, size_t *n, bool *reward_head, bool
     return all;
 }
 
+/* How often a command says that a head is left out. */
+static size_t heads_left_out(const char *format, ...) {
+    char line[400];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(line, sizeof line, format, arguments);
+    va_end(arguments);
+    struct Text said = command_output(line);
+    size_t notes = 0;
+    for (const char *at = said.data; (at = strstr(at, "is left out")); at++)
+        notes++;
+    return notes;
+}
+
 /* From a model with both heads each command makes what it makes from the language model below them,
  * bit for bit; the heads that it has no use for are neither trained nor saved, and it says so.
  * reward goes on with the reward head, ppo with the value head, and a reference may be anything. */
 static void test_heads_left_out(void) {
-#define RL "--reward_model_path", "@h_both", "--batch_size", "2"
     static const struct {
         bool reward_head, value_head;
         size_t notes;
-        const char *words[20];
-    } cases[] =
-        {{false, false, 2, {"sft", "--dataset_name", "@h.jsonl"}},
-         {false, false, 2, {"pretrain", "--max_length", "8", "--dataset_name", "@h.jsonl"}},
-         {false, false, 2, {"dpo", "--dataset_name", "@h.jsonl", "--ref_model", "@h_both"}},
-         {true, false, 1, {"reward", "--dataset_name", "@h.jsonl"}},
-         {false, true, 1, {"ppo", "--dataset_name", "@h.jsonl", RL, "--mini_batch_size", "2"}},
-         {false, false, 2, {"reinforce", "--dataset_name", "@h.jsonl", RL}}};
-#undef RL
+        const char *line;
+    } cases[] = {
+        {false, false, 2, "sft --dataset_name @h.jsonl"},
+        {false, false, 2, "pretrain --max_length 8 --dataset_name @h.jsonl"},
+        {false, false, 2, "dpo --dataset_name @h.jsonl --ref_model @h_both"},
+        {true, false, 1, "reward --dataset_name @h.jsonl"},
+        {false, true, 1,
+         "ppo --dataset_name @h.jsonl --reward_model_path @h_both --batch_size 2 "
+         "--mini_batch_size 2"},
+        {false, false, 2,
+         "reinforce --dataset_name @h.jsonl --reward_model_path @h_both --batch_size 2"},
+    };
     static const struct {
         size_t notes;
-        const char *words[10];
-    } tools[] = {{1, {"generate", "--prompt", "x"}},
-                 {1, {"next", "--prompt", "x"}},
-                 {1, {"logprob", "--dataset_name", "@t.jsonl"}},
-                 {1, {"eval", "--dataset_name", "@h.jsonl", "--reward_model_path", "@h_both"}},
-                 {0, {"score", "--dataset_name", "@t.jsonl"}},
-                 {0, {"eval", "--dataset_name", "@h.jsonl"}}};
+        const char *line;
+    } tools[] = {
+        {1, "generate --prompt x"},
+        {1, "next --prompt x"},
+        {1, "logprob --dataset_name @t.jsonl"},
+        {1, "eval --dataset_name @h.jsonl --reward_model_path @h_both"},
+        {0, "score --dataset_name @t.jsonl"},
+        {0, "eval --dataset_name @h.jsonl"},
+    };
     write_text("t.jsonl", "{\"text\": \"A film that is good, and a fine one.\"}\n");
     write_text("h.jsonl", "{\"text\": \"A film that is good, and a fine one.\", \"prompt\": \"A "
                           "film\", \"chosen\": \" that is good\", \"rejected\": \" that is "
@@ -8543,47 +8455,31 @@ static void test_heads_left_out(void) {
     model_save(model, temporary("h_plain"), tokenizer);
     gpt2_free(model);
     for (size_t i = 0; i < COUNT(cases); i++) {
-        const char *words[40];
-        size_t count = 0;
+        const char *what = cases[i].line;
         size_t n[2];
         float *all[2];
         bool heads[2][2];
-        while (cases[i].words[count])
-            words[count] = cases[i].words[count], count++;
         for (int both = 0; both < 2; both++) {
-            const char *out = both ? "h_out_both" : "h_out_plain";
-            memcpy(words + count,
-                   (const char *[]){"--model_name_or_path", both ? "@h_both" : "@h_plain",
-                                    "--max_steps", "2", "--learning_rate", "1e-3", "--output_dir",
-                                    arena_printf(&test_arena, "@%s", out), NULL},
-                   9 * sizeof *words);
-            struct Text said = command_output(words);
-            size_t notes = 0;
-            for (const char *at = said.data; (at = strstr(at, "is left out")); at++)
-                notes++;
-            expect_count(words[0], notes, both ? cases[i].notes : 0);
+            const char *kind = both ? "both" : "plain";
+            const char *out = arena_printf(&test_arena, "h_out_%s", kind);
+            expect_count(what,
+                         heads_left_out("%s --model_name_or_path @h_%s --max_steps 2 "
+                                        "--learning_rate 1e-3 --output_dir @%s",
+                                        what, kind, out),
+                         both ? cases[i].notes : 0);
             all[both] = saved_weights(out, &n[both], &heads[both][0], &heads[both][1]);
         }
-        expect_true(words[0],
+        expect_true(what,
                     heads[1][0] == cases[i].reward_head && heads[1][1] == cases[i].value_head);
-        if (!cases[i].reward_head && !cases[i].value_head)
-            expect_count(words[0], n[1], n[0]);
-        if (!cases[i].reward_head && !cases[i].value_head)
-            expect_bits(words[0], all[1], all[0], MIN(n[0], n[1]));
+        if (!cases[i].reward_head && !cases[i].value_head) {
+            expect_count(what, n[1], n[0]);
+            expect_bits(what, all[1], all[0], MIN(n[0], n[1]));
+        }
     }
-    for (size_t i = 0; i < COUNT(tools); i++) {
-        const char *words[40];
-        size_t count = 0;
-        size_t notes = 0;
-        while (tools[i].words[count])
-            words[count] = tools[i].words[count], count++;
-        memcpy(words + count, (const char *[]){"--model_name_or_path", "@h_both", NULL},
-               3 * sizeof *words);
-        struct Text said = command_output(words);
-        for (const char *at = said.data; (at = strstr(at, "is left out")); at++)
-            notes++;
-        expect_count(words[0], notes, tools[i].notes);
-    }
+    for (size_t i = 0; i < COUNT(tools); i++)
+        expect_count(tools[i].line,
+                     heads_left_out("%s --model_name_or_path @h_both", tools[i].line),
+                     tools[i].notes);
 }
 
 /* Names as they are compared: accents, case, punctuation, what is no UTF-8. */
@@ -8601,7 +8497,9 @@ static void test_glossary_fold(void) {
 }
 
 static struct Text glossary(const char *a, const char *b, const char *c) {
-    return command_output((const char *const[]){"glossary", a, b, c, NULL});
+    capture_begin();
+    run_command((const char *const[]){"align", "glossary", a, b, c, NULL});
+    return capture_end();
 }
 
 /* What a user types, and how the answer begins: by either language, alias, without accents, a
