@@ -109,6 +109,11 @@ static void expect_text(const char *what, struct Text got, const char *want) {
                got.data ? got.data : "");
 }
 
+static void expect_holds(const char *what, struct Text text, const char *part) {
+    if (!strstr(text.data, part) && failed())
+        printf("%s: %s: expected \"%s\" in \"%s\"\n", test_name, what, part, text.data);
+}
+
 static void expect_ids(const char *what, const int *got, size_t n, const int *want, size_t want_n) {
     if (n == want_n && (n == 0 || memcmp(got, want, n * sizeof *got) == 0))
         return;
@@ -214,6 +219,19 @@ static const char *write_bytes(const char *name, const void *bytes, size_t n) {
 
 static const char *write_text(const char *name, const char *text) {
     return write_bytes(name, text, strlen(text));
+}
+
+/* JSON whose strings stand in single quotes, which need no backslash here. */
+static const char *json_of(const char *text) {
+    char *json = arena_printf(&test_arena, "%s", text);
+    for (char *c = json; *c; c++)
+        if (*c == '\'')
+            *c = '"';
+    return json;
+}
+
+static const char *write_json(const char *name, const char *text) {
+    return write_text(name, json_of(text));
 }
 
 /* stdout and stderr go to a file between these two; the second returns what was said. */
@@ -352,6 +370,15 @@ static void run_command(const void *argument) {
     options_close(&o);
 }
 
+/* Models that the harness frees at a test's end, the last made first. */
+static struct GPT2 *owned_models[300];
+static size_t owned_count;
+
+static struct GPT2 *owned(struct GPT2 *model) {
+    CHECK(owned_count < COUNT(owned_models), "test_align: too many models");
+    return owned_models[owned_count++] = model;
+}
+
 /* Models and batches. */
 static void fill_random(struct GPT2 *model) {
     for (size_t i = 0; i < model->tensor_count; i++) {
@@ -362,17 +389,21 @@ static void fill_random(struct GPT2 *model) {
     }
 }
 
+static struct GPT2 *empty_model(size_t V, size_t T, size_t C, size_t L, size_t NH) {
+    int end_token = (int)V - 1;
+    return owned(
+        gpt2_new((struct GPT2Config){V, T, C, L, NH, end_token, end_token, 1e-5f, end_token, {0}}));
+}
+
 static struct GPT2 *random_model(size_t V, size_t T, size_t C, size_t L, size_t NH) {
-    struct GPT2 *model = gpt2_new(
-        (struct GPT2Config){V, T, C, L, NH, (int)V - 1, (int)V - 1, 1e-5f, (int)V - 1, {0}});
+    struct GPT2 *model = empty_model(V, T, C, L, NH);
     fill_random(model);
     return model;
 }
 
 /* A model as a training starts from: small weights. */
 static struct GPT2 *new_model(size_t V, size_t T, size_t C, size_t L, size_t NH) {
-    struct GPT2 *model = gpt2_new(
-        (struct GPT2Config){V, T, C, L, NH, (int)V - 1, (int)V - 1, 1e-5f, (int)V - 1, {0}});
+    struct GPT2 *model = empty_model(V, T, C, L, NH);
     gpt2_init(model, 1);
     return model;
 }
@@ -502,22 +533,24 @@ static struct Json *next_line(struct Text *file) {
     return json;
 }
 
-/* A text with its first `from` replaced. */
+/* JSON with its first `from` replaced. */
 static struct Text replaced(struct Text text, const char *from, const char *to) {
+    from = json_of(from);
     char *at = memmem(text.data, text.length, from, strlen(from));
     CHECK(at, "test_align: no %s to replace", from);
     size_t before = (size_t)(at - text.data);
-    struct Text start = text_join(&test_arena, (struct Text){text.data, before}, text_of(to));
+    struct Text start =
+        text_join(&test_arena, (struct Text){text.data, before}, text_of(json_of(to)));
     return text_join(&test_arena, start,
                      (struct Text){at + strlen(from), text.length - before - strlen(from)});
 }
 
-static struct Dataset *dataset_of(const char *text, const unsigned *shapes, size_t count) {
-    return dataset_load(&test_arena, write_text("data.jsonl", text), shapes, count);
+static struct Dataset *dataset_of(const char *rows, const unsigned *shapes, size_t count) {
+    return dataset_load(&test_arena, write_json("data.jsonl", rows), shapes, count);
 }
 
 static void load_one_model(const void *path) {
-    gpt2_load(path);
+    owned(gpt2_load(path));
 }
 
 /* A small model in a folder of its own. */
@@ -525,7 +558,6 @@ static const char *saved_model(const char *name) {
     struct GPT2 *model = new_model(300, 24, 12, 1, 3);
     reward_head_declare(model);
     model_save(model, temporary(name), tokenizer);
-    gpt2_free(model);
     return temporary(name);
 }
 
@@ -557,7 +589,7 @@ static void golden_fill(struct Tensor *t, double k) {
 }
 
 static struct GPT2 *golden_model(void) {
-    struct GPT2 *model = gpt2_new((struct GPT2Config){61, 16, 16, 2, 2, 60, 60, 1e-5f, 60, {0}});
+    struct GPT2 *model = empty_model(61, 16, 16, 2, 2);
     for (size_t k = 0; k < model->tensor_count; k++)
         golden_fill(model->tensors[k], (double)k);
     return model;
@@ -1243,10 +1275,12 @@ static void test_ppo_penalties_golden(void) {
     static const struct {
         const char *kind;
         const double (*want)[8];
-    } kinds[] = {{"kl", golden_ppo_rewards_kl},
-                 {"abs", golden_ppo_rewards_abs},
-                 {"mse", golden_ppo_rewards_mse},
-                 {"full", golden_ppo_rewards_full}};
+    } kinds[] = {
+        {"kl", golden_ppo_rewards_kl},
+        {"abs", golden_ppo_rewards_abs},
+        {"mse", golden_ppo_rewards_mse},
+        {"full", golden_ppo_rewards_full},
+    };
     struct PPOBatch p = golden_batch();
     for (size_t k = 0; k < 4; k++) {
         const double *want = packed_table(kinds[k].want);
@@ -1526,7 +1560,6 @@ static void test_generate_filters_golden(void) {
             expect_close("probability", p[(penalty ? golden_sample_rep_id : golden_sample_id)[i]],
                          (penalty ? golden_sample_rep_p : golden_sample_p)[i], 2e-6);
     }
-    gpt2_free(model);
 }
 
 /* Tokens come as often as their probabilities say; a banned one never. */
@@ -1557,21 +1590,23 @@ static void test_generate_distribution(void) {
 
 /* Where words end, by hand (the first is the comment's own). '|' stands between words. */
 static void test_tokenizer_words(void) {
-    static const char *const cases[] = {"I|'m| | 42|!",
-                                        "it|'s|n|'t|'ll",
-                                        "'re|'ve|'d|'|Sx",
-                                        "a| '|s",
-                                        "  | x",
-                                        "x| \n| y",
-                                        "\n\n",
-                                        "x|\n\n",
-                                        "x|\n|\n|y",
-                                        "a|\t|b",
-                                        "12|ab|34",
-                                        "a|.,!| ..|b",
-                                        " ",
-                                        "a|  ",
-                                        "\xc3\xa9t\xc3\xa9| \xe4\xbd\xa0|!"};
+    static const char *const cases[] = {
+        "I|'m| | 42|!",
+        "it|'s|n|'t|'ll",
+        "'re|'ve|'d|'|Sx",
+        "a| '|s",
+        "  | x",
+        "x| \n| y",
+        "\n\n",
+        "x|\n\n",
+        "x|\n|\n|y",
+        "a|\t|b",
+        "12|ab|34",
+        "a|.,!| ..|b",
+        " ",
+        "a|  ",
+        "\xc3\xa9t\xc3\xa9| \xe4\xbd\xa0|!",
+    };
     for (size_t i = 0; i < COUNT(cases); i++) {
         char text[64];
         char got[128] = "";
@@ -1710,20 +1745,22 @@ static void test_tokenizer_cases(void) {
 
 /* Invalid UTF-8 of every kind, and random bytes, come back byte for byte. */
 static void test_tokenizer_bytes(void) {
-    static const char *const bad[] = {"\x80",
-                                      "\xff\xfe",
-                                      "\xc0\xaf",
-                                      "\xc1\xbf",
-                                      "\xe0\x80\xaf",
-                                      "\xe2\x82",
-                                      "\xf0\x9f\x98",
-                                      "\xed\xa0\x80",
-                                      "\xf4\x90\x80\x80",
-                                      "\xf8\x88\x80\x80\x80",
-                                      "a\xe2\x28\xa1z",
-                                      "\xc3",
-                                      "x \xbf\xbf y",
-                                      "\xf0\x80\x80\x80"};
+    static const char *const bad[] = {
+        "\x80",
+        "\xff\xfe",
+        "\xc0\xaf",
+        "\xc1\xbf",
+        "\xe0\x80\xaf",
+        "\xe2\x82",
+        "\xf0\x9f\x98",
+        "\xed\xa0\x80",
+        "\xf4\x90\x80\x80",
+        "\xf8\x88\x80\x80\x80",
+        "a\xe2\x28\xa1z",
+        "\xc3",
+        "x \xbf\xbf y",
+        "\xf0\x80\x80\x80",
+    };
     for (size_t i = 0; i < COUNT(bad); i++)
         expect_round_trip("invalid UTF-8", text_of(bad[i]), 50257);
     for (size_t round = 0; round < 60; round++) {
@@ -1741,21 +1778,23 @@ static void test_tokenizer_bytes(void) {
         const char *text;
         size_t length;
         enum CharClass class;
-    } chars[] = {{"a", 1, CLASS_LETTER},
-                 {"7", 1, CLASS_NUMBER},
-                 {" ", 1, CLASS_SPACE},
-                 {"!", 1, CLASS_OTHER},
-                 {"\xc3\xa9", 2, CLASS_LETTER},
-                 {"\xc2\xa0", 2, CLASS_SPACE},
-                 {"\xe4\xbd\xa0", 3, CLASS_LETTER},
-                 {"\xe2\x85\xa7", 3, CLASS_NUMBER},
-                 {"\xf0\x9f\x98\x80", 4, CLASS_OTHER},
-                 {"\xf0\x90\x8d\x88", 4, CLASS_LETTER},
-                 {"\xc0\xa0", 1, CLASS_OTHER},
-                 {"\xe0\x81\xa1", 1, CLASS_OTHER},
-                 {"\xed\xa0\x80", 1, CLASS_OTHER},
-                 {"\xf4\x90\x80\x80", 1, CLASS_OTHER},
-                 {"\xe4\xbd", 1, CLASS_OTHER}};
+    } chars[] = {
+        {"a", 1, CLASS_LETTER},
+        {"7", 1, CLASS_NUMBER},
+        {" ", 1, CLASS_SPACE},
+        {"!", 1, CLASS_OTHER},
+        {"\xc3\xa9", 2, CLASS_LETTER},
+        {"\xc2\xa0", 2, CLASS_SPACE},
+        {"\xe4\xbd\xa0", 3, CLASS_LETTER},
+        {"\xe2\x85\xa7", 3, CLASS_NUMBER},
+        {"\xf0\x9f\x98\x80", 4, CLASS_OTHER},
+        {"\xf0\x90\x8d\x88", 4, CLASS_LETTER},
+        {"\xc0\xa0", 1, CLASS_OTHER},
+        {"\xe0\x81\xa1", 1, CLASS_OTHER},
+        {"\xed\xa0\x80", 1, CLASS_OTHER},
+        {"\xf4\x90\x80\x80", 1, CLASS_OTHER},
+        {"\xe4\xbd", 1, CLASS_OTHER},
+    };
     for (size_t i = 0; i < COUNT(chars); i++) {
         enum CharClass class = char_class_at(tokenizer, (const unsigned char *)chars[i].text, 0,
                                              strlen(chars[i].text), &length);
@@ -1857,17 +1896,17 @@ static void test_tokenizer_small(void) {
 
 /* The common beginning, in whole characters, less one space; the first is the comment's. */
 static void test_data_implicit_prompt(void) {
-    static const char *const cases[][5] = {{"It is good", "It is bad", "It is", " good", " bad"},
-                                           {"same", "same", "same", "", ""},
-                                           {"a", "ab", "a", "", "b"},
-                                           {"x", "y", "", "x", "y"},
-                                           {" a", " b", "", " a", " b"},
-                                           {"caf\xc3\xa9", "caf\xc3\xa8", "caf", "\xc3\xa9",
-                                            "\xc3\xa8"},
-                                           {"\xf0\x9f\x98\x80", "\xf0\x9f\x98\x81", "",
-                                            "\xf0\x9f\x98\x80", "\xf0\x9f\x98\x81"},
-                                           {"a  b", "a  c", "a ", " b", " c"},
-                                           {"word one", "word", "word", " one", ""}};
+    static const char *const cases[][5] = {
+        {"It is good", "It is bad", "It is", " good", " bad"},
+        {"same", "same", "same", "", ""},
+        {"a", "ab", "a", "", "b"},
+        {"x", "y", "", "x", "y"},
+        {" a", " b", "", " a", " b"},
+        {"caf\xc3\xa9", "caf\xc3\xa8", "caf", "\xc3\xa9", "\xc3\xa8"},
+        {"\xf0\x9f\x98\x80", "\xf0\x9f\x98\x81", "", "\xf0\x9f\x98\x80", "\xf0\x9f\x98\x81"},
+        {"a  b", "a  c", "a ", " b", " c"},
+        {"word one", "word", "word", " one", ""},
+    };
     for (size_t i = 0; i < COUNT(cases); i++) {
         struct Row row = {.chosen = text_of(cases[i][0]), .rejected = text_of(cases[i][1])};
         split_implicit_prompt(&row);
@@ -1964,7 +2003,6 @@ static void test_collate_pairs(void) {
     lm_head_forward(model, &plain_head);
     expect_floats("log-probabilities", forked_head.logprob, widen(plain_head.logprob, plain.R),
                   plain.R, 2e-5);
-    gpt2_free(model);
 }
 
 /* LengthSampler(2, 8): 2 to 7, each as often as the others. */
@@ -2135,7 +2173,6 @@ static void test_matmul_threads(void) {
         matmul(matrix_out(c[threads], M, N), matrix(a, M, K), matrix(b, K, N));
         expect_bits("product", c[threads], c[1], M * N);
     }
-    use_threads(1);
 }
 
 /* =============================================================================================
@@ -2305,7 +2342,6 @@ static void test_few_rows(void) {
         expect_floats("logits while a text is written", logits, widen(plain, rows[i] * 263),
                       rows[i] * 263, 2e-5);
     }
-    gpt2_free(model);
 }
 
 /* Every tile this machine has, then the definition: each in its turn is the kernel; false behind
@@ -2349,7 +2385,6 @@ static void test_rows_company(void) {
             for (size_t i = 0; i < COUNT(ins) * COUNT(outs); i++)
                 expect_company(ins[i % COUNT(ins)], outs[i / COUNT(ins)]);
         }
-    use_threads(1);
 }
 
 static const double golden_ln_y[4] = {-1.02575458, -0.226376454, 0.106749587, 3.47051415};
@@ -2637,10 +2672,8 @@ static void test_gpt2_init(void) {
         expect_close(t->name, rms, want, 0.05 * want);
         expect_true("decay on matrices alone", t->decay == (t->ndim == 2));
     }
-    struct GPT2 *copy = gpt2_copy(model);
+    struct GPT2 *copy = owned(gpt2_copy(model));
     expect_same_weights("copy", copy, model);
-    gpt2_free(copy);
-    gpt2_free(model);
 }
 
 static const double golden_gpt_loss = 4.9093771;
@@ -2687,7 +2720,6 @@ static void test_gpt2_golden(void) {
         expect_close("mean logit", head.mean_logit[r], row_sum(row, 61) / 61, 1e-6);
         expect_true("hit", head.hit[r] == (argmax(row, 61) == (size_t)batch.target[r]));
     }
-    gpt2_free(model);
 }
 
 /* One row by hand: logits (0, ln 3), so p = (1/4, 3/4), target 1; and the sums of whole answers. */
@@ -2769,7 +2801,6 @@ static void test_gpt2_gradient_golden(void) {
         expect_floats(t->name, ends, golden_gpt_grad_ends[i], 4, 1.5e-6);
     }
     expect_close("all", gradient_norm(model), golden_gpt_grad_total, 1e-5);
-    gpt2_free(model);
 }
 
 /* A model, a batch and how the output layer reads it. */
@@ -2832,7 +2863,6 @@ static void test_gpt2_gradient(void) {
         struct Tensor *t = c.model->tensors[i];
         expect_gradient(t->name, (struct Slope){model_loss, &c, 0.015}, t->w, t->d, t->n, 12, 2e-3);
     }
-    gpt2_free(c.model);
 }
 
 /* With a temperature, and with the output layer's rows in chunks of five. */
@@ -2868,7 +2898,6 @@ static void test_gpt2_chunks(void) {
         expect_floats("wte's gradient of the cross-entropy", wte,
                       widen(c.model->wte.d, c.model->wte.n), c.model->wte.n, 1e-5);
     }
-    gpt2_free(c.model);
 }
 
 /* A packed batch gives each sequence what it gets alone. */
@@ -2884,7 +2913,6 @@ static void test_gpt2_packed(void) {
                       widen(batch_logits(model, &one), examples[b].n * 50), examples[b].n * 50,
                       2e-5);
     }
-    gpt2_free(model);
 }
 
 struct HeadCase {
@@ -2949,7 +2977,6 @@ static void test_reward_head_gradient(void) {
     }
     expect_true("within 1/20", most <= 0.05 && most > 0.048);
     expect_close("variance of a uniform distribution", square, 0.05 * 0.05 / 3, 1e-4);
-    gpt2_free(model);
 }
 
 static const double golden_rm_reward[2] = {1.91350985, 1.32131338};
@@ -2980,7 +3007,6 @@ static void test_reward_rows(void) {
         expect_close("more texts than go together", reward[i], golden_rm_reward[i % 2], 3e-6);
     reward_score(model, &end, 1, &lone);
     expect_close("empty text", reward[39], lone, 2e-6);
-    gpt2_free(model);
 }
 
 static const double golden_rm_loss = 0.440260053;
@@ -3014,7 +3040,6 @@ static void test_reward_golden(void) {
                     golden_rm_wte_grad_norm, 5e-6);
     expect_relative("norm of wpe's gradient", norm_of(model->wpe.d, model->wpe.n),
                     golden_rm_wpe_grad_norm, 5e-6);
-    gpt2_free(model);
 }
 
 /* =============================================================================================
@@ -3085,19 +3110,24 @@ static void test_lora_targets(void) {
     static const struct {
         const char *targets;
         bool taken[4];
-    } cases[] = {{"c_attn", {1, 0, 0, 0}},
-                 {"c_proj", {0, 1, 0, 1}},
-                 {"mlp.c_proj", {0, 0, 0, 1}},
-                 {"c_fc,attn.c_proj", {0, 1, 1, 0}},
-                 {"proj", {0, 0, 0, 0}},
-                 {"attn", {0, 0, 0, 0}},
-                 {"transformer.h.0.mlp.c_fc", {0, 0, 1, 0}},
-                 {"h.1.mlp.c_fc", {0, 0, 0, 0}},
-                 {"x.transformer.h.0.mlp.c_fc", {0, 0, 0, 0}},
-                 {"", {0, 0, 0, 0}}};
-    static const char *const modules[] = {"transformer.h.0.attn.c_attn",
-                                          "transformer.h.0.attn.c_proj", "transformer.h.0.mlp.c_fc",
-                                          "transformer.h.0.mlp.c_proj"};
+    } cases[] = {
+        {"c_attn", {1, 0, 0, 0}},
+        {"c_proj", {0, 1, 0, 1}},
+        {"mlp.c_proj", {0, 0, 0, 1}},
+        {"c_fc,attn.c_proj", {0, 1, 1, 0}},
+        {"proj", {0, 0, 0, 0}},
+        {"attn", {0, 0, 0, 0}},
+        {"transformer.h.0.mlp.c_fc", {0, 0, 1, 0}},
+        {"h.1.mlp.c_fc", {0, 0, 0, 0}},
+        {"x.transformer.h.0.mlp.c_fc", {0, 0, 0, 0}},
+        {"", {0, 0, 0, 0}},
+    };
+    static const char *const modules[] = {
+        "transformer.h.0.attn.c_attn",
+        "transformer.h.0.attn.c_proj",
+        "transformer.h.0.mlp.c_fc",
+        "transformer.h.0.mlp.c_proj",
+    };
     for (size_t i = 0; i < COUNT(cases); i++)
         for (size_t k = 0; k < 4; k++)
             expect_true(cases[i].targets,
@@ -3105,16 +3135,17 @@ static void test_lora_targets(void) {
     static const struct {
         const char *targets;
         size_t r, want;
-    } labs[] = {{"c_proj c_attn", 4, 405504},
-                {"attn.c_attn attn.c_proj", 8, 442368},
-                {"c_attn", 16, 589824},
-                {"all-linear", 1, 147456}};
+    } labs[] = {
+        {"c_proj c_attn", 4, 405504},
+        {"attn.c_attn attn.c_proj", 8, 442368},
+        {"c_attn", 16, 589824},
+        {"all-linear", 1, 147456},
+    };
     for (size_t i = 0; i < COUNT(labs); i++) {
         struct GPT2 *model = new_model(300, 4, 768, 1, 12);
         random_adapter(model, labs[i].r, labs[i].targets);
         gpt2_make_trainable(model);
         expect_count(labs[i].targets, 12 * trainable_count(model), labs[i].want);
-        gpt2_free(model);
     }
 }
 
@@ -3122,7 +3153,7 @@ static void test_lora_targets(void) {
  * r, with rslora alpha / sqrt(r). */
 static void test_lora_start(void) {
     struct GPT2 *model = random_model(37, 12, 64, 1, 2);
-    struct GPT2 *base = gpt2_copy(model);
+    struct GPT2 *base = owned(gpt2_copy(model));
     adapter_new(model,
                 (struct Adapter){
                     .r = 64,
@@ -3155,8 +3186,6 @@ static void test_lora_start(void) {
     struct Batch batch = batch_of(&e, 1, READ_LAST);
     expect_bits("the base's logits", batch_logits(model, &batch), batch_logits(base, &batch),
                 12 * 37);
-    gpt2_free(model);
-    gpt2_free(base);
 }
 
 /* Central differences of every A and B through the whole model; nothing else has a gradient. */
@@ -3177,14 +3206,13 @@ static void test_lora_gradient(void) {
         adapted++;
     }
     expect_count("A and B of four layers in two blocks", adapted, 16);
-    gpt2_free(c.model);
 }
 
 /* Folded into its base, an adapter computes the same: many rows, few rows, and decoded; the base
  * alone does not. */
 static void test_lora_merge(void) {
     struct GPT2 *model = random_model(37, 24, 16, 2, 2);
-    struct GPT2 *base = gpt2_copy(model);
+    struct GPT2 *base = owned(gpt2_copy(model));
     random_adapter(model, 3, "c_attn c_fc mlp.c_proj");
     struct Example examples[] = {random_example(24, 1, 37), random_example(20, 1, 37)};
     struct Batch batch = batch_of(examples, 2, READ_LAST);
@@ -3210,18 +3238,16 @@ static void test_lora_merge(void) {
     expect_ids("decoded", s[1].ids, s[1].n, s[0].ids, s[0].n);
     expect_true("no adapter is left", model->tensor_count == base->tensor_count && !model->adapter.r
                                           && !model->h[1].mlp.c_fc.lora_A.n);
-    gpt2_free(model);
-    gpt2_free(base);
 }
 
 /* The reference shares the base: of a new adapter it is the base to the bit, of one that goes on
  * a copy that stays. */
 static void test_lora_reference(void) {
     struct GPT2 *model = random_model(37, 12, 8, 2, 2);
-    struct GPT2 *base = gpt2_copy(model);
+    struct GPT2 *base = owned(gpt2_copy(model));
     random_adapter(model, 3, "c_attn c_proj");
-    struct GPT2 *off = adapter_reference(model, false);
-    struct GPT2 *frozen = adapter_reference(model, true);
+    struct GPT2 *off = owned(adapter_reference(model, false));
+    struct GPT2 *frozen = owned(adapter_reference(model, true));
     struct Example e = random_example(12, 1, 37);
     struct Batch batch = batch_of(&e, 1, READ_LAST);
     float *start = batch_logits(model, &batch);
@@ -3234,10 +3260,6 @@ static void test_lora_reference(void) {
     expect_bits("frozen", batch_logits(frozen, &batch), start, 12 * 37);
     expect_true("the model has moved",
                 fabsf(batch_logits(model, &batch)[100] - start[100]) > 1e-3f);
-    gpt2_free(off);
-    gpt2_free(frozen);
-    gpt2_free(model);
-    gpt2_free(base);
 }
 
 /* Training: the base stays to the bit, decay or not; adapter and reward head move; on one to
@@ -3250,7 +3272,7 @@ static void test_lora_frozen(void) {
         test_rng = rng_seed(7, 78);
         use_threads(threads);
         struct GPT2 *model = random_model(50, 40, 16, 2, 2);
-        struct GPT2 *base = gpt2_copy(model);
+        struct GPT2 *base = owned(gpt2_copy(model));
         struct Example examples[8];
         for (size_t i = 0; i < 8; i++)
             examples[i] = random_example(40, 1, 50);
@@ -3274,10 +3296,7 @@ static void test_lora_frozen(void) {
             m = n;
         expect_bits("threads", trained[threads], trained[1], MIN(n, m));
         trainer_free(&trainer);
-        gpt2_free(model);
-        gpt2_free(base);
     }
-    use_threads(1);
 }
 
 /* =============================================================================================
@@ -3302,7 +3321,6 @@ static void test_generate_golden(void) {
         expect_ids(penalty ? "repetition_penalty 1.5" : "greedy", s.ids + 4, s.n - 4,
                    penalty ? golden_greedy_rep : golden_greedy, 8);
     }
-    gpt2_free(model);
 }
 
 /* Hidden states by the KV cache, prompts of different lengths first and then token by token,
@@ -3333,7 +3351,6 @@ static void test_generate_decode(void) {
                 expect_floats("hidden", hidden + row * 16,
                               widen(acts.ln_f + (whole.start[b] + fed[b]) * 16, 16), 16, 2e-5);
     }
-    gpt2_free(model);
 }
 
 /* Sampled texts with the cache against a whole pass for each token, alone and together, on one
@@ -3375,7 +3392,6 @@ static void test_generate_cache(void) {
         expect_true("ends at the end token, its limit or one past the context",
                     ended || plain.n == MIN(prompt[i].n + 5 + i, (size_t)25));
     }
-    gpt2_free(model);
 }
 
 /* The next token's logits of one sequence, its prompt read and `again` tokens written, `others`
@@ -3418,7 +3434,6 @@ static void test_generate_company(void) {
             expect_floats("of 17", of_17, widen(alone, 263), 263, 2e-5);
             expect_bits("of 64", logits_in_company(model, prompt, 63, again), of_17, 263);
         }
-    gpt2_free(model);
 }
 
 /* A prompt that fills the context is answered with one token, as in transformers; a shorter one
@@ -3443,7 +3458,6 @@ static void test_generate_context(void) {
                     expect_count("the likeliest", (size_t)s.ids[24],
                                  argmax(batch_logits(model, &batch) + (size_t)23 * 50, 50));
             }
-    gpt2_free(model);
 }
 
 /* The essay's two beams, from probabilities by hand: after A, B 0.6 and C 0.4; after B, x and y
@@ -3479,7 +3493,6 @@ static void test_beam_search_hand(void) {
     expect_close("log 0.38 / 2", search.finished[0].score, -0.4838, 1e-4);
     expect_close("log 0.30 / 2", search.finished[1].score, -0.6020, 1e-4);
     expect_true("nothing is left", search.running_count == 0 && !beam_search_goes_on(&search));
-    gpt2_free(model);
 }
 
 static const int golden_beam[3][8] = {{52, 52, 52, 52, 52, 48, 48, 48},
@@ -3507,11 +3520,13 @@ static void test_beam_search_golden(void) {
         enum EarlyStopping early_stopping;
         const int (*ids)[8];
         size_t length[3];
-    } cases[] = {{"no end", 60, 1, STOP_FALSE, golden_beam, {8, 8, 8}},
-                 {"end 4", 4, 1, STOP_FALSE, golden_beam_eos4, {8, 6, 8}},
-                 {"length_penalty 2", 4, 2, STOP_FALSE, golden_beam_eos4_long, {8, 8, 8}},
-                 {"length_penalty 0", 4, 0, STOP_FALSE, golden_beam_eos4_zero, {3, 6, 7}},
-                 {"early_stopping", 4, 1, STOP_TRUE, golden_beam_eos4_early, {6, 7, 3}}};
+    } cases[] = {
+        {"no end", 60, 1, STOP_FALSE, golden_beam, {8, 8, 8}},
+        {"end 4", 4, 1, STOP_FALSE, golden_beam_eos4, {8, 6, 8}},
+        {"length_penalty 2", 4, 2, STOP_FALSE, golden_beam_eos4_long, {8, 8, 8}},
+        {"length_penalty 0", 4, 0, STOP_FALSE, golden_beam_eos4_zero, {3, 6, 7}},
+        {"early_stopping", 4, 1, STOP_TRUE, golden_beam_eos4_early, {6, 7, 3}},
+    };
     struct GPT2 *model = golden_model();
     for (size_t i = 0; i < COUNT(cases); i++) {
         struct GenerationConfig config = generation_config();
@@ -3528,7 +3543,6 @@ static void test_beam_search_golden(void) {
             expect_ids(cases[i].name, s[k].ids + 4, s[k].n - 4, cases[i].ids[k],
                        cases[i].length[k]);
     }
-    gpt2_free(model);
 }
 
 /* With as many beams as there are sequences nothing is ever dropped: the best of all 125
@@ -3567,7 +3581,6 @@ static void test_beam_search_exhaustive(void) {
     s.finished = false;
     beam_search(model, &s, &config);
     expect_ids("one beam is greedy", s.ids, s.n, greedy.ids, 4);
-    gpt2_free(model);
 }
 
 /* Scores below any that a place could be marked with: a long answer and a length_penalty below 0.
@@ -3590,7 +3603,6 @@ static void test_beam_search_negative(void) {
         expect_true("different ones", memcmp(s[0].ids, s[1].ids, 104 * sizeof(int))
                                           && memcmp(s[1].ids, s[2].ids, 104 * sizeof(int)));
     }
-    gpt2_free(model);
 }
 
 /* When the search ends: the cases of beam_search_goes_on's comment, and a pool with room. */
@@ -3618,7 +3630,6 @@ static void test_beam_search_stops(void) {
         expect_true(arena_printf(&test_arena, "case %zu", i),
                     beam_search_goes_on(&search) == cases[i].goes_on);
     }
-    gpt2_free(model);
 }
 
 /* Sampled beams: the first draw has softmax's probabilities, and nothing is drawn twice. */
@@ -3766,7 +3777,6 @@ static void test_adamw_golden(void) {
     expect_floats("wte", model->wte.w, golden_adamw_wte, 4, 2e-6);
     expect_floats("ln_f", model->ln_f.weight.w, golden_adamw_ln_f, 4, 2e-6);
     trainer_free(&trainer);
-    gpt2_free(model);
 }
 
 static const double golden_sched_linear[11] =
@@ -3784,10 +3794,12 @@ static void test_schedule(void) {
     static const struct {
         const char *name;
         const double *want;
-    } types[] = {{"linear", golden_sched_linear},
-                 {"cosine", golden_sched_cosine},
-                 {"constant", golden_sched_constant},
-                 {"constant_with_warmup", golden_sched_constant_with_warmup}};
+    } types[] = {
+        {"linear", golden_sched_linear},
+        {"cosine", golden_sched_cosine},
+        {"constant", golden_sched_constant},
+        {"constant_with_warmup", golden_sched_constant_with_warmup},
+    };
     struct TrainingArguments args = training_arguments();
     args.warmup_steps = 3;
     for (size_t i = 0; i < COUNT(types); i++) {
@@ -3851,7 +3863,6 @@ static void test_trainer_steps(void) {
     expect_close("loss in pieces", loss[1], loss[0], 1e-6);
     expect_floats("gradient in pieces", gradient[1], widen(gradient[0], n), n, 2e-6);
     trainer_free(&trainer);
-    gpt2_free(model);
 }
 
 /* The share of an epoch's micro-batches that is done, as transformers counts it: more of them are
@@ -3880,7 +3891,6 @@ static void test_trainer_epoch(void) {
         expect_true("its last step", steps > 0 && cases[k].epoch[steps] == 0);
         trainer_free(&trainer);
     }
-    gpt2_free(model);
 }
 
 /* Two training steps of a model large enough for every parallel loop: one, two and three
@@ -3899,9 +3909,6 @@ static void test_trainer_threads(void) {
         expect_same_weights("weights", model[threads], model[1]);
         trainer_free(&trainer);
     }
-    use_threads(1);
-    for (int threads = 1; threads <= 3; threads++)
-        gpt2_free(model[threads]);
 }
 
 static double mean_in(const struct LogEntry *metrics, const char *name) {
@@ -3967,7 +3974,7 @@ static double measured(struct Trainer *trainer, const char *name) {
  * neighbours. Here no figure does. */
 static void test_eval_batch_size(void) {
     struct GPT2 *model = random_model(37, 20, 8, 2, 2);
-    struct GPT2 *ref_model = gpt2_copy(model);
+    struct GPT2 *ref_model = owned(gpt2_copy(model));
     struct Example texts[14];
     double rating[7], label[7];
     double nll = 0;
@@ -4031,8 +4038,6 @@ static void test_eval_batch_size(void) {
     trainer.task.eval_n = 7;
     expect_batch_size_alike("dpo", &trainer);
     trainer_free(&trainer);
-    gpt2_free(model);
-    gpt2_free(ref_model);
 }
 
 /* Ctrl-C in the evaluation after the last step: it ends without a figure, the weights are saved. */
@@ -4054,28 +4059,29 @@ static void test_evaluation_interrupted(void) {
     expect_true("without Ctrl-C it is", isfinite(trainer_evaluate(&trainer)));
     expect_count("and logged", trainer.state.log_count, 5);
     trainer_free(&trainer);
-    gpt2_free(model);
 }
 
 /* Every number that is shown at once, as long as numbers get: the line is cut to its buffer. */
 static void test_state_say(void) {
-    static const char *const names[] = {"env/reward_mean",
-                                        "objective/kl",
-                                        "ppo/loss/total",
-                                        "reward",
-                                        "kl",
-                                        "gradient_variance/none",
-                                        "gradient_variance/mean",
-                                        "gradient_variance/rloo",
-                                        "loss",
-                                        "eval_loss",
-                                        "accuracy",
-                                        "eval_accuracy",
-                                        "margin",
-                                        "rewards/margins",
-                                        "rewards/accuracies",
-                                        "grad_norm",
-                                        "learning_rate"};
+    static const char *const names[] = {
+        "env/reward_mean",
+        "objective/kl",
+        "ppo/loss/total",
+        "reward",
+        "kl",
+        "gradient_variance/none",
+        "gradient_variance/mean",
+        "gradient_variance/rloo",
+        "loss",
+        "eval_loss",
+        "accuracy",
+        "eval_accuracy",
+        "margin",
+        "rewards/margins",
+        "rewards/accuracies",
+        "grad_norm",
+        "learning_rate",
+    };
     struct TrainerState state = {.global_step = 1, .max_steps = 2};
     struct LogEntry entry = {0};
     for (size_t i = 0; i < COUNT(names); i++)
@@ -4086,7 +4092,7 @@ static void test_state_say(void) {
     quiet = true;
     struct Text said = capture_end();
     const char *beginning = "test: step 1/2  env/reward_mean -1.234e-300  objective/kl -1.234e-300";
-    expect_true("its beginning", strstr(said.data, beginning));
+    expect_holds("its beginning", said, beginning);
     expect_true("no longer than its buffer", said.length > 350 && said.length < 420);
 }
 
@@ -4146,15 +4152,14 @@ static void test_language_sft_rows(void) {
     struct GPT2 *model = new_model(1024, 32, 8, 1, 2);
     struct Trainer trainer = trainer_of(model, 0, 1, 4);
     trainer.args.max_length = 6;
-    struct Dataset *data = dataset_of("{\"prompt\": \"a b c\", \"completion\": \" "
-                                      "d\"}\n{\"prompt\": \"a b c d e f g h\", \"completion\": \" "
-                                      "i\"}\n{\"prompt\": \"a\", \"completion\": \" b c d e f g h "
-                                      "i\"}\n",
+    struct Dataset *data = dataset_of("{'prompt': 'a b c', 'completion': ' d'}\n{'prompt': 'a b c "
+                                      "d e f g h', 'completion': ' i'}\n{'prompt': 'a', "
+                                      "'completion': ' b c d e f g h i'}\n",
                                       SFT_SHAPES, COUNT(SFT_SHAPES));
     capture_begin();
     struct LanguageTask *task = sft_task(&trainer, &test_arena, data, NULL);
     struct Text said = capture_end();
-    expect_true("a note", strstr(said.data, "2 of 3 rows were cut to their first 6 tokens"));
+    expect_holds("a note", said, "2 of 3 rows were cut to their first 6 tokens");
     expect_count("rows", trainer.task.n, 2);
     expect_true("the end token last", task->examples[0].n == 5 && task->examples[0].ids[4] == 1023
                                           && task->examples[0].prompt_length == 3);
@@ -4164,12 +4169,11 @@ static void test_language_sft_rows(void) {
         example_encode(&test_arena, tokenizer, text_of("a b"), 1024, &model->config.eos_token_id);
     task->examples[0] = text;
     expect_count("all tokens of a text", language_targets(&trainer, 0), 3);
-    gpt2_free(model);
 }
 
 /* The comments' numbers: a loss of zeros, and where rows of whole texts start. */
 static void test_language_hand(void) {
-    struct GPT2 *model = gpt2_new((struct GPT2Config){37, 12, 8, 2, 2, 36, 36, 1e-5f, 36, {0}});
+    struct GPT2 *model = empty_model(37, 12, 8, 2, 2);
     struct Example one = random_example(4, 2, 37);
     struct Trainer trainer = trainer_of(model, 0, 1, 1);
     for (size_t i = 0; i < model->tensor_count; i++)
@@ -4189,7 +4193,6 @@ static void test_language_hand(void) {
         expect_count("second row", (size_t)(rows[1].ids - rows[0].ids), whole ? 3 : 4);
     }
     trainer_free(&trainer);
-    gpt2_free(model);
 }
 
 /* A model learns four sentences by heart. */
@@ -4205,7 +4208,6 @@ static void test_language_overfit(void) {
     expect_true("loss at last below 0.1", logged(&trainer, 79, "loss") < 0.1);
     expect_close("every token hit", logged(&trainer, 79, "mean_token_accuracy"), 1, 0);
     trainer_free(&trainer);
-    gpt2_free(model);
 }
 
 /* =============================================================================================
@@ -4242,7 +4244,7 @@ static void expect_task_gradient(struct Trainer *trainer, double h) {
 /* Central differences of the whole reward model, for pairs with margins, rated and labelled texts.
  */
 static void test_reward_gradient(void) {
-    struct GPT2 *model = gpt2_new((struct GPT2Config){37, 12, 8, 2, 2, 36, 36, 1e-5f, 36, {0}});
+    struct GPT2 *model = empty_model(37, 12, 8, 2, 2);
     reward_head_declare(model);
     fill_random(model);
     struct Example texts[8];
@@ -4266,7 +4268,6 @@ static void test_reward_gradient(void) {
         expect_task_gradient(&trainer, 0.01);
         trainer_free(&trainer);
     }
-    gpt2_free(model);
 }
 
 /* The comments' numbers; a tie is no win. */
@@ -4285,37 +4286,33 @@ static void test_reward_equal_pairs(void) {
     struct GPT2 *model = new_model(1024, 16, 16, 1, 2);
     struct Trainer trainer = trainer_of(model, 0, 1, 4);
     reward_head_declare(model);
-    struct Dataset *data = dataset_of("{\"chosen\": \"a b\", \"rejected\": \"a b\"}\n"
-                                      "{\"chosen\": \"a b\", \"rejected\": \"a c\"}\n"
-                                      "{\"prompt\": \"a\", \"chosen\": \"\", \"rejected\": \"\", "
-                                      "\"margin\": 1}\n",
+    struct Dataset *data = dataset_of("{'chosen': 'a b', 'rejected': 'a b'}\n"
+                                      "{'chosen': 'a b', 'rejected': 'a c'}\n"
+                                      "{'prompt': 'a', 'chosen': '', 'rejected': '', 'margin': "
+                                      "1}\n",
                                       REWARD_SHAPES, COUNT(REWARD_SHAPES));
     capture_begin();
     struct RewardTask *task = reward_task(&trainer, &test_arena, data, data);
     struct Text said = capture_end();
     expect_true("one is left", trainer.task.n == 1 && trainer.task.eval_n == 1);
-    expect_true("counted", strstr(said.data, "2 of 3 pairs are left out: chosen and rejected are "
-                                             "the same\n"));
+    expect_holds("counted", said, "2 of 3 pairs are left out: chosen and rejected are the same\n");
     expect_count("a b and the end", task->texts[0][0].n, 3);
     expect_true("two different sides", task->texts[0][0].ids[1] != task->texts[0][1].ids[1]);
     trainer_free(&trainer);
-    gpt2_free(model);
 }
 
 /* Six pairs from a file are ordered after a few steps, of rated texts and of preferences; too
  * long a pair is dropped. */
 static void test_reward_overfit(void) {
-    static const char *const data[] = {"{\"text\": \"good\", \"score\": 2}\n{\"text\": \"bad\", "
-                                       "\"score\": 0}\n{\"text\": \"a fine film\", \"score\": "
-                                       "3}\n{\"text\": \"dull\", \"score\": -1}\n",
-                                       "{\"prompt\": \"It is\", \"chosen\": \" good\", "
-                                       "\"rejected\": \" bad\"}\n{\"chosen\": \"fine\", "
-                                       "\"rejected\": \"dull\"}\n{\"chosen\": \"a b c d e f g h i "
-                                       "j k l m n o p q\", \"rejected\": \"x\"}\n{\"chosen\": "
-                                       "\"yes\", \"rejected\": \"no\", \"margin\": 1}\n",
-                                       "{\"text\": \"good\", \"label\": 1}\n{\"text\": \"bad\", "
-                                       "\"label\": 0}\n{\"text\": \"a fine film\", \"label\": "
-                                       "true}\n{\"text\": \"dull\", \"label\": false}\n"};
+    static const char *const data[] = {
+        "{'text': 'good', 'score': 2}\n{'text': 'bad', 'score': 0}\n{'text': 'a fine film', "
+        "'score': 3}\n{'text': 'dull', 'score': -1}\n",
+        "{'prompt': 'It is', 'chosen': ' good', 'rejected': ' bad'}\n{'chosen': 'fine', "
+        "'rejected': 'dull'}\n{'chosen': 'a b c d e f g h i j k l m n o p q', 'rejected': "
+        "'x'}\n{'chosen': 'yes', 'rejected': 'no', 'margin': 1}\n",
+        "{'text': 'good', 'label': 1}\n{'text': 'bad', 'label': 0}\n{'text': 'a fine film', "
+        "'label': true}\n{'text': 'dull', 'label': false}\n",
+    };
     for (int k = 0; k < 3; k++) {
         struct GPT2 *model = new_model(1024, 16, 16, 1, 2);
         reward_head_declare(model);
@@ -4335,7 +4332,6 @@ static void test_reward_overfit(void) {
         expect_close("loss at last", logged(&trainer, 59, "loss"), 0, 0.05);
         expect_close("accuracy", logged(&trainer, 59, "accuracy"), 1, 0);
         trainer_free(&trainer);
-        gpt2_free(model);
     }
 }
 
@@ -4366,8 +4362,6 @@ static void test_reward_company(void) {
                         expect_bits("from the other end", reward + n - 1 - at, &alone, 1);
                     }
             }
-    use_threads(1);
-    gpt2_free(model);
 }
 
 /* =============================================================================================
@@ -4669,7 +4663,7 @@ static void test_ppo_loss_golden(void) {
 static struct PPOTrainer *ppo_of(struct PPOConfig config, double learning_rate,
                                  struct Rollout *rollouts) {
     struct GPT2 *model = random_model(37, 14, 8, 2, 2);
-    struct GPT2 *ref_model = gpt2_copy(model);
+    struct GPT2 *ref_model = owned(gpt2_copy(model));
     for (size_t i = 0; i < ref_model->tensor_count; i++)
         for (size_t k = 0; k < ref_model->tensors[i]->n; k++)
             ref_model->tensors[i]->w[k] *= 0.9f;
@@ -4686,12 +4680,6 @@ static struct PPOTrainer *ppo_of(struct PPOConfig config, double learning_rate,
     config.batch_size = 4;
     config.mini_batch_size = MIN(config.mini_batch_size, (size_t)4);
     return ppo_trainer_new(model, ref_model, config, args, 0.7);
-}
-
-static void ppo_end(struct PPOTrainer *ppo) {
-    gpt2_free(ppo->model);
-    gpt2_free(ppo->ref_model);
-    ppo_trainer_free(ppo);
 }
 
 struct PPOModelCase {
@@ -4727,7 +4715,7 @@ static void test_ppo_gradient(void) {
         expect_gradient(t->name, (struct Slope){ppo_model_loss, &c, 0.003}, t->w, d[i], t->n, 6,
                         4e-3);
     }
-    ppo_end(ppo);
+    ppo_trainer_free(ppo);
 }
 
 /* One step at learning rate 0: log-probabilities and rewards of the rollouts by way of logits;
@@ -4780,10 +4768,12 @@ static void test_ppo_step(void) {
         static const struct {
             const char *name;
             double want, tolerance;
-        } stats[] = {{"ppo/policy/approxkl", 0, 1e-9},    {"ppo/policy/policykl", 0, 1e-5},
-                     {"ppo/policy/clipfrac", 0, 0},       {"ppo/val/clipfrac", 0, 0},
-                     {"ppo/mean_scores", 0.5, 0},         {"objective/kl_coef", 0.2, 0},
-                     {"tokens/responses_len_mean", 6, 0}, {"tokens/queries_len_mean", 2.75, 0}};
+        } stats[] = {
+            {"ppo/policy/approxkl", 0, 1e-9},    {"ppo/policy/policykl", 0, 1e-5},
+            {"ppo/policy/clipfrac", 0, 0},       {"ppo/val/clipfrac", 0, 0},
+            {"ppo/mean_scores", 0.5, 0},         {"objective/kl_coef", 0.2, 0},
+            {"tokens/responses_len_mean", 6, 0}, {"tokens/queries_len_mean", 2.75, 0},
+        };
         double value;
         for (size_t i = 0; i < COUNT(stats); i++) {
             log_find(&ppo->stats, stats[i].name, &value);
@@ -4816,7 +4806,7 @@ static void test_ppo_step(void) {
         expect_count("its advantage", json_count(json_get(line, "ppo/policy/advantages")), 4 * 24);
         for (struct Json *item = json_get(line, "ppo/policy/ratio")->child; item; item = item->next)
             expect_close("at learning rate 0 the ratio is 1", item->number, 1, 1e-5);
-        ppo_end(ppo);
+        ppo_trainer_free(ppo);
     }
 }
 
@@ -4830,7 +4820,7 @@ static void test_ppo_guards(void) {
     struct PPOTrainer *ppo = ppo_of(config, 0.03, rollouts);
     ppo_step(ppo, rollouts);
     expect_count("one step, then stopped after the first epoch", ppo->optimizer_steps, 1);
-    ppo_end(ppo);
+    ppo_trainer_free(ppo);
     config = ppo_config();
     config.mini_batch_size = 4;
     config.ratio_threshold = 1e-3;
@@ -4840,12 +4830,12 @@ static void test_ppo_guards(void) {
     capture_begin();
     ppo_step(ppo, rollouts);
     struct Text said = capture_end();
-    expect_true("a note", strstr(said.data, "exceeds --ratio_threshold"));
+    expect_holds("a note", said, "exceeds --ratio_threshold");
     expect_bits("no gradient, no movement", all_weights(ppo->model, &n), before, n);
     double value;
     log_find(&ppo->stats, "ppo/loss/total", &value);
     expect_close("loss 0", value, 0, 0);
-    ppo_end(ppo);
+    ppo_trainer_free(ppo);
 }
 
 /* A step with mini-batches and accumulation on one, two and three threads: the same weights, bit
@@ -4861,13 +4851,14 @@ static void test_ppo_threads(void) {
     for (int threads = 1; threads <= 3; threads++) {
         struct GPT2 *model = new_model(600, 60, 64, 1, 4);
         use_threads(threads);
-        ppo[threads] = ppo_trainer_new(model, gpt2_copy(model), config, training_arguments(), 1);
+        ppo[threads] =
+            ppo_trainer_new(model, owned(gpt2_copy(model)), config, training_arguments(), 1);
         ppo_step(ppo[threads], rollouts);
         expect_same_weights("weights", ppo[threads]->model, ppo[1]->model);
     }
     use_threads(1);
     for (int threads = 1; threads <= 3; threads++)
-        ppo_end(ppo[threads]);
+        ppo_trainer_free(ppo[threads]);
 }
 
 /* SHARE_B answers of six tokens to prompts of which `each` are alike, their score 4 times the
@@ -4896,7 +4887,7 @@ static double share_rollouts(const struct GPT2 *model, size_t step, size_t each,
 static void test_ppo_raises_reward(void) {
     enum { STEPS = 20 };
     struct GPT2 *model = new_model(40, 16, 32, 1, 2);
-    struct GPT2 *ref_model = gpt2_copy(model);
+    struct GPT2 *ref_model = owned(gpt2_copy(model));
     struct TrainingArguments args = training_arguments();
     struct PPOConfig config = ppo_config();
     args.learning_rate = 4e-3;
@@ -4916,7 +4907,7 @@ static void test_ppo_raises_reward(void) {
     expect_close("share of the token at first", first, 1.0 / 40, 0.05);
     expect_close("and at last", last, 1, 0.4);
     expect_true("away from the reference", kl > 1);
-    ppo_end(ppo);
+    ppo_trainer_free(ppo);
 }
 
 /* Rollouts that are written are read back and replayed as they were. */
@@ -4938,7 +4929,6 @@ static void test_ppo_replay(void) {
         expect_count("response", back[i].response_length, want->response_length);
         expect_bits("score", &back[i].score, &want->score, 1);
     }
-    gpt2_free(model);
 }
 
 /* Every response of two tokens out of four, with its reward: 16 of them. */
@@ -5007,7 +4997,6 @@ static void test_reinforce_gradient(void) {
                             6, 4e-3);
         }
     }
-    gpt2_free(w.model);
 }
 
 /* reinforce_step without movement: what it logs, and each answer's own gradient of ln_f.bias by
@@ -5066,14 +5055,14 @@ static void test_reinforce_step(void) {
     for (size_t i = 0; i < 4; i++)
         expect_close("d log pi / d ln_f.bias", s[i * 8 + 3], (logps[1][i] - logps[0][i]) / 0.02,
                      2e-3);
-    ppo_end(ppo);
+    ppo_trainer_free(ppo);
 }
 
 static void test_reinforce_raises_reward(void) {
     enum { STEPS = 30 };
     for (int baseline = 0; baseline < BASELINES; baseline++) {
         struct GPT2 *model = new_model(40, 16, 32, 1, 2);
-        struct GPT2 *ref_model = gpt2_copy(model);
+        struct GPT2 *ref_model = owned(gpt2_copy(model));
         struct PPOConfig config = {
             .baseline = (enum Baseline)baseline,
             .init_kl_coef = 0.01,
@@ -5094,8 +5083,6 @@ static void test_reinforce_raises_reward(void) {
         }
         expect_true((const char *[]){"none", "mean", "rloo"}[baseline], first < 0.1 && last > 0.5);
         ppo_trainer_free(ppo);
-        gpt2_free(model);
-        gpt2_free(ref_model);
     }
 }
 
@@ -5123,7 +5110,7 @@ static void test_scorer_scale(void) {
  * temperature. */
 static void test_dpo_model_gradient(void) {
     struct GPT2 *model = random_model(37, 12, 8, 2, 2);
-    struct GPT2 *ref_model = gpt2_copy(model);
+    struct GPT2 *ref_model = owned(gpt2_copy(model));
     for (size_t i = 0; i < ref_model->wte.n; i++)
         ref_model->wte.w[i] *= 0.9f;
     struct Example pairs[8];
@@ -5138,8 +5125,6 @@ static void test_dpo_model_gradient(void) {
     dpo_task(&trainer, &test_arena, ref_model, config, 0.8, pairs, 4);
     expect_task_gradient(&trainer, 0.005);
     trainer_free(&trainer);
-    gpt2_free(model);
-    gpt2_free(ref_model);
 }
 
 /* Pairs from a file as TRL prepares them: a split for both sides, cut to max_length, a prompt
@@ -5148,18 +5133,17 @@ static void test_dpo_pairs(void) {
     struct GPT2 *model = new_model(1024, 32, 8, 1, 2);
     struct Trainer trainer = trainer_of(model, 0, 1, 4);
     trainer.args.max_length = 6;
-    struct Dataset *data =
-        dataset_of("{\"prompt\": \"a b\", \"chosen\": \" c\", \"rejected\": \" d e f g h "
-                   "i\"}\n{\"chosen\": \"a b c\", \"rejected\": \"a b d\"}\n{\"prompt\": \"a b c d "
-                   "e f g\", \"chosen\": \" x\", \"rejected\": \" y\"}\n"
-                   "{\"prompt\": \"a the\", \"chosen\": \"re\", \"rejected\": \" x\"}\n",
-                   DPO_SHAPES, 1);
+    struct Dataset *data = dataset_of("{'prompt': 'a b', 'chosen': ' c', 'rejected': ' d e f g h "
+                                      "i'}\n{'chosen': 'a b c', 'rejected': 'a b d'}\n{'prompt': "
+                                      "'a b c d e f g', 'chosen': ' x', 'rejected': ' y'}\n"
+                                      "{'prompt': 'a the', 'chosen': 're', 'rejected': ' x'}\n",
+                                      DPO_SHAPES, 1);
     struct Example pairs[8];
     capture_begin();
     struct DPOConfig config = {.beta = 0.1, .weight = {[DPO_SIGMOID] = 1}};
     size_t n = dpo_pairs(&trainer, &test_arena, data, &config, pairs);
     struct Text said = capture_end();
-    expect_true("a note", strstr(said.data, "1 of 4 pairs dropped"));
+    expect_holds("a note", said, "1 of 4 pairs dropped");
     expect_count("pairs", n, 3);
     expect_true("prompt a b", pairs[0].prompt_length == 2 && pairs[0].n == 4
                                   && pairs[0].ids[3] == 1023 && pairs[1].n == 6
@@ -5168,9 +5152,8 @@ static void test_dpo_pairs(void) {
                 pairs[2].prompt_length == 2 && pairs[2].n == 4 && pairs[3].n == 4);
     expect_true("the shorter common prefix for both",
                 pairs[4].prompt_length == 1 && pairs[5].prompt_length == 1);
-    expect_true("a note on the cut", strstr(said.data, "1 of 4 pairs were cut to their first 6 "
-                                                       "tokens (--max_length)"));
-    gpt2_free(model);
+    expect_holds("a note on the cut", said,
+                 "1 of 4 pairs were cut to their first 6 tokens (--max_length)");
 }
 
 /* Pairs whose sides are the same, from the start or since the cut, teach nothing: left out and
@@ -5181,10 +5164,10 @@ static void test_dpo_equal_pairs(void) {
     struct DPOConfig config = {.beta = 0.1, .weight = {[DPO_SIGMOID] = 1}};
     trainer.args.max_length = 4;
     struct Dataset *data =
-        dataset_of("{\"prompt\": \"a\", \"chosen\": \" b\", \"rejected\": \" b\"}\n"
-                   "{\"prompt\": \"a\", \"chosen\": \" b c d e\", \"rejected\": \" b c d f\"}\n"
-                   "{\"prompt\": \"a\", \"chosen\": \" b c d e\", \"rejected\": \" b c d e\"}\n"
-                   "{\"prompt\": \"a\", \"chosen\": \" b\", \"rejected\": \" b c\"}\n",
+        dataset_of("{'prompt': 'a', 'chosen': ' b', 'rejected': ' b'}\n"
+                   "{'prompt': 'a', 'chosen': ' b c d e', 'rejected': ' b c d f'}\n"
+                   "{'prompt': 'a', 'chosen': ' b c d e', 'rejected': ' b c d e'}\n"
+                   "{'prompt': 'a', 'chosen': ' b', 'rejected': ' b c'}\n",
                    DPO_SHAPES, 1);
     struct Example pairs[8];
     capture_begin();
@@ -5192,25 +5175,22 @@ static void test_dpo_equal_pairs(void) {
     struct Text said = capture_end();
     expect_count("what is left", n, 1);
     expect_count("the last pair", pairs[1].n, 4);
-    expect_true("cut", strstr(said.data, "2 of 4 pairs were cut to their first 4 tokens "
-                                         "(--max_length)"));
-    expect_true("equal", strstr(said.data, "2 of 4 pairs are left out: chosen and rejected are the "
-                                           "same\n"));
-    expect_true("since the cut", strstr(said.data, "1 of 4 pairs are left out: chosen and rejected "
-                                                   "are the same up "
-                                                   "to the cut at 4 tokens (--max_length)\n"));
+    expect_holds("cut", said, "2 of 4 pairs were cut to their first 4 tokens (--max_length)");
+    expect_holds("equal", said, "2 of 4 pairs are left out: chosen and rejected are the same\n");
+    expect_holds("since the cut", said,
+                 "1 of 4 pairs are left out: chosen and rejected are the same up to the cut at 4 "
+                 "tokens (--max_length)\n");
     config.weight[DPO_SFT] = 0.2;
     capture_begin();
     expect_count("with the sft loss", dpo_pairs(&trainer, &test_arena, data, &config, pairs), 4);
     capture_end();
-    gpt2_free(model);
 }
 
 /* Training moves the margins of eight pairs apart; the loss starts at ln 2; the reference's
  * cache is filled once. */
 static void test_dpo_overfit(void) {
     struct GPT2 *model = new_model(64, 16, 32, 1, 2);
-    struct GPT2 *ref_model = gpt2_copy(model);
+    struct GPT2 *ref_model = owned(gpt2_copy(model));
     struct Example pairs[16];
     for (size_t i = 0; i < 16; i++)
         pairs[i] = random_example(10, 3, 64);
@@ -5228,8 +5208,6 @@ static void test_dpo_overfit(void) {
         expect_close("the reference's log-probability: 7 tokens of 64", task->ref_logps[0][i],
                      -7 * log(64), 1);
     trainer_free(&trainer);
-    gpt2_free(model);
-    gpt2_free(ref_model);
 }
 
 /* Wherever a text gets an end token it is the one of the model's configuration, here "." (13). */
@@ -5238,18 +5216,17 @@ static void test_data_end_token(void) {
     struct Trainer trainer = trainer_of(model, 0, 1, 4);
     model->config.eos_token_id = 13;
     trainer.args.max_length = 32;
-    const char *more = "{\"prompt\": \"a\", \"completion\": \" b\"}\n{\"prompt\": \"a.\", "
-                       "\"completion\": \"\"}\n"
-                       "{\"prompt\": \"a\", \"completion\": \" b.\"}\n";
+    const char *more = "{'prompt': 'a', 'completion': ' b'}\n{'prompt': 'a.', 'completion': ''}\n"
+                       "{'prompt': 'a', 'completion': ' b.'}\n";
     struct Dataset *data = dataset_of(more, SFT_SHAPES, COUNT(SFT_SHAPES));
     struct Example *e = sft_task(&trainer, &test_arena, data, NULL)->examples;
     expect_ids("sft, prompt and completion", e->ids, e->n, (int[]){64, 275, 13}, 3);
     expect_ids("a prompt that ends in it", e[1].ids, e[1].n, (int[]){64, 13, 13}, 3);
     expect_ids("a completion that ends in it", e[2].ids, e[2].n, (int[]){64, 275, 13}, 3);
-    data = dataset_of("{\"text\": \"a b\"}\n", SFT_SHAPES, COUNT(SFT_SHAPES));
+    data = dataset_of("{'text': 'a b'}\n", SFT_SHAPES, COUNT(SFT_SHAPES));
     e = sft_task(&trainer, &test_arena, data, NULL)->examples;
     expect_ids("sft, text", e->ids, e->n, (int[]){64, 275, 13}, 3);
-    const char *pair = "{\"prompt\": \"a\", \"chosen\": \" b\", \"rejected\": \" c\"}\n";
+    const char *pair = "{'prompt': 'a', 'chosen': ' b', 'rejected': ' c'}\n";
     data = dataset_of(pair, REWARD_SHAPES, COUNT(REWARD_SHAPES));
     struct DPOConfig config = {.beta = 0.1, .weight = {[DPO_SIGMOID] = 1}};
     struct Example pairs[2];
@@ -5258,7 +5235,6 @@ static void test_data_end_token(void) {
     expect_ids("dpo, rejected", pairs[1].ids, pairs[1].n, (int[]){64, 269, 13}, 3);
     struct RewardTask *task = reward_task(&trainer, &test_arena, data, NULL);
     expect_ids("reward", task->texts[0][1].ids, task->texts[0][1].n, (int[]){64, 269, 13}, 3);
-    gpt2_free(model);
 }
 
 /* An answer ends in its policy's end token, here "." (13). What is scored, counted and shown is the
@@ -5269,9 +5245,11 @@ static void test_answer_end(void) {
         int ids[3];
         size_t n, length;
         const char *answer, *text;
-    } cases[] = {{{64, 275, 13}, 3, 1, " b", "a b"},
-                 {{64, 275, 399}, 3, 2, " b N", "a b N"},
-                 {{13, 13, 0}, 2, 0, "", "."}};
+    } cases[] = {
+        {{64, 275, 13}, 3, 1, " b", "a b"},
+        {{64, 275, 399}, 3, 2, " b N", "a b N"},
+        {{13, 13, 0}, 2, 0, "", "."},
+    };
     struct GPT2 *reward_model = random_model(400, 16, 8, 1, 2);
     tensor_normal(reward_head_declare(reward_model), &test_rng, 1);
     struct Scorer scorer = {.reward_model = reward_model, .tok = tokenizer, .std = 1};
@@ -5293,7 +5271,6 @@ static void test_answer_end(void) {
         expect_count("tokens", answer_length(&e, &policy), cases[i].length);
         expect_text("answer", answer_text(tokenizer, &test_arena, &e, &policy), cases[i].answer);
     }
-    gpt2_free(reward_model);
 }
 
 /* Two answers that read the same are no pair, though one has an end token and another score. */
@@ -5333,8 +5310,6 @@ static void test_collect_identical(void) {
     };
     expect_count("pairs of equal answers",
                  collect_preferences(&source, &test_arena, prompts, 20, &rng, pairs), 0);
-    gpt2_free(policy);
-    gpt2_free(judge);
 }
 
 /* =============================================================================================
@@ -5428,7 +5403,6 @@ static void test_exact_dpo_gradient(void) {
         expect_gradient(t->name, (struct Slope){exact_model_loss, w, 0.003}, t->w, t->d, t->n, 6,
                         4e-3);
     }
-    gpt2_free(w->ref_model);
 }
 
 /* A toy of 9 responses: all three methods come near the optimum. */
@@ -5494,8 +5468,6 @@ static void test_evaluation(void) {
                      kl_exact(logits + 61 * t, log_sum_exp(logits + 61 * t, 61, scratch),
                               ref + 61 * t, log_sum_exp(ref + 61 * t, 61, scratch), 61),
                      golden_kl[t], 4e-6);
-    gpt2_free(model);
-    gpt2_free(ref_model);
 }
 
 /* =============================================================================================
@@ -5550,48 +5522,50 @@ static void test_json_values(void) {
 static void test_json_errors(void) {
     static const struct {
         const char *text, *error;
-    } cases[] = {{"", "it ends"},
-                 {"{", "in quotes"},
-                 {"[1 2]", "',' or ']'"},
-                 {"{\"a\" 1}", "':'"},
-                 {"[1,]", "a comma before the closing bracket"},
-                 {"{\"a\":1,}", "a comma before the closing"},
-                 {"{\"a\":1 \"b\":2}", "',' or '}'"},
-                 {"\"abc", "closing quote"},
-                 {"\"ab\\", "closing quote"},
-                 {"\"a\\x\"", "unknown escape"},
-                 {"\"a\\u12g4\"", "hexadecimal"},
-                 {"\"\\u12\"", "hexadecimal"},
-                 {"\"a\nb\"", "control character"},
-                 {"01", "a value was expected"},
-                 {"+1", "a value was expected"},
-                 {".5", "a value was expected"},
-                 {"1.", "decimal point"},
-                 {"1e", "exponent"},
-                 {"-", "a value was expected"},
-                 {"0x10", "behind its end"},
-                 {"1e999", "beyond 1.8e308"},
-                 {"[-1e999]", "beyond 1.8e308"},
-                 {"\"caf\xe9\"", "not UTF-8"},
-                 {"{\"\xc0\x80\":1}", "not UTF-8"},
-                 {"\"\xed\xa0\x80\"", "not UTF-8"},
-                 {"nul", "a value was expected"},
-                 {"NaN", "NaN is not JSON; write null"},
-                 {"{\"a\":-Infinity}", "-Infinity is not JSON"},
-                 {"[nan]", "nan is not JSON"},
-                 {"[None]", "None is Python"},
-                 {"{\"a\":True}", "True is Python"},
-                 {"{'a':1}", "a single quote"},
-                 {"{\"a\":'b'}", "a single quote"},
-                 {"# a\n1", "a comment"},
-                 {"{// a\n}", "a comment"},
-                 {"{\"a\":1 /* b */}", "a comment"},
-                 {"1 // a", "a comment"},
-                 {"{\"a\":1},", "a comma behind its end; take it out"},
-                 {"\"a\nb", "a line break in it is \\n"},
-                 {"1 2", "behind its end"},
-                 {"{1:2}", "in quotes"},
-                 {"[", "it ends"}};
+    } cases[] = {
+        {"", "it ends"},
+        {"{", "in quotes"},
+        {"[1 2]", "',' or ']'"},
+        {"{\"a\" 1}", "':'"},
+        {"[1,]", "a comma before the closing bracket"},
+        {"{\"a\":1,}", "a comma before the closing"},
+        {"{\"a\":1 \"b\":2}", "',' or '}'"},
+        {"\"abc", "closing quote"},
+        {"\"ab\\", "closing quote"},
+        {"\"a\\x\"", "unknown escape"},
+        {"\"a\\u12g4\"", "hexadecimal"},
+        {"\"\\u12\"", "hexadecimal"},
+        {"\"a\nb\"", "control character"},
+        {"01", "a value was expected"},
+        {"+1", "a value was expected"},
+        {".5", "a value was expected"},
+        {"1.", "decimal point"},
+        {"1e", "exponent"},
+        {"-", "a value was expected"},
+        {"0x10", "behind its end"},
+        {"1e999", "beyond 1.8e308"},
+        {"[-1e999]", "beyond 1.8e308"},
+        {"\"caf\xe9\"", "not UTF-8"},
+        {"{\"\xc0\x80\":1}", "not UTF-8"},
+        {"\"\xed\xa0\x80\"", "not UTF-8"},
+        {"nul", "a value was expected"},
+        {"NaN", "NaN is not JSON; write null"},
+        {"{\"a\":-Infinity}", "-Infinity is not JSON"},
+        {"[nan]", "nan is not JSON"},
+        {"[None]", "None is Python"},
+        {"{\"a\":True}", "True is Python"},
+        {"{'a':1}", "a single quote"},
+        {"{\"a\":'b'}", "a single quote"},
+        {"# a\n1", "a comment"},
+        {"{// a\n}", "a comment"},
+        {"{\"a\":1 /* b */}", "a comment"},
+        {"1 // a", "a comment"},
+        {"{\"a\":1},", "a comma behind its end; take it out"},
+        {"\"a\nb", "a line break in it is \\n"},
+        {"1 2", "behind its end"},
+        {"{1:2}", "in quotes"},
+        {"[", "it ends"},
+    };
     for (size_t i = 0; i < COUNT(cases); i++) {
         const char *error = NULL;
         struct Json *json = parse(cases[i].text, &error);
@@ -5646,19 +5620,21 @@ static void test_json_write(void) {
 static void test_text_shown(void) {
     static const struct {
         const char *text, *kept, *want;
-    } cases[] = {{"caf\xc3\xa9 \xf0\x9f\x98\x80", "", "caf\xc3\xa9 \xf0\x9f\x98\x80"},
-                 {"a\xff"
-                  "b\xc3",
-                  "",
-                  "a\xef\xbf\xbd"
-                  "b\xef\xbf\xbd"},
-                 {"a\n\tb\r\x1b[0m\x7f", "\n\t", "a\n\tb  [0m "},
-                 {"a\nb", "", "a b"},
-                 {"\xc2\x9b"
-                  "1",
-                  "\n", " 1"},
-                 {"\xed\xa0\x80", "", "\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd"},
-                 {"", "", ""}};
+    } cases[] = {
+        {"caf\xc3\xa9 \xf0\x9f\x98\x80", "", "caf\xc3\xa9 \xf0\x9f\x98\x80"},
+        {"a\xff"
+         "b\xc3",
+         "",
+         "a\xef\xbf\xbd"
+         "b\xef\xbf\xbd"},
+        {"a\n\tb\r\x1b[0m\x7f", "\n\t", "a\n\tb  [0m "},
+        {"a\nb", "", "a b"},
+        {"\xc2\x9b"
+         "1",
+         "\n", " 1"},
+        {"\xed\xa0\x80", "", "\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd"},
+        {"", "", ""},
+    };
     for (size_t i = 0; i < COUNT(cases); i++)
         expect_text(cases[i].want, text_shown(&test_arena, text_of(cases[i].text), cases[i].kept),
                     cases[i].want);
@@ -5719,21 +5695,21 @@ static void test_output_resume(void) {
 /* Every shape of TRL's, with byte order mark, blank lines, CRLF, nulls and fields that nobody
  * knows. */
 static void test_data_shapes(void) {
-    struct Dataset *data = dataset_of("\xef\xbb\xbf{\"text\": \"a\", \"other\": [1, {\"text\": "
-                                      "2}]}\r\n\n  \n{\"text\": \"b\\u0000\"}",
+    struct Dataset *data = dataset_of("\xef\xbb\xbf{'text': 'a', 'other': [1, {'text': 2}]}\r\n\n  "
+                                      "\n{'text': 'b\\u0000'}",
                                       TEXT_SHAPES, 1);
     expect_count("rows", data->n, 2);
     expect_text("text", data->rows[0].text, "a");
     expect_count("bytes of text 2", data->rows[1].text.length, 2);
-    data = dataset_of("{\"prompt\": \"p\", \"completion\": \" c\", \"text\": \"t\"}\n", SFT_SHAPES,
+    data = dataset_of("{'prompt': 'p', 'completion': ' c', 'text': 't'}\n", SFT_SHAPES,
                       COUNT(SFT_SHAPES));
     expect_count("prompt + completion before text", data->shape, SHAPE_PROMPT_COMPLETION);
     expect_text("completion", data->rows[0].completion, " c");
-    data = dataset_of("{\"text\": \"t\", \"prompt\": null}\n", SFT_SHAPES, COUNT(SFT_SHAPES));
+    data = dataset_of("{'text': 't', 'prompt': null}\n", SFT_SHAPES, COUNT(SFT_SHAPES));
     expect_count("null is not there", data->rows[0].has, HAS_TEXT);
     expect_count("text", data->shape, SHAPE_TEXT);
-    data = dataset_of("{\"prompt\": \"p\", \"chosen\": \"c\", \"rejected\": \"r\", \"margin\": "
-                      "0.5}\n{\"chosen\": \"xc\", \"rejected\": \"xr\"}\n",
+    data = dataset_of("{'prompt': 'p', 'chosen': 'c', 'rejected': 'r', 'margin': 0.5}\n{'chosen': "
+                      "'xc', 'rejected': 'xr'}\n",
                       REWARD_SHAPES, COUNT(REWARD_SHAPES));
     expect_true("prompt given, prompt implied",
                 (data->rows[0].has & HAS_PROMPT) && !(data->rows[1].has & HAS_PROMPT));
@@ -5741,12 +5717,11 @@ static void test_data_shapes(void) {
     expect_close("no margin", data->rows[1].margin, 0, 0);
     expect_text("rejected", data->rows[1].rejected, "xr");
     static const unsigned labelled[] = {SHAPE_LABELLED};
-    data = dataset_of("{\"text\": \"a\", \"label\": true}\n{\"text\": \"b\", \"label\": 0}\n",
-                      labelled, 1);
+    data = dataset_of("{'text': 'a', 'label': true}\n{'text': 'b', 'label': 0}\n", labelled, 1);
     expect_true("labels", data->rows[0].label == 1 && data->rows[1].label == 0);
-    data = dataset_of("{\"text\": \"a\", \"score\": -1.5}\n", REWARD_SHAPES, COUNT(REWARD_SHAPES));
+    data = dataset_of("{'text': 'a', 'score': -1.5}\n", REWARD_SHAPES, COUNT(REWARD_SHAPES));
     expect_true("rated", data->shape == SHAPE_RATED && data->rows[0].score == -1.5);
-    data = dataset_of("{\"query_ids\": [1, 2, 3], \"response_ids\": [4, 50256], \"score\": 2}\n",
+    data = dataset_of("{'query_ids': [1, 2, 3], 'response_ids': [4, 50256], 'score': 2}\n",
                       ROLLOUT_SHAPES, 1);
     expect_ids("query", data->rows[0].query_ids, data->rows[0].query_length, (int[]){1, 2, 3}, 3);
     expect_ids("response", data->rows[0].response_ids, data->rows[0].response_length,
@@ -5762,37 +5737,34 @@ static void load_one_label(const void *path) {
 
 /* Fields that a shape does not use are not judged, whatever they hold; those that it uses are. */
 static void test_data_unused_fields(void) {
-    struct Dataset *data = dataset_of("{\"text\": \"a\", \"label\": -1, \"score\": \"5 stars\", "
-                                      "\"margin\": {}, \"prompt\": 3}\n"
-                                      "{\"text\": \"b\", \"label\": \"pos\", \"query_ids\": "
-                                      "\"none\", \"response_ids\": [-1]}\n",
-                                      SFT_SHAPES, COUNT(SFT_SHAPES));
+    struct Dataset *data =
+        dataset_of("{'text': 'a', 'label': -1, 'score': '5 stars', 'margin': {}, 'prompt': 3}\n"
+                   "{'text': 'b', 'label': 'pos', 'query_ids': 'none', 'response_ids': [-1]}\n",
+                   SFT_SHAPES, COUNT(SFT_SHAPES));
     expect_count("texts", data->n, 2);
     expect_count("text alone", data->shape, SHAPE_TEXT);
-    data = dataset_of("{\"text\": \"a\", \"score\": 1.5, \"label\": \"pos\"}\n", REWARD_SHAPES,
+    data = dataset_of("{'text': 'a', 'score': 1.5, 'label': 'pos'}\n", REWARD_SHAPES,
                       COUNT(REWARD_SHAPES));
     expect_close("a rating beside a label in words", data->rows[0].score, 1.5, 0);
-    data = dataset_of("{\"text\": \"a\", \"score\": \"good\", \"label\": 1}\n", LABELLED_SHAPES, 1);
+    data = dataset_of("{'text': 'a', 'score': 'good', 'label': 1}\n", LABELLED_SHAPES, 1);
     expect_close("a label beside a rating in words", data->rows[0].label, 1, 0);
-    const char *pair = "{\"chosen\": \"a\", \"rejected\": \"b\", \"margin\": \"wide\", \"score\": "
-                       "\"\"}\n";
+    const char *pair = "{'chosen': 'a', 'rejected': 'b', 'margin': 'wide', 'score': ''}\n";
     data = dataset_of(pair, DPO_SHAPES, 1);
     expect_count("dpo has no margins", data->n, 1);
-    expect_end("reward has", load_one_comparison, write_text("data.jsonl", pair), 1,
+    expect_end("reward has", load_one_comparison, write_json("data.jsonl", pair), 1,
                "data.jsonl:1: \"margin\" must be a number");
     expect_end("a second row", load_one_label,
-               write_text("data.jsonl", "{\"text\": \"a\", \"label\": 1}\n{\"text\": \"a\", "
-                                        "\"label\": 7}\n"),
+               write_json("data.jsonl", "{'text': 'a', 'label': 1}\n{'text': 'a', 'label': 7}\n"),
                1, "data.jsonl:2: \"label\" must be 0 or 1");
 }
 
 /* A folder: files in order of their names, of one shape, held-out ones left out. */
 static void test_data_folder(void) {
     make_folder(temporary("set"));
-    write_text("set/b.jsonl", "{\"text\": \"3\"}\n");
-    write_text("set/a.jsonl", "{\"text\": \"1\"}\n{\"text\": \"2\"}\n");
-    write_text("set/c.jsonl", "{\"chosen\": \"c\", \"rejected\": \"r\"}\n");
-    write_text("set/test.jsonl", "{\"text\": \"held out\"}\n");
+    write_json("set/b.jsonl", "{'text': '3'}\n");
+    write_json("set/a.jsonl", "{'text': '1'}\n{'text': '2'}\n");
+    write_json("set/c.jsonl", "{'chosen': 'c', 'rejected': 'r'}\n");
+    write_json("set/test.jsonl", "{'text': 'held out'}\n");
     write_text("set/readme.txt", "no data");
     capture_begin();
     struct Dataset *data = dataset_load(&test_arena, temporary("set"), TEXT_SHAPES, 1);
@@ -5920,10 +5892,11 @@ static void test_data_splits_said(void) {
     struct Dataset *train = dataset_load(&test_arena, root, TEXT_SHAPES, 1);
     dataset_load_held_out(&test_arena, root, train);
     struct Text said = capture_end();
-    expect_true("training", strstr(said.data, "splits100: read train.jsonl; left out test.jsonl, "
-                                              "validation.jsonl\n"));
-    expect_true("held out", strstr(said.data, "splits100: read validation.jsonl as held-out data; "
-                                              "left out test.jsonl, train.jsonl\n"));
+    expect_holds("training", said,
+                 "splits100: read train.jsonl; left out test.jsonl, validation.jsonl\n");
+    expect_holds("held out", said,
+                 "splits100: read validation.jsonl as held-out data; left out test.jsonl, "
+                 "train.jsonl\n");
     capture_begin();
     dataset_load(&test_arena, folder_of_splits("a.jsonl;b.jsonl", 101), TEXT_SHAPES, 1);
     expect_count("nothing left out, nothing said", capture_end().length, 0);
@@ -5958,7 +5931,7 @@ static void test_data_splits_said(void) {
     expect_end("nothing is held out", load_folder_held_out, temporary("splits100"), 1,
                "splits100: no held-out row with \"text\" was found: the training reads what is "
                "there (only.jsonl)");
-    write_text("splits100/only.jsonl", "{\"prompt\": \"a\"}\n");
+    write_json("splits100/only.jsonl", "{'prompt': 'a'}\n");
     expect_end("another shape", load_one_dataset, temporary("splits100"), 1,
                "only.jsonl:1: expected \"text\", found \"prompt\"");
 }
@@ -5982,18 +5955,19 @@ static void test_data_written_ends(void) {
         const char *rows;
         const unsigned *shapes;
         const char *note;
-    } cases[] =
-        {{"{\"text\": \"a" END "\"}\n{\"text\": \"b\"}\n{\"text\": \"" END "c\"}\n", TEXT_SHAPES,
-          "2 of 3 rows contain \"" END "\""},
-         {"{\"text\": \"a\\u0000" END "\"}\n", TEXT_SHAPES, "1 of 1 rows contain"},
-         {"{\"prompt\": \"a\", \"completion\": \"b" END "\"}\n", SFT_SHAPES, "1 of 1 rows contain"},
-         {"{\"prompt\": \"" END "a\", \"completion\": \"b\"}\n", SFT_SHAPES, "1 of 1 rows contain"},
-         {"{\"chosen\": \"b\", \"rejected\": \"c" END "\"}\n", DPO_SHAPES, "1 of 1 rows contain"},
-         {"{\"prompt\": \"" END "a\", \"chosen\": \"b\", \"rejected\": \"c\"}\n", DPO_SHAPES,
-          "1 of 1 rows contain"},
-         {"{\"text\": \"<|endoftext| >\"}\n{\"text\": \"<|endoftext|\"}\n{\"text\": \"\"}\n",
-          TEXT_SHAPES, NULL},
-         {"{\"text\": \"a\", \"completion\": \"" END "\"}\n", TEXT_SHAPES, NULL}};
+    } cases[] = {
+        {"{'text': 'a" END "'}\n{'text': 'b'}\n{'text': '" END "c'}\n", TEXT_SHAPES,
+         "2 of 3 rows contain \"" END "\""},
+        {"{'text': 'a\\u0000" END "'}\n", TEXT_SHAPES, "1 of 1 rows contain"},
+        {"{'prompt': 'a', 'completion': 'b" END "'}\n", SFT_SHAPES, "1 of 1 rows contain"},
+        {"{'prompt': '" END "a', 'completion': 'b'}\n", SFT_SHAPES, "1 of 1 rows contain"},
+        {"{'chosen': 'b', 'rejected': 'c" END "'}\n", DPO_SHAPES, "1 of 1 rows contain"},
+        {"{'prompt': '" END "a', 'chosen': 'b', 'rejected': 'c'}\n", DPO_SHAPES,
+         "1 of 1 rows contain"},
+        {"{\"text\": \"<|endoftext| >\"}\n{\"text\": \"<|endoftext|\"}\n{\"text\": \"\"}\n",
+         TEXT_SHAPES, NULL},
+        {"{'text': 'a', 'completion': '" END "'}\n", TEXT_SHAPES, NULL},
+    };
 #undef END
     for (size_t i = 0; i < COUNT(cases); i++) {
         struct Dataset *data = dataset_of(cases[i].rows, cases[i].shapes, 1);
@@ -6008,7 +5982,7 @@ static void test_data_written_ends(void) {
 /* Data in another format is refused by the format's name, with the command that converts it. */
 static void test_data_formats(void) {
     static const char *const cases[][2] = {
-        {"[{\"text\": \"a\"}]\n", "data.jsonl: is a JSON array"},
+        {"[{'text': 'a'}]\n", "data.jsonl: is a JSON array"},
         {"\xef\xbb\xbf\n [\n", "is a JSON array"},
         {"PAR1\x15", "is Parquet"},
         {"ARROW1", "is an Arrow file"},
@@ -6022,32 +5996,30 @@ static void test_data_formats(void) {
         {"PK\x03\x04", "is a zip archive"},
         {"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"},
         {"id,text\n1,good\n", "is a table (CSV)"},
-        {"\xef\xbb\xbf\"text\",\"label\"\r\n", "is a table (CSV)"},
+        {"\xef\xbb\xbf'text','label'\r\n", "is a table (CSV)"},
         {"text\ngood\n", "is a table (CSV)"},
         {"label\ttext\n1\tgood\n", "is a table (TSV)"},
         {"A good, and fine, film.\n", "data.jsonl:1: not JSON: a value was expected (byte 1); one "
                                       "object a line"},
-        {"{\n  \"text\": \"a\"\n}\n", "data.jsonl:1: not JSON: a member's name in quotes was "
-                                      "expected (byte 2); the object goes on in the next line"},
-        {"{\"text\": \"a\",\r\n \"label\": 1}\n", "the object goes on in the next line, it must be "
-                                                  "on one; run: jq -c . '"},
-        {"{\"text\":\n \"a\"}\n", "the object goes on in the next line"},
-        {"{\"messages\": [{\"role\": \"user\", \"content\": \"Hi\"}]}\n", "data.jsonl:1: "
-                                                                          "\"messages\" is a chat"},
-        {"{\"text\": [{\"role\": \"user\", \"content\": \"Hi\"}]}\n", "data.jsonl:1: \"text\" is a "
-                                                                      "chat"},
+        {"{\n  'text': 'a'\n}\n", "data.jsonl:1: not JSON: a member's name in quotes was expected "
+                                  "(byte 2); the object goes on in the next line"},
+        {"{'text': 'a',\r\n 'label': 1}\n", "the object goes on in the next line, it must be on "
+                                            "one; run: jq -c . '"},
+        {"{'text':\n 'a'}\n", "the object goes on in the next line"},
+        {"{'messages': [{'role': 'user', 'content': 'Hi'}]}\n", "data.jsonl:1: \"messages\" is a "
+                                                                "chat"},
+        {"{'text': [{'role': 'user', 'content': 'Hi'}]}\n", "data.jsonl:1: \"text\" is a chat"},
     };
     for (size_t i = 0; i < COUNT(cases); i++) {
-        expect_end(cases[i][0], load_one_dataset, write_text("data.jsonl", cases[i][0]), 1,
+        expect_end(cases[i][0], load_one_dataset, write_json("data.jsonl", cases[i][0]), 1,
                    cases[i][1]);
     }
-    const char *chat = "{\"prompt\": \"Hi\", \"chosen\": [{\"role\": \"user\"}], \"rejected\": "
-                       "[]}\n";
-    expect_end("a preference", load_one_comparison, write_text("data.jsonl", chat), 1,
+    const char *chat = "{'prompt': 'Hi', 'chosen': [{'role': 'user'}], 'rejected': []}\n";
+    expect_end("a preference", load_one_comparison, write_json("data.jsonl", chat), 1,
                "data.jsonl:1: \"chosen\" is a chat, a list of messages, a string was expected "
                "(GPT-2 has no chat template); flatten it: python3 -c ");
     make_folder(temporary("chats"));
-    write_text("chats/a.jsonl", "{\"messages\": [{\"role\": \"user\", \"content\": \"Hi\"}]}\n");
+    write_json("chats/a.jsonl", "{'messages': [{'role': 'user', 'content': 'Hi'}]}\n");
     expect_end("a folder of chats", load_one_dataset, temporary("chats"), 1,
                "chats/a.jsonl:1: \"messages\" is a chat");
     expect_end("by its name", load_one_dataset, write_text("data.csv", "review;stars\n"), 1,
@@ -6060,36 +6032,34 @@ static void load_one_rollout(const void *path) {
 
 /* Data: the line is named, with what was expected and found. */
 static void test_broken_data(void) {
-    static const char *const cases[][2] =
-        {{"{\"text\": \"a\"}\n\n{\"text\": \"b\"\n", "data.jsonl:3: not JSON: ',' or '}' was "
-                                                     "expected"},
-         {"{\"text\": 1}\n", "data.jsonl:1: \"text\" must be a string"},
-         {"3\n", "data.jsonl:1: a JSON object"},
-         {"{\"prompt\": \"a\"}\n", "data.jsonl:1: expected \"text\", found \"prompt\""},
-         {"{\"text\": \"a\"}\n{\"other\": \"b\"}\n", "data.jsonl:2: expected \"text\", found no "
-                                                     "field that is known"},
-         {"", "no row with \"text\" was found"},
-         {"\n \n", "no row with \"text\" was found"},
-         {"{\"text\": \"a\"} x", "something stands behind its end"},
-         {"\xef\xbb\xbf{\"text\": \"a\"}\r\n{\"text\": 3}\r\n", "data.jsonl:2: \"text\" must be a "
-                                                                "string"},
-         {"{\"text\": \"a\"}\n{\"text\": \"caf\xe9\"}\n", "data.jsonl:2: not JSON: a string that "
-                                                          "is not UTF-8; save the file as UTF-8 "
-                                                          "(byte 14)"},
-         {"{\"text\": \"a\", \"score\": 1e999}", "a number beyond"}};
+    static const char *const cases[][2] = {
+        {"{'text': 'a'}\n\n{'text': 'b'\n", "data.jsonl:3: not JSON: ',' or '}' was expected"},
+        {"{'text': 1}\n", "data.jsonl:1: \"text\" must be a string"},
+        {"3\n", "data.jsonl:1: a JSON object"},
+        {"{'prompt': 'a'}\n", "data.jsonl:1: expected \"text\", found \"prompt\""},
+        {"{'text': 'a'}\n{'other': 'b'}\n", "data.jsonl:2: expected \"text\", found no field that "
+                                            "is known"},
+        {"", "no row with \"text\" was found"},
+        {"\n \n", "no row with \"text\" was found"},
+        {"{'text': 'a'} x", "something stands behind its end"},
+        {"\xef\xbb\xbf{'text': 'a'}\r\n{'text': 3}\r\n", "data.jsonl:2: \"text\" must be a string"},
+        {"{'text': 'a'}\n{'text': 'caf\xe9'}\n", "data.jsonl:2: not JSON: a string that is not "
+                                                 "UTF-8; save the file as UTF-8 (byte 14)"},
+        {"{'text': 'a', 'score': 1e999}", "a number beyond"},
+    };
     for (size_t i = 0; i < COUNT(cases); i++)
-        expect_end(cases[i][0], load_one_dataset, write_text("data.jsonl", cases[i][0]), 1,
+        expect_end(cases[i][0], load_one_dataset, write_json("data.jsonl", cases[i][0]), 1,
                    cases[i][1]);
-    expect_end("label", load_one_label, write_text("data.jsonl", "{\"text\": \"a\", \"label\": 2}"),
-               1, "\"label\" must be 0 or 1");
+    expect_end("label", load_one_label, write_json("data.jsonl", "{'text': 'a', 'label': 2}"), 1,
+               "\"label\" must be 0 or 1");
     expect_end("score", load_one_comparison,
-               write_text("data.jsonl", "{\"text\": \"a\", \"score\": \"high\"}"), 1,
+               write_json("data.jsonl", "{'text': 'a', 'score': 'high'}"), 1,
                "\"score\" must be a number");
-    const char *negative = "{\"query_ids\": [1, -2], \"response_ids\": [], \"score\": 1}";
-    expect_end("id", load_one_rollout, write_text("data.jsonl", negative), 1,
+    const char *negative = "{'query_ids': [1, -2], 'response_ids': [], 'score': 1}";
+    expect_end("id", load_one_rollout, write_json("data.jsonl", negative), 1,
                "\"a token id\" must be a whole number");
-    const char *no_list = "{\"query_ids\": 1.5, \"response_ids\": [], \"score\": 1}";
-    expect_end("ids", load_one_rollout, write_text("data.jsonl", no_list), 1,
+    const char *no_list = "{'query_ids': 1.5, 'response_ids': [], 'score': 1}";
+    expect_end("ids", load_one_rollout, write_json("data.jsonl", no_list), 1,
                "\"query_ids\" must hold token ids");
     expect_end("no file", load_one_dataset, "/nowhere/data.jsonl", 1,
                "/nowhere/data.jsonl: No such file");
@@ -6138,11 +6108,13 @@ static void test_broken_tokenizer(void) {
         size_t at;
         char byte;
         const char *message;
-    } edits[] = {{0, 1, "not a tokenizer.bin of version 2"},
-                 {4, 1, "not a tokenizer.bin of version 2"},
-                 {8, 0, "end token"},
-                 {10, 9, "end token"},
-                 {1024, 7, "id 0 is not a single byte of its own"}};
+    } edits[] = {
+        {0, 1, "not a tokenizer.bin of version 2"},
+        {4, 1, "not a tokenizer.bin of version 2"},
+        {8, 0, "end token"},
+        {10, 9, "end token"},
+        {1024, 7, "id 0 is not a single byte of its own"},
+    };
     for (size_t i = 0; i < COUNT(edits); i++) {
         memcpy(bytes, file.data, file.length);
         bytes[edits[i].at] = edits[i].byte;
@@ -6252,20 +6224,19 @@ static void test_safetensors_round_trip(void) {
 
 /* Known prefixes, in any order, are no part of a tensor's name; others are. */
 static void test_bare_name(void) {
-    static const char *const cases[][2] = {{"wte.weight", "wte.weight"},
-                                           {"transformer.wte.weight", "wte.weight"},
-                                           {"module._orig_mod.transformer.h.0.ln_1.bias", "h.0.ln_"
-                                                                                          "1.bias"},
-                                           {"_orig_mod.module.h.0.ln_1.bias", "h.0.ln_1.bias"},
-                                           {"pretrained_model.transformer.h.1.mlp.c_fc.weight",
-                                            "h.1.mlp.c_fc.weight"},
-                                           {"module.v_head.summary.bias", "v_head.summary.bias"},
-                                           {"base_model.model._orig_mod.transformer.h.0.ln_1.bias",
-                                            "h.0.ln_1.bias"},
-                                           {"foo.wte.weight", "foo.wte.weight"},
-                                           {"modules.wte.weight", "modules.wte.weight"},
-                                           {"transformer.", ""},
-                                           {"", ""}};
+    static const char *const cases[][2] = {
+        {"wte.weight", "wte.weight"},
+        {"transformer.wte.weight", "wte.weight"},
+        {"module._orig_mod.transformer.h.0.ln_1.bias", "h.0.ln_1.bias"},
+        {"_orig_mod.module.h.0.ln_1.bias", "h.0.ln_1.bias"},
+        {"pretrained_model.transformer.h.1.mlp.c_fc.weight", "h.1.mlp.c_fc.weight"},
+        {"module.v_head.summary.bias", "v_head.summary.bias"},
+        {"base_model.model._orig_mod.transformer.h.0.ln_1.bias", "h.0.ln_1.bias"},
+        {"foo.wte.weight", "foo.wte.weight"},
+        {"modules.wte.weight", "modules.wte.weight"},
+        {"transformer.", ""},
+        {"", ""},
+    };
     for (size_t i = 0; i < COUNT(cases); i++)
         expect_text(cases[i][0], text_of(bare_name(cases[i][0])), cases[i][1]);
 }
@@ -6273,12 +6244,12 @@ static void test_bare_name(void) {
 /* A model with all its heads, saved and loaded: the same bits and configuration. */
 static void test_model_save(void) {
     struct GPT2 *model =
-        gpt2_new((struct GPT2Config){300, 24, 12, 2, 3, 299, 298, 1e-6f, 297, {0}});
+        owned(gpt2_new((struct GPT2Config){300, 24, 12, 2, 3, 299, 298, 1e-6f, 297, {0}}));
     reward_head_declare(model);
     value_head_declare(model);
     fill_random(model);
     model_save(model, temporary("saved"), tokenizer);
-    struct GPT2 *loaded = gpt2_load(temporary("saved"));
+    struct GPT2 *loaded = owned(gpt2_load(temporary("saved")));
     expect_same_weights("weights", loaded, model);
     const struct GPT2Config *a = &loaded->config;
     const struct GPT2Config *b = &model->config;
@@ -6290,8 +6261,6 @@ static void test_model_save(void) {
     expect_true("both heads", loaded->score.n == 12 && loaded->v_head.weight.n == 12
                                   && loaded->v_head.bias.n == 1);
     tokenizer_check_folder(tokenizer, temporary("saved"), 300);
-    gpt2_free(loaded);
-    gpt2_free(model);
 }
 
 /* config.json's special tokens, absent, null, in a list of one; tokenizer_config.json gives each
@@ -6303,28 +6272,29 @@ static void test_model_special_tokens(void) {
         int eos, pad, bos;
         const char *names[3];
         bool split;
-    } cases[] =
-        {{"\"vocab_size\": 300", 299, 299, 299, {END, END, END}, false},
-         {"\"eos_token_id\": null, \"pad_token_id\": null, \"bos_token_id\": null",
-          50256,
-          50256,
-          50256,
-          {END, END, END},
-          false},
-         {"\"vocab_size\": 300, \"eos_token_id\": [13]", 13, 13, 299, {".", ".", END}, true},
-         {"\"eos_token_id\": 198, \"pad_token_id\": 262, \"bos_token_id\": 0",
-          198,
-          262,
-          0,
-          {"\xc4\x8a", "\xc4\xa0the", "!"},
-          true},
-         {"\"vocab_size\": 300, \"bos_token_id\": 50256", 299, 299, 299, {END, END, END}, false},
-         {"\"vocab_size\": 50300, \"bos_token_id\": 50299",
-          50256,
-          50256,
-          50299,
-          {END, END, NULL},
-          false}};
+    } cases[] = {
+        {"\"vocab_size\": 300", 299, 299, 299, {END, END, END}, false},
+        {"\"eos_token_id\": null, \"pad_token_id\": null, \"bos_token_id\": null",
+         50256,
+         50256,
+         50256,
+         {END, END, END},
+         false},
+        {"\"vocab_size\": 300, \"eos_token_id\": [13]", 13, 13, 299, {".", ".", END}, true},
+        {"\"eos_token_id\": 198, \"pad_token_id\": 262, \"bos_token_id\": 0",
+         198,
+         262,
+         0,
+         {"\xc4\x8a", "\xc4\xa0the", "!"},
+         true},
+        {"\"vocab_size\": 300, \"bos_token_id\": 50256", 299, 299, 299, {END, END, END}, false},
+        {"\"vocab_size\": 50300, \"bos_token_id\": 50299",
+         50256,
+         50256,
+         50299,
+         {END, END, NULL},
+         false},
+    };
 #undef END
     make_folder(temporary("special"));
     for (size_t i = 0; i < COUNT(cases); i++) {
@@ -6355,8 +6325,7 @@ static void test_model_special_tokens(void) {
 /* The same model as transformers may write it: without prefix, in shards, in half precision,
  * with other tensors beside. */
 static void test_gpt2_load(void) {
-    struct GPT2 *model =
-        gpt2_new((struct GPT2Config){300, 24, 12, 2, 3, 299, 299, 1e-5f, 299, {0}});
+    struct GPT2 *model = empty_model(300, 24, 12, 2, 3);
     fill_random(model);
     for (size_t i = 0; i < model->tensor_count; i++) /* numbers that bfloat16 can hold */
         for (size_t k = 0; k < model->tensors[i]->n; k++)
@@ -6374,19 +6343,17 @@ static void test_gpt2_load(void) {
     memcpy(extra, model->tensors, model->tensor_count * sizeof *extra);
     extra[model->tensor_count] = &odd;
     safetensors_write(temporary("plain"), "model.safetensors", extra, model->tensor_count + 1, "");
-    struct GPT2 *loaded = gpt2_load(temporary("plain"));
+    struct GPT2 *loaded = owned(gpt2_load(temporary("plain")));
     expect_same_weights("without prefix", loaded, model);
-    gpt2_free(loaded);
     unlink(temporary("plain/model.safetensors"));
     safetensors_write(temporary("plain"), "a.safetensors", model->tensors, 5, "transformer.");
     safetensors_write(temporary("plain"), "b.safetensors", model->tensors + 5,
                       model->tensor_count - 5, "transformer.");
-    write_text("plain/model.safetensors.index.json", "{\"metadata\": {}, \"weight_map\": {\"x\": "
-                                                     "\"b.safetensors\", \"y\": \"a.safetensors\", "
-                                                     "\"z\": \"b.safetensors\"}}");
-    loaded = gpt2_load(temporary("plain"));
+    write_json("plain/model.safetensors.index.json", "{'metadata': {}, 'weight_map': {'x': "
+                                                     "'b.safetensors', 'y': 'a.safetensors', 'z': "
+                                                     "'b.safetensors'}}");
+    loaded = owned(gpt2_load(temporary("plain")));
     expect_same_weights("in shards", loaded, model);
-    gpt2_free(loaded);
     size_t n;
     size_t used = 0;
     float *all = all_weights(model, &n);
@@ -6410,10 +6377,8 @@ static void test_gpt2_load(void) {
         file[used++] = (unsigned char)(bits_of_float(all[i]) >> 24);
     }
     write_bytes("plain/model.safetensors", file, used);
-    loaded = gpt2_load(temporary("plain"));
+    loaded = owned(gpt2_load(temporary("plain")));
     expect_same_weights("in bfloat16", loaded, model);
-    gpt2_free(loaded);
-    gpt2_free(model);
 }
 
 /* A folder's config.json with `from` replaced, its weights from a list of tensors. */
@@ -6429,7 +6394,7 @@ static const char *odd_model(const char *name, struct Text config, const char *f
 /* gpt2_load, and what it says. */
 static struct GPT2 *load_and_listen(const char *path, struct Text *said) {
     capture_begin();
-    struct GPT2 *model = gpt2_load(path);
+    struct GPT2 *model = owned(gpt2_load(path));
     *said = capture_end();
     return model;
 }
@@ -6442,20 +6407,21 @@ static void test_output_layer(void) {
         bool wte;
         enum Holds lm_head;
         const char *tie, *prefix, *message;
-    } cases[] =
-        {{true, NOT, "true", "transformer.", ""},
-         {true, NOT, "null", "", ""},
-         {true, EQUAL, "true", "transformer.", ""},
-         {true, EQUAL, "null", "module.", ""},
-         {false, EQUAL, "true", "transformer.", ""},
-         {false, EQUAL, "null", "pretrained_model.transformer.", ""},
-         {true, EQUAL, "false", "transformer.", "equals wte.weight: they are one tensor here"},
-         {true, OTHER, "true", "transformer.", "lm_head.weight is not wte.weight (number 7 is "},
-         {true, OTHER, "null", "_orig_mod.", "lm_head.weight is not wte.weight (number 7 is "},
-         {true, OTHER, "false", "transformer.", "an output layer of its own is not implemented"},
-         {true, NOT, "false", "transformer.", "is false in config.json, but there is no lm_head"},
-         {false, EQUAL, "false", "transformer.", "is false in config.json, but there is no wte"},
-         {false, NOT, "true", "transformer.", "wte.weight is missing; expected shape [300, 12]"}};
+    } cases[] = {
+        {true, NOT, "true", "transformer.", ""},
+        {true, NOT, "null", "", ""},
+        {true, EQUAL, "true", "transformer.", ""},
+        {true, EQUAL, "null", "module.", ""},
+        {false, EQUAL, "true", "transformer.", ""},
+        {false, EQUAL, "null", "pretrained_model.transformer.", ""},
+        {true, EQUAL, "false", "transformer.", "equals wte.weight: they are one tensor here"},
+        {true, OTHER, "true", "transformer.", "lm_head.weight is not wte.weight (number 7 is "},
+        {true, OTHER, "null", "_orig_mod.", "lm_head.weight is not wte.weight (number 7 is "},
+        {true, OTHER, "false", "transformer.", "an output layer of its own is not implemented"},
+        {true, NOT, "false", "transformer.", "is false in config.json, but there is no lm_head"},
+        {false, EQUAL, "false", "transformer.", "is false in config.json, but there is no wte"},
+        {false, NOT, "true", "transformer.", "wte.weight is missing; expected shape [300, 12]"},
+    };
     struct GPT2 *model = new_model(300, 24, 12, 1, 3);
     struct GPT2 *loaded;
     struct Tensor lm_head = model->wte;
@@ -6474,8 +6440,8 @@ static void test_output_layer(void) {
             tensors[count++] = &lm_head;
         for (size_t k = cases[i].wte ? 0 : 1; k < model->tensor_count; k++)
             tensors[count++] = model->tensors[k];
-        const char *tie = arena_printf(&test_arena, "\"tie_word_embeddings\": %s", cases[i].tie);
-        const char *path = odd_model("head", config, "\"tie_word_embeddings\": true", tie, tensors,
+        const char *tie = arena_printf(&test_arena, "'tie_word_embeddings': %s", cases[i].tie);
+        const char *path = odd_model("head", config, "'tie_word_embeddings': true", tie, tensors,
                                      count, cases[i].prefix);
         bool good = !*cases[i].message || strstr(cases[i].message, "equals");
         if (!good)
@@ -6486,13 +6452,12 @@ static void test_output_layer(void) {
         expect_same_weights(tie, loaded, model);
         expect_true(tie, *cases[i].message ? strstr(said.data, cases[i].message) != NULL
                                            : said.length == 0);
-        gpt2_free(loaded);
     }
     unlink(temporary("head/model.safetensors"));
     safetensors_write(temporary("head"), "a.safetensors", tensors, 4, "");
     safetensors_write(temporary("head"), "b.safetensors", (struct Tensor *[]){&lm_head}, 1, "");
-    write_text("head/model.safetensors.index.json", "{\"weight_map\": {\"x\": \"b.safetensors\", "
-                                                    "\"y\": \"a.safetensors\"}}");
+    write_json("head/model.safetensors.index.json", "{'weight_map': {'x': 'b.safetensors', 'y': "
+                                                    "'a.safetensors'}}");
     write_bytes("head/config.json", config.data, config.length);
     expect_end("lm_head in one file, most of the rest missing", load_one_model, temporary("head"),
                1, "is missing");
@@ -6503,37 +6468,36 @@ static void test_output_layer(void) {
     safetensors_write(temporary("head"), "b.safetensors", (struct Tensor *[]){&lm_head}, 1, "");
     expect_end("unlike, in two files", load_one_model, temporary("head"), 1,
                "lm_head.weight is not wte.weight (number 3 is ");
-    gpt2_free(loaded);
-    gpt2_free(model);
 }
 
 /* Settings by GPT2Config's other names; activations that are gelu_new by another; tensors that have
  * no place are named. */
 static void test_config_names(void) {
-    static const char *const edits[][3] =
-        {{"\"n_head\": 3", "\"num_attention_heads\": 3", ""},
-         {"\"n_head\": 3", "\"n_head\": null, \"num_attention_heads\": 3", ""},
-         {"\"n_head\": 3", "\"n_head\": 3, \"num_attention_heads\": 3", ""},
-         {"\"n_embd\": 12", "\"hidden_size\": 12", ""},
-         {"\"n_layer\": 2", "\"num_hidden_layers\": 2", ""},
-         {"\"n_positions\": 24", "\"max_position_embeddings\": 24", ""},
-         {"  \"n_positions\": 24,", "", ""},
-         {"\"n_ctx\": 24", "\"n_ctx\": 99", ""},
-         {"\"gelu_new\"", "\"gelu_pytorch_tanh\"", ""},
-         {"\"gelu_new\"", "\"gelu_fast\"", ""},
-         {"\"use_cache\": true", "\"reorder_and_upcast_attn\": true, \"pruned_heads\": {}", ""},
-         {"\"gelu_new\"", "\"gelu\"", "gelu_new is implemented, gelu is not"},
-         {"\"gelu_new\"", "\"quick_gelu\"", "quick_gelu is not"},
-         {"\"n_head\": 3", "\"n_head\": 3, \"num_attention_heads\": 4",
-          "\"n_head\" is 3, but \"num_attention_heads\", another name for it, is 4"},
-         {"\"n_embd\": 12", "\"hidden_size\": 24, \"n_embd\": 12",
-          "\"n_embd\" is 12, but \"hidden_size\""},
-         {"\"use_cache\": true", "\"scale_attn_by_inverse_layer_idx\": true",
-          "\"scale_attn_by_inverse_layer_idx\": false is implemented, true is not"},
-         {"\"use_cache\": true", "\"quantization_config\": {\"quant_method\": \"gptq\"}",
-          "\"quantization_config\": null is implemented, gptq is not"},
-         {"\"use_cache\": true", "\"pruned_heads\": {\"0\": [1]}",
-          "\"pruned_heads\": null is implemented, a list is not"}};
+    static const char *const edits[][3] = {
+        {"'n_head': 3", "'num_attention_heads': 3", ""},
+        {"'n_head': 3", "'n_head': null, 'num_attention_heads': 3", ""},
+        {"'n_head': 3", "'n_head': 3, 'num_attention_heads': 3", ""},
+        {"'n_embd': 12", "'hidden_size': 12", ""},
+        {"'n_layer': 2", "'num_hidden_layers': 2", ""},
+        {"'n_positions': 24", "'max_position_embeddings': 24", ""},
+        {"  'n_positions': 24,", "", ""},
+        {"'n_ctx': 24", "'n_ctx': 99", ""},
+        {"'gelu_new'", "'gelu_pytorch_tanh'", ""},
+        {"'gelu_new'", "'gelu_fast'", ""},
+        {"'use_cache': true", "'reorder_and_upcast_attn': true, 'pruned_heads': {}", ""},
+        {"'gelu_new'", "'gelu'", "gelu_new is implemented, gelu is not"},
+        {"'gelu_new'", "'quick_gelu'", "quick_gelu is not"},
+        {"'n_head': 3", "'n_head': 3, 'num_attention_heads': 4",
+         "\"n_head\" is 3, but \"num_attention_heads\", another name for it, is 4"},
+        {"'n_embd': 12", "'hidden_size': 24, 'n_embd': 12",
+         "\"n_embd\" is 12, but \"hidden_size\""},
+        {"'use_cache': true", "'scale_attn_by_inverse_layer_idx': true",
+         "\"scale_attn_by_inverse_layer_idx\": false is implemented, true is not"},
+        {"'use_cache': true", "'quantization_config': {'quant_method': 'gptq'}",
+         "\"quantization_config\": null is implemented, gptq is not"},
+        {"'use_cache': true", "'pruned_heads': {'0': [1]}",
+         "\"pruned_heads\": null is implemented, a list is not"},
+    };
     struct GPT2 *model = new_model(300, 24, 12, 2, 3);
     struct Text said;
     model_save(model, temporary("names"), NULL);
@@ -6550,14 +6514,12 @@ static void test_config_names(void) {
         expect_count("heads, positions", 100 * loaded->config.n_head + loaded->config.n_positions,
                      324);
         expect_text("nothing to say", said, "");
-        gpt2_free(loaded);
     }
-    gpt2_free(load_and_listen(odd_model("names", config, "\"n_layer\": 2", "\"n_layer\": 1",
-                                        model->tensors, model->tensor_count, "transformer."),
-                              &said));
-    expect_true("a block that config.json does not count",
-                strstr(said.data, "not read: 12, the first is transformer.h.1.ln_1.weight")
-                    != NULL);
+    (void)(load_and_listen(odd_model("names", config, "'n_layer': 2", "'n_layer': 1",
+                                     model->tensors, model->tensor_count, "transformer."),
+                           &said));
+    expect_holds("a block that config.json does not count", said,
+                 "not read: 12, the first is transformer.h.1.ln_1.weight");
     expect_end("another prefix", load_one_model,
                odd_model("names", config, "12", "12", model->tensors, model->tensor_count,
                          "model.decoder."),
@@ -6575,7 +6537,6 @@ static void test_config_names(void) {
                1,
                "tensors transformer.module.wte.weight and transformer.wte.weight are both "
                "wte.weight");
-    gpt2_free(model);
 }
 
 /* Two labels' rows, in a file of their own, read into a model that `names` says the labels of. */
@@ -6610,16 +6571,18 @@ static void test_two_labels(void) {
     static const struct {
         const char *settings;
         float first;
-    } cases[] = {{"{}", 3},
-                 {NAMES("NEGATIVE", "POSITIVE"), 3},
-                 {NAMES("POSITIVE", "NEGATIVE"), -3},
-                 {NAMES("pos", "neg"), -3},
-                 {NAMES("Positivo", "other"), -3},
-                 {NAMES("other", "negative"), -3},
-                 {NAMES("LABEL_1", "LABEL_0"), -3},
-                 {NAMES("ham", "spam"), 3},
-                 {"{\"id2label\": 7, \"problem_type\": null}", 3},
-                 {"{\"problem_type\": \"single_label_classification\"}", 3}};
+    } cases[] = {
+        {"{}", 3},
+        {NAMES("NEGATIVE", "POSITIVE"), 3},
+        {NAMES("POSITIVE", "NEGATIVE"), -3},
+        {NAMES("pos", "neg"), -3},
+        {NAMES("Positivo", "other"), -3},
+        {NAMES("other", "negative"), -3},
+        {NAMES("LABEL_1", "LABEL_0"), -3},
+        {NAMES("ham", "spam"), 3},
+        {"{\"id2label\": 7, \"problem_type\": null}", 3},
+        {"{\"problem_type\": \"single_label_classification\"}", 3},
+    };
 #undef NAMES
     struct GPT2 *model = new_model(300, 24, 2, 1, 1);
     struct Tensor rows = {
@@ -6668,7 +6631,6 @@ static void test_two_labels(void) {
                       2, "");
     expect_end("a bias", load_one_model, temporary("labels"), 1,
                "has a score.bias; a GPT-2 classifier has none");
-    gpt2_free(model);
 }
 
 static const double golden_rm_two_logits[2][2] = {{1.9135102, -0.475132018},
@@ -6687,12 +6649,11 @@ static void test_two_labels_golden(void) {
         .w = arena_floats(&test_arena, 32),
     };
     golden_fill(&rows, 100);
-    struct Text said = read_two_labels(model, &rows,
-                                       "{\"id2label\": {\"0\": \"LABEL_0\", \"1\": "
-                                       "\"LABEL_1\"}}");
-    expect_true("said", strstr(said.data, "the reward is the logit of \"LABEL_1\" minus that of "
-                                          "\"LABEL_0\"; saved again, it has one label")
-                            != NULL);
+    struct Text said =
+        read_two_labels(model, &rows, "{\"id2label\": {\"0\": \"LABEL_0\", \"1\": \"LABEL_1\"}}");
+    expect_holds("said", said,
+                 "the reward is the logit of \"LABEL_1\" minus that of \"LABEL_0\"; saved again, "
+                 "it has one label");
     float reward[2];
     reward_score(model, golden_examples(), 2, reward);
     for (size_t i = 0; i < 2; i++) {
@@ -6700,7 +6661,6 @@ static void test_two_labels_golden(void) {
                      golden_rm_two_logits[i][1] - golden_rm_two_logits[i][0], 6e-6);
         expect_close("the score of label 1", sigmoid(reward[i]), golden_rm_two_positive[i], 1e-6);
     }
-    gpt2_free(model);
 }
 
 /* An adapter with both heads, saved and put to its base again: the same bits under PEFT's names;
@@ -6709,7 +6669,7 @@ static void test_two_labels_golden(void) {
 static void test_lora_round_trip(void) {
     for (int pattern = 0; pattern < 2; pattern++) {
         struct GPT2 *model = random_model(300, 12, 8, 2, 2);
-        struct GPT2 *loaded = gpt2_copy(model);
+        struct GPT2 *loaded = owned(gpt2_copy(model));
         const char *path = temporary(pattern ? "lora_pattern" : "lora");
         if (!pattern)
             tensor_normal(reward_head_declare(model), &test_rng, 1);
@@ -6772,8 +6732,6 @@ static void test_lora_round_trip(void) {
             expect_bits("value head", loaded->v_head.weight.w, model->v_head.weight.w, 8);
         expect_true("heads", pattern ? !loaded->score.n && !loaded->v_head.weight.n
                                      : loaded->v_head.bias.w[0] == model->v_head.bias.w[0]);
-        gpt2_free(loaded);
-        gpt2_free(model);
     }
 }
 
@@ -6797,14 +6755,14 @@ static void load_one_adapter(const void *path) {
  * base's embedding it is read, with another one refused; of a whole model beside it only the value
  * head is read. */
 static void test_lora_partial(void) {
-    static const char *const settings[] = {"\"layers_to_transform\": [1], \"layers_pattern\": "
-                                           "\"h\"",
-                                           "\"layers_to_transform\": 1",
-                                           "\"exclude_modules\": [\"h.0.attn.c_attn\"]",
-                                           "\"exclude_modules\": \".*h.0.*\", \"rank_pattern\": "
-                                           "{}, \"alpha_pattern\": {}"};
+    static const char *const settings[] = {
+        "'layers_to_transform': [1], 'layers_pattern': 'h'",
+        "'layers_to_transform': 1",
+        "'exclude_modules': ['h.0.attn.c_attn']",
+        "'exclude_modules': '.*h.0.*', 'rank_pattern': {}, 'alpha_pattern': {}",
+    };
     struct GPT2 *model = random_model(300, 12, 8, 2, 2);
-    struct GPT2 *base = gpt2_copy(model);
+    struct GPT2 *base = owned(gpt2_copy(model));
     random_adapter(model, 3, "c_attn");
     struct Linear *first = &model->h[0].attn.c_attn;
     struct Linear *second = &model->h[1].attn.c_attn;
@@ -6816,9 +6774,9 @@ static void test_lora_partial(void) {
                "tensor h.0.attn.c_attn.lora_A.weight is missing");
     for (size_t i = 0; i < COUNT(settings); i++) {
         struct Text text =
-            replaced(config, "\"r\": 3", arena_printf(&test_arena, "%s, \"r\": 3", settings[i]));
-        struct GPT2 *loaded = gpt2_copy(base);
-        struct GPT2 *again = gpt2_copy(base);
+            replaced(config, "'r': 3", arena_printf(&test_arena, "%s, 'r': 3", settings[i]));
+        struct GPT2 *loaded = owned(gpt2_copy(base));
+        struct GPT2 *again = owned(gpt2_copy(base));
         write_bytes("partial/adapter_config.json", text.data, text.length);
         adapter_load(loaded, temporary("partial"));
         expect_count(settings[i], loaded->h[0].attn.c_attn.lora_A.n, 0);
@@ -6834,8 +6792,6 @@ static void test_lora_partial(void) {
         expect_bits("saved and read again", again->h[1].attn.c_attn.lora_B.w, second->lora_B.w,
                     second->lora_B.n);
         expect_count("and no other", again->tensor_count, base->tensor_count + 2);
-        gpt2_free(loaded);
-        gpt2_free(again);
     }
     struct Tensor lm_head = base->wte;
     struct Tensor *tensors[] = {&second->lora_A, &second->lora_B, &lm_head, &base->wte};
@@ -6843,11 +6799,10 @@ static void test_lora_partial(void) {
     lm_head.w = memcpy(arena_floats(&test_arena, lm_head.n), lm_head.w, lm_head.n * sizeof(float));
     safetensors_write(temporary("partial"), "adapter_model.safetensors", tensors, 4,
                       "base_model.model.transformer.");
-    struct GPT2 *loaded = gpt2_copy(base);
+    struct GPT2 *loaded = owned(gpt2_copy(base));
     adapter_load(loaded, temporary("partial"));
     expect_count("with the base's embedding", loaded->tensor_count, base->tensor_count + 2);
-    gpt2_free(loaded);
-    loaded = gpt2_copy(base);
+    loaded = owned(gpt2_copy(base));
     struct GPT2 *other = random_model(300, 12, 8, 2, 2);
     value_head_init(other, 3);
     safetensors_write(temporary("partial"), "model.safetensors", other->tensors,
@@ -6858,52 +6813,47 @@ static void test_lora_partial(void) {
     for (size_t i = 0; i < base->tensor_count; i++)
         expect_bits("the base", loaded->tensors[i]->w, base->tensors[i]->w, base->tensors[i]->n);
     expect_bits("value head", loaded->v_head.weight.w, other->v_head.weight.w, 8);
-    expect_true("said", strstr(said.data, "beside an adapter only a value head is read") != NULL);
-    gpt2_free(loaded);
-    gpt2_free(other);
+    expect_holds("said", said, "beside an adapter only a value head is read");
     lm_head.w[2] += 1;
     safetensors_write(temporary("partial"), "adapter_model.safetensors", tensors, 3,
                       "base_model.model.transformer.");
     struct AdapterCase one = {base, temporary("partial")};
     expect_end("an output layer of its own", put_adapter, &one, 1,
                "tensor lm_head.weight is not the base's wte.weight (number 2 is ");
-    gpt2_free(base);
-    gpt2_free(model);
 }
 
 /* Adapters: settings that would compute something else, tensors that are missing, misshapen, or
  * of another model. */
 static void test_lora_broken(void) {
-    static const char *const edits[][3] =
-        {{"\"LORA\"", "\"IA3\"", "\"peft_type\": LORA is implemented, IA3 is not"},
-         {"\"use_dora\": false", "\"use_dora\": true",
-          "\"use_dora\": false is implemented, true is not"},
-         {"\"r\": 3", "\"rank_pattern\": {\"c_fc\": 2}, \"r\": 3",
-          "\"rank_pattern\": null is implemented, a number is not"},
-         {"\"r\": 3", "\"alpha_pattern\": {\"c_fc\": 2}, \"r\": 3",
-          "\"alpha_pattern\": null is implemented, a "
-          "number is not"},
-         {"\"bias\": \"none\"", "\"bias\": \"all\"", "\"bias\": none is implemented, all is not"},
-         {"\"init_lora_weights\": true", "\"init_lora_weights\": \"pissa\"",
-          "\"init_lora_weights\": true is implemented, pissa is not"},
-         {"\"modules_to_save\": null", "\"modules_to_save\": [\"ln_f\"]",
-          "\"modules_to_save\": score is implemented, ln_f is not"},
-         {"\"r\": 3", "\"r\": 0", "\"r\" must be 1 or more"},
-         {"\"r\": 3", "\"r\": 2.5", "\"r\" must be a whole number"},
-         {"\"r\": 3", "\"r\": 4", "lora_A.weight: expected shape [4, 8], found [3, 8]"},
-         {"\"c_fc\"]", "\"c_fc\", \"c_attn\"]",
-          "attn.c_attn.lora_A.weight is missing; expected shape [3, 8]"},
-         {", \"c_fc\"]", "]",
-          "no layer of this model takes tensor "
-          "base_model.model.transformer.h.0.mlp.c_fc.lora_A.weight"},
-         {"[\"attn.c_proj\", \"c_fc\"]", "[\"q_proj\"]", "take no layer of this model"},
-         {"\"target_modules\": [", "\"target_modules\": [1, ",
-          "\"target_modules\" must be a list of names"},
-         {"\"r\": 3", "\"r\": 16777216", "too few for adapters of \"r\" 16777216"}};
+    static const char *const edits[][3] = {
+        {"'LORA'", "'IA3'", "\"peft_type\": LORA is implemented, IA3 is not"},
+        {"'use_dora': false", "'use_dora': true",
+         "\"use_dora\": false is implemented, true is not"},
+        {"'r': 3", "'rank_pattern': {'c_fc': 2}, 'r': 3",
+         "\"rank_pattern\": null is implemented, a number is not"},
+        {"'r': 3", "'alpha_pattern': {'c_fc': 2}, 'r': 3",
+         "\"alpha_pattern\": null is implemented, a number is not"},
+        {"'bias': 'none'", "'bias': 'all'", "\"bias\": none is implemented, all is not"},
+        {"'init_lora_weights': true", "'init_lora_weights': 'pissa'",
+         "\"init_lora_weights\": true is implemented, pissa is not"},
+        {"'modules_to_save': null", "'modules_to_save': ['ln_f']",
+         "\"modules_to_save\": score is implemented, ln_f is not"},
+        {"'r': 3", "'r': 0", "\"r\" must be 1 or more"},
+        {"'r': 3", "'r': 2.5", "\"r\" must be a whole number"},
+        {"'r': 3", "'r': 4", "lora_A.weight: expected shape [4, 8], found [3, 8]"},
+        {"'c_fc']", "'c_fc', 'c_attn']",
+         "attn.c_attn.lora_A.weight is missing; expected shape [3, 8]"},
+        {", 'c_fc']", "]",
+         "no layer of this model takes tensor "
+         "base_model.model.transformer.h.0.mlp.c_fc.lora_A.weight"},
+        {"['attn.c_proj', 'c_fc']", "['q_proj']", "take no layer of this model"},
+        {"'target_modules': [", "'target_modules': [1, ",
+         "\"target_modules\" must be a list of names"},
+        {"'r': 3", "'r': 16777216", "too few for adapters of \"r\" 16777216"},
+    };
     struct GPT2 *model = new_model(300, 12, 8, 2, 2);
     random_adapter(model, 3, "attn.c_proj c_fc");
     model_save(model, temporary("odd_lora"), NULL);
-    gpt2_free(model);
     struct Text config = read_file(&test_arena, temporary("odd_lora/adapter_config.json"));
     for (size_t i = 0; i < COUNT(edits); i++) {
         struct Text text = replaced(config, edits[i][0], edits[i][1]);
@@ -6929,18 +6879,17 @@ static void test_broken_lfs(void) {
     struct Text config = read_file(&test_arena, temporary("lfs/config.json"));
     write_text("lfs/config.json", pointer);
     expect_end("config.json", load_one_model, path, 1,
-               "lfs/config.json: is a Git LFS pointer, "
-               "not the file itself; fetch it: git lfs "
+               "lfs/config.json: is a Git LFS pointer, not the file itself; fetch it: git lfs "
                "pull");
     write_bytes("lfs/config.json", config.data, config.length);
     write_text("lfs/model.safetensors", pointer);
     expect_end("weights", load_one_model, path, 1, "lfs/model.safetensors: is a Git LFS pointer");
-    struct Text large = replaced(config, "\"n_embd\": 12", "\"n_embd\": 1200");
+    struct Text large = replaced(config, "'n_embd': 12", "'n_embd': 1200");
     write_bytes("lfs/config.json", large.data, large.length);
     expect_end("of a large model", load_one_model, path, 1,
                "lfs/model.safetensors: is a Git LFS pointer");
     unlink(temporary("lfs/model.safetensors"));
-    write_text("lfs/model.safetensors.index.json", "{\"weight_map\": {\"x\": \"a.safetensors\"}}");
+    write_json("lfs/model.safetensors.index.json", "{'weight_map': {'x': 'a.safetensors'}}");
     write_text("lfs/a.safetensors", pointer);
     expect_end("one file of several", load_one_model, path, 1,
                "lfs/a.safetensors: is a Git LFS pointer");
@@ -6955,32 +6904,31 @@ static void test_broken_lfs(void) {
 static void test_broken_weights(void) {
     static const struct {
         const char *what, *from, *to, *message;
-    } edits[] =
-        {{"wrong shape", "\"shape\":[300,12]", "\"shape\":[301,12]",
-          "tensor wte.weight: expected shape [300, 12], found [301, 12]"},
-         {"transposed", "\"shape\":[12,36]", "\"shape\":[36,12]",
-          "tensor h.0.attn.c_attn.weight: expected shape [12, 36], found [36, 12]"},
-         {"one dimension too many", "\"shape\":[36]", "\"shape\":[36,1]",
-          "tensor h.0.attn.c_attn.bias: expected shape [36], found [36, 1]"},
-         {"missing", "\"transformer.ln_f.bias\"", "\"transformer.ln_f.biax\"",
-          "tensor ln_f.bias is missing; expected shape [12]"},
-         {"unknown type", "\"F32\"", "\"I64\"",
-          "tensor wte.weight has type I64; F32, F16 and BF16 are read"},
-         {"bytes and numbers disagree", "[0,14400]", "[0,14396]", "14396 bytes for 3600 numbers"},
-         {"shared bytes", "[14400,15552]", "[14396,15548]",
-          "tensors transformer.wte.weight and transformer.wpe.weight share bytes"},
-         {"shared bytes of a tensor that is not read", "{\"__metadata__\"",
-          "{\"x\":{\"dtype\":\"U8\",\"shape\":[9],\"data_offsets\":[3,12]},\"__metadata__\"",
-          "share bytes"},
-         {"bytes outside", "[0,14400]", "[99999999,100014399]", "cut short?"},
-         {"backwards", "[0,14400]", "[14400,0]", "cut short?"},
-         {"negative", "[0,14400]", "[-4,14396]", "whole number"},
-         {"no offsets", "\"data_offsets\"", "\"data_offsetx\"",
-          "lacks dtype, shape or data_offsets"},
-         {"no JSON", "{\"__metadata__\"", "(\"__metadata__\"", "in its header"},
-         {"no entry", "{\"__metadata__\"", "{\"x\":3,\"__metadata__\"", "tensor x lacks dtype"},
-         {"a name that steers the terminal", "{\"__metadata__\"",
-          "{\"a\\u001b[31m\\n\\u009bb\":3,\"__metadata__\"", "tensor a?[31m???b lacks dtype"}};
+    } edits[] = {
+        {"wrong shape", "'shape':[300,12]", "'shape':[301,12]",
+         "tensor wte.weight: expected shape [300, 12], found [301, 12]"},
+        {"transposed", "'shape':[12,36]", "'shape':[36,12]",
+         "tensor h.0.attn.c_attn.weight: expected shape [12, 36], found [36, 12]"},
+        {"one dimension too many", "'shape':[36]", "'shape':[36,1]",
+         "tensor h.0.attn.c_attn.bias: expected shape [36], found [36, 1]"},
+        {"missing", "'transformer.ln_f.bias'", "'transformer.ln_f.biax'",
+         "tensor ln_f.bias is missing; expected shape [12]"},
+        {"unknown type", "'F32'", "'I64'",
+         "tensor wte.weight has type I64; F32, F16 and BF16 are read"},
+        {"bytes and numbers disagree", "[0,14400]", "[0,14396]", "14396 bytes for 3600 numbers"},
+        {"shared bytes", "[14400,15552]", "[14396,15548]",
+         "tensors transformer.wte.weight and transformer.wpe.weight share bytes"},
+        {"shared bytes of a tensor that is not read", "{'__metadata__'",
+         "{'x':{'dtype':'U8','shape':[9],'data_offsets':[3,12]},'__metadata__'", "share bytes"},
+        {"bytes outside", "[0,14400]", "[99999999,100014399]", "cut short?"},
+        {"backwards", "[0,14400]", "[14400,0]", "cut short?"},
+        {"negative", "[0,14400]", "[-4,14396]", "whole number"},
+        {"no offsets", "'data_offsets'", "'data_offsetx'", "lacks dtype, shape or data_offsets"},
+        {"no JSON", "{'__metadata__'", "('__metadata__'", "in its header"},
+        {"no entry", "{'__metadata__'", "{'x':3,'__metadata__'", "tensor x lacks dtype"},
+        {"a name that steers the terminal", "{'__metadata__'",
+         "{'a\\u001b[31m\\n\\u009bb':3,'__metadata__'", "tensor a?[31m???b lacks dtype"},
+    };
     const char *path = saved_model("broken");
     struct Text file = read_file(&test_arena, temporary("broken/model.safetensors"));
     size_t length = (unsigned char)file.data[0] | (size_t)(unsigned char)file.data[1] << 8;
@@ -7014,62 +6962,63 @@ static void test_broken_weights(void) {
     expect_end("no weights", load_one_model, path, 1, "no model.safetensors inside");
     static const struct {
         const char *index, *message;
-    } indexes[] = {{"{\"weight_map\": {\"a\": \"../x.safetensors\"}}", "must name a file of this "
-                                                                       "folder"},
-                   {"{\"weight_map\": {\"a\": 3}}", "must name a file of this folder"},
-                   {"{\"weight_map\": {}}", "names no file"},
-                   {"{}", "no \"weight_map\""},
-                   {"[", "not JSON"}};
+    } indexes[] = {
+        {"{'weight_map': {'a': '../x.safetensors'}}", "must name a file of this folder"},
+        {"{'weight_map': {'a': 3}}", "must name a file of this folder"},
+        {"{'weight_map': {}}", "names no file"},
+        {"{}", "no \"weight_map\""},
+        {"[", "not JSON"},
+    };
     for (size_t i = 0; i < COUNT(indexes); i++) {
-        write_text("broken/model.safetensors.index.json", indexes[i].index);
+        write_json("broken/model.safetensors.index.json", indexes[i].index);
         expect_end("index", load_one_model, path, 1, indexes[i].message);
     }
 }
 
 /* A config.json that changes the mathematics, or cannot be. */
 static void test_broken_config(void) {
-    static const char *const edits[][3] =
-        {{"\"gelu_new\"", "\"relu\"",
-          "\"activation_function\": gelu_new is implemented, relu is not: it changes the "
-          "mathematics"},
-         {"\"n_inner\": null", "\"n_inner\": 100", "n_inner 100 is not implemented"},
-         {"\"n_head\": 3", "\"n_head\": 5", "n_embd 12 must be a multiple of n_head 5"},
-         {"\"n_layer\": 1", "\"n_layer\": 0", "n_layer 0"},
-         {"\"vocab_size\": 300", "\"vocab_size\": 200", "vocab_size 200"},
-         {"\"n_embd\": 12", "\"n_embd\": 12.5", "\"n_embd\" must be a whole number"},
-         {"\"tie_word_embeddings\": true", "\"tie_word_embeddings\": 1",
-          "\"tie_word_embeddings\": true is implemented, a number is not"},
-         {"\"use_cache\": true", "\"scale_attn_weights\": false",
-          "\"scale_attn_weights\": true is implemented, false is not"},
-         {"\"use_cache\": true", "\"add_cross_attention\": true",
-          "\"add_cross_attention\": false is implemented, true is not"},
-         {"\"model_type\": \"gpt2\"", "\"model_type\": \"llama\"",
-          "\"model_type\": gpt2 is implemented, llama is not"},
-         {"\"n_ctx\"", "n_ctx", "not JSON"},
-         {"\"n_positions\": 24", "\"n_positions\": 1000000",
-          "config.json describes 12005328 numbers, at least 22 MB; the weights have 0 MB"},
-         {"\"n_layer\": 1,", "\"n_layer\": 1000000000,", "\"n_layer\" must be a whole number"},
-         {"\"n_layer\": 1,", "\"n_layer\": 500,", "config.json describes 500 layers"},
-         {"\"n_embd\": 12", "\"n_embd\": 65535", "describes 51559268040 numbers"},
-         {"\"eos_token_id\": 299", "\"eos_token_id\": 300",
-          "\"eos_token_id\" must be the id of one token, 0 to 299 (vocab_size - 1), found 300"},
-         {"\"eos_token_id\": 299", "\"eos_token_id\": -1", "found -1"},
-         {"\"eos_token_id\": 299", "\"eos_token_id\": 1.5", "found 1.5"},
-         {"\"eos_token_id\": 299", "\"eos_token_id\": \"13\"", "found a string"},
-         {"\"eos_token_id\": 299", "\"eos_token_id\": [299, 13]",
-          "\"eos_token_id\" lists 2 ids, and one can be used"},
-         {"\"eos_token_id\": 299", "\"eos_token_id\": []", "lists 0 ids"},
-         {"\"eos_token_id\": 299", "\"eos_token_id\": [[13]]", "found a list"},
-         {"\"pad_token_id\": 299", "\"pad_token_id\": -1",
-          "\"pad_token_id\" must be the id of one token, 0 to 299 (vocab_size - 1), found -1"},
-         {"\"pad_token_id\": 299", "\"pad_token_id\": 300", "found 300"},
-         {"\"pad_token_id\": 299", "\"pad_token_id\": [1, 2]", "\"pad_token_id\" lists 2 ids"},
-         {"\"bos_token_id\": 299", "\"bos_token_id\": true",
-          "\"bos_token_id\" must be the id of one token, 0 to 299 (vocab_size - 1), found true"},
-         {"\"layer_norm_epsilon\": 1e-05", "\"layer_norm_epsilon\": -1",
-          "\"layer_norm_epsilon\" must be"},
-         {"\"n_layer\": 1,", "\"n_layer\": 1, \"n_layer\": 2,",
-          "tensor h.1.ln_1.weight is missing"}};
+    static const char *const edits[][3] = {
+        {"'gelu_new'", "'relu'",
+         "\"activation_function\": gelu_new is implemented, relu is not: it changes the "
+         "mathematics"},
+        {"'n_inner': null", "'n_inner': 100", "n_inner 100 is not implemented"},
+        {"'n_head': 3", "'n_head': 5", "n_embd 12 must be a multiple of n_head 5"},
+        {"'n_layer': 1", "'n_layer': 0", "n_layer 0"},
+        {"'vocab_size': 300", "'vocab_size': 200", "vocab_size 200"},
+        {"'n_embd': 12", "'n_embd': 12.5", "\"n_embd\" must be a whole number"},
+        {"'tie_word_embeddings': true", "'tie_word_embeddings': 1",
+         "\"tie_word_embeddings\": true is implemented, a number is not"},
+        {"'use_cache': true", "'scale_attn_weights': false",
+         "\"scale_attn_weights\": true is implemented, false is not"},
+        {"'use_cache': true", "'add_cross_attention': true",
+         "\"add_cross_attention\": false is implemented, true is not"},
+        {"'model_type': 'gpt2'", "'model_type': 'llama'",
+         "\"model_type\": gpt2 is implemented, llama is not"},
+        {"'n_ctx'", "n_ctx", "not JSON"},
+        {"'n_positions': 24", "'n_positions': 1000000",
+         "config.json describes 12005328 numbers, at least 22 MB; the weights have 0 MB"},
+        {"'n_layer': 1,", "'n_layer': 1000000000,", "\"n_layer\" must be a whole number"},
+        {"'n_layer': 1,", "'n_layer': 500,", "config.json describes 500 layers"},
+        {"'n_embd': 12", "'n_embd': 65535", "describes 51559268040 numbers"},
+        {"'eos_token_id': 299", "'eos_token_id': 300",
+         "\"eos_token_id\" must be the id of one token, 0 to 299 (vocab_size - 1), found 300"},
+        {"'eos_token_id': 299", "'eos_token_id': -1", "found -1"},
+        {"'eos_token_id': 299", "'eos_token_id': 1.5", "found 1.5"},
+        {"'eos_token_id': 299", "'eos_token_id': '13'", "found a string"},
+        {"'eos_token_id': 299", "'eos_token_id': [299, 13]",
+         "\"eos_token_id\" lists 2 ids, and one can be used"},
+        {"'eos_token_id': 299", "'eos_token_id': []", "lists 0 ids"},
+        {"'eos_token_id': 299", "'eos_token_id': [[13]]", "found a list"},
+        {"'pad_token_id': 299", "'pad_token_id': -1",
+         "\"pad_token_id\" must be the id of one token, 0 to 299 (vocab_size - 1), found -1"},
+        {"'pad_token_id': 299", "'pad_token_id': 300", "found 300"},
+        {"'pad_token_id': 299", "'pad_token_id': [1, 2]", "\"pad_token_id\" lists 2 ids"},
+        {"'bos_token_id': 299", "'bos_token_id': true",
+         "\"bos_token_id\" must be the id of one token, 0 to 299 (vocab_size - 1), found true"},
+        {"'layer_norm_epsilon': 1e-05", "'layer_norm_epsilon': -1",
+         "\"layer_norm_epsilon\" must be"},
+        {"'n_layer': 1,", "'n_layer': 1, 'n_layer': 2,", "tensor h.1.ln_1.weight is missing"},
+    };
     const char *path = saved_model("odd");
     struct Text config = read_file(&test_arena, temporary("odd/config.json"));
     for (size_t i = 0; i < COUNT(edits); i++) {
@@ -7081,15 +7030,15 @@ static void test_broken_config(void) {
     expect_end("no config.json", load_one_model, path, 1, "no config.json inside");
     expect_end("no folder", load_one_model, "/nowhere/at all", 1,
                "/nowhere/at all: no such folder");
-    write_text("odd/vocab.json", "{\"!\": 0, \"x\": 5}");
+    write_json("odd/vocab.json", "{'!': 0, 'x': 5}");
     write_bytes("odd/config.json", config.data, config.length);
     const void *next = words_of("next --model_name_or_path @odd --prompt x --tokenizer "
                                 "@tokenizer.bin");
     expect_end("another vocabulary", run_command, next, 1, "id 5 is \"x\" here, \"&\" in");
-    write_text("odd/vocab.json", "{\"x\\u001b[2J\": 5}");
+    write_json("odd/vocab.json", "{'x\\u001b[2J': 5}");
     expect_end("a token that clears the screen", run_command, next, 1, "id 5 is \"x?[2J\" here");
     unlink(temporary("odd/vocab.json"));
-    write_text("odd/tokenizer.json", "{\"model\": {\"vocab\": [[\"!\", 0]]}}");
+    write_json("odd/tokenizer.json", "{'model': {'vocab': [['!', 0]]}}");
     expect_end("a vocabulary in a list", run_command, next, 1,
                "tokenizer.json: its vocabulary is not an object");
     write_bytes("odd/config.json", "\xef\xbb\xbf", 3);
@@ -7141,7 +7090,7 @@ static void break_numbers(const void *argument) {
         config_save(model, temporary("bad_file"));
         safetensors_write(temporary("bad_file"), "model.safetensors", model->tensors,
                           model->tensor_count, "transformer.");
-        gpt2_load(temporary("bad_file"));
+        owned(gpt2_load(temporary("bad_file")));
     } else if (kind == BAD_SAVE) {
         model->ln_f.bias.w[3] = -INFINITY;
         model_save(model, temporary("bad_save"), tokenizer);
@@ -7169,7 +7118,7 @@ static void break_numbers(const void *argument) {
         reward_score(model, &text, 1, &reward);
     } else if (kind == BAD_REFERENCE) {
         struct Example pair[] = {text, random_example(9, 2, 300)};
-        struct GPT2 *ref = gpt2_copy(model);
+        struct GPT2 *ref = owned(gpt2_copy(model));
         for (size_t i = 0; i < 12; i++)
             ref->ln_f.weight.w[i] = 3e38f;
         dpo_task(&trainer, &test_arena, ref, (struct DPOConfig){.beta = 0.1, .weight = {1}}, 1,
@@ -7319,10 +7268,8 @@ static void test_checkpoint_resume(void) {
         }
         expect_close("train_loss", logged(&rest, rest.state.log_count - 1, "train_loss"),
                      logged(&whole, whole.state.log_count - 1, "train_loss"), 0);
-        gpt2_free(rest.model);
         trainer_free(&rest);
     }
-    gpt2_free(whole.model);
     trainer_free(&whole);
 }
 
@@ -7346,7 +7293,7 @@ static void test_checkpoint_complete(void) {
             loss += 3 * logged(&whole, i, "loss"); /* 3 steps */
         const char *note =
             arena_printf(&test_arena, "is at step 6, the run has %zu: no step is", steps);
-        expect_true("a note", strstr(said.data, note));
+        expect_holds("a note", said, note);
         expect_true("no other word", !strstr(said.data, "going on"));
         expect_count("max_steps", trainer.state.max_steps, 6);
         expect_count("global_step", trainer.state.global_step, 6);
@@ -7355,10 +7302,8 @@ static void test_checkpoint_complete(void) {
         double steps_done =
             logged(&trainer, 2, "train_steps_per_second") * logged(&trainer, 2, "train_runtime");
         expect_close("steps a second", steps_done, 6, 1e-6);
-        gpt2_free(trainer.model);
         trainer_free(&trainer);
     }
-    gpt2_free(whole.model);
     trainer_free(&whole);
 }
 
@@ -7380,7 +7325,6 @@ static void test_checkpoint_limit(void) {
     expect_true("not the first", !file_exists(temporary("limited/checkpoint-2")));
     expect_true("left over", !file_exists(temporary("limited/tmp-checkpoint-8"))
                                  && file_exists(temporary("limited/checkpoint-9")));
-    gpt2_free(trainer.model);
     trainer_free(&trainer);
 }
 
@@ -7418,7 +7362,7 @@ static void test_checkpoint_age(void) {
     capture_begin();
     trainer_train(&third);
     struct Text said = capture_end();
-    expect_true("the note", strstr(said.data, "aged holds checkpoint-6 of an earlier run; "));
+    expect_holds("the note", said, "aged holds checkpoint-6 of an earlier run; ");
     expect_count("two are left", checkpoint_find(dir, &oldest, &newest), 2);
     expect_true("its last but one", oldest.run == 3 && oldest.step == 2);
     expect_true("its last", newest.run == 3 && newest.step == 3);
@@ -7433,7 +7377,6 @@ static void test_checkpoint_age(void) {
     expect_count("and it can be gone on from", last.state.global_step, 7);
     struct Trainer *trainers[] = {&first, &second, &third, &last};
     for (size_t i = 0; i < COUNT(trainers); i++) {
-        gpt2_free(trainers[i]->model);
         trainer_free(trainers[i]);
     }
 }
@@ -7449,7 +7392,6 @@ static void resume_changed(const void *argument) {
         examples[i] = random_example(6, 1, 40);
     test_rng = rng;
     struct Trainer trainer = checkpointed_run(examples, dir, 0, 0);
-    gpt2_free(trainer.model);
     trainer_free(&trainer);
     const char *name =
         arena_printf(&test_arena, "%s/checkpoint-4/%s", dir + strlen(folder) + 1, change[0]);
@@ -7518,40 +7460,37 @@ static void numbers_checked(const void *checkpoint) {
 }
 
 static void test_checkpoint_errors(void) {
-    static const char *const changes[][4] =
-        {{"optimizer.safetensors", "test.rows_per_step", "sfts.rows_per_step",
-          "holds no test.rows_per_step; are task, model and flags"},
-         {"optimizer.safetensors", "\"test.seed\":{\"dtype\":\"F32\",\"shape\":[2]",
-          "\"test.seed\":{\"dtype\":\"F32\",\"shape\":[4]",
-          "tensor test.seed: expected shape [2], found [4]"},
-         {"trainer_state.json", "\"log_history\": [", "\"log_history\": [3, ",
-          "\"log_history\": entry 1 is no object"},
-         {"optimizer.safetensors", NULL, "", "optimizer.safetensors: tensor "},
-         {"trainer_state.json", "\"log_history\"", "\"log\"", "lacks \"epoch\" or \"log_history\""},
-         {"trainer_state.json", "\"global_step\": 4", "\"global_step\": -4",
-          "\"global_step\" must be a whole number"},
-         {"optimizer.safetensors", "exp_avg_sq.wte", "exp_avg_sq.wtx",
-          "holds no exp_avg_sq.wte.weight"},
-         {"model.safetensors", NULL, "", "cut short?"}};
+    static const char *const changes[][4] = {
+        {"optimizer.safetensors", "test.rows_per_step", "sfts.rows_per_step",
+         "holds no test.rows_per_step; are task, model and flags"},
+        {"optimizer.safetensors", "\"test.seed\":{\"dtype\":\"F32\",\"shape\":[2]",
+         "\"test.seed\":{\"dtype\":\"F32\",\"shape\":[4]",
+         "tensor test.seed: expected shape [2], found [4]"},
+        {"trainer_state.json", "\"log_history\": [", "\"log_history\": [3, ",
+         "\"log_history\": entry 1 is no object"},
+        {"optimizer.safetensors", NULL, "", "optimizer.safetensors: tensor "},
+        {"trainer_state.json", "\"log_history\"", "\"log\"", "lacks \"epoch\" or \"log_history\""},
+        {"trainer_state.json", "\"global_step\": 4", "\"global_step\": -4",
+         "\"global_step\" must be a whole number"},
+        {"optimizer.safetensors", "exp_avg_sq.wte", "exp_avg_sq.wtx",
+         "holds no exp_avg_sq.wte.weight"},
+        {"model.safetensors", NULL, "", "cut short?"},
+    };
     for (size_t i = 0; i < COUNT(changes); i++)
         expect_end(changes[i][3], resume_changed, changes[i], 1, changes[i][3]);
-    static const char *const others[] = {"checkpoint-4: the number of rows to train on is 6, in "
-                                         "the checkpoint's run it was 5; "
-                                         "give the data and flags that the run began with, or "
-                                         "start over",
-                                         "checkpoint-4: the number of rows in a step "
-                                         "(--per_device_train_batch_size times "
-                                         "--gradient_accumulation_steps) is 3, in the checkpoint's "
-                                         "run it was 2; give",
-                                         "checkpoint-4: is a checkpoint of test; dpo cannot go on "
-                                         "from it",
-                                         "checkpoint-4: --seed is 43, in the checkpoint's run it "
-                                         "was 42; give"};
+    static const char *const others[] = {
+        "checkpoint-4: the number of rows to train on is 6, in the checkpoint's run it was 5; give "
+        "the data and flags that the run began with, or start over",
+        "checkpoint-4: the number of rows in a step (--per_device_train_batch_size times "
+        "--gradient_accumulation_steps) is 3, in the checkpoint's run it was 2; give",
+        "checkpoint-4: is a checkpoint of test; dpo cannot go on from it",
+        "checkpoint-4: --seed is 43, in the checkpoint's run it was 42; give",
+    };
     for (size_t i = 0; i < COUNT(others); i++)
         expect_end(others[i], resume_other, others[i], 1, others[i]);
     static const char *const numbers[][2] = {
-        {"test.progress 2", "test.progress: number 2 is nan, a finite one was expected; "
-                            "the file is damaged, take an earlier checkpoint"},
+        {"test.progress 2", "test.progress: number 2 is nan, a finite one was expected; the file "
+                            "is damaged, take an earlier checkpoint"},
         {"test.progress 4", "test.progress: number 4 is nan, a finite one was expected"},
         {"metric.loss 0", "metric.loss is nan, a finite number was expected"},
         {"exp_avg.wte.weight 0", "tensor exp_avg.wte.weight: number 1 is nan, a finite one was "
@@ -7609,9 +7548,8 @@ static void test_full_disk(void) {
     expect_text("config.json is the old one",
                 read_file(&test_arena, arena_printf(&test_arena, "%s/config.json", path)),
                 before.data);
-    struct GPT2 *there = gpt2_load(path);
+    struct GPT2 *there = owned(gpt2_load(path));
     expect_count("width of the model that is there", there->config.n_embd, 12);
-    gpt2_free(there);
     expect_true("no config.json.tmp",
                 !file_exists(arena_printf(&test_arena, "%s/config.json.tmp", path))
                     && !file_exists(arena_printf(&test_arena, "%s/model.safetensors.tmp", path)));
@@ -7669,8 +7607,7 @@ static void test_shell_word(void) {
                 "'Ana'\\''s run'");
     expect_text("nothing", text_of(shell_word(&test_arena, "")), "''");
     expect_text("only apostrophes", text_of(shell_word(&test_arena, "\'\'")),
-                "\'\'\\\'\'"
-                "\'\\\'\'\'");
+                "\'\'\\\'\'\'\\\'\'\'");
     expect_text("what a shell would expand", text_of(shell_word(&test_arena, "~/$x*\n\xc3\xa9")),
                 "'~/$x*\n\xc3\xa9'");
 }
@@ -7687,9 +7624,7 @@ static void test_shell_word(void) {
 static void test_cli_errors(void) {
     struct GPT2 *policy = new_model(300, 24, 12, 1, 3);
     model_save(policy, temporary("cli"), tokenizer);
-    gpt2_free(policy);
-    write_text("long.jsonl", "{\"prompt\": \"a b c d e f g h i j k l m n o p q r s t u v w x y "
-                             "z\"}\n");
+    write_json("long.jsonl", "{'prompt': 'a b c d e f g h i j k l m n o p q r s t u v w x y z'}\n");
     static const struct {
         int status;
         const char *message, *line;
@@ -7804,15 +7739,15 @@ static struct Options parse_line(const char *line, struct Text *said) {
 
 /* The spellings that transformers' HfArgumentParser takes. */
 static void test_cli_spelling(void) {
-    static const char *const yes[] = {"sft --use_peft",      "sft --use_peft True",
-                                      "sft --use_peft=TRUE", "sft --use_peft yes",
-                                      "sft --use_peft y",    "sft --use_peft t",
-                                      "sft --use_peft=1",    "sft --use-peft",
-                                      "sft --use_p true"};
-    static const char *const no[] = {"sft --no_use_peft",    "sft --no-use-peft",
-                                     "sft --use_peft False", "sft --use_peft=no",
-                                     "sft --use_peft n",     "sft --use_peft f",
-                                     "sft --use_peft 0"};
+    static const char *const yes[] = {
+        "sft --use_peft",     "sft --use_peft True", "sft --use_peft=TRUE",
+        "sft --use_peft yes", "sft --use_peft y",    "sft --use_peft t",
+        "sft --use_peft=1",   "sft --use-peft",      "sft --use_p true",
+    };
+    static const char *const no[] = {
+        "sft --no_use_peft", "sft --no-use-peft", "sft --use_peft False", "sft --use_peft=no",
+        "sft --use_peft n",  "sft --use_peft f",  "sft --use_peft 0",
+    };
     for (size_t i = 0; i < COUNT(yes); i++) {
         struct Options o = parse_line(yes[i], NULL);
         expect_true(yes[i], o.use_peft && given(&o, "use_peft"));
@@ -7930,7 +7865,7 @@ static void test_cli_about(void) {
                                  && strstr(version.data, "\nthreads: "));
     expect_text("-h", answered(2, "-h", NULL), answered(2, "--help", NULL).data);
     expect_text("help", answered(2, "help", NULL), answered(1, NULL, NULL).data);
-    expect_true("help dpo", strstr(answered(3, "help", "dpo").data, "align dpo -- ") != NULL);
+    expect_holds("help dpo", answered(3, "help", "dpo"), "align dpo -- ");
     expect_text("a command is something else", answered(2, "dpo", NULL), "");
 }
 
@@ -7942,22 +7877,15 @@ static void test_cli_help(void) {
         struct Text help = capture_end();
         for (const char *line = help.data; *line; line += strcspn(line, "\n") + 1)
             expect_true("100 columns", strcspn(line, "\n") <= 100);
-        expect_true("--quiet", strstr(help.data, "\n  --quiet                        [false] true "
-                                                 "or false: ")
-                                   != NULL);
+        expect_holds("--quiet", help, "\n  --quiet                        [false] true or false: ");
         if (COMMANDS[i].run == command_dpo)
-            expect_true("dpo's learning rate, and its range", strstr(help.data, "--learning_rate   "
-                                                                                "             "
-                                                                                "[1e-06] a number, "
-                                                                                "0 or more: ")
-                                                                  != NULL);
+            expect_holds("dpo's learning rate, and its range", help,
+                         "--learning_rate                [1e-06] a number, 0 or more: ");
         if (COMMANDS[i].run == command_sft)
-            expect_true("sft's learning rate",
-                        strstr(help.data, "--learning_rate                [2e-05] ") != NULL);
+            expect_holds("sft's learning rate", help, "--learning_rate                [2e-05] ");
         if (COMMANDS[i].run == command_generate)
-            expect_true("generate's top_k", strstr(help.data, "--top_k                        [50] "
-                                                              "a whole number, 0 to 2^40: ")
-                                                != NULL);
+            expect_holds("generate's top_k", help,
+                         "--top_k                        [50] a whole number, 0 to 2^40: ");
     }
 }
 
@@ -7967,21 +7895,20 @@ static void test_encode_prompts(void) {
     struct Example prompts[64];
     char lines[64 * 16] = "";
     for (int i = 0; i < 64; i++)
-        strcat(lines, "{\"text\": \"Hi\"}\n");
+        strcat(lines, "{'text': 'Hi'}\n");
     o.tok = (struct Tokenizer *)tokenizer;
     o.model = new_model(1024, 16, 8, 1, 2);
     o.data = dataset_of(lines, PROMPT_SHAPES, COUNT(PROMPT_SHAPES));
     expect_count("prompts", encode_prompts(&o, prompts), 64);
     for (int i = 0; i < 64; i++)
         expect_ids("H i", prompts[i].ids, prompts[i].n, (int[]){39, 72}, 2);
-    const char *some_empty = "{\"prompt\": \"\"}\n{\"prompt\": \"Hi\"}\n{\"prompt\": \"\"}\n";
+    const char *some_empty = "{'prompt': ''}\n{'prompt': 'Hi'}\n{'prompt': ''}\n";
     o.data = dataset_of(some_empty, PROMPT_SHAPES, COUNT(PROMPT_SHAPES));
     capture_begin();
     expect_count("empty prompts are left out", encode_prompts(&o, prompts), 1);
     struct Text said = capture_end();
-    expect_true("and counted", strstr(said.data, "data.jsonl: 2 of 3 rows have no text to take a "
-                                                 "prompt from and are left out"));
-    gpt2_free(o.model);
+    expect_holds("and counted", said,
+                 "data.jsonl: 2 of 3 rows have no text to take a prompt from and are left out");
     arena_free(&o.arena);
 }
 
@@ -7991,31 +7918,30 @@ static void test_cli_course(void) {
     write_text("texts.jsonl", "{\"text\": \"A good film, and a fine one.\"}\n{\"text\": \"A bad "
                               "film. It is dull and long.\"}\n{\"text\": \"\xc3\xa9t\xc3\xa9 "
                               "\\\"quoted\\\"\"}\n");
-    write_text("pairs.jsonl", "{\"prompt\": \"A film\", \"chosen\": \" that is good\", "
-                              "\"rejected\": \" that is bad\"}\n{\"prompt\": \"It\", \"chosen\": "
-                              "\" is fine\", \"rejected\": \" is dull\"}\n");
-    static const char *const commands[] =
-        {"pretrain --dataset_name @texts.jsonl --output_dir @lm --vocab_size 400 --n_layer 1 "
-         "--n_head 2 --n_embd 8 --n_positions 32 --max_length 16 --max_steps 2 --logging_steps=1",
-         "sft --model_name_or_path @lm --dataset_name @texts.jsonl --eval_dataset @texts.jsonl "
-         "--output_dir @sft --num_train_epochs 2 --eval_steps 1 --lr_scheduler_type=cosine",
-         "reward --model_name_or_path @sft --dataset_name @pairs.jsonl --eval_dataset @pairs.jsonl "
-         "--output_dir @rm --center_rewards_coefficient 0.01",
-         "ppo --model_name_or_path @sft --reward_model_path @rm --dataset_name @texts.jsonl "
-         "--output_dir @ppo --batch_size 4 --mini_batch_size 2 --max_steps 2 --whiten_rewards "
-         "--seed 3",
-         "ppo --model_name_or_path @sft --rollouts @ppo/rollouts.jsonl --output_dir @replay "
-         "--batch_size 4 --mini_batch_size 2 --max_steps 2 --whiten_rewards true --seed 3",
-         "dpo --model_name_or_path @ppo --dataset_name @pairs.jsonl --eval_dataset @pairs.jsonl "
-         "--output_dir @dpo --loss_type 'sigmoid sft' --loss_weights '1 0.2' --max_steps 2"};
+    write_json("pairs.jsonl", "{'prompt': 'A film', 'chosen': ' that is good', 'rejected': ' that "
+                              "is bad'}\n{'prompt': 'It', 'chosen': ' is fine', 'rejected': ' is "
+                              "dull'}\n");
+    static const char *const commands[] = {
+        "pretrain --dataset_name @texts.jsonl --output_dir @lm --vocab_size 400 --n_layer 1 "
+        "--n_head 2 --n_embd 8 --n_positions 32 --max_length 16 --max_steps 2 --logging_steps=1",
+        "sft --model_name_or_path @lm --dataset_name @texts.jsonl --eval_dataset @texts.jsonl "
+        "--output_dir @sft --num_train_epochs 2 --eval_steps 1 --lr_scheduler_type=cosine",
+        "reward --model_name_or_path @sft --dataset_name @pairs.jsonl --eval_dataset @pairs.jsonl "
+        "--output_dir @rm --center_rewards_coefficient 0.01",
+        "ppo --model_name_or_path @sft --reward_model_path @rm --dataset_name @texts.jsonl "
+        "--output_dir @ppo --batch_size 4 --mini_batch_size 2 --max_steps 2 --whiten_rewards "
+        "--seed 3",
+        "ppo --model_name_or_path @sft --rollouts @ppo/rollouts.jsonl --output_dir @replay "
+        "--batch_size 4 --mini_batch_size 2 --max_steps 2 --whiten_rewards true --seed 3",
+        "dpo --model_name_or_path @ppo --dataset_name @pairs.jsonl --eval_dataset @pairs.jsonl "
+        "--output_dir @dpo --loss_type 'sigmoid sft' --loss_weights '1 0.2' --max_steps 2",
+    };
     for (size_t i = 0; i < COUNT(commands); i++)
         command_output(commands[i]);
-    struct GPT2 *ppo = gpt2_load(temporary("ppo"));
-    struct GPT2 *replay = gpt2_load(temporary("replay"));
+    struct GPT2 *ppo = owned(gpt2_load(temporary("ppo")));
+    struct GPT2 *replay = owned(gpt2_load(temporary("replay")));
     expect_true("a value head", ppo->v_head.weight.n == 8);
     expect_same_weights("replayed rollouts", replay, ppo);
-    gpt2_free(ppo);
-    gpt2_free(replay);
     expect_true("pretraining's log",
                 json_get(json_get(json_read_file(&test_arena, temporary("lm/trainer_state.json")),
                                   "log_history")
@@ -8080,12 +8006,12 @@ static void test_cli_course(void) {
 /* collect, judged by a reward model and from a keyboard that says 1, an unknown word, 2, skip,
  * stop; a second run goes on behind what is there. Then reinforce, and eval of each kind. */
 static void test_cli_collect(void) {
-    write_text("p.jsonl", "{\"prompt\": \"A film\"}\n{\"prompt\": \"It\"}\n{\"prompt\": "
-                          "\"So\"}\n{\"prompt\": \"We\"}\n");
-    write_text("rated.jsonl", "{\"text\": \"good\", \"score\": 2}\n{\"text\": \"bad\", \"score\": "
-                              "0}\n{\"text\": \"dull\", \"score\": -1}\n");
-    write_text("texts.jsonl", "{\"text\": \"A good film, and a fine one.\"}\n{\"text\": \"A bad "
-                              "film. It is dull and long.\"}\n");
+    write_json("p.jsonl", "{'prompt': 'A film'}\n{'prompt': 'It'}\n{'prompt': 'So'}\n{'prompt': "
+                          "'We'}\n");
+    write_json("rated.jsonl", "{'text': 'good', 'score': 2}\n{'text': 'bad', 'score': 0}\n{'text': "
+                              "'dull', 'score': -1}\n");
+    write_json("texts.jsonl", "{'text': 'A good film, and a fine one.'}\n{'text': 'A bad film. It "
+                              "is dull and long.'}\n");
     write_text("keys.txt", "1\nwhat?\n 2\nS\nq\n");
     command_output("pretrain --dataset_name @texts.jsonl --output_dir @c_lm --vocab_size 400 "
                    "--n_layer 1 --n_head 2 --n_embd 8 --n_positions 32 --max_length 16 --max_steps "
@@ -8097,7 +8023,7 @@ static void test_cli_collect(void) {
     struct Dataset *data =
         dataset_load(&test_arena, temporary("c_pairs/preferences.jsonl"), DPO_SHAPES, 1);
     expect_count("a pair a prompt", data->n, 3);
-    struct GPT2 *rm = gpt2_load(temporary("c_rm"));
+    struct GPT2 *rm = owned(gpt2_load(temporary("c_rm")));
     for (size_t i = 0; i < data->n; i++) {
         float reward[2];
         struct Example texts[2];
@@ -8118,7 +8044,7 @@ static void test_cli_collect(void) {
                    "@c_mine");
     data = dataset_load(&test_arena, temporary("c_mine/preferences.jsonl"), DPO_SHAPES, 1);
     expect_count("two judgements", data->n, 2);
-    struct GPT2 *lm = gpt2_load(temporary("c_lm"));
+    struct GPT2 *lm = owned(gpt2_load(temporary("c_lm")));
     struct GenerationConfig generation = default_options("collect").generation;
     generation.do_sample = true;
     struct Example prompt = example_encode(&test_arena, tokenizer, text_of("A film"), 400, NULL);
@@ -8128,7 +8054,6 @@ static void test_cli_collect(void) {
     expect_true("key 1 rejects the answer shown second",
                 text_equal(data->rows[0].rejected,
                            answer_text(tokenizer, &test_arena, &answers[1], &lm->config)));
-    gpt2_free(lm);
     struct Text first = text_copy(&test_arena, data->rows[0].chosen);
     struct Text second = text_copy(&test_arena, data->rows[1].chosen);
     struct Text lost = text_copy(&test_arena, data->rows[1].rejected);
@@ -8183,7 +8108,6 @@ static void test_cli_collect(void) {
                  &error);
     expect_close("KL of a policy to itself", json_get(eval, "kl")->number, 0, 1e-9);
     expect_close("samples", json_get(eval, "samples")->number, 4, 0);
-    gpt2_free(rm);
 }
 
 /* `collect` on the first `most` of p.jsonl's prompts, on keys or judged by c_rm, into a folder;
@@ -8212,10 +8136,9 @@ static void test_collect_resume(void) {
                 : i % 2 ? "My"
                         : "Our old");
     fclose(file);
-    write_text("rated.jsonl", "{\"text\": \"good\", \"score\": 2}\n{\"text\": \"bad\", \"score\": "
-                              "0}\n");
-    write_text("texts.jsonl", "{\"text\": \"A good film, and a fine one. The bad one is dull and "
-                              "long.\"}\n");
+    write_json("rated.jsonl", "{'text': 'good', 'score': 2}\n{'text': 'bad', 'score': 0}\n");
+    write_json("texts.jsonl", "{'text': 'A good film, and a fine one. The bad one is dull and "
+                              "long.'}\n");
     command_output("pretrain --dataset_name @texts.jsonl --output_dir @c_lm --vocab_size 270 "
                    "--n_layer 1 --n_head 2 --n_embd 8 --n_positions 32 --max_steps 2");
     command_output("reward --model_name_or_path @c_lm --dataset_name @rated.jsonl --output_dir "
@@ -8249,30 +8172,29 @@ static void test_collect_resume(void) {
  * beside its base and as a model's folder it gives the same log-probabilities; a folder for the
  * one kind is not written by the other. */
 static void test_cli_lora(void) {
-    write_text("texts.jsonl", "{\"text\": \"A good film, and a fine one.\"}\n{\"text\": \"A bad "
-                              "film. It is dull and long.\"}\n");
-    write_text("pairs.jsonl", "{\"prompt\": \"A film\", \"chosen\": \" that is good\", "
-                              "\"rejected\": \" that is bad\"}\n{\"prompt\": \"It\", \"chosen\": "
-                              "\" is fine\", \"rejected\": \" is dull\"}\n");
+    write_json("texts.jsonl", "{'text': 'A good film, and a fine one.'}\n{'text': 'A bad film. It "
+                              "is dull and long.'}\n");
+    write_json("pairs.jsonl", "{'prompt': 'A film', 'chosen': ' that is good', 'rejected': ' that "
+                              "is bad'}\n{'prompt': 'It', 'chosen': ' is fine', 'rejected': ' is "
+                              "dull'}\n");
     struct GPT2 *base = new_model(400, 32, 8, 1, 2);
     model_save(base, temporary("base"), tokenizer);
-    gpt2_free(base);
     static const char *const commands[] = {
         "sft --use_peft --dataset_name @texts.jsonl --lora_r 2 --lora_alpha=6 "
         "--lora_target_modules c_attn mlp.c_proj --use_rslora --output_dir @la_sft",
         "reward --use_peft --dataset_name @pairs.jsonl --output_dir @la_reward",
-        "ppo --use_peft --reward_model_path @la_reward --dataset_name @texts.jsonl "
-        "--batch_size 4 --mini_batch_size 2 --output_dir @la_ppo",
+        "ppo --use_peft --reward_model_path @la_reward --dataset_name @texts.jsonl --batch_size 4 "
+        "--mini_batch_size 2 --output_dir @la_ppo",
         "ppo --use_peft --rollouts @la_ppo/rollouts.jsonl --batch_size 4 --mini_batch_size 2 "
         "--output_dir @la_replay",
-        "dpo --peft_adapter @la_sft --dataset_name @pairs.jsonl --logging_steps 1 "
-        "--loss_type sigmoid ipo --loss_weights 1 0 --output_dir @la_dpo",
+        "dpo --peft_adapter @la_sft --dataset_name @pairs.jsonl --logging_steps 1 --loss_type "
+        "sigmoid ipo --loss_weights 1 0 --output_dir @la_dpo",
         "dpo --use_peft --dataset_name @pairs.jsonl --output_dir @la_new",
     };
     for (size_t i = 0; i < COUNT(commands); i++)
         command_output(arena_printf(&test_arena,
-                                    "%s --model_name_or_path @base --max_steps 3 "
-                                    "--learning_rate 0.05",
+                                    "%s --model_name_or_path @base --max_steps 3 --learning_rate "
+                                    "0.05",
                                     commands[i]));
     command_output("merge --model_name_or_path @base --peft_adapter @la_dpo --output_dir "
                    "@la_merged");
@@ -8291,9 +8213,10 @@ static void test_cli_lora(void) {
                                         "@texts.jsonl");
     expect_true("trained: not the base, not sft's adapter",
                 strcmp(alone.data, with.data) != 0 && strcmp(before.data, with.data) != 0);
-    const char *files[][2] = {{"@la_ppo/adapter_model.safetensors", "@la_replay/"
-                                                                    "adapter_model.safetensors"},
-                              {"@la_ppo/model.safetensors", "@la_replay/model.safetensors"}};
+    const char *files[][2] = {
+        {"@la_ppo/adapter_model.safetensors", "@la_replay/adapter_model.safetensors"},
+        {"@la_ppo/model.safetensors", "@la_replay/model.safetensors"},
+    };
     for (int i = 0; i < 2; i++) {
         struct Text a = read_file(&test_arena, temporary(files[i][0] + 1));
         struct Text b = read_file(&test_arena, temporary(files[i][1] + 1));
@@ -8350,8 +8273,7 @@ static void test_same_folder(void) {
     random_adapter(model, 2, "c_attn");
     model->adapter.base_model_name_or_path = temporary("same_base");
     model_save(model, temporary("same_lora"), tokenizer);
-    gpt2_free(model);
-    write_text("t.jsonl", "{\"text\": \"A film that is good, and a fine one.\"}\n");
+    write_json("t.jsonl", "{'text': 'A film that is good, and a fine one.'}\n");
     expect_true("a link is made",
                 !FORKS || symlink(temporary("same_base"), temporary("same_link")) == 0);
     static const char *const spellings[] = {
@@ -8377,23 +8299,20 @@ static void test_same_folder(void) {
                 strstr(said.data, "is --peft_adapter: the model there will be replaced") != NULL
                     && is_adapter(temporary("same_lora")));
     said = trained_in_place("@same_lora --output_dir @./same_base");
-    expect_true("the base of an adapter",
-                strstr(said.data, "is the base of the adapter --model_name_or_path") != NULL);
+    expect_holds("the base of an adapter", said, "is the base of the adapter --model_name_or_path");
     said = trained_in_place("@same_base --output_dir @same_base");
-    expect_true("a model in its place", strstr(said.data, "is --model_name_or_path: the model "
-                                                          "there will be replaced")
-                                            != NULL);
+    expect_holds("a model in its place", said,
+                 "is --model_name_or_path: the model there will be replaced");
     said = trained_in_place("@same_base --output_dir @same_new");
     expect_true("nothing is replaced", !strstr(said.data, "replaced"));
 }
 
 /* The weights of a folder's model, and which heads it has. */
 static float *saved_weights(const char *name, size_t *n, bool *reward_head, bool *value_head) {
-    struct GPT2 *model = gpt2_load(temporary(name));
+    struct GPT2 *model = owned(gpt2_load(temporary(name)));
     float *all = all_weights(model, n);
     *reward_head = model->score.n > 0;
     *value_head = model->v_head.weight.n > 0;
-    gpt2_free(model);
     return all;
 }
 
@@ -8425,8 +8344,8 @@ static void test_heads_left_out(void) {
         {false, false, 2, "dpo --dataset_name @h.jsonl --ref_model @h_both"},
         {true, false, 1, "reward --dataset_name @h.jsonl"},
         {false, true, 1,
-         "ppo --dataset_name @h.jsonl --reward_model_path @h_both --batch_size 2 "
-         "--mini_batch_size 2"},
+         "ppo --dataset_name @h.jsonl --reward_model_path @h_both --batch_size 2 --mini_batch_size "
+         "2"},
         {false, false, 2,
          "reinforce --dataset_name @h.jsonl --reward_model_path @h_both --batch_size 2"},
     };
@@ -8441,10 +8360,9 @@ static void test_heads_left_out(void) {
         {0, "score --dataset_name @t.jsonl"},
         {0, "eval --dataset_name @h.jsonl"},
     };
-    write_text("t.jsonl", "{\"text\": \"A film that is good, and a fine one.\"}\n");
-    write_text("h.jsonl", "{\"text\": \"A film that is good, and a fine one.\", \"prompt\": \"A "
-                          "film\", \"chosen\": \" that is good\", \"rejected\": \" that is "
-                          "bad\"}\n");
+    write_json("t.jsonl", "{'text': 'A film that is good, and a fine one.'}\n");
+    write_json("h.jsonl", "{'text': 'A film that is good, and a fine one.', 'prompt': 'A film', "
+                          "'chosen': ' that is good', 'rejected': ' that is bad'}\n");
     struct GPT2 *model = new_model(300, 24, 12, 1, 3);
     fill_random(model);
     tensor_normal(reward_head_declare(model), &test_rng, 1);
@@ -8453,7 +8371,6 @@ static void test_heads_left_out(void) {
     model->tensor_count -= 3;
     model->score.n = 0;
     model_save(model, temporary("h_plain"), tokenizer);
-    gpt2_free(model);
     for (size_t i = 0; i < COUNT(cases); i++) {
         const char *what = cases[i].line;
         size_t n[2];
@@ -8484,14 +8401,15 @@ static void test_heads_left_out(void) {
 
 /* Names as they are compared: accents, case, punctuation, what is no UTF-8. */
 static void test_glossary_fold(void) {
-    static const char *const cases[][2] = {{"Otimiza\xc3\xa7\xc3\xa3o; Top-p", " otimizacao ; top "
-                                                                               "p "},
-                                           {"  Trainer.train() ", " trainer train "},
-                                           {"Par\xc3\x82METRO (\xce\xb2)", " parametro \xce\xb2 "},
-                                           {"A \xc2\xb7 B;c", " a ; b ; c "},
-                                           {"\xff(\xc3", " \xff \xc3 "},
-                                           {"", " "},
-                                           {"x\xe2\x80\x94y", " x\xe2\x80\x94y "}};
+    static const char *const cases[][2] = {
+        {"Otimiza\xc3\xa7\xc3\xa3o; Top-p", " otimizacao ; top p "},
+        {"  Trainer.train() ", " trainer train "},
+        {"Par\xc3\x82METRO (\xce\xb2)", " parametro \xce\xb2 "},
+        {"A \xc2\xb7 B;c", " a ; b ; c "},
+        {"\xff(\xc3", " \xff \xc3 "},
+        {"", " "},
+        {"x\xe2\x80\x94y", " x\xe2\x80\x94y "},
+    };
     for (size_t i = 0; i < COUNT(cases); i++)
         expect_text(cases[i][0], text_of(fold(&test_arena, cases[i][0])), cases[i][1]);
 }
@@ -8508,31 +8426,31 @@ static void test_glossary_find(void) {
 #define NEAREST "no term has this name; the nearest:\n"
 #define KL "Diverg\xc3\xaancia de Kullback-Leibler (KL) \xc2\xb7 "
 #define DPO "Otimiza\xc3\xa7\xc3\xa3o de prefer\xc3\xaancia direta (DPO) \xc2\xb7 "
-    static const char *const cases[][2] = {{"Diverg\xc3\xaancia de Kullback-Leibler (KL)", KL},
-                                           {"DIVERGENCIA de kullback leibler", KL},
-                                           {"kl", KL},
-                                           {"Kullback-Leibler divergence", KL},
-                                           {"leibler", KL},
-                                           {"dpo", DPO},
-                                           {"otimiza\xc3\xa7\xc3\xa3o de prefer\xc3\xaancia", DPO},
-                                           {"coleta de dados", "Coleta de dados \xc2\xb7 "},
-                                           {"top p", "Amostragem top-p \xc2\xb7 "},
-                                           {"beam", "Beam search \xc2\xb7 "},
-                                           {"trainer.train", "Trainer.train() \xc2\xb7 "},
-                                           {"\xcf\x84", "Temperatura (\xcf\x84) \xc2\xb7 "},
-                                           {"Tau", "Temperatura (\xcf\x84) \xc2\xb7 "},
-                                           {"\xcf\x89", "Fun\xc3\xa7\xc3\xa3o Omega (\xcf\x89) "
-                                                        "\xc2\xb7 "},
-                                           {"pi", "Pol\xc3\xadtica \xcf\x80 \xc2\xb7 "},
-                                           {"kulback", NEAREST KL},
-                                           {"divergencia de kullbak", NEAREST KL},
-                                           {"fun\xc3\xa7\xc3\xa3o de recompenza",
-                                            NEAREST "Fun\xc3\xa7\xc3\xa3o de recompensa \xc2\xb7 "
-                                                    "reward function"},
-                                           {"softmaks", NEAREST "Fun\xc3\xa7\xc3\xa3o softmax"},
-                                           {"top", "several terms fit:\n  Amostragem top-k "
-                                                   "\xc2\xb7 top-k sampling\n  Amostragem top-p"},
-                                           {"()", "Data and tokens"}};
+    static const char *const cases[][2] = {
+        {"Diverg\xc3\xaancia de Kullback-Leibler (KL)", KL},
+        {"DIVERGENCIA de kullback leibler", KL},
+        {"kl", KL},
+        {"Kullback-Leibler divergence", KL},
+        {"leibler", KL},
+        {"dpo", DPO},
+        {"otimiza\xc3\xa7\xc3\xa3o de prefer\xc3\xaancia", DPO},
+        {"coleta de dados", "Coleta de dados \xc2\xb7 "},
+        {"top p", "Amostragem top-p \xc2\xb7 "},
+        {"beam", "Beam search \xc2\xb7 "},
+        {"trainer.train", "Trainer.train() \xc2\xb7 "},
+        {"\xcf\x84", "Temperatura (\xcf\x84) \xc2\xb7 "},
+        {"Tau", "Temperatura (\xcf\x84) \xc2\xb7 "},
+        {"\xcf\x89", "Fun\xc3\xa7\xc3\xa3o Omega (\xcf\x89) \xc2\xb7 "},
+        {"pi", "Pol\xc3\xadtica \xcf\x80 \xc2\xb7 "},
+        {"kulback", NEAREST KL},
+        {"divergencia de kullbak", NEAREST KL},
+        {"fun\xc3\xa7\xc3\xa3o de recompenza", NEAREST "Fun\xc3\xa7\xc3\xa3o de recompensa "
+                                                       "\xc2\xb7 reward function"},
+        {"softmaks", NEAREST "Fun\xc3\xa7\xc3\xa3o softmax"},
+        {"top", "several terms fit:\n  Amostragem top-k \xc2\xb7 top-k sampling\n  Amostragem "
+                "top-p"},
+        {"()", "Data and tokens"},
+    };
     for (size_t i = 0; i < COUNT(cases); i++) {
         struct Text out = glossary(cases[i][0], NULL, NULL);
         out.length = MIN(out.length, strlen(cases[i][1]));
@@ -8618,7 +8536,7 @@ static void expect_tensor(const char *what, const float *got, const float *want,
 
 /* Logits, loss and every gradient of a batch (B,T). */
 static void test_fixtures_gradient(void) {
-    struct GPT2 *model = gpt2_load(fixture("model"));
+    struct GPT2 *model = owned(gpt2_load(fixture("model")));
     struct SafeTensors st = safetensors_open(&test_arena, fixture("expected/"
                                                                   "forward_backward.safetensors"));
     size_t shape[3], n;
@@ -8651,7 +8569,6 @@ static void test_fixtures_gradient(void) {
         expect_tensor(t->name, t->d, want, MIN(n, t->n), 1e-4);
     }
     fclose(st.file);
-    gpt2_free(model);
 }
 
 /* Log-probabilities of every token, for each form in which the model is stored. */
@@ -8659,14 +8576,16 @@ static void test_fixtures_logprob(void) {
     static const struct {
         const char *name;
         double tolerance;
-    } models[] = {{"model", 5e-5},
-                  {"model_sharded", 5e-5},
-                  {"model_f16", 3e-2},
-                  {"model_bf16", 2e-1}};
+    } models[] = {
+        {"model", 5e-5},
+        {"model_sharded", 5e-5},
+        {"model_f16", 3e-2},
+        {"model_bf16", 2e-1},
+    };
     for (size_t m = 0; m < COUNT(models); m++) {
         if (!file_exists(fixture(models[m].name)))
             continue;
-        struct GPT2 *model = gpt2_load(fixture(models[m].name));
+        struct GPT2 *model = owned(gpt2_load(fixture(models[m].name)));
         struct Text file = read_file(&test_arena, fixture("expected/logprob.jsonl"));
         size_t lines = 0;
         size_t V = model->config.vocab_size;
@@ -8689,14 +8608,13 @@ static void test_fixtures_logprob(void) {
             expect_count("log-probabilities", batch.R, t);
         }
         expect_true("lines", lines > 0);
-        gpt2_free(model);
     }
 }
 
 static void test_fixtures_reward(void) {
     if (!file_exists(fixture("reward")))
         return;
-    struct GPT2 *model = gpt2_load(fixture("reward"));
+    struct GPT2 *model = owned(gpt2_load(fixture("reward")));
     struct Text file = read_file(&test_arena, fixture("expected/reward_scores.jsonl"));
     size_t lines = 0;
     for (struct Json *json; (json = next_line(&file)); lines++) {
@@ -8708,7 +8626,6 @@ static void test_fixtures_reward(void) {
         expect_close("reward", reward, json_get(json, "reward")->number, 5e-5);
     }
     expect_true("lines", lines > 0);
-    gpt2_free(model);
 }
 
 /* =============================================================================================
@@ -9109,6 +9026,9 @@ int main(int argc, char **argv) {
         *(failures ? &not_passed : &passed) += 1;
         if (slow)
             printf("%8.3f s  %s\n", seconds_now() - begin, test_name);
+        while (owned_count)
+            gpt2_free(owned_models[--owned_count]);
+        use_threads(1);
         arena_free(&test_arena);
     }
     test_name = NULL;
