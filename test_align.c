@@ -733,11 +733,6 @@ static void test_rng_distributions(void) {
  * overflow. The fast loops over rows are held to plain ones.
  * ============================================================================================= */
 
-static const double golden_logsigmoid_x[7] = {-100, -20, -1, 0, 1, 20, 100};
-static const double golden_logsigmoid[7] = {-100,           -20,          -1.31326169,
-                                            -0.693147181,   -0.313261688, -2.06115362e-09,
-                                            -3.72007598e-44};
-
 /* By hand, torch's log sigmoid, and extremes where the plain formula overflows. */
 static void test_sigmoid(void) {
     expect_close("sigmoid(0)", sigmoid(0), 0.5, 0);
@@ -747,13 +742,13 @@ static void test_sigmoid(void) {
     expect_close("log sigmoid(0)", log_sigmoid(0), -log(2), 1e-15);
     expect_close("log sigmoid(2)", log_sigmoid(2), -0.1269, 5e-5);
     expect_close("log sigmoid(-800)", log_sigmoid(-800), -800, 0);
-    for (size_t i = 0; i < COUNT(golden_logsigmoid); i++)
-        expect_relative("log sigmoid", log_sigmoid(golden_logsigmoid_x[i]), golden_logsigmoid[i],
-                        1e-8);
+    static const double torch[][2] = {{-100, -100},          {-20, -20},
+                                      {-1, -1.31326169},     {0, -0.693147181},
+                                      {1, -0.313261688},     {20, -2.06115362e-09},
+                                      {100, -3.72007598e-44}};
+    for (size_t i = 0; i < COUNT(torch); i++)
+        expect_relative("log sigmoid", log_sigmoid(torch[i][0]), torch[i][1], 1e-8);
 }
-
-static const double golden_softmax5[5] = {0.0319201128, 0.0867678625, 0.235859504, 0.641132603,
-                                          0.0043199175};
 
 /* By hand, torch's, and logits so large or small that e^x alone would not do. */
 static void test_softmax(void) {
@@ -765,19 +760,12 @@ static void test_softmax(void) {
     expect_floats("[0, ln 3]", x, (double[]){0.25, 0.75}, 2, 1e-7);
     expect_close("log_sum_exp", log_sum_exp(five, 5, scratch), 4.44451897, 1e-6);
     softmax(five, 5);
-    expect_floats("five", five, golden_softmax5, 5, 1e-7);
+    expect_floats("five, torch", five,
+                  (double[]){0.0319201128, 0.0867678625, 0.235859504, 0.641132603, 0.0043199175}, 5,
+                  1e-7);
     softmax(large, 4);
     expect_floats("large ones", large, (double[]){0.5, 0.5, 0, 0}, 4, 1e-7);
 }
-
-static const double golden_entropy5 = 0.971274128;
-
-static const double golden_ppo_entropies[3][8] = {{1.46446431, 1.48964322, 1.45615435, 1.31341207,
-                                                   1.31366122, 1.2903558, 1.32972217, 1.46224737},
-                                                  {1.48970628, 1.45869637, 1.31994045, 1.30396509,
-                                                   1.29932439, 1.32318115, 1.45990467, 1.48971915},
-                                                  {1.46110308, 1.32648385, 1.29472613, 1.30880988,
-                                                   1.31664169, 1.4574306, 1.48968089, 1.46338153}};
 
 /* By hand, torch's and TRL's. */
 static void test_entropy(void) {
@@ -787,17 +775,21 @@ static void test_entropy(void) {
     float scratch[7];
     expect_close("two equal logits", entropy_of_logits(two, log_sum_exp(two, 2, scratch), 2),
                  log(2), 1e-6);
-    expect_close("five", entropy_of_logits(five, log_sum_exp(five, 5, scratch), 5), golden_entropy5,
-                 1e-6);
+    expect_close("five, torch", entropy_of_logits(five, log_sum_exp(five, 5, scratch), 5),
+                 0.971274128, 1e-6);
     expect_close("with a banned one", entropy_of_logits(banned, log_sum_exp(banned, 3, scratch), 3),
                  log(2), 1e-6);
+    static const double trl[24] = {1.46446431, 1.48964322, 1.45615435, 1.31341207, 1.31366122,
+                                   1.2903558,  1.32972217, 1.46224737, 1.48970628, 1.45869637,
+                                   1.31994045, 1.30396509, 1.29932439, 1.32318115, 1.45990467,
+                                   1.48971915, 1.46110308, 1.32648385, 1.29472613, 1.30880988,
+                                   1.31664169, 1.4574306,  1.48968089, 1.46338153};
     for (size_t row = 0; row < 24; row++) {
         float logits[7];
         for (size_t v = 0; v < 7; v++)
             logits[v] = (float)(2 * sin(0.1 + 0.77 * (double)(7 * row + v)));
         expect_close("TRL's entropy_from_logits",
-                     entropy_of_logits(logits, log_sum_exp(logits, 7, scratch), 7),
-                     golden_ppo_entropies[row / 8][row % 8], 2e-6);
+                     entropy_of_logits(logits, log_sum_exp(logits, 7, scratch), 7), trl[row], 2e-6);
     }
 }
 
@@ -1120,35 +1112,15 @@ static void test_losses(void) {
  * tokens.
  * ============================================================================================= */
 
-static const double golden_ppo_mean = -0.105236657;
-static const double golden_ppo_var = 0.12100514;
-static const double golden_ppo_whiten[3][8] = {{0.588088632, 1.58352077, 1.60952294, 0.646417081,
-                                                -0.576937497, -1.13473034, -0.604835033,
-                                                0.611734331},
-                                               {1.59430218, 1.59928083, 0.622902572, -0.595929027,
-                                                -1.13482654, -0.58596307, 0.63529253, 1.60471821},
-                                               {1.58867216, 0.599297464, -0.6146667, -1.13451648,
-                                                -0.566839874, 0.658756673, 1.61476624, 1.57769978}};
-static const double golden_ppo_whiten_keep[3][8] = {{0.482851982, 1.47828412, 1.50428629,
-                                                     0.541180432, -0.682174146, -1.23996699,
-                                                     -0.710071683, 0.506497681},
-                                                    {1.48906553, 1.49404418, 0.517665923,
-                                                     -0.701165676, -1.24006319, -0.69119972,
-                                                     0.530055881, 1.49948156},
-                                                    {1.48343551, 0.494060814, -0.71990335,
-                                                     -1.23975313, -0.672076523, 0.553520024,
-                                                     1.50952959, 1.47246313}};
-static const double golden_ppo_plain_whiten[3] = {1.03490973, -0.960987687, -0.0739221349};
-
 static double golden_val(int i) {
     return 0.5 * sin(0.2 + 0.9 * i);
 }
 
-/* TRL's three rows of 8 positions: responses of 6, 4 and 3 tokens that start at columns 2, 1, 3. */
+/* TRL's three rows of 8 positions: responses of 6, 4 and 3 tokens that start at columns 2, 1, 3.
+ * golden.py prints all 24 numbers; here are the 13 of responses, side by side. */
 static const size_t GOLDEN_START[] = {0, 6, 10, 13}, GOLDEN_COLUMN[] = {2, 1, 3};
 
-/* The 13 entries of (3,8) that are response tokens, by a formula of the flat index or from a
- * golden table. */
+/* The 13 entries of (3,8) that are response tokens, by a formula of the flat index. */
 static float *packed_formula(double (*value)(int)) {
     float *x = arena_floats(&test_arena, 13);
     for (size_t b = 0, r = 0; b < 3; b++)
@@ -1157,28 +1129,31 @@ static float *packed_formula(double (*value)(int)) {
     return x;
 }
 
-static double *packed_table(const double table[3][8]) {
-    double *x = arena_alloc(&test_arena, 13, sizeof *x);
-    for (size_t b = 0, r = 0; b < 3; b++)
-        for (size_t k = 0; k < GOLDEN_START[b + 1] - GOLDEN_START[b]; k++)
-            x[r++] = table[b][GOLDEN_COLUMN[b] + k];
-    return x;
-}
-
 /* Masked mean, variance, whitening against TRL's. */
 static void test_ppo_whiten_golden(void) {
+    static const double mean = -0.105236657;
+    static const double variance = 0.12100514;
+    static const double whitened[] = {1.60952294,   0.646417081, -0.576937497, -1.13473034,
+                                      -0.604835033, 0.611734331, 1.59928083,   0.622902572,
+                                      -0.595929027, -1.13482654, -1.13451648,  -0.566839874,
+                                      0.658756673};
+    static const double mean_kept[] = {1.50428629,   0.541180432, -0.682174146, -1.23996699,
+                                       -0.710071683, 0.506497681, 1.49404418,   0.517665923,
+                                       -0.701165676, -1.24006319, -1.23975313,  -0.672076523,
+                                       0.553520024};
     float *x = packed_formula(golden_val);
     float scores[] = {1.5f, -0.75f, 0.25f};
-    expect_close("mean", mean_of(x, 13), golden_ppo_mean, 1e-7);
-    expect_close("variance", unbiased_variance(x, 13), golden_ppo_var, 1e-7);
+    expect_close("mean", mean_of(x, 13), mean, 1e-7);
+    expect_close("variance", unbiased_variance(x, 13), variance, 1e-7);
     double zero = whiten(x, 13, true);
-    expect_floats("whitened", x, packed_table(golden_ppo_whiten), 13, 2e-6);
-    expect_close("a zero there", zero, -golden_ppo_mean / sqrt(golden_ppo_var), 1e-5);
+    expect_floats("whitened", x, whitened, 13, 2e-6);
+    expect_close("a zero there", zero, -mean / sqrt(variance), 1e-5);
     x = packed_formula(golden_val);
     whiten(x, 13, false);
-    expect_floats("mean kept", x, packed_table(golden_ppo_whiten_keep), 13, 2e-6);
+    expect_floats("mean kept", x, mean_kept, 13, 2e-6);
     whiten(scores, 3, true);
-    expect_floats("three scores", scores, golden_ppo_plain_whiten, 3, 1e-6);
+    expect_floats("three scores", scores, (double[]){1.03490973, -0.960987687, -0.0739221349}, 3,
+                  1e-6);
     float one[] = {5};
     whiten(one, 1, true);
     expect_close("one number", one[0], 0, 0);
@@ -1204,45 +1179,6 @@ static void test_reinforce_advantages(void) {
                  0);
 }
 
-static const double golden_ppo_scores[3] = {1.5, -0.75, 0.25};
-
-static const double golden_ppo_rewards_kl[3][8] = {{0.0107609276, -0.0465190075, -0.0447210558,
-                                                    -0.00583171844, -0.00737466803, -0.0406970643,
-                                                    -0.0323995724, 1.51447213},
-                                                   {0.0124140745, -0.0565480255, -0.085784696,
-                                                    -0.00794322509, -0.677197397, 0.0198597908,
-                                                    -0.110615373, -0.12267524},
-                                                   {0.0257807728, 0.127871558, 0.0162903797,
-                                                    -0.167293116, -0.14993149, 0.317258418,
-                                                    0.177431613, 0.00201687822}};
-static const double golden_ppo_rewards_abs[3][8] = {{-0.0107609276, -0.0465190075, -0.0447210558,
-                                                     -0.00583171844, -0.00737466803, -0.0406970643,
-                                                     -0.0323995724, 1.48552787},
-                                                    {-0.0124140745, -0.0565480255, -0.085784696,
-                                                     -0.00794322509, -0.822802603, -0.0198597908,
-                                                     -0.110615373, -0.12267524},
-                                                    {-0.0257807728, -0.127871558, -0.0162903797,
-                                                     -0.167293116, -0.14993149, 0.182741582,
-                                                     -0.177431613, -0.00201687822}};
-static const double golden_ppo_rewards_mse[3][8] = {{-0.00028949391, -0.00541004492, -0.0049999319,
-                                                     -8.50223514e-05, -0.000135964336,
-                                                     -0.0041406271, -0.00262433058, 1.49947643},
-                                                    {-0.000385273102, -0.00799419731, -0.0183975361,
-                                                     -0.000157737057, -0.76325053, -0.00098602823,
-                                                     -0.0305894017, -0.0376230367},
-                                                    {-0.00166162068, -0.0408778414, -0.000663441082,
-                                                     -0.0699674711, -0.0561986268, 0.238690764,
-                                                     -0.0787049383, -1.01694932e-05}};
-static const double golden_ppo_rewards_full[3][8] = {{-0.00151400419, -0.0242203716, -0.0918063447,
-                                                      -0.140480131, -0.440289229, -0.312611669,
-                                                      -0.51923573, 0.962782681},
-                                                     {-0.418234915, -0.512489557, -0.408486336,
-                                                      -0.2191315, -1.06922829, -0.0619668067,
-                                                      -0.0317828581, -0.000686046493},
-                                                     {-0.0310049634, -0.0614900999, -0.316356361,
-                                                      -0.21849966, -0.40566054, -0.262236834,
-                                                      -0.419933528, -0.535295904}};
-
 static double golden_old(int i) {
     return -1.6 + 1.2 * sin(0.4 + 1.3 * i);
 }
@@ -1262,7 +1198,11 @@ static struct PPOBatch golden_batch(void) {
     p.logprobs = packed_formula(golden_old);
     p.ref_logprobs = packed_formula(golden_ref);
     p.values = packed_formula(golden_val);
-    p.rewards = narrow(packed_table(golden_ppo_rewards_kl), 13);
+    p.rewards =
+        narrow((double[]){-0.0447210558, -0.00583171844, -0.00737466803, -0.0406970643,
+                          -0.0323995724, 1.51447213, -0.0565480255, -0.085784696, -0.00794322509,
+                          -0.677197397, -0.167293116, -0.14993149, 0.317258418},
+               13);
     p.kl = random_floats(13, 1);
     p.non_score_rewards = random_floats(13, 1);
     p.advantages = random_floats(13, 1);
@@ -1274,16 +1214,27 @@ static struct PPOBatch golden_batch(void) {
 static void test_ppo_penalties_golden(void) {
     static const struct {
         const char *kind;
-        const double (*want)[8];
+        double want[13];
     } kinds[] = {
-        {"kl", golden_ppo_rewards_kl},
-        {"abs", golden_ppo_rewards_abs},
-        {"mse", golden_ppo_rewards_mse},
-        {"full", golden_ppo_rewards_full},
+        {"kl",
+         {-0.0447210558, -0.00583171844, -0.00737466803, -0.0406970643, -0.0323995724, 1.51447213,
+          -0.0565480255, -0.085784696, -0.00794322509, -0.677197397, -0.167293116, -0.14993149,
+          0.317258418}},
+        {"abs",
+         {-0.0447210558, -0.00583171844, -0.00737466803, -0.0406970643, -0.0323995724, 1.48552787,
+          -0.0565480255, -0.085784696, -0.00794322509, -0.822802603, -0.167293116, -0.14993149,
+          0.182741582}},
+        {"mse",
+         {-0.0049999319, -8.50223514e-05, -0.000135964336, -0.0041406271, -0.00262433058,
+          1.49947643, -0.00799419731, -0.0183975361, -0.000157737057, -0.76325053, -0.0699674711,
+          -0.0561986268, 0.238690764}},
+        {"full",
+         {-0.0918063447, -0.140480131, -0.440289229, -0.312611669, -0.51923573, 0.962782681,
+          -0.512489557, -0.408486336, -0.2191315, -1.06922829, -0.21849966, -0.40566054,
+          -0.262236834}},
     };
     struct PPOBatch p = golden_batch();
-    for (size_t k = 0; k < 4; k++) {
-        const double *want = packed_table(kinds[k].want);
+    for (size_t k = 0; k < 4; k++)
         for (size_t b = 0; b < 3; b++)
             for (size_t t = GOLDEN_START[b]; t < GOLDEN_START[b + 1]; t++) {
                 size_t column = 8 * b + GOLDEN_COLUMN[b] + t - GOLDEN_START[b];
@@ -1296,25 +1247,26 @@ static void test_ppo_penalties_golden(void) {
                                              log_sum_exp(ref, 7, scratch), 7);
                 double reward =
                     -0.2 * kl_penalty_token(kinds[k].kind, p.logprobs[t], p.ref_logprobs[t], full)
-                    + (t + 1 == GOLDEN_START[b + 1] ? golden_ppo_scores[b] : 0);
-                expect_close(kinds[k].kind, reward, want[t], 2e-6);
+                    + (t + 1 == GOLDEN_START[b + 1] ? (double[]){1.5, -0.75, 0.25}[b] : 0);
+                expect_close(kinds[k].kind, reward, kinds[k].want[t], 2e-6);
             }
-    }
 }
-
-static const double golden_klctl[4] = {0.199488, 0.2, 0.200426667, 0.200512};
-static const double golden_klctl_seq[4] = {0.199488, 0.199488, 0.199913574, 0.200425353};
 
 /* The controller's beta against TRL's, alone and one after another; off, it stays. */
 static void test_ppo_kl_controller(void) {
-    static const double kl[] = {0, 6, 7, 30};
+    static const struct {
+        double kl, from_0_2, in_sequence;
+    } golden[] = {{0, 0.199488, 0.199488},
+                  {6, 0.2, 0.199488},
+                  {7, 0.200426667, 0.199913574},
+                  {30, 0.200512, 0.200425353}};
     struct PPOConfig config = ppo_config();
     double beta = 0.2;
-    for (size_t i = 0; i < 4; i++) {
-        expect_close("from 0.2", kl_controller_update(&config, 0.2, kl[i], 128), golden_klctl[i],
-                     1e-9);
-        expect_close("in sequence", beta = kl_controller_update(&config, beta, kl[i], 128),
-                     golden_klctl_seq[i], 1e-9);
+    for (size_t i = 0; i < COUNT(golden); i++) {
+        beta = kl_controller_update(&config, beta, golden[i].kl, 128);
+        expect_close("in sequence", beta, golden[i].in_sequence, 1e-9);
+        expect_close("from 0.2", kl_controller_update(&config, 0.2, golden[i].kl, 128),
+                     golden[i].from_0_2, 1e-9);
     }
     config.adap_kl_ctrl = false;
     expect_close("off", kl_controller_update(&config, 0.2, 30, 128), 0.2, 0);
@@ -1532,33 +1484,50 @@ static void test_generate_processors(void) {
     expect_true("greedy ignores temperature", greedy[0] == 1 && greedy[2] == 4);
 }
 
-static const int golden_sample_id[6] = {52, 38, 20, 31, 15, 4};
-static const double golden_sample_p[6] = {0.265662611, 0.235709459, 0.176489025,
-                                          0.133381784, 0.113244243, 0.0755128339};
-static const int golden_sample_rep_id[7] = {52, 20, 31, 15, 38, 4, 33};
-static const double golden_sample_rep_p[7] = {0.286715627,  0.190475285, 0.143951923, 0.122218527,
-                                              0.0970358998, 0.081497021, 0.078105703};
-
 /* What transformers keeps, and with what probabilities, by temperature .7, top_k 10, top_p .8
  * and a repetition penalty. */
 static void test_generate_filters_golden(void) {
+    static const struct {
+        double repetition_penalty;
+        size_t kept;
+        struct {
+            size_t id;
+            double p;
+        } token[7];
+    } cases[] = {
+        {1,
+         6,
+         {{52, 0.265662611},
+          {38, 0.235709459},
+          {20, 0.176489025},
+          {31, 0.133381784},
+          {15, 0.113244243},
+          {4, 0.0755128339}}},
+        {1.5,
+         7,
+         {{52, 0.286715627},
+          {20, 0.190475285},
+          {31, 0.143951923},
+          {15, 0.122218527},
+          {38, 0.0970358998},
+          {4, 0.081497021},
+          {33, 0.078105703}}},
+    };
     struct GPT2 *model = golden_model();
     struct Example prompt = {golden_examples()[0].ids, 4, 4};
     struct Batch batch = batch_of(&prompt, 1, READ_LAST);
-    for (int penalty = 0; penalty < 2; penalty++) {
+    for (size_t k = 0; k < COUNT(cases); k++) {
         struct GenerationConfig config = sampling(0.7, 10, 0.8);
-        config.repetition_penalty = penalty ? 1.5 : 1;
+        config.repetition_penalty = cases[k].repetition_penalty;
         float *p = batch_logits(model, &batch) + 3 * 61;
         size_t kept = 0;
-        size_t n = penalty ? 7 : 6;
         process_logits(p, 61, &config, prompt.ids, 4, 0, 60);
         softmax(p, 61);
         for (size_t v = 0; v < 61; v++)
             kept += p[v] > 0;
-        expect_count("kept", kept, n);
-        for (size_t i = 0; i < n; i++)
-            expect_close("probability", p[(penalty ? golden_sample_rep_id : golden_sample_id)[i]],
-                         (penalty ? golden_sample_rep_p : golden_sample_p)[i], 2e-6);
+        expect_count("kept", kept, cases[k].kept);
+        for (size_t i = 0; i < cases[k].kept; i++)
+            expect_close("probability", p[cases[k].token[i].id], cases[k].token[i].p, 2e-6);
     }
 }
 
@@ -2228,18 +2197,6 @@ static void test_linear_hand(void) {
     expect_floats("db", db, (double[]){1, -2}, 2, 0);
 }
 
-static const double golden_lin_y[3][2] = {{-0.217711497, 0.114072773},
-                                          {1.94519666, 1.12312179},
-                                          {0.982029507, 1.5265574}};
-static const double golden_lin_dx[3][4] = {{1.06898107, -0.032448023, -1.08001126, -0.334684841},
-                                           {-1.42191884, 0.47107267, 1.58205261, 0.0667212255},
-                                           {0.604620611, -0.522005538, -0.782068213, 0.256153777}};
-static const double golden_lin_dw[4][2] = {{-0.447127995, -1.46305607},
-                                           {0.285439726, -1.15921219},
-                                           {0.948121859, -0.571552823},
-                                           {1.37867068, 0.156042675}};
-static const double golden_lin_db[2] = {0.141804261, 0.158728212};
-
 /* x W + b and its gradients against torch's (Conv1D). */
 static void test_linear_golden(void) {
     float x[12], w[8], b[2], dy[6], y[6], dx[12];
@@ -2256,14 +2213,21 @@ static void test_linear_golden(void) {
     struct Tensor weight = tensor_of(w, dw, 4, 2);
     struct Tensor bias = tensor_of(b, db, 2, 0);
     linear_forward(y, x, 3, &weight, &bias);
-    expect_floats("y", y, golden_lin_y[0], 6, 1e-6);
+    expect_floats("y", y,
+                  (double[]){-0.217711497, 0.114072773, 1.94519666, 1.12312179, 0.982029507,
+                             1.5265574},
+                  6, 1e-6);
     linear_backward(dx, dy, x, 3, &weight, &bias);
-    expect_floats("dx", dx, golden_lin_dx[0], 12, 1e-6);
-    expect_floats("dW", dw, golden_lin_dw[0], 8, 1e-6);
-    expect_floats("db", db, golden_lin_db, 2, 1e-6);
+    static const double golden_dx[] = {1.06898107,  -0.032448023, -1.08001126,  -0.334684841,
+                                       -1.42191884, 0.47107267,   1.58205261,   0.0667212255,
+                                       0.604620611, -0.522005538, -0.782068213, 0.256153777};
+    expect_floats("dx", dx, golden_dx, 12, 1e-6);
+    static const double golden_dw[] = {-0.447127995, -1.46305607,  0.285439726, -1.15921219,
+                                       0.948121859,  -0.571552823, 1.37867068,  0.156042675};
+    expect_floats("dW", dw, golden_dw, 8, 1e-6);
+    expect_floats("db", db, (double[]){0.141804261, 0.158728212}, 2, 1e-6);
     linear_backward(dx, dy, x, 3, &weight, &bias);
-    expect_close("dW is added to, dx is not", dw[0] + dx[0],
-                 2 * golden_lin_dw[0][0] + golden_lin_dx[0][0], 2e-6);
+    expect_close("dW is added to, dx is not", dw[0] + dx[0], 2 * golden_dw[0] + golden_dx[0], 2e-6);
 }
 
 /* What a layer's gradients are tested with: loss = sum of y times given dy. */
@@ -2387,11 +2351,6 @@ static void test_rows_company(void) {
         }
 }
 
-static const double golden_ln_y[4] = {-1.02575458, -0.226376454, 0.106749587, 3.47051415};
-static const double golden_ln_dx[4] = {0.486523816, -0.0973048411, -0.70545966, 0.316240685};
-static const double golden_ln_dw[4] = {-1.02575458, 0.652752912, 0.186500832, 0.792628536};
-static const double golden_ln_db[4] = {1, -1, 2, 0.5};
-
 /* By hand and against torch. */
 static void test_layernorm(void) {
     float hand[] = {3, 3, 7, 7};
@@ -2419,12 +2378,14 @@ static void test_layernorm(void) {
     bias = tensor_of(b, db, 4, 0);
     row.x = x;
     layernorm_forward(y, row, &weight, &bias, 1e-5f);
-    expect_floats("y", y, golden_ln_y, 4, 2e-6);
+    expect_floats("y", y, (double[]){-1.02575458, -0.226376454, 0.106749587, 3.47051415}, 4, 2e-6);
     layernorm_backward(dx, dy, row, &weight, &bias);
     for (int i = 0; i < 4; i++)
-        expect_close("dx, added", dx[i] - 10, golden_ln_dx[i], 4e-6);
-    expect_floats("dw", dw, golden_ln_dw, 4, 2e-6);
-    expect_floats("db", db, golden_ln_db, 4, 2e-6);
+        expect_close("dx, added", dx[i] - 10,
+                     (double[]){0.486523816, -0.0973048411, -0.70545966, 0.316240685}[i], 4e-6);
+    expect_floats("dw", dw, (double[]){-1.02575458, 0.652752912, 0.186500832, 0.792628536}, 4,
+                  2e-6);
+    expect_floats("db", db, (double[]){1, -1, 2, 0.5}, 4, 2e-6);
 }
 
 static double layernorm_loss(void *context) {
@@ -2460,33 +2421,30 @@ static void test_layernorm_gradient(void) {
     expect_gradient("bias", f, c.b, db, c.out, 67, 3e-4);
 }
 
-static const double golden_gelu_x[9] = {-6, -3, -1, -0.5, 0, 0.5, 1, 3, 6};
-static const double golden_gelu[9] = {-8.43964898e-11,
-                                      -0.00363739208,
-                                      -0.158808009,
-                                      -0.15428599,
-                                      0,
-                                      0.34571401,
-                                      0.841191991,
-                                      2.99636261,
-                                      6};
-static const double golden_gelu_grad[9] = {-7.70997601e-10, -0.0115841666, -0.0829640838,
-                                           0.132630096,     0.5,           0.867369904,
-                                           1.08296408,      1.01158417,    1};
-
 /* By hand, and values and slopes of transformers' gelu_new. */
 static void test_gelu(void) {
-    float x[COUNT(golden_gelu_x)], y[COUNT(golden_gelu_x)], dx[COUNT(golden_gelu_x)],
-        one[COUNT(golden_gelu_x)];
-    for (size_t i = 0; i < COUNT(x); i++) {
-        x[i] = (float)golden_gelu_x[i];
-        one[i] = 1;
+    static const struct {
+        float x;
+        double y, slope;
+    } golden[] = {
+        {-6, -8.43964898e-11, -7.70997601e-10},
+        {-3, -0.00363739208, -0.0115841666},
+        {-1, -0.158808009, -0.0829640838},
+        {-0.5, -0.15428599, 0.132630096},
+        {0, 0, 0.5},
+        {0.5, 0.34571401, 0.867369904},
+        {1, 0.841191991, 1.08296408},
+        {3, 2.99636261, 1.01158417},
+        {6, 6, 1},
+    };
+    float y[7];
+    for (size_t i = 0; i < COUNT(golden); i++) {
+        float dx = 1;
+        gelu_forward(y, &golden[i].x, 1, 1);
+        gelu_backward(&dx, &golden[i].x, 1, 1);
+        expect_close("y", y[0], golden[i].y, 1e-6);
+        expect_close("slope", dx, golden[i].slope, 1e-6);
     }
-    gelu_forward(y, x, 1, COUNT(x));
-    memcpy(dx, one, sizeof dx);
-    gelu_backward(dx, x, 1, COUNT(x));
-    expect_floats("y", y, golden_gelu, COUNT(x), 1e-6);
-    expect_floats("slope", dx, golden_gelu_grad, COUNT(x), 1e-6);
     float far[] = {0, 30, -30, 1e20f, -1e20f, -1, 2};
     gelu_row(y, far, 7);
     expect_floats("0, large, small", y, (double[]){0, 30, 0, 1e20f, 0}, 5, 1e-6);
@@ -2550,31 +2508,6 @@ static void test_attention_hand(void) {
     expect_floats("and of t = 1", dqkv + 3, (double[]){7.5 * log(3), 7.5, 3}, 3, 1e-5);
 }
 
-static const double golden_att_out[5][4] = {{0.745705187, 0.306575, -0.274824679, -0.800666809},
-                                            {-0.0251077607, -0.124858941, -0.110579779,
-                                             -0.0778156113},
-                                            {0.136922313, -0.0687167318, -0.21676931, -0.218699261},
-                                            {0.180635907, 0.144986601, -0.195263657, -0.381381868},
-                                            {0.163522215, 0.455326275, 0.135781965, -0.669083843}};
-static const double golden_att_dq[5][4] = {{0, 0, 0, 0},
-                                           {-0.820438415, -0.481762394, 0.2868383, 0.715507469},
-                                           {0.643778864, 0.205401103, -0.357624596, -0.481980762},
-                                           {-0.313900475, 0.212762823, 0.414880461, 0.0904204776},
-                                           {0.0455781064, 0.152319302, 0.117335652, -0.189836731}};
-static const double golden_att_dk[5][4] = {{0.323346555, 0.748379149, 0.645062823, 0.11987897},
-                                           {-0.449259074, -1.11602245, -0.96664639, -0.117048982},
-                                           {0.291671301, 0.462882288, 0.25062775, -0.169028061},
-                                           {-0.0164254602, -0.00846056393, 0.00824014646,
-                                            0.0167729597},
-                                           {-0.149333321, -0.0867784263, 0.0627156705,
-                                            0.149425114}};
-static const double golden_att_dv[5][4] = {{1.1141733, 0.354209422, -0.620613206, -1.2189802},
-                                           {-0.270751231, -0.0908806051, 0.144116967, 0.291695102},
-                                           {-0.150459344, -0.0308386446, 0.107488365, 0.180614366},
-                                           {-0.0291819625, -0.0171783036, 0.00524548116,
-                                            0.0244874261},
-                                           {0.196731671, 0.0333801665, -0.150219307, -0.24269776}};
-
 /* Attention by its definition, in doubles: one sequence and head. */
 static void attend_plainly(double *out, const float *qkv, size_t C, size_t HS, size_t T) {
     double *p = arena_alloc(&test_arena, T, sizeof *p);
@@ -2591,9 +2524,36 @@ static void attend_plainly(double *out, const float *qkv, size_t C, size_t HS, s
     }
 }
 
-/* Torch's values; then sequences longer than a block of rows, several heads, against the
- * definition. */
-static void test_attention(void) {
+/* Torch's values and gradients, queries, keys and values from formulas. */
+static void test_attention_golden(void) {
+    static const double golden_out[5][4] = {
+        {0.745705187, 0.306575, -0.274824679, -0.800666809},
+        {-0.0251077607, -0.124858941, -0.110579779, -0.0778156113},
+        {0.136922313, -0.0687167318, -0.21676931, -0.218699261},
+        {0.180635907, 0.144986601, -0.195263657, -0.381381868},
+        {0.163522215, 0.455326275, 0.135781965, -0.669083843},
+    };
+    static const double golden_dq[5][4] = {
+        {0, 0, 0, 0},
+        {-0.820438415, -0.481762394, 0.2868383, 0.715507469},
+        {0.643778864, 0.205401103, -0.357624596, -0.481980762},
+        {-0.313900475, 0.212762823, 0.414880461, 0.0904204776},
+        {0.0455781064, 0.152319302, 0.117335652, -0.189836731},
+    };
+    static const double golden_dk[5][4] = {
+        {0.323346555, 0.748379149, 0.645062823, 0.11987897},
+        {-0.449259074, -1.11602245, -0.96664639, -0.117048982},
+        {0.291671301, 0.462882288, 0.25062775, -0.169028061},
+        {-0.0164254602, -0.00846056393, 0.00824014646, 0.0167729597},
+        {-0.149333321, -0.0867784263, 0.0627156705, 0.149425114},
+    };
+    static const double golden_dv[5][4] = {
+        {1.1141733, 0.354209422, -0.620613206, -1.2189802},
+        {-0.270751231, -0.0908806051, 0.144116967, 0.291695102},
+        {-0.150459344, -0.0308386446, 0.107488365, 0.180614366},
+        {-0.0291819625, -0.0171783036, 0.00524548116, 0.0244874261},
+        {0.196731671, 0.0333801665, -0.150219307, -0.24269776},
+    };
     float qkv[5 * 12], out[20], lse[5], dout[20], dqkv[60];
     for (int i = 0; i < 20; i++) {
         float *row = qkv + i / 4 * 12 + i % 4;
@@ -2604,13 +2564,17 @@ static void test_attention(void) {
     }
     struct Batch five = sequences_of((size_t[]){5}, 1);
     attention_forward(out, lse, qkv, &five, attention_shape(4, 1));
-    expect_floats("out", out, golden_att_out[0], 20, 1e-6);
+    expect_floats("out", out, golden_out[0], 20, 1e-6);
     attention_backward(dqkv, dout, out, lse, qkv, &five, attention_shape(4, 1));
     for (int i = 0; i < 20; i++) {
-        expect_close("dq", dqkv[i / 4 * 12 + i % 4], golden_att_dq[i / 4][i % 4], 1e-6);
-        expect_close("dk", dqkv[i / 4 * 12 + 4 + i % 4], golden_att_dk[i / 4][i % 4], 1e-6);
-        expect_close("dv", dqkv[i / 4 * 12 + 8 + i % 4], golden_att_dv[i / 4][i % 4], 1e-6);
+        expect_close("dq", dqkv[i / 4 * 12 + i % 4], golden_dq[i / 4][i % 4], 1e-6);
+        expect_close("dk", dqkv[i / 4 * 12 + 4 + i % 4], golden_dk[i / 4][i % 4], 1e-6);
+        expect_close("dv", dqkv[i / 4 * 12 + 8 + i % 4], golden_dv[i / 4][i % 4], 1e-6);
     }
+}
+
+/* Sequences longer than a block of rows, several heads, against the definition. */
+static void test_attention(void) {
     static const size_t length[] = {150, 1, 64, 65};
     struct Batch batch = sequences_of(length, 4);
     size_t C = 24;
@@ -2676,44 +2640,39 @@ static void test_gpt2_init(void) {
     expect_same_weights("copy", copy, model);
 }
 
-static const double golden_gpt_loss = 4.9093771;
-static const int golden_gpt_logit_at[8][3] = {{0, 0, 0},   {0, 0, 60}, {0, 5, 17}, {0, 11, 3},
-                                              {0, 11, 42}, {1, 0, 8},  {1, 3, 33}, {1, 6, 60}};
-static const double golden_gpt_logit[8] = {0.315499783,  0.681127191, 0.387881666, 0.551511884,
-                                           -0.700909019, 1.49938715,  1.02304161,  0.619625092};
-static const double golden_gpt_lse[19] = {4.42498302, 4.46406698, 4.41255903, 4.52674389,
-                                          4.48971748, 4.48288488, 4.44061565, 4.458148,
-                                          4.59317207, 4.57946491, 4.48779774, 4.46262646,
-                                          4.49447107, 4.44036627, 4.42413044, 4.39093065,
-                                          4.46595526, 4.46355057, 4.48117018};
-static const double golden_gpt_target_logp[17] = {-4.99166679, -6.63597775, -4.17347574,
-                                                  -4.54953051, -5.73810768, -4.80450535,
-                                                  -5.31365013, -4.92369366, -4.6966877,
-                                                  -3.36197925, -2.99797797, -4.53631115,
-                                                  -4.4750886,  -6.29824066, -6.47846508,
-                                                  -5.0788269,  -4.40522957};
-
 /* Logits, log-sum-exps, log-probabilities and loss against transformers. */
 static void test_gpt2_golden(void) {
+    static const struct {
+        size_t b, t, v;
+        double want;
+    } golden_logits[] = {
+        {0, 0, 0, 0.315499783},  {0, 0, 60, 0.681127191},   {0, 5, 17, 0.387881666},
+        {0, 11, 3, 0.551511884}, {0, 11, 42, -0.700909019}, {1, 0, 8, 1.49938715},
+        {1, 3, 33, 1.02304161},  {1, 6, 60, 0.619625092},
+    };
+    static const double golden_lse[] = {4.42498302, 4.46406698, 4.41255903, 4.52674389, 4.48971748,
+                                        4.48288488, 4.44061565, 4.458148,   4.59317207, 4.57946491,
+                                        4.48779774, 4.46262646, 4.49447107, 4.44036627, 4.42413044,
+                                        4.39093065, 4.46595526, 4.46355057, 4.48117018};
+    static const double golden_logprobs[] = {-4.99166679, -6.63597775, -4.17347574, -4.54953051,
+                                             -5.73810768, -4.80450535, -5.31365013, -4.92369366,
+                                             -4.6966877,  -3.36197925, -2.99797797, -4.53631115,
+                                             -4.4750886,  -6.29824066, -6.47846508, -5.0788269,
+                                             -4.40522957};
     struct GPT2 *model = golden_model();
     struct Batch batch = batch_of(golden_examples(), 2, READ_LAST);
     float *logits = batch_logits(model, &batch);
     float scratch[61];
-    for (size_t i = 0; i < 8; i++) {
-        const int *at = golden_gpt_logit_at[i];
-        expect_close("logit", logits[(batch.start[at[0]] + (size_t)at[1]) * 61 + (size_t)at[2]],
-                     golden_gpt_logit[i], 5e-6);
+    for (size_t i = 0; i < COUNT(golden_logits); i++) {
+        size_t row = batch.start[golden_logits[i].b] + golden_logits[i].t;
+        expect_close("logit", logits[row * 61 + golden_logits[i].v], golden_logits[i].want, 5e-6);
     }
     for (size_t n = 0; n < 19; n++)
-        expect_close("log_sum_exp", log_sum_exp(logits + n * 61, 61, scratch), golden_gpt_lse[n],
-                     6e-6);
-    struct Activations acts = gpt2_forward(model, &test_arena, &batch, false);
-    struct LMHead head =
-        lm_head_new(model, &test_arena, &acts, batch.row, batch.target, batch.R, 1);
-    lm_head_forward(model, &head);
+        expect_close("log_sum_exp", log_sum_exp(logits + n * 61, 61, scratch), golden_lse[n], 6e-6);
+    struct LMHead head = batch_logprobs(model, &test_arena, &batch, 1, false);
     expect_count("targets", batch.R, 17);
-    expect_floats("log-probability", head.logprob, golden_gpt_target_logp, 17, 1e-5);
-    expect_close("loss", -sequence_logprob(head.logprob, 17) / 17, golden_gpt_loss, 3e-6);
+    expect_floats("log-probability", head.logprob, golden_logprobs, 17, 1e-5);
+    expect_close("loss", -sequence_logprob(head.logprob, 17) / 17, 4.9093771, 3e-6);
     for (size_t r = 0; r < 17; r++) {
         const float *row = logits + (size_t)batch.row[r] * 61;
         expect_close("entropy", head.entropy[r], entropy_of_logits(row, head.lse[r], 61), 5e-6);
@@ -2746,44 +2705,40 @@ static void test_lm_head_hand(void) {
     expect_close("an answer of two", logps[1], -5, 0);
 }
 
-static const double golden_gpt_grad_total = 2.49169612;
-static const double golden_gpt_grad_norm[28] =
-    {1.34106719,   0.688214421, 0.156415701, 0.208438754, 0.770673156, 0.35108611,  0.697219431,
-     0.39914757,   0.130233914, 0.175667286, 0.736602187, 0.224149168, 0.655698299, 0.170337006,
-     0.0729051754, 0.107150771, 0.600260258, 0.158166543, 0.524300575, 0.153264239, 0.104889669,
-     0.126633823,  0.49948433,  0.130374819, 0.400363952, 0.12922436,  0.407696098, 0.262816101};
-static const double golden_gpt_grad_ends[28][4] =
-    {{0.0140096601, 0.0382240415, -0.0437635072, -0.0211944971},
-     {0.0231964141, 0.00233481731, 0, 0},
-     {-0.0512597635, 0.00259381928, 0.00461913459, -0.00526909065},
-     {0.116041444, -0.0859639496, -0.0607703142, 0.039005775},
-     {0.0230030697, -0.000202904499, -0.0467500128, -0.0376477875},
-     {0.000449372455, 0.00319855195, 0.0535002723, -0.00402795803},
-     {0.039102789, 0.0282223336, 0.114623904, 0.00282348949},
-     {0.08413326, -0.067441009, -0.0986377895, -0.0618059561},
-     {-0.00937988888, -0.020181736, -0.0200131759, -0.016307883},
-     {0.000932431314, -0.0275847483, -0.100541912, -0.0184533633},
-     {0.00470054615, -0.0119896438, -0.00885186996, -0.00705449423},
-     {0.0240963772, 0.0112637402, -0.0275587775, -0.0177149847},
-     {-0.00423472701, -0.00510229589, 0.0241163056, -0.0105314963},
-     {0.0063066287, -0.0515935868, 0.025675524, -0.0342572853},
-     {0.00118115474, -0.00661215233, 0.0332521237, 0.00786426198},
-     {-0.0118944626, -0.0107830334, -0.014829088, -0.0166916288},
-     {-0.000384738989, -0.000872198318, -0.0127929365, -0.00254147477},
-     {0.00224440754, -0.00396429794, 0.011194814, 0.0286136921},
-     {0.000714541122, 0.00653385837, 0.0122790402, -0.0119109703},
-     {0.0134599563, -0.0413438454, 0.0312999487, -0.0231640767},
-     {-0.00419140235, -0.0381934345, 0.0466098487, 0.00624612579},
-     {-0.000273735845, -0.0109314462, -0.0171370022, -0.0168884508},
-     {0.00268693734, 0.00228807237, -0.00176244148, -0.0119123533},
-     {0.00164836994, -0.0198231861, -0.00156693277, 0.0201836955},
-     {0.0143272104, 0.00912884157, 0.0089287078, -0.00624290109},
-     {0.006825889, -0.028333459, 0.0160839558, -0.031427864},
-     {0.0714445189, 0.0637056828, 0.325430393, 0.0916504338},
-     {0.0251195636, 0.0331897065, -0.141107023, -0.103696443}};
-
 /* Norm and ends of every tensor's gradient against torch's. */
 static void test_gpt2_gradient_golden(void) {
+    static const struct {
+        double norm, ends[4];
+    } golden[] = {
+        {1.34106719, {0.0140096601, 0.0382240415, -0.0437635072, -0.0211944971}},
+        {0.688214421, {0.0231964141, 0.00233481731, 0, 0}},
+        {0.156415701, {-0.0512597635, 0.00259381928, 0.00461913459, -0.00526909065}},
+        {0.208438754, {0.116041444, -0.0859639496, -0.0607703142, 0.039005775}},
+        {0.770673156, {0.0230030697, -0.000202904499, -0.0467500128, -0.0376477875}},
+        {0.35108611, {0.000449372455, 0.00319855195, 0.0535002723, -0.00402795803}},
+        {0.697219431, {0.039102789, 0.0282223336, 0.114623904, 0.00282348949}},
+        {0.39914757, {0.08413326, -0.067441009, -0.0986377895, -0.0618059561}},
+        {0.130233914, {-0.00937988888, -0.020181736, -0.0200131759, -0.016307883}},
+        {0.175667286, {0.000932431314, -0.0275847483, -0.100541912, -0.0184533633}},
+        {0.736602187, {0.00470054615, -0.0119896438, -0.00885186996, -0.00705449423}},
+        {0.224149168, {0.0240963772, 0.0112637402, -0.0275587775, -0.0177149847}},
+        {0.655698299, {-0.00423472701, -0.00510229589, 0.0241163056, -0.0105314963}},
+        {0.170337006, {0.0063066287, -0.0515935868, 0.025675524, -0.0342572853}},
+        {0.0729051754, {0.00118115474, -0.00661215233, 0.0332521237, 0.00786426198}},
+        {0.107150771, {-0.0118944626, -0.0107830334, -0.014829088, -0.0166916288}},
+        {0.600260258, {-0.000384738989, -0.000872198318, -0.0127929365, -0.00254147477}},
+        {0.158166543, {0.00224440754, -0.00396429794, 0.011194814, 0.0286136921}},
+        {0.524300575, {0.000714541122, 0.00653385837, 0.0122790402, -0.0119109703}},
+        {0.153264239, {0.0134599563, -0.0413438454, 0.0312999487, -0.0231640767}},
+        {0.104889669, {-0.00419140235, -0.0381934345, 0.0466098487, 0.00624612579}},
+        {0.126633823, {-0.000273735845, -0.0109314462, -0.0171370022, -0.0168884508}},
+        {0.49948433, {0.00268693734, 0.00228807237, -0.00176244148, -0.0119123533}},
+        {0.130374819, {0.00164836994, -0.0198231861, -0.00156693277, 0.0201836955}},
+        {0.400363952, {0.0143272104, 0.00912884157, 0.0089287078, -0.00624290109}},
+        {0.12922436, {0.006825889, -0.028333459, 0.0160839558, -0.031427864}},
+        {0.407696098, {0.0714445189, 0.0637056828, 0.325430393, 0.0916504338}},
+        {0.262816101, {0.0251195636, 0.0331897065, -0.141107023, -0.103696443}},
+    };
     struct GPT2 *model = golden_model();
     gpt2_make_trainable(model);
     struct Batch batch = batch_of(golden_examples(), 2, SKIP_LAST);
@@ -2797,10 +2752,10 @@ static void test_gpt2_gradient_golden(void) {
     for (size_t i = 0; i < 28; i++) {
         const struct Tensor *t = model->tensors[i];
         float ends[] = {t->d[0], t->d[1], t->d[t->n - 2], t->d[t->n - 1]};
-        expect_relative(t->name, norm_of(t->d, t->n), golden_gpt_grad_norm[i], 5e-6);
-        expect_floats(t->name, ends, golden_gpt_grad_ends[i], 4, 1.5e-6);
+        expect_relative(t->name, norm_of(t->d, t->n), golden[i].norm, 5e-6);
+        expect_floats(t->name, ends, golden[i].ends, 4, 1.5e-6);
     }
-    expect_close("all", gradient_norm(model), golden_gpt_grad_total, 1e-5);
+    expect_close("all", gradient_norm(model), 2.49169612, 1e-5);
 }
 
 /* A model, a batch and how the output layer reads it. */
@@ -3009,12 +2964,6 @@ static void test_reward_rows(void) {
     expect_close("empty text", reward[39], lone, 2e-6);
 }
 
-static const double golden_rm_loss = 0.440260053;
-static const double golden_rm_score_grad_norm = 1.24609327;
-static const double golden_rm_score_grad[4] = {-0.104179293, -0.382685363, 0.298906446, -0.4691962};
-static const double golden_rm_wte_grad_norm = 0.986561418;
-static const double golden_rm_wpe_grad_norm = 1.01357591;
-
 /* Rewards, Bradley-Terry loss and gradients against transformers' GPT2ForSequenceClassification. */
 static void test_reward_golden(void) {
     struct GPT2 *model = golden_model();
@@ -3030,16 +2979,16 @@ static void test_reward_golden(void) {
     scalar_head_forward(reward, acts.ln_f, row, 2, &model->score, NULL);
     expect_floats("reward", reward, golden_rm_reward, 2, 3e-6);
     double loss = bradley_terry_loss(reward, 2, &(struct Pair){0, 1, 0}, 1, 0, dreward);
-    expect_close("loss", loss, golden_rm_loss, 1e-6);
+    expect_close("loss", loss, 0.440260053, 1e-6);
     scalar_head_backward(dhidden, dreward, acts.ln_f, row, 2, &model->score, NULL);
     gpt2_backward(model, &test_arena, &acts, dhidden);
-    expect_relative("norm of score's gradient", norm_of(model->score.d, 16),
-                    golden_rm_score_grad_norm, 5e-6);
-    expect_floats("score's gradient", model->score.d, golden_rm_score_grad, 4, 3e-6);
-    expect_relative("norm of wte's gradient", norm_of(model->wte.d, model->wte.n),
-                    golden_rm_wte_grad_norm, 5e-6);
-    expect_relative("norm of wpe's gradient", norm_of(model->wpe.d, model->wpe.n),
-                    golden_rm_wpe_grad_norm, 5e-6);
+    expect_relative("norm of score's gradient", norm_of(model->score.d, 16), 1.24609327, 5e-6);
+    expect_floats("score's gradient", model->score.d,
+                  (double[]){-0.104179293, -0.382685363, 0.298906446, -0.4691962}, 4, 3e-6);
+    expect_relative("norm of wte's gradient", norm_of(model->wte.d, model->wte.n), 0.986561418,
+                    5e-6);
+    expect_relative("norm of wpe's gradient", norm_of(model->wpe.d, model->wpe.n), 1.01357591,
+                    5e-6);
 }
 
 /* =============================================================================================
@@ -3306,20 +3255,24 @@ static void test_lora_frozen(void) {
  * small beam searches against a search of everything.
  * ============================================================================================= */
 
-static const int golden_greedy[8] = {52, 52, 52, 52, 52, 4, 4, 4};
-static const int golden_greedy_rep[8] = {52, 52, 4, 48, 7, 44, 48, 48};
+/* The golden prompt of four tokens, to be continued by up to `more`. */
+static struct Sequence golden_prompt(const struct GPT2 *model, size_t more) {
+    return sequence_start(&test_arena, golden_examples()[0].ids, 4, more, model, rng_seed(1, 1));
+}
 
-/* Greedy tokens of transformers, with and without repetition penalty, after a prompt of four. */
+/* Greedy tokens of transformers, with and without repetition penalty. */
 static void test_generate_golden(void) {
+    static const struct {
+        double repetition_penalty;
+        int ids[8];
+    } cases[] = {{1, {52, 52, 52, 52, 52, 4, 4, 4}}, {1.5, {52, 52, 4, 48, 7, 44, 48, 48}}};
     struct GPT2 *model = golden_model();
-    for (int penalty = 0; penalty < 2; penalty++) {
+    for (size_t i = 0; i < COUNT(cases); i++) {
         struct GenerationConfig config = generation_config();
-        config.repetition_penalty = penalty ? 1.5 : 1;
-        struct Sequence s =
-            sequence_start(&test_arena, golden_examples()[0].ids, 4, 8, model, rng_seed(1, 1));
+        struct Sequence s = golden_prompt(model, 8);
+        config.repetition_penalty = cases[i].repetition_penalty;
         generate(model, &s, 1, &config);
-        expect_ids(penalty ? "repetition_penalty 1.5" : "greedy", s.ids + 4, s.n - 4,
-                   penalty ? golden_greedy_rep : golden_greedy, 8);
+        expect_ids("greedy", s.ids + 4, s.n - 4, cases[i].ids, 8);
     }
 }
 
@@ -3495,22 +3448,6 @@ static void test_beam_search_hand(void) {
     expect_true("nothing is left", search.running_count == 0 && !beam_search_goes_on(&search));
 }
 
-static const int golden_beam[3][8] = {{52, 52, 52, 52, 52, 48, 48, 48},
-                                      {52, 52, 52, 52, 52, 4, 48, 48},
-                                      {52, 52, 52, 52, 52, 4, 4, 4}};
-static const int golden_beam_eos4[3][8] = {{52, 52, 52, 52, 52, 48, 48, 48},
-                                           {52, 52, 52, 52, 52, 4},
-                                           {52, 52, 52, 52, 52, 48, 48, 4}};
-static const int golden_beam_eos4_long[3][8] = {{52, 52, 52, 52, 52, 48, 48, 48},
-                                                {52, 52, 52, 52, 52, 48, 48, 4},
-                                                {52, 52, 52, 52, 52, 44, 48, 48}};
-static const int golden_beam_eos4_zero[3][8] = {{52, 52, 4},
-                                                {52, 52, 52, 52, 52, 4},
-                                                {52, 52, 52, 52, 52, 48, 4}};
-static const int golden_beam_eos4_early[3][8] = {{52, 52, 52, 52, 52, 4},
-                                                 {52, 52, 52, 52, 52, 48, 4},
-                                                 {52, 52, 4}};
-
 /* transformers' three best of three beams, by length_penalty and early_stopping. */
 static void test_beam_search_golden(void) {
     static const struct {
@@ -3518,14 +3455,45 @@ static void test_beam_search_golden(void) {
         int end_token;
         double length_penalty;
         enum EarlyStopping early_stopping;
-        const int (*ids)[8];
         size_t length[3];
+        int ids[3][8];
     } cases[] = {
-        {"no end", 60, 1, STOP_FALSE, golden_beam, {8, 8, 8}},
-        {"end 4", 4, 1, STOP_FALSE, golden_beam_eos4, {8, 6, 8}},
-        {"length_penalty 2", 4, 2, STOP_FALSE, golden_beam_eos4_long, {8, 8, 8}},
-        {"length_penalty 0", 4, 0, STOP_FALSE, golden_beam_eos4_zero, {3, 6, 7}},
-        {"early_stopping", 4, 1, STOP_TRUE, golden_beam_eos4_early, {6, 7, 3}},
+        {"no end",
+         60,
+         1,
+         STOP_FALSE,
+         {8, 8, 8},
+         {{52, 52, 52, 52, 52, 48, 48, 48},
+          {52, 52, 52, 52, 52, 4, 48, 48},
+          {52, 52, 52, 52, 52, 4, 4, 4}}},
+        {"end 4",
+         4,
+         1,
+         STOP_FALSE,
+         {8, 6, 8},
+         {{52, 52, 52, 52, 52, 48, 48, 48},
+          {52, 52, 52, 52, 52, 4},
+          {52, 52, 52, 52, 52, 48, 48, 4}}},
+        {"length_penalty 2",
+         4,
+         2,
+         STOP_FALSE,
+         {8, 8, 8},
+         {{52, 52, 52, 52, 52, 48, 48, 48},
+          {52, 52, 52, 52, 52, 48, 48, 4},
+          {52, 52, 52, 52, 52, 44, 48, 48}}},
+        {"length_penalty 0",
+         4,
+         0,
+         STOP_FALSE,
+         {3, 6, 7},
+         {{52, 52, 4}, {52, 52, 52, 52, 52, 4}, {52, 52, 52, 52, 52, 48, 4}}},
+        {"early_stopping",
+         4,
+         1,
+         STOP_TRUE,
+         {6, 7, 3},
+         {{52, 52, 52, 52, 52, 4}, {52, 52, 52, 52, 52, 48, 4}, {52, 52, 4}}},
     };
     struct GPT2 *model = golden_model();
     for (size_t i = 0; i < COUNT(cases); i++) {
@@ -3536,8 +3504,7 @@ static void test_beam_search_golden(void) {
         config.early_stopping = cases[i].early_stopping;
         model->config.eos_token_id = cases[i].end_token;
         for (int k = 0; k < 3; k++)
-            s[k] =
-                sequence_start(&test_arena, golden_examples()[0].ids, 4, 8, model, rng_seed(1, 1));
+            s[k] = golden_prompt(model, 8);
         generate(model, s, 3, &config);
         for (int k = 0; k < 3; k++)
             expect_ids(cases[i].name, s[k].ids + 4, s[k].n - 4, cases[i].ids[k],
@@ -3594,8 +3561,7 @@ static void test_beam_search_negative(void) {
         config.length_penalty = -5;
         config.early_stopping = (enum EarlyStopping)stopping;
         for (int k = 0; k < 3; k++)
-            s[k] = sequence_start(&test_arena, golden_examples()[0].ids, 4, 100, model,
-                                  rng_seed(1, 1));
+            s[k] = golden_prompt(model, 100);
         model->config.eos_token_id = 61; /* none: all have 100 tokens */
         generate(model, s, 3, &config);
         for (int k = 0; k < 3; k++)
@@ -3747,17 +3713,16 @@ static void test_adamw_hand(void) {
                   (double[]){0.455 * 0.95 - 0.06, -0.355 * 0.95 + 0.08}, 2, 4e-6);
 }
 
-static const double golden_adamw_loss[6] = {4.9093771,  4.9093771,  4.33028555,
-                                            3.71520281, 3.44668412, 3.25066376};
-static const double golden_adamw_norm[6] = {2.49169612, 2.49169612, 2.38877416,
-                                            1.5375849,  1.59040582, 1.50263071};
-static const double golden_adamw_final = 3.146626;
-static const double golden_adamw_wte[4] = {-0.0288252495, 0.143724903, 0.311980247, 0.312895834};
-static const double golden_adamw_ln_f[4] = {0.998051882, 1.0525403, 1.07128537, 1.06068206};
-
 /* Six steps with decay, clipping and warm-up: losses, norms, learning rates and weights of
  * torch's AdamW, by trainer_train. */
 static void test_adamw_golden(void) {
+    static const struct {
+        double loss, norm, learning_rate;
+    } golden[] = {
+        {4.9093771, 2.49169612, 0},      {4.9093771, 2.49169612, 0.005},
+        {4.33028555, 2.38877416, 0.01},  {3.71520281, 1.5375849, 0.0075},
+        {3.44668412, 1.59040582, 0.005}, {3.25066376, 1.50263071, 0.0025},
+    };
     struct GPT2 *model = golden_model();
     struct Trainer trainer = trainer_of(model, 0.01, 6, 2);
     trainer.args.weight_decay = 0.1;
@@ -3765,40 +3730,36 @@ static void test_adamw_golden(void) {
     language_task(&trainer, golden_examples(), 2);
     trainer_train(&trainer);
     for (size_t i = 0; i < 6; i++) {
-        expect_close("loss", logged(&trainer, i, "loss"), golden_adamw_loss[i], 2e-5);
-        expect_close("norm before clipping", logged(&trainer, i, "grad_norm"), golden_adamw_norm[i],
+        expect_close("loss", logged(&trainer, i, "loss"), golden[i].loss, 2e-5);
+        expect_close("norm before clipping", logged(&trainer, i, "grad_norm"), golden[i].norm,
                      5e-5);
-        expect_close("learning rate", logged(&trainer, i, "learning_rate"),
-                     (double[]){0, 0.005, 0.01, 0.0075, 0.005, 0.0025}[i], 1e-12);
+        expect_close("learning rate", logged(&trainer, i, "learning_rate"), golden[i].learning_rate,
+                     1e-12);
         expect_close("step", logged(&trainer, i, "step"), (double)i + 1, 0);
     }
     trainer.task.eval_n = 2;
-    expect_close("loss after all", trainer_evaluate(&trainer), golden_adamw_final, 2e-5);
-    expect_floats("wte", model->wte.w, golden_adamw_wte, 4, 2e-6);
-    expect_floats("ln_f", model->ln_f.weight.w, golden_adamw_ln_f, 4, 2e-6);
+    expect_close("loss after all", trainer_evaluate(&trainer), 3.146626, 2e-5);
+    expect_floats("wte", model->wte.w,
+                  (double[]){-0.0288252495, 0.143724903, 0.311980247, 0.312895834}, 4, 2e-6);
+    expect_floats("ln_f", model->ln_f.weight.w,
+                  (double[]){0.998051882, 1.0525403, 1.07128537, 1.06068206}, 4, 2e-6);
     trainer_free(&trainer);
 }
-
-static const double golden_sched_linear[11] =
-    {0,           0.333333333, 0.666666667, 1, 0.857142857, 0.714285714, 0.571428571,
-     0.428571429, 0.285714286, 0.142857143, 0};
-static const double golden_sched_cosine[11] =
-    {0,           0.333333333, 0.666666667, 1, 0.950484434, 0.811744901, 0.611260467,
-     0.388739533, 0.188255099, 0.049515566, 0};
-static const double golden_sched_constant[11] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
-static const double golden_sched_constant_with_warmup[11] = {0, 0.333333333, 0.666666667, 1, 1, 1,
-                                                             1, 1,           1,           1, 1};
 
 /* transformers' schedules, and by hand. */
 static void test_schedule(void) {
     static const struct {
         const char *name;
-        const double *want;
+        double want[11];
     } types[] = {
-        {"linear", golden_sched_linear},
-        {"cosine", golden_sched_cosine},
-        {"constant", golden_sched_constant},
-        {"constant_with_warmup", golden_sched_constant_with_warmup},
+        {"linear",
+         {0, 0.333333333, 0.666666667, 1, 0.857142857, 0.714285714, 0.571428571, 0.428571429,
+          0.285714286, 0.142857143, 0}},
+        {"cosine",
+         {0, 0.333333333, 0.666666667, 1, 0.950484434, 0.811744901, 0.611260467, 0.388739533,
+          0.188255099, 0.049515566, 0}},
+        {"constant", {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1}},
+        {"constant_with_warmup", {0, 0.333333333, 0.666666667, 1, 1, 1, 1, 1, 1, 1, 1}},
     };
     struct TrainingArguments args = training_arguments();
     args.warmup_steps = 3;
@@ -4371,40 +4332,49 @@ static void test_reward_company(void) {
  * central differences, and a made-up reward that every method raises.
  * ============================================================================================= */
 
-static const double golden_moments[3][6] = {{0.333333343, 0.847222149, 1.12731242, 3, 0.333333343,
-                                             1.12731242},
-                                            {0.785714269, 1.82908165, 1.46079719, 7, 1.125, 1.75},
-                                            {0.277777791, 3.71450639, 2.04421616, 9, -1.5,
-                                             3.53553391}};
-static const double golden_moments_scaled[9] = {1.33059812,  -0.665299058, 0.221766368,
-                                                1.36911535,  2.05367303,   -0.684557676,
-                                                0.342278838, -1.95674026,  0.489185065};
-static const double golden_moments_normed[9] = {1.03490961,   -0.960987628, -0.0739221275,
-                                                0.831248581,  1.51580632,   -1.22242439,
-                                                -0.195587888, -2.0926249,   0.353300303};
-
 /* Running moments and what use_score_scaling, use_score_norm and score_clip make of scores,
  * against TRL. */
 static void test_ppo_scores_golden(void) {
-    static const size_t start[] = {0, 3, 7, 9};
-    static const float raw[] = {1.5f, -0.75f, 0.25f, 2, 3, -1, 0.5f, -4, 1};
+    static const struct {
+        size_t n;
+        float raw[4];
+        double scaled[4], normed[4], moments[4];
+    } batches[] = {
+        {3,
+         {1.5, -0.75, 0.25},
+         {1.33059812, -0.665299058, 0.221766368},
+         {1.03490961, -0.960987628, -0.0739221275},
+         {0.333333343, 0.847222149, 1.12731242, 3}},
+        {4,
+         {2, 3, -1, 0.5},
+         {1.36911535, 2.05367303, -0.684557676, 0.342278838},
+         {0.831248581, 1.51580632, -1.22242439, -0.195587888},
+         {0.785714269, 1.82908165, 1.46079719, 7}},
+        {2,
+         {-4, 1},
+         {-1.95674026, 0.489185065},
+         {-2.0926249, 0.353300303},
+         {0.277777791, 3.71450639, 2.04421616, 9}},
+    };
     for (int norm = 0; norm < 2; norm++) {
         struct PPOTrainer ppo = {.config = ppo_config(), .moments = {0, 1, 1, 1e-24}};
         ppo.config.use_score_scaling = true;
         ppo.config.use_score_norm = norm;
-        for (size_t b = 0; b < 3; b++) {
+        for (size_t b = 0; b < COUNT(batches); b++) {
             float scores[4];
-            memcpy(scores, raw + start[b], (start[b + 1] - start[b]) * sizeof *scores);
-            ppo_process_scores(&ppo, scores, start[b + 1] - start[b]);
-            expect_floats("scores", scores,
-                          (norm ? golden_moments_normed : golden_moments_scaled) + start[b],
-                          start[b + 1] - start[b], 2e-6);
+            memcpy(scores, batches[b].raw, sizeof scores);
+            ppo_process_scores(&ppo, scores, batches[b].n);
+            expect_floats("scores", scores, norm ? batches[b].normed : batches[b].scaled,
+                          batches[b].n, 2e-6);
             expect_doubles("mean, var, std, count",
                            (double[]){ppo.moments.mean, ppo.moments.var, ppo.moments.std,
                                       ppo.moments.count},
-                           golden_moments[b], 4, 2e-6);
+                           batches[b].moments, 4, 2e-6);
         }
     }
+}
+
+static void test_ppo_scores_clipped(void) {
     struct PPOTrainer ppo = {.config = ppo_config()};
     float scores[] = {-2, -0.5f, 0, 0.5f, 2};
     ppo.config.score_clip = 1;
@@ -4433,95 +4403,58 @@ static void test_ppo_rewards(void) {
     expect_close("nats an answer", ppo_kl(&p), 0.6, 1e-6);
 }
 
-static const double golden_ppo_adv[3][8] = {{0.452138126, 0.502989888, 0.062611647, 0.505497158,
-                                             1.02779174, 1.32773924, 1.26864195, 0.937929869},
-                                            {-1.23360002, -1.76150739, -1.39676452, -0.88944155,
-                                             -0.696923673, -0.514045596, -0.514045596,
-                                             -0.514045596},
-                                            {-0.566204011, -0.568949223, -0.571838856, -0.031829413,
-                                             -0.0392330885, -0.314511567, -0.514045596,
-                                             -0.514045596}};
-static const double golden_ppo_ret[3][8] = {{0.93619734, 0.985470891, 1.0134089, 1.10752499,
-                                             1.18805599, 1.28466177, 1.41172695, 1.51447213},
-                                            {-0.697222471, -0.757659793, -0.743877947, -0.676280499,
-                                             -0.677197397, 0, 0, 0},
-                                            {-0.0505396165, -0.0531995967, -0.055999577,
-                                             -0.0326370597, 0.157659858, 0.317258418, 0, 0}};
-static const double golden_ppo_adv_white[3][8] = {{0.455302268, 0.524404705, 0.346728981,
-                                                   0.64479351, 0.96479857, 1.17585719, 1.22699451,
-                                                   1.13995469},
-                                                  {-1.2886194, -1.55975509, -1.34622645,
-                                                   -1.04222095, -0.939777553, -0.460096329,
-                                                   -0.439172834, -0.417148113},
-                                                  {-0.587349951, -0.573124051, -0.558149338,
-                                                   -0.267054588, -0.15713644, -0.186956972,
-                                                   -0.439172834, -0.417148113}};
-static const double golden_ppo_ret_white[3][8] = {{1.62306464, 1.75512886, 1.87021494, 2.10483313,
-                                                   2.29085302, 2.50018239, 2.78224134, 3.03908944},
-                                                  {-1.70980895, -1.77690065, -1.7084589,
-                                                   -1.55144286, -1.54311943, -0.126387656,
-                                                   -0.0863999724, -0.0443076789},
-                                                  {-0.369586825, -0.342399091, -0.313780427,
-                                                   -0.257345617, 0.15019384, 0.519536257,
-                                                   -0.0863999724, -0.0443076789}};
-static const double golden_ppo_adv_g9[3][8] = {{-0.175492063, -0.108266771, -0.775093436,
-                                                -0.213319331, 0.583800673, 1.22760308, 1.51499438,
-                                                1.53358424},
-                                               {-0.665719926, -1.5433768, -1.25134909, -0.713518202,
-                                                -0.585389912, -0.348357141, -0.348357141,
-                                                -0.348357141},
-                                               {-0.485219419, -0.538443625, -0.612366199,
-                                                0.12079978, 0.191000685, -0.0897361115,
-                                                -0.348357141, -0.348357141}};
-static const double golden_ppo_ret_g9[3][8] = {{0.129231408, 0.179488063, 0.135626823, 0.220576972,
-                                                0.390938699, 0.678203344, 1.07738125, 1.51447213},
-                                               {-0.237255812, -0.442293406, -0.56361866,
-                                                -0.58552444, -0.677197397, 0, 0, 0},
-                                               {-0.102316268, -0.142105922, -0.197369337,
-                                                -0.149152339, 0.10079965, 0.317258418, 0, 0}};
-static const double golden_ppo_adv_g9_white[3][8] = {{-0.18869862, -0.116939738, -0.425515264,
-                                                      -0.00882489327, 0.538780928, 1.05213284,
-                                                      1.47370958, 1.84628606},
-                                                     {-0.736471415, -1.28277695, -1.17165232,
-                                                      -0.916080356, -0.973914027, -0.330793828,
-                                                      -0.314294189, -0.291378021},
-                                                     {-0.469279319, -0.506635189, -0.558518231,
-                                                      -0.181716666, 0.00538602797, 0.0441847295,
-                                                      -0.314294189, -0.291378021}};
-static const double golden_ppo_ret_g9_white[3][8] = {{0.0986321121, 0.19852747, 0.223608881,
-                                                      0.468658566, 0.805425763, 1.32602906,
-                                                      2.09723353, 3.03908944},
-                                                     {-0.663921237, -0.973345876, -1.15829039,
-                                                      -1.22648966, -1.49445951, -0.0991783142,
-                                                      -0.0762092099, -0.0443076789},
-                                                     {-0.291963667, -0.343966633, -0.416192979,
-                                                      -0.39153558, 0.0664004683, 0.546745539,
-                                                      -0.0762092099, -0.0443076789}};
+/* Advantages and returns of the rewards of golden_batch, against TRL; with whitened rewards their
+ * padding counts too. */
+static const struct {
+    double gamma, lam;
+    bool whiten;
+    double advantages[13], returns[13];
+} GOLDEN_ADVANTAGES[] = {
+    {1,
+     0.95,
+     false,
+     {0.062611647, 0.505497158, 1.02779174, 1.32773924, 1.26864195, 0.937929869, -1.76150739,
+      -1.39676452, -0.88944155, -0.696923673, -0.031829413, -0.0392330885, -0.314511567},
+     {1.0134089, 1.10752499, 1.18805599, 1.28466177, 1.41172695, 1.51447213, -0.757659793,
+      -0.743877947, -0.676280499, -0.677197397, -0.0326370597, 0.157659858, 0.317258418}},
+    {1,
+     0.95,
+     true,
+     {0.346728981, 0.64479351, 0.96479857, 1.17585719, 1.22699451, 1.13995469, -1.55975509,
+      -1.34622645, -1.04222095, -0.939777553, -0.267054588, -0.15713644, -0.186956972},
+     {1.87021494, 2.10483313, 2.29085302, 2.50018239, 2.78224134, 3.03908944, -1.77690065,
+      -1.7084589, -1.55144286, -1.54311943, -0.257345617, 0.15019384, 0.519536257}},
+    {0.9,
+     0.8,
+     false,
+     {-0.775093436, -0.213319331, 0.583800673, 1.22760308, 1.51499438, 1.53358424, -1.5433768,
+      -1.25134909, -0.713518202, -0.585389912, 0.12079978, 0.191000685, -0.0897361115},
+     {0.135626823, 0.220576972, 0.390938699, 0.678203344, 1.07738125, 1.51447213, -0.442293406,
+      -0.56361866, -0.58552444, -0.677197397, -0.149152339, 0.10079965, 0.317258418}},
+    {0.9,
+     0.8,
+     true,
+     {-0.425515264, -0.00882489327, 0.538780928, 1.05213284, 1.47370958, 1.84628606, -1.28277695,
+      -1.17165232, -0.916080356, -0.973914027, -0.181716666, 0.00538602797, 0.0441847295},
+     {0.223608881, 0.468658566, 0.805425763, 1.32602906, 2.09723353, 3.03908944, -0.973345876,
+      -1.15829039, -1.22648966, -1.49445951, -0.39153558, 0.0664004683, 0.546745539}},
+};
 
-static const double golden_gae_adv[3] = {-1.07383966, 0.169290587, 0.904548705};
-static const double golden_gae_ret[3] = {0.836749971, 0.964999914, 1};
-
-/* Advantages and returns against TRL, with whitened rewards and their padding too; the comment's
- * example. */
 static void test_ppo_advantages_golden(void) {
-    static const struct {
-        double gamma, lam;
-        bool whiten;
-        const double (*adv)[8], (*ret)[8];
-    } cases[] = {{1, 0.95, false, golden_ppo_adv, golden_ppo_ret},
-                 {1, 0.95, true, golden_ppo_adv_white, golden_ppo_ret_white},
-                 {0.9, 0.8, false, golden_ppo_adv_g9, golden_ppo_ret_g9},
-                 {0.9, 0.8, true, golden_ppo_adv_g9_white, golden_ppo_ret_g9_white}};
-    for (size_t i = 0; i < COUNT(cases); i++) {
+    for (size_t i = 0; i < COUNT(GOLDEN_ADVANTAGES); i++) {
         struct PPOConfig config = ppo_config();
         struct PPOBatch p = golden_batch();
-        config.gamma = cases[i].gamma;
-        config.lam = cases[i].lam;
-        config.whiten_rewards = cases[i].whiten;
+        config.gamma = GOLDEN_ADVANTAGES[i].gamma;
+        config.lam = GOLDEN_ADVANTAGES[i].lam;
+        config.whiten_rewards = GOLDEN_ADVANTAGES[i].whiten;
         ppo_advantages(&config, &p);
-        expect_floats("advantages", p.advantages, packed_table(cases[i].adv), 13, 5e-6);
-        expect_floats("returns", p.returns, packed_table(cases[i].ret), 13, 5e-6);
+        expect_floats("advantages", p.advantages, GOLDEN_ADVANTAGES[i].advantages, 13, 5e-6);
+        expect_floats("returns", p.returns, GOLDEN_ADVANTAGES[i].returns, 13, 5e-6);
     }
+}
+
+/* golden.py's example of three tokens. */
+static void test_ppo_advantages_golden_short(void) {
     struct PPOConfig config = ppo_config();
     float values[] = {0.5f, 0.4f, 0.3f};
     float rewards[] = {-0.1f, 0, 1};
@@ -4540,77 +4473,60 @@ static void test_ppo_advantages_golden(void) {
     for (int t = 0; t < 3; t++)
         expect_close("A = return - V", returns[t] - values[t], (double[]){0.33675, 0.565, 0.7}[t],
                      1e-6);
-    expect_floats("returns", returns, golden_gae_ret, 3, 1e-6);
-    expect_floats("whitened", advantages, golden_gae_adv, 3, 2e-6);
+    expect_floats("returns", returns, (double[]){0.836749971, 0.964999914, 1}, 3, 1e-6);
+    expect_floats("whitened", advantages, (double[]){-1.07383966, 0.169290587, 0.904548705}, 3,
+                  2e-6);
 }
-
-static const double golden_ppo_loss_policy = 0.0616399869;
-static const double golden_ppo_loss_value_scaled = 0.0579016991;
-static const double golden_ppo_dlogp[3][8] = {{0, 0, -0.0035352814, 0, -0.0797494426, -0.0751792565,
-                                               0, -0.072349824},
-                                              {0, 0.183580145, 0.107111089, 0, 0.0728414357, 0, 0,
-                                               0},
-                                              {0, 0, 0, 0.00239815633, 0, 0.0331404805, 0, 0}};
-static const double golden_ppo_dvalue[3][8] =
-    {{0, 0, -0.00597338378, 0, -0.0102781672, -0.0158304796, -0.0139595931, 0},
-     {0, 0, 0.00708580669, 0.0049654711, 0.000298171333, 0, 0, 0},
-     {0, 0, 0, -0.00316583272, -0.00584292412, -0.00132195675, 0, 0}};
-static const double golden_ppo_stats[26] = {0.739985883,
-                                            5.99289179,
-                                            0.2,
-                                            -0.034153197,
-                                            0.333333343,
-                                            1.12731242,
-                                            0.0616399869,
-                                            0.579016984,
-                                            0.11954169,
-                                            1.35618162,
-                                            0.0318978429,
-                                            -0.0233546682,
-                                            0.307692319,
-                                            3.26679306e-08,
-                                            0.392855138,
-                                            0.813801169,
-                                            -0.120932974,
-                                            1.1224916,
-                                            0.230769232,
-                                            -0.105236657,
-                                            0.12100514,
-                                            -0.379319191,
-                                            3,
-                                            1,
-                                            4.33333349,
-                                            1.52752519};
 
 /* Loss, gradients and all scalars of the stats dictionary against TRL. */
 static void test_ppo_loss_golden(void) {
-    static const char *const names[] = {
-        "objective/kl",
-        "objective/entropy",
-        "objective/kl_coef",
-        "ppo/mean_non_score_reward",
-        "ppo/mean_scores",
-        "ppo/std_scores",
-        "ppo/loss/policy",
-        "ppo/loss/value",
-        "ppo/loss/total",
-        "ppo/policy/entropy",
-        "ppo/policy/approxkl",
-        "ppo/policy/policykl",
-        "ppo/policy/clipfrac",
-        "ppo/policy/advantages_mean",
-        "ppo/returns/mean",
-        "ppo/returns/var",
-        "ppo/val/vpred",
-        "ppo/val/error",
-        "ppo/val/clipfrac",
-        "ppo/val/mean",
-        "ppo/val/var",
-        "ppo/val/var_explained",
-        "tokens/queries_len_mean",
-        "tokens/queries_len_std",
-        "tokens/responses_len_mean",
-        "tokens/responses_len_std",
+    static const struct {
+        const char *name;
+        double want;
+    } stats_of_trl[] = {
+        {"objective/kl", 0.739985883},
+        {"objective/entropy", 5.99289179},
+        {"objective/kl_coef", 0.2},
+        {"ppo/mean_non_score_reward", -0.034153197},
+        {"ppo/mean_scores", 0.333333343},
+        {"ppo/std_scores", 1.12731242},
+        {"ppo/loss/policy", 0.0616399869},
+        {"ppo/loss/value", 0.579016984},
+        {"ppo/loss/total", 0.11954169},
+        {"ppo/policy/entropy", 1.35618162},
+        {"ppo/policy/approxkl", 0.0318978429},
+        {"ppo/policy/policykl", -0.0233546682},
+        {"ppo/policy/clipfrac", 0.307692319},
+        {"ppo/policy/advantages_mean", 3.26679306e-08},
+        {"ppo/returns/mean", 0.392855138},
+        {"ppo/returns/var", 0.813801169},
+        {"ppo/val/vpred", -0.120932974},
+        {"ppo/val/error", 1.1224916},
+        {"ppo/val/clipfrac", 0.230769232},
+        {"ppo/val/mean", -0.105236657},
+        {"ppo/val/var", 0.12100514},
+        {"ppo/val/var_explained", -0.379319191},
+        {"tokens/queries_len_mean", 3},
+        {"tokens/queries_len_std", 1},
+        {"tokens/responses_len_mean", 4.33333349},
+        {"tokens/responses_len_std", 1.52752519},
+    };
+    static const struct {
+        double dlogprob, dvalue;
+    } golden[13] = {
+        {-0.0035352814, -0.00597338378},
+        {0, 0},
+        {-0.0797494426, -0.0102781672},
+        {-0.0751792565, -0.0158304796},
+        {0, -0.0139595931},
+        {-0.072349824, 0},
+        {0.183580145, 0},
+        {0.107111089, 0.00708580669},
+        {0, 0.0049654711},
+        {0.0728414357, 0.000298171333},
+        {0.00239815633, -0.00316583272},
+        {0, -0.00584292412},
+        {0.0331404805, -0.00132195675},
     };
     struct PPOTrainer ppo = {
         .config = ppo_config(),
@@ -4621,17 +4537,18 @@ static void test_ppo_loss_golden(void) {
     struct PPOBatch p = golden_batch();
     double stats[PPO_STATS];
     float scratch[7];
-    p.advantages = narrow(packed_table(golden_ppo_adv), 13);
-    p.returns = narrow(packed_table(golden_ppo_ret), 13);
+    p.advantages = narrow(GOLDEN_ADVANTAGES[0].advantages, 13);
+    p.returns = narrow(GOLDEN_ADVANTAGES[0].returns, 13);
     struct PPOTokens tokens =
         tokens_of(&p, 13, packed_formula(golden_new), packed_formula(golden_newval));
     struct PPOLoss loss = ppo_loss(&ppo.config, &tokens);
     ppo_statistics(&tokens, loss, stats);
-    expect_close("policy loss", loss.policy, golden_ppo_loss_policy, 1e-6);
-    expect_close("value loss", loss.value * 0.1, golden_ppo_loss_value_scaled, 1e-7);
-    expect_floats("d log-probabilities", tokens.dlogprobs, packed_table(golden_ppo_dlogp), 13,
-                  2e-7);
-    expect_floats("d values", tokens.dvalues, packed_table(golden_ppo_dvalue), 13, 5e-8);
+    expect_close("policy loss", loss.policy, 0.0616399869, 1e-6);
+    expect_close("value loss", loss.value * 0.1, 0.0579016991, 1e-7);
+    for (size_t i = 0; i < 13; i++) {
+        expect_close("d log-probability", tokens.dlogprobs[i], golden[i].dlogprob, 2e-7);
+        expect_close("d value", tokens.dvalues[i], golden[i].dvalue, 5e-8);
+    }
     struct Rollout rollouts[3];
     for (size_t b = 0; b < 3; b++) {
         size_t length = GOLDEN_START[b + 1] - GOLDEN_START[b];
@@ -4651,10 +4568,10 @@ static void test_ppo_loss_golden(void) {
         p.non_score_rewards[t] = kl_reward(0.2, p.kl[t]);
     }
     ppo_record_stats(&ppo, rollouts, &p, (float[]){1.5f, -0.75f, 0.25f}, stats, 1);
-    for (size_t i = 0; i < COUNT(names); i++) {
-        double value;
-        expect_true(names[i], log_find(&ppo.stats, names[i], &value));
-        expect_close(names[i], value, golden_ppo_stats[i], 3e-6);
+    for (size_t i = 0; i < COUNT(stats_of_trl); i++) {
+        double value = NAN;
+        log_find(&ppo.stats, stats_of_trl[i].name, &value);
+        expect_close(stats_of_trl[i].name, value, stats_of_trl[i].want, 3e-6);
     }
     arena_free(&ppo.arena);
 }
@@ -5433,10 +5350,6 @@ static void test_exact_run(void) {
  * What the course measures at its end.
  * ============================================================================================= */
 
-static const double golden_kl[12] = {0.0143286111, 0.0267592594, 0.0317655057, 0.0250713639,
-                                     0.0221926942, 0.0193744227, 0.0163947437, 0.0306888893,
-                                     0.0400096476, 0.0412293561, 0.0266468395, 0.0250469036};
-
 /* Word pairs and pair accuracy by hand; the KL of whole answers against the golden divergences. */
 static void test_evaluation(void) {
     struct Text same[] = {{"the film. The FILM.", 19}};
@@ -5448,6 +5361,9 @@ static void test_evaluation(void) {
     expect_close("far ones only", pair_accuracy((float[]){2, 3, 1}, (double[]){3, 2, 1}, 3, 2), 1,
                  0);
     expect_true("no pair that far", isnan(pair_accuracy((float[]){1, 2}, (double[]){1, 2}, 2, 5)));
+    static const double golden_kl[] = {0.0143286111, 0.0267592594, 0.0317655057, 0.0250713639,
+                                       0.0221926942, 0.0193744227, 0.0163947437, 0.0306888893,
+                                       0.0400096476, 0.0412293561, 0.0266468395, 0.0250469036};
     struct GPT2 *model = golden_model();
     struct GPT2 *ref_model = golden_model();
     for (size_t i = 0; i < 28; i++)
@@ -6633,13 +6549,13 @@ static void test_two_labels(void) {
                "has a score.bias; a GPT-2 classifier has none");
 }
 
-static const double golden_rm_two_logits[2][2] = {{1.9135102, -0.475132018},
-                                                  {1.32131326, -0.02512566}};
-static const double golden_rm_two_positive[2] = {0.0840428844, 0.206453174};
-
 /* The reward of a two-label classifier is the log-odds of the sentiment pipeline's softmax:
  * transformers' numbers. */
 static void test_two_labels_golden(void) {
+    static const struct {
+        double logits[2], positive;
+    } golden[] = {{{1.9135102, -0.475132018}, 0.0840428844},
+                  {{1.32131326, -0.02512566}, 0.206453174}};
     struct GPT2 *model = golden_model();
     struct Tensor rows = {
         .name = "score.weight",
@@ -6658,8 +6574,8 @@ static void test_two_labels_golden(void) {
     reward_score(model, golden_examples(), 2, reward);
     for (size_t i = 0; i < 2; i++) {
         expect_close("difference of the logits", reward[i],
-                     golden_rm_two_logits[i][1] - golden_rm_two_logits[i][0], 6e-6);
-        expect_close("the score of label 1", sigmoid(reward[i]), golden_rm_two_positive[i], 1e-6);
+                     golden[i].logits[1] - golden[i].logits[0], 6e-6);
+        expect_close("the score of label 1", sigmoid(reward[i]), golden[i].positive, 1e-6);
     }
 }
 
@@ -8791,6 +8707,7 @@ static const struct {
     {"gelu_gradient", test_gelu_gradient},
     {"attention_hand", test_attention_hand},
     {"attention", test_attention},
+    {"attention_golden", test_attention_golden},
     {"attention_gradient", test_attention_gradient},
     {"gpt2_init", test_gpt2_init},
     {"gpt2_golden", test_gpt2_golden},
@@ -8841,8 +8758,10 @@ static const struct {
     {"reward_overfit", test_reward_overfit},
     {"reward_company", test_reward_company},
     {"ppo_scores_golden", test_ppo_scores_golden},
+    {"ppo_scores_clipped", test_ppo_scores_clipped},
     {"ppo_rewards", test_ppo_rewards},
     {"ppo_advantages_golden", test_ppo_advantages_golden},
+    {"ppo_advantages_golden_short", test_ppo_advantages_golden_short},
     {"ppo_loss_golden", test_ppo_loss_golden},
     {"ppo_gradient", test_ppo_gradient},
     {"ppo_step", test_ppo_step},
