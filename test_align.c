@@ -415,6 +415,13 @@ static struct Example random_example(size_t n, size_t prompt_length, size_t V) {
     return e;
 }
 
+static struct Example *random_examples(size_t count, size_t n, size_t prompt_length, size_t V) {
+    struct Example *examples = arena_alloc(&test_arena, count, sizeof *examples);
+    for (size_t i = 0; i < count; i++)
+        examples[i] = random_example(n, prompt_length, V);
+    return examples;
+}
+
 static struct Batch batch_of(const struct Example *examples, size_t n, enum LastToken last) {
     return collate(&test_arena, examples, n, last);
 }
@@ -569,6 +576,28 @@ static struct Text command_output(const char *line) {
     capture_begin();
     run_command(words);
     return capture_end();
+}
+
+/* What a run logged, from the trainer_state.json in its folder. */
+static struct Json *log_history(const char *name) {
+    const char *path = temporary(arena_printf(&test_arena, "%s/trainer_state.json", name));
+    return json_get(json_read_file(&test_arena, path), "log_history");
+}
+
+/* What a command printed, one JSON value. */
+static struct Json *json_output(const char *line) {
+    const char *error;
+    return parse(command_output(line).data, &error);
+}
+
+/* Texts and pairs for commands that train. */
+static void write_films(void) {
+    write_json("texts.jsonl", "{'text': 'A good film, and a fine one.'}\n"
+                              "{'text': 'A bad film. It is dull and long.'}\n"
+                              "{'text': '\xc3\xa9t\xc3\xa9 \\'quoted\\''}\n");
+    write_json("pairs.jsonl", "{'prompt': 'A film', 'chosen': ' that is good', "
+                              "'rejected': ' that is bad'}\n"
+                              "{'prompt': 'It', 'chosen': ' is fine', 'rejected': ' is dull'}\n");
 }
 
 static float *narrow(const double *x, size_t n) {
@@ -848,6 +877,10 @@ static void test_rows(void) {
         expect_close("row_dot", row_dot(x, y, n), dot_product(x, y, n), 1e-4);
         expect_relative("row_exp", row_exp(e, x, 1, n), exponentials, 1e-6);
     }
+}
+
+/* The largest: the first among equals, among negative numbers, zeros and infinities. */
+static void test_rows_argmax(void) {
     float equal[] = {-1, 2, 2, -3};
     float negative[] = {-5, -2, -9};
     float zeros[] = {-0.0f, 0.0f};
@@ -1170,6 +1203,10 @@ static void test_reinforce_advantages(void) {
     reinforce_advantages(BASELINE_RLOO, rewards, 6, 3, 9, a);
     expect_floats("leave one out", a, (double[]){-3, -1.5, 4.5, -4.5, 1.5, 3}, 6, 1e-6);
     expect_close("R: score less beta KL", reinforce_reward(1, 0.1, -8, -10), 0.8, 1e-12);
+}
+
+/* How noisy a gradient is, by hand. */
+static void test_reinforce_advantages_variance(void) {
     float s[] = {1, 1, 2, 0};
     float wide[] = {1, 3};
     expect_close("variance by hand", gradient_variance(wide, s, 2, 1), 1, 1e-9);
@@ -1371,20 +1408,29 @@ static void test_ppo_loss_gradient(void) {
  * The best policy in closed form by hand; DPO's loss and its variants by hand and against TRL.
  * ============================================================================================= */
 
-/* By hand; and for any policy J + beta KL(pi || pi*) is beta log Z. */
+/* By hand; rewards that e^x could not hold. */
 static void test_exact_optimum(void) {
     double half[] = {log(0.5), log(0.5)};
     double r[] = {0, 0.7 * log(3)};
     double optimum[2], wide[5];
     double far[] = {0, 900, -900, 3, 1};
-    double uneven[5], other[5];
+    double uneven[5];
     expect_close("log Z = log 2", exact_optimum(half, r, 2, 0.7, optimum), log(2), 1e-12);
     expect_close("pi* of the first", exp(optimum[0]), 0.25, 1e-12);
     expect_close("and of the second", exp(optimum[1]), 0.75, 1e-12);
     for (int i = 0; i < 5; i++)
-        uneven[i] = log((i + 1) / 15.0), other[i] = log((5 - i) / 15.0);
+        uneven[i] = log((i + 1) / 15.0);
     expect_close("rewards that e^ cannot hold", exact_optimum(uneven, far, 5, 0.5, wide),
                  1800 + log(2 / 15.0), 1e-9);
+}
+
+/* For any policy J + beta KL(pi || pi*) is beta log Z, and zero KL for pi* alone. */
+static void test_exact_optimum_objective(void) {
+    double uneven[5], other[5], wide[5];
+    for (int i = 0; i < 5; i++) {
+        uneven[i] = log((i + 1) / 15.0);
+        other[i] = log((5 - i) / 15.0);
+    }
     struct ExactWorld w = {
         .n = 5,
         .r = (double[]){0.3, -1, 2, 0.5, 0},
@@ -1442,11 +1488,15 @@ static void test_kth_largest(void) {
         }
 }
 
-/* Each processor by hand. */
+/* A repetition penalty counts once for each id. */
 static void test_generate_processors(void) {
     float penalised[] = {3, -3, 1, 0};
     process_repetition_penalty(penalised, 4, (int[]){0, 1, 0, 0, 3}, 5, 2);
     expect_floats("penalty 2, once an id", penalised, (double[]){1.5, -6, 1, 0}, 4, 0);
+}
+
+/* No n-gram twice. */
+static void test_generate_processors_ngram(void) {
     float ngram[] = {1, 2, 3, 4};
     process_no_repeat_ngram(ngram, (int[]){0, 1, 2, 0, 1, 3, 0, 1}, 8, 3);
     expect_true("0 1 was followed by 2 and 3",
@@ -1457,12 +1507,20 @@ static void test_generate_processors(void) {
                                               && single[3] == -INFINITY);
     process_no_repeat_ngram(single, (int[]){0}, 1, 3);
     expect_true("shorter than an n-gram", single[0] == 1);
+}
+
+/* The k most probable, ties kept. */
+static void test_generate_processors_top_k(void) {
     float tied[] = {1, 5, 3, 3, 2};
     process_top_k(tied, 5, 2);
     expect_true("top 2, a tie kept", tied[0] == -INFINITY && tied[1] == 5 && tied[2] == 3
                                          && tied[3] == 3 && tied[4] == -INFINITY);
     process_top_k(tied, 5, 9);
     expect_true("k above V", tied[2] == 3);
+}
+
+/* The most probable tokens that together have p. */
+static void test_generate_processors_top_p(void) {
     float nucleus[] = {logf(0.2f), logf(0.5f), logf(0.3f)};
     float certain[] = {0, 30, -INFINITY};
     process_top_p(nucleus, 3, 0.7, 1);
@@ -1472,6 +1530,10 @@ static void test_generate_processors(void) {
     expect_true("the token that crosses p is kept", nucleus[1] > -1 && nucleus[2] == -INFINITY);
     process_top_p(certain, 3, 1e-9, 1);
     expect_true("the likeliest always stays", certain[1] == 30 && certain[0] == -INFINITY);
+}
+
+/* min_new_tokens, then temperature, which greedy decoding ignores. */
+static void test_generate_processors_order(void) {
     struct GenerationConfig config = sampling(2, 0, 1);
     config.min_new_tokens = 3;
     float logits[] = {1, 2, 4};
@@ -1739,6 +1801,10 @@ static void test_tokenizer_bytes(void) {
             bytes[i] = (char)(round % 2 ? rng_next(&test_rng) : 0x60 + rng_below(&test_rng, 0xa0));
         expect_round_trip("random bytes", (struct Text){bytes, n}, round % 3 ? 50257 : 700);
     }
+}
+
+/* A character's class and length; bytes that are no UTF-8 are one each, of no class. */
+static void test_tokenizer_bytes_classes(void) {
     uint32_t code;
     size_t length = utf8_read((const unsigned char *)"\xc3\xa9", 2, &code);
     expect_count("two bytes", length, 2);
@@ -1936,8 +2002,7 @@ static void test_collate(void) {
     expect_count("longest", batch.max_length, 4);
 }
 
-/* A shared prompt by hand, and log-probabilities of pairs that share equal to those of sequences
- * that do not, lengths around the attention's blocks included. */
+/* A shared prompt by hand. */
 static void test_collate_pairs(void) {
     struct Example pair[] = {{(int[]){1, 2, 3, 4, 5}, 5, 2}, {(int[]){1, 2, 6, 7, 8, 9}, 6, 2}};
     struct Batch batch = collate_pairs(&test_arena, pair, 1, 16);
@@ -1950,6 +2015,11 @@ static void test_collate_pairs(void) {
     batch = collate_pairs(&test_arena, pair, 1, 1);
     expect_true("does not pay", batch.B == 2 && batch.shared[0] == 0 && batch.N == 9);
     expect_ids("rows apart", batch.row, batch.R, (int[]){0, 1, 2, 3, 4, 5, 6, 7, 8}, 9);
+}
+
+/* Log-probabilities of pairs that share a prompt equal those of sequences that do not, lengths
+ * around the attention's blocks included. */
+static void test_collate_pairs_logprobs(void) {
     struct GPT2 *model = random_model(40, 150, 32, 2, 2);
     static const size_t prompts[] = {5, 1, 60, 70, 9};
     static const size_t lengths[2][5] = {{9, 4, 90, 140, 10}, {7, 8, 70, 80, 10}};
@@ -1962,14 +2032,8 @@ static void test_collate_pairs(void) {
     struct Batch forked = collate_pairs(&test_arena, examples, 5, 32);
     struct Batch plain = collate(&test_arena, examples, 10, SKIP_LAST);
     expect_true("fewer rows", forked.N < plain.N - 100 && forked.R == plain.R);
-    struct Activations forked_acts = gpt2_forward(model, &test_arena, &forked, false);
-    struct Activations plain_acts = gpt2_forward(model, &test_arena, &plain, false);
-    struct LMHead forked_head =
-        lm_head_new(model, &test_arena, &forked_acts, forked.row, forked.target, forked.R, 1);
-    struct LMHead plain_head =
-        lm_head_new(model, &test_arena, &plain_acts, plain.row, plain.target, plain.R, 1);
-    lm_head_forward(model, &forked_head);
-    lm_head_forward(model, &plain_head);
+    struct LMHead forked_head = batch_logprobs(model, &test_arena, &forked, 1, false);
+    struct LMHead plain_head = batch_logprobs(model, &test_arena, &plain, 1, false);
     expect_floats("log-probabilities", forked_head.logprob, widen(plain_head.logprob, plain.R),
                   plain.R, 2e-5);
 }
@@ -2268,8 +2332,7 @@ static void test_linear_gradient(void) {
     expect_close("only the bias, added to", db[129], 2 * slope_at(f, c.b + 129), 1e-3);
 }
 
-/* Few rows and many give what the definition gives; so do the logits of few and many hidden
- * vectors. */
+/* Few rows and many give what the definition gives. */
 static void test_few_rows(void) {
     static const size_t rows[] = {1, 2, 3, 8, FEW_ROWS, FEW_ROWS + 1};
     static const size_t ins[] = {1, 7, 8, 61};
@@ -2293,6 +2356,11 @@ static void test_few_rows(void) {
                       2e-6 + 4e-7 * (double)in);
         expect_true("nothing written behind", y[N * out] == 77);
     }
+}
+
+/* So do the logits of few and many hidden vectors. */
+static void test_few_rows_logits(void) {
+    static const size_t rows[] = {1, 2, 3, 8, FEW_ROWS, FEW_ROWS + 1};
     struct GPT2 *model = random_model(263, 8, 36, 1, 2);
     for (size_t i = 0; i < COUNT(rows); i++) {
         float *hidden = random_floats(rows[i] * 36, 1);
@@ -2351,7 +2419,7 @@ static void test_rows_company(void) {
         }
 }
 
-/* By hand and against torch. */
+/* By hand. */
 static void test_layernorm(void) {
     float hand[] = {3, 3, 7, 7};
     float two[] = {2, 2, 2, 2};
@@ -2367,6 +2435,11 @@ static void test_layernorm(void) {
     expect_true("mean 5, variance 4", mean == 5 && rstd == 0.5f);
     layernorm_backward(dhand_x, dhand, row, &weight, &bias);
     expect_floats("dx by hand", dhand_x, (double[]){2, -2, 0, 0}, 4, 1e-7);
+}
+
+/* Against torch. */
+static void test_layernorm_golden(void) {
+    float y[4], mean, rstd;
     float x[] = {1, 2, 4, 8};
     float w[] = {1, 0.5f, -1, 2};
     float b[] = {0, 0.1f, 0.2f, 0.3f};
@@ -2374,9 +2447,9 @@ static void test_layernorm(void) {
     float dx[4] = {10, 10, 10, 10};
     float dw[4] = {0};
     float db[4] = {0};
-    weight = tensor_of(w, dw, 4, 0);
-    bias = tensor_of(b, db, 4, 0);
-    row.x = x;
+    struct Tensor weight = tensor_of(w, dw, 4, 0);
+    struct Tensor bias = tensor_of(b, db, 4, 0);
+    struct LayerNormRows row = {1, x, &mean, &rstd};
     layernorm_forward(y, row, &weight, &bias, 1e-5f);
     expect_floats("y", y, (double[]){-1.02575458, -0.226376454, 0.106749587, 3.47051415}, 4, 2e-6);
     layernorm_backward(dx, dy, row, &weight, &bias);
@@ -2421,7 +2494,7 @@ static void test_layernorm_gradient(void) {
     expect_gradient("bias", f, c.b, db, c.out, 67, 3e-4);
 }
 
-/* By hand, and values and slopes of transformers' gelu_new. */
+/* Values and slopes of transformers' gelu_new. */
 static void test_gelu(void) {
     static const struct {
         float x;
@@ -2437,14 +2510,19 @@ static void test_gelu(void) {
         {3, 2.99636261, 1.01158417},
         {6, 6, 1},
     };
-    float y[7];
+    float y;
     for (size_t i = 0; i < COUNT(golden); i++) {
         float dx = 1;
-        gelu_forward(y, &golden[i].x, 1, 1);
+        gelu_forward(&y, &golden[i].x, 1, 1);
         gelu_backward(&dx, &golden[i].x, 1, 1);
-        expect_close("y", y[0], golden[i].y, 1e-6);
+        expect_close("y", y, golden[i].y, 1e-6);
         expect_close("slope", dx, golden[i].slope, 1e-6);
     }
+}
+
+/* Its ends, and the numbers of its comment. */
+static void test_gelu_hand(void) {
+    float y[7];
     float far[] = {0, 30, -30, 1e20f, -1e20f, -1, 2};
     gelu_row(y, far, 7);
     expect_floats("0, large, small", y, (double[]){0, 30, 0, 1e20f, 0}, 5, 1e-6);
@@ -2453,6 +2531,10 @@ static void test_gelu(void) {
     float slope = 1;
     gelu_backward_row(&slope, &minus_one, 1);
     expect_close("slope at -1, by hand", slope, -0.0830, 5e-5);
+}
+
+/* Over the whole range, against the tanh form in doubles. */
+static void test_gelu_range(void) {
     double worst = 0;
     for (double v = -10; v <= 10; v += 0.00037) {
         float in = (float)v;
@@ -2883,7 +2965,7 @@ static double head_loss(void *context) {
 }
 
 /* By hand: hidden (2, 3), weight (0.5, -1), bias 4, dout 2. */
-static void expect_head_by_hand(void) {
+static void test_reward_head_gradient_hand(void) {
     float hidden[] = {2, 3};
     float weight[] = {0.5f, -1};
     float bias = 4;
@@ -2902,10 +2984,8 @@ static void expect_head_by_hand(void) {
     expect_close("dbias", dbias, 2, 0);
 }
 
-/* By hand, and by central differences; a row that is read twice gets both gradients. A new value
- * head is U(-1/sqrt(C), 1/sqrt(C)). */
+/* By central differences; a row that is read twice gets both gradients. */
 static void test_reward_head_gradient(void) {
-    expect_head_by_hand();
     struct HeadCase c = {random_floats(60, 1),
                          random_floats(4, 1),
                          random_floats(4, 1),
@@ -2922,6 +3002,10 @@ static void test_reward_head_gradient(void) {
     expect_gradient("hidden", f, c.hidden, dhidden, 60, 60, 1e-4);
     expect_gradient("weight", f, c.head.weight.w, c.head.weight.d, 12, 12, 1e-4);
     expect_gradient("bias", f, c.head.bias.w, c.head.bias.d, 1, 1, 1e-4);
+}
+
+/* A new value head is U(-1/sqrt(C), 1/sqrt(C)). */
+static void test_value_head_init(void) {
     struct GPT2 *model = new_model(300, 8, 400, 1, 4);
     value_head_init(model, 3);
     double most = 0;
@@ -2936,8 +3020,7 @@ static void test_reward_head_gradient(void) {
 
 static const double golden_rm_reward[2] = {1.91350985, 1.32131338};
 
-/* A reward is read before the padding, also where an end token pads; an empty text is a lone end
- * token. */
+/* A reward is read before the padding, also where an end token pads. */
 static void test_reward_rows(void) {
     struct Example examples[] = {{(int[]){1, 2, 60, 60}, 4, 0},
                                  {(int[]){60, 3}, 2, 0},
@@ -2948,6 +3031,10 @@ static void test_reward_rows(void) {
     int row[5];
     reward_rows(&batch, 60, row);
     expect_ids("rows", row, 5, (int[]){1, 5, 6, 8, 11}, 5);
+}
+
+/* More texts than go together; an empty text is a lone end token. */
+static void test_reward_rows_score(void) {
     struct GPT2 *model = golden_model();
     golden_fill(reward_head_declare(model), 100);
     struct Example *golden = golden_examples();
@@ -3098,11 +3185,9 @@ static void test_lora_targets(void) {
     }
 }
 
-/* A starts as U(-1/sqrt(in), 1/sqrt(in)), B as zero: the model is the base to the bit. alpha /
- * r, with rslora alpha / sqrt(r). */
+/* A starts as U(-1/sqrt(in), 1/sqrt(in)), B as zero. alpha / r, with rslora alpha / sqrt(r). */
 static void test_lora_start(void) {
     struct GPT2 *model = random_model(37, 12, 64, 1, 2);
-    struct GPT2 *base = owned(gpt2_copy(model));
     adapter_new(model,
                 (struct Adapter){
                     .r = 64,
@@ -3131,6 +3216,20 @@ static void test_lora_start(void) {
     expect_close("rslora", wide->lora_scale, 16.0 / 8, 0);
     struct Adapter plain = {.r = 64, .lora_alpha = 16};
     expect_close("alpha / r", adapter_scale(&plain), 0.25, 0);
+}
+
+/* With B zero the model is the base to the bit. */
+static void test_lora_start_bits(void) {
+    struct GPT2 *model = random_model(37, 12, 64, 1, 2);
+    struct GPT2 *base = owned(gpt2_copy(model));
+    adapter_new(model,
+                (struct Adapter){
+                    .r = 64,
+                    .lora_alpha = 16,
+                    .target_modules = "c_attn mlp.c_proj",
+                    .use_rslora = true,
+                },
+                5);
     struct Example e = random_example(12, 1, 37);
     struct Batch batch = batch_of(&e, 1, READ_LAST);
     expect_bits("the base's logits", batch_logits(model, &batch), batch_logits(base, &batch),
@@ -3527,10 +3626,7 @@ static void test_beam_search_exhaustive(void) {
         ids[1] = y / 25, ids[2] = y / 5 % 5, ids[3] = y % 5;
         struct Example e = {ids, 4, 1};
         struct Batch batch = batch_of(&e, 1, SKIP_LAST);
-        struct Activations acts = gpt2_forward(model, &test_arena, &batch, false);
-        struct LMHead head =
-            lm_head_new(model, &test_arena, &acts, batch.row, batch.target, batch.R, 1);
-        lm_head_forward(model, &head);
+        struct LMHead head = batch_logprobs(model, &test_arena, &batch, 1, false);
         double logp = sequence_logprob(head.logprob, 3);
         if (logp > most)
             memcpy(best, ids, sizeof best), most = logp;
@@ -3642,7 +3738,7 @@ static void test_sqrt_fast(void) {
 }
 
 /* Two steps of one weight, the comment's numbers; and the factor of clipping. */
-static void expect_adamw_comment(void) {
+static void test_adamw_hand_comment(void) {
     struct Tensor t = {
         .name = "t",
         .n = 1,
@@ -3673,7 +3769,6 @@ static void expect_adamw_comment(void) {
 
 /* The first step by hand, decay and clipping by hand, and plain gradient descent. */
 static void test_adamw_hand(void) {
-    expect_adamw_comment();
     struct Tensor t = {
         .name = "t",
         .n = 2,
@@ -3746,7 +3841,7 @@ static void test_adamw_golden(void) {
     trainer_free(&trainer);
 }
 
-/* transformers' schedules, and by hand. */
+/* transformers' schedules. */
 static void test_schedule(void) {
     static const struct {
         const char *name;
@@ -3769,7 +3864,11 @@ static void test_schedule(void) {
             expect_close(types[i].name, schedule_factor(&args, step, 10), types[i].want[step],
                          1e-9);
     }
-    args = training_arguments();
+}
+
+/* By hand: warm-up as steps or as a share of them, and where the rate ends. */
+static void test_schedule_hand(void) {
+    struct TrainingArguments args = training_arguments();
     args.warmup_steps = 2;
     for (size_t step = 0; step < 4; step++)
         expect_close("linear, 10 steps, warm-up 2", schedule_factor(&args, step, 10),
@@ -3787,8 +3886,7 @@ static void test_schedule(void) {
     expect_close("half way to lr_end", schedule_factor(&args, 6, 10), 0.6, 1e-12);
 }
 
-/* Steps and epochs of transformers: a smaller last batch, an accumulation's rest as a step;
- * accumulated gradients are the batch's. */
+/* Steps and epochs of transformers: a smaller last batch, an accumulation's rest as a step. */
 static void test_trainer_steps(void) {
     struct GPT2 *model = random_model(40, 16, 8, 1, 2);
     struct Example examples[11];
@@ -3804,6 +3902,18 @@ static void test_trainer_steps(void) {
     expect_close("epoch at the end", trainer.state.epoch, 2, 0);
     expect_true("train_loss", isfinite(logged(&trainer, 6, "train_loss"))
                                   && isfinite(logged(&trainer, 6, "train_runtime")));
+    trainer_free(&trainer);
+}
+
+/* Accumulated gradients are the batch's. */
+static void test_trainer_steps_accumulate(void) {
+    struct GPT2 *model = random_model(40, 16, 8, 1, 2);
+    struct Example examples[11];
+    for (size_t i = 0; i < 11; i++)
+        examples[i] = random_example(3 + i, i % 3, 40);
+    struct Trainer trainer = trainer_of(model, 0, 0, 2);
+    language_task(&trainer, examples, 11);
+    gpt2_make_trainable(model);
     size_t order[11], n;
     for (size_t i = 0; i < 11; i++)
         order[i] = 10 - i;
@@ -3815,15 +3925,20 @@ static void test_trainer_steps(void) {
         loss[run] = trainer_accumulate(&trainer, order, 11);
         gradient[run] = all_gradients(model, &n);
     }
+    expect_close("loss in pieces", loss[1], loss[0], 1e-6);
+    expect_floats("gradient in pieces", gradient[1], widen(gradient[0], n), n, 2e-6);
+    trainer_free(&trainer);
+}
+
+/* A micro-batch weighs as many targets as it has, or, where a task has none, as many rows. */
+static void test_trainer_steps_weight(void) {
+    struct GPT2 *model = random_model(40, 16, 8, 1, 2);
+    struct Trainer trainer = trainer_of(model, 0, 0, 1);
     struct Example two[] = {random_example(4, 1, 40), random_example(5, 0, 40)};
-    trainer.args.per_device_train_batch_size = 1;
     language_task(&trainer, two, 2);
     expect_close("3 and 5 targets", micro_batch_weight(&trainer, (size_t[]){0, 1}, 2), 0.125, 0);
     trainer.task.targets = NULL;
     expect_close("two means", micro_batch_weight(&trainer, (size_t[]){0, 1}, 2), 0.5, 0);
-    expect_close("loss in pieces", loss[1], loss[0], 1e-6);
-    expect_floats("gradient in pieces", gradient[1], widen(gradient[0], n), n, 2e-6);
-    trainer_free(&trainer);
 }
 
 /* The share of an epoch's micro-batches that is done, as transformers counts it: more of them are
@@ -3837,9 +3952,7 @@ static void test_trainer_epoch(void) {
         {7, 2, 3, 4, {0.75, 1, 1.75, 2}}, {3, 8, 4, 2, {1, 2}},
     };
     struct GPT2 *model = random_model(40, 16, 8, 1, 2);
-    struct Example examples[8];
-    for (size_t i = 0; i < 8; i++)
-        examples[i] = random_example(4, 1, 40);
+    struct Example *examples = random_examples(8, 4, 1, 40);
     for (size_t k = 0; k < COUNT(cases); k++) {
         struct Trainer trainer = trainer_of(model, 0, cases[k].max_steps, cases[k].batch);
         trainer.args.gradient_accumulation_steps = cases[k].accumulation;
@@ -4004,9 +4117,7 @@ static void test_eval_batch_size(void) {
 /* Ctrl-C in the evaluation after the last step: it ends without a figure, the weights are saved. */
 static void test_evaluation_interrupted(void) {
     struct GPT2 *model = random_model(40, 16, 8, 1, 2);
-    struct Example examples[5];
-    for (size_t i = 0; i < 5; i++)
-        examples[i] = random_example(6, 1, 40);
+    struct Example *examples = random_examples(5, 6, 1, 40);
     struct Trainer trainer = trainer_of(model, 0, 2, 2);
     language_task(&trainer, examples, 5);
     trainer.task.eval_n = 5;
@@ -4132,7 +4243,7 @@ static void test_language_sft_rows(void) {
     expect_count("all tokens of a text", language_targets(&trainer, 0), 3);
 }
 
-/* The comments' numbers: a loss of zeros, and where rows of whole texts start. */
+/* A model of zeros knows nothing: its loss is ln V. */
 static void test_language_hand(void) {
     struct GPT2 *model = empty_model(37, 12, 8, 2, 2);
     struct Example one = random_example(4, 2, 37);
@@ -4142,6 +4253,11 @@ static void test_language_hand(void) {
     language_task(&trainer, &one, 1);
     double loss = language_loss(&trainer, (size_t[]){0}, 1, 0.5, false, false);
     expect_close("ln 37", loss, log(37), 1e-6);
+    trainer_free(&trainer);
+}
+
+/* Where rows of whole texts start. */
+static void test_language_hand_rows(void) {
     struct Example texts[3];
     size_t lengths[] = {3, 4, 3};
     for (size_t i = 0; i < 3; i++)
@@ -4153,15 +4269,12 @@ static void test_language_hand(void) {
         expect_count("rows", count, 2);
         expect_count("second row", (size_t)(rows[1].ids - rows[0].ids), whole ? 3 : 4);
     }
-    trainer_free(&trainer);
 }
 
 /* A model learns four sentences by heart. */
 static void test_language_overfit(void) {
     struct GPT2 *model = new_model(64, 16, 32, 2, 4);
-    struct Example examples[4];
-    for (size_t i = 0; i < 4; i++)
-        examples[i] = random_example(12, 2, 64);
+    struct Example *examples = random_examples(4, 12, 2, 64);
     struct Trainer trainer = trainer_of(model, 1e-2, 80, 4);
     language_task(&trainer, examples, 4);
     trainer_train(&trainer);
@@ -4727,7 +4840,7 @@ static void test_ppo_step(void) {
     }
 }
 
-/* Runaway ratios: early_stopping ends the epochs, ratio_threshold skips the mini-batch. */
+/* early_stopping ends the epochs of a policy that has moved. */
 static void test_ppo_guards(void) {
     struct Rollout rollouts[4];
     struct PPOConfig config = ppo_config();
@@ -4738,10 +4851,15 @@ static void test_ppo_guards(void) {
     ppo_step(ppo, rollouts);
     expect_count("one step, then stopped after the first epoch", ppo->optimizer_steps, 1);
     ppo_trainer_free(ppo);
-    config = ppo_config();
+}
+
+/* ratio_threshold skips a mini-batch whose ratios have run away. */
+static void test_ppo_guards_ratio(void) {
+    struct Rollout rollouts[4];
+    struct PPOConfig config = ppo_config();
     config.mini_batch_size = 4;
     config.ratio_threshold = 1e-3;
-    ppo = ppo_of(config, 0.01, rollouts);
+    struct PPOTrainer *ppo = ppo_of(config, 0.01, rollouts);
     size_t n;
     float *before = all_weights(ppo->model, &n);
     capture_begin();
@@ -4917,8 +5035,7 @@ static void test_reinforce_gradient(void) {
 }
 
 /* reinforce_step without movement: what it logs, and each answer's own gradient of ln_f.bias by
- * central difference; then with movement: REINFORCE with any baseline raises the reward of one
- * token. */
+ * central difference. */
 static void test_reinforce_step(void) {
     struct Rollout rollouts[4];
     struct PPOTrainer *ppo = ppo_of(ppo_config(), 0, rollouts);
@@ -4933,14 +5050,8 @@ static void test_reinforce_step(void) {
     const struct Example examples[] = {rollouts[0].example, rollouts[1].example,
                                        rollouts[2].example, rollouts[3].example};
     struct Batch batch = collate(&test_arena, examples, 4, SKIP_LAST);
-    struct Activations acts = gpt2_forward(ppo->model, &test_arena, &batch, false);
-    struct Activations ref_acts = gpt2_forward(ppo->ref_model, &test_arena, &batch, false);
-    struct LMHead head =
-        lm_head_new(ppo->model, &test_arena, &acts, batch.row, batch.target, batch.R, 0.7f);
-    struct LMHead ref_head =
-        lm_head_new(ppo->ref_model, &test_arena, &ref_acts, batch.row, batch.target, batch.R, 0.7f);
-    lm_head_forward(ppo->model, &head);
-    lm_head_forward(ppo->ref_model, &ref_head);
+    struct LMHead head = batch_logprobs(ppo->model, &test_arena, &batch, 0.7, false);
+    struct LMHead ref_head = batch_logprobs(ppo->ref_model, &test_arena, &batch, 0.7, false);
     for (size_t i = 0; i < 4; i++) {
         size_t t = batch.target_start[i];
         size_t n = batch.target_start[i + 1] - t;
@@ -4963,10 +5074,7 @@ static void test_reinforce_step(void) {
     double logps[2][4];
     for (int side = 0; side < 2; side++) {
         ppo->model->ln_f.bias.w[3] = bias + (side ? 0.01f : -0.01f);
-        acts = gpt2_forward(ppo->model, &test_arena, &batch, false);
-        struct LMHead moved =
-            lm_head_new(ppo->model, &test_arena, &acts, batch.row, batch.target, batch.R, 0.7f);
-        lm_head_forward(ppo->model, &moved);
+        struct LMHead moved = batch_logprobs(ppo->model, &test_arena, &batch, 0.7, false);
         sum_target_logps(&batch, 4, moved.logprob, logps[side]);
     }
     for (size_t i = 0; i < 4; i++)
@@ -4975,6 +5083,7 @@ static void test_reinforce_step(void) {
     ppo_trainer_free(ppo);
 }
 
+/* With any baseline REINFORCE raises the share of one token. */
 static void test_reinforce_raises_reward(void) {
     enum { STEPS = 30 };
     for (int baseline = 0; baseline < BASELINES; baseline++) {
@@ -5108,9 +5217,7 @@ static void test_dpo_equal_pairs(void) {
 static void test_dpo_overfit(void) {
     struct GPT2 *model = new_model(64, 16, 32, 1, 2);
     struct GPT2 *ref_model = owned(gpt2_copy(model));
-    struct Example pairs[16];
-    for (size_t i = 0; i < 16; i++)
-        pairs[i] = random_example(10, 3, 64);
+    struct Example *pairs = random_examples(16, 10, 3, 64);
     for (size_t i = 0; i < 16; i += 2)
         memcpy(pairs[i + 1].ids, pairs[i].ids, 3 * sizeof(int));
     struct DPOConfig config = {.beta = 0.1, .weight = {[DPO_SIGMOID] = 1}};
@@ -5254,15 +5361,20 @@ static void test_exact_figures(void) {
     expect_close("J", f.objective, 1.4346, 1e-4);
 }
 
-/* By hand, no slope at pi*, and elsewhere the slopes of central differences. */
+/* By hand. */
 static void test_exact_dpo_loss(void) {
     double ref[] = {log(0.5), log(0.5)};
     double r[] = {0, log(3)};
-    double d[4], optimum[4], uneven[4];
-    double r4[] = {1, -0.5, 0.2, 2};
+    double d[2];
     expect_close("pi = pi_ref: ln 2", exact_dpo_loss(ref, ref, r, 2, 0.8, d), log(2), 1e-12);
     expect_close("slope of the better one: -beta / 8", d[1], -0.1, 1e-12);
     expect_close("and of the other", d[0], 0.1, 1e-12);
+}
+
+/* No slope at pi*, and elsewhere the slopes of central differences. */
+static void test_exact_dpo_loss_slopes(void) {
+    double d[4], optimum[4], uneven[4];
+    double r4[] = {1, -0.5, 0.2, 2};
     for (int i = 0; i < 4; i++)
         uneven[i] = log((i + 1) / 10.0);
     exact_optimum(uneven, r4, 4, 0.5, optimum);
@@ -5327,11 +5439,8 @@ static void test_exact_run(void) {
     /* whole trainings: minutes where an instruction costs a hundred */
     if (thin && !SANITIZED)
         return;
-    const char *error;
-    struct Json *json = parse(command_output("exact --vocab_size 3 --max_new_tokens 2 --n_embd 16 "
-                                             "--n_layer 1 --json")
-                                  .data,
-                              &error);
+    struct Json *json = json_output("exact --vocab_size 3 --max_new_tokens 2 --n_embd 16 --n_layer "
+                                    "1 --json");
     expect_close("beta", json_get(json, "beta")->number, 1, 0);
     expect_close("DPO", json_get(json_get(json, "dpo"), "kl_to_optimum")->number, 0, 1e-3);
     static const char *const methods[] = {"dpo", "ppo", "reinforce"};
@@ -5350,7 +5459,7 @@ static void test_exact_run(void) {
  * What the course measures at its end.
  * ============================================================================================= */
 
-/* Word pairs and pair accuracy by hand; the KL of whole answers against the golden divergences. */
+/* Word pairs and pair accuracy by hand. */
 static void test_evaluation(void) {
     struct Text same[] = {{"the film. The FILM.", 19}};
     struct Text none[] = {{"", 0}, {"one", 3}};
@@ -5361,6 +5470,10 @@ static void test_evaluation(void) {
     expect_close("far ones only", pair_accuracy((float[]){2, 3, 1}, (double[]){3, 2, 1}, 3, 2), 1,
                  0);
     expect_true("no pair that far", isnan(pair_accuracy((float[]){1, 2}, (double[]){1, 2}, 2, 5)));
+}
+
+/* The KL of a whole answer, and at each position, against transformers. */
+static void test_evaluation_kl(void) {
     static const double golden_kl[] = {0.0143286111, 0.0267592594, 0.0317655057, 0.0250713639,
                                        0.0221926942, 0.0193744227, 0.0163947437, 0.0306888893,
                                        0.0400096476, 0.0412293561, 0.0266468395, 0.0250469036};
@@ -5717,6 +5830,11 @@ static const char *texts_of(const struct Dataset *data) {
     return texts;
 }
 
+/* The texts of a folder that are held out from those it trains on. */
+static struct Text held_out_texts(const char *root, const struct Dataset *train) {
+    return text_of(texts_of(dataset_load_held_out(&test_arena, root, train)));
+}
+
 /* Which files of a folder are trained on, and which are held out. The expected ones are the splits
  * train and validation (else test) of datasets.load_dataset 3.1.0 and 5.2.0, in the order of their
  * names; where it has no train split or reads a file twice, `ours` says so. */
@@ -5785,9 +5903,9 @@ static void test_data_splits(void) {
         if (!cases[i].held_out)
             continue;
         capture_begin();
-        struct Dataset *held_out = dataset_load_held_out(&test_arena, root, train);
+        struct Text held_out = held_out_texts(root, train);
         capture_end();
-        expect_text(cases[i].files, text_of(texts_of(held_out)), cases[i].held_out);
+        expect_text(cases[i].files, held_out, cases[i].held_out);
     }
 }
 
@@ -5797,7 +5915,7 @@ static void load_one_dataset(const void *path) {
 
 static void load_folder_held_out(const void *path) {
     const struct Dataset *train = dataset_load(&test_arena, path, TEXT_SHAPES, 1);
-    dataset_load_held_out(&test_arena, temporary("splits100"), train);
+    dataset_load_held_out(&test_arena, temporary("splits105"), train);
 }
 
 /* What is said of a folder's files: which are read and which are not; nothing if all are; what is
@@ -5819,36 +5937,23 @@ static void test_data_splits_said(void) {
     root = folder_of_splits("a.jsonl;b.jsonl", 100); /* now of one folder with the others */
     train = dataset_load(&test_arena, temporary("splits100/train.jsonl"), TEXT_SHAPES, 1);
     capture_begin();
-    expect_text("one file of it trained on",
-                text_of(texts_of(dataset_load_held_out(&test_arena, root, train))),
-                "validation.jsonl");
+    expect_text("one file of it trained on", held_out_texts(root, train), "validation.jsonl");
     train = dataset_load(&test_arena, temporary("splits101/a.jsonl"), TEXT_SHAPES, 1);
-    expect_text("the rest of it",
-                text_of(
-                    texts_of(dataset_load_held_out(&test_arena, temporary("splits101"), train))),
-                "b.jsonl");
+    expect_text("the rest of it", held_out_texts(temporary("splits101"), train), "b.jsonl");
     train = dataset_load(&test_arena, folder_of_splits("train.jsonl", 102), TEXT_SHAPES, 1);
-    expect_text("a folder of its own",
-                text_of(
-                    texts_of(dataset_load_held_out(&test_arena,
-                                                   folder_of_splits("train.jsonl", 103), train))),
+    expect_text("a folder of its own", held_out_texts(folder_of_splits("train.jsonl", 103), train),
                 "train.jsonl");
     capture_end();
     expect_end("only held-out files", load_one_dataset,
                folder_of_splits("test.jsonl;dev.jsonl", 104), 1,
                "splits104: no row with \"text\" was found but in held-out data (dev.jsonl, "
                "test.jsonl); name the file that is meant: ");
-    folder_of_splits("only.jsonl", 100);
-    unlink(temporary("splits100/validation.jsonl"));
-    unlink(temporary("splits100/test.jsonl"));
-    unlink(temporary("splits100/a.jsonl"));
-    unlink(temporary("splits100/b.jsonl"));
-    unlink(temporary("splits100/train.jsonl"));
-    expect_end("nothing is held out", load_folder_held_out, temporary("splits100"), 1,
-               "splits100: no held-out row with \"text\" was found: the training reads what is "
+    folder_of_splits("only.jsonl", 105);
+    expect_end("nothing is held out", load_folder_held_out, temporary("splits105"), 1,
+               "splits105: no held-out row with \"text\" was found: the training reads what is "
                "there (only.jsonl)");
-    write_json("splits100/only.jsonl", "{'prompt': 'a'}\n");
-    expect_end("another shape", load_one_dataset, temporary("splits100"), 1,
+    write_json("splits105/only.jsonl", "{'prompt': 'a'}\n");
+    expect_end("another shape", load_one_dataset, temporary("splits105"), 1,
                "only.jsonl:1: expected \"text\", found \"prompt\"");
 }
 
@@ -7079,6 +7184,10 @@ static void test_bad_numbers(void) {
      * its order: not said here. */
     for (enum Breakage kind = BAD_FILE; kind <= BAD_PPO; kind++)
         expect_end(messages[kind], break_numbers, &kind, 1, messages[kind]);
+}
+
+/* The first number that is not finite, or none. */
+static void test_first_not_finite(void) {
     float x[5000] = {0};
     expect_count("all finite", first_not_finite(x, 5000), 5000);
     x[4999] = -INFINITY;
@@ -7167,9 +7276,7 @@ static struct Trainer checkpointed_run(struct Example *examples, const char *dir
 /* A run that goes on from a checkpoint ends as one that never stopped: weights, and the log but
  * for the clock. Steps 3 to 5 lie across an epoch's end and a log entry. */
 static void test_checkpoint_resume(void) {
-    struct Example examples[5];
-    for (size_t i = 0; i < 5; i++)
-        examples[i] = random_example(6 + i, 1, 40);
+    struct Example *examples = random_examples(5, 8, 1, 40);
     const char *dir = temporary("checkpoints");
     struct Trainer whole = checkpointed_run(examples, dir, 0, 0);
     for (size_t from = 2; from <= 6; from += 2) {
@@ -7191,9 +7298,7 @@ static void test_checkpoint_resume(void) {
 
 /* Resumed where no step is left, at its end or before it: one note, the figures are the run's. */
 static void test_checkpoint_complete(void) {
-    struct Example examples[5];
-    for (size_t i = 0; i < 5; i++)
-        examples[i] = random_example(6 + i, 1, 40);
+    struct Example *examples = random_examples(5, 8, 1, 40);
     const char *dir = temporary("complete");
     struct Trainer whole = checkpointed_run(examples, dir, 0, 0);
     for (size_t steps = 3; steps <= 6; steps += 3) {
@@ -7226,11 +7331,9 @@ static void test_checkpoint_complete(void) {
 /* save_total_limit keeps those written last; what a killed run left half written or half removed
  * is taken away, and is no checkpoint. */
 static void test_checkpoint_limit(void) {
-    struct Example examples[5];
     struct CheckpointAge oldest = {0};
     struct CheckpointAge newest = {0};
-    for (size_t i = 0; i < 5; i++)
-        examples[i] = random_example(6, 1, 40);
+    struct Example *examples = random_examples(5, 6, 1, 40);
     const char *dir = temporary("limited");
     make_folder(temporary("limited/tmp-checkpoint-8"));
     write_bytes("limited/tmp-checkpoint-8/optimizer.safetensors", "{", 1);
@@ -7248,11 +7351,9 @@ static void test_checkpoint_limit(void) {
  * loses, say nothing. Each run that begins in a folder, anew or from a checkpoint, is later than
  * all before it; checkpoints of old come first. */
 static void test_checkpoint_age(void) {
-    struct Example examples[5];
     struct CheckpointAge oldest = {0};
     struct CheckpointAge newest = {0};
-    for (size_t i = 0; i < 5; i++)
-        examples[i] = random_example(6, 1, 40);
+    struct Example *examples = random_examples(5, 6, 1, 40);
     const char *dir = temporary("aged");
     struct Trainer first = checkpointed_run(examples, dir, 0, 0);
     for (size_t step = 2; step <= 6; step += 2) {
@@ -7301,34 +7402,22 @@ static void test_checkpoint_age(void) {
  * it, and what to write there instead. */
 static void resume_changed(const void *argument) {
     const char *const *change = argument;
-    struct Example examples[5];
     const char *dir = arena_printf(&test_arena, "%s/changed%zu", folder, (size_t)change[3]);
-    struct Rng rng = test_rng;
-    for (size_t i = 0; i < 5; i++)
-        examples[i] = random_example(6, 1, 40);
-    test_rng = rng;
+    struct Example *examples = random_examples(5, 6, 1, 40);
     struct Trainer trainer = checkpointed_run(examples, dir, 0, 0);
     trainer_free(&trainer);
     const char *name =
         arena_printf(&test_arena, "%s/checkpoint-4/%s", dir + strlen(folder) + 1, change[0]);
     struct Text text = read_file(&test_arena, temporary(name));
-    struct Text before = {text.data, text.length};
-    const char *at = change[1] ? memmem(text.data, text.length, change[1], strlen(change[1]))
-                               : text.data + text.length / 2;
-    CHECK(at, "test_align: %s has no %s", name, change[1]);
-    before.length = (size_t)(at - text.data);
-    struct Text behind = {at + (change[1] ? strlen(change[1]) : 0),
-                          change[1] ? text.length - before.length - strlen(change[1]) : 0};
-    text = text_join(&test_arena, text_join(&test_arena, before, text_of(change[2])), behind);
+    text = change[1] ? replaced(text, change[1], change[2])
+                     : (struct Text){text.data, text.length / 2};
     write_bytes(name, text.data, text.length);
     checkpointed_run(examples, dir, 4, 0);
 }
 
 /* A run that goes on with other data, or another seed. */
 static void resume_other(const void *argument) {
-    struct Example examples[6];
-    for (size_t i = 0; i < 6; i++)
-        examples[i] = random_example(6, 1, 40);
+    struct Example *examples = random_examples(6, 6, 1, 40);
     const char *dir = arena_printf(&test_arena, "%s/other%zu", folder, (size_t)argument);
     checkpointed_run(examples, dir, 0, 0);
     if (strstr(argument, "to train on"))
@@ -7344,14 +7433,12 @@ static void resume_other(const void *argument) {
 
 /* A number of 64 bits of a checkpoint is not finite. argument: its tensor's name and its place. */
 static void resume_not_finite(const void *argument) {
-    struct Example examples[5];
     char name[40];
     size_t place;
     size_t header = 0;
     int read = sscanf(argument, "%39s %zu", name, &place);
     CHECK(read == 2, "test_align: %s", (const char *)argument);
-    for (size_t i = 0; i < 5; i++)
-        examples[i] = random_example(6, 1, 40);
+    struct Example *examples = random_examples(5, 6, 1, 40);
     const char *dir = arena_printf(&test_arena, "%s/not_finite_%s%zu", folder, name, place);
     const char *file = arena_printf(&test_arena, "%s/checkpoint-4/optimizer.safetensors",
                                     dir + strlen(folder) + 1);
@@ -7631,6 +7718,9 @@ static void test_cli_errors(void) {
     for (size_t i = 0; i < COUNT(cases); i++)
         expect_end(cases[i].message, run_command, words_of(cases[i].line), cases[i].status,
                    cases[i].message);
+}
+
+static void test_edit_distance(void) {
     expect_count("kitten, sitting", edit_distance("kitten", "sitting"), 3);
     expect_count("the same, and from nothing",
                  edit_distance("beta", "beta") + edit_distance("", "beta"), 4);
@@ -7831,12 +7921,7 @@ static void test_encode_prompts(void) {
 /* Every training command on a tiny model, each on what the one before made; then the tools on
  * the result. */
 static void test_cli_course(void) {
-    write_text("texts.jsonl", "{\"text\": \"A good film, and a fine one.\"}\n{\"text\": \"A bad "
-                              "film. It is dull and long.\"}\n{\"text\": \"\xc3\xa9t\xc3\xa9 "
-                              "\\\"quoted\\\"\"}\n");
-    write_json("pairs.jsonl", "{'prompt': 'A film', 'chosen': ' that is good', 'rejected': ' that "
-                              "is bad'}\n{'prompt': 'It', 'chosen': ' is fine', 'rejected': ' is "
-                              "dull'}\n");
+    write_films();
     static const char *const commands[] = {
         "pretrain --dataset_name @texts.jsonl --output_dir @lm --vocab_size 400 --n_layer 1 "
         "--n_head 2 --n_embd 8 --n_positions 32 --max_length 16 --max_steps 2 --logging_steps=1",
@@ -7858,29 +7943,21 @@ static void test_cli_course(void) {
     struct GPT2 *replay = owned(gpt2_load(temporary("replay")));
     expect_true("a value head", ppo->v_head.weight.n == 8);
     expect_same_weights("replayed rollouts", replay, ppo);
-    expect_true("pretraining's log",
-                json_get(json_get(json_read_file(&test_arena, temporary("lm/trainer_state.json")),
-                                  "log_history")
-                             ->child,
-                         "loss")
-                    != NULL);
-    struct Text out = command_output("generate --model_name_or_path @dpo --prompt 'A film' --json "
-                                     "--do_sample --num_return_sequences 3 --max_new_tokens 4");
-    const char *error = "";
-    struct Json *json = parse(out.data, &error);
-    expect_true("three sequences", json && json_get(json, "sequences")->child->next->next
-                                       && !json_get(json, "sequences")->child->next->next->next);
-    json = parse(command_output("next --model_name_or_path @dpo --prompt 'A film' --json --top_k 5 "
-                                "--top_n 3")
-                     .data,
-                 &error);
+    expect_true("pretraining's log", json_get(log_history("lm")->child, "loss") != NULL);
+    struct Json *json = json_output("generate --model_name_or_path @dpo --prompt 'A film' --json "
+                                    "--do_sample "
+                                    "--num_return_sequences 3 --max_new_tokens 4");
+    expect_count("three sequences", json ? json_count(json_get(json, "sequences")) : 0, 3);
+    json = json_output("next --model_name_or_path @dpo --prompt 'A film' --json --top_k 5 --top_n "
+                       "3");
     expect_close("kept by top_k 5", json ? json_get(json, "kept")->number : NAN, 5, 0);
     expect_true("highest first",
                 json
                     && json_get(json, "top")->child->child->next->number
                            >= json_get(json, "top")->child->next->child->next->number);
-    out = command_output("logprob --model_name_or_path @dpo --ref_model @sft --dataset_name "
-                         "@texts.jsonl");
+    struct Text out = command_output("logprob --model_name_or_path @dpo --ref_model @sft "
+                                     "--dataset_name "
+                                     "@texts.jsonl");
     json = next_line(&out);
     double sum = 0;
     double divergences = 0;
@@ -7919,25 +7996,53 @@ static void test_cli_course(void) {
         expect_true(COMMANDS[i].name, strstr(out.data, COMMANDS[i].name) && COMMANDS[i].groups);
 }
 
-/* collect, judged by a reward model and from a keyboard that says 1, an unknown word, 2, skip,
- * stop; a second run goes on behind what is there. Then reinforce, and eval of each kind. */
+/* A language model and a reward model to collect with, and four prompts. */
+static void make_collectors(const char *training) {
+    write_films();
+    write_json("p.jsonl", "{'prompt': 'A film'}\n{'prompt': 'It'}\n"
+                          "{'prompt': 'So'}\n{'prompt': 'We'}\n");
+    write_json("rated.jsonl", "{'text': 'good', 'score': 2}\n{'text': 'bad', 'score': 0}\n"
+                              "{'text': 'dull', 'score': -1}\n");
+    command_output(arena_printf(&test_arena,
+                                "pretrain --dataset_name @texts.jsonl --output_dir @c_lm "
+                                "--n_layer 1 --n_head 2 --n_embd 8 --n_positions 32 %s",
+                                training));
+    command_output("reward --model_name_or_path @c_lm --dataset_name @rated.jsonl "
+                   "--output_dir @c_rm --max_steps 3 --learning_rate 0.01");
+}
+
+static const char SHORT_TRAINING[] = "--vocab_size 400 --max_length 16 --max_steps 60 "
+                                     "--learning_rate "
+                                     "0.03";
+
+static struct Dataset *preferences_of(const char *name) {
+    const char *path = temporary(arena_printf(&test_arena, "%s/preferences.jsonl", name));
+    return dataset_load(&test_arena, path, DPO_SHAPES, 1);
+}
+
+/* Standard input is a file with these keys, until keyboard_back. */
+static int keyboard = -1;
+
+static void type_keys(const char *keys) {
+    write_text("keys.txt", keys);
+    if (keyboard < 0)
+        keyboard = dup(STDIN_FILENO);
+    CHECK(freopen(temporary("keys.txt"), "r", stdin), "keys.txt");
+}
+
+static void keyboard_back(void) {
+    dup2(keyboard, STDIN_FILENO);
+    close(keyboard);
+    keyboard = -1;
+    clearerr(stdin);
+}
+
+/* collect, judged by a reward model. */
 static void test_cli_collect(void) {
-    write_json("p.jsonl", "{'prompt': 'A film'}\n{'prompt': 'It'}\n{'prompt': 'So'}\n{'prompt': "
-                          "'We'}\n");
-    write_json("rated.jsonl", "{'text': 'good', 'score': 2}\n{'text': 'bad', 'score': 0}\n{'text': "
-                              "'dull', 'score': -1}\n");
-    write_json("texts.jsonl", "{'text': 'A good film, and a fine one.'}\n{'text': 'A bad film. It "
-                              "is dull and long.'}\n");
-    write_text("keys.txt", "1\nwhat?\n 2\nS\nq\n");
-    command_output("pretrain --dataset_name @texts.jsonl --output_dir @c_lm --vocab_size 400 "
-                   "--n_layer 1 --n_head 2 --n_embd 8 --n_positions 32 --max_length 16 --max_steps "
-                   "60 --learning_rate 0.03");
-    command_output("reward --model_name_or_path @c_lm --dataset_name @rated.jsonl --output_dir "
-                   "@c_rm --max_steps 3 --learning_rate 0.01");
+    make_collectors(SHORT_TRAINING);
     command_output("collect --model_name_or_path @c_lm --reward_model_path @c_rm --dataset_name "
                    "@p.jsonl --num_generations 3 --max_samples 3 --output_dir @c_pairs");
-    struct Dataset *data =
-        dataset_load(&test_arena, temporary("c_pairs/preferences.jsonl"), DPO_SHAPES, 1);
+    struct Dataset *data = preferences_of("c_pairs");
     expect_count("a pair a prompt", data->n, 3);
     struct GPT2 *rm = owned(gpt2_load(temporary("c_rm")));
     for (size_t i = 0; i < data->n; i++) {
@@ -7954,11 +8059,17 @@ static void test_cli_collect(void) {
         reward_score(rm, texts, 2, reward);
         expect_true("the chosen one has the higher reward", reward[0] > reward[1]);
     }
-    int keyboard = dup(STDIN_FILENO);
-    CHECK(freopen(temporary("keys.txt"), "r", stdin), "keys.txt");
-    command_output("collect --model_name_or_path @c_lm --dataset_name @p.jsonl --output_dir "
-                   "@c_mine");
-    data = dataset_load(&test_arena, temporary("c_mine/preferences.jsonl"), DPO_SHAPES, 1);
+}
+
+/* collect from a keyboard that says 1, an unknown word, 2, skip, stop; a second run goes on behind
+ * what is there. */
+static void test_cli_collect_keys(void) {
+    static const char line[] = "collect --model_name_or_path @c_lm --dataset_name @p.jsonl "
+                               "--output_dir @c_mine";
+    make_collectors(SHORT_TRAINING);
+    type_keys("1\nwhat?\n 2\nS\nq\n");
+    command_output(line);
+    struct Dataset *data = preferences_of("c_mine");
     expect_count("two judgements", data->n, 2);
     struct GPT2 *lm = owned(gpt2_load(temporary("c_lm")));
     struct GenerationConfig generation = default_options("collect").generation;
@@ -7974,54 +8085,51 @@ static void test_cli_collect(void) {
     struct Text second = text_copy(&test_arena, data->rows[1].chosen);
     struct Text lost = text_copy(&test_arena, data->rows[1].rejected);
     rewind(stdin);
-    command_output("collect --model_name_or_path @c_lm --dataset_name @p.jsonl --output_dir "
-                   "@c_mine");
-    data = dataset_load(&test_arena, temporary("c_mine/preferences.jsonl"), DPO_SHAPES, 1);
+    command_output(line);
+    data = preferences_of("c_mine");
     expect_true("what was there stays", data->n == 3 && text_equal(data->rows[0].chosen, first)
                                             && text_equal(data->rows[1].chosen, second));
     expect_text("the third was skipped, the fourth is next", data->rows[2].prompt, "We");
-    write_text("keys.txt", "2\n1\nq\n");
-    CHECK(freopen(temporary("keys.txt"), "r", stdin), "keys.txt");
+    type_keys("2\n1\nq\n");
     command_output("collect --model_name_or_path @c_lm --dataset_name @p.jsonl --output_dir "
                    "@c_other");
-    data = dataset_load(&test_arena, temporary("c_other/preferences.jsonl"), DPO_SHAPES, 1);
+    data = preferences_of("c_other");
     expect_true("the other way round", text_equal(data->rows[0].rejected, first)
                                            && text_equal(data->rows[1].rejected, second)
                                            && text_equal(data->rows[1].chosen, lost));
-    dup2(keyboard, STDIN_FILENO);
-    clearerr(stdin);
+    keyboard_back();
+}
+
+static void test_cli_reinforce(void) {
+    make_collectors(SHORT_TRAINING);
     command_output("reinforce --model_name_or_path @c_lm --reward_model_path @c_rm --dataset_name "
                    "@p.jsonl --batch_size 6 --num_generations 3 --max_steps 2 --use_peft "
                    "--output_dir @c_re");
-    struct Json *entries =
-        json_get(json_read_file(&test_arena, temporary("c_re/trainer_state.json")), "log_history");
+    struct Json *entries = log_history("c_re");
     expect_true("the variances are logged",
                 json_count(entries) == 2 && json_get(entries->child, "gradient_variance/rloo")
                     && json_get(entries->child, "gradient_variance/none"));
     expect_true("an adapter", is_adapter(temporary("c_re")));
-    struct Text out = command_output("eval --model_name_or_path @c_lm --dataset_name @texts.jsonl");
-    struct Text lines = command_output("logprob --model_name_or_path @c_lm --dataset_name "
-                                       "@texts.jsonl");
-    const char *error;
-    struct Json *eval = parse(out.data, &error);
-    struct Json *line = next_line(&lines);
+}
+
+/* eval of a language model, of a reward model, and of a policy beside its reference. */
+static void test_cli_eval(void) {
+    make_collectors(SHORT_TRAINING);
+    struct Json *eval = json_output("eval --model_name_or_path @c_lm --dataset_name @texts.jsonl");
     expect_close("perplexity", json_get(eval, "perplexity")->number,
                  exp(json_get(eval, "eval_loss")->number), 1e-4);
+    struct Text lines = command_output("logprob --model_name_or_path @c_lm --dataset_name "
+                                       "@texts.jsonl");
     double logprob = 0; /* logprob adds no end token, the loss does */
-    for (; line; line = next_line(&lines))
+    for (struct Json *line; (line = next_line(&lines));)
         logprob += json_get(line, "logprob")->number;
     expect_true("the texts' tokens and their end tokens",
                 json_get(eval, "eval_loss")->number * json_get(eval, "tokens")->number >= -logprob);
-    eval = parse(command_output("eval --model_name_or_path @c_rm --dataset_name "
-                                "@c_pairs/preferences.jsonl")
-                     .data,
-                 &error);
+    eval = json_output("eval --model_name_or_path @c_rm --dataset_name @pairs.jsonl");
     expect_true("reward model: loss and accuracy",
                 json_get(eval, "eval_accuracy") && json_get(eval, "eval_loss"));
-    eval = parse(command_output("eval --model_name_or_path @c_lm --ref_model @c_lm "
-                                "--reward_model_path @c_rm --dataset_name @p.jsonl")
-                     .data,
-                 &error);
+    eval = json_output("eval --model_name_or_path @c_lm --ref_model @c_lm --reward_model_path "
+                       "@c_rm --dataset_name @p.jsonl");
     expect_close("KL of a policy to itself", json_get(eval, "kl")->number, 0, 1e-9);
     expect_close("samples", json_get(eval, "samples")->number, 4, 0);
 }
@@ -8029,10 +8137,8 @@ static void test_cli_collect(void) {
 /* `collect` on the first `most` of p.jsonl's prompts, on keys or judged by c_rm, into a folder;
  * the pairs there afterwards. */
 static struct Text collected(const char *to, int most, const char *keys) {
-    if (keys) {
-        write_text("keys.txt", keys);
-        CHECK(freopen(temporary("keys.txt"), "r", stdin), "keys.txt");
-    }
+    if (keys)
+        type_keys(keys);
     command_output(arena_printf(&test_arena,
                                 "collect --model_name_or_path @c_lm --dataset_name @p.jsonl "
                                 "--max_new_tokens 4 --num_generations 4 --max_samples %d "
@@ -8045,6 +8151,7 @@ static struct Text collected(const char *to, int most, const char *keys) {
  * stand in the data set more than once, prompts without a pair, a kill between the two files. */
 static void test_collect_resume(void) {
     enum { PROMPTS = 150 };
+    make_collectors("--vocab_size 270 --max_steps 2");
     FILE *file = fopen(temporary("p.jsonl"), "wb");
     for (int i = 0; i < PROMPTS; i++)
         fprintf(file, "{\"prompt\": \"%s film\"}\n",
@@ -8052,13 +8159,6 @@ static void test_collect_resume(void) {
                 : i % 2 ? "My"
                         : "Our old");
     fclose(file);
-    write_json("rated.jsonl", "{'text': 'good', 'score': 2}\n{'text': 'bad', 'score': 0}\n");
-    write_json("texts.jsonl", "{'text': 'A good film, and a fine one. The bad one is dull and "
-                              "long.'}\n");
-    command_output("pretrain --dataset_name @texts.jsonl --output_dir @c_lm --vocab_size 270 "
-                   "--n_layer 1 --n_head 2 --n_embd 8 --n_positions 32 --max_steps 2");
-    command_output("reward --model_name_or_path @c_lm --dataset_name @rated.jsonl --output_dir "
-                   "@c_rm --max_steps 3 --learning_rate 0.01");
     struct Text whole = collected("c_whole", 150, NULL);
     expect_true("there are pairs", whole.length > 5000);
     collected("c_parts", 64, NULL);
@@ -8072,7 +8172,6 @@ static void test_collect_resume(void) {
     struct Text old = collected("c_parts", 150, NULL);
     expect_true("as an older version left it: what is there stays",
                 old.length >= whole.length && memcmp(old.data, whole.data, whole.length) == 0);
-    int keyboard = dup(STDIN_FILENO);
     whole = collected("c_keys", 4, "1\n2\ns\ns\n2\n1\n1\n1\n");
     collected("c_half", 4, "1\n2\nq\n");
     collected("c_half", 4, "s\ns\n2\nq\n"); /* in the midst of a prompt */
@@ -8080,19 +8179,14 @@ static void test_collect_resume(void) {
     collected("c_skip", 2, "s\ns\nq\n");
     struct Text second = collected("c_skip", 2, "1\n2\n");
     expect_true("skipped is judged", second.length > 0 && !strstr(second.data, "Our old film"));
-    dup2(keyboard, STDIN_FILENO);
-    clearerr(stdin);
+    keyboard_back();
 }
 
 /* The commands: a new adapter by sft, reward, ppo and dpo; dpo that goes on with sft's; merged,
  * beside its base and as a model's folder it gives the same log-probabilities; a folder for the
  * one kind is not written by the other. */
 static void test_cli_lora(void) {
-    write_json("texts.jsonl", "{'text': 'A good film, and a fine one.'}\n{'text': 'A bad film. It "
-                              "is dull and long.'}\n");
-    write_json("pairs.jsonl", "{'prompt': 'A film', 'chosen': ' that is good', 'rejected': ' that "
-                              "is bad'}\n{'prompt': 'It', 'chosen': ' is fine', 'rejected': ' is "
-                              "dull'}\n");
+    write_films();
     struct GPT2 *base = new_model(400, 32, 8, 1, 2);
     model_save(base, temporary("base"), tokenizer);
     static const char *const commands[] = {
@@ -8139,13 +8233,7 @@ static void test_cli_lora(void) {
         expect_true("replayed rollouts",
                     a.length == b.length && memcmp(a.data, b.data, a.length) == 0);
     }
-    struct Json *first =
-        json_get(json_get(json_read_file(&test_arena, temporary("la_dpo/trainer_state.json")), "log"
-                                                                                               "_hi"
-                                                                                               "sto"
-                                                                                               "ry")
-                     ->child,
-                 "loss");
+    struct Json *first = json_get(log_history("la_dpo")->child, "loss");
     expect_close("dpo starts at ln 2: the reference is sft's adapter", first ? first->number : NAN,
                  log(2), 1e-6);
     static const struct {
@@ -8381,6 +8469,13 @@ static void test_glossary_find(void) {
                                          && strstr(words.data, "\n- Try: `head -40 "
                                                                "docs/reviews.jsonl > ")
                                          && strstr(words.data, "\n- See also: "));
+#undef NEAREST
+#undef KL
+#undef DPO
+}
+
+/* Any bytes, however many, are answered, and without control codes. */
+static void test_glossary_find_odd(void) {
     char *odd = arena_alloc(&test_arena, 100000, 1);
     for (size_t i = 0; i < 99999; i++)
         odd[i] = (char)(1 + rng_below(&test_rng, 255));
@@ -8390,9 +8485,6 @@ static void test_glossary_find(void) {
              (const unsigned char *)glossary("\x1b[31mred\x07", NULL, NULL).data;
          *c; c++)
         expect_true("no control codes", *c >= 32 || *c == '\n');
-#undef NEAREST
-#undef KL
-#undef DPO
 }
 
 /* Without a term all of them, a line each; each one found by both its names. */
@@ -8512,10 +8604,7 @@ static void test_fixtures_logprob(void) {
             int *ids = encode(json_get(json, "text")->string, V, &n);
             expect_ids("ids", ids, MIN(n, model->config.n_positions), e.ids, e.n);
             struct Batch batch = batch_of(&e, 1, SKIP_LAST);
-            struct Activations acts = gpt2_forward(model, &test_arena, &batch, false);
-            struct LMHead head =
-                lm_head_new(model, &test_arena, &acts, batch.row, batch.target, batch.R, 1);
-            lm_head_forward(model, &head);
+            struct LMHead head = batch_logprobs(model, &test_arena, &batch, 1, false);
             size_t t = 0;
             for (struct Json *item = json_get(json, "token_logprobs")->child; item;
                  item = item->next, t++)
@@ -8655,6 +8744,7 @@ static const struct {
     {"kl", test_kl},
     {"exp_fast", test_exp_fast},
     {"rows", test_rows},
+    {"rows_argmax", test_rows_argmax},
     {"data_pairs", test_data_pairs},
     {"bradley_terry", test_losses},
     {"bradley_terry_gradient", test_losses},
@@ -8666,6 +8756,7 @@ static const struct {
     {"dpo_golden", test_losses},
     {"ppo_whiten_golden", test_ppo_whiten_golden},
     {"reinforce_advantages", test_reinforce_advantages},
+    {"reinforce_advantages_variance", test_reinforce_advantages_variance},
     {"ppo_penalties_golden", test_ppo_penalties_golden},
     {"ppo_kl_controller", test_ppo_kl_controller},
     {"gae_hand", test_gae_hand},
@@ -8673,14 +8764,20 @@ static const struct {
     {"ppo_value_loss_clipped", test_ppo_value_loss_clipped},
     {"ppo_loss_gradient", test_ppo_loss_gradient},
     {"exact_optimum", test_exact_optimum},
+    {"exact_optimum_objective", test_exact_optimum_objective},
     {"dpo_hand_sums", test_dpo_hand_sums},
     {"kth_largest", test_kth_largest},
     {"generate_processors", test_generate_processors},
+    {"generate_processors_ngram", test_generate_processors_ngram},
+    {"generate_processors_top_k", test_generate_processors_top_k},
+    {"generate_processors_top_p", test_generate_processors_top_p},
+    {"generate_processors_order", test_generate_processors_order},
     {"generate_filters_golden", test_generate_filters_golden},
     {"generate_distribution", test_generate_distribution},
     {"tokenizer_words", test_tokenizer_words},
     {"tokenizer_cases", test_tokenizer_cases},
     {"tokenizer_bytes", test_tokenizer_bytes},
+    {"tokenizer_bytes_classes", test_tokenizer_bytes_classes},
     {"tokenizer_heap", test_tokenizer_heap},
     {"tokenizer_plain", test_tokenizer_plain},
     {"tokenizer_long_word", test_tokenizer_long_word},
@@ -8689,6 +8786,7 @@ static const struct {
     {"data_prompt_completion", test_data_prompt_completion},
     {"collate", test_collate},
     {"collate_pairs", test_collate_pairs},
+    {"collate_pairs_logprobs", test_collate_pairs_logprobs},
     {"data_length_sampler", test_data_length_sampler},
     {"kernel_choose", test_kernel_choose},
     {"matmul", test_matmul},
@@ -8700,10 +8798,14 @@ static const struct {
     {"linear_golden", test_linear_golden},
     {"linear_gradient", test_linear_gradient},
     {"few_rows", test_few_rows},
+    {"few_rows_logits", test_few_rows_logits},
     {"rows_company", test_rows_company},
     {"layernorm", test_layernorm},
+    {"layernorm_golden", test_layernorm_golden},
     {"layernorm_gradient", test_layernorm_gradient},
     {"gelu", test_gelu},
+    {"gelu_hand", test_gelu_hand},
+    {"gelu_range", test_gelu_range},
     {"gelu_gradient", test_gelu_gradient},
     {"attention_hand", test_attention_hand},
     {"attention", test_attention},
@@ -8716,12 +8818,16 @@ static const struct {
     {"gpt2_gradient", test_gpt2_gradient},
     {"gpt2_chunks", test_gpt2_chunks},
     {"gpt2_packed", test_gpt2_packed},
+    {"reward_head_gradient_hand", test_reward_head_gradient_hand},
     {"reward_head_gradient", test_reward_head_gradient},
+    {"value_head_init", test_value_head_init},
     {"reward_rows", test_reward_rows},
+    {"reward_rows_score", test_reward_rows_score},
     {"reward_golden", test_reward_golden},
     {"lora_hand", test_lora_hand},
     {"lora_targets", test_lora_targets},
     {"lora_start", test_lora_start},
+    {"lora_start_bits", test_lora_start_bits},
     {"lora_gradient", test_lora_gradient},
     {"lora_merge", test_lora_merge},
     {"lora_reference", test_lora_reference},
@@ -8739,9 +8845,13 @@ static const struct {
     {"beam_candidates", test_beam_candidates},
     {"sqrt_fast", test_sqrt_fast},
     {"adamw_hand", test_adamw_hand},
+    {"adamw_hand_comment", test_adamw_hand_comment},
     {"adamw_golden", test_adamw_golden},
     {"schedule", test_schedule},
+    {"schedule_hand", test_schedule_hand},
     {"trainer_steps", test_trainer_steps},
+    {"trainer_steps_accumulate", test_trainer_steps_accumulate},
+    {"trainer_steps_weight", test_trainer_steps_weight},
     {"trainer_epoch", test_trainer_epoch},
     {"trainer_threads", test_trainer_threads},
     {"metric_units", test_metric_units},
@@ -8751,6 +8861,7 @@ static const struct {
     {"language_pack", test_language_pack},
     {"language_sft_rows", test_language_sft_rows},
     {"language_hand", test_language_hand},
+    {"language_hand_rows", test_language_hand_rows},
     {"language_overfit", test_language_overfit},
     {"reward_gradient", test_reward_gradient},
     {"reward_metrics", test_reward_metrics},
@@ -8766,6 +8877,7 @@ static const struct {
     {"ppo_gradient", test_ppo_gradient},
     {"ppo_step", test_ppo_step},
     {"ppo_guards", test_ppo_guards},
+    {"ppo_guards_ratio", test_ppo_guards_ratio},
     {"ppo_threads", test_ppo_threads},
     {"ppo_raises_reward", test_ppo_raises_reward},
     {"ppo_replay", test_ppo_replay},
@@ -8782,9 +8894,11 @@ static const struct {
     {"collect_identical", test_collect_identical},
     {"exact_figures", test_exact_figures},
     {"exact_dpo_loss", test_exact_dpo_loss},
+    {"exact_dpo_loss_slopes", test_exact_dpo_loss_slopes},
     {"exact_dpo_gradient", test_exact_dpo_gradient},
     {"exact_run", test_exact_run},
     {"evaluation", test_evaluation},
+    {"evaluation_kl", test_evaluation_kl},
     {"json_values", test_json_values},
     {"json_errors", test_json_errors},
     {"json_write", test_json_write},
@@ -8819,6 +8933,7 @@ static const struct {
     {"broken_weights", test_broken_weights},
     {"broken_config", test_broken_config},
     {"bad_numbers", test_bad_numbers},
+    {"first_not_finite", test_first_not_finite},
     {"progress_cut", test_progress_cut},
     {"trainer_state", test_trainer_state},
     {"checkpoint_resume", test_checkpoint_resume},
@@ -8830,6 +8945,7 @@ static const struct {
     {"broken_messages", test_broken_messages},
     {"shell_word", test_shell_word},
     {"cli_errors", test_cli_errors},
+    {"edit_distance", test_edit_distance},
     {"cli_spelling", test_cli_spelling},
     {"cli_idle", test_cli_idle},
     {"cli_about", test_cli_about},
@@ -8837,12 +8953,16 @@ static const struct {
     {"encode_prompts", test_encode_prompts},
     {"cli_course", test_cli_course},
     {"cli_collect", test_cli_collect},
+    {"cli_collect_keys", test_cli_collect_keys},
+    {"cli_reinforce", test_cli_reinforce},
+    {"cli_eval", test_cli_eval},
     {"collect_resume", test_collect_resume},
     {"cli_lora", test_cli_lora},
     {"same_folder", test_same_folder},
     {"heads_left_out", test_heads_left_out},
     {"glossary_fold", test_glossary_fold},
     {"glossary_find", test_glossary_find},
+    {"glossary_find_odd", test_glossary_find_odd},
     {"glossary_terms", test_glossary_terms},
     {"fixtures_gradient", test_fixtures_gradient},
     {"fixtures_logprob", test_fixtures_logprob},
