@@ -1071,7 +1071,7 @@ static void reinforce_advantages(enum Baseline baseline, const float *rewards, s
  * objective with a minus sign. Only its gradient means anything, not its value: A counts as a
  * constant, although it was computed from the policy's answer.
  * By hand: A = 4.5 and -3, log pi = -2 and -1: -(4.5 * -2 + -3 * -1) / 2 = 3; slopes -2.25, 1.5.
- *                                                                      test: reinforce_gradient */
+ *                                                      test: reinforce_loss, reinforce_gradient */
 static double reinforce_loss(const float *advantages, const double *logps, size_t n,
                              double *dlogps) {
     double loss = 0;

@@ -6,10 +6,13 @@
  *       folder as well
  *
  * The program is included, not linked: a test calls any function of it. Groups follow its
- * chapters. What a test holds to what stands above it: values by hand; numbers that torch,
- * transformers and TRL computed (docs/tools/golden.py); central differences; a plain program
- * against the fast one; one thread against several, bit for bit; a batch overfitted; broken files
- * and their messages.
+ * chapters. What a test holds to what stands above it: values by hand; numbers that torch 2.13,
+ * transformers 5.23 and TRL 0.11.4 computed; central differences; a plain program against the fast
+ * one; one thread against several, bit for bit; a batch overfitted; broken files and their
+ * messages.
+ *
+ * Numbers of torch, transformers and TRL are called golden: docs/tools/golden.py made them. Its
+ * comments say by which formulas; "f32-f64" there says how exact a float can be.
  */
 #define ALIGN_NO_MAIN
 #include "align.c"
@@ -106,6 +109,11 @@ static void expect_text(const char *what, struct Text got, const char *want) {
                got.data ? got.data : "");
 }
 
+static void expect_holds(const char *what, struct Text text, const char *part) {
+    if (!strstr(text.data, part) && failed())
+        printf("%s: %s: expected \"%s\" in \"%s\"\n", test_name, what, part, text.data);
+}
+
 static void expect_ids(const char *what, const int *got, size_t n, const int *want, size_t want_n) {
     if (n == want_n && (n == 0 || memcmp(got, want, n * sizeof *got) == 0))
         return;
@@ -130,8 +138,13 @@ static void expect_bits(const char *what, const float *got, const float *want, s
     }
 }
 
-/* Central differences. The loss is a function of a context that holds the weight which is moved;
- * four points, so that the error is h^4: (8 (f(+h) - f(-h)) - (f(+2h) - f(-2h))) / 12h. */
+static double slope_of(const double value[4], double h) {
+    return (8 * (value[2] - value[1]) - (value[3] - value[0])) / (12 * h);
+}
+
+static const double SLOPE_STEPS[] = {-2, -1, 1, 2};
+
+/* A loss as a function of a context that holds the weight which is moved. */
 struct Slope {
     double (*loss)(void *context);
     void *context;
@@ -139,15 +152,14 @@ struct Slope {
 };
 
 static double slope_at(struct Slope f, float *weight) {
-    static const double step[] = {-2, -1, 1, 2};
     double value[4];
     float held = *weight;
     for (int i = 0; i < 4; i++) {
-        *weight = (float)(held + step[i] * f.h);
+        *weight = (float)(held + SLOPE_STEPS[i] * f.h);
         value[i] = f.loss(f.context);
     }
     *weight = held;
-    return (8 * (value[2] - value[1]) - (value[3] - value[0])) / (12 * f.h);
+    return slope_of(value, f.h);
 }
 
 /* `samples` of the n gradients d (all, if n is not more) against slopes, relative to the
@@ -207,6 +219,19 @@ static const char *write_bytes(const char *name, const void *bytes, size_t n) {
 
 static const char *write_text(const char *name, const char *text) {
     return write_bytes(name, text, strlen(text));
+}
+
+/* JSON whose strings stand in single quotes, which need no backslash here. */
+static const char *json_of(const char *text) {
+    char *json = arena_printf(&test_arena, "%s", text);
+    for (char *c = json; *c; c++)
+        if (*c == '\'')
+            *c = '"';
+    return json;
+}
+
+static const char *write_json(const char *name, const char *text) {
+    return write_text(name, json_of(text));
 }
 
 /* stdout and stderr go to a file between these two; the second returns what was said. */
@@ -304,6 +329,28 @@ static void expect_end(const char *what, void (*body)(const void *), const void 
 }
 #endif
 
+/* A command line's words, "align" first: divided by spaces, but for those in '...'. @NAME is a file
+ * of the temporary folder, @tokenizer.bin the tokenizer that is in use. */
+static const char *const *words_of(const char *line) {
+    const char **words = arena_zeros(&test_arena, strlen(line) / 2 + 3, sizeof *words);
+    size_t n = 0;
+    words[n++] = "align";
+    for (const char *at = line; *at; at += strspn(at, " ")) {
+        char *word = arena_zeros(&test_arena, strlen(at) + 1, 1);
+        size_t length = 0;
+        bool quoted = false;
+        for (; *at && (quoted || *at != ' '); at++) {
+            if (*at == '\'')
+                quoted = !quoted;
+            else
+                word[length++] = *at;
+        }
+        bool is_tokenizer = strcmp(word, "@tokenizer.bin") == 0;
+        words[n++] = is_tokenizer ? tokenizer->path : *word == '@' ? temporary(word + 1) : word;
+    }
+    return words;
+}
+
 /* The command line, as main() takes it apart. */
 static void run_command(const void *argument) {
     char *const *argv = argument;
@@ -323,6 +370,15 @@ static void run_command(const void *argument) {
     options_close(&o);
 }
 
+/* Models that the harness frees at a test's end, the last made first. */
+static struct GPT2 *owned_models[300];
+static size_t owned_count;
+
+static struct GPT2 *owned(struct GPT2 *model) {
+    CHECK(owned_count < COUNT(owned_models), "test_align: too many models");
+    return owned_models[owned_count++] = model;
+}
+
 /* Models and batches. */
 static void fill_random(struct GPT2 *model) {
     for (size_t i = 0; i < model->tensor_count; i++) {
@@ -333,17 +389,21 @@ static void fill_random(struct GPT2 *model) {
     }
 }
 
+static struct GPT2 *empty_model(size_t V, size_t T, size_t C, size_t L, size_t NH) {
+    int end_token = (int)V - 1;
+    return owned(
+        gpt2_new((struct GPT2Config){V, T, C, L, NH, end_token, end_token, 1e-5f, end_token, {0}}));
+}
+
 static struct GPT2 *random_model(size_t V, size_t T, size_t C, size_t L, size_t NH) {
-    struct GPT2 *model = gpt2_new(
-        (struct GPT2Config){V, T, C, L, NH, (int)V - 1, (int)V - 1, 1e-5f, (int)V - 1, {0}});
+    struct GPT2 *model = empty_model(V, T, C, L, NH);
     fill_random(model);
     return model;
 }
 
 /* A model as a training starts from: small weights. */
 static struct GPT2 *new_model(size_t V, size_t T, size_t C, size_t L, size_t NH) {
-    struct GPT2 *model = gpt2_new(
-        (struct GPT2Config){V, T, C, L, NH, (int)V - 1, (int)V - 1, 1e-5f, (int)V - 1, {0}});
+    struct GPT2 *model = empty_model(V, T, C, L, NH);
     gpt2_init(model, 1);
     return model;
 }
@@ -353,6 +413,13 @@ static struct Example random_example(size_t n, size_t prompt_length, size_t V) {
     for (size_t i = 0; i < n; i++)
         e.ids[i] = (int)rng_below(&test_rng, V - 1);
     return e;
+}
+
+static struct Example *random_examples(size_t count, size_t n, size_t prompt_length, size_t V) {
+    struct Example *examples = arena_alloc(&test_arena, count, sizeof *examples);
+    for (size_t i = 0; i < count; i++)
+        examples[i] = random_example(n, prompt_length, V);
+    return examples;
 }
 
 static struct Batch batch_of(const struct Example *examples, size_t n, enum LastToken last) {
@@ -441,361 +508,151 @@ static void expect_same_weights(const char *what, const struct GPT2 *got, const 
 }
 
 /* =============================================================================================
- * Golden numbers: made by docs/tools/golden.py with torch 2.13, transformers 5.23, TRL 0.11.4.
- * Its comments say by which formulas; "f32-f64" there says how exact a float can be.
+ * What several chapters' tests use
  * ============================================================================================= */
 
-static const double golden_gpt_loss = 4.9093771;
-static const int golden_gpt_logit_at[8][3] = {{0, 0, 0},   {0, 0, 60}, {0, 5, 17}, {0, 11, 3},
-                                              {0, 11, 42}, {1, 0, 8},  {1, 3, 33}, {1, 6, 60}};
-static const double golden_gpt_logit[8] = {0.315499783,  0.681127191, 0.387881666, 0.551511884,
-                                           -0.700909019, 1.49938715,  1.02304161,  0.619625092};
-static const double golden_gpt_lse[19] = {4.42498302, 4.46406698, 4.41255903, 4.52674389,
-                                          4.48971748, 4.48288488, 4.44061565, 4.458148,
-                                          4.59317207, 4.57946491, 4.48779774, 4.46262646,
-                                          4.49447107, 4.44036627, 4.42413044, 4.39093065,
-                                          4.46595526, 4.46355057, 4.48117018};
-static const double golden_gpt_target_logp[17] = {-4.99166679, -6.63597775, -4.17347574,
-                                                  -4.54953051, -5.73810768, -4.80450535,
-                                                  -5.31365013, -4.92369366, -4.6966877,
-                                                  -3.36197925, -2.99797797, -4.53631115,
-                                                  -4.4750886,  -6.29824066, -6.47846508,
-                                                  -5.0788269,  -4.40522957};
-static const double golden_gpt_grad_total = 2.49169612;
-static const double golden_gpt_grad_norm[28] =
-    {1.34106719,   0.688214421, 0.156415701, 0.208438754, 0.770673156, 0.35108611,  0.697219431,
-     0.39914757,   0.130233914, 0.175667286, 0.736602187, 0.224149168, 0.655698299, 0.170337006,
-     0.0729051754, 0.107150771, 0.600260258, 0.158166543, 0.524300575, 0.153264239, 0.104889669,
-     0.126633823,  0.49948433,  0.130374819, 0.400363952, 0.12922436,  0.407696098, 0.262816101};
-static const double golden_gpt_grad_ends[28][4] =
-    {{0.0140096601, 0.0382240415, -0.0437635072, -0.0211944971},
-     {0.0231964141, 0.00233481731, 0, 0},
-     {-0.0512597635, 0.00259381928, 0.00461913459, -0.00526909065},
-     {0.116041444, -0.0859639496, -0.0607703142, 0.039005775},
-     {0.0230030697, -0.000202904499, -0.0467500128, -0.0376477875},
-     {0.000449372455, 0.00319855195, 0.0535002723, -0.00402795803},
-     {0.039102789, 0.0282223336, 0.114623904, 0.00282348949},
-     {0.08413326, -0.067441009, -0.0986377895, -0.0618059561},
-     {-0.00937988888, -0.020181736, -0.0200131759, -0.016307883},
-     {0.000932431314, -0.0275847483, -0.100541912, -0.0184533633},
-     {0.00470054615, -0.0119896438, -0.00885186996, -0.00705449423},
-     {0.0240963772, 0.0112637402, -0.0275587775, -0.0177149847},
-     {-0.00423472701, -0.00510229589, 0.0241163056, -0.0105314963},
-     {0.0063066287, -0.0515935868, 0.025675524, -0.0342572853},
-     {0.00118115474, -0.00661215233, 0.0332521237, 0.00786426198},
-     {-0.0118944626, -0.0107830334, -0.014829088, -0.0166916288},
-     {-0.000384738989, -0.000872198318, -0.0127929365, -0.00254147477},
-     {0.00224440754, -0.00396429794, 0.011194814, 0.0286136921},
-     {0.000714541122, 0.00653385837, 0.0122790402, -0.0119109703},
-     {0.0134599563, -0.0413438454, 0.0312999487, -0.0231640767},
-     {-0.00419140235, -0.0381934345, 0.0466098487, 0.00624612579},
-     {-0.000273735845, -0.0109314462, -0.0171370022, -0.0168884508},
-     {0.00268693734, 0.00228807237, -0.00176244148, -0.0119123533},
-     {0.00164836994, -0.0198231861, -0.00156693277, 0.0201836955},
-     {0.0143272104, 0.00912884157, 0.0089287078, -0.00624290109},
-     {0.006825889, -0.028333459, 0.0160839558, -0.031427864},
-     {0.0714445189, 0.0637056828, 0.325430393, 0.0916504338},
-     {0.0251195636, 0.0331897065, -0.141107023, -0.103696443}};
-static const double golden_adamw_loss[6] = {4.9093771,  4.9093771,  4.33028555,
-                                            3.71520281, 3.44668412, 3.25066376};
-static const double golden_adamw_norm[6] = {2.49169612, 2.49169612, 2.38877416,
-                                            1.5375849,  1.59040582, 1.50263071};
-static const double golden_adamw_final = 3.146626;
-static const double golden_adamw_wte[4] = {-0.0288252495, 0.143724903, 0.311980247, 0.312895834};
-static const double golden_adamw_ln_f[4] = {0.998051882, 1.0525403, 1.07128537, 1.06068206};
-static const double golden_rm_reward[2] = {1.91350985, 1.32131338};
-static const double golden_rm_loss = 0.440260053;
-static const double golden_rm_score_grad_norm = 1.24609327;
-static const double golden_rm_score_grad[4] = {-0.104179293, -0.382685363, 0.298906446, -0.4691962};
-static const double golden_rm_wte_grad_norm = 0.986561418;
-static const double golden_rm_wpe_grad_norm = 1.01357591;
-static const double golden_rm_two_logits[2][2] = {{1.9135102, -0.475132018},
-                                                  {1.32131326, -0.02512566}};
-static const double golden_rm_two_positive[2] = {0.0840428844, 0.206453174};
-static const int golden_greedy[8] = {52, 52, 52, 52, 52, 4, 4, 4};
-static const int golden_greedy_rep[8] = {52, 52, 4, 48, 7, 44, 48, 48};
-static const int golden_sample_id[6] = {52, 38, 20, 31, 15, 4};
-static const double golden_sample_p[6] = {0.265662611, 0.235709459, 0.176489025,
-                                          0.133381784, 0.113244243, 0.0755128339};
-static const int golden_sample_rep_id[7] = {52, 20, 31, 15, 38, 4, 33};
-static const double golden_sample_rep_p[7] = {0.286715627,  0.190475285, 0.143951923, 0.122218527,
-                                              0.0970358998, 0.081497021, 0.078105703};
-static const double golden_kl[12] = {0.0143286111, 0.0267592594, 0.0317655057, 0.0250713639,
-                                     0.0221926942, 0.0193744227, 0.0163947437, 0.0306888893,
-                                     0.0400096476, 0.0412293561, 0.0266468395, 0.0250469036};
-static const double golden_logsigmoid_x[7] = {-100, -20, -1, 0, 1, 20, 100};
-static const double golden_logsigmoid[7] = {-100,           -20,          -1.31326169,
-                                            -0.693147181,   -0.313261688, -2.06115362e-09,
-                                            -3.72007598e-44};
-static const double golden_gelu_x[9] = {-6, -3, -1, -0.5, 0, 0.5, 1, 3, 6};
-static const double golden_gelu[9] = {-8.43964898e-11,
-                                      -0.00363739208,
-                                      -0.158808009,
-                                      -0.15428599,
-                                      0,
-                                      0.34571401,
-                                      0.841191991,
-                                      2.99636261,
-                                      6};
-static const double golden_gelu_grad[9] = {-7.70997601e-10, -0.0115841666, -0.0829640838,
-                                           0.132630096,     0.5,           0.867369904,
-                                           1.08296408,      1.01158417,    1};
-static const double golden_softmax5[5] = {0.0319201128, 0.0867678625, 0.235859504, 0.641132603,
-                                          0.0043199175};
-static const double golden_entropy5 = 0.971274128;
-static const double golden_ln_y[4] = {-1.02575458, -0.226376454, 0.106749587, 3.47051415};
-static const double golden_ln_dx[4] = {0.486523816, -0.0973048411, -0.70545966, 0.316240685};
-static const double golden_ln_dw[4] = {-1.02575458, 0.652752912, 0.186500832, 0.792628536};
-static const double golden_ln_db[4] = {1, -1, 2, 0.5};
-static const double golden_att_out[5][4] = {{0.745705187, 0.306575, -0.274824679, -0.800666809},
-                                            {-0.0251077607, -0.124858941, -0.110579779,
-                                             -0.0778156113},
-                                            {0.136922313, -0.0687167318, -0.21676931, -0.218699261},
-                                            {0.180635907, 0.144986601, -0.195263657, -0.381381868},
-                                            {0.163522215, 0.455326275, 0.135781965, -0.669083843}};
-static const double golden_att_dq[5][4] = {{0, 0, 0, 0},
-                                           {-0.820438415, -0.481762394, 0.2868383, 0.715507469},
-                                           {0.643778864, 0.205401103, -0.357624596, -0.481980762},
-                                           {-0.313900475, 0.212762823, 0.414880461, 0.0904204776},
-                                           {0.0455781064, 0.152319302, 0.117335652, -0.189836731}};
-static const double golden_att_dk[5][4] = {{0.323346555, 0.748379149, 0.645062823, 0.11987897},
-                                           {-0.449259074, -1.11602245, -0.96664639, -0.117048982},
-                                           {0.291671301, 0.462882288, 0.25062775, -0.169028061},
-                                           {-0.0164254602, -0.00846056393, 0.00824014646,
-                                            0.0167729597},
-                                           {-0.149333321, -0.0867784263, 0.0627156705,
-                                            0.149425114}};
-static const double golden_att_dv[5][4] = {{1.1141733, 0.354209422, -0.620613206, -1.2189802},
-                                           {-0.270751231, -0.0908806051, 0.144116967, 0.291695102},
-                                           {-0.150459344, -0.0308386446, 0.107488365, 0.180614366},
-                                           {-0.0291819625, -0.0171783036, 0.00524548116,
-                                            0.0244874261},
-                                           {0.196731671, 0.0333801665, -0.150219307, -0.24269776}};
-static const double golden_lin_y[3][2] = {{-0.217711497, 0.114072773},
-                                          {1.94519666, 1.12312179},
-                                          {0.982029507, 1.5265574}};
-static const double golden_lin_dx[3][4] = {{1.06898107, -0.032448023, -1.08001126, -0.334684841},
-                                           {-1.42191884, 0.47107267, 1.58205261, 0.0667212255},
-                                           {0.604620611, -0.522005538, -0.782068213, 0.256153777}};
-static const double golden_lin_dw[4][2] = {{-0.447127995, -1.46305607},
-                                           {0.285439726, -1.15921219},
-                                           {0.948121859, -0.571552823},
-                                           {1.37867068, 0.156042675}};
-static const double golden_lin_db[2] = {0.141804261, 0.158728212};
-static const double golden_sched_linear[11] =
-    {0,           0.333333333, 0.666666667, 1, 0.857142857, 0.714285714, 0.571428571,
-     0.428571429, 0.285714286, 0.142857143, 0};
-static const double golden_sched_cosine[11] =
-    {0,           0.333333333, 0.666666667, 1, 0.950484434, 0.811744901, 0.611260467,
-     0.388739533, 0.188255099, 0.049515566, 0};
-static const double golden_sched_constant[11] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
-static const double golden_sched_constant_with_warmup[11] = {0, 0.333333333, 0.666666667, 1, 1, 1,
-                                                             1, 1,           1,           1, 1};
-static const double golden_dpo_sigmoid_loss = 0.545607686;
-static const double golden_dpo_sigmoid_dchosen[3] = {-0.0152120441, -0.018739216, -0.00608085049};
-static const double golden_dpo_sigmoid_drejected[3] = {0.0152120441, 0.018739216, 0.00608085049};
-static const double golden_dpo_sigmoid_smooth_loss = 0.5931077;
-static const double golden_dpo_sigmoid_smooth_dchosen[3] = {-0.0118787102, -0.0154058849,
-                                                            -0.00274751731};
-static const double golden_dpo_sigmoid_smooth_drejected[3] = {0.0118787102, 0.0154058849,
-                                                              0.00274751731};
-static const double golden_dpo_robust_loss = 0.486232668;
-static const double golden_dpo_robust_dchosen[3] = {-0.0193787105, -0.0229058824, -0.0102475174};
-static const double golden_dpo_robust_drejected[3] = {0.0193787105, 0.0229058824, 0.0102475174};
-static const double golden_dpo_hinge_loss = 0.691666663;
-static const double golden_dpo_hinge_dchosen[3] = {-0.0333333351, -0.0333333351, 0};
-static const double golden_dpo_hinge_drejected[3] = {0.0333333351, 0.0333333351, 0};
-static const double golden_dpo_ipo_loss = 17.696434;
-static const double golden_dpo_ipo_dchosen[3] = {-0.613333344, -0.318334877, -0.462963015};
-static const double golden_dpo_ipo_drejected[3] = {0.766666651, 0.389075965, 0.231481507};
-static const double golden_dpo_sft_loss = 2.67105269;
-static const double golden_dpo_sft_dchosen[3] = {-0.0526315793, -0.0526315793, -0.0526315793};
-static const double golden_dpo_sigmoid_sft_loss = 1.88113403;
-static const double golden_dpo_sigmoid_sft_dchosen[3] = {-0.0415278338, -0.0450550057,
-                                                         -0.0323966406};
-static const double golden_dpo_sigmoid_sft_drejected[3] = {0.0152120441, 0.018739216,
-                                                           0.00608085049};
-static const double golden_ppo_scores[3] = {1.5, -0.75, 0.25};
-static const double golden_ppo_mean = -0.105236657;
-static const double golden_ppo_var = 0.12100514;
-static const double golden_ppo_whiten[3][8] = {{0.588088632, 1.58352077, 1.60952294, 0.646417081,
-                                                -0.576937497, -1.13473034, -0.604835033,
-                                                0.611734331},
-                                               {1.59430218, 1.59928083, 0.622902572, -0.595929027,
-                                                -1.13482654, -0.58596307, 0.63529253, 1.60471821},
-                                               {1.58867216, 0.599297464, -0.6146667, -1.13451648,
-                                                -0.566839874, 0.658756673, 1.61476624, 1.57769978}};
-static const double golden_ppo_whiten_keep[3][8] = {{0.482851982, 1.47828412, 1.50428629,
-                                                     0.541180432, -0.682174146, -1.23996699,
-                                                     -0.710071683, 0.506497681},
-                                                    {1.48906553, 1.49404418, 0.517665923,
-                                                     -0.701165676, -1.24006319, -0.69119972,
-                                                     0.530055881, 1.49948156},
-                                                    {1.48343551, 0.494060814, -0.71990335,
-                                                     -1.23975313, -0.672076523, 0.553520024,
-                                                     1.50952959, 1.47246313}};
-static const double golden_ppo_plain_whiten[3] = {1.03490973, -0.960987687, -0.0739221349};
-static const double golden_ppo_entropies[3][8] = {{1.46446431, 1.48964322, 1.45615435, 1.31341207,
-                                                   1.31366122, 1.2903558, 1.32972217, 1.46224737},
-                                                  {1.48970628, 1.45869637, 1.31994045, 1.30396509,
-                                                   1.29932439, 1.32318115, 1.45990467, 1.48971915},
-                                                  {1.46110308, 1.32648385, 1.29472613, 1.30880988,
-                                                   1.31664169, 1.4574306, 1.48968089, 1.46338153}};
-static const double golden_ppo_rewards_kl[3][8] = {{0.0107609276, -0.0465190075, -0.0447210558,
-                                                    -0.00583171844, -0.00737466803, -0.0406970643,
-                                                    -0.0323995724, 1.51447213},
-                                                   {0.0124140745, -0.0565480255, -0.085784696,
-                                                    -0.00794322509, -0.677197397, 0.0198597908,
-                                                    -0.110615373, -0.12267524},
-                                                   {0.0257807728, 0.127871558, 0.0162903797,
-                                                    -0.167293116, -0.14993149, 0.317258418,
-                                                    0.177431613, 0.00201687822}};
-static const double golden_ppo_rewards_abs[3][8] = {{-0.0107609276, -0.0465190075, -0.0447210558,
-                                                     -0.00583171844, -0.00737466803, -0.0406970643,
-                                                     -0.0323995724, 1.48552787},
-                                                    {-0.0124140745, -0.0565480255, -0.085784696,
-                                                     -0.00794322509, -0.822802603, -0.0198597908,
-                                                     -0.110615373, -0.12267524},
-                                                    {-0.0257807728, -0.127871558, -0.0162903797,
-                                                     -0.167293116, -0.14993149, 0.182741582,
-                                                     -0.177431613, -0.00201687822}};
-static const double golden_ppo_rewards_mse[3][8] = {{-0.00028949391, -0.00541004492, -0.0049999319,
-                                                     -8.50223514e-05, -0.000135964336,
-                                                     -0.0041406271, -0.00262433058, 1.49947643},
-                                                    {-0.000385273102, -0.00799419731, -0.0183975361,
-                                                     -0.000157737057, -0.76325053, -0.00098602823,
-                                                     -0.0305894017, -0.0376230367},
-                                                    {-0.00166162068, -0.0408778414, -0.000663441082,
-                                                     -0.0699674711, -0.0561986268, 0.238690764,
-                                                     -0.0787049383, -1.01694932e-05}};
-static const double golden_ppo_rewards_full[3][8] = {{-0.00151400419, -0.0242203716, -0.0918063447,
-                                                      -0.140480131, -0.440289229, -0.312611669,
-                                                      -0.51923573, 0.962782681},
-                                                     {-0.418234915, -0.512489557, -0.408486336,
-                                                      -0.2191315, -1.06922829, -0.0619668067,
-                                                      -0.0317828581, -0.000686046493},
-                                                     {-0.0310049634, -0.0614900999, -0.316356361,
-                                                      -0.21849966, -0.40566054, -0.262236834,
-                                                      -0.419933528, -0.535295904}};
-static const double golden_ppo_adv[3][8] = {{0.452138126, 0.502989888, 0.062611647, 0.505497158,
-                                             1.02779174, 1.32773924, 1.26864195, 0.937929869},
-                                            {-1.23360002, -1.76150739, -1.39676452, -0.88944155,
-                                             -0.696923673, -0.514045596, -0.514045596,
-                                             -0.514045596},
-                                            {-0.566204011, -0.568949223, -0.571838856, -0.031829413,
-                                             -0.0392330885, -0.314511567, -0.514045596,
-                                             -0.514045596}};
-static const double golden_ppo_ret[3][8] = {{0.93619734, 0.985470891, 1.0134089, 1.10752499,
-                                             1.18805599, 1.28466177, 1.41172695, 1.51447213},
-                                            {-0.697222471, -0.757659793, -0.743877947, -0.676280499,
-                                             -0.677197397, 0, 0, 0},
-                                            {-0.0505396165, -0.0531995967, -0.055999577,
-                                             -0.0326370597, 0.157659858, 0.317258418, 0, 0}};
-static const double golden_ppo_adv_white[3][8] = {{0.455302268, 0.524404705, 0.346728981,
-                                                   0.64479351, 0.96479857, 1.17585719, 1.22699451,
-                                                   1.13995469},
-                                                  {-1.2886194, -1.55975509, -1.34622645,
-                                                   -1.04222095, -0.939777553, -0.460096329,
-                                                   -0.439172834, -0.417148113},
-                                                  {-0.587349951, -0.573124051, -0.558149338,
-                                                   -0.267054588, -0.15713644, -0.186956972,
-                                                   -0.439172834, -0.417148113}};
-static const double golden_ppo_ret_white[3][8] = {{1.62306464, 1.75512886, 1.87021494, 2.10483313,
-                                                   2.29085302, 2.50018239, 2.78224134, 3.03908944},
-                                                  {-1.70980895, -1.77690065, -1.7084589,
-                                                   -1.55144286, -1.54311943, -0.126387656,
-                                                   -0.0863999724, -0.0443076789},
-                                                  {-0.369586825, -0.342399091, -0.313780427,
-                                                   -0.257345617, 0.15019384, 0.519536257,
-                                                   -0.0863999724, -0.0443076789}};
-static const double golden_ppo_adv_g9[3][8] = {{-0.175492063, -0.108266771, -0.775093436,
-                                                -0.213319331, 0.583800673, 1.22760308, 1.51499438,
-                                                1.53358424},
-                                               {-0.665719926, -1.5433768, -1.25134909, -0.713518202,
-                                                -0.585389912, -0.348357141, -0.348357141,
-                                                -0.348357141},
-                                               {-0.485219419, -0.538443625, -0.612366199,
-                                                0.12079978, 0.191000685, -0.0897361115,
-                                                -0.348357141, -0.348357141}};
-static const double golden_ppo_ret_g9[3][8] = {{0.129231408, 0.179488063, 0.135626823, 0.220576972,
-                                                0.390938699, 0.678203344, 1.07738125, 1.51447213},
-                                               {-0.237255812, -0.442293406, -0.56361866,
-                                                -0.58552444, -0.677197397, 0, 0, 0},
-                                               {-0.102316268, -0.142105922, -0.197369337,
-                                                -0.149152339, 0.10079965, 0.317258418, 0, 0}};
-static const double golden_ppo_adv_g9_white[3][8] = {{-0.18869862, -0.116939738, -0.425515264,
-                                                      -0.00882489327, 0.538780928, 1.05213284,
-                                                      1.47370958, 1.84628606},
-                                                     {-0.736471415, -1.28277695, -1.17165232,
-                                                      -0.916080356, -0.973914027, -0.330793828,
-                                                      -0.314294189, -0.291378021},
-                                                     {-0.469279319, -0.506635189, -0.558518231,
-                                                      -0.181716666, 0.00538602797, 0.0441847295,
-                                                      -0.314294189, -0.291378021}};
-static const double golden_ppo_ret_g9_white[3][8] = {{0.0986321121, 0.19852747, 0.223608881,
-                                                      0.468658566, 0.805425763, 1.32602906,
-                                                      2.09723353, 3.03908944},
-                                                     {-0.663921237, -0.973345876, -1.15829039,
-                                                      -1.22648966, -1.49445951, -0.0991783142,
-                                                      -0.0762092099, -0.0443076789},
-                                                     {-0.291963667, -0.343966633, -0.416192979,
-                                                      -0.39153558, 0.0664004683, 0.546745539,
-                                                      -0.0762092099, -0.0443076789}};
-static const double golden_ppo_loss_policy = 0.0616399869;
-static const double golden_ppo_loss_value_scaled = 0.0579016991;
-static const double golden_ppo_dlogp[3][8] = {{0, 0, -0.0035352814, 0, -0.0797494426, -0.0751792565,
-                                               0, -0.072349824},
-                                              {0, 0.183580145, 0.107111089, 0, 0.0728414357, 0, 0,
-                                               0},
-                                              {0, 0, 0, 0.00239815633, 0, 0.0331404805, 0, 0}};
-static const double golden_ppo_dvalue[3][8] =
-    {{0, 0, -0.00597338378, 0, -0.0102781672, -0.0158304796, -0.0139595931, 0},
-     {0, 0, 0.00708580669, 0.0049654711, 0.000298171333, 0, 0, 0},
-     {0, 0, 0, -0.00316583272, -0.00584292412, -0.00132195675, 0, 0}};
-static const double golden_ppo_stats[26] = {0.739985883,
-                                            5.99289179,
-                                            0.2,
-                                            -0.034153197,
-                                            0.333333343,
-                                            1.12731242,
-                                            0.0616399869,
-                                            0.579016984,
-                                            0.11954169,
-                                            1.35618162,
-                                            0.0318978429,
-                                            -0.0233546682,
-                                            0.307692319,
-                                            3.26679306e-08,
-                                            0.392855138,
-                                            0.813801169,
-                                            -0.120932974,
-                                            1.1224916,
-                                            0.230769232,
-                                            -0.105236657,
-                                            0.12100514,
-                                            -0.379319191,
-                                            3,
-                                            1,
-                                            4.33333349,
-                                            1.52752519};
-static const double golden_moments[3][6] = {{0.333333343, 0.847222149, 1.12731242, 3, 0.333333343,
-                                             1.12731242},
-                                            {0.785714269, 1.82908165, 1.46079719, 7, 1.125, 1.75},
-                                            {0.277777791, 3.71450639, 2.04421616, 9, -1.5,
-                                             3.53553391}};
-static const double golden_moments_scaled[9] = {1.33059812,  -0.665299058, 0.221766368,
-                                                1.36911535,  2.05367303,   -0.684557676,
-                                                0.342278838, -1.95674026,  0.489185065};
-static const double golden_moments_normed[9] = {1.03490961,   -0.960987628, -0.0739221275,
-                                                0.831248581,  1.51580632,   -1.22242439,
-                                                -0.195587888, -2.0926249,   0.353300303};
-static const double golden_klctl[4] = {0.199488, 0.2, 0.200426667, 0.200512};
-static const double golden_klctl_seq[4] = {0.199488, 0.199488, 0.199913574, 0.200425353};
-static const double golden_gae_adv[3] = {-1.07383966, 0.169290587, 0.904548705};
-static const double golden_gae_ret[3] = {0.836749971, 0.964999914, 1};
+static struct Json *parse(const char *text, const char **error) {
+    size_t where;
+    return json_parse(&test_arena, text_of(text), error, &where);
+}
+
+static size_t json_count(const struct Json *array) {
+    size_t n = 0;
+    for (struct Json *item = array->child; item; item = item->next)
+        n++;
+    return n;
+}
+
+static bool json_is_string(const struct Json *json, const char *string) {
+    return json && json->type == JSON_STRING && text_equal(json->string, text_of(string));
+}
+
+/* The next line of a text, as JSON; NULL at its end. */
+static struct Json *next_line(struct Text *file) {
+    const char *error;
+    const char *stop = memchr(file->data, '\n', file->length);
+    size_t where;
+    size_t length = stop ? (size_t)(stop - file->data) : file->length;
+    struct Json *json =
+        length ? json_parse(&test_arena, (struct Text){file->data, length}, &error, &where) : NULL;
+    *file =
+        (struct Text){file->data + length + (stop != NULL), file->length - length - (stop != NULL)};
+    return json;
+}
+
+/* JSON with its first `from` replaced. */
+static struct Text replaced(struct Text text, const char *from, const char *to) {
+    from = json_of(from);
+    char *at = memmem(text.data, text.length, from, strlen(from));
+    CHECK(at, "test_align: no %s to replace", from);
+    size_t before = (size_t)(at - text.data);
+    struct Text start =
+        text_join(&test_arena, (struct Text){text.data, before}, text_of(json_of(to)));
+    return text_join(&test_arena, start,
+                     (struct Text){at + strlen(from), text.length - before - strlen(from)});
+}
+
+static struct Dataset *dataset_of(const char *rows, const unsigned *shapes, size_t count) {
+    return dataset_load(&test_arena, write_json("data.jsonl", rows), shapes, count);
+}
+
+static void load_one_model(const void *path) {
+    owned(gpt2_load(path));
+}
+
+/* A small model in a folder of its own. */
+static const char *saved_model(const char *name) {
+    struct GPT2 *model = new_model(300, 24, 12, 1, 3);
+    reward_head_declare(model);
+    model_save(model, temporary(name), tokenizer);
+    return temporary(name);
+}
+
+/* Runs a command of this program here, on a model and data in the temporary folder; returns what
+ * it printed. */
+static struct Text command_output(const char *line) {
+    const char *const *words =
+        words_of(arena_printf(&test_arena, "%s --tokenizer @tokenizer.bin", line));
+    capture_begin();
+    run_command(words);
+    return capture_end();
+}
+
+/* What a run logged, from the trainer_state.json in its folder. */
+static struct Json *log_history(const char *name) {
+    const char *path = temporary(arena_printf(&test_arena, "%s/trainer_state.json", name));
+    return json_get(json_read_file(&test_arena, path), "log_history");
+}
+
+/* What a command printed, one JSON value. */
+static struct Json *json_output(const char *line) {
+    const char *error;
+    return parse(command_output(line).data, &error);
+}
+
+/* Texts and pairs for commands that train. */
+static void write_films(void) {
+    write_json("texts.jsonl", "{'text': 'A good film, and a fine one.'}\n"
+                              "{'text': 'A bad film. It is dull and long.'}\n"
+                              "{'text': '\xc3\xa9t\xc3\xa9 \\'quoted\\''}\n");
+    write_json("pairs.jsonl", "{'prompt': 'A film', 'chosen': ' that is good', "
+                              "'rejected': ' that is bad'}\n"
+                              "{'prompt': 'It', 'chosen': ' is fine', 'rejected': ' is dull'}\n");
+}
+
+static float *narrow(const double *x, size_t n) {
+    float *narrowed = arena_floats(&test_arena, n);
+    for (size_t i = 0; i < n; i++)
+        narrowed[i] = (float)x[i];
+    return narrowed;
+}
+
+/* Tensor number k of the golden model: 0.3 sin(1.7 k + 0.61 i + 0.003 i i); layer norms 1 + a
+ * third of it. */
+static void golden_fill(struct Tensor *t, double k) {
+    bool norm = strstr(t->name, "ln_") && strstr(t->name, "weight");
+    for (size_t i = 0; i < t->n; i++) {
+        double v = 0.3 * sin(1.7 * k + 0.61 * (double)i + 0.003 * (double)i * (double)i);
+        t->w[i] = (float)(norm ? 1 + v / 3 : v);
+    }
+}
+
+static struct GPT2 *golden_model(void) {
+    struct GPT2 *model = empty_model(61, 16, 16, 2, 2);
+    for (size_t k = 0; k < model->tensor_count; k++)
+        golden_fill(model->tensors[k], (double)k);
+    return model;
+}
+
+/* The golden sequences: 12 and 7 tokens, every one but the first predicted. */
+static struct Example *golden_examples(void) {
+    struct Example *examples = arena_alloc(&test_arena, 2, sizeof *examples);
+    for (int b = 0; b < 2; b++) {
+        examples[b] = (struct Example){arena_alloc(&test_arena, 12, sizeof(int)), b ? 7 : 12, 1};
+        for (int t = 0; t < (b ? 7 : 12); t++)
+            examples[b].ids[t] = (7 * t * t + 11 * t + 5 * b + 3) % 61;
+    }
+    return examples;
+}
+
+static struct GenerationConfig sampling(double temperature, size_t top_k, double top_p) {
+    struct GenerationConfig config = generation_config();
+    config.do_sample = true;
+    config.temperature = temperature;
+    config.top_k = top_k;
+    config.top_p = top_p;
+    return config;
+}
+
+/* =============================================================================================
+ * Part I - The ideas
+ * ============================================================================================= */
 
 /* =============================================================================================
  * Chapter 1 - Ground
+ *
+ * Memory that is given out in pieces must keep the pieces apart, and a random number generator
+ * must give its authors' numbers: everything that is drawn later rests on it.
  * ============================================================================================= */
 
 /* Pieces of an arena: aligned, disjoint, zeroed where asked; a reset merges the blocks into one. */
@@ -899,294 +756,957 @@ static void test_rng_distributions(void) {
 }
 
 /* =============================================================================================
- * Chapters 22, 24 - Files: JSON, safetensors
+ * Chapter 2 - Probability
+ *
+ * Each function by hand, against torch where torch has it, and where a plain formula would
+ * overflow. The fast loops over rows are held to plain ones.
  * ============================================================================================= */
 
-static size_t json_count(const struct Json *array) {
-    size_t n = 0;
-    for (struct Json *item = array->child; item; item = item->next)
-        n++;
-    return n;
+/* By hand, torch's log sigmoid, and extremes where the plain formula overflows. */
+static void test_sigmoid(void) {
+    expect_close("sigmoid(0)", sigmoid(0), 0.5, 0);
+    expect_close("sigmoid(2)", sigmoid(2), 0.8808, 5e-5);
+    expect_close("sigmoid(-2)", sigmoid(-2), 1 - sigmoid(2), 1e-15);
+    expect_true("no overflow", sigmoid(-1000) == 0 && sigmoid(1000) == 1);
+    expect_close("log sigmoid(0)", log_sigmoid(0), -log(2), 1e-15);
+    expect_close("log sigmoid(2)", log_sigmoid(2), -0.1269, 5e-5);
+    expect_close("log sigmoid(-800)", log_sigmoid(-800), -800, 0);
+    static const double torch[][2] = {{-100, -100},          {-20, -20},
+                                      {-1, -1.31326169},     {0, -0.693147181},
+                                      {1, -0.313261688},     {20, -2.06115362e-09},
+                                      {100, -3.72007598e-44}};
+    for (size_t i = 0; i < COUNT(torch); i++)
+        expect_relative("log sigmoid", log_sigmoid(torch[i][0]), torch[i][1], 1e-8);
 }
 
-static struct Json *parse(const char *text, const char **error) {
-    size_t where;
-    return json_parse(&test_arena, text_of(text), error, &where);
+/* By hand, torch's, and logits so large or small that e^x alone would not do. */
+static void test_softmax(void) {
+    float x[] = {0, logf(3)};
+    float five[] = {1, 2, 3, 4, -1};
+    float large[] = {1000, 1000, -INFINITY, -1000};
+    float scratch[5];
+    softmax(x, 2);
+    expect_floats("[0, ln 3]", x, (double[]){0.25, 0.75}, 2, 1e-7);
+    expect_close("log_sum_exp", log_sum_exp(five, 5, scratch), 4.44451897, 1e-6);
+    softmax(five, 5);
+    expect_floats("five, torch", five,
+                  (double[]){0.0319201128, 0.0867678625, 0.235859504, 0.641132603, 0.0043199175}, 5,
+                  1e-7);
+    softmax(large, 4);
+    expect_floats("large ones", large, (double[]){0.5, 0.5, 0, 0}, 4, 1e-7);
 }
 
-static bool json_is_string(const struct Json *json, const char *string) {
-    return json && json->type == JSON_STRING && text_equal(json->string, text_of(string));
-}
-
-static void expect_cut(const char *what, const char *text, size_t columns, const char *want) {
-    expect_text(what, text_of(cut_text(arena_printf(&test_arena, "%s", text), columns)), want);
-}
-
-static void test_progress_cut(void) {
-    expect_cut("shorter", "abc", 4, "abc");
-    expect_cut("longer", "abcde", 4, "abcd");
-    expect_cut("a whole last character", "aéié", 4, "aéi");
-    expect_cut("none cut in half", "日本語", 5, "日");
-    expect_cut("escape, newline, delete",
-               "a\x1b[31m\n\x7f"
-               "b",
-               40, "a?[31m??b");
-    expect_cut("C1 control in UTF-8",
-               "a\xc2\x9b"
-               "b",
-               40, "a??b");
-    expect_cut("half a character", "a\xc3", 40, "a?");
-    expect_cut("no UTF-8", "\xff\xfe", 1, "?");
-}
-
-/* Values, escapes and nesting by hand. */
-static void test_json_values(void) {
-    const char *error;
-    struct Json *json = parse(" { \"a\" : [1, -2.5e3, true, null, "
-                              "\"x\\n\\\"\\u00e9\\ud83d\\ude00\\/\"], \"b\":{\"c\":false}, "
-                              "\"\":0.125 } ",
-                              &error);
-    expect_true("parses", json && json->type == JSON_OBJECT);
-    if (!json)
-        return;
-    struct Json *item = json_get(json, "a")->child;
-    expect_close("1", item->number, 1, 0);
-    expect_close("-2.5e3", (item = item->next)->number, -2500, 0);
-    expect_true("true", (item = item->next)->type == JSON_TRUE);
-    expect_true("null", (item = item->next)->type == JSON_NULL);
-    expect_text("escapes", (item = item->next)->string, "x\n\"\xc3\xa9\xf0\x9f\x98\x80/");
-    expect_true("no sixth item", item->next == NULL);
-    expect_true("false", json_get(json_get(json, "b"), "c")->type == JSON_FALSE);
-    expect_close("empty key", json_get(json, "")->number, 0.125, 0);
-    expect_true("missing key, and a key of no object",
-                !json_get(json, "z") && !json_get(item, "a") && !json_get(NULL, "a"));
-    expect_text("half a surrogate pair", parse("\"\\ud800x\\udc00\"", &error)->string,
-                "\xef\xbf\xbdx\xef\xbf\xbd");
-    expect_text("a high half before another escape", parse("\"\\ud83d\\u0041\"", &error)->string,
-                "\xef\xbf\xbd"
-                "A");
-    struct Text nul = parse("\"a\\u0000b\"", &error)->string;
-    expect_true("NUL inside", nul.length == 3 && memcmp(nul.data, "a\0b", 3) == 0);
-    expect_true("empty containers", parse("[{}, [], \"\"]", &error) != NULL);
-    char deep[200] = "";
-    for (int i = 0; i < 64; i++) {
-        deep[i] = '[';
-        deep[65 + i] = ']';
+/* By hand, torch's and TRL's. */
+static void test_entropy(void) {
+    float two[] = {5, 5};
+    float five[] = {1, 2, 3, 4, -1};
+    float banned[] = {0, -INFINITY, 0};
+    float scratch[7];
+    expect_close("two equal logits", entropy_of_logits(two, log_sum_exp(two, 2, scratch), 2),
+                 log(2), 1e-6);
+    expect_close("five, torch", entropy_of_logits(five, log_sum_exp(five, 5, scratch), 5),
+                 0.971274128, 1e-6);
+    expect_close("with a banned one", entropy_of_logits(banned, log_sum_exp(banned, 3, scratch), 3),
+                 log(2), 1e-6);
+    static const double trl[24] = {1.46446431, 1.48964322, 1.45615435, 1.31341207, 1.31366122,
+                                   1.2903558,  1.32972217, 1.46224737, 1.48970628, 1.45869637,
+                                   1.31994045, 1.30396509, 1.29932439, 1.32318115, 1.45990467,
+                                   1.48971915, 1.46110308, 1.32648385, 1.29472613, 1.30880988,
+                                   1.31664169, 1.4574306,  1.48968089, 1.46338153};
+    for (size_t row = 0; row < 24; row++) {
+        float logits[7];
+        for (size_t v = 0; v < 7; v++)
+            logits[v] = (float)(2 * sin(0.1 + 0.77 * (double)(7 * row + v)));
+        expect_close("TRL's entropy_from_logits",
+                     entropy_of_logits(logits, log_sum_exp(logits, 7, scratch), 7), trl[row], 2e-6);
     }
-    deep[64] = '1';
-    expect_true("64 deep", parse(deep, &error) != NULL);
 }
 
-/* What is no JSON is refused, with a word about what was expected. */
-static void test_json_errors(void) {
-    static const struct {
-        const char *text, *error;
-    } cases[] = {{"", "it ends"},
-                 {"{", "in quotes"},
-                 {"[1 2]", "',' or ']'"},
-                 {"{\"a\" 1}", "':'"},
-                 {"[1,]", "a comma before the closing bracket"},
-                 {"{\"a\":1,}", "a comma before the closing"},
-                 {"{\"a\":1 \"b\":2}", "',' or '}'"},
-                 {"\"abc", "closing quote"},
-                 {"\"ab\\", "closing quote"},
-                 {"\"a\\x\"", "unknown escape"},
-                 {"\"a\\u12g4\"", "hexadecimal"},
-                 {"\"\\u12\"", "hexadecimal"},
-                 {"\"a\nb\"", "control character"},
-                 {"01", "a value was expected"},
-                 {"+1", "a value was expected"},
-                 {".5", "a value was expected"},
-                 {"1.", "decimal point"},
-                 {"1e", "exponent"},
-                 {"-", "a value was expected"},
-                 {"0x10", "behind its end"},
-                 {"1e999", "beyond 1.8e308"},
-                 {"[-1e999]", "beyond 1.8e308"},
-                 {"\"caf\xe9\"", "not UTF-8"},
-                 {"{\"\xc0\x80\":1}", "not UTF-8"},
-                 {"\"\xed\xa0\x80\"", "not UTF-8"},
-                 {"nul", "a value was expected"},
-                 {"NaN", "NaN is not JSON; write null"},
-                 {"{\"a\":-Infinity}", "-Infinity is not JSON"},
-                 {"[nan]", "nan is not JSON"},
-                 {"[None]", "None is Python"},
-                 {"{\"a\":True}", "True is Python"},
-                 {"{'a':1}", "a single quote"},
-                 {"{\"a\":'b'}", "a single quote"},
-                 {"# a\n1", "a comment"},
-                 {"{// a\n}", "a comment"},
-                 {"{\"a\":1 /* b */}", "a comment"},
-                 {"1 // a", "a comment"},
-                 {"{\"a\":1},", "a comma behind its end; take it out"},
-                 {"\"a\nb", "a line break in it is \\n"},
-                 {"1 2", "behind its end"},
-                 {"{1:2}", "in quotes"},
-                 {"[", "it ends"}};
-    for (size_t i = 0; i < COUNT(cases); i++) {
-        const char *error = NULL;
-        struct Json *json = parse(cases[i].text, &error);
-        bool good = !json && error && strstr(error, cases[i].error);
-        if (!good && failed())
-            printf("%s: '%s': expected no value and \"%s\", got %s and \"%s\"\n", test_name,
-                   cases[i].text, cases[i].error, json ? "one" : "none", error ? error : "");
-    }
-    char deep[300];
-    memset(deep, '[', 200);
-    deep[200] = 0;
-    const char *error = NULL;
-    expect_true("200 brackets deep", !parse(deep, &error) && error && strstr(error, "nested"));
+/* By hand; zero between equals; the estimates k1 and k3; torch's divergence of two models. */
+static void test_kl(void) {
+    float p[] = {0, 0};
+    float q[] = {0, logf(3)};
+    float scratch[2];
+    float p_lse = log_sum_exp(p, 2, scratch);
+    float q_lse = log_sum_exp(q, 2, scratch);
+    expect_close("(1/2, 1/2) || (1/4, 3/4)", kl_exact(p, p_lse, q, q_lse, 2),
+                 log(2) / 2 + log(2.0 / 3) / 2, 1e-6);
+    expect_close("that is", kl_exact(p, p_lse, q, q_lse, 2), 0.1438, 5e-5);
+    expect_close("with itself", kl_exact(q, q_lse, q, q_lse, 2), 0, 0);
+    expect_close("k1", kl_k1(-1, -1.5), 0.5, 0);
+    expect_close("k3", kl_k3(-1, -1.5), exp(-0.5) - 1 + 0.5, 1e-15);
+    expect_close("mean of k1 under p",
+                 (kl_k1(log(0.5), log(0.25)) + kl_k1(log(0.5), log(0.75))) / 2, 0.1438, 5e-5);
+    expect_close("mean of k3 under p",
+                 (kl_k3(log(0.5), log(0.25)) + kl_k3(log(0.5), log(0.75))) / 2, 0.1438, 5e-5);
+    expect_close("sum of log-probabilities",
+                 sequence_logprob((float[]){logf(0.5f), logf(0.25f)}, 2), -2.0794, 5e-5);
 }
 
-/* What is written is read back: every control character, and any float bit for bit. */
-/* UTF-8 whatever the bytes; control characters are spaces, but those that are wanted. */
-static void test_text_shown(void) {
-    static const struct {
-        const char *text, *kept, *want;
-    } cases[] = {{"caf\xc3\xa9 \xf0\x9f\x98\x80", "", "caf\xc3\xa9 \xf0\x9f\x98\x80"},
-                 {"a\xff"
-                  "b\xc3",
-                  "",
-                  "a\xef\xbf\xbd"
-                  "b\xef\xbf\xbd"},
-                 {"a\n\tb\r\x1b[0m\x7f", "\n\t", "a\n\tb  [0m "},
-                 {"a\nb", "", "a b"},
-                 {"\xc2\x9b"
-                  "1",
-                  "\n", " 1"},
-                 {"\xed\xa0\x80", "", "\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd"},
-                 {"", "", ""}};
-    for (size_t i = 0; i < COUNT(cases); i++)
-        expect_text(cases[i].want, text_shown(&test_arena, text_of(cases[i].text), cases[i].kept),
-                    cases[i].want);
-    expect_text("NUL", text_shown(&test_arena, (struct Text){"a\0b", 3}, "\n"), "a b");
+/* exp_fast against the C library's exp over its whole range, and at its ends. */
+static void test_exp_fast(void) {
+    double worst = 0;
+    for (double x = -87; x <= 87; x += 0.000731)
+        worst = MAX(worst, fabs(exp_fast((float)x) / exp((float)x) - 1));
+    expect_true("worst relative error below 2e-7", worst < 2e-7);
+    expect_true("e^0", exp_fast(0) == 1 && exp_fast(-0.0f) == 1);
+    expect_true("below -87: 0",
+                exp_fast(-87.01f) == 0 && exp_fast(-1e30f) == 0 && exp_fast(-INFINITY) == 0);
+    expect_relative("above 87: e^87", exp_fast(1e30f), exp(87), 1e-6);
+    expect_relative("at infinity too", exp_fast(INFINITY), exp(87), 1e-6);
 }
 
-static void test_json_write(void) {
-    char all[129];
-    for (int i = 0; i < 128; i++)
-        all[i] = (char)i;
-    float numbers[] = {0.1f, -3.4028235e38f, 1.17549435e-38f, 1e-45f, 0, 16777215, -0.333333343f};
-    FILE *file = fopen(temporary("written.json"), "wb");
-    fputs("{\"text\": ", file);
-    json_write_string(file, "", (struct Text){all, 128});
-    for (size_t i = 0; i < COUNT(numbers); i++) {
-        fprintf(file, ", \"%zu\": ", i);
-        fputs(json_number_text(numbers[i]), file);
-    }
-    fputs(", \"half\": ", file);
-    json_write_string(file, "", text_of("\xc3\xa9\xf0\x9f\x98"));
-    fputs(", \"nan\": ", file);
-    fputs(json_number_text(NAN), file);
-    fputs(", \"ids\": ", file);
-    json_write_ids(file, "", (int[]){1, 20, 300}, 3);
-    fputs("}", file);
-    fclose(file);
-    struct Json *json = json_read_file(&test_arena, temporary("written.json"));
-    struct Text text = json_get(json, "text")->string;
-    expect_true("128 characters", text.length == 128 && memcmp(text.data, all, 128) == 0);
-    for (size_t i = 0; i < COUNT(numbers); i++) {
-        float back = (float)json_get(json, arena_printf(&test_arena, "%zu", i))->number;
-        expect_bits("number", &back, &numbers[i], 1);
-    }
-    expect_text("half a character as U+FFFD", json_get(json, "half")->string,
-                "\xc3\xa9\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd");
-    expect_true("NaN as null", json_get(json, "nan")->type == JSON_NULL);
-    expect_text("9 digits", text_of(json_number_text(0.1f)), "0.100000001");
-    expect_close("last id", json_get(json, "ids")->child->next->next->number, 300, 0);
-}
-
-/* read_file takes what is larger than its first buffer; an Output appears only when it is closed.
+/* Sums, maxima and products over rows of every length near the lanes' number, against plain loops.
  */
-static void test_files(void) {
-    size_t n = 300001;
-    char *bytes = arena_alloc(&test_arena, n, 1);
-    for (size_t i = 0; i < n; i++)
-        bytes[i] = (char)rng_next(&test_rng);
-    struct Text back = read_file(&test_arena, write_bytes("large", bytes, n));
-    expect_true("300001 bytes", back.length == n && memcmp(back.data, bytes, n) == 0);
-    make_folder(temporary("a/b//c"));
-    make_folder(temporary("a/b"));
-    struct Output out = output_open(temporary("a/b/c"), "file");
-    fputs("whole", out.file);
-    expect_true("not there yet", !file_exists(temporary("a/b/c/file")));
-    output_close(&out);
-    expect_text("there", read_file(&test_arena, temporary("a/b/c/file")), "whole");
-    expect_true("nothing left beside it", !file_exists(temporary("a/b/c/file.tmp")));
+static void test_rows(void) {
+    for (size_t n = 1; n < 70; n++) {
+        float *x = random_floats(n, 3);
+        float *y = random_floats(n, 1);
+        float *e = random_floats(n, 1);
+        float most = -INFINITY;
+        double sum = 0;
+        double exponentials = 0;
+        for (size_t i = 0; i < n; i++) {
+            most = MAX(most, x[i]);
+            sum += x[i];
+            exponentials += exp((double)x[i] - 1);
+        }
+        expect_close("row_max", row_max(x, n), most, 0);
+        expect_true("argmax", x[argmax(x, n)] == most);
+        expect_close("row_sum", row_sum(x, n), sum, 1e-4);
+        expect_close("row_dot", row_dot(x, y, n), dot_product(x, y, n), 1e-4);
+        expect_relative("row_exp", row_exp(e, x, 1, n), exponentials, 1e-6);
+    }
 }
 
-/* Half-precision numbers by hand: ones, halves, largest, smallest normal, subnormals, zeros,
- * infinities. */
-static void test_safetensors_half(void) {
-    static const struct {
-        uint16_t bits;
-        double value;
-    } f16[] = {{0x3c00, 1},
-               {0xc000, -2},
-               {0x3800, 0.5},
-               {0x3e00, 1.5},
-               {0x7bff, 65504},
-               {0x0400, 0x1p-14},
-               {0x0001, 0x1p-24},
-               {0x03ff, 1023 * 0x1p-24},
-               {0x8200, -0x1p-15},
-               {0, 0},
-               {0x3555, 0.333251953125},
-               {0x7c00, INFINITY},
-               {0xfc00, -INFINITY},
-               {0x7e01, NAN}};
-    static const struct {
-        uint16_t bits;
-        double value;
-    } bf16[] = {{0x3f80, 1},           {0xc000, -2},
-                {0x3eab, 0.333984375}, {0x7f7f, 0x1.fep127},
-                {0x0080, 0x1p-126},    {0x0001, 0x1p-133},
-                {0x8001, -0x1p-133},   {0, 0},
-                {0x7f80, INFINITY},    {0xff80, -INFINITY},
-                {0x7fc0, NAN}};
-    for (size_t i = 0; i < COUNT(f16); i++)
-        expect_close("F16", float_of_f16(f16[i].bits), f16[i].value, 0);
-    for (size_t i = 0; i < COUNT(bf16); i++)
-        expect_close("BF16", float_of_bf16(bf16[i].bits), bf16[i].value, 0);
-    expect_true("-0", signbit(float_of_f16(0x8000)) && signbit(float_of_bf16(0x8000)));
-    unsigned char bytes[] = {0x00, 0x3c, 0x00, 0xc0};
-    float x[2];
-    safetensors_convert(x, bytes, 2, "F16");
-    expect_true("little-endian", x[0] == 1 && x[1] == -2);
-}
-
-/* A written file is laid out as the format says, and read back bit for bit. */
-static void test_safetensors_round_trip(void) {
-    struct Tensor a = {.name = "wte.weight", .shape = {3, 10007}, .ndim = 2, .n = 30021};
-    struct Tensor b = {.name = "v_head.summary.bias", .shape = {1}, .ndim = 1, .n = 1};
-    struct Tensor *tensors[] = {&a, &b};
-    a.w = random_floats(a.n, 1);
-    b.w = random_floats(b.n, 1);
-    safetensors_write(folder, "round.safetensors", tensors, 2, "transformer.");
-    struct Text file = read_file(&test_arena, temporary("round.safetensors"));
-    size_t length = 0;
-    for (int i = 0; i < 8; i++)
-        length |= (size_t)(unsigned char)file.data[i] << 8 * i;
-    expect_count("data on an 8-byte boundary", length % 8, 0);
-    expect_count("bytes of the file", file.length, 8 + length + 4 * (a.n + b.n));
-    struct SafeTensors st = safetensors_open(&test_arena, temporary("round.safetensors"));
-    struct Tensor read_a = a;
-    struct Tensor read_b = b;
-    read_a.w = random_floats(a.n, 1);
-    read_b.w = random_floats(b.n, 1);
-    expect_true("found with its prefix", tensor_load(&st, &read_a));
-    expect_true("the head without",
-                json_get(st.header, "v_head.summary.bias") && tensor_load(&st, &read_b));
-    expect_bits("a", read_a.w, a.w, a.n);
-    expect_bits("b", read_b.w, b.w, b.n);
-    struct Tensor absent = {.name = "nobody", .shape = {1}, .ndim = 1, .n = 1, .w = b.w};
-    expect_true("what is not there is not found", !tensor_load(&st, &absent));
-    fclose(st.file);
+/* The largest: the first among equals, among negative numbers, zeros and infinities. */
+static void test_rows_argmax(void) {
+    float equal[] = {-1, 2, 2, -3};
+    float negative[] = {-5, -2, -9};
+    float zeros[] = {-0.0f, 0.0f};
+    float banned[] = {-INFINITY, -INFINITY, -7};
+    expect_count("first among equals", argmax(equal, 4), 1);
+    expect_close("all negative", row_max(negative, 3), -2, 0);
+    expect_close("zeros", row_max(zeros, 2), 0, 0);
+    expect_count("after infinities", argmax(banned, 3), 2);
 }
 
 /* =============================================================================================
- * Chapters 7, 23 - Byte-pair encoding
+ * Chapter 3 - Preferences
+ *
+ * Which ratings make a pair, and which are too close to call.
  * ============================================================================================= */
+
+/* Who is preferred to whom, by hand. */
+static void test_data_pairs(void) {
+    struct Pair pairs[10];
+    expect_count("pairs", pairs_from_ratings((double[]){2, 0, 0.5}, 3, 1, pairs), 2);
+    expect_true("(0,1), (0,2)", pairs[0].chosen == 0 && pairs[0].rejected == 1
+                                    && pairs[1].chosen == 0 && pairs[1].rejected == 2);
+    expect_count("the later one is better", pairs_from_ratings((double[]){-1, 1}, 2, 2, pairs), 1);
+    expect_true("(1,0)", pairs[0].chosen == 1 && pairs[0].rejected == 0 && pairs[0].margin == 0);
+    expect_count("equal ratings never pair", pairs_from_ratings((double[]){1, 1, 1}, 3, 0, pairs),
+                 0);
+    expect_count("every pair", pairs_from_ratings((double[]){1, 2, 3, 4, 5}, 5, 0, pairs), 10);
+}
+
+/* =============================================================================================
+ * Chapters 3 to 5 - Every loss of pairs, texts and tokens, in one table
+ *
+ * A row is a case: the numbers x that the loss is to be differentiated by, what else it takes, and
+ * what must come out, the loss and its slope by each x. One loop compares them, and the slopes with
+ * central differences. The row's first word is the test that runs it; `source` says who computed
+ * the numbers.
+ * ============================================================================================= */
+
+struct LossCase {
+    const char *test, *name, *source;
+    double (*loss)(const struct LossCase *c, const double *x, double *dx);
+    double x[18];
+    size_t n;
+    double want, slope[18];
+    bool differences_alone; /* no loss and no slopes are given */
+    double tolerance; /* of loss and slopes; 0: 1e-12 */
+    double difference_tolerance; /* 0: 1e-8 */
+    struct Pair pairs[4]; /* Bradley-Terry */
+    size_t pair_count;
+    double center;
+    double labels[2]; /* sentiment */
+    double old,
+        target; /* PPO, for all tokens: the old log-probability or value; advantage, return */
+    float advantages[2]; /* REINFORCE */
+    struct DPOConfig config; /* DPO: x are the chosen answers, then the rejected ones */
+    double ref[6];
+    size_t lengths[6];
+};
+
+static double bradley_terry_case(const struct LossCase *c, const double *x, double *dx) {
+    float d[4];
+    double loss = bradley_terry_loss(narrow(x, c->n), c->n, c->pairs, c->pair_count, c->center, d);
+    memcpy(dx, widen(d, c->n), c->n * sizeof *dx);
+    return loss;
+}
+
+static double sentiment_case(const struct LossCase *c, const double *x, double *dx) {
+    float d[2];
+    double loss = sentiment_loss(narrow(x, c->n), c->labels, c->n, d);
+    memcpy(dx, widen(d, c->n), c->n * sizeof *dx);
+    return loss;
+}
+
+static double reinforce_case(const struct LossCase *c, const double *x, double *dx) {
+    return reinforce_loss(c->advantages, x, c->n, dx);
+}
+
+/* The sum over a row's tokens. */
+static double ppo_token_case(const struct LossCase *c, const double *x, double *dx) {
+    double sum = 0;
+    for (size_t t = 0; t < c->n; t++) {
+        struct TokenLoss token = ppo_token_loss(c->old, x[t], c->target, 0.2);
+        dx[t] = token.dlogprob;
+        sum += token.loss;
+    }
+    return sum;
+}
+
+static double ppo_value_case(const struct LossCase *c, const double *x, double *dx) {
+    double sum = 0;
+    for (size_t t = 0; t < c->n; t++) {
+        struct ValueLoss value = ppo_value_loss(c->old, x[t], c->target, 0.2);
+        dx[t] = value.dvalue;
+        sum += value.loss;
+    }
+    return sum;
+}
+
+static double dpo_case(const struct LossCase *c, const double *x, double *dx) {
+    struct DPOSide side[6];
+    for (size_t i = 0; i < c->n; i++)
+        side[i] = (struct DPOSide){.logp = x[i], .ref_logp = c->ref[i], .length = c->lengths[i]};
+    double loss = dpo_loss(&c->config, c->n / 2, side, side + c->n / 2);
+    for (size_t i = 0; i < c->n; i++)
+        dx[i] = side[i].dlogp;
+    return loss;
+}
+
+#define CASE(in_test, called, by, function, ...) \
+    {.test = in_test, .name = called, .source = by, .loss = function, __VA_ARGS__}
+#define OF(...) .x = {__VA_ARGS__}, .n = sizeof(double[]){__VA_ARGS__} / sizeof(double)
+#define GIVES(loss, ...) .want = (loss), .slope = {__VA_ARGS__}
+#define PAIRS(...) \
+    .pairs = {__VA_ARGS__}, .pair_count = sizeof(struct Pair[]){__VA_ARGS__} / sizeof(struct Pair)
+#define RATIOS                                                                                   \
+    OF(-0.5, -0.43, -0.36, -0.29, -0.22, -0.15, -0.08, -0.01, 0.06, 0.13, 0.2, 0.27, 0.34, 0.41, \
+       0.48),                                                                                    \
+        .differences_alone = true
+#define BETA(by_beta, ...) .config = {.beta = by_beta, .weight = {__VA_ARGS__}}
+#define SMOOTHED .config.label_smoothing = 0.1
+/* rewards are floats, and so are their slopes */
+#define FLOATS .tolerance = 1e-7, .difference_tolerance = 1e-7
+#define CHAPTER_5 OF(-8, -13), .ref = {-10, -12}, .lengths = {4, 2}
+#define TRL_PAIRS                                                                               \
+    OF(-12.5, -30.25, -8, -14, -25.5, -21.75), .ref = {-13.25, -29, -10.5, -13, -26.75, -9.25}, \
+        .lengths = {5, 11, 3, 4, 9, 6}, .tolerance = 1e-6
+#define UNMOVED(beta)                                                                 \
+    CASE("dpo_hand", "policy = reference, beta " #beta ": ln 2", "by hand", dpo_case, \
+         OF(-10, -10), .ref = {-10, -10}, BETA(beta, [DPO_SIGMOID] = 1),              \
+         GIVES(0.69314718055994531, -beta / 2, beta / 2))
+
+static const struct LossCase LOSS_CASES[] = {
+    CASE("bradley_terry", "2.0 against 0.5; one text in no pair", "by hand", bradley_terry_case,
+         OF(2, 0.5, 0.5), PAIRS({0, 1, 0}), GIVES(0.2014133, -0.1824255, 0.1824255, 0), FLOATS),
+    CASE("bradley_terry", "centred with 0.01: 0.0625 more", "by hand", bradley_terry_case,
+         OF(2, 0.5), PAIRS({0, 1, 0}), .center = 0.01, GIVES(0.2639133, -0.1324255, 0.2324255),
+         FLOATS),
+    CASE("bradley_terry", "two pairs: the mean", "by hand", bradley_terry_case, OF(2, 0.5, 0.5),
+         PAIRS({0, 1, 0}, {1, 2, 0}), GIVES(0.4472802, -0.0912128, -0.1587872, 0.25), FLOATS),
+    CASE("bradley_terry", "a margin of 1.5 makes it even: ln 2", "by hand", bradley_terry_case,
+         OF(2, 0.5), PAIRS({0, 1, 1.5}), GIVES(0.69314718, -0.5, 0.5), FLOATS),
+    CASE("bradley_terry", "hopelessly wrong", "by hand", bradley_terry_case, OF(-1000, 1000),
+         PAIRS({0, 1, 0}), GIVES(2000, -1, 1), .tolerance = 1e-9),
+    CASE("bradley_terry_gradient", "four pairs, margins, centred", "the formula in Python",
+         bradley_terry_case, OF(0.5, -1, 2, 0.25, 1),
+         PAIRS({0, 1, 0}, {2, 0, 0.5}, {3, 2, 0}, {1, 3, 1}), .center = 0.03,
+         GIVES(1.28471392, 0.05162897, -0.19930625, 0.21700285, 0.03567443, 0), FLOATS),
+
+    CASE("sentiment_loss", "r = 0, liked: ln 2", "by hand", sentiment_case, OF(0), .labels = {1},
+         GIVES(0.6931471806, -0.5), .tolerance = 1e-9),
+    CASE("sentiment_loss", "r = 2, disliked: 2.1269; the mean of both", "by hand", sentiment_case,
+         OF(0, 2), .labels = {1, 0}, GIVES(1.4100376, -0.25, 0.4403985), FLOATS),
+    CASE("sentiment_loss", "hopelessly wrong", "by hand", sentiment_case, OF(-1000), .labels = {1},
+         GIVES(1000, -1), .tolerance = 1e-9),
+
+    CASE("reinforce_loss", "a good answer and a bad one", "by hand", reinforce_case, OF(-2, -1),
+         .advantages = {4.5f, -3}, GIVES(3, -2.25, 1.5)),
+
+    CASE("ppo_token_loss", "ratio 1.5, A = 2: clipped", "by hand", ppo_token_case,
+         OF(0.40546510810816438), .target = 2, GIVES(-2.4, 0)),
+    CASE("ppo_token_loss", "ratio 1.5, A = -2: still pushed down", "by hand", ppo_token_case,
+         OF(0.40546510810816438), .target = -2, GIVES(3, 3)),
+    CASE("ppo_token_loss", "at first: ratio 1, loss -A", "by hand", ppo_token_case, OF(-3),
+         .old = -3, .target = 0.7, GIVES(-0.7, -0.7)),
+    CASE("ppo_token_loss", "ratios 0.6 to 1.6, A = 1", "central differences", ppo_token_case,
+         RATIOS, .target = 1),
+    CASE("ppo_token_loss", "ratios 0.6 to 1.6, A = -1", "central differences", ppo_token_case,
+         RATIOS, .target = -1),
+
+    CASE("ppo_value_loss", "0.4 above the old value: clipped", "by hand", ppo_value_case, OF(0.9),
+         .old = 0.5, .target = 1, GIVES(0.045, 0)),
+    CASE("ppo_value_loss", "inside the range", "by hand", ppo_value_case, OF(0.6), .old = 0.5,
+         .target = 1, GIVES(0.08, -0.4)),
+    CASE("ppo_value_loss", "values -0.95 to 0.92", "central differences", ppo_value_case,
+         OF(-0.95, -0.84, -0.73, -0.62, -0.51, -0.4, -0.29, -0.18, -0.07, 0.04, 0.15, 0.26, 0.37,
+            0.48, 0.59, 0.7, 0.81, 0.92),
+         .differences_alone = true, .old = 0.1, .target = 0.35),
+
+    CASE("dpo_hand", "chapter 5's pair", "by hand", dpo_case, CHAPTER_5,
+         BETA(0.1, [DPO_SIGMOID] = 1), GIVES(0.5544, -0.0426, 0.0426), .tolerance = 5e-5),
+    CASE("dpo_hand", "smoothed", "by hand", dpo_case, CHAPTER_5, BETA(0.1, [DPO_SIGMOID] = 1),
+         SMOOTHED, GIVES(0.5844, -0.0326, 0.0326), .tolerance = 5e-5),
+    CASE("dpo_hand", "robust", "by hand", dpo_case, CHAPTER_5, BETA(0.1, [DPO_ROBUST] = 1),
+         SMOOTHED, GIVES(0.5169, -0.0551, 0.0551), .tolerance = 5e-5),
+    CASE("dpo_hand", "hinge", "by hand", dpo_case, CHAPTER_5, BETA(0.1, [DPO_HINGE] = 1),
+         GIVES(0.7, -0.1, 0.1)),
+    CASE("dpo_hand", "ipo", "by hand", dpo_case, CHAPTER_5, BETA(0.1, [DPO_IPO] = 1),
+         GIVES(16, -2, 4)),
+    UNMOVED(0.01),
+    UNMOVED(0.07),
+    UNMOVED(0.49),
+    UNMOVED(3.43),
+    UNMOVED(7.0),
+    CASE("dpo_hand", "hopelessly wrong", "by hand", dpo_case, OF(-1000, 0),
+         BETA(1, [DPO_SIGMOID] = 1), GIVES(1000, -1, 1)),
+
+    CASE("dpo_golden", "sigmoid", "TRL, golden_dpo_sigmoid", dpo_case, TRL_PAIRS,
+         BETA(0.1, [DPO_SIGMOID] = 1),
+         GIVES(0.545607686, -0.0152120441, -0.018739216, -0.00608085049, 0.0152120441, 0.018739216,
+               0.00608085049)),
+    CASE("dpo_golden", "sigmoid, smoothed", "TRL, golden_dpo_sigmoid_smooth", dpo_case, TRL_PAIRS,
+         BETA(0.1, [DPO_SIGMOID] = 1), SMOOTHED,
+         GIVES(0.5931077, -0.0118787102, -0.0154058849, -0.00274751731, 0.0118787102, 0.0154058849,
+               0.00274751731)),
+    CASE("dpo_golden", "robust", "TRL, golden_dpo_robust", dpo_case, TRL_PAIRS,
+         BETA(0.1, [DPO_ROBUST] = 1), SMOOTHED,
+         GIVES(0.486232668, -0.0193787105, -0.0229058824, -0.0102475174, 0.0193787105, 0.0229058824,
+               0.0102475174)),
+    CASE("dpo_golden", "hinge", "TRL, golden_dpo_hinge", dpo_case, TRL_PAIRS,
+         BETA(0.1, [DPO_HINGE] = 1),
+         GIVES(0.691666663, -0.0333333351, -0.0333333351, 0, 0.0333333351, 0.0333333351, 0)),
+    CASE("dpo_golden", "ipo", "TRL, golden_dpo_ipo", dpo_case, TRL_PAIRS, BETA(0.1, [DPO_IPO] = 1),
+         GIVES(17.696434, -0.613333344, -0.318334877, -0.462963015, 0.766666651, 0.389075965,
+               0.231481507)),
+    CASE("dpo_golden", "sft", "TRL, golden_dpo_sft", dpo_case, TRL_PAIRS, BETA(0.1, [DPO_SFT] = 1),
+         GIVES(2.67105269, -0.0526315793, -0.0526315793, -0.0526315793, 0, 0, 0)),
+    CASE("dpo_golden", "sigmoid sft", "TRL, golden_dpo_sigmoid_sft", dpo_case, TRL_PAIRS,
+         BETA(0.1, [DPO_SIGMOID] = 1, [DPO_SFT] = 0.5),
+         GIVES(1.88113403, -0.0415278338, -0.0450550057, -0.0323966406, 0.0152120441, 0.018739216,
+               0.00608085049)),
+};
+
+static void expect_loss(const struct LossCase *c) {
+    const double h = 1.0 / 1024; /* a float can hold x + h */
+    double tolerance = c->tolerance ? c->tolerance : 1e-12;
+    double dx[COUNT(c->x)], unused[COUNT(c->x)], x[COUNT(c->x)];
+    double loss = c->loss(c, c->x, dx);
+    const char *what = arena_printf(&test_arena, "%s (%s)", c->name, c->source);
+    if (!c->differences_alone) {
+        expect_close(what, loss, c->want, tolerance);
+        expect_doubles(what, dx, c->slope, c->n, tolerance);
+    }
+    memcpy(x, c->x, sizeof x);
+    for (size_t k = 0; k < c->n; k++) {
+        double value[4];
+        for (int i = 0; i < 4; i++) {
+            x[k] = c->x[k] + SLOPE_STEPS[i] * h;
+            value[i] = c->loss(c, x, unused);
+        }
+        x[k] = c->x[k];
+        expect_close(arena_printf(&test_arena, "%s: central difference %zu", c->name, k), dx[k],
+                     slope_of(value, h), c->difference_tolerance ? c->difference_tolerance : 1e-8);
+    }
+}
+
+static bool is_test(const char *name);
+
+/* The rows of the test that runs. */
+static void test_losses(void) {
+    for (size_t i = 0; i < COUNT(LOSS_CASES); i++) {
+        expect_true(LOSS_CASES[i].test, is_test(LOSS_CASES[i].test));
+        if (strcmp(LOSS_CASES[i].test, test_name) == 0)
+            expect_loss(&LOSS_CASES[i]);
+    }
+}
+
+/* =============================================================================================
+ * Chapter 4 - Policy gradient
+ *
+ * The parts of REINFORCE and PPO that are functions of numbers alone: whitening, baselines,
+ * penalties, advantages, the losses. TRL's numbers are those of three answers of 6, 4 and 3
+ * tokens.
+ * ============================================================================================= */
+
+static double golden_val(int i) {
+    return 0.5 * sin(0.2 + 0.9 * i);
+}
+
+/* TRL's three rows of 8 positions: responses of 6, 4 and 3 tokens that start at columns 2, 1, 3.
+ * golden.py prints all 24 numbers; here are the 13 of responses, side by side. */
+static const size_t GOLDEN_START[] = {0, 6, 10, 13}, GOLDEN_COLUMN[] = {2, 1, 3};
+
+/* The 13 entries of (3,8) that are response tokens, by a formula of the flat index. */
+static float *packed_formula(double (*value)(int)) {
+    float *x = arena_floats(&test_arena, 13);
+    for (size_t b = 0, r = 0; b < 3; b++)
+        for (size_t k = 0; k < GOLDEN_START[b + 1] - GOLDEN_START[b]; k++)
+            x[r++] = (float)value((int)(8 * b + GOLDEN_COLUMN[b] + k));
+    return x;
+}
+
+/* Masked mean, variance, whitening against TRL's. */
+static void test_ppo_whiten_golden(void) {
+    static const double mean = -0.105236657;
+    static const double variance = 0.12100514;
+    static const double whitened[] = {1.60952294,   0.646417081, -0.576937497, -1.13473034,
+                                      -0.604835033, 0.611734331, 1.59928083,   0.622902572,
+                                      -0.595929027, -1.13482654, -1.13451648,  -0.566839874,
+                                      0.658756673};
+    static const double mean_kept[] = {1.50428629,   0.541180432, -0.682174146, -1.23996699,
+                                       -0.710071683, 0.506497681, 1.49404418,   0.517665923,
+                                       -0.701165676, -1.24006319, -1.23975313,  -0.672076523,
+                                       0.553520024};
+    float *x = packed_formula(golden_val);
+    float scores[] = {1.5f, -0.75f, 0.25f};
+    expect_close("mean", mean_of(x, 13), mean, 1e-7);
+    expect_close("variance", unbiased_variance(x, 13), variance, 1e-7);
+    double zero = whiten(x, 13, true);
+    expect_floats("whitened", x, whitened, 13, 2e-6);
+    expect_close("a zero there", zero, -mean / sqrt(variance), 1e-5);
+    x = packed_formula(golden_val);
+    whiten(x, 13, false);
+    expect_floats("mean kept", x, mean_kept, 13, 2e-6);
+    whiten(scores, 3, true);
+    expect_floats("three scores", scores, (double[]){1.03490973, -0.960987687, -0.0739221349}, 3,
+                  1e-6);
+    float one[] = {5};
+    whiten(one, 1, true);
+    expect_close("one number", one[0], 0, 0);
+}
+
+/* By hand: three answers to one prompt, then two to another. */
+static void test_reinforce_advantages(void) {
+    float rewards[] = {1, 2, 6, 0, 4, 5};
+    float a[6];
+    reinforce_advantages(BASELINE_NONE, rewards, 6, 3, 9, a);
+    expect_floats("none", a, (double[]){1, 2, 6, 0, 4, 5}, 6, 0);
+    reinforce_advantages(BASELINE_MEAN, rewards, 6, 3, 1.5, a);
+    expect_floats("running mean 1.5", a, (double[]){-0.5, 0.5, 4.5, -1.5, 2.5, 3.5}, 6, 0);
+    reinforce_advantages(BASELINE_RLOO, rewards, 6, 3, 9, a);
+    expect_floats("leave one out", a, (double[]){-3, -1.5, 4.5, -4.5, 1.5, 3}, 6, 1e-6);
+    expect_close("R: score less beta KL", reinforce_reward(1, 0.1, -8, -10), 0.8, 1e-12);
+}
+
+/* How noisy a gradient is, by hand. */
+static void test_reinforce_advantages_variance(void) {
+    float s[] = {1, 1, 2, 0};
+    float wide[] = {1, 3};
+    expect_close("variance by hand", gradient_variance(wide, s, 2, 1), 1, 1e-9);
+    expect_close("two weights: (1,1), (6,0): (2.5^2 + 0.5^2) * 2 / 2",
+                 gradient_variance(wide, s, 2, 2), 6.5, 1e-6);
+    expect_close("a baseline that fits leaves none", gradient_variance((float[]){0, 0}, s, 2, 2), 0,
+                 0);
+}
+
+static double golden_old(int i) {
+    return -1.6 + 1.2 * sin(0.4 + 1.3 * i);
+}
+static double golden_ref(int i) {
+    return -1.7 + 1.1 * sin(0.6 + 1.25 * i);
+}
+
+static struct PPOBatch golden_batch(void) {
+    struct PPOBatch p = {
+        .B = 3,
+        .R = 13,
+        .start = arena_alloc(&test_arena, 4, sizeof(size_t)),
+        .padding = arena_alloc(&test_arena, 3, sizeof(size_t)),
+    };
+    memcpy(p.start, GOLDEN_START, sizeof GOLDEN_START);
+    memcpy(p.padding, (size_t[]){0, 3, 2}, 3 * sizeof(size_t));
+    p.logprobs = packed_formula(golden_old);
+    p.ref_logprobs = packed_formula(golden_ref);
+    p.values = packed_formula(golden_val);
+    p.rewards =
+        narrow((double[]){-0.0447210558, -0.00583171844, -0.00737466803, -0.0406970643,
+                          -0.0323995724, 1.51447213, -0.0565480255, -0.085784696, -0.00794322509,
+                          -0.677197397, -0.167293116, -0.14993149, 0.317258418},
+               13);
+    p.kl = random_floats(13, 1);
+    p.non_score_rewards = random_floats(13, 1);
+    p.advantages = random_floats(13, 1);
+    p.returns = random_floats(13, 1);
+    return p;
+}
+
+/* Penalties of every kind -> rewards, against TRL's compute_rewards. */
+static void test_ppo_penalties_golden(void) {
+    static const struct {
+        const char *kind;
+        double want[13];
+    } kinds[] = {
+        {"kl",
+         {-0.0447210558, -0.00583171844, -0.00737466803, -0.0406970643, -0.0323995724, 1.51447213,
+          -0.0565480255, -0.085784696, -0.00794322509, -0.677197397, -0.167293116, -0.14993149,
+          0.317258418}},
+        {"abs",
+         {-0.0447210558, -0.00583171844, -0.00737466803, -0.0406970643, -0.0323995724, 1.48552787,
+          -0.0565480255, -0.085784696, -0.00794322509, -0.822802603, -0.167293116, -0.14993149,
+          0.182741582}},
+        {"mse",
+         {-0.0049999319, -8.50223514e-05, -0.000135964336, -0.0041406271, -0.00262433058,
+          1.49947643, -0.00799419731, -0.0183975361, -0.000157737057, -0.76325053, -0.0699674711,
+          -0.0561986268, 0.238690764}},
+        {"full",
+         {-0.0918063447, -0.140480131, -0.440289229, -0.312611669, -0.51923573, 0.962782681,
+          -0.512489557, -0.408486336, -0.2191315, -1.06922829, -0.21849966, -0.40566054,
+          -0.262236834}},
+    };
+    struct PPOBatch p = golden_batch();
+    for (size_t k = 0; k < 4; k++)
+        for (size_t b = 0; b < 3; b++)
+            for (size_t t = GOLDEN_START[b]; t < GOLDEN_START[b + 1]; t++) {
+                size_t column = 8 * b + GOLDEN_COLUMN[b] + t - GOLDEN_START[b];
+                float logits[7], ref[7], scratch[7];
+                for (size_t v = 0; v < 7; v++) {
+                    logits[v] = (float)(2 * sin(0.1 + 0.77 * (double)(7 * column + v)));
+                    ref[v] = (float)(2 * sin(0.3 + 0.71 * (double)(7 * column + v)));
+                }
+                float full = (float)kl_exact(logits, log_sum_exp(logits, 7, scratch), ref,
+                                             log_sum_exp(ref, 7, scratch), 7);
+                double reward =
+                    -0.2 * kl_penalty_token(kinds[k].kind, p.logprobs[t], p.ref_logprobs[t], full)
+                    + (t + 1 == GOLDEN_START[b + 1] ? (double[]){1.5, -0.75, 0.25}[b] : 0);
+                expect_close(kinds[k].kind, reward, kinds[k].want[t], 2e-6);
+            }
+}
+
+/* The controller's beta against TRL's, alone and one after another; off, it stays. */
+static void test_ppo_kl_controller(void) {
+    static const struct {
+        double kl, from_0_2, in_sequence;
+    } golden[] = {{0, 0.199488, 0.199488},
+                  {6, 0.2, 0.199488},
+                  {7, 0.200426667, 0.199913574},
+                  {30, 0.200512, 0.200425353}};
+    struct PPOConfig config = ppo_config();
+    double beta = 0.2;
+    for (size_t i = 0; i < COUNT(golden); i++) {
+        beta = kl_controller_update(&config, beta, golden[i].kl, 128);
+        expect_close("in sequence", beta, golden[i].in_sequence, 1e-9);
+        expect_close("from 0.2", kl_controller_update(&config, 0.2, golden[i].kl, 128),
+                     golden[i].from_0_2, 1e-9);
+    }
+    config.adap_kl_ctrl = false;
+    expect_close("off", kl_controller_update(&config, 0.2, 30, 128), 0.2, 0);
+}
+
+/* Chapter 4's answer from its advantages to the slopes that go back into the model: the table that
+ * opens the chapter. */
+static void test_ppo_example(void) {
+    float advantages[] = {0.3187f, 0.546f, 0.68f};
+    whiten(advantages, 3, true);
+    expect_floats("whitened", advantages, (double[]){-1.0742, 0.1703, 0.9039}, 3, 5e-5);
+
+    struct PPOConfig config = ppo_config();
+    struct TokenLoss policy[3];
+    struct ValueLoss value[3];
+    float dlogprobs[3];
+    float dvalues[3];
+    struct PPOTokens tokens = {
+        .R = 3,
+        .old_logprobs = (float[]){-1.2f, -0.5f, -0.1f},
+        .logprobs = (float[]){-1.1f, -0.3f, -0.15f},
+        .advantages = advantages,
+        .old_values = (float[]){0.5f, 0.4f, 0.3f},
+        .values = (float[]){0.5f, 0.4f, 0.3f},
+        .returns = (float[]){0.8187f, 0.946f, 0.98f},
+        .policy = policy,
+        .value = value,
+        .dlogprobs = dlogprobs,
+        .dvalues = dvalues,
+    };
+    struct PPOLoss loss = ppo_loss(&config, &tokens);
+    for (size_t t = 0; t < 3; t++) {
+        expect_close("ratio", policy[t].ratio, (double[]){1.1052, 1.2214, 0.9512}[t], 5e-5);
+        expect_close("loss", policy[t].loss, (double[]){1.1872, -0.2043, -0.8598}[t], 5e-5);
+    }
+    expect_floats("slopes", dlogprobs, (double[]){0.3957, 0, -0.2866}, 3, 5e-5);
+    expect_close("mean loss", loss.policy, (1.1872 - 0.2043 - 0.8598) / 3, 5e-5);
+    expect_true("the second token is clipped", policy[1].is_clipped && !policy[0].is_clipped);
+}
+
+/* 1, 2, 6, then 7: the comment's example; the count begins above 0, as TRL's. */
+static void test_running_moments(void) {
+    struct RunningMoments m = {0, 1, 1, 1e-24};
+    running_moments_update(&m, (float[]){1, 2, 6}, 3);
+    expect_close("mean of three", m.mean, 3, 1e-9);
+    expect_close("variance of three", m.var, 14.0 / 3, 1e-9);
+    running_moments_update(&m, (float[]){7}, 1);
+    expect_close("mean of four", m.mean, 4, 1e-9);
+    expect_close("variance of four", m.var, 6.5, 1e-9);
+    expect_close("without bias", m.std, sqrt(26.0 / 3), 1e-9);
+}
+
+/* kl_reward's and gae_step's cases by hand, and the answer of chapter 4's essay. */
+static void test_gae_hand(void) {
+    static const float logprob[] = {-1.2f, -0.5f, -0.1f};
+    static const float ref_logprob[] = {-1.7f, -0.5f, -0.2f};
+    static const float values[] = {0.5f, 0.4f, 0.3f};
+    struct PPOConfig config = ppo_config();
+    float rewards[3];
+    float advantages[3];
+    float returns[3];
+    for (size_t t = 0; t < 3; t++) {
+        float kl = kl_penalty_token("kl", logprob[t], ref_logprob[t], 0);
+        rewards[t] = kl_reward(0.2, kl) + (t == 2 ? 1 : 0);
+    }
+    gae(&config, 3, rewards, values, 0, advantages, returns);
+    expect_floats("rewards", rewards, (double[]){-0.1, 0, 0.98}, 3, 1e-6);
+    expect_floats("advantages", advantages, (double[]){0.3187, 0.546, 0.68}, 3, 1e-6);
+    expect_floats("returns", returns, (double[]){0.8187, 0.946, 0.98}, 3, 1e-6);
+    expect_close("a negative divergence earns", kl_reward(0.2, -0.3f), 0.06, 1e-7);
+    expect_close("abs", kl_penalty_token("abs", -1.7f, -1.2f, 0), 0.5, 1e-6);
+    expect_close("mse", kl_penalty_token("mse", -1.2f, -1.7f, 0), 0.125, 1e-6);
+
+    /* lambda 0: the surprise alone; lambda 1 with gamma 1: all later rewards less the value */
+    expect_close("lambda 0", gae_step(0.1, 0.5, 0.7, 9, 1, 0), 0.3, 1e-12);
+    config.lam = 1;
+    gae(&config, 3, rewards, values, 0, advantages, returns);
+    expect_floats("lambda 1: returns", returns, (double[]){0.88, 0.98, 0.98}, 3, 1e-6);
+}
+
+static double golden_new(int i) {
+    return golden_old(i) + 0.35 * sin(1 + 2.1 * i);
+}
+static double golden_newval(int i) {
+    return golden_val(i) + 0.3 * cos(0.5 + 1.7 * i);
+}
+
+/* Beside losses and slopes, which the table has: what was clipped, ratio and error, by hand. */
+static void test_ppo_token_loss_clipped(void) {
+    struct TokenLoss up = ppo_token_loss(0, log(1.5), 2, 0.2);
+    struct TokenLoss down = ppo_token_loss(0, log(1.5), -2, 0.2);
+    expect_true("a good token is clipped, a bad one is not", up.is_clipped && !down.is_clipped);
+    expect_close("ratio", up.ratio, 1.5, 1e-12);
+}
+
+static void test_ppo_value_loss_clipped(void) {
+    struct ValueLoss cut = ppo_value_loss(0.5, 0.9, 1, 0.2);
+    expect_true("clipped", cut.is_clipped && !ppo_value_loss(0.5, 0.6, 1, 0.2).is_clipped);
+    expect_close("squared error", cut.squared_error, 0.01, 1e-12);
+}
+
+/* ppo_loss on R tokens of a batch, whose policy now says logprobs and values. */
+static struct PPOTokens tokens_of(const struct PPOBatch *p, size_t R, const float *logprobs,
+                                  const float *values) {
+    return (struct PPOTokens){
+        .R = R,
+        .old_logprobs = p->logprobs,
+        .old_values = p->values,
+        .advantages = p->advantages,
+        .returns = p->returns,
+        .logprobs = logprobs,
+        .values = values,
+        .policy = arena_alloc(&test_arena, R, sizeof(struct TokenLoss)),
+        .value = arena_alloc(&test_arena, R, sizeof(struct ValueLoss)),
+        .dlogprobs = arena_floats(&test_arena, R),
+        .dvalues = arena_floats(&test_arena, R),
+    };
+}
+
+struct PPOCase {
+    struct PPOConfig config;
+    struct PPOTokens tokens;
+};
+
+static double ppo_case_loss(void *context) {
+    struct PPOCase *c = context;
+    return ppo_loss(&c->config, &c->tokens).total;
+}
+
+/* Central differences, tokens inside and outside the clips. */
+static void test_ppo_loss_gradient(void) {
+    struct PPOBatch p = golden_batch();
+    float *logprobs = packed_formula(golden_new);
+    float *values = packed_formula(golden_newval);
+    struct PPOCase c = {ppo_config(), tokens_of(&p, 13, logprobs, values)};
+    float dlogprobs[13];
+    float dvalues[13];
+    ppo_case_loss(&c);
+    memcpy(dlogprobs, c.tokens.dlogprobs, sizeof dlogprobs);
+    memcpy(dvalues, c.tokens.dvalues, sizeof dvalues);
+    struct Slope f = {ppo_case_loss, &c, 1e-3};
+    expect_gradient("log-probability", f, logprobs, dlogprobs, 13, 13, 1e-4);
+    expect_gradient("value", f, values, dvalues, 13, 13, 1e-4);
+}
+
+/* =============================================================================================
+ * Chapter 5 - DPO
+ *
+ * The best policy in closed form by hand; DPO's loss and its variants by hand and against TRL.
+ * ============================================================================================= */
+
+/* By hand; rewards that e^x could not hold. */
+static void test_exact_optimum(void) {
+    double half[] = {log(0.5), log(0.5)};
+    double r[] = {0, 0.7 * log(3)};
+    double optimum[2], wide[5];
+    double far[] = {0, 900, -900, 3, 1};
+    double uneven[5];
+    expect_close("log Z = log 2", exact_optimum(half, r, 2, 0.7, optimum), log(2), 1e-12);
+    expect_close("pi* of the first", exp(optimum[0]), 0.25, 1e-12);
+    expect_close("and of the second", exp(optimum[1]), 0.75, 1e-12);
+    for (int i = 0; i < 5; i++)
+        uneven[i] = log((i + 1) / 15.0);
+    expect_close("rewards that e^ cannot hold", exact_optimum(uneven, far, 5, 0.5, wide),
+                 1800 + log(2 / 15.0), 1e-9);
+}
+
+/* For any policy J + beta KL(pi || pi*) is beta log Z, and zero KL for pi* alone. */
+static void test_exact_optimum_objective(void) {
+    double uneven[5], other[5], wide[5];
+    for (int i = 0; i < 5; i++) {
+        uneven[i] = log((i + 1) / 15.0);
+        other[i] = log((5 - i) / 15.0);
+    }
+    struct ExactWorld w = {
+        .n = 5,
+        .r = (double[]){0.3, -1, 2, 0.5, 0},
+        .beta = 0.4,
+        .logps = {uneven, wide},
+    };
+    w.log_Z = exact_optimum(uneven, w.r, 5, 0.4, wide);
+    double *policies[] = {uneven, other, wide};
+    double sum = 0;
+    for (int k = 0; k < 3; k++) {
+        struct ExactFigures f = exact_figures(&w, policies[k]);
+        expect_close("J + beta KL(pi || pi*) = beta log Z", f.objective + 0.4 * f.kl_to_optimum,
+                     0.4 * w.log_Z, 1e-12);
+        expect_true("zero for pi* alone", (f.kl_to_optimum > 1e-3) == (k < 2));
+    }
+    for (int i = 0; i < 5; i++)
+        sum += exp(wide[i]);
+    expect_close("a distribution", sum, 1, 1e-12);
+}
+
+/* Chapter 5's pair: the reward that the policy implies, and the sums for the metrics. */
+static void test_dpo_hand_sums(void) {
+    struct DPOSide chosen = {.logp = -8, .ref_logp = -10, .length = 4};
+    struct DPOSide rejected = {.logp = -13, .ref_logp = -12, .length = 2};
+    struct DPOSums sums = dpo_sums(0.1, 1, &chosen, &rejected);
+    expect_close("implied reward", implied_reward(0.1, -8, -10), 0.2, 1e-12);
+    expect_doubles("dpo_sums",
+                   (double[]){sums.rewards_chosen, sums.rewards_rejected, sums.right,
+                              sums.logps_chosen, sums.logps_rejected},
+                   (double[]){0.2, -0.1, 1, -8, -13}, 5, 1e-12);
+}
+
+/* =============================================================================================
+ * Chapter 6 - Choosing a token
+ *
+ * Each processor of logits by hand, their order against transformers, and that tokens are drawn
+ * as often as their probabilities say.
+ * ============================================================================================= */
+
+static int compare_down(const void *a, const void *b) {
+    return (*(const float *)a < *(const float *)b) - (*(const float *)a > *(const float *)b);
+}
+
+/* The k-th largest against sorting, among equals and infinities too. */
+static void test_kth_largest(void) {
+    for (size_t n = 1; n < 60; n++)
+        for (size_t k = 1; k <= n; k++) {
+            float x[60], sorted[60];
+            for (size_t i = 0; i < n; i++)
+                x[i] = sorted[i] = n % 3 == 0                ? (float)rng_below(&test_rng, 4)
+                                   : rng_below(&test_rng, 9) ? (float)rng_normal(&test_rng)
+                                                             : -INFINITY;
+            qsort(sorted, n, sizeof *sorted, compare_down);
+            expect_true("k-th largest", kth_largest(x, n, k) == sorted[k - 1]);
+        }
+}
+
+/* A repetition penalty counts once for each id. */
+static void test_generate_processors(void) {
+    float penalised[] = {3, -3, 1, 0};
+    process_repetition_penalty(penalised, 4, (int[]){0, 1, 0, 0, 3}, 5, 2);
+    expect_floats("penalty 2, once an id", penalised, (double[]){1.5, -6, 1, 0}, 4, 0);
+}
+
+/* No n-gram twice. */
+static void test_generate_processors_ngram(void) {
+    float ngram[] = {1, 2, 3, 4};
+    process_no_repeat_ngram(ngram, (int[]){0, 1, 2, 0, 1, 3, 0, 1}, 8, 3);
+    expect_true("0 1 was followed by 2 and 3",
+                ngram[0] == 1 && ngram[1] == 2 && ngram[2] == -INFINITY && ngram[3] == -INFINITY);
+    float single[] = {1, 2, 3, 4};
+    process_no_repeat_ngram(single, (int[]){1, 3}, 2, 1);
+    expect_true("1-grams: what was seen", single[0] == 1 && single[1] == -INFINITY && single[2] == 3
+                                              && single[3] == -INFINITY);
+    process_no_repeat_ngram(single, (int[]){0}, 1, 3);
+    expect_true("shorter than an n-gram", single[0] == 1);
+}
+
+/* The k most probable, ties kept. */
+static void test_generate_processors_top_k(void) {
+    float tied[] = {1, 5, 3, 3, 2};
+    process_top_k(tied, 5, 2);
+    expect_true("top 2, a tie kept", tied[0] == -INFINITY && tied[1] == 5 && tied[2] == 3
+                                         && tied[3] == 3 && tied[4] == -INFINITY);
+    process_top_k(tied, 5, 9);
+    expect_true("k above V", tied[2] == 3);
+}
+
+/* The most probable tokens that together have p. */
+static void test_generate_processors_top_p(void) {
+    float nucleus[] = {logf(0.2f), logf(0.5f), logf(0.3f)};
+    float certain[] = {0, 30, -INFINITY};
+    process_top_p(nucleus, 3, 0.7, 1);
+    expect_true("0.5, 0.3, 0.2 with p 0.7",
+                nucleus[0] == -INFINITY && nucleus[1] > -1 && nucleus[2] > -2);
+    process_top_p(nucleus, 3, 0.3, 1);
+    expect_true("the token that crosses p is kept", nucleus[1] > -1 && nucleus[2] == -INFINITY);
+    float reached[] = {logf(0.5f), logf(0.3f), logf(0.2f)};
+    process_top_p(reached, 3, 0.6, 1);
+    expect_true("0.6: two, which hold 0.8", reached[1] > -2 && reached[2] == -INFINITY);
+    float one[] = {logf(0.5f), logf(0.3f), logf(0.2f)};
+    process_top_p(one, 3, 0.45, 1);
+    expect_true("0.45: the first, which holds 0.5", one[0] > -1 && one[1] == -INFINITY);
+    process_top_p(certain, 3, 1e-9, 1);
+    expect_true("the likeliest always stays", certain[1] == 30 && certain[0] == -INFINITY);
+}
+
+/* min_new_tokens, then temperature, which greedy decoding ignores. */
+static void test_generate_processors_order(void) {
+    struct GenerationConfig config = sampling(2, 0, 1);
+    config.min_new_tokens = 3;
+    float logits[] = {1, 2, 4};
+    process_logits(logits, 3, &config, NULL, 0, 2, 2);
+    expect_true("no end before three tokens, then temperature",
+                logits[0] == 0.5f && logits[1] == 1 && logits[2] == -INFINITY);
+    config.do_sample = false;
+    float greedy[] = {1, 2, 4};
+    process_logits(greedy, 3, &config, NULL, 0, 3, 2);
+    expect_true("greedy ignores temperature", greedy[0] == 1 && greedy[2] == 4);
+}
+
+/* What transformers keeps, and with what probabilities, by temperature .7, top_k 10, top_p .8
+ * and a repetition penalty. */
+static void test_generate_filters_golden(void) {
+    static const struct {
+        double repetition_penalty;
+        size_t kept;
+        struct {
+            size_t id;
+            double p;
+        } token[7];
+    } cases[] = {
+        {1,
+         6,
+         {{52, 0.265662611},
+          {38, 0.235709459},
+          {20, 0.176489025},
+          {31, 0.133381784},
+          {15, 0.113244243},
+          {4, 0.0755128339}}},
+        {1.5,
+         7,
+         {{52, 0.286715627},
+          {20, 0.190475285},
+          {31, 0.143951923},
+          {15, 0.122218527},
+          {38, 0.0970358998},
+          {4, 0.081497021},
+          {33, 0.078105703}}},
+    };
+    struct GPT2 *model = golden_model();
+    struct Example prompt = {golden_examples()[0].ids, 4, 4};
+    struct Batch batch = batch_of(&prompt, 1, READ_LAST);
+    for (size_t k = 0; k < COUNT(cases); k++) {
+        struct GenerationConfig config = sampling(0.7, 10, 0.8);
+        config.repetition_penalty = cases[k].repetition_penalty;
+        float *p = batch_logits(model, &batch) + 3 * 61;
+        size_t kept = 0;
+        process_logits(p, 61, &config, prompt.ids, 4, 0, 60);
+        softmax(p, 61);
+        for (size_t v = 0; v < 61; v++)
+            kept += p[v] > 0;
+        expect_count("kept", kept, cases[k].kept);
+        for (size_t i = 0; i < cases[k].kept; i++)
+            expect_close("probability", p[cases[k].token[i].id], cases[k].token[i].p, 2e-6);
+    }
+}
+
+/* Tokens come as often as their probabilities say; a banned one never. */
+static void test_generate_distribution(void) {
+    enum { N = 30000 };
+    static const double p[] = {0.05, 0.4, 0, 0.25, 0.3};
+    size_t count[5] = {0};
+    for (size_t i = 0; i < N; i++) {
+        float logits[5];
+        for (size_t v = 0; v < 5; v++)
+            logits[v] = p[v] > 0 ? (float)log(p[v]) + 7 : -INFINITY;
+        count[sample_token(logits, 5, &test_rng)]++;
+    }
+    for (size_t v = 0; v < 5; v++)
+        expect_close("share", (double)count[v] / N, p[v], 0.011 * (p[v] > 0));
+}
+
+/* =============================================================================================
+ * Part II - The model
+ * ============================================================================================= */
+
+/* =============================================================================================
+ * Chapter 7 - Byte-pair encoding
+ *
+ * Where words end and how they merge: by hand, against GPT-2's own tokenizer, and against the
+ * definition written plainly. Whatever the bytes, decoding gives them back.
+ * ============================================================================================= */
+
+/* Where words end, by hand (the first is the comment's own). '|' stands between words. */
+static void test_tokenizer_words(void) {
+    static const char *const cases[] = {
+        "I|'m| | 42|!",
+        "it|'s|n|'t|'ll",
+        "'re|'ve|'d|'|Sx",
+        "a| '|s",
+        "  | x",
+        "x| \n| y",
+        "\n\n",
+        "x|\n\n",
+        "x|\n|\n|y",
+        "a|\t|b",
+        "12|ab|34",
+        "a|.,!| ..|b",
+        " ",
+        "a|  ",
+        "\xc3\xa9t\xc3\xa9| \xe4\xbd\xa0|!",
+    };
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        char text[64];
+        char got[128] = "";
+        size_t n = 0;
+        size_t used = 0;
+        for (const char *c = cases[i]; *c; c++)
+            if (*c != '|')
+                text[n++] = *c;
+        for (size_t at = 0, end; at < n; at = end) {
+            end = tokenizer_word_end(tokenizer, (unsigned char *)text, at, n);
+            used +=
+                (size_t)sprintf(got + used, "%s%.*s", at ? "|" : "", (int)(end - at), text + at);
+        }
+        expect_text("words", text_of(got), cases[i]);
+    }
+}
 
 static int *encode(struct Text text, size_t V, size_t *n) {
     int *ids = arena_alloc(&test_arena, text.length + 1, sizeof *ids);
@@ -1205,40 +1725,6 @@ static void expect_round_trip(const char *what, struct Text text, size_t V) {
             expect_true("every id below the end token", false);
             break;
         }
-}
-
-/* Where words end, by hand (the first is the comment's own). '|' stands between words. */
-static void test_tokenizer_words(void) {
-    static const char *const cases[] = {"I|'m| | 42|!",
-                                        "it|'s|n|'t|'ll",
-                                        "'re|'ve|'d|'|Sx",
-                                        "a| '|s",
-                                        "  | x",
-                                        "x| \n| y",
-                                        "\n\n",
-                                        "x|\n\n",
-                                        "x|\n|\n|y",
-                                        "a|\t|b",
-                                        "12|ab|34",
-                                        "a|.,!| ..|b",
-                                        " ",
-                                        "a|  ",
-                                        "\xc3\xa9t\xc3\xa9| \xe4\xbd\xa0|!"};
-    for (size_t i = 0; i < COUNT(cases); i++) {
-        char text[64];
-        char got[128] = "";
-        size_t n = 0;
-        size_t used = 0;
-        for (const char *c = cases[i]; *c; c++)
-            if (*c != '|')
-                text[n++] = *c;
-        for (size_t at = 0, end; at < n; at = end) {
-            end = tokenizer_word_end(tokenizer, (unsigned char *)text, at, n);
-            used +=
-                (size_t)sprintf(got + used, "%s%.*s", at ? "|" : "", (int)(end - at), text + at);
-        }
-        expect_text("words", text_of(got), cases[i]);
-    }
 }
 
 struct TextCase {
@@ -1343,20 +1829,22 @@ static void test_tokenizer_cases(void) {
 
 /* Invalid UTF-8 of every kind, and random bytes, come back byte for byte. */
 static void test_tokenizer_bytes(void) {
-    static const char *const bad[] = {"\x80",
-                                      "\xff\xfe",
-                                      "\xc0\xaf",
-                                      "\xc1\xbf",
-                                      "\xe0\x80\xaf",
-                                      "\xe2\x82",
-                                      "\xf0\x9f\x98",
-                                      "\xed\xa0\x80",
-                                      "\xf4\x90\x80\x80",
-                                      "\xf8\x88\x80\x80\x80",
-                                      "a\xe2\x28\xa1z",
-                                      "\xc3",
-                                      "x \xbf\xbf y",
-                                      "\xf0\x80\x80\x80"};
+    static const char *const bad[] = {
+        "\x80",
+        "\xff\xfe",
+        "\xc0\xaf",
+        "\xc1\xbf",
+        "\xe0\x80\xaf",
+        "\xe2\x82",
+        "\xf0\x9f\x98",
+        "\xed\xa0\x80",
+        "\xf4\x90\x80\x80",
+        "\xf8\x88\x80\x80\x80",
+        "a\xe2\x28\xa1z",
+        "\xc3",
+        "x \xbf\xbf y",
+        "\xf0\x80\x80\x80",
+    };
     for (size_t i = 0; i < COUNT(bad); i++)
         expect_round_trip("invalid UTF-8", text_of(bad[i]), 50257);
     for (size_t round = 0; round < 60; round++) {
@@ -1366,6 +1854,10 @@ static void test_tokenizer_bytes(void) {
             bytes[i] = (char)(round % 2 ? rng_next(&test_rng) : 0x60 + rng_below(&test_rng, 0xa0));
         expect_round_trip("random bytes", (struct Text){bytes, n}, round % 3 ? 50257 : 700);
     }
+}
+
+/* A character's class and length; bytes that are no UTF-8 are one each, of no class. */
+static void test_tokenizer_bytes_classes(void) {
     uint32_t code;
     size_t length = utf8_read((const unsigned char *)"\xc3\xa9", 2, &code);
     expect_count("two bytes", length, 2);
@@ -1374,27 +1866,41 @@ static void test_tokenizer_bytes(void) {
         const char *text;
         size_t length;
         enum CharClass class;
-    } chars[] = {{"a", 1, CLASS_LETTER},
-                 {"7", 1, CLASS_NUMBER},
-                 {" ", 1, CLASS_SPACE},
-                 {"!", 1, CLASS_OTHER},
-                 {"\xc3\xa9", 2, CLASS_LETTER},
-                 {"\xc2\xa0", 2, CLASS_SPACE},
-                 {"\xe4\xbd\xa0", 3, CLASS_LETTER},
-                 {"\xe2\x85\xa7", 3, CLASS_NUMBER},
-                 {"\xf0\x9f\x98\x80", 4, CLASS_OTHER},
-                 {"\xf0\x90\x8d\x88", 4, CLASS_LETTER},
-                 {"\xc0\xa0", 1, CLASS_OTHER},
-                 {"\xe0\x81\xa1", 1, CLASS_OTHER},
-                 {"\xed\xa0\x80", 1, CLASS_OTHER},
-                 {"\xf4\x90\x80\x80", 1, CLASS_OTHER},
-                 {"\xe4\xbd", 1, CLASS_OTHER}};
+    } chars[] = {
+        {"a", 1, CLASS_LETTER},
+        {"7", 1, CLASS_NUMBER},
+        {" ", 1, CLASS_SPACE},
+        {"!", 1, CLASS_OTHER},
+        {"\xc3\xa9", 2, CLASS_LETTER},
+        {"\xc2\xa0", 2, CLASS_SPACE},
+        {"\xe4\xbd\xa0", 3, CLASS_LETTER},
+        {"\xe2\x85\xa7", 3, CLASS_NUMBER},
+        {"\xf0\x9f\x98\x80", 4, CLASS_OTHER},
+        {"\xf0\x90\x8d\x88", 4, CLASS_LETTER},
+        {"\xc0\xa0", 1, CLASS_OTHER},
+        {"\xe0\x81\xa1", 1, CLASS_OTHER},
+        {"\xed\xa0\x80", 1, CLASS_OTHER},
+        {"\xf4\x90\x80\x80", 1, CLASS_OTHER},
+        {"\xe4\xbd", 1, CLASS_OTHER},
+    };
     for (size_t i = 0; i < COUNT(chars); i++) {
         enum CharClass class = char_class_at(tokenizer, (const unsigned char *)chars[i].text, 0,
                                              strlen(chars[i].text), &length);
         expect_count("class", class, chars[i].class);
         expect_count("length", length, chars[i].length);
     }
+}
+
+/* The heap as its comments show it. */
+static void test_tokenizer_heap(void) {
+    uint64_t heap[3];
+    struct WordPieces word = {.heap = heap};
+    heap_push(&word, 7);
+    heap_push(&word, 4);
+    heap_push(&word, 9);
+    expect_true("4, 7, 9", heap[0] == 4 && heap[1] == 7 && heap[2] == 9);
+    expect_count("smallest", heap_pop(&word), 4);
+    expect_true("7, 9 are left", word.heap_size == 2 && heap[0] == 7 && heap[1] == 9);
 }
 
 /* Byte-pair encoding by its definition: again and again, the leftmost pair of the lowest id. */
@@ -1417,18 +1923,6 @@ static size_t encode_plainly(const char *word, size_t n, int limit, int *ids) {
         memmove(ids + at + 1, ids + at + 2, (n - at - 2) * sizeof *ids);
         n--;
     }
-}
-
-/* The heap as its comments show it. */
-static void test_tokenizer_heap(void) {
-    uint64_t heap[3];
-    struct WordPieces word = {.heap = heap};
-    heap_push(&word, 7);
-    heap_push(&word, 4);
-    heap_push(&word, 9);
-    expect_true("4, 7, 9", heap[0] == 4 && heap[1] == 7 && heap[2] == 9);
-    expect_count("smallest", heap_pop(&word), 4);
-    expect_true("7, 9 are left", word.heap_size == 2 && heap[0] == 7 && heap[1] == 9);
 }
 
 /* The heap of merges against the definition, on words that merge much. */
@@ -1481,311 +1975,26 @@ static void test_tokenizer_small(void) {
                  0);
 }
 
-/* vocab.json and merges.txt hold what GPT-2's hold: line 1 of the merges, a few entries; our own
- * files pass the check. */
-static void test_tokenizer_save(void) {
-    make_folder(temporary("vocabulary"));
-    tokenizer_save(tokenizer, temporary("vocabulary"), 1024);
-    struct Json *vocab = json_read_file(&test_arena, temporary("vocabulary/vocab.json"));
-    size_t count = 0;
-    for (struct Json *item = vocab->child; item; item = item->next)
-        count++;
-    expect_count("entries", count, 1024);
-    expect_close("\"!\"", json_get(vocab, "!")->number, 0, 0);
-    expect_close("\" the\"", json_get(vocab, "\xc4\xa0the")->number, 262, 0);
-    expect_close("the newline", json_get(vocab, "\xc4\x8a")->number, 198, 0);
-    expect_close("the end token", json_get(vocab, "<|endoftext|>")->number, 1023, 0);
-    struct Text merges = read_file(&test_arena, temporary("vocabulary/merges.txt"));
-    expect_true("first merges",
-                strncmp(merges.data, "#version: 0.2\n\xc4\xa0 t\n\xc4\xa0 a\nh e\n", 26) == 0);
-    size_t lines = 0;
-    for (size_t i = 0; i < merges.length; i++)
-        lines += merges.data[i] == '\n';
-    expect_count("merges", lines, 1 + 1023 - 256);
-    tokenizer_check_folder(tokenizer, temporary("vocabulary"), 1024);
-}
-
 /* =============================================================================================
- * Chapters 8, 23 - Data, batches
+ * Chapter 8 - Batches
+ *
+ * How texts become rows and targets, all by hand: prompts, ends, shared prompts, sampled
+ * lengths.
  * ============================================================================================= */
-
-static struct Dataset *dataset_of(const char *text, const unsigned *shapes, size_t count) {
-    return dataset_load(&test_arena, write_text("data.jsonl", text), shapes, count);
-}
-
-static void load_one_dataset(const void *path) {
-    dataset_load(&test_arena, path, TEXT_SHAPES, 1);
-}
-static void load_one_comparison(const void *path) {
-    dataset_load(&test_arena, path, REWARD_SHAPES, COUNT(REWARD_SHAPES));
-}
-static void load_one_label(const void *path) {
-    dataset_load(&test_arena, path, LABELLED_SHAPES, 1);
-}
-static void load_one_rollout(const void *path) {
-    dataset_load(&test_arena, path, ROLLOUT_SHAPES, 1);
-}
-
-/* Every shape of TRL's, with byte order mark, blank lines, CRLF, nulls and fields that nobody
- * knows. */
-static void test_data_shapes(void) {
-    struct Dataset *data = dataset_of("\xef\xbb\xbf{\"text\": \"a\", \"other\": [1, {\"text\": "
-                                      "2}]}\r\n\n  \n{\"text\": \"b\\u0000\"}",
-                                      TEXT_SHAPES, 1);
-    expect_count("rows", data->n, 2);
-    expect_text("text", data->rows[0].text, "a");
-    expect_count("bytes of text 2", data->rows[1].text.length, 2);
-    data = dataset_of("{\"prompt\": \"p\", \"completion\": \" c\", \"text\": \"t\"}\n", SFT_SHAPES,
-                      COUNT(SFT_SHAPES));
-    expect_count("prompt + completion before text", data->shape, SHAPE_PROMPT_COMPLETION);
-    expect_text("completion", data->rows[0].completion, " c");
-    data = dataset_of("{\"text\": \"t\", \"prompt\": null}\n", SFT_SHAPES, COUNT(SFT_SHAPES));
-    expect_count("null is not there", data->rows[0].has, HAS_TEXT);
-    expect_count("text", data->shape, SHAPE_TEXT);
-    data = dataset_of("{\"prompt\": \"p\", \"chosen\": \"c\", \"rejected\": \"r\", \"margin\": "
-                      "0.5}\n{\"chosen\": \"xc\", \"rejected\": \"xr\"}\n",
-                      REWARD_SHAPES, COUNT(REWARD_SHAPES));
-    expect_true("prompt given, prompt implied",
-                (data->rows[0].has & HAS_PROMPT) && !(data->rows[1].has & HAS_PROMPT));
-    expect_close("margin", data->rows[0].margin, 0.5, 0);
-    expect_close("no margin", data->rows[1].margin, 0, 0);
-    expect_text("rejected", data->rows[1].rejected, "xr");
-    static const unsigned labelled[] = {SHAPE_LABELLED};
-    data = dataset_of("{\"text\": \"a\", \"label\": true}\n{\"text\": \"b\", \"label\": 0}\n",
-                      labelled, 1);
-    expect_true("labels", data->rows[0].label == 1 && data->rows[1].label == 0);
-    data = dataset_of("{\"text\": \"a\", \"score\": -1.5}\n", REWARD_SHAPES, COUNT(REWARD_SHAPES));
-    expect_true("rated", data->shape == SHAPE_RATED && data->rows[0].score == -1.5);
-    data = dataset_of("{\"query_ids\": [1, 2, 3], \"response_ids\": [4, 50256], \"score\": 2}\n",
-                      ROLLOUT_SHAPES, 1);
-    expect_ids("query", data->rows[0].query_ids, data->rows[0].query_length, (int[]){1, 2, 3}, 3);
-    expect_ids("response", data->rows[0].response_ids, data->rows[0].response_length,
-               (int[]){4, 50256}, 2);
-}
-
-/* Fields that a shape does not use are not judged, whatever they hold; those that it uses are. */
-static void test_data_unused_fields(void) {
-    struct Dataset *data = dataset_of("{\"text\": \"a\", \"label\": -1, \"score\": \"5 stars\", "
-                                      "\"margin\": {}, \"prompt\": 3}\n"
-                                      "{\"text\": \"b\", \"label\": \"pos\", \"query_ids\": "
-                                      "\"none\", \"response_ids\": [-1]}\n",
-                                      SFT_SHAPES, COUNT(SFT_SHAPES));
-    expect_count("texts", data->n, 2);
-    expect_count("text alone", data->shape, SHAPE_TEXT);
-    data = dataset_of("{\"text\": \"a\", \"score\": 1.5, \"label\": \"pos\"}\n", REWARD_SHAPES,
-                      COUNT(REWARD_SHAPES));
-    expect_close("a rating beside a label in words", data->rows[0].score, 1.5, 0);
-    data = dataset_of("{\"text\": \"a\", \"score\": \"good\", \"label\": 1}\n", LABELLED_SHAPES, 1);
-    expect_close("a label beside a rating in words", data->rows[0].label, 1, 0);
-    const char *pair = "{\"chosen\": \"a\", \"rejected\": \"b\", \"margin\": \"wide\", \"score\": "
-                       "\"\"}\n";
-    data = dataset_of(pair, DPO_SHAPES, 1);
-    expect_count("dpo has no margins", data->n, 1);
-    expect_end("reward has", load_one_comparison, write_text("data.jsonl", pair), 1,
-               "data.jsonl:1: \"margin\" must be a number");
-    expect_end("a second row", load_one_label,
-               write_text("data.jsonl", "{\"text\": \"a\", \"label\": 1}\n{\"text\": \"a\", "
-                                        "\"label\": 7}\n"),
-               1, "data.jsonl:2: \"label\" must be 0 or 1");
-}
-
-/* Writes files, whose names semicolons divide, into a folder; each has one row, its name. */
-static const char *folder_of_splits(const char *names, size_t number) {
-    const char *root = temporary(arena_printf(&test_arena, "splits%zu", number));
-    make_folder(root);
-    for (const char *at = names; *at; at += strspn(at, ";")) {
-        size_t length = strcspn(at, ";");
-        const char *name = arena_printf(&test_arena, "splits%zu/%.*s", number, (int)length, at);
-        const char *row = arena_printf(&test_arena, "{\"text\": \"%.*s\"}\n", (int)length, at);
-        const char *path = temporary(name);
-        make_folder(arena_printf(&test_arena, "%.*s", (int)(strrchr(path, '/') - path), path));
-        write_text(name, row);
-        at += length;
-    }
-    return root;
-}
-
-/* The texts of a data set, with semicolons between them. */
-static const char *texts_of(const struct Dataset *data) {
-    const char *texts = "";
-    for (size_t i = 0; i < data->n; i++) {
-        texts = arena_printf(&test_arena, "%s%s%s", texts, i ? ";" : "", data->rows[i].text.data);
-    }
-    return texts;
-}
-
-/* Which files of a folder are trained on, and which are held out. The expected ones are the splits
- * train and validation (else test) of datasets.load_dataset 3.1.0 and 5.2.0, in the order of their
- * names; where it has no train split or reads a file twice, `ours` says so. */
-static void test_data_splits(void) {
-    static const struct {
-        const char *files, *train, *held_out;
-        bool ours;
-    } cases[] = {
-        {"train.jsonl;validation.jsonl", "train.jsonl", "validation.jsonl", false},
-        {"train.jsonl;valid.jsonl", "train.jsonl", "valid.jsonl", false},
-        {"train.jsonl;val.jsonl", "train.jsonl", "val.jsonl", false},
-        {"train.jsonl;dev.jsonl", "train.jsonl", "dev.jsonl", false},
-        {"train.jsonl;eval.jsonl", "train.jsonl", "eval.jsonl", false},
-        {"train.jsonl;evaluation.jsonl", "train.jsonl", "evaluation.jsonl", false},
-        {"train.jsonl;test.jsonl", "train.jsonl", "test.jsonl", false},
-        {"train.jsonl;testing.jsonl", "train.jsonl", "testing.jsonl", false},
-        {"train.jsonl;test.jsonl;val.jsonl", "train.jsonl", "val.jsonl", false},
-        {"training.jsonl;data_test.jsonl", "training.jsonl", "data_test.jsonl", false},
-        {"train-00000-of-00002.jsonl;train-00001-of-00002.jsonl;test-00000-of-00002.jsonl",
-         "train-00000-of-00002.jsonl;train-00001-of-00002.jsonl", "test-00000-of-00002.jsonl",
-         false},
-        {"train2.jsonl;val2.jsonl", "train2.jsonl", "val2.jsonl", false},
-        {"my train.jsonl;my val.jsonl", "my train.jsonl", "my val.jsonl", false},
-        {"2024train.jsonl;2024test.jsonl", "2024train.jsonl", "2024test.jsonl", false},
-        {"train.v1.jsonl;val.v1.jsonl", "train.v1.jsonl", "val.v1.jsonl", false},
-        {"train.jsonl;dev-test.jsonl", "train.jsonl", "dev-test.jsonl", false},
-        {"train.jsonl;extra.jsonl;test.jsonl", "train.jsonl", "test.jsonl", false},
-        {"a_train.jsonl;train.jsonl;training.jsonl;dev.jsonl",
-         "a_train.jsonl;train.jsonl;training.jsonl", "dev.jsonl", false},
-        {"train/a.jsonl;test/a.jsonl", "train/a.jsonl", "test/a.jsonl", false},
-        {"my-train-set/a.jsonl;dev_2/b.jsonl", "my-train-set/a.jsonl", "dev_2/b.jsonl", false},
-        {"sub/train.jsonl;sub/dev.jsonl", "sub/train.jsonl", "sub/dev.jsonl", false},
-        {"a/b/train/c/d.jsonl;a/b/test/c/d.jsonl", "a/b/train/c/d.jsonl", "a/b/test/c/d.jsonl",
-         false},
-        {"train/val.jsonl;val/train.jsonl", "train/val.jsonl", "val/train.jsonl", false},
-        {"train/a.jsonl;old_train.jsonl;dev/a.jsonl", "train/a.jsonl", "dev/a.jsonl", false},
-        {"train.jsonl/a.jsonl;b.jsonl;val/c.jsonl", "train.jsonl/a.jsonl", "val/c.jsonl", false},
-        {"data/train-00000-of-00001.jsonl;data/test-00000-of-00001.jsonl;train_old.jsonl",
-         "data/train-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl", false},
-        {"data/train-00000-of-00001-abc.jsonl;data/foo.jsonl;data/test-00000-of-00001-abc.jsonl",
-         "data/train-00000-of-00001-abc.jsonl", "data/test-00000-of-00001-abc.jsonl", false},
-        {"data/train-00000-of-00001.jsonl;train/a.jsonl;data/validation-00000-of-00001.jsonl",
-         "data/train-00000-of-00001.jsonl", "data/validation-00000-of-00001.jsonl", false},
-        {"__x__/train.jsonl;.y/train.jsonl;.train.jsonl;train.jsonl;test.jsonl", "train.jsonl",
-         "test.jsonl", false},
-        {"trainer.jsonl;tests.jsonl;testimonials.jsonl",
-         "testimonials.jsonl;tests.jsonl;trainer.jsonl", NULL, false},
-        {"pretrain.jsonl;posttest.jsonl", "posttest.jsonl;pretrain.jsonl", NULL, false},
-        {"train+x.jsonl;test+x.jsonl", "test+x.jsonl;train+x.jsonl", NULL, false},
-        {"a.jsonl;b.jsonl", "a.jsonl;b.jsonl", NULL, false},
-        {"sub/a.jsonl;b.jsonl", "b.jsonl;sub/a.jsonl", NULL, false},
-        {"a.jsonl;test.jsonl", "a.jsonl", "test.jsonl", true},
-        {"train/a.jsonl;validation.jsonl", "train/a.jsonl", "validation.jsonl", true},
-        {"train_test.jsonl;b.jsonl;test.jsonl", "train_test.jsonl", "test.jsonl", true},
-        {"train_train.jsonl;dev.jsonl", "train_train.jsonl", "dev.jsonl", true},
-        {"Train.jsonl;Validation.jsonl", "Train.jsonl", "Validation.jsonl", true},
-        {"data/train_prefs-00000-of-00001.jsonl;data/test_prefs-00000-of-00001.jsonl",
-         "data/train_prefs-00000-of-00001.jsonl", "data/test_prefs-00000-of-00001.jsonl", true},
-    };
-    for (size_t i = 0; i < COUNT(cases); i++) {
-        const char *root = folder_of_splits(cases[i].files, i);
-        capture_begin();
-        struct Dataset *train = dataset_load(&test_arena, root, TEXT_SHAPES, 1);
-        capture_end();
-        expect_text(cases[i].files, text_of(texts_of(train)), cases[i].train);
-        if (!cases[i].held_out)
-            continue;
-        capture_begin();
-        struct Dataset *held_out = dataset_load_held_out(&test_arena, root, train);
-        capture_end();
-        expect_text(cases[i].files, text_of(texts_of(held_out)), cases[i].held_out);
-    }
-}
-
-static void load_folder_held_out(const void *path) {
-    const struct Dataset *train = dataset_load(&test_arena, path, TEXT_SHAPES, 1);
-    dataset_load_held_out(&test_arena, temporary("splits100"), train);
-}
-
-/* A link to a folder may lead back: its files are not read a second time. */
-static void test_data_splits_links(void) {
-#ifndef _WIN32
-    const char *root = folder_of_splits("train.jsonl;sub/train.jsonl", 110);
-    bool is_linked = symlink(".", temporary("splits110/again")) == 0;
-    expect_true("a link", is_linked && symlink("sub", temporary("splits110/other")) == 0);
-    struct Dataset *data = dataset_load(&test_arena, root, TEXT_SHAPES, 1);
-    expect_text("each file once", text_of(texts_of(data)), "sub/train.jsonl;train.jsonl");
-#endif
-}
-
-/* What is said of a folder's files: which are read and which are not; nothing if all are; what is
- * missing. A training's own rows are never held out. */
-static void test_data_splits_said(void) {
-    const char *root = folder_of_splits("train.jsonl;validation.jsonl;test.jsonl", 100);
-    capture_begin();
-    struct Dataset *train = dataset_load(&test_arena, root, TEXT_SHAPES, 1);
-    dataset_load_held_out(&test_arena, root, train);
-    struct Text said = capture_end();
-    expect_true("training", strstr(said.data, "splits100: read train.jsonl; left out test.jsonl, "
-                                              "validation.jsonl\n"));
-    expect_true("held out", strstr(said.data, "splits100: read validation.jsonl as held-out data; "
-                                              "left out test.jsonl, train.jsonl\n"));
-    capture_begin();
-    dataset_load(&test_arena, folder_of_splits("a.jsonl;b.jsonl", 101), TEXT_SHAPES, 1);
-    expect_count("nothing left out, nothing said", capture_end().length, 0);
-    root = folder_of_splits("a.jsonl;b.jsonl", 100); /* now of one folder with the others */
-    train = dataset_load(&test_arena, temporary("splits100/train.jsonl"), TEXT_SHAPES, 1);
-    capture_begin();
-    expect_text("one file of it trained on",
-                text_of(texts_of(dataset_load_held_out(&test_arena, root, train))),
-                "validation.jsonl");
-    train = dataset_load(&test_arena, temporary("splits101/a.jsonl"), TEXT_SHAPES, 1);
-    expect_text("the rest of it",
-                text_of(
-                    texts_of(dataset_load_held_out(&test_arena, temporary("splits101"), train))),
-                "b.jsonl");
-    train = dataset_load(&test_arena, folder_of_splits("train.jsonl", 102), TEXT_SHAPES, 1);
-    expect_text("a folder of its own",
-                text_of(
-                    texts_of(dataset_load_held_out(&test_arena,
-                                                   folder_of_splits("train.jsonl", 103), train))),
-                "train.jsonl");
-    capture_end();
-    expect_end("only held-out files", load_one_dataset,
-               folder_of_splits("test.jsonl;dev.jsonl", 104), 1,
-               "splits104: no row with \"text\" was found but in held-out data (dev.jsonl, "
-               "test.jsonl); name the file that is meant: ");
-    folder_of_splits("only.jsonl", 100);
-    unlink(temporary("splits100/validation.jsonl"));
-    unlink(temporary("splits100/test.jsonl"));
-    unlink(temporary("splits100/a.jsonl"));
-    unlink(temporary("splits100/b.jsonl"));
-    unlink(temporary("splits100/train.jsonl"));
-    expect_end("nothing is held out", load_folder_held_out, temporary("splits100"), 1,
-               "splits100: no held-out row with \"text\" was found: the training reads what is "
-               "there (only.jsonl)");
-    write_text("splits100/only.jsonl", "{\"prompt\": \"a\"}\n");
-    expect_end("another shape", load_one_dataset, temporary("splits100"), 1,
-               "only.jsonl:1: expected \"text\", found \"prompt\"");
-}
-
-/* A folder: files in order of their names, of one shape, held-out ones left out. */
-static void test_data_folder(void) {
-    make_folder(temporary("set"));
-    write_text("set/b.jsonl", "{\"text\": \"3\"}\n");
-    write_text("set/a.jsonl", "{\"text\": \"1\"}\n{\"text\": \"2\"}\n");
-    write_text("set/c.jsonl", "{\"chosen\": \"c\", \"rejected\": \"r\"}\n");
-    write_text("set/test.jsonl", "{\"text\": \"held out\"}\n");
-    write_text("set/readme.txt", "no data");
-    capture_begin();
-    struct Dataset *data = dataset_load(&test_arena, temporary("set"), TEXT_SHAPES, 1);
-    struct Dataset *pairs = dataset_load(&test_arena, temporary("set"), DPO_SHAPES, 1);
-    capture_end();
-    expect_count("texts", data->n, 3);
-    for (size_t i = 0; i < data->n; i++)
-        expect_text("in order", data->rows[i].text, (const char *[]){"1", "2", "3"}[i]);
-    expect_count("pairs", pairs->n, 1);
-}
 
 /* The common beginning, in whole characters, less one space; the first is the comment's. */
 static void test_data_implicit_prompt(void) {
-    static const char *const cases[][5] = {{"It is good", "It is bad", "It is", " good", " bad"},
-                                           {"same", "same", "same", "", ""},
-                                           {"a", "ab", "a", "", "b"},
-                                           {"x", "y", "", "x", "y"},
-                                           {" a", " b", "", " a", " b"},
-                                           {"caf\xc3\xa9", "caf\xc3\xa8", "caf", "\xc3\xa9",
-                                            "\xc3\xa8"},
-                                           {"\xf0\x9f\x98\x80", "\xf0\x9f\x98\x81", "",
-                                            "\xf0\x9f\x98\x80", "\xf0\x9f\x98\x81"},
-                                           {"a  b", "a  c", "a ", " b", " c"},
-                                           {"word one", "word", "word", " one", ""}};
+    static const char *const cases[][5] = {
+        {"It is good", "It is bad", "It is", " good", " bad"},
+        {"same", "same", "same", "", ""},
+        {"a", "ab", "a", "", "b"},
+        {"x", "y", "", "x", "y"},
+        {" a", " b", "", " a", " b"},
+        {"caf\xc3\xa9", "caf\xc3\xa8", "caf", "\xc3\xa9", "\xc3\xa8"},
+        {"\xf0\x9f\x98\x80", "\xf0\x9f\x98\x81", "", "\xf0\x9f\x98\x80", "\xf0\x9f\x98\x81"},
+        {"a  b", "a  c", "a ", " b", " c"},
+        {"word one", "word", "word", " one", ""},
+    };
     for (size_t i = 0; i < COUNT(cases); i++) {
         struct Row row = {.chosen = text_of(cases[i][0]), .rejected = text_of(cases[i][1])};
         split_implicit_prompt(&row);
@@ -1819,90 +2028,6 @@ static void test_data_prompt_completion(void) {
     expect_ids("without an end token", e.ids, e.n, (int[]){15496, 995}, 2);
 }
 
-/* Wherever a text gets an end token it is the one of the model's configuration, here "." (13). */
-static void test_data_end_token(void) {
-    struct GPT2 *model = new_model(1024, 32, 8, 1, 2);
-    struct Trainer trainer = trainer_of(model, 0, 1, 4);
-    model->config.eos_token_id = 13;
-    trainer.args.max_length = 32;
-    const char *more = "{\"prompt\": \"a\", \"completion\": \" b\"}\n{\"prompt\": \"a.\", "
-                       "\"completion\": \"\"}\n"
-                       "{\"prompt\": \"a\", \"completion\": \" b.\"}\n";
-    struct Dataset *data = dataset_of(more, SFT_SHAPES, COUNT(SFT_SHAPES));
-    struct Example *e = sft_task(&trainer, &test_arena, data, NULL)->examples[TO_LEARN];
-    expect_ids("sft, prompt and completion", e->ids, e->n, (int[]){64, 275, 13}, 3);
-    expect_ids("a prompt that ends in it", e[1].ids, e[1].n, (int[]){64, 13, 13}, 3);
-    expect_ids("a completion that ends in it", e[2].ids, e[2].n, (int[]){64, 275, 13}, 3);
-    data = dataset_of("{\"text\": \"a b\"}\n", SFT_SHAPES, COUNT(SFT_SHAPES));
-    e = sft_task(&trainer, &test_arena, data, NULL)->examples[TO_LEARN];
-    expect_ids("sft, text", e->ids, e->n, (int[]){64, 275, 13}, 3);
-    const char *pair = "{\"prompt\": \"a\", \"chosen\": \" b\", \"rejected\": \" c\"}\n";
-    data = dataset_of(pair, REWARD_SHAPES, COUNT(REWARD_SHAPES));
-    struct DPOConfig config = {.beta = 0.1, .weight = {[DPO_SIGMOID] = 1}};
-    struct Example pairs[2];
-    dpo_pairs(&trainer, &test_arena, data, &config, pairs);
-    expect_ids("dpo, chosen", pairs[0].ids, pairs[0].n, (int[]){64, 275, 13}, 3);
-    expect_ids("dpo, rejected", pairs[1].ids, pairs[1].n, (int[]){64, 269, 13}, 3);
-    struct RewardTask *task = reward_task(&trainer, &test_arena, data, NULL);
-    expect_ids("reward", task->texts[0][1].ids, task->texts[0][1].n, (int[]){64, 269, 13}, 3);
-    gpt2_free(model);
-}
-
-/* A data set that writes the end token's name is told so once, with the number of rows that do.
- * Fields that the shape does not use, and parts of the name, do not count. */
-static void test_data_written_ends(void) {
-#define END "<|endoftext|>"
-    static const struct {
-        const char *rows;
-        const unsigned *shapes;
-        const char *note;
-    } cases[] =
-        {{"{\"text\": \"a" END "\"}\n{\"text\": \"b\"}\n{\"text\": \"" END "c\"}\n", TEXT_SHAPES,
-          "2 of 3 rows contain \"" END "\""},
-         {"{\"text\": \"a\\u0000" END "\"}\n", TEXT_SHAPES, "1 of 1 rows contain"},
-         {"{\"prompt\": \"a\", \"completion\": \"b" END "\"}\n", SFT_SHAPES, "1 of 1 rows contain"},
-         {"{\"prompt\": \"" END "a\", \"completion\": \"b\"}\n", SFT_SHAPES, "1 of 1 rows contain"},
-         {"{\"chosen\": \"b\", \"rejected\": \"c" END "\"}\n", DPO_SHAPES, "1 of 1 rows contain"},
-         {"{\"prompt\": \"" END "a\", \"chosen\": \"b\", \"rejected\": \"c\"}\n", DPO_SHAPES,
-          "1 of 1 rows contain"},
-         {"{\"text\": \"<|endoftext| >\"}\n{\"text\": \"<|endoftext|\"}\n{\"text\": \"\"}\n",
-          TEXT_SHAPES, NULL},
-         {"{\"text\": \"a\", \"completion\": \"" END "\"}\n", TEXT_SHAPES, NULL}};
-#undef END
-    for (size_t i = 0; i < COUNT(cases); i++) {
-        struct Dataset *data = dataset_of(cases[i].rows, cases[i].shapes, 1);
-        capture_begin();
-        warn_of_written_ends(data, tokenizer);
-        struct Text said = capture_end();
-        bool good = cases[i].note ? strstr(said.data, cases[i].note) != NULL : said.length == 0;
-        expect_true(cases[i].rows, good);
-    }
-}
-
-/* Who is preferred to whom, by hand. */
-static void test_data_pairs(void) {
-    struct Pair pairs[10];
-    expect_count("pairs", pairs_from_ratings((double[]){2, 0, 0.5}, 3, 1, pairs), 2);
-    expect_true("(0,1), (0,2)", pairs[0].chosen == 0 && pairs[0].rejected == 1
-                                    && pairs[1].chosen == 0 && pairs[1].rejected == 2);
-    expect_count("the later one is better", pairs_from_ratings((double[]){-1, 1}, 2, 2, pairs), 1);
-    expect_true("(1,0)", pairs[0].chosen == 1 && pairs[0].rejected == 0 && pairs[0].margin == 0);
-    expect_count("equal ratings never pair", pairs_from_ratings((double[]){1, 1, 1}, 3, 0, pairs),
-                 0);
-    expect_count("every pair", pairs_from_ratings((double[]){1, 2, 3, 4, 5}, 5, 0, pairs), 10);
-}
-
-/* LengthSampler(2, 8): 2 to 7, each as often as the others. */
-static void test_data_length_sampler(void) {
-    struct LengthSampler sampler = {2, 8};
-    size_t count[10] = {0};
-    for (size_t i = 0; i < 12000; i++)
-        count[MIN(length_sampler(&sampler, &test_rng), (size_t)9)]++;
-    for (size_t k = 0; k < 10; k++)
-        expect_close("share of each length", (double)count[k] / 12000,
-                     k >= 2 && k < 8 ? 1.0 / 6 : 0, k >= 2 && k < 8 ? 0.015 : 0);
-}
-
 /* Rows and targets of a packed batch by hand, with prompt, without, with an example of one token.
  */
 static void test_collate(void) {
@@ -1930,8 +2055,7 @@ static void test_collate(void) {
     expect_count("longest", batch.max_length, 4);
 }
 
-/* A shared prompt by hand, and log-probabilities of pairs that share equal to those of sequences
- * that do not, lengths around the attention's blocks included. */
+/* A shared prompt by hand. */
 static void test_collate_pairs(void) {
     struct Example pair[] = {{(int[]){1, 2, 3, 4, 5}, 5, 2}, {(int[]){1, 2, 6, 7, 8, 9}, 6, 2}};
     struct Batch batch = collate_pairs(&test_arena, pair, 1, 16);
@@ -1944,6 +2068,11 @@ static void test_collate_pairs(void) {
     batch = collate_pairs(&test_arena, pair, 1, 1);
     expect_true("does not pay", batch.B == 2 && batch.shared[0] == 0 && batch.N == 9);
     expect_ids("rows apart", batch.row, batch.R, (int[]){0, 1, 2, 3, 4, 5, 6, 7, 8}, 9);
+}
+
+/* Log-probabilities of pairs that share a prompt equal those of sequences that do not, lengths
+ * around the attention's blocks included. */
+static void test_collate_pairs_logprobs(void) {
     struct GPT2 *model = random_model(40, 150, 32, 2, 2);
     static const size_t prompts[] = {5, 1, 60, 70, 9};
     static const size_t lengths[2][5] = {{9, 4, 90, 140, 10}, {7, 8, 70, 80, 10}};
@@ -1956,195 +2085,29 @@ static void test_collate_pairs(void) {
     struct Batch forked = collate_pairs(&test_arena, examples, 5, 32);
     struct Batch plain = collate(&test_arena, examples, 10, SKIP_LAST);
     expect_true("fewer rows", forked.N < plain.N - 100 && forked.R == plain.R);
-    struct Activations forked_acts = gpt2_forward(model, &test_arena, &forked, false);
-    struct Activations plain_acts = gpt2_forward(model, &test_arena, &plain, false);
-    struct LMHead forked_head =
-        lm_head_new(model, &test_arena, &forked_acts, forked.row, forked.target, forked.R, 1);
-    struct LMHead plain_head =
-        lm_head_new(model, &test_arena, &plain_acts, plain.row, plain.target, plain.R, 1);
-    lm_head_forward(model, &forked_head);
-    lm_head_forward(model, &plain_head);
+    struct LMHead forked_head = batch_logprobs(model, &test_arena, &forked, 1, false);
+    struct LMHead plain_head = batch_logprobs(model, &test_arena, &plain, 1, false);
     expect_floats("log-probabilities", forked_head.logprob, widen(plain_head.logprob, plain.R),
                   plain.R, 2e-5);
-    gpt2_free(model);
 }
 
-/* =============================================================================================
- * Chapter 2 - Probability
- * ============================================================================================= */
-
-/* By hand, torch's log sigmoid, and extremes where the plain formula overflows. */
-static void test_sigmoid(void) {
-    expect_close("sigmoid(0)", sigmoid(0), 0.5, 0);
-    expect_close("sigmoid(2)", sigmoid(2), 0.8808, 5e-5);
-    expect_close("sigmoid(-2)", sigmoid(-2), 1 - sigmoid(2), 1e-15);
-    expect_true("no overflow", sigmoid(-1000) == 0 && sigmoid(1000) == 1);
-    expect_close("log sigmoid(0)", log_sigmoid(0), -log(2), 1e-15);
-    expect_close("log sigmoid(2)", log_sigmoid(2), -0.1269, 5e-5);
-    expect_close("log sigmoid(-800)", log_sigmoid(-800), -800, 0);
-    for (size_t i = 0; i < COUNT(golden_logsigmoid); i++)
-        expect_relative("log sigmoid", log_sigmoid(golden_logsigmoid_x[i]), golden_logsigmoid[i],
-                        1e-8);
-}
-
-/* By hand, torch's, and logits so large or small that e^x alone would not do. */
-static void test_softmax(void) {
-    float x[] = {0, logf(3)};
-    float five[] = {1, 2, 3, 4, -1};
-    float large[] = {1000, 1000, -INFINITY, -1000};
-    float scratch[5];
-    softmax(x, 2);
-    expect_floats("[0, ln 3]", x, (double[]){0.25, 0.75}, 2, 1e-7);
-    expect_close("log_sum_exp", log_sum_exp(five, 5, scratch), 4.44451897, 1e-6);
-    softmax(five, 5);
-    expect_floats("five", five, golden_softmax5, 5, 1e-7);
-    softmax(large, 4);
-    expect_floats("large ones", large, (double[]){0.5, 0.5, 0, 0}, 4, 1e-7);
-}
-
-/* By hand, torch's and TRL's. */
-static void test_entropy(void) {
-    float two[] = {5, 5};
-    float five[] = {1, 2, 3, 4, -1};
-    float banned[] = {0, -INFINITY, 0};
-    float scratch[7];
-    expect_close("two equal logits", entropy_of_logits(two, log_sum_exp(two, 2, scratch), 2),
-                 log(2), 1e-6);
-    expect_close("five", entropy_of_logits(five, log_sum_exp(five, 5, scratch), 5), golden_entropy5,
-                 1e-6);
-    expect_close("with a banned one", entropy_of_logits(banned, log_sum_exp(banned, 3, scratch), 3),
-                 log(2), 1e-6);
-    for (size_t row = 0; row < 24; row++) {
-        float logits[7];
-        for (size_t v = 0; v < 7; v++)
-            logits[v] = (float)(2 * sin(0.1 + 0.77 * (double)(7 * row + v)));
-        expect_close("TRL's entropy_from_logits",
-                     entropy_of_logits(logits, log_sum_exp(logits, 7, scratch), 7),
-                     golden_ppo_entropies[row / 8][row % 8], 2e-6);
-    }
-}
-
-/* By hand; zero between equals; the estimates k1 and k3; torch's divergence of two models. */
-static void test_kl(void) {
-    float p[] = {0, 0};
-    float q[] = {0, logf(3)};
-    float scratch[2];
-    float p_lse = log_sum_exp(p, 2, scratch);
-    float q_lse = log_sum_exp(q, 2, scratch);
-    expect_close("(1/2, 1/2) || (1/4, 3/4)", kl_exact(p, p_lse, q, q_lse, 2),
-                 log(2) / 2 + log(2.0 / 3) / 2, 1e-6);
-    expect_close("that is", kl_exact(p, p_lse, q, q_lse, 2), 0.1438, 5e-5);
-    expect_close("with itself", kl_exact(q, q_lse, q, q_lse, 2), 0, 0);
-    expect_close("k1", kl_k1(-1, -1.5), 0.5, 0);
-    expect_close("k3", kl_k3(-1, -1.5), exp(-0.5) - 1 + 0.5, 1e-15);
-    expect_close("mean of k1 under p",
-                 (kl_k1(log(0.5), log(0.25)) + kl_k1(log(0.5), log(0.75))) / 2, 0.1438, 5e-5);
-    expect_close("mean of k3 under p",
-                 (kl_k3(log(0.5), log(0.25)) + kl_k3(log(0.5), log(0.75))) / 2, 0.1438, 5e-5);
-    expect_close("sum of log-probabilities",
-                 sequence_logprob((float[]){logf(0.5f), logf(0.25f)}, 2), -2.0794, 5e-5);
-}
-
-/* sqrt_fast against the C library's sqrt over the normal numbers, and at zero. */
-static void test_sqrt_fast(void) {
-    double worst = 0;
-    for (double x = 1.2e-38; x < 3e38; x *= 1.00007)
-        worst = MAX(worst, fabs(sqrt_fast((float)x) / sqrt((float)x) - 1));
-    expect_true("worst relative error below 2e-7", worst < 2e-7);
-    expect_true("0 and 4", sqrt_fast(0) == 0 && fabsf(sqrt_fast(4) - 2) < 3e-7f);
-    expect_true("below the normal numbers: small",
-                sqrt_fast(1e-45f) >= 0 && sqrt_fast(1e-40f) < 1e-19f);
-}
-
-/* exp_fast against the C library's exp over its whole range, and at its ends. */
-static void test_exp_fast(void) {
-    double worst = 0;
-    for (double x = -87; x <= 87; x += 0.000731)
-        worst = MAX(worst, fabs(exp_fast((float)x) / exp((float)x) - 1));
-    expect_true("worst relative error below 2e-7", worst < 2e-7);
-    expect_true("e^0", exp_fast(0) == 1 && exp_fast(-0.0f) == 1);
-    expect_true("below -87: 0",
-                exp_fast(-87.01f) == 0 && exp_fast(-1e30f) == 0 && exp_fast(-INFINITY) == 0);
-    expect_relative("above 87: e^87", exp_fast(1e30f), exp(87), 1e-6);
-    expect_relative("at infinity too", exp_fast(INFINITY), exp(87), 1e-6);
-}
-
-/* Sums, maxima and products over rows of every length near the lanes' number, against plain loops.
- */
-static void test_rows(void) {
-    for (size_t n = 1; n < 70; n++) {
-        float *x = random_floats(n, 3);
-        float *y = random_floats(n, 1);
-        float *e = random_floats(n, 1);
-        float most = -INFINITY;
-        double sum = 0;
-        double exponentials = 0;
-        for (size_t i = 0; i < n; i++) {
-            most = MAX(most, x[i]);
-            sum += x[i];
-            exponentials += exp((double)x[i] - 1);
-        }
-        expect_close("row_max", row_max(x, n), most, 0);
-        expect_true("argmax", x[argmax(x, n)] == most);
-        expect_close("row_sum", row_sum(x, n), sum, 1e-4);
-        expect_close("row_dot", row_dot(x, y, n), dot_product(x, y, n), 1e-4);
-        expect_relative("row_exp", row_exp(e, x, 1, n), exponentials, 1e-6);
-    }
-    float equal[] = {-1, 2, 2, -3};
-    float negative[] = {-5, -2, -9};
-    float zeros[] = {-0.0f, 0.0f};
-    float banned[] = {-INFINITY, -INFINITY, -7};
-    expect_count("first among equals", argmax(equal, 4), 1);
-    expect_close("all negative", row_max(negative, 3), -2, 0);
-    expect_close("zeros", row_max(zeros, 2), 0, 0);
-    expect_count("after infinities", argmax(banned, 3), 2);
+/* LengthSampler(2, 8): 2 to 7, each as often as the others. */
+static void test_data_length_sampler(void) {
+    struct LengthSampler sampler = {2, 8};
+    size_t count[10] = {0};
+    for (size_t i = 0; i < 12000; i++)
+        count[MIN(length_sampler(&sampler, &test_rng), (size_t)9)]++;
+    for (size_t k = 0; k < 10; k++)
+        expect_close("share of each length", (double)count[k] / 12000,
+                     k >= 2 && k < 8 ? 1.0 / 6 : 0, k >= 2 && k < 8 ? 0.015 : 0);
 }
 
 /* =============================================================================================
  * Chapter 9 - Matrix product
+ *
+ * Every kernel of this machine against the definition, at sizes around the edges of its tiles;
+ * the same bits on any number of threads.
  * ============================================================================================= */
-
-static const struct Kernel *widest_kernel; /* NULL under ALIGN_KERNEL=plain: nothing to compare */
-
-/* A product by its definition and by every kernel this machine has, in the four transposed
- * forms, from zero, from C itself and from one row (a bias), between guards. */
-static void compare_matmul(size_t M, size_t N, size_t K) {
-    size_t c_row = N + 3;
-    float *a = random_floats(M * K, 1);
-    float *b = random_floats(K * N, 1);
-    float *before = random_floats(M * c_row, 1);
-    float *plain = arena_zeros(&test_arena, M * c_row, sizeof *plain);
-    float *got = arena_floats(&test_arena, M * c_row);
-    for (int form = 0; form < 4; form++) {
-        struct Matrix left = form & 1 ? transposed(matrix(a, K, M)) : matrix(a, M, K);
-        struct Matrix right = form & 2 ? transposed(matrix(b, N, K)) : matrix(b, K, N);
-        struct MatrixOut product = {got, M, N, c_row};
-        matmul_plain((struct MatrixOut){plain, M, N, c_row}, (struct Matrix){0}, left, right);
-        for (int run = 0; widest_kernel && run < 3 * (int)(widest_kernel - KERNELS + 1); run++) {
-            int from = run % 3;
-            kernel = &KERNELS[run / 3];
-            memcpy(got, before, M * c_row * sizeof *got);
-            if (from == 0)
-                matmul(product, left, right);
-            else if (from == 1)
-                matmul_add(product, left, right);
-            else
-                matmul_bias(product, before, left, right);
-            double worst = 0;
-            for (size_t i = 0; i < M; i++)
-                for (size_t j = 0; j < c_row; j++) {
-                    size_t at = i * c_row + j;
-                    double start = from == 1 ? before[at] : from == 2 ? before[j] : 0;
-                    worst = MAX(worst, fabs(got[at] - (j < N ? plain[at] + start : before[at])));
-                }
-            if (worst > 2e-6 + 4e-7 * (double)K && failed())
-                printf("%s: kernel %s, form %d, from %d, M %zu, N %zu, K %zu: expected the plain "
-                       "product, got %.2g beside it\n",
-                       test_name, kernel->name, form, from, M, N, K, worst);
-        }
-    }
-    kernel = widest_kernel;
-}
 
 static void choose_kernel(const void *asked) {
     static char variable[100];
@@ -2215,6 +2178,48 @@ static void test_pack_panel(void) {
     expect_floats("four neighbours", panel, (double[]){1, 2, 3, 4, 5, 6, 7, 8}, 8, 0);
 }
 
+static const struct Kernel *widest_kernel; /* NULL under ALIGN_KERNEL=plain: nothing to compare */
+
+/* A product by its definition and by every kernel this machine has, in the four transposed
+ * forms, from zero, from C itself and from one row (a bias), between guards. */
+static void compare_matmul(size_t M, size_t N, size_t K) {
+    size_t c_row = N + 3;
+    float *a = random_floats(M * K, 1);
+    float *b = random_floats(K * N, 1);
+    float *before = random_floats(M * c_row, 1);
+    float *plain = arena_zeros(&test_arena, M * c_row, sizeof *plain);
+    float *got = arena_floats(&test_arena, M * c_row);
+    for (int form = 0; form < 4; form++) {
+        struct Matrix left = form & 1 ? transposed(matrix(a, K, M)) : matrix(a, M, K);
+        struct Matrix right = form & 2 ? transposed(matrix(b, N, K)) : matrix(b, K, N);
+        struct MatrixOut product = {got, M, N, c_row};
+        matmul_plain((struct MatrixOut){plain, M, N, c_row}, (struct Matrix){0}, left, right);
+        for (int run = 0; widest_kernel && run < 3 * (int)(widest_kernel - KERNELS + 1); run++) {
+            int from = run % 3;
+            kernel = &KERNELS[run / 3];
+            memcpy(got, before, M * c_row * sizeof *got);
+            if (from == 0)
+                matmul(product, left, right);
+            else if (from == 1)
+                matmul_add(product, left, right);
+            else
+                matmul_bias(product, before, left, right);
+            double worst = 0;
+            for (size_t i = 0; i < M; i++)
+                for (size_t j = 0; j < c_row; j++) {
+                    size_t at = i * c_row + j;
+                    double start = from == 1 ? before[at] : from == 2 ? before[j] : 0;
+                    worst = MAX(worst, fabs(got[at] - (j < N ? plain[at] + start : before[at])));
+                }
+            if (worst > 2e-6 + 4e-7 * (double)K && failed())
+                printf("%s: kernel %s, form %d, from %d, M %zu, N %zu, K %zu: expected the plain "
+                       "product, got %.2g beside it\n",
+                       test_name, kernel->name, form, from, M, N, K, worst);
+        }
+    }
+    kernel = widest_kernel;
+}
+
 /* Shapes around the tiles' and the blocks' edges. */
 static void test_matmul_plain(void) {
     static const size_t ms[] = {1, 3, 5, 8, 15, 29, 70};
@@ -2254,19 +2259,30 @@ static void test_matmul_threads(void) {
         matmul(matrix_out(c[threads], M, N), matrix(a, M, K), matrix(b, K, N));
         expect_bits("product", c[threads], c[1], M * N);
     }
-    use_threads(1);
 }
 
 /* =============================================================================================
  * Chapter 10 - Layers
+ *
+ * Each layer by hand and against torch, its backward pass by central differences. A row has the
+ * same bits whatever rows are beside it.
  * ============================================================================================= */
 
-/* What a layer's gradients are tested with: loss = sum of y times given dy. */
-struct LayerCase {
-    size_t N, in, out;
-    float *x, *w, *b, *y, *dy, *mean, *rstd, *lse;
-    struct Batch *batch;
-};
+/* One token at two places, by hand. */
+static void test_embedding(void) {
+    float wte[] = {3, 4, 5, 6};
+    float wpe[] = {0.5f, 0, 0, 0.5f};
+    float dx[] = {1, 2, 3, 4};
+    float dwte[4] = {0};
+    float dwpe[4] = {0};
+    float x[4];
+    struct Batch batch = {.N = 2, .ids = (int[]){1, 1}, .position = (int[]){0, 1}};
+    embedding_forward(x, &batch, wte, wpe, 2);
+    expect_floats("x", x, (double[]){5.5, 6, 5, 6.5}, 4, 0);
+    embedding_backward(dwte, dwpe, dx, &batch, 2);
+    expect_floats("dwte", dwte, (double[]){0, 0, 4, 6}, 4, 0);
+    expect_floats("dwpe", dwpe, (double[]){1, 2, 3, 4}, 4, 0);
+}
 
 /* A tensor of given numbers and gradient, (rows,columns) or, with columns = 0, (rows). */
 static struct Tensor tensor_of(float *w, float *d, size_t rows, size_t columns) {
@@ -2277,14 +2293,6 @@ static struct Tensor tensor_of(float *w, float *d, size_t rows, size_t columns) 
         .w = w,
         .d = d,
     };
-}
-
-static double linear_loss(void *context) {
-    struct LayerCase *c = context;
-    struct Tensor weight = tensor_of(c->w, NULL, c->in, c->out);
-    struct Tensor bias = tensor_of(c->b, NULL, c->out, 0);
-    linear_forward(c->y, c->x, c->N, &weight, &bias);
-    return dot_product(c->y, c->dy, c->N * c->out);
 }
 
 /* One row, by hand, as at the head of the chapter. */
@@ -2322,14 +2330,36 @@ static void test_linear_golden(void) {
     struct Tensor weight = tensor_of(w, dw, 4, 2);
     struct Tensor bias = tensor_of(b, db, 2, 0);
     linear_forward(y, x, 3, &weight, &bias);
-    expect_floats("y", y, golden_lin_y[0], 6, 1e-6);
+    expect_floats("y", y,
+                  (double[]){-0.217711497, 0.114072773, 1.94519666, 1.12312179, 0.982029507,
+                             1.5265574},
+                  6, 1e-6);
     linear_backward(dx, dy, x, 3, &weight, &bias);
-    expect_floats("dx", dx, golden_lin_dx[0], 12, 1e-6);
-    expect_floats("dW", dw, golden_lin_dw[0], 8, 1e-6);
-    expect_floats("db", db, golden_lin_db, 2, 1e-6);
+    static const double golden_dx[] = {1.06898107,  -0.032448023, -1.08001126,  -0.334684841,
+                                       -1.42191884, 0.47107267,   1.58205261,   0.0667212255,
+                                       0.604620611, -0.522005538, -0.782068213, 0.256153777};
+    expect_floats("dx", dx, golden_dx, 12, 1e-6);
+    static const double golden_dw[] = {-0.447127995, -1.46305607,  0.285439726, -1.15921219,
+                                       0.948121859,  -0.571552823, 1.37867068,  0.156042675};
+    expect_floats("dW", dw, golden_dw, 8, 1e-6);
+    expect_floats("db", db, (double[]){0.141804261, 0.158728212}, 2, 1e-6);
     linear_backward(dx, dy, x, 3, &weight, &bias);
-    expect_close("dW is added to, dx is not", dw[0] + dx[0],
-                 2 * golden_lin_dw[0][0] + golden_lin_dx[0][0], 2e-6);
+    expect_close("dW is added to, dx is not", dw[0] + dx[0], 2 * golden_dw[0] + golden_dx[0], 2e-6);
+}
+
+/* What a layer's gradients are tested with: loss = sum of y times given dy. */
+struct LayerCase {
+    size_t N, in, out;
+    float *x, *w, *b, *y, *dy, *mean, *rstd, *lse;
+    struct Batch *batch;
+};
+
+static double linear_loss(void *context) {
+    struct LayerCase *c = context;
+    struct Tensor weight = tensor_of(c->w, NULL, c->in, c->out);
+    struct Tensor bias = tensor_of(c->b, NULL, c->out, 0);
+    linear_forward(c->y, c->x, c->N, &weight, &bias);
+    return dot_product(c->y, c->dy, c->N * c->out);
 }
 
 /* Central differences, at widths beyond a strip of columns. */
@@ -2355,107 +2385,48 @@ static void test_linear_gradient(void) {
     expect_close("only the bias, added to", db[129], 2 * slope_at(f, c.b + 129), 1e-3);
 }
 
-/* By hand and against torch. */
-static void test_layernorm(void) {
-    float hand[] = {3, 3, 7, 7};
-    float two[] = {2, 2, 2, 2};
-    float half[] = {0.5f, 0.5f, 0.5f, 0.5f};
-    float dhand[] = {4, 0, 0, 0};
-    float dhand_x[4] = {0};
-    float y[4], mean, rstd;
-    struct Tensor weight = tensor_of(two, NULL, 4, 0);
-    struct Tensor bias = tensor_of(half, NULL, 4, 0);
-    struct LayerNormRows row = {1, hand, &mean, &rstd};
-    layernorm_forward(y, row, &weight, &bias, 0);
-    expect_floats("(3, 3, 7, 7)", y, (double[]){-1.5, -1.5, 2.5, 2.5}, 4, 1e-7);
-    expect_true("mean 5, variance 4", mean == 5 && rstd == 0.5f);
-    layernorm_backward(dhand_x, dhand, row, &weight, &bias);
-    expect_floats("dx by hand", dhand_x, (double[]){2, -2, 0, 0}, 4, 1e-7);
-    float x[] = {1, 2, 4, 8};
-    float w[] = {1, 0.5f, -1, 2};
-    float b[] = {0, 0.1f, 0.2f, 0.3f};
-    float dy[] = {1, -1, 2, 0.5f};
-    float dx[4] = {10, 10, 10, 10};
-    float dw[4] = {0};
-    float db[4] = {0};
-    weight = tensor_of(w, dw, 4, 0);
-    bias = tensor_of(b, db, 4, 0);
-    row.x = x;
-    layernorm_forward(y, row, &weight, &bias, 1e-5f);
-    expect_floats("y", y, golden_ln_y, 4, 2e-6);
-    layernorm_backward(dx, dy, row, &weight, &bias);
-    for (int i = 0; i < 4; i++)
-        expect_close("dx, added", dx[i] - 10, golden_ln_dx[i], 4e-6);
-    expect_floats("dw", dw, golden_ln_dw, 4, 2e-6);
-    expect_floats("db", db, golden_ln_db, 4, 2e-6);
-}
-
-static double layernorm_loss(void *context) {
-    struct LayerCase *c = context;
-    struct Tensor weight = tensor_of(c->w, NULL, c->out, 0);
-    struct Tensor bias = tensor_of(c->b, NULL, c->out, 0);
-    struct LayerNormRows rows = {c->N, c->x, c->mean, c->rstd};
-    layernorm_forward(c->y, rows, &weight, &bias, 1e-5f);
-    return dot_product(c->y, c->dy, c->N * c->out);
-}
-
-static void test_layernorm_gradient(void) {
-    struct LayerCase c = {.N = 7, .out = 67};
-    size_t n = c.N * c.out;
-    c.x = random_floats(n, 1);
-    c.w = random_floats(c.out, 1);
-    c.b = random_floats(c.out, 1);
-    c.y = random_floats(n, 1);
-    c.dy = random_floats(n, 1);
-    c.mean = random_floats(c.N, 1);
-    c.rstd = random_floats(c.N, 1);
-    float *dx = arena_zeros(&test_arena, n, 4);
-    float *dw = arena_zeros(&test_arena, c.out, 4);
-    float *db = arena_zeros(&test_arena, c.out, 4);
-    layernorm_loss(&c);
-    struct Tensor weight = tensor_of(c.w, dw, c.out, 0);
-    struct Tensor bias = tensor_of(c.b, db, c.out, 0);
-    struct LayerNormRows rows = {c.N, c.x, c.mean, c.rstd};
-    layernorm_backward(dx, c.dy, rows, &weight, &bias);
-    struct Slope f = {layernorm_loss, &c, 0.03};
-    expect_gradient("x", f, c.x, dx, n, 100, 3e-4);
-    expect_gradient("weight", f, c.w, dw, c.out, 67, 3e-4);
-    expect_gradient("bias", f, c.b, db, c.out, 67, 3e-4);
-}
-
-/* By hand, and values and slopes of transformers' gelu_new. */
-static void test_gelu(void) {
-    float x[COUNT(golden_gelu_x)], y[COUNT(golden_gelu_x)], dx[COUNT(golden_gelu_x)],
-        one[COUNT(golden_gelu_x)];
-    for (size_t i = 0; i < COUNT(x); i++) {
-        x[i] = (float)golden_gelu_x[i];
-        one[i] = 1;
+/* Few rows and many give what the definition gives. */
+static void test_few_rows(void) {
+    static const size_t rows[] = {1, 2, 3, 8, FEW_ROWS, FEW_ROWS + 1};
+    static const size_t ins[] = {1, 7, 8, 61};
+    static const size_t outs[] = {1, 31, 800};
+    for (size_t i = 0; i < COUNT(rows) * COUNT(ins) * COUNT(outs); i++) {
+        size_t N = rows[i % 6];
+        size_t in = ins[i / 6 % 4];
+        size_t out = outs[i / 24];
+        float *x = random_floats(N * in, 1);
+        float *weight = random_floats(in * out, 1);
+        float *bias = random_floats(out, 1);
+        float *y = arena_floats(&test_arena, N * out + 1);
+        float *plain = arena_floats(&test_arena, N * out);
+        y[N * out] = 77;
+        struct Tensor w = tensor_of(weight, NULL, in, out);
+        struct Tensor b = tensor_of(bias, NULL, out, 0);
+        linear_forward(y, x, N, &w, &b);
+        matmul_plain(matrix_out(plain, N, out), (struct Matrix){bias, N, out, 0, 1},
+                     matrix(x, N, in), matrix(weight, in, out));
+        expect_floats("rows times a matrix", y, widen(plain, N * out), N * out,
+                      2e-6 + 4e-7 * (double)in);
+        expect_true("nothing written behind", y[N * out] == 77);
     }
-    gelu_forward(y, x, 1, COUNT(x));
-    memcpy(dx, one, sizeof dx);
-    gelu_backward(dx, x, 1, COUNT(x));
-    expect_floats("y", y, golden_gelu, COUNT(x), 1e-6);
-    expect_floats("slope", dx, golden_gelu_grad, COUNT(x), 1e-6);
-    float far[] = {0, 30, -30, 1e20f, -1e20f, -1, 2};
-    gelu_row(y, far, 7);
-    expect_floats("0, large, small", y, (double[]){0, 30, 0, 1e20f, 0}, 5, 1e-6);
-    expect_floats("-1 and 2, by hand", y + 5, (double[]){-0.1588, 1.9546}, 2, 5e-5);
-    float minus_one = -1;
-    float slope = 1;
-    gelu_backward_row(&slope, &minus_one, 1);
-    expect_close("slope at -1, by hand", slope, -0.0830, 5e-5);
-    double worst = 0;
-    for (double v = -10; v <= 10; v += 0.00037) {
-        float in = (float)v;
-        float out;
-        gelu_row(&out, &in, 1);
-        worst = MAX(worst, fabs(out
-                                - 0.5 * in
-                                      * (1
-                                         + tanh(sqrt(2 / 3.14159265358979323846)
-                                                * (in + 0.044715 * pow(in, 3))))));
+}
+
+/* So do the logits of few and many hidden vectors. */
+static void test_few_rows_logits(void) {
+    static const size_t rows[] = {1, 2, 3, 8, FEW_ROWS, FEW_ROWS + 1};
+    struct GPT2 *model = random_model(263, 8, 36, 1, 2);
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        float *hidden = random_floats(rows[i] * 36, 1);
+        float *logits = arena_floats(&test_arena, rows[i] * 263);
+        float *plain = arena_floats(&test_arena, rows[i] * 263);
+        output_logits(model, logits, hidden, rows[i]);
+        matmul_plain(matrix_out(plain, rows[i], 263), (struct Matrix){0},
+                     matrix(hidden, rows[i], 36), transposed(matrix(model->wte.w, 263, 36)));
+        expect_floats("logits", logits, widen(plain, rows[i] * 263), rows[i] * 263, 2e-5);
+        decode_logits(model, logits, hidden, rows[i]);
+        expect_floats("logits while a text is written", logits, widen(plain, rows[i] * 263),
+                      rows[i] * 263, 2e-5);
     }
-    expect_true("within 2e-6 of the tanh form in doubles", worst < 2e-6);
 }
 
 /* Every tile this machine has, then the definition: each in its turn is the kernel; false behind
@@ -2499,48 +2470,136 @@ static void test_rows_company(void) {
             for (size_t i = 0; i < COUNT(ins) * COUNT(outs); i++)
                 expect_company(ins[i % COUNT(ins)], outs[i / COUNT(ins)]);
         }
-    use_threads(1);
 }
 
-/* Few rows and many give what the definition gives; so do the logits of few and many hidden
- * vectors. */
-static void test_few_rows(void) {
-    static const size_t rows[] = {1, 2, 3, 8, FEW_ROWS, FEW_ROWS + 1};
-    static const size_t ins[] = {1, 7, 8, 61};
-    static const size_t outs[] = {1, 31, 800};
-    for (size_t i = 0; i < COUNT(rows) * COUNT(ins) * COUNT(outs); i++) {
-        size_t N = rows[i % 6];
-        size_t in = ins[i / 6 % 4];
-        size_t out = outs[i / 24];
-        float *x = random_floats(N * in, 1);
-        float *weight = random_floats(in * out, 1);
-        float *bias = random_floats(out, 1);
-        float *y = arena_floats(&test_arena, N * out + 1);
-        float *plain = arena_floats(&test_arena, N * out);
-        y[N * out] = 77;
-        struct Tensor w = tensor_of(weight, NULL, in, out);
-        struct Tensor b = tensor_of(bias, NULL, out, 0);
-        linear_forward(y, x, N, &w, &b);
-        matmul_plain(matrix_out(plain, N, out), (struct Matrix){bias, N, out, 0, 1},
-                     matrix(x, N, in), matrix(weight, in, out));
-        expect_floats("rows times a matrix", y, widen(plain, N * out), N * out,
-                      2e-6 + 4e-7 * (double)in);
-        expect_true("nothing written behind", y[N * out] == 77);
+/* By hand. */
+static void test_layernorm(void) {
+    float hand[] = {3, 3, 7, 7};
+    float two[] = {2, 2, 2, 2};
+    float half[] = {0.5f, 0.5f, 0.5f, 0.5f};
+    float dhand[] = {4, 0, 0, 0};
+    float dhand_x[4] = {0};
+    float y[4], mean, rstd;
+    struct Tensor weight = tensor_of(two, NULL, 4, 0);
+    struct Tensor bias = tensor_of(half, NULL, 4, 0);
+    struct LayerNormRows row = {1, hand, &mean, &rstd};
+    layernorm_forward(y, row, &weight, &bias, 0);
+    expect_floats("(3, 3, 7, 7)", y, (double[]){-1.5, -1.5, 2.5, 2.5}, 4, 1e-7);
+    expect_true("mean 5, variance 4", mean == 5 && rstd == 0.5f);
+    layernorm_backward(dhand_x, dhand, row, &weight, &bias);
+    expect_floats("dx by hand", dhand_x, (double[]){2, -2, 0, 0}, 4, 1e-7);
+}
+
+/* Against torch. */
+static void test_layernorm_golden(void) {
+    float y[4], mean, rstd;
+    float x[] = {1, 2, 4, 8};
+    float w[] = {1, 0.5f, -1, 2};
+    float b[] = {0, 0.1f, 0.2f, 0.3f};
+    float dy[] = {1, -1, 2, 0.5f};
+    float dx[4] = {10, 10, 10, 10};
+    float dw[4] = {0};
+    float db[4] = {0};
+    struct Tensor weight = tensor_of(w, dw, 4, 0);
+    struct Tensor bias = tensor_of(b, db, 4, 0);
+    struct LayerNormRows row = {1, x, &mean, &rstd};
+    layernorm_forward(y, row, &weight, &bias, 1e-5f);
+    expect_floats("y", y, (double[]){-1.02575458, -0.226376454, 0.106749587, 3.47051415}, 4, 2e-6);
+    layernorm_backward(dx, dy, row, &weight, &bias);
+    for (int i = 0; i < 4; i++)
+        expect_close("dx, added", dx[i] - 10,
+                     (double[]){0.486523816, -0.0973048411, -0.70545966, 0.316240685}[i], 4e-6);
+    expect_floats("dw", dw, (double[]){-1.02575458, 0.652752912, 0.186500832, 0.792628536}, 4,
+                  2e-6);
+    expect_floats("db", db, (double[]){1, -1, 2, 0.5}, 4, 2e-6);
+}
+
+static double layernorm_loss(void *context) {
+    struct LayerCase *c = context;
+    struct Tensor weight = tensor_of(c->w, NULL, c->out, 0);
+    struct Tensor bias = tensor_of(c->b, NULL, c->out, 0);
+    struct LayerNormRows rows = {c->N, c->x, c->mean, c->rstd};
+    layernorm_forward(c->y, rows, &weight, &bias, 1e-5f);
+    return dot_product(c->y, c->dy, c->N * c->out);
+}
+
+static void test_layernorm_gradient(void) {
+    struct LayerCase c = {.N = 7, .out = 67};
+    size_t n = c.N * c.out;
+    c.x = random_floats(n, 1);
+    c.w = random_floats(c.out, 1);
+    c.b = random_floats(c.out, 1);
+    c.y = random_floats(n, 1);
+    c.dy = random_floats(n, 1);
+    c.mean = random_floats(c.N, 1);
+    c.rstd = random_floats(c.N, 1);
+    float *dx = arena_zeros(&test_arena, n, 4);
+    float *dw = arena_zeros(&test_arena, c.out, 4);
+    float *db = arena_zeros(&test_arena, c.out, 4);
+    layernorm_loss(&c);
+    struct Tensor weight = tensor_of(c.w, dw, c.out, 0);
+    struct Tensor bias = tensor_of(c.b, db, c.out, 0);
+    struct LayerNormRows rows = {c.N, c.x, c.mean, c.rstd};
+    layernorm_backward(dx, c.dy, rows, &weight, &bias);
+    struct Slope f = {layernorm_loss, &c, 0.03};
+    expect_gradient("x", f, c.x, dx, n, 100, 3e-4);
+    expect_gradient("weight", f, c.w, dw, c.out, 67, 3e-4);
+    expect_gradient("bias", f, c.b, db, c.out, 67, 3e-4);
+}
+
+/* Values and slopes of transformers' gelu_new. */
+static void test_gelu(void) {
+    static const struct {
+        float x;
+        double y, slope;
+    } golden[] = {
+        {-6, -8.43964898e-11, -7.70997601e-10},
+        {-3, -0.00363739208, -0.0115841666},
+        {-1, -0.158808009, -0.0829640838},
+        {-0.5, -0.15428599, 0.132630096},
+        {0, 0, 0.5},
+        {0.5, 0.34571401, 0.867369904},
+        {1, 0.841191991, 1.08296408},
+        {3, 2.99636261, 1.01158417},
+        {6, 6, 1},
+    };
+    float y;
+    for (size_t i = 0; i < COUNT(golden); i++) {
+        float dx = 1;
+        gelu_forward(&y, &golden[i].x, 1, 1);
+        gelu_backward(&dx, &golden[i].x, 1, 1);
+        expect_close("y", y, golden[i].y, 1e-6);
+        expect_close("slope", dx, golden[i].slope, 1e-6);
     }
-    struct GPT2 *model = random_model(263, 8, 36, 1, 2);
-    for (size_t i = 0; i < COUNT(rows); i++) {
-        float *hidden = random_floats(rows[i] * 36, 1);
-        float *logits = arena_floats(&test_arena, rows[i] * 263);
-        float *plain = arena_floats(&test_arena, rows[i] * 263);
-        output_logits(model, logits, hidden, rows[i]);
-        matmul_plain(matrix_out(plain, rows[i], 263), (struct Matrix){0},
-                     matrix(hidden, rows[i], 36), transposed(matrix(model->wte.w, 263, 36)));
-        expect_floats("logits", logits, widen(plain, rows[i] * 263), rows[i] * 263, 2e-5);
-        decode_logits(model, logits, hidden, rows[i]);
-        expect_floats("logits while a text is written", logits, widen(plain, rows[i] * 263),
-                      rows[i] * 263, 2e-5);
+}
+
+/* Its ends, and the numbers of its comment. */
+static void test_gelu_hand(void) {
+    float y[7];
+    float far[] = {0, 30, -30, 1e20f, -1e20f, -1, 2};
+    gelu_row(y, far, 7);
+    expect_floats("0, large, small", y, (double[]){0, 30, 0, 1e20f, 0}, 5, 1e-6);
+    expect_floats("-1 and 2, by hand", y + 5, (double[]){-0.1588, 1.9546}, 2, 5e-5);
+    float minus_one = -1;
+    float slope = 1;
+    gelu_backward_row(&slope, &minus_one, 1);
+    expect_close("slope at -1, by hand", slope, -0.0830, 5e-5);
+}
+
+/* Over the whole range, against the tanh form in doubles. */
+static void test_gelu_range(void) {
+    double worst = 0;
+    for (double v = -10; v <= 10; v += 0.00037) {
+        float in = (float)v;
+        float out;
+        gelu_row(&out, &in, 1);
+        worst = MAX(worst, fabs(out
+                                - 0.5 * in
+                                      * (1
+                                         + tanh(sqrt(2 / 3.14159265358979323846)
+                                                * (in + 0.044715 * pow(in, 3))))));
     }
-    gpt2_free(model);
+    expect_true("within 2e-6 of the tanh form in doubles", worst < 2e-6);
 }
 
 static double gelu_loss(void *context) {
@@ -2561,22 +2620,6 @@ static void test_gelu_gradient(void) {
     memcpy(dx, c.dy, 106 * sizeof *dx);
     gelu_backward(dx, c.x, c.N, c.out);
     expect_gradient("x", (struct Slope){gelu_loss, &c, 0.03}, c.x, dx, 106, 106, 3e-4);
-}
-
-/* Attention by its definition, in doubles: one sequence and head. */
-static void attend_plainly(double *out, const float *qkv, size_t C, size_t HS, size_t T) {
-    double *p = arena_alloc(&test_arena, T, sizeof *p);
-    for (size_t t = 0; t < T; t++) {
-        double total = 0;
-        for (size_t j = 0; j <= t; j++)
-            total += p[j] =
-                exp(dot_product(qkv + t * 3 * C, qkv + j * 3 * C + C, HS) / sqrt((double)HS));
-        for (size_t c = 0; c < HS; c++)
-            out[t * C + c] = 0;
-        for (size_t j = 0; j <= t; j++)
-            for (size_t c = 0; c < HS; c++)
-                out[t * C + c] += p[j] / total * qkv[j * 3 * C + 2 * C + c];
-    }
 }
 
 static struct Batch sequences_of(const size_t *length, size_t B) {
@@ -2600,25 +2643,52 @@ static void test_attention_hand(void) {
     expect_floats("and of t = 1", dqkv + 3, (double[]){7.5 * log(3), 7.5, 3}, 3, 1e-5);
 }
 
-/* One token at two places, by hand. */
-static void test_embedding(void) {
-    float wte[] = {3, 4, 5, 6};
-    float wpe[] = {0.5f, 0, 0, 0.5f};
-    float dx[] = {1, 2, 3, 4};
-    float dwte[4] = {0};
-    float dwpe[4] = {0};
-    float x[4];
-    struct Batch batch = {.N = 2, .ids = (int[]){1, 1}, .position = (int[]){0, 1}};
-    embedding_forward(x, &batch, wte, wpe, 2);
-    expect_floats("x", x, (double[]){5.5, 6, 5, 6.5}, 4, 0);
-    embedding_backward(dwte, dwpe, dx, &batch, 2);
-    expect_floats("dwte", dwte, (double[]){0, 0, 4, 6}, 4, 0);
-    expect_floats("dwpe", dwpe, (double[]){1, 2, 3, 4}, 4, 0);
+/* Attention by its definition, in doubles: one sequence and head. */
+static void attend_plainly(double *out, const float *qkv, size_t C, size_t HS, size_t T) {
+    double *p = arena_alloc(&test_arena, T, sizeof *p);
+    for (size_t t = 0; t < T; t++) {
+        double total = 0;
+        for (size_t j = 0; j <= t; j++)
+            total += p[j] =
+                exp(dot_product(qkv + t * 3 * C, qkv + j * 3 * C + C, HS) / sqrt((double)HS));
+        for (size_t c = 0; c < HS; c++)
+            out[t * C + c] = 0;
+        for (size_t j = 0; j <= t; j++)
+            for (size_t c = 0; c < HS; c++)
+                out[t * C + c] += p[j] / total * qkv[j * 3 * C + 2 * C + c];
+    }
 }
 
-/* Torch's values; then sequences longer than a block of rows, several heads, against the
- * definition. */
-static void test_attention(void) {
+/* Torch's values and gradients, queries, keys and values from formulas. */
+static void test_attention_golden(void) {
+    static const double golden_out[5][4] = {
+        {0.745705187, 0.306575, -0.274824679, -0.800666809},
+        {-0.0251077607, -0.124858941, -0.110579779, -0.0778156113},
+        {0.136922313, -0.0687167318, -0.21676931, -0.218699261},
+        {0.180635907, 0.144986601, -0.195263657, -0.381381868},
+        {0.163522215, 0.455326275, 0.135781965, -0.669083843},
+    };
+    static const double golden_dq[5][4] = {
+        {0, 0, 0, 0},
+        {-0.820438415, -0.481762394, 0.2868383, 0.715507469},
+        {0.643778864, 0.205401103, -0.357624596, -0.481980762},
+        {-0.313900475, 0.212762823, 0.414880461, 0.0904204776},
+        {0.0455781064, 0.152319302, 0.117335652, -0.189836731},
+    };
+    static const double golden_dk[5][4] = {
+        {0.323346555, 0.748379149, 0.645062823, 0.11987897},
+        {-0.449259074, -1.11602245, -0.96664639, -0.117048982},
+        {0.291671301, 0.462882288, 0.25062775, -0.169028061},
+        {-0.0164254602, -0.00846056393, 0.00824014646, 0.0167729597},
+        {-0.149333321, -0.0867784263, 0.0627156705, 0.149425114},
+    };
+    static const double golden_dv[5][4] = {
+        {1.1141733, 0.354209422, -0.620613206, -1.2189802},
+        {-0.270751231, -0.0908806051, 0.144116967, 0.291695102},
+        {-0.150459344, -0.0308386446, 0.107488365, 0.180614366},
+        {-0.0291819625, -0.0171783036, 0.00524548116, 0.0244874261},
+        {0.196731671, 0.0333801665, -0.150219307, -0.24269776},
+    };
     float qkv[5 * 12], out[20], lse[5], dout[20], dqkv[60];
     for (int i = 0; i < 20; i++) {
         float *row = qkv + i / 4 * 12 + i % 4;
@@ -2629,13 +2699,17 @@ static void test_attention(void) {
     }
     struct Batch five = sequences_of((size_t[]){5}, 1);
     attention_forward(out, lse, qkv, &five, attention_shape(4, 1));
-    expect_floats("out", out, golden_att_out[0], 20, 1e-6);
+    expect_floats("out", out, golden_out[0], 20, 1e-6);
     attention_backward(dqkv, dout, out, lse, qkv, &five, attention_shape(4, 1));
     for (int i = 0; i < 20; i++) {
-        expect_close("dq", dqkv[i / 4 * 12 + i % 4], golden_att_dq[i / 4][i % 4], 1e-6);
-        expect_close("dk", dqkv[i / 4 * 12 + 4 + i % 4], golden_att_dk[i / 4][i % 4], 1e-6);
-        expect_close("dv", dqkv[i / 4 * 12 + 8 + i % 4], golden_att_dv[i / 4][i % 4], 1e-6);
+        expect_close("dq", dqkv[i / 4 * 12 + i % 4], golden_dq[i / 4][i % 4], 1e-6);
+        expect_close("dk", dqkv[i / 4 * 12 + 4 + i % 4], golden_dk[i / 4][i % 4], 1e-6);
+        expect_close("dv", dqkv[i / 4 * 12 + 8 + i % 4], golden_dv[i / 4][i % 4], 1e-6);
     }
+}
+
+/* Sequences longer than a block of rows, several heads, against the definition. */
+static void test_attention(void) {
     static const size_t length[] = {150, 1, 64, 65};
     struct Batch batch = sequences_of(length, 4);
     size_t C = 24;
@@ -2678,65 +2752,68 @@ static void test_attention_gradient(void) {
 }
 
 /* =============================================================================================
- * Chapters 11, 24 - GPT-2
+ * Chapter 11 - GPT-2, its output layer and its heads
+ *
+ * A tiny model against transformers, forward and backward; central differences through all of
+ * it; batches packed and cut in other ways.
  * ============================================================================================= */
 
-/* Tensor number k of the golden model: 0.3 sin(1.7 k + 0.61 i + 0.003 i i); layer norms 1 + a
- * third of it. */
-static void golden_fill(struct Tensor *t, double k) {
-    bool norm = strstr(t->name, "ln_") && strstr(t->name, "weight");
-    for (size_t i = 0; i < t->n; i++) {
-        double v = 0.3 * sin(1.7 * k + 0.61 * (double)i + 0.003 * (double)i * (double)i);
-        t->w[i] = (float)(norm ? 1 + v / 3 : v);
+/* Weights start as GPT-2's: deviation 0.02, less for what writes to the residual stream; biases
+ * 0, norms 1. */
+static void test_gpt2_init(void) {
+    struct GPT2 *model = new_model(300, 64, 64, 8, 4);
+    for (size_t i = 0; i < model->tensor_count; i++) {
+        struct Tensor *t = model->tensors[i];
+        double rms = norm_of(t->w, t->n) / sqrt((double)t->n);
+        double want = t->ndim == 2              ? strstr(t->name, "c_proj") ? 0.005 : 0.02
+                      : strstr(t->name, "bias") ? 0
+                                                : 1;
+        expect_close(t->name, rms, want, 0.05 * want);
+        expect_true("decay on matrices alone", t->decay == (t->ndim == 2));
     }
-}
-
-static struct GPT2 *golden_model(void) {
-    struct GPT2 *model = gpt2_new((struct GPT2Config){61, 16, 16, 2, 2, 60, 60, 1e-5f, 60, {0}});
-    for (size_t k = 0; k < model->tensor_count; k++)
-        golden_fill(model->tensors[k], (double)k);
-    return model;
-}
-
-/* The golden sequences: 12 and 7 tokens, every one but the first predicted. */
-static struct Example *golden_examples(void) {
-    struct Example *examples = arena_alloc(&test_arena, 2, sizeof *examples);
-    for (int b = 0; b < 2; b++) {
-        examples[b] = (struct Example){arena_alloc(&test_arena, 12, sizeof(int)), b ? 7 : 12, 1};
-        for (int t = 0; t < (b ? 7 : 12); t++)
-            examples[b].ids[t] = (7 * t * t + 11 * t + 5 * b + 3) % 61;
-    }
-    return examples;
+    struct GPT2 *copy = owned(gpt2_copy(model));
+    expect_same_weights("copy", copy, model);
 }
 
 /* Logits, log-sum-exps, log-probabilities and loss against transformers. */
 static void test_gpt2_golden(void) {
+    static const struct {
+        size_t b, t, v;
+        double want;
+    } golden_logits[] = {
+        {0, 0, 0, 0.315499783},  {0, 0, 60, 0.681127191},   {0, 5, 17, 0.387881666},
+        {0, 11, 3, 0.551511884}, {0, 11, 42, -0.700909019}, {1, 0, 8, 1.49938715},
+        {1, 3, 33, 1.02304161},  {1, 6, 60, 0.619625092},
+    };
+    static const double golden_lse[] = {4.42498302, 4.46406698, 4.41255903, 4.52674389, 4.48971748,
+                                        4.48288488, 4.44061565, 4.458148,   4.59317207, 4.57946491,
+                                        4.48779774, 4.46262646, 4.49447107, 4.44036627, 4.42413044,
+                                        4.39093065, 4.46595526, 4.46355057, 4.48117018};
+    static const double golden_logprobs[] = {-4.99166679, -6.63597775, -4.17347574, -4.54953051,
+                                             -5.73810768, -4.80450535, -5.31365013, -4.92369366,
+                                             -4.6966877,  -3.36197925, -2.99797797, -4.53631115,
+                                             -4.4750886,  -6.29824066, -6.47846508, -5.0788269,
+                                             -4.40522957};
     struct GPT2 *model = golden_model();
     struct Batch batch = batch_of(golden_examples(), 2, READ_LAST);
     float *logits = batch_logits(model, &batch);
     float scratch[61];
-    for (size_t i = 0; i < 8; i++) {
-        const int *at = golden_gpt_logit_at[i];
-        expect_close("logit", logits[(batch.start[at[0]] + (size_t)at[1]) * 61 + (size_t)at[2]],
-                     golden_gpt_logit[i], 5e-6);
+    for (size_t i = 0; i < COUNT(golden_logits); i++) {
+        size_t row = batch.start[golden_logits[i].b] + golden_logits[i].t;
+        expect_close("logit", logits[row * 61 + golden_logits[i].v], golden_logits[i].want, 5e-6);
     }
     for (size_t n = 0; n < 19; n++)
-        expect_close("log_sum_exp", log_sum_exp(logits + n * 61, 61, scratch), golden_gpt_lse[n],
-                     6e-6);
-    struct Activations acts = gpt2_forward(model, &test_arena, &batch, false);
-    struct LMHead head =
-        lm_head_new(model, &test_arena, &acts, batch.row, batch.target, batch.R, 1);
-    lm_head_forward(model, &head);
+        expect_close("log_sum_exp", log_sum_exp(logits + n * 61, 61, scratch), golden_lse[n], 6e-6);
+    struct LMHead head = batch_logprobs(model, &test_arena, &batch, 1, false);
     expect_count("targets", batch.R, 17);
-    expect_floats("log-probability", head.logprob, golden_gpt_target_logp, 17, 1e-5);
-    expect_close("loss", -sequence_logprob(head.logprob, 17) / 17, golden_gpt_loss, 3e-6);
+    expect_floats("log-probability", head.logprob, golden_logprobs, 17, 1e-5);
+    expect_close("loss", -sequence_logprob(head.logprob, 17) / 17, 4.9093771, 3e-6);
     for (size_t r = 0; r < 17; r++) {
         const float *row = logits + (size_t)batch.row[r] * 61;
         expect_close("entropy", head.entropy[r], entropy_of_logits(row, head.lse[r], 61), 5e-6);
         expect_close("mean logit", head.mean_logit[r], row_sum(row, 61) / 61, 1e-6);
         expect_true("hit", head.hit[r] == (argmax(row, 61) == (size_t)batch.target[r]));
     }
-    gpt2_free(model);
 }
 
 /* One row by hand: logits (0, ln 3), so p = (1/4, 3/4), target 1; and the sums of whole answers. */
@@ -2763,8 +2840,70 @@ static void test_lm_head_hand(void) {
     expect_close("an answer of two", logps[1], -5, 0);
 }
 
+/* One row from its log-probability's slope to wte and to the hidden state: the comment's example. */
+static void test_lm_head_backward_hand(void) {
+    struct GPT2Config config = {
+        .vocab_size = 2,
+        .n_positions = 1,
+        .n_embd = 2,
+        .n_layer = 1,
+        .n_head = 1,
+        .eos_token_id = 1,
+        .pad_token_id = -1,
+        .layer_norm_epsilon = 1e-5f,
+    };
+    struct GPT2 *model = gpt2_new(config);
+    gpt2_make_trainable(model);
+    memcpy(model->wte.w, (float[]){0, 0, logf(3), 0}, 4 * sizeof(float));
+
+    float hidden[] = {1, 2};
+    float dhidden[2] = {0};
+    float dlogprob = -2;
+    int row = 0;
+    int target = 1;
+    struct Activations acts = {.N = 1, .ln_f = hidden};
+    struct LMHead head = lm_head_new(model, &test_arena, &acts, &row, &target, 1, 1);
+    lm_head_forward(model, &head);
+    lm_head_backward(model, &head, &dlogprob, dhidden, &test_arena);
+    expect_floats("d wte", model->wte.d, (double[]){0.5, 1, -0.5, -1}, 4, 1e-6);
+    expect_floats("d hidden", dhidden, (double[]){-0.5 * log(3), 0}, 2, 1e-6);
+    gpt2_free(model);
+}
+
 /* Norm and ends of every tensor's gradient against torch's. */
 static void test_gpt2_gradient_golden(void) {
+    static const struct {
+        double norm, ends[4];
+    } golden[] = {
+        {1.34106719, {0.0140096601, 0.0382240415, -0.0437635072, -0.0211944971}},
+        {0.688214421, {0.0231964141, 0.00233481731, 0, 0}},
+        {0.156415701, {-0.0512597635, 0.00259381928, 0.00461913459, -0.00526909065}},
+        {0.208438754, {0.116041444, -0.0859639496, -0.0607703142, 0.039005775}},
+        {0.770673156, {0.0230030697, -0.000202904499, -0.0467500128, -0.0376477875}},
+        {0.35108611, {0.000449372455, 0.00319855195, 0.0535002723, -0.00402795803}},
+        {0.697219431, {0.039102789, 0.0282223336, 0.114623904, 0.00282348949}},
+        {0.39914757, {0.08413326, -0.067441009, -0.0986377895, -0.0618059561}},
+        {0.130233914, {-0.00937988888, -0.020181736, -0.0200131759, -0.016307883}},
+        {0.175667286, {0.000932431314, -0.0275847483, -0.100541912, -0.0184533633}},
+        {0.736602187, {0.00470054615, -0.0119896438, -0.00885186996, -0.00705449423}},
+        {0.224149168, {0.0240963772, 0.0112637402, -0.0275587775, -0.0177149847}},
+        {0.655698299, {-0.00423472701, -0.00510229589, 0.0241163056, -0.0105314963}},
+        {0.170337006, {0.0063066287, -0.0515935868, 0.025675524, -0.0342572853}},
+        {0.0729051754, {0.00118115474, -0.00661215233, 0.0332521237, 0.00786426198}},
+        {0.107150771, {-0.0118944626, -0.0107830334, -0.014829088, -0.0166916288}},
+        {0.600260258, {-0.000384738989, -0.000872198318, -0.0127929365, -0.00254147477}},
+        {0.158166543, {0.00224440754, -0.00396429794, 0.011194814, 0.0286136921}},
+        {0.524300575, {0.000714541122, 0.00653385837, 0.0122790402, -0.0119109703}},
+        {0.153264239, {0.0134599563, -0.0413438454, 0.0312999487, -0.0231640767}},
+        {0.104889669, {-0.00419140235, -0.0381934345, 0.0466098487, 0.00624612579}},
+        {0.126633823, {-0.000273735845, -0.0109314462, -0.0171370022, -0.0168884508}},
+        {0.49948433, {0.00268693734, 0.00228807237, -0.00176244148, -0.0119123533}},
+        {0.130374819, {0.00164836994, -0.0198231861, -0.00156693277, 0.0201836955}},
+        {0.400363952, {0.0143272104, 0.00912884157, 0.0089287078, -0.00624290109}},
+        {0.12922436, {0.006825889, -0.028333459, 0.0160839558, -0.031427864}},
+        {0.407696098, {0.0714445189, 0.0637056828, 0.325430393, 0.0916504338}},
+        {0.262816101, {0.0251195636, 0.0331897065, -0.141107023, -0.103696443}},
+    };
     struct GPT2 *model = golden_model();
     gpt2_make_trainable(model);
     struct Batch batch = batch_of(golden_examples(), 2, SKIP_LAST);
@@ -2778,11 +2917,10 @@ static void test_gpt2_gradient_golden(void) {
     for (size_t i = 0; i < 28; i++) {
         const struct Tensor *t = model->tensors[i];
         float ends[] = {t->d[0], t->d[1], t->d[t->n - 2], t->d[t->n - 1]};
-        expect_relative(t->name, norm_of(t->d, t->n), golden_gpt_grad_norm[i], 5e-6);
-        expect_floats(t->name, ends, golden_gpt_grad_ends[i], 4, 1.5e-6);
+        expect_relative(t->name, norm_of(t->d, t->n), golden[i].norm, 5e-6);
+        expect_floats(t->name, ends, golden[i].ends, 4, 1.5e-6);
     }
-    expect_close("all", gradient_norm(model), golden_gpt_grad_total, 1e-5);
-    gpt2_free(model);
+    expect_close("all", gradient_norm(model), 2.49169612, 1e-5);
 }
 
 /* A model, a batch and how the output layer reads it. */
@@ -2845,7 +2983,6 @@ static void test_gpt2_gradient(void) {
         struct Tensor *t = c.model->tensors[i];
         expect_gradient(t->name, (struct Slope){model_loss, &c, 0.015}, t->w, t->d, t->n, 12, 2e-3);
     }
-    gpt2_free(c.model);
 }
 
 /* With a temperature, and with the output layer's rows in chunks of five. */
@@ -2881,7 +3018,6 @@ static void test_gpt2_chunks(void) {
         expect_floats("wte's gradient of the cross-entropy", wte,
                       widen(c.model->wte.d, c.model->wte.n), c.model->wte.n, 1e-5);
     }
-    gpt2_free(c.model);
 }
 
 /* A packed batch gives each sequence what it gets alone. */
@@ -2897,571 +3033,6 @@ static void test_gpt2_packed(void) {
                       widen(batch_logits(model, &one), examples[b].n * 50), examples[b].n * 50,
                       2e-5);
     }
-    gpt2_free(model);
-}
-
-/* Weights start as GPT-2's: deviation 0.02, less for what writes to the residual stream; biases
- * 0, norms 1. */
-static void test_gpt2_init(void) {
-    struct GPT2 *model = new_model(300, 64, 64, 8, 4);
-    for (size_t i = 0; i < model->tensor_count; i++) {
-        struct Tensor *t = model->tensors[i];
-        double rms = norm_of(t->w, t->n) / sqrt((double)t->n);
-        double want = t->ndim == 2              ? strstr(t->name, "c_proj") ? 0.005 : 0.02
-                      : strstr(t->name, "bias") ? 0
-                                                : 1;
-        expect_close(t->name, rms, want, 0.05 * want);
-        expect_true("decay on matrices alone", t->decay == (t->ndim == 2));
-    }
-    struct GPT2 *copy = gpt2_copy(model);
-    expect_same_weights("copy", copy, model);
-    gpt2_free(copy);
-    gpt2_free(model);
-}
-
-/* A model with all its heads, saved and loaded: the same bits and configuration. */
-static void test_model_save(void) {
-    struct GPT2 *model =
-        gpt2_new((struct GPT2Config){300, 24, 12, 2, 3, 299, 298, 1e-6f, 297, {0}});
-    reward_head_declare(model);
-    value_head_declare(model);
-    fill_random(model);
-    model_save(model, temporary("saved"), tokenizer);
-    struct GPT2 *loaded = gpt2_load(temporary("saved"));
-    expect_same_weights("weights", loaded, model);
-    const struct GPT2Config *a = &loaded->config;
-    const struct GPT2Config *b = &model->config;
-    expect_true("sizes", a->vocab_size == b->vocab_size && a->n_positions == b->n_positions
-                             && a->n_embd == b->n_embd && a->n_layer == b->n_layer
-                             && a->n_head == b->n_head);
-    expect_true("ids and epsilon", a->eos_token_id == 299 && a->pad_token_id == 298
-                                       && a->bos_token_id == 297 && a->layer_norm_epsilon == 1e-6f);
-    expect_true("both heads", loaded->score.n == 12 && loaded->v_head.weight.n == 12
-                                  && loaded->v_head.bias.n == 1);
-    tokenizer_check_folder(tokenizer, temporary("saved"), 300);
-    gpt2_free(loaded);
-    gpt2_free(model);
-}
-
-/* config.json's special tokens, absent, null, in a list of one; tokenizer_config.json gives each
- * the name that its id has. */
-static void test_model_special_tokens(void) {
-#define END "<|endoftext|>"
-    static const struct {
-        const char *json;
-        int eos, pad, bos;
-        const char *names[3];
-        bool split;
-    } cases[] =
-        {{"\"vocab_size\": 300", 299, 299, 299, {END, END, END}, false},
-         {"\"eos_token_id\": null, \"pad_token_id\": null, \"bos_token_id\": null",
-          50256,
-          50256,
-          50256,
-          {END, END, END},
-          false},
-         {"\"vocab_size\": 300, \"eos_token_id\": [13]", 13, 13, 299, {".", ".", END}, true},
-         {"\"eos_token_id\": 198, \"pad_token_id\": 262, \"bos_token_id\": 0",
-          198,
-          262,
-          0,
-          {"\xc4\x8a", "\xc4\xa0the", "!"},
-          true},
-         {"\"vocab_size\": 300, \"bos_token_id\": 50256", 299, 299, 299, {END, END, END}, false},
-         {"\"vocab_size\": 50300, \"bos_token_id\": 50299",
-          50256,
-          50256,
-          50299,
-          {END, END, NULL},
-          false}};
-#undef END
-    make_folder(temporary("special"));
-    for (size_t i = 0; i < COUNT(cases); i++) {
-        const char *format = "{%s, \"n_embd\": 4, \"n_head\": 1}";
-        struct Text text = text_of(arena_printf(&test_arena, format, cases[i].json));
-        write_bytes("special/config.json", text.data, text.length);
-        struct GPT2Config c = config_load(temporary("special"), &(bool){false});
-        expect_count("end token", (size_t)c.eos_token_id, (size_t)cases[i].eos);
-        expect_count("padding token", (size_t)c.pad_token_id, (size_t)cases[i].pad);
-        expect_count("beginning token", (size_t)c.bos_token_id, (size_t)cases[i].bos);
-        tokenizer_config_save(tokenizer, temporary("special"), &c);
-        const char *path = temporary("special/tokenizer_config.json");
-        struct Json *saved = json_read_file(&test_arena, path);
-        static const char *const keys[] = {"eos_token", "pad_token", "bos_token"};
-        for (size_t k = 0; k < COUNT(keys); k++) {
-            struct Json *name = json_get(saved, keys[k]);
-            const char *want = cases[i].names[k];
-            expect_true(keys[k],
-                        want ? json_is_string(name, want) : name && name->type == JSON_NULL);
-        }
-        bool split = json_get(saved, "split_special_tokens") != NULL;
-        expect_true("split_special_tokens", split == cases[i].split);
-        struct Json *class = json_get(saved, "tokenizer_class");
-        expect_true("tokenizer_class", json_is_string(class, "GPT2Tokenizer"));
-    }
-}
-
-/* The same model as transformers may write it: without prefix, in shards, in half precision,
- * with other tensors beside. */
-static void test_gpt2_load(void) {
-    struct GPT2 *model =
-        gpt2_new((struct GPT2Config){300, 24, 12, 2, 3, 299, 299, 1e-5f, 299, {0}});
-    fill_random(model);
-    for (size_t i = 0; i < model->tensor_count; i++) /* numbers that bfloat16 can hold */
-        for (size_t k = 0; k < model->tensors[i]->n; k++)
-            model->tensors[i]->w[k] =
-                float_of_bits(bits_of_float(model->tensors[i]->w[k]) & 0xffff0000u);
-    model_save(model, temporary("plain"), NULL);
-    struct Tensor *extra[40];
-    struct Tensor odd = {
-        .name = "h.0.attn.bias",
-        .shape = {2, 2},
-        .ndim = 2,
-        .n = 4,
-        .w = random_floats(4, 1),
-    };
-    memcpy(extra, model->tensors, model->tensor_count * sizeof *extra);
-    extra[model->tensor_count] = &odd;
-    safetensors_write(temporary("plain"), "model.safetensors", extra, model->tensor_count + 1, "");
-    struct GPT2 *loaded = gpt2_load(temporary("plain"));
-    expect_same_weights("without prefix", loaded, model);
-    gpt2_free(loaded);
-    unlink(temporary("plain/model.safetensors"));
-    safetensors_write(temporary("plain"), "a.safetensors", model->tensors, 5, "transformer.");
-    safetensors_write(temporary("plain"), "b.safetensors", model->tensors + 5,
-                      model->tensor_count - 5, "transformer.");
-    write_text("plain/model.safetensors.index.json", "{\"metadata\": {}, \"weight_map\": {\"x\": "
-                                                     "\"b.safetensors\", \"y\": \"a.safetensors\", "
-                                                     "\"z\": \"b.safetensors\"}}");
-    loaded = gpt2_load(temporary("plain"));
-    expect_same_weights("in shards", loaded, model);
-    gpt2_free(loaded);
-    size_t n;
-    size_t used = 0;
-    float *all = all_weights(model, &n);
-    unsigned char *file = arena_alloc(&test_arena, 8 + 8192 + 2 * n, 1);
-    used = 8 + (size_t)sprintf((char *)file + 8, "{");
-    for (size_t i = 0, offset = 0; i < model->tensor_count; offset += 2 * model->tensors[i++]->n) {
-        struct Tensor *t = model->tensors[i];
-        used +=
-            (size_t)sprintf((char *)file + used, "%s\"%s\":{\"dtype\":\"BF16\",\"shape\":[%zu%s",
-                            i ? "," : "", t->name, t->shape[0], t->ndim == 2 ? "," : "");
-        if (t->ndim == 2)
-            used += (size_t)sprintf((char *)file + used, "%zu", t->shape[1]);
-        used += (size_t)sprintf((char *)file + used, "],\"data_offsets\":[%zu,%zu]}", offset,
-                                offset + 2 * t->n);
-    }
-    used += (size_t)sprintf((char *)file + used, "}");
-    for (int i = 0; i < 8; i++)
-        file[i] = (unsigned char)((uint64_t)(used - 8) >> 8 * i);
-    for (size_t i = 0; i < n; i++) {
-        file[used++] = (unsigned char)(bits_of_float(all[i]) >> 16);
-        file[used++] = (unsigned char)(bits_of_float(all[i]) >> 24);
-    }
-    write_bytes("plain/model.safetensors", file, used);
-    loaded = gpt2_load(temporary("plain"));
-    expect_same_weights("in bfloat16", loaded, model);
-    gpt2_free(loaded);
-    gpt2_free(model);
-}
-
-static struct Text replaced(struct Text text, const char *from, const char *to);
-static void load_one_model(const void *path);
-static void load_one_adapter(const void *path);
-
-/* Known prefixes, in any order, are no part of a tensor's name; others are. */
-static void test_bare_name(void) {
-    static const char *const cases[][2] = {{"wte.weight", "wte.weight"},
-                                           {"transformer.wte.weight", "wte.weight"},
-                                           {"module._orig_mod.transformer.h.0.ln_1.bias", "h.0.ln_"
-                                                                                          "1.bias"},
-                                           {"_orig_mod.module.h.0.ln_1.bias", "h.0.ln_1.bias"},
-                                           {"pretrained_model.transformer.h.1.mlp.c_fc.weight",
-                                            "h.1.mlp.c_fc.weight"},
-                                           {"module.v_head.summary.bias", "v_head.summary.bias"},
-                                           {"base_model.model._orig_mod.transformer.h.0.ln_1.bias",
-                                            "h.0.ln_1.bias"},
-                                           {"foo.wte.weight", "foo.wte.weight"},
-                                           {"modules.wte.weight", "modules.wte.weight"},
-                                           {"transformer.", ""},
-                                           {"", ""}};
-    for (size_t i = 0; i < COUNT(cases); i++)
-        expect_text(cases[i][0], text_of(bare_name(cases[i][0])), cases[i][1]);
-}
-
-/* A folder's config.json with `from` replaced, its weights from a list of tensors. */
-static const char *odd_model(const char *name, struct Text config, const char *from, const char *to,
-                             struct Tensor **tensors, size_t count, const char *prefix) {
-    make_folder(temporary(name));
-    struct Text text = replaced(config, from, to);
-    write_bytes(arena_printf(&test_arena, "%s/config.json", name), text.data, text.length);
-    safetensors_write(temporary(name), "model.safetensors", tensors, count, prefix);
-    return temporary(name);
-}
-
-/* gpt2_load, and what it says. */
-static struct GPT2 *load_and_listen(const char *path, struct Text *said) {
-    capture_begin();
-    struct GPT2 *model = gpt2_load(path);
-    *said = capture_end();
-    return model;
-}
-
-/* The output layer, as files hold it: once, under either of its names, or twice and equal. Of its
- * own it is refused, and so is one that transformers would draw at random. */
-static void test_output_layer(void) {
-    enum Holds { NOT, EQUAL, OTHER };
-    static const struct {
-        bool wte;
-        enum Holds lm_head;
-        const char *tie, *prefix, *message;
-    } cases[] =
-        {{true, NOT, "true", "transformer.", ""},
-         {true, NOT, "null", "", ""},
-         {true, EQUAL, "true", "transformer.", ""},
-         {true, EQUAL, "null", "module.", ""},
-         {false, EQUAL, "true", "transformer.", ""},
-         {false, EQUAL, "null", "pretrained_model.transformer.", ""},
-         {true, EQUAL, "false", "transformer.", "equals wte.weight: they are one tensor here"},
-         {true, OTHER, "true", "transformer.", "lm_head.weight is not wte.weight (number 7 is "},
-         {true, OTHER, "null", "_orig_mod.", "lm_head.weight is not wte.weight (number 7 is "},
-         {true, OTHER, "false", "transformer.", "an output layer of its own is not implemented"},
-         {true, NOT, "false", "transformer.", "is false in config.json, but there is no lm_head"},
-         {false, EQUAL, "false", "transformer.", "is false in config.json, but there is no wte"},
-         {false, NOT, "true", "transformer.", "wte.weight is missing; expected shape [300, 12]"}};
-    struct GPT2 *model = new_model(300, 24, 12, 1, 3);
-    struct GPT2 *loaded;
-    struct Tensor lm_head = model->wte;
-    struct Tensor *tensors[32];
-    struct Text said;
-    model_save(model, temporary("head"), NULL);
-    struct Text config = read_file(&test_arena, temporary("head/config.json"));
-    snprintf(lm_head.name, sizeof lm_head.name, "lm_head.weight");
-    for (size_t i = 0; i < COUNT(cases); i++) {
-        size_t count = 0;
-        lm_head.w =
-            memcpy(arena_floats(&test_arena, lm_head.n), model->wte.w, lm_head.n * sizeof(float));
-        if (cases[i].lm_head == OTHER)
-            lm_head.w[7] += 1;
-        if (cases[i].lm_head != NOT)
-            tensors[count++] = &lm_head;
-        for (size_t k = cases[i].wte ? 0 : 1; k < model->tensor_count; k++)
-            tensors[count++] = model->tensors[k];
-        const char *tie = arena_printf(&test_arena, "\"tie_word_embeddings\": %s", cases[i].tie);
-        const char *path = odd_model("head", config, "\"tie_word_embeddings\": true", tie, tensors,
-                                     count, cases[i].prefix);
-        bool good = !*cases[i].message || strstr(cases[i].message, "equals");
-        if (!good)
-            expect_end(tie, load_one_model, path, 1, cases[i].message);
-        if (!good)
-            continue;
-        loaded = load_and_listen(path, &said);
-        expect_same_weights(tie, loaded, model);
-        expect_true(tie, *cases[i].message ? strstr(said.data, cases[i].message) != NULL
-                                           : said.length == 0);
-        gpt2_free(loaded);
-    }
-    unlink(temporary("head/model.safetensors"));
-    safetensors_write(temporary("head"), "a.safetensors", tensors, 4, "");
-    safetensors_write(temporary("head"), "b.safetensors", (struct Tensor *[]){&lm_head}, 1, "");
-    write_text("head/model.safetensors.index.json", "{\"weight_map\": {\"x\": \"b.safetensors\", "
-                                                    "\"y\": \"a.safetensors\"}}");
-    write_bytes("head/config.json", config.data, config.length);
-    expect_end("lm_head in one file, most of the rest missing", load_one_model, temporary("head"),
-               1, "is missing");
-    safetensors_write(temporary("head"), "a.safetensors", model->tensors, model->tensor_count, "");
-    loaded = load_and_listen(temporary("head"), &said);
-    expect_same_weights("wte and lm_head in two files", loaded, model);
-    lm_head.w[3] = -lm_head.w[3];
-    safetensors_write(temporary("head"), "b.safetensors", (struct Tensor *[]){&lm_head}, 1, "");
-    expect_end("unlike, in two files", load_one_model, temporary("head"), 1,
-               "lm_head.weight is not wte.weight (number 3 is ");
-    gpt2_free(loaded);
-    gpt2_free(model);
-}
-
-/* Settings by GPT2Config's other names; activations that are gelu_new by another; tensors that have
- * no place are named. */
-static void test_config_names(void) {
-    static const char *const edits[][3] =
-        {{"\"n_head\": 3", "\"num_attention_heads\": 3", ""},
-         {"\"n_head\": 3", "\"n_head\": null, \"num_attention_heads\": 3", ""},
-         {"\"n_head\": 3", "\"n_head\": 3, \"num_attention_heads\": 3", ""},
-         {"\"n_embd\": 12", "\"hidden_size\": 12", ""},
-         {"\"n_layer\": 2", "\"num_hidden_layers\": 2", ""},
-         {"\"n_positions\": 24", "\"max_position_embeddings\": 24", ""},
-         {"  \"n_positions\": 24,", "", ""},
-         {"\"n_ctx\": 24", "\"n_ctx\": 99", ""},
-         {"\"gelu_new\"", "\"gelu_pytorch_tanh\"", ""},
-         {"\"gelu_new\"", "\"gelu_fast\"", ""},
-         {"\"use_cache\": true", "\"reorder_and_upcast_attn\": true, \"pruned_heads\": {}", ""},
-         {"\"gelu_new\"", "\"gelu\"", "gelu_new is implemented, gelu is not"},
-         {"\"gelu_new\"", "\"quick_gelu\"", "quick_gelu is not"},
-         {"\"n_head\": 3", "\"n_head\": 3, \"num_attention_heads\": 4",
-          "\"n_head\" is 3, but \"num_attention_heads\", another name for it, is 4"},
-         {"\"n_embd\": 12", "\"hidden_size\": 24, \"n_embd\": 12",
-          "\"n_embd\" is 12, but \"hidden_size\""},
-         {"\"use_cache\": true", "\"scale_attn_by_inverse_layer_idx\": true",
-          "\"scale_attn_by_inverse_layer_idx\": false is implemented, true is not"},
-         {"\"use_cache\": true", "\"quantization_config\": {\"quant_method\": \"gptq\"}",
-          "\"quantization_config\": null is implemented, gptq is not"},
-         {"\"use_cache\": true", "\"pruned_heads\": {\"0\": [1]}",
-          "\"pruned_heads\": null is implemented, a list is not"}};
-    struct GPT2 *model = new_model(300, 24, 12, 2, 3);
-    struct Text said;
-    model_save(model, temporary("names"), NULL);
-    struct Text config = read_file(&test_arena, temporary("names/config.json"));
-    for (size_t i = 0; i < COUNT(edits); i++) {
-        const char *path = odd_model("names", config, edits[i][0], edits[i][1], model->tensors,
-                                     model->tensor_count, "transformer.");
-        if (*edits[i][2])
-            expect_end(edits[i][1], load_one_model, path, 1, edits[i][2]);
-        if (*edits[i][2])
-            continue;
-        struct GPT2 *loaded = load_and_listen(path, &said);
-        expect_same_weights(edits[i][1], loaded, model);
-        expect_count("heads, positions", 100 * loaded->config.n_head + loaded->config.n_positions,
-                     324);
-        expect_text("nothing to say", said, "");
-        gpt2_free(loaded);
-    }
-    gpt2_free(load_and_listen(odd_model("names", config, "\"n_layer\": 2", "\"n_layer\": 1",
-                                        model->tensors, model->tensor_count, "transformer."),
-                              &said));
-    expect_true("a block that config.json does not count",
-                strstr(said.data, "not read: 12, the first is transformer.h.1.ln_1.weight")
-                    != NULL);
-    expect_end("another prefix", load_one_model,
-               odd_model("names", config, "12", "12", model->tensors, model->tensor_count,
-                         "model.decoder."),
-               1,
-               "tensor wte.weight is missing; expected shape [300, 12]; there is "
-               "model.decoder.wte.weight");
-    struct Tensor *twice[40];
-    struct Tensor again = model->wte;
-    memcpy(twice + 1, model->tensors, model->tensor_count * sizeof *twice);
-    snprintf(again.name, sizeof again.name, "module.wte.weight");
-    twice[0] = &again;
-    expect_end("one tensor under two names", load_one_model,
-               odd_model("names", config, "12", "12", twice, model->tensor_count + 1,
-                         "transformer."),
-               1,
-               "tensors transformer.module.wte.weight and transformer.wte.weight are both "
-               "wte.weight");
-    gpt2_free(model);
-}
-
-/* =============================================================================================
- * Chapters 11, 24 - Reward and value heads
- * ============================================================================================= */
-
-/* Two labels' rows, in a file of their own, read into a model that `names` says the labels of. */
-static struct Text read_two_labels(struct GPT2 *model, struct Tensor *rows, const char *settings) {
-    make_folder(temporary("two"));
-    write_text("two/config.json", settings);
-    safetensors_write(temporary("two"), "score.safetensors", &rows, 1, "");
-    struct SafeTensors st = safetensors_open(&test_arena, temporary("two/score.safetensors"));
-    model->score.n = 0;
-    capture_begin();
-    reward_head_load(model, &st, temporary("two"));
-    fclose(st.file);
-    return capture_end();
-}
-
-/* The reward of a two-label classifier is the log-odds of the sentiment pipeline's softmax:
- * transformers' numbers. */
-static void test_two_labels_golden(void) {
-    struct GPT2 *model = golden_model();
-    struct Tensor rows = {
-        .name = "score.weight",
-        .shape = {2, 16},
-        .ndim = 2,
-        .n = 32,
-        .w = arena_floats(&test_arena, 32),
-    };
-    golden_fill(&rows, 100);
-    struct Text said = read_two_labels(model, &rows,
-                                       "{\"id2label\": {\"0\": \"LABEL_0\", \"1\": "
-                                       "\"LABEL_1\"}}");
-    expect_true("said", strstr(said.data, "the reward is the logit of \"LABEL_1\" minus that of "
-                                          "\"LABEL_0\"; saved again, it has one label")
-                            != NULL);
-    float reward[2];
-    reward_score(model, golden_examples(), 2, reward);
-    for (size_t i = 0; i < 2; i++) {
-        expect_close("difference of the logits", reward[i],
-                     golden_rm_two_logits[i][1] - golden_rm_two_logits[i][0], 6e-6);
-        expect_close("the score of label 1", sigmoid(reward[i]), golden_rm_two_positive[i], 1e-6);
-    }
-    gpt2_free(model);
-}
-
-static void load_odd_labels(const void *settings) {
-    struct GPT2 *model = new_model(300, 24, 2, 1, 1);
-    struct Tensor rows = {
-        .name = "score.weight",
-        .shape = {2, 2},
-        .ndim = 2,
-        .n = 4,
-        .w = (float[]){1, 2, 4, 1},
-    };
-    read_two_labels(model, &rows, settings);
-}
-
-/* By hand: rows (1, 2) and (4, 1) are the head (3, -1), or (-3, 1) where the first label's name is
- * the positive one. */
-static void test_two_labels(void) {
-#define NAMES(zero, one) "{\"id2label\": {\"0\": \"" zero "\", \"1\": \"" one "\"}}"
-    static const struct {
-        const char *settings;
-        float first;
-    } cases[] = {{"{}", 3},
-                 {NAMES("NEGATIVE", "POSITIVE"), 3},
-                 {NAMES("POSITIVE", "NEGATIVE"), -3},
-                 {NAMES("pos", "neg"), -3},
-                 {NAMES("Positivo", "other"), -3},
-                 {NAMES("other", "negative"), -3},
-                 {NAMES("LABEL_1", "LABEL_0"), -3},
-                 {NAMES("ham", "spam"), 3},
-                 {"{\"id2label\": 7, \"problem_type\": null}", 3},
-                 {"{\"problem_type\": \"single_label_classification\"}", 3}};
-#undef NAMES
-    struct GPT2 *model = new_model(300, 24, 2, 1, 1);
-    struct Tensor rows = {
-        .name = "score.weight",
-        .shape = {2, 2},
-        .ndim = 2,
-        .n = 4,
-        .w = (float[]){1, 2, 4, 1},
-    };
-    for (size_t i = 0; i < COUNT(cases); i++) {
-        struct Text said = read_two_labels(model, &rows, cases[i].settings);
-        expect_close(cases[i].settings, model->score.w[0], cases[i].first, 0);
-        expect_close(cases[i].settings, model->score.w[1], -cases[i].first / 3, 0);
-        expect_true("one note", strstr(said.data, "align: note: ") == said.data
-                                    && strstr(said.data, "\n") == said.data + said.length - 1);
-        expect_true("names that say nothing are said", i != 7
-                                                           || strstr(said.data, "the logit of "
-                                                                                "\"spam\" minus "
-                                                                                "that of \"ham\"")
-                                                                  != NULL);
-    }
-    expect_end("regression", load_odd_labels, "{\"problem_type\": \"regression\"}", 1,
-               "\"problem_type\": single_label_classification is implemented, regression is not");
-    expect_end("several labels at once", load_odd_labels,
-               "{\"problem_type\": \"multi_label_classification\"}", 1,
-               "multi_label_classification is not");
-    model_save(model, temporary("labels"), NULL);
-    struct Tensor three = {
-        .name = "score.weight",
-        .shape = {3, 2},
-        .ndim = 2,
-        .n = 6,
-        .w = random_floats(6, 1),
-    };
-    struct Tensor bias = {
-        .name = "score.bias",
-        .shape = {2},
-        .ndim = 1,
-        .n = 2,
-        .w = random_floats(2, 1),
-    };
-    safetensors_write(temporary("labels"), "model.safetensors", (struct Tensor *[]){&three}, 1, "");
-    expect_end("three labels", load_one_model, temporary("labels"), 1,
-               "score.weight has 3 labels; one is a reward, two are a classifier's");
-    safetensors_write(temporary("labels"), "model.safetensors", (struct Tensor *[]){&rows, &bias},
-                      2, "");
-    expect_end("a bias", load_one_model, temporary("labels"), 1,
-               "has a score.bias; a GPT-2 classifier has none");
-    gpt2_free(model);
-}
-
-/* Rewards, Bradley-Terry loss and gradients against transformers' GPT2ForSequenceClassification. */
-static void test_reward_golden(void) {
-    struct GPT2 *model = golden_model();
-    golden_fill(reward_head_declare(model), 100);
-    gpt2_make_trainable(model);
-    struct Batch batch = batch_of(golden_examples(), 2, READ_LAST);
-    struct Activations acts = gpt2_forward(model, &test_arena, &batch, true);
-    int row[2];
-    float reward[2], dreward[2];
-    float *dhidden = arena_zeros(&test_arena, batch.N * 16, sizeof *dhidden);
-    reward_rows(&batch, 60, row);
-    expect_ids("rows", row, 2, (int[]){11, 18}, 2);
-    scalar_head_forward(reward, acts.ln_f, row, 2, &model->score, NULL);
-    expect_floats("reward", reward, golden_rm_reward, 2, 3e-6);
-    double loss = bradley_terry_loss(reward, 2, &(struct Pair){0, 1, 0}, 1, 0, dreward);
-    expect_close("loss", loss, golden_rm_loss, 1e-6);
-    scalar_head_backward(dhidden, dreward, acts.ln_f, row, 2, &model->score, NULL);
-    gpt2_backward(model, &test_arena, &acts, dhidden);
-    expect_relative("norm of score's gradient", norm_of(model->score.d, 16),
-                    golden_rm_score_grad_norm, 5e-6);
-    expect_floats("score's gradient", model->score.d, golden_rm_score_grad, 4, 3e-6);
-    expect_relative("norm of wte's gradient", norm_of(model->wte.d, model->wte.n),
-                    golden_rm_wte_grad_norm, 5e-6);
-    expect_relative("norm of wpe's gradient", norm_of(model->wpe.d, model->wpe.n),
-                    golden_rm_wpe_grad_norm, 5e-6);
-    gpt2_free(model);
-}
-
-/* A reward is read before the padding, also where an end token pads; an empty text is a lone end
- * token. */
-static void test_reward_rows(void) {
-    struct Example examples[] = {{(int[]){1, 2, 60, 60}, 4, 0},
-                                 {(int[]){60, 3}, 2, 0},
-                                 {(int[]){60, 60}, 2, 0},
-                                 {(int[]){4}, 1, 0},
-                                 {(int[]){5, 60, 6, 60}, 4, 0}};
-    struct Batch batch = batch_of(examples, 5, READ_LAST);
-    int row[5];
-    reward_rows(&batch, 60, row);
-    expect_ids("rows", row, 5, (int[]){1, 5, 6, 8, 11}, 5);
-    struct GPT2 *model = golden_model();
-    golden_fill(reward_head_declare(model), 100);
-    struct Example *golden = golden_examples();
-    struct Example texts[40];
-    struct Example end = {(int[]){60}, 1, 0};
-    for (size_t i = 0; i < 40; i++)
-        texts[i] = golden[i % 2];
-    texts[39] = (struct Example){NULL, 0, 0};
-    float reward[40], lone;
-    reward_score(model, texts, 40, reward);
-    for (size_t i = 0; i < 39; i++)
-        expect_close("more texts than go together", reward[i], golden_rm_reward[i % 2], 3e-6);
-    reward_score(model, &end, 1, &lone);
-    expect_close("empty text", reward[39], lone, 2e-6);
-    gpt2_free(model);
-}
-
-/* One text's reward: alone, first, last and amid other texts, of its length and of others: the
- * same bits on every kernel. */
-static void test_reward_company(void) {
-    static const size_t lengths[] = {1, 3, 16, 17, 40, 90};
-    struct GPT2 *model = random_model(61, 96, 36, 2, 2);
-    struct Example others[70], texts[70], text;
-    reward_head_declare(model);
-    for (size_t c = 0; c < 36; c++)
-        model->score.w[c] = (float)rng_normal(&test_rng);
-    for (size_t i = 0; i < 70; i++)
-        others[i] = random_example(1 + i * 7 % 60, 0, 61);
-    while (next_kernel())
-        for (int threads = 1; threads <= 3; threads += 2)
-            for (size_t l = 0; l < COUNT(lengths); l++) {
-                float alone, reward[70];
-                use_threads(threads);
-                text = random_example(lengths[l], 0, 61);
-                reward_score(model, &text, 1, &alone);
-                for (size_t n = 2; n <= 70; n += n < 6 ? 1 : 32)
-                    for (size_t at = 0; at < n; at += n - 1 > 2 ? (n - 1) / 2 : 1) {
-                        memcpy(texts, others, sizeof texts);
-                        texts[at] = texts[n - 1 - at] = text;
-                        reward_score(model, texts, n, reward);
-                        expect_bits("in company", reward + at, &alone, 1);
-                        expect_bits("from the other end", reward + n - 1 - at, &alone, 1);
-                    }
-            }
-    use_threads(1);
-    gpt2_free(model);
 }
 
 struct HeadCase {
@@ -3477,7 +3048,7 @@ static double head_loss(void *context) {
 }
 
 /* By hand: hidden (2, 3), weight (0.5, -1), bias 4, dout 2. */
-static void expect_head_by_hand(void) {
+static void test_reward_head_gradient_hand(void) {
     float hidden[] = {2, 3};
     float weight[] = {0.5f, -1};
     float bias = 4;
@@ -3496,10 +3067,8 @@ static void expect_head_by_hand(void) {
     expect_close("dbias", dbias, 2, 0);
 }
 
-/* By hand, and by central differences; a row that is read twice gets both gradients. A new value
- * head is U(-1/sqrt(C), 1/sqrt(C)). */
+/* By central differences; a row that is read twice gets both gradients. */
 static void test_reward_head_gradient(void) {
-    expect_head_by_hand();
     struct HeadCase c = {random_floats(60, 1),
                          random_floats(4, 1),
                          random_floats(4, 1),
@@ -3516,6 +3085,10 @@ static void test_reward_head_gradient(void) {
     expect_gradient("hidden", f, c.hidden, dhidden, 60, 60, 1e-4);
     expect_gradient("weight", f, c.head.weight.w, c.head.weight.d, 12, 12, 1e-4);
     expect_gradient("bias", f, c.head.bias.w, c.head.bias.d, 1, 1, 1e-4);
+}
+
+/* A new value head is U(-1/sqrt(C), 1/sqrt(C)). */
+static void test_value_head_init(void) {
     struct GPT2 *model = new_model(300, 8, 400, 1, 4);
     value_head_init(model, 3);
     double most = 0;
@@ -3526,36 +3099,74 @@ static void test_reward_head_gradient(void) {
     }
     expect_true("within 1/20", most <= 0.05 && most > 0.048);
     expect_close("variance of a uniform distribution", square, 0.05 * 0.05 / 3, 1e-4);
-    gpt2_free(model);
+}
+
+static const double golden_rm_reward[2] = {1.91350985, 1.32131338};
+
+/* A reward is read before the padding, also where an end token pads. */
+static void test_reward_rows(void) {
+    struct Example examples[] = {{(int[]){1, 2, 60, 60}, 4, 0},
+                                 {(int[]){60, 3}, 2, 0},
+                                 {(int[]){60, 60}, 2, 0},
+                                 {(int[]){4}, 1, 0},
+                                 {(int[]){5, 60, 6, 60}, 4, 0}};
+    struct Batch batch = batch_of(examples, 5, READ_LAST);
+    int row[5];
+    reward_rows(&batch, 60, row);
+    expect_ids("rows", row, 5, (int[]){1, 5, 6, 8, 11}, 5);
+}
+
+/* More texts than go together; an empty text is a lone end token. */
+static void test_reward_rows_score(void) {
+    struct GPT2 *model = golden_model();
+    golden_fill(reward_head_declare(model), 100);
+    struct Example *golden = golden_examples();
+    struct Example texts[40];
+    struct Example end = {(int[]){60}, 1, 0};
+    for (size_t i = 0; i < 40; i++)
+        texts[i] = golden[i % 2];
+    texts[39] = (struct Example){NULL, 0, 0};
+    float reward[40], lone;
+    reward_score(model, texts, 40, reward);
+    for (size_t i = 0; i < 39; i++)
+        expect_close("more texts than go together", reward[i], golden_rm_reward[i % 2], 3e-6);
+    reward_score(model, &end, 1, &lone);
+    expect_close("empty text", reward[39], lone, 2e-6);
+}
+
+/* Rewards, Bradley-Terry loss and gradients against transformers' GPT2ForSequenceClassification. */
+static void test_reward_golden(void) {
+    struct GPT2 *model = golden_model();
+    golden_fill(reward_head_declare(model), 100);
+    gpt2_make_trainable(model);
+    struct Batch batch = batch_of(golden_examples(), 2, READ_LAST);
+    struct Activations acts = gpt2_forward(model, &test_arena, &batch, true);
+    int row[2];
+    float reward[2], dreward[2];
+    float *dhidden = arena_zeros(&test_arena, batch.N * 16, sizeof *dhidden);
+    reward_rows(&batch, 60, row);
+    expect_ids("rows", row, 2, (int[]){11, 18}, 2);
+    scalar_head_forward(reward, acts.ln_f, row, 2, &model->score, NULL);
+    expect_floats("reward", reward, golden_rm_reward, 2, 3e-6);
+    double loss = bradley_terry_loss(reward, 2, &(struct Pair){0, 1, 0}, 1, 0, dreward);
+    expect_close("loss", loss, 0.440260053, 1e-6);
+    scalar_head_backward(dhidden, dreward, acts.ln_f, row, 2, &model->score, NULL);
+    gpt2_backward(model, &test_arena, &acts, dhidden);
+    expect_relative("norm of score's gradient", norm_of(model->score.d, 16), 1.24609327, 5e-6);
+    expect_floats("score's gradient", model->score.d,
+                  (double[]){-0.104179293, -0.382685363, 0.298906446, -0.4691962}, 4, 3e-6);
+    expect_relative("norm of wte's gradient", norm_of(model->wte.d, model->wte.n), 0.986561418,
+                    5e-6);
+    expect_relative("norm of wpe's gradient", norm_of(model->wpe.d, model->wpe.n), 1.01357591,
+                    5e-6);
 }
 
 /* =============================================================================================
- * Chapters 12, 24 - LoRA
+ * Chapter 12 - LoRA
+ *
+ * An adapter by hand and by central differences. It starts as its base to the bit, is merged
+ * into it, and leaves it alone in training.
  * ============================================================================================= */
-
-/* A random model with a random adapter: no zero in B that would hide A. */
-static void random_adapter(struct GPT2 *model, size_t r, const char *targets) {
-    adapter_new(model,
-                (struct Adapter){
-                    .r = r,
-                    .lora_alpha = 2 * (double)r,
-                    .target_modules = targets,
-                    .base_model_name_or_path = "base",
-                },
-                5);
-    for (size_t i = 0; i < model->tensor_count; i++) {
-        struct Tensor *t = model->tensors[i];
-        for (size_t k = 0; strstr(t->name, ".lora_") && k < t->n; k++)
-            t->w[k] = (float)(0.3 * rng_normal(&test_rng));
-    }
-}
-
-static size_t trainable_count(const struct GPT2 *model) {
-    size_t n = 0;
-    for (size_t i = 0; i < model->tensor_count; i++)
-        n += model->tensors[i]->d ? model->tensors[i]->n : 0;
-    return n;
-}
 
 /* One row by hand: x = (1, 2), A = (3, 4), B = (5), scale 2; then every gradient for dy = 1; then
  * the adapter merged into W = (1, 1). */
@@ -3588,25 +3199,54 @@ static void test_lora_hand(void) {
     expect_true("no adapter is left", !linear.lora_A.n && !linear.lora_B.n);
 }
 
+/* A random model with a random adapter: no zero in B that would hide A. */
+static void random_adapter(struct GPT2 *model, size_t r, const char *targets) {
+    adapter_new(model,
+                (struct Adapter){
+                    .r = r,
+                    .lora_alpha = 2 * (double)r,
+                    .target_modules = targets,
+                    .base_model_name_or_path = "base",
+                },
+                5);
+    for (size_t i = 0; i < model->tensor_count; i++) {
+        struct Tensor *t = model->tensors[i];
+        for (size_t k = 0; strstr(t->name, ".lora_") && k < t->n; k++)
+            t->w[k] = (float)(0.3 * rng_normal(&test_rng));
+    }
+}
+
+static size_t trainable_count(const struct GPT2 *model) {
+    size_t n = 0;
+    for (size_t i = 0; i < model->tensor_count; i++)
+        n += model->tensors[i]->d ? model->tensors[i]->n : 0;
+    return n;
+}
+
 /* Which layers a target takes; the numbers of the course's labs at GPT-2's width, one layer of
  * twelve. */
 static void test_lora_targets(void) {
     static const struct {
         const char *targets;
         bool taken[4];
-    } cases[] = {{"c_attn", {1, 0, 0, 0}},
-                 {"c_proj", {0, 1, 0, 1}},
-                 {"mlp.c_proj", {0, 0, 0, 1}},
-                 {"c_fc,attn.c_proj", {0, 1, 1, 0}},
-                 {"proj", {0, 0, 0, 0}},
-                 {"attn", {0, 0, 0, 0}},
-                 {"transformer.h.0.mlp.c_fc", {0, 0, 1, 0}},
-                 {"h.1.mlp.c_fc", {0, 0, 0, 0}},
-                 {"x.transformer.h.0.mlp.c_fc", {0, 0, 0, 0}},
-                 {"", {0, 0, 0, 0}}};
-    static const char *const modules[] = {"transformer.h.0.attn.c_attn",
-                                          "transformer.h.0.attn.c_proj", "transformer.h.0.mlp.c_fc",
-                                          "transformer.h.0.mlp.c_proj"};
+    } cases[] = {
+        {"c_attn", {1, 0, 0, 0}},
+        {"c_proj", {0, 1, 0, 1}},
+        {"mlp.c_proj", {0, 0, 0, 1}},
+        {"c_fc,attn.c_proj", {0, 1, 1, 0}},
+        {"proj", {0, 0, 0, 0}},
+        {"attn", {0, 0, 0, 0}},
+        {"transformer.h.0.mlp.c_fc", {0, 0, 1, 0}},
+        {"h.1.mlp.c_fc", {0, 0, 0, 0}},
+        {"x.transformer.h.0.mlp.c_fc", {0, 0, 0, 0}},
+        {"", {0, 0, 0, 0}},
+    };
+    static const char *const modules[] = {
+        "transformer.h.0.attn.c_attn",
+        "transformer.h.0.attn.c_proj",
+        "transformer.h.0.mlp.c_fc",
+        "transformer.h.0.mlp.c_proj",
+    };
     for (size_t i = 0; i < COUNT(cases); i++)
         for (size_t k = 0; k < 4; k++)
             expect_true(cases[i].targets,
@@ -3614,24 +3254,23 @@ static void test_lora_targets(void) {
     static const struct {
         const char *targets;
         size_t r, want;
-    } labs[] = {{"c_proj c_attn", 4, 405504},
-                {"attn.c_attn attn.c_proj", 8, 442368},
-                {"c_attn", 16, 589824},
-                {"all-linear", 1, 147456}};
+    } labs[] = {
+        {"c_proj c_attn", 4, 405504},
+        {"attn.c_attn attn.c_proj", 8, 442368},
+        {"c_attn", 16, 589824},
+        {"all-linear", 1, 147456},
+    };
     for (size_t i = 0; i < COUNT(labs); i++) {
         struct GPT2 *model = new_model(300, 4, 768, 1, 12);
         random_adapter(model, labs[i].r, labs[i].targets);
         gpt2_make_trainable(model);
         expect_count(labs[i].targets, 12 * trainable_count(model), labs[i].want);
-        gpt2_free(model);
     }
 }
 
-/* A starts as U(-1/sqrt(in), 1/sqrt(in)), B as zero: the model is the base to the bit. alpha /
- * r, with rslora alpha / sqrt(r). */
+/* A starts as U(-1/sqrt(in), 1/sqrt(in)), B as zero. alpha / r, with rslora alpha / sqrt(r). */
 static void test_lora_start(void) {
     struct GPT2 *model = random_model(37, 12, 64, 1, 2);
-    struct GPT2 *base = gpt2_copy(model);
     adapter_new(model,
                 (struct Adapter){
                     .r = 64,
@@ -3660,12 +3299,24 @@ static void test_lora_start(void) {
     expect_close("rslora", wide->lora_scale, 16.0 / 8, 0);
     struct Adapter plain = {.r = 64, .lora_alpha = 16};
     expect_close("alpha / r", adapter_scale(&plain), 0.25, 0);
+}
+
+/* With B zero the model is the base to the bit. */
+static void test_lora_start_bits(void) {
+    struct GPT2 *model = random_model(37, 12, 64, 1, 2);
+    struct GPT2 *base = owned(gpt2_copy(model));
+    adapter_new(model,
+                (struct Adapter){
+                    .r = 64,
+                    .lora_alpha = 16,
+                    .target_modules = "c_attn mlp.c_proj",
+                    .use_rslora = true,
+                },
+                5);
     struct Example e = random_example(12, 1, 37);
     struct Batch batch = batch_of(&e, 1, READ_LAST);
     expect_bits("the base's logits", batch_logits(model, &batch), batch_logits(base, &batch),
                 12 * 37);
-    gpt2_free(model);
-    gpt2_free(base);
 }
 
 /* Central differences of every A and B through the whole model; nothing else has a gradient. */
@@ -3686,14 +3337,13 @@ static void test_lora_gradient(void) {
         adapted++;
     }
     expect_count("A and B of four layers in two blocks", adapted, 16);
-    gpt2_free(c.model);
 }
 
 /* Folded into its base, an adapter computes the same: many rows, few rows, and decoded; the base
  * alone does not. */
 static void test_lora_merge(void) {
     struct GPT2 *model = random_model(37, 24, 16, 2, 2);
-    struct GPT2 *base = gpt2_copy(model);
+    struct GPT2 *base = owned(gpt2_copy(model));
     random_adapter(model, 3, "c_attn c_fc mlp.c_proj");
     struct Example examples[] = {random_example(24, 1, 37), random_example(20, 1, 37)};
     struct Batch batch = batch_of(examples, 2, READ_LAST);
@@ -3719,18 +3369,16 @@ static void test_lora_merge(void) {
     expect_ids("decoded", s[1].ids, s[1].n, s[0].ids, s[0].n);
     expect_true("no adapter is left", model->tensor_count == base->tensor_count && !model->adapter.r
                                           && !model->h[1].mlp.c_fc.lora_A.n);
-    gpt2_free(model);
-    gpt2_free(base);
 }
 
 /* The reference shares the base: of a new adapter it is the base to the bit, of one that goes on
  * a copy that stays. */
 static void test_lora_reference(void) {
     struct GPT2 *model = random_model(37, 12, 8, 2, 2);
-    struct GPT2 *base = gpt2_copy(model);
+    struct GPT2 *base = owned(gpt2_copy(model));
     random_adapter(model, 3, "c_attn c_proj");
-    struct GPT2 *off = adapter_reference(model, false);
-    struct GPT2 *frozen = adapter_reference(model, true);
+    struct GPT2 *off = owned(adapter_reference(model, false));
+    struct GPT2 *frozen = owned(adapter_reference(model, true));
     struct Example e = random_example(12, 1, 37);
     struct Batch batch = batch_of(&e, 1, READ_LAST);
     float *start = batch_logits(model, &batch);
@@ -3743,10 +3391,6 @@ static void test_lora_reference(void) {
     expect_bits("frozen", batch_logits(frozen, &batch), start, 12 * 37);
     expect_true("the model has moved",
                 fabsf(batch_logits(model, &batch)[100] - start[100]) > 1e-3f);
-    gpt2_free(off);
-    gpt2_free(frozen);
-    gpt2_free(model);
-    gpt2_free(base);
 }
 
 /* Training: the base stays to the bit, decay or not; adapter and reward head move; on one to
@@ -3759,7 +3403,7 @@ static void test_lora_frozen(void) {
         test_rng = rng_seed(7, 78);
         use_threads(threads);
         struct GPT2 *model = random_model(50, 40, 16, 2, 2);
-        struct GPT2 *base = gpt2_copy(model);
+        struct GPT2 *base = owned(gpt2_copy(model));
         struct Example examples[8];
         for (size_t i = 0; i < 8; i++)
             examples[i] = random_example(40, 1, 50);
@@ -3783,206 +3427,401 @@ static void test_lora_frozen(void) {
             m = n;
         expect_bits("threads", trained[threads], trained[1], MIN(n, m));
         trainer_free(&trainer);
-        gpt2_free(model);
-        gpt2_free(base);
     }
-    use_threads(1);
-}
-
-/* An adapter with both heads, saved and put to its base again: the same bits under PEFT's names;
- * target_modules as a regular expression stays one, and the file's tensors say which layers it
- * takes. */
-static void test_lora_round_trip(void) {
-    for (int pattern = 0; pattern < 2; pattern++) {
-        struct GPT2 *model = random_model(300, 12, 8, 2, 2);
-        struct GPT2 *loaded = gpt2_copy(model);
-        const char *path = temporary(pattern ? "lora_pattern" : "lora");
-        if (!pattern)
-            tensor_normal(reward_head_declare(model), &test_rng, 1);
-        if (!pattern)
-            value_head_init(model, 3);
-        random_adapter(model, 3, "attn.c_proj c_fc");
-        if (pattern) {
-            model->adapter.pattern = true;
-            model->adapter.target_modules = ".*(attn\\.c_proj|fc)";
-        }
-        model->adapter.use_rslora = true;
-        model_save(model, path, pattern ? NULL : tokenizer);
-        struct Json *config =
-            json_read_file(&test_arena, arena_printf(&test_arena, "%s/adapter_config.json", path));
-        struct Json *targets = json_get(config, "target_modules");
-        expect_true("adapter_config.json",
-                    json_is_string(json_get(config, "peft_type"), "LORA")
-                        && json_get(config, "r")->number == 3
-                        && json_get(config, "lora_alpha")->number == 6
-                        && json_get(config, "use_rslora")->type == JSON_TRUE
-                        && json_get(config, "fan_in_fan_out")->type == JSON_TRUE
-                        && json_is_string(json_get(config, "base_model_name_or_path"), "base")
-                        && json_is_string(json_get(config, "task_type"),
-                                          pattern ? "CAUSAL_LM" : "SEQ_CLS"));
-        expect_true("target_modules", pattern ? json_is_string(targets, ".*(attn\\.c_proj|fc)")
-                                              : json_is_string(targets->child, "attn.c_proj")
-                                                    && json_is_string(targets->child->next, "c_"
-                                                                                            "fc"));
-        expect_true("modules_to_save",
-                    pattern
-                        ? json_get(config, "modules_to_save")->type == JSON_NULL
-                        : json_is_string(json_get(config, "modules_to_save")->child->next, "scor"
-                                                                                           "e"));
-        struct SafeTensors st =
-            safetensors_open(&test_arena,
-                             arena_printf(&test_arena, "%s/adapter_model.safetensors", path));
-        size_t entries = 0;
-        for (struct Json *item = st.header->child; item; item = item->next)
-            entries++;
-        fclose(st.file);
-        expect_count("metadata, A and B of four layers, score", entries, pattern ? 9 : 10);
-        expect_true("PEFT's names",
-                    json_get(st.header, "base_model.model.transformer.h.1.mlp.c_fc.lora_B.weight")
-                        && (json_get(st.header, "base_model.model.score.weight") != NULL)
-                               == !pattern);
-        adapter_load(loaded, path);
-        expect_count("tensors", loaded->tensor_count, model->tensor_count);
-        for (size_t i = 0; i < 8; i++) {
-            struct Linear *a = adaptable(loaded, i);
-            struct Linear *b = adaptable(model, i);
-            expect_count("adapted alike", a->lora_A.n, b->lora_A.n);
-            expect_bits("A", a->lora_A.w, b->lora_A.w, b->lora_A.n);
-            expect_bits("B", a->lora_B.w, b->lora_B.w, b->lora_B.n);
-            if (b->lora_A.n)
-                expect_close("6 / sqrt(3)", a->lora_scale, 6 / sqrt(3), 1e-6);
-        }
-        if (!pattern)
-            expect_bits("score", loaded->score.w, model->score.w, 8);
-        if (!pattern)
-            expect_bits("value head", loaded->v_head.weight.w, model->v_head.weight.w, 8);
-        expect_true("heads", pattern ? !loaded->score.n && !loaded->v_head.weight.n
-                                     : loaded->v_head.bias.w[0] == model->v_head.bias.w[0]);
-        gpt2_free(loaded);
-        gpt2_free(model);
-    }
-}
-
-struct AdapterCase {
-    struct GPT2 *base;
-    const char *path;
-};
-
-static void put_adapter(const void *argument) {
-    const struct AdapterCase *c = argument;
-    adapter_load(c->base, c->path);
-}
-
-/* An adapter of the second block alone: exclude_modules or layers_to_transform leave it to the
- * file's tensors which layers it takes; saved again it names them one by one. With a copy of the
- * base's embedding it is read, with another one refused; of a whole model beside it only the value
- * head is read. */
-static void test_lora_partial(void) {
-    static const char *const settings[] = {"\"layers_to_transform\": [1], \"layers_pattern\": "
-                                           "\"h\"",
-                                           "\"layers_to_transform\": 1",
-                                           "\"exclude_modules\": [\"h.0.attn.c_attn\"]",
-                                           "\"exclude_modules\": \".*h.0.*\", \"rank_pattern\": "
-                                           "{}, \"alpha_pattern\": {}"};
-    struct GPT2 *model = random_model(300, 12, 8, 2, 2);
-    struct GPT2 *base = gpt2_copy(model);
-    random_adapter(model, 3, "c_attn");
-    struct Linear *first = &model->h[0].attn.c_attn;
-    struct Linear *second = &model->h[1].attn.c_attn;
-    tensor_remove(model, &first->lora_A);
-    tensor_remove(model, &first->lora_B);
-    model_save(model, temporary("partial"), NULL);
-    struct Text config = read_file(&test_arena, temporary("partial/adapter_config.json"));
-    expect_end("without a setting", load_one_adapter, temporary("partial"), 1,
-               "tensor h.0.attn.c_attn.lora_A.weight is missing");
-    for (size_t i = 0; i < COUNT(settings); i++) {
-        struct Text text =
-            replaced(config, "\"r\": 3", arena_printf(&test_arena, "%s, \"r\": 3", settings[i]));
-        struct GPT2 *loaded = gpt2_copy(base);
-        struct GPT2 *again = gpt2_copy(base);
-        write_bytes("partial/adapter_config.json", text.data, text.length);
-        adapter_load(loaded, temporary("partial"));
-        expect_count(settings[i], loaded->h[0].attn.c_attn.lora_A.n, 0);
-        expect_bits(settings[i], loaded->h[1].attn.c_attn.lora_A.w, second->lora_A.w,
-                    second->lora_A.n);
-        model_save(loaded, temporary("partial_again"), NULL);
-        struct Json *targets =
-            json_get(json_read_file(&test_arena, temporary("partial_again/adapter_config.json")),
-                     "target_modules");
-        expect_true("its layer by name",
-                    targets->number == 1 && json_is_string(targets->child, "h.1.attn.c_attn"));
-        adapter_load(again, temporary("partial_again"));
-        expect_bits("saved and read again", again->h[1].attn.c_attn.lora_B.w, second->lora_B.w,
-                    second->lora_B.n);
-        expect_count("and no other", again->tensor_count, base->tensor_count + 2);
-        gpt2_free(loaded);
-        gpt2_free(again);
-    }
-    struct Tensor lm_head = base->wte;
-    struct Tensor *tensors[] = {&second->lora_A, &second->lora_B, &lm_head, &base->wte};
-    snprintf(lm_head.name, sizeof lm_head.name, "lm_head.weight");
-    lm_head.w = memcpy(arena_floats(&test_arena, lm_head.n), lm_head.w, lm_head.n * sizeof(float));
-    safetensors_write(temporary("partial"), "adapter_model.safetensors", tensors, 4,
-                      "base_model.model.transformer.");
-    struct GPT2 *loaded = gpt2_copy(base);
-    adapter_load(loaded, temporary("partial"));
-    expect_count("with the base's embedding", loaded->tensor_count, base->tensor_count + 2);
-    gpt2_free(loaded);
-    loaded = gpt2_copy(base);
-    struct GPT2 *other = random_model(300, 12, 8, 2, 2);
-    value_head_init(other, 3);
-    safetensors_write(temporary("partial"), "model.safetensors", other->tensors,
-                      other->tensor_count, "transformer.");
-    capture_begin();
-    adapter_load(loaded, temporary("partial"));
-    struct Text said = capture_end();
-    for (size_t i = 0; i < base->tensor_count; i++)
-        expect_bits("the base", loaded->tensors[i]->w, base->tensors[i]->w, base->tensors[i]->n);
-    expect_bits("value head", loaded->v_head.weight.w, other->v_head.weight.w, 8);
-    expect_true("said", strstr(said.data, "beside an adapter only a value head is read") != NULL);
-    gpt2_free(loaded);
-    gpt2_free(other);
-    lm_head.w[2] += 1;
-    safetensors_write(temporary("partial"), "adapter_model.safetensors", tensors, 3,
-                      "base_model.model.transformer.");
-    struct AdapterCase one = {base, temporary("partial")};
-    expect_end("an output layer of its own", put_adapter, &one, 1,
-               "tensor lm_head.weight is not the base's wte.weight (number 2 is ");
-    gpt2_free(base);
-    gpt2_free(model);
 }
 
 /* =============================================================================================
- * Chapters 14, 25 - Optimizer, schedule, Trainer, checkpoints
+ * Chapter 13 - Writing
+ *
+ * Texts by the KV cache against whole passes; greedy tokens and beams against transformers;
+ * small beam searches against a search of everything.
  * ============================================================================================= */
 
-/* Six steps with decay, clipping and warm-up: losses, norms, learning rates and weights of
- * torch's AdamW, by trainer_train. */
-static void test_adamw_golden(void) {
+/* The golden prompt of four tokens, to be continued by up to `more`. */
+static struct Sequence golden_prompt(const struct GPT2 *model, size_t more) {
+    return sequence_start(&test_arena, golden_examples()[0].ids, 4, more, model, rng_seed(1, 1));
+}
+
+/* Greedy tokens of transformers, with and without repetition penalty. */
+static void test_generate_golden(void) {
+    static const struct {
+        double repetition_penalty;
+        int ids[8];
+    } cases[] = {{1, {52, 52, 52, 52, 52, 4, 4, 4}}, {1.5, {52, 52, 4, 48, 7, 44, 48, 48}}};
     struct GPT2 *model = golden_model();
-    struct Trainer trainer = trainer_of(model, 0.01, 6, 2);
-    trainer.args.weight_decay = 0.1;
-    trainer.args.warmup_steps = 2;
-    language_task(&trainer, golden_examples(), 2);
-    trainer_train(&trainer);
-    for (size_t i = 0; i < 6; i++) {
-        expect_close("loss", logged(&trainer, i, "loss"), golden_adamw_loss[i], 2e-5);
-        expect_close("norm before clipping", logged(&trainer, i, "grad_norm"), golden_adamw_norm[i],
-                     5e-5);
-        expect_close("learning rate", logged(&trainer, i, "learning_rate"),
-                     (double[]){0, 0.005, 0.01, 0.0075, 0.005, 0.0025}[i], 1e-12);
-        expect_close("step", logged(&trainer, i, "step"), (double)i + 1, 0);
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        struct GenerationConfig config = generation_config();
+        struct Sequence s = golden_prompt(model, 8);
+        config.repetition_penalty = cases[i].repetition_penalty;
+        generate(model, &s, 1, &config);
+        expect_ids("greedy", s.ids + 4, s.n - 4, cases[i].ids, 8);
     }
-    trainer.task.eval_n = 2;
-    expect_close("loss after all", trainer_evaluate(&trainer), golden_adamw_final, 2e-5);
-    expect_floats("wte", model->wte.w, golden_adamw_wte, 4, 2e-6);
-    expect_floats("ln_f", model->ln_f.weight.w, golden_adamw_ln_f, 4, 2e-6);
-    trainer_free(&trainer);
-    gpt2_free(model);
+}
+
+/* Hidden states by the KV cache, prompts of different lengths first and then token by token,
+ * against the whole pass. */
+static void test_generate_decode(void) {
+    struct GPT2 *model = random_model(50, 70, 16, 2, 4);
+    struct Example e[] = {random_example(70, 1, 50), random_example(12, 1, 50),
+                          random_example(33, 1, 50)};
+    struct Batch whole = batch_of(e, 3, READ_LAST);
+    struct Activations acts = gpt2_forward(model, &test_arena, &whole, false);
+    struct KVCache cache = kv_cache_new(model, &test_arena, 3, 70);
+    struct Sequence s[3], *active[3];
+    size_t fed[3] = {0};
+    for (size_t step = 0; step < 70; step++) {
+        size_t count = 0;
+        size_t row = 0;
+        for (size_t i = 0; i < 3; i++) {
+            size_t n = MIN(e[i].n, step ? fed[i] + 1 : 3 + 4 * i);
+            if (n == fed[i])
+                continue;
+            s[i] = (struct Sequence){.ids = e[i].ids, .n = n, .slot = i};
+            active[count++] = &s[i];
+        }
+        struct Batch batch = decode_batch(&test_arena, active, count, &cache);
+        float *hidden = gpt2_decode(model, &test_arena, &batch, &cache);
+        for (size_t i = 0, b; i < count; i++)
+            for (b = active[i]->slot; fed[b] < active[i]->n; fed[b]++, row++)
+                expect_floats("hidden", hidden + row * 16,
+                              widen(acts.ln_f + (whole.start[b] + fed[b]) * 16, 16), 16, 2e-5);
+    }
+}
+
+/* Sampled texts with the cache against a whole pass for each token, alone and together, on one
+ * to three threads. */
+static void test_generate_cache(void) {
+    struct GPT2 *model = random_model(50, 24, 16, 2, 2);
+    struct GenerationConfig config = sampling(1.3, 20, 0.95);
+    struct Sequence together[4][70], alone, plain;
+    struct Example prompt[70];
+    config.repetition_penalty = 1.2;
+    for (size_t i = 0; i < 70; i++)
+        prompt[i] = random_example(1 + i % 7, 0, 50);
+    for (int threads = 1; threads <= 3; threads++) {
+        use_threads(threads);
+        for (size_t i = 0; i < 70; i++)
+            together[threads][i] = sequence_start(&test_arena, prompt[i].ids, prompt[i].n, 5 + i,
+                                                  model, rng_seed(i, STREAM_SAMPLE));
+        generate(model, together[threads], 70, &config);
+        for (size_t i = 0; i < 70; i++)
+            expect_ids("on more threads", together[threads][i].ids, together[threads][i].n,
+                       together[1][i].ids, together[1][i].n);
+    }
+    use_threads(1);
+    for (size_t i = 0; i < 70; i += 3) {
+        alone = sequence_start(&test_arena, prompt[i].ids, prompt[i].n, 5 + i, model,
+                               rng_seed(i, STREAM_SAMPLE));
+        plain = sequence_start(&test_arena, prompt[i].ids, prompt[i].n, 5 + i, model,
+                               rng_seed(i, STREAM_SAMPLE));
+        generate(model, &alone, 1, &config);
+        while (!plain.finished) {
+            struct Example so_far = {plain.ids, plain.n, 0};
+            struct Batch batch = batch_of(&so_far, 1, READ_LAST);
+            sequence_extend(&plain, batch_logits(model, &batch) + (plain.n - 1) * 50, 50, &config,
+                            49);
+        }
+        expect_ids("alone", together[1][i].ids, together[1][i].n, alone.ids, alone.n);
+        expect_ids("without a cache", together[1][i].ids, together[1][i].n, plain.ids, plain.n);
+        bool ended = plain.ids[plain.n - 1] == 49 && plain.n > plain.prompt_length;
+        expect_true("ends at the end token, its limit or one past the context",
+                    ended || plain.n == MIN(prompt[i].n + 5 + i, (size_t)25));
+    }
+}
+
+/* The next token's logits of one sequence, its prompt read and `again` tokens written, `others`
+ * decoded beside it. */
+static float *logits_in_company(const struct GPT2 *model, const struct Example *prompt,
+                                size_t others, size_t again) {
+    size_t count = others + 1;
+    size_t V = model->config.vocab_size;
+    struct KVCache cache = kv_cache_new(model, &test_arena, count, 40);
+    struct Sequence *s = arena_alloc(&test_arena, count, sizeof *s);
+    struct Sequence **active = arena_alloc(&test_arena, count, sizeof *active);
+    for (size_t i = 0; i < count; i++) {
+        s[i] = sequence_start(&test_arena, prompt[i].ids, prompt[i].n, 20, model, test_rng);
+        s[i].slot = i;
+        active[i] = &s[i];
+    }
+    float *logits = generate_step(model, &test_arena, active, count, &cache);
+    for (size_t step = 0; step < again; step++) {
+        for (size_t i = 0; i < count; i++)
+            s[i].ids[s[i].n++] = (int)((i + step) % V);
+        logits = generate_step(model, &test_arena, active, count, &cache);
+    }
+    return logits;
+}
+
+/* Up to FEW_ROWS sequences: the same bits in any company. More: the same but for the rounding of
+ * the output layer. */
+static void test_generate_company(void) {
+    struct GPT2 *model = random_model(263, 48, 36, 2, 2);
+    struct Example prompt[64];
+    for (size_t i = 0; i < 64; i++)
+        prompt[i] = random_example(1 + i * 5 % 23, 0, 263);
+    prompt[0] = random_example(9, 0, 263);
+    while (next_kernel())
+        for (size_t again = 0; again < 4; again += 3) {
+            float *alone = logits_in_company(model, prompt, 0, again);
+            expect_bits("of two", logits_in_company(model, prompt, 1, again), alone, 263);
+            expect_bits("of 16", logits_in_company(model, prompt, FEW_ROWS - 1, again), alone, 263);
+            float *of_17 = logits_in_company(model, prompt, FEW_ROWS, again);
+            expect_floats("of 17", of_17, widen(alone, 263), 263, 2e-5);
+            expect_bits("of 64", logits_in_company(model, prompt, 63, again), of_17, 263);
+        }
+}
+
+/* A prompt that fills the context is answered with one token, as in transformers; a shorter one
+ * up to one past its end. */
+static void test_generate_context(void) {
+    struct GPT2 *model = random_model(50, 24, 16, 2, 2);
+    model->config.eos_token_id = 50; /* none */
+    struct Example prompt = random_example(24, 0, 50);
+    for (size_t beams = 1; beams <= 3; beams += 2)
+        for (int sample = 0; sample < 2; sample++)
+            for (size_t n = 22; n <= 24; n++) {
+                struct GenerationConfig config = generation_config();
+                config.num_beams = beams;
+                config.do_sample = sample;
+                struct Sequence s =
+                    sequence_start(&test_arena, prompt.ids, n, 9, model, rng_seed(1, 1));
+                generate(model, &s, 1, &config);
+                expect_count("tokens", s.n, 25);
+                struct Example so_far = {s.ids, 24, 0};
+                struct Batch batch = batch_of(&so_far, 1, READ_LAST);
+                if (!sample && beams == 1)
+                    expect_count("the likeliest", (size_t)s.ids[24],
+                                 argmax(batch_logits(model, &batch) + (size_t)23 * 50, 50));
+            }
+}
+
+/* The essay's two beams, from probabilities by hand: after A, B 0.6 and C 0.4; after B, x and y
+ * alike; after C, x 0.95. */
+static void test_beam_search_hand(void) {
+    enum { A, B, C, X, Y, END, V };
+    struct GPT2 *model = random_model(V, 16, 8, 1, 1);
+    model->config.eos_token_id = END;
+    struct GenerationConfig config = generation_config();
+    config.num_beams = 2;
+    struct Sequence prompt =
+        sequence_start(&test_arena, (int[]){A}, 1, 2, model, rng_seed(1, STREAM_SAMPLE));
+    struct BeamSearch search = beam_search_new(&test_arena, model, &prompt, &config);
+    float first[V], second[2 * V];
+    for (size_t v = 0; v < V; v++)
+        first[v] = second[v] = second[V + v] = -INFINITY;
+    first[B] = logf(0.6f);
+    first[C] = logf(0.4f);
+    second[X] = second[Y] = 0;
+    second[V + X] = logf(0.95f);
+    second[V + Y] = logf(0.05f);
+    expect_true("goes on", beam_search_goes_on(&search));
+    beam_advance(&search, &test_arena, first);
+    expect_count("beams", search.running_count, 2);
+    expect_ids("greedy's beam", search.running[0].ids, search.running[0].n, (int[]){A, B}, 2);
+    expect_ids("the other one", search.running[1].ids, search.running[1].n, (int[]){A, C}, 2);
+    expect_close("log 0.4", search.running[1].score, -0.9163, 1e-4);
+    expect_true("goes on", beam_search_goes_on(&search));
+    beam_advance(&search, &test_arena, second);
+    expect_count("finished", search.finished_count, 2);
+    expect_ids("best", search.finished[0].ids, search.finished[0].n, (int[]){A, C, X}, 3);
+    expect_ids("second", search.finished[1].ids, search.finished[1].n, (int[]){A, B, X}, 3);
+    expect_close("log 0.38 / 2", search.finished[0].score, -0.4838, 1e-4);
+    expect_close("log 0.30 / 2", search.finished[1].score, -0.6020, 1e-4);
+    expect_true("nothing is left", search.running_count == 0 && !beam_search_goes_on(&search));
+}
+
+/* transformers' three best of three beams, by length_penalty and early_stopping. */
+static void test_beam_search_golden(void) {
+    static const struct {
+        const char *name;
+        int end_token;
+        double length_penalty;
+        enum EarlyStopping early_stopping;
+        size_t length[3];
+        int ids[3][8];
+    } cases[] = {
+        {"no end",
+         60,
+         1,
+         STOP_FALSE,
+         {8, 8, 8},
+         {{52, 52, 52, 52, 52, 48, 48, 48},
+          {52, 52, 52, 52, 52, 4, 48, 48},
+          {52, 52, 52, 52, 52, 4, 4, 4}}},
+        {"end 4",
+         4,
+         1,
+         STOP_FALSE,
+         {8, 6, 8},
+         {{52, 52, 52, 52, 52, 48, 48, 48},
+          {52, 52, 52, 52, 52, 4},
+          {52, 52, 52, 52, 52, 48, 48, 4}}},
+        {"length_penalty 2",
+         4,
+         2,
+         STOP_FALSE,
+         {8, 8, 8},
+         {{52, 52, 52, 52, 52, 48, 48, 48},
+          {52, 52, 52, 52, 52, 48, 48, 4},
+          {52, 52, 52, 52, 52, 44, 48, 48}}},
+        {"length_penalty 0",
+         4,
+         0,
+         STOP_FALSE,
+         {3, 6, 7},
+         {{52, 52, 4}, {52, 52, 52, 52, 52, 4}, {52, 52, 52, 52, 52, 48, 4}}},
+        {"early_stopping",
+         4,
+         1,
+         STOP_TRUE,
+         {6, 7, 3},
+         {{52, 52, 52, 52, 52, 4}, {52, 52, 52, 52, 52, 48, 4}, {52, 52, 4}}},
+    };
+    struct GPT2 *model = golden_model();
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        struct GenerationConfig config = generation_config();
+        struct Sequence s[3];
+        config.num_beams = config.num_return_sequences = 3;
+        config.length_penalty = cases[i].length_penalty;
+        config.early_stopping = cases[i].early_stopping;
+        model->config.eos_token_id = cases[i].end_token;
+        for (int k = 0; k < 3; k++)
+            s[k] = golden_prompt(model, 8);
+        generate(model, s, 3, &config);
+        for (int k = 0; k < 3; k++)
+            expect_ids(cases[i].name, s[k].ids + 4, s[k].n - 4, cases[i].ids[k],
+                       cases[i].length[k]);
+    }
+}
+
+/* With as many beams as there are sequences nothing is ever dropped: the best of all 125
+ * responses of three tokens comes first, found here by scoring each alone. With one beam it is
+ * greedy decoding. */
+static void test_beam_search_exhaustive(void) {
+    struct GPT2 *model = random_model(5, 8, 16, 2, 2);
+    struct GenerationConfig config = generation_config();
+    int prompt[] = {2};
+    int best[4] = {2};
+    int ids[4] = {2};
+    double most = -INFINITY;
+    model->config.eos_token_id = 5; /* none */
+    for (int y = 0; y < 125; y++) {
+        ids[1] = y / 25, ids[2] = y / 5 % 5, ids[3] = y % 5;
+        struct Example e = {ids, 4, 1};
+        struct Batch batch = batch_of(&e, 1, SKIP_LAST);
+        struct LMHead head = batch_logprobs(model, &test_arena, &batch, 1, false);
+        double logp = sequence_logprob(head.logprob, 3);
+        if (logp > most)
+            memcpy(best, ids, sizeof best), most = logp;
+    }
+    struct Sequence s = sequence_start(&test_arena, prompt, 1, 3, model, rng_seed(1, 1));
+    struct Sequence greedy = s;
+    greedy.ids = arena_alloc(&test_arena, 4, sizeof(int));
+    greedy.ids[0] = 2;
+    config.num_beams = 125;
+    generate(model, &s, 1, &config);
+    expect_ids("the likeliest response", s.ids, s.n, best, 4);
+    config.num_beams = 1;
+    generate(model, &greedy, 1, &config);
+    s.n = 1;
+    s.finished = false;
+    beam_search(model, &s, &config);
+    expect_ids("one beam is greedy", s.ids, s.n, greedy.ids, 4);
+}
+
+/* Scores below any that a place could be marked with: a long answer and a length_penalty below 0.
+ */
+static void test_beam_search_negative(void) {
+    struct GPT2 *model = random_model(61, 128, 16, 2, 2);
+    for (int stopping = STOP_FALSE; stopping <= STOP_NEVER; stopping++) {
+        struct GenerationConfig config = generation_config();
+        struct Sequence s[3];
+        config.num_beams = config.num_return_sequences = 3;
+        config.length_penalty = -5;
+        config.early_stopping = (enum EarlyStopping)stopping;
+        for (int k = 0; k < 3; k++)
+            s[k] = golden_prompt(model, 100);
+        model->config.eos_token_id = 61; /* none: all have 100 tokens */
+        generate(model, s, 3, &config);
+        for (int k = 0; k < 3; k++)
+            expect_count("tokens", s[k].n, 104);
+        expect_true("different ones", memcmp(s[0].ids, s[1].ids, 104 * sizeof(int))
+                                          && memcmp(s[1].ids, s[2].ids, 104 * sizeof(int)));
+    }
+}
+
+/* When the search ends: the cases of beam_search_goes_on's comment, and a pool with room. */
+static void test_beam_search_stops(void) {
+    static const struct {
+        float score;
+        enum EarlyStopping early_stopping;
+        size_t finished;
+        bool goes_on;
+    } cases[] = {{-1.5f, STOP_FALSE, 1, true}, {-2.1f, STOP_FALSE, 1, false},
+                 {-2.1f, STOP_NEVER, 1, true}, {-9.0f, STOP_NEVER, 1, false},
+                 {-1.5f, STOP_TRUE, 1, false}, {-99.0f, STOP_FALSE, 0, true},
+                 {-99.0f, STOP_TRUE, 0, true}};
+    struct GPT2 *model = random_model(6, 16, 8, 1, 1);
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        struct GenerationConfig config = generation_config();
+        config.early_stopping = cases[i].early_stopping;
+        struct Sequence prompt =
+            sequence_start(&test_arena, (int[]){1}, 1, 9, model, rng_seed(1, STREAM_SAMPLE));
+        struct BeamSearch search = beam_search_new(&test_arena, model, &prompt, &config);
+        search.running->n = 4;
+        search.running->score = cases[i].score;
+        search.finished->score = -0.6f;
+        search.finished_count = cases[i].finished;
+        expect_true(arena_printf(&test_arena, "case %zu", i),
+                    beam_search_goes_on(&search) == cases[i].goes_on);
+    }
+}
+
+/* Sampled beams: the first draw has softmax's probabilities, and nothing is drawn twice. */
+static void test_beam_candidates(void) {
+    float score[] = {logf(0.5f), -INFINITY, logf(0.2f), logf(0.3f)};
+    struct Candidate best[4];
+    struct Rng rng = rng_seed(3, 3);
+    double first[4] = {0};
+    expect_count("without sampling", beam_candidates(score, 4, 2, &test_arena, best), 2);
+    expect_true("the two best, best first",
+                best[0].id == 0 && best[1].id == 3 && best[0].logit == score[0]);
+    for (int i = 0; i < 20000; i++) {
+        float *key = gumbel_keys(&test_arena, score, 4, &rng);
+        size_t n = beam_candidates(key, 4, 4, &test_arena, best);
+        expect_count("all that are possible", n, 3);
+        first[best[0].id] += 1 / 20000.0;
+        expect_true("each once", best[0].id != best[1].id && best[1].id != best[2].id
+                                     && best[0].id != best[2].id);
+    }
+    expect_close("first draw", first[0], 0.5, 0.02);
+    expect_close("first draw", first[2], 0.2, 0.02);
+}
+
+/* =============================================================================================
+ * Part III - Training
+ * ============================================================================================= */
+
+/* =============================================================================================
+ * Chapter 14 - Optimizer, schedule, Trainer
+ *
+ * AdamW by hand and against torch, schedules against transformers; steps, epochs and means as
+ * transformers counts them. No figure of an evaluation depends on how batches divide the rows.
+ * ============================================================================================= */
+
+/* sqrt_fast against the C library's sqrt over the normal numbers, and at zero. */
+static void test_sqrt_fast(void) {
+    double worst = 0;
+    for (double x = 1.2e-38; x < 3e38; x *= 1.00007)
+        worst = MAX(worst, fabs(sqrt_fast((float)x) / sqrt((float)x) - 1));
+    expect_true("worst relative error below 2e-7", worst < 2e-7);
+    expect_true("0 and 4", sqrt_fast(0) == 0 && fabsf(sqrt_fast(4) - 2) < 3e-7f);
+    expect_true("below the normal numbers: small",
+                sqrt_fast(1e-45f) >= 0 && sqrt_fast(1e-40f) < 1e-19f);
 }
 
 /* Two steps of one weight, the comment's numbers; and the factor of clipping. */
-static void expect_adamw_comment(void) {
+static void test_adamw_hand_comment(void) {
     struct Tensor t = {
         .name = "t",
         .n = 1,
@@ -4013,7 +3852,6 @@ static void expect_adamw_comment(void) {
 
 /* The first step by hand, decay and clipping by hand, and plain gradient descent. */
 static void test_adamw_hand(void) {
-    expect_adamw_comment();
     struct Tensor t = {
         .name = "t",
         .n = 2,
@@ -4053,15 +3891,54 @@ static void test_adamw_hand(void) {
                   (double[]){0.455 * 0.95 - 0.06, -0.355 * 0.95 + 0.08}, 2, 4e-6);
 }
 
-/* transformers' schedules, and by hand. */
+/* Six steps with decay, clipping and warm-up: losses, norms, learning rates and weights of
+ * torch's AdamW, by trainer_train. */
+static void test_adamw_golden(void) {
+    static const struct {
+        double loss, norm, learning_rate;
+    } golden[] = {
+        {4.9093771, 2.49169612, 0},      {4.9093771, 2.49169612, 0.005},
+        {4.33028555, 2.38877416, 0.01},  {3.71520281, 1.5375849, 0.0075},
+        {3.44668412, 1.59040582, 0.005}, {3.25066376, 1.50263071, 0.0025},
+    };
+    struct GPT2 *model = golden_model();
+    struct Trainer trainer = trainer_of(model, 0.01, 6, 2);
+    trainer.args.weight_decay = 0.1;
+    trainer.args.warmup_steps = 2;
+    language_task(&trainer, golden_examples(), 2);
+    trainer_train(&trainer);
+    for (size_t i = 0; i < 6; i++) {
+        expect_close("loss", logged(&trainer, i, "loss"), golden[i].loss, 2e-5);
+        expect_close("norm before clipping", logged(&trainer, i, "grad_norm"), golden[i].norm,
+                     5e-5);
+        expect_close("learning rate", logged(&trainer, i, "learning_rate"), golden[i].learning_rate,
+                     1e-12);
+        expect_close("step", logged(&trainer, i, "step"), (double)i + 1, 0);
+    }
+    trainer.task.eval_n = 2;
+    expect_close("loss after all", trainer_evaluate(&trainer), 3.146626, 2e-5);
+    expect_floats("wte", model->wte.w,
+                  (double[]){-0.0288252495, 0.143724903, 0.311980247, 0.312895834}, 4, 2e-6);
+    expect_floats("ln_f", model->ln_f.weight.w,
+                  (double[]){0.998051882, 1.0525403, 1.07128537, 1.06068206}, 4, 2e-6);
+    trainer_free(&trainer);
+}
+
+/* transformers' schedules. */
 static void test_schedule(void) {
     static const struct {
         const char *name;
-        const double *want;
-    } types[] = {{"linear", golden_sched_linear},
-                 {"cosine", golden_sched_cosine},
-                 {"constant", golden_sched_constant},
-                 {"constant_with_warmup", golden_sched_constant_with_warmup}};
+        double want[11];
+    } types[] = {
+        {"linear",
+         {0, 0.333333333, 0.666666667, 1, 0.857142857, 0.714285714, 0.571428571, 0.428571429,
+          0.285714286, 0.142857143, 0}},
+        {"cosine",
+         {0, 0.333333333, 0.666666667, 1, 0.950484434, 0.811744901, 0.611260467, 0.388739533,
+          0.188255099, 0.049515566, 0}},
+        {"constant", {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1}},
+        {"constant_with_warmup", {0, 0.333333333, 0.666666667, 1, 1, 1, 1, 1, 1, 1, 1}},
+    };
     struct TrainingArguments args = training_arguments();
     args.warmup_steps = 3;
     for (size_t i = 0; i < COUNT(types); i++) {
@@ -4070,7 +3947,11 @@ static void test_schedule(void) {
             expect_close(types[i].name, schedule_factor(&args, step, 10), types[i].want[step],
                          1e-9);
     }
-    args = training_arguments();
+}
+
+/* By hand: warm-up as steps or as a share of them, and where the rate ends. */
+static void test_schedule_hand(void) {
+    struct TrainingArguments args = training_arguments();
     args.warmup_steps = 2;
     for (size_t step = 0; step < 4; step++)
         expect_close("linear, 10 steps, warm-up 2", schedule_factor(&args, step, 10),
@@ -4088,8 +3969,7 @@ static void test_schedule(void) {
     expect_close("half way to lr_end", schedule_factor(&args, 6, 10), 0.6, 1e-12);
 }
 
-/* Steps and epochs of transformers: a smaller last batch, an accumulation's rest as a step;
- * accumulated gradients are the batch's. */
+/* Steps and epochs of transformers: a smaller last batch, an accumulation's rest as a step. */
 static void test_trainer_steps(void) {
     struct GPT2 *model = random_model(40, 16, 8, 1, 2);
     struct Example examples[11];
@@ -4105,6 +3985,18 @@ static void test_trainer_steps(void) {
     expect_close("epoch at the end", trainer.state.epoch, 2, 0);
     expect_true("train_loss", isfinite(logged(&trainer, 6, "train_loss"))
                                   && isfinite(logged(&trainer, 6, "train_runtime")));
+    trainer_free(&trainer);
+}
+
+/* Accumulated gradients are the batch's. */
+static void test_trainer_steps_accumulate(void) {
+    struct GPT2 *model = random_model(40, 16, 8, 1, 2);
+    struct Example examples[11];
+    for (size_t i = 0; i < 11; i++)
+        examples[i] = random_example(3 + i, i % 3, 40);
+    struct Trainer trainer = trainer_of(model, 0, 0, 2);
+    language_task(&trainer, examples, 11);
+    gpt2_make_trainable(model);
     size_t order[11], n;
     for (size_t i = 0; i < 11; i++)
         order[i] = 10 - i;
@@ -4116,16 +4008,20 @@ static void test_trainer_steps(void) {
         loss[run] = trainer_accumulate(&trainer, order, 11);
         gradient[run] = all_gradients(model, &n);
     }
+    expect_close("loss in pieces", loss[1], loss[0], 1e-6);
+    expect_floats("gradient in pieces", gradient[1], widen(gradient[0], n), n, 2e-6);
+    trainer_free(&trainer);
+}
+
+/* A micro-batch weighs as many targets as it has, or, where a task has none, as many rows. */
+static void test_trainer_steps_weight(void) {
+    struct GPT2 *model = random_model(40, 16, 8, 1, 2);
+    struct Trainer trainer = trainer_of(model, 0, 0, 1);
     struct Example two[] = {random_example(4, 1, 40), random_example(5, 0, 40)};
-    trainer.args.per_device_train_batch_size = 1;
     language_task(&trainer, two, 2);
     expect_close("3 and 5 targets", micro_batch_weight(&trainer, (size_t[]){0, 1}, 2), 0.125, 0);
     trainer.task.targets = NULL;
     expect_close("two means", micro_batch_weight(&trainer, (size_t[]){0, 1}, 2), 0.5, 0);
-    expect_close("loss in pieces", loss[1], loss[0], 1e-6);
-    expect_floats("gradient in pieces", gradient[1], widen(gradient[0], n), n, 2e-6);
-    trainer_free(&trainer);
-    gpt2_free(model);
 }
 
 /* The share of an epoch's micro-batches that is done, as transformers counts it: more of them are
@@ -4139,9 +4035,7 @@ static void test_trainer_epoch(void) {
         {7, 2, 3, 4, {0.75, 1, 1.75, 2}}, {3, 8, 4, 2, {1, 2}},
     };
     struct GPT2 *model = random_model(40, 16, 8, 1, 2);
-    struct Example examples[8];
-    for (size_t i = 0; i < 8; i++)
-        examples[i] = random_example(4, 1, 40);
+    struct Example *examples = random_examples(8, 4, 1, 40);
     for (size_t k = 0; k < COUNT(cases); k++) {
         struct Trainer trainer = trainer_of(model, 0, cases[k].max_steps, cases[k].batch);
         trainer.args.gradient_accumulation_steps = cases[k].accumulation;
@@ -4154,31 +4048,6 @@ static void test_trainer_epoch(void) {
         expect_true("its last step", steps > 0 && cases[k].epoch[steps] == 0);
         trainer_free(&trainer);
     }
-    gpt2_free(model);
-}
-
-/* What trainer_state.json says is what the log holds, keys sorted; NaN is null. */
-static void test_trainer_state(void) {
-    struct TrainerState state = {
-        .epoch = 0.5,
-        .global_step = 3,
-        .max_steps = 6,
-        .num_train_epochs = 1.5,
-    };
-    struct TrainingArguments args = training_arguments();
-    struct LogEntry *entry = state_log(&state);
-    log_value(entry, "step", 3);
-    log_value(entry, "loss", 0.1f);
-    log_value(entry, "bad", NAN);
-    trainer_state_save(&state, &args, folder);
-    struct Json *json = json_read_file(&test_arena, temporary("trainer_state.json"));
-    struct Json *item = json_get(json, "log_history")->child->child;
-    expect_text("sorted", item->key, "bad");
-    expect_true("NaN", item->type == JSON_NULL);
-    expect_close("loss", item->next->number, 0.1f, 1e-9);
-    expect_close("global_step", json_get(json, "global_step")->number, 3, 0);
-    expect_close("epochs begun", json_get(json, "num_train_epochs")->number, 2, 0);
-    free(state.log_history);
 }
 
 /* Two training steps of a model large enough for every parallel loop: one, two and three
@@ -4197,9 +4066,6 @@ static void test_trainer_threads(void) {
         expect_same_weights("weights", model[threads], model[1]);
         trainer_free(&trainer);
     }
-    use_threads(1);
-    for (int threads = 1; threads <= 3; threads++)
-        gpt2_free(model[threads]);
 }
 
 static double mean_in(const struct LogEntry *metrics, const char *name) {
@@ -4265,7 +4131,7 @@ static double measured(struct Trainer *trainer, const char *name) {
  * neighbours. Here no figure does. */
 static void test_eval_batch_size(void) {
     struct GPT2 *model = random_model(37, 20, 8, 2, 2);
-    struct GPT2 *ref_model = gpt2_copy(model);
+    struct GPT2 *ref_model = owned(gpt2_copy(model));
     struct Example texts[14];
     double rating[7], label[7];
     double nll = 0;
@@ -4329,178 +4195,12 @@ static void test_eval_batch_size(void) {
     trainer.task.eval_n = 7;
     expect_batch_size_alike("dpo", &trainer);
     trainer_free(&trainer);
-    gpt2_free(model);
-    gpt2_free(ref_model);
-}
-
-static size_t run_rows = 5, run_batch = 2;
-static uint64_t run_seed = 42;
-static const char *run_task = "test";
-
-/* A run of 7 steps with checkpoints each 2, or what is left of it after checkpoint-`from`. */
-static struct Trainer checkpointed_run(struct Example *examples, const char *dir, size_t from,
-                                       size_t limit) {
-    struct Trainer trainer = trainer_of(new_model(40, 16, 8, 1, 2), 0.01, 7, run_batch);
-    trainer.args.logging_steps = 3;
-    trainer.args.save_steps = 2;
-    trainer.args.save_total_limit = limit;
-    trainer.args.output_dir = dir;
-    trainer.args.seed = run_seed;
-    if (from)
-        trainer.args.resume_from_checkpoint =
-            arena_printf(&test_arena, "%s/checkpoint-%zu", dir, from);
-    language_task(&trainer, examples, run_rows);
-    trainer.task.name = run_task;
-    make_folder(dir);
-    trainer_train(&trainer);
-    return trainer;
-}
-
-/* A run that goes on from a checkpoint ends as one that never stopped: weights, and the log but
- * for the clock. Steps 3 to 5 lie across an epoch's end and a log entry. */
-static void test_checkpoint_resume(void) {
-    struct Example examples[5];
-    for (size_t i = 0; i < 5; i++)
-        examples[i] = random_example(6 + i, 1, 40);
-    const char *dir = temporary("checkpoints");
-    struct Trainer whole = checkpointed_run(examples, dir, 0, 0);
-    for (size_t from = 2; from <= 6; from += 2) {
-        struct Trainer rest = checkpointed_run(examples, dir, from, 0);
-        expect_same_weights(arena_printf(&test_arena, "from step %zu", from), rest.model,
-                            whole.model);
-        expect_count("entries", rest.state.log_count, whole.state.log_count);
-        for (size_t i = 0; i < whole.state.log_count; i++) {
-            /* a log has 9 digits */
-            expect_close("loss", logged(&rest, i, "loss"), logged(&whole, i, "loss"), 1e-8);
-            expect_close("epoch", logged(&rest, i, "epoch"), logged(&whole, i, "epoch"), 1e-9);
-        }
-        expect_close("train_loss", logged(&rest, rest.state.log_count - 1, "train_loss"),
-                     logged(&whole, whole.state.log_count - 1, "train_loss"), 0);
-        gpt2_free(rest.model);
-        trainer_free(&rest);
-    }
-    gpt2_free(whole.model);
-    trainer_free(&whole);
-}
-
-/* Resumed where no step is left, at its end or before it: one note, the figures are the run's. */
-static void test_checkpoint_complete(void) {
-    struct Example examples[5];
-    for (size_t i = 0; i < 5; i++)
-        examples[i] = random_example(6 + i, 1, 40);
-    const char *dir = temporary("complete");
-    struct Trainer whole = checkpointed_run(examples, dir, 0, 0);
-    for (size_t steps = 3; steps <= 6; steps += 3) {
-        struct Trainer trainer = trainer_of(new_model(40, 16, 8, 1, 2), 0.01, steps, 2);
-        trainer.args.output_dir = dir;
-        trainer.args.resume_from_checkpoint = arena_printf(&test_arena, "%s/checkpoint-6", dir);
-        language_task(&trainer, examples, run_rows);
-        capture_begin();
-        trainer_train(&trainer);
-        struct Text said = capture_end();
-        double loss = 0;
-        for (size_t i = 0; i < 2; i++)
-            loss += 3 * logged(&whole, i, "loss"); /* 3 steps */
-        const char *note =
-            arena_printf(&test_arena, "is at step 6, the run has %zu: no step is", steps);
-        expect_true("a note", strstr(said.data, note));
-        expect_true("no other word", !strstr(said.data, "going on"));
-        expect_count("max_steps", trainer.state.max_steps, 6);
-        expect_count("global_step", trainer.state.global_step, 6);
-        expect_close("epochs", trainer.state.num_train_epochs, 2, 0);
-        expect_close("train_loss", logged(&trainer, 2, "train_loss"), loss / 6, 1e-8);
-        double steps_done =
-            logged(&trainer, 2, "train_steps_per_second") * logged(&trainer, 2, "train_runtime");
-        expect_close("steps a second", steps_done, 6, 1e-6);
-        gpt2_free(trainer.model);
-        trainer_free(&trainer);
-    }
-    gpt2_free(whole.model);
-    trainer_free(&whole);
-}
-
-/* save_total_limit keeps those written last; what a killed run left half written or half removed
- * is taken away, and is no checkpoint. */
-static void test_checkpoint_limit(void) {
-    struct Example examples[5];
-    struct CheckpointAge oldest = {0};
-    struct CheckpointAge newest = {0};
-    for (size_t i = 0; i < 5; i++)
-        examples[i] = random_example(6, 1, 40);
-    const char *dir = temporary("limited");
-    make_folder(temporary("limited/tmp-checkpoint-8"));
-    write_bytes("limited/tmp-checkpoint-8/optimizer.safetensors", "{", 1);
-    make_folder(temporary("limited/checkpoint-9")); /* without a state: none of ours */
-    struct Trainer trainer = checkpointed_run(examples, dir, 0, 2);
-    expect_count("how many", checkpoint_find(dir, &oldest, &newest), 2);
-    expect_true("which", oldest.step == 4 && newest.step == 6);
-    expect_true("not the first", !file_exists(temporary("limited/checkpoint-2")));
-    expect_true("left over", !file_exists(temporary("limited/tmp-checkpoint-8"))
-                                 && file_exists(temporary("limited/checkpoint-9")));
-    gpt2_free(trainer.model);
-    trainer_free(&trainer);
-}
-
-/* Which checkpoint is older is told by what they hold: times, which a copy or a restored folder
- * loses, say nothing. Each run that begins in a folder, anew or from a checkpoint, is later than
- * all before it; checkpoints of old come first. */
-static void test_checkpoint_age(void) {
-    struct Example examples[5];
-    struct CheckpointAge oldest = {0};
-    struct CheckpointAge newest = {0};
-    for (size_t i = 0; i < 5; i++)
-        examples[i] = random_example(6, 1, 40);
-    const char *dir = temporary("aged");
-    struct Trainer first = checkpointed_run(examples, dir, 0, 0);
-    for (size_t step = 2; step <= 6; step += 2) {
-        const char *file =
-            arena_printf(&test_arena, "%s/checkpoint-%zu/optimizer.safetensors", dir, step);
-        time_t t = 9000 - (time_t)step;
-        utime(file, &(struct utimbuf){t, t});
-    }
-    expect_count("how many", checkpoint_find(dir, &oldest, &newest), 3);
-    expect_true("times say nothing", oldest.step == 2 && newest.step == 6 && newest.run == 1);
-    /* A run goes on from the oldest: 4 and 6 are written anew. */
-    struct Trainer second = checkpointed_run(examples, dir, 2, 0);
-    checkpoint_find(dir, &oldest, &newest);
-    expect_true("gone on from", oldest.run == 1 && oldest.step == 2);
-    expect_true("gone on", newest.run == 2 && newest.step == 6);
-    remove(temporary("aged/checkpoint-4/optimizer.safetensors"));
-    /* A run starts over: its 1, 2 and 3 are later than 6. */
-    struct Trainer third = trainer_of(new_model(40, 16, 8, 1, 2), 0.01, 3, 2);
-    third.args.save_steps = 1;
-    third.args.save_total_limit = 2;
-    third.args.output_dir = dir;
-    language_task(&third, examples, 5);
-    capture_begin();
-    trainer_train(&third);
-    struct Text said = capture_end();
-    expect_true("the note", strstr(said.data, "aged holds checkpoint-6 of an earlier run; "));
-    expect_count("two are left", checkpoint_find(dir, &oldest, &newest), 2);
-    expect_true("its last but one", oldest.run == 3 && oldest.step == 2);
-    expect_true("its last", newest.run == 3 && newest.step == 3);
-    struct Text text = read_file(&test_arena, temporary("aged/checkpoint-3/optimizer.safetensors"));
-    char *run = memmem(text.data, text.length, "\"run\"", 5);
-    CHECK(run, "test_align: no number of the run");
-    run[1] = 'x'; /* as a checkpoint of old, without a number */
-    write_bytes("aged/checkpoint-3/optimizer.safetensors", text.data, text.length);
-    checkpoint_find(dir, &oldest, &newest);
-    expect_true("of old", oldest.run == 0 && oldest.step == 3 && newest.step == 2);
-    struct Trainer last = checkpointed_run(examples, dir, 3, 0);
-    expect_count("and it can be gone on from", last.state.global_step, 7);
-    struct Trainer *trainers[] = {&first, &second, &third, &last};
-    for (size_t i = 0; i < COUNT(trainers); i++) {
-        gpt2_free(trainers[i]->model);
-        trainer_free(trainers[i]);
-    }
 }
 
 /* Ctrl-C in the evaluation after the last step: it ends without a figure, the weights are saved. */
 static void test_evaluation_interrupted(void) {
     struct GPT2 *model = random_model(40, 16, 8, 1, 2);
-    struct Example examples[5];
-    for (size_t i = 0; i < 5; i++)
-        examples[i] = random_example(6, 1, 40);
+    struct Example *examples = random_examples(5, 6, 1, 40);
     struct Trainer trainer = trainer_of(model, 0, 2, 2);
     language_task(&trainer, examples, 5);
     trainer.task.eval_n = 5;
@@ -4514,28 +4214,29 @@ static void test_evaluation_interrupted(void) {
     expect_true("without Ctrl-C it is", isfinite(trainer_evaluate(&trainer)));
     expect_count("and logged", trainer.state.log_count, 5);
     trainer_free(&trainer);
-    gpt2_free(model);
 }
 
 /* Every number that is shown at once, as long as numbers get: the line is cut to its buffer. */
 static void test_state_say(void) {
-    static const char *const names[] = {"env/reward_mean",
-                                        "objective/kl",
-                                        "ppo/loss/total",
-                                        "reward",
-                                        "kl",
-                                        "gradient_variance/none",
-                                        "gradient_variance/mean",
-                                        "gradient_variance/rloo",
-                                        "loss",
-                                        "eval_loss",
-                                        "accuracy",
-                                        "eval_accuracy",
-                                        "margin",
-                                        "rewards/margins",
-                                        "rewards/accuracies",
-                                        "grad_norm",
-                                        "learning_rate"};
+    static const char *const names[] = {
+        "env/reward_mean",
+        "objective/kl",
+        "ppo/loss/total",
+        "reward",
+        "kl",
+        "gradient_variance/none",
+        "gradient_variance/mean",
+        "gradient_variance/rloo",
+        "loss",
+        "eval_loss",
+        "accuracy",
+        "eval_accuracy",
+        "margin",
+        "rewards/margins",
+        "rewards/accuracies",
+        "grad_norm",
+        "learning_rate",
+    };
     struct TrainerState state = {.global_step = 1, .max_steps = 2};
     struct LogEntry entry = {0};
     for (size_t i = 0; i < COUNT(names); i++)
@@ -4546,631 +4247,15 @@ static void test_state_say(void) {
     quiet = true;
     struct Text said = capture_end();
     const char *beginning = "test: step 1/2  env/reward_mean -1.234e-300  objective/kl -1.234e-300";
-    expect_true("its beginning", strstr(said.data, beginning));
+    expect_holds("its beginning", said, beginning);
     expect_true("no longer than its buffer", said.length > 350 && said.length < 420);
 }
 
-/* What is no checkpoint of this run is refused, with its place. argument: a file and a text in
- * it, and what to write there instead. */
-static void resume_changed(const void *argument) {
-    const char *const *change = argument;
-    struct Example examples[5];
-    const char *dir = arena_printf(&test_arena, "%s/changed%zu", folder, (size_t)change[3]);
-    struct Rng rng = test_rng;
-    for (size_t i = 0; i < 5; i++)
-        examples[i] = random_example(6, 1, 40);
-    test_rng = rng;
-    struct Trainer trainer = checkpointed_run(examples, dir, 0, 0);
-    gpt2_free(trainer.model);
-    trainer_free(&trainer);
-    const char *name =
-        arena_printf(&test_arena, "%s/checkpoint-4/%s", dir + strlen(folder) + 1, change[0]);
-    struct Text text = read_file(&test_arena, temporary(name));
-    struct Text before = {text.data, text.length};
-    const char *at = change[1] ? memmem(text.data, text.length, change[1], strlen(change[1]))
-                               : text.data + text.length / 2;
-    CHECK(at, "test_align: %s has no %s", name, change[1]);
-    before.length = (size_t)(at - text.data);
-    struct Text behind = {at + (change[1] ? strlen(change[1]) : 0),
-                          change[1] ? text.length - before.length - strlen(change[1]) : 0};
-    text = text_join(&test_arena, text_join(&test_arena, before, text_of(change[2])), behind);
-    write_bytes(name, text.data, text.length);
-    checkpointed_run(examples, dir, 4, 0);
-}
-
-/* A run that goes on with other data, or another seed. */
-static void resume_other(const void *argument) {
-    struct Example examples[6];
-    for (size_t i = 0; i < 6; i++)
-        examples[i] = random_example(6, 1, 40);
-    const char *dir = arena_printf(&test_arena, "%s/other%zu", folder, (size_t)argument);
-    checkpointed_run(examples, dir, 0, 0);
-    if (strstr(argument, "to train on"))
-        run_rows = 6;
-    else if (strstr(argument, "in a step"))
-        run_batch = 3;
-    else if (strstr(argument, "is a checkpoint of"))
-        run_task = "dpo";
-    else
-        run_seed = 43;
-    checkpointed_run(examples, dir, 4, 0);
-}
-
-/* A number of 64 bits of a checkpoint is not finite. argument: its tensor's name and its place. */
-static void resume_not_finite(const void *argument) {
-    struct Example examples[5];
-    char name[40];
-    size_t place;
-    size_t header = 0;
-    int read = sscanf(argument, "%39s %zu", name, &place);
-    CHECK(read == 2, "test_align: %s", (const char *)argument);
-    for (size_t i = 0; i < 5; i++)
-        examples[i] = random_example(6, 1, 40);
-    const char *dir = arena_printf(&test_arena, "%s/not_finite_%s%zu", folder, name, place);
-    const char *file = arena_printf(&test_arena, "%s/checkpoint-4/optimizer.safetensors",
-                                    dir + strlen(folder) + 1);
-    checkpointed_run(examples, dir, 0, 0);
-    struct Text text = read_file(&test_arena, temporary(file));
-    for (int i = 7; i >= 0; i--)
-        header = header << 8 | (unsigned char)text.data[i];
-    const char *quoted = arena_printf(&test_arena, "\"%s\"", name);
-    const char *at = memmem(text.data, text.length, quoted, strlen(quoted));
-    CHECK(at && (at = strstr(at, "\"data_offsets\":[")), "test_align: no %s", name);
-    size_t offset = 8 + header + strtoull(at + 16, NULL, 10) + 8 * place;
-    memcpy((char *)text.data + offset, &(double){NAN}, 8);
-    write_bytes(file, text.data, text.length);
-    checkpointed_run(examples, dir, 4, 0);
-}
-
-static void numbers_checked(const void *checkpoint) {
-    struct TrainerState state = {0};
-    struct Checkpoint c = *(const struct Checkpoint *)checkpoint;
-    c.state = &state;
-    checkpoint_check_numbers(&c, "ck");
-}
-
-static void test_checkpoint_errors(void) {
-    static const char *const changes[][4] =
-        {{"optimizer.safetensors", "test.rows_per_step", "sfts.rows_per_step",
-          "holds no test.rows_per_step; are task, model and flags"},
-         {"optimizer.safetensors", "\"test.seed\":{\"dtype\":\"F32\",\"shape\":[2]",
-          "\"test.seed\":{\"dtype\":\"F32\",\"shape\":[4]",
-          "tensor test.seed: expected shape [2], found [4]"},
-         {"trainer_state.json", "\"log_history\": [", "\"log_history\": [3, ",
-          "\"log_history\": entry 1 is no object"},
-         {"optimizer.safetensors", NULL, "", "optimizer.safetensors: tensor "},
-         {"trainer_state.json", "\"log_history\"", "\"log\"", "lacks \"epoch\" or \"log_history\""},
-         {"trainer_state.json", "\"global_step\": 4", "\"global_step\": -4",
-          "\"global_step\" must be a whole number"},
-         {"optimizer.safetensors", "exp_avg_sq.wte", "exp_avg_sq.wtx",
-          "holds no exp_avg_sq.wte.weight"},
-         {"model.safetensors", NULL, "", "cut short?"}};
-    for (size_t i = 0; i < COUNT(changes); i++)
-        expect_end(changes[i][3], resume_changed, changes[i], 1, changes[i][3]);
-    static const char *const others[] = {"checkpoint-4: the number of rows to train on is 6, in "
-                                         "the checkpoint's run it was 5; "
-                                         "give the data and flags that the run began with, or "
-                                         "start over",
-                                         "checkpoint-4: the number of rows in a step "
-                                         "(--per_device_train_batch_size times "
-                                         "--gradient_accumulation_steps) is 3, in the checkpoint's "
-                                         "run it was 2; give",
-                                         "checkpoint-4: is a checkpoint of test; dpo cannot go on "
-                                         "from it",
-                                         "checkpoint-4: --seed is 43, in the checkpoint's run it "
-                                         "was 42; give"};
-    for (size_t i = 0; i < COUNT(others); i++)
-        expect_end(others[i], resume_other, others[i], 1, others[i]);
-    static const char *const numbers[][2] = {
-        {"test.progress 2", "test.progress: number 2 is nan, a finite one was expected; "
-                            "the file is damaged, take an earlier checkpoint"},
-        {"test.progress 4", "test.progress: number 4 is nan, a finite one was expected"},
-        {"metric.loss 0", "metric.loss is nan, a finite number was expected"},
-        {"exp_avg.wte.weight 0", "tensor exp_avg.wte.weight: number 1 is nan, a finite one was "
-                                 "expected; take an earlier"},
-    };
-    for (size_t i = 0; i < COUNT(numbers); i++)
-        expect_end(numbers[i][1], resume_not_finite, numbers[i][0], 1, numbers[i][1]);
-    struct Checkpoint c = {.task = "ppo"};
-    checkpoint_add(&c, "at", &(size_t){7}, 1, 5);
-    expect_end("a place that is not there", numbers_checked, &c, 1,
-               "ck: ppo.at: number 0 is 7, at most 5 was expected; the file is damaged");
-    c.count = 0;
-    checkpoint_add_doubles(&c, "kl_coef", &(double){NAN}, 1);
-    expect_end("no KL coefficient", numbers_checked, &c, 1,
-               "ck: ppo.kl_coef: number 0 is nan, a finite one was expected");
-}
-
-/* A log that grew on after the checkpoint loses what came later; finished or not, beside the
- * checkpoint or copied from elsewhere. */
-static void test_output_resume(void) {
-    struct Output out;
-    for (int finished = 0; finished < 2; finished++)
-        for (int elsewhere = 0; elsewhere < 2; elsewhere++) {
-            make_folder(temporary("log"));
-            make_folder(temporary("log2"));
-            write_bytes(finished ? "log/a.jsonl" : "log/a.jsonl.tmp", "one\ntwo\nthree\n", 14);
-            if (finished)
-                write_bytes("log/a.jsonl.tmp", "on", 2); /* too short: of another run */
-            out = output_resume(temporary(elsewhere ? "log2" : "log"), "a.jsonl", temporary("log"),
-                                8);
-            fputs("3\n", out.file);
-            output_close(&out);
-            expect_text("log",
-                        read_file(&test_arena,
-                                  temporary(elsewhere ? "log2/a.jsonl" : "log/a.jsonl")),
-                        "one\ntwo\n3\n");
-            remove(temporary("log/a.jsonl"));
-            remove(temporary("log/a.jsonl.tmp"));
-        }
-}
-
 /* =============================================================================================
- * Chapters 6, 13 - Choosing a token, writing
- * ============================================================================================= */
-
-static struct GenerationConfig sampling(double temperature, size_t top_k, double top_p) {
-    struct GenerationConfig config = generation_config();
-    config.do_sample = true;
-    config.temperature = temperature;
-    config.top_k = top_k;
-    config.top_p = top_p;
-    return config;
-}
-
-/* Greedy tokens of transformers, with and without repetition penalty, after a prompt of four. */
-static void test_generate_golden(void) {
-    struct GPT2 *model = golden_model();
-    for (int penalty = 0; penalty < 2; penalty++) {
-        struct GenerationConfig config = generation_config();
-        config.repetition_penalty = penalty ? 1.5 : 1;
-        struct Sequence s =
-            sequence_start(&test_arena, golden_examples()[0].ids, 4, 8, model, rng_seed(1, 1));
-        generate(model, &s, 1, &config);
-        expect_ids(penalty ? "repetition_penalty 1.5" : "greedy", s.ids + 4, s.n - 4,
-                   penalty ? golden_greedy_rep : golden_greedy, 8);
-    }
-    gpt2_free(model);
-}
-
-static const int golden_beam[3][8] = {{52, 52, 52, 52, 52, 48, 48, 48},
-                                      {52, 52, 52, 52, 52, 4, 48, 48},
-                                      {52, 52, 52, 52, 52, 4, 4, 4}};
-static const int golden_beam_eos4[3][8] = {{52, 52, 52, 52, 52, 48, 48, 48},
-                                           {52, 52, 52, 52, 52, 4},
-                                           {52, 52, 52, 52, 52, 48, 48, 4}};
-static const int golden_beam_eos4_long[3][8] = {{52, 52, 52, 52, 52, 48, 48, 48},
-                                                {52, 52, 52, 52, 52, 48, 48, 4},
-                                                {52, 52, 52, 52, 52, 44, 48, 48}};
-static const int golden_beam_eos4_zero[3][8] = {{52, 52, 4},
-                                                {52, 52, 52, 52, 52, 4},
-                                                {52, 52, 52, 52, 52, 48, 4}};
-static const int golden_beam_eos4_early[3][8] = {{52, 52, 52, 52, 52, 4},
-                                                 {52, 52, 52, 52, 52, 48, 4},
-                                                 {52, 52, 4}};
-
-/* transformers' three best of three beams, by length_penalty and early_stopping. */
-static void test_beam_search_golden(void) {
-    static const struct {
-        const char *name;
-        int end_token;
-        double length_penalty;
-        enum EarlyStopping early_stopping;
-        const int (*ids)[8];
-        size_t length[3];
-    } cases[] = {{"no end", 60, 1, STOP_FALSE, golden_beam, {8, 8, 8}},
-                 {"end 4", 4, 1, STOP_FALSE, golden_beam_eos4, {8, 6, 8}},
-                 {"length_penalty 2", 4, 2, STOP_FALSE, golden_beam_eos4_long, {8, 8, 8}},
-                 {"length_penalty 0", 4, 0, STOP_FALSE, golden_beam_eos4_zero, {3, 6, 7}},
-                 {"early_stopping", 4, 1, STOP_TRUE, golden_beam_eos4_early, {6, 7, 3}}};
-    struct GPT2 *model = golden_model();
-    for (size_t i = 0; i < COUNT(cases); i++) {
-        struct GenerationConfig config = generation_config();
-        struct Sequence s[3];
-        config.num_beams = config.num_return_sequences = 3;
-        config.length_penalty = cases[i].length_penalty;
-        config.early_stopping = cases[i].early_stopping;
-        model->config.eos_token_id = cases[i].end_token;
-        for (int k = 0; k < 3; k++)
-            s[k] =
-                sequence_start(&test_arena, golden_examples()[0].ids, 4, 8, model, rng_seed(1, 1));
-        generate(model, s, 3, &config);
-        for (int k = 0; k < 3; k++)
-            expect_ids(cases[i].name, s[k].ids + 4, s[k].n - 4, cases[i].ids[k],
-                       cases[i].length[k]);
-    }
-    gpt2_free(model);
-}
-
-/* Scores below any that a place could be marked with: a long answer and a length_penalty below 0.
- */
-static void test_beam_search_negative(void) {
-    struct GPT2 *model = random_model(61, 128, 16, 2, 2);
-    for (int stopping = STOP_FALSE; stopping <= STOP_NEVER; stopping++) {
-        struct GenerationConfig config = generation_config();
-        struct Sequence s[3];
-        config.num_beams = config.num_return_sequences = 3;
-        config.length_penalty = -5;
-        config.early_stopping = (enum EarlyStopping)stopping;
-        for (int k = 0; k < 3; k++)
-            s[k] = sequence_start(&test_arena, golden_examples()[0].ids, 4, 100, model,
-                                  rng_seed(1, 1));
-        model->config.eos_token_id = 61; /* none: all have 100 tokens */
-        generate(model, s, 3, &config);
-        for (int k = 0; k < 3; k++)
-            expect_count("tokens", s[k].n, 104);
-        expect_true("different ones", memcmp(s[0].ids, s[1].ids, 104 * sizeof(int))
-                                          && memcmp(s[1].ids, s[2].ids, 104 * sizeof(int)));
-    }
-    gpt2_free(model);
-}
-
-/* A prompt that fills the context is answered with one token, as in transformers; a shorter one
- * up to one past its end. */
-static void test_generate_context(void) {
-    struct GPT2 *model = random_model(50, 24, 16, 2, 2);
-    model->config.eos_token_id = 50; /* none */
-    struct Example prompt = random_example(24, 0, 50);
-    for (size_t beams = 1; beams <= 3; beams += 2)
-        for (int sample = 0; sample < 2; sample++)
-            for (size_t n = 22; n <= 24; n++) {
-                struct GenerationConfig config = generation_config();
-                config.num_beams = beams;
-                config.do_sample = sample;
-                struct Sequence s =
-                    sequence_start(&test_arena, prompt.ids, n, 9, model, rng_seed(1, 1));
-                generate(model, &s, 1, &config);
-                expect_count("tokens", s.n, 25);
-                struct Example so_far = {s.ids, 24, 0};
-                struct Batch batch = batch_of(&so_far, 1, READ_LAST);
-                if (!sample && beams == 1)
-                    expect_count("the likeliest", (size_t)s.ids[24],
-                                 argmax(batch_logits(model, &batch) + (size_t)23 * 50, 50));
-            }
-    gpt2_free(model);
-}
-
-/* With as many beams as there are sequences nothing is ever dropped: the best of all 125
- * responses of three tokens comes first, found here by scoring each alone. With one beam it is
- * greedy decoding. */
-static void test_beam_search_exhaustive(void) {
-    struct GPT2 *model = random_model(5, 8, 16, 2, 2);
-    struct GenerationConfig config = generation_config();
-    int prompt[] = {2};
-    int best[4] = {2};
-    int ids[4] = {2};
-    double most = -INFINITY;
-    model->config.eos_token_id = 5; /* none */
-    for (int y = 0; y < 125; y++) {
-        ids[1] = y / 25, ids[2] = y / 5 % 5, ids[3] = y % 5;
-        struct Example e = {ids, 4, 1};
-        struct Batch batch = batch_of(&e, 1, SKIP_LAST);
-        struct Activations acts = gpt2_forward(model, &test_arena, &batch, false);
-        struct LMHead head =
-            lm_head_new(model, &test_arena, &acts, batch.row, batch.target, batch.R, 1);
-        lm_head_forward(model, &head);
-        double logp = sequence_logprob(head.logprob, 3);
-        if (logp > most)
-            memcpy(best, ids, sizeof best), most = logp;
-    }
-    struct Sequence s = sequence_start(&test_arena, prompt, 1, 3, model, rng_seed(1, 1));
-    struct Sequence greedy = s;
-    greedy.ids = arena_alloc(&test_arena, 4, sizeof(int));
-    greedy.ids[0] = 2;
-    config.num_beams = 125;
-    generate(model, &s, 1, &config);
-    expect_ids("the likeliest response", s.ids, s.n, best, 4);
-    config.num_beams = 1;
-    generate(model, &greedy, 1, &config);
-    s.n = 1;
-    s.finished = false;
-    beam_search(model, &s, &config);
-    expect_ids("one beam is greedy", s.ids, s.n, greedy.ids, 4);
-    gpt2_free(model);
-}
-
-/* The essay's two beams, from probabilities by hand: after A, B 0.6 and C 0.4; after B, x and y
- * alike; after C, x 0.95. */
-static void test_beam_search_hand(void) {
-    enum { A, B, C, X, Y, END, V };
-    struct GPT2 *model = random_model(V, 16, 8, 1, 1);
-    model->config.eos_token_id = END;
-    struct GenerationConfig config = generation_config();
-    config.num_beams = 2;
-    struct Sequence prompt =
-        sequence_start(&test_arena, (int[]){A}, 1, 2, model, rng_seed(1, STREAM_SAMPLE));
-    struct BeamSearch search = beam_search_new(&test_arena, model, &prompt, &config);
-    float first[V], second[2 * V];
-    for (size_t v = 0; v < V; v++)
-        first[v] = second[v] = second[V + v] = -INFINITY;
-    first[B] = logf(0.6f);
-    first[C] = logf(0.4f);
-    second[X] = second[Y] = 0;
-    second[V + X] = logf(0.95f);
-    second[V + Y] = logf(0.05f);
-    expect_true("goes on", beam_search_goes_on(&search));
-    beam_advance(&search, &test_arena, first);
-    expect_count("beams", search.running_count, 2);
-    expect_ids("greedy's beam", search.running[0].ids, search.running[0].n, (int[]){A, B}, 2);
-    expect_ids("the other one", search.running[1].ids, search.running[1].n, (int[]){A, C}, 2);
-    expect_close("log 0.4", search.running[1].score, -0.9163, 1e-4);
-    expect_true("goes on", beam_search_goes_on(&search));
-    beam_advance(&search, &test_arena, second);
-    expect_count("finished", search.finished_count, 2);
-    expect_ids("best", search.finished[0].ids, search.finished[0].n, (int[]){A, C, X}, 3);
-    expect_ids("second", search.finished[1].ids, search.finished[1].n, (int[]){A, B, X}, 3);
-    expect_close("log 0.38 / 2", search.finished[0].score, -0.4838, 1e-4);
-    expect_close("log 0.30 / 2", search.finished[1].score, -0.6020, 1e-4);
-    expect_true("nothing is left", search.running_count == 0 && !beam_search_goes_on(&search));
-    gpt2_free(model);
-}
-
-/* When the search ends: the cases of beam_search_goes_on's comment, and a pool with room. */
-static void test_beam_search_stops(void) {
-    static const struct {
-        float score;
-        enum EarlyStopping early_stopping;
-        size_t finished;
-        bool goes_on;
-    } cases[] = {{-1.5f, STOP_FALSE, 1, true}, {-2.1f, STOP_FALSE, 1, false},
-                 {-2.1f, STOP_NEVER, 1, true}, {-9.0f, STOP_NEVER, 1, false},
-                 {-1.5f, STOP_TRUE, 1, false}, {-99.0f, STOP_FALSE, 0, true},
-                 {-99.0f, STOP_TRUE, 0, true}};
-    struct GPT2 *model = random_model(6, 16, 8, 1, 1);
-    for (size_t i = 0; i < COUNT(cases); i++) {
-        struct GenerationConfig config = generation_config();
-        config.early_stopping = cases[i].early_stopping;
-        struct Sequence prompt =
-            sequence_start(&test_arena, (int[]){1}, 1, 9, model, rng_seed(1, STREAM_SAMPLE));
-        struct BeamSearch search = beam_search_new(&test_arena, model, &prompt, &config);
-        search.running->n = 4;
-        search.running->score = cases[i].score;
-        search.finished->score = -0.6f;
-        search.finished_count = cases[i].finished;
-        expect_true(arena_printf(&test_arena, "case %zu", i),
-                    beam_search_goes_on(&search) == cases[i].goes_on);
-    }
-    gpt2_free(model);
-}
-
-/* Sampled beams: the first draw has softmax's probabilities, and nothing is drawn twice. */
-static void test_beam_candidates(void) {
-    float score[] = {logf(0.5f), -INFINITY, logf(0.2f), logf(0.3f)};
-    struct Candidate best[4];
-    struct Rng rng = rng_seed(3, 3);
-    double first[4] = {0};
-    expect_count("without sampling", beam_candidates(score, 4, 2, &test_arena, best), 2);
-    expect_true("the two best, best first",
-                best[0].id == 0 && best[1].id == 3 && best[0].logit == score[0]);
-    for (int i = 0; i < 20000; i++) {
-        float *key = gumbel_keys(&test_arena, score, 4, &rng);
-        size_t n = beam_candidates(key, 4, 4, &test_arena, best);
-        expect_count("all that are possible", n, 3);
-        first[best[0].id] += 1 / 20000.0;
-        expect_true("each once", best[0].id != best[1].id && best[1].id != best[2].id
-                                     && best[0].id != best[2].id);
-    }
-    expect_close("first draw", first[0], 0.5, 0.02);
-    expect_close("first draw", first[2], 0.2, 0.02);
-}
-
-/* What transformers keeps, and with what probabilities, by temperature .7, top_k 10, top_p .8
- * and a repetition penalty. */
-static void test_generate_filters_golden(void) {
-    struct GPT2 *model = golden_model();
-    struct Example prompt = {golden_examples()[0].ids, 4, 4};
-    struct Batch batch = batch_of(&prompt, 1, READ_LAST);
-    for (int penalty = 0; penalty < 2; penalty++) {
-        struct GenerationConfig config = sampling(0.7, 10, 0.8);
-        config.repetition_penalty = penalty ? 1.5 : 1;
-        float *p = batch_logits(model, &batch) + 3 * 61;
-        size_t kept = 0;
-        size_t n = penalty ? 7 : 6;
-        process_logits(p, 61, &config, prompt.ids, 4, 0, 60);
-        softmax(p, 61);
-        for (size_t v = 0; v < 61; v++)
-            kept += p[v] > 0;
-        expect_count("kept", kept, n);
-        for (size_t i = 0; i < n; i++)
-            expect_close("probability", p[(penalty ? golden_sample_rep_id : golden_sample_id)[i]],
-                         (penalty ? golden_sample_rep_p : golden_sample_p)[i], 2e-6);
-    }
-    gpt2_free(model);
-}
-
-/* Each processor by hand. */
-static void test_generate_processors(void) {
-    float penalised[] = {3, -3, 1, 0};
-    process_repetition_penalty(penalised, 4, (int[]){0, 1, 0, 0, 3}, 5, 2);
-    expect_floats("penalty 2, once an id", penalised, (double[]){1.5, -6, 1, 0}, 4, 0);
-    float ngram[] = {1, 2, 3, 4};
-    process_no_repeat_ngram(ngram, (int[]){0, 1, 2, 0, 1, 3, 0, 1}, 8, 3);
-    expect_true("0 1 was followed by 2 and 3",
-                ngram[0] == 1 && ngram[1] == 2 && ngram[2] == -INFINITY && ngram[3] == -INFINITY);
-    float single[] = {1, 2, 3, 4};
-    process_no_repeat_ngram(single, (int[]){1, 3}, 2, 1);
-    expect_true("1-grams: what was seen", single[0] == 1 && single[1] == -INFINITY && single[2] == 3
-                                              && single[3] == -INFINITY);
-    process_no_repeat_ngram(single, (int[]){0}, 1, 3);
-    expect_true("shorter than an n-gram", single[0] == 1);
-    float tied[] = {1, 5, 3, 3, 2};
-    process_top_k(tied, 5, 2);
-    expect_true("top 2, a tie kept", tied[0] == -INFINITY && tied[1] == 5 && tied[2] == 3
-                                         && tied[3] == 3 && tied[4] == -INFINITY);
-    process_top_k(tied, 5, 9);
-    expect_true("k above V", tied[2] == 3);
-    float nucleus[] = {logf(0.2f), logf(0.5f), logf(0.3f)};
-    float certain[] = {0, 30, -INFINITY};
-    process_top_p(nucleus, 3, 0.7, 1);
-    expect_true("0.5, 0.3, 0.2 with p 0.7",
-                nucleus[0] == -INFINITY && nucleus[1] > -1 && nucleus[2] > -2);
-    process_top_p(nucleus, 3, 0.3, 1);
-    expect_true("the token that crosses p is kept", nucleus[1] > -1 && nucleus[2] == -INFINITY);
-    process_top_p(certain, 3, 1e-9, 1);
-    expect_true("the likeliest always stays", certain[1] == 30 && certain[0] == -INFINITY);
-    struct GenerationConfig config = sampling(2, 0, 1);
-    config.min_new_tokens = 3;
-    float logits[] = {1, 2, 4};
-    process_logits(logits, 3, &config, NULL, 0, 2, 2);
-    expect_true("no end before three tokens, then temperature",
-                logits[0] == 0.5f && logits[1] == 1 && logits[2] == -INFINITY);
-    config.do_sample = false;
-    float greedy[] = {1, 2, 4};
-    process_logits(greedy, 3, &config, NULL, 0, 3, 2);
-    expect_true("greedy ignores temperature", greedy[0] == 1 && greedy[2] == 4);
-}
-
-/* Tokens come as often as their probabilities say; a banned one never. */
-static void test_generate_distribution(void) {
-    enum { N = 30000 };
-    static const double p[] = {0.05, 0.4, 0, 0.25, 0.3};
-    size_t count[5] = {0};
-    for (size_t i = 0; i < N; i++) {
-        float logits[5];
-        for (size_t v = 0; v < 5; v++)
-            logits[v] = p[v] > 0 ? (float)log(p[v]) + 7 : -INFINITY;
-        count[sample_token(logits, 5, &test_rng)]++;
-    }
-    for (size_t v = 0; v < 5; v++)
-        expect_close("share", (double)count[v] / N, p[v], 0.011 * (p[v] > 0));
-}
-
-/* Hidden states by the KV cache, prompts of different lengths first and then token by token,
- * against the whole pass. */
-static void test_generate_decode(void) {
-    struct GPT2 *model = random_model(50, 70, 16, 2, 4);
-    struct Example e[] = {random_example(70, 1, 50), random_example(12, 1, 50),
-                          random_example(33, 1, 50)};
-    struct Batch whole = batch_of(e, 3, READ_LAST);
-    struct Activations acts = gpt2_forward(model, &test_arena, &whole, false);
-    struct KVCache cache = kv_cache_new(model, &test_arena, 3, 70);
-    struct Sequence s[3], *active[3];
-    size_t fed[3] = {0};
-    for (size_t step = 0; step < 70; step++) {
-        size_t count = 0;
-        size_t row = 0;
-        for (size_t i = 0; i < 3; i++) {
-            size_t n = MIN(e[i].n, step ? fed[i] + 1 : 3 + 4 * i);
-            if (n == fed[i])
-                continue;
-            s[i] = (struct Sequence){.ids = e[i].ids, .n = n, .slot = i};
-            active[count++] = &s[i];
-        }
-        struct Batch batch = decode_batch(&test_arena, active, count, &cache);
-        float *hidden = gpt2_decode(model, &test_arena, &batch, &cache);
-        for (size_t i = 0, b; i < count; i++)
-            for (b = active[i]->slot; fed[b] < active[i]->n; fed[b]++, row++)
-                expect_floats("hidden", hidden + row * 16,
-                              widen(acts.ln_f + (whole.start[b] + fed[b]) * 16, 16), 16, 2e-5);
-    }
-    gpt2_free(model);
-}
-
-static int compare_down(const void *a, const void *b) {
-    return (*(const float *)a < *(const float *)b) - (*(const float *)a > *(const float *)b);
-}
-
-/* The k-th largest against sorting, among equals and infinities too. */
-static void test_kth_largest(void) {
-    for (size_t n = 1; n < 60; n++)
-        for (size_t k = 1; k <= n; k++) {
-            float x[60], sorted[60];
-            for (size_t i = 0; i < n; i++)
-                x[i] = sorted[i] = n % 3 == 0                ? (float)rng_below(&test_rng, 4)
-                                   : rng_below(&test_rng, 9) ? (float)rng_normal(&test_rng)
-                                                             : -INFINITY;
-            qsort(sorted, n, sizeof *sorted, compare_down);
-            expect_true("k-th largest", kth_largest(x, n, k) == sorted[k - 1]);
-        }
-}
-
-/* Sampled texts with the cache against a whole pass for each token, alone and together, on one
- * to three threads. */
-static void test_generate_cache(void) {
-    struct GPT2 *model = random_model(50, 24, 16, 2, 2);
-    struct GenerationConfig config = sampling(1.3, 20, 0.95);
-    struct Sequence together[4][70], alone, plain;
-    struct Example prompt[70];
-    config.repetition_penalty = 1.2;
-    for (size_t i = 0; i < 70; i++)
-        prompt[i] = random_example(1 + i % 7, 0, 50);
-    for (int threads = 1; threads <= 3; threads++) {
-        use_threads(threads);
-        for (size_t i = 0; i < 70; i++)
-            together[threads][i] = sequence_start(&test_arena, prompt[i].ids, prompt[i].n, 5 + i,
-                                                  model, rng_seed(i, STREAM_SAMPLE));
-        generate(model, together[threads], 70, &config);
-        for (size_t i = 0; i < 70; i++)
-            expect_ids("on more threads", together[threads][i].ids, together[threads][i].n,
-                       together[1][i].ids, together[1][i].n);
-    }
-    use_threads(1);
-    for (size_t i = 0; i < 70; i += 3) {
-        alone = sequence_start(&test_arena, prompt[i].ids, prompt[i].n, 5 + i, model,
-                               rng_seed(i, STREAM_SAMPLE));
-        plain = sequence_start(&test_arena, prompt[i].ids, prompt[i].n, 5 + i, model,
-                               rng_seed(i, STREAM_SAMPLE));
-        generate(model, &alone, 1, &config);
-        while (!plain.finished) {
-            struct Example so_far = {plain.ids, plain.n, 0};
-            struct Batch batch = batch_of(&so_far, 1, READ_LAST);
-            sequence_extend(&plain, batch_logits(model, &batch) + (plain.n - 1) * 50, 50, &config,
-                            49);
-        }
-        expect_ids("alone", together[1][i].ids, together[1][i].n, alone.ids, alone.n);
-        expect_ids("without a cache", together[1][i].ids, together[1][i].n, plain.ids, plain.n);
-        bool ended = plain.ids[plain.n - 1] == 49 && plain.n > plain.prompt_length;
-        expect_true("ends at the end token, its limit or one past the context",
-                    ended || plain.n == MIN(prompt[i].n + 5 + i, (size_t)25));
-    }
-    gpt2_free(model);
-}
-
-/* The next token's logits of one sequence, its prompt read and `again` tokens written, `others`
- * decoded beside it. */
-static float *logits_in_company(const struct GPT2 *model, const struct Example *prompt,
-                                size_t others, size_t again) {
-    size_t count = others + 1;
-    size_t V = model->config.vocab_size;
-    struct KVCache cache = kv_cache_new(model, &test_arena, count, 40);
-    struct Sequence *s = arena_alloc(&test_arena, count, sizeof *s);
-    struct Sequence **active = arena_alloc(&test_arena, count, sizeof *active);
-    for (size_t i = 0; i < count; i++) {
-        s[i] = sequence_start(&test_arena, prompt[i].ids, prompt[i].n, 20, model, test_rng);
-        s[i].slot = i;
-        active[i] = &s[i];
-    }
-    float *logits = generate_step(model, &test_arena, active, count, &cache);
-    for (size_t step = 0; step < again; step++) {
-        for (size_t i = 0; i < count; i++)
-            s[i].ids[s[i].n++] = (int)((i + step) % V);
-        logits = generate_step(model, &test_arena, active, count, &cache);
-    }
-    return logits;
-}
-
-/* Up to FEW_ROWS sequences: the same bits in any company. More: the same but for the rounding of
- * the output layer. */
-static void test_generate_company(void) {
-    struct GPT2 *model = random_model(263, 48, 36, 2, 2);
-    struct Example prompt[64];
-    for (size_t i = 0; i < 64; i++)
-        prompt[i] = random_example(1 + i * 5 % 23, 0, 263);
-    prompt[0] = random_example(9, 0, 263);
-    while (next_kernel())
-        for (size_t again = 0; again < 4; again += 3) {
-            float *alone = logits_in_company(model, prompt, 0, again);
-            expect_bits("of two", logits_in_company(model, prompt, 1, again), alone, 263);
-            expect_bits("of 16", logits_in_company(model, prompt, FEW_ROWS - 1, again), alone, 263);
-            float *of_17 = logits_in_company(model, prompt, FEW_ROWS, again);
-            expect_floats("of 17", of_17, widen(alone, 263), 263, 2e-5);
-            expect_bits("of 64", logits_in_company(model, prompt, 63, again), of_17, 263);
-        }
-    gpt2_free(model);
-}
-
-/* =============================================================================================
- * Chapter 15 - Language model, SFT
+ * Chapter 15 - Language model
+ *
+ * How texts are packed or cut into rows, the loss of a model that knows nothing, and four
+ * sentences learnt by heart.
  * ============================================================================================= */
 
 /* Packed rows predict every token of the joined texts once, but the first and what is left over;
@@ -5222,15 +4307,14 @@ static void test_language_sft_rows(void) {
     struct GPT2 *model = new_model(1024, 32, 8, 1, 2);
     struct Trainer trainer = trainer_of(model, 0, 1, 4);
     trainer.args.max_length = 6;
-    struct Dataset *data = dataset_of("{\"prompt\": \"a b c\", \"completion\": \" "
-                                      "d\"}\n{\"prompt\": \"a b c d e f g h\", \"completion\": \" "
-                                      "i\"}\n{\"prompt\": \"a\", \"completion\": \" b c d e f g h "
-                                      "i\"}\n",
+    struct Dataset *data = dataset_of("{'prompt': 'a b c', 'completion': ' d'}\n{'prompt': 'a b c "
+                                      "d e f g h', 'completion': ' i'}\n{'prompt': 'a', "
+                                      "'completion': ' b c d e f g h i'}\n",
                                       SFT_SHAPES, COUNT(SFT_SHAPES));
     capture_begin();
     struct LanguageTask *task = sft_task(&trainer, &test_arena, data, NULL);
     struct Text said = capture_end();
-    expect_true("a note", strstr(said.data, "2 of 3 rows were cut to their first 6 tokens"));
+    expect_holds("a note", said, "2 of 3 rows were cut to their first 6 tokens");
     expect_count("rows", trainer.task.n, 2);
     expect_true("the end token last", task->examples[TO_LEARN][0].n == 5
                                           && task->examples[TO_LEARN][0].ids[4] == 1023
@@ -5242,12 +4326,11 @@ static void test_language_sft_rows(void) {
         example_encode(&test_arena, tokenizer, text_of("a b"), 1024, &model->config.eos_token_id);
     task->examples[TO_LEARN][0] = text;
     expect_count("all tokens of a text", language_targets(&trainer, 0), 3);
-    gpt2_free(model);
 }
 
-/* The comments' numbers: a loss of zeros, and where rows of whole texts start. */
+/* A model of zeros knows nothing: its loss is ln V. */
 static void test_language_hand(void) {
-    struct GPT2 *model = gpt2_new((struct GPT2Config){37, 12, 8, 2, 2, 36, 36, 1e-5f, 36, {0}});
+    struct GPT2 *model = empty_model(37, 12, 8, 2, 2);
     struct Example one = random_example(4, 2, 37);
     struct Trainer trainer = trainer_of(model, 0, 1, 1);
     for (size_t i = 0; i < model->tensor_count; i++)
@@ -5255,6 +4338,11 @@ static void test_language_hand(void) {
     language_task(&trainer, &one, 1);
     double loss = language_loss(&trainer, (size_t[]){0}, 1, 0.5, HELD_OUT);
     expect_close("ln 37", loss, log(37), 1e-6);
+    trainer_free(&trainer);
+}
+
+/* Where rows of whole texts start. */
+static void test_language_hand_rows(void) {
     struct Example texts[3];
     size_t lengths[] = {3, 4, 3};
     for (size_t i = 0; i < 3; i++)
@@ -5266,16 +4354,12 @@ static void test_language_hand(void) {
         expect_count("rows", count, 2);
         expect_count("second row", (size_t)(rows[1].ids - rows[0].ids), whole ? 3 : 4);
     }
-    trainer_free(&trainer);
-    gpt2_free(model);
 }
 
 /* A model learns four sentences by heart. */
 static void test_language_overfit(void) {
     struct GPT2 *model = new_model(64, 16, 32, 2, 4);
-    struct Example examples[4];
-    for (size_t i = 0; i < 4; i++)
-        examples[i] = random_example(12, 2, 64);
+    struct Example *examples = random_examples(4, 12, 2, 64);
     struct Trainer trainer = trainer_of(model, 1e-2, 80, 4);
     language_task(&trainer, examples, 4);
     trainer_train(&trainer);
@@ -5283,52 +4367,14 @@ static void test_language_overfit(void) {
     expect_true("loss at last below 0.1", logged(&trainer, 79, "loss") < 0.1);
     expect_close("every token hit", logged(&trainer, 79, "mean_token_accuracy"), 1, 0);
     trainer_free(&trainer);
-    gpt2_free(model);
 }
 
 /* =============================================================================================
- * Chapters 3, 16 - Preferences, reward model
+ * Chapter 16 - Reward model
+ *
+ * Central differences of the whole reward model, what it logs, and a few texts that it learns to
+ * order. A text's reward does not depend on its company.
  * ============================================================================================= */
-
-/* By hand: the comment's numbers, a margin, and gradients that cancel. */
-static void test_bradley_terry(void) {
-    float reward[] = {2, 0.5f, 0.5f};
-    float d[3];
-    struct Pair pairs[] = {{0, 1, 0}, {1, 2, 0}};
-    expect_close("2.0 against 0.5", bradley_terry_loss(reward, 3, pairs, 1, 0, d), 0.2014, 5e-5);
-    expect_floats("gradient", d, (double[]){-sigmoid(-1.5), sigmoid(-1.5), 0}, 3, 1e-7);
-    expect_close("centred with 0.01: 0.0625 more",
-                 bradley_terry_loss(reward, 3, pairs, 1, 0.01, d) - 0.2014133, 0.0625, 1e-6);
-    expect_close("two pairs: the mean", bradley_terry_loss(reward, 3, pairs, 2, 0, d),
-                 (0.2014133 + log(2)) / 2, 1e-6);
-    pairs[0].margin = 1.5;
-    expect_close("a margin of 1.5 makes it even", bradley_terry_loss(reward, 3, pairs, 1, 0, d),
-                 log(2), 1e-7);
-    float far[] = {-1000, 1000};
-    expect_close("hopelessly wrong",
-                 bradley_terry_loss(far, 2, (struct Pair[]){{0, 1, 0}}, 1, 0, d), 2000, 1e-9);
-    expect_floats("its gradient", d, (double[]){-1, 1}, 2, 1e-7);
-}
-
-struct BradleyCase {
-    float reward[5], dreward[5];
-    struct Pair pairs[4];
-};
-
-static double bradley_loss(void *context) {
-    struct BradleyCase *c = context;
-    return bradley_terry_loss(c->reward, 5, c->pairs, 4, 0.03, c->dreward);
-}
-
-static void test_bradley_terry_gradient(void) {
-    struct BradleyCase c = {{0.5f, -1, 2, 0.25f, 1},
-                            {0},
-                            {{0, 1, 0}, {2, 0, 0.5}, {3, 2, 0}, {1, 3, 1}}};
-    float d[5];
-    bradley_loss(&c);
-    memcpy(d, c.dreward, sizeof d);
-    expect_gradient("reward", (struct Slope){bradley_loss, &c, 0.01}, c.reward, d, 5, 5, 1e-5);
-}
 
 /* A Task's loss of four items as a function of the weights, and its gradient: for central
  * differences. */
@@ -5350,37 +4396,22 @@ static void expect_task_gradient(struct Trainer *trainer, double h) {
     trainer->task.loss(trainer, index, 4, 1, TO_LEARN);
 
     /* each loss of a difference quotient adds to the gradients, so they are copied first */
-    struct Arena arena = {0};
-    float **d = arena_alloc(&arena, model->tensor_count, sizeof *d);
+    float **d = arena_alloc(&test_arena, model->tensor_count, sizeof *d);
     for (size_t i = 0; i < model->tensor_count; i++) {
         const struct Tensor *t = model->tensors[i];
-        d[i] = arena_floats(&arena, t->n);
+        d[i] = arena_floats(&test_arena, t->n);
         memcpy(d[i], t->d, t->n * sizeof *t->d);
     }
     for (size_t i = 0; i < model->tensor_count; i++) {
         struct Tensor *t = model->tensors[i];
         expect_gradient(t->name, (struct Slope){task_loss, trainer, h}, t->w, d[i], t->n, 5, 2e-3);
     }
-    arena_free(&arena);
-}
-
-/* By hand, with its slope, and far out where log(sigmoid) would overflow. */
-static void test_sentiment_loss(void) {
-    float reward[] = {0, 2};
-    float d[2];
-    float far[] = {-1000};
-    expect_close("r = 0: ln 2", sentiment_loss(reward, (double[]){1}, 1, d), log(2), 1e-9);
-    expect_close("its slope", d[0], -0.5, 1e-7);
-    expect_close("2 disliked: 2.1269", sentiment_loss(reward, (double[]){1, 0}, 2, d),
-                 (log(2) + 2.126928) / 2, 1e-6);
-    expect_floats("slopes", d, (double[]){-0.25, sigmoid(2) / 2}, 2, 1e-7);
-    expect_close("hopelessly wrong", sentiment_loss(far, (double[]){1}, 1, d), 1000, 1e-9);
 }
 
 /* Central differences of the whole reward model, for pairs with margins, rated and labelled texts.
  */
 static void test_reward_gradient(void) {
-    struct GPT2 *model = gpt2_new((struct GPT2Config){37, 12, 8, 2, 2, 36, 36, 1e-5f, 36, {0}});
+    struct GPT2 *model = empty_model(37, 12, 8, 2, 2);
     reward_head_declare(model);
     fill_random(model);
     struct Example texts[8];
@@ -5404,7 +4435,6 @@ static void test_reward_gradient(void) {
         expect_task_gradient(&trainer, 0.01);
         trainer_free(&trainer);
     }
-    gpt2_free(model);
 }
 
 /* The comments' numbers; a tie is no win. */
@@ -5423,37 +4453,33 @@ static void test_reward_equal_pairs(void) {
     struct GPT2 *model = new_model(1024, 16, 16, 1, 2);
     struct Trainer trainer = trainer_of(model, 0, 1, 4);
     reward_head_declare(model);
-    struct Dataset *data = dataset_of("{\"chosen\": \"a b\", \"rejected\": \"a b\"}\n"
-                                      "{\"chosen\": \"a b\", \"rejected\": \"a c\"}\n"
-                                      "{\"prompt\": \"a\", \"chosen\": \"\", \"rejected\": \"\", "
-                                      "\"margin\": 1}\n",
+    struct Dataset *data = dataset_of("{'chosen': 'a b', 'rejected': 'a b'}\n"
+                                      "{'chosen': 'a b', 'rejected': 'a c'}\n"
+                                      "{'prompt': 'a', 'chosen': '', 'rejected': '', 'margin': "
+                                      "1}\n",
                                       REWARD_SHAPES, COUNT(REWARD_SHAPES));
     capture_begin();
     struct RewardTask *task = reward_task(&trainer, &test_arena, data, data);
     struct Text said = capture_end();
     expect_true("one is left", trainer.task.n == 1 && trainer.task.eval_n == 1);
-    expect_true("counted", strstr(said.data, "2 of 3 pairs are left out: chosen and rejected are "
-                                             "the same\n"));
+    expect_holds("counted", said, "2 of 3 pairs are left out: chosen and rejected are the same\n");
     expect_count("a b and the end", task->texts[0][0].n, 3);
     expect_true("two different sides", task->texts[0][0].ids[1] != task->texts[0][1].ids[1]);
     trainer_free(&trainer);
-    gpt2_free(model);
 }
 
 /* Six pairs from a file are ordered after a few steps, of rated texts and of preferences; too
  * long a pair is dropped. */
 static void test_reward_overfit(void) {
-    static const char *const data[] = {"{\"text\": \"good\", \"score\": 2}\n{\"text\": \"bad\", "
-                                       "\"score\": 0}\n{\"text\": \"a fine film\", \"score\": "
-                                       "3}\n{\"text\": \"dull\", \"score\": -1}\n",
-                                       "{\"prompt\": \"It is\", \"chosen\": \" good\", "
-                                       "\"rejected\": \" bad\"}\n{\"chosen\": \"fine\", "
-                                       "\"rejected\": \"dull\"}\n{\"chosen\": \"a b c d e f g h i "
-                                       "j k l m n o p q\", \"rejected\": \"x\"}\n{\"chosen\": "
-                                       "\"yes\", \"rejected\": \"no\", \"margin\": 1}\n",
-                                       "{\"text\": \"good\", \"label\": 1}\n{\"text\": \"bad\", "
-                                       "\"label\": 0}\n{\"text\": \"a fine film\", \"label\": "
-                                       "true}\n{\"text\": \"dull\", \"label\": false}\n"};
+    static const char *const data[] = {
+        "{'text': 'good', 'score': 2}\n{'text': 'bad', 'score': 0}\n{'text': 'a fine film', "
+        "'score': 3}\n{'text': 'dull', 'score': -1}\n",
+        "{'prompt': 'It is', 'chosen': ' good', 'rejected': ' bad'}\n{'chosen': 'fine', "
+        "'rejected': 'dull'}\n{'chosen': 'a b c d e f g h i j k l m n o p q', 'rejected': "
+        "'x'}\n{'chosen': 'yes', 'rejected': 'no', 'margin': 1}\n",
+        "{'text': 'good', 'label': 1}\n{'text': 'bad', 'label': 0}\n{'text': 'a fine film', "
+        "'label': true}\n{'text': 'dull', 'label': false}\n",
+    };
     for (int k = 0; k < 3; k++) {
         struct GPT2 *model = new_model(1024, 16, 16, 1, 2);
         reward_head_declare(model);
@@ -5473,169 +4499,93 @@ static void test_reward_overfit(void) {
         expect_close("loss at last", logged(&trainer, 59, "loss"), 0, 0.05);
         expect_close("accuracy", logged(&trainer, 59, "accuracy"), 1, 0);
         trainer_free(&trainer);
-        gpt2_free(model);
     }
 }
 
+/* One text's reward: alone, first, last and amid other texts, of its length and of others: the
+ * same bits on every kernel. */
+static void test_reward_company(void) {
+    static const size_t lengths[] = {1, 3, 16, 17, 40, 90};
+    struct GPT2 *model = random_model(61, 96, 36, 2, 2);
+    struct Example others[70], texts[70], text;
+    reward_head_declare(model);
+    for (size_t c = 0; c < 36; c++)
+        model->score.w[c] = (float)rng_normal(&test_rng);
+    for (size_t i = 0; i < 70; i++)
+        others[i] = random_example(1 + i * 7 % 60, 0, 61);
+    while (next_kernel())
+        for (int threads = 1; threads <= 3; threads += 2)
+            for (size_t l = 0; l < COUNT(lengths); l++) {
+                float alone, reward[70];
+                use_threads(threads);
+                text = random_example(lengths[l], 0, 61);
+                reward_score(model, &text, 1, &alone);
+                for (size_t n = 2; n <= 70; n += n < 6 ? 1 : 32)
+                    for (size_t at = 0; at < n; at += n - 1 > 2 ? (n - 1) / 2 : 1) {
+                        memcpy(texts, others, sizeof texts);
+                        texts[at] = texts[n - 1 - at] = text;
+                        reward_score(model, texts, n, reward);
+                        expect_bits("in company", reward + at, &alone, 1);
+                        expect_bits("from the other end", reward + n - 1 - at, &alone, 1);
+                    }
+            }
+}
+
 /* =============================================================================================
- * Chapters 4, 17 - Policy gradient: PPO, REINFORCE
+ * Chapter 17 - Rollouts, REINFORCE, PPO
+ *
+ * The functions of chapter 4 on a model: each figure of a step by another way, gradients by
+ * central differences, and a made-up reward that every method raises.
  * ============================================================================================= */
-
-/* TRL's three rows of 8 positions: responses of 6, 4 and 3 tokens that start at columns 2, 1, 3. */
-static const size_t GOLDEN_START[] = {0, 6, 10, 13}, GOLDEN_COLUMN[] = {2, 1, 3};
-
-static double golden_old(int i) {
-    return -1.6 + 1.2 * sin(0.4 + 1.3 * i);
-}
-static double golden_ref(int i) {
-    return -1.7 + 1.1 * sin(0.6 + 1.25 * i);
-}
-static double golden_val(int i) {
-    return 0.5 * sin(0.2 + 0.9 * i);
-}
-static double golden_new(int i) {
-    return golden_old(i) + 0.35 * sin(1 + 2.1 * i);
-}
-static double golden_newval(int i) {
-    return golden_val(i) + 0.3 * cos(0.5 + 1.7 * i);
-}
-
-/* The 13 entries of (3,8) that are response tokens, by a formula of the flat index or from a
- * golden table. */
-static float *packed_formula(double (*value)(int)) {
-    float *x = arena_floats(&test_arena, 13);
-    for (size_t b = 0, r = 0; b < 3; b++)
-        for (size_t k = 0; k < GOLDEN_START[b + 1] - GOLDEN_START[b]; k++)
-            x[r++] = (float)value((int)(8 * b + GOLDEN_COLUMN[b] + k));
-    return x;
-}
-
-static double *packed_table(const double table[3][8]) {
-    double *x = arena_alloc(&test_arena, 13, sizeof *x);
-    for (size_t b = 0, r = 0; b < 3; b++)
-        for (size_t k = 0; k < GOLDEN_START[b + 1] - GOLDEN_START[b]; k++)
-            x[r++] = table[b][GOLDEN_COLUMN[b] + k];
-    return x;
-}
-
-static float *narrow(const double *x, size_t n) {
-    float *narrowed = arena_floats(&test_arena, n);
-    for (size_t i = 0; i < n; i++)
-        narrowed[i] = (float)x[i];
-    return narrowed;
-}
-
-static struct PPOBatch golden_batch(void) {
-    struct PPOBatch p = {
-        .B = 3,
-        .R = 13,
-        .start = arena_alloc(&test_arena, 4, sizeof(size_t)),
-        .padding = arena_alloc(&test_arena, 3, sizeof(size_t)),
-    };
-    memcpy(p.start, GOLDEN_START, sizeof GOLDEN_START);
-    memcpy(p.padding, (size_t[]){0, 3, 2}, 3 * sizeof(size_t));
-    p.logprobs = packed_formula(golden_old);
-    p.ref_logprobs = packed_formula(golden_ref);
-    p.values = packed_formula(golden_val);
-    p.rewards = narrow(packed_table(golden_ppo_rewards_kl), 13);
-    p.kl = random_floats(13, 1);
-    p.non_score_rewards = random_floats(13, 1);
-    p.advantages = random_floats(13, 1);
-    p.returns = random_floats(13, 1);
-    return p;
-}
-
-/* Masked mean, variance, whitening against TRL's. */
-static void test_ppo_whiten_golden(void) {
-    float *x = packed_formula(golden_val);
-    float scores[] = {1.5f, -0.75f, 0.25f};
-    expect_close("mean", mean_of(x, 13), golden_ppo_mean, 1e-7);
-    expect_close("variance", unbiased_variance(x, 13), golden_ppo_var, 1e-7);
-    double zero = whiten(x, 13, true);
-    expect_floats("whitened", x, packed_table(golden_ppo_whiten), 13, 2e-6);
-    expect_close("a zero there", zero, -golden_ppo_mean / sqrt(golden_ppo_var), 1e-5);
-    x = packed_formula(golden_val);
-    whiten(x, 13, false);
-    expect_floats("mean kept", x, packed_table(golden_ppo_whiten_keep), 13, 2e-6);
-    whiten(scores, 3, true);
-    expect_floats("three scores", scores, golden_ppo_plain_whiten, 3, 1e-6);
-    float one[] = {5};
-    whiten(one, 1, true);
-    expect_close("one number", one[0], 0, 0);
-}
 
 /* Running moments and what use_score_scaling, use_score_norm and score_clip make of scores,
  * against TRL. */
 static void test_ppo_scores_golden(void) {
-    static const size_t start[] = {0, 3, 7, 9};
-    static const float raw[] = {1.5f, -0.75f, 0.25f, 2, 3, -1, 0.5f, -4, 1};
+    static const struct {
+        size_t n;
+        float raw[4];
+        double scaled[4], normed[4], moments[4];
+    } batches[] = {
+        {3,
+         {1.5, -0.75, 0.25},
+         {1.33059812, -0.665299058, 0.221766368},
+         {1.03490961, -0.960987628, -0.0739221275},
+         {0.333333343, 0.847222149, 1.12731242, 3}},
+        {4,
+         {2, 3, -1, 0.5},
+         {1.36911535, 2.05367303, -0.684557676, 0.342278838},
+         {0.831248581, 1.51580632, -1.22242439, -0.195587888},
+         {0.785714269, 1.82908165, 1.46079719, 7}},
+        {2,
+         {-4, 1},
+         {-1.95674026, 0.489185065},
+         {-2.0926249, 0.353300303},
+         {0.277777791, 3.71450639, 2.04421616, 9}},
+    };
     for (int norm = 0; norm < 2; norm++) {
         struct PPOTrainer ppo = {.config = ppo_config(), .moments = {0, 1, 1, 1e-24}};
         ppo.config.use_score_scaling = true;
         ppo.config.use_score_norm = norm;
-        for (size_t b = 0; b < 3; b++) {
+        for (size_t b = 0; b < COUNT(batches); b++) {
             float scores[4];
-            memcpy(scores, raw + start[b], (start[b + 1] - start[b]) * sizeof *scores);
-            ppo_process_scores(&ppo, scores, start[b + 1] - start[b]);
-            expect_floats("scores", scores,
-                          (norm ? golden_moments_normed : golden_moments_scaled) + start[b],
-                          start[b + 1] - start[b], 2e-6);
+            memcpy(scores, batches[b].raw, sizeof scores);
+            ppo_process_scores(&ppo, scores, batches[b].n);
+            expect_floats("scores", scores, norm ? batches[b].normed : batches[b].scaled,
+                          batches[b].n, 2e-6);
             expect_doubles("mean, var, std, count",
                            (double[]){ppo.moments.mean, ppo.moments.var, ppo.moments.std,
                                       ppo.moments.count},
-                           golden_moments[b], 4, 2e-6);
+                           batches[b].moments, 4, 2e-6);
         }
     }
+}
+
+static void test_ppo_scores_clipped(void) {
     struct PPOTrainer ppo = {.config = ppo_config()};
     float scores[] = {-2, -0.5f, 0, 0.5f, 2};
     ppo.config.score_clip = 1;
     ppo_process_scores(&ppo, scores, 5);
     expect_floats("clipped", scores, (double[]){-1, -0.5, 0, 0.5, 1}, 5, 0);
-}
-
-/* The controller's beta against TRL's, alone and one after another; off, it stays. */
-static void test_ppo_kl_controller(void) {
-    static const double kl[] = {0, 6, 7, 30};
-    struct PPOConfig config = ppo_config();
-    double beta = 0.2;
-    for (size_t i = 0; i < 4; i++) {
-        expect_close("from 0.2", kl_controller_update(&config, 0.2, kl[i], 128), golden_klctl[i],
-                     1e-9);
-        expect_close("in sequence", beta = kl_controller_update(&config, beta, kl[i], 128),
-                     golden_klctl_seq[i], 1e-9);
-    }
-    config.adap_kl_ctrl = false;
-    expect_close("off", kl_controller_update(&config, 0.2, 30, 128), 0.2, 0);
-}
-
-/* Penalties of every kind -> rewards, against TRL's compute_rewards. */
-static void test_ppo_penalties_golden(void) {
-    static const struct {
-        const char *kind;
-        const double (*want)[8];
-    } kinds[] = {{"kl", golden_ppo_rewards_kl},
-                 {"abs", golden_ppo_rewards_abs},
-                 {"mse", golden_ppo_rewards_mse},
-                 {"full", golden_ppo_rewards_full}};
-    struct PPOBatch p = golden_batch();
-    for (size_t k = 0; k < 4; k++) {
-        const double *want = packed_table(kinds[k].want);
-        for (size_t b = 0; b < 3; b++)
-            for (size_t t = GOLDEN_START[b]; t < GOLDEN_START[b + 1]; t++) {
-                size_t column = 8 * b + GOLDEN_COLUMN[b] + t - GOLDEN_START[b];
-                float logits[7], ref[7], scratch[7];
-                for (size_t v = 0; v < 7; v++) {
-                    logits[v] = (float)(2 * sin(0.1 + 0.77 * (double)(7 * column + v)));
-                    ref[v] = (float)(2 * sin(0.3 + 0.71 * (double)(7 * column + v)));
-                }
-                float full = (float)kl_exact(logits, log_sum_exp(logits, 7, scratch), ref,
-                                             log_sum_exp(ref, 7, scratch), 7);
-                double reward =
-                    -0.2 * kl_penalty_token(kinds[k].kind, p.logprobs[t], p.ref_logprobs[t], full)
-                    + (t + 1 == GOLDEN_START[b + 1] ? golden_ppo_scores[b] : 0);
-                expect_close(kinds[k].kind, reward, want[t], 2e-6);
-            }
-    }
 }
 
 /* By hand: chapter 4's answer, the score on its last token. */
@@ -5659,27 +4609,58 @@ static void test_ppo_rewards(void) {
     expect_close("nats an answer", ppo_kl(&p), 0.6, 1e-6);
 }
 
-/* Advantages and returns against TRL, with whitened rewards and their padding too; the comment's
- * example. */
+/* Advantages and returns of the rewards of golden_batch, against TRL; with whitened rewards their
+ * padding counts too. */
+static const struct {
+    double gamma, lam;
+    bool whiten;
+    double advantages[13], returns[13];
+} GOLDEN_ADVANTAGES[] = {
+    {1,
+     0.95,
+     false,
+     {0.062611647, 0.505497158, 1.02779174, 1.32773924, 1.26864195, 0.937929869, -1.76150739,
+      -1.39676452, -0.88944155, -0.696923673, -0.031829413, -0.0392330885, -0.314511567},
+     {1.0134089, 1.10752499, 1.18805599, 1.28466177, 1.41172695, 1.51447213, -0.757659793,
+      -0.743877947, -0.676280499, -0.677197397, -0.0326370597, 0.157659858, 0.317258418}},
+    {1,
+     0.95,
+     true,
+     {0.346728981, 0.64479351, 0.96479857, 1.17585719, 1.22699451, 1.13995469, -1.55975509,
+      -1.34622645, -1.04222095, -0.939777553, -0.267054588, -0.15713644, -0.186956972},
+     {1.87021494, 2.10483313, 2.29085302, 2.50018239, 2.78224134, 3.03908944, -1.77690065,
+      -1.7084589, -1.55144286, -1.54311943, -0.257345617, 0.15019384, 0.519536257}},
+    {0.9,
+     0.8,
+     false,
+     {-0.775093436, -0.213319331, 0.583800673, 1.22760308, 1.51499438, 1.53358424, -1.5433768,
+      -1.25134909, -0.713518202, -0.585389912, 0.12079978, 0.191000685, -0.0897361115},
+     {0.135626823, 0.220576972, 0.390938699, 0.678203344, 1.07738125, 1.51447213, -0.442293406,
+      -0.56361866, -0.58552444, -0.677197397, -0.149152339, 0.10079965, 0.317258418}},
+    {0.9,
+     0.8,
+     true,
+     {-0.425515264, -0.00882489327, 0.538780928, 1.05213284, 1.47370958, 1.84628606, -1.28277695,
+      -1.17165232, -0.916080356, -0.973914027, -0.181716666, 0.00538602797, 0.0441847295},
+     {0.223608881, 0.468658566, 0.805425763, 1.32602906, 2.09723353, 3.03908944, -0.973345876,
+      -1.15829039, -1.22648966, -1.49445951, -0.39153558, 0.0664004683, 0.546745539}},
+};
+
 static void test_ppo_advantages_golden(void) {
-    static const struct {
-        double gamma, lam;
-        bool whiten;
-        const double (*adv)[8], (*ret)[8];
-    } cases[] = {{1, 0.95, false, golden_ppo_adv, golden_ppo_ret},
-                 {1, 0.95, true, golden_ppo_adv_white, golden_ppo_ret_white},
-                 {0.9, 0.8, false, golden_ppo_adv_g9, golden_ppo_ret_g9},
-                 {0.9, 0.8, true, golden_ppo_adv_g9_white, golden_ppo_ret_g9_white}};
-    for (size_t i = 0; i < COUNT(cases); i++) {
+    for (size_t i = 0; i < COUNT(GOLDEN_ADVANTAGES); i++) {
         struct PPOConfig config = ppo_config();
         struct PPOBatch p = golden_batch();
-        config.gamma = cases[i].gamma;
-        config.lam = cases[i].lam;
-        config.whiten_rewards = cases[i].whiten;
+        config.gamma = GOLDEN_ADVANTAGES[i].gamma;
+        config.lam = GOLDEN_ADVANTAGES[i].lam;
+        config.whiten_rewards = GOLDEN_ADVANTAGES[i].whiten;
         ppo_advantages(&config, &p);
-        expect_floats("advantages", p.advantages, packed_table(cases[i].adv), 13, 5e-6);
-        expect_floats("returns", p.returns, packed_table(cases[i].ret), 13, 5e-6);
+        expect_floats("advantages", p.advantages, GOLDEN_ADVANTAGES[i].advantages, 13, 5e-6);
+        expect_floats("returns", p.returns, GOLDEN_ADVANTAGES[i].returns, 13, 5e-6);
     }
+}
+
+/* golden.py's example of three tokens. */
+static void test_ppo_advantages_golden_short(void) {
     struct PPOConfig config = ppo_config();
     float values[] = {0.5f, 0.4f, 0.3f};
     float rewards[] = {-0.1f, 0, 1};
@@ -5698,124 +4679,60 @@ static void test_ppo_advantages_golden(void) {
     for (int t = 0; t < 3; t++)
         expect_close("A = return - V", returns[t] - values[t], (double[]){0.33675, 0.565, 0.7}[t],
                      1e-6);
-    expect_floats("returns", returns, golden_gae_ret, 3, 1e-6);
-    expect_floats("whitened", advantages, golden_gae_adv, 3, 2e-6);
-}
-
-/* ppo_loss on R tokens of a batch, whose policy now says logprobs and values. */
-static struct PPOTokens tokens_of(const struct PPOBatch *p, size_t R, const float *logprobs,
-                                  const float *values) {
-    return (struct PPOTokens){
-        .R = R,
-        .old_logprobs = p->logprobs,
-        .old_values = p->values,
-        .advantages = p->advantages,
-        .returns = p->returns,
-        .logprobs = logprobs,
-        .values = values,
-        .policy = arena_alloc(&test_arena, R, sizeof(struct TokenLoss)),
-        .value = arena_alloc(&test_arena, R, sizeof(struct ValueLoss)),
-        .dlogprobs = arena_floats(&test_arena, R),
-        .dvalues = arena_floats(&test_arena, R),
-    };
-}
-
-/* kl_reward's and gae_step's cases by hand, and the answer of chapter 4's essay. */
-static void test_gae_hand(void) {
-    static const float logprob[] = {-1.2f, -0.5f, -0.1f};
-    static const float ref_logprob[] = {-1.7f, -0.5f, -0.2f};
-    static const float values[] = {0.5f, 0.4f, 0.3f};
-    struct PPOConfig config = ppo_config();
-    float rewards[3];
-    float advantages[3];
-    float returns[3];
-    for (size_t t = 0; t < 3; t++) {
-        float kl = kl_penalty_token("kl", logprob[t], ref_logprob[t], 0);
-        rewards[t] = kl_reward(0.2, kl) + (t == 2 ? 1 : 0);
-    }
-    gae(&config, 3, rewards, values, 0, advantages, returns);
-    expect_floats("rewards", rewards, (double[]){-0.1, 0, 0.98}, 3, 1e-6);
-    expect_floats("advantages", advantages, (double[]){0.3187, 0.546, 0.68}, 3, 1e-6);
-    expect_floats("returns", returns, (double[]){0.8187, 0.946, 0.98}, 3, 1e-6);
-    expect_close("a negative divergence earns", kl_reward(0.2, -0.3f), 0.06, 1e-7);
-    expect_close("abs", kl_penalty_token("abs", -1.7f, -1.2f, 0), 0.5, 1e-6);
-    expect_close("mse", kl_penalty_token("mse", -1.2f, -1.7f, 0), 0.125, 1e-6);
-
-    /* lambda 0: the surprise alone; lambda 1 with gamma 1: all later rewards less the value */
-    expect_close("lambda 0", gae_step(0.1, 0.5, 0.7, 9, 1, 0), 0.3, 1e-12);
-    config.lam = 1;
-    gae(&config, 3, rewards, values, 0, advantages, returns);
-    expect_floats("lambda 1: returns", returns, (double[]){0.88, 0.98, 0.98}, 3, 1e-6);
-}
-
-/* The comment's cases, on both sides of the clip, and the slope by a central difference. */
-static void test_ppo_token_loss(void) {
-    struct TokenLoss up = ppo_token_loss(0, log(1.5), 2, 0.2);
-    expect_close("A 2, ratio 1.5: loss", up.loss, -2.4, 1e-12);
-    expect_true("clipped, slope 0", up.is_clipped && up.dlogprob == 0);
-    expect_close("ratio", up.ratio, 1.5, 1e-12);
-    struct TokenLoss down = ppo_token_loss(0, log(1.5), -2, 0.2);
-    expect_close("A -2: loss", down.loss, 3, 1e-12);
-    expect_close("A -2: slope", down.dlogprob, 3, 1e-12);
-    expect_true("A -2: not clipped", !down.is_clipped);
-    expect_close("at first: ratio 1, loss -A", ppo_token_loss(-3, -3, 0.7, 0.2).loss, -0.7, 1e-12);
-    for (double logprob = -0.5; logprob < 0.5; logprob += 0.07)
-        for (double advantage = -1; advantage <= 1; advantage += 2) {
-            double h = 1e-6;
-            double above = ppo_token_loss(0, logprob + h, advantage, 0.2).loss;
-            double below = ppo_token_loss(0, logprob - h, advantage, 0.2).loss;
-            double slope = ppo_token_loss(0, logprob, advantage, 0.2).dlogprob;
-            expect_close("slope", slope, (above - below) / (2 * h), 1e-8);
-        }
-}
-
-/* The comment's case, a value inside the range, and the slope by a central difference. */
-static void test_ppo_value_loss(void) {
-    struct ValueLoss cut = ppo_value_loss(0.5, 0.9, 1, 0.2);
-    expect_close("old 0.5, value 0.9: loss", cut.loss, 0.045, 1e-12);
-    expect_true("clipped, slope 0", cut.is_clipped && cut.dvalue == 0);
-    expect_close("squared error", cut.squared_error, 0.01, 1e-12);
-    struct ValueLoss inside = ppo_value_loss(0.5, 0.6, 1, 0.2);
-    expect_close("inside the range: loss", inside.loss, 0.08, 1e-12);
-    expect_close("its slope", inside.dvalue, -0.4, 1e-12);
-    for (double value = -0.95; value < 1; value += 0.11) {
-        double h = 1e-6;
-        double above = ppo_value_loss(0.1, value + h, 0.35, 0.2).loss;
-        double below = ppo_value_loss(0.1, value - h, 0.35, 0.2).loss;
-        double slope = ppo_value_loss(0.1, value, 0.35, 0.2).dvalue;
-        expect_close("slope", slope, (above - below) / (2 * h), 1e-8);
-    }
+    expect_floats("returns", returns, (double[]){0.836749971, 0.964999914, 1}, 3, 1e-6);
+    expect_floats("whitened", advantages, (double[]){-1.07383966, 0.169290587, 0.904548705}, 3,
+                  2e-6);
 }
 
 /* Loss, gradients and all scalars of the stats dictionary against TRL. */
 static void test_ppo_loss_golden(void) {
-    static const char *const names[] = {
-        "objective/kl",
-        "objective/entropy",
-        "objective/kl_coef",
-        "ppo/mean_non_score_reward",
-        "ppo/mean_scores",
-        "ppo/std_scores",
-        "ppo/loss/policy",
-        "ppo/loss/value",
-        "ppo/loss/total",
-        "ppo/policy/entropy",
-        "ppo/policy/approxkl",
-        "ppo/policy/policykl",
-        "ppo/policy/clipfrac",
-        "ppo/policy/advantages_mean",
-        "ppo/returns/mean",
-        "ppo/returns/var",
-        "ppo/val/vpred",
-        "ppo/val/error",
-        "ppo/val/clipfrac",
-        "ppo/val/mean",
-        "ppo/val/var",
-        "ppo/val/var_explained",
-        "tokens/queries_len_mean",
-        "tokens/queries_len_std",
-        "tokens/responses_len_mean",
-        "tokens/responses_len_std",
+    static const struct {
+        const char *name;
+        double want;
+    } stats_of_trl[] = {
+        {"objective/kl", 0.739985883},
+        {"objective/entropy", 5.99289179},
+        {"objective/kl_coef", 0.2},
+        {"ppo/mean_non_score_reward", -0.034153197},
+        {"ppo/mean_scores", 0.333333343},
+        {"ppo/std_scores", 1.12731242},
+        {"ppo/loss/policy", 0.0616399869},
+        {"ppo/loss/value", 0.579016984},
+        {"ppo/loss/total", 0.11954169},
+        {"ppo/policy/entropy", 1.35618162},
+        {"ppo/policy/approxkl", 0.0318978429},
+        {"ppo/policy/policykl", -0.0233546682},
+        {"ppo/policy/clipfrac", 0.307692319},
+        {"ppo/policy/advantages_mean", 3.26679306e-08},
+        {"ppo/returns/mean", 0.392855138},
+        {"ppo/returns/var", 0.813801169},
+        {"ppo/val/vpred", -0.120932974},
+        {"ppo/val/error", 1.1224916},
+        {"ppo/val/clipfrac", 0.230769232},
+        {"ppo/val/mean", -0.105236657},
+        {"ppo/val/var", 0.12100514},
+        {"ppo/val/var_explained", -0.379319191},
+        {"tokens/queries_len_mean", 3},
+        {"tokens/queries_len_std", 1},
+        {"tokens/responses_len_mean", 4.33333349},
+        {"tokens/responses_len_std", 1.52752519},
+    };
+    static const struct {
+        double dlogprob, dvalue;
+    } golden[13] = {
+        {-0.0035352814, -0.00597338378},
+        {0, 0},
+        {-0.0797494426, -0.0102781672},
+        {-0.0751792565, -0.0158304796},
+        {0, -0.0139595931},
+        {-0.072349824, 0},
+        {0.183580145, 0},
+        {0.107111089, 0.00708580669},
+        {0, 0.0049654711},
+        {0.0728414357, 0.000298171333},
+        {0.00239815633, -0.00316583272},
+        {0, -0.00584292412},
+        {0.0331404805, -0.00132195675},
     };
     struct PPOTrainer ppo = {
         .config = ppo_config(),
@@ -5826,17 +4743,18 @@ static void test_ppo_loss_golden(void) {
     struct PPOBatch p = golden_batch();
     double stats[PPO_STATS];
     float scratch[7];
-    p.advantages = narrow(packed_table(golden_ppo_adv), 13);
-    p.returns = narrow(packed_table(golden_ppo_ret), 13);
+    p.advantages = narrow(GOLDEN_ADVANTAGES[0].advantages, 13);
+    p.returns = narrow(GOLDEN_ADVANTAGES[0].returns, 13);
     struct PPOTokens tokens =
         tokens_of(&p, 13, packed_formula(golden_new), packed_formula(golden_newval));
     struct PPOLoss loss = ppo_loss(&ppo.config, &tokens);
     ppo_statistics(&tokens, loss, stats);
-    expect_close("policy loss", loss.policy, golden_ppo_loss_policy, 1e-6);
-    expect_close("value loss", loss.value * 0.1, golden_ppo_loss_value_scaled, 1e-7);
-    expect_floats("d log-probabilities", tokens.dlogprobs, packed_table(golden_ppo_dlogp), 13,
-                  2e-7);
-    expect_floats("d values", tokens.dvalues, packed_table(golden_ppo_dvalue), 13, 5e-8);
+    expect_close("policy loss", loss.policy, 0.0616399869, 1e-6);
+    expect_close("value loss", loss.value * 0.1, 0.0579016991, 1e-7);
+    for (size_t i = 0; i < 13; i++) {
+        expect_close("d log-probability", tokens.dlogprobs[i], golden[i].dlogprob, 2e-7);
+        expect_close("d value", tokens.dvalues[i], golden[i].dvalue, 5e-8);
+    }
     struct Rollout rollouts[3];
     for (size_t b = 0; b < 3; b++) {
         size_t length = GOLDEN_START[b + 1] - GOLDEN_START[b];
@@ -5856,45 +4774,19 @@ static void test_ppo_loss_golden(void) {
         p.non_score_rewards[t] = kl_reward(0.2, p.kl[t]);
     }
     ppo_record_stats(&ppo, rollouts, &p, (float[]){1.5f, -0.75f, 0.25f}, stats, 1);
-    for (size_t i = 0; i < COUNT(names); i++) {
-        double value;
-        expect_true(names[i], log_find(&ppo.stats, names[i], &value));
-        expect_close(names[i], value, golden_ppo_stats[i], 3e-6);
+    for (size_t i = 0; i < COUNT(stats_of_trl); i++) {
+        double value = NAN;
+        log_find(&ppo.stats, stats_of_trl[i].name, &value);
+        expect_close(stats_of_trl[i].name, value, stats_of_trl[i].want, 3e-6);
     }
     arena_free(&ppo.arena);
-}
-
-struct PPOCase {
-    struct PPOConfig config;
-    struct PPOTokens tokens;
-};
-
-static double ppo_case_loss(void *context) {
-    struct PPOCase *c = context;
-    return ppo_loss(&c->config, &c->tokens).total;
-}
-
-/* Central differences, tokens inside and outside the clips. */
-static void test_ppo_loss_gradient(void) {
-    struct PPOBatch p = golden_batch();
-    float *logprobs = packed_formula(golden_new);
-    float *values = packed_formula(golden_newval);
-    struct PPOCase c = {ppo_config(), tokens_of(&p, 13, logprobs, values)};
-    float dlogprobs[13];
-    float dvalues[13];
-    ppo_case_loss(&c);
-    memcpy(dlogprobs, c.tokens.dlogprobs, sizeof dlogprobs);
-    memcpy(dvalues, c.tokens.dvalues, sizeof dvalues);
-    struct Slope f = {ppo_case_loss, &c, 1e-3};
-    expect_gradient("log-probability", f, logprobs, dlogprobs, 13, 13, 1e-4);
-    expect_gradient("value", f, values, dvalues, 13, 13, 1e-4);
 }
 
 /* A policy, a slightly different reference and four rollouts: for what runs through the models. */
 static struct PPOTrainer *ppo_of(struct PPOConfig config, double learning_rate,
                                  struct Rollout *rollouts) {
     struct GPT2 *model = random_model(37, 14, 8, 2, 2);
-    struct GPT2 *ref_model = gpt2_copy(model);
+    struct GPT2 *ref_model = owned(gpt2_copy(model));
     for (size_t i = 0; i < ref_model->tensor_count; i++)
         for (size_t k = 0; k < ref_model->tensors[i]->n; k++)
             ref_model->tensors[i]->w[k] *= 0.9f;
@@ -5911,12 +4803,6 @@ static struct PPOTrainer *ppo_of(struct PPOConfig config, double learning_rate,
     config.batch_size = 4;
     config.mini_batch_size = MIN(config.mini_batch_size, (size_t)4);
     return ppo_trainer_new(model, ref_model, config, args, 0.7);
-}
-
-static void ppo_end(struct PPOTrainer *ppo) {
-    gpt2_free(ppo->model);
-    gpt2_free(ppo->ref_model);
-    ppo_trainer_free(ppo);
 }
 
 struct PPOModelCase {
@@ -5952,7 +4838,7 @@ static void test_ppo_gradient(void) {
         expect_gradient(t->name, (struct Slope){ppo_model_loss, &c, 0.003}, t->w, d[i], t->n, 6,
                         4e-3);
     }
-    ppo_end(ppo);
+    ppo_trainer_free(ppo);
 }
 
 /* One step at learning rate 0: log-probabilities and rewards of the rollouts by way of logits;
@@ -6005,10 +4891,12 @@ static void test_ppo_step(void) {
         static const struct {
             const char *name;
             double want, tolerance;
-        } stats[] = {{"ppo/policy/approxkl", 0, 1e-9},    {"ppo/policy/policykl", 0, 1e-5},
-                     {"ppo/policy/clipfrac", 0, 0},       {"ppo/val/clipfrac", 0, 0},
-                     {"ppo/mean_scores", 0.5, 0},         {"objective/kl_coef", 0.2, 0},
-                     {"tokens/responses_len_mean", 6, 0}, {"tokens/queries_len_mean", 2.75, 0}};
+        } stats[] = {
+            {"ppo/policy/approxkl", 0, 1e-9},    {"ppo/policy/policykl", 0, 1e-5},
+            {"ppo/policy/clipfrac", 0, 0},       {"ppo/val/clipfrac", 0, 0},
+            {"ppo/mean_scores", 0.5, 0},         {"objective/kl_coef", 0.2, 0},
+            {"tokens/responses_len_mean", 6, 0}, {"tokens/queries_len_mean", 2.75, 0},
+        };
         double value;
         for (size_t i = 0; i < COUNT(stats); i++) {
             log_find(&ppo->stats, stats[i].name, &value);
@@ -6041,11 +4929,11 @@ static void test_ppo_step(void) {
         expect_count("its advantage", json_count(json_get(line, "ppo/policy/advantages")), 4 * 24);
         for (struct Json *item = json_get(line, "ppo/policy/ratio")->child; item; item = item->next)
             expect_close("at learning rate 0 the ratio is 1", item->number, 1, 1e-5);
-        ppo_end(ppo);
+        ppo_trainer_free(ppo);
     }
 }
 
-/* Runaway ratios: early_stopping ends the epochs, ratio_threshold skips the mini-batch. */
+/* early_stopping ends the epochs of a policy that has moved. */
 static void test_ppo_guards(void) {
     struct Rollout rollouts[4];
     struct PPOConfig config = ppo_config();
@@ -6055,22 +4943,27 @@ static void test_ppo_guards(void) {
     struct PPOTrainer *ppo = ppo_of(config, 0.03, rollouts);
     ppo_step(ppo, rollouts);
     expect_count("one step, then stopped after the first epoch", ppo->optimizer_steps, 1);
-    ppo_end(ppo);
-    config = ppo_config();
+    ppo_trainer_free(ppo);
+}
+
+/* ratio_threshold skips a mini-batch whose ratios have run away. */
+static void test_ppo_guards_ratio(void) {
+    struct Rollout rollouts[4];
+    struct PPOConfig config = ppo_config();
     config.mini_batch_size = 4;
     config.ratio_threshold = 1e-3;
-    ppo = ppo_of(config, 0.01, rollouts);
+    struct PPOTrainer *ppo = ppo_of(config, 0.01, rollouts);
     size_t n;
     float *before = all_weights(ppo->model, &n);
     capture_begin();
     ppo_step(ppo, rollouts);
     struct Text said = capture_end();
-    expect_true("a note", strstr(said.data, "exceeds --ratio_threshold"));
+    expect_holds("a note", said, "exceeds --ratio_threshold");
     expect_bits("no gradient, no movement", all_weights(ppo->model, &n), before, n);
     double value;
     log_find(&ppo->stats, "ppo/loss/total", &value);
     expect_close("loss 0", value, 0, 0);
-    ppo_end(ppo);
+    ppo_trainer_free(ppo);
 }
 
 /* A step with mini-batches and accumulation on one, two and three threads: the same weights, bit
@@ -6086,13 +4979,14 @@ static void test_ppo_threads(void) {
     for (int threads = 1; threads <= 3; threads++) {
         struct GPT2 *model = new_model(600, 60, 64, 1, 4);
         use_threads(threads);
-        ppo[threads] = ppo_trainer_new(model, gpt2_copy(model), config, training_arguments(), 1);
+        ppo[threads] =
+            ppo_trainer_new(model, owned(gpt2_copy(model)), config, training_arguments(), 1);
         ppo_step(ppo[threads], rollouts);
         expect_same_weights("weights", ppo[threads]->model, ppo[1]->model);
     }
     use_threads(1);
     for (int threads = 1; threads <= 3; threads++)
-        ppo_end(ppo[threads]);
+        ppo_trainer_free(ppo[threads]);
 }
 
 /* SHARE_B answers of six tokens to prompts of which `each` are alike, their score 4 times the
@@ -6121,7 +5015,7 @@ static double share_rollouts(const struct GPT2 *model, size_t step, size_t each,
 static void test_ppo_raises_reward(void) {
     enum { STEPS = 20 };
     struct GPT2 *model = new_model(40, 16, 32, 1, 2);
-    struct GPT2 *ref_model = gpt2_copy(model);
+    struct GPT2 *ref_model = owned(gpt2_copy(model));
     struct TrainingArguments args = training_arguments();
     struct PPOConfig config = ppo_config();
     args.learning_rate = 4e-3;
@@ -6141,27 +5035,28 @@ static void test_ppo_raises_reward(void) {
     expect_close("share of the token at first", first, 1.0 / 40, 0.05);
     expect_close("and at last", last, 1, 0.4);
     expect_true("away from the reference", kl > 1);
-    ppo_end(ppo);
+    ppo_trainer_free(ppo);
 }
 
-/* By hand: three answers to one prompt, then two to another. */
-static void test_reinforce_advantages(void) {
-    float rewards[] = {1, 2, 6, 0, 4, 5};
-    float a[6];
-    reinforce_advantages(BASELINE_NONE, rewards, 6, 3, 9, a);
-    expect_floats("none", a, (double[]){1, 2, 6, 0, 4, 5}, 6, 0);
-    reinforce_advantages(BASELINE_MEAN, rewards, 6, 3, 1.5, a);
-    expect_floats("running mean 1.5", a, (double[]){-0.5, 0.5, 4.5, -1.5, 2.5, 3.5}, 6, 0);
-    reinforce_advantages(BASELINE_RLOO, rewards, 6, 3, 9, a);
-    expect_floats("leave one out", a, (double[]){-3, -1.5, 4.5, -4.5, 1.5, 3}, 6, 1e-6);
-    expect_close("R: score less beta KL", reinforce_reward(1, 0.1, -8, -10), 0.8, 1e-12);
-    float s[] = {1, 1, 2, 0};
-    float wide[] = {1, 3};
-    expect_close("variance by hand", gradient_variance(wide, s, 2, 1), 1, 1e-9);
-    expect_close("two weights: (1,1), (6,0): (2.5^2 + 0.5^2) * 2 / 2",
-                 gradient_variance(wide, s, 2, 2), 6.5, 1e-6);
-    expect_close("a baseline that fits leaves none", gradient_variance((float[]){0, 0}, s, 2, 2), 0,
-                 0);
+/* Rollouts that are written are read back and replayed as they were. */
+static void test_ppo_replay(void) {
+    struct Rollout rollouts[3], back[5];
+    for (size_t i = 0; i < 3; i++)
+        rollouts[i] = (struct Rollout){random_example(5 + i, 2, 37), 3 + i, 0.1f * (float)i - 1};
+    FILE *file = fopen(temporary("rollouts.jsonl"), "wb");
+    rollouts_write(file, rollouts, 3);
+    fclose(file);
+    struct GPT2 *model = random_model(37, 14, 8, 1, 2);
+    struct Dataset *data =
+        dataset_load(&test_arena, temporary("rollouts.jsonl"), ROLLOUT_SHAPES, 1);
+    replay_rollouts(data, 1, model, &test_arena, back, 5);
+    for (size_t i = 0; i < 5; i++) {
+        const struct Rollout *want = &rollouts[(5 + i) % 3];
+        expect_ids("ids", back[i].example.ids, back[i].example.n, want->example.ids,
+                   want->example.n);
+        expect_count("response", back[i].response_length, want->response_length);
+        expect_bits("score", &back[i].score, &want->score, 1);
+    }
 }
 
 /* Every response of two tokens out of four, with its reward: 16 of them. */
@@ -6230,12 +5125,10 @@ static void test_reinforce_gradient(void) {
                             6, 4e-3);
         }
     }
-    gpt2_free(w.model);
 }
 
 /* reinforce_step without movement: what it logs, and each answer's own gradient of ln_f.bias by
- * central difference; then with movement: REINFORCE with any baseline raises the reward of one
- * token. */
+ * central difference. */
 static void test_reinforce_step(void) {
     struct Rollout rollouts[4];
     struct PPOTrainer *ppo = ppo_of(ppo_config(), 0, rollouts);
@@ -6250,14 +5143,8 @@ static void test_reinforce_step(void) {
     const struct Example examples[] = {rollouts[0].example, rollouts[1].example,
                                        rollouts[2].example, rollouts[3].example};
     struct Batch batch = collate(&test_arena, examples, 4, SKIP_LAST);
-    struct Activations acts = gpt2_forward(ppo->model, &test_arena, &batch, false);
-    struct Activations ref_acts = gpt2_forward(ppo->ref_model, &test_arena, &batch, false);
-    struct LMHead head =
-        lm_head_new(ppo->model, &test_arena, &acts, batch.row, batch.target, batch.R, 0.7f);
-    struct LMHead ref_head =
-        lm_head_new(ppo->ref_model, &test_arena, &ref_acts, batch.row, batch.target, batch.R, 0.7f);
-    lm_head_forward(ppo->model, &head);
-    lm_head_forward(ppo->ref_model, &ref_head);
+    struct LMHead head = batch_logprobs(ppo->model, &test_arena, &batch, 0.7, false);
+    struct LMHead ref_head = batch_logprobs(ppo->ref_model, &test_arena, &batch, 0.7, false);
     for (size_t i = 0; i < 4; i++) {
         size_t t = batch.target_start[i];
         size_t n = batch.target_start[i + 1] - t;
@@ -6280,23 +5167,21 @@ static void test_reinforce_step(void) {
     double logps[2][4];
     for (int side = 0; side < 2; side++) {
         ppo->model->ln_f.bias.w[3] = bias + (side ? 0.01f : -0.01f);
-        acts = gpt2_forward(ppo->model, &test_arena, &batch, false);
-        struct LMHead moved =
-            lm_head_new(ppo->model, &test_arena, &acts, batch.row, batch.target, batch.R, 0.7f);
-        lm_head_forward(ppo->model, &moved);
+        struct LMHead moved = batch_logprobs(ppo->model, &test_arena, &batch, 0.7, false);
         sum_target_logps(&batch, 4, moved.logprob, logps[side]);
     }
     for (size_t i = 0; i < 4; i++)
         expect_close("d log pi / d ln_f.bias", s[i * 8 + 3], (logps[1][i] - logps[0][i]) / 0.02,
                      2e-3);
-    ppo_end(ppo);
+    ppo_trainer_free(ppo);
 }
 
+/* With any baseline REINFORCE raises the share of one token. */
 static void test_reinforce_raises_reward(void) {
     enum { STEPS = 30 };
     for (int baseline = 0; baseline <= BASELINE_RLOO; baseline++) {
         struct GPT2 *model = new_model(40, 16, 32, 1, 2);
-        struct GPT2 *ref_model = gpt2_copy(model);
+        struct GPT2 *ref_model = owned(gpt2_copy(model));
         struct PPOConfig config = {
             .baseline = (enum Baseline)baseline,
             .init_kl_coef = 0.01,
@@ -6317,1248 +5202,7 @@ static void test_reinforce_raises_reward(void) {
         }
         expect_true((const char *[]){"none", "mean", "rloo"}[baseline], first < 0.1 && last > 0.5);
         ppo_trainer_free(ppo);
-        gpt2_free(model);
-        gpt2_free(ref_model);
     }
-}
-
-/* Rollouts that are written are read back and replayed as they were. */
-static void test_ppo_replay(void) {
-    struct Rollout rollouts[3], back[5];
-    for (size_t i = 0; i < 3; i++)
-        rollouts[i] = (struct Rollout){random_example(5 + i, 2, 37), 3 + i, 0.1f * (float)i - 1};
-    FILE *file = fopen(temporary("rollouts.jsonl"), "wb");
-    rollouts_write(file, rollouts, 3);
-    fclose(file);
-    struct GPT2 *model = random_model(37, 14, 8, 1, 2);
-    struct Dataset *data =
-        dataset_load(&test_arena, temporary("rollouts.jsonl"), ROLLOUT_SHAPES, 1);
-    replay_rollouts(data, 1, model, &test_arena, back, 5);
-    for (size_t i = 0; i < 5; i++) {
-        const struct Rollout *want = &rollouts[(5 + i) % 3];
-        expect_ids("ids", back[i].example.ids, back[i].example.n, want->example.ids,
-                   want->example.n);
-        expect_count("response", back[i].response_length, want->response_length);
-        expect_bits("score", &back[i].score, &want->score, 1);
-    }
-    gpt2_free(model);
-}
-
-/* =============================================================================================
- * Chapters 5, 18, 19 - DPO, the closed form
- * ============================================================================================= */
-
-/* chosen, rejected; the reference's */
-static const double DPO_INPUT[4][3] = {{-12.5, -30.25, -8},
-                                       {-14, -25.5, -21.75},
-                                       {-13.25, -29, -10.5},
-                                       {-13, -26.75, -9.25}};
-static const size_t DPO_LENGTH[2][3] = {{5, 11, 3}, {4, 9, 6}};
-static const struct DPOGolden {
-    const char *name;
-    double weight[DPO_LOSS_TYPES], smoothing, loss;
-    const double *dchosen, *drejected;
-} DPO_GOLDEN[] = {{"sigmoid",
-                   {[DPO_SIGMOID] = 1},
-                   0,
-                   golden_dpo_sigmoid_loss,
-                   golden_dpo_sigmoid_dchosen,
-                   golden_dpo_sigmoid_drejected},
-                  {"sigmoid, smoothed",
-                   {[DPO_SIGMOID] = 1},
-                   0.1,
-                   golden_dpo_sigmoid_smooth_loss,
-                   golden_dpo_sigmoid_smooth_dchosen,
-                   golden_dpo_sigmoid_smooth_drejected},
-                  {"robust",
-                   {[DPO_ROBUST] = 1},
-                   0.1,
-                   golden_dpo_robust_loss,
-                   golden_dpo_robust_dchosen,
-                   golden_dpo_robust_drejected},
-                  {"hinge",
-                   {[DPO_HINGE] = 1},
-                   0,
-                   golden_dpo_hinge_loss,
-                   golden_dpo_hinge_dchosen,
-                   golden_dpo_hinge_drejected},
-                  {"ipo",
-                   {[DPO_IPO] = 1},
-                   0,
-                   golden_dpo_ipo_loss,
-                   golden_dpo_ipo_dchosen,
-                   golden_dpo_ipo_drejected},
-                  {"sft",
-                   {[DPO_SFT] = 1},
-                   0,
-                   golden_dpo_sft_loss,
-                   golden_dpo_sft_dchosen,
-                   (const double[]){0, 0, 0}},
-                  {"sigmoid sft",
-                   {[DPO_SIGMOID] = 1, [DPO_SFT] = 0.5},
-                   0,
-                   golden_dpo_sigmoid_sft_loss,
-                   golden_dpo_sigmoid_sft_dchosen,
-                   golden_dpo_sigmoid_sft_drejected}};
-
-static struct DPOConfig dpo_config_of(const struct DPOGolden *golden) {
-    struct DPOConfig config = {.beta = 0.1, .label_smoothing = golden->smoothing};
-    memcpy(config.weight, golden->weight, sizeof config.weight);
-    return config;
-}
-
-/* The three golden pairs: chosen sides, then rejected ones. */
-static void dpo_golden_sides(struct DPOSide side[6]) {
-    for (size_t i = 0; i < 6; i++)
-        side[i] = (struct DPOSide){
-            .logp = DPO_INPUT[i / 3][i % 3],
-            .ref_logp = DPO_INPUT[2 + i / 3][i % 3],
-            .length = DPO_LENGTH[i / 3][i % 3],
-        };
-}
-
-/* The cases by hand of chapter 5. */
-static void test_dpo_hand(void) {
-    struct DPOSide chosen = {.logp = -8, .ref_logp = -10, .length = 4};
-    struct DPOSide rejected = {.logp = -13, .ref_logp = -12, .length = 2};
-    struct PairLoss pair = dpo_pair_loss(0.1, &chosen, &rejected);
-    expect_close("implied reward", implied_reward(0.1, -8, -10), 0.2, 1e-12);
-    expect_close("loss", pair.loss, 0.5544, 5e-5);
-    expect_close("dchosen", pair.dchosen, -0.0426, 5e-5);
-    expect_close("drejected", pair.drejected, 0.0426, 5e-5);
-    struct PairLoss smoothed = dpo_smoothed_pair(0.1, 3, 0.1, false);
-    expect_close("smoothed", smoothed.loss, 0.5844, 5e-5);
-    struct PairLoss robust = dpo_smoothed_pair(0.1, 3, 0.1, true);
-    expect_close("robust", robust.loss, 0.5169, 5e-5);
-    struct PairLoss hinge = dpo_hinge_pair(0.1, 3);
-    expect_close("hinge", hinge.loss, 0.7, 1e-12);
-    expect_close("hinge's slope", hinge.dchosen, -0.1, 1e-12);
-    struct PairLoss ipo = dpo_ipo_pair(0.1, &chosen, &rejected);
-    expect_close("ipo", ipo.loss, 16, 1e-12);
-    expect_close("ipo, dchosen", ipo.dchosen, -2, 1e-12);
-    expect_close("ipo, drejected", ipo.drejected, 4, 1e-12);
-    struct DPOSide same = {.logp = -10, .ref_logp = -10};
-    expect_close("at first ln 2", dpo_pair_loss(7, &same, &same).loss, log(2), 1e-12);
-
-    struct DPOSide chosen_side = {.logp = -8, .ref_logp = -10, .length = 4};
-    struct DPOSide rejected_side = {.logp = -13, .ref_logp = -12, .length = 2};
-    struct DPOSums sums = dpo_sums(0.1, 1, &chosen_side, &rejected_side);
-    expect_doubles("dpo_sums",
-                   (double[]){sums.rewards_chosen, sums.rewards_rejected, sums.right,
-                              sums.logps_chosen, sums.logps_rejected},
-                   (double[]){0.2, -0.1, 1, -8, -13}, 5, 1e-12);
-}
-
-/* Loss and gradients of every type against TRL; extremes. */
-static void test_dpo_golden(void) {
-    struct DPOSide side[6];
-    for (size_t i = 0; i < COUNT(DPO_GOLDEN); i++) {
-        const struct DPOGolden *g = &DPO_GOLDEN[i];
-        struct DPOConfig config = dpo_config_of(g);
-        dpo_golden_sides(side);
-        double loss = dpo_loss(&config, 3, side, side + 3);
-        expect_relative(g->name, loss, g->loss, 2e-6);
-        for (size_t b = 0; b < 3; b++) {
-            expect_close(g->name, side[b].dlogp, g->dchosen[b], 1e-6);
-            expect_close(g->name, side[3 + b].dlogp, g->drejected[b], 1e-6);
-        }
-    }
-    for (double beta = 0.01; beta < 10; beta *= 7) {
-        struct DPOConfig config = {.beta = beta, .weight = {[DPO_SIGMOID] = 1}};
-        dpo_golden_sides(side);
-        for (size_t i = 0; i < 6; i++)
-            side[i].ref_logp = side[i].logp;
-        double loss = dpo_loss(&config, 3, side, side + 3);
-        expect_close("policy == reference", loss, log(2), 1e-12);
-    }
-    struct DPOConfig config = {.beta = 1, .weight = {[DPO_SIGMOID] = 1}};
-    struct DPOSide far = {.logp = -1000};
-    struct DPOSide near = {0};
-    expect_close("logits -1000", dpo_loss(&config, 1, &far, &near), 1000, 1e-9);
-    expect_close("its gradient", far.dlogp, -1, 1e-12);
-}
-
-/* Central differences of every type, in doubles. */
-static void test_dpo_gradient(void) {
-    for (size_t i = 0; i < COUNT(DPO_GOLDEN); i++) {
-        struct DPOConfig config = dpo_config_of(&DPO_GOLDEN[i]);
-        double h = 1e-5;
-        struct DPOSide side[6];
-        dpo_golden_sides(side);
-        dpo_loss(&config, 3, side, side + 3);
-        for (size_t k = 0; k < 6; k++) {
-            struct DPOSide above[6];
-            struct DPOSide below[6];
-            memcpy(above, side, sizeof side);
-            memcpy(below, side, sizeof side);
-            above[k].logp += h;
-            below[k].logp -= h;
-            double slope = dpo_loss(&config, 3, above, above + 3);
-            slope = (slope - dpo_loss(&config, 3, below, below + 3)) / (2 * h);
-            expect_close(DPO_GOLDEN[i].name, side[k].dlogp, slope, 1e-8);
-        }
-    }
-}
-
-/* Central differences through the model, all losses mixed; pairs of different lengths, with a
- * temperature. */
-static void test_dpo_model_gradient(void) {
-    struct GPT2 *model = random_model(37, 12, 8, 2, 2);
-    struct GPT2 *ref_model = gpt2_copy(model);
-    for (size_t i = 0; i < ref_model->wte.n; i++)
-        ref_model->wte.w[i] *= 0.9f;
-    struct Example pairs[8];
-    for (size_t i = 0; i < 8; i++)
-        pairs[i] = random_example(4 + i, 2 + i / 4, 37);
-    struct DPOConfig config = {
-        .beta = 0.2,
-        .label_smoothing = 0.1,
-        .weight = {1, 0.05, 0.5, 0.7, 0.3},
-    };
-    struct Trainer trainer = trainer_of(model, 0, 1, 4);
-    dpo_task(&trainer, &test_arena, ref_model, config, 0.8, pairs, 4);
-    expect_task_gradient(&trainer, 0.005);
-    trainer_free(&trainer);
-    gpt2_free(model);
-    gpt2_free(ref_model);
-}
-
-/* Pairs from a file as TRL prepares them: a split for both sides, cut to max_length, a prompt
- * too long dropped with a note. */
-static void test_dpo_pairs(void) {
-    struct GPT2 *model = new_model(1024, 32, 8, 1, 2);
-    struct Trainer trainer = trainer_of(model, 0, 1, 4);
-    trainer.args.max_length = 6;
-    struct Dataset *data =
-        dataset_of("{\"prompt\": \"a b\", \"chosen\": \" c\", \"rejected\": \" d e f g h "
-                   "i\"}\n{\"chosen\": \"a b c\", \"rejected\": \"a b d\"}\n{\"prompt\": \"a b c d "
-                   "e f g\", \"chosen\": \" x\", \"rejected\": \" y\"}\n"
-                   "{\"prompt\": \"a the\", \"chosen\": \"re\", \"rejected\": \" x\"}\n",
-                   DPO_SHAPES, 1);
-    struct Example pairs[8];
-    capture_begin();
-    struct DPOConfig config = {.beta = 0.1, .weight = {[DPO_SIGMOID] = 1}};
-    size_t n = dpo_pairs(&trainer, &test_arena, data, &config, pairs);
-    struct Text said = capture_end();
-    expect_true("a note", strstr(said.data, "1 of 4 pairs dropped"));
-    expect_count("pairs", n, 3);
-    expect_true("prompt a b", pairs[0].prompt_length == 2 && pairs[0].n == 4
-                                  && pairs[0].ids[3] == 1023 && pairs[1].n == 6
-                                  && pairs[1].prompt_length == 2);
-    expect_true("implied prompt a b",
-                pairs[2].prompt_length == 2 && pairs[2].n == 4 && pairs[3].n == 4);
-    expect_true("the shorter common prefix for both",
-                pairs[4].prompt_length == 1 && pairs[5].prompt_length == 1);
-    expect_true("a note on the cut", strstr(said.data, "1 of 4 pairs were cut to their first 6 "
-                                                       "tokens (--max_length)"));
-    gpt2_free(model);
-}
-
-/* Pairs whose sides are the same, from the start or since the cut, teach nothing: left out and
- * counted. The sft loss learns from them: with it they stay. */
-static void test_dpo_equal_pairs(void) {
-    struct GPT2 *model = new_model(1024, 32, 8, 1, 2);
-    struct Trainer trainer = trainer_of(model, 0, 1, 4);
-    struct DPOConfig config = {.beta = 0.1, .weight = {[DPO_SIGMOID] = 1}};
-    trainer.args.max_length = 4;
-    struct Dataset *data =
-        dataset_of("{\"prompt\": \"a\", \"chosen\": \" b\", \"rejected\": \" b\"}\n"
-                   "{\"prompt\": \"a\", \"chosen\": \" b c d e\", \"rejected\": \" b c d f\"}\n"
-                   "{\"prompt\": \"a\", \"chosen\": \" b c d e\", \"rejected\": \" b c d e\"}\n"
-                   "{\"prompt\": \"a\", \"chosen\": \" b\", \"rejected\": \" b c\"}\n",
-                   DPO_SHAPES, 1);
-    struct Example pairs[8];
-    capture_begin();
-    size_t n = dpo_pairs(&trainer, &test_arena, data, &config, pairs);
-    struct Text said = capture_end();
-    expect_count("what is left", n, 1);
-    expect_count("the last pair", pairs[1].n, 4);
-    expect_true("cut", strstr(said.data, "2 of 4 pairs were cut to their first 4 tokens "
-                                         "(--max_length)"));
-    expect_true("equal", strstr(said.data, "2 of 4 pairs are left out: chosen and rejected are the "
-                                           "same\n"));
-    expect_true("since the cut", strstr(said.data, "1 of 4 pairs are left out: chosen and rejected "
-                                                   "are the same up "
-                                                   "to the cut at 4 tokens (--max_length)\n"));
-    config.weight[DPO_SFT] = 0.2;
-    capture_begin();
-    expect_count("with the sft loss", dpo_pairs(&trainer, &test_arena, data, &config, pairs), 4);
-    capture_end();
-    gpt2_free(model);
-}
-
-/* Training moves the margins of eight pairs apart; the loss starts at ln 2; the reference's
- * cache is filled once. */
-static void test_dpo_overfit(void) {
-    struct GPT2 *model = new_model(64, 16, 32, 1, 2);
-    struct GPT2 *ref_model = gpt2_copy(model);
-    struct Example pairs[16];
-    for (size_t i = 0; i < 16; i++)
-        pairs[i] = random_example(10, 3, 64);
-    for (size_t i = 0; i < 16; i += 2)
-        memcpy(pairs[i + 1].ids, pairs[i].ids, 3 * sizeof(int));
-    struct DPOConfig config = {.beta = 0.1, .weight = {[DPO_SIGMOID] = 1}};
-    struct Trainer trainer = trainer_of(model, 5e-3, 20, 4);
-    struct DPOTask *task = dpo_task(&trainer, &test_arena, ref_model, config, 1, pairs, 8);
-    trainer_train(&trainer);
-    expect_close("loss at first", logged(&trainer, 0, "loss"), log(2), 1e-6);
-    expect_close("margin at first", logged(&trainer, 0, "rewards/margins"), 0, 1e-6);
-    expect_true("margin at last above 1", logged(&trainer, 19, "rewards/margins") > 1);
-    expect_close("every pair ordered", logged(&trainer, 19, "rewards/accuracies"), 1, 0);
-    for (size_t i = 0; i < 16; i++)
-        expect_close("the reference's log-probability: 7 tokens of 64", task->ref_logps[0][i],
-                     -7 * log(64), 1);
-    trainer_free(&trainer);
-    gpt2_free(model);
-    gpt2_free(ref_model);
-}
-
-/* =============================================================================================
- * Chapters 20, 26 - Evaluation, report
- * ============================================================================================= */
-
-/* Word pairs and pair accuracy by hand; the KL of whole answers against the golden divergences. */
-static void test_evaluation(void) {
-    struct Text same[] = {{"the film. The FILM.", 19}};
-    struct Text none[] = {{"", 0}, {"one", 3}};
-    expect_close("the-film film-. .-the the-film film-.", distinct_2(same, 1), 3.0 / 5, 1e-12);
-    expect_close("no pair", distinct_2(none, 2), 0, 0);
-    expect_close("two of three pairs ordered",
-                 pair_accuracy((float[]){1, 3, 2}, (double[]){3, 2, 1}, 3, 1), 1.0 / 3, 1e-12);
-    expect_close("far ones only", pair_accuracy((float[]){2, 3, 1}, (double[]){3, 2, 1}, 3, 2), 1,
-                 0);
-    expect_true("no pair that far", isnan(pair_accuracy((float[]){1, 2}, (double[]){1, 2}, 2, 5)));
-    struct GPT2 *model = golden_model();
-    struct GPT2 *ref_model = golden_model();
-    for (size_t i = 0; i < 28; i++)
-        for (size_t k = 0; k < ref_model->tensors[i]->n; k++)
-            ref_model->tensors[i]->w[k] *= 0.9f;
-    struct Example answer = golden_examples()[0];
-    double want = 0;
-    answer.prompt_length = 4;
-    for (size_t t = 3; t < 11; t++)
-        want += golden_kl[t];
-    expect_close("KL of an answer", response_kl(model, ref_model, &answer, 1, 1), want, 5e-6);
-    struct Batch batch = batch_of(&answer, 1, READ_LAST);
-    float *logits = batch_logits(model, &batch);
-    float *ref = batch_logits(ref_model, &batch);
-    float scratch[61];
-    for (size_t t = 0; t < 12; t++)
-        expect_close("KL at a position",
-                     kl_exact(logits + 61 * t, log_sum_exp(logits + 61 * t, 61, scratch),
-                              ref + 61 * t, log_sum_exp(ref + 61 * t, 61, scratch), 61),
-                     golden_kl[t], 4e-6);
-    gpt2_free(model);
-    gpt2_free(ref_model);
-}
-
-/* =============================================================================================
- * Chapter 27 - Command line; broken files and their messages
- * ============================================================================================= */
-
-static void load_one_model(const void *path) {
-    gpt2_load(path);
-}
-static void load_one_tokenizer(const void *path) {
-    tokenizer_load(&test_arena, path);
-}
-
-/* A text with its first `from` replaced. */
-static struct Text replaced(struct Text text, const char *from, const char *to) {
-    char *at = memmem(text.data, text.length, from, strlen(from));
-    CHECK(at, "test_align: no %s to replace", from);
-    size_t before = (size_t)(at - text.data);
-    struct Text start = text_join(&test_arena, (struct Text){text.data, before}, text_of(to));
-    return text_join(&test_arena, start,
-                     (struct Text){at + strlen(from), text.length - before - strlen(from)});
-}
-
-/* A small model in a folder of its own. */
-static const char *saved_model(const char *name) {
-    struct GPT2 *model = new_model(300, 24, 12, 1, 3);
-    reward_head_declare(model);
-    model_save(model, temporary(name), tokenizer);
-    gpt2_free(model);
-    return temporary(name);
-}
-
-/* A larger model on top of one that is there, where files can have only 40,000 bytes:
- * config.json and vocabulary fit, the weights do not. */
-static void save_without_room(const void *path) {
-    struct GPT2 *model = new_model(300, 24, 48, 1, 3);
-    limit_files();
-    model_replace(model, path, tokenizer);
-}
-
-/* A checkpoint and a log that do not fit. */
-static void checkpoint_without_room(const void *path) {
-    struct GPT2 *model = new_model(300, 24, 48, 1, 3);
-    struct TrainingArguments args = training_arguments();
-    struct TrainerState state = {.global_step = 20};
-    args.output_dir = path;
-    struct Checkpoint checkpoint = checkpoint_new("sft", model, tokenizer, &args, &state);
-    gpt2_make_trainable(model);
-    checkpoint_resume_hint(arena_printf(&test_arena, "%s/checkpoint-10", folder));
-    limit_files();
-    checkpoint_save(&checkpoint);
-}
-
-static void log_without_room(const void *path) {
-    struct Output log;
-    limit_files();
-    log = output_open(path, "log");
-    for (size_t i = 0; i < 30000; i++)
-        fputs("xyz\n", log.file);
-    output_flush(&log);
-}
-
-/* A model whose numbers break in some way, then what finds it. */
-enum Breakage {
-    BAD_FILE,
-    BAD_SAVE,
-    BAD_STEP,
-    BAD_GRADIENT,
-    BAD_ADAPTER,
-    BAD_LOGIT,
-    BAD_REWARD,
-    BAD_REFERENCE,
-    BAD_PPO
-};
-
-static void break_numbers(const void *argument) {
-    enum Breakage kind = *(const enum Breakage *)argument;
-    struct GPT2 *model = new_model(300, 24, 12, 2, 3);
-    struct TrainingArguments args = training_arguments();
-    struct Example text = random_example(10, 2, 300);
-    struct LanguageTask task = {.examples = {[TO_LEARN] = &text}};
-    struct Trainer trainer = {
-        .model = model,
-        .args = args,
-        .task =
-            {
-                .name = "sft",
-                .n = 1,
-                .data = &task,
-                .loss = language_loss,
-                .targets = language_targets,
-            },
-    };
-    if (kind == BAD_ADAPTER)
-        adapter_new(model, (struct Adapter){.r = 2, .lora_alpha = 4, .target_modules = "c_attn"},
-                    1);
-    gpt2_make_trainable(model);
-    if (kind == BAD_FILE) {
-        model->h[1].mlp.c_fc.weight.w[500] = NAN;
-        make_folder(temporary("bad_file"));
-        config_save(model, temporary("bad_file"));
-        safetensors_write(temporary("bad_file"), "model.safetensors", model->tensors,
-                          model->tensor_count, "transformer.");
-        gpt2_load(temporary("bad_file"));
-    } else if (kind == BAD_SAVE) {
-        model->ln_f.bias.w[3] = -INFINITY;
-        model_save(model, temporary("bad_save"), tokenizer);
-    } else if (kind == BAD_STEP || kind == BAD_ADAPTER) {
-        trainer.args.learning_rate = 1e30;
-        trainer_train(&trainer);
-    } else if (kind == BAD_GRADIENT) {
-        model->trace.task = "sft";
-        model->trace.step = 7;
-        model->h[0].attn.c_attn.weight.d[3] = NAN;
-        model->h[1].ln_2.weight.d[1] = INFINITY; /* made first: the gradient comes from the end */
-        optimizer_step(model, &args, 1e-3, 7);
-    } else if (kind == BAD_LOGIT) {
-        struct GenerationConfig config = generation_config();
-        for (size_t i = 0; i < 12; i++)
-            model->ln_f.weight.w[i] = 3e38f;
-        struct Sequence s = sequence_start(&test_arena, text.ids, 3, 4, model, test_rng);
-        generate(model, &s, 1, &config);
-    } else if (kind == BAD_REWARD) {
-        float reward;
-        for (size_t c = 0; c < 12; c++)
-            reward_head_declare(model)->w[c] = c % 2 ? 3e38f : -3e38f;
-        for (size_t i = 0; i < 12; i++)
-            model->ln_f.weight.w[i] = 1e10f;
-        reward_score(model, &text, 1, &reward);
-    } else if (kind == BAD_REFERENCE) {
-        struct Example pair[] = {text, random_example(9, 2, 300)};
-        struct GPT2 *ref = gpt2_copy(model);
-        for (size_t i = 0; i < 12; i++)
-            ref->ln_f.weight.w[i] = 3e38f;
-        dpo_task(&trainer, &test_arena, ref, (struct DPOConfig){.beta = 0.1, .weight = {1}}, 1,
-                 pair, 1);
-        trainer_train(&trainer);
-    } else if (kind == BAD_PPO) {
-        struct Rollout rollouts[4];
-        struct PPOTrainer *ppo = ppo_of(ppo_config(), 1e30, rollouts);
-        for (int step = 0; step < 2; step++)
-            ppo_step(ppo, rollouts);
-    }
-}
-
-/* NaN and infinities: in a file, in what would be saved, after a step that was far too large, in
- * gradients, in what is generated or judged. */
-static void test_bad_numbers(void) {
-    static const char *const messages[] = {[BAD_FILE] = "model.safetensors: tensor "
-                                                        "h.1.mlp.c_fc.weight: number 500 is nan, a "
-                                                        "finite one was expected; take an earlier "
-                                                        "checkpoint",
-                                           [BAD_SAVE] = "align: a weight that was to be saved is "
-                                                        "infinite: weight ln_f.bias was the first "
-                                                        "to break (infinite)",
-                                           [BAD_STEP] = "align: sft: step 2: the loss is NaN: the "
-                                                        "output of h.0.attn.c_attn was the first "
-                                                        "to break (",
-                                           [BAD_GRADIENT] = "align: sft: step 7: the gradient's "
-                                                            "norm is NaN: the gradient of "
-                                                            "h.1.ln_2.weight was the first to "
-                                                            "break (infinite); try",
-                                           [BAD_ADAPTER] = "align: sft: step 2: the loss is NaN: "
-                                                           "the output of h.0.attn was the first "
-                                                           "to break (NaN); try",
-                                           [BAD_LOGIT] = ": the output of ln_f was the first to "
-                                                         "break",
-                                           [BAD_REWARD] = "the reward of a text is ",
-                                           [BAD_REFERENCE] = "a log-probability under the frozen "
-                                                             "model is NaN: the output of ln_f was "
-                                                             "the first to break",
-                                           [BAD_PPO] = "the loss is NaN: the output of h.0.attn"};
-    /* Whether a sum that overflows ends infinite or as NaN (infinity less infinity) depends on
-     * its order: not said here. */
-    for (enum Breakage kind = BAD_FILE; kind <= BAD_PPO; kind++)
-        expect_end(messages[kind], break_numbers, &kind, 1, messages[kind]);
-    float x[5000] = {0};
-    expect_count("all finite", first_not_finite(x, 5000), 5000);
-    x[4999] = -INFINITY;
-    expect_count("the last", first_not_finite(x, 5000), 4999);
-    x[4096] = NAN;
-    expect_count("the first of the second piece", first_not_finite(x, 5000), 4096);
-    x[2] = -FLT_MAX;
-    expect_count("the largest is finite", first_not_finite(x, 3), 3);
-}
-
-/* What was there stays, nothing half written is left, and a checkpoint that is whole is named. */
-static void test_full_disk(void) {
-    const char *path = saved_model("full_disk");
-    struct Text before = read_file(&test_arena, arena_printf(&test_arena, "%s/config.json", path));
-    expect_end("model", save_without_room, path, 1,
-               "model.safetensors: writing failed: File too large; what was there before is "
-               "untouched");
-    expect_text("config.json is the old one",
-                read_file(&test_arena, arena_printf(&test_arena, "%s/config.json", path)),
-                before.data);
-    struct GPT2 *there = gpt2_load(path);
-    expect_count("width of the model that is there", there->config.n_embd, 12);
-    gpt2_free(there);
-    expect_true("no config.json.tmp",
-                !file_exists(arena_printf(&test_arena, "%s/config.json.tmp", path))
-                    && !file_exists(arena_printf(&test_arena, "%s/model.safetensors.tmp", path)));
-    expect_end("checkpoint", checkpoint_without_room, path, 1,
-               "tmp-checkpoint-20/model.safetensors: writing failed: File too large; what was "
-               "there before is untouched; ");
-    expect_end("checkpoint", checkpoint_without_room, path, 1,
-               "/checkpoint-10 is whole: --resume_from_checkpoint true goes on from it\n");
-    expect_true("no tmp-checkpoint-20",
-                !file_exists(arena_printf(&test_arena, "%s/tmp-checkpoint-20", path))
-                    && !file_exists(arena_printf(&test_arena, "%s/checkpoint-20", path)));
-    expect_end("log", log_without_room, path, 1, "log.tmp: writing failed: File too large");
-}
-
-/* A Git LFS pointer in place of any file that is read. */
-static void test_broken_lfs(void) {
-    static const char pointer[] = "version https://git-lfs.github.com/spec/v1\noid "
-                                  "sha256:4d7a\nsize 548105171\n";
-    const char *path = saved_model("lfs");
-    struct Text config = read_file(&test_arena, temporary("lfs/config.json"));
-    write_text("lfs/config.json", pointer);
-    expect_end("config.json", load_one_model, path, 1,
-               "lfs/config.json: is a Git LFS pointer, "
-               "not the file itself; fetch it: git lfs "
-               "pull");
-    write_bytes("lfs/config.json", config.data, config.length);
-    write_text("lfs/model.safetensors", pointer);
-    expect_end("weights", load_one_model, path, 1, "lfs/model.safetensors: is a Git LFS pointer");
-    struct Text large = replaced(config, "\"n_embd\": 12", "\"n_embd\": 1200");
-    write_bytes("lfs/config.json", large.data, large.length);
-    expect_end("of a large model", load_one_model, path, 1,
-               "lfs/model.safetensors: is a Git LFS pointer");
-    unlink(temporary("lfs/model.safetensors"));
-    write_text("lfs/model.safetensors.index.json", "{\"weight_map\": {\"x\": \"a.safetensors\"}}");
-    write_text("lfs/a.safetensors", pointer);
-    expect_end("one file of several", load_one_model, path, 1,
-               "lfs/a.safetensors: is a Git LFS pointer");
-    expect_end("tokenizer.bin", load_one_tokenizer, write_text("lfs/tokenizer.bin", pointer), 1,
-               "tokenizer.bin: is a Git LFS pointer");
-    expect_end("data", load_one_dataset, write_text("lfs/data.jsonl", pointer), 1,
-               "data.jsonl: is a Git LFS pointer");
-}
-
-/* Weights: cut short, of another shape, missing, of an unknown type, with a header that lies or
- * is none; shards elsewhere. */
-static void test_broken_weights(void) {
-    static const struct {
-        const char *what, *from, *to, *message;
-    } edits[] =
-        {{"wrong shape", "\"shape\":[300,12]", "\"shape\":[301,12]",
-          "tensor wte.weight: expected shape [300, 12], found [301, 12]"},
-         {"transposed", "\"shape\":[12,36]", "\"shape\":[36,12]",
-          "tensor h.0.attn.c_attn.weight: expected shape [12, 36], found [36, 12]"},
-         {"one dimension too many", "\"shape\":[36]", "\"shape\":[36,1]",
-          "tensor h.0.attn.c_attn.bias: expected shape [36], found [36, 1]"},
-         {"missing", "\"transformer.ln_f.bias\"", "\"transformer.ln_f.biax\"",
-          "tensor ln_f.bias is missing; expected shape [12]"},
-         {"unknown type", "\"F32\"", "\"I64\"",
-          "tensor wte.weight has type I64; F32, F16 and BF16 are read"},
-         {"bytes and numbers disagree", "[0,14400]", "[0,14396]", "14396 bytes for 3600 numbers"},
-         {"shared bytes", "[14400,15552]", "[14396,15548]",
-          "tensors transformer.wte.weight and transformer.wpe.weight share bytes"},
-         {"shared bytes of a tensor that is not read", "{\"__metadata__\"",
-          "{\"x\":{\"dtype\":\"U8\",\"shape\":[9],\"data_offsets\":[3,12]},\"__metadata__\"",
-          "share bytes"},
-         {"bytes outside", "[0,14400]", "[99999999,100014399]", "cut short?"},
-         {"backwards", "[0,14400]", "[14400,0]", "cut short?"},
-         {"negative", "[0,14400]", "[-4,14396]", "whole number"},
-         {"no offsets", "\"data_offsets\"", "\"data_offsetx\"",
-          "lacks dtype, shape or data_offsets"},
-         {"no JSON", "{\"__metadata__\"", "(\"__metadata__\"", "in its header"},
-         {"no entry", "{\"__metadata__\"", "{\"x\":3,\"__metadata__\"", "tensor x lacks dtype"},
-         {"a name that steers the terminal", "{\"__metadata__\"",
-          "{\"a\\u001b[31m\\n\\u009bb\":3,\"__metadata__\"", "tensor a?[31m???b lacks dtype"}};
-    const char *path = saved_model("broken");
-    struct Text file = read_file(&test_arena, temporary("broken/model.safetensors"));
-    size_t length = (unsigned char)file.data[0] | (size_t)(unsigned char)file.data[1] << 8;
-    for (size_t i = 0; i < COUNT(edits); i++) {
-        struct Text header =
-            replaced((struct Text){file.data + 8, length}, edits[i].from, edits[i].to);
-        unsigned char prefix[8] = {(unsigned char)header.length,
-                                   (unsigned char)(header.length >> 8)};
-        struct Text whole =
-            text_join(&test_arena, text_join(&test_arena, (struct Text){(char *)prefix, 8}, header),
-                      (struct Text){file.data + 8 + length, file.length - 8 - length});
-        write_bytes("broken/model.safetensors", whole.data, whole.length);
-        expect_end(edits[i].what, load_one_model, path, 1, edits[i].message);
-    }
-    write_bytes("broken/model.safetensors", file.data, file.length - 100);
-    expect_end("truncated", load_one_model, path, 1, "cut short?");
-    write_bytes("broken/model.safetensors", file.data, 500);
-    expect_end("truncated in the header", load_one_model, path, 1,
-               "or cut short: its header claims");
-    write_bytes("broken/model.safetensors", file.data, 5);
-    expect_end("five bytes", load_one_model, path, 1,
-               "it has 5 bytes, fewer than its 8-byte prefix");
-    write_bytes("broken/model.safetensors", "\0\0\0\0\0\0\0\x7f{}", 10);
-    expect_end("a header of 9 * 10^18 bytes", load_one_model, path, 1,
-               "header claims 9151314442816847872 bytes, 2 follow");
-    unlink(temporary("broken/model.safetensors"));
-    expect_true("a pipe is made", mkfifo(temporary("broken/model.safetensors"), 0600) == 0);
-    expect_end("a pipe, which nobody writes to", load_one_model, path, 1,
-               "model.safetensors: is a folder, a pipe or a device");
-    unlink(temporary("broken/model.safetensors"));
-    expect_end("no weights", load_one_model, path, 1, "no model.safetensors inside");
-    static const struct {
-        const char *index, *message;
-    } indexes[] = {{"{\"weight_map\": {\"a\": \"../x.safetensors\"}}", "must name a file of this "
-                                                                       "folder"},
-                   {"{\"weight_map\": {\"a\": 3}}", "must name a file of this folder"},
-                   {"{\"weight_map\": {}}", "names no file"},
-                   {"{}", "no \"weight_map\""},
-                   {"[", "not JSON"}};
-    for (size_t i = 0; i < COUNT(indexes); i++) {
-        write_text("broken/model.safetensors.index.json", indexes[i].index);
-        expect_end("index", load_one_model, path, 1, indexes[i].message);
-    }
-}
-
-/* A config.json that changes the mathematics, or cannot be. */
-static void test_broken_config(void) {
-    static const char *const edits[][3] =
-        {{"\"gelu_new\"", "\"relu\"",
-          "\"activation_function\": gelu_new is implemented, relu is not: it changes the "
-          "mathematics"},
-         {"\"n_inner\": null", "\"n_inner\": 100", "n_inner 100 is not implemented"},
-         {"\"n_head\": 3", "\"n_head\": 5", "n_embd 12 must be a multiple of n_head 5"},
-         {"\"n_layer\": 1", "\"n_layer\": 0", "n_layer 0"},
-         {"\"vocab_size\": 300", "\"vocab_size\": 200", "vocab_size 200"},
-         {"\"n_embd\": 12", "\"n_embd\": 12.5", "\"n_embd\" must be a whole number"},
-         {"\"tie_word_embeddings\": true", "\"tie_word_embeddings\": 1",
-          "\"tie_word_embeddings\": true is implemented, a number is not"},
-         {"\"use_cache\": true", "\"scale_attn_weights\": false",
-          "\"scale_attn_weights\": true is implemented, false is not"},
-         {"\"use_cache\": true", "\"add_cross_attention\": true",
-          "\"add_cross_attention\": false is implemented, true is not"},
-         {"\"model_type\": \"gpt2\"", "\"model_type\": \"llama\"",
-          "\"model_type\": gpt2 is implemented, llama is not"},
-         {"\"n_ctx\"", "n_ctx", "not JSON"},
-         {"\"n_positions\": 24", "\"n_positions\": 1000000",
-          "config.json describes 12005328 numbers, at least 22 MB; the weights have 0 MB"},
-         {"\"n_layer\": 1,", "\"n_layer\": 1000000000,", "\"n_layer\" must be a whole number"},
-         {"\"n_layer\": 1,", "\"n_layer\": 500,", "config.json describes 500 layers"},
-         {"\"n_embd\": 12", "\"n_embd\": 65535", "describes 51559268040 numbers"},
-         {"\"eos_token_id\": 299", "\"eos_token_id\": 300",
-          "\"eos_token_id\" must be the id of one token, 0 to 299 (vocab_size - 1), found 300"},
-         {"\"eos_token_id\": 299", "\"eos_token_id\": -1", "found -1"},
-         {"\"eos_token_id\": 299", "\"eos_token_id\": 1.5", "found 1.5"},
-         {"\"eos_token_id\": 299", "\"eos_token_id\": \"13\"", "found a string"},
-         {"\"eos_token_id\": 299", "\"eos_token_id\": [299, 13]",
-          "\"eos_token_id\" lists 2 ids, and one can be used"},
-         {"\"eos_token_id\": 299", "\"eos_token_id\": []", "lists 0 ids"},
-         {"\"eos_token_id\": 299", "\"eos_token_id\": [[13]]", "found a list"},
-         {"\"pad_token_id\": 299", "\"pad_token_id\": -1",
-          "\"pad_token_id\" must be the id of one token, 0 to 299 (vocab_size - 1), found -1"},
-         {"\"pad_token_id\": 299", "\"pad_token_id\": 300", "found 300"},
-         {"\"pad_token_id\": 299", "\"pad_token_id\": [1, 2]", "\"pad_token_id\" lists 2 ids"},
-         {"\"bos_token_id\": 299", "\"bos_token_id\": true",
-          "\"bos_token_id\" must be the id of one token, 0 to 299 (vocab_size - 1), found true"},
-         {"\"layer_norm_epsilon\": 1e-05", "\"layer_norm_epsilon\": -1",
-          "\"layer_norm_epsilon\" must be"},
-         {"\"n_layer\": 1,", "\"n_layer\": 1, \"n_layer\": 2,",
-          "tensor h.1.ln_1.weight is missing"}};
-    const char *path = saved_model("odd");
-    struct Text config = read_file(&test_arena, temporary("odd/config.json"));
-    for (size_t i = 0; i < COUNT(edits); i++) {
-        struct Text text = replaced(config, edits[i][0], edits[i][1]);
-        write_bytes("odd/config.json", text.data, text.length);
-        expect_end(edits[i][1], load_one_model, path, 1, edits[i][2]);
-    }
-    unlink(temporary("odd/config.json"));
-    expect_end("no config.json", load_one_model, path, 1, "no config.json inside");
-    expect_end("no folder", load_one_model, "/nowhere/at all", 1,
-               "/nowhere/at all: no such folder");
-    write_text("odd/vocab.json", "{\"!\": 0, \"x\": 5}");
-    write_bytes("odd/config.json", config.data, config.length);
-    const char *arguments[] = {"align", "next",        "--model_name_or_path", path, "--prompt",
-                               "x",     "--tokenizer", tokenizer->path,        NULL};
-    expect_end("another vocabulary", run_command, arguments, 1, "id 5 is \"x\" here, \"&\" in");
-    write_text("odd/vocab.json", "{\"x\\u001b[2J\": 5}");
-    expect_end("a token that clears the screen", run_command, arguments, 1,
-               "id 5 is \"x?[2J\" here");
-    unlink(temporary("odd/vocab.json"));
-    write_text("odd/tokenizer.json", "{\"model\": {\"vocab\": [[\"!\", 0]]}}");
-    expect_end("a vocabulary in a list", run_command, arguments, 1,
-               "tokenizer.json: its vocabulary is not an object");
-    write_bytes("odd/config.json", "\xef\xbb\xbf", 3);
-    expect_end("nothing but a byte order mark", load_one_model, path, 1, "not JSON: it ends");
-    struct Text marked = text_join(&test_arena, text_of("\xef\xbb\xbf"), config);
-    struct Text said;
-    write_bytes("odd/config.json", marked.data, marked.length);
-    expect_count("with a byte order mark", (size_t)run_apart(load_one_model, path, &said), 0);
-}
-
-/* Data: the line is named, with what was expected and found. */
-static void test_broken_data(void) {
-    static const char *const cases[][2] =
-        {{"{\"text\": \"a\"}\n\n{\"text\": \"b\"\n", "data.jsonl:3: not JSON: ',' or '}' was "
-                                                     "expected"},
-         {"{\"text\": 1}\n", "data.jsonl:1: \"text\" must be a string"},
-         {"3\n", "data.jsonl:1: a JSON object"},
-         {"{\"prompt\": \"a\"}\n", "data.jsonl:1: expected \"text\", found \"prompt\""},
-         {"{\"text\": \"a\"}\n{\"other\": \"b\"}\n", "data.jsonl:2: expected \"text\", found no "
-                                                     "field that is known"},
-         {"", "no row with \"text\" was found"},
-         {"\n \n", "no row with \"text\" was found"},
-         {"{\"text\": \"a\"} x", "something stands behind its end"},
-         {"\xef\xbb\xbf{\"text\": \"a\"}\r\n{\"text\": 3}\r\n", "data.jsonl:2: \"text\" must be a "
-                                                                "string"},
-         {"{\"text\": \"a\"}\n{\"text\": \"caf\xe9\"}\n", "data.jsonl:2: not JSON: a string that "
-                                                          "is not UTF-8; save the file as UTF-8 "
-                                                          "(byte 14)"},
-         {"{\"text\": \"a\", \"score\": 1e999}", "a number beyond"}};
-    for (size_t i = 0; i < COUNT(cases); i++)
-        expect_end(cases[i][0], load_one_dataset, write_text("data.jsonl", cases[i][0]), 1,
-                   cases[i][1]);
-    expect_end("label", load_one_label, write_text("data.jsonl", "{\"text\": \"a\", \"label\": 2}"),
-               1, "\"label\" must be 0 or 1");
-    expect_end("score", load_one_comparison,
-               write_text("data.jsonl", "{\"text\": \"a\", \"score\": \"high\"}"), 1,
-               "\"score\" must be a number");
-    const char *negative = "{\"query_ids\": [1, -2], \"response_ids\": [], \"score\": 1}";
-    expect_end("id", load_one_rollout, write_text("data.jsonl", negative), 1,
-               "\"a token id\" must be a whole number");
-    const char *no_list = "{\"query_ids\": 1.5, \"response_ids\": [], \"score\": 1}";
-    expect_end("ids", load_one_rollout, write_text("data.jsonl", no_list), 1,
-               "\"query_ids\" must hold token ids");
-    expect_end("no file", load_one_dataset, "/nowhere/data.jsonl", 1,
-               "/nowhere/data.jsonl: No such file");
-    make_folder(temporary("empty"));
-    expect_end("an empty folder", load_one_dataset, temporary("empty"), 1,
-               "no row with \"text\" was found");
-}
-
-/* Data in another format is refused by the format's name, with the command that converts it. */
-static void test_data_formats(void) {
-    static const char *const cases[][2] = {
-        {"[{\"text\": \"a\"}]\n", "data.jsonl: is a JSON array"},
-        {"\xef\xbb\xbf\n [\n", "is a JSON array"},
-        {"PAR1\x15", "is Parquet"},
-        {"ARROW1", "is an Arrow file"},
-        {"\xff\xff\xff\xff\x10", "is an Arrow stream"},
-        {"\x1f\x8b\x08", "is compressed by gzip"},
-        {"\x28\xb5\x2f\xfd\x04", "is compressed by zstd"},
-        {"BZh91AY", "is compressed by bzip2"},
-        {"\xfd"
-         "7zXZ",
-         "is compressed by xz"},
-        {"PK\x03\x04", "is a zip archive"},
-        {"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"},
-        {"id,text\n1,good\n", "is a table (CSV)"},
-        {"\xef\xbb\xbf\"text\",\"label\"\r\n", "is a table (CSV)"},
-        {"text\ngood\n", "is a table (CSV)"},
-        {"label\ttext\n1\tgood\n", "is a table (TSV)"},
-        {"A good, and fine, film.\n", "data.jsonl:1: not JSON: a value was expected (byte 1); one "
-                                      "object a line"},
-        {"{\n  \"text\": \"a\"\n}\n", "data.jsonl:1: not JSON: a member's name in quotes was "
-                                      "expected (byte 2); the object goes on in the next line"},
-        {"{\"text\": \"a\",\r\n \"label\": 1}\n", "the object goes on in the next line, it must be "
-                                                  "on one; run: jq -c . '"},
-        {"{\"text\":\n \"a\"}\n", "the object goes on in the next line"},
-        {"{\"messages\": [{\"role\": \"user\", \"content\": \"Hi\"}]}\n", "data.jsonl:1: "
-                                                                          "\"messages\" is a chat"},
-        {"{\"text\": [{\"role\": \"user\", \"content\": \"Hi\"}]}\n", "data.jsonl:1: \"text\" is a "
-                                                                      "chat"},
-    };
-    for (size_t i = 0; i < COUNT(cases); i++) {
-        expect_end(cases[i][0], load_one_dataset, write_text("data.jsonl", cases[i][0]), 1,
-                   cases[i][1]);
-    }
-    const char *chat = "{\"prompt\": \"Hi\", \"chosen\": [{\"role\": \"user\"}], \"rejected\": "
-                       "[]}\n";
-    expect_end("a preference", load_one_comparison, write_text("data.jsonl", chat), 1,
-               "data.jsonl:1: \"chosen\" is a chat, a list of messages, a string was expected "
-               "(GPT-2 has no chat template); flatten it: python3 -c ");
-    make_folder(temporary("chats"));
-    write_text("chats/a.jsonl", "{\"messages\": [{\"role\": \"user\", \"content\": \"Hi\"}]}\n");
-    expect_end("a folder of chats", load_one_dataset, temporary("chats"), 1,
-               "chats/a.jsonl:1: \"messages\" is a chat");
-    expect_end("by its name", load_one_dataset, write_text("data.csv", "review;stars\n"), 1,
-               "data.csv: is a table (CSV)");
-}
-
-static void check_vocabulary(const void *tok) {
-    tokenizer_check_folder(tok, "/nowhere", 50257);
-}
-
-/* tokenizer.bin: another magic, llm.c's version 1, cut short anywhere, merges that cannot be. */
-static void test_broken_tokenizer(void) {
-    struct Text file = read_file(&test_arena, tokenizer->path);
-    char *bytes = arena_alloc(&test_arena, file.length, 1);
-    static const struct {
-        size_t at;
-        char byte;
-        const char *message;
-    } edits[] = {{0, 1, "not a tokenizer.bin of version 2"},
-                 {4, 1, "not a tokenizer.bin of version 2"},
-                 {8, 0, "end token"},
-                 {10, 9, "end token"},
-                 {1024, 7, "id 0 is not a single byte of its own"}};
-    for (size_t i = 0; i < COUNT(edits); i++) {
-        memcpy(bytes, file.data, file.length);
-        bytes[edits[i].at] = edits[i].byte;
-        expect_end("tokenizer", load_one_tokenizer,
-                   write_bytes("tokenizer.bin", bytes, file.length), 1, edits[i].message);
-    }
-    for (size_t n = 0; n < file.length; n += file.length / 9)
-        expect_end("cut short", load_one_tokenizer, write_bytes("tokenizer.bin", file.data, n), 1,
-                   "ends inside its");
-    memcpy(bytes, file.data, file.length);
-    /* the last ten ranges, Unicode's spaces */
-    char *spaces = bytes + file.length - 10 * 8;
-    char held[8];
-    memcpy(held, spaces, 8);
-    memcpy(spaces, spaces + 8, 8);
-    memcpy(spaces + 8, held, 8);
-    expect_end("ranges out of order", load_one_tokenizer,
-               write_bytes("tokenizer.bin", bytes, file.length), 1,
-               "a Unicode range from 9 to 13, after one that ends before 33");
-    memcpy(bytes, file.data, file.length);
-    memcpy((char *)memmem(bytes, file.length, "\4ence", 5) + 1, "enca", 4);
-    expect_end("a token that its merge does not make", load_one_tokenizer,
-               write_bytes("tokenizer.bin", bytes, file.length), 1, "is not what merge");
-    struct Tokenizer small = *tokenizer;
-    small.vocab_size = 300;
-    expect_end("fewer ids than the model", check_vocabulary, &small, 1, "has 50257 ids, ");
-    expect_end("last byte missing", load_one_tokenizer,
-               write_bytes("tokenizer.bin", file.data, file.length - 1), 1,
-               "ends inside its Unicode classes");
-}
-
-static void decode_text(const void *text) {
-    const struct Text *ids = text;
-    tokenize_decode(tokenizer, *ids, 300, "ids.txt");
-}
-
-static void die_of(const void *name) {
-    die("%s: is wrong", (const char *)name);
-}
-
-/* A message is one clean line, however long the name or the file that it speaks of; ids behind a
- * NUL are not passed over. */
-static void test_broken_messages(void) {
-    static const struct Text nul = {"\0 1 2", 5};
-    static const struct Text large = {"99999999999999999999", 20};
-    expect_end("a NUL among ids", decode_text, &nul, 1,
-               "ids.txt: number 1 (\"\") is no id from 0 to 299");
-    expect_end("a large id", decode_text, &large, 1, "number 1 (\"999999999999\") is no id");
-    char *name = arena_alloc(&test_arena, 5001, 1);
-    memset(name, 'x', 5000);
-    memcpy(name, "\33[2J\n\xc2\x9b", 7);
-    name[5000] = 0;
-    expect_end("a long name", die_of, name, 1, "xx: is wrong");
-    struct Text said;
-    run_apart(die_of, name, &said);
-    expect_true("its start, its end, nothing that steers",
-                !FORKS
-                    || (said.length == 7 + 1200 + 5 + 1 + strlen(resume_hint)
-                        && strstr(said.data, "align: ?[2J???xx") == said.data));
-    const char *many[600] = {"align", "dpo", "--loss_type"};
-    for (size_t i = 3; i < 590; i++)
-        many[i] = "sigmoid";
-    expect_end("a list without end", run_command, many, 2, "dpo: \"sigmoid\" is no flag");
-    expect_text("names in a log", text_of(log_name("eval_", text_of("a\"b\\c\n"))), "eval_a_b_c_");
-}
-
-/* By hand: what `sh` makes of the word is the word. */
-static void test_shell_word(void) {
-    expect_text("plain", text_of(shell_word(&test_arena, "out/run-1.5,a=b:c@d%e+f_G")),
-                "out/run-1.5,a=b:c@d%e+f_G");
-    expect_text("an apostrophe and a space", text_of(shell_word(&test_arena, "Ana's run")),
-                "'Ana'\\''s run'");
-    expect_text("nothing", text_of(shell_word(&test_arena, "")), "''");
-    expect_text("only apostrophes", text_of(shell_word(&test_arena, "\'\'")),
-                "\'\'\\\'\'"
-                "\'\\\'\'\'");
-    expect_text("what a shell would expand", text_of(shell_word(&test_arena, "~/$x*\n\xc3\xa9")),
-                "'~/$x*\n\xc3\xa9'");
-}
-
-/* What a user may type wrongly: exit 2 for the command line, 1 for what cannot be done, and the
- * nearest flag's name. */
-static void test_cli_errors(void) {
-    const char *model = temporary("cli");
-    const char *rest = tokenizer->path;
-    struct GPT2 *policy = new_model(300, 24, 12, 1, 3);
-    model_save(policy, model, tokenizer);
-    gpt2_free(policy);
-    write_text("long.jsonl", "{\"prompt\": \"a b c d e f g h i j k l m n o p q r s t u v w x y "
-                             "z\"}\n");
-    static const char *const cases[][9] = {
-        {"2", "generate has no flag --promt; the nearest is --prompt", "generate", "--promt", "x"},
-        {"2", "no command \"bench\"; `make bench` measures", "bench"},
-        {"2", "dpo has no flag --betta; the nearest is --beta", "dpo", "--betta=1"},
-        {"2", "\"x\" is no flag", "score", "x"},
-        {"2", "--max_new_tokens -3: a whole number", "generate", "--max_new_tokens", "-3"},
-        {"2", "--top_p much: a number from 0 to 1 was expected", "generate", "--top_p", "much"},
-        {"2", "--top_p nan: a number", "generate", "--top_p=nan"},
-        {"2", "--do_sample maybe: true or false", "generate", "--do_sample=maybe"},
-        {"2", "--seed needs a value", "generate", "--seed"},
-        {"2", "--lr_scheduler_type \"step\" is unknown", "sft", "--lr_scheduler_type", "step"},
-        {"2", "--optim \"adam\" is unknown", "sft", "--optim", "adam"},
-        {"2", "--kl_penalty \"js\" is unknown", "ppo", "--kl_penalty", "js", "--output_dir", "x"},
-        {"2", "--loss_type \"orpo\" is unknown", "dpo", "--loss_type", "sigmoid orpo"},
-        {"2", "for each of --loss_type's names", "dpo", "--loss_type", "sigmoid sft",
-         "--loss_weights", "1"},
-        {"2", "for each of --loss_type's names", "dpo", "--loss_type", "sigmoid", "--loss_weights",
-         "1 2"},
-        {"2", "for each of --loss_type's names", "dpo", "--loss_weights", "nan"},
-        {"2", "--beta 0: a number above 0 was expected", "dpo", "--beta", "0"},
-        {"2", "--beta -1: a number, 0 or more, was expected", "reinforce", "--beta", "-1"},
-        {"1", "--label_smoothing 0.5", "dpo", "--label_smoothing", "0.5"},
-        {"2", "--temperature 0: a number, 1e-6 or more, was expected", "generate", "--temperature",
-         "0"},
-        {"2", "--temperature 1e-30: a number, 1e-6 or more,", "ppo", "--temperature", "1e-30"},
-        {"2", "--learning_rate 1e39: a number, 0 or more, was", "sft", "--learning_rate", "1e39"},
-        {"2", "--adam_beta1 1: a number from 0 to below 1", "sft", "--adam_beta1", "1"},
-        {"2", "--gamma 1.01: a number from 0 to 1 was", "ppo", "--gamma", "1.01"},
-        {"2", "--max_steps 1099511627777: a whole number, 0 to 2^40", "sft", "--max_steps",
-         "1099511627777"},
-        {"2", "--num_train_epochs 1e300: a number above 0, at most 1e9,", "sft",
-         "--num_train_epochs", "1e300"},
-        {"2", "--seed 18446744073709551616: a whole number", "sft", "--seed",
-         "18446744073709551616"},
-        {"2", "--num_train_epochs 1e30: a number above 0, at most 1e9,", "sft",
-         "--num_train_epochs", "1e30"},
-        {"2", "--per_device_train_batch_size 0: a whole number, 1 to 4096", "sft",
-         "--per_device_train_batch_size", "0"},
-        {"2", "--model_name_or_path is needed", "generate", "--prompt", "x", "--tokenizer", "@T"},
-        {"1", "--max_new_tokens 5: 6 tokens make 7776 responses", "exact", "--max_new_tokens", "5"},
-        {"1", "--beta 0: must be above 0", "exact", "--beta", "0"},
-        {"1", "--vocab_size 17: 2 to 16", "exact", "--vocab_size", "17"},
-        {"2", "--prompt, or --dataset_name, is needed", "generate", "--model_name_or_path", "@M",
-         "--tokenizer", "@T"},
-        {"1", "40 tokens, the model's context is 24", "generate", "--model_name_or_path", "@M",
-         "--dataset_name", "@long.jsonl", "--tokenizer", "@T"},
-        {"1", "no tokenizer here", "generate", "--tokenizer", "no tokenizer here",
-         "--model_name_or_path", "@M", "--prompt", "x"},
-        {"2", "--decode reads ids, --jsonl texts", "tokenize", "--jsonl", "--decode"},
-        {"2", "--loss_type \"\" is empty", "dpo", "--loss_type", ""},
-        {"2", "no loss counts", "dpo", "--loss_type", "sigmoid", "--loss_weights", "0"},
-        {"2", "--loss_type \" ,\" is empty", "dpo", "--loss_type= ,"},
-        {"2", "--loss_type \"\" is empty", "reward", "--loss_type", ""},
-        {"2", "--output_dir \"\" is empty", "sft", "--output_dir="},
-        {"2", "--output_dir is needed", "sft", "--model_name_or_path", "nowhere", "--dataset_name",
-         "nowhere"},
-        {"2", "--dataset_name is needed", "dpo", "--model_name_or_path", "nowhere"},
-        {"2", "--reward_model_path is needed", "ppo", "--model_name_or_path", "nowhere",
-         "--dataset_name", "nowhere"},
-        {"2", "--output_dir is needed", "ppo", "--model_name_or_path", "nowhere", "--rollouts",
-         "nowhere"},
-        {"2", "--output_dir is needed", "collect", "--model_name_or_path", "nowhere",
-         "--dataset_name", "nowhere"},
-        {"2", "--dataset_name is needed", "pretrain", "--n_layer", "1"},
-        {"2", "--prompt is needed", "next", "--model_name_or_path", "nowhere"},
-        {"2", "--dataset_name is needed", "eval", "--model_name_or_path", "nowhere"},
-        {"1", "must be a multiple of --mini_batch_size 4294967296 times", "ppo",
-         "--batch_size=4294967296", "--mini_batch_size=4294967296",
-         "--gradient_accumulation_steps=4294967296"},
-        {"2", "was expected; 1.2e-38 to 3.4e+38 can be used", "next", "--repetition_penalty",
-         "1e39"},
-        {"2", "-3.4e+38 to 3.4e+38 can be used", "generate", "--length_penalty", "-1e308"},
-        {"2", "--output_dir needs a value", "sft", "--output_dir", "--quiet"},
-        {"2", "--use_peft perhaps: true or false", "sft", "--use_peft", "perhaps"},
-        {"2", "--no_use_peft takes no value", "sft", "--no_use_peft=true"},
-        {"2", "--l: which of these is meant? --lora_r, --lora_alpha", "dpo", "--l", "1"},
-        {"2", "\"--\" is no flag", "dpo", "--"},
-        {"2", "--bf16 true cannot be had: align computes in float32; leave it out, or give false",
-         "sft", "--bf16"},
-        {"2", "--packing True cannot be had", "sft", "--packing", "True"},
-        {"2", "--eval_strategy epoch cannot be had: an evaluation comes each --eval_steps", "dpo",
-         "--eval_strategy", "epoch"},
-        {"2", "--report_to wandb cannot be had", "sft", "--report_to", "none", "wandb"},
-        {"2", "the nearest is --output_max_length", "ppo", "--max_new_tokens", "5"},
-        {"2", "the nearest is --max_new_tokens", "generate", "--max_length", "5"},
-        {"2", "the nearest is --learning_rate", "sft", "--lr", "1"},
-        {"2", "the nearest is --per_device_train_batch_size", "sft", "--batch-size", "1"},
-        {"2", "the nearest is --init_kl_coef", "ppo", "--kl_coef", "1"},
-        {"2", "the nearest is --max_steps", "ppo", "--steps", "1"}};
-    for (size_t i = 0; i < COUNT(cases); i++) {
-        const char *arguments[12] = {"align"};
-        for (size_t k = 2, n = 1; k < 9 && cases[i][k]; k++, n++) {
-            const char *word = cases[i][k];
-            arguments[n] = strcmp(word, "@M") == 0   ? model
-                           : strcmp(word, "@T") == 0 ? rest
-                           : word[0] == '@'          ? temporary(word + 1)
-                                                     : word;
-        }
-        expect_end(cases[i][1], run_command, arguments, atoi(cases[i][0]), cases[i][1]);
-    }
-    expect_count("kitten, sitting", edit_distance("kitten", "sitting"), 3);
-    expect_count("the same, and from nothing",
-                 edit_distance("beta", "beta") + edit_distance("", "beta"), 4);
-}
-
-/* A command line, taken apart; what was said meanwhile, if `said` is asked for. */
-static struct Options parse_words(const char *const *words, struct Text *said) {
-    const char *arguments[32] = {"align"};
-    int n = 1;
-    for (; words[n - 1]; n++)
-        arguments[n] = words[n - 1];
-    const struct Command *command = find_command(words[0]);
-    struct Options o = default_options(command->name);
-    if (said)
-        capture_begin();
-    parse_arguments(&o, command, n, (char **)arguments);
-    if (said)
-        *said = capture_end();
-    quiet = true;
-    return o;
-}
-
-#define WORDS(...) ((const char *const[]){__VA_ARGS__, NULL})
-
-/* The spellings that transformers' HfArgumentParser takes. */
-static void test_cli_spelling(void) {
-    static const char *const yes[][3] = {{"sft", "--use_peft"},      {"sft", "--use_peft", "True"},
-                                         {"sft", "--use_peft=TRUE"}, {"sft", "--use_peft", "yes"},
-                                         {"sft", "--use_peft", "y"}, {"sft", "--use_peft", "t"},
-                                         {"sft", "--use_peft=1"},    {"sft", "--use-peft"},
-                                         {"sft", "--use_p", "true"}};
-    static const char *const no[][3] = {{"sft", "--no_use_peft"},       {"sft", "--no-use-peft"},
-                                        {"sft", "--use_peft", "False"}, {"sft", "--use_peft=no"},
-                                        {"sft", "--use_peft", "n"},     {"sft", "--use_peft", "f"},
-                                        {"sft", "--use_peft", "0"}};
-    for (size_t i = 0; i < COUNT(yes); i++) {
-        struct Options o =
-            parse_words((const char *const[]){yes[i][0], yes[i][1], yes[i][2], NULL}, NULL);
-        expect_true(yes[i][1], o.use_peft && given(&o, "use_peft"));
-        options_close(&o);
-    }
-    for (size_t i = 0; i < COUNT(no); i++) {
-        struct Options o =
-            parse_words((const char *const[]){no[i][0], no[i][1], no[i][2], NULL}, NULL);
-        expect_true(no[i][1], !o.use_peft && given(&o, "use_peft"));
-        options_close(&o);
-    }
-    struct Options o =
-        parse_words(WORDS("ppo", "--no_adap_kl_ctrl", "--learning-rate", "1e-3", "--max_steps",
-                          "-1", "--optim", "adamw_torch", "--resume_from_checkpoint", "True",
-                          "--mini=4", "--adam-eps=1e-3"),
-                    NULL);
-    expect_true("ppo", !o.ppo.adap_kl_ctrl && o.train.learning_rate == 1e-3
-                           && o.train.max_steps == 0
-                           && strcmp(o.train.resume_from_checkpoint, "true") == 0
-                           && o.ppo.mini_batch_size == 4 && o.train.adam_epsilon == 1e-3);
-    options_close(&o);
-    o = parse_words(WORDS("sft", "--warmup_steps", "0.4", "--resume_from_checkpoint=False"), NULL);
-    expect_true("a share of the steps", o.train.warmup_steps == 0 && o.train.warmup_ratio == 0.4
-                                            && !o.train.resume_from_checkpoint);
-    options_close(&o);
-    o = parse_words(WORDS("sft", "--warmup_ratio", "0.1", "--warmup_steps", "0"), NULL);
-    expect_true("transformers 4", o.train.warmup_steps == 0 && o.train.warmup_ratio == 0.1);
-    options_close(&o);
-    o = parse_words(WORDS("tokenize", "--decode", "1"), NULL);
-    expect_true("a file whose name could be a boolean", o.decode && strcmp(o.file, "1") == 0);
-    options_close(&o);
-    o = parse_words(WORDS("generate", "--prompt", "", "--early_stopping", "never", "-h"), NULL);
-    expect_true("an empty prompt, never, -h",
-                *o.prompt == 0 && o.generation.early_stopping == STOP_NEVER && o.help);
-    options_close(&o);
-    o = parse_words(WORDS("generate", "--prompt", "-- said he", "--do_sample"), NULL);
-    expect_true("a prompt that begins with dashes",
-                strcmp(o.prompt, "-- said he") == 0 && o.generation.do_sample);
-    options_close(&o);
-}
-
-static void expect_note(const char *note, const char *const *words) {
-    struct Text said;
-    struct Options o = parse_words(words, &said);
-    if (*note ? !strstr(said.data, note) || strchr(said.data, '\n') != said.data + said.length - 1
-              : said.length > 0)
-        if (failed())
-            printf("%s: %s ...: \"%s\" was expected, \"%s\" was said\n", test_name, words[1], note,
-                   said.data);
-    options_close(&o);
-}
-
-/* Flags that change nothing are named, in one line a reason; those that do are not. */
-static void test_cli_idle(void) {
-    expect_note("align: note: --bf16, --report_to, --do_eval, --eval_strategy, --logging_dir, "
-                "--overwrite_output_dir, --tf32: no effect in align\n",
-                WORDS("sft", "--bf16", "False", "--report_to", "none", "--do_eval",
-                      "--eval-strategy", "no", "--logging_dir=x", "--overwrite_output_dir",
-                      "--tf32", "1"));
-    expect_note("align: note: --packing, --load_best_model_at_end: no effect in align\n",
-                WORDS("sft", "--no_packing", "--no-load_best-model-at-end"));
-    expect_note("--lora_r, --lora_alpha, --use_rslora: no effect: all weights are trained",
-                WORDS("dpo", "--lora_r", "4", "--lora-alpha", "8", "--use_rs"));
-    expect_note("--lora_r: no effect: --peft_adapter has its own",
-                WORDS("sft", "--lora_r", "4", "--peft_adapter", "x"));
-    expect_note("", WORDS("sft", "--lora_r", "4", "--use_peft"));
-    expect_note("--num_train_epochs: no effect: --max_steps",
-                WORDS("sft", "--num_train_epochs", "2", "--max_steps", "3"));
-    expect_note("", WORDS("sft", "--num_train_epochs", "2", "--max_steps", "-1"));
-    expect_note("--eval_steps: no effect", WORDS("sft", "--eval_steps", "2"));
-    expect_note("--adam_beta1, --adam_epsilon: no effect",
-                WORDS("sft", "--adam_beta1", "0.8", "--optim", "sgd", "--adam_epsilon", "1"));
-    expect_note("--warmup_steps: no effect",
-                WORDS("sft", "--warmup_steps", "5", "--lr_scheduler_type", "constant"));
-    expect_note("--warmup_ratio: no effect: --lr_scheduler_type",
-                WORDS("ppo", "--warmup_ratio", "0.1"));
-    expect_note("--warmup_ratio: no effect: --warmup_steps",
-                WORDS("sft", "--warmup_ratio", "0.1", "--warmup_steps", "5"));
-    expect_note("--save_total_limit: no effect",
-                WORDS("sft", "--save_steps", "0", "--save_total_limit", "2"));
-    expect_note("--n_layer, --vocab_size: no effect",
-                WORDS("pretrain", "--n_layer", "2", "--vocab_size", "300", "--model_name_or_path",
-                      "x"));
-    expect_note("--center_rewards_coefficient: no effect",
-                WORDS("reward", "--center_rewards_coefficient", "1", "--loss_type", "bce"));
-    expect_note("--label_smoothing: no effect",
-                WORDS("dpo", "--label_smoothing", "0.1", "--loss_type", "hinge", "sft"));
-    expect_note("", WORDS("dpo", "--label_smoothing", "0.1", "--loss_type", "hinge", "robust"));
-    expect_note("--gradient_accumulation_steps: no effect",
-                WORDS("reinforce", "--gradient_accumulation_steps", "2"));
-    expect_note("--horizon, --target: no effect",
-                WORDS("ppo", "--adap_kl_ctrl", "false", "--target", "2", "--horizon", "3"));
-    expect_note("--target_kl: no effect", WORDS("ppo", "--target_kl", "2"));
-    expect_note("", WORDS("ppo", "--target_kl", "2", "--early_stopping", "--target", "3"));
-    expect_note("--use_score_norm: no effect", WORDS("ppo", "--use_score_norm"));
-    expect_note("--reward_model_path, --dataset_name, --top_k, --output_max_length: no effect",
-                WORDS("ppo", "--rollouts", "x", "--reward_model_path", "y", "--dataset_name", "z",
-                      "--top_k", "4", "--output_max", "9", "--temperature", "2"));
-    expect_note("--temperature, --top_k, --seed: no effect",
-                WORDS("generate", "--temperature", "2", "--top_k", "4", "--seed", "1"));
-    expect_note("", WORDS("generate", "--temperature", "2", "--top_k", "4", "--do_sample"));
-    expect_note("--length_penalty, --early_stopping: no effect",
-                WORDS("generate", "--length_penalty", "2", "--early_stopping", "true"));
-    expect_note("", WORDS("generate", "--length_penalty", "2", "--num_beams", "2"));
-    expect_note("--min_new_tokens: no effect", WORDS("generate", "--min_new_tokens", "21"));
-    expect_note("--dataset_name: no effect: --prompt",
-                WORDS("generate", "--prompt", "a", "--dataset_name", "x"));
-    expect_note("--max_length: no effect",
-                WORDS("eval", "--max_length", "9", "--reward_model_path", "x"));
-    expect_note("--ref_model, --max_samples, --top_p: no effect",
-                WORDS("eval", "--ref_model", "x", "--top_p", "0.5", "--max_samples", "3"));
-}
-
-static struct Text answered(int argc, const char *a, const char *b) {
-    capture_begin();
-    bool answer = answer_about(argc, (char *[]){"align", (char *)a, (char *)b, NULL});
-    struct Text said = capture_end();
-    return answer ? said : text_of("");
-}
-
-/* What main answers itself. */
-static void test_cli_about(void) {
-    struct Text version = answered(2, "--version", NULL);
-    expect_true("--version", strstr(version.data, "align ") == version.data
-                                 && strstr(version.data, "\nkernel: ")
-                                 && strstr(version.data, "\nthreads: "));
-    expect_text("-h", answered(2, "-h", NULL), answered(2, "--help", NULL).data);
-    expect_text("help", answered(2, "help", NULL), answered(1, NULL, NULL).data);
-    expect_true("help dpo", strstr(answered(3, "help", "dpo").data, "align dpo -- ") != NULL);
-    expect_text("a command is something else", answered(2, "dpo", NULL), "");
-}
-
-/* Each --help names the command's own defaults, and fits 100 columns. */
-static void test_cli_help(void) {
-    for (size_t i = 0; i < COUNT(COMMANDS); i++) {
-        capture_begin();
-        print_help(&COMMANDS[i]);
-        struct Text help = capture_end();
-        for (const char *line = help.data; *line; line += strcspn(line, "\n") + 1)
-            expect_true("100 columns", strcspn(line, "\n") <= 100);
-        expect_true("--quiet", strstr(help.data, "\n  --quiet                        [false] true "
-                                                 "or false: ")
-                                   != NULL);
-        if (COMMANDS[i].run == command_dpo)
-            expect_true("dpo's learning rate, and its range", strstr(help.data, "--learning_rate   "
-                                                                                "             "
-                                                                                "[1e-06] a number, "
-                                                                                "0 or more: ")
-                                                                  != NULL);
-        if (COMMANDS[i].run == command_sft)
-            expect_true("sft's learning rate",
-                        strstr(help.data, "--learning_rate                [2e-05] ") != NULL);
-        if (COMMANDS[i].run == command_generate)
-            expect_true("generate's top_k", strstr(help.data, "--top_k                        [50] "
-                                                              "a whole number, 0 to 2^40: ")
-                                                != NULL);
-    }
-}
-
-/* The next line of a text, as JSON; NULL at its end. */
-static struct Json *next_line(struct Text *file) {
-    const char *error;
-    const char *stop = memchr(file->data, '\n', file->length);
-    size_t where;
-    size_t length = stop ? (size_t)(stop - file->data) : file->length;
-    struct Json *json =
-        length ? json_parse(&test_arena, (struct Text){file->data, length}, &error, &where) : NULL;
-    *file =
-        (struct Text){file->data + length + (stop != NULL), file->length - length - (stop != NULL)};
-    return json;
-}
-
-/* Runs a command of this program here, on a model and data in the temporary folder; returns what
- * it printed. */
-static struct Text command_output(const char *const *words) {
-    const char *arguments[32] = {"align"};
-    size_t n = 1;
-    for (size_t i = 0; words[i]; i++)
-        arguments[n++] = words[i][0] == '@' ? temporary(words[i] + 1) : words[i];
-    arguments[n++] = "--tokenizer";
-    arguments[n] = tokenizer->path;
-    capture_begin();
-    run_command(arguments);
-    return capture_end();
 }
 
 /* By hand: a scaled reward, and one of a response that ended too soon. */
@@ -7574,6 +5218,142 @@ static void test_scorer_scale(void) {
     expect_close("long enough", scorer_scale(&scorer, &ended, &policy, 3.5f), 3, 0);
 }
 
+/* =============================================================================================
+ * Chapter 18 - DPO, collected preferences
+ *
+ * DPO's loss through a model, and pairs from files as TRL prepares them. What an answer is, and
+ * when two are the same.
+ * ============================================================================================= */
+
+/* Central differences through the model, all losses mixed; pairs of different lengths, with a
+ * temperature. */
+static void test_dpo_model_gradient(void) {
+    struct GPT2 *model = random_model(37, 12, 8, 2, 2);
+    struct GPT2 *ref_model = owned(gpt2_copy(model));
+    for (size_t i = 0; i < ref_model->wte.n; i++)
+        ref_model->wte.w[i] *= 0.9f;
+    struct Example pairs[8];
+    for (size_t i = 0; i < 8; i++)
+        pairs[i] = random_example(4 + i, 2 + i / 4, 37);
+    struct DPOConfig config = {
+        .beta = 0.2,
+        .label_smoothing = 0.1,
+        .weight = {1, 0.05, 0.5, 0.7, 0.3},
+    };
+    struct Trainer trainer = trainer_of(model, 0, 1, 4);
+    dpo_task(&trainer, &test_arena, ref_model, config, 0.8, pairs, 4);
+    expect_task_gradient(&trainer, 0.005);
+    trainer_free(&trainer);
+}
+
+/* Pairs from a file as TRL prepares them: a split for both sides, cut to max_length, a prompt
+ * too long dropped with a note. */
+static void test_dpo_pairs(void) {
+    struct GPT2 *model = new_model(1024, 32, 8, 1, 2);
+    struct Trainer trainer = trainer_of(model, 0, 1, 4);
+    trainer.args.max_length = 6;
+    struct Dataset *data = dataset_of("{'prompt': 'a b', 'chosen': ' c', 'rejected': ' d e f g h "
+                                      "i'}\n{'chosen': 'a b c', 'rejected': 'a b d'}\n{'prompt': "
+                                      "'a b c d e f g', 'chosen': ' x', 'rejected': ' y'}\n"
+                                      "{'prompt': 'a the', 'chosen': 're', 'rejected': ' x'}\n",
+                                      DPO_SHAPES, 1);
+    struct Example pairs[8];
+    capture_begin();
+    struct DPOConfig config = {.beta = 0.1, .weight = {[DPO_SIGMOID] = 1}};
+    size_t n = dpo_pairs(&trainer, &test_arena, data, &config, pairs);
+    struct Text said = capture_end();
+    expect_holds("a note", said, "1 of 4 pairs dropped");
+    expect_count("pairs", n, 3);
+    expect_true("prompt a b", pairs[0].prompt_length == 2 && pairs[0].n == 4
+                                  && pairs[0].ids[3] == 1023 && pairs[1].n == 6
+                                  && pairs[1].prompt_length == 2);
+    expect_true("implied prompt a b",
+                pairs[2].prompt_length == 2 && pairs[2].n == 4 && pairs[3].n == 4);
+    expect_true("the shorter common prefix for both",
+                pairs[4].prompt_length == 1 && pairs[5].prompt_length == 1);
+    expect_holds("a note on the cut", said,
+                 "1 of 4 pairs were cut to their first 6 tokens (--max_length)");
+}
+
+/* Pairs whose sides are the same, from the start or since the cut, teach nothing: left out and
+ * counted. The sft loss learns from them: with it they stay. */
+static void test_dpo_equal_pairs(void) {
+    struct GPT2 *model = new_model(1024, 32, 8, 1, 2);
+    struct Trainer trainer = trainer_of(model, 0, 1, 4);
+    struct DPOConfig config = {.beta = 0.1, .weight = {[DPO_SIGMOID] = 1}};
+    trainer.args.max_length = 4;
+    struct Dataset *data =
+        dataset_of("{'prompt': 'a', 'chosen': ' b', 'rejected': ' b'}\n"
+                   "{'prompt': 'a', 'chosen': ' b c d e', 'rejected': ' b c d f'}\n"
+                   "{'prompt': 'a', 'chosen': ' b c d e', 'rejected': ' b c d e'}\n"
+                   "{'prompt': 'a', 'chosen': ' b', 'rejected': ' b c'}\n",
+                   DPO_SHAPES, 1);
+    struct Example pairs[8];
+    capture_begin();
+    size_t n = dpo_pairs(&trainer, &test_arena, data, &config, pairs);
+    struct Text said = capture_end();
+    expect_count("what is left", n, 1);
+    expect_count("the last pair", pairs[1].n, 4);
+    expect_holds("cut", said, "2 of 4 pairs were cut to their first 4 tokens (--max_length)");
+    expect_holds("equal", said, "2 of 4 pairs are left out: chosen and rejected are the same\n");
+    expect_holds("since the cut", said,
+                 "1 of 4 pairs are left out: chosen and rejected are the same up to the cut at 4 "
+                 "tokens (--max_length)\n");
+    config.weight[DPO_SFT] = 0.2;
+    capture_begin();
+    expect_count("with the sft loss", dpo_pairs(&trainer, &test_arena, data, &config, pairs), 4);
+    capture_end();
+}
+
+/* Training moves the margins of eight pairs apart; the loss starts at ln 2; the reference's
+ * cache is filled once. */
+static void test_dpo_overfit(void) {
+    struct GPT2 *model = new_model(64, 16, 32, 1, 2);
+    struct GPT2 *ref_model = owned(gpt2_copy(model));
+    struct Example *pairs = random_examples(16, 10, 3, 64);
+    for (size_t i = 0; i < 16; i += 2)
+        memcpy(pairs[i + 1].ids, pairs[i].ids, 3 * sizeof(int));
+    struct DPOConfig config = {.beta = 0.1, .weight = {[DPO_SIGMOID] = 1}};
+    struct Trainer trainer = trainer_of(model, 5e-3, 20, 4);
+    struct DPOTask *task = dpo_task(&trainer, &test_arena, ref_model, config, 1, pairs, 8);
+    trainer_train(&trainer);
+    expect_close("loss at first", logged(&trainer, 0, "loss"), log(2), 1e-6);
+    expect_close("margin at first", logged(&trainer, 0, "rewards/margins"), 0, 1e-6);
+    expect_true("margin at last above 1", logged(&trainer, 19, "rewards/margins") > 1);
+    expect_close("every pair ordered", logged(&trainer, 19, "rewards/accuracies"), 1, 0);
+    for (size_t i = 0; i < 16; i++)
+        expect_close("the reference's log-probability: 7 tokens of 64", task->ref_logps[0][i],
+                     -7 * log(64), 1);
+    trainer_free(&trainer);
+}
+
+/* Wherever a text gets an end token it is the one of the model's configuration, here "." (13). */
+static void test_data_end_token(void) {
+    struct GPT2 *model = new_model(1024, 32, 8, 1, 2);
+    struct Trainer trainer = trainer_of(model, 0, 1, 4);
+    model->config.eos_token_id = 13;
+    trainer.args.max_length = 32;
+    const char *more = "{'prompt': 'a', 'completion': ' b'}\n{'prompt': 'a.', 'completion': ''}\n"
+                       "{'prompt': 'a', 'completion': ' b.'}\n";
+    struct Dataset *data = dataset_of(more, SFT_SHAPES, COUNT(SFT_SHAPES));
+    struct Example *e = sft_task(&trainer, &test_arena, data, NULL)->examples[TO_LEARN];
+    expect_ids("sft, prompt and completion", e->ids, e->n, (int[]){64, 275, 13}, 3);
+    expect_ids("a prompt that ends in it", e[1].ids, e[1].n, (int[]){64, 13, 13}, 3);
+    expect_ids("a completion that ends in it", e[2].ids, e[2].n, (int[]){64, 275, 13}, 3);
+    data = dataset_of("{'text': 'a b'}\n", SFT_SHAPES, COUNT(SFT_SHAPES));
+    e = sft_task(&trainer, &test_arena, data, NULL)->examples[TO_LEARN];
+    expect_ids("sft, text", e->ids, e->n, (int[]){64, 275, 13}, 3);
+    const char *pair = "{'prompt': 'a', 'chosen': ' b', 'rejected': ' c'}\n";
+    data = dataset_of(pair, REWARD_SHAPES, COUNT(REWARD_SHAPES));
+    struct DPOConfig config = {.beta = 0.1, .weight = {[DPO_SIGMOID] = 1}};
+    struct Example pairs[2];
+    dpo_pairs(&trainer, &test_arena, data, &config, pairs);
+    expect_ids("dpo, chosen", pairs[0].ids, pairs[0].n, (int[]){64, 275, 13}, 3);
+    expect_ids("dpo, rejected", pairs[1].ids, pairs[1].n, (int[]){64, 269, 13}, 3);
+    struct RewardTask *task = reward_task(&trainer, &test_arena, data, NULL);
+    expect_ids("reward", task->texts[0][1].ids, task->texts[0][1].n, (int[]){64, 269, 13}, 3);
+}
+
 /* An answer ends in its policy's end token, here "." (13). What is scored, counted and shown is the
  * text before it, a "." of the prompt included. The reward model's own end token does not matter.
  */
@@ -7582,9 +5362,11 @@ static void test_answer_end(void) {
         int ids[3];
         size_t n, length;
         const char *answer, *text;
-    } cases[] = {{{64, 275, 13}, 3, 1, " b", "a b"},
-                 {{64, 275, 399}, 3, 2, " b N", "a b N"},
-                 {{13, 13, 0}, 2, 0, "", "."}};
+    } cases[] = {
+        {{64, 275, 13}, 3, 1, " b", "a b"},
+        {{64, 275, 399}, 3, 2, " b N", "a b N"},
+        {{13, 13, 0}, 2, 0, "", "."},
+    };
     struct GPT2 *reward_model = random_model(400, 16, 8, 1, 2);
     tensor_normal(reward_head_declare(reward_model), &test_rng, 1);
     struct Scorer scorer = {.reward_model = reward_model, .tok = tokenizer, .std = 1};
@@ -7606,210 +5388,6 @@ static void test_answer_end(void) {
         expect_count("tokens", answer_length(&e, &policy), cases[i].length);
         expect_text("answer", answer_text(tokenizer, &test_arena, &e, &policy), cases[i].answer);
     }
-    gpt2_free(reward_model);
-}
-
-/* collect, judged by a reward model and from a keyboard that says 1, an unknown word, 2, skip,
- * stop; a second run goes on behind what is there. Then reinforce, and eval of each kind. */
-static void test_cli_collect(void) {
-    write_text("p.jsonl", "{\"prompt\": \"A film\"}\n{\"prompt\": \"It\"}\n{\"prompt\": "
-                          "\"So\"}\n{\"prompt\": \"We\"}\n");
-    write_text("rated.jsonl", "{\"text\": \"good\", \"score\": 2}\n{\"text\": \"bad\", \"score\": "
-                              "0}\n{\"text\": \"dull\", \"score\": -1}\n");
-    write_text("texts.jsonl", "{\"text\": \"A good film, and a fine one.\"}\n{\"text\": \"A bad "
-                              "film. It is dull and long.\"}\n");
-    write_text("keys.txt", "1\nwhat?\n 2\nS\nq\n");
-    command_output((const char *const[]){"pretrain",
-                                         "--dataset_name",
-                                         "@texts.jsonl",
-                                         "--output_dir",
-                                         "@c_lm",
-                                         "--vocab_size",
-                                         "400",
-                                         "--n_layer",
-                                         "1",
-                                         "--n_head",
-                                         "2",
-                                         "--n_embd",
-                                         "8",
-                                         "--n_positions",
-                                         "32",
-                                         "--max_length",
-                                         "16",
-                                         "--max_steps",
-                                         "60",
-                                         "--learning_rate",
-                                         "0.03",
-                                         NULL});
-    command_output((const char *const[]){"reward", "--model_name_or_path", "@c_lm",
-                                         "--dataset_name", "@rated.jsonl", "--output_dir", "@c_rm",
-                                         "--max_steps", "3", "--learning_rate", "0.01", NULL});
-    command_output((const char *const[]){"collect", "--model_name_or_path", "@c_lm",
-                                         "--reward_model_path", "@c_rm", "--dataset_name",
-                                         "@p.jsonl", "--num_generations", "3", "--max_samples", "3",
-                                         "--output_dir", "@c_pairs", NULL});
-    struct Dataset *data =
-        dataset_load(&test_arena, temporary("c_pairs/preferences.jsonl"), DPO_SHAPES, 1);
-    expect_count("a pair a prompt", data->n, 3);
-    struct GPT2 *rm = gpt2_load(temporary("c_rm"));
-    for (size_t i = 0; i < data->n; i++) {
-        float reward[2];
-        struct Example texts[2];
-        for (int side = 0; side < 2; side++)
-            texts[side] =
-                example_encode(&test_arena, tokenizer,
-                               text_join(&test_arena, data->rows[i].prompt,
-                                         side ? data->rows[i].rejected : data->rows[i].chosen),
-                               400, NULL);
-        texts[0].n = MIN(texts[0].n, (size_t)32);
-        texts[1].n = MIN(texts[1].n, (size_t)32);
-        reward_score(rm, texts, 2, reward);
-        expect_true("the chosen one has the higher reward", reward[0] > reward[1]);
-    }
-    int keyboard = dup(STDIN_FILENO);
-    CHECK(freopen(temporary("keys.txt"), "r", stdin), "keys.txt");
-    command_output((const char *const[]){"collect", "--model_name_or_path", "@c_lm",
-                                         "--dataset_name", "@p.jsonl", "--output_dir", "@c_mine",
-                                         NULL});
-    data = dataset_load(&test_arena, temporary("c_mine/preferences.jsonl"), DPO_SHAPES, 1);
-    expect_count("two judgements", data->n, 2);
-    struct GPT2 *lm = gpt2_load(temporary("c_lm"));
-    struct GenerationConfig generation = default_options("collect").generation;
-    generation.do_sample = true;
-    struct Example prompt = example_encode(&test_arena, tokenizer, text_of("A film"), 400, NULL);
-    prompt.prompt_length = prompt.n;
-    struct Rng rng = rng_seed(42, STREAM_SAMPLE);
-    struct Example *answers = sample_answers(lm, &test_arena, &prompt, 1, 2, &generation, &rng);
-    expect_true("key 1 rejects the answer shown second",
-                text_equal(data->rows[0].rejected,
-                           answer_text(tokenizer, &test_arena, &answers[1], &lm->config)));
-    gpt2_free(lm);
-    struct Text first = text_copy(&test_arena, data->rows[0].chosen);
-    struct Text second = text_copy(&test_arena, data->rows[1].chosen);
-    struct Text lost = text_copy(&test_arena, data->rows[1].rejected);
-    rewind(stdin);
-    command_output((const char *const[]){"collect", "--model_name_or_path", "@c_lm",
-                                         "--dataset_name", "@p.jsonl", "--output_dir", "@c_mine",
-                                         NULL});
-    data = dataset_load(&test_arena, temporary("c_mine/preferences.jsonl"), DPO_SHAPES, 1);
-    expect_true("what was there stays", data->n == 3 && text_equal(data->rows[0].chosen, first)
-                                            && text_equal(data->rows[1].chosen, second));
-    expect_text("the third was skipped, the fourth is next", data->rows[2].prompt, "We");
-    write_text("keys.txt", "2\n1\nq\n");
-    CHECK(freopen(temporary("keys.txt"), "r", stdin), "keys.txt");
-    command_output((const char *const[]){"collect", "--model_name_or_path", "@c_lm",
-                                         "--dataset_name", "@p.jsonl", "--output_dir", "@c_other",
-                                         NULL});
-    data = dataset_load(&test_arena, temporary("c_other/preferences.jsonl"), DPO_SHAPES, 1);
-    expect_true("the other way round", text_equal(data->rows[0].rejected, first)
-                                           && text_equal(data->rows[1].rejected, second)
-                                           && text_equal(data->rows[1].chosen, lost));
-    dup2(keyboard, STDIN_FILENO);
-    clearerr(stdin);
-    command_output((const char *const[]){"reinforce", "--model_name_or_path", "@c_lm",
-                                         "--reward_model_path", "@c_rm", "--dataset_name",
-                                         "@p.jsonl", "--batch_size", "6", "--num_generations", "3",
-                                         "--max_steps", "2", "--use_peft", "--output_dir", "@c_re",
-                                         NULL});
-    struct Json *entries =
-        json_get(json_read_file(&test_arena, temporary("c_re/trainer_state.json")), "log_history");
-    expect_true("the variances are logged",
-                json_count(entries) == 2 && json_get(entries->child, "gradient_variance/rloo")
-                    && json_get(entries->child, "gradient_variance/none"));
-    expect_true("an adapter", is_adapter(temporary("c_re")));
-    struct Text out = command_output((const char *const[]){"eval", "--model_name_or_path", "@c_lm",
-                                                           "--dataset_name", "@texts.jsonl", NULL});
-    struct Text lines =
-        command_output((const char *const[]){"logprob", "--model_name_or_path", "@c_lm",
-                                             "--dataset_name", "@texts.jsonl", NULL});
-    const char *error;
-    struct Json *eval = parse(out.data, &error);
-    struct Json *line = next_line(&lines);
-    expect_close("perplexity", json_get(eval, "perplexity")->number,
-                 exp(json_get(eval, "eval_loss")->number), 1e-4);
-    double logprob = 0; /* logprob adds no end token, the loss does */
-    for (; line; line = next_line(&lines))
-        logprob += json_get(line, "logprob")->number;
-    expect_true("the texts' tokens and their end tokens",
-                json_get(eval, "eval_loss")->number * json_get(eval, "tokens")->number >= -logprob);
-    eval = parse(command_output((const char *const[]){"eval", "--model_name_or_path", "@c_rm",
-                                                      "--dataset_name",
-                                                      "@c_pairs/preferences.jsonl", NULL})
-                     .data,
-                 &error);
-    expect_true("reward model: loss and accuracy",
-                json_get(eval, "eval_accuracy") && json_get(eval, "eval_loss"));
-    eval = parse(command_output((const char *const[]){"eval", "--model_name_or_path", "@c_lm",
-                                                      "--ref_model", "@c_lm", "--reward_model_path",
-                                                      "@c_rm", "--dataset_name", "@p.jsonl", NULL})
-                     .data,
-                 &error);
-    expect_close("KL of a policy to itself", json_get(eval, "kl")->number, 0, 1e-9);
-    expect_close("samples", json_get(eval, "samples")->number, 4, 0);
-    gpt2_free(rm);
-}
-
-/* `collect` on the first `most` of p.jsonl's prompts, on keys or judged by c_rm, into a folder;
- * the pairs there afterwards. */
-static struct Text collected(const char *to, const char *most, const char *keys) {
-    const char *judge = keys ? "--quiet" : "--reward_model_path";
-    if (keys) {
-        write_text("keys.txt", keys);
-        CHECK(freopen(temporary("keys.txt"), "r", stdin), "keys.txt");
-    }
-    command_output((const char *const[]){"collect", "--model_name_or_path", "@c_lm",
-                                         "--dataset_name", "@p.jsonl", "--max_new_tokens", "4",
-                                         "--num_generations", "4", "--max_samples", most,
-                                         "--output_dir", to, judge, keys ? NULL : "@c_rm", NULL});
-    return read_file(&test_arena,
-                     arena_printf(&test_arena, "%s/preferences.jsonl", temporary(to + 1)));
-}
-
-/* A run that was stopped and begun again, wherever, gives the pairs of one run: prompts that
- * stand in the data set more than once, prompts without a pair, a kill between the two files. */
-static void test_collect_resume(void) {
-    enum { PROMPTS = 150 };
-    FILE *file = fopen(temporary("p.jsonl"), "wb");
-    for (int i = 0; i < PROMPTS; i++)
-        fprintf(file, "{\"prompt\": \"%s film\"}\n",
-                i % 7   ? i % 3 ? "A" : "The"
-                : i % 2 ? "My"
-                        : "Our old");
-    fclose(file);
-    write_text("rated.jsonl", "{\"text\": \"good\", \"score\": 2}\n{\"text\": \"bad\", \"score\": "
-                              "0}\n");
-    write_text("texts.jsonl", "{\"text\": \"A good film, and a fine one. The bad one is dull and "
-                              "long.\"}\n");
-    command_output((const char *const[]){"pretrain", "--dataset_name", "@texts.jsonl",
-                                         "--output_dir", "@c_lm", "--vocab_size", "270",
-                                         "--n_layer", "1", "--n_head", "2", "--n_embd", "8",
-                                         "--n_positions", "32", "--max_steps", "2", NULL});
-    command_output((const char *const[]){"reward", "--model_name_or_path", "@c_lm",
-                                         "--dataset_name", "@rated.jsonl", "--output_dir", "@c_rm",
-                                         "--max_steps", "3", "--learning_rate", "0.01", NULL});
-    struct Text whole = collected("@c_whole", "150", NULL);
-    expect_true("there are pairs", whole.length > 5000);
-    collected("@c_parts", "64", NULL);
-    struct Text judged = read_file(&test_arena, temporary("c_parts/judged.json"));
-    collected("@c_parts", "128", NULL);
-    write_text("c_parts/judged.json", judged.data); /* killed before it could write this file */
-    expect_true("what a killed run wrote is not written again",
-                text_equal(collected("@c_parts", "150", NULL), whole));
-    expect_true("all is judged", text_equal(collected("@c_parts", "150", NULL), whole));
-    remove(temporary("c_parts/judged.json"));
-    struct Text old = collected("@c_parts", "150", NULL);
-    expect_true("as an older version left it: what is there stays",
-                old.length >= whole.length && memcmp(old.data, whole.data, whole.length) == 0);
-    int keyboard = dup(STDIN_FILENO);
-    whole = collected("@c_keys", "4", "1\n2\ns\ns\n2\n1\n1\n1\n");
-    collected("@c_half", "4", "1\n2\nq\n");
-    collected("@c_half", "4", "s\ns\n2\nq\n"); /* in the midst of a prompt */
-    expect_true("at the keyboard too", text_equal(collected("@c_half", "4", "1\n1\n1\n"), whole));
-    collected("@c_skip", "2", "s\ns\nq\n");
-    struct Text second = collected("@c_skip", "2", "1\n2\n");
-    expect_true("skipped is judged", second.length > 0 && !strstr(second.data, "Our old film"));
-    dup2(keyboard, STDIN_FILENO);
-    clearerr(stdin);
 }
 
 /* Two answers that read the same are no pair, though one has an end token and another score. */
@@ -7849,43 +5427,14 @@ static void test_collect_identical(void) {
     };
     expect_count("pairs of equal answers",
                  collect_preferences(&source, &test_arena, prompts, 20, &rng, pairs), 0);
-    gpt2_free(policy);
-    gpt2_free(judge);
 }
 
-/* By hand; and for any policy J + beta KL(pi || pi*) is beta log Z. */
-static void test_exact_optimum(void) {
-    double half[] = {log(0.5), log(0.5)};
-    double r[] = {0, 0.7 * log(3)};
-    double optimum[2], wide[5];
-    double far[] = {0, 900, -900, 3, 1};
-    double uneven[5], other[5];
-    expect_close("log Z = log 2", exact_optimum(half, r, 2, 0.7, optimum), log(2), 1e-12);
-    expect_close("pi* of the first", exp(optimum[0]), 0.25, 1e-12);
-    expect_close("and of the second", exp(optimum[1]), 0.75, 1e-12);
-    for (int i = 0; i < 5; i++)
-        uneven[i] = log((i + 1) / 15.0), other[i] = log((5 - i) / 15.0);
-    expect_close("rewards that e^ cannot hold", exact_optimum(uneven, far, 5, 0.5, wide),
-                 1800 + log(2 / 15.0), 1e-9);
-    struct ExactWorld w = {
-        .n = 5,
-        .r = (double[]){0.3, -1, 2, 0.5, 0},
-        .beta = 0.4,
-        .logps = {uneven, wide},
-    };
-    w.log_Z = exact_optimum(uneven, w.r, 5, 0.4, wide);
-    double *policies[] = {uneven, other, wide};
-    double sum = 0;
-    for (int k = 0; k < 3; k++) {
-        struct ExactFigures f = exact_figures(&w, policies[k]);
-        expect_close("J + beta KL(pi || pi*) = beta log Z", f.objective + 0.4 * f.kl_to_optimum,
-                     0.4 * w.log_Z, 1e-12);
-        expect_true("zero for pi* alone", (f.kl_to_optimum > 1e-3) == (k < 2));
-    }
-    for (int i = 0; i < 5; i++)
-        sum += exp(wide[i]);
-    expect_close("a distribution", sum, 1, 1e-12);
-}
+/* =============================================================================================
+ * Chapter 19 - Exact
+ *
+ * A world small enough to enumerate: its figures by hand, and three methods that come near the
+ * optimum.
+ * ============================================================================================= */
 
 /* By hand: two answers, and a policy that prefers the better one. */
 static void test_exact_figures(void) {
@@ -7905,15 +5454,20 @@ static void test_exact_figures(void) {
     expect_close("J", f.objective, 1.4346, 1e-4);
 }
 
-/* By hand, no slope at pi*, and elsewhere the slopes of central differences. */
+/* By hand. */
 static void test_exact_dpo_loss(void) {
     double ref[] = {log(0.5), log(0.5)};
     double r[] = {0, log(3)};
-    double d[4], optimum[4], uneven[4];
-    double r4[] = {1, -0.5, 0.2, 2};
+    double d[2];
     expect_close("pi = pi_ref: ln 2", exact_dpo_loss(ref, ref, r, 2, 0.8, d), log(2), 1e-12);
     expect_close("slope of the better one: -beta / 8", d[1], -0.1, 1e-12);
     expect_close("and of the other", d[0], 0.1, 1e-12);
+}
+
+/* No slope at pi*, and elsewhere the slopes of central differences. */
+static void test_exact_dpo_loss_slopes(void) {
+    double d[4], optimum[4], uneven[4];
+    double r4[] = {1, -0.5, 0.2, 2};
     for (int i = 0; i < 4; i++)
         uneven[i] = log((i + 1) / 10.0);
     exact_optimum(uneven, r4, 4, 0.5, optimum);
@@ -7971,7 +5525,6 @@ static void test_exact_dpo_gradient(void) {
         expect_gradient(t->name, (struct Slope){exact_model_loss, w, 0.003}, t->w, t->d, t->n, 6,
                         4e-3);
     }
-    gpt2_free(w->ref_model);
 }
 
 /* A toy of 9 responses: all three methods come near the optimum. */
@@ -7979,13 +5532,8 @@ static void test_exact_run(void) {
     /* whole trainings: minutes where an instruction costs a hundred */
     if (thin && !SANITIZED)
         return;
-    const char *error;
-    struct Json *json =
-        parse(command_output((const char *const[]){"exact", "--vocab_size", "3", "--max_new_tokens",
-                                                   "2", "--n_embd", "16", "--n_layer", "1",
-                                                   "--json", NULL})
-                  .data,
-              &error);
+    struct Json *json = json_output("exact --vocab_size 3 --max_new_tokens 2 --n_embd 16 --n_layer "
+                                    "1 --json");
     expect_close("beta", json_get(json, "beta")->number, 1, 0);
     expect_close("DPO", json_get(json_get(json, "dpo"), "kl_to_optimum")->number, 0, 1e-3);
     static const char *const methods[] = {"dpo", "ppo", "reinforce"};
@@ -7998,110 +5546,2511 @@ static void test_exact_run(void) {
     }
 }
 
+/* =============================================================================================
+ * Chapter 20 - The whole course
+ *
+ * What the course measures at its end.
+ * ============================================================================================= */
+
+/* Word pairs and pair accuracy by hand. */
+static void test_evaluation(void) {
+    struct Text same[] = {{"the film. The FILM.", 19}};
+    struct Text none[] = {{"", 0}, {"one", 3}};
+    expect_close("the-film film-. .-the the-film film-.", distinct_2(same, 1), 3.0 / 5, 1e-12);
+    expect_close("no pair", distinct_2(none, 2), 0, 0);
+    expect_close("two of three pairs ordered",
+                 pair_accuracy((float[]){1, 3, 2}, (double[]){3, 2, 1}, 3, 1), 1.0 / 3, 1e-12);
+    expect_close("far ones only", pair_accuracy((float[]){2, 3, 1}, (double[]){3, 2, 1}, 3, 2), 1,
+                 0);
+    expect_true("no pair that far", isnan(pair_accuracy((float[]){1, 2}, (double[]){1, 2}, 2, 5)));
+}
+
+/* The KL of a whole answer, and at each position, against transformers. */
+static void test_evaluation_kl(void) {
+    static const double golden_kl[] = {0.0143286111, 0.0267592594, 0.0317655057, 0.0250713639,
+                                       0.0221926942, 0.0193744227, 0.0163947437, 0.0306888893,
+                                       0.0400096476, 0.0412293561, 0.0266468395, 0.0250469036};
+    struct GPT2 *model = golden_model();
+    struct GPT2 *ref_model = golden_model();
+    for (size_t i = 0; i < 28; i++)
+        for (size_t k = 0; k < ref_model->tensors[i]->n; k++)
+            ref_model->tensors[i]->w[k] *= 0.9f;
+    struct Example answer = golden_examples()[0];
+    double want = 0;
+    answer.prompt_length = 4;
+    for (size_t t = 3; t < 11; t++)
+        want += golden_kl[t];
+    expect_close("KL of an answer", response_kl(model, ref_model, &answer, 1, 1), want, 5e-6);
+    struct Batch batch = batch_of(&answer, 1, READ_LAST);
+    float *logits = batch_logits(model, &batch);
+    float *ref = batch_logits(ref_model, &batch);
+    float scratch[61];
+    for (size_t t = 0; t < 12; t++)
+        expect_close("KL at a position",
+                     kl_exact(logits + 61 * t, log_sum_exp(logits + 61 * t, 61, scratch),
+                              ref + 61 * t, log_sum_exp(ref + 61 * t, 61, scratch), 61),
+                     golden_kl[t], 4e-6);
+}
+
+/* =============================================================================================
+ * Part IV - The program
+ * ============================================================================================= */
+
+/* =============================================================================================
+ * Chapter 22 - Files, JSON
+ *
+ * What is JSON is read and what is not is refused with a reason; what is written is read back.
+ * ============================================================================================= */
+
+/* Values, escapes and nesting by hand. */
+static void test_json_values(void) {
+    const char *error;
+    struct Json *json = parse(" { \"a\" : [1, -2.5e3, true, null, "
+                              "\"x\\n\\\"\\u00e9\\ud83d\\ude00\\/\"], \"b\":{\"c\":false}, "
+                              "\"\":0.125 } ",
+                              &error);
+    expect_true("parses", json && json->type == JSON_OBJECT);
+    if (!json)
+        return;
+    struct Json *item = json_get(json, "a")->child;
+    expect_close("1", item->number, 1, 0);
+    expect_close("-2.5e3", (item = item->next)->number, -2500, 0);
+    expect_true("true", (item = item->next)->type == JSON_TRUE);
+    expect_true("null", (item = item->next)->type == JSON_NULL);
+    expect_text("escapes", (item = item->next)->string, "x\n\"\xc3\xa9\xf0\x9f\x98\x80/");
+    expect_true("no sixth item", item->next == NULL);
+    expect_true("false", json_get(json_get(json, "b"), "c")->type == JSON_FALSE);
+    expect_close("empty key", json_get(json, "")->number, 0.125, 0);
+    expect_true("missing key, and a key of no object",
+                !json_get(json, "z") && !json_get(item, "a") && !json_get(NULL, "a"));
+    expect_text("half a surrogate pair", parse("\"\\ud800x\\udc00\"", &error)->string,
+                "\xef\xbf\xbdx\xef\xbf\xbd");
+    expect_text("a high half before another escape", parse("\"\\ud83d\\u0041\"", &error)->string,
+                "\xef\xbf\xbd"
+                "A");
+    struct Text nul = parse("\"a\\u0000b\"", &error)->string;
+    expect_true("NUL inside", nul.length == 3 && memcmp(nul.data, "a\0b", 3) == 0);
+    expect_true("empty containers", parse("[{}, [], \"\"]", &error) != NULL);
+    char deep[200] = "";
+    for (int i = 0; i < 64; i++) {
+        deep[i] = '[';
+        deep[65 + i] = ']';
+    }
+    deep[64] = '1';
+    expect_true("64 deep", parse(deep, &error) != NULL);
+}
+
+/* What is no JSON is refused, with a word about what was expected. */
+static void test_json_errors(void) {
+    static const struct {
+        const char *text, *error;
+    } cases[] = {
+        {"", "it ends"},
+        {"{", "in quotes"},
+        {"[1 2]", "',' or ']'"},
+        {"{\"a\" 1}", "':'"},
+        {"[1,]", "a comma before the closing bracket"},
+        {"{\"a\":1,}", "a comma before the closing"},
+        {"{\"a\":1 \"b\":2}", "',' or '}'"},
+        {"\"abc", "closing quote"},
+        {"\"ab\\", "closing quote"},
+        {"\"a\\x\"", "unknown escape"},
+        {"\"a\\u12g4\"", "hexadecimal"},
+        {"\"\\u12\"", "hexadecimal"},
+        {"\"a\nb\"", "control character"},
+        {"01", "a value was expected"},
+        {"+1", "a value was expected"},
+        {".5", "a value was expected"},
+        {"1.", "decimal point"},
+        {"1e", "exponent"},
+        {"-", "a value was expected"},
+        {"0x10", "behind its end"},
+        {"1e999", "beyond 1.8e308"},
+        {"[-1e999]", "beyond 1.8e308"},
+        {"\"caf\xe9\"", "not UTF-8"},
+        {"{\"\xc0\x80\":1}", "not UTF-8"},
+        {"\"\xed\xa0\x80\"", "not UTF-8"},
+        {"nul", "a value was expected"},
+        {"NaN", "NaN is not JSON; write null"},
+        {"{\"a\":-Infinity}", "-Infinity is not JSON"},
+        {"[nan]", "nan is not JSON"},
+        {"[None]", "None is Python"},
+        {"{\"a\":True}", "True is Python"},
+        {"{'a':1}", "a single quote"},
+        {"{\"a\":'b'}", "a single quote"},
+        {"# a\n1", "a comment"},
+        {"{// a\n}", "a comment"},
+        {"{\"a\":1 /* b */}", "a comment"},
+        {"1 // a", "a comment"},
+        {"{\"a\":1},", "a comma behind its end; take it out"},
+        {"\"a\nb", "a line break in it is \\n"},
+        {"1 2", "behind its end"},
+        {"{1:2}", "in quotes"},
+        {"[", "it ends"},
+    };
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        const char *error = NULL;
+        struct Json *json = parse(cases[i].text, &error);
+        bool good = !json && error && strstr(error, cases[i].error);
+        if (!good && failed())
+            printf("%s: '%s': expected no value and \"%s\", got %s and \"%s\"\n", test_name,
+                   cases[i].text, cases[i].error, json ? "one" : "none", error ? error : "");
+    }
+    char deep[300];
+    memset(deep, '[', 200);
+    deep[200] = 0;
+    const char *error = NULL;
+    expect_true("200 brackets deep", !parse(deep, &error) && error && strstr(error, "nested"));
+}
+
+/* What is written is read back: every control character, and any float bit for bit. */
+static void test_json_write(void) {
+    char all[129];
+    for (int i = 0; i < 128; i++)
+        all[i] = (char)i;
+    float numbers[] = {0.1f, -3.4028235e38f, 1.17549435e-38f, 1e-45f, 0, 16777215, -0.333333343f};
+    FILE *file = fopen(temporary("written.json"), "wb");
+    fputs("{\"text\": ", file);
+    json_write_string(file, "", (struct Text){all, 128});
+    for (size_t i = 0; i < COUNT(numbers); i++) {
+        fprintf(file, ", \"%zu\": ", i);
+        fputs(json_number_text(numbers[i]), file);
+    }
+    fputs(", \"half\": ", file);
+    json_write_string(file, "", text_of("\xc3\xa9\xf0\x9f\x98"));
+    fputs(", \"nan\": ", file);
+    fputs(json_number_text(NAN), file);
+    fputs(", \"ids\": ", file);
+    json_write_ids(file, "", (int[]){1, 20, 300}, 3);
+    fputs("}", file);
+    fclose(file);
+    struct Json *json = json_read_file(&test_arena, temporary("written.json"));
+    struct Text text = json_get(json, "text")->string;
+    expect_true("128 characters", text.length == 128 && memcmp(text.data, all, 128) == 0);
+    for (size_t i = 0; i < COUNT(numbers); i++) {
+        float back = (float)json_get(json, arena_printf(&test_arena, "%zu", i))->number;
+        expect_bits("number", &back, &numbers[i], 1);
+    }
+    expect_text("half a character as U+FFFD", json_get(json, "half")->string,
+                "\xc3\xa9\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd");
+    expect_true("NaN as null", json_get(json, "nan")->type == JSON_NULL);
+    expect_text("9 digits", text_of(json_number_text(0.1f)), "0.100000001");
+    expect_close("last id", json_get(json, "ids")->child->next->next->number, 300, 0);
+}
+
+/* UTF-8 whatever the bytes; control characters are spaces, but those that are wanted. */
+static void test_text_shown(void) {
+    static const struct {
+        const char *text, *kept, *want;
+    } cases[] = {
+        {"caf\xc3\xa9 \xf0\x9f\x98\x80", "", "caf\xc3\xa9 \xf0\x9f\x98\x80"},
+        {"a\xff"
+         "b\xc3",
+         "",
+         "a\xef\xbf\xbd"
+         "b\xef\xbf\xbd"},
+        {"a\n\tb\r\x1b[0m\x7f", "\n\t", "a\n\tb  [0m "},
+        {"a\nb", "", "a b"},
+        {"\xc2\x9b"
+         "1",
+         "\n", " 1"},
+        {"\xed\xa0\x80", "", "\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd"},
+        {"", "", ""},
+    };
+    for (size_t i = 0; i < COUNT(cases); i++)
+        expect_text(cases[i].want, text_shown(&test_arena, text_of(cases[i].text), cases[i].kept),
+                    cases[i].want);
+    expect_text("NUL", text_shown(&test_arena, (struct Text){"a\0b", 3}, "\n"), "a b");
+}
+
+/* read_file takes what is larger than its first buffer; an Output appears only when it is closed.
+ */
+static void test_files(void) {
+    size_t n = 300001;
+    char *bytes = arena_alloc(&test_arena, n, 1);
+    for (size_t i = 0; i < n; i++)
+        bytes[i] = (char)rng_next(&test_rng);
+    struct Text back = read_file(&test_arena, write_bytes("large", bytes, n));
+    expect_true("300001 bytes", back.length == n && memcmp(back.data, bytes, n) == 0);
+    make_folder(temporary("a/b//c"));
+    make_folder(temporary("a/b"));
+    struct Output out = output_open(temporary("a/b/c"), "file");
+    fputs("whole", out.file);
+    expect_true("not there yet", !file_exists(temporary("a/b/c/file")));
+    output_close(&out);
+    expect_text("there", read_file(&test_arena, temporary("a/b/c/file")), "whole");
+    expect_true("nothing left beside it", !file_exists(temporary("a/b/c/file.tmp")));
+}
+
+/* A log that grew on after the checkpoint loses what came later; finished or not, beside the
+ * checkpoint or copied from elsewhere. */
+static void test_output_resume(void) {
+    struct Output out;
+    for (int finished = 0; finished < 2; finished++)
+        for (int elsewhere = 0; elsewhere < 2; elsewhere++) {
+            make_folder(temporary("log"));
+            make_folder(temporary("log2"));
+            write_bytes(finished ? "log/a.jsonl" : "log/a.jsonl.tmp", "one\ntwo\nthree\n", 14);
+            if (finished)
+                write_bytes("log/a.jsonl.tmp", "on", 2); /* too short: of another run */
+            out = output_resume(temporary(elsewhere ? "log2" : "log"), "a.jsonl", temporary("log"),
+                                8);
+            fputs("3\n", out.file);
+            output_close(&out);
+            expect_text("log",
+                        read_file(&test_arena,
+                                  temporary(elsewhere ? "log2/a.jsonl" : "log/a.jsonl")),
+                        "one\ntwo\n3\n");
+            remove(temporary("log/a.jsonl"));
+            remove(temporary("log/a.jsonl.tmp"));
+        }
+}
+
+/* =============================================================================================
+ * Chapter 23 - Data sets, tokenizer.bin
+ *
+ * Every shape and layout of a data set that TRL and datasets take, what is said of files that
+ * are not read, and what a broken line, another format or a broken tokenizer.bin is answered
+ * with.
+ * ============================================================================================= */
+
+/* Every shape of TRL's, with byte order mark, blank lines, CRLF, nulls and fields that nobody
+ * knows. */
+static void test_data_shapes(void) {
+    struct Dataset *data = dataset_of("\xef\xbb\xbf{'text': 'a', 'other': [1, {'text': 2}]}\r\n\n  "
+                                      "\n{'text': 'b\\u0000'}",
+                                      TEXT_SHAPES, 1);
+    expect_count("rows", data->n, 2);
+    expect_text("text", data->rows[0].text, "a");
+    expect_count("bytes of text 2", data->rows[1].text.length, 2);
+    data = dataset_of("{'prompt': 'p', 'completion': ' c', 'text': 't'}\n", SFT_SHAPES,
+                      COUNT(SFT_SHAPES));
+    expect_count("prompt + completion before text", data->shape, SHAPE_PROMPT_COMPLETION);
+    expect_text("completion", data->rows[0].completion, " c");
+    data = dataset_of("{'text': 't', 'prompt': null}\n", SFT_SHAPES, COUNT(SFT_SHAPES));
+    expect_count("null is not there", data->rows[0].has, HAS_TEXT);
+    expect_count("text", data->shape, SHAPE_TEXT);
+    data = dataset_of("{'prompt': 'p', 'chosen': 'c', 'rejected': 'r', 'margin': 0.5}\n{'chosen': "
+                      "'xc', 'rejected': 'xr'}\n",
+                      REWARD_SHAPES, COUNT(REWARD_SHAPES));
+    expect_true("prompt given, prompt implied",
+                (data->rows[0].has & HAS_PROMPT) && !(data->rows[1].has & HAS_PROMPT));
+    expect_close("margin", data->rows[0].margin, 0.5, 0);
+    expect_close("no margin", data->rows[1].margin, 0, 0);
+    expect_text("rejected", data->rows[1].rejected, "xr");
+    static const unsigned labelled[] = {SHAPE_LABELLED};
+    data = dataset_of("{'text': 'a', 'label': true}\n{'text': 'b', 'label': 0}\n", labelled, 1);
+    expect_true("labels", data->rows[0].label == 1 && data->rows[1].label == 0);
+    data = dataset_of("{'text': 'a', 'score': -1.5}\n", REWARD_SHAPES, COUNT(REWARD_SHAPES));
+    expect_true("rated", data->shape == SHAPE_RATED && data->rows[0].score == -1.5);
+    data = dataset_of("{'query_ids': [1, 2, 3], 'response_ids': [4, 50256], 'score': 2}\n",
+                      ROLLOUT_SHAPES, 1);
+    expect_ids("query", data->rows[0].query_ids, data->rows[0].query_length, (int[]){1, 2, 3}, 3);
+    expect_ids("response", data->rows[0].response_ids, data->rows[0].response_length,
+               (int[]){4, 50256}, 2);
+}
+
+static void load_one_comparison(const void *path) {
+    dataset_load(&test_arena, path, REWARD_SHAPES, COUNT(REWARD_SHAPES));
+}
+static void load_one_label(const void *path) {
+    dataset_load(&test_arena, path, LABELLED_SHAPES, 1);
+}
+
+/* Fields that a shape does not use are not judged, whatever they hold; those that it uses are. */
+static void test_data_unused_fields(void) {
+    struct Dataset *data =
+        dataset_of("{'text': 'a', 'label': -1, 'score': '5 stars', 'margin': {}, 'prompt': 3}\n"
+                   "{'text': 'b', 'label': 'pos', 'query_ids': 'none', 'response_ids': [-1]}\n",
+                   SFT_SHAPES, COUNT(SFT_SHAPES));
+    expect_count("texts", data->n, 2);
+    expect_count("text alone", data->shape, SHAPE_TEXT);
+    data = dataset_of("{'text': 'a', 'score': 1.5, 'label': 'pos'}\n", REWARD_SHAPES,
+                      COUNT(REWARD_SHAPES));
+    expect_close("a rating beside a label in words", data->rows[0].score, 1.5, 0);
+    data = dataset_of("{'text': 'a', 'score': 'good', 'label': 1}\n", LABELLED_SHAPES, 1);
+    expect_close("a label beside a rating in words", data->rows[0].label, 1, 0);
+    const char *pair = "{'chosen': 'a', 'rejected': 'b', 'margin': 'wide', 'score': ''}\n";
+    data = dataset_of(pair, DPO_SHAPES, 1);
+    expect_count("dpo has no margins", data->n, 1);
+    expect_end("reward has", load_one_comparison, write_json("data.jsonl", pair), 1,
+               "data.jsonl:1: \"margin\" must be a number");
+    expect_end("a second row", load_one_label,
+               write_json("data.jsonl", "{'text': 'a', 'label': 1}\n{'text': 'a', 'label': 7}\n"),
+               1, "data.jsonl:2: \"label\" must be 0 or 1");
+}
+
+/* A folder: files in order of their names, of one shape, held-out ones left out. */
+static void test_data_folder(void) {
+    make_folder(temporary("set"));
+    write_json("set/b.jsonl", "{'text': '3'}\n");
+    write_json("set/a.jsonl", "{'text': '1'}\n{'text': '2'}\n");
+    write_json("set/c.jsonl", "{'chosen': 'c', 'rejected': 'r'}\n");
+    write_json("set/test.jsonl", "{'text': 'held out'}\n");
+    write_text("set/readme.txt", "no data");
+    capture_begin();
+    struct Dataset *data = dataset_load(&test_arena, temporary("set"), TEXT_SHAPES, 1);
+    struct Dataset *pairs = dataset_load(&test_arena, temporary("set"), DPO_SHAPES, 1);
+    capture_end();
+    expect_count("texts", data->n, 3);
+    for (size_t i = 0; i < data->n; i++)
+        expect_text("in order", data->rows[i].text, (const char *[]){"1", "2", "3"}[i]);
+    expect_count("pairs", pairs->n, 1);
+}
+
+/* Writes files, whose names semicolons divide, into a folder; each has one row, its name. */
+static const char *folder_of_splits(const char *names, size_t number) {
+    const char *root = temporary(arena_printf(&test_arena, "splits%zu", number));
+    make_folder(root);
+    for (const char *at = names; *at; at += strspn(at, ";")) {
+        size_t length = strcspn(at, ";");
+        const char *name = arena_printf(&test_arena, "splits%zu/%.*s", number, (int)length, at);
+        const char *row = arena_printf(&test_arena, "{\"text\": \"%.*s\"}\n", (int)length, at);
+        const char *path = temporary(name);
+        make_folder(arena_printf(&test_arena, "%.*s", (int)(strrchr(path, '/') - path), path));
+        write_text(name, row);
+        at += length;
+    }
+    return root;
+}
+
+/* The texts of a data set, with semicolons between them. */
+static const char *texts_of(const struct Dataset *data) {
+    const char *texts = "";
+    for (size_t i = 0; i < data->n; i++) {
+        texts = arena_printf(&test_arena, "%s%s%s", texts, i ? ";" : "", data->rows[i].text.data);
+    }
+    return texts;
+}
+
+/* The texts of a folder that are held out from those it trains on. */
+static struct Text held_out_texts(const char *root, const struct Dataset *train) {
+    return text_of(texts_of(dataset_load_held_out(&test_arena, root, train)));
+}
+
+/* Which files of a folder are trained on, and which are held out. The expected ones are the splits
+ * train and validation (else test) of datasets.load_dataset 3.1.0 and 5.2.0, in the order of their
+ * names; where it has no train split or reads a file twice, `ours` says so. */
+static void test_data_splits(void) {
+    static const struct {
+        const char *files, *train, *held_out;
+        bool ours;
+    } cases[] = {
+        {"train.jsonl;validation.jsonl", "train.jsonl", "validation.jsonl", false},
+        {"train.jsonl;valid.jsonl", "train.jsonl", "valid.jsonl", false},
+        {"train.jsonl;val.jsonl", "train.jsonl", "val.jsonl", false},
+        {"train.jsonl;dev.jsonl", "train.jsonl", "dev.jsonl", false},
+        {"train.jsonl;eval.jsonl", "train.jsonl", "eval.jsonl", false},
+        {"train.jsonl;evaluation.jsonl", "train.jsonl", "evaluation.jsonl", false},
+        {"train.jsonl;test.jsonl", "train.jsonl", "test.jsonl", false},
+        {"train.jsonl;testing.jsonl", "train.jsonl", "testing.jsonl", false},
+        {"train.jsonl;test.jsonl;val.jsonl", "train.jsonl", "val.jsonl", false},
+        {"training.jsonl;data_test.jsonl", "training.jsonl", "data_test.jsonl", false},
+        {"train-00000-of-00002.jsonl;train-00001-of-00002.jsonl;test-00000-of-00002.jsonl",
+         "train-00000-of-00002.jsonl;train-00001-of-00002.jsonl", "test-00000-of-00002.jsonl",
+         false},
+        {"train2.jsonl;val2.jsonl", "train2.jsonl", "val2.jsonl", false},
+        {"my train.jsonl;my val.jsonl", "my train.jsonl", "my val.jsonl", false},
+        {"2024train.jsonl;2024test.jsonl", "2024train.jsonl", "2024test.jsonl", false},
+        {"train.v1.jsonl;val.v1.jsonl", "train.v1.jsonl", "val.v1.jsonl", false},
+        {"train.jsonl;dev-test.jsonl", "train.jsonl", "dev-test.jsonl", false},
+        {"train.jsonl;extra.jsonl;test.jsonl", "train.jsonl", "test.jsonl", false},
+        {"a_train.jsonl;train.jsonl;training.jsonl;dev.jsonl",
+         "a_train.jsonl;train.jsonl;training.jsonl", "dev.jsonl", false},
+        {"train/a.jsonl;test/a.jsonl", "train/a.jsonl", "test/a.jsonl", false},
+        {"my-train-set/a.jsonl;dev_2/b.jsonl", "my-train-set/a.jsonl", "dev_2/b.jsonl", false},
+        {"sub/train.jsonl;sub/dev.jsonl", "sub/train.jsonl", "sub/dev.jsonl", false},
+        {"a/b/train/c/d.jsonl;a/b/test/c/d.jsonl", "a/b/train/c/d.jsonl", "a/b/test/c/d.jsonl",
+         false},
+        {"train/val.jsonl;val/train.jsonl", "train/val.jsonl", "val/train.jsonl", false},
+        {"train/a.jsonl;old_train.jsonl;dev/a.jsonl", "train/a.jsonl", "dev/a.jsonl", false},
+        {"train.jsonl/a.jsonl;b.jsonl;val/c.jsonl", "train.jsonl/a.jsonl", "val/c.jsonl", false},
+        {"data/train-00000-of-00001.jsonl;data/test-00000-of-00001.jsonl;train_old.jsonl",
+         "data/train-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl", false},
+        {"data/train-00000-of-00001-abc.jsonl;data/foo.jsonl;data/test-00000-of-00001-abc.jsonl",
+         "data/train-00000-of-00001-abc.jsonl", "data/test-00000-of-00001-abc.jsonl", false},
+        {"data/train-00000-of-00001.jsonl;train/a.jsonl;data/validation-00000-of-00001.jsonl",
+         "data/train-00000-of-00001.jsonl", "data/validation-00000-of-00001.jsonl", false},
+        {"__x__/train.jsonl;.y/train.jsonl;.train.jsonl;train.jsonl;test.jsonl", "train.jsonl",
+         "test.jsonl", false},
+        {"trainer.jsonl;tests.jsonl;testimonials.jsonl",
+         "testimonials.jsonl;tests.jsonl;trainer.jsonl", NULL, false},
+        {"pretrain.jsonl;posttest.jsonl", "posttest.jsonl;pretrain.jsonl", NULL, false},
+        {"train+x.jsonl;test+x.jsonl", "test+x.jsonl;train+x.jsonl", NULL, false},
+        {"a.jsonl;b.jsonl", "a.jsonl;b.jsonl", NULL, false},
+        {"sub/a.jsonl;b.jsonl", "b.jsonl;sub/a.jsonl", NULL, false},
+        {"a.jsonl;test.jsonl", "a.jsonl", "test.jsonl", true},
+        {"train/a.jsonl;validation.jsonl", "train/a.jsonl", "validation.jsonl", true},
+        {"train_test.jsonl;b.jsonl;test.jsonl", "train_test.jsonl", "test.jsonl", true},
+        {"train_train.jsonl;dev.jsonl", "train_train.jsonl", "dev.jsonl", true},
+        {"Train.jsonl;Validation.jsonl", "Train.jsonl", "Validation.jsonl", true},
+        {"data/train_prefs-00000-of-00001.jsonl;data/test_prefs-00000-of-00001.jsonl",
+         "data/train_prefs-00000-of-00001.jsonl", "data/test_prefs-00000-of-00001.jsonl", true},
+    };
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        const char *root = folder_of_splits(cases[i].files, i);
+        capture_begin();
+        struct Dataset *train = dataset_load(&test_arena, root, TEXT_SHAPES, 1);
+        capture_end();
+        expect_text(cases[i].files, text_of(texts_of(train)), cases[i].train);
+        if (!cases[i].held_out)
+            continue;
+        capture_begin();
+        struct Text held_out = held_out_texts(root, train);
+        capture_end();
+        expect_text(cases[i].files, held_out, cases[i].held_out);
+    }
+}
+
+static void load_one_dataset(const void *path) {
+    dataset_load(&test_arena, path, TEXT_SHAPES, 1);
+}
+
+static void load_folder_held_out(const void *path) {
+    const struct Dataset *train = dataset_load(&test_arena, path, TEXT_SHAPES, 1);
+    dataset_load_held_out(&test_arena, temporary("splits105"), train);
+}
+
+/* What is said of a folder's files: which are read and which are not; nothing if all are; what is
+ * missing. A training's own rows are never held out. */
+static void test_data_splits_said(void) {
+    const char *root = folder_of_splits("train.jsonl;validation.jsonl;test.jsonl", 100);
+    capture_begin();
+    struct Dataset *train = dataset_load(&test_arena, root, TEXT_SHAPES, 1);
+    dataset_load_held_out(&test_arena, root, train);
+    struct Text said = capture_end();
+    expect_holds("training", said,
+                 "splits100: read train.jsonl; left out test.jsonl, validation.jsonl\n");
+    expect_holds("held out", said,
+                 "splits100: read validation.jsonl as held-out data; left out test.jsonl, "
+                 "train.jsonl\n");
+    capture_begin();
+    dataset_load(&test_arena, folder_of_splits("a.jsonl;b.jsonl", 101), TEXT_SHAPES, 1);
+    expect_count("nothing left out, nothing said", capture_end().length, 0);
+    root = folder_of_splits("a.jsonl;b.jsonl", 100); /* now of one folder with the others */
+    train = dataset_load(&test_arena, temporary("splits100/train.jsonl"), TEXT_SHAPES, 1);
+    capture_begin();
+    expect_text("one file of it trained on", held_out_texts(root, train), "validation.jsonl");
+    train = dataset_load(&test_arena, temporary("splits101/a.jsonl"), TEXT_SHAPES, 1);
+    expect_text("the rest of it", held_out_texts(temporary("splits101"), train), "b.jsonl");
+    train = dataset_load(&test_arena, folder_of_splits("train.jsonl", 102), TEXT_SHAPES, 1);
+    expect_text("a folder of its own", held_out_texts(folder_of_splits("train.jsonl", 103), train),
+                "train.jsonl");
+    capture_end();
+    expect_end("only held-out files", load_one_dataset,
+               folder_of_splits("test.jsonl;dev.jsonl", 104), 1,
+               "splits104: no row with \"text\" was found but in held-out data (dev.jsonl, "
+               "test.jsonl); name the file that is meant: ");
+    folder_of_splits("only.jsonl", 105);
+    expect_end("nothing is held out", load_folder_held_out, temporary("splits105"), 1,
+               "splits105: no held-out row with \"text\" was found: the training reads what is "
+               "there (only.jsonl)");
+    write_json("splits105/only.jsonl", "{'prompt': 'a'}\n");
+    expect_end("another shape", load_one_dataset, temporary("splits105"), 1,
+               "only.jsonl:1: expected \"text\", found \"prompt\"");
+}
+
+/* A link to a folder may lead back: its files are not read a second time. */
+static void test_data_splits_links(void) {
+#ifndef _WIN32
+    const char *root = folder_of_splits("train.jsonl;sub/train.jsonl", 110);
+    bool is_linked = symlink(".", temporary("splits110/again")) == 0;
+    expect_true("a link", is_linked && symlink("sub", temporary("splits110/other")) == 0);
+    struct Dataset *data = dataset_load(&test_arena, root, TEXT_SHAPES, 1);
+    expect_text("each file once", text_of(texts_of(data)), "sub/train.jsonl;train.jsonl");
+#endif
+}
+
+/* A data set that writes the end token's name is told so once, with the number of rows that do.
+ * Fields that the shape does not use, and parts of the name, do not count. */
+static void test_data_written_ends(void) {
+#define END "<|endoftext|>"
+    static const struct {
+        const char *rows;
+        const unsigned *shapes;
+        const char *note;
+    } cases[] = {
+        {"{'text': 'a" END "'}\n{'text': 'b'}\n{'text': '" END "c'}\n", TEXT_SHAPES,
+         "2 of 3 rows contain \"" END "\""},
+        {"{'text': 'a\\u0000" END "'}\n", TEXT_SHAPES, "1 of 1 rows contain"},
+        {"{'prompt': 'a', 'completion': 'b" END "'}\n", SFT_SHAPES, "1 of 1 rows contain"},
+        {"{'prompt': '" END "a', 'completion': 'b'}\n", SFT_SHAPES, "1 of 1 rows contain"},
+        {"{'chosen': 'b', 'rejected': 'c" END "'}\n", DPO_SHAPES, "1 of 1 rows contain"},
+        {"{'prompt': '" END "a', 'chosen': 'b', 'rejected': 'c'}\n", DPO_SHAPES,
+         "1 of 1 rows contain"},
+        {"{\"text\": \"<|endoftext| >\"}\n{\"text\": \"<|endoftext|\"}\n{\"text\": \"\"}\n",
+         TEXT_SHAPES, NULL},
+        {"{'text': 'a', 'completion': '" END "'}\n", TEXT_SHAPES, NULL},
+    };
+#undef END
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        struct Dataset *data = dataset_of(cases[i].rows, cases[i].shapes, 1);
+        capture_begin();
+        warn_of_written_ends(data, tokenizer);
+        struct Text said = capture_end();
+        bool good = cases[i].note ? strstr(said.data, cases[i].note) != NULL : said.length == 0;
+        expect_true(cases[i].rows, good);
+    }
+}
+
+/* Data in another format is refused by the format's name, with the command that converts it. */
+static void test_data_formats(void) {
+    static const char *const cases[][2] = {
+        {"[{'text': 'a'}]\n", "data.jsonl: is a JSON array"},
+        {"\xef\xbb\xbf\n [\n", "is a JSON array"},
+        {"PAR1\x15", "is Parquet"},
+        {"ARROW1", "is an Arrow file"},
+        {"\xff\xff\xff\xff\x10", "is an Arrow stream"},
+        {"\x1f\x8b\x08", "is compressed by gzip"},
+        {"\x28\xb5\x2f\xfd\x04", "is compressed by zstd"},
+        {"BZh91AY", "is compressed by bzip2"},
+        {"\xfd"
+         "7zXZ",
+         "is compressed by xz"},
+        {"PK\x03\x04", "is a zip archive"},
+        {"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"},
+        {"id,text\n1,good\n", "is a table (CSV)"},
+        {"\xef\xbb\xbf'text','label'\r\n", "is a table (CSV)"},
+        {"text\ngood\n", "is a table (CSV)"},
+        {"label\ttext\n1\tgood\n", "is a table (TSV)"},
+        {"A good, and fine, film.\n", "data.jsonl:1: not JSON: a value was expected (byte 1); one "
+                                      "object a line"},
+        {"{\n  'text': 'a'\n}\n", "data.jsonl:1: not JSON: a member's name in quotes was expected "
+                                  "(byte 2); the object goes on in the next line"},
+        {"{'text': 'a',\r\n 'label': 1}\n", "the object goes on in the next line, it must be on "
+                                            "one; run: jq -c . '"},
+        {"{'text':\n 'a'}\n", "the object goes on in the next line"},
+        {"{'messages': [{'role': 'user', 'content': 'Hi'}]}\n", "data.jsonl:1: \"messages\" is a "
+                                                                "chat"},
+        {"{'text': [{'role': 'user', 'content': 'Hi'}]}\n", "data.jsonl:1: \"text\" is a chat"},
+    };
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        expect_end(cases[i][0], load_one_dataset, write_json("data.jsonl", cases[i][0]), 1,
+                   cases[i][1]);
+    }
+    const char *chat = "{'prompt': 'Hi', 'chosen': [{'role': 'user'}], 'rejected': []}\n";
+    expect_end("a preference", load_one_comparison, write_json("data.jsonl", chat), 1,
+               "data.jsonl:1: \"chosen\" is a chat, a list of messages, a string was expected "
+               "(GPT-2 has no chat template); flatten it: python3 -c ");
+    make_folder(temporary("chats"));
+    write_json("chats/a.jsonl", "{'messages': [{'role': 'user', 'content': 'Hi'}]}\n");
+    expect_end("a folder of chats", load_one_dataset, temporary("chats"), 1,
+               "chats/a.jsonl:1: \"messages\" is a chat");
+    expect_end("by its name", load_one_dataset, write_text("data.csv", "review;stars\n"), 1,
+               "data.csv: is a table (CSV)");
+}
+
+static void load_one_rollout(const void *path) {
+    dataset_load(&test_arena, path, ROLLOUT_SHAPES, 1);
+}
+
+/* Data: the line is named, with what was expected and found. */
+static void test_broken_data(void) {
+    static const char *const cases[][2] = {
+        {"{'text': 'a'}\n\n{'text': 'b'\n", "data.jsonl:3: not JSON: ',' or '}' was expected"},
+        {"{'text': 1}\n", "data.jsonl:1: \"text\" must be a string"},
+        {"3\n", "data.jsonl:1: a JSON object"},
+        {"{'prompt': 'a'}\n", "data.jsonl:1: expected \"text\", found \"prompt\""},
+        {"{'text': 'a'}\n{'other': 'b'}\n", "data.jsonl:2: expected \"text\", found no field that "
+                                            "is known"},
+        {"", "no row with \"text\" was found"},
+        {"\n \n", "no row with \"text\" was found"},
+        {"{'text': 'a'} x", "something stands behind its end"},
+        {"\xef\xbb\xbf{'text': 'a'}\r\n{'text': 3}\r\n", "data.jsonl:2: \"text\" must be a string"},
+        {"{'text': 'a'}\n{'text': 'caf\xe9'}\n", "data.jsonl:2: not JSON: a string that is not "
+                                                 "UTF-8; save the file as UTF-8 (byte 14)"},
+        {"{'text': 'a', 'score': 1e999}", "a number beyond"},
+    };
+    for (size_t i = 0; i < COUNT(cases); i++)
+        expect_end(cases[i][0], load_one_dataset, write_json("data.jsonl", cases[i][0]), 1,
+                   cases[i][1]);
+    expect_end("label", load_one_label, write_json("data.jsonl", "{'text': 'a', 'label': 2}"), 1,
+               "\"label\" must be 0 or 1");
+    expect_end("score", load_one_comparison,
+               write_json("data.jsonl", "{'text': 'a', 'score': 'high'}"), 1,
+               "\"score\" must be a number");
+    const char *negative = "{'query_ids': [1, -2], 'response_ids': [], 'score': 1}";
+    expect_end("id", load_one_rollout, write_json("data.jsonl", negative), 1,
+               "\"a token id\" must be a whole number");
+    const char *no_list = "{'query_ids': 1.5, 'response_ids': [], 'score': 1}";
+    expect_end("ids", load_one_rollout, write_json("data.jsonl", no_list), 1,
+               "\"query_ids\" must hold token ids");
+    expect_end("no file", load_one_dataset, "/nowhere/data.jsonl", 1,
+               "/nowhere/data.jsonl: No such file");
+    make_folder(temporary("empty"));
+    expect_end("an empty folder", load_one_dataset, temporary("empty"), 1,
+               "no row with \"text\" was found");
+}
+
+/* vocab.json and merges.txt hold what GPT-2's hold: line 1 of the merges, a few entries; our own
+ * files pass the check. */
+static void test_tokenizer_save(void) {
+    make_folder(temporary("vocabulary"));
+    tokenizer_save(tokenizer, temporary("vocabulary"), 1024);
+    struct Json *vocab = json_read_file(&test_arena, temporary("vocabulary/vocab.json"));
+    size_t count = 0;
+    for (struct Json *item = vocab->child; item; item = item->next)
+        count++;
+    expect_count("entries", count, 1024);
+    expect_close("\"!\"", json_get(vocab, "!")->number, 0, 0);
+    expect_close("\" the\"", json_get(vocab, "\xc4\xa0the")->number, 262, 0);
+    expect_close("the newline", json_get(vocab, "\xc4\x8a")->number, 198, 0);
+    expect_close("the end token", json_get(vocab, "<|endoftext|>")->number, 1023, 0);
+    struct Text merges = read_file(&test_arena, temporary("vocabulary/merges.txt"));
+    expect_true("first merges",
+                strncmp(merges.data, "#version: 0.2\n\xc4\xa0 t\n\xc4\xa0 a\nh e\n", 26) == 0);
+    size_t lines = 0;
+    for (size_t i = 0; i < merges.length; i++)
+        lines += merges.data[i] == '\n';
+    expect_count("merges", lines, 1 + 1023 - 256);
+    tokenizer_check_folder(tokenizer, temporary("vocabulary"), 1024);
+}
+
+static void load_one_tokenizer(const void *path) {
+    tokenizer_load(&test_arena, path);
+}
+
+static void check_vocabulary(const void *tok) {
+    tokenizer_check_folder(tok, "/nowhere", 50257);
+}
+
+/* tokenizer.bin: another magic, llm.c's version 1, cut short anywhere, merges that cannot be. */
+static void test_broken_tokenizer(void) {
+    struct Text file = read_file(&test_arena, tokenizer->path);
+    char *bytes = arena_alloc(&test_arena, file.length, 1);
+    static const struct {
+        size_t at;
+        char byte;
+        const char *message;
+    } edits[] = {
+        {0, 1, "not a tokenizer.bin of version 2"},
+        {4, 1, "not a tokenizer.bin of version 2"},
+        {8, 0, "end token"},
+        {10, 9, "end token"},
+        {1024, 7, "id 0 is not a single byte of its own"},
+    };
+    for (size_t i = 0; i < COUNT(edits); i++) {
+        memcpy(bytes, file.data, file.length);
+        bytes[edits[i].at] = edits[i].byte;
+        expect_end("tokenizer", load_one_tokenizer,
+                   write_bytes("tokenizer.bin", bytes, file.length), 1, edits[i].message);
+    }
+    for (size_t n = 0; n < file.length; n += file.length / 9)
+        expect_end("cut short", load_one_tokenizer, write_bytes("tokenizer.bin", file.data, n), 1,
+                   "ends inside its");
+    memcpy(bytes, file.data, file.length);
+    /* the last ten ranges, Unicode's spaces */
+    char *spaces = bytes + file.length - 10 * 8;
+    char held[8];
+    memcpy(held, spaces, 8);
+    memcpy(spaces, spaces + 8, 8);
+    memcpy(spaces + 8, held, 8);
+    expect_end("ranges out of order", load_one_tokenizer,
+               write_bytes("tokenizer.bin", bytes, file.length), 1,
+               "a Unicode range from 9 to 13, after one that ends before 33");
+    memcpy(bytes, file.data, file.length);
+    memcpy((char *)memmem(bytes, file.length, "\4ence", 5) + 1, "enca", 4);
+    expect_end("a token that its merge does not make", load_one_tokenizer,
+               write_bytes("tokenizer.bin", bytes, file.length), 1, "is not what merge");
+    struct Tokenizer small = *tokenizer;
+    small.vocab_size = 300;
+    expect_end("fewer ids than the model", check_vocabulary, &small, 1, "has 50257 ids, ");
+    expect_end("last byte missing", load_one_tokenizer,
+               write_bytes("tokenizer.bin", file.data, file.length - 1), 1,
+               "ends inside its Unicode classes");
+}
+
+/* =============================================================================================
+ * Chapter 24 - safetensors, model and adapter folders
+ *
+ * Models and adapters are written and read as transformers and PEFT do it, bit for bit and under
+ * every name they use. Files that are broken, or would compute something else, are refused.
+ * ============================================================================================= */
+
+/* Half-precision numbers by hand: ones, halves, largest, smallest normal, subnormals, zeros,
+ * infinities. */
+static void test_safetensors_half(void) {
+    static const struct {
+        uint16_t bits;
+        double value;
+    } f16[] = {{0x3c00, 1},
+               {0xc000, -2},
+               {0x3800, 0.5},
+               {0x3e00, 1.5},
+               {0x7bff, 65504},
+               {0x0400, 0x1p-14},
+               {0x0001, 0x1p-24},
+               {0x03ff, 1023 * 0x1p-24},
+               {0x8200, -0x1p-15},
+               {0, 0},
+               {0x3555, 0.333251953125},
+               {0x7c00, INFINITY},
+               {0xfc00, -INFINITY},
+               {0x7e01, NAN}};
+    static const struct {
+        uint16_t bits;
+        double value;
+    } bf16[] = {{0x3f80, 1},           {0xc000, -2},
+                {0x3eab, 0.333984375}, {0x7f7f, 0x1.fep127},
+                {0x0080, 0x1p-126},    {0x0001, 0x1p-133},
+                {0x8001, -0x1p-133},   {0, 0},
+                {0x7f80, INFINITY},    {0xff80, -INFINITY},
+                {0x7fc0, NAN}};
+    for (size_t i = 0; i < COUNT(f16); i++)
+        expect_close("F16", float_of_f16(f16[i].bits), f16[i].value, 0);
+    for (size_t i = 0; i < COUNT(bf16); i++)
+        expect_close("BF16", float_of_bf16(bf16[i].bits), bf16[i].value, 0);
+    expect_true("-0", signbit(float_of_f16(0x8000)) && signbit(float_of_bf16(0x8000)));
+    unsigned char bytes[] = {0x00, 0x3c, 0x00, 0xc0};
+    float x[2];
+    safetensors_convert(x, bytes, 2, "F16");
+    expect_true("little-endian", x[0] == 1 && x[1] == -2);
+}
+
+/* A written file is laid out as the format says, and read back bit for bit. */
+static void test_safetensors_round_trip(void) {
+    struct Tensor a = {.name = "wte.weight", .shape = {3, 10007}, .ndim = 2, .n = 30021};
+    struct Tensor b = {.name = "v_head.summary.bias", .shape = {1}, .ndim = 1, .n = 1};
+    struct Tensor *tensors[] = {&a, &b};
+    a.w = random_floats(a.n, 1);
+    b.w = random_floats(b.n, 1);
+    safetensors_write(folder, "round.safetensors", tensors, 2, "transformer.");
+    struct Text file = read_file(&test_arena, temporary("round.safetensors"));
+    size_t length = 0;
+    for (int i = 0; i < 8; i++)
+        length |= (size_t)(unsigned char)file.data[i] << 8 * i;
+    expect_count("data on an 8-byte boundary", length % 8, 0);
+    expect_count("bytes of the file", file.length, 8 + length + 4 * (a.n + b.n));
+    struct SafeTensors st = safetensors_open(&test_arena, temporary("round.safetensors"));
+    struct Tensor read_a = a;
+    struct Tensor read_b = b;
+    read_a.w = random_floats(a.n, 1);
+    read_b.w = random_floats(b.n, 1);
+    expect_true("found with its prefix", tensor_load(&st, &read_a));
+    expect_true("the head without",
+                json_get(st.header, "v_head.summary.bias") && tensor_load(&st, &read_b));
+    expect_bits("a", read_a.w, a.w, a.n);
+    expect_bits("b", read_b.w, b.w, b.n);
+    struct Tensor absent = {.name = "nobody", .shape = {1}, .ndim = 1, .n = 1, .w = b.w};
+    expect_true("what is not there is not found", !tensor_load(&st, &absent));
+    fclose(st.file);
+}
+
+/* Known prefixes, in any order, are no part of a tensor's name; others are. */
+static void test_bare_name(void) {
+    static const char *const cases[][2] = {
+        {"wte.weight", "wte.weight"},
+        {"transformer.wte.weight", "wte.weight"},
+        {"module._orig_mod.transformer.h.0.ln_1.bias", "h.0.ln_1.bias"},
+        {"_orig_mod.module.h.0.ln_1.bias", "h.0.ln_1.bias"},
+        {"pretrained_model.transformer.h.1.mlp.c_fc.weight", "h.1.mlp.c_fc.weight"},
+        {"module.v_head.summary.bias", "v_head.summary.bias"},
+        {"base_model.model._orig_mod.transformer.h.0.ln_1.bias", "h.0.ln_1.bias"},
+        {"foo.wte.weight", "foo.wte.weight"},
+        {"modules.wte.weight", "modules.wte.weight"},
+        {"transformer.", ""},
+        {"", ""},
+    };
+    for (size_t i = 0; i < COUNT(cases); i++)
+        expect_text(cases[i][0], text_of(bare_name(cases[i][0])), cases[i][1]);
+}
+
+/* A model with all its heads, saved and loaded: the same bits and configuration. */
+static void test_model_save(void) {
+    struct GPT2 *model =
+        owned(gpt2_new((struct GPT2Config){300, 24, 12, 2, 3, 299, 298, 1e-6f, 297, {0}}));
+    reward_head_declare(model);
+    value_head_declare(model);
+    fill_random(model);
+    model_save(model, temporary("saved"), tokenizer);
+    struct GPT2 *loaded = owned(gpt2_load(temporary("saved")));
+    expect_same_weights("weights", loaded, model);
+    const struct GPT2Config *a = &loaded->config;
+    const struct GPT2Config *b = &model->config;
+    expect_true("sizes", a->vocab_size == b->vocab_size && a->n_positions == b->n_positions
+                             && a->n_embd == b->n_embd && a->n_layer == b->n_layer
+                             && a->n_head == b->n_head);
+    expect_true("ids and epsilon", a->eos_token_id == 299 && a->pad_token_id == 298
+                                       && a->bos_token_id == 297 && a->layer_norm_epsilon == 1e-6f);
+    expect_true("both heads", loaded->score.n == 12 && loaded->v_head.weight.n == 12
+                                  && loaded->v_head.bias.n == 1);
+    tokenizer_check_folder(tokenizer, temporary("saved"), 300);
+}
+
+/* config.json's special tokens, absent, null, in a list of one; tokenizer_config.json gives each
+ * the name that its id has. */
+static void test_model_special_tokens(void) {
+#define END "<|endoftext|>"
+    static const struct {
+        const char *json;
+        int eos, pad, bos;
+        const char *names[3];
+        bool split;
+    } cases[] = {
+        {"\"vocab_size\": 300", 299, 299, 299, {END, END, END}, false},
+        {"\"eos_token_id\": null, \"pad_token_id\": null, \"bos_token_id\": null",
+         50256,
+         50256,
+         50256,
+         {END, END, END},
+         false},
+        {"\"vocab_size\": 300, \"eos_token_id\": [13]", 13, 13, 299, {".", ".", END}, true},
+        {"\"eos_token_id\": 198, \"pad_token_id\": 262, \"bos_token_id\": 0",
+         198,
+         262,
+         0,
+         {"\xc4\x8a", "\xc4\xa0the", "!"},
+         true},
+        {"\"vocab_size\": 300, \"bos_token_id\": 50256", 299, 299, 299, {END, END, END}, false},
+        {"\"vocab_size\": 50300, \"bos_token_id\": 50299",
+         50256,
+         50256,
+         50299,
+         {END, END, NULL},
+         false},
+    };
+#undef END
+    make_folder(temporary("special"));
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        const char *format = "{%s, \"n_embd\": 4, \"n_head\": 1}";
+        struct Text text = text_of(arena_printf(&test_arena, format, cases[i].json));
+        write_bytes("special/config.json", text.data, text.length);
+        struct GPT2Config c = config_load(temporary("special"), &(bool){false});
+        expect_count("end token", (size_t)c.eos_token_id, (size_t)cases[i].eos);
+        expect_count("padding token", (size_t)c.pad_token_id, (size_t)cases[i].pad);
+        expect_count("beginning token", (size_t)c.bos_token_id, (size_t)cases[i].bos);
+        tokenizer_config_save(tokenizer, temporary("special"), &c);
+        const char *path = temporary("special/tokenizer_config.json");
+        struct Json *saved = json_read_file(&test_arena, path);
+        static const char *const keys[] = {"eos_token", "pad_token", "bos_token"};
+        for (size_t k = 0; k < COUNT(keys); k++) {
+            struct Json *name = json_get(saved, keys[k]);
+            const char *want = cases[i].names[k];
+            expect_true(keys[k],
+                        want ? json_is_string(name, want) : name && name->type == JSON_NULL);
+        }
+        bool split = json_get(saved, "split_special_tokens") != NULL;
+        expect_true("split_special_tokens", split == cases[i].split);
+        struct Json *class = json_get(saved, "tokenizer_class");
+        expect_true("tokenizer_class", json_is_string(class, "GPT2Tokenizer"));
+    }
+}
+
+/* The same model as transformers may write it: without prefix, in shards, in half precision,
+ * with other tensors beside. */
+static void test_gpt2_load(void) {
+    struct GPT2 *model = empty_model(300, 24, 12, 2, 3);
+    fill_random(model);
+    for (size_t i = 0; i < model->tensor_count; i++) /* numbers that bfloat16 can hold */
+        for (size_t k = 0; k < model->tensors[i]->n; k++)
+            model->tensors[i]->w[k] =
+                float_of_bits(bits_of_float(model->tensors[i]->w[k]) & 0xffff0000u);
+    model_save(model, temporary("plain"), NULL);
+    struct Tensor *extra[40];
+    struct Tensor odd = {
+        .name = "h.0.attn.bias",
+        .shape = {2, 2},
+        .ndim = 2,
+        .n = 4,
+        .w = random_floats(4, 1),
+    };
+    memcpy(extra, model->tensors, model->tensor_count * sizeof *extra);
+    extra[model->tensor_count] = &odd;
+    safetensors_write(temporary("plain"), "model.safetensors", extra, model->tensor_count + 1, "");
+    struct GPT2 *loaded = owned(gpt2_load(temporary("plain")));
+    expect_same_weights("without prefix", loaded, model);
+    unlink(temporary("plain/model.safetensors"));
+    safetensors_write(temporary("plain"), "a.safetensors", model->tensors, 5, "transformer.");
+    safetensors_write(temporary("plain"), "b.safetensors", model->tensors + 5,
+                      model->tensor_count - 5, "transformer.");
+    write_json("plain/model.safetensors.index.json", "{'metadata': {}, 'weight_map': {'x': "
+                                                     "'b.safetensors', 'y': 'a.safetensors', 'z': "
+                                                     "'b.safetensors'}}");
+    loaded = owned(gpt2_load(temporary("plain")));
+    expect_same_weights("in shards", loaded, model);
+    size_t n;
+    size_t used = 0;
+    float *all = all_weights(model, &n);
+    unsigned char *file = arena_alloc(&test_arena, 8 + 8192 + 2 * n, 1);
+    used = 8 + (size_t)sprintf((char *)file + 8, "{");
+    for (size_t i = 0, offset = 0; i < model->tensor_count; offset += 2 * model->tensors[i++]->n) {
+        struct Tensor *t = model->tensors[i];
+        used +=
+            (size_t)sprintf((char *)file + used, "%s\"%s\":{\"dtype\":\"BF16\",\"shape\":[%zu%s",
+                            i ? "," : "", t->name, t->shape[0], t->ndim == 2 ? "," : "");
+        if (t->ndim == 2)
+            used += (size_t)sprintf((char *)file + used, "%zu", t->shape[1]);
+        used += (size_t)sprintf((char *)file + used, "],\"data_offsets\":[%zu,%zu]}", offset,
+                                offset + 2 * t->n);
+    }
+    used += (size_t)sprintf((char *)file + used, "}");
+    for (int i = 0; i < 8; i++)
+        file[i] = (unsigned char)((uint64_t)(used - 8) >> 8 * i);
+    for (size_t i = 0; i < n; i++) {
+        file[used++] = (unsigned char)(bits_of_float(all[i]) >> 16);
+        file[used++] = (unsigned char)(bits_of_float(all[i]) >> 24);
+    }
+    write_bytes("plain/model.safetensors", file, used);
+    loaded = owned(gpt2_load(temporary("plain")));
+    expect_same_weights("in bfloat16", loaded, model);
+}
+
+/* A folder's config.json with `from` replaced, its weights from a list of tensors. */
+static const char *odd_model(const char *name, struct Text config, const char *from, const char *to,
+                             struct Tensor **tensors, size_t count, const char *prefix) {
+    make_folder(temporary(name));
+    struct Text text = replaced(config, from, to);
+    write_bytes(arena_printf(&test_arena, "%s/config.json", name), text.data, text.length);
+    safetensors_write(temporary(name), "model.safetensors", tensors, count, prefix);
+    return temporary(name);
+}
+
+/* gpt2_load, and what it says. */
+static struct GPT2 *load_and_listen(const char *path, struct Text *said) {
+    capture_begin();
+    struct GPT2 *model = owned(gpt2_load(path));
+    *said = capture_end();
+    return model;
+}
+
+/* The output layer, as files hold it: once, under either of its names, or twice and equal. Of its
+ * own it is refused, and so is one that transformers would draw at random. */
+static void test_output_layer(void) {
+    enum Holds { NOT, EQUAL, OTHER };
+    static const struct {
+        bool wte;
+        enum Holds lm_head;
+        const char *tie, *prefix, *message;
+    } cases[] = {
+        {true, NOT, "true", "transformer.", ""},
+        {true, NOT, "null", "", ""},
+        {true, EQUAL, "true", "transformer.", ""},
+        {true, EQUAL, "null", "module.", ""},
+        {false, EQUAL, "true", "transformer.", ""},
+        {false, EQUAL, "null", "pretrained_model.transformer.", ""},
+        {true, EQUAL, "false", "transformer.", "equals wte.weight: they are one tensor here"},
+        {true, OTHER, "true", "transformer.", "lm_head.weight is not wte.weight (number 7 is "},
+        {true, OTHER, "null", "_orig_mod.", "lm_head.weight is not wte.weight (number 7 is "},
+        {true, OTHER, "false", "transformer.", "an output layer of its own is not implemented"},
+        {true, NOT, "false", "transformer.", "is false in config.json, but there is no lm_head"},
+        {false, EQUAL, "false", "transformer.", "is false in config.json, but there is no wte"},
+        {false, NOT, "true", "transformer.", "wte.weight is missing; expected shape [300, 12]"},
+    };
+    struct GPT2 *model = new_model(300, 24, 12, 1, 3);
+    struct GPT2 *loaded;
+    struct Tensor lm_head = model->wte;
+    struct Tensor *tensors[32];
+    struct Text said;
+    model_save(model, temporary("head"), NULL);
+    struct Text config = read_file(&test_arena, temporary("head/config.json"));
+    snprintf(lm_head.name, sizeof lm_head.name, "lm_head.weight");
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        size_t count = 0;
+        lm_head.w =
+            memcpy(arena_floats(&test_arena, lm_head.n), model->wte.w, lm_head.n * sizeof(float));
+        if (cases[i].lm_head == OTHER)
+            lm_head.w[7] += 1;
+        if (cases[i].lm_head != NOT)
+            tensors[count++] = &lm_head;
+        for (size_t k = cases[i].wte ? 0 : 1; k < model->tensor_count; k++)
+            tensors[count++] = model->tensors[k];
+        const char *tie = arena_printf(&test_arena, "'tie_word_embeddings': %s", cases[i].tie);
+        const char *path = odd_model("head", config, "'tie_word_embeddings': true", tie, tensors,
+                                     count, cases[i].prefix);
+        bool good = !*cases[i].message || strstr(cases[i].message, "equals");
+        if (!good)
+            expect_end(tie, load_one_model, path, 1, cases[i].message);
+        if (!good)
+            continue;
+        loaded = load_and_listen(path, &said);
+        expect_same_weights(tie, loaded, model);
+        expect_true(tie, *cases[i].message ? strstr(said.data, cases[i].message) != NULL
+                                           : said.length == 0);
+    }
+    unlink(temporary("head/model.safetensors"));
+    safetensors_write(temporary("head"), "a.safetensors", tensors, 4, "");
+    safetensors_write(temporary("head"), "b.safetensors", (struct Tensor *[]){&lm_head}, 1, "");
+    write_json("head/model.safetensors.index.json", "{'weight_map': {'x': 'b.safetensors', 'y': "
+                                                    "'a.safetensors'}}");
+    write_bytes("head/config.json", config.data, config.length);
+    expect_end("lm_head in one file, most of the rest missing", load_one_model, temporary("head"),
+               1, "is missing");
+    safetensors_write(temporary("head"), "a.safetensors", model->tensors, model->tensor_count, "");
+    loaded = load_and_listen(temporary("head"), &said);
+    expect_same_weights("wte and lm_head in two files", loaded, model);
+    lm_head.w[3] = -lm_head.w[3];
+    safetensors_write(temporary("head"), "b.safetensors", (struct Tensor *[]){&lm_head}, 1, "");
+    expect_end("unlike, in two files", load_one_model, temporary("head"), 1,
+               "lm_head.weight is not wte.weight (number 3 is ");
+}
+
+/* Settings by GPT2Config's other names; activations that are gelu_new by another; tensors that have
+ * no place are named. */
+static void test_config_names(void) {
+    static const char *const edits[][3] = {
+        {"'n_head': 3", "'num_attention_heads': 3", ""},
+        {"'n_head': 3", "'n_head': null, 'num_attention_heads': 3", ""},
+        {"'n_head': 3", "'n_head': 3, 'num_attention_heads': 3", ""},
+        {"'n_embd': 12", "'hidden_size': 12", ""},
+        {"'n_layer': 2", "'num_hidden_layers': 2", ""},
+        {"'n_positions': 24", "'max_position_embeddings': 24", ""},
+        {"  'n_positions': 24,", "", ""},
+        {"'n_ctx': 24", "'n_ctx': 99", ""},
+        {"'gelu_new'", "'gelu_pytorch_tanh'", ""},
+        {"'gelu_new'", "'gelu_fast'", ""},
+        {"'use_cache': true", "'reorder_and_upcast_attn': true, 'pruned_heads': {}", ""},
+        {"'gelu_new'", "'gelu'", "gelu_new is implemented, gelu is not"},
+        {"'gelu_new'", "'quick_gelu'", "quick_gelu is not"},
+        {"'n_head': 3", "'n_head': 3, 'num_attention_heads': 4",
+         "\"n_head\" is 3, but \"num_attention_heads\", another name for it, is 4"},
+        {"'n_embd': 12", "'hidden_size': 24, 'n_embd': 12",
+         "\"n_embd\" is 12, but \"hidden_size\""},
+        {"'use_cache': true", "'scale_attn_by_inverse_layer_idx': true",
+         "\"scale_attn_by_inverse_layer_idx\": false is implemented, true is not"},
+        {"'use_cache': true", "'quantization_config': {'quant_method': 'gptq'}",
+         "\"quantization_config\": null is implemented, gptq is not"},
+        {"'use_cache': true", "'pruned_heads': {'0': [1]}",
+         "\"pruned_heads\": null is implemented, a list is not"},
+    };
+    struct GPT2 *model = new_model(300, 24, 12, 2, 3);
+    struct Text said;
+    model_save(model, temporary("names"), NULL);
+    struct Text config = read_file(&test_arena, temporary("names/config.json"));
+    for (size_t i = 0; i < COUNT(edits); i++) {
+        const char *path = odd_model("names", config, edits[i][0], edits[i][1], model->tensors,
+                                     model->tensor_count, "transformer.");
+        if (*edits[i][2])
+            expect_end(edits[i][1], load_one_model, path, 1, edits[i][2]);
+        if (*edits[i][2])
+            continue;
+        struct GPT2 *loaded = load_and_listen(path, &said);
+        expect_same_weights(edits[i][1], loaded, model);
+        expect_count("heads, positions", 100 * loaded->config.n_head + loaded->config.n_positions,
+                     324);
+        expect_text("nothing to say", said, "");
+    }
+    (void)(load_and_listen(odd_model("names", config, "'n_layer': 2", "'n_layer': 1",
+                                     model->tensors, model->tensor_count, "transformer."),
+                           &said));
+    expect_holds("a block that config.json does not count", said,
+                 "not read: 12, the first is transformer.h.1.ln_1.weight");
+    expect_end("another prefix", load_one_model,
+               odd_model("names", config, "12", "12", model->tensors, model->tensor_count,
+                         "model.decoder."),
+               1,
+               "tensor wte.weight is missing; expected shape [300, 12]; there is "
+               "model.decoder.wte.weight");
+    struct Tensor *twice[40];
+    struct Tensor again = model->wte;
+    memcpy(twice + 1, model->tensors, model->tensor_count * sizeof *twice);
+    snprintf(again.name, sizeof again.name, "module.wte.weight");
+    twice[0] = &again;
+    expect_end("one tensor under two names", load_one_model,
+               odd_model("names", config, "12", "12", twice, model->tensor_count + 1,
+                         "transformer."),
+               1,
+               "tensors transformer.module.wte.weight and transformer.wte.weight are both "
+               "wte.weight");
+}
+
+/* Two labels' rows, in a file of their own, read into a model that `names` says the labels of. */
+static struct Text read_two_labels(struct GPT2 *model, struct Tensor *rows, const char *settings) {
+    make_folder(temporary("two"));
+    write_text("two/config.json", settings);
+    safetensors_write(temporary("two"), "score.safetensors", &rows, 1, "");
+    struct SafeTensors st = safetensors_open(&test_arena, temporary("two/score.safetensors"));
+    model->score.n = 0;
+    capture_begin();
+    reward_head_load(model, &st, temporary("two"));
+    fclose(st.file);
+    return capture_end();
+}
+
+static void load_odd_labels(const void *settings) {
+    struct GPT2 *model = new_model(300, 24, 2, 1, 1);
+    struct Tensor rows = {
+        .name = "score.weight",
+        .shape = {2, 2},
+        .ndim = 2,
+        .n = 4,
+        .w = (float[]){1, 2, 4, 1},
+    };
+    read_two_labels(model, &rows, settings);
+}
+
+/* By hand: rows (1, 2) and (4, 1) are the head (3, -1), or (-3, 1) where the first label's name is
+ * the positive one. */
+static void test_two_labels(void) {
+#define NAMES(zero, one) "{\"id2label\": {\"0\": \"" zero "\", \"1\": \"" one "\"}}"
+    static const struct {
+        const char *settings;
+        float first;
+    } cases[] = {
+        {"{}", 3},
+        {NAMES("NEGATIVE", "POSITIVE"), 3},
+        {NAMES("POSITIVE", "NEGATIVE"), -3},
+        {NAMES("pos", "neg"), -3},
+        {NAMES("Positivo", "other"), -3},
+        {NAMES("other", "negative"), -3},
+        {NAMES("LABEL_1", "LABEL_0"), -3},
+        {NAMES("ham", "spam"), 3},
+        {"{\"id2label\": 7, \"problem_type\": null}", 3},
+        {"{\"problem_type\": \"single_label_classification\"}", 3},
+    };
+#undef NAMES
+    struct GPT2 *model = new_model(300, 24, 2, 1, 1);
+    struct Tensor rows = {
+        .name = "score.weight",
+        .shape = {2, 2},
+        .ndim = 2,
+        .n = 4,
+        .w = (float[]){1, 2, 4, 1},
+    };
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        struct Text said = read_two_labels(model, &rows, cases[i].settings);
+        expect_close(cases[i].settings, model->score.w[0], cases[i].first, 0);
+        expect_close(cases[i].settings, model->score.w[1], -cases[i].first / 3, 0);
+        expect_true("one note", strstr(said.data, "align: note: ") == said.data
+                                    && strstr(said.data, "\n") == said.data + said.length - 1);
+        expect_true("names that say nothing are said", i != 7
+                                                           || strstr(said.data, "the logit of "
+                                                                                "\"spam\" minus "
+                                                                                "that of \"ham\"")
+                                                                  != NULL);
+    }
+    expect_end("regression", load_odd_labels, "{\"problem_type\": \"regression\"}", 1,
+               "\"problem_type\": single_label_classification is implemented, regression is not");
+    expect_end("several labels at once", load_odd_labels,
+               "{\"problem_type\": \"multi_label_classification\"}", 1,
+               "multi_label_classification is not");
+    model_save(model, temporary("labels"), NULL);
+    struct Tensor three = {
+        .name = "score.weight",
+        .shape = {3, 2},
+        .ndim = 2,
+        .n = 6,
+        .w = random_floats(6, 1),
+    };
+    struct Tensor bias = {
+        .name = "score.bias",
+        .shape = {2},
+        .ndim = 1,
+        .n = 2,
+        .w = random_floats(2, 1),
+    };
+    safetensors_write(temporary("labels"), "model.safetensors", (struct Tensor *[]){&three}, 1, "");
+    expect_end("three labels", load_one_model, temporary("labels"), 1,
+               "score.weight has 3 labels; one is a reward, two are a classifier's");
+    safetensors_write(temporary("labels"), "model.safetensors", (struct Tensor *[]){&rows, &bias},
+                      2, "");
+    expect_end("a bias", load_one_model, temporary("labels"), 1,
+               "has a score.bias; a GPT-2 classifier has none");
+}
+
+/* The reward of a two-label classifier is the log-odds of the sentiment pipeline's softmax:
+ * transformers' numbers. */
+static void test_two_labels_golden(void) {
+    static const struct {
+        double logits[2], positive;
+    } golden[] = {{{1.9135102, -0.475132018}, 0.0840428844},
+                  {{1.32131326, -0.02512566}, 0.206453174}};
+    struct GPT2 *model = golden_model();
+    struct Tensor rows = {
+        .name = "score.weight",
+        .shape = {2, 16},
+        .ndim = 2,
+        .n = 32,
+        .w = arena_floats(&test_arena, 32),
+    };
+    golden_fill(&rows, 100);
+    struct Text said =
+        read_two_labels(model, &rows, "{\"id2label\": {\"0\": \"LABEL_0\", \"1\": \"LABEL_1\"}}");
+    expect_holds("said", said,
+                 "the reward is the logit of \"LABEL_1\" minus that of \"LABEL_0\"; saved again, "
+                 "it has one label");
+    float reward[2];
+    reward_score(model, golden_examples(), 2, reward);
+    for (size_t i = 0; i < 2; i++) {
+        expect_close("difference of the logits", reward[i],
+                     golden[i].logits[1] - golden[i].logits[0], 6e-6);
+        expect_close("the score of label 1", sigmoid(reward[i]), golden[i].positive, 1e-6);
+    }
+}
+
+/* An adapter with both heads, saved and put to its base again: the same bits under PEFT's names;
+ * target_modules as a regular expression stays one, and the file's tensors say which layers it
+ * takes. */
+static void test_lora_round_trip(void) {
+    for (int pattern = 0; pattern < 2; pattern++) {
+        struct GPT2 *model = random_model(300, 12, 8, 2, 2);
+        struct GPT2 *loaded = owned(gpt2_copy(model));
+        const char *path = temporary(pattern ? "lora_pattern" : "lora");
+        if (!pattern)
+            tensor_normal(reward_head_declare(model), &test_rng, 1);
+        if (!pattern)
+            value_head_init(model, 3);
+        random_adapter(model, 3, "attn.c_proj c_fc");
+        if (pattern) {
+            model->adapter.pattern = true;
+            model->adapter.target_modules = ".*(attn\\.c_proj|fc)";
+        }
+        model->adapter.use_rslora = true;
+        model_save(model, path, pattern ? NULL : tokenizer);
+        struct Json *config =
+            json_read_file(&test_arena, arena_printf(&test_arena, "%s/adapter_config.json", path));
+        struct Json *targets = json_get(config, "target_modules");
+        expect_true("adapter_config.json",
+                    json_is_string(json_get(config, "peft_type"), "LORA")
+                        && json_get(config, "r")->number == 3
+                        && json_get(config, "lora_alpha")->number == 6
+                        && json_get(config, "use_rslora")->type == JSON_TRUE
+                        && json_get(config, "fan_in_fan_out")->type == JSON_TRUE
+                        && json_is_string(json_get(config, "base_model_name_or_path"), "base")
+                        && json_is_string(json_get(config, "task_type"),
+                                          pattern ? "CAUSAL_LM" : "SEQ_CLS"));
+        expect_true("target_modules", pattern ? json_is_string(targets, ".*(attn\\.c_proj|fc)")
+                                              : json_is_string(targets->child, "attn.c_proj")
+                                                    && json_is_string(targets->child->next, "c_"
+                                                                                            "fc"));
+        expect_true("modules_to_save",
+                    pattern
+                        ? json_get(config, "modules_to_save")->type == JSON_NULL
+                        : json_is_string(json_get(config, "modules_to_save")->child->next, "scor"
+                                                                                           "e"));
+        struct SafeTensors st =
+            safetensors_open(&test_arena,
+                             arena_printf(&test_arena, "%s/adapter_model.safetensors", path));
+        size_t entries = 0;
+        for (struct Json *item = st.header->child; item; item = item->next)
+            entries++;
+        fclose(st.file);
+        expect_count("metadata, A and B of four layers, score", entries, pattern ? 9 : 10);
+        expect_true("PEFT's names",
+                    json_get(st.header, "base_model.model.transformer.h.1.mlp.c_fc.lora_B.weight")
+                        && (json_get(st.header, "base_model.model.score.weight") != NULL)
+                               == !pattern);
+        adapter_load(loaded, path);
+        expect_count("tensors", loaded->tensor_count, model->tensor_count);
+        for (size_t i = 0; i < 8; i++) {
+            struct Linear *a = adaptable(loaded, i);
+            struct Linear *b = adaptable(model, i);
+            expect_count("adapted alike", a->lora_A.n, b->lora_A.n);
+            expect_bits("A", a->lora_A.w, b->lora_A.w, b->lora_A.n);
+            expect_bits("B", a->lora_B.w, b->lora_B.w, b->lora_B.n);
+            if (b->lora_A.n)
+                expect_close("6 / sqrt(3)", a->lora_scale, 6 / sqrt(3), 1e-6);
+        }
+        if (!pattern)
+            expect_bits("score", loaded->score.w, model->score.w, 8);
+        if (!pattern)
+            expect_bits("value head", loaded->v_head.weight.w, model->v_head.weight.w, 8);
+        expect_true("heads", pattern ? !loaded->score.n && !loaded->v_head.weight.n
+                                     : loaded->v_head.bias.w[0] == model->v_head.bias.w[0]);
+    }
+}
+
+struct AdapterCase {
+    struct GPT2 *base;
+    const char *path;
+};
+
+static void put_adapter(const void *argument) {
+    const struct AdapterCase *c = argument;
+    adapter_load(c->base, c->path);
+}
+
+static void load_one_adapter(const void *path) {
+    struct GPT2 *model = new_model(300, 12, 8, 2, 2);
+    adapter_load(model, path);
+}
+
+/* An adapter of the second block alone: exclude_modules or layers_to_transform leave it to the
+ * file's tensors which layers it takes; saved again it names them one by one. With a copy of the
+ * base's embedding it is read, with another one refused; of a whole model beside it only the value
+ * head is read. */
+static void test_lora_partial(void) {
+    static const char *const settings[] = {
+        "'layers_to_transform': [1], 'layers_pattern': 'h'",
+        "'layers_to_transform': 1",
+        "'exclude_modules': ['h.0.attn.c_attn']",
+        "'exclude_modules': '.*h.0.*', 'rank_pattern': {}, 'alpha_pattern': {}",
+    };
+    struct GPT2 *model = random_model(300, 12, 8, 2, 2);
+    struct GPT2 *base = owned(gpt2_copy(model));
+    random_adapter(model, 3, "c_attn");
+    struct Linear *first = &model->h[0].attn.c_attn;
+    struct Linear *second = &model->h[1].attn.c_attn;
+    tensor_remove(model, &first->lora_A);
+    tensor_remove(model, &first->lora_B);
+    model_save(model, temporary("partial"), NULL);
+    struct Text config = read_file(&test_arena, temporary("partial/adapter_config.json"));
+    expect_end("without a setting", load_one_adapter, temporary("partial"), 1,
+               "tensor h.0.attn.c_attn.lora_A.weight is missing");
+    for (size_t i = 0; i < COUNT(settings); i++) {
+        struct Text text =
+            replaced(config, "'r': 3", arena_printf(&test_arena, "%s, 'r': 3", settings[i]));
+        struct GPT2 *loaded = owned(gpt2_copy(base));
+        struct GPT2 *again = owned(gpt2_copy(base));
+        write_bytes("partial/adapter_config.json", text.data, text.length);
+        adapter_load(loaded, temporary("partial"));
+        expect_count(settings[i], loaded->h[0].attn.c_attn.lora_A.n, 0);
+        expect_bits(settings[i], loaded->h[1].attn.c_attn.lora_A.w, second->lora_A.w,
+                    second->lora_A.n);
+        model_save(loaded, temporary("partial_again"), NULL);
+        struct Json *targets =
+            json_get(json_read_file(&test_arena, temporary("partial_again/adapter_config.json")),
+                     "target_modules");
+        expect_true("its layer by name",
+                    targets->number == 1 && json_is_string(targets->child, "h.1.attn.c_attn"));
+        adapter_load(again, temporary("partial_again"));
+        expect_bits("saved and read again", again->h[1].attn.c_attn.lora_B.w, second->lora_B.w,
+                    second->lora_B.n);
+        expect_count("and no other", again->tensor_count, base->tensor_count + 2);
+    }
+    struct Tensor lm_head = base->wte;
+    struct Tensor *tensors[] = {&second->lora_A, &second->lora_B, &lm_head, &base->wte};
+    snprintf(lm_head.name, sizeof lm_head.name, "lm_head.weight");
+    lm_head.w = memcpy(arena_floats(&test_arena, lm_head.n), lm_head.w, lm_head.n * sizeof(float));
+    safetensors_write(temporary("partial"), "adapter_model.safetensors", tensors, 4,
+                      "base_model.model.transformer.");
+    struct GPT2 *loaded = owned(gpt2_copy(base));
+    adapter_load(loaded, temporary("partial"));
+    expect_count("with the base's embedding", loaded->tensor_count, base->tensor_count + 2);
+    loaded = owned(gpt2_copy(base));
+    struct GPT2 *other = random_model(300, 12, 8, 2, 2);
+    value_head_init(other, 3);
+    safetensors_write(temporary("partial"), "model.safetensors", other->tensors,
+                      other->tensor_count, "transformer.");
+    capture_begin();
+    adapter_load(loaded, temporary("partial"));
+    struct Text said = capture_end();
+    for (size_t i = 0; i < base->tensor_count; i++)
+        expect_bits("the base", loaded->tensors[i]->w, base->tensors[i]->w, base->tensors[i]->n);
+    expect_bits("value head", loaded->v_head.weight.w, other->v_head.weight.w, 8);
+    expect_holds("said", said, "beside an adapter only a value head is read");
+    lm_head.w[2] += 1;
+    safetensors_write(temporary("partial"), "adapter_model.safetensors", tensors, 3,
+                      "base_model.model.transformer.");
+    struct AdapterCase one = {base, temporary("partial")};
+    expect_end("an output layer of its own", put_adapter, &one, 1,
+               "tensor lm_head.weight is not the base's wte.weight (number 2 is ");
+}
+
+/* Adapters: settings that would compute something else, tensors that are missing, misshapen, or
+ * of another model. */
+static void test_lora_broken(void) {
+    static const char *const edits[][3] = {
+        {"'LORA'", "'IA3'", "\"peft_type\": LORA is implemented, IA3 is not"},
+        {"'use_dora': false", "'use_dora': true",
+         "\"use_dora\": false is implemented, true is not"},
+        {"'r': 3", "'rank_pattern': {'c_fc': 2}, 'r': 3",
+         "\"rank_pattern\": null is implemented, a number is not"},
+        {"'r': 3", "'alpha_pattern': {'c_fc': 2}, 'r': 3",
+         "\"alpha_pattern\": null is implemented, a number is not"},
+        {"'bias': 'none'", "'bias': 'all'", "\"bias\": none is implemented, all is not"},
+        {"'init_lora_weights': true", "'init_lora_weights': 'pissa'",
+         "\"init_lora_weights\": true is implemented, pissa is not"},
+        {"'modules_to_save': null", "'modules_to_save': ['ln_f']",
+         "\"modules_to_save\": score is implemented, ln_f is not"},
+        {"'r': 3", "'r': 0", "\"r\" must be 1 or more"},
+        {"'r': 3", "'r': 2.5", "\"r\" must be a whole number"},
+        {"'r': 3", "'r': 4", "lora_A.weight: expected shape [4, 8], found [3, 8]"},
+        {"'c_fc']", "'c_fc', 'c_attn']",
+         "attn.c_attn.lora_A.weight is missing; expected shape [3, 8]"},
+        {", 'c_fc']", "]",
+         "no layer of this model takes tensor "
+         "base_model.model.transformer.h.0.mlp.c_fc.lora_A.weight"},
+        {"['attn.c_proj', 'c_fc']", "['q_proj']", "take no layer of this model"},
+        {"'target_modules': [", "'target_modules': [1, ",
+         "\"target_modules\" must be a list of names"},
+        {"'r': 3", "'r': 16777216", "too few for adapters of \"r\" 16777216"},
+    };
+    struct GPT2 *model = new_model(300, 12, 8, 2, 2);
+    random_adapter(model, 3, "attn.c_proj c_fc");
+    model_save(model, temporary("odd_lora"), NULL);
+    struct Text config = read_file(&test_arena, temporary("odd_lora/adapter_config.json"));
+    for (size_t i = 0; i < COUNT(edits); i++) {
+        struct Text text = replaced(config, edits[i][0], edits[i][1]);
+        write_bytes("odd_lora/adapter_config.json", text.data, text.length);
+        expect_end(edits[i][1], load_one_adapter, temporary("odd_lora"), 1, edits[i][2]);
+    }
+    write_bytes("odd_lora/adapter_config.json", config.data, config.length);
+    const char *model_path = saved_model("lora_base");
+    const void *next = words_of("next --model_name_or_path @odd_lora --prompt x --tokenizer "
+                                "@tokenizer.bin");
+    expect_end("no base", run_command, next, 1, "its base \"base\" is not here");
+    expect_end("no adapter", load_one_adapter, model_path, 1, "no adapter_config.json inside");
+    unlink(temporary("odd_lora/adapter_model.safetensors"));
+    expect_end("no tensors", load_one_adapter, temporary("odd_lora"), 1,
+               "no adapter_model.safetensors inside");
+}
+
+/* A Git LFS pointer in place of any file that is read. */
+static void test_broken_lfs(void) {
+    static const char pointer[] = "version https://git-lfs.github.com/spec/v1\noid "
+                                  "sha256:4d7a\nsize 548105171\n";
+    const char *path = saved_model("lfs");
+    struct Text config = read_file(&test_arena, temporary("lfs/config.json"));
+    write_text("lfs/config.json", pointer);
+    expect_end("config.json", load_one_model, path, 1,
+               "lfs/config.json: is a Git LFS pointer, not the file itself; fetch it: git lfs "
+               "pull");
+    write_bytes("lfs/config.json", config.data, config.length);
+    write_text("lfs/model.safetensors", pointer);
+    expect_end("weights", load_one_model, path, 1, "lfs/model.safetensors: is a Git LFS pointer");
+    struct Text large = replaced(config, "'n_embd': 12", "'n_embd': 1200");
+    write_bytes("lfs/config.json", large.data, large.length);
+    expect_end("of a large model", load_one_model, path, 1,
+               "lfs/model.safetensors: is a Git LFS pointer");
+    unlink(temporary("lfs/model.safetensors"));
+    write_json("lfs/model.safetensors.index.json", "{'weight_map': {'x': 'a.safetensors'}}");
+    write_text("lfs/a.safetensors", pointer);
+    expect_end("one file of several", load_one_model, path, 1,
+               "lfs/a.safetensors: is a Git LFS pointer");
+    expect_end("tokenizer.bin", load_one_tokenizer, write_text("lfs/tokenizer.bin", pointer), 1,
+               "tokenizer.bin: is a Git LFS pointer");
+    expect_end("data", load_one_dataset, write_text("lfs/data.jsonl", pointer), 1,
+               "data.jsonl: is a Git LFS pointer");
+}
+
+/* Weights: cut short, of another shape, missing, of an unknown type, with a header that lies or
+ * is none; shards elsewhere. */
+static void test_broken_weights(void) {
+    static const struct {
+        const char *what, *from, *to, *message;
+    } edits[] = {
+        {"wrong shape", "'shape':[300,12]", "'shape':[301,12]",
+         "tensor wte.weight: expected shape [300, 12], found [301, 12]"},
+        {"transposed", "'shape':[12,36]", "'shape':[36,12]",
+         "tensor h.0.attn.c_attn.weight: expected shape [12, 36], found [36, 12]"},
+        {"one dimension too many", "'shape':[36]", "'shape':[36,1]",
+         "tensor h.0.attn.c_attn.bias: expected shape [36], found [36, 1]"},
+        {"missing", "'transformer.ln_f.bias'", "'transformer.ln_f.biax'",
+         "tensor ln_f.bias is missing; expected shape [12]"},
+        {"unknown type", "'F32'", "'I64'",
+         "tensor wte.weight has type I64; F32, F16 and BF16 are read"},
+        {"bytes and numbers disagree", "[0,14400]", "[0,14396]", "14396 bytes for 3600 numbers"},
+        {"shared bytes", "[14400,15552]", "[14396,15548]",
+         "tensors transformer.wte.weight and transformer.wpe.weight share bytes"},
+        {"shared bytes of a tensor that is not read", "{'__metadata__'",
+         "{'x':{'dtype':'U8','shape':[9],'data_offsets':[3,12]},'__metadata__'", "share bytes"},
+        {"bytes outside", "[0,14400]", "[99999999,100014399]", "cut short?"},
+        {"backwards", "[0,14400]", "[14400,0]", "cut short?"},
+        {"negative", "[0,14400]", "[-4,14396]", "whole number"},
+        {"no offsets", "'data_offsets'", "'data_offsetx'", "lacks dtype, shape or data_offsets"},
+        {"no JSON", "{'__metadata__'", "('__metadata__'", "in its header"},
+        {"no entry", "{'__metadata__'", "{'x':3,'__metadata__'", "tensor x lacks dtype"},
+        {"a name that steers the terminal", "{'__metadata__'",
+         "{'a\\u001b[31m\\n\\u009bb':3,'__metadata__'", "tensor a?[31m???b lacks dtype"},
+    };
+    const char *path = saved_model("broken");
+    struct Text file = read_file(&test_arena, temporary("broken/model.safetensors"));
+    size_t length = (unsigned char)file.data[0] | (size_t)(unsigned char)file.data[1] << 8;
+    for (size_t i = 0; i < COUNT(edits); i++) {
+        struct Text header =
+            replaced((struct Text){file.data + 8, length}, edits[i].from, edits[i].to);
+        unsigned char prefix[8] = {(unsigned char)header.length,
+                                   (unsigned char)(header.length >> 8)};
+        struct Text whole =
+            text_join(&test_arena, text_join(&test_arena, (struct Text){(char *)prefix, 8}, header),
+                      (struct Text){file.data + 8 + length, file.length - 8 - length});
+        write_bytes("broken/model.safetensors", whole.data, whole.length);
+        expect_end(edits[i].what, load_one_model, path, 1, edits[i].message);
+    }
+    write_bytes("broken/model.safetensors", file.data, file.length - 100);
+    expect_end("truncated", load_one_model, path, 1, "cut short?");
+    write_bytes("broken/model.safetensors", file.data, 500);
+    expect_end("truncated in the header", load_one_model, path, 1,
+               "or cut short: its header claims");
+    write_bytes("broken/model.safetensors", file.data, 5);
+    expect_end("five bytes", load_one_model, path, 1,
+               "it has 5 bytes, fewer than its 8-byte prefix");
+    write_bytes("broken/model.safetensors", "\0\0\0\0\0\0\0\x7f{}", 10);
+    expect_end("a header of 9 * 10^18 bytes", load_one_model, path, 1,
+               "header claims 9151314442816847872 bytes, 2 follow");
+    unlink(temporary("broken/model.safetensors"));
+    expect_true("a pipe is made", mkfifo(temporary("broken/model.safetensors"), 0600) == 0);
+    expect_end("a pipe, which nobody writes to", load_one_model, path, 1,
+               "model.safetensors: is a folder, a pipe or a device");
+    unlink(temporary("broken/model.safetensors"));
+    expect_end("no weights", load_one_model, path, 1, "no model.safetensors inside");
+    static const struct {
+        const char *index, *message;
+    } indexes[] = {
+        {"{'weight_map': {'a': '../x.safetensors'}}", "must name a file of this folder"},
+        {"{'weight_map': {'a': 3}}", "must name a file of this folder"},
+        {"{'weight_map': {}}", "names no file"},
+        {"{}", "no \"weight_map\""},
+        {"[", "not JSON"},
+    };
+    for (size_t i = 0; i < COUNT(indexes); i++) {
+        write_json("broken/model.safetensors.index.json", indexes[i].index);
+        expect_end("index", load_one_model, path, 1, indexes[i].message);
+    }
+}
+
+/* A config.json that changes the mathematics, or cannot be. */
+static void test_broken_config(void) {
+    static const char *const edits[][3] = {
+        {"'gelu_new'", "'relu'",
+         "\"activation_function\": gelu_new is implemented, relu is not: it changes the "
+         "mathematics"},
+        {"'n_inner': null", "'n_inner': 100", "n_inner 100 is not implemented"},
+        {"'n_head': 3", "'n_head': 5", "n_embd 12 must be a multiple of n_head 5"},
+        {"'n_layer': 1", "'n_layer': 0", "n_layer 0"},
+        {"'vocab_size': 300", "'vocab_size': 200", "vocab_size 200"},
+        {"'n_embd': 12", "'n_embd': 12.5", "\"n_embd\" must be a whole number"},
+        {"'tie_word_embeddings': true", "'tie_word_embeddings': 1",
+         "\"tie_word_embeddings\": true is implemented, a number is not"},
+        {"'use_cache': true", "'scale_attn_weights': false",
+         "\"scale_attn_weights\": true is implemented, false is not"},
+        {"'use_cache': true", "'add_cross_attention': true",
+         "\"add_cross_attention\": false is implemented, true is not"},
+        {"'model_type': 'gpt2'", "'model_type': 'llama'",
+         "\"model_type\": gpt2 is implemented, llama is not"},
+        {"'n_ctx'", "n_ctx", "not JSON"},
+        {"'n_positions': 24", "'n_positions': 1000000",
+         "config.json describes 12005328 numbers, at least 22 MB; the weights have 0 MB"},
+        {"'n_layer': 1,", "'n_layer': 1000000000,", "\"n_layer\" must be a whole number"},
+        {"'n_layer': 1,", "'n_layer': 500,", "config.json describes 500 layers"},
+        {"'n_embd': 12", "'n_embd': 65535", "describes 51559268040 numbers"},
+        {"'eos_token_id': 299", "'eos_token_id': 300",
+         "\"eos_token_id\" must be the id of one token, 0 to 299 (vocab_size - 1), found 300"},
+        {"'eos_token_id': 299", "'eos_token_id': -1", "found -1"},
+        {"'eos_token_id': 299", "'eos_token_id': 1.5", "found 1.5"},
+        {"'eos_token_id': 299", "'eos_token_id': '13'", "found a string"},
+        {"'eos_token_id': 299", "'eos_token_id': [299, 13]",
+         "\"eos_token_id\" lists 2 ids, and one can be used"},
+        {"'eos_token_id': 299", "'eos_token_id': []", "lists 0 ids"},
+        {"'eos_token_id': 299", "'eos_token_id': [[13]]", "found a list"},
+        {"'pad_token_id': 299", "'pad_token_id': -1",
+         "\"pad_token_id\" must be the id of one token, 0 to 299 (vocab_size - 1), found -1"},
+        {"'pad_token_id': 299", "'pad_token_id': 300", "found 300"},
+        {"'pad_token_id': 299", "'pad_token_id': [1, 2]", "\"pad_token_id\" lists 2 ids"},
+        {"'bos_token_id': 299", "'bos_token_id': true",
+         "\"bos_token_id\" must be the id of one token, 0 to 299 (vocab_size - 1), found true"},
+        {"'layer_norm_epsilon': 1e-05", "'layer_norm_epsilon': -1",
+         "\"layer_norm_epsilon\" must be"},
+        {"'n_layer': 1,", "'n_layer': 1, 'n_layer': 2,", "tensor h.1.ln_1.weight is missing"},
+    };
+    const char *path = saved_model("odd");
+    struct Text config = read_file(&test_arena, temporary("odd/config.json"));
+    for (size_t i = 0; i < COUNT(edits); i++) {
+        struct Text text = replaced(config, edits[i][0], edits[i][1]);
+        write_bytes("odd/config.json", text.data, text.length);
+        expect_end(edits[i][1], load_one_model, path, 1, edits[i][2]);
+    }
+    unlink(temporary("odd/config.json"));
+    expect_end("no config.json", load_one_model, path, 1, "no config.json inside");
+    expect_end("no folder", load_one_model, "/nowhere/at all", 1,
+               "/nowhere/at all: no such folder");
+    write_json("odd/vocab.json", "{'!': 0, 'x': 5}");
+    write_bytes("odd/config.json", config.data, config.length);
+    const void *next = words_of("next --model_name_or_path @odd --prompt x --tokenizer "
+                                "@tokenizer.bin");
+    expect_end("another vocabulary", run_command, next, 1, "id 5 is \"x\" here, \"&\" in");
+    write_json("odd/vocab.json", "{'x\\u001b[2J': 5}");
+    expect_end("a token that clears the screen", run_command, next, 1, "id 5 is \"x?[2J\" here");
+    unlink(temporary("odd/vocab.json"));
+    write_json("odd/tokenizer.json", "{'model': {'vocab': [['!', 0]]}}");
+    expect_end("a vocabulary in a list", run_command, next, 1,
+               "tokenizer.json: its vocabulary is not an object");
+    write_bytes("odd/config.json", "\xef\xbb\xbf", 3);
+    expect_end("nothing but a byte order mark", load_one_model, path, 1, "not JSON: it ends");
+    struct Text marked = text_join(&test_arena, text_of("\xef\xbb\xbf"), config);
+    struct Text said;
+    write_bytes("odd/config.json", marked.data, marked.length);
+    expect_count("with a byte order mark", (size_t)run_apart(load_one_model, path, &said), 0);
+}
+
+/* A model whose numbers break in some way, then what finds it. */
+enum Breakage {
+    BAD_FILE,
+    BAD_SAVE,
+    BAD_STEP,
+    BAD_GRADIENT,
+    BAD_ADAPTER,
+    BAD_LOGIT,
+    BAD_REWARD,
+    BAD_REFERENCE,
+    BAD_PPO
+};
+
+static void break_numbers(const void *argument) {
+    enum Breakage kind = *(const enum Breakage *)argument;
+    struct GPT2 *model = new_model(300, 24, 12, 2, 3);
+    struct TrainingArguments args = training_arguments();
+    struct Example text = random_example(10, 2, 300);
+    struct LanguageTask task = {.examples = {[TO_LEARN] = &text}};
+    struct Trainer trainer = {
+        .model = model,
+        .args = args,
+        .task =
+            {
+                .name = "sft",
+                .n = 1,
+                .data = &task,
+                .loss = language_loss,
+                .targets = language_targets,
+            },
+    };
+    if (kind == BAD_ADAPTER)
+        adapter_new(model, (struct Adapter){.r = 2, .lora_alpha = 4, .target_modules = "c_attn"},
+                    1);
+    gpt2_make_trainable(model);
+    if (kind == BAD_FILE) {
+        model->h[1].mlp.c_fc.weight.w[500] = NAN;
+        make_folder(temporary("bad_file"));
+        config_save(model, temporary("bad_file"));
+        safetensors_write(temporary("bad_file"), "model.safetensors", model->tensors,
+                          model->tensor_count, "transformer.");
+        owned(gpt2_load(temporary("bad_file")));
+    } else if (kind == BAD_SAVE) {
+        model->ln_f.bias.w[3] = -INFINITY;
+        model_save(model, temporary("bad_save"), tokenizer);
+    } else if (kind == BAD_STEP || kind == BAD_ADAPTER) {
+        trainer.args.learning_rate = 1e30;
+        trainer_train(&trainer);
+    } else if (kind == BAD_GRADIENT) {
+        model->trace.task = "sft";
+        model->trace.step = 7;
+        model->h[0].attn.c_attn.weight.d[3] = NAN;
+        model->h[1].ln_2.weight.d[1] = INFINITY; /* made first: the gradient comes from the end */
+        optimizer_step(model, &args, 1e-3, 7);
+    } else if (kind == BAD_LOGIT) {
+        struct GenerationConfig config = generation_config();
+        for (size_t i = 0; i < 12; i++)
+            model->ln_f.weight.w[i] = 3e38f;
+        struct Sequence s = sequence_start(&test_arena, text.ids, 3, 4, model, test_rng);
+        generate(model, &s, 1, &config);
+    } else if (kind == BAD_REWARD) {
+        float reward;
+        for (size_t c = 0; c < 12; c++)
+            reward_head_declare(model)->w[c] = c % 2 ? 3e38f : -3e38f;
+        for (size_t i = 0; i < 12; i++)
+            model->ln_f.weight.w[i] = 1e10f;
+        reward_score(model, &text, 1, &reward);
+    } else if (kind == BAD_REFERENCE) {
+        struct Example pair[] = {text, random_example(9, 2, 300)};
+        struct GPT2 *ref = owned(gpt2_copy(model));
+        for (size_t i = 0; i < 12; i++)
+            ref->ln_f.weight.w[i] = 3e38f;
+        dpo_task(&trainer, &test_arena, ref, (struct DPOConfig){.beta = 0.1, .weight = {1}}, 1,
+                 pair, 1);
+        trainer_train(&trainer);
+    } else if (kind == BAD_PPO) {
+        struct Rollout rollouts[4];
+        struct PPOTrainer *ppo = ppo_of(ppo_config(), 1e30, rollouts);
+        for (int step = 0; step < 2; step++)
+            ppo_step(ppo, rollouts);
+    }
+}
+
+/* NaN and infinities: in a file, in what would be saved, after a step that was far too large, in
+ * gradients, in what is generated or judged. */
+static void test_bad_numbers(void) {
+    static const char *const messages[] = {[BAD_FILE] = "model.safetensors: tensor "
+                                                        "h.1.mlp.c_fc.weight: number 500 is nan, a "
+                                                        "finite one was expected; take an earlier "
+                                                        "checkpoint",
+                                           [BAD_SAVE] = "align: a weight that was to be saved is "
+                                                        "infinite: weight ln_f.bias was the first "
+                                                        "to break (infinite)",
+                                           [BAD_STEP] = "align: sft: step 2: the loss is NaN: the "
+                                                        "output of h.0.attn.c_attn was the first "
+                                                        "to break (",
+                                           [BAD_GRADIENT] = "align: sft: step 7: the gradient's "
+                                                            "norm is NaN: the gradient of "
+                                                            "h.1.ln_2.weight was the first to "
+                                                            "break (infinite); try",
+                                           [BAD_ADAPTER] = "align: sft: step 2: the loss is NaN: "
+                                                           "the output of h.0.attn was the first "
+                                                           "to break (NaN); try",
+                                           [BAD_LOGIT] = ": the output of ln_f was the first to "
+                                                         "break",
+                                           [BAD_REWARD] = "the reward of a text is ",
+                                           [BAD_REFERENCE] = "a log-probability under the frozen "
+                                                             "model is NaN: the output of ln_f was "
+                                                             "the first to break",
+                                           [BAD_PPO] = "the loss is NaN: the output of h.0.attn"};
+    /* Whether a sum that overflows ends infinite or as NaN (infinity less infinity) depends on
+     * its order: not said here. */
+    for (enum Breakage kind = BAD_FILE; kind <= BAD_PPO; kind++)
+        expect_end(messages[kind], break_numbers, &kind, 1, messages[kind]);
+}
+
+/* The first number that is not finite, or none. */
+static void test_first_not_finite(void) {
+    float x[5000] = {0};
+    expect_count("all finite", first_not_finite(x, 5000), 5000);
+    x[4999] = -INFINITY;
+    expect_count("the last", first_not_finite(x, 5000), 4999);
+    x[4096] = NAN;
+    expect_count("the first of the second piece", first_not_finite(x, 5000), 4096);
+    x[2] = -FLT_MAX;
+    expect_count("the largest is finite", first_not_finite(x, 3), 3);
+}
+
+/* =============================================================================================
+ * Chapter 25 - Progress, logs, checkpoints
+ *
+ * A run that goes on from a checkpoint ends as one that never stopped; what is no checkpoint of
+ * it is refused, and a full disk destroys nothing that was there.
+ * ============================================================================================= */
+
+static void expect_cut(const char *what, const char *text, size_t columns, const char *want) {
+    expect_text(what, text_of(cut_text(arena_printf(&test_arena, "%s", text), columns)), want);
+}
+
+static void test_progress_cut(void) {
+    expect_cut("shorter", "abc", 4, "abc");
+    expect_cut("longer", "abcde", 4, "abcd");
+    expect_cut("a whole last character", "aéié", 4, "aéi");
+    expect_cut("none cut in half", "日本語", 5, "日");
+    expect_cut("escape, newline, delete",
+               "a\x1b[31m\n\x7f"
+               "b",
+               40, "a?[31m??b");
+    expect_cut("C1 control in UTF-8",
+               "a\xc2\x9b"
+               "b",
+               40, "a??b");
+    expect_cut("half a character", "a\xc3", 40, "a?");
+    expect_cut("no UTF-8", "\xff\xfe", 1, "?");
+}
+
+/* What trainer_state.json says is what the log holds, keys sorted; NaN is null. */
+static void test_trainer_state(void) {
+    struct TrainerState state = {
+        .epoch = 0.5,
+        .global_step = 3,
+        .max_steps = 6,
+        .num_train_epochs = 1.5,
+    };
+    struct TrainingArguments args = training_arguments();
+    struct LogEntry *entry = state_log(&state);
+    log_value(entry, "step", 3);
+    log_value(entry, "loss", 0.1f);
+    log_value(entry, "bad", NAN);
+    trainer_state_save(&state, &args, folder);
+    struct Json *json = json_read_file(&test_arena, temporary("trainer_state.json"));
+    struct Json *item = json_get(json, "log_history")->child->child;
+    expect_text("sorted", item->key, "bad");
+    expect_true("NaN", item->type == JSON_NULL);
+    expect_close("loss", item->next->number, 0.1f, 1e-9);
+    expect_close("global_step", json_get(json, "global_step")->number, 3, 0);
+    expect_close("epochs begun", json_get(json, "num_train_epochs")->number, 2, 0);
+    free(state.log_history);
+}
+
+static size_t run_rows = 5, run_batch = 2;
+static uint64_t run_seed = 42;
+static const char *run_task = "test";
+
+/* A run of 7 steps with checkpoints each 2, or what is left of it after checkpoint-`from`. */
+static struct Trainer checkpointed_run(struct Example *examples, const char *dir, size_t from,
+                                       size_t limit) {
+    struct Trainer trainer = trainer_of(new_model(40, 16, 8, 1, 2), 0.01, 7, run_batch);
+    trainer.args.logging_steps = 3;
+    trainer.args.save_steps = 2;
+    trainer.args.save_total_limit = limit;
+    trainer.args.output_dir = dir;
+    trainer.args.seed = run_seed;
+    if (from)
+        trainer.args.resume_from_checkpoint =
+            arena_printf(&test_arena, "%s/checkpoint-%zu", dir, from);
+    language_task(&trainer, examples, run_rows);
+    trainer.task.name = run_task;
+    make_folder(dir);
+    trainer_train(&trainer);
+    return trainer;
+}
+
+/* A run that goes on from a checkpoint ends as one that never stopped: weights, and the log but
+ * for the clock. Steps 3 to 5 lie across an epoch's end and a log entry. */
+static void test_checkpoint_resume(void) {
+    struct Example *examples = random_examples(5, 8, 1, 40);
+    const char *dir = temporary("checkpoints");
+    struct Trainer whole = checkpointed_run(examples, dir, 0, 0);
+    for (size_t from = 2; from <= 6; from += 2) {
+        struct Trainer rest = checkpointed_run(examples, dir, from, 0);
+        expect_same_weights(arena_printf(&test_arena, "from step %zu", from), rest.model,
+                            whole.model);
+        expect_count("entries", rest.state.log_count, whole.state.log_count);
+        for (size_t i = 0; i < whole.state.log_count; i++) {
+            /* a log has 9 digits */
+            expect_close("loss", logged(&rest, i, "loss"), logged(&whole, i, "loss"), 1e-8);
+            expect_close("epoch", logged(&rest, i, "epoch"), logged(&whole, i, "epoch"), 1e-9);
+        }
+        expect_close("train_loss", logged(&rest, rest.state.log_count - 1, "train_loss"),
+                     logged(&whole, whole.state.log_count - 1, "train_loss"), 0);
+        trainer_free(&rest);
+    }
+    trainer_free(&whole);
+}
+
+/* Resumed where no step is left, at its end or before it: one note, the figures are the run's. */
+static void test_checkpoint_complete(void) {
+    struct Example *examples = random_examples(5, 8, 1, 40);
+    const char *dir = temporary("complete");
+    struct Trainer whole = checkpointed_run(examples, dir, 0, 0);
+    for (size_t steps = 3; steps <= 6; steps += 3) {
+        struct Trainer trainer = trainer_of(new_model(40, 16, 8, 1, 2), 0.01, steps, 2);
+        trainer.args.output_dir = dir;
+        trainer.args.resume_from_checkpoint = arena_printf(&test_arena, "%s/checkpoint-6", dir);
+        language_task(&trainer, examples, run_rows);
+        capture_begin();
+        trainer_train(&trainer);
+        struct Text said = capture_end();
+        double loss = 0;
+        for (size_t i = 0; i < 2; i++)
+            loss += 3 * logged(&whole, i, "loss"); /* 3 steps */
+        const char *note =
+            arena_printf(&test_arena, "is at step 6, the run has %zu: no step is", steps);
+        expect_holds("a note", said, note);
+        expect_true("no other word", !strstr(said.data, "going on"));
+        expect_count("max_steps", trainer.state.max_steps, 6);
+        expect_count("global_step", trainer.state.global_step, 6);
+        expect_close("epochs", trainer.state.num_train_epochs, 2, 0);
+        expect_close("train_loss", logged(&trainer, 2, "train_loss"), loss / 6, 1e-8);
+        double steps_done =
+            logged(&trainer, 2, "train_steps_per_second") * logged(&trainer, 2, "train_runtime");
+        expect_close("steps a second", steps_done, 6, 1e-6);
+        trainer_free(&trainer);
+    }
+    trainer_free(&whole);
+}
+
+/* save_total_limit keeps those written last; what a killed run left half written or half removed
+ * is taken away, and is no checkpoint. */
+static void test_checkpoint_limit(void) {
+    struct CheckpointAge oldest = {0};
+    struct CheckpointAge newest = {0};
+    struct Example *examples = random_examples(5, 6, 1, 40);
+    const char *dir = temporary("limited");
+    make_folder(temporary("limited/tmp-checkpoint-8"));
+    write_bytes("limited/tmp-checkpoint-8/optimizer.safetensors", "{", 1);
+    make_folder(temporary("limited/checkpoint-9")); /* without a state: none of ours */
+    struct Trainer trainer = checkpointed_run(examples, dir, 0, 2);
+    expect_count("how many", checkpoint_find(dir, &oldest, &newest), 2);
+    expect_true("which", oldest.step == 4 && newest.step == 6);
+    expect_true("not the first", !file_exists(temporary("limited/checkpoint-2")));
+    expect_true("left over", !file_exists(temporary("limited/tmp-checkpoint-8"))
+                                 && file_exists(temporary("limited/checkpoint-9")));
+    trainer_free(&trainer);
+}
+
+/* Which checkpoint is older is told by what they hold: times, which a copy or a restored folder
+ * loses, say nothing. Each run that begins in a folder, anew or from a checkpoint, is later than
+ * all before it; checkpoints of old come first. */
+static void test_checkpoint_age(void) {
+    struct CheckpointAge oldest = {0};
+    struct CheckpointAge newest = {0};
+    struct Example *examples = random_examples(5, 6, 1, 40);
+    const char *dir = temporary("aged");
+    struct Trainer first = checkpointed_run(examples, dir, 0, 0);
+    for (size_t step = 2; step <= 6; step += 2) {
+        const char *file =
+            arena_printf(&test_arena, "%s/checkpoint-%zu/optimizer.safetensors", dir, step);
+        time_t t = 9000 - (time_t)step;
+        utime(file, &(struct utimbuf){t, t});
+    }
+    expect_count("how many", checkpoint_find(dir, &oldest, &newest), 3);
+    expect_true("times say nothing", oldest.step == 2 && newest.step == 6 && newest.run == 1);
+    /* A run goes on from the oldest: 4 and 6 are written anew. */
+    struct Trainer second = checkpointed_run(examples, dir, 2, 0);
+    checkpoint_find(dir, &oldest, &newest);
+    expect_true("gone on from", oldest.run == 1 && oldest.step == 2);
+    expect_true("gone on", newest.run == 2 && newest.step == 6);
+    remove(temporary("aged/checkpoint-4/optimizer.safetensors"));
+    /* A run starts over: its 1, 2 and 3 are later than 6. */
+    struct Trainer third = trainer_of(new_model(40, 16, 8, 1, 2), 0.01, 3, 2);
+    third.args.save_steps = 1;
+    third.args.save_total_limit = 2;
+    third.args.output_dir = dir;
+    language_task(&third, examples, 5);
+    capture_begin();
+    trainer_train(&third);
+    struct Text said = capture_end();
+    expect_holds("the note", said, "aged holds checkpoint-6 of an earlier run; ");
+    expect_count("two are left", checkpoint_find(dir, &oldest, &newest), 2);
+    expect_true("its last but one", oldest.run == 3 && oldest.step == 2);
+    expect_true("its last", newest.run == 3 && newest.step == 3);
+    struct Text text = read_file(&test_arena, temporary("aged/checkpoint-3/optimizer.safetensors"));
+    char *run = memmem(text.data, text.length, "\"run\"", 5);
+    CHECK(run, "test_align: no number of the run");
+    run[1] = 'x'; /* as a checkpoint of old, without a number */
+    write_bytes("aged/checkpoint-3/optimizer.safetensors", text.data, text.length);
+    checkpoint_find(dir, &oldest, &newest);
+    expect_true("of old", oldest.run == 0 && oldest.step == 3 && newest.step == 2);
+    struct Trainer last = checkpointed_run(examples, dir, 3, 0);
+    expect_count("and it can be gone on from", last.state.global_step, 7);
+    struct Trainer *trainers[] = {&first, &second, &third, &last};
+    for (size_t i = 0; i < COUNT(trainers); i++) {
+        trainer_free(trainers[i]);
+    }
+}
+
+/* What is no checkpoint of this run is refused, with its place. argument: a file and a text in
+ * it, and what to write there instead. */
+static void resume_changed(const void *argument) {
+    const char *const *change = argument;
+    const char *dir = arena_printf(&test_arena, "%s/changed%zu", folder, (size_t)change[3]);
+    struct Example *examples = random_examples(5, 6, 1, 40);
+    struct Trainer trainer = checkpointed_run(examples, dir, 0, 0);
+    trainer_free(&trainer);
+    const char *name =
+        arena_printf(&test_arena, "%s/checkpoint-4/%s", dir + strlen(folder) + 1, change[0]);
+    struct Text text = read_file(&test_arena, temporary(name));
+    text = change[1] ? replaced(text, change[1], change[2])
+                     : (struct Text){text.data, text.length / 2};
+    write_bytes(name, text.data, text.length);
+    checkpointed_run(examples, dir, 4, 0);
+}
+
+/* A run that goes on with other data, or another seed. */
+static void resume_other(const void *argument) {
+    struct Example *examples = random_examples(6, 6, 1, 40);
+    const char *dir = arena_printf(&test_arena, "%s/other%zu", folder, (size_t)argument);
+    checkpointed_run(examples, dir, 0, 0);
+    if (strstr(argument, "to train on"))
+        run_rows = 6;
+    else if (strstr(argument, "in a step"))
+        run_batch = 3;
+    else if (strstr(argument, "is a checkpoint of"))
+        run_task = "dpo";
+    else
+        run_seed = 43;
+    checkpointed_run(examples, dir, 4, 0);
+}
+
+/* A number of 64 bits of a checkpoint is not finite. argument: its tensor's name and its place. */
+static void resume_not_finite(const void *argument) {
+    char name[40];
+    size_t place;
+    size_t header = 0;
+    int read = sscanf(argument, "%39s %zu", name, &place);
+    CHECK(read == 2, "test_align: %s", (const char *)argument);
+    struct Example *examples = random_examples(5, 6, 1, 40);
+    const char *dir = arena_printf(&test_arena, "%s/not_finite_%s%zu", folder, name, place);
+    const char *file = arena_printf(&test_arena, "%s/checkpoint-4/optimizer.safetensors",
+                                    dir + strlen(folder) + 1);
+    checkpointed_run(examples, dir, 0, 0);
+    struct Text text = read_file(&test_arena, temporary(file));
+    for (int i = 7; i >= 0; i--)
+        header = header << 8 | (unsigned char)text.data[i];
+    const char *quoted = arena_printf(&test_arena, "\"%s\"", name);
+    const char *at = memmem(text.data, text.length, quoted, strlen(quoted));
+    CHECK(at && (at = strstr(at, "\"data_offsets\":[")), "test_align: no %s", name);
+    size_t offset = 8 + header + strtoull(at + 16, NULL, 10) + 8 * place;
+    memcpy((char *)text.data + offset, &(double){NAN}, 8);
+    write_bytes(file, text.data, text.length);
+    checkpointed_run(examples, dir, 4, 0);
+}
+
+static void numbers_checked(const void *checkpoint) {
+    struct TrainerState state = {0};
+    struct Checkpoint c = *(const struct Checkpoint *)checkpoint;
+    c.state = &state;
+    checkpoint_check_numbers(&c, "ck");
+}
+
+static void test_checkpoint_errors(void) {
+    static const char *const changes[][4] = {
+        {"optimizer.safetensors", "test.rows_per_step", "sfts.rows_per_step",
+         "holds no test.rows_per_step; are task, model and flags"},
+        {"optimizer.safetensors", "\"test.seed\":{\"dtype\":\"F32\",\"shape\":[2]",
+         "\"test.seed\":{\"dtype\":\"F32\",\"shape\":[4]",
+         "tensor test.seed: expected shape [2], found [4]"},
+        {"trainer_state.json", "\"log_history\": [", "\"log_history\": [3, ",
+         "\"log_history\": entry 1 is no object"},
+        {"optimizer.safetensors", NULL, "", "optimizer.safetensors: tensor "},
+        {"trainer_state.json", "\"log_history\"", "\"log\"", "lacks \"epoch\" or \"log_history\""},
+        {"trainer_state.json", "\"global_step\": 4", "\"global_step\": -4",
+         "\"global_step\" must be a whole number"},
+        {"optimizer.safetensors", "exp_avg_sq.wte", "exp_avg_sq.wtx",
+         "holds no exp_avg_sq.wte.weight"},
+        {"model.safetensors", NULL, "", "cut short?"},
+    };
+    for (size_t i = 0; i < COUNT(changes); i++)
+        expect_end(changes[i][3], resume_changed, changes[i], 1, changes[i][3]);
+    static const char *const others[] = {
+        "checkpoint-4: the number of rows to train on is 6, in the checkpoint's run it was 5; give "
+        "the data and flags that the run began with, or start over",
+        "checkpoint-4: the number of rows in a step (--per_device_train_batch_size times "
+        "--gradient_accumulation_steps) is 3, in the checkpoint's run it was 2; give",
+        "checkpoint-4: is a checkpoint of test; dpo cannot go on from it",
+        "checkpoint-4: --seed is 43, in the checkpoint's run it was 42; give",
+    };
+    for (size_t i = 0; i < COUNT(others); i++)
+        expect_end(others[i], resume_other, others[i], 1, others[i]);
+    static const char *const numbers[][2] = {
+        {"test.progress 2", "test.progress: number 2 is nan, a finite one was expected; the file "
+                            "is damaged, take an earlier checkpoint"},
+        {"test.progress 4", "test.progress: number 4 is nan, a finite one was expected"},
+        {"metric.loss 0", "metric.loss is nan, a finite number was expected"},
+        {"exp_avg.wte.weight 0", "tensor exp_avg.wte.weight: number 1 is nan, a finite one was "
+                                 "expected; take an earlier"},
+    };
+    for (size_t i = 0; i < COUNT(numbers); i++)
+        expect_end(numbers[i][1], resume_not_finite, numbers[i][0], 1, numbers[i][1]);
+    struct Checkpoint c = {.task = "ppo"};
+    checkpoint_add(&c, "at", &(size_t){7}, 1, 5);
+    expect_end("a place that is not there", numbers_checked, &c, 1,
+               "ck: ppo.at: number 0 is 7, at most 5 was expected; the file is damaged");
+    c.count = 0;
+    checkpoint_add_doubles(&c, "kl_coef", &(double){NAN}, 1);
+    expect_end("no KL coefficient", numbers_checked, &c, 1,
+               "ck: ppo.kl_coef: number 0 is nan, a finite one was expected");
+}
+
+/* A larger model on top of one that is there, where files can have only 40,000 bytes:
+ * config.json and vocabulary fit, the weights do not. */
+static void save_without_room(const void *path) {
+    struct GPT2 *model = new_model(300, 24, 48, 1, 3);
+    limit_files();
+    model_replace(model, path, tokenizer);
+}
+
+/* A checkpoint and a log that do not fit. */
+static void checkpoint_without_room(const void *path) {
+    struct GPT2 *model = new_model(300, 24, 48, 1, 3);
+    struct TrainingArguments args = training_arguments();
+    struct TrainerState state = {.global_step = 20};
+    args.output_dir = path;
+    struct Checkpoint checkpoint = checkpoint_new("sft", model, tokenizer, &args, &state);
+    gpt2_make_trainable(model);
+    checkpoint_resume_hint(arena_printf(&test_arena, "%s/checkpoint-10", folder));
+    limit_files();
+    checkpoint_save(&checkpoint);
+}
+
+static void log_without_room(const void *path) {
+    struct Output log;
+    limit_files();
+    log = output_open(path, "log");
+    for (size_t i = 0; i < 30000; i++)
+        fputs("xyz\n", log.file);
+    output_flush(&log);
+}
+
+/* What was there stays, nothing half written is left, and a checkpoint that is whole is named. */
+static void test_full_disk(void) {
+    const char *path = saved_model("full_disk");
+    struct Text before = read_file(&test_arena, arena_printf(&test_arena, "%s/config.json", path));
+    expect_end("model", save_without_room, path, 1,
+               "model.safetensors: writing failed: File too large; what was there before is "
+               "untouched");
+    expect_text("config.json is the old one",
+                read_file(&test_arena, arena_printf(&test_arena, "%s/config.json", path)),
+                before.data);
+    struct GPT2 *there = owned(gpt2_load(path));
+    expect_count("width of the model that is there", there->config.n_embd, 12);
+    expect_true("no config.json.tmp",
+                !file_exists(arena_printf(&test_arena, "%s/config.json.tmp", path))
+                    && !file_exists(arena_printf(&test_arena, "%s/model.safetensors.tmp", path)));
+    expect_end("checkpoint", checkpoint_without_room, path, 1,
+               "tmp-checkpoint-20/model.safetensors: writing failed: File too large; what was "
+               "there before is untouched; ");
+    expect_end("checkpoint", checkpoint_without_room, path, 1,
+               "/checkpoint-10 is whole: --resume_from_checkpoint true goes on from it\n");
+    expect_true("no tmp-checkpoint-20",
+                !file_exists(arena_printf(&test_arena, "%s/tmp-checkpoint-20", path))
+                    && !file_exists(arena_printf(&test_arena, "%s/checkpoint-20", path)));
+    expect_end("log", log_without_room, path, 1, "log.tmp: writing failed: File too large");
+}
+
+static void decode_text(const void *text) {
+    const struct Text *ids = text;
+    tokenize_decode(tokenizer, *ids, 300, "ids.txt");
+}
+
+static void die_of(const void *name) {
+    die("%s: is wrong", (const char *)name);
+}
+
+/* A message is one clean line, however long the name or the file that it speaks of; ids behind a
+ * NUL are not passed over. */
+static void test_broken_messages(void) {
+    static const struct Text nul = {"\0 1 2", 5};
+    static const struct Text large = {"99999999999999999999", 20};
+    expect_end("a NUL among ids", decode_text, &nul, 1,
+               "ids.txt: number 1 (\"\") is no id from 0 to 299");
+    expect_end("a large id", decode_text, &large, 1, "number 1 (\"999999999999\") is no id");
+    char *name = arena_alloc(&test_arena, 5001, 1);
+    memset(name, 'x', 5000);
+    memcpy(name, "\33[2J\n\xc2\x9b", 7);
+    name[5000] = 0;
+    expect_end("a long name", die_of, name, 1, "xx: is wrong");
+    struct Text said;
+    run_apart(die_of, name, &said);
+    expect_true("its start, its end, nothing that steers",
+                !FORKS
+                    || (said.length == 7 + 1200 + 5 + 1 + strlen(resume_hint)
+                        && strstr(said.data, "align: ?[2J???xx") == said.data));
+    const char *many[600] = {"align", "dpo", "--loss_type"};
+    for (size_t i = 3; i < 590; i++)
+        many[i] = "sigmoid";
+    expect_end("a list without end", run_command, many, 2, "dpo: \"sigmoid\" is no flag");
+    expect_text("names in a log", text_of(log_name("eval_", text_of("a\"b\\c\n"))), "eval_a_b_c_");
+}
+
+/* By hand: what `sh` makes of the word is the word. */
+static void test_shell_word(void) {
+    expect_text("plain", text_of(shell_word(&test_arena, "out/run-1.5,a=b:c@d%e+f_G")),
+                "out/run-1.5,a=b:c@d%e+f_G");
+    expect_text("an apostrophe and a space", text_of(shell_word(&test_arena, "Ana's run")),
+                "'Ana'\\''s run'");
+    expect_text("nothing", text_of(shell_word(&test_arena, "")), "''");
+    expect_text("only apostrophes", text_of(shell_word(&test_arena, "\'\'")),
+                "\'\'\\\'\'\'\\\'\'\'");
+    expect_text("what a shell would expand", text_of(shell_word(&test_arena, "~/$x*\n\xc3\xa9")),
+                "'~/$x*\n\xc3\xa9'");
+}
+
+/* =============================================================================================
+ * Chapter 27 - Command line
+ *
+ * What a user may type, rightly or wrongly, and every command on a tiny model, each on what the
+ * one before made.
+ * ============================================================================================= */
+
+/* What a user may type wrongly: exit 2 for the command line, 1 for what cannot be done, and the
+ * nearest flag's name. */
+static void test_cli_errors(void) {
+    struct GPT2 *policy = new_model(300, 24, 12, 1, 3);
+    model_save(policy, temporary("cli"), tokenizer);
+    write_json("long.jsonl", "{'prompt': 'a b c d e f g h i j k l m n o p q r s t u v w x y z'}\n");
+    static const struct {
+        int status;
+        const char *message, *line;
+    } cases[] = {
+        {2, "generate has no flag --promt; the nearest is --prompt", "generate --promt x"},
+        {2, "no command \"bench\"; `make bench` measures", "bench"},
+        {2, "dpo has no flag --betta; the nearest is --beta", "dpo --betta=1"},
+        {2, "\"x\" is no flag", "score x"},
+        {2, "--max_new_tokens -3: a whole number", "generate --max_new_tokens -3"},
+        {2, "--top_p much: a number from 0 to 1 was expected", "generate --top_p much"},
+        {2, "--top_p nan: a number", "generate --top_p=nan"},
+        {2, "--do_sample maybe: true or false", "generate --do_sample=maybe"},
+        {2, "--seed needs a value", "generate --seed"},
+        {2, "--lr_scheduler_type \"step\" is unknown", "sft --lr_scheduler_type step"},
+        {2, "--optim \"adam\" is unknown", "sft --optim adam"},
+        {2, "--kl_penalty \"js\" is unknown", "ppo --kl_penalty js --output_dir x"},
+        {2, "--loss_type \"orpo\" is unknown", "dpo --loss_type 'sigmoid orpo'"},
+        {2, "for each of --loss_type's names", "dpo --loss_type 'sigmoid sft' --loss_weights 1"},
+        {2, "for each of --loss_type's names", "dpo --loss_type sigmoid --loss_weights '1 2'"},
+        {2, "for each of --loss_type's names", "dpo --loss_weights nan"},
+        {2, "--beta 0: a number above 0 was expected", "dpo --beta 0"},
+        {2, "--beta -1: a number, 0 or more, was expected", "reinforce --beta -1"},
+        {1, "--label_smoothing 0.5", "dpo --label_smoothing 0.5"},
+        {2, "--temperature 0: a number, 1e-6 or more, was expected", "generate --temperature 0"},
+        {2, "--temperature 1e-30: a number, 1e-6 or more,", "ppo --temperature 1e-30"},
+        {2, "--learning_rate 1e39: a number, 0 or more, was", "sft --learning_rate 1e39"},
+        {2, "--adam_beta1 1: a number from 0 to below 1", "sft --adam_beta1 1"},
+        {2, "--gamma 1.01: a number from 0 to 1 was", "ppo --gamma 1.01"},
+        {2, "--max_steps 1099511627777: a whole number, 0 to 2^40",
+         "sft --max_steps 1099511627777"},
+        {2, "--num_train_epochs 1e300: a number above 0, at most 1e9,",
+         "sft --num_train_epochs 1e300"},
+        {2, "--seed 18446744073709551616: a whole number", "sft --seed 18446744073709551616"},
+        {2, "--num_train_epochs 1e30: a number above 0, at most 1e9,",
+         "sft --num_train_epochs 1e30"},
+        {2, "--per_device_train_batch_size 0: a whole number, 1 to 4096",
+         "sft --per_device_train_batch_size 0"},
+        {2, "--model_name_or_path is needed", "generate --prompt x --tokenizer @tokenizer.bin"},
+        {1, "--max_new_tokens 5: 6 tokens make 7776 responses", "exact --max_new_tokens 5"},
+        {1, "--beta 0: must be above 0", "exact --beta 0"},
+        {1, "--vocab_size 17: 2 to 16", "exact --vocab_size 17"},
+        {2, "--prompt, or --dataset_name, is needed",
+         "generate --model_name_or_path @cli --tokenizer @tokenizer.bin"},
+        {1, "40 tokens, the model's context is 24",
+         "generate --model_name_or_path @cli --dataset_name @long.jsonl --tokenizer "
+         "@tokenizer.bin"},
+        {1, "no tokenizer here",
+         "generate --tokenizer 'no tokenizer here' --model_name_or_path @cli --prompt x"},
+        {2, "--decode reads ids, --jsonl texts", "tokenize --jsonl --decode"},
+        {2, "--loss_type \"\" is empty", "dpo --loss_type ''"},
+        {2, "no loss counts", "dpo --loss_type sigmoid --loss_weights 0"},
+        {2, "--loss_type \" ,\" is empty", "dpo '--loss_type= ,'"},
+        {2, "--loss_type \"\" is empty", "reward --loss_type ''"},
+        {2, "--output_dir \"\" is empty", "sft --output_dir="},
+        {2, "--output_dir is needed", "sft --model_name_or_path nowhere --dataset_name nowhere"},
+        {2, "--dataset_name is needed", "dpo --model_name_or_path nowhere"},
+        {2, "--reward_model_path is needed",
+         "ppo --model_name_or_path nowhere --dataset_name nowhere"},
+        {2, "--output_dir is needed", "ppo --model_name_or_path nowhere --rollouts nowhere"},
+        {2, "--output_dir is needed",
+         "collect --model_name_or_path nowhere --dataset_name nowhere"},
+        {2, "--dataset_name is needed", "pretrain --n_layer 1"},
+        {2, "--prompt is needed", "next --model_name_or_path nowhere"},
+        {2, "--dataset_name is needed", "eval --model_name_or_path nowhere"},
+        {1, "must be a multiple of --mini_batch_size 4294967296 times",
+         "ppo --batch_size=4294967296 --mini_batch_size=4294967296 "
+         "--gradient_accumulation_steps=4294967296"},
+        {2, "was expected; 1.2e-38 to 3.4e+38 can be used", "next --repetition_penalty 1e39"},
+        {2, "-3.4e+38 to 3.4e+38 can be used", "generate --length_penalty -1e308"},
+        {2, "--output_dir needs a value", "sft --output_dir --quiet"},
+        {2, "--use_peft perhaps: true or false", "sft --use_peft perhaps"},
+        {2, "--no_use_peft takes no value", "sft --no_use_peft=true"},
+        {2, "--l: which of these is meant? --lora_r, --lora_alpha", "dpo --l 1"},
+        {2, "\"--\" is no flag", "dpo --"},
+        {2, "--bf16 true cannot be had: align computes in float32; leave it out, or give false",
+         "sft --bf16"},
+        {2, "--packing True cannot be had", "sft --packing True"},
+        {2, "--eval_strategy epoch cannot be had: an evaluation comes each --eval_steps",
+         "dpo --eval_strategy epoch"},
+        {2, "--report_to wandb cannot be had", "sft --report_to none wandb"},
+        {2, "the nearest is --output_max_length", "ppo --max_new_tokens 5"},
+        {2, "the nearest is --max_new_tokens", "generate --max_length 5"},
+        {2, "the nearest is --learning_rate", "sft --lr 1"},
+        {2, "the nearest is --per_device_train_batch_size", "sft --batch-size 1"},
+        {2, "the nearest is --init_kl_coef", "ppo --kl_coef 1"},
+        {2, "the nearest is --max_steps", "ppo --steps 1"},
+    };
+    for (size_t i = 0; i < COUNT(cases); i++)
+        expect_end(cases[i].message, run_command, words_of(cases[i].line), cases[i].status,
+                   cases[i].message);
+}
+
+static void test_edit_distance(void) {
+    expect_count("kitten, sitting", edit_distance("kitten", "sitting"), 3);
+    expect_count("the same, and from nothing",
+                 edit_distance("beta", "beta") + edit_distance("", "beta"), 4);
+}
+
+/* A command line, taken apart; what was said meanwhile, if `said` is asked for. */
+static struct Options parse_line(const char *line, struct Text *said) {
+    const char *const *words = words_of(line);
+    const struct Command *command = find_command(words[1]);
+    struct Options o = default_options(command->name);
+    int n = 0;
+    while (words[n])
+        n++;
+    if (said)
+        capture_begin();
+    parse_arguments(&o, command, n, (char **)words);
+    if (said)
+        *said = capture_end();
+    quiet = true;
+    return o;
+}
+
+/* The spellings that transformers' HfArgumentParser takes. */
+static void test_cli_spelling(void) {
+    static const char *const yes[] = {
+        "sft --use_peft",     "sft --use_peft True", "sft --use_peft=TRUE",
+        "sft --use_peft yes", "sft --use_peft y",    "sft --use_peft t",
+        "sft --use_peft=1",   "sft --use-peft",      "sft --use_p true",
+    };
+    static const char *const no[] = {
+        "sft --no_use_peft", "sft --no-use-peft", "sft --use_peft False", "sft --use_peft=no",
+        "sft --use_peft n",  "sft --use_peft f",  "sft --use_peft 0",
+    };
+    for (size_t i = 0; i < COUNT(yes); i++) {
+        struct Options o = parse_line(yes[i], NULL);
+        expect_true(yes[i], o.use_peft && given(&o, "use_peft"));
+        options_close(&o);
+    }
+    for (size_t i = 0; i < COUNT(no); i++) {
+        struct Options o = parse_line(no[i], NULL);
+        expect_true(no[i], !o.use_peft && given(&o, "use_peft"));
+        options_close(&o);
+    }
+    struct Options o = parse_line("ppo --no_adap_kl_ctrl --learning-rate 1e-3 --max_steps -1 "
+                                  "--optim adamw_torch --resume_from_checkpoint True --mini=4 "
+                                  "--adam-eps=1e-3",
+                                  NULL);
+    expect_true("ppo", !o.ppo.adap_kl_ctrl && o.train.learning_rate == 1e-3
+                           && o.train.max_steps == 0
+                           && strcmp(o.train.resume_from_checkpoint, "true") == 0
+                           && o.ppo.mini_batch_size == 4 && o.train.adam_epsilon == 1e-3);
+    options_close(&o);
+    o = parse_line("sft --warmup_steps 0.4 --resume_from_checkpoint=False", NULL);
+    expect_true("a share of the steps", o.train.warmup_steps == 0 && o.train.warmup_ratio == 0.4
+                                            && !o.train.resume_from_checkpoint);
+    options_close(&o);
+    o = parse_line("sft --warmup_ratio 0.1 --warmup_steps 0", NULL);
+    expect_true("transformers 4", o.train.warmup_steps == 0 && o.train.warmup_ratio == 0.1);
+    options_close(&o);
+    o = parse_line("tokenize --decode 1", NULL);
+    expect_true("a file whose name could be a boolean", o.decode && strcmp(o.file, "1") == 0);
+    options_close(&o);
+    o = parse_line("generate --prompt '' --early_stopping never -h", NULL);
+    expect_true("an empty prompt, never, -h",
+                *o.prompt == 0 && o.generation.early_stopping == STOP_NEVER && o.help);
+    options_close(&o);
+    o = parse_line("generate --prompt '-- said he' --do_sample", NULL);
+    expect_true("a prompt that begins with dashes",
+                strcmp(o.prompt, "-- said he") == 0 && o.generation.do_sample);
+    options_close(&o);
+}
+
+static void expect_note(const char *note, const char *line) {
+    struct Text said;
+    struct Options o = parse_line(line, &said);
+    bool one_line = said.length && strchr(said.data, '\n') == said.data + said.length - 1;
+    bool good = *note ? one_line && strstr(said.data, note) : said.length == 0;
+    if (!good && failed())
+        printf("%s: %s: \"%s\" was expected, \"%s\" was said\n", test_name, line, note, said.data);
+    options_close(&o);
+}
+
+/* Flags that change nothing are named, in one line a reason; those that do are not. */
+static void test_cli_idle(void) {
+    expect_note("align: note: --bf16, --report_to, --do_eval, --eval_strategy, --logging_dir, "
+                "--overwrite_output_dir, --tf32: no effect in align\n",
+                "sft --bf16 False --report_to none --do_eval --eval-strategy no --logging_dir=x "
+                "--overwrite_output_dir --tf32 1");
+    expect_note("align: note: --packing, --load_best_model_at_end: no effect in align\n",
+                "sft --no_packing --no-load_best-model-at-end");
+    expect_note("--lora_r, --lora_alpha, --use_rslora: no effect: all weights are trained",
+                "dpo --lora_r 4 --lora-alpha 8 --use_rs");
+    expect_note("--lora_r: no effect: --peft_adapter has its own", "sft --lora_r 4 --peft_adapter "
+                                                                   "x");
+    expect_note("", "sft --lora_r 4 --use_peft");
+    expect_note("--num_train_epochs: no effect: --max_steps", "sft --num_train_epochs 2 "
+                                                              "--max_steps 3");
+    expect_note("", "sft --num_train_epochs 2 --max_steps -1");
+    expect_note("--eval_steps: no effect", "sft --eval_steps 2");
+    expect_note("--adam_beta1, --adam_epsilon: no effect", "sft --adam_beta1 0.8 --optim sgd "
+                                                           "--adam_epsilon 1");
+    expect_note("--warmup_steps: no effect", "sft --warmup_steps 5 --lr_scheduler_type constant");
+    expect_note("--warmup_ratio: no effect: --lr_scheduler_type", "ppo --warmup_ratio 0.1");
+    expect_note("--warmup_ratio: no effect: --warmup_steps", "sft --warmup_ratio 0.1 "
+                                                             "--warmup_steps 5");
+    expect_note("--save_total_limit: no effect", "sft --save_steps 0 --save_total_limit 2");
+    expect_note("--n_layer, --vocab_size: no effect", "pretrain --n_layer 2 --vocab_size 300 "
+                                                      "--model_name_or_path x");
+    expect_note("--center_rewards_coefficient: no effect", "reward --center_rewards_coefficient 1 "
+                                                           "--loss_type bce");
+    expect_note("--label_smoothing: no effect", "dpo --label_smoothing 0.1 --loss_type hinge sft");
+    expect_note("", "dpo --label_smoothing 0.1 --loss_type hinge robust");
+    expect_note("--gradient_accumulation_steps: no effect", "reinforce "
+                                                            "--gradient_accumulation_steps 2");
+    expect_note("--horizon, --target: no effect", "ppo --adap_kl_ctrl false --target 2 --horizon "
+                                                  "3");
+    expect_note("--target_kl: no effect", "ppo --target_kl 2");
+    expect_note("", "ppo --target_kl 2 --early_stopping --target 3");
+    expect_note("--use_score_norm: no effect", "ppo --use_score_norm");
+    expect_note("--reward_model_path, --dataset_name, --top_k, --output_max_length: no effect",
+                "ppo --rollouts x --reward_model_path y --dataset_name z --top_k 4 --output_max 9 "
+                "--temperature 2");
+    expect_note("--temperature, --top_k, --seed: no effect", "generate --temperature 2 --top_k 4 "
+                                                             "--seed 1");
+    expect_note("", "generate --temperature 2 --top_k 4 --do_sample");
+    expect_note("--length_penalty, --early_stopping: no effect", "generate --length_penalty 2 "
+                                                                 "--early_stopping true");
+    expect_note("", "generate --length_penalty 2 --num_beams 2");
+    expect_note("--min_new_tokens: no effect", "generate --min_new_tokens 21");
+    expect_note("--dataset_name: no effect: --prompt", "generate --prompt a --dataset_name x");
+    expect_note("--max_length: no effect", "eval --max_length 9 --reward_model_path x");
+    expect_note("--ref_model, --max_samples, --top_p: no effect", "eval --ref_model x --top_p 0.5 "
+                                                                  "--max_samples 3");
+}
+
+static struct Text answered(int argc, const char *a, const char *b) {
+    capture_begin();
+    bool answer = answer_about(argc, (char *[]){"align", (char *)a, (char *)b, NULL});
+    struct Text said = capture_end();
+    return answer ? said : text_of("");
+}
+
+/* What main answers itself. */
+static void test_cli_about(void) {
+    struct Text version = answered(2, "--version", NULL);
+    expect_true("--version", strstr(version.data, "align ") == version.data
+                                 && strstr(version.data, "\nkernel: ")
+                                 && strstr(version.data, "\nthreads: "));
+    expect_text("-h", answered(2, "-h", NULL), answered(2, "--help", NULL).data);
+    expect_text("help", answered(2, "help", NULL), answered(1, NULL, NULL).data);
+    expect_holds("help dpo", answered(3, "help", "dpo"), "align dpo -- ");
+    expect_text("a command is something else", answered(2, "dpo", NULL), "");
+}
+
+/* Each --help names the command's own defaults, and fits 100 columns. */
+static void test_cli_help(void) {
+    for (size_t i = 0; i < COUNT(COMMANDS); i++) {
+        capture_begin();
+        print_help(&COMMANDS[i]);
+        struct Text help = capture_end();
+        for (const char *line = help.data; *line; line += strcspn(line, "\n") + 1)
+            expect_true("100 columns", strcspn(line, "\n") <= 100);
+        expect_holds("--quiet", help, "\n  --quiet                        [false] true or false: ");
+        if (COMMANDS[i].run == command_dpo)
+            expect_holds("dpo's learning rate, and its range", help,
+                         "--learning_rate                [1e-06] a number, 0 or more: ");
+        if (COMMANDS[i].run == command_sft)
+            expect_holds("sft's learning rate", help, "--learning_rate                [2e-05] ");
+        if (COMMANDS[i].run == command_generate)
+            expect_holds("generate's top_k", help,
+                         "--top_k                        [50] a whole number, 0 to 2^40: ");
+    }
+}
+
 /* Prompts cut from texts shorter than the sampled length end where the text does. */
 static void test_encode_prompts(void) {
     struct Options o = default_options("ppo");
     struct Example prompts[64];
     char lines[64 * 16] = "";
     for (int i = 0; i < 64; i++)
-        strcat(lines, "{\"text\": \"Hi\"}\n");
+        strcat(lines, "{'text': 'Hi'}\n");
     o.tok = (struct Tokenizer *)tokenizer;
     o.model = new_model(1024, 16, 8, 1, 2);
     o.data = dataset_of(lines, PROMPT_SHAPES, COUNT(PROMPT_SHAPES));
     expect_count("prompts", encode_prompts(&o, prompts), 64);
     for (int i = 0; i < 64; i++)
         expect_ids("H i", prompts[i].ids, prompts[i].n, (int[]){39, 72}, 2);
-    const char *some_empty = "{\"prompt\": \"\"}\n{\"prompt\": \"Hi\"}\n{\"prompt\": \"\"}\n";
+    const char *some_empty = "{'prompt': ''}\n{'prompt': 'Hi'}\n{'prompt': ''}\n";
     o.data = dataset_of(some_empty, PROMPT_SHAPES, COUNT(PROMPT_SHAPES));
     capture_begin();
     expect_count("empty prompts are left out", encode_prompts(&o, prompts), 1);
     struct Text said = capture_end();
-    expect_true("and counted", strstr(said.data, "data.jsonl: 2 of 3 rows have no text to take a "
-                                                 "prompt from and are left out"));
-    gpt2_free(o.model);
+    expect_holds("and counted", said,
+                 "data.jsonl: 2 of 3 rows have no text to take a prompt from and are left out");
     arena_free(&o.arena);
 }
 
 /* Every training command on a tiny model, each on what the one before made; then the tools on
  * the result. */
 static void test_cli_course(void) {
-    write_text("texts.jsonl", "{\"text\": \"A good film, and a fine one.\"}\n{\"text\": \"A bad "
-                              "film. It is dull and long.\"}\n{\"text\": \"\xc3\xa9t\xc3\xa9 "
-                              "\\\"quoted\\\"\"}\n");
-    write_text("pairs.jsonl", "{\"prompt\": \"A film\", \"chosen\": \" that is good\", "
-                              "\"rejected\": \" that is bad\"}\n{\"prompt\": \"It\", \"chosen\": "
-                              "\" is fine\", \"rejected\": \" is dull\"}\n");
-    static const char *const commands[][24] =
-        {{"pretrain",
-          "--dataset_name",
-          "@texts.jsonl",
-          "--output_dir",
-          "@lm",
-          "--vocab_size",
-          "400",
-          "--n_layer",
-          "1",
-          "--n_head",
-          "2",
-          "--n_embd",
-          "8",
-          "--n_positions",
-          "32",
-          "--max_length",
-          "16",
-          "--max_steps",
-          "2",
-          "--logging_steps=1"},
-         {"sft", "--model_name_or_path", "@lm", "--dataset_name", "@texts.jsonl", "--eval_dataset",
-          "@texts.jsonl", "--output_dir", "@sft", "--num_train_epochs", "2", "--eval_steps", "1",
-          "--lr_scheduler_type=cosine"},
-         {"reward", "--model_name_or_path", "@sft", "--dataset_name", "@pairs.jsonl",
-          "--eval_dataset", "@pairs.jsonl", "--output_dir", "@rm", "--center_rewards_coefficient",
-          "0.01"},
-         {"ppo", "--model_name_or_path", "@sft", "--reward_model_path", "@rm", "--dataset_name",
-          "@texts.jsonl", "--output_dir", "@ppo", "--batch_size", "4", "--mini_batch_size", "2",
-          "--max_steps", "2", "--whiten_rewards", "--seed", "3"},
-         {"ppo", "--model_name_or_path", "@sft", "--rollouts", "@ppo/rollouts.jsonl",
-          "--output_dir", "@replay", "--batch_size", "4", "--mini_batch_size", "2", "--max_steps",
-          "2", "--whiten_rewards", "true", "--seed", "3"},
-         {"dpo", "--model_name_or_path", "@ppo", "--dataset_name", "@pairs.jsonl", "--eval_dataset",
-          "@pairs.jsonl", "--output_dir", "@dpo", "--loss_type", "sigmoid sft", "--loss_weights",
-          "1 0.2", "--max_steps", "2"}};
+    write_films();
+    static const char *const commands[] = {
+        "pretrain --dataset_name @texts.jsonl --output_dir @lm --vocab_size 400 --n_layer 1 "
+        "--n_head 2 --n_embd 8 --n_positions 32 --max_length 16 --max_steps 2 --logging_steps=1",
+        "sft --model_name_or_path @lm --dataset_name @texts.jsonl --eval_dataset @texts.jsonl "
+        "--output_dir @sft --num_train_epochs 2 --eval_steps 1 --lr_scheduler_type=cosine",
+        "reward --model_name_or_path @sft --dataset_name @pairs.jsonl --eval_dataset @pairs.jsonl "
+        "--output_dir @rm --center_rewards_coefficient 0.01",
+        "ppo --model_name_or_path @sft --reward_model_path @rm --dataset_name @texts.jsonl "
+        "--output_dir @ppo --batch_size 4 --mini_batch_size 2 --max_steps 2 --whiten_rewards "
+        "--seed 3",
+        "ppo --model_name_or_path @sft --rollouts @ppo/rollouts.jsonl --output_dir @replay "
+        "--batch_size 4 --mini_batch_size 2 --max_steps 2 --whiten_rewards true --seed 3",
+        "dpo --model_name_or_path @ppo --dataset_name @pairs.jsonl --eval_dataset @pairs.jsonl "
+        "--output_dir @dpo --loss_type 'sigmoid sft' --loss_weights '1 0.2' --max_steps 2",
+    };
     for (size_t i = 0; i < COUNT(commands); i++)
         command_output(commands[i]);
-    struct GPT2 *ppo = gpt2_load(temporary("ppo"));
-    struct GPT2 *replay = gpt2_load(temporary("replay"));
+    struct GPT2 *ppo = owned(gpt2_load(temporary("ppo")));
+    struct GPT2 *replay = owned(gpt2_load(temporary("replay")));
     expect_true("a value head", ppo->v_head.weight.n == 8);
     expect_same_weights("replayed rollouts", replay, ppo);
-    gpt2_free(ppo);
-    gpt2_free(replay);
-    expect_true("pretraining's log",
-                json_get(json_get(json_read_file(&test_arena, temporary("lm/trainer_state.json")),
-                                  "log_history")
-                             ->child,
-                         "loss")
-                    != NULL);
-    struct Text out = command_output((const char *const[]){"generate", "--model_name_or_path",
-                                                           "@dpo", "--prompt", "A film", "--json",
-                                                           "--do_sample", "--num_return_sequences",
-                                                           "3", "--max_new_tokens", "4", NULL});
-    const char *error = "";
-    struct Json *json = parse(out.data, &error);
-    expect_true("three sequences", json && json_get(json, "sequences")->child->next->next
-                                       && !json_get(json, "sequences")->child->next->next->next);
-    json = parse(command_output((const char *const[]){"next", "--model_name_or_path", "@dpo",
-                                                      "--prompt", "A film", "--json", "--top_k",
-                                                      "5", "--top_n", "3", NULL})
-                     .data,
-                 &error);
+    expect_true("pretraining's log", json_get(log_history("lm")->child, "loss") != NULL);
+    struct Json *json = json_output("generate --model_name_or_path @dpo --prompt 'A film' --json "
+                                    "--do_sample "
+                                    "--num_return_sequences 3 --max_new_tokens 4");
+    expect_count("three sequences", json ? json_count(json_get(json, "sequences")) : 0, 3);
+    json = json_output("next --model_name_or_path @dpo --prompt 'A film' --json --top_k 5 --top_n "
+                       "3");
     expect_close("kept by top_k 5", json ? json_get(json, "kept")->number : NAN, 5, 0);
     expect_true("highest first",
                 json
                     && json_get(json, "top")->child->child->next->number
                            >= json_get(json, "top")->child->next->child->next->number);
-    out = command_output((const char *const[]){"logprob", "--model_name_or_path", "@dpo",
-                                               "--ref_model", "@sft", "--dataset_name",
-                                               "@texts.jsonl", NULL});
+    struct Text out = command_output("logprob --model_name_or_path @dpo --ref_model @sft "
+                                     "--dataset_name "
+                                     "@texts.jsonl");
     json = next_line(&out);
     double sum = 0;
     double divergences = 0;
@@ -8115,26 +8064,21 @@ static void test_cli_course(void) {
     expect_close("the sum of a text's log-probabilities",
                  json ? json_get(json, "logprob")->number : NAN, sum, 1e-5);
     expect_close("one divergence more than log-probabilities", divergences, tokens + 1, 0);
-    out = command_output((const char *const[]){"score", "--model_name_or_path", "@rm",
-                                               "--dataset_name", "@texts.jsonl", NULL});
+    out = command_output("score --model_name_or_path @rm --dataset_name @texts.jsonl");
     json = next_line(&out);
     struct Json *positive = json ? json_get(json, "pipe_outputs")->child : NULL;
     expect_true("POSITIVE first",
                 positive && json_is_string(json_get(positive, "label"), "POSITIVE"));
     expect_close("sigmoid of the reward", positive ? json_get(positive, "score")->number : NAN,
                  json ? sigmoid(json_get(json, "reward")->number) : 0, 1e-8);
-    out = command_output(
-        (const char *const[]){"tokenize", "--jsonl", "@texts.jsonl", "--vocab_size", "258", NULL});
+    out = command_output("tokenize --jsonl @texts.jsonl --vocab_size 258");
     expect_true("tokenize --jsonl: three lines",
                 next_line(&out) && next_line(&out) && next_line(&out) && !next_line(&out));
     write_text("ids.txt", "[15496, 995]");
-    expect_text("decode",
-                command_output((const char *const[]){"tokenize", "--decode", "@ids.txt", NULL}),
-                "Hello world");
+    expect_text("decode", command_output("tokenize --decode @ids.txt"), "Hello world");
     write_text("hello.txt", "Hello world");
-    expect_text("encode", command_output((const char *const[]){"tokenize", "@hello.txt", NULL}),
-                "15496 995\n");
-    out = command_output((const char *const[]){"generate", "--help", NULL});
+    expect_text("encode", command_output("tokenize @hello.txt"), "15496 995\n");
+    out = command_output("generate --help");
     expect_true("--help names the flags", strstr(out.data, "--repetition_penalty")
                                               && strstr(out.data, "--max_new_tokens")
                                               && !strstr(out.data, "--cliprange"));
@@ -8145,162 +8089,277 @@ static void test_cli_course(void) {
         expect_true(COMMANDS[i].name, strstr(out.data, COMMANDS[i].name) && COMMANDS[i].groups);
 }
 
-static void load_one_adapter(const void *path) {
-    struct GPT2 *model = new_model(300, 12, 8, 2, 2);
-    adapter_load(model, path);
+/* A language model and a reward model to collect with, and four prompts. */
+static void make_collectors(const char *training) {
+    write_films();
+    write_json("p.jsonl", "{'prompt': 'A film'}\n{'prompt': 'It'}\n"
+                          "{'prompt': 'So'}\n{'prompt': 'We'}\n");
+    write_json("rated.jsonl", "{'text': 'good', 'score': 2}\n{'text': 'bad', 'score': 0}\n"
+                              "{'text': 'dull', 'score': -1}\n");
+    command_output(arena_printf(&test_arena,
+                                "pretrain --dataset_name @texts.jsonl --output_dir @c_lm "
+                                "--n_layer 1 --n_head 2 --n_embd 8 --n_positions 32 %s",
+                                training));
+    command_output("reward --model_name_or_path @c_lm --dataset_name @rated.jsonl "
+                   "--output_dir @c_rm --max_steps 3 --learning_rate 0.01");
 }
 
-/* Adapters: settings that would compute something else, tensors that are missing, misshapen, or
- * of another model. */
-static void test_lora_broken(void) {
-    static const char *const edits[][3] =
-        {{"\"LORA\"", "\"IA3\"", "\"peft_type\": LORA is implemented, IA3 is not"},
-         {"\"use_dora\": false", "\"use_dora\": true",
-          "\"use_dora\": false is implemented, true is not"},
-         {"\"r\": 3", "\"rank_pattern\": {\"c_fc\": 2}, \"r\": 3",
-          "\"rank_pattern\": null is implemented, a number is not"},
-         {"\"r\": 3", "\"alpha_pattern\": {\"c_fc\": 2}, \"r\": 3",
-          "\"alpha_pattern\": null is implemented, a "
-          "number is not"},
-         {"\"bias\": \"none\"", "\"bias\": \"all\"", "\"bias\": none is implemented, all is not"},
-         {"\"init_lora_weights\": true", "\"init_lora_weights\": \"pissa\"",
-          "\"init_lora_weights\": true is implemented, pissa is not"},
-         {"\"modules_to_save\": null", "\"modules_to_save\": [\"ln_f\"]",
-          "\"modules_to_save\": score is implemented, ln_f is not"},
-         {"\"r\": 3", "\"r\": 0", "\"r\" must be 1 or more"},
-         {"\"r\": 3", "\"r\": 2.5", "\"r\" must be a whole number"},
-         {"\"r\": 3", "\"r\": 4", "lora_A.weight: expected shape [4, 8], found [3, 8]"},
-         {"\"c_fc\"]", "\"c_fc\", \"c_attn\"]",
-          "attn.c_attn.lora_A.weight is missing; expected shape [3, 8]"},
-         {", \"c_fc\"]", "]",
-          "no layer of this model takes tensor "
-          "base_model.model.transformer.h.0.mlp.c_fc.lora_A.weight"},
-         {"[\"attn.c_proj\", \"c_fc\"]", "[\"q_proj\"]", "take no layer of this model"},
-         {"\"target_modules\": [", "\"target_modules\": [1, ",
-          "\"target_modules\" must be a list of names"},
-         {"\"r\": 3", "\"r\": 16777216", "too few for adapters of \"r\" 16777216"}};
-    struct GPT2 *model = new_model(300, 12, 8, 2, 2);
-    random_adapter(model, 3, "attn.c_proj c_fc");
-    model_save(model, temporary("odd_lora"), NULL);
-    gpt2_free(model);
-    struct Text config = read_file(&test_arena, temporary("odd_lora/adapter_config.json"));
-    for (size_t i = 0; i < COUNT(edits); i++) {
-        struct Text text = replaced(config, edits[i][0], edits[i][1]);
-        write_bytes("odd_lora/adapter_config.json", text.data, text.length);
-        expect_end(edits[i][1], load_one_adapter, temporary("odd_lora"), 1, edits[i][2]);
+static const char SHORT_TRAINING[] = "--vocab_size 400 --max_length 16 --max_steps 60 "
+                                     "--learning_rate "
+                                     "0.03";
+
+static struct Dataset *preferences_of(const char *name) {
+    const char *path = temporary(arena_printf(&test_arena, "%s/preferences.jsonl", name));
+    return dataset_load(&test_arena, path, DPO_SHAPES, 1);
+}
+
+/* Standard input is a file with these keys, until keyboard_back. */
+static int keyboard = -1;
+
+static void type_keys(const char *keys) {
+    write_text("keys.txt", keys);
+    if (keyboard < 0)
+        keyboard = dup(STDIN_FILENO);
+    CHECK(freopen(temporary("keys.txt"), "r", stdin), "keys.txt");
+}
+
+static void keyboard_back(void) {
+    dup2(keyboard, STDIN_FILENO);
+    close(keyboard);
+    keyboard = -1;
+    clearerr(stdin);
+}
+
+/* collect, judged by a reward model. */
+static void test_cli_collect(void) {
+    make_collectors(SHORT_TRAINING);
+    command_output("collect --model_name_or_path @c_lm --reward_model_path @c_rm --dataset_name "
+                   "@p.jsonl --num_generations 3 --max_samples 3 --output_dir @c_pairs");
+    struct Dataset *data = preferences_of("c_pairs");
+    expect_count("a pair a prompt", data->n, 3);
+    struct GPT2 *rm = owned(gpt2_load(temporary("c_rm")));
+    for (size_t i = 0; i < data->n; i++) {
+        float reward[2];
+        struct Example texts[2];
+        for (int side = 0; side < 2; side++)
+            texts[side] =
+                example_encode(&test_arena, tokenizer,
+                               text_join(&test_arena, data->rows[i].prompt,
+                                         side ? data->rows[i].rejected : data->rows[i].chosen),
+                               400, NULL);
+        texts[0].n = MIN(texts[0].n, (size_t)32);
+        texts[1].n = MIN(texts[1].n, (size_t)32);
+        reward_score(rm, texts, 2, reward);
+        expect_true("the chosen one has the higher reward", reward[0] > reward[1]);
     }
-    write_bytes("odd_lora/adapter_config.json", config.data, config.length);
-    const char *model_path = saved_model("lora_base");
-    const char *const arguments[] =
-        {"align",    "next", "--model_name_or_path", temporary("odd_lora"),
-         "--prompt", "x",    "--tokenizer",          tokenizer->path,
-         NULL};
-    expect_end("no base", run_command, arguments, 1, "its base \"base\" is not here");
-    expect_end("no adapter", load_one_adapter, model_path, 1, "no adapter_config.json inside");
-    unlink(temporary("odd_lora/adapter_model.safetensors"));
-    expect_end("no tensors", load_one_adapter, temporary("odd_lora"), 1,
-               "no adapter_model.safetensors inside");
+}
+
+/* collect from a keyboard that says 1, an unknown word, 2, skip, stop; a second run goes on behind
+ * what is there. */
+static void test_cli_collect_keys(void) {
+    static const char line[] = "collect --model_name_or_path @c_lm --dataset_name @p.jsonl "
+                               "--output_dir @c_mine";
+    make_collectors(SHORT_TRAINING);
+    type_keys("1\nwhat?\n 2\nS\nq\n");
+    command_output(line);
+    struct Dataset *data = preferences_of("c_mine");
+    expect_count("two judgements", data->n, 2);
+    struct GPT2 *lm = owned(gpt2_load(temporary("c_lm")));
+    struct GenerationConfig generation = default_options("collect").generation;
+    generation.do_sample = true;
+    struct Example prompt = example_encode(&test_arena, tokenizer, text_of("A film"), 400, NULL);
+    prompt.prompt_length = prompt.n;
+    struct Rng rng = rng_seed(42, STREAM_SAMPLE);
+    struct Example *answers = sample_answers(lm, &test_arena, &prompt, 1, 2, &generation, &rng);
+    expect_true("key 1 rejects the answer shown second",
+                text_equal(data->rows[0].rejected,
+                           answer_text(tokenizer, &test_arena, &answers[1], &lm->config)));
+    struct Text first = text_copy(&test_arena, data->rows[0].chosen);
+    struct Text second = text_copy(&test_arena, data->rows[1].chosen);
+    struct Text lost = text_copy(&test_arena, data->rows[1].rejected);
+    rewind(stdin);
+    command_output(line);
+    data = preferences_of("c_mine");
+    expect_true("what was there stays", data->n == 3 && text_equal(data->rows[0].chosen, first)
+                                            && text_equal(data->rows[1].chosen, second));
+    expect_text("the third was skipped, the fourth is next", data->rows[2].prompt, "We");
+    type_keys("2\n1\nq\n");
+    command_output("collect --model_name_or_path @c_lm --dataset_name @p.jsonl --output_dir "
+                   "@c_other");
+    data = preferences_of("c_other");
+    expect_true("the other way round", text_equal(data->rows[0].rejected, first)
+                                           && text_equal(data->rows[1].rejected, second)
+                                           && text_equal(data->rows[1].chosen, lost));
+    keyboard_back();
+}
+
+static void test_cli_reinforce(void) {
+    make_collectors(SHORT_TRAINING);
+    command_output("reinforce --model_name_or_path @c_lm --reward_model_path @c_rm --dataset_name "
+                   "@p.jsonl --batch_size 6 --num_generations 3 --max_steps 2 --use_peft "
+                   "--output_dir @c_re");
+    struct Json *entries = log_history("c_re");
+    expect_true("the variances are logged",
+                json_count(entries) == 2 && json_get(entries->child, "gradient_variance/rloo")
+                    && json_get(entries->child, "gradient_variance/none"));
+    expect_true("an adapter", is_adapter(temporary("c_re")));
+}
+
+/* eval of a language model, of a reward model, and of a policy beside its reference. */
+static void test_cli_eval(void) {
+    make_collectors(SHORT_TRAINING);
+    struct Json *eval = json_output("eval --model_name_or_path @c_lm --dataset_name @texts.jsonl");
+    expect_close("perplexity", json_get(eval, "perplexity")->number,
+                 exp(json_get(eval, "eval_loss")->number), 1e-4);
+    struct Text lines = command_output("logprob --model_name_or_path @c_lm --dataset_name "
+                                       "@texts.jsonl");
+    double logprob = 0; /* logprob adds no end token, the loss does */
+    for (struct Json *line; (line = next_line(&lines));)
+        logprob += json_get(line, "logprob")->number;
+    expect_true("the texts' tokens and their end tokens",
+                json_get(eval, "eval_loss")->number * json_get(eval, "tokens")->number >= -logprob);
+    eval = json_output("eval --model_name_or_path @c_rm --dataset_name @pairs.jsonl");
+    expect_true("reward model: loss and accuracy",
+                json_get(eval, "eval_accuracy") && json_get(eval, "eval_loss"));
+    eval = json_output("eval --model_name_or_path @c_lm --ref_model @c_lm --reward_model_path "
+                       "@c_rm --dataset_name @p.jsonl");
+    expect_close("KL of a policy to itself", json_get(eval, "kl")->number, 0, 1e-9);
+    expect_close("samples", json_get(eval, "samples")->number, 4, 0);
+}
+
+/* `collect` on the first `most` of p.jsonl's prompts, on keys or judged by c_rm, into a folder;
+ * the pairs there afterwards. */
+static struct Text collected(const char *to, int most, const char *keys) {
+    if (keys)
+        type_keys(keys);
+    command_output(arena_printf(&test_arena,
+                                "collect --model_name_or_path @c_lm --dataset_name @p.jsonl "
+                                "--max_new_tokens 4 --num_generations 4 --max_samples %d "
+                                "--output_dir @%s %s",
+                                most, to, keys ? "--quiet" : "--reward_model_path @c_rm"));
+    return read_file(&test_arena, temporary(arena_printf(&test_arena, "%s/preferences.jsonl", to)));
+}
+
+/* A run that was stopped and begun again, wherever, gives the pairs of one run: prompts that
+ * stand in the data set more than once, prompts without a pair, a kill between the two files. */
+static void test_collect_resume(void) {
+    enum { PROMPTS = 150 };
+    make_collectors("--vocab_size 270 --max_steps 2");
+    FILE *file = fopen(temporary("p.jsonl"), "wb");
+    for (int i = 0; i < PROMPTS; i++)
+        fprintf(file, "{\"prompt\": \"%s film\"}\n",
+                i % 7   ? i % 3 ? "A" : "The"
+                : i % 2 ? "My"
+                        : "Our old");
+    fclose(file);
+    struct Text whole = collected("c_whole", 150, NULL);
+    expect_true("there are pairs", whole.length > 5000);
+    collected("c_parts", 64, NULL);
+    struct Text judged = read_file(&test_arena, temporary("c_parts/judged.json"));
+    collected("c_parts", 128, NULL);
+    write_text("c_parts/judged.json", judged.data); /* killed before it could write this file */
+    expect_true("what a killed run wrote is not written again",
+                text_equal(collected("c_parts", 150, NULL), whole));
+    expect_true("all is judged", text_equal(collected("c_parts", 150, NULL), whole));
+    remove(temporary("c_parts/judged.json"));
+    struct Text old = collected("c_parts", 150, NULL);
+    expect_true("as an older version left it: what is there stays",
+                old.length >= whole.length && memcmp(old.data, whole.data, whole.length) == 0);
+    whole = collected("c_keys", 4, "1\n2\ns\ns\n2\n1\n1\n1\n");
+    collected("c_half", 4, "1\n2\nq\n");
+    collected("c_half", 4, "s\ns\n2\nq\n"); /* in the midst of a prompt */
+    expect_true("at the keyboard too", text_equal(collected("c_half", 4, "1\n1\n1\n"), whole));
+    collected("c_skip", 2, "s\ns\nq\n");
+    struct Text second = collected("c_skip", 2, "1\n2\n");
+    expect_true("skipped is judged", second.length > 0 && !strstr(second.data, "Our old film"));
+    keyboard_back();
 }
 
 /* The commands: a new adapter by sft, reward, ppo and dpo; dpo that goes on with sft's; merged,
  * beside its base and as a model's folder it gives the same log-probabilities; a folder for the
  * one kind is not written by the other. */
 static void test_cli_lora(void) {
-    write_text("texts.jsonl", "{\"text\": \"A good film, and a fine one.\"}\n{\"text\": \"A bad "
-                              "film. It is dull and long.\"}\n");
-    write_text("pairs.jsonl", "{\"prompt\": \"A film\", \"chosen\": \" that is good\", "
-                              "\"rejected\": \" that is bad\"}\n{\"prompt\": \"It\", \"chosen\": "
-                              "\" is fine\", \"rejected\": \" is dull\"}\n");
+    write_films();
     struct GPT2 *base = new_model(400, 32, 8, 1, 2);
     model_save(base, temporary("base"), tokenizer);
-    gpt2_free(base);
-#define LORA \
-    "--model_name_or_path", "@base", "--max_steps", "3", "--learning_rate", "0.05", "--output_dir"
-    static const char *const commands[][24] =
-        {{"sft", LORA, "@la_sft", "--use_peft", "--dataset_name", "@texts.jsonl", "--lora_r", "2",
-          "--lora_alpha=6", "--lora_target_modules", "c_attn", "mlp.c_proj", "--use_rslora"},
-         {"reward", LORA, "@la_reward", "--use_peft", "--dataset_name", "@pairs.jsonl"},
-         {"ppo", LORA, "@la_ppo", "--use_peft", "--reward_model_path", "@la_reward",
-          "--dataset_name", "@texts.jsonl", "--batch_size", "4", "--mini_batch_size", "2"},
-         {"ppo", LORA, "@la_replay", "--use_peft", "--rollouts", "@la_ppo/rollouts.jsonl",
-          "--batch_size", "4", "--mini_batch_size", "2"},
-         {"dpo", LORA, "@la_dpo", "--peft_adapter", "@la_sft", "--dataset_name", "@pairs.jsonl",
-          "--logging_steps", "1", "--loss_type", "sigmoid", "ipo", "--loss_weights", "1", "0"},
-         {"dpo", LORA, "@la_new", "--use_peft", "--dataset_name", "@pairs.jsonl"},
-         {"merge", "--model_name_or_path", "@base", "--peft_adapter", "@la_dpo", "--output_dir",
-          "@la_merged"}};
+    static const char *const commands[] = {
+        "sft --use_peft --dataset_name @texts.jsonl --lora_r 2 --lora_alpha=6 "
+        "--lora_target_modules c_attn mlp.c_proj --use_rslora --output_dir @la_sft",
+        "reward --use_peft --dataset_name @pairs.jsonl --output_dir @la_reward",
+        "ppo --use_peft --reward_model_path @la_reward --dataset_name @texts.jsonl --batch_size 4 "
+        "--mini_batch_size 2 --output_dir @la_ppo",
+        "ppo --use_peft --rollouts @la_ppo/rollouts.jsonl --batch_size 4 --mini_batch_size 2 "
+        "--output_dir @la_replay",
+        "dpo --peft_adapter @la_sft --dataset_name @pairs.jsonl --logging_steps 1 --loss_type "
+        "sigmoid ipo --loss_weights 1 0 --output_dir @la_dpo",
+        "dpo --use_peft --dataset_name @pairs.jsonl --output_dir @la_new",
+    };
     for (size_t i = 0; i < COUNT(commands); i++)
-        command_output(commands[i]);
-    struct Text with = command_output(
-        (const char *const[]){"logprob", "--model_name_or_path", "@base", "--peft_adapter",
-                              "@la_dpo", "--dataset_name", "@texts.jsonl", NULL});
+        command_output(arena_printf(&test_arena,
+                                    "%s --model_name_or_path @base --max_steps 3 --learning_rate "
+                                    "0.05",
+                                    commands[i]));
+    command_output("merge --model_name_or_path @base --peft_adapter @la_dpo --output_dir "
+                   "@la_merged");
+    struct Text with = command_output("logprob --model_name_or_path @base --peft_adapter @la_dpo "
+                                      "--dataset_name @texts.jsonl");
     expect_text("an adapter's folder as the model",
-                command_output((const char *const[]){"logprob", "--model_name_or_path", "@la_dpo",
-                                                     "--dataset_name", "@texts.jsonl", NULL}),
+                command_output("logprob --model_name_or_path @la_dpo --dataset_name @texts.jsonl"),
                 with.data);
     expect_text("merged",
-                command_output((const char *const[]){"logprob", "--model_name_or_path",
-                                                     "@la_merged", "--dataset_name", "@texts.jsonl",
-                                                     NULL}),
+                command_output("logprob --model_name_or_path @la_merged --dataset_name "
+                               "@texts.jsonl"),
                 with.data);
-    struct Text alone =
-        command_output((const char *const[]){"logprob", "--model_name_or_path", "@base",
-                                             "--dataset_name", "@texts.jsonl", NULL});
-    struct Text before =
-        command_output((const char *const[]){"logprob", "--model_name_or_path", "@la_sft",
-                                             "--dataset_name", "@texts.jsonl", NULL});
+    struct Text alone = command_output("logprob --model_name_or_path @base --dataset_name "
+                                       "@texts.jsonl");
+    struct Text before = command_output("logprob --model_name_or_path @la_sft --dataset_name "
+                                        "@texts.jsonl");
     expect_true("trained: not the base, not sft's adapter",
                 strcmp(alone.data, with.data) != 0 && strcmp(before.data, with.data) != 0);
-    const char *files[][2] = {{"@la_ppo/adapter_model.safetensors", "@la_replay/"
-                                                                    "adapter_model.safetensors"},
-                              {"@la_ppo/model.safetensors", "@la_replay/model.safetensors"}};
+    const char *files[][2] = {
+        {"@la_ppo/adapter_model.safetensors", "@la_replay/adapter_model.safetensors"},
+        {"@la_ppo/model.safetensors", "@la_replay/model.safetensors"},
+    };
     for (int i = 0; i < 2; i++) {
         struct Text a = read_file(&test_arena, temporary(files[i][0] + 1));
         struct Text b = read_file(&test_arena, temporary(files[i][1] + 1));
         expect_true("replayed rollouts",
                     a.length == b.length && memcmp(a.data, b.data, a.length) == 0);
     }
-    struct Json *first =
-        json_get(json_get(json_read_file(&test_arena, temporary("la_dpo/trainer_state.json")), "log"
-                                                                                               "_hi"
-                                                                                               "sto"
-                                                                                               "ry")
-                     ->child,
-                 "loss");
+    struct Json *first = json_get(log_history("la_dpo")->child, "loss");
     expect_close("dpo starts at ln 2: the reference is sft's adapter", first ? first->number : NAN,
                  log(2), 1e-6);
     static const struct {
         int status;
-        const char *message, *words[14];
-    } cases[] = {{2,
-                  "--lora_dropout 0.1: only 0 is implemented",
-                  {"sft", "--use_peft", "--lora_dropout", "0.1"}},
-                 {2, "--lora_r 0", {"sft", "--use_peft", "--lora_r", "0"}},
-                 {2, "give one of them", {"sft", "--use_peft", "--peft_adapter", "@la_sft"}},
-                 {1,
-                  "--lora_target_modules \"wte\": no linear layer",
-                  {"sft", "--use_peft", "--lora_target_modules", "wte", "--dataset_name",
-                   "@texts.jsonl", "--output_dir", "@x"}},
-                 {1,
-                  "holds a model already",
-                  {"sft", "--use_peft", "--dataset_name", "@texts.jsonl", "--output_dir", "@base"}},
-                 {1,
-                  "holds an adapter already",
-                  {"sft", "--dataset_name", "@texts.jsonl", "--output_dir", "@la_sft"}},
-                 {2, "merge needs an adapter", {"merge", "--output_dir", "@x"}},
-                 {1,
-                  "is itself an adapter",
-                  {"sft", "--peft_adapter", "@la_sft", "--model_name_or_path", "@la_dpo",
-                   "--dataset_name", "@texts.jsonl", "--output_dir", "@x"}}};
+        const char *message, *line;
+    } cases[] = {
+        {2, "--lora_dropout 0.1: only 0 is implemented", "sft --use_peft --lora_dropout 0.1"},
+        {2, "--lora_r 0", "sft --use_peft --lora_r 0"},
+        {2, "give one of them", "sft --use_peft --peft_adapter @la_sft"},
+        {1, "--lora_target_modules \"wte\": no linear layer",
+         "sft --use_peft --lora_target_modules wte --dataset_name @texts.jsonl --output_dir @x"},
+        {1, "holds a model already",
+         "sft --use_peft --dataset_name @texts.jsonl --output_dir @base"},
+        {1, "holds an adapter already", "sft --dataset_name @texts.jsonl --output_dir @la_sft"},
+        {2, "merge needs an adapter", "merge --output_dir @x"},
+        {1, "is itself an adapter",
+         "sft --peft_adapter @la_sft --model_name_or_path @la_dpo --dataset_name @texts.jsonl "
+         "--output_dir @x"},
+    };
     for (size_t i = 0; i < COUNT(cases); i++) {
-        const char *arguments[20] = {"align",         cases[i].words[0],      "--tokenizer",
-                                     tokenizer->path, "--model_name_or_path", temporary("base")};
-        for (size_t k = 1; k < 14 && cases[i].words[k]; k++)
-            arguments[k + 5] =
-                cases[i].words[k][0] == '@' ? temporary(cases[i].words[k] + 1) : cases[i].words[k];
-        expect_end(cases[i].message, run_command, arguments, cases[i].status, cases[i].message);
+        const char *model = strstr(cases[i].line, "@la_dpo") ? "" : "--model_name_or_path @base";
+        const char *line =
+            arena_printf(&test_arena, "%s %s --tokenizer @tokenizer.bin", cases[i].line, model);
+        expect_end(cases[i].message, run_command, words_of(line), cases[i].status,
+                   cases[i].message);
     }
-#undef LORA
+}
+
+static struct Text trained_in_place(const char *from_and_to) {
+    return command_output(arena_printf(&test_arena,
+                                       "sft --max_steps 1 --dataset_name @t.jsonl "
+                                       "--model_name_or_path %s",
+                                       from_and_to));
 }
 
 /* A folder under other spellings; merge over the adapter's base by any of them is refused, other
@@ -8311,106 +8370,96 @@ static void test_same_folder(void) {
     random_adapter(model, 2, "c_attn");
     model->adapter.base_model_name_or_path = temporary("same_base");
     model_save(model, temporary("same_lora"), tokenizer);
-    gpt2_free(model);
-    write_text("t.jsonl", "{\"text\": \"A film that is good, and a fine one.\"}\n");
+    write_json("t.jsonl", "{'text': 'A film that is good, and a fine one.'}\n");
     expect_true("a link is made",
                 !FORKS || symlink(temporary("same_base"), temporary("same_link")) == 0);
-    const char *names[] = {temporary("same_base"), temporary("same_base/"),
-                           temporary("./same_base"), temporary("same_lora/../same_base//."),
-                           temporary("same_link")};
-    for (size_t i = 0; i < COUNT(names) && FORKS; i++) {
-        expect_true(names[i], same_file(names[i], names[0])
-                                  && !same_file(names[i], temporary("same_lora"))
-                                  && !same_file(temporary("nowhere"), temporary("nowhere")));
-        const char *folded[] = {"align",
-                                "merge",
-                                "--model_name_or_path",
-                                temporary("same_lora"),
-                                "--output_dir",
-                                names[i],
-                                "--tokenizer",
-                                tokenizer->path,
-                                NULL};
-        const char *beside[] = {"align",
-                                "merge",
-                                "--model_name_or_path",
-                                names[i],
-                                "--peft_adapter",
-                                temporary("same_lora"),
-                                "--output_dir",
-                                names[0],
-                                "--tokenizer",
-                                tokenizer->path,
-                                NULL};
-        expect_end(names[i], run_command, folded, 1,
-                   "is the adapter's base; merged over it, the "
-                   "adapter would count twice");
-        expect_end(names[i], run_command, beside, 1,
-                   "is the adapter's base; merged over it, the "
-                   "adapter would count twice");
+    static const char *const spellings[] = {
+        "same_base", "same_base/", "./same_base", "same_lora/../same_base//.", "same_link",
+    };
+    for (size_t i = 0; i < COUNT(spellings) && FORKS; i++) {
+        const char *name = spellings[i];
+        expect_true(name, same_file(temporary(name), temporary("same_base"))
+                              && !same_file(temporary(name), temporary("same_lora"))
+                              && !same_file(temporary("nowhere"), temporary("nowhere")));
+        static const char *const lines[] = {
+            "merge --model_name_or_path @same_lora --output_dir @%s --tokenizer @tokenizer.bin",
+            "merge --model_name_or_path @%s --peft_adapter @same_lora --output_dir @same_base "
+            "--tokenizer @tokenizer.bin",
+        };
+        for (size_t k = 0; k < COUNT(lines); k++)
+            expect_end(name, run_command, words_of(arena_printf(&test_arena, lines[k], name)), 1,
+                       "is the adapter's base; merged over it, the adapter would count twice");
     }
-#define SFT "sft", "--max_steps", "1", "--dataset_name", "@t.jsonl", "--model_name_or_path"
-    struct Text said =
-        command_output((const char *const[]){SFT, "@same_base", "--peft_adapter", "@same_lora",
-                                             "--output_dir", "@same_lora/", NULL});
+    struct Text said = trained_in_place("@same_base --peft_adapter @same_lora --output_dir "
+                                        "@same_lora/");
     expect_true("an adapter trained on in its place",
                 strstr(said.data, "is --peft_adapter: the model there will be replaced") != NULL
                     && is_adapter(temporary("same_lora")));
-    said = command_output(
-        (const char *const[]){SFT, "@same_lora", "--output_dir", "@./same_base", NULL});
-    expect_true("the base of an adapter",
-                strstr(said.data, "is the base of the adapter --model_name_or_path") != NULL);
-    said = command_output(
-        (const char *const[]){SFT, "@same_base", "--output_dir", "@same_base", NULL});
-    expect_true("a model in its place", strstr(said.data, "is --model_name_or_path: the model "
-                                                          "there will be replaced")
-                                            != NULL);
-    said =
-        command_output((const char *const[]){SFT, "@same_base", "--output_dir", "@same_new", NULL});
+    said = trained_in_place("@same_lora --output_dir @./same_base");
+    expect_holds("the base of an adapter", said, "is the base of the adapter --model_name_or_path");
+    said = trained_in_place("@same_base --output_dir @same_base");
+    expect_holds("a model in its place", said,
+                 "is --model_name_or_path: the model there will be replaced");
+    said = trained_in_place("@same_base --output_dir @same_new");
     expect_true("nothing is replaced", !strstr(said.data, "replaced"));
-#undef SFT
 }
 
 /* The weights of a folder's model, and which heads it has. */
 static float *saved_weights(const char *name, size_t *n, bool *reward_head, bool *value_head) {
-    struct GPT2 *model = gpt2_load(temporary(name));
+    struct GPT2 *model = owned(gpt2_load(temporary(name)));
     float *all = all_weights(model, n);
     *reward_head = model->score.n > 0;
     *value_head = model->v_head.weight.n > 0;
-    gpt2_free(model);
     return all;
+}
+
+/* How often a command says that a head is left out. */
+static size_t heads_left_out(const char *format, ...) {
+    char line[400];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(line, sizeof line, format, arguments);
+    va_end(arguments);
+    struct Text said = command_output(line);
+    size_t notes = 0;
+    for (const char *at = said.data; (at = strstr(at, "is left out")); at++)
+        notes++;
+    return notes;
 }
 
 /* From a model with both heads each command makes what it makes from the language model below them,
  * bit for bit; the heads that it has no use for are neither trained nor saved, and it says so.
  * reward goes on with the reward head, ppo with the value head, and a reference may be anything. */
 static void test_heads_left_out(void) {
-#define RL "--reward_model_path", "@h_both", "--batch_size", "2"
     static const struct {
         bool reward_head, value_head;
         size_t notes;
-        const char *words[20];
-    } cases[] =
-        {{false, false, 2, {"sft", "--dataset_name", "@h.jsonl"}},
-         {false, false, 2, {"pretrain", "--max_length", "8", "--dataset_name", "@h.jsonl"}},
-         {false, false, 2, {"dpo", "--dataset_name", "@h.jsonl", "--ref_model", "@h_both"}},
-         {true, false, 1, {"reward", "--dataset_name", "@h.jsonl"}},
-         {false, true, 1, {"ppo", "--dataset_name", "@h.jsonl", RL, "--mini_batch_size", "2"}},
-         {false, false, 2, {"reinforce", "--dataset_name", "@h.jsonl", RL}}};
-#undef RL
+        const char *line;
+    } cases[] = {
+        {false, false, 2, "sft --dataset_name @h.jsonl"},
+        {false, false, 2, "pretrain --max_length 8 --dataset_name @h.jsonl"},
+        {false, false, 2, "dpo --dataset_name @h.jsonl --ref_model @h_both"},
+        {true, false, 1, "reward --dataset_name @h.jsonl"},
+        {false, true, 1,
+         "ppo --dataset_name @h.jsonl --reward_model_path @h_both --batch_size 2 --mini_batch_size "
+         "2"},
+        {false, false, 2,
+         "reinforce --dataset_name @h.jsonl --reward_model_path @h_both --batch_size 2"},
+    };
     static const struct {
         size_t notes;
-        const char *words[10];
-    } tools[] = {{1, {"generate", "--prompt", "x"}},
-                 {1, {"next", "--prompt", "x"}},
-                 {1, {"logprob", "--dataset_name", "@t.jsonl"}},
-                 {1, {"eval", "--dataset_name", "@h.jsonl", "--reward_model_path", "@h_both"}},
-                 {0, {"score", "--dataset_name", "@t.jsonl"}},
-                 {0, {"eval", "--dataset_name", "@h.jsonl"}}};
-    write_text("t.jsonl", "{\"text\": \"A film that is good, and a fine one.\"}\n");
-    write_text("h.jsonl", "{\"text\": \"A film that is good, and a fine one.\", \"prompt\": \"A "
-                          "film\", \"chosen\": \" that is good\", \"rejected\": \" that is "
-                          "bad\"}\n");
+        const char *line;
+    } tools[] = {
+        {1, "generate --prompt x"},
+        {1, "next --prompt x"},
+        {1, "logprob --dataset_name @t.jsonl"},
+        {1, "eval --dataset_name @h.jsonl --reward_model_path @h_both"},
+        {0, "score --dataset_name @t.jsonl"},
+        {0, "eval --dataset_name @h.jsonl"},
+    };
+    write_json("t.jsonl", "{'text': 'A film that is good, and a fine one.'}\n");
+    write_json("h.jsonl", "{'text': 'A film that is good, and a fine one.', 'prompt': 'A film', "
+                          "'chosen': ' that is good', 'rejected': ' that is bad'}\n");
     struct GPT2 *model = new_model(300, 24, 12, 1, 3);
     fill_random(model);
     tensor_normal(reward_head_declare(model), &test_rng, 1);
@@ -8419,67 +8468,53 @@ static void test_heads_left_out(void) {
     model->tensor_count -= 3;
     model->score.n = 0;
     model_save(model, temporary("h_plain"), tokenizer);
-    gpt2_free(model);
     for (size_t i = 0; i < COUNT(cases); i++) {
-        const char *words[40];
-        size_t count = 0;
+        const char *what = cases[i].line;
         size_t n[2];
         float *all[2];
         bool heads[2][2];
-        while (cases[i].words[count])
-            words[count] = cases[i].words[count], count++;
         for (int both = 0; both < 2; both++) {
-            const char *out = both ? "h_out_both" : "h_out_plain";
-            memcpy(words + count,
-                   (const char *[]){"--model_name_or_path", both ? "@h_both" : "@h_plain",
-                                    "--max_steps", "2", "--learning_rate", "1e-3", "--output_dir",
-                                    arena_printf(&test_arena, "@%s", out), NULL},
-                   9 * sizeof *words);
-            struct Text said = command_output(words);
-            size_t notes = 0;
-            for (const char *at = said.data; (at = strstr(at, "is left out")); at++)
-                notes++;
-            expect_count(words[0], notes, both ? cases[i].notes : 0);
+            const char *kind = both ? "both" : "plain";
+            const char *out = arena_printf(&test_arena, "h_out_%s", kind);
+            expect_count(what,
+                         heads_left_out("%s --model_name_or_path @h_%s --max_steps 2 "
+                                        "--learning_rate 1e-3 --output_dir @%s",
+                                        what, kind, out),
+                         both ? cases[i].notes : 0);
             all[both] = saved_weights(out, &n[both], &heads[both][0], &heads[both][1]);
         }
-        expect_true(words[0],
+        expect_true(what,
                     heads[1][0] == cases[i].reward_head && heads[1][1] == cases[i].value_head);
-        if (!cases[i].reward_head && !cases[i].value_head)
-            expect_count(words[0], n[1], n[0]);
-        if (!cases[i].reward_head && !cases[i].value_head)
-            expect_bits(words[0], all[1], all[0], MIN(n[0], n[1]));
+        if (!cases[i].reward_head && !cases[i].value_head) {
+            expect_count(what, n[1], n[0]);
+            expect_bits(what, all[1], all[0], MIN(n[0], n[1]));
+        }
     }
-    for (size_t i = 0; i < COUNT(tools); i++) {
-        const char *words[40];
-        size_t count = 0;
-        size_t notes = 0;
-        while (tools[i].words[count])
-            words[count] = tools[i].words[count], count++;
-        memcpy(words + count, (const char *[]){"--model_name_or_path", "@h_both", NULL},
-               3 * sizeof *words);
-        struct Text said = command_output(words);
-        for (const char *at = said.data; (at = strstr(at, "is left out")); at++)
-            notes++;
-        expect_count(words[0], notes, tools[i].notes);
-    }
+    for (size_t i = 0; i < COUNT(tools); i++)
+        expect_count(tools[i].line,
+                     heads_left_out("%s --model_name_or_path @h_both", tools[i].line),
+                     tools[i].notes);
 }
 
 /* Names as they are compared: accents, case, punctuation, what is no UTF-8. */
 static void test_glossary_fold(void) {
-    static const char *const cases[][2] = {{"Otimiza\xc3\xa7\xc3\xa3o; Top-p", " otimizacao ; top "
-                                                                               "p "},
-                                           {"  Trainer.train() ", " trainer train "},
-                                           {"Par\xc3\x82METRO (\xce\xb2)", " parametro \xce\xb2 "},
-                                           {"A \xc2\xb7 B;c", " a ; b ; c "},
-                                           {"\xff(\xc3", " \xff \xc3 "},
-                                           {"", " "},
-                                           {"x\xe2\x80\x94y", " x\xe2\x80\x94y "}};
+    static const char *const cases[][2] = {
+        {"Otimiza\xc3\xa7\xc3\xa3o; Top-p", " otimizacao ; top p "},
+        {"  Trainer.train() ", " trainer train "},
+        {"Par\xc3\x82METRO (\xce\xb2)", " parametro \xce\xb2 "},
+        {"A \xc2\xb7 B;c", " a ; b ; c "},
+        {"\xff(\xc3", " \xff \xc3 "},
+        {"", " "},
+        {"x\xe2\x80\x94y", " x\xe2\x80\x94y "},
+    };
     for (size_t i = 0; i < COUNT(cases); i++)
         expect_text(cases[i][0], text_of(fold(&test_arena, cases[i][0])), cases[i][1]);
 }
 
 static struct Text glossary(const char *a, const char *b, const char *c) {
-    return command_output((const char *const[]){"glossary", a, b, c, NULL});
+    capture_begin();
+    run_command((const char *const[]){"align", "glossary", a, b, c, NULL});
+    return capture_end();
 }
 
 /* What a user types, and how the answer begins: by either language, alias, without accents, a
@@ -8488,31 +8523,31 @@ static void test_glossary_find(void) {
 #define NEAREST "no term has this name; the nearest:\n"
 #define KL "Diverg\xc3\xaancia de Kullback-Leibler (KL) \xc2\xb7 "
 #define DPO "Otimiza\xc3\xa7\xc3\xa3o de prefer\xc3\xaancia direta (DPO) \xc2\xb7 "
-    static const char *const cases[][2] = {{"Diverg\xc3\xaancia de Kullback-Leibler (KL)", KL},
-                                           {"DIVERGENCIA de kullback leibler", KL},
-                                           {"kl", KL},
-                                           {"Kullback-Leibler divergence", KL},
-                                           {"leibler", KL},
-                                           {"dpo", DPO},
-                                           {"otimiza\xc3\xa7\xc3\xa3o de prefer\xc3\xaancia", DPO},
-                                           {"coleta de dados", "Coleta de dados \xc2\xb7 "},
-                                           {"top p", "Amostragem top-p \xc2\xb7 "},
-                                           {"beam", "Beam search \xc2\xb7 "},
-                                           {"trainer.train", "Trainer.train() \xc2\xb7 "},
-                                           {"\xcf\x84", "Temperatura (\xcf\x84) \xc2\xb7 "},
-                                           {"Tau", "Temperatura (\xcf\x84) \xc2\xb7 "},
-                                           {"\xcf\x89", "Fun\xc3\xa7\xc3\xa3o Omega (\xcf\x89) "
-                                                        "\xc2\xb7 "},
-                                           {"pi", "Pol\xc3\xadtica \xcf\x80 \xc2\xb7 "},
-                                           {"kulback", NEAREST KL},
-                                           {"divergencia de kullbak", NEAREST KL},
-                                           {"fun\xc3\xa7\xc3\xa3o de recompenza",
-                                            NEAREST "Fun\xc3\xa7\xc3\xa3o de recompensa \xc2\xb7 "
-                                                    "reward function"},
-                                           {"softmaks", NEAREST "Fun\xc3\xa7\xc3\xa3o softmax"},
-                                           {"top", "several terms fit:\n  Amostragem top-k "
-                                                   "\xc2\xb7 top-k sampling\n  Amostragem top-p"},
-                                           {"()", "Data and tokens"}};
+    static const char *const cases[][2] = {
+        {"Diverg\xc3\xaancia de Kullback-Leibler (KL)", KL},
+        {"DIVERGENCIA de kullback leibler", KL},
+        {"kl", KL},
+        {"Kullback-Leibler divergence", KL},
+        {"leibler", KL},
+        {"dpo", DPO},
+        {"otimiza\xc3\xa7\xc3\xa3o de prefer\xc3\xaancia", DPO},
+        {"coleta de dados", "Coleta de dados \xc2\xb7 "},
+        {"top p", "Amostragem top-p \xc2\xb7 "},
+        {"beam", "Beam search \xc2\xb7 "},
+        {"trainer.train", "Trainer.train() \xc2\xb7 "},
+        {"\xcf\x84", "Temperatura (\xcf\x84) \xc2\xb7 "},
+        {"Tau", "Temperatura (\xcf\x84) \xc2\xb7 "},
+        {"\xcf\x89", "Fun\xc3\xa7\xc3\xa3o Omega (\xcf\x89) \xc2\xb7 "},
+        {"pi", "Pol\xc3\xadtica \xcf\x80 \xc2\xb7 "},
+        {"kulback", NEAREST KL},
+        {"divergencia de kullbak", NEAREST KL},
+        {"fun\xc3\xa7\xc3\xa3o de recompenza", NEAREST "Fun\xc3\xa7\xc3\xa3o de recompensa "
+                                                       "\xc2\xb7 reward function"},
+        {"softmaks", NEAREST "Fun\xc3\xa7\xc3\xa3o softmax"},
+        {"top", "several terms fit:\n  Amostragem top-k \xc2\xb7 top-k sampling\n  Amostragem "
+                "top-p"},
+        {"()", "Data and tokens"},
+    };
     for (size_t i = 0; i < COUNT(cases); i++) {
         struct Text out = glossary(cases[i][0], NULL, NULL);
         out.length = MIN(out.length, strlen(cases[i][1]));
@@ -8527,6 +8562,13 @@ static void test_glossary_find(void) {
                                          && strstr(words.data, "\n- Try: `head -40 "
                                                                "docs/reviews.jsonl > ")
                                          && strstr(words.data, "\n- See also: "));
+#undef NEAREST
+#undef KL
+#undef DPO
+}
+
+/* Any bytes, however many, are answered, and without control codes. */
+static void test_glossary_find_odd(void) {
     char *odd = arena_alloc(&test_arena, 100000, 1);
     for (size_t i = 0; i < 99999; i++)
         odd[i] = (char)(1 + rng_below(&test_rng, 255));
@@ -8536,12 +8578,9 @@ static void test_glossary_find(void) {
              (const unsigned char *)glossary("\x1b[31mred\x07", NULL, NULL).data;
          *c; c++)
         expect_true("no control codes", *c >= 32 || *c == '\n');
-#undef NEAREST
-#undef KL
-#undef DPO
 }
 
-/* Without a term all 53, a line each; each one found by both its names. */
+/* Without a term all of them, a line each; each one found by both its names. */
 static void test_glossary_terms(void) {
     struct Text all = glossary(NULL, NULL, NULL);
     size_t terms = 0;
@@ -8560,7 +8599,9 @@ static void test_glossary_terms(void) {
 }
 
 /* =============================================================================================
- * Fixtures: models of transformers and what it computed for them (--fixtures DIR)
+ * Fixtures
+ *
+ * Models of transformers and what it computed for them (--fixtures DIR).
  * ============================================================================================= */
 
 static const char *fixture(const char *name) {
@@ -8596,7 +8637,7 @@ static void expect_tensor(const char *what, const float *got, const float *want,
 
 /* Logits, loss and every gradient of a batch (B,T). */
 static void test_fixtures_gradient(void) {
-    struct GPT2 *model = gpt2_load(fixture("model"));
+    struct GPT2 *model = owned(gpt2_load(fixture("model")));
     struct SafeTensors st = safetensors_open(&test_arena, fixture("expected/"
                                                                   "forward_backward.safetensors"));
     size_t shape[3], n;
@@ -8629,7 +8670,6 @@ static void test_fixtures_gradient(void) {
         expect_tensor(t->name, t->d, want, MIN(n, t->n), 1e-4);
     }
     fclose(st.file);
-    gpt2_free(model);
 }
 
 /* Log-probabilities of every token, for each form in which the model is stored. */
@@ -8637,14 +8677,16 @@ static void test_fixtures_logprob(void) {
     static const struct {
         const char *name;
         double tolerance;
-    } models[] = {{"model", 5e-5},
-                  {"model_sharded", 5e-5},
-                  {"model_f16", 3e-2},
-                  {"model_bf16", 2e-1}};
+    } models[] = {
+        {"model", 5e-5},
+        {"model_sharded", 5e-5},
+        {"model_f16", 3e-2},
+        {"model_bf16", 2e-1},
+    };
     for (size_t m = 0; m < COUNT(models); m++) {
         if (!file_exists(fixture(models[m].name)))
             continue;
-        struct GPT2 *model = gpt2_load(fixture(models[m].name));
+        struct GPT2 *model = owned(gpt2_load(fixture(models[m].name)));
         struct Text file = read_file(&test_arena, fixture("expected/logprob.jsonl"));
         size_t lines = 0;
         size_t V = model->config.vocab_size;
@@ -8655,10 +8697,7 @@ static void test_fixtures_logprob(void) {
             int *ids = encode(json_get(json, "text")->string, V, &n);
             expect_ids("ids", ids, MIN(n, model->config.n_positions), e.ids, e.n);
             struct Batch batch = batch_of(&e, 1, SKIP_LAST);
-            struct Activations acts = gpt2_forward(model, &test_arena, &batch, false);
-            struct LMHead head =
-                lm_head_new(model, &test_arena, &acts, batch.row, batch.target, batch.R, 1);
-            lm_head_forward(model, &head);
+            struct LMHead head = batch_logprobs(model, &test_arena, &batch, 1, false);
             size_t t = 0;
             for (struct Json *item = json_get(json, "token_logprobs")->child; item;
                  item = item->next, t++)
@@ -8667,14 +8706,13 @@ static void test_fixtures_logprob(void) {
             expect_count("log-probabilities", batch.R, t);
         }
         expect_true("lines", lines > 0);
-        gpt2_free(model);
     }
 }
 
 static void test_fixtures_reward(void) {
     if (!file_exists(fixture("reward")))
         return;
-    struct GPT2 *model = gpt2_load(fixture("reward"));
+    struct GPT2 *model = owned(gpt2_load(fixture("reward")));
     struct Text file = read_file(&test_arena, fixture("expected/reward_scores.jsonl"));
     size_t lines = 0;
     for (struct Json *json; (json = next_line(&file)); lines++) {
@@ -8686,11 +8724,12 @@ static void test_fixtures_reward(void) {
         expect_close("reward", reward, json_get(json, "reward")->number, 5e-5);
     }
     expect_true("lines", lines > 0);
-    gpt2_free(model);
 }
 
 /* =============================================================================================
- * The table, main
+ * Chapter 26 - Results
+ *
+ * The report of a run: its axes, its curves, its text and its page.
  * ============================================================================================= */
 
 static void expect_axis(const char *what, struct Axis got, double low, double step, int count) {
@@ -8780,6 +8819,10 @@ static void test_report_page(void) {
                                && !strstr(page.data, "<script"));
 }
 
+/* =============================================================================================
+ * The table of tests, main
+ * ============================================================================================= */
+
 static const struct {
     const char *name;
     void (*run)(void);
@@ -8788,203 +8831,250 @@ static const struct {
     {"arena_text", test_arena_text},
     {"rng_known", test_rng_known},
     {"rng_distributions", test_rng_distributions},
-    {"progress_cut", test_progress_cut},
-    {"json_values", test_json_values},
-    {"json_errors", test_json_errors},
-    {"json_write", test_json_write},
-    {"text_shown", test_text_shown},
-    {"files", test_files},
-    {"safetensors_half", test_safetensors_half},
-    {"safetensors_round_trip", test_safetensors_round_trip},
-    {"tokenizer_words", test_tokenizer_words},
-    {"tokenizer_cases", test_tokenizer_cases},
-    {"tokenizer_bytes", test_tokenizer_bytes},
-    {"tokenizer_heap", test_tokenizer_heap},
-    {"tokenizer_plain", test_tokenizer_plain},
-    {"tokenizer_long_word", test_tokenizer_long_word},
-    {"tokenizer_small", test_tokenizer_small},
-    {"tokenizer_save", test_tokenizer_save},
-    {"data_shapes", test_data_shapes},
-    {"data_folder", test_data_folder},
-    {"data_splits", test_data_splits},
-    {"data_splits_said", test_data_splits_said},
-    {"data_splits_links", test_data_splits_links},
-    {"data_unused_fields", test_data_unused_fields},
-    {"data_formats", test_data_formats},
-    {"data_implicit_prompt", test_data_implicit_prompt},
-    {"data_prompt_completion", test_data_prompt_completion},
-    {"data_end_token", test_data_end_token},
-    {"data_written_ends", test_data_written_ends},
-    {"data_pairs", test_data_pairs},
-    {"data_length_sampler", test_data_length_sampler},
-    {"collate", test_collate},
-    {"collate_pairs", test_collate_pairs},
     {"sigmoid", test_sigmoid},
     {"softmax", test_softmax},
     {"entropy", test_entropy},
     {"kl", test_kl},
     {"exp_fast", test_exp_fast},
-    {"sqrt_fast", test_sqrt_fast},
     {"rows", test_rows},
+    {"rows_argmax", test_rows_argmax},
+    {"data_pairs", test_data_pairs},
+    {"bradley_terry", test_losses},
+    {"bradley_terry_gradient", test_losses},
+    {"sentiment_loss", test_losses},
+    {"reinforce_loss", test_losses},
+    {"ppo_token_loss", test_losses},
+    {"ppo_value_loss", test_losses},
+    {"dpo_hand", test_losses},
+    {"dpo_golden", test_losses},
+    {"ppo_whiten_golden", test_ppo_whiten_golden},
+    {"reinforce_advantages", test_reinforce_advantages},
+    {"reinforce_advantages_variance", test_reinforce_advantages_variance},
+    {"ppo_penalties_golden", test_ppo_penalties_golden},
+    {"ppo_kl_controller", test_ppo_kl_controller},
+    {"gae_hand", test_gae_hand},
+    {"ppo_example", test_ppo_example},
+    {"running_moments", test_running_moments},
+    {"ppo_token_loss_clipped", test_ppo_token_loss_clipped},
+    {"ppo_value_loss_clipped", test_ppo_value_loss_clipped},
+    {"ppo_loss_gradient", test_ppo_loss_gradient},
+    {"exact_optimum", test_exact_optimum},
+    {"exact_optimum_objective", test_exact_optimum_objective},
+    {"dpo_hand_sums", test_dpo_hand_sums},
+    {"kth_largest", test_kth_largest},
+    {"generate_processors", test_generate_processors},
+    {"generate_processors_ngram", test_generate_processors_ngram},
+    {"generate_processors_top_k", test_generate_processors_top_k},
+    {"generate_processors_top_p", test_generate_processors_top_p},
+    {"generate_processors_order", test_generate_processors_order},
+    {"generate_filters_golden", test_generate_filters_golden},
+    {"generate_distribution", test_generate_distribution},
+    {"tokenizer_words", test_tokenizer_words},
+    {"tokenizer_cases", test_tokenizer_cases},
+    {"tokenizer_bytes", test_tokenizer_bytes},
+    {"tokenizer_bytes_classes", test_tokenizer_bytes_classes},
+    {"tokenizer_heap", test_tokenizer_heap},
+    {"tokenizer_plain", test_tokenizer_plain},
+    {"tokenizer_long_word", test_tokenizer_long_word},
+    {"tokenizer_small", test_tokenizer_small},
+    {"data_implicit_prompt", test_data_implicit_prompt},
+    {"data_prompt_completion", test_data_prompt_completion},
+    {"collate", test_collate},
+    {"collate_pairs", test_collate_pairs},
+    {"collate_pairs_logprobs", test_collate_pairs_logprobs},
+    {"data_length_sampler", test_data_length_sampler},
     {"kernel_choose", test_kernel_choose},
     {"matmul", test_matmul},
     {"pack_panel", test_pack_panel},
     {"matmul_plain", test_matmul_plain},
     {"matmul_threads", test_matmul_threads},
+    {"embedding", test_embedding},
     {"linear_hand", test_linear_hand},
     {"linear_golden", test_linear_golden},
-    {"few_rows", test_few_rows},
-    {"rows_company", test_rows_company},
     {"linear_gradient", test_linear_gradient},
+    {"few_rows", test_few_rows},
+    {"few_rows_logits", test_few_rows_logits},
+    {"rows_company", test_rows_company},
     {"layernorm", test_layernorm},
+    {"layernorm_golden", test_layernorm_golden},
     {"layernorm_gradient", test_layernorm_gradient},
     {"gelu", test_gelu},
+    {"gelu_hand", test_gelu_hand},
+    {"gelu_range", test_gelu_range},
     {"gelu_gradient", test_gelu_gradient},
-    {"embedding", test_embedding},
     {"attention_hand", test_attention_hand},
     {"attention", test_attention},
+    {"attention_golden", test_attention_golden},
     {"attention_gradient", test_attention_gradient},
+    {"gpt2_init", test_gpt2_init},
     {"gpt2_golden", test_gpt2_golden},
     {"lm_head_hand", test_lm_head_hand},
+    {"lm_head_backward_hand", test_lm_head_backward_hand},
     {"gpt2_gradient_golden", test_gpt2_gradient_golden},
     {"gpt2_gradient", test_gpt2_gradient},
     {"gpt2_chunks", test_gpt2_chunks},
     {"gpt2_packed", test_gpt2_packed},
-    {"gpt2_init", test_gpt2_init},
-    {"model_save", test_model_save},
-    {"model_special_tokens", test_model_special_tokens},
-    {"gpt2_load", test_gpt2_load},
-    {"bare_name", test_bare_name},
-    {"output_layer", test_output_layer},
-    {"config_names", test_config_names},
-    {"two_labels_golden", test_two_labels_golden},
-    {"two_labels", test_two_labels},
-    {"reward_golden", test_reward_golden},
-    {"reward_rows", test_reward_rows},
-    {"reward_company", test_reward_company},
+    {"reward_head_gradient_hand", test_reward_head_gradient_hand},
     {"reward_head_gradient", test_reward_head_gradient},
+    {"value_head_init", test_value_head_init},
+    {"reward_rows", test_reward_rows},
+    {"reward_rows_score", test_reward_rows_score},
+    {"reward_golden", test_reward_golden},
     {"lora_hand", test_lora_hand},
     {"lora_targets", test_lora_targets},
     {"lora_start", test_lora_start},
+    {"lora_start_bits", test_lora_start_bits},
     {"lora_gradient", test_lora_gradient},
     {"lora_merge", test_lora_merge},
     {"lora_reference", test_lora_reference},
     {"lora_frozen", test_lora_frozen},
-    {"lora_round_trip", test_lora_round_trip},
-    {"lora_partial", test_lora_partial},
-    {"lora_broken", test_lora_broken},
-    {"adamw_golden", test_adamw_golden},
-    {"adamw_hand", test_adamw_hand},
-    {"schedule", test_schedule},
-    {"trainer_steps", test_trainer_steps},
-    {"trainer_epoch", test_trainer_epoch},
-    {"trainer_state", test_trainer_state},
-    {"trainer_threads", test_trainer_threads},
-    {"metric_units", test_metric_units},
-    {"eval_batch_size", test_eval_batch_size},
-    {"checkpoint_resume", test_checkpoint_resume},
-    {"checkpoint_complete", test_checkpoint_complete},
-    {"checkpoint_limit", test_checkpoint_limit},
-    {"checkpoint_age", test_checkpoint_age},
-    {"evaluation_interrupted", test_evaluation_interrupted},
-    {"state_say", test_state_say},
-    {"checkpoint_errors", test_checkpoint_errors},
-    {"output_resume", test_output_resume},
     {"generate_golden", test_generate_golden},
-    {"beam_search_golden", test_beam_search_golden},
-    {"beam_search_exhaustive", test_beam_search_exhaustive},
-    {"beam_search_negative", test_beam_search_negative},
-    {"beam_search_hand", test_beam_search_hand},
-    {"beam_search_stops", test_beam_search_stops},
-    {"beam_candidates", test_beam_candidates},
-    {"generate_filters_golden", test_generate_filters_golden},
-    {"generate_processors", test_generate_processors},
-    {"generate_distribution", test_generate_distribution},
     {"generate_decode", test_generate_decode},
-    {"kth_largest", test_kth_largest},
     {"generate_cache", test_generate_cache},
     {"generate_company", test_generate_company},
     {"generate_context", test_generate_context},
+    {"beam_search_hand", test_beam_search_hand},
+    {"beam_search_golden", test_beam_search_golden},
+    {"beam_search_exhaustive", test_beam_search_exhaustive},
+    {"beam_search_negative", test_beam_search_negative},
+    {"beam_search_stops", test_beam_search_stops},
+    {"beam_candidates", test_beam_candidates},
+    {"sqrt_fast", test_sqrt_fast},
+    {"adamw_hand", test_adamw_hand},
+    {"adamw_hand_comment", test_adamw_hand_comment},
+    {"adamw_golden", test_adamw_golden},
+    {"schedule", test_schedule},
+    {"schedule_hand", test_schedule_hand},
+    {"trainer_steps", test_trainer_steps},
+    {"trainer_steps_accumulate", test_trainer_steps_accumulate},
+    {"trainer_steps_weight", test_trainer_steps_weight},
+    {"trainer_epoch", test_trainer_epoch},
+    {"trainer_threads", test_trainer_threads},
+    {"metric_units", test_metric_units},
+    {"eval_batch_size", test_eval_batch_size},
+    {"evaluation_interrupted", test_evaluation_interrupted},
+    {"state_say", test_state_say},
     {"language_pack", test_language_pack},
     {"language_sft_rows", test_language_sft_rows},
     {"language_hand", test_language_hand},
+    {"language_hand_rows", test_language_hand_rows},
     {"language_overfit", test_language_overfit},
-    {"bradley_terry", test_bradley_terry},
-    {"sentiment_loss", test_sentiment_loss},
-    {"bradley_terry_gradient", test_bradley_terry_gradient},
-    {"reward_metrics", test_reward_metrics},
     {"reward_gradient", test_reward_gradient},
+    {"reward_metrics", test_reward_metrics},
     {"reward_equal_pairs", test_reward_equal_pairs},
     {"reward_overfit", test_reward_overfit},
-    {"ppo_whiten_golden", test_ppo_whiten_golden},
+    {"reward_company", test_reward_company},
     {"ppo_scores_golden", test_ppo_scores_golden},
-    {"ppo_kl_controller", test_ppo_kl_controller},
-    {"ppo_penalties_golden", test_ppo_penalties_golden},
+    {"ppo_scores_clipped", test_ppo_scores_clipped},
     {"ppo_rewards", test_ppo_rewards},
     {"ppo_advantages_golden", test_ppo_advantages_golden},
-    {"gae_hand", test_gae_hand},
-    {"ppo_token_loss", test_ppo_token_loss},
-    {"ppo_value_loss", test_ppo_value_loss},
+    {"ppo_advantages_golden_short", test_ppo_advantages_golden_short},
     {"ppo_loss_golden", test_ppo_loss_golden},
-    {"ppo_loss_gradient", test_ppo_loss_gradient},
     {"ppo_gradient", test_ppo_gradient},
     {"ppo_step", test_ppo_step},
     {"ppo_guards", test_ppo_guards},
+    {"ppo_guards_ratio", test_ppo_guards_ratio},
     {"ppo_threads", test_ppo_threads},
     {"ppo_raises_reward", test_ppo_raises_reward},
     {"ppo_replay", test_ppo_replay},
-    {"reinforce_advantages", test_reinforce_advantages},
     {"reinforce_gradient", test_reinforce_gradient},
     {"reinforce_step", test_reinforce_step},
     {"reinforce_raises_reward", test_reinforce_raises_reward},
-    {"dpo_hand", test_dpo_hand},
-    {"dpo_golden", test_dpo_golden},
-    {"dpo_gradient", test_dpo_gradient},
+    {"scorer_scale", test_scorer_scale},
     {"dpo_model_gradient", test_dpo_model_gradient},
     {"dpo_pairs", test_dpo_pairs},
     {"dpo_equal_pairs", test_dpo_equal_pairs},
     {"dpo_overfit", test_dpo_overfit},
+    {"data_end_token", test_data_end_token},
+    {"answer_end", test_answer_end},
+    {"collect_identical", test_collect_identical},
+    {"exact_figures", test_exact_figures},
+    {"exact_dpo_loss", test_exact_dpo_loss},
+    {"exact_dpo_loss_slopes", test_exact_dpo_loss_slopes},
+    {"exact_dpo_gradient", test_exact_dpo_gradient},
+    {"exact_run", test_exact_run},
     {"evaluation", test_evaluation},
-    {"report_axis", test_report_axis},
-    {"report_stair", test_report_stair},
-    {"report_text", test_report_text},
-    {"report_page", test_report_page},
-    {"full_disk", test_full_disk},
-    {"bad_numbers", test_bad_numbers},
-    {"same_folder", test_same_folder},
+    {"evaluation_kl", test_evaluation_kl},
+    {"json_values", test_json_values},
+    {"json_errors", test_json_errors},
+    {"json_write", test_json_write},
+    {"text_shown", test_text_shown},
+    {"files", test_files},
+    {"output_resume", test_output_resume},
+    {"data_shapes", test_data_shapes},
+    {"data_unused_fields", test_data_unused_fields},
+    {"data_folder", test_data_folder},
+    {"data_splits", test_data_splits},
+    {"data_splits_said", test_data_splits_said},
+    {"data_splits_links", test_data_splits_links},
+    {"data_written_ends", test_data_written_ends},
+    {"data_formats", test_data_formats},
+    {"broken_data", test_broken_data},
+    {"tokenizer_save", test_tokenizer_save},
+    {"broken_tokenizer", test_broken_tokenizer},
+    {"safetensors_half", test_safetensors_half},
+    {"safetensors_round_trip", test_safetensors_round_trip},
+    {"bare_name", test_bare_name},
+    {"model_save", test_model_save},
+    {"model_special_tokens", test_model_special_tokens},
+    {"gpt2_load", test_gpt2_load},
+    {"output_layer", test_output_layer},
+    {"config_names", test_config_names},
+    {"two_labels", test_two_labels},
+    {"two_labels_golden", test_two_labels_golden},
+    {"lora_round_trip", test_lora_round_trip},
+    {"lora_partial", test_lora_partial},
+    {"lora_broken", test_lora_broken},
     {"broken_lfs", test_broken_lfs},
     {"broken_weights", test_broken_weights},
     {"broken_config", test_broken_config},
-    {"broken_data", test_broken_data},
-    {"scorer_scale", test_scorer_scale},
-    {"answer_end", test_answer_end},
-    {"broken_tokenizer", test_broken_tokenizer},
-    {"heads_left_out", test_heads_left_out},
+    {"bad_numbers", test_bad_numbers},
+    {"first_not_finite", test_first_not_finite},
+    {"progress_cut", test_progress_cut},
+    {"trainer_state", test_trainer_state},
+    {"checkpoint_resume", test_checkpoint_resume},
+    {"checkpoint_complete", test_checkpoint_complete},
+    {"checkpoint_limit", test_checkpoint_limit},
+    {"checkpoint_age", test_checkpoint_age},
+    {"checkpoint_errors", test_checkpoint_errors},
+    {"full_disk", test_full_disk},
     {"broken_messages", test_broken_messages},
     {"shell_word", test_shell_word},
     {"cli_errors", test_cli_errors},
+    {"edit_distance", test_edit_distance},
     {"cli_spelling", test_cli_spelling},
     {"cli_idle", test_cli_idle},
     {"cli_about", test_cli_about},
     {"cli_help", test_cli_help},
+    {"encode_prompts", test_encode_prompts},
     {"cli_course", test_cli_course},
     {"cli_collect", test_cli_collect},
+    {"cli_collect_keys", test_cli_collect_keys},
+    {"cli_reinforce", test_cli_reinforce},
+    {"cli_eval", test_cli_eval},
     {"collect_resume", test_collect_resume},
-    {"collect_identical", test_collect_identical},
-    {"encode_prompts", test_encode_prompts},
-    {"exact_optimum", test_exact_optimum},
-    {"exact_figures", test_exact_figures},
-    {"exact_dpo_loss", test_exact_dpo_loss},
-    {"exact_dpo_gradient", test_exact_dpo_gradient},
-    {"exact_run", test_exact_run},
     {"cli_lora", test_cli_lora},
+    {"same_folder", test_same_folder},
+    {"heads_left_out", test_heads_left_out},
     {"glossary_fold", test_glossary_fold},
     {"glossary_find", test_glossary_find},
+    {"glossary_find_odd", test_glossary_find_odd},
     {"glossary_terms", test_glossary_terms},
     {"fixtures_gradient", test_fixtures_gradient},
     {"fixtures_logprob", test_fixtures_logprob},
     {"fixtures_reward", test_fixtures_reward},
+    {"report_axis", test_report_axis},
+    {"report_stair", test_report_stair},
+    {"report_text", test_report_text},
+    {"report_page", test_report_page},
 };
+
+static bool is_test(const char *name) {
+    for (size_t i = 0; i < COUNT(TESTS); i++)
+        if (strcmp(TESTS[i].name, name) == 0)
+            return true;
+    return false;
+}
 
 static bool selected(const char *name, int argc, char **argv) {
     bool any = false;
@@ -9071,6 +9161,9 @@ int main(int argc, char **argv) {
         *(failures ? &not_passed : &passed) += 1;
         if (slow)
             printf("%8.3f s  %s\n", seconds_now() - begin, test_name);
+        while (owned_count)
+            gpt2_free(owned_models[--owned_count]);
+        use_threads(1);
         arena_free(&test_arena);
     }
     test_name = NULL;
