@@ -165,7 +165,7 @@ check windows_build x86_64-w64-mingw32-gcc bash -c "x86_64-w64-mingw32-gcc -O2 -
 wine=/usr/lib/wine/wine64
 windows_tests() {              # those that end the program need fork() and are passed over
     build x86_64-w64-mingw32-gcc -O2 -fopenmp -static -Wall -Wextra -Werror || return 1
-    mkdir -p "$work/windows/docs" && mv "$work/test.exe" "$work/windows" && cp tokenizer.bin align.c "$work/windows" && cp docs/glossary.md docs/reviews.jsonl "$work/windows/docs" &&
+    mkdir -p "$work/windows/docs" && mv "$work/test.exe" "$work/windows" && cp tokenizer.bin align.c "$work/windows" && cp docs/glossary.md docs/report.html docs/reviews.jsonl "$work/windows/docs" &&
     (cd "$work/windows" && TMPDIR=. TEST_THIN=1 WINEDEBUG=-all WINEPREFIX=$work/wine $wine test.exe > said 2>&1; status=$?; grep -v wine: said | grep -v ' passed, '; grep ' passed, ' said; [ $status = 0 ])
 }
 check windows_tests "x86_64-w64-mingw32-gcc $wine" windows_tests

@@ -60,18 +60,21 @@ expect "nothing is left behind" "" "$(cd "$work/small" && ls -A | grep -v -x -e 
 
 # 2. Installed: found from any folder, by a link, and after the whole tree has moved.
 mkdir "$work/whole" "$work/whole/docs" && cp Makefile align.c tokenizer.bin LICENSE "$work/whole" &&
-    cp docs/glossary.md docs/reviews.jsonl docs/reviews.LICENSE.txt "$work/whole/docs"
+    cp docs/glossary.md docs/report.html docs/reviews.jsonl docs/reviews.LICENSE.txt "$work/whole/docs"
 make -s -C "$work/whole" install CFLAGS=-O0 PREFIX=/opt/course DESTDIR="$work/a stage" > "$work/log" 2>&1 || cat "$work/log"
 rm -rf "$work/whole/tokenizer.bin" "$work/whole/docs"
 mv "$work/a stage" "$work/moved"
 program=$work/moved/opt/course/bin/align
 ln -s "$program" "$work/link"
-expect "the files" "bin/align share/align/LICENSE share/align/docs/glossary.md share/align/docs/reviews.LICENSE.txt share/align/docs/reviews.jsonl share/align/tokenizer.bin" \
+expect "the files" "bin/align share/align/LICENSE share/align/docs/glossary.md share/align/docs/report.html \
+share/align/docs/reviews.LICENSE.txt share/align/docs/reviews.jsonl share/align/tokenizer.bin" \
     "$(cd "$work/moved/opt/course" && find . -type f | sed 's/^..//' | LC_ALL=C sort | tr '\n' ' ' | sed 's/ $//')"
 expect "tokenizer.bin is found" "64 2646 198" "$(cd / && echo "a film" | "$program" tokenize 2>&1)"
 expect "by a link" "64 2646 198" "$(cd / && echo "a film" | "$work/link" tokenize 2>&1)"
 expect "the glossary is found" 1 "$(cd / && "$program" glossary KL 2>&1 | grep -c "Kullback")"
 expect "the reviews are found" 1 "$(cd / && "$program" rlhf --model_name_or_path "$work/nothing" 2>&1 | grep -c "^align: $work/nothing")"
+mkdir "$work/run" && echo '{"log_history": []}' > "$work/run/trainer_state.json"
+expect "the report's page is found" 1 "$(cd / && "$program" report "$work/run" 2> /dev/null && grep -c "^{\?.*\"log_history\": \[\]" "$work/run/report.html")"
 mv "$work/moved" "$work/a stage"
 cp docs/glossary.md "$work/a stage/opt/course/share/align/mine.md"
 make -s -C "$work/whole" uninstall PREFIX=/opt/course DESTDIR="$work/a stage" > "$work/log" 2>&1
