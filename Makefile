@@ -56,11 +56,13 @@ install: align
 	install -d "$(DESTDIR)$(PREFIX)/bin" "$(share)/docs"
 	install -m 755 align "$(DESTDIR)$(PREFIX)/bin/align"
 	install -m 644 tokenizer.bin LICENSE "$(share)"
-	install -m 644 docs/glossary.md docs/reviews.jsonl docs/reviews.LICENSE.txt "$(share)/docs"
+	install -m 644 docs/glossary.md docs/report.html "$(share)/docs"
+	install -m 644 docs/reviews.jsonl docs/reviews.LICENSE.txt "$(share)/docs"
 
 uninstall:
 	rm -f "$(DESTDIR)$(PREFIX)/bin/align" "$(share)/tokenizer.bin" "$(share)/LICENSE"
-	rm -f "$(share)/docs/glossary.md" "$(share)/docs/reviews.jsonl" "$(share)/docs/reviews.LICENSE.txt"
+	rm -f "$(share)/docs/glossary.md" "$(share)/docs/report.html"
+	rm -f "$(share)/docs/reviews.jsonl" "$(share)/docs/reviews.LICENSE.txt"
 	-rmdir "$(share)/docs" "$(share)"
 
 clean:

@@ -9896,7 +9896,7 @@ static void exact_run(struct ExactWorld *w, double beta) {
 /* From chapter 26: what was measured, as files, as a page, and on the terminal. */
 struct Course;
 static void course_write(struct Course *course, double seconds);
-static void report_write(const char *dir);
+static void report_at_end(struct Arena *arena, const char *dir);
 static void course_print(struct Course *course);
 
 /* ---- What is measured ------------------------------------------------------------------------ */
@@ -10527,7 +10527,7 @@ static void course_run(struct Course *course, const struct Dataset *data,
 
     /* 3. What came of it: chapter 26. */
     course_write(course, seconds_now() - begin);
-    report_write(course->output_dir);
+    report_at_end(&course->arena, course->output_dir);
     course_print(course);
 
     /* 4. The arena goes last: everything above points into it. */
@@ -14015,8 +14015,8 @@ static void rollouts_write(FILE *file, const struct Rollout *rollouts, size_t n)
  * Chapter 26 - Results: what the course prints and writes; the report
  *
  * What enters: what was measured, and a run's logs. What leaves: tables, summary.json,
- * samples.jsonl, report.json, and report.html, one file that opens from disk, on a phone, on
- * paper, by a screen reader, and holds no program.
+ * samples.jsonl, report.json, and report.html: docs/report.html, a page that draws a run, with the
+ * run's files in it. How it looks is the page's matter; here it gets its data.
  * ============================================================================================= */
 
 /* What Hugging Face's sentiment pipeline returns for a text. [glossary: Lista de saídas do pipe]
@@ -14060,538 +14060,95 @@ static void exact_print(const struct ExactWorld *w, bool json) {
         puts("}");
 }
 
-/* The stages of a report: the folder in rlhf's output_dir, and the metric by which a log is known
- * to be one's, of whatever command it is. The last stage that fits counts. */
-enum Stage {
-    STAGE_RUN,
-    STAGE_LANGUAGE,
-    STAGE_REWARD,
-    STAGE_PPO,
-    STAGE_DPO,
-    STAGE_REINFORCE,
-    STAGES
-};
-static const struct {
-    const char *folder, *marker, *title, *about;
-} STAGE[STAGES] = {{".", "", "", ""},
-                   {"language_model", "loss", "Language model",
-                    "It learns to predict the next token of what people wrote. All later stages "
-                    "start from it."},
-                   {"reward_model", "min_reward", "Reward model",
-                    "It learns from ratings to give a text a number, the reward: the higher, the "
-                    "better liked."},
-                   {"ppo", "objective/kl", "PPO",
-                    "The policy answers, the reward model scores; tokens that led to better scores "
-                    "than expected become likelier."},
-                   {"dpo", "rewards/margins", "DPO",
-                    "The policy learns from pairs of answers, one chosen, one rejected: no reward "
-                    "model, no sampling."},
-                   {".", "gradient_variance/none", "REINFORCE",
-                    "The policy answers and goes up the gradient of the reward as it stands, "
-                    "without PPO's clip."}};
+/* From chapter 27: a file that ships with the program, or NULL. */
+static const char *shipped_path(struct Arena *arena, const char *name);
 
-/* A figure: up to three metrics over steps. If its unit is a share in %, it is a histogram
- * instead, of lists of numbers in report.json. */
-#define TRAINED {"training", "held out"}
-static const struct Plot {
-    enum Stage stage;
-    const char *title, *unit, *metric[3], *label[3], *term, *about;
-} PLOTS[] = {{STAGE_RUN,
-              "Rewards of answers",
-              "% of answers",
-              {"before", "ppo", "dpo"},
-              {"before", "PPO", "DPO"},
-              "Função de recompensa · reward function",
-              "Answers to held-out beginnings. A hill that moves right pleases more; one that also "
-              "narrows says one thing again and again."},
-             {STAGE_LANGUAGE,
-              "Loss",
-              "nats a token",
-              {"loss", "eval_loss"},
-              TRAINED,
-              "Função de custo · cost function",
-              "−log of the next token's probability. It falls as the model learns; held out far "
-              "above training means learnt by heart."},
-             {STAGE_REWARD,
-              "Accuracy",
-              "share of pairs",
-              {"accuracy", "eval_accuracy"},
-              TRAINED,
-              "Modelo Bradley-Terry · Bradley-Terry model",
-              "How often the text that people preferred got the higher reward. 0.5 is a guess; "
-              "people disagree, so 1 is not to be expected."},
-             {STAGE_REWARD,
-              "Margin",
-              "reward",
-              {"margin", "eval_margin"},
-              TRAINED,
-              "Função sigmoide · sigmoid function",
-              "Reward of the preferred text less the other's. At a margin of 2 the model is sure "
-              "by σ(2) = 88 %."},
-             {STAGE_REWARD,
-              "Rewards of reviews",
-              "% of reviews",
-              {"liked", "disliked"},
-              {"liked", "disliked"},
-              "Pontuação de sentimento · sentiment score",
-              "Held-out reviews that people liked, and that they did not. The less the hills "
-              "overlap, the better the model tells them apart."},
-             {STAGE_PPO,
-              "Reward",
-              "score",
-              {"env/reward_mean"},
-              {"mean"},
-              "Rollout · rollout",
-              "Mean score of a step's answers. It should rise, but alone it proves nothing: read "
-              "it beside the KL, and read the samples."},
-             {STAGE_PPO,
-              "KL",
-              "nats an answer",
-              {"objective/kl"},
-              {"KL"},
-              "Divergência de Kullback-Leibler (KL) · Kullback-Leibler divergence (KL)",
-              "How far the policy has left the reference. It starts at 0; the penalty β holds it "
-              "near its target."},
-             {STAGE_PPO,
-              "Clip fraction",
-              "share of tokens",
-              {"ppo/policy/clipfrac"},
-              {"clipped"},
-              "Otimização de política proximal (PPO) · proximal policy optimization (PPO)",
-              "Held back by the clip. Far above 0.3: lower the learning rate."},
-             {STAGE_PPO,
-              "Value loss",
-              "score²",
-              {"ppo/loss/value"},
-              {"value loss"},
-              "AutoModelForCausalLMWithValueHead",
-              "Squared error of the value head. It falls as the head learns what an answer will "
-              "bring."},
-             {STAGE_DPO,
-              "Rewards",
-              "β nats",
-              {"rewards/chosen", "rewards/rejected"},
-              {"chosen", "rejected"},
-              "Modelo de referência · reference model",
-              "β times the log-ratio of policy and reference: above 0 an answer became likelier. "
-              "Both falling: it forgets how to write."},
-             {STAGE_DPO,
-              "Margin",
-              "β nats",
-              {"rewards/margins", "eval_rewards/margins"},
-              TRAINED,
-              "Parâmetro Beta (β) · beta parameter (β)",
-              "The chosen answer's reward less the rejected one's: what the loss widens. Above 5 "
-              "the pairs have no more to teach."},
-             {STAGE_REINFORCE,
-              "Reward",
-              "score",
-              {"reward", "objective"},
-              {"score", "objective"},
-              "Função objetivo · objective function",
-              "Mean score of a step's answers, and what is maximized: the score less β times the "
-              "KL."}};
-
-static const char REPORT_CSS[] =
-    ":root{color-scheme:light "
-    "dark;--mut:light-dark(#59616b,#a3abb5);--line:light-dark(#dde1e5,#3a4048)}body{font:1rem/1.55 "
-    "system-ui,sans-serif;"
-    "max-width:72rem;margin:auto;padding:1rem clamp(1rem,4vw,2.5rem) 4rem}h2{margin:3rem 0 "
-    ".4rem;padding-top:.8rem;border-top:1px solid var(--line)}"
-    "h3,h4{margin:0;font-size:1rem}p{margin:.4rem "
-    "0;max-width:46rem}.mut,figcaption{color:var(--mut);font-size:.9rem}"
-    "table{border-collapse:collapse;margin:.8rem "
-    "0}th,td{text-align:left;vertical-align:top;padding:.3rem .9rem .3rem 0;"
-    "border-bottom:1px solid var(--line)}td{overflow-wrap:anywhere}.grid{--w:22rem;display:grid;"
-    "gap:1rem "
-    "2.5rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,var(--w)),1fr));margin:1rem "
-    "0}section .grid{--w:17rem}"
-    "figure{margin:0;max-width:30rem}figure,section{break-inside:avoid}text{font:11px "
-    "system-ui,sans-serif;fill:var(--mut)}.a{stroke:var(--line)}"
-    ".l{fill:none;stroke:currentColor;stroke-width:1.8;stroke-linecap:round}.h{fill:currentColor;"
-    "fill-opacity:.14}"
-    ".s0{color:light-dark(#0a5cc2,#74b6ff)}.s1{color:light-dark(#b3420a,#ff9e60);stroke-dasharray:"
-    "6 4}"
-    ".s2{color:light-dark(#23733a,#7ed391);stroke-dasharray:1 "
-    "4}.t{white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate;line-height:1.8}"
-    ".u1,.u2,.u3{--c:230,126,0;--s:solid}.d1,.d2,.d3{--c:59,130,246;--s:dashed}.t "
-    "span{border-bottom:1px var(--s) rgb(var(--c));"
-    "background:rgba(var(--c),.14)}.t .u2,.t .d2{border-width:2px;background:rgba(var(--c),.28)}.t "
-    ".u3,.t .d3{border-width:3px;"
-    "background:rgba(var(--c),.42)}@media print{:root{color-scheme:light}}";
-
-/* Text of any bytes between two pieces of HTML. Markup in it stays text: a review that holds
- * <script> must not run. What is no UTF-8 becomes U+FFFD, the replacement character, and so do
- * control characters and those that turn the direction of writing (U+202A to 202E, 2066 to
- * 2069), with which a text could rearrange the page around it.               test: report_text */
-static void html_text(FILE *file, const char *before, struct Text text, const char *after) {
-    fputs(before, file);
-    for (size_t i = 0, length; i < text.length; i += MAX(length, (size_t)1)) {
-        uint32_t c;
-        length = utf8_read((const unsigned char *)text.data + i, text.length - i, &c);
-        /* tab and line ends are control characters that text needs */
-        bool low = c < 32 && !memchr("\t\n\r", (int)c, 3);
-        bool control = length && (low || (c >= 127 && c < 160));
-        bool turns = (c >= 0x202a && c <= 0x202e) || (c >= 0x2066 && c <= 0x2069);
-        bool bad = length == 0 || control || turns;
-        const char *entity = bad        ? "\xef\xbf\xbd"
-                             : c == '&' ? "&amp;"
-                             : c == '<' ? "&lt;"
-                             : c == '"' ? "&quot;"
-                                        : NULL;
-        if (entity)
-            fputs(entity, file);
-        else
-            fwrite(text.data + i, 1, length, file);
-    }
-    fputs(after, file);
-}
-
-/* What a page can show of a JSON value: NaN where there is no number, or one too large for an
- * axis; an empty text where there is no string. */
-static double json_shown(const struct Json *json) {
-    return json && json->type == JSON_NUMBER && fabs(json->number) < 1e30 ? json->number : NAN;
-}
-static struct Text json_words(const struct Json *json) {
-    return json && json->type == JSON_STRING ? json->string : (struct Text){"", 0};
-}
-static const struct Json *json_first(const struct Json *list) {
-    return list ? list->child : NULL;
-}
-
-/* axis_fit -- an axis for numbers from low to high: from one round number to another, in about
- * `most` steps of 1, 2 or 5 times a power of ten.
- * By hand: 0.13 to 0.87 in at most 5: 0 to 1 by 0.2. 8 to 8 in at most 4: 4 to 12 by 2.
- *                                                                           test: report_axis */
-struct Axis {
-    double low, step;
-    int count;
-};
-
-static struct Axis axis_fit(double low, double high, int most) {
-    if (low == 0 && high == 0)
-        high = 1;
-    /* 1. Numbers that are all the same get room on both sides, for a step of 0 is none. */
-    double size = MAX(fabs(low), fabs(high));
-    double pad = high - low > 1e-3 * size ? 0 : size / 2;
-
-    /* 2. The step, rounded up to 1, 2, 5 or 10 times a power of ten. The 1e-9 here and below
-     *    keep a number that is round but for its last bit from the next step. */
-    double rough = (high - low + 2 * pad) / most;
-    double power = pow(10, floor(log10(rough)));
-    double times = rough / power * (1 - 1e-9);
-    double step = power * (times <= 1 ? 1 : times <= 2 ? 2 : times <= 5 ? 5 : 10);
-
-    /* 3. Whole steps that take in low and high. */
-    double first = floor((low - pad) / step + 1e-9);
-    double last = ceil((high + pad) / step - 1e-9);
-    return (struct Axis){first * step, step, (int)MAX(1, last - first)};
-}
-
-struct Point {
-    double x, y;
-};
-struct Curve {
-    const char *label;
-    struct Point *p;
-    size_t n;
-};
-
-/* The axis that all curves share. low: what it must reach down to; INFINITY: only to the curves. */
-static struct Axis curves_axis(const struct Curve *curves, size_t count, bool of_x, double low,
-                               int most) {
-    double high = -INFINITY;
-    for (const struct Curve *c = curves; c < curves + count; c++)
-        for (size_t i = 0; i < c->n; i++) {
-            low = MIN(low, of_x ? c->p[i].x : c->p[i].y);
-            high = MAX(high, of_x ? c->p[i].x : c->p[i].y);
-        }
-    return axis_fit(low, high, most);
-}
-
-/* A curve from JSON: of a log, `metric` over "step" where an entry has it; with metric NULL, of a
- * plain list, its numbers without a place. */
-static struct Curve curve_read(struct Arena *arena, const struct Json *list, const char *metric,
-                               const char *label) {
-    size_t n = 0;
-    for (const struct Json *item = json_first(list); item; item = item->next)
-        n++;
-    struct Curve curve = {label, arena_alloc(arena, n, sizeof *curve.p), 0};
-    for (const struct Json *item = json_first(list); item; item = item->next) {
-        double x = metric ? json_shown(json_get(item, "step")) : 0;
-        double y = json_shown(metric ? json_get(item, metric) : item);
-        if (!isnan(x) && !isnan(y))
-            curve.p[curve.n++] = (struct Point){x, y};
-    }
-    return curve;
-}
-
-/* curve_stair -- values become the outline of their histogram: a stair whose heights are shares in
- * %, four of its steps to one of the axis. Two points a bin, its left and right upper corner, and
- * one at height 0 at either end.                                            test: report_stair */
-static struct Curve curve_stair(struct Arena *arena, const struct Curve *values,
-                                const struct Axis *axis) {
-    size_t bins = 4 * (size_t)axis->count;
-    size_t n = 2 * bins + 2;
-    struct Curve stair = {values->label, arena_zeros(arena, n, sizeof *stair.p), n};
-    for (size_t i = 0; i < n; i++)
-        stair.p[i].x = axis->low + (double)(i / 2) * axis->step / 4;
-    for (size_t i = 0; i < values->n; i++) {
-        /* the last bin also takes what lies on its right edge */
-        size_t bin = MIN(bins - 1, (size_t)(4 * (values->p[i].y - axis->low) / axis->step));
-        stair.p[2 * bin + 1].y += 100 / (double)values->n;
-        stair.p[2 * bin + 2].y = stair.p[2 * bin + 1].y;
-    }
-    return stair;
-}
-
-struct Report {
-    FILE *file;
-    struct Arena arena;
-    const struct Json *run;
-    size_t plots;
-};
-enum {
-    PLOT_W = 360,
-    PLOT_H = 218,
-    PLOT_LEFT = 52,
-    PLOT_TOP = 40,
-    PLOT_RIGHT = PLOT_W - 24,
-    PLOT_BOTTOM = PLOT_H - 32
-};
-static double plot_x(const struct Axis *x, double value) {
-    return PLOT_LEFT + (value - x->low) / (x->step * x->count) * (PLOT_RIGHT - PLOT_LEFT);
-}
-static double plot_y(const struct Axis *y, double value) {
-    return PLOT_BOTTOM - (value - y->low) / (y->step * y->count) * (PLOT_BOTTOM - PLOT_TOP);
-}
-
-/* An axis's steps: a short mark below and a number, or a line across the figure and a number. */
-static void plot_axis(FILE *f, const struct Axis *axis, bool is_x) {
-    for (int i = 0; i <= axis->count; i++) {
-        double value = axis->low + i * axis->step;
-        double x = is_x ? plot_x(axis, value) : PLOT_LEFT;
-        double y = is_x ? PLOT_BOTTOM : plot_y(axis, value);
-        fprintf(f, "<path class=\"a\" d=\"M%.1f %.1f%s%d\"/>", x, y, is_x ? "v" : "H",
-                is_x ? 4 : PLOT_RIGHT);
-        fprintf(f, "<text x=\"%.1f\" y=\"%.1f\" text-anchor=\"%s\">", x - (is_x ? 0 : 5),
-                y + (is_x ? 15 : 4), is_x ? "middle" : "end");
-        fprintf(f, "%.6g</text>", fabs(value) < axis->step / 2 ? 0 : value);
-    }
-}
-
-/* The curves of a figure that have a point: of report.json's lists, or of a log. Returns how many
- * there are. */
-static size_t plot_curves(struct Report *r, const struct Plot *plot, const struct Json *log,
-                          struct Curve c[3]) {
-    bool histogram = *plot->unit == '%';
-    size_t count = 0;
-    for (size_t k = 0; k < 3 && plot->metric[k]; k++) {
-        const char *name = plot->metric[k];
-        const struct Json *numbers = histogram ? json_get(r->run, name) : log;
-        c[count] = curve_read(&r->arena, numbers, histogram ? NULL : name, plot->label[k]);
-        count += c[count].n > 0;
-    }
-    return count;
-}
-
-/* Gives a curve's label its number: of a histogram the mean, else the last value; and says the
- * curve in words, for those who listen. */
-static void curve_describe(struct Report *r, struct Curve *c, bool histogram) {
-    double sum = 0;
-    for (size_t i = 0; i < c->n; i++)
-        sum += c->p[i].y;
-    if (histogram)
-        c->label = arena_printf(&r->arena, "%s %+.2f", c->label, sum / (double)c->n);
-    else
-        c->label = arena_printf(&r->arena, "%s %.3g", c->label, c->p[c->n - 1].y);
-    fprintf(r->file, "%s (%zu points from %.3g). ", c->label, c->n, c->p[0].y);
-}
-
-/* Draws curve k of a figure: its sample in the legend at `at`, and the line over axes x and y. The
- * last piece has no length, h0: round ends make a dot of it where the curve has one point only. */
-static void plot_curve(FILE *f, const struct Curve *c, size_t k, double at, const char *class,
-                       const struct Axis *x, const struct Axis *y) {
-    fprintf(f, "\n<path class=\"l s%zu\" d=\"M%.0f 8h18\"/><text x=\"%.0f\" y=\"12\">%s</text>", k,
-            at, at + 22, c->label);
-    fprintf(f, "<path class=\"%s s%zu\" d=\"M", class, k);
-    for (size_t i = 0; i < c->n; i++)
-        fprintf(f, "%.1f %.1f ", plot_x(x, c->p[i].x), plot_y(y, c->p[i].y));
-    fputs("h0\"/>", f);
-}
-
-/* One figure, if there is a number to show: curves over axes, as SVG. */
-static void report_plot(struct Report *r, const struct Plot *plot, const struct Json *log) {
-    FILE *f = r->file;
-    bool histogram = *plot->unit == '%';
-    struct Curve c[3];
-    size_t count = plot_curves(r, plot, log, c);
-    if (count == 0)
-        return;
-
-    /* 1. Title, and the figure in words. The x axis of a histogram are the values themselves;
-     *    from here on its curve is the stair. */
-    struct Axis x = curves_axis(c, count, !histogram, INFINITY, 5);
-    fprintf(f, "<figure><h3>%s</h3>\n<svg viewBox=\"0 0 %d %d\" role=\"img\" ", plot->title, PLOT_W,
-            PLOT_H);
-    fprintf(f, "aria-label=\"%s, %s: ", plot->title, plot->unit);
-    for (size_t k = 0; k < count; k++) {
-        curve_describe(r, &c[k], histogram);
-        if (histogram)
-            c[k] = curve_stair(&r->arena, &c[k], &x);
-    }
-
-    /* 2. Axes and their units. Shares start at 0. */
-    struct Axis y = curves_axis(c, count, false, histogram ? 0 : INFINITY, 4);
-    fprintf(f,
-            "\"><text x=\"2\" y=\"%d\">%s</text><text x=\"%d\" y=\"%d\" "
-            "text-anchor=\"end\">%s</text>",
-            PLOT_TOP - 11, plot->unit, PLOT_RIGHT, PLOT_H - 3, histogram ? "reward" : "step");
-    plot_axis(f, &x, true);
-    plot_axis(f, &y, false);
-
-    /* 3. The curves; their labels stand in a row above, about 6 units a letter. */
-    double at = 2;
-    for (size_t k = 0; k < count; k++) {
-        plot_curve(f, &c[k], k, at, histogram ? "l h" : "l", &x, &y);
-        at += 36 + 6 * (double)strlen(c[k].label);
-    }
-    fprintf(f, "</svg>\n<figcaption>%s<br>Glossary: %s</figcaption></figure>\n", plot->about,
-            plot->term);
-    r->plots++;
-}
-
-static void report_plots(struct Report *r, enum Stage stage, const struct Json *log) {
-    fputs("<div class=\"grid\">\n", r->file);
-    for (size_t i = 0; i < COUNT(PLOTS); i++)
-        if (PLOTS[i].stage == stage)
-            report_plot(r, &PLOTS[i], log);
-    fputs("</div>\n", r->file);
-}
-
-/* A model's answer, token by token, and how the training moved the log-probability of each: told
- * by underline, by colour and by a number, for not everybody sees all of them. */
-static void report_answer(FILE *f, const char *name, const struct Json *answer) {
-    const struct Json *ratio = json_first(json_get(answer, "logratio"));
-    double sum = 0;
-    fprintf(f, "<div><h4>%s</h4><p class=\"t\">", name);
-    for (const struct Json *token = json_first(json_get(answer, "tokens")); token;
-         token = token->next, ratio = ratio ? ratio->next : NULL) {
-        double shown = json_shown(ratio);
-        double x = isnan(shown) ? 0 : shown;
-        double size = fabs(x);
-        /* the levels of the legend in report_samples: 0.1, 1 and 3 nats */
-        int level = (size >= 0.1) + (size >= 1) + (size >= 3);
-        if (level)
-            fprintf(f, "<span class=\"%c%d\" title=\"%+.2f nats\">", x > 0 ? 'u' : 'd', level, x);
-        html_text(f, "", json_words(token), level ? "</span>" : "");
-        sum += x;
-    }
-    if (answer)
-        fprintf(f, "</p><p class=\"mut\">Reward %+.2f; in all %+.1f nats",
-                json_shown(json_get(answer, "reward")), sum);
-    fputs("</p></div>\n", f);
-}
-
-/* rlhf's part: samples side by side. */
+/* The models that the course compares: names in its files, and headings. */
 static const char *const COURSE_MODEL[][2] = {{"before", "Before"}, {"ppo", "PPO"}, {"dpo", "DPO"}};
 
-static void report_samples(FILE *f, const struct Json *samples) {
-    /* 1. how to read them */
-    fputs("<h2>Samples</h2>\n<p>Held-out beginnings, and how each model goes on. Underlined is "
-          "what the training moved: <span class=\"t\">"
-          "<span class=\"u1\">solid: likelier</span>, <span class=\"d1\">dashed: less "
-          "likely</span></span>, thicker from 1 and from 3 nats; a nat is "
-          "a factor of 2.7. Rest on a token for its number. A higher reward at a much higher KL "
-          "and a much lower distinct-2 is no better text: the "
-          "policy has found what pleases the reward model.</p>\n<p class=\"mut\">Glossary: Função "
-          "Omega (ω) · omega function (ω)</p>\n",
-          f);
-    /* 2. a prompt, and the three models' answers side by side */
-    for (const struct Json *sample = json_first(samples); sample; sample = sample->next) {
-        html_text(f, "<section><h3 class=\"t\">", json_words(json_get(sample, "prompt")),
-                  " …</h3><div class=\"grid\">\n");
-        for (size_t k = 0; k < COUNT(COURSE_MODEL); k++)
-            report_answer(f, COURSE_MODEL[k][1], json_get(sample, COURSE_MODEL[k][0]));
-        fputs("</div></section>\n", f);
+/* The files of a run that its page shows, as far as they are there: of the run itself, and of the
+ * stages of rlhf. */
+static const char *const REPORT_FILE[] = {
+    "report.json",
+    "trainer_state.json",
+    "language_model/trainer_state.json",
+    "reward_model/trainer_state.json",
+    "ppo/trainer_state.json",
+    "dpo/trainer_state.json",
+};
+
+/* JSON for the inside of a page's <script> element. A browser that reads HTML knows nothing of
+ * JSON: it ends the element at the first </script>, also at one within a text. But JSON has a
+ * second way to write a character, and all that HTML could take for its own, < > and &, can occur
+ * in strings only. U+2028 and 2029 end a line in older JavaScript.
+ * By hand: {"a": "</script>"} becomes {"a": "\u003c/script\u003e"}.          test: report_json */
+static void report_write_json(FILE *file, struct Text json) {
+    for (size_t i = 0, length; i < json.length; i += MAX(length, (size_t)1)) {
+        uint32_t c;
+        length = utf8_read((const unsigned char *)json.data + i, json.length - i, &c);
+        if (c == '<' || c == '>' || c == '&' || c == 0x2028 || c == 0x2029)
+            fprintf(file, "\\u%04x", (unsigned)c);
+        else
+            fwrite(json.data + i, 1, length, file);
     }
 }
 
-/* A file of a run, or NULL where there is none. */
-static struct Json *report_json(struct Arena *arena, const char *dir, const char *folder,
-                                const char *name) {
-    const char *path = arena_printf(arena, "%s/%s/%s", dir, folder, name);
-    return file_exists(path) ? json_read_file(arena, path) : NULL;
-}
-
-static void report_head(struct Report *r) {
-    FILE *f = r->file;
-    /* 1. The page may load and run nothing, whatever a text in it says. */
-    fprintf(f,
-            "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>A run of "
-            "align</title>\n"
-            "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n"
-            "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src "
-            "'unsafe-inline'\">\n"
-            "<style>%s</style></head>\n<body><main><h1>A run of align</h1>\n<table>\n",
-            REPORT_CSS);
-    /* 2. What was run, on what, how long: report.json's facts. */
-    const struct Json *fact = json_first(json_get(r->run, "facts"));
-    for (; fact; fact = fact->next) {
-        html_text(f, "<tr><th scope=\"row\">", fact->key, "<td>");
-        html_text(f, "", json_words(fact), "</tr>\n");
-    }
-    fputs("</table>\n<p class=\"mut\">In plots, beside a curve’s name stands its last value, "
-          "beside a histogram’s its mean. "
-          "Terms: docs/glossary.md, or <code>align glossary TERM</code>.</p>\n",
-          f);
-}
-
-/* The section of one log: which stage it is of, the metrics in it tell. */
-static void report_stage(struct Report *r, const struct Json *log) {
-    enum Stage stage = STAGE_RUN;
-    for (int s = 1; log && s < STAGES; s++)
-        if (curve_read(&r->arena, log, STAGE[s].marker, "").n)
-            stage = (enum Stage)s;
-    if (stage == STAGE_RUN)
-        return;
-    fprintf(r->file, "<h2>%s</h2>\n<p>%s</p>\n", STAGE[stage].title, STAGE[stage].about);
-    report_plots(r, stage, log);
-}
-
-/* report_write -- makes DIR/report.html of the logs in DIR and in the folders of rlhf's stages:
- * one file without a program in it, which reads the same from a disk, years later.
+/* report_write -- makes DIR/report.html: the page that ships with the program, and in it one
+ * object, each file of the run under its path. The page asks for no other file and no network, so
+ * it reads the same from a disk, years later. Returns NULL, or what is wrong with the page.
  *                                                                           test: report_page */
-static void report_write(const char *dir) {
-    struct Report r = {0};
-    const struct Json *log[STAGE_REINFORCE];
-    bool any = false;
+static const char *report_write(struct Arena *arena, const char *dir, const char *page_path) {
+    static const char mark[] = "<script type=\"application/json\" id=\"run\">";
+    struct Text file[COUNT(REPORT_FILE)] = {0};
+    bool any_log = false;
 
-    /* 1. The logs that are there: DIR's own, and those of the stages' folders. */
-    for (int k = 0; k < STAGE_REINFORCE; k++) {
-        struct Json *state = report_json(&r.arena, dir, STAGE[k].folder, "trainer_state.json");
-        log[k] = json_get(state, "log_history");
-        any = any || log[k];
+    /* 1. The page, and the place in it for a run. Another run that stands there gives way. */
+    if (!page_path)
+        return "docs/report.html is neither beside the program nor in the current folder";
+    struct Text page = read_file(arena, page_path);
+    const char *place = strstr(page.data, mark);
+    const char *rest = place ? strstr(place, "</script>") : NULL;
+    if (!rest)
+        return arena_printf(arena, "%s: no place for a run (%s</script>)", page_path, mark);
+    place += strlen(mark);
+
+    /* 2. The files. Each must be one JSON object, or all others would be lost to the page too. */
+    for (size_t i = 0; i < COUNT(file); i++) {
+        const char *path = arena_printf(arena, "%s/%s", dir, REPORT_FILE[i]);
+        if (!file_exists(path))
+            continue;
+        struct Text text = read_file(arena, path);
+        struct Json *json = json_object(arena, text, path, "");
+        any_log = any_log || json_get(json, "log_history");
+        file[i] = text_without_mark(text);
     }
-    CHECK(any, "%s: no log of a run there (trainer_state.json); give the --output_dir of one", dir);
-    r.run = report_json(&r.arena, dir, ".", "report.json");
+    CHECK(any_log, "%s: no log of a run there (trainer_state.json); give the --output_dir of one",
+          dir);
 
-    /* 2. What was done; the results of the whole run; each stage. */
+    /* 3. The page up to that place, the object, the rest of the page. */
     struct Output out = output_open(dir, "report.html");
-    r.file = out.file;
-    report_head(&r);
-    report_plots(&r, STAGE_RUN, NULL);
-    const struct Json *samples = json_get(r.run, "samples");
-    if (samples)
-        report_samples(r.file, samples);
-    for (int k = 0; k < STAGE_REINFORCE; k++)
-        report_stage(&r, log[k]);
-    fprintf(r.file,
-            "<p class=\"mut\">%s<code>align report DIR</code> makes this page "
-            "again.</p>\n</main></body></html>\n",
-            r.plots ? "" : "The logs hold no numbers to plot. ");
+    const char *before = "{";
+    fwrite(page.data, 1, (size_t)(place - page.data), out.file);
+    for (size_t i = 0; i < COUNT(file); i++) {
+        if (!file[i].data)
+            continue;
+        fprintf(out.file, "%s\"%s\": ", before, REPORT_FILE[i]);
+        report_write_json(out.file, file[i]);
+        before = ",\n";
+    }
+    fputc('}', out.file);
+    fwrite(rest, 1, page.length - (size_t)(rest - page.data), out.file);
     output_close(&out);
-    arena_free(&r.arena);
+    return NULL;
+}
+
+/* The page of a training that has just been saved: it does not fail for want of a page. */
+static void report_at_end(struct Arena *arena, const char *dir) {
+    const char *fault = report_write(arena, dir, shipped_path(arena, "docs/report.html"));
+    if (fault)
+        warn("%s: %s/report.html is not written; report.json and the logs (trainer_state.json) are "
+             "there, and with docs/report.html in its place %s report %s makes the page",
+             fault, dir, program_name, shell_word(arena, dir));
 }
 
 /* Begins report.json with what was done, in words. The caller adds what else it knows, and closes
@@ -15148,8 +14705,8 @@ static const char *const ALSO_CALLED[][2] = {{"lr", "learning_rate"},
 static bool program_path(char path[PATH_MAX]);
 
 /* A file that ships with the program: beside it, where `make install` puts it, or in the current
- * folder. */
-static const char *shipped_file(struct Arena *arena, const char *name, const char *remedy) {
+ * folder. NULL if it is in none of them. */
+static const char *shipped_path(struct Arena *arena, const char *name) {
     char program[PATH_MAX];
     char *slash = program_path(program) ? strrchr(program, '/') : NULL;
     const char *path =
@@ -15160,8 +14717,12 @@ static const char *shipped_file(struct Arena *arena, const char *name, const cha
     }
     if (!file_exists(path))
         path = name;
-    CHECK(file_exists(path), "%s is neither beside the program nor in the current folder; %s", name,
-          remedy);
+    return file_exists(path) ? path : NULL;
+}
+
+static const char *shipped_file(struct Arena *arena, const char *name, const char *remedy) {
+    const char *path = shipped_path(arena, name);
+    CHECK(path, "%s is neither beside the program nor in the current folder; %s", name, remedy);
     return path;
 }
 
@@ -15458,7 +15019,7 @@ static void save_result(struct Options *o, const struct TrainerState *state) {
         report_begin(o->train.output_dir, o->command, data, o->model, seconds_now() - o->begin);
     fputs("}}\n", out.file);
     output_close(&out);
-    report_write(o->train.output_dir);
+    report_at_end(&o->arena, o->train.output_dir);
     resume_hint[0] = 0; /* nothing is left to go on with */
     CHECK(!interrupted, "interrupted after the last step; the model is saved in %s%s",
           o->train.output_dir, o->eval ? ", its last evaluation may be missing (align eval)" : "");
@@ -16593,7 +16154,10 @@ static void command_rlhf(struct Options *o) {
 static void command_report(struct Options *o) {
     if (!o->file)
         die_usage("report: which run? align report DIR, the --output_dir of one");
-    report_write(o->file);
+    const char *page =
+        shipped_file(&o->arena, "docs/report.html", "run align in the folder it came in");
+    const char *fault = report_write(&o->arena, o->file, page);
+    CHECK(!fault, "%s", fault);
     say("%s/report.html is written; open it in a browser\n", o->file);
 }
 

@@ -8729,94 +8729,106 @@ static void test_fixtures_reward(void) {
 /* =============================================================================================
  * Chapter 26 - Results
  *
- * The report of a run: its axes, its curves, its text and its page.
+ * The report of a run: its data, its page, and what is refused.
  * ============================================================================================= */
 
-static void expect_axis(const char *what, struct Axis got, double low, double step, int count) {
-    expect_close(arena_printf(&test_arena, "%s: low", what), got.low, low, 1e-9 * fabs(step));
-    expect_close(arena_printf(&test_arena, "%s: step", what), got.step, step, 1e-9 * fabs(step));
-    expect_true(arena_printf(&test_arena, "%s: count", what), got.count == count);
-}
+/* What a text could hold to leave the script element that it stands in, and to run there. */
+#define HOSTILE "</script><!--<script>alert(1)</script>&amp;\xe2\x80\xa8\xe2\x80\xa9"
 
-static void test_report_axis(void) {
-    expect_axis("0.13 to 0.87", axis_fit(0.13, 0.87, 5), 0, 0.2, 5);
-    expect_axis("one value", axis_fit(8, 8, 4), 4, 2, 4);
-    expect_axis("zero", axis_fit(0, 0, 4), 0, 0.5, 2);
-    expect_axis("almost one value", axis_fit(0.693147, 0.693148, 4), 0.2, 0.2, 5);
-    expect_axis("steps", axis_fit(1, 2000, 5), 0, 500, 4);
-    expect_axis("round numbers stay", axis_fit(0, 100, 5), 0, 20, 5);
-    expect_axis("below zero", axis_fit(-3.2, 1.1, 5), -4, 1, 6);
-    expect_axis("small", axis_fit(0, 3e-5, 4), 0, 1e-5, 3);
-    struct Axis x = axis_fit(0, 100, 5);
-    struct Axis y = axis_fit(0, 1, 5);
-    expect_close("left end", plot_x(&x, 0), PLOT_LEFT, 1e-9);
-    expect_close("right end", plot_x(&x, 100), PLOT_RIGHT, 1e-9);
-    expect_close("a quarter", plot_x(&x, 25), PLOT_LEFT + 0.25 * (PLOT_RIGHT - PLOT_LEFT), 1e-9);
-    expect_close("bottom", plot_y(&y, 0), PLOT_BOTTOM, 1e-9);
-    expect_close("top", plot_y(&y, 1), PLOT_TOP, 1e-9);
-}
-
-static void test_report_stair(void) {
-    struct Point values[] = {{0, 0}, {0, 0.1}, {0, 0.3}, {0, 2}};
-    struct Axis axis = {0, 1, 2}; /* eight bins, 0.25 wide; the last holds its right end */
-    struct Curve stair = curve_stair(&test_arena, &(struct Curve){"", values, 4}, &axis);
-    expect_count("points", stair.n, 18);
-    expect_true("starts and ends at 0",
-                stair.p[0].y == 0 && stair.p[17].y == 0 && stair.p[0].x == 0 && stair.p[17].x == 2);
-    expect_true("half of the values", stair.p[1].y == 50 && stair.p[2].y == 50 && stair.p[1].x == 0
-                                          && stair.p[2].x == 0.25);
-    expect_true("a quarter", stair.p[3].y == 25 && stair.p[4].y == 25 && stair.p[5].y == 0);
-    expect_true("the right end", stair.p[15].y == 25 && stair.p[16].y == 25);
-}
-
-static void expect_html(const char *what, struct Text text, const char *want) {
-    FILE *file = fopen(temporary("html"), "wb");
-    html_text(file, "[", text, "]");
+static void test_report_json(void) {
+    FILE *file = fopen(temporary("embedded"), "wb");
+    report_write_json(file, text_of("{\"" HOSTILE "\": \"\\u003c é日😀 \\\\<\"}"));
     fclose(file);
-    expect_text(what, read_file(&test_arena, temporary("html")), want);
+    struct Text got = read_file(&test_arena, temporary("embedded"));
+    expect_text("escaped", got,
+                "{\"\\u003c/script\\u003e\\u003c!--\\u003cscript\\u003ealert(1)"
+                "\\u003c/script\\u003e\\u0026amp;\\u2028\\u2029\": "
+                "\"\\u003c é日😀 \\\\\\u003c\"}");
+    const char *error;
+    struct Json *member = parse(got.data, &error)->child;
+    expect_text("the same key", member->key, HOSTILE);
+    expect_text("the same text", member->string, "< é日😀 \\<");
 }
 
-static void test_report_text(void) {
-    expect_html("markup", text_of("<b a=\"x\">&amp;"), "[&lt;b a=&quot;x&quot;>&amp;amp;]");
-    expect_html("letters of all kinds", text_of("é日😀\n"), "[é日😀\n]");
-    expect_html("no UTF-8",
-                text_of("a\xff\xc3"
-                        "b"),
-                "[a\xef\xbf\xbd\xef\xbf\xbd"
-                "b]");
-    expect_html("NUL, escape, C1", (struct Text){"a\0\x1b\xc2\x9b", 5},
-                "[a\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd]");
-    expect_html("right to left",
-                text_of("a\xe2\x80\xae"
-                        "b"),
-                "[a\xef\xbf\xbd"
-                "b]");
-    expect_html("nothing", (struct Text){"", 0}, "[]");
+/* The page that ships with the program. */
+static const char *shipped_page(void) {
+    return shipped_path(&test_arena, "docs/report.html");
 }
 
 static void report_of(const void *dir) {
-    report_write(dir);
+    report_write(&test_arena, dir, shipped_page());
+}
+
+static struct Text run_page(void) {
+    return read_file(&test_arena, temporary("run/report.html"));
+}
+
+/* The step of a log's first entry, in the object that a page holds. */
+static double first_step(const struct Json *object, const char *path) {
+    const struct Json *log = json_get(json_get(object, path), "log_history");
+    return json_number_or(log ? log->child : NULL, "step", NAN);
 }
 
 static void test_report_page(void) {
     const char *run = temporary("run");
+    make_folder(temporary("run/ppo"));
+    write_text("run/trainer_state.json", "\xef\xbb\xbf{\"log_history\": [{\"step\": 1}]}\n");
+    write_text("run/ppo/trainer_state.json", "{\"log_history\": [{\"step\": 2, \"loss\": null}]}");
+    write_text("run/report.json", "{\"facts\": {\"Command\": \"" HOSTILE "\"}}");
+    expect_true("no fault", report_write(&test_arena, run, shipped_page()) == NULL);
+
+    /* 1. The page is the one that ships, but for what stands in the place for the run. */
+    struct Text page = run_page();
+    struct Text shipped = read_file(&test_arena, shipped_page());
+    const char *place = "<script type=\"application/json\" id=\"run\">";
+    size_t head = (size_t)(strstr(shipped.data, place) - shipped.data) + strlen(place);
+    expect_true("up to the place",
+                page.length > shipped.length && memcmp(page.data, shipped.data, head) == 0);
+    char *data = arena_printf(&test_arena, "%s", page.data + head);
+    char *rest = strstr(data, "</script>");
+    CHECK(rest, "test_align: the page's data have no end");
+    expect_text("behind it", text_of(rest), shipped.data + head);
+
+    /* 2. There stand the files, and nothing that HTML could take for its own. */
+    *rest = 0;
+    expect_true("no markup", !strpbrk(data, "<>&") && !strstr(data, "\xe2\x80\xa8"));
+    const char *error;
+    struct Json *object = parse(data, &error);
+    CHECK(object, "the page's data: %s", error);
+    expect_count("files", (size_t)object->number, 3);
+    struct Json *facts = json_get(json_get(object, "report.json"), "facts");
+    expect_text("a fact", json_get(facts, "Command")->string, HOSTILE);
+    expect_close("the run's log", first_step(object, "trainer_state.json"), 1, 0);
+    expect_close("a stage's log", first_step(object, "ppo/trainer_state.json"), 2, 0);
+
+    /* 3. A page that has a run already takes another one in its place. */
+    write_bytes("filled.html", run_page().data, page.length);
+    expect_true("no fault", report_write(&test_arena, run, temporary("filled.html")) == NULL);
+    expect_text("filled again", run_page(), read_file(&test_arena, temporary("filled.html")).data);
+}
+
+/* What is wrong with the page is returned, for a training must not end over it; what is wrong with
+ * the run ends the program. */
+static void test_report_refusals(void) {
+    const char *run = temporary("refused");
     make_folder(run);
-    expect_end("no logs", report_of, run, 1, "no log of a run there");
-    expect_end("no folder", report_of, temporary("nowhere"), 1, "no log of a run there");
-    write_text("run/trainer_state.json", "{\"log_history\": []}");
-    report_write(run);
-    struct Text page = read_file(&test_arena, arena_printf(&test_arena, "%s/report.html", run));
-    expect_true("an empty run",
-                strstr(page.data, "no numbers to plot") && !strstr(page.data, "<svg"));
-    write_text("run/trainer_state.json", "{\"log_history\": [{\"step\": 1, \"loss\": null}, "
-                                         "{\"step\": 2, \"loss\": 4.5}, {\"step\": 3, \"loss\": "
-                                         "1e300}, 7]}");
-    write_text("run/report.json", "{\"facts\": {\"<i>\": \"<script>\"}}");
-    report_write(run);
-    page = read_file(&test_arena, arena_printf(&test_arena, "%s/report.html", run));
-    expect_true("one point", strstr(page.data, "training 4.5 (1 points from 4.5)") != NULL);
-    expect_true("escaped", strstr(page.data, "&lt;script>") && strstr(page.data, "&lt;i>")
-                               && !strstr(page.data, "<script"));
+    expect_end("no logs", report_of, run, 1, "refused: no log of a run there");
+    expect_end("no folder", report_of, temporary("nowhere"), 1, "nowhere: no log of a run there");
+    write_text("refused/trainer_state.json", "{\"log_history\": []}");
+    write_text("refused/report.json", "{\"facts\": {\"a\": \"</script>\"}");
+    expect_end("cut short", report_of, run, 1, "refused/report.json: not JSON");
+    write_text("refused/report.json", "[]");
+    expect_end("no object", report_of, run, 1, "refused/report.json: a JSON object");
+    write_text("refused/report.json", "{}");
+    expect_text("no page", text_of(report_write(&test_arena, run, NULL)),
+                "docs/report.html is neither beside the program nor in the current folder");
+    const char *page = write_text("page.html", "<html><script id=\"run\"></script></html>");
+    expect_text("no place", text_of(report_write(&test_arena, run, page)),
+                arena_printf(&test_arena,
+                             "%s: no place for a run (<script type=\"application/json\" "
+                             "id=\"run\"></script>)",
+                             page));
+    expect_true("nothing is written", !file_exists(temporary("refused/report.html")));
 }
 
 /* =============================================================================================
@@ -9063,10 +9075,9 @@ static const struct {
     {"fixtures_gradient", test_fixtures_gradient},
     {"fixtures_logprob", test_fixtures_logprob},
     {"fixtures_reward", test_fixtures_reward},
-    {"report_axis", test_report_axis},
-    {"report_stair", test_report_stair},
-    {"report_text", test_report_text},
+    {"report_json", test_report_json},
     {"report_page", test_report_page},
+    {"report_refusals", test_report_refusals},
 };
 
 static bool is_test(const char *name) {

@@ -4,6 +4,7 @@
     with Browser() as browser:                              # Debian's chromium, or $CHROMIUM
         page = browser.open("docs/book.html", width=360, dark=True)     # a path or a URL; returns when it has loaded
         page.errors                                         # what the console, scripts and loading complained of: [] is well
+        page.requests                                       # what it asked for, itself first
         page.evaluate("document.title")                     # a JSON value; a promise is awaited; an exception raises
         page.overflow()                                     # pixels by which the page is wider than its window: 0 is well
         page.contrast()                                     # texts under WCAG AA: [{"text", "ratio", "needed", "colour", "background", "element"}]
@@ -151,25 +152,28 @@ class Browser:
         if "error" in answer: raise RuntimeError(f"{method}: {answer['error'].get('message')}")
         return answer["result"]
 
-    def open(self, where, width=1400, height=900, dark=False, media="", timeout=60):
-        """A new tab with this file or address, at this width in CSS pixels, in light or dark."""
+    def open(self, where, width=1400, height=900, dark=False, media="", timeout=60, scripts=True):
+        """A new tab with this file or address, at this width in CSS pixels, in light or dark, with
+        its scripts or without."""
         url = where if "://" in where or where.startswith(("about:", "data:")) else pathlib.Path(where).resolve().as_uri()
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         page = Page(self, target, self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"])
         for domain in ("Page", "Runtime", "Log", "Network"): page.call(domain + ".enable")
         page.set(width, height, dark, media)
+        if not scripts: page.call("Emulation.setScriptExecutionDisabled", value=True)
         failure = page.call("Page.navigate", url=url).get("errorText")
         if failure: raise RuntimeError(f"{url}: {failure}")
         until = time.monotonic() + timeout
         while not page.loaded:
             if not self.receive(until): raise RuntimeError(f"{url}: not loaded in {timeout} s")
-        page.settle()
+        if scripts: page.settle()
         return page
 
 
 class Page:
     def __init__(self, browser, target, session):
-        self.browser, self.target, self.session, self.errors, self.loaded = browser, target, session, [], False
+        self.browser, self.target, self.session, self.loaded = browser, target, session, False
+        self.errors, self.requests = [], []
         browser.pages[session] = self
 
     def call(self, method, timeout=60, **parameters): return self.browser.call(method, self.session, timeout, **parameters)
@@ -183,8 +187,11 @@ class Page:
             self.errors.append(f"console.{p['type']}: " + " ".join(str(a.get("value", a.get("description", ""))) for a in p["args"]))
         elif method == "Log.entryAdded" and p["entry"]["level"] in ("error", "warning"):
             self.errors.append(f"{p['entry']['level']}: {p['entry']['text']} {p['entry'].get('url', '')}".strip())
-        elif method == "Network.requestWillBeSent" and not p["request"]["url"].startswith(("file:", "data:", "about:", "blob:", "chrome")):
-            self.errors.append(f"asks the network: {p['request']['url']}")
+        elif method == "Network.requestWillBeSent":
+            url = p["request"]["url"]
+            self.requests.append(url)
+            if not url.startswith(("file:", "data:", "about:", "blob:", "chrome")):
+                self.errors.append(f"asks the network: {url}")
 
     def set(self, width=1400, height=900, dark=False, media=""):
         """The window: width and height in CSS pixels, colour scheme, medium ("" or "print")."""

@@ -277,7 +277,7 @@ windows_tests() {              # those that end the program need fork() and are 
     local dir=$work/windows status
     build x86_64-w64-mingw32-gcc -O2 -fopenmp -static -Wall -Wextra -Werror || return 1
     mkdir -p "$dir/docs" && mv "$work/test.exe" "$dir" && cp tokenizer.bin align.c "$dir" &&
-        cp docs/glossary.md docs/reviews.jsonl "$dir/docs" || return 1
+        cp docs/glossary.md docs/report.html docs/reviews.jsonl "$dir/docs" || return 1
     (cd "$dir" && TMPDIR=. TEST_THIN=1 WINEDEBUG=-all WINEPREFIX=$work/wine $wine test.exe) \
         > "$dir/said" 2>&1
     status=$?

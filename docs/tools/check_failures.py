@@ -1104,7 +1104,46 @@ case("The same with an adapter", sft + "--learning_rate 1e30 --max_steps 3 --use
 case("Weights that are broken after the last step", sft + "--learning_rate 3e38 --weight_decay 100",
      1, "a weight that was to be saved is", "try a smaller --learning_rate")
 
+# ---- the report
+def without_page(what, command, status, *words):
+    """A case for align alone in a folder, with tokenizer.bin but without docs."""
+    if not wanted(what):
+        return
+    for name in (program, os.path.join(os.path.dirname(program), "tokenizer.bin")):
+        shutil.copy(name, "alone")
+    process = subprocess.run(
+        ["alone/" + os.path.basename(program), *shlex.split(command)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        env=environment,
+    )
+    said = last_line(process).replace("align: ", "", 1)
+    result(what, problem_of(process, status, words), said)
+
+
+os.makedirs("alone")
+write("cut_log/trainer_state.json", '{"log_history": [')
+write("cut_facts/trainer_state.json", '{"log_history": []}')
+write("cut_facts/report.json", '{"facts": {"Command": "a')
+case("A report of a folder without a log", "report nowhere", 1,
+     "nowhere: no log of a run there (trainer_state.json); give the --output_dir of one")
+case("A report of a log that is cut short", "report cut_log", 1,
+     "cut_log/trainer_state.json: not JSON: it ends where a value was expected (byte 18)")
+case("A report of a report.json that is cut short", "report cut_facts", 1,
+     "cut_facts/report.json: not JSON: a string without its closing quote")
+without_page("A report without docs/report.html", "report m", 1,
+             "docs/report.html is neither beside the program nor in the current folder; run align in "
+             "the folder it came in")
+without_page("A report after a training without docs/report.html: a note", sft, 0,
+             "align: note: docs/report.html is neither beside the program nor in the current folder: "
+             "out/report.html is not written; report.json and the logs (trainer_state.json) are there")
+write("docs/report.html", "<html></html>")
+without_page("A report with a page that has no place for it", "report m", 1,
+             "docs/report.html: no place for a run (<script ")
+without_page("A report after a training, the same: a note", sft, 0,
+             "align: note: docs/report.html: no place for a run (<script ", "is not written")
 # fmt: on
+
 # ---- disks: what was there stays whole, nothing half written stays, and the next run goes through
 WRITES = ("writing failed: ", "cannot be written: ", "cannot be written to: ")
 WRITES += ("No space left on device", "File too large", "File exists")

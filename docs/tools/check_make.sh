@@ -70,7 +70,8 @@ expect "nothing is left behind" "" "$(cd "$work/small" && ls -A |
 
 # 2. Installed: found from any folder, by a link, and after the whole tree has moved.
 mkdir "$work/whole" "$work/whole/docs" && cp Makefile align.c tokenizer.bin LICENSE "$work/whole" &&
-    cp docs/glossary.md docs/reviews.jsonl docs/reviews.LICENSE.txt "$work/whole/docs"
+    cp docs/glossary.md docs/report.html docs/reviews.jsonl docs/reviews.LICENSE.txt \
+        "$work/whole/docs"
 made() { make -s -C "$work/whole" PREFIX=/opt/course "$@" > "$work/log" 2>&1 || cat "$work/log"; }
 made install CFLAGS=-O0 DESTDIR="$work/a stage"
 rm -rf "$work/whole/tokenizer.bin" "$work/whole/docs"
@@ -80,6 +81,7 @@ ln -s "$program" "$work/link"
 expect "the files" "bin/align
 share/align/LICENSE
 share/align/docs/glossary.md
+share/align/docs/report.html
 share/align/docs/reviews.LICENSE.txt
 share/align/docs/reviews.jsonl
 share/align/tokenizer.bin" "$(cd "$work/moved/opt/course" && find . -type f | sed 's/^..//' |
@@ -89,6 +91,9 @@ expect "by a link" "64 2646 198" "$(cd / && echo "a film" | "$work/link" tokeniz
 expect "the glossary is found" 1 "$(cd / && "$program" glossary KL 2>&1 | grep -c "Kullback")"
 expect "the reviews are found" 1 "$(cd / && "$program" rlhf --model_name_or_path "$work/nothing" \
     2>&1 | grep -c "^align: $work/nothing")"
+mkdir "$work/run" && echo '{"log_history": []}' > "$work/run/trainer_state.json"
+expect "the report's page is found" 1 "$(cd / && "$program" report "$work/run" 2> /dev/null &&
+    grep -c "^{\?.*\"log_history\": \[\]" "$work/run/report.html")"
 mv "$work/moved" "$work/a stage"
 cp docs/glossary.md "$work/a stage/opt/course/share/align/mine.md"
 made uninstall DESTDIR="$work/a stage"
