@@ -10412,14 +10412,18 @@ static bool same_file(const char *a, const char *b) {
     return x.st_dev == y.st_dev && x.st_ino == y.st_ino && (x.st_ino != 0 || strcmp(a, b) == 0);
 }
 
-/* Git LFS leaves three lines of text in the place of a large file that was not fetched. */
-static void check_fetched(const char *path, const char *start, size_t n) {
-    /* models and data are often cloned without git-lfs installed; the pointer would be refused
-     * as a broken file, and nobody would know why */
-    static const char pointer[] = "version https://git-lfs.github.com/";
-    bool is_pointer = n >= strlen(pointer) && memcmp(start, pointer, strlen(pointer)) == 0;
-    CHECK(!is_pointer, "%s: is a Git LFS pointer, not the file itself; fetch it: git lfs pull",
-          path);
+/* Does a text begin with this word? */
+static bool text_starts(struct Text text, const char *word) {
+    size_t length = strlen(word);
+    return text.length >= length && memcmp(text.data, word, length) == 0;
+}
+
+/* Git LFS leaves three lines of text in the place of a large file that was not fetched. Models and
+ * data are often cloned without git-lfs installed; the pointer would be refused as a broken file,
+ * and nobody would know why. */
+static void check_fetched(const char *path, struct Text start) {
+    CHECK(!text_starts(start, "version https://git-lfs.github.com/"),
+          "%s: is a Git LFS pointer, not the file itself; fetch it: git lfs pull", path);
 }
 
 /* The whole of a file (or "-", standard input) with a NUL behind it. */
@@ -10447,7 +10451,7 @@ static struct Text read_file(struct Arena *arena, const char *path) {
     CHECK(!ferror(file), "%s: %s", path, strerror(errno));
     if (!is_stdin) {
         fclose(file);
-        check_fetched(path, buffer, used);
+        check_fetched(path, (struct Text){buffer, used});
     }
     struct Text text = text_copy(arena, (struct Text){buffer, used});
     free(buffer);
@@ -10604,8 +10608,11 @@ struct Json {
     struct Text key, string;
     double number;
     enum JsonType type;
+    bool is_taken; /* a tensor of a file's header that has been read (chapter 24) */
 };
 
+/* It reads a copy that ends in a NUL: so the next character can always be looked at, and C's own
+ * functions stop in time. */
 struct JsonParser {
     struct Arena *arena;
     const char *at, *end;
@@ -10621,24 +10628,14 @@ static struct Json *json_fail(struct JsonParser *p, const char *error) {
     return NULL;
 }
 
-/* Does this word stand at p->at? */
-static bool json_at(const struct JsonParser *p, const char *word) {
-    size_t length = strlen(word);
-    return (size_t)(p->end - p->at) >= length && memcmp(p->at, word, length) == 0;
-}
-
 /* As json_fail, but if what stands there belongs to a notation that is often taken for JSON, it
  * is named instead. */
 static struct Json *json_expected(struct JsonParser *p, const char *error) {
-    static const struct {
-        const char *start, *error;
-    } foreign[] = {
+    static const char *const foreign[][2] = {
         {"NaN", "NaN is not JSON; write null, or leave the field out"},
         {"nan", "nan is not JSON; write null, or leave the field out"},
         {"Infinity", "Infinity is not JSON; write a number, or null"},
         {"-Infinity", "-Infinity is not JSON; write a number, or null"},
-        {"inf", "inf is not JSON; write a number, or null"},
-        {"-inf", "-inf is not JSON; write a number, or null"},
         {"None", "None is Python, JSON has null; in Python, write a row with json.dumps"},
         {"True", "True is Python, JSON has true; in Python, write a row with json.dumps"},
         {"False", "False is Python, JSON has false; in Python, write a row with json.dumps"},
@@ -10649,23 +10646,21 @@ static struct Json *json_expected(struct JsonParser *p, const char *error) {
     };
     /* the first that stands there: none is the beginning of a later one */
     for (size_t i = 0; i < COUNT(foreign); i++)
-        if (json_at(p, foreign[i].start))
-            return json_fail(p, foreign[i].error);
+        if (strncmp(p->at, foreign[i][0], strlen(foreign[i][0])) == 0)
+            return json_fail(p, foreign[i][1]);
     return json_fail(p, error);
 }
 
 static void json_space(struct JsonParser *p) {
-    while (p->at < p->end && (*p->at == ' ' || *p->at == '\t' || *p->at == '\n' || *p->at == '\r'))
-        p->at++;
+    p->at += strspn(p->at, " \t\n\r");
 }
 
 /* Takes this character if it comes next, behind spaces. */
 static bool json_take(struct JsonParser *p, char c) {
     json_space(p);
-    if (p->at >= p->end || *p->at != c)
-        return false;
-    p->at++;
-    return true;
+    bool found = *p->at == c;
+    p->at += found;
+    return found;
 }
 
 /* A code point as 1 to 4 bytes of UTF-8: 6 bits in each byte but the first, which has the rest
@@ -10680,26 +10675,25 @@ static size_t utf8_write(char *to, uint32_t c) {
 }
 
 /* Four hexadecimal digits, or -1. */
-static int32_t json_hex4(const char *at, const char *end) {
+static int32_t json_hex4(const char *at) {
     char digits[5] = "";
-    memcpy(digits, at, MIN((size_t)(end - at), (size_t)4));
-    return strspn(digits, "0123456789abcdefABCDEF") == 4 ? (int32_t)strtol(digits, NULL, 16) : -1;
+    if (strspn(at, "0123456789abcdefABCDEF") < 4)
+        return -1;
+    return (int32_t)strtol(memcpy(digits, at, 4), NULL, 16);
 }
 
 /* After "\u": one code point, or -1. Those above U+FFFF are written as two halves, a high
  * surrogate (D800 to DBFF) and a low one (DC00 to DFFF).
  * By hand: \ud83d\ude00 is 10000 + (3d << 10) + 200 = U+1F600, a face. */
 static int32_t json_code_point(struct JsonParser *p) {
-    int32_t c = json_hex4(p->at, p->end);
-    int32_t low = -1;
-    if (c >= 0)
-        p->at += 4;
+    int32_t c = json_hex4(p->at);
+    p->at += c >= 0 ? 4 : 0;
     /* most characters are no half of one, and a mistake (-1) is passed on */
     if (c < 0xd800 || c > 0xdfff)
         return c;
     /* a high half takes the low one that must follow it; any other half stands for nothing */
-    if (c < 0xdc00 && json_at(p, "\\u"))
-        low = json_hex4(p->at + 2, p->end);
+    bool is_high = c < 0xdc00 && p->at[0] == '\\' && p->at[1] == 'u';
+    int32_t low = is_high ? json_hex4(p->at + 2) : -1;
     if (low < 0xdc00 || low > 0xdfff)
         return 0xfffd;
     /* both halves: ten bits of the one, ten of the other */
@@ -10723,12 +10717,10 @@ static bool json_escape(struct JsonParser *p, uint32_t *c) {
 static bool json_string(struct JsonParser *p, struct Text *out) {
     /* 1. Where does it end? An escaped quote does not end it. */
     const char *close = p->at + 1;
-    while (close < p->end && *close != '"')
-        close += *close == '\\' ? 2 : 1;
-    if (close >= p->end) {
-        static const char error[] = "a string without its closing quote; a line break in it is \\n";
-        return json_fail(p, error);
-    }
+    while (*close && *close != '"')
+        close += *close == '\\' && close[1] ? 2 : 1;
+    if (*close != '"')
+        return json_fail(p, "a string without its closing quote; a line break in it is \\n");
 
     /* 2. Room for it: decoding never makes a string longer. */
     char *start = arena_alloc(p->arena, (size_t)(close - p->at), 1);
@@ -10756,58 +10748,38 @@ static bool json_string(struct JsonParser *p, struct Text *out) {
 /* [-] digits [. digits] [e digits]: narrower than strtod, which takes "+1", ".5" and "0x1" too.
  * The digits stay in `string`: a double holds 53 bits, a whole number may have more. */
 static bool json_number(struct JsonParser *p, struct Json *node) {
-    /* 1. A copy with an end: strtod would read on behind the text's. */
-    char copy[65] = "";
-    memcpy(copy, p->at, MIN((size_t)(p->end - p->at), sizeof copy - 1));
-    copy[strspn(copy, "+-.0123456789eE")] = 0;
-
-    /* 2. Is it a number at all? 012 is none: C would read it as octal. */
-    const char *first = copy + (*copy == '-');
-    bool is_octal = first[0] == '0' && isdigit((unsigned char)first[1]);
-    bool is_number = isdigit((unsigned char)first[0]) && !is_octal;
-    if (!is_number)
+    static const char digits[] = "0123456789";
+    /* 1. The whole part. 012 is no number: C would read it as octal. */
+    const char *at = p->at + (*p->at == '-');
+    size_t whole = strspn(at, digits);
+    if (whole == 0 || (whole > 1 && *at == '0'))
         return json_expected(p, "a value was expected");
+    at += whole;
 
-    /* 3. Convert it, and refuse what strtod forgives or cannot hold. */
-    char *end;
-    node->number = strtod(copy, &end);
-    const char *point = strchr(copy, '.');
-    if (point && point < end && !isdigit((unsigned char)point[1]))
-        return json_fail(p, "a number ends in its decimal point");
-    if (*end == 'e' || *end == 'E')
-        return json_fail(p, "a number without its exponent");
-    if (end == copy + sizeof copy - 1)
-        return json_fail(p, "a number of more than 63 characters");
+    /* 2. What may follow it must have digits of its own. */
+    if (*at == '.') {
+        if (!isdigit((unsigned char)*++at))
+            return json_fail(p, "a number ends in its decimal point");
+        at += strspn(at, digits);
+    }
+    if (*at == 'e' || *at == 'E') {
+        at++;
+        at += *at == '+' || *at == '-';
+        if (!isdigit((unsigned char)*at))
+            return json_fail(p, "a number without its exponent");
+        at += strspn(at, digits);
+    }
+
+    /* 3. Its value. */
+    node->number = strtod(p->at, NULL);
     if (!isfinite(node->number))
         return json_fail(p, "a number beyond 1.8e308");
-    node->string = (struct Text){p->at, (size_t)(end - copy)};
-    p->at += end - copy;
+    node->string = (struct Text){p->at, (size_t)(at - p->at)};
+    p->at = at;
     return true;
 }
 
 static struct Json *json_value(struct JsonParser *p);
-
-/* One item of an array; in an object, a member: its name, a colon, its value. */
-static struct Json *json_item(struct JsonParser *p, bool is_member) {
-    struct Text key = {0};
-    json_space(p);
-    /* 1. A member has a name. */
-    if (is_member) {
-        if (!json_at(p, "\""))
-            return json_expected(p, "a member's name in quotes was expected");
-        if (!json_string(p, &key))
-            return NULL;
-        json_space(p);
-        if (p->at >= p->end || *p->at++ != ':')
-            return json_fail(p, "':' was expected after a member's name");
-    }
-
-    /* 2. The value, which may be a container again. A mistake in it has been noted already. */
-    struct Json *item = json_value(p);
-    if (item)
-        item->key = key;
-    return item;
-}
 
 /* The inside of [...] or {...}; p->at stands behind the opening bracket. */
 static struct Json *json_container(struct JsonParser *p, struct Json *node, char close) {
@@ -10818,25 +10790,36 @@ static struct Json *json_container(struct JsonParser *p, struct Json *node, char
     /* this function calls itself: a file of nothing but brackets must not use up the stack */
     if (++p->depth > JSON_MAX_DEPTH)
         return json_fail(p, "brackets nested more than 64 deep");
-    for (;;) {
-        struct Json *item = json_item(p, is_object);
+    do {
+        /* 1. A member has a name. */
+        struct Text key = {0};
+        json_space(p);
+        if (*p->at == close)
+            return json_fail(p, "a comma before the closing bracket; take it out");
+        if (is_object) {
+            if (*p->at != '"')
+                return json_expected(p, "a member's name in quotes was expected");
+            if (!json_string(p, &key))
+                return NULL;
+            if (!json_take(p, ':'))
+                return json_fail(p, "':' was expected after a member's name");
+        }
+
+        /* 2. The value, which may be a container again. A mistake in it has been noted already. */
+        struct Json *item = json_value(p);
         if (!item)
             return NULL;
+        item->key = key;
         *tail = item;
         tail = &item->next;
         node->number++;
-        /* behind an item: a comma and another one, or the end */
-        if (json_take(p, ',')) {
-            json_space(p);
-            if (p->at < p->end && *p->at == close)
-                return json_fail(p, "a comma before the closing bracket; take it out");
-        } else if (json_take(p, close)) {
-            p->depth--;
-            return node;
-        } else
-            return json_expected(p,
-                                 is_object ? "',' or '}' was expected" : "',' or ']' was expected");
-    }
+    } while (json_take(p, ','));
+
+    /* 3. Without a comma it ends here. */
+    p->depth--;
+    if (json_take(p, close))
+        return node;
+    return json_expected(p, is_object ? "',' or '}' was expected" : "',' or ']' was expected");
 }
 
 /* Any value: its first character says of which type. */
@@ -10848,7 +10831,7 @@ static struct Json *json_value(struct JsonParser *p) {
         return json_fail(p, "it ends where a value was expected");
     struct Json *node = arena_zeros(p->arena, 1, sizeof *node);
     for (size_t type = 0; type < COUNT(words); type++) {
-        if (!json_at(p, words[type]))
+        if (strncmp(p->at, words[type], strlen(words[type])) != 0)
             continue;
         p->at += strlen(words[type]);
         node->type = (enum JsonType)type;
@@ -10870,19 +10853,17 @@ static struct Json *json_value(struct JsonParser *p) {
 
 /* A text without the mark (U+FEFF) that Windows' editors begin a file with. */
 static struct Text text_without_mark(struct Text text) {
-    bool has_mark = text.length >= 3 && memcmp(text.data, "\xef\xbb\xbf", 3) == 0;
-    return (struct Text){text.data + 3 * has_mark, text.length - 3 * has_mark};
+    size_t mark = text_starts(text, "\xef\xbb\xbf") ? 3 : 0;
+    return (struct Text){text.data + mark, text.length - mark};
 }
 
 /* One JSON value and nothing behind it. On a mistake NULL, *error says what, *where the byte. */
 static struct Json *json_parse(struct Arena *arena, struct Text text, const char **error,
                                size_t *where) {
-    struct JsonParser p = {
-        .arena = arena,
-        .at = text_without_mark(text).data,
-        .end = text.data + text.length,
-    };
     /* 1. The value. */
+    text = text_copy(arena, text);
+    const char *start = text_without_mark(text).data;
+    struct JsonParser p = {.arena = arena, .at = start, .end = text.data + text.length};
     struct Json *value = json_value(&p);
     json_space(&p);
 
@@ -10951,27 +10932,36 @@ static size_t json_size(const struct Json *json, size_t max, const char *path, c
     return (size_t)json->number;
 }
 
-/* A string in quotes; `before`, its key for example, goes in front of it. A model can write half a
- * character; JSON is UTF-8, so such bytes become U+FFFD.                        test: json_write */
+/* Takes the next character off a text that may be anything, a model's words for example. It can
+ * hold half a character: a byte that is part of none counts as U+FFFD. */
+static uint32_t text_take(struct Text *text) {
+    uint32_t c;
+    size_t length = utf8_read((const unsigned char *)text->data, text->length, &c);
+    size_t taken = MAX(length, (size_t)1);
+    *text = (struct Text){text->data + taken, text->length - taken};
+    return length > 0 ? c : 0xfffd;
+}
+
+/* Characters that would steer a terminal: 0 to 31, 127, and 128 to 159. */
+static bool is_control(uint32_t c) {
+    return c < 32 || (c >= 127 && c < 160);
+}
+
+/* A string in quotes; `before`, its key for example, goes in front of it.       test: json_write */
 static void json_write_string(FILE *file, const char *before, struct Text text) {
     static const char plain[] = "\"\\\n\r\t";
     static const char letters[] = "\"\\nrt";
-    /* character by character, for escapes depend on whole ones, not on bytes */
     fprintf(file, "%s\"", before);
-    for (size_t i = 0, length; i < text.length; i += length) {
-        uint32_t c;
-        const char *escape;
-        length = utf8_read((const unsigned char *)text.data + i, text.length - i, &c);
-        if (length == 0) {
-            fputs("\xef\xbf\xbd", file);
-            length = 1;
-        } else if (c < 128 && c && (escape = strchr(plain, (int)c)))
+    while (text.length > 0) {
+        char bytes[4];
+        uint32_t c = text_take(&text);
+        const char *escape = c > 0 && c < 128 ? strchr(plain, (int)c) : NULL;
+        if (escape)
             fprintf(file, "\\%c", letters[escape - plain]);
-        else if (c < 0x20 || (c >= 0x7f && c < 0xa0))
-            /* JSON forbids the first of these; the others would steer a terminal */
+        else if (is_control(c)) /* JSON forbids those below 32 */
             fprintf(file, "\\u%04x", (unsigned)c);
         else
-            fwrite(text.data + i, 1, length, file);
+            fwrite(bytes, 1, utf8_write(bytes, c), file);
     }
     fputc('"', file);
 }
@@ -10999,16 +10989,14 @@ static struct Text text_shown(struct Arena *arena, struct Text text, const char 
 }
 
 /* A number as JSON. NaN and infinity, which JSON lacks, become null, Python's None. 9 digits bring
- * any float back bit for bit. The text stays until the eighth call after this one, so one printf
- * can show several.                                                          test: json_write */
-static const char *json_number_text(double x) {
-    static char texts[8][32];
-    static size_t next;
-    char *text = texts[next++ % COUNT(texts)];
-    /* by hand: 0.1f comes out as 0.100000001, and is read back as 0.1f */
-    snprintf(text, sizeof texts[0], "%.9g", x);
+ * any float back bit for bit.
+ * By hand: 0.1f comes out as 0.100000001, and is read back as 0.1f.             test: json_write */
+static const char *json_number_into(char text[32], double x) {
+    snprintf(text, 32, "%.9g", x);
     return isfinite(x) ? text : "null";
 }
+/* The same in memory of the caller's own block, for printf. */
+#define json_number_text(x) json_number_into((char[32]){0}, x)
 
 static void json_write_ids(FILE *file, const char *before, const int *ids, size_t n) {
     fprintf(file, "%s[", before);
@@ -11945,7 +11933,7 @@ static uint64_t weights_size(const char *path) {
     if (!file)
         return 0;
     /* a model that was cloned without git-lfs is the most frequent broken one */
-    check_fetched(path, start, fread(start, 1, sizeof start, file));
+    check_fetched(path, (struct Text){start, fread(start, 1, sizeof start, file)});
     fclose(file);
     return (uint64_t)status.st_size;
 }
@@ -11988,7 +11976,7 @@ static struct SafeTensors safetensors_open(struct Arena *arena, const char *path
           path, (unsigned long long)length, (unsigned long long)(size - 8));
 
     /* 2. The header. */
-    char *text = arena_alloc(arena, (size_t)length + 1, 1);
+    char *text = arena_alloc(arena, (size_t)length, 1);
     CHECK(fread(text, 1, (size_t)length, st.file) == length, "%s: cannot be read: %s", path,
           strerror(errno));
     st.header = json_object(arena, (struct Text){text, (size_t)length}, path, ", in its header");
@@ -12999,20 +12987,18 @@ static void leave_out_value_head(struct GPT2 *model) {
  * bytes, whole characters, and '?' in place of control bytes, which could move the cursor or
  * change the colours.                                                       test: progress_cut */
 static char *cut_text(char *text, size_t bytes) {
-    size_t n = strlen(text);
+    struct Text rest = text_of(text);
     size_t i = 0;
-    size_t length;
-    for (uint32_t c; i < n; i += length) {
-        length = utf8_read((unsigned char *)text + i, n - i, &c);
-        /* 0 to 31, 127, and 128 to 159, which terminals obey as well; no UTF-8 has length 0 */
-        bool plain = length > 0 && c >= 32 && (c < 127 || c >= 160);
-        if (!plain) {
-            length = MAX(length, (size_t)1);
+    while (rest.length > 0) {
+        uint32_t c = text_take(&rest);
+        size_t length = (size_t)(rest.data - text) - i;
+        /* U+FFFD of one byte is no character of the text: text_take's word for a wrong byte */
+        if (is_control(c) || (c == 0xfffd && length == 1))
             memset(text + i, '?', length);
-        }
         /* half a character would show as a question mark of the terminal's own */
         if (i + length > bytes)
             break;
+        i += length;
     }
     text[i] = 0;
     return text;
