@@ -11087,40 +11087,34 @@ static void tokenizer_read_tokens(struct Tokenizer *tok, struct Reader *r, struc
     }
 }
 
-/* Merge i makes the token BYTE_TOKENS + i of two that came before it. */
-static void tokenizer_read_merge(struct Tokenizer *tok, struct Reader *r, size_t i) {
-    uint32_t pair = tok->merge_pair[i] = reader_u32(r, "merges");
-    uint32_t id = (uint32_t)(BYTE_TOKENS + i);
-    CHECK((pair & 0xffff) < id && pair >> 16 < id, "%s: merge %zu uses an id that comes after it",
-          r->path, i);
-    /* the file says twice what the token is; both must agree, or texts would decode to others */
-    struct Text left = tok->token[pair & 0xffff];
-    struct Text right = tok->token[pair >> 16];
-    struct Text both = tok->token[id];
-    bool joined = both.length == left.length + right.length
-                  && !memcmp(both.data, left.data, left.length)
-                  && !memcmp(both.data + left.length, right.data, right.length);
-    CHECK(joined, "%s: token %u is not what merge %zu makes", r->path, id, i);
-    int *slot = &tok->merge_id[merge_slot(tok, pair)];
-    CHECK(*slot < 0, "%s: merge %zu stands there twice", r->path, i);
-    *slot = (int)id;
-}
-
-/* All merges, and the hash table in which encoding looks a pair up. */
+/* The merges, and the hash table in which encoding looks a pair up. Merge i makes the token
+ * BYTE_TOKENS + i of two that came before it. */
 static void tokenizer_read_merges(struct Tokenizer *tok, struct Reader *r, struct Arena *arena) {
+    struct Arena scratch = {0};
     /* 1. A merge makes one token: with the bytes and the end token they are the whole
      *    vocabulary, so the file states its size twice. */
     tok->merges = reader_u32(r, "merges");
     CHECK(tok->merges + BYTE_TOKENS + 1 == tok->vocab_size,
           "%s: %zu merges do not make a vocabulary of %zu", r->path, tok->merges, tok->vocab_size);
     tok->merge_pair = arena_alloc(arena, tok->merges, sizeof *tok->merge_pair);
-
-    /* 2. An empty table, into which the merges go in their order. */
     tok->merge_id = arena_alloc(arena, MERGE_SLOTS, sizeof *tok->merge_id);
-    for (size_t i = 0; i < MERGE_SLOTS; i++)
-        tok->merge_id[i] = -1;
-    for (size_t i = 0; i < tok->merges; i++)
-        tokenizer_read_merge(tok, r, i);
+    memset(tok->merge_id, -1, MERGE_SLOTS * sizeof *tok->merge_id);
+    for (size_t i = 0; i < tok->merges; i++) {
+        uint32_t pair = tok->merge_pair[i] = reader_u32(r, "merges");
+        size_t id = BYTE_TOKENS + i;
+        size_t left = pair & 0xffff;
+        size_t right = pair >> 16;
+
+        /* 2. The file says twice what the token is; both must agree, or texts would decode to
+         *    others. */
+        bool agree =
+            left < id && right < id
+            && text_equal(text_join(&scratch, tok->token[left], tok->token[right]), tok->token[id]);
+        CHECK(agree, "%s: token %zu is not what merge %zu makes", r->path, id, i);
+        tok->merge_id[merge_slot(tok, pair)] = (int)id;
+        arena_reset(&scratch);
+    }
+    arena_free(&scratch);
 }
 
 /* Unicode's letters, numbers and spaces: of each how many ranges, and these in order. */
@@ -11237,22 +11231,10 @@ static void tokenizer_check_folder(const struct Tokenizer *tok, const char *fold
     arena_free(&arena);
 }
 
-/* Of a list of tokens, the names of those with ids from `first` to below `end`. transformers writes
- * {"name": id}, [{"id": id, "content": "name"}] or {"id": {"content": "name"}}. */
-static void added_tokens_read(const struct Json *list, size_t first, size_t end,
-                              struct Text *names) {
-    for (const struct Json *item = list ? list->child : NULL; item; item = item->next) {
-        /* the three forms, told apart by the type of an item; the third has the id as its key */
-        const struct Json *id = item->type == JSON_NUMBER ? item : json_get(item, "id");
-        const struct Json *content = json_get(item, "content");
-        double number = id ? id->number : item->key.data ? strtod(item->key.data, NULL) : 0;
-        if (number >= (double)first && number < (double)end)
-            names[(size_t)number - first] = content ? content->string : item->key;
-    }
-}
-
 /* The tokens that a model's folder adds behind GPT-2's own, ids `first` to `end` - 1: their names,
- * empty where an id only rounds up the vocabulary (50304 is a multiple of 64, 50257 is not). */
+ * empty where an id only rounds up the vocabulary (50304 is a multiple of 64, 50257 is not).
+ * transformers lists them as {"name": id}, [{"id": id, "content": "name"}] or
+ * {"id": {"content": "name"}}. */
 static struct Text *added_tokens(struct Arena *arena, const char *folder, size_t first,
                                  size_t end) {
     static const char *const lists[][2] = {{"vocab.json", NULL},
@@ -11264,17 +11246,24 @@ static struct Text *added_tokens(struct Arena *arena, const char *folder, size_t
     struct Text *names = arena_zeros(arena, end - first, sizeof *names);
     for (size_t i = 0; i < COUNT(lists) && first < end; i++) {
         const char *path = arena_printf(arena, "%s/%s", folder, lists[i][0]);
-        if (!file_exists(path))
-            continue;
-        const struct Json *json = json_read_file(arena, path);
-        added_tokens_read(lists[i][1] ? json_get(json, lists[i][1]) : json, first, end, names);
+        const struct Json *list = file_exists(path) ? json_read_file(arena, path) : NULL;
+        if (lists[i][1])
+            list = json_get(list, lists[i][1]);
+        for (const struct Json *item = list ? list->child : NULL; item; item = item->next) {
+            /* the three forms, told apart by the type of an item; the third has the id as its key */
+            const struct Json *id = item->type == JSON_NUMBER ? item : json_get(item, "id");
+            const struct Json *content = json_get(item, "content");
+            double number = id ? id->number : item->key.data ? strtod(item->key.data, NULL) : 0;
+            if (number >= (double)first && number < (double)end)
+                names[(size_t)number - first] = content ? content->string : item->key;
+        }
     }
     return names;
 }
 
 /* What the name of a file in a folder says about it: which split it belongs to, and how much that
  * counts beside the names of the other files. */
-enum Split { SPLIT_NONE, SPLIT_TRAIN, SPLIT_VALIDATION, SPLIT_TEST };
+enum Split { SPLIT_NONE, SPLIT_TRAIN, SPLIT_VALIDATION, SPLIT_TEST, SPLITS };
 enum SplitRank { RANK_FILE, RANK_FOLDER, RANK_SHARD, RANKS };
 
 struct DataFile {
@@ -11314,36 +11303,8 @@ static int *json_ids(struct Arena *arena, const struct Json *array, size_t *coun
     return ids;
 }
 
-/* A place is "FILE:LINE". Returns how many bytes FILE has, for printf's "%.*s". */
-static int path_bytes(const char *place) {
-    return (int)(strrchr(place, ':') - place);
-}
-
-/* What to do about a line that is not JSON: the end of the message. */
-static const char *line_hint(struct Arena *arena, struct Text line, size_t where, bool is_last,
-                             const char *place) {
-    /* 1. UTF-16 marks its beginning by U+FEFF, in the byte order that the file has */
-    bool low_first = line.length > 1 && memcmp(line.data, "\xff\xfe", 2) == 0;
-    bool high_first = line.length > 1 && memcmp(line.data, "\xfe\xff", 2) == 0;
-    if (low_first || high_first)
-        return "; it is UTF-16, make it UTF-8: iconv -f UTF-16 -t UTF-8";
-    if (*line.data != '{')
-        return "; one object a line was expected: {\"text\": \"...\"}";
-    /* 2. An object that is still open at its line's end was laid out over several lines. */
-    if (is_last || where < line.length)
-        return "";
-    return arena_printf(arena,
-                        "; the object goes on in the next line, it must be on one; "
-                        "run: jq -c . '%.*s' > rows.jsonl",
-                        path_bytes(place), place);
-}
-
-/* Is it a chat, an array of messages that have a role, where a string was expected? */
-static bool is_chat(const struct Json *item) {
-    return item && item->type == JSON_ARRAY && item->child && json_get(item->child, "role");
-}
-
-/* GPT-2 was trained without a chat template, so which text such messages are is the user's choice;
+/* A chat, an array of messages that have a role, where a string was expected, ends the program.
+ * GPT-2 was trained without a chat template, so which text such messages are is the user's choice;
  * the command writes "role: content" lines. A prompt that is a string beside them repeats their
  * beginning and is left out, as TRL does. */
 static void refuse_chat(const struct Json *item, const char *place) {
@@ -11354,13 +11315,13 @@ static void refuse_chat(const struct Json *item, const char *place) {
         "if type(v)==list and v and type(v[0])==dict else v; "
         "[print(json.dumps({k.replace('messages','text'):f(v)for k,v in json.loads(l).items()"
         "if(k,type(v))!=('prompt',str)}))for l in sys.stdin]\"";
-    if (!is_chat(item))
-        return;
+    bool is_chat = item && item->type == JSON_ARRAY && json_get(item->child, "role");
 
     /* 2. The name of the field, and the command for this very file. */
-    die("%s: \"%s\" is a chat, a list of messages, a string was expected (GPT-2 has no chat "
-        "template); flatten it: %s < '%.*s' > rows.jsonl",
-        place, item->key.data, flatten, path_bytes(place), place);
+    CHECK(!is_chat,
+          "%s: \"%s\" is a chat, a list of messages, a string was expected (GPT-2 has no chat "
+          "template); flatten it: %s < '%.*s' > rows.jsonl",
+          place, item->key.data, flatten, (int)(strrchr(place, ':') - place), place);
 }
 
 /* Which of FIELD_NAMES a row has; null counts as absent. */
@@ -11374,12 +11335,11 @@ static unsigned json_fields(const struct Json *json) {
 
 /* A row's score, margin or label; a label may be a truth value too. */
 static double json_field_number(const struct Json *item, bool is_label, const char *place) {
+    double number = is_label && item->type == JSON_TRUE ? 1 : item->number;
     bool is_truth = is_label && (item->type == JSON_TRUE || item->type == JSON_FALSE);
-    double number = is_truth ? item->type == JSON_TRUE : item->number;
-    bool is_number = item->type == JSON_NUMBER && fabs(number) <= FLT_MAX;
     /* rewards are floats: a number beyond them would become infinite */
-    CHECK(is_truth || is_number, "%s: \"%s\" must be a number, at most 3.4e38", place,
-          item->key.data);
+    CHECK(is_truth || (item->type == JSON_NUMBER && fabs(number) <= FLT_MAX),
+          "%s: \"%s\" must be a number, at most 3.4e38", place, item->key.data);
     CHECK(!is_label || number == 0 || number == 1, "%s: \"label\" must be 0 or 1", place);
     return number;
 }
@@ -11389,30 +11349,25 @@ static double json_field_number(const struct Json *item, bool is_label, const ch
 static struct Row dataset_row(struct Arena *keep, const struct Json *json, unsigned shape,
                               const char *place) {
     struct Row row = {.has = json_fields(json)};
-    /* where the first five of enum Field go */
+    /* where the texts go, the first five of enum Field, and the numbers */
     struct Text *texts[] = {&row.text, &row.prompt, &row.completion, &row.chosen, &row.rejected};
+    double *numbers[] = {[5] = &row.label, [6] = &row.score, [9] = &row.margin};
     unsigned used = row.has & (shape | shape >> 16); /* what it must have, and may have */
     for (size_t i = 0; i < COUNT(FIELD_NAMES); i++) {
         const struct Json *item = json_get(json, FIELD_NAMES[i]);
         unsigned field = 1u << i;
         if (!(used & field))
             continue;
-        /* the five texts come first in enum Field */
         if (i < COUNT(texts)) {
             refuse_chat(item, place);
             CHECK(item->type == JSON_STRING, "%s: \"%s\" must be a string", place, FIELD_NAMES[i]);
             *texts[i] = text_copy(keep, item->string);
-        }
-        if (field == HAS_QUERY_IDS)
+        } else if (field == HAS_QUERY_IDS)
             row.query_ids = json_ids(keep, item, &row.query_length, place);
-        if (field == HAS_RESPONSE_IDS)
+        else if (field == HAS_RESPONSE_IDS)
             row.response_ids = json_ids(keep, item, &row.response_length, place);
-        if (field == HAS_LABEL)
-            row.label = json_field_number(item, true, place);
-        if (field == HAS_SCORE)
-            row.score = json_field_number(item, false, place);
-        if (field == HAS_MARGIN)
-            row.margin = json_field_number(item, false, place);
+        else
+            *numbers[i] = json_field_number(item, field == HAS_LABEL, place);
     }
     return row;
 }
@@ -11435,17 +11390,13 @@ static bool is_table(struct Text file, const char *path) {
         return true;
     const char *cell = file.data;
     while (*cell && *cell != '\n') {
-        /* a name, perhaps in quotes; then on to the next cell */
-        if (*cell == '"')
-            cell++;
         struct Text name = {cell, strcspn(cell, ",\t\"\r\n")};
-        for (size_t i = 0; i < COUNT(FIELD_NAMES); i++) {
+        for (size_t i = 0; i < COUNT(FIELD_NAMES); i++)
             if (text_equal(name, text_of(FIELD_NAMES[i])))
                 return true;
-        }
-        cell += strcspn(cell, ",\t\n");
-        if (*cell == ',' || *cell == '\t')
-            cell++;
+        /* on to the next cell, which may be in quotes */
+        cell += name.length;
+        cell += strspn(cell, ",\t\"\r");
     }
     return false;
 }
@@ -11468,9 +11419,7 @@ static const struct Format {
     {"\x1f\x8b", "compressed by gzip", "gzip -dc '", "' > rows.jsonl"},
     {"\x28\xb5\x2f\xfd", "compressed by zstd", "zstd -dc '", "' > rows.jsonl"},
     {"BZh", "compressed by bzip2", "bzip2 -dc '", "' > rows.jsonl"},
-    {"\xfd"
-     "7zXZ",
-     "compressed by xz", "xz -dc '", "' > rows.jsonl"},
+    {"\3757zXZ", "compressed by xz", "xz -dc '", "' > rows.jsonl"},
     {"PK\x03\x04", "a zip archive", "unzip -p '", "' > rows.jsonl"},
     {"", "a table (TSV)", PANDAS("read_table"), PANDAS_END},
     {"", "a table (CSV)", PANDAS("read_csv"), PANDAS_END},
@@ -11484,12 +11433,8 @@ static void refuse_other_formats(struct Text file, const char *path) {
     file = text_without_mark(file);
     size_t blank = strspn(file.data, " \t\r\n");
     file = (struct Text){file.data + blank, file.length - blank};
-    while (format < FORMAT_TSV) {
-        size_t length = strlen(FORMATS[format].start);
-        if (file.length >= length && memcmp(file.data, FORMATS[format].start, length) == 0)
-            break;
+    while (format < FORMAT_TSV && !text_starts(file, FORMATS[format].start))
         format++;
-    }
 
     /* 2. None of them: JSON Lines begin with a brace, a table with the names of its columns. What
      *    is neither is left to the parser, which says what is wrong with the first line. */
@@ -11497,22 +11442,32 @@ static void refuse_other_formats(struct Text file, const char *path) {
         if (*file.data == '{' || !is_table(file, path))
             return;
         bool has_tab = file.data[strcspn(file.data, "\t\n")] == '\t';
-        if (!has_tab)
-            format = FORMAT_CSV;
+        format = has_tab ? FORMAT_TSV : FORMAT_CSV;
     }
     die("%s: is %s, JSON Lines were expected; run: %s%s%s", path, FORMATS[format].name,
         FORMATS[format].before, path, FORMATS[format].after);
 }
 
-/* One line of a file as a JSON object. If it is none, json_object says why; line_hint helps. */
+/* One line of a file as a JSON object, or the program ends and says what may help. */
 static struct Json *dataset_line(struct Arena *scratch, struct Text line, bool is_last,
                                  const char *place) {
     const char *error;
+    const char *hint = "";
     size_t where;
     struct Json *json = json_parse(scratch, line, &error, &where);
     if (json && json->type == JSON_OBJECT)
         return json;
-    const char *hint = json ? "" : line_hint(scratch, line, where, is_last, place);
+    /* UTF-16 marks its beginning by U+FEFF, in the byte order that the file has */
+    if (text_starts(line, "\xff\xfe") || text_starts(line, "\xfe\xff"))
+        hint = "; it is UTF-16, make it UTF-8: iconv -f UTF-16 -t UTF-8";
+    else if (*line.data != '{')
+        hint = "; one object a line was expected: {\"text\": \"...\"}";
+    else if (!is_last && where >= line.length)
+        /* an object that is still open at its line's end was laid out over several lines */
+        hint = arena_printf(scratch,
+                            "; the object goes on in the next line, it must be on one; "
+                            "run: jq -c . '%.*s' > rows.jsonl",
+                            (int)(strrchr(place, ':') - place), place);
     return json_object(scratch, line, place, hint);
 }
 
@@ -11584,30 +11539,22 @@ static void dataset_add_file(struct Arena *arena, struct Dataset *data, struct D
 /* The split that a word of a path, from `at` to `end`, names, in small or capital letters; of
  * several the first of enum Split. Words end where datasets' NON_WORDS_CHARS stand. */
 static enum Split split_of_words(const char *at, const char *end) {
-    static const char not_words[] = "-._ 0123456789/";
-    static const struct {
-        const char *word;
-        enum Split split;
-    } words[] = {
-        {"train", SPLIT_TRAIN},      {"training", SPLIT_TRAIN}, {"validation", SPLIT_VALIDATION},
-        {"valid", SPLIT_VALIDATION}, {"dev", SPLIT_VALIDATION}, {"val", SPLIT_VALIDATION},
-        {"test", SPLIT_TEST},        {"testing", SPLIT_TEST},   {"eval", SPLIT_TEST},
-        {"evaluation", SPLIT_TEST},
+    static const char *const names[SPLITS] = {
+        [SPLIT_TRAIN] = "train training",
+        [SPLIT_VALIDATION] = "validation valid dev val",
+        [SPLIT_TEST] = "test testing eval evaluation",
     };
-    enum Split split = SPLIT_NONE;
-    for (; at < end; at++) {
-        /* the next word, which may be empty between two marks */
-        size_t length = strcspn(at, not_words);
-        for (size_t i = 0; i < COUNT(words); i++) {
-            /* the whole word: "tests" names no split */
-            bool spells =
-                strlen(words[i].word) == length && strncasecmp(at, words[i].word, length) == 0;
-            if (spells && (!split || words[i].split < split))
-                split = words[i].split;
+    for (enum Split split = SPLIT_TRAIN; split < SPLITS; split++)
+        for (const char *word = at; word < end; word++) {
+            /* the next word, which may be empty between two marks: "tests" names no split */
+            size_t length = strcspn(word, "-._ 0123456789/");
+            const char *name = names[split];
+            for (size_t n; (n = next_name(&name)) > 0; name += n)
+                if (n == length && strncasecmp(word, name, n) == 0)
+                    return split;
+            word += length;
         }
-        at += length;
-    }
-    return split;
+    return SPLIT_NONE;
 }
 
 /* Is a file's name one of "train-00000-of-00002.jsonl"'s kind, as datasets writes large data? */
@@ -11746,21 +11693,31 @@ static _Noreturn void refuse_folder(struct Arena *arena, struct Dataset *data,
         data->path, wanted, files, data->files[0].path);
 }
 
-/* Reads a folder: the rows of the best shape that any of its files has, of the first of the splits
- * that has such rows. Says which files these are if there are others. */
-static void dataset_load_folder(struct Arena *arena, struct Dataset *data, const unsigned *shapes,
-                                size_t shape_count, const struct Dataset *training) {
+/* Reads a file, or of a folder the rows of the best shape that any of its files has, of the first
+ * of the splits that has such rows. Says which files these are if there are others. */
+static struct Dataset *dataset_open(struct Arena *arena, const char *path, const unsigned *shapes,
+                                    size_t shape_count, const struct Dataset *training) {
     static const enum Split to_train[] = {SPLIT_TRAIN, SPLIT_NONE};
     static const enum Split held_out[] = {SPLIT_VALIDATION, SPLIT_TEST, SPLIT_NONE, SPLIT_TRAIN};
     const enum Split *splits = training ? held_out : to_train;
     size_t split_count = training ? COUNT(held_out) : COUNT(to_train);
-    /* 1. Its files, sorted: a folder's own order differs from machine to machine. */
-    data->files = arena_alloc(arena, DATA_FILES_MOST, sizeof *data->files);
+    struct Dataset *data = arena_zeros(arena, 1, sizeof *data);
+    data->path = arena_printf(arena, "%s", path);
+    data->files = arena_zeros(arena, DATA_FILES_MOST, sizeof *data->files);
+    /* 1. One file, whatever its name says: whoever names it means it. */
+    if (!is_folder(path)) {
+        data->files[data->file_count++].path = data->path;
+        dataset_add_file(arena, data, data->files, shapes, shape_count, false);
+        CHECK(data->n > 0, "%s: no row with %s was found", path,
+              shape_names(arena, shapes, shape_count));
+        return data;
+    }
+
+    /* 2. A folder's files, sorted: its own order differs from machine to machine. The shape
+     *    matters more than the split: pairs in "data.jsonl" are what DPO wants, whatever texts are
+     *    in "train.jsonl". */
     dataset_list_files(arena, data, data->path);
     qsort(data->files, data->file_count, sizeof *data->files, compare_data_files);
-
-    /* 2. The shape matters more than the split: pairs in "data.jsonl" are what DPO wants, whatever
-     *    texts are in "train.jsonl". */
     for (size_t s = 0; s < shape_count; s++)
         for (size_t k = 0; k < split_count && data->n == 0; k++)
             dataset_add_split(arena, data, splits[k], shapes[s], training);
@@ -11768,27 +11725,10 @@ static void dataset_load_folder(struct Arena *arena, struct Dataset *data, const
         refuse_folder(arena, data, shapes, shape_count, training);
 
     /* 3. A choice was made for the user, who should know it. */
-    const char *read = data_file_names(arena, data, true);
     const char *left_out = data_file_names(arena, data, false);
     if (*left_out)
-        warn("%s: read %s%s; left out %s", data->path, read, training ? " as held-out data" : "",
-             left_out);
-}
-
-static struct Dataset *dataset_open(struct Arena *arena, const char *path, const unsigned *shapes,
-                                    size_t shape_count, const struct Dataset *training) {
-    struct Dataset *data = arena_zeros(arena, 1, sizeof *data);
-    data->path = arena_printf(arena, "%s", path);
-    if (is_folder(path)) {
-        dataset_load_folder(arena, data, shapes, shape_count, training);
-        return data;
-    }
-    /* one file, whatever its name says: whoever names it means it */
-    data->files = arena_zeros(arena, 1, sizeof *data->files);
-    data->files[data->file_count++].path = data->path;
-    dataset_add_file(arena, data, data->files, shapes, shape_count, false);
-    CHECK(data->n > 0, "%s: no row with %s was found", path,
-          shape_names(arena, shapes, shape_count));
+        warn("%s: read %s%s; left out %s", path, data_file_names(arena, data, true),
+             training ? " as held-out data" : "", left_out);
     return data;
 }
 
