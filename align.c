@@ -4179,8 +4179,8 @@ struct Adapter {
     const char *target_modules; /* the layers that it adapts */
     const char *base_model_name_or_path;
     bool use_rslora; /* see adapter_scale */
-    bool pattern; /* target_modules is a regular expression, not a list of names */
-    bool partial; /* exclude_modules or layers_to_transform leave some of these layers out */
+    bool
+        partial; /* which of these layers is for the file's tensors to say: a pattern, exceptions */
 };
 
 /* What the forward pass keeps of one block for the backward pass. */
@@ -5235,18 +5235,22 @@ static void lora_merge(struct Linear *linear) {
     lora_remove(linear);
 }
 
-/* adapter_merge -- the whole adapter folded into its base: the same model up to rounding, as fast
- * as one without an adapter, and a checkpoint that any program reads.          test: lora_merge */
-static void adapter_merge(struct GPT2 *model) {
-    for (size_t i = 0; i < 4 * model->config.n_layer; i++)
-        lora_merge(adaptable(model, i));
-
-    /* A and B, now empty, leave the list of tensors: they must not be saved */
+/* What is empty leaves the list of a model's tensors: it is neither trained nor saved any more. */
+static void drop_empty_tensors(struct GPT2 *model) {
+    /* the others move up, in their order */
     size_t kept = 0;
     for (size_t i = 0; i < model->tensor_count; i++)
         if (model->tensors[i]->n)
             model->tensors[kept++] = model->tensors[i];
     model->tensor_count = kept;
+}
+
+/* adapter_merge -- the whole adapter folded into its base: the same model up to rounding, as fast
+ * as one without an adapter, and a checkpoint that any program reads.          test: lora_merge */
+static void adapter_merge(struct GPT2 *model) {
+    for (size_t i = 0; i < 4 * model->config.n_layer; i++)
+        lora_merge(adaptable(model, i));
+    drop_empty_tensors(model); /* A and B */
     model->adapter.r = 0;
 }
 
@@ -11864,28 +11868,17 @@ static struct Span safetensors_span(const struct SafeTensors *st, const struct J
     return span;
 }
 
-/* The size of a file of weights; 0 if it is none: safetensors_open says why. */
-static uint64_t weights_size(const char *path) {
-    char start[64];
-    struct stat status;
-    /* a pipe would wait for a writer, so only a file on a disk is opened */
-    FILE *file = stat(path, &status) == 0 && S_ISREG(status.st_mode) ? fopen(path, "rb") : NULL;
-    if (!file)
-        return 0;
-    /* a model that was cloned without git-lfs is the most frequent broken one */
-    check_fetched(path, (struct Text){start, fread(start, 1, sizeof start, file)});
-    fclose(file);
-    return (uint64_t)status.st_size;
-}
-
 /* No two tensors share bytes, those that nobody reads included: the file would not be what its
  * writer meant. */
 static void safetensors_check_overlap(const struct SafeTensors *st, struct Arena *arena) {
     struct Span *spans = arena_alloc(arena, (size_t)st->header->number + 1, sizeof *spans);
     struct Span *end = spans;
-    for (struct Json *entry = st->header->child; entry; entry = entry->next)
-        if (strcmp(entry->key.data, "__metadata__") != 0)
+    for (struct Json *entry = st->header->child; entry; entry = entry->next) {
+        /* the one entry that is no tensor */
+        entry->is_taken = text_equal(entry->key, text_of("__metadata__"));
+        if (!entry->is_taken)
             *end++ = safetensors_span(st, entry);
+    }
     /* once sorted, one that overlaps another overlaps its neighbour */
     qsort(spans, (size_t)(end - spans), sizeof *spans, compare_spans);
     for (struct Span *span = spans + 1; span < end; span++)
@@ -11897,40 +11890,35 @@ static void safetensors_check_overlap(const struct SafeTensors *st, struct Arena
 static struct SafeTensors safetensors_open(struct Arena *arena, const char *path) {
     struct SafeTensors st = {.path = arena_printf(arena, "%s", path)};
     struct stat status;
+    /* a pipe would wait for a writer, so only a file on a disk is opened */
     CHECK(stat(path, &status) != 0 || S_ISREG(status.st_mode),
           "%s: is a folder, a pipe or a device; a file was expected", path);
     st.file = fopen(path, "rb");
     CHECK(st.file, "%s: %s", path, strerror(errno));
 
     /* 1. How long is the header? Its length is checked against the file's before it is used. */
-    uint64_t size = weights_size(path);
-    unsigned char prefix[8];
-    CHECK(fread(prefix, 1, 8, st.file) == 8,
-          "%s: not a safetensors file: it has %llu bytes, fewer than its 8-byte prefix", path,
-          (unsigned long long)size);
+    char start[64];
+    size_t n = fread(start, 1, sizeof start, st.file);
+    check_fetched(path, (struct Text){start, n});
+    CHECK(n >= 8, "%s: not a safetensors file: it has %zu bytes, fewer than its 8-byte prefix",
+          path, n);
     uint64_t length = 0;
     for (int i = 7; i >= 0; i--)
-        length = length << 8 | prefix[i];
-    CHECK(length >= 2 && length <= size - 8,
+        length = length << 8 | (unsigned char)start[i];
+    uint64_t behind = (uint64_t)status.st_size - 8;
+    CHECK(length >= 2 && length <= behind,
           "%s: not a safetensors file, or cut short: its header claims %llu bytes, %llu follow",
-          path, (unsigned long long)length, (unsigned long long)(size - 8));
+          path, (unsigned long long)length, (unsigned long long)behind);
 
     /* 2. The header. */
     char *text = arena_alloc(arena, (size_t)length, 1);
-    CHECK(fread(text, 1, (size_t)length, st.file) == length, "%s: cannot be read: %s", path,
-          strerror(errno));
+    CHECK(fseeko(st.file, 8, SEEK_SET) == 0 && fread(text, 1, (size_t)length, st.file) == length,
+          "%s: cannot be read: %s", path, strerror(errno));
     st.header = json_object(arena, (struct Text){text, (size_t)length}, path, ", in its header");
     st.data_start = 8 + length;
-    st.data_size = size - st.data_start;
+    st.data_size = behind - length;
     safetensors_check_overlap(&st, arena);
     return st;
-}
-
-/* Bytes a number of a type has; 0: the type is not read. */
-static size_t dtype_width(const char *dtype) {
-    if (strcmp(dtype, "F32") == 0)
-        return 4;
-    return strcmp(dtype, "F16") == 0 || strcmp(dtype, "BF16") == 0 ? 2 : 0;
 }
 
 static void safetensors_convert(float *to, const unsigned char *from, size_t n, const char *dtype) {
@@ -11946,26 +11934,25 @@ static void safetensors_convert(float *to, const unsigned char *from, size_t n, 
     }
 }
 
+/* "300, 12": a tensor's shape for a message. */
+static const char *tensor_shape(char text[48], const struct Tensor *t) {
+    snprintf(text, 48, "%zu%s%.0zu", t->shape[0], t->ndim == 2 ? ", " : "", t->shape[1]);
+    return text;
+}
+
 /* The shape that an entry has must be the tensor's, which follows from the configuration. */
 static void safetensors_check_shape(const struct SafeTensors *st, const struct Json *entry,
                                     const struct Tensor *tensor) {
-    char found[96] = "";
-    size_t dims = 0;
+    char expected[48], found[96] = "";
     size_t used = 0;
-    bool same = true;
-    for (struct Json *item = json_get(entry, "shape")->child; item; item = item->next, dims++) {
-        double size = item->type == JSON_NUMBER ? item->number : -1;
-        same = same && dims < tensor->ndim && size == (double)tensor->shape[dims];
-        /* as text, for the message; a long one is not shown to its end */
-        if (used < 60)
-            used += (size_t)snprintf(found + used, sizeof found - used, "%s%.0f", dims ? ", " : "",
-                                     size);
-    }
-    CHECK(same && dims == tensor->ndim,
-          "%s: tensor %s: expected shape [%zu%s%.0zu], found [%s]; is the folder's config this "
-          "file's?",
-          st->path, tensor->name, tensor->shape[0], tensor->ndim == 2 ? ", " : "", tensor->shape[1],
-          found);
+    tensor_shape(expected, tensor);
+    /* both as text, in which they are compared; a long one is not shown to its end */
+    for (struct Json *item = json_get(entry, "shape")->child; item && used < 60; item = item->next)
+        used += (size_t)snprintf(found + used, sizeof found - used, "%s%.9g", used ? ", " : "",
+                                 item->type == JSON_NUMBER ? item->number : NAN);
+    CHECK(strcmp(found, expected) == 0,
+          "%s: tensor %s: expected shape [%s], found [%s]; is the folder's config this file's?",
+          st->path, tensor->name, expected, found);
 }
 
 /* Numbers `first` to first + n - 1 of a tensor have been read: each must be finite. A single NaN
@@ -11987,14 +11974,14 @@ static void safetensors_check_finite(const struct SafeTensors *st, const struct 
 
 /* Reads one entry of the header into a tensor of ours, whose shape decides.
  *                                             test: safetensors_round_trip, safetensors_half */
-static void safetensors_read(struct SafeTensors *st, const struct Json *entry,
-                             struct Tensor *tensor) {
+static void safetensors_read(struct SafeTensors *st, struct Json *entry, struct Tensor *tensor) {
     /* 1. Are these the numbers that are wanted, of a type that is read, and all of them? */
     struct Span span = safetensors_span(st, entry);
     const char *type = json_get(entry, "dtype")->string.data;
-    size_t width = dtype_width(type);
-    CHECK(width, "%s: tensor %s has type %.12s; F32, F16 and BF16 are read", st->path, tensor->name,
-          type);
+    bool is_half = strcmp(type, "F16") == 0 || strcmp(type, "BF16") == 0;
+    size_t width = is_half ? 2 : 4;
+    CHECK(is_half || strcmp(type, "F32") == 0,
+          "%s: tensor %s has type %.12s; F32, F16 and BF16 are read", st->path, tensor->name, type);
     safetensors_check_shape(st, entry, tensor);
     CHECK(span.end - span.begin == tensor->n * width,
           "%s: tensor %s: %llu bytes for %zu numbers of type %s", st->path, tensor->name,
@@ -12004,14 +11991,15 @@ static void safetensors_read(struct SafeTensors *st, const struct Json *entry,
 
     /* 2. In chunks, each converted to floats: a file of 16-bit numbers needs no room of its own. */
     unsigned char chunk[4 * 8192];
-    for (size_t done = 0; done < tensor->n;) {
-        size_t n = MIN(tensor->n - done, (size_t)8192);
+    for (size_t n, done = 0; done < tensor->n; done += n) {
+        n = MIN(tensor->n - done, (size_t)8192);
         CHECK(fread(chunk, width, n, st->file) == n, "%s: tensor %s cannot be read: %s", st->path,
               tensor->name, ferror(st->file) ? strerror(errno) : "the file ends");
         safetensors_convert(tensor->w + done, chunk, n, type);
         safetensors_check_finite(st, tensor, done, n);
-        done += n;
     }
+    entry->is_taken = true;
+    tensor->loaded = true;
 }
 
 /* Writes tensors as F32, names prefixed, header padded to 8 bytes as the format asks.
@@ -12088,19 +12076,18 @@ static int config_token_id(const struct Json *config, const char *path, const ch
     if (!id || id->type == JSON_NULL)
         return fallback;
     /* newer models may list several ends of a text */
-    if (id->type == JSON_ARRAY) {
-        CHECK(id->number == 1,
-              "%s: \"%s\" lists %.0f ids, and one can be used; write it in place of the list", path,
-              name, id->number);
-        id = id->child;
-    }
+    bool is_list = id->type == JSON_ARRAY;
+    CHECK(!is_list || id->number == 1,
+          "%s: \"%s\" lists %.0f ids, and one can be used; write it in place of the list", path,
+          name, id->number);
+    id = is_list ? id->child : id;
     bool is_number = id->type == JSON_NUMBER;
-    double number = id->number;
-    bool is_id = is_number && number >= 0 && number < (double)vocab_size && number == floor(number);
-    const char *found = is_number ? json_number_text(number) : JSON_TYPE_NAMES[id->type];
-    CHECK(is_id, "%s: \"%s\" must be the id of one token, 0 to %zu (vocab_size - 1), found %s",
-          path, name, vocab_size - 1, found);
-    return (int)number;
+    bool is_id = is_number && id->number >= 0 && id->number < (double)vocab_size
+                 && id->number == floor(id->number);
+    struct Text found = is_number ? id->string : text_of(JSON_TYPE_NAMES[id->type]);
+    CHECK(is_id, "%s: \"%s\" must be the id of one token, 0 to %zu (vocab_size - 1), found %.*s",
+          path, name, vocab_size - 1, (int)found.length, found.data);
+    return (int)id->number;
 }
 
 /* A setting that GPT2Config.attribute_map gives a second name.              test: config_names */
@@ -12125,10 +12112,10 @@ struct Allowed {
 static void config_refuse(const struct Json *config, const char *path,
                           const struct Allowed *allowed, size_t n) {
     for (const struct Allowed *a = allowed; a < allowed + n; a++) {
-        const struct Json *setting = json_get(config, a->name);
         /* of a list or an object every item must be allowed, else the setting itself */
-        const struct Json *item = setting && setting->type >= JSON_ARRAY ? setting->child : setting;
-        for (; item; item = item == setting ? NULL : item->next) {
+        const struct Json *item = json_get(config, a->name);
+        bool is_list = item && item->type >= JSON_ARRAY;
+        for (item = is_list ? item->child : item; item; item = is_list ? item->next : NULL) {
             const char *word =
                 item->type == JSON_STRING ? item->string.data : JSON_TYPE_NAMES[item->type];
             bool good = item->type == JSON_NULL;
@@ -12147,9 +12134,8 @@ static void config_special_tokens(const struct Json *json, const char *path, str
     c->pad_token_id = config_token_id(json, path, "pad_token_id", c->vocab_size, c->eos_token_id);
     /* transformers writes 50256 unless it is told better, in small vocabularies too */
     bool beyond = json_number_or(json, "bos_token_id", 0) >= (double)c->vocab_size;
-    c->bos_token_id = endoftext;
-    if (!beyond)
-        c->bos_token_id = config_token_id(json, path, "bos_token_id", c->vocab_size, endoftext);
+    c->bos_token_id =
+        beyond ? endoftext : config_token_id(json, path, "bos_token_id", c->vocab_size, endoftext);
 }
 
 /* A folder's config.json. Several activations are gelu_new by another name, equal but for rounding.
@@ -12240,23 +12226,26 @@ static struct Json *tensor_entry(const struct SafeTensors *st, const char *name)
 /* Reads a tensor, whatever stands before its name in the file. */
 static bool tensor_load(struct SafeTensors *st, struct Tensor *tensor) {
     struct Json *entry = tensor_entry(st, tensor->name);
-    if (!entry)
-        return false;
-    safetensors_read(st, entry, tensor);
-    entry->number = 0; /* taken */
-    return tensor->loaded = true;
+    if (entry)
+        safetensors_read(st, entry, tensor);
+    return entry != NULL;
 }
 
-/* The files that hold a model: one, or several named by an index, all inside the folder. */
-static size_t model_files(struct Arena *arena, const char *folder, char **files, size_t most) {
-    files[0] = arena_printf(arena, "%s/model.safetensors", folder);
+/* The most files that a model may be in: all are open at once. */
+enum { MODEL_FILES = 100 };
+
+/* Opens the files that hold a model: one, or several named by an index, all inside the folder. */
+static size_t model_files(struct Arena *arena, const char *folder, struct SafeTensors *files) {
+    char *single = arena_printf(arena, "%s/model.safetensors", folder);
     char *index = arena_printf(arena, "%s/model.safetensors.index.json", folder);
-    CHECK(file_exists(files[0]) || file_exists(index),
+    CHECK(file_exists(single) || file_exists(index),
           "%s: no model.safetensors inside; of a pytorch_model.bin make one with transformers: "
           "save_pretrained(FOLDER, safe_serialization=True)",
           folder);
-    if (file_exists(files[0]))
+    if (file_exists(single)) {
+        files[0] = safetensors_open(arena, single);
         return 1;
+    }
     struct Json *map = json_get(json_read_file(arena, index), "weight_map");
     CHECK(map && map->type == JSON_OBJECT && map->child,
           "%s: no \"weight_map\" inside, or one that names no file", index);
@@ -12264,18 +12253,18 @@ static size_t model_files(struct Arena *arena, const char *folder, char **files,
     for (struct Json *item = map->child; item; item = item->next) {
         /* 1. The index names each tensor's file. A path that leads out of the folder is refused:
          *    whoever wrote a model does not choose what is read of this machine. */
-        CHECK(item->type == JSON_STRING && item->string.length && !strchr(item->string.data, '/')
-                  && !strchr(item->string.data, '\\'),
+        CHECK(item->type == JSON_STRING && item->string.length
+                  && !strpbrk(item->string.data, "/\\"),
               "%s: \"%s\" must name a file of this folder", index, item->key.data);
         char *path = arena_printf(arena, "%s/%s", folder, item->string.data);
 
         /* 2. The same file comes up once for each of its tensors. */
         size_t i = 0;
-        while (i < count && strcmp(files[i], path) != 0)
+        while (i < count && strcmp(files[i].path, path) != 0)
             i++;
-        CHECK(i < most, "%s: more than %zu files", index, most);
-        files[i] = path;
-        count = MAX(count, i + 1);
+        CHECK(i < MODEL_FILES, "%s: more than %d files", index, MODEL_FILES);
+        if (i == count)
+            files[count++] = safetensors_open(arena, path);
     }
     return count;
 }
@@ -12307,14 +12296,36 @@ static size_t positive_label(const char *folder, const char *file) {
     return positive;
 }
 
-/* Two labels are transformers' default. The probability of one depends on the difference of their
- * logits alone, and that is the reward that a single row, w_1 - w_0, gives:
+/* Reads a file's reward head, if it has one: of one label, or of two, which are transformers'
+ * default. The probability of one of two depends on the difference of their logits alone, and that
+ * is the reward that a single row, w_1 - w_0, gives:
  *     P(label 1) = e^l_1 / (e^l_0 + e^l_1) = sigmoid(l_1 - l_0),  l_1 - l_0 = hidden . (w_1 - w_0)
  * By hand: w_0 = (1, 2), w_1 = (4, 1): the head is (3, -1).  test: two_labels, two_labels_golden */
-static void reward_head_of_two(struct Tensor *score, struct SafeTensors *st, const char *folder) {
+static void reward_head_load(struct GPT2 *model, struct SafeTensors *st, const char *folder) {
+    const struct Json *entry = tensor_entry(st, "score.weight");
+    const struct Json *shape = json_get(entry, "shape");
+    if (!entry)
+        return;
+    /* 1. One row of weights a label. A bias left out silently would make rewards other numbers
+     *    than those that were trained. */
+    size_t labels = shape->child ? json_size(shape->child, 1 << 24, st->path, "shape") : 0;
+    CHECK(labels <= 2,
+          "%s: score.weight has %zu labels; one is a reward, two are a classifier's "
+          "negative and positive; more are not read",
+          st->path, labels);
+    CHECK(!tensor_entry(st, "score.bias"),
+          "%s: has a score.bias; a GPT-2 classifier has none in "
+          "transformers, which leaves it out; take it out of the file if that is meant",
+          st->path);
+    struct Tensor *score = reward_head_declare(model);
+    if (labels != 2) {
+        tensor_load(st, score); /* a shape that is no head's is refused here */
+        return;
+    }
+
+    /* 2. Both rows as they are in the file; the head keeps their difference. */
     struct Arena arena = {0};
     size_t C = score->n;
-    /* both rows as they are in the file; the head keeps their difference */
     struct Tensor both = {.name = "score.weight", .shape = {2, C}, .ndim = 2, .n = 2 * C};
     both.w = arena_floats(&arena, both.n);
     tensor_load(st, &both);
@@ -12325,159 +12336,113 @@ static void reward_head_of_two(struct Tensor *score, struct SafeTensors *st, con
     arena_free(&arena);
 }
 
-/* Reads a file's reward head, if it has one: of one label, or of two. */
-static void reward_head_load(struct GPT2 *model, struct SafeTensors *st, const char *folder) {
-    const struct Json *entry = tensor_entry(st, "score.weight");
-    const struct Json *shape = json_get(entry, "shape");
-    if (!entry)
-        return;
-    /* one row of weights a label */
-    size_t labels = shape->child ? json_size(shape->child, 1 << 24, st->path, "shape") : 0;
-    CHECK(labels <= 2,
-          "%s: score.weight has %zu labels; one is a reward, two are a classifier's "
-          "negative and positive; more are not read",
-          st->path, labels);
-    /* left out silently, it would make rewards another number than the one that was trained */
-    CHECK(!tensor_entry(st, "score.bias"),
-          "%s: has a score.bias; a GPT-2 classifier has none in "
-          "transformers, which leaves it out; take it out of the file if that is meant",
-          st->path);
-    struct Tensor *score = reward_head_declare(model);
-    if (labels == 2)
-        reward_head_of_two(score, st, folder);
-    else
-        tensor_load(st, score); /* a shape that is no head's is refused here */
-}
-
-/* What a model's files hold beside its tensors: an output layer, and what nothing takes. */
-struct Beside {
-    struct Arena arena;
-    struct Tensor lm_head;
-    size_t count; /* tensors that nothing takes */
-    const char *first; /* the first of them; NULL: there is none */
-};
-
-/* Counts what is left of a file. GPT-2's causal masks, which old files hold, are no weights. */
-static void beside_note(struct Beside *beside, const struct SafeTensors *st) {
+/* How many tensors of a file nothing has taken; *first: the first of them, if none was found
+ * before. GPT-2's causal masks, which old files hold, do not count: ones below the diagonal, and
+ * the number -10000, both follow from the mathematics. */
+static size_t tensors_left(const struct SafeTensors *st, const char **first) {
+    size_t count = 0;
     for (const struct Json *entry = st->header->child; entry; entry = entry->next) {
         const char *name = entry->key.data;
         const char *part = strstr(name, ".attn.");
-        /* tensor_load has marked what was taken */
-        if (entry->number == 0 || strcmp(name, "__metadata__") == 0)
+        bool is_mask =
+            part && (strcmp(part, ".attn.bias") == 0 || strcmp(part, ".attn.masked_bias") == 0);
+        if (entry->is_taken || is_mask)
             continue;
-        /* the masks: ones below the diagonal, and the number -10000; both follow from the
-         * mathematics */
-        if (part && strcmp(part, ".attn.bias") == 0)
-            continue;
-        if (part && strcmp(part, ".attn.masked_bias") == 0)
-            continue;
-        if (beside->count++ == 0)
-            beside->first = arena_printf(&beside->arena, "%s", name);
+        if (!*first)
+            *first = name;
+        count++;
     }
+    return count;
 }
 
-/* A tensor of wte's shape under another name, to be compared with it. */
-static struct Tensor tensor_like_wte(const struct GPT2 *model, struct Arena *arena,
-                                     const char *name) {
-    /* it belongs to no model: it is neither trained nor saved, and goes with the arena */
-    struct Tensor like = {.shape = {model->wte.shape[0], model->wte.shape[1]}, .ndim = 2};
-    snprintf(like.name, sizeof like.name, "%s", name);
-    like.n = model->wte.n;
-    like.w = arena_floats(arena, like.n);
-    return like;
-}
-
-/* Reads what a file has of a model's tensors; a head is declared where there is one. */
-static void model_read(struct GPT2 *model, const char *path, struct Beside *beside) {
+/* A file may hold wte a second time, as the output layer that is tied to it. An equal copy changes
+ * nothing; another one is a layer that is not implemented. A copy has no reason to differ by a bit.
+ * where, what, why: the parts of the message. */
+static void check_copy_of_wte(const struct GPT2 *model, struct SafeTensors *st, const char *name,
+                              const char *where, const char *what, const char *why) {
     struct Arena arena = {0};
-    struct SafeTensors st = safetensors_open(&arena, path);
-    /* 1. Heads first: what is declared is among the model's tensors, and read with them. */
-    reward_head_load(model, &st, model->folder);
-    if (tensor_entry(&st, "v_head.summary.weight"))
-        value_head_declare(model);
-    for (size_t i = 0; i < model->tensor_count; i++) {
-        if (model->tensors[i] != &model->score)
-            tensor_load(&st, model->tensors[i]);
-    }
-
-    /* 2. An output layer; what is left over is counted. */
-    if (tensor_entry(&st, "lm_head.weight")) {
-        beside->lm_head = tensor_like_wte(model, &beside->arena, "lm_head.weight");
-        tensor_load(&st, &beside->lm_head);
-    }
-    beside_note(beside, &st);
-    /* the names that are kept have been copied */
-    fclose(st.file);
+    const struct Tensor *wte = &model->wte;
+    /* read like any tensor, so that it counts as taken, and then compared number by number */
+    struct Tensor copy = *wte;
+    snprintf(copy.name, sizeof copy.name, "%s", name);
+    copy.w = arena_floats(&arena, copy.n);
+    size_t i = tensor_load(st, &copy) ? 0 : copy.n;
+    while (i < copy.n && copy.w[i] == wte->w[i])
+        i++;
+    CHECK(i == copy.n, "%s: %s (number %zu is %g, not %g): %s", where, what, i, copy.w[i],
+          wte->w[i], why);
     arena_free(&arena);
 }
 
-/* The place of the first number in which a tensor of wte's shape is not wte; n: it is equal. */
-static size_t first_unlike_wte(const struct GPT2 *model, const struct Tensor *like) {
-    /* equal bit for bit, or it is another layer: a copy has no reason to differ */
-    size_t i = 0;
-    while (i < like->n && like->w[i] == model->wte.w[i])
-        i++;
-    return i;
+/* Reads what a file has of a model's tensors; a head is declared where there is one. */
+static void model_read(struct GPT2 *model, struct SafeTensors *st) {
+    /* heads first: what is declared is among the model's tensors, and read with them */
+    reward_head_load(model, st, model->folder);
+    if (tensor_entry(st, "v_head.summary.weight"))
+        value_head_declare(model);
+    for (size_t i = 0; i < model->tensor_count; i++)
+        if (model->tensors[i] != &model->score)
+            tensor_load(st, model->tensors[i]);
 }
 
-/* The output layer of GPT-2 is wte. A file may hold it once, under either name, or twice; a second
+/* The output layer of GPT-2 is wte. Files may hold it once, under either name, or twice; a second
  * one with numbers of its own ("untied") is not implemented. A reward model has no use for one.
  *                                                                            test: output_layer */
-static void output_layer_check(struct GPT2 *model, const struct Tensor *lm_head, bool tied,
-                               const char *where) {
-    /* 1. Untied, but one of the two is missing? */
+static void output_layer_load(struct GPT2 *model, struct SafeTensors *files, size_t count,
+                              bool tied) {
     struct Tensor *wte = &model->wte;
-    bool both = lm_head->loaded && wte->loaded;
-    CHECK(tied || both || (wte->loaded && model->score.n),
+    struct SafeTensors *st = NULL;
+    for (size_t f = 0; f < count; f++)
+        if (tensor_entry(&files[f], "lm_head.weight"))
+            st = &files[f];
+
+    /* 1. Untied, but one of the two is missing? */
+    CHECK(tied || (wte->loaded && (st || model->score.n)),
           "%s: \"tie_word_embeddings\" is false in config.json, but there is no %s: transformers "
           "would draw it at random; set it to true if wte is the output layer too",
-          where, wte->loaded ? "lm_head.weight" : "wte.weight");
-    if (!lm_head->loaded)
+          model->folder, wte->loaded ? "lm_head.weight" : "wte.weight");
+    if (!st)
         return;
 
-    /* 2. Where the file holds the one tensor by the output layer's name, wte is that. */
-    if (!both)
-        memcpy(wte->w, lm_head->w, wte->n * sizeof(float));
-    wte->loaded = true;
-
-    /* 3. Where it holds both, they must be equal. */
-    size_t i = first_unlike_wte(model, lm_head);
-    CHECK(i == wte->n,
-          "%s: lm_head.weight is not wte.weight (number %zu is %g, not %g): an output "
-          "layer of its own is not implemented; take lm_head.weight out if wte is meant to be it, "
-          "as in GPT-2",
-          where, i, lm_head->w[i], wte->w[i]);
+    /* 2. Where the one tensor has the output layer's name, wte is that. Where both are there, they
+     *    must be equal. */
+    if (!wte->loaded)
+        safetensors_read(st, tensor_entry(st, "lm_head.weight"), wte);
+    else
+        check_copy_of_wte(model, st, "lm_head.weight", model->folder,
+                          "lm_head.weight is not wte.weight",
+                          "an output layer of its own is not implemented; take lm_head.weight out "
+                          "if wte is meant to be it, as in GPT-2");
     if (!tied)
         warn("%s: \"tie_word_embeddings\" is false, but lm_head.weight equals wte.weight: they are "
              "one tensor here, in training and when saved",
-             where);
+             model->folder);
 }
 
 /* `found`: a tensor that is there and that nothing takes, to show how names look; NULL: none. */
 static void tensor_check_loaded(const struct Tensor *t, const char *where, const char *found) {
-    CHECK(t->loaded, "%s: tensor %s is missing; expected shape [%zu%s%.0zu]%s%s", where, t->name,
-          t->shape[0], t->ndim == 2 ? ", " : "", t->shape[1], found ? "; there is " : "",
-          found ? found : "");
+    CHECK(t->loaded, "%s: tensor %s is missing; expected shape [%s]%s%s", where, t->name,
+          tensor_shape((char[48]){0}, t), found ? "; there is " : "", found ? found : "");
 }
 
 /* Can a model of these sizes be in these files? Asked before memory is: a config.json that asks for
  * a thousand times too much would otherwise stop the machine. */
-static void config_check_files(const struct GPT2Config *c, const char *folder, char **files,
-                               size_t file_count) {
+static void config_check_files(const struct GPT2Config *c, const char *folder,
+                               const struct SafeTensors *files, size_t count) {
     /* at least two bytes a number; the rest is allowance */
     size_t numbers =
         (c->vocab_size + c->n_positions) * c->n_embd + c->n_layer * 12 * c->n_embd * c->n_embd;
     size_t bytes = 0;
-    for (size_t f = 0; f < file_count; f++)
-        bytes += (size_t)weights_size(files[f]);
+    for (size_t f = 0; f < count; f++)
+        bytes += (size_t)(files[f].data_start + files[f].data_size);
     CHECK(numbers <= bytes / 2 + (1 << 20),
           "%s: config.json describes %zu numbers, at least %zu MB; the weights have %zu MB; is it "
           "theirs, or are they cut short?",
           folder, numbers, numbers >> 19, bytes >> 20);
     /* layers cost memory even if they are narrow: a struct each, and names */
     CHECK(c->n_layer <= bytes / 512 + 64,
-          "%s: config.json describes %zu layers, whose 12 tensors' names alone do not fit into the "
-          "weights' %zu bytes; is it theirs?",
+          "%s: config.json describes %zu layers, more than the weights' %zu bytes can hold; is it "
+          "theirs?",
           folder, c->n_layer, bytes);
 }
 
@@ -12485,30 +12450,33 @@ static void config_check_files(const struct GPT2Config *c, const char *folder, c
  *                                             [glossary: AutoModelForCausalLM]  test: gpt2_load */
 static struct GPT2 *gpt2_load(const char *folder) {
     struct Arena arena = {0};
-    struct Beside beside = {0};
-    char *files[1024];
+    struct SafeTensors files[MODEL_FILES];
     bool tied;
     /* 1. What does the folder say it holds? */
     struct GPT2Config c = config_load(folder, &tied);
-    size_t file_count = model_files(&arena, folder, files, COUNT(files));
-    config_check_files(&c, folder, files, file_count);
+    size_t count = model_files(&arena, folder, files);
+    config_check_files(&c, folder, files, count);
 
     /* 2. A model of these sizes, and what the files have for it. */
     struct GPT2 *model = gpt2_new(c);
     model->folder = arena_printf(&model->arena, "%s", folder);
-    for (size_t f = 0; f < file_count; f++)
-        model_read(model, files[f], &beside);
+    for (size_t f = 0; f < count; f++)
+        model_read(model, &files[f]);
+    output_layer_load(model, files, count, tied);
 
     /* 3. Is everything there? A tensor that kept its zeros would be a model that nobody trained. */
-    if (model->wte.loaded || beside.lm_head.loaded)
-        output_layer_check(model, &beside.lm_head, tied, folder);
+    const char *first = NULL;
+    size_t left = 0;
+    for (size_t f = 0; f < count; f++)
+        left += tensors_left(&files[f], &first);
     for (size_t i = 0; i < model->tensor_count; i++)
-        tensor_check_loaded(model->tensors[i], folder, beside.first);
-    if (beside.count)
+        tensor_check_loaded(model->tensors[i], folder, first);
+    if (left > 0)
         warn("%s: tensors in its weights that config.json has no place for are not read: %zu, the "
              "first is %s",
-             folder, beside.count, beside.first);
-    arena_free(&beside.arena);
+             folder, left, first);
+    for (size_t f = 0; f < count; f++)
+        fclose(files[f].file);
     arena_free(&arena);
     return model;
 }
@@ -12593,20 +12561,16 @@ static void tokenizer_config_save(const struct Tokenizer *tok, const char *folde
 static void adapter_config_targets(struct Arena *arena, const struct Json *json, const char *path,
                                    struct Adapter *adapter) {
     const struct Json *targets = json_get(json, "target_modules");
-    adapter->pattern = json_type(json, "target_modules") == JSON_STRING;
-    /* with exceptions the names alone do not say which layers: adapter_takes asks the file */
-    adapter->partial = json_type(json, "exclude_modules") != JSON_NULL
+    /* a pattern, or exceptions: the names alone do not say which layers, the file's tensors do */
+    adapter->partial = json_type(json, "target_modules") == JSON_STRING
+                       || json_type(json, "exclude_modules") != JSON_NULL
                        || json_type(json, "layers_to_transform") != JSON_NULL;
-    bool is_absent = json_type(json, "target_modules") == JSON_NULL;
-    adapter->target_modules = is_absent ? "c_attn" : json_text_or(json, "target_modules", "");
-    if (is_absent || adapter->pattern)
-        return;
-    for (const struct Json *item = targets->child; item; item = item->next) {
+    adapter->target_modules = json_type(json, "target_modules") == JSON_NULL ? "c_attn" : "";
+    for (const struct Json *item = targets ? targets->child : NULL; item; item = item->next) {
         CHECK(item->type == JSON_STRING && strlen(adapter->target_modules) < 4096,
               "%s: \"target_modules\" must be a list of names, 4096 letters at most", path);
         adapter->target_modules =
-            arena_printf(arena, "%s%s%s", adapter->target_modules,
-                         *adapter->target_modules ? " " : "", item->string.data);
+            arena_printf(arena, "%s %s", adapter->target_modules, item->string.data);
     }
 }
 
@@ -12655,44 +12619,16 @@ static struct Adapter adapter_config_load(struct Arena *arena, const char *folde
     return adapter;
 }
 
-/* An adapter may hold a copy of the embedding, or of the output layer that is tied to it: an equal
- * one changes nothing, another one is not implemented. */
-static void adapter_check_embedding(const struct GPT2 *model, struct SafeTensors *st,
-                                    const char *name) {
-    struct Arena arena = {0};
-    if (!tensor_entry(st, name))
-        return;
-    /* read like any tensor, so that it counts as taken, and then compared number by number */
-    struct Tensor copy = tensor_like_wte(model, &arena, name);
-    tensor_load(st, &copy);
-    size_t i = first_unlike_wte(model, &copy);
-    CHECK(i == copy.n,
-          "%s: tensor %s is not the base's wte.weight (number %zu is %g, not %g): an "
-          "adapter with an embedding or output layer of its own is not implemented",
-          st->path, name, i, copy.w[i], model->wte.w[i]);
-    arena_free(&arena);
-}
-
-/* Does an adapter take this layer? One that names its layers must have them all. One that
- * describes them, by a pattern or with exceptions, has tensors for those that it means. */
-static bool adapter_takes(struct Arena *arena, const struct Adapter *adapter,
-                          const struct SafeTensors *st, const char *name) {
-    /* its config says the names, or else the file's tensors do */
-    bool names = !adapter->pattern && !adapter->partial;
-    if (names)
-        return lora_is_target(name, adapter->target_modules);
-    return tensor_entry(st, arena_printf(arena, "%s.lora_A.weight", bare_name(name))) != NULL;
-}
-
 /* Reads the value head that TRL puts beside an adapter, in a model file of its own. That file may
  * be a whole model, for example one that the adapter was merged into: the rest of it is not read,
  * for the adapter would be added to it a second time. */
 static void adapter_read_head(struct GPT2 *model, const char *folder) {
-    struct Beside beside = {0};
-    char *path = arena_printf(&beside.arena, "%s/model.safetensors", folder);
-    char *pickle = arena_printf(&beside.arena, "%s/pytorch_model.bin", folder);
+    struct Arena arena = {0};
+    const char *first = NULL;
+    char *path = arena_printf(&arena, "%s/model.safetensors", folder);
+    char *pickle = arena_printf(&arena, "%s/pytorch_model.bin", folder);
     if (file_exists(path)) {
-        struct SafeTensors st = safetensors_open(&beside.arena, path);
+        struct SafeTensors st = safetensors_open(&arena, path);
         /* the head, weight and bias; then what else there is, for a note */
         if (tensor_entry(&st, "v_head.summary.weight")) {
             struct Linear *head = value_head_declare(model);
@@ -12700,66 +12636,67 @@ static void adapter_read_head(struct GPT2 *model, const char *folder) {
             tensor_load(&st, &head->bias);
             tensor_check_loaded(&head->bias, path, NULL);
         }
-        beside_note(&beside, &st);
-        fclose(st.file);
-        if (beside.count)
+        size_t left = tensors_left(&st, &first);
+        if (left > 0)
             warn("%s: beside an adapter only a value head is read of it; not read are %zu tensors, "
                  "the first is %s",
-                 path, beside.count, beside.first);
+                 path, left, first);
+        fclose(st.file);
     } else if (file_exists(pickle)) {
         warn("%s is not read: a value head in it is left out; make a model.safetensors of it",
              pickle);
     }
-    arena_free(&beside.arena);
+    arena_free(&arena);
 }
 
-/* Gives a layer its adapter: two matrices, both in the file. */
-static void adapter_load_layer(struct GPT2 *model, struct Linear *linear, struct SafeTensors *st) {
-    lora_declare(model, linear);
-    /* half an adapter would be B A with one of them 0: no adapter at all, and no message */
-    struct Tensor *pair[] = {&linear->lora_A, &linear->lora_B};
-    for (size_t k = 0; k < COUNT(pair); k++) {
-        tensor_load(st, pair[k]);
-        tensor_check_loaded(pair[k], st->path, NULL);
-    }
-}
-
-/* The adapters of all layers that are to have one. An adapter with exceptions says from
- * here on which they are: saved again, it names them one by one. */
+/* The adapters of all layers that are to have one. */
 static void adapter_load_layers(struct GPT2 *model, const char *folder, struct SafeTensors *st) {
-    struct Arena arena = {0};
+    struct Arena *arena = &model->arena;
     struct Adapter *adapter = &model->adapter;
     size_t numbers = 0;
     const char *taken = "";
     for (size_t i = 0; i < 4 * model->config.n_layer; i++) {
+        /* 1. One that names its layers must have them all. One that describes them, by a pattern
+         *    or with exceptions, has tensors for those that it means. */
         struct Linear *linear = adaptable(model, i);
-        const char *name = module_name(&arena, linear);
-        if (!adapter_takes(&arena, adapter, st, name))
+        const char *name = module_name(arena, linear);
+        const char *A = arena_printf(arena, "%s.lora_A.weight", bare_name(name));
+        if (adapter->partial ? !tensor_entry(st, A)
+                             : !lora_is_target(name, adapter->target_modules))
             continue;
-        /* before memory is asked for: can the file hold so many? */
+
+        /* 2. Before memory is asked for: can the file hold so many? */
         numbers += adapter->r * (linear->weight.shape[0] + linear->weight.shape[1]);
         CHECK(numbers <= st->data_size / 2 + (1 << 16),
               "%s: its %llu bytes are too few for "
               "adapters of \"r\" %zu; is the folder's adapter_config.json this file's?",
               st->path, (unsigned long long)st->data_size, adapter->r);
-        adapter_load_layer(model, linear, st);
-        taken = arena_printf(&arena, "%s %s", taken, bare_name(name));
+
+        /* 3. Half an adapter would be B A with one of them 0: no adapter, and no message. */
+        lora_declare(model, linear);
+        struct Tensor *pair[] = {&linear->lora_A, &linear->lora_B};
+        for (size_t k = 0; k < COUNT(pair); k++) {
+            tensor_load(st, pair[k]);
+            tensor_check_loaded(pair[k], st->path, NULL);
+        }
+        taken = arena_printf(arena, "%s %s", taken, bare_name(name));
     }
     CHECK(numbers > 0,
           "%s: its target_modules take no layer of this model; c_attn, c_proj and c_fc can be "
           "adapted",
           folder);
-    if (adapter->partial) {
-        adapter->target_modules = arena_printf(&model->arena, "%s", taken);
-        adapter->pattern = adapter->partial = false;
-    }
-    arena_free(&arena);
+    /* from here on it says which layers they are: saved again, it names them one by one */
+    if (adapter->partial)
+        adapter->target_modules = taken;
+    adapter->partial = false;
 }
 
 /* adapter_load -- attaches the adapter of a folder to the layers that target_modules takes, or, if
  * that is a regular expression or has exceptions, that the file has tensors for. A tensor that no
  * layer takes is an error.                     test: lora_round_trip, lora_partial, lora_broken */
 static void adapter_load(struct GPT2 *model, const char *folder) {
+    static const char own[] = "an adapter with an embedding or output layer of its own is not "
+                              "implemented";
     struct Arena arena = {0};
     CHECK(!model->adapter.r, "%s: the model has an adapter already", folder);
     model->adapter = adapter_config_load(&model->arena, folder);
@@ -12773,12 +12710,13 @@ static void adapter_load(struct GPT2 *model, const char *folder) {
     reward_head_load(model, &st, model->folder);
 
     /* 2. Nothing may be left over: an adapter that is half loaded is another model. */
-    adapter_check_embedding(model, &st, "lm_head.weight");
-    adapter_check_embedding(model, &st, "wte.weight");
-    for (struct Json *item = st.header->child; item; item = item->next)
-        CHECK(item->number == 0 || strcmp(item->key.data, "__metadata__") == 0,
-              "%s: no layer of this model takes tensor %s; is it another model's?", path,
-              item->key.data);
+    check_copy_of_wte(model, &st, "lm_head.weight", path,
+                      "tensor lm_head.weight is not the base's wte.weight", own);
+    check_copy_of_wte(model, &st, "wte.weight", path,
+                      "tensor wte.weight is not the base's wte.weight", own);
+    const char *first = NULL;
+    CHECK(tensors_left(&st, &first) == 0,
+          "%s: no layer of this model takes tensor %s; is it another model's?", path, first);
     fclose(st.file);
 
     /* 3. A value head, from a file of its own. */
@@ -12807,20 +12745,16 @@ static void adapter_config_save(const struct GPT2 *model, const char *folder) {
             a->lora_alpha, a->lora_dropout);
     fprintf(out.file,
             "  \"modules_to_save\": %s,\n  \"peft_type\": \"LORA\",\n  \"r\": %zu,\n  "
-            "\"target_modules\": %s",
-            model->score.n ? "[\"classifier\", \"score\"]" : "null", a->r, a->pattern ? "" : "[");
+            "\"target_modules\": [",
+            model->score.n ? "[\"classifier\", \"score\"]" : "null", a->r);
 
-    /* 3. Where it belongs: a pattern as a string, names as a list. */
+    /* 3. Where it belongs. */
     const char *target = a->target_modules;
-    if (a->pattern)
-        json_write_string(out.file, "", text_of(target));
-    else
-        for (size_t n, i = 0; (n = next_name(&target)) > 0; target += n, i++)
-            fprintf(out.file, "%s\"%.*s\"", i ? ", " : "", (int)n, target);
+    for (size_t n, i = 0; (n = next_name(&target)) > 0; target += n, i++)
+        fprintf(out.file, "%s\"%.*s\"", i ? ", " : "", (int)n, target);
     fprintf(out.file,
-            "%s,\n  \"task_type\": \"%s\",\n  \"use_dora\": false,\n  \"use_rslora\": %s\n}\n",
-            a->pattern ? "" : "]", model->score.n ? "SEQ_CLS" : "CAUSAL_LM",
-            a->use_rslora ? "true" : "false");
+            "],\n  \"task_type\": \"%s\",\n  \"use_dora\": false,\n  \"use_rslora\": %s\n}\n",
+            model->score.n ? "SEQ_CLS" : "CAUSAL_LM", a->use_rslora ? "true" : "false");
     output_close(&out);
 }
 
@@ -12886,14 +12820,8 @@ static void check_reward_model(const struct GPT2 *model, const char *folder) {
 /* Takes a tensor out of a model: it is neither trained nor saved any more. A reward or value head
  * is taken out where it has no place in what is to be made of the model.    test: heads_left_out */
 static void tensor_remove(struct GPT2 *model, struct Tensor *tensor) {
-    /* the others move up, in their order */
-    size_t kept = 0;
-    for (size_t i = 0; i < model->tensor_count; i++) {
-        if (model->tensors[i] != tensor)
-            model->tensors[kept++] = model->tensors[i];
-    }
-    model->tensor_count = kept;
     tensor->n = 0;
+    drop_empty_tensors(model);
 }
 
 static void leave_out_reward_head(struct GPT2 *model) {
