@@ -11030,55 +11030,52 @@ static void json_write_floats(FILE *file, const char *before, const float *x, si
  * without the rows that are wanted are refused with the command that makes them fit.
  * ============================================================================================= */
 
-/* A place in a binary file; whoever would read behind its end is stopped. */
-struct Reader {
-    const unsigned char *at, *end;
-    const char *path;
-};
+/* How a tokenizer.bin comes about, for messages. */
+#define MAKE_TOKENIZER \
+    "python3 prepare_imdb.py tokenizer --source DIR (with encoder.json, vocab.bpe)"
 
-/* The next n bytes. `what` they are: for the message, should the file end before. */
-static const unsigned char *reader_take(struct Reader *r, size_t n, const char *what) {
-    CHECK((size_t)(r->end - r->at) >= n,
-          "%s: ends inside its %s; make it again: python3 prepare_imdb.py tokenizer --source DIR "
-          "(with encoder.json, vocab.bpe)",
-          r->path, what);
-    const unsigned char *start = r->at;
-    r->at += n;
-    return start;
+/* Takes the next n bytes off a file; whoever would read behind its end is stopped. `what` they
+ * are: for the message. */
+static const unsigned char *tokenizer_take(const struct Tokenizer *tok, struct Text *rest, size_t n,
+                                           const char *what) {
+    CHECK(rest->length >= n, "%s: ends inside its %s; make it again: " MAKE_TOKENIZER, tok->path,
+          what);
+    const char *start = rest->data;
+    *rest = (struct Text){start + n, rest->length - n};
+    return (const unsigned char *)start;
 }
 
-static uint32_t reader_u32(struct Reader *r, const char *what) {
-    const unsigned char *b = reader_take(r, 4, what);
+static uint32_t tokenizer_u32(const struct Tokenizer *tok, struct Text *rest, const char *what) {
+    const unsigned char *b = tokenizer_take(tok, rest, 4, what);
     return b[0] | (uint32_t)b[1] << 8 | (uint32_t)b[2] << 16 | (uint32_t)b[3] << 24;
 }
 
 /* llm.c's header: 256 words, of which four say something. */
-static void tokenizer_read_header(struct Tokenizer *tok, struct Reader *r) {
+static void tokenizer_read_header(struct Tokenizer *tok, struct Text *rest) {
     /* The length is llm.c's choice, room for things to come. */
     uint32_t header[256];
     for (size_t i = 0; i < COUNT(header); i++)
-        header[i] = reader_u32(r, "header");
+        header[i] = tokenizer_u32(tok, rest, "header");
     CHECK(header[0] == TOKENIZER_MAGIC && header[1] == TOKENIZER_VERSION,
-          "%s: not a tokenizer.bin of version 2 (it starts with %u, %u); make one: python3 "
-          "prepare_imdb.py tokenizer --source DIR",
-          r->path, header[0], header[1]);
+          "%s: not a tokenizer.bin of version 2 (it starts with %u, %u); make one: " MAKE_TOKENIZER,
+          tok->path, header[0], header[1]);
     /* Ids are stored in 16 bits in the merges: 65536 are all there can be. */
     tok->vocab_size = header[2];
     tok->end_token = (int)header[3];
     CHECK(tok->vocab_size > BYTE_TOKENS && tok->vocab_size <= 65536
               && header[3] == tok->vocab_size - 1,
-          "%s: a vocabulary of %zu with end token %u; 257 to 65536 ids, the end token last, are "
-          "read",
-          r->path, tok->vocab_size, header[3]);
+          "%s: has %zu ids and end token %u; 257 to 65536 ids, the end token last, are read",
+          tok->path, tok->vocab_size, header[3]);
 }
 
 /* The tokens: a byte that says how long, and their bytes. The first 256 are the single bytes, in
  * an order of GPT-2's own. */
-static void tokenizer_read_tokens(struct Tokenizer *tok, struct Reader *r, struct Arena *arena) {
+static void tokenizer_read_tokens(struct Tokenizer *tok, struct Text *rest, struct Arena *arena) {
     tok->token = arena_alloc(arena, tok->vocab_size, sizeof *tok->token);
     for (size_t id = 0; id < tok->vocab_size; id++) {
-        size_t length = *reader_take(r, 1, "tokens");
-        tok->token[id] = (struct Text){(const char *)reader_take(r, length, "tokens"), length};
+        size_t length = *tokenizer_take(tok, rest, 1, "tokens");
+        const unsigned char *bytes = tokenizer_take(tok, rest, length, "tokens");
+        tok->token[id] = (struct Text){(const char *)bytes, length};
     }
     /* Every byte must have its id: encoding starts from them, whatever the text. 256 ids without a
      * repetition are all there are. */
@@ -11086,25 +11083,26 @@ static void tokenizer_read_tokens(struct Tokenizer *tok, struct Reader *r, struc
     for (int id = 0; id < BYTE_TOKENS; id++) {
         int *byte = &tok->byte_token[(unsigned char)tok->token[id].data[0]];
         CHECK(tok->token[id].length == 1 && *byte < 0, "%s: id %d is not a single byte of its own",
-              r->path, id);
+              tok->path, id);
         *byte = id;
     }
 }
 
 /* The merges, and the hash table in which encoding looks a pair up. Merge i makes the token
  * BYTE_TOKENS + i of two that came before it. */
-static void tokenizer_read_merges(struct Tokenizer *tok, struct Reader *r, struct Arena *arena) {
+static void tokenizer_read_merges(struct Tokenizer *tok, struct Text *rest, struct Arena *arena) {
     struct Arena scratch = {0};
     /* 1. A merge makes one token: with the bytes and the end token they are the whole
      *    vocabulary, so the file states its size twice. */
-    tok->merges = reader_u32(r, "merges");
+    tok->merges = tokenizer_u32(tok, rest, "merges");
     CHECK(tok->merges + BYTE_TOKENS + 1 == tok->vocab_size,
-          "%s: %zu merges do not make a vocabulary of %zu", r->path, tok->merges, tok->vocab_size);
+          "%s: %zu merges do not make a vocabulary of %zu", tok->path, tok->merges,
+          tok->vocab_size);
     tok->merge_pair = arena_alloc(arena, tok->merges, sizeof *tok->merge_pair);
     tok->merge_id = arena_alloc(arena, MERGE_SLOTS, sizeof *tok->merge_id);
     memset(tok->merge_id, -1, MERGE_SLOTS * sizeof *tok->merge_id);
     for (size_t i = 0; i < tok->merges; i++) {
-        uint32_t pair = tok->merge_pair[i] = reader_u32(r, "merges");
+        uint32_t pair = tok->merge_pair[i] = tokenizer_u32(tok, rest, "merges");
         size_t id = BYTE_TOKENS + i;
         size_t left = pair & 0xffff;
         size_t right = pair >> 16;
@@ -11114,7 +11112,7 @@ static void tokenizer_read_merges(struct Tokenizer *tok, struct Reader *r, struc
         bool agree =
             left < id && right < id
             && text_equal(text_join(&scratch, tok->token[left], tok->token[right]), tok->token[id]);
-        CHECK(agree, "%s: token %zu is not what merge %zu makes", r->path, id, i);
+        CHECK(agree, "%s: token %zu is not what merge %zu makes", tok->path, id, i);
         tok->merge_id[merge_slot(tok, pair)] = (int)id;
         arena_reset(&scratch);
     }
@@ -11122,16 +11120,17 @@ static void tokenizer_read_merges(struct Tokenizer *tok, struct Reader *r, struc
 }
 
 /* Unicode's letters, numbers and spaces: of each how many ranges, and these in order. */
-static void tokenizer_read_classes(struct Tokenizer *tok, struct Reader *r, struct Arena *arena) {
+static void tokenizer_read_classes(struct Tokenizer *tok, struct Text *rest, struct Arena *arena) {
+    static const char what[] = "Unicode classes";
     tok->char_class = arena_zeros(arena, UNICODE_END, 1);
     /* letters, then numbers, then spaces; all other characters are CLASS_OTHER */
     for (int class = CLASS_LETTER; class <= CLASS_SPACE; class ++) {
-        for (uint32_t n = reader_u32(r, "Unicode classes"), next = 0; n > 0; n--) {
-            uint32_t first = reader_u32(r, "Unicode classes");
-            uint32_t last = reader_u32(r, "Unicode classes");
+        for (uint32_t n = tokenizer_u32(tok, rest, what), next = 0; n > 0; n--) {
+            uint32_t first = tokenizer_u32(tok, rest, what);
+            uint32_t last = tokenizer_u32(tok, rest, what);
             /* in order and without overlaps, or a character would have two classes */
             CHECK(first >= next && first <= last && last < UNICODE_END,
-                  "%s: a Unicode range from %u to %u, after one that ends before %u", r->path,
+                  "%s: a Unicode range from %u to %u, after one that ends before %u", tok->path,
                   first, last, next);
             memset(tok->char_class + first, class, last - first + 1);
             next = last + 1;
@@ -11144,15 +11143,13 @@ static void tokenizer_read_classes(struct Tokenizer *tok, struct Reader *r, stru
 static struct Tokenizer *tokenizer_load(struct Arena *arena, const char *path) {
     struct Tokenizer *tok = arena_zeros(arena, 1, sizeof *tok);
     tok->path = arena_printf(arena, "%s", path);
-    struct Text file = read_file(arena, path);
-    const unsigned char *start = (const unsigned char *)file.data;
-    struct Reader r = {start, start + file.length, path};
+    struct Text rest = read_file(arena, path);
     /* each part needs those before it: merges are checked against tokens, tokens counted by the
      * header */
-    tokenizer_read_header(tok, &r);
-    tokenizer_read_tokens(tok, &r, arena);
-    tokenizer_read_merges(tok, &r, arena);
-    tokenizer_read_classes(tok, &r, arena);
+    tokenizer_read_header(tok, &rest);
+    tokenizer_read_tokens(tok, &rest, arena);
+    tokenizer_read_merges(tok, &rest, arena);
+    tokenizer_read_classes(tok, &rest, arena);
     return tok;
 }
 
@@ -11254,7 +11251,7 @@ static struct Text *added_tokens(struct Arena *arena, const char *folder, size_t
         if (lists[i][1])
             list = json_get(list, lists[i][1]);
         for (const struct Json *item = list ? list->child : NULL; item; item = item->next) {
-            /* the three forms, told apart by the type of an item; the third has the id as its key */
+            /* the three forms, told apart by an item's type; the third has the id as its key */
             const struct Json *id = item->type == JSON_NUMBER ? item : json_get(item, "id");
             const struct Json *content = json_get(item, "content");
             double number = id ? id->number : item->key.data ? strtod(item->key.data, NULL) : 0;
@@ -11584,15 +11581,11 @@ static void data_file_split(struct DataFile *file) {
     const char *base = slash ? slash + 1 : file->name;
     bool is_in_data = base == file->name + 5 && strncmp(file->name, "data/", 5) == 0;
     enum Split of_folders = split_of_words(file->name, base);
-    /* what the file's own name says, unless one of the two stronger rules applies */
-    file->split = split_of_words(base, base + strlen(base));
-    file->rank = RANK_FILE;
-    if (is_in_data && is_shard_name(base)) {
-        file->rank = RANK_SHARD;
-    } else if (of_folders) {
-        file->split = of_folders;
-        file->rank = RANK_FOLDER;
-    }
+    /* what the file's own name says counts where no folder above it says anything */
+    file->split = of_folders ? of_folders : split_of_words(base, base + strlen(base));
+    file->rank = of_folders                          ? RANK_FOLDER
+                 : is_in_data && is_shard_name(base) ? RANK_SHARD
+                                                     : RANK_FILE;
 }
 
 static int compare_data_files(const void *a, const void *b) {
@@ -11608,26 +11601,20 @@ static void dataset_list_files(struct Arena *arena, struct Dataset *data, const 
     CHECK(dir, "%s: %s", folder, strerror(errno));
     for (struct dirent *entry; (entry = readdir(dir));) {
         const char *name = entry->d_name;
-        size_t length = strlen(name);
-        if (name[0] == '.')
-            continue;
         const char *path = arena_printf(arena, "%s/%s", folder, name);
-        /* 1. a folder: what is in it */
-        if (is_folder(path)) {
-            struct stat s;
-            bool is_link = lstat(path, &s) != 0 || !S_ISDIR(s.st_mode);
-            bool is_special = strncmp(name, "__", 2) == 0;
-            if (!is_link && !is_special)
-                dataset_list_files(arena, data, path);
+        const char *dot = strrchr(name, '.');
+        struct stat s;
+        if (name[0] == '.' || lstat(path, &s) != 0)
             continue;
-        }
+        /* 1. a folder: what is in it */
+        if (S_ISDIR(s.st_mode) && strncmp(name, "__", 2) != 0)
+            dataset_list_files(arena, data, path);
+        if (is_folder(path) || !dot || strcmp(dot, ".jsonl") != 0)
+            continue;
 
         /* 2. a file of rows: its name inside the folder says of which split */
-        if (length <= 6 || strcmp(name + length - 6, ".jsonl") != 0)
-            continue;
         CHECK(data->file_count < DATA_FILES_MOST,
-              "%s: more than %d .jsonl files; join them: cat %s/*.jsonl > all.jsonl", data->path,
-              DATA_FILES_MOST, folder);
+              "%s: more than %d .jsonl files; join some of them", data->path, DATA_FILES_MOST);
         struct DataFile file = {.path = path, .name = path + strlen(data->path) + 1};
         data_file_split(&file);
         data->files[data->file_count++] = file;
@@ -12090,14 +12077,13 @@ static int config_token_id(const struct Json *config, const char *path, const ch
     return (int)id->number;
 }
 
-/* A setting that GPT2Config.attribute_map gives a second name.              test: config_names */
+/* A setting that GPT2Config.attribute_map gives a second name. Where both are set they must agree:
+ * which of them was meant cannot be guessed.                                 test: config_names */
 static size_t config_either(const struct Json *config, const char *path, const char *name,
                             const char *alias, size_t fallback) {
-    bool named = json_type(config, name) != JSON_NULL;
-    /* where both are set they must agree: which of them was meant cannot be guessed */
     size_t value = config_size(config, path, name, fallback);
     size_t other = config_size(config, path, alias, value);
-    CHECK(!named || other == value,
+    CHECK(json_type(config, name) == JSON_NULL || other == value,
           "%s: \"%s\" is %zu, but \"%s\", another name for it, is %zu; take one of them out", path,
           name, value, alias, other);
     return other;
@@ -12107,6 +12093,40 @@ static size_t config_either(const struct Json *config, const char *path, const c
  * or empty. */
 struct Allowed {
     const char *name, *values[5];
+};
+static const struct Allowed GPT2_ALLOWED[] = {
+    {"model_type", {"gpt2"}},
+    {"tie_word_embeddings", {"true", "false"}},
+    {"activation_function",
+     {"gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python_tanh", "gelu_accurate"}},
+    {"scale_attn_weights", {"true"}},
+    {"scale_attn_by_inverse_layer_idx", {"false"}},
+    {"add_cross_attention", {"false"}},
+    {"pruned_heads", {"null"}},
+    {"quantization_config", {"null"}},
+};
+static const struct Allowed CLASSIFIER_ALLOWED[] = {
+    {"problem_type", {"single_label_classification"}},
+};
+static const struct Allowed LORA_ALLOWED[] = {
+    {"peft_type", {"LORA"}},
+    {"bias", {"none"}},
+    {"modules_to_save", {"score", "classifier", "lm_head", "wte"}},
+    {"init_lora_weights", {"true", "false", "gaussian", "eva", "orthogonal"}},
+    {"use_dora", {"false"}},
+    {"use_qalora", {"false"}},
+    {"use_bdlora", {"false"}},
+    {"lora_bias", {"false"}},
+    {"rank_pattern", {"null"}},
+    {"alpha_pattern", {"null"}},
+    {"layer_replication", {"null"}},
+    {"target_parameters", {"null"}},
+    {"trainable_token_indices", {"null"}},
+    {"alora_invocation_tokens", {"null"}},
+    {"arrow_config", {"null"}},
+    {"kasa_config", {"null"}},
+    {"velora_config", {"null"}},
+    {"monteclora_config", {"null"}},
 };
 
 static void config_refuse(const struct Json *config, const char *path,
@@ -12127,32 +12147,10 @@ static void config_refuse(const struct Json *config, const char *path,
     }
 }
 
-/* The three special tokens: the end of a text, padding, and the beginning, which GPT-2 lacks. */
-static void config_special_tokens(const struct Json *json, const char *path, struct GPT2Config *c) {
-    int endoftext = endoftext_id(c->vocab_size);
-    c->eos_token_id = config_token_id(json, path, "eos_token_id", c->vocab_size, endoftext);
-    c->pad_token_id = config_token_id(json, path, "pad_token_id", c->vocab_size, c->eos_token_id);
-    /* transformers writes 50256 unless it is told better, in small vocabularies too */
-    bool beyond = json_number_or(json, "bos_token_id", 0) >= (double)c->vocab_size;
-    c->bos_token_id =
-        beyond ? endoftext : config_token_id(json, path, "bos_token_id", c->vocab_size, endoftext);
-}
-
 /* A folder's config.json. Several activations are gelu_new by another name, equal but for rounding.
  * `tied` says what "tie_word_embeddings" does: whether wte is to be the output layer too.
  *                                                              test: broken_config, config_names */
 static struct GPT2Config config_load(const char *folder, bool *tied) {
-    static const struct Allowed allowed[] = {
-        {"model_type", {"gpt2"}},
-        {"tie_word_embeddings", {"true", "false"}},
-        {"activation_function",
-         {"gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python_tanh", "gelu_accurate"}},
-        {"scale_attn_weights", {"true"}},
-        {"scale_attn_by_inverse_layer_idx", {"false"}},
-        {"add_cross_attention", {"false"}},
-        {"pruned_heads", {"null"}},
-        {"quantization_config", {"null"}},
-    };
     /* 1. Is it a model's folder at all? */
     struct Arena arena = {0};
     char *path = arena_printf(&arena, "%s/config.json", folder);
@@ -12162,7 +12160,7 @@ static struct GPT2Config config_load(const char *folder, bool *tied) {
 
     /* 2. Is it GPT-2 as it is implemented here? */
     struct Json *json = json_read_file(&arena, path);
-    config_refuse(json, path, allowed, COUNT(allowed));
+    config_refuse(json, path, GPT2_ALLOWED, COUNT(GPT2_ALLOWED));
 
     /* 3. The sizes; without them it is GPT-2's smallest. */
     struct GPT2Config c = {
@@ -12176,13 +12174,20 @@ static struct GPT2Config config_load(const char *folder, bool *tied) {
     config_check(&c, path);
     size_t inner = config_size(json, path, "n_inner", 4 * c.n_embd);
     CHECK(inner == 4 * c.n_embd, "%s: n_inner %zu is not implemented; 4 * n_embd is", path, inner);
+    bool has_epsilon = json_type(json, "layer_norm_epsilon") != JSON_NULL;
+    double epsilon = json_number_or(json, "layer_norm_epsilon", has_epsilon ? NAN : 1e-5);
+    CHECK(epsilon > 0 && epsilon <= 1, "%s: \"layer_norm_epsilon\" must be above 0, at most 1",
+          path);
+    c.layer_norm_epsilon = (float)epsilon;
 
-    /* 4. The rest. */
-    struct Json *eps = json_get(json, "layer_norm_epsilon");
-    CHECK(!eps || (eps->type == JSON_NUMBER && eps->number > 0 && eps->number <= 1),
-          "%s: \"layer_norm_epsilon\" must be above 0, at most 1", path);
-    c.layer_norm_epsilon = eps ? (float)eps->number : 1e-5f;
-    config_special_tokens(json, path, &c);
+    /* 4. The end of a text, padding, and the beginning, which GPT-2 lacks: transformers writes
+     *    50256 there unless it is told better, in small vocabularies too. */
+    size_t V = c.vocab_size;
+    int endoftext = endoftext_id(V);
+    bool beyond = json_number_or(json, "bos_token_id", 0) >= (double)V;
+    c.eos_token_id = config_token_id(json, path, "eos_token_id", V, endoftext);
+    c.pad_token_id = config_token_id(json, path, "pad_token_id", V, c.eos_token_id);
+    c.bos_token_id = beyond ? endoftext : config_token_id(json, path, "bos_token_id", V, endoftext);
     *tied = json_type(json, "tie_word_embeddings") != JSON_FALSE;
     arena_free(&arena);
     return c;
@@ -12209,12 +12214,8 @@ static const char *bare_name(const char *name) {
 /* The entry of a file's header for a tensor of this bare name; NULL: there is none. */
 static struct Json *tensor_entry(const struct SafeTensors *st, const char *name) {
     struct Json *found = NULL;
-    size_t length = strlen(name);
     for (struct Json *entry = st->header->child; entry; entry = entry->next) {
-        /* the name's end first, which is quick: this loop runs for each tensor */
-        const char *full = entry->key.data;
-        size_t before = entry->key.length - MIN(entry->key.length, length);
-        if (strcmp(full + before, name) != 0 || bare_name(full) != full + before)
+        if (strcmp(bare_name(entry->key.data), name) != 0)
             continue;
         CHECK(!found, "%s: tensors %s and %s are both %s; one of them was expected", st->path,
               found->key.data, entry->key.data, name);
@@ -12279,11 +12280,10 @@ static int label_sign(const char *name) {
 /* Which of the two labels that `file` has rows for is the positive one: what id2label of the
  * model's config.json says, and where that says nothing, label 1. */
 static size_t positive_label(const char *folder, const char *file) {
-    static const struct Allowed allowed[] = {{"problem_type", {"single_label_classification"}}};
     struct Arena arena = {0};
     char *path = arena_printf(&arena, "%s/config.json", folder ? folder : "");
     struct Json *json = folder && file_exists(path) ? json_read_file(&arena, path) : NULL;
-    config_refuse(json, path, allowed, COUNT(allowed));
+    config_refuse(json, path, CLASSIFIER_ALLOWED, COUNT(CLASSIFIER_ALLOWED));
     /* no names at all are transformers' own: LABEL_1 is the positive one */
     const struct Json *names = json_get(json, "id2label");
     const char *name[] = {json_text_or(names, "0", "LABEL_0"), json_text_or(names, "1", "LABEL_1")};
@@ -12486,42 +12486,41 @@ static void config_save(const struct GPT2 *model, const char *folder) {
     const struct GPT2Config *c = &model->config;
     bool classifier = model->score.n > 0;
     struct Output out = output_open(folder, "config.json");
-    /* the class that AutoModelForSequenceClassification or AutoModelForCausalLM will make of it */
+    /* 1. the class that AutoModelForSequenceClassification or AutoModelForCausalLM will make of it */
     fprintf(out.file,
-            "{\n  \"activation_function\": \"gelu_new\",\n  \"architectures\": [\"%s\"],\n",
-            classifier ? "GPT2ForSequenceClassification" : "GPT2LMHeadModel");
-    fprintf(out.file, "  \"attn_pdrop\": 0.0,\n  \"bos_token_id\": %d,\n", c->bos_token_id);
-    fprintf(out.file, "  \"dtype\": \"float32\",\n  \"embd_pdrop\": 0.0,\n");
-    fprintf(out.file, "  \"eos_token_id\": %d,\n", c->eos_token_id);
-    /* one label: transformers' default would be two, and the head would not fit */
+            "{\n  \"activation_function\": \"gelu_new\",\n  \"architectures\": [\"%s\"],\n"
+            "  \"attn_pdrop\": 0.0,\n  \"bos_token_id\": %d,\n  \"dtype\": \"float32\",\n"
+            "  \"embd_pdrop\": 0.0,\n  \"eos_token_id\": %d,\n",
+            classifier ? "GPT2ForSequenceClassification" : "GPT2LMHeadModel", c->bos_token_id,
+            c->eos_token_id);
+
+    /* 2. one label: transformers' default would be two, and the head would not fit */
     if (classifier)
         fputs("  \"id2label\": {\"0\": \"LABEL_0\"},\n  \"label2id\": {\"LABEL_0\": 0},\n",
               out.file);
-    fprintf(out.file, "  \"initializer_range\": 0.02,\n  \"layer_norm_epsilon\": %.7g,\n",
-            c->layer_norm_epsilon);
-    fprintf(out.file, "  \"model_type\": \"gpt2\",\n  \"n_ctx\": %zu,\n", c->n_positions);
-    fprintf(out.file, "  \"n_embd\": %zu,\n  \"n_head\": %zu,\n", c->n_embd, c->n_head);
-    fprintf(out.file, "  \"n_inner\": null,\n  \"n_layer\": %zu,\n", c->n_layer);
-    fprintf(out.file, "  \"n_positions\": %zu,\n", c->n_positions);
-    fprintf(out.file, "  \"pad_token_id\": %d,\n  \"resid_pdrop\": 0.0,\n", c->pad_token_id);
-    fprintf(out.file, "  \"tie_word_embeddings\": true,\n  \"use_cache\": true,\n");
-    fprintf(out.file, "  \"vocab_size\": %zu\n}\n", c->vocab_size);
+
+    /* 3. sizes, and what follows from training without dropout and one tensor for both layers */
+    fprintf(out.file,
+            "  \"initializer_range\": 0.02,\n  \"layer_norm_epsilon\": %.7g,\n"
+            "  \"model_type\": \"gpt2\",\n  \"n_ctx\": %zu,\n  \"n_embd\": %zu,\n"
+            "  \"n_head\": %zu,\n  \"n_inner\": null,\n  \"n_layer\": %zu,\n"
+            "  \"n_positions\": %zu,\n  \"pad_token_id\": %d,\n  \"resid_pdrop\": 0.0,\n"
+            "  \"tie_word_embeddings\": true,\n  \"use_cache\": true,\n  \"vocab_size\": %zu\n}\n",
+            c->layer_norm_epsilon, c->n_positions, c->n_embd, c->n_head, c->n_layer, c->n_positions,
+            c->pad_token_id, c->vocab_size);
     output_close(&out);
 }
 
-/* A special token as tokenizer_config.json names it, null where its id has no name. */
+/* A special token as tokenizer_config.json names it: <|endoftext|>, an ordinary token, or the
+ * padding token's own name. An id that only rounds up the vocabulary has none, and null says so. */
 static void write_special_token(FILE *file, const char *before, const struct Tokenizer *tok,
                                 const struct GPT2Config *c, int id) {
     struct Arena arena = {0};
     int endoftext = endoftext_id(c->vocab_size);
-    /* 1. Its name: the padding token's own, <|endoftext|>, or that of an ordinary token. */
     struct Text name = id == c->pad_token_id ? c->pad_token : (struct Text){0};
-    if (id == endoftext)
-        name = text_of("<|endoftext|>");
-    if (id < endoftext)
-        name = token_as_unicode(&arena, tok->token[id]);
-
-    /* 2. An id that only rounds up the vocabulary has no name, and null says so. */
+    if (id <= endoftext)
+        name =
+            id == endoftext ? text_of("<|endoftext|>") : token_as_unicode(&arena, tok->token[id]);
     if (name.length > 0)
         json_write_string(file, before, name);
     else
@@ -12556,47 +12555,9 @@ static void tokenizer_config_save(const struct Tokenizer *tok, const char *folde
 
 /* ---- Adapters -------------------------------------------------------------------------------- */
 
-/* Which layers an adapter takes: "target_modules" is a list of names, here with a space between
- * two of them, or a string, which PEFT takes as a regular expression. */
-static void adapter_config_targets(struct Arena *arena, const struct Json *json, const char *path,
-                                   struct Adapter *adapter) {
-    const struct Json *targets = json_get(json, "target_modules");
-    /* a pattern, or exceptions: the names alone do not say which layers, the file's tensors do */
-    adapter->partial = json_type(json, "target_modules") == JSON_STRING
-                       || json_type(json, "exclude_modules") != JSON_NULL
-                       || json_type(json, "layers_to_transform") != JSON_NULL;
-    adapter->target_modules = json_type(json, "target_modules") == JSON_NULL ? "c_attn" : "";
-    for (const struct Json *item = targets ? targets->child : NULL; item; item = item->next) {
-        CHECK(item->type == JSON_STRING && strlen(adapter->target_modules) < 4096,
-              "%s: \"target_modules\" must be a list of names, 4096 letters at most", path);
-        adapter->target_modules =
-            arena_printf(arena, "%s %s", adapter->target_modules, item->string.data);
-    }
-}
-
 /* adapter_config.json: r 8, lora_alpha 8 where it is silent, as PEFT.
  *                                            [glossary: Adaptação de baixo rank (LoRA)] */
 static struct Adapter adapter_config_load(struct Arena *arena, const char *folder) {
-    static const struct Allowed allowed[] = {
-        {"peft_type", {"LORA"}},
-        {"bias", {"none"}},
-        {"modules_to_save", {"score", "classifier", "lm_head", "wte"}},
-        {"init_lora_weights", {"true", "false", "gaussian", "eva", "orthogonal"}},
-        {"use_dora", {"false"}},
-        {"use_qalora", {"false"}},
-        {"use_bdlora", {"false"}},
-        {"lora_bias", {"false"}},
-        {"rank_pattern", {"null"}},
-        {"alpha_pattern", {"null"}},
-        {"layer_replication", {"null"}},
-        {"target_parameters", {"null"}},
-        {"trainable_token_indices", {"null"}},
-        {"alora_invocation_tokens", {"null"}},
-        {"arrow_config", {"null"}},
-        {"kasa_config", {"null"}},
-        {"velora_config", {"null"}},
-        {"monteclora_config", {"null"}},
-    };
     char *path = arena_printf(arena, "%s/adapter_config.json", folder);
     CHECK(file_exists(path),
           "%s: no adapter_config.json inside; an adapter is a folder with adapter_config.json and "
@@ -12604,18 +12565,29 @@ static struct Adapter adapter_config_load(struct Arena *arena, const char *folde
           folder);
     /* 1. PEFT has many kinds of adapters, and of LoRA many variants: one is implemented. */
     struct Json *json = json_read_file(arena, path);
-    config_refuse(json, path, allowed, COUNT(allowed));
-
-    /* 2. What this one is, and where it belongs. */
+    config_refuse(json, path, LORA_ALLOWED, COUNT(LORA_ALLOWED));
+    const struct Json *targets = json_get(json, "target_modules");
     struct Adapter adapter = {
         .r = config_size(json, path, "r", 8),
         .lora_alpha = json_number_or(json, "lora_alpha", 8),
         .lora_dropout = json_number_or(json, "lora_dropout", 0),
         .use_rslora = json_type(json, "use_rslora") == JSON_TRUE,
         .base_model_name_or_path = json_text_or(json, "base_model_name_or_path", NULL),
+        .target_modules = json_type(json, "target_modules") == JSON_NULL ? "c_attn" : "",
+        /* a regular expression, or exceptions: the file's tensors say which layers, not names */
+        .partial = json_type(json, "target_modules") == JSON_STRING
+                   || json_type(json, "exclude_modules") != JSON_NULL
+                   || json_type(json, "layers_to_transform") != JSON_NULL,
     };
     CHECK(adapter.r > 0, "%s: \"r\" must be 1 or more", path);
-    adapter_config_targets(arena, json, path, &adapter);
+
+    /* 2. Which layers it takes: a list of names, here with a space between two of them. */
+    for (const struct Json *item = targets ? targets->child : NULL; item; item = item->next) {
+        CHECK(item->type == JSON_STRING && strlen(adapter.target_modules) < 4096,
+              "%s: \"target_modules\" must be a list of names, 4096 letters at most", path);
+        adapter.target_modules =
+            arena_printf(arena, "%s %s", adapter.target_modules, item->string.data);
+    }
     return adapter;
 }
 
@@ -12825,20 +12797,18 @@ static void tensor_remove(struct GPT2 *model, struct Tensor *tensor) {
 }
 
 static void leave_out_reward_head(struct GPT2 *model) {
-    if (!model->score.n)
-        return;
     /* said, for whoever named this folder may have meant another one */
-    warn("%s: is a reward model; its head, score.weight, is left out, the language model below it "
-         "is used",
-         model->folder);
+    if (model->score.n)
+        warn("%s: is a reward model; its head, score.weight, is left out, the language model below "
+             "it is used",
+             model->folder);
     tensor_remove(model, &model->score);
 }
 
 static void leave_out_value_head(struct GPT2 *model) {
-    if (!model->v_head.weight.n)
-        return;
-    warn("%s: has a value head; it is left out, the language model below it is used",
-         model->folder);
+    if (model->v_head.weight.n)
+        warn("%s: has a value head; it is left out, the language model below it is used",
+             model->folder);
     tensor_remove(model, &model->v_head.weight);
     tensor_remove(model, &model->v_head.bias);
 }
