@@ -11204,6 +11204,9 @@ static void tokenizer_save(const struct Tokenizer *tok, const char *folder, size
 static void tokenizer_check_folder(const struct Tokenizer *tok, const char *folder,
                                    size_t vocab_size) {
     struct Arena arena = {0};
+    size_t end = (size_t)endoftext_id(vocab_size);
+    CHECK(end < tok->vocab_size, "%s: has %zu ids, %s only %zu; another --tokenizer is needed",
+          folder, vocab_size, tok->path, tok->vocab_size);
     /* 1. the vocabulary, in the older of two files or in the newer one; there may be neither */
     const char *path = arena_printf(&arena, "%s/vocab.json", folder);
     const char *newer = arena_printf(&arena, "%s/tokenizer.json", folder);
@@ -11212,18 +11215,13 @@ static void tokenizer_check_folder(const struct Tokenizer *tok, const char *fold
         vocab = json_read_file(&arena, path);
     else if (file_exists(path = newer))
         vocab = json_get(json_get(json_read_file(&arena, path), "model"), "vocab");
-    CHECK((size_t)endoftext_id(vocab_size) < tok->vocab_size,
-          "%s: has %zu ids, %s only %zu; another --tokenizer is needed", folder, vocab_size,
-          tok->path, tok->vocab_size);
     CHECK(!vocab || vocab->type == JSON_OBJECT,
           "%s: its vocabulary is not an object {\"token\": id, ...}", path);
 
     /* 2. token by token; those behind GPT-2's own are read by added_tokens */
     for (struct Json *item = vocab ? vocab->child : NULL; item; item = item->next) {
         size_t id = json_size(item, 1 << 24, path, "an id of the vocabulary");
-        if (id >= (size_t)endoftext_id(vocab_size))
-            continue;
-        struct Text ours = token_as_unicode(&arena, tok->token[id]);
+        struct Text ours = id < end ? token_as_unicode(&arena, tok->token[id]) : item->key;
         CHECK(text_equal(ours, item->key),
               "%s: id %zu is \"%s\" here, \"%s\" in %s: another vocabulary than GPT-2's; this "
               "model cannot be used",
@@ -11560,13 +11558,12 @@ static enum Split split_of_words(const char *at, const char *end) {
 
 /* Is a file's name one of "train-00000-of-00002.jsonl"'s kind, as datasets writes large data? */
 static bool is_shard_name(const char *name) {
-    for (const char *of = strstr(name, "-of-"); of; of = strstr(of + 1, "-of-")) {
-        /* five digits on the left, with a hyphen before them, and five or more on the right */
-        if (of - name < 6 || of[-6] != '-')
-            continue;
-        if (strspn(of - 5, "0123456789") == 5 && strspn(of + 4, "0123456789") >= 5)
+    static const char digits[] = "0123456789";
+    /* five digits on the left, with a hyphen before them, and five or more on the right */
+    for (const char *of = strstr(name, "-of-"); of; of = strstr(of + 1, "-of-"))
+        if (of - name >= 6 && of[-6] == '-' && strspn(of - 5, digits) == 5
+            && strspn(of + 4, digits) >= 5)
             return true;
-    }
     return false;
 }
 
@@ -11724,12 +11721,9 @@ static struct Dataset *dataset_open(struct Arena *arena, const char *path, const
 }
 
 static bool text_contains(struct Text text, struct Text word) {
-    for (size_t i = 0; i + word.length <= text.length; i++) {
-        const char *at = text.data + i;
-        /* the first byte alone rules out nearly every place */
-        if (*at == *word.data && memcmp(at, word.data, word.length) == 0)
+    for (size_t i = 0; i + word.length <= text.length; i++)
+        if (memcmp(text.data + i, word.data, word.length) == 0)
             return true;
-    }
     return false;
 }
 
@@ -11935,7 +11929,7 @@ static void safetensors_check_shape(const struct SafeTensors *st, const struct J
     tensor_shape(expected, tensor);
     /* both as text, in which they are compared; a long one is not shown to its end */
     for (struct Json *item = json_get(entry, "shape")->child; item && used < 60; item = item->next)
-        used += (size_t)snprintf(found + used, sizeof found - used, "%s%.9g", used ? ", " : "",
+        used += (size_t)snprintf(found + used, sizeof found - used, "%s%.15g", used ? ", " : "",
                                  item->type == JSON_NUMBER ? item->number : NAN);
     CHECK(strcmp(found, expected) == 0,
           "%s: tensor %s: expected shape [%s], found [%s]; is the folder's config this file's?",
@@ -12467,16 +12461,16 @@ static struct GPT2 *gpt2_load(const char *folder) {
     /* 3. Is everything there? A tensor that kept its zeros would be a model that nobody trained. */
     const char *first = NULL;
     size_t left = 0;
-    for (size_t f = 0; f < count; f++)
+    for (size_t f = 0; f < count; f++) {
         left += tensors_left(&files[f], &first);
+        fclose(files[f].file);
+    }
     for (size_t i = 0; i < model->tensor_count; i++)
         tensor_check_loaded(model->tensors[i], folder, first);
     if (left > 0)
         warn("%s: tensors in its weights that config.json has no place for are not read: %zu, the "
              "first is %s",
              folder, left, first);
-    for (size_t f = 0; f < count; f++)
-        fclose(files[f].file);
     arena_free(&arena);
     return model;
 }
