@@ -11272,15 +11272,21 @@ struct DataFile {
     bool is_read;
 };
 
+/* The shapes that rows may have, best first. */
+struct Shapes {
+    const unsigned *list;
+    size_t n;
+};
+
 /* The fields of shapes, for a message:  "chosen" + "rejected", or "text" */
-static const char *shape_names(struct Arena *arena, const unsigned *shapes, size_t count) {
+static const char *shape_names(struct Arena *arena, struct Shapes shapes) {
     /* "a" + "b", or "c": the joint that comes next is " + " within a shape and ", or " between
      * two */
     const char *names = "";
     const char *joint = "";
-    for (size_t s = 0; s < count; s++, joint = ", or ")
+    for (size_t s = 0; s < shapes.n; s++, joint = ", or ")
         for (size_t i = 0; i < COUNT(FIELD_NAMES); i++) {
-            if (!(shapes[s] >> i & 1))
+            if (!(shapes.list[s] >> i & 1))
                 continue;
             names = arena_printf(arena, "%s%s\"%s\"", names, joint, FIELD_NAMES[i]);
             joint = " + ";
@@ -11372,12 +11378,12 @@ static struct Row dataset_row(struct Arena *keep, const struct Json *json, unsig
 }
 
 /* The first of the shapes that a row fits; 0: none. */
-static unsigned shape_of(unsigned has, const unsigned *shapes, size_t shape_count) {
-    for (size_t i = 0; i < shape_count; i++) {
+static unsigned shape_of(unsigned has, struct Shapes shapes) {
+    for (size_t i = 0; i < shapes.n; i++) {
         /* the lower 16 bits: what a row must have */
-        unsigned required = shapes[i] & (MAY_HAVE(1u) - 1);
+        unsigned required = shapes.list[i] & (MAY_HAVE(1u) - 1);
         if ((has & required) == required)
-            return shapes[i];
+            return shapes.list[i];
     }
     return 0;
 }
@@ -11471,13 +11477,13 @@ static struct Json *dataset_line(struct Arena *scratch, struct Text line, bool i
 }
 
 /* Why a row fits none of the shapes. */
-static _Noreturn void refuse_shape(const struct Json *json, const unsigned *shapes,
-                                   size_t shape_count, const char *place) {
+static _Noreturn void refuse_shape(const struct Json *json, struct Shapes shapes,
+                                   const char *place) {
     struct Arena arena = {0};
     unsigned has = json_fields(json);
     refuse_chat(json_get(json, "messages"), place);
-    const char *wanted = shape_names(&arena, shapes, shape_count);
-    const char *found = shape_names(&arena, &has, 1);
+    const char *wanted = shape_names(&arena, shapes);
+    const char *found = shape_names(&arena, (struct Shapes){&has, 1});
     die("%s: expected %s, found %s", place, wanted, *found ? found : "no field that is known");
 }
 
@@ -11494,7 +11500,7 @@ static void dataset_append(struct Arena *arena, struct Dataset *data, struct Row
 /* Appends a file's rows, which all have the shape of the first one. If that is none of `shapes`,
  * the program ends, or, where the file is optional, it is left out. */
 static void dataset_add_file(struct Arena *arena, struct Dataset *data, struct DataFile *source,
-                             const unsigned *shapes, size_t shape_count, bool optional) {
+                             struct Shapes shapes, bool optional) {
     struct Arena scratch = {0};
     struct Arena line_arena = {0};
     struct Text file = read_file(&scratch, source->path);
@@ -11515,15 +11521,13 @@ static void dataset_add_file(struct Arena *arena, struct Dataset *data, struct D
 
         /* 2. Its shape: the best that it fits, if it is the first row of all, and else the first
          *    row's. Which rows have a prompt must not change in the middle of a data set. */
-        if (data->shape) {
-            shapes = &data->shape;
-            shape_count = 1;
-        }
-        unsigned shape = shape_of(json_fields(json), shapes, shape_count);
+        if (data->shape)
+            shapes = (struct Shapes){&data->shape, 1};
+        unsigned shape = shape_of(json_fields(json), shapes);
         if (!shape && optional && !source->is_read)
             break;
         if (!shape)
-            refuse_shape(json, shapes, shape_count, place);
+            refuse_shape(json, shapes, place);
 
         /* 3. It becomes a row. */
         data->shape = shape;
@@ -11651,18 +11655,17 @@ static void dataset_add_split(struct Arena *arena, struct Dataset *data, enum Sp
             struct DataFile *file = &data->files[i];
             bool is_wanted = file->split == split && file->rank == rank;
             if (is_wanted && !is_read_by(training, file->path))
-                dataset_add_file(arena, data, file, &shape, 1, true);
+                dataset_add_file(arena, data, file, (struct Shapes){&shape, 1}, true);
         }
 }
 
 /* No file of a folder has the rows that are wanted. Says why the first file that might have had
  * them has not, or what is there instead. */
-static _Noreturn void refuse_folder(struct Arena *arena, struct Dataset *data,
-                                    const unsigned *shapes, size_t shape_count,
+static _Noreturn void refuse_folder(struct Arena *arena, struct Dataset *data, struct Shapes shapes,
                                     const struct Dataset *training) {
     /* taken before any file is tried, for a file that is tried counts as read */
     const char *files = data_file_names(arena, data, false);
-    const char *wanted = shape_names(arena, shapes, shape_count);
+    const char *wanted = shape_names(arena, shapes);
     /* 1. A file that might have been read: now that its shape is no longer optional, its first row
      *    ends the program with the reason, unless it is empty. */
     for (size_t i = 0; i < data->file_count; i++) {
@@ -11670,7 +11673,7 @@ static _Noreturn void refuse_folder(struct Arena *arena, struct Dataset *data,
         bool is_held_out = file->split == SPLIT_VALIDATION || file->split == SPLIT_TEST;
         if ((is_held_out && !training) || is_read_by(training, file->path))
             continue;
-        dataset_add_file(arena, data, file, shapes, shape_count, false);
+        dataset_add_file(arena, data, file, shapes, false);
     }
 
     /* 2. There is no such file. */
@@ -11683,8 +11686,8 @@ static _Noreturn void refuse_folder(struct Arena *arena, struct Dataset *data,
 
 /* Reads a file, or of a folder the rows of the best shape that any of its files has, of the first
  * of the splits that has such rows. Says which files these are if there are others. */
-static struct Dataset *dataset_open(struct Arena *arena, const char *path, const unsigned *shapes,
-                                    size_t shape_count, const struct Dataset *training) {
+static struct Dataset *dataset_open(struct Arena *arena, const char *path, struct Shapes shapes,
+                                    const struct Dataset *training) {
     static const enum Split to_train[] = {SPLIT_TRAIN, SPLIT_NONE};
     static const enum Split held_out[] = {SPLIT_VALIDATION, SPLIT_TEST, SPLIT_NONE, SPLIT_TRAIN};
     const enum Split *splits = training ? held_out : to_train;
@@ -11695,9 +11698,8 @@ static struct Dataset *dataset_open(struct Arena *arena, const char *path, const
     /* 1. One file, whatever its name says: whoever names it means it. */
     if (!is_folder(path)) {
         data->files[data->file_count++].path = data->path;
-        dataset_add_file(arena, data, data->files, shapes, shape_count, false);
-        CHECK(data->n > 0, "%s: no row with %s was found", path,
-              shape_names(arena, shapes, shape_count));
+        dataset_add_file(arena, data, data->files, shapes, false);
+        CHECK(data->n > 0, "%s: no row with %s was found", path, shape_names(arena, shapes));
         return data;
     }
 
@@ -11706,11 +11708,11 @@ static struct Dataset *dataset_open(struct Arena *arena, const char *path, const
      *    in "train.jsonl". */
     dataset_list_files(arena, data, data->path);
     qsort(data->files, data->file_count, sizeof *data->files, compare_data_files);
-    for (size_t s = 0; s < shape_count; s++)
+    for (size_t s = 0; s < shapes.n; s++)
         for (size_t k = 0; k < split_count && data->n == 0; k++)
-            dataset_add_split(arena, data, splits[k], shapes[s], training);
+            dataset_add_split(arena, data, splits[k], shapes.list[s], training);
     if (data->n == 0)
-        refuse_folder(arena, data, shapes, shape_count, training);
+        refuse_folder(arena, data, shapes, training);
 
     /* 3. A choice was made for the user, who should know it. */
     const char *left_out = data_file_names(arena, data, false);
@@ -11756,7 +11758,7 @@ static void warn_of_written_ends(const struct Dataset *data, const struct Tokeni
  * or, if no name says "train", for those whose names say nothing of a split.  test: data_splits */
 static struct Dataset *dataset_load(struct Arena *arena, const char *path, const unsigned *shapes,
                                     size_t shape_count) {
-    return dataset_open(arena, path, shapes, shape_count, NULL);
+    return dataset_open(arena, path, (struct Shapes){shapes, shape_count}, NULL);
 }
 
 /* dataset_load_held_out -- rows to measure a training on, of the shape of the rows it learns from.
@@ -11764,7 +11766,7 @@ static struct Dataset *dataset_load(struct Arena *arena, const char *path, const
  * for a file that the training reads: a model that has seen the answers does well on them. */
 static struct Dataset *dataset_load_held_out(struct Arena *arena, const char *path,
                                              const struct Dataset *training) {
-    return dataset_open(arena, path, &training->shape, 1, training);
+    return dataset_open(arena, path, (struct Shapes){&training->shape, 1}, training);
 }
 
 /* =============================================================================================
