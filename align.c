@@ -12482,7 +12482,7 @@ static void config_save(const struct GPT2 *model, const char *folder) {
     const struct GPT2Config *c = &model->config;
     bool classifier = model->score.n > 0;
     struct Output out = output_open(folder, "config.json");
-    /* 1. the class that AutoModelForSequenceClassification or AutoModelForCausalLM will make of it */
+    /* 1. the class that AutoModel... will make of it */
     fprintf(out.file,
             "{\n  \"activation_function\": \"gelu_new\",\n  \"architectures\": [\"%s\"],\n"
             "  \"attn_pdrop\": 0.0,\n  \"bos_token_id\": %d,\n  \"dtype\": \"float32\",\n"
