@@ -4261,8 +4261,8 @@ struct Adapter {
     const char *target_modules; /* names of the layers that it adapts */
     const char *base_model_name_or_path;
     bool use_rslora; /* see adapter_scale */
-    bool pattern; /* target_modules is a regular expression, not a list of names */
-    bool partial; /* exclude_modules or layers_to_transform leave some of these layers out */
+    bool
+        partial; /* which of these layers is for the file's tensors to say: a pattern, exceptions */
 };
 
 /* What the forward pass keeps of one block for the backward pass. */
@@ -5341,18 +5341,24 @@ static void lora_merge(struct Linear *linear) {
     lora_remove(linear);
 }
 
+/* What is empty leaves the list of a model's tensors: it is neither trained nor saved any more. */
+static void drop_empty_tensors(struct GPT2 *model) {
+    /* the others move up, in their order */
+    size_t kept = 0;
+    for (size_t i = 0; i < model->tensor_count; i++)
+        if (model->tensors[i]->n)
+            model->tensors[kept++] = model->tensors[i];
+    model->tensor_count = kept;
+}
+
 /* adapter_merge -- folds the whole adapter into its base: the same model up to rounding, as fast as
  * one without an adapter, and a checkpoint that any program reads.             test: lora_merge */
 static void adapter_merge(struct GPT2 *model) {
     for (size_t i = 0; i < 4 * model->config.n_layer; i++)
         lora_merge(adaptable(model, i));
 
-    /* A and B, now empty, leave the list of tensors: they must not be saved */
-    size_t kept = 0;
-    for (size_t i = 0; i < model->tensor_count; i++)
-        if (model->tensors[i]->n)
-            model->tensors[kept++] = model->tensors[i];
-    model->tensor_count = kept;
+    /* A and B are empty now, and must not be saved */
+    drop_empty_tensors(model);
     model->adapter.r = 0;
 }
 
@@ -10581,14 +10587,18 @@ static bool same_file(const char *a, const char *b) {
     return x.st_dev == y.st_dev && x.st_ino == y.st_ino && (x.st_ino != 0 || strcmp(a, b) == 0);
 }
 
-/* Git LFS leaves three lines of text in the place of a large file that was not fetched. */
-static void check_fetched(const char *path, const char *start, size_t n) {
-    /* models and data are often cloned without git-lfs installed; the pointer would be refused
-     * as a broken file, and nobody would know why */
-    static const char pointer[] = "version https://git-lfs.github.com/";
-    bool is_pointer = n >= strlen(pointer) && memcmp(start, pointer, strlen(pointer)) == 0;
-    CHECK(!is_pointer, "%s: is a Git LFS pointer, not the file itself; fetch it: git lfs pull",
-          path);
+/* Does a text begin with this word? */
+static bool text_starts(struct Text text, const char *word) {
+    size_t length = strlen(word);
+    return text.length >= length && memcmp(text.data, word, length) == 0;
+}
+
+/* Git LFS leaves three lines of text in the place of a large file that was not fetched. Models and
+ * data are often cloned without git-lfs installed; the pointer would be refused as a broken file,
+ * and nobody would know why. */
+static void check_fetched(const char *path, struct Text start) {
+    CHECK(!text_starts(start, "version https://git-lfs.github.com/"),
+          "%s: is a Git LFS pointer, not the file itself; fetch it: git lfs pull", path);
 }
 
 /* The whole of a file (or "-", standard input) with a NUL behind it. */
@@ -10616,7 +10626,7 @@ static struct Text read_file(struct Arena *arena, const char *path) {
     CHECK(!ferror(file), "%s: %s", path, strerror(errno));
     if (!is_stdin) {
         fclose(file);
-        check_fetched(path, buffer, used);
+        check_fetched(path, (struct Text){buffer, used});
     }
     struct Text text = text_copy(arena, (struct Text){buffer, used});
     free(buffer);
@@ -10773,8 +10783,11 @@ struct Json {
     struct Text key, string;
     double number;
     enum JsonType type;
+    bool is_taken; /* a tensor of a file's header that has been read (chapter 24) */
 };
 
+/* It reads a copy that ends in a NUL: so the next character can always be looked at, and C's own
+ * functions stop in time. */
 struct JsonParser {
     struct Arena *arena;
     const char *at, *end;
@@ -10790,24 +10803,14 @@ static struct Json *json_fail(struct JsonParser *p, const char *error) {
     return NULL;
 }
 
-/* Does this word stand at p->at? */
-static bool json_at(const struct JsonParser *p, const char *word) {
-    size_t length = strlen(word);
-    return (size_t)(p->end - p->at) >= length && memcmp(p->at, word, length) == 0;
-}
-
 /* As json_fail, but if what stands there belongs to a notation that is often taken for JSON, it
  * is named instead. */
 static struct Json *json_expected(struct JsonParser *p, const char *error) {
-    static const struct {
-        const char *start, *error;
-    } foreign[] = {
+    static const char *const foreign[][2] = {
         {"NaN", "NaN is not JSON; write null, or leave the field out"},
         {"nan", "nan is not JSON; write null, or leave the field out"},
         {"Infinity", "Infinity is not JSON; write a number, or null"},
         {"-Infinity", "-Infinity is not JSON; write a number, or null"},
-        {"inf", "inf is not JSON; write a number, or null"},
-        {"-inf", "-inf is not JSON; write a number, or null"},
         {"None", "None is Python, JSON has null; in Python, write a row with json.dumps"},
         {"True", "True is Python, JSON has true; in Python, write a row with json.dumps"},
         {"False", "False is Python, JSON has false; in Python, write a row with json.dumps"},
@@ -10818,23 +10821,21 @@ static struct Json *json_expected(struct JsonParser *p, const char *error) {
     };
     /* the first that stands there: none is the beginning of a later one */
     for (size_t i = 0; i < COUNT(foreign); i++)
-        if (json_at(p, foreign[i].start))
-            return json_fail(p, foreign[i].error);
+        if (strncmp(p->at, foreign[i][0], strlen(foreign[i][0])) == 0)
+            return json_fail(p, foreign[i][1]);
     return json_fail(p, error);
 }
 
 static void json_space(struct JsonParser *p) {
-    while (p->at < p->end && (*p->at == ' ' || *p->at == '\t' || *p->at == '\n' || *p->at == '\r'))
-        p->at++;
+    p->at += strspn(p->at, " \t\n\r");
 }
 
 /* Takes this character if it comes next, behind spaces. */
 static bool json_take(struct JsonParser *p, char c) {
     json_space(p);
-    if (p->at >= p->end || *p->at != c)
-        return false;
-    p->at++;
-    return true;
+    bool found = *p->at == c;
+    p->at += found;
+    return found;
 }
 
 /* A code point as 1 to 4 bytes of UTF-8: 6 bits in each byte but the first, which has the rest
@@ -10849,26 +10850,25 @@ static size_t utf8_write(char *to, uint32_t c) {
 }
 
 /* Four hexadecimal digits, or -1. */
-static int32_t json_hex4(const char *at, const char *end) {
+static int32_t json_hex4(const char *at) {
     char digits[5] = "";
-    memcpy(digits, at, MIN((size_t)(end - at), (size_t)4));
-    return strspn(digits, "0123456789abcdefABCDEF") == 4 ? (int32_t)strtol(digits, NULL, 16) : -1;
+    if (strspn(at, "0123456789abcdefABCDEF") < 4)
+        return -1;
+    return (int32_t)strtol(memcpy(digits, at, 4), NULL, 16);
 }
 
 /* After "\u": one code point, or -1. Those above U+FFFF are written as two halves, a high
  * surrogate (D800 to DBFF) and a low one (DC00 to DFFF).
  * By hand: \ud83d\ude00 is 10000 + (3d << 10) + 200 = U+1F600, a face. */
 static int32_t json_code_point(struct JsonParser *p) {
-    int32_t c = json_hex4(p->at, p->end);
-    int32_t low = -1;
-    if (c >= 0)
-        p->at += 4;
+    int32_t c = json_hex4(p->at);
+    p->at += c >= 0 ? 4 : 0;
     /* most characters are no half of one, and a mistake (-1) is passed on */
     if (c < 0xd800 || c > 0xdfff)
         return c;
     /* a high half takes the low one that must follow it; any other half stands for nothing */
-    if (c < 0xdc00 && json_at(p, "\\u"))
-        low = json_hex4(p->at + 2, p->end);
+    bool is_high = c < 0xdc00 && p->at[0] == '\\' && p->at[1] == 'u';
+    int32_t low = is_high ? json_hex4(p->at + 2) : -1;
     if (low < 0xdc00 || low > 0xdfff)
         return 0xfffd;
     /* both halves: ten bits of the one, ten of the other */
@@ -10892,12 +10892,10 @@ static bool json_escape(struct JsonParser *p, uint32_t *c) {
 static bool json_string(struct JsonParser *p, struct Text *out) {
     /* 1. Where does it end? An escaped quote does not end it. */
     const char *close = p->at + 1;
-    while (close < p->end && *close != '"')
-        close += *close == '\\' ? 2 : 1;
-    if (close >= p->end) {
-        static const char error[] = "a string without its closing quote; a line break in it is \\n";
-        return json_fail(p, error);
-    }
+    while (*close && *close != '"')
+        close += *close == '\\' && close[1] ? 2 : 1;
+    if (*close != '"')
+        return json_fail(p, "a string without its closing quote; a line break in it is \\n");
 
     /* 2. Room for it: decoding never makes a string longer. */
     char *start = arena_alloc(p->arena, (size_t)(close - p->at), 1);
@@ -10925,58 +10923,38 @@ static bool json_string(struct JsonParser *p, struct Text *out) {
 /* [-] digits [. digits] [e digits]: narrower than strtod, which takes "+1", ".5" and "0x1" too.
  * The digits stay in `string`: a double holds 53 bits, a whole number may have more. */
 static bool json_number(struct JsonParser *p, struct Json *node) {
-    /* 1. A copy with an end: strtod would read on behind the text's. */
-    char copy[65] = "";
-    memcpy(copy, p->at, MIN((size_t)(p->end - p->at), sizeof copy - 1));
-    copy[strspn(copy, "+-.0123456789eE")] = 0;
-
-    /* 2. Is it a number at all? 012 is none: C would read it as octal. */
-    const char *first = copy + (*copy == '-');
-    bool is_octal = first[0] == '0' && isdigit((unsigned char)first[1]);
-    bool is_number = isdigit((unsigned char)first[0]) && !is_octal;
-    if (!is_number)
+    static const char digits[] = "0123456789";
+    /* 1. The whole part. 012 is no number: C would read it as octal. */
+    const char *at = p->at + (*p->at == '-');
+    size_t whole = strspn(at, digits);
+    if (whole == 0 || (whole > 1 && *at == '0'))
         return json_expected(p, "a value was expected");
+    at += whole;
 
-    /* 3. Convert it, and refuse what strtod forgives or cannot hold. */
-    char *end;
-    node->number = strtod(copy, &end);
-    const char *point = strchr(copy, '.');
-    if (point && point < end && !isdigit((unsigned char)point[1]))
-        return json_fail(p, "a number ends in its decimal point");
-    if (*end == 'e' || *end == 'E')
-        return json_fail(p, "a number without its exponent");
-    if (end == copy + sizeof copy - 1)
-        return json_fail(p, "a number of more than 63 characters");
+    /* 2. What may follow it must have digits of its own. */
+    if (*at == '.') {
+        if (!isdigit((unsigned char)*++at))
+            return json_fail(p, "a number ends in its decimal point");
+        at += strspn(at, digits);
+    }
+    if (*at == 'e' || *at == 'E') {
+        at++;
+        at += *at == '+' || *at == '-';
+        if (!isdigit((unsigned char)*at))
+            return json_fail(p, "a number without its exponent");
+        at += strspn(at, digits);
+    }
+
+    /* 3. Its value. */
+    node->number = strtod(p->at, NULL);
     if (!isfinite(node->number))
         return json_fail(p, "a number beyond 1.8e308");
-    node->string = (struct Text){p->at, (size_t)(end - copy)};
-    p->at += end - copy;
+    node->string = (struct Text){p->at, (size_t)(at - p->at)};
+    p->at = at;
     return true;
 }
 
 static struct Json *json_value(struct JsonParser *p);
-
-/* One item of an array; in an object, a member: its name, a colon, its value. */
-static struct Json *json_item(struct JsonParser *p, bool is_member) {
-    struct Text key = {0};
-    json_space(p);
-    /* 1. A member has a name. */
-    if (is_member) {
-        if (!json_at(p, "\""))
-            return json_expected(p, "a member's name in quotes was expected");
-        if (!json_string(p, &key))
-            return NULL;
-        json_space(p);
-        if (p->at >= p->end || *p->at++ != ':')
-            return json_fail(p, "':' was expected after a member's name");
-    }
-
-    /* 2. The value, which may be a container again. A mistake in it has been noted already. */
-    struct Json *item = json_value(p);
-    if (item)
-        item->key = key;
-    return item;
-}
 
 /* The inside of [...] or {...}; p->at stands behind the opening bracket. */
 static struct Json *json_container(struct JsonParser *p, struct Json *node, char close) {
@@ -10987,25 +10965,36 @@ static struct Json *json_container(struct JsonParser *p, struct Json *node, char
     /* this function calls itself: a file of nothing but brackets must not use up the stack */
     if (++p->depth > JSON_MAX_DEPTH)
         return json_fail(p, "brackets nested more than 64 deep");
-    for (;;) {
-        struct Json *item = json_item(p, is_object);
+    do {
+        /* 1. A member has a name. */
+        struct Text key = {0};
+        json_space(p);
+        if (*p->at == close)
+            return json_fail(p, "a comma before the closing bracket; take it out");
+        if (is_object) {
+            if (*p->at != '"')
+                return json_expected(p, "a member's name in quotes was expected");
+            if (!json_string(p, &key))
+                return NULL;
+            if (!json_take(p, ':'))
+                return json_fail(p, "':' was expected after a member's name");
+        }
+
+        /* 2. The value, which may be a container again. A mistake in it has been noted already. */
+        struct Json *item = json_value(p);
         if (!item)
             return NULL;
+        item->key = key;
         *tail = item;
         tail = &item->next;
         node->number++;
-        /* behind an item: a comma and another one, or the end */
-        if (json_take(p, ',')) {
-            json_space(p);
-            if (p->at < p->end && *p->at == close)
-                return json_fail(p, "a comma before the closing bracket; take it out");
-        } else if (json_take(p, close)) {
-            p->depth--;
-            return node;
-        } else
-            return json_expected(p,
-                                 is_object ? "',' or '}' was expected" : "',' or ']' was expected");
-    }
+    } while (json_take(p, ','));
+
+    /* 3. Without a comma it ends here. */
+    p->depth--;
+    if (json_take(p, close))
+        return node;
+    return json_expected(p, is_object ? "',' or '}' was expected" : "',' or ']' was expected");
 }
 
 /* Any value: its first character says of which type. */
@@ -11017,7 +11006,7 @@ static struct Json *json_value(struct JsonParser *p) {
         return json_fail(p, "it ends where a value was expected");
     struct Json *node = arena_zeros(p->arena, 1, sizeof *node);
     for (size_t type = 0; type < COUNT(words); type++) {
-        if (!json_at(p, words[type]))
+        if (strncmp(p->at, words[type], strlen(words[type])) != 0)
             continue;
         p->at += strlen(words[type]);
         node->type = (enum JsonType)type;
@@ -11039,19 +11028,17 @@ static struct Json *json_value(struct JsonParser *p) {
 
 /* A text without the mark (U+FEFF) that Windows' editors begin a file with. */
 static struct Text text_without_mark(struct Text text) {
-    bool has_mark = text.length >= 3 && memcmp(text.data, "\xef\xbb\xbf", 3) == 0;
-    return (struct Text){text.data + 3 * has_mark, text.length - 3 * has_mark};
+    size_t mark = text_starts(text, "\xef\xbb\xbf") ? 3 : 0;
+    return (struct Text){text.data + mark, text.length - mark};
 }
 
 /* One JSON value and nothing behind it. On a mistake NULL, *error says what, *where the byte. */
 static struct Json *json_parse(struct Arena *arena, struct Text text, const char **error,
                                size_t *where) {
-    struct JsonParser p = {
-        .arena = arena,
-        .at = text_without_mark(text).data,
-        .end = text.data + text.length,
-    };
     /* 1. The value. */
+    text = text_copy(arena, text);
+    const char *start = text_without_mark(text).data;
+    struct JsonParser p = {.arena = arena, .at = start, .end = text.data + text.length};
     struct Json *value = json_value(&p);
     json_space(&p);
 
@@ -11120,27 +11107,36 @@ static size_t json_size(const struct Json *json, size_t max, const char *path, c
     return (size_t)json->number;
 }
 
-/* A string in quotes; `before`, its key for example, goes in front of it. A model can write half a
- * character; JSON is UTF-8, so such bytes become U+FFFD.                        test: json_write */
+/* Takes the next character off a text that may be anything, a model's words for example. It can
+ * hold half a character: a byte that is part of none counts as U+FFFD. */
+static uint32_t text_take(struct Text *text) {
+    uint32_t c;
+    size_t length = utf8_read((const unsigned char *)text->data, text->length, &c);
+    size_t taken = MAX(length, (size_t)1);
+    *text = (struct Text){text->data + taken, text->length - taken};
+    return length > 0 ? c : 0xfffd;
+}
+
+/* Characters that would steer a terminal: 0 to 31, 127, and 128 to 159. */
+static bool is_control(uint32_t c) {
+    return c < 32 || (c >= 127 && c < 160);
+}
+
+/* A string in quotes; `before`, its key for example, goes in front of it.       test: json_write */
 static void json_write_string(FILE *file, const char *before, struct Text text) {
     static const char plain[] = "\"\\\n\r\t";
     static const char letters[] = "\"\\nrt";
-    /* character by character, for escapes depend on whole ones, not on bytes */
     fprintf(file, "%s\"", before);
-    for (size_t i = 0, length; i < text.length; i += length) {
-        uint32_t c;
-        const char *escape;
-        length = utf8_read((const unsigned char *)text.data + i, text.length - i, &c);
-        if (length == 0) {
-            fputs("\xef\xbf\xbd", file);
-            length = 1;
-        } else if (c < 128 && c && (escape = strchr(plain, (int)c)))
+    while (text.length > 0) {
+        char bytes[4];
+        uint32_t c = text_take(&text);
+        const char *escape = c > 0 && c < 128 ? strchr(plain, (int)c) : NULL;
+        if (escape)
             fprintf(file, "\\%c", letters[escape - plain]);
-        else if (c < 0x20 || (c >= 0x7f && c < 0xa0))
-            /* JSON forbids the first of these; the others would steer a terminal */
+        else if (is_control(c)) /* JSON forbids those below 32 */
             fprintf(file, "\\u%04x", (unsigned)c);
         else
-            fwrite(text.data + i, 1, length, file);
+            fwrite(bytes, 1, utf8_write(bytes, c), file);
     }
     fputc('"', file);
 }
@@ -11168,16 +11164,14 @@ static struct Text text_shown(struct Arena *arena, struct Text text, const char 
 }
 
 /* A number as JSON. NaN and infinity, which JSON lacks, become null, Python's None. 9 digits bring
- * any float back bit for bit. The text stays until the eighth call after this one, so one printf
- * can show several.                                                          test: json_write */
-static const char *json_number_text(double x) {
-    static char texts[8][32];
-    static size_t next;
-    char *text = texts[next++ % COUNT(texts)];
-    /* by hand: 0.1f comes out as 0.100000001, and is read back as 0.1f */
-    snprintf(text, sizeof texts[0], "%.9g", x);
+ * any float back bit for bit.
+ * By hand: 0.1f comes out as 0.100000001, and is read back as 0.1f.             test: json_write */
+static const char *json_number_into(char text[32], double x) {
+    snprintf(text, 32, "%.9g", x);
     return isfinite(x) ? text : "null";
 }
+/* The same in memory of the caller's own block, for printf. */
+#define json_number_text(x) json_number_into((char[32]){0}, x)
 
 static void json_write_ids(FILE *file, const char *before, const int *ids, size_t n) {
     fprintf(file, "%s[", before);
@@ -11207,55 +11201,52 @@ static void json_write_floats(FILE *file, const char *before, const float *x, si
  * without the rows that are wanted are refused with the command that makes them fit.
  * ============================================================================================= */
 
-/* A place in a binary file; whoever would read behind its end is stopped. */
-struct Reader {
-    const unsigned char *at, *end;
-    const char *path;
-};
+/* How a tokenizer.bin comes about, for messages. */
+#define MAKE_TOKENIZER \
+    "python3 prepare_imdb.py tokenizer --source DIR (with encoder.json, vocab.bpe)"
 
-/* The next n bytes. `what` they are: for the message, should the file end before. */
-static const unsigned char *reader_take(struct Reader *r, size_t n, const char *what) {
-    CHECK((size_t)(r->end - r->at) >= n,
-          "%s: ends inside its %s; make it again: python3 prepare_imdb.py tokenizer --source DIR "
-          "(with encoder.json, vocab.bpe)",
-          r->path, what);
-    const unsigned char *start = r->at;
-    r->at += n;
-    return start;
+/* Takes the next n bytes off a file; whoever would read behind its end is stopped. `what` they
+ * are: for the message. */
+static const unsigned char *tokenizer_take(const struct Tokenizer *tok, struct Text *rest, size_t n,
+                                           const char *what) {
+    CHECK(rest->length >= n, "%s: ends inside its %s; make it again: " MAKE_TOKENIZER, tok->path,
+          what);
+    const char *start = rest->data;
+    *rest = (struct Text){start + n, rest->length - n};
+    return (const unsigned char *)start;
 }
 
-static uint32_t reader_u32(struct Reader *r, const char *what) {
-    const unsigned char *b = reader_take(r, 4, what);
+static uint32_t tokenizer_u32(const struct Tokenizer *tok, struct Text *rest, const char *what) {
+    const unsigned char *b = tokenizer_take(tok, rest, 4, what);
     return b[0] | (uint32_t)b[1] << 8 | (uint32_t)b[2] << 16 | (uint32_t)b[3] << 24;
 }
 
 /* llm.c's header: 256 words, of which four say something. */
-static void tokenizer_read_header(struct Tokenizer *tok, struct Reader *r) {
+static void tokenizer_read_header(struct Tokenizer *tok, struct Text *rest) {
     /* The length is llm.c's choice, room for things to come. */
     uint32_t header[256];
     for (size_t i = 0; i < COUNT(header); i++)
-        header[i] = reader_u32(r, "header");
+        header[i] = tokenizer_u32(tok, rest, "header");
     CHECK(header[0] == TOKENIZER_MAGIC && header[1] == TOKENIZER_VERSION,
-          "%s: not a tokenizer.bin of version 2 (it starts with %u, %u); make one: python3 "
-          "prepare_imdb.py tokenizer --source DIR",
-          r->path, header[0], header[1]);
+          "%s: not a tokenizer.bin of version 2 (it starts with %u, %u); make one: " MAKE_TOKENIZER,
+          tok->path, header[0], header[1]);
     /* Ids are stored in 16 bits in the merges: 65536 are all there can be. */
     tok->vocab_size = header[2];
     tok->end_token = (int)header[3];
     CHECK(tok->vocab_size > BYTE_TOKENS && tok->vocab_size <= 65536
               && header[3] == tok->vocab_size - 1,
-          "%s: a vocabulary of %zu with end token %u; 257 to 65536 ids, the end token last, are "
-          "read",
-          r->path, tok->vocab_size, header[3]);
+          "%s: has %zu ids and end token %u; 257 to 65536 ids, the end token last, are read",
+          tok->path, tok->vocab_size, header[3]);
 }
 
 /* The tokens: a byte that says how long, and their bytes. The first 256 are the single bytes, in
  * an order of GPT-2's own. */
-static void tokenizer_read_tokens(struct Tokenizer *tok, struct Reader *r, struct Arena *arena) {
+static void tokenizer_read_tokens(struct Tokenizer *tok, struct Text *rest, struct Arena *arena) {
     tok->token = arena_alloc(arena, tok->vocab_size, sizeof *tok->token);
     for (size_t id = 0; id < tok->vocab_size; id++) {
-        size_t length = *reader_take(r, 1, "tokens");
-        tok->token[id] = (struct Text){(const char *)reader_take(r, length, "tokens"), length};
+        size_t length = *tokenizer_take(tok, rest, 1, "tokens");
+        const unsigned char *bytes = tokenizer_take(tok, rest, length, "tokens");
+        tok->token[id] = (struct Text){(const char *)bytes, length};
     }
     /* Every byte must have its id: encoding starts from them, whatever the text. 256 ids without a
      * repetition are all there are. */
@@ -11263,58 +11254,54 @@ static void tokenizer_read_tokens(struct Tokenizer *tok, struct Reader *r, struc
     for (int id = 0; id < BYTE_TOKENS; id++) {
         int *byte = &tok->byte_token[(unsigned char)tok->token[id].data[0]];
         CHECK(tok->token[id].length == 1 && *byte < 0, "%s: id %d is not a single byte of its own",
-              r->path, id);
+              tok->path, id);
         *byte = id;
     }
 }
 
-/* Merge i makes the token BYTE_TOKENS + i of two that came before it. */
-static void tokenizer_read_merge(struct Tokenizer *tok, struct Reader *r, size_t i) {
-    uint32_t pair = tok->merge_pair[i] = reader_u32(r, "merges");
-    uint32_t id = (uint32_t)(BYTE_TOKENS + i);
-    CHECK((pair & 0xffff) < id && pair >> 16 < id, "%s: merge %zu uses an id that comes after it",
-          r->path, i);
-    /* the file says twice what the token is; both must agree, or texts would decode to others */
-    struct Text left = tok->token[pair & 0xffff];
-    struct Text right = tok->token[pair >> 16];
-    struct Text both = tok->token[id];
-    bool joined = both.length == left.length + right.length
-                  && !memcmp(both.data, left.data, left.length)
-                  && !memcmp(both.data + left.length, right.data, right.length);
-    CHECK(joined, "%s: token %u is not what merge %zu makes", r->path, id, i);
-    int *slot = &tok->merge_id[merge_slot(tok, pair)];
-    CHECK(*slot < 0, "%s: merge %zu stands there twice", r->path, i);
-    *slot = (int)id;
-}
-
-/* All merges, and the hash table in which encoding looks a pair up. */
-static void tokenizer_read_merges(struct Tokenizer *tok, struct Reader *r, struct Arena *arena) {
+/* The merges, and the hash table in which encoding looks a pair up. Merge i makes the token
+ * BYTE_TOKENS + i of two that came before it. */
+static void tokenizer_read_merges(struct Tokenizer *tok, struct Text *rest, struct Arena *arena) {
+    struct Arena scratch = {0};
     /* 1. A merge makes one token: with the bytes and the end token they are the whole
      *    vocabulary, so the file states its size twice. */
-    tok->merges = reader_u32(r, "merges");
+    tok->merges = tokenizer_u32(tok, rest, "merges");
     CHECK(tok->merges + BYTE_TOKENS + 1 == tok->vocab_size,
-          "%s: %zu merges do not make a vocabulary of %zu", r->path, tok->merges, tok->vocab_size);
+          "%s: %zu merges do not make a vocabulary of %zu", tok->path, tok->merges,
+          tok->vocab_size);
     tok->merge_pair = arena_alloc(arena, tok->merges, sizeof *tok->merge_pair);
-
-    /* 2. An empty table, into which the merges go in their order. */
     tok->merge_id = arena_alloc(arena, MERGE_SLOTS, sizeof *tok->merge_id);
-    for (size_t i = 0; i < MERGE_SLOTS; i++)
-        tok->merge_id[i] = -1;
-    for (size_t i = 0; i < tok->merges; i++)
-        tokenizer_read_merge(tok, r, i);
+    memset(tok->merge_id, -1, MERGE_SLOTS * sizeof *tok->merge_id);
+    for (size_t i = 0; i < tok->merges; i++) {
+        uint32_t pair = tok->merge_pair[i] = tokenizer_u32(tok, rest, "merges");
+        size_t id = BYTE_TOKENS + i;
+        size_t left = pair & 0xffff;
+        size_t right = pair >> 16;
+
+        /* 2. The file says twice what the token is; both must agree, or texts would decode to
+         *    others. */
+        bool agree =
+            left < id && right < id
+            && text_equal(text_join(&scratch, tok->token[left], tok->token[right]), tok->token[id]);
+        CHECK(agree, "%s: token %zu is not what merge %zu makes", tok->path, id, i);
+        tok->merge_id[merge_slot(tok, pair)] = (int)id;
+        arena_reset(&scratch);
+    }
+    arena_free(&scratch);
 }
 
 /* Unicode's letters, numbers and spaces: of each how many ranges, and these in order. */
-static void tokenizer_read_classes(struct Tokenizer *tok, struct Reader *r, struct Arena *arena) {
+static void tokenizer_read_classes(struct Tokenizer *tok, struct Text *rest, struct Arena *arena) {
+    static const char what[] = "Unicode classes";
     tok->char_class = arena_zeros(arena, UNICODE_END, 1);
     /* letters, then numbers, then spaces; all other characters are CLASS_OTHER */
     for (int class = CLASS_LETTER; class <= CLASS_SPACE; class ++) {
-        for (uint32_t n = reader_u32(r, "Unicode classes"), next = 0; n > 0; n--) {
-            uint32_t first = reader_u32(r, "Unicode classes");
-            uint32_t last = reader_u32(r, "Unicode classes");
+        for (uint32_t n = tokenizer_u32(tok, rest, what), next = 0; n > 0; n--) {
+            uint32_t first = tokenizer_u32(tok, rest, what);
+            uint32_t last = tokenizer_u32(tok, rest, what);
             /* in order and without overlaps, or a character would have two classes */
             CHECK(first >= next && first <= last && last < UNICODE_END,
-                  "%s: a Unicode range from %u to %u, after one that ends before %u", r->path,
+                  "%s: a Unicode range from %u to %u, after one that ends before %u", tok->path,
                   first, last, next);
             memset(tok->char_class + first, class, last - first + 1);
             next = last + 1;
@@ -11327,15 +11314,13 @@ static void tokenizer_read_classes(struct Tokenizer *tok, struct Reader *r, stru
 static struct Tokenizer *tokenizer_load(struct Arena *arena, const char *path) {
     struct Tokenizer *tok = arena_zeros(arena, 1, sizeof *tok);
     tok->path = arena_printf(arena, "%s", path);
-    struct Text file = read_file(arena, path);
-    const unsigned char *start = (const unsigned char *)file.data;
-    struct Reader r = {start, start + file.length, path};
+    struct Text rest = read_file(arena, path);
     /* each part needs those before it: merges are checked against tokens, tokens counted by the
      * header */
-    tokenizer_read_header(tok, &r);
-    tokenizer_read_tokens(tok, &r, arena);
-    tokenizer_read_merges(tok, &r, arena);
-    tokenizer_read_classes(tok, &r, arena);
+    tokenizer_read_header(tok, &rest);
+    tokenizer_read_tokens(tok, &rest, arena);
+    tokenizer_read_merges(tok, &rest, arena);
+    tokenizer_read_classes(tok, &rest, arena);
     return tok;
 }
 
@@ -11390,6 +11375,9 @@ static void tokenizer_save(const struct Tokenizer *tok, const char *folder, size
 static void tokenizer_check_folder(const struct Tokenizer *tok, const char *folder,
                                    size_t vocab_size) {
     struct Arena arena = {0};
+    size_t end = (size_t)endoftext_id(vocab_size);
+    CHECK(end < tok->vocab_size, "%s: has %zu ids, %s only %zu; another --tokenizer is needed",
+          folder, vocab_size, tok->path, tok->vocab_size);
     /* 1. the vocabulary, in the older of two files or in the newer one; there may be neither */
     const char *path = arena_printf(&arena, "%s/vocab.json", folder);
     const char *newer = arena_printf(&arena, "%s/tokenizer.json", folder);
@@ -11398,18 +11386,13 @@ static void tokenizer_check_folder(const struct Tokenizer *tok, const char *fold
         vocab = json_read_file(&arena, path);
     else if (file_exists(path = newer))
         vocab = json_get(json_get(json_read_file(&arena, path), "model"), "vocab");
-    CHECK((size_t)endoftext_id(vocab_size) < tok->vocab_size,
-          "%s: has %zu ids, %s only %zu; another --tokenizer is needed", folder, vocab_size,
-          tok->path, tok->vocab_size);
     CHECK(!vocab || vocab->type == JSON_OBJECT,
           "%s: its vocabulary is not an object {\"token\": id, ...}", path);
 
     /* 2. token by token; those behind GPT-2's own are read by added_tokens */
     for (struct Json *item = vocab ? vocab->child : NULL; item; item = item->next) {
         size_t id = json_size(item, 1 << 24, path, "an id of the vocabulary");
-        if (id >= (size_t)endoftext_id(vocab_size))
-            continue;
-        struct Text ours = token_as_unicode(&arena, tok->token[id]);
+        struct Text ours = id < end ? token_as_unicode(&arena, tok->token[id]) : item->key;
         CHECK(text_equal(ours, item->key),
               "%s: id %zu is \"%s\" here, \"%s\" in %s: another vocabulary than GPT-2's; this "
               "model cannot be used",
@@ -11418,22 +11401,10 @@ static void tokenizer_check_folder(const struct Tokenizer *tok, const char *fold
     arena_free(&arena);
 }
 
-/* Of a list of tokens, the names of those with ids from `first` to below `end`. transformers writes
- * {"name": id}, [{"id": id, "content": "name"}] or {"id": {"content": "name"}}. */
-static void added_tokens_read(const struct Json *list, size_t first, size_t end,
-                              struct Text *names) {
-    for (const struct Json *item = list ? list->child : NULL; item; item = item->next) {
-        /* the three forms, told apart by the type of an item; the third has the id as its key */
-        const struct Json *id = item->type == JSON_NUMBER ? item : json_get(item, "id");
-        const struct Json *content = json_get(item, "content");
-        double number = id ? id->number : item->key.data ? strtod(item->key.data, NULL) : 0;
-        if (number >= (double)first && number < (double)end)
-            names[(size_t)number - first] = content ? content->string : item->key;
-    }
-}
-
 /* The tokens that a model's folder adds behind GPT-2's own, ids `first` to `end` - 1: their names,
- * empty where an id only rounds up the vocabulary (50304 is a multiple of 64, 50257 is not). */
+ * empty where an id only rounds up the vocabulary (50304 is a multiple of 64, 50257 is not).
+ * transformers lists them as {"name": id}, [{"id": id, "content": "name"}] or
+ * {"id": {"content": "name"}}. */
 static struct Text *added_tokens(struct Arena *arena, const char *folder, size_t first,
                                  size_t end) {
     static const char *const lists[][2] = {{"vocab.json", NULL},
@@ -11445,17 +11416,24 @@ static struct Text *added_tokens(struct Arena *arena, const char *folder, size_t
     struct Text *names = arena_zeros(arena, end - first, sizeof *names);
     for (size_t i = 0; i < COUNT(lists) && first < end; i++) {
         const char *path = arena_printf(arena, "%s/%s", folder, lists[i][0]);
-        if (!file_exists(path))
-            continue;
-        const struct Json *json = json_read_file(arena, path);
-        added_tokens_read(lists[i][1] ? json_get(json, lists[i][1]) : json, first, end, names);
+        const struct Json *list = file_exists(path) ? json_read_file(arena, path) : NULL;
+        if (lists[i][1])
+            list = json_get(list, lists[i][1]);
+        for (const struct Json *item = list ? list->child : NULL; item; item = item->next) {
+            /* the three forms, told apart by an item's type; the third has the id as its key */
+            const struct Json *id = item->type == JSON_NUMBER ? item : json_get(item, "id");
+            const struct Json *content = json_get(item, "content");
+            double number = id ? id->number : item->key.data ? strtod(item->key.data, NULL) : 0;
+            if (number >= (double)first && number < (double)end)
+                names[(size_t)number - first] = content ? content->string : item->key;
+        }
     }
     return names;
 }
 
 /* What the name of a file in a folder says about it: which split it belongs to, and how much that
  * counts beside the names of the other files. */
-enum Split { SPLIT_NONE, SPLIT_TRAIN, SPLIT_VALIDATION, SPLIT_TEST };
+enum Split { SPLIT_NONE, SPLIT_TRAIN, SPLIT_VALIDATION, SPLIT_TEST, SPLITS };
 enum SplitRank { RANK_FILE, RANK_FOLDER, RANK_SHARD, RANKS };
 
 struct DataFile {
@@ -11465,15 +11443,21 @@ struct DataFile {
     bool is_read;
 };
 
+/* The shapes that rows may have, best first. */
+struct Shapes {
+    const unsigned *list;
+    size_t n;
+};
+
 /* The fields of shapes, for a message:  "chosen" + "rejected", or "text" */
-static const char *shape_names(struct Arena *arena, const unsigned *shapes, size_t count) {
+static const char *shape_names(struct Arena *arena, struct Shapes shapes) {
     /* "a" + "b", or "c": the joint that comes next is " + " within a shape and ", or " between
      * two */
     const char *names = "";
     const char *joint = "";
-    for (size_t s = 0; s < count; s++, joint = ", or ")
+    for (size_t s = 0; s < shapes.n; s++, joint = ", or ")
         for (size_t i = 0; i < COUNT(FIELD_NAMES); i++) {
-            if (!(shapes[s] >> i & 1))
+            if (!(shapes.list[s] >> i & 1))
                 continue;
             names = arena_printf(arena, "%s%s\"%s\"", names, joint, FIELD_NAMES[i]);
             joint = " + ";
@@ -11495,36 +11479,8 @@ static int *json_ids(struct Arena *arena, const struct Json *array, size_t *coun
     return ids;
 }
 
-/* A place is "FILE:LINE". Returns how many bytes FILE has, for printf's "%.*s". */
-static int path_bytes(const char *place) {
-    return (int)(strrchr(place, ':') - place);
-}
-
-/* What to do about a line that is not JSON: the end of the message. */
-static const char *line_hint(struct Arena *arena, struct Text line, size_t where, bool is_last,
-                             const char *place) {
-    /* 1. UTF-16 marks its beginning by U+FEFF, in the byte order that the file has */
-    bool low_first = line.length > 1 && memcmp(line.data, "\xff\xfe", 2) == 0;
-    bool high_first = line.length > 1 && memcmp(line.data, "\xfe\xff", 2) == 0;
-    if (low_first || high_first)
-        return "; it is UTF-16, make it UTF-8: iconv -f UTF-16 -t UTF-8";
-    if (*line.data != '{')
-        return "; one object a line was expected: {\"text\": \"...\"}";
-    /* 2. An object that is still open at its line's end was laid out over several lines. */
-    if (is_last || where < line.length)
-        return "";
-    return arena_printf(arena,
-                        "; the object goes on in the next line, it must be on one; "
-                        "run: jq -c . '%.*s' > rows.jsonl",
-                        path_bytes(place), place);
-}
-
-/* Is it a chat, an array of messages that have a role, where a string was expected? */
-static bool is_chat(const struct Json *item) {
-    return item && item->type == JSON_ARRAY && item->child && json_get(item->child, "role");
-}
-
-/* GPT-2 was trained without a chat template, so which text such messages are is the user's choice;
+/* A chat, an array of messages that have a role, where a string was expected, ends the program.
+ * GPT-2 was trained without a chat template, so which text such messages are is the user's choice;
  * the command writes "role: content" lines. A prompt that is a string beside them repeats their
  * beginning and is left out, as TRL does. */
 static void refuse_chat(const struct Json *item, const char *place) {
@@ -11535,13 +11491,13 @@ static void refuse_chat(const struct Json *item, const char *place) {
         "if type(v)==list and v and type(v[0])==dict else v; "
         "[print(json.dumps({k.replace('messages','text'):f(v)for k,v in json.loads(l).items()"
         "if(k,type(v))!=('prompt',str)}))for l in sys.stdin]\"";
-    if (!is_chat(item))
-        return;
+    bool is_chat = item && item->type == JSON_ARRAY && json_get(item->child, "role");
 
     /* 2. The name of the field, and the command for this very file. */
-    die("%s: \"%s\" is a chat, a list of messages, a string was expected (GPT-2 has no chat "
-        "template); flatten it: %s < '%.*s' > rows.jsonl",
-        place, item->key.data, flatten, path_bytes(place), place);
+    CHECK(!is_chat,
+          "%s: \"%s\" is a chat, a list of messages, a string was expected (GPT-2 has no chat "
+          "template); flatten it: %s < '%.*s' > rows.jsonl",
+          place, item->key.data, flatten, (int)(strrchr(place, ':') - place), place);
 }
 
 /* Which of FIELD_NAMES a row has; null counts as absent. */
@@ -11555,12 +11511,11 @@ static unsigned json_fields(const struct Json *json) {
 
 /* A row's score, margin or label; a label may be a truth value too. */
 static double json_field_number(const struct Json *item, bool is_label, const char *place) {
+    double number = is_label && item->type == JSON_TRUE ? 1 : item->number;
     bool is_truth = is_label && (item->type == JSON_TRUE || item->type == JSON_FALSE);
-    double number = is_truth ? item->type == JSON_TRUE : item->number;
-    bool is_number = item->type == JSON_NUMBER && fabs(number) <= FLT_MAX;
     /* rewards are floats: a number beyond them would become infinite */
-    CHECK(is_truth || is_number, "%s: \"%s\" must be a number, at most 3.4e38", place,
-          item->key.data);
+    CHECK(is_truth || (item->type == JSON_NUMBER && fabs(number) <= FLT_MAX),
+          "%s: \"%s\" must be a number, at most 3.4e38", place, item->key.data);
     CHECK(!is_label || number == 0 || number == 1, "%s: \"label\" must be 0 or 1", place);
     return number;
 }
@@ -11570,41 +11525,36 @@ static double json_field_number(const struct Json *item, bool is_label, const ch
 static struct Row dataset_row(struct Arena *keep, const struct Json *json, unsigned shape,
                               const char *place) {
     struct Row row = {.has = json_fields(json)};
-    /* where the first five of enum Field go */
+    /* where the texts go, the first five of enum Field, and the numbers */
     struct Text *texts[] = {&row.text, &row.prompt, &row.completion, &row.chosen, &row.rejected};
+    double *numbers[] = {[5] = &row.label, [6] = &row.score, [9] = &row.margin};
     unsigned used = row.has & (shape | shape >> 16); /* what it must have, and may have */
     for (size_t i = 0; i < COUNT(FIELD_NAMES); i++) {
         const struct Json *item = json_get(json, FIELD_NAMES[i]);
         unsigned field = 1u << i;
         if (!(used & field))
             continue;
-        /* the five texts come first in enum Field */
         if (i < COUNT(texts)) {
             refuse_chat(item, place);
             CHECK(item->type == JSON_STRING, "%s: \"%s\" must be a string", place, FIELD_NAMES[i]);
             *texts[i] = text_copy(keep, item->string);
-        }
-        if (field == HAS_QUERY_IDS)
+        } else if (field == HAS_QUERY_IDS)
             row.query_ids = json_ids(keep, item, &row.query_length, place);
-        if (field == HAS_RESPONSE_IDS)
+        else if (field == HAS_RESPONSE_IDS)
             row.response_ids = json_ids(keep, item, &row.response_length, place);
-        if (field == HAS_LABEL)
-            row.label = json_field_number(item, true, place);
-        if (field == HAS_SCORE)
-            row.score = json_field_number(item, false, place);
-        if (field == HAS_MARGIN)
-            row.margin = json_field_number(item, false, place);
+        else
+            *numbers[i] = json_field_number(item, field == HAS_LABEL, place);
     }
     return row;
 }
 
 /* The first of the shapes that a row fits; 0: none. */
-static unsigned shape_of(unsigned has, const unsigned *shapes, size_t shape_count) {
-    for (size_t i = 0; i < shape_count; i++) {
+static unsigned shape_of(unsigned has, struct Shapes shapes) {
+    for (size_t i = 0; i < shapes.n; i++) {
         /* the lower 16 bits: what a row must have */
-        unsigned required = shapes[i] & (MAY_HAVE(1u) - 1);
+        unsigned required = shapes.list[i] & (MAY_HAVE(1u) - 1);
         if ((has & required) == required)
-            return shapes[i];
+            return shapes.list[i];
     }
     return 0;
 }
@@ -11616,17 +11566,13 @@ static bool is_table(struct Text file, const char *path) {
         return true;
     const char *cell = file.data;
     while (*cell && *cell != '\n') {
-        /* a name, perhaps in quotes; then on to the next cell */
-        if (*cell == '"')
-            cell++;
         struct Text name = {cell, strcspn(cell, ",\t\"\r\n")};
-        for (size_t i = 0; i < COUNT(FIELD_NAMES); i++) {
+        for (size_t i = 0; i < COUNT(FIELD_NAMES); i++)
             if (text_equal(name, text_of(FIELD_NAMES[i])))
                 return true;
-        }
-        cell += strcspn(cell, ",\t\n");
-        if (*cell == ',' || *cell == '\t')
-            cell++;
+        /* on to the next cell, which may be in quotes */
+        cell += name.length;
+        cell += strspn(cell, ",\t\"\r");
     }
     return false;
 }
@@ -11649,9 +11595,7 @@ static const struct Format {
     {"\x1f\x8b", "compressed by gzip", "gzip -dc '", "' > rows.jsonl"},
     {"\x28\xb5\x2f\xfd", "compressed by zstd", "zstd -dc '", "' > rows.jsonl"},
     {"BZh", "compressed by bzip2", "bzip2 -dc '", "' > rows.jsonl"},
-    {"\xfd"
-     "7zXZ",
-     "compressed by xz", "xz -dc '", "' > rows.jsonl"},
+    {"\3757zXZ", "compressed by xz", "xz -dc '", "' > rows.jsonl"},
     {"PK\x03\x04", "a zip archive", "unzip -p '", "' > rows.jsonl"},
     {"", "a table (TSV)", PANDAS("read_table"), PANDAS_END},
     {"", "a table (CSV)", PANDAS("read_csv"), PANDAS_END},
@@ -11665,12 +11609,8 @@ static void refuse_other_formats(struct Text file, const char *path) {
     file = text_without_mark(file);
     size_t blank = strspn(file.data, " \t\r\n");
     file = (struct Text){file.data + blank, file.length - blank};
-    while (format < FORMAT_TSV) {
-        size_t length = strlen(FORMATS[format].start);
-        if (file.length >= length && memcmp(file.data, FORMATS[format].start, length) == 0)
-            break;
+    while (format < FORMAT_TSV && !text_starts(file, FORMATS[format].start))
         format++;
-    }
 
     /* 2. None of them: JSON Lines begin with a brace, a table with the names of its columns. What
      *    is neither is left to the parser, which says what is wrong with the first line. */
@@ -11678,33 +11618,43 @@ static void refuse_other_formats(struct Text file, const char *path) {
         if (*file.data == '{' || !is_table(file, path))
             return;
         bool has_tab = file.data[strcspn(file.data, "\t\n")] == '\t';
-        if (!has_tab)
-            format = FORMAT_CSV;
+        format = has_tab ? FORMAT_TSV : FORMAT_CSV;
     }
     die("%s: is %s, JSON Lines were expected; run: %s%s%s", path, FORMATS[format].name,
         FORMATS[format].before, path, FORMATS[format].after);
 }
 
-/* One line of a file as a JSON object. If it is none, json_object says why; line_hint helps. */
+/* One line of a file as a JSON object, or the program ends and says what may help. */
 static struct Json *dataset_line(struct Arena *scratch, struct Text line, bool is_last,
                                  const char *place) {
     const char *error;
+    const char *hint = "";
     size_t where;
     struct Json *json = json_parse(scratch, line, &error, &where);
     if (json && json->type == JSON_OBJECT)
         return json;
-    const char *hint = json ? "" : line_hint(scratch, line, where, is_last, place);
+    /* UTF-16 marks its beginning by U+FEFF, in the byte order that the file has */
+    if (text_starts(line, "\xff\xfe") || text_starts(line, "\xfe\xff"))
+        hint = "; it is UTF-16, make it UTF-8: iconv -f UTF-16 -t UTF-8";
+    else if (*line.data != '{')
+        hint = "; one object a line was expected: {\"text\": \"...\"}";
+    else if (!is_last && where >= line.length)
+        /* an object that is still open at its line's end was laid out over several lines */
+        hint = arena_printf(scratch,
+                            "; the object goes on in the next line, it must be on one; "
+                            "run: jq -c . '%.*s' > rows.jsonl",
+                            (int)(strrchr(place, ':') - place), place);
     return json_object(scratch, line, place, hint);
 }
 
 /* Why a row fits none of the shapes. */
-static _Noreturn void refuse_shape(const struct Json *json, const unsigned *shapes,
-                                   size_t shape_count, const char *place) {
+static _Noreturn void refuse_shape(const struct Json *json, struct Shapes shapes,
+                                   const char *place) {
     struct Arena arena = {0};
     unsigned has = json_fields(json);
     refuse_chat(json_get(json, "messages"), place);
-    const char *wanted = shape_names(&arena, shapes, shape_count);
-    const char *found = shape_names(&arena, &has, 1);
+    const char *wanted = shape_names(&arena, shapes);
+    const char *found = shape_names(&arena, (struct Shapes){&has, 1});
     die("%s: expected %s, found %s", place, wanted, *found ? found : "no field that is known");
 }
 
@@ -11721,7 +11671,7 @@ static void dataset_append(struct Arena *arena, struct Dataset *data, struct Row
 /* Appends a file's rows, which all have the shape of the first one. If that is none of `shapes`,
  * the program ends, or, where the file is optional, it is left out. */
 static void dataset_add_file(struct Arena *arena, struct Dataset *data, struct DataFile *source,
-                             const unsigned *shapes, size_t shape_count, bool optional) {
+                             struct Shapes shapes, bool optional) {
     struct Arena scratch = {0};
     struct Arena line_arena = {0};
     struct Text file = read_file(&scratch, source->path);
@@ -11742,15 +11692,13 @@ static void dataset_add_file(struct Arena *arena, struct Dataset *data, struct D
 
         /* 2. Its shape: the best that it fits, if it is the first row of all, and else the first
          *    row's. Which rows have a prompt must not change in the middle of a data set. */
-        if (data->shape) {
-            shapes = &data->shape;
-            shape_count = 1;
-        }
-        unsigned shape = shape_of(json_fields(json), shapes, shape_count);
+        if (data->shape)
+            shapes = (struct Shapes){&data->shape, 1};
+        unsigned shape = shape_of(json_fields(json), shapes);
         if (!shape && optional && !source->is_read)
             break;
         if (!shape)
-            refuse_shape(json, shapes, shape_count, place);
+            refuse_shape(json, shapes, place);
 
         /* 3. It becomes a row. */
         data->shape = shape;
@@ -11765,41 +11713,32 @@ static void dataset_add_file(struct Arena *arena, struct Dataset *data, struct D
 /* The split that a word of a path, from `at` to `end`, names, in small or capital letters; of
  * several the first of enum Split. Words end where datasets' NON_WORDS_CHARS stand. */
 static enum Split split_of_words(const char *at, const char *end) {
-    static const char not_words[] = "-._ 0123456789/";
-    static const struct {
-        const char *word;
-        enum Split split;
-    } words[] = {
-        {"train", SPLIT_TRAIN},      {"training", SPLIT_TRAIN}, {"validation", SPLIT_VALIDATION},
-        {"valid", SPLIT_VALIDATION}, {"dev", SPLIT_VALIDATION}, {"val", SPLIT_VALIDATION},
-        {"test", SPLIT_TEST},        {"testing", SPLIT_TEST},   {"eval", SPLIT_TEST},
-        {"evaluation", SPLIT_TEST},
+    static const char *const names[SPLITS] = {
+        [SPLIT_TRAIN] = "train training",
+        [SPLIT_VALIDATION] = "validation valid dev val",
+        [SPLIT_TEST] = "test testing eval evaluation",
     };
-    enum Split split = SPLIT_NONE;
-    for (; at < end; at++) {
-        /* the next word, which may be empty between two marks */
-        size_t length = strcspn(at, not_words);
-        for (size_t i = 0; i < COUNT(words); i++) {
-            /* the whole word: "tests" names no split */
-            bool spells =
-                strlen(words[i].word) == length && strncasecmp(at, words[i].word, length) == 0;
-            if (spells && (!split || words[i].split < split))
-                split = words[i].split;
+    for (enum Split split = SPLIT_TRAIN; split < SPLITS; split++)
+        for (const char *word = at; word < end; word++) {
+            /* the next word, which may be empty between two marks: "tests" names no split */
+            size_t length = strcspn(word, "-._ 0123456789/");
+            const char *name = names[split];
+            for (size_t n; (n = next_name(&name)) > 0; name += n)
+                if (n == length && strncasecmp(word, name, n) == 0)
+                    return split;
+            word += length;
         }
-        at += length;
-    }
-    return split;
+    return SPLIT_NONE;
 }
 
 /* Is a file's name one of "train-00000-of-00002.jsonl"'s kind, as datasets writes large data? */
 static bool is_shard_name(const char *name) {
-    for (const char *of = strstr(name, "-of-"); of; of = strstr(of + 1, "-of-")) {
-        /* five digits on the left, with a hyphen before them, and five or more on the right */
-        if (of - name < 6 || of[-6] != '-')
-            continue;
-        if (strspn(of - 5, "0123456789") == 5 && strspn(of + 4, "0123456789") >= 5)
+    static const char digits[] = "0123456789";
+    /* five digits on the left, with a hyphen before them, and five or more on the right */
+    for (const char *of = strstr(name, "-of-"); of; of = strstr(of + 1, "-of-"))
+        if (of - name >= 6 && of[-6] == '-' && strspn(of - 5, digits) == 5
+            && strspn(of + 4, digits) >= 5)
             return true;
-    }
     return false;
 }
 
@@ -11814,15 +11753,11 @@ static void data_file_split(struct DataFile *file) {
     const char *base = slash ? slash + 1 : file->name;
     bool is_in_data = base == file->name + 5 && strncmp(file->name, "data/", 5) == 0;
     enum Split of_folders = split_of_words(file->name, base);
-    /* what the file's own name says, unless one of the two stronger rules applies */
-    file->split = split_of_words(base, base + strlen(base));
-    file->rank = RANK_FILE;
-    if (is_in_data && is_shard_name(base)) {
-        file->rank = RANK_SHARD;
-    } else if (of_folders) {
-        file->split = of_folders;
-        file->rank = RANK_FOLDER;
-    }
+    /* what the file's own name says counts where no folder above it says anything */
+    file->split = of_folders ? of_folders : split_of_words(base, base + strlen(base));
+    file->rank = of_folders                          ? RANK_FOLDER
+                 : is_in_data && is_shard_name(base) ? RANK_SHARD
+                                                     : RANK_FILE;
 }
 
 static int compare_data_files(const void *a, const void *b) {
@@ -11838,26 +11773,20 @@ static void dataset_list_files(struct Arena *arena, struct Dataset *data, const 
     CHECK(dir, "%s: %s", folder, strerror(errno));
     for (struct dirent *entry; (entry = readdir(dir));) {
         const char *name = entry->d_name;
-        size_t length = strlen(name);
-        if (name[0] == '.')
-            continue;
         const char *path = arena_printf(arena, "%s/%s", folder, name);
-        /* 1. a folder: what is in it */
-        if (is_folder(path)) {
-            struct stat s;
-            bool is_link = lstat(path, &s) != 0 || !S_ISDIR(s.st_mode);
-            bool is_special = strncmp(name, "__", 2) == 0;
-            if (!is_link && !is_special)
-                dataset_list_files(arena, data, path);
+        const char *dot = strrchr(name, '.');
+        struct stat s;
+        if (name[0] == '.' || lstat(path, &s) != 0)
             continue;
-        }
+        /* 1. a folder: what is in it */
+        if (S_ISDIR(s.st_mode) && strncmp(name, "__", 2) != 0)
+            dataset_list_files(arena, data, path);
+        if (is_folder(path) || !dot || strcmp(dot, ".jsonl") != 0)
+            continue;
 
         /* 2. a file of rows: its name inside the folder says of which split */
-        if (length <= 6 || strcmp(name + length - 6, ".jsonl") != 0)
-            continue;
         CHECK(data->file_count < DATA_FILES_MOST,
-              "%s: more than %d .jsonl files; join them: cat %s/*.jsonl > all.jsonl", data->path,
-              DATA_FILES_MOST, folder);
+              "%s: more than %d .jsonl files; join some of them", data->path, DATA_FILES_MOST);
         struct DataFile file = {.path = path, .name = path + strlen(data->path) + 1};
         data_file_split(&file);
         data->files[data->file_count++] = file;
@@ -11897,18 +11826,17 @@ static void dataset_add_split(struct Arena *arena, struct Dataset *data, enum Sp
             struct DataFile *file = &data->files[i];
             bool is_wanted = file->split == split && file->rank == rank;
             if (is_wanted && !is_read_by(training, file->path))
-                dataset_add_file(arena, data, file, &shape, 1, true);
+                dataset_add_file(arena, data, file, (struct Shapes){&shape, 1}, true);
         }
 }
 
 /* No file of a folder has the rows that are wanted. Says why the first file that might have had
  * them has not, or what is there instead. */
-static _Noreturn void refuse_folder(struct Arena *arena, struct Dataset *data,
-                                    const unsigned *shapes, size_t shape_count,
+static _Noreturn void refuse_folder(struct Arena *arena, struct Dataset *data, struct Shapes shapes,
                                     const struct Dataset *training) {
     /* taken before any file is tried, for a file that is tried counts as read */
     const char *files = data_file_names(arena, data, false);
-    const char *wanted = shape_names(arena, shapes, shape_count);
+    const char *wanted = shape_names(arena, shapes);
     /* 1. A file that might have been read: now that its shape is no longer optional, its first row
      *    ends the program with the reason, unless it is empty. */
     for (size_t i = 0; i < data->file_count; i++) {
@@ -11916,7 +11844,7 @@ static _Noreturn void refuse_folder(struct Arena *arena, struct Dataset *data,
         bool is_held_out = file->split == SPLIT_VALIDATION || file->split == SPLIT_TEST;
         if ((is_held_out && !training) || is_read_by(training, file->path))
             continue;
-        dataset_add_file(arena, data, file, shapes, shape_count, false);
+        dataset_add_file(arena, data, file, shapes, false);
     }
 
     /* 2. There is no such file. */
@@ -11927,59 +11855,48 @@ static _Noreturn void refuse_folder(struct Arena *arena, struct Dataset *data,
         data->path, wanted, files, data->files[0].path);
 }
 
-/* Reads a folder: the rows of the best shape that any of its files has, of the first of the splits
- * that has such rows. Says which files these are if there are others. */
-static void dataset_load_folder(struct Arena *arena, struct Dataset *data, const unsigned *shapes,
-                                size_t shape_count, const struct Dataset *training) {
+/* Reads a file, or of a folder the rows of the best shape that any of its files has, of the first
+ * of the splits that has such rows. Says which files these are if there are others. */
+static struct Dataset *dataset_open(struct Arena *arena, const char *path, struct Shapes shapes,
+                                    const struct Dataset *training) {
     static const enum Split to_train[] = {SPLIT_TRAIN, SPLIT_NONE};
     static const enum Split held_out[] = {SPLIT_VALIDATION, SPLIT_TEST, SPLIT_NONE, SPLIT_TRAIN};
     const enum Split *splits = training ? held_out : to_train;
     size_t split_count = training ? COUNT(held_out) : COUNT(to_train);
-    /* 1. Its files, sorted: a folder's own order differs from machine to machine. */
-    data->files = arena_alloc(arena, DATA_FILES_MOST, sizeof *data->files);
-    dataset_list_files(arena, data, data->path);
-    qsort(data->files, data->file_count, sizeof *data->files, compare_data_files);
-
-    /* 2. The shape matters more than the split: pairs in "data.jsonl" are what DPO wants, whatever
-     *    texts are in "train.jsonl". */
-    for (size_t s = 0; s < shape_count; s++)
-        for (size_t k = 0; k < split_count && data->n == 0; k++)
-            dataset_add_split(arena, data, splits[k], shapes[s], training);
-    if (data->n == 0)
-        refuse_folder(arena, data, shapes, shape_count, training);
-
-    /* 3. A choice was made for the user, who should know it. */
-    const char *read = data_file_names(arena, data, true);
-    const char *left_out = data_file_names(arena, data, false);
-    if (*left_out)
-        warn("%s: read %s%s; left out %s", data->path, read, training ? " as held-out data" : "",
-             left_out);
-}
-
-static struct Dataset *dataset_open(struct Arena *arena, const char *path, const unsigned *shapes,
-                                    size_t shape_count, const struct Dataset *training) {
     struct Dataset *data = arena_zeros(arena, 1, sizeof *data);
     data->path = arena_printf(arena, "%s", path);
-    if (is_folder(path)) {
-        dataset_load_folder(arena, data, shapes, shape_count, training);
+    data->files = arena_zeros(arena, DATA_FILES_MOST, sizeof *data->files);
+    /* 1. One file, whatever its name says: whoever names it means it. */
+    if (!is_folder(path)) {
+        data->files[data->file_count++].path = data->path;
+        dataset_add_file(arena, data, data->files, shapes, false);
+        CHECK(data->n > 0, "%s: no row with %s was found", path, shape_names(arena, shapes));
         return data;
     }
-    /* one file, whatever its name says: whoever names it means it */
-    data->files = arena_zeros(arena, 1, sizeof *data->files);
-    data->files[data->file_count++].path = data->path;
-    dataset_add_file(arena, data, data->files, shapes, shape_count, false);
-    CHECK(data->n > 0, "%s: no row with %s was found", path,
-          shape_names(arena, shapes, shape_count));
+
+    /* 2. A folder's files, sorted: its own order differs from machine to machine. The shape
+     *    matters more than the split: pairs in "data.jsonl" are what DPO wants, whatever texts are
+     *    in "train.jsonl". */
+    dataset_list_files(arena, data, data->path);
+    qsort(data->files, data->file_count, sizeof *data->files, compare_data_files);
+    for (size_t s = 0; s < shapes.n; s++)
+        for (size_t k = 0; k < split_count && data->n == 0; k++)
+            dataset_add_split(arena, data, splits[k], shapes.list[s], training);
+    if (data->n == 0)
+        refuse_folder(arena, data, shapes, training);
+
+    /* 3. A choice was made for the user, who should know it. */
+    const char *left_out = data_file_names(arena, data, false);
+    if (*left_out)
+        warn("%s: read %s%s; left out %s", path, data_file_names(arena, data, true),
+             training ? " as held-out data" : "", left_out);
     return data;
 }
 
 static bool text_contains(struct Text text, struct Text word) {
-    for (size_t i = 0; i + word.length <= text.length; i++) {
-        const char *at = text.data + i;
-        /* the first byte alone rules out nearly every place */
-        if (*at == *word.data && memcmp(at, word.data, word.length) == 0)
+    for (size_t i = 0; i + word.length <= text.length; i++)
+        if (memcmp(text.data + i, word.data, word.length) == 0)
             return true;
-    }
     return false;
 }
 
@@ -12012,7 +11929,7 @@ static void warn_of_written_ends(const struct Dataset *data, const struct Tokeni
  * or, if no name says "train", for those whose names say nothing of a split.  test: data_splits */
 static struct Dataset *dataset_load(struct Arena *arena, const char *path, const unsigned *shapes,
                                     size_t shape_count) {
-    return dataset_open(arena, path, shapes, shape_count, NULL);
+    return dataset_open(arena, path, (struct Shapes){shapes, shape_count}, NULL);
 }
 
 /* dataset_load_held_out -- rows to measure a training on, of the shape of the rows it learns from.
@@ -12020,7 +11937,7 @@ static struct Dataset *dataset_load(struct Arena *arena, const char *path, const
  * for a file that the training reads: a model that has seen the answers does well on them. */
 static struct Dataset *dataset_load_held_out(struct Arena *arena, const char *path,
                                              const struct Dataset *training) {
-    return dataset_open(arena, path, &training->shape, 1, training);
+    return dataset_open(arena, path, (struct Shapes){&training->shape, 1}, training);
 }
 
 /* =============================================================================================
@@ -12105,28 +12022,17 @@ static struct Span safetensors_span(const struct SafeTensors *st, const struct J
     return span;
 }
 
-/* The size of a file of weights; 0 if it is none: safetensors_open says why. */
-static uint64_t weights_size(const char *path) {
-    char start[64];
-    struct stat status;
-    /* a pipe would wait for a writer, so only a file on a disk is opened */
-    FILE *file = stat(path, &status) == 0 && S_ISREG(status.st_mode) ? fopen(path, "rb") : NULL;
-    if (!file)
-        return 0;
-    /* a model that was cloned without git-lfs is the most frequent broken one */
-    check_fetched(path, start, fread(start, 1, sizeof start, file));
-    fclose(file);
-    return (uint64_t)status.st_size;
-}
-
 /* No two tensors share bytes, those that nobody reads included: the file would not be what its
  * writer meant. */
 static void safetensors_check_overlap(const struct SafeTensors *st, struct Arena *arena) {
     struct Span *spans = arena_alloc(arena, (size_t)st->header->number + 1, sizeof *spans);
     struct Span *end = spans;
-    for (struct Json *entry = st->header->child; entry; entry = entry->next)
-        if (strcmp(entry->key.data, "__metadata__") != 0)
+    for (struct Json *entry = st->header->child; entry; entry = entry->next) {
+        /* the one entry that is no tensor */
+        entry->is_taken = text_equal(entry->key, text_of("__metadata__"));
+        if (!entry->is_taken)
             *end++ = safetensors_span(st, entry);
+    }
     /* once sorted, one that overlaps another overlaps its neighbour */
     qsort(spans, (size_t)(end - spans), sizeof *spans, compare_spans);
     for (struct Span *span = spans + 1; span < end; span++)
@@ -12138,40 +12044,35 @@ static void safetensors_check_overlap(const struct SafeTensors *st, struct Arena
 static struct SafeTensors safetensors_open(struct Arena *arena, const char *path) {
     struct SafeTensors st = {.path = arena_printf(arena, "%s", path)};
     struct stat status;
+    /* a pipe would wait for a writer, so only a file on a disk is opened */
     CHECK(stat(path, &status) != 0 || S_ISREG(status.st_mode),
           "%s: is a folder, a pipe or a device; a file was expected", path);
     st.file = fopen(path, "rb");
     CHECK(st.file, "%s: %s", path, strerror(errno));
 
     /* 1. How long is the header? Its length is checked against the file's before it is used. */
-    uint64_t size = weights_size(path);
-    unsigned char prefix[8];
-    CHECK(fread(prefix, 1, 8, st.file) == 8,
-          "%s: not a safetensors file: it has %llu bytes, fewer than its 8-byte prefix", path,
-          (unsigned long long)size);
+    char start[64];
+    size_t n = fread(start, 1, sizeof start, st.file);
+    check_fetched(path, (struct Text){start, n});
+    CHECK(n >= 8, "%s: not a safetensors file: it has %zu bytes, fewer than its 8-byte prefix",
+          path, n);
     uint64_t length = 0;
     for (int i = 7; i >= 0; i--)
-        length = length << 8 | prefix[i];
-    CHECK(length >= 2 && length <= size - 8,
+        length = length << 8 | (unsigned char)start[i];
+    uint64_t behind = (uint64_t)status.st_size - 8;
+    CHECK(length >= 2 && length <= behind,
           "%s: not a safetensors file, or cut short: its header claims %llu bytes, %llu follow",
-          path, (unsigned long long)length, (unsigned long long)(size - 8));
+          path, (unsigned long long)length, (unsigned long long)behind);
 
     /* 2. The header. */
-    char *text = arena_alloc(arena, (size_t)length + 1, 1);
-    CHECK(fread(text, 1, (size_t)length, st.file) == length, "%s: cannot be read: %s", path,
-          strerror(errno));
+    char *text = arena_alloc(arena, (size_t)length, 1);
+    CHECK(fseeko(st.file, 8, SEEK_SET) == 0 && fread(text, 1, (size_t)length, st.file) == length,
+          "%s: cannot be read: %s", path, strerror(errno));
     st.header = json_object(arena, (struct Text){text, (size_t)length}, path, ", in its header");
     st.data_start = 8 + length;
-    st.data_size = size - st.data_start;
+    st.data_size = behind - length;
     safetensors_check_overlap(&st, arena);
     return st;
-}
-
-/* Bytes a number of a type has; 0: the type is not read. */
-static size_t dtype_width(const char *dtype) {
-    if (strcmp(dtype, "F32") == 0)
-        return 4;
-    return strcmp(dtype, "F16") == 0 || strcmp(dtype, "BF16") == 0 ? 2 : 0;
 }
 
 static void safetensors_convert(float *to, const unsigned char *from, size_t n, const char *dtype) {
@@ -12187,26 +12088,25 @@ static void safetensors_convert(float *to, const unsigned char *from, size_t n, 
     }
 }
 
+/* "300, 12": a tensor's shape for a message. */
+static const char *tensor_shape(char text[48], const struct Tensor *t) {
+    snprintf(text, 48, "%zu%s%.0zu", t->shape[0], t->ndim == 2 ? ", " : "", t->shape[1]);
+    return text;
+}
+
 /* The shape that an entry has must be the tensor's, which follows from the configuration. */
 static void safetensors_check_shape(const struct SafeTensors *st, const struct Json *entry,
                                     const struct Tensor *tensor) {
-    char found[96] = "";
-    size_t dims = 0;
+    char expected[48], found[96] = "";
     size_t used = 0;
-    bool same = true;
-    for (struct Json *item = json_get(entry, "shape")->child; item; item = item->next, dims++) {
-        double size = item->type == JSON_NUMBER ? item->number : -1;
-        same = same && dims < tensor->ndim && size == (double)tensor->shape[dims];
-        /* as text, for the message; a long one is not shown to its end */
-        if (used < 60)
-            used += (size_t)snprintf(found + used, sizeof found - used, "%s%.0f", dims ? ", " : "",
-                                     size);
-    }
-    CHECK(same && dims == tensor->ndim,
-          "%s: tensor %s: expected shape [%zu%s%.0zu], found [%s]; is the folder's config this "
-          "file's?",
-          st->path, tensor->name, tensor->shape[0], tensor->ndim == 2 ? ", " : "", tensor->shape[1],
-          found);
+    tensor_shape(expected, tensor);
+    /* both as text, in which they are compared; a long one is not shown to its end */
+    for (struct Json *item = json_get(entry, "shape")->child; item && used < 60; item = item->next)
+        used += (size_t)snprintf(found + used, sizeof found - used, "%s%.15g", used ? ", " : "",
+                                 item->type == JSON_NUMBER ? item->number : NAN);
+    CHECK(strcmp(found, expected) == 0,
+          "%s: tensor %s: expected shape [%s], found [%s]; is the folder's config this file's?",
+          st->path, tensor->name, expected, found);
 }
 
 /* Numbers `first` to first + n - 1 of a tensor have been read: each must be finite. A single NaN
@@ -12228,14 +12128,14 @@ static void safetensors_check_finite(const struct SafeTensors *st, const struct 
 
 /* Reads one entry of the header into a tensor of ours, whose shape decides.
  *                                             test: safetensors_round_trip, safetensors_half */
-static void safetensors_read(struct SafeTensors *st, const struct Json *entry,
-                             struct Tensor *tensor) {
+static void safetensors_read(struct SafeTensors *st, struct Json *entry, struct Tensor *tensor) {
     /* 1. Are these the numbers that are wanted, of a type that is read, and all of them? */
     struct Span span = safetensors_span(st, entry);
     const char *type = json_get(entry, "dtype")->string.data;
-    size_t width = dtype_width(type);
-    CHECK(width, "%s: tensor %s has type %.12s; F32, F16 and BF16 are read", st->path, tensor->name,
-          type);
+    bool is_half = strcmp(type, "F16") == 0 || strcmp(type, "BF16") == 0;
+    size_t width = is_half ? 2 : 4;
+    CHECK(is_half || strcmp(type, "F32") == 0,
+          "%s: tensor %s has type %.12s; F32, F16 and BF16 are read", st->path, tensor->name, type);
     safetensors_check_shape(st, entry, tensor);
     CHECK(span.end - span.begin == tensor->n * width,
           "%s: tensor %s: %llu bytes for %zu numbers of type %s", st->path, tensor->name,
@@ -12245,14 +12145,15 @@ static void safetensors_read(struct SafeTensors *st, const struct Json *entry,
 
     /* 2. In chunks, each converted to floats: a file of 16-bit numbers needs no room of its own. */
     unsigned char chunk[4 * 8192];
-    for (size_t done = 0; done < tensor->n;) {
-        size_t n = MIN(tensor->n - done, (size_t)8192);
+    for (size_t n, done = 0; done < tensor->n; done += n) {
+        n = MIN(tensor->n - done, (size_t)8192);
         CHECK(fread(chunk, width, n, st->file) == n, "%s: tensor %s cannot be read: %s", st->path,
               tensor->name, ferror(st->file) ? strerror(errno) : "the file ends");
         safetensors_convert(tensor->w + done, chunk, n, type);
         safetensors_check_finite(st, tensor, done, n);
-        done += n;
     }
+    entry->is_taken = true;
+    tensor->loaded = true;
 }
 
 /* Writes tensors as F32, names prefixed, header padded to 8 bytes as the format asks.
@@ -12329,29 +12230,27 @@ static int config_token_id(const struct Json *config, const char *path, const ch
     if (!id || id->type == JSON_NULL)
         return fallback;
     /* newer models may list several ends of a text */
-    if (id->type == JSON_ARRAY) {
-        CHECK(id->number == 1,
-              "%s: \"%s\" lists %.0f ids, and one can be used; write it in place of the list", path,
-              name, id->number);
-        id = id->child;
-    }
+    bool is_list = id->type == JSON_ARRAY;
+    CHECK(!is_list || id->number == 1,
+          "%s: \"%s\" lists %.0f ids, and one can be used; write it in place of the list", path,
+          name, id->number);
+    id = is_list ? id->child : id;
     bool is_number = id->type == JSON_NUMBER;
-    double number = id->number;
-    bool is_id = is_number && number >= 0 && number < (double)vocab_size && number == floor(number);
-    const char *found = is_number ? json_number_text(number) : JSON_TYPE_NAMES[id->type];
-    CHECK(is_id, "%s: \"%s\" must be the id of one token, 0 to %zu (vocab_size - 1), found %s",
-          path, name, vocab_size - 1, found);
-    return (int)number;
+    bool is_id = is_number && id->number >= 0 && id->number < (double)vocab_size
+                 && id->number == floor(id->number);
+    struct Text found = is_number ? id->string : text_of(JSON_TYPE_NAMES[id->type]);
+    CHECK(is_id, "%s: \"%s\" must be the id of one token, 0 to %zu (vocab_size - 1), found %.*s",
+          path, name, vocab_size - 1, (int)found.length, found.data);
+    return (int)id->number;
 }
 
-/* A setting that GPT2Config.attribute_map gives a second name.              test: config_names */
+/* A setting that GPT2Config.attribute_map gives a second name. Where both are set they must agree:
+ * which of them was meant cannot be guessed.                                 test: config_names */
 static size_t config_either(const struct Json *config, const char *path, const char *name,
                             const char *alias, size_t fallback) {
-    bool named = json_type(config, name) != JSON_NULL;
-    /* where both are set they must agree: which of them was meant cannot be guessed */
     size_t value = config_size(config, path, name, fallback);
     size_t other = config_size(config, path, alias, value);
-    CHECK(!named || other == value,
+    CHECK(json_type(config, name) == JSON_NULL || other == value,
           "%s: \"%s\" is %zu, but \"%s\", another name for it, is %zu; take one of them out", path,
           name, value, alias, other);
     return other;
@@ -12362,14 +12261,48 @@ static size_t config_either(const struct Json *config, const char *path, const c
 struct Allowed {
     const char *name, *values[5];
 };
+static const struct Allowed GPT2_ALLOWED[] = {
+    {"model_type", {"gpt2"}},
+    {"tie_word_embeddings", {"true", "false"}},
+    {"activation_function",
+     {"gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python_tanh", "gelu_accurate"}},
+    {"scale_attn_weights", {"true"}},
+    {"scale_attn_by_inverse_layer_idx", {"false"}},
+    {"add_cross_attention", {"false"}},
+    {"pruned_heads", {"null"}},
+    {"quantization_config", {"null"}},
+};
+static const struct Allowed CLASSIFIER_ALLOWED[] = {
+    {"problem_type", {"single_label_classification"}},
+};
+static const struct Allowed LORA_ALLOWED[] = {
+    {"peft_type", {"LORA"}},
+    {"bias", {"none"}},
+    {"modules_to_save", {"score", "classifier", "lm_head", "wte"}},
+    {"init_lora_weights", {"true", "false", "gaussian", "eva", "orthogonal"}},
+    {"use_dora", {"false"}},
+    {"use_qalora", {"false"}},
+    {"use_bdlora", {"false"}},
+    {"lora_bias", {"false"}},
+    {"rank_pattern", {"null"}},
+    {"alpha_pattern", {"null"}},
+    {"layer_replication", {"null"}},
+    {"target_parameters", {"null"}},
+    {"trainable_token_indices", {"null"}},
+    {"alora_invocation_tokens", {"null"}},
+    {"arrow_config", {"null"}},
+    {"kasa_config", {"null"}},
+    {"velora_config", {"null"}},
+    {"monteclora_config", {"null"}},
+};
 
 static void config_refuse(const struct Json *config, const char *path,
                           const struct Allowed *allowed, size_t n) {
     for (const struct Allowed *a = allowed; a < allowed + n; a++) {
-        const struct Json *setting = json_get(config, a->name);
         /* of a list or an object every item must be allowed, else the setting itself */
-        const struct Json *item = setting && setting->type >= JSON_ARRAY ? setting->child : setting;
-        for (; item; item = item == setting ? NULL : item->next) {
+        const struct Json *item = json_get(config, a->name);
+        bool is_list = item && item->type >= JSON_ARRAY;
+        for (item = is_list ? item->child : item; item; item = is_list ? item->next : NULL) {
             const char *word =
                 item->type == JSON_STRING ? item->string.data : JSON_TYPE_NAMES[item->type];
             bool good = item->type == JSON_NULL;
@@ -12381,33 +12314,10 @@ static void config_refuse(const struct Json *config, const char *path,
     }
 }
 
-/* The three special tokens: the end of a text, padding, and the beginning, which GPT-2 lacks. */
-static void config_special_tokens(const struct Json *json, const char *path, struct GPT2Config *c) {
-    int endoftext = endoftext_id(c->vocab_size);
-    c->eos_token_id = config_token_id(json, path, "eos_token_id", c->vocab_size, endoftext);
-    c->pad_token_id = config_token_id(json, path, "pad_token_id", c->vocab_size, c->eos_token_id);
-    /* transformers writes 50256 unless it is told better, in small vocabularies too */
-    bool beyond = json_number_or(json, "bos_token_id", 0) >= (double)c->vocab_size;
-    c->bos_token_id = endoftext;
-    if (!beyond)
-        c->bos_token_id = config_token_id(json, path, "bos_token_id", c->vocab_size, endoftext);
-}
-
 /* A folder's config.json. Several activations are gelu_new by another name, equal but for rounding.
  * `tied` says what "tie_word_embeddings" does: whether wte is to be the output layer too.
  *                                                              test: broken_config, config_names */
 static struct GPT2Config config_load(const char *folder, bool *tied) {
-    static const struct Allowed allowed[] = {
-        {"model_type", {"gpt2"}},
-        {"tie_word_embeddings", {"true", "false"}},
-        {"activation_function",
-         {"gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python_tanh", "gelu_accurate"}},
-        {"scale_attn_weights", {"true"}},
-        {"scale_attn_by_inverse_layer_idx", {"false"}},
-        {"add_cross_attention", {"false"}},
-        {"pruned_heads", {"null"}},
-        {"quantization_config", {"null"}},
-    };
     /* 1. Is it a model's folder at all? */
     struct Arena arena = {0};
     char *path = arena_printf(&arena, "%s/config.json", folder);
@@ -12417,7 +12327,7 @@ static struct GPT2Config config_load(const char *folder, bool *tied) {
 
     /* 2. Is it GPT-2 as it is implemented here? */
     struct Json *json = json_read_file(&arena, path);
-    config_refuse(json, path, allowed, COUNT(allowed));
+    config_refuse(json, path, GPT2_ALLOWED, COUNT(GPT2_ALLOWED));
 
     /* 3. The sizes; without them it is GPT-2's smallest. */
     struct GPT2Config c = {
@@ -12431,13 +12341,20 @@ static struct GPT2Config config_load(const char *folder, bool *tied) {
     config_check(&c, path);
     size_t inner = config_size(json, path, "n_inner", 4 * c.n_embd);
     CHECK(inner == 4 * c.n_embd, "%s: n_inner %zu is not implemented; 4 * n_embd is", path, inner);
+    bool has_epsilon = json_type(json, "layer_norm_epsilon") != JSON_NULL;
+    double epsilon = json_number_or(json, "layer_norm_epsilon", has_epsilon ? NAN : 1e-5);
+    CHECK(epsilon > 0 && epsilon <= 1, "%s: \"layer_norm_epsilon\" must be above 0, at most 1",
+          path);
+    c.layer_norm_epsilon = (float)epsilon;
 
-    /* 4. The rest. */
-    struct Json *eps = json_get(json, "layer_norm_epsilon");
-    CHECK(!eps || (eps->type == JSON_NUMBER && eps->number > 0 && eps->number <= 1),
-          "%s: \"layer_norm_epsilon\" must be above 0, at most 1", path);
-    c.layer_norm_epsilon = eps ? (float)eps->number : 1e-5f;
-    config_special_tokens(json, path, &c);
+    /* 4. The end of a text, padding, and the beginning, which GPT-2 lacks: transformers writes
+     *    50256 there unless it is told better, in small vocabularies too. */
+    size_t V = c.vocab_size;
+    int endoftext = endoftext_id(V);
+    bool beyond = json_number_or(json, "bos_token_id", 0) >= (double)V;
+    c.eos_token_id = config_token_id(json, path, "eos_token_id", V, endoftext);
+    c.pad_token_id = config_token_id(json, path, "pad_token_id", V, c.eos_token_id);
+    c.bos_token_id = beyond ? endoftext : config_token_id(json, path, "bos_token_id", V, endoftext);
     *tied = json_type(json, "tie_word_embeddings") != JSON_FALSE;
     arena_free(&arena);
     return c;
@@ -12464,12 +12381,8 @@ static const char *bare_name(const char *name) {
 /* The entry of a file's header for a tensor of this bare name; NULL: there is none. */
 static struct Json *tensor_entry(const struct SafeTensors *st, const char *name) {
     struct Json *found = NULL;
-    size_t length = strlen(name);
     for (struct Json *entry = st->header->child; entry; entry = entry->next) {
-        /* the name's end first, which is quick: this loop runs for each tensor */
-        const char *full = entry->key.data;
-        size_t before = entry->key.length - MIN(entry->key.length, length);
-        if (strcmp(full + before, name) != 0 || bare_name(full) != full + before)
+        if (strcmp(bare_name(entry->key.data), name) != 0)
             continue;
         CHECK(!found, "%s: tensors %s and %s are both %s; one of them was expected", st->path,
               found->key.data, entry->key.data, name);
@@ -12481,23 +12394,26 @@ static struct Json *tensor_entry(const struct SafeTensors *st, const char *name)
 /* Reads a tensor, whatever stands before its name in the file. */
 static bool tensor_load(struct SafeTensors *st, struct Tensor *tensor) {
     struct Json *entry = tensor_entry(st, tensor->name);
-    if (!entry)
-        return false;
-    safetensors_read(st, entry, tensor);
-    entry->number = 0; /* taken */
-    return tensor->loaded = true;
+    if (entry)
+        safetensors_read(st, entry, tensor);
+    return entry != NULL;
 }
 
-/* The files that hold a model: one, or several named by an index, all inside the folder. */
-static size_t model_files(struct Arena *arena, const char *folder, char **files, size_t most) {
-    files[0] = arena_printf(arena, "%s/model.safetensors", folder);
+/* The most files that a model may be in: all are open at once. */
+enum { MODEL_FILES = 100 };
+
+/* Opens the files that hold a model: one, or several named by an index, all inside the folder. */
+static size_t model_files(struct Arena *arena, const char *folder, struct SafeTensors *files) {
+    char *single = arena_printf(arena, "%s/model.safetensors", folder);
     char *index = arena_printf(arena, "%s/model.safetensors.index.json", folder);
-    CHECK(file_exists(files[0]) || file_exists(index),
+    CHECK(file_exists(single) || file_exists(index),
           "%s: no model.safetensors inside; of a pytorch_model.bin make one with transformers: "
           "save_pretrained(FOLDER, safe_serialization=True)",
           folder);
-    if (file_exists(files[0]))
+    if (file_exists(single)) {
+        files[0] = safetensors_open(arena, single);
         return 1;
+    }
     struct Json *map = json_get(json_read_file(arena, index), "weight_map");
     CHECK(map && map->type == JSON_OBJECT && map->child,
           "%s: no \"weight_map\" inside, or one that names no file", index);
@@ -12505,18 +12421,18 @@ static size_t model_files(struct Arena *arena, const char *folder, char **files,
     for (struct Json *item = map->child; item; item = item->next) {
         /* 1. The index names each tensor's file. A path that leads out of the folder is refused:
          *    whoever wrote a model does not choose what is read of this machine. */
-        CHECK(item->type == JSON_STRING && item->string.length && !strchr(item->string.data, '/')
-                  && !strchr(item->string.data, '\\'),
+        CHECK(item->type == JSON_STRING && item->string.length
+                  && !strpbrk(item->string.data, "/\\"),
               "%s: \"%s\" must name a file of this folder", index, item->key.data);
         char *path = arena_printf(arena, "%s/%s", folder, item->string.data);
 
         /* 2. The same file comes up once for each of its tensors. */
         size_t i = 0;
-        while (i < count && strcmp(files[i], path) != 0)
+        while (i < count && strcmp(files[i].path, path) != 0)
             i++;
-        CHECK(i < most, "%s: more than %zu files", index, most);
-        files[i] = path;
-        count = MAX(count, i + 1);
+        CHECK(i < MODEL_FILES, "%s: more than %d files", index, MODEL_FILES);
+        if (i == count)
+            files[count++] = safetensors_open(arena, path);
     }
     return count;
 }
@@ -12531,11 +12447,10 @@ static int label_sign(const char *name) {
 /* Which of the two labels that `file` has rows for is the positive one: what id2label of the
  * model's config.json says, and where that says nothing, label 1. */
 static size_t positive_label(const char *folder, const char *file) {
-    static const struct Allowed allowed[] = {{"problem_type", {"single_label_classification"}}};
     struct Arena arena = {0};
     char *path = arena_printf(&arena, "%s/config.json", folder ? folder : "");
     struct Json *json = folder && file_exists(path) ? json_read_file(&arena, path) : NULL;
-    config_refuse(json, path, allowed, COUNT(allowed));
+    config_refuse(json, path, CLASSIFIER_ALLOWED, COUNT(CLASSIFIER_ALLOWED));
     /* no names at all are transformers' own: LABEL_1 is the positive one */
     const struct Json *names = json_get(json, "id2label");
     const char *name[] = {json_text_or(names, "0", "LABEL_0"), json_text_or(names, "1", "LABEL_1")};
@@ -12548,14 +12463,36 @@ static size_t positive_label(const char *folder, const char *file) {
     return positive;
 }
 
-/* Two labels are transformers' default. The probability of one depends on the difference of their
- * logits alone, and that is the reward that a single row, w_1 - w_0, gives:
+/* Reads a file's reward head, if it has one: of one label, or of two, which are transformers'
+ * default. The probability of one of two depends on the difference of their logits alone, and that
+ * is the reward that a single row, w_1 - w_0, gives:
  *     P(label 1) = e^l_1 / (e^l_0 + e^l_1) = sigmoid(l_1 - l_0),  l_1 - l_0 = hidden . (w_1 - w_0)
  * By hand: w_0 = (1, 2), w_1 = (4, 1): the head is (3, -1).  test: two_labels, two_labels_golden */
-static void reward_head_of_two(struct Tensor *score, struct SafeTensors *st, const char *folder) {
+static void reward_head_load(struct GPT2 *model, struct SafeTensors *st, const char *folder) {
+    const struct Json *entry = tensor_entry(st, "score.weight");
+    const struct Json *shape = json_get(entry, "shape");
+    if (!entry)
+        return;
+    /* 1. One row of weights a label. A bias left out silently would make rewards other numbers
+     *    than those that were trained. */
+    size_t labels = shape->child ? json_size(shape->child, 1 << 24, st->path, "shape") : 0;
+    CHECK(labels <= 2,
+          "%s: score.weight has %zu labels; one is a reward, two are a classifier's "
+          "negative and positive; more are not read",
+          st->path, labels);
+    CHECK(!tensor_entry(st, "score.bias"),
+          "%s: has a score.bias; a GPT-2 classifier has none in "
+          "transformers, which leaves it out; take it out of the file if that is meant",
+          st->path);
+    struct Tensor *score = reward_head_declare(model);
+    if (labels != 2) {
+        tensor_load(st, score); /* a shape that is no head's is refused here */
+        return;
+    }
+
+    /* 2. Both rows as they are in the file; the head keeps their difference. */
     struct Arena arena = {0};
     size_t C = score->n;
-    /* both rows as they are in the file; the head keeps their difference */
     struct Tensor both = {.name = "score.weight", .shape = {2, C}, .ndim = 2, .n = 2 * C};
     both.w = arena_floats(&arena, both.n);
     tensor_load(st, &both);
@@ -12566,159 +12503,113 @@ static void reward_head_of_two(struct Tensor *score, struct SafeTensors *st, con
     arena_free(&arena);
 }
 
-/* Reads a file's reward head, if it has one: of one label, or of two. */
-static void reward_head_load(struct GPT2 *model, struct SafeTensors *st, const char *folder) {
-    const struct Json *entry = tensor_entry(st, "score.weight");
-    const struct Json *shape = json_get(entry, "shape");
-    if (!entry)
-        return;
-    /* one row of weights a label */
-    size_t labels = shape->child ? json_size(shape->child, 1 << 24, st->path, "shape") : 0;
-    CHECK(labels <= 2,
-          "%s: score.weight has %zu labels; one is a reward, two are a classifier's "
-          "negative and positive; more are not read",
-          st->path, labels);
-    /* left out silently, it would make rewards another number than the one that was trained */
-    CHECK(!tensor_entry(st, "score.bias"),
-          "%s: has a score.bias; a GPT-2 classifier has none in "
-          "transformers, which leaves it out; take it out of the file if that is meant",
-          st->path);
-    struct Tensor *score = reward_head_declare(model);
-    if (labels == 2)
-        reward_head_of_two(score, st, folder);
-    else
-        tensor_load(st, score); /* a shape that is no head's is refused here */
-}
-
-/* What a model's files hold beside its tensors: an output layer, and what nothing takes. */
-struct Beside {
-    struct Arena arena;
-    struct Tensor lm_head;
-    size_t count; /* tensors that nothing takes */
-    const char *first; /* the first of them; NULL: there is none */
-};
-
-/* Counts what is left of a file. GPT-2's causal masks, which old files hold, are no weights. */
-static void beside_note(struct Beside *beside, const struct SafeTensors *st) {
+/* How many tensors of a file nothing has taken; *first: the first of them, if none was found
+ * before. GPT-2's causal masks, which old files hold, do not count: ones below the diagonal, and
+ * the number -10000, both follow from the mathematics. */
+static size_t tensors_left(const struct SafeTensors *st, const char **first) {
+    size_t count = 0;
     for (const struct Json *entry = st->header->child; entry; entry = entry->next) {
         const char *name = entry->key.data;
         const char *part = strstr(name, ".attn.");
-        /* tensor_load has marked what was taken */
-        if (entry->number == 0 || strcmp(name, "__metadata__") == 0)
+        bool is_mask =
+            part && (strcmp(part, ".attn.bias") == 0 || strcmp(part, ".attn.masked_bias") == 0);
+        if (entry->is_taken || is_mask)
             continue;
-        /* the masks: ones below the diagonal, and the number -10000; both follow from the
-         * mathematics */
-        if (part && strcmp(part, ".attn.bias") == 0)
-            continue;
-        if (part && strcmp(part, ".attn.masked_bias") == 0)
-            continue;
-        if (beside->count++ == 0)
-            beside->first = arena_printf(&beside->arena, "%s", name);
+        if (!*first)
+            *first = name;
+        count++;
     }
+    return count;
 }
 
-/* A tensor of wte's shape under another name, to be compared with it. */
-static struct Tensor tensor_like_wte(const struct GPT2 *model, struct Arena *arena,
-                                     const char *name) {
-    /* it belongs to no model: it is neither trained nor saved, and goes with the arena */
-    struct Tensor like = {.shape = {model->wte.shape[0], model->wte.shape[1]}, .ndim = 2};
-    snprintf(like.name, sizeof like.name, "%s", name);
-    like.n = model->wte.n;
-    like.w = arena_floats(arena, like.n);
-    return like;
-}
-
-/* Reads what a file has of a model's tensors; a head is declared where there is one. */
-static void model_read(struct GPT2 *model, const char *path, struct Beside *beside) {
+/* A file may hold wte a second time, as the output layer that is tied to it. An equal copy changes
+ * nothing; another one is a layer that is not implemented. A copy has no reason to differ by a bit.
+ * where, what, why: the parts of the message. */
+static void check_copy_of_wte(const struct GPT2 *model, struct SafeTensors *st, const char *name,
+                              const char *where, const char *what, const char *why) {
     struct Arena arena = {0};
-    struct SafeTensors st = safetensors_open(&arena, path);
-    /* 1. Heads first: what is declared is among the model's tensors, and read with them. */
-    reward_head_load(model, &st, model->folder);
-    if (tensor_entry(&st, "v_head.summary.weight"))
-        value_head_declare(model);
-    for (size_t i = 0; i < model->tensor_count; i++) {
-        if (model->tensors[i] != &model->score)
-            tensor_load(&st, model->tensors[i]);
-    }
-
-    /* 2. An output layer; what is left over is counted. */
-    if (tensor_entry(&st, "lm_head.weight")) {
-        beside->lm_head = tensor_like_wte(model, &beside->arena, "lm_head.weight");
-        tensor_load(&st, &beside->lm_head);
-    }
-    beside_note(beside, &st);
-    /* the names that are kept have been copied */
-    fclose(st.file);
+    const struct Tensor *wte = &model->wte;
+    /* read like any tensor, so that it counts as taken, and then compared number by number */
+    struct Tensor copy = *wte;
+    snprintf(copy.name, sizeof copy.name, "%s", name);
+    copy.w = arena_floats(&arena, copy.n);
+    size_t i = tensor_load(st, &copy) ? 0 : copy.n;
+    while (i < copy.n && copy.w[i] == wte->w[i])
+        i++;
+    CHECK(i == copy.n, "%s: %s (number %zu is %g, not %g): %s", where, what, i, copy.w[i],
+          wte->w[i], why);
     arena_free(&arena);
 }
 
-/* The place of the first number in which a tensor of wte's shape is not wte; n: it is equal. */
-static size_t first_unlike_wte(const struct GPT2 *model, const struct Tensor *like) {
-    /* equal bit for bit, or it is another layer: a copy has no reason to differ */
-    size_t i = 0;
-    while (i < like->n && like->w[i] == model->wte.w[i])
-        i++;
-    return i;
+/* Reads what a file has of a model's tensors; a head is declared where there is one. */
+static void model_read(struct GPT2 *model, struct SafeTensors *st) {
+    /* heads first: what is declared is among the model's tensors, and read with them */
+    reward_head_load(model, st, model->folder);
+    if (tensor_entry(st, "v_head.summary.weight"))
+        value_head_declare(model);
+    for (size_t i = 0; i < model->tensor_count; i++)
+        if (model->tensors[i] != &model->score)
+            tensor_load(st, model->tensors[i]);
 }
 
-/* The output layer of GPT-2 is wte. A file may hold it once, under either name, or twice; a second
+/* The output layer of GPT-2 is wte. Files may hold it once, under either name, or twice; a second
  * one with numbers of its own ("untied") is not implemented. A reward model has no use for one.
  *                                                                            test: output_layer */
-static void output_layer_check(struct GPT2 *model, const struct Tensor *lm_head, bool tied,
-                               const char *where) {
-    /* 1. Untied, but one of the two is missing? */
+static void output_layer_load(struct GPT2 *model, struct SafeTensors *files, size_t count,
+                              bool tied) {
     struct Tensor *wte = &model->wte;
-    bool both = lm_head->loaded && wte->loaded;
-    CHECK(tied || both || (wte->loaded && model->score.n),
+    struct SafeTensors *st = NULL;
+    for (size_t f = 0; f < count; f++)
+        if (tensor_entry(&files[f], "lm_head.weight"))
+            st = &files[f];
+
+    /* 1. Untied, but one of the two is missing? */
+    CHECK(tied || (wte->loaded && (st || model->score.n)),
           "%s: \"tie_word_embeddings\" is false in config.json, but there is no %s: transformers "
           "would draw it at random; set it to true if wte is the output layer too",
-          where, wte->loaded ? "lm_head.weight" : "wte.weight");
-    if (!lm_head->loaded)
+          model->folder, wte->loaded ? "lm_head.weight" : "wte.weight");
+    if (!st)
         return;
 
-    /* 2. Where the file holds the one tensor by the output layer's name, wte is that. */
-    if (!both)
-        memcpy(wte->w, lm_head->w, wte->n * sizeof(float));
-    wte->loaded = true;
-
-    /* 3. Where it holds both, they must be equal. */
-    size_t i = first_unlike_wte(model, lm_head);
-    CHECK(i == wte->n,
-          "%s: lm_head.weight is not wte.weight (number %zu is %g, not %g): an output "
-          "layer of its own is not implemented; take lm_head.weight out if wte is meant to be it, "
-          "as in GPT-2",
-          where, i, lm_head->w[i], wte->w[i]);
+    /* 2. Where the one tensor has the output layer's name, wte is that. Where both are there, they
+     *    must be equal. */
+    if (!wte->loaded)
+        safetensors_read(st, tensor_entry(st, "lm_head.weight"), wte);
+    else
+        check_copy_of_wte(model, st, "lm_head.weight", model->folder,
+                          "lm_head.weight is not wte.weight",
+                          "an output layer of its own is not implemented; take lm_head.weight out "
+                          "if wte is meant to be it, as in GPT-2");
     if (!tied)
         warn("%s: \"tie_word_embeddings\" is false, but lm_head.weight equals wte.weight: they are "
              "one tensor here, in training and when saved",
-             where);
+             model->folder);
 }
 
 /* `found`: a tensor that is there and that nothing takes, to show how names look; NULL: none. */
 static void tensor_check_loaded(const struct Tensor *t, const char *where, const char *found) {
-    CHECK(t->loaded, "%s: tensor %s is missing; expected shape [%zu%s%.0zu]%s%s", where, t->name,
-          t->shape[0], t->ndim == 2 ? ", " : "", t->shape[1], found ? "; there is " : "",
-          found ? found : "");
+    CHECK(t->loaded, "%s: tensor %s is missing; expected shape [%s]%s%s", where, t->name,
+          tensor_shape((char[48]){0}, t), found ? "; there is " : "", found ? found : "");
 }
 
 /* Can a model of these sizes be in these files? Asked before memory is: a config.json that asks for
  * a thousand times too much would otherwise stop the machine. */
-static void config_check_files(const struct GPT2Config *c, const char *folder, char **files,
-                               size_t file_count) {
+static void config_check_files(const struct GPT2Config *c, const char *folder,
+                               const struct SafeTensors *files, size_t count) {
     /* at least two bytes a number; the rest is allowance */
     size_t numbers =
         (c->vocab_size + c->n_positions) * c->n_embd + c->n_layer * 12 * c->n_embd * c->n_embd;
     size_t bytes = 0;
-    for (size_t f = 0; f < file_count; f++)
-        bytes += (size_t)weights_size(files[f]);
+    for (size_t f = 0; f < count; f++)
+        bytes += (size_t)(files[f].data_start + files[f].data_size);
     CHECK(numbers <= bytes / 2 + (1 << 20),
           "%s: config.json describes %zu numbers, at least %zu MB; the weights have %zu MB; is it "
           "theirs, or are they cut short?",
           folder, numbers, numbers >> 19, bytes >> 20);
     /* layers cost memory even if they are narrow: a struct each, and names */
     CHECK(c->n_layer <= bytes / 512 + 64,
-          "%s: config.json describes %zu layers, whose 12 tensors' names alone do not fit into the "
-          "weights' %zu bytes; is it theirs?",
+          "%s: config.json describes %zu layers, more than the weights' %zu bytes can hold; is it "
+          "theirs?",
           folder, c->n_layer, bytes);
 }
 
@@ -12726,30 +12617,33 @@ static void config_check_files(const struct GPT2Config *c, const char *folder, c
  *                                             [glossary: AutoModelForCausalLM]  test: gpt2_load */
 static struct GPT2 *gpt2_load(const char *folder) {
     struct Arena arena = {0};
-    struct Beside beside = {0};
-    char *files[1024];
+    struct SafeTensors files[MODEL_FILES];
     bool tied;
     /* 1. What does the folder say it holds? */
     struct GPT2Config c = config_load(folder, &tied);
-    size_t file_count = model_files(&arena, folder, files, COUNT(files));
-    config_check_files(&c, folder, files, file_count);
+    size_t count = model_files(&arena, folder, files);
+    config_check_files(&c, folder, files, count);
 
     /* 2. A model of these sizes, and what the files have for it. */
     struct GPT2 *model = gpt2_new(c);
     model->folder = arena_printf(&model->arena, "%s", folder);
-    for (size_t f = 0; f < file_count; f++)
-        model_read(model, files[f], &beside);
+    for (size_t f = 0; f < count; f++)
+        model_read(model, &files[f]);
+    output_layer_load(model, files, count, tied);
 
     /* 3. Is everything there? A tensor that kept its zeros would be a model that nobody trained. */
-    if (model->wte.loaded || beside.lm_head.loaded)
-        output_layer_check(model, &beside.lm_head, tied, folder);
+    const char *first = NULL;
+    size_t left = 0;
+    for (size_t f = 0; f < count; f++) {
+        left += tensors_left(&files[f], &first);
+        fclose(files[f].file);
+    }
     for (size_t i = 0; i < model->tensor_count; i++)
-        tensor_check_loaded(model->tensors[i], folder, beside.first);
-    if (beside.count)
+        tensor_check_loaded(model->tensors[i], folder, first);
+    if (left > 0)
         warn("%s: tensors in its weights that config.json has no place for are not read: %zu, the "
              "first is %s",
-             folder, beside.count, beside.first);
-    arena_free(&beside.arena);
+             folder, left, first);
     arena_free(&arena);
     return model;
 }
@@ -12759,42 +12653,41 @@ static void config_save(const struct GPT2 *model, const char *folder) {
     const struct GPT2Config *c = &model->config;
     bool classifier = model->score.n > 0;
     struct Output out = output_open(folder, "config.json");
-    /* the class that AutoModelForSequenceClassification or AutoModelForCausalLM will make of it */
+    /* 1. the class that AutoModel... will make of it */
     fprintf(out.file,
-            "{\n  \"activation_function\": \"gelu_new\",\n  \"architectures\": [\"%s\"],\n",
-            classifier ? "GPT2ForSequenceClassification" : "GPT2LMHeadModel");
-    fprintf(out.file, "  \"attn_pdrop\": 0.0,\n  \"bos_token_id\": %d,\n", c->bos_token_id);
-    fprintf(out.file, "  \"dtype\": \"float32\",\n  \"embd_pdrop\": 0.0,\n");
-    fprintf(out.file, "  \"eos_token_id\": %d,\n", c->eos_token_id);
-    /* one label: transformers' default would be two, and the head would not fit */
+            "{\n  \"activation_function\": \"gelu_new\",\n  \"architectures\": [\"%s\"],\n"
+            "  \"attn_pdrop\": 0.0,\n  \"bos_token_id\": %d,\n  \"dtype\": \"float32\",\n"
+            "  \"embd_pdrop\": 0.0,\n  \"eos_token_id\": %d,\n",
+            classifier ? "GPT2ForSequenceClassification" : "GPT2LMHeadModel", c->bos_token_id,
+            c->eos_token_id);
+
+    /* 2. one label: transformers' default would be two, and the head would not fit */
     if (classifier)
         fputs("  \"id2label\": {\"0\": \"LABEL_0\"},\n  \"label2id\": {\"LABEL_0\": 0},\n",
               out.file);
-    fprintf(out.file, "  \"initializer_range\": 0.02,\n  \"layer_norm_epsilon\": %.7g,\n",
-            c->layer_norm_epsilon);
-    fprintf(out.file, "  \"model_type\": \"gpt2\",\n  \"n_ctx\": %zu,\n", c->n_positions);
-    fprintf(out.file, "  \"n_embd\": %zu,\n  \"n_head\": %zu,\n", c->n_embd, c->n_head);
-    fprintf(out.file, "  \"n_inner\": null,\n  \"n_layer\": %zu,\n", c->n_layer);
-    fprintf(out.file, "  \"n_positions\": %zu,\n", c->n_positions);
-    fprintf(out.file, "  \"pad_token_id\": %d,\n  \"resid_pdrop\": 0.0,\n", c->pad_token_id);
-    fprintf(out.file, "  \"tie_word_embeddings\": true,\n  \"use_cache\": true,\n");
-    fprintf(out.file, "  \"vocab_size\": %zu\n}\n", c->vocab_size);
+
+    /* 3. sizes, and what follows from training without dropout and one tensor for both layers */
+    fprintf(out.file,
+            "  \"initializer_range\": 0.02,\n  \"layer_norm_epsilon\": %.7g,\n"
+            "  \"model_type\": \"gpt2\",\n  \"n_ctx\": %zu,\n  \"n_embd\": %zu,\n"
+            "  \"n_head\": %zu,\n  \"n_inner\": null,\n  \"n_layer\": %zu,\n"
+            "  \"n_positions\": %zu,\n  \"pad_token_id\": %d,\n  \"resid_pdrop\": 0.0,\n"
+            "  \"tie_word_embeddings\": true,\n  \"use_cache\": true,\n  \"vocab_size\": %zu\n}\n",
+            c->layer_norm_epsilon, c->n_positions, c->n_embd, c->n_head, c->n_layer, c->n_positions,
+            c->pad_token_id, c->vocab_size);
     output_close(&out);
 }
 
-/* A special token as tokenizer_config.json names it, null where its id has no name. */
+/* A special token as tokenizer_config.json names it: <|endoftext|>, an ordinary token, or the
+ * padding token's own name. An id that only rounds up the vocabulary has none, and null says so. */
 static void write_special_token(FILE *file, const char *before, const struct Tokenizer *tok,
                                 const struct GPT2Config *c, int id) {
     struct Arena arena = {0};
     int endoftext = endoftext_id(c->vocab_size);
-    /* 1. Its name: the padding token's own, <|endoftext|>, or that of an ordinary token. */
     struct Text name = id == c->pad_token_id ? c->pad_token : (struct Text){0};
-    if (id == endoftext)
-        name = text_of("<|endoftext|>");
-    if (id < endoftext)
-        name = token_as_unicode(&arena, tok->token[id]);
-
-    /* 2. An id that only rounds up the vocabulary has no name, and null says so. */
+    if (id <= endoftext)
+        name =
+            id == endoftext ? text_of("<|endoftext|>") : token_as_unicode(&arena, tok->token[id]);
     if (name.length > 0)
         json_write_string(file, before, name);
     else
@@ -12829,51 +12722,9 @@ static void tokenizer_config_save(const struct Tokenizer *tok, const char *folde
 
 /* ---- Adapters -------------------------------------------------------------------------------- */
 
-/* Which layers an adapter takes: "target_modules" is a list of names, here with a space between
- * two of them, or a string, which PEFT takes as a regular expression. */
-static void adapter_config_targets(struct Arena *arena, const struct Json *json, const char *path,
-                                   struct Adapter *adapter) {
-    const struct Json *targets = json_get(json, "target_modules");
-    adapter->pattern = json_type(json, "target_modules") == JSON_STRING;
-    /* with exceptions the names alone do not say which layers: adapter_takes asks the file */
-    adapter->partial = json_type(json, "exclude_modules") != JSON_NULL
-                       || json_type(json, "layers_to_transform") != JSON_NULL;
-    bool is_absent = json_type(json, "target_modules") == JSON_NULL;
-    adapter->target_modules = is_absent ? "c_attn" : json_text_or(json, "target_modules", "");
-    if (is_absent || adapter->pattern)
-        return;
-    for (const struct Json *item = targets->child; item; item = item->next) {
-        CHECK(item->type == JSON_STRING && strlen(adapter->target_modules) < 4096,
-              "%s: \"target_modules\" must be a list of names, 4096 letters at most", path);
-        adapter->target_modules =
-            arena_printf(arena, "%s%s%s", adapter->target_modules,
-                         *adapter->target_modules ? " " : "", item->string.data);
-    }
-}
-
 /* adapter_config.json: r 8, lora_alpha 8 where it is silent, as PEFT.
  *                                            [glossary: Adaptação de baixo rank (LoRA)] */
 static struct Adapter adapter_config_load(struct Arena *arena, const char *folder) {
-    static const struct Allowed allowed[] = {
-        {"peft_type", {"LORA"}},
-        {"bias", {"none"}},
-        {"modules_to_save", {"score", "classifier", "lm_head", "wte"}},
-        {"init_lora_weights", {"true", "false", "gaussian", "eva", "orthogonal"}},
-        {"use_dora", {"false"}},
-        {"use_qalora", {"false"}},
-        {"use_bdlora", {"false"}},
-        {"lora_bias", {"false"}},
-        {"rank_pattern", {"null"}},
-        {"alpha_pattern", {"null"}},
-        {"layer_replication", {"null"}},
-        {"target_parameters", {"null"}},
-        {"trainable_token_indices", {"null"}},
-        {"alora_invocation_tokens", {"null"}},
-        {"arrow_config", {"null"}},
-        {"kasa_config", {"null"}},
-        {"velora_config", {"null"}},
-        {"monteclora_config", {"null"}},
-    };
     char *path = arena_printf(arena, "%s/adapter_config.json", folder);
     CHECK(file_exists(path),
           "%s: no adapter_config.json inside; an adapter is a folder with adapter_config.json and "
@@ -12881,59 +12732,42 @@ static struct Adapter adapter_config_load(struct Arena *arena, const char *folde
           folder);
     /* 1. PEFT has many kinds of adapters, and of LoRA many variants: one is implemented. */
     struct Json *json = json_read_file(arena, path);
-    config_refuse(json, path, allowed, COUNT(allowed));
-
-    /* 2. What this one is, and where it belongs. */
+    config_refuse(json, path, LORA_ALLOWED, COUNT(LORA_ALLOWED));
+    const struct Json *targets = json_get(json, "target_modules");
     struct Adapter adapter = {
         .r = config_size(json, path, "r", 8),
         .lora_alpha = json_number_or(json, "lora_alpha", 8),
         .lora_dropout = json_number_or(json, "lora_dropout", 0),
         .use_rslora = json_type(json, "use_rslora") == JSON_TRUE,
         .base_model_name_or_path = json_text_or(json, "base_model_name_or_path", NULL),
+        .target_modules = json_type(json, "target_modules") == JSON_NULL ? "c_attn" : "",
+        /* a regular expression, or exceptions: the file's tensors say which layers, not names */
+        .partial = json_type(json, "target_modules") == JSON_STRING
+                   || json_type(json, "exclude_modules") != JSON_NULL
+                   || json_type(json, "layers_to_transform") != JSON_NULL,
     };
     CHECK(adapter.r > 0, "%s: \"r\" must be 1 or more", path);
-    adapter_config_targets(arena, json, path, &adapter);
+
+    /* 2. Which layers it takes: a list of names, here with a space between two of them. */
+    for (const struct Json *item = targets ? targets->child : NULL; item; item = item->next) {
+        CHECK(item->type == JSON_STRING && strlen(adapter.target_modules) < 4096,
+              "%s: \"target_modules\" must be a list of names, 4096 letters at most", path);
+        adapter.target_modules =
+            arena_printf(arena, "%s %s", adapter.target_modules, item->string.data);
+    }
     return adapter;
-}
-
-/* An adapter may hold a copy of the embedding, or of the output layer that is tied to it: an equal
- * one changes nothing, another one is not implemented. */
-static void adapter_check_embedding(const struct GPT2 *model, struct SafeTensors *st,
-                                    const char *name) {
-    struct Arena arena = {0};
-    if (!tensor_entry(st, name))
-        return;
-    /* read like any tensor, so that it counts as taken, and then compared number by number */
-    struct Tensor copy = tensor_like_wte(model, &arena, name);
-    tensor_load(st, &copy);
-    size_t i = first_unlike_wte(model, &copy);
-    CHECK(i == copy.n,
-          "%s: tensor %s is not the base's wte.weight (number %zu is %g, not %g): an "
-          "adapter with an embedding or output layer of its own is not implemented",
-          st->path, name, i, copy.w[i], model->wte.w[i]);
-    arena_free(&arena);
-}
-
-/* Does an adapter take this layer? One that names its layers must have them all. One that
- * describes them, by a pattern or with exceptions, has tensors for those that it means. */
-static bool adapter_takes(struct Arena *arena, const struct Adapter *adapter,
-                          const struct SafeTensors *st, const char *name) {
-    /* its config says the names, or else the file's tensors do */
-    bool names = !adapter->pattern && !adapter->partial;
-    if (names)
-        return lora_is_target(name, adapter->target_modules);
-    return tensor_entry(st, arena_printf(arena, "%s.lora_A.weight", bare_name(name))) != NULL;
 }
 
 /* Reads the value head that TRL puts beside an adapter, in a model file of its own. That file may
  * be a whole model, for example one that the adapter was merged into: the rest of it is not read,
  * for the adapter would be added to it a second time. */
 static void adapter_read_head(struct GPT2 *model, const char *folder) {
-    struct Beside beside = {0};
-    char *path = arena_printf(&beside.arena, "%s/model.safetensors", folder);
-    char *pickle = arena_printf(&beside.arena, "%s/pytorch_model.bin", folder);
+    struct Arena arena = {0};
+    const char *first = NULL;
+    char *path = arena_printf(&arena, "%s/model.safetensors", folder);
+    char *pickle = arena_printf(&arena, "%s/pytorch_model.bin", folder);
     if (file_exists(path)) {
-        struct SafeTensors st = safetensors_open(&beside.arena, path);
+        struct SafeTensors st = safetensors_open(&arena, path);
         /* the head, weight and bias; then what else there is, for a note */
         if (tensor_entry(&st, "v_head.summary.weight")) {
             struct Linear *head = value_head_declare(model);
@@ -12941,66 +12775,67 @@ static void adapter_read_head(struct GPT2 *model, const char *folder) {
             tensor_load(&st, &head->bias);
             tensor_check_loaded(&head->bias, path, NULL);
         }
-        beside_note(&beside, &st);
-        fclose(st.file);
-        if (beside.count)
+        size_t left = tensors_left(&st, &first);
+        if (left > 0)
             warn("%s: beside an adapter only a value head is read of it; not read are %zu tensors, "
                  "the first is %s",
-                 path, beside.count, beside.first);
+                 path, left, first);
+        fclose(st.file);
     } else if (file_exists(pickle)) {
         warn("%s is not read: a value head in it is left out; make a model.safetensors of it",
              pickle);
     }
-    arena_free(&beside.arena);
+    arena_free(&arena);
 }
 
-/* Gives a layer its adapter: two matrices, both in the file. */
-static void adapter_load_layer(struct GPT2 *model, struct Linear *linear, struct SafeTensors *st) {
-    lora_declare(model, linear);
-    /* half an adapter would be B A with one of them 0: no adapter at all, and no message */
-    struct Tensor *pair[] = {&linear->lora_A, &linear->lora_B};
-    for (size_t k = 0; k < COUNT(pair); k++) {
-        tensor_load(st, pair[k]);
-        tensor_check_loaded(pair[k], st->path, NULL);
-    }
-}
-
-/* The adapters of all layers that are to have one. An adapter with exceptions says from
- * here on which they are: saved again, it names them one by one. */
+/* The adapters of all layers that are to have one. */
 static void adapter_load_layers(struct GPT2 *model, const char *folder, struct SafeTensors *st) {
-    struct Arena arena = {0};
+    struct Arena *arena = &model->arena;
     struct Adapter *adapter = &model->adapter;
     size_t numbers = 0;
     const char *taken = "";
     for (size_t i = 0; i < 4 * model->config.n_layer; i++) {
+        /* 1. One that names its layers must have them all. One that describes them, by a pattern
+         *    or with exceptions, has tensors for those that it means. */
         struct Linear *linear = adaptable(model, i);
-        const char *name = module_name(&arena, linear);
-        if (!adapter_takes(&arena, adapter, st, name))
+        const char *name = module_name(arena, linear);
+        const char *A = arena_printf(arena, "%s.lora_A.weight", bare_name(name));
+        if (adapter->partial ? !tensor_entry(st, A)
+                             : !lora_is_target(name, adapter->target_modules))
             continue;
-        /* before memory is asked for: can the file hold so many? */
+
+        /* 2. Before memory is asked for: can the file hold so many? */
         numbers += adapter->r * (linear->weight.shape[0] + linear->weight.shape[1]);
         CHECK(numbers <= st->data_size / 2 + (1 << 16),
               "%s: its %llu bytes are too few for "
               "adapters of \"r\" %zu; is the folder's adapter_config.json this file's?",
               st->path, (unsigned long long)st->data_size, adapter->r);
-        adapter_load_layer(model, linear, st);
-        taken = arena_printf(&arena, "%s %s", taken, bare_name(name));
+
+        /* 3. Half an adapter would be B A with one of them 0: no adapter, and no message. */
+        lora_declare(model, linear);
+        struct Tensor *pair[] = {&linear->lora_A, &linear->lora_B};
+        for (size_t k = 0; k < COUNT(pair); k++) {
+            tensor_load(st, pair[k]);
+            tensor_check_loaded(pair[k], st->path, NULL);
+        }
+        taken = arena_printf(arena, "%s %s", taken, bare_name(name));
     }
     CHECK(numbers > 0,
           "%s: its target_modules take no layer of this model; c_attn, c_proj and c_fc can be "
           "adapted",
           folder);
-    if (adapter->partial) {
-        adapter->target_modules = arena_printf(&model->arena, "%s", taken);
-        adapter->pattern = adapter->partial = false;
-    }
-    arena_free(&arena);
+    /* from here on it says which layers they are: saved again, it names them one by one */
+    if (adapter->partial)
+        adapter->target_modules = taken;
+    adapter->partial = false;
 }
 
 /* adapter_load -- attaches the adapter of a folder to the layers that target_modules takes, or, if
  * that is a regular expression or has exceptions, that the file has tensors for. A tensor that no
  * layer takes is an error.                     test: lora_round_trip, lora_partial, lora_broken */
 static void adapter_load(struct GPT2 *model, const char *folder) {
+    static const char own[] = "an adapter with an embedding or output layer of its own is not "
+                              "implemented";
     struct Arena arena = {0};
     CHECK(!model->adapter.r, "%s: the model has an adapter already", folder);
     model->adapter = adapter_config_load(&model->arena, folder);
@@ -13014,12 +12849,13 @@ static void adapter_load(struct GPT2 *model, const char *folder) {
     reward_head_load(model, &st, model->folder);
 
     /* 2. Nothing may be left over: an adapter that is half loaded is another model. */
-    adapter_check_embedding(model, &st, "lm_head.weight");
-    adapter_check_embedding(model, &st, "wte.weight");
-    for (struct Json *item = st.header->child; item; item = item->next)
-        CHECK(item->number == 0 || strcmp(item->key.data, "__metadata__") == 0,
-              "%s: no layer of this model takes tensor %s; is it another model's?", path,
-              item->key.data);
+    check_copy_of_wte(model, &st, "lm_head.weight", path,
+                      "tensor lm_head.weight is not the base's wte.weight", own);
+    check_copy_of_wte(model, &st, "wte.weight", path,
+                      "tensor wte.weight is not the base's wte.weight", own);
+    const char *first = NULL;
+    CHECK(tensors_left(&st, &first) == 0,
+          "%s: no layer of this model takes tensor %s; is it another model's?", path, first);
     fclose(st.file);
 
     /* 3. A value head, from a file of its own. */
@@ -13048,20 +12884,16 @@ static void adapter_config_save(const struct GPT2 *model, const char *folder) {
             a->lora_alpha, a->lora_dropout);
     fprintf(out.file,
             "  \"modules_to_save\": %s,\n  \"peft_type\": \"LORA\",\n  \"r\": %zu,\n  "
-            "\"target_modules\": %s",
-            model->score.n ? "[\"classifier\", \"score\"]" : "null", a->r, a->pattern ? "" : "[");
+            "\"target_modules\": [",
+            model->score.n ? "[\"classifier\", \"score\"]" : "null", a->r);
 
-    /* 3. Where it belongs: a pattern as a string, names as a list. */
+    /* 3. Where it belongs. */
     const char *target = a->target_modules;
-    if (a->pattern)
-        json_write_string(out.file, "", text_of(target));
-    else
-        for (size_t n, i = 0; (n = next_name(&target)) > 0; target += n, i++)
-            fprintf(out.file, "%s\"%.*s\"", i ? ", " : "", (int)n, target);
+    for (size_t n, i = 0; (n = next_name(&target)) > 0; target += n, i++)
+        fprintf(out.file, "%s\"%.*s\"", i ? ", " : "", (int)n, target);
     fprintf(out.file,
-            "%s,\n  \"task_type\": \"%s\",\n  \"use_dora\": false,\n  \"use_rslora\": %s\n}\n",
-            a->pattern ? "" : "]", model->score.n ? "SEQ_CLS" : "CAUSAL_LM",
-            a->use_rslora ? "true" : "false");
+            "],\n  \"task_type\": \"%s\",\n  \"use_dora\": false,\n  \"use_rslora\": %s\n}\n",
+            model->score.n ? "SEQ_CLS" : "CAUSAL_LM", a->use_rslora ? "true" : "false");
     output_close(&out);
 }
 
@@ -13127,31 +12959,23 @@ static void check_reward_model(const struct GPT2 *model, const char *folder) {
 /* Takes a tensor out of a model: it is neither trained nor saved any more. A reward or value head
  * is taken out where it has no place in what is to be made of the model.    test: heads_left_out */
 static void tensor_remove(struct GPT2 *model, struct Tensor *tensor) {
-    /* the others move up, in their order */
-    size_t kept = 0;
-    for (size_t i = 0; i < model->tensor_count; i++) {
-        if (model->tensors[i] != tensor)
-            model->tensors[kept++] = model->tensors[i];
-    }
-    model->tensor_count = kept;
     tensor->n = 0;
+    drop_empty_tensors(model);
 }
 
 static void leave_out_reward_head(struct GPT2 *model) {
-    if (!model->score.n)
-        return;
     /* said, for whoever named this folder may have meant another one */
-    warn("%s: is a reward model; its head, score.weight, is left out, the language model below it "
-         "is used",
-         model->folder);
+    if (model->score.n)
+        warn("%s: is a reward model; its head, score.weight, is left out, the language model below "
+             "it is used",
+             model->folder);
     tensor_remove(model, &model->score);
 }
 
 static void leave_out_value_head(struct GPT2 *model) {
-    if (!model->v_head.weight.n)
-        return;
-    warn("%s: has a value head; it is left out, the language model below it is used",
-         model->folder);
+    if (model->v_head.weight.n)
+        warn("%s: has a value head; it is left out, the language model below it is used",
+             model->folder);
     tensor_remove(model, &model->v_head.weight);
     tensor_remove(model, &model->v_head.bias);
 }
@@ -13168,20 +12992,18 @@ static void leave_out_value_head(struct GPT2 *model) {
  * bytes, whole characters, and '?' in place of control bytes, which could move the cursor or
  * change the colours.                                                       test: progress_cut */
 static char *cut_text(char *text, size_t bytes) {
-    size_t n = strlen(text);
+    struct Text rest = text_of(text);
     size_t i = 0;
-    size_t length;
-    for (uint32_t c; i < n; i += length) {
-        length = utf8_read((unsigned char *)text + i, n - i, &c);
-        /* 0 to 31, 127, and 128 to 159, which terminals obey as well; no UTF-8 has length 0 */
-        bool plain = length > 0 && c >= 32 && (c < 127 || c >= 160);
-        if (!plain) {
-            length = MAX(length, (size_t)1);
+    while (rest.length > 0) {
+        uint32_t c = text_take(&rest);
+        size_t length = (size_t)(rest.data - text) - i;
+        /* U+FFFD of one byte is no character of the text: text_take's word for a wrong byte */
+        if (is_control(c) || (c == 0xfffd && length == 1))
             memset(text + i, '?', length);
-        }
         /* half a character would show as a question mark of the terminal's own */
         if (i + length > bytes)
             break;
+        i += length;
     }
     text[i] = 0;
     return text;

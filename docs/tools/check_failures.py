@@ -1132,11 +1132,12 @@ case("A report of a log that is cut short", "report cut_log", 1,
 case("A report of a report.json that is cut short", "report cut_facts", 1,
      "cut_facts/report.json: not JSON: a string without its closing quote")
 without_page("A report without docs/report.html", "report m", 1,
-             "docs/report.html is neither beside the program nor in the current folder; run align in "
-             "the folder it came in")
+             "docs/report.html is neither beside the program nor in the current folder; run align "
+             "in the folder it came in")
 without_page("A report after a training without docs/report.html: a note", sft, 0,
-             "align: note: docs/report.html is neither beside the program nor in the current folder: "
-             "out/report.html is not written; report.json and the logs (trainer_state.json) are there")
+             "align: note: docs/report.html is neither beside the program nor in the current "
+             "folder: out/report.html is not written; report.json and the logs "
+             "(trainer_state.json) are there")
 write("docs/report.html", "<html></html>")
 without_page("A report with a page that has no place for it", "report m", 1,
              "docs/report.html: no place for a run (<script ")
