@@ -6004,19 +6004,19 @@ static struct Example *sample_answers(const struct GPT2 *policy, struct Arena *a
 /* =============================================================================================
  * Part III - Training
  *
- * The functions of Part I on the model of Part II, again and again. After this part a reader knows
- * how a language model, a reward model, a PPO policy and a DPO policy are made, in the order of
- * the course, and what each number in their logs means.
+ * The functions of Part I, applied to the model of Part II thousands of times. After this part a
+ * reader knows how a language model, a reward model, a PPO policy and a DPO policy are trained, in
+ * the order of the course, and what each number in their logs means.
  * ============================================================================================= */
 
 /* =============================================================================================
  * Chapter 14 - Optimizer, schedule, Trainer                  [glossary: Otimização]
  *
- * How do gradients become better weights? The backward pass has told for every weight by how much
- * the loss would change with it: the gradient. A step moves all weights a little against it, and
- * training is thousands of such steps. The Trainer is transformers':
+ * How do gradients become better weights? The backward pass has computed, for every weight, how
+ * much the loss would change if the weight did: the gradient. A step moves all weights a little
+ * way against it, and training is thousands of such steps. The Trainer works as transformers' does:
  *
- *     for each epoch (once through the data, in a new order):
+ *     for each epoch (one pass through the data, in a new order):
  *         for each step:
  *             accumulate    forward and backward over some micro-batches; their gradients add up
  *             clip          a gradient that is too long is shortened
@@ -6028,18 +6028,18 @@ static struct Example *sample_answers(const struct GPT2 *policy, struct Arena *a
  *     gradient norm 3.0, limit 1     times 1/3              one odd batch cannot throw weights far
  *     learning rate 5e-5, step 500 of 1000, linear          2.5e-5
  *
- * What is trained, and on which loss, is told by a Task: chapters 15 (language model), 16 (reward
- * model) and 18 (DPO) each make one. PPO (chapter 17) has a loop of its own around optimizer_step.
+ * A Task says what is trained, and on which loss: chapters 15 (language model), 16 (reward model)
+ * and 18 (DPO) each define one. PPO (chapter 17) has a loop of its own around optimizer_step.
  *
- * What enters: a model, a Task, TrainingArguments. What leaves: other weights in the model, and a
- * log of how it went.
+ * What enters: a model, a Task, TrainingArguments. What leaves: the model with trained weights, and
+ * a log of the training.
  * ============================================================================================= */
 
-/* ---- What Part IV gives to this one --------------------------------------------------------- */
+/* ---- What this part uses of Part IV --------------------------------------------------------- */
 
-/* The log. An entry is a list of named numbers. state_log adds an empty entry to the history,
- * log_at finds a number of an entry by its name (or adds it), state_say shows an entry to the
- * person who waits. */
+/* The log. An entry is a list of named numbers. state_log adds an empty entry to the history;
+ * log_at finds a number in an entry by its name, or adds it; state_say shows an entry on the
+ * terminal. */
 struct LogEntry;
 struct TrainerState;
 static struct LogEntry *state_log(struct TrainerState *state);
@@ -6051,9 +6051,9 @@ static void state_say(const struct TrainerState *state, const char *name,
                       const struct LogEntry *entry, bool plain);
 
 /* Checkpoints. checkpoint_new and checkpoint_add say what a run's state consists of (_doubles:
- * numbers that must be finite; _fixed: a number that must be the same when the run goes on).
- * checkpoint_resume puts the saved state back, if the run is to go on from one; checkpoint_step
- * saves when a checkpoint is due. */
+ * numbers that must be finite; _fixed: a number that must be the same when the run is resumed).
+ * checkpoint_resume restores the saved state, if the run is to resume from one; checkpoint_step
+ * saves a checkpoint when one is due. */
 struct Checkpoint;
 struct Saved;
 struct TrainingArguments;
@@ -6069,7 +6069,7 @@ static void checkpoint_add_fixed(struct Checkpoint *c, const char *name, void *a
 static void checkpoint_resume(struct Checkpoint *c);
 static void checkpoint_step(struct Checkpoint *c);
 
-/* Files and folders. Each is written beside its final place and moved onto it when complete. */
+/* Files and folders. Each is written under a temporary name, and renamed when it is complete. */
 struct Output;
 struct Rollout;
 struct PPOTrainer;
@@ -6082,14 +6082,15 @@ static void trainer_state_save(const struct TrainerState *s, const struct Traini
 static void stats_write_line(FILE *file, const struct PPOTrainer *ppo);
 static void rollouts_write(FILE *file, const struct Rollout *rollouts, size_t n);
 
-/* Samples on a terminal: whether it is time for one, how wide the terminal is, a text made fit for
- * it. */
+/* Samples on a terminal: is it time for one, how wide is the terminal, and a text made safe to
+ * print there. */
 static bool progress_sampling(size_t step, size_t total);
 static size_t terminal_columns(void);
 static char *cut_text(char *text, size_t bytes);
 static struct Text text_shown(struct Arena *arena, struct Text text, const char *kept);
 
-/* Prints a note if training texts spell out "<|endoftext|>", which is ordinary text here. */
+/* Prints a note if training texts contain the letters "<|endoftext|>": here they are ordinary text,
+ * not an end token. */
 static void warn_of_written_ends(const struct Dataset *data, const struct Tokenizer *tok);
 
 /* An output file: written as PATH.tmp, and moved onto PATH by output_close. */
@@ -6100,23 +6101,23 @@ struct Output {
 
 static const char *const LOGS[] = {"stats_all.jsonl", "rollouts.jsonl"};
 
-/* Set by Ctrl-C. The training stops where it can be resumed, not in the middle of a step. */
+/* Set by Ctrl-C. Training then stops where it can be resumed, never in the middle of a step. */
 static volatile sig_atomic_t interrupted;
 
 /* ---- Settings ------------------------------------------------------------------------------- */
 
 /* TrainingArguments of transformers, in its names. */
 struct TrainingArguments {
-    double learning_rate; /* at its height; see schedule_factor */
+    double learning_rate; /* the highest; see schedule_factor */
     double adam_beta1, adam_beta2, adam_epsilon, weight_decay; /* see adamw_piece */
     double max_grad_norm; /* see clip_factor; 0: no limit */
-    double num_train_epochs; /* may be a fraction; max_steps, if given, decides instead */
-    double warmup_ratio; /* of the steps, where warmup_steps is 0 */
-    size_t per_device_train_batch_size; /* rows of a micro-batch: one forward, one backward */
-    size_t gradient_accumulation_steps; /* micro-batches of a step */
+    double num_train_epochs; /* may be fractional; max_steps, if given, overrides it */
+    double warmup_ratio; /* a share of all steps; used where warmup_steps is 0 */
+    size_t per_device_train_batch_size; /* rows per micro-batch: one forward, one backward */
+    size_t gradient_accumulation_steps; /* micro-batches per step */
     size_t max_steps, warmup_steps;
-    size_t logging_steps, eval_steps; /* a log entry, an evaluation each so many steps */
-    size_t max_length; /* tokens of a row at most */
+    size_t logging_steps, eval_steps; /* steps per log entry, steps per evaluation */
+    size_t max_length; /* the most tokens a row may have */
     size_t per_device_eval_batch_size;
     const char *lr_scheduler_type; /* linear, cosine, constant, constant_with_warmup */
     const char *train_sampling_strategy; /* random, sequential */
@@ -6124,13 +6125,13 @@ struct TrainingArguments {
     uint64_t seed;
     double lr_end; /* linear decay ends at this share of the learning rate */
     const char *output_dir, *resume_from_checkpoint; /* output_dir NULL: no checkpoints */
-    size_t save_steps, save_total_limit; /* 0: none; all */
-    size_t say_steps; /* plain progress lines; 0: one each log entry */
+    size_t save_steps, save_total_limit; /* 0: save none; keep all */
+    size_t say_steps; /* steps per plain progress line; 0: one line per log entry */
 };
 
 static struct TrainingArguments training_arguments(void) {
-    /* The defaults of transformers and TRL: flags that are copied from a script of theirs train the
-     * same way here. */
+    /* The defaults of transformers and TRL, so that flags copied from a script that uses those have
+     * the same effect here. */
     return (struct TrainingArguments){
         .learning_rate = 5e-5,
         /* AdamW: means over about 10 and 1000 steps */
@@ -6139,7 +6140,7 @@ static struct TrainingArguments training_arguments(void) {
         .adam_epsilon = 1e-8,
         .weight_decay = 0,
         .max_grad_norm = 1,
-        /* how much is trained, on how many rows at once */
+        /* how long to train, and on how many rows at once */
         .num_train_epochs = 3,
         .per_device_train_batch_size = 8,
         .gradient_accumulation_steps = 1,
@@ -6156,14 +6157,14 @@ static struct TrainingArguments training_arguments(void) {
 
 /* ---- Optimizer ------------------------------------------------------------------------------ */
 
-/* sqrt_fast -- the square root of x >= 0 without a division, so that a loop over it becomes vector
- * instructions of plain multiplications.
- *   y -> y (3 - x y^2) / 2            Newton's method for 1 / sqrt(x); each step doubles the digits
+/* sqrt_fast -- the square root of x >= 0 without a division, so that the compiler turns a loop over
+ * it into vector multiplications.
+ *   y -> y (3 - x y^2) / 2      Newton's method for 1 / sqrt(x); each step doubles the right digits
  * Relative error below 2e-7; 0 gives 0.
  * By hand: x = 4: guess 0.4831, then 0.49915, 0.499998, 0.5; times x: 2.         test: sqrt_fast */
 static inline float sqrt_fast(float x) {
-    /* 1. A guess of 1 / sqrt(x), 4 % off at most. A float's bits are, nearly, its logarithm; half
-     *    of them subtracted from a constant is the logarithm of x^(-1/2). */
+    /* 1. A guess at 1 / sqrt(x), 4 % off at most. A float's bits, read as an integer, are nearly
+     *    its logarithm; a constant minus half of them is the logarithm of x^(-1/2). */
     float y = float_of_bits(0x5f375a86 - (bits_of_float(x) >> 1));
 
     /* 2. three steps of Newton's method */
@@ -6171,19 +6172,19 @@ static inline float sqrt_fast(float x) {
     y *= 1.5f - 0.5f * x * y * y;
     y *= 1.5f - 0.5f * x * y * y;
 
-    /* 3. sqrt(x) = x / sqrt(x), and one more step for what that product lost by rounding */
+    /* 3. sqrt(x) = x / sqrt(x), and one more step to recover what rounding lost in that product */
     float root = x * y;
     return root + 0.5f * y * (x - root * root);
 }
 
-/* Work is divided into pieces whose size does not depend on the number of threads: then sums are
- * added in one order, and have the same bits, on any machine. */
+/* Work is divided into pieces that do not depend on the number of threads: sums are then added in
+ * the same order, and have the same bits, on any machine. */
 enum { NORM_PIECES = 512, STEP_PIECE = 1 << 14 };
 
 /* The sum of squares over piece number `piece` of a gradient of n numbers. */
 static double square_sum_piece(const float *d, size_t n, size_t piece) {
     size_t length = (n + NORM_PIECES - 1) / NORM_PIECES;
-    /* of a small tensor the last pieces are empty: both MINs then leave nothing */
+    /* in a small tensor the last pieces are empty: the two MINs give them length 0 */
     size_t first = MIN(n, piece * length);
     return row_dot(d + first, d + first, MIN(n - first, length));
 }
@@ -6192,12 +6193,12 @@ static double square_sum_piece(const float *d, size_t n, size_t piece) {
 static double square_sum(const float *d, size_t n) {
     double part[NORM_PIECES];
     double sum = 0;
-    /* 1. Whichever thread comes to a piece, the piece is the same. */
+    /* 1. Each piece has a slot of its own: no two threads add to the same number. */
 #pragma omp parallel for if (n > 100000)
     for (size_t piece = 0; piece < NORM_PIECES; piece++)
         part[piece] = square_sum_piece(d, n, piece);
-    /* 2. Added in order. Floating-point sums depend on it: as an OpenMP reduction this would give
-     *    other last bits on another number of threads. */
+    /* 2. Added in order, since a floating-point sum depends on it. An OpenMP reduction would give
+     *    different last bits with a different number of threads. */
     for (size_t piece = 0; piece < NORM_PIECES; piece++)
         sum += part[piece];
     return sum;
@@ -6205,11 +6206,11 @@ static double square_sum(const float *d, size_t n) {
 
 /* gradient_norm -- the length of the gradient, all weights' derivatives seen as one vector.
  *   norm = sqrt(sum of squares over all tensors that train)
- * The log shows it as grad_norm: it says how steep the loss is here, and a sudden peak in it that
- * the batch was an odd one.
+ * The log shows it as grad_norm. It says how steep the loss is here; a sudden peak means that the
+ * batch was an odd one.
  * By hand: derivatives 300 and -400: 500.                       test: adamw_hand, gpt2_golden */
 static double gradient_norm(const struct GPT2 *model) {
-    /* the root comes last, of the sum over all tensors: one vector has one length */
+    /* one root, of the sum over all tensors: clipping each by itself would turn the gradient */
     double total = 0;
     for (size_t i = 0; i < model->tensor_count; i++) {
         /* a frozen tensor (LoRA's base) has no gradient */
@@ -6220,10 +6221,10 @@ static double gradient_norm(const struct GPT2 *model) {
     return sqrt(total);
 }
 
-/* clip_factor -- what the gradient is multiplied by, so that it is no longer than max_grad_norm.
+/* clip_factor -- the factor that shortens the gradient to a length of max_grad_norm at most.
  *   factor = min(1, max_grad_norm / (norm + 1e-6))          the 1e-6 is torch's clip_grad_norm_
  * All derivatives are multiplied by the same number: the gradient keeps its direction. Without a
- * limit one odd batch, whose gradient is a hundred times as long as usual, would rule AdamW's
+ * limit one odd batch, whose gradient is a hundred times as long as usual, would dominate AdamW's
  * running means for many steps. max_grad_norm 0: no limit.
  * By hand: norm 3, limit 1: 0.3333; norm 0.5, limit 1: 1.                     test: adamw_hand */
 static double clip_factor(double norm, double max_grad_norm) {
@@ -6232,30 +6233,30 @@ static double clip_factor(double norm, double max_grad_norm) {
     return MIN(1, max_grad_norm / (norm + 1e-6));
 }
 
-/* What is the same for all weights of a tensor in one optimizer step. */
+/* The constants of one optimizer step, the same for all weights of a tensor. */
 struct OptimizerStep {
     bool is_sgd; /* plain gradient descent instead of AdamW */
     float lr; /* of this step */
     float clip; /* clip_factor */
     float weight_decay; /* 0 for biases and layer norms */
     float decay_factor; /* 1 - lr weight_decay: what decay leaves of a weight */
-    float beta1, beta2; /* the shares of the old running means, */
-    float one_minus_beta1, one_minus_beta2; /* of the new gradient, of its square in the new */
-    float correction1, correction2; /* 1 / (1 - beta^t): undo the start at zero */
+    float beta1, beta2; /* the weights of the old m and v in the new ones */
+    float one_minus_beta1, one_minus_beta2; /* the weights of the gradient and of its square */
+    float correction1, correction2; /* 1 / (1 - beta^t): make up for the start at zero */
     float eps; /* keeps the divisor above 0 */
 };
 
 /* optimizer_step_of -- the constants of step number t, from 1, for a tensor with this weight decay.
- * They are computed in double and then rounded: 1 - 0.999 in float is wrong in its fifth digit. */
+ * They are computed in double and then rounded: in float, 1 - 0.999 is off in its fifth digit. */
 static struct OptimizerStep optimizer_step_of(const struct TrainingArguments *args, double lr,
                                               size_t t, double clip, double weight_decay) {
     return (struct OptimizerStep){
-        /* of both rules */
+        /* used by both rules */
         .is_sgd = strcmp(args->optim, "sgd") == 0,
         .lr = (float)lr,
         .clip = (float)clip,
         .weight_decay = (float)weight_decay,
-        /* AdamW: the decay of a step, the two means, and what they lack of true means as yet */
+        /* AdamW: the decay per step, the two running means, and what makes them true means */
         .decay_factor = (float)(1 - lr * weight_decay),
         .beta1 = (float)args->adam_beta1,
         .beta2 = (float)args->adam_beta2,
@@ -6272,26 +6273,27 @@ static struct OptimizerStep optimizer_step_of(const struct TrainingArguments *ar
  *   v = beta2 v + (1 - beta2) g^2
  *   m_hat = m / (1 - beta1^t),   v_hat = v / (1 - beta2^t)              t: the step, from 1
  *   w = w (1 - lr weight_decay) - lr m_hat / (sqrt(v_hat) + eps)
- * Plain gradient descent, w -= lr g, has two weaknesses, and each mean ("moment") is for one.
+ * Plain gradient descent, w -= lr g, has two weaknesses; each of two running means ("moments")
+ * mends one.
  *   m, the running mean of gradients (over about 10 steps with beta1 0.9). The gradient of one
- * batch is noisy. What its batches disagree about cancels in m, what they agree about stays.
+ * batch is noisy. What the batches disagree about cancels in m; what they agree about stays.
  *   v, the running mean of squares (over about 1000 steps with beta2 0.999). One lr cannot suit
  * all weights: the gradient of a layer norm's gain may be a thousand times that of a rare
  * token's embedding. Divided by sqrt(v), each weight is measured against its own usual gradient.
- * The step is then about lr in size where the batches agree (m_hat = sqrt(v_hat)), and less where
- * they do not, whatever the scale of the loss.
- *   The correction. Both means start at 0, and the first step finds m = 0.1 g, v = 0.001 g^2: too
- * small both, and m / sqrt(v) = 3.2 instead of 1. Dividing by 1 - beta^t, the sum of the weights
- * in the mean so far, makes them true means from the first step on.
- *   The decay is decoupled: it stands outside the fraction, the W of AdamW. It pulls each weight
- * towards 0 by the same share in each step. Added to the gradient instead, as Adam with an L2
- * penalty does, it would be divided by sqrt(v) too, and the weights with the largest gradients
- * would decay least. With weight_decay 0 this is Adam.
- * in, out  w, m, v (n)       in  d (n), the gradient; it is left 0 for the next step
+ * So the step is about lr in size where the batches agree (|m_hat| = sqrt(v_hat)), and smaller
+ * where they do not, whatever the scale of the loss.
+ *   The correction. Both means start at 0, so the first step has m = 0.1 g and v = 0.001 g^2: both
+ * are too small, and |m| / sqrt(v) is 3.2 instead of 1. Dividing by 1 - beta^t, the total weight of
+ * the gradients seen so far, makes them true means from the first step on.
+ *   The decay is decoupled (the W of AdamW): it is outside the fraction, and pulls every weight
+ * towards 0 by the same share in each step. Added to the gradient instead, as in Adam with an L2
+ * penalty, it would be divided by sqrt(v) too, and the weights with the largest gradients would
+ * decay least. With weight_decay 0 this is Adam.
+ * in, out  w, m, v (n)       in  d (n), the gradient; it is set to 0 for the next step
  * By hand: w = 2, lr 0.1, decay 0.1, gradients 0.3, then -0.1:
  *   t = 1: m 0.03, v 0.00009; m_hat 0.3, sqrt(v_hat) 0.3; w = 2 * 0.99 - 0.1 = 1.88
  *   t = 2: m 0.017, v 0.00009991; m_hat 0.0895, sqrt(v_hat) 0.2236; w = 1.8612 - 0.0400 = 1.8212
- * The second gradient points the other way, and the weight goes on falling, but more slowly.
+ * The second gradient points the other way, yet the weight keeps falling, only more slowly.
  *                            test: adamw_hand, adamw_golden; gdb: break tensor_step_piece */
 WIDE static void adamw_piece(float *w, float *d, float *m, float *v, size_t n,
                              struct OptimizerStep s) {
@@ -6301,15 +6303,15 @@ WIDE static void adamw_piece(float *w, float *d, float *m, float *v, size_t n,
         m[i] = s.beta1 * m[i] + s.one_minus_beta1 * g;
         v[i] = s.beta2 * v[i] + s.one_minus_beta2 * g * g;
 
-        /* 2. without their start at zero */
+        /* 2. corrected for their start at zero */
         float m_hat = m[i] * s.correction1;
         float v_hat = v[i] * s.correction2;
 
-        /* 3. the weight decays, and moves by the mean over the usual size */
+        /* 3. the weight decays, and moves by its mean gradient over that gradient's usual size */
         float step = s.lr * m_hat / (sqrt_fast(v_hat) + s.eps);
         w[i] = w[i] * s.decay_factor - step;
 
-        /* 4. the next step's micro-batches add to zero */
+        /* 4. the next step's micro-batches add up from zero */
         d[i] = 0;
     }
 }
@@ -6317,31 +6319,31 @@ WIDE static void adamw_piece(float *w, float *d, float *m, float *v, size_t n,
 /* sgd_piece -- one step of stochastic gradient descent for n weights, as torch.optim.SGD: the plain
  * rule that AdamW refines.       [glossary: Ascensão de gradiente estocástico (SGA)]
  *   w = w - lr (g + weight_decay w)
- * Ascent on an objective is descent on the loss that is the objective with a minus sign.
+ * Ascent on an objective is descent on its negative, the loss.
  * By hand: w = 0.755, g = 300, lr 0.001, no decay: 0.455.                      test: adamw_hand */
 WIDE static void sgd_piece(float *w, float *d, size_t n, struct OptimizerStep s) {
     for (size_t i = 0; i < n; i++) {
-        /* Here the decay is coupled: it is a part of the gradient, that of weight_decay w^2 / 2. */
+        /* Here the decay is coupled: a part of the gradient, the slope of weight_decay w^2 / 2. */
         w[i] -= s.lr * (d[i] * s.clip + s.weight_decay * w[i]);
         d[i] = 0;
     }
 }
 
-/* The piece of a tensor that begins at number `first`. */
+/* One step for the piece of a tensor that begins at index `first`. */
 static void tensor_step_piece(struct Tensor *tensor, size_t first,
                               const struct OptimizerStep *step) {
     size_t n = MIN(tensor->n - first, (size_t)STEP_PIECE);
     float *w = tensor->w + first;
     float *d = tensor->d + first;
-    /* By value: where the compiler knows that writing w cannot change the constants, it makes
-     * vector instructions of the loop. */
+    /* *step is passed by value: the compiler then knows that writing w cannot change the constants,
+     * and vectorizes the loop. */
     if (step->is_sgd)
         sgd_piece(w, d, n, *step);
     else
         adamw_piece(w, d, tensor->m + first, tensor->v + first, n, *step);
 }
 
-/* Every weight of a tensor, the pieces in parallel. */
+/* One step for every weight of a tensor, the pieces in parallel. */
 static void tensor_step(struct Tensor *tensor, const struct OptimizerStep *step) {
     /* no weight's step depends on another's, so the order of the pieces does not matter */
 #pragma omp parallel for if (tensor->n > 50000)
@@ -6349,16 +6351,16 @@ static void tensor_step(struct Tensor *tensor, const struct OptimizerStep *step)
         tensor_step_piece(tensor, first, step);
 }
 
-/* optimizer_step -- the gradients become other weights; all gradients are 0 afterwards.
+/* optimizer_step -- one step for all weights that train; their gradients are 0 afterwards.
  * in   lr: the learning rate of this step; t: its number, from 1 (for AdamW's correction)
  * Returns the gradient's norm before it was clipped.           test: adamw_hand, adamw_golden */
 static double optimizer_step(struct GPT2 *model, const struct TrainingArguments *args, double lr,
                              size_t t) {
-    /* 1. how long the gradient is; NaN or infinity would spoil every weight, so it ends the run */
+    /* 1. The gradient's length. NaN or infinity would spoil every weight, so it ends the run. */
     double norm = gradient_norm(model);
     check_finite(model, "the gradient's norm", norm);
 
-    /* 2. clip */
+    /* 2. Clip: only the factor is computed here. The next pass over the weights applies it. */
     double clip = clip_factor(norm, args->max_grad_norm);
 
     /* 3. Step. Matrices decay. Biases and the gains of layer norms do not, as in transformers:
@@ -6372,21 +6374,21 @@ static double optimizer_step(struct GPT2 *model, const struct TrainingArguments 
         tensor_step(tensor, &step);
     }
 
-    /* 4. the activations that are kept for messages are those of other weights now */
+    /* 4. The activations kept for error messages belong to the old weights: forget them. */
     model->trace.acts.N = 0;
     return norm;
 }
 
 /* ---- Schedule ------------------------------------------------------------------------------- */
 
-/* schedule_factor -- the share of the learning rate that step number `step`, from 0, of `total`
+/* schedule_factor -- the share of the learning rate that step number `step` (from 0) of `total`
  * uses.
- *   warm-up     step / warmup_steps: from 0 up. AdamW's means know little as yet, and large steps
- *               on that little would lead anywhere.
+ *   warm-up     step / warmup_steps: from 0 up to 1. AdamW's means rest on few gradients so far,
+ *               and large steps based on so few might lead anywhere.
  *   linear      then down in a straight line to 0 (or to the share lr_end)
- *   cosine      then down along half a cosine: long near the height, long near the end
+ *   cosine      then down along half a cosine: slow at the top, slow again at the bottom
  *   constant    1 from the first step on; constant_with_warmup: 1 after the warm-up
- * It falls because large steps come near a minimum fast, but jump about it; small ones settle.
+ * The rate falls because large steps approach a minimum fast but jump around it; small ones settle.
  * By hand: 10 steps, warm-up 2: linear 0, 0.5, 1, 0.875; cosine at step 4: a quarter of the way,
  * 0.5 (1 + cos 45 degrees) = 0.8536.                                             test: schedule */
 static double schedule_factor(const struct TrainingArguments *args, size_t step, size_t total) {
@@ -6403,7 +6405,7 @@ static double schedule_factor(const struct TrainingArguments *args, size_t step,
     if (strcmp(type, "constant_with_warmup") == 0)
         return 1;
 
-    /* 2. how much of what follows the warm-up is done, from 0 to 1 */
+    /* 2. progress from the end of the warm-up, 0, to the end of the training, 1 */
     double decay_steps = MAX(1.0, (double)total - warmup);
     double progress = MIN(1.0, (at - warmup) / decay_steps);
 
@@ -6417,26 +6419,25 @@ static double schedule_factor(const struct TrainingArguments *args, size_t step,
 
 enum { MAX_METRICS = 48 };
 
-/* A named number of the log. While a mean is being formed, value is a sum, and n says over how
- * many units. */
+/* A named number in the log. While a mean is being formed, value is the sum of n units so far. */
 struct Metric {
     const char *name;
     double value;
     size_t n;
 };
 
-/* One entry of the log, as it stands in transformers' trainer_state.json. */
+/* One entry of the log, as in transformers' trainer_state.json. */
 struct LogEntry {
     size_t n;
     struct Metric item[MAX_METRICS]; /* sorted by name */
 };
 
-/* trainer.state: where a training is.                            [glossary: trainer.state] */
+/* trainer.state: how far a training has come.                    [glossary: trainer.state] */
 struct TrainerState {
     size_t global_step; /* steps done */
     size_t max_steps, steps_per_epoch;
     double num_train_epochs;
-    /* Of all steps so far. A checkpoint saves these five as one piece: they stay neighbours. */
+    /* Over all steps so far. A checkpoint saves these five as one block: keep them adjacent. */
     size_t num_tokens, samples;
     double total_loss, seconds, epoch;
     struct LogEntry *log_history;
@@ -6445,19 +6446,19 @@ struct TrainerState {
 };
 
 /* Checkpoints: all that a run needs to go on as if it had never stopped, in a folder checkpoint-N.
- *   model.safetensors ...   the weights, as those of any model; of an adapter its two files
+ *   model.safetensors ...   the weights, saved like any model's; for an adapter, its two files
  *   optimizer.safetensors   exp_avg.* and exp_avg_sq.*: m and v of each tensor that trains; and,
- *                           as tensors too, what `saved` lists: random states, places in the data,
- *                           running means, lengths of growing logs
+ *                           also as tensors, what `saved` lists: random states, positions in the
+ *                           data, running means, lengths of the logs that grow
  *   trainer_state.json      which step this is, and the log so far
- * It is written as tmp-checkpoint-N, flushed to the disk and renamed; before it is removed it is
- * renamed back. So a folder that is called checkpoint-N is complete, even after a power cut.
+ * The folder is written as tmp-checkpoint-N, flushed to disk and renamed; before it is deleted, it
+ * gets a temporary name again. So a folder called checkpoint-N is complete, even after a power cut.
  *                                                                        test: checkpoint_* */
 struct Saved {
     struct Tensor tensor;
-    const char *fixed; /* what must be as it was, in words; NULL: it may change */
+    const char *fixed; /* names, for a message, what must not change; NULL: it may */
     uint64_t fixed_value, most; /* whole numbers are at most `most` */
-    size_t first_double; /* from this number on they are doubles */
+    size_t first_double; /* numbers from this index on are doubles */
 };
 
 struct Checkpoint {
@@ -6465,42 +6466,41 @@ struct Checkpoint {
     const struct Tokenizer *tok;
     const struct TrainingArguments *args;
     struct TrainerState *state;
-    const char *task, *log_dir; /* log_dir: where the two logs grow that PPO writes */
+    const char *task, *log_dir; /* log_dir: the folder of PPO's two logs */
     struct Output *logs; /* NULL: none */
     uint64_t log_bytes[2]; /* their lengths at the checkpoint */
     struct Saved saved[20];
     size_t count;
-    size_t run; /* how many have begun in output_dir, with this one */
+    size_t run; /* how many runs have begun in output_dir, this one included */
 };
 
 /* ---- Task and Trainer ----------------------------------------------------------------------- */
-/* Which of a Task's items: those to learn from, or those held out. Tasks keep both in arrays of
- * two, which this indexes. */
+/* Which of a Task's items: those to learn from, or those held out. Tasks keep both, in arrays of
+ * two that this enum indexes. */
 enum Items { TO_LEARN, HELD_OUT };
 
-/* A Task is what is trained: a data set of `n` items, and a loss over some of them. An item is a
- * row of tokens, a pair, or a rated text; only the Task knows. */
+/* A Task defines what is learnt: a data set of `n` items, and a loss on any of them. An item is a
+ * row of tokens, a pair or a rated text; only the Task knows which. */
 struct Trainer;
 struct Task {
     const char *name;
     size_t n, eval_n;
     void *data;
-    /* The loss of the items index[0..count), times `weight`. If they are to be learnt from, its
-     * gradient is added to the model's; if they are held out, the loss is one of the metrics, which
-     * trainer_metric takes. */
+    /* The loss of the items index[0..count), times `weight`. TO_LEARN: its gradient is added to the
+     * model's. HELD_OUT: the loss is reported as a metric, through trainer_metric. */
     double (*loss)(struct Trainer *trainer, const size_t *index, size_t count, double weight,
                    enum Items from);
-    /* The others may be NULL. */
-    /* Reports the metrics that take all held-out items to tell. */
+    /* The functions below may be NULL. */
+    /* Reports the metrics that need all held-out items at once. */
     void (*evaluated)(struct Trainer *trainer);
-    /* How many target tokens an item has, where a step's loss is a mean over tokens (SFT). NULL: it
-     * is a mean over micro-batches. */
+    /* How many target tokens an item has, if a step's loss is a mean over tokens (chapter 15).
+     * NULL: it is a mean over micro-batches. */
     size_t (*targets)(struct Trainer *trainer, size_t index);
     /* Prepares the data of an epoch. */
     void (*new_epoch)(struct Trainer *trainer, size_t epoch);
-    /* Adds to a checkpoint what the Task alone knows. */
+    /* Adds the Task's own state to a checkpoint. */
     void (*saved)(struct Trainer *trainer, struct Checkpoint *checkpoint);
-    /* Shows on the terminal what the model writes by now. */
+    /* Shows on the terminal what the model writes at this point. */
     void (*sample)(struct Trainer *trainer);
 };
 
@@ -6519,24 +6519,24 @@ struct Trainer {
 
 /* trainer_metric -- adds the sum of a metric over `units` units: tokens, pairs or texts.
  * The metric of a batch, or of all held-out data, is the sum divided by the units. A mean of the
- * batches' means would be another number: it would depend on how the units are dealt out to
- * batches, and a small last batch would count as much as a full one.
+ * batches' means would be a different number: it would depend on how the units fall into batches,
+ * and a small last batch would count as much as a full one.
  * By hand: losses 1, 2 | 6 in two batches: (3 + 6) / (2 + 1) = 3; the mean of the batches' means,
  * 1.5 and 6, would be 3.75.                                              test: metric_units */
 static void trainer_metric(struct Trainer *trainer, const char *name, double sum, size_t units) {
-    /* log_at adds a new name with 0 and 0 */
+    /* a name that is new to the entry starts with a sum of 0 over 0 units */
     struct Metric *metric = log_at(&trainer->metrics, name);
     metric->value += sum;
     metric->n += units;
 }
 
 /* trainer_add_means -- a micro-batch is complete: its means join those since the last log entry.
- * Here it is the plain mean of the micro-batches' means that counts (3.75 above): so TRL logs in
- * training, and the two logs are to agree.                               test: metric_units */
+ * Here the plain mean of the micro-batches' means is formed (3.75 above), as in TRL's training
+ * log, so that the two logs agree.                                       test: metric_units */
 static void trainer_add_means(struct Trainer *trainer) {
     const struct LogEntry *batch = &trainer->metrics;
     for (const struct Metric *m = batch->item; m < batch->item + batch->n; m++) {
-        /* a mean of this micro-batch, as one unit of the mean that will be logged */
+        /* the micro-batch's mean counts as one unit of the mean that will be logged */
         struct Metric *metric = log_at(&trainer->state.metrics, m->name);
         metric->value += m->value / (double)MAX((size_t)1, m->n);
         metric->n++;
@@ -6544,7 +6544,7 @@ static void trainer_add_means(struct Trainer *trainer) {
     trainer->metrics.n = 0;
 }
 
-/* The smallest, or the largest, of all values that are reported under a name. */
+/* The smallest, and below the largest, of all values reported under a name. */
 static void trainer_least(struct Trainer *trainer, const char *name, double value) {
     struct Metric *metric = log_at(&trainer->metrics, name);
     metric->value = metric->n ? MIN(metric->value, value) : value;
@@ -6557,45 +6557,45 @@ static void trainer_largest(struct Trainer *trainer, const char *name, double va
     metric->n = 1;
 }
 
-/* Sums become means, in a log entry that also says where the training is. Of an evaluation the
- * names begin with the prefix "eval_". */
+/* Sums become means, in a log entry that also says where the training is. For an evaluation, the
+ * names get the prefix "eval_". */
 static void trainer_means(const struct TrainerState *state, const struct LogEntry *metrics,
                           struct LogEntry *entry, const char *prefix) {
     /* 1. the metrics; 0 units would make NaN, which the log writes as null */
     for (const struct Metric *m = metrics->item; m < metrics->item + metrics->n; m++)
         log_value(entry, *prefix ? log_name(prefix, text_of(m->name)) : m->name,
                   m->value / (double)m->n);
-    /* 2. the place: with it an entry can be drawn as a point of a curve */
+    /* 2. where the training is, so that the entry can be plotted as a point of a curve */
     log_value(entry, "epoch", state->epoch);
     log_value(entry, "step", (double)state->global_step);
 }
 
 /* ---- Evaluation ----------------------------------------------------------------------------- */
 
-/* Is the evaluation to end early? After Ctrl-C the one behind the last step does, for the weights
- * have yet to be saved. One between two steps is finished, as a step would be: the checkpoint that
- * is then saved holds its figures. */
+/* Should the evaluation end early? After Ctrl-C, one that follows the last step does, since the
+ * weights have yet to be saved. One between two steps is finished, as a step would be: the
+ * checkpoint that is then saved contains its figures. */
 static bool evaluation_interrupted(const struct TrainerState *state) {
     return interrupted && state->global_step == state->max_steps;
 }
 
 /* trainer_measure -- the loss and the other metrics over the held-out items, each a mean over its
  * units, whatever the batch size; no weight moves.
- * Held-out items were never trained on: what the model does well there, it has understood and not
- * learnt by heart.                                                    test: eval_batch_size */
+ * Held-out items were never trained on: what the model does well there, it has understood rather
+ * than learnt by heart.                                               test: eval_batch_size */
 static struct LogEntry trainer_measure(struct Trainer *trainer) {
     struct TrainerState *state = &trainer->state;
     size_t n = trainer->task.eval_n;
     size_t batch = trainer->args.per_device_eval_batch_size;
 
-    /* 1. the sums of all batches, in the order of the data, and what only the whole can tell */
+    /* 1. the metrics' sums, batch by batch in file order; then those that need all items at once */
     struct Arena order_arena = {0};
     size_t *order = arena_order(&order_arena, n);
     size_t num_tokens = state->num_tokens;
     double begin = seconds_now();
     trainer->metrics.n = 0;
     for (size_t first = 0; first < n && !evaluation_interrupted(state); first += batch) {
-        /* weight 1: a metric is a sum, whose divisor comes at the end */
+        /* weight 1: metrics are summed here and divided at the end */
         arena_reset(&trainer->arena);
         trainer->task.loss(trainer, order + first, MIN(batch, n - first), 1, HELD_OUT);
     }
@@ -6610,24 +6610,24 @@ static struct LogEntry trainer_measure(struct Trainer *trainer) {
     log_value(&entry, "eval_steps_per_second", ceil((double)n / (double)batch) / seconds);
     trainer_means(state, &trainer->metrics, &entry, "eval_");
 
-    /* 3. The training goes on as if nothing had been: it counts only tokens that it learnt from. */
+    /* 3. The training must not notice: it counts only the tokens that it learnt from. */
     trainer->metrics.n = 0;
     state->num_tokens = num_tokens;
     arena_free(&order_arena);
     return entry;
 }
 
-/* An evaluation in the course of a training: it is logged and shown. Returns the loss; NaN if
- * Ctrl-C ended it, for a part of the held-out items is not to be compared with all of them. */
+/* An evaluation during training: it is logged and shown. Returns the loss, or NaN if Ctrl-C ended
+ * it: a loss on some of the held-out items cannot be compared with one on all of them. */
 static double trainer_evaluate(struct Trainer *trainer) {
     struct LogEntry entry = trainer_measure(trainer);
     double loss;
-    /* 1. not one that is incomplete */
+    /* 1. an incomplete one is not logged */
     if (evaluation_interrupted(&trainer->state))
         return NAN;
 
-    /* 2. An entry of its own, beside that of the training's loss. The two curves side by side show
-     *    overfitting: from where the held-out loss rises while the other falls. */
+    /* 2. An entry of its own. Plotted beside the training loss, it shows overfitting: from the
+     *    point where the held-out loss rises while the training loss goes on falling. */
     *state_log(&trainer->state) = entry;
     state_say(&trainer->state, trainer->task.name, &entry, true);
     log_find(&entry, "eval_loss", &loss);
@@ -6642,19 +6642,19 @@ static size_t micro_batches_of(const struct TrainingArguments *args, size_t n) {
     return (n + size - 1) / size;
 }
 
-/* micro_batch_weight -- what each micro-batch's loss is multiplied by in the sum of the step.
- * If a Task counts targets, its loss is a sum over tokens, and the step's loss is their mean: one
- * over the number of targets in the whole step. Dividing each micro-batch by its own tokens would
- * make a token in a short text count more than one in a long text. Otherwise the loss of a
- * micro-batch is a mean already, and the step's is the mean of these.
+/* micro_batch_weight -- the factor of each micro-batch's loss in the step's sum.
+ * If a Task counts targets, its loss is a sum over tokens, and the step's loss is the mean: the
+ * factor is 1 / the number of targets in the whole step. Dividing each micro-batch by its own
+ * number would make a token in a short text count more than one in a long text. Otherwise the loss
+ * of a micro-batch is already a mean, and the step's loss is the mean of these.
  * By hand: micro-batches of 3 and 5 targets: 1/8 each; of a Task without targets: 1/2 each.
  *                                                                       test: trainer_steps */
 static double micro_batch_weight(struct Trainer *trainer, const size_t *order, size_t n) {
     const struct Task *task = &trainer->task;
-    /* 1. of means: one over the number of micro-batches */
+    /* 1. losses that are means: 1 / the number of micro-batches */
     if (!task->targets)
         return 1 / (double)MAX((size_t)1, micro_batches_of(&trainer->args, n));
-    /* 2. of sums: one over the targets of the whole step, before the first of its micro-batches */
+    /* 2. losses that are sums: all targets of the step, known before its first micro-batch runs */
     size_t targets = 0;
     for (size_t i = 0; i < n; i++)
         targets += task->targets(trainer, order[i]);
@@ -6663,9 +6663,9 @@ static double micro_batch_weight(struct Trainer *trainer, const size_t *order, s
 
 /* trainer_accumulate -- the gradient of one step over n rows, micro-batch by micro-batch.
  *                                                  [glossary: Acumulação de gradiente]
- * The activations of a micro-batch fill the memory; its gradient is added to those of the ones
- * before it, and the memory serves the next. Of a mean over tokens the sum is, but for rounding,
- * what one large batch would have given.
+ * The activations of a micro-batch are what fills memory. Once its gradient has been added to the
+ * sum, the next micro-batch reuses that memory. For a loss that is a mean over tokens, the sum is
+ * the gradient of one large batch, except for rounding.
  * in   order (n): which rows of the Task                      out  the gradients; returns the loss
  *                                                                       test: trainer_steps */
 static double trainer_accumulate(struct Trainer *trainer, const size_t *order, size_t n) {
@@ -6686,8 +6686,8 @@ static double trainer_accumulate(struct Trainer *trainer, const size_t *order, s
     return loss;
 }
 
-/* After a step: a log entry when one is due, a line for the person who waits, and on a terminal
- * now and then a sample. */
+/* After a step: a log entry if one is due, a progress line and, on a terminal, now and then a
+ * sample. */
 static void trainer_log(struct Trainer *trainer, double norm, double lr) {
     struct TrainerState *state = &trainer->state;
     const struct TrainingArguments *args = &trainer->args;
@@ -6698,27 +6698,27 @@ static void trainer_log(struct Trainer *trainer, double norm, double lr) {
         log_value(&entry, "num_tokens", (double)state->num_tokens);
     trainer_means(state, &state->metrics, &entry, "");
 
-    /* 2. what a person sees: a terminal's line is renewed at each step, plain lines are rarer */
+    /* 2. what a person sees: a terminal's line is redrawn at each step, plain lines are rarer */
     if (trainer->task.sample && progress_sampling(state->global_step, state->max_steps))
         trainer->task.sample(trainer);
     bool is_due = state->global_step % args->logging_steps == 0;
     bool says_line = !args->say_steps || state->global_step % args->say_steps == 0;
     state_say(state, trainer->task.name, &entry, is_due && says_line);
 
-    /* 3. what the log keeps; the means start anew */
+    /* 3. what the log keeps; the means start over */
     if (!is_due)
         return;
     *state_log(state) = entry;
     state->metrics.n = 0;
 }
 
-/* The order of an epoch's n rows. It follows from the seed and the epoch alone: a run that goes on
- * from a checkpoint shuffles as the run that was interrupted. */
+/* The order of an epoch's n rows. It depends on the seed and the epoch alone: a resumed run
+ * shuffles exactly as the interrupted one would have. */
 static size_t *epoch_order(const struct TrainingArguments *args, struct Arena *arena, size_t n,
                            size_t epoch, enum RngStream stream) {
     size_t *order = arena_order(arena, n);
-    /* Without shuffling, a file that is sorted (all good reviews, then all bad ones) would teach
-     * each step only one half of the matter, and the last half would be remembered best. */
+    /* Unshuffled, a sorted file (all good reviews, then all bad ones) would show each step only one
+     * kind, and the model would remember best what it saw last. */
     struct Rng rng = rng_seed(args->seed + epoch, stream);
     if (strcmp(args->train_sampling_strategy, "sequential") != 0)
         rng_shuffle(&rng, order, n);
@@ -6728,8 +6728,8 @@ static size_t *epoch_order(const struct TrainingArguments *args, struct Arena *a
 /* trainer_plan -- how many steps, of how many rows.
  *   steps of an epoch = ceil(rows / rows of a step): the last step takes what is left
  *   max_steps         = num_train_epochs times that, unless it is given
- * By hand: 11 rows, micro-batches of 2, accumulation 2, 2 epochs: ceil(11 / 4) = 3 steps an epoch,
- * 6 steps.                                                              test: trainer_steps */
+ * By hand: 11 rows, micro-batches of 2, accumulation 2, 2 epochs: ceil(11 / 4) = 3 steps per
+ * epoch, 6 steps.                                                       test: trainer_steps */
 static void trainer_plan(struct Trainer *trainer) {
     const struct TrainingArguments *args = &trainer->args;
     struct TrainerState *state = &trainer->state;
@@ -6746,7 +6746,7 @@ static void trainer_plan(struct Trainer *trainer) {
         state->max_steps = (size_t)ceil(args->num_train_epochs * (double)state->steps_per_epoch);
 }
 
-/* trainer_begin -- all that comes before the first step. Returns what checkpoints are made of. */
+/* trainer_begin -- all that comes before the first step. Returns what its checkpoints contain. */
 static struct Checkpoint trainer_begin(struct Trainer *trainer) {
     struct TrainerState *state = &trainer->state;
 
@@ -6754,8 +6754,8 @@ static struct Checkpoint trainer_begin(struct Trainer *trainer) {
     trainer_plan(trainer);
     gpt2_make_trainable(trainer->model);
 
-    /* 2. What a checkpoint of this training consists of. The number of rows must be the same when
-     *    the run goes on: with another one, "step 300" would be another place in the data. */
+    /* 2. What a checkpoint of this training contains. The number of rows must be the same when the
+     *    run is resumed: otherwise "step 300" would be a different place in the data. */
     struct Checkpoint checkpoint =
         checkpoint_new(trainer->task.name, trainer->model, trainer->tok, &trainer->args, state);
     checkpoint_add_fixed(&checkpoint, "rows", &trainer->task.n, "the number of rows to train on");
@@ -6765,21 +6765,21 @@ static struct Checkpoint trainer_begin(struct Trainer *trainer) {
     if (trainer->task.saved)
         trainer->task.saved(trainer, &checkpoint);
 
-    /* 3. If the run goes on from a checkpoint: weights, m, v and log as they were then. One from
-     *    beyond max_steps raises it, and nothing is left to do. */
+    /* 3. If the run is resumed: weights, m, v and log as they were then. A checkpoint from beyond
+     *    max_steps raises max_steps to its own step, and nothing is left to do. */
     checkpoint_resume(&checkpoint);
     state->num_train_epochs = ceil((double)state->max_steps / (double)state->steps_per_epoch);
     return checkpoint;
 }
 
-/* trainer_advance -- a step on `rows` rows is done: what the state and the log know of it.
- * `epoch` counts micro-batches, as transformers does.
- * By hand: 5 rows, one a micro-batch, accumulation 4: a step on 4 rows, then one on the last row:
+/* trainer_advance -- records a finished step on `rows` rows in the state and the log.
+ * The fraction of an epoch is counted in micro-batches, as in transformers.
+ * By hand: 5 rows, micro-batches of 1, accumulation 4: a step on 4 rows, then one on the last row:
  * epoch is 0.8, then 1.                                                 test: trainer_epoch */
 static void trainer_advance(struct Trainer *trainer, size_t epoch, size_t step, size_t rows,
                             double loss) {
     struct TrainerState *state = &trainer->state;
-    /* 1. where in the data: the share of the epoch's micro-batches that are done */
+    /* 1. the position in the data: epochs, and the share of this one's micro-batches */
     size_t all = micro_batches_of(&trainer->args, trainer->task.n);
     size_t done = MIN((step + 1) * trainer->args.gradient_accumulation_steps, all);
     state->epoch = (double)epoch + (double)done / (double)all;
@@ -6788,7 +6788,7 @@ static void trainer_advance(struct Trainer *trainer, size_t epoch, size_t step, 
     state->total_loss += loss;
     state->samples += rows;
 
-    /* 3. the step's loss, one unit of the mean since the last entry */
+    /* 3. the step's loss, as one unit of the mean since the last entry */
     trainer_metric(trainer, "loss", loss, 1);
     trainer_add_means(trainer);
 }
@@ -6796,12 +6796,12 @@ static void trainer_advance(struct Trainer *trainer, size_t epoch, size_t step, 
 /* The last entry of the log: the training as a whole, in transformers' names. */
 static void trainer_log_end(struct TrainerState *state) {
     double steps = (double)state->max_steps;
-    /* of all runs that led here, if there were checkpoints between them */
+    /* of all runs that led here, if the training was resumed */
     double seconds = state->seconds;
     struct LogEntry *entry = state_log(state);
     log_value(entry, "epoch", state->epoch);
     log_value(entry, "step", (double)state->global_step);
-    /* transformers' estimate of operations: its place is kept, the number is not computed */
+    /* transformers' estimate of operations: the name is kept for programs that look for it */
     log_value(entry, "total_flos", 0);
     log_value(entry, "train_loss", state->total_loss / MAX(1, steps));
     log_value(entry, "train_runtime", seconds);
@@ -6821,8 +6821,8 @@ static void trainer_train(struct Trainer *trainer) {
     struct Checkpoint checkpoint = trainer_begin(trainer);
     double begin = seconds_now() - state->seconds;
 
-    /* 2. Epochs: each takes every row once, in an order of its own. A run that goes on may begin
-     *    in the middle of one. */
+    /* 2. Epochs: each takes every row once, in an order of its own. A resumed run may begin in the
+     *    middle of one. */
     size_t epoch = state->global_step / state->steps_per_epoch;
     for (; state->global_step < state->max_steps; epoch++) {
         arena_reset(&order_arena);
@@ -6832,7 +6832,7 @@ static void trainer_train(struct Trainer *trainer) {
 
         size_t step = state->global_step % state->steps_per_epoch;
         for (; step < state->steps_per_epoch && state->global_step < state->max_steps; step++) {
-            /* 3. accumulate: the step's rows, forward and backward; `trace` is for messages */
+            /* 3. accumulate the step's rows, forward and backward; `trace` is for error messages */
             size_t first = step * trainer->rows_per_step;
             size_t rows = MIN(trainer->rows_per_step, trainer->task.n - first);
             trainer->model->trace.task = trainer->task.name;
@@ -6848,7 +6848,7 @@ static void trainer_train(struct Trainer *trainer) {
             trainer_advance(trainer, epoch, step, rows, loss);
             trainer_log(trainer, norm, lr);
 
-            /* 6. evaluate on what is held out */
+            /* 6. evaluate on held-out items */
             if (trainer->task.eval_n && args->eval_steps
                 && state->global_step % args->eval_steps == 0)
                 trainer_evaluate(trainer);
@@ -6882,26 +6882,26 @@ static void trainer_free(struct Trainer *trainer) {
  *     prompt + completion   "The film is"   " a"  " joy"  end
  *     counts in SFT              no          yes   yes    yes
  *
- *     a new model     8.66 nats a token    (an even guess among 4097 tokens: ln 4097 = 8.32)
- *     trained         4.51 nats a token    perplexity e^4.51 = 91: as unsure as among 91 tokens
+ *     a new model     8.66 nats per token  (an even guess among 4097 tokens: ln 4097 = 8.32)
+ *     trained         4.51 nats per token  perplexity e^4.51 = 91: as unsure as among 91 tokens
  *                                                                 [glossary: Perplexidade]
  *
- * What enters: texts, or prompts with completions. What leaves: a language model: the reference,
- * and the starting point, of all that follows.
+ * What enters: texts, or prompts with completions. What leaves: a language model, which is the
+ * reference and the starting point of all that follows.
  * ============================================================================================= */
 
-/* A sample, for a terminal: prompt, a bar, what the model wrote. */
+/* Shows a sample on a terminal: the prompt, a bar, what the model wrote. */
 static void sample_show(const struct Tokenizer *tok, const struct Example *e, size_t V,
                         const char *score) {
     struct Arena arena = {0};
-    /* 1. ids become text again, in two parts: a token of the answer is no token of the prompt */
+    /* 1. decoded in two parts, so that the bar is exactly where the model took over */
     const int *answer_ids = e->ids + e->prompt_length;
     struct Text prompt = tokenizer_decode_all(tok, &arena, e->ids, e->prompt_length, V);
     struct Text answer = tokenizer_decode_all(tok, &arena, answer_ids, e->n - e->prompt_length, V);
     char *line = arena_printf(&arena, "    %s%.*s |%.*s", score, (int)prompt.length, prompt.data,
                               (int)answer.length, answer.data);
-    /* 2. One line. What a model writes may hold anything: cut_text leaves no control byte, which
-     *    could clear the terminal or move its cursor. */
+    /* 2. One line. A model may write anything: cut_text removes the control bytes, which could
+     *    clear the terminal or move its cursor. */
     say("%s\n", cut_text(line, terminal_columns()));
     arena_free(&arena);
 }
@@ -6909,7 +6909,7 @@ static void sample_show(const struct Tokenizer *tok, const struct Example *e, si
 /* The data of a language model's Task. */
 struct LanguageTask {
     struct Example *examples[2]; /* to learn from, held out: see enum Items */
-    /* pretraining: the whole texts, of which each epoch makes other examples */
+    /* pretraining: the whole texts, which each epoch cuts into other examples */
     struct Example *texts;
     size_t text_count, row_length;
     bool whole_texts; /* see pretrain_pack */
@@ -6921,19 +6921,19 @@ static struct Batch language_batch(struct Trainer *trainer, const size_t *index,
                                    enum Items from) {
     const struct LanguageTask *task = trainer->task.data;
     struct Example *examples = arena_alloc(&trainer->arena, count, sizeof *examples);
-    /* 1. the items side by side; only their descriptions are copied, the ids stay where they are */
+    /* 1. the items side by side; pointers and lengths are copied, the ids stay where they are */
     for (size_t i = 0; i < count; i++)
         examples[i] = task->examples[from][index[i]];
-    /* 2. packed; the last token of a row predicts nothing: the model need not read it */
+    /* 2. packed; the last token of a row predicts nothing, so the model need not read it */
     return collate(&trainer->arena, examples, count, SKIP_LAST);
 }
 
-/* What is logged beside the loss, a mean over the R predicted tokens: how undecided the model is
+/* What is logged besides the loss, as means over the R predicted tokens: how undecided the model is
  * (entropy, nats), and how often its first choice was the token that came. */
 static void language_metrics(struct Trainer *trainer, const struct Batch *batch,
                              const struct LMHead *head) {
     trainer->state.num_tokens += batch->tokens;
-    /* Sums, not means: another micro-batch has another number of tokens. */
+    /* sums over the R predicted tokens, of which each micro-batch has a different number */
     trainer_metric(trainer, "entropy", row_sum(head->entropy, batch->R), batch->R);
     trainer_metric(trainer, "mean_token_accuracy", row_sum(head->hit, batch->R), batch->R);
 }
@@ -6944,8 +6944,8 @@ static void language_metrics(struct Trainer *trainer, const struct Batch *batch,
  * in   index (count): which items; weight: 1 / the step's targets, so that the micro-batches add up
  *      to a mean over the tokens of the step
  * Each summand is the negative log-likelihood of a token that a person wrote: 0 if the model was
- * certain of it, without limit if it thought it impossible. To lower the sum is to raise the
- * probability of the text as a whole, which is the product of its tokens' probabilities.
+ * certain of it, unbounded if it thought it impossible. Lowering the sum raises the probability of
+ * the text as a whole, which is the product of its tokens' probabilities.
  * The derivative by the logits is softmax - 1 at the target and softmax elsewhere, times the
  * weight: lm_head_cross_entropy (chapter 11).
  * By hand: a model whose weights are all 0 finds 37 tokens equally probable: each target costs
@@ -6958,13 +6958,13 @@ static double language_loss(struct Trainer *trainer, const size_t *index, size_t
     bool learns = from == TO_LEARN;
 
     /* 1. Forward, up to the hidden states from which the targets are predicted: row r of the head
-     *    is that of the token before target r. */
+     *    is at the token before target r. */
     struct Batch batch = language_batch(trainer, index, count, from);
     struct Activations acts = gpt2_forward(model, arena, &batch, learns);
     struct LMHead head = lm_head_new(model, arena, &acts, batch.row, batch.target, batch.R, 1);
 
-    /* 2. The output layer. In training its backward comes with it: its logits (R,V) are the largest
-     *    tensor of all, so they are used while they are there and never kept. */
+    /* 2. The output layer. In training its backward pass runs with it: all logits (R,V) would be
+     *    the largest tensor of all, so they are computed in chunks, used at once and not kept. */
     if (learns) {
         float *dhidden = arena_zeros(arena, batch.N * model->config.n_embd, sizeof *dhidden);
         lm_head_cross_entropy(model, &head, (float)weight, dhidden, arena);
@@ -6981,16 +6981,16 @@ static double language_loss(struct Trainer *trainer, const size_t *index, size_t
     return negative_log_likelihood * weight;
 }
 
-/* language_targets -- how many labels of an item are not ignored: what the Trainer divides a
- * step's loss by.
- * The first token of a text without a prompt is counted although nothing predicts it. transformers
- * counts so, and the loss comes out a little smaller than a mean. Packed rows have a prompt of one
- * token, so theirs is a true mean.
+/* language_targets -- how many labels of an item are not ignored: the Trainer divides a step's loss
+ * by their number.
+ * As in transformers, the first token of a text without a prompt is counted although nothing
+ * predicts it, which makes the loss a little smaller than the mean. Packed rows have a prompt of
+ * one token, so theirs is a true mean.
  * By hand: a text of 3 tokens: 3; prompt of 3, completion of 2: 2.     test: language_sft_rows */
 static size_t language_targets(struct Trainer *trainer, size_t index) {
     const struct LanguageTask *task = trainer->task.data;
     const struct Example *e = &task->examples[TO_LEARN][index];
-    /* of the row with its prompt, all but the prompt */
+    /* n counts the prompt too, whose labels are ignored */
     return e->n - e->prompt_length;
 }
 
@@ -7003,7 +7003,7 @@ struct TextOrder {
     size_t count;
 };
 
-/* All ids of the texts, one text behind the other; `total` is their number. */
+/* All ids of the texts, one text after another; `total` is their number. */
 static int *texts_join(struct Arena *arena, const struct TextOrder *texts, size_t *total) {
     /* 1. room for all */
     *total = 0;
@@ -7011,7 +7011,7 @@ static int *texts_join(struct Arena *arena, const struct TextOrder *texts, size_
         *total += texts->texts[i].n;
     int *stream = arena_alloc(arena, *total, sizeof *stream);
 
-    /* 2. One behind the other. Each ends in an end token, from which the model learns that what
+    /* 2. One text after another. Each ends in an end token, from which the model learns that what
      *    follows has nothing to do with what came before. */
     size_t at = 0;
     for (size_t i = 0; i < texts->count; i++) {
@@ -7022,26 +7022,26 @@ static int *texts_join(struct Arena *arena, const struct TextOrder *texts, size_
     return stream;
 }
 
-/* A text in the stream: which it is in the order, and where it starts. */
+/* A text in the stream: its index in the order, and where it starts. */
 struct TextPlace {
     size_t text, start;
 };
 
-/* whole_text_start -- where a row starts that should start at `next`, if texts are to be whole.
- * in, out  place: a text that is not behind `next`; afterwards the one that `next` lies in
- * That text's start, if a row of `room` tokens can hold the text and the row before (it starts at
- * `last`) does not start there too. Otherwise `next`, in the middle of the text.
+/* whole_text_start -- where a row starts that is due at `next`, if texts are to be kept whole.
+ * in, out  place: a text that starts at or before `next`; on return, the text that contains `next`
+ * Returns that text's start, if a row of `room` tokens can hold the text and the previous row,
+ * which starts at `last`, starts earlier. Otherwise `next`, in the middle of the text.
  *                                                            test: language_pack */
 static size_t whole_text_start(const struct TextOrder *texts, struct TextPlace *place, size_t last,
                                size_t next, size_t room) {
-    /* 1. on to the text that `next` lies in; place only moves forward, for so do the rows */
+    /* 1. On to the text that contains `next`. Rows only move forward, so place does too. */
     size_t n = texts->texts[texts->order[place->text]].n;
     while (place->start + n <= next && place->text + 1 < texts->count) {
         place->start += n;
         n = texts->texts[texts->order[++place->text]].n;
     }
 
-    /* 2. back to its start. Without the second condition the rows would stay there for ever. */
+    /* 2. Back to its start. Without moves_on, all further rows would start there too. */
     bool fits = n <= room;
     bool moves_on = place->start > last;
     return fits && moves_on ? place->start : next;
@@ -7049,11 +7049,11 @@ static size_t whole_text_start(const struct TextOrder *texts, struct TextPlace *
 
 /* pretrain_pack -- texts joined by end tokens, cut into `count` rows that predict row_length
  * tokens each. Every forward pass then has the same size and no padding.
- * A row has row_length + 1 tokens, and the next row starts with its last one: so every token but
+ * A row has row_length + 1 tokens, and the next row starts with its last one, so every token but
  * the first is predicted once. What does not fill a row at the end is dropped.
- * With whole_texts a row that would start inside a text starts where that text does, if a row can
- * hold the text: so the model learns, at position 0, how texts begin, as a prompt does. Some tokens
- * then count twice, and the last texts have to wait for another epoch.
+ * With whole_texts, a row that would start inside a text starts where that text does, if a row can
+ * hold the text: the model then sees texts begin at position 0, as prompts do. Some tokens count
+ * twice as a result, and the last texts have to wait for another epoch.
  * By hand: texts of 3, 4 and 3 tokens, row_length 4: (10 - 1) / 4 = 2 rows, which start at 0 and 4;
  * with whole_texts at 0 and 3, where the second text starts.             test: language_pack */
 static struct Example *pretrain_pack(struct Arena *arena, const struct TextOrder *texts,
@@ -7076,26 +7076,26 @@ static struct Example *pretrain_pack(struct Arena *arena, const struct TextOrder
     return rows;
 }
 
-/* Each epoch joins the texts in a new order. The rows are cut elsewhere then, and none is ever the
- * same twice: less to learn by heart. */
+/* Each epoch joins the texts in a new order. The rows are then cut in other places and seldom come
+ * twice: there is less to learn by heart. */
 static void pretrain_new_epoch(struct Trainer *trainer, size_t epoch) {
     struct LanguageTask *task = trainer->task.data;
-    /* 1. The last epoch's rows go. The order is that of the texts; the Trainer shuffles the rows
-     *    that are made of them once more, with random numbers of another stream. */
+    /* 1. Drop the last epoch's rows, and draw an order for the texts. The Trainer will shuffle the
+     *    rows as well, with random numbers from another stream. */
     arena_reset(&task->rows);
     size_t *order = epoch_order(&trainer->args, &task->rows, task->text_count, epoch, STREAM_SPLIT);
     struct TextOrder texts = {task->texts, order, task->text_count};
 
-    /* 2. The number of rows is the same in each epoch: it follows from the number of tokens. */
+    /* 2. The number of rows depends only on that of tokens, so it is the same in each epoch. */
     task->examples[TO_LEARN] =
         pretrain_pack(&task->rows, &texts, task->row_length, task->whole_texts, &trainer->task.n);
 }
 
-/* Shows how the model goes on after the first words of the first text, as the training proceeds. */
+/* Shows how the model, as trained so far, continues the first words of the first text. */
 static void language_sample(struct Trainer *trainer) {
     const struct LanguageTask *task = trainer->task.data;
     const struct Example *text = task->texts;
-    /* 1. as much as a line holds, drawn a little on the safe side (temperature 0.7) */
+    /* 1. about a line of text, sampled a little on the safe side (temperature 0.7) */
     struct GenerationConfig sampling = {
         .max_new_tokens = 28,
         .do_sample = true,
@@ -7106,8 +7106,8 @@ static void language_sample(struct Trainer *trainer) {
     };
     struct Example prompt = {.ids = text->ids, .n = text->n > 3 ? 3 : 1};
 
-    /* 2. The same prompt and the same random numbers each time: what changes is the model. They are
-     *    numbers of its own, so a run that is watched trains as one that is not. */
+    /* 2. The same prompt and the same random numbers each time: only the model changes. They come
+     *    from a generator of their own, so a run that is watched trains like one that is not. */
     struct Rng rng = rng_seed(trainer->args.seed, STREAM_SAMPLE);
     struct Example *answer =
         sample_answers(trainer->model, &trainer->arena, &prompt, 1, 1, &sampling, &rng);
@@ -7132,7 +7132,7 @@ static struct LanguageTask *pretrain_task(struct Trainer *trainer, struct Arena 
         .sample = language_sample,
     };
 
-    /* 2. the first epoch's rows already: the Trainer must know how many rows there are */
+    /* 2. The first epoch's rows are packed now: the Trainer plans its steps from their number. */
     pretrain_new_epoch(trainer, 0);
     CHECK(trainer->task.n > 0,
           "pretrain: the texts have too few tokens, a row needs %zu; use more text or a smaller "
@@ -7148,8 +7148,8 @@ static struct LanguageTask *pretrain_task(struct Trainer *trainer, struct Arena 
 
 /* ---- SFT: examples of what to write --------------------------------------------------------- */
 
-/* A row of the data set as TRL prepares it, with the end token behind it: the model has to learn
- * where an answer ends, or it will never stop. */
+/* A row of the data set as TRL prepares it, followed by the end token: the model has to learn where
+ * an answer ends, or it will never stop. */
 static struct Example sft_example(const struct Trainer *trainer, struct Arena *arena,
                                   const struct Dataset *data, const struct Row *row) {
     size_t V = trainer->model->config.vocab_size;
@@ -7157,15 +7157,15 @@ static struct Example sft_example(const struct Trainer *trainer, struct Arena *a
     /* a text without a prompt: all of it counts */
     if (data->shape == SHAPE_TEXT)
         return example_encode(arena, trainer->tok, row->text, V, end_token);
-    /* encoded as one text, as the model will see it; the completion's ids are those that count */
+    /* encoded as one text, as the model will see it; only the completion's ids count */
     return example_prompt_completion(arena, trainer->tok, row->prompt, row->completion, V,
                                      end_token);
 }
 
-/* What happened to rows that could not be used as they are. */
+/* Says how many rows could not be used as they are. */
 static void sft_examples_say(const struct Dataset *data, size_t max_length, size_t cut,
                              size_t count) {
-    /* 1. an answer that is cut has no end token: the model is not taught to end there */
+    /* 1. a cut answer has lost its end token, so the model is not taught to stop there */
     if (cut)
         warn("%s: %zu of %zu rows were cut to their first %zu tokens (--max_length)", data->path,
              cut, data->n, max_length);
@@ -7177,8 +7177,8 @@ static void sft_examples_say(const struct Dataset *data, size_t max_length, size
 }
 
 /* sft_examples -- the rows of a data set as examples; n: how many are left.
- * As TRL does, a row keeps its first max_length ids; one that then has no target is left out: its
- * prompt alone fills the row, and there is nothing to learn from it.   test: language_sft_rows */
+ * As in TRL, a row keeps its first max_length ids. If its prompt alone fills them, no target is
+ * left, and the row is dropped.                                        test: language_sft_rows */
 static struct Example *sft_examples(struct Trainer *trainer, struct Arena *arena,
                                     const struct Dataset *data, size_t *n) {
     struct Example *examples = arena_alloc(arena, data->n, sizeof *examples);
@@ -7186,13 +7186,13 @@ static struct Example *sft_examples(struct Trainer *trainer, struct Arena *arena
     size_t count = 0;
     size_t cut = 0;
     for (size_t i = 0; i < data->n; i++) {
-        /* 1. the row as ids, the first max_length of them: what is cut off is the answer's end,
-         *    since an answer without its question would teach nothing */
+        /* 1. The row as ids, the first max_length of them. It is the answer's end that is cut off:
+         *    an answer without its question would teach nothing. */
         struct Example e = sft_example(trainer, arena, data, &data->rows[i]);
         cut += e.n > max_length;
         e.n = MIN(e.n, max_length);
 
-        /* 2. Is a token left that counts? The very first is never predicted, prompt or not. */
+        /* 2. Does a token that counts remain? The very first is never predicted, prompt or not. */
         if (e.n > MAX((size_t)1, e.prompt_length))
             examples[count++] = e;
     }
@@ -7211,8 +7211,8 @@ static struct LanguageTask *sft_task(struct Trainer *trainer, struct Arena *aren
         .loss = language_loss,
         .targets = language_targets,
     };
-    /* Nothing is joined or cut into rows of one length, as in pretraining: each example keeps its
-     * own beginning, and no answer is torn in two. */
+    /* Unlike in pretraining, nothing is joined or cut into rows of one length: each example keeps
+     * its own beginning, and no answer is torn in two. */
     task->examples[TO_LEARN] = sft_examples(trainer, arena, data, &trainer->task.n);
     if (eval)
         task->examples[HELD_OUT] = sft_examples(trainer, arena, eval, &trainer->task.eval_n);
@@ -7227,14 +7227,14 @@ static struct LanguageTask *sft_task(struct Trainer *trainer, struct Arena *aren
  * judge that number. Three kinds of data can teach it:
  *
  *     pairs      "a joy" was preferred to "a mess"      bradley_terry_loss on the two rewards
- *     ratings    8 and 3 of 10                          compared within a batch: a pair
+ *     ratings    8 and 3 out of 10                      compared within a batch: a pair
  *     labels     liked, disliked                        sentiment_loss on each reward
  *
  *     loss at the start    ln 2 = 0.693: a guess            accuracy 0.5
  *     trained              0.81 of held-out pairs ordered as people did
  *
- * A language model is the place to start from: it knows what the words mean already, and has only
- * to learn which of that people like.
+ * A language model is the place to start: it already knows what the words mean, and has only to
+ * learn what people like.
  *
  * What enters: texts that people compared, rated or labelled. What leaves: a reward model, and
  * rewards of new texts in the form of the course's sentiment pipeline.
@@ -7242,29 +7242,29 @@ static struct LanguageTask *sft_task(struct Trainer *trainer, struct Arena *aren
 
 /* The data of a reward model's Task; arrays of two are indexed by enum Items. */
 struct RewardTask {
-    struct Example *texts[2]; /* of pairs 2i is chosen, 2i + 1 rejected; else one an item */
+    struct Example *texts[2]; /* pairs: 2i chosen, 2i + 1 rejected; otherwise one per item */
     double *number[2]; /* an item's margin, rating or label */
     bool rated, labelled; /* neither: pairs */
     double center; /* TRL's center_rewards_coefficient, see bradley_terry_pair */
     double min_difference; /* ratings closer than this make no pair */
     float *eval_reward; /* rated: the reward of each held-out text */
-    double prefix_share; /* how many of the texts are cut to a random beginning */
+    double prefix_share; /* the share of texts that reward_cut cuts to a random beginning */
     struct Rng cut;
 };
 
 /* ---- Metrics -------------------------------------------------------------------------------- */
 
-/* reward_pair_metrics -- how well rewards order n pairs: the share that the chosen text wins
+/* reward_pair_metrics -- how well rewards order n pairs: in what share of them the chosen text wins
  * (accuracy; a tie is no win), and by how much on average (margin).
- * By hand: rewards 2, 0.5, 0.5; 0 preferred to 1, 1 to 2: accuracy 1 / 2, margin (1.5 + 0) / 2 =
- * 0.75.                                                                 test: reward_metrics */
+ * By hand: rewards 2, 0.5, 0.5; text 0 preferred to text 1, and 1 to 2: accuracy 1 / 2, margin
+ * (1.5 + 0) / 2 = 0.75.                                                 test: reward_metrics */
 static void reward_pair_metrics(struct Trainer *trainer, const float *reward,
                                 const struct Pair *pairs, size_t n) {
     double right = 0;
     double margin = 0;
-    /* the order is all that training on pairs can get right: the rewards themselves mean nothing */
+    /* order is all that pairs can teach: a reward by itself means nothing */
     for (size_t i = 0; i < n; i++) {
-        /* without the pair's margin: that is a demand of the loss, not a part of the order */
+        /* the pair's own margin is left out: it is a demand of the loss, not part of the order */
         double difference = (double)reward[pairs[i].chosen] - reward[pairs[i].rejected];
         right += difference > 0;
         margin += difference;
@@ -7273,7 +7273,7 @@ static void reward_pair_metrics(struct Trainer *trainer, const float *reward,
     trainer_metric(trainer, "margin", margin, n);
 }
 
-/* Of labelled texts: how many have a reward whose sign is that of the label.
+/* For labelled texts: the share whose reward has the sign of the label.
  * By hand: rewards 2 (liked), -1 (liked), -3 (disliked): 2 of 3.         test: reward_metrics */
 static void reward_label_metrics(struct Trainer *trainer, const float *reward, const double *label,
                                  size_t n) {
@@ -7284,8 +7284,8 @@ static void reward_label_metrics(struct Trainer *trainer, const float *reward, c
     trainer_metric(trainer, "accuracy", right, n);
 }
 
-/* The rewards as they are, for all kinds of data: with plain pairs nothing but `center` keeps them
- * from drifting. */
+/* The rewards themselves, for all kinds of data: with pairs, nothing but `center` keeps them from
+ * drifting, and these numbers show whether they do. */
 static void reward_text_metrics(struct Trainer *trainer, const float *reward, size_t texts) {
     for (size_t t = 0; t < texts; t++) {
         /* one unit each: the mean is over texts, whatever the batches */
@@ -7296,9 +7296,9 @@ static void reward_text_metrics(struct Trainer *trainer, const float *reward, si
 }
 
 /* reward_rated_evaluated -- loss and order of every pair of held-out rated texts.
- * In training, ratings are compared within a micro-batch. Here all are compared with all, whatever
- * batches they were read in: otherwise another batch size would mean other pairs, and a loss that
- * cannot be compared.                                                 test: eval_batch_size */
+ * In training, ratings are compared within a micro-batch. Here every text is compared with every
+ * other, whichever batches they were read in: otherwise another batch size would mean other pairs,
+ * and the losses could not be compared.                               test: eval_batch_size */
 static void reward_rated_evaluated(struct Trainer *trainer) {
     const struct RewardTask *task = trainer->task.data;
     const float *reward = task->eval_reward;
@@ -7306,13 +7306,13 @@ static void reward_rated_evaluated(struct Trainer *trainer) {
     struct Pair *pairs = arena_alloc(&trainer->arena, n, sizeof *pairs);
     float *dreward = arena_floats(&trainer->arena, n); /* not used: nothing trains here */
     for (size_t i = 0; i < n; i++) {
-        /* 1. One text against those behind it. All pairs at once would take n^2 memory. */
+        /* 1. One text against those after it. All pairs at once would take n^2 memory. */
         size_t count = pairs_of_rating(task->number[HELD_OUT], i, n, task->min_difference, pairs);
         if (count == 0)
             continue;
 
-        /* 2. bradley_terry_loss is a mean over the text's pairs; what is reported is their sum,
-         *    so that each pair counts the same in the mean over all */
+        /* 2. bradley_terry_loss is a mean over this text's pairs. Their sum is reported, so that
+         *    each pair counts the same in the mean over all. */
         double loss = bradley_terry_loss(reward, n, pairs, count, task->center, dreward);
         trainer_metric(trainer, "loss", loss * (double)count, count);
         reward_pair_metrics(trainer, reward, pairs, count);
@@ -7332,20 +7332,21 @@ struct RewardPass {
 
 /* reward_forward -- the rewards of some texts.
  *   reward = w . h                 h (C): the hidden state at the text's last token, w: the head
- * A token sees only what stands before it, so the last one is the only one that has seen all.
- * Unlike a language model this one has to read it: READ_LAST. `keep`: a backward pass will follow.
+ * A token sees only itself and what comes before it, so only the last one has seen the whole text.
+ * It must be read, unlike in a language model: READ_LAST. `keep`: a backward pass will follow.
  *                                                   test: reward_golden, reward_rows */
 static struct RewardPass *reward_forward(const struct GPT2 *model, struct Arena *arena,
                                          const struct Example *texts, size_t n, bool keep) {
-    /* 1. The texts, packed, through the model. The pass lies in the arena, for the activations
-     *    point to their batch: as a value that is returned it would move away from under them. */
+    /* 1. The texts, packed, through the model. The pass is allocated in the arena because the
+     *    activations point to its batch: returned by value, the batch would move and the pointer
+     *    would be left dangling. */
     struct RewardPass *pass = arena_alloc(arena, 1, sizeof *pass);
     pass->texts = n;
     pass->batch = collate(arena, texts, n, READ_LAST);
     pass->acts = gpt2_forward(model, arena, &pass->batch, keep);
 
-    /* 2. Where each text's last token stands, padding not counted, and the reward there. The head
-     *    has no bias: it would add the same number to all rewards. */
+    /* 2. Where each text's last token is, padding not counted, and the reward there. The head has
+     *    no bias, which would only add the same number to all rewards. */
     pass->row = arena_alloc(arena, n, sizeof *pass->row);
     pass->reward = arena_floats(arena, n);
     reward_rows(&pass->batch, model->config.pad_token_id, pass->row);
@@ -7359,7 +7360,7 @@ static struct RewardPass *reward_forward(const struct GPT2 *model, struct Arena 
  * and attention carries the slope back to the earlier tokens.           test: reward_gradient */
 static void reward_backward(struct GPT2 *model, struct Arena *arena, const struct RewardPass *pass,
                             float *dreward, double weight) {
-    /* 1. the micro-batch's share in the step */
+    /* 1. the micro-batch's share of the step, before the slopes reach any gradient */
     for (size_t t = 0; t < pass->texts; t++)
         dreward[t] *= (float)weight;
 
@@ -7376,18 +7377,18 @@ static void reward_backward(struct GPT2 *model, struct Arena *arena, const struc
 
 /* The texts of a micro-batch, and how they are to be compared. */
 struct RewardBatch {
-    struct Example *examples; /* (texts) of pairs all that were chosen, then all rejected */
+    struct Example *examples; /* (texts); of pairs: all chosen ones, then all rejected ones */
     size_t texts;
     double *number; /* (count) of each item: margin, rating or label */
-    struct Pair *pairs; /* (pair_count) as indices into examples; of labelled texts not used */
-    size_t pair_count; /* of labelled texts: how many there are */
+    struct Pair *pairs; /* (pair_count) indices into examples; unused for labelled texts */
+    size_t pair_count; /* for labelled texts, the number of texts */
 };
 
-/* Cuts some texts to a random beginning of 8 tokens or more. PPO will ask for rewards of answers
- * that its token limit has cut off, and a model that only ever saw whole texts would judge them by
- * their missing end. */
+/* Cuts some texts to a random beginning of 8 tokens or more. In PPO this model will judge answers
+ * that a token limit has cut off; one that had only ever seen whole texts would judge them by their
+ * missing end. */
 static void reward_cut(struct RewardTask *task, struct Example *text) {
-    /* 1. not if the task does not ask for it, and not a text that is short already */
+    /* 1. only if the task wants it, and never a text that is short already */
     if (task->prefix_share <= 0 || text->n <= 10)
         return;
     /* 2. this one? then any length from 8 to n - 1 is equally likely */
@@ -7395,7 +7396,7 @@ static void reward_cut(struct RewardTask *task, struct Example *text) {
         text->n = 8 + rng_below(&task->cut, text->n - 8);
 }
 
-/* Pairs as they are in the data: the chosen texts, then the rejected ones, so that item i compares
+/* Pairs as the data has them: all chosen texts, then all rejected ones, so that item i compares
  * text i with text count + i. Its number is the margin. */
 static struct RewardBatch reward_batch_of_pairs(struct Trainer *trainer, const size_t *index,
                                                 size_t count, enum Items from) {
@@ -7408,7 +7409,8 @@ static struct RewardBatch reward_batch_of_pairs(struct Trainer *trainer, const s
         .number = arena_alloc(arena, count, sizeof *items.number),
         .pairs = arena_alloc(arena, count, sizeof *items.pairs),
     };
-    /* Chosen texts come first, as one block: then the first half of all rewards is theirs. */
+    /* Whole texts, never cut as rated ones may be: the cut could fall before the place where the
+     * two answers begin to differ. */
     for (size_t i = 0; i < count; i++) {
         /* the two sides of an item are neighbours in the task's list */
         items.examples[i] = task->texts[from][2 * index[i]];
@@ -7419,9 +7421,9 @@ static struct RewardBatch reward_batch_of_pairs(struct Trainer *trainer, const s
     return items;
 }
 
-/* Single texts, rated or labelled. To learn from ratings, each text is compared with each: of 8
- * texts up to 28 comparisons, for the price of 8 forward passes. Held-out ratings are compared when
- * all rewards are known, by reward_rated_evaluated. */
+/* Single texts, rated or labelled. To learn from ratings, each text is compared with every other: 8
+ * texts give up to 28 comparisons for the price of 8 forward passes. Held-out ratings are compared
+ * by reward_rated_evaluated, once all rewards are known. */
 static struct RewardBatch reward_batch_of_texts(struct Trainer *trainer, const size_t *index,
                                                 size_t count, enum Items from) {
     struct RewardTask *task = trainer->task.data;
@@ -7433,7 +7435,8 @@ static struct RewardBatch reward_batch_of_texts(struct Trainer *trainer, const s
         .number = arena_alloc(arena, count, sizeof *items.number),
     };
 
-    /* 1. each text with its rating or label; some texts are cut while they are learnt from */
+    /* 1. each text with its rating or label; held-out texts are never cut, so that their figures
+     *    do not depend on chance */
     for (size_t i = 0; i < count; i++) {
         items.examples[i] = task->texts[from][index[i]];
         items.number[i] = task->number[from][index[i]];
@@ -7441,7 +7444,8 @@ static struct RewardBatch reward_batch_of_texts(struct Trainer *trainer, const s
             reward_cut(task, &items.examples[i]);
     }
 
-    /* 2. ratings become pairs */
+    /* 2. Ratings become pairs, except those closer than min_difference: raters are not that exact.
+     *    There is room for more pairs than count texts can make. */
     if (task->rated && from == TO_LEARN) {
         items.pairs = arena_alloc(arena, count * count, sizeof *items.pairs);
         items.pair_count =
@@ -7482,7 +7486,7 @@ static double reward_loss(struct Trainer *trainer, const size_t *index, size_t c
     struct Arena *arena = &trainer->arena;
     bool learns = from == TO_LEARN;
 
-    /* 1. Texts and comparisons. A last batch of like ratings has none, and teaches nothing. */
+    /* 1. Texts and comparisons. A batch of equal ratings has none, and teaches nothing. */
     bool is_single = task->rated || task->labelled;
     struct RewardBatch items = is_single ? reward_batch_of_texts(trainer, index, count, from)
                                          : reward_batch_of_pairs(trainer, index, count, from);
@@ -7495,16 +7499,15 @@ static double reward_loss(struct Trainer *trainer, const size_t *index, size_t c
     trainer->state.num_tokens += pass->batch.tokens;
     reward_text_metrics(trainer, pass->reward, items.texts);
 
-    /* 3. Held-out ratings have no loss yet. Their rewards are kept until all are there, and
-     *    reward_rated_evaluated compares them. */
+    /* 3. Held-out ratings have no loss yet: their rewards wait for reward_rated_evaluated. */
     if (task->rated && !learns) {
         for (size_t i = 0; i < count; i++)
             task->eval_reward[index[i]] = pass->reward[i];
         return 0;
     }
 
-    /* 4. The loss, and its slope by each reward. The metric of held-out items takes the sum over
-     *    pairs, and the Trainer divides by all of them. */
+    /* 4. The loss, and its slope by each reward. A metric takes the sum over pairs: the Trainer
+     *    divides by the number of all held-out ones. */
     float *dreward = arena_floats(arena, items.texts);
     double loss = reward_compare(trainer, &items, pass->reward, dreward);
     if (!learns)
@@ -7520,23 +7523,23 @@ static double reward_loss(struct Trainer *trainer, const size_t *index, size_t c
 
 /* Are the two sides of a pair the same tokens? Then nobody preferred anything. */
 static bool is_equal_pair(const struct Example pair[2]) {
-    /* ids, not letters: what the model reads */
+    /* ids, not letters: they are what the model reads */
     if (pair[0].n != pair[1].n)
         return false;
     return memcmp(pair[0].ids, pair[1].ids, pair[0].n * sizeof *pair[0].ids) == 0;
 }
 
-/* Ends the program if what is left of a data set holds nothing to compare: it would train for hours
- * and learn nothing. */
+/* Ends the program if what is left of a data set offers nothing to compare: it would train for
+ * hours and learn nothing. */
 static void reward_check(const struct Dataset *data, const double *number, size_t count) {
-    /* 1. Enough items: a pair is a comparison by itself, of single texts it takes two. */
+    /* 1. Enough items: a pair is a comparison by itself, single texts must be two at least. */
     bool is_pairs = data->shape == SHAPE_MARGIN;
     CHECK(count >= (is_pairs ? 1u : 2u),
           "%s: %zu %s are left; a pair or two texts are needed to compare", data->path, count,
           is_pairs ? "pairs" : "texts");
 
-    /* 2. Ratings that differ by enough for one pair at least. The extremes tell: if not even these
-     *    two texts make a pair, no two do. */
+    /* 2. Ratings that differ enough for one pair at least. It suffices to look at the extremes: if
+     *    these two texts make no pair, no two do. */
     double least = number[0];
     double most = number[0];
     for (size_t i = 0; i < count; i++) {
@@ -7548,14 +7551,14 @@ static void reward_check(const struct Dataset *data, const double *number, size_
           "to %g",
           data->path, least, most);
 
-    /* 3. Labels of both kinds: with one kind the loss falls to 0, and nothing has been learnt. That
-     *    may be meant, in a test for example, so it is a note and no error. */
+    /* 3. Labels of both kinds: with one kind the loss falls to 0, and nothing is learnt. That may
+     *    be intended, in a test for example, so it is a note and not an error. */
     if (data->shape == SHAPE_LABELLED && least == most)
         warn("%s: every label is %g: a model that always says so is right", data->path, least);
 }
 
-/* A row of the data set as one text, or as the two of a pair (prompt + answer), each with the end
- * token behind it: where a text ends is a part of what is judged, and there the reward is read.
+/* A row of the data set as one text, or as the two of a pair (prompt + answer), each followed by
+ * the end token: where a text ends is part of what is judged, and the reward is read there.
  * Returns how many texts there are. */
 static size_t reward_row_encode(const struct Trainer *trainer, struct Arena *arena,
                                 const struct Dataset *data, const struct Row *row,
@@ -7569,8 +7572,8 @@ static size_t reward_row_encode(const struct Trainer *trainer, struct Arena *are
         return 1;
     }
 
-    /* 2. A pair: each answer behind the prompt, for the same answer may be good to one question and
-     *    bad to another. Without a prompt the two stand alone. */
+    /* 2. A pair: each answer after the prompt, since an answer that is good to one question may be
+     *    bad to another. Without a prompt, each is judged alone. */
     struct Text chosen = text_join(arena, row->prompt, row->chosen);
     struct Text rejected = text_join(arena, row->prompt, row->rejected);
     texts[0] = example_encode(arena, trainer->tok, chosen, V, end_token);
@@ -7578,10 +7581,10 @@ static size_t reward_row_encode(const struct Trainer *trainer, struct Arena *are
     return 2;
 }
 
-/* The number that a row comes with: what people said about the text, or how clear the preference
+/* The number that comes with a row: what people said about the text, or how clear their preference
  * was. */
 static double reward_row_number(const struct Dataset *data, const struct Row *row) {
-    /* of a pair without one it is 0: "better", by however little */
+    /* in a pair without a margin it is 0: "better", by however little */
     if (data->shape == SHAPE_MARGIN)
         return row->margin;
     return data->shape == SHAPE_LABELLED ? row->label : row->score;
@@ -7591,7 +7594,7 @@ static double reward_row_number(const struct Dataset *data, const struct Row *ro
 static void reward_texts_say(const struct Dataset *data, size_t max_length, size_t too_long,
                              size_t equal) {
     const char *what = data->shape == SHAPE_MARGIN ? "pairs" : "texts";
-    /* counted and said: rows that vanish without a word would make another data set of this one */
+    /* said aloud: the user would otherwise think that the model learns from every row */
     if (too_long)
         warn("%s: %zu of %zu %s dropped: longer than %zu tokens (--max_length)", data->path,
              too_long, data->n, what, max_length);
@@ -7600,10 +7603,10 @@ static void reward_texts_say(const struct Dataset *data, size_t max_length, size
              equal, data->n);
 }
 
-/* reward_texts -- the rows of a data set as texts and numbers of the task; returns how many items.
- * What exceeds max_length is dropped: half a text is no fair comparison. So are pairs of equal
- * sides, which TRL keeps: their loss has no gradient, and no model can be right about them, so they
- * would only lower the accuracy.                    test: reward_equal_pairs, reward_overfit */
+/* reward_texts -- the rows of a data set as the task's texts and numbers; returns how many items.
+ * What exceeds max_length is dropped, because half a text cannot be compared fairly. So are pairs
+ * with equal sides, which TRL keeps: their loss has no gradient, and no model can be right about
+ * them, so they would only lower the accuracy.      test: reward_equal_pairs, reward_overfit */
 static size_t reward_texts(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data,
                            enum Items into) {
     struct RewardTask *task = trainer->task.data;
@@ -7616,17 +7619,17 @@ static size_t reward_texts(struct Trainer *trainer, struct Arena *arena, const s
     task->texts[into] = next;
     task->number[into] = number;
     for (size_t i = 0; i < data->n; i++) {
-        /* 1. written where the next item has its place */
+        /* 1. encoded into the place of the next item */
         const struct Row *row = &data->rows[i];
         size_t each = reward_row_encode(trainer, arena, data, row, next);
 
-        /* 2. is it of use? of a pair both sides must have room */
+        /* 2. Can it be used? Of a pair, both sides must fit. */
         if (each == 2 && is_equal_pair(next)) {
             equal++;
         } else if (MAX(next[0].n, next[each - 1].n) > max_length) {
             too_long++;
         } else {
-            /* 3. then it stays, and the next row goes behind it */
+            /* 3. Then it stays; otherwise the next row overwrites it. */
             number[count++] = reward_row_number(data, row);
             next += each;
         }
@@ -7647,7 +7650,8 @@ static void reward_saved(struct Trainer *trainer, struct Checkpoint *checkpoint)
 static struct RewardTask *reward_task(struct Trainer *trainer, struct Arena *arena,
                                       const struct Dataset *data, const struct Dataset *eval) {
     struct RewardTask *task = arena_zeros(arena, 1, sizeof *task);
-    /* 1. what kind of data it is, told by the fields of its rows */
+    /* 1. The kind of data, which the fields of its rows tell. Texts are not cut here (prefix_share
+     *    0): only the course needs a model that can judge cut answers. */
     *task = (struct RewardTask){
         .rated = data->shape == SHAPE_RATED,
         .labelled = data->shape == SHAPE_LABELLED,
@@ -7665,7 +7669,7 @@ static struct RewardTask *reward_task(struct Trainer *trainer, struct Arena *are
     trainer->task.n = reward_texts(trainer, arena, data, TO_LEARN);
     trainer->task.eval_n = eval ? reward_texts(trainer, arena, eval, HELD_OUT) : 0;
 
-    /* 3. held-out ratings are compared when all rewards are known */
+    /* 3. Of other data each batch yields its own metrics; see reward_rated_evaluated. */
     if (task->rated) {
         trainer->task.evaluated = reward_rated_evaluated;
         task->eval_reward = arena_floats(arena, trainer->task.eval_n);
@@ -7678,38 +7682,38 @@ static struct RewardTask *reward_task(struct Trainer *trainer, struct Arena *are
 /* Texts that go through the reward model at once. */
 enum { SCORED_TOGETHER = 32 };
 
-/* The rewards of at most SCORED_TOGETHER texts. An empty one is read as an end token, since a
+/* The rewards of at most SCORED_TOGETHER texts. An empty text is replaced by an end token, since a
  * reward must be read at some token. */
 static void reward_score_batch(const struct GPT2 *model, struct Arena *arena,
                                const struct Example *texts, size_t n, float *reward) {
-    /* one token, no prompt */
     int end_token = model->config.eos_token_id;
     struct Example empty = {.ids = &end_token, .n = 1};
     struct Example batch_texts[SCORED_TOGETHER];
-    /* 1. the texts; `keep` false: no backward pass will follow, so activations are not kept */
+    /* 1. the texts; no backward pass will follow, so no activations are kept (keep is false) */
     for (size_t i = 0; i < n; i++)
         batch_texts[i] = texts[i].n ? texts[i] : empty;
     struct RewardPass *pass = reward_forward(model, arena, batch_texts, n, false);
     memcpy(reward, pass->reward, n * sizeof *reward);
 
-    /* 2. a reward that is NaN would make every advantage of PPO's batch NaN: better end here */
+    /* 2. One NaN among the rewards would make every advantage of PPO's batch NaN, since they are
+     *    whitened together: better to end here. */
     check_numbers(model, arena, &pass->batch, "the reward of a text", reward, n);
 }
 
 /* reward_score -- the rewards of n token sequences.
  *                                       [glossary: Pipeline de análise de sentimentos]
- * out  reward (n): without unit or bounds; only comparisons of them mean something (of a model
- *      trained on labels, sigmoid(reward) is the probability that the text is liked)
+ * out  reward (n): without unit or bounds; only comparisons between them mean anything (but with a
+ *      model trained on labels, sigmoid(reward) is the probability that the text is liked)
  * A text's reward does not depend on which others are scored with it.
  *                                                           test: reward_golden, reward_company */
 static void reward_score(const struct GPT2 *model, const struct Example *texts, size_t n,
                          float *reward) {
     struct Arena arena = {0};
     for (size_t first = 0; first < n; first += SCORED_TOGETHER) {
-        /* some at a time: the activations of a batch are what takes memory here */
+        /* Some at a time: the activations of a batch are what takes memory here. Short texts next
+         * to long ones cost nothing extra, because batches are packed, not padded. */
         arena_reset(&arena);
         size_t count = MIN(n - first, (size_t)SCORED_TOGETHER);
-        /* not all of one length: short texts beside long ones cost nothing, for they are packed */
         reward_score_batch(model, &arena, texts + first, count, reward + first);
     }
     arena_free(&arena);
