@@ -7726,7 +7726,7 @@ static void reward_score(const struct GPT2 *model, const struct Example *texts, 
  * A step of PPO, as TRL 0.11 takes it:
  *
  *     rollouts     the policy answers batch_size prompts; the reward model scores the answers
- *     ppo_step     1. scores are scaled and cut
+ *     ppo_step     1. scores are scaled and clipped, if the options say so
  *                  2. policy and reference read the answers: log-probabilities, values
  *                  3. kl_reward: each token pays for its divergence, the last one gets the score
  *                  4. gae: advantages and returns; advantages are whitened
@@ -7734,10 +7734,10 @@ static void reward_score(const struct GPT2 *model, const struct Example *texts, 
  *                  6. statistics, in TRL's names
  *                  7. the KL controller moves beta
  *
- * The way of the derivative, from PPO's loss to wte, in twelve functions:
+ * The path of the derivative from PPO's loss to wte, through twelve functions:
  *
  *     ppo_loss               dlogprobs (R) of ppo_token_loss, dvalues (R) of ppo_value_loss
- *       ppo_backward         what is written here down to the end
+ *       ppo_backward         calls all that follow
  *         lm_head_backward       d logits, row by row -> wte.d as the output layer; dhidden (N,C)
  *         scalar_head_backward   dhidden += dvalue times the value head's weights
  *         gpt2_backward          dhidden (N,C) -> dx (N,C), the derivative of the stream
@@ -7745,16 +7745,16 @@ static void reward_score(const struct GPT2 *model, const struct Example *texts, 
  *           block_backward           n_layer times: dx of its output becomes dx of its input
  *             module_backward            -> linear_backward: the weights' gradients
  *             gelu_backward, attention_backward
- *           embedding_backward       dx of each place -> wte.d of the token that was read there
+ *           embedding_backward       dx of each position -> wte.d of the token that was read there
  *
- * Which tokens does that reach? As the output layer all of the vocabulary, from each row that
- * predicts a token of an answer. As the embedding those that were read: the prompts' too, for the
- * answers' rows looked at them through attention; but not an answer's last token, which is
- * predicted and never read.
+ * Which tokens' vectors in wte get a gradient? As the output layer, those of the whole vocabulary,
+ * from each position that predicts a token of an answer. As the embedding, those of the tokens that
+ * were read: the prompts' too, since the answers' positions attended to them, but not an answer's
+ * last token, which is predicted and never read.
  *
- * The numbers of a step, for 128 answers of 20 tokens each: B = 128 scores, one an answer, become
- * R = 2560 rewards, advantages and returns, one a token. With four epochs of one mini-batch each,
- * the weights move four times before the policy has to write again.
+ * The numbers of a step, for 128 answers of 20 tokens each: B = 128 scores, one per answer, become
+ * R = 2560 rewards, advantages and returns, one per token. With four epochs of one mini-batch each,
+ * the weights move four times before the policy writes again.
  *
  * What enters: a policy, a frozen reference, prompts and a scorer, or stored rollouts. What
  * leaves: a policy that scores higher and stays near the reference.
@@ -7778,14 +7778,14 @@ struct Scorer {
     double short_score;
 };
 
-/* A sequence of the policy's tokens becomes the reward model's: through text, since the two models
- * may have different vocabularies and end tokens. The lab's pipeline does the same. The policy's
- * end token is left out: it is no part of the text that is judged. */
+/* A sequence of the policy's tokens, in the tokens of the reward model: converted through text, as
+ * in the lab's pipeline, since the two models may have different vocabularies and end tokens. The
+ * policy's end token is left out: it is no part of the text that is judged. */
 static struct Example scorer_text(const struct Scorer *scorer, struct Arena *arena,
                                   const struct Example *sequence, const struct GPT2Config *policy) {
     const struct GPT2Config *judge = &scorer->reward_model->config;
     size_t length = sequence->n - example_ended(sequence, policy->eos_token_id);
-    /* to text, and into the other model's tokens */
+    /* no end token (NULL): whether cut off or finished, an answer is judged at its last word */
     struct Text text =
         tokenizer_decode_all(scorer->tok, arena, sequence->ids, length, policy->vocab_size);
     struct Example judged = example_encode(arena, scorer->tok, text, judge->vocab_size, NULL);
@@ -7795,19 +7795,19 @@ static struct Example scorer_text(const struct Scorer *scorer, struct Arena *are
     return judged;
 }
 
-/* scorer_scale -- a reward in the unit of the scores.
+/* scorer_scale -- a reward on the scale of scores.
  *   score = (reward - mean) / std;   at most short_score, if the response ended too soon
- * With mean and std of the reward model on real texts, a score of 1 says: one standard deviation
- * better than they are. The limit for short answers is there because a reward model mostly loves
- * "the best." A policy that may stop there never learns to write on.
+ * If mean and std are those of the rewards of real texts, a score of 1 means: one standard
+ * deviation better than these. Short answers are limited because reward models tend to love "the
+ * best.": a policy that may stop there never learns to write more.
  * By hand: reward 3.5, mean 2, std 0.5: score 3; after fewer than least_length tokens, with
  * short_score -2: -2.                                                    test: scorer_scale */
 static float scorer_scale(const struct Scorer *scorer, const struct Example *sequence,
                           const struct GPT2Config *policy, float reward) {
     float score = (float)((reward - scorer->mean) / scorer->std);
 
-    /* An answer that was cut off by its length did not choose to be short: only one that ended
-     * itself is punished. */
+    /* An answer that was cut off at its token limit did not choose to be short: only one that ended
+     * by itself is penalized. */
     bool is_short = sequence->n - sequence->prompt_length < scorer->least_length;
     if (is_short && example_ended(sequence, policy->eos_token_id))
         return (float)MIN(score, scorer->short_score);
@@ -7820,13 +7820,13 @@ static float scorer_scale(const struct Scorer *scorer, const struct Example *seq
 static void scorer_score(const struct Scorer *scorer, struct Arena *arena,
                          const struct Example *sequences, size_t n, const struct GPT2Config *policy,
                          float *score) {
-    /* 1. What the reward model reads is the text, query included: an answer is good or bad only as
-     *    an answer to something. */
+    /* 1. The reward model reads the text, query included: an answer is good or bad only as an
+     *    answer to something. */
     struct Example *texts = arena_alloc(arena, n, sizeof *texts);
     for (size_t i = 0; i < n; i++)
         texts[i] = scorer_text(scorer, arena, &sequences[i], policy);
 
-    /* 2. all texts through the reward model together, then each reward in the unit of scores */
+    /* 2. all texts through the reward model together, then each reward on the scale of scores */
     reward_score(scorer->reward_model, texts, n, score);
     for (size_t i = 0; i < n; i++)
         score[i] = scorer_scale(scorer, &sequences[i], policy, score[i]);
@@ -7837,9 +7837,9 @@ static void scorer_score(const struct Scorer *scorer, struct Arena *arena,
 struct RolloutSource {
     const struct Example *prompts;
     size_t n;
-    size_t *order, at; /* a shuffled pass over the prompts, renewed at its end */
-    size_t room; /* new tokens that the longest prompt leaves in the context */
-    struct Rng shuffle, lengths, sample; /* in a checkpoint one piece */
+    size_t *order, at; /* a shuffled pass over the prompts, and the next one's place in it */
+    size_t room; /* how many new tokens the context can hold after the longest prompt */
+    struct Rng shuffle, lengths, sample; /* a checkpoint saves these as one block */
     struct LengthSampler output_length;
     struct GenerationConfig generation;
     struct Scorer scorer;
@@ -7877,7 +7877,7 @@ static struct PPOConfig ppo_config(void) {
     };
 }
 
-/* A vector of stats_all: n numbers; with `start`, n lists of numbers, response by response. */
+/* A vector of stats_all: n numbers, or with `start` n lists of numbers, one list per response. */
 struct StatsVector {
     const char *name;
     const float *x;
@@ -7897,7 +7897,7 @@ struct RunningMoments {
  * 4, the squared deviations 14 + 0 + 4^2 * 3 * 1 / 4 = 26, var 6.5.
  *                                                  test: running_moments, ppo_scores_golden */
 static void running_moments_update(struct RunningMoments *m, const float *x, size_t n) {
-    /* 1. the batch by itself; its variance is divided by n, as those that are kept */
+    /* 1. The batch by itself. Its variance is the sum divided by n, like the running one. */
     double batch_mean = mean_of(x, n);
     double batch_var = n > 1 ? unbiased_variance(x, n) * (double)(n - 1) / (double)n : 0;
 
@@ -7918,7 +7918,7 @@ struct PPOTrainer {
     struct GPT2 *model, *ref_model; /* the policy with its value head; the reference */
     struct PPOConfig config;
     struct TrainingArguments args;
-    const struct Tokenizer *tok; /* goes with the model into checkpoints */
+    const struct Tokenizer *tok; /* saved with the model in checkpoints */
     const char *name; /* in progress lines */
     double temperature; /* divides the logits of both */
     double kl_coef; /* beta, now */
@@ -7927,30 +7927,30 @@ struct PPOTrainer {
     struct Arena arena; /* of one step */
     struct LogEntry stats; /* of the last step: a line of stats_all */
 
-    /* PPO alone: a step of it is many of the optimizer */
+    /* PPO alone, whose step takes several steps of the optimizer */
     size_t optimizer_steps;
     struct Rng order; /* shuffles the answers into mini-batches */
     struct Arena epoch_arena; /* of one mini-batch */
     struct StatsVector vectors[10]; /* the rest of the line of stats_all */
     size_t vector_count;
     float *advantages, *ratio; /* (ppo_epochs R) of each token in each update; NULL: not kept */
-    size_t updated; /* how many of them are known */
+    size_t updated; /* how many of them are filled in */
 };
 
 /* A trainer of `model`. `ref_model` is the policy before training, and is never changed.
- * temperature: that of sampling. Log-probabilities are taken at it, for they have to be those of
- * the distribution that the answers were drawn from. */
+ * temperature: that of sampling. Log-probabilities are computed at it too, since they must be those
+ * of the distribution from which the answers were drawn. */
 static struct PPOTrainer *ppo_trainer_new(struct GPT2 *model, struct GPT2 *ref_model,
                                           struct PPOConfig config, struct TrainingArguments args,
                                           double temperature) {
-    /* not on an arena: it outlives every step, and owns the arenas of one */
+    /* not in an arena: the trainer outlives every step, and owns the arenas that hold one */
     struct PPOTrainer *ppo = calloc(1, sizeof *ppo);
     CHECK(ppo, "out of memory");
 
-    /* REINFORCE expects the same of every token, and needs no head to say what */
+    /* REINFORCE's baselines are computed from rewards: only PPO's needs a head */
     if (config.baseline == BASELINE_VALUE_HEAD)
         value_head_init(model, args.seed);
-    /* room for the policy's gradients and AdamW's averages; the reference has none */
+    /* memory for the policy's gradients and AdamW's moments; the reference needs neither */
     gpt2_make_trainable(model);
     *ppo = (struct PPOTrainer){
         .model = model,
@@ -7959,7 +7959,7 @@ static struct PPOTrainer *ppo_trainer_new(struct GPT2 *model, struct GPT2 *ref_m
         .args = args,
         .temperature = temperature,
         .kl_coef = config.init_kl_coef,
-        .moments = {0, 1, 1, 1e-24}, /* nothing seen yet; TRL's count begins so, above 0 */
+        .moments = {0, 1, 1, 1e-24}, /* nothing seen yet; as in TRL, the count is not quite 0 */
         .name = config.baseline == BASELINE_VALUE_HEAD ? "ppo" : "reinforce",
         .order = rng_seed(args.seed, STREAM_ORDER),
     };
@@ -7976,7 +7976,7 @@ static void ppo_trainer_free(struct PPOTrainer *ppo) {
     free(ppo);
 }
 
-/* The next prompt of a shuffled pass over all of them; behind the last one a new pass begins, in
+/* The next prompt of a shuffled pass over all of them; after the last one a new pass begins, in
  * another order. */
 static const struct Example *rollout_prompt(struct RolloutSource *source) {
     /* Every prompt comes once before any comes twice, as in an epoch of a data set. */
@@ -7987,39 +7987,39 @@ static const struct Example *rollout_prompt(struct RolloutSource *source) {
 }
 
 /* A response that is yet to be written: with random numbers of its own, so that it does not depend
- * on when the others end, and with a length drawn for it, as in the lab. With one length for all,
- * the policy would learn to please at that length only. */
+ * on when the others end, and with a length limit drawn for it, as in the lab. With one limit for
+ * all, the policy would learn to please at that length only. */
 static struct Sequence rollout_start(const struct PPOTrainer *ppo, struct RolloutSource *source,
                                      struct Arena *arena, const struct Example *prompt) {
-    /* one number of the common stream seeds the answer's own generator */
+    /* one number from the common stream seeds the answer's own generator */
     struct Rng own = rng_seed(rng_next(&source->sample), STREAM_SAMPLE);
     size_t drawn = length_sampler(&source->output_length, &source->lengths);
 
-    /* an answer ends where the context does, at the latest */
+    /* the context sets a limit too: there are no position embeddings beyond it */
     size_t max_new = MIN(drawn, ppo->model->config.n_positions - prompt->n);
     return sequence_start(arena, prompt->ids, prompt->n, max_new, ppo->model, own);
 }
 
-/* collect_rollouts -- the policy answers batch_size prompts (num_generations times each, side by
- * side), and is scored.                                                [glossary: Rollout]
+/* collect_rollouts -- batch_size scored answers of the policy; num_generations of them, side by
+ * side, answer the same prompt.                                        [glossary: Rollout]
  * out  rollouts (batch_size), in `arena` */
 static void collect_rollouts(const struct PPOTrainer *ppo, struct RolloutSource *source,
                              struct Arena *arena, struct Rollout *rollouts) {
     size_t n = ppo->config.batch_size;
 
-    /* 1. Prompts are drawn, and answered all together: for each token the weights are read from
-     *    memory once, however many answers are being written. */
+    /* 1. Prompts are drawn, then answered all together: each step of generation reads the weights
+     *    from memory once, however many answers are being written. */
     struct Sequence *sequences = arena_alloc(arena, n, sizeof *sequences);
     const struct Example *prompt = NULL;
     for (size_t i = 0; i < n; i++) {
-        /* a new prompt, or once more the same one: the rloo baseline compares its answers */
+        /* a new prompt, or the same one again: the rloo baseline compares answers to one prompt */
         if (i % ppo->config.num_generations == 0)
             prompt = rollout_prompt(source);
         sequences[i] = rollout_start(ppo, source, arena, prompt);
     }
     generate(ppo->model, sequences, n, &source->generation);
 
-    /* 2. The reward model reads what was written. */
+    /* 2. One score for each answer as a whole: chapter 4 is about how it reaches the tokens. */
     struct Example *examples = arena_alloc(arena, n, sizeof *examples);
     float *score = arena_floats(arena, n);
     for (size_t i = 0; i < n; i++)
@@ -8032,15 +8032,15 @@ static void collect_rollouts(const struct PPOTrainer *ppo, struct RolloutSource 
 }
 
 /* One stored rollout, number `index` from 0. A file may come from another model, or from a person:
- * all that the training relies on is tested. */
+ * everything that training relies on is checked. */
 static struct Rollout replay_rollout(const struct Dataset *data, size_t index,
                                      const struct GPT2 *model, struct Arena *arena) {
     const struct Row *row = &data->rows[index];
 
-    /* 1. Without a query there is no token to predict the first one of the response from; without
-     *    a response there is nothing to learn. */
-    /* They are given as tokens, not as text: decoded and encoded again, they might be others.
-     * The old log-probabilities are not in the file; step 2 of ppo_step computes them. */
+    /* 1. Without a query, no token predicts the first one of the response; without a response,
+     *    there is nothing to learn. Both are stored as tokens, not as text: decoded and encoded
+     *    again, they might be different ones. The old log-probabilities are not in the file; step 2
+     *    of ppo_step computes them. */
     size_t length = row->query_length + row->response_length;
     CHECK(row->query_length > 0 && row->response_length > 0,
           "%s: rollout %zu has an empty query or response", data->path, index + 1);
@@ -8048,7 +8048,8 @@ static struct Rollout replay_rollout(const struct Dataset *data, size_t index,
           "%s: rollout %zu has %zu tokens, the model's context is %zu", data->path, index + 1,
           length, model->config.n_positions);
 
-    /* 2. query and response, one behind the other */
+    /* 2. Query and response as one sequence. An id beyond the vocabulary would be read as an
+     *    embedding from outside wte. */
     int *ids = arena_alloc(arena, length, sizeof *ids);
     memcpy(ids, row->query_ids, row->query_length * sizeof *ids);
     memcpy(ids + row->query_length, row->response_ids, row->response_length * sizeof *ids);
@@ -8063,8 +8064,8 @@ static struct Rollout replay_rollout(const struct Dataset *data, size_t index,
     };
 }
 
-/* Stored rollouts, n of them in step number `step` (from 0), in file order; behind the last one
- * the first one follows. With them a step can be repeated by another program, TRL for example.
+/* The n stored rollouts of step number `step` (from 0), in file order; after the last one the first
+ * follows again. With them another program, such as TRL, can repeat a step.
  *                                                                         test: ppo_replay */
 static void replay_rollouts(const struct Dataset *data, size_t step, const struct GPT2 *model,
                             struct Arena *arena, struct Rollout *rollouts, size_t n) {
@@ -8086,7 +8087,7 @@ static struct Example *rollout_examples(struct Arena *arena, const struct Rollou
 /* What is known of a step's n answers. */
 struct ReinforceBatch {
     struct Batch batch;
-    struct LMHead head; /* of the policy, kept for the way back */
+    struct LMHead head; /* of the policy, kept for the backward pass */
     double *logps, *ref_logps; /* (n) log pi(y_i), log pi_ref(y_i): of whole answers, nats */
     float *rewards; /* (n) R(y_i) */
 };
@@ -8100,8 +8101,8 @@ static double reinforce_reward(double score, double kl_coef, double logp, double
     return score - kl_coef * (logp - ref_logp);
 }
 
-/* Policy and reference read the answers; with the scores this gives R of each. The result stays
- * where it is made, in the arena: the activations point to its batch. */
+/* Policy and reference read the answers; with the scores, this gives R of each. The result is in
+ * the arena, for the same reason as that of reward_forward. */
 static struct ReinforceBatch *reinforce_evaluate(struct PPOTrainer *ppo,
                                                  const struct Rollout *rollouts) {
     struct Arena *arena = &ppo->arena;
@@ -8112,7 +8113,7 @@ static struct ReinforceBatch *reinforce_evaluate(struct PPOTrainer *ppo,
     r->ref_logps = arena_alloc(arena, n, sizeof *r->ref_logps);
     r->rewards = arena_floats(arena, n);
 
-    /* The policy's activations are kept: its gradient will need them. The reference has none. */
+    /* The policy's activations are kept for its backward pass. The reference has none. */
     r->head = batch_logprobs(ppo->model, arena, &r->batch, ppo->temperature, true);
     struct LMHead ref_head =
         batch_logprobs(ppo->ref_model, arena, &r->batch, ppo->temperature, false);
@@ -8132,12 +8133,12 @@ static struct ReinforceBatch *reinforce_evaluate(struct PPOTrainer *ppo,
  *   s_i = d log pi(y_i) / d ln_f.bias = sum over the positions t of answer i of
  *         d log pi(y_i) / d hidden_t
  * out  s (B,C)
- * gradient_variance asks how much the answers' gradients differ. A backward pass cannot say: it
- * leaves only their sum, and a pass for each answer would be slow. But for one tensor the separate
- * gradients are nearly free. The bias of the last layer norm is added to the
- * hidden vector of every position, so its gradient is the sum of theirs; and these come out of
- * the output layer's backward pass, before any block is gone through. So the variance is that of
- * C weights only: enough to compare baselines, since each is judged by the same weights.
+ * gradient_variance asks how much the answers' gradients differ. A backward pass cannot tell, as it
+ * leaves only their sum, and one pass per answer would be slow. But for one tensor the separate
+ * gradients are nearly free. The bias of the last layer norm is added to the hidden vector of every
+ * position, so its gradient is the sum of theirs; and these come out of the output layer's backward
+ * pass, before it enters any block. So the variance is that of only C weights: enough to compare
+ * baselines, since all are judged by the same weights.
  *                                                                       test: reinforce_step */
 static float *answer_gradients(struct PPOTrainer *ppo, struct LMHead *head,
                                const struct Batch *batch) {
@@ -8150,7 +8151,7 @@ static float *answer_gradients(struct PPOTrainer *ppo, struct LMHead *head,
     for (size_t i = 0; i < head->R; i++)
         ones[i] = 1;
 
-    /* 2. The output layer's backward pass, on a copy of the model that has no place for wte's
+    /* 2. The output layer's backward pass, on a copy of the model's struct in which wte has no
      *    gradient: what is measured here must not be learnt from. */
     struct GPT2 view = *ppo->model;
     view.wte.d = NULL;
@@ -8164,8 +8165,8 @@ static float *answer_gradients(struct PPOTrainer *ppo, struct LMHead *head,
     return s;
 }
 
-/* How noisy the step's gradient would be with each baseline, into the log: the answers are the
- * same, so that the numbers can be compared. rloo needs several answers to a prompt. */
+/* Logs how noisy the step's gradient would be with each baseline. The answers are the same for all,
+ * so the numbers can be compared. rloo needs several answers per prompt. */
 static void reinforce_log_variances(struct PPOTrainer *ppo, struct ReinforceBatch *r) {
     static const char *const names[] = {"gradient_variance/none", "gradient_variance/mean",
                                         "gradient_variance/rloo"};
@@ -8176,7 +8177,8 @@ static void reinforce_log_variances(struct PPOTrainer *ppo, struct ReinforceBatc
     float *advantages = arena_floats(&ppo->arena, n);
     int count = num_generations > 1 ? BASELINE_RLOO + 1 : BASELINE_RLOO;
 
-    /* 2. the same answers, another baseline: other factors before the same gradients */
+    /* 2. A baseline only changes the factors A_i of the gradients s_i. "mean" uses the running mean
+     *    of R before this step, whichever baseline the run itself has. */
     for (int b = 0; b < count; b++) {
         reinforce_advantages((enum Baseline)b, r->rewards, n, num_generations, ppo->moments.mean,
                              advantages);
@@ -8185,11 +8187,11 @@ static void reinforce_log_variances(struct PPOTrainer *ppo, struct ReinforceBatc
     }
 }
 
-/* Means over the step's answers, into the log; `objective` is the estimate of J. */
+/* Logs means over the step's answers; `objective` is the estimate of J. */
 static void reinforce_log(struct PPOTrainer *ppo, const struct Rollout *rollouts,
                           const struct ReinforceBatch *r) {
     size_t n = ppo->config.batch_size;
-    /* 1. means over answers. kl is the k1 estimate: it may be below 0 by chance */
+    /* 1. Means over answers. kl is the k1 estimate, so chance may take it below 0. */
     double kl = 0;
     double score = 0;
     double length = 0;
@@ -8199,7 +8201,8 @@ static void reinforce_log(struct PPOTrainer *ppo, const struct Rollout *rollouts
         length += (double)rollouts[i].response_length / (double)n;
     }
 
-    /* 2. a mean over tokens: how undecided the policy was at each of them */
+    /* 2. A mean over tokens: how undecided the policy was. Near 0, all answers to a prompt are
+     *    alike, and there is nothing left to compare. */
     double entropy = (double)row_sum(r->head.entropy, r->batch.R) / (double)r->batch.R;
     log_value(&ppo->stats, "kl", kl);
     log_value(&ppo->stats, "reward", score);
@@ -8210,8 +8213,8 @@ static void reinforce_log(struct PPOTrainer *ppo, const struct Rollout *rollouts
 
 /* reinforce_step -- one step up the gradient of J, from batch_size new rollouts.
  *              [glossary: Gradiente de política] [glossary: Truque da log-derivada]
- * The rollouts serve once. After the step the policy is another one, whose answers they are not:
- * to use them again is what PPO's ratio and clip are for.               test: reinforce_step */
+ * The rollouts are used once. After the step the policy is a different one, and they are not its
+ * answers: PPO's ratio and clip are there to use them again.            test: reinforce_step */
 static void reinforce_step(struct PPOTrainer *ppo, const struct Rollout *rollouts) {
     struct Arena *arena = &ppo->arena;
     size_t n = ppo->config.batch_size;
@@ -8222,14 +8225,14 @@ static void reinforce_step(struct PPOTrainer *ppo, const struct Rollout *rollout
     struct ReinforceBatch *r = reinforce_evaluate(ppo, rollouts);
     reinforce_log_variances(ppo, r);
 
-    /* 2. R less the baseline. The running mean is that of earlier steps: one that held these
-     *    answers would depend on them, and the gradient would be biased. */
+    /* 2. R minus the baseline. The running mean is that of earlier steps, and updated only
+     *    afterwards: if it contained these answers, it would bias their gradient. */
     float *advantages = arena_floats(arena, n);
     reinforce_advantages(ppo->config.baseline, r->rewards, n, ppo->config.num_generations,
                          ppo->moments.mean, advantages);
     running_moments_update(&ppo->moments, r->rewards, n);
 
-    /* 3. the loss, and its slope by each log pi(y_i) on the way back through the model */
+    /* 3. the loss; its slope by each log pi(y_i) goes back through the model */
     double *dlogps = arena_alloc(arena, n, sizeof *dlogps);
     double loss = reinforce_loss(advantages, r->logps, n, dlogps);
     target_logps_backward(ppo->model, arena, &r->batch, &r->head, n, dlogps, 1);
@@ -8248,8 +8251,7 @@ static void reinforce_step(struct PPOTrainer *ppo, const struct Rollout *rollout
 
 /* ---- PPO: what a step knows ----------------------------------------------------------------- */
 
-/* A forward pass of the policy over some answers. It stays where it is made, in an arena: the
- * activations point to its batch. */
+/* A forward pass of the policy over some answers; in an arena, as reward_forward explains. */
 struct PPOForward {
     struct Batch batch;
     struct LMHead head; /* the log-probability of each response token */
@@ -8257,31 +8259,31 @@ struct PPOForward {
 };
 
 /* What PPO knows of a step's answers: B of them, and one number for each response token, R in all.
- * Those of answer b stand at start[b] .. start[b+1]-1, without padding between them. */
+ * Those of answer b are at start[b] .. start[b+1]-1, without padding between answers. */
 struct PPOBatch {
     size_t B, R, *start;
-    size_t *padding; /* (B) columns by which a row of TRL's would be padded at its end */
+    size_t *padding; /* (B) how many padding tokens TRL would put after each answer */
     float *logprobs, *ref_logprobs; /* (R) of policy and reference, when the answers were written */
     float *values; /* (R) of the value head, likewise */
     float *kl; /* (R) kl_penalty_token of each token */
     float *non_score_rewards, *rewards; /* (R) the penalty alone; with the score at the end */
     float *advantages, *returns; /* (R) of gae */
     struct PPOForward *forward; /* of the policy that wrote the answers */
-    bool fresh; /* forward can serve the next update: all answers, and no step since */
+    bool fresh; /* forward can serve the next update: it has all answers, and no weight has moved */
 };
 
 /* ---- PPO, step 1: scores -------------------------------------------------------------------- */
 
-/* ppo_process_scores -- the scores of a step, before rewards are made of them. Both options are
- * off by default; they are for a reward model whose scale is unknown or drifts.
+/* ppo_process_scores -- the scores of a step, before they become rewards. Both options are off by
+ * default; they are for a reward model whose scale is unknown or drifts.
  *   use_score_scaling  score / std, and with use_score_norm (score - mean) / std, where mean and
  *                      std are those of all scores so far, this step's included
- *   score_clip         then at most that far from 0: no single answer may rule the step
+ *   score_clip         then at most that far from 0, so that no single answer dominates the step
  * in, out  scores (n)
  * By hand: score_clip 1: -2 becomes -1, 0.5 stays 0.5.                   test: ppo_scores_golden */
 static void ppo_process_scores(struct PPOTrainer *ppo, float *scores, size_t n) {
     const struct PPOConfig *config = &ppo->config;
-    /* 1. scaling: the moments take in this step's scores before these are divided */
+    /* 1. Scaling. The moments take in this step's scores first, and then these are divided. */
     if (config->use_score_scaling) {
         running_moments_update(&ppo->moments, scores, n);
         /* torch's float epsilon: equal scores must not be divided by 0 */
@@ -8291,7 +8293,7 @@ static void ppo_process_scores(struct PPOTrainer *ppo, float *scores, size_t n) 
             scores[i] = (float)((scores[i] - shift) / divisor);
     }
 
-    /* 2. the limit, in the unit of the scaled scores */
+    /* 2. the limit, on the scale of the scaled scores */
     if (config->score_clip > 0)
         for (size_t i = 0; i < n; i++)
             scores[i] = (float)MAX(-config->score_clip, MIN(config->score_clip, scores[i]));
@@ -8299,7 +8301,7 @@ static void ppo_process_scores(struct PPOTrainer *ppo, float *scores, size_t n) 
 
 /* ---- PPO, step 2: policy and reference read the answers ------------------------------------- */
 
-/* The exact KL(policy || reference) of one row: `row` of head's chunk that begins at `first`. */
+/* The exact KL(policy || reference) of one row: number `row` of the chunk that begins at first. */
 static double kl_full_row(const struct LMHead *head, const struct LMHead *ref_head, size_t first,
                           size_t row, size_t V) {
     return kl_exact(head->logits + row * V, head->lse[first + row], ref_head->logits + row * V,
@@ -8307,29 +8309,28 @@ static double kl_full_row(const struct LMHead *head, const struct LMHead *ref_he
 }
 
 /* The exact KL(policy || reference) at each of head->R rows, for kl_penalty "full". It takes both
- * models' logits, V a row, which the heads never hold all at once: they are made again, chunk by
+ * models' logits, V per row, which the heads never hold all at once: they are recomputed chunk by
  * chunk.                     out  kl (R), nats                     test: ppo_penalties_golden */
 static void kl_full_rows(const struct GPT2 *model, struct LMHead *head,
                          const struct GPT2 *ref_model, struct LMHead *ref_head, float *kl) {
     size_t V = model->config.vocab_size;
     for (size_t first = 0; first < head->R; first += head->chunk) {
-        /* both heads' logits of the same rows; then each row by itself */
+        /* a chunk of both heads' logits, for the same rows: 2 n V floats instead of 2 R V */
         size_t n = lm_head_logits(model, head, first);
         lm_head_logits(ref_model, ref_head, first);
-        /* rows do not depend on each other, and each writes one number */
 #pragma omp parallel for
         for (size_t i = 0; i < n; i++)
             kl[first + i] = (float)kl_full_row(head, ref_head, first, i, V);
     }
 }
 
-/* One pass of the policy: log-probabilities, entropies and values of n answers. keep: with the
- * activations that a backward pass needs. Output layer and value head read the same hidden
- * vectors: a value costs no second pass.   [glossary: AutoModelForCausalLMWithValueHead] */
+/* One pass of the policy: log-probabilities, entropies and values of n answers. keep: keep the
+ * activations that a backward pass needs. The output layer and the value head read the same hidden
+ * vectors, so values cost no second pass.  [glossary: AutoModelForCausalLMWithValueHead] */
 static struct PPOForward *ppo_forward(struct PPOTrainer *ppo, struct Arena *arena,
                                       const struct Example *examples, size_t n, bool keep) {
     struct PPOForward *forward = arena_alloc(arena, 1, sizeof *forward);
-    /* only rows that predict a response token are asked: the query was not the policy's choice */
+    /* only rows that predict a response token count: the query was not the policy's choice */
     forward->batch = collate(arena, examples, n, SKIP_LAST);
     forward->head = batch_logprobs(ppo->model, arena, &forward->batch, ppo->temperature, keep);
 
@@ -8340,7 +8341,7 @@ static struct PPOForward *ppo_forward(struct PPOTrainer *ppo, struct Arena *aren
     return forward;
 }
 
-/* Room for what later steps compute, a number for each response token. */
+/* Room for what later steps compute, one number per response token. */
 static void ppo_batch_columns(struct PPOBatch *p, struct Arena *arena) {
     p->kl = arena_floats(arena, p->R);
     p->non_score_rewards = arena_floats(arena, p->R);
@@ -8349,8 +8350,8 @@ static void ppo_batch_columns(struct PPOBatch *p, struct Arena *arena) {
     p->returns = arena_floats(arena, p->R);
 }
 
-/* Step 2 of ppo_step: one pass of policy and one of reference over queries and responses. It gives
- * the old log-probabilities and values, which stay as they are while the policy moves on.
+/* Step 2 of ppo_step: the policy and the reference each read queries and responses once. This gives
+ * the old log-probabilities and values, which stay fixed while the policy moves on.
  *                                                      [glossary: Modelo de referência] */
 static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo,
                                              const struct Rollout *rollouts) {
@@ -8358,15 +8359,15 @@ static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo,
     struct Arena *arena = &ppo->arena;
     struct Example *examples = rollout_examples(arena, rollouts, B);
 
-    /* 1. Where one mini-batch is all of the batch, this pass is also the first update's: its
+    /* 1. If one mini-batch is the whole batch, this pass serves the first update too, so its
      *    activations are kept. */
     bool fresh = ppo->config.mini_batch_size == B;
     struct PPOForward *forward = ppo_forward(ppo, arena, examples, B, fresh);
     struct LMHead ref_head =
         batch_logprobs(ppo->ref_model, arena, &forward->batch, ppo->temperature, false);
 
-    /* The old log-probabilities are those of this pass, not of the sampling: top-k and other
-     * filters may have changed those, and a ratio compares like with like. */
+    /* The old log-probabilities are those of this pass, not those of sampling: top-k and other
+     * filters may have changed the latter, and a ratio must compare like with like. */
     struct PPOBatch p = {
         .B = B,
         .R = forward->batch.R,
@@ -8379,7 +8380,7 @@ static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo,
         .fresh = fresh,
     };
 
-    /* 2. The exact KL takes both models' logits, which are at hand only here. */
+    /* 2. The exact KL takes both models' output layers, which are at hand only here. */
     ppo_batch_columns(&p, arena);
     if (strcmp(ppo->config.kl_penalty, "full") == 0)
         kl_full_rows(ppo->model, &forward->head, ppo->ref_model, &ref_head, p.kl);
@@ -8394,7 +8395,7 @@ static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo,
 
 /* ppo_rewards -- step 3 of ppo_step: the reward of every token.   [glossary: Parâmetro Beta (β)]
  *   reward_t = -beta kl_t,   and at an answer's last token   reward_last += score
- * in   scores (B), one an answer; p->logprobs, ref_logprobs (R); for kl_penalty "full" p->kl (R)
+ * in   scores (B), one per answer; p->logprobs, ref_logprobs (R); for kl_penalty "full" p->kl (R)
  * out  p->kl, non_score_rewards, rewards (R)
  * By hand: chapter 4's answer, log pi -1.2, -0.5, -0.1 against -1.7, -0.5, -0.2, beta 0.2 and
  * score 1: -0.2 * (0.5, 0, 0.1) + (0, 0, 1) = -0.10, 0, 0.98.
@@ -8402,7 +8403,7 @@ static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo,
 static void ppo_rewards(const struct PPOTrainer *ppo, struct PPOBatch *p, const float *scores) {
     /* 1. each token pays for its own divergence from the reference */
     for (size_t t = 0; t < p->R; t++) {
-        /* for "full" kl[t] is there already, and stays */
+        /* for "full", kl[t] has been computed already, and is returned as it is */
         p->kl[t] =
             kl_penalty_token(ppo->config.kl_penalty, p->logprobs[t], p->ref_logprobs[t], p->kl[t]);
         /* kept apart for the log: what the divergence alone cost */
@@ -8410,18 +8411,17 @@ static void ppo_rewards(const struct PPOTrainer *ppo, struct PPOBatch *p, const 
         p->rewards[t] = p->non_score_rewards[t];
     }
 
-    /* 2. The last token of an answer gets the answer's score as well: until then nobody could
-     *    know it. From here on a reward is a number: no gradient runs through it. */
+    /* 2. The score, at the answer's last token: it judges a text that was not complete before. */
     for (size_t b = 0; b < p->B; b++) {
         size_t last = p->start[b + 1] - 1;
         p->rewards[last] += scores[b];
     }
 }
 
-/* ppo_padding_advantage -- an oddity of TRL 0.11 with whiten_rewards, kept to equal its numbers.
- * There answers are padded to one length, the rewards behind a short answer's end are 0, and
- * whitening makes another number of that 0. GAE, coming from the right, then runs through
- * `padding` tokens of that reward before it reaches the answer: this is what it brings along.
+/* ppo_padding_advantage -- an oddity of TRL 0.11 with whiten_rewards, reproduced here so that the
+ * numbers agree. TRL pads answers to one length. The rewards after a short answer's end are 0, and
+ * whitening turns that 0 into another number. GAE, coming from the right, then passes `padding`
+ * tokens with that reward before it reaches the answer: this is the advantage it brings along.
  * Without whiten_rewards the padding's reward is 0 and so is this.   test: ppo_advantages_golden */
 static double ppo_padding_advantage(const struct PPOConfig *config, double padding_reward,
                                     size_t padding) {
@@ -8436,17 +8436,17 @@ static double ppo_padding_advantage(const struct PPOConfig *config, double paddi
  * in   p->rewards, values (R)          out  p->advantages, returns (R)
  * gae goes through each answer from its end. Then the advantages of the whole batch are whitened
  * together: about half of the tokens are raised and half lowered, and the learning rate need not
- * fit the reward model's scale. Returns are not: the value head has to learn real rewards.
+ * fit the reward model's scale. Returns are not whitened: the value head has to learn real rewards.
  * By hand: chapter 4's answer, rewards -0.1, 0, 0.98, values 0.5, 0.4, 0.3: gae gives 0.3187,
  * 0.546, 0.68, whitened -1.0742, 0.1703, 0.9039; returns 0.8187, 0.946, 0.98.
  *                                                   test: ppo_example, ppo_advantages_golden */
 static void ppo_advantages(const struct PPOConfig *config, struct PPOBatch *p) {
-    /* 1. an option, off by default: rewards of one scale, with the mean they had */
+    /* 1. an option, off by default: rewards are scaled to variance 1, and keep their mean */
     double padding_reward = 0;
     if (config->whiten_rewards)
         padding_reward = whiten(p->rewards, p->R, false);
 
-    /* 2. each answer by itself: nothing is expected behind its end */
+    /* 2. each answer by itself: nothing is expected after its end, except for TRL's padding */
     for (size_t b = 0; b < p->B; b++) {
         size_t start = p->start[b];
         size_t T = p->start[b + 1] - start;
@@ -8462,7 +8462,7 @@ static void ppo_advantages(const struct PPOConfig *config, struct PPOBatch *p) {
 
 /* ---- PPO, statistics of an update ----------------------------------------------------------- */
 
-/* The scalars of one mini-batch, averaged over all mini-batches of all epochs into stats_all. */
+/* The scalars of one mini-batch; stats_all has their means over all mini-batches of all epochs. */
 enum PPOStat {
     LOSS_POLICY,
     LOSS_VALUE,
@@ -8503,14 +8503,14 @@ static const char *const PPO_STAT_NAMES[PPO_STATS] = {
 
 /* ppo_statistics -- what a mini-batch's update looks like, in TRL's names: means over its tokens.
  *   policykl  mean of old_logprob - logprob: how far the policy has moved since it wrote the
- *             answers, in nats a token; not to be confused with the KL to the reference
- *   approxkl  mean of half its square: the same, and never negative
- *   clipfrac  share of tokens that were clipped: far above 0.2, steps are too large
+ *             answers, in nats per token; not to be confused with the KL to the reference
+ *   approxkl  mean of half its square: another estimate of the same, never negative
+ *   clipfrac  share of tokens that were clipped; far above 0.2, steps are too large
  *   vpred, val/mean   mean value now, and when the answers were written
- * out  stats, but for POLICY_ENTROPY, which takes the logits          test: ppo_loss_golden */
+ * out  stats, except POLICY_ENTROPY, which takes the logits           test: ppo_loss_golden */
 static void ppo_statistics(const struct PPOTokens *tokens, struct PPOLoss loss,
                            double stats[PPO_STATS]) {
-    /* all 0: what follows adds up, but for the entropy, which the caller knows */
+    /* most of what follows adds up from 0; the entropy is filled in by the caller */
     double n = (double)tokens->R;
     for (int i = 0; i < PPO_STATS; i++)
         stats[i] = 0;
@@ -8521,14 +8521,14 @@ static void ppo_statistics(const struct PPOTokens *tokens, struct PPOLoss loss,
 
     /* 1. means over the tokens */
     for (size_t t = 0; t < tokens->R; t++) {
-        /* how much likelier the token has become since it was written, in nats */
+        /* log of the ratio: above 0 if the token has become more probable since it was written */
         double log_ratio = (double)tokens->logprobs[t] - tokens->old_logprobs[t];
         stats[POLICY_APPROXKL] += 0.5 * log_ratio * log_ratio / n;
         stats[POLICY_POLICYKL] += -log_ratio / n;
         stats[POLICY_CLIPFRAC] += tokens->policy[t].is_clipped / n;
         stats[POLICY_ADVANTAGES_MEAN] += tokens->advantages[t] / n;
         stats[POLICY_RATIO] += tokens->policy[t].ratio / n;
-        /* returns and values: is the head's scale that of the returns? */
+        /* returns next to values: has the head found their scale? */
         stats[RETURNS_MEAN] += tokens->returns[t] / n;
         stats[VAL_VPRED] += tokens->values[t] / n;
         stats[VAL_ERROR] += tokens->value[t].squared_error / n;
@@ -8545,12 +8545,12 @@ static void ppo_statistics(const struct PPOTokens *tokens, struct PPOLoss loss,
     }
 }
 
-/* For stats_all: the advantage and the ratio of each token in each update. Where nobody made room
- * for them (ppo_optimize does), they are not kept. */
+/* For stats_all: the advantage and the ratio of each token in each update. They are kept only where
+ * the caller has made room for them, as ppo_optimize does. */
 static void ppo_keep_ratios(struct PPOTrainer *ppo, const struct PPOTokens *tokens) {
     if (!ppo->ratio)
         return;
-    /* as TRL's log has them: of all updates of the step, one after the other */
+    /* as in TRL's log: one list, with the tokens of all updates of the step in turn */
     for (size_t t = 0; t < tokens->R; t++) {
         ppo->advantages[ppo->updated] = tokens->advantages[t];
         ppo->ratio[ppo->updated] = expf(tokens->logprobs[t] - tokens->old_logprobs[t]);
@@ -8560,7 +8560,7 @@ static void ppo_keep_ratios(struct PPOTrainer *ppo, const struct PPOTokens *toke
 
 /* ---- PPO, step 5: updates ------------------------------------------------------------------- */
 
-/* The tokens of some answers, side by side: what was known of them when they were written, beside
+/* The tokens of some answers in one row: what was known of them when they were written, next to
  * what the policy says now.      in   member (count): which answers of the batch, in this order
  * `forward` is a pass over the same answers in the same order: token t is the same in both. */
 static struct PPOTokens ppo_gather(struct Arena *arena, const struct PPOBatch *p,
@@ -8568,7 +8568,7 @@ static struct PPOTokens ppo_gather(struct Arena *arena, const struct PPOBatch *p
                                    const struct PPOForward *forward) {
     size_t R = forward->batch.R;
     struct PPOTokens tokens = {
-        /* from the rollout: copies, for the members' tokens are not neighbours in the batch */
+        /* from the rollout: copied, since the members are scattered over the batch */
         .old_logprobs = arena_floats(arena, R),
         .old_values = arena_floats(arena, R),
         .advantages = arena_floats(arena, R),
@@ -8576,14 +8576,14 @@ static struct PPOTokens ppo_gather(struct Arena *arena, const struct PPOBatch *p
         /* what the policy says now */
         .logprobs = forward->head.logprob,
         .values = forward->values,
-        /* room for what ppo_loss makes of both */
+        /* room for what ppo_loss computes from both */
         .policy = arena_alloc(arena, R, sizeof *tokens.policy),
         .value = arena_alloc(arena, R, sizeof *tokens.value),
         .dlogprobs = arena_floats(arena, R),
         .dvalues = arena_floats(arena, R),
     };
 
-    /* tokens.R counts up to R while answer after answer is copied */
+    /* tokens.R grows from 0 to R as answer after answer is copied */
     for (size_t i = 0; i < count; i++)
         for (size_t t = p->start[member[i]]; t < p->start[member[i] + 1]; t++) {
             tokens.old_logprobs[tokens.R] = p->logprobs[t];
@@ -8595,13 +8595,13 @@ static struct PPOTokens ppo_gather(struct Arena *arena, const struct PPOBatch *p
     return tokens;
 }
 
-/* ppo_weigh -- the slopes of a mini-batch, times its weight in the optimizer's step; to nothing, if
- * the policy ran away. A mean ratio above ratio_threshold says that the answers are no longer ones
- * that this policy would write, and so say nothing about it: the mini-batch is skipped, as in TRL.
+/* ppo_weigh -- multiplies the slopes of a mini-batch by its weight in the optimizer's step, or sets
+ * them to 0 if the policy ran away. With a mean ratio above ratio_threshold, it is so far from the
+ * policy that wrote the answers that they tell nothing about it: TRL skips the mini-batch too.
  * in, out  tokens->dlogprobs, dvalues (R); stats                          test: ppo_guards */
 static void ppo_weigh(const struct PPOTrainer *ppo, struct PPOTokens *tokens, double weight,
                       double stats[PPO_STATS]) {
-    /* 1. Is the update still about answers of this policy? */
+    /* 1. Do these answers still tell something about this policy? */
     bool is_skipped = stats[POLICY_RATIO] > ppo->config.ratio_threshold;
     if (is_skipped) {
         warn("ppo: step %zu: the mean probability ratio %.1f exceeds --ratio_threshold %.1f; this "
@@ -8612,15 +8612,16 @@ static void ppo_weigh(const struct PPOTrainer *ppo, struct PPOTokens *tokens, do
         stats[LOSS_TOTAL] = 0;
     }
 
-    /* 2. The weight. Not times 0: a slope that has become infinite would turn into NaN. */
+    /* 2. The weight. A skipped slope is set to 0, not multiplied by 0: if it has become infinite,
+     *    the product would be NaN. */
     for (size_t t = 0; t < tokens->R; t++) {
         tokens->dlogprobs[t] = is_skipped ? 0 : (float)(tokens->dlogprobs[t] * weight);
         tokens->dvalues[t] = is_skipped ? 0 : (float)(tokens->dvalues[t] * weight);
     }
 }
 
-/* Back through the model. Output layer and value head stand on the same hidden vectors: their
- * gradients are added up in dhidden (N,C), and the blocks are gone through once for both. */
+/* Back through the model. The output layer and the value head read the same hidden vectors: their
+ * gradients add up in dhidden (N,C), and one pass through the blocks serves both. */
 static void ppo_backward(struct GPT2 *model, struct Arena *arena, struct PPOForward *forward,
                          const struct PPOTokens *tokens) {
     /* d loss / d hidden, from both heads; rows that predict nothing stay 0 */
@@ -8645,8 +8646,8 @@ static void ppo_mini_batch(struct PPOTrainer *ppo, const struct Rollout *rollout
     struct Arena *arena = &ppo->epoch_arena;
     arena_reset(arena);
 
-    /* 1. What does the policy say of these answers now? Before the first update of all answers at
-     *    once, that is what it said when it wrote them: no second pass is needed. */
+    /* 1. What does the policy say of these answers now? Before any weight has moved, that is what
+     *    step 2 of ppo_step found: if the mini-batch has all answers, no second pass is needed. */
     struct Example *examples = arena_alloc(arena, count, sizeof *examples);
     for (size_t i = 0; i < count; i++)
         examples[i] = rollouts[member[i]].example;
@@ -8655,11 +8656,11 @@ static void ppo_mini_batch(struct PPOTrainer *ppo, const struct Rollout *rollout
         forward = ppo_forward(ppo, arena, examples, count, true);
 
     /* 2. The loss of each token, and its slopes by log-probability and value. What was known when
-     *    the answers were written (old log-probabilities, advantages, returns) are constants. */
+     *    the answers were written (old log-probabilities, advantages, returns) is constant. */
     struct PPOTokens tokens = ppo_gather(arena, p, member, count, forward);
     struct PPOLoss loss = ppo_loss(&ppo->config, &tokens);
 
-    /* 3. What the log says of it. */
+    /* 3. The statistics come first: by the mean ratio, ppo_weigh decides about the slopes. */
     ppo_statistics(&tokens, loss, stats);
     stats[POLICY_ENTROPY] = (double)row_sum(forward->head.entropy, tokens.R) / (double)tokens.R;
     ppo_keep_ratios(ppo, &tokens);
@@ -8670,15 +8671,15 @@ static void ppo_mini_batch(struct PPOTrainer *ppo, const struct Rollout *rollout
 }
 
 /* ppo_update -- one step of the optimizer, on gradient_accumulation_steps mini-batches of answers.
- * The weights move once, by the mean of their gradients: as if they had been one larger mini-batch,
- * which would not have found room in memory.
+ * The weights move once, by the mean of their gradients, as if they had been one larger mini-batch,
+ * for which there may be no memory.
  * in   member: which answers, mini-batch after mini-batch
- * out  stats: of the last mini-batch; sums: those of all are added */
+ * out  stats: of the last mini-batch; sums: those of each are added */
 static void ppo_update(struct PPOTrainer *ppo, const struct Rollout *rollouts, struct PPOBatch *p,
                        const size_t *member, double stats[PPO_STATS], double sums[PPO_STATS]) {
     size_t accumulation = ppo->config.gradient_accumulation_steps;
     size_t count = ppo->config.mini_batch_size;
-    /* 1. gradients add up in the model; a loss that is no number ends the run here */
+    /* 1. gradients add up in the model; a loss that is NaN ends the run before a weight moves */
     for (size_t i = 0; i < accumulation; i++) {
         ppo_mini_batch(ppo, rollouts, p, member + i * count, count, 1 / (double)accumulation,
                        stats);
@@ -8690,14 +8691,14 @@ static void ppo_update(struct PPOTrainer *ppo, const struct Rollout *rollouts, s
     /* 2. the weights move, and the gradients are 0 again */
     optimizer_step(ppo->model, &ppo->args, ppo_learning_rate(ppo), ++ppo->optimizer_steps);
 
-    /* from now on the policy is not the one that wrote the answers */
+    /* from now on this is not the policy that wrote the answers: each update needs its own pass */
     p->fresh = false;
 }
 
-/* ppo_optimize -- step 5 of ppo_step: ppo_epochs passes over the batch, in mini-batches of a new
- * order each time.                                                      [6] Algorithm 1
- * Writing answers is the expensive part of a step, so each batch of them is used several times; how
- * far that may go is the business of ppo_token_loss's clip.
+/* ppo_optimize -- step 5 of ppo_step: ppo_epochs passes over the batch, in mini-batches that are
+ * shuffled anew each time.                                              [6] Algorithm 1
+ * Writing answers is the expensive part of a step, so each batch of them is used several times; the
+ * clip in ppo_token_loss limits how far the policy may move meanwhile.
  * out  sums: the statistics of all mini-batches, added up; returns how many those were
  *                                                             test: ppo_step, ppo_threads */
 static size_t ppo_optimize(struct PPOTrainer *ppo, const struct Rollout *rollouts,
@@ -8708,7 +8709,7 @@ static size_t ppo_optimize(struct PPOTrainer *ppo, const struct Rollout *rollout
     size_t mini_batches = 0;
     double stats[PPO_STATS] = {0};
 
-    /* answers, not tokens, are dealt out to mini-batches: the model reads whole sequences */
+    /* mini-batches consist of whole answers, not of tokens: the model reads sequences */
     size_t *order = arena_alloc(&ppo->arena, B, sizeof *order);
 
     /* for the log: each token's advantage and ratio in each epoch */
@@ -8716,20 +8717,21 @@ static size_t ppo_optimize(struct PPOTrainer *ppo, const struct Rollout *rollout
     ppo->ratio = arena_floats(&ppo->arena, config->ppo_epochs * p->R);
     ppo->updated = 0;
     for (size_t epoch = 0; epoch < config->ppo_epochs; epoch++) {
-        /* 1. A new order. One update on all answers has the same gradient in any order. */
+        /* 1. A new order, if there are several updates: one on all answers has the same gradient
+         *    in any order. */
         for (size_t b = 0; b < B; b++)
             order[b] = b;
         if (per_update < B)
             rng_shuffle(&ppo->order, order, B);
 
-        /* 2. an update of the weights for each part of it */
+        /* 2. one update of the weights for each part of that order */
         for (size_t first = 0; first < B; first += per_update) {
             ppo_update(ppo, rollouts, p, order + first, stats, sums);
             mini_batches += config->gradient_accumulation_steps;
         }
 
-        /* 3. Has the policy moved too far to learn more from these answers? As in TRL, the last
-         *    mini-batch decides. */
+        /* 3. Has the policy moved too far from the one that wrote these answers to learn more from
+         *    them? As in TRL, the last mini-batch decides. */
         if (config->early_stopping && stats[POLICY_POLICYKL] > 1.5 * config->target_kl)
             break;
     }
@@ -8738,8 +8740,8 @@ static size_t ppo_optimize(struct PPOTrainer *ppo, const struct Rollout *rollout
 
 /* ---- PPO, step 6: statistics of a step ------------------------------------------------------ */
 
-/* ppo_kl -- the divergence from the reference, in nats an answer: the sum of p->kl over an answer's
- * tokens, averaged over the B answers. TRL's objective/kl, by which the controller moves beta. */
+/* ppo_kl -- the divergence from the reference, in nats per answer: the sum of p->kl over an
+ * answer's tokens, averaged over the B answers. TRL's objective/kl, which the controller steers. */
 static double ppo_kl(const struct PPOBatch *p) {
     double kl = 0;
     for (size_t t = 0; t < p->R; t++)
@@ -8752,18 +8754,18 @@ static void stats_vector(struct PPOTrainer *ppo, const char *name, const float *
     ppo->vectors[ppo->vector_count++] = (struct StatsVector){name, x, n, start};
 }
 
-/* Mean and standard deviation of n numbers, one a rollout, into the log. */
+/* Logs the mean and the standard deviation of n numbers, one per rollout. */
 static void stats_mean_std(struct PPOTrainer *ppo, const char *mean_name, const char *std_name,
                            const float *x, size_t n) {
     log_value(&ppo->stats, mean_name, mean_of(x, n));
     log_value(&ppo->stats, std_name, n > 1 ? sqrt(unbiased_variance(x, n)) : NAN);
 }
 
-/* What the rollouts were: scores as they came and as they were used, lengths of queries and
+/* Logs what the rollouts were: scores before and after ppo_process_scores, lengths of queries and
  * responses. */
 static void ppo_record_rollouts(struct PPOTrainer *ppo, const struct Rollout *rollouts,
                                 const float *scores, size_t B) {
-    /* 1. one number a rollout of each kind; float, as the log's vectors are */
+    /* 1. per rollout, one number of each kind; float, like all the log's vectors */
     float *query = arena_floats(&ppo->arena, B);
     float *response = arena_floats(&ppo->arena, B);
     float *reward = arena_floats(&ppo->arena, B);
@@ -8773,7 +8775,8 @@ static void ppo_record_rollouts(struct PPOTrainer *ppo, const struct Rollout *ro
         response[b] = (float)rollouts[b].response_length;
     }
 
-    /* 2. in the log: means and deviations, and all the numbers behind them */
+    /* 2. Means and deviations, and the numbers they summarize: only these show, for example, that
+     *    half of the answers score well and half badly. */
     stats_mean_std(ppo, "env/reward_mean", "env/reward_std", reward, B);
     stats_mean_std(ppo, "ppo/mean_scores", "ppo/std_scores", scores, B);
     stats_mean_std(ppo, "tokens/queries_len_mean", "tokens/queries_len_std", query, B);
@@ -8783,12 +8786,12 @@ static void ppo_record_rollouts(struct PPOTrainer *ppo, const struct Rollout *ro
     stats_vector(ppo, "tokens/responses_dist", response, B, NULL);
 }
 
-/* How far the policy was from the reference when it wrote the answers. Entropy is here an estimate
- * from the tokens drawn, -log pi summed over an answer; kl_k3 is not TRL's: it is the estimate
- * that is never negative. */
+/* Logs how far the policy was from the reference when it wrote the answers. The entropy is here an
+ * estimate from the tokens drawn, -log pi summed over an answer. kl_k3, the estimate that is never
+ * negative, is not in TRL's log. */
 static void ppo_record_objective(struct PPOTrainer *ppo, const struct PPOBatch *p) {
-    /* 1. KL and entropy: sums over an answer's tokens, averaged over the B answers. The reward
-     *    without its score: averaged over tokens. TRL has them so. */
+    /* 1. As in TRL, KL and entropy are sums over an answer's tokens, averaged over the B answers;
+     *    the reward without the score is averaged over tokens. */
     double k3 = 0;
     double entropy = 0;
     double non_score_reward = 0;
@@ -8804,7 +8807,7 @@ static void ppo_record_objective(struct PPOTrainer *ppo, const struct PPOBatch *
         for (size_t t = p->start[b]; t < p->start[b + 1]; t++)
             kl_dist[b] += p->kl[t];
 
-    /* 3. into the log */
+    /* 3. kl_coef is the beta that these rewards were computed with: step 7 has yet to move it */
     log_value(&ppo->stats, "objective/kl", ppo_kl(p));
     log_value(&ppo->stats, "objective/kl_k3", k3);
     log_value(&ppo->stats, "objective/kl_coef", ppo->kl_coef);
@@ -8815,14 +8818,14 @@ static void ppo_record_objective(struct PPOTrainer *ppo, const struct PPOBatch *
     stats_vector(ppo, "objective/ref_logprobs", p->ref_logprobs, p->B, p->start);
 }
 
-/* ppo_record_stats -- step 6 of ppo_step: TRL's stats dictionary. Of its matrices, padded there,
- * the response tokens are kept.                                   [glossary: Stats_all]
+/* ppo_record_stats -- step 6 of ppo_step: TRL's stats dictionary. Of its matrices, which TRL pads,
+ * only the response tokens are kept.                              [glossary: Stats_all]
  * in   sums: ppo_statistics of all mini-batches, added up
  * out  ppo->stats, vectors                                           test: ppo_loss_golden */
 static void ppo_record_stats(struct PPOTrainer *ppo, const struct Rollout *rollouts,
                              const struct PPOBatch *p, const float *scores,
                              const double sums[PPO_STATS], size_t mini_batches) {
-    /* the last step's numbers go */
+    /* drop the last step's numbers */
     ppo->stats.n = 0;
     ppo->vector_count = 0;
 
@@ -8831,7 +8834,7 @@ static void ppo_record_stats(struct PPOTrainer *ppo, const struct Rollout *rollo
     ppo_record_objective(ppo, p);
 
     /* 2. What was learnt: means over all mini-batches. var_explained is the share of the returns'
-     *    variance that the value head foresaw: 1 if all of it, 0 or less if a constant would have
+     *    variance that the value head predicted: 1 if all of it, 0 or less if a constant would have
      *    done as well. */
     for (int i = 0; i < PPO_STATS; i++)
         if (i != POLICY_RATIO)
@@ -8857,7 +8860,7 @@ static void ppo_lap(struct PPOClock *clock, enum PPOLap lap) {
     clock->last = now;
 }
 
-/* Into the log, in TRL's names. */
+/* Logs the times, in TRL's names. */
 static void ppo_record_times(struct PPOTrainer *ppo, const struct PPOClock *clock) {
     log_value(&ppo->stats, "time/ppo/forward_pass", clock->lap[LAP_FORWARD]);
     log_value(&ppo->stats, "time/ppo/compute_rewards", clock->lap[LAP_REWARDS]);
@@ -8873,14 +8876,14 @@ static void ppo_record_times(struct PPOTrainer *ppo, const struct PPOClock *cloc
  *                 [glossary: Treinador PPO] [glossary: Otimização de política proximal (PPO)]
  * in   rollouts (batch_size): answers of the policy as it is now, with their scores
  * out  the policy's weights, ppo->kl_coef; ppo->stats and vectors, for the log
- * TRL's PPOTrainer.step(queries, responses, scores). Where each step stands in chapter 4: 3
- * kl_reward, 4 gae_step, 5 ppo_token_loss and ppo_value_loss, 7 kl_controller_update.
+ * TRL's PPOTrainer.step(queries, responses, scores). Chapter 4 explains step 3 at kl_reward, 4 at
+ * gae_step, 5 at ppo_token_loss and ppo_value_loss, 7 at kl_controller_update.
  *             test: ppo_step, ppo_raises_reward, check_fidelity ppo*; gdb: break ppo_step */
 static void ppo_step(struct PPOTrainer *ppo, const struct Rollout *rollouts) {
     size_t B = ppo->config.batch_size;
     arena_reset(&ppo->arena);
 
-    /* 1. How good was each answer? One number for each, scaled and cut if that was asked for. */
+    /* 1. How good was each answer? One number per answer. */
     float *scores = arena_floats(&ppo->arena, B);
     for (size_t b = 0; b < B; b++)
         scores[b] = rollouts[b].score;
@@ -8888,12 +8891,12 @@ static void ppo_step(struct PPOTrainer *ppo, const struct Rollout *rollouts) {
     struct PPOClock clock = {.begin = seconds_now()};
     clock.last = clock.begin;
 
-    /* 2. Policy and reference read the answers. From here on, one number for each token: its
+    /* 2. Policy and reference read the answers. From here on there are numbers per token: its
      *    log-probability under both, and what the value head expected before it. */
     struct PPOBatch p = ppo_evaluate_rollouts(ppo, rollouts);
     ppo_lap(&clock, LAP_FORWARD);
 
-    /* 3. Each token pays for its divergence from the reference; the last one gets the score. */
+    /* 3. J, token by token: the price of leaving the reference, and the score. */
     ppo_rewards(ppo, &p, scores);
     ppo_lap(&clock, LAP_REWARDS);
 
@@ -8906,11 +8909,11 @@ static void ppo_step(struct PPOTrainer *ppo, const struct Rollout *rollouts) {
     size_t mini_batches = ppo_optimize(ppo, rollouts, &p, sums);
     ppo_lap(&clock, LAP_OPTIMIZE);
 
-    /* 6. What happened, for the log: with the beta that was in force. */
+    /* 6. What happened, for the log. */
     ppo_record_stats(ppo, rollouts, &p, scores, sums, mini_batches);
 
-    /* 7. Was the policy farther from the reference than it is meant to be? Then a nat of KL
-     *    costs more in the next step. */
+    /* 7. Was the policy farther from the reference than its target? Then a nat of KL costs more
+     *    in the next step. */
     ppo->kl_coef = kl_controller_update(&ppo->config, ppo->kl_coef, ppo_kl(&p), B);
     ppo->step++;
     ppo_lap(&clock, LAP_STATS);
@@ -8919,13 +8922,14 @@ static void ppo_step(struct PPOTrainer *ppo, const struct Rollout *rollouts) {
 
 /* ---- The training --------------------------------------------------------------------------- */
 
-/* What a run on rollouts needs to go on as if it had never stopped, beside weights and optimizer:
- * beta, moments, counters, and where in the prompts and in each sequence of random numbers it is.
- * The checkpoint's numbers are pointers into ppo and source: it is filled where it stays.
+/* What a run on rollouts needs to go on as if it had never stopped, besides weights and optimizer:
+ * beta, moments, counters, and its place among the prompts and in each stream of random numbers.
+ * A checkpoint stores pointers into ppo and source, so neither may move until the run ends.
  *                                                                       test: checkpoint_* */
 static void ppo_checkpoint(struct Checkpoint *checkpoint, struct PPOTrainer *ppo,
                            struct RolloutSource *source) {
-    /* 1. The trainer. _fixed: what must be the same in the run that goes on. */
+    /* 1. The trainer. _fixed: with another batch size, a step would be another number of prompts,
+     *    and `at` would not be where the step count says. */
     size_t moments = sizeof ppo->moments / sizeof(double);
     checkpoint_add_fixed(checkpoint, "batch_size", &ppo->config.batch_size, "--batch_size");
     checkpoint_add_doubles(checkpoint, "kl_coef", &ppo->kl_coef, 1);
@@ -8933,7 +8937,7 @@ static void ppo_checkpoint(struct Checkpoint *checkpoint, struct PPOTrainer *ppo
     checkpoint_add(checkpoint, "optimizer_steps", &ppo->optimizer_steps, 1, UINT64_MAX);
     checkpoint_add(checkpoint, "mini_batches", ppo->order.s, 4, UINT64_MAX);
 
-    /* 2. The prompts. Three generators of four words each stand side by side in the source. */
+    /* 2. The prompts. The source's three generators, of four words each, are adjacent fields. */
     checkpoint_add_fixed(checkpoint, "prompts", &source->n, "the number of prompts");
     checkpoint_add(checkpoint, "order", source->order, source->n, source->n - 1);
     checkpoint_add(checkpoint, "at", &source->at, 1, source->n);
@@ -8941,11 +8945,11 @@ static void ppo_checkpoint(struct Checkpoint *checkpoint, struct PPOTrainer *ppo
                    3 * 4, UINT64_MAX);
 }
 
-/* stats_all.jsonl and rollouts.jsonl: a line of the one and batch_size lines of the other a step.
- * They are flushed, so that a run can be watched, and a checkpoint knows how long they are. */
+/* Each step adds one line to stats_all.jsonl and batch_size lines to rollouts.jsonl. They are
+ * flushed, so that a run can be watched and a checkpoint knows how long they are. */
 static void ppo_write_logs(struct PPOTrainer *ppo, struct Output logs[2],
                            const struct Rollout *rollouts, double rollout_seconds) {
-    /* the time that writing the answers took is known to the caller alone */
+    /* how long writing the answers took, only the caller knows */
     log_value(&ppo->stats, "time/ppo/rollout", rollout_seconds);
     stats_write_line(logs[0].file, ppo);
     rollouts_write(logs[1].file, rollouts, ppo->config.batch_size);
@@ -8953,8 +8957,8 @@ static void ppo_write_logs(struct PPOTrainer *ppo, struct Output logs[2],
         output_flush(&logs[i]);
 }
 
-/* After a step: on a terminal now and then the first answer with its score, a progress line, and
- * every logging_steps an entry of the log history; behind the last step in any case. */
+/* After a step: a progress line; every logging_steps, and after the last step, an entry in the log
+ * history; and on a terminal, now and then, the first answer with its score. */
 static void ppo_report(struct PPOTrainer *ppo, struct TrainerState *state, struct Arena *arena,
                        const struct Rollout *rollouts) {
     /* 1. Is an entry of the history due, and a line on the terminal? */
@@ -8970,7 +8974,7 @@ static void ppo_report(struct PPOTrainer *ppo, struct TrainerState *state, struc
         sample_show(ppo->tok, &rollouts->example, ppo->model->config.vocab_size, score);
     state_say(state, ppo->name, &ppo->stats, is_said);
 
-    /* 3. for the files; the line on the terminal has its own counter */
+    /* 3. For the files. step and epoch are added only now: the progress line counts by itself. */
     log_value(&ppo->stats, "step", (double)ppo->step);
     log_value(&ppo->stats, "epoch", state->epoch);
     if (is_due)
@@ -8982,23 +8986,23 @@ static void ppo_count(const struct PPOTrainer *ppo, struct TrainerState *state,
                       const struct Rollout *rollouts, size_t n) {
     size_t B = ppo->config.batch_size;
     state->global_step = ppo->step;
-    /* batch_size answers are batch_size / num_generations prompts */
+    /* batch_size answers belong to batch_size / num_generations prompts */
     state->epoch = (double)(ppo->step * B / ppo->config.num_generations) / (double)n;
     for (size_t b = 0; b < B; b++)
         state->num_tokens += rollouts[b].example.n;
 }
 
-/* One step of the training: rollouts, and what is learnt from them.
+/* One step of the training: get rollouts, and learn from them.
  * in   logs: two files, or NULL       out  rollouts (batch_size), in `arena` */
 static void ppo_train_step(struct PPOTrainer *ppo, struct RolloutSource *source,
                            struct Arena *arena, struct Output *logs, struct Rollout *rollouts) {
     double begin = seconds_now();
 
-    /* what a message about a number that is not finite will name */
+    /* named by the message if a number turns out to be NaN or infinite */
     ppo->model->trace.task = ppo->name;
     ppo->model->trace.step = ppo->step + 1;
 
-    /* 1. The policy, as it is now, answers; or answers are read from a file. */
+    /* 1. The policy, as it is now, answers; or stored answers take the place of its own. */
     if (source->replay)
         replay_rollouts(source->replay, ppo->step, ppo->model, arena, rollouts,
                         ppo->config.batch_size);
@@ -9006,7 +9010,7 @@ static void ppo_train_step(struct PPOTrainer *ppo, struct RolloutSource *source,
         collect_rollouts(ppo, source, arena, rollouts);
     double rollout_seconds = seconds_now() - begin;
 
-    /* 2. It learns from them. */
+    /* 2. It learns from them. The baseline tells the method: a value head is PPO's. */
     if (ppo->config.baseline == BASELINE_VALUE_HEAD)
         ppo_step(ppo, rollouts);
     else
@@ -9032,7 +9036,8 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, size
     struct Checkpoint checkpoint =
         checkpoint_new(ppo->name, ppo->model, ppo->tok, &ppo->args, state);
 
-    /* the two logs grow with each step: a resumed run cuts them to where the checkpoint was */
+    /* The two logs grow with each step. A resumed run cuts them to their length at the checkpoint,
+     * or the steps after it would be logged twice. */
     if (log_dir) {
         make_folder(log_dir);
         checkpoint.logs = logs;
@@ -9043,20 +9048,20 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, size
     checkpoint_resume(&checkpoint);
     ppo->step = state->global_step;
     while (ppo->step < steps) {
-        /* 2. generation, and a step of PPO or REINFORCE */
+        /* 2. rollouts, and a step of PPO or REINFORCE on them; the last ones are forgotten */
         arena_reset(&arena);
         struct Rollout *rollouts = arena_alloc(&arena, ppo->config.batch_size, sizeof *rollouts);
         ppo_train_step(ppo, source, &arena, log_dir ? logs : NULL, rollouts);
 
-        /* 3. what there is to say about it */
+        /* 3. count the step, then report it */
         ppo_count(ppo, state, rollouts, n);
         ppo_report(ppo, state, &arena, rollouts);
 
-        /* 4. a checkpoint, when it is time for one */
+        /* 4. a checkpoint if one is due; after Ctrl-C the program ends here */
         checkpoint_step(&checkpoint);
     }
 
-    /* 5. what was written becomes the files, under their final names */
+    /* 5. the two logs are complete, and get their final names */
     for (int i = 0; log_dir && i < 2; i++)
         output_close(&logs[i]);
     state->num_train_epochs = ceil(state->epoch);
@@ -9075,9 +9080,9 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, size
  *     policy            -8.0                   -13.0           at every step, with a gradient
  *     loss          -log sigmoid(0.1 * (2 - (-1))) = 0.5544    dpo_pair_loss
  *
- * The reference never changes, so its log-probabilities are computed when a pair is seen for the
- * first time. The two answers of a pair have the prompt in common; the model reads it once for
- * both, where that saves time.
+ * The reference never changes, so its log-probabilities are computed only when a pair is seen for
+ * the first time. The two answers of a pair share a prompt; where that saves time, the model reads
+ * it once for both.
  *
  * What enters: pairs of answers, one of them preferred; or a policy and a scorer, from whose
  * answers pairs are collected. What leaves: a policy that prefers as the pairs do.
@@ -9091,19 +9096,19 @@ struct DPOTask {
     double *ref_logps[2]; /* (2n) of the reference; 0 until first needed */
     double temperature; /* divides the logits of both models */
     double eval_nll; /* -log pi of the held-out chosen answers, summed */
-    size_t eval_tokens; /* and their tokens: the loss type sft is a mean over tokens */
+    size_t eval_tokens; /* how many tokens those have: the loss type sft is a mean over tokens */
 };
 
 /* ---- One batch of pairs --------------------------------------------------------------------- */
 
 /* B pairs as a batch of 2B sequences: all chosen ones, then all rejected ones. C: the model's
  * width, by which collate_pairs decides whether sharing the prompts pays.
- * in   index (B): which pairs     out  slot (2B): where each sequence stands in `pairs` */
+ * in   index (B): which pairs     out  slot (2B): the index of each sequence in `pairs` */
 static struct Batch dpo_batch(struct Arena *arena, const struct Example *pairs, const size_t *index,
                               size_t B, size_t C, size_t *slot) {
     struct Example *examples = arena_alloc(arena, 2 * B, sizeof *examples);
-    /* All chosen answers first: then sides b and B + b are a pair, and the rows of each kind are
-     * neighbours. */
+    /* Sides b and B + b are a pair, and the rows of each kind are adjacent: the metrics can take
+     * means over the chosen ones alone. */
     for (size_t i = 0; i < 2 * B; i++) {
         /* i / B is 0 for the chosen side, 1 for the rejected one */
         slot[i] = 2 * index[i % B] + i / B;
@@ -9112,10 +9117,11 @@ static struct Batch dpo_batch(struct Arena *arena, const struct Example *pairs, 
     return collate_pairs(arena, examples, B, C);
 }
 
-/* Whether the reference has judged all of B pairs. A log-probability of an answer is below 0, so a
- * 0 says that it was not computed yet. */
+/* Whether the reference has judged all of B pairs. An answer's log-probability is below 0, so a 0
+ * means that it has not been computed yet. */
 static bool dpo_reference_known(const double *ref_logps, const size_t *index, size_t B) {
     for (size_t i = 0; i < B; i++)
+        /* the chosen side tells for both: they are always computed together */
         if (ref_logps[2 * index[i]] == 0)
             return false;
     return true;
@@ -9123,29 +9129,29 @@ static bool dpo_reference_known(const double *ref_logps, const size_t *index, si
 
 /* dpo_reference -- the reference's log-probabilities of B pairs.  [glossary: Modelo de referência]
  * in, out  ref_logps (2n): of all pairs; those of the B are computed, if one of them is missing
- * Computed once and used in every epoch: without that, half of each step would go into numbers
- * that are known. The arena is empty before and after: the reference's activations would
- * otherwise lie in memory beside the policy's.                     test: dpo_model_gradient */
+ * Computed once and used in every epoch: otherwise each step would run a second model to get
+ * numbers that are known already. The arena is empty before and after, so that the activations of
+ * the two models are never in memory together.                     test: dpo_model_gradient */
 static void dpo_reference(struct DPOTask *task, struct Arena *arena, const struct Example *pairs,
                           const size_t *index, size_t B, double *ref_logps) {
     if (dpo_reference_known(ref_logps, index, B))
         return;
 
-    /* one pass over both sides, without what a backward pass would need */
+    /* 1. One pass over both sides. It keeps no activations, since the reference is not trained. */
     size_t *slot = arena_alloc(arena, 2 * B, sizeof *slot);
     double *logps = arena_alloc(arena, 2 * B, sizeof *logps);
     struct Batch batch = dpo_batch(arena, pairs, index, B, task->ref_model->config.n_embd, slot);
     struct LMHead head = batch_logprobs(task->ref_model, arena, &batch, task->temperature, false);
     sum_target_logps(&batch, 2 * B, head.logprob, logps);
 
-    /* from the batch's order back to that of the pairs */
+    /* 2. from the batch's order back to that of the pairs: the next epoch shuffles them anew */
     for (size_t i = 0; i < 2 * B; i++)
         ref_logps[slot[i]] = logps[i];
     arena_reset(arena);
 }
 
 /* What dpo_loss needs of 2B answers, the chosen ones first.
- * in   token_logprobs (R): the policy's, one a token; ref_logps (2B): the reference's, one an
+ * in   token_logprobs (R): the policy's, one per token; ref_logps (2B): the reference's, one per
  *      answer, in the batch's order
  * returns 2B sides: chosen ones, then rejected ones */
 static struct DPOSide *dpo_sides(struct Arena *arena, const struct Batch *batch,
@@ -9155,7 +9161,7 @@ static struct DPOSide *dpo_sides(struct Arena *arena, const struct Batch *batch,
     struct DPOSide *sides = arena_alloc(arena, 2 * B, sizeof *sides);
     sum_target_logps(batch, 2 * B, token_logprobs, logps);
 
-    /* 2. beside the reference's, and the length, which the loss types ipo and sft divide by */
+    /* 2. next to the reference's, and the length, by which the loss types ipo and sft divide */
     for (size_t i = 0; i < 2 * B; i++)
         sides[i] = (struct DPOSide){
             .logp = logps[i],
@@ -9175,7 +9181,7 @@ struct DPOSums {
 };
 
 /* By hand: chapter 5's pair, beta 0.1, chosen -8 (reference -10), rejected -13 (-12): implied
- * rewards 0.2 and -0.1, so the policy orders it rightly; log pi -8 and -13.      test: dpo_hand */
+ * rewards 0.2 and -0.1, so the policy orders it correctly; log pi -8 and -13.    test: dpo_hand */
 static struct DPOSums dpo_sums(double beta, size_t B, const struct DPOSide *chosen,
                                const struct DPOSide *rejected) {
     struct DPOSums sums = {0};
@@ -9185,9 +9191,9 @@ static struct DPOSums dpo_sums(double beta, size_t B, const struct DPOSide *chos
         double reward_rejected = implied_reward(beta, rejected[b].logp, rejected[b].ref_logp);
         sums.rewards_chosen += reward_chosen;
         sums.rewards_rejected += reward_rejected;
-        /* equal rewards, as at the start, are no success */
+        /* equal rewards do not count: at the start, policy and reference agree on every pair */
         sums.right += reward_chosen > reward_rejected;
-        /* these tell what the rewards hide: whether both answers became less probable */
+        /* these tell what the margin hides: whether both answers have become less probable */
         sums.logps_chosen += chosen[b].logp;
         sums.logps_rejected += rejected[b].logp;
     }
@@ -9196,8 +9202,8 @@ static struct DPOSums dpo_sums(double beta, size_t B, const struct DPOSide *chos
 
 /* dpo_metrics -- what TRL logs of DPO: sums over B pairs or their tokens, and how many those are.
  *   rewards/chosen     implied reward: beta times the rise of log pi; rewards/rejected likewise
- *   rewards/accuracies share of pairs that the policy already orders as the pair does
- *   rewards/margins    chosen less rejected: what the loss enlarges
+ *   rewards/accuracies share of pairs whose chosen answer has the larger implied reward
+ *   rewards/margins    chosen minus rejected: what the loss enlarges
  *   logps/chosen       log pi of whole answers; logps/rejected likewise. If logps/chosen falls too,
  *                      the policy unlearns good answers with the bad ones: see the loss type sft
  *                                                                     test: dpo_model_gradient */
@@ -9205,7 +9211,8 @@ static void dpo_metrics(struct Trainer *trainer, double beta, const struct Batch
                         const struct LMHead *head, size_t B, const struct DPOSide *sides) {
     struct DPOSums sums = dpo_sums(beta, B, sides, sides + B);
 
-    /* 1. the rows of chosen answers come first in the batch, then those of rejected ones */
+    /* 1. The two halves differ in tokens. Token accuracy is taken on the chosen half alone: nobody
+     *    wants the policy to predict rejected answers. */
     size_t chosen_rows = batch->target_start[B];
     size_t rejected_rows = batch->R - chosen_rows;
     const struct {
@@ -9225,39 +9232,40 @@ static void dpo_metrics(struct Trainer *trainer, double beta, const struct Batch
         {"mean_token_accuracy", row_sum(head->hit, chosen_rows), chosen_rows},
     };
 
-    /* 2. Sums and counts, not means: the Trainer joins several batches, and the last one of an
-     *    evaluation may be smaller. */
+    /* 2. Sums and counts, not means, for the reason that trainer_metric gives. Those of pairs and
+     *    those of tokens have different counts. */
     for (size_t i = 0; i < COUNT(metrics); i++)
         trainer_metric(trainer, metrics[i].name, metrics[i].sum, metrics[i].units);
 }
 
-/* The loss of held-out pairs, as a metric. It is a mean over pairs, but its part of the loss type
- * sft is one over the tokens of all chosen answers. The mean over tokens of several batches is not
- * the mean of their means: so that part is collected here, and added by dpo_evaluated. */
+/* The loss of held-out pairs, as a metric. It is a mean over pairs, except for the part of the loss
+ * type sft, which is a mean over the tokens of all chosen answers. The sum of that part is
+ * collected here, and dpo_evaluated adds its mean when all batches are done. */
 static void dpo_eval_loss(struct Trainer *trainer, struct DPOTask *task, size_t B,
                           struct DPOSide *sides) {
-    /* 1. the part that is a mean over pairs */
+    /* 1. the part that is a mean over pairs: a copy of the settings, without sft */
     struct DPOConfig config = task->config;
     config.weight[DPO_SFT] = 0;
     double loss = dpo_loss(&config, B, sides, sides + B);
     trainer_metric(trainer, "loss", loss * (double)B, B);
 
-    /* 2. the likelihood of chosen answers, summed over all batches so far */
+    /* 2. the negative log-likelihood of chosen answers, summed over all batches so far */
     for (size_t b = 0; b < B; b++) {
         task->eval_nll -= sides[b].logp;
         task->eval_tokens += sides[b].length;
     }
 }
 
-/* All held-out pairs were seen: the part of the loss type sft joins their loss. The Trainer will
- * divide the sum by the number of pairs, so it is multiplied by that here. */
+/* All held-out pairs have been seen: the part of the loss type sft joins their loss. */
 static void dpo_evaluated(struct Trainer *trainer) {
     struct DPOTask *task = trainer->task.data;
     double nll = task->eval_nll / (double)MAX((size_t)1, task->eval_tokens);
     double pairs = (double)trainer->task.eval_n;
+    /* 0 more units: the Trainer will divide the sum by the pairs counted so far, so this mean is
+     * multiplied by their number */
     trainer_metric(trainer, "loss", task->config.weight[DPO_SFT] * nll * pairs, 0);
 
-    /* the next evaluation begins anew */
+    /* the next evaluation starts from 0 */
     task->eval_nll = 0;
     task->eval_tokens = 0;
 }
@@ -9275,8 +9283,8 @@ static double dpo_task_loss(struct Trainer *trainer, const size_t *index, size_t
     struct Arena *arena = &trainer->arena;
     const struct Example *pairs = task->pairs[from];
 
-    /* 1. The reference's log-probabilities: computed when a pair is seen for the first time, then
-     *    put into the batch's order. */
+    /* 1. The reference's log-probabilities, computed or remembered, in the batch's order. This
+     *    comes first because dpo_reference empties the arena. */
     dpo_reference(task, arena, pairs, index, B, task->ref_logps[from]);
     size_t *slot = arena_alloc(arena, 2 * B, sizeof *slot);
     struct Batch batch = dpo_batch(arena, pairs, index, B, model->config.n_embd, slot);
@@ -9284,21 +9292,21 @@ static double dpo_task_loss(struct Trainer *trainer, const size_t *index, size_t
     for (size_t i = 0; i < 2 * B; i++)
         ref_logps[i] = task->ref_logps[from][slot[i]];
 
-    /* 2. The policy's. Chosen answers are sides 0 to B-1, rejected ones follow. */
+    /* 2. The policy's. Chosen answers are sides 0 to B-1; rejected ones follow. */
     bool learns = from == TO_LEARN;
     struct LMHead head = batch_logprobs(model, arena, &batch, task->temperature, learns);
     struct DPOSide *sides = dpo_sides(arena, &batch, head.logprob, ref_logps, B);
     trainer->state.num_tokens += batch.tokens;
     dpo_metrics(trainer, task->config.beta, &batch, &head, B, sides);
 
-    /* 3. The loss; of held-out pairs it is a metric like the others. */
+    /* 3. The loss. For held-out pairs it is a metric like the others, and no gradient follows. */
     if (!learns) {
         dpo_eval_loss(trainer, task, B, sides);
         return 0;
     }
     double loss = dpo_loss(&task->config, B, sides, sides + B);
 
-    /* 4. The way back. The log-probability of an answer is a sum over its tokens, so each token
+    /* 4. The backward pass. An answer's log-probability is the sum of its tokens', so each token
      *    gets the answer's slope. */
     double *dlogps = arena_alloc(arena, 2 * B, sizeof *dlogps);
     for (size_t i = 0; i < 2 * B; i++)
@@ -9308,14 +9316,15 @@ static double dpo_task_loss(struct Trainer *trainer, const size_t *index, size_t
 }
 
 /* The two sides of a pair as tokens: prompt, answer, end token. A row without a prompt of its own
- * has one all the same: what its two texts have in common at the beginning. Both sides must be
- * split at the same token, or the loss would compare answers to different prompts. Where a token
- * spans the end of the prompt, the two may disagree; then the shorter common prefix counts. */
+ * has an implicit one: the beginning that its two texts have in common. Both sides must be split at
+ * the same token, or the loss would compare answers to different prompts. Where a token spans the
+ * end of the prompt, the two may disagree; then the shorter common prefix counts. */
 static void dpo_pair_encode(const struct Trainer *trainer, struct Arena *arena, struct Row row,
                             struct Example pair[2]) {
     size_t V = trainer->model->config.vocab_size;
     const int *end_token = &trainer->model->config.eos_token_id;
-    /* 1. The prompt: the row's own, or what both texts begin with. */
+    /* 1. The prompt, from which an answer's first token is predicted. Its own tokens are no
+     *    targets: it was not the policy that chose them. */
     if (!(row.has & HAS_PROMPT))
         split_implicit_prompt(&row);
 
@@ -9324,7 +9333,7 @@ static void dpo_pair_encode(const struct Trainer *trainer, struct Arena *arena, 
     pair[1] =
         example_prompt_completion(arena, trainer->tok, row.prompt, row.rejected, V, end_token);
 
-    /* 3. one split for both */
+    /* 3. One split for both. A token that spans the border then belongs to the answer. */
     size_t prompt_length = MIN(pair[0].prompt_length, pair[1].prompt_length);
     pair[0].prompt_length = prompt_length;
     pair[1].prompt_length = prompt_length;
@@ -9337,7 +9346,7 @@ struct PairCounts {
 
 static void dpo_pairs_say(const struct Dataset *data, size_t max_length, struct PairCounts n) {
     const char *path = data->path;
-    /* each reason has a line of its own: the user may want to change --max_length, or the data */
+    /* 1. too long: a larger --max_length would help, up to the model's context */
     if (n.dropped) {
         warn("%s: %zu of %zu pairs dropped: the prompt alone has %zu tokens or more (--max_length)",
              path, n.dropped, data->n, max_length);
@@ -9346,7 +9355,8 @@ static void dpo_pairs_say(const struct Dataset *data, size_t max_length, struct 
         warn("%s: %zu of %zu pairs were cut to their first %zu tokens (--max_length)", path, n.cut,
              data->n, max_length);
     }
-    /* a choice between equal answers says nothing: see dpo_pair_fit */
+    /* 2. Equal sides. In the data, only other data would help; by the cut, a larger limit would.
+     *    So the two have a line each. */
     if (n.equal) {
         warn("%s: %zu of %zu pairs are left out: chosen and rejected are the same", path, n.equal,
              data->n);
@@ -9358,8 +9368,8 @@ static void dpo_pairs_say(const struct Dataset *data, size_t max_length, struct 
     }
 }
 
-/* Cuts a pair to max_length tokens, and tells whether it can be learnt from; if not, or if it was
- * cut, `counts` says why. */
+/* Cuts a pair to max_length tokens, and returns whether it can be learnt from; if not, or if it was
+ * cut, it is counted in `counts`. */
 static bool dpo_pair_fit(struct Example pair[2], size_t max_length, bool keeps_equal,
                          struct PairCounts *counts) {
     /* 1. As in TRL, the end is cut off: a pair with no room for an answer is of no use. */
@@ -9367,13 +9377,14 @@ static bool dpo_pair_fit(struct Example pair[2], size_t max_length, bool keeps_e
         counts->dropped++;
         return false;
     }
+    /* asked before the cut, so that the message can tell what made the sides equal */
     bool was_equal = is_equal_pair(pair);
     counts->cut += MAX(pair[0].n, pair[1].n) > max_length;
     pair[0].n = MIN(pair[0].n, max_length);
     pair[1].n = MIN(pair[1].n, max_length);
 
-    /* 2. Ours alone: a pair whose sides are the same, in the data or since the cut, has a constant
-     *    loss (sigmoid: ln 2) and no gradient. Only the loss type sft learns from it. */
+    /* 2. Unlike TRL: a pair whose sides are equal, in the data or since the cut, is dropped. It has
+     *    a constant loss (sigmoid: ln 2) and no gradient. Only the loss type sft learns from it. */
     if (keeps_equal || !is_equal_pair(pair))
         return true;
     if (was_equal)
@@ -9383,7 +9394,7 @@ static bool dpo_pair_fit(struct Example pair[2], size_t max_length, bool keeps_e
     return false;
 }
 
-/* dpo_pairs -- a data set's pairs, made ready; those that cannot be used are left out and counted.
+/* dpo_pairs -- a data set's pairs as tokens; those that cannot be used are left out and counted.
  * out  pairs (2 data->n): room for all; returns how many pairs there are         test: dpo_pairs */
 static size_t dpo_pairs(const struct Trainer *trainer, struct Arena *arena,
                         const struct Dataset *data, const struct DPOConfig *config,
@@ -9394,20 +9405,20 @@ static size_t dpo_pairs(const struct Trainer *trainer, struct Arena *arena,
     size_t count = 0;
     /* 1. each pair as tokens, cut to length, kept if it teaches anything */
     for (size_t i = 0; i < data->n; i++) {
-        /* a pair that does not fit is written over by the next one */
+        /* a pair that is not kept is overwritten by the next one */
         struct Example *pair = pairs + 2 * count;
         dpo_pair_encode(trainer, arena, data->rows[i], pair);
         if (dpo_pair_fit(pair, max_length, keeps_equal, &counts))
             count++;
     }
 
-    /* 2. silence would hide that a run learns from a part of its data only */
+    /* 2. silence would hide that a run learns from only a part of its data */
     dpo_pairs_say(data, max_length, counts);
     CHECK(count > 0, "%s: no pair is left", data->path);
     return count;
 }
 
-/* A checkpoint holds the reference's log-probabilities too. Computed again after a resume, beside
+/* A checkpoint also contains the reference's log-probabilities. Recomputed after a resume, next to
  * other pairs in the batch, they could differ in the last bit, and so could the whole run. */
 static void dpo_saved(struct Trainer *trainer, struct Checkpoint *checkpoint) {
     struct DPOTask *task = trainer->task.data;
@@ -9422,14 +9433,15 @@ static struct DPOTask *dpo_task(struct Trainer *trainer, struct Arena *arena,
     *task = (struct DPOTask){
         .config = config,
         .ref_model = ref_model,
-        .pairs = {[TO_LEARN] = pairs}, /* held-out ones: by the caller, if there are any */
+        .pairs = {[TO_LEARN] = pairs}, /* held-out ones are added by the caller, if there are any */
         .temperature = temperature,
     };
 
-    /* 0: not computed yet; dpo_reference will do it */
+    /* all 0, which means not computed yet: a run of a few steps then never pays for pairs that it
+     * does not reach */
     task->ref_logps[TO_LEARN] = arena_zeros(arena, 2 * n, sizeof **task->ref_logps);
 
-    /* what the Trainer calls: for a batch, behind an evaluation, for a checkpoint */
+    /* what the Trainer calls: for a batch, after an evaluation, for a checkpoint */
     trainer->task = (struct Task){
         .name = "dpo",
         .n = n,
@@ -9454,10 +9466,10 @@ static struct Text answer_text(const struct Tokenizer *tok, struct Arena *arena,
     return tokenizer_decode_all(tok, arena, ids, answer_length(answer, policy), policy->vocab_size);
 }
 
-/* Whether two answers look the same: from a choice between them nothing can be learnt. */
+/* Whether two answers look the same, so that a choice between them would teach nothing. */
 static bool same_answer(const struct Tokenizer *tok, struct Arena *arena, const struct Example *a,
                         const struct Example *b, const struct GPT2Config *policy) {
-    /* as a person would see them: other bytes that are shown alike make no choice either */
+    /* as a person would see them: different bytes that look alike are no choice either */
     struct Text text_a = text_shown(arena, answer_text(tok, arena, a, policy), "");
     struct Text text_b = text_shown(arena, answer_text(tok, arena, b, policy), "");
     return text_equal(text_a, text_b);
@@ -9469,7 +9481,7 @@ struct PreferenceSource {
     const struct GenerationConfig *generation;
     size_t num_generations; /* answers to each prompt */
     const struct Scorer *scorer;
-    bool only_ended; /* answers that did not end are left out: they teach the policy not to stop */
+    bool only_ended; /* leave out answers that did not end: they teach the policy not to stop */
 };
 
 /* The places of the best and the worst answer in a list. */
@@ -9478,22 +9490,22 @@ struct BestWorst {
     size_t best, worst;
 };
 
-/* Of answers number first to first + num_generations - 1, those to one prompt, the ones with the
- * highest and the lowest score. An answer that ended before scorer->least_length tokens does not
- * count: its score is the scorer's penalty, not a judgement. */
+/* The answers with the highest and the lowest score among those to one prompt, which are answers
+ * `first` to first + num_generations - 1. An answer shorter than scorer->least_length tokens does
+ * not count: its score is the scorer's penalty, not a judgement. */
 static struct BestWorst best_and_worst(const struct PreferenceSource *source,
                                        const struct Example *answers, const float *score,
                                        size_t first) {
     struct BestWorst place = {0};
     /* one pass for both: the first answer that counts is the best and the worst so far */
     for (size_t k = first; k < first + source->num_generations; k++) {
-        /* end token included, as the scorer counts */
+        /* the length includes the end token, as in scorer_scale */
         size_t length = answers[k].n - answers[k].prompt_length;
         bool ended = example_ended(&answers[k], source->policy->config.eos_token_id);
         if ((source->only_ended && !ended) || length < source->scorer->least_length)
             continue;
 
-        /* among equals the first one */
+        /* among equal scores, the first one */
         if (!place.found || score[k] > score[place.best])
             place.best = k;
         if (!place.found || score[k] < score[place.worst])
@@ -9508,8 +9520,8 @@ static struct BestWorst best_and_worst(const struct PreferenceSource *source,
  * in   prompts (n); rng: for sampling
  * out  pairs: room for 2n examples, 2i chosen, 2i+1 rejected; returns how many pairs
  * The best answer becomes chosen, the worst rejected: of all pairs that a prompt's answers could
- * make, the one on which judges would agree most. A prompt whose answers all score or read the
- * same gives no pair.                          test: collect_identical, collect_resume */
+ * make, this is the one on which judges would agree most. A prompt whose answers all score the
+ * same, or read the same, gives no pair.       test: collect_identical, collect_resume */
 static size_t collect_preferences(const struct PreferenceSource *source, struct Arena *arena,
                                   const struct Example *prompts, size_t n, struct Rng *rng,
                                   struct Example *pairs) {
@@ -9517,22 +9529,24 @@ static size_t collect_preferences(const struct PreferenceSource *source, struct 
     const struct Tokenizer *tok = source->scorer->tok;
     size_t num_generations = source->num_generations;
 
-    /* 1. all answers at once, those to one prompt side by side, and their scores */
+    /* 1. All answers at once, those to one prompt side by side, and their scores. They share a
+     *    prompt, so a difference in score is one between answers, not between questions. */
     struct Example *answers =
         sample_answers(policy, arena, prompts, n, num_generations, source->generation, rng);
     float *score = arena_floats(arena, n * num_generations);
     scorer_score(source->scorer, arena, answers, n * num_generations, &policy->config, score);
 
-    /* 2. a pair of each prompt, if its answers differ */
+    /* 2. a pair from each prompt, if its answers differ */
     size_t count = 0;
     for (size_t i = 0; i < n; i++) {
         struct BestWorst place = best_and_worst(source, answers, score, i * num_generations);
         const struct Example *best = &answers[place.best];
         const struct Example *worst = &answers[place.worst];
-        /* no answer that counts, or all equally good: nothing is preferred */
+        /* No answer that counts, or all equally good: nothing is preferred. (If none was found,
+         * best and worst point to answer 0, and are not used.) */
         if (!place.found || score[place.best] <= score[place.worst])
             continue;
-        /* the same text can score differently, if its tokens are others */
+        /* the same text can score differently if its tokens differ */
         if (same_answer(tok, arena, best, worst, &policy->config))
             continue;
         pairs[2 * count] = *best;
@@ -9546,14 +9560,15 @@ static size_t collect_preferences(const struct PreferenceSource *source, struct 
  * Chapter 19 - Exact: a world small enough to enumerate
  *                                            [glossary: Solução em forma fechada]
  *
- * Do PPO, DPO and REINFORCE find what chapter 5 says is best? With text nobody can tell. So here
- * is a world so small that every answer can be written down: a few tokens, a few places. With 3
- * tokens and 2 places there are 9 answers. The best policy is known by its formula, and how near
- * to it each method comes is a sum over all answers: nothing is estimated. PPO and REINFORCE
- * themselves see only samples, as with real text; DPO, which samples nothing, sees all pairs.
+ * Do PPO, DPO and REINFORCE find what chapter 5 says is best? With real text nobody can tell. So
+ * here is a world so small that every answer can be written down: a few tokens, a few positions.
+ * With 3 tokens and 2 positions there are 9 answers. The best policy is known from its formula, and
+ * how close each method comes to it is a sum over all answers: nothing is estimated. PPO and
+ * REINFORCE themselves see only samples, as with real text; DPO, which samples nothing, sees all
+ * pairs.
  *
  * What enters: a random reference and a random reward for every answer. What leaves: the optimum,
- * and KL and objective of what each method reached.
+ * and for the policy that each method reached, its KL to the optimum and its objective.
  * ============================================================================================= */
 
 enum { EXACT_RESPONSES = 4096, EXACT_BATCH = 128 };
@@ -9590,7 +9605,7 @@ struct ExactWorld {
     uint64_t seed;
 };
 
-/* A policy in numbers. */
+/* What a policy is worth. */
 struct ExactFigures {
     double kl_to_optimum; /* KL(pi || pi*), nats: 0 for the optimum alone */
     double reward; /* E[r] */
@@ -9598,41 +9613,42 @@ struct ExactFigures {
     double objective; /* J */
 };
 
-/* exact_figures -- what a policy is worth, by sums over all n responses, not by samples.
+/* exact_figures -- what a policy is worth, from sums over all n responses, not from samples.
  *                                                      [glossary: Função objetivo]
  *   E[r] = sum_y pi(y) r(y);   KL(pi || q) = sum_y pi(y) (log pi(y) - log q(y))
  *   J    = E[r] - beta KL(pi || pi_ref)
  * in   logps (n): log pi(y) of the policy
  * By hand: pi_ref = (1/2, 1/2), r = (0, 2), beta 0.5, pi = (1/4, 3/4): E[r] = 1.5,
- * KL = ln 2 - 0.5623 = 0.1308, J = 1.5 - 0.0654 = 1.4346.          test: exact_figures,
- * exact_optimum, where J + beta KL(pi || pi*) = beta log Z for any policy */
+ * KL = ln 2 - 0.5623 = 0.1308, J = 1.5 - 0.0654 = 1.4346. For any policy,
+ * J + beta KL(pi || pi*) = beta log Z.                             test: exact_figures,
+ * exact_optimum */
 static struct ExactFigures exact_figures(const struct ExactWorld *w, const double *logps) {
     struct ExactFigures f = {0};
     for (size_t i = 0; i < w->n; i++) {
-        /* everything is a mean under the policy: each answer counts with its probability */
+        /* every figure is a mean under the policy: each answer counts with its probability */
         double p = exp(logps[i]);
         f.kl_to_optimum += p * (logps[i] - w->logps[EXACT_OPTIMUM][i]);
         f.reward += p * w->r[i];
         f.kl += p * (logps[i] - w->logps[EXACT_REFERENCE][i]);
     }
 
-    /* J: what is earned, less the price of having moved */
+    /* J: what the policy earns, minus the price of having moved */
     f.objective = f.reward - w->beta * f.kl;
     return f;
 }
 
 /* exact_dpo_loss -- DPO's loss, expected over all pairs of answers.
  *                                                      [glossary: Solução em forma fechada]
- * Each of the n^2 ordered pairs is judged by someone who prefers as Bradley and Terry say (chapter
- * 3): answer i to answer j with probability p_ij = sigmoid(r_i - r_j).
+ * Each of the n^2 ordered pairs is judged by someone whose preferences follow Bradley and Terry
+ * (chapter 3): answer i is preferred to answer j with probability p_ij = sigmoid(r_i - r_j).
  *   h_i  = log pi(y_i) - log pi_ref(y_i);   s_ij = beta (h_i - h_j)
  *   loss = 1/n^2 sum_ij -[p_ij log sigmoid(s_ij) + (1 - p_ij) log sigmoid(-s_ij)]
  *                                                                      [5] Eq. 7, expected
  *   d loss / d h_i = 2 beta / n^2 sum_j (sigmoid(s_ij) - p_ij)
- * (2, since h_i is in the pair (i,j) and in the pair (j,i), and both have the same slope).
+ * (the 2 because h_i is in the pair (i,j) and in the pair (j,i), and both have the same slope).
  * in   logps, ref_logps, r (n)      out  dlogps (n): d loss / d log pi(y_i) = d loss / d h_i
- * The slope is 0 where s_ij = r_i - r_j for all pairs, that is beta h = r + a constant: at pi*. The
- * constant is -beta log Z. It cancels in every pair, and so DPO needs no Z.
+ * The slope is 0 where s_ij = r_i - r_j for all pairs, that is, where beta h = r + a constant: at
+ * pi*. The constant is -beta log Z. It cancels in every pair, which is why DPO needs no Z.
  * By hand: pi = pi_ref: loss ln 2; with r = (0, ln 3), beta 0.8: the slope of the second answer is
  * 2 * 0.8 / 4 * (1/2 - 3/4) = -0.1.             test: exact_dpo_loss, exact_dpo_gradient */
 static double exact_dpo_loss(const double *logps, const double *ref_logps, const double *r,
@@ -9643,7 +9659,8 @@ static double exact_dpo_loss(const double *logps, const double *ref_logps, const
     for (size_t i = 0; i < n; i++) {
         dlogps[i] = 0;
         for (size_t j = 0; j < n; j++) {
-            /* 1. what the judge prefers, and what the policy does */
+            /* 1. what the judge prefers, and what the policy implies; both depend on differences,
+             *    so a constant added to all rewards would change nothing */
             double p = sigmoid(r[i] - r[j]);
             double s = beta * (logps[i] - ref_logps[i] - logps[j] + ref_logps[j]);
 
@@ -9655,23 +9672,23 @@ static double exact_dpo_loss(const double *logps, const double *ref_logps, const
     return loss;
 }
 
-/* log pi(y) of all responses under a model, into logps (n). keep: with the activations that a
+/* log pi(y) of all responses under a model, into logps (n). keep: keep the activations that a
  * backward pass needs. `batch` must outlive the head that is returned. */
 static struct LMHead exact_logps(const struct ExactWorld *w, const struct GPT2 *model,
                                  struct Arena *arena, struct Batch *batch, bool keep,
                                  double *logps) {
-    /* the way that texts take: there is no short cut for a small world */
+    /* the same code that reads texts: what is tested here is what trains on them */
     *batch = collate(arena, w->y, w->n, SKIP_LAST);
     struct LMHead head = batch_logprobs(model, arena, batch, 1, keep);
     sum_target_logps(batch, w->n, head.logprob, logps);
 
-    /* The model's floats make probabilities that add up to 1 within 1e-6, where a KL of 1e-7 is to
-     * be seen. */
+    /* The model computes in float, so its probabilities add up to 1 only within 1e-6; a KL of 1e-7
+     * would be lost in that. */
     normalize_logps(logps, w->n);
     return head;
 }
 
-/* A step's gradient of exact_dpo_loss, added to the model's.   out  logps (n), before the step */
+/* Adds the gradient of exact_dpo_loss to the model's.   out  logps (n): what it says at present */
 static void exact_dpo_backward(const struct ExactWorld *w, struct GPT2 *model, struct Arena *arena,
                                double *logps) {
     /* 1. what the policy says of every answer now */
@@ -9684,12 +9701,12 @@ static void exact_dpo_backward(const struct ExactWorld *w, struct GPT2 *model, s
     target_logps_backward(model, arena, &batch, &head, w->n, dlogps, 1);
 }
 
-/* Response number i: after the prompt, token 0, the T digits of i in base V, the first one being
- * worth most.            By hand: V 3, T 3: 14 = 1 * 9 + 1 * 3 + 2 is 1 1 2.
+/* Response number i: the prompt, token 0, then the T digits of i in base V, the most significant
+ * first.                 By hand: V 3, T 3: 14 = 1 * 9 + 1 * 3 + 2 is 1 1 2.
  *                                                                  test: exact_dpo_gradient */
 static struct Example exact_response(struct Arena *arena, size_t V, size_t T, size_t i) {
     struct Example y = {arena_zeros(arena, T + 1, sizeof(int)), T + 1, 1};
-    /* from the last digit to the first: division takes the last one off */
+    /* from the last digit to the first, since each division takes off the last one */
     for (size_t t = T; t > 0; t--) {
         y.ids[t] = (int)(i % V);
         i /= V;
@@ -9697,7 +9714,7 @@ static struct Example exact_response(struct Arena *arena, size_t V, size_t T, si
     return y;
 }
 
-/* And back: which response these tokens, prompt included, are. */
+/* The inverse: the number of the response that these tokens, prompt included, are. */
 static size_t exact_number(const struct ExactWorld *w, const int *ids) {
     size_t i = 0;
     for (size_t t = 1; t <= w->T; t++)
@@ -9705,11 +9722,11 @@ static size_t exact_number(const struct ExactWorld *w, const int *ids) {
     return i;
 }
 
-/* The reference: a GPT-2 with random weights. Its own start, N(0, 0.02), makes all responses about
- * as likely; from N(0, 0.1) some are a hundred times likelier than others, and the optimum must
- * weigh that against their rewards. */
+/* The reference: a GPT-2 with random weights. With its usual initial weights, from N(0, 0.02), all
+ * responses would be about equally likely; with weights from N(0, 0.1) some are a hundred times as
+ * likely as others, and the optimum must weigh that against their rewards. */
 static struct GPT2 *exact_reference(struct GPT2Config config, size_t T, uint64_t seed) {
-    /* the prompt's token and T more are all that it will ever read */
+    /* the prompt's token and T more: the longest sequence in this world */
     config.n_positions = T + 1;
     config.eos_token_id = (int)config.vocab_size; /* no token has this id: nothing ends early */
     struct GPT2 *model = gpt2_new(config);
@@ -9727,7 +9744,7 @@ static struct GPT2 *exact_reference(struct GPT2Config config, size_t T, uint64_t
 static struct ExactWorld *exact_world(struct Arena *arena, struct GPT2Config config, size_t T,
                                       uint64_t seed) {
     struct ExactWorld *w = arena_zeros(arena, 1, sizeof *w);
-    /* every digit has V values, and there are T digits */
+    /* V values for each of T digits; pow may be off by a rounding error, hence lround */
     size_t n = (size_t)lround(pow((double)config.vocab_size, (double)T));
     *w = (struct ExactWorld){
         .V = config.vocab_size,
@@ -9742,12 +9759,12 @@ static struct ExactWorld *exact_world(struct Arena *arena, struct GPT2Config con
     /* 1. responses and rewards */
     struct Rng rng = rng_seed(seed, STREAM_REWARD);
     for (size_t i = 0; i < n; i++) {
-        /* rewards without any pattern: nothing but trying tells which answers are good */
+        /* rewards without any pattern: only trying an answer shows how good it is */
         w->y[i] = exact_response(arena, w->V, T, i);
         w->r[i] = rng_normal(&rng);
     }
 
-    /* 2. how probable each is under the reference; the other policies are not there yet */
+    /* 2. how probable each is under the reference; the other policies do not exist yet */
     for (int k = 0; k < EXACT_POLICIES; k++)
         w->logps[k] = arena_zeros(arena, n, sizeof(double));
     struct Batch batch;
@@ -9761,8 +9778,8 @@ static struct Rollout *exact_rollouts(const struct ExactWorld *w, const struct G
     struct Rollout *rollouts = arena_alloc(arena, EXACT_BATCH, sizeof *rollouts);
     struct Sequence sequences[EXACT_BATCH];
 
-    /* Sampled from the policy's own distribution, nothing cut off: only such answers estimate its
-     * gradient without bias. */
+    /* Sampled from the policy's own distribution, with no filter: only such answers give an
+     * unbiased estimate of its gradient. */
     struct GenerationConfig sampling = {
         .do_sample = true,
         .num_beams = 1,
@@ -9784,40 +9801,40 @@ static struct Rollout *exact_rollouts(const struct ExactWorld *w, const struct G
     return rollouts;
 }
 
-/* DPO on all pairs in each step, which is a mean without noise. */
+/* DPO, on all n^2 pairs in each step: the gradient is exact, without noise. */
 static void exact_train_dpo(const struct ExactWorld *w, struct GPT2 *model,
                             const struct TrainingArguments *args) {
     struct Arena arena = {0};
-    /* the policy's own list of log-probabilities serves as room for each step's */
+    /* each step's log-probabilities go where exact_train will put the final ones */
     size_t steps = EXACT[EXACT_DPO].steps;
     double *logps = w->logps[EXACT_DPO];
     gpt2_make_trainable(model);
     for (size_t step = 0; step < steps; step++) {
         arena_reset(&arena);
-        /* all n^2 pairs at once: the gradient is exact */
         exact_dpo_backward(w, model, &arena, logps);
         double learning_rate = args->learning_rate * schedule_factor(args, step, steps);
-        /* steps are counted from 1, see adamw_piece */
+        /* The schedule counts steps from 0, AdamW from 1: its correction divides by 1 - beta^t,
+         * which is 0 for t = 0. */
         optimizer_step(model, args, learning_rate, step + 1);
     }
     arena_free(&arena);
 }
 
-/* PPO or REINFORCE by chapter 17's own steps. A nat of KL has the fixed price beta, for the optimum
- * that they are compared with is that of this beta. All answers are to the one prompt. */
+/* PPO or REINFORCE, by chapter 17's own step functions. */
 static void exact_train_rollouts(const struct ExactWorld *w, struct GPT2 *model,
                                  const struct TrainingArguments *args, enum ExactPolicy method) {
     struct Arena arena = {0};
     struct PPOConfig config = ppo_config();
     config.batch_size = EXACT_BATCH;
     config.mini_batch_size = EXACT_BATCH;
-    config.num_generations = EXACT_BATCH;
+    config.num_generations = EXACT_BATCH; /* all answers are to the one prompt */
 
-    /* each batch serves twice; the value head, which starts at random, learns faster than usual */
+    /* each batch is used twice; the value head, which starts at random, learns faster than usual */
     config.ppo_epochs = 2;
     config.vf_coef = 0.5;
 
-    /* the same objective J for both: beta is fixed */
+    /* Beta is fixed: the optimum that both are compared with is that of this beta, and a controller
+     * would lead them to another one's. */
     config.init_kl_coef = w->beta;
     config.adap_kl_ctrl = false;
     if (method == EXACT_REINFORCE)
@@ -9825,10 +9842,9 @@ static void exact_train_rollouts(const struct ExactWorld *w, struct GPT2 *model,
     struct PPOTrainer *ppo = ppo_trainer_new(model, w->ref_model, config, *args, 1);
     ppo->total_steps = EXACT[method].steps;
 
-    /* each step from new answers of the policy as it is then */
     struct Rng rng = rng_seed(w->seed, STREAM_SAMPLE);
     for (size_t step = 0; step < ppo->total_steps; step++) {
-        /* on-policy: last step's answers are of another policy */
+        /* on-policy: each step learns from new answers, since the last ones are another policy's */
         arena_reset(&arena);
         struct Rollout *rollouts = exact_rollouts(w, model, &rng, &arena);
         if (method == EXACT_PPO)
@@ -9847,14 +9863,14 @@ static void exact_train(struct ExactWorld *w, enum ExactPolicy method) {
     struct TrainingArguments args = training_arguments();
     args.learning_rate = EXACT[method].learning_rate;
 
-    /* then linearly down to 0, and with the steps the noise of the samples */
+    /* Then linearly down to 0: smaller and smaller steps average out the noise of the samples. */
     args.warmup_steps = 20;
     if (method == EXACT_DPO)
         exact_train_dpo(w, model, &args);
     else
         exact_train_rollouts(w, model, &args, method);
 
-    /* the judgement: over all responses, whatever the method saw of them */
+    /* the verdict: over all responses, however few of them the method has seen */
     struct Arena arena = {0};
     struct Batch batch;
     exact_logps(w, model, &arena, &batch, false, w->logps[method]);
@@ -9867,12 +9883,13 @@ static void exact_train(struct ExactWorld *w, enum ExactPolicy method) {
 
 /* exact_run -- the optimum at beta, and the three trainings.                  test: exact_run */
 static void exact_run(struct ExactWorld *w, double beta) {
-    /* By formula, from the reference and the rewards alone. */
+    /* 1. The optimum by its formula, from the reference and the rewards alone. log Z is kept,
+     *    because beta log Z is the largest J that any policy can have. */
     w->beta = beta;
-    /* log Z is kept: beta log Z is the largest J that any policy can have */
     w->log_Z = exact_optimum(w->logps[EXACT_REFERENCE], w->r, w->n, beta, w->logps[EXACT_OPTIMUM]);
 
-    /* They know nothing of one another: a thread for each. */
+    /* 2. The three trainings share nothing that they write, so each gets a thread. The one with the
+     *    most steps starts first. */
 #pragma omp parallel for schedule(dynamic, 1)
     for (int k = EXACT_REINFORCE; k >= EXACT_DPO; k--)
         exact_train(w, (enum ExactPolicy)k);
