@@ -6012,19 +6012,19 @@ static struct Example *sample_answers(const struct GPT2 *policy, struct Arena *a
 /* =============================================================================================
  * Part III - Training
  *
- * The functions of Part I on the model of Part II, again and again. After this part a reader knows
- * how a language model, a reward model, a PPO policy and a DPO policy are made, in the order of
- * the course, and what each number in their logs means.
+ * The functions of Part I, applied to the model of Part II thousands of times. After this part a
+ * reader knows how a language model, a reward model, a PPO policy and a DPO policy are trained, in
+ * the order of the course, and what each number in their logs means.
  * ============================================================================================= */
 
 /* =============================================================================================
  * Chapter 14 - Optimizer, schedule, Trainer                  [glossary: Otimização]
  *
- * How do gradients become better weights? The backward pass has told for every weight by how much
- * the loss would change with it: the gradient. A step moves all weights a little against it, and
- * training is thousands of such steps. The Trainer is transformers':
+ * How do gradients become better weights? The backward pass has computed, for every weight, how
+ * much the loss would change if the weight did: the gradient. A step moves all weights a little
+ * way against it, and training is thousands of such steps. The Trainer works as transformers' does:
  *
- *     for each epoch (once through the data, in a new order):
+ *     for each epoch (one pass through the data, in a new order):
  *         for each step:
  *             accumulate    forward and backward over some micro-batches; their gradients add up
  *             clip          a gradient that is too long is shortened
@@ -6036,18 +6036,18 @@ static struct Example *sample_answers(const struct GPT2 *policy, struct Arena *a
  *     gradient norm 3.0, limit 1     times 1/3              one odd batch cannot throw weights far
  *     learning rate 5e-5, step 500 of 1000, linear          2.5e-5
  *
- * What is trained, and on which loss, is told by a Task: chapters 15 (language model), 16 (reward
- * model) and 18 (DPO) each make one. PPO (chapter 17) has a loop of its own around optimizer_step.
+ * A Task says what is trained, and on which loss: chapters 15 (language model), 16 (reward model)
+ * and 18 (DPO) each define one. PPO (chapter 17) has a loop of its own around optimizer_step.
  *
- * What enters: a model, a Task, TrainingArguments. What leaves: other weights in the model, and a
- * log of how it went.
+ * What enters: a model, a Task, TrainingArguments. What leaves: the model with trained weights, and
+ * a log of the training.
  * ============================================================================================= */
 
-/* ---- What Part IV gives to this one --------------------------------------------------------- */
+/* ---- What this part uses of Part IV --------------------------------------------------------- */
 
-/* The log. An entry is a list of named numbers. state_log adds an empty entry to the history,
- * log_at finds a number of an entry by its name (or adds it), state_say shows an entry to the
- * person who waits. */
+/* The log. An entry is a list of named numbers. state_log adds an empty entry to the history;
+ * log_at finds a number in an entry by its name, or adds it; state_say shows an entry on the
+ * terminal. */
 struct LogEntry;
 struct TrainerState;
 static struct LogEntry *state_log(struct TrainerState *state);
@@ -6059,9 +6059,9 @@ static void state_say(const struct TrainerState *state, const char *name,
                       const struct LogEntry *entry, bool plain);
 
 /* Checkpoints. checkpoint_new and checkpoint_add say what a run's state consists of (_doubles:
- * numbers that must be finite; _fixed: a number that must be the same when the run goes on).
- * checkpoint_resume puts the saved state back, if the run is to go on from one; checkpoint_step
- * saves when a checkpoint is due. */
+ * numbers that must be finite; _fixed: a number that must be the same when the run is resumed).
+ * checkpoint_resume restores the saved state, if the run is to resume from one; checkpoint_step
+ * saves a checkpoint when one is due. */
 struct Checkpoint;
 struct Saved;
 struct TrainingArguments;
@@ -6077,7 +6077,7 @@ static void checkpoint_add_fixed(struct Checkpoint *c, const char *name, void *a
 static void checkpoint_resume(struct Checkpoint *c);
 static void checkpoint_step(struct Checkpoint *c);
 
-/* Files and folders. Each is written beside its final place and moved onto it when complete. */
+/* Files and folders. Each is written under a temporary name, and renamed when it is complete. */
 struct Output;
 struct Rollout;
 struct PPOTrainer;
@@ -6090,14 +6090,15 @@ static void trainer_state_save(const struct TrainerState *s, const struct Traini
 static void stats_write_line(FILE *file, const struct PPOTrainer *ppo);
 static void rollouts_write(FILE *file, const struct Rollout *rollouts, size_t n);
 
-/* Samples on a terminal: whether it is time for one, how wide the terminal is, a text made fit for
- * it. */
+/* Samples on a terminal: is it time for one, how wide is the terminal, and a text made safe to
+ * print there. */
 static bool progress_sampling(size_t step, size_t total);
 static size_t terminal_columns(void);
 static char *cut_text(char *text, size_t bytes);
 static struct Text text_shown(struct Arena *arena, struct Text text, const char *kept);
 
-/* Prints a note if training texts spell out "<|endoftext|>", which is ordinary text here. */
+/* Prints a note if training texts contain the letters "<|endoftext|>": here they are ordinary text,
+ * not an end token. */
 static void warn_of_written_ends(const struct Dataset *data, const struct Tokenizer *tok);
 
 /* An output file: written as PATH.tmp, and moved onto PATH by output_close. */
@@ -6108,23 +6109,23 @@ struct Output {
 
 static const char *const LOGS[] = {"stats_all.jsonl", "rollouts.jsonl"};
 
-/* Set by Ctrl-C. The training stops where it can be resumed, not in the middle of a step. */
+/* Set by Ctrl-C. Training then stops where it can be resumed, never in the middle of a step. */
 static volatile sig_atomic_t interrupted;
 
 /* ---- Settings ------------------------------------------------------------------------------- */
 
 /* TrainingArguments of transformers, in its names. */
 struct TrainingArguments {
-    double learning_rate; /* at its height; see schedule_factor */
+    double learning_rate; /* the highest; see schedule_factor */
     double adam_beta1, adam_beta2, adam_epsilon, weight_decay; /* see adamw_piece */
     double max_grad_norm; /* see clip_factor; 0: no limit */
-    double num_train_epochs; /* may be a fraction; max_steps, if given, decides instead */
-    double warmup_ratio; /* of the steps, where warmup_steps is 0 */
-    size_t per_device_train_batch_size; /* rows of a micro-batch: one forward, one backward */
-    size_t gradient_accumulation_steps; /* micro-batches of a step */
+    double num_train_epochs; /* may be fractional; max_steps, if given, overrides it */
+    double warmup_ratio; /* a share of all steps; used where warmup_steps is 0 */
+    size_t per_device_train_batch_size; /* rows per micro-batch: one forward, one backward */
+    size_t gradient_accumulation_steps; /* micro-batches per step */
     size_t max_steps, warmup_steps;
-    size_t logging_steps, eval_steps; /* a log entry, an evaluation each so many steps */
-    size_t max_length; /* tokens of a row at most */
+    size_t logging_steps, eval_steps; /* steps per log entry, steps per evaluation */
+    size_t max_length; /* the most tokens a row may have */
     size_t per_device_eval_batch_size;
     const char *lr_scheduler_type; /* linear, cosine, constant, constant_with_warmup */
     const char *train_sampling_strategy; /* random, sequential */
@@ -6132,13 +6133,13 @@ struct TrainingArguments {
     uint64_t seed;
     double lr_end; /* linear decay ends at this share of the learning rate */
     const char *output_dir, *resume_from_checkpoint; /* output_dir NULL: no checkpoints */
-    size_t save_steps, save_total_limit; /* 0: none; all */
-    size_t say_steps; /* plain progress lines; 0: one each log entry */
+    size_t save_steps, save_total_limit; /* 0: save none; keep all */
+    size_t say_steps; /* steps per plain progress line; 0: one line per log entry */
 };
 
 static struct TrainingArguments training_arguments(void) {
-    /* The defaults of transformers and TRL: flags that are copied from a script of theirs train the
-     * same way here. */
+    /* The defaults of transformers and TRL, so that flags copied from a script that uses those have
+     * the same effect here. */
     return (struct TrainingArguments){
         .learning_rate = 5e-5,
         /* AdamW: means over about 10 and 1000 steps */
@@ -6147,7 +6148,7 @@ static struct TrainingArguments training_arguments(void) {
         .adam_epsilon = 1e-8,
         .weight_decay = 0,
         .max_grad_norm = 1,
-        /* how much is trained, on how many rows at once */
+        /* how long to train, and on how many rows at once */
         .num_train_epochs = 3,
         .per_device_train_batch_size = 8,
         .gradient_accumulation_steps = 1,
@@ -6164,14 +6165,14 @@ static struct TrainingArguments training_arguments(void) {
 
 /* ---- Optimizer ------------------------------------------------------------------------------ */
 
-/* sqrt_fast -- the square root of x >= 0 without a division, so that a loop over it becomes vector
- * instructions of plain multiplications.
- *   y -> y (3 - x y^2) / 2            Newton's method for 1 / sqrt(x); each step doubles the digits
+/* sqrt_fast -- the square root of x >= 0 without a division, so that the compiler turns a loop over
+ * it into vector multiplications.
+ *   y -> y (3 - x y^2) / 2      Newton's method for 1 / sqrt(x); each step doubles the right digits
  * Relative error below 2e-7; 0 gives 0.
  * By hand: x = 4: guess 0.4831, then 0.49915, 0.499998, 0.5; times x: 2.         test: sqrt_fast */
 static inline float sqrt_fast(float x) {
-    /* 1. A guess of 1 / sqrt(x), 4 % off at most. A float's bits are, nearly, its logarithm; half
-     *    of them subtracted from a constant is the logarithm of x^(-1/2). */
+    /* 1. A guess at 1 / sqrt(x), 4 % off at most. A float's bits, read as an integer, are nearly
+     *    its logarithm; a constant minus half of them is the logarithm of x^(-1/2). */
     float y = float_of_bits(0x5f375a86 - (bits_of_float(x) >> 1));
 
     /* 2. three steps of Newton's method */
@@ -6179,19 +6180,19 @@ static inline float sqrt_fast(float x) {
     y *= 1.5f - 0.5f * x * y * y;
     y *= 1.5f - 0.5f * x * y * y;
 
-    /* 3. sqrt(x) = x / sqrt(x), and one more step for what that product lost by rounding */
+    /* 3. sqrt(x) = x / sqrt(x), and one more step to recover what rounding lost in that product */
     float root = x * y;
     return root + 0.5f * y * (x - root * root);
 }
 
-/* Work is divided into pieces whose size does not depend on the number of threads: then sums are
- * added in one order, and have the same bits, on any machine. */
+/* Work is divided into pieces that do not depend on the number of threads: sums are then added in
+ * the same order, and have the same bits, on any machine. */
 enum { NORM_PIECES = 512, STEP_PIECE = 1 << 14 };
 
 /* The sum of squares over piece number `piece` of a gradient of n numbers. */
 static double square_sum_piece(const float *d, size_t n, size_t piece) {
     size_t length = (n + NORM_PIECES - 1) / NORM_PIECES;
-    /* of a small tensor the last pieces are empty: both MINs then leave nothing */
+    /* in a small tensor the last pieces are empty: the two MINs give them length 0 */
     size_t first = MIN(n, piece * length);
     return row_dot(d + first, d + first, MIN(n - first, length));
 }
@@ -6200,12 +6201,12 @@ static double square_sum_piece(const float *d, size_t n, size_t piece) {
 static double square_sum(const float *d, size_t n) {
     double part[NORM_PIECES];
     double sum = 0;
-    /* 1. Whichever thread comes to a piece, the piece is the same. */
+    /* 1. Each piece has a slot of its own: no two threads add to the same number. */
 #pragma omp parallel for if (n > 100000)
     for (size_t piece = 0; piece < NORM_PIECES; piece++)
         part[piece] = square_sum_piece(d, n, piece);
-    /* 2. Added in order. Floating-point sums depend on it: as an OpenMP reduction this would give
-     *    other last bits on another number of threads. */
+    /* 2. Added in order, since a floating-point sum depends on it. An OpenMP reduction would give
+     *    different last bits with a different number of threads. */
     for (size_t piece = 0; piece < NORM_PIECES; piece++)
         sum += part[piece];
     return sum;
@@ -6213,11 +6214,11 @@ static double square_sum(const float *d, size_t n) {
 
 /* gradient_norm -- the length of the gradient, all weights' derivatives seen as one vector.
  *   norm = sqrt(sum of squares over all tensors that train)
- * The log shows it as grad_norm: it says how steep the loss is here, and a sudden peak in it that
- * the batch was an odd one.
+ * The log shows it as grad_norm. It says how steep the loss is here; a sudden peak means that the
+ * batch was an odd one.
  * By hand: derivatives 300 and -400: 500.                       test: adamw_hand, gpt2_golden */
 static double gradient_norm(const struct GPT2 *model) {
-    /* the root comes last, of the sum over all tensors: one vector has one length */
+    /* one root, of the sum over all tensors: clipping each by itself would turn the gradient */
     double total = 0;
     for (size_t i = 0; i < model->tensor_count; i++) {
         /* a frozen tensor (LoRA's base) has no gradient */
@@ -6228,10 +6229,10 @@ static double gradient_norm(const struct GPT2 *model) {
     return sqrt(total);
 }
 
-/* clip_factor -- what the gradient is multiplied by, so that it is no longer than max_grad_norm.
+/* clip_factor -- the factor that shortens the gradient to a length of max_grad_norm at most.
  *   factor = min(1, max_grad_norm / (norm + 1e-6))          the 1e-6 is torch's clip_grad_norm_
  * All derivatives are multiplied by the same number: the gradient keeps its direction. Without a
- * limit one odd batch, whose gradient is a hundred times as long as usual, would rule AdamW's
+ * limit one odd batch, whose gradient is a hundred times as long as usual, would dominate AdamW's
  * running means for many steps. max_grad_norm 0: no limit.
  * By hand: norm 3, limit 1: 0.3333; norm 0.5, limit 1: 1.                     test: adamw_hand */
 static double clip_factor(double norm, double max_grad_norm) {
@@ -6240,30 +6241,30 @@ static double clip_factor(double norm, double max_grad_norm) {
     return MIN(1, max_grad_norm / (norm + 1e-6));
 }
 
-/* What is the same for all weights of a tensor in one optimizer step. */
+/* The constants of one optimizer step, the same for all weights of a tensor. */
 struct OptimizerStep {
     bool is_sgd; /* plain gradient descent instead of AdamW */
     float lr; /* of this step */
     float clip; /* clip_factor */
     float weight_decay; /* 0 for biases and layer norms */
     float decay_factor; /* 1 - lr weight_decay: what decay leaves of a weight */
-    float beta1, beta2; /* the shares of the old running means, */
-    float one_minus_beta1, one_minus_beta2; /* of the new gradient, of its square in the new */
-    float correction1, correction2; /* 1 / (1 - beta^t): undo the start at zero */
+    float beta1, beta2; /* the weights of the old m and v in the new ones */
+    float one_minus_beta1, one_minus_beta2; /* the weights of the gradient and of its square */
+    float correction1, correction2; /* 1 / (1 - beta^t): make up for the start at zero */
     float eps; /* keeps the divisor above 0 */
 };
 
 /* optimizer_step_of -- the constants of step number t, from 1, for a tensor with this weight decay.
- * They are computed in double and then rounded: 1 - 0.999 in float is wrong in its fifth digit. */
+ * They are computed in double and then rounded: in float, 1 - 0.999 is off in its fifth digit. */
 static struct OptimizerStep optimizer_step_of(const struct TrainingArguments *args, double lr,
                                               size_t t, double clip, double weight_decay) {
     return (struct OptimizerStep){
-        /* of both rules */
+        /* used by both rules */
         .is_sgd = strcmp(args->optim, "sgd") == 0,
         .lr = (float)lr,
         .clip = (float)clip,
         .weight_decay = (float)weight_decay,
-        /* AdamW: the decay of a step, the two means, and what they lack of true means as yet */
+        /* AdamW: the decay per step, the two running means, and what makes them true means */
         .decay_factor = (float)(1 - lr * weight_decay),
         .beta1 = (float)args->adam_beta1,
         .beta2 = (float)args->adam_beta2,
@@ -6280,26 +6281,27 @@ static struct OptimizerStep optimizer_step_of(const struct TrainingArguments *ar
  *   v = beta2 v + (1 - beta2) g^2
  *   m_hat = m / (1 - beta1^t),   v_hat = v / (1 - beta2^t)              t: the step, from 1
  *   w = w (1 - lr weight_decay) - lr m_hat / (sqrt(v_hat) + eps)
- * Plain gradient descent, w -= lr g, has two weaknesses, and each mean ("moment") is for one.
+ * Plain gradient descent, w -= lr g, has two weaknesses; each of two running means ("moments")
+ * mends one.
  *   m, the running mean of gradients (over about 10 steps with beta1 0.9). The gradient of one
- * batch is noisy. What its batches disagree about cancels in m, what they agree about stays.
+ * batch is noisy. What the batches disagree about cancels in m; what they agree about stays.
  *   v, the running mean of squares (over about 1000 steps with beta2 0.999). One lr cannot suit
  * all weights: the gradient of a layer norm's gain may be a thousand times that of a rare
  * token's embedding. Divided by sqrt(v), each weight is measured against its own usual gradient.
- * The step is then about lr in size where the batches agree (m_hat = sqrt(v_hat)), and less where
- * they do not, whatever the scale of the loss.
- *   The correction. Both means start at 0, and the first step finds m = 0.1 g, v = 0.001 g^2: too
- * small both, and m / sqrt(v) = 3.2 instead of 1. Dividing by 1 - beta^t, the sum of the weights
- * in the mean so far, makes them true means from the first step on.
- *   The decay is decoupled: it stands outside the fraction, the W of AdamW. It pulls each weight
- * towards 0 by the same share in each step. Added to the gradient instead, as Adam with an L2
- * penalty does, it would be divided by sqrt(v) too, and the weights with the largest gradients
- * would decay least. With weight_decay 0 this is Adam.
- * in, out  w, m, v (n)       in  d (n), the gradient; it is left 0 for the next step
+ * So the step is about lr in size where the batches agree (|m_hat| = sqrt(v_hat)), and smaller
+ * where they do not, whatever the scale of the loss.
+ *   The correction. Both means start at 0, so the first step has m = 0.1 g and v = 0.001 g^2: both
+ * are too small, and |m| / sqrt(v) is 3.2 instead of 1. Dividing by 1 - beta^t, the total weight of
+ * the gradients seen so far, makes them true means from the first step on.
+ *   The decay is decoupled (the W of AdamW): it is outside the fraction, and pulls every weight
+ * towards 0 by the same share in each step. Added to the gradient instead, as in Adam with an L2
+ * penalty, it would be divided by sqrt(v) too, and the weights with the largest gradients would
+ * decay least. With weight_decay 0 this is Adam.
+ * in, out  w, m, v (n)       in  d (n), the gradient; it is set to 0 for the next step
  * By hand: w = 2, lr 0.1, decay 0.1, gradients 0.3, then -0.1:
  *   t = 1: m 0.03, v 0.00009; m_hat 0.3, sqrt(v_hat) 0.3; w = 2 * 0.99 - 0.1 = 1.88
  *   t = 2: m 0.017, v 0.00009991; m_hat 0.0895, sqrt(v_hat) 0.2236; w = 1.8612 - 0.0400 = 1.8212
- * The second gradient points the other way, and the weight goes on falling, but more slowly.
+ * The second gradient points the other way, yet the weight keeps falling, only more slowly.
  *                            test: adamw_hand, adamw_golden; gdb: break tensor_step_piece */
 WIDE static void adamw_piece(float *w, float *d, float *m, float *v, size_t n,
                              struct OptimizerStep s) {
@@ -6309,15 +6311,15 @@ WIDE static void adamw_piece(float *w, float *d, float *m, float *v, size_t n,
         m[i] = s.beta1 * m[i] + s.one_minus_beta1 * g;
         v[i] = s.beta2 * v[i] + s.one_minus_beta2 * g * g;
 
-        /* 2. without their start at zero */
+        /* 2. corrected for their start at zero */
         float m_hat = m[i] * s.correction1;
         float v_hat = v[i] * s.correction2;
 
-        /* 3. the weight decays, and moves by the mean over the usual size */
+        /* 3. the weight decays, and moves by its mean gradient over that gradient's usual size */
         float step = s.lr * m_hat / (sqrt_fast(v_hat) + s.eps);
         w[i] = w[i] * s.decay_factor - step;
 
-        /* 4. the next step's micro-batches add to zero */
+        /* 4. the next step's micro-batches add up from zero */
         d[i] = 0;
     }
 }
@@ -6325,31 +6327,31 @@ WIDE static void adamw_piece(float *w, float *d, float *m, float *v, size_t n,
 /* sgd_piece -- one step of stochastic gradient descent for n weights, as torch.optim.SGD: the plain
  * rule that AdamW refines.       [glossary: Ascensão de gradiente estocástico (SGA)]
  *   w = w - lr (g + weight_decay w)
- * Ascent on an objective is descent on the loss that is the objective with a minus sign.
+ * Ascent on an objective is descent on its negative, the loss.
  * By hand: w = 0.755, g = 300, lr 0.001, no decay: 0.455.                      test: adamw_hand */
 WIDE static void sgd_piece(float *w, float *d, size_t n, struct OptimizerStep s) {
     for (size_t i = 0; i < n; i++) {
-        /* Here the decay is coupled: it is a part of the gradient, that of weight_decay w^2 / 2. */
+        /* Here the decay is coupled: a part of the gradient, the slope of weight_decay w^2 / 2. */
         w[i] -= s.lr * (d[i] * s.clip + s.weight_decay * w[i]);
         d[i] = 0;
     }
 }
 
-/* The piece of a tensor that begins at number `first`. */
+/* One step for the piece of a tensor that begins at index `first`. */
 static void tensor_step_piece(struct Tensor *tensor, size_t first,
                               const struct OptimizerStep *step) {
     size_t n = MIN(tensor->n - first, (size_t)STEP_PIECE);
     float *w = tensor->w + first;
     float *d = tensor->d + first;
-    /* By value: where the compiler knows that writing w cannot change the constants, it makes
-     * vector instructions of the loop. */
+    /* *step is passed by value: the compiler then knows that writing w cannot change the constants,
+     * and vectorizes the loop. */
     if (step->is_sgd)
         sgd_piece(w, d, n, *step);
     else
         adamw_piece(w, d, tensor->m + first, tensor->v + first, n, *step);
 }
 
-/* Every weight of a tensor, the pieces in parallel. */
+/* One step for every weight of a tensor, the pieces in parallel. */
 static void tensor_step(struct Tensor *tensor, const struct OptimizerStep *step) {
     /* no weight's step depends on another's, so the order of the pieces does not matter */
 #pragma omp parallel for if (tensor->n > 50000)
@@ -6357,16 +6359,16 @@ static void tensor_step(struct Tensor *tensor, const struct OptimizerStep *step)
         tensor_step_piece(tensor, first, step);
 }
 
-/* optimizer_step -- the gradients become other weights; all gradients are 0 afterwards.
+/* optimizer_step -- one step for all weights that train; their gradients are 0 afterwards.
  * in   lr: the learning rate of this step; t: its number, from 1 (for AdamW's correction)
  * Returns the gradient's norm before it was clipped.           test: adamw_hand, adamw_golden */
 static double optimizer_step(struct GPT2 *model, const struct TrainingArguments *args, double lr,
                              size_t t) {
-    /* 1. how long the gradient is; NaN or infinity would spoil every weight, so it ends the run */
+    /* 1. The gradient's length. NaN or infinity would spoil every weight, so it ends the run. */
     double norm = gradient_norm(model);
     check_finite(model, "the gradient's norm", norm);
 
-    /* 2. clip */
+    /* 2. Clip: only the factor is computed here. The next pass over the weights applies it. */
     double clip = clip_factor(norm, args->max_grad_norm);
 
     /* 3. Step. Matrices decay. Biases and the gains of layer norms do not, as in transformers:
@@ -6380,21 +6382,21 @@ static double optimizer_step(struct GPT2 *model, const struct TrainingArguments 
         tensor_step(tensor, &step);
     }
 
-    /* 4. the activations that are kept for messages are those of other weights now */
+    /* 4. The activations kept for error messages belong to the old weights: forget them. */
     model->trace.acts.N = 0;
     return norm;
 }
 
 /* ---- Schedule ------------------------------------------------------------------------------- */
 
-/* schedule_factor -- the share of the learning rate that step number `step`, from 0, of `total`
+/* schedule_factor -- the share of the learning rate that step number `step` (from 0) of `total`
  * uses.
- *   warm-up     step / warmup_steps: from 0 up. AdamW's means know little as yet, and large steps
- *               on that little would lead anywhere.
+ *   warm-up     step / warmup_steps: from 0 up to 1. AdamW's means rest on few gradients so far,
+ *               and large steps based on so few might lead anywhere.
  *   linear      then down in a straight line to 0 (or to the share lr_end)
- *   cosine      then down along half a cosine: long near the height, long near the end
+ *   cosine      then down along half a cosine: slow at the top, slow again at the bottom
  *   constant    1 from the first step on; constant_with_warmup: 1 after the warm-up
- * It falls because large steps come near a minimum fast, but jump about it; small ones settle.
+ * The rate falls because large steps approach a minimum fast but jump around it; small ones settle.
  * By hand: 10 steps, warm-up 2: linear 0, 0.5, 1, 0.875; cosine at step 4: a quarter of the way,
  * 0.5 (1 + cos 45 degrees) = 0.8536.                                             test: schedule */
 static double schedule_factor(const struct TrainingArguments *args, size_t step, size_t total) {
@@ -6411,7 +6413,7 @@ static double schedule_factor(const struct TrainingArguments *args, size_t step,
     if (strcmp(type, "constant_with_warmup") == 0)
         return 1;
 
-    /* 2. how much of what follows the warm-up is done, from 0 to 1 */
+    /* 2. progress from the end of the warm-up, 0, to the end of the training, 1 */
     double decay_steps = MAX(1.0, (double)total - warmup);
     double progress = MIN(1.0, (at - warmup) / decay_steps);
 
@@ -6425,26 +6427,25 @@ static double schedule_factor(const struct TrainingArguments *args, size_t step,
 
 enum { MAX_METRICS = 48 };
 
-/* A named number of the log. While a mean is being formed, value is a sum, and n says over how
- * many units. */
+/* A named number in the log. While a mean is being formed, value is the sum of n units so far. */
 struct Metric {
     const char *name;
     double value;
     size_t n;
 };
 
-/* One entry of the log, as it stands in transformers' trainer_state.json. */
+/* One entry of the log, as in transformers' trainer_state.json. */
 struct LogEntry {
     size_t n;
     struct Metric item[MAX_METRICS]; /* sorted by name */
 };
 
-/* trainer.state: where a training is.                            [glossary: trainer.state] */
+/* trainer.state: how far a training has come.                    [glossary: trainer.state] */
 struct TrainerState {
     size_t global_step; /* steps done */
     size_t max_steps, steps_per_epoch;
     double num_train_epochs;
-    /* Of all steps so far. A checkpoint saves these five as one piece: they stay neighbours. */
+    /* Over all steps so far. A checkpoint saves these five as one block: keep them adjacent. */
     size_t num_tokens, samples;
     double total_loss, seconds, epoch;
     struct LogEntry *log_history;
@@ -6453,19 +6454,19 @@ struct TrainerState {
 };
 
 /* Checkpoints: all that a run needs to go on as if it had never stopped, in a folder checkpoint-N.
- *   model.safetensors ...   the weights, as those of any model; of an adapter its two files
+ *   model.safetensors ...   the weights, saved like any model's; for an adapter, its two files
  *   optimizer.safetensors   exp_avg.* and exp_avg_sq.*: m and v of each tensor that trains; and,
- *                           as tensors too, what `saved` lists: random states, places in the data,
- *                           running means, lengths of growing logs
+ *                           also as tensors, what `saved` lists: random states, positions in the
+ *                           data, running means, lengths of the logs that grow
  *   trainer_state.json      which step this is, and the log so far
- * It is written as tmp-checkpoint-N, flushed to the disk and renamed; before it is removed it is
- * renamed back. So a folder that is called checkpoint-N is complete, even after a power cut.
+ * The folder is written as tmp-checkpoint-N, flushed to disk and renamed; before it is deleted, it
+ * gets a temporary name again. So a folder called checkpoint-N is complete, even after a power cut.
  *                                                                        test: checkpoint_* */
 struct Saved {
     struct Tensor tensor;
-    const char *fixed; /* what must be as it was, in words; NULL: it may change */
+    const char *fixed; /* names, for a message, what must not change; NULL: it may */
     uint64_t fixed_value, most; /* whole numbers are at most `most` */
-    size_t first_double; /* from this number on they are doubles */
+    size_t first_double; /* numbers from this index on are doubles */
 };
 
 struct Checkpoint {
@@ -6473,42 +6474,41 @@ struct Checkpoint {
     const struct Tokenizer *tok;
     const struct TrainingArguments *args;
     struct TrainerState *state;
-    const char *task, *log_dir; /* log_dir: where the two logs grow that PPO writes */
+    const char *task, *log_dir; /* log_dir: the folder of PPO's two logs */
     struct Output *logs; /* NULL: none */
     uint64_t log_bytes[2]; /* their lengths at the checkpoint */
     struct Saved saved[20];
     size_t count;
-    size_t run; /* how many have begun in output_dir, with this one */
+    size_t run; /* how many runs have begun in output_dir, this one included */
 };
 
 /* ---- Task and Trainer ----------------------------------------------------------------------- */
-/* Which of a Task's items: those to learn from, or those held out. Tasks keep both in arrays of
- * two, which this indexes. */
+/* Which of a Task's items: those to learn from, or those held out. Tasks keep both, in arrays of
+ * two that this enum indexes. */
 enum Items { TO_LEARN, HELD_OUT };
 
-/* A Task is what is trained: a data set of `n` items, and a loss over some of them. An item is a
- * row of tokens, a pair, or a rated text; only the Task knows. */
+/* A Task defines what is learnt: a data set of `n` items, and a loss on any of them. An item is a
+ * row of tokens, a pair or a rated text; only the Task knows which. */
 struct Trainer;
 struct Task {
     const char *name;
     size_t n, eval_n;
     void *data;
-    /* The loss of the items index[0..count), times `weight`. If they are to be learnt from, its
-     * gradient is added to the model's; if they are held out, the loss is one of the metrics, which
-     * trainer_metric takes. */
+    /* The loss of the items index[0..count), times `weight`. TO_LEARN: its gradient is added to the
+     * model's. HELD_OUT: the loss is reported as a metric, through trainer_metric. */
     double (*loss)(struct Trainer *trainer, const size_t *index, size_t count, double weight,
                    enum Items from);
-    /* The others may be NULL. */
-    /* Reports the metrics that take all held-out items to tell. */
+    /* The functions below may be NULL. */
+    /* Reports the metrics that need all held-out items at once. */
     void (*evaluated)(struct Trainer *trainer);
-    /* How many target tokens an item has, where a step's loss is a mean over tokens (SFT). NULL: it
-     * is a mean over micro-batches. */
+    /* How many target tokens an item has, if a step's loss is a mean over tokens (chapter 15).
+     * NULL: it is a mean over micro-batches. */
     size_t (*targets)(struct Trainer *trainer, size_t index);
     /* Prepares the data of an epoch. */
     void (*new_epoch)(struct Trainer *trainer, size_t epoch);
-    /* Adds to a checkpoint what the Task alone knows. */
+    /* Adds the Task's own state to a checkpoint. */
     void (*saved)(struct Trainer *trainer, struct Checkpoint *checkpoint);
-    /* Shows on the terminal what the model writes by now. */
+    /* Shows on the terminal what the model writes at this point. */
     void (*sample)(struct Trainer *trainer);
 };
 
@@ -6527,24 +6527,24 @@ struct Trainer {
 
 /* trainer_metric -- adds the sum of a metric over `units` units: tokens, pairs or texts.
  * The metric of a batch, or of all held-out data, is the sum divided by the units. A mean of the
- * batches' means would be another number: it would depend on how the units are dealt out to
- * batches, and a small last batch would count as much as a full one.
+ * batches' means would be a different number: it would depend on how the units fall into batches,
+ * and a small last batch would count as much as a full one.
  * By hand: losses 1, 2 | 6 in two batches: (3 + 6) / (2 + 1) = 3; the mean of the batches' means,
  * 1.5 and 6, would be 3.75.                                              test: metric_units */
 static void trainer_metric(struct Trainer *trainer, const char *name, double sum, size_t units) {
-    /* log_at adds a new name with 0 and 0 */
+    /* a name that is new to the entry starts with a sum of 0 over 0 units */
     struct Metric *metric = log_at(&trainer->metrics, name);
     metric->value += sum;
     metric->n += units;
 }
 
 /* trainer_add_means -- a micro-batch is complete: its means join those since the last log entry.
- * Here it is the plain mean of the micro-batches' means that counts (3.75 above): so TRL logs in
- * training, and the two logs are to agree.                               test: metric_units */
+ * Here the plain mean of the micro-batches' means is formed (3.75 above), as in TRL's training
+ * log, so that the two logs agree.                                       test: metric_units */
 static void trainer_add_means(struct Trainer *trainer) {
     const struct LogEntry *batch = &trainer->metrics;
     for (const struct Metric *m = batch->item; m < batch->item + batch->n; m++) {
-        /* a mean of this micro-batch, as one unit of the mean that will be logged */
+        /* the micro-batch's mean counts as one unit of the mean that will be logged */
         struct Metric *metric = log_at(&trainer->state.metrics, m->name);
         metric->value += m->value / (double)MAX((size_t)1, m->n);
         metric->n++;
@@ -6552,7 +6552,7 @@ static void trainer_add_means(struct Trainer *trainer) {
     trainer->metrics.n = 0;
 }
 
-/* The smallest, or the largest, of all values that are reported under a name. */
+/* The smallest, and below the largest, of all values reported under a name. */
 static void trainer_least(struct Trainer *trainer, const char *name, double value) {
     struct Metric *metric = log_at(&trainer->metrics, name);
     metric->value = metric->n ? MIN(metric->value, value) : value;
@@ -6565,45 +6565,45 @@ static void trainer_largest(struct Trainer *trainer, const char *name, double va
     metric->n = 1;
 }
 
-/* Sums become means, in a log entry that also says where the training is. Of an evaluation the
- * names begin with the prefix "eval_". */
+/* Sums become means, in a log entry that also says where the training is. For an evaluation, the
+ * names get the prefix "eval_". */
 static void trainer_means(const struct TrainerState *state, const struct LogEntry *metrics,
                           struct LogEntry *entry, const char *prefix) {
     /* 1. the metrics; 0 units would make NaN, which the log writes as null */
     for (const struct Metric *m = metrics->item; m < metrics->item + metrics->n; m++)
         log_value(entry, *prefix ? log_name(prefix, text_of(m->name)) : m->name,
                   m->value / (double)m->n);
-    /* 2. the place: with it an entry can be drawn as a point of a curve */
+    /* 2. where the training is, so that the entry can be plotted as a point of a curve */
     log_value(entry, "epoch", state->epoch);
     log_value(entry, "step", (double)state->global_step);
 }
 
 /* ---- Evaluation ----------------------------------------------------------------------------- */
 
-/* Is the evaluation to end early? After Ctrl-C the one behind the last step does, for the weights
- * have yet to be saved. One between two steps is finished, as a step would be: the checkpoint that
- * is then saved holds its figures. */
+/* Should the evaluation end early? After Ctrl-C, one that follows the last step does, since the
+ * weights have yet to be saved. One between two steps is finished, as a step would be: the
+ * checkpoint that is then saved contains its figures. */
 static bool evaluation_interrupted(const struct TrainerState *state) {
     return interrupted && state->global_step == state->max_steps;
 }
 
 /* trainer_measure -- the loss and the other metrics over the held-out items, each a mean over its
  * units, whatever the batch size; no weight moves.
- * Held-out items were never trained on: what the model does well there, it has understood and not
- * learnt by heart.                                                    test: eval_batch_size */
+ * Held-out items were never trained on: what the model does well there, it has understood rather
+ * than learnt by heart.                                               test: eval_batch_size */
 static struct LogEntry trainer_measure(struct Trainer *trainer) {
     struct TrainerState *state = &trainer->state;
     size_t n = trainer->task.eval_n;
     size_t batch = trainer->args.per_device_eval_batch_size;
 
-    /* 1. the sums of all batches, in the order of the data, and what only the whole can tell */
+    /* 1. the metrics' sums, batch by batch in file order; then those that need all items at once */
     struct Arena order_arena = {0};
     size_t *order = arena_order(&order_arena, n);
     size_t num_tokens = state->num_tokens;
     double begin = seconds_now();
     trainer->metrics.n = 0;
     for (size_t first = 0; first < n && !evaluation_interrupted(state); first += batch) {
-        /* weight 1: a metric is a sum, whose divisor comes at the end */
+        /* weight 1: metrics are summed here and divided at the end */
         arena_reset(&trainer->arena);
         trainer->task.loss(trainer, order + first, MIN(batch, n - first), 1, HELD_OUT);
     }
@@ -6618,24 +6618,24 @@ static struct LogEntry trainer_measure(struct Trainer *trainer) {
     log_value(&entry, "eval_steps_per_second", ceil((double)n / (double)batch) / seconds);
     trainer_means(state, &trainer->metrics, &entry, "eval_");
 
-    /* 3. The training goes on as if nothing had been: it counts only tokens that it learnt from. */
+    /* 3. The training must not notice: it counts only the tokens that it learnt from. */
     trainer->metrics.n = 0;
     state->num_tokens = num_tokens;
     arena_free(&order_arena);
     return entry;
 }
 
-/* An evaluation in the course of a training: it is logged and shown. Returns the loss; NaN if
- * Ctrl-C ended it, for a part of the held-out items is not to be compared with all of them. */
+/* An evaluation during training: it is logged and shown. Returns the loss, or NaN if Ctrl-C ended
+ * it: a loss on some of the held-out items cannot be compared with one on all of them. */
 static double trainer_evaluate(struct Trainer *trainer) {
     struct LogEntry entry = trainer_measure(trainer);
     double loss;
-    /* 1. not one that is incomplete */
+    /* 1. an incomplete one is not logged */
     if (evaluation_interrupted(&trainer->state))
         return NAN;
 
-    /* 2. An entry of its own, beside that of the training's loss. The two curves side by side show
-     *    overfitting: from where the held-out loss rises while the other falls. */
+    /* 2. An entry of its own. Plotted beside the training loss, it shows overfitting: from the
+     *    point where the held-out loss rises while the training loss goes on falling. */
     *state_log(&trainer->state) = entry;
     state_say(&trainer->state, trainer->task.name, &entry, true);
     log_find(&entry, "eval_loss", &loss);
@@ -6650,19 +6650,19 @@ static size_t micro_batches_of(const struct TrainingArguments *args, size_t n) {
     return (n + size - 1) / size;
 }
 
-/* micro_batch_weight -- what each micro-batch's loss is multiplied by in the sum of the step.
- * If a Task counts targets, its loss is a sum over tokens, and the step's loss is their mean: one
- * over the number of targets in the whole step. Dividing each micro-batch by its own tokens would
- * make a token in a short text count more than one in a long text. Otherwise the loss of a
- * micro-batch is a mean already, and the step's is the mean of these.
+/* micro_batch_weight -- the factor of each micro-batch's loss in the step's sum.
+ * If a Task counts targets, its loss is a sum over tokens, and the step's loss is the mean: the
+ * factor is 1 / the number of targets in the whole step. Dividing each micro-batch by its own
+ * number would make a token in a short text count more than one in a long text. Otherwise the loss
+ * of a micro-batch is already a mean, and the step's loss is the mean of these.
  * By hand: micro-batches of 3 and 5 targets: 1/8 each; of a Task without targets: 1/2 each.
  *                                                                       test: trainer_steps */
 static double micro_batch_weight(struct Trainer *trainer, const size_t *order, size_t n) {
     const struct Task *task = &trainer->task;
-    /* 1. of means: one over the number of micro-batches */
+    /* 1. losses that are means: 1 / the number of micro-batches */
     if (!task->targets)
         return 1 / (double)MAX((size_t)1, micro_batches_of(&trainer->args, n));
-    /* 2. of sums: one over the targets of the whole step, before the first of its micro-batches */
+    /* 2. losses that are sums: all targets of the step, known before its first micro-batch runs */
     size_t targets = 0;
     for (size_t i = 0; i < n; i++)
         targets += task->targets(trainer, order[i]);
@@ -6671,9 +6671,9 @@ static double micro_batch_weight(struct Trainer *trainer, const size_t *order, s
 
 /* trainer_accumulate -- the gradient of one step over n rows, micro-batch by micro-batch.
  *                                                  [glossary: Acumulação de gradiente]
- * The activations of a micro-batch fill the memory; its gradient is added to those of the ones
- * before it, and the memory serves the next. Of a mean over tokens the sum is, but for rounding,
- * what one large batch would have given.
+ * The activations of a micro-batch are what fills memory. Once its gradient has been added to the
+ * sum, the next micro-batch reuses that memory. For a loss that is a mean over tokens, the sum is
+ * the gradient of one large batch, except for rounding.
  * in   order (n): which rows of the Task                      out  the gradients; returns the loss
  *                                                                       test: trainer_steps */
 static double trainer_accumulate(struct Trainer *trainer, const size_t *order, size_t n) {
@@ -6694,8 +6694,8 @@ static double trainer_accumulate(struct Trainer *trainer, const size_t *order, s
     return loss;
 }
 
-/* After a step: a log entry when one is due, a line for the person who waits, and on a terminal
- * now and then a sample. */
+/* After a step: a log entry if one is due, a progress line and, on a terminal, now and then a
+ * sample. */
 static void trainer_log(struct Trainer *trainer, double norm, double lr) {
     struct TrainerState *state = &trainer->state;
     const struct TrainingArguments *args = &trainer->args;
@@ -6706,27 +6706,27 @@ static void trainer_log(struct Trainer *trainer, double norm, double lr) {
         log_value(&entry, "num_tokens", (double)state->num_tokens);
     trainer_means(state, &state->metrics, &entry, "");
 
-    /* 2. what a person sees: a terminal's line is renewed at each step, plain lines are rarer */
+    /* 2. what a person sees: a terminal's line is redrawn at each step, plain lines are rarer */
     if (trainer->task.sample && progress_sampling(state->global_step, state->max_steps))
         trainer->task.sample(trainer);
     bool is_due = state->global_step % args->logging_steps == 0;
     bool says_line = !args->say_steps || state->global_step % args->say_steps == 0;
     state_say(state, trainer->task.name, &entry, is_due && says_line);
 
-    /* 3. what the log keeps; the means start anew */
+    /* 3. what the log keeps; the means start over */
     if (!is_due)
         return;
     *state_log(state) = entry;
     state->metrics.n = 0;
 }
 
-/* The order of an epoch's n rows. It follows from the seed and the epoch alone: a run that goes on
- * from a checkpoint shuffles as the run that was interrupted. */
+/* The order of an epoch's n rows. It depends on the seed and the epoch alone: a resumed run
+ * shuffles exactly as the interrupted one would have. */
 static size_t *epoch_order(const struct TrainingArguments *args, struct Arena *arena, size_t n,
                            size_t epoch, enum RngStream stream) {
     size_t *order = arena_order(arena, n);
-    /* Without shuffling, a file that is sorted (all good reviews, then all bad ones) would teach
-     * each step only one half of the matter, and the last half would be remembered best. */
+    /* Unshuffled, a sorted file (all good reviews, then all bad ones) would show each step only one
+     * kind, and the model would remember best what it saw last. */
     struct Rng rng = rng_seed(args->seed + epoch, stream);
     if (strcmp(args->train_sampling_strategy, "sequential") != 0)
         rng_shuffle(&rng, order, n);
@@ -6736,8 +6736,8 @@ static size_t *epoch_order(const struct TrainingArguments *args, struct Arena *a
 /* trainer_plan -- how many steps, of how many rows.
  *   steps of an epoch = ceil(rows / rows of a step): the last step takes what is left
  *   max_steps         = num_train_epochs times that, unless it is given
- * By hand: 11 rows, micro-batches of 2, accumulation 2, 2 epochs: ceil(11 / 4) = 3 steps an epoch,
- * 6 steps.                                                              test: trainer_steps */
+ * By hand: 11 rows, micro-batches of 2, accumulation 2, 2 epochs: ceil(11 / 4) = 3 steps per
+ * epoch, 6 steps.                                                       test: trainer_steps */
 static void trainer_plan(struct Trainer *trainer) {
     const struct TrainingArguments *args = &trainer->args;
     struct TrainerState *state = &trainer->state;
@@ -6754,7 +6754,7 @@ static void trainer_plan(struct Trainer *trainer) {
         state->max_steps = (size_t)ceil(args->num_train_epochs * (double)state->steps_per_epoch);
 }
 
-/* trainer_begin -- all that comes before the first step. Returns what checkpoints are made of. */
+/* trainer_begin -- all that comes before the first step. Returns what its checkpoints contain. */
 static struct Checkpoint trainer_begin(struct Trainer *trainer) {
     struct TrainerState *state = &trainer->state;
 
@@ -6762,8 +6762,8 @@ static struct Checkpoint trainer_begin(struct Trainer *trainer) {
     trainer_plan(trainer);
     gpt2_make_trainable(trainer->model);
 
-    /* 2. What a checkpoint of this training consists of. The number of rows must be the same when
-     *    the run goes on: with another one, "step 300" would be another place in the data. */
+    /* 2. What a checkpoint of this training contains. The number of rows must be the same when the
+     *    run is resumed: otherwise "step 300" would be a different place in the data. */
     struct Checkpoint checkpoint =
         checkpoint_new(trainer->task.name, trainer->model, trainer->tok, &trainer->args, state);
     checkpoint_add_fixed(&checkpoint, "rows", &trainer->task.n, "the number of rows to train on");
@@ -6773,21 +6773,21 @@ static struct Checkpoint trainer_begin(struct Trainer *trainer) {
     if (trainer->task.saved)
         trainer->task.saved(trainer, &checkpoint);
 
-    /* 3. If the run goes on from a checkpoint: weights, m, v and log as they were then. One from
-     *    beyond max_steps raises it, and nothing is left to do. */
+    /* 3. If the run is resumed: weights, m, v and log as they were then. A checkpoint from beyond
+     *    max_steps raises max_steps to its own step, and nothing is left to do. */
     checkpoint_resume(&checkpoint);
     state->num_train_epochs = ceil((double)state->max_steps / (double)state->steps_per_epoch);
     return checkpoint;
 }
 
-/* trainer_advance -- a step on `rows` rows is done: what the state and the log know of it.
- * `epoch` counts micro-batches, as transformers does.
- * By hand: 5 rows, one a micro-batch, accumulation 4: a step on 4 rows, then one on the last row:
+/* trainer_advance -- records a finished step on `rows` rows in the state and the log.
+ * The fraction of an epoch is counted in micro-batches, as in transformers.
+ * By hand: 5 rows, micro-batches of 1, accumulation 4: a step on 4 rows, then one on the last row:
  * epoch is 0.8, then 1.                                                 test: trainer_epoch */
 static void trainer_advance(struct Trainer *trainer, size_t epoch, size_t step, size_t rows,
                             double loss) {
     struct TrainerState *state = &trainer->state;
-    /* 1. where in the data: the share of the epoch's micro-batches that are done */
+    /* 1. the position in the data: epochs, and the share of this one's micro-batches */
     size_t all = micro_batches_of(&trainer->args, trainer->task.n);
     size_t done = MIN((step + 1) * trainer->args.gradient_accumulation_steps, all);
     state->epoch = (double)epoch + (double)done / (double)all;
@@ -6796,7 +6796,7 @@ static void trainer_advance(struct Trainer *trainer, size_t epoch, size_t step, 
     state->total_loss += loss;
     state->samples += rows;
 
-    /* 3. the step's loss, one unit of the mean since the last entry */
+    /* 3. the step's loss, as one unit of the mean since the last entry */
     trainer_metric(trainer, "loss", loss, 1);
     trainer_add_means(trainer);
 }
@@ -6804,12 +6804,12 @@ static void trainer_advance(struct Trainer *trainer, size_t epoch, size_t step, 
 /* The last entry of the log: the training as a whole, in transformers' names. */
 static void trainer_log_end(struct TrainerState *state) {
     double steps = (double)state->max_steps;
-    /* of all runs that led here, if there were checkpoints between them */
+    /* of all runs that led here, if the training was resumed */
     double seconds = state->seconds;
     struct LogEntry *entry = state_log(state);
     log_value(entry, "epoch", state->epoch);
     log_value(entry, "step", (double)state->global_step);
-    /* transformers' estimate of operations: its place is kept, the number is not computed */
+    /* transformers' estimate of operations: the name is kept for programs that look for it */
     log_value(entry, "total_flos", 0);
     log_value(entry, "train_loss", state->total_loss / MAX(1, steps));
     log_value(entry, "train_runtime", seconds);
@@ -6829,8 +6829,8 @@ static void trainer_train(struct Trainer *trainer) {
     struct Checkpoint checkpoint = trainer_begin(trainer);
     double begin = seconds_now() - state->seconds;
 
-    /* 2. Epochs: each takes every row once, in an order of its own. A run that goes on may begin
-     *    in the middle of one. */
+    /* 2. Epochs: each takes every row once, in an order of its own. A resumed run may begin in the
+     *    middle of one. */
     size_t epoch = state->global_step / state->steps_per_epoch;
     for (; state->global_step < state->max_steps; epoch++) {
         arena_reset(&order_arena);
@@ -6840,7 +6840,7 @@ static void trainer_train(struct Trainer *trainer) {
 
         size_t step = state->global_step % state->steps_per_epoch;
         for (; step < state->steps_per_epoch && state->global_step < state->max_steps; step++) {
-            /* 3. accumulate: the step's rows, forward and backward; `trace` is for messages */
+            /* 3. accumulate the step's rows, forward and backward; `trace` is for error messages */
             size_t first = step * trainer->rows_per_step;
             size_t rows = MIN(trainer->rows_per_step, trainer->task.n - first);
             trainer->model->trace.task = trainer->task.name;
@@ -6856,7 +6856,7 @@ static void trainer_train(struct Trainer *trainer) {
             trainer_advance(trainer, epoch, step, rows, loss);
             trainer_log(trainer, norm, lr);
 
-            /* 6. evaluate on what is held out */
+            /* 6. evaluate on held-out items */
             if (trainer->task.eval_n && args->eval_steps
                 && state->global_step % args->eval_steps == 0)
                 trainer_evaluate(trainer);
@@ -6890,26 +6890,26 @@ static void trainer_free(struct Trainer *trainer) {
  *     prompt + completion   "The film is"   " a"  " joy"  end
  *     counts in SFT              no          yes   yes    yes
  *
- *     a new model     8.66 nats a token    (an even guess among 4097 tokens: ln 4097 = 8.32)
- *     trained         4.51 nats a token    perplexity e^4.51 = 91: as unsure as among 91 tokens
+ *     a new model     8.66 nats per token  (an even guess among 4097 tokens: ln 4097 = 8.32)
+ *     trained         4.51 nats per token  perplexity e^4.51 = 91: as unsure as among 91 tokens
  *                                                                 [glossary: Perplexidade]
  *
- * What enters: texts, or prompts with completions. What leaves: a language model: the reference,
- * and the starting point, of all that follows.
+ * What enters: texts, or prompts with completions. What leaves: a language model, which is the
+ * reference and the starting point of all that follows.
  * ============================================================================================= */
 
-/* A sample, for a terminal: prompt, a bar, what the model wrote. */
+/* Shows a sample on a terminal: the prompt, a bar, what the model wrote. */
 static void sample_show(const struct Tokenizer *tok, const struct Example *e, size_t V,
                         const char *score) {
     struct Arena arena = {0};
-    /* 1. ids become text again, in two parts: a token of the answer is no token of the prompt */
+    /* 1. decoded in two parts, so that the bar is exactly where the model took over */
     const int *answer_ids = e->ids + e->prompt_length;
     struct Text prompt = tokenizer_decode_all(tok, &arena, e->ids, e->prompt_length, V);
     struct Text answer = tokenizer_decode_all(tok, &arena, answer_ids, e->n - e->prompt_length, V);
     char *line = arena_printf(&arena, "    %s%.*s |%.*s", score, (int)prompt.length, prompt.data,
                               (int)answer.length, answer.data);
-    /* 2. One line. What a model writes may hold anything: cut_text leaves no control byte, which
-     *    could clear the terminal or move its cursor. */
+    /* 2. One line. A model may write anything: cut_text removes the control bytes, which could
+     *    clear the terminal or move its cursor. */
     say("%s\n", cut_text(line, terminal_columns()));
     arena_free(&arena);
 }
@@ -6917,7 +6917,7 @@ static void sample_show(const struct Tokenizer *tok, const struct Example *e, si
 /* The data of a language model's Task. */
 struct LanguageTask {
     struct Example *examples[2]; /* to learn from, held out: see enum Items */
-    /* pretraining: the whole texts, of which each epoch makes other examples */
+    /* pretraining: the whole texts, which each epoch cuts into other examples */
     struct Example *texts;
     size_t text_count, row_length;
     bool whole_texts; /* see pretrain_pack */
@@ -6929,19 +6929,19 @@ static struct Batch language_batch(struct Trainer *trainer, const size_t *index,
                                    enum Items from) {
     const struct LanguageTask *task = trainer->task.data;
     struct Example *examples = arena_alloc(&trainer->arena, count, sizeof *examples);
-    /* 1. the items side by side; only their descriptions are copied, the ids stay where they are */
+    /* 1. the items side by side; pointers and lengths are copied, the ids stay where they are */
     for (size_t i = 0; i < count; i++)
         examples[i] = task->examples[from][index[i]];
-    /* 2. packed; the last token of a row predicts nothing: the model need not read it */
+    /* 2. packed; the last token of a row predicts nothing, so the model need not read it */
     return collate(&trainer->arena, examples, count, SKIP_LAST);
 }
 
-/* What is logged beside the loss, a mean over the R predicted tokens: how undecided the model is
+/* What is logged besides the loss, as means over the R predicted tokens: how undecided the model is
  * (entropy, nats), and how often its first choice was the token that came. */
 static void language_metrics(struct Trainer *trainer, const struct Batch *batch,
                              const struct LMHead *head) {
     trainer->state.num_tokens += batch->tokens;
-    /* Sums, not means: another micro-batch has another number of tokens. */
+    /* sums over the R predicted tokens, of which each micro-batch has a different number */
     trainer_metric(trainer, "entropy", row_sum(head->entropy, batch->R), batch->R);
     trainer_metric(trainer, "mean_token_accuracy", row_sum(head->hit, batch->R), batch->R);
 }
@@ -6952,8 +6952,8 @@ static void language_metrics(struct Trainer *trainer, const struct Batch *batch,
  * in   index (count): which items; weight: 1 / the step's targets, so that the micro-batches add up
  *      to a mean over the tokens of the step
  * Each summand is the negative log-likelihood of a token that a person wrote: 0 if the model was
- * certain of it, without limit if it thought it impossible. To lower the sum is to raise the
- * probability of the text as a whole, which is the product of its tokens' probabilities.
+ * certain of it, unbounded if it thought it impossible. Lowering the sum raises the probability of
+ * the text as a whole, which is the product of its tokens' probabilities.
  * The derivative by the logits is softmax - 1 at the target and softmax elsewhere, times the
  * weight: lm_head_cross_entropy (chapter 11).
  * By hand: a model whose weights are all 0 finds 37 tokens equally probable: each target costs
@@ -6966,13 +6966,13 @@ static double language_loss(struct Trainer *trainer, const size_t *index, size_t
     bool learns = from == TO_LEARN;
 
     /* 1. Forward, up to the hidden states from which the targets are predicted: row r of the head
-     *    is that of the token before target r. */
+     *    is at the token before target r. */
     struct Batch batch = language_batch(trainer, index, count, from);
     struct Activations acts = gpt2_forward(model, arena, &batch, learns);
     struct LMHead head = lm_head_new(model, arena, &acts, batch.row, batch.target, batch.R, 1);
 
-    /* 2. The output layer. In training its backward comes with it: its logits (R,V) are the largest
-     *    tensor of all, so they are used while they are there and never kept. */
+    /* 2. The output layer. In training its backward pass runs with it: all logits (R,V) would be
+     *    the largest tensor of all, so they are computed in chunks, used at once and not kept. */
     if (learns) {
         float *dhidden = arena_zeros(arena, batch.N * model->config.n_embd, sizeof *dhidden);
         lm_head_cross_entropy(model, &head, (float)weight, dhidden, arena);
@@ -6989,16 +6989,16 @@ static double language_loss(struct Trainer *trainer, const size_t *index, size_t
     return negative_log_likelihood * weight;
 }
 
-/* language_targets -- how many labels of an item are not ignored: what the Trainer divides a
- * step's loss by.
- * The first token of a text without a prompt is counted although nothing predicts it. transformers
- * counts so, and the loss comes out a little smaller than a mean. Packed rows have a prompt of one
- * token, so theirs is a true mean.
+/* language_targets -- how many labels of an item are not ignored: the Trainer divides a step's loss
+ * by their number.
+ * As in transformers, the first token of a text without a prompt is counted although nothing
+ * predicts it, which makes the loss a little smaller than the mean. Packed rows have a prompt of
+ * one token, so theirs is a true mean.
  * By hand: a text of 3 tokens: 3; prompt of 3, completion of 2: 2.     test: language_sft_rows */
 static size_t language_targets(struct Trainer *trainer, size_t index) {
     const struct LanguageTask *task = trainer->task.data;
     const struct Example *e = &task->examples[TO_LEARN][index];
-    /* of the row with its prompt, all but the prompt */
+    /* n counts the prompt too, whose labels are ignored */
     return e->n - e->prompt_length;
 }
 
@@ -7011,7 +7011,7 @@ struct TextOrder {
     size_t count;
 };
 
-/* All ids of the texts, one text behind the other; `total` is their number. */
+/* All ids of the texts, one text after another; `total` is their number. */
 static int *texts_join(struct Arena *arena, const struct TextOrder *texts, size_t *total) {
     /* 1. room for all */
     *total = 0;
@@ -7019,7 +7019,7 @@ static int *texts_join(struct Arena *arena, const struct TextOrder *texts, size_
         *total += texts->texts[i].n;
     int *stream = arena_alloc(arena, *total, sizeof *stream);
 
-    /* 2. One behind the other. Each ends in an end token, from which the model learns that what
+    /* 2. One text after another. Each ends in an end token, from which the model learns that what
      *    follows has nothing to do with what came before. */
     size_t at = 0;
     for (size_t i = 0; i < texts->count; i++) {
@@ -7030,26 +7030,26 @@ static int *texts_join(struct Arena *arena, const struct TextOrder *texts, size_
     return stream;
 }
 
-/* A text in the stream: which it is in the order, and where it starts. */
+/* A text in the stream: its index in the order, and where it starts. */
 struct TextPlace {
     size_t text, start;
 };
 
-/* whole_text_start -- where a row starts that should start at `next`, if texts are to be whole.
- * in, out  place: a text that is not behind `next`; afterwards the one that `next` lies in
- * That text's start, if a row of `room` tokens can hold the text and the row before (it starts at
- * `last`) does not start there too. Otherwise `next`, in the middle of the text.
+/* whole_text_start -- where a row starts that is due at `next`, if texts are to be kept whole.
+ * in, out  place: a text that starts at or before `next`; on return, the text that contains `next`
+ * Returns that text's start, if a row of `room` tokens can hold the text and the previous row,
+ * which starts at `last`, starts earlier. Otherwise `next`, in the middle of the text.
  *                                                            test: language_pack */
 static size_t whole_text_start(const struct TextOrder *texts, struct TextPlace *place, size_t last,
                                size_t next, size_t room) {
-    /* 1. on to the text that `next` lies in; place only moves forward, for so do the rows */
+    /* 1. On to the text that contains `next`. Rows only move forward, so place does too. */
     size_t n = texts->texts[texts->order[place->text]].n;
     while (place->start + n <= next && place->text + 1 < texts->count) {
         place->start += n;
         n = texts->texts[texts->order[++place->text]].n;
     }
 
-    /* 2. back to its start. Without the second condition the rows would stay there for ever. */
+    /* 2. Back to its start. Without moves_on, all further rows would start there too. */
     bool fits = n <= room;
     bool moves_on = place->start > last;
     return fits && moves_on ? place->start : next;
@@ -7057,11 +7057,11 @@ static size_t whole_text_start(const struct TextOrder *texts, struct TextPlace *
 
 /* pretrain_pack -- texts joined by end tokens, cut into `count` rows that predict row_length
  * tokens each. Every forward pass then has the same size and no padding.
- * A row has row_length + 1 tokens, and the next row starts with its last one: so every token but
+ * A row has row_length + 1 tokens, and the next row starts with its last one, so every token but
  * the first is predicted once. What does not fill a row at the end is dropped.
- * With whole_texts a row that would start inside a text starts where that text does, if a row can
- * hold the text: so the model learns, at position 0, how texts begin, as a prompt does. Some tokens
- * then count twice, and the last texts have to wait for another epoch.
+ * With whole_texts, a row that would start inside a text starts where that text does, if a row can
+ * hold the text: the model then sees texts begin at position 0, as prompts do. Some tokens count
+ * twice as a result, and the last texts have to wait for another epoch.
  * By hand: texts of 3, 4 and 3 tokens, row_length 4: (10 - 1) / 4 = 2 rows, which start at 0 and 4;
  * with whole_texts at 0 and 3, where the second text starts.             test: language_pack */
 static struct Example *pretrain_pack(struct Arena *arena, const struct TextOrder *texts,
@@ -7084,26 +7084,26 @@ static struct Example *pretrain_pack(struct Arena *arena, const struct TextOrder
     return rows;
 }
 
-/* Each epoch joins the texts in a new order. The rows are cut elsewhere then, and none is ever the
- * same twice: less to learn by heart. */
+/* Each epoch joins the texts in a new order. The rows are then cut in other places and seldom come
+ * twice: there is less to learn by heart. */
 static void pretrain_new_epoch(struct Trainer *trainer, size_t epoch) {
     struct LanguageTask *task = trainer->task.data;
-    /* 1. The last epoch's rows go. The order is that of the texts; the Trainer shuffles the rows
-     *    that are made of them once more, with random numbers of another stream. */
+    /* 1. Drop the last epoch's rows, and draw an order for the texts. The Trainer will shuffle the
+     *    rows as well, with random numbers from another stream. */
     arena_reset(&task->rows);
     size_t *order = epoch_order(&trainer->args, &task->rows, task->text_count, epoch, STREAM_SPLIT);
     struct TextOrder texts = {task->texts, order, task->text_count};
 
-    /* 2. The number of rows is the same in each epoch: it follows from the number of tokens. */
+    /* 2. The number of rows depends only on that of tokens, so it is the same in each epoch. */
     task->examples[TO_LEARN] =
         pretrain_pack(&task->rows, &texts, task->row_length, task->whole_texts, &trainer->task.n);
 }
 
-/* Shows how the model goes on after the first words of the first text, as the training proceeds. */
+/* Shows how the model, as trained so far, continues the first words of the first text. */
 static void language_sample(struct Trainer *trainer) {
     const struct LanguageTask *task = trainer->task.data;
     const struct Example *text = task->texts;
-    /* 1. as much as a line holds, drawn a little on the safe side (temperature 0.7) */
+    /* 1. about a line of text, sampled a little on the safe side (temperature 0.7) */
     struct GenerationConfig sampling = {
         .max_new_tokens = 28,
         .do_sample = true,
@@ -7114,8 +7114,8 @@ static void language_sample(struct Trainer *trainer) {
     };
     struct Example prompt = {.ids = text->ids, .n = text->n > 3 ? 3 : 1};
 
-    /* 2. The same prompt and the same random numbers each time: what changes is the model. They are
-     *    numbers of its own, so a run that is watched trains as one that is not. */
+    /* 2. The same prompt and the same random numbers each time: only the model changes. They come
+     *    from a generator of their own, so a run that is watched trains like one that is not. */
     struct Rng rng = rng_seed(trainer->args.seed, STREAM_SAMPLE);
     struct Example *answer =
         sample_answers(trainer->model, &trainer->arena, &prompt, 1, 1, &sampling, &rng);
@@ -7140,7 +7140,7 @@ static struct LanguageTask *pretrain_task(struct Trainer *trainer, struct Arena 
         .sample = language_sample,
     };
 
-    /* 2. the first epoch's rows already: the Trainer must know how many rows there are */
+    /* 2. The first epoch's rows are packed now: the Trainer plans its steps from their number. */
     pretrain_new_epoch(trainer, 0);
     CHECK(trainer->task.n > 0,
           "pretrain: the texts have too few tokens, a row needs %zu; use more text or a smaller "
@@ -7156,8 +7156,8 @@ static struct LanguageTask *pretrain_task(struct Trainer *trainer, struct Arena 
 
 /* ---- SFT: examples of what to write --------------------------------------------------------- */
 
-/* A row of the data set as TRL prepares it, with the end token behind it: the model has to learn
- * where an answer ends, or it will never stop. */
+/* A row of the data set as TRL prepares it, followed by the end token: the model has to learn where
+ * an answer ends, or it will never stop. */
 static struct Example sft_example(const struct Trainer *trainer, struct Arena *arena,
                                   const struct Dataset *data, const struct Row *row) {
     size_t V = trainer->model->config.vocab_size;
@@ -7165,15 +7165,15 @@ static struct Example sft_example(const struct Trainer *trainer, struct Arena *a
     /* a text without a prompt: all of it counts */
     if (data->shape == SHAPE_TEXT)
         return example_encode(arena, trainer->tok, row->text, V, end_token);
-    /* encoded as one text, as the model will see it; the completion's ids are those that count */
+    /* encoded as one text, as the model will see it; only the completion's ids count */
     return example_prompt_completion(arena, trainer->tok, row->prompt, row->completion, V,
                                      end_token);
 }
 
-/* What happened to rows that could not be used as they are. */
+/* Says how many rows could not be used as they are. */
 static void sft_examples_say(const struct Dataset *data, size_t max_length, size_t cut,
                              size_t count) {
-    /* 1. an answer that is cut has no end token: the model is not taught to end there */
+    /* 1. a cut answer has lost its end token, so the model is not taught to stop there */
     if (cut)
         warn("%s: %zu of %zu rows were cut to their first %zu tokens (--max_length)", data->path,
              cut, data->n, max_length);
@@ -7185,8 +7185,8 @@ static void sft_examples_say(const struct Dataset *data, size_t max_length, size
 }
 
 /* sft_examples -- the rows of a data set as examples; n: how many are left.
- * As TRL does, a row keeps its first max_length ids; one that then has no target is left out: its
- * prompt alone fills the row, and there is nothing to learn from it.   test: language_sft_rows */
+ * As in TRL, a row keeps its first max_length ids. If its prompt alone fills them, no target is
+ * left, and the row is dropped.                                        test: language_sft_rows */
 static struct Example *sft_examples(struct Trainer *trainer, struct Arena *arena,
                                     const struct Dataset *data, size_t *n) {
     struct Example *examples = arena_alloc(arena, data->n, sizeof *examples);
@@ -7194,13 +7194,13 @@ static struct Example *sft_examples(struct Trainer *trainer, struct Arena *arena
     size_t count = 0;
     size_t cut = 0;
     for (size_t i = 0; i < data->n; i++) {
-        /* 1. the row as ids, the first max_length of them: what is cut off is the answer's end,
-         *    since an answer without its question would teach nothing */
+        /* 1. The row as ids, the first max_length of them. It is the answer's end that is cut off:
+         *    an answer without its question would teach nothing. */
         struct Example e = sft_example(trainer, arena, data, &data->rows[i]);
         cut += e.n > max_length;
         e.n = MIN(e.n, max_length);
 
-        /* 2. Is a token left that counts? The very first is never predicted, prompt or not. */
+        /* 2. Does a token that counts remain? The very first is never predicted, prompt or not. */
         if (e.n > MAX((size_t)1, e.prompt_length))
             examples[count++] = e;
     }
@@ -7219,8 +7219,8 @@ static struct LanguageTask *sft_task(struct Trainer *trainer, struct Arena *aren
         .loss = language_loss,
         .targets = language_targets,
     };
-    /* Nothing is joined or cut into rows of one length, as in pretraining: each example keeps its
-     * own beginning, and no answer is torn in two. */
+    /* Unlike in pretraining, nothing is joined or cut into rows of one length: each example keeps
+     * its own beginning, and no answer is torn in two. */
     task->examples[TO_LEARN] = sft_examples(trainer, arena, data, &trainer->task.n);
     if (eval)
         task->examples[HELD_OUT] = sft_examples(trainer, arena, eval, &trainer->task.eval_n);
@@ -7235,14 +7235,14 @@ static struct LanguageTask *sft_task(struct Trainer *trainer, struct Arena *aren
  * judge that number. Three kinds of data can teach it:
  *
  *     pairs      "a joy" was preferred to "a mess"      bradley_terry_loss on the two rewards
- *     ratings    8 and 3 of 10                          compared within a batch: a pair
+ *     ratings    8 and 3 out of 10                      compared within a batch: a pair
  *     labels     liked, disliked                        sentiment_loss on each reward
  *
  *     loss at the start    ln 2 = 0.693: a guess            accuracy 0.5
  *     trained              0.81 of held-out pairs ordered as people did
  *
- * A language model is the place to start from: it knows what the words mean already, and has only
- * to learn which of that people like.
+ * A language model is the place to start: it already knows what the words mean, and has only to
+ * learn what people like.
  *
  * What enters: texts that people compared, rated or labelled. What leaves: a reward model, and
  * rewards of new texts in the form of the course's sentiment pipeline.
@@ -7250,29 +7250,29 @@ static struct LanguageTask *sft_task(struct Trainer *trainer, struct Arena *aren
 
 /* The data of a reward model's Task; arrays of two are indexed by enum Items. */
 struct RewardTask {
-    struct Example *texts[2]; /* of pairs 2i is chosen, 2i + 1 rejected; else one an item */
+    struct Example *texts[2]; /* pairs: 2i chosen, 2i + 1 rejected; otherwise one per item */
     double *number[2]; /* an item's margin, rating or label */
     bool rated, labelled; /* neither: pairs */
     double center; /* TRL's center_rewards_coefficient, see bradley_terry_pair */
     double min_difference; /* ratings closer than this make no pair */
     float *eval_reward; /* rated: the reward of each held-out text */
-    double prefix_share; /* how many of the texts are cut to a random beginning */
+    double prefix_share; /* the share of texts that reward_cut cuts to a random beginning */
     struct Rng cut;
 };
 
 /* ---- Metrics -------------------------------------------------------------------------------- */
 
-/* reward_pair_metrics -- how well rewards order n pairs: the share that the chosen text wins
+/* reward_pair_metrics -- how well rewards order n pairs: in what share of them the chosen text wins
  * (accuracy; a tie is no win), and by how much on average (margin).
- * By hand: rewards 2, 0.5, 0.5; 0 preferred to 1, 1 to 2: accuracy 1 / 2, margin (1.5 + 0) / 2 =
- * 0.75.                                                                 test: reward_metrics */
+ * By hand: rewards 2, 0.5, 0.5; text 0 preferred to text 1, and 1 to 2: accuracy 1 / 2, margin
+ * (1.5 + 0) / 2 = 0.75.                                                 test: reward_metrics */
 static void reward_pair_metrics(struct Trainer *trainer, const float *reward,
                                 const struct Pair *pairs, size_t n) {
     double right = 0;
     double margin = 0;
-    /* the order is all that training on pairs can get right: the rewards themselves mean nothing */
+    /* order is all that pairs can teach: a reward by itself means nothing */
     for (size_t i = 0; i < n; i++) {
-        /* without the pair's margin: that is a demand of the loss, not a part of the order */
+        /* the pair's own margin is left out: it is a demand of the loss, not part of the order */
         double difference = (double)reward[pairs[i].chosen] - reward[pairs[i].rejected];
         right += difference > 0;
         margin += difference;
@@ -7281,7 +7281,7 @@ static void reward_pair_metrics(struct Trainer *trainer, const float *reward,
     trainer_metric(trainer, "margin", margin, n);
 }
 
-/* Of labelled texts: how many have a reward whose sign is that of the label.
+/* For labelled texts: the share whose reward has the sign of the label.
  * By hand: rewards 2 (liked), -1 (liked), -3 (disliked): 2 of 3.         test: reward_metrics */
 static void reward_label_metrics(struct Trainer *trainer, const float *reward, const double *label,
                                  size_t n) {
@@ -7292,8 +7292,8 @@ static void reward_label_metrics(struct Trainer *trainer, const float *reward, c
     trainer_metric(trainer, "accuracy", right, n);
 }
 
-/* The rewards as they are, for all kinds of data: with plain pairs nothing but `center` keeps them
- * from drifting. */
+/* The rewards themselves, for all kinds of data: with pairs, nothing but `center` keeps them from
+ * drifting, and these numbers show whether they do. */
 static void reward_text_metrics(struct Trainer *trainer, const float *reward, size_t texts) {
     for (size_t t = 0; t < texts; t++) {
         /* one unit each: the mean is over texts, whatever the batches */
@@ -7304,9 +7304,9 @@ static void reward_text_metrics(struct Trainer *trainer, const float *reward, si
 }
 
 /* reward_rated_evaluated -- loss and order of every pair of held-out rated texts.
- * In training, ratings are compared within a micro-batch. Here all are compared with all, whatever
- * batches they were read in: otherwise another batch size would mean other pairs, and a loss that
- * cannot be compared.                                                 test: eval_batch_size */
+ * In training, ratings are compared within a micro-batch. Here every text is compared with every
+ * other, whichever batches they were read in: otherwise another batch size would mean other pairs,
+ * and the losses could not be compared.                               test: eval_batch_size */
 static void reward_rated_evaluated(struct Trainer *trainer) {
     const struct RewardTask *task = trainer->task.data;
     const float *reward = task->eval_reward;
@@ -7314,13 +7314,13 @@ static void reward_rated_evaluated(struct Trainer *trainer) {
     struct Pair *pairs = arena_alloc(&trainer->arena, n, sizeof *pairs);
     float *dreward = arena_floats(&trainer->arena, n); /* not used: nothing trains here */
     for (size_t i = 0; i < n; i++) {
-        /* 1. One text against those behind it. All pairs at once would take n^2 memory. */
+        /* 1. One text against those after it. All pairs at once would take n^2 memory. */
         size_t count = pairs_of_rating(task->number[HELD_OUT], i, n, task->min_difference, pairs);
         if (count == 0)
             continue;
 
-        /* 2. bradley_terry_loss is a mean over the text's pairs; what is reported is their sum,
-         *    so that each pair counts the same in the mean over all */
+        /* 2. bradley_terry_loss is a mean over this text's pairs. Their sum is reported, so that
+         *    each pair counts the same in the mean over all. */
         double loss = bradley_terry_loss(reward, n, pairs, count, task->center, dreward);
         trainer_metric(trainer, "loss", loss * (double)count, count);
         reward_pair_metrics(trainer, reward, pairs, count);
@@ -7340,20 +7340,21 @@ struct RewardPass {
 
 /* reward_forward -- the rewards of some texts.
  *   reward = w . h                 h (C): the hidden state at the text's last token, w: the head
- * A token sees only what stands before it, so the last one is the only one that has seen all.
- * Unlike a language model this one has to read it: READ_LAST. `keep`: a backward pass will follow.
+ * A token sees only itself and what comes before it, so only the last one has seen the whole text.
+ * It must be read, unlike in a language model: READ_LAST. `keep`: a backward pass will follow.
  *                                                   test: reward_golden, reward_rows */
 static struct RewardPass *reward_forward(const struct GPT2 *model, struct Arena *arena,
                                          const struct Example *texts, size_t n, bool keep) {
-    /* 1. The texts, packed, through the model. The pass lies in the arena, for the activations
-     *    point to their batch: as a value that is returned it would move away from under them. */
+    /* 1. The texts, packed, through the model. The pass is allocated in the arena because the
+     *    activations point to its batch: returned by value, the batch would move and the pointer
+     *    would be left dangling. */
     struct RewardPass *pass = arena_alloc(arena, 1, sizeof *pass);
     pass->texts = n;
     pass->batch = collate(arena, texts, n, READ_LAST);
     pass->acts = gpt2_forward(model, arena, &pass->batch, keep);
 
-    /* 2. Where each text's last token stands, padding not counted, and the reward there. The head
-     *    has no bias: it would add the same number to all rewards. */
+    /* 2. Where each text's last token is, padding not counted, and the reward there. The head has
+     *    no bias, which would only add the same number to all rewards. */
     pass->row = arena_alloc(arena, n, sizeof *pass->row);
     pass->reward = arena_floats(arena, n);
     reward_rows(&pass->batch, model->config.pad_token_id, pass->row);
@@ -7367,7 +7368,7 @@ static struct RewardPass *reward_forward(const struct GPT2 *model, struct Arena 
  * and attention carries the slope back to the earlier tokens.           test: reward_gradient */
 static void reward_backward(struct GPT2 *model, struct Arena *arena, const struct RewardPass *pass,
                             float *dreward, double weight) {
-    /* 1. the micro-batch's share in the step */
+    /* 1. the micro-batch's share of the step, before the slopes reach any gradient */
     for (size_t t = 0; t < pass->texts; t++)
         dreward[t] *= (float)weight;
 
@@ -7384,18 +7385,18 @@ static void reward_backward(struct GPT2 *model, struct Arena *arena, const struc
 
 /* The texts of a micro-batch, and how they are to be compared. */
 struct RewardBatch {
-    struct Example *examples; /* (texts) of pairs all that were chosen, then all rejected */
+    struct Example *examples; /* (texts); of pairs: all chosen ones, then all rejected ones */
     size_t texts;
     double *number; /* (count) of each item: margin, rating or label */
-    struct Pair *pairs; /* (pair_count) as indices into examples; of labelled texts not used */
-    size_t pair_count; /* of labelled texts: how many there are */
+    struct Pair *pairs; /* (pair_count) indices into examples; unused for labelled texts */
+    size_t pair_count; /* for labelled texts, the number of texts */
 };
 
-/* Cuts some texts to a random beginning of 8 tokens or more. PPO will ask for rewards of answers
- * that its token limit has cut off, and a model that only ever saw whole texts would judge them by
- * their missing end. */
+/* Cuts some texts to a random beginning of 8 tokens or more. In PPO this model will judge answers
+ * that a token limit has cut off; one that had only ever seen whole texts would judge them by their
+ * missing end. */
 static void reward_cut(struct RewardTask *task, struct Example *text) {
-    /* 1. not if the task does not ask for it, and not a text that is short already */
+    /* 1. only if the task wants it, and never a text that is short already */
     if (task->prefix_share <= 0 || text->n <= 10)
         return;
     /* 2. this one? then any length from 8 to n - 1 is equally likely */
@@ -7403,7 +7404,7 @@ static void reward_cut(struct RewardTask *task, struct Example *text) {
         text->n = 8 + rng_below(&task->cut, text->n - 8);
 }
 
-/* Pairs as they are in the data: the chosen texts, then the rejected ones, so that item i compares
+/* Pairs as the data has them: all chosen texts, then all rejected ones, so that item i compares
  * text i with text count + i. Its number is the margin. */
 static struct RewardBatch reward_batch_of_pairs(struct Trainer *trainer, const size_t *index,
                                                 size_t count, enum Items from) {
@@ -7416,7 +7417,8 @@ static struct RewardBatch reward_batch_of_pairs(struct Trainer *trainer, const s
         .number = arena_alloc(arena, count, sizeof *items.number),
         .pairs = arena_alloc(arena, count, sizeof *items.pairs),
     };
-    /* Chosen texts come first, as one block: then the first half of all rewards is theirs. */
+    /* Whole texts, never cut as rated ones may be: the cut could fall before the place where the
+     * two answers begin to differ. */
     for (size_t i = 0; i < count; i++) {
         /* the two sides of an item are neighbours in the task's list */
         items.examples[i] = task->texts[from][2 * index[i]];
@@ -7427,9 +7429,9 @@ static struct RewardBatch reward_batch_of_pairs(struct Trainer *trainer, const s
     return items;
 }
 
-/* Single texts, rated or labelled. To learn from ratings, each text is compared with each: of 8
- * texts up to 28 comparisons, for the price of 8 forward passes. Held-out ratings are compared when
- * all rewards are known, by reward_rated_evaluated. */
+/* Single texts, rated or labelled. To learn from ratings, each text is compared with every other: 8
+ * texts give up to 28 comparisons for the price of 8 forward passes. Held-out ratings are compared
+ * by reward_rated_evaluated, once all rewards are known. */
 static struct RewardBatch reward_batch_of_texts(struct Trainer *trainer, const size_t *index,
                                                 size_t count, enum Items from) {
     struct RewardTask *task = trainer->task.data;
@@ -7441,7 +7443,8 @@ static struct RewardBatch reward_batch_of_texts(struct Trainer *trainer, const s
         .number = arena_alloc(arena, count, sizeof *items.number),
     };
 
-    /* 1. each text with its rating or label; some texts are cut while they are learnt from */
+    /* 1. each text with its rating or label; held-out texts are never cut, so that their figures
+     *    do not depend on chance */
     for (size_t i = 0; i < count; i++) {
         items.examples[i] = task->texts[from][index[i]];
         items.number[i] = task->number[from][index[i]];
@@ -7449,7 +7452,8 @@ static struct RewardBatch reward_batch_of_texts(struct Trainer *trainer, const s
             reward_cut(task, &items.examples[i]);
     }
 
-    /* 2. ratings become pairs */
+    /* 2. Ratings become pairs, except those closer than min_difference: raters are not that exact.
+     *    There is room for more pairs than count texts can make. */
     if (task->rated && from == TO_LEARN) {
         items.pairs = arena_alloc(arena, count * count, sizeof *items.pairs);
         items.pair_count =
@@ -7490,7 +7494,7 @@ static double reward_loss(struct Trainer *trainer, const size_t *index, size_t c
     struct Arena *arena = &trainer->arena;
     bool learns = from == TO_LEARN;
 
-    /* 1. Texts and comparisons. A last batch of like ratings has none, and teaches nothing. */
+    /* 1. Texts and comparisons. A batch of equal ratings has none, and teaches nothing. */
     bool is_single = task->rated || task->labelled;
     struct RewardBatch items = is_single ? reward_batch_of_texts(trainer, index, count, from)
                                          : reward_batch_of_pairs(trainer, index, count, from);
@@ -7503,16 +7507,15 @@ static double reward_loss(struct Trainer *trainer, const size_t *index, size_t c
     trainer->state.num_tokens += pass->batch.tokens;
     reward_text_metrics(trainer, pass->reward, items.texts);
 
-    /* 3. Held-out ratings have no loss yet. Their rewards are kept until all are there, and
-     *    reward_rated_evaluated compares them. */
+    /* 3. Held-out ratings have no loss yet: their rewards wait for reward_rated_evaluated. */
     if (task->rated && !learns) {
         for (size_t i = 0; i < count; i++)
             task->eval_reward[index[i]] = pass->reward[i];
         return 0;
     }
 
-    /* 4. The loss, and its slope by each reward. The metric of held-out items takes the sum over
-     *    pairs, and the Trainer divides by all of them. */
+    /* 4. The loss, and its slope by each reward. A metric takes the sum over pairs: the Trainer
+     *    divides by the number of all held-out ones. */
     float *dreward = arena_floats(arena, items.texts);
     double loss = reward_compare(trainer, &items, pass->reward, dreward);
     if (!learns)
@@ -7528,23 +7531,23 @@ static double reward_loss(struct Trainer *trainer, const size_t *index, size_t c
 
 /* Are the two sides of a pair the same tokens? Then nobody preferred anything. */
 static bool is_equal_pair(const struct Example pair[2]) {
-    /* ids, not letters: what the model reads */
+    /* ids, not letters: they are what the model reads */
     if (pair[0].n != pair[1].n)
         return false;
     return memcmp(pair[0].ids, pair[1].ids, pair[0].n * sizeof *pair[0].ids) == 0;
 }
 
-/* Ends the program if what is left of a data set holds nothing to compare: it would train for hours
- * and learn nothing. */
+/* Ends the program if what is left of a data set offers nothing to compare: it would train for
+ * hours and learn nothing. */
 static void reward_check(const struct Dataset *data, const double *number, size_t count) {
-    /* 1. Enough items: a pair is a comparison by itself, of single texts it takes two. */
+    /* 1. Enough items: a pair is a comparison by itself, single texts must be two at least. */
     bool is_pairs = data->shape == SHAPE_MARGIN;
     CHECK(count >= (is_pairs ? 1u : 2u),
           "%s: %zu %s are left; a pair or two texts are needed to compare", data->path, count,
           is_pairs ? "pairs" : "texts");
 
-    /* 2. Ratings that differ by enough for one pair at least. The extremes tell: if not even these
-     *    two texts make a pair, no two do. */
+    /* 2. Ratings that differ enough for one pair at least. It suffices to look at the extremes: if
+     *    these two texts make no pair, no two do. */
     double least = number[0];
     double most = number[0];
     for (size_t i = 0; i < count; i++) {
@@ -7556,14 +7559,14 @@ static void reward_check(const struct Dataset *data, const double *number, size_
           "to %g",
           data->path, least, most);
 
-    /* 3. Labels of both kinds: with one kind the loss falls to 0, and nothing has been learnt. That
-     *    may be meant, in a test for example, so it is a note and no error. */
+    /* 3. Labels of both kinds: with one kind the loss falls to 0, and nothing is learnt. That may
+     *    be intended, in a test for example, so it is a note and not an error. */
     if (data->shape == SHAPE_LABELLED && least == most)
         warn("%s: every label is %g: a model that always says so is right", data->path, least);
 }
 
-/* A row of the data set as one text, or as the two of a pair (prompt + answer), each with the end
- * token behind it: where a text ends is a part of what is judged, and there the reward is read.
+/* A row of the data set as one text, or as the two of a pair (prompt + answer), each followed by
+ * the end token: where a text ends is part of what is judged, and the reward is read there.
  * Returns how many texts there are. */
 static size_t reward_row_encode(const struct Trainer *trainer, struct Arena *arena,
                                 const struct Dataset *data, const struct Row *row,
@@ -7577,8 +7580,8 @@ static size_t reward_row_encode(const struct Trainer *trainer, struct Arena *are
         return 1;
     }
 
-    /* 2. A pair: each answer behind the prompt, for the same answer may be good to one question and
-     *    bad to another. Without a prompt the two stand alone. */
+    /* 2. A pair: each answer after the prompt, since an answer that is good to one question may be
+     *    bad to another. Without a prompt, each is judged alone. */
     struct Text chosen = text_join(arena, row->prompt, row->chosen);
     struct Text rejected = text_join(arena, row->prompt, row->rejected);
     texts[0] = example_encode(arena, trainer->tok, chosen, V, end_token);
@@ -7586,10 +7589,10 @@ static size_t reward_row_encode(const struct Trainer *trainer, struct Arena *are
     return 2;
 }
 
-/* The number that a row comes with: what people said about the text, or how clear the preference
+/* The number that comes with a row: what people said about the text, or how clear their preference
  * was. */
 static double reward_row_number(const struct Dataset *data, const struct Row *row) {
-    /* of a pair without one it is 0: "better", by however little */
+    /* in a pair without a margin it is 0: "better", by however little */
     if (data->shape == SHAPE_MARGIN)
         return row->margin;
     return data->shape == SHAPE_LABELLED ? row->label : row->score;
@@ -7599,7 +7602,7 @@ static double reward_row_number(const struct Dataset *data, const struct Row *ro
 static void reward_texts_say(const struct Dataset *data, size_t max_length, size_t too_long,
                              size_t equal) {
     const char *what = data->shape == SHAPE_MARGIN ? "pairs" : "texts";
-    /* counted and said: rows that vanish without a word would make another data set of this one */
+    /* said aloud: the user would otherwise think that the model learns from every row */
     if (too_long)
         warn("%s: %zu of %zu %s dropped: longer than %zu tokens (--max_length)", data->path,
              too_long, data->n, what, max_length);
@@ -7608,10 +7611,10 @@ static void reward_texts_say(const struct Dataset *data, size_t max_length, size
              equal, data->n);
 }
 
-/* reward_texts -- the rows of a data set as texts and numbers of the task; returns how many items.
- * What exceeds max_length is dropped: half a text is no fair comparison. So are pairs of equal
- * sides, which TRL keeps: their loss has no gradient, and no model can be right about them, so they
- * would only lower the accuracy.                    test: reward_equal_pairs, reward_overfit */
+/* reward_texts -- the rows of a data set as the task's texts and numbers; returns how many items.
+ * What exceeds max_length is dropped, because half a text cannot be compared fairly. So are pairs
+ * with equal sides, which TRL keeps: their loss has no gradient, and no model can be right about
+ * them, so they would only lower the accuracy.      test: reward_equal_pairs, reward_overfit */
 static size_t reward_texts(struct Trainer *trainer, struct Arena *arena, const struct Dataset *data,
                            enum Items into) {
     struct RewardTask *task = trainer->task.data;
@@ -7624,17 +7627,17 @@ static size_t reward_texts(struct Trainer *trainer, struct Arena *arena, const s
     task->texts[into] = next;
     task->number[into] = number;
     for (size_t i = 0; i < data->n; i++) {
-        /* 1. written where the next item has its place */
+        /* 1. encoded into the place of the next item */
         const struct Row *row = &data->rows[i];
         size_t each = reward_row_encode(trainer, arena, data, row, next);
 
-        /* 2. is it of use? of a pair both sides must have room */
+        /* 2. Can it be used? Of a pair, both sides must fit. */
         if (each == 2 && is_equal_pair(next)) {
             equal++;
         } else if (MAX(next[0].n, next[each - 1].n) > max_length) {
             too_long++;
         } else {
-            /* 3. then it stays, and the next row goes behind it */
+            /* 3. Then it stays; otherwise the next row overwrites it. */
             number[count++] = reward_row_number(data, row);
             next += each;
         }
@@ -7655,7 +7658,8 @@ static void reward_saved(struct Trainer *trainer, struct Checkpoint *checkpoint)
 static struct RewardTask *reward_task(struct Trainer *trainer, struct Arena *arena,
                                       const struct Dataset *data, const struct Dataset *eval) {
     struct RewardTask *task = arena_zeros(arena, 1, sizeof *task);
-    /* 1. what kind of data it is, told by the fields of its rows */
+    /* 1. The kind of data, which the fields of its rows tell. Texts are not cut here (prefix_share
+     *    0): only the course needs a model that can judge cut answers. */
     *task = (struct RewardTask){
         .rated = data->shape == SHAPE_RATED,
         .labelled = data->shape == SHAPE_LABELLED,
@@ -7673,7 +7677,7 @@ static struct RewardTask *reward_task(struct Trainer *trainer, struct Arena *are
     trainer->task.n = reward_texts(trainer, arena, data, TO_LEARN);
     trainer->task.eval_n = eval ? reward_texts(trainer, arena, eval, HELD_OUT) : 0;
 
-    /* 3. held-out ratings are compared when all rewards are known */
+    /* 3. Of other data each batch yields its own metrics; see reward_rated_evaluated. */
     if (task->rated) {
         trainer->task.evaluated = reward_rated_evaluated;
         task->eval_reward = arena_floats(arena, trainer->task.eval_n);
@@ -7686,38 +7690,38 @@ static struct RewardTask *reward_task(struct Trainer *trainer, struct Arena *are
 /* Texts that go through the reward model at once. */
 enum { SCORED_TOGETHER = 32 };
 
-/* The rewards of at most SCORED_TOGETHER texts. An empty one is read as an end token, since a
+/* The rewards of at most SCORED_TOGETHER texts. An empty text is replaced by an end token, since a
  * reward must be read at some token. */
 static void reward_score_batch(const struct GPT2 *model, struct Arena *arena,
                                const struct Example *texts, size_t n, float *reward) {
-    /* one token, no prompt */
     int end_token = model->config.eos_token_id;
     struct Example empty = {.ids = &end_token, .n = 1};
     struct Example batch_texts[SCORED_TOGETHER];
-    /* 1. the texts; `keep` false: no backward pass will follow, so activations are not kept */
+    /* 1. the texts; no backward pass will follow, so no activations are kept (keep is false) */
     for (size_t i = 0; i < n; i++)
         batch_texts[i] = texts[i].n ? texts[i] : empty;
     struct RewardPass *pass = reward_forward(model, arena, batch_texts, n, false);
     memcpy(reward, pass->reward, n * sizeof *reward);
 
-    /* 2. a reward that is NaN would make every advantage of PPO's batch NaN: better end here */
+    /* 2. One NaN among the rewards would make every advantage of PPO's batch NaN, since they are
+     *    whitened together: better to end here. */
     check_numbers(model, arena, &pass->batch, "the reward of a text", reward, n);
 }
 
 /* reward_score -- the rewards of n token sequences.
  *                                       [glossary: Pipeline de análise de sentimentos]
- * out  reward (n): without unit or bounds; only comparisons of them mean something (of a model
- *      trained on labels, sigmoid(reward) is the probability that the text is liked)
+ * out  reward (n): without unit or bounds; only comparisons between them mean anything (but with a
+ *      model trained on labels, sigmoid(reward) is the probability that the text is liked)
  * A text's reward does not depend on which others are scored with it.
  *                                                           test: reward_golden, reward_company */
 static void reward_score(const struct GPT2 *model, const struct Example *texts, size_t n,
                          float *reward) {
     struct Arena arena = {0};
     for (size_t first = 0; first < n; first += SCORED_TOGETHER) {
-        /* some at a time: the activations of a batch are what takes memory here */
+        /* Some at a time: the activations of a batch are what takes memory here. Short texts next
+         * to long ones cost nothing extra, because batches are packed, not padded. */
         arena_reset(&arena);
         size_t count = MIN(n - first, (size_t)SCORED_TOGETHER);
-        /* not all of one length: short texts beside long ones cost nothing, for they are packed */
         reward_score_batch(model, &arena, texts + first, count, reward + first);
     }
     arena_free(&arena);
@@ -7730,7 +7734,7 @@ static void reward_score(const struct GPT2 *model, const struct Example *texts, 
  * A step of PPO, as TRL 0.11 takes it:
  *
  *     rollouts     the policy answers batch_size prompts; the reward model scores the answers
- *     ppo_step     1. scores are scaled and cut
+ *     ppo_step     1. scores are scaled and clipped, if the options say so
  *                  2. policy and reference read the answers: log-probabilities, values
  *                  3. kl_reward: each token pays for its divergence, the last one gets the score
  *                  4. gae: advantages and returns; advantages are whitened
@@ -7738,10 +7742,10 @@ static void reward_score(const struct GPT2 *model, const struct Example *texts, 
  *                  6. statistics, in TRL's names
  *                  7. the KL controller moves beta
  *
- * The way of the derivative, from PPO's loss to wte, in twelve functions:
+ * The path of the derivative from PPO's loss to wte, through twelve functions:
  *
  *     ppo_loss               dlogprobs (R) of ppo_token_loss, dvalues (R) of ppo_value_loss
- *       ppo_backward         what is written here down to the end
+ *       ppo_backward         calls all that follow
  *         lm_head_backward       d logits, row by row -> wte.d as the output layer; dhidden (N,C)
  *         scalar_head_backward   dhidden += dvalue times the value head's weights
  *         gpt2_backward          dhidden (N,C) -> dx (N,C), the derivative of the stream
@@ -7749,16 +7753,16 @@ static void reward_score(const struct GPT2 *model, const struct Example *texts, 
  *           block_backward           n_layer times: dx of its output becomes dx of its input
  *             module_backward            -> linear_backward: the weights' gradients
  *             gelu_backward, attention_backward
- *           embedding_backward       dx of each place -> wte.d of the token that was read there
+ *           embedding_backward       dx of each position -> wte.d of the token that was read there
  *
- * Which tokens does that reach? As the output layer all of the vocabulary, from each row that
- * predicts a token of an answer. As the embedding those that were read: the prompts' too, for the
- * answers' rows looked at them through attention; but not an answer's last token, which is
- * predicted and never read.
+ * Which tokens' vectors in wte get a gradient? As the output layer, those of the whole vocabulary,
+ * from each position that predicts a token of an answer. As the embedding, those of the tokens that
+ * were read: the prompts' too, since the answers' positions attended to them, but not an answer's
+ * last token, which is predicted and never read.
  *
- * The numbers of a step, for 128 answers of 20 tokens each: B = 128 scores, one an answer, become
- * R = 2560 rewards, advantages and returns, one a token. With four epochs of one mini-batch each,
- * the weights move four times before the policy has to write again.
+ * The numbers of a step, for 128 answers of 20 tokens each: B = 128 scores, one per answer, become
+ * R = 2560 rewards, advantages and returns, one per token. With four epochs of one mini-batch each,
+ * the weights move four times before the policy writes again.
  *
  * What enters: a policy, a frozen reference, prompts and a scorer, or stored rollouts. What
  * leaves: a policy that scores higher and stays near the reference.
@@ -7782,14 +7786,14 @@ struct Scorer {
     double short_score;
 };
 
-/* A sequence of the policy's tokens becomes the reward model's: through text, since the two models
- * may have different vocabularies and end tokens. The lab's pipeline does the same. The policy's
- * end token is left out: it is no part of the text that is judged. */
+/* A sequence of the policy's tokens, in the tokens of the reward model: converted through text, as
+ * in the lab's pipeline, since the two models may have different vocabularies and end tokens. The
+ * policy's end token is left out: it is no part of the text that is judged. */
 static struct Example scorer_text(const struct Scorer *scorer, struct Arena *arena,
                                   const struct Example *sequence, const struct GPT2Config *policy) {
     const struct GPT2Config *judge = &scorer->reward_model->config;
     size_t length = sequence->n - example_ended(sequence, policy->eos_token_id);
-    /* to text, and into the other model's tokens */
+    /* no end token (NULL): whether cut off or finished, an answer is judged at its last word */
     struct Text text =
         tokenizer_decode_all(scorer->tok, arena, sequence->ids, length, policy->vocab_size);
     struct Example judged = example_encode(arena, scorer->tok, text, judge->vocab_size, NULL);
@@ -7799,19 +7803,19 @@ static struct Example scorer_text(const struct Scorer *scorer, struct Arena *are
     return judged;
 }
 
-/* scorer_scale -- a reward in the unit of the scores.
+/* scorer_scale -- a reward on the scale of scores.
  *   score = (reward - mean) / std;   at most short_score, if the response ended too soon
- * With mean and std of the reward model on real texts, a score of 1 says: one standard deviation
- * better than they are. The limit for short answers is there because a reward model mostly loves
- * "the best." A policy that may stop there never learns to write on.
+ * If mean and std are those of the rewards of real texts, a score of 1 means: one standard
+ * deviation better than these. Short answers are limited because reward models tend to love "the
+ * best.": a policy that may stop there never learns to write more.
  * By hand: reward 3.5, mean 2, std 0.5: score 3; after fewer than least_length tokens, with
  * short_score -2: -2.                                                    test: scorer_scale */
 static float scorer_scale(const struct Scorer *scorer, const struct Example *sequence,
                           const struct GPT2Config *policy, float reward) {
     float score = (float)((reward - scorer->mean) / scorer->std);
 
-    /* An answer that was cut off by its length did not choose to be short: only one that ended
-     * itself is punished. */
+    /* An answer that was cut off at its token limit did not choose to be short: only one that ended
+     * by itself is penalized. */
     bool is_short = sequence->n - sequence->prompt_length < scorer->least_length;
     if (is_short && example_ended(sequence, policy->eos_token_id))
         return (float)MIN(score, scorer->short_score);
@@ -7824,13 +7828,13 @@ static float scorer_scale(const struct Scorer *scorer, const struct Example *seq
 static void scorer_score(const struct Scorer *scorer, struct Arena *arena,
                          const struct Example *sequences, size_t n, const struct GPT2Config *policy,
                          float *score) {
-    /* 1. What the reward model reads is the text, query included: an answer is good or bad only as
-     *    an answer to something. */
+    /* 1. The reward model reads the text, query included: an answer is good or bad only as an
+     *    answer to something. */
     struct Example *texts = arena_alloc(arena, n, sizeof *texts);
     for (size_t i = 0; i < n; i++)
         texts[i] = scorer_text(scorer, arena, &sequences[i], policy);
 
-    /* 2. all texts through the reward model together, then each reward in the unit of scores */
+    /* 2. all texts through the reward model together, then each reward on the scale of scores */
     reward_score(scorer->reward_model, texts, n, score);
     for (size_t i = 0; i < n; i++)
         score[i] = scorer_scale(scorer, &sequences[i], policy, score[i]);
@@ -7841,9 +7845,9 @@ static void scorer_score(const struct Scorer *scorer, struct Arena *arena,
 struct RolloutSource {
     const struct Example *prompts;
     size_t n;
-    size_t *order, at; /* a shuffled pass over the prompts, renewed at its end */
-    size_t room; /* new tokens that the longest prompt leaves in the context */
-    struct Rng shuffle, lengths, sample; /* in a checkpoint one piece */
+    size_t *order, at; /* a shuffled pass over the prompts, and the next one's place in it */
+    size_t room; /* how many new tokens the context can hold after the longest prompt */
+    struct Rng shuffle, lengths, sample; /* a checkpoint saves these as one block */
     struct LengthSampler output_length;
     struct GenerationConfig generation;
     struct Scorer scorer;
@@ -7881,7 +7885,7 @@ static struct PPOConfig ppo_config(void) {
     };
 }
 
-/* A vector of stats_all: n numbers; with `start`, n lists of numbers, response by response. */
+/* A vector of stats_all: n numbers, or with `start` n lists of numbers, one list per response. */
 struct StatsVector {
     const char *name;
     const float *x;
@@ -7901,7 +7905,7 @@ struct RunningMoments {
  * 4, the squared deviations 14 + 0 + 4^2 * 3 * 1 / 4 = 26, var 6.5.
  *                                                  test: running_moments, ppo_scores_golden */
 static void running_moments_update(struct RunningMoments *m, const float *x, size_t n) {
-    /* 1. the batch by itself; its variance is divided by n, as those that are kept */
+    /* 1. The batch by itself. Its variance is the sum divided by n, like the running one. */
     double batch_mean = mean_of(x, n);
     double batch_var = n > 1 ? unbiased_variance(x, n) * (double)(n - 1) / (double)n : 0;
 
@@ -7922,7 +7926,7 @@ struct PPOTrainer {
     struct GPT2 *model, *ref_model; /* the policy with its value head; the reference */
     struct PPOConfig config;
     struct TrainingArguments args;
-    const struct Tokenizer *tok; /* goes with the model into checkpoints */
+    const struct Tokenizer *tok; /* saved with the model in checkpoints */
     const char *name; /* in progress lines */
     double temperature; /* divides the logits of both */
     double kl_coef; /* beta, now */
@@ -7931,30 +7935,30 @@ struct PPOTrainer {
     struct Arena arena; /* of one step */
     struct LogEntry stats; /* of the last step: a line of stats_all */
 
-    /* PPO alone: a step of it is many of the optimizer */
+    /* PPO alone, whose step takes several steps of the optimizer */
     size_t optimizer_steps;
     struct Rng order; /* shuffles the answers into mini-batches */
     struct Arena epoch_arena; /* of one mini-batch */
     struct StatsVector vectors[10]; /* the rest of the line of stats_all */
     size_t vector_count;
     float *advantages, *ratio; /* (ppo_epochs R) of each token in each update; NULL: not kept */
-    size_t updated; /* how many of them are known */
+    size_t updated; /* how many of them are filled in */
 };
 
 /* A trainer of `model`. `ref_model` is the policy before training, and is never changed.
- * temperature: that of sampling. Log-probabilities are taken at it, for they have to be those of
- * the distribution that the answers were drawn from. */
+ * temperature: that of sampling. Log-probabilities are computed at it too, since they must be those
+ * of the distribution from which the answers were drawn. */
 static struct PPOTrainer *ppo_trainer_new(struct GPT2 *model, struct GPT2 *ref_model,
                                           struct PPOConfig config, struct TrainingArguments args,
                                           double temperature) {
-    /* not on an arena: it outlives every step, and owns the arenas of one */
+    /* not in an arena: the trainer outlives every step, and owns the arenas that hold one */
     struct PPOTrainer *ppo = calloc(1, sizeof *ppo);
     CHECK(ppo, "out of memory");
 
-    /* REINFORCE expects the same of every token, and needs no head to say what */
+    /* REINFORCE's baselines are computed from rewards: only PPO's needs a head */
     if (config.baseline == BASELINE_VALUE_HEAD)
         value_head_init(model, args.seed);
-    /* room for the policy's gradients and AdamW's averages; the reference has none */
+    /* memory for the policy's gradients and AdamW's moments; the reference needs neither */
     gpt2_make_trainable(model);
     *ppo = (struct PPOTrainer){
         .model = model,
@@ -7963,7 +7967,7 @@ static struct PPOTrainer *ppo_trainer_new(struct GPT2 *model, struct GPT2 *ref_m
         .args = args,
         .temperature = temperature,
         .kl_coef = config.init_kl_coef,
-        .moments = {0, 1, 1, 1e-24}, /* nothing seen yet; TRL's count begins so, above 0 */
+        .moments = {0, 1, 1, 1e-24}, /* nothing seen yet; as in TRL, the count is not quite 0 */
         .name = config.baseline == BASELINE_VALUE_HEAD ? "ppo" : "reinforce",
         .order = rng_seed(args.seed, STREAM_ORDER),
     };
@@ -7980,7 +7984,7 @@ static void ppo_trainer_free(struct PPOTrainer *ppo) {
     free(ppo);
 }
 
-/* The next prompt of a shuffled pass over all of them; behind the last one a new pass begins, in
+/* The next prompt of a shuffled pass over all of them; after the last one a new pass begins, in
  * another order. */
 static const struct Example *rollout_prompt(struct RolloutSource *source) {
     /* Every prompt comes once before any comes twice, as in an epoch of a data set. */
@@ -7991,39 +7995,39 @@ static const struct Example *rollout_prompt(struct RolloutSource *source) {
 }
 
 /* A response that is yet to be written: with random numbers of its own, so that it does not depend
- * on when the others end, and with a length drawn for it, as in the lab. With one length for all,
- * the policy would learn to please at that length only. */
+ * on when the others end, and with a length limit drawn for it, as in the lab. With one limit for
+ * all, the policy would learn to please at that length only. */
 static struct Sequence rollout_start(const struct PPOTrainer *ppo, struct RolloutSource *source,
                                      struct Arena *arena, const struct Example *prompt) {
-    /* one number of the common stream seeds the answer's own generator */
+    /* one number from the common stream seeds the answer's own generator */
     struct Rng own = rng_seed(rng_next(&source->sample), STREAM_SAMPLE);
     size_t drawn = length_sampler(&source->output_length, &source->lengths);
 
-    /* an answer ends where the context does, at the latest */
+    /* the context sets a limit too: there are no position embeddings beyond it */
     size_t max_new = MIN(drawn, ppo->model->config.n_positions - prompt->n);
     return sequence_start(arena, prompt->ids, prompt->n, max_new, ppo->model, own);
 }
 
-/* collect_rollouts -- the policy answers batch_size prompts (num_generations times each, side by
- * side), and is scored.                                                [glossary: Rollout]
+/* collect_rollouts -- batch_size scored answers of the policy; num_generations of them, side by
+ * side, answer the same prompt.                                        [glossary: Rollout]
  * out  rollouts (batch_size), in `arena` */
 static void collect_rollouts(const struct PPOTrainer *ppo, struct RolloutSource *source,
                              struct Arena *arena, struct Rollout *rollouts) {
     size_t n = ppo->config.batch_size;
 
-    /* 1. Prompts are drawn, and answered all together: for each token the weights are read from
-     *    memory once, however many answers are being written. */
+    /* 1. Prompts are drawn, then answered all together: each step of generation reads the weights
+     *    from memory once, however many answers are being written. */
     struct Sequence *sequences = arena_alloc(arena, n, sizeof *sequences);
     const struct Example *prompt = NULL;
     for (size_t i = 0; i < n; i++) {
-        /* a new prompt, or once more the same one: the rloo baseline compares its answers */
+        /* a new prompt, or the same one again: the rloo baseline compares answers to one prompt */
         if (i % ppo->config.num_generations == 0)
             prompt = rollout_prompt(source);
         sequences[i] = rollout_start(ppo, source, arena, prompt);
     }
     generate(ppo->model, sequences, n, &source->generation);
 
-    /* 2. The reward model reads what was written. */
+    /* 2. One score for each answer as a whole: chapter 4 is about how it reaches the tokens. */
     struct Example *examples = arena_alloc(arena, n, sizeof *examples);
     float *score = arena_floats(arena, n);
     for (size_t i = 0; i < n; i++)
@@ -8036,15 +8040,15 @@ static void collect_rollouts(const struct PPOTrainer *ppo, struct RolloutSource 
 }
 
 /* One stored rollout, number `index` from 0. A file may come from another model, or from a person:
- * all that the training relies on is tested. */
+ * everything that training relies on is checked. */
 static struct Rollout replay_rollout(const struct Dataset *data, size_t index,
                                      const struct GPT2 *model, struct Arena *arena) {
     const struct Row *row = &data->rows[index];
 
-    /* 1. Without a query there is no token to predict the first one of the response from; without
-     *    a response there is nothing to learn. */
-    /* They are given as tokens, not as text: decoded and encoded again, they might be others.
-     * The old log-probabilities are not in the file; step 2 of ppo_step computes them. */
+    /* 1. Without a query, no token predicts the first one of the response; without a response,
+     *    there is nothing to learn. Both are stored as tokens, not as text: decoded and encoded
+     *    again, they might be different ones. The old log-probabilities are not in the file; step 2
+     *    of ppo_step computes them. */
     size_t length = row->query_length + row->response_length;
     CHECK(row->query_length > 0 && row->response_length > 0,
           "%s: rollout %zu has an empty query or response", data->path, index + 1);
@@ -8052,7 +8056,8 @@ static struct Rollout replay_rollout(const struct Dataset *data, size_t index,
           "%s: rollout %zu has %zu tokens, the model's context is %zu", data->path, index + 1,
           length, model->config.n_positions);
 
-    /* 2. query and response, one behind the other */
+    /* 2. Query and response as one sequence. An id beyond the vocabulary would be read as an
+     *    embedding from outside wte. */
     int *ids = arena_alloc(arena, length, sizeof *ids);
     memcpy(ids, row->query_ids, row->query_length * sizeof *ids);
     memcpy(ids + row->query_length, row->response_ids, row->response_length * sizeof *ids);
@@ -8067,8 +8072,8 @@ static struct Rollout replay_rollout(const struct Dataset *data, size_t index,
     };
 }
 
-/* Stored rollouts, n of them in step number `step` (from 0), in file order; behind the last one
- * the first one follows. With them a step can be repeated by another program, TRL for example.
+/* The n stored rollouts of step number `step` (from 0), in file order; after the last one the first
+ * follows again. With them another program, such as TRL, can repeat a step.
  *                                                                         test: ppo_replay */
 static void replay_rollouts(const struct Dataset *data, size_t step, const struct GPT2 *model,
                             struct Arena *arena, struct Rollout *rollouts, size_t n) {
@@ -8090,7 +8095,7 @@ static struct Example *rollout_examples(struct Arena *arena, const struct Rollou
 /* What is known of a step's n answers. */
 struct ReinforceBatch {
     struct Batch batch;
-    struct LMHead head; /* of the policy, kept for the way back */
+    struct LMHead head; /* of the policy, kept for the backward pass */
     double *logps, *ref_logps; /* (n) log pi(y_i), log pi_ref(y_i): of whole answers, nats */
     float *rewards; /* (n) R(y_i) */
 };
@@ -8104,8 +8109,8 @@ static double reinforce_reward(double score, double kl_coef, double logp, double
     return score - kl_coef * (logp - ref_logp);
 }
 
-/* Policy and reference read the answers; with the scores this gives R of each. The result stays
- * where it is made, in the arena: the activations point to its batch. */
+/* Policy and reference read the answers; with the scores, this gives R of each. The result is in
+ * the arena, for the same reason as that of reward_forward. */
 static struct ReinforceBatch *reinforce_evaluate(struct PPOTrainer *ppo,
                                                  const struct Rollout *rollouts) {
     struct Arena *arena = &ppo->arena;
@@ -8116,7 +8121,7 @@ static struct ReinforceBatch *reinforce_evaluate(struct PPOTrainer *ppo,
     r->ref_logps = arena_alloc(arena, n, sizeof *r->ref_logps);
     r->rewards = arena_floats(arena, n);
 
-    /* The policy's activations are kept: its gradient will need them. The reference has none. */
+    /* The policy's activations are kept for its backward pass. The reference has none. */
     r->head = batch_logprobs(ppo->model, arena, &r->batch, ppo->temperature, true);
     struct LMHead ref_head =
         batch_logprobs(ppo->ref_model, arena, &r->batch, ppo->temperature, false);
@@ -8136,12 +8141,12 @@ static struct ReinforceBatch *reinforce_evaluate(struct PPOTrainer *ppo,
  *   s_i = d log pi(y_i) / d ln_f.bias = sum over the positions t of answer i of
  *         d log pi(y_i) / d hidden_t
  * out  s (B,C)
- * gradient_variance asks how much the answers' gradients differ. A backward pass cannot say: it
- * leaves only their sum, and a pass for each answer would be slow. But for one tensor the separate
- * gradients are nearly free. The bias of the last layer norm is added to the
- * hidden vector of every position, so its gradient is the sum of theirs; and these come out of
- * the output layer's backward pass, before any block is gone through. So the variance is that of
- * C weights only: enough to compare baselines, since each is judged by the same weights.
+ * gradient_variance asks how much the answers' gradients differ. A backward pass cannot tell, as it
+ * leaves only their sum, and one pass per answer would be slow. But for one tensor the separate
+ * gradients are nearly free. The bias of the last layer norm is added to the hidden vector of every
+ * position, so its gradient is the sum of theirs; and these come out of the output layer's backward
+ * pass, before it enters any block. So the variance is that of only C weights: enough to compare
+ * baselines, since all are judged by the same weights.
  *                                                                       test: reinforce_step */
 static float *answer_gradients(struct PPOTrainer *ppo, struct LMHead *head,
                                const struct Batch *batch) {
@@ -8154,7 +8159,7 @@ static float *answer_gradients(struct PPOTrainer *ppo, struct LMHead *head,
     for (size_t i = 0; i < head->R; i++)
         ones[i] = 1;
 
-    /* 2. The output layer's backward pass, on a copy of the model that has no place for wte's
+    /* 2. The output layer's backward pass, on a copy of the model's struct in which wte has no
      *    gradient: what is measured here must not be learnt from. */
     struct GPT2 view = *ppo->model;
     view.wte.d = NULL;
@@ -8168,8 +8173,8 @@ static float *answer_gradients(struct PPOTrainer *ppo, struct LMHead *head,
     return s;
 }
 
-/* How noisy the step's gradient would be with each baseline, into the log: the answers are the
- * same, so that the numbers can be compared. rloo needs several answers to a prompt. */
+/* Logs how noisy the step's gradient would be with each baseline. The answers are the same for all,
+ * so the numbers can be compared. rloo needs several answers per prompt. */
 static void reinforce_log_variances(struct PPOTrainer *ppo, struct ReinforceBatch *r) {
     static const char *const names[] = {"gradient_variance/none", "gradient_variance/mean",
                                         "gradient_variance/rloo"};
@@ -8180,7 +8185,8 @@ static void reinforce_log_variances(struct PPOTrainer *ppo, struct ReinforceBatc
     float *advantages = arena_floats(&ppo->arena, n);
     int count = num_generations > 1 ? BASELINE_RLOO + 1 : BASELINE_RLOO;
 
-    /* 2. the same answers, another baseline: other factors before the same gradients */
+    /* 2. A baseline only changes the factors A_i of the gradients s_i. "mean" uses the running mean
+     *    of R before this step, whichever baseline the run itself has. */
     for (int b = 0; b < count; b++) {
         reinforce_advantages((enum Baseline)b, r->rewards, n, num_generations, ppo->moments.mean,
                              advantages);
@@ -8189,11 +8195,11 @@ static void reinforce_log_variances(struct PPOTrainer *ppo, struct ReinforceBatc
     }
 }
 
-/* Means over the step's answers, into the log; `objective` is the estimate of J. */
+/* Logs means over the step's answers; `objective` is the estimate of J. */
 static void reinforce_log(struct PPOTrainer *ppo, const struct Rollout *rollouts,
                           const struct ReinforceBatch *r) {
     size_t n = ppo->config.batch_size;
-    /* 1. means over answers. kl is the k1 estimate: it may be below 0 by chance */
+    /* 1. Means over answers. kl is the k1 estimate, so chance may take it below 0. */
     double kl = 0;
     double score = 0;
     double length = 0;
@@ -8203,7 +8209,8 @@ static void reinforce_log(struct PPOTrainer *ppo, const struct Rollout *rollouts
         length += (double)rollouts[i].response_length / (double)n;
     }
 
-    /* 2. a mean over tokens: how undecided the policy was at each of them */
+    /* 2. A mean over tokens: how undecided the policy was. Near 0, all answers to a prompt are
+     *    alike, and there is nothing left to compare. */
     double entropy = (double)row_sum(r->head.entropy, r->batch.R) / (double)r->batch.R;
     log_value(&ppo->stats, "kl", kl);
     log_value(&ppo->stats, "reward", score);
@@ -8214,8 +8221,8 @@ static void reinforce_log(struct PPOTrainer *ppo, const struct Rollout *rollouts
 
 /* reinforce_step -- one step up the gradient of J, from batch_size new rollouts.
  *              [glossary: Gradiente de política] [glossary: Truque da log-derivada]
- * The rollouts serve once. After the step the policy is another one, whose answers they are not:
- * to use them again is what PPO's ratio and clip are for.               test: reinforce_step */
+ * The rollouts are used once. After the step the policy is a different one, and they are not its
+ * answers: PPO's ratio and clip are there to use them again.            test: reinforce_step */
 static void reinforce_step(struct PPOTrainer *ppo, const struct Rollout *rollouts) {
     struct Arena *arena = &ppo->arena;
     size_t n = ppo->config.batch_size;
@@ -8226,14 +8233,14 @@ static void reinforce_step(struct PPOTrainer *ppo, const struct Rollout *rollout
     struct ReinforceBatch *r = reinforce_evaluate(ppo, rollouts);
     reinforce_log_variances(ppo, r);
 
-    /* 2. R less the baseline. The running mean is that of earlier steps: one that held these
-     *    answers would depend on them, and the gradient would be biased. */
+    /* 2. R minus the baseline. The running mean is that of earlier steps, and updated only
+     *    afterwards: if it contained these answers, it would bias their gradient. */
     float *advantages = arena_floats(arena, n);
     reinforce_advantages(ppo->config.baseline, r->rewards, n, ppo->config.num_generations,
                          ppo->moments.mean, advantages);
     running_moments_update(&ppo->moments, r->rewards, n);
 
-    /* 3. the loss, and its slope by each log pi(y_i) on the way back through the model */
+    /* 3. the loss; its slope by each log pi(y_i) goes back through the model */
     double *dlogps = arena_alloc(arena, n, sizeof *dlogps);
     double loss = reinforce_loss(advantages, r->logps, n, dlogps);
     target_logps_backward(ppo->model, arena, &r->batch, &r->head, n, dlogps, 1);
@@ -8252,8 +8259,7 @@ static void reinforce_step(struct PPOTrainer *ppo, const struct Rollout *rollout
 
 /* ---- PPO: what a step knows ----------------------------------------------------------------- */
 
-/* A forward pass of the policy over some answers. It stays where it is made, in an arena: the
- * activations point to its batch. */
+/* A forward pass of the policy over some answers; in an arena, as reward_forward explains. */
 struct PPOForward {
     struct Batch batch;
     struct LMHead head; /* the log-probability of each response token */
@@ -8261,31 +8267,31 @@ struct PPOForward {
 };
 
 /* What PPO knows of a step's answers: B of them, and one number for each response token, R in all.
- * Those of answer b stand at start[b] .. start[b+1]-1, without padding between them. */
+ * Those of answer b are at start[b] .. start[b+1]-1, without padding between answers. */
 struct PPOBatch {
     size_t B, R, *start;
-    size_t *padding; /* (B) columns by which a row of TRL's would be padded at its end */
+    size_t *padding; /* (B) how many padding tokens TRL would put after each answer */
     float *logprobs, *ref_logprobs; /* (R) of policy and reference, when the answers were written */
     float *values; /* (R) of the value head, likewise */
     float *kl; /* (R) kl_penalty_token of each token */
     float *non_score_rewards, *rewards; /* (R) the penalty alone; with the score at the end */
     float *advantages, *returns; /* (R) of gae */
     struct PPOForward *forward; /* of the policy that wrote the answers */
-    bool fresh; /* forward can serve the next update: all answers, and no step since */
+    bool fresh; /* forward can serve the next update: it has all answers, and no weight has moved */
 };
 
 /* ---- PPO, step 1: scores -------------------------------------------------------------------- */
 
-/* ppo_process_scores -- the scores of a step, before rewards are made of them. Both options are
- * off by default; they are for a reward model whose scale is unknown or drifts.
+/* ppo_process_scores -- the scores of a step, before they become rewards. Both options are off by
+ * default; they are for a reward model whose scale is unknown or drifts.
  *   use_score_scaling  score / std, and with use_score_norm (score - mean) / std, where mean and
  *                      std are those of all scores so far, this step's included
- *   score_clip         then at most that far from 0: no single answer may rule the step
+ *   score_clip         then at most that far from 0, so that no single answer dominates the step
  * in, out  scores (n)
  * By hand: score_clip 1: -2 becomes -1, 0.5 stays 0.5.                   test: ppo_scores_golden */
 static void ppo_process_scores(struct PPOTrainer *ppo, float *scores, size_t n) {
     const struct PPOConfig *config = &ppo->config;
-    /* 1. scaling: the moments take in this step's scores before these are divided */
+    /* 1. Scaling. The moments take in this step's scores first, and then these are divided. */
     if (config->use_score_scaling) {
         running_moments_update(&ppo->moments, scores, n);
         /* torch's float epsilon: equal scores must not be divided by 0 */
@@ -8295,7 +8301,7 @@ static void ppo_process_scores(struct PPOTrainer *ppo, float *scores, size_t n) 
             scores[i] = (float)((scores[i] - shift) / divisor);
     }
 
-    /* 2. the limit, in the unit of the scaled scores */
+    /* 2. the limit, on the scale of the scaled scores */
     if (config->score_clip > 0)
         for (size_t i = 0; i < n; i++)
             scores[i] = (float)MAX(-config->score_clip, MIN(config->score_clip, scores[i]));
@@ -8303,7 +8309,7 @@ static void ppo_process_scores(struct PPOTrainer *ppo, float *scores, size_t n) 
 
 /* ---- PPO, step 2: policy and reference read the answers ------------------------------------- */
 
-/* The exact KL(policy || reference) of one row: `row` of head's chunk that begins at `first`. */
+/* The exact KL(policy || reference) of one row: number `row` of the chunk that begins at first. */
 static double kl_full_row(const struct LMHead *head, const struct LMHead *ref_head, size_t first,
                           size_t row, size_t V) {
     return kl_exact(head->logits + row * V, head->lse[first + row], ref_head->logits + row * V,
@@ -8311,29 +8317,28 @@ static double kl_full_row(const struct LMHead *head, const struct LMHead *ref_he
 }
 
 /* The exact KL(policy || reference) at each of head->R rows, for kl_penalty "full". It takes both
- * models' logits, V a row, which the heads never hold all at once: they are made again, chunk by
+ * models' logits, V per row, which the heads never hold all at once: they are recomputed chunk by
  * chunk.                     out  kl (R), nats                     test: ppo_penalties_golden */
 static void kl_full_rows(const struct GPT2 *model, struct LMHead *head,
                          const struct GPT2 *ref_model, struct LMHead *ref_head, float *kl) {
     size_t V = model->config.vocab_size;
     for (size_t first = 0; first < head->R; first += head->chunk) {
-        /* both heads' logits of the same rows; then each row by itself */
+        /* a chunk of both heads' logits, for the same rows: 2 n V floats instead of 2 R V */
         size_t n = lm_head_logits(model, head, first);
         lm_head_logits(ref_model, ref_head, first);
-        /* rows do not depend on each other, and each writes one number */
 #pragma omp parallel for
         for (size_t i = 0; i < n; i++)
             kl[first + i] = (float)kl_full_row(head, ref_head, first, i, V);
     }
 }
 
-/* One pass of the policy: log-probabilities, entropies and values of n answers. keep: with the
- * activations that a backward pass needs. Output layer and value head read the same hidden
- * vectors: a value costs no second pass.   [glossary: AutoModelForCausalLMWithValueHead] */
+/* One pass of the policy: log-probabilities, entropies and values of n answers. keep: keep the
+ * activations that a backward pass needs. The output layer and the value head read the same hidden
+ * vectors, so values cost no second pass.  [glossary: AutoModelForCausalLMWithValueHead] */
 static struct PPOForward *ppo_forward(struct PPOTrainer *ppo, struct Arena *arena,
                                       const struct Example *examples, size_t n, bool keep) {
     struct PPOForward *forward = arena_alloc(arena, 1, sizeof *forward);
-    /* only rows that predict a response token are asked: the query was not the policy's choice */
+    /* only rows that predict a response token count: the query was not the policy's choice */
     forward->batch = collate(arena, examples, n, SKIP_LAST);
     forward->head = batch_logprobs(ppo->model, arena, &forward->batch, ppo->temperature, keep);
 
@@ -8344,7 +8349,7 @@ static struct PPOForward *ppo_forward(struct PPOTrainer *ppo, struct Arena *aren
     return forward;
 }
 
-/* Room for what later steps compute, a number for each response token. */
+/* Room for what later steps compute, one number per response token. */
 static void ppo_batch_columns(struct PPOBatch *p, struct Arena *arena) {
     p->kl = arena_floats(arena, p->R);
     p->non_score_rewards = arena_floats(arena, p->R);
@@ -8353,8 +8358,8 @@ static void ppo_batch_columns(struct PPOBatch *p, struct Arena *arena) {
     p->returns = arena_floats(arena, p->R);
 }
 
-/* Step 2 of ppo_step: one pass of policy and one of reference over queries and responses. It gives
- * the old log-probabilities and values, which stay as they are while the policy moves on.
+/* Step 2 of ppo_step: the policy and the reference each read queries and responses once. This gives
+ * the old log-probabilities and values, which stay fixed while the policy moves on.
  *                                                      [glossary: Modelo de referência] */
 static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo,
                                              const struct Rollout *rollouts) {
@@ -8362,15 +8367,15 @@ static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo,
     struct Arena *arena = &ppo->arena;
     struct Example *examples = rollout_examples(arena, rollouts, B);
 
-    /* 1. Where one mini-batch is all of the batch, this pass is also the first update's: its
+    /* 1. If one mini-batch is the whole batch, this pass serves the first update too, so its
      *    activations are kept. */
     bool fresh = ppo->config.mini_batch_size == B;
     struct PPOForward *forward = ppo_forward(ppo, arena, examples, B, fresh);
     struct LMHead ref_head =
         batch_logprobs(ppo->ref_model, arena, &forward->batch, ppo->temperature, false);
 
-    /* The old log-probabilities are those of this pass, not of the sampling: top-k and other
-     * filters may have changed those, and a ratio compares like with like. */
+    /* The old log-probabilities are those of this pass, not those of sampling: top-k and other
+     * filters may have changed the latter, and a ratio must compare like with like. */
     struct PPOBatch p = {
         .B = B,
         .R = forward->batch.R,
@@ -8383,7 +8388,7 @@ static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo,
         .fresh = fresh,
     };
 
-    /* 2. The exact KL takes both models' logits, which are at hand only here. */
+    /* 2. The exact KL takes both models' output layers, which are at hand only here. */
     ppo_batch_columns(&p, arena);
     if (strcmp(ppo->config.kl_penalty, "full") == 0)
         kl_full_rows(ppo->model, &forward->head, ppo->ref_model, &ref_head, p.kl);
@@ -8398,7 +8403,7 @@ static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo,
 
 /* ppo_rewards -- step 3 of ppo_step: the reward of every token.   [glossary: Parâmetro Beta (β)]
  *   reward_t = -beta kl_t,   and at an answer's last token   reward_last += score
- * in   scores (B), one an answer; p->logprobs, ref_logprobs (R); for kl_penalty "full" p->kl (R)
+ * in   scores (B), one per answer; p->logprobs, ref_logprobs (R); for kl_penalty "full" p->kl (R)
  * out  p->kl, non_score_rewards, rewards (R)
  * By hand: chapter 4's answer, log pi -1.2, -0.5, -0.1 against -1.7, -0.5, -0.2, beta 0.2 and
  * score 1: -0.2 * (0.5, 0, 0.1) + (0, 0, 1) = -0.10, 0, 0.98.
@@ -8406,7 +8411,7 @@ static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo,
 static void ppo_rewards(const struct PPOTrainer *ppo, struct PPOBatch *p, const float *scores) {
     /* 1. each token pays for its own divergence from the reference */
     for (size_t t = 0; t < p->R; t++) {
-        /* for "full" kl[t] is there already, and stays */
+        /* for "full", kl[t] has been computed already, and is returned as it is */
         p->kl[t] =
             kl_penalty_token(ppo->config.kl_penalty, p->logprobs[t], p->ref_logprobs[t], p->kl[t]);
         /* kept apart for the log: what the divergence alone cost */
@@ -8414,18 +8419,17 @@ static void ppo_rewards(const struct PPOTrainer *ppo, struct PPOBatch *p, const 
         p->rewards[t] = p->non_score_rewards[t];
     }
 
-    /* 2. The last token of an answer gets the answer's score as well: until then nobody could
-     *    know it. From here on a reward is a number: no gradient runs through it. */
+    /* 2. The score, at the answer's last token: it judges a text that was not complete before. */
     for (size_t b = 0; b < p->B; b++) {
         size_t last = p->start[b + 1] - 1;
         p->rewards[last] += scores[b];
     }
 }
 
-/* ppo_padding_advantage -- an oddity of TRL 0.11 with whiten_rewards, kept to equal its numbers.
- * There answers are padded to one length, the rewards behind a short answer's end are 0, and
- * whitening makes another number of that 0. GAE, coming from the right, then runs through
- * `padding` tokens of that reward before it reaches the answer: this is what it brings along.
+/* ppo_padding_advantage -- an oddity of TRL 0.11 with whiten_rewards, reproduced here so that the
+ * numbers agree. TRL pads answers to one length. The rewards after a short answer's end are 0, and
+ * whitening turns that 0 into another number. GAE, coming from the right, then passes `padding`
+ * tokens with that reward before it reaches the answer: this is the advantage it brings along.
  * Without whiten_rewards the padding's reward is 0 and so is this.   test: ppo_advantages_golden */
 static double ppo_padding_advantage(const struct PPOConfig *config, double padding_reward,
                                     size_t padding) {
@@ -8440,17 +8444,17 @@ static double ppo_padding_advantage(const struct PPOConfig *config, double paddi
  * in   p->rewards, values (R)          out  p->advantages, returns (R)
  * gae goes through each answer from its end. Then the advantages of the whole batch are whitened
  * together: about half of the tokens are raised and half lowered, and the learning rate need not
- * fit the reward model's scale. Returns are not: the value head has to learn real rewards.
+ * fit the reward model's scale. Returns are not whitened: the value head has to learn real rewards.
  * By hand: chapter 4's answer, rewards -0.1, 0, 0.98, values 0.5, 0.4, 0.3: gae gives 0.3187,
  * 0.546, 0.68, whitened -1.0742, 0.1703, 0.9039; returns 0.8187, 0.946, 0.98.
  *                                                   test: ppo_example, ppo_advantages_golden */
 static void ppo_advantages(const struct PPOConfig *config, struct PPOBatch *p) {
-    /* 1. an option, off by default: rewards of one scale, with the mean they had */
+    /* 1. an option, off by default: rewards are scaled to variance 1, and keep their mean */
     double padding_reward = 0;
     if (config->whiten_rewards)
         padding_reward = whiten(p->rewards, p->R, false);
 
-    /* 2. each answer by itself: nothing is expected behind its end */
+    /* 2. each answer by itself: nothing is expected after its end, except for TRL's padding */
     for (size_t b = 0; b < p->B; b++) {
         size_t start = p->start[b];
         size_t T = p->start[b + 1] - start;
@@ -8466,7 +8470,7 @@ static void ppo_advantages(const struct PPOConfig *config, struct PPOBatch *p) {
 
 /* ---- PPO, statistics of an update ----------------------------------------------------------- */
 
-/* The scalars of one mini-batch, averaged over all mini-batches of all epochs into stats_all. */
+/* The scalars of one mini-batch; stats_all has their means over all mini-batches of all epochs. */
 enum PPOStat {
     LOSS_POLICY,
     LOSS_VALUE,
@@ -8507,14 +8511,14 @@ static const char *const PPO_STAT_NAMES[PPO_STATS] = {
 
 /* ppo_statistics -- what a mini-batch's update looks like, in TRL's names: means over its tokens.
  *   policykl  mean of old_logprob - logprob: how far the policy has moved since it wrote the
- *             answers, in nats a token; not to be confused with the KL to the reference
- *   approxkl  mean of half its square: the same, and never negative
- *   clipfrac  share of tokens that were clipped: far above 0.2, steps are too large
+ *             answers, in nats per token; not to be confused with the KL to the reference
+ *   approxkl  mean of half its square: another estimate of the same, never negative
+ *   clipfrac  share of tokens that were clipped; far above 0.2, steps are too large
  *   vpred, val/mean   mean value now, and when the answers were written
- * out  stats, but for POLICY_ENTROPY, which takes the logits          test: ppo_loss_golden */
+ * out  stats, except POLICY_ENTROPY, which takes the logits           test: ppo_loss_golden */
 static void ppo_statistics(const struct PPOTokens *tokens, struct PPOLoss loss,
                            double stats[PPO_STATS]) {
-    /* all 0: what follows adds up, but for the entropy, which the caller knows */
+    /* most of what follows adds up from 0; the entropy is filled in by the caller */
     double n = (double)tokens->R;
     for (int i = 0; i < PPO_STATS; i++)
         stats[i] = 0;
@@ -8525,14 +8529,14 @@ static void ppo_statistics(const struct PPOTokens *tokens, struct PPOLoss loss,
 
     /* 1. means over the tokens */
     for (size_t t = 0; t < tokens->R; t++) {
-        /* how much likelier the token has become since it was written, in nats */
+        /* log of the ratio: above 0 if the token has become more probable since it was written */
         double log_ratio = (double)tokens->logprobs[t] - tokens->old_logprobs[t];
         stats[POLICY_APPROXKL] += 0.5 * log_ratio * log_ratio / n;
         stats[POLICY_POLICYKL] += -log_ratio / n;
         stats[POLICY_CLIPFRAC] += tokens->policy[t].is_clipped / n;
         stats[POLICY_ADVANTAGES_MEAN] += tokens->advantages[t] / n;
         stats[POLICY_RATIO] += tokens->policy[t].ratio / n;
-        /* returns and values: is the head's scale that of the returns? */
+        /* returns next to values: has the head found their scale? */
         stats[RETURNS_MEAN] += tokens->returns[t] / n;
         stats[VAL_VPRED] += tokens->values[t] / n;
         stats[VAL_ERROR] += tokens->value[t].squared_error / n;
@@ -8549,12 +8553,12 @@ static void ppo_statistics(const struct PPOTokens *tokens, struct PPOLoss loss,
     }
 }
 
-/* For stats_all: the advantage and the ratio of each token in each update. Where nobody made room
- * for them (ppo_optimize does), they are not kept. */
+/* For stats_all: the advantage and the ratio of each token in each update. They are kept only where
+ * the caller has made room for them, as ppo_optimize does. */
 static void ppo_keep_ratios(struct PPOTrainer *ppo, const struct PPOTokens *tokens) {
     if (!ppo->ratio)
         return;
-    /* as TRL's log has them: of all updates of the step, one after the other */
+    /* as in TRL's log: one list, with the tokens of all updates of the step in turn */
     for (size_t t = 0; t < tokens->R; t++) {
         ppo->advantages[ppo->updated] = tokens->advantages[t];
         ppo->ratio[ppo->updated] = expf(tokens->logprobs[t] - tokens->old_logprobs[t]);
@@ -8564,7 +8568,7 @@ static void ppo_keep_ratios(struct PPOTrainer *ppo, const struct PPOTokens *toke
 
 /* ---- PPO, step 5: updates ------------------------------------------------------------------- */
 
-/* The tokens of some answers, side by side: what was known of them when they were written, beside
+/* The tokens of some answers in one row: what was known of them when they were written, next to
  * what the policy says now.      in   member (count): which answers of the batch, in this order
  * `forward` is a pass over the same answers in the same order: token t is the same in both. */
 static struct PPOTokens ppo_gather(struct Arena *arena, const struct PPOBatch *p,
@@ -8572,7 +8576,7 @@ static struct PPOTokens ppo_gather(struct Arena *arena, const struct PPOBatch *p
                                    const struct PPOForward *forward) {
     size_t R = forward->batch.R;
     struct PPOTokens tokens = {
-        /* from the rollout: copies, for the members' tokens are not neighbours in the batch */
+        /* from the rollout: copied, since the members are scattered over the batch */
         .old_logprobs = arena_floats(arena, R),
         .old_values = arena_floats(arena, R),
         .advantages = arena_floats(arena, R),
@@ -8580,14 +8584,14 @@ static struct PPOTokens ppo_gather(struct Arena *arena, const struct PPOBatch *p
         /* what the policy says now */
         .logprobs = forward->head.logprob,
         .values = forward->values,
-        /* room for what ppo_loss makes of both */
+        /* room for what ppo_loss computes from both */
         .policy = arena_alloc(arena, R, sizeof *tokens.policy),
         .value = arena_alloc(arena, R, sizeof *tokens.value),
         .dlogprobs = arena_floats(arena, R),
         .dvalues = arena_floats(arena, R),
     };
 
-    /* tokens.R counts up to R while answer after answer is copied */
+    /* tokens.R grows from 0 to R as answer after answer is copied */
     for (size_t i = 0; i < count; i++)
         for (size_t t = p->start[member[i]]; t < p->start[member[i] + 1]; t++) {
             tokens.old_logprobs[tokens.R] = p->logprobs[t];
@@ -8599,13 +8603,13 @@ static struct PPOTokens ppo_gather(struct Arena *arena, const struct PPOBatch *p
     return tokens;
 }
 
-/* ppo_weigh -- the slopes of a mini-batch, times its weight in the optimizer's step; to nothing, if
- * the policy ran away. A mean ratio above ratio_threshold says that the answers are no longer ones
- * that this policy would write, and so say nothing about it: the mini-batch is skipped, as in TRL.
+/* ppo_weigh -- multiplies the slopes of a mini-batch by its weight in the optimizer's step, or sets
+ * them to 0 if the policy ran away. With a mean ratio above ratio_threshold, it is so far from the
+ * policy that wrote the answers that they tell nothing about it: TRL skips the mini-batch too.
  * in, out  tokens->dlogprobs, dvalues (R); stats                          test: ppo_guards */
 static void ppo_weigh(const struct PPOTrainer *ppo, struct PPOTokens *tokens, double weight,
                       double stats[PPO_STATS]) {
-    /* 1. Is the update still about answers of this policy? */
+    /* 1. Do these answers still tell something about this policy? */
     bool is_skipped = stats[POLICY_RATIO] > ppo->config.ratio_threshold;
     if (is_skipped) {
         warn("ppo: step %zu: the mean probability ratio %.1f exceeds --ratio_threshold %.1f; this "
@@ -8616,15 +8620,16 @@ static void ppo_weigh(const struct PPOTrainer *ppo, struct PPOTokens *tokens, do
         stats[LOSS_TOTAL] = 0;
     }
 
-    /* 2. The weight. Not times 0: a slope that has become infinite would turn into NaN. */
+    /* 2. The weight. A skipped slope is set to 0, not multiplied by 0: if it has become infinite,
+     *    the product would be NaN. */
     for (size_t t = 0; t < tokens->R; t++) {
         tokens->dlogprobs[t] = is_skipped ? 0 : (float)(tokens->dlogprobs[t] * weight);
         tokens->dvalues[t] = is_skipped ? 0 : (float)(tokens->dvalues[t] * weight);
     }
 }
 
-/* Back through the model. Output layer and value head stand on the same hidden vectors: their
- * gradients are added up in dhidden (N,C), and the blocks are gone through once for both. */
+/* Back through the model. The output layer and the value head read the same hidden vectors: their
+ * gradients add up in dhidden (N,C), and one pass through the blocks serves both. */
 static void ppo_backward(struct GPT2 *model, struct Arena *arena, struct PPOForward *forward,
                          const struct PPOTokens *tokens) {
     /* d loss / d hidden, from both heads; rows that predict nothing stay 0 */
@@ -8649,8 +8654,8 @@ static void ppo_mini_batch(struct PPOTrainer *ppo, const struct Rollout *rollout
     struct Arena *arena = &ppo->epoch_arena;
     arena_reset(arena);
 
-    /* 1. What does the policy say of these answers now? Before the first update of all answers at
-     *    once, that is what it said when it wrote them: no second pass is needed. */
+    /* 1. What does the policy say of these answers now? Before any weight has moved, that is what
+     *    step 2 of ppo_step found: if the mini-batch has all answers, no second pass is needed. */
     struct Example *examples = arena_alloc(arena, count, sizeof *examples);
     for (size_t i = 0; i < count; i++)
         examples[i] = rollouts[member[i]].example;
@@ -8659,11 +8664,11 @@ static void ppo_mini_batch(struct PPOTrainer *ppo, const struct Rollout *rollout
         forward = ppo_forward(ppo, arena, examples, count, true);
 
     /* 2. The loss of each token, and its slopes by log-probability and value. What was known when
-     *    the answers were written (old log-probabilities, advantages, returns) are constants. */
+     *    the answers were written (old log-probabilities, advantages, returns) is constant. */
     struct PPOTokens tokens = ppo_gather(arena, p, member, count, forward);
     struct PPOLoss loss = ppo_loss(&ppo->config, &tokens);
 
-    /* 3. What the log says of it. */
+    /* 3. The statistics come first: by the mean ratio, ppo_weigh decides about the slopes. */
     ppo_statistics(&tokens, loss, stats);
     stats[POLICY_ENTROPY] = (double)row_sum(forward->head.entropy, tokens.R) / (double)tokens.R;
     ppo_keep_ratios(ppo, &tokens);
@@ -8674,15 +8679,15 @@ static void ppo_mini_batch(struct PPOTrainer *ppo, const struct Rollout *rollout
 }
 
 /* ppo_update -- one step of the optimizer, on gradient_accumulation_steps mini-batches of answers.
- * The weights move once, by the mean of their gradients: as if they had been one larger mini-batch,
- * which would not have found room in memory.
+ * The weights move once, by the mean of their gradients, as if they had been one larger mini-batch,
+ * for which there may be no memory.
  * in   member: which answers, mini-batch after mini-batch
- * out  stats: of the last mini-batch; sums: those of all are added */
+ * out  stats: of the last mini-batch; sums: those of each are added */
 static void ppo_update(struct PPOTrainer *ppo, const struct Rollout *rollouts, struct PPOBatch *p,
                        const size_t *member, double stats[PPO_STATS], double sums[PPO_STATS]) {
     size_t accumulation = ppo->config.gradient_accumulation_steps;
     size_t count = ppo->config.mini_batch_size;
-    /* 1. gradients add up in the model; a loss that is no number ends the run here */
+    /* 1. gradients add up in the model; a loss that is NaN ends the run before a weight moves */
     for (size_t i = 0; i < accumulation; i++) {
         ppo_mini_batch(ppo, rollouts, p, member + i * count, count, 1 / (double)accumulation,
                        stats);
@@ -8694,14 +8699,14 @@ static void ppo_update(struct PPOTrainer *ppo, const struct Rollout *rollouts, s
     /* 2. the weights move, and the gradients are 0 again */
     optimizer_step(ppo->model, &ppo->args, ppo_learning_rate(ppo), ++ppo->optimizer_steps);
 
-    /* from now on the policy is not the one that wrote the answers */
+    /* from now on this is not the policy that wrote the answers: each update needs its own pass */
     p->fresh = false;
 }
 
-/* ppo_optimize -- step 5 of ppo_step: ppo_epochs passes over the batch, in mini-batches of a new
- * order each time.                                                      [6] Algorithm 1
- * Writing answers is the expensive part of a step, so each batch of them is used several times; how
- * far that may go is the business of ppo_token_loss's clip.
+/* ppo_optimize -- step 5 of ppo_step: ppo_epochs passes over the batch, in mini-batches that are
+ * shuffled anew each time.                                              [6] Algorithm 1
+ * Writing answers is the expensive part of a step, so each batch of them is used several times; the
+ * clip in ppo_token_loss limits how far the policy may move meanwhile.
  * out  sums: the statistics of all mini-batches, added up; returns how many those were
  *                                                             test: ppo_step, ppo_threads */
 static size_t ppo_optimize(struct PPOTrainer *ppo, const struct Rollout *rollouts,
@@ -8712,7 +8717,7 @@ static size_t ppo_optimize(struct PPOTrainer *ppo, const struct Rollout *rollout
     size_t mini_batches = 0;
     double stats[PPO_STATS] = {0};
 
-    /* answers, not tokens, are dealt out to mini-batches: the model reads whole sequences */
+    /* mini-batches consist of whole answers, not of tokens: the model reads sequences */
     size_t *order = arena_alloc(&ppo->arena, B, sizeof *order);
 
     /* for the log: each token's advantage and ratio in each epoch */
@@ -8720,20 +8725,21 @@ static size_t ppo_optimize(struct PPOTrainer *ppo, const struct Rollout *rollout
     ppo->ratio = arena_floats(&ppo->arena, config->ppo_epochs * p->R);
     ppo->updated = 0;
     for (size_t epoch = 0; epoch < config->ppo_epochs; epoch++) {
-        /* 1. A new order. One update on all answers has the same gradient in any order. */
+        /* 1. A new order, if there are several updates: one on all answers has the same gradient
+         *    in any order. */
         for (size_t b = 0; b < B; b++)
             order[b] = b;
         if (per_update < B)
             rng_shuffle(&ppo->order, order, B);
 
-        /* 2. an update of the weights for each part of it */
+        /* 2. one update of the weights for each part of that order */
         for (size_t first = 0; first < B; first += per_update) {
             ppo_update(ppo, rollouts, p, order + first, stats, sums);
             mini_batches += config->gradient_accumulation_steps;
         }
 
-        /* 3. Has the policy moved too far to learn more from these answers? As in TRL, the last
-         *    mini-batch decides. */
+        /* 3. Has the policy moved too far from the one that wrote these answers to learn more from
+         *    them? As in TRL, the last mini-batch decides. */
         if (config->early_stopping && stats[POLICY_POLICYKL] > 1.5 * config->target_kl)
             break;
     }
@@ -8742,8 +8748,8 @@ static size_t ppo_optimize(struct PPOTrainer *ppo, const struct Rollout *rollout
 
 /* ---- PPO, step 6: statistics of a step ------------------------------------------------------ */
 
-/* ppo_kl -- the divergence from the reference, in nats an answer: the sum of p->kl over an answer's
- * tokens, averaged over the B answers. TRL's objective/kl, by which the controller moves beta. */
+/* ppo_kl -- the divergence from the reference, in nats per answer: the sum of p->kl over an
+ * answer's tokens, averaged over the B answers. TRL's objective/kl, which the controller steers. */
 static double ppo_kl(const struct PPOBatch *p) {
     double kl = 0;
     for (size_t t = 0; t < p->R; t++)
@@ -8756,18 +8762,18 @@ static void stats_vector(struct PPOTrainer *ppo, const char *name, const float *
     ppo->vectors[ppo->vector_count++] = (struct StatsVector){name, x, n, start};
 }
 
-/* Mean and standard deviation of n numbers, one a rollout, into the log. */
+/* Logs the mean and the standard deviation of n numbers, one per rollout. */
 static void stats_mean_std(struct PPOTrainer *ppo, const char *mean_name, const char *std_name,
                            const float *x, size_t n) {
     log_value(&ppo->stats, mean_name, mean_of(x, n));
     log_value(&ppo->stats, std_name, n > 1 ? sqrt(unbiased_variance(x, n)) : NAN);
 }
 
-/* What the rollouts were: scores as they came and as they were used, lengths of queries and
+/* Logs what the rollouts were: scores before and after ppo_process_scores, lengths of queries and
  * responses. */
 static void ppo_record_rollouts(struct PPOTrainer *ppo, const struct Rollout *rollouts,
                                 const float *scores, size_t B) {
-    /* 1. one number a rollout of each kind; float, as the log's vectors are */
+    /* 1. per rollout, one number of each kind; float, like all the log's vectors */
     float *query = arena_floats(&ppo->arena, B);
     float *response = arena_floats(&ppo->arena, B);
     float *reward = arena_floats(&ppo->arena, B);
@@ -8777,7 +8783,8 @@ static void ppo_record_rollouts(struct PPOTrainer *ppo, const struct Rollout *ro
         response[b] = (float)rollouts[b].response_length;
     }
 
-    /* 2. in the log: means and deviations, and all the numbers behind them */
+    /* 2. Means and deviations, and the numbers they summarize: only these show, for example, that
+     *    half of the answers score well and half badly. */
     stats_mean_std(ppo, "env/reward_mean", "env/reward_std", reward, B);
     stats_mean_std(ppo, "ppo/mean_scores", "ppo/std_scores", scores, B);
     stats_mean_std(ppo, "tokens/queries_len_mean", "tokens/queries_len_std", query, B);
@@ -8787,12 +8794,12 @@ static void ppo_record_rollouts(struct PPOTrainer *ppo, const struct Rollout *ro
     stats_vector(ppo, "tokens/responses_dist", response, B, NULL);
 }
 
-/* How far the policy was from the reference when it wrote the answers. Entropy is here an estimate
- * from the tokens drawn, -log pi summed over an answer; kl_k3 is not TRL's: it is the estimate
- * that is never negative. */
+/* Logs how far the policy was from the reference when it wrote the answers. The entropy is here an
+ * estimate from the tokens drawn, -log pi summed over an answer. kl_k3, the estimate that is never
+ * negative, is not in TRL's log. */
 static void ppo_record_objective(struct PPOTrainer *ppo, const struct PPOBatch *p) {
-    /* 1. KL and entropy: sums over an answer's tokens, averaged over the B answers. The reward
-     *    without its score: averaged over tokens. TRL has them so. */
+    /* 1. As in TRL, KL and entropy are sums over an answer's tokens, averaged over the B answers;
+     *    the reward without the score is averaged over tokens. */
     double k3 = 0;
     double entropy = 0;
     double non_score_reward = 0;
@@ -8808,7 +8815,7 @@ static void ppo_record_objective(struct PPOTrainer *ppo, const struct PPOBatch *
         for (size_t t = p->start[b]; t < p->start[b + 1]; t++)
             kl_dist[b] += p->kl[t];
 
-    /* 3. into the log */
+    /* 3. kl_coef is the beta that these rewards were computed with: step 7 has yet to move it */
     log_value(&ppo->stats, "objective/kl", ppo_kl(p));
     log_value(&ppo->stats, "objective/kl_k3", k3);
     log_value(&ppo->stats, "objective/kl_coef", ppo->kl_coef);
@@ -8819,14 +8826,14 @@ static void ppo_record_objective(struct PPOTrainer *ppo, const struct PPOBatch *
     stats_vector(ppo, "objective/ref_logprobs", p->ref_logprobs, p->B, p->start);
 }
 
-/* ppo_record_stats -- step 6 of ppo_step: TRL's stats dictionary. Of its matrices, padded there,
- * the response tokens are kept.                                   [glossary: Stats_all]
+/* ppo_record_stats -- step 6 of ppo_step: TRL's stats dictionary. Of its matrices, which TRL pads,
+ * only the response tokens are kept.                              [glossary: Stats_all]
  * in   sums: ppo_statistics of all mini-batches, added up
  * out  ppo->stats, vectors                                           test: ppo_loss_golden */
 static void ppo_record_stats(struct PPOTrainer *ppo, const struct Rollout *rollouts,
                              const struct PPOBatch *p, const float *scores,
                              const double sums[PPO_STATS], size_t mini_batches) {
-    /* the last step's numbers go */
+    /* drop the last step's numbers */
     ppo->stats.n = 0;
     ppo->vector_count = 0;
 
@@ -8835,7 +8842,7 @@ static void ppo_record_stats(struct PPOTrainer *ppo, const struct Rollout *rollo
     ppo_record_objective(ppo, p);
 
     /* 2. What was learnt: means over all mini-batches. var_explained is the share of the returns'
-     *    variance that the value head foresaw: 1 if all of it, 0 or less if a constant would have
+     *    variance that the value head predicted: 1 if all of it, 0 or less if a constant would have
      *    done as well. */
     for (int i = 0; i < PPO_STATS; i++)
         if (i != POLICY_RATIO)
@@ -8861,7 +8868,7 @@ static void ppo_lap(struct PPOClock *clock, enum PPOLap lap) {
     clock->last = now;
 }
 
-/* Into the log, in TRL's names. */
+/* Logs the times, in TRL's names. */
 static void ppo_record_times(struct PPOTrainer *ppo, const struct PPOClock *clock) {
     log_value(&ppo->stats, "time/ppo/forward_pass", clock->lap[LAP_FORWARD]);
     log_value(&ppo->stats, "time/ppo/compute_rewards", clock->lap[LAP_REWARDS]);
@@ -8877,14 +8884,14 @@ static void ppo_record_times(struct PPOTrainer *ppo, const struct PPOClock *cloc
  *                 [glossary: Treinador PPO] [glossary: Otimização de política proximal (PPO)]
  * in   rollouts (batch_size): answers of the policy as it is now, with their scores
  * out  the policy's weights, ppo->kl_coef; ppo->stats and vectors, for the log
- * TRL's PPOTrainer.step(queries, responses, scores). Where each step stands in chapter 4: 3
- * kl_reward, 4 gae_step, 5 ppo_token_loss and ppo_value_loss, 7 kl_controller_update.
+ * TRL's PPOTrainer.step(queries, responses, scores). Chapter 4 explains step 3 at kl_reward, 4 at
+ * gae_step, 5 at ppo_token_loss and ppo_value_loss, 7 at kl_controller_update.
  *             test: ppo_step, ppo_raises_reward, check_fidelity ppo*; gdb: break ppo_step */
 static void ppo_step(struct PPOTrainer *ppo, const struct Rollout *rollouts) {
     size_t B = ppo->config.batch_size;
     arena_reset(&ppo->arena);
 
-    /* 1. How good was each answer? One number for each, scaled and cut if that was asked for. */
+    /* 1. How good was each answer? One number per answer. */
     float *scores = arena_floats(&ppo->arena, B);
     for (size_t b = 0; b < B; b++)
         scores[b] = rollouts[b].score;
@@ -8892,12 +8899,12 @@ static void ppo_step(struct PPOTrainer *ppo, const struct Rollout *rollouts) {
     struct PPOClock clock = {.begin = seconds_now()};
     clock.last = clock.begin;
 
-    /* 2. Policy and reference read the answers. From here on, one number for each token: its
+    /* 2. Policy and reference read the answers. From here on there are numbers per token: its
      *    log-probability under both, and what the value head expected before it. */
     struct PPOBatch p = ppo_evaluate_rollouts(ppo, rollouts);
     ppo_lap(&clock, LAP_FORWARD);
 
-    /* 3. Each token pays for its divergence from the reference; the last one gets the score. */
+    /* 3. J, token by token: the price of leaving the reference, and the score. */
     ppo_rewards(ppo, &p, scores);
     ppo_lap(&clock, LAP_REWARDS);
 
@@ -8910,11 +8917,11 @@ static void ppo_step(struct PPOTrainer *ppo, const struct Rollout *rollouts) {
     size_t mini_batches = ppo_optimize(ppo, rollouts, &p, sums);
     ppo_lap(&clock, LAP_OPTIMIZE);
 
-    /* 6. What happened, for the log: with the beta that was in force. */
+    /* 6. What happened, for the log. */
     ppo_record_stats(ppo, rollouts, &p, scores, sums, mini_batches);
 
-    /* 7. Was the policy farther from the reference than it is meant to be? Then a nat of KL
-     *    costs more in the next step. */
+    /* 7. Was the policy farther from the reference than its target? Then a nat of KL costs more
+     *    in the next step. */
     ppo->kl_coef = kl_controller_update(&ppo->config, ppo->kl_coef, ppo_kl(&p), B);
     ppo->step++;
     ppo_lap(&clock, LAP_STATS);
@@ -8923,13 +8930,14 @@ static void ppo_step(struct PPOTrainer *ppo, const struct Rollout *rollouts) {
 
 /* ---- The training --------------------------------------------------------------------------- */
 
-/* What a run on rollouts needs to go on as if it had never stopped, beside weights and optimizer:
- * beta, moments, counters, and where in the prompts and in each sequence of random numbers it is.
- * The checkpoint's numbers are pointers into ppo and source: it is filled where it stays.
+/* What a run on rollouts needs to go on as if it had never stopped, besides weights and optimizer:
+ * beta, moments, counters, and its place among the prompts and in each stream of random numbers.
+ * A checkpoint stores pointers into ppo and source, so neither may move until the run ends.
  *                                                                       test: checkpoint_* */
 static void ppo_checkpoint(struct Checkpoint *checkpoint, struct PPOTrainer *ppo,
                            struct RolloutSource *source) {
-    /* 1. The trainer. _fixed: what must be the same in the run that goes on. */
+    /* 1. The trainer. _fixed: with another batch size, a step would be another number of prompts,
+     *    and `at` would not be where the step count says. */
     size_t moments = sizeof ppo->moments / sizeof(double);
     checkpoint_add_fixed(checkpoint, "batch_size", &ppo->config.batch_size, "--batch_size");
     checkpoint_add_doubles(checkpoint, "kl_coef", &ppo->kl_coef, 1);
@@ -8937,7 +8945,7 @@ static void ppo_checkpoint(struct Checkpoint *checkpoint, struct PPOTrainer *ppo
     checkpoint_add(checkpoint, "optimizer_steps", &ppo->optimizer_steps, 1, UINT64_MAX);
     checkpoint_add(checkpoint, "mini_batches", ppo->order.s, 4, UINT64_MAX);
 
-    /* 2. The prompts. Three generators of four words each stand side by side in the source. */
+    /* 2. The prompts. The source's three generators, of four words each, are adjacent fields. */
     checkpoint_add_fixed(checkpoint, "prompts", &source->n, "the number of prompts");
     checkpoint_add(checkpoint, "order", source->order, source->n, source->n - 1);
     checkpoint_add(checkpoint, "at", &source->at, 1, source->n);
@@ -8945,11 +8953,11 @@ static void ppo_checkpoint(struct Checkpoint *checkpoint, struct PPOTrainer *ppo
                    3 * 4, UINT64_MAX);
 }
 
-/* stats_all.jsonl and rollouts.jsonl: a line of the one and batch_size lines of the other a step.
- * They are flushed, so that a run can be watched, and a checkpoint knows how long they are. */
+/* Each step adds one line to stats_all.jsonl and batch_size lines to rollouts.jsonl. They are
+ * flushed, so that a run can be watched and a checkpoint knows how long they are. */
 static void ppo_write_logs(struct PPOTrainer *ppo, struct Output logs[2],
                            const struct Rollout *rollouts, double rollout_seconds) {
-    /* the time that writing the answers took is known to the caller alone */
+    /* how long writing the answers took, only the caller knows */
     log_value(&ppo->stats, "time/ppo/rollout", rollout_seconds);
     stats_write_line(logs[0].file, ppo);
     rollouts_write(logs[1].file, rollouts, ppo->config.batch_size);
@@ -8957,8 +8965,8 @@ static void ppo_write_logs(struct PPOTrainer *ppo, struct Output logs[2],
         output_flush(&logs[i]);
 }
 
-/* After a step: on a terminal now and then the first answer with its score, a progress line, and
- * every logging_steps an entry of the log history; behind the last step in any case. */
+/* After a step: a progress line; every logging_steps, and after the last step, an entry in the log
+ * history; and on a terminal, now and then, the first answer with its score. */
 static void ppo_report(struct PPOTrainer *ppo, struct TrainerState *state, struct Arena *arena,
                        const struct Rollout *rollouts) {
     /* 1. Is an entry of the history due, and a line on the terminal? */
@@ -8974,7 +8982,7 @@ static void ppo_report(struct PPOTrainer *ppo, struct TrainerState *state, struc
         sample_show(ppo->tok, &rollouts->example, ppo->model->config.vocab_size, score);
     state_say(state, ppo->name, &ppo->stats, is_said);
 
-    /* 3. for the files; the line on the terminal has its own counter */
+    /* 3. For the files. step and epoch are added only now: the progress line counts by itself. */
     log_value(&ppo->stats, "step", (double)ppo->step);
     log_value(&ppo->stats, "epoch", state->epoch);
     if (is_due)
@@ -8986,23 +8994,23 @@ static void ppo_count(const struct PPOTrainer *ppo, struct TrainerState *state,
                       const struct Rollout *rollouts, size_t n) {
     size_t B = ppo->config.batch_size;
     state->global_step = ppo->step;
-    /* batch_size answers are batch_size / num_generations prompts */
+    /* batch_size answers belong to batch_size / num_generations prompts */
     state->epoch = (double)(ppo->step * B / ppo->config.num_generations) / (double)n;
     for (size_t b = 0; b < B; b++)
         state->num_tokens += rollouts[b].example.n;
 }
 
-/* One step of the training: rollouts, and what is learnt from them.
+/* One step of the training: get rollouts, and learn from them.
  * in   logs: two files, or NULL       out  rollouts (batch_size), in `arena` */
 static void ppo_train_step(struct PPOTrainer *ppo, struct RolloutSource *source,
                            struct Arena *arena, struct Output *logs, struct Rollout *rollouts) {
     double begin = seconds_now();
 
-    /* what a message about a number that is not finite will name */
+    /* named by the message if a number turns out to be NaN or infinite */
     ppo->model->trace.task = ppo->name;
     ppo->model->trace.step = ppo->step + 1;
 
-    /* 1. The policy, as it is now, answers; or answers are read from a file. */
+    /* 1. The policy, as it is now, answers; or stored answers take the place of its own. */
     if (source->replay)
         replay_rollouts(source->replay, ppo->step, ppo->model, arena, rollouts,
                         ppo->config.batch_size);
@@ -9010,7 +9018,7 @@ static void ppo_train_step(struct PPOTrainer *ppo, struct RolloutSource *source,
         collect_rollouts(ppo, source, arena, rollouts);
     double rollout_seconds = seconds_now() - begin;
 
-    /* 2. It learns from them. */
+    /* 2. It learns from them. The baseline tells the method: a value head is PPO's. */
     if (ppo->config.baseline == BASELINE_VALUE_HEAD)
         ppo_step(ppo, rollouts);
     else
@@ -9036,7 +9044,8 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, size
     struct Checkpoint checkpoint =
         checkpoint_new(ppo->name, ppo->model, ppo->tok, &ppo->args, state);
 
-    /* the two logs grow with each step: a resumed run cuts them to where the checkpoint was */
+    /* The two logs grow with each step. A resumed run cuts them to their length at the checkpoint,
+     * or the steps after it would be logged twice. */
     if (log_dir) {
         make_folder(log_dir);
         checkpoint.logs = logs;
@@ -9047,20 +9056,20 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, size
     checkpoint_resume(&checkpoint);
     ppo->step = state->global_step;
     while (ppo->step < steps) {
-        /* 2. generation, and a step of PPO or REINFORCE */
+        /* 2. rollouts, and a step of PPO or REINFORCE on them; the last ones are forgotten */
         arena_reset(&arena);
         struct Rollout *rollouts = arena_alloc(&arena, ppo->config.batch_size, sizeof *rollouts);
         ppo_train_step(ppo, source, &arena, log_dir ? logs : NULL, rollouts);
 
-        /* 3. what there is to say about it */
+        /* 3. count the step, then report it */
         ppo_count(ppo, state, rollouts, n);
         ppo_report(ppo, state, &arena, rollouts);
 
-        /* 4. a checkpoint, when it is time for one */
+        /* 4. a checkpoint if one is due; after Ctrl-C the program ends here */
         checkpoint_step(&checkpoint);
     }
 
-    /* 5. what was written becomes the files, under their final names */
+    /* 5. the two logs are complete, and get their final names */
     for (int i = 0; log_dir && i < 2; i++)
         output_close(&logs[i]);
     state->num_train_epochs = ceil(state->epoch);
@@ -9079,9 +9088,9 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, size
  *     policy            -8.0                   -13.0           at every step, with a gradient
  *     loss          -log sigmoid(0.1 * (2 - (-1))) = 0.5544    dpo_pair_loss
  *
- * The reference never changes, so its log-probabilities are computed when a pair is seen for the
- * first time. The two answers of a pair have the prompt in common; the model reads it once for
- * both, where that saves time.
+ * The reference never changes, so its log-probabilities are computed only when a pair is seen for
+ * the first time. The two answers of a pair share a prompt; where that saves time, the model reads
+ * it once for both.
  *
  * What enters: pairs of answers, one of them preferred; or a policy and a scorer, from whose
  * answers pairs are collected. What leaves: a policy that prefers as the pairs do.
@@ -9095,19 +9104,19 @@ struct DPOTask {
     double *ref_logps[2]; /* (2n) of the reference; 0 until first needed */
     double temperature; /* divides the logits of both models */
     double eval_nll; /* -log pi of the held-out chosen answers, summed */
-    size_t eval_tokens; /* and their tokens: the loss type sft is a mean over tokens */
+    size_t eval_tokens; /* how many tokens those have: the loss type sft is a mean over tokens */
 };
 
 /* ---- One batch of pairs --------------------------------------------------------------------- */
 
 /* B pairs as a batch of 2B sequences: all chosen ones, then all rejected ones. C: the model's
  * width, by which collate_pairs decides whether sharing the prompts pays.
- * in   index (B): which pairs     out  slot (2B): where each sequence stands in `pairs` */
+ * in   index (B): which pairs     out  slot (2B): the index of each sequence in `pairs` */
 static struct Batch dpo_batch(struct Arena *arena, const struct Example *pairs, const size_t *index,
                               size_t B, size_t C, size_t *slot) {
     struct Example *examples = arena_alloc(arena, 2 * B, sizeof *examples);
-    /* All chosen answers first: then sides b and B + b are a pair, and the rows of each kind are
-     * neighbours. */
+    /* Sides b and B + b are a pair, and the rows of each kind are adjacent: the metrics can take
+     * means over the chosen ones alone. */
     for (size_t i = 0; i < 2 * B; i++) {
         /* i / B is 0 for the chosen side, 1 for the rejected one */
         slot[i] = 2 * index[i % B] + i / B;
@@ -9116,10 +9125,11 @@ static struct Batch dpo_batch(struct Arena *arena, const struct Example *pairs, 
     return collate_pairs(arena, examples, B, C);
 }
 
-/* Whether the reference has judged all of B pairs. A log-probability of an answer is below 0, so a
- * 0 says that it was not computed yet. */
+/* Whether the reference has judged all of B pairs. An answer's log-probability is below 0, so a 0
+ * means that it has not been computed yet. */
 static bool dpo_reference_known(const double *ref_logps, const size_t *index, size_t B) {
     for (size_t i = 0; i < B; i++)
+        /* the chosen side tells for both: they are always computed together */
         if (ref_logps[2 * index[i]] == 0)
             return false;
     return true;
@@ -9127,29 +9137,29 @@ static bool dpo_reference_known(const double *ref_logps, const size_t *index, si
 
 /* dpo_reference -- the reference's log-probabilities of B pairs.  [glossary: Modelo de referência]
  * in, out  ref_logps (2n): of all pairs; those of the B are computed, if one of them is missing
- * Computed once and used in every epoch: without that, half of each step would go into numbers
- * that are known. The arena is empty before and after: the reference's activations would
- * otherwise lie in memory beside the policy's.                     test: dpo_model_gradient */
+ * Computed once and used in every epoch: otherwise each step would run a second model to get
+ * numbers that are known already. The arena is empty before and after, so that the activations of
+ * the two models are never in memory together.                     test: dpo_model_gradient */
 static void dpo_reference(struct DPOTask *task, struct Arena *arena, const struct Example *pairs,
                           const size_t *index, size_t B, double *ref_logps) {
     if (dpo_reference_known(ref_logps, index, B))
         return;
 
-    /* one pass over both sides, without what a backward pass would need */
+    /* 1. One pass over both sides. It keeps no activations, since the reference is not trained. */
     size_t *slot = arena_alloc(arena, 2 * B, sizeof *slot);
     double *logps = arena_alloc(arena, 2 * B, sizeof *logps);
     struct Batch batch = dpo_batch(arena, pairs, index, B, task->ref_model->config.n_embd, slot);
     struct LMHead head = batch_logprobs(task->ref_model, arena, &batch, task->temperature, false);
     sum_target_logps(&batch, 2 * B, head.logprob, logps);
 
-    /* from the batch's order back to that of the pairs */
+    /* 2. from the batch's order back to that of the pairs: the next epoch shuffles them anew */
     for (size_t i = 0; i < 2 * B; i++)
         ref_logps[slot[i]] = logps[i];
     arena_reset(arena);
 }
 
 /* What dpo_loss needs of 2B answers, the chosen ones first.
- * in   token_logprobs (R): the policy's, one a token; ref_logps (2B): the reference's, one an
+ * in   token_logprobs (R): the policy's, one per token; ref_logps (2B): the reference's, one per
  *      answer, in the batch's order
  * returns 2B sides: chosen ones, then rejected ones */
 static struct DPOSide *dpo_sides(struct Arena *arena, const struct Batch *batch,
@@ -9159,7 +9169,7 @@ static struct DPOSide *dpo_sides(struct Arena *arena, const struct Batch *batch,
     struct DPOSide *sides = arena_alloc(arena, 2 * B, sizeof *sides);
     sum_target_logps(batch, 2 * B, token_logprobs, logps);
 
-    /* 2. beside the reference's, and the length, which the loss types ipo and sft divide by */
+    /* 2. next to the reference's, and the length, by which the loss types ipo and sft divide */
     for (size_t i = 0; i < 2 * B; i++)
         sides[i] = (struct DPOSide){
             .logp = logps[i],
@@ -9179,7 +9189,7 @@ struct DPOSums {
 };
 
 /* By hand: chapter 5's pair, beta 0.1, chosen -8 (reference -10), rejected -13 (-12): implied
- * rewards 0.2 and -0.1, so the policy orders it rightly; log pi -8 and -13.      test: dpo_hand */
+ * rewards 0.2 and -0.1, so the policy orders it correctly; log pi -8 and -13.    test: dpo_hand */
 static struct DPOSums dpo_sums(double beta, size_t B, const struct DPOSide *chosen,
                                const struct DPOSide *rejected) {
     struct DPOSums sums = {0};
@@ -9189,9 +9199,9 @@ static struct DPOSums dpo_sums(double beta, size_t B, const struct DPOSide *chos
         double reward_rejected = implied_reward(beta, rejected[b].logp, rejected[b].ref_logp);
         sums.rewards_chosen += reward_chosen;
         sums.rewards_rejected += reward_rejected;
-        /* equal rewards, as at the start, are no success */
+        /* equal rewards do not count: at the start, policy and reference agree on every pair */
         sums.right += reward_chosen > reward_rejected;
-        /* these tell what the rewards hide: whether both answers became less probable */
+        /* these tell what the margin hides: whether both answers have become less probable */
         sums.logps_chosen += chosen[b].logp;
         sums.logps_rejected += rejected[b].logp;
     }
@@ -9200,8 +9210,8 @@ static struct DPOSums dpo_sums(double beta, size_t B, const struct DPOSide *chos
 
 /* dpo_metrics -- what TRL logs of DPO: sums over B pairs or their tokens, and how many those are.
  *   rewards/chosen     implied reward: beta times the rise of log pi; rewards/rejected likewise
- *   rewards/accuracies share of pairs that the policy already orders as the pair does
- *   rewards/margins    chosen less rejected: what the loss enlarges
+ *   rewards/accuracies share of pairs whose chosen answer has the larger implied reward
+ *   rewards/margins    chosen minus rejected: what the loss enlarges
  *   logps/chosen       log pi of whole answers; logps/rejected likewise. If logps/chosen falls too,
  *                      the policy unlearns good answers with the bad ones: see the loss type sft
  *                                                                     test: dpo_model_gradient */
@@ -9209,7 +9219,8 @@ static void dpo_metrics(struct Trainer *trainer, double beta, const struct Batch
                         const struct LMHead *head, size_t B, const struct DPOSide *sides) {
     struct DPOSums sums = dpo_sums(beta, B, sides, sides + B);
 
-    /* 1. the rows of chosen answers come first in the batch, then those of rejected ones */
+    /* 1. The two halves differ in tokens. Token accuracy is taken on the chosen half alone: nobody
+     *    wants the policy to predict rejected answers. */
     size_t chosen_rows = batch->target_start[B];
     size_t rejected_rows = batch->R - chosen_rows;
     const struct {
@@ -9229,39 +9240,40 @@ static void dpo_metrics(struct Trainer *trainer, double beta, const struct Batch
         {"mean_token_accuracy", row_sum(head->hit, chosen_rows), chosen_rows},
     };
 
-    /* 2. Sums and counts, not means: the Trainer joins several batches, and the last one of an
-     *    evaluation may be smaller. */
+    /* 2. Sums and counts, not means, for the reason that trainer_metric gives. Those of pairs and
+     *    those of tokens have different counts. */
     for (size_t i = 0; i < COUNT(metrics); i++)
         trainer_metric(trainer, metrics[i].name, metrics[i].sum, metrics[i].units);
 }
 
-/* The loss of held-out pairs, as a metric. It is a mean over pairs, but its part of the loss type
- * sft is one over the tokens of all chosen answers. The mean over tokens of several batches is not
- * the mean of their means: so that part is collected here, and added by dpo_evaluated. */
+/* The loss of held-out pairs, as a metric. It is a mean over pairs, except for the part of the loss
+ * type sft, which is a mean over the tokens of all chosen answers. The sum of that part is
+ * collected here, and dpo_evaluated adds its mean when all batches are done. */
 static void dpo_eval_loss(struct Trainer *trainer, struct DPOTask *task, size_t B,
                           struct DPOSide *sides) {
-    /* 1. the part that is a mean over pairs */
+    /* 1. the part that is a mean over pairs: a copy of the settings, without sft */
     struct DPOConfig config = task->config;
     config.weight[DPO_SFT] = 0;
     double loss = dpo_loss(&config, B, sides, sides + B);
     trainer_metric(trainer, "loss", loss * (double)B, B);
 
-    /* 2. the likelihood of chosen answers, summed over all batches so far */
+    /* 2. the negative log-likelihood of chosen answers, summed over all batches so far */
     for (size_t b = 0; b < B; b++) {
         task->eval_nll -= sides[b].logp;
         task->eval_tokens += sides[b].length;
     }
 }
 
-/* All held-out pairs were seen: the part of the loss type sft joins their loss. The Trainer will
- * divide the sum by the number of pairs, so it is multiplied by that here. */
+/* All held-out pairs have been seen: the part of the loss type sft joins their loss. */
 static void dpo_evaluated(struct Trainer *trainer) {
     struct DPOTask *task = trainer->task.data;
     double nll = task->eval_nll / (double)MAX((size_t)1, task->eval_tokens);
     double pairs = (double)trainer->task.eval_n;
+    /* 0 more units: the Trainer will divide the sum by the pairs counted so far, so this mean is
+     * multiplied by their number */
     trainer_metric(trainer, "loss", task->config.weight[DPO_SFT] * nll * pairs, 0);
 
-    /* the next evaluation begins anew */
+    /* the next evaluation starts from 0 */
     task->eval_nll = 0;
     task->eval_tokens = 0;
 }
@@ -9279,8 +9291,8 @@ static double dpo_task_loss(struct Trainer *trainer, const size_t *index, size_t
     struct Arena *arena = &trainer->arena;
     const struct Example *pairs = task->pairs[from];
 
-    /* 1. The reference's log-probabilities: computed when a pair is seen for the first time, then
-     *    put into the batch's order. */
+    /* 1. The reference's log-probabilities, computed or remembered, in the batch's order. This
+     *    comes first because dpo_reference empties the arena. */
     dpo_reference(task, arena, pairs, index, B, task->ref_logps[from]);
     size_t *slot = arena_alloc(arena, 2 * B, sizeof *slot);
     struct Batch batch = dpo_batch(arena, pairs, index, B, model->config.n_embd, slot);
@@ -9288,21 +9300,21 @@ static double dpo_task_loss(struct Trainer *trainer, const size_t *index, size_t
     for (size_t i = 0; i < 2 * B; i++)
         ref_logps[i] = task->ref_logps[from][slot[i]];
 
-    /* 2. The policy's. Chosen answers are sides 0 to B-1, rejected ones follow. */
+    /* 2. The policy's. Chosen answers are sides 0 to B-1; rejected ones follow. */
     bool learns = from == TO_LEARN;
     struct LMHead head = batch_logprobs(model, arena, &batch, task->temperature, learns);
     struct DPOSide *sides = dpo_sides(arena, &batch, head.logprob, ref_logps, B);
     trainer->state.num_tokens += batch.tokens;
     dpo_metrics(trainer, task->config.beta, &batch, &head, B, sides);
 
-    /* 3. The loss; of held-out pairs it is a metric like the others. */
+    /* 3. The loss. For held-out pairs it is a metric like the others, and no gradient follows. */
     if (!learns) {
         dpo_eval_loss(trainer, task, B, sides);
         return 0;
     }
     double loss = dpo_loss(&task->config, B, sides, sides + B);
 
-    /* 4. The way back. The log-probability of an answer is a sum over its tokens, so each token
+    /* 4. The backward pass. An answer's log-probability is the sum of its tokens', so each token
      *    gets the answer's slope. */
     double *dlogps = arena_alloc(arena, 2 * B, sizeof *dlogps);
     for (size_t i = 0; i < 2 * B; i++)
@@ -9312,14 +9324,15 @@ static double dpo_task_loss(struct Trainer *trainer, const size_t *index, size_t
 }
 
 /* The two sides of a pair as tokens: prompt, answer, end token. A row without a prompt of its own
- * has one all the same: what its two texts have in common at the beginning. Both sides must be
- * split at the same token, or the loss would compare answers to different prompts. Where a token
- * spans the end of the prompt, the two may disagree; then the shorter common prefix counts. */
+ * has an implicit one: the beginning that its two texts have in common. Both sides must be split at
+ * the same token, or the loss would compare answers to different prompts. Where a token spans the
+ * end of the prompt, the two may disagree; then the shorter common prefix counts. */
 static void dpo_pair_encode(const struct Trainer *trainer, struct Arena *arena, struct Row row,
                             struct Example pair[2]) {
     size_t V = trainer->model->config.vocab_size;
     const int *end_token = &trainer->model->config.eos_token_id;
-    /* 1. The prompt: the row's own, or what both texts begin with. */
+    /* 1. The prompt, from which an answer's first token is predicted. Its own tokens are no
+     *    targets: it was not the policy that chose them. */
     if (!(row.has & HAS_PROMPT))
         split_implicit_prompt(&row);
 
@@ -9328,7 +9341,7 @@ static void dpo_pair_encode(const struct Trainer *trainer, struct Arena *arena, 
     pair[1] =
         example_prompt_completion(arena, trainer->tok, row.prompt, row.rejected, V, end_token);
 
-    /* 3. one split for both */
+    /* 3. One split for both. A token that spans the border then belongs to the answer. */
     size_t prompt_length = MIN(pair[0].prompt_length, pair[1].prompt_length);
     pair[0].prompt_length = prompt_length;
     pair[1].prompt_length = prompt_length;
@@ -9341,7 +9354,7 @@ struct PairCounts {
 
 static void dpo_pairs_say(const struct Dataset *data, size_t max_length, struct PairCounts n) {
     const char *path = data->path;
-    /* each reason has a line of its own: the user may want to change --max_length, or the data */
+    /* 1. too long: a larger --max_length would help, up to the model's context */
     if (n.dropped) {
         warn("%s: %zu of %zu pairs dropped: the prompt alone has %zu tokens or more (--max_length)",
              path, n.dropped, data->n, max_length);
@@ -9350,7 +9363,8 @@ static void dpo_pairs_say(const struct Dataset *data, size_t max_length, struct 
         warn("%s: %zu of %zu pairs were cut to their first %zu tokens (--max_length)", path, n.cut,
              data->n, max_length);
     }
-    /* a choice between equal answers says nothing: see dpo_pair_fit */
+    /* 2. Equal sides. In the data, only other data would help; by the cut, a larger limit would.
+     *    So the two have a line each. */
     if (n.equal) {
         warn("%s: %zu of %zu pairs are left out: chosen and rejected are the same", path, n.equal,
              data->n);
@@ -9362,8 +9376,8 @@ static void dpo_pairs_say(const struct Dataset *data, size_t max_length, struct 
     }
 }
 
-/* Cuts a pair to max_length tokens, and tells whether it can be learnt from; if not, or if it was
- * cut, `counts` says why. */
+/* Cuts a pair to max_length tokens, and returns whether it can be learnt from; if not, or if it was
+ * cut, it is counted in `counts`. */
 static bool dpo_pair_fit(struct Example pair[2], size_t max_length, bool keeps_equal,
                          struct PairCounts *counts) {
     /* 1. As in TRL, the end is cut off: a pair with no room for an answer is of no use. */
@@ -9371,13 +9385,14 @@ static bool dpo_pair_fit(struct Example pair[2], size_t max_length, bool keeps_e
         counts->dropped++;
         return false;
     }
+    /* asked before the cut, so that the message can tell what made the sides equal */
     bool was_equal = is_equal_pair(pair);
     counts->cut += MAX(pair[0].n, pair[1].n) > max_length;
     pair[0].n = MIN(pair[0].n, max_length);
     pair[1].n = MIN(pair[1].n, max_length);
 
-    /* 2. Ours alone: a pair whose sides are the same, in the data or since the cut, has a constant
-     *    loss (sigmoid: ln 2) and no gradient. Only the loss type sft learns from it. */
+    /* 2. Unlike TRL: a pair whose sides are equal, in the data or since the cut, is dropped. It has
+     *    a constant loss (sigmoid: ln 2) and no gradient. Only the loss type sft learns from it. */
     if (keeps_equal || !is_equal_pair(pair))
         return true;
     if (was_equal)
@@ -9387,7 +9402,7 @@ static bool dpo_pair_fit(struct Example pair[2], size_t max_length, bool keeps_e
     return false;
 }
 
-/* dpo_pairs -- a data set's pairs, made ready; those that cannot be used are left out and counted.
+/* dpo_pairs -- a data set's pairs as tokens; those that cannot be used are left out and counted.
  * out  pairs (2 data->n): room for all; returns how many pairs there are         test: dpo_pairs */
 static size_t dpo_pairs(const struct Trainer *trainer, struct Arena *arena,
                         const struct Dataset *data, const struct DPOConfig *config,
@@ -9398,20 +9413,20 @@ static size_t dpo_pairs(const struct Trainer *trainer, struct Arena *arena,
     size_t count = 0;
     /* 1. each pair as tokens, cut to length, kept if it teaches anything */
     for (size_t i = 0; i < data->n; i++) {
-        /* a pair that does not fit is written over by the next one */
+        /* a pair that is not kept is overwritten by the next one */
         struct Example *pair = pairs + 2 * count;
         dpo_pair_encode(trainer, arena, data->rows[i], pair);
         if (dpo_pair_fit(pair, max_length, keeps_equal, &counts))
             count++;
     }
 
-    /* 2. silence would hide that a run learns from a part of its data only */
+    /* 2. silence would hide that a run learns from only a part of its data */
     dpo_pairs_say(data, max_length, counts);
     CHECK(count > 0, "%s: no pair is left", data->path);
     return count;
 }
 
-/* A checkpoint holds the reference's log-probabilities too. Computed again after a resume, beside
+/* A checkpoint also contains the reference's log-probabilities. Recomputed after a resume, next to
  * other pairs in the batch, they could differ in the last bit, and so could the whole run. */
 static void dpo_saved(struct Trainer *trainer, struct Checkpoint *checkpoint) {
     struct DPOTask *task = trainer->task.data;
@@ -9426,14 +9441,15 @@ static struct DPOTask *dpo_task(struct Trainer *trainer, struct Arena *arena,
     *task = (struct DPOTask){
         .config = config,
         .ref_model = ref_model,
-        .pairs = {[TO_LEARN] = pairs}, /* held-out ones: by the caller, if there are any */
+        .pairs = {[TO_LEARN] = pairs}, /* held-out ones are added by the caller, if there are any */
         .temperature = temperature,
     };
 
-    /* 0: not computed yet; dpo_reference will do it */
+    /* all 0, which means not computed yet: a run of a few steps then never pays for pairs that it
+     * does not reach */
     task->ref_logps[TO_LEARN] = arena_zeros(arena, 2 * n, sizeof **task->ref_logps);
 
-    /* what the Trainer calls: for a batch, behind an evaluation, for a checkpoint */
+    /* what the Trainer calls: for a batch, after an evaluation, for a checkpoint */
     trainer->task = (struct Task){
         .name = "dpo",
         .n = n,
@@ -9458,10 +9474,10 @@ static struct Text answer_text(const struct Tokenizer *tok, struct Arena *arena,
     return tokenizer_decode_all(tok, arena, ids, answer_length(answer, policy), policy->vocab_size);
 }
 
-/* Whether two answers look the same: from a choice between them nothing can be learnt. */
+/* Whether two answers look the same, so that a choice between them would teach nothing. */
 static bool same_answer(const struct Tokenizer *tok, struct Arena *arena, const struct Example *a,
                         const struct Example *b, const struct GPT2Config *policy) {
-    /* as a person would see them: other bytes that are shown alike make no choice either */
+    /* as a person would see them: different bytes that look alike are no choice either */
     struct Text text_a = text_shown(arena, answer_text(tok, arena, a, policy), "");
     struct Text text_b = text_shown(arena, answer_text(tok, arena, b, policy), "");
     return text_equal(text_a, text_b);
@@ -9473,7 +9489,7 @@ struct PreferenceSource {
     const struct GenerationConfig *generation;
     size_t num_generations; /* answers to each prompt */
     const struct Scorer *scorer;
-    bool only_ended; /* answers that did not end are left out: they teach the policy not to stop */
+    bool only_ended; /* leave out answers that did not end: they teach the policy not to stop */
 };
 
 /* The places of the best and the worst answer in a list. */
@@ -9482,22 +9498,22 @@ struct BestWorst {
     size_t best, worst;
 };
 
-/* Of answers number first to first + num_generations - 1, those to one prompt, the ones with the
- * highest and the lowest score. An answer that ended before scorer->least_length tokens does not
- * count: its score is the scorer's penalty, not a judgement. */
+/* The answers with the highest and the lowest score among those to one prompt, which are answers
+ * `first` to first + num_generations - 1. An answer shorter than scorer->least_length tokens does
+ * not count: its score is the scorer's penalty, not a judgement. */
 static struct BestWorst best_and_worst(const struct PreferenceSource *source,
                                        const struct Example *answers, const float *score,
                                        size_t first) {
     struct BestWorst place = {0};
     /* one pass for both: the first answer that counts is the best and the worst so far */
     for (size_t k = first; k < first + source->num_generations; k++) {
-        /* end token included, as the scorer counts */
+        /* the length includes the end token, as in scorer_scale */
         size_t length = answers[k].n - answers[k].prompt_length;
         bool ended = example_ended(&answers[k], source->policy->config.eos_token_id);
         if ((source->only_ended && !ended) || length < source->scorer->least_length)
             continue;
 
-        /* among equals the first one */
+        /* among equal scores, the first one */
         if (!place.found || score[k] > score[place.best])
             place.best = k;
         if (!place.found || score[k] < score[place.worst])
@@ -9512,8 +9528,8 @@ static struct BestWorst best_and_worst(const struct PreferenceSource *source,
  * in   prompts (n); rng: for sampling
  * out  pairs: room for 2n examples, 2i chosen, 2i+1 rejected; returns how many pairs
  * The best answer becomes chosen, the worst rejected: of all pairs that a prompt's answers could
- * make, the one on which judges would agree most. A prompt whose answers all score or read the
- * same gives no pair.                          test: collect_identical, collect_resume */
+ * make, this is the one on which judges would agree most. A prompt whose answers all score the
+ * same, or read the same, gives no pair.       test: collect_identical, collect_resume */
 static size_t collect_preferences(const struct PreferenceSource *source, struct Arena *arena,
                                   const struct Example *prompts, size_t n, struct Rng *rng,
                                   struct Example *pairs) {
@@ -9521,22 +9537,24 @@ static size_t collect_preferences(const struct PreferenceSource *source, struct 
     const struct Tokenizer *tok = source->scorer->tok;
     size_t num_generations = source->num_generations;
 
-    /* 1. all answers at once, those to one prompt side by side, and their scores */
+    /* 1. All answers at once, those to one prompt side by side, and their scores. They share a
+     *    prompt, so a difference in score is one between answers, not between questions. */
     struct Example *answers =
         sample_answers(policy, arena, prompts, n, num_generations, source->generation, rng);
     float *score = arena_floats(arena, n * num_generations);
     scorer_score(source->scorer, arena, answers, n * num_generations, &policy->config, score);
 
-    /* 2. a pair of each prompt, if its answers differ */
+    /* 2. a pair from each prompt, if its answers differ */
     size_t count = 0;
     for (size_t i = 0; i < n; i++) {
         struct BestWorst place = best_and_worst(source, answers, score, i * num_generations);
         const struct Example *best = &answers[place.best];
         const struct Example *worst = &answers[place.worst];
-        /* no answer that counts, or all equally good: nothing is preferred */
+        /* No answer that counts, or all equally good: nothing is preferred. (If none was found,
+         * best and worst point to answer 0, and are not used.) */
         if (!place.found || score[place.best] <= score[place.worst])
             continue;
-        /* the same text can score differently, if its tokens are others */
+        /* the same text can score differently if its tokens differ */
         if (same_answer(tok, arena, best, worst, &policy->config))
             continue;
         pairs[2 * count] = *best;
@@ -9550,14 +9568,15 @@ static size_t collect_preferences(const struct PreferenceSource *source, struct 
  * Chapter 19 - Exact: a world small enough to enumerate
  *                                            [glossary: Solução em forma fechada]
  *
- * Do PPO, DPO and REINFORCE find what chapter 5 says is best? With text nobody can tell. So here
- * is a world so small that every answer can be written down: a few tokens, a few places. With 3
- * tokens and 2 places there are 9 answers. The best policy is known by its formula, and how near
- * to it each method comes is a sum over all answers: nothing is estimated. PPO and REINFORCE
- * themselves see only samples, as with real text; DPO, which samples nothing, sees all pairs.
+ * Do PPO, DPO and REINFORCE find what chapter 5 says is best? With real text nobody can tell. So
+ * here is a world so small that every answer can be written down: a few tokens, a few positions.
+ * With 3 tokens and 2 positions there are 9 answers. The best policy is known from its formula, and
+ * how close each method comes to it is a sum over all answers: nothing is estimated. PPO and
+ * REINFORCE themselves see only samples, as with real text; DPO, which samples nothing, sees all
+ * pairs.
  *
  * What enters: a random reference and a random reward for every answer. What leaves: the optimum,
- * and KL and objective of what each method reached.
+ * and for the policy that each method reached, its KL to the optimum and its objective.
  * ============================================================================================= */
 
 enum { EXACT_RESPONSES = 4096, EXACT_BATCH = 128 };
@@ -9594,7 +9613,7 @@ struct ExactWorld {
     uint64_t seed;
 };
 
-/* A policy in numbers. */
+/* What a policy is worth. */
 struct ExactFigures {
     double kl_to_optimum; /* KL(pi || pi*), nats: 0 for the optimum alone */
     double reward; /* E[r] */
@@ -9602,41 +9621,42 @@ struct ExactFigures {
     double objective; /* J */
 };
 
-/* exact_figures -- what a policy is worth, by sums over all n responses, not by samples.
+/* exact_figures -- what a policy is worth, from sums over all n responses, not from samples.
  *                                                      [glossary: Função objetivo]
  *   E[r] = sum_y pi(y) r(y);   KL(pi || q) = sum_y pi(y) (log pi(y) - log q(y))
  *   J    = E[r] - beta KL(pi || pi_ref)
  * in   logps (n): log pi(y) of the policy
  * By hand: pi_ref = (1/2, 1/2), r = (0, 2), beta 0.5, pi = (1/4, 3/4): E[r] = 1.5,
- * KL = ln 2 - 0.5623 = 0.1308, J = 1.5 - 0.0654 = 1.4346.          test: exact_figures,
- * exact_optimum, where J + beta KL(pi || pi*) = beta log Z for any policy */
+ * KL = ln 2 - 0.5623 = 0.1308, J = 1.5 - 0.0654 = 1.4346. For any policy,
+ * J + beta KL(pi || pi*) = beta log Z.                             test: exact_figures,
+ * exact_optimum */
 static struct ExactFigures exact_figures(const struct ExactWorld *w, const double *logps) {
     struct ExactFigures f = {0};
     for (size_t i = 0; i < w->n; i++) {
-        /* everything is a mean under the policy: each answer counts with its probability */
+        /* every figure is a mean under the policy: each answer counts with its probability */
         double p = exp(logps[i]);
         f.kl_to_optimum += p * (logps[i] - w->logps[EXACT_OPTIMUM][i]);
         f.reward += p * w->r[i];
         f.kl += p * (logps[i] - w->logps[EXACT_REFERENCE][i]);
     }
 
-    /* J: what is earned, less the price of having moved */
+    /* J: what the policy earns, minus the price of having moved */
     f.objective = f.reward - w->beta * f.kl;
     return f;
 }
 
 /* exact_dpo_loss -- DPO's loss, expected over all pairs of answers.
  *                                                      [glossary: Solução em forma fechada]
- * Each of the n^2 ordered pairs is judged by someone who prefers as Bradley and Terry say (chapter
- * 3): answer i to answer j with probability p_ij = sigmoid(r_i - r_j).
+ * Each of the n^2 ordered pairs is judged by someone whose preferences follow Bradley and Terry
+ * (chapter 3): answer i is preferred to answer j with probability p_ij = sigmoid(r_i - r_j).
  *   h_i  = log pi(y_i) - log pi_ref(y_i);   s_ij = beta (h_i - h_j)
  *   loss = 1/n^2 sum_ij -[p_ij log sigmoid(s_ij) + (1 - p_ij) log sigmoid(-s_ij)]
  *                                                                      [5] Eq. 7, expected
  *   d loss / d h_i = 2 beta / n^2 sum_j (sigmoid(s_ij) - p_ij)
- * (2, since h_i is in the pair (i,j) and in the pair (j,i), and both have the same slope).
+ * (the 2 because h_i is in the pair (i,j) and in the pair (j,i), and both have the same slope).
  * in   logps, ref_logps, r (n)      out  dlogps (n): d loss / d log pi(y_i) = d loss / d h_i
- * The slope is 0 where s_ij = r_i - r_j for all pairs, that is beta h = r + a constant: at pi*. The
- * constant is -beta log Z. It cancels in every pair, and so DPO needs no Z.
+ * The slope is 0 where s_ij = r_i - r_j for all pairs, that is, where beta h = r + a constant: at
+ * pi*. The constant is -beta log Z. It cancels in every pair, which is why DPO needs no Z.
  * By hand: pi = pi_ref: loss ln 2; with r = (0, ln 3), beta 0.8: the slope of the second answer is
  * 2 * 0.8 / 4 * (1/2 - 3/4) = -0.1.             test: exact_dpo_loss, exact_dpo_gradient */
 static double exact_dpo_loss(const double *logps, const double *ref_logps, const double *r,
@@ -9647,7 +9667,8 @@ static double exact_dpo_loss(const double *logps, const double *ref_logps, const
     for (size_t i = 0; i < n; i++) {
         dlogps[i] = 0;
         for (size_t j = 0; j < n; j++) {
-            /* 1. what the judge prefers, and what the policy does */
+            /* 1. what the judge prefers, and what the policy implies; both depend on differences,
+             *    so a constant added to all rewards would change nothing */
             double p = sigmoid(r[i] - r[j]);
             double s = beta * (logps[i] - ref_logps[i] - logps[j] + ref_logps[j]);
 
@@ -9659,23 +9680,23 @@ static double exact_dpo_loss(const double *logps, const double *ref_logps, const
     return loss;
 }
 
-/* log pi(y) of all responses under a model, into logps (n). keep: with the activations that a
+/* log pi(y) of all responses under a model, into logps (n). keep: keep the activations that a
  * backward pass needs. `batch` must outlive the head that is returned. */
 static struct LMHead exact_logps(const struct ExactWorld *w, const struct GPT2 *model,
                                  struct Arena *arena, struct Batch *batch, bool keep,
                                  double *logps) {
-    /* the way that texts take: there is no short cut for a small world */
+    /* the same code that reads texts: what is tested here is what trains on them */
     *batch = collate(arena, w->y, w->n, SKIP_LAST);
     struct LMHead head = batch_logprobs(model, arena, batch, 1, keep);
     sum_target_logps(batch, w->n, head.logprob, logps);
 
-    /* The model's floats make probabilities that add up to 1 within 1e-6, where a KL of 1e-7 is to
-     * be seen. */
+    /* The model computes in float, so its probabilities add up to 1 only within 1e-6; a KL of 1e-7
+     * would be lost in that. */
     normalize_logps(logps, w->n);
     return head;
 }
 
-/* A step's gradient of exact_dpo_loss, added to the model's.   out  logps (n), before the step */
+/* Adds the gradient of exact_dpo_loss to the model's.   out  logps (n): what it says at present */
 static void exact_dpo_backward(const struct ExactWorld *w, struct GPT2 *model, struct Arena *arena,
                                double *logps) {
     /* 1. what the policy says of every answer now */
@@ -9688,12 +9709,12 @@ static void exact_dpo_backward(const struct ExactWorld *w, struct GPT2 *model, s
     target_logps_backward(model, arena, &batch, &head, w->n, dlogps, 1);
 }
 
-/* Response number i: after the prompt, token 0, the T digits of i in base V, the first one being
- * worth most.            By hand: V 3, T 3: 14 = 1 * 9 + 1 * 3 + 2 is 1 1 2.
+/* Response number i: the prompt, token 0, then the T digits of i in base V, the most significant
+ * first.                 By hand: V 3, T 3: 14 = 1 * 9 + 1 * 3 + 2 is 1 1 2.
  *                                                                  test: exact_dpo_gradient */
 static struct Example exact_response(struct Arena *arena, size_t V, size_t T, size_t i) {
     struct Example y = {arena_zeros(arena, T + 1, sizeof(int)), T + 1, 1};
-    /* from the last digit to the first: division takes the last one off */
+    /* from the last digit to the first, since each division takes off the last one */
     for (size_t t = T; t > 0; t--) {
         y.ids[t] = (int)(i % V);
         i /= V;
@@ -9701,7 +9722,7 @@ static struct Example exact_response(struct Arena *arena, size_t V, size_t T, si
     return y;
 }
 
-/* And back: which response these tokens, prompt included, are. */
+/* The inverse: the number of the response that these tokens, prompt included, are. */
 static size_t exact_number(const struct ExactWorld *w, const int *ids) {
     size_t i = 0;
     for (size_t t = 1; t <= w->T; t++)
@@ -9709,11 +9730,11 @@ static size_t exact_number(const struct ExactWorld *w, const int *ids) {
     return i;
 }
 
-/* The reference: a GPT-2 with random weights. Its own start, N(0, 0.02), makes all responses about
- * as likely; from N(0, 0.1) some are a hundred times likelier than others, and the optimum must
- * weigh that against their rewards. */
+/* The reference: a GPT-2 with random weights. With its usual initial weights, from N(0, 0.02), all
+ * responses would be about equally likely; with weights from N(0, 0.1) some are a hundred times as
+ * likely as others, and the optimum must weigh that against their rewards. */
 static struct GPT2 *exact_reference(struct GPT2Config config, size_t T, uint64_t seed) {
-    /* the prompt's token and T more are all that it will ever read */
+    /* the prompt's token and T more: the longest sequence in this world */
     config.n_positions = T + 1;
     config.eos_token_id = (int)config.vocab_size; /* no token has this id: nothing ends early */
     struct GPT2 *model = gpt2_new(config);
@@ -9731,7 +9752,7 @@ static struct GPT2 *exact_reference(struct GPT2Config config, size_t T, uint64_t
 static struct ExactWorld *exact_world(struct Arena *arena, struct GPT2Config config, size_t T,
                                       uint64_t seed) {
     struct ExactWorld *w = arena_zeros(arena, 1, sizeof *w);
-    /* every digit has V values, and there are T digits */
+    /* V values for each of T digits; pow may be off by a rounding error, hence lround */
     size_t n = (size_t)lround(pow((double)config.vocab_size, (double)T));
     *w = (struct ExactWorld){
         .V = config.vocab_size,
@@ -9746,12 +9767,12 @@ static struct ExactWorld *exact_world(struct Arena *arena, struct GPT2Config con
     /* 1. responses and rewards */
     struct Rng rng = rng_seed(seed, STREAM_REWARD);
     for (size_t i = 0; i < n; i++) {
-        /* rewards without any pattern: nothing but trying tells which answers are good */
+        /* rewards without any pattern: only trying an answer shows how good it is */
         w->y[i] = exact_response(arena, w->V, T, i);
         w->r[i] = rng_normal(&rng);
     }
 
-    /* 2. how probable each is under the reference; the other policies are not there yet */
+    /* 2. how probable each is under the reference; the other policies do not exist yet */
     for (int k = 0; k < EXACT_POLICIES; k++)
         w->logps[k] = arena_zeros(arena, n, sizeof(double));
     struct Batch batch;
@@ -9765,8 +9786,8 @@ static struct Rollout *exact_rollouts(const struct ExactWorld *w, const struct G
     struct Rollout *rollouts = arena_alloc(arena, EXACT_BATCH, sizeof *rollouts);
     struct Sequence sequences[EXACT_BATCH];
 
-    /* Sampled from the policy's own distribution, nothing cut off: only such answers estimate its
-     * gradient without bias. */
+    /* Sampled from the policy's own distribution, with no filter: only such answers give an
+     * unbiased estimate of its gradient. */
     struct GenerationConfig sampling = {
         .do_sample = true,
         .num_beams = 1,
@@ -9788,40 +9809,40 @@ static struct Rollout *exact_rollouts(const struct ExactWorld *w, const struct G
     return rollouts;
 }
 
-/* DPO on all pairs in each step, which is a mean without noise. */
+/* DPO, on all n^2 pairs in each step: the gradient is exact, without noise. */
 static void exact_train_dpo(const struct ExactWorld *w, struct GPT2 *model,
                             const struct TrainingArguments *args) {
     struct Arena arena = {0};
-    /* the policy's own list of log-probabilities serves as room for each step's */
+    /* each step's log-probabilities go where exact_train will put the final ones */
     size_t steps = EXACT[EXACT_DPO].steps;
     double *logps = w->logps[EXACT_DPO];
     gpt2_make_trainable(model);
     for (size_t step = 0; step < steps; step++) {
         arena_reset(&arena);
-        /* all n^2 pairs at once: the gradient is exact */
         exact_dpo_backward(w, model, &arena, logps);
         double learning_rate = args->learning_rate * schedule_factor(args, step, steps);
-        /* steps are counted from 1, see adamw_piece */
+        /* The schedule counts steps from 0, AdamW from 1: its correction divides by 1 - beta^t,
+         * which is 0 for t = 0. */
         optimizer_step(model, args, learning_rate, step + 1);
     }
     arena_free(&arena);
 }
 
-/* PPO or REINFORCE by chapter 17's own steps. A nat of KL has the fixed price beta, for the optimum
- * that they are compared with is that of this beta. All answers are to the one prompt. */
+/* PPO or REINFORCE, by chapter 17's own step functions. */
 static void exact_train_rollouts(const struct ExactWorld *w, struct GPT2 *model,
                                  const struct TrainingArguments *args, enum ExactPolicy method) {
     struct Arena arena = {0};
     struct PPOConfig config = ppo_config();
     config.batch_size = EXACT_BATCH;
     config.mini_batch_size = EXACT_BATCH;
-    config.num_generations = EXACT_BATCH;
+    config.num_generations = EXACT_BATCH; /* all answers are to the one prompt */
 
-    /* each batch serves twice; the value head, which starts at random, learns faster than usual */
+    /* each batch is used twice; the value head, which starts at random, learns faster than usual */
     config.ppo_epochs = 2;
     config.vf_coef = 0.5;
 
-    /* the same objective J for both: beta is fixed */
+    /* Beta is fixed: the optimum that both are compared with is that of this beta, and a controller
+     * would lead them to another one's. */
     config.init_kl_coef = w->beta;
     config.adap_kl_ctrl = false;
     if (method == EXACT_REINFORCE)
@@ -9829,10 +9850,9 @@ static void exact_train_rollouts(const struct ExactWorld *w, struct GPT2 *model,
     struct PPOTrainer *ppo = ppo_trainer_new(model, w->ref_model, config, *args, 1);
     ppo->total_steps = EXACT[method].steps;
 
-    /* each step from new answers of the policy as it is then */
     struct Rng rng = rng_seed(w->seed, STREAM_SAMPLE);
     for (size_t step = 0; step < ppo->total_steps; step++) {
-        /* on-policy: last step's answers are of another policy */
+        /* on-policy: each step learns from new answers, since the last ones are another policy's */
         arena_reset(&arena);
         struct Rollout *rollouts = exact_rollouts(w, model, &rng, &arena);
         if (method == EXACT_PPO)
@@ -9851,14 +9871,14 @@ static void exact_train(struct ExactWorld *w, enum ExactPolicy method) {
     struct TrainingArguments args = training_arguments();
     args.learning_rate = EXACT[method].learning_rate;
 
-    /* then linearly down to 0, and with the steps the noise of the samples */
+    /* Then linearly down to 0: smaller and smaller steps average out the noise of the samples. */
     args.warmup_steps = 20;
     if (method == EXACT_DPO)
         exact_train_dpo(w, model, &args);
     else
         exact_train_rollouts(w, model, &args, method);
 
-    /* the judgement: over all responses, whatever the method saw of them */
+    /* the verdict: over all responses, however few of them the method has seen */
     struct Arena arena = {0};
     struct Batch batch;
     exact_logps(w, model, &arena, &batch, false, w->logps[method]);
@@ -9871,12 +9891,13 @@ static void exact_train(struct ExactWorld *w, enum ExactPolicy method) {
 
 /* exact_run -- the optimum at beta, and the three trainings.                  test: exact_run */
 static void exact_run(struct ExactWorld *w, double beta) {
-    /* By formula, from the reference and the rewards alone. */
+    /* 1. The optimum by its formula, from the reference and the rewards alone. log Z is kept,
+     *    because beta log Z is the largest J that any policy can have. */
     w->beta = beta;
-    /* log Z is kept: beta log Z is the largest J that any policy can have */
     w->log_Z = exact_optimum(w->logps[EXACT_REFERENCE], w->r, w->n, beta, w->logps[EXACT_OPTIMUM]);
 
-    /* They know nothing of one another: a thread for each. */
+    /* 2. The three trainings share nothing that they write, so each gets a thread. The one with the
+     *    most steps starts first. */
 #pragma omp parallel for schedule(dynamic, 1)
     for (int k = EXACT_REINFORCE; k >= EXACT_DPO; k--)
         exact_train(w, (enum ExactPolicy)k);
