@@ -7897,7 +7897,7 @@ struct RunningMoments {
  * 4, the squared deviations 14 + 0 + 4^2 * 3 * 1 / 4 = 26, var 6.5.
  *                                                  test: running_moments, ppo_scores_golden */
 static void running_moments_update(struct RunningMoments *m, const float *x, size_t n) {
-    /* 1. The batch by itself. Its variance is the sum divided by n, like the running one. */
+    /* 1. The batch by itself. Like the running variance, its own is divided by n, not by n - 1. */
     double batch_mean = mean_of(x, n);
     double batch_var = n > 1 ? unbiased_variance(x, n) * (double)(n - 1) / (double)n : 0;
 
@@ -8315,7 +8315,7 @@ static void kl_full_rows(const struct GPT2 *model, struct LMHead *head,
                          const struct GPT2 *ref_model, struct LMHead *ref_head, float *kl) {
     size_t V = model->config.vocab_size;
     for (size_t first = 0; first < head->R; first += head->chunk) {
-        /* a chunk of both heads' logits, for the same rows: 2 n V floats instead of 2 R V */
+        /* a chunk of both heads' logits, for the same rows: 2 n V floats at once, not 2 R V */
         size_t n = lm_head_logits(model, head, first);
         lm_head_logits(ref_model, ref_head, first);
 #pragma omp parallel for
@@ -8324,9 +8324,10 @@ static void kl_full_rows(const struct GPT2 *model, struct LMHead *head,
     }
 }
 
-/* One pass of the policy: log-probabilities, entropies and values of n answers. keep: keep the
- * activations that a backward pass needs. The output layer and the value head read the same hidden
- * vectors, so values cost no second pass.  [glossary: AutoModelForCausalLMWithValueHead] */
+/* One pass of the policy: log-probabilities, entropies and values of n answers. keep: whether to
+ * keep the activations for a backward pass. The output layer and the value head read the same
+ * hidden vectors, so values cost no second pass.
+ *                                          [glossary: AutoModelForCausalLMWithValueHead] */
 static struct PPOForward *ppo_forward(struct PPOTrainer *ppo, struct Arena *arena,
                                       const struct Example *examples, size_t n, bool keep) {
     struct PPOForward *forward = arena_alloc(arena, 1, sizeof *forward);
@@ -8596,12 +8597,12 @@ static struct PPOTokens ppo_gather(struct Arena *arena, const struct PPOBatch *p
 }
 
 /* ppo_weigh -- multiplies the slopes of a mini-batch by its weight in the optimizer's step, or sets
- * them to 0 if the policy ran away. With a mean ratio above ratio_threshold, it is so far from the
- * policy that wrote the answers that they tell nothing about it: TRL skips the mini-batch too.
+ * them to 0 if the policy ran away. A mean ratio above ratio_threshold means that it has gone so
+ * far that the old policy's answers say nothing about it: as in TRL, the mini-batch is skipped.
  * in, out  tokens->dlogprobs, dvalues (R); stats                          test: ppo_guards */
 static void ppo_weigh(const struct PPOTrainer *ppo, struct PPOTokens *tokens, double weight,
                       double stats[PPO_STATS]) {
-    /* 1. Do these answers still tell something about this policy? */
+    /* 1. Do these answers still say anything about this policy? */
     bool is_skipped = stats[POLICY_RATIO] > ppo->config.ratio_threshold;
     if (is_skipped) {
         warn("ppo: step %zu: the mean probability ratio %.1f exceeds --ratio_threshold %.1f; this "
@@ -9674,8 +9675,8 @@ static double exact_dpo_loss(const double *logps, const double *ref_logps, const
     return loss;
 }
 
-/* log pi(y) of all responses under a model, into logps (n). keep: keep the activations that a
- * backward pass needs. `batch` must outlive the head that is returned. */
+/* log pi(y) of all responses under a model, into logps (n). keep: whether to keep the activations
+ * for a backward pass. `batch` must outlive the head that is returned. */
 static struct LMHead exact_logps(const struct ExactWorld *w, const struct GPT2 *model,
                                  struct Arena *arena, struct Batch *batch, bool keep,
                                  double *logps) {
