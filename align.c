@@ -6635,7 +6635,7 @@ static double trainer_evaluate(struct Trainer *trainer) {
         return NAN;
 
     /* 2. An entry of its own. Plotted beside the training loss, it shows overfitting: from the
-     *    point where the held-out loss rises while the training loss goes on falling. */
+     *    point where the held-out loss rises while the training loss keeps falling. */
     *state_log(&trainer->state) = entry;
     state_say(&trainer->state, trainer->task.name, &entry, true);
     log_find(&entry, "eval_loss", &loss);
@@ -6941,7 +6941,7 @@ static struct Batch language_batch(struct Trainer *trainer, const size_t *index,
 static void language_metrics(struct Trainer *trainer, const struct Batch *batch,
                              const struct LMHead *head) {
     trainer->state.num_tokens += batch->tokens;
-    /* sums over the R predicted tokens, of which each micro-batch has a different number */
+    /* sums over the R predicted tokens, whose number differs from one micro-batch to the next */
     trainer_metric(trainer, "entropy", row_sum(head->entropy, batch->R), batch->R);
     trainer_metric(trainer, "mean_token_accuracy", row_sum(head->hit, batch->R), batch->R);
 }
@@ -7905,7 +7905,7 @@ struct RunningMoments {
  * 4, the squared deviations 14 + 0 + 4^2 * 3 * 1 / 4 = 26, var 6.5.
  *                                                  test: running_moments, ppo_scores_golden */
 static void running_moments_update(struct RunningMoments *m, const float *x, size_t n) {
-    /* 1. The batch by itself. Its variance is the sum divided by n, like the running one. */
+    /* 1. The batch by itself. Like the running variance, its own is divided by n, not by n - 1. */
     double batch_mean = mean_of(x, n);
     double batch_var = n > 1 ? unbiased_variance(x, n) * (double)(n - 1) / (double)n : 0;
 
@@ -8323,7 +8323,7 @@ static void kl_full_rows(const struct GPT2 *model, struct LMHead *head,
                          const struct GPT2 *ref_model, struct LMHead *ref_head, float *kl) {
     size_t V = model->config.vocab_size;
     for (size_t first = 0; first < head->R; first += head->chunk) {
-        /* a chunk of both heads' logits, for the same rows: 2 n V floats instead of 2 R V */
+        /* a chunk of both heads' logits, for the same rows: 2 n V floats at once, not 2 R V */
         size_t n = lm_head_logits(model, head, first);
         lm_head_logits(ref_model, ref_head, first);
 #pragma omp parallel for
@@ -8332,9 +8332,10 @@ static void kl_full_rows(const struct GPT2 *model, struct LMHead *head,
     }
 }
 
-/* One pass of the policy: log-probabilities, entropies and values of n answers. keep: keep the
- * activations that a backward pass needs. The output layer and the value head read the same hidden
- * vectors, so values cost no second pass.  [glossary: AutoModelForCausalLMWithValueHead] */
+/* One pass of the policy: log-probabilities, entropies and values of n answers. keep: whether to
+ * keep the activations for a backward pass. The output layer and the value head read the same
+ * hidden vectors, so values cost no second pass.
+ *                                          [glossary: AutoModelForCausalLMWithValueHead] */
 static struct PPOForward *ppo_forward(struct PPOTrainer *ppo, struct Arena *arena,
                                       const struct Example *examples, size_t n, bool keep) {
     struct PPOForward *forward = arena_alloc(arena, 1, sizeof *forward);
@@ -8604,12 +8605,12 @@ static struct PPOTokens ppo_gather(struct Arena *arena, const struct PPOBatch *p
 }
 
 /* ppo_weigh -- multiplies the slopes of a mini-batch by its weight in the optimizer's step, or sets
- * them to 0 if the policy ran away. With a mean ratio above ratio_threshold, it is so far from the
- * policy that wrote the answers that they tell nothing about it: TRL skips the mini-batch too.
+ * them to 0 if the policy ran away. A mean ratio above ratio_threshold means that it has gone so
+ * far that the old policy's answers say nothing about it: as in TRL, the mini-batch is skipped.
  * in, out  tokens->dlogprobs, dvalues (R); stats                          test: ppo_guards */
 static void ppo_weigh(const struct PPOTrainer *ppo, struct PPOTokens *tokens, double weight,
                       double stats[PPO_STATS]) {
-    /* 1. Do these answers still tell something about this policy? */
+    /* 1. Do these answers still say anything about this policy? */
     bool is_skipped = stats[POLICY_RATIO] > ppo->config.ratio_threshold;
     if (is_skipped) {
         warn("ppo: step %zu: the mean probability ratio %.1f exceeds --ratio_threshold %.1f; this "
@@ -9387,6 +9388,7 @@ static bool dpo_pair_fit(struct Example pair[2], size_t max_length, bool keeps_e
     }
     /* asked before the cut, so that the message can tell what made the sides equal */
     bool was_equal = is_equal_pair(pair);
+    /* a cut pair is still used: one cut answer can be preferred to another */
     counts->cut += MAX(pair[0].n, pair[1].n) > max_length;
     pair[0].n = MIN(pair[0].n, max_length);
     pair[1].n = MIN(pair[1].n, max_length);
@@ -9557,6 +9559,7 @@ static size_t collect_preferences(const struct PreferenceSource *source, struct 
         /* the same text can score differently if its tokens differ */
         if (same_answer(tok, arena, best, worst, &policy->config))
             continue;
+        /* pointers and lengths are copied; the ids stay in the arena */
         pairs[2 * count] = *best;
         pairs[2 * count + 1] = *worst;
         count++;
@@ -9680,8 +9683,8 @@ static double exact_dpo_loss(const double *logps, const double *ref_logps, const
     return loss;
 }
 
-/* log pi(y) of all responses under a model, into logps (n). keep: keep the activations that a
- * backward pass needs. `batch` must outlive the head that is returned. */
+/* log pi(y) of all responses under a model, into logps (n). keep: whether to keep the activations
+ * for a backward pass. `batch` must outlive the head that is returned. */
 static struct LMHead exact_logps(const struct ExactWorld *w, const struct GPT2 *model,
                                  struct Arena *arena, struct Batch *batch, bool keep,
                                  double *logps) {
@@ -9907,20 +9910,20 @@ static void exact_run(struct ExactWorld *w, double beta) {
  * Chapter 20 - The whole course (rlhf)
  *             [glossary: Aprendizado por reforço a partir de feedback humano (RLHF)]
  *
- * Does it all work together? This chapter runs the drawing of the preface from left to right, in
- * minutes, and measures what came of it:
+ * Does it all work together? This chapter runs the whole drawing of the preface, in minutes, and
+ * measures the result:
  *
  *     rated texts -> 1 language model, from nothing -> 2 reward model -> 3 PPO -> 4 DPO
  *                         |  "before"                       |              |         |
  *                         +------ the same held-out prompts, one scorer, four numbers each ------+
  *
- * What enters: rated texts. What leaves: a language model, a reward model of the raters' taste,
- * two policies that please it, one by PPO and one by DPO, and what each gained (reward) and what it
- * cost (KL to the reference, variety, length). A tenth of the texts is never trained on: all
- * figures are taken there.
+ * What enters: rated texts. What leaves: a language model, a reward model of the raters' taste, two
+ * policies that please it, one trained by PPO and one by DPO, and figures: what each policy gained
+ * (reward) and at what cost (KL to the reference, variety, length). A tenth of the texts is never
+ * trained on: all figures are measured there.
  * ============================================================================================= */
 
-/* From chapter 26: what was measured, as files, as a page, and on the terminal. */
+/* From chapter 26: the results, as files, as a web page, and on the terminal. */
 struct Course;
 static void course_write(struct Course *course, double seconds);
 static void report_at_end(struct Arena *arena, const char *dir);
@@ -9935,17 +9938,16 @@ static int compare_u64(const void *a, const void *b) {
 }
 
 static bool is_word_byte(unsigned char byte) {
-    /* bytes, not characters: an accented letter separates words, but in all texts alike */
+    /* bytes, not characters: an accented letter separates words, but does so in all texts alike */
     return isalpha(byte) || byte == '\'';
 }
 
-/* Finds the next word of a text from byte *at on, and moves *at behind it. A word is a run of
- * letters and apostrophes; each of . ! ? is a word too, so that how sentences end counts.
- * The word comes out as a number, which is all that counting needs: a hash, capital letters taken
- * as small ones. */
+/* Finds the next word of a text from byte *at on, and moves *at to its end. A word is a run of
+ * letters and apostrophes; each of . ! ? is a word too, so that the ends of sentences count. The
+ * word is returned as a number, a hash that ignores case: counting needs no more. */
 static bool next_word(struct Text text, size_t *at, uint64_t *word) {
     const unsigned char *bytes = (const unsigned char *)text.data;
-    /* 1. skip what is no word */
+    /* 1. skip what is not part of a word */
     size_t first = *at;
     while (first < text.length && !is_word_byte(bytes[first]) && !memchr(".!?", bytes[first], 3))
         first++;
@@ -9958,7 +9960,8 @@ static bool next_word(struct Text text, size_t *at, uint64_t *word) {
         end++;
     end = MAX(end, first + 1);
 
-    /* 3. its number, by FNV-1a: each byte is mixed in, then the whole is spread by a prime */
+    /* 3. Its number, by FNV-1a: for each byte, mix it in, then multiply by a prime, which spreads
+     *    it over all bits. */
     *word = 14695981039346656037u;
     for (size_t i = first; i < end; i++)
         *word = (*word ^ (uint64_t)tolower(bytes[i])) * 1099511628211u;
@@ -9966,14 +9969,13 @@ static bool next_word(struct Text text, size_t *at, uint64_t *word) {
     return true;
 }
 
-/* The pairs of neighbouring words of a text, as numbers; returns how many there are. */
+/* The pairs of adjacent words of a text, as numbers; returns how many there are. */
 static size_t word_pairs(struct Text text, uint64_t *pairs) {
     size_t count = 0;
     size_t at = 0;
     uint64_t word;
     uint64_t previous;
-    /* the first word has none before it to make a pair with; a pair never reaches over from one
-     * text into the next */
+    /* The first word has no predecessor: pairs do not extend from one text to the next. */
     if (!next_word(text, &at, &previous))
         return 0;
     while (next_word(text, &at, &word)) {
@@ -9984,10 +9986,10 @@ static size_t word_pairs(struct Text text, uint64_t *pairs) {
 }
 
 /* distinct_2 -- how varied the answers of a policy are, all of them together.
- *   distinct word pairs / all word pairs,   1 where nothing repeats, near 0 for one phrase
- * A policy that has found one answer the reward model likes may give it to every prompt: its mean
- * reward is high, and only a measure such as this one tells that nothing else is left.
- * in   texts (n)        returns a share, 0 where there is no pair at all
+ *   distinct word pairs / all word pairs:   1 if none repeats, near 0 for one phrase repeated
+ * A policy that has found one answer that the reward model likes may give it to every prompt: its
+ * mean reward is high, and only a measure like this one reveals that it says nothing else.
+ * in   texts (n)        returns a share; 0 if there is no pair at all
  * By hand: "the film. The FILM." has the pairs the-film, film-., .-the, the-film, film-.: three
  * distinct ones of five, 0.6.                                             test: evaluation */
 static double distinct_2(const struct Text *texts, size_t n) {
@@ -10002,7 +10004,7 @@ static double distinct_2(const struct Text *texts, size_t n) {
     for (size_t i = 0; i < n; i++)
         count += word_pairs(texts[i], pairs + count);
 
-    /* 2. once sorted, equal ones stand side by side, and the first of each kind counts */
+    /* 2. sorted, equal pairs are adjacent, and the first of each run counts */
     qsort(pairs, count, sizeof *pairs, compare_u64);
     for (size_t i = 0; i < count; i++)
         distinct += i == 0 || pairs[i] != pairs[i - 1];
@@ -10012,9 +10014,8 @@ static double distinct_2(const struct Text *texts, size_t n) {
 
 /* pair_accuracy -- does the reward model know the raters' taste?
  *   share of the pairs i, j with rating_i - rating_j >= min_difference whose reward_i > reward_j
- * Rewards have no scale of their own that could be compared with ratings, but an order they have.
- * Pairs that the raters themselves found nearly equal would measure their noise: min_difference
- * leaves them out.
+ * A reward model's scale cannot be compared with that of ratings, but its order can. Pairs that the
+ * raters themselves found nearly equal would measure their noise: min_difference leaves them out.
  * in   reward, rating (n) of texts that were held out         returns a share; NAN: no such pair
  * By hand: rewards 1, 3, 2 for ratings 3, 2, 1: of the pairs (1,2), (1,3), (2,3) only the last
  * one is in order: 1/3.                                                      test: evaluation */
@@ -10024,7 +10025,7 @@ static double pair_accuracy(const float *reward, const double *rating, size_t n,
     double total = 0;
     for (size_t i = 0; i < n; i++)
         for (size_t j = 0; j < n; j++) {
-            /* the raters preferred i to j; where they preferred j, the pair comes up as (j, i) */
+            /* only pairs in which i was preferred: where j was, the pair comes up as (j, i) */
             if (rating[i] - rating[j] < min_difference)
                 continue;
             total++;
@@ -10037,9 +10038,9 @@ static double pair_accuracy(const float *reward, const double *rating, size_t n,
  * responses, in nats, averaged over n of them.
  *                                         [glossary: Divergência de Kullback-Leibler (KL)]
  *   1/n sum_i sum_t KL(pi(. | x_i, y_i,<t) || pi_ref(. | x_i, y_i,<t))
- * The answers y_i were sampled from the policy. At each token the divergence of the two
- * distributions is computed exactly (kl_exact), where PPO estimates it from the one token that was
- * drawn: the same mean, with less noise.
+ * The answers y_i were sampled from the policy. At each token the divergence between the two
+ * distributions is computed exactly (kl_exact), whereas PPO estimates it from the one token that
+ * was drawn: the mean is the same, with less noise.
  * in   answers (n), prompts included; temperature: at which they were sampled   test: evaluation */
 static double response_kl(const struct GPT2 *policy, const struct GPT2 *ref_model,
                           const struct Example *answers, size_t n, double temperature) {
@@ -10054,7 +10055,8 @@ static double response_kl(const struct GPT2 *policy, const struct GPT2 *ref_mode
         struct LMHead head = batch_logprobs(policy, &arena, &batch, temperature, false);
         struct LMHead ref_head = batch_logprobs(ref_model, &arena, &batch, temperature, false);
 
-        /* 2. a divergence at each of the answers' tokens, all of them summed */
+        /* 2. the divergence at each token of the answers, summed: that of an answer is the sum of
+         *    its tokens', as its log-probability is */
         float *kl = arena_floats(&arena, batch.R);
         kl_full_rows(policy, &head, ref_model, &ref_head, kl);
         for (size_t r = 0; r < batch.R; r++)
@@ -10064,8 +10066,8 @@ static double response_kl(const struct GPT2 *policy, const struct GPT2 *ref_mode
     return total / (double)n;
 }
 
-/* The examination that policies sit: all are asked the same, sampled alike, judged by one scorer.
- * ref_model is what their KL is measured to; NULL: it is not measured. */
+/* The examination that policies sit: the same prompts, sampling and scorer for all. Their KL is
+ * measured from ref_model; NULL: it is not measured. */
 struct Examination {
     const struct GPT2 *ref_model;
     const struct Scorer *scorer;
@@ -10095,12 +10097,12 @@ static struct PolicyResult policy_measure(const struct GPT2 *policy, const struc
         .texts = arena_alloc(arena, n, sizeof *result.texts),
         .reward = arena_floats(arena, n),
     };
-    /* 1. one answer to each prompt; with the seed of the examination every policy gets the same
-     *    random numbers, so what differs is the policies' doing */
+    /* 1. One answer to each prompt. The examination's seed gives every policy the same random
+     *    numbers, so differences are due to the policies. */
     struct Rng rng = rng_seed(exam->seed, STREAM_SAMPLE);
     result.answers = sample_answers(policy, arena, exam->prompts, n, 1, &exam->generation, &rng);
 
-    /* 2. as text, and how long, in tokens */
+    /* 2. the answers as text, and their mean length in tokens, end token not counted */
     for (size_t i = 0; i < n; i++) {
         result.texts[i] =
             answer_text(exam->scorer->tok, arena, &result.answers[i], &policy->config);
@@ -10108,7 +10110,7 @@ static struct PolicyResult policy_measure(const struct GPT2 *policy, const struc
         result.mean_length += (double)length / (double)n;
     }
 
-    /* 3. the bare reward: the penalty for short answers belongs to training */
+    /* 3. the bare reward: the penalty for short answers is a device of training */
     struct Scorer plain = *exam->scorer;
     plain.least_length = 0;
     scorer_score(&plain, arena, result.answers, n, &policy->config, result.reward);
@@ -10129,7 +10131,7 @@ struct Course {
     struct Arena arena;
     const struct Tokenizer *tok;
     const char *output_dir, *command, *data;
-    const char *tokenizer; /* --tokenizer, or NULL: found without being named */
+    const char *tokenizer; /* --tokenizer, or NULL if it was found by itself */
     uint64_t seed;
     size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps, vocab_size;
     double temperature; /* of all sampling */
@@ -10156,52 +10158,52 @@ enum {
     COURSE_LONG_POSITIONS = 256, /* and where they are whole reviews */
     COURSE_TEST_PROMPTS = 256,
     COURSE_MAX_NEW = 28, /* tokens of an answer in an examination */
-    COURSE_LEAST_LENGTH = 10, /* an answer that ends before it is penalized */
-    COURSE_PREFIX = 20, /* tokens of the beginnings that set the reward's zero and unit */
-    COURSE_TOKENS_A_STEP = 512 /* of the language model's training */
+    COURSE_LEAST_LENGTH = 10, /* an answer that ends with fewer tokens is penalized */
+    COURSE_PREFIX = 20, /* tokens of the beginnings by which rewards are scaled: course_scorer */
+    COURSE_TOKENS_A_STEP = 512 /* in the language model's training */
 };
 
 static const struct LengthSampler COURSE_PROMPT_LENGTH = {2, 8};
 
-/* Beginnings of texts, 2 to 7 tokens long, never a whole text: one prompt a text, `most` at most.
- * Returns how many. */
+/* Prompts: the beginnings of texts, 2 to 7 tokens, never a whole text; one per text, and no more
+ * than `most`. Returns how many. */
 static size_t course_prompts(const struct Example *texts, size_t n, size_t most, struct Rng *rng,
                              struct Example *prompts) {
     /* in the order of the texts, which the split has shuffled already */
     size_t count = 0;
     for (size_t i = 0; i < n && count < most; i++) {
-        /* drawn for each text, short ones included: whether one is long enough must not shift the
+        /* drawn for every text, even one that is too short: otherwise a short text would shift the
          * lengths of all that follow */
         size_t length = length_sampler(&COURSE_PROMPT_LENGTH, rng);
-        /* the ids are shared with the text: a prompt is its beginning, and nothing is to be
-         * learnt of it (prompt_length is all its length) */
+        /* the ids are shared with the text; all of them are prompt (prompt_length), since nothing
+         * is to be learnt from them */
         if (texts[i].n > length + 1)
             prompts[count++] = (struct Example){texts[i].ids, length, length};
     }
     return count;
 }
 
-/* The rated texts as ids, in the order given: first those that are held out, a tenth of them, then
- * those to learn from. */
+/* The rated texts as ids, in the given order: first those held out, a tenth, then those to learn
+ * from. */
 static void course_encode(struct Course *course, const struct Dataset *data, const size_t *order) {
     size_t n = data->n;
     size_t empty = 0;
     struct Example *all = arena_alloc(&course->arena, n, sizeof *all);
     double *rating = arena_alloc(&course->arena, n, sizeof *rating);
-    /* what ends a text is the model's end token, which need not be GPT-2's */
+    /* the model's own end token, which need not be GPT-2's */
     const int *end_token = &course->language_model->config.eos_token_id;
     for (size_t i = 0; i < n; i++) {
         const struct Row *row = &data->rows[order[i]];
-        /* with the end token: the model is to learn where a text ends */
+        /* followed by the end token, from which the model learns where a text ends */
         all[i] =
             example_encode(&course->arena, course->tok, row->text, course->vocab_size, end_token);
         rating[i] = row->score;
         empty += row->text.length == 0;
     }
-    /* they stay in the data: only what is cut from them would be nothing */
+    /* empty texts stay in the data, as an end token alone */
     if (empty)
         warn("%s: %zu of %zu texts are empty: no prompt is taken from them", data->path, empty, n);
-    /* one list in the drawn order: its beginning is held out, the rest is learnt from */
+    /* one list for both parts, in the order drawn */
     course->held_out = all;
     course->held_out_rating = rating;
     course->train = all + course->held_out_n;
@@ -10209,11 +10211,11 @@ static void course_encode(struct Course *course, const struct Dataset *data, con
 }
 
 /* course_split -- nine tenths of the texts to learn from, one tenth to measure on, by the seed.
- * [glossary: Conjunto de dados] All four stages keep to the one split: were it drawn anew, the
+ * [glossary: Conjunto de dados] All four stages use the same split. If each drew its own, the
  * reward model would be measured on texts that the language model knows by heart. */
 static void course_split(struct Course *course, const struct Dataset *data) {
     struct Arena *arena = &course->arena;
-    /* 1. An order by chance: files are often sorted, all positive texts first. */
+    /* 1. A random order: files are often sorted, all positive texts first. */
     struct Rng rng = rng_seed(course->seed, STREAM_SPLIT);
     size_t *order = arena_order(arena, data->n);
     rng_shuffle(&rng, order, data->n);
@@ -10228,7 +10230,7 @@ static void course_split(struct Course *course, const struct Dataset *data) {
           data->n);
     course_encode(course, data, order);
 
-    /* 3. Prompts of both parts: those that policies practise on, and those of the examination. */
+    /* 3. Prompts from both parts: those that policies practise on, and those of the examination. */
     course->prompts = arena_alloc(arena, course->train_n, sizeof *course->prompts);
     course->prompt_n =
         course_prompts(course->train, course->train_n, course->train_n, &rng, course->prompts);
@@ -10239,20 +10241,20 @@ static void course_split(struct Course *course, const struct Dataset *data) {
           "%s: its texts are too short to take prompts of 2 to 7 tokens from", data->path);
 }
 
-/* What the trainers of the four stages have in common. `batch`: rows of a step. */
+/* What the trainers of the four stages have in common. `batch`: rows per step. */
 static struct Trainer course_trainer(struct Course *course, struct GPT2 *model,
                                      double learning_rate, size_t steps, size_t batch,
                                      size_t warmup) {
-    /* the settings of transformers where nothing else is said */
+    /* transformers' defaults, except for what follows */
     struct Trainer trainer = {.model = model, .tok = course->tok, .args = training_arguments()};
     trainer.args.learning_rate = learning_rate * course->scale;
     trainer.args.max_steps = steps;
     trainer.args.per_device_train_batch_size = trainer.args.per_device_eval_batch_size = batch;
-    /* someone who tries a few steps only wants to see them learn: warm up for a quarter at most */
+    /* even a trial of a few steps should learn something: warm up for a quarter of them at most */
     trainer.args.warmup_steps = MIN(warmup, steps / 4);
     trainer.args.seed = course->seed;
-    /* however many steps there are: 50 points for the curves of the report, 8 lines to read, and
-     * measured three times on the way */
+    /* however many steps there are: about 50 points for the report's curves, 8 lines to read, and
+     * two evaluations on the way */
     trainer.args.logging_steps = MAX((size_t)1, steps / 50);
     trainer.args.say_steps = MAX((size_t)1, steps / 8);
     trainer.args.eval_steps = steps / 3 + 1;
@@ -10262,31 +10264,31 @@ static struct Trainer course_trainer(struct Course *course, struct GPT2 *model,
 
 /* Saves what was trained, and its log. */
 static void course_finish(struct Course *course, const char *name, struct Trainer *trainer) {
-    /* each model in a folder of its own that every other command takes: it can be sampled,
-     * compared and trained further */
+    /* each model in a folder of its own, in the form that every other command takes: it can be
+     * sampled, compared and trained further */
     char *folder = arena_printf(&course->arena, "%s/%s", course->output_dir, name);
     model_replace(trainer->model, folder, course->tok);
     trainer_state_save(&trainer->state, &trainer->args, folder);
     trainer_free(trainer);
 }
 
-/* The texts, those that are longer cut to `length` tokens; the ids are shared. */
+/* Copies of the texts, cut to `length` tokens where they are longer; the ids are shared. */
 static struct Example *course_cut(struct Course *course, const struct Example *texts, size_t n,
                                   size_t length) {
     struct Example *cut = arena_alloc(&course->arena, n, sizeof *cut);
     for (size_t i = 0; i < n; i++) {
-        /* the model's context is all it can read, and what is behind it would not fit */
+        /* the end is cut off: policies' answers are beginnings of texts too */
         cut[i] = texts[i];
         cut[i].n = MIN(cut[i].n, length);
     }
     return cut;
 }
 
-/* Plain sampling: without top-k, so that what is written is what the policy's probabilities say. */
+/* Plain sampling: without top-k, so that what is written follows the policy's own probabilities. */
 static struct GenerationConfig course_generation(const struct Course *course,
                                                  size_t max_new_tokens) {
-    /* the same temperature in training and in examinations, for a policy is only the one that
-     * was trained when it is sampled as it was then */
+    /* The same temperature in training and in examinations: sampled at another one, it would not be
+     * the policy that was trained. */
     struct GenerationConfig generation = generation_config();
     generation.do_sample = true;
     generation.temperature = course->temperature;
@@ -10295,16 +10297,16 @@ static struct GenerationConfig course_generation(const struct Course *course,
     return generation;
 }
 
-/* Stage 1: a language model, from random weights or from a given folder's. It is the start of both
- * policies, and the reference that holds them. */
+/* Stage 1: a language model, from random weights or from those of a given folder. It is the start
+ * of both policies, and their reference. */
 static void course_language_model(struct Course *course, double learning_rate) {
-    /* 1. Rows fill the context; as many a step as keep the number of tokens the same. */
+    /* 1. Rows fill the context; the longer they are, the fewer a step has, for as many tokens. */
     size_t rows = MAX((size_t)1, COURSE_TOKENS_A_STEP / course->language_model->config.n_positions);
     struct Trainer trainer = course_trainer(course, course->language_model, learning_rate,
                                             course->pretrain_steps, rows, 50);
 
-    /* 2. For a run this short AdamW averages the squares of gradients over 100 steps, not 1000,
-     *    or the large ones of the beginning would hold it back to the end; and weights decay, so
+    /* 2. In a run this short, AdamW averages squared gradients over 100 steps, not 1000: otherwise
+     *    the large ones of the beginning would keep its steps small to the end. Weights decay, so
      *    that fewer texts are learnt by heart. */
     trainer.args.adam_beta2 = 0.99;
     trainer.args.weight_decay = 0.1;
@@ -10316,7 +10318,7 @@ static void course_language_model(struct Course *course, double learning_rate) {
     task->whole_texts = true;
     trainer.task.name = "1/4 language model";
 
-    /* 3. Measured on the held-out texts before and after: what has it learnt? */
+    /* 3. What does it learn? The loss on held-out texts, before and after. */
     course->eval_loss_before = trainer_evaluate(&trainer);
     if (course->pretrain_steps)
         trainer_train(&trainer);
@@ -10325,22 +10327,22 @@ static void course_language_model(struct Course *course, double learning_rate) {
     arena_free(&task->rows);
 }
 
-/* course_scorer -- makes scores of rewards: score = (reward - mean) / std.
- * Bradley and Terry's loss sees differences of rewards only (chapter 3): where the zero of a reward
- * model lies is left to chance, and its unit depends on how long it was trained. Policies are
- * trained with the mean and the deviation of real texts' rewards instead: a score of 0 means "as
+/* course_scorer -- turns rewards into scores: score = (reward - mean) / std.
+ * Bradley and Terry's loss sees only differences of rewards (chapter 3): chance decides where a
+ * reward model has its zero, and its unit depends on how long it was trained. So the mean and the
+ * standard deviation of real texts' rewards become the zero and the unit: a score of 0 means "as
  * good as what people write", and one price of a nat of KL suits every reward model. The texts are
- * held-out ones, because the reward model is surer of those that it has learnt, and cut to about
- * the length of a policy's answer. */
+ * held-out ones, because the reward model is surer of those that it was trained on, and are cut to
+ * about the length of a policy's answer. */
 static void course_scorer(struct Course *course) {
     const struct GPT2 *model = course->reward_model;
-    /* 1. What does the reward model say of beginnings of real texts, which it has not learnt? */
+    /* 1. What does the reward model say of beginnings of real texts? */
     size_t n = MIN(course->held_out_n, (size_t)1000); /* plenty for a mean */
     float *reward = arena_floats(&course->arena, n);
     reward_score(model, course_cut(course, course->held_out, n, COURSE_PREFIX), n, reward);
 
-    /* 2. Their mean is the new zero, their standard deviation the new unit. A reward model that
-     *    gives all the same has no unit: nothing can be learnt from it. */
+    /* 2. The new zero and unit. If all rewards are the same, there is no unit to divide by, and
+     *    nothing that a policy could learn. */
     double mean = mean_of(reward, n);
     double deviation = sqrt(unbiased_variance(reward, n));
     CHECK(deviation > 0,
@@ -10348,15 +10350,15 @@ static void course_scorer(struct Course *course) {
           "it longer (--reward_steps)",
           mean);
 
-    /* 3. An answer shorter than COURSE_LEAST_LENGTH scores -2 at most: two deviations below what
-     *    people write, less than almost any text gets. */
+    /* 3. An answer that ends before COURSE_LEAST_LENGTH tokens scores -2 at most: two deviations
+     *    below what people write, less than almost any text gets. */
     course->scorer = (struct Scorer){model, course->tok, mean, deviation, COURSE_LEAST_LENGTH, -2};
 }
 
 /* Stage 2: the raters' taste.                            [glossary: Função de recompensa] */
 static void course_reward_model(struct Course *course) {
     /* 1. The language model with a new head: it knows what words mean, and has yet to learn which
-     *    ones please. */
+     *    of them please. */
     struct GPT2 *model = course->reward_model = gpt2_copy(course->language_model);
     reward_head_declare(model);
     /* Learning rates here and below were found by trial. A model this small takes larger steps than
@@ -10365,9 +10367,8 @@ static void course_reward_model(struct Course *course) {
     size_t limit = model->config.n_positions;
     size_t n = course->held_out_n;
 
-    /* 2. It learns from pairs of texts whose ratings are a point or more apart. Half of them are
-     *    cut to a random beginning, for a policy's answers are such: a model that had seen whole
-     *    texts only would judge them by their missing end. */
+    /* 2. It learns from pairs of texts whose ratings are a point or more apart. Half of the texts
+     *    are cut to a random beginning: see reward_cut. */
     struct RewardTask task = {
         .rated = true,
         .min_difference = 1,
@@ -10402,12 +10403,12 @@ static void course_reward_model(struct Course *course) {
     course_finish(course, "reward_model", &trainer);
 }
 
-/* Where PPO's answers come from: all prompts in an order by chance, each length, order and token
- * drawn from a stream of its own. at = n: the order is shuffled before the first step. */
+/* Where PPO's answers come from: all prompts, shuffled. Order, lengths and tokens are drawn from
+ * random streams of their own. */
 static struct RolloutSource course_rollouts(struct Course *course) {
     size_t n = course->prompt_n;
-    /* Every answer is allowed its own length, 16 to 28 tokens: were it always the same, the
-     * policy would learn to please at just that length. */
+    /* Each answer has a limit of its own, 16 to 28 tokens (rollout_start says why). at = n, the end
+     * of a pass: drawing the first prompt starts a new, shuffled one. */
     return (struct RolloutSource){
         .prompts = course->prompts,
         .n = n,
@@ -10422,20 +10423,18 @@ static struct RolloutSource course_rollouts(struct Course *course) {
     };
 }
 
-/* Stage 3: PPO.                       [glossary: Otimização de política proximal (PPO)]
- * A score is the reward in standard deviations of real beginnings (course_scorer). Answers that
- * end before 10 tokens score -2 at most: the policy would soon learn that "the best." is safe. */
+/* Stage 3: PPO.                       [glossary: Otimização de política proximal (PPO)] */
 static void course_ppo(struct Course *course) {
     course->ppo = gpt2_copy(course->language_model);
     struct PPOConfig config = ppo_config();
     config.batch_size = config.mini_batch_size = 64;
-    /* 1. One beta does not suit every seed's reward model. The controller steers it so that each
-     *    ends near 12 nats: enough to please, and still the language of the texts. */
+    /* 1. No single beta suits the reward model of every seed. The controller adapts it so that each
+     *    run ends near 12 nats: enough to please, and still the language of the texts. */
     config.init_kl_coef = 0.15;
     config.target = 12.5;
     config.horizon = 1280;
 
-    /* 2. Each step is logged, for there are few of them. Gradients are not clipped, as in TRL:
+    /* 2. Each step is logged, since there are few of them. As in TRL, gradients are not clipped:
      *    the clip of the ratio bounds what a step can do. */
     struct Trainer trainer = course_trainer(course, course->ppo, 7e-4, course->ppo_steps, 8, 5);
     trainer.args.lr_end = 0.2;
@@ -10454,7 +10453,7 @@ static void course_ppo(struct Course *course) {
     ppo_trainer_free(ppo);
 }
 
-/* Collects pairs from the language model's own answers, the scorer in the place of a person.
+/* Collects pairs from the language model's own answers, with the scorer in the place of a person.
  * [glossary: Coleta de dados] pairs: room for 2n examples; returns how many pairs. */
 static size_t course_collect(struct Course *course, size_t n, struct Example *pairs) {
     enum { ANSWERS = 4 };
@@ -10462,10 +10461,11 @@ static size_t course_collect(struct Course *course, size_t n, struct Example *pa
     for (size_t i = 0; i < course->train_n; i++)
         tokens += course->train[i].n;
     /* Where texts are sentences, answers that did not end are left out (struct PreferenceSource
-     * says why). Whole reviews never end within 40 tokens: no pair would be left. */
+     * says why). Where they are whole reviews, answers hardly ever end within 40 tokens, and no
+     * pair would be left. */
     bool only_ended = tokens / course->train_n < COURSE_POSITIONS;
-    /* The policy's own answers, sampled: pairs of texts that it would never write teach it less
-     * about what to prefer among those that it does write. */
+    /* The policy's own answers, sampled: pairs of texts that it would never write would teach it
+     * less about which to prefer of those that it does write. */
     struct GenerationConfig generation = course_generation(course, 40);
     struct Rng rng = rng_seed(course->seed, STREAM_SAMPLE);
     struct PreferenceSource source = {
@@ -10486,18 +10486,17 @@ static size_t course_collect(struct Course *course, size_t n, struct Example *pa
 /* Stage 4: DPO.                     [glossary: Otimização de preferência direta (DPO)] */
 static void course_dpo(struct Course *course) {
     enum { PAIRS_A_STEP = 16 };
-    /* PPO's start as well, so the two can be compared: the same model, the same scorer, another
-     * way */
+    /* It starts where PPO did, and with the same scorer, so that the two can be compared. */
     course->dpo = gpt2_copy(course->language_model);
-    /* 1. Prompts for half as many pairs as the steps will use, and some to spare for those that
-     *    give none: each pair serves about twice. */
+    /* 1. Prompts for half as many pairs as the steps will use, so that each pair is used about
+     *    twice, and some to spare, since not every prompt gives a pair. */
     size_t n = MIN(course->prompt_n, course->dpo_steps * PAIRS_A_STEP / 2 + PAIRS_A_STEP);
     struct Example *pairs = arena_alloc(&course->arena, 2 * n, sizeof *pairs);
     size_t count = course_collect(course, n, pairs);
 
-    /* 2. DPO's loss only asks that chosen and rejected be apart: it can lower both, and the policy
-     *    drifts into endless text. The likelihood of the chosen answers, at weight 0.2, holds
-     *    them up. */
+    /* 2. DPO's loss only wants chosen and rejected to be apart: it can lower both, and the policy
+     *    drifts into endless text. The loss type sft, with weight 0.2, keeps the chosen answers
+     *    probable. */
     struct DPOConfig config = {.beta = 0.1, .weight = {[DPO_SIGMOID] = 1, [DPO_SFT] = 0.2}};
     struct Trainer trainer =
         course_trainer(course, course->dpo, 6e-4, course->dpo_steps, PAIRS_A_STEP, 10);
@@ -10532,11 +10531,11 @@ static void course_run(struct Course *course, const struct Dataset *data,
         course->train_n, course->held_out_n, (double)gpt2_parameters(language_model) / 1e6,
         omp_get_max_threads(), kernel ? kernel->name : "plain");
 
-    /* 1. The language model first: all others start as copies of it. */
+    /* 1. The language model first: all other models start as copies of it. */
     course_language_model(course, learning_rate);
 
-    /* 2. The three other stages. Behind each a policy sits its examination: behind the reward
-     *    model's, which makes scores possible, the language model itself. That is "before". */
+    /* 2. The three other stages. After each, a policy sits its examination. After the first of
+     *    them, which makes scores possible, it is the language model itself: that is "before". */
     void (*const stage[])(struct Course *) = {course_reward_model, course_ppo, course_dpo};
     struct GPT2 **const policy[] = {&course->language_model, &course->ppo, &course->dpo};
     for (size_t k = 0; k < COUNT(stage); k++) {
@@ -10547,7 +10546,7 @@ static void course_run(struct Course *course, const struct Dataset *data,
             .prompts = course->test_prompts,
             .n = course->test_n,
             .generation = course_generation(course, COURSE_MAX_NEW),
-            .seed = course->seed + 1, /* not the numbers that training was sampled with */
+            .seed = course->seed + 1, /* not the random numbers used in training */
         };
         course->result[k] = policy_measure(*policy[k], &exam, &course->arena);
     }
@@ -10557,7 +10556,7 @@ static void course_run(struct Course *course, const struct Dataset *data,
     report_at_end(&course->arena, course->output_dir);
     course_print(course);
 
-    /* 4. The arena goes last: everything above points into it. */
+    /* 4. The arena is freed last: everything above points into it. */
     for (size_t k = 0; k < COUNT(policy); k++)
         gpt2_free(*policy[k]);
     gpt2_free(course->reward_model);
@@ -13004,14 +13003,14 @@ static void leave_out_value_head(struct GPT2 *model) {
 /* =============================================================================================
  * Chapter 25 - Progress, logs, checkpoints
  *
- * How a run talks to a person (one line on a terminal, renewed in place), to a program
- * (trainer_state.json in transformers' form), and to itself (checkpoints, from which it goes on as
+ * How a run reports to a person (one line on a terminal, redrawn in place), to other programs
+ * (trainer_state.json in transformers' form), and to itself (checkpoints, from which it resumes as
  * if it had never stopped, bit for bit).
  * ============================================================================================= */
 
-/* cut_text -- makes the text of a file or a model fit for a terminal, in place: at most `bytes`
- * bytes, whole characters, and '?' in place of control bytes, which could move the cursor or
- * change the colours.                                                       test: progress_cut */
+/* cut_text -- makes text from a file or a model safe for a terminal, in place: at most `bytes`
+ * bytes, only whole characters, and '?' for control bytes, which could move the cursor or change
+ * the colours.                                                              test: progress_cut */
 static char *cut_text(char *text, size_t bytes) {
     struct Text rest = text_of(text);
     size_t i = 0;
@@ -13021,7 +13020,7 @@ static char *cut_text(char *text, size_t bytes) {
         /* U+FFFD of one byte is no character of the text: text_take's word for a wrong byte */
         if (is_control(c) || (c == 0xfffd && length == 1))
             memset(text + i, '?', length);
-        /* half a character would show as a question mark of the terminal's own */
+        /* half a character would appear as some replacement sign of the terminal's */
         if (i + length > bytes)
             break;
         i += length;
@@ -13030,11 +13029,11 @@ static char *cut_text(char *text, size_t bytes) {
     return text;
 }
 
-/* The line of progress on a terminal. While it is `open`, the cursor stands at its end: whatever
- * else is said must first clear it, and the line is drawn again below. */
+/* The progress line on a terminal. While it is `open`, the cursor is at its end: any other output
+ * must first clear it, and the line is then redrawn below. */
 static struct Progress {
     const char *name;
-    double begin, drawn; /* seconds: the stage's first line, the last one */
+    double begin, drawn; /* seconds_now at the stage's first line, and at its latest */
     size_t step, total, first_step, first_tokens;
     bool open;
 } progress_line;
@@ -13042,14 +13041,14 @@ static struct Progress {
 static void progress_clear(void) {
     if (!progress_line.open)
         return;
-    /* A stage that is complete keeps its line, to be read later. */
+    /* The line of a complete stage stays, to be read later. */
     bool complete = progress_line.total && progress_line.step == progress_line.total;
     fputs(complete ? "\n" : "\r\033[K", stderr);
     progress_line.open = false;
 }
 
-/* One line on stderr. A file can make a message long, a path or a key of a megabyte: then its
- * middle is left out. */
+/* Prints one line on stderr. A file can make a message very long, with a key of a megabyte for
+ * example: then its middle is left out. */
 static void PRINTF_LIKE(2, 0)
     complain(const char *start, const char *format, va_list arguments, const char *end) {
     enum { SHOWN = 600 }; /* bytes kept at either end */
@@ -13058,7 +13057,7 @@ static void PRINTF_LIKE(2, 0)
     size_t n = strlen(cut_text(line, sizeof line));
     size_t head = MIN(n, (size_t)SHOWN);
     size_t tail = MAX(head, n - head);
-    /* Neither cut may fall into a character: bytes 10xxxxxx continue one. */
+    /* Neither cut may fall inside a character: in UTF-8, bytes 10xxxxxx continue one. */
     while (tail > head && (line[head] & 0xc0) == 0x80)
         head--;
     while (tail > head && (line[tail] & 0xc0) == 0x80)
@@ -13091,8 +13090,8 @@ static double seconds_now(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-/* shell_word -- a word as a POSIX shell reads it back, so that a command line which is printed can
- * be pasted: plain, or in single quotes. A quote inside cannot be escaped there: the quotes are
+/* shell_word -- a word in a form that a POSIX shell reads back, so that a printed command line can
+ * be pasted: plain, or in single quotes. A single quote cannot be escaped inside these: they are
  * closed, \' is written, and they are opened again.
  * By hand: Ana's run -> 'Ana'\''s run'.                                       test: shell_word */
 static const char *shell_word(struct Arena *arena, const char *word) {
@@ -13100,7 +13099,7 @@ static const char *shell_word(struct Arena *arena, const char *word) {
                                 "=:,./-";
     if (*word && !word[strspn(word, plain)])
         return word;
-    /* the worst case: quotes only, four bytes each */
+    /* the worst case: nothing but quotes, which take four bytes each */
     char *quoted = arena_alloc(arena, 4 * strlen(word) + 3, 1);
     char *to = quoted;
     *to++ = '\'';
@@ -13113,14 +13112,15 @@ static const char *shell_word(struct Arena *arena, const char *word) {
     return quoted;
 }
 
-/* Is stderr a terminal that can renew a line in place? Elsewhere, in a file or a pipe, progress is
- * plain lines. Either way nobody but a person depends on it: the run is the same bit for bit. */
+/* Is stderr a terminal on which a line can be redrawn in place? In a file or a pipe, progress is
+ * plain lines. Either way it is only for reading: the run is the same, bit for bit. */
 static bool progress_live(void) {
     return !quiet && isatty(STDERR_FILENO) && getenv("TERM") && strcmp(getenv("TERM"), "dumb") != 0;
 }
 
-/* Columns to use: one less than the terminal has, since some wrap a line that fills the last one.
- * Bytes are counted for columns: a character takes no more columns than it has bytes. */
+/* The number of columns to use: one less than the terminal has, since some terminals wrap a line
+ * that fills the last one. Callers compare it with bytes, which is safe: a character takes no more
+ * columns than it has bytes. */
 static size_t terminal_columns(void) {
 #ifdef TIOCGWINSZ
     struct winsize size;
@@ -13130,9 +13130,9 @@ static size_t terminal_columns(void) {
     return 79;
 }
 
-/* Says where a stage is. `due`: it is time for a log entry. Then a plain line is said; a
- * terminal's line is renewed then, at the stage's last step, and else ten times a second at most:
- * drawing must cost nothing beside a step. */
+/* Shows how far a stage has come. `due`: it is time for a log entry. A plain line is printed only
+ * then. A terminal's line is redrawn then, at the stage's last step, and otherwise at most ten
+ * times a second: next to a step, drawing must cost nothing. */
 static void progress_say(const char *name, size_t step, size_t total, size_t tokens, bool due,
                          const char *metrics) {
     struct Progress *p = &progress_line;
@@ -13143,7 +13143,7 @@ static void progress_say(const char *name, size_t step, size_t total, size_t tok
     if (!live || (!due && step < total && now - p->drawn < 0.1))
         return;
 
-    /* 1. A new stage begins a line, and its clock. A resumed one does not start at step 0. */
+    /* 1. A new stage starts a line and a clock. first_step: a resumed one does not start at 0. */
     if (p->name != name || step < p->step) {
         progress_clear();
         *p = (struct Progress){
@@ -13158,13 +13158,13 @@ static void progress_say(const char *name, size_t step, size_t total, size_t tok
     p->total = total;
     p->open = true;
 
-    /* 2. What is left, if the steps to come take as long as those of this run did. */
+    /* 2. The time left, if the remaining steps take as long as those of this run so far. */
     double gone = now - p->begin;
     double steps_done = (double)MAX(step - p->first_step, (size_t)1);
     size_t left = (size_t)(gone * (double)(total - step) / steps_done);
     double speed = gone > 0 ? (double)(tokens - p->first_tokens) / gone : 0;
 
-    /* 3. Over the old line, and whatever stands behind its new end is erased (ESC [ K). */
+    /* 3. Written over the old line; what remains of that after the new end is erased (ESC [ K). */
     char line[800];
     int tenths = total ? (int)(10 * step / total) : 0;
     snprintf(line, sizeof line, "%s [%-10.*s] %zu/%zu  %zu:%02zu left  %s  %.0f tokens/s", name,
@@ -13172,13 +13172,13 @@ static void progress_say(const char *name, size_t step, size_t total, size_t tok
     fprintf(stderr, "\r%s\033[K", cut_text(line, terminal_columns()));
 }
 
-/* Now is the time for a sample: about eight times a stage. */
+/* Is it time for a sample? About eight times per stage. */
 static bool progress_sampling(size_t step, size_t total) {
     return progress_live() && (step == 1 || step % MAX((size_t)1, total / 8) == 0);
 }
 
-/* If nothing was found before (`place` is empty) and x holds a number that is not finite: writes
- * to `place` what it is. x may be NULL: not computed. */
+/* If nothing has been found yet (`place` is empty) and x has a number that is not finite, describes
+ * it in `place`. x may be NULL: not computed. */
 static void note_bad(char place[160], const char *what, const char *name, const float *x,
                      size_t n) {
     size_t i = *place || !x ? n : first_not_finite(x, n);
@@ -13187,7 +13187,7 @@ static void note_bad(char place[160], const char *what, const char *name, const 
                  isnan(x[i]) ? "NaN" : "infinite");
 }
 
-/* The same for what block l computed forward, in the order in which it did. */
+/* The same for what block l computed in the forward pass, in the order of computation. */
 static void note_bad_block(char place[160], const struct GPT2 *model, size_t l) {
     const struct Activations *acts = &model->trace.acts;
     const struct BlockActivations *a = &acts->h[l];
@@ -13205,7 +13205,7 @@ static void note_bad_block(char place[160], const struct GPT2 *model, size_t l) 
         {"ln_2", a->ln_2, width},
         {"mlp.c_fc", a->fc, 4 * width},
         {"mlp.act", a->gelu, 4 * width},
-        /* what a block gives is what the next one gets */
+        /* a block's output is the next one's input, and is kept there */
         {"mlp.c_proj", last ? acts->x : a[1].x, width},
     };
     for (size_t k = 0; k < COUNT(outputs); k++) {
@@ -13215,10 +13215,10 @@ static void note_bad_block(char place[160], const struct GPT2 *model, size_t l) 
     }
 }
 
-/* check_finite -- ends the run when a step's loss, its gradient's norm or a logit is NaN or
- * infinite, and names where that began. One NaN spreads to everything computed from it; so the
- * numbers are looked through in the order in which they are made, and the first that is found is
- * the culprit.                                                               test: bad_numbers */
+/* check_finite -- ends the run if a step's loss, its gradient's norm or a logit is NaN or infinite,
+ * and says where that began. A NaN spreads to everything computed from it, so the tensors are
+ * searched in the order of computation, and the first that has one is the culprit.
+ *                                                                            test: bad_numbers */
 static void check_finite(const struct GPT2 *model, const char *what, double value) {
     if (isfinite(value))
         return;
@@ -13227,16 +13227,16 @@ static void check_finite(const struct GPT2 *model, const char *what, double valu
     char place[160] = "";
     char step[64] = "";
 
-    /* 1. the weights: the step before took them there */
+    /* 1. the weights, which the previous step may have spoilt */
     for (size_t i = 0; i < model->tensor_count; i++)
         note_bad(place, "weight", tensors[i]->name, tensors[i]->w, tensors[i]->n);
 
-    /* 2. the activations forward, if a forward pass has kept them */
+    /* 2. the activations, in forward order, if a forward pass has kept them */
     for (size_t l = 0; acts->N && l < model->config.n_layer; l++)
         note_bad_block(place, model, l);
     note_bad(place, "the output of", "ln_f", acts->ln_f, acts->N * model->config.n_embd);
 
-    /* 3. the gradients backward, which is from the last tensor to the first */
+    /* 3. the gradients, in backward order: from the last tensor to the first */
     for (size_t i = model->tensor_count; strstr(what, "gradient") && i-- > 0;)
         note_bad(place, "the gradient of", tensors[i]->name, tensors[i]->d, tensors[i]->n);
 
@@ -13248,9 +13248,9 @@ static void check_finite(const struct GPT2 *model, const char *what, double valu
         model->trace.task ? ", and look at this step's data" : " where the model is trained");
 }
 
-/* The same for n numbers of a model that only writes or scores. Its forward pass keeps nothing: to
- * find where a number broke, the pass is made again and kept. batch NULL: only the weights are
- * looked through. */
+/* The same for n numbers from a model that only writes or scores. Its forward pass keeps nothing,
+ * so it is repeated, this time keeping the activations, to find where a number broke. batch NULL:
+ * only the weights are searched. */
 static void check_numbers(const struct GPT2 *model, struct Arena *arena, const struct Batch *batch,
                           const char *what, const float *x, size_t n) {
     size_t i = first_not_finite(x, n);
@@ -13270,21 +13270,21 @@ static struct LogEntry *state_log(struct TrainerState *state) {
     return entry;
 }
 
-/* Names of metrics that are put together or read from a file. Logs point to them, so they are
- * kept as long as any log may be: to the program's end. */
+/* Names of metrics that are composed at run time or read from a file. Logs point to them, so they
+ * live as long as any log may: to the end of the program. */
 static struct Arena log_names;
 
 static const char *log_name(const char *prefix, struct Text name) {
     char *text =
         arena_printf(&log_names, "%s%.*s", prefix, (int)MIN(name.length, (size_t)100), name.data);
-    /* It will stand in JSON between quotes. */
+    /* It will be written to JSON between quotes, without escapes. */
     for (char *c = text; *c; c++)
         if (*c == '"' || *c == '\\' || (unsigned char)*c < ' ')
             *c = '_';
     return text;
 }
 
-/* The number of this name in an entry, which is sorted by name; a new one is 0. */
+/* The number of this name in an entry, which is kept sorted by name; a new one is added as 0. */
 static struct Metric *log_at(struct LogEntry *entry, const char *name) {
     size_t at = 0;
     while (at < entry->n && strcmp(entry->item[at].name, name) < 0)
@@ -13302,7 +13302,7 @@ static void log_value(struct LogEntry *entry, const char *name, double value) {
     log_at(entry, name)->value = value;
 }
 
-/* Returns whether an entry has a number of this name; *value: that number, else NaN. */
+/* Returns whether an entry has a number of this name; *value: that number, or NaN. */
 static bool log_find(const struct LogEntry *entry, const char *name, double *value) {
     *value = NAN;
     for (size_t i = 0; i < entry->n; i++)
@@ -13320,19 +13320,19 @@ static void log_write(FILE *file, const struct LogEntry *entry, const char *sepa
                 json_number_text(entry->item[i].value));
 }
 
-/* trainer_state.json as transformers' TrainerState writes it, its keys sorted: transformers and
- * whatever draws curves from this file finds all that it expects. */
+/* trainer_state.json as transformers' TrainerState writes it, with sorted keys: transformers, and
+ * programs that plot curves from this file, find all that they expect. */
 static void trainer_state_save(const struct TrainerState *s, const struct TrainingArguments *args,
                                const char *folder) {
     struct Output out = output_open(folder, "trainer_state.json");
     FILE *f = out.file;
-    /* 1. no best model: it is not looked for */
+    /* 1. no best model: nothing here looks for one */
     fputs("{\n  \"best_global_step\": null,\n  \"best_metric\": null", f);
     fputs(",\n  \"best_model_checkpoint\": null", f);
     fprintf(f, ",\n  \"epoch\": %s", json_number_text(s->epoch));
     fprintf(f, ",\n  \"eval_steps\": %zu", args->eval_steps);
     fprintf(f, ",\n  \"global_step\": %zu", s->global_step);
-    /* 2. one process does all; no hyper-parameters are searched for */
+    /* 2. one process does everything, and no hyper-parameters are searched */
     fputs(",\n  \"is_hyper_param_search\": false,\n  \"is_local_process_zero\": true", f);
     fputs(",\n  \"is_world_process_zero\": true", f);
     /* 3. the log itself */
@@ -13345,7 +13345,7 @@ static void trainer_state_save(const struct TrainerState *s, const struct Traini
     fprintf(f, "\n  ],\n  \"logging_steps\": %zu", args->logging_steps);
     fprintf(f, ",\n  \"max_steps\": %zu", s->max_steps);
     fprintf(f, ",\n  \"num_input_tokens_seen\": %zu", s->num_tokens);
-    /* 4. whole epochs there: the one that is not complete counts */
+    /* 4. transformers has a whole number here: an epoch begun counts as one */
     fprintf(f, ",\n  \"num_train_epochs\": %.0f", ceil(s->num_train_epochs));
     fprintf(f, ",\n  \"save_steps\": %zu", args->save_steps);
     fputs(",\n  \"stateful_callbacks\": {\"TrainerControl\": {\"args\": {}, \"attributes\": {}}}",
@@ -13356,16 +13356,16 @@ static void trainer_state_save(const struct TrainerState *s, const struct Traini
     output_close(&out);
 }
 
-/* Checkpoints. Beside the weights a run's state is numbers of 64 bits: counters, random
- * generators, running means. They are written to optimizer.safetensors as tensors of float32,
- * two for each: bit patterns, kept bit for bit and never looked at as floats. */
+/* Checkpoints. Apart from the weights, a run's state consists of 64-bit numbers: counters, random
+ * generators, running means. They are written to optimizer.safetensors as float32 tensors, two
+ * floats per number: bit patterns, copied bit for bit and never interpreted as floats. */
 static struct Tensor tensor_of_bits(const char *group, const char *name, void *at, size_t n) {
     struct Tensor t = {.shape = {2 * n}, .ndim = 1, .n = 2 * n, .w = at, .bits = true};
     snprintf(t.name, sizeof t.name, "%.16s.%.44s", group, name);
     return t;
 }
 
-/* n whole numbers of at most `most`; UINT64_MAX: any 64 bits. */
+/* Adds n whole numbers to a checkpoint, each at most `most`; UINT64_MAX: any 64 bits. */
 static struct Saved *checkpoint_add(struct Checkpoint *c, const char *name, void *at, size_t n,
                                     uint64_t most) {
     if (c->count == COUNT(c->saved))
@@ -13383,7 +13383,7 @@ static void checkpoint_add_doubles(struct Checkpoint *c, const char *name, void 
     checkpoint_add(c, name, at, n, UINT64_MAX)->first_double = 0;
 }
 
-/* One number that must be the same when the run goes on. words: what it is, for the message. */
+/* Adds a number that must be the same when the run is resumed. words: its name in the message. */
 static void checkpoint_add_fixed(struct Checkpoint *c, const char *name, void *at,
                                  const char *words) {
     struct Saved *s = checkpoint_add(c, name, at, 1, UINT64_MAX);
@@ -13391,8 +13391,8 @@ static void checkpoint_add_fixed(struct Checkpoint *c, const char *name, void *a
     memcpy(&s->fixed_value, at, sizeof s->fixed_value);
 }
 
-/* What every training saves: its seed, which must stay, and five numbers of the state's that
- * follow each other in it, the last three of them doubles. */
+/* What every training saves: its seed, which must not change, and five adjacent fields of the
+ * state, the last three of them doubles. */
 static struct Checkpoint checkpoint_new(const char *task, struct GPT2 *model,
                                         const struct Tokenizer *tok,
                                         const struct TrainingArguments *args,
@@ -13404,10 +13404,10 @@ static struct Checkpoint checkpoint_new(const char *task, struct GPT2 *model,
     return c;
 }
 
-/* Is this a checkpoint of the same run? Asked before the rest is read: with other data even the
- * tensors' sizes could differ. */
+/* Is this a checkpoint of the same run? Checked before the rest is read, because with other data
+ * even the sizes of tensors could differ. */
 static void checkpoint_check_fixed(struct Checkpoint *c, struct SafeTensors *st, const char *from) {
-    /* 1. Of the same task? Every task saves its seed under its own name: "sft.seed". */
+    /* 1. The same task? Every task saves its seed under its own name, such as "sft.seed". */
     const char *own = c->saved[0].tensor.name;
     for (struct Json *item = st->header->child; item; item = item->next) {
         const char *dot = strchr(item->key.data, '.');
@@ -13415,7 +13415,8 @@ static void checkpoint_check_fixed(struct Checkpoint *c, struct SafeTensors *st,
         CHECK(!other, "%s: is a checkpoint of %.*s; %s cannot go on from it", from,
               (int)MIN(dot - item->key.data, 16), item->key.data, c->task);
     }
-    /* 2. With the same seed, data and sizes? What is loaded over each of them is the same. */
+    /* 2. The same seed, data and sizes? tensor_load puts the saved value in place of the run's own;
+     *    unless the program ends here, the two are equal. */
     for (struct Saved *s = c->saved; s < c->saved + c->count; s++) {
         uint64_t was;
         if (!s->fixed || !tensor_load(st, &s->tensor))
@@ -13428,10 +13429,10 @@ static void checkpoint_check_fixed(struct Checkpoint *c, struct SafeTensors *st,
     }
 }
 
-/* What the message about a number says is to be done. */
+/* The end of a message about a number that is out of range. */
 #define DAMAGED "was expected; the file is damaged, take an earlier checkpoint"
 
-/* Are a saved thing's numbers in range? Those of a broken file would go on as array indices. */
+/* Are the numbers that were loaded in range? Some of them will be used as array indices. */
 static void saved_check(const struct Saved *s, const char *path) {
     for (size_t i = 0; i < s->tensor.n / 2; i++) {
         double real;
@@ -13456,7 +13457,7 @@ static void checkpoint_check_numbers(const struct Checkpoint *c, const char *pat
               m->value);
 }
 
-/* The step and the log so far. The rest of the file only repeats flags. */
+/* Reads the step and the log so far. The rest of the file only repeats flags. */
 static void trainer_state_load(struct TrainerState *state, struct Arena *arena, const char *path) {
     struct Json *json = json_read_file(arena, path);
     struct Json *epoch = json_get(json, "epoch");
@@ -13473,15 +13474,15 @@ static void trainer_state_load(struct TrainerState *state, struct Arena *arena, 
         for (struct Json *value = item->child; value; value = value->next) {
             CHECK(entry->n < MAX_METRICS, "%s: \"log_history\": an entry has more than %d numbers",
                   path, MAX_METRICS);
-            /* null stands for what JSON cannot write: NaN */
+            /* JSON has no NaN: the log has null in its place */
             log_value(entry, log_name("", value->key),
                       value->type == JSON_NUMBER ? value->number : NAN);
         }
     }
 }
 
-/* All that a checkpoint holds, as tensors: first the `train` weights that train, which are the
- * model's file, then what is in optimizer.safetensors. */
+/* All that a checkpoint contains, as tensors: first the `train` tensors of weights that train,
+ * which are in the model's file, then those in optimizer.safetensors. */
 struct Holding {
     struct Tensor **list;
     size_t train, count;
@@ -13495,7 +13496,7 @@ static struct Holding checkpoint_holding(struct Checkpoint *c, struct Arena *are
     struct Tensor *copy = arena_alloc(arena, most, sizeof *copy);
     struct Holding held = {arena_alloc(arena, most, sizeof *held.list), 0, 0};
 
-    /* 1. The weights that train (those with a gradient), then AdamW's two moments of each. */
+    /* 1. The weights that train (those with a gradient), then AdamW's moments: every m, every v. */
     for (size_t i = 0; i < 3 * n; i++) {
         const struct Tensor *t = c->model->tensors[i % n];
         if (!t->d)
@@ -13520,10 +13521,11 @@ static struct Holding checkpoint_holding(struct Checkpoint *c, struct Arena *are
     return held;
 }
 
-/* How old a checkpoint is, by what it says itself: the number of its run in the folder, and its
- * step. Every run that begins there, anew or from a checkpoint, counts the number up; so a run
- * that starts over is newer than one that came further. The time of the files says nothing: they
- * may have been copied or restored. Checkpoints of older versions have no number: 0.
+/* How old a checkpoint is, by its own account: the number of its run in the folder, and its step.
+ * Every run that begins there, anew or from a checkpoint, gets the next number, so the checkpoints
+ * of a run that starts over are newer than those of an earlier run that got further. The files'
+ * times do not count: files may have been copied or restored. Checkpoints of older versions have no
+ * number: 0.
  *                                                                          test: checkpoint_age */
 struct CheckpointAge {
     size_t run, step;
@@ -13533,8 +13535,8 @@ static bool checkpoint_older(struct CheckpointAge a, struct CheckpointAge b) {
     return a.run < b.run || (a.run == b.run && a.step < b.step);
 }
 
-/* Reads the age of the checkpoint that is the entry `name` of a folder. Returns false where the
- * entry is none. */
+/* Reads the age of the entry `name` of a folder. Returns false if that is not a checkpoint with an
+ * optimizer.safetensors. */
 static bool checkpoint_age(const char *folder, const char *name, struct CheckpointAge *age) {
     char *end;
     char path[PATH_MAX];
@@ -13547,7 +13549,7 @@ static bool checkpoint_age(const char *folder, const char *name, struct Checkpoi
     FILE *file = *end || length >= (int)sizeof path ? NULL : fopen(path, "rb");
     if (!file)
         return false;
-    /* The number stands at a fixed place: behind the header's length, first in the header. */
+    /* The number is at a fixed place: first in the header, which follows its 8-byte length. */
     bool numbered = fseeko(file, 8, SEEK_SET) == 0 && fscanf(file, header, &age->run) == 1;
     if (!numbered)
         age->run = 0;
@@ -13555,7 +13557,7 @@ static bool checkpoint_age(const char *folder, const char *name, struct Checkpoi
     return true;
 }
 
-/* Returns how many checkpoint-N a folder has; *oldest, *newest: those two, if there is one. */
+/* Returns how many checkpoints a folder has; *oldest, *newest: their ages, if there are any. */
 static size_t checkpoint_find(const char *folder, struct CheckpointAge *oldest,
                               struct CheckpointAge *newest) {
     DIR *dir = opendir(folder);
@@ -13564,7 +13566,7 @@ static size_t checkpoint_find(const char *folder, struct CheckpointAge *oldest,
         struct CheckpointAge age;
         if (!checkpoint_age(folder, entry->d_name, &age))
             continue;
-        /* the first one found is both */
+        /* the first one found is both the oldest and the newest so far */
         if (count == 0 || checkpoint_older(age, *oldest))
             *oldest = age;
         if (count == 0 || checkpoint_older(*newest, age))
@@ -13576,9 +13578,9 @@ static size_t checkpoint_find(const char *folder, struct CheckpointAge *oldest,
     return count;
 }
 
-/* Removes checkpoint-N, if it is there, and every tmp-checkpoint-*: what a run left that was
- * killed while it wrote or removed one. Renamed first: a removal that is interrupted leaves no
- * checkpoint that looks whole and lacks files. */
+/* Deletes checkpoint-N, if there is one, and every tmp-checkpoint-*, which a run leaves if it is
+ * killed while it writes or deletes one. The folder is renamed first, so that an interrupted
+ * deletion never leaves a checkpoint that looks complete and lacks files. */
 static bool checkpoint_remove(const char *folder, size_t n) {
     struct Arena arena = {0};
     const char *name = arena_printf(&arena, "%s/checkpoint-%zu", folder, n);
@@ -13594,14 +13596,14 @@ static bool checkpoint_remove(const char *folder, size_t n) {
     return gone;
 }
 
-/* From here on every error says how to go on from this checkpoint. */
+/* From here on, every error message says how to resume from this checkpoint. */
 static void checkpoint_resume_hint(const char *folder) {
     snprintf(resume_hint, sizeof resume_hint,
              "; %.4000s is whole: --resume_from_checkpoint true goes on from it", folder);
 }
 
-/* Brings the logs that grow beside a run onto the disk and notes their lengths: a run that goes on
- * cuts off what was written after the checkpoint. */
+/* Flushes the run's growing logs to disk and notes their lengths: a resumed run cuts off what was
+ * written after the checkpoint. */
 static void checkpoint_flush_logs(struct Checkpoint *c) {
     for (size_t i = 0; c->logs && i < COUNT(LOGS); i++) {
         output_flush(&c->logs[i]);
@@ -13611,8 +13613,8 @@ static void checkpoint_flush_logs(struct Checkpoint *c) {
     }
 }
 
-/* checkpoint_save -- writes checkpoint-N. At every moment a power cut leaves a whole checkpoint:
- * the new one is written beside its place, brought onto the disk, and only then renamed. */
+/* checkpoint_save -- writes checkpoint-N. A power cut at any moment leaves no checkpoint that lacks
+ * something: it is written under a temporary name, flushed to disk, and only then renamed. */
 static void checkpoint_save(struct Checkpoint *c) {
     struct Arena arena = {0};
     size_t step = c->state->global_step;
@@ -13621,8 +13623,8 @@ static void checkpoint_save(struct Checkpoint *c) {
     const char *replaced = arena_printf(&arena, "%s-old", staged);
     const char *whole = arena_printf(&arena, "%s/checkpoint-%zu", dir, step);
 
-    /* 1. The model, the optimizer's and the task's numbers, the log, under a temporary name. An
-     *    error on the way removes that folder: the disk may be full. */
+    /* 1. The model, the optimizer's and the task's numbers, and the log, under a temporary name.
+     *    staged_folder: an error on the way deletes that folder, since the disk may be full. */
     checkpoint_flush_logs(c);
     staged_folder = staged;
     model_save(c->model, staged, c->tok);
@@ -13633,8 +13635,8 @@ static void checkpoint_save(struct Checkpoint *c) {
     trainer_state_save(c->state, c->args, staged);
     folder_sync(staged);
 
-    /* 2. Into its place. An earlier run may have left one of the same step; a folder that is not
-     *    empty cannot be renamed over. */
+    /* 2. Into its place. An earlier run may have left a checkpoint of the same step, and a folder
+     *    cannot be renamed onto one that is not empty: the old one is moved out of the way. */
     rename(whole, replaced);
     CHECK(rename(staged, whole) == 0, "%s: %s", whole, strerror(errno));
     staged_folder = NULL;
@@ -13642,7 +13644,7 @@ static void checkpoint_save(struct Checkpoint *c) {
     folder_sync(dir);
     checkpoint_resume_hint(whole);
 
-    /* 3. The oldest go, down to --save_total_limit. */
+    /* 3. Delete the oldest until --save_total_limit are left. */
     struct CheckpointAge oldest;
     struct CheckpointAge newest;
     size_t limit = c->args->save_total_limit;
@@ -13659,15 +13661,15 @@ static void interrupt(int signal_number) {
     signal(signal_number, SIG_DFL);
 }
 
-/* Decides where a run starts: returns the folder to go on from, or NULL to start over. *newest:
- * the last checkpoint in output_dir. */
+/* Decides where a run starts: returns the folder to resume from, or NULL to start over. *newest:
+ * the newest checkpoint in output_dir. */
 static const char *checkpoint_choose(const struct Checkpoint *c, struct Arena *arena,
                                      struct CheckpointAge *newest) {
     struct CheckpointAge oldest;
     const char *dir = c->args->output_dir;
     const char *from = c->args->resume_from_checkpoint;
     bool any = dir && checkpoint_find(dir, &oldest, newest) > 0;
-    /* Starting over beside a checkpoint may be a slip: it is said, but done. */
+    /* Starting over in a folder with checkpoints may be a slip: the user is told, not stopped. */
     if (any && !from)
         warn("%s holds checkpoint-%zu of an earlier run; this one starts over "
              "(--resume_from_checkpoint true would go on)",
@@ -13682,7 +13684,7 @@ static const char *checkpoint_choose(const struct Checkpoint *c, struct Arena *a
     return NULL;
 }
 
-/* Reads a checkpoint's files over the run's state. */
+/* Reads a checkpoint's files into the run's state. */
 static void checkpoint_load(struct Checkpoint *c, struct Arena *arena, const char *from) {
     static const char *const files[] = {"model.safetensors", "adapter_model.safetensors",
                                         "optimizer.safetensors"};
@@ -13693,19 +13695,19 @@ static void checkpoint_load(struct Checkpoint *c, struct Arena *arena, const cha
           "takes the newest in --output_dir",
           from);
 
-    /* 1. The log, and whether it is this run's at all. */
+    /* 1. The step and the log; then whether the checkpoint is of this run at all. */
     trainer_state_load(c->state, arena, arena_printf(arena, "%s/trainer_state.json", from));
     struct SafeTensors st = safetensors_open(arena, path);
     checkpoint_check_fixed(c, &st, from);
 
-    /* 2. Which running means it holds: so much room must be there for their numbers. */
+    /* 2. The names of its running means: each needs a place into which its numbers are loaded. */
     metrics->n = 0;
     for (struct Json *item = st.header->child; item && metrics->n < MAX_METRICS; item = item->next)
         if (strncmp(item->key.data, "metric.", 7) == 0)
             log_at(metrics, log_name("", text_of(item->key.data + 7)));
     fclose(st.file);
 
-    /* 3. Each thing from whichever file has it; in the end none may be missing. */
+    /* 3. Each tensor from whichever file has it; in the end none may be missing. */
     struct Holding held = checkpoint_holding(c, arena);
     for (size_t f = 0; f < COUNT(files); f++) {
         path = arena_printf(arena, "%s/%s", from, files[f]);
@@ -13723,7 +13725,7 @@ static void checkpoint_load(struct Checkpoint *c, struct Arena *arena, const cha
     checkpoint_check_numbers(c, path);
 }
 
-/* Says where the run goes on. Where no step is left, the run's length becomes the checkpoint's. */
+/* Says where the run resumes. If no step is left, the checkpoint's step becomes its length. */
 static void checkpoint_say(struct Checkpoint *c, const char *from) {
     struct TrainerState *state = c->state;
     if (state->global_step < state->max_steps) {
@@ -13736,9 +13738,9 @@ static void checkpoint_say(struct Checkpoint *c, const char *from) {
     state->max_steps = state->global_step;
 }
 
-/* checkpoint_resume -- puts back what a checkpoint holds, if the run is to go on from one, and
- * opens the logs. Everything a step depends on is in it, so the run ends with the same bits as one
- * that was never stopped. */
+/* checkpoint_resume -- restores what a checkpoint contains, if the run is to resume from one, and
+ * opens the logs. A checkpoint has everything that a step depends on, so the run ends with the same
+ * bits as one that was never stopped. */
 static void checkpoint_resume(struct Checkpoint *c) {
     struct Arena arena = {0};
     const char *dir = c->args->output_dir;
@@ -13747,14 +13749,15 @@ static void checkpoint_resume(struct Checkpoint *c) {
              "--learning_rate",
              c->args->warmup_steps, c->state->max_steps);
 
-    /* 1. Leftovers of a killed run go. From here on Ctrl-C waits for a step's end. */
+    /* 1. Delete what a killed run left (SIZE_MAX: no checkpoint). From here on, Ctrl-C waits for
+     *    the end of a step. */
     if (dir) {
         checkpoint_remove(dir, SIZE_MAX);
         signal(SIGINT, interrupt);
         signal(SIGTERM, interrupt);
     }
 
-    /* 2. Start over, with new logs, or go on. */
+    /* 2. Start over with new logs, or resume and cut the old ones to their length at that time. */
     struct CheckpointAge newest = {0};
     const char *from = checkpoint_choose(c, &arena, &newest);
     c->run = newest.run + 1;
@@ -13768,7 +13771,8 @@ static void checkpoint_resume(struct Checkpoint *c) {
             c->logs[i] = output_open(c->log_dir, LOGS[i]);
     }
 
-    /* 3. The newest in output_dir is what `true` would find again after an error. */
+    /* 3. The hint in error messages promises that `true` resumes from this checkpoint: so it is
+     *    given only if the checkpoint was found that way. */
     if (from) {
         checkpoint_say(c, from);
         if (dir && strcmp(c->args->resume_from_checkpoint, "true") == 0)
@@ -13777,7 +13781,7 @@ static void checkpoint_resume(struct Checkpoint *c) {
     arena_free(&arena);
 }
 
-/* After each step: saves when it is time; after Ctrl-C saves and ends the program. */
+/* After each step: saves a checkpoint if one is due; after Ctrl-C, saves one and ends the run. */
 static void checkpoint_step(struct Checkpoint *c) {
     const struct TrainingArguments *args = c->args;
     bool due = args->save_steps && c->state->global_step % args->save_steps == 0;
@@ -13790,10 +13794,10 @@ static void checkpoint_step(struct Checkpoint *c) {
             c->state->max_steps);
 }
 
-/* Those of an entry's numbers that a person follows, as progress. `plain`: a log entry is due. */
+/* Shows the numbers of an entry that a person follows, as progress. `plain`: a log entry is due. */
 static void state_say(const struct TrainerState *state, const char *name,
                       const struct LogEntry *entry, bool plain) {
-    /* The most important first: what has no room on the line is left out. */
+    /* The most important come first: what does not fit on the line is left out. */
     static const char *const shown[] = {
         "env/reward_mean",
         "objective/kl",
@@ -13825,8 +13829,8 @@ static void state_say(const struct TrainerState *state, const char *name,
     progress_say(name, state->global_step, state->max_steps, state->num_tokens, plain, text);
 }
 
-/* A step's line in stats_all.jsonl: numbers, then vectors. One with `start` is a list of lists, a
- * row for each answer; row b is x[start[b] .. start[b + 1]). */
+/* A step's line in stats_all.jsonl: numbers, then vectors. A vector with `start` is written as a
+ * list of lists, one per answer; that of answer b is x[start[b] .. start[b + 1]). */
 static void stats_write_line(FILE *file, const struct PPOTrainer *ppo) {
     fputc('{', file);
     log_write(file, &ppo->stats, ", ");
