@@ -319,6 +319,7 @@ static void run_command(const void *argument) {
         options_close(&o);
         return;
     }
+    check_needed(&o, command);
     command->run(&o);
     options_close(&o);
 }
@@ -7227,9 +7228,8 @@ static void test_cli_errors(void) {
     gpt2_free(policy);
     write_text("long.jsonl", "{\"prompt\": \"a b c d e f g h i j k l m n o p q r s t u v w x y "
                              "z\"}\n");
-    static const char *const cases[][9] = {
+    static const char *const cases[][16] = {
         {"2", "generate has no flag --promt; the nearest is --prompt", "generate", "--promt", "x"},
-        {"2", "no command \"bench\"; `make bench` measures", "bench"},
         {"2", "dpo has no flag --betta; the nearest is --beta", "dpo", "--betta=1"},
         {"2", "\"x\" is no flag", "score", "x"},
         {"2", "--max_new_tokens -3: a whole number", "generate", "--max_new_tokens", "-3"},
@@ -7240,15 +7240,19 @@ static void test_cli_errors(void) {
         {"2", "--lr_scheduler_type \"step\" is unknown", "sft", "--lr_scheduler_type", "step"},
         {"2", "--optim \"adam\" is unknown", "sft", "--optim", "adam"},
         {"2", "--kl_penalty \"js\" is unknown", "ppo", "--kl_penalty", "js", "--output_dir", "x"},
-        {"2", "--loss_type \"orpo\" is unknown", "dpo", "--loss_type", "sigmoid orpo"},
+        {"2", "--loss_type \"orpo\" is unknown", "dpo", "--loss_type", "sigmoid orpo",
+         "--model_name_or_path", "x", "--dataset_name", "x", "--output_dir", "x"},
         {"2", "for each of --loss_type's names", "dpo", "--loss_type", "sigmoid sft",
-         "--loss_weights", "1"},
+         "--loss_weights", "1", "--model_name_or_path", "x", "--dataset_name", "x", "--output_dir",
+         "x"},
         {"2", "for each of --loss_type's names", "dpo", "--loss_type", "sigmoid", "--loss_weights",
-         "1 2"},
-        {"2", "for each of --loss_type's names", "dpo", "--loss_weights", "nan"},
+         "1 2", "--model_name_or_path", "x", "--dataset_name", "x", "--output_dir", "x"},
+        {"2", "for each of --loss_type's names", "dpo", "--loss_weights", "nan",
+         "--model_name_or_path", "x", "--dataset_name", "x", "--output_dir", "x"},
         {"2", "--beta 0: a number above 0 was expected", "dpo", "--beta", "0"},
         {"2", "--beta -1: a number, 0 or more, was expected", "reinforce", "--beta", "-1"},
-        {"1", "--label_smoothing 0.5", "dpo", "--label_smoothing", "0.5"},
+        {"1", "--label_smoothing 0.5", "dpo", "--label_smoothing", "0.5", "--model_name_or_path",
+         "x", "--dataset_name", "x", "--output_dir", "x"},
         {"2", "--temperature 0: a number, 1e-6 or more, was expected", "generate", "--temperature",
          "0"},
         {"2", "--temperature 1e-30: a number, 1e-6 or more,", "ppo", "--temperature", "1e-30"},
@@ -7273,11 +7277,15 @@ static void test_cli_errors(void) {
          "--tokenizer", "@T"},
         {"1", "40 tokens, the model's context is 24", "generate", "--model_name_or_path", "@M",
          "--dataset_name", "@long.jsonl", "--tokenizer", "@T"},
+        {"1", "--max_length 1024 is longer than the model's context of 24", "pretrain",
+         "--max_length", "1024", "--model_name_or_path", "@M", "--dataset_name", "@long.jsonl",
+         "--output_dir", "@x", "--tokenizer", "@T"},
         {"1", "no tokenizer here", "generate", "--tokenizer", "no tokenizer here",
          "--model_name_or_path", "@M", "--prompt", "x"},
         {"2", "--decode reads ids, --jsonl texts", "tokenize", "--jsonl", "--decode"},
         {"2", "--loss_type \"\" is empty", "dpo", "--loss_type", ""},
-        {"2", "no loss counts", "dpo", "--loss_type", "sigmoid", "--loss_weights", "0"},
+        {"2", "no loss counts", "dpo", "--loss_type", "sigmoid", "--loss_weights", "0",
+         "--model_name_or_path", "x", "--dataset_name", "x", "--output_dir", "x"},
         {"2", "--loss_type \" ,\" is empty", "dpo", "--loss_type= ,"},
         {"2", "--loss_type \"\" is empty", "reward", "--loss_type", ""},
         {"2", "--output_dir \"\" is empty", "sft", "--output_dir="},
@@ -7295,7 +7303,8 @@ static void test_cli_errors(void) {
         {"2", "--dataset_name is needed", "eval", "--model_name_or_path", "nowhere"},
         {"1", "must be a multiple of --mini_batch_size 4294967296 times", "ppo",
          "--batch_size=4294967296", "--mini_batch_size=4294967296",
-         "--gradient_accumulation_steps=4294967296"},
+         "--gradient_accumulation_steps=4294967296", "--model_name_or_path", "x", "--dataset_name",
+         "x", "--output_dir", "x", "--reward_model_path", "x"},
         {"2", "was expected; 1.2e-38 to 3.4e+38 can be used", "next", "--repetition_penalty",
          "1e39"},
         {"2", "-3.4e+38 to 3.4e+38 can be used", "generate", "--length_penalty", "-1e308"},
@@ -7317,8 +7326,8 @@ static void test_cli_errors(void) {
         {"2", "the nearest is --init_kl_coef", "ppo", "--kl_coef", "1"},
         {"2", "the nearest is --max_steps", "ppo", "--steps", "1"}};
     for (size_t i = 0; i < COUNT(cases); i++) {
-        const char *arguments[12] = {"align"};
-        for (size_t k = 2, n = 1; k < 9 && cases[i][k]; k++, n++) {
+        const char *arguments[16] = {"align"};
+        for (size_t k = 2, n = 1; k < COUNT(cases[i]) && cases[i][k]; k++, n++) {
             const char *word = cases[i][k];
             arguments[n] = strcmp(word, "@M") == 0   ? model
                            : strcmp(word, "@T") == 0 ? rest
