@@ -16165,11 +16165,28 @@ static void command_merge(struct Options *o) {
     model_replace(o->model, o->train.output_dir, o->tok);
 }
 
-/* A term of docs/glossary.md: a heading, then a line for each label. */
-static const char *const TERM_LABELS[] = {"### ",           "- Aliases: ",
-                                          "- English: ",    "- Portugu\xc3\xaas: ",
-                                          "- In align.c: ", "- Test: ",
-                                          "- Try: ",        "- See also: "};
+/* edit_distance -- how few insertions, deletions and exchanges of a letter turn a into b (of which
+ * 63 bytes count): to guess what a mistyped word meant. Row i holds the distances of a's first i
+ * letters from each beginning of b; a row follows from the one above it.
+ * By hand: "pretrian", "pretrain": two exchanges, 2. */
+static size_t edit_distance(const char *a, const char *b) {
+    size_t n = MIN(strlen(b), (size_t)63);
+    size_t row[64];
+    /* from nothing to j letters: j insertions */
+    for (size_t j = 0; j <= n; j++)
+        row[j] = j;
+    for (size_t i = 0; a[i]; i++) {
+        size_t diagonal = row[0];
+        row[0] = i + 1;
+        for (size_t j = 0; j < n; j++) {
+            /* exchange (or keep) a letter, or the better of a deletion and an insertion */
+            size_t change = diagonal + (a[i] != b[j]);
+            diagonal = row[j + 1];
+            row[j + 1] = MIN(change, MIN(row[j], row[j + 1]) + 1);
+        }
+    }
+    return row[n];
+}
 
 /* Text as it is compared: small letters without accents, one space for all else and at both
  * ends; the names of a term, which semicolons or a dot divide, keep a semicolon.  By hand:
@@ -16197,47 +16214,32 @@ static const char *fold(struct Arena *arena, const char *text) {
     return folded;
 }
 
-/* edit_distance -- how few insertions, deletions and exchanges of a letter turn a into b (of which
- * 63 bytes count): to guess what a mistyped word meant. Row i holds the distances of a's first i
- * letters from each beginning of b; a row follows from the one above it.
- * By hand: "pretrian", "pretrain": two exchanges, 2. */
-static size_t edit_distance(const char *a, const char *b) {
-    size_t n = MIN(strlen(b), (size_t)63);
-    size_t row[64];
-    /* from nothing to j letters: j insertions */
-    for (size_t j = 0; j <= n; j++)
-        row[j] = j;
-    for (size_t i = 0; a[i]; i++) {
-        size_t diagonal = row[0];
-        row[0] = i + 1;
-        for (size_t j = 0; j < n; j++) {
-            /* exchange (or keep) a letter, or the better of a deletion and an insertion */
-            size_t change = diagonal + (a[i] != b[j]);
-            diagonal = row[j + 1];
-            row[j + 1] = MIN(change, MIN(row[j], row[j + 1]) + 1);
-        }
+/* The length of a term of docs/glossary.md, eight lines that begin after "### ". Ends the program if
+ * it is none. */
+static size_t term_length(const char *term, const char *path) {
+    size_t lines = 0;
+    const char *end = term;
+    for (; *end && *end != '\n'; lines++) {
+        end += strcspn(end, "\n");
+        end += *end == '\n';
     }
-    return row[n];
+    const char *first = term + strcspn(term, "\n");
+    const char *dot = strstr(term, " \xc2\xb7 ");
+    CHECK(lines == 8 && dot && dot < first && strncmp(first, "\n- Aliases: ", 12) == 0,
+          "%s: \"%.*s\" is no term: a heading \"### Portuguese \xc2\xb7 English\" and seven lines "
+          "were "
+          "expected; the file's head says how they begin",
+          path, (int)MIN(first - term, 100), term);
+    return (size_t)(end - term);
 }
 
-/* Ends the program unless a term with all its lines begins at line[i]. */
-static void term_check(char **line, size_t lines, size_t i, const char *path) {
-    for (size_t k = 0; k < COUNT(TERM_LABELS); k++) {
-        bool good = i + k < lines
-                    && strncmp(line[i + k], TERM_LABELS[k], strlen(TERM_LABELS[k])) == 0
-                    && (k > 0 || strstr(line[i], " \xc2\xb7 "));
-        CHECK(good,
-              "%s: a line \"%s\" was expected under \"%s\"; the file's head says how a term is "
-              "written",
-              path, k ? TERM_LABELS[k] : "### Portuguese \xc2\xb7 English", line[i]);
-    }
-}
-
-/* How far a folded query is from a term, of which line[0] is the heading: 0 it is a name of the
- * term; 1 words of one; else 2 + the fewest edits that make it the words somewhere in one. */
-static size_t term_rank(struct Arena *arena, char **line, const char *query) {
-    const char *names =
-        fold(arena, arena_printf(arena, ";%s;%s;", line[0] + 4, line[1] + strlen(TERM_LABELS[1])));
+/* How far a folded query is from a term: 0 it is a name of the term; 1 words of one; else 2 + the
+ * fewest edits that make it the words somewhere in one. */
+static size_t term_rank(struct Arena *arena, const char *term, const char *query) {
+    int heading = (int)strcspn(term, "\n");
+    const char *aliases = term + heading + strlen("\n- Aliases: ");
+    const char *names = fold(arena, arena_printf(arena, ";%.*s;%.*s;", heading, term,
+                                                 (int)strcspn(aliases, "\n"), aliases));
     if (strstr(names, query))
         return strstr(names, arena_printf(arena, ";%s;", query)) ? 0 : 1;
     size_t rank = SIZE_MAX;
@@ -16253,39 +16255,33 @@ static size_t term_rank(struct Arena *arena, char **line, const char *query) {
 static void command_glossary(struct Options *o) {
     const char *path =
         shipped_file(&o->arena, "docs/glossary.md", "run align in the folder it came in");
+    const char *text = read_file(&o->arena, path).data;
     const char *query = fold(&o->arena, o->file ? o->file : "");
-    struct Text file = read_file(&o->arena, path);
-    char **line = arena_alloc(&o->arena, file.length + 2, sizeof *line);
-    size_t *rank = arena_alloc(&o->arena, file.length + 2, sizeof *rank);
-    size_t lines = 0;
+    bool all = !query[1]; /* folded, nothing is one space */
     size_t best = SIZE_MAX;
     size_t hits = 0;
-    for (char *at = strtok((char *)file.data, "\n"); at; at = strtok(NULL, "\n"))
-        line[lines++] = at;
 
-    /* 1. How well each term fits, and how many fit best. Lines that are no heading never do. */
-    for (size_t i = 0; i < lines; i++) {
-        rank[i] = SIZE_MAX;
-        if (strncmp(line[i], "### ", 4) != 0)
-            continue;
-        term_check(line, lines, i, path);
-        rank[i] = term_rank(&o->arena, line + i, query);
-        hits = rank[i] < best ? 1 : hits + (rank[i] == best);
-        best = MIN(best, rank[i]);
+    /* 1. How well the terms fit, and how many fit best. */
+    for (const char *term = text; (term = strstr(term, "\n### ")); term++) {
+        term_length(term + 5, path);
+        size_t rank = term_rank(&o->arena, term + 5, query);
+        hits = rank < best ? 1 : hits + (rank == best);
+        best = MIN(best, rank);
     }
     CHECK(hits > 0, "%s: the file has no term", path);
-
-    /* 2. One hit is printed whole; of several, and without TERM, the names under their headings.
-     *    A folded query that is empty is one space. */
-    if (query[1] && (hits > 1 || best > 1))
+    if (!all && (hits > 1 || best > 1))
         puts(best > 1 ? "no term has this name; the nearest:" : "several terms fit:");
-    for (size_t i = 0; i < lines; i++) {
-        if (!query[1] && strncmp(line[i], "## ", 3) == 0)
-            puts(line[i] + 3);
-        if (rank[i] == best)
-            printf("%s%s\n", hits > 1 ? "  " : "", line[i] + 4);
-        for (size_t k = 1; k < COUNT(TERM_LABELS) && rank[i] == best && hits == 1; k++)
-            puts(line[i + k]);
+
+    /* 2. One hit is printed whole; of several, and without TERM, the names under their headings. */
+    for (const char *line = text; *line; line += strcspn(line, "\n"), line += *line == '\n') {
+        if (all && strncmp(line, "## ", 3) == 0)
+            printf("%.*s\n", (int)strcspn(line, "\n") - 3, line + 3);
+        if (strncmp(line, "### ", 4) != 0 || term_rank(&o->arena, line + 4, query) != best)
+            continue;
+        if (hits > 1)
+            printf("  %.*s\n", (int)strcspn(line, "\n") - 4, line + 4);
+        else
+            fwrite(line + 4, 1, term_length(line + 4, path), stdout);
     }
 }
 
