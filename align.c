@@ -14667,40 +14667,20 @@ struct Options {
     struct Dataset *data, *eval;
 };
 
-/* Groups of flags; a command takes some of them. */
-enum Group {
-    G_MODEL = 1 << 0,
-    G_PEFT = 1 << 1,
-    G_LORA = 1 << 2,
-    G_REF = 1 << 3,
-    G_DATA = 1 << 4,
-    G_OUT = 1 << 5,
-    G_SEED = 1 << 6,
-    G_TRAIN = 1 << 7, /* of every training */
-    G_RUN = 1 << 8, /* of one that reads its data batch by batch */
-    G_NEW = 1 << 9,
-    G_REWARD = 1 << 10,
-    G_DPO = 1 << 11,
-    G_PPO = 1 << 12,
-    G_RLOO = 1 << 13,
-    G_ROLL = 1 << 14,
-    G_COLLECT = 1 << 15,
-    G_EVAL = 1 << 16,
-    G_SAMPLE = 1 << 17,
-    G_NEXT = 1 << 18,
-    G_PROMPT = 1 << 19,
-    G_LENGTH = 1 << 20,
-    G_TOKENIZE = 1 << 21,
-    G_RLHF = 1 << 22,
-    G_EXACT = 1 << 23,
-    G_JSON = 1 << 24,
-    G_WORDS = 1 << 25, /* words that are no flags: a file, a term */
-    G_ALL = (1 << 26) - 1,
-    G_FILES = G_OUT | G_SEED | G_DATA,
-    G_TRAINING = G_FILES | G_TRAIN,
-    G_TOOL = G_MODEL | G_PEFT | G_DATA,
-    G_TUNING = G_TOOL | G_LORA | G_TRAINING
-};
+/* Lists of commands, for the flags that several of them have. */
+#define BATCH_TRAINING "pretrain, sft, reward, dpo"
+#define TUNING "sft, reward, ppo, reinforce, dpo"
+#define TRAINING "pretrain, " TUNING
+#define TOOLS "generate, logprob, score, collect, eval"
+#define SAMPLING "ppo, reinforce, collect, eval"
+#define WITH_ADAPTER TUNING ", " TOOLS ", next, merge"
+#define WITH_MODEL "rlhf, pretrain, " WITH_ADAPTER
+#define WITH_DATA "rlhf, " TRAINING ", " TOOLS
+#define WITH_OUTPUT "rlhf, collect, merge, " TRAINING
+#define WITH_SEED "rlhf, exact, generate, collect, eval, " TRAINING
+#define WITH_REFERENCE "ppo, reinforce, dpo, logprob, eval"
+#define WITH_WORDS "tokenize, report, glossary" /* that are no flags: a file, a term */
+#define ALL_COMMANDS WITH_MODEL ", exact, " WITH_WORDS
 
 /* What a flag's value is stored as; of early_stopping: enum EarlyStopping. */
 enum Type { TYPE_STRING, TYPE_BOOL, TYPE_STOPPING, TYPE_SEED, TYPE_SIZE, TYPE_DOUBLE };
@@ -14737,185 +14717,187 @@ struct Flag {
     const char *name;
     const struct Kind *kind;
     size_t offset; /* of its value in struct Options */
-    int groups;
+    const char *commands; /* that have it */
     const char *help;
 };
 #define AT(member) offsetof(struct Options, member)
 
 /* A row that only --help reads: no command has it. */
-#define HEADING(title) {"", &KIND_TEXT, 0, 0, title}
+#define HEADING(title) {"", &KIND_TEXT, 0, "", title}
 
 static const struct Flag FLAGS[] = {
     HEADING("Models"),
-    {"model_name_or_path", &KIND_STRING, AT(model_name_or_path), G_MODEL,
+    {"model_name_or_path", &KIND_STRING, AT(model_name_or_path), WITH_MODEL,
      "folder of a model (config.json, model.safetensors)"},
-    {"peft_adapter", &KIND_STRING, AT(peft_adapter), G_PEFT,
+    {"peft_adapter", &KIND_STRING, AT(peft_adapter), WITH_ADAPTER,
      "folder of a LoRA adapter (adapter_config.json, adapter_model.safetensors): added to the "
      "model; training goes on with it"},
-    {"ref_model", &KIND_STRING, AT(ref_model), G_REF,
+    {"ref_model", &KIND_STRING, AT(ref_model), WITH_REFERENCE,
      "folder of the reference model; default: the start model"},
-    {"reward_model_path", &KIND_STRING, AT(reward_model_path), G_ROLL, "folder of a reward model"},
+    {"reward_model_path", &KIND_STRING, AT(reward_model_path), SAMPLING,
+     "folder of a reward model"},
     HEADING("A new LoRA adapter"),
-    {"use_peft", &KIND_BOOL, AT(use_peft), G_LORA,
+    {"use_peft", &KIND_BOOL, AT(use_peft), TUNING,
      "train a new LoRA adapter instead of the model's weights"},
-    {"lora_r", &KIND_COUNT, AT(lora.r), G_LORA, "its rank"},
-    {"lora_alpha", &KIND_POSITIVE, AT(lora.lora_alpha), G_LORA, "its scale is lora_alpha / lora_r"},
-    {"use_rslora", &KIND_BOOL, AT(lora.use_rslora), G_LORA,
+    {"lora_r", &KIND_COUNT, AT(lora.r), TUNING, "its rank"},
+    {"lora_alpha", &KIND_POSITIVE, AT(lora.lora_alpha), TUNING, "its scale is lora_alpha / lora_r"},
+    {"use_rslora", &KIND_BOOL, AT(lora.use_rslora), TUNING,
      "its scale is lora_alpha / sqrt(lora_r)"},
-    {"lora_dropout", &KIND_WEIGHT, AT(lora.lora_dropout), G_LORA, "only 0 is implemented"},
-    {"lora_target_modules", &KIND_LIST, AT(lora.target_modules), G_LORA,
+    {"lora_dropout", &KIND_WEIGHT, AT(lora.lora_dropout), TUNING, "only 0 is implemented"},
+    {"lora_target_modules", &KIND_LIST, AT(lora.target_modules), TUNING,
      "layers that get it: c_attn (default), c_proj, c_fc; attn.c_proj, mlp.c_proj; all-linear"},
     HEADING("Data and output"),
-    {"dataset_name", &KIND_STRING, AT(dataset_name), G_DATA,
+    {"dataset_name", &KIND_STRING, AT(dataset_name), WITH_DATA,
      "a .jsonl file, or a folder: its train split"},
-    {"eval_dataset", &KIND_STRING, AT(eval_dataset), G_RUN,
+    {"eval_dataset", &KIND_STRING, AT(eval_dataset), BATCH_TRAINING,
      "held-out data, same shapes; of a folder its validation split, else its test split"},
-    {"output_dir", &KIND_STRING, AT(train.output_dir), G_OUT, "folder for what is made"},
-    {"tokenizer", &KIND_STRING, AT(tokenizer), G_ALL,
+    {"output_dir", &KIND_STRING, AT(train.output_dir), WITH_OUTPUT, "folder for what is made"},
+    {"tokenizer", &KIND_STRING, AT(tokenizer), ALL_COMMANDS,
      "tokenizer.bin; default: beside the program, then the current folder"},
-    {"seed", &KIND_SEED, AT(train.seed), G_SEED, "of all random numbers"},
-    {"quiet", &KIND_BOOL, AT(quiet), G_ALL, "no progress on stderr"},
-    {"help", &KIND_BOOL, AT(help), G_ALL, "this page; also -h"},
+    {"seed", &KIND_SEED, AT(train.seed), WITH_SEED, "of all random numbers"},
+    {"quiet", &KIND_BOOL, AT(quiet), ALL_COMMANDS, "no progress on stderr"},
+    {"help", &KIND_BOOL, AT(help), ALL_COMMANDS, "this page; also -h"},
     HEADING("Training"),
-    {"learning_rate", &KIND_WEIGHT, AT(train.learning_rate), G_TRAIN, "at its highest"},
-    {"lr_scheduler_type", &KIND_NAME, AT(train.lr_scheduler_type), G_TRAIN,
+    {"learning_rate", &KIND_WEIGHT, AT(train.learning_rate), TRAINING, "at its highest"},
+    {"lr_scheduler_type", &KIND_NAME, AT(train.lr_scheduler_type), TRAINING,
      "linear, cosine, constant, constant_with_warmup"},
-    {"warmup_steps", &KIND_WARMUP, AT(train.warmup_steps), G_TRAIN,
+    {"warmup_steps", &KIND_WARMUP, AT(train.warmup_steps), TRAINING,
      "steps over which the learning rate rises from 0; below 1: a share of all steps"},
-    {"warmup_ratio", &KIND_SHARE, AT(train.warmup_ratio), G_TRAIN,
+    {"warmup_ratio", &KIND_SHARE, AT(train.warmup_ratio), TRAINING,
      "the same as a share of all steps"},
-    {"optim", &KIND_NAME, AT(train.optim), G_TRAIN, "adamw, adamw_torch, adamw_torch_fused, sgd"},
-    {"adam_beta1", &KIND_DECAY, AT(train.adam_beta1), G_TRAIN,
+    {"optim", &KIND_NAME, AT(train.optim), TRAINING, "adamw, adamw_torch, adamw_torch_fused, sgd"},
+    {"adam_beta1", &KIND_DECAY, AT(train.adam_beta1), TRAINING,
      "decay of the gradient's running mean"},
-    {"adam_beta2", &KIND_DECAY, AT(train.adam_beta2), G_TRAIN,
+    {"adam_beta2", &KIND_DECAY, AT(train.adam_beta2), TRAINING,
      "decay of the squared gradient's running mean"},
-    {"adam_epsilon", &KIND_POSITIVE, AT(train.adam_epsilon), G_TRAIN, "added to its square root"},
-    {"weight_decay", &KIND_WEIGHT, AT(train.weight_decay), G_TRAIN,
+    {"adam_epsilon", &KIND_POSITIVE, AT(train.adam_epsilon), TRAINING, "added to its square root"},
+    {"weight_decay", &KIND_WEIGHT, AT(train.weight_decay), TRAINING,
      "on matrices; never on biases and layer norms"},
-    {"max_grad_norm", &KIND_WEIGHT, AT(train.max_grad_norm), G_TRAIN,
+    {"max_grad_norm", &KIND_WEIGHT, AT(train.max_grad_norm), TRAINING,
      "longer gradients are shortened to this; 0: no limit"},
-    {"max_steps", &KIND_STEPS, AT(train.max_steps), G_TRAIN,
+    {"max_steps", &KIND_STEPS, AT(train.max_steps), TRAINING,
      "optimizer (ppo: PPO) steps; overrides the epochs; 0 or -1: not set"},
-    {"logging_steps", &KIND_COUNT, AT(train.logging_steps), G_TRAIN, "steps between log entries"},
-    {"save_steps", &KIND_SIZE, AT(train.save_steps), G_TRAIN,
+    {"logging_steps", &KIND_COUNT, AT(train.logging_steps), TRAINING, "steps between log entries"},
+    {"save_steps", &KIND_SIZE, AT(train.save_steps), TRAINING,
      "steps between checkpoints, folders checkpoint-N in --output_dir; 0: none"},
-    {"save_total_limit", &KIND_SIZE, AT(train.save_total_limit), G_TRAIN,
+    {"save_total_limit", &KIND_SIZE, AT(train.save_total_limit), TRAINING,
      "how many to keep; 0: all"},
-    {"resume_from_checkpoint", &KIND_STRING, AT(train.resume_from_checkpoint), G_TRAIN,
+    {"resume_from_checkpoint", &KIND_STRING, AT(train.resume_from_checkpoint), TRAINING,
      "go on from a folder checkpoint-N; true: from the newest in --output_dir"},
-    {"num_train_epochs", &KIND_EPOCHS, AT(train.num_train_epochs), G_RUN, "passes over the data"},
-    {"per_device_train_batch_size", &KIND_BATCH, AT(train.per_device_train_batch_size), G_RUN,
-     "rows (dpo, reward: pairs or rated texts) of a micro-batch"},
+    {"num_train_epochs", &KIND_EPOCHS, AT(train.num_train_epochs), BATCH_TRAINING,
+     "passes over the data"},
+    {"per_device_train_batch_size", &KIND_BATCH, AT(train.per_device_train_batch_size),
+     BATCH_TRAINING, "rows (dpo, reward: pairs or rated texts) of a micro-batch"},
     {"per_device_eval_batch_size", &KIND_BATCH, AT(train.per_device_eval_batch_size),
-     G_RUN | G_EVAL, "rows of a batch in evaluation; no figure depends on it"},
-    {"gradient_accumulation_steps", &KIND_COUNT, AT(train.gradient_accumulation_steps), G_TRAIN,
+     BATCH_TRAINING ", eval", "rows of a batch in evaluation; no figure depends on it"},
+    {"gradient_accumulation_steps", &KIND_COUNT, AT(train.gradient_accumulation_steps), TRAINING,
      "micro-batches of an optimizer step"},
-    {"eval_steps", &KIND_SIZE, AT(train.eval_steps), G_RUN,
+    {"eval_steps", &KIND_SIZE, AT(train.eval_steps), BATCH_TRAINING,
      "steps between evaluations; default: at the end"},
-    {"max_length", &KIND_COUNT, AT(train.max_length), G_RUN | G_LENGTH,
+    {"max_length", &KIND_COUNT, AT(train.max_length), BATCH_TRAINING ", logprob, score, eval",
      "longest sequence in tokens"},
-    {"train_sampling_strategy", &KIND_NAME, AT(train.train_sampling_strategy), G_RUN,
+    {"train_sampling_strategy", &KIND_NAME, AT(train.train_sampling_strategy), BATCH_TRAINING,
      "random, sequential"},
     HEADING("A new model"),
-    {"n_layer", &KIND_COUNT, AT(config.n_layer), G_NEW | G_EXACT, "blocks of a new model"},
-    {"n_head", &KIND_COUNT, AT(config.n_head), G_NEW | G_EXACT, "attention heads"},
-    {"n_embd", &KIND_COUNT, AT(config.n_embd), G_NEW | G_EXACT, "width"},
-    {"n_positions", &KIND_COUNT, AT(config.n_positions), G_NEW, "longest context"},
-    {"vocab_size", &KIND_SIZE, AT(config.vocab_size), G_NEW | G_EXACT | G_TOKENIZE,
+    {"n_layer", &KIND_COUNT, AT(config.n_layer), "pretrain, exact", "blocks of a new model"},
+    {"n_head", &KIND_COUNT, AT(config.n_head), "pretrain, exact", "attention heads"},
+    {"n_embd", &KIND_COUNT, AT(config.n_embd), "pretrain, exact", "width"},
+    {"n_positions", &KIND_COUNT, AT(config.n_positions), "pretrain", "longest context"},
+    {"vocab_size", &KIND_SIZE, AT(config.vocab_size), "pretrain, exact, tokenize",
      "ids, the end token included (exact: 2 to 16, without one)"},
     HEADING("Objective"),
-    {"center_rewards_coefficient", &KIND_WEIGHT, AT(center_rewards_coefficient), G_REWARD,
+    {"center_rewards_coefficient", &KIND_WEIGHT, AT(center_rewards_coefficient), "reward",
      "weight of (r_chosen + r_rejected)^2"},
-    {"beta", &KIND_POSITIVE, AT(dpo.beta), G_DPO,
+    {"beta", &KIND_POSITIVE, AT(dpo.beta), "dpo",
      "how strongly DPO holds to the reference; at 0 the pairs would not count"},
-    {"beta", &KIND_WEIGHT, AT(ppo.init_kl_coef), G_RLOO | G_EXACT,
+    {"beta", &KIND_WEIGHT, AT(ppo.init_kl_coef), "reinforce, exact",
      "price of a nat of KL(policy || reference)"},
-    {"baseline", &KIND_STRING, AT(baseline), G_RLOO,
+    {"baseline", &KIND_STRING, AT(baseline), "reinforce",
      "subtracted from the reward: none, mean (of earlier steps), rloo (leave one out)"},
-    {"num_generations", &KIND_COUNT, AT(ppo.num_generations), G_RLOO | G_COLLECT,
+    {"num_generations", &KIND_COUNT, AT(ppo.num_generations), "reinforce, collect",
      "answers to each prompt"},
-    {"max_samples", &KIND_SIZE, AT(max_samples), G_COLLECT | G_EVAL,
+    {"max_samples", &KIND_SIZE, AT(max_samples), "collect, eval",
      "prompts used, from the first; 0: all"},
-    {"loss_type", &KIND_LIST, AT(loss_type), G_DPO | G_REWARD,
+    {"loss_type", &KIND_LIST, AT(loss_type), "dpo, reward",
      "dpo: sigmoid, ipo, hinge, robust, sft, or several; reward: sigmoid (Bradley-Terry), bce (on "
      "text + label)"},
-    {"loss_weights", &KIND_LIST, AT(loss_weights), G_DPO, "a weight for each loss_type: 1 0.2"},
-    {"label_smoothing", &KIND_DECAY, AT(dpo.label_smoothing), G_DPO,
+    {"loss_weights", &KIND_LIST, AT(loss_weights), "dpo", "a weight for each loss_type: 1 0.2"},
+    {"label_smoothing", &KIND_DECAY, AT(dpo.label_smoothing), "dpo",
      "share of pairs thought to be labelled the wrong way round"},
     HEADING("PPO"),
-    {"rollouts", &KIND_STRING, AT(rollouts), G_PPO,
+    {"rollouts", &KIND_STRING, AT(rollouts), "ppo",
      "replay stored rollouts (query_ids, response_ids, score)"},
-    {"batch_size", &KIND_COUNT, AT(ppo.batch_size), G_PPO | G_RLOO, "rollouts of a step"},
-    {"mini_batch_size", &KIND_COUNT, AT(ppo.mini_batch_size), G_PPO,
+    {"batch_size", &KIND_COUNT, AT(ppo.batch_size), "ppo, reinforce", "rollouts of a step"},
+    {"mini_batch_size", &KIND_COUNT, AT(ppo.mini_batch_size), "ppo",
      "rollouts of one forward and backward pass"},
-    {"ppo_epochs", &KIND_COUNT, AT(ppo.ppo_epochs), G_PPO, "passes over a batch of rollouts"},
-    {"init_kl_coef", &KIND_WEIGHT, AT(ppo.init_kl_coef), G_PPO, "beta: the price of a nat of KL"},
-    {"adap_kl_ctrl", &KIND_BOOL, AT(ppo.adap_kl_ctrl), G_PPO, "adapt it towards --target"},
-    {"target", &KIND_POSITIVE, AT(ppo.target), G_PPO, "KL that the controller aims at"},
-    {"horizon", &KIND_POSITIVE, AT(ppo.horizon), G_PPO, "samples over which it does"},
-    {"kl_penalty", &KIND_NAME, AT(ppo.kl_penalty), G_PPO, "kl, abs, mse, full"},
-    {"gamma", &KIND_SHARE, AT(ppo.gamma), G_PPO, "discount"},
-    {"lam", &KIND_SHARE, AT(ppo.lam), G_PPO, "lambda of GAE"},
-    {"cliprange", &KIND_WEIGHT, AT(ppo.cliprange), G_PPO, "of the probability ratio"},
-    {"cliprange_value", &KIND_WEIGHT, AT(ppo.cliprange_value), G_PPO, "of the value"},
-    {"vf_coef", &KIND_WEIGHT, AT(ppo.vf_coef), G_PPO, "weight of the value loss"},
-    {"whiten_rewards", &KIND_BOOL, AT(ppo.whiten_rewards), G_PPO,
+    {"ppo_epochs", &KIND_COUNT, AT(ppo.ppo_epochs), "ppo", "passes over a batch of rollouts"},
+    {"init_kl_coef", &KIND_WEIGHT, AT(ppo.init_kl_coef), "ppo", "beta: the price of a nat of KL"},
+    {"adap_kl_ctrl", &KIND_BOOL, AT(ppo.adap_kl_ctrl), "ppo", "adapt it towards --target"},
+    {"target", &KIND_POSITIVE, AT(ppo.target), "ppo", "KL that the controller aims at"},
+    {"horizon", &KIND_POSITIVE, AT(ppo.horizon), "ppo", "samples over which it does"},
+    {"kl_penalty", &KIND_NAME, AT(ppo.kl_penalty), "ppo", "kl, abs, mse, full"},
+    {"gamma", &KIND_SHARE, AT(ppo.gamma), "ppo", "discount"},
+    {"lam", &KIND_SHARE, AT(ppo.lam), "ppo", "lambda of GAE"},
+    {"cliprange", &KIND_WEIGHT, AT(ppo.cliprange), "ppo", "of the probability ratio"},
+    {"cliprange_value", &KIND_WEIGHT, AT(ppo.cliprange_value), "ppo", "of the value"},
+    {"vf_coef", &KIND_WEIGHT, AT(ppo.vf_coef), "ppo", "weight of the value loss"},
+    {"whiten_rewards", &KIND_BOOL, AT(ppo.whiten_rewards), "ppo",
      "whiten rewards before the advantages"},
-    {"score_clip", &KIND_WEIGHT, AT(ppo.score_clip), G_PPO, "limit scores to +-this"},
-    {"use_score_scaling", &KIND_BOOL, AT(ppo.use_score_scaling), G_PPO,
+    {"score_clip", &KIND_WEIGHT, AT(ppo.score_clip), "ppo", "limit scores to +-this"},
+    {"use_score_scaling", &KIND_BOOL, AT(ppo.use_score_scaling), "ppo",
      "divide scores by their running deviation"},
-    {"use_score_norm", &KIND_BOOL, AT(ppo.use_score_norm), G_PPO,
+    {"use_score_norm", &KIND_BOOL, AT(ppo.use_score_norm), "ppo",
      "and subtract their running mean"},
-    {"ratio_threshold", &KIND_POSITIVE, AT(ppo.ratio_threshold), G_PPO,
+    {"ratio_threshold", &KIND_POSITIVE, AT(ppo.ratio_threshold), "ppo",
      "skip mini-batches whose mean ratio exceeds it"},
-    {"early_stopping", &KIND_BOOL, AT(ppo.early_stopping), G_PPO,
+    {"early_stopping", &KIND_BOOL, AT(ppo.early_stopping), "ppo",
      "stop a step's epochs at 1.5 * target_kl"},
-    {"target_kl", &KIND_POSITIVE, AT(ppo.target_kl), G_PPO, "for early_stopping"},
+    {"target_kl", &KIND_POSITIVE, AT(ppo.target_kl), "ppo", "for early_stopping"},
     HEADING("Generation"),
-    {"input_min_text_length", &KIND_COUNT, AT(input_length.min_value), G_ROLL,
+    {"input_min_text_length", &KIND_COUNT, AT(input_length.min_value), SAMPLING,
      "prompts cut from texts: shortest"},
-    {"input_max_text_length", &KIND_COUNT, AT(input_length.max_value), G_ROLL,
+    {"input_max_text_length", &KIND_COUNT, AT(input_length.max_value), SAMPLING,
      "and longest plus one (LengthSampler)"},
-    {"output_min_length", &KIND_COUNT, AT(output_length.min_value), G_PPO | G_RLOO,
+    {"output_min_length", &KIND_COUNT, AT(output_length.min_value), "ppo, reinforce",
      "responses: shortest limit"},
-    {"output_max_length", &KIND_COUNT, AT(output_length.max_value), G_PPO | G_RLOO,
+    {"output_max_length", &KIND_COUNT, AT(output_length.max_value), "ppo, reinforce",
      "and longest plus one (LengthSampler)"},
-    {"prompt", &KIND_TEXT, AT(prompt), G_PROMPT, "text to continue"},
+    {"prompt", &KIND_TEXT, AT(prompt), "generate, next", "text to continue"},
     {"temperature", &KIND_TEMPERATURE, AT(generation.temperature),
-     G_SAMPLE | G_NEXT | G_ROLL | G_RLHF | G_DPO,
+     "generate, next, " SAMPLING ", rlhf, dpo",
      "divides the logits; towards 0 only the likeliest token is left"},
-    {"top_k", &KIND_SIZE, AT(generation.top_k), G_SAMPLE | G_NEXT | G_ROLL,
+    {"top_k", &KIND_SIZE, AT(generation.top_k), "generate, next, " SAMPLING,
      "sample from the k likeliest; 0: all"},
-    {"top_p", &KIND_SHARE, AT(generation.top_p), G_SAMPLE | G_NEXT | G_ROLL,
+    {"top_p", &KIND_SHARE, AT(generation.top_p), "generate, next, " SAMPLING,
      "sample from the likeliest that hold this mass"},
-    {"repetition_penalty", &KIND_POSITIVE, AT(generation.repetition_penalty), G_SAMPLE | G_NEXT,
+    {"repetition_penalty", &KIND_POSITIVE, AT(generation.repetition_penalty), "generate, next",
      "above 1: ids already there become less likely"},
-    {"no_repeat_ngram_size", &KIND_SIZE, AT(generation.no_repeat_ngram_size), G_SAMPLE,
+    {"no_repeat_ngram_size", &KIND_SIZE, AT(generation.no_repeat_ngram_size), "generate",
      "no n-gram twice"},
-    {"max_new_tokens", &KIND_COUNT, AT(generation.max_new_tokens),
-     G_SAMPLE | G_COLLECT | G_EVAL | G_EXACT, "at most so many new tokens (exact: just so many)"},
-    {"min_new_tokens", &KIND_SIZE, AT(generation.min_new_tokens), G_SAMPLE, "at least so many"},
-    {"num_beams", &KIND_COUNT, AT(generation.num_beams), G_SAMPLE,
+    {"max_new_tokens", &KIND_COUNT, AT(generation.max_new_tokens), "generate, collect, eval, exact",
+     "at most so many new tokens (exact: just so many)"},
+    {"min_new_tokens", &KIND_SIZE, AT(generation.min_new_tokens), "generate", "at least so many"},
+    {"num_beams", &KIND_COUNT, AT(generation.num_beams), "generate",
      "beam search with so many beams"},
-    {"length_penalty", &KIND_DOUBLE, AT(generation.length_penalty), G_SAMPLE,
+    {"length_penalty", &KIND_DOUBLE, AT(generation.length_penalty), "generate",
      "beam search: above 0 favours longer sequences"},
-    {"early_stopping", &KIND_STOPPING, AT(generation.early_stopping), G_SAMPLE,
-     "when a beam search with a full pool ends"},
-    {"do_sample", &KIND_BOOL, AT(generation.do_sample), G_SAMPLE,
+    {"early_stopping", &KIND_STOPPING, AT(generation.early_stopping), "generate",
+     "when a beam search ends"},
+    {"do_sample", &KIND_BOOL, AT(generation.do_sample), "generate",
      "draw tokens instead of taking the likeliest"},
-    {"num_return_sequences", &KIND_COUNT, AT(generation.num_return_sequences), G_SAMPLE,
+    {"num_return_sequences", &KIND_COUNT, AT(generation.num_return_sequences), "generate",
      "samples of each prompt"},
     HEADING("What is printed"),
-    {"top_n", &KIND_COUNT, AT(top_n), G_NEXT, "rows of the table"},
-    {"json", &KIND_BOOL, AT(json), G_JSON, "one JSON object a line"},
-    {"jsonl", &KIND_BOOL, AT(jsonl), G_TOKENIZE,
+    {"top_n", &KIND_COUNT, AT(top_n), "next", "rows of the table"},
+    {"json", &KIND_BOOL, AT(json), "exact, generate, next", "one JSON object a line"},
+    {"jsonl", &KIND_BOOL, AT(jsonl), "tokenize",
      "{\"text\"} a line in, {\"input_ids\"} a line out"},
-    {"decode", &KIND_BOOL, AT(decode), G_TOKENIZE, "ids in, the exact bytes out"},
+    {"decode", &KIND_BOOL, AT(decode), "tokenize", "ids in, the exact bytes out"},
     HEADING("Steps of the stages"),
-    {"pretrain_steps", &KIND_SIZE, AT(pretrain_steps), G_RLHF, "of the language model"},
-    {"reward_steps", &KIND_SIZE, AT(reward_steps), G_RLHF, "of the reward model"},
-    {"ppo_steps", &KIND_SIZE, AT(ppo_steps), G_RLHF, "of PPO"},
-    {"dpo_steps", &KIND_SIZE, AT(dpo_steps), G_RLHF, "of DPO"},
+    {"pretrain_steps", &KIND_SIZE, AT(pretrain_steps), "rlhf", "of the language model"},
+    {"reward_steps", &KIND_SIZE, AT(reward_steps), "rlhf", "of the reward model"},
+    {"ppo_steps", &KIND_SIZE, AT(ppo_steps), "rlhf", "of PPO"},
+    {"dpo_steps", &KIND_SIZE, AT(dpo_steps), "rlhf", "of DPO"},
 };
 
 _Static_assert(COUNT(FLAGS) <= MOST_FLAGS, "Options must note which flags are given");
@@ -14988,15 +14970,10 @@ static const char *take_name(struct Arena *arena, const char **list) {
     return name;
 }
 
-/* Whether a list of names has this one, and in which place (place may be NULL). */
-static bool list_has(const char *list, const char *name, size_t *place) {
-    for (size_t length, i = 0; (length = next_name(&list)) > 0; list += length, i++) {
-        if (strlen(name) != length || strncmp(list, name, length) != 0)
-            continue;
-        if (place)
-            *place = i;
-        return true;
-    }
+static bool list_has(const char *list, const char *name) {
+    for (size_t length; (length = next_name(&list)) > 0; list += length)
+        if (strlen(name) == length && strncmp(list, name, length) == 0)
+            return true;
     return false;
 }
 
@@ -15161,10 +15138,11 @@ static void load_reference(struct Options *o) {
 
 /* Which of the names a flag's value is. */
 static size_t choice(const char *flag, const char *value, const char *names) {
-    size_t place;
-    if (!list_has(names, value, &place))
-        die_usage("--%s \"%s\" is unknown; there are %s", flag, value, names);
-    return place;
+    const char *name = names;
+    for (size_t length, i = 0; (length = next_name(&name)) > 0; name += length, i++)
+        if (strlen(value) == length && strncmp(name, value, length) == 0)
+            return i;
+    die_usage("--%s \"%s\" is unknown; there are %s", flag, value, names);
 }
 
 static void open_data(struct Options *o, const unsigned *shapes, size_t count) {
@@ -15246,15 +15224,11 @@ static struct Trainer open_training(struct Options *o, const unsigned *shapes, s
 /* A run may write over a folder that it reads, as in transformers, since that is in memory by then;
  * but whoever gave both by mistake loses a model, so it is said. */
 static void note_replaced(struct Options *o, const char *dir) {
-    const struct {
-        const char *flag, *folder;
-    } inputs[] = {{"model_name_or_path", o->model_name_or_path},
-                  {"peft_adapter", o->peft_adapter},
-                  {"ref_model", o->ref_model},
-                  {"reward_model_path", o->reward_model_path}};
-    for (size_t i = 0; i < COUNT(inputs); i++) {
-        const char *flag = inputs[i].flag;
-        const char *folder = inputs[i].folder;
+    for (size_t i = 0; i < COUNT(FLAGS); i++) {
+        const char *flag = FLAGS[i].name;
+        if (!list_has("model_name_or_path, peft_adapter, ref_model, reward_model_path", flag))
+            continue;
+        const char *folder = *(const char **)((char *)o + FLAGS[i].offset);
         /* the same folder under another name, by a link for one, counts too */
         const char *base = folder ? base_folder(o, folder) : NULL;
         if (folder && same_file(dir, folder)) {
@@ -15594,33 +15568,30 @@ static struct Example prompt_encode(struct Options *o, struct Text prompt, size_
 /* What transformers writes into every generation_config.json, or takes where a setting is missing.
  * NAN: it is not written unless somebody chose it. */
 static const struct {
-    const char *name;
     double usual;
+    const char *names;
 } GENERATION_SETTINGS[] = {
-    {"do_sample", 0},
-    {"temperature", 1},
-    {"top_k", 50},
-    {"top_p", 1},
-    {"repetition_penalty", 1},
-    {"num_beams", 1},
-    {"length_penalty", 1},
-    {"early_stopping", 0},
-    {"no_repeat_ngram_size", 0},
-    {"min_length", 0},
-    {"min_new_tokens", 0},
-    {"max_length", 20},
-    {"max_new_tokens", 20},
-    {"num_return_sequences", 1},
-    {"eos_token_id", 0},
-    {"suppress_tokens", NAN},
-    {"min_p", NAN},
-    {"begin_suppress_tokens", NAN},
-    {"bad_words_ids", NAN},
-    {"forced_bos_token_id", NAN},
-    {"forced_eos_token_id", NAN},
-    {"typical_p", 1},
-    {"stop_strings", NAN},
+    {0, "do_sample, early_stopping, no_repeat_ngram_size, min_length, min_new_tokens"},
+    {1, "temperature, top_p, repetition_penalty, num_beams, length_penalty, num_return_sequences"},
+    {1, "typical_p"},
+    {20, "max_length, max_new_tokens"},
+    {50, "top_k"},
+    {NAN, "suppress_tokens, min_p, begin_suppress_tokens, bad_words_ids, stop_strings"},
+    {NAN, "forced_bos_token_id, forced_eos_token_id, eos_token_id"},
 };
+
+/* Whether generation_config.json has a setting that nobody expects of a model. */
+static bool setting_unusual(const struct Json *item, const struct GPT2Config *model) {
+    /* the end token is config.json's, and every model has its own */
+    if (strcmp(item->key.data, "eos_token_id") == 0 && item->number == model->eos_token_id)
+        return false;
+    double number = item->type == JSON_FALSE ? 0 : item->type == JSON_NUMBER ? item->number : NAN;
+    /* NaN equals nothing: a list, a string or `true` is always unusual */
+    for (size_t k = 0; k < COUNT(GENERATION_SETTINGS); k++)
+        if (list_has(GENERATION_SETTINGS[k].names, item->key.data))
+            return item->type != JSON_NULL && number != GENERATION_SETTINGS[k].usual;
+    return false;
+}
 
 /* transformers takes its defaults from generation_config.json; here flags say all. A file that says
  * more than transformers writes for every model is named, so that nobody waits for what it says.
@@ -15631,22 +15602,9 @@ static void note_generation_config(struct Options *o) {
     if (!file_exists(path))
         return;
     const struct Json *config = json_object(&o->arena, read_file(&o->arena, path), path, "");
-    for (size_t i = 0; i < COUNT(GENERATION_SETTINGS); i++) {
-        const char *name = GENERATION_SETTINGS[i].name;
-        const struct Json *value = json_get(config, name);
-        if (!value || value->type == JSON_NULL)
-            continue;
-        /* the end token is config.json's, and every model has its own */
-        bool is_end = strcmp(name, "eos_token_id") == 0;
-        double usual = is_end ? o->model->config.eos_token_id : GENERATION_SETTINGS[i].usual;
-        double number = value->type == JSON_FALSE    ? 0
-                        : value->type == JSON_NUMBER ? value->number
-                                                     : NAN;
-        /* NaN equals nothing: a list, a string or `true` is always named */
-        if (number == usual)
-            continue;
-        said = arena_printf(&o->arena, "%s%s%s", said, *said ? ", " : "", name);
-    }
+    for (const struct Json *item = config->child; item; item = item->next)
+        if (setting_unusual(item, &o->model->config))
+            said = list_add(&o->arena, said, item->key.data);
     if (*said)
         warn("%s: %s: not read; say by flags what generate is to do", path, said);
 }
@@ -16394,55 +16352,46 @@ static void command_exact(struct Options *o) {
 static const struct Command {
     const char *name, *what;
     void (*run)(struct Options *);
-    int groups;
     const char *needs; /* flags that it cannot do without */
     const char *defaults; /* that differ from other commands': a name, a value, ... */
 } COMMANDS[] = {
-    {"rlhf", "the whole course: language model, reward model, PPO, DPO", command_rlhf,
-     G_RLHF | G_FILES | G_MODEL, "", "temperature 0.7, output_dir out"},
+    {"rlhf", "the whole course: language model, reward model, PPO, DPO", command_rlhf, "",
+     "temperature 0.7, output_dir out"},
     {"tokenize", "[FILE]: text (or standard input) to ids; --decode: ids to text", command_tokenize,
-     G_TOKENIZE | G_WORDS, "", ""},
-    {"pretrain", "a new language model from texts", command_pretrain,
-     G_MODEL | G_TRAINING | G_RUN | G_NEW, "dataset_name, output_dir", ""},
-    {"sft", "supervised fine-tuning on text or prompt + completion", command_sft, G_TUNING | G_RUN,
+     "", ""},
+    {"pretrain", "a new language model from texts", command_pretrain, "dataset_name, output_dir",
+     ""},
+    {"sft", "supervised fine-tuning on text or prompt + completion", command_sft,
      "model_name_or_path, dataset_name, output_dir", "learning_rate 2e-5"},
     {"reward", "a reward model from pairs, or from rated or labelled texts", command_reward,
-     G_TUNING | G_RUN | G_REWARD, "model_name_or_path, dataset_name, output_dir",
-     "learning_rate 1e-4"},
+     "model_name_or_path, dataset_name, output_dir", "learning_rate 1e-4"},
     {"ppo", "PPO with a value head (TRL 0.11's PPOTrainer)", command_ppo,
-     G_TUNING | G_ROLL | G_PPO | G_REF,
      "model_name_or_path, reward_model_path, dataset_name, output_dir",
      "learning_rate 1.41e-5, max_grad_norm 0, lr_scheduler_type constant, logging_steps 1, seed 0"},
     {"reinforce", "the plain policy gradient, with and without a baseline", command_reinforce,
-     G_TUNING | G_ROLL | G_RLOO | G_REF,
      "model_name_or_path, reward_model_path, dataset_name, output_dir",
      "learning_rate 1e-6, logging_steps 1, beta 0.05, num_generations 2"},
     {"dpo", "direct preference optimization on prompt + chosen + rejected", command_dpo,
-     G_TUNING | G_RUN | G_DPO | G_REF, "model_name_or_path, dataset_name, output_dir",
-     "learning_rate 1e-6"},
+     "model_name_or_path, dataset_name, output_dir", "learning_rate 1e-6"},
     {"exact",
      "a toy small enough to enumerate: the closed form, and what DPO, PPO, REINFORCE reach",
-     command_exact, G_EXACT | G_SEED | G_JSON, "",
-     "vocab_size 6, n_embd 32, n_layer 2, n_head 2, max_new_tokens 3, beta 1"},
+     command_exact, "", "vocab_size 6, n_embd 32, n_layer 2, n_head 2, max_new_tokens 3, beta 1"},
     {"generate", "continue a --prompt, or each of a data set", command_generate,
-     G_TOOL | G_SEED | G_SAMPLE | G_PROMPT | G_JSON, "model_name_or_path", "top_k 50"},
+     "model_name_or_path", "top_k 50"},
     {"next", "the distribution of the next token after a --prompt", command_next,
-     G_MODEL | G_PEFT | G_PROMPT | G_NEXT | G_JSON, "model_name_or_path, prompt", ""},
+     "model_name_or_path, prompt", ""},
     {"logprob", "log-probabilities of tokens and sequences, KL to --ref_model", command_logprob,
-     G_TOOL | G_REF | G_LENGTH, "model_name_or_path, dataset_name", ""},
+     "model_name_or_path, dataset_name", ""},
     {"score", "the sentiment pipeline: reward and pipe_outputs of each text", command_score,
-     G_TOOL | G_LENGTH, "model_name_or_path, dataset_name", ""},
+     "model_name_or_path, dataset_name", ""},
     {"collect", "answers, compared by a reward model or by you", command_collect,
-     G_TOOL | G_FILES | G_ROLL | G_COLLECT, "model_name_or_path, dataset_name, output_dir",
-     "num_generations 2"},
+     "model_name_or_path, dataset_name, output_dir", "num_generations 2"},
     {"eval", "perplexity, accuracy, or reward and KL", command_eval,
-     G_TOOL | G_SEED | G_REF | G_ROLL | G_EVAL | G_LENGTH, "model_name_or_path, dataset_name",
-     "max_samples 256"},
-    {"merge", "a LoRA adapter folded into its base, saved as a model", command_merge,
-     G_MODEL | G_PEFT | G_OUT, "output_dir", ""},
-    {"report", "DIR: report.html again, from a run's logs", command_report, G_WORDS, "", ""},
-    {"glossary", "[TERM]: the course's terms in Portuguese and English", command_glossary, G_WORDS,
-     "", ""},
+     "model_name_or_path, dataset_name", "max_samples 256"},
+    {"merge", "a LoRA adapter folded into its base, saved as a model", command_merge, "output_dir",
+     ""},
+    {"report", "DIR: report.html again, from a run's logs", command_report, "", ""},
+    {"glossary", "[TERM]: the course's terms in Portuguese and English", command_glossary, "", ""},
 };
 
 static void print_commands(FILE *file) {
@@ -16467,7 +16416,7 @@ static const struct Command *find_command(const char *name) {
 /* The command's flag of just this name, or NULL. */
 static const struct Flag *exact_flag(const char *name, const struct Command *command) {
     for (size_t i = 0; i < COUNT(FLAGS); i++)
-        if ((FLAGS[i].groups & command->groups) && strcmp(name, FLAGS[i].name) == 0)
+        if (list_has(FLAGS[i].commands, command->name) && strcmp(name, FLAGS[i].name) == 0)
             return &FLAGS[i];
     return NULL;
 }
@@ -16487,7 +16436,7 @@ static const struct Flag *find_flag(struct Arena *arena, const char *name,
      *    --lr_scheduler_type, but learning_rate is meant. */
     const struct Flag *nearest = NULL;
     for (size_t i = 0; i < COUNT(ALSO_CALLED) && !nearest; i++)
-        if (list_has(ALSO_CALLED[i].elsewhere, name, NULL))
+        if (list_has(ALSO_CALLED[i].elsewhere, name))
             nearest = exact_flag(ALSO_CALLED[i].here, command);
     bool elsewhere = nearest != NULL;
     size_t least = elsewhere ? 0 : SIZE_MAX;
@@ -16495,7 +16444,7 @@ static const struct Flag *find_flag(struct Arena *arena, const char *name,
     /* 2. Those that begin so, which are nearer than any that is only spelt alike. */
     for (size_t i = 0; i < COUNT(FLAGS); i++) {
         const struct Flag *flag = &FLAGS[i];
-        if (!(flag->groups & command->groups))
+        if (!list_has(flag->commands, command->name))
             continue;
         bool begins = !elsewhere && strncmp(name, flag->name, strlen(name)) == 0;
         size_t distance = begins ? 0 : 1 + edit_distance(name, flag->name);
@@ -16519,13 +16468,10 @@ static const struct Flag *find_flag(struct Arena *arena, const char *name,
  * if the word is none. */
 static bool parse_bool(const char *word, bool *value) {
     char small[8] = "";
-    size_t truth;
     for (size_t i = 0; word[i] && i + 1 < sizeof small; i++)
         small[i] = (char)tolower((unsigned char)word[i]);
-    if (strlen(word) >= sizeof small || !list_has("false no n f 0 true yes y t 1", small, &truth))
-        return false;
-    *value = truth >= 5;
-    return true;
+    *value = list_has("true yes y t 1", small);
+    return strlen(word) < sizeof small && (*value || list_has("false no n f 0", small));
 }
 
 /* Ends the program: the value of a flag is not what was expected. */
@@ -16614,8 +16560,8 @@ static int pass_over(struct Options *o, const struct PassedOver *flag, const cha
     for (;; value = rest[taken++]) {
         bool truth = true;
         bool boolean = !value || parse_bool(value, &truth);
-        bool harmless = !flag->harmless || (value && list_has(flag->harmless, value, NULL))
-                        || (boolean && list_has(flag->harmless, truth ? "true" : "false", NULL));
+        bool harmless = !flag->harmless || (value && list_has(flag->harmless, value))
+                        || (boolean && list_has(flag->harmless, truth ? "true" : "false"));
         if (!harmless)
             die_usage("--%s %s cannot be had: %s; leave it out, or give %s", name,
                       value ? value : "true", flag->why, flag->harmless);
@@ -16633,7 +16579,7 @@ static const char *value_after(const struct Flag *flag, const struct Command *co
     bool truth;
     if (!next || (is_flag(next) && !strchr(next, ' ')))
         return NULL;
-    if (flag->kind != &KIND_BOOL || !(command->groups & G_WORDS))
+    if (flag->kind != &KIND_BOOL || !list_has(WITH_WORDS, command->name))
         return next;
     return strlen(next) >= strlen("true") && parse_bool(next, &truth) ? next : NULL;
 }
@@ -16663,10 +16609,10 @@ static int take_flag(struct Options *o, const struct Command *command, char **ar
     }
 
     /* 2. A training takes TRL's command lines: flags about what does not exist here pass. */
-    for (size_t k = 0; k < COUNT(PASSED_OVER) && !flag && (command->groups & G_TRAIN); k++) {
-        if (list_has(PASSED_OVER[k].names, name, NULL))
+    for (size_t k = 0; k < COUNT(PASSED_OVER) && !flag && list_has(TRAINING, command->name); k++) {
+        if (list_has(PASSED_OVER[k].names, name))
             return pass_over(o, &PASSED_OVER[k], name, value, argv + 1);
-        if (list_has(PASSED_OVER[k].names, positive, NULL))
+        if (list_has(PASSED_OVER[k].names, positive))
             return pass_over(o, &PASSED_OVER[k], positive, "false", (char *[]){NULL});
     }
 
@@ -16693,8 +16639,8 @@ static void note_idle_flags(struct Options *o, const struct Command *command) {
     const struct TrainingArguments *train = &o->train;
     const struct GenerationConfig *g = &o->generation;
     const struct PPOConfig *ppo = &o->ppo;
-    bool generates = (command->groups & G_SAMPLE) != 0;
-    bool measures = (command->groups & G_EVAL) != 0;
+    bool generates = command->run == command_generate;
+    bool measures = command->run == command_eval;
     bool smoothing = strstr(o->loss_type, "sigmoid") || strstr(o->loss_type, "robust");
     const char *beyond = "reward_model_path, dataset_name, top_k, top_p, input_min_text_length, "
                          "input_max_text_length, output_min_length, output_max_length";
@@ -16724,7 +16670,7 @@ static void note_idle_flags(struct Options *o, const struct Command *command) {
     note_idle(o, strcmp(o->loss_type, "bce") == 0, "center_rewards_coefficient",
               "--loss_type bce compares no pairs");
     note_idle(o, !smoothing, "label_smoothing", "only the losses sigmoid and robust smooth labels");
-    note_idle(o, command->groups & G_RLOO, "gradient_accumulation_steps",
+    note_idle(o, command->run == command_reinforce, "gradient_accumulation_steps",
               "reinforce takes a step on its whole batch");
     note_idle(o, !ppo->adap_kl_ctrl, "horizon, target",
               "--adap_kl_ctrl false keeps the coefficient as it is");
@@ -16747,7 +16693,7 @@ static void note_idle_flags(struct Options *o, const struct Command *command) {
 /* A file, or the words of a term. */
 static void take_word(struct Options *o, const struct Command *command, char *word) {
     bool several = command->run == command_glossary;
-    if (!(command->groups & G_WORDS) || (o->file && !several))
+    if (!list_has(WITH_WORDS, command->name) || (o->file && !several))
         die_usage("%s: \"%s\" is no flag (flags start with --)", command->name, word);
     if (!o->file || strlen(o->file) < 1000)
         o->file = o->file ? arena_printf(&o->arena, "%s %s", o->file, word) : word;
@@ -16796,7 +16742,7 @@ static void parse_arguments(struct Options *o, const struct Command *command, in
 static void check_needed(struct Options *o, const struct Command *command) {
     const char *needs = command->needs;
     for (const char *name; (name = take_name(&o->arena, &needs));) {
-        bool stored = o->rollouts && list_has("reward_model_path, dataset_name", name, NULL);
+        bool stored = o->rollouts && list_has("reward_model_path, dataset_name", name);
         if (!stored && !given(o, name))
             die_usage("--%s is needed; see --help", name);
     }
@@ -16887,7 +16833,7 @@ static void print_help(const struct Command *command) {
         /* 1. A heading waits until a flag under it is one of the command's. */
         if (!*flag->name)
             heading = flag->help;
-        if (!(flag->groups & command->groups))
+        if (!list_has(flag->commands, command->name))
             continue;
         if (heading)
             printf("\n%s\n", heading);
@@ -17045,7 +16991,7 @@ int main(int argc, char **argv) {
         else {
 #ifndef _WIN32
             /* a training goes on when nobody reads its progress; a filter ends */
-            if (command->groups & G_OUT)
+            if (list_has(WITH_OUTPUT, command->name))
                 signal(SIGPIPE, SIG_IGN);
 #endif
             check_needed(&o, command);

@@ -8139,7 +8139,7 @@ static void test_cli_course(void) {
     print_commands(stdout);
     out = capture_end();
     for (size_t i = 0; i < COUNT(COMMANDS); i++)
-        expect_true(COMMANDS[i].name, strstr(out.data, COMMANDS[i].name) && COMMANDS[i].groups);
+        expect_true(COMMANDS[i].name, strstr(out.data, COMMANDS[i].name));
 }
 
 static void load_one_adapter(const void *path) {

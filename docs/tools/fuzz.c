@@ -524,7 +524,7 @@ static void read_arguments(const struct Text *parts) {
     struct Options o = default_options(command->name);
     parse_arguments(&o, command, argc, argv);
     if (o.help) print_help(command);
-    if (command->groups & G_DPO) parse_loss_types(&o);
+    if (command->run == command_dpo) parse_loss_types(&o);
     quiet = true;
     options_close(&o);
     arena_free(&arena);
