@@ -14715,189 +14715,171 @@ static const struct Kind KIND_TEMPERATURE = {TYPE_DOUBLE, 1e-6, FLT_MAX, "a numb
 
 struct Flag {
     const char *name;
-    const struct Kind *kind;
     size_t offset; /* of its value in struct Options */
+    const struct Kind *kind;
     const char *commands; /* that have it */
     const char *help;
 };
+
+/* A flag's name and place. Most are called as the member of Options, or of one of its structs. */
 #define AT(member) offsetof(struct Options, member)
+#define NAMED(member) #member, AT(member)
+#define OF(part, member) #member, AT(part.member)
 
 /* A row that only --help reads: no command has it. */
-#define HEADING(title) {"", &KIND_TEXT, 0, "", title}
+#define HEADING(title) {"", 0, &KIND_TEXT, "", title}
 
 static const struct Flag FLAGS[] = {
     HEADING("Models"),
-    {"model_name_or_path", &KIND_STRING, AT(model_name_or_path), WITH_MODEL,
+    {NAMED(model_name_or_path), &KIND_STRING, WITH_MODEL,
      "folder of a model (config.json, model.safetensors)"},
-    {"peft_adapter", &KIND_STRING, AT(peft_adapter), WITH_ADAPTER,
+    {NAMED(peft_adapter), &KIND_STRING, WITH_ADAPTER,
      "folder of a LoRA adapter (adapter_config.json, adapter_model.safetensors): added to the "
      "model; training goes on with it"},
-    {"ref_model", &KIND_STRING, AT(ref_model), WITH_REFERENCE,
+    {NAMED(ref_model), &KIND_STRING, WITH_REFERENCE,
      "folder of the reference model; default: the start model"},
-    {"reward_model_path", &KIND_STRING, AT(reward_model_path), SAMPLING,
-     "folder of a reward model"},
+    {NAMED(reward_model_path), &KIND_STRING, SAMPLING, "folder of a reward model"},
     HEADING("A new LoRA adapter"),
-    {"use_peft", &KIND_BOOL, AT(use_peft), TUNING,
+    {NAMED(use_peft), &KIND_BOOL, TUNING,
      "train a new LoRA adapter instead of the model's weights"},
-    {"lora_r", &KIND_COUNT, AT(lora.r), TUNING, "its rank"},
-    {"lora_alpha", &KIND_POSITIVE, AT(lora.lora_alpha), TUNING, "its scale is lora_alpha / lora_r"},
-    {"use_rslora", &KIND_BOOL, AT(lora.use_rslora), TUNING,
-     "its scale is lora_alpha / sqrt(lora_r)"},
-    {"lora_dropout", &KIND_WEIGHT, AT(lora.lora_dropout), TUNING, "only 0 is implemented"},
-    {"lora_target_modules", &KIND_LIST, AT(lora.target_modules), TUNING,
+    {"lora_r", AT(lora.r), &KIND_COUNT, TUNING, "its rank"},
+    {OF(lora, lora_alpha), &KIND_POSITIVE, TUNING, "its scale is lora_alpha / lora_r"},
+    {OF(lora, use_rslora), &KIND_BOOL, TUNING, "its scale is lora_alpha / sqrt(lora_r)"},
+    {OF(lora, lora_dropout), &KIND_WEIGHT, TUNING, "only 0 is implemented"},
+    {"lora_target_modules", AT(lora.target_modules), &KIND_LIST, TUNING,
      "layers that get it: c_attn (default), c_proj, c_fc; attn.c_proj, mlp.c_proj; all-linear"},
     HEADING("Data and output"),
-    {"dataset_name", &KIND_STRING, AT(dataset_name), WITH_DATA,
-     "a .jsonl file, or a folder: its train split"},
-    {"eval_dataset", &KIND_STRING, AT(eval_dataset), BATCH_TRAINING,
+    {NAMED(dataset_name), &KIND_STRING, WITH_DATA, "a .jsonl file, or a folder: its train split"},
+    {NAMED(eval_dataset), &KIND_STRING, BATCH_TRAINING,
      "held-out data, same shapes; of a folder its validation split, else its test split"},
-    {"output_dir", &KIND_STRING, AT(train.output_dir), WITH_OUTPUT, "folder for what is made"},
-    {"tokenizer", &KIND_STRING, AT(tokenizer), ALL_COMMANDS,
+    {OF(train, output_dir), &KIND_STRING, WITH_OUTPUT, "folder for what is made"},
+    {NAMED(tokenizer), &KIND_STRING, ALL_COMMANDS,
      "tokenizer.bin; default: beside the program, then the current folder"},
-    {"seed", &KIND_SEED, AT(train.seed), WITH_SEED, "of all random numbers"},
-    {"quiet", &KIND_BOOL, AT(quiet), ALL_COMMANDS, "no progress on stderr"},
-    {"help", &KIND_BOOL, AT(help), ALL_COMMANDS, "this page; also -h"},
+    {OF(train, seed), &KIND_SEED, WITH_SEED, "of all random numbers"},
+    {NAMED(quiet), &KIND_BOOL, ALL_COMMANDS, "no progress on stderr"},
+    {NAMED(help), &KIND_BOOL, ALL_COMMANDS, "this page; also -h"},
     HEADING("Training"),
-    {"learning_rate", &KIND_WEIGHT, AT(train.learning_rate), TRAINING, "at its highest"},
-    {"lr_scheduler_type", &KIND_NAME, AT(train.lr_scheduler_type), TRAINING,
+    {OF(train, learning_rate), &KIND_WEIGHT, TRAINING, "at its highest"},
+    {OF(train, lr_scheduler_type), &KIND_NAME, TRAINING,
      "linear, cosine, constant, constant_with_warmup"},
-    {"warmup_steps", &KIND_WARMUP, AT(train.warmup_steps), TRAINING,
+    {OF(train, warmup_steps), &KIND_WARMUP, TRAINING,
      "steps over which the learning rate rises from 0; below 1: a share of all steps"},
-    {"warmup_ratio", &KIND_SHARE, AT(train.warmup_ratio), TRAINING,
-     "the same as a share of all steps"},
-    {"optim", &KIND_NAME, AT(train.optim), TRAINING, "adamw, adamw_torch, adamw_torch_fused, sgd"},
-    {"adam_beta1", &KIND_DECAY, AT(train.adam_beta1), TRAINING,
-     "decay of the gradient's running mean"},
-    {"adam_beta2", &KIND_DECAY, AT(train.adam_beta2), TRAINING,
-     "decay of the squared gradient's running mean"},
-    {"adam_epsilon", &KIND_POSITIVE, AT(train.adam_epsilon), TRAINING, "added to its square root"},
-    {"weight_decay", &KIND_WEIGHT, AT(train.weight_decay), TRAINING,
+    {OF(train, warmup_ratio), &KIND_SHARE, TRAINING, "the same as a share of all steps"},
+    {OF(train, optim), &KIND_NAME, TRAINING, "adamw, adamw_torch, adamw_torch_fused, sgd"},
+    {OF(train, adam_beta1), &KIND_DECAY, TRAINING, "decay of the gradient's running mean"},
+    {OF(train, adam_beta2), &KIND_DECAY, TRAINING, "decay of the squared gradient's running mean"},
+    {OF(train, adam_epsilon), &KIND_POSITIVE, TRAINING, "added to its square root"},
+    {OF(train, weight_decay), &KIND_WEIGHT, TRAINING,
      "on matrices; never on biases and layer norms"},
-    {"max_grad_norm", &KIND_WEIGHT, AT(train.max_grad_norm), TRAINING,
+    {OF(train, max_grad_norm), &KIND_WEIGHT, TRAINING,
      "longer gradients are shortened to this; 0: no limit"},
-    {"max_steps", &KIND_STEPS, AT(train.max_steps), TRAINING,
+    {OF(train, max_steps), &KIND_STEPS, TRAINING,
      "optimizer (ppo: PPO) steps; overrides the epochs; 0 or -1: not set"},
-    {"logging_steps", &KIND_COUNT, AT(train.logging_steps), TRAINING, "steps between log entries"},
-    {"save_steps", &KIND_SIZE, AT(train.save_steps), TRAINING,
+    {OF(train, logging_steps), &KIND_COUNT, TRAINING, "steps between log entries"},
+    {OF(train, save_steps), &KIND_SIZE, TRAINING,
      "steps between checkpoints, folders checkpoint-N in --output_dir; 0: none"},
-    {"save_total_limit", &KIND_SIZE, AT(train.save_total_limit), TRAINING,
-     "how many to keep; 0: all"},
-    {"resume_from_checkpoint", &KIND_STRING, AT(train.resume_from_checkpoint), TRAINING,
+    {OF(train, save_total_limit), &KIND_SIZE, TRAINING, "how many to keep; 0: all"},
+    {OF(train, resume_from_checkpoint), &KIND_STRING, TRAINING,
      "go on from a folder checkpoint-N; true: from the newest in --output_dir"},
-    {"num_train_epochs", &KIND_EPOCHS, AT(train.num_train_epochs), BATCH_TRAINING,
-     "passes over the data"},
-    {"per_device_train_batch_size", &KIND_BATCH, AT(train.per_device_train_batch_size),
-     BATCH_TRAINING, "rows (dpo, reward: pairs or rated texts) of a micro-batch"},
-    {"per_device_eval_batch_size", &KIND_BATCH, AT(train.per_device_eval_batch_size),
-     BATCH_TRAINING ", eval", "rows of a batch in evaluation; no figure depends on it"},
-    {"gradient_accumulation_steps", &KIND_COUNT, AT(train.gradient_accumulation_steps), TRAINING,
+    {OF(train, num_train_epochs), &KIND_EPOCHS, BATCH_TRAINING, "passes over the data"},
+    {OF(train, per_device_train_batch_size), &KIND_BATCH, BATCH_TRAINING,
+     "rows (dpo, reward: pairs or rated texts) of a micro-batch"},
+    {OF(train, per_device_eval_batch_size), &KIND_BATCH, BATCH_TRAINING ", eval",
+     "rows of a batch in evaluation; no figure depends on it"},
+    {OF(train, gradient_accumulation_steps), &KIND_COUNT, TRAINING,
      "micro-batches of an optimizer step"},
-    {"eval_steps", &KIND_SIZE, AT(train.eval_steps), BATCH_TRAINING,
+    {OF(train, eval_steps), &KIND_SIZE, BATCH_TRAINING,
      "steps between evaluations; default: at the end"},
-    {"max_length", &KIND_COUNT, AT(train.max_length), BATCH_TRAINING ", logprob, score, eval",
+    {OF(train, max_length), &KIND_COUNT, BATCH_TRAINING ", logprob, score, eval",
      "longest sequence in tokens"},
-    {"train_sampling_strategy", &KIND_NAME, AT(train.train_sampling_strategy), BATCH_TRAINING,
-     "random, sequential"},
+    {OF(train, train_sampling_strategy), &KIND_NAME, BATCH_TRAINING, "random, sequential"},
     HEADING("A new model"),
-    {"n_layer", &KIND_COUNT, AT(config.n_layer), "pretrain, exact", "blocks of a new model"},
-    {"n_head", &KIND_COUNT, AT(config.n_head), "pretrain, exact", "attention heads"},
-    {"n_embd", &KIND_COUNT, AT(config.n_embd), "pretrain, exact", "width"},
-    {"n_positions", &KIND_COUNT, AT(config.n_positions), "pretrain", "longest context"},
-    {"vocab_size", &KIND_SIZE, AT(config.vocab_size), "pretrain, exact, tokenize",
+    {OF(config, n_layer), &KIND_COUNT, "pretrain, exact", "blocks of a new model"},
+    {OF(config, n_head), &KIND_COUNT, "pretrain, exact", "attention heads"},
+    {OF(config, n_embd), &KIND_COUNT, "pretrain, exact", "width"},
+    {OF(config, n_positions), &KIND_COUNT, "pretrain", "longest context"},
+    {OF(config, vocab_size), &KIND_SIZE, "pretrain, exact, tokenize",
      "ids, the end token included (exact: 2 to 16, without one)"},
     HEADING("Objective"),
-    {"center_rewards_coefficient", &KIND_WEIGHT, AT(center_rewards_coefficient), "reward",
+    {NAMED(center_rewards_coefficient), &KIND_WEIGHT, "reward",
      "weight of (r_chosen + r_rejected)^2"},
-    {"beta", &KIND_POSITIVE, AT(dpo.beta), "dpo",
+    {OF(dpo, beta), &KIND_POSITIVE, "dpo",
      "how strongly DPO holds to the reference; at 0 the pairs would not count"},
-    {"beta", &KIND_WEIGHT, AT(ppo.init_kl_coef), "reinforce, exact",
+    {"beta", AT(ppo.init_kl_coef), &KIND_WEIGHT, "reinforce, exact",
      "price of a nat of KL(policy || reference)"},
-    {"baseline", &KIND_STRING, AT(baseline), "reinforce",
+    {NAMED(baseline), &KIND_STRING, "reinforce",
      "subtracted from the reward: none, mean (of earlier steps), rloo (leave one out)"},
-    {"num_generations", &KIND_COUNT, AT(ppo.num_generations), "reinforce, collect",
-     "answers to each prompt"},
-    {"max_samples", &KIND_SIZE, AT(max_samples), "collect, eval",
-     "prompts used, from the first; 0: all"},
-    {"loss_type", &KIND_LIST, AT(loss_type), "dpo, reward",
+    {OF(ppo, num_generations), &KIND_COUNT, "reinforce, collect", "answers to each prompt"},
+    {NAMED(max_samples), &KIND_SIZE, "collect, eval", "prompts used, from the first; 0: all"},
+    {NAMED(loss_type), &KIND_LIST, "dpo, reward",
      "dpo: sigmoid, ipo, hinge, robust, sft, or several; reward: sigmoid (Bradley-Terry), bce (on "
      "text + label)"},
-    {"loss_weights", &KIND_LIST, AT(loss_weights), "dpo", "a weight for each loss_type: 1 0.2"},
-    {"label_smoothing", &KIND_DECAY, AT(dpo.label_smoothing), "dpo",
+    {NAMED(loss_weights), &KIND_LIST, "dpo", "a weight for each loss_type: 1 0.2"},
+    {OF(dpo, label_smoothing), &KIND_DECAY, "dpo",
      "share of pairs thought to be labelled the wrong way round"},
     HEADING("PPO"),
-    {"rollouts", &KIND_STRING, AT(rollouts), "ppo",
+    {NAMED(rollouts), &KIND_STRING, "ppo",
      "replay stored rollouts (query_ids, response_ids, score)"},
-    {"batch_size", &KIND_COUNT, AT(ppo.batch_size), "ppo, reinforce", "rollouts of a step"},
-    {"mini_batch_size", &KIND_COUNT, AT(ppo.mini_batch_size), "ppo",
-     "rollouts of one forward and backward pass"},
-    {"ppo_epochs", &KIND_COUNT, AT(ppo.ppo_epochs), "ppo", "passes over a batch of rollouts"},
-    {"init_kl_coef", &KIND_WEIGHT, AT(ppo.init_kl_coef), "ppo", "beta: the price of a nat of KL"},
-    {"adap_kl_ctrl", &KIND_BOOL, AT(ppo.adap_kl_ctrl), "ppo", "adapt it towards --target"},
-    {"target", &KIND_POSITIVE, AT(ppo.target), "ppo", "KL that the controller aims at"},
-    {"horizon", &KIND_POSITIVE, AT(ppo.horizon), "ppo", "samples over which it does"},
-    {"kl_penalty", &KIND_NAME, AT(ppo.kl_penalty), "ppo", "kl, abs, mse, full"},
-    {"gamma", &KIND_SHARE, AT(ppo.gamma), "ppo", "discount"},
-    {"lam", &KIND_SHARE, AT(ppo.lam), "ppo", "lambda of GAE"},
-    {"cliprange", &KIND_WEIGHT, AT(ppo.cliprange), "ppo", "of the probability ratio"},
-    {"cliprange_value", &KIND_WEIGHT, AT(ppo.cliprange_value), "ppo", "of the value"},
-    {"vf_coef", &KIND_WEIGHT, AT(ppo.vf_coef), "ppo", "weight of the value loss"},
-    {"whiten_rewards", &KIND_BOOL, AT(ppo.whiten_rewards), "ppo",
-     "whiten rewards before the advantages"},
-    {"score_clip", &KIND_WEIGHT, AT(ppo.score_clip), "ppo", "limit scores to +-this"},
-    {"use_score_scaling", &KIND_BOOL, AT(ppo.use_score_scaling), "ppo",
-     "divide scores by their running deviation"},
-    {"use_score_norm", &KIND_BOOL, AT(ppo.use_score_norm), "ppo",
-     "and subtract their running mean"},
-    {"ratio_threshold", &KIND_POSITIVE, AT(ppo.ratio_threshold), "ppo",
+    {OF(ppo, batch_size), &KIND_COUNT, "ppo, reinforce", "rollouts of a step"},
+    {OF(ppo, mini_batch_size), &KIND_COUNT, "ppo", "rollouts of one forward and backward pass"},
+    {OF(ppo, ppo_epochs), &KIND_COUNT, "ppo", "passes over a batch of rollouts"},
+    {OF(ppo, init_kl_coef), &KIND_WEIGHT, "ppo", "beta: the price of a nat of KL"},
+    {OF(ppo, adap_kl_ctrl), &KIND_BOOL, "ppo", "adapt it towards --target"},
+    {OF(ppo, target), &KIND_POSITIVE, "ppo", "KL that the controller aims at"},
+    {OF(ppo, horizon), &KIND_POSITIVE, "ppo", "samples over which it does"},
+    {OF(ppo, kl_penalty), &KIND_NAME, "ppo", "kl, abs, mse, full"},
+    {OF(ppo, gamma), &KIND_SHARE, "ppo", "discount"},
+    {OF(ppo, lam), &KIND_SHARE, "ppo", "lambda of GAE"},
+    {OF(ppo, cliprange), &KIND_WEIGHT, "ppo", "of the probability ratio"},
+    {OF(ppo, cliprange_value), &KIND_WEIGHT, "ppo", "of the value"},
+    {OF(ppo, vf_coef), &KIND_WEIGHT, "ppo", "weight of the value loss"},
+    {OF(ppo, whiten_rewards), &KIND_BOOL, "ppo", "whiten rewards before the advantages"},
+    {OF(ppo, score_clip), &KIND_WEIGHT, "ppo", "limit scores to +-this"},
+    {OF(ppo, use_score_scaling), &KIND_BOOL, "ppo", "divide scores by their running deviation"},
+    {OF(ppo, use_score_norm), &KIND_BOOL, "ppo", "and subtract their running mean"},
+    {OF(ppo, ratio_threshold), &KIND_POSITIVE, "ppo",
      "skip mini-batches whose mean ratio exceeds it"},
-    {"early_stopping", &KIND_BOOL, AT(ppo.early_stopping), "ppo",
-     "stop a step's epochs at 1.5 * target_kl"},
-    {"target_kl", &KIND_POSITIVE, AT(ppo.target_kl), "ppo", "for early_stopping"},
+    {OF(ppo, early_stopping), &KIND_BOOL, "ppo", "stop a step's epochs at 1.5 * target_kl"},
+    {OF(ppo, target_kl), &KIND_POSITIVE, "ppo", "for early_stopping"},
     HEADING("Generation"),
-    {"input_min_text_length", &KIND_COUNT, AT(input_length.min_value), SAMPLING,
+    {"input_min_text_length", AT(input_length.min_value), &KIND_COUNT, SAMPLING,
      "prompts cut from texts: shortest"},
-    {"input_max_text_length", &KIND_COUNT, AT(input_length.max_value), SAMPLING,
+    {"input_max_text_length", AT(input_length.max_value), &KIND_COUNT, SAMPLING,
      "and longest plus one (LengthSampler)"},
-    {"output_min_length", &KIND_COUNT, AT(output_length.min_value), "ppo, reinforce",
+    {"output_min_length", AT(output_length.min_value), &KIND_COUNT, "ppo, reinforce",
      "responses: shortest limit"},
-    {"output_max_length", &KIND_COUNT, AT(output_length.max_value), "ppo, reinforce",
+    {"output_max_length", AT(output_length.max_value), &KIND_COUNT, "ppo, reinforce",
      "and longest plus one (LengthSampler)"},
-    {"prompt", &KIND_TEXT, AT(prompt), "generate, next", "text to continue"},
-    {"temperature", &KIND_TEMPERATURE, AT(generation.temperature),
-     "generate, next, " SAMPLING ", rlhf, dpo",
+    {NAMED(prompt), &KIND_TEXT, "generate, next", "text to continue"},
+    {OF(generation, temperature), &KIND_TEMPERATURE, "generate, next, " SAMPLING ", rlhf, dpo",
      "divides the logits; towards 0 only the likeliest token is left"},
-    {"top_k", &KIND_SIZE, AT(generation.top_k), "generate, next, " SAMPLING,
+    {OF(generation, top_k), &KIND_SIZE, "generate, next, " SAMPLING,
      "sample from the k likeliest; 0: all"},
-    {"top_p", &KIND_SHARE, AT(generation.top_p), "generate, next, " SAMPLING,
+    {OF(generation, top_p), &KIND_SHARE, "generate, next, " SAMPLING,
      "sample from the likeliest that hold this mass"},
-    {"repetition_penalty", &KIND_POSITIVE, AT(generation.repetition_penalty), "generate, next",
+    {OF(generation, repetition_penalty), &KIND_POSITIVE, "generate, next",
      "above 1: ids already there become less likely"},
-    {"no_repeat_ngram_size", &KIND_SIZE, AT(generation.no_repeat_ngram_size), "generate",
-     "no n-gram twice"},
-    {"max_new_tokens", &KIND_COUNT, AT(generation.max_new_tokens), "generate, collect, eval, exact",
+    {OF(generation, no_repeat_ngram_size), &KIND_SIZE, "generate", "no n-gram twice"},
+    {OF(generation, max_new_tokens), &KIND_COUNT, "generate, collect, eval, exact",
      "at most so many new tokens (exact: just so many)"},
-    {"min_new_tokens", &KIND_SIZE, AT(generation.min_new_tokens), "generate", "at least so many"},
-    {"num_beams", &KIND_COUNT, AT(generation.num_beams), "generate",
-     "beam search with so many beams"},
-    {"length_penalty", &KIND_DOUBLE, AT(generation.length_penalty), "generate",
+    {OF(generation, min_new_tokens), &KIND_SIZE, "generate", "at least so many"},
+    {OF(generation, num_beams), &KIND_COUNT, "generate", "beam search with so many beams"},
+    {OF(generation, length_penalty), &KIND_DOUBLE, "generate",
      "beam search: above 0 favours longer sequences"},
-    {"early_stopping", &KIND_STOPPING, AT(generation.early_stopping), "generate",
-     "when a beam search ends"},
-    {"do_sample", &KIND_BOOL, AT(generation.do_sample), "generate",
+    {OF(generation, early_stopping), &KIND_STOPPING, "generate", "when a beam search ends"},
+    {OF(generation, do_sample), &KIND_BOOL, "generate",
      "draw tokens instead of taking the likeliest"},
-    {"num_return_sequences", &KIND_COUNT, AT(generation.num_return_sequences), "generate",
-     "samples of each prompt"},
+    {OF(generation, num_return_sequences), &KIND_COUNT, "generate", "samples of each prompt"},
     HEADING("What is printed"),
-    {"top_n", &KIND_COUNT, AT(top_n), "next", "rows of the table"},
-    {"json", &KIND_BOOL, AT(json), "exact, generate, next", "one JSON object a line"},
-    {"jsonl", &KIND_BOOL, AT(jsonl), "tokenize",
-     "{\"text\"} a line in, {\"input_ids\"} a line out"},
-    {"decode", &KIND_BOOL, AT(decode), "tokenize", "ids in, the exact bytes out"},
+    {NAMED(top_n), &KIND_COUNT, "next", "rows of the table"},
+    {NAMED(json), &KIND_BOOL, "exact, generate, next", "one JSON object a line"},
+    {NAMED(jsonl), &KIND_BOOL, "tokenize", "{\"text\"} a line in, {\"input_ids\"} a line out"},
+    {NAMED(decode), &KIND_BOOL, "tokenize", "ids in, the exact bytes out"},
     HEADING("Steps of the stages"),
-    {"pretrain_steps", &KIND_SIZE, AT(pretrain_steps), "rlhf", "of the language model"},
-    {"reward_steps", &KIND_SIZE, AT(reward_steps), "rlhf", "of the reward model"},
-    {"ppo_steps", &KIND_SIZE, AT(ppo_steps), "rlhf", "of PPO"},
-    {"dpo_steps", &KIND_SIZE, AT(dpo_steps), "rlhf", "of DPO"},
+    {NAMED(pretrain_steps), &KIND_SIZE, "rlhf", "of the language model"},
+    {NAMED(reward_steps), &KIND_SIZE, "rlhf", "of the reward model"},
+    {NAMED(ppo_steps), &KIND_SIZE, "rlhf", "of PPO"},
+    {NAMED(dpo_steps), &KIND_SIZE, "rlhf", "of DPO"},
 };
 
 _Static_assert(COUNT(FLAGS) <= MOST_FLAGS, "Options must note which flags are given");
@@ -14980,19 +14962,18 @@ static bool list_has(const char *list, const char *name) {
 /* A file that ships with the program: beside it, where `make install` puts it, or in the current
  * folder. */
 static const char *shipped_file(struct Arena *arena, const char *name, const char *remedy) {
+    static const char *const folders[] = {"", "../share/align/"};
     char program[PATH_MAX];
     char *slash = program_path(program) ? strrchr(program, '/') : NULL;
-    const char *path =
-        slash ? arena_printf(arena, "%.*s/%s", (int)(slash - program), program, name) : name;
-    if (slash && !file_exists(path)) {
-        int folder = (int)(slash - program);
-        path = arena_printf(arena, "%.*s/../share/align/%s", folder, program, name);
+    for (size_t i = 0; slash && i < COUNT(folders); i++) {
+        slash[1] = 0;
+        const char *path = arena_printf(arena, "%s%s%s", program, folders[i], name);
+        if (file_exists(path))
+            return path;
     }
-    if (!file_exists(path))
-        path = name;
-    CHECK(file_exists(path), "%s is neither beside the program nor in the current folder; %s", name,
+    CHECK(file_exists(name), "%s is neither beside the program nor in the current folder; %s", name,
           remedy);
-    return path;
+    return name;
 }
 
 static struct Tokenizer *load_tokenizer(struct Options *o) {
@@ -15037,11 +15018,13 @@ static void check_special_tokens(struct Options *o, const char *folder, struct G
     size_t end = (size_t)c->eos_token_id;
     size_t known = (size_t)endoftext_id(c->vocab_size) + 1;
     const struct Text *names = added_tokens(&arena, folder, known, c->vocab_size);
+    const char *remedy =
+        arena_printf(&arena, "if it only pads, write \"pad_token_id\": %zu in config.json, else ",
+                     known);
     /* 1. Texts end with the end token: it must be one that is known here. */
     CHECK(end < known || names[end - known].length == 0,
           "%s: its end token, id %zu, is \"%s\", an added token that %s lacks; this model cannot "
-          "be "
-          "used",
+          "be used",
           folder, end, names[end - known].data, tok->path);
     CHECK(end < known,
           "%s: its end token, id %zu, is no token of %s; if its texts end with GPT-2's own, write "
@@ -15051,14 +15034,9 @@ static void check_special_tokens(struct Options *o, const char *folder, struct G
     for (size_t id = known; id < c->vocab_size; id++) {
         struct Text name = names[id - known];
         bool kept = id == known && id == (size_t)c->pad_token_id;
-        const char *remedy = id > known ? ""
-                                        : arena_printf(&arena,
-                                                       "if it only pads, write \"pad_token_id\": "
-                                                       "%zu in config.json, else ",
-                                                       id);
         CHECK(kept || name.length == 0,
               "%s: id %zu is \"%s\", an added token that %s lacks; %sthis model cannot be used",
-              folder, id, name.data, tok->path, remedy);
+              folder, id, name.data, tok->path, id == known ? remedy : "");
         if (kept)
             c->pad_token = text_copy(&o->arena, name);
     }
@@ -15158,13 +15136,15 @@ static void options_close(struct Options *o) {
     arena_free(&o->arena);
 }
 
-static const unsigned TEXT_SHAPES[] = {SHAPE_TEXT},
-                      SFT_SHAPES[] = {SHAPE_PROMPT_COMPLETION, SHAPE_TEXT},
-                      DPO_SHAPES[] = {SHAPE_PREFERENCE},
-                      REWARD_SHAPES[] = {SHAPE_MARGIN, SHAPE_RATED, SHAPE_LABELLED},
-                      LABELLED_SHAPES[] = {SHAPE_LABELLED}, RATED_SHAPES[] = {SHAPE_RATED},
-                      PROMPT_SHAPES[] = {SHAPE_PROMPT, SHAPE_TEXT},
-                      ROLLOUT_SHAPES[] = {SHAPE_ROLLOUT};
+/* Which rows a command takes; the first shape that a data set has counts. */
+static const unsigned TEXT_SHAPES[] = {SHAPE_TEXT};
+static const unsigned SFT_SHAPES[] = {SHAPE_PROMPT_COMPLETION, SHAPE_TEXT};
+static const unsigned DPO_SHAPES[] = {SHAPE_PREFERENCE};
+static const unsigned REWARD_SHAPES[] = {SHAPE_MARGIN, SHAPE_RATED, SHAPE_LABELLED};
+static const unsigned LABELLED_SHAPES[] = {SHAPE_LABELLED};
+static const unsigned RATED_SHAPES[] = {SHAPE_RATED};
+static const unsigned PROMPT_SHAPES[] = {SHAPE_PROMPT, SHAPE_TEXT};
+static const unsigned ROLLOUT_SHAPES[] = {SHAPE_ROLLOUT};
 
 static void tokenize_decode(const struct Tokenizer *tok, struct Text in, size_t V,
                             const char *path) {
@@ -15188,25 +15168,26 @@ static void command_tokenize(struct Options *o) {
     CHECK(V > BYTE_TOKENS && V <= tok->vocab_size,
           "--vocab_size %zu: a vocabulary has 257 to %zu ids", V, tok->vocab_size);
     const char *path = o->file ? o->file : "-";
-    struct Row plain = {0};
-    if (o->jsonl)
+    if (o->jsonl) {
         o->data = dataset_load(&o->arena, path, TEXT_SHAPES, 1);
-    else
-        plain.text = read_file(&o->arena, path);
-    if (o->decode) {
-        tokenize_decode(tok, plain.text, V, path);
+        for (size_t i = 0; i < o->data->n; i++) {
+            struct Example e = example_encode(&o->arena, tok, o->data->rows[i].text, V, NULL);
+            json_write_ids(stdout, "{\"input_ids\": ", e.ids, e.n);
+            puts("}");
+        }
         return;
     }
-    /* Without --jsonl all the input is one text, line ends included. */
-    for (size_t i = 0; i < (o->jsonl ? o->data->n : 1); i++) {
-        struct Text text = o->jsonl ? o->data->rows[i].text : plain.text;
-        struct Example e = example_encode(&o->arena, tok, text, V, NULL);
-        if (o->jsonl)
-            json_write_ids(stdout, "{\"input_ids\": ", e.ids, e.n);
-        for (size_t k = 0; k < e.n && !o->jsonl; k++)
-            printf("%s%d", k ? " " : "", e.ids[k]);
-        puts(o->jsonl ? "}" : "");
+
+    /* All the input is one text, line ends included. */
+    struct Text text = read_file(&o->arena, path);
+    if (o->decode) {
+        tokenize_decode(tok, text, V, path);
+        return;
     }
+    struct Example e = example_encode(&o->arena, tok, text, V, NULL);
+    for (size_t k = 0; k < e.n; k++)
+        printf("%s%d", k ? " " : "", e.ids[k]);
+    putchar('\n');
 }
 
 /* What a training starts from: model, data, and a Trainer whose task is to be set. */
@@ -15462,10 +15443,10 @@ static struct RolloutSource open_rollouts(struct Options *o) {
     source.generation.do_sample = true;
 
     /* 2. The judge. collect asks a person where there is none. */
-    if (o->reward_model_path)
+    if (o->reward_model_path) {
         o->reward_model = load_model(o, o->reward_model_path);
-    if (o->reward_model)
         check_reward_model(o->reward_model, o->reward_model_path);
+    }
     source.scorer = (struct Scorer){.reward_model = o->reward_model, .tok = o->tok, .std = 1};
 
     /* 3. Prompts, and how many tokens the longest of them leaves of the context. */
@@ -15495,7 +15476,6 @@ static void note_full_context(const struct Options *o, size_t room, size_t max_n
 
 /* Trains by PPO or REINFORCE on rollouts, new or stored, and saves: max_steps, or one pass. */
 static void train_on_rollouts(struct Options *o, const char *log_dir) {
-
     /* 1. Policy, reference, and where the result goes: asked before hours of work, not after. */
     open_model(o, true);
     leave_out_reward_head(o->model);
@@ -15506,13 +15486,12 @@ static void train_on_rollouts(struct Options *o, const char *log_dir) {
 
     /* 2. Rollouts: stored ones, or prompts and a judge. */
     struct RolloutSource source = {0};
-    if (o->rollouts)
+    if (o->rollouts) {
         source.replay = o->data = dataset_load(&o->arena, o->rollouts, ROLLOUT_SHAPES, 1);
-    else
+    } else {
         source = open_rollouts(o);
-    size_t max_new = o->output_length.max_value - 1;
-    if (!o->rollouts)
-        note_full_context(o, source.room, max_new, "--output_max_length");
+        note_full_context(o, source.room, o->output_length.max_value - 1, "--output_max_length");
+    }
 
     /* 3. As many steps as --max_steps says, else each prompt (or stored rollout) once. */
     o->train.per_device_train_batch_size = o->ppo.batch_size; /* for trainer_state.json */
@@ -15554,12 +15533,11 @@ static void command_reinforce(struct Options *o) {
     train_on_rollouts(o, NULL);
 }
 
-/* A prompt's ids, at most `longest`; of an empty one bos_token_id, as in transformers: nothing said
- * yet, start a text. GPT-2's bos token is its end token. */
-static struct Example prompt_encode(struct Options *o, struct Text prompt, size_t number,
-                                    size_t longest) {
+/* A prompt's ids; of an empty one bos_token_id, as in transformers: nothing said yet, start a text.
+ * GPT-2's bos token is its end token. */
+static struct Example prompt_encode(struct Options *o, struct Text prompt, size_t number) {
     struct Example e = example_encode(&o->arena, o->tok, prompt, o->model->config.vocab_size, NULL);
-    CHECK(e.n <= longest,
+    CHECK(e.n <= o->model->config.n_positions,
           "prompt %zu has %zu tokens, the model's context is %zu (n_positions); shorten it", number,
           e.n, o->model->config.n_positions);
     return e.n ? e : (struct Example){&o->model->config.bos_token_id, 1, 1};
@@ -15582,10 +15560,10 @@ static const struct {
 
 /* Whether generation_config.json has a setting that nobody expects of a model. */
 static bool setting_unusual(const struct Json *item, const struct GPT2Config *model) {
-    /* the end token is config.json's, and every model has its own */
-    if (strcmp(item->key.data, "eos_token_id") == 0 && item->number == model->eos_token_id)
-        return false;
     double number = item->type == JSON_FALSE ? 0 : item->type == JSON_NUMBER ? item->number : NAN;
+    /* the end token is config.json's, and every model has its own */
+    if (strcmp(item->key.data, "eos_token_id") == 0 && number == model->eos_token_id)
+        return false;
     /* NaN equals nothing: a list, a string or `true` is always unusual */
     for (size_t k = 0; k < COUNT(GENERATION_SETTINGS); k++)
         if (list_has(GENERATION_SETTINGS[k].names, item->key.data))
@@ -15613,19 +15591,20 @@ static void note_generation_config(struct Options *o) {
 static void print_generation_json(struct Options *o, struct Text prompt, const struct Sequence *s,
                                   size_t n) {
     json_write_string(stdout, "{\"prompt\": ", prompt);
-    for (size_t i = 0; i < n; i++)
-        json_write_ids(stdout, i ? ", " : ", \"sequences\": [", s[i].ids + s[i].prompt_length,
-                       s[i].n - s[i].prompt_length);
     for (size_t i = 0; i < n; i++) {
-        struct Text text =
-            tokenizer_decode_all(o->tok, &o->arena, s[i].ids + s[i].prompt_length,
-                                 s[i].n - s[i].prompt_length, o->model->config.vocab_size);
+        size_t from = s[i].prompt_length;
+        json_write_ids(stdout, i ? ", " : ", \"sequences\": [", s[i].ids + from, s[i].n - from);
+    }
+    for (size_t i = 0; i < n; i++) {
+        size_t from = s[i].prompt_length;
+        struct Text text = tokenizer_decode_all(o->tok, &o->arena, s[i].ids + from, s[i].n - from,
+                                                o->model->config.vocab_size);
         json_write_string(stdout, i ? ", " : "], \"texts\": [", text);
     }
     puts("]}");
 }
 
-/* Each continuation behind its prompt, as a person reads it: without the end token, and without
+/* Each continuation after its prompt, as a person reads it: without the end token, and without
  * the bos token that stands for an empty prompt. */
 static void print_generation(struct Options *o, struct Text prompt, const struct Sequence *s,
                              size_t n) {
@@ -15671,8 +15650,7 @@ static void command_generate(struct Options *o) {
     size_t room = o->model->config.n_positions;
     note_generation_config(o);
     for (size_t i = 0; i < data->n; i++) {
-        struct Example e =
-            prompt_encode(o, data->rows[i].prompt, i + 1, o->model->config.n_positions);
+        struct Example e = prompt_encode(o, data->rows[i].prompt, i + 1);
         room = MIN(room, o->model->config.n_positions + 1 - e.n);
         for (size_t k = 0; k < each; k++)
             sequences[i * each + k] =
@@ -15691,6 +15669,27 @@ static void command_generate(struct Options *o) {
     }
 }
 
+/* The tokens that can follow a prompt, the likeliest first; their `logit` is the probability. */
+static void print_next_json(struct Options *o, const struct Candidate *top, size_t kept) {
+    json_write_string(stdout, "{\"prompt\": ", text_of(o->prompt));
+    printf(", \"kept\": %zu, \"top\": [", kept);
+    for (size_t i = 0; i < MIN(kept, o->top_n); i++)
+        printf("%s[%d, %.9g]", i ? ", " : "", top[i].id, top[i].logit);
+    puts("]}");
+}
+
+static void print_next_table(struct Options *o, const struct Candidate *top, size_t kept,
+                             double entropy) {
+    size_t V = o->model->config.vocab_size;
+    printf("   id  probability  token     (%zu of %zu tokens can follow; entropy %.3f nats)\n",
+           kept, V, entropy);
+    for (size_t i = 0; i < MIN(kept, o->top_n); i++) {
+        printf("%5d  %11.6f  ", top[i].id, top[i].logit);
+        json_write_string(stdout, "", tokenizer_decode(o->tok, top[i].id, V));
+        putchar('\n');
+    }
+}
+
 /* The distribution of the next token after a prompt. [glossary: Distribuição (em ML)] */
 static void command_next(struct Options *o) {
     open_model(o, false);
@@ -15701,7 +15700,7 @@ static void command_next(struct Options *o) {
     size_t kept = 0;
 
     /* 1. The logits after the prompt's last token. */
-    struct Example e = prompt_encode(o, text_of(o->prompt), 1, model->config.n_positions);
+    struct Example e = prompt_encode(o, text_of(o->prompt), 1);
     struct Batch batch = collate(arena, &e, 1, READ_LAST);
     struct Activations acts = gpt2_forward(model, arena, &batch, false);
     float *p = arena_floats(arena, V);
@@ -15721,22 +15720,9 @@ static void command_next(struct Options *o) {
             top[kept++] = (struct Candidate){p[v], (int)v};
     qsort(top, kept, sizeof *top, compare_candidates_down);
     if (o->json)
-        json_write_string(stdout, "{\"prompt\": ", text_of(o->prompt));
-    if (o->json)
-        printf(", \"kept\": %zu, \"top\": [", kept);
+        print_next_json(o, top, kept);
     else
-        printf("   id  probability  token     (%zu of %zu tokens can follow; entropy %.3f nats)\n",
-               kept, V, entropy);
-    for (size_t i = 0; i < MIN(kept, o->top_n); i++) {
-        printf(o->json ? "%s[%d, %.9g]" : "%s%5d  %11.6f  ",
-               i == 0    ? ""
-               : o->json ? ", "
-                         : "\n",
-               top[i].id, top[i].logit);
-        if (!o->json)
-            json_write_string(stdout, "", tokenizer_decode(o->tok, top[i].id, V));
-    }
-    puts(o->json ? "]}" : "");
+        print_next_table(o, top, kept, entropy);
 }
 
 /* A line of logprob: a text's ids, each one's log-probability but the first's, which nothing comes
@@ -16172,27 +16158,28 @@ static const char *fold(struct Arena *arena, const char *text) {
     return folded;
 }
 
-/* The length of a term of docs/glossary.md, eight lines that begin after "### ". Ends the program if
- * it is none. */
+static const char *line_after(const char *line) {
+    line += strcspn(line, "\n");
+    return line + (*line == '\n');
+}
+
+/* The length of a term of docs/glossary.md, which begins after "### ". Ends the program if it does
+ * not have the eight lines that the file's head tells of. */
 static size_t term_length(const char *term, const char *path) {
     size_t lines = 0;
     const char *end = term;
-    for (; *end && *end != '\n'; lines++) {
-        end += strcspn(end, "\n");
-        end += *end == '\n';
-    }
-    const char *first = term + strcspn(term, "\n");
+    for (; *end && *end != '\n'; lines++)
+        end = line_after(end);
+    size_t heading = strcspn(term, "\n");
     const char *dot = strstr(term, " \xc2\xb7 ");
-    CHECK(lines == 8 && dot && dot < first && strncmp(first, "\n- Aliases: ", 12) == 0,
-          "%s: \"%.*s\" is no term: a heading \"### Portuguese \xc2\xb7 English\" and seven lines "
-          "were "
-          "expected; the file's head says how they begin",
-          path, (int)MIN(first - term, 100), term);
+    bool good = dot && dot < term + heading && strncmp(term + heading, "\n- Aliases: ", 12) == 0;
+    CHECK(good && lines == 8, "%s: \"%.*s\" is no term; the file's head says how one is written",
+          path, (int)MIN(heading, (size_t)100), term);
     return (size_t)(end - term);
 }
 
-/* How far a folded query is from a term: 0 it is a name of the term; 1 words of one; else 2 + the
- * fewest edits that make it the words somewhere in one. */
+/* How far a folded query is from a term whose heading and aliases are lines: 0 it is a name of the
+ * term; 1 words of one; else 2 + the fewest edits that make it the words somewhere in one. */
 static size_t term_rank(struct Arena *arena, const char *term, const char *query) {
     int heading = (int)strcspn(term, "\n");
     const char *aliases = term + heading + strlen("\n- Aliases: ");
@@ -16220,9 +16207,11 @@ static void command_glossary(struct Options *o) {
     size_t hits = 0;
 
     /* 1. How well the terms fit, and how many fit best. */
-    for (const char *term = text; (term = strstr(term, "\n### ")); term++) {
-        term_length(term + 5, path);
-        size_t rank = term_rank(&o->arena, term + 5, query);
+    for (const char *line = text; *line; line = line_after(line)) {
+        if (strncmp(line, "### ", 4) != 0)
+            continue;
+        term_length(line + 4, path);
+        size_t rank = term_rank(&o->arena, line + 4, query);
         hits = rank < best ? 1 : hits + (rank == best);
         best = MIN(best, rank);
     }
@@ -16231,7 +16220,7 @@ static void command_glossary(struct Options *o) {
         puts(best > 1 ? "no term has this name; the nearest:" : "several terms fit:");
 
     /* 2. One hit is printed whole; of several, and without TERM, the names under their headings. */
-    for (const char *line = text; *line; line += strcspn(line, "\n"), line += *line == '\n') {
+    for (const char *line = text; *line; line = line_after(line)) {
         if (all && strncmp(line, "## ", 3) == 0)
             printf("%.*s\n", (int)strcspn(line, "\n") - 3, line + 3);
         if (strncmp(line, "### ", 4) != 0 || term_rank(&o->arena, line + 4, query) != best)
@@ -16308,9 +16297,10 @@ static void command_rlhf(struct Options *o) {
     }
 
     /* 2. What cannot work, before it takes a minute to find out. */
-    CHECK(o->reward_steps > 0 || model->score.n, "--reward_steps 0: an untrained reward model "
-                                                 "gives every text the same reward; 1 or more "
-                                                 "steps are needed");
+    bool judges = o->reward_steps > 0 || model->score.n;
+    CHECK(judges, "--reward_steps 0: an untrained reward model gives every text the same reward; 1 "
+                  "or "
+                  "more steps are needed");
     static const char *const results[] = {"language_model", "reward_model", "ppo", "dpo"};
     for (size_t i = 0; i < COUNT(results); i++)
         note_replaced(o, arena_printf(&o->arena, "%s/%s", course.output_dir, results[i]));
@@ -16339,8 +16329,7 @@ static void command_exact(struct Options *o) {
           "--max_new_tokens %zu: %zu tokens make %.6g responses of this length, 2 to %d can be "
           "enumerated; use a shorter one",
           L, c->vocab_size, count, EXACT_RESPONSES);
-    CHECK(c->n_layer > 0 && c->n_layer <= 100 && c->n_head > 0 && c->n_embd > 0 && c->n_embd <= 4096
-              && c->n_embd % c->n_head == 0,
+    CHECK(c->n_layer <= 100 && c->n_embd <= 4096 && c->n_embd % c->n_head == 0,
           "--n_embd %zu must be a multiple of --n_head %zu, at most 4096; --n_layer %zu: 1 to 100",
           c->n_embd, c->n_head, c->n_layer);
     struct ExactWorld *w = exact_world(&o->arena, *c, L, o->train.seed);
@@ -16356,11 +16345,12 @@ static const struct Command {
     const char *defaults; /* that differ from other commands': a name, a value, ... */
 } COMMANDS[] = {
     {"rlhf", "the whole course: language model, reward model, PPO, DPO", command_rlhf, "",
-     "temperature 0.7, output_dir out"},
+     "temperature 0.7, output_dir out, pretrain_steps 2000, reward_steps 450, ppo_steps 85, "
+     "dpo_steps 150"},
     {"tokenize", "[FILE]: text (or standard input) to ids; --decode: ids to text", command_tokenize,
-     "", ""},
+     "", "vocab_size 50257"},
     {"pretrain", "a new language model from texts", command_pretrain, "dataset_name, output_dir",
-     ""},
+     "vocab_size 50257, n_positions 1024, n_embd 768, n_layer 12, n_head 12"},
     {"sft", "supervised fine-tuning on text or prompt + completion", command_sft,
      "model_name_or_path, dataset_name, output_dir", "learning_rate 2e-5"},
     {"reward", "a reward model from pairs, or from rated or labelled texts", command_reward,
@@ -16370,16 +16360,16 @@ static const struct Command {
      "learning_rate 1.41e-5, max_grad_norm 0, lr_scheduler_type constant, logging_steps 1, seed 0"},
     {"reinforce", "the plain policy gradient, with and without a baseline", command_reinforce,
      "model_name_or_path, reward_model_path, dataset_name, output_dir",
-     "learning_rate 1e-6, logging_steps 1, beta 0.05, num_generations 2"},
+     "learning_rate 1e-6, logging_steps 1, beta 0.05, num_generations 2, baseline rloo"},
     {"dpo", "direct preference optimization on prompt + chosen + rejected", command_dpo,
-     "model_name_or_path, dataset_name, output_dir", "learning_rate 1e-6"},
+     "model_name_or_path, dataset_name, output_dir", "learning_rate 1e-6, beta 0.1"},
     {"exact",
      "a toy small enough to enumerate: the closed form, and what DPO, PPO, REINFORCE reach",
      command_exact, "", "vocab_size 6, n_embd 32, n_layer 2, n_head 2, max_new_tokens 3, beta 1"},
     {"generate", "continue a --prompt, or each of a data set", command_generate,
      "model_name_or_path", "top_k 50"},
     {"next", "the distribution of the next token after a --prompt", command_next,
-     "model_name_or_path, prompt", ""},
+     "model_name_or_path, prompt", "top_n 10"},
     {"logprob", "log-probabilities of tokens and sequences, KL to --ref_model", command_logprob,
      "model_name_or_path, dataset_name", ""},
     {"score", "the sentiment pipeline: reward and pipe_outputs of each text", command_score,
@@ -16754,24 +16744,13 @@ static struct Options default_options(const char *name) {
         .train = training_arguments(),
         .ppo = ppo_config(),
         .generation = generation_config(),
-        .dpo = {.beta = 0.1},
         .loss_type = "sigmoid",
-        .baseline = "rloo",
         .passed_over = "",
         .lora = {.r = 16, .lora_alpha = 32, .target_modules = "c_attn"},
-        .top_n = 10,
-        .config = {.vocab_size = 50257, .n_positions = 1024, .layer_norm_epsilon = 1e-5f},
+        .config = {.layer_norm_epsilon = 1e-5f},
         .input_length = {2, 8},
         .output_length = {4, 16},
-        .pretrain_steps = 2000,
-        .reward_steps = 450,
-        .ppo_steps = 85,
-        .dpo_steps = 150,
     };
-    /* GPT-2, the smallest of its four sizes */
-    o.config.n_embd = 768;
-    o.config.n_layer = 12;
-    o.config.n_head = 12;
     /* transformers' top_k of 50 is generate's; what trains or measures samples from all tokens */
     o.generation.top_k = 0;
     const struct Command *command = find_command(name);
@@ -16786,20 +16765,17 @@ static const char *flag_value(struct Options *o, const struct Flag *flag) {
     static const char *const stopping[] =
         {[STOP_FALSE] = "false", [STOP_TRUE] = "true", [STOP_NEVER] = "never"};
     const void *at = (const char *)o + flag->offset;
-    switch (flag->kind->type) {
-    case TYPE_STRING:
+    enum Type type = flag->kind->type;
+    if (type == TYPE_STRING)
         return *(const char *const *)at ? *(const char *const *)at : "";
-    case TYPE_BOOL:
+    if (type == TYPE_BOOL)
         return *(const bool *)at ? "true" : "false";
-    case TYPE_STOPPING:
+    if (type == TYPE_STOPPING)
         return stopping[*(const enum EarlyStopping *)at];
-    case TYPE_SEED:
+    if (type == TYPE_SEED)
         return arena_printf(&o->arena, "%llu", (unsigned long long)*(const uint64_t *)at);
-    case TYPE_SIZE:
+    if (type == TYPE_SIZE)
         return arena_printf(&o->arena, "%zu", *(const size_t *)at);
-    case TYPE_DOUBLE:
-        break;
-    }
     return arena_printf(&o->arena, "%g", *(const double *)at);
 }
 
