@@ -14640,6 +14640,12 @@ static void course_print(struct Course *course) {
  * Chapter 27 - Command line, main
  *
  * One table of flags, one table of commands. A flag's name is transformers', TRL's or PEFT's.
+ *     ./align dpo --beta 0.5 --model_name_or_path m --dataset_name pairs.jsonl --output_dir out
+ * find_command takes dpo's row of COMMANDS, and default_options fills struct Options with what
+ * holds unless the user says otherwise. For --beta, take_flag finds the row that names dpo,
+ * for there are two flags of this name. parse_flag checks that 0.5 is a number above 0 and stores
+ * it at the row's place in Options. note_idle_flags tells which flags change nothing, check_needed
+ * which are missing; then command_dpo runs, with Options as all that it knows.
  * ============================================================================================= */
 
 enum { MOST_FLAGS = 160 };
@@ -14659,7 +14665,7 @@ struct Options {
     size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps, top_n, max_samples;
     bool json, jsonl, decode, help, quiet, use_peft;
     bool given[MOST_FLAGS]; /* which of FLAGS the command line has */
-    const char *passed_over; /* flags of other programs that are given, in a row */
+    const char *passed_over; /* a list: flags of other programs that are given */
     /* What a command opens and main closes. */
     struct Arena arena;
     struct Tokenizer *tok;
@@ -15265,7 +15271,7 @@ static void finish_training(struct Options *o, struct Trainer *trainer) {
     trainer_free(trainer);
 }
 
-/* Each row's text as ids, with the end token behind it unless that is NULL; of a longer text the
+/* Each row's text as ids, with the end token after it unless that is NULL; of a longer text the
  * first `longest`. */
 static struct Example *encode_texts(struct Options *o, const struct Dataset *data,
                                     const int *end_token, size_t longest) {
@@ -15798,7 +15804,7 @@ static void command_score(struct Options *o) {
     open_model(o, false);
     check_reward_model(o->model, o->peft_adapter ? o->peft_adapter : o->model_name_or_path);
     open_data(o, TEXT_SHAPES, 1);
-    /* the reward is read at the last token: no end token stands behind it */
+    /* the reward is read at the last token: no end token follows it */
     struct Example *texts =
         encode_texts(o, o->data, NULL, MIN(o->train.max_length, o->model->config.n_positions));
     float *reward = arena_floats(&o->arena, o->data->n);
@@ -15811,10 +15817,10 @@ static void command_score(struct Options *o) {
     }
 }
 
-/* `collect` at work. preferences.jsonl is what it makes. judged.json beside it lists the prompts that
- * are done, with a pair or without: a run that goes on begins after those. It is written second, so
- * that a kill between the two costs time only: the prompts are judged again, on the same random
- * numbers, and a pair that the file holds is not written again. */
+/* `collect` at work. preferences.jsonl is what it makes. judged.json beside it lists the prompts
+ * that are done, with a pair or without: a run that goes on begins after those. It is written
+ * second, so that a kill between the two costs time only: the prompts are judged again, on the same
+ * random numbers, and a pair that the file holds is not written again. */
 struct Collection {
     struct RolloutSource source;
     const char *path; /* of preferences.jsonl */
@@ -16489,7 +16495,7 @@ static void parse_number(struct Options *o, const struct Flag *flag, const char 
     double number = whole ? (double)size : strtod(value, &end);
     bool read = !*end && (whole ? isdigit((unsigned char)*value) && !errno : end != value);
 
-    /* 2. What a float cannot hold is refused with the words that fit what it can, and its bounds. */
+    /* 2. Where the words fit a number that no float can hold, the bounds are said too. */
     if (read && !whole && (fabs(number) > FLT_MAX || (number > 0 && number < FLT_MIN)))
         snprintf(bounds, sizeof bounds, "; %.2g to %.2g can be used", kind->least, kind->most);
     if (!read || !(number >= kind->least && number <= kind->most))
@@ -16628,15 +16634,13 @@ static int take_flag(struct Options *o, const struct Command *command, char **ar
 static void note_idle_flags(struct Options *o, const struct Command *command) {
     const struct TrainingArguments *train = &o->train;
     const struct GenerationConfig *g = &o->generation;
-    const struct PPOConfig *ppo = &o->ppo;
     bool generates = command->run == command_generate;
-    bool measures = command->run == command_eval;
     bool smoothing = strstr(o->loss_type, "sigmoid") || strstr(o->loss_type, "robust");
-    const char *beyond = "reward_model_path, dataset_name, top_k, top_p, input_min_text_length, "
-                         "input_max_text_length, output_min_length, output_max_length";
-    const char *sampling = "ref_model, seed, max_samples, max_new_tokens, temperature, top_k, "
-                           "top_p, "
-                           "input_min_text_length, input_max_text_length";
+    const char *fresh = "reward_model_path, dataset_name, top_k, top_p, input_min_text_length, "
+                        "input_max_text_length, output_min_length, output_max_length";
+    const char *answers = "ref_model, seed, max_samples, max_new_tokens, temperature, top_k, "
+                          "top_p, "
+                          "input_min_text_length, input_max_text_length";
 
     /* 1. Of what is trained, and on what. */
     note_idle(o, !o->use_peft, "lora_r, lora_alpha, lora_dropout, lora_target_modules, use_rslora",
@@ -16645,9 +16649,9 @@ static void note_idle_flags(struct Options *o, const struct Command *command) {
     note_idle(o, o->model_name_or_path, "n_layer, n_head, n_embd, n_positions, vocab_size",
               "--model_name_or_path has its own");
     note_idle(o, !o->eval_dataset, "eval_steps", "there is no --eval_dataset");
-    note_idle(o, o->rollouts, beyond, "--rollouts are replayed, none are sampled");
+    note_idle(o, o->rollouts, fresh, "--rollouts are replayed, none are sampled");
 
-    /* 2. Of how it is trained. */
+    /* 2. Of how it is trained, and to what end. */
     note_idle(o, train->max_steps > 0, "num_train_epochs", "--max_steps decides");
     note_idle(o, strcmp(train->optim, "sgd") == 0, "adam_beta1, adam_beta2, adam_epsilon",
               "--optim sgd keeps no running means");
@@ -16655,19 +16659,17 @@ static void note_idle_flags(struct Options *o, const struct Command *command) {
               "--lr_scheduler_type constant has no warm-up, constant_with_warmup has");
     note_idle(o, train->warmup_steps > 0, "warmup_ratio", "--warmup_steps decides");
     note_idle(o, !train->save_steps, "save_total_limit", "--save_steps 0 leaves no checkpoints");
-
-    /* 3. Of the objective. */
     note_idle(o, strcmp(o->loss_type, "bce") == 0, "center_rewards_coefficient",
               "--loss_type bce compares no pairs");
     note_idle(o, !smoothing, "label_smoothing", "only the losses sigmoid and robust smooth labels");
     note_idle(o, command->run == command_reinforce, "gradient_accumulation_steps",
               "reinforce takes a step on its whole batch");
-    note_idle(o, !ppo->adap_kl_ctrl, "horizon, target",
+    note_idle(o, !o->ppo.adap_kl_ctrl, "horizon, target",
               "--adap_kl_ctrl false keeps the coefficient as it is");
-    note_idle(o, !ppo->early_stopping, "target_kl", "--early_stopping is not given");
-    note_idle(o, !ppo->use_score_scaling, "use_score_norm", "--use_score_scaling is not given");
+    note_idle(o, !o->ppo.early_stopping, "target_kl", "--early_stopping is not given");
+    note_idle(o, !o->ppo.use_score_scaling, "use_score_norm", "--use_score_scaling is not given");
 
-    /* 4. Of what is written. */
+    /* 3. Of what is written. */
     note_idle(o, generates && !g->do_sample, "temperature, top_k, top_p, seed",
               "without --do_sample nothing is drawn");
     note_idle(o, generates && g->num_beams == 1, "length_penalty, early_stopping",
@@ -16675,8 +16677,8 @@ static void note_idle_flags(struct Options *o, const struct Command *command) {
     note_idle(o, g->min_new_tokens > g->max_new_tokens, "min_new_tokens",
               "it is above --max_new_tokens, which ends the text");
     note_idle(o, o->prompt, "dataset_name", "--prompt is continued");
-    note_idle(o, measures && o->reward_model_path, "max_length", "answers end at --max_new_tokens");
-    note_idle(o, measures && !o->reward_model_path, sampling,
+    note_idle(o, o->reward_model_path, "max_length", "answers end at --max_new_tokens");
+    note_idle(o, command->run == command_eval && !o->reward_model_path, answers,
               "answers are written only for a --reward_model_path");
 }
 

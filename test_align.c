@@ -7671,7 +7671,9 @@ static void test_cli_collect(void) {
     data = dataset_load(&test_arena, temporary("c_mine/preferences.jsonl"), DPO_SHAPES, 1);
     expect_count("two judgements", data->n, 2);
     struct GPT2 *lm = gpt2_load(temporary("c_lm"));
-    struct GenerationConfig generation = default_options("collect").generation;
+    struct Options defaults = default_options("collect");
+    struct GenerationConfig generation = defaults.generation;
+    options_close(&defaults);
     generation.do_sample = true;
     struct Example prompt = example_encode(&test_arena, tokenizer, text_of("A film"), 400, NULL);
     prompt.prompt_length = prompt.n;
