@@ -14189,6 +14189,12 @@ static void course_print(struct Course *course) {
  * Chapter 27 - Command line, main
  *
  * One table of flags, one table of commands. A flag's name is transformers', TRL's or PEFT's.
+ *     ./align dpo --beta 0.5 --model_name_or_path m --dataset_name pairs.jsonl --output_dir out
+ * find_command takes dpo's row of COMMANDS, and default_options fills struct Options with what
+ * holds unless the user says otherwise. For --beta, take_flag finds the row that names dpo,
+ * for there are two flags of this name. parse_flag checks that 0.5 is a number above 0 and stores
+ * it at the row's place in Options. note_idle_flags tells which flags change nothing, check_needed
+ * which are missing; then command_dpo runs, with Options as all that it knows.
  * ============================================================================================= */
 
 enum { MOST_FLAGS = 160 };
@@ -14208,7 +14214,7 @@ struct Options {
     size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps, top_n, max_samples;
     bool json, jsonl, decode, help, quiet, use_peft;
     bool given[MOST_FLAGS]; /* which of FLAGS the command line has */
-    const char *passed_over; /* flags of other programs that are given, in a row */
+    const char *passed_over; /* a list: flags of other programs that are given */
     /* What a command opens and main closes. */
     struct Arena arena;
     struct Tokenizer *tok;
@@ -14216,357 +14222,316 @@ struct Options {
     struct Dataset *data, *eval;
 };
 
-/* Groups of flags; a command takes some of them. */
-enum Group {
-    G_MODEL = 1,
-    G_DATA = 2,
-    G_TRAIN = 4,
-    G_NEW = 8,
-    G_REF = 16,
-    G_REWARD = 32,
-    G_PPO = 64,
-    G_DPO = 128,
-    G_SAMPLE = 256,
-    G_LENGTH = 512,
-    G_PROMPT = 1024,
-    G_NEXT = 2048,
-    G_TOKENIZE = 4096,
-    G_RLHF = 8192,
-    G_OUT = 16384,
-    G_SEED = 32768,
-    G_RUN = 65536,
-    G_JSON = 262144,
-    G_PEFT = 1 << 20,
-    G_LORA = 1 << 21,
-    G_ROLL = 1 << 22,
-    G_RLOO = 1 << 23,
-    G_EXACT = 1 << 24,
-    G_COLLECT = 1 << 25,
-    G_EVAL = 1 << 26,
-    G_WORDS = 1 << 27,
-    G_FILES = G_OUT | G_SEED | G_DATA,
-    G_TRAINING = G_FILES | G_TRAIN,
-    G_TOOL = G_MODEL | G_PEFT | G_DATA,
-    G_TUNING = G_TOOL | G_LORA | G_TRAINING,
-    G_ALL = -1
-};
-/* What a flag's value may be: one of the names that its help lists; of numbers, whole ones up to
- * KIND_COUNT, the range is part of it. */
-enum Kind {
-    KIND_TEXT,
-    KIND_STRING,
-    KIND_NAME,
-    KIND_LIST,
-    KIND_BOOL,
-    KIND_STOPPING,
-    KIND_SEED,
-    KIND_SIZE,
-    KIND_STEPS,
-    KIND_BATCH,
-    KIND_COUNT,
-    KIND_DOUBLE,
-    KIND_POSITIVE,
-    KIND_TEMPERATURE,
-    KIND_EPOCHS,
-    KIND_WEIGHT,
-    KIND_WARMUP,
-    KIND_SHARE,
-    KIND_DECAY
-};
-static const struct {
+/* Lists of commands, for the flags that several of them have. */
+#define BATCH_TRAINING "pretrain, sft, reward, dpo"
+#define TUNING "sft, reward, ppo, reinforce, dpo"
+#define TRAINING "pretrain, " TUNING
+#define TOOLS "generate, logprob, score, collect, eval"
+#define SAMPLING "ppo, reinforce, collect, eval"
+#define WITH_ADAPTER TUNING ", " TOOLS ", next, merge"
+#define WITH_MODEL "rlhf, pretrain, " WITH_ADAPTER
+#define WITH_DATA "rlhf, " TRAINING ", " TOOLS
+#define WITH_OUTPUT "rlhf, collect, merge, " TRAINING
+#define WITH_SEED "rlhf, exact, generate, collect, eval, " TRAINING
+#define WITH_REFERENCE "ppo, reinforce, dpo, logprob, eval"
+#define WITH_WORDS "tokenize, report, glossary" /* that are no flags: a file, a term */
+#define ALL_COMMANDS WITH_MODEL ", exact, " WITH_WORDS
+
+/* What a flag's value is stored as; of early_stopping: enum EarlyStopping. */
+enum Type { TYPE_STRING, TYPE_BOOL, TYPE_STOPPING, TYPE_SEED, TYPE_SIZE, TYPE_DOUBLE };
+
+/* What a flag's value may be. A number has a range; `expected` says it in words. */
+struct Kind {
+    enum Type type;
     double least, most;
     const char *expected;
-} RANGES[] = {[KIND_SEED] = {0, 0x1p64, "a whole number, 0 or more,"},
-              [KIND_SIZE] = {0, 0x1p40, "a whole number, 0 to 2^40,"},
-              [KIND_STEPS] = {0, 0x1p40, "a whole number, 0 to 2^40,"},
-              [KIND_WARMUP] = {0, 0x1p40, "a number from 0 to 2^40"},
-              [KIND_COUNT] = {1, 0x1p40, "a whole number, 1 to 2^40,"},
-              [KIND_DOUBLE] = {-FLT_MAX, FLT_MAX, "a number"},
-              [KIND_POSITIVE] = {FLT_MIN, FLT_MAX, "a number above 0"},
-              [KIND_WEIGHT] = {0, FLT_MAX, "a number, 0 or more,"},
-              [KIND_BATCH] = {1, 4096, "a whole number, 1 to 4096,"},
-              [KIND_EPOCHS] = {FLT_MIN, 1e9, "a number above 0, at most 1e9,"},
-              /* less takes the likeliest token as well, but overflows */
-              [KIND_TEMPERATURE] = {1e-6, FLT_MAX, "a number, 1e-6 or more,"},
-              [KIND_SHARE] = {0, 1, "a number from 0 to 1"},
-              [KIND_DECAY] = {0, 1 - DBL_EPSILON / 2, "a number from 0 to below 1"}};
+};
+static const struct Kind KIND_TEXT = {TYPE_STRING, 0, 0, ""}; /* the only one that may be empty */
+static const struct Kind KIND_STRING = {TYPE_STRING, 0, 0, ""};
+static const struct Kind KIND_NAME = {TYPE_STRING, 0, 0, ""}; /* one of those in its help */
+static const struct Kind KIND_LIST = {TYPE_STRING, 0, 0, ""}; /* goes on to the next flag */
+static const struct Kind KIND_BOOL = {TYPE_BOOL, 0, 0, "true or false"};
+static const struct Kind KIND_STOPPING = {TYPE_STOPPING, 0, 0, "true or false or never"};
+static const struct Kind KIND_SEED = {TYPE_SEED, 0, 0x1p64, "a whole number, 0 or more"};
+static const struct Kind KIND_SIZE = {TYPE_SIZE, 0, 0x1p40, "a whole number, 0 to 2^40"};
+static const struct Kind KIND_STEPS = {TYPE_SIZE, 0, 0x1p40, "a whole number, 0 to 2^40"};
+static const struct Kind KIND_COUNT = {TYPE_SIZE, 1, 0x1p40, "a whole number, 1 to 2^40"};
+static const struct Kind KIND_BATCH = {TYPE_SIZE, 1, 4096, "a whole number, 1 to 4096"};
+static const struct Kind KIND_WARMUP = {TYPE_SIZE, 0, 0x1p40, "a number from 0 to 2^40"};
+static const struct Kind KIND_DOUBLE = {TYPE_DOUBLE, -FLT_MAX, FLT_MAX, "a number"};
+static const struct Kind KIND_POSITIVE = {TYPE_DOUBLE, FLT_MIN, FLT_MAX, "a number above 0"};
+static const struct Kind KIND_WEIGHT = {TYPE_DOUBLE, 0, FLT_MAX, "a number, 0 or more"};
+static const struct Kind KIND_SHARE = {TYPE_DOUBLE, 0, 1, "a number from 0 to 1"};
+static const struct Kind KIND_DECAY = {TYPE_DOUBLE, 0, 1 - DBL_EPSILON / 2,
+                                       "a number from 0 to below 1"};
+static const struct Kind KIND_EPOCHS = {TYPE_DOUBLE, FLT_MIN, 1e9, "a number above 0, at most 1e9"};
+/* less takes the likeliest token as well, but overflows */
+static const struct Kind KIND_TEMPERATURE = {TYPE_DOUBLE, 1e-6, FLT_MAX, "a number, 1e-6 or more"};
+
 struct Flag {
     const char *name;
-    enum Kind kind;
-    size_t offset;
-    int groups;
+    size_t offset; /* of its value in struct Options */
+    const struct Kind *kind;
+    const char *commands; /* that have it */
     const char *help;
 };
+
+/* A flag's name and place. Most are called as the member of Options, or of one of its structs. */
 #define AT(member) offsetof(struct Options, member)
+#define NAMED(member) #member, AT(member)
+#define OF(part, member) #member, AT(part.member)
 
 /* A row that only --help reads: no command has it. */
-#define HEADING(title) {"", KIND_TEXT, 0, 0, title},
+#define HEADING(title) {"", 0, &KIND_TEXT, "", title}
 
 static const struct Flag FLAGS[] = {
-    HEADING("Models"){"model_name_or_path", KIND_STRING, AT(model_name_or_path), G_MODEL,
-                      "folder of a model (config.json, model.safetensors)"},
-    {"peft_adapter", KIND_STRING, AT(peft_adapter), G_PEFT,
+    HEADING("Models"),
+    {NAMED(model_name_or_path), &KIND_STRING, WITH_MODEL,
+     "folder of a model (config.json, model.safetensors)"},
+    {NAMED(peft_adapter), &KIND_STRING, WITH_ADAPTER,
      "folder of a LoRA adapter (adapter_config.json, adapter_model.safetensors): added to the "
      "model; training goes on with it"},
-    {"ref_model", KIND_STRING, AT(ref_model), G_REF,
+    {NAMED(ref_model), &KIND_STRING, WITH_REFERENCE,
      "folder of the reference model; default: the start model"},
-    {"reward_model_path", KIND_STRING, AT(reward_model_path), G_ROLL, "folder of a reward model"},
-    HEADING("A new LoRA adapter"){"use_peft", KIND_BOOL, AT(use_peft), G_LORA,
-                                  "train a new LoRA adapter instead of the model's weights"},
-    {"lora_r", KIND_COUNT, AT(lora.r), G_LORA, "its rank"},
-    {"lora_alpha", KIND_POSITIVE, AT(lora.lora_alpha), G_LORA, "its scale is lora_alpha / lora_r"},
-    {"use_rslora", KIND_BOOL, AT(lora.use_rslora), G_LORA,
-     "its scale is lora_alpha / sqrt(lora_r)"},
-    {"lora_dropout", KIND_WEIGHT, AT(lora.lora_dropout), G_LORA, "only 0 is implemented"},
-    {"lora_target_modules", KIND_LIST, AT(lora.target_modules), G_LORA,
+    {NAMED(reward_model_path), &KIND_STRING, SAMPLING, "folder of a reward model"},
+    HEADING("A new LoRA adapter"),
+    {NAMED(use_peft), &KIND_BOOL, TUNING,
+     "train a new LoRA adapter instead of the model's weights"},
+    {"lora_r", AT(lora.r), &KIND_COUNT, TUNING, "its rank"},
+    {OF(lora, lora_alpha), &KIND_POSITIVE, TUNING, "its scale is lora_alpha / lora_r"},
+    {OF(lora, use_rslora), &KIND_BOOL, TUNING, "its scale is lora_alpha / sqrt(lora_r)"},
+    {OF(lora, lora_dropout), &KIND_WEIGHT, TUNING, "only 0 is implemented"},
+    {"lora_target_modules", AT(lora.target_modules), &KIND_LIST, TUNING,
      "layers that get it: c_attn (default), c_proj, c_fc; attn.c_proj, mlp.c_proj; all-linear"},
-    HEADING("Data and output"){"dataset_name", KIND_STRING, AT(dataset_name), G_DATA,
-                               "a .jsonl file, or a folder: its train split"},
-    {"eval_dataset", KIND_STRING, AT(eval_dataset), G_RUN,
+    HEADING("Data and output"),
+    {NAMED(dataset_name), &KIND_STRING, WITH_DATA, "a .jsonl file, or a folder: its train split"},
+    {NAMED(eval_dataset), &KIND_STRING, BATCH_TRAINING,
      "held-out data, same shapes; of a folder its validation split, else its test split"},
-    {"output_dir", KIND_STRING, AT(train.output_dir), G_OUT, "folder for what is made"},
-    {"tokenizer", KIND_STRING, AT(tokenizer), G_ALL,
+    {OF(train, output_dir), &KIND_STRING, WITH_OUTPUT, "folder for what is made"},
+    {NAMED(tokenizer), &KIND_STRING, ALL_COMMANDS,
      "tokenizer.bin; default: beside the program, then the current folder"},
-    {"seed", KIND_SEED, AT(train.seed), G_SEED, "of all random numbers"},
-    {"quiet", KIND_BOOL, AT(quiet), G_ALL, "no progress on stderr"},
-    {"help", KIND_BOOL, AT(help), G_ALL, "this page; also -h"},
-    HEADING("Training"){"learning_rate", KIND_WEIGHT, AT(train.learning_rate), G_TRAIN,
-                        "at its highest"},
-    {"lr_scheduler_type", KIND_NAME, AT(train.lr_scheduler_type), G_TRAIN,
+    {OF(train, seed), &KIND_SEED, WITH_SEED, "of all random numbers"},
+    {NAMED(quiet), &KIND_BOOL, ALL_COMMANDS, "no progress on stderr"},
+    {NAMED(help), &KIND_BOOL, ALL_COMMANDS, "this page; also -h"},
+    HEADING("Training"),
+    {OF(train, learning_rate), &KIND_WEIGHT, TRAINING, "at its highest"},
+    {OF(train, lr_scheduler_type), &KIND_NAME, TRAINING,
      "linear, cosine, constant, constant_with_warmup"},
-    {"warmup_steps", KIND_WARMUP, AT(train.warmup_steps), G_TRAIN,
+    {OF(train, warmup_steps), &KIND_WARMUP, TRAINING,
      "steps over which the learning rate rises from 0; below 1: a share of all steps"},
-    {"warmup_ratio", KIND_SHARE, AT(train.warmup_ratio), G_TRAIN,
-     "the same as a share of all steps"},
-    {"optim", KIND_NAME, AT(train.optim), G_TRAIN, "adamw, adamw_torch, adamw_torch_fused, sgd"},
-    {"adam_beta1", KIND_DECAY, AT(train.adam_beta1), G_TRAIN,
-     "decay of the gradient's running mean"},
-    {"adam_beta2", KIND_DECAY, AT(train.adam_beta2), G_TRAIN,
-     "decay of the squared gradient's running mean"},
-    {"adam_epsilon", KIND_POSITIVE, AT(train.adam_epsilon), G_TRAIN, "added to its square root"},
-    {"weight_decay", KIND_WEIGHT, AT(train.weight_decay), G_TRAIN,
+    {OF(train, warmup_ratio), &KIND_SHARE, TRAINING, "the same as a share of all steps"},
+    {OF(train, optim), &KIND_NAME, TRAINING, "adamw, adamw_torch, adamw_torch_fused, sgd"},
+    {OF(train, adam_beta1), &KIND_DECAY, TRAINING, "decay of the gradient's running mean"},
+    {OF(train, adam_beta2), &KIND_DECAY, TRAINING, "decay of the squared gradient's running mean"},
+    {OF(train, adam_epsilon), &KIND_POSITIVE, TRAINING, "added to its square root"},
+    {OF(train, weight_decay), &KIND_WEIGHT, TRAINING,
      "on matrices; never on biases and layer norms"},
-    {"max_grad_norm", KIND_WEIGHT, AT(train.max_grad_norm), G_TRAIN,
+    {OF(train, max_grad_norm), &KIND_WEIGHT, TRAINING,
      "longer gradients are shortened to this; 0: no limit"},
-    {"max_steps", KIND_STEPS, AT(train.max_steps), G_TRAIN,
+    {OF(train, max_steps), &KIND_STEPS, TRAINING,
      "optimizer (ppo: PPO) steps; overrides the epochs; 0 or -1: not set"},
-    {"logging_steps", KIND_COUNT, AT(train.logging_steps), G_TRAIN, "steps between log entries"},
-    {"save_steps", KIND_SIZE, AT(train.save_steps), G_TRAIN,
+    {OF(train, logging_steps), &KIND_COUNT, TRAINING, "steps between log entries"},
+    {OF(train, save_steps), &KIND_SIZE, TRAINING,
      "steps between checkpoints, folders checkpoint-N in --output_dir; 0: none"},
-    {"save_total_limit", KIND_SIZE, AT(train.save_total_limit), G_TRAIN,
-     "how many to keep; 0: all"},
-    {"resume_from_checkpoint", KIND_STRING, AT(train.resume_from_checkpoint), G_TRAIN,
+    {OF(train, save_total_limit), &KIND_SIZE, TRAINING, "how many to keep; 0: all"},
+    {OF(train, resume_from_checkpoint), &KIND_STRING, TRAINING,
      "go on from a folder checkpoint-N; true: from the newest in --output_dir"},
-    {"num_train_epochs", KIND_EPOCHS, AT(train.num_train_epochs), G_RUN, "passes over the data"},
-    {"per_device_train_batch_size", KIND_BATCH, AT(train.per_device_train_batch_size), G_RUN,
+    {OF(train, num_train_epochs), &KIND_EPOCHS, BATCH_TRAINING, "passes over the data"},
+    {OF(train, per_device_train_batch_size), &KIND_BATCH, BATCH_TRAINING,
      "rows (dpo, reward: pairs or rated texts) of a micro-batch"},
-    {"per_device_eval_batch_size", KIND_BATCH, AT(train.per_device_eval_batch_size), G_RUN | G_EVAL,
+    {OF(train, per_device_eval_batch_size), &KIND_BATCH, BATCH_TRAINING ", eval",
      "rows of a batch in evaluation; no figure depends on it"},
-    {"gradient_accumulation_steps", KIND_COUNT, AT(train.gradient_accumulation_steps), G_TRAIN,
+    {OF(train, gradient_accumulation_steps), &KIND_COUNT, TRAINING,
      "micro-batches of an optimizer step"},
-    {"eval_steps", KIND_SIZE, AT(train.eval_steps), G_RUN,
+    {OF(train, eval_steps), &KIND_SIZE, BATCH_TRAINING,
      "steps between evaluations; default: at the end"},
-    {"max_length", KIND_COUNT, AT(train.max_length), G_RUN | G_LENGTH,
+    {OF(train, max_length), &KIND_COUNT, BATCH_TRAINING ", logprob, score, eval",
      "longest sequence in tokens"},
-    {"train_sampling_strategy", KIND_NAME, AT(train.train_sampling_strategy), G_RUN,
-     "random, sequential"},
-    HEADING("A new model"){"n_layer", KIND_COUNT, AT(config.n_layer), G_NEW | G_EXACT,
-                           "blocks of a new model"},
-    {"n_head", KIND_COUNT, AT(config.n_head), G_NEW | G_EXACT, "attention heads"},
-    {"n_embd", KIND_COUNT, AT(config.n_embd), G_NEW | G_EXACT, "width"},
-    {"n_positions", KIND_COUNT, AT(config.n_positions), G_NEW, "longest context"},
-    {"vocab_size", KIND_SIZE, AT(config.vocab_size), G_NEW | G_EXACT | G_TOKENIZE,
+    {OF(train, train_sampling_strategy), &KIND_NAME, BATCH_TRAINING, "random, sequential"},
+    HEADING("A new model"),
+    {OF(config, n_layer), &KIND_COUNT, "pretrain, exact", "blocks of a new model"},
+    {OF(config, n_head), &KIND_COUNT, "pretrain, exact", "attention heads"},
+    {OF(config, n_embd), &KIND_COUNT, "pretrain, exact", "width"},
+    {OF(config, n_positions), &KIND_COUNT, "pretrain", "longest context"},
+    {OF(config, vocab_size), &KIND_SIZE, "pretrain, exact, tokenize",
      "ids, the end token included (exact: 2 to 16, without one)"},
-    HEADING("Objective"){"center_rewards_coefficient", KIND_WEIGHT, AT(center_rewards_coefficient),
-                         G_REWARD, "weight of (r_chosen + r_rejected)^2"},
-    {"beta", KIND_POSITIVE, AT(dpo.beta), G_DPO,
+    HEADING("Objective"),
+    {NAMED(center_rewards_coefficient), &KIND_WEIGHT, "reward",
+     "weight of (r_chosen + r_rejected)^2"},
+    {OF(dpo, beta), &KIND_POSITIVE, "dpo",
      "how strongly DPO holds to the reference; at 0 the pairs would not count"},
-    {"beta", KIND_WEIGHT, AT(ppo.init_kl_coef), G_RLOO | G_EXACT,
+    {"beta", AT(ppo.init_kl_coef), &KIND_WEIGHT, "reinforce, exact",
      "price of a nat of KL(policy || reference)"},
-    {"baseline", KIND_STRING, AT(baseline), G_RLOO,
+    {NAMED(baseline), &KIND_STRING, "reinforce",
      "subtracted from the reward: none, mean (of earlier steps), rloo (leave one out)"},
-    {"num_generations", KIND_COUNT, AT(ppo.num_generations), G_RLOO | G_COLLECT,
-     "answers to each prompt"},
-    {"max_samples", KIND_SIZE, AT(max_samples), G_COLLECT | G_EVAL,
-     "prompts used, from the first; 0: all"},
-    {"loss_type", KIND_LIST, AT(loss_type), G_DPO | G_REWARD,
+    {OF(ppo, num_generations), &KIND_COUNT, "reinforce, collect", "answers to each prompt"},
+    {NAMED(max_samples), &KIND_SIZE, "collect, eval", "prompts used, from the first; 0: all"},
+    {NAMED(loss_type), &KIND_LIST, "dpo, reward",
      "dpo: sigmoid, ipo, hinge, robust, sft, or several; reward: sigmoid (Bradley-Terry), bce (on "
      "text + label)"},
-    {"loss_weights", KIND_LIST, AT(loss_weights), G_DPO, "a weight for each loss_type: 1 0.2"},
-    {"label_smoothing", KIND_DECAY, AT(dpo.label_smoothing), G_DPO,
+    {NAMED(loss_weights), &KIND_LIST, "dpo", "a weight for each loss_type: 1 0.2"},
+    {OF(dpo, label_smoothing), &KIND_DECAY, "dpo",
      "share of pairs thought to be labelled the wrong way round"},
-    HEADING("PPO"){"rollouts", KIND_STRING, AT(rollouts), G_PPO,
-                   "replay stored rollouts (query_ids, response_ids, score)"},
-    {"batch_size", KIND_COUNT, AT(ppo.batch_size), G_PPO | G_RLOO, "rollouts of a step"},
-    {"mini_batch_size", KIND_COUNT, AT(ppo.mini_batch_size), G_PPO,
-     "rollouts of one forward and backward pass"},
-    {"ppo_epochs", KIND_COUNT, AT(ppo.ppo_epochs), G_PPO, "passes over a batch of rollouts"},
-    {"init_kl_coef", KIND_WEIGHT, AT(ppo.init_kl_coef), G_PPO, "beta: the price of a nat of KL"},
-    {"adap_kl_ctrl", KIND_BOOL, AT(ppo.adap_kl_ctrl), G_PPO, "adapt it towards --target"},
-    {"target", KIND_POSITIVE, AT(ppo.target), G_PPO, "KL that the controller aims at"},
-    {"horizon", KIND_POSITIVE, AT(ppo.horizon), G_PPO, "samples over which it does"},
-    {"kl_penalty", KIND_NAME, AT(ppo.kl_penalty), G_PPO, "kl, abs, mse, full"},
-    {"gamma", KIND_SHARE, AT(ppo.gamma), G_PPO, "discount"},
-    {"lam", KIND_SHARE, AT(ppo.lam), G_PPO, "lambda of GAE"},
-    {"cliprange", KIND_WEIGHT, AT(ppo.cliprange), G_PPO, "of the probability ratio"},
-    {"cliprange_value", KIND_WEIGHT, AT(ppo.cliprange_value), G_PPO, "of the value"},
-    {"vf_coef", KIND_WEIGHT, AT(ppo.vf_coef), G_PPO, "weight of the value loss"},
-    {"whiten_rewards", KIND_BOOL, AT(ppo.whiten_rewards), G_PPO,
-     "whiten rewards before the advantages"},
-    {"score_clip", KIND_WEIGHT, AT(ppo.score_clip), G_PPO, "limit scores to +-this"},
-    {"use_score_scaling", KIND_BOOL, AT(ppo.use_score_scaling), G_PPO,
-     "divide scores by their running deviation"},
-    {"use_score_norm", KIND_BOOL, AT(ppo.use_score_norm), G_PPO, "and subtract their running mean"},
-    {"ratio_threshold", KIND_POSITIVE, AT(ppo.ratio_threshold), G_PPO,
+    HEADING("PPO"),
+    {NAMED(rollouts), &KIND_STRING, "ppo",
+     "replay stored rollouts (query_ids, response_ids, score)"},
+    {OF(ppo, batch_size), &KIND_COUNT, "ppo, reinforce", "rollouts of a step"},
+    {OF(ppo, mini_batch_size), &KIND_COUNT, "ppo", "rollouts of one forward and backward pass"},
+    {OF(ppo, ppo_epochs), &KIND_COUNT, "ppo", "passes over a batch of rollouts"},
+    {OF(ppo, init_kl_coef), &KIND_WEIGHT, "ppo", "beta: the price of a nat of KL"},
+    {OF(ppo, adap_kl_ctrl), &KIND_BOOL, "ppo", "adapt it towards --target"},
+    {OF(ppo, target), &KIND_POSITIVE, "ppo", "KL that the controller aims at"},
+    {OF(ppo, horizon), &KIND_POSITIVE, "ppo", "samples over which it does"},
+    {OF(ppo, kl_penalty), &KIND_NAME, "ppo", "kl, abs, mse, full"},
+    {OF(ppo, gamma), &KIND_SHARE, "ppo", "discount"},
+    {OF(ppo, lam), &KIND_SHARE, "ppo", "lambda of GAE"},
+    {OF(ppo, cliprange), &KIND_WEIGHT, "ppo", "of the probability ratio"},
+    {OF(ppo, cliprange_value), &KIND_WEIGHT, "ppo", "of the value"},
+    {OF(ppo, vf_coef), &KIND_WEIGHT, "ppo", "weight of the value loss"},
+    {OF(ppo, whiten_rewards), &KIND_BOOL, "ppo", "whiten rewards before the advantages"},
+    {OF(ppo, score_clip), &KIND_WEIGHT, "ppo", "limit scores to +-this"},
+    {OF(ppo, use_score_scaling), &KIND_BOOL, "ppo", "divide scores by their running deviation"},
+    {OF(ppo, use_score_norm), &KIND_BOOL, "ppo", "and subtract their running mean"},
+    {OF(ppo, ratio_threshold), &KIND_POSITIVE, "ppo",
      "skip mini-batches whose mean ratio exceeds it"},
-    {"early_stopping", KIND_BOOL, AT(ppo.early_stopping), G_PPO,
-     "stop a step's epochs at 1.5 * target_kl"},
-    {"target_kl", KIND_POSITIVE, AT(ppo.target_kl), G_PPO, "for early_stopping"},
-    HEADING("Generation"){"input_min_text_length", KIND_COUNT, AT(input_length.min_value), G_ROLL,
-                          "prompts cut from texts: shortest"},
-    {"input_max_text_length", KIND_COUNT, AT(input_length.max_value), G_ROLL,
+    {OF(ppo, early_stopping), &KIND_BOOL, "ppo", "stop a step's epochs at 1.5 * target_kl"},
+    {OF(ppo, target_kl), &KIND_POSITIVE, "ppo", "for early_stopping"},
+    HEADING("Generation"),
+    {"input_min_text_length", AT(input_length.min_value), &KIND_COUNT, SAMPLING,
+     "prompts cut from texts: shortest"},
+    {"input_max_text_length", AT(input_length.max_value), &KIND_COUNT, SAMPLING,
      "and longest plus one (LengthSampler)"},
-    {"output_min_length", KIND_COUNT, AT(output_length.min_value), G_PPO | G_RLOO,
+    {"output_min_length", AT(output_length.min_value), &KIND_COUNT, "ppo, reinforce",
      "responses: shortest limit"},
-    {"output_max_length", KIND_COUNT, AT(output_length.max_value), G_PPO | G_RLOO,
+    {"output_max_length", AT(output_length.max_value), &KIND_COUNT, "ppo, reinforce",
      "and longest plus one (LengthSampler)"},
-    {"prompt", KIND_TEXT, AT(prompt), G_PROMPT, "text to continue"},
-    {"temperature", KIND_TEMPERATURE, AT(generation.temperature),
-     G_SAMPLE | G_NEXT | G_ROLL | G_RLHF | G_DPO,
+    {NAMED(prompt), &KIND_TEXT, "generate, next", "text to continue"},
+    {OF(generation, temperature), &KIND_TEMPERATURE, "generate, next, " SAMPLING ", rlhf, dpo",
      "divides the logits; towards 0 only the likeliest token is left"},
-    {"top_k", KIND_SIZE, AT(generation.top_k), G_SAMPLE | G_NEXT | G_ROLL,
+    {OF(generation, top_k), &KIND_SIZE, "generate, next, " SAMPLING,
      "sample from the k likeliest; 0: all"},
-    {"top_p", KIND_SHARE, AT(generation.top_p), G_SAMPLE | G_NEXT | G_ROLL,
+    {OF(generation, top_p), &KIND_SHARE, "generate, next, " SAMPLING,
      "sample from the likeliest that hold this mass"},
-    {"repetition_penalty", KIND_POSITIVE, AT(generation.repetition_penalty), G_SAMPLE | G_NEXT,
+    {OF(generation, repetition_penalty), &KIND_POSITIVE, "generate, next",
      "above 1: ids already there become less likely"},
-    {"no_repeat_ngram_size", KIND_SIZE, AT(generation.no_repeat_ngram_size), G_SAMPLE,
-     "no n-gram twice"},
-    {"max_new_tokens", KIND_COUNT, AT(generation.max_new_tokens),
-     G_SAMPLE | G_COLLECT | G_EVAL | G_EXACT, "at most so many new tokens (exact: just so many)"},
-    {"min_new_tokens", KIND_SIZE, AT(generation.min_new_tokens), G_SAMPLE, "at least so many"},
-    {"num_beams", KIND_COUNT, AT(generation.num_beams), G_SAMPLE, "beam search with so many beams"},
-    {"length_penalty", KIND_DOUBLE, AT(generation.length_penalty), G_SAMPLE,
+    {OF(generation, no_repeat_ngram_size), &KIND_SIZE, "generate", "no n-gram twice"},
+    {OF(generation, max_new_tokens), &KIND_COUNT, "generate, collect, eval, exact",
+     "at most so many new tokens (exact: just so many)"},
+    {OF(generation, min_new_tokens), &KIND_SIZE, "generate", "at least so many"},
+    {OF(generation, num_beams), &KIND_COUNT, "generate", "beam search with so many beams"},
+    {OF(generation, length_penalty), &KIND_DOUBLE, "generate",
      "beam search: above 0 favours longer sequences"},
-    {"early_stopping", KIND_STOPPING, AT(generation.early_stopping), G_SAMPLE,
-     "beam search: false, true or never"},
-    {"do_sample", KIND_BOOL, AT(generation.do_sample), G_SAMPLE,
+    {OF(generation, early_stopping), &KIND_STOPPING, "generate", "when a beam search ends"},
+    {OF(generation, do_sample), &KIND_BOOL, "generate",
      "draw tokens instead of taking the likeliest"},
-    {"num_return_sequences", KIND_COUNT, AT(generation.num_return_sequences), G_SAMPLE,
-     "samples of each prompt"},
-    HEADING("What is printed"){"top_n", KIND_COUNT, AT(top_n), G_NEXT, "rows of the table"},
-    {"json", KIND_BOOL, AT(json), G_JSON, "one JSON object a line"},
-    {"jsonl", KIND_BOOL, AT(jsonl), G_TOKENIZE, "{\"text\"} a line in, {\"input_ids\"} a line out"},
-    {"decode", KIND_BOOL, AT(decode), G_TOKENIZE, "ids in, the exact bytes out"},
-    HEADING("Steps of the stages"){"pretrain_steps", KIND_SIZE, AT(pretrain_steps), G_RLHF,
-                                   "of the language model"},
-    {"reward_steps", KIND_SIZE, AT(reward_steps), G_RLHF, "of the reward model"},
-    {"ppo_steps", KIND_SIZE, AT(ppo_steps), G_RLHF, "of PPO"},
-    {"dpo_steps", KIND_SIZE, AT(dpo_steps), G_RLHF, "of DPO"},
+    {OF(generation, num_return_sequences), &KIND_COUNT, "generate", "samples of each prompt"},
+    HEADING("What is printed"),
+    {NAMED(top_n), &KIND_COUNT, "next", "rows of the table"},
+    {NAMED(json), &KIND_BOOL, "exact, generate, next", "one JSON object a line"},
+    {NAMED(jsonl), &KIND_BOOL, "tokenize", "{\"text\"} a line in, {\"input_ids\"} a line out"},
+    {NAMED(decode), &KIND_BOOL, "tokenize", "ids in, the exact bytes out"},
+    HEADING("Steps of the stages"),
+    {NAMED(pretrain_steps), &KIND_SIZE, "rlhf", "of the language model"},
+    {NAMED(reward_steps), &KIND_SIZE, "rlhf", "of the reward model"},
+    {NAMED(ppo_steps), &KIND_SIZE, "rlhf", "of PPO"},
+    {NAMED(dpo_steps), &KIND_SIZE, "rlhf", "of DPO"},
 };
 
 _Static_assert(COUNT(FLAGS) <= MOST_FLAGS, "Options must note which flags are given");
 
 /* Flags of transformers, PEFT and TRL about what does not exist here, for the commands that train:
  * the values with which they change nothing (NULL: all), and why another is refused. */
-static const struct {
-    const char *name, *harmless, *why;
-} PASSED_OVER[] =
-    {{"bf16", "false", "align computes in float32"},
-     {"fp16", "false", "align computes in float32"},
-     {"tf32", NULL, NULL},
-     {"torch_dtype", "float32, auto", "align computes in float32"},
-     {"dtype", "float32, auto", "align computes in float32"},
-     {"load_in_8bit", "false", "align computes in float32"},
-     {"load_in_4bit", "false", "align computes in float32"},
-     {"attn_implementation", NULL, NULL},
-     {"gradient_checkpointing", NULL, NULL},
-     {"use_cpu", NULL, NULL},
-     {"use_cache", NULL, NULL},
-     {"trust_remote_code", NULL, NULL},
-     {"do_train", "true", "a training command trains"},
-     {"do_eval", NULL, NULL},
-     {"do_predict", "false", "align generate writes answers"},
-     {"overwrite_output_dir", NULL, NULL},
-     {"logging_dir", NULL, NULL},
-     {"run_name", NULL, NULL},
-     {"log_level", NULL, NULL},
-     {"disable_tqdm", NULL, NULL},
-     {"remove_unused_columns", NULL, NULL},
-     {"report_to", "none, []", "the log is trainer_state.json, and report.html shows it"},
-     {"push_to_hub", "false", "nothing is sent anywhere"},
-     {"logging_strategy", "steps", "a log entry comes each --logging_steps"},
-     {"save_strategy", "steps", "a checkpoint comes each --save_steps; 0: none"},
-     {"eval_strategy", "steps, no", "an evaluation comes each --eval_steps and at the end"},
-     {"load_best_model_at_end", "false", "the last model is saved, not the best"},
-     {"save_safetensors", "true", "weights are written as safetensors"},
-     {"packing", "false", "sft trains on a text a row; pretrain packs"},
-     {"padding_free", NULL, NULL},
-     {"group_by_length", "false", "--train_sampling_strategy is random or sequential"},
-     {"dataloader_drop_last", "false", "the last batch of an epoch counts too"},
-     {"dataloader_num_workers", NULL, NULL},
-     {"dataloader_pin_memory", NULL, NULL},
-     {"dataset_num_proc", NULL, NULL},
-     {"optimize_cuda_cache", NULL, NULL},
-     {"optimize_device_cache", NULL, NULL}};
+static const struct PassedOver {
+    const char *names, *harmless, *why;
+} PASSED_OVER[] = {
+    {"tf32, attn_implementation, gradient_checkpointing, use_cpu, use_cache, trust_remote_code",
+     NULL, NULL},
+    {"do_eval, overwrite_output_dir, logging_dir, run_name, log_level, disable_tqdm", NULL, NULL},
+    {"remove_unused_columns, padding_free, dataloader_num_workers, dataloader_pin_memory", NULL,
+     NULL},
+    {"dataset_num_proc, optimize_cuda_cache, optimize_device_cache", NULL, NULL},
+    {"bf16, fp16, load_in_8bit, load_in_4bit", "false", "align computes in float32"},
+    {"torch_dtype, dtype", "float32, auto", "align computes in float32"},
+    {"do_train", "true", "a training command trains"},
+    {"do_predict", "false", "align generate writes answers"},
+    {"report_to", "none, []", "the log is trainer_state.json, and report.html shows it"},
+    {"push_to_hub", "false", "nothing is sent anywhere"},
+    {"logging_strategy", "steps", "a log entry comes each --logging_steps"},
+    {"save_strategy", "steps", "a checkpoint comes each --save_steps; 0: none"},
+    {"eval_strategy", "steps, no", "an evaluation comes each --eval_steps and at the end"},
+    {"load_best_model_at_end", "false", "the last model is saved, not the best"},
+    {"save_safetensors", "true", "weights are written as safetensors"},
+    {"packing", "false", "sft trains on a text a row; pretrain packs"},
+    {"group_by_length", "false", "--train_sampling_strategy is random or sequential"},
+    {"dataloader_drop_last", "false", "the last batch of an epoch counts too"},
+};
 
-/* What flags are called in other programs and versions, and here. The first one that the command
- * has is meant. */
-static const char *const ALSO_CALLED[][2] = {{"lr", "learning_rate"},
-                                             {"epochs", "num_train_epochs"},
-                                             {"n_epochs", "num_train_epochs"},
-                                             {"epochs", "ppo_epochs"},
-                                             {"steps", "max_steps"},
-                                             {"max_iters", "max_steps"},
-                                             {"batch_size", "per_device_train_batch_size"},
-                                             {"train_batch_size", "per_device_train_batch_size"},
-                                             {"train_batch_size", "batch_size"},
-                                             {"per_device_train_batch_size", "batch_size"},
-                                             {"per_device_eval_batch_size", "per_device_train_"
-                                                                            "batch_size"},
-                                             {"backward_batch_size", "mini_batch_size"},
-                                             {"kl_coef", "init_kl_coef"},
-                                             {"kl_coef", "beta"},
-                                             {"beta", "init_kl_coef"},
-                                             {"sft_model_path", "model_name_or_path"},
-                                             {"ref_model_name_or_path", "ref_model"},
-                                             {"train_file", "dataset_name"},
-                                             {"validation_file", "eval_dataset"},
-                                             {"max_tokens", "max_new_tokens"},
-                                             {"n_predict", "max_new_tokens"},
-                                             {"max_tokens", "output_max_length"},
-                                             {"max_new_tokens", "output_max_length"},
-                                             {"response_length", "output_max_length"},
-                                             {"max_completion_length", "output_max_length"},
-                                             {"max_length", "max_new_tokens"},
-                                             {"max_length", "output_max_length"},
-                                             {"max_prompt_length", "input_max_text_length"},
-                                             {"max_prompt_length", "max_length"},
-                                             {"max_seq_length", "max_length"},
-                                             {"block_size", "max_length"},
-                                             {"n_ctx", "n_positions"},
-                                             {"n_ctx", "max_length"},
-                                             {"temp", "temperature"},
-                                             {"repeat_penalty", "repetition_penalty"}};
+/* What a flag is called in other programs and versions. Of several rows that have a name the first
+ * one counts whose flag the command has. */
+static const struct {
+    const char *here, *elsewhere;
+} ALSO_CALLED[] = {
+    {"learning_rate", "lr"},
+    {"num_train_epochs", "epochs, n_epochs"},
+    {"ppo_epochs", "epochs"},
+    {"max_steps", "steps, max_iters"},
+    {"per_device_train_batch_size", "batch_size, train_batch_size, per_device_eval_batch_size"},
+    {"batch_size", "train_batch_size, per_device_train_batch_size"},
+    {"mini_batch_size", "backward_batch_size"},
+    {"init_kl_coef", "kl_coef, beta"},
+    {"beta", "kl_coef"},
+    {"model_name_or_path", "sft_model_path"},
+    {"ref_model", "ref_model_name_or_path"},
+    {"dataset_name", "train_file"},
+    {"eval_dataset", "validation_file"},
+    {"max_new_tokens", "max_tokens, n_predict, max_length"},
+    {"output_max_length", "max_tokens, max_new_tokens, max_length, response_length"},
+    {"output_max_length", "max_completion_length"},
+    {"input_max_text_length", "max_prompt_length"},
+    {"n_positions", "n_ctx"},
+    {"max_length", "max_prompt_length, max_seq_length, block_size, n_ctx"},
+    {"temperature", "temp"},
+    {"repetition_penalty", "repeat_penalty"},
+};
+
+/* `name` as one more of a list. */
+static const char *list_add(struct Arena *arena, const char *list, const char *name) {
+    return arena_printf(arena, "%s%s%s", list, *list ? ", " : "", name);
+}
+
+/* The next name of a list, which then begins after it; NULL: there is none. */
+static const char *take_name(struct Arena *arena, const char **list) {
+    size_t length = next_name(list);
+    const char *name = length ? text_copy(arena, (struct Text){*list, length}).data : NULL;
+    *list += length;
+    return name;
+}
+
+static bool list_has(const char *list, const char *name) {
+    for (size_t length; (length = next_name(&list)) > 0; list += length)
+        if (strlen(name) == length && strncmp(list, name, length) == 0)
+            return true;
+    return false;
+}
 
 static bool program_path(char path[PATH_MAX]);
 
 /* A file that ships with the program: beside it, where `make install` puts it, or in the current
  * folder. NULL if it is in none of them. */
 static const char *shipped_path(struct Arena *arena, const char *name) {
+    static const char *const folders[] = {"", "../share/align/"};
     char program[PATH_MAX];
     char *slash = program_path(program) ? strrchr(program, '/') : NULL;
-    const char *path =
-        slash ? arena_printf(arena, "%.*s/%s", (int)(slash - program), program, name) : name;
-    if (slash && !file_exists(path)) {
-        int folder = (int)(slash - program);
-        path = arena_printf(arena, "%.*s/../share/align/%s", folder, program, name);
+    for (size_t i = 0; slash && i < COUNT(folders); i++) {
+        slash[1] = 0;
+        const char *path = arena_printf(arena, "%s%s%s", program, folders[i], name);
+        if (file_exists(path))
+            return path;
     }
-    if (!file_exists(path))
-        path = name;
-    return file_exists(path) ? path : NULL;
+    return file_exists(name) ? name : NULL;
 }
 
+/* The same, or the program ends. */
 static const char *shipped_file(struct Arena *arena, const char *name, const char *remedy) {
     const char *path = shipped_path(arena, name);
     CHECK(path, "%s is neither beside the program nor in the current folder; %s", name, remedy);
@@ -14587,19 +14552,6 @@ static bool is_adapter(const char *folder) {
            && file_exists(path);
 }
 
-/* Ends the program if a flag is not given that the command cannot do without.
- * flags: their names in a list; all of them are strings. */
-static void need(const struct Options *o, const char *flags) {
-    for (size_t length; (length = next_name(&flags)) > 0; flags += length)
-        for (size_t i = 0; i < COUNT(FLAGS); i++) {
-            if (strlen(FLAGS[i].name) != length || strncmp(FLAGS[i].name, flags, length) != 0)
-                continue;
-            const char *value = *(const char *const *)((const char *)o + FLAGS[i].offset);
-            if (!value)
-                die_usage("--%s is needed; see --help", FLAGS[i].name);
-        }
-}
-
 static bool given(const struct Options *o, const char *name) {
     for (size_t i = 0; i < COUNT(FLAGS); i++)
         if (o->given[i] && strcmp(FLAGS[i].name, name) == 0)
@@ -14607,18 +14559,15 @@ static bool given(const struct Options *o, const char *name) {
     return false;
 }
 
-/* Says which flags of these (names in a list) are given: they change nothing, and why. */
-static void note_idle(const struct Options *o, const char *flags, const char *why) {
-    char line[400] = "";
-    for (size_t length; (length = next_name(&flags)) > 0; flags += length) {
-        char name[64];
-        snprintf(name, sizeof name, "%.*s", (int)length, flags);
-        size_t used = strlen(line);
+/* If `idle`, says which flags of these (names in a list) are given: they change nothing, and why.
+ * A flag that the command does not have is not given. */
+static void note_idle(struct Options *o, bool idle, const char *flags, const char *why) {
+    const char *found = "";
+    for (const char *name; idle && (name = take_name(&o->arena, &flags));)
         if (given(o, name))
-            snprintf(line + used, sizeof line - used, "%s--%s", used ? ", " : "", name);
-    }
-    if (*line)
-        warn("%s: no effect: %s", line, why);
+            found = list_add(&o->arena, found, arena_printf(&o->arena, "--%s", name));
+    if (*found)
+        warn("%s: no effect: %s", found, why);
 }
 
 /* config.json's special tokens against the tokens that tokenizer.bin has. A model may have more:
@@ -14631,11 +14580,13 @@ static void check_special_tokens(struct Options *o, const char *folder, struct G
     size_t end = (size_t)c->eos_token_id;
     size_t known = (size_t)endoftext_id(c->vocab_size) + 1;
     const struct Text *names = added_tokens(&arena, folder, known, c->vocab_size);
+    const char *remedy =
+        arena_printf(&arena, "if it only pads, write \"pad_token_id\": %zu in config.json, else ",
+                     known);
     /* 1. Texts end with the end token: it must be one that is known here. */
     CHECK(end < known || names[end - known].length == 0,
           "%s: its end token, id %zu, is \"%s\", an added token that %s lacks; this model cannot "
-          "be "
-          "used",
+          "be used",
           folder, end, names[end - known].data, tok->path);
     CHECK(end < known,
           "%s: its end token, id %zu, is no token of %s; if its texts end with GPT-2's own, write "
@@ -14645,14 +14596,9 @@ static void check_special_tokens(struct Options *o, const char *folder, struct G
     for (size_t id = known; id < c->vocab_size; id++) {
         struct Text name = names[id - known];
         bool kept = id == known && id == (size_t)c->pad_token_id;
-        const char *remedy = id > known ? ""
-                                        : arena_printf(&arena,
-                                                       "if it only pads, write \"pad_token_id\": "
-                                                       "%zu in config.json, else ",
-                                                       id);
         CHECK(kept || name.length == 0,
               "%s: id %zu is \"%s\", an added token that %s lacks; %sthis model cannot be used",
-              folder, id, name.data, tok->path, remedy);
+              folder, id, name.data, tok->path, id == known ? remedy : "");
         if (kept)
             c->pad_token = text_copy(&o->arena, name);
     }
@@ -14694,7 +14640,6 @@ static struct GPT2 *load_model(struct Options *o, const char *folder) {
 /* A command's tokenizer and model, with --peft_adapter's adapter, for training or folded in; or
  * with a new one (--use_peft). */
 static void open_model(struct Options *o, bool train) {
-    need(o, "model_name_or_path");
     load_tokenizer(o);
     struct GPT2 *model = o->model = load_model(o, o->model_name_or_path);
     if (!o->use_peft && !o->peft_adapter)
@@ -14753,13 +14698,15 @@ static void options_close(struct Options *o) {
     arena_free(&o->arena);
 }
 
-static const unsigned TEXT_SHAPES[] = {SHAPE_TEXT},
-                      SFT_SHAPES[] = {SHAPE_PROMPT_COMPLETION, SHAPE_TEXT},
-                      DPO_SHAPES[] = {SHAPE_PREFERENCE},
-                      REWARD_SHAPES[] = {SHAPE_MARGIN, SHAPE_RATED, SHAPE_LABELLED},
-                      LABELLED_SHAPES[] = {SHAPE_LABELLED}, RATED_SHAPES[] = {SHAPE_RATED},
-                      PROMPT_SHAPES[] = {SHAPE_PROMPT, SHAPE_TEXT},
-                      ROLLOUT_SHAPES[] = {SHAPE_ROLLOUT};
+/* Which rows a command takes; the first shape that a data set has counts. */
+static const unsigned TEXT_SHAPES[] = {SHAPE_TEXT};
+static const unsigned SFT_SHAPES[] = {SHAPE_PROMPT_COMPLETION, SHAPE_TEXT};
+static const unsigned DPO_SHAPES[] = {SHAPE_PREFERENCE};
+static const unsigned REWARD_SHAPES[] = {SHAPE_MARGIN, SHAPE_RATED, SHAPE_LABELLED};
+static const unsigned LABELLED_SHAPES[] = {SHAPE_LABELLED};
+static const unsigned RATED_SHAPES[] = {SHAPE_RATED};
+static const unsigned PROMPT_SHAPES[] = {SHAPE_PROMPT, SHAPE_TEXT};
+static const unsigned ROLLOUT_SHAPES[] = {SHAPE_ROLLOUT};
 
 static void tokenize_decode(const struct Tokenizer *tok, struct Text in, size_t V,
                             const char *path) {
@@ -14783,25 +14730,26 @@ static void command_tokenize(struct Options *o) {
     CHECK(V > BYTE_TOKENS && V <= tok->vocab_size,
           "--vocab_size %zu: a vocabulary has 257 to %zu ids", V, tok->vocab_size);
     const char *path = o->file ? o->file : "-";
-    struct Row plain = {0};
-    if (o->jsonl)
+    if (o->jsonl) {
         o->data = dataset_load(&o->arena, path, TEXT_SHAPES, 1);
-    else
-        plain.text = read_file(&o->arena, path);
-    if (o->decode) {
-        tokenize_decode(tok, plain.text, V, path);
+        for (size_t i = 0; i < o->data->n; i++) {
+            struct Example e = example_encode(&o->arena, tok, o->data->rows[i].text, V, NULL);
+            json_write_ids(stdout, "{\"input_ids\": ", e.ids, e.n);
+            puts("}");
+        }
         return;
     }
-    /* Without --jsonl all the input is one text, line ends included. */
-    for (size_t i = 0; i < (o->jsonl ? o->data->n : 1); i++) {
-        struct Text text = o->jsonl ? o->data->rows[i].text : plain.text;
-        struct Example e = example_encode(&o->arena, tok, text, V, NULL);
-        if (o->jsonl)
-            json_write_ids(stdout, "{\"input_ids\": ", e.ids, e.n);
-        for (size_t k = 0; k < e.n && !o->jsonl; k++)
-            printf("%s%d", k ? " " : "", e.ids[k]);
-        puts(o->jsonl ? "}" : "");
+
+    /* All the input is one text, line ends included. */
+    struct Text text = read_file(&o->arena, path);
+    if (o->decode) {
+        tokenize_decode(tok, text, V, path);
+        return;
     }
+    struct Example e = example_encode(&o->arena, tok, text, V, NULL);
+    for (size_t k = 0; k < e.n; k++)
+        printf("%s%d", k ? " " : "", e.ids[k]);
+    putchar('\n');
 }
 
 /* What a training starts from: model, data, and a Trainer whose task is to be set. */
@@ -14819,15 +14767,11 @@ static struct Trainer open_training(struct Options *o, const unsigned *shapes, s
 /* A run may write over a folder that it reads, as in transformers, since that is in memory by then;
  * but whoever gave both by mistake loses a model, so it is said. */
 static void note_replaced(struct Options *o, const char *dir) {
-    const struct {
-        const char *flag, *folder;
-    } inputs[] = {{"model_name_or_path", o->model_name_or_path},
-                  {"peft_adapter", o->peft_adapter},
-                  {"ref_model", o->ref_model},
-                  {"reward_model_path", o->reward_model_path}};
-    for (size_t i = 0; i < COUNT(inputs); i++) {
-        const char *flag = inputs[i].flag;
-        const char *folder = inputs[i].folder;
+    for (size_t i = 0; i < COUNT(FLAGS); i++) {
+        const char *flag = FLAGS[i].name;
+        if (!list_has("model_name_or_path, peft_adapter, ref_model, reward_model_path", flag))
+            continue;
+        const char *folder = *(const char **)((char *)o + FLAGS[i].offset);
         /* the same folder under another name, by a link for one, counts too */
         const char *base = folder ? base_folder(o, folder) : NULL;
         if (folder && same_file(dir, folder)) {
@@ -14883,7 +14827,7 @@ static void finish_training(struct Options *o, struct Trainer *trainer) {
     trainer_free(trainer);
 }
 
-/* Each row's text as ids, with the end token behind it unless that is NULL; of a longer text the
+/* Each row's text as ids, with the end token after it unless that is NULL; of a longer text the
  * first `longest`. */
 static struct Example *encode_texts(struct Options *o, const struct Dataset *data,
                                     const int *end_token, size_t longest) {
@@ -14905,7 +14849,6 @@ static struct Example *encode_texts(struct Options *o, const struct Dataset *dat
 }
 
 static void command_pretrain(struct Options *o) {
-    need(o, "dataset_name, output_dir");
     /* 1. A new model of the sizes that the flags say, or one that is trained further. */
     o->config.bos_token_id = endoftext_id(o->config.vocab_size);
     o->config.eos_token_id = o->config.pad_token_id = o->config.bos_token_id;
@@ -14917,9 +14860,9 @@ static void command_pretrain(struct Options *o) {
     leave_out_reward_head(o->model);
     leave_out_value_head(o->model);
 
-    /* 2. Rows must fit its context. 1024 is the flag's default: not what the user asked for. */
+    /* 2. Rows must fit its context. The default shrinks to it, what the user asks for does not. */
     size_t n_positions = o->model->config.n_positions;
-    CHECK(o->train.max_length <= n_positions || o->train.max_length == 1024,
+    CHECK(o->train.max_length <= n_positions || !given(o, "max_length"),
           "--max_length %zu is longer than the model's context of %zu (--n_positions)",
           o->train.max_length, n_positions);
 
@@ -14935,7 +14878,6 @@ static void command_pretrain(struct Options *o) {
 }
 
 static void command_sft(struct Options *o) {
-    need(o, "model_name_or_path, dataset_name, output_dir");
     struct Trainer trainer = open_training(o, SFT_SHAPES, COUNT(SFT_SHAPES));
     leave_out_reward_head(o->model);
     leave_out_value_head(o->model);
@@ -14945,7 +14887,6 @@ static void command_sft(struct Options *o) {
 
 static void command_reward(struct Options *o) {
     bool classifier = choice("loss_type", o->loss_type, "sigmoid, bce") == 1;
-    need(o, "model_name_or_path, dataset_name, output_dir");
     struct Trainer trainer = open_training(o, classifier ? LABELLED_SHAPES : REWARD_SHAPES,
                                            classifier ? 1 : COUNT(REWARD_SHAPES));
     struct Rng rng = rng_seed(o->train.seed, STREAM_INIT);
@@ -14958,29 +14899,29 @@ static void command_reward(struct Options *o) {
 
 /* --loss_type "sigmoid sft" --loss_weights "1 0.2" into weights. */
 static void parse_loss_types(struct Options *o) {
-    const char *type = o->loss_type;
-    const char *weight = o->loss_weights;
+    const char *types = o->loss_type;
+    const char *weights = o->loss_weights;
+    bool fit = true;
     double total = 0;
-    for (size_t length; (length = next_name(&type)) > 0; type += length) {
+    for (const char *type; (type = take_name(&o->arena, &types));) {
         /* the order of enum DPOLossType */
-        size_t k = choice("loss_type", text_copy(&o->arena, (struct Text){type, length}).data,
-                          "sigmoid, ipo, hinge, robust, sft");
+        size_t k = choice("loss_type", type, "sigmoid, ipo, hinge, robust, sft");
+        /* a number for each name, read to its end; without any numbers all weights are 1 */
+        const char *word = weights ? take_name(&o->arena, &weights) : "1";
         char *end = NULL;
-        o->dpo.weight[k] = weight ? strtod(weight + strspn(weight, " ,"), &end) : 1;
-        /* a weight that is none or out of range leaves a rest, as one too many does: see below */
-        if (weight)
-            weight =
-                end > weight && o->dpo.weight[k] >= 0 && o->dpo.weight[k] <= FLT_MAX ? end : "x";
-        total += o->dpo.weight[k];
+        double weight = word ? strtod(word, &end) : NAN;
+        fit = fit && weight >= 0 && weight <= FLT_MAX && !*end;
+        o->dpo.weight[k] = weight;
+        total += weight;
     }
-    if (weight && weight[strspn(weight, " ,")])
+    if (!fit || (weights && take_name(&o->arena, &weights)))
         die_usage("--loss_weights \"%s\": a number, 0 or more, for each of --loss_type's names was "
                   "expected",
                   o->loss_weights);
     if (total == 0)
         die_usage("--loss_type \"%s\" --loss_weights \"%s\": no loss counts; nothing would be "
                   "learnt",
-                  o->loss_type, o->loss_weights ? o->loss_weights : "");
+                  o->loss_type, o->loss_weights);
 }
 
 static void command_dpo(struct Options *o) {
@@ -14988,7 +14929,6 @@ static void command_dpo(struct Options *o) {
     CHECK(o->dpo.label_smoothing < 0.5,
           "--label_smoothing %g: a share of mislabelled pairs, from 0 to below 0.5",
           o->dpo.label_smoothing);
-    need(o, "model_name_or_path, dataset_name, output_dir");
     struct Trainer trainer = open_training(o, DPO_SHAPES, 1);
     leave_out_reward_head(o->model);
     leave_out_value_head(o->model);
@@ -15066,17 +15006,16 @@ static struct RolloutSource open_rollouts(struct Options *o) {
     source.generation.do_sample = true;
 
     /* 2. The judge. collect asks a person where there is none. */
-    if (o->reward_model_path)
+    if (o->reward_model_path) {
         o->reward_model = load_model(o, o->reward_model_path);
-    if (o->reward_model)
         check_reward_model(o->reward_model, o->reward_model_path);
+    }
     source.scorer = (struct Scorer){.reward_model = o->reward_model, .tok = o->tok, .std = 1};
 
     /* 3. Prompts, and how many tokens the longest of them leaves of the context. */
     open_data(o, PROMPT_SHAPES, COUNT(PROMPT_SHAPES));
-    if (o->data->shape == SHAPE_PROMPT)
-        note_idle(o, "input_min_text_length, input_max_text_length",
-                  "the data set's prompts are taken whole");
+    note_idle(o, o->data->shape == SHAPE_PROMPT, "input_min_text_length, input_max_text_length",
+              "the data set's prompts are taken whole");
     struct Example *prompts = arena_alloc(&o->arena, o->data->n, sizeof *prompts);
     source.n = source.at = encode_prompts(o, prompts);
     source.prompts = prompts;
@@ -15100,11 +15039,6 @@ static void note_full_context(const struct Options *o, size_t room, size_t max_n
 
 /* Trains by PPO or REINFORCE on rollouts, new or stored, and saves: max_steps, or one pass. */
 static void train_on_rollouts(struct Options *o, const char *log_dir) {
-    need(o, "model_name_or_path");
-    if (!o->rollouts)
-        need(o, "reward_model_path, dataset_name");
-    need(o, "output_dir");
-
     /* 1. Policy, reference, and where the result goes: asked before hours of work, not after. */
     open_model(o, true);
     leave_out_reward_head(o->model);
@@ -15115,15 +15049,15 @@ static void train_on_rollouts(struct Options *o, const char *log_dir) {
 
     /* 2. Rollouts: stored ones, or prompts and a judge. */
     struct RolloutSource source = {0};
-    if (o->rollouts)
+    if (o->rollouts) {
         source.replay = o->data = dataset_load(&o->arena, o->rollouts, ROLLOUT_SHAPES, 1);
-    else
+    } else {
         source = open_rollouts(o);
-    size_t max_new = o->output_length.max_value - 1;
-    if (!o->rollouts)
-        note_full_context(o, source.room, max_new, "--output_max_length");
+        note_full_context(o, source.room, o->output_length.max_value - 1, "--output_max_length");
+    }
 
     /* 3. As many steps as --max_steps says, else each prompt (or stored rollout) once. */
+    o->train.per_device_train_batch_size = o->ppo.batch_size; /* for trainer_state.json */
     struct PPOTrainer *ppo =
         ppo_trainer_new(o->model, o->reference, o->ppo, o->train, o->generation.temperature);
     size_t n = o->rollouts ? o->data->n : source.n;
@@ -15131,7 +15065,6 @@ static void train_on_rollouts(struct Options *o, const char *log_dir) {
     struct TrainerState state = {0};
     ppo->tok = o->tok;
     ppo_train(ppo, &source, o->train.max_steps ? o->train.max_steps : pass, log_dir, &state);
-    o->train.per_device_train_batch_size = o->ppo.batch_size;
     save_result(o, &state);
     free(state.log_history);
     ppo_trainer_free(ppo);
@@ -15163,12 +15096,11 @@ static void command_reinforce(struct Options *o) {
     train_on_rollouts(o, NULL);
 }
 
-/* A prompt's ids, at most `longest`; of an empty one bos_token_id, as in transformers: nothing said
- * yet, start a text. GPT-2's bos token is its end token. */
-static struct Example prompt_encode(struct Options *o, struct Text prompt, size_t number,
-                                    size_t longest) {
+/* A prompt's ids; of an empty one bos_token_id, as in transformers: nothing said yet, start a text.
+ * GPT-2's bos token is its end token. */
+static struct Example prompt_encode(struct Options *o, struct Text prompt, size_t number) {
     struct Example e = example_encode(&o->arena, o->tok, prompt, o->model->config.vocab_size, NULL);
-    CHECK(e.n <= longest,
+    CHECK(e.n <= o->model->config.n_positions,
           "prompt %zu has %zu tokens, the model's context is %zu (n_positions); shorten it", number,
           e.n, o->model->config.n_positions);
     return e.n ? e : (struct Example){&o->model->config.bos_token_id, 1, 1};
@@ -15177,33 +15109,30 @@ static struct Example prompt_encode(struct Options *o, struct Text prompt, size_
 /* What transformers writes into every generation_config.json, or takes where a setting is missing.
  * NAN: it is not written unless somebody chose it. */
 static const struct {
-    const char *name;
     double usual;
+    const char *names;
 } GENERATION_SETTINGS[] = {
-    {"do_sample", 0},
-    {"temperature", 1},
-    {"top_k", 50},
-    {"top_p", 1},
-    {"repetition_penalty", 1},
-    {"num_beams", 1},
-    {"length_penalty", 1},
-    {"early_stopping", 0},
-    {"no_repeat_ngram_size", 0},
-    {"min_length", 0},
-    {"min_new_tokens", 0},
-    {"max_length", 20},
-    {"max_new_tokens", 20},
-    {"num_return_sequences", 1},
-    {"eos_token_id", 0},
-    {"suppress_tokens", NAN},
-    {"min_p", NAN},
-    {"begin_suppress_tokens", NAN},
-    {"bad_words_ids", NAN},
-    {"forced_bos_token_id", NAN},
-    {"forced_eos_token_id", NAN},
-    {"typical_p", 1},
-    {"stop_strings", NAN},
+    {0, "do_sample, early_stopping, no_repeat_ngram_size, min_length, min_new_tokens"},
+    {1, "temperature, top_p, repetition_penalty, num_beams, length_penalty, num_return_sequences"},
+    {1, "typical_p"},
+    {20, "max_length, max_new_tokens"},
+    {50, "top_k"},
+    {NAN, "suppress_tokens, min_p, begin_suppress_tokens, bad_words_ids, stop_strings"},
+    {NAN, "forced_bos_token_id, forced_eos_token_id, eos_token_id"},
 };
+
+/* Whether generation_config.json has a setting that nobody expects of a model. */
+static bool setting_unusual(const struct Json *item, const struct GPT2Config *model) {
+    double number = item->type == JSON_FALSE ? 0 : item->type == JSON_NUMBER ? item->number : NAN;
+    /* the end token is config.json's, and every model has its own */
+    if (strcmp(item->key.data, "eos_token_id") == 0 && number == model->eos_token_id)
+        return false;
+    /* NaN equals nothing: a list, a string or `true` is always unusual */
+    for (size_t k = 0; k < COUNT(GENERATION_SETTINGS); k++)
+        if (list_has(GENERATION_SETTINGS[k].names, item->key.data))
+            return item->type != JSON_NULL && number != GENERATION_SETTINGS[k].usual;
+    return false;
+}
 
 /* transformers takes its defaults from generation_config.json; here flags say all. A file that says
  * more than transformers writes for every model is named, so that nobody waits for what it says.
@@ -15214,22 +15143,9 @@ static void note_generation_config(struct Options *o) {
     if (!file_exists(path))
         return;
     const struct Json *config = json_object(&o->arena, read_file(&o->arena, path), path, "");
-    for (size_t i = 0; i < COUNT(GENERATION_SETTINGS); i++) {
-        const char *name = GENERATION_SETTINGS[i].name;
-        const struct Json *value = json_get(config, name);
-        if (!value || value->type == JSON_NULL)
-            continue;
-        /* the end token is config.json's, and every model has its own */
-        bool is_end = strcmp(name, "eos_token_id") == 0;
-        double usual = is_end ? o->model->config.eos_token_id : GENERATION_SETTINGS[i].usual;
-        double number = value->type == JSON_FALSE    ? 0
-                        : value->type == JSON_NUMBER ? value->number
-                                                     : NAN;
-        /* NaN equals nothing: a list, a string or `true` is always named */
-        if (number == usual)
-            continue;
-        said = arena_printf(&o->arena, "%s%s%s", said, *said ? ", " : "", name);
-    }
+    for (const struct Json *item = config->child; item; item = item->next)
+        if (setting_unusual(item, &o->model->config))
+            said = list_add(&o->arena, said, item->key.data);
     if (*said)
         warn("%s: %s: not read; say by flags what generate is to do", path, said);
 }
@@ -15238,19 +15154,20 @@ static void note_generation_config(struct Options *o) {
 static void print_generation_json(struct Options *o, struct Text prompt, const struct Sequence *s,
                                   size_t n) {
     json_write_string(stdout, "{\"prompt\": ", prompt);
-    for (size_t i = 0; i < n; i++)
-        json_write_ids(stdout, i ? ", " : ", \"sequences\": [", s[i].ids + s[i].prompt_length,
-                       s[i].n - s[i].prompt_length);
     for (size_t i = 0; i < n; i++) {
-        struct Text text =
-            tokenizer_decode_all(o->tok, &o->arena, s[i].ids + s[i].prompt_length,
-                                 s[i].n - s[i].prompt_length, o->model->config.vocab_size);
+        size_t from = s[i].prompt_length;
+        json_write_ids(stdout, i ? ", " : ", \"sequences\": [", s[i].ids + from, s[i].n - from);
+    }
+    for (size_t i = 0; i < n; i++) {
+        size_t from = s[i].prompt_length;
+        struct Text text = tokenizer_decode_all(o->tok, &o->arena, s[i].ids + from, s[i].n - from,
+                                                o->model->config.vocab_size);
         json_write_string(stdout, i ? ", " : "], \"texts\": [", text);
     }
     puts("]}");
 }
 
-/* Each continuation behind its prompt, as a person reads it: without the end token, and without
+/* Each continuation after its prompt, as a person reads it: without the end token, and without
  * the bos token that stands for an empty prompt. */
 static void print_generation(struct Options *o, struct Text prompt, const struct Sequence *s,
                              size_t n) {
@@ -15275,7 +15192,6 @@ static void command_generate(struct Options *o) {
           each);
     CHECK(g->num_beams == 1 || each <= g->num_beams,
           "--num_return_sequences %zu: %zu beams give at most as many", each, g->num_beams);
-    need(o, "model_name_or_path");
     if (!o->prompt && !o->dataset_name)
         die_usage("--prompt, or --dataset_name, is needed; see --help");
 
@@ -15297,8 +15213,7 @@ static void command_generate(struct Options *o) {
     size_t room = o->model->config.n_positions;
     note_generation_config(o);
     for (size_t i = 0; i < data->n; i++) {
-        struct Example e =
-            prompt_encode(o, data->rows[i].prompt, i + 1, o->model->config.n_positions);
+        struct Example e = prompt_encode(o, data->rows[i].prompt, i + 1);
         room = MIN(room, o->model->config.n_positions + 1 - e.n);
         for (size_t k = 0; k < each; k++)
             sequences[i * each + k] =
@@ -15317,9 +15232,29 @@ static void command_generate(struct Options *o) {
     }
 }
 
+/* The tokens that can follow a prompt, the likeliest first; their `logit` is the probability. */
+static void print_next_json(struct Options *o, const struct Candidate *top, size_t kept) {
+    json_write_string(stdout, "{\"prompt\": ", text_of(o->prompt));
+    printf(", \"kept\": %zu, \"top\": [", kept);
+    for (size_t i = 0; i < MIN(kept, o->top_n); i++)
+        printf("%s[%d, %.9g]", i ? ", " : "", top[i].id, top[i].logit);
+    puts("]}");
+}
+
+static void print_next_table(struct Options *o, const struct Candidate *top, size_t kept,
+                             double entropy) {
+    size_t V = o->model->config.vocab_size;
+    printf("   id  probability  token     (%zu of %zu tokens can follow; entropy %.3f nats)\n",
+           kept, V, entropy);
+    for (size_t i = 0; i < MIN(kept, o->top_n); i++) {
+        printf("%5d  %11.6f  ", top[i].id, top[i].logit);
+        json_write_string(stdout, "", tokenizer_decode(o->tok, top[i].id, V));
+        putchar('\n');
+    }
+}
+
 /* The distribution of the next token after a prompt. [glossary: Distribuição (em ML)] */
 static void command_next(struct Options *o) {
-    need(o, "model_name_or_path, prompt");
     open_model(o, false);
     leave_out_reward_head(o->model);
     struct Arena *arena = &o->arena;
@@ -15328,7 +15263,7 @@ static void command_next(struct Options *o) {
     size_t kept = 0;
 
     /* 1. The logits after the prompt's last token. */
-    struct Example e = prompt_encode(o, text_of(o->prompt), 1, model->config.n_positions);
+    struct Example e = prompt_encode(o, text_of(o->prompt), 1);
     struct Batch batch = collate(arena, &e, 1, READ_LAST);
     struct Activations acts = gpt2_forward(model, arena, &batch, false);
     float *p = arena_floats(arena, V);
@@ -15348,22 +15283,9 @@ static void command_next(struct Options *o) {
             top[kept++] = (struct Candidate){p[v], (int)v};
     qsort(top, kept, sizeof *top, compare_candidates_down);
     if (o->json)
-        json_write_string(stdout, "{\"prompt\": ", text_of(o->prompt));
-    if (o->json)
-        printf(", \"kept\": %zu, \"top\": [", kept);
+        print_next_json(o, top, kept);
     else
-        printf("   id  probability  token     (%zu of %zu tokens can follow; entropy %.3f nats)\n",
-               kept, V, entropy);
-    for (size_t i = 0; i < MIN(kept, o->top_n); i++) {
-        printf(o->json ? "%s[%d, %.9g]" : "%s%5d  %11.6f  ",
-               i == 0    ? ""
-               : o->json ? ", "
-                         : "\n",
-               top[i].id, top[i].logit);
-        if (!o->json)
-            json_write_string(stdout, "", tokenizer_decode(o->tok, top[i].id, V));
-    }
-    puts(o->json ? "]}" : "");
+        print_next_table(o, top, kept, entropy);
 }
 
 /* A line of logprob: a text's ids, each one's log-probability but the first's, which nothing comes
@@ -15404,7 +15326,6 @@ static void print_logprob(struct Options *o, struct Arena *arena, const struct E
 
 static void command_logprob(struct Options *o) {
     struct Arena arena = {0};
-    need(o, "model_name_or_path, dataset_name");
     open_model(o, false);
     leave_out_reward_head(o->model);
     if (o->ref_model)
@@ -15437,11 +15358,10 @@ static void command_logprob(struct Options *o) {
 
 /* What the course's sentiment pipeline says of each text. */
 static void command_score(struct Options *o) {
-    need(o, "model_name_or_path, dataset_name");
     open_model(o, false);
     check_reward_model(o->model, o->peft_adapter ? o->peft_adapter : o->model_name_or_path);
     open_data(o, TEXT_SHAPES, 1);
-    /* the reward is read at the last token: no end token stands behind it */
+    /* the reward is read at the last token: no end token follows it */
     struct Example *texts =
         encode_texts(o, o->data, NULL, MIN(o->train.max_length, o->model->config.n_positions));
     float *reward = arena_floats(&o->arena, o->data->n);
@@ -15454,139 +15374,118 @@ static void command_score(struct Options *o) {
     }
 }
 
-/* Adds pairs to preferences.jsonl. They are on the disk before the next are asked for: a person's
- * work must not be lost. The file is written anew as a whole, so that it is never half a line. */
-static void preferences_add(struct Options *o, const char *path, const struct Example *pairs,
-                            size_t n) {
-    struct Arena arena = {0};
-    size_t V = o->model->config.vocab_size;
-    /* 1. what was there */
-    struct Text before = file_exists(path) ? read_file(&arena, path) : text_of("");
-    struct Output out = output_open(o->train.output_dir, "preferences.jsonl");
-    fwrite(before.data, 1, before.length, out.file);
-    /* 2. the new ones: chosen and rejected in turn */
-    for (const struct Example *chosen = pairs; chosen < pairs + 2 * n; chosen += 2) {
-        json_write_string(out.file, "{\"prompt\": ",
-                          tokenizer_decode_all(o->tok, &arena, chosen->ids, chosen->prompt_length,
-                                               V));
-        json_write_string(out.file,
-                          ", \"chosen\": ", answer_text(o->tok, &arena, chosen, &o->model->config));
-        json_write_string(out.file, ", \"rejected\": ",
-                          answer_text(o->tok, &arena, chosen + 1, &o->model->config));
-        fputs("}\n", out.file);
-    }
-    output_close(&out);
-    arena_free(&arena);
-}
-
-/* Shows two answers and waits for a word: '1', '2', 's' (skip; equal ones are) or 'q' (stop; so
- * does the end of the input). */
-static int ask_person(struct Options *o, const struct Example *answers, size_t number, size_t of) {
-    char line[256];
-    const struct GPT2Config *config = &o->model->config;
-    size_t V = config->vocab_size;
-    size_t n = answers->prompt_length;
-    struct Text prompt = tokenizer_decode_all(o->tok, &o->arena, answers->ids, n, V);
-    struct Text a = answer_text(o->tok, &o->arena, answers, config);
-    struct Text b = answer_text(o->tok, &o->arena, answers + 1, config);
-    /* between equal answers nobody can choose */
-    if (same_answer(o->tok, &o->arena, answers, answers + 1, config))
-        return 's';
-    prompt = text_shown(&o->arena, prompt, "\n\t");
-    a = text_shown(&o->arena, a, "\n\t");
-    b = text_shown(&o->arena, b, "\n\t");
-    fprintf(stderr, "\n%zu/%zu  %.*s ...\n  1: %.*s\n  2: %.*s\n", number, of, (int)prompt.length,
-            prompt.data, (int)a.length, a.data, (int)b.length, b.data);
-    for (;;) {
-        fputs("Which is better? 1, 2, s to skip, q to stop: ", stderr);
-        if (!fgets(line, sizeof line, stdin))
-            return 'q';
-        int c = tolower((unsigned char)line[strspn(line, " \t")]);
-        if (c && strchr("12sq", c))
-            return c;
-    }
-}
-
-/* `collect` at work. In its folder judged.json holds the prompts that were judged, whether or not
- * they gave a pair, and how many of the pairs in preferences.jsonl came of them. Pairs are written
- * first: what a run that was killed wrote behind those is looked up before it is judged again. */
+/* `collect` at work. preferences.jsonl is what it makes. judged.json beside it lists the prompts
+ * that are done, with a pair or without: a run that goes on begins after those. It is written
+ * second, so that a kill between the two costs time only: the prompts are judged again, on the same
+ * random numbers, and a pair that the file holds is not written again. */
 struct Collection {
     struct RolloutSource source;
     const char *path; /* of preferences.jsonl */
-    struct Text *judged; /* prompts as they are shown, as often as they were judged */
-    bool *passed_over; /* already taken for one of the data set's prompts */
-    size_t judged_n, earlier; /* earlier: those of the runs before */
-    size_t pairs, added; /* that they gave; that this run added */
+    struct Text *shown; /* (source.n) the prompts, as a person sees them */
+    size_t begin, done; /* prompts that are judged: before this run, now */
+    struct Row *pairs; /* of preferences.jsonl, as a person sees them */
+    size_t n, added; /* pairs there; those that this run has added */
     struct Rng rng;
-    bool stop; /* enough for today */
 };
 
-/* Without preferences.jsonl a run begins anew; without judged.json, which older versions did not
- * write, every pair's prompt has been judged. */
-static void judged_read(struct Options *o, struct Collection *c) {
-    const struct Dataset *pairs = o->eval;
-    const char *path = arena_printf(&o->arena, "%s/judged.json", o->train.output_dir);
-    /* 1. From judged.json, or from the pairs themselves. */
-    bool goes_on = file_exists(c->path) && file_exists(path);
-    struct Json *json = goes_on ? json_read_file(&o->arena, path) : NULL;
-    struct Json *list = json_get(json, "prompts");
-    CHECK(!json || (list && list->type == JSON_ARRAY),
-          "%s: a list \"prompts\" was expected; without this file every prompt in %s counts as "
-          "judged",
-          path, c->path);
-    c->earlier = c->judged_n = json ? (size_t)list->number : pairs ? pairs->n : 0;
-    c->judged = arena_alloc(&o->arena, c->earlier + c->source.n, sizeof *c->judged);
-    c->passed_over = arena_zeros(&o->arena, c->earlier + 1, 1);
-    c->pairs =
-        json ? json_size(json_get(json, "pairs"), SIZE_MAX >> 12, path, "pairs") : c->earlier;
-
-    /* 2. As they are shown: characters that a terminal cannot show make no difference. */
-    struct Json *item = json ? list->child : NULL;
-    for (size_t i = 0; i < c->earlier; i++, item = item ? item->next : NULL)
-        c->judged[i] = text_shown(&o->arena, item ? item->string : pairs->rows[i].prompt, "");
-}
-
-static bool judged_before(struct Collection *c, struct Text prompt) {
-    for (size_t k = 0; k < c->earlier; k++)
-        if (!c->passed_over[k] && text_equal(c->judged[k], prompt))
-            return c->passed_over[k] = true;
-    return false;
-}
-
-static void judged_write(const struct Options *o, const struct Collection *c) {
-    struct Output out = output_open(o->train.output_dir, "judged.json");
-    fprintf(out.file, "{\"pairs\": %zu, \"prompts\": [", c->pairs);
-    for (size_t i = 0; i < c->judged_n; i++)
-        json_write_string(out.file, i ? ",\n" : "\n", c->judged[i]);
-    fputs("]}\n", out.file);
-    output_close(&out);
-}
-
-/* Whether a run that was killed before it could say so has written this pair already, whichever
- * side was chosen. */
-static bool pair_written(struct Options *o, const struct Collection *c,
-                         const struct Example *pair) {
+/* A pair as texts: answers[0] is chosen, answers[1] rejected. */
+static struct Row pair_row(struct Options *o, const struct Example *answers) {
     const struct GPT2Config *config = &o->model->config;
-    size_t n = o->eval ? o->eval->n : 0;
-    struct Text a = text_shown(&o->arena, answer_text(o->tok, &o->arena, pair, config), "");
-    struct Text b = text_shown(&o->arena, answer_text(o->tok, &o->arena, pair + 1, config), "");
-    /* The first c->pairs of the file are of prompts that judged.json names. */
-    for (size_t i = c->pairs; i < n; i++) {
-        struct Text chosen = text_shown(&o->arena, o->eval->rows[i].chosen, "");
-        struct Text rejected = text_shown(&o->arena, o->eval->rows[i].rejected, "");
-        bool same = text_equal(a, chosen) && text_equal(b, rejected);
-        bool turned = text_equal(a, rejected) && text_equal(b, chosen);
-        if (same || turned)
+    size_t n = answers->prompt_length;
+    return (struct Row){
+        .prompt = tokenizer_decode_all(o->tok, &o->arena, answers->ids, n, config->vocab_size),
+        .chosen = answer_text(o->tok, &o->arena, &answers[0], config),
+        .rejected = answer_text(o->tok, &o->arena, &answers[1], config),
+    };
+}
+
+/* A pair as a terminal shows it: texts that differ only in what it cannot show are the same. */
+static struct Row pair_shown(struct Options *o, struct Row pair, const char *kept) {
+    pair.prompt = text_shown(&o->arena, pair.prompt, kept);
+    pair.chosen = text_shown(&o->arena, pair.chosen, kept);
+    pair.rejected = text_shown(&o->arena, pair.rejected, kept);
+    return pair;
+}
+
+/* Whether preferences.jsonl holds this pair, whichever side was chosen. */
+static bool pair_known(const struct Collection *c, struct Row pair) {
+    for (size_t i = 0; i < c->n; i++) {
+        const struct Row *old = &c->pairs[i];
+        bool same =
+            text_equal(pair.chosen, old->chosen) && text_equal(pair.rejected, old->rejected);
+        bool turned =
+            text_equal(pair.chosen, old->rejected) && text_equal(pair.rejected, old->chosen);
+        if (text_equal(pair.prompt, old->prompt) && (same || turned))
             return true;
     }
     return false;
 }
 
-/* The reward model judges `n` prompts. */
+/* Adds pairs, chosen and rejected in turn, to preferences.jsonl, but for those that it holds. They
+ * are on the disk before the next are judged: a person's work must not be lost. The file is written
+ * anew as a whole, so that it never ends in half a line. */
+static void preferences_add(struct Options *o, struct Collection *c, const struct Example *answers,
+                            size_t n) {
+    struct Arena arena = {0};
+    struct Text before = file_exists(c->path) ? read_file(&arena, c->path) : text_of("");
+    struct Output out = output_open(o->train.output_dir, "preferences.jsonl");
+    fwrite(before.data, 1, before.length, out.file);
+    for (size_t i = 0; i < n; i++) {
+        struct Row pair = pair_row(o, &answers[2 * i]);
+        struct Row shown = pair_shown(o, pair, "");
+        if (pair_known(c, shown))
+            continue;
+        json_write_string(out.file, "{\"prompt\": ", pair.prompt);
+        json_write_string(out.file, ", \"chosen\": ", pair.chosen);
+        json_write_string(out.file, ", \"rejected\": ", pair.rejected);
+        fputs("}\n", out.file);
+        c->pairs[c->n++] = shown;
+        c->added++;
+    }
+    output_close(&out);
+    arena_free(&arena);
+}
+
+/* What earlier runs left: pairs, and which of the first prompts are judged. */
+static void collection_read(struct Options *o, struct Collection *c) {
+    const char *path = arena_printf(&o->arena, "%s/judged.json", o->train.output_dir);
+    bool begun = file_exists(c->path);
+    bool any = begun && read_file(&o->arena, c->path).length > 0;
+    /* 1. The pairs; a prompt gives at most half as many as it has answers. */
+    if (any)
+        o->eval = dataset_load(&o->arena, c->path, DPO_SHAPES, 1);
+    size_t old = any ? o->eval->n : 0;
+    size_t most = old + c->source.n * o->ppo.num_generations / 2;
+    c->pairs = arena_alloc(&o->arena, most, sizeof *c->pairs);
+    for (; c->n < old; c->n++)
+        c->pairs[c->n] = pair_shown(o, o->eval->rows[c->n], "");
+
+    /* 2. The prompts. Of another data set none is judged, whatever the list says. */
+    struct Json *json = begun && file_exists(path) ? json_read_file(&o->arena, path) : NULL;
+    struct Json *list = json_get(json, "prompts");
+    CHECK(!json || (list && list->type == JSON_ARRAY),
+          "%s: a list \"prompts\" was expected; without this file all prompts are judged again",
+          path);
+    const struct Json *item = list ? list->child : NULL;
+    for (; item && c->done < c->source.n; item = item->next, c->done++)
+        if (!text_equal(item->string, c->shown[c->done]))
+            break;
+    c->begin = c->done;
+}
+
+static void judged_write(const struct Options *o, const struct Collection *c) {
+    struct Output out = output_open(o->train.output_dir, "judged.json");
+    fputs("{\"prompts\": [", out.file);
+    for (size_t i = 0; i < c->done; i++)
+        json_write_string(out.file, i ? ",\n" : "\n", c->shown[i]);
+    fputs("]}\n", out.file);
+    output_close(&out);
+}
+
+/* The reward model judges the answers to `n` prompts. */
 static void collect_scored(struct Options *o, struct Collection *c, const struct Example *prompts,
                            size_t n) {
     struct Example *pairs = arena_alloc(&o->arena, 2 * n, sizeof *pairs);
-    size_t added = 0;
     struct PreferenceSource source = {
         .policy = o->model,
         .generation = &c->source.generation,
@@ -15594,91 +15493,48 @@ static void collect_scored(struct Options *o, struct Collection *c, const struct
         .scorer = &c->source.scorer,
     };
     size_t count = collect_preferences(&source, &o->arena, prompts, n, &c->rng, pairs);
-    /* those that are in the file already count, but are not written again */
-    for (size_t i = 0; i < count; i++) {
-        if (pair_written(o, c, pairs + 2 * i))
-            continue;
-        memmove(pairs + 2 * added++, pairs + 2 * i, 2 * sizeof *pairs);
-    }
-    preferences_add(o, c->path, pairs, added);
-    c->pairs += count;
-    c->added += added;
+    preferences_add(o, c, pairs, count);
 }
 
-/* A person judges the answers to one prompt, two at a time. */
-static void collect_asked(struct Options *o, struct Collection *c, const struct Example *prompt,
-                          size_t number, size_t of) {
+/* Shows two answers and waits for a word: '1', '2', 's' (skip) or 'q' (stop; so does the end of the
+ * input). */
+static int ask_person(const struct Collection *c, struct Row pair) {
+    char line[256];
+    fprintf(stderr, "\n%zu/%zu  %.*s ...\n  1: %.*s\n  2: %.*s\n", c->done - c->begin + 1,
+            c->source.n - c->begin, (int)pair.prompt.length, pair.prompt.data,
+            (int)pair.chosen.length, pair.chosen.data, (int)pair.rejected.length,
+            pair.rejected.data);
+    for (;;) {
+        fputs("Which is better? 1, 2, s to skip, q to stop: ", stderr);
+        if (!fgets(line, sizeof line, stdin))
+            return 'q';
+        int word = tolower((unsigned char)line[strspn(line, " \t")]);
+        if (word && strchr("12sq", word))
+            return word;
+    }
+}
+
+/* A person judges the answers to one prompt, two at a time; one that has none beside it is left
+ * out. Returns false if that is enough for today: the prompt is then begun again another time. */
+static bool collect_asked(struct Options *o, struct Collection *c, const struct Example *prompt) {
     size_t each = o->ppo.num_generations;
-    size_t pairs = 0;
     const struct Example *answers =
         sample_answers(o->model, &o->arena, prompt, 1, each, &c->source.generation, &c->rng);
-    /* one with two, three with four: an answer that has none beside it is left out */
-    for (size_t k = 0; k + 1 < each && !c->stop; k += 2) {
-        bool written = pair_written(o, c, answers + k);
-        int word = written ? 's' : ask_person(o, answers + k, number, of);
-        c->stop = word == 'q';
-        pairs += written || word == '1' || word == '2';
-        if (word != '1' && word != '2')
+    for (size_t k = 0; k + 1 < each; k += 2) {
+        struct Row pair = pair_row(o, &answers[k]);
+        struct Row shown = pair_shown(o, pair, "");
+        /* between equal answers nobody can choose, and what was chosen is not asked again */
+        if (text_equal(shown.chosen, shown.rejected) || pair_known(c, shown))
             continue;
-        struct Example pair[] = {answers[k + (word == '2')], answers[k + (word == '1')]};
-        preferences_add(o, c->path, pair, 1);
-        c->added++;
-    }
-    /* A prompt that was broken off is asked again; what it gave is then found by pair_written. */
-    if (!c->stop)
-        c->pairs += pairs;
-}
-
-/* Which of the prompts are still to be judged. shown (n), out: each prompt as a person sees it. */
-static bool *collect_wanted(struct Options *o, struct Collection *c, struct Text *shown) {
-    bool *wanted = arena_zeros(&o->arena, c->source.n, 1);
-    for (size_t i = 0; i < c->source.n; i++) {
-        const struct Example *e = &c->source.prompts[i];
-        struct Text text =
-            tokenizer_decode_all(o->tok, &o->arena, e->ids, e->n, o->model->config.vocab_size);
-        shown[i] = text_shown(&o->arena, text, "");
-        wanted[i] = !judged_before(c, shown[i]);
-    }
-    return wanted;
-}
-
-/* Has all `wanted` prompts judged: by the reward model in groups, by a person one by one. */
-static void collect_all(struct Options *o, struct Collection *c, const struct Text *shown,
-                        const bool *wanted) {
-    enum { TOGETHER = 64 }; /* prompts: the same groups wherever an earlier run was stopped */
-    size_t n = c->source.n;
-    size_t each = o->ppo.num_generations;
-    size_t left = 0;
-    size_t asked = 0;
-    size_t drawn = 0;
-    for (size_t i = 0; i < n; i++)
-        left += wanted[i];
-    c->rng = c->source.sample;
-    for (size_t i = 0, end; i < n && !c->stop; i = end) {
-        /* 1. the next prompts that are wanted */
-        end = i + 1;
-        if (!wanted[i])
+        int word = ask_person(c, pair_shown(o, pair, "\n\t"));
+        if (word == 'q')
+            return false;
+        if (word == 's')
             continue;
-        while (o->reward_model && end < n && end % TOGETHER && wanted[end])
-            end++;
-
-        /* 2. Each answer takes one random number. Those of the prompts that are passed over are
-         *    drawn as well: this prompt's are what they would have been in one run. */
-        for (; drawn < i * each; drawn++)
-            rng_next(&c->rng);
-        drawn = end * each;
-        if (o->reward_model)
-            collect_scored(o, c, c->source.prompts + i, end - i);
-        else
-            collect_asked(o, c, c->source.prompts + i, ++asked, left);
-
-        /* 3. Pairs first, then the note that these prompts are done: see struct Collection. */
-        if (c->stop)
-            break;
-        for (size_t k = i; k < end; k++)
-            c->judged[c->judged_n++] = shown[k];
-        judged_write(o, c);
+        struct Example chosen_first[] = {answers[k + (word == '2')], answers[k + (word == '1')]};
+        preferences_add(o, c, chosen_first, 1);
     }
+    return true;
 }
 
 /* align collect -- data collection, the H in RLHF: a reward model or the person at the keyboard
@@ -15687,9 +15543,9 @@ static void collect_all(struct Options *o, struct Collection *c, const struct Te
  * in the data set, so that the pairs are those of one run.  [glossary: Coleta de dados]
  *                                                             test: cli_collect, collect_resume */
 static void command_collect(struct Options *o) {
+    enum { TOGETHER = 64 }; /* prompts that a reward model judges at once */
     size_t each = o->ppo.num_generations;
     CHECK(each >= 2, "--num_generations %zu: 2 or more answers are needed to compare", each);
-    need(o, "model_name_or_path, dataset_name, output_dir");
     open_model(o, false);
     leave_out_reward_head(o->model);
     struct Collection c = {.source = open_rollouts(o)};
@@ -15697,19 +15553,39 @@ static void command_collect(struct Options *o) {
     note_full_context(o, c.source.room, c.source.generation.max_new_tokens, "--max_new_tokens");
     make_folder(o->train.output_dir);
 
-    /* 1. What earlier runs left. The file is there from the start, if only empty. */
-    bool any = file_exists(c.path) && read_file(&o->arena, c.path).length > 0;
-    if (any)
-        o->eval = dataset_load(&o->arena, c.path, DPO_SHAPES, 1);
-    judged_read(o, &c);
-    if (!any)
-        preferences_add(o, c.path, NULL, 0);
+    /* 1. What is there. preferences.jsonl is, from the start, if only empty. */
+    size_t n = c.source.n;
+    c.shown = arena_alloc(&o->arena, n, sizeof *c.shown);
+    for (size_t i = 0; i < n; i++) {
+        const struct Example *e = &c.source.prompts[i];
+        c.shown[i] = text_shown(&o->arena,
+                                tokenizer_decode_all(o->tok, &o->arena, e->ids, e->n,
+                                                     o->model->config.vocab_size),
+                                "");
+    }
+    collection_read(o, &c);
+    size_t were_there = c.n;
+    preferences_add(o, &c, NULL, 0);
 
-    /* 2. What is still to be judged. */
-    struct Text *shown = arena_alloc(&o->arena, c.source.n, sizeof *shown);
-    const bool *wanted = collect_wanted(o, &c, shown);
-    collect_all(o, &c, shown, wanted);
-    say("%zu pairs added to %s (%zu were there)\n", c.added, c.path, o->eval ? o->eval->n : 0);
+    /* 2. Each answer takes one random number. Those of the prompts that are passed over are drawn
+     *    as well: the others' are what they would have been in one run. */
+    c.rng = c.source.sample;
+    for (size_t i = 0; i < c.done * each; i++)
+        rng_next(&c.rng);
+
+    /* 3. The rest: groups that are the same wherever an earlier run was stopped, for what is
+     *    computed together can differ in the last bit; or one by one. */
+    while (c.done < n) {
+        const struct Example *prompts = c.source.prompts + c.done;
+        size_t together = o->reward_model ? MIN(n - c.done, TOGETHER - c.done % TOGETHER) : 1;
+        if (o->reward_model)
+            collect_scored(o, &c, prompts, together);
+        else if (!collect_asked(o, &c, prompts))
+            break;
+        c.done += together;
+        judged_write(o, &c);
+    }
+    say("%zu pairs added to %s (%zu were there)\n", c.added, c.path, were_there);
 }
 
 /* A policy: its answers are what is measured. */
@@ -15764,7 +15640,6 @@ static void eval_language(struct Options *o, struct Trainer *trainer, struct Log
 static void command_eval(struct Options *o) {
     struct LogEntry entry = {0};
     struct Trainer trainer = {0};
-    need(o, "model_name_or_path, dataset_name");
     open_model(o, false);
     if (o->reward_model_path) {
         eval_policy(o, &entry);
@@ -15786,7 +15661,6 @@ static void command_merge(struct Options *o) {
     if (!o->model_name_or_path || !(o->peft_adapter || is_adapter(o->model_name_or_path)))
         die_usage("merge needs an adapter: --model_name_or_path BASE --peft_adapter DIR, or its "
                   "folder as --model_name_or_path");
-    need(o, "output_dir");
     const char *base = base_folder(o, o->model_name_or_path);
     const char *dir = o->train.output_dir;
     CHECK(!base || !same_file(base, dir),
@@ -15798,11 +15672,28 @@ static void command_merge(struct Options *o) {
     model_replace(o->model, o->train.output_dir, o->tok);
 }
 
-/* A term of docs/glossary.md: a heading, then a line for each label. */
-static const char *const TERM_LABELS[] = {"### ",           "- Aliases: ",
-                                          "- English: ",    "- Portugu\xc3\xaas: ",
-                                          "- In align.c: ", "- Test: ",
-                                          "- Try: ",        "- See also: "};
+/* edit_distance -- how few insertions, deletions and exchanges of a letter turn a into b (of which
+ * 63 bytes count): to guess what a mistyped word meant. Row i holds the distances of a's first i
+ * letters from each beginning of b; a row follows from the one above it.
+ * By hand: "pretrian", "pretrain": two exchanges, 2. */
+static size_t edit_distance(const char *a, const char *b) {
+    size_t n = MIN(strlen(b), (size_t)63);
+    size_t row[64];
+    /* from nothing to j letters: j insertions */
+    for (size_t j = 0; j <= n; j++)
+        row[j] = j;
+    for (size_t i = 0; a[i]; i++) {
+        size_t diagonal = row[0];
+        row[0] = i + 1;
+        for (size_t j = 0; j < n; j++) {
+            /* exchange (or keep) a letter, or the better of a deletion and an insertion */
+            size_t change = diagonal + (a[i] != b[j]);
+            diagonal = row[j + 1];
+            row[j + 1] = MIN(change, MIN(row[j], row[j + 1]) + 1);
+        }
+    }
+    return row[n];
+}
 
 /* Text as it is compared: small letters without accents, one space for all else and at both
  * ends; the names of a term, which semicolons or a dot divide, keep a semicolon.  By hand:
@@ -15830,47 +15721,33 @@ static const char *fold(struct Arena *arena, const char *text) {
     return folded;
 }
 
-/* edit_distance -- how few insertions, deletions and exchanges of a letter turn a into b (of which
- * 63 bytes count): to guess what a mistyped word meant. Row i holds the distances of a's first i
- * letters from each beginning of b; a row follows from the one above it.
- * By hand: "pretrian", "pretrain": two exchanges, 2. */
-static size_t edit_distance(const char *a, const char *b) {
-    size_t n = MIN(strlen(b), (size_t)63);
-    size_t row[64];
-    /* from nothing to j letters: j insertions */
-    for (size_t j = 0; j <= n; j++)
-        row[j] = j;
-    for (size_t i = 0; a[i]; i++) {
-        size_t diagonal = row[0];
-        row[0] = i + 1;
-        for (size_t j = 0; j < n; j++) {
-            /* exchange (or keep) a letter, or the better of a deletion and an insertion */
-            size_t change = diagonal + (a[i] != b[j]);
-            diagonal = row[j + 1];
-            row[j + 1] = MIN(change, MIN(row[j], row[j + 1]) + 1);
-        }
-    }
-    return row[n];
+static const char *line_after(const char *line) {
+    line += strcspn(line, "\n");
+    return line + (*line == '\n');
 }
 
-/* Ends the program unless a term with all its lines begins at line[i]. */
-static void term_check(char **line, size_t lines, size_t i, const char *path) {
-    for (size_t k = 0; k < COUNT(TERM_LABELS); k++) {
-        bool good = i + k < lines
-                    && strncmp(line[i + k], TERM_LABELS[k], strlen(TERM_LABELS[k])) == 0
-                    && (k > 0 || strstr(line[i], " \xc2\xb7 "));
-        CHECK(good,
-              "%s: a line \"%s\" was expected under \"%s\"; the file's head says how a term is "
-              "written",
-              path, k ? TERM_LABELS[k] : "### Portuguese \xc2\xb7 English", line[i]);
-    }
+/* The length of a term of docs/glossary.md, which begins after "### ". Ends the program if it does
+ * not have the eight lines that the file's head tells of. */
+static size_t term_length(const char *term, const char *path) {
+    size_t lines = 0;
+    const char *end = term;
+    for (; *end && *end != '\n'; lines++)
+        end = line_after(end);
+    size_t heading = strcspn(term, "\n");
+    const char *dot = strstr(term, " \xc2\xb7 ");
+    bool good = dot && dot < term + heading && strncmp(term + heading, "\n- Aliases: ", 12) == 0;
+    CHECK(good && lines == 8, "%s: \"%.*s\" is no term; the file's head says how one is written",
+          path, (int)MIN(heading, (size_t)100), term);
+    return (size_t)(end - term);
 }
 
-/* How far a folded query is from a term, of which line[0] is the heading: 0 it is a name of the
+/* How far a folded query is from a term whose heading and aliases are lines: 0 it is a name of the
  * term; 1 words of one; else 2 + the fewest edits that make it the words somewhere in one. */
-static size_t term_rank(struct Arena *arena, char **line, const char *query) {
-    const char *names =
-        fold(arena, arena_printf(arena, ";%s;%s;", line[0] + 4, line[1] + strlen(TERM_LABELS[1])));
+static size_t term_rank(struct Arena *arena, const char *term, const char *query) {
+    int heading = (int)strcspn(term, "\n");
+    const char *aliases = term + heading + strlen("\n- Aliases: ");
+    const char *names = fold(arena, arena_printf(arena, ";%.*s;%.*s;", heading, term,
+                                                 (int)strcspn(aliases, "\n"), aliases));
     if (strstr(names, query))
         return strstr(names, arena_printf(arena, ";%s;", query)) ? 0 : 1;
     size_t rank = SIZE_MAX;
@@ -15886,39 +15763,35 @@ static size_t term_rank(struct Arena *arena, char **line, const char *query) {
 static void command_glossary(struct Options *o) {
     const char *path =
         shipped_file(&o->arena, "docs/glossary.md", "run align in the folder it came in");
+    const char *text = read_file(&o->arena, path).data;
     const char *query = fold(&o->arena, o->file ? o->file : "");
-    struct Text file = read_file(&o->arena, path);
-    char **line = arena_alloc(&o->arena, file.length + 2, sizeof *line);
-    size_t *rank = arena_alloc(&o->arena, file.length + 2, sizeof *rank);
-    size_t lines = 0;
+    bool all = !query[1]; /* folded, nothing is one space */
     size_t best = SIZE_MAX;
     size_t hits = 0;
-    for (char *at = strtok((char *)file.data, "\n"); at; at = strtok(NULL, "\n"))
-        line[lines++] = at;
 
-    /* 1. How well each term fits, and how many fit best. Lines that are no heading never do. */
-    for (size_t i = 0; i < lines; i++) {
-        rank[i] = SIZE_MAX;
-        if (strncmp(line[i], "### ", 4) != 0)
+    /* 1. How well the terms fit, and how many fit best. */
+    for (const char *line = text; *line; line = line_after(line)) {
+        if (strncmp(line, "### ", 4) != 0)
             continue;
-        term_check(line, lines, i, path);
-        rank[i] = term_rank(&o->arena, line + i, query);
-        hits = rank[i] < best ? 1 : hits + (rank[i] == best);
-        best = MIN(best, rank[i]);
+        term_length(line + 4, path);
+        size_t rank = term_rank(&o->arena, line + 4, query);
+        hits = rank < best ? 1 : hits + (rank == best);
+        best = MIN(best, rank);
     }
     CHECK(hits > 0, "%s: the file has no term", path);
-
-    /* 2. One hit is printed whole; of several, and without TERM, the names under their headings.
-     *    A folded query that is empty is one space. */
-    if (query[1] && (hits > 1 || best > 1))
+    if (!all && (hits > 1 || best > 1))
         puts(best > 1 ? "no term has this name; the nearest:" : "several terms fit:");
-    for (size_t i = 0; i < lines; i++) {
-        if (!query[1] && strncmp(line[i], "## ", 3) == 0)
-            puts(line[i] + 3);
-        if (rank[i] == best)
-            printf("%s%s\n", hits > 1 ? "  " : "", line[i] + 4);
-        for (size_t k = 1; k < COUNT(TERM_LABELS) && rank[i] == best && hits == 1; k++)
-            puts(line[i + k]);
+
+    /* 2. One hit is printed whole; of several, and without TERM, the names under their headings. */
+    for (const char *line = text; *line; line = line_after(line)) {
+        if (all && strncmp(line, "## ", 3) == 0)
+            printf("%.*s\n", (int)strcspn(line, "\n") - 3, line + 3);
+        if (strncmp(line, "### ", 4) != 0 || term_rank(&o->arena, line + 4, query) != best)
+            continue;
+        if (hits > 1)
+            printf("  %.*s\n", (int)strcspn(line, "\n") - 4, line + 4);
+        else
+            fwrite(line + 4, 1, term_length(line + 4, path), stdout);
     }
 }
 
@@ -15987,9 +15860,10 @@ static void command_rlhf(struct Options *o) {
     }
 
     /* 2. What cannot work, before it takes a minute to find out. */
-    CHECK(o->reward_steps > 0 || model->score.n, "--reward_steps 0: an untrained reward model "
-                                                 "gives every text the same reward; 1 or more "
-                                                 "steps are needed");
+    bool judges = o->reward_steps > 0 || model->score.n;
+    CHECK(judges, "--reward_steps 0: an untrained reward model gives every text the same reward; 1 "
+                  "or "
+                  "more steps are needed");
     static const char *const results[] = {"language_model", "reward_model", "ppo", "dpo"};
     for (size_t i = 0; i < COUNT(results); i++)
         note_replaced(o, arena_printf(&o->arena, "%s/%s", course.output_dir, results[i]));
@@ -16021,8 +15895,7 @@ static void command_exact(struct Options *o) {
           "--max_new_tokens %zu: %zu tokens make %.6g responses of this length, 2 to %d can be "
           "enumerated; use a shorter one",
           L, c->vocab_size, count, EXACT_RESPONSES);
-    CHECK(c->n_layer > 0 && c->n_layer <= 100 && c->n_head > 0 && c->n_embd > 0 && c->n_embd <= 4096
-              && c->n_embd % c->n_head == 0,
+    CHECK(c->n_layer <= 100 && c->n_embd <= 4096 && c->n_embd % c->n_head == 0,
           "--n_embd %zu must be a multiple of --n_head %zu, at most 4096; --n_layer %zu: 1 to 100",
           c->n_embd, c->n_head, c->n_layer);
     struct ExactWorld *w = exact_world(&o->arena, *c, L, o->train.seed);
@@ -16034,97 +15907,47 @@ static void command_exact(struct Options *o) {
 static const struct Command {
     const char *name, *what;
     void (*run)(struct Options *);
-    int groups;
-    const char *defaults[16];
+    const char *needs; /* flags that it cannot do without */
+    const char *defaults; /* that differ from other commands': a name, a value, ... */
 } COMMANDS[] = {
-    {"rlhf",
-     "the whole course: language model, reward model, PPO, DPO",
-     command_rlhf,
-     G_RLHF | G_FILES | G_MODEL,
-     {"temperature", "0.7", "output_dir", "out"}},
-    {"tokenize",
-     "[FILE]: text (or standard input) to ids; --decode: ids to text",
-     command_tokenize,
-     G_TOKENIZE | G_WORDS,
-     {0}},
-    {"pretrain",
-     "a new language model from texts",
-     command_pretrain,
-     G_MODEL | G_TRAINING | G_RUN | G_NEW,
-     {0}},
-    {"sft",
-     "supervised fine-tuning on text or prompt + completion",
-     command_sft,
-     G_TUNING | G_RUN,
-     {"learning_rate", "2e-5"}},
-    {"reward",
-     "a reward model from pairs, or from rated or labelled texts",
-     command_reward,
-     G_TUNING | G_RUN | G_REWARD,
-     {"learning_rate", "1e-4"}},
-    {"ppo",
-     "PPO with a value head (TRL 0.11's PPOTrainer)",
-     command_ppo,
-     G_TUNING | G_ROLL | G_PPO | G_REF,
-     {"learning_rate", "1.41e-5", "max_grad_norm", "0", "lr_scheduler_type", "constant",
-      "logging_steps", "1", "seed", "0"}},
-    {"reinforce",
-     "the plain policy gradient, with and without a baseline",
-     command_reinforce,
-     G_TUNING | G_ROLL | G_RLOO | G_REF,
-     {"learning_rate", "1e-6", "logging_steps", "1", "beta", "0.05", "num_generations", "2"}},
-    {"dpo",
-     "direct preference optimization on prompt + chosen + rejected",
-     command_dpo,
-     G_TUNING | G_RUN | G_DPO | G_REF,
-     {"learning_rate", "1e-6"}},
+    {"rlhf", "the whole course: language model, reward model, PPO, DPO", command_rlhf, "",
+     "temperature 0.7, output_dir out, pretrain_steps 2000, reward_steps 450, ppo_steps 85, "
+     "dpo_steps 150"},
+    {"tokenize", "[FILE]: text (or standard input) to ids; --decode: ids to text", command_tokenize,
+     "", "vocab_size 50257"},
+    {"pretrain", "a new language model from texts", command_pretrain, "dataset_name, output_dir",
+     "vocab_size 50257, n_positions 1024, n_embd 768, n_layer 12, n_head 12"},
+    {"sft", "supervised fine-tuning on text or prompt + completion", command_sft,
+     "model_name_or_path, dataset_name, output_dir", "learning_rate 2e-5"},
+    {"reward", "a reward model from pairs, or from rated or labelled texts", command_reward,
+     "model_name_or_path, dataset_name, output_dir", "learning_rate 1e-4"},
+    {"ppo", "PPO with a value head (TRL 0.11's PPOTrainer)", command_ppo,
+     "model_name_or_path, reward_model_path, dataset_name, output_dir",
+     "learning_rate 1.41e-5, max_grad_norm 0, lr_scheduler_type constant, logging_steps 1, seed 0"},
+    {"reinforce", "the plain policy gradient, with and without a baseline", command_reinforce,
+     "model_name_or_path, reward_model_path, dataset_name, output_dir",
+     "learning_rate 1e-6, logging_steps 1, beta 0.05, num_generations 2, baseline rloo"},
+    {"dpo", "direct preference optimization on prompt + chosen + rejected", command_dpo,
+     "model_name_or_path, dataset_name, output_dir", "learning_rate 1e-6, beta 0.1"},
     {"exact",
      "a toy small enough to enumerate: the closed form, and what DPO, PPO, REINFORCE reach",
-     command_exact,
-     G_EXACT | G_SEED | G_JSON,
-     {"vocab_size", "6", "n_embd", "32", "n_layer", "2", "n_head", "2", "max_new_tokens", "3",
-      "beta", "1"}},
-    {"generate",
-     "continue a --prompt, or each of a data set",
-     command_generate,
-     G_TOOL | G_SEED | G_SAMPLE | G_PROMPT | G_JSON,
-     {"top_k", "50"}},
-    {"next",
-     "the distribution of the next token after a --prompt",
-     command_next,
-     G_MODEL | G_PEFT | G_PROMPT | G_NEXT | G_JSON,
-     {0}},
-    {"logprob",
-     "log-probabilities of tokens and sequences, KL to --ref_model",
-     command_logprob,
-     G_TOOL | G_REF | G_LENGTH,
-     {0}},
-    {"score",
-     "the sentiment pipeline: reward and pipe_outputs of each text",
-     command_score,
-     G_TOOL | G_LENGTH,
-     {0}},
-    {"collect",
-     "answers, compared by a reward model or by you",
-     command_collect,
-     G_TOOL | G_FILES | G_ROLL | G_COLLECT,
-     {"num_generations", "2"}},
-    {"eval",
-     "perplexity, accuracy, or reward and KL",
-     command_eval,
-     G_TOOL | G_SEED | G_REF | G_ROLL | G_EVAL | G_LENGTH,
-     {"max_samples", "256"}},
-    {"merge",
-     "a LoRA adapter folded into its base, saved as a model",
-     command_merge,
-     G_MODEL | G_PEFT | G_OUT,
-     {0}},
-    {"report", "DIR: report.html again, from a run's logs", command_report, G_WORDS, {0}},
-    {"glossary",
-     "[TERM]: the course's terms in Portuguese and English",
-     command_glossary,
-     G_WORDS,
-     {0}},
+     command_exact, "", "vocab_size 6, n_embd 32, n_layer 2, n_head 2, max_new_tokens 3, beta 1"},
+    {"generate", "continue a --prompt, or each of a data set", command_generate,
+     "model_name_or_path", "top_k 50"},
+    {"next", "the distribution of the next token after a --prompt", command_next,
+     "model_name_or_path, prompt", "top_n 10"},
+    {"logprob", "log-probabilities of tokens and sequences, KL to --ref_model", command_logprob,
+     "model_name_or_path, dataset_name", ""},
+    {"score", "the sentiment pipeline: reward and pipe_outputs of each text", command_score,
+     "model_name_or_path, dataset_name", ""},
+    {"collect", "answers, compared by a reward model or by you", command_collect,
+     "model_name_or_path, dataset_name, output_dir", "num_generations 2"},
+    {"eval", "perplexity, accuracy, or reward and KL", command_eval,
+     "model_name_or_path, dataset_name", "max_samples 256"},
+    {"merge", "a LoRA adapter folded into its base, saved as a model", command_merge, "output_dir",
+     ""},
+    {"report", "DIR: report.html again, from a run's logs", command_report, "", ""},
+    {"glossary", "[TERM]: the course's terms in Portuguese and English", command_glossary, "", ""},
 };
 
 static void print_commands(FILE *file) {
@@ -16137,9 +15960,6 @@ static void print_commands(FILE *file) {
 
 static const struct Command *find_command(const char *name) {
     const struct Command *nearest = COMMANDS;
-    if (strcmp(name, "bench") == 0)
-        die_usage("there is no command \"bench\"; `make bench` measures the speed "
-                  "(docs/tools/bench.c)");
     for (size_t i = 0; i < COUNT(COMMANDS); i++)
         if (edit_distance(name, COMMANDS[i].name) < edit_distance(name, nearest->name))
             nearest = &COMMANDS[i];
@@ -16152,151 +15972,131 @@ static const struct Command *find_command(const char *name) {
 /* The command's flag of just this name, or NULL. */
 static const struct Flag *exact_flag(const char *name, const struct Command *command) {
     for (size_t i = 0; i < COUNT(FLAGS); i++)
-        if ((FLAGS[i].groups & command->groups) && strcmp(name, FLAGS[i].name) == 0)
+        if (list_has(FLAGS[i].commands, command->name) && strcmp(name, FLAGS[i].name) == 0)
             return &FLAGS[i];
     return NULL;
 }
 
-/* The command's flag for what other programs call so, or NULL. */
-static const struct Flag *also_called(const char *name, const struct Command *command) {
-    const struct Flag *flag = NULL;
-    for (size_t i = 0; i < COUNT(ALSO_CALLED) && !flag; i++)
-        if (strcmp(name, ALSO_CALLED[i][0]) == 0)
-            flag = exact_flag(ALSO_CALLED[i][1], command);
-    return flag;
-}
-
-/* Ends the program and names the flag that was perhaps meant: the one that other programs call so,
- * or else the one that is spelt most like it. */
-static _Noreturn void die_unknown(const char *name, const struct Command *command) {
-    const struct Flag *nearest = also_called(name, command);
-    size_t least = nearest ? 0 : SIZE_MAX;
-    for (size_t i = 0; i < COUNT(FLAGS); i++) {
-        size_t distance = edit_distance(name, FLAGS[i].name);
-        if (!(FLAGS[i].groups & command->groups) || distance >= least)
-            continue;
-        least = distance;
-        nearest = &FLAGS[i];
-    }
-    die_usage("%s has no flag --%s; the nearest is --%s (all: %s %s --help)", command->name, name,
-              nearest->name, program_name, command->name);
-}
-
-/* A flag by its name or the beginning of one that no other has, as Python's argparse takes it. */
-static const struct Flag *find_flag(const char *name, const struct Command *command) {
-    const struct Flag *found = exact_flag(name, command);
-    char candidates[400] = "";
+/* A flag by the beginning of its name, if no other begins so, as Python's argparse takes it. If
+ * there is none, the program ends and names the one that was perhaps meant: what other programs
+ * call so, or else what is spelt most like it. */
+static const struct Flag *find_flag(struct Arena *arena, const char *name,
+                                    const struct Command *command) {
+    const char *candidates = "";
     size_t count = 0;
-    if (found)
-        return found;
     if (!*name)
         die_usage("%s: \"--\" is no flag; all: %s %s --help", command->name, program_name,
                   command->name);
-    /* --lr would also be the beginning of --lr_scheduler_type: a name that other programs use is
-     * never taken for one, it is refused with the name it has here. */
-    for (size_t i = 0; i < COUNT(FLAGS) && !also_called(name, command); i++) {
-        if (!(FLAGS[i].groups & command->groups) || strncmp(name, FLAGS[i].name, strlen(name)) != 0)
+
+    /* 1. A name that other programs use is never taken for a beginning: --lr would be that of
+     *    --lr_scheduler_type, but learning_rate is meant. */
+    const struct Flag *nearest = NULL;
+    for (size_t i = 0; i < COUNT(ALSO_CALLED) && !nearest; i++)
+        if (list_has(ALSO_CALLED[i].elsewhere, name))
+            nearest = exact_flag(ALSO_CALLED[i].here, command);
+    bool elsewhere = nearest != NULL;
+    size_t least = elsewhere ? 0 : SIZE_MAX;
+
+    /* 2. Those that begin so, which are nearer than any that is only spelt alike. */
+    for (size_t i = 0; i < COUNT(FLAGS); i++) {
+        const struct Flag *flag = &FLAGS[i];
+        if (!list_has(flag->commands, command->name))
             continue;
-        size_t used = strlen(candidates);
-        snprintf(candidates + used, sizeof candidates - used, "%s--%s", count++ ? ", " : "",
-                 FLAGS[i].name);
-        found = &FLAGS[i];
+        bool begins = !elsewhere && strncmp(name, flag->name, strlen(name)) == 0;
+        size_t distance = begins ? 0 : 1 + edit_distance(name, flag->name);
+        if (begins)
+            candidates = list_add(arena, candidates, arena_printf(arena, "--%s", flag->name));
+        count += begins;
+        if (distance >= least)
+            continue;
+        least = distance;
+        nearest = flag;
     }
-    if (count == 0)
-        die_unknown(name, command);
     if (count > 1)
         die_usage("--%s: which of these is meant? %s", name, candidates);
-    return found;
+    if (count == 0)
+        die_usage("%s has no flag --%s; the nearest is --%s (all: %s %s --help)", command->name,
+                  name, nearest->name, program_name, command->name);
+    return nearest;
 }
 
 /* Reads a boolean as transformers' HfArgumentParser does, in large letters or small. Returns false
  * if the word is none. */
 static bool parse_bool(const char *word, bool *value) {
-    static const char *const words[] = {"false", "no", "n", "f", "0", "true", "yes", "y", "t", "1"};
-    for (size_t k = 0; k < COUNT(words); k++) {
-        size_t i = 0;
-        while (word[i] && tolower((unsigned char)word[i]) == words[k][i])
-            i++;
-        if (word[i] || words[k][i])
-            continue;
-        *value = k >= COUNT(words) / 2;
-        return true;
-    }
-    return false;
+    char small[8] = "";
+    for (size_t i = 0; word[i] && i + 1 < sizeof small; i++)
+        small[i] = (char)tolower((unsigned char)word[i]);
+    *value = list_has("true yes y t 1", small);
+    return strlen(word) < sizeof small && (*value || list_has("false no n f 0", small));
 }
 
-static _Noreturn void die_number(const struct Flag *flag, const char *value, double number) {
-    double least = RANGES[flag->kind].least;
-    double most = RANGES[flag->kind].most;
-    bool too_small = number < least && (least < 0 || (least == (double)FLT_MIN && number > 0));
-    bool beyond = most == (double)FLT_MAX && (number > most || too_small);
-    char bounds[64] = "";
-    if (beyond)
-        snprintf(bounds, sizeof bounds, "; %.2g to %.2g can be used", least, most);
-    die_usage("--%s %s: %s was expected%s (%s)", flag->name, value, RANGES[flag->kind].expected,
-              bounds, flag->help);
+/* Ends the program: the value of a flag is not what was expected. */
+static _Noreturn void die_value(const struct Flag *flag, const char *value, const char *bounds) {
+    const char *expected = flag->kind->expected;
+    die_usage("--%s %s: %s%s was expected%s (%s)", flag->name, value, expected,
+              strchr(expected, ',') ? "," : "", bounds, flag->help);
 }
 
-/* Stores a number at `to`. */
+/* Stores a number as what the member of Options is. */
 static void parse_number(struct Options *o, const struct Flag *flag, const char *value) {
     void *to = (char *)o + flag->offset;
+    const struct Kind *kind = flag->kind;
+    bool warmup = kind == &KIND_WARMUP;
+    bool whole = kind->type != TYPE_DOUBLE && !warmup;
+    char bounds[64] = "";
     char *end = NULL;
-    bool whole = flag->kind <= KIND_COUNT;
 
     /* 1. Read it, all of it. strtoull would take "-3" and " 3"; strtod takes "nan", which no
      *    comparison below lets through. */
-    if (flag->kind == KIND_STEPS && strcmp(value, "-1") == 0)
+    if (kind == &KIND_STEPS && strcmp(value, "-1") == 0)
         value = "0"; /* HF's "not set" */
     errno = 0;
     unsigned long long size = strtoull(value, &end, 10);
     double number = whole ? (double)size : strtod(value, &end);
     bool read = !*end && (whole ? isdigit((unsigned char)*value) && !errno : end != value);
-    if (!read)
-        number = NAN;
-    if (!(number >= RANGES[flag->kind].least && number <= RANGES[flag->kind].most))
-        die_number(flag, value, number);
 
-    /* 2. Store it as what the member of Options is. */
-    if (flag->kind == KIND_SEED)
+    /* 2. Where the words fit a number that no float can hold, the bounds are said too. */
+    if (read && !whole && (fabs(number) > FLT_MAX || (number > 0 && number < FLT_MIN)))
+        snprintf(bounds, sizeof bounds, "; %.2g to %.2g can be used", kind->least, kind->most);
+    if (!read || !(number >= kind->least && number <= kind->most))
+        die_value(flag, value, bounds);
+
+    /* 3. In transformers 5 a warm-up below 1 is a share of the steps. */
+    if (warmup && number > 0 && number < 1)
+        o->train.warmup_ratio = number;
+    if (kind->type == TYPE_SEED)
         *(uint64_t *)to = size;
-    else if (whole)
-        *(size_t *)to = (size_t)size;
-    else if (flag->kind != KIND_WARMUP)
+    else if (kind->type == TYPE_SIZE)
+        *(size_t *)to = whole ? (size_t)size : (size_t)number;
+    else
         *(double *)to = number;
-    else { /* transformers 5: below 1 it is a ratio */
-        *(size_t *)to = (size_t)number;
-        if (number > 0 && number < 1)
-            o->train.warmup_ratio = number;
-    }
 }
 
-/* Stores a flag's value; NULL: it stands bare. */
+/* Stores a flag's value; NULL: the flag is bare. */
 static void parse_flag(struct Options *o, const struct Flag *flag, const char *value) {
     void *to = (char *)o + flag->offset;
+    const struct Kind *kind = flag->kind;
+    bool boolean = kind->type == TYPE_BOOL || kind->type == TYPE_STOPPING;
     bool truth = true;
     /* 1. A bare boolean means true; one that stops a beam search has a third value. */
-    if (flag->kind == KIND_BOOL || flag->kind == KIND_STOPPING) {
-        bool never = flag->kind == KIND_STOPPING && value && strcmp(value, "never") == 0;
-        const char *more = flag->kind == KIND_STOPPING ? " or never" : "";
-        if (value && !never && !parse_bool(value, &truth))
-            die_usage("--%s %s: true or false%s was expected", flag->name, value, more);
-        if (flag->kind == KIND_BOOL)
-            *(bool *)to = truth;
-        else
-            *(enum EarlyStopping *)to = never ? STOP_NEVER : truth ? STOP_TRUE : STOP_FALSE;
-        return;
-    }
-    if (!value)
+    bool never = kind->type == TYPE_STOPPING && value && strcmp(value, "never") == 0;
+    if (boolean && value && !never && !parse_bool(value, &truth))
+        die_value(flag, value, "");
+    if (!boolean && !value)
         die_usage("--%s needs a value (%s)", flag->name, flag->help);
-    if (flag->kind > KIND_LIST) {
+    if (kind->type == TYPE_BOOL)
+        *(bool *)to = truth;
+    else if (kind->type == TYPE_STOPPING)
+        *(enum EarlyStopping *)to = never ? STOP_NEVER : truth ? STOP_TRUE : STOP_FALSE;
+    else if (kind->type != TYPE_STRING)
         parse_number(o, flag, value);
+    if (kind->type != TYPE_STRING)
         return;
-    }
 
     /* 2. A string. Only a prompt may be empty; a name must be one that the flag's help lists. */
-    if (!value[strspn(value, " ,")] && flag->kind != KIND_TEXT)
+    if (!value[strspn(value, " ,")] && kind != &KIND_TEXT)
         die_usage("--%s \"%s\" is empty; a value was expected (%s)", flag->name, value, flag->help);
-    if (flag->kind == KIND_NAME)
+    if (kind == &KIND_NAME)
         choice(flag->name, value, flag->help);
     *(const char **)to = value;
 }
@@ -16307,40 +16107,35 @@ static bool is_flag(const char *word) {
 
 /* Passes over a flag of another program that changes nothing here, with its values. Returns how
  * many arguments those are. */
-static int pass_over(struct Options *o, size_t which, const char *value, char **rest) {
-    const char *name = PASSED_OVER[which].name;
+static int pass_over(struct Options *o, const struct PassedOver *flag, const char *name,
+                     const char *value, char **rest) {
     int taken = 0;
     if (!value && *rest && !is_flag(*rest))
         value = rest[taken++];
     /* Each of its values must be one that changes nothing; "True" and "yes" are `true`. */
-    do {
-        const char *names = PASSED_OVER[which].harmless;
+    for (;; value = rest[taken++]) {
         bool truth = true;
-        bool harmless = !names;
         bool boolean = !value || parse_bool(value, &truth);
-        for (size_t length; !harmless && (length = next_name(&names)) > 0; names += length) {
-            const char *harmless_value = text_copy(&o->arena, (struct Text){names, length}).data;
-            const char *meant = !boolean ? value : truth ? "true" : "false";
-            harmless =
-                strcmp(meant, harmless_value) == 0 || (value && strcmp(value, harmless_value) == 0);
-        }
+        bool harmless = !flag->harmless || (value && list_has(flag->harmless, value))
+                        || (boolean && list_has(flag->harmless, truth ? "true" : "false"));
         if (!harmless)
             die_usage("--%s %s cannot be had: %s; leave it out, or give %s", name,
-                      value ? value : "true", PASSED_OVER[which].why, PASSED_OVER[which].harmless);
-    } while (rest[taken] && !is_flag(rest[taken]) && (value = rest[taken++]));
-    const char *before = o->passed_over ? arena_printf(&o->arena, "%s, ", o->passed_over) : "";
-    o->passed_over = arena_printf(&o->arena, "%s--%s", before, name);
+                      value ? value : "true", flag->why, flag->harmless);
+        if (!rest[taken] || is_flag(rest[taken]))
+            break;
+    }
+    o->passed_over = list_add(&o->arena, o->passed_over, arena_printf(&o->arena, "--%s", name));
     return taken;
 }
 
-/* The next argument if it is the value of a flag, or NULL. Another flag is none; and behind a
+/* The next argument if it is the value of a flag, or NULL. Another flag is none; and after a
  * boolean of a command that also takes words, only a word that must be a boolean is one. */
-static const char *value_behind(const struct Flag *flag, const struct Command *command,
-                                const char *next) {
+static const char *value_after(const struct Flag *flag, const struct Command *command,
+                               const char *next) {
     bool truth;
     if (!next || (is_flag(next) && !strchr(next, ' ')))
         return NULL;
-    if (flag->kind != KIND_BOOL || !(command->groups & G_WORDS))
+    if (flag->kind != &KIND_BOOL || !list_has(WITH_WORDS, command->name))
         return next;
     return strlen(next) >= strlen("true") && parse_bool(next, &truth) ? next : NULL;
 }
@@ -16358,10 +16153,10 @@ static int take_flag(struct Options *o, const struct Command *command, char **ar
     for (char *c = name; *c; c++)
         if (*c == '-')
             *c = '_';
+    const char *positive = strncmp(name, "no_", 3) == 0 ? name + 3 : name;
     const struct Flag *flag = exact_flag(name, command);
-    const struct Flag *negated =
-        !flag && strncmp(name, "no_", 3) == 0 ? exact_flag(name + 3, command) : NULL;
-    if (negated && negated->kind == KIND_BOOL) {
+    const struct Flag *negated = flag ? NULL : exact_flag(positive, command);
+    if (negated && negated->kind == &KIND_BOOL) {
         if (equals)
             die_usage("--%s takes no value; give --%s true or false", name, negated->name);
         o->given[negated - FLAGS] = true;
@@ -16370,22 +16165,22 @@ static int take_flag(struct Options *o, const struct Command *command, char **ar
     }
 
     /* 2. A training takes TRL's command lines: flags about what does not exist here pass. */
-    for (size_t k = 0; k < COUNT(PASSED_OVER) && !flag && (command->groups & G_TRAIN); k++) {
-        if (strcmp(name, PASSED_OVER[k].name) == 0)
-            return pass_over(o, k, value, argv + 1);
-        if (strncmp(name, "no_", 3) == 0 && strcmp(name + 3, PASSED_OVER[k].name) == 0)
-            return pass_over(o, k, "false", (char *[]){NULL});
+    for (size_t k = 0; k < COUNT(PASSED_OVER) && !flag && list_has(TRAINING, command->name); k++) {
+        if (list_has(PASSED_OVER[k].names, name))
+            return pass_over(o, &PASSED_OVER[k], name, value, argv + 1);
+        if (list_has(PASSED_OVER[k].names, positive))
+            return pass_over(o, &PASSED_OVER[k], positive, "false", (char *[]){NULL});
     }
 
-    /* 3. One of the command's flags, perhaps cut short; its value is behind it or behind "=". */
+    /* 3. One of the command's flags, perhaps cut short; its value comes after it or after "=". */
     if (!flag)
-        flag = find_flag(name, command);
+        flag = find_flag(&o->arena, name, command);
     if (!equals)
-        value = value_behind(flag, command, argv[1]);
+        value = value_after(flag, command, argv[1]);
     int taken = value && !equals;
     parse_flag(o, flag, value);
     o->given[flag - FLAGS] = true;
-    if (flag->kind != KIND_LIST || equals)
+    if (flag->kind != &KIND_LIST || equals)
         return taken;
 
     /* 4. A list goes on to the next flag: --loss_type sigmoid sft. */
@@ -16395,84 +16190,62 @@ static int take_flag(struct Options *o, const struct Command *command, char **ar
     return taken;
 }
 
-/* A rule: if it holds, these flags (names in a list) change nothing, and why. */
-struct IdleRule {
-    bool holds;
-    const char *flags, *why;
-};
-
-static void note_idle_rules(const struct Options *o, const struct IdleRule *rules, size_t n) {
-    for (size_t i = 0; i < n; i++)
-        if (rules[i].holds)
-            note_idle(o, rules[i].flags, rules[i].why);
-}
-
-/* Flags of a training that change nothing beside the others that are given. */
-static void note_idle_training(const struct Options *o, const struct Command *command) {
+/* Notes each flag that changes nothing beside the others that are given, and why. */
+static void note_idle_flags(struct Options *o, const struct Command *command) {
     const struct TrainingArguments *train = &o->train;
-    const struct PPOConfig *ppo = &o->ppo;
-    const char *adapter = o->peft_adapter ? "--peft_adapter has its own"
-                                          : "all weights are trained; for an adapter give "
-                                            "--use_peft";
-    bool smoothing = strstr(o->loss_type, "sigmoid") || strstr(o->loss_type, "robust");
-    /* A flag that the command does not have is not given: such rules do no harm. */
-    const struct IdleRule rules[] = {
-        {!o->use_peft, "lora_r, lora_alpha, lora_dropout, lora_target_modules, use_rslora",
-         adapter},
-        {train->max_steps > 0, "num_train_epochs", "--max_steps decides"},
-        {!o->eval_dataset, "eval_steps", "there is no --eval_dataset"},
-        {strcmp(train->optim, "sgd") == 0, "adam_beta1, adam_beta2, adam_epsilon",
-         "--optim sgd keeps no running means"},
-        {strcmp(train->lr_scheduler_type, "constant") == 0, "warmup_steps, warmup_ratio",
-         "--lr_scheduler_type constant has no warm-up, constant_with_warmup has"},
-        {train->warmup_steps > 0, "warmup_ratio", "--warmup_steps decides"},
-        {train->save_steps == 0, "save_total_limit", "--save_steps 0 leaves no checkpoints"},
-        {o->model_name_or_path != NULL, "n_layer, n_head, n_embd, n_positions, vocab_size",
-         "--model_name_or_path has its own"},
-        {strcmp(o->loss_type, "bce") == 0, "center_rewards_coefficient",
-         "--loss_type bce compares no pairs"},
-        {!smoothing, "label_smoothing", "only the losses sigmoid and robust smooth labels"},
-        {(command->groups & G_RLOO) != 0, "gradient_accumulation_steps",
-         "reinforce takes a step on its whole batch"},
-        {!ppo->adap_kl_ctrl, "horizon, target",
-         "--adap_kl_ctrl false keeps the coefficient as it is"},
-        {(command->groups & G_PPO) && !ppo->early_stopping, "target_kl",
-         "--early_stopping is not given"},
-        {!ppo->use_score_scaling, "use_score_norm", "--use_score_scaling is not given"},
-        {o->rollouts != NULL,
-         "reward_model_path, dataset_name, top_k, top_p, input_min_text_length, "
-         "input_max_text_length, output_min_length, output_max_length",
-         "--rollouts are replayed, none are sampled"},
-    };
-    note_idle_rules(o, rules, COUNT(rules));
-}
-
-/* The same for commands that write or measure. */
-static void note_idle_tools(const struct Options *o, const struct Command *command) {
     const struct GenerationConfig *g = &o->generation;
-    bool generates = (command->groups & G_SAMPLE) != 0;
-    bool measures = (command->groups & G_EVAL) != 0;
-    /* A flag that the command does not have is not given: such rules do no harm. */
-    const struct IdleRule rules[] = {
-        {generates && !g->do_sample, "temperature, top_k, top_p, seed",
-         "without --do_sample nothing is drawn"},
-        {generates && g->num_beams == 1, "length_penalty, early_stopping",
-         "there are no beams (--num_beams)"},
-        {generates && g->min_new_tokens > g->max_new_tokens, "min_new_tokens",
-         "it is above --max_new_tokens, which ends the text"},
-        {generates && o->prompt, "dataset_name", "--prompt is continued"},
-        {measures && o->reward_model_path, "max_length", "answers end at --max_new_tokens"},
-        {measures && !o->reward_model_path,
-         "ref_model, seed, max_samples, max_new_tokens, temperature, top_k, top_p, "
-         "input_min_text_length, input_max_text_length",
-         "answers are written only for a --reward_model_path"},
-    };
-    note_idle_rules(o, rules, COUNT(rules));
+    bool generates = command->run == command_generate;
+    bool smoothing = strstr(o->loss_type, "sigmoid") || strstr(o->loss_type, "robust");
+    const char *fresh = "reward_model_path, dataset_name, top_k, top_p, input_min_text_length, "
+                        "input_max_text_length, output_min_length, output_max_length";
+    const char *answers = "ref_model, seed, max_samples, max_new_tokens, temperature, top_k, "
+                          "top_p, "
+                          "input_min_text_length, input_max_text_length";
+
+    /* 1. Of what is trained, and on what. */
+    note_idle(o, !o->use_peft, "lora_r, lora_alpha, lora_dropout, lora_target_modules, use_rslora",
+              o->peft_adapter ? "--peft_adapter has its own"
+                              : "all weights are trained; for an adapter give --use_peft");
+    note_idle(o, o->model_name_or_path, "n_layer, n_head, n_embd, n_positions, vocab_size",
+              "--model_name_or_path has its own");
+    note_idle(o, !o->eval_dataset, "eval_steps", "there is no --eval_dataset");
+    note_idle(o, o->rollouts, fresh, "--rollouts are replayed, none are sampled");
+
+    /* 2. Of how it is trained, and to what end. */
+    note_idle(o, train->max_steps > 0, "num_train_epochs", "--max_steps decides");
+    note_idle(o, strcmp(train->optim, "sgd") == 0, "adam_beta1, adam_beta2, adam_epsilon",
+              "--optim sgd keeps no running means");
+    note_idle(o, strcmp(train->lr_scheduler_type, "constant") == 0, "warmup_steps, warmup_ratio",
+              "--lr_scheduler_type constant has no warm-up, constant_with_warmup has");
+    note_idle(o, train->warmup_steps > 0, "warmup_ratio", "--warmup_steps decides");
+    note_idle(o, !train->save_steps, "save_total_limit", "--save_steps 0 leaves no checkpoints");
+    note_idle(o, strcmp(o->loss_type, "bce") == 0, "center_rewards_coefficient",
+              "--loss_type bce compares no pairs");
+    note_idle(o, !smoothing, "label_smoothing", "only the losses sigmoid and robust smooth labels");
+    note_idle(o, command->run == command_reinforce, "gradient_accumulation_steps",
+              "reinforce takes a step on its whole batch");
+    note_idle(o, !o->ppo.adap_kl_ctrl, "horizon, target",
+              "--adap_kl_ctrl false keeps the coefficient as it is");
+    note_idle(o, !o->ppo.early_stopping, "target_kl", "--early_stopping is not given");
+    note_idle(o, !o->ppo.use_score_scaling, "use_score_norm", "--use_score_scaling is not given");
+
+    /* 3. Of what is written. */
+    note_idle(o, generates && !g->do_sample, "temperature, top_k, top_p, seed",
+              "without --do_sample nothing is drawn");
+    note_idle(o, generates && g->num_beams == 1, "length_penalty, early_stopping",
+              "there are no beams (--num_beams)");
+    note_idle(o, g->min_new_tokens > g->max_new_tokens, "min_new_tokens",
+              "it is above --max_new_tokens, which ends the text");
+    note_idle(o, o->prompt, "dataset_name", "--prompt is continued");
+    note_idle(o, o->reward_model_path, "max_length", "answers end at --max_new_tokens");
+    note_idle(o, command->run == command_eval && !o->reward_model_path, answers,
+              "answers are written only for a --reward_model_path");
 }
 
+/* A file, or the words of a term. */
 static void take_word(struct Options *o, const struct Command *command, char *word) {
-    bool room = command->run == command_glossary || !o->file;
-    if (!(command->groups & G_WORDS) || !room)
+    bool several = command->run == command_glossary;
+    if (!list_has(WITH_WORDS, command->name) || (o->file && !several))
         die_usage("%s: \"%s\" is no flag (flags start with --)", command->name, word);
     if (!o->file || strlen(o->file) < 1000)
         o->file = o->file ? arena_printf(&o->arena, "%s %s", o->file, word) : word;
@@ -16511,10 +16284,20 @@ static void parse_arguments(struct Options *o, const struct Command *command, in
         die_usage("--lora_dropout %g: only 0 is implemented; leave it out", o->lora.lora_dropout);
     if (o->use_peft && o->lora.r > 1 << 16)
         die_usage("--lora_r %zu: 1 to 65536 can be used", o->lora.r);
-    if (o->passed_over)
+    if (*o->passed_over)
         warn("%s: no effect in align", o->passed_over);
-    note_idle_training(o, command);
-    note_idle_tools(o, command);
+    note_idle_flags(o, command);
+}
+
+/* Ends the program unless the flags that the command cannot do without are given. Stored rollouts
+ * have their prompts and rewards with them. */
+static void check_needed(struct Options *o, const struct Command *command) {
+    const char *needs = command->needs;
+    for (const char *name; (name = take_name(&o->arena, &needs));) {
+        bool stored = o->rollouts && list_has("reward_model_path, dataset_name", name);
+        if (!stored && !given(o, name))
+            die_usage("--%s is needed; see --help", name);
+    }
 }
 
 /* What a command starts from: transformers' defaults, and TRL's from the table of commands. */
@@ -16523,50 +16306,37 @@ static struct Options default_options(const char *name) {
         .train = training_arguments(),
         .ppo = ppo_config(),
         .generation = generation_config(),
-        .dpo = {.beta = 0.1},
         .loss_type = "sigmoid",
-        .baseline = "rloo",
+        .passed_over = "",
         .lora = {.r = 16, .lora_alpha = 32, .target_modules = "c_attn"},
-        .top_n = 10,
-        .config =
-            {
-                .vocab_size = 50257,
-                .n_positions = 1024,
-                .n_embd = 768,
-                .n_layer = 12,
-                .n_head = 12,
-                .layer_norm_epsilon = 1e-5f,
-            },
+        .config = {.layer_norm_epsilon = 1e-5f},
         .input_length = {2, 8},
         .output_length = {4, 16},
-        .pretrain_steps = 2000,
-        .reward_steps = 450,
-        .ppo_steps = 85,
-        .dpo_steps = 150,
     };
     /* transformers' top_k of 50 is generate's; what trains or measures samples from all tokens */
-    const struct Command *command = find_command(name);
     o.generation.top_k = 0;
-    for (const char *const *word = command->defaults; *word; word += 2)
-        parse_flag(&o, find_flag(word[0], command), word[1]);
+    const struct Command *command = find_command(name);
+    const char *defaults = command->defaults;
+    for (const char *flag; (flag = take_name(&o.arena, &defaults));)
+        parse_flag(&o, exact_flag(flag, command), take_name(&o.arena, &defaults));
     return o;
 }
 
-/* A flag's value as it stands in Options, in words; "" for a string that is not set. */
+/* A flag's value as it is in Options, in words; "" for a string that is not set. */
 static const char *flag_value(struct Options *o, const struct Flag *flag) {
     static const char *const stopping[] =
         {[STOP_FALSE] = "false", [STOP_TRUE] = "true", [STOP_NEVER] = "never"};
     const void *at = (const char *)o + flag->offset;
-    /* as parse_flag and parse_number store them */
-    if (flag->kind <= KIND_LIST)
+    enum Type type = flag->kind->type;
+    if (type == TYPE_STRING)
         return *(const char *const *)at ? *(const char *const *)at : "";
-    if (flag->kind == KIND_BOOL)
+    if (type == TYPE_BOOL)
         return *(const bool *)at ? "true" : "false";
-    if (flag->kind == KIND_STOPPING)
+    if (type == TYPE_STOPPING)
         return stopping[*(const enum EarlyStopping *)at];
-    if (flag->kind == KIND_SEED)
+    if (type == TYPE_SEED)
         return arena_printf(&o->arena, "%llu", (unsigned long long)*(const uint64_t *)at);
-    if (flag->kind <= KIND_COUNT || flag->kind == KIND_WARMUP)
+    if (type == TYPE_SIZE)
         return arena_printf(&o->arena, "%zu", *(const size_t *)at);
     return arena_printf(&o->arena, "%g", *(const double *)at);
 }
@@ -16601,7 +16371,7 @@ static void print_help(const struct Command *command) {
         /* 1. A heading waits until a flag under it is one of the command's. */
         if (!*flag->name)
             heading = flag->help;
-        if (!(flag->groups & command->groups))
+        if (!list_has(flag->commands, command->name))
             continue;
         if (heading)
             printf("\n%s\n", heading);
@@ -16609,17 +16379,10 @@ static void print_help(const struct Command *command) {
 
         /* 2. [default] what is expected: what it is for. */
         const char *value = flag_value(&defaults, flag);
-        const char *expected =
-            flag->kind == KIND_BOOL ? "true or false" : RANGES[flag->kind].expected;
-        if (!expected)
-            expected = "";
-        size_t length = strlen(expected);
-        if (length && expected[length - 1] == ',')
-            length--;
-        const char *brackets = *value ? arena_printf(&defaults.arena, "[%s] ", value) : "";
+        const char *expected = flag->kind->expected;
         printf("  --%-*s", INDENT - 4, flag->name);
-        print_wrapped(arena_printf(&defaults.arena, "%s%.*s%s%s", brackets, (int)length, expected,
-                                   length ? ": " : "", flag->help),
+        print_wrapped(arena_printf(&defaults.arena, "%s%s%s%s%s%s", *value ? "[" : "", value,
+                                   *value ? "] " : "", expected, *expected ? ": " : "", flag->help),
                       INDENT);
     }
     options_close(&defaults);
@@ -16843,9 +16606,10 @@ int main(int argc, char **argv) {
         else {
 #ifndef _WIN32
             /* a training goes on when nobody reads its progress; a filter ends */
-            if (command->groups & G_OUT)
+            if (list_has(WITH_OUTPUT, command->name))
                 signal(SIGPIPE, SIG_IGN);
 #endif
+            check_needed(&o, command);
             kernel_choose();
             command->run(&o);
         }

@@ -366,6 +366,7 @@ static void run_command(const void *argument) {
         options_close(&o);
         return;
     }
+    check_needed(&o, command);
     command->run(&o);
     options_close(&o);
 }
@@ -991,72 +992,73 @@ static double dpo_case(const struct LossCase *c, const double *x, double *dx) {
 
 #define CASE(in_test, called, by, function, ...) \
     {.test = in_test, .name = called, .source = by, .loss = function, __VA_ARGS__}
-#define OF(...) .x = {__VA_ARGS__}, .n = sizeof(double[]){__VA_ARGS__} / sizeof(double)
+#define INPUTS(...) .x = {__VA_ARGS__}, .n = sizeof(double[]){__VA_ARGS__} / sizeof(double)
 #define GIVES(loss, ...) .want = (loss), .slope = {__VA_ARGS__}
 #define PAIRS(...) \
     .pairs = {__VA_ARGS__}, .pair_count = sizeof(struct Pair[]){__VA_ARGS__} / sizeof(struct Pair)
-#define RATIOS                                                                                   \
-    OF(-0.5, -0.43, -0.36, -0.29, -0.22, -0.15, -0.08, -0.01, 0.06, 0.13, 0.2, 0.27, 0.34, 0.41, \
-       0.48),                                                                                    \
+#define RATIOS                                                                                 \
+    INPUTS(-0.5, -0.43, -0.36, -0.29, -0.22, -0.15, -0.08, -0.01, 0.06, 0.13, 0.2, 0.27, 0.34, \
+           0.41, 0.48),                                                                        \
         .differences_alone = true
 #define BETA(by_beta, ...) .config = {.beta = by_beta, .weight = {__VA_ARGS__}}
 #define SMOOTHED .config.label_smoothing = 0.1
 /* rewards are floats, and so are their slopes */
 #define FLOATS .tolerance = 1e-7, .difference_tolerance = 1e-7
-#define CHAPTER_5 OF(-8, -13), .ref = {-10, -12}, .lengths = {4, 2}
-#define TRL_PAIRS                                                                               \
-    OF(-12.5, -30.25, -8, -14, -25.5, -21.75), .ref = {-13.25, -29, -10.5, -13, -26.75, -9.25}, \
-        .lengths = {5, 11, 3, 4, 9, 6}, .tolerance = 1e-6
+#define CHAPTER_5 INPUTS(-8, -13), .ref = {-10, -12}, .lengths = {4, 2}
+#define TRL_PAIRS                                                                        \
+    INPUTS(-12.5, -30.25, -8, -14, -25.5, -21.75),                                       \
+        .ref = {-13.25, -29, -10.5, -13, -26.75, -9.25}, .lengths = {5, 11, 3, 4, 9, 6}, \
+        .tolerance = 1e-6
 #define UNMOVED(beta)                                                                 \
     CASE("dpo_hand", "policy = reference, beta " #beta ": ln 2", "by hand", dpo_case, \
-         OF(-10, -10), .ref = {-10, -10}, BETA(beta, [DPO_SIGMOID] = 1),              \
+         INPUTS(-10, -10), .ref = {-10, -10}, BETA(beta, [DPO_SIGMOID] = 1),          \
          GIVES(0.69314718055994531, -beta / 2, beta / 2))
 
 static const struct LossCase LOSS_CASES[] = {
     CASE("bradley_terry", "2.0 against 0.5; one text in no pair", "by hand", bradley_terry_case,
-         OF(2, 0.5, 0.5), PAIRS({0, 1, 0}), GIVES(0.2014133, -0.1824255, 0.1824255, 0), FLOATS),
+         INPUTS(2, 0.5, 0.5), PAIRS({0, 1, 0}), GIVES(0.2014133, -0.1824255, 0.1824255, 0), FLOATS),
     CASE("bradley_terry", "centred with 0.01: 0.0625 more", "by hand", bradley_terry_case,
-         OF(2, 0.5), PAIRS({0, 1, 0}), .center = 0.01, GIVES(0.2639133, -0.1324255, 0.2324255),
+         INPUTS(2, 0.5), PAIRS({0, 1, 0}), .center = 0.01, GIVES(0.2639133, -0.1324255, 0.2324255),
          FLOATS),
-    CASE("bradley_terry", "two pairs: the mean", "by hand", bradley_terry_case, OF(2, 0.5, 0.5),
+    CASE("bradley_terry", "two pairs: the mean", "by hand", bradley_terry_case, INPUTS(2, 0.5, 0.5),
          PAIRS({0, 1, 0}, {1, 2, 0}), GIVES(0.4472802, -0.0912128, -0.1587872, 0.25), FLOATS),
     CASE("bradley_terry", "a margin of 1.5 makes it even: ln 2", "by hand", bradley_terry_case,
-         OF(2, 0.5), PAIRS({0, 1, 1.5}), GIVES(0.69314718, -0.5, 0.5), FLOATS),
-    CASE("bradley_terry", "hopelessly wrong", "by hand", bradley_terry_case, OF(-1000, 1000),
+         INPUTS(2, 0.5), PAIRS({0, 1, 1.5}), GIVES(0.69314718, -0.5, 0.5), FLOATS),
+    CASE("bradley_terry", "hopelessly wrong", "by hand", bradley_terry_case, INPUTS(-1000, 1000),
          PAIRS({0, 1, 0}), GIVES(2000, -1, 1), .tolerance = 1e-9),
     CASE("bradley_terry_gradient", "four pairs, margins, centred", "the formula in Python",
-         bradley_terry_case, OF(0.5, -1, 2, 0.25, 1),
+         bradley_terry_case, INPUTS(0.5, -1, 2, 0.25, 1),
          PAIRS({0, 1, 0}, {2, 0, 0.5}, {3, 2, 0}, {1, 3, 1}), .center = 0.03,
          GIVES(1.28471392, 0.05162897, -0.19930625, 0.21700285, 0.03567443, 0), FLOATS),
 
-    CASE("sentiment_loss", "r = 0, liked: ln 2", "by hand", sentiment_case, OF(0), .labels = {1},
-         GIVES(0.6931471806, -0.5), .tolerance = 1e-9),
+    CASE("sentiment_loss", "r = 0, liked: ln 2", "by hand", sentiment_case, INPUTS(0),
+         .labels = {1}, GIVES(0.6931471806, -0.5), .tolerance = 1e-9),
     CASE("sentiment_loss", "r = 2, disliked: 2.1269; the mean of both", "by hand", sentiment_case,
-         OF(0, 2), .labels = {1, 0}, GIVES(1.4100376, -0.25, 0.4403985), FLOATS),
-    CASE("sentiment_loss", "hopelessly wrong", "by hand", sentiment_case, OF(-1000), .labels = {1},
-         GIVES(1000, -1), .tolerance = 1e-9),
+         INPUTS(0, 2), .labels = {1, 0}, GIVES(1.4100376, -0.25, 0.4403985), FLOATS),
+    CASE("sentiment_loss", "hopelessly wrong", "by hand", sentiment_case, INPUTS(-1000),
+         .labels = {1}, GIVES(1000, -1), .tolerance = 1e-9),
 
-    CASE("reinforce_loss", "a good answer and a bad one", "by hand", reinforce_case, OF(-2, -1),
+    CASE("reinforce_loss", "a good answer and a bad one", "by hand", reinforce_case, INPUTS(-2, -1),
          .advantages = {4.5f, -3}, GIVES(3, -2.25, 1.5)),
 
     CASE("ppo_token_loss", "ratio 1.5, A = 2: clipped", "by hand", ppo_token_case,
-         OF(0.40546510810816438), .target = 2, GIVES(-2.4, 0)),
+         INPUTS(0.40546510810816438), .target = 2, GIVES(-2.4, 0)),
     CASE("ppo_token_loss", "ratio 1.5, A = -2: still pushed down", "by hand", ppo_token_case,
-         OF(0.40546510810816438), .target = -2, GIVES(3, 3)),
-    CASE("ppo_token_loss", "at first: ratio 1, loss -A", "by hand", ppo_token_case, OF(-3),
+         INPUTS(0.40546510810816438), .target = -2, GIVES(3, 3)),
+    CASE("ppo_token_loss", "at first: ratio 1, loss -A", "by hand", ppo_token_case, INPUTS(-3),
          .old = -3, .target = 0.7, GIVES(-0.7, -0.7)),
     CASE("ppo_token_loss", "ratios 0.6 to 1.6, A = 1", "central differences", ppo_token_case,
          RATIOS, .target = 1),
     CASE("ppo_token_loss", "ratios 0.6 to 1.6, A = -1", "central differences", ppo_token_case,
          RATIOS, .target = -1),
 
-    CASE("ppo_value_loss", "0.4 above the old value: clipped", "by hand", ppo_value_case, OF(0.9),
-         .old = 0.5, .target = 1, GIVES(0.045, 0)),
-    CASE("ppo_value_loss", "inside the range", "by hand", ppo_value_case, OF(0.6), .old = 0.5,
+    CASE("ppo_value_loss", "0.4 above the old value: clipped", "by hand", ppo_value_case,
+         INPUTS(0.9), .old = 0.5, .target = 1, GIVES(0.045, 0)),
+    CASE("ppo_value_loss", "inside the range", "by hand", ppo_value_case, INPUTS(0.6), .old = 0.5,
          .target = 1, GIVES(0.08, -0.4)),
     CASE("ppo_value_loss", "values -0.95 to 0.92", "central differences", ppo_value_case,
-         OF(-0.95, -0.84, -0.73, -0.62, -0.51, -0.4, -0.29, -0.18, -0.07, 0.04, 0.15, 0.26, 0.37,
-            0.48, 0.59, 0.7, 0.81, 0.92),
+         INPUTS(-0.95, -0.84, -0.73, -0.62, -0.51, -0.4, -0.29, -0.18, -0.07, 0.04, 0.15, 0.26,
+                0.37, 0.48, 0.59, 0.7, 0.81, 0.92),
          .differences_alone = true, .old = 0.1, .target = 0.35),
 
     CASE("dpo_hand", "chapter 5's pair", "by hand", dpo_case, CHAPTER_5,
@@ -1074,7 +1076,7 @@ static const struct LossCase LOSS_CASES[] = {
     UNMOVED(0.49),
     UNMOVED(3.43),
     UNMOVED(7.0),
-    CASE("dpo_hand", "hopelessly wrong", "by hand", dpo_case, OF(-1000, 0),
+    CASE("dpo_hand", "hopelessly wrong", "by hand", dpo_case, INPUTS(-1000, 0),
          BETA(1, [DPO_SIGMOID] = 1), GIVES(1000, -1, 1)),
 
     CASE("dpo_golden", "sigmoid", "TRL, golden_dpo_sigmoid", dpo_case, TRL_PAIRS,
@@ -7718,6 +7720,7 @@ static void test_shell_word(void) {
 /* What a user may type wrongly: exit 2 for the command line, 1 for what cannot be done, and the
  * nearest flag's name. */
 static void test_cli_errors(void) {
+#define NEEDED " --model_name_or_path x --dataset_name x --output_dir x"
     struct GPT2 *policy = new_model(300, 24, 12, 1, 3);
     model_save(policy, temporary("cli"), tokenizer);
     write_json("long.jsonl", "{'prompt': 'a b c d e f g h i j k l m n o p q r s t u v w x y z'}\n");
@@ -7726,7 +7729,6 @@ static void test_cli_errors(void) {
         const char *message, *line;
     } cases[] = {
         {2, "generate has no flag --promt; the nearest is --prompt", "generate --promt x"},
-        {2, "no command \"bench\"; `make bench` measures", "bench"},
         {2, "dpo has no flag --betta; the nearest is --beta", "dpo --betta=1"},
         {2, "\"x\" is no flag", "score x"},
         {2, "--max_new_tokens -3: a whole number", "generate --max_new_tokens -3"},
@@ -7737,13 +7739,15 @@ static void test_cli_errors(void) {
         {2, "--lr_scheduler_type \"step\" is unknown", "sft --lr_scheduler_type step"},
         {2, "--optim \"adam\" is unknown", "sft --optim adam"},
         {2, "--kl_penalty \"js\" is unknown", "ppo --kl_penalty js --output_dir x"},
-        {2, "--loss_type \"orpo\" is unknown", "dpo --loss_type 'sigmoid orpo'"},
-        {2, "for each of --loss_type's names", "dpo --loss_type 'sigmoid sft' --loss_weights 1"},
-        {2, "for each of --loss_type's names", "dpo --loss_type sigmoid --loss_weights '1 2'"},
-        {2, "for each of --loss_type's names", "dpo --loss_weights nan"},
+        {2, "--loss_type \"orpo\" is unknown", "dpo --loss_type 'sigmoid orpo'" NEEDED},
+        {2, "for each of --loss_type's names",
+         "dpo --loss_type 'sigmoid sft' --loss_weights 1" NEEDED},
+        {2, "for each of --loss_type's names",
+         "dpo --loss_type sigmoid --loss_weights '1 2'" NEEDED},
+        {2, "for each of --loss_type's names", "dpo --loss_weights nan" NEEDED},
         {2, "--beta 0: a number above 0 was expected", "dpo --beta 0"},
         {2, "--beta -1: a number, 0 or more, was expected", "reinforce --beta -1"},
-        {1, "--label_smoothing 0.5", "dpo --label_smoothing 0.5"},
+        {1, "--label_smoothing 0.5", "dpo --label_smoothing 0.5" NEEDED},
         {2, "--temperature 0: a number, 1e-6 or more, was expected", "generate --temperature 0"},
         {2, "--temperature 1e-30: a number, 1e-6 or more,", "ppo --temperature 1e-30"},
         {2, "--learning_rate 1e39: a number, 0 or more, was", "sft --learning_rate 1e39"},
@@ -7767,11 +7771,14 @@ static void test_cli_errors(void) {
         {1, "40 tokens, the model's context is 24",
          "generate --model_name_or_path @cli --dataset_name @long.jsonl --tokenizer "
          "@tokenizer.bin"},
+        {1, "--max_length 1024 is longer than the model's context of 24",
+         "pretrain --max_length 1024 --model_name_or_path @cli --dataset_name @long.jsonl "
+         "--output_dir @x --tokenizer @tokenizer.bin"},
         {1, "no tokenizer here",
          "generate --tokenizer 'no tokenizer here' --model_name_or_path @cli --prompt x"},
         {2, "--decode reads ids, --jsonl texts", "tokenize --jsonl --decode"},
         {2, "--loss_type \"\" is empty", "dpo --loss_type ''"},
-        {2, "no loss counts", "dpo --loss_type sigmoid --loss_weights 0"},
+        {2, "no loss counts", "dpo --loss_type sigmoid --loss_weights 0" NEEDED},
         {2, "--loss_type \" ,\" is empty", "dpo '--loss_type= ,'"},
         {2, "--loss_type \"\" is empty", "reward --loss_type ''"},
         {2, "--output_dir \"\" is empty", "sft --output_dir="},
@@ -7787,7 +7794,7 @@ static void test_cli_errors(void) {
         {2, "--dataset_name is needed", "eval --model_name_or_path nowhere"},
         {1, "must be a multiple of --mini_batch_size 4294967296 times",
          "ppo --batch_size=4294967296 --mini_batch_size=4294967296 "
-         "--gradient_accumulation_steps=4294967296"},
+         "--gradient_accumulation_steps=4294967296 --reward_model_path x" NEEDED},
         {2, "was expected; 1.2e-38 to 3.4e+38 can be used", "next --repetition_penalty 1e39"},
         {2, "-3.4e+38 to 3.4e+38 can be used", "generate --length_penalty -1e308"},
         {2, "--output_dir needs a value", "sft --output_dir --quiet"},
@@ -7811,6 +7818,7 @@ static void test_cli_errors(void) {
     for (size_t i = 0; i < COUNT(cases); i++)
         expect_end(cases[i].message, run_command, words_of(cases[i].line), cases[i].status,
                    cases[i].message);
+#undef NEEDED
 }
 
 static void test_edit_distance(void) {
@@ -8086,7 +8094,7 @@ static void test_cli_course(void) {
     print_commands(stdout);
     out = capture_end();
     for (size_t i = 0; i < COUNT(COMMANDS); i++)
-        expect_true(COMMANDS[i].name, strstr(out.data, COMMANDS[i].name) && COMMANDS[i].groups);
+        expect_true(COMMANDS[i].name, strstr(out.data, COMMANDS[i].name));
 }
 
 /* A language model and a reward model to collect with, and four prompts. */
@@ -8165,7 +8173,9 @@ static void test_cli_collect_keys(void) {
     struct Dataset *data = preferences_of("c_mine");
     expect_count("two judgements", data->n, 2);
     struct GPT2 *lm = owned(gpt2_load(temporary("c_lm")));
-    struct GenerationConfig generation = default_options("collect").generation;
+    struct Options defaults = default_options("collect");
+    struct GenerationConfig generation = defaults.generation;
+    options_close(&defaults);
     generation.do_sample = true;
     struct Example prompt = example_encode(&test_arena, tokenizer, text_of("A film"), 400, NULL);
     prompt.prompt_length = prompt.n;

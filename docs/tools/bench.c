@@ -18,18 +18,18 @@
 
 /* The flags, each named and read as align reads its own; see struct Flag. */
 static const struct Flag BENCH_FLAGS[] = {
-    {"n_layer", KIND_COUNT, AT(config.n_layer), 0, "blocks"},
-    {"n_head", KIND_COUNT, AT(config.n_head), 0, "attention heads"},
-    {"n_embd", KIND_COUNT, AT(config.n_embd), 0, "width"},
-    {"n_positions", KIND_COUNT, AT(config.n_positions), 0, "longest context, 80 or more"},
-    {"vocab_size", KIND_SIZE, AT(config.vocab_size), 0, "ids, the end token included"},
-    {"per_device_train_batch_size", KIND_BATCH, AT(train.per_device_train_batch_size), 0,
+    {OF(config, n_layer), &KIND_COUNT, "", "blocks"},
+    {OF(config, n_head), &KIND_COUNT, "", "attention heads"},
+    {OF(config, n_embd), &KIND_COUNT, "", "width"},
+    {OF(config, n_positions), &KIND_COUNT, "", "longest context, 80 or more"},
+    {OF(config, vocab_size), &KIND_SIZE, "", "ids, the end token included"},
+    {OF(train, per_device_train_batch_size), &KIND_BATCH, "",
      "only a training step, on so many rows"},
-    {"max_length", KIND_COUNT, AT(train.max_length), 0, "only a training step, rows so long"},
-    {"batch_size", KIND_COUNT, AT(ppo.batch_size), 0, "queries of a PPO step"},
-    {"json", KIND_BOOL, AT(json), 0, "one JSON object"},
-    {"quiet", KIND_BOOL, AT(quiet), 0, "no progress on stderr"},
-    {"help", KIND_BOOL, AT(help), 0, "this list"},
+    {OF(train, max_length), &KIND_COUNT, "", "only a training step, rows so long"},
+    {OF(ppo, batch_size), &KIND_COUNT, "", "queries of a PPO step"},
+    {NAMED(json), &KIND_BOOL, "", "one JSON object"},
+    {NAMED(quiet), &KIND_BOOL, "", "no progress on stderr"},
+    {NAMED(help), &KIND_BOOL, "", "this list"},
 };
 
 /* What the works share. */

@@ -131,7 +131,7 @@ def check_terms(terms):
     found, tags = definitions(source), set(re.findall(r"\[glossary: ([^\]]+)\]", source)) - {"TERM"}
     tests = re.findall(r'\{"(\w+)", test_\w+\}', test_source.partition("TESTS[] = {")[2])
     commands = set(re.findall(r'\{"(\w+)",\s*(?:"(?:[^"\\]|\\.)*"\s*)+,\s*command_\w+', source))
-    flags = set(re.findall(r'\{"(\w+)",\s*KIND_', source))
+    flags = set(re.findall(r'\{(?:"|NAMED\(|OF\(\w+, )(\w+)', source))
     for name, term in terms.items():
         faults = [] if tags & names_of(term, name) else [f"align.c has no tag [glossary: {name}]"]
         faults += check_code(term["In align.c"], found)

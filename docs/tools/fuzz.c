@@ -691,7 +691,7 @@ static void read_arguments(const struct Text *parts) {
     parse_arguments(&o, command, argc, argv);
     if (o.help)
         print_help(command);
-    if (command->groups & G_DPO)
+    if (command->run == command_dpo)
         parse_loss_types(&o);
     quiet = true;
     options_close(&o);
