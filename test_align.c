@@ -949,14 +949,14 @@ struct LossCase {
 };
 
 static double bradley_terry_case(const struct LossCase *c, const double *x, double *dx) {
-    float d[4];
+    float d[COUNT(c->x)];
     double loss = bradley_terry_loss(narrow(x, c->n), c->n, c->pairs, c->pair_count, c->center, d);
     memcpy(dx, widen(d, c->n), c->n * sizeof *dx);
     return loss;
 }
 
 static double sentiment_case(const struct LossCase *c, const double *x, double *dx) {
-    float d[2];
+    float d[COUNT(c->x)];
     double loss = sentiment_loss(narrow(x, c->n), c->labels, c->n, d);
     memcpy(dx, widen(d, c->n), c->n * sizeof *dx);
     return loss;
@@ -5426,6 +5426,7 @@ static void test_exact_dpo_gradient(void) {
                                            .layer_norm_epsilon = 1e-5f,
                                        },
                                        3, 5);
+    owned(w->ref_model);
     double logps[27];
     double sum = 0;
     expect_count("3^3 responses", w->n, 27);
