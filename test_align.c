@@ -7607,6 +7607,99 @@ static void test_shell_word(void) {
 }
 
 /* =============================================================================================
+ * Chapter 26 - Results
+ *
+ * The report of a run: its axes, its curves, its text and its page.
+ * ============================================================================================= */
+
+static void expect_axis(const char *what, struct Axis got, double low, double step, int count) {
+    expect_close(formatted("%s: low", what), got.low, low, 1e-9 * fabs(step));
+    expect_close(formatted("%s: step", what), got.step, step, 1e-9 * fabs(step));
+    expect_true(formatted("%s: count", what), got.count == count);
+}
+
+static void test_report_axis(void) {
+    expect_axis("0.13 to 0.87", axis_fit(0.13, 0.87, 5), 0, 0.2, 5);
+    expect_axis("one value", axis_fit(8, 8, 4), 4, 2, 4);
+    expect_axis("zero", axis_fit(0, 0, 4), 0, 0.5, 2);
+    expect_axis("almost one value", axis_fit(0.693147, 0.693148, 4), 0.2, 0.2, 5);
+    expect_axis("steps", axis_fit(1, 2000, 5), 0, 500, 4);
+    expect_axis("round numbers stay", axis_fit(0, 100, 5), 0, 20, 5);
+    expect_axis("below zero", axis_fit(-3.2, 1.1, 5), -4, 1, 6);
+    expect_axis("small", axis_fit(0, 3e-5, 4), 0, 1e-5, 3);
+    struct Axis x = axis_fit(0, 100, 5);
+    struct Axis y = axis_fit(0, 1, 5);
+    expect_close("left end", plot_x(&x, 0), PLOT_LEFT, 1e-9);
+    expect_close("right end", plot_x(&x, 100), PLOT_RIGHT, 1e-9);
+    expect_close("a quarter", plot_x(&x, 25), PLOT_LEFT + 0.25 * (PLOT_RIGHT - PLOT_LEFT), 1e-9);
+    expect_close("bottom", plot_y(&y, 0), PLOT_BOTTOM, 1e-9);
+    expect_close("top", plot_y(&y, 1), PLOT_TOP, 1e-9);
+}
+
+static void test_report_stair(void) {
+    struct Point values[] = {{0, 0}, {0, 0.1}, {0, 0.3}, {0, 2}};
+    struct Axis axis = {0, 1, 2}; /* eight bins, 0.25 wide; the last holds its right end */
+    struct Curve stair = curve_stair(&test_arena, &(struct Curve){"", values, 4}, &axis);
+    expect_count("points", stair.n, 18);
+    expect_true("starts and ends at 0",
+                stair.p[0].y == 0 && stair.p[17].y == 0 && stair.p[0].x == 0 && stair.p[17].x == 2);
+    expect_true("half of the values", stair.p[1].y == 50 && stair.p[2].y == 50 && stair.p[1].x == 0
+                                          && stair.p[2].x == 0.25);
+    expect_true("a quarter", stair.p[3].y == 25 && stair.p[4].y == 25 && stair.p[5].y == 0);
+    expect_true("the right end", stair.p[15].y == 25 && stair.p[16].y == 25);
+}
+
+static void expect_html(const char *what, struct Text text, const char *want) {
+    FILE *file = fopen(temporary("html"), "wb");
+    html_text(file, "[", text, "]");
+    fclose(file);
+    expect_text(what, read_file(&test_arena, temporary("html")), want);
+}
+
+static void test_report_text(void) {
+    expect_html("markup", text_of("<b a=\"x\">&amp;"), "[&lt;b a=&quot;x&quot;>&amp;amp;]");
+    expect_html("letters of all kinds", text_of("é日😀\n"), "[é日😀\n]");
+    expect_html("no UTF-8",
+                text_of("a\xff\xc3"
+                        "b"),
+                "[a\xef\xbf\xbd\xef\xbf\xbd"
+                "b]");
+    expect_html("NUL, escape, C1", (struct Text){"a\0\x1b\xc2\x9b", 5},
+                "[a\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd]");
+    expect_html("right to left",
+                text_of("a\xe2\x80\xae"
+                        "b"),
+                "[a\xef\xbf\xbd"
+                "b]");
+    expect_html("nothing", (struct Text){"", 0}, "[]");
+}
+
+static void report_of(const void *dir) {
+    report_write(dir);
+}
+
+static void test_report_page(void) {
+    const char *run = temporary("run");
+    make_folder(run);
+    expect_end("no logs", report_of, run, 1, "no log of a run there");
+    expect_end("no folder", report_of, temporary("nowhere"), 1, "no log of a run there");
+    write_text("run/trainer_state.json", "{\"log_history\": []}");
+    report_write(run);
+    struct Text page = read_file(&test_arena, arena_printf(&test_arena, "%s/report.html", run));
+    expect_true("an empty run",
+                strstr(page.data, "no numbers to plot") && !strstr(page.data, "<svg"));
+    write_text("run/trainer_state.json", "{\"log_history\": [{\"step\": 1, \"loss\": null}, "
+                                         "{\"step\": 2, \"loss\": 4.5}, {\"step\": 3, \"loss\": "
+                                         "1e300}, 7]}");
+    write_text("run/report.json", "{\"facts\": {\"<i>\": \"<script>\"}}");
+    report_write(run);
+    page = read_file(&test_arena, arena_printf(&test_arena, "%s/report.html", run));
+    expect_true("one point", strstr(page.data, "training 4.5 (1 points from 4.5)") != NULL);
+    expect_true("escaped", strstr(page.data, "&lt;script>") && strstr(page.data, "&lt;i>")
+                               && !strstr(page.data, "<script"));
+}
+
+/* =============================================================================================
  * Chapter 27 - Command line
  *
  * What a user may type, rightly or wrongly, and every command on a tiny model, each on what the
@@ -8615,99 +8708,6 @@ static void test_fixtures_reward(void) {
 }
 
 /* =============================================================================================
- * Chapter 26 - Results
- *
- * The report of a run: its axes, its curves, its text and its page.
- * ============================================================================================= */
-
-static void expect_axis(const char *what, struct Axis got, double low, double step, int count) {
-    expect_close(formatted("%s: low", what), got.low, low, 1e-9 * fabs(step));
-    expect_close(formatted("%s: step", what), got.step, step, 1e-9 * fabs(step));
-    expect_true(formatted("%s: count", what), got.count == count);
-}
-
-static void test_report_axis(void) {
-    expect_axis("0.13 to 0.87", axis_fit(0.13, 0.87, 5), 0, 0.2, 5);
-    expect_axis("one value", axis_fit(8, 8, 4), 4, 2, 4);
-    expect_axis("zero", axis_fit(0, 0, 4), 0, 0.5, 2);
-    expect_axis("almost one value", axis_fit(0.693147, 0.693148, 4), 0.2, 0.2, 5);
-    expect_axis("steps", axis_fit(1, 2000, 5), 0, 500, 4);
-    expect_axis("round numbers stay", axis_fit(0, 100, 5), 0, 20, 5);
-    expect_axis("below zero", axis_fit(-3.2, 1.1, 5), -4, 1, 6);
-    expect_axis("small", axis_fit(0, 3e-5, 4), 0, 1e-5, 3);
-    struct Axis x = axis_fit(0, 100, 5);
-    struct Axis y = axis_fit(0, 1, 5);
-    expect_close("left end", plot_x(&x, 0), PLOT_LEFT, 1e-9);
-    expect_close("right end", plot_x(&x, 100), PLOT_RIGHT, 1e-9);
-    expect_close("a quarter", plot_x(&x, 25), PLOT_LEFT + 0.25 * (PLOT_RIGHT - PLOT_LEFT), 1e-9);
-    expect_close("bottom", plot_y(&y, 0), PLOT_BOTTOM, 1e-9);
-    expect_close("top", plot_y(&y, 1), PLOT_TOP, 1e-9);
-}
-
-static void test_report_stair(void) {
-    struct Point values[] = {{0, 0}, {0, 0.1}, {0, 0.3}, {0, 2}};
-    struct Axis axis = {0, 1, 2}; /* eight bins, 0.25 wide; the last holds its right end */
-    struct Curve stair = curve_stair(&test_arena, &(struct Curve){"", values, 4}, &axis);
-    expect_count("points", stair.n, 18);
-    expect_true("starts and ends at 0",
-                stair.p[0].y == 0 && stair.p[17].y == 0 && stair.p[0].x == 0 && stair.p[17].x == 2);
-    expect_true("half of the values", stair.p[1].y == 50 && stair.p[2].y == 50 && stair.p[1].x == 0
-                                          && stair.p[2].x == 0.25);
-    expect_true("a quarter", stair.p[3].y == 25 && stair.p[4].y == 25 && stair.p[5].y == 0);
-    expect_true("the right end", stair.p[15].y == 25 && stair.p[16].y == 25);
-}
-
-static void expect_html(const char *what, struct Text text, const char *want) {
-    FILE *file = fopen(temporary("html"), "wb");
-    html_text(file, "[", text, "]");
-    fclose(file);
-    expect_text(what, read_file(&test_arena, temporary("html")), want);
-}
-
-static void test_report_text(void) {
-    expect_html("markup", text_of("<b a=\"x\">&amp;"), "[&lt;b a=&quot;x&quot;>&amp;amp;]");
-    expect_html("letters of all kinds", text_of("é日😀\n"), "[é日😀\n]");
-    expect_html("no UTF-8",
-                text_of("a\xff\xc3"
-                        "b"),
-                "[a\xef\xbf\xbd\xef\xbf\xbd"
-                "b]");
-    expect_html("NUL, escape, C1", (struct Text){"a\0\x1b\xc2\x9b", 5},
-                "[a\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd]");
-    expect_html("right to left",
-                text_of("a\xe2\x80\xae"
-                        "b"),
-                "[a\xef\xbf\xbd"
-                "b]");
-    expect_html("nothing", (struct Text){"", 0}, "[]");
-}
-
-static void report_of(const void *dir) {
-    report_write(dir);
-}
-
-static void test_report_page(void) {
-    const char *run = temporary("run");
-    make_folder(run);
-    expect_end("no logs", report_of, run, 1, "no log of a run there");
-    expect_end("no folder", report_of, temporary("nowhere"), 1, "no log of a run there");
-    write_text("run/trainer_state.json", "{\"log_history\": []}");
-    report_write(run);
-    struct Text page = read_file(&test_arena, arena_printf(&test_arena, "%s/report.html", run));
-    expect_true("an empty run",
-                strstr(page.data, "no numbers to plot") && !strstr(page.data, "<svg"));
-    write_text("run/trainer_state.json", "{\"log_history\": [{\"step\": 1, \"loss\": null}, "
-                                         "{\"step\": 2, \"loss\": 4.5}, {\"step\": 3, \"loss\": "
-                                         "1e300}, 7]}");
-    write_text("run/report.json", "{\"facts\": {\"<i>\": \"<script>\"}}");
-    report_write(run);
-    page = read_file(&test_arena, arena_printf(&test_arena, "%s/report.html", run));
-    expect_true("one point", strstr(page.data, "training 4.5 (1 points from 4.5)") != NULL);
-    expect_true("escaped", strstr(page.data, "&lt;script>") && strstr(page.data, "&lt;i>")
-                               && !strstr(page.data, "<script"));
-}
-
-/* =============================================================================================
  * The table of tests, main
  * ============================================================================================= */
 
@@ -8925,6 +8925,10 @@ static const struct {
     {"full_disk", test_full_disk},
     {"broken_messages", test_broken_messages},
     {"shell_word", test_shell_word},
+    {"report_axis", test_report_axis},
+    {"report_stair", test_report_stair},
+    {"report_text", test_report_text},
+    {"report_page", test_report_page},
     {"cli_errors", test_cli_errors},
     {"edit_distance", test_edit_distance},
     {"cli_spelling", test_cli_spelling},
@@ -8948,10 +8952,6 @@ static const struct {
     {"fixtures_gradient", test_fixtures_gradient},
     {"fixtures_logprob", test_fixtures_logprob},
     {"fixtures_reward", test_fixtures_reward},
-    {"report_axis", test_report_axis},
-    {"report_stair", test_report_stair},
-    {"report_text", test_report_text},
-    {"report_page", test_report_page},
 };
 
 static bool is_test(const char *name) {
