@@ -1019,7 +1019,6 @@ enum Baseline {
     BASELINE_NONE,
     BASELINE_MEAN,
     BASELINE_RLOO,
-    BASELINE_VALUE_HEAD, /* PPO's: an expectation for every token, which is learnt as well */
 };
 
 /* REINFORCE [19] rests on one trick. J is a mean over answers that the policy draws; when the
@@ -1039,6 +1038,13 @@ enum Baseline {
  *   none   b = 0
  *   mean   b = the mean R of all earlier steps
  *   rloo   b = the mean R of the other answers to the same prompt (leave one out)      [23] */
+
+struct ReinforceConfig {
+    enum Baseline baseline;
+    size_t batch_size; /* answers of a step */
+    size_t num_generations; /* answers to each prompt, side by side */
+    double beta; /* the price of a nat of KL              [glossary: Parâmetro Beta (β)] */
+};
 
 /* reinforce_advantages -- R(y_i) - b for n answers.              [glossary: Linha de base]
  * in   rewards (n): the R of each; the num_generations answers to one prompt are neighbours;
@@ -1106,11 +1112,8 @@ static double gradient_variance(const float *advantages, const float *s, size_t 
 
 /* ---- Rewards with a KL penalty for each token ----------------------------------------------- */
 
-/* PPOConfig of TRL 0.11, in its names.             [glossary: Classe de configuração PPO]
- * REINFORCE uses its baseline, num_generations, batch_size and init_kl_coef. */
+/* PPOConfig of TRL 0.11, in its names.             [glossary: Classe de configuração PPO] */
 struct PPOConfig {
-    enum Baseline baseline; /* PPO: BASELINE_VALUE_HEAD */
-    size_t num_generations; /* answers to each prompt */
     size_t batch_size; /* answers of a step */
     size_t mini_batch_size; /* answers of one forward and backward pass */
     size_t gradient_accumulation_steps;
@@ -6080,14 +6083,14 @@ static void checkpoint_step(struct Checkpoint *c);
 /* Files and folders. Each is written under a temporary name, and renamed when it is complete. */
 struct Output;
 struct Rollout;
-struct PPOTrainer;
+struct RolloutTrainer;
 static void make_folder(const char *path);
 static void output_flush(struct Output *out);
 static void output_close(struct Output *out);
 static void model_replace(struct GPT2 *model, const char *folder, const struct Tokenizer *tok);
 static void trainer_state_save(const struct TrainerState *s, const struct TrainingArguments *args,
                                const char *folder);
-static void stats_write_line(FILE *file, const struct PPOTrainer *ppo);
+static void stats_write_line(FILE *file, const struct RolloutTrainer *trainer);
 static void rollouts_write(FILE *file, const struct Rollout *rollouts, size_t n);
 
 /* Samples on a terminal: is it time for one, how wide is the terminal, and a text made safe to
@@ -7858,8 +7861,6 @@ struct RolloutSource {
 static struct PPOConfig ppo_config(void) {
     return (struct PPOConfig){
         /* how much is learnt from at once, and how often */
-        .baseline = BASELINE_VALUE_HEAD,
-        .num_generations = 1,
         .batch_size = 128,
         .mini_batch_size = 128,
         .gradient_accumulation_steps = 1,
@@ -7920,68 +7921,99 @@ static void running_moments_update(struct RunningMoments *m, const float *x, siz
     m->count = total;
 }
 
-/* Everything a training on rollouts owns: PPO, or REINFORCE with one of the other baselines.
- * [glossary: Treinador PPO]; its model is the policy  [glossary: Política π] */
+/* PPO's own part of a trainer on rollouts.                      [glossary: Treinador PPO] */
 struct PPOTrainer {
-    struct GPT2 *model, *ref_model; /* the policy with its value head; the reference */
     struct PPOConfig config;
-    struct TrainingArguments args;
-    const struct Tokenizer *tok; /* saved with the model in checkpoints */
-    const char *name; /* in progress lines */
-    double temperature; /* divides the logits of both */
-    double kl_coef; /* beta, now */
-    struct RunningMoments moments; /* PPO: of scores; REINFORCE: of R, for BASELINE_MEAN */
-    size_t step, total_steps;
-    struct Arena arena; /* of one step */
-    struct LogEntry stats; /* of the last step: a line of stats_all */
-
-    /* PPO alone, whose step takes several steps of the optimizer */
-    size_t optimizer_steps;
+    size_t optimizer_steps; /* a step of PPO takes several of them */
     struct Rng order; /* shuffles the answers into mini-batches */
     struct Arena epoch_arena; /* of one mini-batch */
-    struct StatsVector vectors[10]; /* the rest of the line of stats_all */
+    struct StatsVector vectors[10]; /* of a line of stats_all, what is no single number */
     size_t vector_count;
     float *advantages, *ratio; /* (ppo_epochs R) of each token in each update; NULL: not kept */
     size_t updated; /* how many of them are filled in */
 };
 
-/* A trainer of `model`. `ref_model` is the policy before training, and is never changed.
+enum Algorithm { ALGORITHM_PPO, ALGORITHM_REINFORCE };
+
+/* Everything that a training on rollouts owns; its model is the policy. [glossary: Política π] */
+struct RolloutTrainer {
+    enum Algorithm algorithm;
+    const char *name; /* in progress lines */
+    struct GPT2 *model, *ref_model; /* the policy; what it was before training */
+    struct TrainingArguments args;
+    const struct Tokenizer *tok; /* saved with the model in checkpoints */
+    double temperature; /* divides the logits of both */
+    double kl_coef; /* beta, now */
+    size_t batch_size, num_generations; /* answers of a step, of which so many to each prompt */
+    struct RunningMoments moments; /* PPO: of scores; REINFORCE: of R, for BASELINE_MEAN */
+    size_t step, total_steps;
+    struct Arena arena; /* of one step */
+    struct LogEntry stats; /* of the last step: a line of the log */
+    enum Baseline baseline; /* of REINFORCE */
+    struct PPOTrainer ppo;
+};
+
+/* What both algorithms need. `ref_model` is the policy before training, and is never changed.
  * temperature: that of sampling. Log-probabilities are computed at it too, since they must be those
  * of the distribution from which the answers were drawn. */
-static struct PPOTrainer *ppo_trainer_new(struct GPT2 *model, struct GPT2 *ref_model,
-                                          struct PPOConfig config, struct TrainingArguments args,
-                                          double temperature) {
+static struct RolloutTrainer *rollout_trainer_new(struct GPT2 *model, struct GPT2 *ref_model,
+                                                  struct TrainingArguments args,
+                                                  double temperature) {
     /* not in an arena: the trainer outlives every step, and owns the arenas that hold one */
-    struct PPOTrainer *ppo = calloc(1, sizeof *ppo);
-    CHECK(ppo, "out of memory");
-
-    /* REINFORCE's baselines are computed from rewards: only PPO's needs a head */
-    if (config.baseline == BASELINE_VALUE_HEAD)
-        value_head_init(model, args.seed);
-    /* memory for the policy's gradients and AdamW's moments; the reference needs neither */
-    gpt2_make_trainable(model);
-    *ppo = (struct PPOTrainer){
+    struct RolloutTrainer *trainer = calloc(1, sizeof *trainer);
+    CHECK(trainer, "out of memory");
+    *trainer = (struct RolloutTrainer){
         .model = model,
         .ref_model = ref_model,
-        .config = config,
         .args = args,
         .temperature = temperature,
-        .kl_coef = config.init_kl_coef,
         .moments = {0, 1, 1, 1e-24}, /* nothing seen yet; as in TRL, the count is not quite 0 */
-        .name = config.baseline == BASELINE_VALUE_HEAD ? "ppo" : "reinforce",
-        .order = rng_seed(args.seed, STREAM_ORDER),
     };
-    return ppo;
+    /* memory for the policy's gradients and AdamW's moments; the reference needs neither */
+    gpt2_make_trainable(model);
+    return trainer;
 }
 
-static double ppo_learning_rate(const struct PPOTrainer *ppo) {
-    return ppo->args.learning_rate * schedule_factor(&ppo->args, ppo->step, ppo->total_steps);
+/* A trainer for PPO; a model without a value head gets a new one. */
+static struct RolloutTrainer *ppo_trainer_new(struct GPT2 *model, struct GPT2 *ref_model,
+                                              struct PPOConfig config,
+                                              struct TrainingArguments args, double temperature) {
+    value_head_init(model, args.seed);
+    struct RolloutTrainer *trainer = rollout_trainer_new(model, ref_model, args, temperature);
+    trainer->algorithm = ALGORITHM_PPO;
+    trainer->name = "ppo";
+    trainer->kl_coef = config.init_kl_coef;
+    trainer->batch_size = config.batch_size;
+    trainer->num_generations = 1;
+    trainer->ppo.config = config;
+    trainer->ppo.order = rng_seed(args.seed, STREAM_ORDER);
+    return trainer;
 }
 
-static void ppo_trainer_free(struct PPOTrainer *ppo) {
-    arena_free(&ppo->arena);
-    arena_free(&ppo->epoch_arena);
-    free(ppo);
+/* A trainer for REINFORCE. Its baselines are computed from rewards: it needs no head. */
+static struct RolloutTrainer *reinforce_trainer_new(struct GPT2 *model, struct GPT2 *ref_model,
+                                                    struct ReinforceConfig config,
+                                                    struct TrainingArguments args,
+                                                    double temperature) {
+    struct RolloutTrainer *trainer = rollout_trainer_new(model, ref_model, args, temperature);
+    trainer->algorithm = ALGORITHM_REINFORCE;
+    trainer->name = "reinforce";
+    trainer->kl_coef = config.beta;
+    trainer->batch_size = config.batch_size;
+    trainer->num_generations = config.num_generations;
+    trainer->baseline = config.baseline;
+    return trainer;
+}
+
+static double rollout_learning_rate(const struct RolloutTrainer *trainer) {
+    return trainer->args.learning_rate
+           * schedule_factor(&trainer->args, trainer->step, trainer->total_steps);
+}
+
+static void rollout_trainer_free(struct RolloutTrainer *trainer) {
+    arena_free(&trainer->arena);
+    arena_free(&trainer->ppo.epoch_arena);
+    free(trainer);
 }
 
 /* The next prompt of a shuffled pass over all of them; after the last one a new pass begins, in
@@ -7997,23 +8029,24 @@ static const struct Example *rollout_prompt(struct RolloutSource *source) {
 /* A response that is yet to be written: with random numbers of its own, so that it does not depend
  * on when the others end, and with a length limit drawn for it, as in the lab. With one limit for
  * all, the policy would learn to please at that length only. */
-static struct Sequence rollout_start(const struct PPOTrainer *ppo, struct RolloutSource *source,
-                                     struct Arena *arena, const struct Example *prompt) {
+static struct Sequence rollout_start(const struct RolloutTrainer *trainer,
+                                     struct RolloutSource *source, struct Arena *arena,
+                                     const struct Example *prompt) {
     /* one number from the common stream seeds the answer's own generator */
     struct Rng own = rng_seed(rng_next(&source->sample), STREAM_SAMPLE);
     size_t drawn = length_sampler(&source->output_length, &source->lengths);
 
     /* the context sets a limit too: there are no position embeddings beyond it */
-    size_t max_new = MIN(drawn, ppo->model->config.n_positions - prompt->n);
-    return sequence_start(arena, prompt->ids, prompt->n, max_new, ppo->model, own);
+    size_t max_new = MIN(drawn, trainer->model->config.n_positions - prompt->n);
+    return sequence_start(arena, prompt->ids, prompt->n, max_new, trainer->model, own);
 }
 
 /* collect_rollouts -- batch_size scored answers of the policy; num_generations of them, side by
  * side, answer the same prompt.                                        [glossary: Rollout]
  * out  rollouts (batch_size), in `arena` */
-static void collect_rollouts(const struct PPOTrainer *ppo, struct RolloutSource *source,
+static void collect_rollouts(const struct RolloutTrainer *trainer, struct RolloutSource *source,
                              struct Arena *arena, struct Rollout *rollouts) {
-    size_t n = ppo->config.batch_size;
+    size_t n = trainer->batch_size;
 
     /* 1. Prompts are drawn, then answered all together: each step of generation reads the weights
      *    from memory once, however many answers are being written. */
@@ -8021,11 +8054,11 @@ static void collect_rollouts(const struct PPOTrainer *ppo, struct RolloutSource 
     const struct Example *prompt = NULL;
     for (size_t i = 0; i < n; i++) {
         /* a new prompt, or the same one again: the rloo baseline compares answers to one prompt */
-        if (i % ppo->config.num_generations == 0)
+        if (i % trainer->num_generations == 0)
             prompt = rollout_prompt(source);
-        sequences[i] = rollout_start(ppo, source, arena, prompt);
+        sequences[i] = rollout_start(trainer, source, arena, prompt);
     }
-    generate(ppo->model, sequences, n, &source->generation);
+    generate(trainer->model, sequences, n, &source->generation);
 
     /* 2. One score for each answer as a whole: chapter 4 is about how it reaches the tokens. */
     struct Example *examples = arena_alloc(arena, n, sizeof *examples);
@@ -8033,7 +8066,7 @@ static void collect_rollouts(const struct PPOTrainer *ppo, struct RolloutSource 
     for (size_t i = 0; i < n; i++)
         examples[i] =
             (struct Example){sequences[i].ids, sequences[i].n, sequences[i].prompt_length};
-    scorer_score(&source->scorer, arena, examples, n, &ppo->model->config, score);
+    scorer_score(&source->scorer, arena, examples, n, &trainer->model->config, score);
     for (size_t i = 0; i < n; i++)
         rollouts[i] =
             (struct Rollout){examples[i], examples[i].n - examples[i].prompt_length, score[i]};
@@ -8111,10 +8144,10 @@ static double reinforce_reward(double score, double kl_coef, double logp, double
 
 /* Policy and reference read the answers; with the scores, this gives R of each. The result is in
  * the arena, for the same reason as that of reward_forward. */
-static struct ReinforceBatch *reinforce_evaluate(struct PPOTrainer *ppo,
+static struct ReinforceBatch *reinforce_evaluate(struct RolloutTrainer *trainer,
                                                  const struct Rollout *rollouts) {
-    struct Arena *arena = &ppo->arena;
-    size_t n = ppo->config.batch_size;
+    struct Arena *arena = &trainer->arena;
+    size_t n = trainer->batch_size;
     struct ReinforceBatch *r = arena_alloc(arena, 1, sizeof *r);
     r->batch = collate(arena, rollout_examples(arena, rollouts, n), n, SKIP_LAST);
     r->logps = arena_alloc(arena, n, sizeof *r->logps);
@@ -8122,17 +8155,17 @@ static struct ReinforceBatch *reinforce_evaluate(struct PPOTrainer *ppo,
     r->rewards = arena_floats(arena, n);
 
     /* The policy's activations are kept for its backward pass. The reference has none. */
-    r->head = batch_logprobs(ppo->model, arena, &r->batch, ppo->temperature, true);
+    r->head = batch_logprobs(trainer->model, arena, &r->batch, trainer->temperature, true);
     struct LMHead ref_head =
-        batch_logprobs(ppo->ref_model, arena, &r->batch, ppo->temperature, false);
+        batch_logprobs(trainer->ref_model, arena, &r->batch, trainer->temperature, false);
 
     /* of whole answers: sums over their tokens */
     sum_target_logps(&r->batch, n, r->head.logprob, r->logps);
     sum_target_logps(&r->batch, n, ref_head.logprob, r->ref_logps);
     for (size_t i = 0; i < n; i++)
         /* beta log(pi / pi_ref) is a number here: no gradient goes through it */
-        r->rewards[i] =
-            (float)reinforce_reward(rollouts[i].score, ppo->kl_coef, r->logps[i], r->ref_logps[i]);
+        r->rewards[i] = (float)reinforce_reward(rollouts[i].score, trainer->kl_coef, r->logps[i],
+                                                r->ref_logps[i]);
     return r;
 }
 
@@ -8148,22 +8181,22 @@ static struct ReinforceBatch *reinforce_evaluate(struct PPOTrainer *ppo,
  * pass, before it enters any block. So the variance is that of only C weights: enough to compare
  * baselines, since all are judged by the same weights.
  *                                                                       test: reinforce_step */
-static float *answer_gradients(struct PPOTrainer *ppo, struct LMHead *head,
+static float *answer_gradients(struct RolloutTrainer *trainer, struct LMHead *head,
                                const struct Batch *batch) {
-    size_t C = ppo->model->config.n_embd;
-    float *dhidden = arena_zeros(&ppo->arena, batch->N * C, sizeof(float));
-    float *s = arena_zeros(&ppo->arena, batch->B * C, sizeof(float));
+    size_t C = trainer->model->config.n_embd;
+    float *dhidden = arena_zeros(&trainer->arena, batch->N * C, sizeof(float));
+    float *s = arena_zeros(&trainer->arena, batch->B * C, sizeof(float));
 
     /* 1. log pi(y_i) is the sum of its tokens' log-probabilities: the slope by each of them is 1 */
-    float *ones = arena_floats(&ppo->arena, head->R);
+    float *ones = arena_floats(&trainer->arena, head->R);
     for (size_t i = 0; i < head->R; i++)
         ones[i] = 1;
 
     /* 2. The output layer's backward pass, on a copy of the model's struct in which wte has no
      *    gradient: what is measured here must not be learnt from. */
-    struct GPT2 view = *ppo->model;
+    struct GPT2 view = *trainer->model;
     view.wte.d = NULL;
-    lm_head_backward(&view, head, ones, dhidden, &ppo->arena);
+    lm_head_backward(&view, head, ones, dhidden, &trainer->arena);
 
     /* 3. the sum over each answer's own positions; those that predict nothing hold zeros */
     for (size_t b = 0; b < batch->B; b++)
@@ -8175,30 +8208,30 @@ static float *answer_gradients(struct PPOTrainer *ppo, struct LMHead *head,
 
 /* Logs how noisy the step's gradient would be with each baseline. The answers are the same for all,
  * so the numbers can be compared. rloo needs several answers per prompt. */
-static void reinforce_log_variances(struct PPOTrainer *ppo, struct ReinforceBatch *r) {
+static void reinforce_log_variances(struct RolloutTrainer *trainer, struct ReinforceBatch *r) {
     static const char *const names[] = {"gradient_variance/none", "gradient_variance/mean",
                                         "gradient_variance/rloo"};
     /* 1. the gradients of log pi(y_i), once for all baselines */
-    size_t n = ppo->config.batch_size;
-    size_t num_generations = ppo->config.num_generations;
-    const float *s = answer_gradients(ppo, &r->head, &r->batch);
-    float *advantages = arena_floats(&ppo->arena, n);
+    size_t n = trainer->batch_size;
+    size_t num_generations = trainer->num_generations;
+    const float *s = answer_gradients(trainer, &r->head, &r->batch);
+    float *advantages = arena_floats(&trainer->arena, n);
     int count = num_generations > 1 ? BASELINE_RLOO + 1 : BASELINE_RLOO;
 
     /* 2. A baseline only changes the factors A_i of the gradients s_i. "mean" uses the running mean
      *    of R before this step, whichever baseline the run itself has. */
     for (int b = 0; b < count; b++) {
-        reinforce_advantages((enum Baseline)b, r->rewards, n, num_generations, ppo->moments.mean,
-                             advantages);
-        log_value(&ppo->stats, names[b],
-                  gradient_variance(advantages, s, n, ppo->model->config.n_embd));
+        reinforce_advantages((enum Baseline)b, r->rewards, n, num_generations,
+                             trainer->moments.mean, advantages);
+        log_value(&trainer->stats, names[b],
+                  gradient_variance(advantages, s, n, trainer->model->config.n_embd));
     }
 }
 
 /* Logs means over the step's answers; `objective` is the estimate of J. */
-static void reinforce_log(struct PPOTrainer *ppo, const struct Rollout *rollouts,
+static void reinforce_log(struct RolloutTrainer *trainer, const struct Rollout *rollouts,
                           const struct ReinforceBatch *r) {
-    size_t n = ppo->config.batch_size;
+    size_t n = trainer->batch_size;
     /* 1. Means over answers. kl is the k1 estimate, so chance may take it below 0. */
     double kl = 0;
     double score = 0;
@@ -8212,49 +8245,50 @@ static void reinforce_log(struct PPOTrainer *ppo, const struct Rollout *rollouts
     /* 2. A mean over tokens: how undecided the policy was. Near 0, all answers to a prompt are
      *    alike, and there is nothing left to compare. */
     double entropy = (double)row_sum(r->head.entropy, r->batch.R) / (double)r->batch.R;
-    log_value(&ppo->stats, "kl", kl);
-    log_value(&ppo->stats, "reward", score);
-    log_value(&ppo->stats, "objective", mean_of(r->rewards, n));
-    log_value(&ppo->stats, "entropy", entropy);
-    log_value(&ppo->stats, "completions/mean_length", length);
+    log_value(&trainer->stats, "kl", kl);
+    log_value(&trainer->stats, "reward", score);
+    log_value(&trainer->stats, "objective", mean_of(r->rewards, n));
+    log_value(&trainer->stats, "entropy", entropy);
+    log_value(&trainer->stats, "completions/mean_length", length);
 }
 
 /* reinforce_step -- one step up the gradient of J, from batch_size new rollouts.
  *              [glossary: Gradiente de política] [glossary: Truque da log-derivada]
  * The rollouts are used once. After the step the policy is a different one, and they are not its
  * answers: PPO's ratio and clip are there to use them again.            test: reinforce_step */
-static void reinforce_step(struct PPOTrainer *ppo, const struct Rollout *rollouts) {
-    struct Arena *arena = &ppo->arena;
-    size_t n = ppo->config.batch_size;
+static void reinforce_step(struct RolloutTrainer *trainer, const struct Rollout *rollouts) {
+    struct Arena *arena = &trainer->arena;
+    size_t n = trainer->batch_size;
     arena_reset(arena);
-    ppo->stats.n = 0;
+    trainer->stats.n = 0;
 
     /* 1. log-probabilities of the answers, and R of each */
-    struct ReinforceBatch *r = reinforce_evaluate(ppo, rollouts);
-    reinforce_log_variances(ppo, r);
+    struct ReinforceBatch *r = reinforce_evaluate(trainer, rollouts);
+    reinforce_log_variances(trainer, r);
 
     /* 2. R minus the baseline. The running mean is that of earlier steps, and updated only
      *    afterwards: if it contained these answers, it would bias their gradient. */
     float *advantages = arena_floats(arena, n);
-    reinforce_advantages(ppo->config.baseline, r->rewards, n, ppo->config.num_generations,
-                         ppo->moments.mean, advantages);
-    running_moments_update(&ppo->moments, r->rewards, n);
+    reinforce_advantages(trainer->baseline, r->rewards, n, trainer->num_generations,
+                         trainer->moments.mean, advantages);
+    running_moments_update(&trainer->moments, r->rewards, n);
 
     /* 3. the loss; its slope by each log pi(y_i) goes back through the model */
     double *dlogps = arena_alloc(arena, n, sizeof *dlogps);
     double loss = reinforce_loss(advantages, r->logps, n, dlogps);
-    target_logps_backward(ppo->model, arena, &r->batch, &r->head, n, dlogps, 1);
-    check_finite(ppo->model, "the loss", loss);
+    target_logps_backward(trainer->model, arena, &r->batch, &r->head, n, dlogps, 1);
+    check_finite(trainer->model, "the loss", loss);
 
     /* 4. one step of the optimizer */
-    double learning_rate = ppo_learning_rate(ppo);
-    double grad_norm = optimizer_step(ppo->model, &ppo->args, learning_rate, ++ppo->step);
+    double learning_rate = rollout_learning_rate(trainer);
+    double grad_norm =
+        optimizer_step(trainer->model, &trainer->args, learning_rate, ++trainer->step);
 
     /* 5. the log */
-    log_value(&ppo->stats, "loss", loss);
-    log_value(&ppo->stats, "grad_norm", grad_norm);
-    log_value(&ppo->stats, "learning_rate", learning_rate);
-    reinforce_log(ppo, rollouts, r);
+    log_value(&trainer->stats, "loss", loss);
+    log_value(&trainer->stats, "grad_norm", grad_norm);
+    log_value(&trainer->stats, "learning_rate", learning_rate);
+    reinforce_log(trainer, rollouts, r);
 }
 
 /* ---- PPO: what a step knows ----------------------------------------------------------------- */
@@ -8289,14 +8323,14 @@ struct PPOBatch {
  *   score_clip         then at most that far from 0, so that no single answer dominates the step
  * in, out  scores (n)
  * By hand: score_clip 1: -2 becomes -1, 0.5 stays 0.5.                   test: ppo_scores_golden */
-static void ppo_process_scores(struct PPOTrainer *ppo, float *scores, size_t n) {
-    const struct PPOConfig *config = &ppo->config;
+static void ppo_process_scores(struct RolloutTrainer *trainer, float *scores, size_t n) {
+    const struct PPOConfig *config = &trainer->ppo.config;
     /* 1. Scaling. The moments take in this step's scores first, and then these are divided. */
     if (config->use_score_scaling) {
-        running_moments_update(&ppo->moments, scores, n);
+        running_moments_update(&trainer->moments, scores, n);
         /* torch's float epsilon: equal scores must not be divided by 0 */
-        double divisor = ppo->moments.std + 1.1920929e-07;
-        double shift = config->use_score_norm ? ppo->moments.mean : 0;
+        double divisor = trainer->moments.std + 1.1920929e-07;
+        double shift = config->use_score_norm ? trainer->moments.mean : 0;
         for (size_t i = 0; i < n; i++)
             scores[i] = (float)((scores[i] - shift) / divisor);
     }
@@ -8336,17 +8370,19 @@ static void kl_full_rows(const struct GPT2 *model, struct LMHead *head,
  * keep the activations for a backward pass. The output layer and the value head read the same
  * hidden vectors, so values cost no second pass.
  *                                          [glossary: AutoModelForCausalLMWithValueHead] */
-static struct PPOForward *ppo_forward(struct PPOTrainer *ppo, struct Arena *arena,
+static struct PPOForward *ppo_forward(struct RolloutTrainer *trainer, struct Arena *arena,
                                       const struct Example *examples, size_t n, bool keep) {
     struct PPOForward *forward = arena_alloc(arena, 1, sizeof *forward);
     /* only rows that predict a response token count: the query was not the policy's choice */
     forward->batch = collate(arena, examples, n, SKIP_LAST);
-    forward->head = batch_logprobs(ppo->model, arena, &forward->batch, ppo->temperature, keep);
+    forward->head =
+        batch_logprobs(trainer->model, arena, &forward->batch, trainer->temperature, keep);
 
     /* one value for each row that predicts a token: what to expect before that token is known */
     forward->values = arena_floats(arena, forward->batch.R);
     scalar_head_forward(forward->values, forward->head.acts.ln_f, forward->batch.row,
-                        forward->batch.R, &ppo->model->v_head.weight, &ppo->model->v_head.bias);
+                        forward->batch.R, &trainer->model->v_head.weight,
+                        &trainer->model->v_head.bias);
     return forward;
 }
 
@@ -8362,18 +8398,18 @@ static void ppo_batch_columns(struct PPOBatch *p, struct Arena *arena) {
 /* Step 2 of ppo_step: the policy and the reference each read queries and responses once. This gives
  * the old log-probabilities and values, which stay fixed while the policy moves on.
  *                                                      [glossary: Modelo de referência] */
-static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo,
+static struct PPOBatch ppo_evaluate_rollouts(struct RolloutTrainer *trainer,
                                              const struct Rollout *rollouts) {
-    size_t B = ppo->config.batch_size;
-    struct Arena *arena = &ppo->arena;
+    size_t B = trainer->batch_size;
+    struct Arena *arena = &trainer->arena;
     struct Example *examples = rollout_examples(arena, rollouts, B);
 
     /* 1. If one mini-batch is the whole batch, this pass serves the first update too, so its
      *    activations are kept. */
-    bool fresh = ppo->config.mini_batch_size == B;
-    struct PPOForward *forward = ppo_forward(ppo, arena, examples, B, fresh);
+    bool fresh = trainer->ppo.config.mini_batch_size == B;
+    struct PPOForward *forward = ppo_forward(trainer, arena, examples, B, fresh);
     struct LMHead ref_head =
-        batch_logprobs(ppo->ref_model, arena, &forward->batch, ppo->temperature, false);
+        batch_logprobs(trainer->ref_model, arena, &forward->batch, trainer->temperature, false);
 
     /* The old log-probabilities are those of this pass, not those of sampling: top-k and other
      * filters may have changed the latter, and a ratio must compare like with like. */
@@ -8391,8 +8427,8 @@ static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo,
 
     /* 2. The exact KL takes both models' output layers, which are at hand only here. */
     ppo_batch_columns(&p, arena);
-    if (strcmp(ppo->config.kl_penalty, "full") == 0)
-        kl_full_rows(ppo->model, &forward->head, ppo->ref_model, &ref_head, p.kl);
+    if (strcmp(trainer->ppo.config.kl_penalty, "full") == 0)
+        kl_full_rows(trainer->model, &forward->head, trainer->ref_model, &ref_head, p.kl);
 
     /* 3. TRL's rows are as long as the longest sequence of the batch (ppo_padding_advantage) */
     for (size_t b = 0; b < B; b++)
@@ -8409,14 +8445,15 @@ static struct PPOBatch ppo_evaluate_rollouts(struct PPOTrainer *ppo,
  * By hand: chapter 4's answer, log pi -1.2, -0.5, -0.1 against -1.7, -0.5, -0.2, beta 0.2 and
  * score 1: -0.2 * (0.5, 0, 0.1) + (0, 0, 1) = -0.10, 0, 0.98.
  *                                          test: ppo_rewards, ppo_penalties_golden, ppo_step */
-static void ppo_rewards(const struct PPOTrainer *ppo, struct PPOBatch *p, const float *scores) {
+static void ppo_rewards(const struct RolloutTrainer *trainer, struct PPOBatch *p,
+                        const float *scores) {
     /* 1. each token pays for its own divergence from the reference */
     for (size_t t = 0; t < p->R; t++) {
         /* for "full", kl[t] has been computed already, and is returned as it is */
-        p->kl[t] =
-            kl_penalty_token(ppo->config.kl_penalty, p->logprobs[t], p->ref_logprobs[t], p->kl[t]);
+        p->kl[t] = kl_penalty_token(trainer->ppo.config.kl_penalty, p->logprobs[t],
+                                    p->ref_logprobs[t], p->kl[t]);
         /* kept apart for the log: what the divergence alone cost */
-        p->non_score_rewards[t] = kl_reward(ppo->kl_coef, p->kl[t]);
+        p->non_score_rewards[t] = kl_reward(trainer->kl_coef, p->kl[t]);
         p->rewards[t] = p->non_score_rewards[t];
     }
 
@@ -8556,14 +8593,15 @@ static void ppo_statistics(const struct PPOTokens *tokens, struct PPOLoss loss,
 
 /* For stats_all: the advantage and the ratio of each token in each update. They are kept only where
  * the caller has made room for them, as ppo_optimize does. */
-static void ppo_keep_ratios(struct PPOTrainer *ppo, const struct PPOTokens *tokens) {
-    if (!ppo->ratio)
+static void ppo_keep_ratios(struct RolloutTrainer *trainer, const struct PPOTokens *tokens) {
+    if (!trainer->ppo.ratio)
         return;
     /* as in TRL's log: one list, with the tokens of all updates of the step in turn */
     for (size_t t = 0; t < tokens->R; t++) {
-        ppo->advantages[ppo->updated] = tokens->advantages[t];
-        ppo->ratio[ppo->updated] = expf(tokens->logprobs[t] - tokens->old_logprobs[t]);
-        ppo->updated++;
+        trainer->ppo.advantages[trainer->ppo.updated] = tokens->advantages[t];
+        trainer->ppo.ratio[trainer->ppo.updated] =
+            expf(tokens->logprobs[t] - tokens->old_logprobs[t]);
+        trainer->ppo.updated++;
     }
 }
 
@@ -8608,14 +8646,14 @@ static struct PPOTokens ppo_gather(struct Arena *arena, const struct PPOBatch *p
  * them to 0 if the policy ran away. A mean ratio above ratio_threshold means that it has gone so
  * far that the old policy's answers say nothing about it: as in TRL, the mini-batch is skipped.
  * in, out  tokens->dlogprobs, dvalues (R); stats                          test: ppo_guards */
-static void ppo_weigh(const struct PPOTrainer *ppo, struct PPOTokens *tokens, double weight,
+static void ppo_weigh(const struct RolloutTrainer *trainer, struct PPOTokens *tokens, double weight,
                       double stats[PPO_STATS]) {
     /* 1. Do these answers still say anything about this policy? */
-    bool is_skipped = stats[POLICY_RATIO] > ppo->config.ratio_threshold;
+    bool is_skipped = stats[POLICY_RATIO] > trainer->ppo.config.ratio_threshold;
     if (is_skipped) {
         warn("ppo: step %zu: the mean probability ratio %.1f exceeds --ratio_threshold %.1f; this "
              "mini-batch is skipped",
-             ppo->step, stats[POLICY_RATIO], ppo->config.ratio_threshold);
+             trainer->step, stats[POLICY_RATIO], trainer->ppo.config.ratio_threshold);
         stats[LOSS_POLICY] = 0;
         stats[LOSS_VALUE] = 0;
         stats[LOSS_TOTAL] = 0;
@@ -8647,12 +8685,12 @@ static void ppo_backward(struct GPT2 *model, struct Arena *arena, struct PPOForw
  *                                     [glossary: Otimização de política proximal (PPO)]
  * in   member (count): which answers; weight: of their gradient in the optimizer's step
  * out  stats; gradients are added to the model's                        test: ppo_gradient */
-static void ppo_mini_batch(struct PPOTrainer *ppo, const struct Rollout *rollouts,
+static void ppo_mini_batch(struct RolloutTrainer *trainer, const struct Rollout *rollouts,
                            const struct PPOBatch *p, const size_t *member, size_t count,
                            double weight, double stats[PPO_STATS]) {
     /* The arena holds one mini-batch's activations: they are by far the largest part of memory,
      * and mini_batch_size decides how large. */
-    struct Arena *arena = &ppo->epoch_arena;
+    struct Arena *arena = &trainer->ppo.epoch_arena;
     arena_reset(arena);
 
     /* 1. What does the policy say of these answers now? Before any weight has moved, that is what
@@ -8662,21 +8700,21 @@ static void ppo_mini_batch(struct PPOTrainer *ppo, const struct Rollout *rollout
         examples[i] = rollouts[member[i]].example;
     struct PPOForward *forward = p->forward;
     if (!p->fresh)
-        forward = ppo_forward(ppo, arena, examples, count, true);
+        forward = ppo_forward(trainer, arena, examples, count, true);
 
     /* 2. The loss of each token, and its slopes by log-probability and value. What was known when
      *    the answers were written (old log-probabilities, advantages, returns) is constant. */
     struct PPOTokens tokens = ppo_gather(arena, p, member, count, forward);
-    struct PPOLoss loss = ppo_loss(&ppo->config, &tokens);
+    struct PPOLoss loss = ppo_loss(&trainer->ppo.config, &tokens);
 
     /* 3. The statistics come first: by the mean ratio, ppo_weigh decides about the slopes. */
     ppo_statistics(&tokens, loss, stats);
     stats[POLICY_ENTROPY] = (double)row_sum(forward->head.entropy, tokens.R) / (double)tokens.R;
-    ppo_keep_ratios(ppo, &tokens);
+    ppo_keep_ratios(trainer, &tokens);
 
     /* 4. The slopes, weighted, go back through the model. */
-    ppo_weigh(ppo, &tokens, weight, stats);
-    ppo_backward(ppo->model, arena, forward, &tokens);
+    ppo_weigh(trainer, &tokens, weight, stats);
+    ppo_backward(trainer->model, arena, forward, &tokens);
 }
 
 /* ppo_update -- one step of the optimizer, on gradient_accumulation_steps mini-batches of answers.
@@ -8684,21 +8722,23 @@ static void ppo_mini_batch(struct PPOTrainer *ppo, const struct Rollout *rollout
  * for which there may be no memory.
  * in   member: which answers, mini-batch after mini-batch
  * out  stats: of the last mini-batch; sums: those of each are added */
-static void ppo_update(struct PPOTrainer *ppo, const struct Rollout *rollouts, struct PPOBatch *p,
-                       const size_t *member, double stats[PPO_STATS], double sums[PPO_STATS]) {
-    size_t accumulation = ppo->config.gradient_accumulation_steps;
-    size_t count = ppo->config.mini_batch_size;
+static void ppo_update(struct RolloutTrainer *trainer, const struct Rollout *rollouts,
+                       struct PPOBatch *p, const size_t *member, double stats[PPO_STATS],
+                       double sums[PPO_STATS]) {
+    size_t accumulation = trainer->ppo.config.gradient_accumulation_steps;
+    size_t count = trainer->ppo.config.mini_batch_size;
     /* 1. gradients add up in the model; a loss that is NaN ends the run before a weight moves */
     for (size_t i = 0; i < accumulation; i++) {
-        ppo_mini_batch(ppo, rollouts, p, member + i * count, count, 1 / (double)accumulation,
+        ppo_mini_batch(trainer, rollouts, p, member + i * count, count, 1 / (double)accumulation,
                        stats);
-        check_finite(ppo->model, "the loss", stats[LOSS_TOTAL]);
+        check_finite(trainer->model, "the loss", stats[LOSS_TOTAL]);
         for (int k = 0; k < PPO_STATS; k++)
             sums[k] += stats[k];
     }
 
     /* 2. the weights move, and the gradients are 0 again */
-    optimizer_step(ppo->model, &ppo->args, ppo_learning_rate(ppo), ++ppo->optimizer_steps);
+    optimizer_step(trainer->model, &trainer->args, rollout_learning_rate(trainer),
+                   ++trainer->ppo.optimizer_steps);
 
     /* from now on this is not the policy that wrote the answers: each update needs its own pass */
     p->fresh = false;
@@ -8710,32 +8750,32 @@ static void ppo_update(struct PPOTrainer *ppo, const struct Rollout *rollouts, s
  * clip in ppo_token_loss limits how far the policy may move meanwhile.
  * out  sums: the statistics of all mini-batches, added up; returns how many those were
  *                                                             test: ppo_step, ppo_threads */
-static size_t ppo_optimize(struct PPOTrainer *ppo, const struct Rollout *rollouts,
+static size_t ppo_optimize(struct RolloutTrainer *trainer, const struct Rollout *rollouts,
                            struct PPOBatch *p, double sums[PPO_STATS]) {
-    const struct PPOConfig *config = &ppo->config;
+    const struct PPOConfig *config = &trainer->ppo.config;
     size_t B = config->batch_size;
     size_t per_update = config->mini_batch_size * config->gradient_accumulation_steps;
     size_t mini_batches = 0;
     double stats[PPO_STATS] = {0};
 
     /* mini-batches consist of whole answers, not of tokens: the model reads sequences */
-    size_t *order = arena_alloc(&ppo->arena, B, sizeof *order);
+    size_t *order = arena_alloc(&trainer->arena, B, sizeof *order);
 
     /* for the log: each token's advantage and ratio in each epoch */
-    ppo->advantages = arena_floats(&ppo->arena, config->ppo_epochs * p->R);
-    ppo->ratio = arena_floats(&ppo->arena, config->ppo_epochs * p->R);
-    ppo->updated = 0;
+    trainer->ppo.advantages = arena_floats(&trainer->arena, config->ppo_epochs * p->R);
+    trainer->ppo.ratio = arena_floats(&trainer->arena, config->ppo_epochs * p->R);
+    trainer->ppo.updated = 0;
     for (size_t epoch = 0; epoch < config->ppo_epochs; epoch++) {
         /* 1. A new order, if there are several updates: one on all answers has the same gradient
          *    in any order. */
         for (size_t b = 0; b < B; b++)
             order[b] = b;
         if (per_update < B)
-            rng_shuffle(&ppo->order, order, B);
+            rng_shuffle(&trainer->ppo.order, order, B);
 
         /* 2. one update of the weights for each part of that order */
         for (size_t first = 0; first < B; first += per_update) {
-            ppo_update(ppo, rollouts, p, order + first, stats, sums);
+            ppo_update(trainer, rollouts, p, order + first, stats, sums);
             mini_batches += config->gradient_accumulation_steps;
         }
 
@@ -8758,26 +8798,26 @@ static double ppo_kl(const struct PPOBatch *p) {
     return kl;
 }
 
-static void stats_vector(struct PPOTrainer *ppo, const char *name, const float *x, size_t n,
+static void stats_vector(struct RolloutTrainer *trainer, const char *name, const float *x, size_t n,
                          const size_t *start) {
-    ppo->vectors[ppo->vector_count++] = (struct StatsVector){name, x, n, start};
+    trainer->ppo.vectors[trainer->ppo.vector_count++] = (struct StatsVector){name, x, n, start};
 }
 
 /* Logs the mean and the standard deviation of n numbers, one per rollout. */
-static void stats_mean_std(struct PPOTrainer *ppo, const char *mean_name, const char *std_name,
-                           const float *x, size_t n) {
-    log_value(&ppo->stats, mean_name, mean_of(x, n));
-    log_value(&ppo->stats, std_name, n > 1 ? sqrt(unbiased_variance(x, n)) : NAN);
+static void stats_mean_std(struct RolloutTrainer *trainer, const char *mean_name,
+                           const char *std_name, const float *x, size_t n) {
+    log_value(&trainer->stats, mean_name, mean_of(x, n));
+    log_value(&trainer->stats, std_name, n > 1 ? sqrt(unbiased_variance(x, n)) : NAN);
 }
 
 /* Logs what the rollouts were: scores before and after ppo_process_scores, lengths of queries and
  * responses. */
-static void ppo_record_rollouts(struct PPOTrainer *ppo, const struct Rollout *rollouts,
+static void ppo_record_rollouts(struct RolloutTrainer *trainer, const struct Rollout *rollouts,
                                 const float *scores, size_t B) {
     /* 1. per rollout, one number of each kind; float, like all the log's vectors */
-    float *query = arena_floats(&ppo->arena, B);
-    float *response = arena_floats(&ppo->arena, B);
-    float *reward = arena_floats(&ppo->arena, B);
+    float *query = arena_floats(&trainer->arena, B);
+    float *response = arena_floats(&trainer->arena, B);
+    float *reward = arena_floats(&trainer->arena, B);
     for (size_t b = 0; b < B; b++) {
         reward[b] = rollouts[b].score;
         query[b] = (float)rollouts[b].example.prompt_length;
@@ -8786,19 +8826,19 @@ static void ppo_record_rollouts(struct PPOTrainer *ppo, const struct Rollout *ro
 
     /* 2. Means and deviations, and the numbers they summarize: only these show, for example, that
      *    half of the answers score well and half badly. */
-    stats_mean_std(ppo, "env/reward_mean", "env/reward_std", reward, B);
-    stats_mean_std(ppo, "ppo/mean_scores", "ppo/std_scores", scores, B);
-    stats_mean_std(ppo, "tokens/queries_len_mean", "tokens/queries_len_std", query, B);
-    stats_mean_std(ppo, "tokens/responses_len_mean", "tokens/responses_len_std", response, B);
-    stats_vector(ppo, "env/reward_dist", reward, B, NULL);
-    stats_vector(ppo, "tokens/queries_dist", query, B, NULL);
-    stats_vector(ppo, "tokens/responses_dist", response, B, NULL);
+    stats_mean_std(trainer, "env/reward_mean", "env/reward_std", reward, B);
+    stats_mean_std(trainer, "ppo/mean_scores", "ppo/std_scores", scores, B);
+    stats_mean_std(trainer, "tokens/queries_len_mean", "tokens/queries_len_std", query, B);
+    stats_mean_std(trainer, "tokens/responses_len_mean", "tokens/responses_len_std", response, B);
+    stats_vector(trainer, "env/reward_dist", reward, B, NULL);
+    stats_vector(trainer, "tokens/queries_dist", query, B, NULL);
+    stats_vector(trainer, "tokens/responses_dist", response, B, NULL);
 }
 
 /* Logs how far the policy was from the reference when it wrote the answers. The entropy is here an
  * estimate from the tokens drawn, -log pi summed over an answer. kl_k3, the estimate that is never
  * negative, is not in TRL's log. */
-static void ppo_record_objective(struct PPOTrainer *ppo, const struct PPOBatch *p) {
+static void ppo_record_objective(struct RolloutTrainer *trainer, const struct PPOBatch *p) {
     /* 1. As in TRL, KL and entropy are sums over an answer's tokens, averaged over the B answers;
      *    the reward without the score is averaged over tokens. */
     double k3 = 0;
@@ -8811,47 +8851,48 @@ static void ppo_record_objective(struct PPOTrainer *ppo, const struct PPOBatch *
     }
 
     /* 2. the divergence of each answer by itself; their mean is objective/kl */
-    float *kl_dist = arena_zeros(&ppo->arena, p->B, sizeof *kl_dist);
+    float *kl_dist = arena_zeros(&trainer->arena, p->B, sizeof *kl_dist);
     for (size_t b = 0; b < p->B; b++)
         for (size_t t = p->start[b]; t < p->start[b + 1]; t++)
             kl_dist[b] += p->kl[t];
 
     /* 3. kl_coef is the beta that these rewards were computed with: step 7 has yet to move it */
-    log_value(&ppo->stats, "objective/kl", ppo_kl(p));
-    log_value(&ppo->stats, "objective/kl_k3", k3);
-    log_value(&ppo->stats, "objective/kl_coef", ppo->kl_coef);
-    log_value(&ppo->stats, "objective/entropy", entropy);
-    log_value(&ppo->stats, "ppo/mean_non_score_reward", non_score_reward);
-    stats_vector(ppo, "objective/kl_dist", kl_dist, p->B, NULL);
-    stats_vector(ppo, "objective/logprobs", p->logprobs, p->B, p->start);
-    stats_vector(ppo, "objective/ref_logprobs", p->ref_logprobs, p->B, p->start);
+    log_value(&trainer->stats, "objective/kl", ppo_kl(p));
+    log_value(&trainer->stats, "objective/kl_k3", k3);
+    log_value(&trainer->stats, "objective/kl_coef", trainer->kl_coef);
+    log_value(&trainer->stats, "objective/entropy", entropy);
+    log_value(&trainer->stats, "ppo/mean_non_score_reward", non_score_reward);
+    stats_vector(trainer, "objective/kl_dist", kl_dist, p->B, NULL);
+    stats_vector(trainer, "objective/logprobs", p->logprobs, p->B, p->start);
+    stats_vector(trainer, "objective/ref_logprobs", p->ref_logprobs, p->B, p->start);
 }
 
 /* ppo_record_stats -- step 6 of ppo_step: TRL's stats dictionary. Of its matrices, which TRL pads,
  * only the response tokens are kept.                              [glossary: Stats_all]
  * in   sums: ppo_statistics of all mini-batches, added up
- * out  ppo->stats, vectors                                           test: ppo_loss_golden */
-static void ppo_record_stats(struct PPOTrainer *ppo, const struct Rollout *rollouts,
+ * out  trainer->stats, vectors                                           test: ppo_loss_golden */
+static void ppo_record_stats(struct RolloutTrainer *trainer, const struct Rollout *rollouts,
                              const struct PPOBatch *p, const float *scores,
                              const double sums[PPO_STATS], size_t mini_batches) {
     /* drop the last step's numbers */
-    ppo->stats.n = 0;
-    ppo->vector_count = 0;
+    trainer->stats.n = 0;
+    trainer->ppo.vector_count = 0;
 
     /* 1. what was written, and how far from the reference */
-    ppo_record_rollouts(ppo, rollouts, scores, p->B);
-    ppo_record_objective(ppo, p);
+    ppo_record_rollouts(trainer, rollouts, scores, p->B);
+    ppo_record_objective(trainer, p);
 
     /* 2. What was learnt: means over all mini-batches. var_explained is the share of the returns'
      *    variance that the value head predicted: 1 if all of it, 0 or less if a constant would have
      *    done as well. */
     for (int i = 0; i < PPO_STATS; i++)
         if (i != POLICY_RATIO)
-            log_value(&ppo->stats, PPO_STAT_NAMES[i], sums[i] / (double)mini_batches);
-    log_value(&ppo->stats, "ppo/val/var_explained", 1 - sums[VAL_ERROR] / sums[RETURNS_VAR]);
-    log_value(&ppo->stats, "ppo/learning_rate", ppo_learning_rate(ppo));
-    stats_vector(ppo, "ppo/policy/advantages", ppo->advantages, ppo->updated, NULL);
-    stats_vector(ppo, "ppo/policy/ratio", ppo->ratio, ppo->updated, NULL);
+            log_value(&trainer->stats, PPO_STAT_NAMES[i], sums[i] / (double)mini_batches);
+    log_value(&trainer->stats, "ppo/val/var_explained", 1 - sums[VAL_ERROR] / sums[RETURNS_VAR]);
+    log_value(&trainer->stats, "ppo/learning_rate", rollout_learning_rate(trainer));
+    stats_vector(trainer, "ppo/policy/advantages", trainer->ppo.advantages, trainer->ppo.updated,
+                 NULL);
+    stats_vector(trainer, "ppo/policy/ratio", trainer->ppo.ratio, trainer->ppo.updated, NULL);
 }
 
 /* The parts of a step whose time is logged, each from the end of the one before it. */
@@ -8870,13 +8911,13 @@ static void ppo_lap(struct PPOClock *clock, enum PPOLap lap) {
 }
 
 /* Logs the times, in TRL's names. */
-static void ppo_record_times(struct PPOTrainer *ppo, const struct PPOClock *clock) {
-    log_value(&ppo->stats, "time/ppo/forward_pass", clock->lap[LAP_FORWARD]);
-    log_value(&ppo->stats, "time/ppo/compute_rewards", clock->lap[LAP_REWARDS]);
-    log_value(&ppo->stats, "time/ppo/compute_advantages", clock->lap[LAP_ADVANTAGES]);
-    log_value(&ppo->stats, "time/ppo/optimize_step", clock->lap[LAP_OPTIMIZE]);
-    log_value(&ppo->stats, "time/ppo/calc_stats", clock->lap[LAP_STATS]);
-    log_value(&ppo->stats, "time/ppo/total", clock->last - clock->begin);
+static void ppo_record_times(struct RolloutTrainer *trainer, const struct PPOClock *clock) {
+    log_value(&trainer->stats, "time/ppo/forward_pass", clock->lap[LAP_FORWARD]);
+    log_value(&trainer->stats, "time/ppo/compute_rewards", clock->lap[LAP_REWARDS]);
+    log_value(&trainer->stats, "time/ppo/compute_advantages", clock->lap[LAP_ADVANTAGES]);
+    log_value(&trainer->stats, "time/ppo/optimize_step", clock->lap[LAP_OPTIMIZE]);
+    log_value(&trainer->stats, "time/ppo/calc_stats", clock->lap[LAP_STATS]);
+    log_value(&trainer->stats, "time/ppo/total", clock->last - clock->begin);
 }
 
 /* ---- PPO: the step -------------------------------------------------------------------------- */
@@ -8884,49 +8925,49 @@ static void ppo_record_times(struct PPOTrainer *ppo, const struct PPOClock *cloc
 /* ppo_step -- the whole of PPO: from batch_size rollouts to a better policy.
  *                 [glossary: Treinador PPO] [glossary: Otimização de política proximal (PPO)]
  * in   rollouts (batch_size): answers of the policy as it is now, with their scores
- * out  the policy's weights, ppo->kl_coef; ppo->stats and vectors, for the log
+ * out  the policy's weights, trainer->kl_coef; trainer->stats and vectors, for the log
  * TRL's PPOTrainer.step(queries, responses, scores). Chapter 4 explains step 3 at kl_reward, 4 at
  * gae_step, 5 at ppo_token_loss and ppo_value_loss, 7 at kl_controller_update.
  *             test: ppo_step, ppo_raises_reward, check_fidelity ppo*; gdb: break ppo_step */
-static void ppo_step(struct PPOTrainer *ppo, const struct Rollout *rollouts) {
-    size_t B = ppo->config.batch_size;
-    arena_reset(&ppo->arena);
+static void ppo_step(struct RolloutTrainer *trainer, const struct Rollout *rollouts) {
+    size_t B = trainer->batch_size;
+    arena_reset(&trainer->arena);
 
     /* 1. How good was each answer? One number per answer. */
-    float *scores = arena_floats(&ppo->arena, B);
+    float *scores = arena_floats(&trainer->arena, B);
     for (size_t b = 0; b < B; b++)
         scores[b] = rollouts[b].score;
-    ppo_process_scores(ppo, scores, B);
+    ppo_process_scores(trainer, scores, B);
     struct PPOClock clock = {.begin = seconds_now()};
     clock.last = clock.begin;
 
     /* 2. Policy and reference read the answers. From here on there are numbers per token: its
      *    log-probability under both, and what the value head expected before it. */
-    struct PPOBatch p = ppo_evaluate_rollouts(ppo, rollouts);
+    struct PPOBatch p = ppo_evaluate_rollouts(trainer, rollouts);
     ppo_lap(&clock, LAP_FORWARD);
 
     /* 3. J, token by token: the price of leaving the reference, and the score. */
-    ppo_rewards(ppo, &p, scores);
+    ppo_rewards(trainer, &p, scores);
     ppo_lap(&clock, LAP_REWARDS);
 
     /* 4. Which token earned it? Advantages for the policy, returns for the value head. */
-    ppo_advantages(&ppo->config, &p);
+    ppo_advantages(&trainer->ppo.config, &p);
     ppo_lap(&clock, LAP_ADVANTAGES);
 
     /* 5. Several epochs of updates on the same answers. Only here do weights move. */
     double sums[PPO_STATS] = {0};
-    size_t mini_batches = ppo_optimize(ppo, rollouts, &p, sums);
+    size_t mini_batches = ppo_optimize(trainer, rollouts, &p, sums);
     ppo_lap(&clock, LAP_OPTIMIZE);
 
     /* 6. What happened, for the log. */
-    ppo_record_stats(ppo, rollouts, &p, scores, sums, mini_batches);
+    ppo_record_stats(trainer, rollouts, &p, scores, sums, mini_batches);
 
     /* 7. Was the policy farther from the reference than its target? Then a nat of KL costs more
      *    in the next step. */
-    ppo->kl_coef = kl_controller_update(&ppo->config, ppo->kl_coef, ppo_kl(&p), B);
-    ppo->step++;
+    trainer->kl_coef = kl_controller_update(&trainer->ppo.config, trainer->kl_coef, ppo_kl(&p), B);
+    trainer->step++;
     ppo_lap(&clock, LAP_STATS);
-    ppo_record_times(ppo, &clock);
+    ppo_record_times(trainer, &clock);
 }
 
 /* ---- The training --------------------------------------------------------------------------- */
@@ -8935,16 +8976,16 @@ static void ppo_step(struct PPOTrainer *ppo, const struct Rollout *rollouts) {
  * beta, moments, counters, and its place among the prompts and in each stream of random numbers.
  * A checkpoint stores pointers into ppo and source, so neither may move until the run ends.
  *                                                                       test: checkpoint_* */
-static void ppo_checkpoint(struct Checkpoint *checkpoint, struct PPOTrainer *ppo,
-                           struct RolloutSource *source) {
+static void rollout_checkpoint(struct Checkpoint *checkpoint, struct RolloutTrainer *trainer,
+                               struct RolloutSource *source) {
     /* 1. The trainer. _fixed: with another batch size, a step would be another number of prompts,
      *    and `at` would not be where the step count says. */
-    size_t moments = sizeof ppo->moments / sizeof(double);
-    checkpoint_add_fixed(checkpoint, "batch_size", &ppo->config.batch_size, "--batch_size");
-    checkpoint_add_doubles(checkpoint, "kl_coef", &ppo->kl_coef, 1);
-    checkpoint_add_doubles(checkpoint, "moments", &ppo->moments, moments);
-    checkpoint_add(checkpoint, "optimizer_steps", &ppo->optimizer_steps, 1, UINT64_MAX);
-    checkpoint_add(checkpoint, "mini_batches", ppo->order.s, 4, UINT64_MAX);
+    size_t moments = sizeof trainer->moments / sizeof(double);
+    checkpoint_add_fixed(checkpoint, "batch_size", &trainer->batch_size, "--batch_size");
+    checkpoint_add_doubles(checkpoint, "kl_coef", &trainer->kl_coef, 1);
+    checkpoint_add_doubles(checkpoint, "moments", &trainer->moments, moments);
+    checkpoint_add(checkpoint, "optimizer_steps", &trainer->ppo.optimizer_steps, 1, UINT64_MAX);
+    checkpoint_add(checkpoint, "mini_batches", trainer->ppo.order.s, 4, UINT64_MAX);
 
     /* 2. The prompts. The source's three generators, of four words each, are adjacent fields. */
     checkpoint_add_fixed(checkpoint, "prompts", &source->n, "the number of prompts");
@@ -8956,94 +8997,94 @@ static void ppo_checkpoint(struct Checkpoint *checkpoint, struct PPOTrainer *ppo
 
 /* Each step adds one line to stats_all.jsonl and batch_size lines to rollouts.jsonl. They are
  * flushed, so that a run can be watched and a checkpoint knows how long they are. */
-static void ppo_write_logs(struct PPOTrainer *ppo, struct Output logs[2],
-                           const struct Rollout *rollouts, double rollout_seconds) {
+static void rollout_write_logs(struct RolloutTrainer *trainer, struct Output logs[2],
+                               const struct Rollout *rollouts, double rollout_seconds) {
     /* how long writing the answers took, only the caller knows */
-    log_value(&ppo->stats, "time/ppo/rollout", rollout_seconds);
-    stats_write_line(logs[0].file, ppo);
-    rollouts_write(logs[1].file, rollouts, ppo->config.batch_size);
+    log_value(&trainer->stats, "time/ppo/rollout", rollout_seconds);
+    stats_write_line(logs[0].file, trainer);
+    rollouts_write(logs[1].file, rollouts, trainer->batch_size);
     for (int i = 0; i < 2; i++)
         output_flush(&logs[i]);
 }
 
 /* After a step: a progress line; every logging_steps, and after the last step, an entry in the log
  * history; and on a terminal, now and then, the first answer with its score. */
-static void ppo_report(struct PPOTrainer *ppo, struct TrainerState *state, struct Arena *arena,
-                       const struct Rollout *rollouts) {
+static void rollout_report(struct RolloutTrainer *trainer, struct TrainerState *state,
+                           struct Arena *arena, const struct Rollout *rollouts) {
     /* 1. Is an entry of the history due, and a line on the terminal? */
-    bool is_last = ppo->step == state->max_steps;
-    bool is_due = ppo->step % ppo->args.logging_steps == 0 || is_last;
+    bool is_last = trainer->step == state->max_steps;
+    bool is_due = trainer->step % trainer->args.logging_steps == 0 || is_last;
     bool is_said = is_due;
-    if (ppo->args.say_steps)
-        is_said = ppo->step % ppo->args.say_steps == 0 || is_last;
+    if (trainer->args.say_steps)
+        is_said = trainer->step % trainer->args.say_steps == 0 || is_last;
 
     /* 2. for the person: what the policy writes tells more than its mean reward */
     const char *score = arena_printf(arena, "%+.2f  ", rollouts->score);
-    if (progress_sampling(ppo->step, state->max_steps))
-        sample_show(ppo->tok, &rollouts->example, ppo->model->config.vocab_size, score);
-    state_say(state, ppo->name, &ppo->stats, is_said);
+    if (progress_sampling(trainer->step, state->max_steps))
+        sample_show(trainer->tok, &rollouts->example, trainer->model->config.vocab_size, score);
+    state_say(state, trainer->name, &trainer->stats, is_said);
 
     /* 3. For the files. step and epoch are added only now: the progress line counts by itself. */
-    log_value(&ppo->stats, "step", (double)ppo->step);
-    log_value(&ppo->stats, "epoch", state->epoch);
+    log_value(&trainer->stats, "step", (double)trainer->step);
+    log_value(&trainer->stats, "epoch", state->epoch);
     if (is_due)
-        *state_log(state) = ppo->stats;
+        *state_log(state) = trainer->stats;
 }
 
 /* Where the training is: an epoch is a pass over the n prompts, or over the n stored rollouts. */
-static void ppo_count(const struct PPOTrainer *ppo, struct TrainerState *state,
-                      const struct Rollout *rollouts, size_t n) {
-    size_t B = ppo->config.batch_size;
-    state->global_step = ppo->step;
+static void rollout_count(const struct RolloutTrainer *trainer, struct TrainerState *state,
+                          const struct Rollout *rollouts, size_t n) {
+    size_t B = trainer->batch_size;
+    state->global_step = trainer->step;
     /* batch_size answers belong to batch_size / num_generations prompts */
-    state->epoch = (double)(ppo->step * B / ppo->config.num_generations) / (double)n;
+    state->epoch = (double)(trainer->step * B / trainer->num_generations) / (double)n;
     for (size_t b = 0; b < B; b++)
         state->num_tokens += rollouts[b].example.n;
 }
 
 /* One step of the training: get rollouts, and learn from them.
  * in   logs: two files, or NULL       out  rollouts (batch_size), in `arena` */
-static void ppo_train_step(struct PPOTrainer *ppo, struct RolloutSource *source,
-                           struct Arena *arena, struct Output *logs, struct Rollout *rollouts) {
+static void rollout_train_step(struct RolloutTrainer *trainer, struct RolloutSource *source,
+                               struct Arena *arena, struct Output *logs, struct Rollout *rollouts) {
     double begin = seconds_now();
 
     /* named by the message if a number turns out to be NaN or infinite */
-    ppo->model->trace.task = ppo->name;
-    ppo->model->trace.step = ppo->step + 1;
+    trainer->model->trace.task = trainer->name;
+    trainer->model->trace.step = trainer->step + 1;
 
     /* 1. The policy, as it is now, answers; or stored answers take the place of its own. */
     if (source->replay)
-        replay_rollouts(source->replay, ppo->step, ppo->model, arena, rollouts,
-                        ppo->config.batch_size);
+        replay_rollouts(source->replay, trainer->step, trainer->model, arena, rollouts,
+                        trainer->batch_size);
     else
-        collect_rollouts(ppo, source, arena, rollouts);
+        collect_rollouts(trainer, source, arena, rollouts);
     double rollout_seconds = seconds_now() - begin;
 
     /* 2. It learns from them. The baseline tells the method: a value head is PPO's. */
-    if (ppo->config.baseline == BASELINE_VALUE_HEAD)
-        ppo_step(ppo, rollouts);
+    if (trainer->algorithm == ALGORITHM_PPO)
+        ppo_step(trainer, rollouts);
     else
-        reinforce_step(ppo, rollouts);
+        reinforce_step(trainer, rollouts);
     if (logs)
-        ppo_write_logs(ppo, logs, rollouts, rollout_seconds);
+        rollout_write_logs(trainer, logs, rollouts, rollout_seconds);
 }
 
-/* ppo_train -- the whole training, by PPO or REINFORCE.         [glossary: Treinador PPO]
+/* rollout_train -- the whole training, by PPO or REINFORCE.         [glossary: Treinador PPO]
  * in   source: where rollouts come from; steps: how many; log_dir: for stats_all.jsonl and
  *      rollouts.jsonl, or NULL                     out  the policy's weights; state, its history
  *                                                            test: ppo_replay, checkpoint_* */
-static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, size_t steps,
-                      const char *log_dir, struct TrainerState *state) {
+static void rollout_train(struct RolloutTrainer *trainer, struct RolloutSource *source,
+                          size_t steps, const char *log_dir, struct TrainerState *state) {
     struct Arena arena = {0};
     struct Output logs[2];
     /* epochs are counted in prompts, or in stored rollouts */
     size_t n = source->replay ? source->replay->n : source->n;
     state->max_steps = steps;
-    ppo->total_steps = steps;
+    trainer->total_steps = steps;
 
     /* 1. from the start, or from where an earlier run stopped */
     struct Checkpoint checkpoint =
-        checkpoint_new(ppo->name, ppo->model, ppo->tok, &ppo->args, state);
+        checkpoint_new(trainer->name, trainer->model, trainer->tok, &trainer->args, state);
 
     /* The two logs grow with each step. A resumed run cuts them to their length at the checkpoint,
      * or the steps after it would be logged twice. */
@@ -9053,18 +9094,18 @@ static void ppo_train(struct PPOTrainer *ppo, struct RolloutSource *source, size
         checkpoint.log_dir = log_dir;
         checkpoint_add(&checkpoint, "log_bytes", checkpoint.log_bytes, COUNT(LOGS), UINT64_MAX);
     }
-    ppo_checkpoint(&checkpoint, ppo, source);
+    rollout_checkpoint(&checkpoint, trainer, source);
     checkpoint_resume(&checkpoint);
-    ppo->step = state->global_step;
-    while (ppo->step < steps) {
+    trainer->step = state->global_step;
+    while (trainer->step < steps) {
         /* 2. rollouts, and a step of PPO or REINFORCE on them; the last ones are forgotten */
         arena_reset(&arena);
-        struct Rollout *rollouts = arena_alloc(&arena, ppo->config.batch_size, sizeof *rollouts);
-        ppo_train_step(ppo, source, &arena, log_dir ? logs : NULL, rollouts);
+        struct Rollout *rollouts = arena_alloc(&arena, trainer->batch_size, sizeof *rollouts);
+        rollout_train_step(trainer, source, &arena, log_dir ? logs : NULL, rollouts);
 
         /* 3. count the step, then report it */
-        ppo_count(ppo, state, rollouts, n);
-        ppo_report(ppo, state, &arena, rollouts);
+        rollout_count(trainer, state, rollouts, n);
+        rollout_report(trainer, state, &arena, rollouts);
 
         /* 4. a checkpoint if one is due; after Ctrl-C the program ends here */
         checkpoint_step(&checkpoint);
@@ -9835,35 +9876,40 @@ static void exact_train_dpo(const struct ExactWorld *w, struct GPT2 *model,
 static void exact_train_rollouts(const struct ExactWorld *w, struct GPT2 *model,
                                  const struct TrainingArguments *args, enum ExactPolicy method) {
     struct Arena arena = {0};
-    struct PPOConfig config = ppo_config();
-    config.batch_size = EXACT_BATCH;
-    config.mini_batch_size = EXACT_BATCH;
-    config.num_generations = EXACT_BATCH; /* all answers are to the one prompt */
+    struct RolloutTrainer *trainer;
+    if (method == EXACT_REINFORCE) {
+        /* all answers are to the one prompt: each is compared with all others */
+        struct ReinforceConfig config = {BASELINE_RLOO, EXACT_BATCH, EXACT_BATCH, w->beta};
+        trainer = reinforce_trainer_new(model, w->ref_model, config, *args, 1);
+    } else {
+        struct PPOConfig config = ppo_config();
+        config.batch_size = EXACT_BATCH;
+        config.mini_batch_size = EXACT_BATCH;
 
-    /* each batch is used twice; the value head, which starts at random, learns faster than usual */
-    config.ppo_epochs = 2;
-    config.vf_coef = 0.5;
+        /* Beta is fixed: the optimum that both are compared with is that of this beta, and a
+         * controller would lead them to another one's. */
+        config.init_kl_coef = w->beta;
+        config.adap_kl_ctrl = false;
 
-    /* Beta is fixed: the optimum that both are compared with is that of this beta, and a controller
-     * would lead them to another one's. */
-    config.init_kl_coef = w->beta;
-    config.adap_kl_ctrl = false;
-    if (method == EXACT_REINFORCE)
-        config.baseline = BASELINE_RLOO;
-    struct PPOTrainer *ppo = ppo_trainer_new(model, w->ref_model, config, *args, 1);
-    ppo->total_steps = EXACT[method].steps;
+        /* each batch is used twice; the value head, which starts at random, learns faster than
+         * usual */
+        config.ppo_epochs = 2;
+        config.vf_coef = 0.5;
+        trainer = ppo_trainer_new(model, w->ref_model, config, *args, 1);
+    }
+    trainer->total_steps = EXACT[method].steps;
 
     struct Rng rng = rng_seed(w->seed, STREAM_SAMPLE);
-    for (size_t step = 0; step < ppo->total_steps; step++) {
+    for (size_t step = 0; step < trainer->total_steps; step++) {
         /* on-policy: each step learns from new answers, since the last ones are another policy's */
         arena_reset(&arena);
         struct Rollout *rollouts = exact_rollouts(w, model, &rng, &arena);
         if (method == EXACT_PPO)
-            ppo_step(ppo, rollouts);
+            ppo_step(trainer, rollouts);
         else
-            reinforce_step(ppo, rollouts);
+            reinforce_step(trainer, rollouts);
     }
-    ppo_trainer_free(ppo);
+    rollout_trainer_free(trainer);
     arena_free(&arena);
 }
 
@@ -10440,17 +10486,17 @@ static void course_ppo(struct Course *course) {
     trainer.args.lr_end = 0.2;
     trainer.args.logging_steps = 1;
     trainer.args.max_grad_norm = 0;
-    struct PPOTrainer *ppo = ppo_trainer_new(course->ppo, course->language_model, config,
-                                             trainer.args, course->temperature);
+    struct RolloutTrainer *ppo = ppo_trainer_new(course->ppo, course->language_model, config,
+                                                 trainer.args, course->temperature);
     ppo->name = "3/4 ppo";
     ppo->tok = course->tok;
 
     /* 3. Answer, score, learn: chapter 17. */
     struct RolloutSource source = course_rollouts(course);
-    ppo_train(ppo, &source, course->ppo_steps,
-              arena_printf(&course->arena, "%s/ppo", course->output_dir), &trainer.state);
+    rollout_train(ppo, &source, course->ppo_steps,
+                  arena_printf(&course->arena, "%s/ppo", course->output_dir), &trainer.state);
     course_finish(course, "ppo", &trainer);
-    ppo_trainer_free(ppo);
+    rollout_trainer_free(ppo);
 }
 
 /* Collects pairs from the language model's own answers, with the scorer in the place of a person.
@@ -13831,10 +13877,11 @@ static void state_say(const struct TrainerState *state, const char *name,
 
 /* A step's line in stats_all.jsonl: numbers, then vectors. A vector with `start` is written as a
  * list of lists, one per answer; that of answer b is x[start[b] .. start[b + 1]). */
-static void stats_write_line(FILE *file, const struct PPOTrainer *ppo) {
+static void stats_write_line(FILE *file, const struct RolloutTrainer *trainer) {
     fputc('{', file);
-    log_write(file, &ppo->stats, ", ");
-    for (const struct StatsVector *v = ppo->vectors; v < ppo->vectors + ppo->vector_count; v++) {
+    log_write(file, &trainer->stats, ", ");
+    for (const struct StatsVector *v = trainer->ppo.vectors;
+         v < trainer->ppo.vectors + trainer->ppo.vector_count; v++) {
         fprintf(file, ", \"%s\": ", v->name);
         if (!v->start)
             json_write_floats(file, "", v->x, v->n);
@@ -14206,6 +14253,7 @@ struct Options {
     struct Adapter lora; /* of a new adapter */
     struct TrainingArguments train;
     struct PPOConfig ppo;
+    struct ReinforceConfig reinforce;
     struct GenerationConfig generation;
     struct GPT2Config config;
     struct DPOConfig dpo;
@@ -14360,11 +14408,11 @@ static const struct Flag FLAGS[] = {
      "weight of (r_chosen + r_rejected)^2"},
     {OF(dpo, beta), &KIND_POSITIVE, "dpo",
      "how strongly DPO holds to the reference; at 0 the pairs would not count"},
-    {"beta", AT(ppo.init_kl_coef), &KIND_WEIGHT, "reinforce, exact",
+    {"beta", AT(reinforce.beta), &KIND_WEIGHT, "reinforce, exact",
      "price of a nat of KL(policy || reference)"},
     {NAMED(baseline), &KIND_STRING, "reinforce",
      "subtracted from the reward: none, mean (of earlier steps), rloo (leave one out)"},
-    {OF(ppo, num_generations), &KIND_COUNT, "reinforce, collect", "answers to each prompt"},
+    {OF(reinforce, num_generations), &KIND_COUNT, "reinforce, collect", "answers to each prompt"},
     {NAMED(max_samples), &KIND_SIZE, "collect, eval", "prompts used, from the first; 0: all"},
     {NAMED(loss_type), &KIND_LIST, "dpo, reward",
      "dpo: sigmoid, ipo, hinge, robust, sft, or several; reward: sigmoid (Bradley-Terry), bce (on "
@@ -14375,7 +14423,8 @@ static const struct Flag FLAGS[] = {
     HEADING("PPO"),
     {NAMED(rollouts), &KIND_STRING, "ppo",
      "replay stored rollouts (query_ids, response_ids, score)"},
-    {OF(ppo, batch_size), &KIND_COUNT, "ppo, reinforce", "rollouts of a step"},
+    {OF(ppo, batch_size), &KIND_COUNT, "ppo", "rollouts of a step"},
+    {OF(reinforce, batch_size), &KIND_COUNT, "reinforce", "rollouts of a step"},
     {OF(ppo, mini_batch_size), &KIND_COUNT, "ppo", "rollouts of one forward and backward pass"},
     {OF(ppo, ppo_epochs), &KIND_COUNT, "ppo", "passes over a batch of rollouts"},
     {OF(ppo, init_kl_coef), &KIND_WEIGHT, "ppo", "beta: the price of a nat of KL"},
@@ -15038,11 +15087,11 @@ static void note_full_context(const struct Options *o, size_t room, size_t max_n
 }
 
 /* Trains by PPO or REINFORCE on rollouts, new or stored, and saves: max_steps, or one pass. */
-static void train_on_rollouts(struct Options *o, const char *log_dir) {
+static void train_on_rollouts(struct Options *o, enum Algorithm algorithm) {
     /* 1. Policy, reference, and where the result goes: asked before hours of work, not after. */
     open_model(o, true);
     leave_out_reward_head(o->model);
-    if (o->ppo.baseline != BASELINE_VALUE_HEAD)
+    if (algorithm == ALGORITHM_REINFORCE)
         leave_out_value_head(o->model);
     load_reference(o);
     open_output_dir(o);
@@ -15057,17 +15106,24 @@ static void train_on_rollouts(struct Options *o, const char *log_dir) {
     }
 
     /* 3. As many steps as --max_steps says, else each prompt (or stored rollout) once. */
-    o->train.per_device_train_batch_size = o->ppo.batch_size; /* for trainer_state.json */
-    struct PPOTrainer *ppo =
-        ppo_trainer_new(o->model, o->reference, o->ppo, o->train, o->generation.temperature);
+    double temperature = o->generation.temperature;
+    struct RolloutTrainer *trainer =
+        algorithm == ALGORITHM_PPO
+            ? ppo_trainer_new(o->model, o->reference, o->ppo, o->train, temperature)
+            : reinforce_trainer_new(o->model, o->reference, o->reinforce, o->train, temperature);
+    trainer->tok = o->tok;
     size_t n = o->rollouts ? o->data->n : source.n;
-    size_t pass = MAX((size_t)1, n * o->ppo.num_generations / o->ppo.batch_size);
+    size_t pass = MAX((size_t)1, n * trainer->num_generations / trainer->batch_size);
+    size_t steps = o->train.max_steps ? o->train.max_steps : pass;
+    /* trainer_state.json's train_batch_size, in checkpoints and at the end */
+    trainer->args.per_device_train_batch_size = trainer->batch_size;
+    o->train.per_device_train_batch_size = trainer->batch_size;
     struct TrainerState state = {0};
-    ppo->tok = o->tok;
-    ppo_train(ppo, &source, o->train.max_steps ? o->train.max_steps : pass, log_dir, &state);
+    const char *log_dir = algorithm == ALGORITHM_PPO ? o->train.output_dir : NULL;
+    rollout_train(trainer, &source, steps, log_dir, &state);
     save_result(o, &state);
     free(state.log_history);
-    ppo_trainer_free(ppo);
+    rollout_trainer_free(trainer);
 }
 
 static void command_ppo(struct Options *o) {
@@ -15082,18 +15138,19 @@ static void command_ppo(struct Options *o) {
           "--batch_size %zu must be a multiple of --mini_batch_size %zu times "
           "--gradient_accumulation_steps %zu",
           c->batch_size, c->mini_batch_size, c->gradient_accumulation_steps);
-    train_on_rollouts(o, o->train.output_dir);
+    train_on_rollouts(o, ALGORITHM_PPO);
 }
 
 static void command_reinforce(struct Options *o) {
-    size_t n = o->ppo.batch_size;
-    size_t each = o->ppo.num_generations;
-    o->ppo.baseline = (enum Baseline)choice("baseline", o->baseline, "none, mean, rloo");
-    CHECK(n % each == 0, "--batch_size %zu must be a multiple of --num_generations %zu", n, each);
-    CHECK(each > 1 || o->ppo.baseline != BASELINE_RLOO, "--baseline rloo needs other answers to "
-                                                        "the same prompt: --num_generations 2 or "
-                                                        "more");
-    train_on_rollouts(o, NULL);
+    struct ReinforceConfig *c = &o->reinforce;
+    c->baseline = (enum Baseline)choice("baseline", o->baseline, "none, mean, rloo");
+    CHECK(c->batch_size % c->num_generations == 0,
+          "--batch_size %zu must be a multiple of --num_generations %zu", c->batch_size,
+          c->num_generations);
+    CHECK(c->num_generations > 1 || c->baseline != BASELINE_RLOO, "--baseline rloo needs other "
+                                                                  "answers to the same prompt: "
+                                                                  "--num_generations 2 or more");
+    train_on_rollouts(o, ALGORITHM_REINFORCE);
 }
 
 /* A prompt's ids; of an empty one bos_token_id, as in transformers: nothing said yet, start a text.
@@ -15455,7 +15512,7 @@ static void collection_read(struct Options *o, struct Collection *c) {
     if (any)
         o->eval = dataset_load(&o->arena, c->path, DPO_SHAPES, 1);
     size_t old = any ? o->eval->n : 0;
-    size_t most = old + c->source.n * o->ppo.num_generations / 2;
+    size_t most = old + c->source.n * o->reinforce.num_generations / 2;
     c->pairs = arena_alloc(&o->arena, most, sizeof *c->pairs);
     for (; c->n < old; c->n++)
         c->pairs[c->n] = pair_shown(o, o->eval->rows[c->n], "");
@@ -15489,7 +15546,7 @@ static void collect_scored(struct Options *o, struct Collection *c, const struct
     struct PreferenceSource source = {
         .policy = o->model,
         .generation = &c->source.generation,
-        .num_generations = o->ppo.num_generations,
+        .num_generations = o->reinforce.num_generations,
         .scorer = &c->source.scorer,
     };
     size_t count = collect_preferences(&source, &o->arena, prompts, n, &c->rng, pairs);
@@ -15517,7 +15574,7 @@ static int ask_person(const struct Collection *c, struct Row pair) {
 /* A person judges the answers to one prompt, two at a time; one that has none beside it is left
  * out. Returns false if that is enough for today: the prompt is then begun again another time. */
 static bool collect_asked(struct Options *o, struct Collection *c, const struct Example *prompt) {
-    size_t each = o->ppo.num_generations;
+    size_t each = o->reinforce.num_generations;
     const struct Example *answers =
         sample_answers(o->model, &o->arena, prompt, 1, each, &c->source.generation, &c->rng);
     for (size_t k = 0; k + 1 < each; k += 2) {
@@ -15544,7 +15601,7 @@ static bool collect_asked(struct Options *o, struct Collection *c, const struct 
  *                                                             test: cli_collect, collect_resume */
 static void command_collect(struct Options *o) {
     enum { TOGETHER = 64 }; /* prompts that a reward model judges at once */
-    size_t each = o->ppo.num_generations;
+    size_t each = o->reinforce.num_generations;
     CHECK(each >= 2, "--num_generations %zu: 2 or more answers are needed to compare", each);
     open_model(o, false);
     leave_out_reward_head(o->model);
@@ -15887,8 +15944,8 @@ static void command_exact(struct Options *o) {
     size_t L = o->generation.max_new_tokens;
     double count = pow((double)c->vocab_size, (double)L);
     /* All responses are enumerated, and each is a row of a batch: the world must be small. */
-    CHECK(o->ppo.init_kl_coef >= 1e-3 && o->ppo.init_kl_coef <= 1e3,
-          "--beta %g: must be above 0, 0.001 to 1000", o->ppo.init_kl_coef);
+    CHECK(o->reinforce.beta >= 1e-3 && o->reinforce.beta <= 1e3,
+          "--beta %g: must be above 0, 0.001 to 1000", o->reinforce.beta);
     CHECK(c->vocab_size >= 2 && c->vocab_size <= 16, "--vocab_size %zu: 2 to 16 tokens",
           c->vocab_size);
     CHECK(L > 0 && count <= EXACT_RESPONSES,
@@ -15900,7 +15957,7 @@ static void command_exact(struct Options *o) {
           c->n_embd, c->n_head, c->n_layer);
     struct ExactWorld *w = exact_world(&o->arena, *c, L, o->train.seed);
     o->reference = w->ref_model;
-    exact_run(w, o->ppo.init_kl_coef);
+    exact_run(w, o->reinforce.beta);
     exact_print(w, o->json);
 }
 
@@ -16305,6 +16362,7 @@ static struct Options default_options(const char *name) {
     struct Options o = {
         .train = training_arguments(),
         .ppo = ppo_config(),
+        .reinforce = {.batch_size = 128, .num_generations = 1},
         .generation = generation_config(),
         .loss_type = "sigmoid",
         .passed_over = "",

@@ -4576,9 +4576,9 @@ static void test_ppo_scores_golden(void) {
          {0.277777791, 3.71450639, 2.04421616, 9}},
     };
     for (int norm = 0; norm < 2; norm++) {
-        struct PPOTrainer ppo = {.config = ppo_config(), .moments = {0, 1, 1, 1e-24}};
-        ppo.config.use_score_scaling = true;
-        ppo.config.use_score_norm = norm;
+        struct RolloutTrainer ppo = {.ppo.config = ppo_config(), .moments = {0, 1, 1, 1e-24}};
+        ppo.ppo.config.use_score_scaling = true;
+        ppo.ppo.config.use_score_norm = norm;
         for (size_t b = 0; b < COUNT(batches); b++) {
             float scores[4];
             memcpy(scores, batches[b].raw, sizeof scores);
@@ -4594,16 +4594,16 @@ static void test_ppo_scores_golden(void) {
 }
 
 static void test_ppo_scores_clipped(void) {
-    struct PPOTrainer ppo = {.config = ppo_config()};
+    struct RolloutTrainer ppo = {.ppo.config = ppo_config()};
     float scores[] = {-2, -0.5f, 0, 0.5f, 2};
-    ppo.config.score_clip = 1;
+    ppo.ppo.config.score_clip = 1;
     ppo_process_scores(&ppo, scores, 5);
     expect_floats("clipped", scores, (double[]){-1, -0.5, 0, 0.5, 1}, 5, 0);
 }
 
 /* By hand: chapter 4's answer, the score on its last token. */
 static void test_ppo_rewards(void) {
-    struct PPOTrainer ppo = {.config = ppo_config(), .kl_coef = 0.2};
+    struct RolloutTrainer ppo = {.ppo.config = ppo_config(), .kl_coef = 0.2};
     float kl[3], non_score_rewards[3], rewards[3];
     struct PPOBatch p = {
         .B = 1,
@@ -4747,8 +4747,8 @@ static void test_ppo_loss_golden(void) {
         {0, -0.00584292412},
         {0.0331404805, -0.00132195675},
     };
-    struct PPOTrainer ppo = {
-        .config = ppo_config(),
+    struct RolloutTrainer ppo = {
+        .ppo.config = ppo_config(),
         .kl_coef = 0.2,
         .args = training_arguments(),
         .total_steps = 1,
@@ -4760,7 +4760,7 @@ static void test_ppo_loss_golden(void) {
     p.returns = narrow(GOLDEN_ADVANTAGES[0].returns, 13);
     struct PPOTokens tokens =
         tokens_of(&p, 13, packed_formula(golden_new), packed_formula(golden_newval));
-    struct PPOLoss loss = ppo_loss(&ppo.config, &tokens);
+    struct PPOLoss loss = ppo_loss(&ppo.ppo.config, &tokens);
     ppo_statistics(&tokens, loss, stats);
     expect_close("policy loss", loss.policy, 0.0616399869, 1e-6);
     expect_close("value loss", loss.value * 0.1, 0.0579016991, 1e-7);
@@ -4796,8 +4796,8 @@ static void test_ppo_loss_golden(void) {
 }
 
 /* A policy, a slightly different reference and four rollouts: for what runs through the models. */
-static struct PPOTrainer *ppo_of(struct PPOConfig config, double learning_rate,
-                                 struct Rollout *rollouts) {
+static struct RolloutTrainer *ppo_of(struct PPOConfig config, double learning_rate,
+                                     struct Rollout *rollouts) {
     struct GPT2 *model = random_model(37, 14, 8, 2, 2);
     struct GPT2 *ref_model = owned(gpt2_copy(model));
     for (size_t i = 0; i < ref_model->tensor_count; i++)
@@ -4819,7 +4819,7 @@ static struct PPOTrainer *ppo_of(struct PPOConfig config, double learning_rate,
 }
 
 struct PPOModelCase {
-    struct PPOTrainer *ppo;
+    struct RolloutTrainer *ppo;
     struct Rollout *rollouts;
     struct PPOBatch p;
 };
@@ -4835,11 +4835,11 @@ static double ppo_model_loss(void *context) {
  * of four rollouts. */
 static void test_ppo_gradient(void) {
     struct Rollout rollouts[4];
-    struct PPOTrainer *ppo = ppo_of(ppo_config(), 0, rollouts);
+    struct RolloutTrainer *ppo = ppo_of(ppo_config(), 0, rollouts);
     struct PPOModelCase c = {ppo, rollouts, ppo_evaluate_rollouts(ppo, rollouts)};
     ppo_rewards(ppo, &c.p, (float[]){-1, 0, 1, 2});
     c.p.fresh = false; /* the weights will be moved one by one */
-    ppo_advantages(&ppo->config, &c.p);
+    ppo_advantages(&ppo->ppo.config, &c.p);
     gpt2_zero_grad(ppo->model);
     ppo_model_loss(&c);
     float *d[32]; /* a copy: every pass adds to the gradients */
@@ -4851,7 +4851,7 @@ static void test_ppo_gradient(void) {
         expect_gradient(t->name, (struct Slope){ppo_model_loss, &c, 0.003}, t->w, d[i], t->n, 6,
                         4e-3);
     }
-    ppo_trainer_free(ppo);
+    rollout_trainer_free(ppo);
 }
 
 /* One step at learning rate 0: log-probabilities and rewards of the rollouts by way of logits;
@@ -4862,7 +4862,7 @@ static void test_ppo_step(void) {
         struct PPOConfig config = ppo_config();
         config.mini_batch_size = 2;
         config.kl_penalty = full ? "full" : "kl";
-        struct PPOTrainer *ppo = ppo_of(config, 0, rollouts);
+        struct RolloutTrainer *ppo = ppo_of(config, 0, rollouts);
         struct PPOBatch p = ppo_evaluate_rollouts(ppo, rollouts);
         ppo_rewards(ppo, &p, (float[]){-1, 0, 1, 2});
         double kl = 0;
@@ -4919,7 +4919,7 @@ static void test_ppo_step(void) {
         expect_close("objective/kl", value, kl, 1e-5);
         expect_close("beta for the next step", ppo->kl_coef,
                      kl_controller_update(&config, 0.2, kl, 4), 1e-7);
-        expect_count("optimizer steps: 4 epochs of 2", ppo->optimizer_steps, 8);
+        expect_count("optimizer steps: 4 epochs of 2", ppo->ppo.optimizer_steps, 8);
         FILE *file = fopen(temporary("stats_all.jsonl"), "wb");
         stats_write_line(file, ppo);
         fclose(file);
@@ -4941,7 +4941,7 @@ static void test_ppo_step(void) {
         expect_count("its advantage", json_count(json_get(line, "ppo/policy/advantages")), 4 * 24);
         for (struct Json *item = json_get(line, "ppo/policy/ratio")->child; item; item = item->next)
             expect_close("at learning rate 0 the ratio is 1", item->number, 1, 1e-5);
-        ppo_trainer_free(ppo);
+        rollout_trainer_free(ppo);
     }
 }
 
@@ -4952,10 +4952,10 @@ static void test_ppo_guards(void) {
     config.early_stopping = true;
     config.target_kl = -100;
     config.mini_batch_size = 4;
-    struct PPOTrainer *ppo = ppo_of(config, 0.03, rollouts);
+    struct RolloutTrainer *ppo = ppo_of(config, 0.03, rollouts);
     ppo_step(ppo, rollouts);
-    expect_count("one step, then stopped after the first epoch", ppo->optimizer_steps, 1);
-    ppo_trainer_free(ppo);
+    expect_count("one step, then stopped after the first epoch", ppo->ppo.optimizer_steps, 1);
+    rollout_trainer_free(ppo);
 }
 
 /* ratio_threshold skips a mini-batch whose ratios have run away. */
@@ -4964,7 +4964,7 @@ static void test_ppo_guards_ratio(void) {
     struct PPOConfig config = ppo_config();
     config.mini_batch_size = 4;
     config.ratio_threshold = 1e-3;
-    struct PPOTrainer *ppo = ppo_of(config, 0.01, rollouts);
+    struct RolloutTrainer *ppo = ppo_of(config, 0.01, rollouts);
     size_t n;
     float *before = all_weights(ppo->model, &n);
     capture_begin();
@@ -4975,13 +4975,13 @@ static void test_ppo_guards_ratio(void) {
     double value;
     log_find(&ppo->stats, "ppo/loss/total", &value);
     expect_close("loss 0", value, 0, 0);
-    ppo_trainer_free(ppo);
+    rollout_trainer_free(ppo);
 }
 
 /* A step with mini-batches and accumulation on one, two and three threads: the same weights, bit
  * for bit. */
 static void test_ppo_threads(void) {
-    struct PPOTrainer *ppo[4] = {NULL};
+    struct RolloutTrainer *ppo[4] = {NULL};
     struct PPOConfig config = ppo_config();
     config.batch_size = 8;
     config.mini_batch_size = config.gradient_accumulation_steps = config.ppo_epochs = 2;
@@ -4998,7 +4998,7 @@ static void test_ppo_threads(void) {
     }
     use_threads(1);
     for (int threads = 1; threads <= 3; threads++)
-        ppo_trainer_free(ppo[threads]);
+        rollout_trainer_free(ppo[threads]);
 }
 
 /* SHARE_B answers of six tokens to prompts of which `each` are alike, their score 4 times the
@@ -5034,7 +5034,7 @@ static void test_ppo_raises_reward(void) {
     args.lr_scheduler_type = "constant";
     config.batch_size = config.mini_batch_size = SHARE_B;
     config.init_kl_coef = 0.02;
-    struct PPOTrainer *ppo = ppo_trainer_new(model, ref_model, config, args, 1);
+    struct RolloutTrainer *ppo = ppo_trainer_new(model, ref_model, config, args, 1);
     double first = 0;
     double last = 0;
     double kl;
@@ -5047,7 +5047,7 @@ static void test_ppo_raises_reward(void) {
     expect_close("share of the token at first", first, 1.0 / 40, 0.05);
     expect_close("and at last", last, 1, 0.4);
     expect_true("away from the reference", kl > 1);
-    ppo_trainer_free(ppo);
+    rollout_trainer_free(ppo);
 }
 
 /* Rollouts that are written are read back and replayed as they were. */
@@ -5143,9 +5143,9 @@ static void test_reinforce_gradient(void) {
  * central difference. */
 static void test_reinforce_step(void) {
     struct Rollout rollouts[4];
-    struct PPOTrainer *ppo = ppo_of(ppo_config(), 0, rollouts);
-    ppo->config.baseline = BASELINE_RLOO;
-    ppo->config.num_generations = 2;
+    struct RolloutTrainer *ppo = ppo_of(ppo_config(), 0, rollouts);
+    ppo->baseline = BASELINE_RLOO;
+    ppo->num_generations = 2;
     ppo->kl_coef = 0.1;
     ppo->total_steps = 9;
     reinforce_step(ppo, rollouts);
@@ -5185,7 +5185,7 @@ static void test_reinforce_step(void) {
     for (size_t i = 0; i < 4; i++)
         expect_close("d log pi / d ln_f.bias", s[i * 8 + 3], (logps[1][i] - logps[0][i]) / 0.02,
                      2e-3);
-    ppo_trainer_free(ppo);
+    rollout_trainer_free(ppo);
 }
 
 /* With any baseline REINFORCE raises the share of one token. */
@@ -5194,26 +5194,26 @@ static void test_reinforce_raises_reward(void) {
     for (int baseline = 0; baseline <= BASELINE_RLOO; baseline++) {
         struct GPT2 *model = new_model(40, 16, 32, 1, 2);
         struct GPT2 *ref_model = owned(gpt2_copy(model));
-        struct PPOConfig config = {
+        struct ReinforceConfig config = {
             .baseline = (enum Baseline)baseline,
-            .init_kl_coef = 0.01,
             .batch_size = SHARE_B,
             .num_generations = 4,
+            .beta = 0.01,
         };
         struct TrainingArguments args = training_arguments();
         args.learning_rate = 1e-2;
         args.lr_scheduler_type = "constant";
-        struct PPOTrainer *ppo = ppo_trainer_new(model, ref_model, config, args, 1);
-        ppo->total_steps = STEPS;
+        struct RolloutTrainer *trainer = reinforce_trainer_new(model, ref_model, config, args, 1);
+        trainer->total_steps = STEPS;
         double first = 0;
         double last = 0;
         for (size_t step = 0; step < STEPS; step++) {
             struct Rollout rollouts[SHARE_B];
             *(step == 0 ? &first : &last) = share_rollouts(model, step, 4, rollouts);
-            reinforce_step(ppo, rollouts);
+            reinforce_step(trainer, rollouts);
         }
         expect_true((const char *[]){"none", "mean", "rloo"}[baseline], first < 0.1 && last > 0.5);
-        ppo_trainer_free(ppo);
+        rollout_trainer_free(trainer);
     }
 }
 
@@ -7248,7 +7248,7 @@ static void break_numbers(const void *argument) {
         trainer_train(&trainer);
     } else if (kind == BAD_PPO) {
         struct Rollout rollouts[4];
-        struct PPOTrainer *ppo = ppo_of(ppo_config(), 1e30, rollouts);
+        struct RolloutTrainer *ppo = ppo_of(ppo_config(), 1e30, rollouts);
         for (int step = 0; step < 2; step++)
             ppo_step(ppo, rollouts);
     }

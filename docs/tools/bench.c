@@ -38,7 +38,7 @@ struct Bench {
     struct Arena arena;
     struct Rng rng;
     struct Trainer trainer;
-    struct PPOTrainer *ppo;
+    struct RolloutTrainer *ppo;
     size_t steps, weights; /* weights: GPT-2's own, without the value head that PPO adds */
 };
 
@@ -305,7 +305,7 @@ int main(int argc, char **argv) {
     double peak = bench_rounds(&bench, count);
     bench_print(&bench, count, peak, o.json);
     if (bench.ppo)
-        ppo_trainer_free(bench.ppo);
+        rollout_trainer_free(bench.ppo);
     trainer_free(&bench.trainer);
     arena_free(&bench.arena);
     options_close(&o);
