@@ -10058,28 +10058,6 @@ static double distinct_2(const struct Text *texts, size_t n) {
     return count ? (double)distinct / (double)count : 0;
 }
 
-/* pair_accuracy -- does the reward model know the raters' taste?
- *   share of the pairs i, j with rating_i - rating_j >= min_difference whose reward_i > reward_j
- * A reward model's scale cannot be compared with that of ratings, but its order can. Pairs that the
- * raters themselves found nearly equal would measure their noise: min_difference leaves them out.
- * in   reward, rating (n) of texts that were held out         returns a share; NAN: no such pair
- * By hand: rewards 1, 3, 2 for ratings 3, 2, 1: of the pairs (1,2), (1,3), (2,3) only the last
- * one is in order: 1/3.                                                      test: evaluation */
-static double pair_accuracy(const float *reward, const double *rating, size_t n,
-                            double min_difference) {
-    double right = 0;
-    double total = 0;
-    for (size_t i = 0; i < n; i++)
-        for (size_t j = 0; j < n; j++) {
-            /* only pairs in which i was preferred: where j was, the pair comes up as (j, i) */
-            if (rating[i] - rating[j] < min_difference)
-                continue;
-            total++;
-            right += reward[i] > reward[j];
-        }
-    return total ? right / total : NAN;
-}
-
 /* response_kl -- how far the policy has gone from the reference: KL(policy || reference) of whole
  * responses, in nats, averaged over n of them.
  *                                         [glossary: Divergência de Kullback-Leibler (KL)]
@@ -10435,12 +10413,16 @@ static void course_reward_model(struct Course *course) {
     trainer.task.evaluated = reward_rated_evaluated;
     if (course->reward_steps)
         trainer_train(&trainer);
-    trainer_evaluate(&trainer);
 
-    /* 3. How many held-out pairs does it order as the raters did? */
-    course->held_out_reward = arena_floats(&course->arena, n);
-    reward_score(model, task.texts[HELD_OUT], n, course->held_out_reward);
-    course->eval_accuracy = pair_accuracy(course->held_out_reward, course->held_out_rating, n, 1);
+    /* 3. How many held-out pairs does it order as the raters did? Pairs that the raters themselves
+     *    found nearly equal would measure their noise: min_difference leaves them out. */
+    trainer_evaluate(&trainer);
+    const struct TrainerState *state = &trainer.state;
+    course->eval_accuracy = NAN; /* after Ctrl-C nothing was logged */
+    if (state->log_count)
+        log_find(&state->log_history[state->log_count - 1], "eval_accuracy",
+                 &course->eval_accuracy);
+    course->held_out_reward = task.eval_reward;
     say("%s: %.3f of held-out pairs ordered as people did\n", trainer.task.name,
         course->eval_accuracy);
 

@@ -4140,6 +4140,23 @@ static double measured(struct Trainer *trainer, const char *name) {
     return value;
 }
 
+/* The share of the pairs i, j with rating_i - rating_j >= min_difference whose reward_i > reward_j:
+ * what reward_rated_evaluated reports as accuracy, by another way. */
+static double pair_accuracy(const float *reward, const double *rating, size_t n,
+                            double min_difference) {
+    double right = 0;
+    double total = 0;
+    for (size_t i = 0; i < n; i++)
+        for (size_t j = 0; j < n; j++) {
+            /* only pairs in which i was preferred: where j was, the pair comes up as (j, i) */
+            if (rating[i] - rating[j] < min_difference)
+                continue;
+            total++;
+            right += reward[i] > reward[j];
+        }
+    return total ? right / total : NAN;
+}
+
 /* transformers weights a batch's mean by its rows: what a long row is worth depends on its
  * neighbours. Here no figure does. */
 static void test_eval_batch_size(void) {
