@@ -32,12 +32,12 @@
  *     6 Choosing a token                     12 LoRA
  *                                            13 Writing: sampling, beam search
  *   Part III, training                      Part IV, the program
- *    14 Optimizer, schedule, Trainer         22 Files, JSON
- *    15 Language model, SFT                  23 Data sets, tokenizer.bin
- *    16 Reward model                         24 safetensors, model and adapter folders
- *    17 Rollouts, REINFORCE, PPO             25 Progress, logs, checkpoints
- *    18 DPO, collected preferences           26 Results
- *    19 Exact: a world to enumerate          27 Command line, main
+ *    14 Optimizer, schedule, Trainer         21 Files, JSON
+ *    15 Language model, SFT                  22 Data sets, tokenizer.bin
+ *    16 Reward model                         23 safetensors, model and adapter folders
+ *    17 Rollouts, REINFORCE, PPO             24 Progress, logs, checkpoints
+ *    18 DPO, collected preferences           25 Results
+ *    19 Exact: a world to enumerate          26 Command line, main
  *    20 The whole course (rlhf)
  *
  * RLHF in 600 lines. Read the essays that open chapters 2 to 5, then these functions in this
@@ -145,7 +145,7 @@
 #pragma GCC diagnostic ignored "-Wunknown-pragmas"
 #endif
 
-/* Windows (mingw-w64) has some of POSIX under other names: see the end of chapter 27. What it lacks
+/* Windows (mingw-w64) has some of POSIX under other names: see the end of chapter 26. What it lacks
  * altogether is left out by an #ifdef at the place of use. */
 #ifdef _WIN32
 #include <direct.h>
@@ -202,10 +202,10 @@ static bool quiet; /* --quiet: no progress on stderr; errors are still printed *
 static const char *program_name = "align";
 /* appended to error messages: how to resume a training that fails */
 static char resume_hint[PATH_MAX + 80];
-static const char *staged_folder; /* half written: deleted if the program fails (chapter 22) */
+static const char *staged_folder; /* half written: deleted if the program fails (chapter 21) */
 static void folder_remove(const char *folder, const char *to);
 
-/* How messages look on a terminal, and the clock: chapter 25. */
+/* How messages look on a terminal, and the clock: chapter 24. */
 static void PRINTF_LIKE(2, 0)
     complain(const char *start, const char *format, va_list arguments, const char *end);
 static void PRINTF_LIKE(1, 2) say(const char *format, ...); /* progress: not with --quiet */
@@ -2011,7 +2011,7 @@ static void *grow(void *items, size_t n, size_t *capacity, size_t size) {
 
 /* ---- The vocabulary ------------------------------------------------------------------------- */
 
-/* TOKENIZER_MAGIC and _VERSION are the first numbers of tokenizer.bin (chapter 23). The first 256
+/* TOKENIZER_MAGIC and _VERSION are the first numbers of tokenizer.bin (chapter 22). The first 256
  * ids of a vocabulary are the bytes, but in GPT-2's own order: byte_token of struct Tokenizer. */
 enum { TOKENIZER_MAGIC = 20240328, TOKENIZER_VERSION = 2, BYTE_TOKENS = 256 };
 /* The classes of characters that GPT-2's rule for words distinguishes. */
@@ -9969,7 +9969,7 @@ static void exact_run(struct ExactWorld *w, double beta) {
  * trained on: all figures are measured there.
  * ============================================================================================= */
 
-/* From chapter 26: the results, as files, as a web page, and on the terminal. */
+/* From chapter 25: the results, as files, as a web page, and on the terminal. */
 struct Course;
 static void course_write(struct Course *course, double seconds);
 static void report_at_end(struct Arena *arena, const char *dir);
@@ -10579,7 +10579,7 @@ static void course_run(struct Course *course, const struct Dataset *data,
         course->result[k] = policy_measure(*policy[k], &exam, &course->arena);
     }
 
-    /* 3. What came of it: chapter 26. */
+    /* 3. What came of it: chapter 25. */
     course_write(course, seconds_now() - begin);
     report_at_end(&course->arena, course->output_dir);
     course_print(course);
@@ -10601,7 +10601,7 @@ static void course_run(struct Course *course, const struct Dataset *data,
  * ============================================================================================= */
 
 /* =============================================================================================
- * Chapter 22 - Files, JSON
+ * Chapter 21 - Files, JSON
  *
  * How are files read that may be wrong, and written so that nothing is lost? What enters was
  * written by somebody else: every length is checked before memory is asked for, every offset
@@ -10831,7 +10831,7 @@ struct Json {
     struct Text key, string;
     double number;
     enum JsonType type;
-    bool is_taken; /* a tensor of a file's header that has been read (chapter 24) */
+    bool is_taken; /* a tensor of a file's header that has been read (chapter 23) */
 };
 
 /* It reads a copy that ends in a NUL: so the next character can always be looked at, and C's own
@@ -11236,7 +11236,7 @@ static void json_write_floats(FILE *file, const char *before, const float *x, si
 }
 
 /* =============================================================================================
- * Chapter 23 - Data sets, tokenizer.bin            [glossary: Conjunto de dados]
+ * Chapter 22 - Data sets, tokenizer.bin            [glossary: Conjunto de dados]
  *
  * Which rows does a training see, if it is given a file, or a folder of files that somebody named
  * by habit? What enters: JSON Lines in TRL's shapes, one object a line,
@@ -11989,7 +11989,7 @@ static struct Dataset *dataset_load_held_out(struct Arena *arena, const char *pa
 }
 
 /* =============================================================================================
- * Chapter 24 - safetensors, model and adapter folders            [glossary: Hugging Face]
+ * Chapter 23 - safetensors, model and adapter folders            [glossary: Hugging Face]
  *
  * A model is a folder that transformers reads: config.json and model.safetensors. An adapter is
  * one that PEFT reads. What enters: such folders, whoever wrote them; settings that would change
@@ -13029,7 +13029,7 @@ static void leave_out_value_head(struct GPT2 *model) {
 }
 
 /* =============================================================================================
- * Chapter 25 - Progress, logs, checkpoints
+ * Chapter 24 - Progress, logs, checkpoints
  *
  * How a run reports to a person (one line on a terminal, redrawn in place), to other programs
  * (trainer_state.json in transformers' form), and to itself (checkpoints, from which it resumes as
@@ -13888,7 +13888,7 @@ static void rollouts_write(FILE *file, const struct Rollout *rollouts, size_t n)
 }
 
 /* =============================================================================================
- * Chapter 26 - Results: what the course prints and writes; the report
+ * Chapter 25 - Results: what the course prints and writes; the report
  *
  * What enters: what was measured, and a run's logs. What leaves: tables, summary.json,
  * samples.jsonl, report.json, and report.html: docs/report.html, a page that draws a run, with the
@@ -13936,7 +13936,7 @@ static void exact_print(const struct ExactWorld *w, bool json) {
         puts("}");
 }
 
-/* From chapter 27: a file that ships with the program, or NULL. */
+/* From chapter 26: a file that ships with the program, or NULL. */
 static const char *shipped_path(struct Arena *arena, const char *name);
 
 /* The models that the course compares: names in its files, and headings. */
@@ -14215,7 +14215,7 @@ static void course_print(struct Course *course) {
 }
 
 /* =============================================================================================
- * Chapter 27 - Command line, main
+ * Chapter 26 - Command line, main
  *
  * One table of flags, one table of commands. A flag's name is transformers', TRL's or PEFT's.
  *     ./align dpo --beta 0.5 --model_name_or_path m --dataset_name pairs.jsonl --output_dir out

@@ -5627,7 +5627,7 @@ static void test_evaluation_kl(void) {
  * ============================================================================================= */
 
 /* =============================================================================================
- * Chapter 22 - Files, JSON
+ * Chapter 21 - Files, JSON
  *
  * What is JSON is read and what is not is refused with a reason; what is written is read back.
  * ============================================================================================= */
@@ -5837,7 +5837,7 @@ static void test_output_resume(void) {
 }
 
 /* =============================================================================================
- * Chapter 23 - Data sets, tokenizer.bin
+ * Chapter 22 - Data sets, tokenizer.bin
  *
  * Every shape and layout of a data set that TRL and datasets take, what is said of files that
  * are not read, and what a broken line, another format or a broken tokenizer.bin is answered
@@ -6291,7 +6291,7 @@ static void test_broken_tokenizer(void) {
 }
 
 /* =============================================================================================
- * Chapter 24 - safetensors, model and adapter folders
+ * Chapter 23 - safetensors, model and adapter folders
  *
  * Models and adapters are written and read as transformers and PEFT do it, bit for bit and under
  * every name they use. Files that are broken, or would compute something else, are refused.
@@ -7310,7 +7310,7 @@ static void test_first_not_finite(void) {
 }
 
 /* =============================================================================================
- * Chapter 25 - Progress, logs, checkpoints
+ * Chapter 24 - Progress, logs, checkpoints
  *
  * A run that goes on from a checkpoint ends as one that never stopped; what is no checkpoint of
  * it is refused, and a full disk destroys nothing that was there.
@@ -7719,7 +7719,7 @@ static void test_shell_word(void) {
 }
 
 /* =============================================================================================
- * Chapter 26 - Results
+ * Chapter 25 - Results
  *
  * The report of a run: its data, its page, and what is refused.
  * ============================================================================================= */
@@ -7824,7 +7824,7 @@ static void test_report_refusals(void) {
 }
 
 /* =============================================================================================
- * Chapter 27 - Command line
+ * Chapter 26 - Command line
  *
  * What a user may type, rightly or wrongly, and every command on a tiny model, each on what the
  * one before made.
