@@ -6104,6 +6104,11 @@ static struct Text text_shown(struct Arena *arena, struct Text text, const char 
  * not an end token. */
 static void warn_of_written_ends(const struct Dataset *data, const struct Tokenizer *tok);
 
+/* A note that n of a data set's rows (or texts, or pairs) were not used as they are, and why; none
+ * if n is 0. Silence would hide that a run learns from only a part of its data. */
+static void PRINTF_LIKE(4, 5)
+    note_rows(const struct Dataset *data, size_t n, const char *rows, const char *format, ...);
+
 /* An output file: written as PATH.tmp, and moved onto PATH by output_close. */
 struct Output {
     FILE *file;
@@ -7173,20 +7178,6 @@ static struct Example sft_example(const struct Trainer *trainer, struct Arena *a
                                      end_token);
 }
 
-/* Says how many rows could not be used as they are. */
-static void sft_examples_say(const struct Dataset *data, size_t max_length, size_t cut,
-                             size_t count) {
-    /* 1. a cut answer has lost its end token, so the model is not taught to stop there */
-    if (cut)
-        warn("%s: %zu of %zu rows were cut to their first %zu tokens (--max_length)", data->path,
-             cut, data->n, max_length);
-    /* 2. rows without a target, if not all of them */
-    CHECK(count > 0, "%s: no row has a token to learn from", data->path);
-    if (count < data->n)
-        warn("%s: %zu of %zu rows have no token to learn from and are left out", data->path,
-             data->n - count, data->n);
-}
-
 /* sft_examples -- the rows of a data set as examples; n: how many are left.
  * As in TRL, a row keeps its first max_length ids. If its prompt alone fills them, no target is
  * left, and the row is dropped.                                        test: language_sft_rows */
@@ -7207,7 +7198,11 @@ static struct Example *sft_examples(struct Trainer *trainer, struct Arena *arena
         if (e.n > MAX((size_t)1, e.prompt_length))
             examples[count++] = e;
     }
-    sft_examples_say(data, max_length, cut, count);
+
+    /* 3. A cut answer has lost its end token: the model is not taught to stop there. */
+    note_rows(data, cut, "rows", "were cut to their first %zu tokens (--max_length)", max_length);
+    CHECK(count > 0, "%s: no row has a token to learn from", data->path);
+    note_rows(data, data->n - count, "rows", "have no token to learn from and are left out");
     *n = count;
     return examples;
 }
@@ -7601,19 +7596,6 @@ static double reward_row_number(const struct Dataset *data, const struct Row *ro
     return data->shape == SHAPE_LABELLED ? row->label : row->score;
 }
 
-/* Notes about rows that are not used. */
-static void reward_texts_say(const struct Dataset *data, size_t max_length, size_t too_long,
-                             size_t equal) {
-    const char *what = data->shape == SHAPE_MARGIN ? "pairs" : "texts";
-    /* said aloud: the user would otherwise think that the model learns from every row */
-    if (too_long)
-        warn("%s: %zu of %zu %s dropped: longer than %zu tokens (--max_length)", data->path,
-             too_long, data->n, what, max_length);
-    if (equal)
-        warn("%s: %zu of %zu pairs are left out: chosen and rejected are the same", data->path,
-             equal, data->n);
-}
-
 /* reward_texts -- the rows of a data set as the task's texts and numbers; returns how many items.
  * What exceeds max_length is dropped, because half a text cannot be compared fairly. So are pairs
  * with equal sides, which TRL keeps: their loss has no gradient, and no model can be right about
@@ -7645,7 +7627,9 @@ static size_t reward_texts(struct Trainer *trainer, struct Arena *arena, const s
             next += each;
         }
     }
-    reward_texts_say(data, max_length, too_long, equal);
+    const char *items = data->shape == SHAPE_MARGIN ? "pairs" : "texts";
+    note_rows(data, too_long, items, "dropped: longer than %zu tokens (--max_length)", max_length);
+    note_rows(data, equal, "pairs", "are left out: chosen and rejected are the same");
     reward_check(data, number, count);
     return count;
 }
@@ -7978,11 +7962,15 @@ static struct RolloutTrainer *rollout_trainer_new(struct GPT2 *model, struct GPT
 static struct RolloutTrainer *ppo_trainer_new(struct GPT2 *model, struct GPT2 *ref_model,
                                               struct PPOConfig config,
                                               struct TrainingArguments args, double temperature) {
+    /* 1. the head first, so that it gets a gradient too */
     value_head_init(model, args.seed);
     struct RolloutTrainer *trainer = rollout_trainer_new(model, ref_model, args, temperature);
     trainer->algorithm = ALGORITHM_PPO;
     trainer->name = "ppo";
     trainer->kl_coef = config.init_kl_coef;
+
+    /* 2. one answer to each prompt: GAE compares tokens with the value head's guess, not answers
+     *    with each other */
     trainer->batch_size = config.batch_size;
     trainer->num_generations = 1;
     trainer->ppo.config = config;
@@ -9394,30 +9382,6 @@ struct PairCounts {
     size_t dropped, cut, equal, equal_by_cut;
 };
 
-static void dpo_pairs_say(const struct Dataset *data, size_t max_length, struct PairCounts n) {
-    const char *path = data->path;
-    /* 1. too long: a larger --max_length would help, up to the model's context */
-    if (n.dropped) {
-        warn("%s: %zu of %zu pairs dropped: the prompt alone has %zu tokens or more (--max_length)",
-             path, n.dropped, data->n, max_length);
-    }
-    if (n.cut) {
-        warn("%s: %zu of %zu pairs were cut to their first %zu tokens (--max_length)", path, n.cut,
-             data->n, max_length);
-    }
-    /* 2. Equal sides. In the data, only other data would help; by the cut, a larger limit would.
-     *    So the two have a line each. */
-    if (n.equal) {
-        warn("%s: %zu of %zu pairs are left out: chosen and rejected are the same", path, n.equal,
-             data->n);
-    }
-    if (n.equal_by_cut) {
-        warn("%s: %zu of %zu pairs are left out: chosen and rejected are the same up to the cut at "
-             "%zu tokens (--max_length)",
-             path, n.equal_by_cut, data->n, max_length);
-    }
-}
-
 /* Cuts a pair to max_length tokens, and returns whether it can be learnt from; if not, or if it was
  * cut, it is counted in `counts`. */
 static bool dpo_pair_fit(struct Example pair[2], size_t max_length, bool keeps_equal,
@@ -9463,8 +9427,18 @@ static size_t dpo_pairs(const struct Trainer *trainer, struct Arena *arena,
             count++;
     }
 
-    /* 2. silence would hide that a run learns from only a part of its data */
-    dpo_pairs_say(data, max_length, counts);
+    /* 2. What was too long, a larger --max_length would keep. */
+    note_rows(data, counts.dropped, "pairs",
+              "dropped: the prompt alone has %zu tokens or more (--max_length)", max_length);
+    note_rows(data, counts.cut, "pairs", "were cut to their first %zu tokens (--max_length)",
+              max_length);
+
+    /* 3. Equal sides: in the data, only other data would help; by the cut, a larger limit would. */
+    note_rows(data, counts.equal, "pairs", "are left out: chosen and rejected are the same");
+    note_rows(data, counts.equal_by_cut, "pairs",
+              "are left out: chosen and rejected are the same up to the cut at %zu tokens "
+              "(--max_length)",
+              max_length);
     CHECK(count > 0, "%s: no pair is left", data->path);
     return count;
 }
@@ -10225,8 +10199,7 @@ static void course_encode(struct Course *course, const struct Dataset *data, con
         empty += row->text.length == 0;
     }
     /* empty texts stay in the data, as an end token alone */
-    if (empty)
-        warn("%s: %zu of %zu texts are empty: no prompt is taken from them", data->path, empty, n);
+    note_rows(data, empty, "texts", "are empty: no prompt is taken from them");
     /* one list for both parts, in the order drawn */
     course->held_out = all;
     course->held_out_rating = rating;
@@ -11948,6 +11921,18 @@ static bool text_contains(struct Text text, struct Text word) {
     return false;
 }
 
+static void PRINTF_LIKE(4, 5)
+    note_rows(const struct Dataset *data, size_t n, const char *rows, const char *format, ...) {
+    if (n == 0)
+        return;
+    char why[300];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(why, sizeof why, format, arguments);
+    va_end(arguments);
+    warn("%s: %zu of %zu %s %s", data->path, n, data->n, rows, why);
+}
+
 /* Tutorials tell one to write "<|endoftext|>" behind each text. Here these are thirteen ordinary
  * characters, which the model would learn to write, and the end token is added behind them all the
  * same. One note a data set says so.                                   test: data_written_ends */
@@ -11966,10 +11951,10 @@ static void warn_of_written_ends(const struct Dataset *data, const struct Tokeni
             found = found || (used >> i & 1 && text_contains(texts[i], name));
         count += found;
     }
-    if (count > 0)
-        warn("%s: %zu of %zu rows contain \"%.*s\", which is ordinary text here; leave it out: the "
-             "end token is added behind each text without it",
-             data->path, count, data->n, (int)name.length, name.data);
+    note_rows(data, count, "rows",
+              "contain \"%.*s\", which is ordinary text here; leave it out: the end token is added "
+              "behind each text without it",
+              (int)name.length, name.data);
 }
 
 /* dataset_load -- a JSON Lines file, or a folder of them.          [glossary: Conjunto de dados]
@@ -14873,9 +14858,8 @@ static struct Example *encode_texts(struct Options *o, const struct Dataset *dat
         texts[i].n = MIN(texts[i].n, longest);
     }
     /* once for all of them, not a line for each */
-    if (cut)
-        warn("%s: %zu of %zu texts are longer than %zu tokens; their first %zu are read",
-             data->path, cut, data->n, longest, longest);
+    note_rows(data, cut, "texts", "are longer than %zu tokens; their first %zu are read", longest,
+              longest);
     return texts;
 }
 
