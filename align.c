@@ -451,15 +451,15 @@ static size_t *arena_order(struct Arena *arena, size_t n) {
  * floats, of 4 bytes; it grows to the largest size requested and is kept. */
 enum ScratchSlot { SCRATCH_A, SCRATCH_B, SCRATCH_SCORES, SCRATCH_ROW, SCRATCH_SLOTS };
 
-static float *thread_scratch(enum ScratchSlot slot, size_t floats) {
+static void *thread_scratch(enum ScratchSlot slot, size_t count, size_t size) {
     /* The contents are lost when a slot grows, and overwritten by its next user: scratch is for one
      * function, or for a caller and what it fills on its behalf. */
     static _Thread_local struct ArenaBlock *slots[SCRATCH_SLOTS];
-    if (!slots[slot] || slots[slot]->size < floats * sizeof(float)) {
+    if (!slots[slot] || slots[slot]->size < count * size) {
         aligned_free(slots[slot]);
-        slots[slot] = arena_block(floats * sizeof(float));
+        slots[slot] = arena_block(count * size);
     }
-    return (float *)((char *)slots[slot] + ARENA_HEADER);
+    return (char *)slots[slot] + ARENA_HEADER;
 }
 
 /* =============================================================================================
@@ -1708,8 +1708,8 @@ struct GenerationConfig {
 static void process_repetition_penalty(float *logits, size_t V, const int *ids, size_t n,
                                        double penalty) {
     /* A mark for each id already dealt with: without it, an id that occurred twice would be divided
-     * twice. One byte each, V bytes; scratch is counted in floats, so V / 4 of them, rounded up. */
-    char *seen = (char *)thread_scratch(SCRATCH_ROW, V / 4 + 1);
+     * twice. */
+    char *seen = thread_scratch(SCRATCH_ROW, V, sizeof *seen);
     memset(seen, 0, V);
     for (size_t i = 0; i < n; i++) {
         if (seen[ids[i]])
@@ -1784,7 +1784,7 @@ static void process_top_k(float *logits, size_t V, size_t k) {
      *    number is the token's id. */
     if (k >= V)
         return;
-    float *copy = thread_scratch(SCRATCH_ROW, V);
+    float *copy = thread_scratch(SCRATCH_ROW, V, sizeof *copy);
     memcpy(copy, logits, V * sizeof *copy);
     float smallest_kept = kth_largest(copy, V, k);
 
@@ -1847,7 +1847,7 @@ static size_t top_p_cut(const struct Candidate *order, size_t n, double total, d
 static void process_top_p(float *logits, size_t V, double p, size_t min_keep) {
     /* 1. The tokens that are left, most probable first. A candidate is a float and an int, as large
      *    as two floats: V of them need 2 V floats of scratch. */
-    struct Candidate *order = (struct Candidate *)thread_scratch(SCRATCH_ROW, 2 * V);
+    struct Candidate *order = thread_scratch(SCRATCH_ROW, V, sizeof *order);
     size_t n = 0;
     for (size_t v = 0; v < V; v++)
         if (logits[v] > -INFINITY)
@@ -2309,10 +2309,9 @@ static size_t tokenizer_encode(const struct Tokenizer *tok, struct Text text, si
         size_t n = end - i;
 
         /* 2. Memory. The heap: n - 1 pairs at first, and two more for each of at most n - 1
-         *    merges, so 3n entries of 8 bytes suffice; n pieces have 12 bytes each. Scratch is
-         *    counted in floats, of 4 bytes: 6n and 3n. */
-        word.heap = (uint64_t *)thread_scratch(SCRATCH_A, 6 * n);
-        word.piece = (struct Piece *)thread_scratch(SCRATCH_B, 3 * n);
+         *    merges, so 3n entries suffice; a piece for each byte. */
+        word.heap = thread_scratch(SCRATCH_A, 3 * n, sizeof *word.heap);
+        word.piece = thread_scratch(SCRATCH_B, n, sizeof *word.piece);
 
         /* 3. Its tokens, after those of the words before it. */
         count += tokenizer_encode_word(&word, bytes + i, n, ids + count);
@@ -2449,7 +2448,7 @@ static struct Example example_encode(struct Arena *arena, const struct Tokenizer
     /* Encoded into scratch, because the number of ids is known only afterwards. Scratch is counted
      * in floats, as large as an int, and a text has no more ids than bytes. */
     struct Example e = {0};
-    int *ids = (int *)thread_scratch(SCRATCH_ROW, text.length + 1);
+    int *ids = thread_scratch(SCRATCH_ROW, text.length + 1, sizeof *ids);
     e.n = tokenizer_encode(tok, text, vocab_size, ids);
     /* room for one more: a caller may append an end token later */
     e.ids = memcpy(arena_alloc(arena, e.n + 1, sizeof *e.ids), ids, e.n * sizeof *ids);
@@ -3272,7 +3271,7 @@ static void matmul_panel(const struct Product *product, size_t n, size_t m0, siz
     size_t MR = kernel->MR;
     size_t NR = kernel->NR;
     size_t K = product->a.columns;
-    float *panel = thread_scratch(SCRATCH_B, NR * KC);
+    float *panel = thread_scratch(SCRATCH_B, NR * KC, sizeof *panel);
     /* 1. NR columns of B. A panel's lines are rows, so B is transposed, which moves nothing. */
     pack_panel(panel, transposed(matrix_block(product->b, 0, n, K, NR)), NR);
 
@@ -3360,7 +3359,8 @@ static void matmul_from(struct MatrixOut c, struct Matrix start, struct Matrix a
 
     /* 3. Room for the packed rows of A of one block, the last panel filled up with zeros. */
     size_t block_rows = MIN(c.rows, (size_t)BLOCK_ROWS) + kernel->MR;
-    float *packed_a = thread_scratch(SCRATCH_A, block_rows * MIN(a.columns, (size_t)KC));
+    float *packed_a =
+        thread_scratch(SCRATCH_A, block_rows * MIN(a.columns, (size_t)KC), sizeof *packed_a);
     for (size_t m = 0; m < c.rows; m += BLOCK_ROWS)
         for (size_t k = 0; k < a.columns; k += KC) {
             /* 4. The first KC steps begin with `start`; each later block adds to what the earlier
@@ -3441,7 +3441,6 @@ static void matmul_bias(struct MatrixOut c, const float *bias, struct Matrix a, 
 struct Tensor {
     char name[64];
     size_t shape[2], ndim, n; /* n: the product of the shape */
-    bool decay; /* weight decay applies: to matrices, not to biases and layer norms */
     bool loaded; /* its numbers came from a file */
     bool bits; /* its numbers are never used: any bits may be there instead of floats */
     float *w, *d, *m, *v;
@@ -3615,7 +3614,7 @@ WIDE static void layernorm_backward_row(float *dx, const float *dy, const float 
     const float *w = weight->w;
 
     /* 1. Back through weight: g = d loss / d xhat. Scratch for g and g xhat, C floats each. */
-    float *g = thread_scratch(SCRATCH_ROW, 2 * C);
+    float *g = thread_scratch(SCRATCH_ROW, 2 * C, sizeof *g);
     float *gh = g + C;
     for (size_t c = 0; c < C; c++) {
         g[c] = dy[c] * w[c];
@@ -3901,7 +3900,7 @@ static void attention_forward_head(struct MatrixOut out, float *lse,
      * includes all keys of its rows, so one softmax per row is final. */
     size_t T = head->T;
     struct MatrixOut mixture = head_columns(out, head);
-    float *p = thread_scratch(SCRATCH_SCORES, ATTENTION_ROWS * T);
+    float *p = thread_scratch(SCRATCH_SCORES, ATTENTION_ROWS * T, sizeof *p);
     for (size_t t0 = 0; t0 < T; t0 += ATTENTION_ROWS) {
         size_t t1 = MIN(T, t0 + ATTENTION_ROWS);
 
@@ -4009,7 +4008,7 @@ static void attention_backward_head(const struct AttentionGradient *d, struct Ma
 
     /* Scratch for p and dp of a block, (ATTENTION_ROWS,T) each. Keys and values start from 0, since
      * every block adds to them; a query belongs to one block. */
-    float *p = thread_scratch(SCRATCH_SCORES, 2 * ATTENTION_ROWS * T);
+    float *p = thread_scratch(SCRATCH_SCORES, 2 * ATTENTION_ROWS * T, sizeof *p);
     float *dp = p + ATTENTION_ROWS * T;
     matrix_clear(d->key);
     matrix_clear(d->value);
@@ -4129,7 +4128,7 @@ static struct AttentionHead attention_cached_view(const struct KVCache *cache, c
 WIDE static void attention_cached_head(float *out, const struct AttentionHead *head) {
     size_t T = head->T;
     size_t HS = head->HS;
-    float *p = thread_scratch(SCRATCH_SCORES, T);
+    float *p = thread_scratch(SCRATCH_SCORES, T, sizeof *p);
 
     /* pass 1: the scores, four keys at a time. A matmul of one row would spend its time packing. */
     const float *key = head->key.data;
@@ -4280,8 +4279,7 @@ struct BlockActivations {
 
 /* What the forward pass keeps of the whole model. */
 struct Activations {
-    const struct Batch *batch;
-    size_t N;
+    struct Batch batch; /* what was read; its arrays are not copied */
     struct BlockActivations *h; /* (L) the blocks; all use the first's memory if nothing is kept */
     float *x; /* (N,C) the last block's output */
     float *ln_f, *ln_f_mean, *ln_f_rstd; /* (N,C) (N) (N); ln_f is the hidden state */
@@ -4299,11 +4297,11 @@ struct GPT2 {
     const char *folder; /* where it, or its adapter, was read from; NULL: nowhere */
     struct Tensor **tensors; /* all of the above, in a checkpoint's order */
     size_t tensor_count;
-    /* where training is, for check_finite. task NULL: the model is not being trained; N = 0:
-     * there is no backward pass to look at */
+    /* where training is, for check_finite. task NULL: the model is not being trained */
     struct {
         const char *task;
         size_t step;
+        bool has_acts; /* there is a backward pass to look at: */
         struct Activations acts;
     } trace;
     struct Arena arena;
@@ -4314,13 +4312,11 @@ struct GPT2 {
 /* A tensor (rows,columns) of zeros, or a vector (rows) if columns is 0. */
 static void tensor_declare(struct GPT2 *model, struct Tensor *tensor, const char *name, size_t rows,
                            size_t columns) {
-    /* 1. Weight decay is for matrices only: there is no reason to pull biases to zero, and still
-     *    less the weights of layer norms, which are near 1. */
+    /* 1. its shape and name */
     *tensor = (struct Tensor){
         .shape = {rows, columns},
         .ndim = columns ? 2 : 1,
         .n = rows * MAX(columns, (size_t)1),
-        .decay = columns != 0,
     };
     snprintf(tensor->name, sizeof tensor->name, "%s", name);
 
@@ -4618,8 +4614,7 @@ static struct Activations activations_new(const struct GPT2 *model, struct Arena
     size_t C = model->config.n_embd;
     size_t L = model->config.n_layer;
     struct Activations acts = {
-        .batch = batch,
-        .N = N,
+        .batch = *batch,
         .h = arena_alloc(arena, L, sizeof *acts.h),
         .x = arena_floats(arena, N * C),
         .ln_f = arena_floats(arena, N * C),
@@ -4694,7 +4689,7 @@ static float *gpt2_decode(const struct GPT2 *model, struct Arena *arena, const s
  *                                                     test: gpt2_gradient, gpt2_gradient_golden */
 static void gpt2_backward(struct GPT2 *model, struct Arena *arena, const struct Activations *acts,
                           const float *dhidden) {
-    const struct Batch *batch = acts->batch;
+    const struct Batch *batch = &acts->batch;
     size_t N = batch->N;
     size_t C = model->config.n_embd;
     /* zeros, because layernorm_backward adds to dx */
@@ -4717,6 +4712,7 @@ static void gpt2_backward(struct GPT2 *model, struct Arena *arena, const struct 
 
     /* 3. If a number later proves to be NaN or infinite, check_finite searches these. */
     model->trace.acts = *acts;
+    model->trace.has_acts = true;
 }
 
 /* ---- The output layer ----------------------------------------------------------------------- */
@@ -4855,7 +4851,7 @@ static size_t lm_head_logits(const struct GPT2 *model, struct LMHead *head, size
  * -0.2877, entropy ln 4 - 0.75 ln 3 = 0.5623, mean logit 0.5493, a hit.      test: lm_head_hand */
 static void lm_head_row(struct LMHead *head, size_t r, const float *logits, size_t V) {
     /* 1. e^(logit - largest), and their sum: the denominator of softmax. */
-    float *e = thread_scratch(SCRATCH_ROW, V);
+    float *e = thread_scratch(SCRATCH_ROW, V, sizeof *e);
     float largest = row_max(logits, V);
     float total = row_exp(e, logits, largest, V);
     float lse = largest + logf(total);
@@ -5165,7 +5161,7 @@ static void lora_forward(float *y, const float *x, const struct Linear *linear, 
     /* 1. Down to r numbers per row. The order of the products matters: if A^T B^T were multiplied
      *    first, it would be as large as W, and so would the work. The scale is applied here, where
      *    there are fewest numbers. */
-    float *u = thread_scratch(SCRATCH_ROW, N * r);
+    float *u = thread_scratch(SCRATCH_ROW, N * r, sizeof *u);
     matmul(matrix_out(u, N, r), matrix(x, N, in), transposed(matrix(linear->lora_A.w, r, in)));
     for (size_t i = 0; i < N * r; i++)
         u[i] *= linear->lora_scale;
@@ -5192,7 +5188,7 @@ static void lora_backward(float *dx, const float *dy, const float *x, struct Lin
 
     /* 1. u is recomputed instead of being kept, since it is only r numbers per row. g comes after
      *    it in memory, so one loop scales both. */
-    float *u = thread_scratch(SCRATCH_ROW, 2 * N * r);
+    float *u = thread_scratch(SCRATCH_ROW, 2 * N * r, sizeof *u);
     float *g = u + N * r;
     matmul(matrix_out(u, N, r), matrix(x, N, in), transposed(matrix(A->w, r, in)));
     matmul(matrix_out(g, N, r), matrix(dy, N, out), matrix(B->w, out, r));
@@ -5658,7 +5654,7 @@ static void beam_score(const struct BeamSearch *search, const struct Sequence *b
                        float *logits) {
     /* 1. Log softmax: scores of different beams can only be compared as log-probabilities. */
     size_t V = search->model->config.vocab_size;
-    float lse = log_sum_exp(logits, V, thread_scratch(SCRATCH_ROW, V));
+    float lse = log_sum_exp(logits, V, thread_scratch(SCRATCH_ROW, V, sizeof(float)));
     for (size_t v = 0; v < V; v++)
         logits[v] -= lse;
 
@@ -6385,13 +6381,13 @@ static double optimizer_step(struct GPT2 *model, const struct TrainingArguments 
         struct Tensor *tensor = model->tensors[i];
         if (!tensor->d)
             continue;
-        double weight_decay = tensor->decay ? args->weight_decay : 0;
+        double weight_decay = tensor->ndim == 2 ? args->weight_decay : 0;
         struct OptimizerStep step = optimizer_step_of(args, lr, t, clip, weight_decay);
         tensor_step(tensor, &step);
     }
 
     /* 4. The activations kept for error messages belong to the old weights: forget them. */
-    model->trace.acts.N = 0;
+    model->trace.has_acts = false;
     return norm;
 }
 
@@ -7329,7 +7325,6 @@ static void reward_rated_evaluated(struct Trainer *trainer) {
 
 /* A forward pass of the reward model over some texts. */
 struct RewardPass {
-    struct Batch batch;
     struct Activations acts;
     size_t texts;
     int *row; /* (texts) where the reward of each is read */
@@ -7341,22 +7336,18 @@ struct RewardPass {
  * A token sees only itself and what comes before it, so only the last one has seen the whole text.
  * It must be read, unlike in a language model: READ_LAST. `keep`: a backward pass will follow.
  *                                                   test: reward_golden, reward_rows */
-static struct RewardPass *reward_forward(const struct GPT2 *model, struct Arena *arena,
-                                         const struct Example *texts, size_t n, bool keep) {
-    /* 1. The texts, packed, through the model. The pass is allocated in the arena because the
-     *    activations point to its batch: returned by value, the batch would move and the pointer
-     *    would be left dangling. */
-    struct RewardPass *pass = arena_alloc(arena, 1, sizeof *pass);
-    pass->texts = n;
-    pass->batch = collate(arena, texts, n, READ_LAST);
-    pass->acts = gpt2_forward(model, arena, &pass->batch, keep);
+static struct RewardPass reward_forward(const struct GPT2 *model, struct Arena *arena,
+                                        const struct Example *texts, size_t n, bool keep) {
+    /* 1. the texts, packed, through the model */
+    struct Batch batch = collate(arena, texts, n, READ_LAST);
+    struct RewardPass pass = {.texts = n, .acts = gpt2_forward(model, arena, &batch, keep)};
 
     /* 2. Where each text's last token is, padding not counted, and the reward there. The head has
      *    no bias, which would only add the same number to all rewards. */
-    pass->row = arena_alloc(arena, n, sizeof *pass->row);
-    pass->reward = arena_floats(arena, n);
-    reward_rows(&pass->batch, model->config.pad_token_id, pass->row);
-    scalar_head_forward(pass->reward, pass->acts.ln_f, pass->row, n, &model->score, NULL);
+    pass.row = arena_alloc(arena, n, sizeof *pass.row);
+    pass.reward = arena_floats(arena, n);
+    reward_rows(&batch, model->config.pad_token_id, pass.row);
+    scalar_head_forward(pass.reward, pass.acts.ln_f, pass.row, n, &model->score, NULL);
     return pass;
 }
 
@@ -7371,7 +7362,7 @@ static void reward_backward(struct GPT2 *model, struct Arena *arena, const struc
         dreward[t] *= (float)weight;
 
     /* 2. through the head: its own gradient, and that of the hidden states it read */
-    float *dhidden = arena_zeros(arena, pass->batch.N * model->config.n_embd, sizeof *dhidden);
+    float *dhidden = arena_zeros(arena, pass->acts.batch.N * model->config.n_embd, sizeof *dhidden);
     scalar_head_backward(dhidden, dreward, pass->acts.ln_f, pass->row, pass->texts, &model->score,
                          NULL);
 
@@ -7500,28 +7491,28 @@ static double reward_loss(struct Trainer *trainer, const size_t *index, size_t c
         return 0;
 
     /* 2. Their rewards. In training the activations are kept: the backward pass needs them. */
-    struct RewardPass *pass =
+    struct RewardPass pass =
         reward_forward(trainer->model, arena, items.examples, items.texts, learns);
-    trainer->state.num_tokens += pass->batch.tokens;
-    reward_text_metrics(trainer, pass->reward, items.texts);
+    trainer->state.num_tokens += pass.acts.batch.tokens;
+    reward_text_metrics(trainer, pass.reward, items.texts);
 
     /* 3. Held-out ratings have no loss yet: their rewards wait for reward_rated_evaluated. */
     if (task->rated && !learns) {
         for (size_t i = 0; i < count; i++)
-            task->eval_reward[index[i]] = pass->reward[i];
+            task->eval_reward[index[i]] = pass.reward[i];
         return 0;
     }
 
     /* 4. The loss, and its slope by each reward. A metric takes the sum over pairs: the Trainer
      *    divides by the number of all held-out ones. */
     float *dreward = arena_floats(arena, items.texts);
-    double loss = reward_compare(trainer, &items, pass->reward, dreward);
+    double loss = reward_compare(trainer, &items, pass.reward, dreward);
     if (!learns)
         trainer_metric(trainer, "loss", loss * (double)items.pair_count, items.pair_count);
 
     /* 5. the way back to the weights */
     if (learns)
-        reward_backward(trainer->model, arena, pass, dreward, weight);
+        reward_backward(trainer->model, arena, &pass, dreward, weight);
     return loss * weight;
 }
 
@@ -7687,12 +7678,12 @@ static void reward_score_batch(const struct GPT2 *model, struct Arena *arena,
     /* 1. the texts; no backward pass will follow, so no activations are kept (keep is false) */
     for (size_t i = 0; i < n; i++)
         batch_texts[i] = texts[i].n ? texts[i] : empty;
-    struct RewardPass *pass = reward_forward(model, arena, batch_texts, n, false);
-    memcpy(reward, pass->reward, n * sizeof *reward);
+    struct RewardPass pass = reward_forward(model, arena, batch_texts, n, false);
+    memcpy(reward, pass.reward, n * sizeof *reward);
 
     /* 2. One NaN among the rewards would make every advantage of PPO's batch NaN, since they are
      *    whitened together: better to end here. */
-    check_numbers(model, arena, &pass->batch, "the reward of a text", reward, n);
+    check_numbers(model, arena, &pass.acts.batch, "the reward of a text", reward, n);
 }
 
 /* reward_score -- the rewards of n token sequences.
@@ -8130,30 +8121,30 @@ static double reinforce_reward(double score, double kl_coef, double logp, double
     return score - kl_coef * (logp - ref_logp);
 }
 
-/* Policy and reference read the answers; with the scores, this gives R of each. The result is in
- * the arena, for the same reason as that of reward_forward. */
-static struct ReinforceBatch *reinforce_evaluate(struct RolloutTrainer *trainer,
-                                                 const struct Rollout *rollouts) {
+/* Policy and reference read the answers; with the scores, this gives R of each. */
+static struct ReinforceBatch reinforce_evaluate(struct RolloutTrainer *trainer,
+                                                const struct Rollout *rollouts) {
     struct Arena *arena = &trainer->arena;
     size_t n = trainer->batch_size;
-    struct ReinforceBatch *r = arena_alloc(arena, 1, sizeof *r);
-    r->batch = collate(arena, rollout_examples(arena, rollouts, n), n, SKIP_LAST);
-    r->logps = arena_alloc(arena, n, sizeof *r->logps);
-    r->ref_logps = arena_alloc(arena, n, sizeof *r->ref_logps);
-    r->rewards = arena_floats(arena, n);
+    struct ReinforceBatch r = {
+        .batch = collate(arena, rollout_examples(arena, rollouts, n), n, SKIP_LAST),
+        .logps = arena_alloc(arena, n, sizeof *r.logps),
+        .ref_logps = arena_alloc(arena, n, sizeof *r.ref_logps),
+        .rewards = arena_floats(arena, n),
+    };
 
     /* The policy's activations are kept for its backward pass. The reference has none. */
-    r->head = batch_logprobs(trainer->model, arena, &r->batch, trainer->temperature, true);
+    r.head = batch_logprobs(trainer->model, arena, &r.batch, trainer->temperature, true);
     struct LMHead ref_head =
-        batch_logprobs(trainer->ref_model, arena, &r->batch, trainer->temperature, false);
+        batch_logprobs(trainer->ref_model, arena, &r.batch, trainer->temperature, false);
 
     /* of whole answers: sums over their tokens */
-    sum_target_logps(&r->batch, n, r->head.logprob, r->logps);
-    sum_target_logps(&r->batch, n, ref_head.logprob, r->ref_logps);
+    sum_target_logps(&r.batch, n, r.head.logprob, r.logps);
+    sum_target_logps(&r.batch, n, ref_head.logprob, r.ref_logps);
     for (size_t i = 0; i < n; i++)
         /* beta log(pi / pi_ref) is a number here: no gradient goes through it */
-        r->rewards[i] = (float)reinforce_reward(rollouts[i].score, trainer->kl_coef, r->logps[i],
-                                                r->ref_logps[i]);
+        r.rewards[i] = (float)reinforce_reward(rollouts[i].score, trainer->kl_coef, r.logps[i],
+                                               r.ref_logps[i]);
     return r;
 }
 
@@ -8251,20 +8242,20 @@ static void reinforce_step(struct RolloutTrainer *trainer, const struct Rollout 
     trainer->stats.n = 0;
 
     /* 1. log-probabilities of the answers, and R of each */
-    struct ReinforceBatch *r = reinforce_evaluate(trainer, rollouts);
-    reinforce_log_variances(trainer, r);
+    struct ReinforceBatch r = reinforce_evaluate(trainer, rollouts);
+    reinforce_log_variances(trainer, &r);
 
     /* 2. R minus the baseline. The running mean is that of earlier steps, and updated only
      *    afterwards: if it contained these answers, it would bias their gradient. */
     float *advantages = arena_floats(arena, n);
-    reinforce_advantages(trainer->baseline, r->rewards, n, trainer->num_generations,
+    reinforce_advantages(trainer->baseline, r.rewards, n, trainer->num_generations,
                          trainer->moments.mean, advantages);
-    running_moments_update(&trainer->moments, r->rewards, n);
+    running_moments_update(&trainer->moments, r.rewards, n);
 
     /* 3. the loss; its slope by each log pi(y_i) goes back through the model */
     double *dlogps = arena_alloc(arena, n, sizeof *dlogps);
-    double loss = reinforce_loss(advantages, r->logps, n, dlogps);
-    target_logps_backward(trainer->model, arena, &r->batch, &r->head, n, dlogps, 1);
+    double loss = reinforce_loss(advantages, r.logps, n, dlogps);
+    target_logps_backward(trainer->model, arena, &r.batch, &r.head, n, dlogps, 1);
     check_finite(trainer->model, "the loss", loss);
 
     /* 4. one step of the optimizer */
@@ -8276,7 +8267,7 @@ static void reinforce_step(struct RolloutTrainer *trainer, const struct Rollout 
     log_value(&trainer->stats, "loss", loss);
     log_value(&trainer->stats, "grad_norm", grad_norm);
     log_value(&trainer->stats, "learning_rate", learning_rate);
-    reinforce_log(trainer, rollouts, r);
+    reinforce_log(trainer, rollouts, &r);
 }
 
 /* ---- PPO: what a step knows ----------------------------------------------------------------- */
@@ -13204,7 +13195,7 @@ static void note_bad(char place[160], const char *what, const char *name, const 
 static void note_bad_block(char place[160], const struct GPT2 *model, size_t l) {
     const struct Activations *acts = &model->trace.acts;
     const struct BlockActivations *a = &acts->h[l];
-    size_t width = acts->N * model->config.n_embd;
+    size_t width = acts->batch.N * model->config.n_embd;
     bool last = l + 1 == model->config.n_layer;
     const struct {
         const char *name;
@@ -13245,9 +13236,10 @@ static void check_finite(const struct GPT2 *model, const char *what, double valu
         note_bad(place, "weight", tensors[i]->name, tensors[i]->w, tensors[i]->n);
 
     /* 2. the activations, in forward order, if a forward pass has kept them */
-    for (size_t l = 0; acts->N && l < model->config.n_layer; l++)
+    for (size_t l = 0; model->trace.has_acts && l < model->config.n_layer; l++)
         note_bad_block(place, model, l);
-    note_bad(place, "the output of", "ln_f", acts->ln_f, acts->N * model->config.n_embd);
+    if (model->trace.has_acts)
+        note_bad(place, "the output of", "ln_f", acts->ln_f, acts->batch.N * model->config.n_embd);
 
     /* 3. the gradients, in backward order: from the last tensor to the first */
     for (size_t i = model->tensor_count; strstr(what, "gradient") && i-- > 0;)
@@ -13272,6 +13264,7 @@ static void check_numbers(const struct GPT2 *model, struct Arena *arena, const s
     struct GPT2 traced = *model;
     if (batch)
         traced.trace.acts = gpt2_forward(model, arena, batch, true);
+    traced.trace.has_acts = true;
     check_finite(&traced, what, x[i]);
 }
 

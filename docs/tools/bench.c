@@ -58,7 +58,7 @@ static double bench_peak(void) {
     double begin = seconds_now();
 #pragma omp parallel
     {
-        float *panels = thread_scratch(SCRATCH_A, (8 + 32) * K + TILE_MAX);
+        float *panels = thread_scratch(SCRATCH_A, (8 + 32) * K + TILE_MAX, sizeof *panels);
         float *c = panels + (8 + 32) * K;
         memset(panels, 0, (8 + 32) * K * sizeof *panels);
         for (int i = 0; i < REPEATS; i++)

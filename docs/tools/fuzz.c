@@ -1118,7 +1118,7 @@ static char *fuzz_open(const char *name) {
     quiet = true;
     kernel_choose();
     for (int slot = 0; slot < SCRATCH_SLOTS; slot++)
-        thread_scratch(slot, 1 << 20); /* it outlives a run */
+        thread_scratch(slot, 1 << 20, sizeof(float)); /* it outlives a run */
     if (setjmp(refusal)) {
         fflush(fuzz_stderr);
         fprintf(stderr, "fuzz: the seeds cannot be made: %.*s\n", (int)said_length, said);
