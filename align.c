@@ -4,8 +4,9 @@
  * Chapter 0 - Preface
  * =============================================================================================
  *
- * A language model writes what is likely. RLHF, reinforcement learning from human feedback, makes
- * it write what people like. [glossary: RLHF] One drawing shows all of it:
+ * A language model reads a text as tokens, words and pieces of words, and gives each token that
+ * could come next a probability: it writes what is likely. RLHF, reinforcement learning from human
+ * feedback, makes it write what people like. [glossary: RLHF] One drawing shows all of it:
  *
  *    texts --(15) pretrain, sft--> language model pi_ref ----copy----> policy pi
  *                                    |    "the reference"              |      ^
@@ -20,8 +21,11 @@
  *        +----------------- pairs: chosen, rejected ---------> (18) DPO: the same optimum,
  *                                                              without sampling or r
  *
- * Numbers in brackets are chapters. Each chapter uses only earlier ones; the few functions of
- * Part IV, the machinery, that the others need are declared where they are first used.
+ * The policy is the model that is trained, the reference a copy of what it was; KL(pi || pi_ref),
+ * the Kullback-Leibler divergence, says how far the one has moved from the other. SFT is supervised
+ * fine-tuning, PPO proximal policy optimization, DPO direct preference optimization. Numbers in
+ * parentheses are chapters. Each chapter uses only earlier ones; what the others need of Part IV,
+ * the machinery, is declared where it is first used.
  *
  *   Part I, the ideas                       Part II, the model
  *     1 Ground: errors, random numbers        7 Byte-pair encoding
@@ -56,9 +60,10 @@
  *   ppo_rewards             where penalty and score reach the tokens of real answers     chapter 17
  *   ppo_step                the seven steps of PPO on a real model
  * Other paths. What is a policy, an omega, a rollout? Chapters 4, 2, 17. How does a transformer
- * learn at all? Chapters 9, 10, 11, 15. By term: [glossary: TERM] marks the place where a term is
- * implemented. The terms are those of the course's glossary, which is in Portuguese;
- * `align glossary TERM` prints an entry in English.
+ * learn at all? Chapters 9, 10, 11, 15. How does a gradient reach the embedding? The drawing that
+ * opens chapter 17, and from there upwards. How is a token chosen? Chapter 6. By term:
+ * [glossary: TERM] marks the place where a term is implemented. The terms are those of the course's
+ * glossary, in Portuguese, and a few more; `align glossary TERM` prints an entry in both languages.
  *
  * What the comments refer to. TRL, transformers and PEFT are Hugging Face's libraries; this program
  * uses their names, formats and numbers. "By hand" introduces a case to check with a calculator.
@@ -66,9 +71,9 @@
  * numbers from those libraries ("golden") or against a difference quotient: `./test_align NAME`
  * runs it.
  *
- * To step through:  make debug && gdb --args ./align_debug ppo ...   then   break ppo_token_loss,
- * run, finish: gdb prints the token's loss, slope and ratio. At ppo_backward there is a model:
- * p model->h[0].attn.c_attn.weight.w[0]@8. docs/debugging.md has guided tours.
+ * To step through:  make debug && gdb --args ./align_debug exact   (it needs no data)   then
+ * break ppo_token_loss, run, finish: gdb prints the token's loss, slope and ratio. At ppo_backward
+ * there is a model: p model->h[0].attn.c_attn.weight.w[0]@8. docs/debugging.md has guided tours.
  *
  * Symbols. In shapes and loops a capital letter has one meaning (but in chapters 9 and 12, A, B, C,
  * M, N and K are the letters of matrix algebra):
@@ -666,7 +671,7 @@ static size_t argmax(const float *x, size_t n) {
 
 /* softmax -- from logits to probabilities.                      [glossary: Função softmax]
  *   p_i = e^(x_i) / sum_j e^(x_j)
- * in, out  x (n): logits, then probabilities, each above 0, with the sum 1
+ * in, out  x (n): logits, then probabilities, with the sum 1; one that was cut (-infinity) is 0
  * returns  log_sum_exp of the logits that came in: log p_i = x_i - that
  * Adding a constant to all logits changes nothing. So the largest one is subtracted first: then
  * e^x cannot overflow, and the largest summand is 1.
@@ -970,6 +975,10 @@ static double sentiment_loss(const float *reward, const double *label, size_t n,
  *
  * The last line is what goes back into the model: " very" is to become less probable, "." more,
  * and " good" has already been raised as far as one batch may raise it.
+ * All three tokens went better than expected: why is " very" lowered? Whitening subtracts their
+ * mean, 0.515, and it was the least good of the three. A real batch has thousands of tokens, of
+ * good and of bad answers; with one answer alone the example shows the arithmetic, but
+ * exaggerates.
  *
  * What enters: log-probabilities, scores and values, per token or per answer. What leaves:
  * losses, and their derivatives by each log-probability and each value.
@@ -999,8 +1008,11 @@ static double unbiased_variance(const float *x, size_t n) {
 /* whiten -- numbers of any size become numbers of mean 0 and variance 1.
  *   x = (x - mean) / sqrt(variance + 1e-8)
  * in, out  x (n)       shift_mean: false adds the old mean again, so that only the scale changes
- * Advantages on one scale need only one learning rate, whatever the reward model's unit is.
- * Returns what a zero would have become: ppo_padding_advantage needs it.
+ * Advantages on one scale need only one learning rate, whatever the reward model's unit is. And
+ * about half of a batch's tokens are raised, half lowered: the worse of two good ones goes down.
+ * (The mean that is subtracted contains each token's own advantage, as a baseline should not, see
+ * reinforce_advantages; among thousands that hardly matters.)
+ * Returns what a zero would have become, which concerns ppo_advantages (chapter 17) alone.
  * By hand: 1, 2, 6: mean 3, variance 7: -0.7559, -0.3780, 1.1339.     test: ppo_whiten_golden */
 static double whiten(float *x, size_t n, bool shift_mean) {
     /* Without the 1e-8, equal numbers, whose variance is 0, would become infinite or NaN. */
@@ -1090,26 +1102,6 @@ static double reinforce_loss(const float *advantages, const double *logps, size_
     return loss;
 }
 
-/* gradient_variance -- how noisy a gradient's estimate is: baselines are judged by it.
- *   1 / (n (n - 1)) sum_i | A_i s_i - mean |^2,   the variance of a mean of n samples
- * in   advantages A (n); s (n,C): the gradient of log pi(y_i) by C of the weights
- * By hand: A = 1, 3 and s = 1, 1: products 1, 3, mean 2: (1 + 1) / (2 * 1) = 1.
- *                                                                    test: reinforce_advantages */
-static double gradient_variance(const float *advantages, const float *s, size_t n, size_t C) {
-    double total = 0;
-    for (size_t c = 0; c < C; c++) {
-        /* 1. For weight c: the mean over answers, which is the gradient's estimate. */
-        double mean = 0;
-        for (size_t i = 0; i < n; i++)
-            mean += (double)advantages[i] * s[i * C + c] / (double)n;
-        /* 2. How far each single answer is from it. A good baseline makes this small and leaves
-         *    the mean as it is. */
-        for (size_t i = 0; i < n; i++)
-            total += pow((double)advantages[i] * s[i * C + c] - mean, 2);
-    }
-    return n > 1 ? total / (double)n / (double)(n - 1) : NAN;
-}
-
 /* ---- Rewards with a KL penalty for each token ----------------------------------------------- */
 
 /* PPOConfig of TRL 0.11, in its names.             [glossary: Classe de configuração PPO] */
@@ -1144,7 +1136,8 @@ struct PPOConfig {
 static float kl_penalty_token(const char *kind, float logprob, float ref_logprob, float full) {
     float difference = (float)kl_k1(logprob, ref_logprob);
     /* Without a sign, a token also costs where the policy finds it less probable than the reference
-     * does; with one, it earns there. Only the mean of the signed one is the KL. */
+     * does; with one, it earns there. Of the three estimates from the drawn token alone, only the
+     * signed one has the KL as its mean. */
     if (strcmp(kind, "abs") == 0)
         return fabsf(difference);
     if (strcmp(kind, "mse") == 0)
@@ -1160,10 +1153,13 @@ static float kl_penalty_token(const char *kind, float logprob, float ref_logprob
  * KL(pi || pi_ref). Each token pays its own term of the sum, and GAE then knows which token
  * departed. The score judges the whole answer, so it can be given only once that is complete: at
  * the last token (ppo_rewards). How it reaches the earlier tokens: gae_step.
+ * The penalty is paid once, by the policy that wrote the answers, and stays as it is while PPO uses
+ * them for several updates. kl_coef is beta as it is now.
  * By hand: beta 0.2: a divergence of 0.50 costs 0.10; one of -0.30 earns 0.06.
  *                                             test: ppo_advantages_golden; gdb: break kl_reward */
 static float kl_reward(double kl_coef, float kl) {
-    /* A divergence costs, hence the minus sign. No gradient flows through this: it is a reward. */
+    /* A divergence costs, hence the minus sign. No gradient flows through this, although pi is in
+     * it: see the essay on REINFORCE, above. */
     return (float)(-kl_coef * kl);
 }
 
@@ -1202,7 +1198,8 @@ static double kl_controller_update(const struct PPOConfig *config, double kl_coe
  * RLHF leaves it at 1. lambda chooses whom to believe. At 0, A_t is delta_t: it trusts what the
  * value head says of the next position (little noise, but wrong as long as the head is). At 1 (with
  * gamma 1), A_t is the sum of all rewards from t on, minus value_t: what the head says of later
- * positions has cancelled, and value_t is no more than a baseline (unbiased, but noisy).
+ * positions has cancelled, and value_t is no more than a baseline (unbiased, but noisy). In the
+ * chapter's example: -0.20 - 0.10 + 0.68 = 0.38 = (-0.10 + 0 + 0.98) - 0.50.
  * By hand: the chapter's last token: delta = 0.98 + 0 - 0.3 = 0.68, A = 0.68. The one before it:
  * delta = 0 + 0.3 - 0.4 = -0.1, A = -0.1 + 0.95 * 0.68 = 0.546.
  *                                   test: gae_hand, ppo_advantages_golden; gdb: break gae_step */
@@ -1217,8 +1214,7 @@ static double gae_step(double reward, double value, double next_value, double ne
 }
 
 /* gae -- advantages and returns of one answer of T tokens, from its last token to its first.
- * in   rewards, values (T); next_advantage: after the last token, 0 (but see
- *      ppo_padding_advantage)
+ * in   rewards, values (T); next_advantage: what comes after the last token, normally 0
  * out  advantages (T): how much better each token was than the value head expected
  *      returns (T): advantage + value, the value head's target: its guess, corrected by the
  *      surprises that followed; at lambda 1 (gamma 1) it is the plain sum of rewards from t on
@@ -1231,7 +1227,7 @@ static void gae(const struct PPOConfig *config, size_t T, const float *rewards, 
         double advantage =
             gae_step(rewards[t], values[t], next_value, next_advantage, config->gamma, config->lam);
         advantages[t] = (float)advantage;
-        /* the value was too low by the advantage: this is what the head should have predicted */
+        /* by what the head now knows, its value was too low by the advantage */
         returns[t] = (float)(advantage + values[t]);
         /* what the token before this one needs to know of it */
         next_value = values[t];
@@ -1303,13 +1299,14 @@ struct ValueLoss {
 
 /* ppo_value_loss -- half the squared error of the value head at one token.
  *             [glossary: AutoModelForCausalLMWithValueHead] [glossary: Função de valor]
- *   clipped = clip(value, old_value - e, old_value + e),   e = clip_range
+ *   clipped = clip(value, old_value - clip_range, old_value + clip_range)
  *   loss    = 1/2 max((value - return)^2, (clipped - return)^2)
  * in   old_value: what the head said when the answer was written; value: what it says now;
  *      target_return: what it should have said (gae)
- * The clip is TRL's and OpenAI's: the head may move by e in one step, and is not pulled further.
- * By hand: old 0.5, value 0.9, return 1.0, e = 0.2: clipped 0.7, squared errors 0.01 and 0.09,
- * loss 0.045, slope 0: the clipped value does not depend on the value.
+ * The clip is TRL's and OpenAI's: once the head has moved by clip_range towards the return, it is
+ * not pulled further; if it has moved away from it, it is pulled back.
+ * By hand: old 0.5, value 0.9, return 1.0, clip_range 0.2: clipped 0.7, squared errors 0.01 and
+ * 0.09, loss 0.045, slope 0: the clipped value does not depend on the value.
  *                                                        test: ppo_value_loss, ppo_loss_golden */
 static struct ValueLoss ppo_value_loss(double old_value, double value, double target_return,
                                        double clip_range) {
@@ -1387,16 +1384,17 @@ static struct PPOLoss ppo_loss(const struct PPOConfig *config, struct PPOTokens 
  *     pi*(y) = pi_ref(y) e^(r(y)/beta) / Z          Z = sum_y pi_ref(y) e^(r(y)/beta)    [5] Eq. 4
  *                                         [glossary: Distribuição ponderada por recompensa]
  *
- * the reference's distribution, with each answer weighted by its reward. For text it is of no
- * direct use: Z, the partition function, sums over all answers, of which there are 10^94 with 20
- * tokens of GPT-2's vocabulary. But read backwards, solved for the reward, the equation says that
- * a policy *is* a reward model,
+ * the reference's distribution, with each answer weighted by e^(reward / beta). For text it is of
+ * no direct use: Z, the partition function, sums over all answers, of which there are 10^94 with
+ * 20 tokens of GPT-2's vocabulary. But read backwards, solved for the reward, it is of great use:
  *
  *     r(y) = beta log(pi*(y) / pi_ref(y)) + beta log Z                                   [5] Eq. 5
  *
- * and in Bradley-Terry's model only the difference of two rewards counts. Both answers of a pair
- * belong to the same prompt, so Z is the same and beta log Z cancels. Therefore pairs can train the
- * policy directly: no reward model, no sampling, no value head.
+ * Any policy pi is the best one for some reward: for beta log(pi / pi_ref), plus a constant for
+ * each prompt. So take that as the reward, put it into Bradley-Terry's loss, and train pi itself:
+ * it is a reward model that is already its own best policy. Only the difference of two rewards
+ * counts there, and both answers of a pair belong to the same prompt, so the constant, beta log Z,
+ * cancels. Pairs train the policy directly: no reward model, no sampling, no value head.
  *
  *     reference         chosen -10.0    rejected -12.0        log-probabilities of whole answers
  *     policy            chosen  -8.0    rejected -13.0
@@ -1473,16 +1471,18 @@ struct DPOSide {
  * Bradley-Terry's loss with the implied rewards in place of a reward model's. By the slope of
  * log_sigmoid, its derivatives are
  *   d loss / d logits        = -beta sigmoid(-beta logits)
- *   d loss / d logp_chosen   = d loss / d logits         raise the chosen answer,
- *   d loss / d logp_rejected = -d loss / d logits        lower the rejected one, by as much
- * and by the policy's weights, since each logp is a sum over tokens (target_logps_backward),
+ *   d loss / d logp_chosen   = d loss / d logits      negative: a step downhill raises logp_chosen
+ *   d loss / d logp_rejected = -d loss / d logits     positive: and lowers logp_rejected
+ * By the policy's weights the derivative is, since each logp is a sum over tokens
+ * (target_logps_backward),
  *   grad loss = -beta sigmoid(-beta logits) (grad logp_chosen - grad logp_rejected)
  * The sigmoid says how wrong the policy still is about this pair: a pair that it has learnt pulls
  * less and less. The reference is the zero point: each answer is measured by how far it has risen
- * above what the reference gave it. It sets no limit: the loss goes on falling as the margin grows
- * (dpo_ipo_pair has a limit). A small beta lets the policy go far before a pair is learnt, since
- * the margin has to be some 1 / beta nats; a large one keeps it near the reference.
- * At the start policy and reference are the same: logits 0, loss ln 2 = 0.6931, whatever beta.
+ * above what the reference gave it. But the reference sets no limit: the loss goes on falling as
+ * `logits` grows (dpo_ipo_pair has a limit). beta is a temperature: a small one lets the policy go
+ * far before a pair is learnt, since `logits` has to be some 1 / beta nats; a large one keeps it
+ * near. At the start policy and reference are the same: logits 0, loss ln 2 = 0.6931, whatever
+ * beta.
  * By hand: beta 0.1, chosen -8 (reference -10), rejected -13 (-12): logits 2 - (-1) = 3, loss
  * -log sigmoid(0.3) = 0.5544, dchosen -0.1 * sigmoid(-0.3) = -0.0426, drejected 0.0426.
  *                                       test: dpo_hand, dpo_golden; gdb: break dpo_pair_loss */
@@ -1538,16 +1538,17 @@ static struct PairLoss dpo_smoothed_pair(double beta, double logits, double e, b
     /* 1. The loss if the label is right, and if it is wrong, each weighted by its probability. */
     double s = beta * logits;
     double right = -(1 - e) * log_sigmoid(s);
-    double wrong = e * log_sigmoid(-s);
+    double wrong = -e * log_sigmoid(-s);
 
-    /* 2. Conservative: their mean. Robust: the second is subtracted, and the scale makes up for
-     *    that. Averaged over right and wrong labels, what the wrong ones add then cancels. */
+    /* 2. Conservative: their sum, a mean. Robust: the second is subtracted, and the scale makes up
+     *    for that. Averaged over right and wrong labels, what the wrong ones add then cancels. */
     double scale = robust ? 1 / (1 - 2 * e) : 1;
-    double loss = robust ? scale * (right + wrong) : right - wrong;
+    double loss = robust ? scale * (right - wrong) : right + wrong;
 
-    /* 3. The slope: d/ds log sigmoid(s) = sigmoid(-s) and d/ds log sigmoid(-s) = -sigmoid(s). */
-    double dwrong = robust ? -e * sigmoid(s) : e * sigmoid(s);
-    double ds = scale * (-(1 - e) * sigmoid(-s) + dwrong);
+    /* 3. The slopes: d/ds log sigmoid(s) = sigmoid(-s) and d/ds log sigmoid(-s) = -sigmoid(s). */
+    double dright = -(1 - e) * sigmoid(-s);
+    double dwrong = e * sigmoid(s);
+    double ds = robust ? scale * (dright - dwrong) : dright + dwrong;
     return (struct PairLoss){
         .loss = loss,
         .dchosen = beta * ds,
@@ -1809,8 +1810,8 @@ static int compare_candidates_down(const void *a, const void *b) {
     return (x->id > y->id) - (x->id < y->id);
 }
 
-/* The same for top-p, where the larger of two ids with equal logits comes first, as transformers
- * cuts them. */
+/* The same for top-p, but of equal logits the larger id first: transformers sorts upwards and cuts
+ * from below, which leaves the larger of two equal ids. */
 static int compare_candidates_top_p(const void *a, const void *b) {
     const struct Candidate *x = a;
     const struct Candidate *y = b;
@@ -1843,10 +1844,11 @@ static size_t top_p_cut(const struct Candidate *order, size_t n, double total, d
  * Where the model is sure, these are one or two tokens; where it is not, hundreds.
  * in, out  logits (V); p in [0, 1); min_keep: at least this many stay
  * By hand: probabilities 0.5, 0.3, 0.2. p = 0.45: the first alone, which holds 0.5; p = 0.6: the
- * first two, which hold 0.8.                                          test: generate_processors */
+ * first two, which hold 0.8. A set that holds exactly p is enough: the mass need not exceed it.
+ *                                                                     test: generate_processors */
 static void process_top_p(float *logits, size_t V, double p, size_t min_keep) {
-    /* 1. The tokens that are left, most probable first. A candidate is a float and an int, as large
-     *    as two floats: V of them need 2 V floats of scratch. */
+    /* 1. The tokens that are left, most probable first: here the order itself is needed, not one
+     *    place in it as for top-k. */
     struct Candidate *order = thread_scratch(SCRATCH_ROW, V, sizeof *order);
     size_t n = 0;
     for (size_t v = 0; v < V; v++)
@@ -2620,9 +2622,9 @@ static struct Batch collate(struct Arena *arena, const struct Example *examples,
 /* How many tokens at the start of a pair to compute only once: its prompt, or none if that does not
  * pay.
  * in   rows of each answer with its prompt; C: the model's width
- * Sharing saves `prompt` rows, with 24 C^2 multiplications each in every layer. But the two answers
+ * Sharing saves `prompt` rows, with 24 C^2 operations each in every layer. But the two answers
  * are then in one sequence, and attention, which works in blocks, computes scores between them
- * that are thrown away: 4 C multiplications for each pair of rows. So it pays if
+ * that are thrown away: 4 C operations for each pair of rows. So it pays if
  *   24 C^2 prompt > 4 C (chosen - prompt) (rejected - prompt)
  * By hand: prompt 2, rows 4 and 5, C 16: 2 * 6 * 16 = 192 > 2 * 3 = 6: it pays. Prompt 1, C 1: 6
  * is less than 3 * 4 = 12: it does not.                                      test: collate_pairs */
@@ -3410,7 +3412,7 @@ static void matmul_bias(struct MatrixOut c, const float *bias, struct Matrix a, 
  * from the loss back to the embedding. Each forward pass has its backward pass next to it.
  *
  *     linear        y = x W + b             dx = dy W^T,  dW += x^T dy,  db += the sum of dy's rows
- *     layer norm    y = (x - mean) / std    dx: minus what moved the mean and the deviation
+ *     layer norm    y = (x - mean) / std    dx: without what only shifts or stretches all of x
  *     gelu          y = x sigmoid(1.5958 (x + 0.0447 x^3))    a soft switch: lets x pass where it
  *                                                             is positive
  *     embedding     y = wte[id] + wpe[t]    dx goes to the two rows that were read
@@ -3602,9 +3604,10 @@ static void layernorm_forward(float *y, struct LayerNormRows rows, const struct 
  * through the layer norm and also around it, and dx already has the derivative of the way around.
  *   g = dy weight         dx += rstd (g - mean(g) - xhat mean(g xhat))
  * in   dy, x (C), mean, rstd          in, out  dx (C)
- * rstd g alone would be right if mean and rstd were constants. But each x moved them, too. Adding a
- * constant to all x changes nothing in y, so the mean of g is subtracted. Nor does spreading all x
- * further from their mean, so the part of g that is a multiple of xhat is subtracted.
+ * rstd g alone would be right if mean and rstd were constants. But each x moves them, too. Two
+ * changes of all x leave y as it is, so dx must have no part along them: to add a constant to all
+ * (hence the mean of g is subtracted), and to stretch all away from their mean (hence the multiple
+ * of xhat that is contained in g).
  * By hand: the example above with dy = (4, 0, 0, 0): g = (8, 0, 0, 0), mean(g) = 2,
  * mean(g xhat) = -2: dx += 0.5 (8 - 2 - 2, -2 - 2, -2 + 2, -2 + 2) = (2, -2, 0, 0).
  *                                                           test: layernorm, layernorm_gradient */
@@ -3992,13 +3995,13 @@ static void matrix_clear(struct MatrixOut m) {
 
 /* attention_backward_head -- the four passes in reverse, ATTENTION_ROWS queries at a time.
  *   pass 4, out = P value:              dvalue += P^T dout       dP = dout value^T
- *   pass 3, P = softmax(S):             dS = P (dP - D)          attention_softmax_backward
+ *   pass 3, P = softmax(S):             dS_tj = P_tj (dP_tj - D_t)   attention_softmax_backward
  *   pass 2, the mask:                   what was not seen has P = 0, so dS = 0
  *   pass 1, S = scale query key^T:      dquery = scale dS key    dkey += scale dS^T query
  * in   dout, out (T,HS), views; lse (N,NH)      out  d->query, d->key, d->value (T,HS), written
  * All later queries read a key and a value, so their gradients are sums over the blocks of rows.
  * By hand: the example with dout = (0, 4): dvalue = (0.25 * 4, 0.75 * 4) = (1, 3); dS as above:
- * dq_1 = 7.5 ln 3 = 8.2396, dkey = (-7.5 q_1, 7.5 q_1) = (-7.5, 7.5).
+ * with q_1, the second query: dq_1 = 7.5 ln 3 = 8.2396, dkey = (-7.5 q_1, 7.5 q_1) = (-7.5, 7.5).
  *                                           test: attention_hand, attention, attention_gradient */
 static void attention_backward_head(const struct AttentionGradient *d, struct Matrix dout,
                                     struct Matrix out, const float *lse,
@@ -4873,6 +4876,8 @@ static void lm_head_row(struct LMHead *head, size_t r, const float *logits, size
 /* lm_head_backward_row -- a row of logits (V) becomes the derivative of the loss by them.
  *   logprob = logit_target - log sum_v e^(logit_v)
  *   d logprob / d logit_v = [v = target] - p_v,     times dlogprob = d loss / d logprob
+ * where [v = target] is 1 for the target and 0 for all others, and p_v is the derivative of the
+ * second term: d log sum e^logit / d logit_v = e^(logit_v) / sum.
  * Raising the target's logit raises its log-probability, the more so the less probable it was;
  * raising any other logit lowers it, by as much as that token is probable. The slopes of a row add
  * up to zero.
@@ -5375,10 +5380,10 @@ static void lora_own_copy(struct Arena *arena, struct Linear *linear) {
  *                                                          [glossary: Modelo de referência]
  * Only the adapter and a head are trained, so all other tensors are shared with the model: GPT-2's
  * reference does not cost another 500 MB.
- * in   frozen: false if the adapter is new: the start was the model without it; true if an existing
- *      adapter is trained further: the start is a copy of it as it is now (TRL 1.16)
+ * in   keeps_adapter: false if the adapter is new: the start was the model without it; true if an
+ *      existing adapter is trained further: the start is a copy of it as it is now (TRL 1.16)
  *                                                                          test: lora_reference */
-static struct GPT2 *adapter_reference(const struct GPT2 *model, bool frozen) {
+static struct GPT2 *adapter_reference(const struct GPT2 *model, bool keeps_adapter) {
     size_t L = model->config.n_layer;
     struct GPT2 *ref = malloc(sizeof *ref);
     CHECK(ref, "out of memory");
@@ -5394,7 +5399,7 @@ static struct GPT2 *adapter_reference(const struct GPT2 *model, bool frozen) {
     for (size_t i = 0; i < 4 * L; i++) {
         struct Linear *linear = adaptable(ref, i);
         /* an existing adapter was part of the start; a new one was not */
-        if (frozen)
+        if (keeps_adapter)
             lora_own_copy(&ref->arena, linear);
         else
             lora_remove(linear);
@@ -7722,9 +7727,11 @@ static void reward_score(const struct GPT2 *model, const struct Example *texts, 
  *
  * The path of the derivative from PPO's loss to wte, through twelve functions:
  *
- *     ppo_loss               dlogprobs (R) of ppo_token_loss, dvalues (R) of ppo_value_loss
+ *     ppo_loss               dlogprobs (R) of ppo_token_loss, dvalues (R) of ppo_value_loss;
+ *                            ppo_weigh then multiplies them by the mini-batch's share of the step
  *       ppo_backward         calls all that follow
- *         lm_head_backward       d logits, row by row -> wte.d as the output layer; dhidden (N,C)
+ *         lm_head_backward       d logits, row by row (lm_head_backward_row) -> wte.d as the output
+ *                                layer; dhidden (N,C)
  *         scalar_head_backward   dhidden += dvalue times the value head's weights
  *         gpt2_backward          dhidden (N,C) -> dx (N,C), the derivative of the stream
  *           layernorm_backward       ln_f, and twice in each block
@@ -7732,11 +7739,13 @@ static void reward_score(const struct GPT2 *model, const struct Example *texts, 
  *             module_backward            -> linear_backward: the weights' gradients
  *             gelu_backward, attention_backward
  *           embedding_backward       dx of each position -> wte.d of the token that was read there
+ *     optimizer_step         wte.d moves wte.w
  *
  * Which tokens' vectors in wte get a gradient? As the output layer, those of the whole vocabulary,
- * from each position that predicts a token of an answer. As the embedding, those of the tokens that
- * were read: the prompts' too, since the answers' positions attended to them, but not an answer's
- * last token, which is predicted and never read.
+ * from each position that predicts a token of an answer (none from a clipped one, whose slope is
+ * 0). As the embedding, those of the tokens that were read: the prompts' too, since the answers'
+ * positions attended to them, but not at an answer's last position, which is predicted and never
+ * read.
  *
  * The numbers of a step, for 128 answers of 20 tokens each: B = 128 scores, one per answer, become
  * R = 2560 rewards, advantages and returns, one per token. With four epochs of one mini-batch each,
@@ -8183,6 +8192,26 @@ static float *answer_gradients(struct RolloutTrainer *trainer, struct LMHead *he
             for (size_t c = 0; c < C; c++)
                 s[b * C + c] += dhidden[i * C + c];
     return s;
+}
+
+/* gradient_variance -- how noisy a gradient's estimate is: baselines are judged by it.
+ *   1 / (n (n - 1)) sum_i | A_i s_i - mean |^2,   the variance of a mean of n samples
+ * in   advantages A (n); s (n,C): the gradient of log pi(y_i) by C of the weights
+ * By hand: A = 1, 3 and s = 1, 1: products 1, 3, mean 2: (1 + 1) / (2 * 1) = 1.
+ *                                                                    test: reinforce_advantages */
+static double gradient_variance(const float *advantages, const float *s, size_t n, size_t C) {
+    double total = 0;
+    for (size_t c = 0; c < C; c++) {
+        /* 1. For weight c: the mean over answers, which is the gradient's estimate. */
+        double mean = 0;
+        for (size_t i = 0; i < n; i++)
+            mean += (double)advantages[i] * s[i * C + c] / (double)n;
+        /* 2. How far each single answer is from it. A good baseline makes this small and leaves
+         *    the mean as it is. */
+        for (size_t i = 0; i < n; i++)
+            total += pow((double)advantages[i] * s[i * C + c] - mean, 2);
+    }
+    return n > 1 ? total / (double)n / (double)(n - 1) : NAN;
 }
 
 /* Logs how noisy the step's gradient would be with each baseline. The answers are the same for all,
@@ -9039,7 +9068,7 @@ static void rollout_train_step(struct RolloutTrainer *trainer, struct RolloutSou
         collect_rollouts(trainer, source, arena, rollouts);
     double rollout_seconds = seconds_now() - begin;
 
-    /* 2. It learns from them. The baseline tells the method: a value head is PPO's. */
+    /* 2. It learns from them. */
     if (trainer->algorithm == ALGORITHM_PPO)
         ppo_step(trainer, rollouts);
     else
@@ -10396,7 +10425,7 @@ static void course_reward_model(struct Course *course) {
 }
 
 /* Where PPO's answers come from: all prompts, shuffled. Order, lengths and tokens are drawn from
- * random streams of their own. */
+ * three streams of random numbers: another length changes no order. */
 static struct RolloutSource course_rollouts(struct Course *course) {
     size_t n = course->prompt_n;
     /* Each answer has a limit of its own, 16 to 28 tokens (rollout_start says why). at = n, the end
@@ -13242,7 +13271,7 @@ static void check_finite(const struct GPT2 *model, const char *what, double valu
         note_bad(place, "the output of", "ln_f", acts->ln_f, acts->batch.N * model->config.n_embd);
 
     /* 3. the gradients, in backward order: from the last tensor to the first */
-    for (size_t i = model->tensor_count; strstr(what, "gradient") && i-- > 0;)
+    for (size_t i = model->tensor_count; i-- > 0;)
         note_bad(place, "the gradient of", tensors[i]->name, tensors[i]->d, tensors[i]->n);
 
     if (model->trace.task)
@@ -13262,9 +13291,10 @@ static void check_numbers(const struct GPT2 *model, struct Arena *arena, const s
     if (i == n)
         return;
     struct GPT2 traced = *model;
-    if (batch)
+    if (batch) {
         traced.trace.acts = gpt2_forward(model, arena, batch, true);
-    traced.trace.has_acts = true;
+        traced.trace.has_acts = true;
+    }
     check_finite(&traced, what, x[i]);
 }
 
@@ -13366,6 +13396,7 @@ static void trainer_state_save(const struct TrainerState *s, const struct Traini
  * generators, running means. They are written to optimizer.safetensors as float32 tensors, two
  * floats per number: bit patterns, copied bit for bit and never interpreted as floats. */
 static struct Tensor tensor_of_bits(const char *group, const char *name, void *at, size_t n) {
+    _Static_assert(sizeof(size_t) == 8, "counters are saved as numbers of 64 bits");
     struct Tensor t = {.shape = {2 * n}, .ndim = 1, .n = 2 * n, .w = at, .bits = true};
     snprintf(t.name, sizeof t.name, "%.16s.%.44s", group, name);
     return t;
@@ -15876,10 +15907,9 @@ static void command_rlhf(struct Options *o) {
     }
 
     /* 2. What cannot work, before it takes a minute to find out. */
-    bool judges = o->reward_steps > 0 || model->score.n;
-    CHECK(judges, "--reward_steps 0: an untrained reward model gives every text the same reward; 1 "
-                  "or "
-                  "more steps are needed");
+    CHECK(o->reward_steps > 0, "--reward_steps 0: an untrained reward model gives every text the "
+                               "same reward; 1 or more "
+                               "steps are needed");
     static const char *const results[] = {"language_model", "reward_model", "ppo", "dpo"};
     for (size_t i = 0; i < COUNT(results); i++)
         note_replaced(o, arena_printf(&o->arena, "%s/%s", course.output_dir, results[i]));
