@@ -10596,18 +10596,18 @@ static void course_run(struct Course *course, const struct Dataset *data,
  *
  * Machinery: what a program needs around its mathematics. Nothing in it is about RLHF. After this
  * part a reader knows how models, data and checkpoints are read and written so that transformers,
- * TRL and PEFT understand them and no broken file or full disk loses anything, and how a command
- * line becomes a call of the functions above.
+ * TRL and PEFT understand them and neither a broken file nor a full disk loses anything, and how a
+ * command line becomes a call of the functions above.
  * ============================================================================================= */
 
 /* =============================================================================================
  * Chapter 21 - Files, JSON
  *
- * How are files read that may be wrong, and written so that nothing is lost? What enters was
- * written by somebody else: every length is checked before memory is asked for, every offset
- * before it is used, and what is wrong is named: file, place, what was expected, what to do. What
- * is written goes to a file beside its final place and is renamed when it is complete: after a
- * power cut the old file is intact.
+ * How does a program read files that may be wrong, and write files so that nothing is lost? What
+ * it reads was written by somebody else: every length is checked before memory is allocated, every
+ * offset before it is used, and an error names the file, the place, what was expected and what to
+ * do. What it writes goes into a temporary file in the same folder, which is renamed once it is
+ * complete: a power cut leaves the old file intact.
  *
  * A line of JSON such as {"text": "good", "score": 4} becomes a tree, an object with two members:
  *
@@ -10626,8 +10626,8 @@ static bool is_folder(const char *path) {
     return stat(path, &s) == 0 && S_ISDIR(s.st_mode);
 }
 
-/* Do two paths name one file or folder, however they are spelt, links followed? Windows numbers
- * none of its files: there the spelling decides.                              test: same_folder */
+/* Do two paths lead to the same file or folder, however they are spelt, links followed? Windows
+ * gives its files no inode numbers: there the spelling decides.               test: same_folder */
 static bool same_file(const char *a, const char *b) {
     struct stat x, y;
     if (stat(a, &x) != 0 || stat(b, &y) != 0)
@@ -10635,30 +10635,29 @@ static bool same_file(const char *a, const char *b) {
     return x.st_dev == y.st_dev && x.st_ino == y.st_ino && (x.st_ino != 0 || strcmp(a, b) == 0);
 }
 
-/* Does a text begin with this word? */
 static bool text_starts(struct Text text, const char *word) {
     size_t length = strlen(word);
     return text.length >= length && memcmp(text.data, word, length) == 0;
 }
 
-/* Git LFS leaves three lines of text in the place of a large file that was not fetched. Models and
- * data are often cloned without git-lfs installed; the pointer would be refused as a broken file,
- * and nobody would know why. */
+/* Git LFS leaves three lines of text, a pointer, in place of a large file that was not fetched.
+ * Models and data are often cloned without git-lfs installed; the pointer would be refused as a
+ * broken file, and nobody would know why. */
 static void check_fetched(const char *path, struct Text start) {
     CHECK(!text_starts(start, "version https://git-lfs.github.com/"),
           "%s: is a Git LFS pointer, not the file itself; fetch it: git lfs pull", path);
 }
 
-/* The whole of a file (or "-", standard input) with a NUL behind it. */
+/* A whole file (or, for "-", standard input), followed by a NUL. */
 static struct Text read_file(struct Arena *arena, const char *path) {
-    /* 1. A folder can be opened too, and would fail with a message that says nothing. */
+    /* 1. A folder can be opened too; reading it would then fail with an obscure message. */
     bool is_stdin = strcmp(path, "-") == 0;
     CHECK(is_stdin || !is_folder(path), "%s: is a folder, a file was expected", path);
     FILE *file = is_stdin ? stdin : fopen(path, "rb");
     CHECK(file, "%s: %s", path, strerror(errno));
 
-    /* 2. Read until it ends, for a pipe cannot tell its size. What is no file on a disk may never
-     *    end, as /dev/zero: it is given up before the memory is full. */
+    /* 2. Read until it ends, since a pipe cannot tell its size. What is not a file on a disk may
+     *    never end (/dev/zero): give up before memory is full. */
     struct stat s;
     bool endless = fstat(fileno(file), &s) != 0 || !S_ISREG(s.st_mode);
     size_t used = 0;
@@ -10681,11 +10680,10 @@ static struct Text read_file(struct Arena *arena, const char *path) {
     return text;
 }
 
-/* A file to be written: into NAME.tmp, which output_close renames to NAME. keep: what an earlier
- * run left in NAME.tmp is not cut off. */
+/* Begins to write a file: into NAME.tmp, which output_close renames to NAME. keep: what an earlier
+ * run left in NAME.tmp is not erased. */
 static struct Output output_begin(const char *folder, const char *name, bool keep) {
-    /* the path may be one that the user typed, of any length: it is never cut, for it would then
-     * name another file */
+    /* the user may have typed a path of any length; cut short, it would name another file */
     struct Output out;
     int n = snprintf(out.path, sizeof out.path, "%s/%s", folder, name);
     CHECK(n > 0 && (size_t)n < sizeof out.path, "%s/%s: the path is too long", folder, name);
@@ -10700,21 +10698,22 @@ static struct Output output_open(const char *folder, const char *name) {
     return output_begin(folder, name, false);
 }
 
-/* For a file that grows with the run: its end would be too late to learn that the disk is full. */
+/* For a file that grows during a run: when it is closed, it is too late to learn that the disk is
+ * full. */
 static void output_flush(struct Output *out) {
     CHECK(fflush(out->file) == 0 && !ferror(out->file), "%s: writing failed: %s", out->tmp,
           strerror(errno));
 }
 
-/* Goes on with a log that grew in the folder `beside`, as NAME.tmp or finished: keeps its first
- * `bytes`, and drops what was logged after the checkpoint that the run goes on from.
- *                                                                          test: output_resume */
+/* Continues a log that an earlier run wrote in the folder `beside`, finished or still NAME.tmp:
+ * keeps its first `bytes` and drops what was logged after the checkpoint from which the run
+ * resumes.                                                                test: output_resume */
 static struct Output output_resume(const char *folder, const char *name, const char *beside,
                                    size_t bytes) {
     char path[PATH_MAX + 8], chunk[1 << 14];
     struct stat s;
     FILE *earlier = NULL;
-    /* 1. Find the log. A run that was killed left it unfinished: NAME.tmp, the newer one. */
+    /* 1. Find the log. A run that was killed left NAME.tmp, which is newer than any NAME. */
     for (int finished = 0; finished < 2 && !earlier; finished++) {
         int n = snprintf(path, sizeof path, "%s/%s%s", beside, name, finished ? "" : ".tmp");
         if (n < (int)sizeof path && stat(path, &s) == 0 && (uint64_t)s.st_size >= bytes)
@@ -10723,8 +10722,8 @@ static struct Output output_resume(const char *folder, const char *name, const c
     if (!earlier)
         warn("%s/%s: lacks the %zu bytes of the steps before; it begins anew", beside, name, bytes);
 
-    /* 2. Copy what is kept. It may be the very file that is written: then each byte is replaced by
-     *    itself, and a run that is killed here loses nothing. */
+    /* 2. Copy what is kept. Source and target may be the same file: then each byte is overwritten
+     *    by itself, and a run that is killed here loses nothing. */
     struct Output out = output_begin(folder, name, true);
     size_t n = 1;
     for (; earlier && bytes > 0 && n > 0; bytes -= n) {
@@ -10741,26 +10740,26 @@ static struct Output output_resume(const char *folder, const char *name, const c
     return out;
 }
 
-/* Puts a file on the disk and gives it its name. Only in this order: a name that reached the disk
- * before the contents would, after a power cut, name an empty file. */
+/* Puts a file on the disk and gives it its name, in this order: if the name reached the disk before
+ * the contents, a power cut could leave an empty file under it. */
 static void output_close(struct Output *out) {
-    /* 1. On the disk, all of it. Every step may be the one that tells that the disk is full:
-     *    each is asked, and the file is closed whether or not one failed. */
+    /* 1. All of it goes to the disk. Any of these calls may be the first to report that the disk
+     *    is full, so each is checked; the file is closed whether or not one failed. */
     bool good = fflush(out->file) == 0 && !ferror(out->file) && fsync(fileno(out->file)) == 0;
     int error = errno;
     good = fclose(out->file) == 0 && good;
 
-    /* 2. What is incomplete goes; what the name stood for before stays. */
+    /* 2. An incomplete file is removed; an older one of this name stays. */
     if (!good)
         remove(out->tmp);
     CHECK(good, "%s: writing failed: %s; what was there before is untouched", out->path,
           strerror(error));
 
-    /* 3. In one step, which no reader can see half done. */
+    /* 3. The renaming is a single step, which nobody can see half done. */
     CHECK(rename(out->tmp, out->path) == 0, "%s: %s", out->path, strerror(errno));
 }
 
-/* mkdir -p: makes a folder, and those above it that are missing. */
+/* mkdir -p: makes a folder, and any folders above it that are missing. */
 static void make_folder(const char *path) {
     char part[PATH_MAX];
     CHECK(strlen(path) < sizeof part, "%.60s...: the path is too long", path);
@@ -10770,17 +10769,17 @@ static void make_folder(const char *path) {
         if ((path[i] != '/' && path[i] != 0) || path[i - 1] == '/')
             continue;
         snprintf(part, i + 1, "%s", path);
-        int error = mkdir(part, 0777) == 0 ? 0 : errno; /* is_folder sets errno anew */
+        int error = mkdir(part, 0777) == 0 ? 0 : errno; /* is_folder overwrites errno */
         const char *reason = error == EEXIST ? "is a file, a folder was expected" : strerror(error);
         CHECK(error == 0 || is_folder(part), "%s: %s", part, reason);
     }
     CHECK(access(path, W_OK) == 0, "%s: cannot be written to: %s", path, strerror(errno));
 }
 
-/* Removes a folder and the files in it, as far as that can be done. With `to`, it first moves the
- * files there: those that belong together are written in a folder of their own, staged_folder, and
- * moved when all of them are complete, so a disk that is full leaves everything as it was.
- * die_with calls it: it takes no memory, and without `to` nothing in it fails. */
+/* Removes a folder and the files in it, as far as possible. With `to`, it first moves the files
+ * there: files that belong together are written in a folder of their own, staged_folder, and moved
+ * once all of them are complete, so a full disk leaves everything as it was. die_with calls it, so
+ * it uses no arena, and without `to` it never fails. */
 static void folder_remove(const char *folder, const char *to) {
     char path[PATH_MAX], target[PATH_MAX];
     DIR *dir = opendir(folder);
@@ -10802,9 +10801,9 @@ static void folder_remove(const char *folder, const char *to) {
     rmdir(folder);
 }
 
-/* Puts the names in a folder on the disk, as output_close puts a file's contents. */
+/* Puts the names in a folder on the disk, as output_close puts a file's contents there. */
 static void folder_sync(const char *folder) {
-    /* Windows cannot open a folder, and has no need of this: nothing is done there */
+    /* Windows cannot open a folder, and does not need this */
     int fd = open(folder, O_RDONLY);
     if (fd < 0)
         return;
@@ -10815,7 +10814,7 @@ static void folder_sync(const char *folder) {
 /* ---- JSON ------------------------------------------------------------------------------------ */
 
 /* JSON (RFC 8259) as a tree. `child` is the first of an object's members or an array's items,
- * `next` the one behind it, and `number` says how many there are; a member carries its key.
+ * `next` is the following one, and `number` says how many there are; a member carries its key.
  * Strings are decoded to UTF-8; half a character (json_code_point) becomes U+FFFD. */
 enum JsonType {
     JSON_NULL,
@@ -10831,11 +10830,11 @@ struct Json {
     struct Text key, string;
     double number;
     enum JsonType type;
-    bool is_taken; /* a tensor of a file's header that has been read (chapter 23) */
+    bool is_taken; /* in a safetensors header: this tensor has been read (chapter 23) */
 };
 
-/* It reads a copy that ends in a NUL: so the next character can always be looked at, and C's own
- * functions stop in time. */
+/* It reads a copy that ends in a NUL, so that one more character can always be read and C's string
+ * functions stop at the end. */
 struct JsonParser {
     struct Arena *arena;
     const char *at, *end;
@@ -10844,15 +10843,15 @@ struct JsonParser {
 };
 enum { JSON_MAX_DEPTH = 64 };
 
-/* Keeps the first mistake: those behind it are its consequences. */
+/* Keeps the first error: later ones are its consequences. */
 static struct Json *json_fail(struct JsonParser *p, const char *error) {
     if (!p->error)
         p->error = error;
     return NULL;
 }
 
-/* As json_fail, but if what stands there belongs to a notation that is often taken for JSON, it
- * is named instead. */
+/* As json_fail, but if the text at this place is from a notation that is often taken for JSON, the
+ * error names that instead. */
 static struct Json *json_expected(struct JsonParser *p, const char *error) {
     static const char *const foreign[][2] = {
         {"NaN", "NaN is not JSON; write null, or leave the field out"},
@@ -10867,7 +10866,7 @@ static struct Json *json_expected(struct JsonParser *p, const char *error) {
         {"/*", "a comment, JSON has none; take it out"},
         {"#", "a comment, JSON has none; take it out"},
     };
-    /* the first that stands there: none is the beginning of a later one */
+    /* the order does not matter: none of them is the beginning of another */
     for (size_t i = 0; i < COUNT(foreign); i++)
         if (strncmp(p->at, foreign[i][0], strlen(foreign[i][0])) == 0)
             return json_fail(p, foreign[i][1]);
@@ -10878,7 +10877,7 @@ static void json_space(struct JsonParser *p) {
     p->at += strspn(p->at, " \t\n\r");
 }
 
-/* Takes this character if it comes next, behind spaces. */
+/* Takes this character if it comes next, spaces skipped. */
 static bool json_take(struct JsonParser *p, char c) {
     json_space(p);
     bool found = *p->at == c;
@@ -10886,8 +10885,8 @@ static bool json_take(struct JsonParser *p, char c) {
     return found;
 }
 
-/* A code point as 1 to 4 bytes of UTF-8: 6 bits in each byte but the first, which has the rest
- * behind a mark of the length. Returns the length. */
+/* Writes a code point as 1 to 4 bytes of UTF-8: 6 bits in each byte but the first, which holds a
+ * mark of the length and the remaining bits. Returns the length. */
 static size_t utf8_write(char *to, uint32_t c) {
     static const unsigned char lead[] = {0, 0, 0xc0, 0xe0, 0xf0};
     size_t length = c < 0x80 ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
@@ -10897,7 +10896,7 @@ static size_t utf8_write(char *to, uint32_t c) {
     return length;
 }
 
-/* Four hexadecimal digits, or -1. */
+/* The value of four hexadecimal digits; -1 if they are not. */
 static int32_t json_hex4(const char *at) {
     char digits[5] = "";
     if (strspn(at, "0123456789abcdefABCDEF") < 4)
@@ -10905,26 +10904,26 @@ static int32_t json_hex4(const char *at) {
     return (int32_t)strtol(memcpy(digits, at, 4), NULL, 16);
 }
 
-/* After "\u": one code point, or -1. Those above U+FFFF are written as two halves, a high
- * surrogate (D800 to DBFF) and a low one (DC00 to DFFF).
+/* Reads what follows "\u": a code point, or -1 on an error. Those above U+FFFF are written as two
+ * halves, a high surrogate (D800 to DBFF) and a low one (DC00 to DFFF).
  * By hand: \ud83d\ude00 is 10000 + (3d << 10) + 200 = U+1F600, a face. */
 static int32_t json_code_point(struct JsonParser *p) {
     int32_t c = json_hex4(p->at);
     p->at += c >= 0 ? 4 : 0;
-    /* most characters are no half of one, and a mistake (-1) is passed on */
+    /* most characters come whole; an error (-1) is passed on */
     if (c < 0xd800 || c > 0xdfff)
         return c;
-    /* a high half takes the low one that must follow it; any other half stands for nothing */
+    /* a high half needs the low one after it; any other half is no character */
     bool is_high = c < 0xdc00 && p->at[0] == '\\' && p->at[1] == 'u';
     int32_t low = is_high ? json_hex4(p->at + 2) : -1;
     if (low < 0xdc00 || low > 0xdfff)
         return 0xfffd;
-    /* both halves: ten bits of the one, ten of the other */
+    /* ten bits from each half */
     p->at += 6;
     return 0x10000 + ((c - 0xd800) << 10) + (low - 0xdc00);
 }
 
-/* After "\": the character that the escape stands for. */
+/* Reads what follows "\": the character that the escape stands for. */
 static bool json_escape(struct JsonParser *p, uint32_t *c) {
     static const char escapes[] = "\"\\/bfnrt";
     static const char meanings[] = "\"\\/\b\f\n\r\t";
@@ -10936,7 +10935,7 @@ static bool json_escape(struct JsonParser *p, uint32_t *c) {
     return *c != UINT32_MAX || json_fail(p, "\\u without four hexadecimal digits");
 }
 
-/* A string, its opening quote already seen at p->at. */
+/* A string; p->at is at its opening quote. */
 static bool json_string(struct JsonParser *p, struct Text *out) {
     /* 1. Where does it end? An escaped quote does not end it. */
     const char *close = p->at + 1;
@@ -10945,11 +10944,11 @@ static bool json_string(struct JsonParser *p, struct Text *out) {
     if (*close != '"')
         return json_fail(p, "a string without its closing quote; a line break in it is \\n");
 
-    /* 2. Room for it: decoding never makes a string longer. */
+    /* 2. Decoding never makes a string longer. */
     char *start = arena_alloc(p->arena, (size_t)(close - p->at), 1);
     char *to = start;
 
-    /* 3. Character by character, for everything behind this point relies on valid UTF-8. */
+    /* 3. Check each character: from here on the program relies on valid UTF-8. */
     for (p->at++; p->at < close;) {
         uint32_t c;
         size_t length = utf8_read((const unsigned char *)p->at, (size_t)(close - p->at), &c);
@@ -10968,18 +10967,18 @@ static bool json_string(struct JsonParser *p, struct Text *out) {
     return true;
 }
 
-/* [-] digits [. digits] [e digits]: narrower than strtod, which takes "+1", ".5" and "0x1" too.
- * The digits stay in `string`: a double holds 53 bits, a whole number may have more. */
+/* [-] digits [. digits] [e [+-] digits]: stricter than strtod, which accepts "+1", ".5" and "0x1"
+ * too. The digits are kept in `string`: a double has 53 bits, and a whole number may need more. */
 static bool json_number(struct JsonParser *p, struct Json *node) {
     static const char digits[] = "0123456789";
-    /* 1. The whole part. 012 is no number: C would read it as octal. */
+    /* 1. The whole part. JSON forbids 012, which C would take for octal. */
     const char *at = p->at + (*p->at == '-');
     size_t whole = strspn(at, digits);
     if (whole == 0 || (whole > 1 && *at == '0'))
         return json_expected(p, "a value was expected");
     at += whole;
 
-    /* 2. What may follow it must have digits of its own. */
+    /* 2. A fraction and an exponent may follow; each needs digits of its own. */
     if (*at == '.') {
         if (!isdigit((unsigned char)*++at))
             return json_fail(p, "a number ends in its decimal point");
@@ -10993,7 +10992,7 @@ static bool json_number(struct JsonParser *p, struct Json *node) {
         at += strspn(at, digits);
     }
 
-    /* 3. Its value. */
+    /* 3. The value. A double has no room for 1e999, and infinity is not JSON. */
     node->number = strtod(p->at, NULL);
     if (!isfinite(node->number))
         return json_fail(p, "a number beyond 1.8e308");
@@ -11004,13 +11003,14 @@ static bool json_number(struct JsonParser *p, struct Json *node) {
 
 static struct Json *json_value(struct JsonParser *p);
 
-/* The inside of [...] or {...}; p->at stands behind the opening bracket. */
+/* The inside of [...] or {...}; p->at is just after the opening bracket. */
 static struct Json *json_container(struct JsonParser *p, struct Json *node, char close) {
     bool is_object = close == '}';
     struct Json **tail = &node->child;
     if (json_take(p, close))
         return node;
-    /* this function calls itself: a file of nothing but brackets must not use up the stack */
+    /* json_value calls this function again: a file of nothing but brackets must not exhaust the
+     * stack */
     if (++p->depth > JSON_MAX_DEPTH)
         return json_fail(p, "brackets nested more than 64 deep");
     do {
@@ -11028,7 +11028,7 @@ static struct Json *json_container(struct JsonParser *p, struct Json *node, char
                 return json_fail(p, "':' was expected after a member's name");
         }
 
-        /* 2. The value, which may be a container again. A mistake in it has been noted already. */
+        /* 2. The value, possibly another container. An error in it has been noted already. */
         struct Json *item = json_value(p);
         if (!item)
             return NULL;
@@ -11038,14 +11038,14 @@ static struct Json *json_container(struct JsonParser *p, struct Json *node, char
         node->number++;
     } while (json_take(p, ','));
 
-    /* 3. Without a comma it ends here. */
+    /* 3. Without another comma, it must end here. */
     p->depth--;
     if (json_take(p, close))
         return node;
     return json_expected(p, is_object ? "',' or '}' was expected" : "',' or ']' was expected");
 }
 
-/* Any value: its first character says of which type. */
+/* Any value: its first character tells its type. */
 static struct Json *json_value(struct JsonParser *p) {
     static const char *const words[] =
         {[JSON_NULL] = "null", [JSON_FALSE] = "false", [JSON_TRUE] = "true"};
@@ -11053,6 +11053,8 @@ static struct Json *json_value(struct JsonParser *p) {
     if (p->at >= p->end)
         return json_fail(p, "it ends where a value was expected");
     struct Json *node = arena_zeros(p->arena, 1, sizeof *node);
+
+    /* 1. One of the three words. */
     for (size_t type = 0; type < COUNT(words); type++) {
         if (strncmp(p->at, words[type], strlen(words[type])) != 0)
             continue;
@@ -11060,6 +11062,8 @@ static struct Json *json_value(struct JsonParser *p) {
         node->type = (enum JsonType)type;
         return node;
     }
+
+    /* 2. A string or a container. */
     if (*p->at == '"') {
         node->type = JSON_STRING;
         return json_string(p, &node->string) ? node : NULL;
@@ -11069,42 +11073,43 @@ static struct Json *json_value(struct JsonParser *p) {
         node->type = is_object ? JSON_OBJECT : JSON_ARRAY;
         return json_container(p, node, is_object ? '}' : ']');
     }
-    /* whatever else it is, json_number says why it is none */
+    /* 3. Anything else is a number, or json_number says why it is not one. */
     node->type = JSON_NUMBER;
     return json_number(p, node) ? node : NULL;
 }
 
-/* A text without the mark (U+FEFF) that Windows' editors begin a file with. */
+/* A text without the byte order mark (U+FEFF) with which Windows editors begin a file. */
 static struct Text text_without_mark(struct Text text) {
     size_t mark = text_starts(text, "\xef\xbb\xbf") ? 3 : 0;
     return (struct Text){text.data + mark, text.length - mark};
 }
 
-/* One JSON value and nothing behind it. On a mistake NULL, *error says what, *where the byte. */
+/* One JSON value and nothing after it. On an error it returns NULL; *error says what is wrong,
+ * *where at which byte. */
 static struct Json *json_parse(struct Arena *arena, struct Text text, const char **error,
                                size_t *where) {
-    /* 1. The value. */
+    /* 1. The value, read from a copy that ends in a NUL. */
     text = text_copy(arena, text);
     const char *start = text_without_mark(text).data;
     struct JsonParser p = {.arena = arena, .at = start, .end = text.data + text.length};
     struct Json *value = json_value(&p);
     json_space(&p);
 
-    /* 2. Nothing may follow: two objects on a line are a lost line break, not one object. */
+    /* 2. Nothing may follow: two objects on a line mean that a line break was lost. */
     if (value && p.at != p.end) {
         bool is_comma = *p.at == ',';
         value = json_expected(&p, is_comma ? "a comma behind its end; take it out"
                                            : "something stands behind its end");
     }
 
-    /* 3. The place is counted from the text's first byte, its mark included. */
+    /* 3. The place is counted from the text's first byte, the byte order mark included. */
     *error = p.error;
     *where = (size_t)(p.at - text.data);
     return value;
 }
 
-/* A text that must be one JSON object, or the program ends: place says where it stands, hint, at
- * the message's end, what may help. */
+/* Parses a text that must be one JSON object, or ends the program: `place` tells where the text is
+ * from, `hint`, at the end of the message, what may help. */
 static struct Json *json_object(struct Arena *arena, struct Text text, const char *place,
                                 const char *hint) {
     const char *error;
@@ -11119,10 +11124,9 @@ static struct Json *json_read_file(struct Arena *arena, const char *path) {
     return json_object(arena, read_file(arena, path), path, "");
 }
 
-/* A member by its name; of several with one name the last, as in Python. */
+/* A member by its name; of several with the same name the last, as in Python. */
 static struct Json *json_get(const struct Json *object, const char *key) {
-    /* what is absent, or no object at all, has no members: a chain of calls needs no checks in
-     * between */
+    /* NULL, or anything that is not an object, has no members: so calls can be nested unchecked */
     struct Json *found = NULL;
     for (struct Json *item = object && object->type == JSON_OBJECT ? object->child : NULL; item;
          item = item->next)
@@ -11131,13 +11135,13 @@ static struct Json *json_get(const struct Json *object, const char *key) {
     return found;
 }
 
-/* A member's type; one that is absent counts as null, as the libraries take it. */
+/* A member's type; an absent one counts as null, as it does in transformers and PEFT. */
 static enum JsonType json_type(const struct Json *object, const char *key) {
     const struct Json *item = json_get(object, key);
     return item ? item->type : JSON_NULL;
 }
 
-/* A member's number or text; what is absent or of another type is `fallback`. */
+/* A member's number or text; `fallback` if it is absent or of another type. */
 static double json_number_or(const struct Json *object, const char *key, double fallback) {
     return json_type(object, key) == JSON_NUMBER ? json_get(object, key)->number : fallback;
 }
@@ -11146,17 +11150,17 @@ static const char *json_text_or(const struct Json *object, const char *key, cons
     return json_type(object, key) == JSON_STRING ? json_get(object, key)->string.data : fallback;
 }
 
-/* A whole number from 0 to max; anything else is an error that names the place. */
+/* A whole number from 0 to max; anything else ends the program. */
 static size_t json_size(const struct Json *json, size_t max, const char *path, const char *name) {
-    /* a double holds whole numbers up to 2^53 exactly, and no size that is asked for comes near */
+    /* a double holds whole numbers up to 2^53 exactly: no real size comes near that */
     CHECK(json && json->type == JSON_NUMBER && json->number >= 0 && json->number <= (double)max
               && json->number == floor(json->number),
           "%s: \"%s\" must be a whole number from 0 to %zu", path, name, max);
     return (size_t)json->number;
 }
 
-/* Takes the next character off a text that may be anything, a model's words for example. It can
- * hold half a character: a byte that is part of none counts as U+FFFD. */
+/* Takes the next character off a text that may be anything, for example a model's answer, which can
+ * end in half a character. A byte that belongs to no character counts as U+FFFD. */
 static uint32_t text_take(struct Text *text) {
     uint32_t c;
     size_t length = utf8_read((const unsigned char *)text->data, text->length, &c);
@@ -11170,7 +11174,7 @@ static bool is_control(uint32_t c) {
     return c < 32 || (c >= 127 && c < 160);
 }
 
-/* A string in quotes; `before`, its key for example, goes in front of it.       test: json_write */
+/* Writes `before`, for example the key, then the text in quotes.                test: json_write */
 static void json_write_string(FILE *file, const char *before, struct Text text) {
     static const char plain[] = "\"\\\n\r\t";
     static const char letters[] = "\"\\nrt";
@@ -11181,7 +11185,7 @@ static void json_write_string(FILE *file, const char *before, struct Text text) 
         const char *escape = c > 0 && c < 128 ? strchr(plain, (int)c) : NULL;
         if (escape)
             fprintf(file, "\\%c", letters[escape - plain]);
-        else if (is_control(c)) /* JSON forbids those below 32 */
+        else if (is_control(c)) /* JSON forbids those below 32 in a string */
             fprintf(file, "\\u%04x", (unsigned)c);
         else
             fwrite(bytes, 1, utf8_write(bytes, c), file);
@@ -11189,36 +11193,35 @@ static void json_write_string(FILE *file, const char *before, struct Text text) 
     fputc('"', file);
 }
 
-/* A model's text for a terminal or a pipe, as UTF-8: bytes that are no character become U+FFFD,
- * control characters other than those in `kept` spaces.                       test: text_shown */
+/* A model's text for a terminal or a pipe, as UTF-8: bytes that belong to no character become
+ * U+FFFD, control characters become spaces unless they are in `kept`.          test: text_shown */
 static struct Text text_shown(struct Arena *arena, struct Text text, const char *kept) {
     char *to = arena_alloc(arena, 3 * text.length + 1, 1); /* U+FFFD has three bytes */
     size_t n = 0;
     for (size_t i = 0, length; i < text.length; i += MAX(length, (size_t)1)) {
-        /* one character, or a byte that is part of none */
         uint32_t c;
         length = utf8_read((const unsigned char *)text.data + i, text.length - i, &c);
         bool control = c < 32 || (c >= 127 && c < 160);
         if (length == 0)
             n += utf8_write(to + n, 0xfffd);
         else if (control && !(c && c < 32 && strchr(kept, (int)c)))
+            /* `c &&`: strchr would find the NUL at the end of `kept` */
             to[n++] = ' ';
         else
-            /* a character that is fit to be seen: as it is */
             n += utf8_write(to + n, c);
     }
     to[n] = 0;
     return (struct Text){to, n};
 }
 
-/* A number as JSON. NaN and infinity, which JSON lacks, become null, Python's None. 9 digits bring
- * any float back bit for bit.
+/* A number as JSON. NaN and infinity, which JSON lacks, become null, Python's None. 9 digits are
+ * enough to read any float back bit for bit.
  * By hand: 0.1f comes out as 0.100000001, and is read back as 0.1f.             test: json_write */
 static const char *json_number_into(char text[32], double x) {
     snprintf(text, 32, "%.9g", x);
     return isfinite(x) ? text : "null";
 }
-/* The same in memory of the caller's own block, for printf. */
+/* The same for an argument of printf; the text lives as long as the caller's block. */
 #define json_number_text(x) json_number_into((char[32]){0}, x)
 
 static void json_write_ids(FILE *file, const char *before, const int *ids, size_t n) {
