@@ -11241,23 +11241,24 @@ static void json_write_floats(FILE *file, const char *before, const float *x, si
 /* =============================================================================================
  * Chapter 22 - Data sets, tokenizer.bin            [glossary: Conjunto de dados]
  *
- * Which rows does a training see, if it is given a file, or a folder of files that somebody named
- * by habit? What enters: JSON Lines in TRL's shapes, one object a line,
+ * Which rows does a training see if it is given a file, or a folder whose files somebody else has
+ * named? What enters: JSON Lines in TRL's shapes, one object a line,
  *
  *     {"prompt": "The film", "chosen": " moved me.", "rejected": " is a film."}      preferences
  *     {"text": "The film moved me.", "score": 4}                                     rated texts
  *
- * and llm.c's tokenizer.bin with the merges behind it. What leaves: rows, all of one shape, and a
- * tokenizer. A bad line is named by file and number. Data in another format, a chat, or a folder
- * without the rows that are wanted are refused with the command that makes them fit.
+ * and llm.c's tokenizer.bin, with the merges appended. What leaves: rows, all of one shape, and a
+ * tokenizer. An error in a line names the file and the line's number. Data in another format and
+ * chats are refused with the command that converts them, a folder without suitable rows with the
+ * reason.
  * ============================================================================================= */
 
-/* How a tokenizer.bin comes about, for messages. */
+/* How to make a tokenizer.bin, for messages. */
 #define MAKE_TOKENIZER \
     "python3 prepare_imdb.py tokenizer --source DIR (with encoder.json, vocab.bpe)"
 
-/* Takes the next n bytes off a file; whoever would read behind its end is stopped. `what` they
- * are: for the message. */
+/* Takes the next n bytes off a file, or ends the program if it has fewer. `what`: what these bytes
+ * are, for the message. */
 static const unsigned char *tokenizer_take(const struct Tokenizer *tok, struct Text *rest, size_t n,
                                            const char *what) {
     CHECK(rest->length >= n, "%s: ends inside its %s; make it again: " MAKE_TOKENIZER, tok->path,
@@ -11272,16 +11273,15 @@ static uint32_t tokenizer_u32(const struct Tokenizer *tok, struct Text *rest, co
     return b[0] | (uint32_t)b[1] << 8 | (uint32_t)b[2] << 16 | (uint32_t)b[3] << 24;
 }
 
-/* llm.c's header: 256 words, of which four say something. */
+/* llm.c's header: 256 words, of which only four are used. */
 static void tokenizer_read_header(struct Tokenizer *tok, struct Text *rest) {
-    /* The length is llm.c's choice, room for things to come. */
     uint32_t header[256];
     for (size_t i = 0; i < COUNT(header); i++)
         header[i] = tokenizer_u32(tok, rest, "header");
     CHECK(header[0] == TOKENIZER_MAGIC && header[1] == TOKENIZER_VERSION,
           "%s: not a tokenizer.bin of version 2 (it starts with %u, %u); make one: " MAKE_TOKENIZER,
           tok->path, header[0], header[1]);
-    /* Ids are stored in 16 bits in the merges: 65536 are all there can be. */
+    /* The merges store an id in 16 bits: there can be at most 65536. */
     tok->vocab_size = header[2];
     tok->end_token = (int)header[3];
     CHECK(tok->vocab_size > BYTE_TOKENS && tok->vocab_size <= 65536
@@ -11290,8 +11290,8 @@ static void tokenizer_read_header(struct Tokenizer *tok, struct Text *rest) {
           tok->path, tok->vocab_size, header[3]);
 }
 
-/* The tokens: a byte that says how long, and their bytes. The first 256 are the single bytes, in
- * an order of GPT-2's own. */
+/* The tokens: for each its length, one byte, then its bytes. The first 256 are the single bytes, in
+ * GPT-2's own order. */
 static void tokenizer_read_tokens(struct Tokenizer *tok, struct Text *rest, struct Arena *arena) {
     tok->token = arena_alloc(arena, tok->vocab_size, sizeof *tok->token);
     for (size_t id = 0; id < tok->vocab_size; id++) {
@@ -11299,8 +11299,8 @@ static void tokenizer_read_tokens(struct Tokenizer *tok, struct Text *rest, stru
         const unsigned char *bytes = tokenizer_take(tok, rest, length, "tokens");
         tok->token[id] = (struct Text){(const char *)bytes, length};
     }
-    /* Every byte must have its id: encoding starts from them, whatever the text. 256 ids without a
-     * repetition are all there are. */
+    /* Encoding starts from single bytes, so each must have an id, whatever the text. 256 different
+     * bytes are all of them. */
     memset(tok->byte_token, -1, sizeof tok->byte_token);
     for (int id = 0; id < BYTE_TOKENS; id++) {
         int *byte = &tok->byte_token[(unsigned char)tok->token[id].data[0]];
@@ -11310,12 +11310,12 @@ static void tokenizer_read_tokens(struct Tokenizer *tok, struct Text *rest, stru
     }
 }
 
-/* The merges, and the hash table in which encoding looks a pair up. Merge i makes the token
- * BYTE_TOKENS + i of two that came before it. */
+/* The merges, and the hash table in which encoding looks up a pair. Merge i makes the token
+ * BYTE_TOKENS + i from two earlier ones. */
 static void tokenizer_read_merges(struct Tokenizer *tok, struct Text *rest, struct Arena *arena) {
     struct Arena scratch = {0};
-    /* 1. A merge makes one token: with the bytes and the end token they are the whole
-     *    vocabulary, so the file states its size twice. */
+    /* 1. Each merge makes one token. With the bytes and the end token these are the whole
+     *    vocabulary, so the file states the vocabulary's size twice. */
     tok->merges = tokenizer_u32(tok, rest, "merges");
     CHECK(tok->merges + BYTE_TOKENS + 1 == tok->vocab_size,
           "%s: %zu merges do not make a vocabulary of %zu", tok->path, tok->merges,
@@ -11329,8 +11329,8 @@ static void tokenizer_read_merges(struct Tokenizer *tok, struct Text *rest, stru
         size_t left = pair & 0xffff;
         size_t right = pair >> 16;
 
-        /* 2. The file says twice what the token is; both must agree, or texts would decode to
-         *    others. */
+        /* 2. The file also says twice what the token is. Both must agree, or a text that is
+         *    encoded and decoded would come out as another. */
         bool agree =
             left < id && right < id
             && text_equal(text_join(&scratch, tok->token[left], tok->token[right]), tok->token[id]);
@@ -11341,16 +11341,17 @@ static void tokenizer_read_merges(struct Tokenizer *tok, struct Text *rest, stru
     arena_free(&scratch);
 }
 
-/* Unicode's letters, numbers and spaces: of each how many ranges, and these in order. */
+/* Unicode's letters, numbers and spaces: for each class the number of ranges, then the ranges in
+ * ascending order. */
 static void tokenizer_read_classes(struct Tokenizer *tok, struct Text *rest, struct Arena *arena) {
     static const char what[] = "Unicode classes";
     tok->char_class = arena_zeros(arena, UNICODE_END, 1);
-    /* letters, then numbers, then spaces; all other characters are CLASS_OTHER */
+    /* all characters in none of the ranges are CLASS_OTHER, 0 */
     for (int class = CLASS_LETTER; class <= CLASS_SPACE; class ++) {
         for (uint32_t n = tokenizer_u32(tok, rest, what), next = 0; n > 0; n--) {
             uint32_t first = tokenizer_u32(tok, rest, what);
             uint32_t last = tokenizer_u32(tok, rest, what);
-            /* in order and without overlaps, or a character would have two classes */
+            /* ranges of one class that overlap or are out of order mean a damaged file */
             CHECK(first >= next && first <= last && last < UNICODE_END,
                   "%s: a Unicode range from %u to %u, after one that ends before %u", tok->path,
                   first, last, next);
@@ -11360,14 +11361,14 @@ static void tokenizer_read_classes(struct Tokenizer *tok, struct Text *rest, str
     }
 }
 
-/* tokenizer.bin: what llm.c's has (header, tokens), and behind it what encoding needs besides:
- * the merges, and which characters are letters, numbers and spaces.      test: broken_tokenizer */
+/* tokenizer.bin: first what llm.c's has (header, tokens), then what encoding needs in addition: the
+ * merges, and which characters are letters, numbers and spaces.          test: broken_tokenizer */
 static struct Tokenizer *tokenizer_load(struct Arena *arena, const char *path) {
     struct Tokenizer *tok = arena_zeros(arena, 1, sizeof *tok);
     tok->path = arena_printf(arena, "%s", path);
     struct Text rest = read_file(arena, path);
-    /* each part needs those before it: merges are checked against tokens, tokens counted by the
-     * header */
+    /* each part needs the earlier ones: the header counts the tokens, and the merges are checked
+     * against these */
     tokenizer_read_header(tok, &rest);
     tokenizer_read_tokens(tok, &rest, arena);
     tokenizer_read_merges(tok, &rest, arena);
@@ -11376,7 +11377,7 @@ static struct Tokenizer *tokenizer_load(struct Arena *arena, const char *path) {
 }
 
 /* GPT-2's files show each byte as a printable character. Most bytes are one in Latin-1; the others
- * are counted from U+0100 on: the first 33, then the 34 behind '~', and last the soft hyphen.
+ * are numbered from U+0100: the first 33, then the 34 after '~', and finally the soft hyphen.
  * By hand: a space, 32, becomes U+0120, so " the" is written "Ġthe".      test: tokenizer_save */
 static struct Text token_as_unicode(struct Arena *arena, struct Text token) {
     /* no character below U+0800 takes more than two bytes of UTF-8 */
@@ -11393,9 +11394,10 @@ static struct Text token_as_unicode(struct Arena *arena, struct Text token) {
     return (struct Text){text, (size_t)(to - text)};
 }
 
-/* vocab.json and merges.txt: what AutoTokenizer looks for beside a model, with the
- * tokenizer_config.json of tokenizer_config_save. A model may have the first of our ids only; it
- * gets those, and the merges that make them.                              test: tokenizer_save */
+/* vocab.json and merges.txt: what AutoTokenizer looks for next to a model, besides the
+ * tokenizer_config.json that tokenizer_config_save writes. A model with a smaller vocabulary has
+ * only the first of our ids; it gets those, and the merges that make them.
+ *                                                                         test: tokenizer_save */
 static void tokenizer_save(const struct Tokenizer *tok, const char *folder, size_t vocab_size) {
     struct Arena arena = {0};
     size_t end = (size_t)endoftext_id(vocab_size);
@@ -11409,7 +11411,7 @@ static void tokenizer_save(const struct Tokenizer *tok, const char *folder, size
     fprintf(out.file, "\"<|endoftext|>\": %zu}\n", end);
     output_close(&out);
 
-    /* 2. a line for each merge, the most frequent pair first: its place is its rank */
+    /* 2. a line for each merge, the most frequent pair first: a merge's line is its rank */
     out = output_open(folder, "merges.txt");
     fputs("#version: 0.2\n", out.file);
     for (size_t i = 0; i + BYTE_TOKENS < end; i++) {
@@ -11421,15 +11423,15 @@ static void tokenizer_save(const struct Tokenizer *tok, const char *folder, size
     arena_free(&arena);
 }
 
-/* A model folder may bring its own vocabulary: one whose ids mean other tokens than ours is
- * refused. With it the model would read and write texts that nobody meant. */
+/* A model folder may bring its own vocabulary. If its ids mean other tokens than ours, it is
+ * refused: to that model, our ids would spell a different text. */
 static void tokenizer_check_folder(const struct Tokenizer *tok, const char *folder,
                                    size_t vocab_size) {
     struct Arena arena = {0};
     size_t end = (size_t)endoftext_id(vocab_size);
     CHECK(end < tok->vocab_size, "%s: has %zu ids, %s only %zu; another --tokenizer is needed",
           folder, vocab_size, tok->path, tok->vocab_size);
-    /* 1. the vocabulary, in the older of two files or in the newer one; there may be neither */
+    /* 1. the vocabulary, in one of two files, the older and the newer form; there may be neither */
     const char *path = arena_printf(&arena, "%s/vocab.json", folder);
     const char *newer = arena_printf(&arena, "%s/tokenizer.json", folder);
     struct Json *vocab = NULL;
@@ -11440,7 +11442,7 @@ static void tokenizer_check_folder(const struct Tokenizer *tok, const char *fold
     CHECK(!vocab || vocab->type == JSON_OBJECT,
           "%s: its vocabulary is not an object {\"token\": id, ...}", path);
 
-    /* 2. token by token; those behind GPT-2's own are read by added_tokens */
+    /* 2. token by token; those after GPT-2's own are the business of added_tokens */
     for (struct Json *item = vocab ? vocab->child : NULL; item; item = item->next) {
         size_t id = json_size(item, 1 << 24, path, "an id of the vocabulary");
         struct Text ours = id < end ? token_as_unicode(&arena, tok->token[id]) : item->key;
@@ -11452,7 +11454,7 @@ static void tokenizer_check_folder(const struct Tokenizer *tok, const char *fold
     arena_free(&arena);
 }
 
-/* The tokens that a model's folder adds behind GPT-2's own, ids `first` to `end` - 1: their names,
+/* The tokens that a model's folder adds to GPT-2's own, ids `first` to `end` - 1: their names,
  * empty where an id only rounds up the vocabulary (50304 is a multiple of 64, 50257 is not).
  * transformers lists them as {"name": id}, [{"id": id, "content": "name"}] or
  * {"id": {"content": "name"}}. */
@@ -11462,8 +11464,8 @@ static struct Text *added_tokens(struct Arena *arena, const char *folder, size_t
                                            {"added_tokens.json", NULL},
                                            {"tokenizer.json", "added_tokens"},
                                            {"tokenizer_config.json", "added_tokens_decoder"}};
-    /* Each of these files may name some of them, and none need be there. Where two name one id,
-     * the later one counts: the newer form. */
+    /* Each of these files may name some of them, or be missing. If two name the same id, the later
+     * one, the newer form, counts. */
     struct Text *names = arena_zeros(arena, end - first, sizeof *names);
     for (size_t i = 0; i < COUNT(lists) && first < end; i++) {
         const char *path = arena_printf(arena, "%s/%s", folder, lists[i][0]);
@@ -11471,7 +11473,7 @@ static struct Text *added_tokens(struct Arena *arena, const char *folder, size_t
         if (lists[i][1])
             list = json_get(list, lists[i][1]);
         for (const struct Json *item = list ? list->child : NULL; item; item = item->next) {
-            /* the three forms, told apart by an item's type; the third has the id as its key */
+            /* of the three forms the first has a number as its item, the third the id as its key */
             const struct Json *id = item->type == JSON_NUMBER ? item : json_get(item, "id");
             const struct Json *content = json_get(item, "content");
             double number = id ? id->number : item->key.data ? strtod(item->key.data, NULL) : 0;
@@ -11482,8 +11484,8 @@ static struct Text *added_tokens(struct Arena *arena, const char *folder, size_t
     return names;
 }
 
-/* What the name of a file in a folder says about it: which split it belongs to, and how much that
- * counts beside the names of the other files. */
+/* What a file's name, with its path inside the data folder, says: to which split the file belongs,
+ * and how much that counts against the names of other files. */
 enum Split { SPLIT_NONE, SPLIT_TRAIN, SPLIT_VALIDATION, SPLIT_TEST, SPLITS };
 enum SplitRank { RANK_FILE, RANK_FOLDER, RANK_SHARD, RANKS };
 
@@ -11502,8 +11504,7 @@ struct Shapes {
 
 /* The fields of shapes, for a message:  "chosen" + "rejected", or "text" */
 static const char *shape_names(struct Arena *arena, struct Shapes shapes) {
-    /* "a" + "b", or "c": the joint that comes next is " + " within a shape and ", or " between
-     * two */
+    /* the next joint is " + " inside a shape and ", or " between two */
     const char *names = "";
     const char *joint = "";
     for (size_t s = 0; s < shapes.n; s++, joint = ", or ")
@@ -11518,24 +11519,23 @@ static const char *shape_names(struct Arena *arena, struct Shapes shapes) {
 
 static int *json_ids(struct Arena *arena, const struct Json *array, size_t *count,
                      const char *place) {
-    /* an object has a count as well, and children: only an array's are ids */
+    /* an object has a count and children too, but only an array's children are ids */
     CHECK(array->type == JSON_ARRAY, "%s: \"%s\" must hold token ids", place, array->key.data);
     *count = (size_t)array->number;
     int *ids = arena_alloc(arena, *count, sizeof *ids);
     int *to = ids;
     for (struct Json *item = array->child; item; item = item->next)
-        /* no vocabulary has 2^24 ids; whether the model has this one is checked by whoever uses
-         * it */
+        /* no vocabulary has 2^24 ids; the caller checks whether the model has this one */
         *to++ = (int)json_size(item, (1 << 24) - 1, place, "a token id");
     return ids;
 }
 
-/* A chat, an array of messages that have a role, where a string was expected, ends the program.
- * GPT-2 was trained without a chat template, so which text such messages are is the user's choice;
- * the command writes "role: content" lines. A prompt that is a string beside them repeats their
- * beginning and is left out, as TRL does. */
+/* Ends the program if a field that should be a string is a chat, an array of messages with roles.
+ * GPT-2 was trained without a chat template, so the user decides how messages become text; the
+ * command in the message writes "role: content" lines. If a row also has a prompt that is a string,
+ * that repeats the beginning of its chats, and the command leaves it out, as TRL does. */
 static void refuse_chat(const struct Json *item, const char *place) {
-    /* 1. One command for all shapes: what is a chat becomes text, what is none stays. */
+    /* 1. One command for all shapes: chats become text, all other fields stay. */
     static const char flatten[] =
         "python3 -c \"import json,sys; "
         "f=lambda v:''.join('%s: %s\\n'%(m['role'],m['content'])for m in v)"
@@ -11544,7 +11544,7 @@ static void refuse_chat(const struct Json *item, const char *place) {
         "if(k,type(v))!=('prompt',str)}))for l in sys.stdin]\"";
     bool is_chat = item && item->type == JSON_ARRAY && json_get(item->child, "role");
 
-    /* 2. The name of the field, and the command for this very file. */
+    /* 2. The message names the field, and gives the command for this very file. */
     CHECK(!is_chat,
           "%s: \"%s\" is a chat, a list of messages, a string was expected (GPT-2 has no chat "
           "template); flatten it: %s < '%.*s' > rows.jsonl",
@@ -11560,23 +11560,23 @@ static unsigned json_fields(const struct Json *json) {
     return has;
 }
 
-/* A row's score, margin or label; a label may be a truth value too. */
+/* A row's score, margin or label; a label may also be true or false. */
 static double json_field_number(const struct Json *item, bool is_label, const char *place) {
     double number = is_label && item->type == JSON_TRUE ? 1 : item->number;
     bool is_truth = is_label && (item->type == JSON_TRUE || item->type == JSON_FALSE);
-    /* rewards are floats: a number beyond them would become infinite */
+    /* rewards are floats: a larger number would become infinite */
     CHECK(is_truth || (item->type == JSON_NUMBER && fabs(number) <= FLT_MAX),
           "%s: \"%s\" must be a number, at most 3.4e38", place, item->key.data);
     CHECK(!is_label || number == 0 || number == 1, "%s: \"label\" must be 0 or 1", place);
     return number;
 }
 
-/* One line's object into a row of this shape. Fields that the shape does not use are not judged:
- * `label` may say "pos" where texts alone are read. */
+/* Turns one line's object into a row of this shape. Fields that the shape does not use are not
+ * checked: `label` may be "pos" where only texts are read. */
 static struct Row dataset_row(struct Arena *keep, const struct Json *json, unsigned shape,
                               const char *place) {
     struct Row row = {.has = json_fields(json)};
-    /* where the texts go, the first five of enum Field, and the numbers */
+    /* where the texts go, in the order of enum Field, and the numbers, at their bit's place */
     struct Text *texts[] = {&row.text, &row.prompt, &row.completion, &row.chosen, &row.rejected};
     double *numbers[] = {[5] = &row.label, [6] = &row.score, [9] = &row.margin};
     unsigned used = row.has & (shape | shape >> 16); /* what it must have, and may have */
@@ -11599,7 +11599,7 @@ static struct Row dataset_row(struct Arena *keep, const struct Json *json, unsig
     return row;
 }
 
-/* The first of the shapes that a row fits; 0: none. */
+/* The first of the shapes that a row fits, or 0. */
 static unsigned shape_of(unsigned has, struct Shapes shapes) {
     for (size_t i = 0; i < shapes.n; i++) {
         /* the lower 16 bits: what a row must have */
@@ -11610,7 +11610,8 @@ static unsigned shape_of(unsigned has, struct Shapes shapes) {
     return 0;
 }
 
-/* Is it a table, CSV or TSV? Its name says so, or a cell of its first line is a field's name. */
+/* Is this file a table, CSV or TSV? Its name says so, or a cell of its first line is the name of
+ * one of our fields. */
 static bool is_table(struct Text file, const char *path) {
     const char *dot = strrchr(path, '.');
     if (dot && (strcmp(dot, ".csv") == 0 || strcmp(dot, ".tsv") == 0))
@@ -11628,8 +11629,8 @@ static bool is_table(struct Text file, const char *path) {
     return false;
 }
 
-/* Other formats that data comes in, by their first bytes, and the command that makes JSON Lines of
- * a file: `before`, its path, `after`. Tables have no such bytes and stand last. */
+/* Other formats in which data comes, by their first bytes, and the command that turns a file into
+ * JSON Lines: `before`, the file's path, `after`. Tables have no such bytes and come last. */
 #define PANDAS(reader) "python3 -c \"import pandas; pandas." reader "('"
 #define PANDAS_END "').to_json('rows.jsonl', orient='records', lines=True)\""
 static const struct Format {
@@ -11653,9 +11654,9 @@ static const struct Format {
 };
 enum { FORMAT_CSV = COUNT(FORMATS) - 1, FORMAT_TSV = FORMAT_CSV - 1 };
 
-/* Data that is whole but in another format is refused by the format's name. */
+/* Ends the program if a file is in another format, which the message names. */
 static void refuse_other_formats(struct Text file, const char *path) {
-    /* 1. By its first bytes, blanks apart. */
+    /* 1. Look at its first bytes, after any blanks. */
     size_t format = 0;
     file = text_without_mark(file);
     size_t blank = strspn(file.data, " \t\r\n");
@@ -11663,8 +11664,9 @@ static void refuse_other_formats(struct Text file, const char *path) {
     while (format < FORMAT_TSV && !text_starts(file, FORMATS[format].start))
         format++;
 
-    /* 2. None of them: JSON Lines begin with a brace, a table with the names of its columns. What
-     *    is neither is left to the parser, which says what is wrong with the first line. */
+    /* 2. None of those formats: JSON Lines begin with a brace, a table with the names of its
+     *    columns. Anything else is left to the parser, which says what is wrong in the first
+     *    line. */
     if (format == FORMAT_TSV) {
         if (*file.data == '{' || !is_table(file, path))
             return;
@@ -11675,7 +11677,8 @@ static void refuse_other_formats(struct Text file, const char *path) {
         FORMATS[format].before, path, FORMATS[format].after);
 }
 
-/* One line of a file as a JSON object, or the program ends and says what may help. */
+/* Parses one line of a file, which must be a JSON object; if it is not, the message says what may
+ * help. */
 static struct Json *dataset_line(struct Arena *scratch, struct Text line, bool is_last,
                                  const char *place) {
     const char *error;
@@ -11684,13 +11687,13 @@ static struct Json *dataset_line(struct Arena *scratch, struct Text line, bool i
     struct Json *json = json_parse(scratch, line, &error, &where);
     if (json && json->type == JSON_OBJECT)
         return json;
-    /* UTF-16 marks its beginning by U+FEFF, in the byte order that the file has */
+    /* a UTF-16 file begins with U+FEFF, in the file's byte order */
     if (text_starts(line, "\xff\xfe") || text_starts(line, "\xfe\xff"))
         hint = "; it is UTF-16, make it UTF-8: iconv -f UTF-16 -t UTF-8";
     else if (*line.data != '{')
         hint = "; one object a line was expected: {\"text\": \"...\"}";
     else if (!is_last && where >= line.length)
-        /* an object that is still open at its line's end was laid out over several lines */
+        /* an object that is still open at the end of its line was laid out over several lines */
         hint = arena_printf(scratch,
                             "; the object goes on in the next line, it must be on one; "
                             "run: jq -c . '%.*s' > rows.jsonl",
@@ -11698,7 +11701,7 @@ static struct Json *dataset_line(struct Arena *scratch, struct Text line, bool i
     return json_object(scratch, line, place, hint);
 }
 
-/* Why a row fits none of the shapes. */
+/* Ends the program and says why a row fits none of the shapes. */
 static _Noreturn void refuse_shape(const struct Json *json, struct Shapes shapes,
                                    const char *place) {
     struct Arena arena = {0};
@@ -11711,7 +11714,7 @@ static _Noreturn void refuse_shape(const struct Json *json, struct Shapes shapes
 
 static void dataset_append(struct Arena *arena, struct Dataset *data, struct Row row) {
     if (data->n == data->capacity) {
-        /* an arena cannot make a piece longer, so the rows move to one twice as large */
+        /* memory from an arena cannot grow in place, so the rows move to a block twice as large */
         data->capacity = MAX(2 * data->n, (size_t)256);
         struct Row *rows = arena_alloc(arena, data->capacity, sizeof *rows);
         data->rows = data->n ? memcpy(rows, data->rows, data->n * sizeof *rows) : rows;
@@ -11719,8 +11722,9 @@ static void dataset_append(struct Arena *arena, struct Dataset *data, struct Row
     data->rows[data->n++] = row;
 }
 
-/* Appends a file's rows, which all have the shape of the first one. If that is none of `shapes`,
- * the program ends, or, where the file is optional, it is left out. */
+/* Appends a file's rows. All must have the shape of the data set's first row, which may have any of
+ * `shapes`. A row that does not fit ends the program, unless it is the first of an optional file:
+ * then the file is left out. */
 static void dataset_add_file(struct Arena *arena, struct Dataset *data, struct DataFile *source,
                              struct Shapes shapes, bool optional) {
     struct Arena scratch = {0};
@@ -11730,7 +11734,8 @@ static void dataset_add_file(struct Arena *arena, struct Dataset *data, struct D
     const char *end = file.data + file.length;
     refuse_other_formats(file, source->path);
     for (size_t line = 1; at < end; line++) {
-        /* 1. A line; empty ones count, so that the numbers in messages are an editor's. */
+        /* 1. A line. Empty ones count, so that a message has the line number that an editor
+         *    shows. */
         const char *stop = memchr(at, '\n', (size_t)(end - at));
         if (!stop)
             stop = end;
@@ -11741,8 +11746,8 @@ static void dataset_add_file(struct Arena *arena, struct Dataset *data, struct D
         const char *place = arena_printf(&line_arena, "%s:%zu", source->path, line);
         struct Json *json = dataset_line(&line_arena, text, at >= end, place);
 
-        /* 2. Its shape: the best that it fits, if it is the first row of all, and else the first
-         *    row's. Which rows have a prompt must not change in the middle of a data set. */
+        /* 2. Its shape. The first row of a data set takes the best that it fits; all others must
+         *    have the same, since rows must not lose their prompt in the middle of a data set. */
         if (data->shape)
             shapes = (struct Shapes){&data->shape, 1};
         unsigned shape = shape_of(json_fields(json), shapes);
@@ -11761,8 +11766,9 @@ static void dataset_add_file(struct Arena *arena, struct Dataset *data, struct D
     arena_free(&scratch);
 }
 
-/* The split that a word of a path, from `at` to `end`, names, in small or capital letters; of
- * several the first of enum Split. Words end where datasets' NON_WORDS_CHARS stand. */
+/* The split that is named by a word between `at` and `end`, a part of a path, in upper or lower
+ * case; of several splits the first in enum Split. The characters that separate words are
+ * NON_WORDS_CHARS in datasets. */
 static enum Split split_of_words(const char *at, const char *end) {
     static const char *const names[SPLITS] = {
         [SPLIT_TRAIN] = "train training",
@@ -11771,7 +11777,7 @@ static enum Split split_of_words(const char *at, const char *end) {
     };
     for (enum Split split = SPLIT_TRAIN; split < SPLITS; split++)
         for (const char *word = at; word < end; word++) {
-            /* the next word, which may be empty between two marks: "tests" names no split */
+            /* only a whole word counts: "tests" names no split */
             size_t length = strcspn(word, "-._ 0123456789/");
             const char *name = names[split];
             for (size_t n; (n = next_name(&name)) > 0; name += n)
@@ -11782,10 +11788,11 @@ static enum Split split_of_words(const char *at, const char *end) {
     return SPLIT_NONE;
 }
 
-/* Is a file's name one of "train-00000-of-00002.jsonl"'s kind, as datasets writes large data? */
+/* Is this the name of a shard, such as "train-00000-of-00002.jsonl", one of the files into which
+ * datasets divides large data? */
 static bool is_shard_name(const char *name) {
     static const char digits[] = "0123456789";
-    /* five digits on the left, with a hyphen before them, and five or more on the right */
+    /* before "-of-" a hyphen and five digits, after it five digits or more */
     for (const char *of = strstr(name, "-of-"); of; of = strstr(of + 1, "-of-"))
         if (of - name >= 6 && of[-6] == '-' && strspn(of - 5, digits) == 5
             && strspn(of + 4, digits) >= 5)
@@ -11793,10 +11800,11 @@ static bool is_shard_name(const char *name) {
     return false;
 }
 
-/* data_file_split -- which file of a folder is which split, by its name, as datasets.load_dataset
- * decides it (data_files.py): shards in data/ count before folders that are called after a split,
- * these before files that are. Two things are ours, lest held-out rows be trained on: capital
- * letters make no difference, and a name with words of several splits counts once.
+/* data_file_split -- to which split a file of a folder belongs, by its name, as decided by
+ * datasets.load_dataset (data_files.py): shards in data/ take precedence over folders named after a
+ * split, and these over files named after one. Two rules are our own, lest held-out rows be trained
+ * on: upper and lower case are the same, and a name that has words of several splits counts for one
+ * split only.
  * By hand: "train.jsonl" train; "dev/a.jsonl" validation; "tests.jsonl" none.
  *                                                                       test: data_splits */
 static void data_file_split(struct DataFile *file) {
@@ -11804,7 +11812,7 @@ static void data_file_split(struct DataFile *file) {
     const char *base = slash ? slash + 1 : file->name;
     bool is_in_data = base == file->name + 5 && strncmp(file->name, "data/", 5) == 0;
     enum Split of_folders = split_of_words(file->name, base);
-    /* what the file's own name says counts where no folder above it says anything */
+    /* the file's own name counts only if no folder above it names a split */
     file->split = of_folders ? of_folders : split_of_words(base, base + strlen(base));
     file->rank = of_folders                          ? RANK_FOLDER
                  : is_in_data && is_shard_name(base) ? RANK_SHARD
@@ -11817,8 +11825,9 @@ static int compare_data_files(const void *a, const void *b) {
 
 enum { DATA_FILES_MOST = 256 };
 
-/* Adds the *.jsonl of a folder and of the folders in it to data->files. As datasets does, it passes
- * over what is hidden, folders like __pycache__, and links to folders, which may lead back. */
+/* Adds the *.jsonl files of a folder and its subfolders to data->files. As datasets does, it skips
+ * hidden files and folders, folders like __pycache__, and links to folders, which may form a
+ * loop. */
 static void dataset_list_files(struct Arena *arena, struct Dataset *data, const char *folder) {
     DIR *dir = opendir(folder);
     CHECK(dir, "%s: %s", folder, strerror(errno));
@@ -11829,13 +11838,13 @@ static void dataset_list_files(struct Arena *arena, struct Dataset *data, const 
         struct stat s;
         if (name[0] == '.' || lstat(path, &s) != 0)
             continue;
-        /* 1. a folder: what is in it */
+        /* 1. a folder: the files in it */
         if (S_ISDIR(s.st_mode) && strncmp(name, "__", 2) != 0)
             dataset_list_files(arena, data, path);
         if (is_folder(path) || !dot || strcmp(dot, ".jsonl") != 0)
             continue;
 
-        /* 2. a file of rows: its name inside the folder says of which split */
+        /* 2. a file of rows: the path inside the data folder tells its split */
         CHECK(data->file_count < DATA_FILES_MOST,
               "%s: more than %d .jsonl files; join some of them", data->path, DATA_FILES_MOST);
         struct DataFile file = {.path = path, .name = path + strlen(data->path) + 1};
@@ -11845,13 +11854,13 @@ static void dataset_list_files(struct Arena *arena, struct Dataset *data, const 
     closedir(dir);
 }
 
-/* "a.jsonl, b.jsonl and 3 more": the files of a folder that are read, or those that are not. */
+/* "a.jsonl, b.jsonl and 3 more": the files of a folder that have been read, or have not. */
 static const char *data_file_names(struct Arena *arena, const struct Dataset *data, bool is_read) {
     enum { MOST = 8 };
     const char *names = "";
     size_t count = 0;
     for (size_t i = 0; i < data->file_count; i++) {
-        /* a long list would hide what the message is about: eight names, and how many more */
+        /* a long list would hide what the message is about */
         if (data->files[i].is_read != is_read || count++ >= MOST)
             continue;
         names = arena_printf(arena, "%s%s%s", names, *names ? ", " : "", data->files[i].name);
@@ -11868,8 +11877,8 @@ static bool is_read_by(const struct Dataset *data, const char *path) {
     return false;
 }
 
-/* Adds the files of a folder that belong to a split and have a shape: of those whose names say so
- * by one rank, the highest there is. What `training` has read is not added. */
+/* Adds the files of a folder that belong to a split and have rows of a shape. Only files of one
+ * rank are added, the highest that gives any rows, and none that `training` has read. */
 static void dataset_add_split(struct Arena *arena, struct Dataset *data, enum Split split,
                               unsigned shape, const struct Dataset *training) {
     for (size_t rank = RANKS; rank-- > 0 && data->n == 0;)
@@ -11881,15 +11890,15 @@ static void dataset_add_split(struct Arena *arena, struct Dataset *data, enum Sp
         }
 }
 
-/* No file of a folder has the rows that are wanted. Says why the first file that might have had
- * them has not, or what is there instead. */
+/* Ends the program: no file of a folder has suitable rows. The message says why the first file
+ * that might have had them has none, or what is there instead. */
 static _Noreturn void refuse_folder(struct Arena *arena, struct Dataset *data, struct Shapes shapes,
                                     const struct Dataset *training) {
-    /* taken before any file is tried, for a file that is tried counts as read */
+    /* none has been read, so these are all the files of the folder */
     const char *files = data_file_names(arena, data, false);
     const char *wanted = shape_names(arena, shapes);
-    /* 1. A file that might have been read: now that its shape is no longer optional, its first row
-     *    ends the program with the reason, unless it is empty. */
+    /* 1. Try each file that might have been read, this time not as an optional one: its first row
+     *    ends the program with the reason. A file without rows does not. */
     for (size_t i = 0; i < data->file_count; i++) {
         struct DataFile *file = &data->files[i];
         bool is_held_out = file->split == SPLIT_VALIDATION || file->split == SPLIT_TEST;
@@ -11898,7 +11907,7 @@ static _Noreturn void refuse_folder(struct Arena *arena, struct Dataset *data, s
         dataset_add_file(arena, data, file, shapes, false);
     }
 
-    /* 2. There is no such file. */
+    /* 2. There was no such row. */
     CHECK(*files, "%s: no row with %s was found: no .jsonl file is there", data->path, wanted);
     CHECK(!training, "%s: no held-out row with %s was found: the training reads what is there (%s)",
           data->path, wanted, files);
@@ -11906,8 +11915,9 @@ static _Noreturn void refuse_folder(struct Arena *arena, struct Dataset *data, s
         data->path, wanted, files, data->files[0].path);
 }
 
-/* Reads a file, or of a folder the rows of the best shape that any of its files has, of the first
- * of the splits that has such rows. Says which files these are if there are others. */
+/* Reads a file or a folder. From a folder it takes the best shape that any file of the allowed
+ * splits has, and the rows of that shape from the first split that has any. If there are other
+ * files, a note says which were read. */
 static struct Dataset *dataset_open(struct Arena *arena, const char *path, struct Shapes shapes,
                                     const struct Dataset *training) {
     static const enum Split to_train[] = {SPLIT_TRAIN, SPLIT_NONE};
@@ -11917,7 +11927,7 @@ static struct Dataset *dataset_open(struct Arena *arena, const char *path, struc
     struct Dataset *data = arena_zeros(arena, 1, sizeof *data);
     data->path = arena_printf(arena, "%s", path);
     data->files = arena_zeros(arena, DATA_FILES_MOST, sizeof *data->files);
-    /* 1. One file, whatever its name says: whoever names it means it. */
+    /* 1. A single file is read whatever its name says: the user has named it. */
     if (!is_folder(path)) {
         data->files[data->file_count++].path = data->path;
         dataset_add_file(arena, data, data->files, shapes, false);
@@ -11925,9 +11935,9 @@ static struct Dataset *dataset_open(struct Arena *arena, const char *path, struc
         return data;
     }
 
-    /* 2. A folder's files, sorted: its own order differs from machine to machine. The shape
-     *    matters more than the split: pairs in "data.jsonl" are what DPO wants, whatever texts are
-     *    in "train.jsonl". */
+    /* 2. A folder's files are sorted, since the order in which the system lists them differs from
+     *    machine to machine. Shape comes before split: if "data.jsonl" has pairs, DPO wants those,
+     *    whatever texts "train.jsonl" may have. */
     dataset_list_files(arena, data, data->path);
     qsort(data->files, data->file_count, sizeof *data->files, compare_data_files);
     for (size_t s = 0; s < shapes.n; s++)
@@ -11936,7 +11946,7 @@ static struct Dataset *dataset_open(struct Arena *arena, const char *path, struc
     if (data->n == 0)
         refuse_folder(arena, data, shapes, training);
 
-    /* 3. A choice was made for the user, who should know it. */
+    /* 3. A choice was made for the user, who should know about it. */
     const char *left_out = data_file_names(arena, data, false);
     if (*left_out)
         warn("%s: read %s%s; left out %s", path, data_file_names(arena, data, true),
@@ -11951,12 +11961,12 @@ static bool text_contains(struct Text text, struct Text word) {
     return false;
 }
 
-/* Tutorials tell one to write "<|endoftext|>" behind each text. Here these are thirteen ordinary
- * characters, which the model would learn to write, and the end token is added behind them all the
- * same. One note a data set says so.                                   test: data_written_ends */
+/* Some tutorials say to write "<|endoftext|>" after each text. Here these are thirteen ordinary
+ * characters, which the model would learn to write, and the end token would still be added after
+ * them. One note for each data set says so.                            test: data_written_ends */
 static void warn_of_written_ends(const struct Dataset *data, const struct Tokenizer *tok) {
     struct Text name = tok->token[tok->end_token];
-    /* Only fields that are used are looked at. Pairs may have a prompt of their own. */
+    /* Look only at the fields that are used. A pair's prompt is used if there is one. */
     unsigned used = data->shape;
     if ((used & SHAPE_PREFERENCE) == SHAPE_PREFERENCE)
         used |= HAS_PROMPT;
@@ -11976,16 +11986,17 @@ static void warn_of_written_ends(const struct Dataset *data, const struct Tokeni
 }
 
 /* dataset_load -- a JSON Lines file, or a folder of them.          [glossary: Conjunto de dados]
- * shapes: what the caller can use, best first. A folder stands for the files of its train split,
- * or, if no name says "train", for those whose names say nothing of a split.  test: data_splits */
+ * shapes: what the caller can use, best first. A folder stands for its train split, or, if that has
+ * no such rows, for the files whose names name no split.                      test: data_splits */
 static struct Dataset *dataset_load(struct Arena *arena, const char *path, const unsigned *shapes,
                                     size_t shape_count) {
     return dataset_open(arena, path, (struct Shapes){shapes, shape_count}, NULL);
 }
 
-/* dataset_load_held_out -- rows to measure a training on, of the shape of the rows it learns from.
- * A folder stands for its validation split, else for its test split, else for all of it, but never
- * for a file that the training reads: a model that has seen the answers does well on them. */
+/* dataset_load_held_out -- the rows on which a training is measured, of the same shape as those it
+ * learns from. A folder stands for its validation split, else for its test split, else for the
+ * files that name no split, else for its train split, but never for a file that the training reads:
+ * a model that has seen the answers does well on them. */
 static struct Dataset *dataset_load_held_out(struct Arena *arena, const char *path,
                                              const struct Dataset *training) {
     return dataset_open(arena, path, (struct Shapes){&training->shape, 1}, training);
