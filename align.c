@@ -12005,18 +12005,18 @@ static struct Dataset *dataset_load_held_out(struct Arena *arena, const char *pa
 /* =============================================================================================
  * Chapter 23 - safetensors, model and adapter folders            [glossary: Hugging Face]
  *
- * A model is a folder that transformers reads: config.json and model.safetensors. An adapter is
- * one that PEFT reads. What enters: such folders, whoever wrote them; settings that would change
- * the mathematics are refused by name. What leaves: a model in memory, or a folder that is
- * replaced as a whole or not at all.
+ * How are models exchanged with transformers and PEFT? A model is a folder that transformers reads:
+ * config.json and model.safetensors. An adapter is one that PEFT reads. What enters: such folders,
+ * whoever wrote them; settings that would change the mathematics are refused by name. What leaves:
+ * a model in memory, or a folder in which no file is replaced before all the new ones are complete.
  * ============================================================================================= */
 
-/* The place of the first of n numbers that is NaN or infinite; n: all are finite. */
+/* The index of the first of n numbers that is NaN or infinite; n if all are finite. */
 static size_t first_not_finite(const float *x, size_t n) {
     for (size_t first = 0; first < n; first += 4096) {
         size_t end = MIN(n, first + 4096);
         int bad = 0;
-        /* a loop without a way out, which compilers turn into vectors; NaN fails any comparison */
+        /* no early exit, so that compilers can vectorize the loop; NaN fails any comparison */
         for (size_t i = first; i < end; i++)
             bad |= !(fabsf(x[i]) <= FLT_MAX);
         for (size_t i = first; bad && i < end; i++)
@@ -12026,7 +12026,7 @@ static size_t first_not_finite(const float *x, size_t n) {
     return n;
 }
 
-/* Numbers of 16 bits. bfloat16 is the upper half of a float: its range, and 8 bits of precision.
+/* 16-bit numbers. bfloat16 is the upper half of a float: the same range, but 8 bits of precision.
  * float16 has 5 bits of exponent (bias 15) and 10 of fraction; below 2^-14 it has no leading 1.
  * By hand: 0x3e00 is exponent 15, fraction 512: (1024 + 512) 2^(15 - 25) = 1.5.
  *                                                                       test: safetensors_half */
@@ -12037,15 +12037,15 @@ static float float_of_bf16(uint16_t half) {
 static float float_of_f16(uint16_t half) {
     int exponent = half >> 10 & 31;
     int fraction = half & 1023;
-    /* exponent 0: fraction / 2^10 times 2^-14. All bits of the exponent set: infinity, or NaN if
-     * there is a fraction. Else the 1 before the point, which is not stored, is added. */
+    /* Exponent 0: fraction / 2^10 times 2^-14. Exponent 31: infinity, or NaN if there is a
+     * fraction. Otherwise add the 1 before the point, which is not stored. */
     float magnitude = exponent == 0    ? ldexpf((float)fraction, -24)
                       : exponent == 31 ? (fraction ? NAN : INFINITY)
                                        : ldexpf((float)(1024 + fraction), exponent - 25);
     return half & 0x8000 ? -magnitude : magnitude;
 }
 
-/* safetensors: 8 bytes of header length, a JSON header {"name": {"dtype", "shape",
+/* A safetensors file: the header's length in 8 bytes, a JSON header {"name": {"dtype", "shape",
  * "data_offsets"}}, then the numbers. */
 struct SafeTensors {
     FILE *file;
@@ -12054,20 +12054,20 @@ struct SafeTensors {
     uint64_t data_start, data_size;
 };
 
-/* Where a tensor's bytes stand, counted from the header's end. */
+/* Where a tensor's bytes are, counted from the end of the header. */
 struct Span {
     uint64_t begin, end;
     const char *name;
 };
 
-/* The order of their middles: an empty tensor, which begins where it ends, has one too. */
+/* Orders spans by their middles: an empty tensor, which begins where it ends, has one too. */
 static int compare_spans(const void *a, const void *b) {
     const struct Span *x = a;
     const struct Span *y = b;
     return (x->begin + x->end > y->begin + y->end) - (x->begin + x->end < y->begin + y->end);
 }
 
-/* Where an entry of the header says its numbers stand. */
+/* Where the numbers of a header's entry are; the entry is checked. */
 static struct Span safetensors_span(const struct SafeTensors *st, const struct Json *entry) {
     const struct Json *offsets = json_get(entry, "data_offsets");
     CHECK(json_type(entry, "dtype") == JSON_STRING && json_type(entry, "shape") == JSON_ARRAY
@@ -12076,7 +12076,7 @@ static struct Span safetensors_span(const struct SafeTensors *st, const struct J
     struct Span span = {json_size(offsets->child, SIZE_MAX / 4, st->path, "data_offsets"),
                         json_size(offsets->child->next, SIZE_MAX / 4, st->path, "data_offsets"),
                         entry->key.data};
-    /* before anything is read at them, or memory asked for */
+    /* before anything is read there, or memory allocated for it */
     CHECK(span.begin <= span.end && span.end <= st->data_size,
           "%s: tensor %s: its bytes %llu to %llu leave the file's %llu; cut short?", st->path,
           span.name, (unsigned long long)span.begin, (unsigned long long)span.end,
@@ -12084,35 +12084,35 @@ static struct Span safetensors_span(const struct SafeTensors *st, const struct J
     return span;
 }
 
-/* No two tensors share bytes, those that nobody reads included: the file would not be what its
- * writer meant. */
+/* Ends the program if two tensors share bytes, even tensors that nobody reads: the file is then not
+ * what its writer meant. */
 static void safetensors_check_overlap(const struct SafeTensors *st, struct Arena *arena) {
     struct Span *spans = arena_alloc(arena, (size_t)st->header->number + 1, sizeof *spans);
     struct Span *end = spans;
     for (struct Json *entry = st->header->child; entry; entry = entry->next) {
-        /* the one entry that is no tensor */
+        /* the only entry that is not a tensor */
         entry->is_taken = text_equal(entry->key, text_of("__metadata__"));
         if (!entry->is_taken)
             *end++ = safetensors_span(st, entry);
     }
-    /* once sorted, one that overlaps another overlaps its neighbour */
+    /* once they are sorted, if any two overlap, two neighbours do */
     qsort(spans, (size_t)(end - spans), sizeof *spans, compare_spans);
     for (struct Span *span = spans + 1; span < end; span++)
         CHECK(span->begin >= span[-1].end, "%s: tensors %s and %s share bytes", st->path,
               span[-1].name, span->name);
 }
 
-/* Opens a file and reads its header; the numbers stay on the disk until they are asked for. */
+/* Opens a file and reads its header; the numbers are read only when needed. */
 static struct SafeTensors safetensors_open(struct Arena *arena, const char *path) {
     struct SafeTensors st = {.path = arena_printf(arena, "%s", path)};
     struct stat status;
-    /* a pipe would wait for a writer, so only a file on a disk is opened */
+    /* opening a pipe would wait for a writer, so only a file on a disk is opened */
     CHECK(stat(path, &status) != 0 || S_ISREG(status.st_mode),
           "%s: is a folder, a pipe or a device; a file was expected", path);
     st.file = fopen(path, "rb");
     CHECK(st.file, "%s: %s", path, strerror(errno));
 
-    /* 1. How long is the header? Its length is checked against the file's before it is used. */
+    /* 1. The header's length, which is checked against the file's before it is used. */
     char start[64];
     size_t n = fread(start, 1, sizeof start, st.file);
     check_fetched(path, (struct Text){start, n});
@@ -12126,7 +12126,7 @@ static struct SafeTensors safetensors_open(struct Arena *arena, const char *path
           "%s: not a safetensors file, or cut short: its header claims %llu bytes, %llu follow",
           path, (unsigned long long)length, (unsigned long long)behind);
 
-    /* 2. The header. */
+    /* 2. The header, and whether what it says of the tensors is possible. */
     char *text = arena_alloc(arena, (size_t)length, 1);
     CHECK(fseeko(st.file, 8, SEEK_SET) == 0 && fread(text, 1, (size_t)length, st.file) == length,
           "%s: cannot be read: %s", path, strerror(errno));
@@ -12144,7 +12144,7 @@ static void safetensors_convert(float *to, const unsigned char *from, size_t n, 
     }
     bool bf16 = strcmp(dtype, "BF16") == 0;
     for (size_t i = 0; i < n; i++) {
-        /* byte by byte: in the file a number may stand at an odd place */
+        /* byte by byte: a buffer of bytes need not be aligned for 16-bit numbers */
         uint16_t half = (uint16_t)(from[2 * i] | from[2 * i + 1] << 8);
         to[i] = bf16 ? float_of_bf16(half) : float_of_f16(half);
     }
@@ -12156,13 +12156,13 @@ static const char *tensor_shape(char text[48], const struct Tensor *t) {
     return text;
 }
 
-/* The shape that an entry has must be the tensor's, which follows from the configuration. */
+/* An entry must have the shape of the tensor, which follows from the configuration. */
 static void safetensors_check_shape(const struct SafeTensors *st, const struct Json *entry,
                                     const struct Tensor *tensor) {
     char expected[48], found[96] = "";
     size_t used = 0;
     tensor_shape(expected, tensor);
-    /* both as text, in which they are compared; a long one is not shown to its end */
+    /* both are compared as text, which the message needs anyway; a long shape is cut */
     for (struct Json *item = json_get(entry, "shape")->child; item && used < 60; item = item->next)
         used += (size_t)snprintf(found + used, sizeof found - used, "%s%.15g", used ? ", " : "",
                                  item->type == JSON_NUMBER ? item->number : NAN);
@@ -12171,27 +12171,27 @@ static void safetensors_check_shape(const struct SafeTensors *st, const struct J
           st->path, tensor->name, expected, found);
 }
 
-/* Numbers `first` to first + n - 1 of a tensor have been read: each must be finite. A single NaN
- * would spread through every activation, and after one step through every weight. */
+/* Checks that numbers `first` to first + n - 1 of a tensor are finite. A single NaN would spread to
+ * all activations, and after one step to all weights. */
 static void safetensors_check_finite(const struct SafeTensors *st, const struct Tensor *tensor,
                                      size_t first, size_t n) {
     const float *w = tensor->w + first;
     size_t bad = first_not_finite(w, n);
-    /* AdamW's moments may be infinite: that makes a step of 0 */
+    /* AdamW's mean of squared gradients may overflow to infinity: its step is then 0 */
     bool is_moment = strncmp(tensor->name, "exp_avg", 7) == 0;
     while (is_moment && bad < n && isinf(w[bad]))
         bad += 1 + first_not_finite(w + bad + 1, n - bad - 1);
-    /* a tensor of bits holds what is no float: counters, random states */
+    /* a tensor of bits holds no floats, but counters and random states */
     CHECK(bad == n || tensor->bits,
           "%s: tensor %s: number %zu is %g, a finite one was expected; "
           "take an earlier checkpoint or a fresh copy of the file",
           st->path, tensor->name, first + bad, w[bad]);
 }
 
-/* Reads one entry of the header into a tensor of ours, whose shape decides.
+/* Reads one entry of the header into a tensor, whose shape the entry must have.
  *                                             test: safetensors_round_trip, safetensors_half */
 static void safetensors_read(struct SafeTensors *st, struct Json *entry, struct Tensor *tensor) {
-    /* 1. Are these the numbers that are wanted, of a type that is read, and all of them? */
+    /* 1. Are these the right numbers, of a type that can be read, and all of them? */
     struct Span span = safetensors_span(st, entry);
     const char *type = json_get(entry, "dtype")->string.data;
     bool is_half = strcmp(type, "F16") == 0 || strcmp(type, "BF16") == 0;
@@ -12205,7 +12205,8 @@ static void safetensors_read(struct SafeTensors *st, struct Json *entry, struct 
     CHECK(fseeko(st->file, (off_t)(st->data_start + span.begin), SEEK_SET) == 0, "%s: %s", st->path,
           strerror(errno));
 
-    /* 2. In chunks, each converted to floats: a file of 16-bit numbers needs no room of its own. */
+    /* 2. Read them in chunks, each converted to floats, so that a tensor of 16-bit numbers is never
+     *    in memory twice. */
     unsigned char chunk[4 * 8192];
     for (size_t n, done = 0; done < tensor->n; done += n) {
         n = MIN(tensor->n - done, (size_t)8192);
@@ -12218,16 +12219,17 @@ static void safetensors_read(struct SafeTensors *st, struct Json *entry, struct 
     tensor->loaded = true;
 }
 
-/* Writes tensors as F32, names prefixed, header padded to 8 bytes as the format asks.
- * metadata: what is added to the header's, as in JSON: ,"name":"value", or "". */
+/* Writes tensors as F32, with `prefix` before their names, and the header padded to a multiple of 8
+ * bytes as the format requires. metadata: what is added to the header's __metadata__, as JSON:
+ * ,"name":"value" or "". */
 static void safetensors_write_with(const char *folder, const char *name, struct Tensor **tensors,
                                    size_t count, const char *prefix, const char *metadata) {
     struct Output out = output_open(folder, name);
     /* 1. Room for the header's length, which is not known yet. */
     fwrite("\0\0\0\0\0\0\0", 1, 8, out.file);
 
-    /* 2. The header: what each tensor is called, and where its numbers will stand. A head belongs
-     *    to no transformer: its prefix is without that word. */
+    /* 2. The header: what each tensor is called, and where its numbers will be. A head is not part
+     *    of the transformer, so its prefix lacks that word. */
     size_t length = (size_t)fprintf(out.file, "{\"__metadata__\":{\"format\":\"pt\"%s}", metadata);
     size_t offset = 0;
     for (size_t i = 0; i < count; i++) {
@@ -12242,12 +12244,13 @@ static void safetensors_write_with(const char *folder, const char *name, struct 
     }
     length += (size_t)fprintf(out.file, "}%*s", (int)(7 - length % 8), "");
 
-    /* 3. The numbers; one that is empty may have no memory at all. */
+    /* 3. The numbers. An empty tensor may have no memory at all. */
     for (size_t i = 0; i < count; i++)
         if (tensors[i]->n)
             fwrite(tensors[i]->w, 4, tensors[i]->n, out.file);
 
-    /* 4. The length. fseeko, unlike rewind, keeps the mark of an error that output_close reads. */
+    /* 4. The length. fseeko, unlike rewind, keeps the stream's error flag, which output_close
+     *    checks. */
     fseeko(out.file, 0, SEEK_SET);
     for (int i = 0; i < 8; i++)
         fputc((int)((uint64_t)length >> 8 * i & 255), out.file);
@@ -12260,8 +12263,8 @@ static void safetensors_write(const char *folder, const char *name, struct Tenso
 }
 
 static void config_check(const struct GPT2Config *c, const char *path) {
-    /* Limits far above any GPT-2, so that no product of sizes can overflow. Attention's heads
-     * share the width equally. */
+    /* The limits are far above any GPT-2's sizes, but low enough that no product of sizes can
+     * overflow. The heads of attention share the width equally. */
     CHECK(c->n_embd > 0 && c->n_embd <= 1 << 16 && c->n_head > 0 && c->n_embd % c->n_head == 0,
           "%s: n_embd %zu must be a multiple of n_head %zu, at most 65536", path, c->n_embd,
           c->n_head);
@@ -12269,29 +12272,29 @@ static void config_check(const struct GPT2Config *c, const char *path) {
           c->n_layer);
     CHECK(c->n_positions > 0 && c->n_positions <= 1 << 20,
           "%s: n_positions %zu; 1 to 1048576 can be used", path, c->n_positions);
-    /* fewer ids than bytes and an end token cannot write every text */
+    /* every text can be written only with an id for each byte, and one for the end token */
     CHECK(c->vocab_size > BYTE_TOKENS && c->vocab_size <= 65536,
           "%s: vocab_size %zu; 257 to 65536 can be used", path, c->vocab_size);
 }
 
-/* A setting that is a whole number; one that is absent or null is the fallback, transformers'. */
+/* A setting that is a whole number; if it is absent or null, transformers' default, `fallback`. */
 static size_t config_size(const struct Json *config, const char *path, const char *name,
                           size_t fallback) {
     bool is_set = json_type(config, name) != JSON_NULL;
     return is_set ? json_size(json_get(config, name), 1 << 24, path, name) : fallback;
 }
 
-/* What an enum JsonType is called in a message. */
+/* The names of enum JsonType, for messages. */
 static const char *const JSON_TYPE_NAMES[] = {"null",     "false",  "true",     "a number",
                                               "a string", "a list", "an object"};
 
-/* One of the special tokens of a config.json: its id, or `fallback` where it is absent or null. */
+/* The id of one of a config.json's special tokens; `fallback` if it is absent or null. */
 static int config_token_id(const struct Json *config, const char *path, const char *name,
                            size_t vocab_size, int fallback) {
     const struct Json *id = json_get(config, name);
     if (!id || id->type == JSON_NULL)
         return fallback;
-    /* newer models may list several ends of a text */
+    /* newer models may list several end tokens */
     bool is_list = id->type == JSON_ARRAY;
     CHECK(!is_list || id->number == 1,
           "%s: \"%s\" lists %.0f ids, and one can be used; write it in place of the list", path,
@@ -12306,8 +12309,8 @@ static int config_token_id(const struct Json *config, const char *path, const ch
     return (int)id->number;
 }
 
-/* A setting that GPT2Config.attribute_map gives a second name. Where both are set they must agree:
- * which of them was meant cannot be guessed.                                 test: config_names */
+/* A setting for which GPT2Config.attribute_map has a second name. If both are set they must agree:
+ * there is no telling which was meant.                                       test: config_names */
 static size_t config_either(const struct Json *config, const char *path, const char *name,
                             const char *alias, size_t fallback) {
     size_t value = config_size(config, path, name, fallback);
@@ -12318,8 +12321,8 @@ static size_t config_either(const struct Json *config, const char *path, const c
     return other;
 }
 
-/* Settings that change the mathematics are refused: what each may be, if it is not absent, null
- * or empty. */
+/* The values that are allowed for settings that change the mathematics. All others are refused,
+ * except that a setting may be absent, null or empty. */
 struct Allowed {
     const char *name, *values[5];
 };
@@ -12361,7 +12364,7 @@ static const struct Allowed LORA_ALLOWED[] = {
 static void config_refuse(const struct Json *config, const char *path,
                           const struct Allowed *allowed, size_t n) {
     for (const struct Allowed *a = allowed; a < allowed + n; a++) {
-        /* of a list or an object every item must be allowed, else the setting itself */
+        /* in a list or an object every item must be allowed, otherwise the value itself */
         const struct Json *item = json_get(config, a->name);
         bool is_list = item && item->type >= JSON_ARRAY;
         for (item = is_list ? item->child : item; item; item = is_list ? item->next : NULL) {
@@ -12376,8 +12379,8 @@ static void config_refuse(const struct Json *config, const char *path,
     }
 }
 
-/* A folder's config.json. Several activations are gelu_new by another name, equal but for rounding.
- * `tied` says what "tie_word_embeddings" does: whether wte is to be the output layer too.
+/* Reads a folder's config.json. Several activations are gelu_new under another name, equal except
+ * for rounding. *tied becomes "tie_word_embeddings": whether wte is also the output layer.
  *                                                              test: broken_config, config_names */
 static struct GPT2Config config_load(const char *folder, bool *tied) {
     /* 1. Is it a model's folder at all? */
@@ -12387,11 +12390,11 @@ static struct GPT2Config config_load(const char *folder, bool *tied) {
     CHECK(file_exists(path), "%s: %s; a model is a folder with config.json and model.safetensors",
           folder, file_exists(folder) ? "no config.json inside" : "no such folder");
 
-    /* 2. Is it GPT-2 as it is implemented here? */
+    /* 2. Is it a GPT-2 such as is implemented here? */
     struct Json *json = json_read_file(&arena, path);
     config_refuse(json, path, GPT2_ALLOWED, COUNT(GPT2_ALLOWED));
 
-    /* 3. The sizes; without them it is GPT-2's smallest. */
+    /* 3. The sizes. The defaults are those of the smallest GPT-2. */
     struct GPT2Config c = {
         .vocab_size = config_size(json, path, "vocab_size", 50257),
         .n_positions = config_either(json, path, "n_positions", "max_position_embeddings",
@@ -12409,8 +12412,8 @@ static struct GPT2Config config_load(const char *folder, bool *tied) {
           path);
     c.layer_norm_epsilon = (float)epsilon;
 
-    /* 4. The end of a text, padding, and the beginning, which GPT-2 lacks: transformers writes
-     *    50256 there unless it is told better, in small vocabularies too. */
+    /* 4. The special tokens. GPT-2 has none for the beginning of a text: by default transformers
+     *    writes 50256 there, even where the vocabulary is smaller. */
     size_t V = c.vocab_size;
     int endoftext = endoftext_id(V);
     bool beyond = json_number_or(json, "bos_token_id", 0) >= (double)V;
@@ -12422,16 +12425,16 @@ static struct GPT2Config config_load(const char *folder, bool *tied) {
     return c;
 }
 
-/* A tensor's name without what stands before it: "transformer." of a model with heads,
- * "pretrained_model." of TRL's value-head model, "base_model.model." of PEFT, "module." of
- * DataParallel, "_orig_mod." of torch.compile, in any order.
+/* A tensor's name without its prefixes: "transformer." from a model with heads, "pretrained_model."
+ * from TRL's value-head model, "base_model.model." from PEFT, "module." from DataParallel,
+ * "_orig_mod." from torch.compile, in any order.
  * By hand: "module._orig_mod.transformer.h.0.ln_1.bias" -> "h.0.ln_1.bias".     test: bare_name */
 static const char *bare_name(const char *name) {
     static const char *const prefixes[] = {"transformer.", "pretrained_model.", "base_model.model.",
                                            "module.", "_orig_mod."};
     for (size_t i = 0; i < COUNT(prefixes);) {
         size_t length = strlen(prefixes[i]);
-        /* one prefix off, and from the first on again: they come in any order and number */
+        /* after each one, start over: they come in any order and number */
         bool found = strncmp(name, prefixes[i], length) == 0;
         if (found)
             name += length;
@@ -12440,7 +12443,7 @@ static const char *bare_name(const char *name) {
     return name;
 }
 
-/* The entry of a file's header for a tensor of this bare name; NULL: there is none. */
+/* The entry of a file's header whose bare name is `name`, or NULL. */
 static struct Json *tensor_entry(const struct SafeTensors *st, const char *name) {
     struct Json *found = NULL;
     for (struct Json *entry = st->header->child; entry; entry = entry->next) {
@@ -12453,7 +12456,7 @@ static struct Json *tensor_entry(const struct SafeTensors *st, const char *name)
     return found;
 }
 
-/* Reads a tensor, whatever stands before its name in the file. */
+/* Reads a tensor, whatever prefixes its name has in the file. Returns false if it is not there. */
 static bool tensor_load(struct SafeTensors *st, struct Tensor *tensor) {
     struct Json *entry = tensor_entry(st, tensor->name);
     if (entry)
@@ -12461,10 +12464,11 @@ static bool tensor_load(struct SafeTensors *st, struct Tensor *tensor) {
     return entry != NULL;
 }
 
-/* The most files that a model may be in: all are open at once. */
+/* The largest number of files that a model may be in: all are open at once. */
 enum { MODEL_FILES = 100 };
 
-/* Opens the files that hold a model: one, or several named by an index, all inside the folder. */
+/* Opens the files that hold a model and returns their number: one file, or several that an index
+ * names, all in the model's folder. */
 static size_t model_files(struct Arena *arena, const char *folder, struct SafeTensors *files) {
     char *single = arena_printf(arena, "%s/model.safetensors", folder);
     char *index = arena_printf(arena, "%s/model.safetensors.index.json", folder);
@@ -12482,13 +12486,13 @@ static size_t model_files(struct Arena *arena, const char *folder, struct SafeTe
     size_t count = 0;
     for (struct Json *item = map->child; item; item = item->next) {
         /* 1. The index names each tensor's file. A path that leads out of the folder is refused:
-         *    whoever wrote a model does not choose what is read of this machine. */
+         *    the author of a model must not choose which files of this machine are read. */
         CHECK(item->type == JSON_STRING && item->string.length
                   && !strpbrk(item->string.data, "/\\"),
               "%s: \"%s\" must name a file of this folder", index, item->key.data);
         char *path = arena_printf(arena, "%s/%s", folder, item->string.data);
 
-        /* 2. The same file comes up once for each of its tensors. */
+        /* 2. Each file is named once for each of its tensors, but opened only once. */
         size_t i = 0;
         while (i < count && strcmp(files[i].path, path) != 0)
             i++;
@@ -12499,25 +12503,25 @@ static size_t model_files(struct Arena *arena, const char *folder, struct SafeTe
     return count;
 }
 
-/* Which side a label's name is on: 1 positive, -1 negative, 0 neither. */
+/* What a label's name means: 1 positive, -1 negative, 0 neither. */
 static int label_sign(const char *name) {
     if (strncasecmp(name, "pos", 3) == 0 || strcmp(name, "LABEL_1") == 0)
         return 1;
     return strncasecmp(name, "neg", 3) == 0 || strcmp(name, "LABEL_0") == 0 ? -1 : 0;
 }
 
-/* Which of the two labels that `file` has rows for is the positive one: what id2label of the
- * model's config.json says, and where that says nothing, label 1. */
+/* Which of the two labels of a classifier in `file` is the positive one, according to id2label in
+ * the model's config.json; if that does not tell, label 1. */
 static size_t positive_label(const char *folder, const char *file) {
     struct Arena arena = {0};
     char *path = arena_printf(&arena, "%s/config.json", folder ? folder : "");
     struct Json *json = folder && file_exists(path) ? json_read_file(&arena, path) : NULL;
     config_refuse(json, path, CLASSIFIER_ALLOWED, COUNT(CLASSIFIER_ALLOWED));
-    /* no names at all are transformers' own: LABEL_1 is the positive one */
+    /* without names, the labels have those that transformers gives them */
     const struct Json *names = json_get(json, "id2label");
     const char *name[] = {json_text_or(names, "0", "LABEL_0"), json_text_or(names, "1", "LABEL_1")};
     size_t positive = label_sign(name[0]) > label_sign(name[1]) ? 0 : 1;
-    /* said each time: with the labels the wrong way round, training would raise what is disliked */
+    /* worth a note each time: with the labels swapped, training would raise what people dislike */
     warn("%s: a classifier of two labels is read as a reward model: the reward is the logit of "
          "\"%s\" minus that of \"%s\"; saved again, it has one label",
          file, name[positive], name[1 - positive]);
@@ -12525,9 +12529,9 @@ static size_t positive_label(const char *folder, const char *file) {
     return positive;
 }
 
-/* Reads a file's reward head, if it has one: of one label, or of two, which are transformers'
- * default. The probability of one of two depends on the difference of their logits alone, and that
- * is the reward that a single row, w_1 - w_0, gives:
+/* Reads a file's reward head, if it has one: for one label, or for two, transformers' default. With
+ * two labels the probability of either depends only on the difference of their logits, which a head
+ * of a single row, w_1 - w_0, gives as the reward:
  *     P(label 1) = e^l_1 / (e^l_0 + e^l_1) = sigmoid(l_1 - l_0),  l_1 - l_0 = hidden . (w_1 - w_0)
  * By hand: w_0 = (1, 2), w_1 = (4, 1): the head is (3, -1).  test: two_labels, two_labels_golden */
 static void reward_head_load(struct GPT2 *model, struct SafeTensors *st, const char *folder) {
@@ -12535,8 +12539,8 @@ static void reward_head_load(struct GPT2 *model, struct SafeTensors *st, const c
     const struct Json *shape = json_get(entry, "shape");
     if (!entry)
         return;
-    /* 1. One row of weights a label. A bias left out silently would make rewards other numbers
-     *    than those that were trained. */
+    /* 1. One row of weights for each label. Leaving out a bias silently would change the rewards
+     *    that were trained. */
     size_t labels = shape->child ? json_size(shape->child, 1 << 24, st->path, "shape") : 0;
     CHECK(labels <= 2,
           "%s: score.weight has %zu labels; one is a reward, two are a classifier's "
@@ -12548,11 +12552,11 @@ static void reward_head_load(struct GPT2 *model, struct SafeTensors *st, const c
           st->path);
     struct Tensor *score = reward_head_declare(model);
     if (labels != 2) {
-        tensor_load(st, score); /* a shape that is no head's is refused here */
+        tensor_load(st, score); /* refuses a shape that is not a head's */
         return;
     }
 
-    /* 2. Both rows as they are in the file; the head keeps their difference. */
+    /* 2. Read both rows; the head keeps their difference. */
     struct Arena arena = {0};
     size_t C = score->n;
     struct Tensor both = {.name = "score.weight", .shape = {2, C}, .ndim = 2, .n = 2 * C};
@@ -12565,9 +12569,9 @@ static void reward_head_load(struct GPT2 *model, struct SafeTensors *st, const c
     arena_free(&arena);
 }
 
-/* How many tensors of a file nothing has taken; *first: the first of them, if none was found
- * before. GPT-2's causal masks, which old files hold, do not count: ones below the diagonal, and
- * the number -10000, both follow from the mathematics. */
+/* How many tensors of a file have not been read; *first becomes the name of the first of them,
+ * unless it is set already. GPT-2's causal masks, which old files contain, do not count: ones on
+ * and below the diagonal, and the number -10000, add nothing to the mathematics. */
 static size_t tensors_left(const struct SafeTensors *st, const char **first) {
     size_t count = 0;
     for (const struct Json *entry = st->header->child; entry; entry = entry->next) {
@@ -12584,14 +12588,14 @@ static size_t tensors_left(const struct SafeTensors *st, const char **first) {
     return count;
 }
 
-/* A file may hold wte a second time, as the output layer that is tied to it. An equal copy changes
- * nothing; another one is a layer that is not implemented. A copy has no reason to differ by a bit.
+/* A file may hold wte a second time, as the output layer that is tied to it. A copy that is equal
+ * bit for bit changes nothing; any other is an output layer of its own, which is not implemented.
  * where, what, why: the parts of the message. */
 static void check_copy_of_wte(const struct GPT2 *model, struct SafeTensors *st, const char *name,
                               const char *where, const char *what, const char *why) {
     struct Arena arena = {0};
     const struct Tensor *wte = &model->wte;
-    /* read like any tensor, so that it counts as taken, and then compared number by number */
+    /* it is read like any other tensor, so that it counts as read, and then compared */
     struct Tensor copy = *wte;
     snprintf(copy.name, sizeof copy.name, "%s", name);
     copy.w = arena_floats(&arena, copy.n);
@@ -12603,9 +12607,9 @@ static void check_copy_of_wte(const struct GPT2 *model, struct SafeTensors *st, 
     arena_free(&arena);
 }
 
-/* Reads what a file has of a model's tensors; a head is declared where there is one. */
+/* Reads those of a model's tensors that a file has. If it has a head, the model gets one. */
 static void model_read(struct GPT2 *model, struct SafeTensors *st) {
-    /* heads first: what is declared is among the model's tensors, and read with them */
+    /* heads first: once declared, the value head is one of the model's tensors */
     reward_head_load(model, st, model->folder);
     if (tensor_entry(st, "v_head.summary.weight"))
         value_head_declare(model);
@@ -12614,8 +12618,8 @@ static void model_read(struct GPT2 *model, struct SafeTensors *st) {
             tensor_load(st, model->tensors[i]);
 }
 
-/* The output layer of GPT-2 is wte. Files may hold it once, under either name, or twice; a second
- * one with numbers of its own ("untied") is not implemented. A reward model has no use for one.
+/* GPT-2's output layer is wte. Files may hold it once, under either name, or twice; an output layer
+ * with numbers of its own ("untied") is not implemented. A reward model needs no output layer.
  *                                                                            test: output_layer */
 static void output_layer_load(struct GPT2 *model, struct SafeTensors *files, size_t count,
                               bool tied) {
@@ -12625,7 +12629,7 @@ static void output_layer_load(struct GPT2 *model, struct SafeTensors *files, siz
         if (tensor_entry(&files[f], "lm_head.weight"))
             st = &files[f];
 
-    /* 1. Untied, but one of the two is missing? */
+    /* 1. Untied, although one of the two is missing? */
     CHECK(tied || (wte->loaded && (st || model->score.n)),
           "%s: \"tie_word_embeddings\" is false in config.json, but there is no %s: transformers "
           "would draw it at random; set it to true if wte is the output layer too",
@@ -12633,8 +12637,8 @@ static void output_layer_load(struct GPT2 *model, struct SafeTensors *files, siz
     if (!st)
         return;
 
-    /* 2. Where the one tensor has the output layer's name, wte is that. Where both are there, they
-     *    must be equal. */
+    /* 2. If the only one has the output layer's name, it becomes wte. If both are there, they must
+     *    be equal. */
     if (!wte->loaded)
         safetensors_read(st, tensor_entry(st, "lm_head.weight"), wte);
     else
@@ -12648,17 +12652,18 @@ static void output_layer_load(struct GPT2 *model, struct SafeTensors *files, siz
              model->folder);
 }
 
-/* `found`: a tensor that is there and that nothing takes, to show how names look; NULL: none. */
+/* Ends the program if a tensor was not in the files. found: a tensor that was, but was not read, to
+ * show what the names there look like; or NULL. */
 static void tensor_check_loaded(const struct Tensor *t, const char *where, const char *found) {
     CHECK(t->loaded, "%s: tensor %s is missing; expected shape [%s]%s%s", where, t->name,
           tensor_shape((char[48]){0}, t), found ? "; there is " : "", found ? found : "");
 }
 
-/* Can a model of these sizes be in these files? Asked before memory is: a config.json that asks for
- * a thousand times too much would otherwise stop the machine. */
+/* Can these files hold a model of these sizes? Checked before any memory is allocated: a
+ * config.json with sizes a thousand times too large could otherwise bring the machine to a halt. */
 static void config_check_files(const struct GPT2Config *c, const char *folder,
                                const struct SafeTensors *files, size_t count) {
-    /* at least two bytes a number; the rest is allowance */
+    /* a number takes at least two bytes; the rest is allowance */
     size_t numbers =
         (c->vocab_size + c->n_positions) * c->n_embd + c->n_layer * 12 * c->n_embd * c->n_embd;
     size_t bytes = 0;
@@ -12668,14 +12673,14 @@ static void config_check_files(const struct GPT2Config *c, const char *folder,
           "%s: config.json describes %zu numbers, at least %zu MB; the weights have %zu MB; is it "
           "theirs, or are they cut short?",
           folder, numbers, numbers >> 19, bytes >> 20);
-    /* layers cost memory even if they are narrow: a struct each, and names */
+    /* even narrow layers cost memory: a struct each, and names */
     CHECK(c->n_layer <= bytes / 512 + 64,
           "%s: config.json describes %zu layers, more than the weights' %zu bytes can hold; is it "
           "theirs?",
           folder, c->n_layer, bytes);
 }
 
-/* gpt2_load -- a model folder; heads are loaded where they are there.
+/* gpt2_load -- loads a model folder, with the heads that it has.
  *                                             [glossary: AutoModelForCausalLM]  test: gpt2_load */
 static struct GPT2 *gpt2_load(const char *folder) {
     struct Arena arena = {0};
@@ -12693,7 +12698,7 @@ static struct GPT2 *gpt2_load(const char *folder) {
         model_read(model, &files[f]);
     output_layer_load(model, files, count, tied);
 
-    /* 3. Is everything there? A tensor that kept its zeros would be a model that nobody trained. */
+    /* 3. Is everything there? With a missing tensor left at zero it would be a different model. */
     const char *first = NULL;
     size_t left = 0;
     for (size_t f = 0; f < count; f++) {
@@ -12710,12 +12715,12 @@ static struct GPT2 *gpt2_load(const char *folder) {
     return model;
 }
 
-/* config.json, as transformers writes it: keys in the order of the alphabet. */
+/* Writes config.json as transformers does, nearly all keys in alphabetical order. */
 static void config_save(const struct GPT2 *model, const char *folder) {
     const struct GPT2Config *c = &model->config;
     bool classifier = model->score.n > 0;
     struct Output out = output_open(folder, "config.json");
-    /* 1. the class that AutoModel... will make of it */
+    /* 1. "architectures" names the class of the model */
     fprintf(out.file,
             "{\n  \"activation_function\": \"gelu_new\",\n  \"architectures\": [\"%s\"],\n"
             "  \"attn_pdrop\": 0.0,\n  \"bos_token_id\": %d,\n  \"dtype\": \"float32\",\n"
@@ -12723,12 +12728,12 @@ static void config_save(const struct GPT2 *model, const char *folder) {
             classifier ? "GPT2ForSequenceClassification" : "GPT2LMHeadModel", c->bos_token_id,
             c->eos_token_id);
 
-    /* 2. one label: transformers' default would be two, and the head would not fit */
+    /* 2. one label; with transformers' default of two, the head would not fit */
     if (classifier)
         fputs("  \"id2label\": {\"0\": \"LABEL_0\"},\n  \"label2id\": {\"LABEL_0\": 0},\n",
               out.file);
 
-    /* 3. sizes, and what follows from training without dropout and one tensor for both layers */
+    /* 3. the sizes; no dropout was used; wte is also the output layer */
     fprintf(out.file,
             "  \"initializer_range\": 0.02,\n  \"layer_norm_epsilon\": %.7g,\n"
             "  \"model_type\": \"gpt2\",\n  \"n_ctx\": %zu,\n  \"n_embd\": %zu,\n"
@@ -12740,8 +12745,8 @@ static void config_save(const struct GPT2 *model, const char *folder) {
     output_close(&out);
 }
 
-/* A special token as tokenizer_config.json names it: <|endoftext|>, an ordinary token, or the
- * padding token's own name. An id that only rounds up the vocabulary has none, and null says so. */
+/* Writes a special token as tokenizer_config.json names it: <|endoftext|>, an ordinary token, or
+ * the padding token's own name. An id that only rounds up the vocabulary has no name: null. */
 static void write_special_token(FILE *file, const char *before, const struct Tokenizer *tok,
                                 const struct GPT2Config *c, int id) {
     struct Arena arena = {0};
@@ -12757,15 +12762,15 @@ static void write_special_token(FILE *file, const char *before, const struct Tok
     arena_free(&arena);
 }
 
-/* tokenizer_config.json. transformers cuts a text at every special token before it encodes the
- * rest; where one of them is an ordinary token, split_special_tokens makes it encode texts as
- * GPT-2's tokenizer does.                                       test: model_special_tokens */
+/* Writes tokenizer_config.json. Before it encodes a text, transformers cuts it at every special
+ * token. If one of these is an ordinary token, that would change the encoding;
+ * split_special_tokens prevents it.                             test: model_special_tokens */
 static void tokenizer_config_save(const struct Tokenizer *tok, const char *folder,
                                   const struct GPT2Config *c) {
     struct Output out = output_open(folder, "tokenizer_config.json");
     int lowest = MIN(c->bos_token_id, MIN(c->eos_token_id, c->pad_token_id));
     fputs("{\n  \"add_prefix_space\": false", out.file);
-    /* a padding token behind GPT-2's own has its name from here, not from vocab.json */
+    /* the name of a padding token that is not GPT-2's is here, not in vocab.json */
     if (c->pad_token.length > 0) {
         fprintf(out.file, ",\n  \"added_tokens_decoder\": {\"%d\": ", c->pad_token_id);
         json_write_string(out.file, "{\"content\": ", c->pad_token);
@@ -12784,7 +12789,7 @@ static void tokenizer_config_save(const struct Tokenizer *tok, const char *folde
 
 /* ---- Adapters -------------------------------------------------------------------------------- */
 
-/* adapter_config.json: r 8, lora_alpha 8 where it is silent, as PEFT.
+/* Reads adapter_config.json. Where it says nothing, r and lora_alpha are 8, as in PEFT.
  *                                            [glossary: Adaptação de baixo rank (LoRA)] */
 static struct Adapter adapter_config_load(struct Arena *arena, const char *folder) {
     char *path = arena_printf(arena, "%s/adapter_config.json", folder);
@@ -12792,7 +12797,7 @@ static struct Adapter adapter_config_load(struct Arena *arena, const char *folde
           "%s: no adapter_config.json inside; an adapter is a folder with adapter_config.json and "
           "adapter_model.safetensors",
           folder);
-    /* 1. PEFT has many kinds of adapters, and of LoRA many variants: one is implemented. */
+    /* 1. PEFT has many kinds of adapters, and many variants of LoRA; one is implemented. */
     struct Json *json = json_read_file(arena, path);
     config_refuse(json, path, LORA_ALLOWED, COUNT(LORA_ALLOWED));
     const struct Json *targets = json_get(json, "target_modules");
@@ -12803,14 +12808,14 @@ static struct Adapter adapter_config_load(struct Arena *arena, const char *folde
         .use_rslora = json_type(json, "use_rslora") == JSON_TRUE,
         .base_model_name_or_path = json_text_or(json, "base_model_name_or_path", NULL),
         .target_modules = json_type(json, "target_modules") == JSON_NULL ? "c_attn" : "",
-        /* a regular expression, or exceptions: the file's tensors say which layers, not names */
+        /* a regular expression, or exceptions: then the file's tensors tell which layers */
         .partial = json_type(json, "target_modules") == JSON_STRING
                    || json_type(json, "exclude_modules") != JSON_NULL
                    || json_type(json, "layers_to_transform") != JSON_NULL,
     };
     CHECK(adapter.r > 0, "%s: \"r\" must be 1 or more", path);
 
-    /* 2. Which layers it takes: a list of names, here with a space between two of them. */
+    /* 2. The layers that it adapts: a list of names, kept as words with spaces in between. */
     for (const struct Json *item = targets ? targets->child : NULL; item; item = item->next) {
         CHECK(item->type == JSON_STRING && strlen(adapter.target_modules) < 4096,
               "%s: \"target_modules\" must be a list of names, 4096 letters at most", path);
@@ -12820,23 +12825,25 @@ static struct Adapter adapter_config_load(struct Arena *arena, const char *folde
     return adapter;
 }
 
-/* Reads the value head that TRL puts beside an adapter, in a model file of its own. That file may
- * be a whole model, for example one that the adapter was merged into: the rest of it is not read,
- * for the adapter would be added to it a second time. */
+/* Reads the value head that TRL saves next to an adapter, in a model.safetensors of its own. That
+ * file may be a whole model, for example one into which the adapter was merged. The rest of it is
+ * not read: the adapter would be added a second time. */
 static void adapter_read_head(struct GPT2 *model, const char *folder) {
     struct Arena arena = {0};
     const char *first = NULL;
     char *path = arena_printf(&arena, "%s/model.safetensors", folder);
     char *pickle = arena_printf(&arena, "%s/pytorch_model.bin", folder);
     if (file_exists(path)) {
+        /* 1. The head: weight and bias. */
         struct SafeTensors st = safetensors_open(&arena, path);
-        /* the head, weight and bias; then what else there is, for a note */
         if (tensor_entry(&st, "v_head.summary.weight")) {
             struct Linear *head = value_head_declare(model);
             tensor_load(&st, &head->weight);
             tensor_load(&st, &head->bias);
             tensor_check_loaded(&head->bias, path, NULL);
         }
+
+        /* 2. A note about anything else there. */
         size_t left = tensors_left(&st, &first);
         if (left > 0)
             warn("%s: beside an adapter only a value head is read of it; not read are %zu tensors, "
@@ -12850,15 +12857,15 @@ static void adapter_read_head(struct GPT2 *model, const char *folder) {
     arena_free(&arena);
 }
 
-/* The adapters of all layers that are to have one. */
+/* Reads the adapters of all layers that have one. */
 static void adapter_load_layers(struct GPT2 *model, const char *folder, struct SafeTensors *st) {
     struct Arena *arena = &model->arena;
     struct Adapter *adapter = &model->adapter;
     size_t numbers = 0;
     const char *taken = "";
     for (size_t i = 0; i < 4 * model->config.n_layer; i++) {
-        /* 1. One that names its layers must have them all. One that describes them, by a pattern
-         *    or with exceptions, has tensors for those that it means. */
+        /* 1. Does this layer have one? An adapter that names its layers must have them all; where
+         *    it describes them, by a pattern or with exceptions, the tensors tell. */
         struct Linear *linear = adaptable(model, i);
         const char *name = module_name(arena, linear);
         const char *A = arena_printf(arena, "%s.lora_A.weight", bare_name(name));
@@ -12866,14 +12873,15 @@ static void adapter_load_layers(struct GPT2 *model, const char *folder, struct S
                              : !lora_is_target(name, adapter->target_modules))
             continue;
 
-        /* 2. Before memory is asked for: can the file hold so many? */
+        /* 2. Before memory is allocated: can the file hold so many numbers? */
         numbers += adapter->r * (linear->weight.shape[0] + linear->weight.shape[1]);
         CHECK(numbers <= st->data_size / 2 + (1 << 16),
               "%s: its %llu bytes are too few for "
               "adapters of \"r\" %zu; is the folder's adapter_config.json this file's?",
               st->path, (unsigned long long)st->data_size, adapter->r);
 
-        /* 3. Half an adapter would be B A with one of them 0: no adapter, and no message. */
+        /* 3. Both halves must be there: with A or B left at 0, the adapter would silently be
+         *    none. */
         lora_declare(model, linear);
         struct Tensor *pair[] = {&linear->lora_A, &linear->lora_B};
         for (size_t k = 0; k < COUNT(pair); k++) {
@@ -12886,15 +12894,15 @@ static void adapter_load_layers(struct GPT2 *model, const char *folder, struct S
           "%s: its target_modules take no layer of this model; c_attn, c_proj and c_fc can be "
           "adapted",
           folder);
-    /* from here on it says which layers they are: saved again, it names them one by one */
+    /* from here on the adapter names its layers one by one, also when it is saved again */
     if (adapter->partial)
         adapter->target_modules = taken;
     adapter->partial = false;
 }
 
-/* adapter_load -- attaches the adapter of a folder to the layers that target_modules takes, or, if
- * that is a regular expression or has exceptions, that the file has tensors for. A tensor that no
- * layer takes is an error.                     test: lora_round_trip, lora_partial, lora_broken */
+/* adapter_load -- attaches a folder's adapter to the layers that target_modules names, or, if that
+ * is a regular expression or has exceptions, to those for which the file has tensors. A tensor that
+ * belongs to no layer is an error.             test: lora_round_trip, lora_partial, lora_broken */
 static void adapter_load(struct GPT2 *model, const char *folder) {
     static const char own[] = "an adapter with an embedding or output layer of its own is not "
                               "implemented";
@@ -12910,7 +12918,7 @@ static void adapter_load(struct GPT2 *model, const char *folder) {
     adapter_load_layers(model, folder, &st);
     reward_head_load(model, &st, model->folder);
 
-    /* 2. Nothing may be left over: an adapter that is half loaded is another model. */
+    /* 2. Nothing may be left over: a model with half of an adapter is a different model. */
     check_copy_of_wte(model, &st, "lm_head.weight", path,
                       "tensor lm_head.weight is not the base's wte.weight", own);
     check_copy_of_wte(model, &st, "wte.weight", path,
@@ -12926,20 +12934,20 @@ static void adapter_load(struct GPT2 *model, const char *folder) {
     arena_free(&arena);
 }
 
-/* adapter_config.json: the fields that say something. PEFT fills in the others. */
+/* Writes adapter_config.json: only the fields that matter here. PEFT fills in the others. */
 static void adapter_config_save(const struct GPT2 *model, const char *folder) {
     const struct Adapter *a = &model->adapter;
     struct Output out = output_open(folder, "adapter_config.json");
-    /* 1. Which model it belongs to: PEFT loads that first. */
+    /* 1. The model to which it belongs, which PEFT loads first. */
     fputs("{\n  \"base_model_name_or_path\": ", out.file);
     if (a->base_model_name_or_path)
         json_write_string(out.file, "", text_of(a->base_model_name_or_path));
     else
         fputs("null", out.file);
 
-    /* 2. What it is. GPT-2's layers are stored as transformers' Conv1D, transposed:
-     *    fan_in_fan_out tells PEFT. A reward model's head is saved whole, as PEFT does under
-     *    modules_to_save. */
+    /* 2. What it is. GPT-2's layers are stored transposed, as transformers' Conv1D:
+     *    fan_in_fan_out tells PEFT so. A reward model's head is saved whole, as PEFT saves what is
+     *    in modules_to_save. */
     fprintf(out.file,
             ",\n  \"bias\": \"none\",\n  \"fan_in_fan_out\": true,\n  \"inference_mode\": true,\n  "
             "\"init_lora_weights\": true,\n  \"lora_alpha\": %.9g,\n  \"lora_dropout\": %.9g,\n",
@@ -12949,7 +12957,7 @@ static void adapter_config_save(const struct GPT2 *model, const char *folder) {
             "\"target_modules\": [",
             model->score.n ? "[\"classifier\", \"score\"]" : "null", a->r);
 
-    /* 3. Where it belongs. */
+    /* 3. The layers that it adapts. */
     const char *target = a->target_modules;
     for (size_t n, i = 0; (n = next_name(&target)) > 0; target += n, i++)
         fprintf(out.file, "%s\"%.*s\"", i ? ", " : "", (int)n, target);
@@ -12959,15 +12967,16 @@ static void adapter_config_save(const struct GPT2 *model, const char *folder) {
     output_close(&out);
 }
 
-/* model_save -- the folder that transformers loads, or for an adapter PeftModel.from_pretrained,
- * a value head beside it.                  [glossary: Hugging Face]  test: model_save */
+/* model_save -- writes the folder that transformers loads, or, of a model with an adapter, one with
+ * the adapter alone, which PeftModel.from_pretrained loads, and a value head next to it.
+ *                                                  [glossary: Hugging Face]  test: model_save */
 static void model_save(struct GPT2 *model, const char *folder, const struct Tokenizer *tok) {
     struct Arena arena = {0};
     struct Tensor **tensors = arena_alloc(&arena, model->tensor_count, sizeof *tensors);
     struct Tensor *head[] = {&model->v_head.weight, &model->v_head.bias};
     size_t count = 0;
-    /* 1. No NaN is saved over a good model. Of an adapter's tensors those are picked that are not
-     *    the base's: LoRA's, and PEFT's modules_to_save. */
+    /* 1. A NaN must not be saved over a good model. Of a model with an adapter, pick the tensors
+     *    that are not the base's: LoRA's, and PEFT's modules_to_save. */
     for (size_t i = 0; i < model->tensor_count; i++) {
         struct Tensor *t = model->tensors[i];
         check_numbers(model, NULL, NULL, "a weight that was to be saved", t->w, t->n);
@@ -12975,7 +12984,7 @@ static void model_save(struct GPT2 *model, const char *folder, const struct Toke
             tensors[count++] = t;
     }
 
-    /* 2. What describes it. */
+    /* 2. The files that describe it. */
     make_folder(folder);
     if (model->adapter.r)
         adapter_config_save(model, folder);
@@ -12986,7 +12995,7 @@ static void model_save(struct GPT2 *model, const char *folder, const struct Toke
         tokenizer_config_save(tok, folder, &model->config);
     }
 
-    /* 3. The weights last: where they are new, all the rest is. */
+    /* 3. The weights come last: if they are there, so is everything else. */
     if (model->adapter.r) {
         if (model->v_head.weight.n)
             safetensors_write(folder, "model.safetensors", head, 2, "");
@@ -12998,15 +13007,17 @@ static void model_save(struct GPT2 *model, const char *folder, const struct Toke
     arena_free(&arena);
 }
 
-/* Saves a model where another one may be: that is replaced as a whole or not at all. */
+/* Saves a model where there may be another one, whose files are replaced only once all of the new
+ * ones are complete. */
 static void model_replace(struct GPT2 *model, const char *folder, const struct Tokenizer *tok) {
     struct Arena arena = {0};
-    /* 1. All files into a folder inside, on the same disk: there they can be renamed. Should the
-     *    program die meanwhile, die_with removes it, and the old model is untouched. */
+    /* 1. Write all files into a folder inside this one, so on the same disk: renaming them is then
+     *    enough. If the program fails meanwhile, die_with removes that folder, and the old model is
+     *    untouched. */
     staged_folder = arena_printf(&arena, "%s/tmp-model", folder);
     model_save(model, staged_folder, tok);
 
-    /* 2. All are complete: each takes its place. */
+    /* 2. All are complete: move them into place. */
     folder_remove(staged_folder, folder);
     staged_folder = NULL;
     folder_sync(folder);
@@ -13018,15 +13029,15 @@ static void check_reward_model(const struct GPT2 *model, const char *folder) {
           folder);
 }
 
-/* Takes a tensor out of a model: it is neither trained nor saved any more. A reward or value head
- * is taken out where it has no place in what is to be made of the model.    test: heads_left_out */
+/* Takes a tensor out of a model, so that it is no longer trained or saved: a reward or value head
+ * that has no place in what the model is to become.                         test: heads_left_out */
 static void tensor_remove(struct GPT2 *model, struct Tensor *tensor) {
     tensor->n = 0;
     drop_empty_tensors(model);
 }
 
 static void leave_out_reward_head(struct GPT2 *model) {
-    /* said, for whoever named this folder may have meant another one */
+    /* worth a note: the user may have meant another folder */
     if (model->score.n)
         warn("%s: is a reward model; its head, score.weight, is left out, the language model below "
              "it is used",
