@@ -13915,27 +13915,28 @@ static void rollouts_write(FILE *file, const struct Rollout *rollouts, size_t n)
 /* =============================================================================================
  * Chapter 25 - Results: what the course prints and writes; the report
  *
- * What enters: what was measured, and a run's logs. What leaves: tables, summary.json,
- * samples.jsonl, report.json, and report.html: docs/report.html, a page that draws a run, with the
- * run's files in it. How it looks is the page's matter; here it gets its data.
+ * What has a run achieved, and how can people and programs see it? What enters: measurements and a
+ * run's logs. What leaves: tables, summary.json, samples.jsonl, report.json, and report.html, which
+ * is docs/report.html, a page that draws a run, with the run's files inserted. How it looks is up
+ * to the page; this chapter supplies the data.
  * ============================================================================================= */
 
-/* What Hugging Face's sentiment pipeline returns for a text. [glossary: Lista de saídas do pipe]
- * [glossary: Pontuação de sentimento] */
+/* Writes what Hugging Face's sentiment pipeline returns for a text.
+ *                 [glossary: Lista de saídas do pipe]  [glossary: Pontuação de sentimento] */
 static void write_pipe_outputs(FILE *file, double reward) {
     fprintf(file,
             "[{\"label\": \"POSITIVE\", \"score\": %s}, {\"label\": \"NEGATIVE\", \"score\": %s}]",
             json_number_text(sigmoid(reward)), json_number_text(sigmoid(-reward)));
 }
 
-/* A policy's row of exact's table. "of the way": how much of the way from the reference's
- * objective to the highest that there is. */
+/* Prints a policy's row of exact's table. "of the way": what share of the way from the reference's
+ * objective to the highest possible one the policy has come. */
 static void exact_print_row(const char *name, struct ExactFigures f, double ref, double max) {
     printf("%-10s %11.5f %8.4f %12.4f %8.4f %9.2f %%\n", name, f.kl_to_optimum, f.reward, f.kl,
            f.objective, 100 * (f.objective - ref) / (max - ref));
 }
 
-/* What the exact world knows, and what each training reached: as JSON, or as a table. */
+/* Prints the exact world's closed form, and what each training reached, as JSON or as a table. */
 static void exact_print(const struct ExactWorld *w, bool json) {
     double ref = exact_figures(w, w->logps[EXACT_REFERENCE]).objective;
     double max = w->beta * w->log_Z; /* chapter 5: no policy's objective is higher */
@@ -13947,7 +13948,7 @@ static void exact_print(const struct ExactWorld *w, bool json) {
                "at most beta log Z = %.4f\n\n           KL(pi||pi*)     E[r]  KL(pi||ref)        J "
                " of the way\n",
                w->n, w->T, w->beta, exp(w->log_Z), w->log_Z, ref, max);
-    /* The table also shows the reference and the optimum; they come before the trained ones. */
+    /* The table begins with the reference and the optimum; JSON has only the trained policies. */
     for (int k = json ? EXACT_DPO : 0; k < EXACT_POLICIES; k++) {
         struct ExactFigures f = exact_figures(w, w->logps[k]);
         if (json)
@@ -13964,11 +13965,11 @@ static void exact_print(const struct ExactWorld *w, bool json) {
 /* From chapter 26: a file that ships with the program, or NULL. */
 static const char *shipped_path(struct Arena *arena, const char *name);
 
-/* The models that the course compares: names in its files, and headings. */
+/* The models that the course compares: their names in its files, and in headings. */
 static const char *const COURSE_MODEL[][2] = {{"before", "Before"}, {"ppo", "PPO"}, {"dpo", "DPO"}};
 
-/* The files of a run that its page shows, as far as they are there: of the run itself, and of the
- * stages of rlhf. */
+/* The files of a run that its page shows, those that exist: of the run itself, and of the stages of
+ * rlhf. */
 static const char *const REPORT_FILE[] = {
     "report.json",
     "trainer_state.json",
@@ -13978,10 +13979,10 @@ static const char *const REPORT_FILE[] = {
     "dpo/trainer_state.json",
 };
 
-/* JSON for the inside of a page's <script> element. A browser that reads HTML knows nothing of
- * JSON: it ends the element at the first </script>, also at one within a text. But JSON has a
- * second way to write a character, and all that HTML could take for its own, < > and &, can occur
- * in strings only. U+2028 and 2029 end a line in older JavaScript.
+/* Writes JSON for the inside of a page's <script> element. A browser that reads HTML knows nothing
+ * of JSON: it ends the element at the first </script>, even one in a string. But in a string JSON
+ * has a second way to write a character, and the characters that mean something in HTML, < > and &,
+ * occur only in strings. So do U+2028 and U+2029, which end a line in older JavaScript.
  * By hand: {"a": "</script>"} becomes {"a": "\u003c/script\u003e"}.          test: report_json */
 static void report_write_json(FILE *file, struct Text json) {
     for (size_t i = 0, length; i < json.length; i += MAX(length, (size_t)1)) {
@@ -13994,16 +13995,16 @@ static void report_write_json(FILE *file, struct Text json) {
     }
 }
 
-/* report_write -- makes DIR/report.html: the page that ships with the program, and in it one
- * object, each file of the run under its path. The page asks for no other file and no network, so
- * it reads the same from a disk, years later. Returns NULL, or what is wrong with the page.
+/* report_write -- makes DIR/report.html: the page that ships with the program, with a JSON object
+ * inserted that holds each file of the run under its path. The page needs no other file and no
+ * network, so years later it still looks the same. Returns NULL, or what is wrong with the page.
  *                                                                           test: report_page */
 static const char *report_write(struct Arena *arena, const char *dir, const char *page_path) {
     static const char mark[] = "<script type=\"application/json\" id=\"run\">";
     struct Text file[COUNT(REPORT_FILE)] = {0};
     bool any_log = false;
 
-    /* 1. The page, and the place in it for a run. Another run that stands there gives way. */
+    /* 1. The page, and the place in it for a run. If there is one already, it is replaced. */
     if (!page_path)
         return "docs/report.html is neither beside the program nor in the current folder";
     struct Text page = read_file(arena, page_path);
@@ -14013,7 +14014,7 @@ static const char *report_write(struct Arena *arena, const char *dir, const char
         return arena_printf(arena, "%s: no place for a run (%s</script>)", page_path, mark);
     place += strlen(mark);
 
-    /* 2. The files. Each must be one JSON object, or all others would be lost to the page too. */
+    /* 2. The files. Each must be one JSON object: a broken one would make all unreadable. */
     for (size_t i = 0; i < COUNT(file); i++) {
         const char *path = arena_printf(arena, "%s/%s", dir, REPORT_FILE[i]);
         if (!file_exists(path))
@@ -14026,7 +14027,7 @@ static const char *report_write(struct Arena *arena, const char *dir, const char
     CHECK(any_log, "%s: no log of a run there (trainer_state.json); give the --output_dir of one",
           dir);
 
-    /* 3. The page up to that place, the object, the rest of the page. */
+    /* 3. Write the page up to that place, the object, and the rest of the page. */
     struct Output out = output_open(dir, "report.html");
     const char *before = "{";
     fwrite(page.data, 1, (size_t)(place - page.data), out.file);
@@ -14043,7 +14044,8 @@ static const char *report_write(struct Arena *arena, const char *dir, const char
     return NULL;
 }
 
-/* The page of a training that has just been saved: it does not fail for want of a page. */
+/* Makes the page of a training that has just been saved. If it cannot, it only says so: the
+ * training must not fail because of a page. */
 static void report_at_end(struct Arena *arena, const char *dir) {
     const char *fault = report_write(arena, dir, shipped_path(arena, "docs/report.html"));
     if (fault)
@@ -14052,8 +14054,8 @@ static void report_at_end(struct Arena *arena, const char *dir) {
              fault, dir, program_name, shell_word(arena, dir));
 }
 
-/* Begins report.json with what was done, in words. The caller adds what else it knows, and closes
- * the facts, the object and the file. */
+/* Begins report.json with what was done, in words. The caller adds more, and closes the facts, the
+ * object and the file. */
 static struct Output report_begin(const char *dir, const char *command, const char *data,
                                   const struct GPT2 *model, double seconds) {
     const struct GPT2Config *c = &model->config;
@@ -14070,14 +14072,14 @@ static struct Output report_begin(const char *dir, const char *command, const ch
     return out;
 }
 
-/* An answer, its tokens, and what the training did to the log-probability of each: the policy's
- * less the language model's, at the temperature at which they write. */
+/* Writes an answer's reward, its tokens, and how the training changed the log-probability of each:
+ * the policy's minus the language model's, at the temperature of sampling. */
 static void course_write_answer(struct Course *course, FILE *f, const struct PolicyResult *r,
                                 size_t i) {
     const struct Example *answer = &r->answers[i];
     struct Arena *arena = &course->arena;
     double temperature = course->temperature;
-    /* 1. both models read the answer */
+    /* 1. both models compute the answer's log-probabilities */
     struct Batch batch = collate(arena, answer, 1, SKIP_LAST);
     struct LMHead head = batch_logprobs(r->policy, arena, &batch, temperature, false);
     struct LMHead ref = batch_logprobs(course->language_model, arena, &batch, temperature, false);
@@ -14086,14 +14088,14 @@ static void course_write_answer(struct Course *course, FILE *f, const struct Pol
     for (size_t t = answer->prompt_length; t < answer->n; t++)
         json_write_string(f, t > answer->prompt_length ? ", " : "",
                           tokenizer_decode(course->tok, answer->ids[t], course->vocab_size));
-    /* 3. log pi - log pi_ref of each */
+    /* 3. log pi - log pi_ref of each token */
     for (size_t t = 0; t < batch.R; t++)
         head.logprob[t] -= ref.logprob[t];
     json_write_floats(f, "], \"logratio\": ", head.logprob, batch.R);
     fputc('}', f);
 }
 
-/* A prompt and each model's answer, as words (samples.jsonl) or token by token (report.json). */
+/* Writes a prompt and each model's answer, as text (samples.jsonl) or by tokens (report.json). */
 static void course_write_sample(struct Course *course, FILE *f, size_t i, bool tokens) {
     json_write_string(f, "{\"prompt\": ", course_prompt(course, i));
     for (size_t k = 0; k < COUNT(course->result); k++) {
@@ -14106,7 +14108,7 @@ static void course_write_sample(struct Course *course, FILE *f, size_t i, bool t
     fputc('}', f);
 }
 
-/* summary.json: the figures of a run, for programs. */
+/* Writes summary.json, a run's figures for other programs. */
 static void course_write_summary(const struct Course *course, double seconds) {
     struct Output out = output_open(course->output_dir, "summary.json");
     fprintf(out.file,
@@ -14119,7 +14121,7 @@ static void course_write_summary(const struct Course *course, double seconds) {
     for (size_t k = 0; k < COUNT(course->result); k++) {
         const struct PolicyResult *r = &course->result[k];
         fprintf(out.file, "  \"%s\": {", COURSE_MODEL[k][0]);
-        /* result 0 is what the others are compared with */
+        /* the others are compared with result 0, the model before they were trained */
         if (k)
             fprintf(out.file, "\"reward_before\": %s, \"reward_after\": %s, \"kl\": %s, ",
                     json_number_text(course->result[0].mean_reward),
@@ -14131,7 +14133,8 @@ static void course_write_summary(const struct Course *course, double seconds) {
     output_close(&out);
 }
 
-/* The rewards of held-out reviews that people liked, or did not: a list in report.json. */
+/* Writes the rewards of the held-out reviews that are rated above 0 (liked) or below: a list in
+ * report.json. */
 static void course_write_reviews(struct Course *course, FILE *f, const char *before, bool liked) {
     size_t count = 0;
     float *rewards = arena_floats(&course->arena, course->held_out_n);
@@ -14143,7 +14146,7 @@ static void course_write_reviews(struct Course *course, FILE *f, const char *bef
     json_write_floats(f, before, rewards, count);
 }
 
-/* report.json: what report.html shows beside the logs. */
+/* Writes report.json: what report.html shows besides the logs. */
 static void course_write_report(struct Course *course, double seconds) {
     struct Arena *arena = &course->arena;
     const char *data = arena_printf(arena, "%s: %zu rated texts to learn from, %zu held out",
@@ -14151,7 +14154,7 @@ static void course_write_report(struct Course *course, double seconds) {
     struct Output out =
         report_begin(course->output_dir, course->command, data, course->language_model, seconds);
 
-    /* 1. Facts, in words; the last one closes their object. */
+    /* 1. Facts, in words: after those of report_begin, a line for each model. */
     for (size_t k = 0; k < COUNT(course->result); k++) {
         const struct PolicyResult *r = &course->result[k];
         fprintf(out.file,
@@ -14178,7 +14181,7 @@ static void course_write_report(struct Course *course, double seconds) {
     output_close(&out);
 }
 
-/* What a run of the course leaves beside its models. */
+/* Writes what a run of the course leaves besides its models. */
 static void course_write(struct Course *course, double seconds) {
     struct Output samples = output_open(course->output_dir, "samples.jsonl");
     for (size_t i = 0; i < course->test_n; i++) {
@@ -14190,7 +14193,7 @@ static void course_write(struct Course *course, double seconds) {
     course_write_report(course, seconds);
 }
 
-/* Text on one line of a terminal. */
+/* Prints a text that is safe for a terminal, all on one line. */
 static void print_plain(struct Text text) {
     struct Arena arena = {0};
     text = text_shown(&arena, text, "");
@@ -14198,13 +14201,13 @@ static void print_plain(struct Text text) {
     arena_free(&arena);
 }
 
-/* What a run of the course says in the end. */
+/* Prints the results at the end of a run of the course. */
 static void course_print(struct Course *course) {
     enum { SHOWN = 8 };
     const struct PolicyResult *r = course->result;
     struct Arena *arena = &course->arena;
 
-    /* 1. Answers: the same beginnings for each model. */
+    /* 1. Answers of each model to the same beginnings. */
     printf("\nEight held-out beginnings, continued by each model, with the reward of each:\n");
     for (size_t i = 0; i < MIN(course->test_n, (size_t)SHOWN); i++) {
         printf("\n  ");
@@ -14217,13 +14220,13 @@ static void course_print(struct Course *course) {
         }
     }
 
-    /* 2. Figures: the reward beside what it may have cost. */
+    /* 2. Figures: the reward, next to what it may have cost. */
     printf("\n%zu held-out beginnings   reward      KL  distinct-2  length\n", course->test_n);
     for (size_t k = 0; k < COUNT(course->result); k++)
         printf("  %-20s  %+8.2f%8.1f%12.2f%8.1f\n", COURSE_MODEL[k][0], r[k].mean_reward, r[k].kl,
                r[k].distinct_2, r[k].mean_length);
 
-    /* 3. A command line to go on with, which a shell takes as it stands. */
+    /* 3. A command line to go on with, quoted so that it can be pasted into a shell. */
     printf("\nThe models are in %s/{language_model,reward_model,ppo,dpo}. Try them:\n",
            course->output_dir);
     const char *policy = shell_word(arena, arena_printf(arena, "%s/ppo", course->output_dir));
