@@ -14245,13 +14245,14 @@ static void course_print(struct Course *course) {
 /* =============================================================================================
  * Chapter 26 - Command line, main
  *
- * One table of flags, one table of commands. A flag's name is transformers', TRL's or PEFT's.
+ * How does a command line become a call? Through one table of flags and one table of commands. The
+ * flags have the names that transformers, TRL or PEFT give them.
  *     ./align dpo --beta 0.5 --model_name_or_path m --dataset_name pairs.jsonl --output_dir out
- * find_command takes dpo's row of COMMANDS, and default_options fills struct Options with what
- * holds unless the user says otherwise. For --beta, take_flag finds the row that names dpo,
- * for there are two flags of this name. parse_flag checks that 0.5 is a number above 0 and stores
- * it at the row's place in Options. note_idle_flags tells which flags change nothing, check_needed
- * which are missing; then command_dpo runs, with Options as all that it knows.
+ * find_command finds dpo's row in COMMANDS, and default_options fills struct Options with dpo's
+ * defaults. Two flags are called --beta; take_flag finds the one whose row names dpo. parse_flag
+ * checks that 0.5 is a number above 0 and stores it in the member of Options that the row names.
+ * note_idle_flags says which flags have no effect, check_needed ends the program if one is missing;
+ * then command_dpo runs, and Options is all that it knows.
  * ============================================================================================= */
 
 enum { MOST_FLAGS = 160 };
@@ -14271,16 +14272,16 @@ struct Options {
     struct LengthSampler input_length, output_length;
     size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps, top_n, max_samples;
     bool json, jsonl, decode, help, quiet, use_peft;
-    bool given[MOST_FLAGS]; /* which of FLAGS the command line has */
-    const char *passed_over; /* a list: flags of other programs that are given */
-    /* What a command opens and main closes. */
+    bool given[MOST_FLAGS]; /* which of FLAGS are on the command line */
+    const char *passed_over; /* a list: flags of other programs on the command line */
+    /* What a command opens, and main closes. */
     struct Arena arena;
     struct Tokenizer *tok;
     struct GPT2 *model, *reference, *reward_model;
     struct Dataset *data, *eval;
 };
 
-/* Lists of commands, for the flags that several of them have. */
+/* Lists of commands, for flags that several commands have. */
 #define BATCH_TRAINING "pretrain, sft, reward, dpo"
 #define TUNING "sft, reward, ppo, reinforce, dpo"
 #define TRAINING "pretrain, " TUNING
@@ -14292,13 +14293,13 @@ struct Options {
 #define WITH_OUTPUT "rlhf, collect, merge, " TRAINING
 #define WITH_SEED "rlhf, exact, generate, collect, eval, " TRAINING
 #define WITH_REFERENCE "ppo, reinforce, dpo, logprob, eval"
-#define WITH_WORDS "tokenize, report, glossary" /* that are no flags: a file, a term */
+#define WITH_WORDS "tokenize, report, glossary" /* arguments that are not flags: a file, a term */
 #define ALL_COMMANDS WITH_MODEL ", exact, " WITH_WORDS
 
-/* What a flag's value is stored as; of early_stopping: enum EarlyStopping. */
+/* How a flag's value is stored. TYPE_STOPPING is enum EarlyStopping. */
 enum Type { TYPE_STRING, TYPE_BOOL, TYPE_STOPPING, TYPE_SEED, TYPE_SIZE, TYPE_DOUBLE };
 
-/* What a flag's value may be. A number has a range; `expected` says it in words. */
+/* What a flag's value may be: the range of a number, and `expected`, the same in words. */
 struct Kind {
     enum Type type;
     double least, most;
@@ -14306,8 +14307,8 @@ struct Kind {
 };
 static const struct Kind KIND_TEXT = {TYPE_STRING, 0, 0, ""}; /* the only one that may be empty */
 static const struct Kind KIND_STRING = {TYPE_STRING, 0, 0, ""};
-static const struct Kind KIND_NAME = {TYPE_STRING, 0, 0, ""}; /* one of those in its help */
-static const struct Kind KIND_LIST = {TYPE_STRING, 0, 0, ""}; /* goes on to the next flag */
+static const struct Kind KIND_NAME = {TYPE_STRING, 0, 0, ""}; /* one of the names in its help */
+static const struct Kind KIND_LIST = {TYPE_STRING, 0, 0, ""}; /* all words up to the next flag */
 static const struct Kind KIND_BOOL = {TYPE_BOOL, 0, 0, "true or false"};
 static const struct Kind KIND_STOPPING = {TYPE_STOPPING, 0, 0, "true or false or never"};
 static const struct Kind KIND_SEED = {TYPE_SEED, 0, 0x1p64, "a whole number, 0 or more"};
@@ -14323,23 +14324,23 @@ static const struct Kind KIND_SHARE = {TYPE_DOUBLE, 0, 1, "a number from 0 to 1"
 static const struct Kind KIND_DECAY = {TYPE_DOUBLE, 0, 1 - DBL_EPSILON / 2,
                                        "a number from 0 to below 1"};
 static const struct Kind KIND_EPOCHS = {TYPE_DOUBLE, FLT_MIN, 1e9, "a number above 0, at most 1e9"};
-/* less takes the likeliest token as well, but overflows */
+/* a lower one would also take the likeliest token, but the logits would overflow */
 static const struct Kind KIND_TEMPERATURE = {TYPE_DOUBLE, 1e-6, FLT_MAX, "a number, 1e-6 or more"};
 
 struct Flag {
     const char *name;
     size_t offset; /* of its value in struct Options */
     const struct Kind *kind;
-    const char *commands; /* that have it */
+    const char *commands; /* those that have the flag */
     const char *help;
 };
 
-/* A flag's name and place. Most are called as the member of Options, or of one of its structs. */
+/* A flag's name and place. Most have the name of their member of Options, or of a struct in it. */
 #define AT(member) offsetof(struct Options, member)
 #define NAMED(member) #member, AT(member)
 #define OF(part, member) #member, AT(part.member)
 
-/* A row that only --help reads: no command has it. */
+/* A row that is only for --help: no command has it. */
 #define HEADING(title) {"", 0, &KIND_TEXT, "", title}
 
 static const struct Flag FLAGS[] = {
@@ -14498,8 +14499,8 @@ static const struct Flag FLAGS[] = {
 
 _Static_assert(COUNT(FLAGS) <= MOST_FLAGS, "Options must note which flags are given");
 
-/* Flags of transformers, PEFT and TRL about what does not exist here, for the commands that train:
- * the values with which they change nothing (NULL: all), and why another is refused. */
+/* Flags of transformers, PEFT and TRL for features that do not exist here. The commands that train
+ * accept them with the values that change nothing (NULL: all); `why` others are refused. */
 static const struct PassedOver {
     const char *names, *harmless, *why;
 } PASSED_OVER[] = {
@@ -14525,8 +14526,8 @@ static const struct PassedOver {
     {"dataloader_drop_last", "false", "the last batch of an epoch counts too"},
 };
 
-/* What a flag is called in other programs and versions. Of several rows that have a name the first
- * one counts whose flag the command has. */
+/* What a flag is called in other programs and versions. If a name is in several rows, the first row
+ * counts whose flag the command has. */
 static const struct {
     const char *here, *elsewhere;
 } ALSO_CALLED[] = {
@@ -14553,12 +14554,12 @@ static const struct {
     {"repetition_penalty", "repeat_penalty"},
 };
 
-/* `name` as one more of a list. */
+/* The list with `name` added at its end. */
 static const char *list_add(struct Arena *arena, const char *list, const char *name) {
     return arena_printf(arena, "%s%s%s", list, *list ? ", " : "", name);
 }
 
-/* The next name of a list, which then begins after it; NULL: there is none. */
+/* Takes the next name off a list; NULL if there is none. */
 static const char *take_name(struct Arena *arena, const char **list) {
     size_t length = next_name(list);
     const char *name = length ? text_copy(arena, (struct Text){*list, length}).data : NULL;
@@ -14575,8 +14576,8 @@ static bool list_has(const char *list, const char *name) {
 
 static bool program_path(char path[PATH_MAX]);
 
-/* A file that ships with the program: beside it, where `make install` puts it, or in the current
- * folder. NULL if it is in none of them. */
+/* The path of a file that ships with the program: next to the program, where `make install` puts
+ * it, or in the current folder. NULL if it is in none of them. */
 static const char *shipped_path(struct Arena *arena, const char *name) {
     static const char *const folders[] = {"", "../share/align/"};
     char program[PATH_MAX];
@@ -14590,7 +14591,7 @@ static const char *shipped_path(struct Arena *arena, const char *name) {
     return file_exists(name) ? name : NULL;
 }
 
-/* The same, or the program ends. */
+/* The same; if there is no such file, the program ends. */
 static const char *shipped_file(struct Arena *arena, const char *name, const char *remedy) {
     const char *path = shipped_path(arena, name);
     CHECK(path, "%s is neither beside the program nor in the current folder; %s", name, remedy);
@@ -14618,8 +14619,8 @@ static bool given(const struct Options *o, const char *name) {
     return false;
 }
 
-/* If `idle`, says which flags of these (names in a list) are given: they change nothing, and why.
- * A flag that the command does not have is not given. */
+/* If `idle`, notes which of these flags (names in a list) are on the command line, and why they
+ * have no effect there. */
 static void note_idle(struct Options *o, bool idle, const char *flags, const char *why) {
     const char *found = "";
     for (const char *name; idle && (name = take_name(&o->arena, &flags));)
@@ -14629,10 +14630,10 @@ static void note_idle(struct Options *o, bool idle, const char *flags, const cha
         warn("%s: no effect: %s", found, why);
 }
 
-/* config.json's special tokens against the tokens that tokenizer.bin has. A model may have more:
- * those that its folder names were trained for texts that cannot be encoded here, so they are
- * refused. A padding token, which no text holds, is kept under its name. Ids without a name only
- * round up the vocabulary. */
+/* Checks config.json's special tokens against the tokens of tokenizer.bin. A model may have more.
+ * Those to which its folder gives names were trained on texts that cannot be encoded here: the
+ * model is refused. A padding token, which is in no text, is kept under its name. Ids without a
+ * name only round up the vocabulary. */
 static void check_special_tokens(struct Options *o, const char *folder, struct GPT2Config *c) {
     struct Arena arena = {0};
     const struct Tokenizer *tok = o->tok;
@@ -14642,7 +14643,7 @@ static void check_special_tokens(struct Options *o, const char *folder, struct G
     const char *remedy =
         arena_printf(&arena, "if it only pads, write \"pad_token_id\": %zu in config.json, else ",
                      known);
-    /* 1. Texts end with the end token: it must be one that is known here. */
+    /* 1. Texts end with the end token, so it must be in tokenizer.bin. */
     CHECK(end < known || names[end - known].length == 0,
           "%s: its end token, id %zu, is \"%s\", an added token that %s lacks; this model cannot "
           "be used",
@@ -14651,7 +14652,7 @@ static void check_special_tokens(struct Options *o, const char *folder, struct G
           "%s: its end token, id %zu, is no token of %s; if its texts end with GPT-2's own, write "
           "\"eos_token_id\": %zu in config.json",
           folder, end, tok->path, known - 1);
-    /* 2. Of the ids beyond tokenizer.bin's none may have a name, but for one that only pads. */
+    /* 2. No id beyond tokenizer.bin's may have a name, except that the first may be for padding. */
     for (size_t id = known; id < c->vocab_size; id++) {
         struct Text name = names[id - known];
         bool kept = id == known && id == (size_t)c->pad_token_id;
@@ -14661,7 +14662,7 @@ static void check_special_tokens(struct Options *o, const char *folder, struct G
         if (kept)
             c->pad_token = text_copy(&o->arena, name);
     }
-    /* 3. An ordinary word as the end token works, but is most likely a slip. */
+    /* 3. An ordinary token as the end token works, but is most likely a mistake. */
     if (end + 1 < known)
         warn("%s: its end token, eos_token_id %zu, is the ordinary token \"%s\"; to this model a "
              "text ends wherever that token stands in it",
@@ -14669,22 +14670,22 @@ static void check_special_tokens(struct Options *o, const char *folder, struct G
     arena_free(&arena);
 }
 
-/* The folder of a model's own weights: of an adapter that of its base; NULL if it names none. */
+/* The folder of a model's own weights. For an adapter this is its base; NULL if it names none. */
 static const char *base_folder(struct Options *o, const char *folder) {
     if (!is_adapter(folder))
         return folder;
     return adapter_config_load(&o->arena, folder).base_model_name_or_path;
 }
 
-/* A model's folder; or an adapter's: its base, the adapter folded in. */
+/* Loads a model's folder, or an adapter's: then the model is its base with the adapter merged. */
 static struct GPT2 *load_model(struct Options *o, const char *folder) {
     const char *base = base_folder(o, folder);
     CHECK(base == folder || (base && file_exists(base)),
           "%s: its base \"%s\" is not here (base_model_name_or_path in its adapter_config.json); "
           "give both: --model_name_or_path BASE --peft_adapter DIR",
           folder, base ? base : "");
-    /* A tokenizer of its own that splits texts otherwise would feed the model ids that mean
-     * something else: each folder that has one is checked. */
+    /* A folder may have a tokenizer of its own. If its ids mean other tokens, the model would be
+     * fed wrong ones: each folder is checked. */
     struct GPT2 *model = gpt2_load(base);
     tokenizer_check_folder(o->tok, folder, model->config.vocab_size);
     check_special_tokens(o, base, &model->config);
@@ -14696,14 +14697,14 @@ static struct GPT2 *load_model(struct Options *o, const char *folder) {
     return model;
 }
 
-/* A command's tokenizer and model, with --peft_adapter's adapter, for training or folded in; or
- * with a new one (--use_peft). */
+/* Opens a command's tokenizer and model, with the adapter of --peft_adapter, or a new one
+ * (--use_peft). Unless it is to be trained, the adapter is merged into the model. */
 static void open_model(struct Options *o, bool train) {
     load_tokenizer(o);
     struct GPT2 *model = o->model = load_model(o, o->model_name_or_path);
     if (!o->use_peft && !o->peft_adapter)
         return;
-    /* 1. An adapter on an adapter has no format of its own: which base would it be loaded on? */
+    /* 1. An adapter on top of an adapter cannot be saved: no format says which base it needs. */
     CHECK(!is_adapter(o->model_name_or_path),
           "--model_name_or_path %s: is itself an adapter, a base is needed here; fold it into its "
           "base first: align merge",
@@ -14714,7 +14715,7 @@ static void open_model(struct Options *o, bool train) {
         adapter_load(model, o->peft_adapter);
     model->adapter.base_model_name_or_path = o->model_name_or_path;
 
-    /* 2. To write or to score, W + BA is computed once, not at each product. */
+    /* 2. Without training, W + BA is computed once instead of in each forward pass. */
     if (!train)
         adapter_merge(model);
     else if (model->adapter.lora_dropout > 0)
@@ -14722,7 +14723,8 @@ static void open_model(struct Options *o, bool train) {
              model->adapter.lora_dropout);
 }
 
-/* --ref_model, or the start model: of an adapter without a second copy of the base. */
+/* Loads --ref_model, or else takes the start model. If an adapter is trained, policy and reference
+ * share the base's weights. */
 static void load_reference(struct Options *o) {
     const struct GPT2 *model = o->model;
     if (o->ref_model)
@@ -14735,7 +14737,7 @@ static void load_reference(struct Options *o) {
           o->reference->config.vocab_size, model->config.vocab_size);
 }
 
-/* Which of the names a flag's value is. */
+/* The index of a flag's value among `names`; if it is none of them, the program ends. */
 static size_t choice(const char *flag, const char *value, const char *names) {
     const char *name = names;
     for (size_t length, i = 0; (length = next_name(&name)) > 0; name += length, i++)
@@ -14757,7 +14759,7 @@ static void options_close(struct Options *o) {
     arena_free(&o->arena);
 }
 
-/* Which rows a command takes; the first shape that a data set has counts. */
+/* Which rows a command takes: the first of these shapes that the data set has. */
 static const unsigned TEXT_SHAPES[] = {SHAPE_TEXT};
 static const unsigned SFT_SHAPES[] = {SHAPE_PROMPT_COMPLETION, SHAPE_TEXT};
 static const unsigned DPO_SHAPES[] = {SHAPE_PREFERENCE};
@@ -14782,6 +14784,7 @@ static void tokenize_decode(const struct Tokenizer *tok, struct Text in, size_t 
 }
 
 static void command_tokenize(struct Options *o) {
+    /* 1. Whose ids? A model with a smaller vocabulary has only the first of them. */
     if (o->jsonl && o->decode)
         die_usage("--decode reads ids, --jsonl texts: give one of them");
     struct Tokenizer *tok = load_tokenizer(o);
@@ -14789,6 +14792,8 @@ static void command_tokenize(struct Options *o) {
     CHECK(V > BYTE_TOKENS && V <= tok->vocab_size,
           "--vocab_size %zu: a vocabulary has 257 to %zu ids", V, tok->vocab_size);
     const char *path = o->file ? o->file : "-";
+
+    /* 2. --jsonl: one text in each line. */
     if (o->jsonl) {
         o->data = dataset_load(&o->arena, path, TEXT_SHAPES, 1);
         for (size_t i = 0; i < o->data->n; i++) {
@@ -14799,7 +14804,7 @@ static void command_tokenize(struct Options *o) {
         return;
     }
 
-    /* All the input is one text, line ends included. */
+    /* 3. Otherwise the whole input is one text, line breaks included, or a list of ids. */
     struct Text text = read_file(&o->arena, path);
     if (o->decode) {
         tokenize_decode(tok, text, V, path);
@@ -14811,7 +14816,7 @@ static void command_tokenize(struct Options *o) {
     putchar('\n');
 }
 
-/* What a training starts from: model, data, and a Trainer whose task is to be set. */
+/* Opens what a training starts from: model, data, and a Trainer, whose task the caller sets. */
 static struct Trainer open_training(struct Options *o, const unsigned *shapes, size_t count) {
     if (!o->model)
         open_model(o, true);
@@ -14823,15 +14828,15 @@ static struct Trainer open_training(struct Options *o, const unsigned *shapes, s
     return (struct Trainer){.model = o->model, .tok = o->tok, .args = o->train};
 }
 
-/* A run may write over a folder that it reads, as in transformers, since that is in memory by then;
- * but whoever gave both by mistake loses a model, so it is said. */
+/* As in transformers, a run may overwrite a folder that it reads, since the model is in memory by
+ * then. But whoever did not mean to would lose a model, so there is a note. */
 static void note_replaced(struct Options *o, const char *dir) {
     for (size_t i = 0; i < COUNT(FLAGS); i++) {
         const char *flag = FLAGS[i].name;
         if (!list_has("model_name_or_path, peft_adapter, ref_model, reward_model_path", flag))
             continue;
         const char *folder = *(const char **)((char *)o + FLAGS[i].offset);
-        /* the same folder under another name, by a link for one, counts too */
+        /* the same folder under another name, for example a link, counts too */
         const char *base = folder ? base_folder(o, folder) : NULL;
         if (folder && same_file(dir, folder)) {
             warn("--output_dir %s is --%s: the model there will be replaced", dir, flag);
@@ -14843,13 +14848,13 @@ static void note_replaced(struct Options *o, const char *dir) {
     }
 }
 
-/* The folder for the result. One that holds a model cannot take an adapter too, nor the other
- * way round: which of them is meant? */
+/* Makes the folder for the result. A folder that holds a model cannot also hold an adapter, or the
+ * other way round. */
 static void open_output_dir(struct Options *o) {
     const char *dir = o->train.output_dir;
     bool adapter = o->model->adapter.r > 0;
     make_folder(dir);
-    /* with both files there a reader would take the folder for whichever it looks for first */
+    /* a reader of such a folder would take whichever it looks for first */
     CHECK(!file_exists(arena_printf(&o->arena, "%s/%s", dir,
                                     adapter ? "config.json" : "adapter_config.json")),
           "--output_dir %s: holds %s already; choose another folder for %s", dir,
@@ -14858,11 +14863,12 @@ static void open_output_dir(struct Options *o) {
 }
 
 static void save_result(struct Options *o, const struct TrainerState *state) {
+    /* 1. The model first: it is what hours of work have made. */
     model_replace(o->model, o->train.output_dir, o->tok);
     say("saved to %s\n", o->train.output_dir);
     trainer_state_save(state, &o->train, o->train.output_dir);
 
-    /* The report: what was done, in words, and a page that shows it beside the log. */
+    /* 2. The report: what was done, in words, and a page that shows it with the log. */
     const char *data = arena_printf(&o->arena, "%s: %zu rows%s%s", o->data->path, o->data->n,
                                     o->eval ? "; held out: " : "", o->eval ? o->eval->path : "");
     struct Output out =
@@ -14870,15 +14876,16 @@ static void save_result(struct Options *o, const struct TrainerState *state) {
     fputs("}}\n", out.file);
     output_close(&out);
     report_at_end(&o->arena, o->train.output_dir);
-    resume_hint[0] = 0; /* nothing is left to go on with */
+    resume_hint[0] = 0; /* nothing is left to resume */
     CHECK(!interrupted, "interrupted after the last step; the model is saved in %s%s",
           o->train.output_dir, o->eval ? ", its last evaluation may be missing (align eval)" : "");
 }
 
-/* Trains, evaluates, saves: what every training command ends with. */
+/* Trains, evaluates, saves: how pretrain, sft, reward and dpo end. */
 static void finish_training(struct Options *o, struct Trainer *trainer) {
     open_output_dir(o);
     trainer_train(trainer);
+    /* unless the last step was evaluated already */
     if (trainer->task.eval_n
         && !(o->train.eval_steps && trainer->state.global_step % o->train.eval_steps == 0))
         trainer_evaluate(trainer);
@@ -14886,8 +14893,8 @@ static void finish_training(struct Options *o, struct Trainer *trainer) {
     trainer_free(trainer);
 }
 
-/* Each row's text as ids, with the end token after it unless that is NULL; of a longer text the
- * first `longest`. */
+/* Each row's text as ids, followed by the end token unless that is NULL; of a longer text only the
+ * first `longest` ids. */
 static struct Example *encode_texts(struct Options *o, const struct Dataset *data,
                                     const int *end_token, size_t longest) {
     if (!data)
@@ -14900,7 +14907,7 @@ static struct Example *encode_texts(struct Options *o, const struct Dataset *dat
         cut += texts[i].n > longest;
         texts[i].n = MIN(texts[i].n, longest);
     }
-    /* once for all of them, not a line for each */
+    /* one note for all of them */
     if (cut)
         warn("%s: %zu of %zu texts are longer than %zu tokens; their first %zu are read",
              data->path, cut, data->n, longest, longest);
@@ -14908,7 +14915,7 @@ static struct Example *encode_texts(struct Options *o, const struct Dataset *dat
 }
 
 static void command_pretrain(struct Options *o) {
-    /* 1. A new model of the sizes that the flags say, or one that is trained further. */
+    /* 1. A new model with the sizes that the flags give, or an existing one to train further. */
     o->config.bos_token_id = endoftext_id(o->config.vocab_size);
     o->config.eos_token_id = o->config.pad_token_id = o->config.bos_token_id;
     config_check(&o->config, "command line");
@@ -14919,7 +14926,8 @@ static void command_pretrain(struct Options *o) {
     leave_out_reward_head(o->model);
     leave_out_value_head(o->model);
 
-    /* 2. Rows must fit its context. The default shrinks to it, what the user asks for does not. */
+    /* 2. Rows must fit the model's context. The default length is reduced to it, one that the user
+     *    has chosen is not. */
     size_t n_positions = o->model->config.n_positions;
     CHECK(o->train.max_length <= n_positions || !given(o, "max_length"),
           "--max_length %zu is longer than the model's context of %zu (--n_positions)",
@@ -14956,7 +14964,7 @@ static void command_reward(struct Options *o) {
     finish_training(o, &trainer);
 }
 
-/* --loss_type "sigmoid sft" --loss_weights "1 0.2" into weights. */
+/* Turns --loss_type "sigmoid sft" --loss_weights "1 0.2" into the weight of each loss. */
 static void parse_loss_types(struct Options *o) {
     const char *types = o->loss_type;
     const char *weights = o->loss_weights;
@@ -14965,7 +14973,7 @@ static void parse_loss_types(struct Options *o) {
     for (const char *type; (type = take_name(&o->arena, &types));) {
         /* the order of enum DPOLossType */
         size_t k = choice("loss_type", type, "sigmoid, ipo, hinge, robust, sft");
-        /* a number for each name, read to its end; without any numbers all weights are 1 */
+        /* a number for each name, with nothing after it; without --loss_weights each is 1 */
         const char *word = weights ? take_name(&o->arena, &weights) : "1";
         char *end = NULL;
         double weight = word ? strtod(word, &end) : NAN;
@@ -14992,11 +15000,11 @@ static void command_dpo(struct Options *o) {
     leave_out_reward_head(o->model);
     leave_out_value_head(o->model);
 
-    /* 1. pi_ref is where the policy starts from, unless --ref_model says otherwise. */
+    /* 1. pi_ref is the policy before training, unless --ref_model names another. */
     load_reference(o);
 
-    /* 2. Pairs as ids, chosen and rejected in turn; those held out likewise, with room for the
-     *    reference's log-probabilities. */
+    /* 2. Pairs as ids, chosen and rejected in turn. The same for held-out pairs, which also need
+     *    room for the reference's log-probabilities. */
     struct Example *pairs = arena_alloc(&o->arena, 2 * o->data->n, sizeof *pairs);
     size_t n = dpo_pairs(&trainer, &o->arena, o->data, &o->dpo, pairs);
     struct DPOTask *task =
@@ -15010,7 +15018,8 @@ static void command_dpo(struct Options *o) {
     finish_training(o, &trainer);
 }
 
-/* Prompts to answer: rows with a prompt whole, of texts as many tokens as a LengthSampler says. */
+/* Encodes the prompts to answer and returns their number. A row's prompt is taken whole; from a
+ * text come as many first tokens as a LengthSampler draws. */
 static size_t encode_prompts(struct Options *o, struct Example *prompts) {
     const struct Dataset *data = o->data;
     struct Rng rng = rng_seed(o->train.seed, STREAM_LENGTH);
@@ -15018,17 +15027,21 @@ static size_t encode_prompts(struct Options *o, struct Example *prompts) {
     size_t empty = 0;
     size_t longest = o->model->config.n_positions - 1;
     for (size_t i = 0; i < data->n && (!o->max_samples || count < o->max_samples); i++) {
-        bool whole = data->shape == SHAPE_PROMPT; /* else a text, of which the beginning is taken */
+        /* 1. The row's ids. */
+        bool whole = data->shape == SHAPE_PROMPT;
         struct Example e =
             example_encode(&o->arena, o->tok, whole ? data->rows[i].prompt : data->rows[i].text,
                            o->model->config.vocab_size, NULL);
-        /* A number is drawn for every text, an empty one too: lengths stay those of the rows. */
+        /* 2. How many of them? A number is drawn even for an empty text, so that the other texts'
+         *    lengths do not depend on it. */
         size_t drawn = whole ? e.n : length_sampler(&o->input_length, &rng);
         size_t length = MIN(e.n, drawn);
         CHECK(length <= longest,
               "%s: prompt %zu has %zu tokens; with a context of %zu at most %zu leave room for an "
               "answer",
               data->path, i + 1, length, o->model->config.n_positions, longest);
+
+        /* 3. A prompt without tokens would give the model nothing to continue. */
         if (length > 0)
             prompts[count++] = (struct Example){e.ids, length, length};
         else
@@ -15042,8 +15055,8 @@ static size_t encode_prompts(struct Options *o, struct Example *prompts) {
     return count;
 }
 
-/* Where rollouts come from: prompts of the data set, answers of the model, rewards of the reward
- * model. */
+/* Opens what rollouts come from: the data set's prompts, the model's answers, the reward model's
+ * rewards. */
 static struct RolloutSource open_rollouts(struct Options *o) {
     const struct LengthSampler *in = &o->input_length;
     const struct LengthSampler *out = &o->output_length;
@@ -15054,7 +15067,7 @@ static struct RolloutSource open_rollouts(struct Options *o) {
           "--input_max_text_length %zu: more than --input_min_text_length, %zu, was expected",
           in->max_value, in->min_value);
 
-    /* 1. Random numbers for each purpose; rollouts are sampled, whatever --do_sample would say. */
+    /* 1. Random numbers for each purpose. Rollouts are always sampled. */
     struct RolloutSource source = {
         .shuffle = rng_seed(o->train.seed, STREAM_ORDER + 100),
         .lengths = rng_seed(o->train.seed, STREAM_LENGTH + 100),
@@ -15064,14 +15077,14 @@ static struct RolloutSource open_rollouts(struct Options *o) {
     };
     source.generation.do_sample = true;
 
-    /* 2. The judge. collect asks a person where there is none. */
+    /* 2. The reward model. Without one, collect asks a person. */
     if (o->reward_model_path) {
         o->reward_model = load_model(o, o->reward_model_path);
         check_reward_model(o->reward_model, o->reward_model_path);
     }
     source.scorer = (struct Scorer){.reward_model = o->reward_model, .tok = o->tok, .std = 1};
 
-    /* 3. Prompts, and how many tokens the longest of them leaves of the context. */
+    /* 3. Prompts, and how many tokens of the context the longest of them leaves. */
     open_data(o, PROMPT_SHAPES, COUNT(PROMPT_SHAPES));
     note_idle(o, o->data->shape == SHAPE_PROMPT, "input_min_text_length, input_max_text_length",
               "the data set's prompts are taken whole");
@@ -15085,8 +15098,8 @@ static struct RolloutSource open_rollouts(struct Options *o) {
     return source;
 }
 
-/* Says, once a command, that the context may end an answer sooner than the flag does. `room`: new
- * tokens that the longest prompt leaves. */
+/* Notes, once for a command, that the context may end an answer before the flag does. room: how
+ * many new tokens fit after the longest prompt. */
 static void note_full_context(const struct Options *o, size_t room, size_t max_new,
                               const char *flag) {
     if (room >= max_new)
@@ -15096,9 +15109,10 @@ static void note_full_context(const struct Options *o, size_t room, size_t max_n
          flag, max_new, o->model->config.n_positions, room);
 }
 
-/* Trains by PPO or REINFORCE on rollouts, new or stored, and saves: max_steps, or one pass. */
+/* Trains by PPO or REINFORCE on new or stored rollouts, and saves the model. */
 static void train_on_rollouts(struct Options *o, enum Algorithm algorithm) {
-    /* 1. Policy, reference, and where the result goes: asked before hours of work, not after. */
+    /* 1. Policy, reference, and the folder for the result: if that cannot be written to, we learn
+     *    it before hours of work, not after. */
     open_model(o, true);
     leave_out_reward_head(o->model);
     if (algorithm == ALGORITHM_REINFORCE)
@@ -15106,7 +15120,7 @@ static void train_on_rollouts(struct Options *o, enum Algorithm algorithm) {
     load_reference(o);
     open_output_dir(o);
 
-    /* 2. Rollouts: stored ones, or prompts and a judge. */
+    /* 2. Rollouts: stored ones, or prompts and a reward model. */
     struct RolloutSource source = {0};
     if (o->rollouts) {
         source.replay = o->data = dataset_load(&o->arena, o->rollouts, ROLLOUT_SHAPES, 1);
@@ -15115,7 +15129,8 @@ static void train_on_rollouts(struct Options *o, enum Algorithm algorithm) {
         note_full_context(o, source.room, o->output_length.max_value - 1, "--output_max_length");
     }
 
-    /* 3. As many steps as --max_steps says, else each prompt (or stored rollout) once. */
+    /* 3. As many steps as --max_steps says, or else one pass over the prompts or stored
+     *    rollouts. */
     double temperature = o->generation.temperature;
     struct RolloutTrainer *trainer =
         algorithm == ALGORITHM_PPO
@@ -15125,7 +15140,7 @@ static void train_on_rollouts(struct Options *o, enum Algorithm algorithm) {
     size_t n = o->rollouts ? o->data->n : source.n;
     size_t pass = MAX((size_t)1, n * trainer->num_generations / trainer->batch_size);
     size_t steps = o->train.max_steps ? o->train.max_steps : pass;
-    /* trainer_state.json's train_batch_size, in checkpoints and at the end */
+    /* becomes train_batch_size in trainer_state.json, in checkpoints and at the end */
     trainer->args.per_device_train_batch_size = trainer->batch_size;
     o->train.per_device_train_batch_size = trainer->batch_size;
     struct TrainerState state = {0};
@@ -15140,7 +15155,7 @@ static void command_ppo(struct Options *o) {
     struct PPOConfig *c = &o->ppo;
     c->mini_batch_size = MIN(c->mini_batch_size, c->batch_size);
     c->gradient_accumulation_steps = o->train.gradient_accumulation_steps;
-    /* Every mini-batch must be full: a product of both flags is not formed, it could overflow. */
+    /* Every mini-batch must be full. Multiplying the two flags could overflow. */
     size_t part = c->batch_size / c->gradient_accumulation_steps;
     bool divides =
         c->batch_size % c->gradient_accumulation_steps == 0 && part % c->mini_batch_size == 0;
@@ -15163,8 +15178,8 @@ static void command_reinforce(struct Options *o) {
     train_on_rollouts(o, ALGORITHM_REINFORCE);
 }
 
-/* A prompt's ids; of an empty one bos_token_id, as in transformers: nothing said yet, start a text.
- * GPT-2's bos token is its end token. */
+/* A prompt's ids. An empty prompt becomes bos_token_id, as in transformers, which starts a new
+ * text: GPT-2's bos token is its end token. */
 static struct Example prompt_encode(struct Options *o, struct Text prompt, size_t number) {
     struct Example e = example_encode(&o->arena, o->tok, prompt, o->model->config.vocab_size, NULL);
     CHECK(e.n <= o->model->config.n_positions,
@@ -15173,8 +15188,8 @@ static struct Example prompt_encode(struct Options *o, struct Text prompt, size_
     return e.n ? e : (struct Example){&o->model->config.bos_token_id, 1, 1};
 }
 
-/* What transformers writes into every generation_config.json, or takes where a setting is missing.
- * NAN: it is not written unless somebody chose it. */
+/* The values that transformers writes into every generation_config.json, or assumes for a missing
+ * setting. NAN: it writes these only if somebody has chosen them. */
 static const struct {
     double usual;
     const char *names;
@@ -15188,10 +15203,10 @@ static const struct {
     {NAN, "forced_bos_token_id, forced_eos_token_id, eos_token_id"},
 };
 
-/* Whether generation_config.json has a setting that nobody expects of a model. */
+/* Is this setting of generation_config.json anything but transformers' usual one? */
 static bool setting_unusual(const struct Json *item, const struct GPT2Config *model) {
     double number = item->type == JSON_FALSE ? 0 : item->type == JSON_NUMBER ? item->number : NAN;
-    /* the end token is config.json's, and every model has its own */
+    /* the end token may repeat config.json's */
     if (strcmp(item->key.data, "eos_token_id") == 0 && number == model->eos_token_id)
         return false;
     /* NaN equals nothing: a list, a string or `true` is always unusual */
@@ -15201,8 +15216,8 @@ static bool setting_unusual(const struct Json *item, const struct GPT2Config *mo
     return false;
 }
 
-/* transformers takes its defaults from generation_config.json; here flags say all. A file that says
- * more than transformers writes for every model is named, so that nobody waits for what it says.
+/* transformers takes its defaults from generation_config.json; here flags decide everything. If the
+ * file has unusual settings, a note says that they have no effect.
  *                                                            test: docs/tools/check_failures.py */
 static void note_generation_config(struct Options *o) {
     const char *path = arena_printf(&o->arena, "%s/generation_config.json", o->model_name_or_path);
@@ -15217,7 +15232,7 @@ static void note_generation_config(struct Options *o) {
         warn("%s: %s: not read; say by flags what generate is to do", path, said);
 }
 
-/* A prompt's continuations as a line of JSON: the new ids and the new text of each. */
+/* Prints a prompt's continuations as a line of JSON: the new ids and the new text of each. */
 static void print_generation_json(struct Options *o, struct Text prompt, const struct Sequence *s,
                                   size_t n) {
     json_write_string(stdout, "{\"prompt\": ", prompt);
@@ -15234,8 +15249,8 @@ static void print_generation_json(struct Options *o, struct Text prompt, const s
     puts("]}");
 }
 
-/* Each continuation after its prompt, as a person reads it: without the end token, and without
- * the bos token that stands for an empty prompt. */
+/* Prints each continuation after its prompt, for a person to read: without the end token, and
+ * without the bos token that takes the place of an empty prompt. */
 static void print_generation(struct Options *o, struct Text prompt, const struct Sequence *s,
                              size_t n) {
     const struct GPT2Config *config = &o->model->config;
@@ -15273,8 +15288,8 @@ static void command_generate(struct Options *o) {
         open_data(o, PROMPT_SHAPES, 1);
     const struct Dataset *data = o->data ? o->data : &one;
 
-    /* 2. A sequence for each answer, with a random generator of its own: what is drawn for one
-     *    does not depend on how the others go. */
+    /* 2. A sequence for each answer, with its own random numbers: the draws for one do not depend
+     *    on the others. */
     struct Sequence *sequences = arena_alloc(&o->arena, data->n * each, sizeof *sequences);
     struct Rng rng = rng_seed(o->train.seed, STREAM_SAMPLE);
     size_t room = o->model->config.n_positions;
@@ -15289,7 +15304,7 @@ static void command_generate(struct Options *o) {
     }
     note_full_context(o, room, g->max_new_tokens, "--max_new_tokens");
 
-    /* 3. All of them together: the weights are read once a token for all. */
+    /* 3. Write all of them together, so that each step reads the weights once for all. */
     generate(o->model, sequences, data->n * each, g);
     for (size_t i = 0; i < data->n; i++) {
         if (o->json)
@@ -15299,7 +15314,8 @@ static void command_generate(struct Options *o) {
     }
 }
 
-/* The tokens that can follow a prompt, the likeliest first; their `logit` is the probability. */
+/* Prints the tokens that can follow a prompt, the likeliest first. Their `logit` now holds a
+ * probability. */
 static void print_next_json(struct Options *o, const struct Candidate *top, size_t kept) {
     json_write_string(stdout, "{\"prompt\": ", text_of(o->prompt));
     printf(", \"kept\": %zu, \"top\": [", kept);
@@ -15320,7 +15336,8 @@ static void print_next_table(struct Options *o, const struct Candidate *top, siz
     }
 }
 
-/* The distribution of the next token after a prompt. [glossary: Distribuição (em ML)] */
+/* align next -- the distribution of the next token after a prompt.
+ *                                                          [glossary: Distribuição (em ML)] */
 static void command_next(struct Options *o) {
     open_model(o, false);
     leave_out_reward_head(o->model);
@@ -15337,13 +15354,13 @@ static void command_next(struct Options *o) {
     output_logits(model, p, acts.ln_f + (e.n - 1) * model->config.n_embd, 1);
     check_numbers(model, arena, &batch, "a logit of the next token", p, V);
 
-    /* 2. What sampling would do to them, and the probabilities that are left. */
+    /* 2. Process them as sampling does, and turn what is left into probabilities. */
     o->generation.do_sample = true;
     process_logits(p, V, &o->generation, e.ids, e.n, 0, model->config.eos_token_id);
     double entropy = entropy_of_logits(p, log_sum_exp(p, V, arena_floats(arena, V)), V);
     softmax(p, V);
 
-    /* 3. The kept ones, the likeliest first. */
+    /* 3. The tokens that can follow, the likeliest first. */
     struct Candidate *top = arena_alloc(arena, V, sizeof *top);
     for (size_t v = 0; v < V; v++)
         if (p[v] > 0)
@@ -15355,11 +15372,11 @@ static void command_next(struct Options *o) {
         print_next_table(o, top, kept, entropy);
 }
 
-/* A line of logprob: a text's ids, each one's log-probability but the first's, which nothing comes
- * before, and their sum over the completion; with --ref_model KL(model || reference) of the next
- * token at each position. */
+/* Prints a line of logprob: a text's ids; the log-probability of each but the first, which nothing
+ * predicts; their sum over the completion; and, with --ref_model, KL(model || reference) of the
+ * next token at each position. */
 static void print_logprob(struct Options *o, struct Arena *arena, const struct Example *e) {
-    /* 1. A text without tokens has nothing to say. */
+    /* 1. A text without tokens has no probabilities. */
     if (e->n == 0) {
         printf("{\"input_ids\": [], \"token_logprobs\": [], \"logprob\": 0%s}\n",
                o->reference ? ", \"kl_to_ref_per_position\": []" : "");
@@ -15376,7 +15393,8 @@ static void print_logprob(struct Options *o, struct Arena *arena, const struct E
     }
     struct LMHead head = batch_logprobs(o->model, arena, &batch, 1, false);
 
-    /* 3. Position t predicts token t + 1: the completion begins one before its first token. */
+    /* 3. Position t predicts token t + 1, so the completion's log-probabilities begin one position
+     *    before its first token. */
     size_t first = MAX((size_t)1, e->prompt_length) - 1;
     size_t scored = e->n > first + 1 ? e->n - 1 - first : 0;
     json_write_ids(stdout, "{\"input_ids\": ", e->ids, e->n);
@@ -15392,6 +15410,7 @@ static void print_logprob(struct Options *o, struct Arena *arena, const struct E
 }
 
 static void command_logprob(struct Options *o) {
+    /* 1. The model, perhaps a reference, and the texts. */
     struct Arena arena = {0};
     open_model(o, false);
     leave_out_reward_head(o->model);
@@ -15401,10 +15420,12 @@ static void command_logprob(struct Options *o) {
     const struct Dataset *data = o->data;
     size_t V = o->model->config.vocab_size;
     size_t cut = 0;
-    /* what both models can read */
+    /* 2. The length that both models can read. */
     size_t limit = MIN(o->train.max_length, o->model->config.n_positions);
     if (o->reference)
         limit = MIN(limit, o->reference->config.n_positions);
+
+    /* 3. A line for each row, long ones cut. */
     for (size_t i = 0; i < data->n; i++) {
         const struct Row *row = &data->rows[i];
         arena_reset(&arena);
@@ -15423,12 +15444,12 @@ static void command_logprob(struct Options *o) {
     arena_free(&arena);
 }
 
-/* What the course's sentiment pipeline says of each text. */
+/* align score -- what the course's sentiment pipeline says of each text. */
 static void command_score(struct Options *o) {
     open_model(o, false);
     check_reward_model(o->model, o->peft_adapter ? o->peft_adapter : o->model_name_or_path);
     open_data(o, TEXT_SHAPES, 1);
-    /* the reward is read at the last token: no end token follows it */
+    /* the reward is read at the text's last token, so no end token is added */
     struct Example *texts =
         encode_texts(o, o->data, NULL, MIN(o->train.max_length, o->model->config.n_positions));
     float *reward = arena_floats(&o->arena, o->data->n);
@@ -15441,21 +15462,21 @@ static void command_score(struct Options *o) {
     }
 }
 
-/* `collect` at work. preferences.jsonl is what it makes. judged.json beside it lists the prompts
- * that are done, with a pair or without: a run that goes on begins after those. It is written
- * second, so that a kill between the two costs time only: the prompts are judged again, on the same
- * random numbers, and a pair that the file holds is not written again. */
+/* The state of `collect`. It makes preferences.jsonl; judged.json next to it lists the prompts that
+ * are done, with or without a pair, after which a later run begins. judged.json is written second:
+ * if the run is killed between the two, the last prompts are judged again, with the same random
+ * numbers, and a pair that is in the file is not added twice. */
 struct Collection {
     struct RolloutSource source;
     const char *path; /* of preferences.jsonl */
     struct Text *shown; /* (source.n) the prompts, as a person sees them */
-    size_t begin, done; /* prompts that are judged: before this run, now */
-    struct Row *pairs; /* of preferences.jsonl, as a person sees them */
-    size_t n, added; /* pairs there; those that this run has added */
+    size_t begin, done; /* how many prompts were judged before this run, and are now */
+    struct Row *pairs; /* those in preferences.jsonl, as a person sees them */
+    size_t n, added; /* how many these are, and how many of them this run has added */
     struct Rng rng;
 };
 
-/* A pair as texts: answers[0] is chosen, answers[1] rejected. */
+/* A pair as texts: answers[0] is the chosen one, answers[1] the rejected one. */
 static struct Row pair_row(struct Options *o, const struct Example *answers) {
     const struct GPT2Config *config = &o->model->config;
     size_t n = answers->prompt_length;
@@ -15466,7 +15487,8 @@ static struct Row pair_row(struct Options *o, const struct Example *answers) {
     };
 }
 
-/* A pair as a terminal shows it: texts that differ only in what it cannot show are the same. */
+/* A pair as a terminal shows it. Texts that differ only in what a terminal cannot show become the
+ * same. */
 static struct Row pair_shown(struct Options *o, struct Row pair, const char *kept) {
     pair.prompt = text_shown(&o->arena, pair.prompt, kept);
     pair.chosen = text_shown(&o->arena, pair.chosen, kept);
@@ -15474,7 +15496,7 @@ static struct Row pair_shown(struct Options *o, struct Row pair, const char *kep
     return pair;
 }
 
-/* Whether preferences.jsonl holds this pair, whichever side was chosen. */
+/* Is this pair in preferences.jsonl, whichever side was chosen? */
 static bool pair_known(const struct Collection *c, struct Row pair) {
     for (size_t i = 0; i < c->n; i++) {
         const struct Row *old = &c->pairs[i];
@@ -15488,9 +15510,9 @@ static bool pair_known(const struct Collection *c, struct Row pair) {
     return false;
 }
 
-/* Adds pairs, chosen and rejected in turn, to preferences.jsonl, but for those that it holds. They
- * are on the disk before the next are judged: a person's work must not be lost. The file is written
- * anew as a whole, so that it never ends in half a line. */
+/* Adds pairs, chosen and rejected in turn, to preferences.jsonl, except those that are there. They
+ * are on the disk before the next ones are judged: a person's work must not be lost. The whole file
+ * is rewritten, so that it never ends in half a line. */
 static void preferences_add(struct Options *o, struct Collection *c, const struct Example *answers,
                             size_t n) {
     struct Arena arena = {0};
@@ -15513,12 +15535,12 @@ static void preferences_add(struct Options *o, struct Collection *c, const struc
     arena_free(&arena);
 }
 
-/* What earlier runs left: pairs, and which of the first prompts are judged. */
+/* Reads what earlier runs have left: the pairs, and how many of the first prompts are judged. */
 static void collection_read(struct Options *o, struct Collection *c) {
     const char *path = arena_printf(&o->arena, "%s/judged.json", o->train.output_dir);
     bool begun = file_exists(c->path);
     bool any = begun && read_file(&o->arena, c->path).length > 0;
-    /* 1. The pairs; a prompt gives at most half as many as it has answers. */
+    /* 1. The pairs. A prompt gives at most half as many as it has answers. */
     if (any)
         o->eval = dataset_load(&o->arena, c->path, DPO_SHAPES, 1);
     size_t old = any ? o->eval->n : 0;
@@ -15527,7 +15549,7 @@ static void collection_read(struct Options *o, struct Collection *c) {
     for (; c->n < old; c->n++)
         c->pairs[c->n] = pair_shown(o, o->eval->rows[c->n], "");
 
-    /* 2. The prompts. Of another data set none is judged, whatever the list says. */
+    /* 2. The prompts. The list counts as far as it agrees with this data set's prompts. */
     struct Json *json = begun && file_exists(path) ? json_read_file(&o->arena, path) : NULL;
     struct Json *list = json_get(json, "prompts");
     CHECK(!json || (list && list->type == JSON_ARRAY),
@@ -15549,7 +15571,7 @@ static void judged_write(const struct Options *o, const struct Collection *c) {
     output_close(&out);
 }
 
-/* The reward model judges the answers to `n` prompts. */
+/* Lets the reward model judge the answers to `n` prompts. */
 static void collect_scored(struct Options *o, struct Collection *c, const struct Example *prompts,
                            size_t n) {
     struct Example *pairs = arena_alloc(&o->arena, 2 * n, sizeof *pairs);
@@ -15563,8 +15585,8 @@ static void collect_scored(struct Options *o, struct Collection *c, const struct
     preferences_add(o, c, pairs, count);
 }
 
-/* Shows two answers and waits for a word: '1', '2', 's' (skip) or 'q' (stop; so does the end of the
- * input). */
+/* Shows two answers and asks for '1', '2', 's' (skip) or 'q' (stop), which it returns. The end of
+ * the input counts as 'q'. */
 static int ask_person(const struct Collection *c, struct Row pair) {
     char line[256];
     fprintf(stderr, "\n%zu/%zu  %.*s ...\n  1: %.*s\n  2: %.*s\n", c->done - c->begin + 1,
@@ -15581,8 +15603,8 @@ static int ask_person(const struct Collection *c, struct Row pair) {
     }
 }
 
-/* A person judges the answers to one prompt, two at a time; one that has none beside it is left
- * out. Returns false if that is enough for today: the prompt is then begun again another time. */
+/* Lets a person judge the answers to one prompt, two at a time; the last of an odd number is left
+ * out. Returns false if the person wants to stop: a later run begins this prompt again. */
 static bool collect_asked(struct Options *o, struct Collection *c, const struct Example *prompt) {
     size_t each = o->reinforce.num_generations;
     const struct Example *answers =
@@ -15590,7 +15612,7 @@ static bool collect_asked(struct Options *o, struct Collection *c, const struct 
     for (size_t k = 0; k + 1 < each; k += 2) {
         struct Row pair = pair_row(o, &answers[k]);
         struct Row shown = pair_shown(o, pair, "");
-        /* between equal answers nobody can choose, and what was chosen is not asked again */
+        /* nobody can choose between equal answers, and no question is asked twice */
         if (text_equal(shown.chosen, shown.rejected) || pair_known(c, shown))
             continue;
         int word = ask_person(c, pair_shown(o, pair, "\n\t"));
@@ -15605,9 +15627,10 @@ static bool collect_asked(struct Options *o, struct Collection *c, const struct 
 }
 
 /* align collect -- data collection, the H in RLHF: a reward model or the person at the keyboard
- * compares answers, and their judgements are added to preferences.jsonl. A run that was stopped
- * goes on: what was judged is passed over, and every prompt's random numbers follow from its place
- * in the data set, so that the pairs are those of one run.  [glossary: Coleta de dados]
+ * compares answers, and the judgements are added to preferences.jsonl. A run that was stopped can
+ * be continued: prompts that are judged are skipped, and each prompt's random numbers depend only
+ * on its place in the data set, so the pairs are those of a single run.
+ *                                                                  [glossary: Coleta de dados]
  *                                                             test: cli_collect, collect_resume */
 static void command_collect(struct Options *o) {
     enum { TOGETHER = 64 }; /* prompts that a reward model judges at once */
@@ -15620,7 +15643,7 @@ static void command_collect(struct Options *o) {
     note_full_context(o, c.source.room, c.source.generation.max_new_tokens, "--max_new_tokens");
     make_folder(o->train.output_dir);
 
-    /* 1. What is there. preferences.jsonl is, from the start, if only empty. */
+    /* 1. What earlier runs have left. preferences.jsonl is written even if there is no pair yet. */
     size_t n = c.source.n;
     c.shown = arena_alloc(&o->arena, n, sizeof *c.shown);
     for (size_t i = 0; i < n; i++) {
@@ -15634,14 +15657,15 @@ static void command_collect(struct Options *o) {
     size_t were_there = c.n;
     preferences_add(o, &c, NULL, 0);
 
-    /* 2. Each answer takes one random number. Those of the prompts that are passed over are drawn
-     *    as well: the others' are what they would have been in one run. */
+    /* 2. Each answer takes one random number from this generator. Those of skipped prompts are
+     *    drawn too, so that the others get the same ones as in a single run. */
     c.rng = c.source.sample;
     for (size_t i = 0; i < c.done * each; i++)
         rng_next(&c.rng);
 
-    /* 3. The rest: groups that are the same wherever an earlier run was stopped, for what is
-     *    computed together can differ in the last bit; or one by one. */
+    /* 3. The remaining prompts: one by one for a person, in groups for a reward model, since that
+     *    is faster. Where a group begins must not depend on where an earlier run stopped: in other
+     *    groups the numbers could differ in the last bit. */
     while (c.done < n) {
         const struct Example *prompts = c.source.prompts + c.done;
         size_t together = o->reward_model ? MIN(n - c.done, TOGETHER - c.done % TOGETHER) : 1;
@@ -15655,7 +15679,7 @@ static void command_collect(struct Options *o) {
     say("%zu pairs added to %s (%zu were there)\n", c.added, c.path, were_there);
 }
 
-/* A policy: its answers are what is measured. */
+/* Measures a policy by its answers. */
 static void eval_policy(struct Options *o, struct LogEntry *entry) {
     leave_out_reward_head(o->model);
     if (o->ref_model)
@@ -15679,7 +15703,7 @@ static void eval_policy(struct Options *o, struct LogEntry *entry) {
         log_value(entry, "kl", result.kl);
 }
 
-/* A language model: the loss of the tokens that sft would train on. */
+/* Measures a language model by its loss on the tokens on which sft would train. */
 static void eval_language(struct Options *o, struct Trainer *trainer, struct LogEntry *entry) {
     *trainer = open_training(o, SFT_SHAPES, COUNT(SFT_SHAPES));
     struct LanguageTask *task = sft_task(trainer, &o->arena, o->data, NULL);
@@ -15689,7 +15713,8 @@ static void eval_language(struct Options *o, struct Trainer *trainer, struct Log
     double loss;
     log_find(&measured, "eval_loss", &loss);
 
-    /* the tokens that count: not the prompt's, and not a text's first, which nothing predicts */
+    /* tokens that count in the loss: neither a prompt's, nor a text's first, which nothing
+     * predicts */
     double tokens = 0;
     for (size_t i = 0; i < trainer->task.n; i++) {
         const struct Example *e = &task->examples[TO_LEARN][i];
@@ -15700,10 +15725,11 @@ static void eval_language(struct Options *o, struct Trainer *trainer, struct Log
     log_value(entry, "tokens", tokens);
 }
 
-/* align eval -- one JSON object. With --reward_model_path: what a policy's answers are worth,
- * its distance from --ref_model, how varied and long they are. With a reward head: how well it
- * orders pairs, rated or labelled texts. Else the mean negative log-likelihood a token, and its
- * exponential: perplexity, the number of equally likely tokens that would leave as much doubt. */
+/* align eval -- prints one JSON object. With --reward_model_path: the mean reward of a policy's
+ * answers, how varied and how long these are, and the policy's distance from --ref_model. For a
+ * model with a reward head: how well it orders pairs, rated or labelled texts. Otherwise: the mean
+ * negative log-likelihood of a token and its exponential, the perplexity, which is the number of
+ * equally likely tokens that would leave as much doubt. */
 static void command_eval(struct Options *o) {
     struct LogEntry entry = {0};
     struct Trainer trainer = {0};
@@ -15711,7 +15737,7 @@ static void command_eval(struct Options *o) {
     if (o->reward_model_path) {
         eval_policy(o, &entry);
     } else if (o->model->score.n) {
-        /* a reward model: as in training, on the data set as if it were held out */
+        /* a reward model: as training measures held-out data */
         trainer = open_training(o, REWARD_SHAPES, COUNT(REWARD_SHAPES));
         reward_task(&trainer, &o->arena, o->data, o->data);
         entry = trainer_measure(&trainer);
@@ -15739,21 +15765,22 @@ static void command_merge(struct Options *o) {
     model_replace(o->model, o->train.output_dir, o->tok);
 }
 
-/* edit_distance -- how few insertions, deletions and exchanges of a letter turn a into b (of which
- * 63 bytes count): to guess what a mistyped word meant. Row i holds the distances of a's first i
- * letters from each beginning of b; a row follows from the one above it.
- * By hand: "pretrian", "pretrain": two exchanges, 2. */
+/* edit_distance -- the smallest number of insertions, deletions and substitutions of a letter that
+ * turn a into b (of which 63 bytes count): to guess what a mistyped word was meant to be. Row i
+ * holds the distances of a's first i letters from each beginning of b; only the row before it is
+ * needed to compute it.
+ * By hand: "pretrian", "pretrain": two substitutions, so 2. */
 static size_t edit_distance(const char *a, const char *b) {
     size_t n = MIN(strlen(b), (size_t)63);
     size_t row[64];
-    /* from nothing to j letters: j insertions */
+    /* row 0: from nothing to j letters takes j insertions */
     for (size_t j = 0; j <= n; j++)
         row[j] = j;
     for (size_t i = 0; a[i]; i++) {
         size_t diagonal = row[0];
         row[0] = i + 1;
         for (size_t j = 0; j < n; j++) {
-            /* exchange (or keep) a letter, or the better of a deletion and an insertion */
+            /* substitute (or keep) a letter, or the better of a deletion and an insertion */
             size_t change = diagonal + (a[i] != b[j]);
             diagonal = row[j + 1];
             row[j + 1] = MIN(change, MIN(row[j], row[j + 1]) + 1);
@@ -15762,11 +15789,12 @@ static size_t edit_distance(const char *a, const char *b) {
     return row[n];
 }
 
-/* Text as it is compared: small letters without accents, one space for all else and at both
- * ends; the names of a term, which semicolons or a dot divide, keep a semicolon.  By hand:
- * "Otimização; Top-p" -> " otimizacao ; top p ".  test: glossary_fold */
+/* A text in the form in which texts are compared: digits, and letters in lower case without their
+ * accents, with one space in place of anything else and at both ends. The names of a term are
+ * separated by semicolons or a centred dot; both become a semicolon.
+ * By hand: "Otimização; Top-p" -> " otimizacao ; top p ".                 test: glossary_fold */
 static const char *fold(struct Arena *arena, const char *text) {
-    /* U+00C0 to U+00DF; small letters are 32 further on */
+    /* U+00C0 to U+00DF; the lower-case letters are 32 further on */
     static const char latin[] = "aaaaaaaceeeeiiiidnooooo ouuuuyps";
     char *folded = arena_zeros(arena, 3 * strlen(text) + 3, 1);
     char *to = folded;
@@ -15793,8 +15821,8 @@ static const char *line_after(const char *line) {
     return line + (*line == '\n');
 }
 
-/* The length of a term of docs/glossary.md, which begins after "### ". Ends the program if it does
- * not have the eight lines that the file's head tells of. */
+/* The length of an entry of docs/glossary.md; `term` is just after its "### ". Ends the program if
+ * the entry does not have the eight lines that the head of the file describes. */
 static size_t term_length(const char *term, const char *path) {
     size_t lines = 0;
     const char *end = term;
@@ -15808,8 +15836,9 @@ static size_t term_length(const char *term, const char *path) {
     return (size_t)(end - term);
 }
 
-/* How far a folded query is from a term whose heading and aliases are lines: 0 it is a name of the
- * term; 1 words of one; else 2 + the fewest edits that make it the words somewhere in one. */
+/* How badly a folded query fits a term's names, those in its heading and its aliases: 0 if it is
+ * one of them, 1 if it is some whole words of one, else 2 + the number of edits that turn it into
+ * an equally long part of them that begins with a word. */
 static size_t term_rank(struct Arena *arena, const char *term, const char *query) {
     int heading = (int)strcspn(term, "\n");
     const char *aliases = term + heading + strlen("\n- Aliases: ");
@@ -15825,7 +15854,7 @@ static size_t term_rank(struct Arena *arena, const char *term, const char *query
     return rank;
 }
 
-/* align glossary [TERM] -- the entry of the term; of several that fit equally well their names;
+/* align glossary [TERM] -- prints the term's entry; if several terms fit equally well, their names;
  * without TERM all names. */
 static void command_glossary(struct Options *o) {
     const char *path =
@@ -15836,7 +15865,7 @@ static void command_glossary(struct Options *o) {
     size_t best = SIZE_MAX;
     size_t hits = 0;
 
-    /* 1. How well the terms fit, and how many fit best. */
+    /* 1. The best rank, and how many terms have it. */
     for (const char *line = text; *line; line = line_after(line)) {
         if (strncmp(line, "### ", 4) != 0)
             continue;
@@ -15849,7 +15878,7 @@ static void command_glossary(struct Options *o) {
     if (!all && (hits > 1 || best > 1))
         puts(best > 1 ? "no term has this name; the nearest:" : "several terms fit:");
 
-    /* 2. One hit is printed whole; of several, and without TERM, the names under their headings. */
+    /* 2. A single hit is printed whole; otherwise only names, without TERM under the headings. */
     for (const char *line = text; *line; line = line_after(line)) {
         if (all && strncmp(line, "## ", 3) == 0)
             printf("%.*s\n", (int)strcspn(line, "\n") - 3, line + 3);
@@ -15862,7 +15891,7 @@ static void command_glossary(struct Options *o) {
     }
 }
 
-/* Sentences fit a context of 64 tokens; for whole reviews a longer one is worth its time.
+/* A context of 64 tokens is enough for sentences; whole reviews are worth the time of a longer one.
  * [glossary: Conjunto de dados IMDB] */
 static size_t course_positions(const struct Dataset *data) {
     size_t bytes = 0;
@@ -15872,7 +15901,7 @@ static size_t course_positions(const struct Dataset *data) {
     return bytes / data->n > 4 * COURSE_POSITIONS ? COURSE_LONG_POSITIONS : COURSE_POSITIONS;
 }
 
-/* The course's own model, new: small enough for minutes on a CPU. */
+/* A new model of the course's own size: small enough to be trained on a CPU in minutes. */
 static struct GPT2 *course_new_model(const struct Dataset *data, uint64_t seed) {
     struct GPT2 *model = gpt2_new((struct GPT2Config){
         .vocab_size = COURSE_VOCAB,
@@ -15886,7 +15915,8 @@ static struct GPT2 *course_new_model(const struct Dataset *data, uint64_t seed) 
         .layer_norm_epsilon = 1e-5f,
     });
     gpt2_init(model, seed);
-    /* GPT-2's 0.02 suits its width of 768; at 128 the blocks would drown so faint a token. */
+    /* GPT-2's 0.02 suits its width of 768; at 128, embeddings as small as that would be drowned out
+     * by what the blocks add to them. */
     struct Rng rng = rng_seed(seed, STREAM_INIT + 100);
     tensor_normal(&model->wte, &rng, 0.06);
     return model;
@@ -15912,8 +15942,8 @@ static void command_rlhf(struct Options *o) {
         .dpo_steps = o->dpo_steps,
     };
 
-    /* 1. A new model; or one that was trained before, which is only tuned on these texts, in
-     *    smaller steps the wider it is. */
+    /* 1. A new model, or an existing one, which is only tuned on these texts, with steps that are
+     *    smaller the wider it is. */
     struct GPT2 *model;
     double learning_rate = 5e-3;
     if (o->model_name_or_path) {
@@ -15926,7 +15956,7 @@ static void command_rlhf(struct Options *o) {
         model = course_new_model(data, o->train.seed);
     }
 
-    /* 2. What cannot work, before it takes a minute to find out. */
+    /* 2. Refuse now what would fail only after minutes of training. */
     bool judges = o->reward_steps > 0 || model->score.n;
     CHECK(judges, "--reward_steps 0: an untrained reward model gives every text the same reward; 1 "
                   "or "
@@ -15953,7 +15983,7 @@ static void command_exact(struct Options *o) {
     const struct GPT2Config *c = &o->config;
     size_t L = o->generation.max_new_tokens;
     double count = pow((double)c->vocab_size, (double)L);
-    /* All responses are enumerated, and each is a row of a batch: the world must be small. */
+    /* All responses are enumerated, each as a row of a batch, so the world must be small. */
     CHECK(o->reinforce.beta >= 1e-3 && o->reinforce.beta <= 1e3,
           "--beta %g: must be above 0, 0.001 to 1000", o->reinforce.beta);
     CHECK(c->vocab_size >= 2 && c->vocab_size <= 16, "--vocab_size %zu: 2 to 16 tokens",
@@ -15974,8 +16004,8 @@ static void command_exact(struct Options *o) {
 static const struct Command {
     const char *name, *what;
     void (*run)(struct Options *);
-    const char *needs; /* flags that it cannot do without */
-    const char *defaults; /* that differ from other commands': a name, a value, ... */
+    const char *needs; /* the flags that must be given */
+    const char *defaults; /* those that are the command's own: a name, a value, ... */
 } COMMANDS[] = {
     {"rlhf", "the whole course: language model, reward model, PPO, DPO", command_rlhf, "",
      "temperature 0.7, output_dir out, pretrain_steps 2000, reward_steps 450, ppo_steps 85, "
@@ -16036,7 +16066,7 @@ static const struct Command *find_command(const char *name) {
     return nearest;
 }
 
-/* The command's flag of just this name, or NULL. */
+/* The command's flag of exactly this name, or NULL. */
 static const struct Flag *exact_flag(const char *name, const struct Command *command) {
     for (size_t i = 0; i < COUNT(FLAGS); i++)
         if (list_has(FLAGS[i].commands, command->name) && strcmp(name, FLAGS[i].name) == 0)
@@ -16044,9 +16074,9 @@ static const struct Flag *exact_flag(const char *name, const struct Command *com
     return NULL;
 }
 
-/* A flag by the beginning of its name, if no other begins so, as Python's argparse takes it. If
- * there is none, the program ends and names the one that was perhaps meant: what other programs
- * call so, or else what is spelt most like it. */
+/* Finds a flag by the beginning of its name if no other flag begins so, as Python's argparse does.
+ * If there is none, the program ends and suggests the flag that other programs call by this name,
+ * or else the one that is spelt most like it. */
 static const struct Flag *find_flag(struct Arena *arena, const char *name,
                                     const struct Command *command) {
     const char *candidates = "";
@@ -16055,8 +16085,8 @@ static const struct Flag *find_flag(struct Arena *arena, const char *name,
         die_usage("%s: \"--\" is no flag; all: %s %s --help", command->name, program_name,
                   command->name);
 
-    /* 1. A name that other programs use is never taken for a beginning: --lr would be that of
-     *    --lr_scheduler_type, but learning_rate is meant. */
+    /* 1. A name that other programs use is never taken for a beginning: --lr is the beginning of
+     *    --lr_scheduler_type, but means --learning_rate. */
     const struct Flag *nearest = NULL;
     for (size_t i = 0; i < COUNT(ALSO_CALLED) && !nearest; i++)
         if (list_has(ALSO_CALLED[i].elsewhere, name))
@@ -16064,7 +16094,7 @@ static const struct Flag *find_flag(struct Arena *arena, const char *name,
     bool elsewhere = nearest != NULL;
     size_t least = elsewhere ? 0 : SIZE_MAX;
 
-    /* 2. Those that begin so, which are nearer than any that is only spelt alike. */
+    /* 2. Flags that begin so, which are nearer than any that is only spelt alike. */
     for (size_t i = 0; i < COUNT(FLAGS); i++) {
         const struct Flag *flag = &FLAGS[i];
         if (!list_has(flag->commands, command->name))
@@ -16087,8 +16117,8 @@ static const struct Flag *find_flag(struct Arena *arena, const char *name,
     return nearest;
 }
 
-/* Reads a boolean as transformers' HfArgumentParser does, in large letters or small. Returns false
- * if the word is none. */
+/* Reads a boolean as transformers' HfArgumentParser does, in upper or lower case. Returns false if
+ * the word is not a boolean. */
 static bool parse_bool(const char *word, bool *value) {
     char small[8] = "";
     for (size_t i = 0; word[i] && i + 1 < sizeof small; i++)
@@ -16097,14 +16127,14 @@ static bool parse_bool(const char *word, bool *value) {
     return strlen(word) < sizeof small && (*value || list_has("false no n f 0", small));
 }
 
-/* Ends the program: the value of a flag is not what was expected. */
+/* Ends the program because a flag's value is not what was expected. */
 static _Noreturn void die_value(const struct Flag *flag, const char *value, const char *bounds) {
     const char *expected = flag->kind->expected;
     die_usage("--%s %s: %s%s was expected%s (%s)", flag->name, value, expected,
               strchr(expected, ',') ? "," : "", bounds, flag->help);
 }
 
-/* Stores a number as what the member of Options is. */
+/* Checks a number and stores it in the type of its member of Options. */
 static void parse_number(struct Options *o, const struct Flag *flag, const char *value) {
     void *to = (char *)o + flag->offset;
     const struct Kind *kind = flag->kind;
@@ -16113,8 +16143,8 @@ static void parse_number(struct Options *o, const struct Flag *flag, const char 
     char bounds[64] = "";
     char *end = NULL;
 
-    /* 1. Read it, all of it. strtoull would take "-3" and " 3"; strtod takes "nan", which no
-     *    comparison below lets through. */
+    /* 1. Read it, up to the word's end. strtoull accepts "-3" and " 3", so the first character must
+     *    be a digit. strtod accepts "nan", which fails the comparisons below. */
     if (kind == &KIND_STEPS && strcmp(value, "-1") == 0)
         value = "0"; /* HF's "not set" */
     errno = 0;
@@ -16122,13 +16152,14 @@ static void parse_number(struct Options *o, const struct Flag *flag, const char 
     double number = whole ? (double)size : strtod(value, &end);
     bool read = !*end && (whole ? isdigit((unsigned char)*value) && !errno : end != value);
 
-    /* 2. Where the words fit a number that no float can hold, the bounds are said too. */
+    /* 2. "a number above 0" does not tell what is wrong with 1e99, which no float can hold: then
+     *    the message gives the bounds too. */
     if (read && !whole && (fabs(number) > FLT_MAX || (number > 0 && number < FLT_MIN)))
         snprintf(bounds, sizeof bounds, "; %.2g to %.2g can be used", kind->least, kind->most);
     if (!read || !(number >= kind->least && number <= kind->most))
         die_value(flag, value, bounds);
 
-    /* 3. In transformers 5 a warm-up below 1 is a share of the steps. */
+    /* 3. Store it. As in transformers 5, a warm-up below 1 is a share of the steps. */
     if (warmup && number > 0 && number < 1)
         o->train.warmup_ratio = number;
     if (kind->type == TYPE_SEED)
@@ -16139,13 +16170,13 @@ static void parse_number(struct Options *o, const struct Flag *flag, const char 
         *(double *)to = number;
 }
 
-/* Stores a flag's value; NULL: the flag is bare. */
+/* Checks and stores a flag's value, which is NULL if the flag is bare. */
 static void parse_flag(struct Options *o, const struct Flag *flag, const char *value) {
     void *to = (char *)o + flag->offset;
     const struct Kind *kind = flag->kind;
     bool boolean = kind->type == TYPE_BOOL || kind->type == TYPE_STOPPING;
     bool truth = true;
-    /* 1. A bare boolean means true; one that stops a beam search has a third value. */
+    /* 1. A boolean or a number. A bare boolean is true; early_stopping has a third value. */
     bool never = kind->type == TYPE_STOPPING && value && strcmp(value, "never") == 0;
     if (boolean && value && !never && !parse_bool(value, &truth))
         die_value(flag, value, "");
@@ -16172,14 +16203,14 @@ static bool is_flag(const char *word) {
     return strncmp(word, "--", 2) == 0 || strcmp(word, "-h") == 0;
 }
 
-/* Passes over a flag of another program that changes nothing here, with its values. Returns how
- * many arguments those are. */
+/* Skips a flag of another program that changes nothing here, and its values. Returns how many
+ * arguments these values are. */
 static int pass_over(struct Options *o, const struct PassedOver *flag, const char *name,
                      const char *value, char **rest) {
     int taken = 0;
     if (!value && *rest && !is_flag(*rest))
         value = rest[taken++];
-    /* Each of its values must be one that changes nothing; "True" and "yes" are `true`. */
+    /* Each value must be one that changes nothing; "True" and "yes" count as `true`. */
     for (;; value = rest[taken++]) {
         bool truth = true;
         bool boolean = !value || parse_bool(value, &truth);
@@ -16195,8 +16226,8 @@ static int pass_over(struct Options *o, const struct PassedOver *flag, const cha
     return taken;
 }
 
-/* The next argument if it is the value of a flag, or NULL. Another flag is none; and after a
- * boolean of a command that also takes words, only a word that must be a boolean is one. */
+/* The next argument if it is this flag's value, otherwise NULL. Another flag is not a value, and
+ * after a boolean of a command that also takes words only "true" or "false", in any case, is. */
 static const char *value_after(const struct Flag *flag, const struct Command *command,
                                const char *next) {
     bool truth;
@@ -16207,8 +16238,8 @@ static const char *value_after(const struct Flag *flag, const struct Command *co
     return strlen(next) >= strlen("true") && parse_bool(next, &truth) ? next : NULL;
 }
 
-/* Takes the flag that argv begins with: --name value, --name=value, a bare boolean or its
- * --no_name. Dashes in the name count as underscores. Returns how many further arguments it
+/* Takes the flag with which argv begins: --name value, --name=value, a bare boolean or --no_name,
+ * its negation. Dashes in the name count as underscores. Returns how many further arguments it
  * took. */
 static int take_flag(struct Options *o, const struct Command *command, char **argv) {
     size_t length = strcspn(argv[0] + 2, "=");
@@ -16231,7 +16262,7 @@ static int take_flag(struct Options *o, const struct Command *command, char **ar
         return 0;
     }
 
-    /* 2. A training takes TRL's command lines: flags about what does not exist here pass. */
+    /* 2. Training accepts TRL's command lines: flags for features that do not exist here pass. */
     for (size_t k = 0; k < COUNT(PASSED_OVER) && !flag && list_has(TRAINING, command->name); k++) {
         if (list_has(PASSED_OVER[k].names, name))
             return pass_over(o, &PASSED_OVER[k], name, value, argv + 1);
@@ -16239,7 +16270,8 @@ static int take_flag(struct Options *o, const struct Command *command, char **ar
             return pass_over(o, &PASSED_OVER[k], positive, "false", (char *[]){NULL});
     }
 
-    /* 3. One of the command's flags, perhaps cut short; its value comes after it or after "=". */
+    /* 3. One of the command's flags, perhaps abbreviated; its value is the next word or after
+     *    "=". */
     if (!flag)
         flag = find_flag(&o->arena, name, command);
     if (!equals)
@@ -16250,14 +16282,14 @@ static int take_flag(struct Options *o, const struct Command *command, char **ar
     if (flag->kind != &KIND_LIST || equals)
         return taken;
 
-    /* 4. A list goes on to the next flag: --loss_type sigmoid sft. */
+    /* 4. A list takes all words up to the next flag: --loss_type sigmoid sft. */
     const char **list = (const char **)((char *)o + flag->offset);
     for (; argv[1 + taken] && !is_flag(argv[1 + taken]) && strlen(*list) < 1000; taken++)
         *list = arena_printf(&o->arena, "%s %s", *list, argv[1 + taken]);
     return taken;
 }
 
-/* Notes each flag that changes nothing beside the others that are given, and why. */
+/* Notes each flag that has no effect together with the other flags given, and why. */
 static void note_idle_flags(struct Options *o, const struct Command *command) {
     const struct TrainingArguments *train = &o->train;
     const struct GenerationConfig *g = &o->generation;
@@ -16269,7 +16301,7 @@ static void note_idle_flags(struct Options *o, const struct Command *command) {
                           "top_p, "
                           "input_min_text_length, input_max_text_length";
 
-    /* 1. Of what is trained, and on what. */
+    /* 1. What is trained, and on what. */
     note_idle(o, !o->use_peft, "lora_r, lora_alpha, lora_dropout, lora_target_modules, use_rslora",
               o->peft_adapter ? "--peft_adapter has its own"
                               : "all weights are trained; for an adapter give --use_peft");
@@ -16278,7 +16310,7 @@ static void note_idle_flags(struct Options *o, const struct Command *command) {
     note_idle(o, !o->eval_dataset, "eval_steps", "there is no --eval_dataset");
     note_idle(o, o->rollouts, fresh, "--rollouts are replayed, none are sampled");
 
-    /* 2. Of how it is trained, and to what end. */
+    /* 2. How it is trained, and with what objective. */
     note_idle(o, train->max_steps > 0, "num_train_epochs", "--max_steps decides");
     note_idle(o, strcmp(train->optim, "sgd") == 0, "adam_beta1, adam_beta2, adam_epsilon",
               "--optim sgd keeps no running means");
@@ -16296,7 +16328,7 @@ static void note_idle_flags(struct Options *o, const struct Command *command) {
     note_idle(o, !o->ppo.early_stopping, "target_kl", "--early_stopping is not given");
     note_idle(o, !o->ppo.use_score_scaling, "use_score_norm", "--use_score_scaling is not given");
 
-    /* 3. Of what is written. */
+    /* 3. What text is generated. */
     note_idle(o, generates && !g->do_sample, "temperature, top_k, top_p, seed",
               "without --do_sample nothing is drawn");
     note_idle(o, generates && g->num_beams == 1, "length_penalty, early_stopping",
@@ -16309,7 +16341,7 @@ static void note_idle_flags(struct Options *o, const struct Command *command) {
               "answers are written only for a --reward_model_path");
 }
 
-/* A file, or the words of a term. */
+/* Takes an argument that is not a flag: a file or a folder, or a word of glossary's term. */
 static void take_word(struct Options *o, const struct Command *command, char *word) {
     bool several = command->run == command_glossary;
     if (!list_has(WITH_WORDS, command->name) || (o->file && !several))
@@ -16320,13 +16352,13 @@ static void take_word(struct Options *o, const struct Command *command, char *wo
 
 static void parse_arguments(struct Options *o, const struct Command *command, int argc,
                             char **argv) {
-    /* 1. The command line as a shell takes it, for report.json. */
+    /* 1. The command line, quoted for a shell, for report.json. */
     o->begin = seconds_now();
     o->command = program_name;
     for (int i = 1; i < argc; i++)
         o->command = arena_printf(&o->arena, "%s %s", o->command, shell_word(&o->arena, argv[i]));
 
-    /* 2. Flags with their values, and words. */
+    /* 2. Flags with their values, and other words. */
     for (int i = 2; i < argc; i++) {
         if (strcmp(argv[i], "-h") == 0)
             o->help = true;
@@ -16343,7 +16375,8 @@ static void parse_arguments(struct Options *o, const struct Command *command, in
     if (o->help)
         return;
 
-    /* 3. What cannot be together, and what changes nothing: no flag is ignored in silence. */
+    /* 3. Refuse what contradicts itself, and note what has no effect: no flag is ignored in
+     *    silence. */
     if (o->use_peft && o->peft_adapter)
         die_usage("--use_peft starts a new adapter, --peft_adapter goes on with one: give one of "
                   "them");
@@ -16356,8 +16389,8 @@ static void parse_arguments(struct Options *o, const struct Command *command, in
     note_idle_flags(o, command);
 }
 
-/* Ends the program unless the flags that the command cannot do without are given. Stored rollouts
- * have their prompts and rewards with them. */
+/* Ends the program if a flag that the command needs is missing. Stored rollouts bring their own
+ * prompts and rewards. */
 static void check_needed(struct Options *o, const struct Command *command) {
     const char *needs = command->needs;
     for (const char *name; (name = take_name(&o->arena, &needs));) {
@@ -16367,7 +16400,7 @@ static void check_needed(struct Options *o, const struct Command *command) {
     }
 }
 
-/* What a command starts from: transformers' defaults, and TRL's from the table of commands. */
+/* A command's defaults: those of transformers and TRL, then the command's own, from COMMANDS. */
 static struct Options default_options(const char *name) {
     struct Options o = {
         .train = training_arguments(),
@@ -16381,7 +16414,7 @@ static struct Options default_options(const char *name) {
         .input_length = {2, 8},
         .output_length = {4, 16},
     };
-    /* transformers' top_k of 50 is generate's; what trains or measures samples from all tokens */
+    /* only generate has transformers' top_k of 50; all other commands sample from all tokens */
     o.generation.top_k = 0;
     const struct Command *command = find_command(name);
     const char *defaults = command->defaults;
@@ -16390,7 +16423,7 @@ static struct Options default_options(const char *name) {
     return o;
 }
 
-/* A flag's value as it is in Options, in words; "" for a string that is not set. */
+/* A flag's value in Options, as text; "" for a string that is not set. */
 static const char *flag_value(struct Options *o, const struct Flag *flag) {
     static const char *const stopping[] =
         {[STOP_FALSE] = "false", [STOP_TRUE] = "true", [STOP_NEVER] = "never"};
@@ -16409,7 +16442,8 @@ static const char *flag_value(struct Options *o, const struct Flag *flag) {
     return arena_printf(&o->arena, "%g", *(const double *)at);
 }
 
-/* Prints words in lines of at most 100 columns; all but the first are indented by `indent`. */
+/* Prints words in lines of at most 100 columns. `indent`: the column where the first line begins,
+ * to which all others are indented. */
 static void print_wrapped(const char *text, size_t indent) {
     size_t column = indent;
     for (size_t length; *text; text += length + (text[length] == ' ')) {
@@ -16423,11 +16457,11 @@ static void print_wrapped(const char *text, size_t indent) {
     putchar('\n');
 }
 
-/* Prints each flag under its heading: its default, as the command has it, what it may be, and what
- * it is for. */
+/* Prints each of a command's flags under its heading: the command's default, what values it may
+ * have, and what it is for. */
 static void print_help(const struct Command *command) {
     enum { INDENT = 33 };
-    struct Options defaults = default_options(command->name); /* the command's own are among them */
+    struct Options defaults = default_options(command->name);
     const char *heading = NULL;
     printf("align %s -- ", command->name);
     print_wrapped(command->what, sizeof "align -- " - 1 + strlen(command->name));
@@ -16436,7 +16470,7 @@ static void print_help(const struct Command *command) {
          "short as far as it fits one flag alone, and have dashes for underscores.");
     for (size_t i = 0; i < COUNT(FLAGS); i++) {
         const struct Flag *flag = &FLAGS[i];
-        /* 1. A heading waits until a flag under it is one of the command's. */
+        /* 1. A heading is printed only when the command has a flag under it. */
         if (!*flag->name)
             heading = flag->help;
         if (!list_has(flag->commands, command->name))
@@ -16472,8 +16506,8 @@ static void print_version(void) {
     printf("kernel: %s\n", kernel ? kernel->name : "plain");
 }
 
-/* Answers what is asked about the program itself: --help, -h, help [COMMAND], --version. Returns
- * false if the command line is something else. */
+/* Answers questions about the program itself: --help, -h, help [COMMAND], --version, or no argument
+ * at all. Returns false if the command line is anything else. */
 static bool answer_about(int argc, char **argv) {
     const char *word = argc > 1 ? argv[1] : "help";
     bool help = strcmp(word, "--help") == 0 || strcmp(word, "-h") == 0 || strcmp(word, "help") == 0;
@@ -16488,10 +16522,11 @@ static bool answer_about(int argc, char **argv) {
     return true;
 }
 
-/* A thread that waits for others spins before it sleeps, GNU's OpenMP for milliseconds and LLVM's
- * for 200 of them. That is right on an idle machine. On a busy one it takes the time of the very
- * thread it waits for, and a run takes several times as long. So, unless the user has chosen, it
- * spins briefly. LLVM's OpenMP is told by a call, GNU's only by the environment it starts with. */
+/* A thread that waits for others spins before it sleeps, for some milliseconds with GNU's OpenMP,
+ * for 200 with LLVM's. That is right on an idle machine. On a busy one it uses up the time of the
+ * very thread for which it waits, and a run takes several times as long. So threads spin only
+ * briefly, unless the user has chosen. LLVM's OpenMP has a function for this; GNU's reads it only
+ * from the environment, when the program starts. */
 #if defined(KMP_VERSION_MAJOR) && defined(__linux__)
 static void openmp_spin_briefly(void) {
     if (!getenv("KMP_BLOCKTIME") && !getenv("OMP_WAIT_POLICY"))
@@ -16503,9 +16538,10 @@ static void openmp_spin_briefly(void) {
 #endif
 
 #if defined(_OPENMP) && !defined(KMP_VERSION_MAJOR) && defined(__GLIBC__) && !SANITIZED
-/* The C library calls this before the constructors of the shared libraries, libgomp's among them:
- * the program starts again with one variable more before anything has happened. It does so only
- * if the name it was started by leads to the file that runs: under valgrind it does not. */
+/* The C library calls this before the constructors of the shared libraries, libgomp's among them.
+ * It restarts the program with one more environment variable before anything else has happened, but
+ * only if the name by which the program was started leads to the file that runs: under valgrind it
+ * does not. */
 static void gomp_spin_briefly(int argc, char **argv, char **variables) {
     (void)argc;
     size_t n = 0;
@@ -16516,14 +16552,15 @@ static void gomp_spin_briefly(int argc, char **argv, char **variables) {
     }
     static char brief[] = "GOMP_SPINCOUNT=4000";
 
-    /* 1. The kernel has loaded no loader. In a static program the environment can still be added
-     *    to. A program that a loader was asked to run cannot be started again: nothing is done. */
+    /* 1. The kernel has not loaded a loader. If the program is static, the environment can still be
+     *    changed. If the user ran the loader, with the program as its argument, that has no effect,
+     *    and a restart is impossible: threads spin as they did. */
     if (getauxval(AT_BASE) == 0) {
         putenv(brief);
         return;
     }
 
-    /* 2. With the same name and arguments. Where that fails, it runs as it is. */
+    /* 2. Restart with the same name and arguments. If that fails, the program just goes on. */
     const char *name = (const char *)getauxval(AT_EXECFN);
     struct stat named;
     struct stat running;
@@ -16550,9 +16587,9 @@ __declspec(dllimport) int __stdcall MoveFileExA(const char *from, const char *to
 __declspec(dllimport) unsigned long __stdcall GetModuleFileNameA(void *module, char *path,
                                                                  unsigned long size);
 
-/* rename() of Windows refuses where a file has the new name. */
+/* rename() on Windows fails if there is a file of the new name. */
 static int rename_over(const char *from, const char *to) {
-    /* replace it, and return when all is on the disk */
+    /* 1: replace it; 8: return when it is on the disk */
     return MoveFileExA(from, to, 1 | 8) ? 0 : (errno = EACCES, -1);
 }
 
@@ -16574,8 +16611,8 @@ static size_t peak_rss_bytes(void) {
 }
 #endif
 
-/* Where the running program lies, links followed. Files that ship with it are looked for there.
- * Every system has its own way to ask. */
+/* The path of the running program, links followed: the files that ship with it are searched for
+ * next to it. Each system has its own way of asking. */
 static bool program_path(char path[PATH_MAX]) {
 #if defined(_WIN32)
     size_t n = GetModuleFileNameA(NULL, path, PATH_MAX);
@@ -16588,7 +16625,8 @@ static bool program_path(char path[PATH_MAX]) {
     uint32_t size = sizeof raw;
     return _NSGetExecutablePath(raw, &size) == 0 && realpath(raw, path);
 #elif defined(__linux__)
-    /* As it was started. /proc/self/exe is the loader where that was asked to run the program. */
+    /* the name by which it was started; /proc/self/exe may be the loader, if that was run with the
+     * program as its argument */
     const char *name = (const char *)getauxval(AT_EXECFN);
     return name && realpath(name, path);
 #else
@@ -16598,8 +16636,9 @@ static bool program_path(char path[PATH_MAX]) {
 #endif
 }
 
-/* What this file assumes of a compiler and a machine beyond C11. Without it the program would be
- * built, run, and give wrong numbers. arithmetic_check tries at the start what no macro tells. */
+/* What this file assumes of compiler and machine beyond C11. Without these checks the program could
+ * be built, run, and give wrong numbers. At the start, arithmetic_check tests what no macro
+ * tells. */
 #ifndef __GNUC__
 #error "align.c needs gcc or clang: it uses their vectors, attributes and builtins"
 #endif
@@ -16619,9 +16658,10 @@ static bool program_path(char path[PATH_MAX]) {
 _Static_assert(sizeof(int) == 4 && FLT_MANT_DIG == 24 && DBL_MANT_DIG == 53,
                "align.c needs int of 32 bits, and float and double as IEEE 754 has them");
 
-/* Is arithmetic what is asked for above? A compiler may define no macro for a flag, as clang
- * for -funsafe-math-optimizations and -fno-honor-nans, and -Ofast may be given when linking only:
- * the program then sets the smallest numbers to 0. `volatile`: not to be computed beforehand. */
+/* Does arithmetic work as required above? Some flags define no macro, such as clang's
+ * -funsafe-math-optimizations and -fno-honor-nans, and -Ofast may be given only when linking: the
+ * program then sets the smallest numbers to 0. `volatile` keeps the compiler from computing the
+ * results in advance. */
 static void arithmetic_check(void) {
     volatile float not_a_number = NAN;
     volatile float infinity = INFINITY;
@@ -16631,7 +16671,7 @@ static void arithmetic_check(void) {
     float large = 0x1p24f * one;
     float small = 0.25f * one;
     float sum = large + small;
-    /* 2^24 + 1/4 is 2^24 in float32, so the difference is 0; regrouped it would be 1/4. */
+    /* in float32 2^24 + 1/4 is 2^24, so sum - large is 0; regrouped it would be 1/4 */
     const char *wrong = NULL;
     if (!isnan(nan) || nan == nan || !isinf(infinity))
         wrong = "NaN or infinity pass for numbers";
@@ -16647,21 +16687,23 @@ static void arithmetic_check(void) {
 
 #ifndef ALIGN_NO_MAIN
 int main(int argc, char **argv) {
-    /* A closed standard stream leaves its number to the next file opened: messages would go into
-     * a model. A file at its size limit is an error. */
+    /* 1. If a standard stream is closed, the next file that is opened gets its number, and messages
+     *    would be written into a model. A file at its size limit must be an error, not a signal. */
 #ifndef _WIN32
-    /* read-only: what is printed still fails */
+    /* read-only, so that printing still fails */
     for (int fd = 0; fd <= 2; fd++)
         if (fcntl(fd, F_GETFD) == -1 && open("/dev/null", O_RDONLY) != fd)
             exit(1);
     signal(SIGXFSZ, SIG_IGN);
 #else
-    _fmode = _O_BINARY;                              /* else line ends change on the way */
+    _fmode = _O_BINARY; /* or Windows would change the line ends */
     for (int fd = 0; fd <= 2; fd++)
         _setmode(fd, _O_BINARY);
 #endif
     openmp_spin_briefly();
     arithmetic_check();
+
+    /* 2. Run the command. */
     struct Arena words = {0};
     if (argc > 0 && *argv[0])
         program_name = shell_word(&words, argv[0]);
@@ -16673,7 +16715,7 @@ int main(int argc, char **argv) {
             print_help(command);
         else {
 #ifndef _WIN32
-            /* a training goes on when nobody reads its progress; a filter ends */
+            /* a training goes on although nobody reads its output any more; a filter ends */
             if (list_has(WITH_OUTPUT, command->name))
                 signal(SIGPIPE, SIG_IGN);
 #endif
@@ -16685,6 +16727,8 @@ int main(int argc, char **argv) {
     }
     arena_free(&words);
     program_name = "align";
+
+    /* 3. Output that could not be written, for example to a full disk, is an error. */
     errno = 0;
     CHECK(fflush(stdout) == 0 && !ferror(stdout), "standard output: writing failed: %s",
           errno ? strerror(errno) : "what came out is not complete");
