@@ -10896,7 +10896,7 @@ static size_t utf8_write(char *to, uint32_t c) {
     return length;
 }
 
-/* The value of four hexadecimal digits; -1 if they are not. */
+/* The value of four hexadecimal digits, or -1 if there are fewer. */
 static int32_t json_hex4(const char *at) {
     char digits[5] = "";
     if (strspn(at, "0123456789abcdefABCDEF") < 4)
@@ -10992,7 +10992,7 @@ static bool json_number(struct JsonParser *p, struct Json *node) {
         at += strspn(at, digits);
     }
 
-    /* 3. The value. A double has no room for 1e999, and infinity is not JSON. */
+    /* 3. The value. strtod turns 1e999 into infinity, which JSON does not have. */
     node->number = strtod(p->at, NULL);
     if (!isfinite(node->number))
         return json_fail(p, "a number beyond 1.8e308");
@@ -11442,7 +11442,7 @@ static void tokenizer_check_folder(const struct Tokenizer *tok, const char *fold
     CHECK(!vocab || vocab->type == JSON_OBJECT,
           "%s: its vocabulary is not an object {\"token\": id, ...}", path);
 
-    /* 2. token by token; those after GPT-2's own are the business of added_tokens */
+    /* 2. token by token; added_tokens reads those after GPT-2's own */
     for (struct Json *item = vocab ? vocab->child : NULL; item; item = item->next) {
         size_t id = json_size(item, 1 << 24, path, "an id of the vocabulary");
         struct Text ours = id < end ? token_as_unicode(&arena, tok->token[id]) : item->key;
@@ -12390,7 +12390,7 @@ static struct GPT2Config config_load(const char *folder, bool *tied) {
     CHECK(file_exists(path), "%s: %s; a model is a folder with config.json and model.safetensors",
           folder, file_exists(folder) ? "no config.json inside" : "no such folder");
 
-    /* 2. Is it a GPT-2 such as is implemented here? */
+    /* 2. Is it GPT-2 in the form that is implemented here? */
     struct Json *json = json_read_file(&arena, path);
     config_refuse(json, path, GPT2_ALLOWED, COUNT(GPT2_ALLOWED));
 
@@ -12588,8 +12588,8 @@ static size_t tensors_left(const struct SafeTensors *st, const char **first) {
     return count;
 }
 
-/* A file may hold wte a second time, as the output layer that is tied to it. A copy that is equal
- * bit for bit changes nothing; any other is an output layer of its own, which is not implemented.
+/* A file may hold wte a second time, as the output layer that is tied to it. An exact copy changes
+ * nothing; anything else is an output layer of its own, which is not implemented.
  * where, what, why: the parts of the message. */
 static void check_copy_of_wte(const struct GPT2 *model, struct SafeTensors *st, const char *name,
                               const char *where, const char *what, const char *why) {
@@ -12652,8 +12652,8 @@ static void output_layer_load(struct GPT2 *model, struct SafeTensors *files, siz
              model->folder);
 }
 
-/* Ends the program if a tensor was not in the files. found: a tensor that was, but was not read, to
- * show what the names there look like; or NULL. */
+/* Ends the program if a tensor was not in the files. found: the name of one that nothing has read,
+ * to show what names the files have; or NULL. */
 static void tensor_check_loaded(const struct Tensor *t, const char *where, const char *found) {
     CHECK(t->loaded, "%s: tensor %s is missing; expected shape [%s]%s%s", where, t->name,
           tensor_shape((char[48]){0}, t), found ? "; there is " : "", found ? found : "");
@@ -14121,7 +14121,7 @@ static void course_write_summary(const struct Course *course, double seconds) {
     for (size_t k = 0; k < COUNT(course->result); k++) {
         const struct PolicyResult *r = &course->result[k];
         fprintf(out.file, "  \"%s\": {", COURSE_MODEL[k][0]);
-        /* the others are compared with result 0, the model before they were trained */
+        /* the others are compared with result 0, the language model from which they started */
         if (k)
             fprintf(out.file, "\"reward_before\": %s, \"reward_after\": %s, \"kl\": %s, ",
                     json_number_text(course->result[0].mean_reward),
@@ -14576,8 +14576,8 @@ static bool list_has(const char *list, const char *name) {
 
 static bool program_path(char path[PATH_MAX]);
 
-/* The path of a file that ships with the program: next to the program, where `make install` puts
- * it, or in the current folder. NULL if it is in none of them. */
+/* The path of a file that ships with the program. It may be next to the program, in the folder to
+ * which `make install` copies it, or in the current folder; NULL if it is in none of these. */
 static const char *shipped_path(struct Arena *arena, const char *name) {
     static const char *const folders[] = {"", "../share/align/"};
     char program[PATH_MAX];
@@ -14630,10 +14630,10 @@ static void note_idle(struct Options *o, bool idle, const char *flags, const cha
         warn("%s: no effect: %s", found, why);
 }
 
-/* Checks config.json's special tokens against the tokens of tokenizer.bin. A model may have more.
- * Those to which its folder gives names were trained on texts that cannot be encoded here: the
- * model is refused. A padding token, which is in no text, is kept under its name. Ids without a
- * name only round up the vocabulary. */
+/* Checks config.json's special tokens against the tokens of tokenizer.bin. A model may have more
+ * ids than that. If its folder names them, they were in training texts that cannot be encoded here,
+ * and the model is refused. A padding token, which is in no text, is kept under its name. Ids
+ * without a name only round up the vocabulary. */
 static void check_special_tokens(struct Options *o, const char *folder, struct GPT2Config *c) {
     struct Arena arena = {0};
     const struct Tokenizer *tok = o->tok;
@@ -14723,8 +14723,8 @@ static void open_model(struct Options *o, bool train) {
              model->adapter.lora_dropout);
 }
 
-/* Loads --ref_model, or else takes the start model. If an adapter is trained, policy and reference
- * share the base's weights. */
+/* Loads --ref_model, or else takes the model as it is before training. If an adapter is trained,
+ * that shares the base's weights with the policy. */
 static void load_reference(struct Options *o) {
     const struct GPT2 *model = o->model;
     if (o->ref_model)
@@ -14784,7 +14784,7 @@ static void tokenize_decode(const struct Tokenizer *tok, struct Text in, size_t 
 }
 
 static void command_tokenize(struct Options *o) {
-    /* 1. Whose ids? A model with a smaller vocabulary has only the first of them. */
+    /* 1. The vocabulary. A model with a smaller one has only the first of the tokenizer's ids. */
     if (o->jsonl && o->decode)
         die_usage("--decode reads ids, --jsonl texts: give one of them");
     struct Tokenizer *tok = load_tokenizer(o);
@@ -14926,8 +14926,8 @@ static void command_pretrain(struct Options *o) {
     leave_out_reward_head(o->model);
     leave_out_value_head(o->model);
 
-    /* 2. Rows must fit the model's context. The default length is reduced to it, one that the user
-     *    has chosen is not. */
+    /* 2. Rows must fit the model's context. The default length is reduced to it, but not a length
+     *    that the user has chosen. */
     size_t n_positions = o->model->config.n_positions;
     CHECK(o->train.max_length <= n_positions || !given(o, "max_length"),
           "--max_length %zu is longer than the model's context of %zu (--n_positions)",
@@ -15018,8 +15018,8 @@ static void command_dpo(struct Options *o) {
     finish_training(o, &trainer);
 }
 
-/* Encodes the prompts to answer and returns their number. A row's prompt is taken whole; from a
- * text come as many first tokens as a LengthSampler draws. */
+/* Encodes the prompts to answer and returns their number. A row's prompt is taken whole, of a text
+ * only the beginning, as many tokens as a LengthSampler draws. */
 static size_t encode_prompts(struct Options *o, struct Example *prompts) {
     const struct Dataset *data = o->data;
     struct Rng rng = rng_seed(o->train.seed, STREAM_LENGTH);
@@ -16226,8 +16226,9 @@ static int pass_over(struct Options *o, const struct PassedOver *flag, const cha
     return taken;
 }
 
-/* The next argument if it is this flag's value, otherwise NULL. Another flag is not a value, and
- * after a boolean of a command that also takes words only "true" or "false", in any case, is. */
+/* The next argument if it is this flag's value, otherwise NULL. Another flag is never a value. If
+ * the command also takes words, a boolean takes only "true" or "false", in upper or lower case, so
+ * that all other words are left to the command. */
 static const char *value_after(const struct Flag *flag, const struct Command *command,
                                const char *next) {
     bool truth;
@@ -16553,8 +16554,8 @@ static void gomp_spin_briefly(int argc, char **argv, char **variables) {
     static char brief[] = "GOMP_SPINCOUNT=4000";
 
     /* 1. The kernel has not loaded a loader. If the program is static, the environment can still be
-     *    changed. If the user ran the loader, with the program as its argument, that has no effect,
-     *    and a restart is impossible: threads spin as they did. */
+     *    changed. If the user ran the loader with the program as its argument, that has no effect,
+     *    and a restart is impossible: threads then spin as long as usual. */
     if (getauxval(AT_BASE) == 0) {
         putenv(brief);
         return;
