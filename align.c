@@ -10589,18 +10589,18 @@ static void course_run(struct Course *course, const struct Dataset *data,
  *
  * Machinery: what a program needs around its mathematics. Nothing in it is about RLHF. After this
  * part a reader knows how models, data and checkpoints are read and written so that transformers,
- * TRL and PEFT understand them and no broken file or full disk loses anything, and how a command
- * line becomes a call of the functions above.
+ * TRL and PEFT understand them and neither a broken file nor a full disk loses anything, and how a
+ * command line becomes a call of the functions above.
  * ============================================================================================= */
 
 /* =============================================================================================
  * Chapter 21 - Files, JSON
  *
- * How are files read that may be wrong, and written so that nothing is lost? What enters was
- * written by somebody else: every length is checked before memory is asked for, every offset
- * before it is used, and what is wrong is named: file, place, what was expected, what to do. What
- * is written goes to a file beside its final place and is renamed when it is complete: after a
- * power cut the old file is intact.
+ * How does a program read files that may be wrong, and write files so that nothing is lost? What
+ * it reads was written by somebody else: every length is checked before memory is allocated, every
+ * offset before it is used, and an error names the file, the place, what was expected and what to
+ * do. What it writes goes into a temporary file in the same folder, which is renamed once it is
+ * complete: a power cut leaves the old file intact.
  *
  * A line of JSON such as {"text": "good", "score": 4} becomes a tree, an object with two members:
  *
@@ -10619,8 +10619,8 @@ static bool is_folder(const char *path) {
     return stat(path, &s) == 0 && S_ISDIR(s.st_mode);
 }
 
-/* Do two paths name one file or folder, however they are spelt, links followed? Windows numbers
- * none of its files: there the spelling decides.                              test: same_folder */
+/* Do two paths lead to the same file or folder, however they are spelt, links followed? Windows
+ * gives its files no inode numbers: there the spelling decides.               test: same_folder */
 static bool same_file(const char *a, const char *b) {
     struct stat x, y;
     if (stat(a, &x) != 0 || stat(b, &y) != 0)
@@ -10628,30 +10628,29 @@ static bool same_file(const char *a, const char *b) {
     return x.st_dev == y.st_dev && x.st_ino == y.st_ino && (x.st_ino != 0 || strcmp(a, b) == 0);
 }
 
-/* Does a text begin with this word? */
 static bool text_starts(struct Text text, const char *word) {
     size_t length = strlen(word);
     return text.length >= length && memcmp(text.data, word, length) == 0;
 }
 
-/* Git LFS leaves three lines of text in the place of a large file that was not fetched. Models and
- * data are often cloned without git-lfs installed; the pointer would be refused as a broken file,
- * and nobody would know why. */
+/* Git LFS leaves three lines of text, a pointer, in place of a large file that was not fetched.
+ * Models and data are often cloned without git-lfs installed; the pointer would be refused as a
+ * broken file, and nobody would know why. */
 static void check_fetched(const char *path, struct Text start) {
     CHECK(!text_starts(start, "version https://git-lfs.github.com/"),
           "%s: is a Git LFS pointer, not the file itself; fetch it: git lfs pull", path);
 }
 
-/* The whole of a file (or "-", standard input) with a NUL behind it. */
+/* A whole file (or, for "-", standard input), followed by a NUL. */
 static struct Text read_file(struct Arena *arena, const char *path) {
-    /* 1. A folder can be opened too, and would fail with a message that says nothing. */
+    /* 1. A folder can be opened too; reading it would then fail with an obscure message. */
     bool is_stdin = strcmp(path, "-") == 0;
     CHECK(is_stdin || !is_folder(path), "%s: is a folder, a file was expected", path);
     FILE *file = is_stdin ? stdin : fopen(path, "rb");
     CHECK(file, "%s: %s", path, strerror(errno));
 
-    /* 2. Read until it ends, for a pipe cannot tell its size. What is no file on a disk may never
-     *    end, as /dev/zero: it is given up before the memory is full. */
+    /* 2. Read until it ends, since a pipe cannot tell its size. What is not a file on a disk may
+     *    never end (/dev/zero): give up before memory is full. */
     struct stat s;
     bool endless = fstat(fileno(file), &s) != 0 || !S_ISREG(s.st_mode);
     size_t used = 0;
@@ -10674,11 +10673,10 @@ static struct Text read_file(struct Arena *arena, const char *path) {
     return text;
 }
 
-/* A file to be written: into NAME.tmp, which output_close renames to NAME. keep: what an earlier
- * run left in NAME.tmp is not cut off. */
+/* Begins to write a file: into NAME.tmp, which output_close renames to NAME. keep: what an earlier
+ * run left in NAME.tmp is not erased. */
 static struct Output output_begin(const char *folder, const char *name, bool keep) {
-    /* the path may be one that the user typed, of any length: it is never cut, for it would then
-     * name another file */
+    /* the user may have typed a path of any length; cut short, it would name another file */
     struct Output out;
     int n = snprintf(out.path, sizeof out.path, "%s/%s", folder, name);
     CHECK(n > 0 && (size_t)n < sizeof out.path, "%s/%s: the path is too long", folder, name);
@@ -10693,21 +10691,22 @@ static struct Output output_open(const char *folder, const char *name) {
     return output_begin(folder, name, false);
 }
 
-/* For a file that grows with the run: its end would be too late to learn that the disk is full. */
+/* For a file that grows during a run: when it is closed, it is too late to learn that the disk is
+ * full. */
 static void output_flush(struct Output *out) {
     CHECK(fflush(out->file) == 0 && !ferror(out->file), "%s: writing failed: %s", out->tmp,
           strerror(errno));
 }
 
-/* Goes on with a log that grew in the folder `beside`, as NAME.tmp or finished: keeps its first
- * `bytes`, and drops what was logged after the checkpoint that the run goes on from.
- *                                                                          test: output_resume */
+/* Continues a log that an earlier run wrote in the folder `beside`, finished or still NAME.tmp:
+ * keeps its first `bytes` and drops what was logged after the checkpoint from which the run
+ * resumes.                                                                test: output_resume */
 static struct Output output_resume(const char *folder, const char *name, const char *beside,
                                    size_t bytes) {
     char path[PATH_MAX + 8], chunk[1 << 14];
     struct stat s;
     FILE *earlier = NULL;
-    /* 1. Find the log. A run that was killed left it unfinished: NAME.tmp, the newer one. */
+    /* 1. Find the log. A run that was killed left NAME.tmp, which is newer than any NAME. */
     for (int finished = 0; finished < 2 && !earlier; finished++) {
         int n = snprintf(path, sizeof path, "%s/%s%s", beside, name, finished ? "" : ".tmp");
         if (n < (int)sizeof path && stat(path, &s) == 0 && (uint64_t)s.st_size >= bytes)
@@ -10716,8 +10715,8 @@ static struct Output output_resume(const char *folder, const char *name, const c
     if (!earlier)
         warn("%s/%s: lacks the %zu bytes of the steps before; it begins anew", beside, name, bytes);
 
-    /* 2. Copy what is kept. It may be the very file that is written: then each byte is replaced by
-     *    itself, and a run that is killed here loses nothing. */
+    /* 2. Copy what is kept. Source and target may be the same file: then each byte is overwritten
+     *    by itself, and a run that is killed here loses nothing. */
     struct Output out = output_begin(folder, name, true);
     size_t n = 1;
     for (; earlier && bytes > 0 && n > 0; bytes -= n) {
@@ -10734,26 +10733,26 @@ static struct Output output_resume(const char *folder, const char *name, const c
     return out;
 }
 
-/* Puts a file on the disk and gives it its name. Only in this order: a name that reached the disk
- * before the contents would, after a power cut, name an empty file. */
+/* Puts a file on the disk and gives it its name, in this order: if the name reached the disk before
+ * the contents, a power cut could leave an empty file under it. */
 static void output_close(struct Output *out) {
-    /* 1. On the disk, all of it. Every step may be the one that tells that the disk is full:
-     *    each is asked, and the file is closed whether or not one failed. */
+    /* 1. All of it goes to the disk. Any of these calls may be the first to report that the disk
+     *    is full, so each is checked; the file is closed whether or not one failed. */
     bool good = fflush(out->file) == 0 && !ferror(out->file) && fsync(fileno(out->file)) == 0;
     int error = errno;
     good = fclose(out->file) == 0 && good;
 
-    /* 2. What is incomplete goes; what the name stood for before stays. */
+    /* 2. An incomplete file is removed; an older one of this name stays. */
     if (!good)
         remove(out->tmp);
     CHECK(good, "%s: writing failed: %s; what was there before is untouched", out->path,
           strerror(error));
 
-    /* 3. In one step, which no reader can see half done. */
+    /* 3. The renaming is a single step, which nobody can see half done. */
     CHECK(rename(out->tmp, out->path) == 0, "%s: %s", out->path, strerror(errno));
 }
 
-/* mkdir -p: makes a folder, and those above it that are missing. */
+/* mkdir -p: makes a folder, and any folders above it that are missing. */
 static void make_folder(const char *path) {
     char part[PATH_MAX];
     CHECK(strlen(path) < sizeof part, "%.60s...: the path is too long", path);
@@ -10763,17 +10762,17 @@ static void make_folder(const char *path) {
         if ((path[i] != '/' && path[i] != 0) || path[i - 1] == '/')
             continue;
         snprintf(part, i + 1, "%s", path);
-        int error = mkdir(part, 0777) == 0 ? 0 : errno; /* is_folder sets errno anew */
+        int error = mkdir(part, 0777) == 0 ? 0 : errno; /* is_folder overwrites errno */
         const char *reason = error == EEXIST ? "is a file, a folder was expected" : strerror(error);
         CHECK(error == 0 || is_folder(part), "%s: %s", part, reason);
     }
     CHECK(access(path, W_OK) == 0, "%s: cannot be written to: %s", path, strerror(errno));
 }
 
-/* Removes a folder and the files in it, as far as that can be done. With `to`, it first moves the
- * files there: those that belong together are written in a folder of their own, staged_folder, and
- * moved when all of them are complete, so a disk that is full leaves everything as it was.
- * die_with calls it: it takes no memory, and without `to` nothing in it fails. */
+/* Removes a folder and the files in it, as far as possible. With `to`, it first moves the files
+ * there: files that belong together are written in a folder of their own, staged_folder, and moved
+ * once all of them are complete, so a full disk leaves everything as it was. die_with calls it, so
+ * it uses no arena, and without `to` it never fails. */
 static void folder_remove(const char *folder, const char *to) {
     char path[PATH_MAX], target[PATH_MAX];
     DIR *dir = opendir(folder);
@@ -10795,9 +10794,9 @@ static void folder_remove(const char *folder, const char *to) {
     rmdir(folder);
 }
 
-/* Puts the names in a folder on the disk, as output_close puts a file's contents. */
+/* Puts the names in a folder on the disk, as output_close puts a file's contents there. */
 static void folder_sync(const char *folder) {
-    /* Windows cannot open a folder, and has no need of this: nothing is done there */
+    /* Windows cannot open a folder, and does not need this */
     int fd = open(folder, O_RDONLY);
     if (fd < 0)
         return;
@@ -10808,7 +10807,7 @@ static void folder_sync(const char *folder) {
 /* ---- JSON ------------------------------------------------------------------------------------ */
 
 /* JSON (RFC 8259) as a tree. `child` is the first of an object's members or an array's items,
- * `next` the one behind it, and `number` says how many there are; a member carries its key.
+ * `next` is the following one, and `number` says how many there are; a member carries its key.
  * Strings are decoded to UTF-8; half a character (json_code_point) becomes U+FFFD. */
 enum JsonType {
     JSON_NULL,
@@ -10824,11 +10823,11 @@ struct Json {
     struct Text key, string;
     double number;
     enum JsonType type;
-    bool is_taken; /* a tensor of a file's header that has been read (chapter 23) */
+    bool is_taken; /* in a safetensors header: this tensor has been read (chapter 23) */
 };
 
-/* It reads a copy that ends in a NUL: so the next character can always be looked at, and C's own
- * functions stop in time. */
+/* It reads a copy that ends in a NUL, so that one more character can always be read and C's string
+ * functions stop at the end. */
 struct JsonParser {
     struct Arena *arena;
     const char *at, *end;
@@ -10837,15 +10836,15 @@ struct JsonParser {
 };
 enum { JSON_MAX_DEPTH = 64 };
 
-/* Keeps the first mistake: those behind it are its consequences. */
+/* Keeps the first error: later ones are its consequences. */
 static struct Json *json_fail(struct JsonParser *p, const char *error) {
     if (!p->error)
         p->error = error;
     return NULL;
 }
 
-/* As json_fail, but if what stands there belongs to a notation that is often taken for JSON, it
- * is named instead. */
+/* As json_fail, but if the text at this place is from a notation that is often taken for JSON, the
+ * error names that instead. */
 static struct Json *json_expected(struct JsonParser *p, const char *error) {
     static const char *const foreign[][2] = {
         {"NaN", "NaN is not JSON; write null, or leave the field out"},
@@ -10860,7 +10859,7 @@ static struct Json *json_expected(struct JsonParser *p, const char *error) {
         {"/*", "a comment, JSON has none; take it out"},
         {"#", "a comment, JSON has none; take it out"},
     };
-    /* the first that stands there: none is the beginning of a later one */
+    /* the order does not matter: none of them is the beginning of another */
     for (size_t i = 0; i < COUNT(foreign); i++)
         if (strncmp(p->at, foreign[i][0], strlen(foreign[i][0])) == 0)
             return json_fail(p, foreign[i][1]);
@@ -10871,7 +10870,7 @@ static void json_space(struct JsonParser *p) {
     p->at += strspn(p->at, " \t\n\r");
 }
 
-/* Takes this character if it comes next, behind spaces. */
+/* Takes this character if it comes next, spaces skipped. */
 static bool json_take(struct JsonParser *p, char c) {
     json_space(p);
     bool found = *p->at == c;
@@ -10879,8 +10878,8 @@ static bool json_take(struct JsonParser *p, char c) {
     return found;
 }
 
-/* A code point as 1 to 4 bytes of UTF-8: 6 bits in each byte but the first, which has the rest
- * behind a mark of the length. Returns the length. */
+/* Writes a code point as 1 to 4 bytes of UTF-8: 6 bits in each byte but the first, which holds a
+ * mark of the length and the remaining bits. Returns the length. */
 static size_t utf8_write(char *to, uint32_t c) {
     static const unsigned char lead[] = {0, 0, 0xc0, 0xe0, 0xf0};
     size_t length = c < 0x80 ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
@@ -10890,7 +10889,7 @@ static size_t utf8_write(char *to, uint32_t c) {
     return length;
 }
 
-/* Four hexadecimal digits, or -1. */
+/* The value of four hexadecimal digits, or -1 if there are fewer. */
 static int32_t json_hex4(const char *at) {
     char digits[5] = "";
     if (strspn(at, "0123456789abcdefABCDEF") < 4)
@@ -10898,26 +10897,26 @@ static int32_t json_hex4(const char *at) {
     return (int32_t)strtol(memcpy(digits, at, 4), NULL, 16);
 }
 
-/* After "\u": one code point, or -1. Those above U+FFFF are written as two halves, a high
- * surrogate (D800 to DBFF) and a low one (DC00 to DFFF).
+/* Reads what follows "\u": a code point, or -1 on an error. Those above U+FFFF are written as two
+ * halves, a high surrogate (D800 to DBFF) and a low one (DC00 to DFFF).
  * By hand: \ud83d\ude00 is 10000 + (3d << 10) + 200 = U+1F600, a face. */
 static int32_t json_code_point(struct JsonParser *p) {
     int32_t c = json_hex4(p->at);
     p->at += c >= 0 ? 4 : 0;
-    /* most characters are no half of one, and a mistake (-1) is passed on */
+    /* most characters come whole; an error (-1) is passed on */
     if (c < 0xd800 || c > 0xdfff)
         return c;
-    /* a high half takes the low one that must follow it; any other half stands for nothing */
+    /* a high half needs the low one after it; any other half is no character */
     bool is_high = c < 0xdc00 && p->at[0] == '\\' && p->at[1] == 'u';
     int32_t low = is_high ? json_hex4(p->at + 2) : -1;
     if (low < 0xdc00 || low > 0xdfff)
         return 0xfffd;
-    /* both halves: ten bits of the one, ten of the other */
+    /* ten bits from each half */
     p->at += 6;
     return 0x10000 + ((c - 0xd800) << 10) + (low - 0xdc00);
 }
 
-/* After "\": the character that the escape stands for. */
+/* Reads what follows "\": the character that the escape stands for. */
 static bool json_escape(struct JsonParser *p, uint32_t *c) {
     static const char escapes[] = "\"\\/bfnrt";
     static const char meanings[] = "\"\\/\b\f\n\r\t";
@@ -10929,7 +10928,7 @@ static bool json_escape(struct JsonParser *p, uint32_t *c) {
     return *c != UINT32_MAX || json_fail(p, "\\u without four hexadecimal digits");
 }
 
-/* A string, its opening quote already seen at p->at. */
+/* A string; p->at is at its opening quote. */
 static bool json_string(struct JsonParser *p, struct Text *out) {
     /* 1. Where does it end? An escaped quote does not end it. */
     const char *close = p->at + 1;
@@ -10938,11 +10937,11 @@ static bool json_string(struct JsonParser *p, struct Text *out) {
     if (*close != '"')
         return json_fail(p, "a string without its closing quote; a line break in it is \\n");
 
-    /* 2. Room for it: decoding never makes a string longer. */
+    /* 2. Decoding never makes a string longer. */
     char *start = arena_alloc(p->arena, (size_t)(close - p->at), 1);
     char *to = start;
 
-    /* 3. Character by character, for everything behind this point relies on valid UTF-8. */
+    /* 3. Check each character: from here on the program relies on valid UTF-8. */
     for (p->at++; p->at < close;) {
         uint32_t c;
         size_t length = utf8_read((const unsigned char *)p->at, (size_t)(close - p->at), &c);
@@ -10961,18 +10960,18 @@ static bool json_string(struct JsonParser *p, struct Text *out) {
     return true;
 }
 
-/* [-] digits [. digits] [e digits]: narrower than strtod, which takes "+1", ".5" and "0x1" too.
- * The digits stay in `string`: a double holds 53 bits, a whole number may have more. */
+/* [-] digits [. digits] [e [+-] digits]: stricter than strtod, which accepts "+1", ".5" and "0x1"
+ * too. The digits are kept in `string`: a double has 53 bits, and a whole number may need more. */
 static bool json_number(struct JsonParser *p, struct Json *node) {
     static const char digits[] = "0123456789";
-    /* 1. The whole part. 012 is no number: C would read it as octal. */
+    /* 1. The whole part. JSON forbids 012, which C would take for octal. */
     const char *at = p->at + (*p->at == '-');
     size_t whole = strspn(at, digits);
     if (whole == 0 || (whole > 1 && *at == '0'))
         return json_expected(p, "a value was expected");
     at += whole;
 
-    /* 2. What may follow it must have digits of its own. */
+    /* 2. A fraction and an exponent may follow; each needs digits of its own. */
     if (*at == '.') {
         if (!isdigit((unsigned char)*++at))
             return json_fail(p, "a number ends in its decimal point");
@@ -10986,7 +10985,7 @@ static bool json_number(struct JsonParser *p, struct Json *node) {
         at += strspn(at, digits);
     }
 
-    /* 3. Its value. */
+    /* 3. The value. strtod turns 1e999 into infinity, which JSON does not have. */
     node->number = strtod(p->at, NULL);
     if (!isfinite(node->number))
         return json_fail(p, "a number beyond 1.8e308");
@@ -10997,13 +10996,14 @@ static bool json_number(struct JsonParser *p, struct Json *node) {
 
 static struct Json *json_value(struct JsonParser *p);
 
-/* The inside of [...] or {...}; p->at stands behind the opening bracket. */
+/* The inside of [...] or {...}; p->at is just after the opening bracket. */
 static struct Json *json_container(struct JsonParser *p, struct Json *node, char close) {
     bool is_object = close == '}';
     struct Json **tail = &node->child;
     if (json_take(p, close))
         return node;
-    /* this function calls itself: a file of nothing but brackets must not use up the stack */
+    /* json_value calls this function again: a file of nothing but brackets must not exhaust the
+     * stack */
     if (++p->depth > JSON_MAX_DEPTH)
         return json_fail(p, "brackets nested more than 64 deep");
     do {
@@ -11021,7 +11021,7 @@ static struct Json *json_container(struct JsonParser *p, struct Json *node, char
                 return json_fail(p, "':' was expected after a member's name");
         }
 
-        /* 2. The value, which may be a container again. A mistake in it has been noted already. */
+        /* 2. The value, possibly another container. An error in it has been noted already. */
         struct Json *item = json_value(p);
         if (!item)
             return NULL;
@@ -11031,14 +11031,14 @@ static struct Json *json_container(struct JsonParser *p, struct Json *node, char
         node->number++;
     } while (json_take(p, ','));
 
-    /* 3. Without a comma it ends here. */
+    /* 3. Without another comma, it must end here. */
     p->depth--;
     if (json_take(p, close))
         return node;
     return json_expected(p, is_object ? "',' or '}' was expected" : "',' or ']' was expected");
 }
 
-/* Any value: its first character says of which type. */
+/* Any value: its first character tells its type. */
 static struct Json *json_value(struct JsonParser *p) {
     static const char *const words[] =
         {[JSON_NULL] = "null", [JSON_FALSE] = "false", [JSON_TRUE] = "true"};
@@ -11046,6 +11046,8 @@ static struct Json *json_value(struct JsonParser *p) {
     if (p->at >= p->end)
         return json_fail(p, "it ends where a value was expected");
     struct Json *node = arena_zeros(p->arena, 1, sizeof *node);
+
+    /* 1. One of the three words. */
     for (size_t type = 0; type < COUNT(words); type++) {
         if (strncmp(p->at, words[type], strlen(words[type])) != 0)
             continue;
@@ -11053,6 +11055,8 @@ static struct Json *json_value(struct JsonParser *p) {
         node->type = (enum JsonType)type;
         return node;
     }
+
+    /* 2. A string or a container. */
     if (*p->at == '"') {
         node->type = JSON_STRING;
         return json_string(p, &node->string) ? node : NULL;
@@ -11062,42 +11066,43 @@ static struct Json *json_value(struct JsonParser *p) {
         node->type = is_object ? JSON_OBJECT : JSON_ARRAY;
         return json_container(p, node, is_object ? '}' : ']');
     }
-    /* whatever else it is, json_number says why it is none */
+    /* 3. Anything else is a number, or json_number says why it is not one. */
     node->type = JSON_NUMBER;
     return json_number(p, node) ? node : NULL;
 }
 
-/* A text without the mark (U+FEFF) that Windows' editors begin a file with. */
+/* A text without the byte order mark (U+FEFF) with which Windows editors begin a file. */
 static struct Text text_without_mark(struct Text text) {
     size_t mark = text_starts(text, "\xef\xbb\xbf") ? 3 : 0;
     return (struct Text){text.data + mark, text.length - mark};
 }
 
-/* One JSON value and nothing behind it. On a mistake NULL, *error says what, *where the byte. */
+/* One JSON value and nothing after it. On an error it returns NULL; *error says what is wrong,
+ * *where at which byte. */
 static struct Json *json_parse(struct Arena *arena, struct Text text, const char **error,
                                size_t *where) {
-    /* 1. The value. */
+    /* 1. The value, read from a copy that ends in a NUL. */
     text = text_copy(arena, text);
     const char *start = text_without_mark(text).data;
     struct JsonParser p = {.arena = arena, .at = start, .end = text.data + text.length};
     struct Json *value = json_value(&p);
     json_space(&p);
 
-    /* 2. Nothing may follow: two objects on a line are a lost line break, not one object. */
+    /* 2. Nothing may follow: two objects on a line mean that a line break was lost. */
     if (value && p.at != p.end) {
         bool is_comma = *p.at == ',';
         value = json_expected(&p, is_comma ? "a comma behind its end; take it out"
                                            : "something stands behind its end");
     }
 
-    /* 3. The place is counted from the text's first byte, its mark included. */
+    /* 3. The place is counted from the text's first byte, the byte order mark included. */
     *error = p.error;
     *where = (size_t)(p.at - text.data);
     return value;
 }
 
-/* A text that must be one JSON object, or the program ends: place says where it stands, hint, at
- * the message's end, what may help. */
+/* Parses a text that must be one JSON object, or ends the program: `place` tells where the text is
+ * from, `hint`, at the end of the message, what may help. */
 static struct Json *json_object(struct Arena *arena, struct Text text, const char *place,
                                 const char *hint) {
     const char *error;
@@ -11112,10 +11117,9 @@ static struct Json *json_read_file(struct Arena *arena, const char *path) {
     return json_object(arena, read_file(arena, path), path, "");
 }
 
-/* A member by its name; of several with one name the last, as in Python. */
+/* A member by its name; of several with the same name the last, as in Python. */
 static struct Json *json_get(const struct Json *object, const char *key) {
-    /* what is absent, or no object at all, has no members: a chain of calls needs no checks in
-     * between */
+    /* NULL, or anything that is not an object, has no members: so calls can be nested unchecked */
     struct Json *found = NULL;
     for (struct Json *item = object && object->type == JSON_OBJECT ? object->child : NULL; item;
          item = item->next)
@@ -11124,13 +11128,13 @@ static struct Json *json_get(const struct Json *object, const char *key) {
     return found;
 }
 
-/* A member's type; one that is absent counts as null, as the libraries take it. */
+/* A member's type; an absent one counts as null, as it does in transformers and PEFT. */
 static enum JsonType json_type(const struct Json *object, const char *key) {
     const struct Json *item = json_get(object, key);
     return item ? item->type : JSON_NULL;
 }
 
-/* A member's number or text; what is absent or of another type is `fallback`. */
+/* A member's number or text; `fallback` if it is absent or of another type. */
 static double json_number_or(const struct Json *object, const char *key, double fallback) {
     return json_type(object, key) == JSON_NUMBER ? json_get(object, key)->number : fallback;
 }
@@ -11139,17 +11143,17 @@ static const char *json_text_or(const struct Json *object, const char *key, cons
     return json_type(object, key) == JSON_STRING ? json_get(object, key)->string.data : fallback;
 }
 
-/* A whole number from 0 to max; anything else is an error that names the place. */
+/* A whole number from 0 to max; anything else ends the program. */
 static size_t json_size(const struct Json *json, size_t max, const char *path, const char *name) {
-    /* a double holds whole numbers up to 2^53 exactly, and no size that is asked for comes near */
+    /* a double holds whole numbers up to 2^53 exactly: no real size comes near that */
     CHECK(json && json->type == JSON_NUMBER && json->number >= 0 && json->number <= (double)max
               && json->number == floor(json->number),
           "%s: \"%s\" must be a whole number from 0 to %zu", path, name, max);
     return (size_t)json->number;
 }
 
-/* Takes the next character off a text that may be anything, a model's words for example. It can
- * hold half a character: a byte that is part of none counts as U+FFFD. */
+/* Takes the next character off a text that may be anything, for example a model's answer, which can
+ * end in half a character. A byte that belongs to no character counts as U+FFFD. */
 static uint32_t text_take(struct Text *text) {
     uint32_t c;
     size_t length = utf8_read((const unsigned char *)text->data, text->length, &c);
@@ -11163,7 +11167,7 @@ static bool is_control(uint32_t c) {
     return c < 32 || (c >= 127 && c < 160);
 }
 
-/* A string in quotes; `before`, its key for example, goes in front of it.       test: json_write */
+/* Writes `before`, for example the key, then the text in quotes.                test: json_write */
 static void json_write_string(FILE *file, const char *before, struct Text text) {
     static const char plain[] = "\"\\\n\r\t";
     static const char letters[] = "\"\\nrt";
@@ -11174,7 +11178,7 @@ static void json_write_string(FILE *file, const char *before, struct Text text) 
         const char *escape = c > 0 && c < 128 ? strchr(plain, (int)c) : NULL;
         if (escape)
             fprintf(file, "\\%c", letters[escape - plain]);
-        else if (is_control(c)) /* JSON forbids those below 32 */
+        else if (is_control(c)) /* JSON forbids those below 32 in a string */
             fprintf(file, "\\u%04x", (unsigned)c);
         else
             fwrite(bytes, 1, utf8_write(bytes, c), file);
@@ -11182,36 +11186,35 @@ static void json_write_string(FILE *file, const char *before, struct Text text) 
     fputc('"', file);
 }
 
-/* A model's text for a terminal or a pipe, as UTF-8: bytes that are no character become U+FFFD,
- * control characters other than those in `kept` spaces.                       test: text_shown */
+/* A model's text for a terminal or a pipe, as UTF-8: bytes that belong to no character become
+ * U+FFFD, control characters become spaces unless they are in `kept`.          test: text_shown */
 static struct Text text_shown(struct Arena *arena, struct Text text, const char *kept) {
     char *to = arena_alloc(arena, 3 * text.length + 1, 1); /* U+FFFD has three bytes */
     size_t n = 0;
     for (size_t i = 0, length; i < text.length; i += MAX(length, (size_t)1)) {
-        /* one character, or a byte that is part of none */
         uint32_t c;
         length = utf8_read((const unsigned char *)text.data + i, text.length - i, &c);
         bool control = c < 32 || (c >= 127 && c < 160);
         if (length == 0)
             n += utf8_write(to + n, 0xfffd);
         else if (control && !(c && c < 32 && strchr(kept, (int)c)))
+            /* `c &&`: strchr would find the NUL at the end of `kept` */
             to[n++] = ' ';
         else
-            /* a character that is fit to be seen: as it is */
             n += utf8_write(to + n, c);
     }
     to[n] = 0;
     return (struct Text){to, n};
 }
 
-/* A number as JSON. NaN and infinity, which JSON lacks, become null, Python's None. 9 digits bring
- * any float back bit for bit.
+/* A number as JSON. NaN and infinity, which JSON lacks, become null, Python's None. 9 digits are
+ * enough to read any float back bit for bit.
  * By hand: 0.1f comes out as 0.100000001, and is read back as 0.1f.             test: json_write */
 static const char *json_number_into(char text[32], double x) {
     snprintf(text, 32, "%.9g", x);
     return isfinite(x) ? text : "null";
 }
-/* The same in memory of the caller's own block, for printf. */
+/* The same for an argument of printf; the text lives as long as the caller's block. */
 #define json_number_text(x) json_number_into((char[32]){0}, x)
 
 static void json_write_ids(FILE *file, const char *before, const int *ids, size_t n) {
@@ -11231,23 +11234,24 @@ static void json_write_floats(FILE *file, const char *before, const float *x, si
 /* =============================================================================================
  * Chapter 22 - Data sets, tokenizer.bin            [glossary: Conjunto de dados]
  *
- * Which rows does a training see, if it is given a file, or a folder of files that somebody named
- * by habit? What enters: JSON Lines in TRL's shapes, one object a line,
+ * Which rows does a training see if it is given a file, or a folder whose files somebody else has
+ * named? What enters: JSON Lines in TRL's shapes, one object a line,
  *
  *     {"prompt": "The film", "chosen": " moved me.", "rejected": " is a film."}      preferences
  *     {"text": "The film moved me.", "score": 4}                                     rated texts
  *
- * and llm.c's tokenizer.bin with the merges behind it. What leaves: rows, all of one shape, and a
- * tokenizer. A bad line is named by file and number. Data in another format, a chat, or a folder
- * without the rows that are wanted are refused with the command that makes them fit.
+ * and llm.c's tokenizer.bin, with the merges appended. What leaves: rows, all of one shape, and a
+ * tokenizer. An error in a line names the file and the line's number. Data in another format and
+ * chats are refused with the command that converts them, a folder without suitable rows with the
+ * reason.
  * ============================================================================================= */
 
-/* How a tokenizer.bin comes about, for messages. */
+/* How to make a tokenizer.bin, for messages. */
 #define MAKE_TOKENIZER \
     "python3 prepare_imdb.py tokenizer --source DIR (with encoder.json, vocab.bpe)"
 
-/* Takes the next n bytes off a file; whoever would read behind its end is stopped. `what` they
- * are: for the message. */
+/* Takes the next n bytes off a file, or ends the program if it has fewer. `what`: what these bytes
+ * are, for the message. */
 static const unsigned char *tokenizer_take(const struct Tokenizer *tok, struct Text *rest, size_t n,
                                            const char *what) {
     CHECK(rest->length >= n, "%s: ends inside its %s; make it again: " MAKE_TOKENIZER, tok->path,
@@ -11262,16 +11266,15 @@ static uint32_t tokenizer_u32(const struct Tokenizer *tok, struct Text *rest, co
     return b[0] | (uint32_t)b[1] << 8 | (uint32_t)b[2] << 16 | (uint32_t)b[3] << 24;
 }
 
-/* llm.c's header: 256 words, of which four say something. */
+/* llm.c's header: 256 words, of which only four are used. */
 static void tokenizer_read_header(struct Tokenizer *tok, struct Text *rest) {
-    /* The length is llm.c's choice, room for things to come. */
     uint32_t header[256];
     for (size_t i = 0; i < COUNT(header); i++)
         header[i] = tokenizer_u32(tok, rest, "header");
     CHECK(header[0] == TOKENIZER_MAGIC && header[1] == TOKENIZER_VERSION,
           "%s: not a tokenizer.bin of version 2 (it starts with %u, %u); make one: " MAKE_TOKENIZER,
           tok->path, header[0], header[1]);
-    /* Ids are stored in 16 bits in the merges: 65536 are all there can be. */
+    /* The merges store an id in 16 bits: there can be at most 65536. */
     tok->vocab_size = header[2];
     tok->end_token = (int)header[3];
     CHECK(tok->vocab_size > BYTE_TOKENS && tok->vocab_size <= 65536
@@ -11280,8 +11283,8 @@ static void tokenizer_read_header(struct Tokenizer *tok, struct Text *rest) {
           tok->path, tok->vocab_size, header[3]);
 }
 
-/* The tokens: a byte that says how long, and their bytes. The first 256 are the single bytes, in
- * an order of GPT-2's own. */
+/* The tokens: for each its length, one byte, then its bytes. The first 256 are the single bytes, in
+ * GPT-2's own order. */
 static void tokenizer_read_tokens(struct Tokenizer *tok, struct Text *rest, struct Arena *arena) {
     tok->token = arena_alloc(arena, tok->vocab_size, sizeof *tok->token);
     for (size_t id = 0; id < tok->vocab_size; id++) {
@@ -11289,8 +11292,8 @@ static void tokenizer_read_tokens(struct Tokenizer *tok, struct Text *rest, stru
         const unsigned char *bytes = tokenizer_take(tok, rest, length, "tokens");
         tok->token[id] = (struct Text){(const char *)bytes, length};
     }
-    /* Every byte must have its id: encoding starts from them, whatever the text. 256 ids without a
-     * repetition are all there are. */
+    /* Encoding starts from single bytes, so each must have an id, whatever the text. 256 different
+     * bytes are all of them. */
     memset(tok->byte_token, -1, sizeof tok->byte_token);
     for (int id = 0; id < BYTE_TOKENS; id++) {
         int *byte = &tok->byte_token[(unsigned char)tok->token[id].data[0]];
@@ -11300,12 +11303,12 @@ static void tokenizer_read_tokens(struct Tokenizer *tok, struct Text *rest, stru
     }
 }
 
-/* The merges, and the hash table in which encoding looks a pair up. Merge i makes the token
- * BYTE_TOKENS + i of two that came before it. */
+/* The merges, and the hash table in which encoding looks up a pair. Merge i makes the token
+ * BYTE_TOKENS + i from two earlier ones. */
 static void tokenizer_read_merges(struct Tokenizer *tok, struct Text *rest, struct Arena *arena) {
     struct Arena scratch = {0};
-    /* 1. A merge makes one token: with the bytes and the end token they are the whole
-     *    vocabulary, so the file states its size twice. */
+    /* 1. Each merge makes one token. With the bytes and the end token these are the whole
+     *    vocabulary, so the file states the vocabulary's size twice. */
     tok->merges = tokenizer_u32(tok, rest, "merges");
     CHECK(tok->merges + BYTE_TOKENS + 1 == tok->vocab_size,
           "%s: %zu merges do not make a vocabulary of %zu", tok->path, tok->merges,
@@ -11319,8 +11322,8 @@ static void tokenizer_read_merges(struct Tokenizer *tok, struct Text *rest, stru
         size_t left = pair & 0xffff;
         size_t right = pair >> 16;
 
-        /* 2. The file says twice what the token is; both must agree, or texts would decode to
-         *    others. */
+        /* 2. The file also says twice what the token is. Both must agree, or a text that is
+         *    encoded and decoded would come out as another. */
         bool agree =
             left < id && right < id
             && text_equal(text_join(&scratch, tok->token[left], tok->token[right]), tok->token[id]);
@@ -11331,16 +11334,17 @@ static void tokenizer_read_merges(struct Tokenizer *tok, struct Text *rest, stru
     arena_free(&scratch);
 }
 
-/* Unicode's letters, numbers and spaces: of each how many ranges, and these in order. */
+/* Unicode's letters, numbers and spaces: for each class the number of ranges, then the ranges in
+ * ascending order. */
 static void tokenizer_read_classes(struct Tokenizer *tok, struct Text *rest, struct Arena *arena) {
     static const char what[] = "Unicode classes";
     tok->char_class = arena_zeros(arena, UNICODE_END, 1);
-    /* letters, then numbers, then spaces; all other characters are CLASS_OTHER */
+    /* all characters in none of the ranges are CLASS_OTHER, 0 */
     for (int class = CLASS_LETTER; class <= CLASS_SPACE; class ++) {
         for (uint32_t n = tokenizer_u32(tok, rest, what), next = 0; n > 0; n--) {
             uint32_t first = tokenizer_u32(tok, rest, what);
             uint32_t last = tokenizer_u32(tok, rest, what);
-            /* in order and without overlaps, or a character would have two classes */
+            /* ranges of one class that overlap or are out of order mean a damaged file */
             CHECK(first >= next && first <= last && last < UNICODE_END,
                   "%s: a Unicode range from %u to %u, after one that ends before %u", tok->path,
                   first, last, next);
@@ -11350,14 +11354,14 @@ static void tokenizer_read_classes(struct Tokenizer *tok, struct Text *rest, str
     }
 }
 
-/* tokenizer.bin: what llm.c's has (header, tokens), and behind it what encoding needs besides:
- * the merges, and which characters are letters, numbers and spaces.      test: broken_tokenizer */
+/* tokenizer.bin: first what llm.c's has (header, tokens), then what encoding needs in addition: the
+ * merges, and which characters are letters, numbers and spaces.          test: broken_tokenizer */
 static struct Tokenizer *tokenizer_load(struct Arena *arena, const char *path) {
     struct Tokenizer *tok = arena_zeros(arena, 1, sizeof *tok);
     tok->path = arena_printf(arena, "%s", path);
     struct Text rest = read_file(arena, path);
-    /* each part needs those before it: merges are checked against tokens, tokens counted by the
-     * header */
+    /* each part needs the earlier ones: the header counts the tokens, and the merges are checked
+     * against these */
     tokenizer_read_header(tok, &rest);
     tokenizer_read_tokens(tok, &rest, arena);
     tokenizer_read_merges(tok, &rest, arena);
@@ -11366,7 +11370,7 @@ static struct Tokenizer *tokenizer_load(struct Arena *arena, const char *path) {
 }
 
 /* GPT-2's files show each byte as a printable character. Most bytes are one in Latin-1; the others
- * are counted from U+0100 on: the first 33, then the 34 behind '~', and last the soft hyphen.
+ * are numbered from U+0100: the first 33, then the 34 after '~', and finally the soft hyphen.
  * By hand: a space, 32, becomes U+0120, so " the" is written "Ġthe".      test: tokenizer_save */
 static struct Text token_as_unicode(struct Arena *arena, struct Text token) {
     /* no character below U+0800 takes more than two bytes of UTF-8 */
@@ -11383,9 +11387,10 @@ static struct Text token_as_unicode(struct Arena *arena, struct Text token) {
     return (struct Text){text, (size_t)(to - text)};
 }
 
-/* vocab.json and merges.txt: what AutoTokenizer looks for beside a model, with the
- * tokenizer_config.json of tokenizer_config_save. A model may have the first of our ids only; it
- * gets those, and the merges that make them.                              test: tokenizer_save */
+/* vocab.json and merges.txt: what AutoTokenizer looks for next to a model, besides the
+ * tokenizer_config.json that tokenizer_config_save writes. A model with a smaller vocabulary has
+ * only the first of our ids; it gets those, and the merges that make them.
+ *                                                                         test: tokenizer_save */
 static void tokenizer_save(const struct Tokenizer *tok, const char *folder, size_t vocab_size) {
     struct Arena arena = {0};
     size_t end = (size_t)endoftext_id(vocab_size);
@@ -11399,7 +11404,7 @@ static void tokenizer_save(const struct Tokenizer *tok, const char *folder, size
     fprintf(out.file, "\"<|endoftext|>\": %zu}\n", end);
     output_close(&out);
 
-    /* 2. a line for each merge, the most frequent pair first: its place is its rank */
+    /* 2. a line for each merge, the most frequent pair first: a merge's line is its rank */
     out = output_open(folder, "merges.txt");
     fputs("#version: 0.2\n", out.file);
     for (size_t i = 0; i + BYTE_TOKENS < end; i++) {
@@ -11411,15 +11416,15 @@ static void tokenizer_save(const struct Tokenizer *tok, const char *folder, size
     arena_free(&arena);
 }
 
-/* A model folder may bring its own vocabulary: one whose ids mean other tokens than ours is
- * refused. With it the model would read and write texts that nobody meant. */
+/* A model folder may bring its own vocabulary. If its ids mean other tokens than ours, it is
+ * refused: to that model, our ids would spell a different text. */
 static void tokenizer_check_folder(const struct Tokenizer *tok, const char *folder,
                                    size_t vocab_size) {
     struct Arena arena = {0};
     size_t end = (size_t)endoftext_id(vocab_size);
     CHECK(end < tok->vocab_size, "%s: has %zu ids, %s only %zu; another --tokenizer is needed",
           folder, vocab_size, tok->path, tok->vocab_size);
-    /* 1. the vocabulary, in the older of two files or in the newer one; there may be neither */
+    /* 1. the vocabulary, in one of two files, the older and the newer form; there may be neither */
     const char *path = arena_printf(&arena, "%s/vocab.json", folder);
     const char *newer = arena_printf(&arena, "%s/tokenizer.json", folder);
     struct Json *vocab = NULL;
@@ -11430,7 +11435,7 @@ static void tokenizer_check_folder(const struct Tokenizer *tok, const char *fold
     CHECK(!vocab || vocab->type == JSON_OBJECT,
           "%s: its vocabulary is not an object {\"token\": id, ...}", path);
 
-    /* 2. token by token; those behind GPT-2's own are read by added_tokens */
+    /* 2. token by token; added_tokens reads those after GPT-2's own */
     for (struct Json *item = vocab ? vocab->child : NULL; item; item = item->next) {
         size_t id = json_size(item, 1 << 24, path, "an id of the vocabulary");
         struct Text ours = id < end ? token_as_unicode(&arena, tok->token[id]) : item->key;
@@ -11442,7 +11447,7 @@ static void tokenizer_check_folder(const struct Tokenizer *tok, const char *fold
     arena_free(&arena);
 }
 
-/* The tokens that a model's folder adds behind GPT-2's own, ids `first` to `end` - 1: their names,
+/* The tokens that a model's folder adds to GPT-2's own, ids `first` to `end` - 1: their names,
  * empty where an id only rounds up the vocabulary (50304 is a multiple of 64, 50257 is not).
  * transformers lists them as {"name": id}, [{"id": id, "content": "name"}] or
  * {"id": {"content": "name"}}. */
@@ -11452,8 +11457,8 @@ static struct Text *added_tokens(struct Arena *arena, const char *folder, size_t
                                            {"added_tokens.json", NULL},
                                            {"tokenizer.json", "added_tokens"},
                                            {"tokenizer_config.json", "added_tokens_decoder"}};
-    /* Each of these files may name some of them, and none need be there. Where two name one id,
-     * the later one counts: the newer form. */
+    /* Each of these files may name some of them, or be missing. If two name the same id, the later
+     * one, the newer form, counts. */
     struct Text *names = arena_zeros(arena, end - first, sizeof *names);
     for (size_t i = 0; i < COUNT(lists) && first < end; i++) {
         const char *path = arena_printf(arena, "%s/%s", folder, lists[i][0]);
@@ -11461,7 +11466,7 @@ static struct Text *added_tokens(struct Arena *arena, const char *folder, size_t
         if (lists[i][1])
             list = json_get(list, lists[i][1]);
         for (const struct Json *item = list ? list->child : NULL; item; item = item->next) {
-            /* the three forms, told apart by an item's type; the third has the id as its key */
+            /* of the three forms the first has a number as its item, the third the id as its key */
             const struct Json *id = item->type == JSON_NUMBER ? item : json_get(item, "id");
             const struct Json *content = json_get(item, "content");
             double number = id ? id->number : item->key.data ? strtod(item->key.data, NULL) : 0;
@@ -11472,8 +11477,8 @@ static struct Text *added_tokens(struct Arena *arena, const char *folder, size_t
     return names;
 }
 
-/* What the name of a file in a folder says about it: which split it belongs to, and how much that
- * counts beside the names of the other files. */
+/* What a file's name, with its path inside the data folder, says: to which split the file belongs,
+ * and how much that counts against the names of other files. */
 enum Split { SPLIT_NONE, SPLIT_TRAIN, SPLIT_VALIDATION, SPLIT_TEST, SPLITS };
 enum SplitRank { RANK_FILE, RANK_FOLDER, RANK_SHARD, RANKS };
 
@@ -11492,8 +11497,7 @@ struct Shapes {
 
 /* The fields of shapes, for a message:  "chosen" + "rejected", or "text" */
 static const char *shape_names(struct Arena *arena, struct Shapes shapes) {
-    /* "a" + "b", or "c": the joint that comes next is " + " within a shape and ", or " between
-     * two */
+    /* the next joint is " + " inside a shape and ", or " between two */
     const char *names = "";
     const char *joint = "";
     for (size_t s = 0; s < shapes.n; s++, joint = ", or ")
@@ -11508,24 +11512,23 @@ static const char *shape_names(struct Arena *arena, struct Shapes shapes) {
 
 static int *json_ids(struct Arena *arena, const struct Json *array, size_t *count,
                      const char *place) {
-    /* an object has a count as well, and children: only an array's are ids */
+    /* an object has a count and children too, but only an array's children are ids */
     CHECK(array->type == JSON_ARRAY, "%s: \"%s\" must hold token ids", place, array->key.data);
     *count = (size_t)array->number;
     int *ids = arena_alloc(arena, *count, sizeof *ids);
     int *to = ids;
     for (struct Json *item = array->child; item; item = item->next)
-        /* no vocabulary has 2^24 ids; whether the model has this one is checked by whoever uses
-         * it */
+        /* no vocabulary has 2^24 ids; the caller checks whether the model has this one */
         *to++ = (int)json_size(item, (1 << 24) - 1, place, "a token id");
     return ids;
 }
 
-/* A chat, an array of messages that have a role, where a string was expected, ends the program.
- * GPT-2 was trained without a chat template, so which text such messages are is the user's choice;
- * the command writes "role: content" lines. A prompt that is a string beside them repeats their
- * beginning and is left out, as TRL does. */
+/* Ends the program if a field that should be a string is a chat, an array of messages with roles.
+ * GPT-2 was trained without a chat template, so the user decides how messages become text; the
+ * command in the message writes "role: content" lines. If a row also has a prompt that is a string,
+ * that repeats the beginning of its chats, and the command leaves it out, as TRL does. */
 static void refuse_chat(const struct Json *item, const char *place) {
-    /* 1. One command for all shapes: what is a chat becomes text, what is none stays. */
+    /* 1. One command for all shapes: chats become text, all other fields stay. */
     static const char flatten[] =
         "python3 -c \"import json,sys; "
         "f=lambda v:''.join('%s: %s\\n'%(m['role'],m['content'])for m in v)"
@@ -11534,7 +11537,7 @@ static void refuse_chat(const struct Json *item, const char *place) {
         "if(k,type(v))!=('prompt',str)}))for l in sys.stdin]\"";
     bool is_chat = item && item->type == JSON_ARRAY && json_get(item->child, "role");
 
-    /* 2. The name of the field, and the command for this very file. */
+    /* 2. The message names the field, and gives the command for this very file. */
     CHECK(!is_chat,
           "%s: \"%s\" is a chat, a list of messages, a string was expected (GPT-2 has no chat "
           "template); flatten it: %s < '%.*s' > rows.jsonl",
@@ -11550,23 +11553,23 @@ static unsigned json_fields(const struct Json *json) {
     return has;
 }
 
-/* A row's score, margin or label; a label may be a truth value too. */
+/* A row's score, margin or label; a label may also be true or false. */
 static double json_field_number(const struct Json *item, bool is_label, const char *place) {
     double number = is_label && item->type == JSON_TRUE ? 1 : item->number;
     bool is_truth = is_label && (item->type == JSON_TRUE || item->type == JSON_FALSE);
-    /* rewards are floats: a number beyond them would become infinite */
+    /* rewards are floats: a larger number would become infinite */
     CHECK(is_truth || (item->type == JSON_NUMBER && fabs(number) <= FLT_MAX),
           "%s: \"%s\" must be a number, at most 3.4e38", place, item->key.data);
     CHECK(!is_label || number == 0 || number == 1, "%s: \"label\" must be 0 or 1", place);
     return number;
 }
 
-/* One line's object into a row of this shape. Fields that the shape does not use are not judged:
- * `label` may say "pos" where texts alone are read. */
+/* Turns one line's object into a row of this shape. Fields that the shape does not use are not
+ * checked: `label` may be "pos" where only texts are read. */
 static struct Row dataset_row(struct Arena *keep, const struct Json *json, unsigned shape,
                               const char *place) {
     struct Row row = {.has = json_fields(json)};
-    /* where the texts go, the first five of enum Field, and the numbers */
+    /* where the texts go, in the order of enum Field, and the numbers, at their bit's place */
     struct Text *texts[] = {&row.text, &row.prompt, &row.completion, &row.chosen, &row.rejected};
     double *numbers[] = {[5] = &row.label, [6] = &row.score, [9] = &row.margin};
     unsigned used = row.has & (shape | shape >> 16); /* what it must have, and may have */
@@ -11589,7 +11592,7 @@ static struct Row dataset_row(struct Arena *keep, const struct Json *json, unsig
     return row;
 }
 
-/* The first of the shapes that a row fits; 0: none. */
+/* The first of the shapes that a row fits, or 0. */
 static unsigned shape_of(unsigned has, struct Shapes shapes) {
     for (size_t i = 0; i < shapes.n; i++) {
         /* the lower 16 bits: what a row must have */
@@ -11600,7 +11603,8 @@ static unsigned shape_of(unsigned has, struct Shapes shapes) {
     return 0;
 }
 
-/* Is it a table, CSV or TSV? Its name says so, or a cell of its first line is a field's name. */
+/* Is this file a table, CSV or TSV? Its name says so, or a cell of its first line is the name of
+ * one of our fields. */
 static bool is_table(struct Text file, const char *path) {
     const char *dot = strrchr(path, '.');
     if (dot && (strcmp(dot, ".csv") == 0 || strcmp(dot, ".tsv") == 0))
@@ -11618,8 +11622,8 @@ static bool is_table(struct Text file, const char *path) {
     return false;
 }
 
-/* Other formats that data comes in, by their first bytes, and the command that makes JSON Lines of
- * a file: `before`, its path, `after`. Tables have no such bytes and stand last. */
+/* Other formats in which data comes, by their first bytes, and the command that turns a file into
+ * JSON Lines: `before`, the file's path, `after`. Tables have no such bytes and come last. */
 #define PANDAS(reader) "python3 -c \"import pandas; pandas." reader "('"
 #define PANDAS_END "').to_json('rows.jsonl', orient='records', lines=True)\""
 static const struct Format {
@@ -11643,9 +11647,9 @@ static const struct Format {
 };
 enum { FORMAT_CSV = COUNT(FORMATS) - 1, FORMAT_TSV = FORMAT_CSV - 1 };
 
-/* Data that is whole but in another format is refused by the format's name. */
+/* Ends the program if a file is in another format, which the message names. */
 static void refuse_other_formats(struct Text file, const char *path) {
-    /* 1. By its first bytes, blanks apart. */
+    /* 1. Look at its first bytes, after any blanks. */
     size_t format = 0;
     file = text_without_mark(file);
     size_t blank = strspn(file.data, " \t\r\n");
@@ -11653,8 +11657,9 @@ static void refuse_other_formats(struct Text file, const char *path) {
     while (format < FORMAT_TSV && !text_starts(file, FORMATS[format].start))
         format++;
 
-    /* 2. None of them: JSON Lines begin with a brace, a table with the names of its columns. What
-     *    is neither is left to the parser, which says what is wrong with the first line. */
+    /* 2. None of those formats: JSON Lines begin with a brace, a table with the names of its
+     *    columns. Anything else is left to the parser, which says what is wrong in the first
+     *    line. */
     if (format == FORMAT_TSV) {
         if (*file.data == '{' || !is_table(file, path))
             return;
@@ -11665,7 +11670,8 @@ static void refuse_other_formats(struct Text file, const char *path) {
         FORMATS[format].before, path, FORMATS[format].after);
 }
 
-/* One line of a file as a JSON object, or the program ends and says what may help. */
+/* Parses one line of a file, which must be a JSON object; if it is not, the message says what may
+ * help. */
 static struct Json *dataset_line(struct Arena *scratch, struct Text line, bool is_last,
                                  const char *place) {
     const char *error;
@@ -11674,13 +11680,13 @@ static struct Json *dataset_line(struct Arena *scratch, struct Text line, bool i
     struct Json *json = json_parse(scratch, line, &error, &where);
     if (json && json->type == JSON_OBJECT)
         return json;
-    /* UTF-16 marks its beginning by U+FEFF, in the byte order that the file has */
+    /* a UTF-16 file begins with U+FEFF, in the file's byte order */
     if (text_starts(line, "\xff\xfe") || text_starts(line, "\xfe\xff"))
         hint = "; it is UTF-16, make it UTF-8: iconv -f UTF-16 -t UTF-8";
     else if (*line.data != '{')
         hint = "; one object a line was expected: {\"text\": \"...\"}";
     else if (!is_last && where >= line.length)
-        /* an object that is still open at its line's end was laid out over several lines */
+        /* an object that is still open at the end of its line was laid out over several lines */
         hint = arena_printf(scratch,
                             "; the object goes on in the next line, it must be on one; "
                             "run: jq -c . '%.*s' > rows.jsonl",
@@ -11688,7 +11694,7 @@ static struct Json *dataset_line(struct Arena *scratch, struct Text line, bool i
     return json_object(scratch, line, place, hint);
 }
 
-/* Why a row fits none of the shapes. */
+/* Ends the program and says why a row fits none of the shapes. */
 static _Noreturn void refuse_shape(const struct Json *json, struct Shapes shapes,
                                    const char *place) {
     struct Arena arena = {0};
@@ -11701,7 +11707,7 @@ static _Noreturn void refuse_shape(const struct Json *json, struct Shapes shapes
 
 static void dataset_append(struct Arena *arena, struct Dataset *data, struct Row row) {
     if (data->n == data->capacity) {
-        /* an arena cannot make a piece longer, so the rows move to one twice as large */
+        /* memory from an arena cannot grow in place, so the rows move to a block twice as large */
         data->capacity = MAX(2 * data->n, (size_t)256);
         struct Row *rows = arena_alloc(arena, data->capacity, sizeof *rows);
         data->rows = data->n ? memcpy(rows, data->rows, data->n * sizeof *rows) : rows;
@@ -11709,8 +11715,9 @@ static void dataset_append(struct Arena *arena, struct Dataset *data, struct Row
     data->rows[data->n++] = row;
 }
 
-/* Appends a file's rows, which all have the shape of the first one. If that is none of `shapes`,
- * the program ends, or, where the file is optional, it is left out. */
+/* Appends a file's rows. All must have the shape of the data set's first row, which may have any of
+ * `shapes`. A row that does not fit ends the program, unless it is the first of an optional file:
+ * then the file is left out. */
 static void dataset_add_file(struct Arena *arena, struct Dataset *data, struct DataFile *source,
                              struct Shapes shapes, bool optional) {
     struct Arena scratch = {0};
@@ -11720,7 +11727,8 @@ static void dataset_add_file(struct Arena *arena, struct Dataset *data, struct D
     const char *end = file.data + file.length;
     refuse_other_formats(file, source->path);
     for (size_t line = 1; at < end; line++) {
-        /* 1. A line; empty ones count, so that the numbers in messages are an editor's. */
+        /* 1. A line. Empty ones count, so that a message has the line number that an editor
+         *    shows. */
         const char *stop = memchr(at, '\n', (size_t)(end - at));
         if (!stop)
             stop = end;
@@ -11731,8 +11739,8 @@ static void dataset_add_file(struct Arena *arena, struct Dataset *data, struct D
         const char *place = arena_printf(&line_arena, "%s:%zu", source->path, line);
         struct Json *json = dataset_line(&line_arena, text, at >= end, place);
 
-        /* 2. Its shape: the best that it fits, if it is the first row of all, and else the first
-         *    row's. Which rows have a prompt must not change in the middle of a data set. */
+        /* 2. Its shape. The first row of a data set takes the best that it fits; all others must
+         *    have the same, since rows must not lose their prompt in the middle of a data set. */
         if (data->shape)
             shapes = (struct Shapes){&data->shape, 1};
         unsigned shape = shape_of(json_fields(json), shapes);
@@ -11751,8 +11759,9 @@ static void dataset_add_file(struct Arena *arena, struct Dataset *data, struct D
     arena_free(&scratch);
 }
 
-/* The split that a word of a path, from `at` to `end`, names, in small or capital letters; of
- * several the first of enum Split. Words end where datasets' NON_WORDS_CHARS stand. */
+/* The split that is named by a word between `at` and `end`, a part of a path, in upper or lower
+ * case; of several splits the first in enum Split. The characters that separate words are
+ * NON_WORDS_CHARS in datasets. */
 static enum Split split_of_words(const char *at, const char *end) {
     static const char *const names[SPLITS] = {
         [SPLIT_TRAIN] = "train training",
@@ -11761,7 +11770,7 @@ static enum Split split_of_words(const char *at, const char *end) {
     };
     for (enum Split split = SPLIT_TRAIN; split < SPLITS; split++)
         for (const char *word = at; word < end; word++) {
-            /* the next word, which may be empty between two marks: "tests" names no split */
+            /* only a whole word counts: "tests" names no split */
             size_t length = strcspn(word, "-._ 0123456789/");
             const char *name = names[split];
             for (size_t n; (n = next_name(&name)) > 0; name += n)
@@ -11772,10 +11781,11 @@ static enum Split split_of_words(const char *at, const char *end) {
     return SPLIT_NONE;
 }
 
-/* Is a file's name one of "train-00000-of-00002.jsonl"'s kind, as datasets writes large data? */
+/* Is this the name of a shard, such as "train-00000-of-00002.jsonl", one of the files into which
+ * datasets divides large data? */
 static bool is_shard_name(const char *name) {
     static const char digits[] = "0123456789";
-    /* five digits on the left, with a hyphen before them, and five or more on the right */
+    /* before "-of-" a hyphen and five digits, after it five digits or more */
     for (const char *of = strstr(name, "-of-"); of; of = strstr(of + 1, "-of-"))
         if (of - name >= 6 && of[-6] == '-' && strspn(of - 5, digits) == 5
             && strspn(of + 4, digits) >= 5)
@@ -11783,10 +11793,11 @@ static bool is_shard_name(const char *name) {
     return false;
 }
 
-/* data_file_split -- which file of a folder is which split, by its name, as datasets.load_dataset
- * decides it (data_files.py): shards in data/ count before folders that are called after a split,
- * these before files that are. Two things are ours, lest held-out rows be trained on: capital
- * letters make no difference, and a name with words of several splits counts once.
+/* data_file_split -- to which split a file of a folder belongs, by its name, as decided by
+ * datasets.load_dataset (data_files.py): shards in data/ take precedence over folders named after a
+ * split, and these over files named after one. Two rules are our own, lest held-out rows be trained
+ * on: upper and lower case are the same, and a name that has words of several splits counts for one
+ * split only.
  * By hand: "train.jsonl" train; "dev/a.jsonl" validation; "tests.jsonl" none.
  *                                                                       test: data_splits */
 static void data_file_split(struct DataFile *file) {
@@ -11794,7 +11805,7 @@ static void data_file_split(struct DataFile *file) {
     const char *base = slash ? slash + 1 : file->name;
     bool is_in_data = base == file->name + 5 && strncmp(file->name, "data/", 5) == 0;
     enum Split of_folders = split_of_words(file->name, base);
-    /* what the file's own name says counts where no folder above it says anything */
+    /* the file's own name counts only if no folder above it names a split */
     file->split = of_folders ? of_folders : split_of_words(base, base + strlen(base));
     file->rank = of_folders                          ? RANK_FOLDER
                  : is_in_data && is_shard_name(base) ? RANK_SHARD
@@ -11807,8 +11818,9 @@ static int compare_data_files(const void *a, const void *b) {
 
 enum { DATA_FILES_MOST = 256 };
 
-/* Adds the *.jsonl of a folder and of the folders in it to data->files. As datasets does, it passes
- * over what is hidden, folders like __pycache__, and links to folders, which may lead back. */
+/* Adds the *.jsonl files of a folder and its subfolders to data->files. As datasets does, it skips
+ * hidden files and folders, folders like __pycache__, and links to folders, which may form a
+ * loop. */
 static void dataset_list_files(struct Arena *arena, struct Dataset *data, const char *folder) {
     DIR *dir = opendir(folder);
     CHECK(dir, "%s: %s", folder, strerror(errno));
@@ -11819,13 +11831,13 @@ static void dataset_list_files(struct Arena *arena, struct Dataset *data, const 
         struct stat s;
         if (name[0] == '.' || lstat(path, &s) != 0)
             continue;
-        /* 1. a folder: what is in it */
+        /* 1. a folder: the files in it */
         if (S_ISDIR(s.st_mode) && strncmp(name, "__", 2) != 0)
             dataset_list_files(arena, data, path);
         if (is_folder(path) || !dot || strcmp(dot, ".jsonl") != 0)
             continue;
 
-        /* 2. a file of rows: its name inside the folder says of which split */
+        /* 2. a file of rows: the path inside the data folder tells its split */
         CHECK(data->file_count < DATA_FILES_MOST,
               "%s: more than %d .jsonl files; join some of them", data->path, DATA_FILES_MOST);
         struct DataFile file = {.path = path, .name = path + strlen(data->path) + 1};
@@ -11835,13 +11847,13 @@ static void dataset_list_files(struct Arena *arena, struct Dataset *data, const 
     closedir(dir);
 }
 
-/* "a.jsonl, b.jsonl and 3 more": the files of a folder that are read, or those that are not. */
+/* "a.jsonl, b.jsonl and 3 more": the files of a folder that have been read, or have not. */
 static const char *data_file_names(struct Arena *arena, const struct Dataset *data, bool is_read) {
     enum { MOST = 8 };
     const char *names = "";
     size_t count = 0;
     for (size_t i = 0; i < data->file_count; i++) {
-        /* a long list would hide what the message is about: eight names, and how many more */
+        /* a long list would hide what the message is about */
         if (data->files[i].is_read != is_read || count++ >= MOST)
             continue;
         names = arena_printf(arena, "%s%s%s", names, *names ? ", " : "", data->files[i].name);
@@ -11858,8 +11870,8 @@ static bool is_read_by(const struct Dataset *data, const char *path) {
     return false;
 }
 
-/* Adds the files of a folder that belong to a split and have a shape: of those whose names say so
- * by one rank, the highest there is. What `training` has read is not added. */
+/* Adds the files of a folder that belong to a split and have rows of a shape. Only files of one
+ * rank are added, the highest that gives any rows, and none that `training` has read. */
 static void dataset_add_split(struct Arena *arena, struct Dataset *data, enum Split split,
                               unsigned shape, const struct Dataset *training) {
     for (size_t rank = RANKS; rank-- > 0 && data->n == 0;)
@@ -11871,15 +11883,15 @@ static void dataset_add_split(struct Arena *arena, struct Dataset *data, enum Sp
         }
 }
 
-/* No file of a folder has the rows that are wanted. Says why the first file that might have had
- * them has not, or what is there instead. */
+/* Ends the program: no file of a folder has suitable rows. The message says why the first file
+ * that might have had them has none, or what is there instead. */
 static _Noreturn void refuse_folder(struct Arena *arena, struct Dataset *data, struct Shapes shapes,
                                     const struct Dataset *training) {
-    /* taken before any file is tried, for a file that is tried counts as read */
+    /* none has been read, so these are all the files of the folder */
     const char *files = data_file_names(arena, data, false);
     const char *wanted = shape_names(arena, shapes);
-    /* 1. A file that might have been read: now that its shape is no longer optional, its first row
-     *    ends the program with the reason, unless it is empty. */
+    /* 1. Try each file that might have been read, this time not as an optional one: its first row
+     *    ends the program with the reason. A file without rows does not. */
     for (size_t i = 0; i < data->file_count; i++) {
         struct DataFile *file = &data->files[i];
         bool is_held_out = file->split == SPLIT_VALIDATION || file->split == SPLIT_TEST;
@@ -11888,7 +11900,7 @@ static _Noreturn void refuse_folder(struct Arena *arena, struct Dataset *data, s
         dataset_add_file(arena, data, file, shapes, false);
     }
 
-    /* 2. There is no such file. */
+    /* 2. There was no such row. */
     CHECK(*files, "%s: no row with %s was found: no .jsonl file is there", data->path, wanted);
     CHECK(!training, "%s: no held-out row with %s was found: the training reads what is there (%s)",
           data->path, wanted, files);
@@ -11896,8 +11908,9 @@ static _Noreturn void refuse_folder(struct Arena *arena, struct Dataset *data, s
         data->path, wanted, files, data->files[0].path);
 }
 
-/* Reads a file, or of a folder the rows of the best shape that any of its files has, of the first
- * of the splits that has such rows. Says which files these are if there are others. */
+/* Reads a file or a folder. From a folder it takes the best shape that any file of the allowed
+ * splits has, and the rows of that shape from the first split that has any. If there are other
+ * files, a note says which were read. */
 static struct Dataset *dataset_open(struct Arena *arena, const char *path, struct Shapes shapes,
                                     const struct Dataset *training) {
     static const enum Split to_train[] = {SPLIT_TRAIN, SPLIT_NONE};
@@ -11907,7 +11920,7 @@ static struct Dataset *dataset_open(struct Arena *arena, const char *path, struc
     struct Dataset *data = arena_zeros(arena, 1, sizeof *data);
     data->path = arena_printf(arena, "%s", path);
     data->files = arena_zeros(arena, DATA_FILES_MOST, sizeof *data->files);
-    /* 1. One file, whatever its name says: whoever names it means it. */
+    /* 1. A single file is read whatever its name says: the user has named it. */
     if (!is_folder(path)) {
         data->files[data->file_count++].path = data->path;
         dataset_add_file(arena, data, data->files, shapes, false);
@@ -11915,9 +11928,9 @@ static struct Dataset *dataset_open(struct Arena *arena, const char *path, struc
         return data;
     }
 
-    /* 2. A folder's files, sorted: its own order differs from machine to machine. The shape
-     *    matters more than the split: pairs in "data.jsonl" are what DPO wants, whatever texts are
-     *    in "train.jsonl". */
+    /* 2. A folder's files are sorted, since the order in which the system lists them differs from
+     *    machine to machine. Shape comes before split: if "data.jsonl" has pairs, DPO wants those,
+     *    whatever texts "train.jsonl" may have. */
     dataset_list_files(arena, data, data->path);
     qsort(data->files, data->file_count, sizeof *data->files, compare_data_files);
     for (size_t s = 0; s < shapes.n; s++)
@@ -11926,7 +11939,7 @@ static struct Dataset *dataset_open(struct Arena *arena, const char *path, struc
     if (data->n == 0)
         refuse_folder(arena, data, shapes, training);
 
-    /* 3. A choice was made for the user, who should know it. */
+    /* 3. A choice was made for the user, who should know about it. */
     const char *left_out = data_file_names(arena, data, false);
     if (*left_out)
         warn("%s: read %s%s; left out %s", path, data_file_names(arena, data, true),
@@ -11953,12 +11966,12 @@ static void PRINTF_LIKE(4, 5)
     warn("%s: %zu of %zu %s %s", data->path, n, data->n, rows, why);
 }
 
-/* Tutorials tell one to write "<|endoftext|>" behind each text. Here these are thirteen ordinary
- * characters, which the model would learn to write, and the end token is added behind them all the
- * same. One note a data set says so.                                   test: data_written_ends */
+/* Some tutorials say to write "<|endoftext|>" after each text. Here these are thirteen ordinary
+ * characters, which the model would learn to write, and the end token would still be added after
+ * them. One note for each data set says so.                            test: data_written_ends */
 static void warn_of_written_ends(const struct Dataset *data, const struct Tokenizer *tok) {
     struct Text name = tok->token[tok->end_token];
-    /* Only fields that are used are looked at. Pairs may have a prompt of their own. */
+    /* Look only at the fields that are used. A pair's prompt is used if there is one. */
     unsigned used = data->shape;
     if ((used & SHAPE_PREFERENCE) == SHAPE_PREFERENCE)
         used |= HAS_PROMPT;
@@ -11978,16 +11991,17 @@ static void warn_of_written_ends(const struct Dataset *data, const struct Tokeni
 }
 
 /* dataset_load -- a JSON Lines file, or a folder of them.          [glossary: Conjunto de dados]
- * shapes: what the caller can use, best first. A folder stands for the files of its train split,
- * or, if no name says "train", for those whose names say nothing of a split.  test: data_splits */
+ * shapes: what the caller can use, best first. A folder stands for its train split, or, if that has
+ * no such rows, for the files whose names name no split.                      test: data_splits */
 static struct Dataset *dataset_load(struct Arena *arena, const char *path, const unsigned *shapes,
                                     size_t shape_count) {
     return dataset_open(arena, path, (struct Shapes){shapes, shape_count}, NULL);
 }
 
-/* dataset_load_held_out -- rows to measure a training on, of the shape of the rows it learns from.
- * A folder stands for its validation split, else for its test split, else for all of it, but never
- * for a file that the training reads: a model that has seen the answers does well on them. */
+/* dataset_load_held_out -- the rows on which a training is measured, of the same shape as those it
+ * learns from. A folder stands for its validation split, else for its test split, else for the
+ * files that name no split, else for its train split, but never for a file that the training reads:
+ * a model that has seen the answers does well on them. */
 static struct Dataset *dataset_load_held_out(struct Arena *arena, const char *path,
                                              const struct Dataset *training) {
     return dataset_open(arena, path, (struct Shapes){&training->shape, 1}, training);
@@ -11996,18 +12010,18 @@ static struct Dataset *dataset_load_held_out(struct Arena *arena, const char *pa
 /* =============================================================================================
  * Chapter 23 - safetensors, model and adapter folders            [glossary: Hugging Face]
  *
- * A model is a folder that transformers reads: config.json and model.safetensors. An adapter is
- * one that PEFT reads. What enters: such folders, whoever wrote them; settings that would change
- * the mathematics are refused by name. What leaves: a model in memory, or a folder that is
- * replaced as a whole or not at all.
+ * How are models exchanged with transformers and PEFT? A model is a folder that transformers reads:
+ * config.json and model.safetensors. An adapter is one that PEFT reads. What enters: such folders,
+ * whoever wrote them; settings that would change the mathematics are refused by name. What leaves:
+ * a model in memory, or a folder in which no file is replaced before all the new ones are complete.
  * ============================================================================================= */
 
-/* The place of the first of n numbers that is NaN or infinite; n: all are finite. */
+/* The index of the first of n numbers that is NaN or infinite; n if all are finite. */
 static size_t first_not_finite(const float *x, size_t n) {
     for (size_t first = 0; first < n; first += 4096) {
         size_t end = MIN(n, first + 4096);
         int bad = 0;
-        /* a loop without a way out, which compilers turn into vectors; NaN fails any comparison */
+        /* no early exit, so that compilers can vectorize the loop; NaN fails any comparison */
         for (size_t i = first; i < end; i++)
             bad |= !(fabsf(x[i]) <= FLT_MAX);
         for (size_t i = first; bad && i < end; i++)
@@ -12017,7 +12031,7 @@ static size_t first_not_finite(const float *x, size_t n) {
     return n;
 }
 
-/* Numbers of 16 bits. bfloat16 is the upper half of a float: its range, and 8 bits of precision.
+/* 16-bit numbers. bfloat16 is the upper half of a float: the same range, but 8 bits of precision.
  * float16 has 5 bits of exponent (bias 15) and 10 of fraction; below 2^-14 it has no leading 1.
  * By hand: 0x3e00 is exponent 15, fraction 512: (1024 + 512) 2^(15 - 25) = 1.5.
  *                                                                       test: safetensors_half */
@@ -12028,15 +12042,15 @@ static float float_of_bf16(uint16_t half) {
 static float float_of_f16(uint16_t half) {
     int exponent = half >> 10 & 31;
     int fraction = half & 1023;
-    /* exponent 0: fraction / 2^10 times 2^-14. All bits of the exponent set: infinity, or NaN if
-     * there is a fraction. Else the 1 before the point, which is not stored, is added. */
+    /* Exponent 0: fraction / 2^10 times 2^-14. Exponent 31: infinity, or NaN if there is a
+     * fraction. Otherwise add the 1 before the point, which is not stored. */
     float magnitude = exponent == 0    ? ldexpf((float)fraction, -24)
                       : exponent == 31 ? (fraction ? NAN : INFINITY)
                                        : ldexpf((float)(1024 + fraction), exponent - 25);
     return half & 0x8000 ? -magnitude : magnitude;
 }
 
-/* safetensors: 8 bytes of header length, a JSON header {"name": {"dtype", "shape",
+/* A safetensors file: the header's length in 8 bytes, a JSON header {"name": {"dtype", "shape",
  * "data_offsets"}}, then the numbers. */
 struct SafeTensors {
     FILE *file;
@@ -12045,20 +12059,20 @@ struct SafeTensors {
     uint64_t data_start, data_size;
 };
 
-/* Where a tensor's bytes stand, counted from the header's end. */
+/* Where a tensor's bytes are, counted from the end of the header. */
 struct Span {
     uint64_t begin, end;
     const char *name;
 };
 
-/* The order of their middles: an empty tensor, which begins where it ends, has one too. */
+/* Orders spans by their middles: an empty tensor, which begins where it ends, has one too. */
 static int compare_spans(const void *a, const void *b) {
     const struct Span *x = a;
     const struct Span *y = b;
     return (x->begin + x->end > y->begin + y->end) - (x->begin + x->end < y->begin + y->end);
 }
 
-/* Where an entry of the header says its numbers stand. */
+/* Where the numbers of a header's entry are; the entry is checked. */
 static struct Span safetensors_span(const struct SafeTensors *st, const struct Json *entry) {
     const struct Json *offsets = json_get(entry, "data_offsets");
     CHECK(json_type(entry, "dtype") == JSON_STRING && json_type(entry, "shape") == JSON_ARRAY
@@ -12067,7 +12081,7 @@ static struct Span safetensors_span(const struct SafeTensors *st, const struct J
     struct Span span = {json_size(offsets->child, SIZE_MAX / 4, st->path, "data_offsets"),
                         json_size(offsets->child->next, SIZE_MAX / 4, st->path, "data_offsets"),
                         entry->key.data};
-    /* before anything is read at them, or memory asked for */
+    /* before anything is read there, or memory allocated for it */
     CHECK(span.begin <= span.end && span.end <= st->data_size,
           "%s: tensor %s: its bytes %llu to %llu leave the file's %llu; cut short?", st->path,
           span.name, (unsigned long long)span.begin, (unsigned long long)span.end,
@@ -12075,35 +12089,35 @@ static struct Span safetensors_span(const struct SafeTensors *st, const struct J
     return span;
 }
 
-/* No two tensors share bytes, those that nobody reads included: the file would not be what its
- * writer meant. */
+/* Ends the program if two tensors share bytes, even tensors that nobody reads: the file is then not
+ * what its writer meant. */
 static void safetensors_check_overlap(const struct SafeTensors *st, struct Arena *arena) {
     struct Span *spans = arena_alloc(arena, (size_t)st->header->number + 1, sizeof *spans);
     struct Span *end = spans;
     for (struct Json *entry = st->header->child; entry; entry = entry->next) {
-        /* the one entry that is no tensor */
+        /* the only entry that is not a tensor */
         entry->is_taken = text_equal(entry->key, text_of("__metadata__"));
         if (!entry->is_taken)
             *end++ = safetensors_span(st, entry);
     }
-    /* once sorted, one that overlaps another overlaps its neighbour */
+    /* once they are sorted, if any two overlap, two neighbours do */
     qsort(spans, (size_t)(end - spans), sizeof *spans, compare_spans);
     for (struct Span *span = spans + 1; span < end; span++)
         CHECK(span->begin >= span[-1].end, "%s: tensors %s and %s share bytes", st->path,
               span[-1].name, span->name);
 }
 
-/* Opens a file and reads its header; the numbers stay on the disk until they are asked for. */
+/* Opens a file and reads its header; the numbers are read only when needed. */
 static struct SafeTensors safetensors_open(struct Arena *arena, const char *path) {
     struct SafeTensors st = {.path = arena_printf(arena, "%s", path)};
     struct stat status;
-    /* a pipe would wait for a writer, so only a file on a disk is opened */
+    /* opening a pipe would wait for a writer, so only a file on a disk is opened */
     CHECK(stat(path, &status) != 0 || S_ISREG(status.st_mode),
           "%s: is a folder, a pipe or a device; a file was expected", path);
     st.file = fopen(path, "rb");
     CHECK(st.file, "%s: %s", path, strerror(errno));
 
-    /* 1. How long is the header? Its length is checked against the file's before it is used. */
+    /* 1. The header's length, which is checked against the file's before it is used. */
     char start[64];
     size_t n = fread(start, 1, sizeof start, st.file);
     check_fetched(path, (struct Text){start, n});
@@ -12117,7 +12131,7 @@ static struct SafeTensors safetensors_open(struct Arena *arena, const char *path
           "%s: not a safetensors file, or cut short: its header claims %llu bytes, %llu follow",
           path, (unsigned long long)length, (unsigned long long)behind);
 
-    /* 2. The header. */
+    /* 2. The header, and whether what it says of the tensors is possible. */
     char *text = arena_alloc(arena, (size_t)length, 1);
     CHECK(fseeko(st.file, 8, SEEK_SET) == 0 && fread(text, 1, (size_t)length, st.file) == length,
           "%s: cannot be read: %s", path, strerror(errno));
@@ -12135,7 +12149,7 @@ static void safetensors_convert(float *to, const unsigned char *from, size_t n, 
     }
     bool bf16 = strcmp(dtype, "BF16") == 0;
     for (size_t i = 0; i < n; i++) {
-        /* byte by byte: in the file a number may stand at an odd place */
+        /* byte by byte: a buffer of bytes need not be aligned for 16-bit numbers */
         uint16_t half = (uint16_t)(from[2 * i] | from[2 * i + 1] << 8);
         to[i] = bf16 ? float_of_bf16(half) : float_of_f16(half);
     }
@@ -12147,13 +12161,13 @@ static const char *tensor_shape(char text[48], const struct Tensor *t) {
     return text;
 }
 
-/* The shape that an entry has must be the tensor's, which follows from the configuration. */
+/* An entry must have the shape of the tensor, which follows from the configuration. */
 static void safetensors_check_shape(const struct SafeTensors *st, const struct Json *entry,
                                     const struct Tensor *tensor) {
     char expected[48], found[96] = "";
     size_t used = 0;
     tensor_shape(expected, tensor);
-    /* both as text, in which they are compared; a long one is not shown to its end */
+    /* both are compared as text, which the message needs anyway; a long shape is cut */
     for (struct Json *item = json_get(entry, "shape")->child; item && used < 60; item = item->next)
         used += (size_t)snprintf(found + used, sizeof found - used, "%s%.15g", used ? ", " : "",
                                  item->type == JSON_NUMBER ? item->number : NAN);
@@ -12162,27 +12176,27 @@ static void safetensors_check_shape(const struct SafeTensors *st, const struct J
           st->path, tensor->name, expected, found);
 }
 
-/* Numbers `first` to first + n - 1 of a tensor have been read: each must be finite. A single NaN
- * would spread through every activation, and after one step through every weight. */
+/* Checks that numbers `first` to first + n - 1 of a tensor are finite. A single NaN would spread to
+ * all activations, and after one step to all weights. */
 static void safetensors_check_finite(const struct SafeTensors *st, const struct Tensor *tensor,
                                      size_t first, size_t n) {
     const float *w = tensor->w + first;
     size_t bad = first_not_finite(w, n);
-    /* AdamW's moments may be infinite: that makes a step of 0 */
+    /* AdamW's mean of squared gradients may overflow to infinity: its step is then 0 */
     bool is_moment = strncmp(tensor->name, "exp_avg", 7) == 0;
     while (is_moment && bad < n && isinf(w[bad]))
         bad += 1 + first_not_finite(w + bad + 1, n - bad - 1);
-    /* a tensor of bits holds what is no float: counters, random states */
+    /* a tensor of bits holds no floats, but counters and random states */
     CHECK(bad == n || tensor->bits,
           "%s: tensor %s: number %zu is %g, a finite one was expected; "
           "take an earlier checkpoint or a fresh copy of the file",
           st->path, tensor->name, first + bad, w[bad]);
 }
 
-/* Reads one entry of the header into a tensor of ours, whose shape decides.
+/* Reads one entry of the header into a tensor, whose shape the entry must have.
  *                                             test: safetensors_round_trip, safetensors_half */
 static void safetensors_read(struct SafeTensors *st, struct Json *entry, struct Tensor *tensor) {
-    /* 1. Are these the numbers that are wanted, of a type that is read, and all of them? */
+    /* 1. Are these the right numbers, of a type that can be read, and all of them? */
     struct Span span = safetensors_span(st, entry);
     const char *type = json_get(entry, "dtype")->string.data;
     bool is_half = strcmp(type, "F16") == 0 || strcmp(type, "BF16") == 0;
@@ -12196,7 +12210,8 @@ static void safetensors_read(struct SafeTensors *st, struct Json *entry, struct 
     CHECK(fseeko(st->file, (off_t)(st->data_start + span.begin), SEEK_SET) == 0, "%s: %s", st->path,
           strerror(errno));
 
-    /* 2. In chunks, each converted to floats: a file of 16-bit numbers needs no room of its own. */
+    /* 2. Read them in chunks, each converted to floats, so that a tensor of 16-bit numbers is never
+     *    in memory twice. */
     unsigned char chunk[4 * 8192];
     for (size_t n, done = 0; done < tensor->n; done += n) {
         n = MIN(tensor->n - done, (size_t)8192);
@@ -12209,16 +12224,17 @@ static void safetensors_read(struct SafeTensors *st, struct Json *entry, struct 
     tensor->loaded = true;
 }
 
-/* Writes tensors as F32, names prefixed, header padded to 8 bytes as the format asks.
- * metadata: what is added to the header's, as in JSON: ,"name":"value", or "". */
+/* Writes tensors as F32, with `prefix` before their names, and the header padded to a multiple of 8
+ * bytes as the format requires. metadata: what is added to the header's __metadata__, as JSON:
+ * ,"name":"value" or "". */
 static void safetensors_write_with(const char *folder, const char *name, struct Tensor **tensors,
                                    size_t count, const char *prefix, const char *metadata) {
     struct Output out = output_open(folder, name);
     /* 1. Room for the header's length, which is not known yet. */
     fwrite("\0\0\0\0\0\0\0", 1, 8, out.file);
 
-    /* 2. The header: what each tensor is called, and where its numbers will stand. A head belongs
-     *    to no transformer: its prefix is without that word. */
+    /* 2. The header: what each tensor is called, and where its numbers will be. A head is not part
+     *    of the transformer, so its prefix lacks that word. */
     size_t length = (size_t)fprintf(out.file, "{\"__metadata__\":{\"format\":\"pt\"%s}", metadata);
     size_t offset = 0;
     for (size_t i = 0; i < count; i++) {
@@ -12233,12 +12249,13 @@ static void safetensors_write_with(const char *folder, const char *name, struct 
     }
     length += (size_t)fprintf(out.file, "}%*s", (int)(7 - length % 8), "");
 
-    /* 3. The numbers; one that is empty may have no memory at all. */
+    /* 3. The numbers. An empty tensor may have no memory at all. */
     for (size_t i = 0; i < count; i++)
         if (tensors[i]->n)
             fwrite(tensors[i]->w, 4, tensors[i]->n, out.file);
 
-    /* 4. The length. fseeko, unlike rewind, keeps the mark of an error that output_close reads. */
+    /* 4. The length. fseeko, unlike rewind, keeps the stream's error flag, which output_close
+     *    checks. */
     fseeko(out.file, 0, SEEK_SET);
     for (int i = 0; i < 8; i++)
         fputc((int)((uint64_t)length >> 8 * i & 255), out.file);
@@ -12251,8 +12268,8 @@ static void safetensors_write(const char *folder, const char *name, struct Tenso
 }
 
 static void config_check(const struct GPT2Config *c, const char *path) {
-    /* Limits far above any GPT-2, so that no product of sizes can overflow. Attention's heads
-     * share the width equally. */
+    /* The limits are far above any GPT-2's sizes, but low enough that no product of sizes can
+     * overflow. The heads of attention share the width equally. */
     CHECK(c->n_embd > 0 && c->n_embd <= 1 << 16 && c->n_head > 0 && c->n_embd % c->n_head == 0,
           "%s: n_embd %zu must be a multiple of n_head %zu, at most 65536", path, c->n_embd,
           c->n_head);
@@ -12260,29 +12277,29 @@ static void config_check(const struct GPT2Config *c, const char *path) {
           c->n_layer);
     CHECK(c->n_positions > 0 && c->n_positions <= 1 << 20,
           "%s: n_positions %zu; 1 to 1048576 can be used", path, c->n_positions);
-    /* fewer ids than bytes and an end token cannot write every text */
+    /* every text can be written only with an id for each byte, and one for the end token */
     CHECK(c->vocab_size > BYTE_TOKENS && c->vocab_size <= 65536,
           "%s: vocab_size %zu; 257 to 65536 can be used", path, c->vocab_size);
 }
 
-/* A setting that is a whole number; one that is absent or null is the fallback, transformers'. */
+/* A setting that is a whole number; if it is absent or null, transformers' default, `fallback`. */
 static size_t config_size(const struct Json *config, const char *path, const char *name,
                           size_t fallback) {
     bool is_set = json_type(config, name) != JSON_NULL;
     return is_set ? json_size(json_get(config, name), 1 << 24, path, name) : fallback;
 }
 
-/* What an enum JsonType is called in a message. */
+/* The names of enum JsonType, for messages. */
 static const char *const JSON_TYPE_NAMES[] = {"null",     "false",  "true",     "a number",
                                               "a string", "a list", "an object"};
 
-/* One of the special tokens of a config.json: its id, or `fallback` where it is absent or null. */
+/* The id of one of a config.json's special tokens; `fallback` if it is absent or null. */
 static int config_token_id(const struct Json *config, const char *path, const char *name,
                            size_t vocab_size, int fallback) {
     const struct Json *id = json_get(config, name);
     if (!id || id->type == JSON_NULL)
         return fallback;
-    /* newer models may list several ends of a text */
+    /* newer models may list several end tokens */
     bool is_list = id->type == JSON_ARRAY;
     CHECK(!is_list || id->number == 1,
           "%s: \"%s\" lists %.0f ids, and one can be used; write it in place of the list", path,
@@ -12297,8 +12314,8 @@ static int config_token_id(const struct Json *config, const char *path, const ch
     return (int)id->number;
 }
 
-/* A setting that GPT2Config.attribute_map gives a second name. Where both are set they must agree:
- * which of them was meant cannot be guessed.                                 test: config_names */
+/* A setting for which GPT2Config.attribute_map has a second name. If both are set they must agree:
+ * there is no telling which was meant.                                       test: config_names */
 static size_t config_either(const struct Json *config, const char *path, const char *name,
                             const char *alias, size_t fallback) {
     size_t value = config_size(config, path, name, fallback);
@@ -12309,8 +12326,8 @@ static size_t config_either(const struct Json *config, const char *path, const c
     return other;
 }
 
-/* Settings that change the mathematics are refused: what each may be, if it is not absent, null
- * or empty. */
+/* The values that are allowed for settings that change the mathematics. All others are refused,
+ * except that a setting may be absent, null or empty. */
 struct Allowed {
     const char *name, *values[5];
 };
@@ -12352,7 +12369,7 @@ static const struct Allowed LORA_ALLOWED[] = {
 static void config_refuse(const struct Json *config, const char *path,
                           const struct Allowed *allowed, size_t n) {
     for (const struct Allowed *a = allowed; a < allowed + n; a++) {
-        /* of a list or an object every item must be allowed, else the setting itself */
+        /* in a list or an object every item must be allowed, otherwise the value itself */
         const struct Json *item = json_get(config, a->name);
         bool is_list = item && item->type >= JSON_ARRAY;
         for (item = is_list ? item->child : item; item; item = is_list ? item->next : NULL) {
@@ -12367,8 +12384,8 @@ static void config_refuse(const struct Json *config, const char *path,
     }
 }
 
-/* A folder's config.json. Several activations are gelu_new by another name, equal but for rounding.
- * `tied` says what "tie_word_embeddings" does: whether wte is to be the output layer too.
+/* Reads a folder's config.json. Several activations are gelu_new under another name, equal except
+ * for rounding. *tied becomes "tie_word_embeddings": whether wte is also the output layer.
  *                                                              test: broken_config, config_names */
 static struct GPT2Config config_load(const char *folder, bool *tied) {
     /* 1. Is it a model's folder at all? */
@@ -12378,11 +12395,11 @@ static struct GPT2Config config_load(const char *folder, bool *tied) {
     CHECK(file_exists(path), "%s: %s; a model is a folder with config.json and model.safetensors",
           folder, file_exists(folder) ? "no config.json inside" : "no such folder");
 
-    /* 2. Is it GPT-2 as it is implemented here? */
+    /* 2. Is it GPT-2 in the form that is implemented here? */
     struct Json *json = json_read_file(&arena, path);
     config_refuse(json, path, GPT2_ALLOWED, COUNT(GPT2_ALLOWED));
 
-    /* 3. The sizes; without them it is GPT-2's smallest. */
+    /* 3. The sizes. The defaults are those of the smallest GPT-2. */
     struct GPT2Config c = {
         .vocab_size = config_size(json, path, "vocab_size", 50257),
         .n_positions = config_either(json, path, "n_positions", "max_position_embeddings",
@@ -12400,8 +12417,8 @@ static struct GPT2Config config_load(const char *folder, bool *tied) {
           path);
     c.layer_norm_epsilon = (float)epsilon;
 
-    /* 4. The end of a text, padding, and the beginning, which GPT-2 lacks: transformers writes
-     *    50256 there unless it is told better, in small vocabularies too. */
+    /* 4. The special tokens. GPT-2 has none for the beginning of a text: by default transformers
+     *    writes 50256 there, even where the vocabulary is smaller. */
     size_t V = c.vocab_size;
     int endoftext = endoftext_id(V);
     bool beyond = json_number_or(json, "bos_token_id", 0) >= (double)V;
@@ -12413,16 +12430,16 @@ static struct GPT2Config config_load(const char *folder, bool *tied) {
     return c;
 }
 
-/* A tensor's name without what stands before it: "transformer." of a model with heads,
- * "pretrained_model." of TRL's value-head model, "base_model.model." of PEFT, "module." of
- * DataParallel, "_orig_mod." of torch.compile, in any order.
+/* A tensor's name without its prefixes: "transformer." from a model with heads, "pretrained_model."
+ * from TRL's value-head model, "base_model.model." from PEFT, "module." from DataParallel,
+ * "_orig_mod." from torch.compile, in any order.
  * By hand: "module._orig_mod.transformer.h.0.ln_1.bias" -> "h.0.ln_1.bias".     test: bare_name */
 static const char *bare_name(const char *name) {
     static const char *const prefixes[] = {"transformer.", "pretrained_model.", "base_model.model.",
                                            "module.", "_orig_mod."};
     for (size_t i = 0; i < COUNT(prefixes);) {
         size_t length = strlen(prefixes[i]);
-        /* one prefix off, and from the first on again: they come in any order and number */
+        /* after each one, start over: they come in any order and number */
         bool found = strncmp(name, prefixes[i], length) == 0;
         if (found)
             name += length;
@@ -12431,7 +12448,7 @@ static const char *bare_name(const char *name) {
     return name;
 }
 
-/* The entry of a file's header for a tensor of this bare name; NULL: there is none. */
+/* The entry of a file's header whose bare name is `name`, or NULL. */
 static struct Json *tensor_entry(const struct SafeTensors *st, const char *name) {
     struct Json *found = NULL;
     for (struct Json *entry = st->header->child; entry; entry = entry->next) {
@@ -12444,7 +12461,7 @@ static struct Json *tensor_entry(const struct SafeTensors *st, const char *name)
     return found;
 }
 
-/* Reads a tensor, whatever stands before its name in the file. */
+/* Reads a tensor, whatever prefixes its name has in the file. Returns false if it is not there. */
 static bool tensor_load(struct SafeTensors *st, struct Tensor *tensor) {
     struct Json *entry = tensor_entry(st, tensor->name);
     if (entry)
@@ -12452,10 +12469,11 @@ static bool tensor_load(struct SafeTensors *st, struct Tensor *tensor) {
     return entry != NULL;
 }
 
-/* The most files that a model may be in: all are open at once. */
+/* The largest number of files that a model may be in: all are open at once. */
 enum { MODEL_FILES = 100 };
 
-/* Opens the files that hold a model: one, or several named by an index, all inside the folder. */
+/* Opens the files that hold a model and returns their number: one file, or several that an index
+ * names, all in the model's folder. */
 static size_t model_files(struct Arena *arena, const char *folder, struct SafeTensors *files) {
     char *single = arena_printf(arena, "%s/model.safetensors", folder);
     char *index = arena_printf(arena, "%s/model.safetensors.index.json", folder);
@@ -12473,13 +12491,13 @@ static size_t model_files(struct Arena *arena, const char *folder, struct SafeTe
     size_t count = 0;
     for (struct Json *item = map->child; item; item = item->next) {
         /* 1. The index names each tensor's file. A path that leads out of the folder is refused:
-         *    whoever wrote a model does not choose what is read of this machine. */
+         *    the author of a model must not choose which files of this machine are read. */
         CHECK(item->type == JSON_STRING && item->string.length
                   && !strpbrk(item->string.data, "/\\"),
               "%s: \"%s\" must name a file of this folder", index, item->key.data);
         char *path = arena_printf(arena, "%s/%s", folder, item->string.data);
 
-        /* 2. The same file comes up once for each of its tensors. */
+        /* 2. Each file is named once for each of its tensors, but opened only once. */
         size_t i = 0;
         while (i < count && strcmp(files[i].path, path) != 0)
             i++;
@@ -12490,25 +12508,25 @@ static size_t model_files(struct Arena *arena, const char *folder, struct SafeTe
     return count;
 }
 
-/* Which side a label's name is on: 1 positive, -1 negative, 0 neither. */
+/* What a label's name means: 1 positive, -1 negative, 0 neither. */
 static int label_sign(const char *name) {
     if (strncasecmp(name, "pos", 3) == 0 || strcmp(name, "LABEL_1") == 0)
         return 1;
     return strncasecmp(name, "neg", 3) == 0 || strcmp(name, "LABEL_0") == 0 ? -1 : 0;
 }
 
-/* Which of the two labels that `file` has rows for is the positive one: what id2label of the
- * model's config.json says, and where that says nothing, label 1. */
+/* Which of the two labels of a classifier in `file` is the positive one, according to id2label in
+ * the model's config.json; if that does not tell, label 1. */
 static size_t positive_label(const char *folder, const char *file) {
     struct Arena arena = {0};
     char *path = arena_printf(&arena, "%s/config.json", folder ? folder : "");
     struct Json *json = folder && file_exists(path) ? json_read_file(&arena, path) : NULL;
     config_refuse(json, path, CLASSIFIER_ALLOWED, COUNT(CLASSIFIER_ALLOWED));
-    /* no names at all are transformers' own: LABEL_1 is the positive one */
+    /* without names, the labels have those that transformers gives them */
     const struct Json *names = json_get(json, "id2label");
     const char *name[] = {json_text_or(names, "0", "LABEL_0"), json_text_or(names, "1", "LABEL_1")};
     size_t positive = label_sign(name[0]) > label_sign(name[1]) ? 0 : 1;
-    /* said each time: with the labels the wrong way round, training would raise what is disliked */
+    /* worth a note each time: with the labels swapped, training would raise what people dislike */
     warn("%s: a classifier of two labels is read as a reward model: the reward is the logit of "
          "\"%s\" minus that of \"%s\"; saved again, it has one label",
          file, name[positive], name[1 - positive]);
@@ -12516,9 +12534,9 @@ static size_t positive_label(const char *folder, const char *file) {
     return positive;
 }
 
-/* Reads a file's reward head, if it has one: of one label, or of two, which are transformers'
- * default. The probability of one of two depends on the difference of their logits alone, and that
- * is the reward that a single row, w_1 - w_0, gives:
+/* Reads a file's reward head, if it has one: for one label, or for two, transformers' default. With
+ * two labels the probability of either depends only on the difference of their logits, which a head
+ * of a single row, w_1 - w_0, gives as the reward:
  *     P(label 1) = e^l_1 / (e^l_0 + e^l_1) = sigmoid(l_1 - l_0),  l_1 - l_0 = hidden . (w_1 - w_0)
  * By hand: w_0 = (1, 2), w_1 = (4, 1): the head is (3, -1).  test: two_labels, two_labels_golden */
 static void reward_head_load(struct GPT2 *model, struct SafeTensors *st, const char *folder) {
@@ -12526,8 +12544,8 @@ static void reward_head_load(struct GPT2 *model, struct SafeTensors *st, const c
     const struct Json *shape = json_get(entry, "shape");
     if (!entry)
         return;
-    /* 1. One row of weights a label. A bias left out silently would make rewards other numbers
-     *    than those that were trained. */
+    /* 1. One row of weights for each label. Leaving out a bias silently would change the rewards
+     *    that were trained. */
     size_t labels = shape->child ? json_size(shape->child, 1 << 24, st->path, "shape") : 0;
     CHECK(labels <= 2,
           "%s: score.weight has %zu labels; one is a reward, two are a classifier's "
@@ -12539,11 +12557,11 @@ static void reward_head_load(struct GPT2 *model, struct SafeTensors *st, const c
           st->path);
     struct Tensor *score = reward_head_declare(model);
     if (labels != 2) {
-        tensor_load(st, score); /* a shape that is no head's is refused here */
+        tensor_load(st, score); /* refuses a shape that is not a head's */
         return;
     }
 
-    /* 2. Both rows as they are in the file; the head keeps their difference. */
+    /* 2. Read both rows; the head keeps their difference. */
     struct Arena arena = {0};
     size_t C = score->n;
     struct Tensor both = {.name = "score.weight", .shape = {2, C}, .ndim = 2, .n = 2 * C};
@@ -12556,9 +12574,9 @@ static void reward_head_load(struct GPT2 *model, struct SafeTensors *st, const c
     arena_free(&arena);
 }
 
-/* How many tensors of a file nothing has taken; *first: the first of them, if none was found
- * before. GPT-2's causal masks, which old files hold, do not count: ones below the diagonal, and
- * the number -10000, both follow from the mathematics. */
+/* How many tensors of a file have not been read; *first becomes the name of the first of them,
+ * unless it is set already. GPT-2's causal masks, which old files contain, do not count: ones on
+ * and below the diagonal, and the number -10000, add nothing to the mathematics. */
 static size_t tensors_left(const struct SafeTensors *st, const char **first) {
     size_t count = 0;
     for (const struct Json *entry = st->header->child; entry; entry = entry->next) {
@@ -12575,14 +12593,14 @@ static size_t tensors_left(const struct SafeTensors *st, const char **first) {
     return count;
 }
 
-/* A file may hold wte a second time, as the output layer that is tied to it. An equal copy changes
- * nothing; another one is a layer that is not implemented. A copy has no reason to differ by a bit.
+/* A file may hold wte a second time, as the output layer that is tied to it. An exact copy changes
+ * nothing; anything else is an output layer of its own, which is not implemented.
  * where, what, why: the parts of the message. */
 static void check_copy_of_wte(const struct GPT2 *model, struct SafeTensors *st, const char *name,
                               const char *where, const char *what, const char *why) {
     struct Arena arena = {0};
     const struct Tensor *wte = &model->wte;
-    /* read like any tensor, so that it counts as taken, and then compared number by number */
+    /* it is read like any other tensor, so that it counts as read, and then compared */
     struct Tensor copy = *wte;
     snprintf(copy.name, sizeof copy.name, "%s", name);
     copy.w = arena_floats(&arena, copy.n);
@@ -12594,9 +12612,9 @@ static void check_copy_of_wte(const struct GPT2 *model, struct SafeTensors *st, 
     arena_free(&arena);
 }
 
-/* Reads what a file has of a model's tensors; a head is declared where there is one. */
+/* Reads those of a model's tensors that a file has. If it has a head, the model gets one. */
 static void model_read(struct GPT2 *model, struct SafeTensors *st) {
-    /* heads first: what is declared is among the model's tensors, and read with them */
+    /* heads first: once declared, the value head is one of the model's tensors */
     reward_head_load(model, st, model->folder);
     if (tensor_entry(st, "v_head.summary.weight"))
         value_head_declare(model);
@@ -12605,8 +12623,8 @@ static void model_read(struct GPT2 *model, struct SafeTensors *st) {
             tensor_load(st, model->tensors[i]);
 }
 
-/* The output layer of GPT-2 is wte. Files may hold it once, under either name, or twice; a second
- * one with numbers of its own ("untied") is not implemented. A reward model has no use for one.
+/* GPT-2's output layer is wte. Files may hold it once, under either name, or twice; an output layer
+ * with numbers of its own ("untied") is not implemented. A reward model needs no output layer.
  *                                                                            test: output_layer */
 static void output_layer_load(struct GPT2 *model, struct SafeTensors *files, size_t count,
                               bool tied) {
@@ -12616,7 +12634,7 @@ static void output_layer_load(struct GPT2 *model, struct SafeTensors *files, siz
         if (tensor_entry(&files[f], "lm_head.weight"))
             st = &files[f];
 
-    /* 1. Untied, but one of the two is missing? */
+    /* 1. Untied, although one of the two is missing? */
     CHECK(tied || (wte->loaded && (st || model->score.n)),
           "%s: \"tie_word_embeddings\" is false in config.json, but there is no %s: transformers "
           "would draw it at random; set it to true if wte is the output layer too",
@@ -12624,8 +12642,8 @@ static void output_layer_load(struct GPT2 *model, struct SafeTensors *files, siz
     if (!st)
         return;
 
-    /* 2. Where the one tensor has the output layer's name, wte is that. Where both are there, they
-     *    must be equal. */
+    /* 2. If the only one has the output layer's name, it becomes wte. If both are there, they must
+     *    be equal. */
     if (!wte->loaded)
         safetensors_read(st, tensor_entry(st, "lm_head.weight"), wte);
     else
@@ -12639,17 +12657,18 @@ static void output_layer_load(struct GPT2 *model, struct SafeTensors *files, siz
              model->folder);
 }
 
-/* `found`: a tensor that is there and that nothing takes, to show how names look; NULL: none. */
+/* Ends the program if a tensor was not in the files. found: the name of one that nothing has read,
+ * to show what names the files have; or NULL. */
 static void tensor_check_loaded(const struct Tensor *t, const char *where, const char *found) {
     CHECK(t->loaded, "%s: tensor %s is missing; expected shape [%s]%s%s", where, t->name,
           tensor_shape((char[48]){0}, t), found ? "; there is " : "", found ? found : "");
 }
 
-/* Can a model of these sizes be in these files? Asked before memory is: a config.json that asks for
- * a thousand times too much would otherwise stop the machine. */
+/* Can these files hold a model of these sizes? Checked before any memory is allocated: a
+ * config.json with sizes a thousand times too large could otherwise bring the machine to a halt. */
 static void config_check_files(const struct GPT2Config *c, const char *folder,
                                const struct SafeTensors *files, size_t count) {
-    /* at least two bytes a number; the rest is allowance */
+    /* a number takes at least two bytes; the rest is allowance */
     size_t numbers =
         (c->vocab_size + c->n_positions) * c->n_embd + c->n_layer * 12 * c->n_embd * c->n_embd;
     size_t bytes = 0;
@@ -12659,14 +12678,14 @@ static void config_check_files(const struct GPT2Config *c, const char *folder,
           "%s: config.json describes %zu numbers, at least %zu MB; the weights have %zu MB; is it "
           "theirs, or are they cut short?",
           folder, numbers, numbers >> 19, bytes >> 20);
-    /* layers cost memory even if they are narrow: a struct each, and names */
+    /* even narrow layers cost memory: a struct each, and names */
     CHECK(c->n_layer <= bytes / 512 + 64,
           "%s: config.json describes %zu layers, more than the weights' %zu bytes can hold; is it "
           "theirs?",
           folder, c->n_layer, bytes);
 }
 
-/* gpt2_load -- a model folder; heads are loaded where they are there.
+/* gpt2_load -- loads a model folder, with the heads that it has.
  *                                             [glossary: AutoModelForCausalLM]  test: gpt2_load */
 static struct GPT2 *gpt2_load(const char *folder) {
     struct Arena arena = {0};
@@ -12684,7 +12703,7 @@ static struct GPT2 *gpt2_load(const char *folder) {
         model_read(model, &files[f]);
     output_layer_load(model, files, count, tied);
 
-    /* 3. Is everything there? A tensor that kept its zeros would be a model that nobody trained. */
+    /* 3. Is everything there? With a missing tensor left at zero it would be a different model. */
     const char *first = NULL;
     size_t left = 0;
     for (size_t f = 0; f < count; f++) {
@@ -12701,12 +12720,12 @@ static struct GPT2 *gpt2_load(const char *folder) {
     return model;
 }
 
-/* config.json, as transformers writes it: keys in the order of the alphabet. */
+/* Writes config.json as transformers does, nearly all keys in alphabetical order. */
 static void config_save(const struct GPT2 *model, const char *folder) {
     const struct GPT2Config *c = &model->config;
     bool classifier = model->score.n > 0;
     struct Output out = output_open(folder, "config.json");
-    /* 1. the class that AutoModel... will make of it */
+    /* 1. "architectures" names the class of the model */
     fprintf(out.file,
             "{\n  \"activation_function\": \"gelu_new\",\n  \"architectures\": [\"%s\"],\n"
             "  \"attn_pdrop\": 0.0,\n  \"bos_token_id\": %d,\n  \"dtype\": \"float32\",\n"
@@ -12714,12 +12733,12 @@ static void config_save(const struct GPT2 *model, const char *folder) {
             classifier ? "GPT2ForSequenceClassification" : "GPT2LMHeadModel", c->bos_token_id,
             c->eos_token_id);
 
-    /* 2. one label: transformers' default would be two, and the head would not fit */
+    /* 2. one label; with transformers' default of two, the head would not fit */
     if (classifier)
         fputs("  \"id2label\": {\"0\": \"LABEL_0\"},\n  \"label2id\": {\"LABEL_0\": 0},\n",
               out.file);
 
-    /* 3. sizes, and what follows from training without dropout and one tensor for both layers */
+    /* 3. the sizes; no dropout was used; wte is also the output layer */
     fprintf(out.file,
             "  \"initializer_range\": 0.02,\n  \"layer_norm_epsilon\": %.7g,\n"
             "  \"model_type\": \"gpt2\",\n  \"n_ctx\": %zu,\n  \"n_embd\": %zu,\n"
@@ -12731,8 +12750,8 @@ static void config_save(const struct GPT2 *model, const char *folder) {
     output_close(&out);
 }
 
-/* A special token as tokenizer_config.json names it: <|endoftext|>, an ordinary token, or the
- * padding token's own name. An id that only rounds up the vocabulary has none, and null says so. */
+/* Writes a special token as tokenizer_config.json names it: <|endoftext|>, an ordinary token, or
+ * the padding token's own name. An id that only rounds up the vocabulary has no name: null. */
 static void write_special_token(FILE *file, const char *before, const struct Tokenizer *tok,
                                 const struct GPT2Config *c, int id) {
     struct Arena arena = {0};
@@ -12748,15 +12767,15 @@ static void write_special_token(FILE *file, const char *before, const struct Tok
     arena_free(&arena);
 }
 
-/* tokenizer_config.json. transformers cuts a text at every special token before it encodes the
- * rest; where one of them is an ordinary token, split_special_tokens makes it encode texts as
- * GPT-2's tokenizer does.                                       test: model_special_tokens */
+/* Writes tokenizer_config.json. Before it encodes a text, transformers cuts it at every special
+ * token. If one of these is an ordinary token, that would change the encoding;
+ * split_special_tokens prevents it.                             test: model_special_tokens */
 static void tokenizer_config_save(const struct Tokenizer *tok, const char *folder,
                                   const struct GPT2Config *c) {
     struct Output out = output_open(folder, "tokenizer_config.json");
     int lowest = MIN(c->bos_token_id, MIN(c->eos_token_id, c->pad_token_id));
     fputs("{\n  \"add_prefix_space\": false", out.file);
-    /* a padding token behind GPT-2's own has its name from here, not from vocab.json */
+    /* the name of a padding token that is not GPT-2's is here, not in vocab.json */
     if (c->pad_token.length > 0) {
         fprintf(out.file, ",\n  \"added_tokens_decoder\": {\"%d\": ", c->pad_token_id);
         json_write_string(out.file, "{\"content\": ", c->pad_token);
@@ -12775,7 +12794,7 @@ static void tokenizer_config_save(const struct Tokenizer *tok, const char *folde
 
 /* ---- Adapters -------------------------------------------------------------------------------- */
 
-/* adapter_config.json: r 8, lora_alpha 8 where it is silent, as PEFT.
+/* Reads adapter_config.json. Where it says nothing, r and lora_alpha are 8, as in PEFT.
  *                                            [glossary: Adaptação de baixo rank (LoRA)] */
 static struct Adapter adapter_config_load(struct Arena *arena, const char *folder) {
     char *path = arena_printf(arena, "%s/adapter_config.json", folder);
@@ -12783,7 +12802,7 @@ static struct Adapter adapter_config_load(struct Arena *arena, const char *folde
           "%s: no adapter_config.json inside; an adapter is a folder with adapter_config.json and "
           "adapter_model.safetensors",
           folder);
-    /* 1. PEFT has many kinds of adapters, and of LoRA many variants: one is implemented. */
+    /* 1. PEFT has many kinds of adapters, and many variants of LoRA; one is implemented. */
     struct Json *json = json_read_file(arena, path);
     config_refuse(json, path, LORA_ALLOWED, COUNT(LORA_ALLOWED));
     const struct Json *targets = json_get(json, "target_modules");
@@ -12794,14 +12813,14 @@ static struct Adapter adapter_config_load(struct Arena *arena, const char *folde
         .use_rslora = json_type(json, "use_rslora") == JSON_TRUE,
         .base_model_name_or_path = json_text_or(json, "base_model_name_or_path", NULL),
         .target_modules = json_type(json, "target_modules") == JSON_NULL ? "c_attn" : "",
-        /* a regular expression, or exceptions: the file's tensors say which layers, not names */
+        /* a regular expression, or exceptions: then the file's tensors tell which layers */
         .partial = json_type(json, "target_modules") == JSON_STRING
                    || json_type(json, "exclude_modules") != JSON_NULL
                    || json_type(json, "layers_to_transform") != JSON_NULL,
     };
     CHECK(adapter.r > 0, "%s: \"r\" must be 1 or more", path);
 
-    /* 2. Which layers it takes: a list of names, here with a space between two of them. */
+    /* 2. The layers that it adapts: a list of names, kept as words with spaces in between. */
     for (const struct Json *item = targets ? targets->child : NULL; item; item = item->next) {
         CHECK(item->type == JSON_STRING && strlen(adapter.target_modules) < 4096,
               "%s: \"target_modules\" must be a list of names, 4096 letters at most", path);
@@ -12811,23 +12830,25 @@ static struct Adapter adapter_config_load(struct Arena *arena, const char *folde
     return adapter;
 }
 
-/* Reads the value head that TRL puts beside an adapter, in a model file of its own. That file may
- * be a whole model, for example one that the adapter was merged into: the rest of it is not read,
- * for the adapter would be added to it a second time. */
+/* Reads the value head that TRL saves next to an adapter, in a model.safetensors of its own. That
+ * file may be a whole model, for example one into which the adapter was merged. The rest of it is
+ * not read: the adapter would be added a second time. */
 static void adapter_read_head(struct GPT2 *model, const char *folder) {
     struct Arena arena = {0};
     const char *first = NULL;
     char *path = arena_printf(&arena, "%s/model.safetensors", folder);
     char *pickle = arena_printf(&arena, "%s/pytorch_model.bin", folder);
     if (file_exists(path)) {
+        /* 1. The head: weight and bias. */
         struct SafeTensors st = safetensors_open(&arena, path);
-        /* the head, weight and bias; then what else there is, for a note */
         if (tensor_entry(&st, "v_head.summary.weight")) {
             struct Linear *head = value_head_declare(model);
             tensor_load(&st, &head->weight);
             tensor_load(&st, &head->bias);
             tensor_check_loaded(&head->bias, path, NULL);
         }
+
+        /* 2. A note about anything else there. */
         size_t left = tensors_left(&st, &first);
         if (left > 0)
             warn("%s: beside an adapter only a value head is read of it; not read are %zu tensors, "
@@ -12841,15 +12862,15 @@ static void adapter_read_head(struct GPT2 *model, const char *folder) {
     arena_free(&arena);
 }
 
-/* The adapters of all layers that are to have one. */
+/* Reads the adapters of all layers that have one. */
 static void adapter_load_layers(struct GPT2 *model, const char *folder, struct SafeTensors *st) {
     struct Arena *arena = &model->arena;
     struct Adapter *adapter = &model->adapter;
     size_t numbers = 0;
     const char *taken = "";
     for (size_t i = 0; i < 4 * model->config.n_layer; i++) {
-        /* 1. One that names its layers must have them all. One that describes them, by a pattern
-         *    or with exceptions, has tensors for those that it means. */
+        /* 1. Does this layer have one? An adapter that names its layers must have them all; where
+         *    it describes them, by a pattern or with exceptions, the tensors tell. */
         struct Linear *linear = adaptable(model, i);
         const char *name = module_name(arena, linear);
         const char *A = arena_printf(arena, "%s.lora_A.weight", bare_name(name));
@@ -12857,14 +12878,15 @@ static void adapter_load_layers(struct GPT2 *model, const char *folder, struct S
                              : !lora_is_target(name, adapter->target_modules))
             continue;
 
-        /* 2. Before memory is asked for: can the file hold so many? */
+        /* 2. Before memory is allocated: can the file hold so many numbers? */
         numbers += adapter->r * (linear->weight.shape[0] + linear->weight.shape[1]);
         CHECK(numbers <= st->data_size / 2 + (1 << 16),
               "%s: its %llu bytes are too few for "
               "adapters of \"r\" %zu; is the folder's adapter_config.json this file's?",
               st->path, (unsigned long long)st->data_size, adapter->r);
 
-        /* 3. Half an adapter would be B A with one of them 0: no adapter, and no message. */
+        /* 3. Both halves must be there: with A or B left at 0, the adapter would silently be
+         *    none. */
         lora_declare(model, linear);
         struct Tensor *pair[] = {&linear->lora_A, &linear->lora_B};
         for (size_t k = 0; k < COUNT(pair); k++) {
@@ -12877,15 +12899,15 @@ static void adapter_load_layers(struct GPT2 *model, const char *folder, struct S
           "%s: its target_modules take no layer of this model; c_attn, c_proj and c_fc can be "
           "adapted",
           folder);
-    /* from here on it says which layers they are: saved again, it names them one by one */
+    /* from here on the adapter names its layers one by one, also when it is saved again */
     if (adapter->partial)
         adapter->target_modules = taken;
     adapter->partial = false;
 }
 
-/* adapter_load -- attaches the adapter of a folder to the layers that target_modules takes, or, if
- * that is a regular expression or has exceptions, that the file has tensors for. A tensor that no
- * layer takes is an error.                     test: lora_round_trip, lora_partial, lora_broken */
+/* adapter_load -- attaches a folder's adapter to the layers that target_modules names, or, if that
+ * is a regular expression or has exceptions, to those for which the file has tensors. A tensor that
+ * belongs to no layer is an error.             test: lora_round_trip, lora_partial, lora_broken */
 static void adapter_load(struct GPT2 *model, const char *folder) {
     static const char own[] = "an adapter with an embedding or output layer of its own is not "
                               "implemented";
@@ -12901,7 +12923,7 @@ static void adapter_load(struct GPT2 *model, const char *folder) {
     adapter_load_layers(model, folder, &st);
     reward_head_load(model, &st, model->folder);
 
-    /* 2. Nothing may be left over: an adapter that is half loaded is another model. */
+    /* 2. Nothing may be left over: a model with half of an adapter is a different model. */
     check_copy_of_wte(model, &st, "lm_head.weight", path,
                       "tensor lm_head.weight is not the base's wte.weight", own);
     check_copy_of_wte(model, &st, "wte.weight", path,
@@ -12917,20 +12939,20 @@ static void adapter_load(struct GPT2 *model, const char *folder) {
     arena_free(&arena);
 }
 
-/* adapter_config.json: the fields that say something. PEFT fills in the others. */
+/* Writes adapter_config.json: only the fields that matter here. PEFT fills in the others. */
 static void adapter_config_save(const struct GPT2 *model, const char *folder) {
     const struct Adapter *a = &model->adapter;
     struct Output out = output_open(folder, "adapter_config.json");
-    /* 1. Which model it belongs to: PEFT loads that first. */
+    /* 1. The model to which it belongs, which PEFT loads first. */
     fputs("{\n  \"base_model_name_or_path\": ", out.file);
     if (a->base_model_name_or_path)
         json_write_string(out.file, "", text_of(a->base_model_name_or_path));
     else
         fputs("null", out.file);
 
-    /* 2. What it is. GPT-2's layers are stored as transformers' Conv1D, transposed:
-     *    fan_in_fan_out tells PEFT. A reward model's head is saved whole, as PEFT does under
-     *    modules_to_save. */
+    /* 2. What it is. GPT-2's layers are stored transposed, as transformers' Conv1D:
+     *    fan_in_fan_out tells PEFT so. A reward model's head is saved whole, as PEFT saves what is
+     *    in modules_to_save. */
     fprintf(out.file,
             ",\n  \"bias\": \"none\",\n  \"fan_in_fan_out\": true,\n  \"inference_mode\": true,\n  "
             "\"init_lora_weights\": true,\n  \"lora_alpha\": %.9g,\n  \"lora_dropout\": %.9g,\n",
@@ -12940,7 +12962,7 @@ static void adapter_config_save(const struct GPT2 *model, const char *folder) {
             "\"target_modules\": [",
             model->score.n ? "[\"classifier\", \"score\"]" : "null", a->r);
 
-    /* 3. Where it belongs. */
+    /* 3. The layers that it adapts. */
     const char *target = a->target_modules;
     for (size_t n, i = 0; (n = next_name(&target)) > 0; target += n, i++)
         fprintf(out.file, "%s\"%.*s\"", i ? ", " : "", (int)n, target);
@@ -12950,15 +12972,16 @@ static void adapter_config_save(const struct GPT2 *model, const char *folder) {
     output_close(&out);
 }
 
-/* model_save -- the folder that transformers loads, or for an adapter PeftModel.from_pretrained,
- * a value head beside it.                  [glossary: Hugging Face]  test: model_save */
+/* model_save -- writes the folder that transformers loads, or, of a model with an adapter, one with
+ * the adapter alone, which PeftModel.from_pretrained loads, and a value head next to it.
+ *                                                  [glossary: Hugging Face]  test: model_save */
 static void model_save(struct GPT2 *model, const char *folder, const struct Tokenizer *tok) {
     struct Arena arena = {0};
     struct Tensor **tensors = arena_alloc(&arena, model->tensor_count, sizeof *tensors);
     struct Tensor *head[] = {&model->v_head.weight, &model->v_head.bias};
     size_t count = 0;
-    /* 1. No NaN is saved over a good model. Of an adapter's tensors those are picked that are not
-     *    the base's: LoRA's, and PEFT's modules_to_save. */
+    /* 1. A NaN must not be saved over a good model. Of a model with an adapter, pick the tensors
+     *    that are not the base's: LoRA's, and PEFT's modules_to_save. */
     for (size_t i = 0; i < model->tensor_count; i++) {
         struct Tensor *t = model->tensors[i];
         check_numbers(model, NULL, NULL, "a weight that was to be saved", t->w, t->n);
@@ -12966,7 +12989,7 @@ static void model_save(struct GPT2 *model, const char *folder, const struct Toke
             tensors[count++] = t;
     }
 
-    /* 2. What describes it. */
+    /* 2. The files that describe it. */
     make_folder(folder);
     if (model->adapter.r)
         adapter_config_save(model, folder);
@@ -12977,7 +13000,7 @@ static void model_save(struct GPT2 *model, const char *folder, const struct Toke
         tokenizer_config_save(tok, folder, &model->config);
     }
 
-    /* 3. The weights last: where they are new, all the rest is. */
+    /* 3. The weights come last: if they are there, so is everything else. */
     if (model->adapter.r) {
         if (model->v_head.weight.n)
             safetensors_write(folder, "model.safetensors", head, 2, "");
@@ -12989,15 +13012,17 @@ static void model_save(struct GPT2 *model, const char *folder, const struct Toke
     arena_free(&arena);
 }
 
-/* Saves a model where another one may be: that is replaced as a whole or not at all. */
+/* Saves a model where there may be another one, whose files are replaced only once all of the new
+ * ones are complete. */
 static void model_replace(struct GPT2 *model, const char *folder, const struct Tokenizer *tok) {
     struct Arena arena = {0};
-    /* 1. All files into a folder inside, on the same disk: there they can be renamed. Should the
-     *    program die meanwhile, die_with removes it, and the old model is untouched. */
+    /* 1. Write all files into a folder inside this one, so on the same disk: renaming them is then
+     *    enough. If the program fails meanwhile, die_with removes that folder, and the old model is
+     *    untouched. */
     staged_folder = arena_printf(&arena, "%s/tmp-model", folder);
     model_save(model, staged_folder, tok);
 
-    /* 2. All are complete: each takes its place. */
+    /* 2. All are complete: move them into place. */
     folder_remove(staged_folder, folder);
     staged_folder = NULL;
     folder_sync(folder);
@@ -13009,15 +13034,15 @@ static void check_reward_model(const struct GPT2 *model, const char *folder) {
           folder);
 }
 
-/* Takes a tensor out of a model: it is neither trained nor saved any more. A reward or value head
- * is taken out where it has no place in what is to be made of the model.    test: heads_left_out */
+/* Takes a tensor out of a model, so that it is no longer trained or saved: a reward or value head
+ * that has no place in what the model is to become.                         test: heads_left_out */
 static void tensor_remove(struct GPT2 *model, struct Tensor *tensor) {
     tensor->n = 0;
     drop_empty_tensors(model);
 }
 
 static void leave_out_reward_head(struct GPT2 *model) {
-    /* said, for whoever named this folder may have meant another one */
+    /* worth a note: the user may have meant another folder */
     if (model->score.n)
         warn("%s: is a reward model; its head, score.weight, is left out, the language model below "
              "it is used",
@@ -13899,27 +13924,28 @@ static void rollouts_write(FILE *file, const struct Rollout *rollouts, size_t n)
 /* =============================================================================================
  * Chapter 25 - Results: what the course prints and writes; the report
  *
- * What enters: what was measured, and a run's logs. What leaves: tables, summary.json,
- * samples.jsonl, report.json, and report.html: docs/report.html, a page that draws a run, with the
- * run's files in it. How it looks is the page's matter; here it gets its data.
+ * What has a run achieved, and how can people and programs see it? What enters: measurements and a
+ * run's logs. What leaves: tables, summary.json, samples.jsonl, report.json, and report.html, which
+ * is docs/report.html, a page that draws a run, with the run's files inserted. How it looks is up
+ * to the page; this chapter supplies the data.
  * ============================================================================================= */
 
-/* What Hugging Face's sentiment pipeline returns for a text. [glossary: Lista de saídas do pipe]
- * [glossary: Pontuação de sentimento] */
+/* Writes what Hugging Face's sentiment pipeline returns for a text.
+ *                 [glossary: Lista de saídas do pipe]  [glossary: Pontuação de sentimento] */
 static void write_pipe_outputs(FILE *file, double reward) {
     fprintf(file,
             "[{\"label\": \"POSITIVE\", \"score\": %s}, {\"label\": \"NEGATIVE\", \"score\": %s}]",
             json_number_text(sigmoid(reward)), json_number_text(sigmoid(-reward)));
 }
 
-/* A policy's row of exact's table. "of the way": how much of the way from the reference's
- * objective to the highest that there is. */
+/* Prints a policy's row of exact's table. "of the way": what share of the way from the reference's
+ * objective to the highest possible one the policy has come. */
 static void exact_print_row(const char *name, struct ExactFigures f, double ref, double max) {
     printf("%-10s %11.5f %8.4f %12.4f %8.4f %9.2f %%\n", name, f.kl_to_optimum, f.reward, f.kl,
            f.objective, 100 * (f.objective - ref) / (max - ref));
 }
 
-/* What the exact world knows, and what each training reached: as JSON, or as a table. */
+/* Prints the exact world's closed form, and what each training reached, as JSON or as a table. */
 static void exact_print(const struct ExactWorld *w, bool json) {
     double ref = exact_figures(w, w->logps[EXACT_REFERENCE]).objective;
     double max = w->beta * w->log_Z; /* chapter 5: no policy's objective is higher */
@@ -13931,7 +13957,7 @@ static void exact_print(const struct ExactWorld *w, bool json) {
                "at most beta log Z = %.4f\n\n           KL(pi||pi*)     E[r]  KL(pi||ref)        J "
                " of the way\n",
                w->n, w->T, w->beta, exp(w->log_Z), w->log_Z, ref, max);
-    /* The table also shows the reference and the optimum; they come before the trained ones. */
+    /* The table begins with the reference and the optimum; JSON has only the trained policies. */
     for (int k = json ? EXACT_DPO : 0; k < EXACT_POLICIES; k++) {
         struct ExactFigures f = exact_figures(w, w->logps[k]);
         if (json)
@@ -13948,11 +13974,11 @@ static void exact_print(const struct ExactWorld *w, bool json) {
 /* From chapter 26: a file that ships with the program, or NULL. */
 static const char *shipped_path(struct Arena *arena, const char *name);
 
-/* The models that the course compares: names in its files, and headings. */
+/* The models that the course compares: their names in its files, and in headings. */
 static const char *const COURSE_MODEL[][2] = {{"before", "Before"}, {"ppo", "PPO"}, {"dpo", "DPO"}};
 
-/* The files of a run that its page shows, as far as they are there: of the run itself, and of the
- * stages of rlhf. */
+/* The files of a run that its page shows, those that exist: of the run itself, and of the stages of
+ * rlhf. */
 static const char *const REPORT_FILE[] = {
     "report.json",
     "trainer_state.json",
@@ -13962,10 +13988,10 @@ static const char *const REPORT_FILE[] = {
     "dpo/trainer_state.json",
 };
 
-/* JSON for the inside of a page's <script> element. A browser that reads HTML knows nothing of
- * JSON: it ends the element at the first </script>, also at one within a text. But JSON has a
- * second way to write a character, and all that HTML could take for its own, < > and &, can occur
- * in strings only. U+2028 and 2029 end a line in older JavaScript.
+/* Writes JSON for the inside of a page's <script> element. A browser that reads HTML knows nothing
+ * of JSON: it ends the element at the first </script>, even one in a string. But in a string JSON
+ * has a second way to write a character, and the characters that mean something in HTML, < > and &,
+ * occur only in strings. So do U+2028 and U+2029, which end a line in older JavaScript.
  * By hand: {"a": "</script>"} becomes {"a": "\u003c/script\u003e"}.          test: report_json */
 static void report_write_json(FILE *file, struct Text json) {
     for (size_t i = 0, length; i < json.length; i += MAX(length, (size_t)1)) {
@@ -13978,16 +14004,16 @@ static void report_write_json(FILE *file, struct Text json) {
     }
 }
 
-/* report_write -- makes DIR/report.html: the page that ships with the program, and in it one
- * object, each file of the run under its path. The page asks for no other file and no network, so
- * it reads the same from a disk, years later. Returns NULL, or what is wrong with the page.
+/* report_write -- makes DIR/report.html: the page that ships with the program, with a JSON object
+ * inserted that holds each file of the run under its path. The page needs no other file and no
+ * network, so years later it still looks the same. Returns NULL, or what is wrong with the page.
  *                                                                           test: report_page */
 static const char *report_write(struct Arena *arena, const char *dir, const char *page_path) {
     static const char mark[] = "<script type=\"application/json\" id=\"run\">";
     struct Text file[COUNT(REPORT_FILE)] = {0};
     bool any_log = false;
 
-    /* 1. The page, and the place in it for a run. Another run that stands there gives way. */
+    /* 1. The page, and the place in it for a run. If there is one already, it is replaced. */
     if (!page_path)
         return "docs/report.html is neither beside the program nor in the current folder";
     struct Text page = read_file(arena, page_path);
@@ -13997,7 +14023,7 @@ static const char *report_write(struct Arena *arena, const char *dir, const char
         return arena_printf(arena, "%s: no place for a run (%s</script>)", page_path, mark);
     place += strlen(mark);
 
-    /* 2. The files. Each must be one JSON object, or all others would be lost to the page too. */
+    /* 2. The files. Each must be one JSON object: a broken one would make all unreadable. */
     for (size_t i = 0; i < COUNT(file); i++) {
         const char *path = arena_printf(arena, "%s/%s", dir, REPORT_FILE[i]);
         if (!file_exists(path))
@@ -14010,7 +14036,7 @@ static const char *report_write(struct Arena *arena, const char *dir, const char
     CHECK(any_log, "%s: no log of a run there (trainer_state.json); give the --output_dir of one",
           dir);
 
-    /* 3. The page up to that place, the object, the rest of the page. */
+    /* 3. Write the page up to that place, the object, and the rest of the page. */
     struct Output out = output_open(dir, "report.html");
     const char *before = "{";
     fwrite(page.data, 1, (size_t)(place - page.data), out.file);
@@ -14027,7 +14053,8 @@ static const char *report_write(struct Arena *arena, const char *dir, const char
     return NULL;
 }
 
-/* The page of a training that has just been saved: it does not fail for want of a page. */
+/* Makes the page of a training that has just been saved. If it cannot, it only says so: the
+ * training must not fail because of a page. */
 static void report_at_end(struct Arena *arena, const char *dir) {
     const char *fault = report_write(arena, dir, shipped_path(arena, "docs/report.html"));
     if (fault)
@@ -14036,8 +14063,8 @@ static void report_at_end(struct Arena *arena, const char *dir) {
              fault, dir, program_name, shell_word(arena, dir));
 }
 
-/* Begins report.json with what was done, in words. The caller adds what else it knows, and closes
- * the facts, the object and the file. */
+/* Begins report.json with what was done, in words. The caller adds more, and closes the facts, the
+ * object and the file. */
 static struct Output report_begin(const char *dir, const char *command, const char *data,
                                   const struct GPT2 *model, double seconds) {
     const struct GPT2Config *c = &model->config;
@@ -14054,14 +14081,14 @@ static struct Output report_begin(const char *dir, const char *command, const ch
     return out;
 }
 
-/* An answer, its tokens, and what the training did to the log-probability of each: the policy's
- * less the language model's, at the temperature at which they write. */
+/* Writes an answer's reward, its tokens, and how the training changed the log-probability of each:
+ * the policy's minus the language model's, at the temperature of sampling. */
 static void course_write_answer(struct Course *course, FILE *f, const struct PolicyResult *r,
                                 size_t i) {
     const struct Example *answer = &r->answers[i];
     struct Arena *arena = &course->arena;
     double temperature = course->temperature;
-    /* 1. both models read the answer */
+    /* 1. both models compute the answer's log-probabilities */
     struct Batch batch = collate(arena, answer, 1, SKIP_LAST);
     struct LMHead head = batch_logprobs(r->policy, arena, &batch, temperature, false);
     struct LMHead ref = batch_logprobs(course->language_model, arena, &batch, temperature, false);
@@ -14070,14 +14097,14 @@ static void course_write_answer(struct Course *course, FILE *f, const struct Pol
     for (size_t t = answer->prompt_length; t < answer->n; t++)
         json_write_string(f, t > answer->prompt_length ? ", " : "",
                           tokenizer_decode(course->tok, answer->ids[t], course->vocab_size));
-    /* 3. log pi - log pi_ref of each */
+    /* 3. log pi - log pi_ref of each token */
     for (size_t t = 0; t < batch.R; t++)
         head.logprob[t] -= ref.logprob[t];
     json_write_floats(f, "], \"logratio\": ", head.logprob, batch.R);
     fputc('}', f);
 }
 
-/* A prompt and each model's answer, as words (samples.jsonl) or token by token (report.json). */
+/* Writes a prompt and each model's answer, as text (samples.jsonl) or by tokens (report.json). */
 static void course_write_sample(struct Course *course, FILE *f, size_t i, bool tokens) {
     json_write_string(f, "{\"prompt\": ", course_prompt(course, i));
     for (size_t k = 0; k < COUNT(course->result); k++) {
@@ -14090,7 +14117,7 @@ static void course_write_sample(struct Course *course, FILE *f, size_t i, bool t
     fputc('}', f);
 }
 
-/* summary.json: the figures of a run, for programs. */
+/* Writes summary.json, a run's figures for other programs. */
 static void course_write_summary(const struct Course *course, double seconds) {
     struct Output out = output_open(course->output_dir, "summary.json");
     fprintf(out.file,
@@ -14103,7 +14130,7 @@ static void course_write_summary(const struct Course *course, double seconds) {
     for (size_t k = 0; k < COUNT(course->result); k++) {
         const struct PolicyResult *r = &course->result[k];
         fprintf(out.file, "  \"%s\": {", COURSE_MODEL[k][0]);
-        /* result 0 is what the others are compared with */
+        /* the others are compared with result 0, the language model from which they started */
         if (k)
             fprintf(out.file, "\"reward_before\": %s, \"reward_after\": %s, \"kl\": %s, ",
                     json_number_text(course->result[0].mean_reward),
@@ -14115,7 +14142,8 @@ static void course_write_summary(const struct Course *course, double seconds) {
     output_close(&out);
 }
 
-/* The rewards of held-out reviews that people liked, or did not: a list in report.json. */
+/* Writes the rewards of the held-out reviews that are rated above 0 (liked) or below: a list in
+ * report.json. */
 static void course_write_reviews(struct Course *course, FILE *f, const char *before, bool liked) {
     size_t count = 0;
     float *rewards = arena_floats(&course->arena, course->held_out_n);
@@ -14127,7 +14155,7 @@ static void course_write_reviews(struct Course *course, FILE *f, const char *bef
     json_write_floats(f, before, rewards, count);
 }
 
-/* report.json: what report.html shows beside the logs. */
+/* Writes report.json: what report.html shows besides the logs. */
 static void course_write_report(struct Course *course, double seconds) {
     struct Arena *arena = &course->arena;
     const char *data = arena_printf(arena, "%s: %zu rated texts to learn from, %zu held out",
@@ -14135,7 +14163,7 @@ static void course_write_report(struct Course *course, double seconds) {
     struct Output out =
         report_begin(course->output_dir, course->command, data, course->language_model, seconds);
 
-    /* 1. Facts, in words; the last one closes their object. */
+    /* 1. Facts, in words: after those of report_begin, a line for each model. */
     for (size_t k = 0; k < COUNT(course->result); k++) {
         const struct PolicyResult *r = &course->result[k];
         fprintf(out.file,
@@ -14162,7 +14190,7 @@ static void course_write_report(struct Course *course, double seconds) {
     output_close(&out);
 }
 
-/* What a run of the course leaves beside its models. */
+/* Writes what a run of the course leaves besides its models. */
 static void course_write(struct Course *course, double seconds) {
     struct Output samples = output_open(course->output_dir, "samples.jsonl");
     for (size_t i = 0; i < course->test_n; i++) {
@@ -14174,7 +14202,7 @@ static void course_write(struct Course *course, double seconds) {
     course_write_report(course, seconds);
 }
 
-/* Text on one line of a terminal. */
+/* Prints a text that is safe for a terminal, all on one line. */
 static void print_plain(struct Text text) {
     struct Arena arena = {0};
     text = text_shown(&arena, text, "");
@@ -14182,13 +14210,13 @@ static void print_plain(struct Text text) {
     arena_free(&arena);
 }
 
-/* What a run of the course says in the end. */
+/* Prints the results at the end of a run of the course. */
 static void course_print(struct Course *course) {
     enum { SHOWN = 8 };
     const struct PolicyResult *r = course->result;
     struct Arena *arena = &course->arena;
 
-    /* 1. Answers: the same beginnings for each model. */
+    /* 1. Answers of each model to the same beginnings. */
     printf("\nEight held-out beginnings, continued by each model, with the reward of each:\n");
     for (size_t i = 0; i < MIN(course->test_n, (size_t)SHOWN); i++) {
         printf("\n  ");
@@ -14201,13 +14229,13 @@ static void course_print(struct Course *course) {
         }
     }
 
-    /* 2. Figures: the reward beside what it may have cost. */
+    /* 2. Figures: the reward, next to what it may have cost. */
     printf("\n%zu held-out beginnings   reward      KL  distinct-2  length\n", course->test_n);
     for (size_t k = 0; k < COUNT(course->result); k++)
         printf("  %-20s  %+8.2f%8.1f%12.2f%8.1f\n", COURSE_MODEL[k][0], r[k].mean_reward, r[k].kl,
                r[k].distinct_2, r[k].mean_length);
 
-    /* 3. A command line to go on with, which a shell takes as it stands. */
+    /* 3. A command line to go on with, quoted so that it can be pasted into a shell. */
     printf("\nThe models are in %s/{language_model,reward_model,ppo,dpo}. Try them:\n",
            course->output_dir);
     const char *policy = shell_word(arena, arena_printf(arena, "%s/ppo", course->output_dir));
@@ -14226,13 +14254,14 @@ static void course_print(struct Course *course) {
 /* =============================================================================================
  * Chapter 26 - Command line, main
  *
- * One table of flags, one table of commands. A flag's name is transformers', TRL's or PEFT's.
+ * How does a command line become a call? Through one table of flags and one table of commands. The
+ * flags have the names that transformers, TRL or PEFT give them.
  *     ./align dpo --beta 0.5 --model_name_or_path m --dataset_name pairs.jsonl --output_dir out
- * find_command takes dpo's row of COMMANDS, and default_options fills struct Options with what
- * holds unless the user says otherwise. For --beta, take_flag finds the row that names dpo,
- * for there are two flags of this name. parse_flag checks that 0.5 is a number above 0 and stores
- * it at the row's place in Options. note_idle_flags tells which flags change nothing, check_needed
- * which are missing; then command_dpo runs, with Options as all that it knows.
+ * find_command finds dpo's row in COMMANDS, and default_options fills struct Options with dpo's
+ * defaults. Two flags are called --beta; take_flag finds the one whose row names dpo. parse_flag
+ * checks that 0.5 is a number above 0 and stores it in the member of Options that the row names.
+ * note_idle_flags says which flags have no effect, check_needed ends the program if one is missing;
+ * then command_dpo runs, and Options is all that it knows.
  * ============================================================================================= */
 
 enum { MOST_FLAGS = 160 };
@@ -14252,16 +14281,16 @@ struct Options {
     struct LengthSampler input_length, output_length;
     size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps, top_n, max_samples;
     bool json, jsonl, decode, help, quiet, use_peft;
-    bool given[MOST_FLAGS]; /* which of FLAGS the command line has */
-    const char *passed_over; /* a list: flags of other programs that are given */
-    /* What a command opens and main closes. */
+    bool given[MOST_FLAGS]; /* which of FLAGS are on the command line */
+    const char *passed_over; /* a list: flags of other programs on the command line */
+    /* What a command opens, and main closes. */
     struct Arena arena;
     struct Tokenizer *tok;
     struct GPT2 *model, *reference, *reward_model;
     struct Dataset *data, *eval;
 };
 
-/* Lists of commands, for the flags that several of them have. */
+/* Lists of commands, for flags that several commands have. */
 #define BATCH_TRAINING "pretrain, sft, reward, dpo"
 #define TUNING "sft, reward, ppo, reinforce, dpo"
 #define TRAINING "pretrain, " TUNING
@@ -14273,13 +14302,13 @@ struct Options {
 #define WITH_OUTPUT "rlhf, collect, merge, " TRAINING
 #define WITH_SEED "rlhf, exact, generate, collect, eval, " TRAINING
 #define WITH_REFERENCE "ppo, reinforce, dpo, logprob, eval"
-#define WITH_WORDS "tokenize, report, glossary" /* that are no flags: a file, a term */
+#define WITH_WORDS "tokenize, report, glossary" /* arguments that are not flags: a file, a term */
 #define ALL_COMMANDS WITH_MODEL ", exact, " WITH_WORDS
 
-/* What a flag's value is stored as; of early_stopping: enum EarlyStopping. */
+/* How a flag's value is stored. TYPE_STOPPING is enum EarlyStopping. */
 enum Type { TYPE_STRING, TYPE_BOOL, TYPE_STOPPING, TYPE_SEED, TYPE_SIZE, TYPE_DOUBLE };
 
-/* What a flag's value may be. A number has a range; `expected` says it in words. */
+/* What a flag's value may be: the range of a number, and `expected`, the same in words. */
 struct Kind {
     enum Type type;
     double least, most;
@@ -14287,8 +14316,8 @@ struct Kind {
 };
 static const struct Kind KIND_TEXT = {TYPE_STRING, 0, 0, ""}; /* the only one that may be empty */
 static const struct Kind KIND_STRING = {TYPE_STRING, 0, 0, ""};
-static const struct Kind KIND_NAME = {TYPE_STRING, 0, 0, ""}; /* one of those in its help */
-static const struct Kind KIND_LIST = {TYPE_STRING, 0, 0, ""}; /* goes on to the next flag */
+static const struct Kind KIND_NAME = {TYPE_STRING, 0, 0, ""}; /* one of the names in its help */
+static const struct Kind KIND_LIST = {TYPE_STRING, 0, 0, ""}; /* all words up to the next flag */
 static const struct Kind KIND_BOOL = {TYPE_BOOL, 0, 0, "true or false"};
 static const struct Kind KIND_STOPPING = {TYPE_STOPPING, 0, 0, "true or false or never"};
 static const struct Kind KIND_SEED = {TYPE_SEED, 0, 0x1p64, "a whole number, 0 or more"};
@@ -14304,23 +14333,23 @@ static const struct Kind KIND_SHARE = {TYPE_DOUBLE, 0, 1, "a number from 0 to 1"
 static const struct Kind KIND_DECAY = {TYPE_DOUBLE, 0, 1 - DBL_EPSILON / 2,
                                        "a number from 0 to below 1"};
 static const struct Kind KIND_EPOCHS = {TYPE_DOUBLE, FLT_MIN, 1e9, "a number above 0, at most 1e9"};
-/* less takes the likeliest token as well, but overflows */
+/* a lower one would also take the likeliest token, but the logits would overflow */
 static const struct Kind KIND_TEMPERATURE = {TYPE_DOUBLE, 1e-6, FLT_MAX, "a number, 1e-6 or more"};
 
 struct Flag {
     const char *name;
     size_t offset; /* of its value in struct Options */
     const struct Kind *kind;
-    const char *commands; /* that have it */
+    const char *commands; /* those that have the flag */
     const char *help;
 };
 
-/* A flag's name and place. Most are called as the member of Options, or of one of its structs. */
+/* A flag's name and place. Most have the name of their member of Options, or of a struct in it. */
 #define AT(member) offsetof(struct Options, member)
 #define NAMED(member) #member, AT(member)
 #define OF(part, member) #member, AT(part.member)
 
-/* A row that only --help reads: no command has it. */
+/* A row that is only for --help: no command has it. */
 #define HEADING(title) {"", 0, &KIND_TEXT, "", title}
 
 static const struct Flag FLAGS[] = {
@@ -14479,8 +14508,8 @@ static const struct Flag FLAGS[] = {
 
 _Static_assert(COUNT(FLAGS) <= MOST_FLAGS, "Options must note which flags are given");
 
-/* Flags of transformers, PEFT and TRL about what does not exist here, for the commands that train:
- * the values with which they change nothing (NULL: all), and why another is refused. */
+/* Flags of transformers, PEFT and TRL for features that do not exist here. The commands that train
+ * accept them with the values that change nothing (NULL: all); `why` others are refused. */
 static const struct PassedOver {
     const char *names, *harmless, *why;
 } PASSED_OVER[] = {
@@ -14506,8 +14535,8 @@ static const struct PassedOver {
     {"dataloader_drop_last", "false", "the last batch of an epoch counts too"},
 };
 
-/* What a flag is called in other programs and versions. Of several rows that have a name the first
- * one counts whose flag the command has. */
+/* What a flag is called in other programs and versions. If a name is in several rows, the first row
+ * counts whose flag the command has. */
 static const struct {
     const char *here, *elsewhere;
 } ALSO_CALLED[] = {
@@ -14534,12 +14563,12 @@ static const struct {
     {"repetition_penalty", "repeat_penalty"},
 };
 
-/* `name` as one more of a list. */
+/* The list with `name` added at its end. */
 static const char *list_add(struct Arena *arena, const char *list, const char *name) {
     return arena_printf(arena, "%s%s%s", list, *list ? ", " : "", name);
 }
 
-/* The next name of a list, which then begins after it; NULL: there is none. */
+/* Takes the next name off a list; NULL if there is none. */
 static const char *take_name(struct Arena *arena, const char **list) {
     size_t length = next_name(list);
     const char *name = length ? text_copy(arena, (struct Text){*list, length}).data : NULL;
@@ -14556,8 +14585,8 @@ static bool list_has(const char *list, const char *name) {
 
 static bool program_path(char path[PATH_MAX]);
 
-/* A file that ships with the program: beside it, where `make install` puts it, or in the current
- * folder. NULL if it is in none of them. */
+/* The path of a file that ships with the program. It may be next to the program, in the folder to
+ * which `make install` copies it, or in the current folder; NULL if it is in none of these. */
 static const char *shipped_path(struct Arena *arena, const char *name) {
     static const char *const folders[] = {"", "../share/align/"};
     char program[PATH_MAX];
@@ -14571,7 +14600,7 @@ static const char *shipped_path(struct Arena *arena, const char *name) {
     return file_exists(name) ? name : NULL;
 }
 
-/* The same, or the program ends. */
+/* The same; if there is no such file, the program ends. */
 static const char *shipped_file(struct Arena *arena, const char *name, const char *remedy) {
     const char *path = shipped_path(arena, name);
     CHECK(path, "%s is neither beside the program nor in the current folder; %s", name, remedy);
@@ -14599,8 +14628,8 @@ static bool given(const struct Options *o, const char *name) {
     return false;
 }
 
-/* If `idle`, says which flags of these (names in a list) are given: they change nothing, and why.
- * A flag that the command does not have is not given. */
+/* If `idle`, notes which of these flags (names in a list) are on the command line, and why they
+ * have no effect there. */
 static void note_idle(struct Options *o, bool idle, const char *flags, const char *why) {
     const char *found = "";
     for (const char *name; idle && (name = take_name(&o->arena, &flags));)
@@ -14610,10 +14639,10 @@ static void note_idle(struct Options *o, bool idle, const char *flags, const cha
         warn("%s: no effect: %s", found, why);
 }
 
-/* config.json's special tokens against the tokens that tokenizer.bin has. A model may have more:
- * those that its folder names were trained for texts that cannot be encoded here, so they are
- * refused. A padding token, which no text holds, is kept under its name. Ids without a name only
- * round up the vocabulary. */
+/* Checks config.json's special tokens against the tokens of tokenizer.bin. A model may have more
+ * ids than that. If its folder names them, they were in training texts that cannot be encoded here,
+ * and the model is refused. A padding token, which is in no text, is kept under its name. Ids
+ * without a name only round up the vocabulary. */
 static void check_special_tokens(struct Options *o, const char *folder, struct GPT2Config *c) {
     struct Arena arena = {0};
     const struct Tokenizer *tok = o->tok;
@@ -14623,7 +14652,7 @@ static void check_special_tokens(struct Options *o, const char *folder, struct G
     const char *remedy =
         arena_printf(&arena, "if it only pads, write \"pad_token_id\": %zu in config.json, else ",
                      known);
-    /* 1. Texts end with the end token: it must be one that is known here. */
+    /* 1. Texts end with the end token, so it must be in tokenizer.bin. */
     CHECK(end < known || names[end - known].length == 0,
           "%s: its end token, id %zu, is \"%s\", an added token that %s lacks; this model cannot "
           "be used",
@@ -14632,7 +14661,7 @@ static void check_special_tokens(struct Options *o, const char *folder, struct G
           "%s: its end token, id %zu, is no token of %s; if its texts end with GPT-2's own, write "
           "\"eos_token_id\": %zu in config.json",
           folder, end, tok->path, known - 1);
-    /* 2. Of the ids beyond tokenizer.bin's none may have a name, but for one that only pads. */
+    /* 2. No id beyond tokenizer.bin's may have a name, except that the first may be for padding. */
     for (size_t id = known; id < c->vocab_size; id++) {
         struct Text name = names[id - known];
         bool kept = id == known && id == (size_t)c->pad_token_id;
@@ -14642,7 +14671,7 @@ static void check_special_tokens(struct Options *o, const char *folder, struct G
         if (kept)
             c->pad_token = text_copy(&o->arena, name);
     }
-    /* 3. An ordinary word as the end token works, but is most likely a slip. */
+    /* 3. An ordinary token as the end token works, but is most likely a mistake. */
     if (end + 1 < known)
         warn("%s: its end token, eos_token_id %zu, is the ordinary token \"%s\"; to this model a "
              "text ends wherever that token stands in it",
@@ -14650,22 +14679,22 @@ static void check_special_tokens(struct Options *o, const char *folder, struct G
     arena_free(&arena);
 }
 
-/* The folder of a model's own weights: of an adapter that of its base; NULL if it names none. */
+/* The folder of a model's own weights. For an adapter this is its base; NULL if it names none. */
 static const char *base_folder(struct Options *o, const char *folder) {
     if (!is_adapter(folder))
         return folder;
     return adapter_config_load(&o->arena, folder).base_model_name_or_path;
 }
 
-/* A model's folder; or an adapter's: its base, the adapter folded in. */
+/* Loads a model's folder, or an adapter's: then the model is its base with the adapter merged. */
 static struct GPT2 *load_model(struct Options *o, const char *folder) {
     const char *base = base_folder(o, folder);
     CHECK(base == folder || (base && file_exists(base)),
           "%s: its base \"%s\" is not here (base_model_name_or_path in its adapter_config.json); "
           "give both: --model_name_or_path BASE --peft_adapter DIR",
           folder, base ? base : "");
-    /* A tokenizer of its own that splits texts otherwise would feed the model ids that mean
-     * something else: each folder that has one is checked. */
+    /* A folder may have a tokenizer of its own. If its ids mean other tokens, the model would be
+     * fed wrong ones: each folder is checked. */
     struct GPT2 *model = gpt2_load(base);
     tokenizer_check_folder(o->tok, folder, model->config.vocab_size);
     check_special_tokens(o, base, &model->config);
@@ -14677,14 +14706,14 @@ static struct GPT2 *load_model(struct Options *o, const char *folder) {
     return model;
 }
 
-/* A command's tokenizer and model, with --peft_adapter's adapter, for training or folded in; or
- * with a new one (--use_peft). */
+/* Opens a command's tokenizer and model, with the adapter of --peft_adapter, or a new one
+ * (--use_peft). Unless it is to be trained, the adapter is merged into the model. */
 static void open_model(struct Options *o, bool train) {
     load_tokenizer(o);
     struct GPT2 *model = o->model = load_model(o, o->model_name_or_path);
     if (!o->use_peft && !o->peft_adapter)
         return;
-    /* 1. An adapter on an adapter has no format of its own: which base would it be loaded on? */
+    /* 1. An adapter on top of an adapter cannot be saved: no format says which base it needs. */
     CHECK(!is_adapter(o->model_name_or_path),
           "--model_name_or_path %s: is itself an adapter, a base is needed here; fold it into its "
           "base first: align merge",
@@ -14695,7 +14724,7 @@ static void open_model(struct Options *o, bool train) {
         adapter_load(model, o->peft_adapter);
     model->adapter.base_model_name_or_path = o->model_name_or_path;
 
-    /* 2. To write or to score, W + BA is computed once, not at each product. */
+    /* 2. Without training, W + BA is computed once instead of in each forward pass. */
     if (!train)
         adapter_merge(model);
     else if (model->adapter.lora_dropout > 0)
@@ -14703,7 +14732,8 @@ static void open_model(struct Options *o, bool train) {
              model->adapter.lora_dropout);
 }
 
-/* --ref_model, or the start model: of an adapter without a second copy of the base. */
+/* Loads --ref_model, or else takes the model as it is before training. If an adapter is trained,
+ * that shares the base's weights with the policy. */
 static void load_reference(struct Options *o) {
     const struct GPT2 *model = o->model;
     if (o->ref_model)
@@ -14716,7 +14746,7 @@ static void load_reference(struct Options *o) {
           o->reference->config.vocab_size, model->config.vocab_size);
 }
 
-/* Which of the names a flag's value is. */
+/* The index of a flag's value among `names`; if it is none of them, the program ends. */
 static size_t choice(const char *flag, const char *value, const char *names) {
     const char *name = names;
     for (size_t length, i = 0; (length = next_name(&name)) > 0; name += length, i++)
@@ -14738,7 +14768,7 @@ static void options_close(struct Options *o) {
     arena_free(&o->arena);
 }
 
-/* Which rows a command takes; the first shape that a data set has counts. */
+/* Which rows a command takes: the first of these shapes that the data set has. */
 static const unsigned TEXT_SHAPES[] = {SHAPE_TEXT};
 static const unsigned SFT_SHAPES[] = {SHAPE_PROMPT_COMPLETION, SHAPE_TEXT};
 static const unsigned DPO_SHAPES[] = {SHAPE_PREFERENCE};
@@ -14763,6 +14793,7 @@ static void tokenize_decode(const struct Tokenizer *tok, struct Text in, size_t 
 }
 
 static void command_tokenize(struct Options *o) {
+    /* 1. The vocabulary. A model with a smaller one has only the first of the tokenizer's ids. */
     if (o->jsonl && o->decode)
         die_usage("--decode reads ids, --jsonl texts: give one of them");
     struct Tokenizer *tok = load_tokenizer(o);
@@ -14770,6 +14801,8 @@ static void command_tokenize(struct Options *o) {
     CHECK(V > BYTE_TOKENS && V <= tok->vocab_size,
           "--vocab_size %zu: a vocabulary has 257 to %zu ids", V, tok->vocab_size);
     const char *path = o->file ? o->file : "-";
+
+    /* 2. --jsonl: one text in each line. */
     if (o->jsonl) {
         o->data = dataset_load(&o->arena, path, TEXT_SHAPES, 1);
         for (size_t i = 0; i < o->data->n; i++) {
@@ -14780,7 +14813,7 @@ static void command_tokenize(struct Options *o) {
         return;
     }
 
-    /* All the input is one text, line ends included. */
+    /* 3. Otherwise the whole input is one text, line breaks included, or a list of ids. */
     struct Text text = read_file(&o->arena, path);
     if (o->decode) {
         tokenize_decode(tok, text, V, path);
@@ -14792,7 +14825,7 @@ static void command_tokenize(struct Options *o) {
     putchar('\n');
 }
 
-/* What a training starts from: model, data, and a Trainer whose task is to be set. */
+/* Opens what a training starts from: model, data, and a Trainer, whose task the caller sets. */
 static struct Trainer open_training(struct Options *o, const unsigned *shapes, size_t count) {
     if (!o->model)
         open_model(o, true);
@@ -14804,15 +14837,15 @@ static struct Trainer open_training(struct Options *o, const unsigned *shapes, s
     return (struct Trainer){.model = o->model, .tok = o->tok, .args = o->train};
 }
 
-/* A run may write over a folder that it reads, as in transformers, since that is in memory by then;
- * but whoever gave both by mistake loses a model, so it is said. */
+/* As in transformers, a run may overwrite a folder that it reads, since the model is in memory by
+ * then. But whoever did not mean to would lose a model, so there is a note. */
 static void note_replaced(struct Options *o, const char *dir) {
     for (size_t i = 0; i < COUNT(FLAGS); i++) {
         const char *flag = FLAGS[i].name;
         if (!list_has("model_name_or_path, peft_adapter, ref_model, reward_model_path", flag))
             continue;
         const char *folder = *(const char **)((char *)o + FLAGS[i].offset);
-        /* the same folder under another name, by a link for one, counts too */
+        /* the same folder under another name, for example a link, counts too */
         const char *base = folder ? base_folder(o, folder) : NULL;
         if (folder && same_file(dir, folder)) {
             warn("--output_dir %s is --%s: the model there will be replaced", dir, flag);
@@ -14824,13 +14857,13 @@ static void note_replaced(struct Options *o, const char *dir) {
     }
 }
 
-/* The folder for the result. One that holds a model cannot take an adapter too, nor the other
- * way round: which of them is meant? */
+/* Makes the folder for the result. A folder that holds a model cannot also hold an adapter, or the
+ * other way round. */
 static void open_output_dir(struct Options *o) {
     const char *dir = o->train.output_dir;
     bool adapter = o->model->adapter.r > 0;
     make_folder(dir);
-    /* with both files there a reader would take the folder for whichever it looks for first */
+    /* a reader of such a folder would take whichever it looks for first */
     CHECK(!file_exists(arena_printf(&o->arena, "%s/%s", dir,
                                     adapter ? "config.json" : "adapter_config.json")),
           "--output_dir %s: holds %s already; choose another folder for %s", dir,
@@ -14839,11 +14872,12 @@ static void open_output_dir(struct Options *o) {
 }
 
 static void save_result(struct Options *o, const struct TrainerState *state) {
+    /* 1. The model first: it is what hours of work have made. */
     model_replace(o->model, o->train.output_dir, o->tok);
     say("saved to %s\n", o->train.output_dir);
     trainer_state_save(state, &o->train, o->train.output_dir);
 
-    /* The report: what was done, in words, and a page that shows it beside the log. */
+    /* 2. The report: what was done, in words, and a page that shows it with the log. */
     const char *data = arena_printf(&o->arena, "%s: %zu rows%s%s", o->data->path, o->data->n,
                                     o->eval ? "; held out: " : "", o->eval ? o->eval->path : "");
     struct Output out =
@@ -14851,15 +14885,16 @@ static void save_result(struct Options *o, const struct TrainerState *state) {
     fputs("}}\n", out.file);
     output_close(&out);
     report_at_end(&o->arena, o->train.output_dir);
-    resume_hint[0] = 0; /* nothing is left to go on with */
+    resume_hint[0] = 0; /* nothing is left to resume */
     CHECK(!interrupted, "interrupted after the last step; the model is saved in %s%s",
           o->train.output_dir, o->eval ? ", its last evaluation may be missing (align eval)" : "");
 }
 
-/* Trains, evaluates, saves: what every training command ends with. */
+/* Trains, evaluates, saves: how pretrain, sft, reward and dpo end. */
 static void finish_training(struct Options *o, struct Trainer *trainer) {
     open_output_dir(o);
     trainer_train(trainer);
+    /* unless the last step was evaluated already */
     if (trainer->task.eval_n
         && !(o->train.eval_steps && trainer->state.global_step % o->train.eval_steps == 0))
         trainer_evaluate(trainer);
@@ -14867,8 +14902,8 @@ static void finish_training(struct Options *o, struct Trainer *trainer) {
     trainer_free(trainer);
 }
 
-/* Each row's text as ids, with the end token after it unless that is NULL; of a longer text the
- * first `longest`. */
+/* Each row's text as ids, followed by the end token unless that is NULL; of a longer text only the
+ * first `longest` ids. */
 static struct Example *encode_texts(struct Options *o, const struct Dataset *data,
                                     const int *end_token, size_t longest) {
     if (!data)
@@ -14881,14 +14916,14 @@ static struct Example *encode_texts(struct Options *o, const struct Dataset *dat
         cut += texts[i].n > longest;
         texts[i].n = MIN(texts[i].n, longest);
     }
-    /* once for all of them, not a line for each */
+    /* one note for all of them */
     note_rows(data, cut, "texts", "are longer than %zu tokens; their first %zu are read", longest,
               longest);
     return texts;
 }
 
 static void command_pretrain(struct Options *o) {
-    /* 1. A new model of the sizes that the flags say, or one that is trained further. */
+    /* 1. A new model with the sizes that the flags give, or an existing one to train further. */
     o->config.bos_token_id = endoftext_id(o->config.vocab_size);
     o->config.eos_token_id = o->config.pad_token_id = o->config.bos_token_id;
     config_check(&o->config, "command line");
@@ -14899,7 +14934,8 @@ static void command_pretrain(struct Options *o) {
     leave_out_reward_head(o->model);
     leave_out_value_head(o->model);
 
-    /* 2. Rows must fit its context. The default shrinks to it, what the user asks for does not. */
+    /* 2. Rows must fit the model's context. The default length is reduced to it, but not a length
+     *    that the user has chosen. */
     size_t n_positions = o->model->config.n_positions;
     CHECK(o->train.max_length <= n_positions || !given(o, "max_length"),
           "--max_length %zu is longer than the model's context of %zu (--n_positions)",
@@ -14936,7 +14972,7 @@ static void command_reward(struct Options *o) {
     finish_training(o, &trainer);
 }
 
-/* --loss_type "sigmoid sft" --loss_weights "1 0.2" into weights. */
+/* Turns --loss_type "sigmoid sft" --loss_weights "1 0.2" into the weight of each loss. */
 static void parse_loss_types(struct Options *o) {
     const char *types = o->loss_type;
     const char *weights = o->loss_weights;
@@ -14945,7 +14981,7 @@ static void parse_loss_types(struct Options *o) {
     for (const char *type; (type = take_name(&o->arena, &types));) {
         /* the order of enum DPOLossType */
         size_t k = choice("loss_type", type, "sigmoid, ipo, hinge, robust, sft");
-        /* a number for each name, read to its end; without any numbers all weights are 1 */
+        /* a number for each name, with nothing after it; without --loss_weights each is 1 */
         const char *word = weights ? take_name(&o->arena, &weights) : "1";
         char *end = NULL;
         double weight = word ? strtod(word, &end) : NAN;
@@ -14972,11 +15008,11 @@ static void command_dpo(struct Options *o) {
     leave_out_reward_head(o->model);
     leave_out_value_head(o->model);
 
-    /* 1. pi_ref is where the policy starts from, unless --ref_model says otherwise. */
+    /* 1. pi_ref is the policy before training, unless --ref_model names another. */
     load_reference(o);
 
-    /* 2. Pairs as ids, chosen and rejected in turn; those held out likewise, with room for the
-     *    reference's log-probabilities. */
+    /* 2. Pairs as ids, chosen and rejected in turn. The same for held-out pairs, which also need
+     *    room for the reference's log-probabilities. */
     struct Example *pairs = arena_alloc(&o->arena, 2 * o->data->n, sizeof *pairs);
     size_t n = dpo_pairs(&trainer, &o->arena, o->data, &o->dpo, pairs);
     struct DPOTask *task =
@@ -14990,7 +15026,8 @@ static void command_dpo(struct Options *o) {
     finish_training(o, &trainer);
 }
 
-/* Prompts to answer: rows with a prompt whole, of texts as many tokens as a LengthSampler says. */
+/* Encodes the prompts to answer and returns their number. A row's prompt is taken whole, of a text
+ * only the beginning, as many tokens as a LengthSampler draws. */
 static size_t encode_prompts(struct Options *o, struct Example *prompts) {
     const struct Dataset *data = o->data;
     struct Rng rng = rng_seed(o->train.seed, STREAM_LENGTH);
@@ -14998,17 +15035,21 @@ static size_t encode_prompts(struct Options *o, struct Example *prompts) {
     size_t empty = 0;
     size_t longest = o->model->config.n_positions - 1;
     for (size_t i = 0; i < data->n && (!o->max_samples || count < o->max_samples); i++) {
-        bool whole = data->shape == SHAPE_PROMPT; /* else a text, of which the beginning is taken */
+        /* 1. The row's ids. */
+        bool whole = data->shape == SHAPE_PROMPT;
         struct Example e =
             example_encode(&o->arena, o->tok, whole ? data->rows[i].prompt : data->rows[i].text,
                            o->model->config.vocab_size, NULL);
-        /* A number is drawn for every text, an empty one too: lengths stay those of the rows. */
+        /* 2. How many of them? A number is drawn even for an empty text, so that the other texts'
+         *    lengths do not depend on it. */
         size_t drawn = whole ? e.n : length_sampler(&o->input_length, &rng);
         size_t length = MIN(e.n, drawn);
         CHECK(length <= longest,
               "%s: prompt %zu has %zu tokens; with a context of %zu at most %zu leave room for an "
               "answer",
               data->path, i + 1, length, o->model->config.n_positions, longest);
+
+        /* 3. A prompt without tokens would give the model nothing to continue. */
         if (length > 0)
             prompts[count++] = (struct Example){e.ids, length, length};
         else
@@ -15022,8 +15063,8 @@ static size_t encode_prompts(struct Options *o, struct Example *prompts) {
     return count;
 }
 
-/* Where rollouts come from: prompts of the data set, answers of the model, rewards of the reward
- * model. */
+/* Opens what rollouts come from: the data set's prompts, the model's answers, the reward model's
+ * rewards. */
 static struct RolloutSource open_rollouts(struct Options *o) {
     const struct LengthSampler *in = &o->input_length;
     const struct LengthSampler *out = &o->output_length;
@@ -15034,7 +15075,7 @@ static struct RolloutSource open_rollouts(struct Options *o) {
           "--input_max_text_length %zu: more than --input_min_text_length, %zu, was expected",
           in->max_value, in->min_value);
 
-    /* 1. Random numbers for each purpose; rollouts are sampled, whatever --do_sample would say. */
+    /* 1. Random numbers for each purpose. Rollouts are always sampled. */
     struct RolloutSource source = {
         .shuffle = rng_seed(o->train.seed, STREAM_ORDER + 100),
         .lengths = rng_seed(o->train.seed, STREAM_LENGTH + 100),
@@ -15044,14 +15085,14 @@ static struct RolloutSource open_rollouts(struct Options *o) {
     };
     source.generation.do_sample = true;
 
-    /* 2. The judge. collect asks a person where there is none. */
+    /* 2. The reward model. Without one, collect asks a person. */
     if (o->reward_model_path) {
         o->reward_model = load_model(o, o->reward_model_path);
         check_reward_model(o->reward_model, o->reward_model_path);
     }
     source.scorer = (struct Scorer){.reward_model = o->reward_model, .tok = o->tok, .std = 1};
 
-    /* 3. Prompts, and how many tokens the longest of them leaves of the context. */
+    /* 3. Prompts, and how many tokens of the context the longest of them leaves. */
     open_data(o, PROMPT_SHAPES, COUNT(PROMPT_SHAPES));
     note_idle(o, o->data->shape == SHAPE_PROMPT, "input_min_text_length, input_max_text_length",
               "the data set's prompts are taken whole");
@@ -15065,8 +15106,8 @@ static struct RolloutSource open_rollouts(struct Options *o) {
     return source;
 }
 
-/* Says, once a command, that the context may end an answer sooner than the flag does. `room`: new
- * tokens that the longest prompt leaves. */
+/* Notes, once for a command, that the context may end an answer before the flag does. room: how
+ * many new tokens fit after the longest prompt. */
 static void note_full_context(const struct Options *o, size_t room, size_t max_new,
                               const char *flag) {
     if (room >= max_new)
@@ -15076,9 +15117,10 @@ static void note_full_context(const struct Options *o, size_t room, size_t max_n
          flag, max_new, o->model->config.n_positions, room);
 }
 
-/* Trains by PPO or REINFORCE on rollouts, new or stored, and saves: max_steps, or one pass. */
+/* Trains by PPO or REINFORCE on new or stored rollouts, and saves the model. */
 static void train_on_rollouts(struct Options *o, enum Algorithm algorithm) {
-    /* 1. Policy, reference, and where the result goes: asked before hours of work, not after. */
+    /* 1. Policy, reference, and the folder for the result: if that cannot be written to, we learn
+     *    it before hours of work, not after. */
     open_model(o, true);
     leave_out_reward_head(o->model);
     if (algorithm == ALGORITHM_REINFORCE)
@@ -15086,7 +15128,7 @@ static void train_on_rollouts(struct Options *o, enum Algorithm algorithm) {
     load_reference(o);
     open_output_dir(o);
 
-    /* 2. Rollouts: stored ones, or prompts and a judge. */
+    /* 2. Rollouts: stored ones, or prompts and a reward model. */
     struct RolloutSource source = {0};
     if (o->rollouts) {
         source.replay = o->data = dataset_load(&o->arena, o->rollouts, ROLLOUT_SHAPES, 1);
@@ -15095,7 +15137,8 @@ static void train_on_rollouts(struct Options *o, enum Algorithm algorithm) {
         note_full_context(o, source.room, o->output_length.max_value - 1, "--output_max_length");
     }
 
-    /* 3. As many steps as --max_steps says, else each prompt (or stored rollout) once. */
+    /* 3. As many steps as --max_steps says, or else one pass over the prompts or stored
+     *    rollouts. */
     double temperature = o->generation.temperature;
     struct RolloutTrainer *trainer =
         algorithm == ALGORITHM_PPO
@@ -15105,7 +15148,7 @@ static void train_on_rollouts(struct Options *o, enum Algorithm algorithm) {
     size_t n = o->rollouts ? o->data->n : source.n;
     size_t pass = MAX((size_t)1, n * trainer->num_generations / trainer->batch_size);
     size_t steps = o->train.max_steps ? o->train.max_steps : pass;
-    /* trainer_state.json's train_batch_size, in checkpoints and at the end */
+    /* becomes train_batch_size in trainer_state.json, in checkpoints and at the end */
     trainer->args.per_device_train_batch_size = trainer->batch_size;
     o->train.per_device_train_batch_size = trainer->batch_size;
     struct TrainerState state = {0};
@@ -15120,7 +15163,7 @@ static void command_ppo(struct Options *o) {
     struct PPOConfig *c = &o->ppo;
     c->mini_batch_size = MIN(c->mini_batch_size, c->batch_size);
     c->gradient_accumulation_steps = o->train.gradient_accumulation_steps;
-    /* Every mini-batch must be full: a product of both flags is not formed, it could overflow. */
+    /* Every mini-batch must be full. Multiplying the two flags could overflow. */
     size_t part = c->batch_size / c->gradient_accumulation_steps;
     bool divides =
         c->batch_size % c->gradient_accumulation_steps == 0 && part % c->mini_batch_size == 0;
@@ -15143,8 +15186,8 @@ static void command_reinforce(struct Options *o) {
     train_on_rollouts(o, ALGORITHM_REINFORCE);
 }
 
-/* A prompt's ids; of an empty one bos_token_id, as in transformers: nothing said yet, start a text.
- * GPT-2's bos token is its end token. */
+/* A prompt's ids. An empty prompt becomes bos_token_id, as in transformers, which starts a new
+ * text: GPT-2's bos token is its end token. */
 static struct Example prompt_encode(struct Options *o, struct Text prompt, size_t number) {
     struct Example e = example_encode(&o->arena, o->tok, prompt, o->model->config.vocab_size, NULL);
     CHECK(e.n <= o->model->config.n_positions,
@@ -15153,8 +15196,8 @@ static struct Example prompt_encode(struct Options *o, struct Text prompt, size_
     return e.n ? e : (struct Example){&o->model->config.bos_token_id, 1, 1};
 }
 
-/* What transformers writes into every generation_config.json, or takes where a setting is missing.
- * NAN: it is not written unless somebody chose it. */
+/* The values that transformers writes into every generation_config.json, or assumes for a missing
+ * setting. NAN: it writes these only if somebody has chosen them. */
 static const struct {
     double usual;
     const char *names;
@@ -15168,10 +15211,10 @@ static const struct {
     {NAN, "forced_bos_token_id, forced_eos_token_id, eos_token_id"},
 };
 
-/* Whether generation_config.json has a setting that nobody expects of a model. */
+/* Is this setting of generation_config.json anything but transformers' usual one? */
 static bool setting_unusual(const struct Json *item, const struct GPT2Config *model) {
     double number = item->type == JSON_FALSE ? 0 : item->type == JSON_NUMBER ? item->number : NAN;
-    /* the end token is config.json's, and every model has its own */
+    /* the end token may repeat config.json's */
     if (strcmp(item->key.data, "eos_token_id") == 0 && number == model->eos_token_id)
         return false;
     /* NaN equals nothing: a list, a string or `true` is always unusual */
@@ -15181,8 +15224,8 @@ static bool setting_unusual(const struct Json *item, const struct GPT2Config *mo
     return false;
 }
 
-/* transformers takes its defaults from generation_config.json; here flags say all. A file that says
- * more than transformers writes for every model is named, so that nobody waits for what it says.
+/* transformers takes its defaults from generation_config.json; here flags decide everything. If the
+ * file has unusual settings, a note says that they have no effect.
  *                                                            test: docs/tools/check_failures.py */
 static void note_generation_config(struct Options *o) {
     const char *path = arena_printf(&o->arena, "%s/generation_config.json", o->model_name_or_path);
@@ -15197,7 +15240,7 @@ static void note_generation_config(struct Options *o) {
         warn("%s: %s: not read; say by flags what generate is to do", path, said);
 }
 
-/* A prompt's continuations as a line of JSON: the new ids and the new text of each. */
+/* Prints a prompt's continuations as a line of JSON: the new ids and the new text of each. */
 static void print_generation_json(struct Options *o, struct Text prompt, const struct Sequence *s,
                                   size_t n) {
     json_write_string(stdout, "{\"prompt\": ", prompt);
@@ -15214,8 +15257,8 @@ static void print_generation_json(struct Options *o, struct Text prompt, const s
     puts("]}");
 }
 
-/* Each continuation after its prompt, as a person reads it: without the end token, and without
- * the bos token that stands for an empty prompt. */
+/* Prints each continuation after its prompt, for a person to read: without the end token, and
+ * without the bos token that takes the place of an empty prompt. */
 static void print_generation(struct Options *o, struct Text prompt, const struct Sequence *s,
                              size_t n) {
     const struct GPT2Config *config = &o->model->config;
@@ -15253,8 +15296,8 @@ static void command_generate(struct Options *o) {
         open_data(o, PROMPT_SHAPES, 1);
     const struct Dataset *data = o->data ? o->data : &one;
 
-    /* 2. A sequence for each answer, with a random generator of its own: what is drawn for one
-     *    does not depend on how the others go. */
+    /* 2. A sequence for each answer, with its own random numbers: the draws for one do not depend
+     *    on the others. */
     struct Sequence *sequences = arena_alloc(&o->arena, data->n * each, sizeof *sequences);
     struct Rng rng = rng_seed(o->train.seed, STREAM_SAMPLE);
     size_t room = o->model->config.n_positions;
@@ -15269,7 +15312,7 @@ static void command_generate(struct Options *o) {
     }
     note_full_context(o, room, g->max_new_tokens, "--max_new_tokens");
 
-    /* 3. All of them together: the weights are read once a token for all. */
+    /* 3. Write all of them together, so that each step reads the weights once for all. */
     generate(o->model, sequences, data->n * each, g);
     for (size_t i = 0; i < data->n; i++) {
         if (o->json)
@@ -15279,7 +15322,8 @@ static void command_generate(struct Options *o) {
     }
 }
 
-/* The tokens that can follow a prompt, the likeliest first; their `logit` is the probability. */
+/* Prints the tokens that can follow a prompt, the likeliest first. Their `logit` now holds a
+ * probability. */
 static void print_next_json(struct Options *o, const struct Candidate *top, size_t kept) {
     json_write_string(stdout, "{\"prompt\": ", text_of(o->prompt));
     printf(", \"kept\": %zu, \"top\": [", kept);
@@ -15300,7 +15344,8 @@ static void print_next_table(struct Options *o, const struct Candidate *top, siz
     }
 }
 
-/* The distribution of the next token after a prompt. [glossary: Distribuição (em ML)] */
+/* align next -- the distribution of the next token after a prompt.
+ *                                                          [glossary: Distribuição (em ML)] */
 static void command_next(struct Options *o) {
     open_model(o, false);
     leave_out_reward_head(o->model);
@@ -15317,13 +15362,13 @@ static void command_next(struct Options *o) {
     output_logits(model, p, acts.ln_f + (e.n - 1) * model->config.n_embd, 1);
     check_numbers(model, arena, &batch, "a logit of the next token", p, V);
 
-    /* 2. What sampling would do to them, and the probabilities that are left. */
+    /* 2. Process them as sampling does, and turn what is left into probabilities. */
     o->generation.do_sample = true;
     process_logits(p, V, &o->generation, e.ids, e.n, 0, model->config.eos_token_id);
     double entropy = entropy_of_logits(p, log_sum_exp(p, V, arena_floats(arena, V)), V);
     softmax(p, V);
 
-    /* 3. The kept ones, the likeliest first. */
+    /* 3. The tokens that can follow, the likeliest first. */
     struct Candidate *top = arena_alloc(arena, V, sizeof *top);
     for (size_t v = 0; v < V; v++)
         if (p[v] > 0)
@@ -15335,11 +15380,11 @@ static void command_next(struct Options *o) {
         print_next_table(o, top, kept, entropy);
 }
 
-/* A line of logprob: a text's ids, each one's log-probability but the first's, which nothing comes
- * before, and their sum over the completion; with --ref_model KL(model || reference) of the next
- * token at each position. */
+/* Prints a line of logprob: a text's ids; the log-probability of each but the first, which nothing
+ * predicts; their sum over the completion; and, with --ref_model, KL(model || reference) of the
+ * next token at each position. */
 static void print_logprob(struct Options *o, struct Arena *arena, const struct Example *e) {
-    /* 1. A text without tokens has nothing to say. */
+    /* 1. A text without tokens has no probabilities. */
     if (e->n == 0) {
         printf("{\"input_ids\": [], \"token_logprobs\": [], \"logprob\": 0%s}\n",
                o->reference ? ", \"kl_to_ref_per_position\": []" : "");
@@ -15356,7 +15401,8 @@ static void print_logprob(struct Options *o, struct Arena *arena, const struct E
     }
     struct LMHead head = batch_logprobs(o->model, arena, &batch, 1, false);
 
-    /* 3. Position t predicts token t + 1: the completion begins one before its first token. */
+    /* 3. Position t predicts token t + 1, so the completion's log-probabilities begin one position
+     *    before its first token. */
     size_t first = MAX((size_t)1, e->prompt_length) - 1;
     size_t scored = e->n > first + 1 ? e->n - 1 - first : 0;
     json_write_ids(stdout, "{\"input_ids\": ", e->ids, e->n);
@@ -15372,6 +15418,7 @@ static void print_logprob(struct Options *o, struct Arena *arena, const struct E
 }
 
 static void command_logprob(struct Options *o) {
+    /* 1. The model, perhaps a reference, and the texts. */
     struct Arena arena = {0};
     open_model(o, false);
     leave_out_reward_head(o->model);
@@ -15381,10 +15428,12 @@ static void command_logprob(struct Options *o) {
     const struct Dataset *data = o->data;
     size_t V = o->model->config.vocab_size;
     size_t cut = 0;
-    /* what both models can read */
+    /* 2. The length that both models can read. */
     size_t limit = MIN(o->train.max_length, o->model->config.n_positions);
     if (o->reference)
         limit = MIN(limit, o->reference->config.n_positions);
+
+    /* 3. A line for each row, long ones cut. */
     for (size_t i = 0; i < data->n; i++) {
         const struct Row *row = &data->rows[i];
         arena_reset(&arena);
@@ -15403,12 +15452,12 @@ static void command_logprob(struct Options *o) {
     arena_free(&arena);
 }
 
-/* What the course's sentiment pipeline says of each text. */
+/* align score -- what the course's sentiment pipeline says of each text. */
 static void command_score(struct Options *o) {
     open_model(o, false);
     check_reward_model(o->model, o->peft_adapter ? o->peft_adapter : o->model_name_or_path);
     open_data(o, TEXT_SHAPES, 1);
-    /* the reward is read at the last token: no end token follows it */
+    /* the reward is read at the text's last token, so no end token is added */
     struct Example *texts =
         encode_texts(o, o->data, NULL, MIN(o->train.max_length, o->model->config.n_positions));
     float *reward = arena_floats(&o->arena, o->data->n);
@@ -15421,21 +15470,21 @@ static void command_score(struct Options *o) {
     }
 }
 
-/* `collect` at work. preferences.jsonl is what it makes. judged.json beside it lists the prompts
- * that are done, with a pair or without: a run that goes on begins after those. It is written
- * second, so that a kill between the two costs time only: the prompts are judged again, on the same
- * random numbers, and a pair that the file holds is not written again. */
+/* The state of `collect`. It makes preferences.jsonl; judged.json next to it lists the prompts that
+ * are done, with or without a pair, after which a later run begins. judged.json is written second:
+ * if the run is killed between the two, the last prompts are judged again, with the same random
+ * numbers, and a pair that is in the file is not added twice. */
 struct Collection {
     struct RolloutSource source;
     const char *path; /* of preferences.jsonl */
     struct Text *shown; /* (source.n) the prompts, as a person sees them */
-    size_t begin, done; /* prompts that are judged: before this run, now */
-    struct Row *pairs; /* of preferences.jsonl, as a person sees them */
-    size_t n, added; /* pairs there; those that this run has added */
+    size_t begin, done; /* how many prompts were judged before this run, and are now */
+    struct Row *pairs; /* those in preferences.jsonl, as a person sees them */
+    size_t n, added; /* how many these are, and how many of them this run has added */
     struct Rng rng;
 };
 
-/* A pair as texts: answers[0] is chosen, answers[1] rejected. */
+/* A pair as texts: answers[0] is the chosen one, answers[1] the rejected one. */
 static struct Row pair_row(struct Options *o, const struct Example *answers) {
     const struct GPT2Config *config = &o->model->config;
     size_t n = answers->prompt_length;
@@ -15446,7 +15495,8 @@ static struct Row pair_row(struct Options *o, const struct Example *answers) {
     };
 }
 
-/* A pair as a terminal shows it: texts that differ only in what it cannot show are the same. */
+/* A pair as a terminal shows it. Texts that differ only in what a terminal cannot show become the
+ * same. */
 static struct Row pair_shown(struct Options *o, struct Row pair, const char *kept) {
     pair.prompt = text_shown(&o->arena, pair.prompt, kept);
     pair.chosen = text_shown(&o->arena, pair.chosen, kept);
@@ -15454,7 +15504,7 @@ static struct Row pair_shown(struct Options *o, struct Row pair, const char *kep
     return pair;
 }
 
-/* Whether preferences.jsonl holds this pair, whichever side was chosen. */
+/* Is this pair in preferences.jsonl, whichever side was chosen? */
 static bool pair_known(const struct Collection *c, struct Row pair) {
     for (size_t i = 0; i < c->n; i++) {
         const struct Row *old = &c->pairs[i];
@@ -15468,9 +15518,9 @@ static bool pair_known(const struct Collection *c, struct Row pair) {
     return false;
 }
 
-/* Adds pairs, chosen and rejected in turn, to preferences.jsonl, but for those that it holds. They
- * are on the disk before the next are judged: a person's work must not be lost. The file is written
- * anew as a whole, so that it never ends in half a line. */
+/* Adds pairs, chosen and rejected in turn, to preferences.jsonl, except those that are there. They
+ * are on the disk before the next ones are judged: a person's work must not be lost. The whole file
+ * is rewritten, so that it never ends in half a line. */
 static void preferences_add(struct Options *o, struct Collection *c, const struct Example *answers,
                             size_t n) {
     struct Arena arena = {0};
@@ -15493,12 +15543,12 @@ static void preferences_add(struct Options *o, struct Collection *c, const struc
     arena_free(&arena);
 }
 
-/* What earlier runs left: pairs, and which of the first prompts are judged. */
+/* Reads what earlier runs have left: the pairs, and how many of the first prompts are judged. */
 static void collection_read(struct Options *o, struct Collection *c) {
     const char *path = arena_printf(&o->arena, "%s/judged.json", o->train.output_dir);
     bool begun = file_exists(c->path);
     bool any = begun && read_file(&o->arena, c->path).length > 0;
-    /* 1. The pairs; a prompt gives at most half as many as it has answers. */
+    /* 1. The pairs. A prompt gives at most half as many as it has answers. */
     if (any)
         o->eval = dataset_load(&o->arena, c->path, DPO_SHAPES, 1);
     size_t old = any ? o->eval->n : 0;
@@ -15507,7 +15557,7 @@ static void collection_read(struct Options *o, struct Collection *c) {
     for (; c->n < old; c->n++)
         c->pairs[c->n] = pair_shown(o, o->eval->rows[c->n], "");
 
-    /* 2. The prompts. Of another data set none is judged, whatever the list says. */
+    /* 2. The prompts. The list counts as far as it agrees with this data set's prompts. */
     struct Json *json = begun && file_exists(path) ? json_read_file(&o->arena, path) : NULL;
     struct Json *list = json_get(json, "prompts");
     CHECK(!json || (list && list->type == JSON_ARRAY),
@@ -15529,7 +15579,7 @@ static void judged_write(const struct Options *o, const struct Collection *c) {
     output_close(&out);
 }
 
-/* The reward model judges the answers to `n` prompts. */
+/* Lets the reward model judge the answers to `n` prompts. */
 static void collect_scored(struct Options *o, struct Collection *c, const struct Example *prompts,
                            size_t n) {
     struct Example *pairs = arena_alloc(&o->arena, 2 * n, sizeof *pairs);
@@ -15543,8 +15593,8 @@ static void collect_scored(struct Options *o, struct Collection *c, const struct
     preferences_add(o, c, pairs, count);
 }
 
-/* Shows two answers and waits for a word: '1', '2', 's' (skip) or 'q' (stop; so does the end of the
- * input). */
+/* Shows two answers and asks for '1', '2', 's' (skip) or 'q' (stop), which it returns. The end of
+ * the input counts as 'q'. */
 static int ask_person(const struct Collection *c, struct Row pair) {
     char line[256];
     fprintf(stderr, "\n%zu/%zu  %.*s ...\n  1: %.*s\n  2: %.*s\n", c->done - c->begin + 1,
@@ -15561,8 +15611,8 @@ static int ask_person(const struct Collection *c, struct Row pair) {
     }
 }
 
-/* A person judges the answers to one prompt, two at a time; one that has none beside it is left
- * out. Returns false if that is enough for today: the prompt is then begun again another time. */
+/* Lets a person judge the answers to one prompt, two at a time; the last of an odd number is left
+ * out. Returns false if the person wants to stop: a later run begins this prompt again. */
 static bool collect_asked(struct Options *o, struct Collection *c, const struct Example *prompt) {
     size_t each = o->reinforce.num_generations;
     const struct Example *answers =
@@ -15570,7 +15620,7 @@ static bool collect_asked(struct Options *o, struct Collection *c, const struct 
     for (size_t k = 0; k + 1 < each; k += 2) {
         struct Row pair = pair_row(o, &answers[k]);
         struct Row shown = pair_shown(o, pair, "");
-        /* between equal answers nobody can choose, and what was chosen is not asked again */
+        /* nobody can choose between equal answers, and no question is asked twice */
         if (text_equal(shown.chosen, shown.rejected) || pair_known(c, shown))
             continue;
         int word = ask_person(c, pair_shown(o, pair, "\n\t"));
@@ -15585,9 +15635,10 @@ static bool collect_asked(struct Options *o, struct Collection *c, const struct 
 }
 
 /* align collect -- data collection, the H in RLHF: a reward model or the person at the keyboard
- * compares answers, and their judgements are added to preferences.jsonl. A run that was stopped
- * goes on: what was judged is passed over, and every prompt's random numbers follow from its place
- * in the data set, so that the pairs are those of one run.  [glossary: Coleta de dados]
+ * compares answers, and the judgements are added to preferences.jsonl. A run that was stopped can
+ * be continued: prompts that are judged are skipped, and each prompt's random numbers depend only
+ * on its place in the data set, so the pairs are those of a single run.
+ *                                                                  [glossary: Coleta de dados]
  *                                                             test: cli_collect, collect_resume */
 static void command_collect(struct Options *o) {
     enum { TOGETHER = 64 }; /* prompts that a reward model judges at once */
@@ -15600,7 +15651,7 @@ static void command_collect(struct Options *o) {
     note_full_context(o, c.source.room, c.source.generation.max_new_tokens, "--max_new_tokens");
     make_folder(o->train.output_dir);
 
-    /* 1. What is there. preferences.jsonl is, from the start, if only empty. */
+    /* 1. What earlier runs have left. preferences.jsonl is written even if there is no pair yet. */
     size_t n = c.source.n;
     c.shown = arena_alloc(&o->arena, n, sizeof *c.shown);
     for (size_t i = 0; i < n; i++) {
@@ -15614,14 +15665,15 @@ static void command_collect(struct Options *o) {
     size_t were_there = c.n;
     preferences_add(o, &c, NULL, 0);
 
-    /* 2. Each answer takes one random number. Those of the prompts that are passed over are drawn
-     *    as well: the others' are what they would have been in one run. */
+    /* 2. Each answer takes one random number from this generator. Those of skipped prompts are
+     *    drawn too, so that the others get the same ones as in a single run. */
     c.rng = c.source.sample;
     for (size_t i = 0; i < c.done * each; i++)
         rng_next(&c.rng);
 
-    /* 3. The rest: groups that are the same wherever an earlier run was stopped, for what is
-     *    computed together can differ in the last bit; or one by one. */
+    /* 3. The remaining prompts: one by one for a person, in groups for a reward model, since that
+     *    is faster. Where a group begins must not depend on where an earlier run stopped: in other
+     *    groups the numbers could differ in the last bit. */
     while (c.done < n) {
         const struct Example *prompts = c.source.prompts + c.done;
         size_t together = o->reward_model ? MIN(n - c.done, TOGETHER - c.done % TOGETHER) : 1;
@@ -15635,7 +15687,7 @@ static void command_collect(struct Options *o) {
     say("%zu pairs added to %s (%zu were there)\n", c.added, c.path, were_there);
 }
 
-/* A policy: its answers are what is measured. */
+/* Measures a policy by its answers. */
 static void eval_policy(struct Options *o, struct LogEntry *entry) {
     leave_out_reward_head(o->model);
     if (o->ref_model)
@@ -15659,7 +15711,7 @@ static void eval_policy(struct Options *o, struct LogEntry *entry) {
         log_value(entry, "kl", result.kl);
 }
 
-/* A language model: the loss of the tokens that sft would train on. */
+/* Measures a language model by its loss on the tokens on which sft would train. */
 static void eval_language(struct Options *o, struct Trainer *trainer, struct LogEntry *entry) {
     *trainer = open_training(o, SFT_SHAPES, COUNT(SFT_SHAPES));
     struct LanguageTask *task = sft_task(trainer, &o->arena, o->data, NULL);
@@ -15669,7 +15721,8 @@ static void eval_language(struct Options *o, struct Trainer *trainer, struct Log
     double loss;
     log_find(&measured, "eval_loss", &loss);
 
-    /* the tokens that count: not the prompt's, and not a text's first, which nothing predicts */
+    /* tokens that count in the loss: neither a prompt's, nor a text's first, which nothing
+     * predicts */
     double tokens = 0;
     for (size_t i = 0; i < trainer->task.n; i++) {
         const struct Example *e = &task->examples[TO_LEARN][i];
@@ -15680,10 +15733,11 @@ static void eval_language(struct Options *o, struct Trainer *trainer, struct Log
     log_value(entry, "tokens", tokens);
 }
 
-/* align eval -- one JSON object. With --reward_model_path: what a policy's answers are worth,
- * its distance from --ref_model, how varied and long they are. With a reward head: how well it
- * orders pairs, rated or labelled texts. Else the mean negative log-likelihood a token, and its
- * exponential: perplexity, the number of equally likely tokens that would leave as much doubt. */
+/* align eval -- prints one JSON object. With --reward_model_path: the mean reward of a policy's
+ * answers, how varied and how long these are, and the policy's distance from --ref_model. For a
+ * model with a reward head: how well it orders pairs, rated or labelled texts. Otherwise: the mean
+ * negative log-likelihood of a token and its exponential, the perplexity, which is the number of
+ * equally likely tokens that would leave as much doubt. */
 static void command_eval(struct Options *o) {
     struct LogEntry entry = {0};
     struct Trainer trainer = {0};
@@ -15691,7 +15745,7 @@ static void command_eval(struct Options *o) {
     if (o->reward_model_path) {
         eval_policy(o, &entry);
     } else if (o->model->score.n) {
-        /* a reward model: as in training, on the data set as if it were held out */
+        /* a reward model: as training measures held-out data */
         trainer = open_training(o, REWARD_SHAPES, COUNT(REWARD_SHAPES));
         reward_task(&trainer, &o->arena, o->data, o->data);
         entry = trainer_measure(&trainer);
@@ -15719,21 +15773,22 @@ static void command_merge(struct Options *o) {
     model_replace(o->model, o->train.output_dir, o->tok);
 }
 
-/* edit_distance -- how few insertions, deletions and exchanges of a letter turn a into b (of which
- * 63 bytes count): to guess what a mistyped word meant. Row i holds the distances of a's first i
- * letters from each beginning of b; a row follows from the one above it.
- * By hand: "pretrian", "pretrain": two exchanges, 2. */
+/* edit_distance -- the smallest number of insertions, deletions and substitutions of a letter that
+ * turn a into b (of which 63 bytes count): to guess what a mistyped word was meant to be. Row i
+ * holds the distances of a's first i letters from each beginning of b; only the row before it is
+ * needed to compute it.
+ * By hand: "pretrian", "pretrain": two substitutions, so 2. */
 static size_t edit_distance(const char *a, const char *b) {
     size_t n = MIN(strlen(b), (size_t)63);
     size_t row[64];
-    /* from nothing to j letters: j insertions */
+    /* row 0: from nothing to j letters takes j insertions */
     for (size_t j = 0; j <= n; j++)
         row[j] = j;
     for (size_t i = 0; a[i]; i++) {
         size_t diagonal = row[0];
         row[0] = i + 1;
         for (size_t j = 0; j < n; j++) {
-            /* exchange (or keep) a letter, or the better of a deletion and an insertion */
+            /* substitute (or keep) a letter, or the better of a deletion and an insertion */
             size_t change = diagonal + (a[i] != b[j]);
             diagonal = row[j + 1];
             row[j + 1] = MIN(change, MIN(row[j], row[j + 1]) + 1);
@@ -15742,11 +15797,12 @@ static size_t edit_distance(const char *a, const char *b) {
     return row[n];
 }
 
-/* Text as it is compared: small letters without accents, one space for all else and at both
- * ends; the names of a term, which semicolons or a dot divide, keep a semicolon.  By hand:
- * "Otimização; Top-p" -> " otimizacao ; top p ".  test: glossary_fold */
+/* A text in the form in which texts are compared: digits, and letters in lower case without their
+ * accents, with one space in place of anything else and at both ends. The names of a term are
+ * separated by semicolons or a centred dot; both become a semicolon.
+ * By hand: "Otimização; Top-p" -> " otimizacao ; top p ".                 test: glossary_fold */
 static const char *fold(struct Arena *arena, const char *text) {
-    /* U+00C0 to U+00DF; small letters are 32 further on */
+    /* U+00C0 to U+00DF; the lower-case letters are 32 further on */
     static const char latin[] = "aaaaaaaceeeeiiiidnooooo ouuuuyps";
     char *folded = arena_zeros(arena, 3 * strlen(text) + 3, 1);
     char *to = folded;
@@ -15773,8 +15829,8 @@ static const char *line_after(const char *line) {
     return line + (*line == '\n');
 }
 
-/* The length of a term of docs/glossary.md, which begins after "### ". Ends the program if it does
- * not have the eight lines that the file's head tells of. */
+/* The length of an entry of docs/glossary.md; `term` is just after its "### ". Ends the program if
+ * the entry does not have the eight lines that the head of the file describes. */
 static size_t term_length(const char *term, const char *path) {
     size_t lines = 0;
     const char *end = term;
@@ -15788,8 +15844,9 @@ static size_t term_length(const char *term, const char *path) {
     return (size_t)(end - term);
 }
 
-/* How far a folded query is from a term whose heading and aliases are lines: 0 it is a name of the
- * term; 1 words of one; else 2 + the fewest edits that make it the words somewhere in one. */
+/* How badly a folded query fits a term's names, those in its heading and its aliases: 0 if it is
+ * one of them, 1 if it is some whole words of one, else 2 + the number of edits that turn it into
+ * an equally long part of them that begins with a word. */
 static size_t term_rank(struct Arena *arena, const char *term, const char *query) {
     int heading = (int)strcspn(term, "\n");
     const char *aliases = term + heading + strlen("\n- Aliases: ");
@@ -15805,7 +15862,7 @@ static size_t term_rank(struct Arena *arena, const char *term, const char *query
     return rank;
 }
 
-/* align glossary [TERM] -- the entry of the term; of several that fit equally well their names;
+/* align glossary [TERM] -- prints the term's entry; if several terms fit equally well, their names;
  * without TERM all names. */
 static void command_glossary(struct Options *o) {
     const char *path =
@@ -15816,7 +15873,7 @@ static void command_glossary(struct Options *o) {
     size_t best = SIZE_MAX;
     size_t hits = 0;
 
-    /* 1. How well the terms fit, and how many fit best. */
+    /* 1. The best rank, and how many terms have it. */
     for (const char *line = text; *line; line = line_after(line)) {
         if (strncmp(line, "### ", 4) != 0)
             continue;
@@ -15829,7 +15886,7 @@ static void command_glossary(struct Options *o) {
     if (!all && (hits > 1 || best > 1))
         puts(best > 1 ? "no term has this name; the nearest:" : "several terms fit:");
 
-    /* 2. One hit is printed whole; of several, and without TERM, the names under their headings. */
+    /* 2. A single hit is printed whole; otherwise only names, without TERM under the headings. */
     for (const char *line = text; *line; line = line_after(line)) {
         if (all && strncmp(line, "## ", 3) == 0)
             printf("%.*s\n", (int)strcspn(line, "\n") - 3, line + 3);
@@ -15842,7 +15899,7 @@ static void command_glossary(struct Options *o) {
     }
 }
 
-/* Sentences fit a context of 64 tokens; for whole reviews a longer one is worth its time.
+/* A context of 64 tokens is enough for sentences; whole reviews are worth the time of a longer one.
  * [glossary: Conjunto de dados IMDB] */
 static size_t course_positions(const struct Dataset *data) {
     size_t bytes = 0;
@@ -15852,7 +15909,7 @@ static size_t course_positions(const struct Dataset *data) {
     return bytes / data->n > 4 * COURSE_POSITIONS ? COURSE_LONG_POSITIONS : COURSE_POSITIONS;
 }
 
-/* The course's own model, new: small enough for minutes on a CPU. */
+/* A new model of the course's own size: small enough to be trained on a CPU in minutes. */
 static struct GPT2 *course_new_model(const struct Dataset *data, uint64_t seed) {
     struct GPT2 *model = gpt2_new((struct GPT2Config){
         .vocab_size = COURSE_VOCAB,
@@ -15866,7 +15923,8 @@ static struct GPT2 *course_new_model(const struct Dataset *data, uint64_t seed) 
         .layer_norm_epsilon = 1e-5f,
     });
     gpt2_init(model, seed);
-    /* GPT-2's 0.02 suits its width of 768; at 128 the blocks would drown so faint a token. */
+    /* GPT-2's 0.02 suits its width of 768; at 128, embeddings as small as that would be drowned out
+     * by what the blocks add to them. */
     struct Rng rng = rng_seed(seed, STREAM_INIT + 100);
     tensor_normal(&model->wte, &rng, 0.06);
     return model;
@@ -15892,8 +15950,8 @@ static void command_rlhf(struct Options *o) {
         .dpo_steps = o->dpo_steps,
     };
 
-    /* 1. A new model; or one that was trained before, which is only tuned on these texts, in
-     *    smaller steps the wider it is. */
+    /* 1. A new model, or an existing one, which is only tuned on these texts, with steps that are
+     *    smaller the wider it is. */
     struct GPT2 *model;
     double learning_rate = 5e-3;
     if (o->model_name_or_path) {
@@ -15906,10 +15964,10 @@ static void command_rlhf(struct Options *o) {
         model = course_new_model(data, o->train.seed);
     }
 
-    /* 2. What cannot work, before it takes a minute to find out. */
-    CHECK(o->reward_steps > 0, "--reward_steps 0: an untrained reward model gives every text the "
-                               "same reward; 1 or more "
-                               "steps are needed");
+    /* 2. Refuse now what would fail only after minutes of training. */
+    static const char untrained[] = "--reward_steps 0: an untrained reward model gives every text "
+                                    "the same reward; 1 or more steps are needed";
+    CHECK(o->reward_steps > 0, "%s", untrained);
     static const char *const results[] = {"language_model", "reward_model", "ppo", "dpo"};
     for (size_t i = 0; i < COUNT(results); i++)
         note_replaced(o, arena_printf(&o->arena, "%s/%s", course.output_dir, results[i]));
@@ -15932,7 +15990,7 @@ static void command_exact(struct Options *o) {
     const struct GPT2Config *c = &o->config;
     size_t L = o->generation.max_new_tokens;
     double count = pow((double)c->vocab_size, (double)L);
-    /* All responses are enumerated, and each is a row of a batch: the world must be small. */
+    /* All responses are enumerated, each as a row of a batch, so the world must be small. */
     CHECK(o->reinforce.beta >= 1e-3 && o->reinforce.beta <= 1e3,
           "--beta %g: must be above 0, 0.001 to 1000", o->reinforce.beta);
     CHECK(c->vocab_size >= 2 && c->vocab_size <= 16, "--vocab_size %zu: 2 to 16 tokens",
@@ -15953,8 +16011,8 @@ static void command_exact(struct Options *o) {
 static const struct Command {
     const char *name, *what;
     void (*run)(struct Options *);
-    const char *needs; /* flags that it cannot do without */
-    const char *defaults; /* that differ from other commands': a name, a value, ... */
+    const char *needs; /* the flags that must be given */
+    const char *defaults; /* those that are the command's own: a name, a value, ... */
 } COMMANDS[] = {
     {"rlhf", "the whole course: language model, reward model, PPO, DPO", command_rlhf, "",
      "temperature 0.7, output_dir out, pretrain_steps 2000, reward_steps 450, ppo_steps 85, "
@@ -16015,7 +16073,7 @@ static const struct Command *find_command(const char *name) {
     return nearest;
 }
 
-/* The command's flag of just this name, or NULL. */
+/* The command's flag of exactly this name, or NULL. */
 static const struct Flag *exact_flag(const char *name, const struct Command *command) {
     for (size_t i = 0; i < COUNT(FLAGS); i++)
         if (list_has(FLAGS[i].commands, command->name) && strcmp(name, FLAGS[i].name) == 0)
@@ -16023,9 +16081,9 @@ static const struct Flag *exact_flag(const char *name, const struct Command *com
     return NULL;
 }
 
-/* A flag by the beginning of its name, if no other begins so, as Python's argparse takes it. If
- * there is none, the program ends and names the one that was perhaps meant: what other programs
- * call so, or else what is spelt most like it. */
+/* Finds a flag by the beginning of its name if no other flag begins so, as Python's argparse does.
+ * If there is none, the program ends and suggests the flag that other programs call by this name,
+ * or else the one that is spelt most like it. */
 static const struct Flag *find_flag(struct Arena *arena, const char *name,
                                     const struct Command *command) {
     const char *candidates = "";
@@ -16034,8 +16092,8 @@ static const struct Flag *find_flag(struct Arena *arena, const char *name,
         die_usage("%s: \"--\" is no flag; all: %s %s --help", command->name, program_name,
                   command->name);
 
-    /* 1. A name that other programs use is never taken for a beginning: --lr would be that of
-     *    --lr_scheduler_type, but learning_rate is meant. */
+    /* 1. A name that other programs use is never taken for a beginning: --lr is the beginning of
+     *    --lr_scheduler_type, but means --learning_rate. */
     const struct Flag *nearest = NULL;
     for (size_t i = 0; i < COUNT(ALSO_CALLED) && !nearest; i++)
         if (list_has(ALSO_CALLED[i].elsewhere, name))
@@ -16043,7 +16101,7 @@ static const struct Flag *find_flag(struct Arena *arena, const char *name,
     bool elsewhere = nearest != NULL;
     size_t least = elsewhere ? 0 : SIZE_MAX;
 
-    /* 2. Those that begin so, which are nearer than any that is only spelt alike. */
+    /* 2. Flags that begin so, which are nearer than any that is only spelt alike. */
     for (size_t i = 0; i < COUNT(FLAGS); i++) {
         const struct Flag *flag = &FLAGS[i];
         if (!list_has(flag->commands, command->name))
@@ -16066,8 +16124,8 @@ static const struct Flag *find_flag(struct Arena *arena, const char *name,
     return nearest;
 }
 
-/* Reads a boolean as transformers' HfArgumentParser does, in large letters or small. Returns false
- * if the word is none. */
+/* Reads a boolean as transformers' HfArgumentParser does, in upper or lower case. Returns false if
+ * the word is not a boolean. */
 static bool parse_bool(const char *word, bool *value) {
     char small[8] = "";
     for (size_t i = 0; word[i] && i + 1 < sizeof small; i++)
@@ -16076,14 +16134,14 @@ static bool parse_bool(const char *word, bool *value) {
     return strlen(word) < sizeof small && (*value || list_has("false no n f 0", small));
 }
 
-/* Ends the program: the value of a flag is not what was expected. */
+/* Ends the program because a flag's value is not what was expected. */
 static _Noreturn void die_value(const struct Flag *flag, const char *value, const char *bounds) {
     const char *expected = flag->kind->expected;
     die_usage("--%s %s: %s%s was expected%s (%s)", flag->name, value, expected,
               strchr(expected, ',') ? "," : "", bounds, flag->help);
 }
 
-/* Stores a number as what the member of Options is. */
+/* Checks a number and stores it in the type of its member of Options. */
 static void parse_number(struct Options *o, const struct Flag *flag, const char *value) {
     void *to = (char *)o + flag->offset;
     const struct Kind *kind = flag->kind;
@@ -16092,8 +16150,8 @@ static void parse_number(struct Options *o, const struct Flag *flag, const char 
     char bounds[64] = "";
     char *end = NULL;
 
-    /* 1. Read it, all of it. strtoull would take "-3" and " 3"; strtod takes "nan", which no
-     *    comparison below lets through. */
+    /* 1. Read it, up to the word's end. strtoull accepts "-3" and " 3", so the first character must
+     *    be a digit. strtod accepts "nan", which fails the comparisons below. */
     if (kind == &KIND_STEPS && strcmp(value, "-1") == 0)
         value = "0"; /* HF's "not set" */
     errno = 0;
@@ -16101,13 +16159,14 @@ static void parse_number(struct Options *o, const struct Flag *flag, const char 
     double number = whole ? (double)size : strtod(value, &end);
     bool read = !*end && (whole ? isdigit((unsigned char)*value) && !errno : end != value);
 
-    /* 2. Where the words fit a number that no float can hold, the bounds are said too. */
+    /* 2. "a number above 0" does not tell what is wrong with 1e99, which no float can hold: then
+     *    the message gives the bounds too. */
     if (read && !whole && (fabs(number) > FLT_MAX || (number > 0 && number < FLT_MIN)))
         snprintf(bounds, sizeof bounds, "; %.2g to %.2g can be used", kind->least, kind->most);
     if (!read || !(number >= kind->least && number <= kind->most))
         die_value(flag, value, bounds);
 
-    /* 3. In transformers 5 a warm-up below 1 is a share of the steps. */
+    /* 3. Store it. As in transformers 5, a warm-up below 1 is a share of the steps. */
     if (warmup && number > 0 && number < 1)
         o->train.warmup_ratio = number;
     if (kind->type == TYPE_SEED)
@@ -16118,13 +16177,13 @@ static void parse_number(struct Options *o, const struct Flag *flag, const char 
         *(double *)to = number;
 }
 
-/* Stores a flag's value; NULL: the flag is bare. */
+/* Checks and stores a flag's value, which is NULL if the flag is bare. */
 static void parse_flag(struct Options *o, const struct Flag *flag, const char *value) {
     void *to = (char *)o + flag->offset;
     const struct Kind *kind = flag->kind;
     bool boolean = kind->type == TYPE_BOOL || kind->type == TYPE_STOPPING;
     bool truth = true;
-    /* 1. A bare boolean means true; one that stops a beam search has a third value. */
+    /* 1. A boolean or a number. A bare boolean is true; early_stopping has a third value. */
     bool never = kind->type == TYPE_STOPPING && value && strcmp(value, "never") == 0;
     if (boolean && value && !never && !parse_bool(value, &truth))
         die_value(flag, value, "");
@@ -16151,14 +16210,14 @@ static bool is_flag(const char *word) {
     return strncmp(word, "--", 2) == 0 || strcmp(word, "-h") == 0;
 }
 
-/* Passes over a flag of another program that changes nothing here, with its values. Returns how
- * many arguments those are. */
+/* Skips a flag of another program that changes nothing here, and its values. Returns how many
+ * arguments these values are. */
 static int pass_over(struct Options *o, const struct PassedOver *flag, const char *name,
                      const char *value, char **rest) {
     int taken = 0;
     if (!value && *rest && !is_flag(*rest))
         value = rest[taken++];
-    /* Each of its values must be one that changes nothing; "True" and "yes" are `true`. */
+    /* Each value must be one that changes nothing; "True" and "yes" count as `true`. */
     for (;; value = rest[taken++]) {
         bool truth = true;
         bool boolean = !value || parse_bool(value, &truth);
@@ -16174,8 +16233,9 @@ static int pass_over(struct Options *o, const struct PassedOver *flag, const cha
     return taken;
 }
 
-/* The next argument if it is the value of a flag, or NULL. Another flag is none; and after a
- * boolean of a command that also takes words, only a word that must be a boolean is one. */
+/* The next argument if it is this flag's value, otherwise NULL. Another flag is never a value. If
+ * the command also takes words, a boolean takes only "true" or "false", in upper or lower case, so
+ * that all other words are left to the command. */
 static const char *value_after(const struct Flag *flag, const struct Command *command,
                                const char *next) {
     bool truth;
@@ -16186,8 +16246,8 @@ static const char *value_after(const struct Flag *flag, const struct Command *co
     return strlen(next) >= strlen("true") && parse_bool(next, &truth) ? next : NULL;
 }
 
-/* Takes the flag that argv begins with: --name value, --name=value, a bare boolean or its
- * --no_name. Dashes in the name count as underscores. Returns how many further arguments it
+/* Takes the flag with which argv begins: --name value, --name=value, a bare boolean or --no_name,
+ * its negation. Dashes in the name count as underscores. Returns how many further arguments it
  * took. */
 static int take_flag(struct Options *o, const struct Command *command, char **argv) {
     size_t length = strcspn(argv[0] + 2, "=");
@@ -16210,7 +16270,7 @@ static int take_flag(struct Options *o, const struct Command *command, char **ar
         return 0;
     }
 
-    /* 2. A training takes TRL's command lines: flags about what does not exist here pass. */
+    /* 2. Training accepts TRL's command lines: flags for features that do not exist here pass. */
     for (size_t k = 0; k < COUNT(PASSED_OVER) && !flag && list_has(TRAINING, command->name); k++) {
         if (list_has(PASSED_OVER[k].names, name))
             return pass_over(o, &PASSED_OVER[k], name, value, argv + 1);
@@ -16218,7 +16278,8 @@ static int take_flag(struct Options *o, const struct Command *command, char **ar
             return pass_over(o, &PASSED_OVER[k], positive, "false", (char *[]){NULL});
     }
 
-    /* 3. One of the command's flags, perhaps cut short; its value comes after it or after "=". */
+    /* 3. One of the command's flags, perhaps abbreviated; its value is the next word or after
+     *    "=". */
     if (!flag)
         flag = find_flag(&o->arena, name, command);
     if (!equals)
@@ -16229,14 +16290,14 @@ static int take_flag(struct Options *o, const struct Command *command, char **ar
     if (flag->kind != &KIND_LIST || equals)
         return taken;
 
-    /* 4. A list goes on to the next flag: --loss_type sigmoid sft. */
+    /* 4. A list takes all words up to the next flag: --loss_type sigmoid sft. */
     const char **list = (const char **)((char *)o + flag->offset);
     for (; argv[1 + taken] && !is_flag(argv[1 + taken]) && strlen(*list) < 1000; taken++)
         *list = arena_printf(&o->arena, "%s %s", *list, argv[1 + taken]);
     return taken;
 }
 
-/* Notes each flag that changes nothing beside the others that are given, and why. */
+/* Notes each flag that has no effect together with the other flags given, and why. */
 static void note_idle_flags(struct Options *o, const struct Command *command) {
     const struct TrainingArguments *train = &o->train;
     const struct GenerationConfig *g = &o->generation;
@@ -16248,7 +16309,7 @@ static void note_idle_flags(struct Options *o, const struct Command *command) {
                           "top_p, "
                           "input_min_text_length, input_max_text_length";
 
-    /* 1. Of what is trained, and on what. */
+    /* 1. What is trained, and on what. */
     note_idle(o, !o->use_peft, "lora_r, lora_alpha, lora_dropout, lora_target_modules, use_rslora",
               o->peft_adapter ? "--peft_adapter has its own"
                               : "all weights are trained; for an adapter give --use_peft");
@@ -16257,7 +16318,7 @@ static void note_idle_flags(struct Options *o, const struct Command *command) {
     note_idle(o, !o->eval_dataset, "eval_steps", "there is no --eval_dataset");
     note_idle(o, o->rollouts, fresh, "--rollouts are replayed, none are sampled");
 
-    /* 2. Of how it is trained, and to what end. */
+    /* 2. How it is trained, and with what objective. */
     note_idle(o, train->max_steps > 0, "num_train_epochs", "--max_steps decides");
     note_idle(o, strcmp(train->optim, "sgd") == 0, "adam_beta1, adam_beta2, adam_epsilon",
               "--optim sgd keeps no running means");
@@ -16275,7 +16336,7 @@ static void note_idle_flags(struct Options *o, const struct Command *command) {
     note_idle(o, !o->ppo.early_stopping, "target_kl", "--early_stopping is not given");
     note_idle(o, !o->ppo.use_score_scaling, "use_score_norm", "--use_score_scaling is not given");
 
-    /* 3. Of what is written. */
+    /* 3. What text is generated. */
     note_idle(o, generates && !g->do_sample, "temperature, top_k, top_p, seed",
               "without --do_sample nothing is drawn");
     note_idle(o, generates && g->num_beams == 1, "length_penalty, early_stopping",
@@ -16288,7 +16349,7 @@ static void note_idle_flags(struct Options *o, const struct Command *command) {
               "answers are written only for a --reward_model_path");
 }
 
-/* A file, or the words of a term. */
+/* Takes an argument that is not a flag: a file or a folder, or a word of glossary's term. */
 static void take_word(struct Options *o, const struct Command *command, char *word) {
     bool several = command->run == command_glossary;
     if (!list_has(WITH_WORDS, command->name) || (o->file && !several))
@@ -16299,13 +16360,13 @@ static void take_word(struct Options *o, const struct Command *command, char *wo
 
 static void parse_arguments(struct Options *o, const struct Command *command, int argc,
                             char **argv) {
-    /* 1. The command line as a shell takes it, for report.json. */
+    /* 1. The command line, quoted for a shell, for report.json. */
     o->begin = seconds_now();
     o->command = program_name;
     for (int i = 1; i < argc; i++)
         o->command = arena_printf(&o->arena, "%s %s", o->command, shell_word(&o->arena, argv[i]));
 
-    /* 2. Flags with their values, and words. */
+    /* 2. Flags with their values, and other words. */
     for (int i = 2; i < argc; i++) {
         if (strcmp(argv[i], "-h") == 0)
             o->help = true;
@@ -16322,7 +16383,8 @@ static void parse_arguments(struct Options *o, const struct Command *command, in
     if (o->help)
         return;
 
-    /* 3. What cannot be together, and what changes nothing: no flag is ignored in silence. */
+    /* 3. Refuse what contradicts itself, and note what has no effect: no flag is ignored in
+     *    silence. */
     if (o->use_peft && o->peft_adapter)
         die_usage("--use_peft starts a new adapter, --peft_adapter goes on with one: give one of "
                   "them");
@@ -16335,8 +16397,8 @@ static void parse_arguments(struct Options *o, const struct Command *command, in
     note_idle_flags(o, command);
 }
 
-/* Ends the program unless the flags that the command cannot do without are given. Stored rollouts
- * have their prompts and rewards with them. */
+/* Ends the program if a flag that the command needs is missing. Stored rollouts bring their own
+ * prompts and rewards. */
 static void check_needed(struct Options *o, const struct Command *command) {
     const char *needs = command->needs;
     for (const char *name; (name = take_name(&o->arena, &needs));) {
@@ -16346,7 +16408,7 @@ static void check_needed(struct Options *o, const struct Command *command) {
     }
 }
 
-/* What a command starts from: transformers' defaults, and TRL's from the table of commands. */
+/* A command's defaults: those of transformers and TRL, then the command's own, from COMMANDS. */
 static struct Options default_options(const char *name) {
     struct Options o = {
         .train = training_arguments(),
@@ -16360,7 +16422,7 @@ static struct Options default_options(const char *name) {
         .input_length = {2, 8},
         .output_length = {4, 16},
     };
-    /* transformers' top_k of 50 is generate's; what trains or measures samples from all tokens */
+    /* only generate has transformers' top_k of 50; all other commands sample from all tokens */
     o.generation.top_k = 0;
     const struct Command *command = find_command(name);
     const char *defaults = command->defaults;
@@ -16369,7 +16431,7 @@ static struct Options default_options(const char *name) {
     return o;
 }
 
-/* A flag's value as it is in Options, in words; "" for a string that is not set. */
+/* A flag's value in Options, as text; "" for a string that is not set. */
 static const char *flag_value(struct Options *o, const struct Flag *flag) {
     static const char *const stopping[] =
         {[STOP_FALSE] = "false", [STOP_TRUE] = "true", [STOP_NEVER] = "never"};
@@ -16388,7 +16450,8 @@ static const char *flag_value(struct Options *o, const struct Flag *flag) {
     return arena_printf(&o->arena, "%g", *(const double *)at);
 }
 
-/* Prints words in lines of at most 100 columns; all but the first are indented by `indent`. */
+/* Prints words in lines of at most 100 columns. `indent`: the column where the first line begins,
+ * to which all others are indented. */
 static void print_wrapped(const char *text, size_t indent) {
     size_t column = indent;
     for (size_t length; *text; text += length + (text[length] == ' ')) {
@@ -16402,11 +16465,11 @@ static void print_wrapped(const char *text, size_t indent) {
     putchar('\n');
 }
 
-/* Prints each flag under its heading: its default, as the command has it, what it may be, and what
- * it is for. */
+/* Prints each of a command's flags under its heading: the command's default, what values it may
+ * have, and what it is for. */
 static void print_help(const struct Command *command) {
     enum { INDENT = 33 };
-    struct Options defaults = default_options(command->name); /* the command's own are among them */
+    struct Options defaults = default_options(command->name);
     const char *heading = NULL;
     printf("align %s -- ", command->name);
     print_wrapped(command->what, sizeof "align -- " - 1 + strlen(command->name));
@@ -16415,7 +16478,7 @@ static void print_help(const struct Command *command) {
          "short as far as it fits one flag alone, and have dashes for underscores.");
     for (size_t i = 0; i < COUNT(FLAGS); i++) {
         const struct Flag *flag = &FLAGS[i];
-        /* 1. A heading waits until a flag under it is one of the command's. */
+        /* 1. A heading is printed only when the command has a flag under it. */
         if (!*flag->name)
             heading = flag->help;
         if (!list_has(flag->commands, command->name))
@@ -16451,8 +16514,8 @@ static void print_version(void) {
     printf("kernel: %s\n", kernel ? kernel->name : "plain");
 }
 
-/* Answers what is asked about the program itself: --help, -h, help [COMMAND], --version. Returns
- * false if the command line is something else. */
+/* Answers questions about the program itself: --help, -h, help [COMMAND], --version, or no argument
+ * at all. Returns false if the command line is anything else. */
 static bool answer_about(int argc, char **argv) {
     const char *word = argc > 1 ? argv[1] : "help";
     bool help = strcmp(word, "--help") == 0 || strcmp(word, "-h") == 0 || strcmp(word, "help") == 0;
@@ -16467,10 +16530,11 @@ static bool answer_about(int argc, char **argv) {
     return true;
 }
 
-/* A thread that waits for others spins before it sleeps, GNU's OpenMP for milliseconds and LLVM's
- * for 200 of them. That is right on an idle machine. On a busy one it takes the time of the very
- * thread it waits for, and a run takes several times as long. So, unless the user has chosen, it
- * spins briefly. LLVM's OpenMP is told by a call, GNU's only by the environment it starts with. */
+/* A thread that waits for others spins before it sleeps, for some milliseconds with GNU's OpenMP,
+ * for 200 with LLVM's. That is right on an idle machine. On a busy one it uses up the time of the
+ * very thread for which it waits, and a run takes several times as long. So threads spin only
+ * briefly, unless the user has chosen. LLVM's OpenMP has a function for this; GNU's reads it only
+ * from the environment, when the program starts. */
 #if defined(KMP_VERSION_MAJOR) && defined(__linux__)
 static void openmp_spin_briefly(void) {
     if (!getenv("KMP_BLOCKTIME") && !getenv("OMP_WAIT_POLICY"))
@@ -16482,9 +16546,10 @@ static void openmp_spin_briefly(void) {
 #endif
 
 #if defined(_OPENMP) && !defined(KMP_VERSION_MAJOR) && defined(__GLIBC__) && !SANITIZED
-/* The C library calls this before the constructors of the shared libraries, libgomp's among them:
- * the program starts again with one variable more before anything has happened. It does so only
- * if the name it was started by leads to the file that runs: under valgrind it does not. */
+/* The C library calls this before the constructors of the shared libraries, libgomp's among them.
+ * It restarts the program with one more environment variable before anything else has happened, but
+ * only if the name by which the program was started leads to the file that runs: under valgrind it
+ * does not. */
 static void gomp_spin_briefly(int argc, char **argv, char **variables) {
     (void)argc;
     size_t n = 0;
@@ -16495,14 +16560,15 @@ static void gomp_spin_briefly(int argc, char **argv, char **variables) {
     }
     static char brief[] = "GOMP_SPINCOUNT=4000";
 
-    /* 1. The kernel has loaded no loader. In a static program the environment can still be added
-     *    to. A program that a loader was asked to run cannot be started again: nothing is done. */
+    /* 1. The kernel has not loaded a loader. If the program is static, the environment can still be
+     *    changed. If the user ran the loader with the program as its argument, that has no effect,
+     *    and a restart is impossible: threads then spin as long as usual. */
     if (getauxval(AT_BASE) == 0) {
         putenv(brief);
         return;
     }
 
-    /* 2. With the same name and arguments. Where that fails, it runs as it is. */
+    /* 2. Restart with the same name and arguments. If that fails, the program just goes on. */
     const char *name = (const char *)getauxval(AT_EXECFN);
     struct stat named;
     struct stat running;
@@ -16529,9 +16595,9 @@ __declspec(dllimport) int __stdcall MoveFileExA(const char *from, const char *to
 __declspec(dllimport) unsigned long __stdcall GetModuleFileNameA(void *module, char *path,
                                                                  unsigned long size);
 
-/* rename() of Windows refuses where a file has the new name. */
+/* rename() on Windows fails if there is a file of the new name. */
 static int rename_over(const char *from, const char *to) {
-    /* replace it, and return when all is on the disk */
+    /* 1: replace it; 8: return when it is on the disk */
     return MoveFileExA(from, to, 1 | 8) ? 0 : (errno = EACCES, -1);
 }
 
@@ -16553,8 +16619,8 @@ static size_t peak_rss_bytes(void) {
 }
 #endif
 
-/* Where the running program lies, links followed. Files that ship with it are looked for there.
- * Every system has its own way to ask. */
+/* The path of the running program, links followed: the files that ship with it are searched for
+ * next to it. Each system has its own way of asking. */
 static bool program_path(char path[PATH_MAX]) {
 #if defined(_WIN32)
     size_t n = GetModuleFileNameA(NULL, path, PATH_MAX);
@@ -16567,7 +16633,8 @@ static bool program_path(char path[PATH_MAX]) {
     uint32_t size = sizeof raw;
     return _NSGetExecutablePath(raw, &size) == 0 && realpath(raw, path);
 #elif defined(__linux__)
-    /* As it was started. /proc/self/exe is the loader where that was asked to run the program. */
+    /* the name by which it was started; /proc/self/exe may be the loader, if that was run with the
+     * program as its argument */
     const char *name = (const char *)getauxval(AT_EXECFN);
     return name && realpath(name, path);
 #else
@@ -16577,8 +16644,9 @@ static bool program_path(char path[PATH_MAX]) {
 #endif
 }
 
-/* What this file assumes of a compiler and a machine beyond C11. Without it the program would be
- * built, run, and give wrong numbers. arithmetic_check tries at the start what no macro tells. */
+/* What this file assumes of compiler and machine beyond C11. Without these checks the program could
+ * be built, run, and give wrong numbers. At the start, arithmetic_check tests what no macro
+ * tells. */
 #ifndef __GNUC__
 #error "align.c needs gcc or clang: it uses their vectors, attributes and builtins"
 #endif
@@ -16598,9 +16666,10 @@ static bool program_path(char path[PATH_MAX]) {
 _Static_assert(sizeof(int) == 4 && FLT_MANT_DIG == 24 && DBL_MANT_DIG == 53,
                "align.c needs int of 32 bits, and float and double as IEEE 754 has them");
 
-/* Is arithmetic what is asked for above? A compiler may define no macro for a flag, as clang
- * for -funsafe-math-optimizations and -fno-honor-nans, and -Ofast may be given when linking only:
- * the program then sets the smallest numbers to 0. `volatile`: not to be computed beforehand. */
+/* Does arithmetic work as required above? Some flags define no macro, such as clang's
+ * -funsafe-math-optimizations and -fno-honor-nans, and -Ofast may be given only when linking: the
+ * program then sets the smallest numbers to 0. `volatile` keeps the compiler from computing the
+ * results in advance. */
 static void arithmetic_check(void) {
     volatile float not_a_number = NAN;
     volatile float infinity = INFINITY;
@@ -16610,7 +16679,7 @@ static void arithmetic_check(void) {
     float large = 0x1p24f * one;
     float small = 0.25f * one;
     float sum = large + small;
-    /* 2^24 + 1/4 is 2^24 in float32, so the difference is 0; regrouped it would be 1/4. */
+    /* in float32 2^24 + 1/4 is 2^24, so sum - large is 0; regrouped it would be 1/4 */
     const char *wrong = NULL;
     if (!isnan(nan) || nan == nan || !isinf(infinity))
         wrong = "NaN or infinity pass for numbers";
@@ -16626,21 +16695,23 @@ static void arithmetic_check(void) {
 
 #ifndef ALIGN_NO_MAIN
 int main(int argc, char **argv) {
-    /* A closed standard stream leaves its number to the next file opened: messages would go into
-     * a model. A file at its size limit is an error. */
+    /* 1. If a standard stream is closed, the next file that is opened gets its number, and messages
+     *    would be written into a model. A file at its size limit must be an error, not a signal. */
 #ifndef _WIN32
-    /* read-only: what is printed still fails */
+    /* read-only, so that printing still fails */
     for (int fd = 0; fd <= 2; fd++)
         if (fcntl(fd, F_GETFD) == -1 && open("/dev/null", O_RDONLY) != fd)
             exit(1);
     signal(SIGXFSZ, SIG_IGN);
 #else
-    _fmode = _O_BINARY;                              /* else line ends change on the way */
+    _fmode = _O_BINARY; /* or Windows would change the line ends */
     for (int fd = 0; fd <= 2; fd++)
         _setmode(fd, _O_BINARY);
 #endif
     openmp_spin_briefly();
     arithmetic_check();
+
+    /* 2. Run the command. */
     struct Arena words = {0};
     if (argc > 0 && *argv[0])
         program_name = shell_word(&words, argv[0]);
@@ -16652,7 +16723,7 @@ int main(int argc, char **argv) {
             print_help(command);
         else {
 #ifndef _WIN32
-            /* a training goes on when nobody reads its progress; a filter ends */
+            /* a training goes on although nobody reads its output any more; a filter ends */
             if (list_has(WITH_OUTPUT, command->name))
                 signal(SIGPIPE, SIG_IGN);
 #endif
@@ -16664,6 +16735,8 @@ int main(int argc, char **argv) {
     }
     arena_free(&words);
     program_name = "align";
+
+    /* 3. Output that could not be written, for example to a full disk, is an error. */
     errno = 0;
     CHECK(fflush(stdout) == 0 && !ferror(stdout), "standard output: writing failed: %s",
           errno ? strerror(errno) : "what came out is not complete");

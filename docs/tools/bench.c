@@ -89,7 +89,7 @@ static void bench_step(struct Bench *bench, size_t n) {
 }
 
 static void bench_train(struct Bench *bench, size_t n, size_t length) {
-    struct LanguageTask task = {.examples = bench_texts(bench, n, length, 0)};
+    struct LanguageTask task = {.examples = {[TO_LEARN] = bench_texts(bench, n, length, 0)}};
     bench->trainer.task =
         (struct Task){.data = &task, .loss = language_loss, .targets = language_targets};
     bench_step(bench, n);
