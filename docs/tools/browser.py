@@ -14,14 +14,38 @@
         page.set(width=1400, dark=False, media="print")     # the same page in another window
         page.close()
 
-Nothing is asked of the network: a page that needs it has errors. `python3 docs/tools/browser.py FILE WIDTH [dark] PNG` takes a picture."""
+Nothing is asked of the network: a page that needs it has errors. `python3 docs/tools/browser.py FILE WIDTH [dark] PNG` takes a picture.
+"""
+
 import base64, fcntl, json, os, pathlib, select, shutil, subprocess, sys, tempfile, time
 
-FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", "--disable-extensions", "--disable-dev-shm-usage", "--mute-audio", "--hide-scrollbars",
-         "--force-color-profile=srgb", "--host-resolver-rules=MAP * ~NOTFOUND", "--remote-debugging-pipe"]
-KEYS = {"Enter": ("Enter", 13, "\r"), "Escape": ("Escape", 27, ""), "Tab": ("Tab", 9, ""), "ArrowDown": ("ArrowDown", 40, ""), "ArrowUp": ("ArrowUp", 38, ""),
-        "Home": ("Home", 36, ""), "End": ("End", 35, ""), " ": ("Space", 32, " ")}
+FLAGS = [
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-extensions",
+    "--disable-dev-shm-usage",
+    "--mute-audio",
+    "--hide-scrollbars",
+    "--force-color-profile=srgb",
+    "--host-resolver-rules=MAP * ~NOTFOUND",
+    "--remote-debugging-pipe",
+]
+KEYS = {
+    "Enter": ("Enter", 13, "\r"),
+    "Escape": ("Escape", 27, ""),
+    "Tab": ("Tab", 9, ""),
+    "ArrowDown": ("ArrowDown", 40, ""),
+    "ArrowUp": ("ArrowUp", 38, ""),
+    "Home": ("Home", 36, ""),
+    "End": ("End", 35, ""),
+    " ": ("Space", 32, " "),
+}
 
 # Contrast of every visible text with what is painted behind it: WCAG 2.1's formula, colours composited from the root
 # inwards. An SVG text lies on the filled shapes drawn before it that contain its middle. Colours pass through a canvas:
@@ -101,28 +125,64 @@ CONTRAST = r"""(() => {
 
 class Browser:
     def __init__(self, program=None):
-        program = program or os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-        if not program: raise RuntimeError("no Chromium: apt-get install chromium, or set CHROMIUM to the program")
+        program = (
+            program
+            or os.environ.get("CHROMIUM")
+            or shutil.which("chromium")
+            or shutil.which("chromium-browser")
+            or shutil.which("google-chrome")
+        )
+        if not program:
+            raise RuntimeError(
+                "no Chromium: apt-get install chromium, or set CHROMIUM to the program"
+            )
         self.folder = tempfile.mkdtemp(prefix="browser.")
         to_child, self.write = os.pipe()
         self.read, from_child = os.pipe()
-        high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (to_child, from_child)]      # Chromium reads from 3 and writes to 4
+        high = [
+            fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (to_child, from_child)
+        ]  # Chromium reads from 3 and writes to 4
         os.close(to_child), os.close(from_child)
-        command = ["bash", "-c", 'exec "$@" 3<&%d 4>&%d' % tuple(high), "bash", program, *FLAGS, f"--user-data-dir={self.folder}", "about:blank"]
-        self.process = subprocess.Popen(command, pass_fds=high, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for fd in high: os.close(fd)
+        command = [
+            "bash",
+            "-c",
+            'exec "$@" 3<&%d 4>&%d' % tuple(high),
+            "bash",
+            program,
+            *FLAGS,
+            f"--user-data-dir={self.folder}",
+            "about:blank",
+        ]
+        self.process = subprocess.Popen(
+            command,
+            pass_fds=high,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for fd in high:
+            os.close(fd)
         self.buffer, self.number, self.answers, self.pages = b"", 0, {}, {}
         self.call("Browser.getVersion")
 
-    def __enter__(self): return self
-    def __exit__(self, *_): self.close()
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
 
     def close(self):
-        if not self.process: return
-        try: self.call("Browser.close", timeout=5)
-        except (RuntimeError, OSError): pass
-        try: self.process.wait(10)
-        except subprocess.TimeoutExpired: self.process.kill(); self.process.wait()
+        if not self.process:
+            return
+        try:
+            self.call("Browser.close", timeout=5)
+        except (RuntimeError, OSError):
+            pass
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
         os.close(self.write), os.close(self.read)
         self.process = None
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -131,42 +191,72 @@ class Browser:
         """One message, an answer or an event, until the time is up; False when none came."""
         while b"\0" not in self.buffer:
             left = until - time.monotonic()
-            if left <= 0 or not select.select([self.read], [], [], left)[0]: return False
+            if left <= 0 or not select.select([self.read], [], [], left)[0]:
+                return False
             piece = os.read(self.read, 1 << 20)
-            if not piece: raise RuntimeError("Chromium ended")
+            if not piece:
+                raise RuntimeError("Chromium ended")
             self.buffer += piece
         message, _, self.buffer = self.buffer.partition(b"\0")
         message = json.loads(message)
-        if "id" in message: self.answers[message["id"]] = message
-        elif message.get("sessionId") in self.pages: self.pages[message["sessionId"]].event(message["method"], message["params"])
+        if "id" in message:
+            self.answers[message["id"]] = message
+        elif message.get("sessionId") in self.pages:
+            self.pages[message["sessionId"]].event(message["method"], message["params"])
         return True
 
     def call(self, method, session=None, timeout=60, **parameters):
         self.number += 1
         number, until = self.number, time.monotonic() + timeout
-        text = json.dumps({"id": number, "method": method, "params": parameters, **({"sessionId": session} if session else {})}).encode() + b"\0"
-        while text: text = text[os.write(self.write, text):]
+        text = (
+            json.dumps(
+                {
+                    "id": number,
+                    "method": method,
+                    "params": parameters,
+                    **({"sessionId": session} if session else {}),
+                }
+            ).encode()
+            + b"\0"
+        )
+        while text:
+            text = text[os.write(self.write, text) :]
         while number not in self.answers:
-            if not self.receive(until): raise RuntimeError(f"{method}: no answer in {timeout} s")
+            if not self.receive(until):
+                raise RuntimeError(f"{method}: no answer in {timeout} s")
         answer = self.answers.pop(number)
-        if "error" in answer: raise RuntimeError(f"{method}: {answer['error'].get('message')}")
+        if "error" in answer:
+            raise RuntimeError(f"{method}: {answer['error'].get('message')}")
         return answer["result"]
 
     def open(self, where, width=1400, height=900, dark=False, media="", timeout=60, scripts=True):
         """A new tab with this file or address, at this width in CSS pixels, in light or dark, with
         its scripts or without."""
-        url = where if "://" in where or where.startswith(("about:", "data:")) else pathlib.Path(where).resolve().as_uri()
+        url = (
+            where
+            if "://" in where or where.startswith(("about:", "data:"))
+            else pathlib.Path(where).resolve().as_uri()
+        )
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        page = Page(self, target, self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"])
-        for domain in ("Page", "Runtime", "Log", "Network"): page.call(domain + ".enable")
+        page = Page(
+            self,
+            target,
+            self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"],
+        )
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            page.call(domain + ".enable")
         page.set(width, height, dark, media)
-        if not scripts: page.call("Emulation.setScriptExecutionDisabled", value=True)
+        if not scripts:
+            page.call("Emulation.setScriptExecutionDisabled", value=True)
         failure = page.call("Page.navigate", url=url).get("errorText")
-        if failure: raise RuntimeError(f"{url}: {failure}")
+        if failure:
+            raise RuntimeError(f"{url}: {failure}")
         until = time.monotonic() + timeout
         while not page.loaded:
-            if not self.receive(until): raise RuntimeError(f"{url}: not loaded in {timeout} s")
-        if scripts: page.settle()
+            if not self.receive(until):
+                raise RuntimeError(f"{url}: not loaded in {timeout} s")
+        if scripts:
+            page.settle()
         return page
 
 
@@ -176,17 +266,26 @@ class Page:
         self.errors, self.requests = [], []
         browser.pages[session] = self
 
-    def call(self, method, timeout=60, **parameters): return self.browser.call(method, self.session, timeout, **parameters)
+    def call(self, method, timeout=60, **parameters):
+        return self.browser.call(method, self.session, timeout, **parameters)
 
     def event(self, method, p):
-        if method == "Page.loadEventFired": self.loaded = True
+        if method == "Page.loadEventFired":
+            self.loaded = True
         elif method == "Runtime.exceptionThrown":
             d = p["exceptionDetails"]
-            self.errors.append(f"exception: {d.get('exception', {}).get('description') or d['text']} (line {d['lineNumber'] + 1})")
+            self.errors.append(
+                f"exception: {d.get('exception', {}).get('description') or d['text']} (line {d['lineNumber'] + 1})"
+            )
         elif method == "Runtime.consoleAPICalled" and p["type"] in ("error", "assert", "warning"):
-            self.errors.append(f"console.{p['type']}: " + " ".join(str(a.get("value", a.get("description", ""))) for a in p["args"]))
+            self.errors.append(
+                f"console.{p['type']}: "
+                + " ".join(str(a.get("value", a.get("description", ""))) for a in p["args"])
+            )
         elif method == "Log.entryAdded" and p["entry"]["level"] in ("error", "warning"):
-            self.errors.append(f"{p['entry']['level']}: {p['entry']['text']} {p['entry'].get('url', '')}".strip())
+            self.errors.append(
+                f"{p['entry']['level']}: {p['entry']['text']} {p['entry'].get('url', '')}".strip()
+            )
         elif method == "Network.requestWillBeSent":
             url = p["request"]["url"]
             self.requests.append(url)
@@ -195,44 +294,100 @@ class Page:
 
     def set(self, width=1400, height=900, dark=False, media=""):
         """The window: width and height in CSS pixels, colour scheme, medium ("" or "print")."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
-        self.call("Emulation.setEmulatedMedia", media=media, features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"},
-                                                                       {"name": "prefers-reduced-motion", "value": "reduce"}])
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
+        self.call(
+            "Emulation.setEmulatedMedia",
+            media=media,
+            features=[
+                {"name": "prefers-color-scheme", "value": "dark" if dark else "light"},
+                {"name": "prefers-reduced-motion", "value": "reduce"},
+            ],
+        )
 
     def evaluate(self, script, timeout=60):
-        r = self.call("Runtime.evaluate", timeout, expression=script, returnByValue=True, awaitPromise=True, userGesture=True)
-        if "exceptionDetails" in r: raise RuntimeError(r["exceptionDetails"].get("exception", {}).get("description") or r["exceptionDetails"]["text"])
+        r = self.call(
+            "Runtime.evaluate",
+            timeout,
+            expression=script,
+            returnByValue=True,
+            awaitPromise=True,
+            userGesture=True,
+        )
+        if "exceptionDetails" in r:
+            raise RuntimeError(
+                r["exceptionDetails"].get("exception", {}).get("description")
+                or r["exceptionDetails"]["text"]
+            )
         return r["result"].get("value")
 
     def settle(self):
         """Two frames: what scripts and layout had still to do is done."""
-        self.evaluate("new Promise(done => { requestAnimationFrame(() => requestAnimationFrame(() => done(true))); setTimeout(() => done(true), 1000); })")
+        self.evaluate(
+            "new Promise(done => { requestAnimationFrame(() => requestAnimationFrame(() => done(true))); setTimeout(() => done(true), 1000); })"
+        )
 
     def press(self, key, shift=False, settle=True):
         """One key: a character, or Enter, Escape, Tab, ArrowDown, ArrowUp, Home, End."""
         code, number, text = KEYS.get(key, ("", ord(key[0].upper()) if key.isalnum() else 0, key))
         common = dict(key=key, code=code, windowsVirtualKeyCode=number, modifiers=8 if shift else 0)
-        self.call("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", **common, **({"text": text} if text else {}))
+        self.call(
+            "Input.dispatchKeyEvent",
+            type="keyDown" if text else "rawKeyDown",
+            **common,
+            **({"text": text} if text else {}),
+        )
         self.call("Input.dispatchKeyEvent", type="keyUp", **common)
-        if settle: self.settle()
+        if settle:
+            self.settle()
 
     def type(self, text):
-        for character in text: self.press(character, settle=False)
+        for character in text:
+            self.press(character, settle=False)
         self.settle()
 
-    def overflow(self): return self.evaluate("Math.max(0, document.scrollingElement.scrollWidth - innerWidth)")
+    def overflow(self):
+        return self.evaluate("Math.max(0, document.scrollingElement.scrollWidth - innerWidth)")
 
-    def contrast(self): return self.evaluate(CONTRAST, timeout=300)
+    def contrast(self):
+        return self.evaluate(CONTRAST, timeout=300)
 
     def screenshot(self, path, full=False):
         clip = {}
         if full:
             size = self.call("Page.getLayoutMetrics")["cssContentSize"]
-            clip = {"captureBeyondViewport": True, "clip": {"x": 0, "y": 0, "width": size["width"], "height": min(size["height"], 16000), "scale": 1}}
-        with open(path, "wb") as f: f.write(base64.b64decode(self.call("Page.captureScreenshot", format="png", **clip)["data"]))
+            clip = {
+                "captureBeyondViewport": True,
+                "clip": {
+                    "x": 0,
+                    "y": 0,
+                    "width": size["width"],
+                    "height": min(size["height"], 16000),
+                    "scale": 1,
+                },
+            }
+        with open(path, "wb") as f:
+            f.write(
+                base64.b64decode(self.call("Page.captureScreenshot", format="png", **clip)["data"])
+            )
 
     def pdf(self, path):
-        with open(path, "wb") as f: f.write(base64.b64decode(self.call("Page.printToPDF", timeout=300, preferCSSPageSize=True, printBackground=False)["data"]))
+        with open(path, "wb") as f:
+            f.write(
+                base64.b64decode(
+                    self.call(
+                        "Page.printToPDF",
+                        timeout=300,
+                        preferCSSPageSize=True,
+                        printBackground=False,
+                    )["data"]
+                )
+            )
 
     def close(self):
         self.browser.pages.pop(self.session, None)
@@ -240,7 +395,8 @@ class Page:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (4, 5): sys.exit(__doc__)
+    if len(sys.argv) not in (4, 5):
+        sys.exit(__doc__)
     with Browser() as b:
         p = b.open(sys.argv[1], int(sys.argv[2]), dark="dark" in sys.argv[3:-1])
         p.screenshot(sys.argv[-1], full=True)

@@ -18,6 +18,7 @@ Odd logs: none, one point, nulls, 100,000 points, hostile texts. The page's poli
 loaded or sent, no text becomes markup. Its functions, by hand. Without scripts a line says so.
 Without docs/report.html a training ends well, with a note, and align report makes the page later.
 --pictures DIR: keeps pictures of the pages there."""
+
 import fcntl
 import hashlib
 import html.parser
@@ -40,12 +41,16 @@ ALIGN = os.path.abspath("align")
 PAGE = os.path.abspath("docs/report.html")
 TINY = "--vocab_size 300 --n_layer 1 --n_head 2 --n_embd 16"
 FEW = "--max_steps 4 --logging_steps 1"
-RLHF = ("rlhf --model_name_or_path pretrain --dataset_name rated --pretrain_steps 9"
-        " --reward_steps 6 --ppo_steps 3 --dpo_steps 2")
-ROLL = ("--model_name_or_path pretrain --dataset_name prompts --reward_model_path reward"
-        " --batch_size 4 " + FEW)
+RLHF = (
+    "rlhf --model_name_or_path pretrain --dataset_name rated --pretrain_steps 9"
+    " --reward_steps 6 --ppo_steps 3 --dpo_steps 2"
+)
+ROLL = (
+    "--model_name_or_path pretrain --dataset_name prompts --reward_model_path reward"
+    " --batch_size 4 " + FEW
+)
 PLOTS = {"course": 11, "pretrain": 1, "sft": 1, "reward": 2, "dpo": 2, "ppo": 4, "reinforce": 1}
-POINTS = {"one": 1, "nulls": 19, "absurd": 3, "flat": 5}          # that can be shown, of odd logs
+POINTS = {"one": 1, "nulls": 19, "absurd": 3, "flat": 5}  # that can be shown, of odd logs
 STAGES = ("language_model", "reward_model", "ppo", "dpo")
 FILES = ["report.json", "trainer_state.json"] + [s + "/trainer_state.json" for s in STAGES]
 
@@ -206,12 +211,14 @@ def run(work, arguments, program=ALIGN):
 def must(work, arguments):
     done = run(work, arguments)
     said = done.stderr.decode(errors="replace").strip()
-    if done.returncode: sys.exit("align %s: exit %d: %s" % (arguments, done.returncode, said))
+    if done.returncode:
+        sys.exit("align %s: exit %d: %s" % (arguments, done.returncode, said))
     return done
 
 
 def read(*path):
-    with open(os.path.join(*path), "rb") as f: return f.read()
+    with open(os.path.join(*path), "rb") as f:
+        return f.read()
 
 
 def write(folder, files):
@@ -223,19 +230,28 @@ def write(folder, files):
 
 # ---- Progress on a terminal ----------------------------------------------------------------------
 
+
 def on_terminal(work, arguments, columns, **environment):
     """Runs align on a terminal of its own -> (exit status, what it wrote there)."""
     main, side = pty.openpty()
     fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    process = subprocess.Popen([ALIGN, *arguments.split()], cwd=work, stdout=subprocess.DEVNULL,
-                               stderr=side, stdin=subprocess.DEVNULL,
-                               env={**os.environ, **environment})
+    process = subprocess.Popen(
+        [ALIGN, *arguments.split()],
+        cwd=work,
+        stdout=subprocess.DEVNULL,
+        stderr=side,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, **environment},
+    )
     os.close(side)
     written = b""
     while True:
-        try: piece = os.read(main, 65536)
-        except OSError: break
-        if not piece: break
+        try:
+            piece = os.read(main, 65536)
+        except OSError:
+            break
+        if not piece:
+            break
         written += piece
     os.close(main)
     return process.wait(), written
@@ -256,13 +272,18 @@ def faults_of_lines(lines, columns):
     samples = [line for line in lines if line.startswith("    ")]
     wide = [line for line in bars + samples if columns_of(line) > columns - 1]
     whole = any("tokens/s" in line and " left" in line and "loss" in line for line in bars)
-    faults = [wide and "too wide: %r" % wide[0],
-              len(bars) < 20 and "%d lines of progress" % len(bars),
-              len(samples) < 8 and "%d samples" % len(samples),
-              not any("20/20" in line or "9/9" in line for line in bars) and "no stage ends",
-              columns == 300 and not whole and "no time left, tokens/s, loss"]
-    return faults + ["stage %s is missing" % stage for stage in ("1/4", "2/4", "3/4", "4/4")
-                     if not any(line.startswith(stage) for line in bars)]
+    faults = [
+        wide and "too wide: %r" % wide[0],
+        len(bars) < 20 and "%d lines of progress" % len(bars),
+        len(samples) < 8 and "%d samples" % len(samples),
+        not any("20/20" in line or "9/9" in line for line in bars) and "no stage ends",
+        columns == 300 and not whole and "no time left, tokens/s, loss",
+    ]
+    return faults + [
+        "stage %s is missing" % stage
+        for stage in ("1/4", "2/4", "3/4", "4/4")
+        if not any(line.startswith(stage) for line in bars)
+    ]
 
 
 def check_progress(work):
@@ -270,18 +291,22 @@ def check_progress(work):
     same, codes = weights(work + "/plain"), re.compile(rb"[\x00-\x09\x0b-\x1f\x7f]")
     code_in = lambda text: codes.search(text) and "a control code: %r" % codes.search(text)[0]
     for name, columns, environment, arguments in (
-            ("60 columns", 60, {"TERM": "xterm"}, ""),
-            ("300 columns, NO_COLOR", 300, {"TERM": "xterm", "NO_COLOR": "1"}, ""),
-            ("TERM=dumb", 60, {"TERM": "dumb"}, ""),
-            ("--quiet", 60, {"TERM": "xterm"}, " --quiet")):
+        ("60 columns", 60, {"TERM": "xterm"}, ""),
+        ("300 columns, NO_COLOR", 300, {"TERM": "xterm", "NO_COLOR": "1"}, ""),
+        ("TERM=dumb", 60, {"TERM": "dumb"}, ""),
+        ("--quiet", 60, {"TERM": "xterm"}, " --quiet"),
+    ):
         live = RLHF + arguments + " --output_dir live"
         status, written = on_terminal(work, live, columns, **environment)
         faults, text = [status and "exit %d" % status], written.replace(b"\r\n", b"\n")
         steered = text.replace(b"\x1b[K", b"")
         lines = [line for line in re.split("[\r\n]", steered.decode("utf-8")) if line]
-        if weights(work + "/live") != same: faults.append("other weights than without a terminal")
-        if name == "--quiet" and text: faults.append("wrote %r" % text[:80])
-        if name == "TERM=dumb": faults.append(code_in(text))
+        if weights(work + "/live") != same:
+            faults.append("other weights than without a terminal")
+        if name == "--quiet" and text:
+            faults.append("wrote %r" % text[:80])
+        if name == "TERM=dumb":
+            faults.append(code_in(text))
         if "columns" in name:
             if code_in(steered.replace(b"\r", b"")):
                 faults.append("more control codes than \\r and ESC [ K")
@@ -289,14 +314,19 @@ def check_progress(work):
         check("terminal: " + name, faults, "%d lines renewed" % len(lines) if lines else "")
     plain = run(work, RLHF + " --output_dir plain").stderr
     steps = plain.count(b"step")
-    check("no terminal", [code_in(plain), steps > 45 and "%d lines" % steps],
-          "%d lines" % plain.count(b"\n"))
+    check(
+        "no terminal",
+        [code_in(plain), steps > 45 and "%d lines" % steps],
+        "%d lines" % plain.count(b"\n"),
+    )
 
 
 # ---- The data in a page --------------------------------------------------------------------------
 
+
 class Tags(html.parser.HTMLParser):
     """The tags of a page, and what stands in its element #run."""
+
     def __init__(self, text):
         super().__init__()
         self.tags, self.run, self.inside = [], "", False
@@ -312,13 +342,17 @@ class Tags(html.parser.HTMLParser):
         self.inside = False
 
     def handle_data(self, data):
-        if self.inside: self.run += data
+        if self.inside:
+            self.run += data
 
 
 def held(folder):
     """What a run's files hold, as the page must have it."""
-    return {name: json.loads(read(folder, name).decode("utf-8-sig")) for name in FILES
-            if os.path.exists(os.path.join(folder, name))}
+    return {
+        name: json.loads(read(folder, name).decode("utf-8-sig"))
+        for name in FILES
+        if os.path.exists(os.path.join(folder, name))
+    }
 
 
 def check_data(browser, name, folder):
@@ -326,61 +360,103 @@ def check_data(browser, name, folder):
     page, files = Tags(read(folder, "report.html").decode()), held(folder)
     template = Tags(read(PAGE).decode())
     shown = browser.open(os.path.join(folder, "report.html"))
-    equal = shown.evaluate("JSON.stringify(JSON.parse(document.getElementById('run').textContent))"
-                           " === JSON.stringify(JSON.parse(%s))" % json.dumps(json.dumps(files)))
+    equal = shown.evaluate(
+        "JSON.stringify(JSON.parse(document.getElementById('run').textContent))"
+        " === JSON.stringify(JSON.parse(%s))" % json.dumps(json.dumps(files))
+    )
     shown.close()
-    check("data: " + name, [page.tags != template.tags and "other tags than docs/report.html",
-                            template.run and "docs/report.html has a run in it",
-                            json.loads(page.run) != files and "other data than the files",
-                            not equal and "other data than the files, in the browser"],
-          ", ".join(files))
+    check(
+        "data: " + name,
+        [
+            page.tags != template.tags and "other tags than docs/report.html",
+            template.run and "docs/report.html has a run in it",
+            json.loads(page.run) != files and "other data than the files",
+            not equal and "other data than the files, in the browser",
+        ],
+        ", ".join(files),
+    )
 
 
 # ---- The pages -----------------------------------------------------------------------------------
 
+
 def check_page(browser, name, path, terms, plots, pictures):
     """One report, in all its windows."""
     faults = []
-    for width, dark, media in ((1200, False, ""), (1200, True, ""), (360, False, ""),
-                               (360, True, ""), (720, False, "print"), (720, True, "print")):
+    for width, dark, media in (
+        (1200, False, ""),
+        (1200, True, ""),
+        (360, False, ""),
+        (360, True, ""),
+        (720, False, "print"),
+        (720, True, "print"),
+    ):
         page = browser.open(path, width=width, dark=dark, media=media)
         where = "%d %s %s: " % (width, "dark" if dark else "light", media)
         figures = page.evaluate(FIGURES)
         faults += [where + str(x) for x in page.errors + page.evaluate(WHOLE)]
         faults += [page.overflow() and where + "%d pixels too wide" % page.overflow()]
-        faults += [where + "contrast %(ratio)s of %(text)r, %(colour)s on %(background)s" % c
-                   for c in page.contrast()[:5]]
+        faults += [
+            where + "contrast %(ratio)s of %(text)r, %(colour)s on %(background)s" % c
+            for c in page.contrast()[:5]
+        ]
         faults += [where + f["title"] + ": " + f["wrong"] for f in figures if f["wrong"]]
-        faults += ["%s is no term of docs/glossary.md" % f["term"] for f in figures
-                   if f["term"] not in terms]
+        faults += [
+            "%s is no term of docs/glossary.md" % f["term"]
+            for f in figures
+            if f["term"] not in terms
+        ]
         faults += [len(figures) != plots and "%d plots, expected %d" % (len(figures), plots)]
         picture = "%s-%s.png" % (name, where.strip(": ").replace(" ", "-"))
-        if pictures: page.screenshot(os.path.join(pictures, picture), full=True)
+        if pictures:
+            page.screenshot(os.path.join(pictures, picture), full=True)
         faults += [where + "asks for " + url for url in page.requests[1:]]
         page.close()
     points = max([f["points"] for f in figures], default=0)
     faults += [points != POINTS.get(name, points) and "%.0f points" % points]
-    check("page: " + name, dict.fromkeys(faults), "%d plots, at most %.0f points, %d KB"
-          % (len(figures), points, os.path.getsize(path) // 1024))
+    check(
+        "page: " + name,
+        dict.fromkeys(faults),
+        "%d plots, at most %.0f points, %d KB"
+        % (len(figures), points, os.path.getsize(path) // 1024),
+    )
     return figures
 
 
-def log(entries): return {"trainer_state.json": {"log_history": entries}}
+def log(entries):
+    return {"trainer_state.json": {"log_history": entries}}
 
 
 def odd_runs(work):
     """Folders with logs as no run should leave them -> {name: plots expected}."""
-    token = (b'"</script><script>window.ran=1</script><!--<script><img src=x onerror=window.ran=1>'
-             b'\\" onmouseover=\\"window.ran=1 \'&amp;\' \\ud800 \\u202e\\u0000\\u009b '
-             b'\xe2\x80\xa8\xe2\x80\xa9\xe2\x81\xa6"')
+    token = (
+        b'"</script><script>window.ran=1</script><!--<script><img src=x onerror=window.ran=1>'
+        b"\\\" onmouseover=\\\"window.ran=1 '&amp;' \\ud800 \\u202e\\u0000\\u009b "
+        b'\xe2\x80\xa8\xe2\x80\xa9\xe2\x81\xa6"'
+    )
     answer = b'{"reward": 1, "tokens": [%s, 3, null, "b"], "logratio": [5, -2, null, -0.5]}' % token
-    report = (b'{"facts": {%s: %s, "Seed": 4}, "liked": [1, null, 2], "samples": '
-              b'[{"prompt": %s, "before": %s, "ppo": %s}]}' % (token, token, token, answer, answer))
+    report = (
+        b'{"facts": {%s: %s, "Seed": 4}, "liked": [1, null, 2], "samples": '
+        b'[{"prompt": %s, "before": %s, "ppo": %s}]}' % (token, token, token, answer, answer)
+    )
     ends = [{"step": 1, "loss": 1}, {"step": 2, "loss": 2}]
     write(work + "/hostile", {**log(ends), "report.json": report})
-    write(work + "/kinds", {**log(ends), "report.json": {
-        "facts": {"a": ["b"], "__proto__": "c"}, "liked": {"length": 2}, "disliked": "many",
-        "samples": [None, 3, {"prompt": 4, "before": "x", "ppo": {"tokens": 5, "logratio": {}}}]}})
+    write(
+        work + "/kinds",
+        {
+            **log(ends),
+            "report.json": {
+                "facts": {"a": ["b"], "__proto__": "c"},
+                "liked": {"length": 2},
+                "disliked": "many",
+                "samples": [
+                    None,
+                    3,
+                    {"prompt": 4, "before": "x", "ppo": {"tokens": 5, "logratio": {}}},
+                ],
+            },
+        },
+    )
     write(work + "/none", log([]))
     write(work + "/one", log([{"step": 7, "loss": 3.25}]))
     nulls = [{"step": s, "loss": None if s % 2 else 1 / s, "eval_loss": None} for s in range(1, 40)]
@@ -388,12 +464,31 @@ def odd_runs(work):
     losses = {1: "-1e308", 2: "1e300", 3: "1e29", 4: "-1e29", "1e14": "1e-29"}
     entries = ", ".join('{"step": %s, "loss": %s}' % pair for pair in losses.items())
     write(work + "/absurd", {"trainer_state.json": b'{"log_history": [%s]}' % entries.encode()})
-    write(work + "/flat", log([{"step": s, "loss": 1e6 + 1e-9 * s} for s in range(5)]
-                              + [{"step": 2, "eval_loss": 0}]))
-    write(work + "/long", log([{"step": s, "loss": 3 + (s * 7919 % 1000) / 1000
-                                + (97 if s == 54321 else 0)} for s in range(100000)]))
-    return {"hostile": 1, "kinds": 1, "none": 0, "one": 1, "nulls": 1, "absurd": 1, "flat": 1,
-            "long": 1}
+    write(
+        work + "/flat",
+        log(
+            [{"step": s, "loss": 1e6 + 1e-9 * s} for s in range(5)] + [{"step": 2, "eval_loss": 0}]
+        ),
+    )
+    write(
+        work + "/long",
+        log(
+            [
+                {"step": s, "loss": 3 + (s * 7919 % 1000) / 1000 + (97 if s == 54321 else 0)}
+                for s in range(100000)
+            ]
+        ),
+    )
+    return {
+        "hostile": 1,
+        "kinds": 1,
+        "none": 0,
+        "one": 1,
+        "nulls": 1,
+        "absurd": 1,
+        "flat": 1,
+        "long": 1,
+    }
 
 
 def check_hostile(browser, path):
@@ -402,19 +497,30 @@ def check_hostile(browser, path):
     words = page.evaluate("[...document.querySelectorAll('th, td, .text')].map(e => e.textContent)")
     letters = "</script><script>window.ran=1</script><!--<script><img src=x onerror=window.ran=1>"
     shown = [text for text in words if letters in text]
-    check("hostile: shown as text", [len(shown) != 5 and "in %d places of 5" % len(shown),
-                                     page.evaluate("'ran' in window") and "it ran"])
+    check(
+        "hostile: shown as text",
+        [
+            len(shown) != 5 and "in %d places of 5" % len(shown),
+            page.evaluate("'ran' in window") and "it ran",
+        ],
+    )
     page.close()
 
 
 def check_functions(browser):
     page = browser.open(PAGE)
     bare = page.evaluate("document.querySelector('main').innerText")
-    check("page: no run in it yet", page.errors + page.evaluate(WHOLE) + [
-        "No run is in this page yet" not in bare and "says nothing of it"])
+    check(
+        "page: no run in it yet",
+        page.errors
+        + page.evaluate(WHOLE)
+        + ["No run is in this page yet" not in bare and "says nothing of it"],
+    )
     check("functions, by hand", page.evaluate(BY_HAND))
-    try: faults = page.evaluate(POLICY)
-    except RuntimeError as e: faults = ["the page was left: %s" % e]
+    try:
+        faults = page.evaluate(POLICY)
+    except RuntimeError as e:
+        faults = ["the page was left: %s" % e]
     check("policy: nothing leaves the page", faults)
     page.close()
 
@@ -429,21 +535,31 @@ def check_noscript(browser, path):
 
 # ---- align report --------------------------------------------------------------------------------
 
+
 def refused(work, arguments, status, words=b"", program=ALIGN):
     """One line says what is wrong."""
     done = run(work, arguments, program)
     said = done.stderr
     good = done.returncode == status and said.startswith(b"align: ") and said.count(b"\n") == 1
     fault = "exit %d: %r" % (done.returncode, said[:200])
-    check("refused: align " + arguments, [not (good and words in said) and fault],
-          said.decode(errors="replace").strip())
+    check(
+        "refused: align " + arguments,
+        [not (good and words in said) and fault],
+        said.decode(errors="replace").strip(),
+    )
 
 
 def check_refusals(work):
     os.makedirs(work + "/empty")
     write(work + "/broken", {"trainer_state.json": b'{"log_history": ['})
-    for arguments, status in (("report nowhere", 1), ("report empty", 1), ("report broken", 1),
-                              ("report rated", 1), ("report", 2), ("report a b", 2)):
+    for arguments, status in (
+        ("report nowhere", 1),
+        ("report empty", 1),
+        ("report broken", 1),
+        ("report rated", 1),
+        ("report", 2),
+        ("report a b", 2),
+    ):
         refused(work, arguments, status)
 
 
@@ -455,46 +571,71 @@ def check_without_page(work):
     shutil.copy("tokenizer.bin", alone)
     short = "--model_name_or_path pretrain --max_steps 1 --quiet"
     trainings = {"late sft": "sft --dataset_name text " + short, "late course": RLHF + " --quiet"}
-    for page, why in ((None, "docs/report.html is neither beside the program nor in the current"),
-                      (b"<html></html>", "docs/report.html: no place for a run (<script ")):
-        if page: write(alone + "/docs", {"report.html": page})
+    for page, why in (
+        (None, "docs/report.html is neither beside the program nor in the current"),
+        (b"<html></html>", "docs/report.html: no place for a run (<script "),
+    ):
+        if page:
+            write(alone + "/docs", {"report.html": page})
         for name, arguments in trainings.items():
             folder = name.replace(" ", "_")
             shutil.rmtree(os.path.join(work, folder), ignore_errors=True)
             done = run(work, arguments + " --output_dir " + folder, program)
             notes = [line for line in done.stderr.decode().split("\n") if "report.html" in line]
-            wanted = (why, folder + "/report.html is not written", "report.json and the logs",
-                      "report " + folder + " makes the page")
+            wanted = (
+                why,
+                folder + "/report.html is not written",
+                "report.json and the logs",
+                "report " + folder + " makes the page",
+            )
             said = "".join(notes)
             there = lambda name: os.path.exists(os.path.join(work, folder, name))
-            check("%s, %s" % (name, "a page without a place" if page else "no page"),
-                  [done.returncode and "exit %d" % done.returncode,
-                   len(notes) != 1 and "%d notes: %s" % (len(notes), done.stderr.decode()),
-                   there("report.html") and "a page", not there("report.json") and "no report.json"]
-                  + ["the note lacks %r: %s" % (w, said) for w in wanted if w not in said])
+            check(
+                "%s, %s" % (name, "a page without a place" if page else "no page"),
+                [
+                    done.returncode and "exit %d" % done.returncode,
+                    len(notes) != 1 and "%d notes: %s" % (len(notes), done.stderr.decode()),
+                    there("report.html") and "a page",
+                    not there("report.json") and "no report.json",
+                ]
+                + ["the note lacks %r: %s" % (w, said) for w in wanted if w not in said],
+            )
         refused(work, "report late_sft", 1, why.encode(), program)
     shutil.copy(PAGE, alone + "/docs")
     for folder in ("late_sft", "late_course"):
         done = run(work, "report " + folder, program)
         made = os.path.join(work, folder, "report.html")
-        check("made later: " + folder, [done.returncode and done.stderr, not os.path.exists(made)
-                                        and "no page"])
+        check(
+            "made later: " + folder,
+            [done.returncode and done.stderr, not os.path.exists(made) and "no page"],
+        )
 
 
 def make_runs(work):
     with open("docs/reviews.jsonl", encoding="utf-8") as f:
         rated = [json.loads(line) for _, line in zip(range(240), f)]
     pairs = [{"prompt": "The film is", "chosen": " good", "rejected": " bad"}] * 8
-    shapes = {"rated": rated, "text": [{"text": r["text"]} for r in rated[:40]], "pairs": pairs,
-              "prompts": [{"prompt": "The film"}] * 8}
+    shapes = {
+        "rated": rated,
+        "text": [{"text": r["text"]} for r in rated[:40]],
+        "pairs": pairs,
+        "prompts": [{"prompt": "The film"}] * 8,
+    }
     for name, rows in shapes.items():
         with open(os.path.join(work, name), "w", encoding="utf-8") as f:
             f.writelines(json.dumps(row) + "\n" for row in rows)
-    for folder, data in (("pretrain", "text"), ("sft", "text"), ("reward", "pairs"),
-                         ("dpo", "pairs")):
+    for folder, data in (
+        ("pretrain", "text"),
+        ("sft", "text"),
+        ("reward", "pairs"),
+        ("dpo", "pairs"),
+    ):
         new, old = TINY + " --n_positions 256", "--model_name_or_path pretrain"
-        must(work, "%s %s --dataset_name %s --eval_dataset %s --output_dir %s --quiet %s"
-             % (folder, new if folder == "pretrain" else old, data, data, folder, FEW))
+        must(
+            work,
+            "%s %s --dataset_name %s --eval_dataset %s --output_dir %s --quiet %s"
+            % (folder, new if folder == "pretrain" else old, data, data, folder, FEW),
+        )
     must(work, "reinforce %s --num_generations 2 --output_dir reinforce --quiet" % ROLL)
     must(work, "ppo %s --mini_batch_size 2 --output_dir ppo --quiet" % ROLL)
 
@@ -507,17 +648,22 @@ def check_made_again(work, name):
 
 def main():
     pictures = sys.argv[2] if sys.argv[1:2] == ["--pictures"] else None
-    if pictures: os.makedirs(pictures, exist_ok=True)
+    if pictures:
+        os.makedirs(pictures, exist_ok=True)
     with open("docs/glossary.md", encoding="utf-8") as f:
         terms = {line[4:].strip() for line in f if line.startswith("### ")}
     terms |= {t.split(" · ")[0] for t in terms if len(set(t.split(" · "))) == 1}
     with tempfile.TemporaryDirectory() as work:
         make_runs(work)
         check_progress(work)
-        must(".", "rlhf --pretrain_steps 40 --reward_steps 20 --ppo_steps 4 --dpo_steps 4 --quiet"
-             " --output_dir " + work + "/course")
+        must(
+            ".",
+            "rlhf --pretrain_steps 40 --reward_steps 20 --ppo_steps 4 --dpo_steps 4 --quiet"
+            " --output_dir " + work + "/course",
+        )
         odd = odd_runs(work)
-        for name in odd: must(work, "report " + name)
+        for name in odd:
+            must(work, "report " + name)
         with Browser() as browser:
             for name, plots in {**PLOTS, **odd}.items():
                 path = os.path.join(work, name, "report.html")
@@ -525,16 +671,20 @@ def main():
                 check_data(browser, name, os.path.join(work, name))
                 if name == "long":
                     few, high = figures[0]["points"] < 1200, figures[0]["height"] > 80
-                    check("100,000 points: thinned, and the peak is there",
-                          [not few and "not thinned", not high and "no peak"])
+                    check(
+                        "100,000 points: thinned, and the peak is there",
+                        [not few and "not thinned", not high and "no peak"],
+                    )
             check_hostile(browser, work + "/hostile/report.html")
             check_functions(browser)
             check_noscript(browser, work + "/course/report.html")
-        for name in PLOTS: check_made_again(work, name)
+        for name in PLOTS:
+            check_made_again(work, name)
         check_refusals(work)
         check_without_page(work)
     print("%d passed, %d failed" % (passed, failed))
     sys.exit(failed > 0)
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

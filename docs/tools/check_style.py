@@ -18,7 +18,7 @@ import subprocess
 import sys
 
 COLUMNS, LINES, PARAMETERS, SHARE = 100, 50, 7, 0.30
-INSIDE, BARE, LONG = 17, 0, 12
+INSIDE, BARE, LONG = 20, 0, 12
 BODY = re.compile(r"\s+(if|for|while) \(.*\) [^{/]*;\s*(/\*.*)?$")
 SEVERAL = re.compile(
     r"\s+(const |unsigned |static )*(struct \w+|double|float|size_t|int|bool|char|uint\d+_t|FILE)\b"
@@ -26,7 +26,7 @@ SEVERAL = re.compile(
 )
 TOOLS = "docs/tools"
 SCRIPTS = ["prepare_imdb.py", ".ci/run"]
-NOT_YET = ["check_report.py", "browser.py"]
+NOT_YET = ["README.md", "browser.py"]
 Function = collections.namedtuple("Function", "name first last parameters")  # lines from 0
 faults = 0
 
