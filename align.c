@@ -208,7 +208,7 @@ static const char *program_name = "align";
 /* appended to error messages: how to resume a training that fails */
 static char resume_hint[PATH_MAX + 80];
 static const char *staged_folder; /* half written: deleted if the program fails (chapter 21) */
-static void folder_remove(const char *folder, const char *to);
+static void folder_delete(const char *folder);
 
 /* How messages look on a terminal, and the clock: chapter 24. */
 static void PRINTF_LIKE(2, 0)
@@ -230,7 +230,7 @@ static _Noreturn void PRINTF_LIKE(2, 3) die_with(int status, const char *format,
         va_end(arguments);
         /* a folder with some of its files missing must not be mistaken for a model */
         if (staged_folder)
-            folder_remove(staged_folder, NULL);
+            folder_delete(staged_folder);
         exit(status);
     }
 }
@@ -10769,29 +10769,44 @@ static void make_folder(const char *path) {
     CHECK(access(path, W_OK) == 0, "%s: cannot be written to: %s", path, strerror(errno));
 }
 
-/* Removes a folder and the files in it, as far as possible. With `to`, it first moves the files
- * there: files that belong together are written in a folder of their own, staged_folder, and moved
- * once all of them are complete, so a full disk leaves everything as it was. die_with calls it, so
- * it uses no arena, and without `to` it never fails. */
-static void folder_remove(const char *folder, const char *to) {
-    char path[PATH_MAX], target[PATH_MAX];
+/* Deletes a folder and the files in it, as far as possible. die_with calls it, so it uses no arena,
+ * and never fails. */
+static void folder_delete(const char *folder) {
+    char path[PATH_MAX];
     DIR *dir = opendir(folder);
     for (struct dirent *entry; dir && (entry = readdir(dir));) {
+        int length = snprintf(path, sizeof path, "%s/%s", folder, entry->d_name);
         /* "." and ".." are folders as well */
-        if (snprintf(path, sizeof path, "%s/%s", folder, entry->d_name) >= (int)sizeof path
-            || is_folder(path))
-            continue;
-        if (!to) {
+        if (length < (int)sizeof path && !is_folder(path))
             remove(path);
-            continue;
-        }
-        CHECK(snprintf(target, sizeof target, "%s/%s", to, entry->d_name) < (int)sizeof target
-                  && rename(path, target) == 0,
-              "%s: %s", target, strerror(errno));
     }
     if (dir)
         closedir(dir);
     rmdir(folder);
+}
+
+/* Does a file's name end in .safetensors? Such files hold weights. */
+static bool is_weights_file(const char *name) {
+    const char *point = strrchr(name, '.');
+    return point && strcmp(point, ".safetensors") == 0;
+}
+
+/* Moves a folder's files into another folder, over files of the same name: the files with weights,
+ * or all others. */
+static void folder_move_files(const char *folder, const char *to, bool weights) {
+    char path[PATH_MAX], target[PATH_MAX];
+    DIR *dir = opendir(folder);
+    for (struct dirent *entry; dir && (entry = readdir(dir));) {
+        const char *name = entry->d_name;
+        int length = snprintf(path, sizeof path, "%s/%s", folder, name);
+        if (length >= (int)sizeof path || is_folder(path) || is_weights_file(name) != weights)
+            continue;
+        length = snprintf(target, sizeof target, "%s/%s", to, name);
+        CHECK(length < (int)sizeof target && rename(path, target) == 0, "%s: %s", target,
+              strerror(errno));
+    }
+    if (dir)
+        closedir(dir);
 }
 
 /* Puts the names in a folder on the disk, as output_close puts a file's contents there. */
@@ -13020,10 +13035,14 @@ static void model_replace(struct GPT2 *model, const char *folder, const struct T
      *    enough. If the program fails meanwhile, die_with removes that folder, and the old model is
      *    untouched. */
     staged_folder = arena_printf(&arena, "%s/tmp-model", folder);
+    folder_delete(staged_folder); /* what a killed run may have left there */
     model_save(model, staged_folder, tok);
 
-    /* 2. All are complete: move them into place. */
-    folder_remove(staged_folder, folder);
+    /* 2. All are complete: move them into place, one by one, the weights last. Only a power cut
+     *    between two of these renames can leave files of both models. */
+    folder_move_files(staged_folder, folder, false);
+    folder_move_files(staged_folder, folder, true);
+    folder_delete(staged_folder);
     staged_folder = NULL;
     folder_sync(folder);
     arena_free(&arena);
@@ -13651,7 +13670,7 @@ static bool checkpoint_remove(const char *folder, size_t n) {
     DIR *dir = opendir(folder);
     for (struct dirent *entry; dir && (entry = readdir(dir));)
         if (strncmp(entry->d_name, "tmp-checkpoint-", 15) == 0)
-            folder_remove(arena_printf(&arena, "%s/%s", folder, entry->d_name), NULL);
+            folder_delete(arena_printf(&arena, "%s/%s", folder, entry->d_name));
     if (dir)
         closedir(dir);
     arena_free(&arena);
@@ -13702,7 +13721,7 @@ static void checkpoint_save(struct Checkpoint *c) {
     rename(whole, replaced);
     CHECK(rename(staged, whole) == 0, "%s: %s", whole, strerror(errno));
     staged_folder = NULL;
-    folder_remove(replaced, NULL);
+    folder_delete(replaced);
     folder_sync(dir);
     checkpoint_resume_hint(whole);
 
