@@ -11265,6 +11265,8 @@ static void json_write_floats(FILE *file, const char *before, const float *x, si
 #define MAKE_TOKENIZER \
     "python3 prepare_imdb.py tokenizer --source DIR (with encoder.json, vocab.bpe)"
 
+/* ---- tokenizer.bin -------------------------------------------------------------------------- */
+
 /* Takes the next n bytes off a file, or ends the program if it has fewer. `what`: what these bytes
  * are, for the message. */
 static const unsigned char *tokenizer_take(const struct Tokenizer *tok, struct Text *rest, size_t n,
@@ -11510,6 +11512,8 @@ struct Shapes {
     size_t n;
 };
 
+/* ---- Rows ----------------------------------------------------------------------------------- */
+
 /* The fields of shapes, for a message:  "chosen" + "rejected", or "text" */
 static const char *shape_names(struct Arena *arena, struct Shapes shapes) {
     /* the next joint is " + " inside a shape and ", or " between two */
@@ -11618,6 +11622,8 @@ static unsigned shape_of(unsigned has, struct Shapes shapes) {
     return 0;
 }
 
+/* ---- Formats that are not JSON Lines -------------------------------------------------------- */
+
 /* Is this file a table, CSV or TSV? Its name says so, or a cell of its first line is the name of
  * one of our fields. */
 static bool is_table(struct Text file, const char *path) {
@@ -11684,6 +11690,8 @@ static void refuse_other_formats(struct Text file, const char *path) {
     die("%s: is %s, JSON Lines were expected; run: %s%s%s", path, FORMATS[format].name,
         FORMATS[format].before, path, FORMATS[format].after);
 }
+
+/* ---- Files ---------------------------------------------------------------------------------- */
 
 /* Parses one line of a file, which must be a JSON object; if it is not, the message says what may
  * help. */
@@ -11773,6 +11781,8 @@ static void dataset_add_file(struct Arena *arena, struct Dataset *data, struct D
     arena_free(&line_arena);
     arena_free(&scratch);
 }
+
+/* ---- The splits of a folder ----------------------------------------------------------------- */
 
 /* The split that is named by a word between `at` and `end`, a part of a path, in upper or lower
  * case; of several splits the first in enum Split. The characters that separate words are
@@ -11875,6 +11885,8 @@ static const char *data_file_names(struct Arena *arena, const struct Dataset *da
     }
     return count > MOST ? arena_printf(arena, "%s and %zu more", names, count - MOST) : names;
 }
+
+/* ---- A data set ----------------------------------------------------------------------------- */
 
 /* Has a data set, if there is one, read this file? */
 static bool is_read_by(const struct Dataset *data, const char *path) {
@@ -12073,6 +12085,8 @@ struct SafeTensors {
     struct Json *header;
     uint64_t data_start, data_size;
 };
+
+/* ---- safetensors files ---------------------------------------------------------------------- */
 
 /* Where a tensor's bytes are, counted from the end of the header. */
 struct Span {
@@ -12282,6 +12296,8 @@ static void safetensors_write(const char *folder, const char *name, struct Tenso
     safetensors_write_with(folder, name, tensors, count, prefix, "");
 }
 
+/* ---- config.json ---------------------------------------------------------------------------- */
+
 static void config_check(const struct GPT2Config *c, const char *path) {
     /* The limits are far above any GPT-2's sizes, but low enough that no product of sizes can
      * overflow. The heads of attention share the width equally. */
@@ -12444,6 +12460,8 @@ static struct GPT2Config config_load(const char *folder, bool *tied) {
     arena_free(&arena);
     return c;
 }
+
+/* ---- Reading a model ------------------------------------------------------------------------ */
 
 /* A tensor's name without its prefixes: "transformer." from a model with heads, "pretrained_model."
  * from TRL's value-head model, "base_model.model." from PEFT, "module." from DataParallel,
@@ -12735,6 +12753,8 @@ static struct GPT2 *gpt2_load(const char *folder) {
     return model;
 }
 
+/* ---- Writing a model ------------------------------------------------------------------------ */
+
 /* Writes config.json as transformers does, nearly all keys in alphabetical order. */
 static void config_save(const struct GPT2 *model, const char *folder) {
     const struct GPT2Config *c = &model->config;
@@ -12987,6 +13007,8 @@ static void adapter_config_save(const struct GPT2 *model, const char *folder) {
     output_close(&out);
 }
 
+/* ---- A model's folder ----------------------------------------------------------------------- */
+
 /* model_save -- writes the folder that transformers loads, or, of a model with an adapter, one with
  * the adapter alone, which PeftModel.from_pretrained loads, and a value head next to it.
  *                                                  [glossary: Hugging Face]  test: model_save */
@@ -13084,6 +13106,8 @@ static void leave_out_value_head(struct GPT2 *model) {
  * (trainer_state.json in transformers' form), and to itself (checkpoints, from which it resumes as
  * if it had never stopped, bit for bit).
  * ============================================================================================= */
+
+/* ---- Messages ------------------------------------------------------------------------------- */
 
 /* cut_text -- makes text from a file or a model safe for a terminal, in place: at most `bytes`
  * bytes, only whole characters, and '?' for control bytes, which could move the cursor or change
@@ -13189,6 +13213,8 @@ static const char *shell_word(struct Arena *arena, const char *word) {
     return quoted;
 }
 
+/* ---- Progress ------------------------------------------------------------------------------- */
+
 /* Is stderr a terminal on which a line can be redrawn in place? In a file or a pipe, progress is
  * plain lines. Either way it is only for reading: the run is the same, bit for bit. */
 static bool progress_live(void) {
@@ -13253,6 +13279,8 @@ static void progress_say(const char *name, size_t step, size_t total, size_t tok
 static bool progress_sampling(size_t step, size_t total) {
     return progress_live() && (step == 1 || step % MAX((size_t)1, total / 8) == 0);
 }
+
+/* ---- Numbers that are not finite ------------------------------------------------------------ */
 
 /* If nothing has been found yet (`place` is empty) and x has a number that is not finite, describes
  * it in `place`. x may be NULL: not computed. */
@@ -13341,6 +13369,8 @@ static void check_numbers(const struct GPT2 *model, struct Arena *arena, const s
     }
     check_finite(&traced, what, x[i]);
 }
+
+/* ---- The log -------------------------------------------------------------------------------- */
 
 static struct LogEntry *state_log(struct TrainerState *state) {
     state->log_history = grow(state->log_history, state->log_count, &state->log_capacity,
@@ -13435,6 +13465,8 @@ static void trainer_state_save(const struct TrainerState *s, const struct Traini
     fputs(",\n  \"trial_name\": null,\n  \"trial_params\": null\n}\n", f);
     output_close(&out);
 }
+
+/* ---- What a checkpoint holds ---------------------------------------------------------------- */
 
 /* Checkpoints. Apart from the weights, a run's state consists of 64-bit numbers: counters, random
  * generators, running means. They are written to optimizer.safetensors as float32 tensors, two
@@ -13612,6 +13644,8 @@ struct CheckpointAge {
     size_t run, step;
 };
 
+/* ---- Which checkpoint is the newest --------------------------------------------------------- */
+
 static bool checkpoint_older(struct CheckpointAge a, struct CheckpointAge b) {
     return a.run < b.run || (a.run == b.run && a.step < b.step);
 }
@@ -13658,6 +13692,8 @@ static size_t checkpoint_find(const char *folder, struct CheckpointAge *oldest,
         closedir(dir);
     return count;
 }
+
+/* ---- Saving a checkpoint -------------------------------------------------------------------- */
 
 /* Deletes checkpoint-N, if there is one, and every tmp-checkpoint-*, which a run leaves if it is
  * killed while it writes or deletes one. The folder is renamed first, so that an interrupted
@@ -13734,6 +13770,8 @@ static void checkpoint_save(struct Checkpoint *c) {
             break;
     arena_free(&arena);
 }
+
+/* ---- Resuming from a checkpoint ------------------------------------------------------------- */
 
 /* The first Ctrl-C waits for the end of the step (checkpoint_step); a second one ends the program
  * at once. */
@@ -13875,6 +13913,8 @@ static void checkpoint_step(struct Checkpoint *c) {
             c->state->max_steps);
 }
 
+/* ---- What is said and written for each step ------------------------------------------------- */
+
 /* Shows the numbers of an entry that a person follows, as progress. `plain`: a log entry is due. */
 static void state_say(const struct TrainerState *state, const char *name,
                       const struct LogEntry *entry, bool plain) {
@@ -13949,6 +13989,8 @@ static void rollouts_write(FILE *file, const struct Rollout *rollouts, size_t n)
  * to the page; this chapter supplies the data.
  * ============================================================================================= */
 
+/* ---- Tables --------------------------------------------------------------------------------- */
+
 /* Writes what Hugging Face's sentiment pipeline returns for a text.
  *                 [glossary: Lista de saídas do pipe]  [glossary: Pontuação de sentimento] */
 static void write_pipe_outputs(FILE *file, double reward) {
@@ -14006,6 +14048,8 @@ static const char *const REPORT_FILE[] = {
     "ppo/trainer_state.json",
     "dpo/trainer_state.json",
 };
+
+/* ---- The report ----------------------------------------------------------------------------- */
 
 /* Writes JSON for the inside of a page's <script> element. A browser that reads HTML knows nothing
  * of JSON: it ends the element at the first </script>, even one in a string. But in a string JSON
@@ -14099,6 +14143,8 @@ static struct Output report_begin(const char *dir, const char *command, const ch
             (double)peak_rss_bytes() / 1e6);
     return out;
 }
+
+/* ---- The results of the course -------------------------------------------------------------- */
 
 /* Writes an answer's reward, its tokens, and how the training changed the log-probability of each:
  * the policy's minus the language model's, at the temperature of sampling. */
@@ -14283,6 +14329,8 @@ static void course_print(struct Course *course) {
  * then command_dpo runs, and Options is all that it knows.
  * ============================================================================================= */
 
+/* ---- Options -------------------------------------------------------------------------------- */
+
 enum { MOST_FLAGS = 160 };
 
 struct Options {
@@ -14323,6 +14371,8 @@ struct Options {
 #define WITH_REFERENCE "ppo, reinforce, dpo, logprob, eval"
 #define WITH_WORDS "tokenize, report, glossary" /* arguments that are not flags: a file, a term */
 #define ALL_COMMANDS WITH_MODEL ", exact, " WITH_WORDS
+
+/* ---- Flags ---------------------------------------------------------------------------------- */
 
 /* How a flag's value is stored. TYPE_STOPPING is enum EarlyStopping. */
 enum Type { TYPE_STRING, TYPE_BOOL, TYPE_STOPPING, TYPE_SEED, TYPE_SIZE, TYPE_DOUBLE };
@@ -14582,6 +14632,8 @@ static const struct {
     {"repetition_penalty", "repeat_penalty"},
 };
 
+/* ---- Lists of names ------------------------------------------------------------------------- */
+
 /* The list with `name` added at its end. */
 static const char *list_add(struct Arena *arena, const char *list, const char *name) {
     return arena_printf(arena, "%s%s%s", list, *list ? ", " : "", name);
@@ -14603,6 +14655,8 @@ static bool list_has(const char *list, const char *name) {
 }
 
 static bool program_path(char path[PATH_MAX]);
+
+/* ---- Opening models and data ---------------------------------------------------------------- */
 
 /* The path of a file that ships with the program. It may be next to the program, in the folder to
  * which `make install` copies it, or in the current folder; NULL if it is in none of these. */
@@ -14797,6 +14851,8 @@ static const unsigned RATED_SHAPES[] = {SHAPE_RATED};
 static const unsigned PROMPT_SHAPES[] = {SHAPE_PROMPT, SHAPE_TEXT};
 static const unsigned ROLLOUT_SHAPES[] = {SHAPE_ROLLOUT};
 
+/* ---- Commands: tokenize --------------------------------------------------------------------- */
+
 static void tokenize_decode(const struct Tokenizer *tok, struct Text in, size_t V,
                             const char *path) {
     const char *at = in.data;
@@ -14843,6 +14899,8 @@ static void command_tokenize(struct Options *o) {
         printf("%s%d", k ? " " : "", e.ids[k]);
     putchar('\n');
 }
+
+/* ---- Commands: trainings -------------------------------------------------------------------- */
 
 /* Opens what a training starts from: model, data, and a Trainer, whose task the caller sets. */
 static struct Trainer open_training(struct Options *o, const unsigned *shapes, size_t count) {
@@ -15045,6 +15103,8 @@ static void command_dpo(struct Options *o) {
     finish_training(o, &trainer);
 }
 
+/* ---- Commands: trainings on rollouts -------------------------------------------------------- */
+
 /* Encodes the prompts to answer and returns their number. A row's prompt is taken whole, of a text
  * only the beginning, as many tokens as a LengthSampler draws. */
 static size_t encode_prompts(struct Options *o, struct Example *prompts) {
@@ -15204,6 +15264,8 @@ static void command_reinforce(struct Options *o) {
                                                                   "--num_generations 2 or more");
     train_on_rollouts(o, ALGORITHM_REINFORCE);
 }
+
+/* ---- Commands: writing ---------------------------------------------------------------------- */
 
 /* A prompt's ids. An empty prompt becomes bos_token_id, as in transformers, which starts a new
  * text: GPT-2's bos token is its end token. */
@@ -15399,6 +15461,8 @@ static void command_next(struct Options *o) {
         print_next_table(o, top, kept, entropy);
 }
 
+/* ---- Commands: judging texts ---------------------------------------------------------------- */
+
 /* Prints a line of logprob: a text's ids; the log-probability of each but the first, which nothing
  * predicts; their sum over the completion; and, with --ref_model, KL(model || reference) of the
  * next token at each position. */
@@ -15502,6 +15566,8 @@ struct Collection {
     size_t n, added; /* how many these are, and how many of them this run has added */
     struct Rng rng;
 };
+
+/* ---- Commands: collecting preferences ------------------------------------------------------- */
 
 /* A pair as texts: answers[0] is the chosen one, answers[1] the rejected one. */
 static struct Row pair_row(struct Options *o, const struct Example *answers) {
@@ -15706,6 +15772,8 @@ static void command_collect(struct Options *o) {
     say("%zu pairs added to %s (%zu were there)\n", c.added, c.path, were_there);
 }
 
+/* ---- Commands: eval, merge ------------------------------------------------------------------ */
+
 /* Measures a policy by its answers. */
 static void eval_policy(struct Options *o, struct LogEntry *entry) {
     leave_out_reward_head(o->model);
@@ -15791,6 +15859,8 @@ static void command_merge(struct Options *o) {
     open_output_dir(o);
     model_replace(o->model, o->train.output_dir, o->tok);
 }
+
+/* ---- Commands: the glossary ----------------------------------------------------------------- */
 
 /* edit_distance -- the smallest number of insertions, deletions and substitutions of a letter that
  * turn a into b (of which 63 bytes count): to guess what a mistyped word was meant to be. Row i
@@ -15918,6 +15988,8 @@ static void command_glossary(struct Options *o) {
     }
 }
 
+/* ---- Commands: rlhf, report, exact ---------------------------------------------------------- */
+
 /* A context of 64 tokens is enough for sentences; whole reviews are worth the time of a longer one.
  * [glossary: Conjunto de dados IMDB] */
 static size_t course_positions(const struct Dataset *data) {
@@ -16027,6 +16099,8 @@ static void command_exact(struct Options *o) {
     exact_print(w, o->json);
 }
 
+/* ---- The commands --------------------------------------------------------------------------- */
+
 static const struct Command {
     const char *name, *what;
     void (*run)(struct Options *);
@@ -16091,6 +16165,8 @@ static const struct Command *find_command(const char *name) {
                   nearest->name, program_name);
     return nearest;
 }
+
+/* ---- Parsing a command line ----------------------------------------------------------------- */
 
 /* The command's flag of exactly this name, or NULL. */
 static const struct Flag *exact_flag(const char *name, const struct Command *command) {
@@ -16316,6 +16392,8 @@ static int take_flag(struct Options *o, const struct Command *command, char **ar
     return taken;
 }
 
+/* ---- Flags without effect ------------------------------------------------------------------- */
+
 /* Notes each flag that has no effect together with the other flags given, and why. */
 static void note_idle_flags(struct Options *o, const struct Command *command) {
     const struct TrainingArguments *train = &o->train;
@@ -16450,6 +16528,8 @@ static struct Options default_options(const char *name) {
     return o;
 }
 
+/* ---- Help ----------------------------------------------------------------------------------- */
+
 /* A flag's value in Options, as text; "" for a string that is not set. */
 static const char *flag_value(struct Options *o, const struct Flag *flag) {
     static const char *const stopping[] =
@@ -16548,6 +16628,8 @@ static bool answer_about(int argc, char **argv) {
         return false;
     return true;
 }
+
+/* ---- How idle threads wait ------------------------------------------------------------------ */
 
 /* A thread that waits for others spins before it sleeps, for some milliseconds with GNU's OpenMP,
  * for 200 with LLVM's. That is right on an idle machine. On a busy one it uses up the time of the
