@@ -66,10 +66,9 @@
  * glossary, in Portuguese, and a few more; `align glossary TERM` prints an entry in both languages.
  *
  * What the comments refer to. TRL, transformers and PEFT are Hugging Face's libraries; this program
- * uses their names, formats and numbers. "By hand" introduces a case to check with a calculator.
- * "test: NAME" names a test in test_align.c that checks the function against such a case, against
- * numbers from those libraries ("golden") or against a difference quotient: `./test_align NAME`
- * runs it.
+ * uses their names, formats and numbers. "By hand" is a case to check with a calculator. "test:
+ * NAME" is a test in test_align.c, run by `./test_align NAME`, that checks the function against such
+ * a case, numbers from those libraries ("golden") or a difference quotient.
  *
  * To step through:  make debug && gdb --args ./align_debug exact   (it needs no data)   then
  * break ppo_token_loss, run, finish: gdb prints the token's loss, slope and ratio. At ppo_backward
@@ -150,8 +149,7 @@
 #pragma GCC diagnostic ignored "-Wunknown-pragmas"
 #endif
 
-/* Windows (mingw-w64) has some of POSIX under other names: see the end of chapter 26. What it lacks
- * altogether is left out by an #ifdef at the place of use. */
+/* Windows (mingw-w64) has some of POSIX under other names: see the end of chapter 26. */
 #ifdef _WIN32
 #include <direct.h>
 #include <malloc.h>
@@ -269,7 +267,11 @@ enum RngStream {
     STREAM_SPLIT,
     STREAM_LENGTH,
     STREAM_CUT,
-    STREAM_REWARD
+    STREAM_REWARD,
+    STREAM_PROMPT_ORDER = STREAM_ORDER + 100, /* of the prompts; STREAM_ORDER: of mini-batches */
+    STREAM_ANSWER_LENGTH = STREAM_LENGTH + 100, /* limits; STREAM_LENGTH: where prompts are cut */
+    STREAM_WTE = STREAM_INIT + 100,
+    STREAM_ADAPTER = STREAM_INIT + 200
 };
 
 static struct Rng rng_seed(uint64_t seed, uint64_t stream) {
@@ -5289,7 +5291,7 @@ static void lora_declare(struct GPT2 *model, struct Linear *linear) {
  * As in PEFT, A is initialized as torch does a Linear, and B is zero.          test: lora_start */
 static void adapter_new(struct GPT2 *model, struct Adapter adapter, uint64_t seed) {
     /* not STREAM_INIT itself, from which the heads draw: A would repeat their weights */
-    struct Rng rng = rng_seed(seed, STREAM_INIT + 200);
+    struct Rng rng = rng_seed(seed, STREAM_ADAPTER);
     if (strcmp(adapter.target_modules, "all-linear") == 0)
         adapter.target_modules = "c_attn c_fc c_proj";
     model->adapter = adapter;
@@ -11206,17 +11208,11 @@ static void json_write_string(FILE *file, const char *before, struct Text text) 
 static struct Text text_shown(struct Arena *arena, struct Text text, const char *kept) {
     char *to = arena_alloc(arena, 3 * text.length + 1, 1); /* U+FFFD has three bytes */
     size_t n = 0;
-    for (size_t i = 0, length; i < text.length; i += MAX(length, (size_t)1)) {
-        uint32_t c;
-        length = utf8_read((const unsigned char *)text.data + i, text.length - i, &c);
-        bool control = c < 32 || (c >= 127 && c < 160);
-        if (length == 0)
-            n += utf8_write(to + n, 0xfffd);
-        else if (control && !(c && c < 32 && strchr(kept, (int)c)))
-            /* `c &&`: strchr would find the NUL at the end of `kept` */
-            to[n++] = ' ';
-        else
-            n += utf8_write(to + n, c);
+    while (text.length > 0) {
+        uint32_t c = text_take(&text);
+        /* `c &&`: strchr would find the NUL at the end of `kept` */
+        bool is_kept = c && c < 128 && strchr(kept, (int)c);
+        n += utf8_write(to + n, is_control(c) && !is_kept ? ' ' : c);
     }
     to[n] = 0;
     return (struct Text){to, n};
@@ -13099,6 +13095,11 @@ static void leave_out_value_head(struct GPT2 *model) {
     tensor_remove(model, &model->v_head.bias);
 }
 
+static void leave_out_heads(struct GPT2 *model) {
+    leave_out_reward_head(model);
+    leave_out_value_head(model);
+}
+
 /* =============================================================================================
  * Chapter 24 - Progress, logs, checkpoints
  *
@@ -14057,13 +14058,13 @@ static const char *const REPORT_FILE[] = {
  * occur only in strings. So do U+2028 and U+2029, which end a line in older JavaScript.
  * By hand: {"a": "</script>"} becomes {"a": "\u003c/script\u003e"}.          test: report_json */
 static void report_write_json(FILE *file, struct Text json) {
-    for (size_t i = 0, length; i < json.length; i += MAX(length, (size_t)1)) {
-        uint32_t c;
-        length = utf8_read((const unsigned char *)json.data + i, json.length - i, &c);
+    while (json.length > 0) {
+        const char *at = json.data;
+        uint32_t c = text_take(&json);
         if (c == '<' || c == '>' || c == '&' || c == 0x2028 || c == 0x2029)
             fprintf(file, "\\u%04x", (unsigned)c);
         else
-            fwrite(json.data + i, 1, length, file);
+            fwrite(at, 1, (size_t)(json.data - at), file);
     }
 }
 
@@ -15008,8 +15009,7 @@ static void command_pretrain(struct Options *o) {
     o->model = o->model_name_or_path ? load_model(o, o->model_name_or_path) : gpt2_new(o->config);
     if (!o->model_name_or_path)
         gpt2_init(o->model, o->train.seed);
-    leave_out_reward_head(o->model);
-    leave_out_value_head(o->model);
+    leave_out_heads(o->model);
 
     /* 2. Rows must fit the model's context. The default length is reduced to it, but not a length
      *    that the user has chosen. */
@@ -15031,8 +15031,7 @@ static void command_pretrain(struct Options *o) {
 
 static void command_sft(struct Options *o) {
     struct Trainer trainer = open_training(o, SFT_SHAPES, COUNT(SFT_SHAPES));
-    leave_out_reward_head(o->model);
-    leave_out_value_head(o->model);
+    leave_out_heads(o->model);
     sft_task(&trainer, &o->arena, o->data, o->eval);
     finish_training(o, &trainer);
 }
@@ -15082,8 +15081,7 @@ static void command_dpo(struct Options *o) {
           "--label_smoothing %g: a share of mislabelled pairs, from 0 to below 0.5",
           o->dpo.label_smoothing);
     struct Trainer trainer = open_training(o, DPO_SHAPES, 1);
-    leave_out_reward_head(o->model);
-    leave_out_value_head(o->model);
+    leave_out_heads(o->model);
 
     /* 1. pi_ref is the policy before training, unless --ref_model names another. */
     load_reference(o);
@@ -15156,8 +15154,8 @@ static struct RolloutSource open_rollouts(struct Options *o) {
 
     /* 1. Random numbers for each purpose. Rollouts are always sampled. */
     struct RolloutSource source = {
-        .shuffle = rng_seed(o->train.seed, STREAM_ORDER + 100),
-        .lengths = rng_seed(o->train.seed, STREAM_LENGTH + 100),
+        .shuffle = rng_seed(o->train.seed, STREAM_PROMPT_ORDER),
+        .lengths = rng_seed(o->train.seed, STREAM_ANSWER_LENGTH),
         .sample = rng_seed(o->train.seed, STREAM_SAMPLE),
         .output_length = o->output_length,
         .generation = o->generation,
@@ -16016,7 +16014,7 @@ static struct GPT2 *course_new_model(const struct Dataset *data, uint64_t seed) 
     gpt2_init(model, seed);
     /* GPT-2's 0.02 suits its width of 768; at 128, embeddings as small as that would be drowned out
      * by what the blocks add to them. */
-    struct Rng rng = rng_seed(seed, STREAM_INIT + 100);
+    struct Rng rng = rng_seed(seed, STREAM_WTE);
     tensor_normal(&model->wte, &rng, 0.06);
     return model;
 }
@@ -16047,8 +16045,7 @@ static void command_rlhf(struct Options *o) {
     double learning_rate = 5e-3;
     if (o->model_name_or_path) {
         model = load_model(o, o->model_name_or_path);
-        leave_out_reward_head(model);
-        leave_out_value_head(model);
+        leave_out_heads(model);
         course.scale = MIN(1, (double)COURSE_WIDTH / (double)model->config.n_embd);
         learning_rate = 5e-4;
     } else {
