@@ -66,9 +66,9 @@
  * glossary, in Portuguese, and a few more; `align glossary TERM` prints an entry in both languages.
  *
  * What the comments refer to. TRL, transformers and PEFT are Hugging Face's libraries; this program
- * uses their names, formats and numbers. "By hand" is a case to check with a calculator. "test:
- * NAME" is a test in test_align.c, run by `./test_align NAME`, that checks the function against such
- * a case, numbers from those libraries ("golden") or a difference quotient.
+ * uses their names, formats and numbers. "By hand" is a case to check with a calculator. A "test:"
+ * is in test_align.c, run by `./test_align NAME`: it checks the function against such a case, the
+ * numbers of those libraries ("golden") or a difference quotient.
  *
  * To step through:  make debug && gdb --args ./align_debug exact   (it needs no data)   then
  * break ppo_token_loss, run, finish: gdb prints the token's loss, slope and ratio. At ppo_backward
