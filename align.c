@@ -13473,7 +13473,6 @@ static void trainer_state_save(const struct TrainerState *s, const struct Traini
  * generators, running means. They are written to optimizer.safetensors as float32 tensors, two
  * floats per number: bit patterns, copied bit for bit and never interpreted as floats. */
 static struct Tensor tensor_of_bits(const char *group, const char *name, void *at, size_t n) {
-    _Static_assert(sizeof(size_t) == 8, "counters are saved as numbers of 64 bits");
     struct Tensor t = {.shape = {2 * n}, .ndim = 1, .n = 2 * n, .w = at, .bits = true};
     snprintf(t.name, sizeof t.name, "%.16s.%.44s", group, name);
     return t;
