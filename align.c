@@ -976,7 +976,8 @@ static double sentiment_loss(const float *reward, const double *label, size_t n,
  *     slope              0.3957    0       -0.2866   d loss / d log pi now, divided by 3: a mean
  *
  * The last line is what goes back into the model: " very" is to become less probable, "." more,
- * and " good" has already been raised as far as one batch may raise it.
+ * and " good" is not pushed any further by its own loss. It may still move, by other tokens'
+ * gradients and Adam's momentum: its ratio, 1.2214, is beyond 1.2 already.
  * All three tokens went better than expected: why is " very" lowered? Whitening subtracts their
  * mean, 0.515, and it was the least good of the three. A real batch has thousands of tokens, of
  * good and of bad answers; with one answer alone the example shows the arithmetic, but
@@ -1229,7 +1230,7 @@ static void gae(const struct PPOConfig *config, size_t T, const float *rewards, 
         double advantage =
             gae_step(rewards[t], values[t], next_value, next_advantage, config->gamma, config->lam);
         advantages[t] = (float)advantage;
-        /* by what the head now knows, its value was too low by the advantage */
+        /* in hindsight the value was off by the advantage */
         returns[t] = (float)(advantage + values[t]);
         /* what the token before this one needs to know of it */
         next_value = values[t];
@@ -1315,7 +1316,7 @@ static struct ValueLoss ppo_value_loss(double old_value, double value, double ta
     /* 1. The value, kept near the old one as the policy's ratio is kept near 1. */
     double clipped = MAX(old_value - clip_range, MIN(old_value + clip_range, value));
 
-    /* 2. The larger of two squared errors counts: moving further than e earns nothing. */
+    /* 2. The larger of two squared errors counts: moving further than clip_range earns nothing. */
     double error = value - target_return;
     double clipped_error = clipped - target_return;
     bool is_clipped = clipped_error * clipped_error > error * error;
@@ -1475,9 +1476,11 @@ struct DPOSide {
  *   d loss / d logits        = -beta sigmoid(-beta logits)
  *   d loss / d logp_chosen   = d loss / d logits      negative: a step downhill raises logp_chosen
  *   d loss / d logp_rejected = -d loss / d logits     positive: and lowers logp_rejected
- * By the policy's weights the derivative is, since each logp is a sum over tokens
- * (target_logps_backward),
+ * By the policy's weights it is, by the chain rule,
  *   grad loss = -beta sigmoid(-beta logits) (grad logp_chosen - grad logp_rejected)
+ * and since each logp is a sum over tokens, every token of the chosen answer gets dchosen, every
+ * token of the rejected one drejected (target_logps_backward). In [5], y_w is the chosen answer,
+ * y_l the rejected one, and E_D the mean over pairs.
  * The sigmoid says how wrong the policy still is about this pair: a pair that it has learnt pulls
  * less and less. The reference is the zero point: each answer is measured by how far it has risen
  * above what the reference gave it. But the reference sets no limit: the loss goes on falling as
@@ -1813,7 +1816,7 @@ static int compare_candidates_down(const void *a, const void *b) {
 }
 
 /* The same for top-p, but of equal logits the larger id first: transformers sorts upwards and cuts
- * from below, which leaves the larger of two equal ids. */
+ * from below, which leaves, of two tokens with equal logits, the one with the larger id. */
 static int compare_candidates_top_p(const void *a, const void *b) {
     const struct Candidate *x = a;
     const struct Candidate *y = b;
@@ -1846,7 +1849,8 @@ static size_t top_p_cut(const struct Candidate *order, size_t n, double total, d
  * Where the model is sure, these are one or two tokens; where it is not, hundreds.
  * in, out  logits (V); p in [0, 1); min_keep: at least this many stay
  * By hand: probabilities 0.5, 0.3, 0.2. p = 0.45: the first alone, which holds 0.5; p = 0.6: the
- * first two, which hold 0.8. A set that holds exactly p is enough: the mass need not exceed it.
+ * first two, which hold 0.8. A set that holds exactly p is enough, as in transformers.
+ * What is left is divided by its mass in sample_token: 0.5, 0.3 become 0.625, 0.375.
  *                                                                     test: generate_processors */
 static void process_top_p(float *logits, size_t V, double p, size_t min_keep) {
     /* 1. The tokens that are left, most probable first: here the order itself is needed, not one
@@ -7727,7 +7731,7 @@ static void reward_score(const struct GPT2 *model, const struct Example *texts, 
  *                  6. statistics, in TRL's names
  *                  7. the KL controller moves beta
  *
- * The path of the derivative from PPO's loss to wte, through twelve functions:
+ * The path of the derivative from PPO's loss to wte:
  *
  *     ppo_loss               dlogprobs (R) of ppo_token_loss, dvalues (R) of ppo_value_loss;
  *                            ppo_weigh then multiplies them by the mini-batch's share of the step
@@ -13056,8 +13060,8 @@ static void model_replace(struct GPT2 *model, const char *folder, const struct T
     folder_delete(staged_folder); /* what a killed run may have left there */
     model_save(model, staged_folder, tok);
 
-    /* 2. All are complete: move them into place, one by one, the weights last. Only a power cut
-     *    between two of these renames can leave files of both models. */
+    /* 2. All are complete: move them into place, one by one, the weights last. Only what
+     *    stops it between two of these renames can leave files of both models. */
     folder_move_files(staged_folder, folder, false);
     folder_move_files(staged_folder, folder, true);
     folder_delete(staged_folder);
