@@ -24,8 +24,8 @@
  * The policy is the model that is trained, the reference a copy of what it was; KL(pi || pi_ref),
  * the Kullback-Leibler divergence, says how far the one has moved from the other. SFT is supervised
  * fine-tuning, PPO proximal policy optimization, DPO direct preference optimization. Numbers in
- * parentheses are chapters. Each chapter uses only earlier ones; what the others need of Part IV,
- * the machinery, is declared where it is first used.
+ * parentheses are chapters. Each chapter builds on earlier ones; what it needs of later ones,
+ * above all of Part IV, the machinery, is declared where it is first used.
  *
  *   Part I, the ideas                       Part II, the model
  *     1 Ground: errors, random numbers        7 Byte-pair encoding
@@ -268,8 +268,8 @@ enum RngStream {
     STREAM_LENGTH,
     STREAM_CUT,
     STREAM_REWARD,
-    STREAM_PROMPT_ORDER = STREAM_ORDER + 100, /* of the prompts; STREAM_ORDER: of mini-batches */
-    STREAM_ANSWER_LENGTH = STREAM_LENGTH + 100, /* limits; STREAM_LENGTH: where prompts are cut */
+    STREAM_PROMPT_ORDER = STREAM_ORDER + 100, /* of the command ppo's prompts */
+    STREAM_ANSWER_LENGTH = STREAM_LENGTH + 100, /* of its answers; STREAM_LENGTH: of its prompts */
     STREAM_WTE = STREAM_INIT + 100,
     STREAM_ADAPTER = STREAM_INIT + 200
 };
@@ -454,8 +454,8 @@ static size_t *arena_order(struct Arena *arena, size_t n) {
     return order;
 }
 
-/* Each thread has scratch memory of its own, one piece for each purpose. Its size is given in
- * floats, of 4 bytes; it grows to the largest size requested and is kept. */
+/* Each thread has scratch memory of its own, one piece for each purpose. It grows to the largest
+ * size requested and is kept. */
 enum ScratchSlot { SCRATCH_A, SCRATCH_B, SCRATCH_SCORES, SCRATCH_ROW, SCRATCH_SLOTS };
 
 static void *thread_scratch(enum ScratchSlot slot, size_t count, size_t size) {
@@ -735,6 +735,9 @@ static double kl_exact(const float *p_logits, float p_lse, const float *q_logits
                        size_t n) {
     double kl = 0;
     for (size_t i = 0; i < n; i++) {
+        /* p never draws it: 0, not 0 times minus infinity, which is NaN */
+        if (p_logits[i] == -INFINITY)
+            continue;
         /* log softmax of each, by one subtraction (see log_sum_exp) */
         float log_p = p_logits[i] - p_lse;
         float log_q = q_logits[i] - q_lse;
@@ -749,7 +752,7 @@ static double kl_exact(const float *p_logits, float p_lse, const float *q_logits
  *   k1 = log p - log q          k3 = e^d - 1 - d,   d = log q - log p
  * The exact sum needs both distributions over the whole vocabulary; an estimate needs only the two
  * log-probabilities of the token that was drawn. Both estimates are unbiased: averaged over tokens
- * drawn from p they give KL(p || q); for k3 because the mean of e^d = q/p under p is 1.
+ * drawn from p they give KL(p || q); for k3, the mean of -d is KL, that of e^d - 1 = q/p - 1 is 0.
  * Can KL be negative? The true one never is, but k1 of one token is negative whenever q finds that
  * token more probable than p does. k3 is never negative and varies less. TRL's PPO uses k1 in the
  * reward, and so does align; GRPO uses k3.
@@ -946,7 +949,8 @@ static double sentiment_loss(const float *reward, const double *label, size_t n,
  * E_{y ~ pi} is the mean over answers y drawn from pi. An estimate of a mean is unbiased if it is
  * right on average, however far off each single one is. grad is the derivative by all weights.
  * The KL term ties the policy to the reference, the model before training: without it the policy
- * would find whatever nonsense fools the reward model. beta is the price of a nat of KL.
+ * would find whatever nonsense fools the reward model. beta is the price of a nat of KL. The score
+ * is the judge's; R(y) is the score minus that price; a token's reward is its share of R(y).
  *
  * The chapter goes one step at a time; each step mends a weakness of the one before:
  *   REINFORCE        score times grad log pi: unbiased, but very noisy
@@ -1012,10 +1016,10 @@ static double unbiased_variance(const float *x, size_t n) {
  *   x = (x - mean) / sqrt(variance + 1e-8)
  * in, out  x (n)       shift_mean: false adds the old mean again, so that only the scale changes
  * Advantages on one scale need only one learning rate, whatever the reward model's unit is. And
- * about half of a batch's tokens are raised, half lowered: the worse of two good ones goes down.
+ * some tokens of a batch are raised, others lowered: the worse of two good ones goes down.
  * (The mean that is subtracted contains each token's own advantage, as a baseline should not, see
- * reinforce_advantages; among thousands that hardly matters.)
- * Returns what a zero would have become, which concerns ppo_advantages (chapter 17) alone.
+ * reinforce_advantages; among thousands that hardly matters.) Returns what a zero would have
+ * become.
  * By hand: 1, 2, 6: mean 3, variance 7: -0.7559, -0.3780, 1.1339.     test: ppo_whiten_golden */
 static double whiten(float *x, size_t n, bool shift_mean) {
     /* Without the 1e-8, equal numbers, whose variance is 0, would become infinite or NaN. */
@@ -1045,11 +1049,12 @@ enum Baseline {
  * In the last line the probabilities are the weights of a mean again, so a few sampled answers give
  * an estimate. R is only evaluated, never differentiated: it may come from a program or a person.
  * With the KL term inside, R(y) = score(y) - beta (log pi(y) - log pi_ref(y)) depends on the
- * weights too. But that adds nothing: probabilities always sum to 1, so the mean of grad log pi is
+ * weights too: grad J has a second term, E[grad R] = -beta E[grad log pi]. But that is nothing:
  *     E_{y ~ pi} [ grad log pi(y) ] = sum_y grad pi(y) = grad 1 = 0
- * and grad R is -beta grad log pi. For the same reason a baseline b that does not depend on y may
- * be subtracted: E[b grad log pi] = 0. The mean gradient stays, its noise falls. If all answers
- * score 100 or more, those that score 104 should be raised, and those that score 101 lowered.
+ * since probabilities always sum to 1. For the same reason a baseline b that does not depend on y
+ * may be subtracted: E[b grad log pi] = 0. The mean gradient stays, its noise falls. If all
+ * answers score 100 or more, those that score 104 should be raised, and those that score 101
+ * lowered.
  *   none   b = 0
  *   mean   b = the mean R of all earlier steps
  *   rloo   b = the mean R of the other answers to the same prompt (leave one out)      [23] */
@@ -1133,7 +1138,7 @@ struct PPOConfig {
 /* kl_penalty_token -- how far one token took the policy from the reference.
  *                                         [glossary: Divergência de Kullback-Leibler (KL)]
  *   kl    log pi - log pi_ref, kl_k1: unbiased, may be negative (the default)
- *   abs   its magnitude           mse   half its square; neither has a sign
+ *   abs   its magnitude           mse   half of kl squared; neither has a sign
  *   full  the exact KL of the two distributions at this position, given as `full`
  * By hand: -1.20 against -1.70: kl 0.50, abs 0.50, mse 0.125.     test: ppo_penalties_golden */
 static float kl_penalty_token(const char *kind, float logprob, float ref_logprob, float full) {
@@ -1153,11 +1158,11 @@ static float kl_penalty_token(const char *kind, float logprob, float ref_logprob
  *   reward_t = -beta kl_t           and at the answer's last token   + score
  * J's penalty is about whole answers; why may it be paid token by token? log pi(y|x) is a sum over
  * tokens, so log pi(y|x) - log pi_ref(y|x) = sum_t kl_t, whose mean over the policy's answers is
- * KL(pi || pi_ref). Each token pays its own term of the sum, and GAE then knows which token
- * departed. The score judges the whole answer, so it can be given only once that is complete: at
- * the last token (ppo_rewards). How it reaches the earlier tokens: gae_step.
- * The penalty is paid once, by the policy that wrote the answers, and stays as it is while PPO uses
- * them for several updates. kl_coef is beta as it is now.
+ * KL(pi || pi_ref). Each token pays its own term of the sum, where it departs. The score judges
+ * the whole answer, so it can be given only once that is complete: at the last token
+ * (ppo_rewards). How it reaches the earlier tokens: gae_step. The penalty is paid once, by the
+ * policy that wrote the answers, and stays as it is while PPO uses them for several updates.
+ * kl_coef is beta as it is now.
  * By hand: beta 0.2: a divergence of 0.50 costs 0.10; one of -0.30 earns 0.06.
  *                                             test: ppo_advantages_golden; gdb: break kl_reward */
 static float kl_reward(double kl_coef, float kl) {
@@ -2453,8 +2458,8 @@ static void example_end(struct Example *e, int end_token) {
  * NULL. Either way there is room for one more id. */
 static struct Example example_encode(struct Arena *arena, const struct Tokenizer *tok,
                                      struct Text text, size_t vocab_size, const int *end_token) {
-    /* Encoded into scratch, because the number of ids is known only afterwards. Scratch is counted
-     * in floats, as large as an int, and a text has no more ids than bytes. */
+    /* Encoded into scratch, because the number of ids is known only afterwards: a text has no more
+     * ids than bytes. */
     struct Example e = {0};
     int *ids = thread_scratch(SCRATCH_ROW, text.length + 1, sizeof *ids);
     e.n = tokenizer_encode(tok, text, vocab_size, ids);
@@ -2540,11 +2545,12 @@ static void split_implicit_prompt(struct Row *row) {
  * Row 2, the 8, predicts nothing: the token after it, 9, belongs to the prompt. Losses are computed
  * for R targets, in arrays without gaps; `row` leads back to the hidden state of each. */
 struct Batch {
-    size_t B, N, R, max_length; /* max_length: tokens of the longest sequence in the batch */
+    size_t B, N, R, max_length; /* max_length: of the longest text, in positions */
     size_t tokens; /* of the examples, whether or not the model reads their last ones */
     int *ids, *position; /* (N) */
     size_t *start; /* (B+1) sequence b has the rows start[b] .. start[b+1]-1 */
-    size_t *target_start; /* (B+1) its targets are target_start[b] .. target_start[b+1]-1 */
+    size_t *target_start; /* (B+1) its targets are target_start[b] .. target_start[b+1]-1; of a
+                           * batch of pairs, whose answers may share a sequence, answer by answer */
     int *row, *target; /* (R) row[r] must predict the id target[r] */
     /* (B) or NULL. From its row fork[b] on, sequence b is a second answer to its first shared[b]
      * tokens: see collate_pairs. */
@@ -2731,7 +2737,7 @@ static size_t length_sampler(const struct LengthSampler *s, struct Rng *rng) {
 /* =============================================================================================
  * Chapter 9 - Matrix product
  *
- * Why is this chapter here, and so long? Every command spends nine tenths of its time in one
+ * Why is this chapter here, and so long? Every training spends nine tenths of its time in one
  * operation, the product of two matrices. A linear layer needs it in three forms:
  *
  *     y  = x W        (N,out)  = (N,in)  (in,out)     forward
@@ -2843,8 +2849,8 @@ static void matmul_plain(struct MatrixOut c, struct Matrix start, struct Matrix 
              * be more exact than what is compared with it. */
             double sum = start.data ? start.data[i * start.row_stride + j] : 0;
 
-            /* Row i of A times column j of B. With column_stride 1 in A and N in B, each step of k
-             * takes the next number of A but jumps a whole row in B: the slow part. */
+            /* Row i of A times column j of B. In the usual layout each step of k takes the
+             * next number of A but jumps a whole row in B: the slow part. */
             for (size_t k = 0; k < a.columns; k++)
                 sum += (double)a.data[i * a.row_stride + k * a.column_stride]
                        * b.data[k * b.row_stride + j * b.column_stride];
@@ -2885,7 +2891,8 @@ typedef float float16_any __attribute__((vector_size(64), aligned(4)));
 
 /* 4 x 8 sums, in 8 vectors: 8 of the 16 registers of SSE hold them.
  * The three tiles differ only in the width of their vectors. A type fixes that width, so each tile
- * is written out. The loops over the sums carry an unroll pragma: gcc keeps an array in registers
+ * is written out. The outer loops over the sums carry an unroll pragma: gcc keeps an array in
+ * registers
  * only if every index into it is a constant. */
 static void tile_4x8(size_t K, const float *a, const float *b, const float *start, size_t start_row,
                      float *c, size_t c_row) {
@@ -3682,7 +3689,7 @@ static void layernorm_backward(float *dx, const float *dy, struct LayerNormRows 
  *   y = x/2 (1 + tanh(u)),   u = sqrt(2/pi) (x + 0.044715 x^3)
  * Since (1 + tanh u) / 2 = sigmoid(2u), this is x sigmoid(2u), with a single exponential. The
  * sigmoid is the gate: near 1 for large x, which pass; near 0 for very negative x, which do not.
- * Unlike max(0, x) it has a slope everywhere. 1.5957691 is 2 sqrt(2/pi).
+ * Unlike max(0, x) it also has a slope for negative x. 1.5957691 is 2 sqrt(2/pi).
  * By hand: x = 2: 2u = 1.5958 * 2.3577 = 3.7624, gate 0.9773, y = 1.9546; x = -1: y = -0.1588.
  *                                                                                    test: gelu */
 static inline float gelu_gate(float x) {
@@ -3872,7 +3879,8 @@ static void attention_scores(float *p, const struct AttentionHead *head, size_t 
     for (size_t i = 0; i < (t1 - t0) * t1; i++)
         p[i] *= head->scale;
 
-    /* pass 2: the mask, e^-inf = 0: as if the chosen answer had never been written */
+    /* pass 2, of a pair of answers: e^-inf = 0, as if the chosen answer had never been written. The
+     * mask of the future needs no numbers: pass 3 stops at the query's own key. */
     for (size_t t = MAX(t0, head->fork); t < t1; t++)
         for (size_t j = head->shared; j < head->fork; j++)
             p[(t - t0) * t1 + j] = -INFINITY;
@@ -4004,6 +4012,12 @@ static void matrix_clear(struct MatrixOut m) {
  *   pass 3, P = softmax(S):             dS_tj = P_tj (dP_tj - D_t)   attention_softmax_backward
  *   pass 2, the mask:                   what was not seen has P = 0, so dS = 0
  *   pass 1, S = scale query key^T:      dquery = scale dS key    dkey += scale dS^T query
+ * For one query t, written as loops over the keys j <= t that it sees:
+ *     dv_j += p_j dout                        a value learns in proportion to its weight
+ *     dp_j  = dout . v_j                      what a larger p_j would do to the loss
+ *     D     = sum_j p_j dp_j
+ *     ds_j  = p_j (dp_j - D) scale            softmax: what one key gains, the others lose
+ *     dq   += ds_j k_j,   dk_j += ds_j q
  * in   dout, out (T,HS), views; lse (N,NH)      out  d->query, d->key, d->value (T,HS), written
  * All later queries read a key and a value, so their gradients are sums over the blocks of rows.
  * By hand: the example with dout = (0, 4): dvalue = (0.25 * 4, 0.75 * 4) = (1, 3); dS as above:
@@ -4715,7 +4729,7 @@ static void gpt2_backward(struct GPT2 *model, struct Arena *arena, const struct 
 
     /* 2. wte's gradient, the second of two ways: as the embedding. Each token that was read gets
      *    what has arrived at its positions. The first way, as the output layer, is in
-     *    lm_head_backward_chunk; both add to wte.d. */
+     *    lm_head_backward_chunk; both add to wte.d. Under LoRA wte is frozen, and d is NULL. */
     if (model->wte.d)
         embedding_backward(model->wte.d, model->wpe.d, dx, batch, C);
 
@@ -5022,7 +5036,8 @@ static void sum_target_logps(const struct Batch *batch, size_t n, const float *t
 
 /* target_logps_backward -- sum_target_logps backward, and on through the whole model.
  * in   dlogps (n): d loss / d log pi(y_i); weight: the batch's share in the step's loss
- * log pi(y_i) is the sum over the tokens of y_i, so each of them gets the same derivative. */
+ * log pi(y_i) is the sum over the tokens of y_i, so each of them gets the same derivative: in
+ * chapter 5's pair -0.0426 each token of the chosen answer, 0.0426 each of the rejected one. */
 static void target_logps_backward(struct GPT2 *model, struct Arena *arena,
                                   const struct Batch *batch, struct LMHead *head, size_t n,
                                   const double *dlogps, double weight) {
@@ -5480,13 +5495,12 @@ static struct KVCache kv_cache_new(const struct GPT2 *model, struct Arena *arena
  * capacity. A beam that is continued in two ways needs its past twice. */
 static void kv_cache_copy(const struct GPT2 *model, struct KVCache *cache, size_t slot,
                           const struct KVCache *from, size_t from_slot) {
-    /* both caches are (L,B,capacity,C): in each layer, a sequence is `capacity` rows of C floats */
-    size_t sequence = cache->capacity * model->config.n_embd;
-    size_t used = from->length[from_slot] * model->config.n_embd;
+    size_t C = model->config.n_embd;
+    size_t used = from->length[from_slot] * C;
     for (size_t l = 0; l < model->config.n_layer; l++) {
         /* a sequence's past is in L places, one for each layer; only its filled part is copied */
-        size_t to = (l * cache->B + slot) * sequence;
-        size_t source = (l * from->B + from_slot) * sequence;
+        size_t to = kv_cache_place(cache, l, slot, 0, C);
+        size_t source = kv_cache_place(from, l, from_slot, 0, C);
         memcpy(cache->k + to, from->k + source, used * sizeof(float));
         memcpy(cache->v + to, from->v + source, used * sizeof(float));
     }
@@ -7343,7 +7357,7 @@ struct RewardPass {
 };
 
 /* reward_forward -- the rewards of some texts.
- *   reward = w . h                 h (C): the hidden state at the text's last token, w: the head
+ *   reward = w . h    h (C): the hidden state at the text's last token (reward_row), w: the head
  * A token sees only itself and what comes before it, so only the last one has seen the whole text.
  * It must be read, unlike in a language model: READ_LAST. `keep`: a backward pass will follow.
  *                                                   test: reward_golden, reward_rows */
@@ -7484,7 +7498,7 @@ static double reward_compare(struct Trainer *trainer, const struct RewardBatch *
  * in   index (count): which items; weight: the micro-batch's share in the step
  * Both sides of a pair go through the model in one batch. Their slopes are opposite, so what the
  * two texts have in common (the prompt) hardly moves, and what tells them apart does.
- * By hand: a new model gives every text the reward 0. Of three pairs one has the margin 1:
+ * By hand: a head of zeros gives every text the reward 0. Of three pairs one has the margin 1:
  * (ln 2 + ln 2 - log sigmoid(-1)) / 3 = (0.6931 + 0.6931 + 1.3133) / 3 = 0.8999.
  *                                             test: reward_overfit, reward_gradient
  * gdb: break bradley_terry_pair */
@@ -7566,7 +7580,8 @@ static void reward_check(const struct Dataset *data, const double *number, size_
 }
 
 /* A row of the data set as one text, or as the two of a pair (prompt + answer), each followed by
- * the end token: where a text ends is part of what is judged, and the reward is read there.
+ * the end token: where a text ends is part of what is judged. (Where the end token is the padding
+ * token too, as in GPT-2, reward_row skips it.)
  * Returns how many texts there are. */
 static size_t reward_row_encode(const struct Trainer *trainer, struct Arena *arena,
                                 const struct Dataset *data, const struct Row *row,
@@ -7727,7 +7742,7 @@ static void reward_score(const struct GPT2 *model, const struct Example *texts, 
  *                  2. policy and reference read the answers: log-probabilities, values
  *                  3. kl_reward: each token pays for its divergence, the last one gets the score
  *                  4. gae: advantages and returns; advantages are whitened
- *                  5. ppo_epochs passes over mini-batches: ppo_loss, backward, one Adam step each
+ *                  5. ppo_epochs passes over mini-batches: ppo_loss, backward, Adam steps
  *                  6. statistics, in TRL's names
  *                  7. the KL controller moves beta
  *
@@ -7746,6 +7761,11 @@ static void reward_score(const struct GPT2 *model, const struct Example *texts, 
  *             gelu_backward, attention_backward
  *           embedding_backward       dx of each position -> wte.d of the token that was read there
  *     optimizer_step         wte.d moves wte.w
+ *
+ * One number all the way: chapter 4's " very" has dlogprob 0.3957. If the vocabulary were " very"
+ * and one other token, with p = 0.75 and 0.25 there, d logits would be 0.3957 (1 - 0.75) = 0.0989
+ * and 0.3957 (0 - 0.25) = -0.0989. With hidden = (1, 2), wte.d gets (0.0989, 0.1979) for " very"
+ * and the negative of that for the other: a step down the loss lowers the logit of " very".
  *
  * Which tokens' vectors in wte get a gradient? As the output layer, those of the whole vocabulary,
  * from each position that predicts a token of an answer (none from a clipped one, whose slope is
@@ -8307,7 +8327,7 @@ static void reinforce_step(struct RolloutTrainer *trainer, const struct Rollout 
 
 /* ---- PPO: what a step knows ----------------------------------------------------------------- */
 
-/* A forward pass of the policy over some answers; in an arena, as reward_forward explains. */
+/* A forward pass of the policy over some answers. */
 struct PPOForward {
     struct Batch batch;
     struct LMHead head; /* the log-probability of each response token */
@@ -9181,8 +9201,9 @@ static struct Batch dpo_batch(struct Arena *arena, const struct Example *pairs, 
     return collate_pairs(arena, examples, B, C);
 }
 
-/* Whether the reference has judged all of B pairs. An answer's log-probability is below 0, so a 0
- * means that it has not been computed yet. */
+/* Whether the reference has judged all of B pairs. The log-probability of an answer is below 0, so
+ * a 0 means that it has not been computed yet. (An answer cut down to nothing has 0: computed each
+ * time, it costs a little and changes nothing.) */
 static bool dpo_reference_known(const double *ref_logps, const size_t *index, size_t B) {
     for (size_t i = 0; i < B; i++)
         /* the chosen side tells for both: they are always computed together */
@@ -9543,7 +9564,7 @@ struct BestWorst {
 
 /* The answers with the highest and the lowest score among those to one prompt, which are answers
  * `first` to first + num_generations - 1. An answer shorter than scorer->least_length tokens does
- * not count: its score is the scorer's penalty, not a judgement. */
+ * not count: if it ended there, its score is the scorer's penalty, not a judgement. */
 static struct BestWorst best_and_worst(const struct PreferenceSource *source,
                                        const struct Example *answers, const float *score,
                                        size_t first) {
@@ -10504,9 +10525,10 @@ static size_t course_collect(struct Course *course, size_t n, struct Example *pa
     };
     size_t count = collect_preferences(&source, &course->arena, course->prompts, n, &rng, pairs);
     say("4/4 dpo: %zu pairs collected from %zu answers\n", count, n * ANSWERS);
-    CHECK(count > 0 || course->dpo_steps == 0, "no answer of the language model ended by itself, "
-                                               "so no pair could be formed; train it longer "
-                                               "(--pretrain_steps)");
+    static const char none[] = "no two of the language model's answers to a prompt could be told "
+                               "apart, or none ended by itself, so no pair could be formed; train "
+                               "it longer (--pretrain_steps)";
+    CHECK(count > 0 || course->dpo_steps == 0, "%s", none);
     return count;
 }
 
@@ -10593,7 +10615,7 @@ static void course_run(struct Course *course, const struct Dataset *data,
 /* =============================================================================================
  * Part IV - The program
  *
- * Machinery: what a program needs around its mathematics. Nothing in it is about RLHF. After this
+ * Machinery: what a program needs around its mathematics. No formula is in it. After this
  * part a reader knows how models, data and checkpoints are read and written so that transformers,
  * TRL and PEFT understand them and neither a broken file nor a full disk loses anything, and how a
  * command line becomes a call of the functions above.
@@ -14286,7 +14308,7 @@ static void course_print(struct Course *course) {
     struct Arena *arena = &course->arena;
 
     /* 1. Answers of each model to the same beginnings. */
-    printf("\nEight held-out beginnings, continued by each model, with the reward of each:\n");
+    printf("\nHeld-out beginnings, continued by each model, with the reward of each:\n");
     for (size_t i = 0; i < MIN(course->test_n, (size_t)SHOWN); i++) {
         printf("\n  ");
         print_plain(course_prompt(course, i));
@@ -14324,7 +14346,7 @@ static void course_print(struct Course *course) {
  * Chapter 26 - Command line, main
  *
  * How does a command line become a call? Through one table of flags and one table of commands. The
- * flags have the names that transformers, TRL or PEFT give them.
+ * flags have the names that transformers, TRL or PEFT give them, where they have one.
  *     ./align dpo --beta 0.5 --model_name_or_path m --dataset_name pairs.jsonl --output_dir out
  * find_command finds dpo's row in COMMANDS, and default_options fills struct Options with dpo's
  * defaults. Two flags are called --beta; take_flag finds the one whose row names dpo. parse_flag

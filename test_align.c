@@ -842,6 +842,9 @@ static void test_kl(void) {
                  log(2) / 2 + log(2.0 / 3) / 2, 1e-6);
     expect_close("that is", kl_exact(p, p_lse, q, q_lse, 2), 0.1438, 5e-5);
     expect_close("with itself", kl_exact(q, q_lse, q, q_lse, 2), 0, 0);
+    float cut[] = {0, -INFINITY};
+    expect_close("(1, 0) || (1/2, 1/2): a cut token adds nothing", kl_exact(cut, 0, p, p_lse, 2),
+                 log(2), 1e-6);
     expect_close("k1", kl_k1(-1, -1.5), 0.5, 0);
     expect_close("k3", kl_k3(-1, -1.5), exp(-0.5) - 1 + 0.5, 1e-15);
     expect_close("mean of k1 under p",
@@ -7827,6 +7830,16 @@ static void test_report_refusals(void) {
  * one before made.
  * ============================================================================================= */
 
+/* A command line that is refused: the exit status, and words of the message. */
+struct Refusal {
+    int status;
+    const char *message, *line;
+};
+
+static void expect_refusal(const struct Refusal *refusal, const char *line) {
+    expect_end(refusal->message, run_command, words_of(line), refusal->status, refusal->message);
+}
+
 /* What a user may type wrongly: exit 2 for the command line, 1 for what cannot be done, and the
  * nearest flag's name. */
 static void test_cli_errors(void) {
@@ -7834,10 +7847,7 @@ static void test_cli_errors(void) {
     struct GPT2 *policy = new_model(300, 24, 12, 1, 3);
     model_save(policy, temporary("cli"), tokenizer);
     write_json("long.jsonl", "{'prompt': 'a b c d e f g h i j k l m n o p q r s t u v w x y z'}\n");
-    static const struct {
-        int status;
-        const char *message, *line;
-    } cases[] = {
+    static const struct Refusal cases[] = {
         {2, "generate has no flag --promt; the nearest is --prompt", "generate --promt x"},
         {2, "dpo has no flag --betta; the nearest is --beta", "dpo --betta=1"},
         {2, "\"x\" is no flag", "score x"},
@@ -7926,8 +7936,7 @@ static void test_cli_errors(void) {
         {2, "the nearest is --max_steps", "ppo --steps 1"},
     };
     for (size_t i = 0; i < COUNT(cases); i++)
-        expect_end(cases[i].message, run_command, words_of(cases[i].line), cases[i].status,
-                   cases[i].message);
+        expect_refusal(&cases[i], cases[i].line);
 #undef NEEDED
 }
 
@@ -8448,10 +8457,7 @@ static void test_cli_lora(void) {
     struct Json *first = json_get(log_history("la_dpo")->child, "loss");
     expect_close("dpo starts at ln 2: the reference is sft's adapter", first ? first->number : NAN,
                  log(2), 1e-6);
-    static const struct {
-        int status;
-        const char *message, *line;
-    } cases[] = {
+    static const struct Refusal cases[] = {
         {2, "--lora_dropout 0.1: only 0 is implemented", "sft --use_peft --lora_dropout 0.1"},
         {2, "--lora_r 0", "sft --use_peft --lora_r 0"},
         {2, "give one of them", "sft --use_peft --peft_adapter @la_sft"},
@@ -8468,8 +8474,7 @@ static void test_cli_lora(void) {
     for (size_t i = 0; i < COUNT(cases); i++) {
         const char *model = strstr(cases[i].line, "@la_dpo") ? "" : "--model_name_or_path @base";
         const char *line = formatted("%s %s --tokenizer @tokenizer.bin", cases[i].line, model);
-        expect_end(cases[i].message, run_command, words_of(line), cases[i].status,
-                   cases[i].message);
+        expect_refusal(&cases[i], line);
     }
 }
 
